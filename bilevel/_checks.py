@@ -1,0 +1,27 @@
+"""Checks of settings, made when a solver is constructed."""
+
+from __future__ import annotations
+
+import math
+
+from bilevel.errors import ArgumentError
+
+__all__ = ["check_number", "check_steps"]
+
+
+def check_steps(where: str, name: str, steps: int | None, *, least: int = 1, optional: bool = False) -> None:
+    """Raise :class:`ArgumentError` unless ``steps`` is an integer of at least ``least`` (or None if ``optional``)."""
+    if steps is None and optional:
+        return
+    if isinstance(steps, bool) or not isinstance(steps, int) or steps < least:
+        raise ArgumentError(f"{where}: expected {name} to be an integer of at least {least}, got {steps!r}; pass one")
+
+
+def check_number(
+    where: str, name: str, number: float, *, above: float = 0.0, below: float = math.inf, closed: bool = False
+) -> None:
+    """Raise :class:`ArgumentError` unless ``above`` < ``number`` < ``below`` (≤ on the left if ``closed``)."""
+    fits = not isinstance(number, bool) and isinstance(number, (int, float)) and math.isfinite(number)
+    if not (fits and (above < number or (closed and number == above)) and number < below):
+        left = "[" if closed else "("
+        raise ArgumentError(f"{where}: expected {name} to be a number in {left}{above}, {below}), got {number!r}; pass one")

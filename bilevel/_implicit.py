@@ -1,0 +1,271 @@
+"""The differentiation rule: derivatives of x*(θ), defined by R(x*, θ) = 0, of every order and in both modes.
+
+The implicit function theorem, with J = ∂_x R at the solution, says::
+
+    reverse   θ̄ = −(∂_θ R)ᵀ q      where  Jᵀ q = x̄       (q is the adjoint)
+    forward   ẋ = −w               where  J w = ∂_θ R · θ̇
+
+Two primitives are enough. :class:`Solve` is x*(θ). Its rules above call :class:`LinearSolve`, z = J(x, θ)⁻¹ b
+(or with Jᵀ), whose own rules, from J z = b, call it again::
+
+    reverse   b̄ = J⁻ᵀ z̄,     (x̄, θ̄) = −∇_(x,θ) ⟨b̄, J z⟩  with b̄ and z held fixed
+    forward   ż = J⁻¹ (ḃ − J̇ z)
+
+Everything else in a rule is ordinary differentiable torch code, so that a rule can itself be differentiated. The
+scalar ⟨left, J right⟩ = ⟨Jᵀ left, right⟩ is all that is ever needed of J's own derivatives: one reverse
+pass makes it. No solver is imported here; a :class:`Rule` brings the two that it was given.
+
+``vmap`` is a lift: the system gains a level, its tensors an axis, and the same primitive is applied to the
+batch. A ``vmap`` over right-hand sides alone (as in ``jacrev``) does not repeat the matrices: it is counted in
+``repeats``, so that they are linearised and factorised once.
+
+Directional derivatives are made of two reverse passes (∂ of u ↦ Jᵀu is J), because torch's dual numbers do not
+nest inside a custom Function. For the same reason forward over forward is refused, at the layers' edge.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch.autograd.function import FunctionCtx
+from torch.func import grad, vjp, vmap
+
+from bilevel._system import Linearization, Problem, System
+from bilevel._transforms import transforms_active
+from bilevel.operators import LinearOperator, RepeatedOperator
+
+__all__ = ["LinearSolve", "Rule", "Solve"]
+
+Tensors = Sequence[torch.Tensor]
+
+
+class _Memo:
+    """The last linearisation of a call: at the same point it serves every order and every right-hand side."""
+
+    def __init__(self) -> None:
+        self._key: tuple[Any, ...] | None = None
+        self._kept: tuple[Any, ...] = ()
+
+    def linearize(self, system: System, x: torch.Tensor, tensors: Tensors, wanted: Sequence[bool]) -> Linearization:
+        # Saved tensors come back as new objects over the same memory; holding them keeps that memory from reuse.
+        key = tuple((t.data_ptr(), t.shape, t.stride(), t._version) for t in (x, *tensors) if not t.is_inference())
+        if self._key == key and len(key) == 1 + len(tensors):
+            linearization, had = self._kept[:2]
+            if all(h or not w for h, w in zip(had, wanted, strict=True)):
+                return linearization
+        problem = system.bind(tensors)
+        linearization = problem.linearize(x.reshape(problem.batch, problem.size), wanted)
+        self._key, self._kept = key, (linearization, tuple(wanted), x.detach(), [t.detach() for t in tensors])
+        return linearization
+
+
+@dataclass(frozen=True, eq=False)
+class Rule:
+    """What one call of a layer carries besides tensors.
+
+    Parameters
+    ----------
+    system
+        R.
+    solve
+        (problem, init (batch, n)) ↦ x (batch, n): the inner solver, its judge and the failure policy.
+    solve_linear
+        (operator, rhs (batch, n), axes of the batch, whether it is the adjoint of a first derivative) ↦ (batch, n).
+    repeats
+        Axes of right-hand sides that share the matrices, outermost first, in front of the system's own axes.
+    """
+
+    system: System
+    solve: Callable[[Problem, torch.Tensor], torch.Tensor]
+    solve_linear: Callable[[LinearOperator, torch.Tensor, tuple[int, ...], bool], torch.Tensor]
+    repeats: tuple[int, ...] = ()
+    memo: _Memo = field(default_factory=_Memo)
+
+    def lift(self, size: int, batched: Sequence[bool]) -> Rule:
+        """Return the rule for ``size`` problems at once."""
+        return replace(self, system=self.system.lift(size, tuple(batched)), memo=_Memo())
+
+
+class Solve(torch.autograd.Function):
+    """x*(θ) of shape (*batch, n)."""
+
+    @staticmethod
+    def forward(rule: Rule, init: torch.Tensor, *tensors: torch.Tensor) -> torch.Tensor:
+        problem = rule.system.bind(tensors)
+        start = init.detach().reshape(problem.batch, problem.size)
+        return rule.solve(problem, start).reshape(init.shape).clone()
+
+    @staticmethod
+    def setup_context(ctx: FunctionCtx, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+        rule, _, *tensors = inputs
+        ctx.rule = rule
+        ctx.save_for_backward(output, *tensors)
+        ctx.save_for_forward(output, *tensors)
+
+    @staticmethod
+    def backward(ctx: Any, cotangent: torch.Tensor) -> tuple[Any, ...]:
+        rule: Rule = ctx.rule
+        x, *tensors = ctx.saved_tensors
+        wanted = ctx.needs_input_grad[2:]
+        if not any(wanted):
+            return (None,) * (2 + len(wanted))
+        if not torch.is_grad_enabled() and not transforms_active():
+            # A first derivative: one retained graph gives the adjoint's products and the pullback alike.
+            linearization = rule.memo.linearize(rule.system, x, tensors, wanted)
+            rhs = cotangent.reshape(linearization.residual.shape)
+            adjoint = rule.solve_linear(linearization.operator.T, rhs, rule.system.batch_shape, True)
+            return (None, None, *linearization.pullback(-adjoint))
+        q = LinearSolve.apply(rule, True, cotangent, x, *tensors)
+        chosen, residual = _in_terms_of(rule.system, x, tensors, wanted)
+        pulled = iter(vjp(residual, *chosen)[1](-q))
+        return (None, None, *(next(pulled) if want else None for want in wanted))
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: torch.Tensor | None) -> torch.Tensor:
+        rule: Rule = ctx.rule
+        x, *tensors = ctx.saved_tensors
+        moving = [t is not None and s.dtype.is_floating_point for t, s in zip(tangents[2:], tensors, strict=True)]
+        if not any(moving):
+            return torch.zeros_like(x)
+        chosen, residual = _in_terms_of(rule.system, x, tensors, moving)
+        directions = tuple(t for t, move in zip(tangents[2:], moving, strict=True) if move)
+        pushed = _push(lambda u: vjp(residual, *chosen)[1](u), x, directions)
+        return LinearSolve.apply(rule, False, -pushed, x, *tensors)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[Any, ...], rule: Rule, init: torch.Tensor, *tensors: torch.Tensor) -> Any:
+        dims = in_dims[2:]
+        lifted = rule.lift(info.batch_size, [dim is not None for dim in dims])
+        start = _front(init, in_dims[1], info.batch_size)
+        return Solve.apply(lifted, start, *(_front(t, dim) for t, dim in zip(tensors, dims, strict=True))), 0
+
+
+class LinearSolve(torch.autograd.Function):
+    """z = J(x, θ)⁻¹ b, or J⁻ᵀ b where ``transposed``; b and z are (*repeats, *batch, n)."""
+
+    @staticmethod
+    def forward(
+        rule: Rule, transposed: bool, rhs: torch.Tensor, x: torch.Tensor, *tensors: torch.Tensor
+    ) -> torch.Tensor:
+        linearization = rule.memo.linearize(rule.system, x, tensors, [False] * len(tensors))
+        operator = linearization.operator.T if transposed else linearization.operator
+        repeats = 1
+        for size in rule.repeats:
+            repeats *= size
+        if rule.repeats:
+            operator = RepeatedOperator(operator, repeats)
+        flat = rhs.detach().reshape(operator.batch, operator.size)
+        axes = rule.repeats + rule.system.batch_shape
+        return rule.solve_linear(operator, flat, axes, False).reshape(rhs.shape).clone()
+
+    @staticmethod
+    def setup_context(ctx: FunctionCtx, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+        rule, transposed, _, x, *tensors = inputs
+        ctx.rule, ctx.transposed = rule, transposed
+        ctx.save_for_backward(output, x, *tensors)
+        ctx.save_for_forward(output, x, *tensors)
+
+    @staticmethod
+    def backward(ctx: Any, cotangent: torch.Tensor) -> tuple[Any, ...]:
+        rule: Rule = ctx.rule
+        z, x, *tensors = ctx.saved_tensors
+        b_bar = LinearSolve.apply(rule, not ctx.transposed, cotangent, x, *tensors)
+        wanted = ctx.needs_input_grad[3:]
+        if not any(wanted):
+            return (None, None, b_bar, *(None for _ in wanted))
+        left, right = (z, b_bar) if ctx.transposed else (b_bar, z)
+        chosen, pairing = _pairing(rule, x, tensors, wanted)
+        pulled = iter(grad(lambda *moved: -pairing(left, right, *moved), argnums=tuple(range(len(chosen))))(*chosen))
+        return (None, None, b_bar, *(next(pulled) if want else None for want in wanted))
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: torch.Tensor | None) -> torch.Tensor:
+        rule: Rule = ctx.rule
+        z, x, *tensors = ctx.saved_tensors
+        rhs_tangent = tangents[2]
+        moving = [
+            t is not None and s.dtype.is_floating_point for t, s in zip(tangents[3:], (x, *tensors), strict=True)
+        ]
+        change = torch.zeros_like(z) if rhs_tangent is None else rhs_tangent
+        if any(moving):
+            chosen, pairing = _pairing(rule, x, tensors, moving)
+            directions = tuple(t for t, move in zip(tangents[3:], moving, strict=True) if move)
+            argnums = tuple(range(len(chosen)))
+
+            def pull(u: torch.Tensor) -> tuple[torch.Tensor, ...]:
+                left, right = (z, u) if ctx.transposed else (u, z)
+                return grad(lambda *moved: pairing(left, right, *moved), argnums=argnums)(*chosen)
+
+            change = change - _push(pull, z, directions)
+        return LinearSolve.apply(rule, ctx.transposed, change, x, *tensors)
+
+    @staticmethod
+    def vmap(
+        info: Any,
+        in_dims: tuple[Any, ...],
+        rule: Rule,
+        transposed: bool,
+        rhs: torch.Tensor,
+        x: torch.Tensor,
+        *tensors: torch.Tensor,
+    ) -> Any:
+        size = info.batch_size
+        if all(dim is None for dim in in_dims[3:]):
+            # Only right-hand sides are batched: the matrices stay as they are.
+            repeated = replace(rule, repeats=(size, *rule.repeats))
+            return LinearSolve.apply(repeated, transposed, _front(rhs, in_dims[2], size), x, *tensors), 0
+        lifted = rule.lift(size, [dim is not None for dim in in_dims[4:]])
+        at = len(rule.repeats)
+        moved = _front(rhs, in_dims[2], size).movedim(0, at)
+        point = _front(x, in_dims[3], size)
+        others = (_front(t, dim) for t, dim in zip(tensors, in_dims[4:], strict=True))
+        return LinearSolve.apply(lifted, transposed, moved, point, *others), at
+
+
+def _front(tensor: torch.Tensor, dim: int | None, size: int | None = None) -> torch.Tensor:
+    """Return ``tensor`` with its vmapped axis first; an unbatched one is expanded if ``size`` is given."""
+    if dim is not None:
+        return tensor.movedim(dim, 0)
+    return tensor if size is None else tensor.unsqueeze(0).expand(size, *tensor.shape)
+
+
+def _in_terms_of(
+    system: System, x: torch.Tensor, tensors: Tensors, wanted: Sequence[bool]
+) -> tuple[tuple[torch.Tensor, ...], Callable[..., torch.Tensor]]:
+    """Return the wanted tensors, and R as a function of them alone."""
+    chosen = tuple(t for t, want in zip(tensors, wanted, strict=True) if want)
+
+    def residual(*moved: torch.Tensor) -> torch.Tensor:
+        feed = iter(moved)
+        return system.residual(x, *(next(feed) if want else t for t, want in zip(tensors, wanted, strict=True)))
+
+    return chosen, residual
+
+
+def _pairing(
+    rule: Rule, x: torch.Tensor, tensors: Tensors, wanted: Sequence[bool]
+) -> tuple[tuple[torch.Tensor, ...], Callable[..., torch.Tensor]]:
+    """Return the wanted of (x, *tensors), and (left, right, *wanted) ↦ Σ ⟨left, J right⟩ over repeats and batch."""
+    everything = (x, *tensors)
+    chosen = tuple(t for t, want in zip(everything, wanted, strict=True) if want)
+
+    def pairing(left: torch.Tensor, right: torch.Tensor, *moved: torch.Tensor) -> torch.Tensor:
+        feed = iter(moved)
+        point, *others = (next(feed) if want else t for t, want in zip(everything, wanted, strict=True))
+        pull = vjp(lambda p: rule.system.residual(p, *others), point)[1]
+        if not rule.repeats:
+            return (pull(left)[0] * right).sum()
+        lefts = left.reshape(-1, *point.shape)  # (repeats, *batch, n)
+        return (vmap(lambda u: pull(u)[0])(lefts) * right.reshape(lefts.shape)).sum()
+
+    return chosen, pairing
+
+
+def _push(
+    pull: Callable[[torch.Tensor], tuple[torch.Tensor, ...]], like: torch.Tensor, directions: tuple[torch.Tensor, ...]
+) -> torch.Tensor:
+    """Return the transpose of the linear map ``pull`` at ``directions``: a forward product from two reverse passes."""
+    return vjp(pull, torch.zeros_like(like))[1](directions)[0]

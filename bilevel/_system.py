@@ -1,0 +1,382 @@
+"""A batch of flat problems R(x, θ) = 0, made from one user's function and lifted a level by each ``vmap``.
+
+An argmin, a root and a fixed point differ only here: in what R is, and in whether its Jacobian is symmetric.
+
+:class:`System` is the description, without tensors. Its methods are differentiable under every transform.
+:class:`Problem` is a system with its tensors bound and cut from any graph: what solvers see, in shapes (batch, n).
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Any, ClassVar
+
+import torch
+from torch.func import grad, vmap
+
+from bilevel._tree import Arguments, Raveler, ravel_like
+from bilevel.errors import ArgumentError, CapturedTensorError, ShapeError, StochasticObjectiveError
+from bilevel.operators import HessianOperator, JacobianOperator, LinearOperator
+
+__all__ = [
+    "ArgminSystem",
+    "Case",
+    "FixedPointSystem",
+    "Level",
+    "Linearization",
+    "Problem",
+    "RootSystem",
+    "System",
+]
+
+
+@dataclass(frozen=True)
+class Level:
+    """One ``vmap``: how many problems, and which of the call's tensors carry the axis (always axis 0)."""
+
+    size: int
+    batched: tuple[bool, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class System(ABC):
+    """R(x, θ) = 0, described by the user's function of (x, *args, **kwargs).
+
+    Parameters
+    ----------
+    where
+        The layer's name, for messages.
+    function
+        The objective, residual or mapping.
+    raveler, arguments
+        How to make the user's pytrees from a flat unknown and a list of tensors.
+    levels
+        The ``vmap`` levels, innermost first; a tensor batched in several has the outermost axis first.
+    """
+
+    where: str
+    function: Callable[..., Any]
+    raveler: Raveler
+    arguments: Arguments
+    levels: tuple[Level, ...] = ()
+
+    symmetric: ClassVar[bool] = False
+    minimizes: ClassVar[bool] = False
+    noun: ClassVar[str] = "residual"
+
+    @property
+    def batch_shape(self) -> tuple[int, ...]:
+        """The batch's axes, outermost first; () for a single problem."""
+        return tuple(level.size for level in reversed(self.levels))
+
+    def lift(self, size: int, batched: tuple[bool, ...]) -> System:
+        """Return the system of ``size`` such problems, whose tensors carry a new axis 0 where ``batched``."""
+        return replace(self, levels=(*self.levels, Level(size, batched)))
+
+    def call(self, flat: torch.Tensor, *tensors: torch.Tensor) -> Any:
+        """Call the user's function for one problem, ``flat`` being (n,)."""
+        args, kwargs = self.arguments.rebuild(tensors)
+        return self.function(self.raveler.unravel(flat), *args, **kwargs)
+
+    @abstractmethod
+    def output(self, flat: torch.Tensor, *tensors: torch.Tensor) -> torch.Tensor:
+        """Return one problem's value () or residual (n,)."""
+
+    @abstractmethod
+    def residual(self, x: torch.Tensor, *tensors: torch.Tensor) -> torch.Tensor:
+        """Return R (*batch, n), differentiable by any transform with respect to ``x`` and ``tensors``."""
+
+    @abstractmethod
+    def plain_residual(self, x: torch.Tensor, tensors: Sequence[torch.Tensor], *, graph: bool) -> torch.Tensor:
+        """Return R (*batch, n) at a leaf ``x`` by ordinary autograd, with its own graph kept if ``graph``."""
+
+    def outputs(self, x: torch.Tensor, *tensors: torch.Tensor) -> torch.Tensor:
+        """Return the whole batch's :meth:`output`: (*batch,) or (*batch, n)."""
+        function: Callable[..., torch.Tensor] = self.output
+        for level in self.levels:
+            in_dims = (0, *(0 if flag else None for flag in level.batched))
+            # Randomness would be refused by vmap in words about vmap; let it through to our own check.
+            function = vmap(function, in_dims=in_dims, randomness="different")
+        return function(x, *tensors)
+
+    def bind(self, tensors: Sequence[torch.Tensor]) -> Problem:
+        """Return the problem that solvers see, with ``tensors`` cut from any graph."""
+        return Problem(self, [_plain(tensor) for tensor in tensors])
+
+
+class ArgminSystem(System):
+    """R = ∇_x G, symmetric Jacobian."""
+
+    symmetric = True
+    minimizes = True
+    noun = "objective"
+
+    def output(self, flat: torch.Tensor, *tensors: torch.Tensor) -> torch.Tensor:
+        value = self.call(flat, *tensors)
+        if not isinstance(value, torch.Tensor) or value.ndim != 0 or not value.dtype.is_floating_point:
+            got = f"{tuple(value.shape)} {value.dtype}" if isinstance(value, torch.Tensor) else type(value).__name__
+            raise ShapeError(
+                f"{self.where}: expected objective to return a floating-point scalar tensor of shape (), got {got}; "
+                "reduce it, for example with .sum() or .mean()"
+            )
+        return value
+
+    def residual(self, x: torch.Tensor, *tensors: torch.Tensor) -> torch.Tensor:
+        # The gradient of the batch's sum, with vmap inside: torch 2.13 differentiates vmap(grad(f)) wrongly
+        # from outside when f holds a batch norm.
+        return grad(lambda point: self.outputs(point, *tensors).sum())(x)
+
+    def plain_residual(self, x: torch.Tensor, tensors: Sequence[torch.Tensor], *, graph: bool) -> torch.Tensor:
+        return self.plain_values(x, tensors, graph=graph)[1]
+
+    def plain_values(
+        self, x: torch.Tensor, tensors: Sequence[torch.Tensor], *, graph: bool
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return (values, R) at a leaf ``x`` by ordinary autograd."""
+        values = self.outputs(x, *tensors)
+        if not values.requires_grad:
+            raise _unconnected(self)
+        (gradient,) = torch.autograd.grad(
+            values.sum(), x, create_graph=graph, allow_unused=True, materialize_grads=True
+        )
+        return values, gradient
+
+
+class RootSystem(System):
+    """R as the user wrote it."""
+
+    def output(self, flat: torch.Tensor, *tensors: torch.Tensor) -> torch.Tensor:
+        return ravel_like(self.call(flat, *tensors), self.raveler, self.where, self.noun)
+
+    def residual(self, x: torch.Tensor, *tensors: torch.Tensor) -> torch.Tensor:
+        return self.outputs(x, *tensors)
+
+    def plain_residual(self, x: torch.Tensor, tensors: Sequence[torch.Tensor], *, graph: bool) -> torch.Tensor:
+        residual = self.outputs(x, *tensors)
+        if not residual.requires_grad and x.requires_grad:
+            raise _unconnected(self)
+        return residual
+
+
+class FixedPointSystem(RootSystem):
+    """R = x − T(x)."""
+
+    noun = "mapping"
+
+    def output(self, flat: torch.Tensor, *tensors: torch.Tensor) -> torch.Tensor:
+        return flat - super().output(flat, *tensors)
+
+
+@dataclass(frozen=True, eq=False)
+class Linearization:
+    """R at one point with its graph: the operator ∂_x R, and the pullback through ∂_θ R.
+
+    Parameters
+    ----------
+    residual
+        R (batch, n), with its graph.
+    operator
+        ∂_x R.
+    leaves
+        The tensors θ that R was computed from; those that require grad can be pulled back to.
+    """
+
+    residual: torch.Tensor
+    operator: LinearOperator
+    leaves: tuple[torch.Tensor, ...]
+
+    def pullback(self, q: torch.Tensor) -> list[torch.Tensor | None]:
+        """Return (∂_θ R)ᵀ q for ``q`` (batch, n), summed over the problems that share a tensor: one reverse pass."""
+        wanted = [leaf for leaf in self.leaves if leaf.requires_grad]
+        if not wanted or not self.residual.requires_grad:
+            return [torch.zeros_like(leaf) if leaf.requires_grad else None for leaf in self.leaves]
+        gradients = iter(
+            torch.autograd.grad(
+                self.residual, wanted, q, retain_graph=True, allow_unused=True, materialize_grads=True
+            )
+        )
+        return [next(gradients) if leaf.requires_grad else None for leaf in self.leaves]
+
+
+@dataclass(frozen=True)
+class Case:
+    """One problem in the user's own terms, for solvers that are not batched: ``function(init, *args, **kwargs)``."""
+
+    function: Callable[..., Any]
+    init: Any
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+
+@dataclass(frozen=True, eq=False)
+class Problem:
+    """A batch of flat problems, as solvers see it: every tensor is (batch, n) or (batch,), and no graph is kept.
+
+    Parameters
+    ----------
+    system
+        The description.
+    tensors
+        θ, cut from any graph.
+    """
+
+    system: System
+    tensors: list[torch.Tensor] = field(repr=False)
+
+    @property
+    def where(self) -> str:
+        """The layer's name, for messages."""
+        return self.system.where
+
+    @property
+    def minimizes(self) -> bool:
+        """Whether there is an objective, so that :meth:`value` can be called."""
+        return self.system.minimizes
+
+    @property
+    def is_fixed_point(self) -> bool:
+        """Whether R = x − T(x), so that T(x) = x − R."""
+        return isinstance(self.system, FixedPointSystem)
+
+    @cached_property
+    def batch(self) -> int:
+        """How many problems."""
+        return math.prod(self.system.batch_shape)
+
+    @property
+    def size(self) -> int:
+        """n, the number of unknowns of each."""
+        return self.system.raveler.size
+
+    def value(self, x: torch.Tensor) -> torch.Tensor:
+        """Return the objectives (batch,) at ``x`` (batch, n)."""
+        with torch.no_grad():
+            return self.system.outputs(self._shaped(x), *self.tensors).reshape(self.batch)
+
+    def value_and_residual(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the objectives (batch,) and their gradients (batch, n)."""
+        system = self.system
+        if not isinstance(system, ArgminSystem):
+            raise ArgumentError(
+                f"{self.where}: expected an argmin for a solver that minimises, got a {system.noun} equation; take "
+                "Newton(), Anderson(), FixedPointIteration() or ScipyRoot()"
+            )
+        with torch.enable_grad():
+            point = self._shaped(x).detach().requires_grad_(True)
+            values, gradient = system.plain_values(point, self.tensors, graph=False)
+        return values.detach().reshape(self.batch), gradient.detach().reshape(x.shape)
+
+    def residual(self, x: torch.Tensor) -> torch.Tensor:
+        """Return R (batch, n): ∇G, the residual, or x − T(x)."""
+        if not self.minimizes:
+            with torch.no_grad():
+                return self.system.outputs(self._shaped(x), *self.tensors).reshape(x.shape)
+        return self.value_and_residual(x)[1]
+
+    def mapping(self, x: torch.Tensor) -> torch.Tensor:
+        """Return T(x) (batch, n) of a fixed point."""
+        return x - self.residual(x)
+
+    def linearize(self, x: torch.Tensor, wanted: Sequence[bool] | None = None) -> Linearization:
+        """Return R at ``x`` (batch, n) with its graph, the operator ∂_x R and the pullback to ``wanted`` tensors."""
+        system = self.system
+        with torch.enable_grad():
+            point = x.detach().requires_grad_(True)
+            leaves = tuple(
+                tensor.detach().requires_grad_(True) if want else tensor
+                for tensor, want in zip(self.tensors, wanted or [False] * len(self.tensors), strict=True)
+            )
+            residual = system.plain_residual(self._shaped(point), leaves, graph=True).reshape(x.shape)
+        operator: LinearOperator
+        if system.symmetric:
+            operator = HessianOperator(residual, point)
+            operator.expect_definite = system.minimizes
+        else:
+            operator = JacobianOperator(residual, point)
+        return Linearization(residual, operator, leaves)
+
+    def cases(self, x: torch.Tensor) -> Iterator[Case]:
+        """Yield each problem in the user's terms, with its own slice of every tensor and of ``x`` (batch, n)."""
+        sizes = self.system.batch_shape
+        rows = x.reshape(-1, self.size)
+        for number, row in enumerate(rows):
+            index = torch.unravel_index(torch.tensor(number), sizes) if sizes else ()
+            position = [int(i) for i in reversed(index)]  # innermost level first, as in system.levels
+            tensors = list(self.tensors)
+            # Outermost axes come first in a tensor, so they are taken off first.
+            for level, at in zip(reversed(self.system.levels), reversed(position), strict=True):
+                tensors = [t[at] if flag else t for t, flag in zip(tensors, level.batched, strict=True)]
+            args, kwargs = self.system.arguments.rebuild(tensors)
+            yield Case(self.system.function, self.system.raveler.unravel(row), args, kwargs)
+
+    def inspect(self, x: torch.Tensor, *, captures: bool) -> None:
+        """Evaluate twice at ``x`` and raise on what would make gradients wrong.
+
+        Raises
+        ------
+        CapturedTensorError
+            If a tensor reached through the closure requires grad (looked for if ``captures``), or belongs to
+            a ``vmap`` outside.
+        StochasticObjectiveError
+            If two evaluations differ, or buffers of a module are updated.
+        ShapeError
+            If the function returns the wrong shapes.
+        """
+        shaped = self._shaped(x.detach())
+        versions = [tensor._version for tensor in self.tensors if not tensor.is_inference()]
+        with torch.enable_grad():
+            try:
+                first = self.system.outputs(shaped, *self.tensors)
+            except RuntimeError as error:
+                if "escaped from inside a function being vmapped" in str(error):
+                    raise captured_error(self.where, self.system.noun, "belongs to a vmap outside") from error
+                raise
+        if captures and first.requires_grad:
+            raise captured_error(self.where, self.system.noun, "requires grad")
+        with torch.no_grad():
+            second = self.system.outputs(shaped, *self.tensors)
+        if not torch.equal(first.detach().nan_to_num(), second.nan_to_num()) and not _close(first.detach(), second):
+            raise StochasticObjectiveError(
+                f"{self.where}: expected {self.system.noun} to be deterministic, and two evaluations at one point "
+                "differ; switch dropout off with .eval(), or draw the noise outside and pass it as an argument"
+            )
+        if versions != [tensor._version for tensor in self.tensors if not tensor.is_inference()]:
+            raise StochasticObjectiveError(
+                f"{self.where}: expected {self.system.noun} to leave its arguments as they are, and one was changed in "
+                "place; for batch norm use batch statistics (track_running_stats=False) or .eval()"
+            )
+
+    def _shaped(self, x: torch.Tensor) -> torch.Tensor:
+        return x.reshape(*self.system.batch_shape, self.size)
+
+
+def _plain(tensor: torch.Tensor) -> torch.Tensor:
+    # Tensors born under inference_mode cannot take part in autograd; a copy can.
+    return tensor.clone() if tensor.is_inference() else tensor.detach()
+
+
+def _close(first: torch.Tensor, second: torch.Tensor) -> bool:
+    # Reductions over threads may differ in the last bits from run to run; dropout differs by much more.
+    tolerance = 1e3 * torch.finfo(first.dtype).eps
+    scale = torch.maximum(first.abs(), second.abs()).nan_to_num()
+    return bool(((first - second).abs().nan_to_num() <= tolerance * scale.max()).all()) if first.numel() else True
+
+
+def captured_error(where: str, noun: str, how: str) -> CapturedTensorError:
+    """Return the error for a tensor that ``noun`` reaches through its closure."""
+    return CapturedTensorError(
+        f"{where}: expected every tensor to differentiate to be an argument, and {noun} reaches one through its "
+        f"closure that {how} and would silently receive no gradient; pass it as an argument (a module's "
+        "parameters as dict(module.named_parameters()) with torch.func.functional_call), or detach it"
+    )
+
+
+def _unconnected(system: System) -> ArgumentError:
+    return ArgumentError(
+        f"{system.where}: expected what {system.noun} returns to depend on its first argument, and no graph leads "
+        "there; look for .detach(), .item(), numpy or torch.no_grad inside it"
+    )

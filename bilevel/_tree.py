@@ -1,0 +1,143 @@
+"""Pytrees to flat vectors and back, and a call's tensors apart from everything else in its arguments."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.utils import _pytree as pytree
+
+from bilevel.errors import DtypeError, ShapeError
+
+__all__ = ["Arguments", "Raveler", "flatten_arguments", "leaf_names", "ravel_like"]
+
+
+@dataclass(frozen=True, eq=False)
+class Raveler:
+    """The structure of the unknown: turns one flat vector into the user's pytree and back.
+
+    Parameters
+    ----------
+    structure
+        The pytree's structure.
+    shapes, dtypes
+        Of each leaf.
+    dtype, device
+        Of the flat vector: the widest floating-point dtype of the leaves.
+    """
+
+    structure: pytree.TreeSpec
+    shapes: tuple[torch.Size, ...]
+    dtypes: tuple[torch.dtype, ...]
+    dtype: torch.dtype
+    device: torch.device
+
+    @staticmethod
+    def of(tree: Any, where: str) -> Raveler:
+        """Read the structure of ``tree``, or say what cannot be an unknown about it."""
+        paths, structure = pytree.tree_flatten_with_path(tree)
+        if not paths:
+            raise ShapeError(f"{where}: expected init to hold at least one tensor, got {tree!r}; pass a tensor or a pytree of them")
+        for path, leaf in paths:
+            name = "init" + pytree.keystr(path)
+            if not isinstance(leaf, torch.Tensor):
+                raise DtypeError(
+                    f"{where}: expected {name} to be a floating-point tensor, got {type(leaf).__name__}; wrap it in "
+                    "torch.tensor(..., dtype=torch.float64), or pass it as an argument instead of an unknown"
+                )
+            if not leaf.dtype.is_floating_point:
+                raise DtypeError(
+                    f"{where}: expected {name} to be a floating-point tensor, got {str(leaf.dtype).removeprefix('torch.')}; "
+                    "convert it with .to(torch.float64) or .float()"
+                )
+        leaves = [leaf for _, leaf in paths]
+        device = leaves[0].device
+        for path, leaf in paths:
+            if leaf.device != device:
+                raise ShapeError(
+                    f"{where}: expected all of init on one device, got {device} and {leaf.device} at "
+                    f"init{pytree.keystr(path)}; move them together with .to(device)"
+                )
+        dtype = leaves[0].dtype
+        for leaf in leaves[1:]:
+            dtype = torch.promote_types(dtype, leaf.dtype)
+        return Raveler(
+            structure, tuple(leaf.shape for leaf in leaves), tuple(leaf.dtype for leaf in leaves), dtype, device
+        )
+
+    @property
+    def size(self) -> int:
+        """The length n of the flat vector."""
+        return sum(shape.numel() for shape in self.shapes)
+
+    def ravel(self, tree: Any) -> torch.Tensor:
+        """Return ``tree``, of this structure, as one vector (n,)."""
+        leaves = pytree.tree_leaves(tree)
+        if len(leaves) == 1 and leaves[0].dtype == self.dtype:
+            return leaves[0].reshape(-1)
+        return torch.cat([leaf.reshape(-1).to(self.dtype) for leaf in leaves])
+
+    def unravel(self, flat: torch.Tensor) -> Any:
+        """Return the vector ``flat`` (n,) as the user's pytree."""
+        if len(self.shapes) == 1:
+            return pytree.tree_unflatten([flat.reshape(self.shapes[0]).to(self.dtypes[0])], self.structure)
+        parts = torch.split(flat, [shape.numel() for shape in self.shapes])
+        return pytree.tree_unflatten(
+            [
+                part.reshape(shape).to(dtype)
+                for part, shape, dtype in zip(parts, self.shapes, self.dtypes, strict=True)
+            ],
+            self.structure,
+        )
+
+
+def ravel_like(tree: Any, raveler: Raveler, where: str, what: str) -> torch.Tensor:
+    """Return what the user's function gave as one vector (n,), or say how its structure or shapes differ."""
+    paths, structure = pytree.tree_flatten_with_path(tree)
+    if structure != raveler.structure:
+        raise ShapeError(
+            f"{where}: expected {what} to return the structure of init, {raveler.structure}, got {structure}; "
+            "return one value for each unknown, in the same pytree"
+        )
+    for (path, leaf), shape in zip(paths, raveler.shapes, strict=True):
+        if not isinstance(leaf, torch.Tensor) or leaf.shape != shape:
+            got = tuple(leaf.shape) if isinstance(leaf, torch.Tensor) else type(leaf).__name__
+            raise ShapeError(
+                f"{where}: expected {what} to return shape {tuple(shape)} at init{pytree.keystr(path)}, got {got}; "
+                "there must be as many equations as unknowns, in the same shapes"
+            )
+    return raveler.ravel(tree)
+
+
+@dataclass(frozen=True, eq=False)
+class Arguments:
+    """A call's (args, kwargs) with the tensors taken out; :meth:`rebuild` puts tensors in."""
+
+    structure: pytree.TreeSpec
+    others: tuple[Any, ...]
+    is_tensor: tuple[bool, ...]
+    names: tuple[str, ...]
+
+    def rebuild(self, tensors: Sequence[torch.Tensor]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Return (args, kwargs) with ``tensors`` in their places."""
+        feed, rest = iter(tensors), iter(self.others)
+        leaves = [next(feed) if flag else next(rest) for flag in self.is_tensor]
+        args, kwargs = pytree.tree_unflatten(leaves, self.structure)
+        return args, kwargs
+
+
+def flatten_arguments(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[list[torch.Tensor], Arguments]:
+    """Split a call's arguments into its tensors, of any dtype, and the rest."""
+    paths, structure = pytree.tree_flatten_with_path((args, kwargs))
+    flags = tuple(isinstance(leaf, torch.Tensor) for _, leaf in paths)
+    tensors = [leaf for (_, leaf), flag in zip(paths, flags, strict=True) if flag]
+    others = tuple(leaf for (_, leaf), flag in zip(paths, flags, strict=True) if not flag)
+    names = tuple(leaf_names(paths))
+    return tensors, Arguments(structure, others, flags, names)
+
+
+def leaf_names(paths: Sequence[tuple[Any, Any]]) -> list[str]:
+    """Return how a reader would write each leaf of (args, kwargs): ``args[0]['lr']``, ``kwargs['x']``."""
+    return [("args" if path[0].idx == 0 else "kwargs") + pytree.keystr(path[1:]) for path, _ in paths]

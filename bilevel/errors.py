@@ -1,0 +1,87 @@
+"""Errors and warnings: each says where it happened, what came, what was expected and what to do.
+
+Every class inherits twice, from :class:`BilevelError` and from the built-in that a caller who has
+never heard of this library would catch.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from bilevel.reports import SolveReport
+
+__all__ = [
+    "ArgumentError",
+    "BilevelError",
+    "BudgetWarning",
+    "CapturedTensorError",
+    "DtypeError",
+    "FailureWarning",
+    "InitGradientError",
+    "ShapeError",
+    "SolveError",
+    "SolveWarning",
+    "StochasticObjectiveError",
+    "TransformError",
+]
+
+
+class BilevelError(Exception):
+    """Base of every error that this library raises on purpose."""
+
+
+class ArgumentError(BilevelError, ValueError):
+    """An argument has a value that cannot be used, such as a negative step size."""
+
+
+class DtypeError(BilevelError, TypeError):
+    """A tensor has a dtype that cannot be optimised or differentiated, such as int64."""
+
+
+class ShapeError(BilevelError, ValueError):
+    """A function returned, or was given, tensors whose shapes do not fit."""
+
+
+class CapturedTensorError(BilevelError, RuntimeError):
+    """A tensor reached through the closure requires grad and would receive none."""
+
+
+class InitGradientError(BilevelError, RuntimeError):
+    """The starting point requires grad, but a solution does not depend on where the search began."""
+
+
+class StochasticObjectiveError(BilevelError, RuntimeError):
+    """Two evaluations at one point differ, so that no solution is defined."""
+
+
+class TransformError(BilevelError, RuntimeError):
+    """A nesting of transforms that PyTorch would silently differentiate wrongly."""
+
+
+class SolveError(BilevelError, RuntimeError):
+    """A solve failed; :attr:`report` says for which problems and how.
+
+    Parameters
+    ----------
+    message
+        One sentence with the remedy.
+    report
+        The report of the failed solve.
+    """
+
+    def __init__(self, message: str, report: SolveReport) -> None:
+        super().__init__(message)
+        self.report = report
+
+
+class FailureWarning(UserWarning):
+    """Base of the warnings given where ``on_failure="warn"`` turned an error into one."""
+
+
+class SolveWarning(FailureWarning):
+    """A solve failed and the caller asked to be warned instead of stopped."""
+
+
+class BudgetWarning(UserWarning):
+    """A step budget was spent short of the default accuracy, and no accuracy had been asked for."""

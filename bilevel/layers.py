@@ -1,0 +1,499 @@
+"""Any argmin, root or fixed point as a differentiable layer.
+
+A layer checks what it is given, chooses what was left to it, and applies the differentiation rule
+(:mod:`bilevel._implicit`). What a solve did is reported, and what failed is treated as the caller's policy says,
+in the forward pass and in every derivative alike.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar, cast, overload
+
+import torch
+from torch.utils import _pytree as pytree
+
+from bilevel._implicit import Rule, Solve
+from bilevel._system import ArgminSystem, FixedPointSystem, Problem, RootSystem, System, captured_error
+from bilevel._transforms import carries_gradient, eager, forward_levels, transforms_active
+from bilevel._tree import Raveler, flatten_arguments
+from bilevel.errors import (
+    ArgumentError,
+    BilevelError,
+    DtypeError,
+    InitGradientError,
+    StochasticObjectiveError,
+    TransformError,
+)
+from bilevel.linear._base import LinearSolver, LinearSolverLike, as_linear_solver, solve_linear
+from bilevel.linear.cg import CG
+from bilevel.linear.exact import Exact
+from bilevel.linear.gmres import GMRES
+from bilevel.operators import LinearOperator
+from bilevel.reports import (
+    OnFailure,
+    Pass,
+    SolveReport,
+    active_recordings,
+    check_policy,
+    enforce,
+    misuse,
+)
+from bilevel.solvers._base import InnerSolver, InnerSolverLike, as_inner_solver, solve_inner
+from bilevel.solvers.anderson import Anderson
+from bilevel.solvers.lbfgs import LBFGS
+from bilevel.solvers.newton import Newton
+from bilevel.tolerance import Tolerance
+
+__all__ = ["Layer", "Solution", "argmin", "default_linear_solver", "default_solver", "fixed_point", "root"]
+
+T = TypeVar("T")
+
+# Up to this order, and this much memory for a batch, a factorisation beats products; found by timing.
+_DENSE_ORDER = 512
+_DENSE_NUMBERS = 2**25
+
+
+def _dense_fits(batch: int, size: int) -> bool:
+    return size <= _DENSE_ORDER and batch * size * size <= _DENSE_NUMBERS
+
+
+def default_solver(problem: Problem) -> InnerSolver:
+    """Return the inner solver used where none is given.
+
+    Newton's method where the matrices are small, L-BFGS for a large argmin, Anderson acceleration for a fixed
+    point, and Newton–Krylov for a large root.
+    """
+    if problem.is_fixed_point:
+        return Anderson()
+    if problem.minimizes and not _dense_fits(problem.batch, problem.size):
+        return LBFGS()
+    return Newton()
+
+
+def default_linear_solver(operator: LinearOperator) -> LinearSolver:
+    """Return the linear solver used where none is given: a factorisation if small, else CG, or GMRES if not symmetric."""
+    if _dense_fits(operator.distinct.batch, operator.size):
+        return Exact()
+    return CG() if operator.symmetric else GMRES()
+
+
+@dataclass(frozen=True, eq=False)
+class Solution(Generic[T]):
+    """A layer's result with its report.
+
+    It is a pytree node whose only child is :attr:`value`, so that ``torch.func.vmap(layer.solve)`` returns one, with
+    a report of the whole batch.
+
+    Parameters
+    ----------
+    value
+        x, the same pytree as init, differentiable as ``layer(...)`` is.
+    report
+        What the forward solve did, per problem.
+    """
+
+    value: T
+    report: SolveReport
+
+
+pytree.register_pytree_node(
+    Solution,
+    lambda solution: ([solution.value], solution.report),
+    lambda children, report: Solution(next(iter(children)), cast(SolveReport, report)),
+    serialized_type_name="bilevel.Solution",
+)
+
+
+class Layer:
+    """A differentiable solve: a function of (init, *args, **kwargs). Made by :func:`argmin`, :func:`root`, :func:`fixed_point`."""
+
+    def __init__(
+        self,
+        kind: type[System],
+        function: Callable[..., Any],
+        *,
+        solver: InnerSolverLike | None,
+        linear_solver: LinearSolverLike | None,
+        tolerance: Tolerance | None,
+        on_failure: OnFailure,
+    ) -> None:
+        noun = kind.noun
+        if not callable(function):
+            raise ArgumentError(
+                f"bilevel layer: expected {noun} to be a function of (x, *args, **kwargs), got {function!r}; pass one"
+            )
+        if tolerance is not None and not isinstance(tolerance, Tolerance):
+            raise ArgumentError(f"expected tolerance to be a bilevel.Tolerance, got {tolerance!r}; wrap it in one")
+        self.kind = kind
+        self.function = function
+        self.solver = None if solver is None else as_inner_solver(solver)
+        self.linear_solver = None if linear_solver is None else as_linear_solver(linear_solver)
+        self.tolerance = Tolerance() if tolerance is None else tolerance
+        self.on_failure = check_policy(on_failure)
+        functools.update_wrapper(self, function, updated=())
+        label = {ArgminSystem: "argmin", RootSystem: "root", FixedPointSystem: "fixed_point"}[kind]
+        self.where = f"`{label}` layer `{getattr(function, '__name__', type(function).__name__)}`"
+
+    def __repr__(self) -> str:
+        return f"<{self.where}, solver={self.solver!r}, linear_solver={self.linear_solver!r}, {self.tolerance!r}>"
+
+    def __call__(self, init: T, *args: Any, **kwargs: Any) -> T:
+        """Return x, the same pytree as ``init``, differentiable with respect to every tensor in args and kwargs.
+
+        Parameters
+        ----------
+        init
+            Where the search begins: a tensor, or a pytree of tensors, of floating-point dtype. No gradient flows to it.
+        *args, **kwargs
+            Passed on to the function, as pytrees. Every floating-point tensor in them can be differentiated.
+
+        Raises
+        ------
+        SolveError
+            If the solve, or in a backward pass the linear solve, did not reach the tolerance (policy ``"raise"``).
+        DtypeError, ShapeError
+            If ``init`` cannot be an unknown, or the function returns the wrong shapes.
+        CapturedTensorError, InitGradientError, StochasticObjectiveError
+            If a gradient would silently be wrong or missing (policy ``"raise"``).
+        TransformError
+            If two nested forward-mode transforms meet here: torch would return zero.
+        """
+        return self.solve(init, *args, **kwargs).value
+
+    @eager
+    def solve(self, init: T, *args: Any, **kwargs: Any) -> Solution[T]:
+        """Return a :class:`Solution`: what calling the layer returns, with the report of the forward solve."""
+        raveler = Raveler.of(init, self.where)
+        tensors, arguments = flatten_arguments(args, kwargs)
+        for tensor, name in zip(tensors, arguments.names, strict=True):
+            if tensor.is_complex() or tensor.dtype.is_floating_point and tensor.device != raveler.device:
+                got = f"{tensor.dtype}" if tensor.is_complex() else f"{tensor.device}"
+                wanted = "a real tensor" if tensor.is_complex() else f"a tensor on init's device, {raveler.device}"
+                raise DtypeError(f"{self.where}: expected {wanted} at {name}, got {got}; convert it or move init")
+        if forward_levels(tensors) > 1:
+            raise TransformError(
+                f"{self.where}: expected at most one forward-mode transform around the layer, got two, for which torch "
+                "silently returns zero (pytorch/pytorch#197867); write jacfwd(jacrev(f)) or torch.func.hessian(f) "
+                "instead of jacfwd(jacfwd(f))"
+            )
+        system = self.kind(self.where, self.function, raveler, arguments)
+        watched = torch.is_grad_enabled()
+        spoiled = self._check_edge(init, system, tensors) if watched or transforms_active() else False
+        run = _Run(self, watched)
+        flat = raveler.ravel(init).detach()
+        x = Solve.apply(Rule(system, run.solve, run.solve_linear), flat, *tensors)
+        if spoiled:
+            x = x * float("nan")
+        assert run.report is not None
+        return Solution(raveler.unravel(x), run.report)
+
+    def _check_edge(self, init: Any, system: System, tensors: list[torch.Tensor]) -> bool:
+        """Find what the primitive cannot see from inside; return whether the policy asks for NaN."""
+        spoiled = False
+        leaves = pytree.tree_leaves(init)
+        if any(carries_gradient(leaf) for leaf in leaves):
+            error: BilevelError = InitGradientError(
+                f"{self.where}: expected init not to require grad, and it does: a solution does not depend on where the "
+                "search began, so that its gradient would be none; pass init.detach(), or pass the tensor as an argument"
+            )
+            spoiled |= misuse(error, self.on_failure)
+        if transforms_active():
+            # Inside the primitive a captured tensor of a transform looks like a plain one: look at it here.
+            detached = [tensor.detach() for tensor in tensors]
+            flat = system.raveler.ravel(pytree.tree_map(torch.Tensor.detach, init))
+            try:
+                with torch.enable_grad():
+                    output = system.output(flat, *detached)
+            except RuntimeError as problem:
+                if "randomness" not in str(problem):
+                    raise
+                raise StochasticObjectiveError(
+                    f"{self.where}: expected {system.noun} to be deterministic, and it draws random numbers inside vmap; "
+                    "switch dropout off with .eval(), or draw the noise outside and pass it as an argument"
+                ) from problem
+            if carries_gradient(output):
+                error = captured_error(self.where, system.noun, "is being differentiated by a transform outside")
+                spoiled |= misuse(error, self.on_failure)
+        return spoiled
+
+
+class _Run:
+    """One call of a layer: solves, judges, reports and applies the policy, forward and in every derivative."""
+
+    def __init__(self, layer: Layer, watched: bool) -> None:
+        self.layer = layer
+        self.watched = watched
+        self.recordings = active_recordings()
+        self.report: SolveReport | None = None
+
+    def solve(self, problem: Problem, init: torch.Tensor) -> torch.Tensor:
+        layer = self.layer
+        spoiled = False
+        try:
+            problem.inspect(init, captures=self.watched)
+        except BilevelError as error:
+            if isinstance(error, ValueError):  # wrong shapes cannot be gone on with
+                raise
+            spoiled = misuse(error, layer.on_failure)
+        solver = layer.solver or default_solver(problem)
+        target = layer.tolerance.inner(init.dtype)
+        outcome = solve_inner(solver, problem, init, target)
+        axes = problem.system.batch_shape
+        self.report = SolveReport(
+            Pass.FORWARD,
+            layer.where,
+            solver.name,
+            *(
+                tensor.reshape(axes)
+                for tensor in (
+                    outcome.status, outcome.iterations, outcome.residual_norm, outcome.threshold, outcome.error_bound,
+                )
+            ),
+            outcome.basis,
+        )  # fmt: skip
+        x = enforce(
+            self.report, outcome.x.reshape(*axes, problem.size), layer.on_failure, self.recordings,
+            silent_budget=target.silent,
+        )  # fmt: skip
+        return x * float("nan") if spoiled else x
+
+    def solve_linear(
+        self, operator: LinearOperator, rhs: torch.Tensor, axes: tuple[int, ...], primary: bool
+    ) -> torch.Tensor:
+        layer = self.layer
+        solver = layer.linear_solver or default_linear_solver(operator)
+        target = layer.tolerance.linear(rhs.dtype)
+        outcome = solve_linear(solver, operator, rhs, target)
+        report = SolveReport(
+            Pass.BACKWARD,
+            layer.where,
+            solver.name,
+            *(
+                tensor.reshape(axes)
+                for tensor in (
+                    outcome.status, outcome.iterations, outcome.residual_norm, outcome.threshold, outcome.error_bound,
+                )
+            ),
+            outcome.basis,
+        )  # fmt: skip
+        shaped = outcome.x.reshape(*axes, operator.size)
+        return enforce(report, shaped, layer.on_failure, self.recordings, silent_budget=target.silent)
+
+
+Decorator = Callable[[Callable[..., Any]], Layer]
+
+
+@overload
+def argmin(
+    objective: None = None,
+    *,
+    solver: InnerSolverLike | None = None,
+    linear_solver: LinearSolverLike | None = None,
+    tolerance: Tolerance | None = None,
+    on_failure: OnFailure = "raise",
+) -> Decorator: ...
+@overload
+def argmin(
+    objective: Callable[..., torch.Tensor],
+    *,
+    solver: InnerSolverLike | None = None,
+    linear_solver: LinearSolverLike | None = None,
+    tolerance: Tolerance | None = None,
+    on_failure: OnFailure = "raise",
+) -> Layer: ...
+def argmin(
+    objective: Callable[..., torch.Tensor] | None = None,
+    *,
+    solver: InnerSolverLike | None = None,
+    linear_solver: LinearSolverLike | None = None,
+    tolerance: Tolerance | None = None,
+    on_failure: OnFailure = "raise",
+) -> Layer | Decorator:
+    """Turn an objective into the layer x*(θ) = argmin_x G(x, θ), with dx*/dθ = −H⁻¹ ∂_θ∇_x G.
+
+    Parameters
+    ----------
+    objective
+        G: a function of (x, *args, **kwargs) that returns a scalar tensor, twice differentiable. Left out, a decorator is
+        returned.
+    solver
+        An inner solver, or a function (objective, init, *args, **kwargs) -> x. By default chosen from the size.
+    linear_solver
+        A linear solver for H q = v, or a function (operator, rhs) -> x on tensors (batch, n). By default chosen from
+        the size.
+    tolerance
+        δ and δ′; by default what the dtype allows.
+    on_failure
+        What to do about a solve that failed and about misuse that makes gradients wrong: ``"raise"``, ``"warn"``,
+        ``"nan"`` (NaN for the problems concerned) or ``"ignore"``; forward and backward.
+
+    Returns
+    -------
+    Layer
+        A function of (init, *args, **kwargs), with ``.solve`` that also returns a report. ``torch.func.vmap`` of it
+        solves a batch at once.
+
+    Raises
+    ------
+    ArgumentError
+        If a setting cannot be used.
+
+    References
+    ----------
+    The implicit function theorem; as a layer, Amos & Kolter, "OptNet", ICML 2017; as a transform, Blondel et al.,
+    "Efficient and Modular Implicit Differentiation", NeurIPS 2022.
+
+    Examples
+    --------
+    >>> import torch, bilevel
+    >>> @bilevel.argmin
+    ... def ridge(w, X, y, strength):
+    ...     return ((X @ w - y) ** 2).sum() + strength * (w**2).sum()
+    >>> X = torch.tensor([[1.0, 0.0], [0.0, 2.0]], dtype=torch.float64)
+    >>> y = torch.tensor([1.0, 2.0], dtype=torch.float64)
+    >>> strength = torch.tensor(1.0, dtype=torch.float64, requires_grad=True)
+    >>> w = ridge(torch.zeros(2, dtype=torch.float64), X, y, strength)
+    >>> w.detach()
+    tensor([0.5000, 0.8000], dtype=torch.float64)
+    >>> w.sum().backward()
+    >>> strength.grad  # −1/(1+1)² − 4/(4+1)²
+    tensor(-0.4100, dtype=torch.float64)
+    """
+    return _layer(ArgminSystem, objective, solver, linear_solver, tolerance, on_failure)
+
+
+@overload
+def root(
+    residual: None = None,
+    *,
+    solver: InnerSolverLike | None = None,
+    linear_solver: LinearSolverLike | None = None,
+    tolerance: Tolerance | None = None,
+    on_failure: OnFailure = "raise",
+) -> Decorator: ...
+@overload
+def root(
+    residual: Callable[..., Any],
+    *,
+    solver: InnerSolverLike | None = None,
+    linear_solver: LinearSolverLike | None = None,
+    tolerance: Tolerance | None = None,
+    on_failure: OnFailure = "raise",
+) -> Layer: ...
+def root(
+    residual: Callable[..., Any] | None = None,
+    *,
+    solver: InnerSolverLike | None = None,
+    linear_solver: LinearSolverLike | None = None,
+    tolerance: Tolerance | None = None,
+    on_failure: OnFailure = "raise",
+) -> Layer | Decorator:
+    """Turn a residual into the layer x*(θ) with R(x*, θ) = 0, and dx*/dθ = −(∂_x R)⁻¹ ∂_θ R.
+
+    Parameters
+    ----------
+    residual
+        R: a function of (x, *args, **kwargs) that returns the pytree of x, shape for shape.
+    solver, linear_solver, tolerance, on_failure
+        See :func:`argmin`. The Jacobian need not be symmetric: Exact, GMRES and BiCGStab fit, CG does not.
+
+    Returns
+    -------
+    Layer
+        A function of (init, *args, **kwargs).
+
+    Raises
+    ------
+    ArgumentError
+        If a setting cannot be used.
+
+    Examples
+    --------
+    >>> import torch, bilevel
+    >>> cube_root = bilevel.root(lambda x, a: x**3 - a)
+    >>> a = torch.tensor(8.0, dtype=torch.float64, requires_grad=True)
+    >>> x = cube_root(torch.tensor(1.5, dtype=torch.float64), a)
+    >>> x.backward()
+    >>> round(x.item(), 6), round(a.grad.item(), 6)  # 1 / (3 x²)
+    (2.0, 0.083333)
+    """
+    return _layer(RootSystem, residual, solver, linear_solver, tolerance, on_failure)
+
+
+@overload
+def fixed_point(
+    mapping: None = None,
+    *,
+    solver: InnerSolverLike | None = None,
+    linear_solver: LinearSolverLike | None = None,
+    tolerance: Tolerance | None = None,
+    on_failure: OnFailure = "raise",
+) -> Decorator: ...
+@overload
+def fixed_point(
+    mapping: Callable[..., Any],
+    *,
+    solver: InnerSolverLike | None = None,
+    linear_solver: LinearSolverLike | None = None,
+    tolerance: Tolerance | None = None,
+    on_failure: OnFailure = "raise",
+) -> Layer: ...
+def fixed_point(
+    mapping: Callable[..., Any] | None = None,
+    *,
+    solver: InnerSolverLike | None = None,
+    linear_solver: LinearSolverLike | None = None,
+    tolerance: Tolerance | None = None,
+    on_failure: OnFailure = "raise",
+) -> Layer | Decorator:
+    """Turn a mapping into the layer x*(θ) with x* = T(x*, θ), and dx*/dθ = (I − ∂_x T)⁻¹ ∂_θ T.
+
+    Parameters
+    ----------
+    mapping
+        T: a function of (x, *args, **kwargs) that returns the pytree of x, shape for shape.
+    solver, linear_solver, tolerance, on_failure
+        See :func:`argmin`; the residual is x − T(x). By default Anderson acceleration, which needs T to be a contraction
+        near the solution; Newton does not.
+
+    Returns
+    -------
+    Layer
+        A function of (init, *args, **kwargs).
+
+    Raises
+    ------
+    ArgumentError
+        If a setting cannot be used.
+
+    References
+    ----------
+    As a layer: Bai, Kolter, Koltun, "Deep Equilibrium Models", NeurIPS 2019.
+
+    Examples
+    --------
+    >>> import torch, bilevel
+    >>> layer = bilevel.fixed_point(lambda x, a: 0.5 * torch.cos(x) + a)
+    >>> a = torch.tensor([0.0, 1.0], dtype=torch.float64, requires_grad=True)
+    >>> x = layer(torch.zeros(2, dtype=torch.float64), a)
+    >>> bool(torch.allclose(x, 0.5 * torch.cos(x) + a, atol=1e-10))
+    True
+    """
+    return _layer(FixedPointSystem, mapping, solver, linear_solver, tolerance, on_failure)
+
+
+def _layer(
+    kind: type[System],
+    function: Callable[..., Any] | None,
+    solver: InnerSolverLike | None,
+    linear_solver: LinearSolverLike | None,
+    tolerance: Tolerance | None,
+    on_failure: OnFailure,
+) -> Layer | Decorator:
+    make = functools.partial(
+        Layer, kind, solver=solver, linear_solver=linear_solver, tolerance=tolerance, on_failure=on_failure
+    )
+    return make if function is None else make(function)

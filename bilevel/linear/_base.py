@@ -1,0 +1,253 @@
+"""The contract of linear solvers, and the one place that judges what they return.
+
+A solver sees an operator of shape (batch, n, n), right-hand sides (batch, n) and, per problem, the norm that the
+residual is to reach. It returns iterates, steps and what it noticed. :func:`solve_linear` scales the
+problem, recomputes the true residual and decides the status, alike for all methods and for a user's function.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TypeAlias
+
+import torch
+
+from bilevel.errors import ArgumentError, ShapeError
+from bilevel.operators import LinearOperator
+from bilevel.reports import Basis, Status
+from bilevel.tolerance import Target, Tolerance
+
+__all__ = [
+    "CallableLinearSolver",
+    "LinearOutcome",
+    "LinearSolution",
+    "LinearSolver",
+    "LinearSolverLike",
+    "as_linear_solver",
+    "rounding_floor",
+    "solve_linear",
+]
+
+
+@dataclass(frozen=True, eq=False)
+class LinearSolution:
+    """What a linear solver returns.
+
+    Parameters
+    ----------
+    x
+        (batch, n).
+    iterations
+        int64 (batch,): products with the matrix that the problem needed.
+    status
+        int64 (batch,): a failure that the solver *noticed* (indefinite, singular, breakdown, diverged, not finite),
+        or ``Status.CONVERGED`` / ``Status.MAX_STEPS`` / ``Status.STAGNATED`` as far as it can tell.
+    residual
+        The true residual b − A x (batch, n), if the solver has recomputed it.
+    """
+
+    x: torch.Tensor
+    iterations: torch.Tensor
+    status: torch.Tensor
+    residual: torch.Tensor | None = None
+
+
+class LinearSolver(ABC):
+    """Solves A x = b for a batch. Subclasses are frozen dataclasses of settings with one method, ``solve``."""
+
+    @property
+    def has_budget(self) -> bool:
+        """Whether the caller chose a number of steps, which is then legitimate to spend (style: "5 CG steps")."""
+        return getattr(self, "max_steps", None) is not None
+
+    @property
+    def name(self) -> str:
+        """The name used in messages and reports."""
+        return type(self).__name__
+
+    @abstractmethod
+    def solve(
+        self, operator: LinearOperator, rhs: torch.Tensor, threshold: torch.Tensor, start: torch.Tensor | None = None
+    ) -> LinearSolution:
+        """Solve A x = b.
+
+        Parameters
+        ----------
+        operator
+            A, (batch, n, n).
+        rhs
+            b (batch, n), finite.
+        threshold
+            (batch,): stop a problem when ‖b − A x‖ is at or below; 0 to spend the budget.
+        start
+            (batch, n) to begin from; zero if None.
+        """
+
+    def __call__(
+        self, operator: LinearOperator, rhs: torch.Tensor, tolerance: Tolerance | None = None
+    ) -> torch.Tensor:
+        """Solve A x = b to ``tolerance`` and return x (batch, n), whatever became of it; see ``solve_linear``."""
+        target = (tolerance or Tolerance()).linear(rhs.dtype)
+        return solve_linear(self, operator, rhs, target).x
+
+
+@dataclass(frozen=True)
+class CallableLinearSolver(LinearSolver):
+    """A user's function (operator, rhs) ↦ x as a linear solver; its answer is judged by its true residual."""
+
+    function: Callable[[LinearOperator, torch.Tensor], torch.Tensor]
+
+    @property
+    def name(self) -> str:
+        return getattr(self.function, "__name__", type(self.function).__name__)
+
+    def solve(
+        self, operator: LinearOperator, rhs: torch.Tensor, threshold: torch.Tensor, start: torch.Tensor | None = None
+    ) -> LinearSolution:
+        with torch.no_grad():
+            x = self.function(operator, rhs)
+        if not isinstance(x, torch.Tensor) or x.shape != rhs.shape:
+            got = tuple(x.shape) if isinstance(x, torch.Tensor) else type(x).__name__
+            raise ShapeError(
+                f"linear_solver {self.name}: expected a tensor of shape {tuple(rhs.shape)}, one row for each "
+                f"right-hand side, got {got}; return x with A x = rhs, batched as rhs is"
+            )
+        x = x.detach().to(rhs)
+        unknown = torch.zeros(rhs.shape[0], dtype=torch.int64, device=rhs.device)
+        return LinearSolution(x, unknown, torch.full_like(unknown, Status.NOT_CONVERGED))
+
+
+LinearSolverLike: TypeAlias = LinearSolver | Callable[[LinearOperator, torch.Tensor], torch.Tensor]
+
+
+def as_linear_solver(solver: LinearSolverLike) -> LinearSolver:
+    """Return ``solver`` as a :class:`LinearSolver`; a function (operator, rhs) -> x is wrapped."""
+    if isinstance(solver, LinearSolver):
+        return solver
+    if isinstance(solver, type) and issubclass(solver, LinearSolver):
+        raise ArgumentError(
+            f"expected linear_solver to be an instance, got the class {solver.__name__}; write {solver.__name__}(...)"
+        )
+    if callable(solver):
+        return CallableLinearSolver(solver)
+    raise ArgumentError(
+        f"expected linear_solver to be a LinearSolver or a function (operator, rhs) -> x, got {solver!r}; "
+        "for example bilevel.CG()"
+    )
+
+
+@dataclass(frozen=True, eq=False)
+class LinearOutcome:
+    """A judged linear solve; every tensor per problem."""
+
+    x: torch.Tensor
+    status: torch.Tensor
+    iterations: torch.Tensor
+    residual: torch.Tensor
+    residual_norm: torch.Tensor
+    threshold: torch.Tensor
+    error_bound: torch.Tensor
+    basis: Basis
+
+
+def rounding_floor(operator: LinearOperator, x: torch.Tensor, rhs: torch.Tensor) -> torch.Tensor:
+    """Return, per problem, the residual norm that rounding alone accounts for: one product.
+
+    Moving every entry of x by one unit in its last place moves A x by about eps ‖A (s∘x)‖ for signs s. No
+    solver can answer for less.
+    """
+    generator = torch.Generator().manual_seed(0)
+    signs = (torch.randint(0, 2, (x.shape[-1],), generator=generator) * 2 - 1).to(x)
+    eps = torch.finfo(x.dtype).eps
+    return 32 * eps * (operator.matvec(signs * x).norm(dim=-1) + rhs.norm(dim=-1))
+
+
+def solve_linear(
+    solver: LinearSolver,
+    operator: LinearOperator,
+    rhs: torch.Tensor,
+    target: Target,
+    start: torch.Tensor | None = None,
+) -> LinearOutcome:
+    """Solve A x = b and judge the answer by its true residual.
+
+    Parameters
+    ----------
+    solver
+        The method.
+    operator
+        A, (batch, n, n).
+    rhs
+        b (batch, n). Each is scaled to unit size first, so that neither 1e-30 nor 1e30 is lost.
+    target
+        The accuracy asked: the absolute bound holds for right-hand sides of norm one and above, and relative to
+        ‖b‖ below.
+    start
+        (batch, n) to begin from; used for a problem only where it is better than zero.
+    """
+    scale = rhs.abs().amax(dim=-1, keepdim=True) if rhs.shape[-1] else rhs.new_ones(rhs.shape[0], 1)
+    finite = torch.isfinite(scale)
+    usable = finite & (scale > 0)
+    scale = torch.where(usable, scale, torch.ones_like(scale))
+    # A problem with a NaN on the right is solved with zero instead and marked, so that it cannot spoil the others.
+    unit = torch.where(usable, rhs / scale, torch.zeros_like(rhs))
+    norm = unit.norm(dim=-1)
+    size = scale.squeeze(-1)
+    threshold = torch.maximum(
+        target.relative * norm, target.absolute * torch.minimum(norm, 1 / size)
+    )  # in units of the scaled problem
+    solution = solver.solve(operator, unit, threshold, None if start is None else _safe(start / scale))
+    x = solution.x
+    residual = unit - operator.matvec(x) if solution.residual is None else solution.residual
+    residual_norm = residual.norm(dim=-1)
+    status = _judge(solver, operator, unit, target, threshold, solution, residual_norm)
+    status = torch.where(finite.squeeze(-1), status, torch.full_like(status, Status.NOT_FINITE))
+    x = torch.where(finite, x * scale, torch.full_like(x, float("nan")))
+    residual_norm = torch.where(finite.squeeze(-1), residual_norm * size, torch.full_like(size, float("nan")))
+    mu = target.strong_convexity
+    bound = torch.full_like(residual_norm, float("nan")) if mu is None else residual_norm / mu
+    return LinearOutcome(
+        x, status, solution.iterations, residual * scale, residual_norm, threshold * size, bound,
+        Basis.RESIDUAL if mu is None else Basis.CERTIFIED,
+    )  # fmt: skip
+
+
+def _safe(start: torch.Tensor) -> torch.Tensor:
+    return start.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
+
+
+def _judge(
+    solver: LinearSolver,
+    operator: LinearOperator,
+    rhs: torch.Tensor,
+    target: Target,
+    threshold: torch.Tensor,
+    solution: LinearSolution,
+    residual_norm: torch.Tensor,
+) -> torch.Tensor:
+    noticed = solution.status
+    ended = (
+        (noticed == Status.CONVERGED)
+        | (noticed == Status.MAX_STEPS)
+        | (noticed == Status.STAGNATED)
+        | (noticed == Status.NOT_CONVERGED)
+        | (noticed == Status.BREAKDOWN)  # a breakdown at the solution is a solution
+        | (noticed == Status.DIVERGED)
+    )
+    reached = residual_norm <= threshold
+    if not bool((reached | ~ended).all()) and not target.asked:
+        reached = reached | (residual_norm <= rounding_floor(operator, solution.x, rhs))
+    status = noticed
+    short = ended & ~reached
+    if bool(short.any()):
+        # A solver that believes it has converged, and has not, has met the limit of its arithmetic.
+        believed = noticed == Status.CONVERGED
+        status = torch.where(short & believed, torch.full_like(status, Status.STAGNATED), status)
+        if not target.asked and (solver.has_budget or target.silent):
+            spent = short & ((noticed == Status.MAX_STEPS) | (target.silent & (noticed != Status.DIVERGED)))
+            status = torch.where(spent, torch.full_like(status, Status.BUDGET_SPENT), status)
+    status = torch.where(ended & reached, torch.full_like(status, Status.CONVERGED), status)
+    bad = ~torch.isfinite(residual_norm)
+    return torch.where(bad, torch.full_like(status, Status.NOT_FINITE), status)

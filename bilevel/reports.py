@@ -1,0 +1,352 @@
+"""What a solve says of itself: per problem a status, iterations, a residual, a bound and what the bound rests on."""
+
+from __future__ import annotations
+
+import contextlib
+import enum
+import threading
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+
+from bilevel.errors import ArgumentError, BilevelError, BudgetWarning, FailureWarning, SolveError, SolveWarning
+
+__all__ = [
+    "Basis",
+    "OnFailure",
+    "Pass",
+    "Recording",
+    "SolveReport",
+    "Status",
+    "active_recordings",
+    "check_policy",
+    "enforce",
+    "misuse",
+    "record",
+]
+
+OnFailure = Literal["raise", "warn", "nan", "ignore"]
+
+
+class Status(enum.IntEnum):
+    """How one problem's solve ended; :attr:`meaning` says it in words and :attr:`remedy` what to do."""
+
+    CONVERGED = 0
+    BUDGET_SPENT = 1
+    MAX_STEPS = 2
+    NOT_CONVERGED = 3
+    STAGNATED = 4
+    DIVERGED = 5
+    NOT_FINITE = 6
+    INDEFINITE = 7
+    SINGULAR = 8
+    BREAKDOWN = 9
+    LINE_SEARCH_FAILED = 10
+    RUNNING = 11
+
+    @property
+    def meaning(self) -> str:
+        """What happened, as half a sentence."""
+        return _TEXT[self][0]
+
+    @property
+    def remedy(self) -> str:
+        """What to do about it, as half a sentence."""
+        return _TEXT[self][1]
+
+    @property
+    def success(self) -> bool:
+        """Whether the solve did what was asked of it (a budget spent with no accuracy asked included)."""
+        return self in (Status.CONVERGED, Status.BUDGET_SPENT)
+
+
+_TEXT: dict[Status, tuple[str, str]] = {
+    Status.CONVERGED: ("reached the tolerance", "nothing needs doing"),
+    Status.BUDGET_SPENT: (
+        "spent the step budget, and no accuracy was asked for",
+        "pass Tolerance(delta=..., delta_prime=...) to hold it to an accuracy",
+    ),
+    Status.MAX_STEPS: (
+        "ran out of steps before it reached the tolerance",
+        "raise max_steps, start nearer the solution, loosen the tolerance, or take a faster solver",
+    ),
+    Status.NOT_CONVERGED: (
+        "returned a point whose residual is above the tolerance",
+        "tighten that solver's own tolerance or loosen bilevel.Tolerance",
+    ),
+    Status.STAGNATED: (
+        "stopped making progress above the tolerance",
+        "the dtype's rounding may be the limit: use float64, rescale the problem or loosen the tolerance",
+    ),
+    Status.DIVERGED: (
+        "moved away from a solution",
+        "lower the step size, start nearer the solution, or take a solver with a line search",
+    ),
+    Status.NOT_FINITE: (
+        "met a NaN or an infinity",
+        "look for a log, square root or division outside its domain, check the inputs, or lower the step size",
+    ),
+    Status.INDEFINITE: (
+        "met negative curvature: the matrix is not positive definite",
+        "the point may be a saddle or a maximum; add regularisation, start elsewhere, or pass "
+        "linear_solver=Exact() or GMRES(), which do not need positive definiteness, if that is intended",
+    ),
+    Status.SINGULAR: (
+        "met a matrix that is singular to working precision",
+        "the solution is not unique there; add a small ridge term, remove redundant variables, or damp the system",
+    ),
+    Status.BREAKDOWN: (
+        "met a division by zero in its recurrence",
+        "take another linear solver, such as GMRES() or Exact()",
+    ),
+    Status.LINE_SEARCH_FAILED: (
+        "found no step that lowers the objective",
+        "check that the objective is smooth and finite near the start, use float64, or loosen the tolerance",
+    ),
+    Status.RUNNING: ("has not ended", "this is a fault of the library; please report it"),
+}
+
+
+class Basis(enum.IntEnum):
+    """What an error bound rests on; the three are never blurred."""
+
+    CERTIFIED = 0
+    """A proof, given constants that are known."""
+    ESTIMATED = 1
+    """A computed estimate that may be exceeded."""
+    RESIDUAL = 2
+    """A residual only: no bound on the error follows from it."""
+
+
+class Pass(enum.Enum):
+    """Which solve a report speaks of."""
+
+    FORWARD = "forward"
+    BACKWARD = "backward"
+
+
+@dataclass(frozen=True, eq=False)
+class SolveReport:
+    """What one call of a solver did, per problem.
+
+    Every tensor has the shape of the batch: ``()`` for a single problem, ``(64,)`` under one ``vmap`` of 64.
+
+    Parameters
+    ----------
+    direction
+        :attr:`Pass.FORWARD` for an inner solve, :attr:`Pass.BACKWARD` for a linear solve of the derivative.
+    where
+        The layer or problem, for messages.
+    solver
+        The solver's name.
+    status_code
+        int64: the values of :class:`Status`.
+    iterations
+        int64: steps taken.
+    residual_norm
+        The true residual, recomputed at what was returned: ‖∇_φ G‖, ‖R‖ or ‖x − T(x)‖ forward, ‖b − A x‖ backward.
+    threshold
+        The residual norm that was asked for.
+    error_bound
+        Bound on ‖x − x*‖ (on ‖q − q*‖ at fixed φ backward), in the units of x; NaN where none is known.
+    basis
+        What :attr:`error_bound` rests on.
+    """
+
+    direction: Pass
+    where: str
+    solver: str
+    status_code: torch.Tensor
+    iterations: torch.Tensor
+    residual_norm: torch.Tensor
+    threshold: torch.Tensor
+    error_bound: torch.Tensor
+    basis: Basis
+
+    @property
+    def status(self) -> Any:
+        """The :class:`Status` of a single problem, or a (nested) tuple of them for a batch."""
+        return _statuses(self.status_code.tolist())
+
+    @property
+    def converged(self) -> torch.Tensor:
+        """Bool, per problem: the residual reached what was asked for."""
+        return self.status_code == Status.CONVERGED
+
+    @property
+    def success(self) -> torch.Tensor:
+        """Bool, per problem: converged, or spent a budget with no accuracy asked."""
+        return (self.status_code == Status.CONVERGED) | (self.status_code == Status.BUDGET_SPENT)
+
+    @property
+    def certified(self) -> torch.Tensor:
+        """Bool, per problem: :attr:`error_bound` is finite and proven."""
+        known = torch.isfinite(self.error_bound)
+        return known if self.basis is Basis.CERTIFIED else torch.zeros_like(known)
+
+    @property
+    def message(self) -> str:
+        """One sentence: what failed, for which problems, with the remedy; or that all is well."""
+        codes = self.status_code.reshape(-1)
+        failed = (~self.success).reshape(-1).nonzero().reshape(-1)
+        head = f"{self.where}: the {self.direction.value} solve by {self.solver}"
+        if failed.numel() == 0:
+            budget = (codes == Status.BUDGET_SPENT).nonzero().reshape(-1)
+            status = Status.BUDGET_SPENT if budget.numel() else Status.CONVERGED
+            which = int(budget[0]) if budget.numel() else int(self.residual_norm.reshape(-1).nan_to_num().argmax())
+            if codes.numel() == 0:
+                return f"{head} had no problems to solve"
+        else:
+            which = int(failed[0])
+            status = Status(int(codes[which]))
+        of = f" in {failed.numel()} of {codes.numel()} problems, first in number {which}" if codes.numel() > 1 else ""
+        if codes.numel() > 1 and failed.numel() == 0:
+            of = f" in {codes.numel()} problems, the worst number {which}"
+        residual = float(self.residual_norm.reshape(-1)[which])
+        asked = float(self.threshold.reshape(-1)[which])
+        steps = int(self.iterations.reshape(-1)[which])
+        goal = f", asked {asked:.2g}" if asked > 0 else ""
+        return (
+            f"{head} {status.meaning}{of} (residual {residual:.2g}{goal}, after {steps} steps); "
+            f"remedy: {status.remedy}."
+        )
+
+    def __str__(self) -> str:
+        bound = "no error bound is known"
+        if self.basis is not Basis.RESIDUAL and self.error_bound.numel():
+            bound = f"error at most {float(self.error_bound.max()):.2g} ({self.basis.name.lower()})"
+        return f"{self.message} [{bound}]"
+
+
+def _statuses(codes: int | list[Any]) -> Any:
+    return Status(codes) if isinstance(codes, int) else tuple(_statuses(code) for code in codes)
+
+
+class Recording(list[SolveReport]):
+    """The reports collected by :func:`record`, in the order in which the solves ended."""
+
+    @property
+    def forward(self) -> list[SolveReport]:
+        """The reports of inner solves."""
+        return [report for report in self if report.direction is Pass.FORWARD]
+
+    @property
+    def backward(self) -> list[SolveReport]:
+        """The reports of linear solves."""
+        return [report for report in self if report.direction is Pass.BACKWARD]
+
+
+class _Active(threading.local):
+    def __init__(self) -> None:
+        self.stack: list[Recording] = []
+
+
+_ACTIVE = _Active()
+
+
+def active_recordings() -> tuple[Recording, ...]:
+    """Return the recordings open in this thread.
+
+    A layer keeps them from its forward pass, because a backward pass may run in a thread of autograd's.
+    """
+    return tuple(_ACTIVE.stack)
+
+
+@contextlib.contextmanager
+def record() -> Iterator[Recording]:
+    """Collect the reports of every forward and backward solve inside the ``with`` block.
+
+    A backward pass that runs after the block, of a layer called inside it, is collected too.
+
+    Yields
+    ------
+    Recording
+        A list of :class:`SolveReport`, with the views ``forward`` and ``backward``.
+
+    Examples
+    --------
+    >>> import torch, bilevel
+    >>> layer = bilevel.argmin(lambda x, a: ((x - a) ** 2).sum())
+    >>> with bilevel.record() as reports:
+    ...     x = layer(torch.zeros(2), torch.ones(2, requires_grad=True))
+    ...     x.sum().backward()
+    >>> [report.direction.value for report in reports]
+    ['forward', 'backward']
+    """
+    recording = Recording()
+    _ACTIVE.stack.append(recording)
+    try:
+        yield recording
+    finally:
+        _ACTIVE.stack[:] = [other for other in _ACTIVE.stack if other is not recording]
+
+
+def check_policy(on_failure: str) -> OnFailure:
+    """Return ``on_failure`` if it is one of the four policies, or raise :class:`ArgumentError`."""
+    if on_failure not in ("raise", "warn", "nan", "ignore"):
+        raise ArgumentError(f"expected on_failure to be 'raise', 'warn', 'nan' or 'ignore', got {on_failure!r}")
+    return on_failure  # type: ignore[return-value]  # mypy does not narrow str to a Literal
+
+
+def enforce(
+    report: SolveReport,
+    x: torch.Tensor,
+    on_failure: OnFailure,
+    recordings: Sequence[Recording] = (),
+    *,
+    silent_budget: bool = False,
+) -> torch.Tensor:
+    """File the report and treat failed problems as the policy says.
+
+    Parameters
+    ----------
+    report
+        The report, its tensors of shape ``batch``.
+    x
+        What the solver returned, ``(*batch, n)``.
+    on_failure
+        The policy.
+    recordings
+        Recordings to file the report with, besides those open in this thread.
+    silent_budget
+        Whether a spent budget passes without :class:`~bilevel.BudgetWarning`.
+
+    Returns
+    -------
+    torch.Tensor
+        ``x``, with the rows of failed problems set to NaN under ``"nan"``.
+
+    Raises
+    ------
+    SolveError
+        If a problem failed and the policy is ``"raise"``.
+    """
+    seen: list[Recording] = []
+    for recording in (*active_recordings(), *recordings):
+        if not any(recording is other for other in seen):
+            seen.append(recording)
+            recording.append(report)
+    failed = ~report.success
+    if not bool(failed.any()):
+        if not silent_budget and on_failure != "ignore" and bool((report.status_code == Status.BUDGET_SPENT).any()):
+            warnings.warn(report.message, BudgetWarning, stacklevel=2)
+        return x
+    if on_failure == "raise":
+        raise SolveError(report.message, report)
+    if on_failure == "warn":
+        warnings.warn(report.message, SolveWarning, stacklevel=2)
+    if on_failure == "nan":
+        return torch.where(failed.unsqueeze(-1), torch.full_like(x, float("nan")), x)
+    return x
+
+
+def misuse(error: BilevelError, on_failure: OnFailure) -> bool:
+    """Treat a fault that makes gradients wrong as the policy says; return whether the result is to be NaN."""
+    if on_failure == "raise":
+        raise error
+    if on_failure == "warn":
+        warnings.warn(str(error), FailureWarning, stacklevel=2)
+    return on_failure == "nan"

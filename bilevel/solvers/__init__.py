@@ -1,0 +1,1 @@
+"""Inner solvers: one file for each method, one contract for all (:mod:`bilevel.solvers._base`)."""

@@ -1,0 +1,294 @@
+"""The contract of inner solvers, the one loop that owns masks and limits, and the one judge of what they return.
+
+A solver sees a :class:`~bilevel._system.Problem` (a batch of flat problems), a start (batch, n) and a
+:class:`Goal`. A method made of steps hands its step function to :func:`iterate`. :func:`solve_inner` evaluates
+the true residual at what comes back and decides the status, alike for all methods and for a user's function.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass, fields, replace
+from functools import cached_property
+from typing import Any, Protocol, TypeAlias, TypeVar
+
+import torch
+
+from bilevel._system import Problem
+from bilevel._tree import ravel_like
+from bilevel.errors import ArgumentError
+from bilevel.reports import Basis, Status
+from bilevel.tolerance import Target
+
+__all__ = [
+    "CallableSolver",
+    "Goal",
+    "InnerOutcome",
+    "InnerSolution",
+    "InnerSolver",
+    "InnerSolverLike",
+    "as_inner_solver",
+    "iterate",
+    "solve_inner",
+]
+
+
+@dataclass(frozen=True, eq=False)
+class Goal:
+    """When a problem is solved: ‖R(x)‖ ≤ :attr:`threshold`."""
+
+    problem: Problem
+    init: torch.Tensor
+    target: Target
+
+    @cached_property
+    def scale(self) -> torch.Tensor:
+        """Return max(‖R(init)‖, ‖∂R · init‖), (batch,).
+
+        The second term is what R(init) would be for a start at zero, so that a warm start, whose first
+        residual is already small, asks for no more accuracy than a cold one.
+        """
+        linearization = self.problem.linearize(self.init)
+        first = linearization.residual.detach().norm(dim=-1)
+        if bool((self.init == 0).all()):
+            return first.nan_to_num()
+        return torch.maximum(first, linearization.operator.matvec(self.init).norm(dim=-1)).nan_to_num()
+
+    @cached_property
+    def threshold(self) -> torch.Tensor:
+        """The residual norm to reach, (batch,); 0 to spend the budget."""
+        if self.target.relative == 0:
+            return self.init.new_full((self.init.shape[0],), self.target.absolute)
+        return self.target.threshold(self.scale)
+
+
+@dataclass(frozen=True, eq=False)
+class InnerSolution:
+    """What an inner solver returns.
+
+    Parameters
+    ----------
+    x
+        (batch, n), the last finite iterate of each problem.
+    iterations
+        int64 (batch,).
+    status
+        int64 (batch,): what the solver noticed; ``Status.NOT_CONVERGED`` if it cannot tell.
+    residual
+        R(x) (batch, n), if the solver has it at just this ``x``.
+    """
+
+    x: torch.Tensor
+    iterations: torch.Tensor
+    status: torch.Tensor
+    residual: torch.Tensor | None = None
+
+
+class InnerSolver(ABC):
+    """Solves a batch of problems. Subclasses are frozen dataclasses of settings with one method, ``solve``."""
+
+    @property
+    def has_budget(self) -> bool:
+        """Whether the caller chose a number of steps, which is then legitimate to spend."""
+        return getattr(self, "max_steps", None) is not None
+
+    @property
+    def name(self) -> str:
+        """The name used in messages and reports."""
+        return type(self).__name__
+
+    @abstractmethod
+    def solve(self, problem: Problem, init: torch.Tensor, goal: Goal) -> InnerSolution:
+        """Solve from ``init`` (batch, n) until ``goal.threshold`` is met or the steps are spent."""
+
+
+@dataclass(frozen=True)
+class CallableSolver(InnerSolver):
+    """A user's function (objective, init, *args, **kwargs) ↦ x as an inner solver, called for one problem at a time."""
+
+    function: Callable[..., Any]
+
+    @property
+    def name(self) -> str:
+        return getattr(self.function, "__name__", type(self.function).__name__)
+
+    def solve(self, problem: Problem, init: torch.Tensor, goal: Goal) -> InnerSolution:
+        raveler = problem.system.raveler
+        rows = []
+        for case in problem.cases(init):
+            with torch.enable_grad():  # a user's solver may call backward
+                found = self.function(case.function, case.init, *case.args, **case.kwargs)
+            rows.append(ravel_like(found, raveler, problem.where, f"solver {self.name}").detach())
+        x = torch.stack(rows).to(init) if rows else init
+        unknown = torch.zeros(init.shape[0], dtype=torch.int64, device=init.device)
+        return InnerSolution(x, unknown, torch.full_like(unknown, Status.NOT_CONVERGED))
+
+
+InnerSolverLike: TypeAlias = InnerSolver | Callable[..., Any]
+
+
+def as_inner_solver(solver: InnerSolverLike) -> InnerSolver:
+    """Return ``solver`` as an :class:`InnerSolver`; a function (objective, init, *args, **kwargs) -> x is wrapped."""
+    if isinstance(solver, InnerSolver):
+        return solver
+    if isinstance(solver, type):
+        raise ArgumentError(
+            f"expected solver to be an instance, got the class {solver.__name__}; write {solver.__name__}(...), or "
+            "bilevel.TorchOptimizer(cls, max_steps=...) for a class of torch.optim"
+        )
+    if callable(solver):
+        return CallableSolver(solver)
+    raise ArgumentError(
+        f"expected solver to be an InnerSolver or a function (objective, init, *args, **kwargs) -> x, got {solver!r}; "
+        "for example bilevel.LBFGS()"
+    )
+
+
+class State(Protocol):
+    """What a step function carries: a dataclass of tensors with a leading batch axis, x and R(x) among them."""
+
+    @property
+    def x(self) -> torch.Tensor: ...
+
+    @property
+    def residual(self) -> torch.Tensor: ...
+
+
+S = TypeVar("S", bound=State)
+
+# How many times the residual may outgrow its first norm before a run is called divergent.
+_DIVERGED = 1e10
+
+
+def iterate(
+    state: S,
+    step: Callable[[S, torch.Tensor], tuple[S, torch.Tensor | None]],
+    goal: Goal,
+    max_steps: int,
+) -> tuple[InnerSolution, S]:
+    """Apply ``step`` until every problem is done; own the masks, the limits, the finiteness checks and the status.
+
+    Parameters
+    ----------
+    state
+        A dataclass whose tensor fields have a leading batch axis; fields that are not tensors are taken from the
+        newest state as they are.
+    step
+        (state, active (batch,) bool) ↦ (new state, verdict). The verdict is None, or int64 (batch,) with
+        ``Status.RUNNING`` where all is well and another status to end that problem at its *old* state.
+    goal
+        When to stop.
+    max_steps
+        The limit.
+
+    Returns
+    -------
+    The solution, in which a problem that met a NaN keeps its last finite iterate, and the final state.
+    """
+    threshold = goal.threshold
+    norm = state.residual.norm(dim=-1)
+    first = norm
+    running = torch.full(norm.shape, int(Status.RUNNING), dtype=torch.int64, device=norm.device)
+    status = torch.where(torch.isfinite(norm), running, torch.full_like(running, Status.NOT_FINITE))
+    status = torch.where(norm <= threshold, torch.full_like(running, Status.CONVERGED), status)
+    iterations = torch.zeros_like(status)
+    for _ in range(max_steps):
+        active = status == Status.RUNNING
+        if not bool(active.any()):
+            break
+        new, verdict = step(state, active)
+        norm = new.residual.norm(dim=-1)
+        outcome = torch.where(norm <= threshold, torch.full_like(running, Status.CONVERGED), running)
+        outcome = torch.where(norm > _DIVERGED * first, torch.full_like(running, Status.DIVERGED), outcome)
+        if verdict is not None:
+            outcome = torch.where(verdict != Status.RUNNING, verdict, outcome)
+        broken = ~(torch.isfinite(norm) & torch.isfinite(new.x).all(dim=-1))
+        outcome = torch.where(broken & (outcome != Status.DIVERGED), torch.full_like(running, Status.NOT_FINITE), outcome)
+        ended_badly = broken if verdict is None else broken | (verdict != Status.RUNNING)
+        state = _merge(active & ~ended_badly, new, state)
+        status = torch.where(active, outcome, status)
+        iterations = iterations + active
+    status = torch.where(status == Status.RUNNING, torch.full_like(status, Status.MAX_STEPS), status)
+    return InnerSolution(state.x, iterations, status, state.residual), state
+
+
+def _merge(moved: torch.Tensor, new: S, old: S) -> S:
+    """Return ``new`` for the problems that moved and ``old`` for the others."""
+    if bool(moved.all()):
+        return new
+    changes = {}
+    for item in fields(new):  # type: ignore[arg-type]  # a Protocol cannot say "dataclass"
+        fresh, before = getattr(new, item.name), getattr(old, item.name)
+        if isinstance(fresh, torch.Tensor):
+            changes[item.name] = torch.where(moved.reshape(-1, *[1] * (fresh.ndim - 1)), fresh, before)
+    return replace(new, **changes)  # type: ignore[type-var]
+
+
+@dataclass(frozen=True, eq=False)
+class InnerOutcome:
+    """A judged inner solve; every tensor per problem."""
+
+    x: torch.Tensor
+    status: torch.Tensor
+    iterations: torch.Tensor
+    residual_norm: torch.Tensor
+    threshold: torch.Tensor
+    error_bound: torch.Tensor
+    basis: Basis
+
+
+def solve_inner(solver: InnerSolver, problem: Problem, init: torch.Tensor, target: Target) -> InnerOutcome:
+    """Solve from ``init`` (batch, n) and judge the answer by its true residual."""
+    goal = Goal(problem, init, target)
+    if problem.size == 0 or problem.batch == 0:
+        zeros = init.new_zeros(problem.batch)
+        codes = torch.zeros(problem.batch, dtype=torch.int64, device=init.device)
+        return InnerOutcome(init, codes, codes, zeros, zeros, zeros, _basis(target))
+    solution = solver.solve(problem, init, goal)
+    residual = problem.residual(solution.x) if solution.residual is None else solution.residual
+    norm = residual.norm(dim=-1)
+    threshold = goal.threshold
+    status = _judge(solver, problem, solution, target, norm, threshold)
+    mu = target.strong_convexity
+    bound = torch.full_like(norm, float("nan")) if mu is None else norm / mu
+    return InnerOutcome(solution.x, status, solution.iterations, norm, threshold, bound, _basis(target))
+
+
+def _basis(target: Target) -> Basis:
+    return Basis.RESIDUAL if target.strong_convexity is None else Basis.CERTIFIED
+
+
+def _judge(
+    solver: InnerSolver,
+    problem: Problem,
+    solution: InnerSolution,
+    target: Target,
+    norm: torch.Tensor,
+    threshold: torch.Tensor,
+) -> torch.Tensor:
+    noticed = solution.status
+    # A saddle is stationary, and a NaN is not a number: no residual makes up for these.
+    final = (noticed == Status.INDEFINITE) | (noticed == Status.NOT_FINITE)
+    reached = norm <= threshold
+    if not bool((reached | final).all()) and not target.asked:
+        reached = reached | (norm <= _noise(problem, solution.x))
+    status = noticed
+    believed = (noticed == Status.CONVERGED) & ~reached
+    status = torch.where(believed, torch.full_like(status, Status.STAGNATED), status)
+    if not target.asked and (solver.has_budget or target.silent):
+        spent = (noticed == Status.MAX_STEPS) | (target.silent & (noticed == Status.NOT_CONVERGED))
+        status = torch.where(spent, torch.full_like(status, Status.BUDGET_SPENT), status)
+    status = torch.where(reached & ~final, torch.full_like(status, Status.CONVERGED), status)
+    return torch.where(torch.isfinite(norm), status, torch.full_like(status, Status.NOT_FINITE))
+
+
+def _noise(problem: Problem, x: torch.Tensor) -> torch.Tensor:
+    """Return, per problem, how much R moves when every entry of x moves by one unit in its last place.
+
+    A residual below a few times that cannot be told from zero in this dtype.
+    """
+    generator = torch.Generator().manual_seed(0)
+    signs = (torch.randint(0, 2, (x.shape[-1],), generator=generator) * 2 - 1).to(x)
+    nudged = x * (1 + torch.finfo(x.dtype).eps * signs)
+    return 8 * (problem.residual(nudged) - problem.residual(x)).norm(dim=-1).nan_to_num()

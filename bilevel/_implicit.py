@@ -34,7 +34,7 @@ from torch.autograd.function import FunctionCtx
 from torch.func import grad, vjp, vmap
 
 from bilevel._system import Linearization, Problem, System
-from bilevel._transforms import transforms_active
+from bilevel._transforms import grads_batched, transforms_active
 from bilevel.operators import LinearOperator, RepeatedOperator
 
 __all__ = ["LinearSolve", "Rule", "Solve"]
@@ -106,6 +106,7 @@ class Solve(torch.autograd.Function):
         ctx.save_for_forward(output, *tensors)
 
     @staticmethod
+    @grads_batched
     def backward(ctx: Any, cotangent: torch.Tensor) -> tuple[Any, ...]:
         rule: Rule = ctx.rule
         x, *tensors = ctx.saved_tensors
@@ -117,7 +118,7 @@ class Solve(torch.autograd.Function):
             linearization = rule.memo.linearize(rule.system, x, tensors, wanted)
             rhs = cotangent.reshape(linearization.residual.shape)
             adjoint = rule.solve_linear(linearization.operator.T, rhs, rule.system.batch_shape, True)
-            return (None, None, *linearization.pullback(-adjoint))
+            return (None, None, *linearization.pullback(-adjoint.reshape(rhs.shape)))
         q = LinearSolve.apply(rule, True, cotangent, x, *tensors)
         chosen, residual = _in_terms_of(rule.system, x, tensors, wanted)
         pulled = iter(vjp(residual, *chosen)[1](-q))
@@ -169,6 +170,7 @@ class LinearSolve(torch.autograd.Function):
         ctx.save_for_forward(output, x, *tensors)
 
     @staticmethod
+    @grads_batched
     def backward(ctx: Any, cotangent: torch.Tensor) -> tuple[Any, ...]:
         rule: Rule = ctx.rule
         z, x, *tensors = ctx.saved_tensors

@@ -8,11 +8,13 @@ An argmin, a root and a fixed point differ only here: in what R is, and in wheth
 
 from __future__ import annotations
 
+import inspect
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from types import CellType
 from typing import Any, ClassVar
 
 import torch
@@ -314,7 +316,7 @@ class Problem:
             yield Case(self.system.function, self.system.raveler.unravel(row), args, kwargs)
 
     def inspect(self, x: torch.Tensor, *, captures: bool) -> None:
-        """Evaluate twice at ``x`` and raise on what would make gradients wrong.
+        """Evaluate twice at ``x``, with derivatives, and raise on what would make gradients wrong.
 
         Raises
         ------
@@ -322,33 +324,47 @@ class Problem:
             If a tensor reached through the closure requires grad (looked for if ``captures``), or belongs to
             a ``vmap`` outside.
         StochasticObjectiveError
-            If two evaluations differ, or buffers of a module are updated.
-        ShapeError
-            If the function returns the wrong shapes.
+            If two evaluations differ, or an argument is changed in place.
+        ShapeError, ArgumentError
+            If the function returns the wrong shapes, or what it returns does not depend on its first argument.
         """
-        shaped = self._shaped(x.detach())
-        versions = [tensor._version for tensor in self.tensors if not tensor.is_inference()]
-        with torch.enable_grad():
-            try:
-                first = self.system.outputs(shaped, *self.tensors)
-            except RuntimeError as error:
-                if "escaped from inside a function being vmapped" in str(error):
-                    raise captured_error(self.where, self.system.noun, "belongs to a vmap outside") from error
-                raise
-        if captures and first.requires_grad:
-            raise captured_error(self.where, self.system.noun, "requires grad")
-        with torch.no_grad():
-            second = self.system.outputs(shaped, *self.tensors)
-        if not torch.equal(first.detach().nan_to_num(), second.nan_to_num()) and not _close(first.detach(), second):
+        noun = self.system.noun
+        versions = self._versions()
+        try:
+            first = self._probe(x, captures=captures)
+        except RuntimeError as error:
+            if "escaped from inside a function being vmapped" in str(error):
+                raise captured_error(self.where, noun, "belongs to a vmap outside") from error
+            raise
+        second = self._probe(x, captures=False)
+        # Dropout leaves a zero input zero: the slopes tell where the values do not.
+        if not all(_close(a, b) for a, b in zip(first, second, strict=True)):
             raise StochasticObjectiveError(
-                f"{self.where}: expected {self.system.noun} to be deterministic, and two evaluations at one point "
-                "differ; switch dropout off with .eval(), or draw the noise outside and pass it as an argument"
+                f"{self.where}: expected {noun} to be deterministic, and two evaluations at one point differ; switch "
+                "dropout off with .eval(), or draw the noise outside and pass it as an argument"
             )
-        if versions != [tensor._version for tensor in self.tensors if not tensor.is_inference()]:
+        if versions != self._versions():
             raise StochasticObjectiveError(
-                f"{self.where}: expected {self.system.noun} to leave its arguments as they are, and one was changed in "
+                f"{self.where}: expected {noun} to leave its arguments and buffers as they are, and one was changed in "
                 "place; for batch norm use batch statistics (track_running_stats=False) or .eval()"
             )
+
+    def _probe(self, x: torch.Tensor, *, captures: bool) -> tuple[torch.Tensor, torch.Tensor]:
+        with torch.enable_grad():
+            point = x.detach().requires_grad_(True)
+            output = self.system.outputs(self._shaped(point), *self.tensors)
+            if not output.requires_grad and point.numel():
+                raise _unconnected(self.system)
+            if not point.numel():
+                return output.detach(), point.detach()
+            if captures and _reaches_another_leaf(output, point):
+                raise captured_error(self.where, self.system.noun, "requires grad")
+            (slope,) = torch.autograd.grad(output.sum(), point, allow_unused=True, materialize_grads=True)
+        return output.detach(), slope
+
+    def _versions(self) -> list[int]:
+        watched = [*self.tensors, *_buffers(self.system.function)]
+        return [tensor._version for tensor in watched if not tensor.is_inference()]
 
     def _shaped(self, x: torch.Tensor) -> torch.Tensor:
         return x.reshape(*self.system.batch_shape, self.size)
@@ -357,6 +373,40 @@ class Problem:
 def _plain(tensor: torch.Tensor) -> torch.Tensor:
     # Tensors born under inference_mode cannot take part in autograd; a copy can.
     return tensor.clone() if tensor.is_inference() else tensor.detach()
+
+
+def _buffers(function: Callable[..., Any]) -> list[torch.Tensor]:
+    """Return the buffers of modules that ``function`` is, is bound to, closes over or names as globals."""
+    found: list[Any] = [function, getattr(function, "__self__", None)]
+    plain = inspect.unwrap(getattr(function, "__func__", function))
+    found += [cell.cell_contents for cell in getattr(plain, "__closure__", None) or () if _filled(cell)]
+    code = getattr(plain, "__code__", None)
+    if code is not None:
+        found += [plain.__globals__.get(name) for name in code.co_names]
+    return [buffer for item in found if isinstance(item, torch.nn.Module) for buffer in item.buffers()]
+
+
+def _filled(cell: CellType) -> bool:
+    try:
+        cell.cell_contents  # noqa: B018  # an empty cell raises
+    except ValueError:
+        return False
+    return True
+
+
+def _reaches_another_leaf(output: torch.Tensor, leaf: torch.Tensor) -> bool:
+    """Return whether the graph of ``output`` ends in a tensor that requires grad other than ``leaf``."""
+    pending, seen = [output.grad_fn], set()
+    while pending:
+        node = pending.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        variable = getattr(node, "variable", None)
+        if variable is not None and variable is not leaf:
+            return True
+        pending.extend(following for following, _ in node.next_functions)
+    return False
 
 
 def _close(first: torch.Tensor, second: torch.Tensor) -> bool:

@@ -7,15 +7,15 @@ differentiated by a transform outside the innermost one, which is what a silent 
 from __future__ import annotations
 
 import functools
+import sys
 from collections.abc import Callable, Iterable, Iterator
-from typing import ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch._C import _functorch
-from torch._C._dynamo import eval_frame
 from torch.autograd import forward_ad
 
-__all__ = ["carries_gradient", "eager", "forward_levels", "transforms_active"]
+__all__ = ["carries_gradient", "eager", "forward_levels", "grads_batched", "transforms_active"]
 
 
 def transforms_active() -> bool:
@@ -63,20 +63,52 @@ def eager(function: Callable[P, T]) -> Callable[P, T]:
     """Keep ``torch.compile`` out of ``function`` and all that it calls.
 
     Compiled code can drop a custom Function's jvp (pytorch/pytorch#192985) or backward (#193279). A compiled
-    caller breaks its graph here instead and goes on behind. ``torch.compiler.disable`` does the same and imports
-    torch's compiler to do it, which costs every program a second; these are the two bindings that it rests on.
+    caller breaks its graph here instead and goes on behind. This is ``torch.compiler.disable``, applied only
+    once the compiler is there, because applying it imports the compiler, which costs every program a second.
     """
+    disabled: list[Callable[P, T]] = []
 
     @functools.wraps(function)
     def boundary(*args: P.args, **kwargs: P.kwargs) -> T:
-        outer = eval_frame.set_eval_frame(None)
-        try:
+        if "torch._dynamo" not in sys.modules:
             return function(*args, **kwargs)
-        finally:
-            eval_frame.set_eval_frame(outer)
+        if not disabled:
+            disabled.append(torch.compiler.disable(function, reason="bilevel solves outside compiled code"))
+        return disabled[0](*args, **kwargs)
 
-    eval_frame.skip_code(boundary.__code__)
-    boundary._torchdynamo_disable = True  # type: ignore[attr-defined]  # what torch.compiler.disable sets
-    boundary._torchdynamo_disable_recursive = True  # type: ignore[attr-defined]
-    boundary._torchdynamo_disable_msg = "bilevel solves outside compiled code"  # type: ignore[attr-defined]
+    # The compiler must not look inside the boundary either; this is the mark that it leaves itself.
+    boundary._torchdynamo_disable = True  # type: ignore[attr-defined]
     return boundary
+
+
+Backward = Callable[[Any, torch.Tensor], tuple[Any, ...]]
+
+
+def grads_batched(backward: Backward) -> Backward:
+    """Let a custom Function's backward take part in ``autograd.grad(is_grads_batched=True)``.
+
+    That option, ``autograd.functional.jacobian(vectorize=True)`` and gradcheck's batched checks run on torch's
+    older vmap, which calls no ``vmap`` staticmethod. The cotangent is taken out of it and mapped by the present one.
+    """
+
+    @functools.wraps(backward)
+    def mapped(ctx: Any, cotangent: torch.Tensor) -> tuple[Any, ...]:
+        if not _functorch.is_legacy_batchedtensor(cotangent):
+            return backward(ctx, cotangent)
+        level = torch._C._vmapmode_increment_nesting() - 1
+        torch._C._vmapmode_decrement_nesting()
+        plain = torch._remove_batch_dim(cotangent, level, 1, 0)
+        some: list[int] = []
+
+        def gradients(one: torch.Tensor) -> tuple[torch.Tensor, ...]:
+            found = backward(ctx, one)
+            some[:] = [index for index, tensor in enumerate(found) if tensor is not None]
+            return tuple(found[index] for index in some)
+
+        stacked = torch.func.vmap(gradients)(plain)
+        result: list[Any] = [None] * (max(some, default=-1) + 1)
+        for index, tensor in zip(some, stacked, strict=True):
+            result[index] = torch._add_batch_dim(tensor, 0, level)
+        return (*result, *[None] * (len(ctx.needs_input_grad) - len(result)))
+
+    return mapped

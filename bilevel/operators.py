@@ -13,6 +13,7 @@ from functools import cached_property
 from typing import Any
 
 import torch
+from torch.func import vmap
 
 from bilevel.errors import ShapeError
 
@@ -237,21 +238,22 @@ class FunctionOperator(LinearOperator):
         return super().dense()
 
 
-def _pull(output: torch.Tensor, point: torch.Tensor, v: torch.Tensor, *, many: bool = False) -> torch.Tensor:
+def _pull(output: torch.Tensor, point: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
     """One reverse pass over a retained graph: vᵀ ∂output/∂point, zero where the graph does not reach."""
     if not output.requires_grad:
         return v.new_zeros(v.shape[:-1] + point.shape[-1:])
     (product,) = torch.autograd.grad(
-        output, point, v, retain_graph=True, allow_unused=True, materialize_grads=True, is_grads_batched=many
+        output, point, v, retain_graph=True, allow_unused=True, materialize_grads=True
     )
-    return product.detach()
+    return product
 
 
 def _pull_many(output: torch.Tensor, point: torch.Tensor, vs: torch.Tensor) -> torch.Tensor:
     if not len(vs):
         return torch.empty_like(vs)
     try:
-        return _pull(output, point, vs, many=True)
+        # torch.func's vmap, not is_grads_batched: that one is an older vmap which knows fewer operations.
+        return vmap(lambda v: _pull(output, point, v))(vs)
     except RuntimeError:
         # Some operation in the graph has no batching rule: one pass for each vector instead.
         return torch.stack([_pull(output, point, v) for v in vs])

@@ -14,7 +14,7 @@ from bilevel.solvers._base import Goal, InnerSolution, InnerSolver, iterate
 
 __all__ = ["GradientDescent"]
 
-_ARMIJO = 1e-4
+_ARMIJO = 0.1
 _MOST_HALVINGS = 60
 
 
@@ -103,14 +103,17 @@ class _State:
 
 def _backtrack(problem: Problem, state: _State, active: torch.Tensor) -> tuple[_State, torch.Tensor]:
     slope = (state.residual**2).sum(dim=-1)
-    # Near a minimum the decrease drowns in the rounding of the value itself; that much is forgiven.
+    # Near a minimum the decrease drowns in the rounding of the value itself. There the slope at the new point
+    # decides instead (Hager & Zhang's approximate Wolfe condition): it must not have turned more than half around.
     slack = 4 * torch.finfo(state.value.dtype).eps * state.value.abs()
     lr, pending, first = state.lr, active, True
     grown = lr
     for _ in range(_MOST_HALVINGS):
         x = state.x - lr.unsqueeze(-1) * state.residual
         value, gradient = problem.value_and_residual(x)
-        held = value <= state.value - _ARMIJO * lr * slope + slack
+        turned = (gradient * state.residual).sum(dim=-1) < -0.5 * slope
+        held = value <= state.value - _ARMIJO * lr * slope - slack
+        held = held | ((value <= state.value + slack) & ~turned)
         pending = pending & ~held
         if first:
             grown, first = torch.where(held, 2 * lr, lr), False

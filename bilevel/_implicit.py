@@ -34,7 +34,7 @@ from torch.autograd.function import FunctionCtx
 from torch.func import grad, vjp, vmap
 
 from bilevel._system import Linearization, Problem, System
-from bilevel._transforms import grads_batched, transforms_active
+from bilevel._transforms import eager, grads_batched, ordinary_mode, transforms_active
 from bilevel.operators import LinearOperator, RepeatedOperator
 
 __all__ = ["LinearSolve", "Rule", "Solve"]
@@ -93,10 +93,12 @@ class Solve(torch.autograd.Function):
     """x*(θ) of shape (*batch, n)."""
 
     @staticmethod
+    @eager
     def forward(rule: Rule, init: torch.Tensor, *tensors: torch.Tensor) -> torch.Tensor:
-        problem = rule.system.bind(tensors)
-        start = init.detach().reshape(problem.batch, problem.size)
-        return rule.solve(problem, start).reshape(init.shape).clone()
+        with ordinary_mode():
+            problem = rule.system.bind(tensors)
+            start = init.detach().clone().reshape(problem.batch, problem.size)
+            return rule.solve(problem, start).reshape(init.shape).clone()
 
     @staticmethod
     def setup_context(ctx: FunctionCtx, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
@@ -106,6 +108,7 @@ class Solve(torch.autograd.Function):
         ctx.save_for_forward(output, *tensors)
 
     @staticmethod
+    @eager
     @grads_batched
     def backward(ctx: Any, cotangent: torch.Tensor) -> tuple[Any, ...]:
         rule: Rule = ctx.rule
@@ -125,6 +128,7 @@ class Solve(torch.autograd.Function):
         return (None, None, *(next(pulled) if want else None for want in wanted))
 
     @staticmethod
+    @eager
     def jvp(ctx: Any, *tangents: torch.Tensor | None) -> torch.Tensor:
         rule: Rule = ctx.rule
         x, *tensors = ctx.saved_tensors
@@ -137,6 +141,7 @@ class Solve(torch.autograd.Function):
         return LinearSolve.apply(rule, False, -pushed, x, *tensors)
 
     @staticmethod
+    @eager
     def vmap(info: Any, in_dims: tuple[Any, ...], rule: Rule, init: torch.Tensor, *tensors: torch.Tensor) -> Any:
         dims = in_dims[2:]
         lifted = rule.lift(info.batch_size, [dim is not None for dim in dims])
@@ -148,6 +153,7 @@ class LinearSolve(torch.autograd.Function):
     """z = J(x, θ)⁻¹ b, or J⁻ᵀ b where ``transposed``; b and z are (*repeats, *batch, n)."""
 
     @staticmethod
+    @eager
     def forward(
         rule: Rule, transposed: bool, rhs: torch.Tensor, x: torch.Tensor, *tensors: torch.Tensor
     ) -> torch.Tensor:
@@ -170,6 +176,7 @@ class LinearSolve(torch.autograd.Function):
         ctx.save_for_forward(output, x, *tensors)
 
     @staticmethod
+    @eager
     @grads_batched
     def backward(ctx: Any, cotangent: torch.Tensor) -> tuple[Any, ...]:
         rule: Rule = ctx.rule
@@ -184,6 +191,7 @@ class LinearSolve(torch.autograd.Function):
         return (None, None, b_bar, *(next(pulled) if want else None for want in wanted))
 
     @staticmethod
+    @eager
     def jvp(ctx: Any, *tangents: torch.Tensor | None) -> torch.Tensor:
         rule: Rule = ctx.rule
         z, x, *tensors = ctx.saved_tensors
@@ -205,6 +213,7 @@ class LinearSolve(torch.autograd.Function):
         return LinearSolve.apply(rule, ctx.transposed, change, x, *tensors)
 
     @staticmethod
+    @eager
     def vmap(
         info: Any,
         in_dims: tuple[Any, ...],

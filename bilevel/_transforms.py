@@ -6,6 +6,7 @@ differentiated by a transform outside the innermost one, which is what a silent 
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import sys
 from collections.abc import Callable, Iterable, Iterator
@@ -15,12 +16,22 @@ import torch
 from torch._C import _functorch
 from torch.autograd import forward_ad
 
-__all__ = ["carries_gradient", "eager", "forward_levels", "grads_batched", "transforms_active"]
+__all__ = ["carries_gradient", "eager", "forward_levels", "grads_batched", "ordinary_mode", "transforms_active"]
 
 
 def transforms_active() -> bool:
     """Return whether a torch.func transform surrounds this call."""
     return _functorch.peek_interpreter_stack() is not None
+
+
+@contextlib.contextmanager
+def ordinary_mode() -> Iterator[None]:
+    """Leave inference mode, in which no graph can be built, and record no graph of what is not asked for."""
+    if not torch.is_inference_mode_enabled():
+        yield
+        return
+    with torch.inference_mode(False), torch.no_grad():
+        yield
 
 
 def _layers(tensor: torch.Tensor) -> Iterator[torch.Tensor]:

@@ -134,7 +134,7 @@ def flatten_arguments(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[li
     flags = tuple(isinstance(leaf, torch.Tensor) for _, leaf in paths)
     tensors = [leaf for (_, leaf), flag in zip(paths, flags, strict=True) if flag]
     others = tuple(leaf for (_, leaf), flag in zip(paths, flags, strict=True) if not flag)
-    names = tuple(leaf_names(paths))
+    names = tuple(leaf_names([item for item, flag in zip(paths, flags, strict=True) if flag]))
     return tensors, Arguments(structure, others, flags, names)
 
 

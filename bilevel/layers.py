@@ -27,7 +27,7 @@ from bilevel.errors import (
     StochasticObjectiveError,
     TransformError,
 )
-from bilevel.linear._base import LinearSolver, LinearSolverLike, as_linear_solver, solve_linear
+from bilevel.linear._base import LinearOutcome, LinearSolver, LinearSolverLike, as_linear_solver, solve_linear
 from bilevel.linear.cg import CG
 from bilevel.linear.exact import Exact
 from bilevel.linear.gmres import GMRES
@@ -41,13 +41,13 @@ from bilevel.reports import (
     enforce,
     misuse,
 )
-from bilevel.solvers._base import InnerSolver, InnerSolverLike, as_inner_solver, solve_inner
+from bilevel.solvers._base import InnerOutcome, InnerSolver, InnerSolverLike, as_inner_solver, solve_inner
 from bilevel.solvers.anderson import Anderson
 from bilevel.solvers.lbfgs import LBFGS
 from bilevel.solvers.newton import Newton
 from bilevel.tolerance import Tolerance
 
-__all__ = ["Layer", "Solution", "argmin", "default_linear_solver", "default_solver", "fixed_point", "root"]
+__all__ = ["Adjoint", "Layer", "Solution", "argmin", "default_linear_solver", "default_solver", "fixed_point", "root"]
 
 T = TypeVar("T")
 
@@ -133,6 +133,7 @@ class Layer:
         self.linear_solver = None if linear_solver is None else as_linear_solver(linear_solver)
         self.tolerance = Tolerance() if tolerance is None else tolerance
         self.on_failure = check_policy(on_failure)
+        self.adjoint = Adjoint()
         functools.update_wrapper(self, function, updated=())
         label = {ArgminSystem: "argmin", RootSystem: "root", FixedPointSystem: "fixed_point"}[kind]
         self.where = f"`{label}` layer `{getattr(function, '__name__', type(function).__name__)}`"
@@ -220,6 +221,32 @@ class Layer:
         return spoiled
 
 
+class Adjoint:
+    """The adjoint of the last first derivative, kept by those who start the next linear solve from it.
+
+    Attributes
+    ----------
+    warm
+        Whether to start from it.
+    value
+        q (batch, n), or None.
+    report
+        What the linear solve reported.
+    """
+
+    def __init__(self) -> None:
+        self.warm = False
+        self.value: torch.Tensor | None = None
+        self.report: SolveReport | None = None
+
+    def start(self, like: torch.Tensor) -> torch.Tensor | None:
+        """Return where to begin a solve for the right-hand side ``like``, or None."""
+        kept = self.value
+        if not self.warm or kept is None or kept.shape != like.shape or not bool(torch.isfinite(kept).all()):
+            return None
+        return kept.to(like)
+
+
 class _Run:
     """One call of a layer: solves, judges, reports and applies the policy, forward and in every derivative."""
 
@@ -242,18 +269,7 @@ class _Run:
         target = layer.tolerance.inner(init.dtype)
         outcome = solve_inner(solver, problem, init, target)
         axes = problem.system.batch_shape
-        self.report = SolveReport(
-            Pass.FORWARD,
-            layer.where,
-            solver.name,
-            *(
-                tensor.reshape(axes)
-                for tensor in (
-                    outcome.status, outcome.iterations, outcome.residual_norm, outcome.threshold, outcome.error_bound,
-                )
-            ),
-            outcome.basis,
-        )  # fmt: skip
+        self.report = _report(Pass.FORWARD, layer.where, solver.name, outcome, axes)
         x = enforce(
             self.report, outcome.x.reshape(*axes, problem.size), layer.on_failure, self.recordings,
             silent_budget=target.silent,
@@ -266,21 +282,29 @@ class _Run:
         layer = self.layer
         solver = layer.linear_solver or default_linear_solver(operator)
         target = layer.tolerance.linear(rhs.dtype)
-        outcome = solve_linear(solver, operator, rhs, target)
-        report = SolveReport(
-            Pass.BACKWARD,
-            layer.where,
-            solver.name,
-            *(
-                tensor.reshape(axes)
-                for tensor in (
-                    outcome.status, outcome.iterations, outcome.residual_norm, outcome.threshold, outcome.error_bound,
-                )
-            ),
-            outcome.basis,
-        )  # fmt: skip
+        kept = layer.adjoint if primary else None
+        outcome = solve_linear(solver, operator, rhs, target, None if kept is None else kept.start(rhs))
+        report = _report(Pass.BACKWARD, layer.where, solver.name, outcome, axes)
+        if kept is not None and kept.warm:
+            kept.value, kept.report = outcome.x, report
         shaped = outcome.x.reshape(*axes, operator.size)
         return enforce(report, shaped, layer.on_failure, self.recordings, silent_budget=target.silent)
+
+
+def _report(
+    direction: Pass, where: str, solver: str, outcome: InnerOutcome | LinearOutcome, axes: tuple[int, ...]
+) -> SolveReport:
+    return SolveReport(
+        direction,
+        where,
+        solver,
+        outcome.status.reshape(axes),
+        outcome.iterations.reshape(axes),
+        outcome.residual_norm.reshape(axes),
+        outcome.threshold.reshape(axes),
+        outcome.error_bound.reshape(axes),
+        outcome.basis,
+    )
 
 
 Decorator = Callable[[Callable[..., Any]], Layer]

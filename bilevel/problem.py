@@ -1,0 +1,392 @@
+"""Bilevel problems: an outer loss at the argmin of an inner objective, its hypergradient, and how wrong that is."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch.func import vmap
+from torch.utils import _pytree as pytree
+
+from bilevel._certificate import Bound, Constants, bound_hypergradient
+from bilevel._system import ArgminSystem, Problem
+from bilevel._transforms import transforms_active
+from bilevel._tree import Raveler, flatten_arguments
+from bilevel.errors import ArgumentError, ShapeError
+from bilevel.layers import Layer, Solution
+from bilevel.linear._base import LinearSolverLike
+from bilevel.reports import OnFailure, SolveReport, Status, record
+from bilevel.solvers._base import InnerSolverLike
+from bilevel.tolerance import Tolerance
+
+__all__ = ["BilevelProblem", "Hypergradient", "HypergradientReport"]
+
+
+@dataclass(frozen=True, eq=False)
+class HypergradientReport:
+    """The two solves behind a hypergradient.
+
+    Parameters
+    ----------
+    forward
+        The inner solve's report.
+    backward
+        The linear solve's report.
+    """
+
+    forward: SolveReport
+    backward: SolveReport
+
+    @property
+    def converged(self) -> torch.Tensor:
+        """Bool, per problem: both solves reached what was asked."""
+        return self.forward.converged & self.backward.converged
+
+    @property
+    def status(self) -> Any:
+        """Per problem, the status of the inner solve if that failed, else of the linear solve."""
+        return _worse(self.forward, self.backward).status
+
+    @property
+    def iterations(self) -> torch.Tensor:
+        """Steps of both solves together, per problem."""
+        return self.forward.iterations + self.backward.iterations
+
+    @property
+    def residual_norm(self) -> torch.Tensor:
+        """The inner residual ‖∇_φ G‖, per problem."""
+        return self.forward.residual_norm
+
+    def __str__(self) -> str:
+        return f"{self.forward}\n{self.backward}"
+
+
+def _worse(forward: SolveReport, backward: SolveReport) -> SolveReport:
+    codes = torch.where(forward.status_code != Status.CONVERGED, forward.status_code, backward.status_code)
+    return SolveReport(
+        forward.direction, forward.where, forward.solver, codes, forward.iterations, forward.residual_norm,
+        forward.threshold, forward.error_bound, forward.basis,
+    )  # fmt: skip
+
+
+@dataclass(frozen=True, eq=False)
+class Hypergradient:
+    """What :meth:`BilevelProblem.hypergradient` returns.
+
+    Parameters
+    ----------
+    value
+        F at the inner solution found, a scalar (the mean over a batch).
+    corrected_value
+        F − qᵀ∇_φ G: the outer value at φ* up to second order in the inner error (C4).
+    grad
+        ĝ = ∇_θ F − Bᵀ q, the pytree of ``outer``; None at leaves that are not floating-point tensors.
+    inner
+        φ, the pytree of init.
+    adjoint
+        q ≈ H⁻¹ ∇_φ F, the same pytree; for a batch, each problem's own.
+    report
+        The two solves.
+    """
+
+    value: torch.Tensor
+    corrected_value: torch.Tensor
+    grad: Any
+    inner: Any
+    adjoint: Any
+    report: HypergradientReport
+    _bound: Callable[[], Bound] = field(repr=False)
+
+    @cached_property
+    def bound(self) -> Bound:
+        """The error bound with what it rests on; computed when first asked for, at about the cost of the gradient."""
+        return self._bound()
+
+    @property
+    def error_bound(self) -> float:
+        """Bound on ‖ĝ − g‖, or an estimate of it where :attr:`certified` is False."""
+        return self.bound.value
+
+    @property
+    def certified(self) -> bool:
+        """Whether :attr:`error_bound` is proven from known constants."""
+        return self.bound.certified
+
+
+class BilevelProblem(torch.nn.Module, ABC):
+    """min_θ F(φ*(θ), θ) with φ*(θ) = argmin_φ G(φ, θ): override the two objectives.
+
+    Calling the problem gives the outer loss, differentiable with respect to ``outer``. It is an ordinary module, and
+    remembers the last inner solution and adjoint, from which the next solves begin.
+
+    Parameters
+    ----------
+    solver
+        An inner solver, or a function (objective, init, outer, data) -> inner. By default chosen from the size.
+    linear_solver
+        A linear solver, or a function (operator, rhs) -> x. By default chosen from the size.
+    tolerance
+        δ and δ′.
+    on_failure
+        ``"raise"``, ``"warn"``, ``"nan"`` or ``"ignore"``, forward and backward.
+    batch_dims
+        None for one inner problem. Otherwise, in the manner of ``torch.func.vmap``'s ``in_dims``, which axis of each tensor
+        of ``data`` numbers K inner problems (None where all share one): they share ``outer``, are solved and differentiated
+        as one batch, and the outer loss is their mean. Inner variables then have a leading axis K.
+    warm_start
+        Begin from the last solution where no ``init`` is given, and the linear solve from the last adjoint. A start only
+        changes the work, not the accuracy.
+
+    Raises
+    ------
+    ArgumentError
+        If a setting cannot be used.
+
+    Examples
+    --------
+    >>> import torch, bilevel
+    >>> class Ridge(bilevel.BilevelProblem):
+    ...     def inner_objective(self, inner, outer, data):
+    ...         X, y, _, _ = data
+    ...         return ((X @ inner - y) ** 2).sum() + outer.exp() * (inner**2).sum()
+    ...     def outer_objective(self, inner, outer, data):
+    ...         _, _, X, y = data
+    ...         return ((X @ inner - y) ** 2).mean()
+    >>> t = lambda *rows: torch.tensor(rows, dtype=torch.float64)
+    >>> data = (t([1.0, 0.0], [0.0, 2.0]), t(1.0, 2.0), t([1.0, 1.0]), t(1.5))
+    >>> problem = Ridge(tolerance=bilevel.Tolerance(strong_convexity=2.0))
+    >>> result = problem.hypergradient(torch.tensor(0.0, dtype=torch.float64), data, init=t(0.0, 0.0))
+    >>> round(result.value.item(), 6), round(result.grad.item(), 6)
+    (0.04, 0.164)
+    >>> result.certified, result.error_bound < 1e-10
+    (True, True)
+    """
+
+    def __init__(
+        self,
+        *,
+        solver: InnerSolverLike | None = None,
+        linear_solver: LinearSolverLike | None = None,
+        tolerance: Tolerance | None = None,
+        on_failure: OnFailure = "raise",
+        batch_dims: Any = None,
+        warm_start: bool = True,
+    ) -> None:
+        super().__init__()
+        self.batch_dims = batch_dims
+        self.warm_start = warm_start
+        self._layer = Layer(
+            ArgminSystem,
+            self._inner_objective,
+            solver=solver,
+            linear_solver=linear_solver,
+            tolerance=tolerance,
+            on_failure=on_failure,
+        )
+        self._layer.where = f"`{type(self).__name__}`"
+        self._layer.adjoint.warm = warm_start
+        self._last: Any = None
+
+    @abstractmethod
+    def inner_objective(self, inner: Any, outer: Any, data: Any) -> torch.Tensor:
+        """Return G(φ, θ), a scalar tensor, for one problem."""
+
+    @abstractmethod
+    def outer_objective(self, inner: Any, outer: Any, data: Any) -> torch.Tensor:
+        """Return F(φ, θ), a scalar tensor, for one problem."""
+
+    def initial(self, outer: Any, data: Any) -> Any:
+        """Return where the first inner solve begins; override it, or pass ``init``."""
+        raise ArgumentError(
+            f"{self._layer.where}: expected init to be given for the first solve, and it was not; pass init=..., or "
+            "override initial(outer, data)"
+        )
+
+    def constants(self, outer: Any, data: Any) -> Constants:
+        """Return what is known of G and F (see :class:`Constants`); override it to get certified bounds."""
+        return Constants()
+
+    def forward(self, outer: Any, data: Any, *, init: Any = None) -> torch.Tensor:
+        """Return the outer loss F(φ*(θ), θ), differentiable with respect to every tensor of ``outer``.
+
+        Parameters
+        ----------
+        outer
+            θ: a tensor or a pytree.
+        data
+            Passed on to the objectives; a pytree.
+        init
+            Where the inner solve begins. Without it, the last solution if there is one of the same
+            problem size, else :meth:`initial`.
+
+        Raises
+        ------
+        SolveError
+            If the inner solve failed and the policy is ``"raise"``.
+        """
+        solution = self.solve(outer, data, init=init)
+        return self._outer_losses(solution.value, outer, data).mean()
+
+    def solve(self, outer: Any, data: Any, *, init: Any = None) -> Solution[Any]:
+        """Return φ*(θ), differentiable, with the report of the inner solve."""
+        start = self._start(outer, data) if init is None else init
+        if self.batch_dims is None:
+            solution = self._layer.solve(start, outer, data)
+        else:
+            solution = vmap(self._layer.solve, in_dims=(0, None, self.batch_dims))(start, outer, data)
+        if self.warm_start:
+            last = pytree.tree_map(_cut, solution.value)
+            # What a transform outside maps or differentiates is not this problem's own solution to go on from.
+            if not transforms_active() and all(bool(torch.isfinite(leaf).all()) for leaf in pytree.tree_leaves(last)):
+                self._last = last
+        return solution
+
+    def hypergradient(self, outer: Any, data: Any, *, init: Any = None) -> Hypergradient:
+        """Return the outer value, its gradient with respect to ``outer``, and how they were come by.
+
+        Parameters
+        ----------
+        outer, data, init
+            See :meth:`forward`.
+
+        Returns
+        -------
+        Hypergradient
+            Everything in it is cut from any graph.
+
+        Raises
+        ------
+        SolveError
+            If a solve failed and the policy is ``"raise"``.
+        """
+        leaves, structure = pytree.tree_flatten(outer)
+        moving = [isinstance(leaf, torch.Tensor) and leaf.is_floating_point() for leaf in leaves]
+        if not any(moving):
+            raise ArgumentError(
+                f"{self._layer.where}: expected outer to hold a floating-point tensor, got {outer!r}; pass tensors to "
+                "differentiate with respect to"
+            )
+        fresh = [
+            leaf.detach().requires_grad_(True) if move else leaf for leaf, move in zip(leaves, moving, strict=True)
+        ]
+        theta = pytree.tree_unflatten(fresh, structure)
+        adjoint = self._layer.adjoint
+        warm, adjoint.warm = adjoint.warm, True  # the adjoint is wanted; where it begins is decided here
+        if not warm:
+            adjoint.value = None
+        try:
+            with torch.enable_grad(), record() as reports:
+                solution = self.solve(theta, data, init=init)
+                value = self._outer_losses(solution.value, theta, data).mean()
+                wanted = [leaf for leaf, move in zip(fresh, moving, strict=True) if move]
+                adjoint.report = None
+                if not value.requires_grad:
+                    raise ArgumentError(
+                        f"{self._layer.where}: expected the outer loss to depend on outer, directly or through the inner "
+                        "solution, and no graph leads there; check that both objectives use their arguments"
+                    )
+                gradients = iter(torch.autograd.grad(value, wanted, allow_unused=True, materialize_grads=True))
+        finally:
+            adjoint.warm = warm
+        grad = pytree.tree_unflatten([next(gradients) if move else None for move in moving], structure)
+        plain = pytree.tree_unflatten([_cut(leaf) for leaf in fresh], structure)
+        inner = pytree.tree_map(_cut, solution.value)
+        lower, x = self._flat_problem(self.inner_objective, inner, plain, data)
+        backward = adjoint.report
+        if backward is None or adjoint.value is None:  # F does not depend on φ: the adjoint is zero
+            q, backward = torch.zeros_like(x), solution.report
+        else:
+            q = adjoint.value * lower.batch  # the mean's cotangents are 1/K of each problem's own
+        corrected = value.detach() - (q * lower.residual(x)).sum(dim=-1).mean()
+
+        def bound() -> Bound:
+            upper, _ = self._flat_problem(self.outer_objective, inner, plain, data)
+            flags = [
+                isinstance(leaf, torch.Tensor) and leaf.is_floating_point()
+                for leaf in leaves
+                if isinstance(leaf, torch.Tensor)
+            ]
+            wanted = [*flags, *[False] * (len(lower.tensors) - len(flags))]
+            mu = self._layer.tolerance.strong_convexity
+            return bound_hypergradient(lower, upper, x, q, wanted, self.constants(plain, data).with_mu(mu))
+
+        return Hypergradient(
+            value.detach(),
+            corrected,
+            grad,
+            inner,
+            self._unravel(q, inner),
+            HypergradientReport(solution.report, backward),
+            bound,
+        )
+
+    def reset(self) -> None:
+        """Forget the last inner solution and adjoint."""
+        self._last = None
+        self._layer.adjoint.value = None
+
+    def extra_repr(self) -> str:
+        layer = self._layer
+        return f"solver={layer.solver!r}, linear_solver={layer.linear_solver!r}, tolerance={layer.tolerance!r}"
+
+    def _inner_objective(self, inner: Any, outer: Any, data: Any) -> torch.Tensor:
+        return self.inner_objective(inner, outer, data)
+
+    def _start(self, outer: Any, data: Any) -> Any:
+        if self._last is None:
+            return pytree.tree_map(_cut, self.initial(outer, data))
+        return self._last
+
+    def _outer_losses(self, inner: Any, outer: Any, data: Any) -> torch.Tensor:
+        def one(inner: Any, outer: Any, data: Any) -> torch.Tensor:
+            loss = self.outer_objective(inner, outer, data)
+            if not isinstance(loss, torch.Tensor) or loss.ndim != 0:
+                got = tuple(loss.shape) if isinstance(loss, torch.Tensor) else type(loss).__name__
+                raise ShapeError(
+                    f"{self._layer.where}: expected outer_objective to return a scalar tensor of shape (), got {got}; "
+                    "reduce it, for example with .mean()"
+                )
+            return loss
+
+        if self.batch_dims is None:
+            return one(inner, outer, data)
+        return vmap(one, in_dims=(0, None, self.batch_dims))(inner, outer, data)
+
+    def _flat_problem(
+        self, objective: Callable[..., torch.Tensor], inner: Any, outer: Any, data: Any
+    ) -> tuple[Problem, torch.Tensor]:
+        """Return ``objective`` as a batch of flat problems, and the inner variables as (K, n), K = 1 for a single one."""
+        tensors, arguments = flatten_arguments((outer, data), {})
+        if self.batch_dims is None:
+            raveler = Raveler.of(inner, self._layer.where)
+            return ArgminSystem(self._layer.where, objective, raveler, arguments).bind(tensors), raveler.ravel(inner)[None]
+        raveler = Raveler.of(pytree.tree_map(lambda leaf: leaf[0], inner), self._layer.where)
+        # One dimension for each leaf of data, as vmap itself reads a prefix of in_dims.
+        dims = pytree.tree_leaves(pytree.tree_map(lambda _: None, outer), is_leaf=lambda x: x is None)
+        dims += _broadcast(self.batch_dims, data)
+        of_tensors = [dim for dim, flag in zip(dims, arguments.is_tensor, strict=True) if flag]
+        moved = [t if dim is None else t.movedim(dim, 0) for t, dim in zip(tensors, of_tensors, strict=True)]
+        x = vmap(raveler.ravel)(inner)
+        system = ArgminSystem(self._layer.where, objective, raveler, arguments)
+        return system.lift(len(x), tuple(dim is not None for dim in of_tensors)).bind(moved), x
+
+    def _unravel(self, q: torch.Tensor, inner: Any) -> Any:
+        if self.batch_dims is None:
+            return Raveler.of(inner, self._layer.where).unravel(q[0])
+        return vmap(Raveler.of(pytree.tree_map(lambda leaf: leaf[0], inner), self._layer.where).unravel)(q)
+
+
+def _cut(leaf: Any) -> Any:
+    return leaf.detach() if isinstance(leaf, torch.Tensor) else leaf
+
+
+def _broadcast(dims: Any, tree: Any) -> list[int | None]:
+    """Return one entry of the prefix ``dims`` for each leaf of ``tree``."""
+    flat = pytree._broadcast_to_and_flatten(dims, pytree.tree_structure(tree), is_leaf=lambda dim: dim is None)
+    if flat is None:
+        raise ArgumentError(f"expected batch_dims to be a prefix of data's structure, got {dims!r}; see torch.func.vmap")
+    return flat

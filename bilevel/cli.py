@@ -1,32 +1,30 @@
-"""The command line: ``bilevel tune``.
+"""The command line, ``bilevel``: its commands, and the sentences in which errors end.
 
-Here are options, the progress bar and the sentences in which errors end; the work is done in :mod:`bilevel.hyperopt`, which is imported
-when a command runs, so that ``bilevel --help`` need not wait for it.
+A command lives beside the work that it does (``tune`` in :mod:`bilevel.hyperopt.command`) and is registered
+here, one line each. What it needs is imported when it runs, so that help comes fast.
 """
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+from typing import Any, NoReturn
 
 import bilevel
 
-if TYPE_CHECKING:
-    from rich.console import Console
-
-    from bilevel.hyperopt.data import Task
-    from bilevel.hyperopt.tune import OuterStep, Outcome
-
 __all__ = ["main"]
-
-INTERRUPTED = 130
-"""Exit code after Ctrl-C: 128 and the number of SIGINT, as shells have it."""
 
 MISUSE = 2
 """Exit code for input that cannot be used."""
 
-_MISSING = 'the command line needs packages that are not installed ({}); pip install "bilevel[cli]"'
+FAILURE = 1
+"""Exit code where the input was sound: a solve failed, or a package is missing."""
+
+INTERRUPTED = 130
+"""Exit code after Ctrl-C: 128 and the number of SIGINT, as shells have it."""
+
+EXTRA = ("typer", "rich", "sklearn", "matplotlib")
+"""Packages that the extra ``cli`` installs."""
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
@@ -40,68 +38,71 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     Raises
     ------
     SystemExit
-        Always: with 0; with 2 and one sentence on standard error for input that cannot be used; with 130 after Ctrl-C.
+        Always: with 0; with 2 and one sentence on standard error for input that cannot be used; with 1 for a
+        failed solve or a missing package; with 130 after Ctrl-C.
     """
+    given = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
     try:
-        sys.exit(_run(arguments))
+        sys.exit(_run(given))
     except KeyboardInterrupt:
-        _fail("interrupted; nothing was written", INTERRUPTED)
+        _fail("interrupted; results were not written", INTERRUPTED)
     except ModuleNotFoundError as error:
-        if (error.name or "").partition(".")[0] not in ("typer", "rich", "sklearn", "matplotlib"):
+        if (error.name or "").partition(".")[0] not in EXTRA:
             raise
-        _fail(_MISSING.format(error.name), 1)
+        _fail(
+            f'the command line needs {error.name}, which is not installed; pip install "bilevel[cli]"',
+            FAILURE,
+        )
     except bilevel.SolveError as error:
-        _fail(str(error), 1)
+        _fail(str(error), FAILURE)
     except bilevel.BilevelError as error:
         _fail(str(error), MISUSE)
 
 
-def _run(arguments: Sequence[str] | None) -> int:
+def _run(arguments: list[str]) -> int:
     import typer
 
     command = typer.main.get_command(_app())
-    # typer would answer misuse with a box of several lines, and Ctrl-C without a word.
     try:
-        code = command.main(
-            args=None if arguments is None else list(arguments), prog_name="bilevel", standalone_mode=False
-        )
+        # Left alone, typer would answer misuse with a box of several lines, and Ctrl-C without a word.
+        code = command.main(args=arguments, prog_name="bilevel", standalone_mode=False)
     except typer.Abort:
         raise KeyboardInterrupt from None
     except Exception as error:
-        if not hasattr(error, "format_message"):
+        # The class of its usage errors is private to typer; they alone can format themselves.
+        message = getattr(error, "format_message", None)
+        if message is None:
             raise
-        _fail(error.format_message(), MISUSE)
+        _fail(message(), MISUSE)
     if code == INTERRUPTED:
         raise KeyboardInterrupt
     return code if isinstance(code, int) else 0
 
 
-def _fail(message: str, code: int) -> NoReturn:
-    sentence = " ".join(message.split())
-    print(f"bilevel: {sentence}", file=sys.stderr)
-    sys.exit(code)
-
-
 def _app() -> Any:
-    """Return the application; a further command is one more function registered here."""
     import typer
 
-    app = typer.Typer(
-        no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None
-    )
+    from bilevel.hyperopt.command import tune
+
+    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
     def show_version(wanted: bool) -> None:
         if wanted:
             print(f"bilevel {bilevel.__version__}")
             raise typer.Exit
 
-    @app.callback()
     def root(
-        version: Annotated[
-            bool, typer.Option("--version", callback=show_version, is_eager=True, help="Print the version and exit.")
-        ] = False,
+        version: bool = typer.Option(
+            False, "--version", callback=show_version, is_eager=True, help="Print the version and exit."
+        ),
     ) -> None:
-        """Bilevel optimisation: tune hyperparameters by the gradient of a validation loss."""
+        """Bilevel optimisation from the command line."""
 
-    app.command("tune")(_tune)
+    app.callback()(root)
+    app.command("tune")(tune)
     return app
+
+
+def _fail(message: str, code: int) -> NoReturn:
+    print(f"bilevel: {' '.join(message.split())}", file=sys.stderr)
+    sys.exit(code)

@@ -93,12 +93,14 @@ def load(source: str, *, target: str | None = None, task: Task | None = None) ->
     if source in BUNDLED:
         if target is not None:
             raise DataError(
-                f"{source} is a bundled data set, whose target is fixed; leave --target out, or pass a CSV file"
+                f"{source} is a bundled data set, whose target is fixed; leave --target out, or pass a CSV "
+                "file"
             )
         return load_bundled(source, task=task)
     if Path(source).suffix == "" and not Path(source).exists():
         raise DataError(
-            f"there is no data set and no file called {source!r}; the bundled data sets are {', '.join(BUNDLED)}"
+            f"there is no data set and no file called {source!r}; the bundled data sets are "
+            f"{', '.join(BUNDLED)}"
         )
     return read_csv(Path(source), target=target, task=task)
 
@@ -124,13 +126,12 @@ def load_bundled(name: str, *, task: Task | None = None) -> Dataset:
         raise DataError(f"there is no bundled data set called {name!r}; there are {', '.join(BUNDLED)}")
     bunch = getattr(datasets, f"load_{name}")()
     features = tuple(str(feature) for feature in bunch.feature_names)
-    labels = [str(label) for label in getattr(bunch, "target_names", ())]
-    values = bunch.target.astype(np.float64)
+    column = bunch.target.astype(np.float64)
     if task is None:
-        task = Task.REGRESSION if name == "diabetes" else infer_task(values)
-    targets, classes = _encode(list(bunch.target), values, task, name)
-    if labels and task is not Task.REGRESSION:
-        classes = tuple(labels[int(label)] for label in classes)
+        task = infer_task(column)
+    targets, classes = _encode(column, task, name)
+    if task is not Task.REGRESSION:
+        classes = _names(bunch, classes)
     return Dataset(name, np.ascontiguousarray(bunch.data, dtype=np.float64), targets, features, classes, task)
 
 
@@ -149,8 +150,8 @@ def read_csv(path: Path, *, target: str | None, task: Task | None = None) -> Dat
     Raises
     ------
     DataError
-        If the file is missing, empty or malformed, a column is missing, doubled or not numeric, a cell is empty
-        or not finite, or the target has but one value.
+        If the file is missing, empty or malformed, a column is missing, doubled or not numeric, a cell is
+        empty or not finite, or the target has but one value.
     """
     header, rows = _read_table(path)
     if target is None:
@@ -158,35 +159,37 @@ def read_csv(path: Path, *, target: str | None, task: Task | None = None) -> Dat
     if target not in header:
         raise DataError(f"{path}: there is no column {target!r}; there are: {_listed(header)}")
     if len(header) == 1:
-        raise DataError(f"{path}: there is no column besides the target {target!r}; at least one feature is needed")
+        raise DataError(
+            f"{path}: there is no column besides the target {target!r}; at least one feature is needed"
+        )
     at = header.index(target)
     features = tuple(name for name in header if name != target)
     inputs = np.array(
-        [[_number(path, row, j, header) for j in range(len(header)) if j != at] for row in rows], dtype=np.float64
+        [[_number(path, row, j, header) for j in range(len(header)) if j != at] for row in rows],
+        dtype=np.float64,
     )
-    labels = [_present(path, row, at, header) for row in rows]
-    values = _numbers(labels)
-    if values is not None and not np.isfinite(values).all():
+    column = _column([_cell(path, row, at, header) for row in rows])
+    if column.dtype.kind == "f" and not np.isfinite(column).all():
+        line = rows[int(np.flatnonzero(~np.isfinite(column))[0])].line
         raise DataError(
-            f"{path}: line {_first_line(~np.isfinite(values), rows)}, target {target!r} is not a finite number; "
-            "remove the row or fill it in"
+            f"{path}: line {line}: target {target!r} is not a finite number; remove the row or fill it in"
         )
     if task is None:
-        task = infer_task(values)
-    targets, classes = _encode(labels, values, task, f"{path}: target {target!r}")
+        task = infer_task(column)
+    targets, classes = _encode(column, task, f"{path}: target {target!r}")
     return Dataset(path.stem, inputs, targets, features, classes, task)
 
 
-def infer_task(values: NDArray[np.float64] | None) -> Task:
+def infer_task(column: NDArray[Any]) -> Task:
     """Guess what is predicted from a target column; ``--task`` overrides it.
 
-    Text is classes. Numbers are classes if they are whole and at most :data:`MOST_CLASSES` different ones occur,
-    otherwise a regression target. Two classes are binary.
+    Text is classes. Numbers are classes if they are whole and at most :data:`MOST_CLASSES` different ones
+    occur, otherwise a regression target. Two classes are binary.
 
     Parameters
     ----------
-    values
-        The column as numbers, or None if it is text.
+    column
+        Floating-point numbers, or text.
 
     Examples
     --------
@@ -194,21 +197,132 @@ def infer_task(values: NDArray[np.float64] | None) -> Task:
     >>> infer_task(np.array([0.0, 1.0, 1.0])), infer_task(np.array([0.5, 1.5, 2.5]))
     (<Task.BINARY: 'binary'>, <Task.REGRESSION: 'regression'>)
     """
-    if values is None:
-        return Task.MULTICLASS  # _encode narrows it to binary when there are two labels
-    different = np.unique(values)
-    if different.size > MOST_CLASSES or not np.array_equal(different, np.round(different)):
+    different = np.unique(column)
+    if column.dtype.kind == "f" and (
+        different.size > MOST_CLASSES or (different != np.round(different)).any()
+    ):
         return Task.REGRESSION
     return Task.BINARY if different.size == 2 else Task.MULTICLASS
 
 
-def _encode(
-    labels: Sequence[Any], values: NDArray[np.float64] | None, task: Task, where: str
-) -> tuple[NDArray[Any], tuple[str, ...]]:
+def _encode(column: NDArray[Any], task: Task, where: str) -> tuple[NDArray[Any], tuple[str, ...]]:
     """Return targets as the task has them, with class labels, or say why they do not fit it."""
-    ...
+    labels, numbers = np.unique(column, return_inverse=True)
+    if labels.size < 2:
+        raise DataError(f"{where} has one value only, {labels[0]}; there is nothing to predict")
+    if task is Task.REGRESSION:
+        if column.dtype.kind != "f":
+            raise DataError(
+                f"{where} is text, such as {labels[0]!r}, and regression needs numbers; pass --task "
+                "multiclass"
+            )
+        return column, ()
+    if task is Task.BINARY and labels.size != 2:
+        raise DataError(
+            f"{where} has {labels.size} different values, and a binary task needs two; pass --task "
+            f"{infer_task(column).value}"
+        )
+    names = tuple(f"{label:g}" if column.dtype.kind == "f" else str(label) for label in labels)
+    return (numbers.astype(np.float64) if task is Task.BINARY else numbers.astype(np.int64)), names
 
 
-def _read_table(path: Path) -> tuple[list[str], list[tuple[int, list[str]]]]:
-    """Return the header and the rows with their line numbers."""
-    ...
+def _names(bunch: Any, classes: tuple[str, ...]) -> tuple[str, ...]:
+    # diabetes forced into classes has no names for them, and keeps the numbers.
+    names = getattr(bunch, "target_names", None)
+    return classes if names is None else tuple(str(names[int(label)]) for label in classes)
+
+
+@dataclass(frozen=True)
+class _Row:
+    line: int
+    cells: list[str]
+
+
+def _read_table(path: Path) -> tuple[list[str], list[_Row]]:
+    """Return the header and the rows, or say what is wrong with the file."""
+    if path.is_dir():
+        raise DataError(f"{path} is a directory; pass a CSV file")
+    if not path.exists():
+        raise DataError(f"there is no file {path}; pass a CSV file or one of {', '.join(BUNDLED)}")
+    try:
+        with path.open(newline="", encoding="utf-8-sig") as file:
+            reader = csv.reader(file, skipinitialspace=True)
+            lines = [_Row(reader.line_num, cells) for cells in reader if any(cell.strip() for cell in cells)]
+    except UnicodeDecodeError:
+        raise DataError(f"{path} is not UTF-8 text; save it as a CSV file in UTF-8") from None
+    except csv.Error as error:
+        raise DataError(f"{path} is not a CSV file ({error}); separate columns with commas") from None
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error.strerror}; check its permissions") from None
+    if not lines:
+        raise DataError(f"{path} is empty; a header line and rows of numbers are needed")
+    header = [cell.strip() for cell in lines[0].cells]
+    _check_header(path, header)
+    rows = lines[1:]
+    if not rows:
+        raise DataError(f"{path} has a header and no rows; rows of numbers are needed")
+    for row in rows:
+        if len(row.cells) != len(header):
+            raise DataError(
+                f"{path}: line {row.line}: expected {len(header)} columns as in the header, got "
+                f"{len(row.cells)}; "
+                "quote cells that hold commas"
+            )
+    return header, rows
+
+
+def _check_header(path: Path, header: list[str]) -> None:
+    doubled = [name for name, times in Counter(header).items() if times > 1]
+    if doubled:
+        raise DataError(f"{path}: the column {doubled[0]!r} occurs more than once; rename or remove one")
+    if len(header) == 1 and (";" in header[0] or "\t" in header[0]):
+        raise DataError(
+            f"{path}: the columns seem to be separated by semicolons or tabs; separate them with commas"
+        )
+
+
+def _cell(path: Path, row: _Row, at: int, header: list[str]) -> str:
+    cell = row.cells[at].strip()
+    if not cell:
+        raise DataError(
+            f"{path}: line {row.line}: column {header[at]!r} is empty; fill in missing values or remove such "
+            "rows"
+        )
+    return cell
+
+
+def _number(path: Path, row: _Row, at: int, header: list[str]) -> float:
+    cell = _cell(path, row, at, header)
+    number = _parse(cell)
+    if number is None:
+        raise DataError(
+            f"{path}: line {row.line}: column {header[at]!r} holds {cell!r}, which is not a number; encode "
+            "the "
+            "column in numbers or remove it"
+        )
+    if not math.isfinite(number):
+        raise DataError(
+            f"{path}: line {row.line}: column {header[at]!r} holds {cell!r}; fill in missing values or "
+            "remove such rows"
+        )
+    return number
+
+
+def _parse(cell: str) -> float | None:
+    try:
+        return None if "_" in cell else float(cell)
+    except ValueError:
+        return None
+
+
+def _column(cells: Sequence[str]) -> NDArray[Any]:
+    """Return cells as float64 if all are numbers, else as text."""
+    numbers = [_parse(cell) for cell in cells]
+    if any(number is None for number in numbers):
+        return np.array(cells, dtype=np.str_)
+    return np.array(numbers, dtype=np.float64)
+
+
+def _listed(names: Sequence[str], most: int = 12) -> str:
+    shown = ", ".join(names[:most])
+    return shown if len(names) <= most else f"{shown} and {len(names) - most} more"

@@ -4,12 +4,12 @@ All three minimise, over weights β and an intercept that is not penalised,
 
 .. math:: G(φ, θ) = \frac{\sum_i w_i\, ℓ_i(φ)}{\sum_i w_i} + \frac12 \sum_j e^{θ_j} \lVert β_j \rVert^2
 
-where w are example weights and θ are *log-strengths*: one shared by all features (a scalar) or one per feature.
-K cross-validation folds are one batch of such problems that differ in their weights alone, so that they share the
-design matrix: :data:`FOLD_DIMS` says so.
+where w are example weights and θ are *log-strengths*: one shared by all features (a scalar) or one per
+feature. K cross-validation folds are one batch of such problems that differ in their weights alone, so that
+they share the design matrix: :data:`FOLD_DIMS` says so.
 
-The mean over examples makes a strength mean the same for any number of rows n. In scikit-learn's terms, with n the
-rows of weight one,
+The mean over examples makes a strength mean the same for any number of rows n. In scikit-learn's terms, with
+n the rows of weight one,
 
 =====================  ==========================================  =====================
 model                  scikit-learn                                setting
@@ -19,7 +19,8 @@ model                  scikit-learn                                setting
 :class:`Softmax`       ``LogisticRegression(C=C)``, more classes   C = 1 / (n e^θ)
 =====================  ==========================================  =====================
 
-A strength e^θ_j of one feature equals strength 1 on that column divided by e^(θ_j / 2), its weight multiplied by it.
+A strength e^θ_j of one feature equals strength 1 on that column divided by e^(θ_j / 2), its weight multiplied
+by it.
 """
 
 from __future__ import annotations
@@ -49,8 +50,8 @@ class WeightedData(NamedTuple):
     inputs
         Design matrix (rows, features).
     targets
-        (rows,): floating-point for :class:`Ridge`, 0 or 1 in floating point for :class:`Logistic`, class numbers in
-        int64 for :class:`Softmax`.
+        (rows,): floating-point for :class:`Ridge`, 0 or 1 in floating point for :class:`Logistic`, class
+        numbers in int64 for :class:`Softmax`.
     training
         Weights (rows,), or (K, rows) for K folds.
     validation
@@ -82,7 +83,8 @@ class LinearModel(ABC):
     def __post_init__(self) -> None:
         if self.features < 1:
             raise bilevel.ArgumentError(
-                f"{type(self).__name__}: expected at least one feature, got {self.features}; pass a design matrix "
+                f"{type(self).__name__}: expected at least one feature, got {self.features}; pass a design "
+                "matrix "
                 "with columns"
             )
 
@@ -92,7 +94,7 @@ class LinearModel(ABC):
 
     @abstractmethod
     def scores(self, parameters: Parameters, inputs: torch.Tensor) -> torch.Tensor:
-        """Return the linear predictor of ``inputs`` (rows, p): (rows,), or (rows, classes) for :class:`Softmax`."""
+        """Return the linear predictor of ``inputs`` (rows, p): (rows,), or (rows, classes) for softmax."""
 
     @abstractmethod
     def losses(self, scores: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
@@ -128,7 +130,8 @@ class LinearModel(ABC):
     def validation_loss(self, parameters: Parameters, data: WeightedData) -> torch.Tensor:
         """Return the weighted mean loss on the validation rows, without a penalty: scalar.
 
-        It is the mean squared error for :class:`Ridge` and the mean log loss otherwise, as ``sklearn.metrics`` has them.
+        It is the mean squared error for :class:`Ridge` and the mean log loss otherwise, as
+        ``sklearn.metrics`` has them.
         """
         return self.metric_scale * _mean(
             self.losses(self.scores(parameters, data.inputs), data.targets), data.validation
@@ -189,11 +192,11 @@ class Logistic(Ridge):
 class Softmax(LinearModel):
     """Multinomial logistic regression, symmetric in the classes: ℓ = log Σ_c e^(s_c) − s_y.
 
-    Adding a constant to every class's score changes no probability, so that intercepts would be determined only up to
-    a constant and the Hessian would be singular. The parameters live where class scores sum to zero, by
-    construction: β = V Qᵀ and b = Q c with Q (classes, classes − 1) an orthonormal basis of the vectors
-    that sum to zero, V = ``weights`` (p, classes − 1) and c = ``intercept`` (classes − 1,). Nothing is lost: the
-    penalty makes every row of the symmetric solution sum to zero, and ‖V_j‖ = ‖β_j‖. The
+    Adding a constant to every class's score changes no probability, so that intercepts would be determined
+    only up to a constant and the Hessian would be singular. The parameters live where class scores sum to
+    zero, by construction: β = V Qᵀ and b = Q c with Q (classes, classes − 1) an orthonormal basis of the
+    vectors that sum to zero, V = ``weights`` (p, classes − 1) and c = ``intercept`` (classes − 1,). Nothing
+    is lost: the penalty makes every row of the symmetric solution sum to zero, and ‖V_j‖ = ‖β_j‖. The
     solution is the one that scikit-learn returns.
 
     Parameters
@@ -209,7 +212,9 @@ class Softmax(LinearModel):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.classes < 2:
-            raise bilevel.ArgumentError(f"Softmax: expected at least two classes, got {self.classes}; pass data with more")
+            raise bilevel.ArgumentError(
+                f"Softmax: expected at least two classes, got {self.classes}; pass data with more"
+            )
 
     def initial(self, folds: int | None = None, *, dtype: torch.dtype = torch.float64) -> Parameters:
         lead = () if folds is None else (folds,)

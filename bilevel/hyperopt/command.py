@@ -1,0 +1,161 @@
+"""``bilevel tune``: options, progress bar, and where results go."""
+
+# No `from __future__ import annotations` here: typer reads the annotations when the command is registered.
+
+from pathlib import Path
+from types import TracebackType
+from typing import Annotated, ClassVar
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+
+from bilevel.hyperopt.data import BUNDLED, Task, load
+from bilevel.hyperopt.tune import Outcome, OuterStep, Penalty, TuneSettings
+from bilevel.hyperopt.tune import tune as run
+
+__all__ = ["tune"]
+
+_DEFAULT = TuneSettings()
+_WIDTH = 140
+"""Columns where the output is not a terminal, whose width would be unknown."""
+
+
+def tune(
+    data: Annotated[
+        str,
+        typer.Argument(
+            metavar="DATA", help=f"One of {', '.join(BUNDLED)}, or a CSV file with a header line."
+        ),
+    ],
+    target: Annotated[
+        str | None, typer.Option(help="The target column of a CSV file.", show_default=False)
+    ] = None,
+    penalty: Annotated[
+        Penalty, typer.Option(help="Tune one strength shared by all features, or one per feature.")
+    ] = _DEFAULT.penalty,
+    folds: Annotated[int, typer.Option(help="Folds of the cross-validation.")] = _DEFAULT.folds,
+    task: Annotated[
+        Task | None,
+        typer.Option(help="What is predicted; guessed from the target by default.", show_default=False),
+    ] = None,
+    test_size: Annotated[
+        float, typer.Option(help="Part of the rows to test on at the end.")
+    ] = _DEFAULT.test_size,
+    watch_size: Annotated[
+        float,
+        typer.Option(help="Part of the other rows that is held back from the folds, to notice overfitting."),
+    ] = _DEFAULT.watch_size,
+    steps: Annotated[
+        int,
+        typer.Option(help="Most steps: after the probes for a shared strength, of Adam for one per feature."),
+    ] = _DEFAULT.steps,
+    patience: Annotated[
+        int,
+        typer.Option(help="Stop when the held-back loss has not improved for so many steps (per feature)."),
+    ] = _DEFAULT.patience,
+    learning_rate: Annotated[float, typer.Option(help="Of Adam, on log-strengths.")] = _DEFAULT.learning_rate,
+    seed: Annotated[int, typer.Option(help="Of the splits.")] = _DEFAULT.seed,
+    output: Annotated[
+        Path | None, typer.Option(help="Directory for results.json and plots.", show_default=False)
+    ] = None,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress bar.")] = False,
+) -> None:
+    """Tune ridge, logistic or softmax regression on DATA by the gradient of its cross-validation loss.
+
+    Ends with a table: scikit-learn's default, the best of a grid of 33 shared strengths, and what tuning found.
+    """
+    settings = TuneSettings(
+        penalty=penalty,
+        folds=folds,
+        test_size=test_size,
+        watch_size=watch_size,
+        steps=steps,
+        patience=patience,
+        learning_rate=learning_rate,
+        seed=seed,
+    )
+    dataset = load(data, target=target, task=task)
+    if output is not None:
+        from bilevel.hyperopt.report import prepare_output
+
+        prepare_output(output)
+    with _Bar(shown=not quiet) as bar:
+        outcome = run(dataset, settings, progress=bar)
+    _show(outcome)
+    if output is not None:
+        _save(outcome, output)
+
+
+def _console(*, stderr: bool) -> Console:
+    console = Console(stderr=stderr, highlight=False)
+    return console if console.is_terminal else Console(stderr=stderr, highlight=False, width=_WIDTH)
+
+
+def _show(outcome: Outcome) -> None:
+    from bilevel.hyperopt.report import remarks, table
+
+    console = _console(stderr=False)
+    console.print(table(outcome))
+    for line in remarks(outcome):
+        console.print(line, markup=False)
+
+
+def _save(outcome: Outcome, output: Path) -> None:
+    from bilevel.hyperopt.plots import write_plots
+    from bilevel.hyperopt.report import write_json
+
+    document = output / "results.json"
+    write_json(outcome, document)
+    names = [document, *write_plots(outcome, output)]
+    print(f"Written: {', '.join(str(name) for name in names)}")
+
+
+class _Bar:
+    """The progress bar, on standard error: outer step, CV loss, gradient norm, held-back loss."""
+
+    TITLES: ClassVar[dict[str, str]] = {
+        "grid": "grid (scikit-learn)",
+        "shared": "shared strength",
+        "feature": "strengths per feature",
+    }
+
+    def __init__(self, *, shown: bool) -> None:
+        self._progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TextColumn("{task.fields[losses]}"),
+            console=_console(stderr=True),
+            disable=not shown,
+        )
+        self._current: TaskID | None = None
+
+    def __enter__(self) -> "_Bar":
+        self._progress.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if kind is None:
+            self._finish()
+        self._progress.stop()
+
+    def stage(self, name: str, total: int) -> None:
+        self._finish()
+        self._current = self._progress.add_task(self.TITLES[name], total=total, losses="")
+
+    def step(self, step: OuterStep | None) -> None:
+        assert self._current is not None
+        losses = "" if step is None else (
+            f"CV {step.cv_loss:.5f}  |gradient| {step.gradient_norm:.1e}  held back {step.watch_loss:.5f}"
+        )  # fmt: skip
+        self._progress.update(self._current, advance=1, losses=losses)
+
+    def _finish(self) -> None:
+        # A stage that stopped before its limit is complete: its bar ends full, at the steps it took.
+        if self._current is not None:
+            done = self._progress.tasks[self._current].completed
+            self._progress.update(self._current, total=done)

@@ -1,0 +1,193 @@
+"""Hyperparameters as the parameters of a module whose loss is a validation loss."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, Literal, TypeAlias
+
+import torch
+from torch import nn
+from torch.utils import _pytree as pytree
+
+import bilevel
+
+__all__ = ["HyperparameterOptimization", "Hyperparameters"]
+
+Hyperparameters: TypeAlias = torch.Tensor | dict[str, torch.Tensor]
+"""One tensor, or several by name."""
+
+
+class HyperparameterOptimization(bilevel.BilevelProblem):
+    r"""Tune hyperparameters θ by the gradient of a validation loss at the trained parameters φ*(θ).
+
+    .. math:: \min_θ F(φ^*(θ)), \quad φ^*(θ) = \arg\min_φ G(φ, θ)
+
+    An ordinary module: θ are its parameters, calling it trains (the inner solve) and returns the validation
+    loss, and ``loss.backward()`` fills their ``grad`` with the hypergradient −Bᵀ H⁻¹ ∇F. Any ``torch.optim``
+    optimiser tunes it, and ``state_dict`` holds θ.
+
+    Parameters
+    ----------
+    training_objective
+        G(parameters, hyperparameters, data) → scalar.
+    validation_loss
+        F(parameters, data) → scalar.
+    hyperparameters
+        Where tuning begins: a floating-point tensor, or a dict of them. Nothing keeps them in bounds: pass
+        logarithms of what has to be positive. They are copied.
+    init
+        Where training begins: a tensor or a pytree of them, structured as the parameters φ; with
+        ``batch_dims``, every tensor has a leading axis K.
+    batch_dims
+        None for one inner problem. Otherwise, in the manner of ``torch.func.vmap``'s ``in_dims``, which axis
+        of each tensor in ``data`` numbers K inner problems (None for a tensor that all share). The K problems
+        share θ, are trained and differentiated as one batch, and the loss is the mean over them: K-fold
+        cross-validation.
+    solver, linear_solver, tolerance, on_failure, warm_start
+        As for :class:`bilevel.BilevelProblem`.
+
+    Attributes
+    ----------
+    hyperparameters
+        θ: an ``nn.Parameter``, or an ``nn.ParameterDict``.
+
+    Raises
+    ------
+    bilevel.DtypeError
+        If a hyperparameter is not a floating-point tensor.
+
+    Notes
+    -----
+    The base class takes θ as an argument of the call. Here θ belongs to the module, and the call takes
+    ``data`` alone. Use :class:`bilevel.BilevelProblem` itself to keep θ outside.
+
+    Examples
+    --------
+    One log-strength of a ridge penalty, tuned by L-BFGS:
+
+    >>> import torch, bilevel
+    >>> x = torch.linspace(-1, 1, 20, dtype=torch.float64)
+    >>> inputs, targets = torch.stack([x, x**3], 1), x + 0.1 * torch.cos(20 * x)
+    >>> def training_objective(weights, log_strength, data):
+    ...     inputs, targets = data
+    ...     loss = ((inputs[::2] @ weights - targets[::2]) ** 2).mean()
+    ...     return loss + log_strength.exp() * (weights**2).sum()
+    >>> def validation_loss(weights, data):
+    ...     inputs, targets = data
+    ...     return ((inputs[1::2] @ weights - targets[1::2]) ** 2).mean()
+    >>> start, init = torch.zeros((), dtype=torch.float64), torch.zeros(2, dtype=torch.float64)
+    >>> tuning = bilevel.HyperparameterOptimization(training_objective, validation_loss, start, init)
+    >>> optimizer = torch.optim.LBFGS(tuning.parameters(), line_search_fn="strong_wolfe")
+    >>> def closure():
+    ...     optimizer.zero_grad()
+    ...     loss = tuning((inputs, targets))
+    ...     loss.backward()
+    ...     return loss
+    >>> before = tuning((inputs, targets)).item()
+    >>> _ = optimizer.step(closure)
+    >>> tuning((inputs, targets)).item() < before
+    True
+    >>> sorted(tuning.state_dict())
+    ['hyperparameters']
+    """
+
+    def __init__(
+        self,
+        training_objective: Callable[[Any, Any, Any], torch.Tensor],
+        validation_loss: Callable[[Any, Any], torch.Tensor],
+        hyperparameters: torch.Tensor | Mapping[str, torch.Tensor],
+        init: Any,
+        *,
+        batch_dims: Any = None,
+        solver: Any = None,
+        linear_solver: Any = None,
+        tolerance: bilevel.Tolerance | None = None,
+        on_failure: Literal["raise", "warn", "nan", "ignore"] = "raise",
+        warm_start: bool = True,
+    ) -> None:
+        super().__init__(
+            solver=solver,
+            linear_solver=linear_solver,
+            tolerance=tolerance,
+            on_failure=on_failure,
+            batch_dims=batch_dims,
+            warm_start=warm_start,
+        )
+        self._training_objective = training_objective
+        self._validation_loss = validation_loss
+        self.hyperparameters: nn.Parameter | nn.ParameterDict = _as_parameters(hyperparameters)
+        leaves, self._init_structure = pytree.tree_flatten(init)
+        # Buffers follow .to(device) and .double(); they are not part of the state, which is θ alone.
+        for number, leaf in enumerate(leaves):
+            self.register_buffer(f"_init_{number}", leaf.detach().clone(), persistent=False)
+        self._init_size = len(leaves)
+
+    @property
+    def outer(self) -> Hyperparameters:
+        """θ as the objectives see it: a tensor or a dict of them."""
+        if isinstance(self.hyperparameters, nn.ParameterDict):
+            return dict(self.hyperparameters.items())
+        return self.hyperparameters
+
+    def inner_objective(self, inner: Any, outer: Any, data: Any) -> torch.Tensor:
+        """Return G, the training objective."""
+        return self._training_objective(inner, outer, data)
+
+    def outer_objective(self, inner: Any, outer: Any, data: Any) -> torch.Tensor:
+        """Return F, the validation loss, which depends on θ through the trained parameters alone."""
+        return self._validation_loss(inner, data)
+
+    def initial(self, outer: Any, data: Any) -> Any:
+        """Return where training begins when there is nothing warm to begin from."""
+        leaves = [getattr(self, f"_init_{number}") for number in range(self._init_size)]
+        return pytree.tree_unflatten(leaves, self._init_structure)
+
+    # The signatures of calls differ from the base class's on purpose, as those of modules do: θ is the
+    # module's own.
+    def forward(self, data: Any, *, init: Any = None) -> torch.Tensor:  # type: ignore[override]
+        """Train, and return the validation loss, differentiable with respect to the module's parameters.
+
+        Parameters
+        ----------
+        data
+            What the two objectives take.
+        init
+            Where training begins, instead of the warm start.
+        """
+        return super().forward(self.outer, data, init=init)
+
+    def hypergradient(self, data: Any, *, init: Any = None) -> bilevel.Hypergradient:  # type: ignore[override]
+        """Train and differentiate at once, and bound the error; leave the parameters' ``grad`` alone.
+
+        See :meth:`bilevel.BilevelProblem.hypergradient`.
+        """
+        return super().hypergradient(self.outer, data, init=init)
+
+
+def _as_parameters(
+    hyperparameters: torch.Tensor | Mapping[str, torch.Tensor],
+) -> nn.Parameter | nn.ParameterDict:
+    if isinstance(hyperparameters, torch.Tensor):
+        return _as_parameter("hyperparameters", hyperparameters)
+    if isinstance(hyperparameters, Mapping) and hyperparameters:
+        return nn.ParameterDict(
+            {
+                name: _as_parameter(f"hyperparameters[{name!r}]", value)
+                for name, value in hyperparameters.items()
+            }
+        )
+    raise bilevel.ArgumentError(
+        f"HyperparameterOptimization: expected hyperparameters to be a tensor or a dict of tensors, got "
+        f"{hyperparameters!r}; write for example torch.zeros((), dtype=torch.float64)"
+    )
+
+
+def _as_parameter(name: str, value: Any) -> nn.Parameter:
+    if not isinstance(value, torch.Tensor) or not value.dtype.is_floating_point:
+        got = value.dtype if isinstance(value, torch.Tensor) else type(value).__name__
+        raise bilevel.DtypeError(
+            f"HyperparameterOptimization: expected {name} to be a floating-point tensor, got {got}; convert "
+            "it with "
+            ".double(), or make it an argument of data instead"
+        )
+    return nn.Parameter(value.detach().clone())

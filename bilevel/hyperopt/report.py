@@ -1,0 +1,193 @@
+"""What a run leaves behind: a table on the terminal and a JSON file of everything."""
+
+from __future__ import annotations
+
+import json
+import math
+import platform
+from dataclasses import asdict
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+from rich.text import Text
+
+import bilevel
+from bilevel.hyperopt.data import Task
+from bilevel.hyperopt.splits import Splits
+from bilevel.hyperopt.tune import Outcome, Row
+
+__all__ = ["OutputError", "as_json", "prepare_output", "remarks", "table", "write_json"]
+
+SCHEMA = 1
+"""Version of the JSON file's layout."""
+
+
+class OutputError(bilevel.BilevelError, OSError):
+    """The output directory cannot be written to."""
+
+
+def prepare_output(directory: Path) -> None:
+    """Make the directory and try it, so that a run does not end in a file that cannot be written.
+
+    Raises
+    ------
+    OutputError
+        If it cannot be made or written to.
+    """
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        probe = directory / ".bilevel-probe"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise OutputError(
+            f"the output directory {directory} cannot be written to ({error.strerror}); pass another with "
+            "--output"
+        ) from None
+
+
+def table(outcome: Outcome) -> Table:
+    """Return the final table: every choice of strengths, whether it came out well or not."""
+    regression = outcome.dataset.task is Task.REGRESSION
+    loss = "MSE" if regression else "log loss"
+    # Text and not a string, in which rich would read square brackets as markup.
+    title = Text(f"{outcome.dataset.name}: {outcome.settings.penalty.value} penalty, {loss}")
+    drawn = Table(title=title, title_justify="left")
+    drawn.add_column("strengths")
+    for heading in ("CV loss", "held-back loss", "test loss", "test R²" if regression else "test accuracy"):
+        drawn.add_column(heading, justify="right")
+    for heading in ("inner solves", "seconds"):
+        drawn.add_column(heading, justify="right")
+    for row in outcome.rows:
+        drawn.add_row(
+            f"{row.name} {_strengths(row)}",
+            f"{row.cv_loss:.5f}", f"{row.watch_loss:.5f}", f"{row.test_loss:.5f}", f"{row.test_score:.4f}",
+            str(row.inner_solves), f"{row.seconds:.2f}",
+        )  # fmt: skip
+    return drawn
+
+
+def remarks(outcome: Outcome) -> list[str]:
+    """Return the sentences that belong under the table."""
+    splits = outcome.splits
+    lines = [
+        f"{splits.fold_rows.size} rows in {len(splits.folds)} folds (CV loss), {splits.watch.size} held back "
+        "from them "
+        f"(held-back loss: mean over the folds' models), {splits.test.size} test rows (one model fitted to "
+        "all others); "
+        "inner solves and seconds: spent to choose the strengths."
+    ]
+    if outcome.dataset.task is Task.REGRESSION:
+        lines.append("Losses are for targets scaled to unit variance.")
+    lines += [f"Stopped ({stage}): {reason}." for stage, reason in outcome.stopped.items()]
+    lines += _evidence(outcome)
+    lines += [f"Note: {note}" for note in outcome.notes]
+    return lines
+
+
+def _strengths(row: Row) -> str:
+    if len(row.log_strengths) == 1:
+        return f"({math.exp(row.log_strengths[0]):.3g})"
+    return f"({math.exp(min(row.log_strengths)):.2g} to {math.exp(max(row.log_strengths)):.2g})"
+
+
+def _evidence(outcome: Outcome) -> list[str]:
+    evidence = outcome.evidence
+    if evidence is None:
+        return []
+    rows = {row.name: row for row in outcome.rows}
+    shared, tuned = rows["tuned, shared"], rows["tuned, per feature"]
+    if not evidence.improvement > 0:
+        return [
+            "No strengths per feature did better on the held-back rows than the shared one; those are "
+            "returned."
+        ]
+    weak = "" if evidence.improvement > 2 * evidence.standard_error else ", which is weak evidence"
+    told = [
+        f"Strengths per feature lowered the held-back loss by {evidence.improvement:.2g} ± "
+        f"{evidence.standard_error:.2g} "
+        f"(standard error over {evidence.rows} rows){weak}."
+    ]
+    if tuned.test_loss > shared.test_loss:
+        told.append(
+            "The test loss is higher than with one shared strength: the strengths per feature overfit."
+        )
+    return told
+
+
+def as_json(outcome: Outcome) -> dict[str, Any]:
+    """Return everything about the run, in types that JSON has; numbers that are not finite become None."""
+    settings = asdict(outcome.settings) | {"penalty": outcome.settings.penalty.value}
+    document = {
+        "schema": SCHEMA,
+        "versions": {
+            "python": platform.python_version(),
+            "bilevel": bilevel.__version__,
+            **{name: version(name) for name in ("torch", "numpy", "scipy", "scikit-learn")},
+        },
+        "settings": settings,
+        "data": _data(outcome),
+        "grid": asdict(outcome.grid),
+        "history": [asdict(step) for step in outcome.history],
+        "rows": [_row(row, outcome.dataset.features) for row in outcome.rows],
+        "stopped": outcome.stopped,
+        "evidence": None if outcome.evidence is None else asdict(outcome.evidence),
+        "notes": list(outcome.notes),
+        "seconds": outcome.seconds,
+    }
+    finite: dict[str, Any] = _finite(document)
+    return finite
+
+
+def write_json(outcome: Outcome, path: Path) -> None:
+    """Write :func:`as_json` to ``path``.
+
+    Raises
+    ------
+    OutputError
+        If the file cannot be written.
+    """
+    try:
+        path.write_text(json.dumps(as_json(outcome), indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise OutputError(
+            f"{path} cannot be written ({error.strerror}); pass another directory with --output"
+        ) from None
+
+
+def _data(outcome: Outcome) -> dict[str, Any]:
+    dataset, splits = outcome.dataset, outcome.splits
+    return {
+        "name": dataset.name,
+        "task": dataset.task.value,
+        "rows": dataset.rows,
+        "features": list(dataset.features),
+        "classes": list(dataset.classes),
+        "rows_in": _sizes(splits),
+        "target_scale": splits.target_scale,
+    }
+
+
+def _sizes(splits: Splits) -> dict[str, Any]:
+    return {
+        "folds": [int(fold.size) for fold in splits.folds],
+        "watch": int(splits.watch.size),
+        "test": int(splits.test.size),
+    }
+
+
+def _row(row: Row, features: tuple[str, ...]) -> dict[str, Any]:
+    strengths = [math.exp(theta) for theta in row.log_strengths]
+    shared = len(strengths) == 1 and len(features) != 1
+    named = {"shared": strengths[0]} if shared else dict(zip(features, strengths, strict=True))
+    return asdict(row) | {"strengths": named}
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

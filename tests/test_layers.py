@@ -1,0 +1,257 @@
+"""Layers: what goes in and out, defaults, users' own solvers, compilation, modes."""
+
+from __future__ import annotations
+
+import copy
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch.func import functional_call, grad, jvp, vmap
+
+import bilevel
+from bilevel.layers import default_linear_solver, default_solver
+
+F64 = torch.float64
+
+
+def quadratic(x: torch.Tensor, a: torch.Tensor) -> torch.Tensor:
+    return ((x - a) ** 2).sum()
+
+
+def test_decorator_with_and_without_arguments_keeps_the_name() -> None:
+    @bilevel.argmin
+    def plain(x, a):
+        """Say what it is."""
+        return ((x - a) ** 2).sum()
+
+    @bilevel.argmin(linear_solver=bilevel.CG())
+    def settled(x, a):
+        return ((x - a) ** 2).sum()
+
+    assert plain.__name__ == "plain" and plain.__doc__ == "Say what it is." and "settled" in repr(settled)
+    a = torch.ones(2, dtype=F64)
+    torch.testing.assert_close(plain(torch.zeros(2, dtype=F64), a), settled(torch.zeros(2, dtype=F64), a))
+
+
+def test_pytrees_keywords_and_other_arguments() -> None:
+    seen = []
+
+    def objective(x, pair, *, scale, labels, mode):
+        seen.append(mode)
+        z = torch.cat([x["w"].reshape(-1), x["b"][0].reshape(1)])
+        return scale * ((z - pair[0]) ** 2).sum() + 0 * labels.sum() + pair[1]["extra"] * (z**2).sum()
+
+    layer = bilevel.argmin(objective)
+    init = {"w": torch.zeros(2, 1, dtype=F64), "b": (torch.zeros((), dtype=F64),)}
+    target = torch.tensor([1.0, 2.0, 3.0], dtype=F64, requires_grad=True)
+    extra = torch.tensor(1.0, dtype=F64, requires_grad=True)
+    labels = torch.tensor([1, 2])
+    x = layer(init, (target, {"extra": extra, "n": 3}), scale=2.0, labels=labels, mode="a string")
+    assert x["w"].shape == (2, 1) and isinstance(x["b"], tuple) and seen[0] == "a string"
+    torch.testing.assert_close(x["w"].detach().reshape(-1), torch.tensor([2 / 3, 4 / 3], dtype=F64))
+    (x["w"].sum() + x["b"][0]).backward()
+    torch.testing.assert_close(target.grad, torch.full((3,), 2 / 3, dtype=F64))
+    torch.testing.assert_close(extra.grad, torch.tensor(-(2 * 6) / 9, dtype=F64))
+
+
+def test_leaves_of_different_dtypes_keep_them() -> None:
+    init = (torch.zeros(2, dtype=torch.float32), torch.zeros((), dtype=F64))
+    x = bilevel.argmin(lambda x, a: ((x[0] - a) ** 2).sum() + (x[1] - a) ** 2)(init, torch.tensor(2.0, dtype=F64))
+    assert x[0].dtype == torch.float32 and x[1].dtype == F64
+    torch.testing.assert_close(x[1], torch.tensor(2.0, dtype=F64))
+
+
+def test_module_parameters_as_a_dict() -> None:
+    torch.manual_seed(0)
+    features = torch.nn.Linear(3, 2).double()
+    parameters = {name: p for name, p in features.named_parameters()}
+    X, y = torch.randn(10, 3, dtype=F64), torch.randn(10, dtype=F64)
+
+    def objective(w, parameters, X, y):
+        return ((functional_call(features, parameters, (X,)) @ w - y) ** 2).sum() + (w**2).sum()
+
+    w = bilevel.argmin(objective)(torch.zeros(2, dtype=F64), parameters, X, y)
+    w.sum().backward()
+    mine = features.weight.grad.clone()
+    features.zero_grad()
+    Z = features(X)
+    torch.linalg.solve(Z.T @ Z + torch.eye(2, dtype=F64), Z.T @ y).sum().backward()
+    torch.testing.assert_close(mine, features.weight.grad, atol=1e-10, rtol=1e-9)
+
+
+def test_warm_start_at_the_solution_changes_nothing() -> None:
+    a = torch.randn(5, dtype=F64)
+    layer = bilevel.argmin(lambda x, a: ((x - a) ** 2).sum() + (x**4).sum())
+    x = layer(torch.zeros(5, dtype=F64), a)
+    again = layer.solve(x, a)
+    assert int(again.report.iterations) == 0
+    assert torch.equal(again.value, x)
+
+
+@pytest.mark.parametrize("shape", [(0,), (), (1,), (1, 1), (3, 0, 2)])
+def test_unusual_shapes(shape: tuple[int, ...]) -> None:
+    a = torch.full(shape, 2.0, dtype=F64, requires_grad=True)
+    x = bilevel.argmin(quadratic)(torch.zeros(shape, dtype=F64), a)
+    assert x.shape == shape
+    x.sum().backward()
+    torch.testing.assert_close(a.grad, torch.ones(shape, dtype=F64))
+
+
+def test_defaults_follow_size_and_structure() -> None:
+    def chosen(make, function, n):
+        layer = make(function)
+        with bilevel.record() as reports:
+            a = torch.ones(n, dtype=F64, requires_grad=True)
+            layer(torch.zeros(n, dtype=F64), a).sum().backward()
+        return [report.solver for report in reports]
+
+    assert chosen(bilevel.argmin, quadratic, 3) == ["Newton", "Exact"]
+    assert chosen(bilevel.argmin, quadratic, 2000) == ["LBFGS", "CG"]
+    assert chosen(bilevel.root, lambda x, a: x + 0.1 * x.roll(1) - a, 3) == ["Newton", "Exact"]
+    assert chosen(bilevel.root, lambda x, a: x + 0.1 * x.roll(1) - a, 2000) == ["Newton", "GMRES"]
+    assert chosen(bilevel.fixed_point, lambda x, a: 0.5 * x.roll(1) + a, 3) == ["Anderson", "Exact"]
+    assert chosen(bilevel.fixed_point, lambda x, a: 0.5 * x.roll(1) + a, 2000) == ["Anderson", "GMRES"]
+    assert callable(default_solver) and callable(default_linear_solver)
+
+
+def test_a_users_own_solvers() -> None:
+    # The two of the README.
+    def by_scipy(objective, init, *args):
+        import scipy.optimize
+
+        def value_and_gradient(flat):
+            x = torch.tensor(flat, requires_grad=True)
+            value = objective(x, *args)
+            return value.item(), torch.autograd.grad(value, x)[0].numpy()
+
+        found = scipy.optimize.minimize(value_and_gradient, init.numpy(), jac=True, method="BFGS", options={"gtol": 1e-10})
+        return torch.tensor(found.x)
+
+    def jacobi(operator, rhs):
+        diagonal = operator.dense().diagonal(dim1=-2, dim2=-1)
+        x = rhs / diagonal
+        for _ in range(200):
+            x = x + (rhs - operator.matvec(x)) / diagonal
+        return x
+
+    M = torch.tensor([[4.0, 1.0, 0.0], [1.0, 3.0, 0.5], [0.0, 0.5, 2.0]], dtype=F64)
+
+    def objective(x, a):
+        return 0.5 * x @ M @ x - a @ x
+
+    layer = bilevel.argmin(objective, solver=by_scipy, linear_solver=jacobi, tolerance=bilevel.Tolerance(delta=1e-8))
+    a = torch.tensor([1.0, 2.0, 3.0], dtype=F64, requires_grad=True)
+    with bilevel.record() as reports:
+        layer(torch.zeros(3, dtype=F64), a).sum().backward()
+    torch.testing.assert_close(a.grad, torch.linalg.inv(M).sum(0), atol=1e-10, rtol=1e-10)
+    assert [report.solver for report in reports] == ["by_scipy", "jacobi"]
+    batch = torch.stack([a.detach(), 2 * a.detach()])
+    torch.testing.assert_close(
+        vmap(layer, in_dims=(None, 0))(torch.zeros(3, dtype=F64), batch), batch @ torch.linalg.inv(M), atol=1e-7, rtol=1e-7
+    )
+
+
+def test_a_wrong_user_solver_is_found_out() -> None:
+    layer = bilevel.argmin(quadratic, solver=lambda objective, init, a: init + 1)
+    with pytest.raises(bilevel.SolveError, match="residual is above the tolerance"):
+        layer(torch.zeros(2, dtype=F64), torch.zeros(2, dtype=F64))
+    layer = bilevel.argmin(quadratic, linear_solver=lambda operator, rhs: rhs)
+    a = torch.ones(2, dtype=F64, requires_grad=True)
+    with pytest.raises(bilevel.SolveError, match="backward solve"):
+        layer(torch.zeros(2, dtype=F64), a).sum().backward()
+    with pytest.raises(bilevel.ShapeError, match="structure of init"):
+        bilevel.argmin(quadratic, solver=lambda objective, init, a: {"x": init})(torch.zeros(2, dtype=F64), a.detach())
+    layer = bilevel.argmin(quadratic, linear_solver=lambda operator, rhs: rhs[0])
+    with pytest.raises(bilevel.ShapeError, match="one row for each"):
+        layer(torch.zeros(2, dtype=F64), a).sum().backward()
+
+
+def test_sixty_four_problems_of_different_conditioning_equal_a_loop() -> None:
+    torch.manual_seed(0)
+    batch, n = 64, 20
+    Q = torch.linalg.qr(torch.randn(batch, n, n, dtype=F64))[0]
+    spectra = torch.stack([torch.logspace(-k * 6 / 63, 0, n, dtype=F64) for k in range(batch)])
+    A = Q @ torch.diag_embed(spectra) @ Q.mT
+    b = (A @ torch.randn(batch, n, 1, dtype=F64)).squeeze(-1)
+
+    def objective(x, A, b):
+        return 0.5 * x @ A @ x - b @ x + 0.01 * (x**4).sum()
+
+    layer = bilevel.argmin(objective)
+    start = torch.zeros(n, dtype=F64)
+
+    def value_and_gradient(solve):
+        free = b.clone().requires_grad_(True)
+        x = solve(free)
+        return x.detach(), torch.autograd.grad((x**2).sum(), free)[0]
+
+    with bilevel.record() as reports:
+        batched = value_and_gradient(lambda b: vmap(layer, in_dims=(None, 0, 0))(start, A, b))
+    looped = value_and_gradient(lambda b: torch.stack([layer(start, A[k], b[k]) for k in range(batch)]))
+    for mine, reference in zip(batched, looped, strict=True):
+        torch.testing.assert_close(mine, reference, atol=1e-9, rtol=1e-9)
+    assert len(reports[0].status) == len(reports[1].status) == batch
+
+
+def test_solve_under_vmap_returns_a_report_of_the_batch() -> None:
+    layer = bilevel.argmin(quadratic)
+    solution = vmap(layer.solve, in_dims=(None, 0))(torch.zeros(2, dtype=F64), torch.ones(5, 2, dtype=F64))
+    assert solution.value.shape == (5, 2) and solution.report.converged.shape == (5,)
+    nested = vmap(vmap(layer.solve, in_dims=(None, 0)), in_dims=(None, 0))(
+        torch.zeros(2, dtype=F64), torch.ones(3, 5, 2, dtype=F64)
+    )
+    assert nested.report.residual_norm.shape == (3, 5) and len(nested.report.status) == 3
+
+
+def test_compiled_callers_and_objectives_get_right_derivatives() -> None:
+    # Compiled code can drop a custom jvp (pytorch/pytorch#192985) or backward (#193279).
+    layer = bilevel.argmin(lambda x, a: ((x - a) ** 2).sum() + (x**4).sum())
+    start = torch.zeros(2, dtype=F64)
+
+    def f(a):
+        return (layer(start, a.sin()) ** 2).sum()
+
+    a = torch.tensor([0.3, 0.8], dtype=F64)
+    free = a.clone().requires_grad_(True)
+    torch._dynamo.reset()
+    (compiled,) = torch.autograd.grad(torch.compile(f, backend="eager")(free), free)
+    expected = grad(f)(a)
+    torch.testing.assert_close(compiled, expected)
+    torch.testing.assert_close(torch.compile(grad(f), backend="eager")(a), expected)
+    push = torch.compile(lambda a: jvp(f, (a,), (torch.ones_like(a),))[1], backend="eager")
+    torch.testing.assert_close(push(a), expected.sum())
+    objective = torch.compile(lambda x, a: ((x - a) ** 2).sum(), backend="eager")
+    torch.testing.assert_close(bilevel.argmin(objective)(start, a), a)
+
+
+def test_inference_mode_no_grad_checkpoint_and_copies() -> None:
+    layer = bilevel.argmin(quadratic)
+    start, a = torch.zeros(2, dtype=F64), torch.ones(2, dtype=F64)
+    with torch.inference_mode():
+        torch.testing.assert_close(layer(torch.zeros(2, dtype=F64), torch.ones(2, dtype=F64)), torch.ones(2, dtype=F64))
+    with torch.no_grad():
+        assert not layer(start, a.clone().requires_grad_(True)).requires_grad
+    free = a.clone().requires_grad_(True)
+    torch.utils.checkpoint.checkpoint(lambda a: layer(start, a), free, use_reentrant=False).sum().backward()
+    torch.testing.assert_close(free.grad, torch.ones(2, dtype=F64))
+    torch.testing.assert_close(copy.deepcopy(layer)(start, a), a)
+
+
+def test_in_place_change_of_an_argument_between_forward_and_backward_is_caught() -> None:
+    a = torch.ones(2, dtype=F64, requires_grad=True)
+    scale = torch.ones(2, dtype=F64)
+    x = bilevel.argmin(lambda x, a, s: (s * (x - a) ** 2).sum())(torch.zeros(2, dtype=F64), a, scale)
+    scale.mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        x.sum().backward()
+
+
+def test_importing_has_no_effects_and_no_compiler() -> None:
+    code = (
+        "import sys, torch; before = torch.get_default_dtype(); import bilevel; "
+        "assert torch.get_default_dtype() == before; assert 'torch._dynamo' not in sys.modules; "
+        "assert not {'typer', 'matplotlib', 'sklearn', 'pandas', 'rich'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)

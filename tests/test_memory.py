@@ -1,0 +1,127 @@
+"""Memory is flat in the number of inner steps and from call to call."""
+
+from __future__ import annotations
+
+import gc
+import tracemalloc
+import weakref
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import bilevel
+
+F64 = torch.float64
+
+
+class PeakBytes(TorchDispatchMode):
+    """Counts the bytes of the storages alive that operations inside have made, and their peak."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.alive: dict[int, int] = {}
+        self.peak = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for tensor in out if isinstance(out, (tuple, list)) else (out,):
+            if isinstance(tensor, torch.Tensor):
+                storage = tensor.untyped_storage()
+                key = storage._cdata
+                if key not in self.alive:
+                    self.alive[key] = storage.nbytes()
+                    weakref.finalize(storage, self.alive.pop, key, None)
+        self.peak = max(self.peak, sum(self.alive.values()))
+        return out
+
+
+def objective(x: torch.Tensor, a: torch.Tensor) -> torch.Tensor:
+    return ((x - a).cosh()).sum()
+
+
+def peak(make_layer, kind: str, steps: int) -> int:
+    n = 2000
+    a = torch.linspace(-1, 1, n, dtype=F64, requires_grad=True)
+    layer = make_layer(steps)
+    gc.collect()
+    with PeakBytes() as watch:
+        layer(torch.zeros(n, dtype=F64), a).sum().backward()
+    return watch.peak
+
+
+BUDGET = {"tolerance": bilevel.Tolerance(delta=None, delta_prime=None), "linear_solver": bilevel.CG(5)}
+LAYERS = {
+    "gradient descent": lambda k: bilevel.argmin(objective, solver=bilevel.GradientDescent(1e-3, k), **BUDGET),
+    "momentum": lambda k: bilevel.argmin(objective, solver=bilevel.GradientDescent(1e-3, k, momentum=0.5), **BUDGET),
+    "adam": lambda k: bilevel.argmin(objective, solver=bilevel.TorchOptimizer(torch.optim.Adam, lr=1e-4, max_steps=k), **BUDGET),
+    "fixed point": lambda k: bilevel.fixed_point(
+        lambda x, a: x - 1e-3 * torch.sinh(x - a),
+        solver=bilevel.FixedPointIteration(k),
+        linear_solver=bilevel.GMRES(5),
+        tolerance=BUDGET["tolerance"],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_peak_does_not_grow_with_inner_steps(name: str) -> None:
+    few, many = peak(LAYERS[name], name, 10), peak(LAYERS[name], name, 1000)
+    assert many <= 1.01 * few
+
+
+@pytest.mark.parametrize("vmapped", [False, True])
+def test_nothing_is_left_from_call_to_call(vmapped: bool) -> None:
+    a = torch.linspace(-1, 1, 6, dtype=F64, requires_grad=True)
+    start = torch.zeros(6, dtype=F64)
+    layer = bilevel.argmin(objective)
+
+    def once() -> None:
+        if vmapped:
+            torch.func.vmap(layer, in_dims=(None, 0))(start, torch.stack([a, 2 * a])).sum().backward()
+        else:
+            layer(start, a).sum().backward()
+        a.grad = None
+
+    def tensors() -> int:
+        gc.collect()
+        return sum(isinstance(thing, torch.Tensor) for thing in gc.get_objects())
+
+    for _ in range(5):
+        once()
+    before = tensors()
+    tracemalloc.start()
+    for _ in range(20):
+        once()
+    gc.collect()
+    early, _ = tracemalloc.get_traced_memory()
+    for _ in range(180):
+        once()
+    gc.collect()
+    late, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert tensors() <= before
+    assert late - early < 50_000
+
+
+def test_a_problem_keeps_one_solution_however_often_it_is_called() -> None:
+    class Ridge(bilevel.BilevelProblem):
+        def inner_objective(self, inner, outer, data):
+            return ((inner - data) ** 2).sum() + outer.exp() * (inner**2).sum()
+
+        def outer_objective(self, inner, outer, data):
+            return (inner**2).sum()
+
+    problem = Ridge()
+    data, outer = torch.ones(3, dtype=F64), torch.zeros((), dtype=F64)
+
+    def tensors() -> int:
+        gc.collect()
+        return sum(isinstance(thing, torch.Tensor) for thing in gc.get_objects())
+
+    for _ in range(5):
+        problem.hypergradient(outer, data, init=torch.zeros(3, dtype=F64))
+    before = tensors()
+    for _ in range(200):
+        problem.hypergradient(outer, data)
+    assert tensors() <= before

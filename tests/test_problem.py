@@ -1,0 +1,238 @@
+"""BilevelProblem: the outer loss, its hypergradient, batches, warm starts, corrected value and error bounds."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+import bilevel
+
+from . import oracles
+
+F64 = torch.float64
+MATCHED = bilevel.Tolerance(delta=1e-12, delta_prime=1e-12)
+
+
+class Ridge(bilevel.BilevelProblem):
+    def inner_objective(self, inner, outer, data):
+        X, y, _, _ = data
+        return ((X @ inner - y) ** 2).sum() + (outer.exp() * inner**2).sum()
+
+    def outer_objective(self, inner, outer, data):
+        _, _, X, y = data
+        return ((X @ inner - y) ** 2).mean() + 0.01 * (outer**2).sum()
+
+
+class Classifier(Ridge):
+    def inner_objective(self, inner, outer, data):
+        X, y, _, _ = data
+        return torch.nn.functional.softplus(-y.sign() * (X @ inner)).sum() + 0.5 * (outer.exp() * inner**2).sum()
+
+
+def split(seed: int = 0, n: int = 4) -> tuple[torch.Tensor, ...]:
+    generator = torch.Generator().manual_seed(seed)
+    return tuple(
+        torch.randn(shape, generator=generator, dtype=F64) for shape in ((20, n), (20,), (10, n), (10,))
+    )
+
+
+def closed_form(outer: torch.Tensor, data: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, torch.Tensor]:
+    X, y, Xv, yv = data
+    free = outer.detach().clone().requires_grad_(True)
+    w = oracles.ridge(X, y, free.exp())
+    loss = ((Xv @ w - yv) ** 2).mean() + 0.01 * (free**2).sum()
+    return loss.detach(), torch.autograd.grad(loss, free)[0]
+
+
+@pytest.mark.parametrize("outer", [torch.tensor(0.3, dtype=F64), torch.linspace(-1, 1, 4, dtype=F64)])
+@pytest.mark.parametrize("linear", [bilevel.Exact(), bilevel.CG()])
+def test_value_and_gradient_agree_with_the_closed_form(outer: torch.Tensor, linear: object) -> None:
+    data = split()
+    problem = Ridge(linear_solver=linear, tolerance=MATCHED)
+    result = problem.hypergradient(outer, data, init=torch.zeros(4, dtype=F64))
+    value, gradient = closed_form(outer, data)
+    torch.testing.assert_close(result.value, value, atol=1e-11, rtol=1e-11)
+    torch.testing.assert_close(result.corrected_value, value, atol=1e-11, rtol=1e-11)
+    torch.testing.assert_close(result.grad, gradient, atol=1e-9, rtol=1e-9)
+    free = outer.clone().requires_grad_(True)
+    problem(free, data).backward()
+    torch.testing.assert_close(free.grad, gradient, atol=1e-9, rtol=1e-9)
+    assert result.report.converged.all() and "forward" in str(result.report)
+
+
+def test_outer_pytrees_and_leaves_that_are_not_differentiated() -> None:
+    class Tree(Ridge):
+        def inner_objective(self, inner, outer, data):
+            return super().inner_objective(inner["w"], outer["s"] * outer["n"], data) + 0 * outer["labels"].sum()
+
+        def outer_objective(self, inner, outer, data):
+            return super().outer_objective(inner["w"], outer["s"], data)
+
+    outer = {"s": torch.tensor(0.3, dtype=F64), "n": 1, "labels": torch.tensor([1, 2])}
+    result = Tree(tolerance=MATCHED).hypergradient(outer, split(), init={"w": torch.zeros(4, dtype=F64)})
+    torch.testing.assert_close(result.grad["s"], closed_form(outer["s"], split())[1], atol=1e-9, rtol=1e-9)
+    assert result.grad["n"] is None and result.grad["labels"] is None
+    assert result.adjoint["w"].shape == result.inner["w"].shape == (4,)
+
+
+def test_a_batch_of_problems_is_the_mean_of_its_members() -> None:
+    members = [split(seed) for seed in range(3)]
+    X, y = (torch.stack([member[i] for member in members]) for i in (0, 1))
+    Xv, yv = members[0][2:]
+    outer = torch.linspace(-1, 1, 4, dtype=F64)
+    batch = Ridge(batch_dims=(0, 0, None, None), tolerance=MATCHED)
+    result = batch.hypergradient(outer, (X, y, Xv, yv), init=torch.zeros(3, 4, dtype=F64))
+    singles = [
+        Ridge(tolerance=MATCHED).hypergradient(outer, (X[k], y[k], Xv, yv), init=torch.zeros(4, dtype=F64)) for k in range(3)
+    ]
+    torch.testing.assert_close(result.value, torch.stack([s.value for s in singles]).mean())
+    torch.testing.assert_close(result.corrected_value, torch.stack([s.corrected_value for s in singles]).mean())
+    torch.testing.assert_close(result.grad, torch.stack([s.grad for s in singles]).mean(0), atol=1e-10, rtol=1e-9)
+    torch.testing.assert_close(result.adjoint, torch.stack([s.adjoint for s in singles]), atol=1e-10, rtol=1e-9)
+    assert result.report.forward.status == (bilevel.Status.CONVERGED,) * 3
+
+
+@given(st.integers(0, 10_000), st.floats(1e-6, 1e-1))
+def test_the_certified_bound_is_never_exceeded_on_ridge(seed: int, delta: float) -> None:
+    data, outer = split(seed), torch.tensor(0.2, dtype=F64)
+    # ∇²G ≥ 2 exp(outer) whatever the data.
+    mu = 2 * float(outer.exp())
+    problem = Ridge(
+        solver=bilevel.GradientDescent(0.005, 10_000),
+        linear_solver=bilevel.CG(),
+        tolerance=bilevel.Tolerance(delta=delta, delta_prime=delta, strong_convexity=mu),
+    )
+    result = problem.hypergradient(outer, data, init=torch.zeros(4, dtype=F64))
+    value, gradient = closed_form(outer, data)
+    inner = oracles.ridge(data[0], data[1], outer.exp())
+    assert result.certified
+    assert float((result.grad - gradient).norm()) <= result.error_bound
+    assert float((result.inner - inner).norm()) <= float(result.report.forward.error_bound)
+    assert bool(result.report.forward.certified) and bool(result.report.backward.certified)
+    # C4: |F(φ*) − corrected| ≤ r_lin ε + ½ L_F ε², with ε = ‖φ − φ*‖ and no Hessian to vary.
+    epsilon = float((result.inner - inner).norm())
+    smoothness = 2 * float(torch.linalg.matrix_norm(data[2], 2)) ** 2 / len(data[3])
+    slack = float(result.report.backward.residual_norm) * epsilon + 0.5 * smoothness * epsilon**2
+    assert abs(float(result.corrected_value - value)) <= 1.001 * slack + 1e-12
+
+
+def test_without_constants_the_error_is_estimated_and_marked_so() -> None:
+    data, outer = split(), torch.linspace(-1, 1, 4, dtype=F64)
+    exact = Classifier(tolerance=MATCHED).hypergradient(outer, data, init=torch.zeros(4, dtype=F64)).grad
+    problem = Classifier(solver=bilevel.GradientDescent(0.02, 10_000), tolerance=bilevel.Tolerance(delta=1e-3))
+    result = problem.hypergradient(outer, data, init=torch.zeros(4, dtype=F64))
+    error = float((result.grad - exact).norm())
+    assert not result.certified and not bool(result.report.forward.certified)
+    assert 0.5 * error <= result.error_bound <= 2 * error
+    # μ alone does not certify a problem that is not quadratic: the Lipschitz constants are missing.
+    mu = float(outer.exp().min())
+    known = Classifier(tolerance=bilevel.Tolerance(delta=1e-3, strong_convexity=mu))
+    assert not known.hypergradient(outer, data, init=torch.zeros(4, dtype=F64)).certified
+
+
+def test_declared_constants_certify() -> None:
+    data, outer = split(), torch.linspace(-1, 1, 4, dtype=F64)
+    X, _, Xv, _ = data
+
+    class Declared(Classifier):
+        def constants(self, outer, data):
+            norms = X.norm(dim=1)
+            return bilevel.Constants(
+                strong_convexity=float(outer.exp().min()),
+                outer_smoothness=float(2 * (Xv.norm() ** 2) / len(Xv)),
+                hessian_lipschitz=float((norms**3).sum()) / 10,  # |σ''| ≤ 1/(6√3) < 1/10
+                cross_lipschitz=float(outer.exp().max()),
+                outer_cross_lipschitz=0.0,
+            )
+
+    exact = Classifier(tolerance=MATCHED).hypergradient(outer, data, init=torch.zeros(4, dtype=F64)).grad
+    problem = Declared(solver=bilevel.GradientDescent(0.02, 10_000), tolerance=bilevel.Tolerance(delta=1e-4))
+    result = problem.hypergradient(outer, data, init=torch.zeros(4, dtype=F64))
+    assert result.certified
+    assert float((result.grad - exact).norm()) <= result.error_bound < 1.0
+
+
+def test_warm_starts_of_the_inner_solution_and_of_the_adjoint() -> None:
+    data = split(n=4)
+    outer = torch.linspace(-1, 1, 4, dtype=F64)
+    settings = {
+        "solver": bilevel.GradientDescent(0.01, 10_000),
+        "linear_solver": bilevel.CG(),
+        "tolerance": bilevel.Tolerance(delta=1e-8, delta_prime=1e-8),
+    }
+
+    def work(problem: Ridge) -> tuple[int, int]:
+        result = problem.hypergradient(outer, data)
+        return int(result.report.forward.iterations), int(result.report.backward.iterations)
+
+    warm = Ridge(**settings)
+    first = warm.hypergradient(outer, data, init=torch.zeros(4, dtype=F64)).report
+    assert work(warm) == (0, 0) < (int(first.forward.iterations), int(first.backward.iterations))
+    warm.reset()
+    with pytest.raises(bilevel.ArgumentError, match="override initial"):
+        warm(outer, data)
+    cold = Ridge(warm_start=False, **settings)
+    cold.hypergradient(outer, data, init=torch.zeros(4, dtype=F64))
+    with pytest.raises(bilevel.ArgumentError, match="init"):
+        work(cold)
+    again = cold.hypergradient(outer, data, init=torch.zeros(4, dtype=F64)).report
+    assert int(again.backward.iterations) == int(first.backward.iterations)
+
+
+def test_tuning_with_a_torch_optimiser_lowers_the_outer_loss() -> None:
+    data = split()
+    outer = torch.zeros(4, dtype=F64, requires_grad=True)
+    problem, optimiser = Ridge(), torch.optim.Adam([outer], lr=0.1)
+    losses = []
+    for step in range(30):
+        optimiser.zero_grad()
+        loss = problem(outer, data, init=torch.zeros(4, dtype=F64) if step == 0 else None)
+        loss.backward()
+        optimiser.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.95 * losses[0]
+    assert all(later < earlier for earlier, later in zip(losses, losses[1:], strict=False))
+
+
+def test_second_derivatives_of_the_outer_loss() -> None:
+    data, outer = split(), torch.linspace(-1, 1, 4, dtype=F64)
+    problem = Ridge(warm_start=False, tolerance=MATCHED)
+    start = torch.zeros(4, dtype=F64)
+
+    def reference(outer: torch.Tensor) -> torch.Tensor:
+        X, y, Xv, yv = data
+        return ((Xv @ oracles.ridge(X, y, outer.exp()) - yv) ** 2).mean() + 0.01 * (outer**2).sum()
+
+    mine = torch.func.hessian(lambda outer: problem(outer, data, init=start))(outer)
+    torch.testing.assert_close(mine, torch.func.hessian(reference)(outer), atol=1e-9, rtol=1e-8)
+
+
+def test_an_outer_loss_that_ignores_the_inner_solution_still_has_its_direct_gradient() -> None:
+    class Direct(Ridge):
+        def outer_objective(self, inner, outer, data):
+            return (outer**2).sum()
+
+    outer = torch.linspace(-1, 1, 4, dtype=F64)
+    result = Direct().hypergradient(outer, split(), init=torch.zeros(4, dtype=F64))
+    torch.testing.assert_close(result.grad, 2 * outer)
+    assert float(result.adjoint.norm()) == 0.0
+
+
+def test_misuse_is_said() -> None:
+    class Vector(Ridge):
+        def outer_objective(self, inner, outer, data):
+            return inner
+
+    start = torch.zeros(4, dtype=F64)
+    with pytest.raises(bilevel.ShapeError, match="outer_objective"):
+        Vector()(torch.tensor(0.0, dtype=F64), split(), init=start)
+    with pytest.raises(bilevel.ArgumentError, match="outer to hold"):
+        Ridge().hypergradient(3, split(), init=start)
+    with pytest.raises(TypeError, match="abstract"):
+        bilevel.BilevelProblem()
+    with pytest.raises(bilevel.SolveError, match="`Ridge`: the forward solve by GradientDescent"):
+        Ridge(solver=bilevel.GradientDescent(1e-6, 2), tolerance=bilevel.Tolerance(delta=1e-9))(
+            torch.tensor(0.0, dtype=F64), split(), init=start
+        )

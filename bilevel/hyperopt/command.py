@@ -63,7 +63,7 @@ def tune(
 ) -> None:
     """Tune ridge, logistic or softmax regression on DATA by the gradient of its cross-validation loss.
 
-    Ends with a table: scikit-learn's default, the best of a grid of 33 shared strengths, and what tuning found.
+    Ends with a table: scikit-learn's default, the best of a grid of 33 shared strengths, and the tuned.
     """
     settings = TuneSettings(
         penalty=penalty,
@@ -133,7 +133,6 @@ class _Bar:
         self._current: TaskID | None = None
 
     def __enter__(self) -> "_Bar":
-        self._progress.start()
         return self
 
     def __exit__(
@@ -144,6 +143,8 @@ class _Bar:
         self._progress.stop()
 
     def stage(self, name: str, total: int) -> None:
+        # Not before there is a stage, so that a refusal is one line and no empty bar.
+        self._progress.start()
         self._finish()
         self._current = self._progress.add_task(self.TITLES[name], total=total, losses="")
 

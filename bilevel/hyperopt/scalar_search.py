@@ -111,7 +111,7 @@ def minimise_scalar(
     stopped = f"the budget of {max_evaluations} evaluations is spent"
     while len(points) < max_evaluations:
         lowest = min(map(_value, points))
-        noise = 1e-13 * max(abs(point.value) for point in points)
+        noise = 1e-13 * max((abs(point.value) for point in points if math.isfinite(point.value)), default=0)
         chosen = min(intervals, key=lambda interval: interval.promise)
         if not chosen.promise < lowest - max(tolerance * abs(lowest), noise):
             stopped = "no interval promises a lower value"

@@ -245,10 +245,10 @@ class Progress(Protocol):
     """Hears how a run goes."""
 
     def stage(self, name: str, total: int) -> None:
-        """A stage of at most ``total`` steps begins."""
+        """Hear that a stage of at most ``total`` steps begins."""
 
     def step(self, step: OuterStep | None) -> None:
-        """A step of the stage is done; the grid's have no details."""
+        """Hear that a step of the stage is done; the grid's have no details."""
 
 
 class _Silence:
@@ -520,7 +520,8 @@ class _Descent:
         self.last = step
 
     def waited(self) -> int:
-        assert self.best is not None and self.last is not None
+        assert self.best is not None
+        assert self.last is not None
         return self.last.number - self.best.number
 
     def evidence(self) -> WatchEvidence:

@@ -1,0 +1,138 @@
+"""Reading data sets, and every way in which a file can be unusable."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from bilevel.hyperopt.data import BUNDLED, DataError, Task, infer_task, load, load_bundled, read_csv
+
+
+@pytest.mark.parametrize(
+    ("name", "task", "shape", "classes"),
+    [
+        ("breast_cancer", Task.BINARY, (569, 30), 2),
+        ("diabetes", Task.REGRESSION, (442, 10), 0),
+        ("digits", Task.MULTICLASS, (1797, 64), 10),
+        ("wine", Task.MULTICLASS, (178, 13), 3),
+    ],
+)
+def test_bundled(name: str, task: Task, shape: tuple[int, int], classes: int) -> None:
+    dataset = load_bundled(name)
+    assert (dataset.task, dataset.inputs.shape, len(dataset.classes)) == (task, shape, classes)
+    assert len(dataset.features) == shape[1]
+    assert dataset.inputs.dtype == np.float64
+    assert dataset.targets.dtype == (np.int64 if task is Task.MULTICLASS else np.float64)
+
+
+def test_bundled_names_are_what_load_knows() -> None:
+    assert [load(name).name for name in BUNDLED] == list(BUNDLED)
+
+
+def test_class_names_come_along() -> None:
+    assert load_bundled("breast_cancer").classes == ("malignant", "benign")
+
+
+@pytest.fixture
+def write(tmp_path: Path):
+    def write(text: str | bytes, name: str = "data.csv") -> Path:
+        path = tmp_path / name
+        path.write_bytes(text.encode() if isinstance(text, str) else text)
+        return path
+
+    return write
+
+
+def test_csv(write) -> None:
+    path = write('\ufeff"a, b", y ,c\n1, yes ,2e3\n\n-1.5,no,.5\n')
+    dataset = read_csv(path, target="y")
+    assert dataset.features == ("a, b", "c")
+    assert dataset.classes == ("no", "yes")
+    np.testing.assert_array_equal(dataset.inputs, [[1, 2000], [-1.5, 0.5]])
+    np.testing.assert_array_equal(dataset.targets, [1.0, 0.0])
+    assert dataset.name == "data"
+
+
+@pytest.mark.parametrize(
+    ("values", "task"),
+    [
+        (["a", "b", "a"], Task.BINARY),
+        (["a", "b", "c"], Task.MULTICLASS),
+        ([0.0, 1.0, 1.0], Task.BINARY),
+        ([5.0, 7.0, 9.0], Task.MULTICLASS),
+        ([0.5, 1.0, 1.0], Task.REGRESSION),
+        (list(np.arange(21.0)), Task.REGRESSION),
+    ],
+)
+def test_the_task_is_inferred(values: list, task: Task) -> None:
+    assert infer_task(np.array(values)) is task
+
+
+def test_the_task_can_be_given(write) -> None:
+    path = write("x,y\n1,0\n2,1\n3,2\n")
+    assert read_csv(path, target="y").task is Task.MULTICLASS
+    assert read_csv(path, target="y", task=Task.REGRESSION).task is Task.REGRESSION
+    with pytest.raises(DataError, match="3 different values, and a binary task needs two"):
+        read_csv(path, target="y", task=Task.BINARY)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "is empty"),
+        ("\n \n", "is empty"),
+        ("x,y\n", "a header and no rows"),
+        ("x,z\n1,2\n", "no column 'y'; there are: x, z"),
+        ("y\n1\n2\n", "no column besides the target"),
+        ("x,x,y\n1,2,3\n", "'x' occurs more than once"),
+        ("x,y\n1,2,3\n", "line 2: expected 2 columns as in the header, got 3"),
+        ("x,y\nred,1\n2,2\n", "line 2: column 'x' holds 'red', which is not a number"),
+        ("x,y\n1,1\n1_0,2\n", "line 3: column 'x' holds '1_0', which is not a number"),
+        ("x,y\nnan,1\n2,2\n", "column 'x' holds 'nan'; fill in missing values"),
+        ("x,y\n1,1\ninf,2\n", "column 'x' holds 'inf'"),
+        ("x,y\n1,1\n,2\n", "line 3: column 'x' is empty"),
+        ("x,y\n1,1\n2,\n", "line 3: column 'y' is empty"),
+        ("x,y\n1,1\n2,NaN\n", "line 3: target 'y' is not a finite number"),
+        ("x,y\n1,5\n2,5\n", "has one value only, 5"),
+        ("x,y\n1,a\n2,a\n", "has one value only, a"),
+        ("x;y\n1;2\n", "separated by semicolons or tabs"),
+        (b"\xff\xfe\x00", "is not UTF-8 text"),
+        (b"x,y\n1,\xe9\n", "is not UTF-8 text"),
+        ('x,y\n"1,2\n', "expected 2 columns"),
+    ],
+)
+def test_files_that_cannot_be_used(write, text: str | bytes, message: str) -> None:
+    path = write(text)
+    with pytest.raises(DataError) as caught:
+        read_csv(path, target="y")
+    assert message in str(caught.value)
+    assert str(path) in str(caught.value)
+
+
+def test_paths_that_cannot_be_used(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="there is no file"):
+        load(str(tmp_path / "none.csv"), target="y")
+    with pytest.raises(DataError, match="is a directory"):
+        load(str(tmp_path), target="y")
+    with pytest.raises(DataError, match="no data set and no file called 'iris'"):
+        load("iris")
+    with pytest.raises(DataError, match="no bundled data set called 'iris'"):
+        load_bundled("iris")
+
+
+def test_targets_are_asked_for_where_they_are_needed(write) -> None:
+    with pytest.raises(DataError, match="Pass --target, one of: x, y"):
+        load(str(write("x,y\n1,2\n")))
+    with pytest.raises(DataError, match="leave --target out"):
+        load("wine", target="y")
+
+
+def test_regression_on_text_is_refused(write) -> None:
+    with pytest.raises(DataError, match="regression needs numbers"):
+        read_csv(write("x,y\n1,a\n2,b\n"), target="y", task=Task.REGRESSION)
+
+
+def test_a_bundled_target_forced_into_classes_keeps_its_numbers() -> None:
+    assert load_bundled("diabetes", task=Task.MULTICLASS).classes[:2] == ("25", "31")

@@ -1,0 +1,187 @@
+"""HyperparameterOptimization as a module: parameters, gradients, optimisers, state."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import bilevel
+from bilevel import HyperparameterOptimization
+
+Data = dict[str, torch.Tensor]
+
+
+def make_data(batch: tuple[int, ...] = (), seed: int = 0) -> Data:
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(*batch, *shape, generator=generator, dtype=torch.float64)
+
+    truth = torch.tensor([1.0, -2.0, 0.0], dtype=torch.float64)
+    data = {"x": normal(12, 3), "x_val": normal(9, 3)}
+    return data | {
+        "y": data["x"] @ truth + normal(12),
+        "y_val": data["x_val"] @ truth + normal(9),
+    }
+
+
+def training(weights: torch.Tensor, log_strength: torch.Tensor, data: Data) -> torch.Tensor:
+    residual = data["x"] @ weights - data["y"]
+    return 0.5 * residual @ residual + 0.5 * (log_strength.exp() * weights**2).sum()
+
+
+def validation(weights: torch.Tensor, data: Data) -> torch.Tensor:
+    return ((data["x_val"] @ weights - data["y_val"]) ** 2).mean()
+
+
+def closed_form(log_strength: torch.Tensor, data: Data) -> torch.Tensor:
+    x = data["x"]
+    penalty = torch.diag_embed(log_strength.exp().expand(3))
+    weights = torch.linalg.solve(x.mT @ x + penalty, (x.mT @ data["y"].unsqueeze(-1))).squeeze(-1)
+    return ((data["x_val"] @ weights.unsqueeze(-1)).squeeze(-1) - data["y_val"]).square().mean(-1).mean()
+
+
+def start(*shape: int) -> torch.Tensor:
+    return torch.zeros(shape, dtype=torch.float64)
+
+
+def test_the_loss_and_its_gradient_are_those_of_the_closed_form() -> None:
+    data, theta = make_data(), torch.tensor([0.3, -1.0, 2.0], dtype=torch.float64, requires_grad=True)
+    tuning = HyperparameterOptimization(training, validation, theta, start(3))
+    loss = tuning(data)
+    loss.backward()
+    expected = closed_form(theta, data)
+    (gradient,) = torch.autograd.grad(expected, theta)
+    torch.testing.assert_close(loss, expected, rtol=1e-10, atol=0)
+    torch.testing.assert_close(tuning.hyperparameters.grad, gradient, rtol=1e-9, atol=1e-12)
+    result = tuning.hypergradient(data)
+    torch.testing.assert_close(result.value, expected.detach(), rtol=1e-10, atol=0)
+    torch.testing.assert_close(result.grad, gradient, rtol=1e-9, atol=1e-12)
+
+
+def test_a_batch_of_problems_shares_the_hyperparameters() -> None:
+    data, theta = make_data((4,)), torch.tensor(0.5, dtype=torch.float64, requires_grad=True)
+    tuning = HyperparameterOptimization(training, validation, theta, start(4, 3), batch_dims=0)
+    result = tuning.hypergradient(data)
+    expected = closed_form(theta, data)
+    (gradient,) = torch.autograd.grad(expected, theta)
+    torch.testing.assert_close(result.value, expected.detach(), rtol=1e-10, atol=0)
+    torch.testing.assert_close(result.grad, gradient, rtol=1e-9, atol=1e-12)
+    assert result.inner.shape == (4, 3)
+
+
+def test_hyperparameters_by_name() -> None:
+    def named(weights: torch.Tensor, theta: dict[str, torch.Tensor], data: Data) -> torch.Tensor:
+        return training(weights, torch.cat([theta["first"].reshape(1), theta["others"]]), data)
+
+    data = make_data()
+    theta = {
+        "first": torch.tensor(0.3, dtype=torch.float64),
+        "others": torch.tensor([-1.0, 2.0], dtype=torch.float64),
+    }
+    tuning = HyperparameterOptimization(named, validation, theta, start(3))
+    assert sorted(tuning.state_dict()) == ["hyperparameters.first", "hyperparameters.others"]
+    tuning(data).backward()
+    flat = torch.tensor([0.3, -1.0, 2.0], dtype=torch.float64, requires_grad=True)
+    (gradient,) = torch.autograd.grad(closed_form(flat, data), flat)
+    parameters = dict(tuning.named_parameters())
+    torch.testing.assert_close(parameters["hyperparameters.first"].grad, gradient[0], rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(parameters["hyperparameters.others"].grad, gradient[1:], rtol=1e-9, atol=1e-12)
+    assert set(tuning.hypergradient(data).grad) == {"first", "others"}
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda p: torch.optim.SGD(p, lr=0.5),
+        lambda p: torch.optim.Adam(p, lr=0.2),
+        lambda p: torch.optim.LBFGS(p, max_iter=2, line_search_fn="strong_wolfe"),
+    ],
+    ids=["SGD", "Adam", "LBFGS"],
+)
+def test_any_optimiser_of_torch_tunes_it(make: Any) -> None:
+    data = make_data()
+    tuning = HyperparameterOptimization(training, validation, start(), start(3))
+    optimizer = make(tuning.parameters())
+
+    def closure() -> torch.Tensor:
+        optimizer.zero_grad()
+        loss = tuning(data)
+        loss.backward()
+        return loss
+
+    losses = [optimizer.step(closure).item() for _ in range(6)]
+    assert losses[-1] < losses[0]
+
+
+def test_the_state_is_the_hyperparameters_and_survives() -> None:
+    data = make_data()
+    tuning = HyperparameterOptimization(training, validation, start(), start(3))
+    tuning(data)
+    with torch.no_grad():
+        tuning.hyperparameters.fill_(0.7)
+    other = HyperparameterOptimization(training, validation, start(), start(3))
+    other.load_state_dict(tuning.state_dict())
+    assert list(tuning.state_dict()) == ["hyperparameters"]
+    torch.testing.assert_close(other(data), tuning(data), rtol=1e-10, atol=0)
+
+
+def test_it_is_both_a_module_and_a_bilevel_problem() -> None:
+    tuning = HyperparameterOptimization(training, validation, start(), start(3))
+    assert isinstance(tuning, nn.Module)
+    assert isinstance(tuning, bilevel.BilevelProblem)
+
+
+def test_what_it_is_given_is_copied() -> None:
+    theta, init = start(), start(3)
+    tuning = HyperparameterOptimization(training, validation, theta, init)
+    theta.fill_(9.0)
+    init.fill_(float("nan"))
+    assert float(tuning.hyperparameters.detach()) == 0
+    assert tuning(make_data()).isfinite()
+
+
+def test_warm_starts_can_be_forgotten_and_overridden() -> None:
+    data = make_data()
+    tuning = HyperparameterOptimization(training, validation, start(), start(3))
+    loss = tuning(data)
+    tuning.reset()
+    torch.testing.assert_close(tuning(data), loss, rtol=1e-10, atol=0)
+    torch.testing.assert_close(
+        tuning(data, init=torch.ones(3, dtype=torch.float64)), loss, rtol=1e-10, atol=0
+    )
+
+
+def test_the_start_follows_the_module() -> None:
+    tuning = HyperparameterOptimization(
+        training, validation, torch.zeros(()), {"w": torch.zeros(3), "b": torch.zeros(())}
+    ).double()
+    assert all(leaf.dtype == torch.float64 for leaf in tuning.initial(None, None).values())
+
+
+def test_options_reach_the_solvers() -> None:
+    tuning = HyperparameterOptimization(
+        training,
+        validation,
+        start(),
+        start(3),
+        solver=bilevel.GradientDescent(lr=1e-6, max_steps=2),
+        tolerance=bilevel.Tolerance(delta=1e-9),
+    )
+    with pytest.raises(bilevel.SolveError):
+        tuning(make_data())
+
+
+@pytest.mark.parametrize("bad", [torch.tensor(1), {"a": 1.0}])
+def test_hyperparameters_have_to_be_floating_point(bad: Any) -> None:
+    with pytest.raises(bilevel.DtypeError, match="floating-point tensor"):
+        HyperparameterOptimization(training, validation, bad, start(3))
+
+
+@pytest.mark.parametrize("bad", [{}, 1.0])
+def test_hyperparameters_have_to_be_a_tensor_or_a_dict(bad: Any) -> None:
+    with pytest.raises(bilevel.ArgumentError, match="a tensor or a dict of tensors"):
+        HyperparameterOptimization(training, validation, bad, start(3))

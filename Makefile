@@ -1,0 +1,70 @@
+# `make demo` and `make test` do all the set-up themselves, from a clean clone, in .venv.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+# Two threads at most: the tests are many small problems, which more threads only slow down.
+export OMP_NUM_THREADS ?= 1
+
+.PHONY: help venv demo test test-long lint format types doctest docs bench clean
+
+help:
+	@echo "make demo     install, then tune a model on real data and draw what happened"
+	@echo "make test     install, then run the tests"
+	@echo "make venv     make $(VENV) with everything that developing needs"
+	@echo "make lint | format | types | doctest | docs | bench | test-long | clean"
+
+# Torch comes first and alone, at the pinned version: a looser request may bring gigabytes of CUDA packages.
+$(VENV)/.base: constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet -c constraints.txt torch
+	@touch $@
+
+$(VENV)/.demo: $(VENV)/.base pyproject.toml
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[cli]"
+	@touch $@
+
+$(VENV)/.test: $(VENV)/.base pyproject.toml
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[test]"
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.base pyproject.toml
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[dev]"
+	@touch $@
+
+venv: $(VENV)/.dev
+
+demo: $(VENV)/.demo
+	$(BIN)/bilevel tune breast_cancer --penalty feature --output demo-output
+	@echo "The pictures and a JSON of everything are in demo-output/"
+
+test: $(VENV)/.test
+	$(BIN)/python -m pytest -q
+
+test-long: $(VENV)/.test
+	$(BIN)/python -m pytest -q --hypothesis-profile=long
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: $(VENV)/.dev
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+types: $(VENV)/.dev
+	$(BIN)/mypy
+
+doctest: $(VENV)/.dev
+	$(BIN)/python -m pytest -q --doctest-modules bilevel
+
+docs: $(VENV)/.dev
+	$(BIN)/sphinx-build -q -n -W --keep-going -b html docs docs/_build/html
+	$(BIN)/sphinx-build -q -W --keep-going -b doctest docs docs/_build/doctest
+
+bench: $(VENV)/.dev
+	for script in hypergradient batched_ridge vmap_or_loop fixed_point; do $(BIN)/python benchmarks/$$script.py; done
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info docs/_build demo-output .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,0 +1,87 @@
+"""The floors of the house, as a test: imports go down only.
+
+====  ==================  ==========================================================================
+ 5    applications, cli   ``hyperopt/``, ``cli``: use the public API alone, like any user
+ 4    problems            ``problem``, ``_certificate``
+ 3    layers              ``layers``: argmin, root, fixed_point
+ 2    differentiation     ``_implicit``: the two autograd Functions; imports no solver
+ 1    solvers             ``solvers/`` (inner), ``linear/`` (linear); of the inner, only Newton's uses the linear
+ 0    ground              operators, tolerances, reports, errors, trees, systems, transforms
+====  ==================  ==========================================================================
+"""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).resolve().parents[1] / "bilevel"
+GROUND = ("operators", "tolerance", "reports", "errors", "_tree", "_system", "_transforms", "_checks", "_version")
+FLOORS = {
+    **{f"bilevel.{name}": 0 for name in GROUND},
+    "bilevel.solvers": 1,
+    "bilevel.linear": 1,
+    "bilevel._implicit": 2,
+    "bilevel.layers": 3,
+    "bilevel._certificate": 4,
+    "bilevel.problem": 4,
+    "bilevel.hyperopt": 5,
+    "bilevel.meta": 5,
+    "bilevel.cli": 5,
+}
+MODULES = sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py")
+
+
+def name_of(path: Path) -> str:
+    parts = ("bilevel", *path.relative_to(PACKAGE).with_suffix("").parts)
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def floor_of(module: str) -> int:
+    for place, floor in FLOORS.items():
+        if module == place or module.startswith(place + "."):
+            return floor
+    raise AssertionError(f"{module} stands on no floor: give it one in tests/test_floors.py")
+
+
+def imports_of(path: Path) -> set[str]:
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names if alias.name.split(".")[0] == "bilevel"}
+        elif isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "bilevel":
+            assert node.level == 0, f"{path}: relative import"
+            found.add(str(node.module))
+    return found
+
+
+@pytest.mark.parametrize("path", MODULES, ids=name_of)
+def test_imports_go_down_only(path: Path) -> None:
+    module = name_of(path)
+    floor = floor_of(module)
+    for imported in imports_of(path):
+        if imported == "bilevel":
+            assert floor == 5, f"{module} imports the package itself, which only applications may"
+            continue
+        assert floor_of(imported) <= floor, f"{module} (floor {floor}) imports {imported} (floor {floor_of(imported)})"
+        if module.startswith("bilevel.linear"):
+            assert not imported.startswith("bilevel.solvers"), f"{module}: a linear solver knows no inner solver"
+        if module.startswith("bilevel.solvers") and imported.startswith("bilevel.linear"):
+            assert module in ("bilevel.solvers.newton", "bilevel.solvers._truncated_cg"), f"{module} imports {imported}"
+
+
+@pytest.mark.parametrize("path", [path for path in MODULES if floor_of(name_of(path)) == 5], ids=name_of)
+def test_applications_use_the_public_api_alone(path: Path) -> None:
+    own = ("bilevel.hyperopt", "bilevel.meta", "bilevel.cli")
+    for imported in imports_of(path):
+        assert imported == "bilevel" or imported.startswith(own), f"{name_of(path)} reaches into {imported}"
+
+
+def test_the_package_is_a_list_of_names_and_nothing_else() -> None:
+    body = ast.parse((PACKAGE / "__init__.py").read_text()).body
+    for node in body[1:]:
+        assert isinstance(node, (ast.ImportFrom, ast.Assign)), ast.unparse(node)
+        if isinstance(node, ast.Assign):
+            assert [ast.unparse(target) for target in node.targets] == ["__all__"]

@@ -18,11 +18,11 @@ from types import CellType
 from typing import Any, ClassVar
 
 import torch
-from torch.func import grad, vmap
+from torch.func import grad, grad_and_value, vjp, vmap
 
 from bilevel._tree import Arguments, Raveler, ravel_like
 from bilevel.errors import ArgumentError, CapturedTensorError, ShapeError, StochasticObjectiveError
-from bilevel.operators import HessianOperator, JacobianOperator, LinearOperator
+from bilevel.operators import DenseOperator, HessianOperator, JacobianOperator, LinearOperator
 
 __all__ = [
     "ArgminSystem",
@@ -34,6 +34,9 @@ __all__ = [
     "RootSystem",
     "System",
 ]
+
+# The most rows of a Jacobian made by one vmapped pass: bounds the memory of its intermediates.
+_MOST_ROWS = 64
 
 
 @dataclass(frozen=True)
@@ -98,12 +101,29 @@ class System(ABC):
 
     def outputs(self, x: torch.Tensor, *tensors: torch.Tensor) -> torch.Tensor:
         """Return the whole batch's :meth:`output`: (*batch,) or (*batch, n)."""
-        function: Callable[..., torch.Tensor] = self.output
+        result: torch.Tensor = self.lifted(self.output)(x, *tensors)
+        return result
+
+    def rows(self, flat: torch.Tensor, *tensors: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Return one problem's R (n,), the rows of ∂_x R (n, n), and its value (), or R again where there is none."""
+        residual, pull, value = vjp(lambda point: self.residual_and_value(point, *tensors), flat, has_aux=True)
+        n = flat.shape[0]
+        units = torch.eye(n, dtype=residual.dtype, device=residual.device)
+        (matrix,) = vmap(pull, chunk_size=None if n <= _MOST_ROWS else _MOST_ROWS)(units)
+        return residual, matrix, value
+
+    def residual_and_value(self, flat: torch.Tensor, *tensors: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return one problem's R (n,) and its value (), or R again where there is none."""
+        residual = self.output(flat, *tensors)
+        return residual, residual
+
+    def lifted(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """Return ``function`` of one problem's (x, *tensors) as one of the whole batch's."""
         for level in self.levels:
             in_dims = (0, *(0 if flag else None for flag in level.batched))
             # Randomness would be refused by vmap in words about vmap; let it through to our own check.
             function = vmap(function, in_dims=in_dims, randomness="different")
-        return function(x, *tensors)
+        return function
 
     def bind(self, tensors: Sequence[torch.Tensor]) -> Problem:
         """Return the problem that solvers see, with ``tensors`` cut from any graph."""
@@ -131,6 +151,10 @@ class ArgminSystem(System):
         # The gradient of the batch's sum, with vmap inside: torch 2.13 differentiates vmap(grad(f)) wrongly
         # from outside when f holds a batch norm.
         return grad(lambda point: self.outputs(point, *tensors).sum())(x)
+
+    def residual_and_value(self, flat: torch.Tensor, *tensors: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        gradient, value = grad_and_value(lambda point: self.output(point, *tensors))(flat)
+        return gradient, value
 
     def plain_residual(self, x: torch.Tensor, tensors: Sequence[torch.Tensor], *, graph: bool) -> torch.Tensor:
         return self.plain_values(x, tensors, graph=graph)[1]
@@ -185,11 +209,14 @@ class Linearization:
         ∂_x R.
     leaves
         The tensors θ that R was computed from; those that require grad can be pulled back to.
+    value
+        The objectives (batch,) of an argmin, without a graph; None for equations.
     """
 
     residual: torch.Tensor
     operator: LinearOperator
     leaves: tuple[torch.Tensor, ...]
+    value: torch.Tensor | None = None
 
     def pullback(self, q: torch.Tensor) -> list[torch.Tensor | None]:
         """Return (∂_θ R)ᵀ q for ``q`` (batch, n), summed over the problems that share a tensor: one reverse pass."""
@@ -292,14 +319,48 @@ class Problem:
                 tensor.detach().requires_grad_(True) if want else tensor
                 for tensor, want in zip(self.tensors, wanted or [False] * len(self.tensors), strict=True)
             )
-            residual = system.plain_residual(self._shaped(point), leaves, graph=True).reshape(x.shape)
+            value: torch.Tensor | None = None
+            if isinstance(system, ArgminSystem):
+                values, residual = system.plain_values(self._shaped(point), leaves, graph=True)
+                value = values.detach().reshape(self.batch)
+            else:
+                residual = system.plain_residual(self._shaped(point), leaves, graph=True)
+            residual = residual.reshape(x.shape)
         operator: LinearOperator
         if system.symmetric:
             operator = HessianOperator(residual, point)
             operator.expect_definite = system.minimizes
         else:
             operator = JacobianOperator(residual, point)
-        return Linearization(residual, operator, leaves)
+        operator.materialize = lambda: self._dense(x.detach())[1]
+        return Linearization(residual, operator, leaves, value)
+
+    def linearize_dense(self, x: torch.Tensor) -> Linearization:
+        """Return R and the objectives at ``x`` (batch, n) without a graph, and ∂_x R as matrices, all from one pass.
+
+        The directions are vmapped inside and the problems outside: the other way round, which a graph of the whole batch
+        imposes, every matrix in the objective is copied n times.
+        """
+        try:
+            residual, matrix, value = self._dense(x.detach())
+        except RuntimeError:
+            # Something in the function cannot be transformed, such as an operation without a batching rule.
+            plain = self.linearize(x)
+            plain.operator.materialize = None
+            residual, matrix, value = plain.residual.detach(), plain.operator.dense(), plain.value
+        operator = DenseOperator(matrix, symmetric=self.system.symmetric)
+        operator.expect_definite = self.minimizes
+        return Linearization(residual, operator, (), value)
+
+    def _dense(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        with torch.no_grad():
+            residual, matrix, values = self.system.lifted(self.system.rows)(self._shaped(x), *self.tensors)
+        n = self.size
+        matrix = matrix.detach().reshape(self.batch, n, n)
+        if self.system.symmetric:
+            matrix = 0.5 * (matrix + matrix.mT)
+        value = values.detach().reshape(self.batch) if self.minimizes else None
+        return residual.detach().reshape(x.shape), matrix, value
 
     def cases(self, x: torch.Tensor) -> Iterator[Case]:
         """Yield each problem in the user's terms, with its own slice of every tensor and of ``x`` (batch, n)."""

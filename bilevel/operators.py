@@ -71,6 +71,8 @@ class LinearOperator(ABC):
         # Whether anything but a positive definite matrix means that the problem is not what it claims to be:
         # at a minimum the Hessian is; a saddle's or a maximum's is not.
         self.expect_definite = False
+        # A faster way to the matrices than products with the unit vectors, if there is one.
+        self.materialize: Callable[[], torch.Tensor] | None = None
         # What a solver wants to keep with the matrices, such as a factorisation.
         self.memo: dict[Hashable, Any] = {}
 
@@ -97,6 +99,11 @@ class LinearOperator(ABC):
 
     @cached_property
     def _dense(self) -> torch.Tensor:
+        if self.materialize is not None:
+            try:
+                return self.materialize()
+            except RuntimeError:  # something in the function cannot be transformed; products always can be made
+                self.materialize = None
         n = self.size
         units = torch.eye(n, dtype=self.dtype, device=self.device).unsqueeze(1).expand(n, self.batch, n)
         # A row of a symmetric matrix is its column, and rows are what a reverse pass gives.

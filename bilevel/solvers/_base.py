@@ -15,7 +15,7 @@ from typing import Any, Protocol, TypeAlias, TypeVar
 
 import torch
 
-from bilevel._system import Problem
+from bilevel._system import Linearization, Problem
 from bilevel._tree import ravel_like
 from bilevel.errors import ArgumentError
 from bilevel.reports import Basis, Status
@@ -49,11 +49,7 @@ class Goal:
         The second term is what R(init) would be for a start at zero, so that a warm start, whose first
         residual is already small, asks for no more accuracy than a cold one.
         """
-        linearization = self.problem.linearize(self.init)
-        first = linearization.residual.detach().norm(dim=-1)
-        if bool((self.init == 0).all()):
-            return first.nan_to_num()
-        return torch.maximum(first, linearization.operator.matvec(self.init).norm(dim=-1)).nan_to_num()
+        return self._measure(self.problem.linearize(self.init))
 
     @cached_property
     def threshold(self) -> torch.Tensor:
@@ -61,6 +57,19 @@ class Goal:
         if self.target.relative == 0:
             return self.init.new_full((self.init.shape[0],), self.target.absolute)
         return self.target.threshold(self.scale)
+
+    def linearize(self, how: Callable[[torch.Tensor], Linearization]) -> Linearization:
+        """Return ``how(init)``, and measure :attr:`scale` from it: one linearisation for the two."""
+        linearization = how(self.init)
+        if self.target.relative and "scale" not in self.__dict__:
+            self.__dict__["scale"] = self._measure(linearization)
+        return linearization
+
+    def _measure(self, linearization: Linearization) -> torch.Tensor:
+        first = linearization.residual.detach().norm(dim=-1)
+        if bool((self.init == 0).all()):
+            return first.nan_to_num()
+        return torch.maximum(first, linearization.operator.matvec(self.init).norm(dim=-1)).nan_to_num()
 
 
 @dataclass(frozen=True, eq=False)

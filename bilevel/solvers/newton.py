@@ -1,0 +1,342 @@
+"""Newton's method: dense where the matrices are small, by products alone where they are large."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+
+from bilevel._checks import check_steps
+from bilevel._system import Problem
+from bilevel.linear._base import LinearSolverLike, as_linear_solver
+from bilevel.linear.gmres import GMRES
+from bilevel.operators import DenseOperator, LinearOperator
+from bilevel.reports import Status
+from bilevel.solvers._base import Goal, InnerSolution, InnerSolver, iterate
+from bilevel.solvers._truncated_cg import truncated_cg
+
+__all__ = ["Newton"]
+
+_MAX_STEPS = 100
+_DENSE_NUMBERS = 2**25
+_ARMIJO = 1e-4
+_MOST_TRIALS = 40
+# How often a step is shortened where the decrease that it promises is below the rounding of the objective.
+_TRIALS_IN_ROUNDING = 4
+_LEAST_FORCING, _MOST_FORCING = 0.1, 0.5
+_EXAMINATION_STEPS = 20
+
+
+@dataclass(frozen=True)
+class Newton(InnerSolver):
+    """Step along the solution of ∂R(x) d = −R(x), shortened until the objective, or ‖R‖, decreases enough.
+
+    *Small problems* (n ≤ ``dense_limit``): the matrices of the batch are materialised and factorised
+    together, by Cholesky for an argmin and LU for a root or a fixed point. A Hessian that is not positive
+    definite is replaced by the one with the absolute values of its eigenvalues, which leads away from
+    saddles.
+
+    *Large problems*: an argmin is solved Hessian-free, by conjugate gradients that stop early or at negative
+    curvature; a root or a fixed point by GMRES. The linear systems are solved only as accurately as the
+    progress of the outer iteration deserves.
+
+    A quadratic, or a linear system, takes one step. A point that is stationary but whose Hessian has a
+    negative eigenvalue beyond rounding is reported as ``Status.INDEFINITE`` (when large: as far as the
+    products made there can tell). A flat valley, as of least squares with redundant variables, is a solution.
+
+    Each step costs one gradient, n products (small) or as many as the linear solver makes (large), and one
+    gradient for each shortening. Memory is batch · n² numbers (small) or some vectors (large), and does not
+    depend on the number of steps.
+
+    Parameters
+    ----------
+    max_steps
+        The most steps; None for 100, spending which is a failure, where spending a given budget with no
+        tolerance asked is none.
+    dense_limit
+        The largest n for which matrices are materialised (if those of the batch also take fewer than 2²⁵
+        numbers).
+    linear_solver
+        For the directions, in place of the choice above: an instance such as ``bilevel.CG()``, or a function
+        (operator, rhs) ↦ x.
+    linear_steps
+        The most products for each step of a large argmin.
+
+    Raises
+    ------
+    ArgumentError
+        If a setting is out of its range.
+
+    References
+    ----------
+    Nocedal & Wright, "Numerical Optimization", 2006, chapters 3 and 7; Martens, "Deep learning via
+    Hessian-free optimization", ICML 2010; Dauphin et al., "Identifying and attacking the saddle point
+    problem", NeurIPS 2014 (absolute eigenvalues); Eisenstat & Walker, "Choosing the forcing terms in an
+    inexact Newton method", 1996.
+
+    Examples
+    --------
+    >>> import torch, bilevel
+    >>> layer = bilevel.argmin(lambda x, a: ((x - a) ** 4).sum() + (x**2).sum(), solver=Newton())
+    >>> layer(torch.zeros(2, dtype=torch.float64), torch.tensor([1.0, 3.0], dtype=torch.float64))
+    tensor([0.4102, 2.0000], dtype=torch.float64)
+    """
+
+    max_steps: int | None = None
+    dense_limit: int = 512
+    linear_solver: LinearSolverLike | None = None
+    linear_steps: int = 250
+
+    def __post_init__(self) -> None:
+        check_steps("Newton", "max_steps", self.max_steps, optional=True)
+        check_steps("Newton", "dense_limit", self.dense_limit, least=0)
+        check_steps("Newton", "linear_steps", self.linear_steps)
+        if self.linear_solver is not None:
+            as_linear_solver(self.linear_solver)
+
+    def solve(self, problem: Problem, init: torch.Tensor, goal: Goal) -> InnerSolution:
+        dense = self.linear_solver is None and problem.size <= self.dense_limit
+        dense = dense and problem.batch * problem.size**2 <= _DENSE_NUMBERS
+        linearize = problem.linearize_dense if dense else problem.linearize
+        first = goal.linearize(linearize)
+        threshold = goal.threshold
+        residual = first.residual.detach()
+        norm = residual.norm(dim=-1)
+        start = _State(
+            x=init,
+            residual=residual,
+            merit=torch.full_like(norm, 0.5) if first.value is None else first.value,
+            magnitude=torch.zeros_like(norm),
+            last_norm=torch.full_like(norm, float("inf")),
+            definite=torch.ones_like(norm, dtype=torch.bool),
+        )
+
+        def step(state: _State, active: torch.Tensor) -> tuple[_State, torch.Tensor | None]:
+            operator = (first if state is start else linearize(state.x)).operator
+            if dense:
+                direction = (_dense_descent if problem.minimizes else _dense_root)(operator, state, active)
+            else:
+                direction = self._inexact(problem, operator, state, threshold, active)
+            return _search(problem, operator, state, direction, threshold, active)
+
+        solution, state = iterate(start, step, goal, self.max_steps or _MAX_STEPS)
+        if not problem.minimizes:
+            return solution
+        # Where the last step was made with a positive definite Hessian, that is evidence enough for a
+        # minimum.
+        doubtful = solution.status == Status.CONVERGED
+        if dense:
+            doubtful = doubtful & ((solution.iterations == 0) | ~state.definite)
+        if not bool(doubtful.any()):
+            return solution
+        operator = (first if state is start else linearize(state.x)).operator
+        saddle = (_has_negative_eigenvalue if dense else _meets_negative_curvature)(operator, doubtful)
+        indefinite = torch.full_like(solution.status, Status.INDEFINITE)
+        return replace(solution, status=torch.where(doubtful & saddle, indefinite, solution.status))
+
+    def _inexact(
+        self,
+        problem: Problem,
+        operator: LinearOperator,
+        state: _State,
+        threshold: torch.Tensor,
+        active: torch.Tensor,
+    ) -> _Direction:
+        """Solve for the direction as accurately as Eisenstat & Walker's choice 2, (‖R_k‖ / ‖R_{k−1}‖)²."""
+        norm = state.residual.norm(dim=-1)
+        progress = torch.clamp((norm / state.last_norm) ** 2, max=_LEAST_FORCING)
+        # No more accuracy than the goal has use for, so that the last step is not solved for nothing.
+        forcing = torch.maximum(progress, torch.clamp(0.3 * threshold / norm, max=_MOST_FORCING))
+        if self.linear_solver is None and problem.minimizes:
+            d, definite = truncated_cg(operator, state.residual, forcing, self.linear_steps, active)
+        else:
+            solver = as_linear_solver(self.linear_solver or GMRES())
+            usable = (active & (norm > 0)).unsqueeze(-1)
+            rhs = torch.where(usable, -state.residual / norm.unsqueeze(-1), torch.zeros_like(state.residual))
+            found = solver.solve(operator, rhs, forcing)
+            d, definite = found.x * norm.unsqueeze(-1), found.status != Status.INDEFINITE
+        if not problem.minimizes:
+            return _Direction(d, -torch.ones_like(norm), definite)
+        return _descending(d, state.residual, definite)
+
+
+@dataclass(frozen=True, eq=False)
+class _State:
+    """An iterate.
+
+    Parameters
+    ----------
+    x, residual
+        (batch, n).
+    merit
+        The objective; ½ for equations, whose merit is relative to the residual before the step.
+    magnitude
+        The largest |merit| met, which its rounding is measured by.
+    last_norm
+        ‖R‖ before the last step.
+    definite
+        Whether the Hessian of the last step was positive definite.
+    """
+
+    x: torch.Tensor
+    residual: torch.Tensor
+    merit: torch.Tensor
+    magnitude: torch.Tensor
+    last_norm: torch.Tensor
+    definite: torch.Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class _Direction:
+    """d (batch, n), the slope (batch,) of the merit along it, and whether ∂R was definite, or regular."""
+
+    d: torch.Tensor
+    slope: torch.Tensor
+    definite: torch.Tensor
+
+
+def _descending(d: torch.Tensor, gradient: torch.Tensor, definite: torch.Tensor) -> _Direction:
+    slope = (gradient * d).sum(dim=-1)
+    bad = ~(slope < 0)  # NaN included
+    if bool(bad.any()):
+        d = torch.where(bad.unsqueeze(-1), -gradient, d)
+        slope = torch.where(bad, -(gradient * gradient).sum(dim=-1), slope)
+    return _Direction(d, slope, definite & ~bad)
+
+
+def _dense_descent(operator: LinearOperator, state: _State, active: torch.Tensor) -> _Direction:
+    hessian, gradient = operator.dense(), state.residual
+    factor, info = torch.linalg.cholesky_ex(hessian)
+    d = -torch.cholesky_solve(gradient.unsqueeze(-1), factor).squeeze(-1)
+    definite = info == 0
+    bad = active & ~definite
+    if bool(bad.any()):
+        size = torch.clamp(state.x[bad].norm(dim=-1), min=1.0)
+        d = d.index_put((bad,), _absolute_newton(hessian[bad], gradient[bad], size))
+    return _descending(d, gradient, definite)
+
+
+def _absolute_newton(hessian: torch.Tensor, gradient: torch.Tensor, size: torch.Tensor) -> torch.Tensor:
+    """Return −|H|⁻¹ g: absolute eigenvalues, taken once the variables are scaled to unit diagonal."""
+    n = hessian.shape[-1]
+    diagonal = hessian.diagonal(dim1=-2, dim2=-1).abs()
+    largest = diagonal.amax(dim=-1, keepdim=True)
+    eps = torch.finfo(hessian.dtype).eps
+    scale = torch.where(diagonal > eps * largest, diagonal, torch.ones_like(diagonal) * largest).sqrt()
+    scale = torch.where(scale > 0, scale, torch.ones_like(scale))
+    scaled = _finite_or_identity(hessian / (scale.unsqueeze(-1) * scale.unsqueeze(-2)))
+    eigenvalues, vectors = torch.linalg.eigh(scaled)
+    sizes = eigenvalues.abs()
+    floor = 1e3 * n * eps * sizes.amax(dim=-1)
+    # No curvature at all, as of a linear objective: a step as long as x is.
+    floor = torch.where(floor > 0, floor, gradient.norm(dim=-1) / size)
+    along = torch.einsum("bji,bj->bi", vectors, gradient / scale) / torch.maximum(sizes, floor.unsqueeze(-1))
+    return -torch.einsum("bij,bj->bi", vectors, along) / scale
+
+
+def _dense_root(operator: LinearOperator, state: _State, active: torch.Tensor) -> _Direction:
+    jacobian, residual = operator.dense(), state.residual
+    lu, pivots, info = torch.linalg.lu_factor_ex(jacobian)
+    d = -torch.linalg.lu_solve(lu, pivots, residual.unsqueeze(-1)).squeeze(-1)
+    slope = -torch.ones_like(state.last_norm)
+    bad = active & ((info != 0) | ~torch.isfinite(d).all(dim=-1))
+    if bool(bad.any()):
+        matrix, b = _finite_or_identity(jacobian[bad]), residual[bad]
+        least = 1e3 * matrix.shape[-1] * torch.finfo(matrix.dtype).eps
+        step = -torch.einsum("bij,bj->bi", torch.linalg.pinv(matrix, rtol=least), b)
+        change = (b * torch.einsum("bij,bj->bi", matrix, step)).sum(dim=-1) / (b * b).sum(dim=-1)
+        d, slope = d.index_put((bad,), step), slope.index_put((bad,), change)
+    return _Direction(d, slope, ~bad)
+
+
+def _finite_or_identity(matrix: torch.Tensor) -> torch.Tensor:
+    finite = torch.isfinite(matrix).all(dim=-1).all(dim=-1)
+    eye = torch.eye(matrix.shape[-1], dtype=matrix.dtype, device=matrix.device)
+    return torch.where(finite[:, None, None], matrix, eye)
+
+
+def _search(
+    problem: Problem,
+    operator: LinearOperator,
+    state: _State,
+    direction: _Direction,
+    threshold: torch.Tensor,
+    active: torch.Tensor,
+) -> tuple[_State, torch.Tensor | None]:
+    """Try the full step, then shorter ones, each problem by itself, until the merit has decreased enough.
+
+    The merit φ is the objective, or ½(‖R‖ / ‖R(x)‖)² for equations, whose slope along Newton's direction is
+    −1. Where the objective's differences drown in its rounding, a step that shortens the gradient is accepted
+    (in the spirit of Hager & Zhang's approximate Wolfe condition), so that convergence is quadratic to the
+    end.
+    """
+    norm = state.residual.norm(dim=-1)
+    eps = torch.finfo(norm.dtype).eps
+    merit, slope = state.merit, direction.slope
+    magnitude = torch.maximum(state.magnitude, merit.abs())
+    pending, t = active, torch.ones_like(norm)
+    verdict: torch.Tensor | None = None
+    for trial in range(_MOST_TRIALS):
+        x = torch.where(active.unsqueeze(-1), state.x + t.unsqueeze(-1) * direction.d, state.x)
+        if problem.minimizes:
+            found, residual = problem.value_and_residual(x)
+            reached = residual.norm(dim=-1)
+            held = found <= merit + _ARMIJO * t * slope - 4 * eps * merit.abs()
+            held = held | ((found <= merit + 64 * eps * magnitude) & (reached < norm))
+        else:
+            residual = problem.residual(x)
+            reached = residual.norm(dim=-1)
+            found = 0.5 * (reached / norm) ** 2
+            held = found <= merit + _ARMIJO * t * slope
+        pending = pending & ~(held | (reached <= threshold))
+        if not bool(pending.any()):
+            break
+        if trial == 0:
+            tiny = direction.d.norm(dim=-1) <= 64 * eps * state.x.norm(dim=-1)
+            if problem.minimizes:
+                tiny = tiny | (-slope <= 64 * eps * magnitude)
+        # A decrease within rounding is not worth many trials.
+        if trial == _TRIALS_IN_ROUNDING and not bool((pending & ~tiny).any()):
+            break
+        t = torch.where(pending, _shorter(t, merit, found, slope), t)
+    if bool(pending.any()):
+        verdict = _verdict(operator, pending, tiny)
+    if not problem.minimizes:
+        found = merit
+    return _State(x, residual, found, magnitude, norm, direction.definite), verdict
+
+
+def _shorter(t: torch.Tensor, merit: torch.Tensor, found: torch.Tensor, slope: torch.Tensor) -> torch.Tensor:
+    """Return the minimiser of the parabola through what is known, between a tenth and a half of ``t``."""
+    parabola = -slope * t * t / (2 * (found - merit - slope * t))
+    return torch.where(torch.isfinite(parabola), torch.clamp(parabola, min=0.1 * t, max=0.5 * t), 0.25 * t)
+
+
+def _verdict(operator: LinearOperator, failed: torch.Tensor, tiny: torch.Tensor) -> torch.Tensor:
+    verdict = torch.full(failed.shape, int(Status.RUNNING), dtype=torch.int64, device=failed.device)
+    verdict = torch.where(failed, torch.full_like(verdict, Status.LINE_SEARCH_FAILED), verdict)
+    if isinstance(operator, DenseOperator) and not operator.symmetric:
+        matrix = _finite_or_identity(operator.dense())
+        values = torch.linalg.svdvals(matrix)
+        singular = values[..., -1] <= matrix.shape[-1] * torch.finfo(matrix.dtype).eps * values[..., 0]
+        verdict = torch.where(failed & singular, torch.full_like(verdict, Status.SINGULAR), verdict)
+    return torch.where(failed & tiny, torch.full_like(verdict, Status.STAGNATED), verdict)
+
+
+def _has_negative_eigenvalue(operator: LinearOperator, doubtful: torch.Tensor) -> torch.Tensor:
+    hessian = operator.dense()
+    negative: torch.Tensor = torch.linalg.cholesky_ex(hessian)[1] != 0
+    rows = negative & doubtful
+    if bool(rows.any()):
+        eigenvalues = torch.linalg.eigvalsh(_finite_or_identity(hessian[rows]))
+        rounding = 100 * hessian.shape[-1] * torch.finfo(hessian.dtype).eps * eigenvalues.abs().amax(dim=-1)
+        negative = negative.index_put((rows,), eigenvalues[..., 0] < -rounding)
+    return negative
+
+
+def _meets_negative_curvature(operator: LinearOperator, doubtful: torch.Tensor) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(0)
+    start = torch.randn(operator.size, generator=generator, dtype=torch.float64)
+    start = start.to(dtype=operator.dtype, device=operator.device).expand(operator.batch, -1)
+    relative = torch.full((operator.batch,), 1e-3, dtype=operator.dtype, device=operator.device)
+    return ~truncated_cg(operator, start, relative, _EXAMINATION_STEPS, doubtful)[1]

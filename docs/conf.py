@@ -1,0 +1,32 @@
+"""Sphinx configuration. Needs no network: no intersphinx, and torch's types are named in nitpick_ignore instead."""
+
+import bilevel
+
+project = "bilevel"
+copyright = "the bilevel authors"
+author = "the bilevel authors"
+version = release = bilevel.__version__
+
+extensions = ["sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.doctest", "sphinx.ext.mathjax"]
+html_theme = "furo"
+html_title = f"bilevel {release}"
+
+nitpicky = True
+# What has no page of ours to link to: torch, the standard library, and words that numpy-style types are written in.
+nitpick_ignore_regex = [
+    (r"py:.*", r"(torch|nn|np|numpy|scipy|sklearn|collections|abc|typing|pathlib|enum|optim|rich)(\..*)?"),
+    (r"py:.*", r"(Tensor|Module|Any|Callable|Sequence|Mapping|Iterator|T|S|Path|optional|callable|SystemExit|Literal|Self)"),
+    (r"py:.*", r"(InnerSolverLike|LinearSolverLike|OnFailure|Decorator|Auto|Hyperparameters|TreeSpec|PyTree|Table|Console)"),
+    (r"py:.*", r"(InnerSolverLike|LinearSolverLike|OnFailure|bilevel\..*\._.*|bilevel\._.*|bilevel\.tolerance\.Auto)"),
+    (r"py:class", r".*[ \[\]|(,].*"),
+    (r"py:obj", r".*"),
+]
+
+autodoc_member_order = "bysource"
+autodoc_typehints = "description"
+autodoc_typehints_description_target = "documented_params"
+autodoc_default_options = {"show-inheritance": False}
+napoleon_google_docstring = False
+napoleon_use_rtype = False
+
+doctest_global_setup = "import torch, bilevel"

@@ -138,9 +138,10 @@ class _Bar:
     def __exit__(
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if kind is None:
-            self._finish()
-        self._progress.stop()
+        if self._current is not None:
+            if kind is None:
+                self._finish()
+            self._progress.stop()
 
     def stage(self, name: str, total: int) -> None:
         # Not before there is a stage, so that a refusal is one line and no empty bar.

@@ -52,6 +52,10 @@ PROBES = 9
 REFINEMENTS = 15
 """The most evaluations after the probes; with them 24, fewer than the grid's 33."""
 
+TOLERANCE = bilevel.Tolerance(delta=1e-10, delta_prime=1e-10)
+"""Residuals of the two solves. The weakest strength makes condition numbers near 1e6, where the default, all
+that float64 holds, is at times out of reach."""
+
 GRADIENT_TOLERANCE = 1e-6
 """Per-feature tuning has converged when the (projected) hypergradient's norm is at or below this."""
 
@@ -130,8 +134,9 @@ class OuterStep:
         ``cv_loss`` with the first-order error of the inner solves removed.
     gradient_norm
         Of the hypergradient.
-    inner_residual, inner_steps
-        The largest over the folds.
+    inner_residual, inner_steps, adjoint_steps
+        The largest over the folds: of the inner solve's gradient norm, of its steps, and of the linear
+        solve's.
     error_bound
         Of the hypergradient; None where none is known.
     certified
@@ -151,6 +156,7 @@ class OuterStep:
     gradient_norm: float
     inner_residual: float
     inner_steps: int
+    adjoint_steps: int
     error_bound: float | None
     certified: bool
     inner_solves: int
@@ -447,6 +453,7 @@ class _Folds:
             theta,
             model.initial(self.folds),
             batch_dims=FOLD_DIMS,
+            tolerance=TOLERANCE,
         )
         self.evaluations = 0
         self.solves = 0
@@ -455,6 +462,7 @@ class _Folds:
 
     @property
     def theta(self) -> torch.nn.Parameter:
+        theta: torch.nn.Parameter
         (theta,) = self.problem.parameters()
         return theta
 
@@ -482,7 +490,8 @@ class _Folds:
             corrected_cv_loss=float(result.corrected_value),
             gradient_norm=float(gradient.norm()),
             inner_residual=float(result.report.residual_norm.max()),
-            inner_steps=int(result.report.iterations.max()),
+            inner_steps=int(result.report.forward.iterations.max()),
+            adjoint_steps=int(result.report.backward.iterations.max()),
             error_bound=bound if math.isfinite(bound) else None,
             certified=bool(torch.as_tensor(result.certified).all()),
             inner_solves=self.solves,

@@ -112,6 +112,7 @@ SCHEMA: dict[str, Any] = {
             "gradient_norm": float,
             "inner_residual": float,
             "inner_steps": int,
+            "adjoint_steps": int,
             "error_bound": (float, None),
             "certified": bool,
             "inner_solves": int,

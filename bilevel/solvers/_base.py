@@ -197,27 +197,45 @@ def iterate(
     """
     threshold = goal.threshold
     norm = state.residual.norm(dim=-1)
-    first = norm
+    # A start so near the solution that its residual is below what is asked for says nothing of scales.
+    limit = _DIVERGED * torch.maximum(norm, threshold)
     running = torch.full(norm.shape, int(Status.RUNNING), dtype=torch.int64, device=norm.device)
     status = torch.where(torch.isfinite(norm), running, torch.full_like(running, Status.NOT_FINITE))
     status = torch.where(norm <= threshold, torch.full_like(running, Status.CONVERGED), status)
+    active = status == Status.RUNNING
+    everyone, anyone = bool(active.all()), bool(active.any())
     iterations = torch.zeros_like(status)
+    together = 0  # steps that all of the batch took
     for _ in range(max_steps):
-        active = status == Status.RUNNING
-        if not bool(active.any()):
+        if not anyone:
             break
+        before = status
         new, verdict = step(state, active)
         norm = new.residual.norm(dim=-1)
-        outcome = torch.where(norm <= threshold, torch.full_like(running, Status.CONVERGED), running)
-        outcome = torch.where(norm > _DIVERGED * first, torch.full_like(running, Status.DIVERGED), outcome)
-        if verdict is not None:
-            outcome = torch.where(verdict != Status.RUNNING, verdict, outcome)
-        broken = ~(torch.isfinite(norm) & torch.isfinite(new.x).all(dim=-1))
-        outcome = torch.where(broken & (outcome != Status.DIVERGED), torch.full_like(running, Status.NOT_FINITE), outcome)
-        ended_badly = broken if verdict is None else broken | (verdict != Status.RUNNING)
-        state = _merge(active & ~ended_badly, new, state)
-        status = torch.where(active, outcome, status)
-        iterations = iterations + active
+        usual = (norm > threshold) & (norm <= limit)
+        usual = usual if everyone else usual | ~active
+        if verdict is None and bool(usual.all() & torch.isfinite(new.x.sum())):
+            # Nothing ends here, which one look at the batch has told: the statuses need no work.
+            state = new if everyone else _merge(active, new, state)
+        else:
+            outcome = torch.where(norm <= threshold, torch.full_like(running, Status.CONVERGED), running)
+            outcome = torch.where(norm > limit, torch.full_like(running, Status.DIVERGED), outcome)
+            if verdict is not None:
+                outcome = torch.where(verdict != Status.RUNNING, verdict, outcome)
+            broken = ~(torch.isfinite(norm) & torch.isfinite(new.x).all(dim=-1))
+            lost = broken & (outcome != Status.DIVERGED)
+            outcome = torch.where(lost, torch.full_like(running, Status.NOT_FINITE), outcome)
+            ended_badly = broken if verdict is None else broken | (verdict != Status.RUNNING)
+            state = _merge(active & ~ended_badly, new, state)
+            status = torch.where(active, outcome, status)
+        if everyone:
+            together += 1
+        else:
+            iterations = iterations + active
+        if status is not before:
+            active = status == Status.RUNNING
+            everyone, anyone = bool(active.all()), bool(active.any())
+    iterations = iterations + together
     status = torch.where(status == Status.RUNNING, torch.full_like(status, Status.MAX_STEPS), status)
     return InnerSolution(state.x, iterations, status, state.residual), state
 

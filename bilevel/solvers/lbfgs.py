@@ -1,0 +1,182 @@
+"""Limited-memory BFGS for a batch of objectives."""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass
+
+import torch
+
+from bilevel._checks import check_steps
+from bilevel._system import Problem
+from bilevel.reports import Status
+from bilevel.solvers._base import Goal, InnerSolution, InnerSolver, iterate
+from bilevel.solvers._line_search import line_search
+
+__all__ = ["LBFGS"]
+
+_MAX_STEPS = 500
+# Hager & Zhang's decay of the average of |G|, which the rounding of its differences is measured by.
+_DECAY = 0.7
+
+
+@dataclass(frozen=True)
+class LBFGS(InnerSolver):
+    """Step along −Bₖ ∇G(x), Bₖ the inverse Hessian approximated from the last ``history`` steps.
+
+    Every problem of a batch has its own history, line search and end. A pair of step and gradient change is
+    stored only where their product is positive beyond rounding; where the direction does not descend, or no
+    step along it is found, that problem forgets its history and starts again from steepest descent.
+
+    The line search (strong Wolfe, or Hager and Zhang's approximate Wolfe conditions) goes by slopes where
+    differences of the objective drown in its rounding, so that gradients as small as the dtype allows are
+    reached.
+
+    Each step costs one gradient, sometimes two or three, and 4 · ``history`` · n operations; memory is
+    2 · ``history`` · n numbers for each problem and does not depend on the number of steps.
+
+    Parameters
+    ----------
+    max_steps
+        The most steps; None for 500, spending which is a failure, where spending a given budget with no
+        tolerance asked is none.
+    history
+        How many pairs are remembered.
+
+    Raises
+    ------
+    ArgumentError
+        If a setting is out of its range; on use, for a root or a fixed point, which have no objective.
+
+    References
+    ----------
+    Nocedal & Wright, "Numerical Optimization", 2006, algorithms 7.4 and 7.5; Hager & Zhang, "A new conjugate
+    gradient method with guaranteed descent and an efficient line search", SIAM J. Optim. 2005.
+
+    Examples
+    --------
+    >>> import torch, bilevel
+    >>> layer = bilevel.argmin(lambda x, a: ((x - a) ** 4).sum() + (x**2).sum(), solver=LBFGS())
+    >>> layer(torch.zeros(2, dtype=torch.float64), torch.tensor([1.0, 3.0], dtype=torch.float64))
+    tensor([0.4102, 2.0000], dtype=torch.float64)
+    """
+
+    max_steps: int | None = None
+    history: int = 10
+
+    def __post_init__(self) -> None:
+        check_steps("LBFGS", "max_steps", self.max_steps, optional=True)
+        check_steps("LBFGS", "history", self.history)
+
+    def solve(self, problem: Problem, init: torch.Tensor, goal: Goal) -> InnerSolution:
+        value, gradient = problem.value_and_residual(init)
+        memory = _Memory(self.history, value)
+        threshold = goal.threshold
+        eps = torch.finfo(init.dtype).eps
+
+        def step(state: _State, active: torch.Tensor) -> tuple[_State, torch.Tensor | None]:
+            d, slope = memory.direction(state.residual, active)
+            cold = ~memory.warm
+            first = torch.where(cold, _first_step(state), torch.ones_like(slope))
+            noise = 1e3 * eps * state.average
+            found = line_search(problem, state.x, d, state.value, slope, first, noise, threshold, active)
+            failed = found.failed
+            x, gradient, value = found.x, found.gradient, found.value
+            verdict: torch.Tensor | None = None
+            if bool(failed.any()):
+                keep = failed.unsqueeze(-1)
+                x, gradient = torch.where(keep, state.x, x), torch.where(keep, state.residual, gradient)
+                value = torch.where(failed, state.value, value)
+                verdict = _verdict(failed & cold, first * slope.abs() <= noise)
+            memory.store(x - state.x, gradient - state.residual, active & ~failed)
+            memory.forget(failed)
+            weight = 1 + _DECAY * state.weight
+            average = state.average + (value.abs() - state.average) / weight
+            return _State(x, gradient, value, average, weight), verdict
+
+        start = _State(init, gradient, value, value.abs(), torch.ones_like(value))
+        return iterate(start, step, goal, self.max_steps or _MAX_STEPS)[0]
+
+
+@dataclass(frozen=True, eq=False)
+class _State:
+    """An iterate with ∇G and G there, and the running average of |G| with its weight."""
+
+    x: torch.Tensor
+    residual: torch.Tensor
+    value: torch.Tensor
+    average: torch.Tensor
+    weight: torch.Tensor
+
+
+class _Memory:
+    """The last pairs (s, y, 1 / sᵀy) of each problem; a pair that a problem has not stored has 1 / sᵀy = 0."""
+
+    def __init__(self, history: int, like: torch.Tensor) -> None:
+        self.pairs: deque[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = deque(maxlen=history)
+        self.scale = torch.zeros_like(like)  # sᵀy / yᵀy of the newest pair; 0: none is stored
+
+    @property
+    def warm(self) -> torch.Tensor:
+        """Bool (batch,): which problems remember anything."""
+        return self.scale > 0
+
+    def direction(self, gradient: torch.Tensor, active: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return d = −B g by the two-loop recursion, or −g, and dᵀg < 0."""
+        q = gradient
+        shares = []
+        for s, y, inverse in reversed(self.pairs):
+            share = (inverse * (s * q).sum(dim=-1)).unsqueeze(-1)
+            q = q - share * y
+            shares.append(share)
+        warm = self.warm
+        r = torch.where(warm, self.scale, torch.ones_like(self.scale)).unsqueeze(-1) * q
+        for (s, y, inverse), share in zip(self.pairs, reversed(shares), strict=True):
+            r = r + (share - (inverse * (y * r).sum(dim=-1)).unsqueeze(-1)) * s
+        slope = -(gradient * r).sum(dim=-1)
+        bad = active & ~(slope < 0)
+        if bool(bad.any()):
+            self.forget(bad)
+            r = torch.where(bad.unsqueeze(-1), gradient, r)
+            slope = torch.where(bad, -(gradient * gradient).sum(dim=-1), slope)
+        return -r, slope
+
+    def store(self, s: torch.Tensor, y: torch.Tensor, moved: torch.Tensor) -> None:
+        """Keep the pairs of the problems that ``moved``, where sᵀy is positive beyond rounding."""
+        sy, yy = (s * y).sum(dim=-1), (y * y).sum(dim=-1)
+        eps = torch.finfo(s.dtype).eps
+        fit = (
+            moved
+            & torch.isfinite(sy)
+            & torch.isfinite(yy)
+            & (sy > eps * s.norm(dim=-1) * yy.sqrt())
+            & (yy > 0)
+        )
+        keep = fit.unsqueeze(-1)
+        zero = torch.zeros_like(s)
+        inverse = torch.where(fit, 1 / sy, torch.zeros_like(sy))
+        self.pairs.append((torch.where(keep, s, zero), torch.where(keep, y, zero), inverse))
+        self.scale = torch.where(fit, sy / yy, self.scale)
+
+    def forget(self, which: torch.Tensor) -> None:
+        """Drop all pairs of the problems of ``which``."""
+        if bool(which.any()):
+            zero = torch.zeros_like(self.scale)
+            kept = [(s, y, torch.where(which, zero, inverse)) for s, y, inverse in self.pairs]
+            self.pairs.extend(kept)
+            self.scale = torch.where(which, zero, self.scale)
+
+
+def _first_step(state: _State) -> torch.Tensor:
+    """Return the first t along −g: a hundredth of x, or of what G could fall by (Hager & Zhang's I0)."""
+    gradient = state.residual
+    by_point = 0.01 * state.x.abs().amax(dim=-1) / gradient.abs().amax(dim=-1)
+    by_value = 0.01 * state.value.abs() / (gradient * gradient).sum(dim=-1)
+    t = torch.where(by_point > 0, by_point, by_value)
+    return torch.where((t > 0) & torch.isfinite(t), t, torch.ones_like(t))
+
+
+def _verdict(failed: torch.Tensor, tiny: torch.Tensor) -> torch.Tensor:
+    verdict = torch.full(failed.shape, int(Status.RUNNING), dtype=torch.int64, device=failed.device)
+    verdict = torch.where(failed, torch.full_like(verdict, Status.LINE_SEARCH_FAILED), verdict)
+    return torch.where(failed & tiny, torch.full_like(verdict, Status.STAGNATED), verdict)

@@ -55,9 +55,7 @@ def write(tmp_path: Path) -> Any:
 
 @pytest.mark.parametrize("name", ["breast_cancer", "diabetes", "wine"])
 def test_bundled_data(run: Any, tmp_path: Path, name: str) -> None:
-    ended = run(
-        "tune", name, "--penalty", "feature", "--folds", 2, "--steps", 2, "--quiet", "--output", tmp_path
-    )
+    ended = run("tune", name, "--penalty", "feature", "--folds", 2, "--steps", 2, "--quiet", "--output", tmp_path)
     assert (ended.code, ended.err) == (0, "")
     for words in ("untuned", "best of grid", "tuned, shared", "tuned, per feature", "Written: "):
         assert words in ended.out
@@ -106,9 +104,7 @@ def test_quiet_shows_no_progress_bar(run: Any, write: Any) -> None:
 
 def test_a_csv_file_with_classes_in_words(run: Any, write: Any) -> None:
     lines = table_of_numbers().replace("y\n", "y\n", 1).splitlines()
-    words = [
-        ",".join([*line.split(",")[:3], "low" if "-" in line.split(",")[3] else "high"]) for line in lines[1:]
-    ]
+    words = [",".join([*line.split(",")[:3], "low" if "-" in line.split(",")[3] else "high"]) for line in lines[1:]]
     ended = run("tune", write("\n".join([lines[0], *words])), "--target", "y", "--folds", 3, "-q")
     assert ended.code == 0
     assert "log loss" in ended.out

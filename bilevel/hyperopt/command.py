@@ -24,13 +24,9 @@ _WIDTH = 140
 def tune(
     data: Annotated[
         str,
-        typer.Argument(
-            metavar="DATA", help=f"One of {', '.join(BUNDLED)}, or a CSV file with a header line."
-        ),
+        typer.Argument(metavar="DATA", help=f"One of {', '.join(BUNDLED)}, or a CSV file with a header line."),
     ],
-    target: Annotated[
-        str | None, typer.Option(help="The target column of a CSV file.", show_default=False)
-    ] = None,
+    target: Annotated[str | None, typer.Option(help="The target column of a CSV file.", show_default=False)] = None,
     penalty: Annotated[
         Penalty, typer.Option(help="Tune one strength shared by all features, or one per feature.")
     ] = _DEFAULT.penalty,
@@ -39,9 +35,7 @@ def tune(
         Task | None,
         typer.Option(help="What is predicted; guessed from the target by default.", show_default=False),
     ] = None,
-    test_size: Annotated[
-        float, typer.Option(help="Part of the rows to test on at the end.")
-    ] = _DEFAULT.test_size,
+    test_size: Annotated[float, typer.Option(help="Part of the rows to test on at the end.")] = _DEFAULT.test_size,
     watch_size: Annotated[
         float,
         typer.Option(help="Part of the other rows that is held back from the folds, to notice overfitting."),

@@ -93,14 +93,12 @@ def load(source: str, *, target: str | None = None, task: Task | None = None) ->
     if source in BUNDLED:
         if target is not None:
             raise DataError(
-                f"{source} is a bundled data set, whose target is fixed; leave --target out, or pass a CSV "
-                "file"
+                f"{source} is a bundled data set, whose target is fixed; leave --target out, or pass a CSV file"
             )
         return load_bundled(source, task=task)
     if Path(source).suffix == "" and not Path(source).exists():
         raise DataError(
-            f"there is no data set and no file called {source!r}; the bundled data sets are "
-            f"{', '.join(BUNDLED)}"
+            f"there is no data set and no file called {source!r}; the bundled data sets are {', '.join(BUNDLED)}"
         )
     return read_csv(Path(source), target=target, task=task)
 
@@ -159,9 +157,7 @@ def read_csv(path: Path, *, target: str | None, task: Task | None = None) -> Dat
     if target not in header:
         raise DataError(f"{path}: there is no column {target!r}; there are: {_listed(header)}")
     if len(header) == 1:
-        raise DataError(
-            f"{path}: there is no column besides the target {target!r}; at least one feature is needed"
-        )
+        raise DataError(f"{path}: there is no column besides the target {target!r}; at least one feature is needed")
     at = header.index(target)
     features = tuple(name for name in header if name != target)
     inputs = np.array(
@@ -171,9 +167,7 @@ def read_csv(path: Path, *, target: str | None, task: Task | None = None) -> Dat
     column = _column([_cell(path, row, at, header) for row in rows])
     if column.dtype.kind == "f" and not np.isfinite(column).all():
         line = rows[int(np.flatnonzero(~np.isfinite(column))[0])].line
-        raise DataError(
-            f"{path}: line {line}: target {target!r} is not a finite number; remove the row or fill it in"
-        )
+        raise DataError(f"{path}: line {line}: target {target!r} is not a finite number; remove the row or fill it in")
     if task is None:
         task = infer_task(column)
     targets, classes = _encode(column, task, f"{path}: target {target!r}")
@@ -198,9 +192,7 @@ def infer_task(column: NDArray[Any]) -> Task:
     (<Task.BINARY: 'binary'>, <Task.REGRESSION: 'regression'>)
     """
     different = np.unique(column)
-    if column.dtype.kind == "f" and (
-        different.size > MOST_CLASSES or (different != np.round(different)).any()
-    ):
+    if column.dtype.kind == "f" and (different.size > MOST_CLASSES or (different != np.round(different)).any()):
         return Task.REGRESSION
     return Task.BINARY if different.size == 2 else Task.MULTICLASS
 
@@ -213,8 +205,7 @@ def _encode(column: NDArray[Any], task: Task, where: str) -> tuple[NDArray[Any],
     if task is Task.REGRESSION:
         if column.dtype.kind != "f":
             raise DataError(
-                f"{where} is text, such as {labels[0]!r}, and regression needs numbers; pass --task "
-                "multiclass"
+                f"{where} is text, such as {labels[0]!r}, and regression needs numbers; pass --task multiclass"
             )
         return column, ()
     if task is Task.BINARY and labels.size != 2:
@@ -276,17 +267,14 @@ def _check_header(path: Path, header: list[str]) -> None:
     if doubled:
         raise DataError(f"{path}: the column {doubled[0]!r} occurs more than once; rename or remove one")
     if len(header) == 1 and (";" in header[0] or "\t" in header[0]):
-        raise DataError(
-            f"{path}: the columns seem to be separated by semicolons or tabs; separate them with commas"
-        )
+        raise DataError(f"{path}: the columns seem to be separated by semicolons or tabs; separate them with commas")
 
 
 def _cell(path: Path, row: _Row, at: int, header: list[str]) -> str:
     cell = row.cells[at].strip()
     if not cell:
         raise DataError(
-            f"{path}: line {row.line}: column {header[at]!r} is empty; fill in missing values or remove such "
-            "rows"
+            f"{path}: line {row.line}: column {header[at]!r} is empty; fill in missing values or remove such rows"
         )
     return cell
 
@@ -302,8 +290,7 @@ def _number(path: Path, row: _Row, at: int, header: list[str]) -> float:
         )
     if not math.isfinite(number):
         raise DataError(
-            f"{path}: line {row.line}: column {header[at]!r} holds {cell!r}; fill in missing values or "
-            "remove such rows"
+            f"{path}: line {row.line}: column {header[at]!r} holds {cell!r}; fill in missing values or remove such rows"
         )
     return number
 

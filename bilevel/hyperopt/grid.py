@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -45,12 +46,15 @@ class GridCurve:
         rows.
     solves
         Estimators fitted: grid points times folds.
+    warnings
+        What scikit-learn warned of, each once.
     """
 
     log_strengths: tuple[float, ...]
     losses: tuple[float, ...]
     watch_losses: tuple[float, ...]
     solves: int
+    warnings: tuple[str, ...] = ()
 
     @property
     def best(self) -> int:
@@ -75,9 +79,7 @@ def estimator(task: Task, log_strength: float, rows: float) -> Any:
     if task is Task.REGRESSION:
         return Ridge(alpha=rows * math.exp(log_strength), solver="cholesky")
     # Newton's method with a factorisation: scikit-learn's most exact, and here among its fastest.
-    return LogisticRegression(
-        C=1 / (rows * math.exp(log_strength)), solver="newton-cholesky", tol=1e-8, max_iter=200
-    )
+    return LogisticRegression(C=1 / (rows * math.exp(log_strength)), solver="newton-cholesky", tol=1e-8, max_iter=200)
 
 
 def scores_of(task: Task, fitted: Any, inputs: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -148,13 +150,16 @@ def grid_search(
     """
     thetas = [float(theta) for theta in np.linspace(*LOG_RANGE, points)]
     losses = []
-    for theta in thetas:
-        losses.append(cross_validate(task, splits, theta))
-        if on_point is not None:
-            on_point()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for theta in thetas:
+            losses.append(cross_validate(task, splits, theta))
+            if on_point is not None:
+                on_point()
     return GridCurve(
         tuple(thetas),
         tuple(loss for loss, _ in losses),
         tuple(watch for _, watch in losses),
         points * len(splits.folds),
+        tuple(dict.fromkeys(str(warning.message).partition("\n")[0] for warning in caught)),
     )

@@ -156,6 +156,7 @@ class Ridge(LinearModel):
     """
 
     def initial(self, folds: int | None = None, *, dtype: torch.dtype = torch.float64) -> Parameters:
+        """Return zero ``weights`` (p,) and ``intercept`` ()."""
         lead = () if folds is None else (folds,)
         return {
             "weights": torch.zeros(*lead, self.features, dtype=dtype),
@@ -163,16 +164,20 @@ class Ridge(LinearModel):
         }
 
     def scores(self, parameters: Parameters, inputs: torch.Tensor) -> torch.Tensor:
+        """Return xβ + b (rows,)."""
         return inputs @ parameters["weights"] + parameters["intercept"]
 
     def losses(self, scores: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        """Return half the squared residuals (rows,)."""
         return 0.5 * (targets - scores).square()
 
     def coefficients(self, parameters: Parameters) -> Parameters:
+        """Return the parameters as they are."""
         return dict(parameters)
 
     @property
     def metric_scale(self) -> float:
+        """2: the metric is the whole squared residual."""
         return 2.0
 
 
@@ -181,10 +186,12 @@ class Logistic(Ridge):
     """Binary logistic regression: ℓ = log(1 + e^s) − y s with s = xβ + b and y in {0, 1}."""
 
     def losses(self, scores: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        """Return the log loss of each row (rows,)."""
         return F.softplus(scores) - targets * scores
 
     @property
     def metric_scale(self) -> float:
+        """1: the metric is the training loss."""
         return 1.0
 
 
@@ -217,6 +224,7 @@ class Softmax(LinearModel):
             )
 
     def initial(self, folds: int | None = None, *, dtype: torch.dtype = torch.float64) -> Parameters:
+        """Return zero ``weights`` (p, classes − 1) and ``intercept`` (classes − 1,)."""
         lead = () if folds is None else (folds,)
         return {
             "weights": torch.zeros(*lead, self.features, self.classes - 1, dtype=dtype),
@@ -224,14 +232,17 @@ class Softmax(LinearModel):
         }
 
     def scores(self, parameters: Parameters, inputs: torch.Tensor) -> torch.Tensor:
+        """Return the scores of all classes, summing to zero (rows, classes)."""
         reduced = inputs @ parameters["weights"] + parameters["intercept"]  # (rows, classes - 1)
         return reduced @ _zero_sum_basis(self.classes).to(reduced).T
 
     def losses(self, scores: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        """Return the log loss of each row (rows,)."""
         chosen = scores.gather(1, targets.unsqueeze(1)).squeeze(1)
         return scores.logsumexp(1) - chosen
 
     def coefficients(self, parameters: Parameters) -> Parameters:
+        """Return ``weights`` β (p, classes) and ``intercept`` b (classes,)."""
         basis = _zero_sum_basis(self.classes).to(parameters["weights"])
         return {"weights": parameters["weights"] @ basis.T, "intercept": parameters["intercept"] @ basis.T}
 

@@ -69,8 +69,7 @@ def plot_curve(outcome: Outcome) -> Figure:
     )
     axes.set(xscale="log", xlabel="shared strength per example", ylabel=f"CV loss ({_loss(outcome)})")
     axes.set_title(
-        f"{_literal(outcome.dataset.name)}: {grid.solves} inner solves on the grid, {tuned.inner_solves} in "
-        "tuning"
+        f"{_literal(outcome.dataset.name)}: {grid.solves} inner solves on the grid, {tuned.inner_solves} in tuning"
     )
     axes.legend()
     return figure

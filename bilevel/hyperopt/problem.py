@@ -171,10 +171,7 @@ def _as_parameters(
         return _as_parameter("hyperparameters", hyperparameters)
     if isinstance(hyperparameters, Mapping) and hyperparameters:
         return nn.ParameterDict(
-            {
-                name: _as_parameter(f"hyperparameters[{name!r}]", value)
-                for name, value in hyperparameters.items()
-            }
+            {name: _as_parameter(f"hyperparameters[{name!r}]", value) for name, value in hyperparameters.items()}
         )
     raise bilevel.ArgumentError(
         f"HyperparameterOptimization: expected hyperparameters to be a tensor or a dict of tensors, got "

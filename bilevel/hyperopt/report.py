@@ -43,8 +43,7 @@ def prepare_output(directory: Path) -> None:
         probe.unlink()
     except OSError as error:
         raise OutputError(
-            f"the output directory {directory} cannot be written to ({error.strerror}); pass another with "
-            "--output"
+            f"the output directory {directory} cannot be written to ({error.strerror}); pass another with --output"
         ) from None
 
 
@@ -100,10 +99,7 @@ def _evidence(outcome: Outcome) -> list[str]:
     rows = {row.name: row for row in outcome.rows}
     shared, tuned = rows["tuned, shared"], rows["tuned, per feature"]
     if not evidence.improvement > 0:
-        return [
-            "No strengths per feature did better on the held-back rows than the shared one; those are "
-            "returned."
-        ]
+        return ["No strengths per feature did better on the held-back rows than the shared one; those are returned."]
     weak = "" if evidence.improvement > 2 * evidence.standard_error else ", which is weak evidence"
     told = [
         f"Strengths per feature lowered the held-back loss by {evidence.improvement:.2g} ± "
@@ -111,9 +107,7 @@ def _evidence(outcome: Outcome) -> list[str]:
         f"(standard error over {evidence.rows} rows){weak}."
     ]
     if tuned.test_loss > shared.test_loss:
-        told.append(
-            "The test loss is higher than with one shared strength: the strengths per feature overfit."
-        )
+        told.append("The test loss is higher than with one shared strength: the strengths per feature overfit.")
     return told
 
 

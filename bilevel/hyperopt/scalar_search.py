@@ -96,8 +96,7 @@ def minimise_scalar(
         raise bilevel.ArgumentError(f"minimise_scalar: expected low < high, got {low} and {high}")
     if probes < 2 or max_evaluations < probes:
         raise bilevel.ArgumentError(
-            f"minimise_scalar: expected at least 2 probes and as many evaluations, got {probes} and "
-            f"{max_evaluations}"
+            f"minimise_scalar: expected at least 2 probes and as many evaluations, got {probes} and {max_evaluations}"
         )
     points: list[Point] = []
 

@@ -141,9 +141,7 @@ def split(
     inside, watch = divide(development, watch_size)
     _check_folds(dataset, inside, classes, folds)
     splitter: Any = KFold if classes is None else StratifiedKFold
-    parts = splitter(folds, shuffle=True, random_state=seed).split(
-        inside, None if classes is None else classes[inside]
-    )
+    parts = splitter(folds, shuffle=True, random_state=seed).split(inside, None if classes is None else classes[inside])
     inputs, targets, scale = _standardise(dataset, inside)
     return Splits(inputs, targets, test, watch, tuple(inside[held] for _, held in parts), scale)
 
@@ -152,14 +150,10 @@ def _check_settings(folds: int, test_size: float, watch_size: float, seed: int) 
     if folds < 2:
         raise bilevel.ArgumentError(f"expected at least 2 folds, got {folds}; pass for example --folds 5")
     if not 0 <= seed < 2**32:
-        raise bilevel.ArgumentError(
-            f"expected a seed from 0 to 2^32 - 1, got {seed}; pass for example --seed 0"
-        )
+        raise bilevel.ArgumentError(f"expected a seed from 0 to 2^32 - 1, got {seed}; pass for example --seed 0")
     for name, size in (("test size", test_size), ("watch size", watch_size)):
         if not 0 < size < 1:
-            raise bilevel.ArgumentError(
-                f"expected a {name} between 0 and 1, got {size:g}; it is a part of the rows"
-            )
+            raise bilevel.ArgumentError(f"expected a {name} between 0 and 1, got {size:g}; it is a part of the rows")
 
 
 def _check_rows(dataset: Dataset, folds: int) -> None:
@@ -201,8 +195,7 @@ def _standardise(dataset: Dataset, rows: Rows) -> tuple[torch.Tensor, torch.Tens
     scale = float(seen.std())
     if not scale > 0:
         raise DataError(
-            f"{dataset.name}: the target has one value only in the rows to train on; there is nothing to "
-            "predict"
+            f"{dataset.name}: the target has one value only in the rows to train on; there is nothing to predict"
         )
     return torch.from_numpy(inputs), torch.from_numpy((dataset.targets - seen.mean()) / scale), scale
 

@@ -105,8 +105,7 @@ class TuneSettings:
         for name in ("steps", "patience"):
             if getattr(self, name) < 1:
                 raise bilevel.ArgumentError(
-                    f"expected {name} to be at least 1, got {getattr(self, name)}; pass for example --{name} "
-                    "10"
+                    f"expected {name} to be at least 1, got {getattr(self, name)}; pass for example --{name} 10"
                 )
         if not (self.learning_rate > 0 and math.isfinite(self.learning_rate)):
             raise bilevel.ArgumentError(
@@ -263,9 +262,7 @@ class _Silence:
     def step(self, step: OuterStep | None) -> None: ...
 
 
-def tune(
-    dataset: Dataset, settings: TuneSettings | None = None, *, progress: Progress | None = None
-) -> Outcome:
+def tune(dataset: Dataset, settings: TuneSettings | None = None, *, progress: Progress | None = None) -> Outcome:
     """Tune the strengths for ``dataset`` and compare with scikit-learn's default and a grid.
 
     Parameters
@@ -340,9 +337,7 @@ class _Run:
 
     def _untuned(self) -> Row:
         theta = -math.log(self.splits.training_size)  # alpha = 1 or C = 1, scikit-learn's default
-        step, _ = _Folds(
-            self.model, self.splits, torch.tensor(theta, dtype=torch.float64), "untuned"
-        ).evaluate()
+        step, _ = _Folds(self.model, self.splits, torch.tensor(theta, dtype=torch.float64), "untuned").evaluate()
         return self._row("untuned", step, 0, 0.0)
 
     def _grid(self) -> Row:
@@ -352,6 +347,7 @@ class _Run:
         began = time.perf_counter()
         self.grid = grid_search(self.dataset.task, self.splits, on_point=lambda: self.progress.step(None))
         seconds = time.perf_counter() - began
+        self.notes += [f"scikit-learn warned on the grid: {message}" for message in self.grid.warnings]
         best = self.grid.best
         theta = self.grid.log_strengths[best]
         fitted = fit(self.dataset.task, self.splits, theta, self.splits.development)
@@ -390,8 +386,7 @@ class _Run:
         self.stopped["shared"] = search.stopped
         if search.at_end:
             self.notes.append(
-                f"the best shared strength, {math.exp(search.best.x):.3g}, is at an end of the range that "
-                "was searched"
+                f"the best shared strength, {math.exp(search.best.x):.3g}, is at an end of the range that was searched"
             )
         return self._row("tuned, shared", steps[search.best.x], folds.solves, folds.seconds)
 
@@ -414,9 +409,7 @@ class _Run:
             )
         ]
         if descent.last is not descent.best:
-            rows.append(
-                self._row("per feature, last step", descent.last, rows[0].inner_solves, rows[0].seconds)
-            )
+            rows.append(self._row("per feature, last step", descent.last, rows[0].inner_solves, rows[0].seconds))
         return rows, descent.evidence()
 
     def _file(self, step: OuterStep) -> OuterStep:

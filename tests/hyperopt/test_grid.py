@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import math
+import warnings
+from typing import Any
 
 import numpy as np
 import pytest
 
+from bilevel.hyperopt import grid
 from bilevel.hyperopt.data import Task, load_bundled
 from bilevel.hyperopt.grid import LOG_RANGE, cross_validate, fit, grid_search, score_of, scores_of
 from bilevel.hyperopt.splits import split
@@ -55,6 +58,18 @@ def test_scores_are_those_of_the_estimator(name: str) -> None:
     inputs, targets = (part.numpy() for part in splits.part(splits.test))
     score = score_of(dataset.task, scores_of(dataset.task, fitted, inputs), targets)
     assert score == pytest.approx(fitted.score(inputs, targets), abs=1e-12)
+
+
+def test_warnings_of_scikit_learn_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    original = grid.fit
+
+    def fit_with_warning(*args: Any) -> Any:
+        warnings.warn("did not converge\nat all", UserWarning, stacklevel=1)
+        return original(*args)
+
+    monkeypatch.setattr(grid, "fit", fit_with_warning)
+    dataset = load_bundled("diabetes")
+    assert grid_search(dataset.task, split(dataset), points=2).warnings == ("did not converge",)
 
 
 def test_r_squared_of_constant_targets_is_not_a_number() -> None:

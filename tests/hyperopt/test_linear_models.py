@@ -75,9 +75,9 @@ def test_losses_are_those_of_scikit_learn(name: str) -> None:
     else:
         expected = log_loss(targets.numpy(), fitted.predict_proba(inputs.numpy()))
     assert loss == pytest.approx(expected, abs=1e-8)
-    assert loss_of(
-        dataset.task, scores_of(dataset.task, fitted, inputs.numpy()), targets.numpy()
-    ) == pytest.approx(expected, abs=1e-12)
+    assert loss_of(dataset.task, scores_of(dataset.task, fitted, inputs.numpy()), targets.numpy()) == pytest.approx(
+        expected, abs=1e-12
+    )
 
 
 def test_weights_of_zero_leave_rows_out() -> None:
@@ -177,9 +177,7 @@ def test_two_classes_of_softmax_are_logistic_regression_of_half_the_strength() -
     binary = solve(Logistic(30), theta, inputs, targets)
     model = Softmax(30, 2)
     double = model.coefficients(solve(model, theta + math.log(2), inputs, targets.long()))
-    torch.testing.assert_close(
-        double["weights"][:, 1] - double["weights"][:, 0], binary["weights"], rtol=0, atol=1e-8
-    )
+    torch.testing.assert_close(double["weights"][:, 1] - double["weights"][:, 0], binary["weights"], rtol=0, atol=1e-8)
 
 
 def test_misuse_is_refused() -> None:

@@ -150,9 +150,7 @@ def test_warm_starts_can_be_forgotten_and_overridden() -> None:
     loss = tuning(data)
     tuning.reset()
     torch.testing.assert_close(tuning(data), loss, rtol=1e-10, atol=0)
-    torch.testing.assert_close(
-        tuning(data, init=torch.ones(3, dtype=torch.float64)), loss, rtol=1e-10, atol=0
-    )
+    torch.testing.assert_close(tuning(data, init=torch.ones(3, dtype=torch.float64)), loss, rtol=1e-10, atol=0)
 
 
 def test_the_start_follows_the_module() -> None:

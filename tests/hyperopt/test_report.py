@@ -37,9 +37,7 @@ def test_the_table_of_a_regression_has_r_squared(diabetes: Outcome) -> None:
 
 
 def test_names_are_not_markup(diabetes: Outcome) -> None:
-    assert "[red]x[/red]" in printed(
-        replace(diabetes, dataset=replace(diabetes.dataset, name="[red]x[/red]"))
-    )
+    assert "[red]x[/red]" in printed(replace(diabetes, dataset=replace(diabetes.dataset, name="[red]x[/red]")))
 
 
 def test_remarks_tell_what_was_looked_at(diabetes: Outcome, wine_per_feature: Outcome) -> None:
@@ -63,10 +61,7 @@ def test_remarks_weigh_the_evidence(wine_per_feature: Outcome, evidence: WatchEv
 
 
 def test_remarks_admit_overfitting(wine_per_feature: Outcome) -> None:
-    rows = [
-        replace(row, test_loss=9.0) if row.name == "tuned, per feature" else row
-        for row in wine_per_feature.rows
-    ]
+    rows = [replace(row, test_loss=9.0) if row.name == "tuned, per feature" else row for row in wine_per_feature.rows]
     worse = replace(wine_per_feature, rows=tuple(rows))
     assert any("overfit" in line for line in remarks(worse))
 
@@ -100,7 +95,7 @@ SCHEMA: dict[str, Any] = {
         "rows_in": {"folds": [int], "watch": int, "test": int},
         "target_scale": float,
     },
-    "grid": {"log_strengths": [float], "losses": [float], "watch_losses": [float], "solves": int},
+    "grid": {"log_strengths": [float], "losses": [float], "watch_losses": [float], "solves": int, "warnings": [str]},
     "history": [
         {
             "stage": str,
@@ -195,9 +190,7 @@ def test_the_pictures_show_the_run(wine_per_feature: Outcome) -> None:
     assert "5 of 13 features" in strengths.get_title()
 
 
-def test_names_with_dollars_and_foreign_scripts_can_be_drawn(
-    wine_per_feature: Outcome, tmp_path: Path
-) -> None:
+def test_names_with_dollars_and_foreign_scripts_can_be_drawn(wine_per_feature: Outcome, tmp_path: Path) -> None:
     features = ("$x", "$y$", "長", *wine_per_feature.dataset.features[3:])
     dataset = replace(wine_per_feature.dataset, features=features, name="$\\bad")
     assert len(write_plots(replace(wine_per_feature, dataset=dataset), tmp_path)) == 3

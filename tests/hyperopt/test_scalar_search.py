@@ -57,9 +57,7 @@ def test_points_that_fail_are_left_out() -> None:
 
 
 def test_the_budget_holds() -> None:
-    search = minimise_scalar(
-        lambda x: (abs(x - 0.1234), math.copysign(1, x - 0.1234)), -1, 1, max_evaluations=12
-    )
+    search = minimise_scalar(lambda x: (abs(x - 0.1234), math.copysign(1, x - 0.1234)), -1, 1, max_evaluations=12)
     assert len(search.points) == 12
     assert "budget" in search.stopped
 

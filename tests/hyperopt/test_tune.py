@@ -103,9 +103,7 @@ def test_strengths_stay_in_the_range() -> None:
 
 def noise(rows: int = 60) -> Dataset:
     rng = np.random.default_rng(1)
-    return Dataset(
-        "noise", rng.normal(size=(rows, 2)), rng.normal(size=rows), ("a", "b"), (), Task.REGRESSION
-    )
+    return Dataset("noise", rng.normal(size=(rows, 2)), rng.normal(size=rows), ("a", "b"), (), Task.REGRESSION)
 
 
 def test_an_optimum_at_an_end_is_said_and_a_vanishing_gradient_ends_the_descent() -> None:

@@ -249,5 +249,6 @@ def _judge(
             spent = short & ((noticed == Status.MAX_STEPS) | (target.silent & (noticed != Status.DIVERGED)))
             status = torch.where(spent, torch.full_like(status, Status.BUDGET_SPENT), status)
     status = torch.where(ended & reached, torch.full_like(status, Status.CONVERGED), status)
-    bad = ~torch.isfinite(residual_norm)
+    # A singular matrix makes infinities; that it is singular says more.
+    bad = ~torch.isfinite(residual_norm) & ended
     return torch.where(bad, torch.full_like(status, Status.NOT_FINITE), status)

@@ -1,0 +1,170 @@
+"""GMRES for matrices without symmetry, batched with a mask for each problem."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from bilevel._checks import check_steps
+from bilevel.errors import ArgumentError
+from bilevel.linear._base import LinearSolution, LinearSolver
+from bilevel.linear.cg import Preconditioner
+from bilevel.operators import LinearOperator
+from bilevel.reports import Status
+
+__all__ = ["GMRES"]
+
+_BASIS_BYTES = 2**29
+_RESTART = 100
+
+
+@dataclass(frozen=True)
+class GMRES(LinearSolver):
+    """Generalised minimal residuals: any regular A, one product for each step.
+
+    Each step lengthens an orthonormal basis of the Krylov space (orthogonalised twice), and the residual norm follows from
+    the left null vector of the Hessenberg matrix at one inner product a step; the least-squares problem is solved once
+    a cycle. Cycles end in the true residual.
+
+    Parameters
+    ----------
+    max_steps
+        The most steps over all cycles; by default enough for n steps twice. A number is a budget.
+    restart
+        Steps in a cycle: memory of that many vectors. By default 100, or what fits 512 MiB.
+    preconditioner
+        r ↦ M⁻¹r on tensors (batch, n), applied on the right, so that the residual is the true one.
+
+    Raises
+    ------
+    ArgumentError
+        If a setting is out of its range.
+
+    References
+    ----------
+    Saad & Schultz 1986; the residual norm without rotations: Ayachour, "A fast implementation for GMRES method", 2003.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from bilevel.operators import DenseOperator
+    >>> A = DenseOperator(torch.tensor([[2.0, 1.0], [0.0, 4.0]]))
+    >>> GMRES()(A, torch.tensor([[4.0, 8.0]]))
+    tensor([[1., 2.]])
+    """
+
+    max_steps: int | None = None
+    restart: int | None = None
+    preconditioner: Preconditioner | None = None
+
+    def __post_init__(self) -> None:
+        check_steps("GMRES", "max_steps", self.max_steps, optional=True)
+        check_steps("GMRES", "restart", self.restart, optional=True)
+        if self.preconditioner is not None and not callable(self.preconditioner):
+            raise ArgumentError(
+                f"GMRES: expected preconditioner to be a function of r (batch, n), got {self.preconditioner!r}; pass one"
+            )
+
+    def solve(
+        self, operator: LinearOperator, rhs: torch.Tensor, threshold: torch.Tensor, start: torch.Tensor | None = None
+    ) -> LinearSolution:
+        batch, n = rhs.shape
+        limit = self.max_steps if self.max_steps is not None else min(2 * n + 20, 20_000)
+        room = max(2, _BASIS_BYTES // max(1, batch * n * rhs.element_size()) - 1)
+        cycle = min(self.restart or _RESTART, n, room)
+        floor = 0.1 * torch.finfo(rhs.dtype).eps * rhs.norm(dim=-1)
+
+        x, r = torch.zeros_like(rhs), rhs
+        if start is not None:
+            moved = rhs - operator.matvec(start)
+            better = (moved.norm(dim=-1) < rhs.norm(dim=-1)).unsqueeze(-1)
+            x, r = torch.where(better, start, x), torch.where(better, moved, rhs)
+        norm = r.norm(dim=-1)
+        running = torch.full(norm.shape, int(Status.RUNNING), dtype=torch.int64, device=rhs.device)
+        status = torch.where(norm <= threshold, torch.zeros_like(running), running)
+        iterations = torch.zeros_like(status)
+        taken = 0
+        while taken < limit and bool((status == Status.RUNNING).any()):
+            steps = min(cycle, limit - taken)
+            goal = torch.maximum(threshold, floor)
+            update, used, happy = self._cycle(operator, r, goal, status == Status.RUNNING, steps)
+            taken += steps
+            iterations = iterations + used
+            moved = x + update
+            residual = rhs - operator.matvec(moved)
+            fresh = residual.norm(dim=-1)
+            active = status == Status.RUNNING
+            better = active & (fresh < norm)
+            x = torch.where(better.unsqueeze(-1), moved, x)
+            r = torch.where(better.unsqueeze(-1), residual, r)
+            broken = active & ~torch.isfinite(fresh)
+            # The Krylov space is used up, or a whole cycle gained next to nothing, and the residual is still there.
+            still = torch.where(better, fresh, norm)
+            exhausted = happy & (still > 1e-3 * norm)
+            idle = (used >= cycle) & (still > 0.999 * norm) | (used < steps) & (still > 0.5 * norm)
+            verdict = torch.where(exhausted, int(Status.SINGULAR), int(Status.STAGNATED))
+            status = torch.where(active & (exhausted | idle), verdict, status)
+            status = torch.where(broken, int(Status.NOT_FINITE), status)
+            norm = still
+            status = torch.where(active & (norm <= threshold), int(Status.CONVERGED), status)
+        status = torch.where(status == Status.RUNNING, int(Status.MAX_STEPS), status)
+        return LinearSolution(x, iterations, status, r)
+
+    def _cycle(
+        self, operator: LinearOperator, r: torch.Tensor, goal: torch.Tensor, active: torch.Tensor, steps: int
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Return the update (batch, n), the steps that each problem took, and who used up its Krylov space."""
+        batch, n = r.shape
+        eps = torch.finfo(r.dtype).eps
+        beta = r.norm(dim=-1)
+        V = r.new_zeros(batch, steps + 1, n)
+        H = r.new_zeros(batch, steps + 1, steps)
+        null = r.new_zeros(batch, steps + 1)
+        null[:, 0] = 1.0
+        V[:, 0] = torch.where(active.unsqueeze(-1), r / beta.clamp_min(torch.finfo(r.dtype).tiny).unsqueeze(-1), 0.0)
+        weight = torch.ones_like(beta)
+        used = torch.zeros(batch, dtype=torch.int64, device=r.device)
+        happy = torch.zeros_like(active)
+        width = 0
+        for j in range(steps):
+            v = V[:, j]
+            w = operator.matvec(v if self.preconditioner is None else self.preconditioner(v))
+            size = w.norm(dim=-1)
+            basis = V[:, : j + 1]
+            column = w.unsqueeze(-1)
+            h = basis @ column
+            column = column - basis.mT @ h
+            again = basis @ column
+            column = column - basis.mT @ again
+            h = (h + again).squeeze(-1)
+            w = column.squeeze(-1)
+            after = w.norm(dim=-1)
+            spent = active & (after <= 4 * eps * size)
+            after = torch.where(spent, torch.zeros_like(after), after)
+            # A problem that is done gets the column of an unknown that is zero.
+            H[:, : j + 1, j] = torch.where(active.unsqueeze(-1), h, 0.0)
+            H[:, j + 1, j] = torch.where(active, after, 1.0)
+            inverse = torch.where(active & ~spent, 1 / after, torch.zeros_like(after))
+            V[:, j + 1] = w * inverse.unsqueeze(-1)
+            entry = -(null[:, : j + 1] * h).sum(dim=-1) * inverse
+            null[:, j + 1] = entry
+            weight = weight + torch.where(active, entry**2, 0.0)
+            used = used + active
+            width = j + 1
+            happy = happy | spent
+            active = active & ~spent & (beta > goal * weight.sqrt()) & torch.isfinite(weight)
+            if not bool(active.any()):
+                break
+        H, V = H[:, : width + 1, :width], V[:, :width]
+        # A space that was used up ends in a row of zeros; lstsq through a factorisation needs full rank.
+        Q, R = torch.linalg.qr(H)
+        first = Q[:, 0, :] * beta.unsqueeze(-1)
+        pivots = R.diagonal(dim1=-2, dim2=-1)
+        flat = pivots.abs() <= 16 * eps * R.abs().amax(dim=(-2, -1)).unsqueeze(-1)
+        safe = R + torch.diag_embed(torch.where(flat, 1.0, 0.0) * (1 - pivots))
+        y = torch.linalg.solve_triangular(safe, torch.where(flat, 0.0, first).unsqueeze(-1), upper=True)
+        update = (V.mT @ y).squeeze(-1)
+        if self.preconditioner is not None:
+            update = self.preconditioner(update)
+        return torch.where((used > 0).unsqueeze(-1), update, 0.0), used, happy

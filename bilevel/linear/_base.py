@@ -161,7 +161,10 @@ def rounding_floor(operator: LinearOperator, x: torch.Tensor, rhs: torch.Tensor)
     generator = torch.Generator().manual_seed(0)
     signs = (torch.randint(0, 2, (x.shape[-1],), generator=generator) * 2 - 1).to(x)
     eps = torch.finfo(x.dtype).eps
-    return 32 * eps * (operator.matvec(signs * x).norm(dim=-1) + rhs.norm(dim=-1))
+    size = rhs.norm(dim=-1)
+    floor = 32 * eps * (operator.matvec(signs * x).norm(dim=-1) + size)
+    # An x that has run away along a null vector must not excuse its own residual.
+    return torch.minimum(floor, eps**0.5 * size)
 
 
 def solve_linear(

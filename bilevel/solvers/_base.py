@@ -299,7 +299,11 @@ def _judge(
     final = (noticed == Status.INDEFINITE) | (noticed == Status.NOT_FINITE)
     reached = norm <= threshold
     if not bool((reached | final).all()) and not target.asked:
-        reached = reached | (norm <= _noise(problem, solution.x))
+        noise = _noise(problem, solution.x)
+        if target.relative:
+            # An x that has run away must not excuse its own residual.
+            noise = torch.minimum(noise, threshold * torch.finfo(noise.dtype).eps ** -0.25)
+        reached = reached | (norm <= noise)
     status = noticed
     believed = (noticed == Status.CONVERGED) & ~reached
     status = torch.where(believed, torch.full_like(status, Status.STAGNATED), status)

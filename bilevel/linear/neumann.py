@@ -1,0 +1,131 @@
+"""The Neumann series: the inverse as a sum of powers, for a few products and no inner products."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from bilevel._checks import check_number, check_steps
+from bilevel.linear._base import LinearSolution, LinearSolver
+from bilevel.operators import LinearOperator
+from bilevel.reports import Status
+
+__all__ = ["Neumann"]
+
+_POWER_STEPS = 12
+_GROWTH = 4.0
+
+
+@dataclass(frozen=True)
+class Neumann(LinearSolver):
+    """Sum x = α Σ_{j=0..K} (I − αA)ʲ b; the running term (I − αA)^{K+1} b is the residual, for free.
+
+    It converges where the spectral radius of I − αA is below one; a running term that grows is reported as
+    divergence, and the best partial sum is kept.
+
+    Parameters
+    ----------
+    terms
+        K ≥ 0, the most powers summed; one product each. A number chosen is a budget: with no tolerance asked, spending it is
+        no failure.
+    step
+        α > 0. By default chosen for each problem: 1/λ for a symmetric matrix, with λ an estimate from above of its largest
+        eigenvalue by twelve power iterations; for any other matrix 1, as for a contraction's I − ∂T, where that
+        converges, else 1/‖A‖.
+
+    Raises
+    ------
+    ArgumentError
+        If a setting is out of its range.
+
+    References
+    ----------
+    Lorraine, Vicol, Duvenaud, "Optimizing Millions of Hyperparameters by Implicit Differentiation", AISTATS 2020.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from bilevel.operators import DenseOperator
+    >>> A = DenseOperator(torch.tensor([[2.0, 0.5], [0.5, 1.0]]), symmetric=True)
+    >>> Neumann(terms=100)(A, torch.tensor([[2.5, 1.5]]))
+    tensor([[1.0000, 1.0000]])
+    """
+
+    terms: int
+    step: float | None = None
+
+    def __post_init__(self) -> None:
+        check_steps("Neumann", "terms", self.terms, least=0)
+        if self.step is not None:
+            check_number("Neumann", "step", self.step)
+
+    @property
+    def has_budget(self) -> bool:
+        return True
+
+    def solve(
+        self, operator: LinearOperator, rhs: torch.Tensor, threshold: torch.Tensor, start: torch.Tensor | None = None
+    ) -> LinearSolution:
+        x, r = torch.zeros_like(rhs), rhs
+        if start is not None:
+            moved = rhs - operator.matvec(start)
+            better = (moved.norm(dim=-1) < rhs.norm(dim=-1)).unsqueeze(-1)
+            x, r = torch.where(better, start, x), torch.where(better, moved, rhs)
+        alpha = self._step(operator, rhs).unsqueeze(-1)
+        norm = r.norm(dim=-1)
+        least, best = norm, x
+        status = torch.full(norm.shape, int(Status.RUNNING), dtype=torch.int64, device=rhs.device)
+        status = torch.where(norm <= threshold, int(Status.CONVERGED), status)
+        iterations = torch.zeros_like(status)
+        for _ in range(self.terms + 1):
+            active = status == Status.RUNNING
+            if not bool(active.any()):
+                break
+            moving = active.unsqueeze(-1)
+            x = torch.where(moving, x + alpha * r, x)
+            r = torch.where(moving, r - alpha * operator.matvec(r), r)
+            norm = r.norm(dim=-1)
+            iterations = iterations + active
+            improved = active & (norm < least)
+            best = torch.where(improved.unsqueeze(-1), x, best)
+            least = torch.where(improved, norm, least)
+            status = torch.where(active & (norm <= threshold), int(Status.CONVERGED), status)
+            # A matrix far from normal may let the term grow for a while before it shrinks.
+            diverged = active & ~(norm <= _GROWTH * least * (1 + iterations.sqrt()))
+            status = torch.where(diverged, int(Status.DIVERGED), status)
+        # A budget's answer is the whole sum; that of a divergent series is its best part.
+        x = torch.where((status == Status.DIVERGED).unsqueeze(-1), best, x)
+        status = torch.where(status == Status.RUNNING, int(Status.MAX_STEPS), status)
+        return LinearSolution(x, iterations, status)
+
+    def _step(self, operator: LinearOperator, rhs: torch.Tensor) -> torch.Tensor:
+        if self.step is not None:
+            return rhs.new_full((rhs.shape[0],), self.step)
+        if operator.symmetric:
+            return 1 / _largest(operator, rhs, lambda v: operator.matvec(v))
+        radius = _largest(operator, rhs, lambda v: v - operator.matvec(v), margin=1.0)
+        norm = _largest(operator, rhs, lambda v: operator.rmatvec(operator.matvec(v))).sqrt()
+        return torch.where(radius < 1, torch.ones_like(norm), 1 / norm)
+
+
+def _largest(operator: LinearOperator, like: torch.Tensor, apply: object, margin: float | None = None) -> torch.Tensor:
+    """Estimate, per problem, the largest absolute eigenvalue of ``apply`` by power iteration, and lift it by its own residual.
+
+    ‖Av − λv‖ bounds the distance from λ to the spectrum of a symmetric matrix; added, it makes up for iterations not
+    made. ``margin`` multiplies the estimate instead.
+    """
+    assert callable(apply)
+    generator = torch.Generator().manual_seed(0)
+    v = torch.randn(like.shape[-1], generator=generator, dtype=torch.float64).to(like).expand_as(like)
+    v = v / v.norm(dim=-1, keepdim=True)
+    value, gap = torch.ones_like(like[:, 0]), torch.zeros_like(like[:, 0])
+    tiny = torch.finfo(like.dtype).tiny
+    for _ in range(_POWER_STEPS):
+        w = apply(v)
+        value = w.norm(dim=-1)
+        quotient = (v * w).sum(dim=-1)
+        gap = (w - quotient.unsqueeze(-1) * v).norm(dim=-1)
+        v = w / value.clamp_min(tiny).unsqueeze(-1)
+    lifted = value * margin if margin is not None else value + gap
+    return torch.where(lifted > 0, lifted, torch.ones_like(lifted))

@@ -102,7 +102,9 @@ def loss_of(task: Task, scores: NDArray[np.float64], targets: NDArray[Any]) -> f
 
 
 def score_of(task: Task, scores: NDArray[np.float64], targets: NDArray[Any]) -> float:
-    """Return R² (NaN for targets that are all the same), or the accuracy."""
+    """Return R² (NaN for targets that are all the same), or the accuracy; NaN for scores that are NaN."""
+    if np.isnan(scores).any():
+        return math.nan
     if task is Task.REGRESSION:
         spread = np.sum((targets - targets.mean()) ** 2)
         return float(1 - np.sum((targets - scores) ** 2) / spread) if spread > 0 else math.nan

@@ -99,7 +99,7 @@ def _evidence(outcome: Outcome) -> list[str]:
     rows = {row.name: row for row in outcome.rows}
     shared, tuned = rows["tuned, shared"], rows["tuned, per feature"]
     if not evidence.improvement > 0:
-        return ["No strengths per feature did better on the held-back rows than the shared one; those are returned."]
+        return ["On the held-back rows no strengths per feature did better than the shared one, which is returned."]
     weak = "" if evidence.improvement > 2 * evidence.standard_error else ", which is weak evidence"
     told = [
         f"Strengths per feature lowered the held-back loss by {evidence.improvement:.2g} ± "

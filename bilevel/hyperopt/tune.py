@@ -175,9 +175,11 @@ class Row:
     cv_loss, watch_loss
         Mean over the folds' models, on their validation rows and on the watch rows.
     test_loss, test_score
-        Of one model fitted to all development rows: loss, and accuracy or R², on the test rows.
+        Of one model fitted to all development rows: loss, and accuracy or R², on the test rows. NaN if that fit
+        failed.
     inner_solves, seconds
-        Spent to arrive at the choice, from nothing: fits of one model to one fold, and wall time.
+        Spent to arrive at the choice, from nothing: fits of one model to one fold, and wall time (without that of
+        the error bounds, which only the report wants).
     """
 
     name: str
@@ -421,11 +423,14 @@ class _Run:
         inputs, targets = self.splits.part(self.splits.development)
         weights = torch.ones_like(inputs[:, 0])
         theta = torch.tensor(step.log_strengths, dtype=torch.float64)
-        fitted = bilevel.argmin(self.model.training_objective)(
-            self.model.initial(), theta, WeightedData(inputs, targets, weights, weights)
-        )
+        train = bilevel.argmin(self.model.training_objective, solver=bilevel.Newton(), tolerance=TOLERANCE)
+        try:
+            trained = train(self.model.initial(), theta, WeightedData(inputs, targets, weights, weights))
+        except bilevel.SolveError as error:
+            self.notes.append(f"{name} has no test loss, because the final fit failed: {error}")
+            trained = {part: torch.full_like(value, math.nan) for part, value in self.model.initial().items()}
         inputs, targets = self.splits.part(self.splits.test)
-        scores, truth = self.model.scores(fitted, inputs).numpy(), targets.numpy()
+        scores, truth = self.model.scores(trained, inputs).numpy(), targets.numpy()
         task = self.dataset.task
         return Row(
             name, step.log_strengths, step.cv_loss, step.watch_loss,
@@ -446,6 +451,8 @@ class _Folds:
             theta,
             model.initial(self.folds),
             batch_dims=FOLD_DIMS,
+            # The problems are convex and warm: a few steps each, by factorisation or Hessian-free as size has it.
+            solver=bilevel.Newton(),
             tolerance=TOLERANCE,
         )
         self.evaluations = 0

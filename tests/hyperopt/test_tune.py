@@ -177,6 +177,27 @@ def test_per_feature_tuning_ends_at_a_failed_solve_and_says_so(monkeypatch: pyte
     assert len([step for step in outcome.history if step.stage == "feature"]) == 3
 
 
+def test_a_failed_final_fit_costs_its_row_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    argmin, calls = bilevel.argmin, []
+
+    def sometimes(*args: Any, **options: Any) -> Any:
+        calls.append(None)
+        if len(calls) > 1:
+            return argmin(*args, **options)
+
+        def fail(*args: Any) -> Any:
+            raise bilevel.SolveError("diverged", None)  # type: ignore[arg-type]
+
+        return fail
+
+    monkeypatch.setattr(bilevel, "argmin", sometimes)
+    outcome = tune(noise(), TuneSettings(folds=2))
+    assert math.isnan(outcome.rows[0].test_loss)
+    assert math.isnan(outcome.rows[0].test_score)
+    assert "untuned has no test loss, because the final fit failed: diverged" in outcome.notes
+    assert math.isfinite(outcome.rows[2].test_loss)
+
+
 def test_if_every_solve_fails_the_error_comes_out(monkeypatch: pytest.MonkeyPatch) -> None:
     first: list[None] = []
 

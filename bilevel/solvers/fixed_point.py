@@ -1,0 +1,84 @@
+"""Plain and damped fixed-point iteration."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from bilevel._checks import check_number, check_steps
+from bilevel._system import Problem
+from bilevel.errors import ArgumentError
+from bilevel.solvers._base import Goal, InnerSolution, InnerSolver, iterate
+
+__all__ = ["FixedPointIteration"]
+
+_MAX_STEPS = 10_000
+
+
+def check_fixed_point(problem: Problem, solver: str) -> None:
+    """Raise unless ``problem`` has a mapping to iterate."""
+    if not problem.is_fixed_point:
+        raise ArgumentError(
+            f"{problem.where}: expected a fixed point for {solver}, which iterates a mapping, got "
+            f"{'an objective' if problem.minimizes else 'a residual'}; take Newton(), "
+            f"{'LBFGS()' if problem.minimizes else 'ScipyRoot()'}, or state it as bilevel.fixed_point"
+        )
+
+
+@dataclass(frozen=True)
+class FixedPointIteration(InnerSolver):
+    """Iterate x ← d x + (1 − d) T(x).
+
+    Converges where the mapping is a contraction, with its factor as rate; damping d > 0 also tames a mapping
+    that oscillates. One evaluation of T for each step, and no memory beyond the iterate.
+
+    Parameters
+    ----------
+    max_steps
+        The most steps; None for 10,000, spending which is a failure, where spending a given budget with no
+        tolerance asked is none.
+    damping
+        d in [0, 1): the share of the old iterate that is kept.
+
+    Raises
+    ------
+    ArgumentError
+        If a setting is out of its range; on use, for an argmin or a root.
+
+    References
+    ----------
+    Banach 1922; Krasnoselskii 1955 (damped).
+
+    Examples
+    --------
+    >>> import torch, bilevel
+    >>> layer = bilevel.fixed_point(lambda x, a: torch.cos(a * x), solver=FixedPointIteration())
+    >>> layer(torch.zeros((), dtype=torch.float64), torch.tensor(1.0, dtype=torch.float64))
+    tensor(0.7391, dtype=torch.float64)
+    """
+
+    max_steps: int | None = None
+    damping: float = 0.0
+
+    def __post_init__(self) -> None:
+        check_steps("FixedPointIteration", "max_steps", self.max_steps, optional=True)
+        check_number("FixedPointIteration", "damping", self.damping, below=1.0, closed=True)
+
+    def solve(self, problem: Problem, init: torch.Tensor, goal: Goal) -> InnerSolution:
+        check_fixed_point(problem, "FixedPointIteration")
+        share = 1.0 - self.damping
+
+        def step(state: _State, active: torch.Tensor) -> tuple[_State, torch.Tensor | None]:
+            x = torch.sub(state.x, state.residual, alpha=share)
+            return _State(x, problem.residual(x)), None
+
+        return iterate(_State(init, problem.residual(init)), step, goal, self.max_steps or _MAX_STEPS)[0]
+
+
+@dataclass(frozen=True, eq=False)
+class _State:
+    """An iterate with R = x − T(x) there."""
+
+    x: torch.Tensor
+    residual: torch.Tensor

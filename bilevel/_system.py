@@ -106,7 +106,8 @@ class System(ABC):
 
     def rows(self, flat: torch.Tensor, *tensors: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Return one problem's R (n,), the rows of ∂_x R (n, n), and its value (), or R again where there is none."""
-        residual, pull, value = vjp(lambda point: self.residual_and_value(point, *tensors), flat, has_aux=True)
+        made: Any = vjp(lambda point: self.residual_and_value(point, *tensors), flat, has_aux=True)
+        residual, pull, value = made
         n = flat.shape[0]
         units = torch.eye(n, dtype=residual.dtype, device=residual.device)
         (matrix,) = vmap(pull, chunk_size=None if n <= _MOST_ROWS else _MOST_ROWS)(units)
@@ -364,17 +365,23 @@ class Problem:
 
     def cases(self, x: torch.Tensor) -> Iterator[Case]:
         """Yield each problem in the user's terms, with its own slice of every tensor and of ``x`` (batch, n)."""
-        sizes = self.system.batch_shape
-        rows = x.reshape(-1, self.size)
-        for number, row in enumerate(rows):
-            index = torch.unravel_index(torch.tensor(number), sizes) if sizes else ()
-            position = [int(i) for i in reversed(index)]  # innermost level first, as in system.levels
-            tensors = list(self.tensors)
-            # Outermost axes come first in a tensor, so they are taken off first.
-            for level, at in zip(reversed(self.system.levels), reversed(position), strict=True):
-                tensors = [t[at] if flag else t for t, flag in zip(tensors, level.batched, strict=True)]
-            args, kwargs = self.system.arguments.rebuild(tensors)
+        for number, row in enumerate(x.reshape(-1, self.size)):
+            args, kwargs = self.system.arguments.rebuild(self._slices(number))
             yield Case(self.system.function, self.system.raveler.unravel(row), args, kwargs)
+
+    def single(self, number: int) -> Problem:
+        """Return the problem at ``number`` of the batch as a batch of one, with its own slice of every tensor."""
+        return Problem(replace(self.system, levels=()), self._slices(number))
+
+    def _slices(self, number: int) -> list[torch.Tensor]:
+        sizes = self.system.batch_shape
+        index = torch.unravel_index(torch.tensor(number), sizes) if sizes else ()
+        position = [int(i) for i in reversed(index)]  # innermost level first, as in system.levels
+        tensors = list(self.tensors)
+        # Outermost axes come first in a tensor, so they are taken off first.
+        for level, at in zip(reversed(self.system.levels), reversed(position), strict=True):
+            tensors = [t[at] if flag else t for t, flag in zip(tensors, level.batched, strict=True)]
+        return tensors
 
     def inspect(self, x: torch.Tensor, *, captures: bool) -> None:
         """Evaluate twice at ``x``, with derivatives, and raise on what would make gradients wrong.

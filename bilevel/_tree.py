@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -72,6 +73,11 @@ class Raveler:
         """The length n of the flat vector."""
         return sum(shape.numel() for shape in self.shapes)
 
+    @cached_property
+    def is_tensor(self) -> bool:
+        """Whether the unknown is one tensor and no container, which needs no tree to be walked."""
+        return bool(self.structure.is_leaf())
+
     def ravel(self, tree: Any) -> torch.Tensor:
         """Return ``tree``, of this structure, as one vector (n,)."""
         leaves = pytree.tree_leaves(tree)
@@ -81,6 +87,8 @@ class Raveler:
 
     def unravel(self, flat: torch.Tensor) -> Any:
         """Return the vector ``flat`` (n,) as the user's pytree."""
+        if self.is_tensor:
+            return flat.reshape(self.shapes[0]).to(self.dtypes[0])
         if len(self.shapes) == 1:
             return pytree.tree_unflatten([flat.reshape(self.shapes[0]).to(self.dtypes[0])], self.structure)
         parts = torch.split(flat, [shape.numel() for shape in self.shapes])
@@ -95,6 +103,8 @@ class Raveler:
 
 def ravel_like(tree: Any, raveler: Raveler, where: str, what: str) -> torch.Tensor:
     """Return what the user's function gave as one vector (n,), or say how its structure or shapes differ."""
+    if raveler.is_tensor and isinstance(tree, torch.Tensor) and tree.shape == raveler.shapes[0]:
+        return tree.reshape(-1).to(raveler.dtype)
     paths, structure = pytree.tree_flatten_with_path(tree)
     if structure != raveler.structure:
         raise ShapeError(

@@ -67,9 +67,9 @@ class Goal:
 
     def _measure(self, linearization: Linearization) -> torch.Tensor:
         first = linearization.residual.detach().norm(dim=-1)
-        if bool((self.init == 0).all()):
-            return first.nan_to_num()
-        return torch.maximum(first, linearization.operator.matvec(self.init).norm(dim=-1)).nan_to_num()
+        if not bool((self.init == 0).all()):
+            first = torch.maximum(first, linearization.operator.matvec(self.init).norm(dim=-1))
+        return torch.nan_to_num(first)
 
 
 @dataclass(frozen=True, eq=False)
@@ -322,4 +322,4 @@ def _noise(problem: Problem, x: torch.Tensor) -> torch.Tensor:
     generator = torch.Generator().manual_seed(0)
     signs = (torch.randint(0, 2, (x.shape[-1],), generator=generator) * 2 - 1).to(x)
     nudged = x * (1 + torch.finfo(x.dtype).eps * signs)
-    return 8 * (problem.residual(nudged) - problem.residual(x)).norm(dim=-1).nan_to_num()
+    return torch.nan_to_num(8 * (problem.residual(nudged) - problem.residual(x)).norm(dim=-1))

@@ -1,0 +1,101 @@
+"""What the two bridges to scipy share: numpy in float64 outside, the problem's own dtype inside."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from types import MappingProxyType
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import scipy.optimize
+import torch
+
+from bilevel._system import Problem
+from bilevel.errors import ArgumentError
+from bilevel.reports import Status
+from bilevel.solvers._base import Goal, InnerSolution
+
+__all__ = ["Array", "Reached", "check_method", "frozen_options", "own_warnings", "solve_each", "status_of"]
+
+Array = npt.NDArray[np.float64]
+
+
+class Reached(Exception):
+    """Ends a run of scipy: the residual at :attr:`x` is at or below the goal's."""
+
+    def __init__(self, x: Array) -> None:
+        super().__init__()
+        self.x = x
+
+
+def check_method(where: str, method: Any, known: frozenset[str]) -> None:
+    """Raise unless ``method`` is one that scipy knows."""
+    if not isinstance(method, str) or method.lower() not in known:
+        raise ArgumentError(
+            f"{where}: expected method to be one of {', '.join(sorted(known))}, got {method!r}; pass one of them"
+        )
+
+
+def frozen_options(where: str, options: Mapping[str, Any] | None) -> Mapping[str, Any]:
+    """Return a read-only copy of ``options``."""
+    if options is not None and not isinstance(options, Mapping):
+        raise ArgumentError(f"{where}: expected options to be a mapping or None, got {options!r}; pass a dict")
+    return MappingProxyType(dict(options or {}))
+
+
+@contextmanager
+def own_warnings(where: str) -> Iterator[None]:
+    """Silence what scipy warns of on the way, which the residual judges, and refuse options that it does not know."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        warnings.filterwarnings("error", message="Unknown solver options")
+        try:
+            yield
+        except scipy.optimize.OptimizeWarning as warning:
+            raise ArgumentError(f"{where}: expected options of the method, and scipy says: {warning}") from warning
+
+
+def solve_each(
+    problem: Problem,
+    init: torch.Tensor,
+    goal: Goal,
+    solve: Callable[[Problem, Array, float], tuple[Array, int, Status]],
+) -> InnerSolution:
+    """Solve the problems one by one with ``solve(problem, x₀, threshold)`` ↦ (x, iterations, status)."""
+    rows, counts, codes = [], [], []
+    for number, (row, threshold) in enumerate(zip(init, goal.threshold.tolist(), strict=True)):
+        one = problem.single(number)
+        residual = one.residual(row.unsqueeze(0))
+        norm = float(residual.norm())
+        if norm <= threshold or not np.isfinite(norm):
+            found, count = row, 0
+            code = Status.CONVERGED if norm <= threshold else Status.NOT_FINITE
+        else:
+            x, count, code = solve(one, row.detach().cpu().numpy().astype(np.float64), threshold)
+            found = torch.as_tensor(x).to(row) if np.isfinite(x).all() else row
+        rows.append(found)
+        counts.append(count)
+        codes.append(int(code))
+    device = init.device
+    return InnerSolution(
+        torch.stack(rows),
+        torch.tensor(counts, dtype=torch.int64, device=device),
+        torch.tensor(codes, dtype=torch.int64, device=device),
+    )
+
+
+def status_of(result: Any, count: int, max_steps: int | None) -> Status:
+    """Return what scipy's result says went on; whether it converged is judged by the true residual."""
+    if not np.isfinite(np.asarray(result.x)).all() or not np.isfinite(np.asarray(result.fun)).all():
+        return Status.NOT_FINITE
+    message = str(result.message).lower()
+    if (max_steps is not None and count >= max_steps) or any(
+        word in message for word in ("maximum", "exceed", "limit", "max_nit", "max_nfev")
+    ):
+        return Status.MAX_STEPS
+    if any(word in message for word in ("precision", "abnormal", "line search", "not making good progress")):
+        return Status.STAGNATED
+    return Status.NOT_CONVERGED

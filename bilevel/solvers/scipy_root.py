@@ -1,0 +1,149 @@
+"""Every method of scipy.optimize.root as an inner solver."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import scipy.optimize
+import torch
+
+from bilevel._checks import check_steps
+from bilevel._system import Problem
+from bilevel.errors import ArgumentError
+from bilevel.reports import Status
+from bilevel.solvers._base import Goal, InnerSolution, InnerSolver
+from bilevel.solvers._scipy import (
+    Array,
+    Reached,
+    check_method,
+    frozen_options,
+    own_warnings,
+    solve_each,
+    status_of,
+)
+
+__all__ = ["ScipyRoot"]
+
+_WITH_JACOBIAN = frozenset({"hybr", "lm"})
+_LIMITS = {"hybr": "maxfev", "df-sane": "maxfev"}
+_KNOWN = _WITH_JACOBIAN | {
+    "anderson", "broyden1", "broyden2", "df-sane", "diagbroyden", "excitingmixing", "krylov", "linearmixing",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class ScipyRoot(InnerSolver):
+    """Hand each root or fixed point to ``scipy.optimize.root``.
+
+    Scipy gets float64 and, for hybr and lm, the exact Jacobian, from n products. A run ends as soon as ‖R‖
+    meets the goal; scipy's own tolerances are set below that, and the true residual decides whether it has
+    converged.
+
+    The problems of a batch are solved one after the other, on the CPU as far as scipy is concerned.
+
+    Parameters
+    ----------
+    method
+        The name of scipy's method, in any case.
+    max_steps
+        The most iterations, or evaluations for hybr and df-sane; None for scipy's own limit.
+    options
+        Scipy's ``options`` for the method, which go before those chosen here.
+
+    Raises
+    ------
+    ArgumentError
+        If the method is unknown to scipy; on use, if an option is, or for an argmin.
+
+    References
+    ----------
+    https://docs.scipy.org/doc/scipy/reference/generated/scipy.optimize.root.html; hybr is MINPACK's hybrid
+    method of Powell, 1970.
+
+    Examples
+    --------
+    >>> import torch, bilevel
+    >>> layer = bilevel.root(lambda x, a: x**3 + x - a, solver=ScipyRoot())
+    >>> layer(torch.zeros(2, dtype=torch.float64), torch.tensor([2.0, 10.0], dtype=torch.float64))
+    tensor([1., 2.], dtype=torch.float64)
+    """
+
+    method: str = "hybr"
+    max_steps: int | None = None
+    options: Mapping[str, Any] | None = field(default=None, hash=False)
+
+    def __post_init__(self) -> None:
+        check_method("ScipyRoot", self.method, _KNOWN)
+        check_steps("ScipyRoot", "max_steps", self.max_steps, optional=True)
+        object.__setattr__(self, "options", frozen_options("ScipyRoot", self.options))
+
+    @property
+    def name(self) -> str:
+        return f"ScipyRoot({self.method})"
+
+    def solve(self, problem: Problem, init: torch.Tensor, goal: Goal) -> InnerSolution:
+        if problem.minimizes:
+            raise ArgumentError(
+                f"{problem.where}: expected a root or a fixed point for ScipyRoot, got an argmin; take ScipyMinimize() "
+                "or Newton(), which tell a minimum from a saddle"
+            )
+        return solve_each(problem, init, goal, lambda one, x, threshold: self._solve_one(one, init, x, threshold))
+
+    def _solve_one(
+        self, problem: Problem, like: torch.Tensor, start: Array, threshold: float
+    ) -> tuple[Array, int, Status]:
+        method = self.method.lower()
+        evaluations = [0]
+        best, least = [start], [float("inf")]
+
+        def torch_of(x: Array) -> torch.Tensor:
+            return torch.as_tensor(x).to(like).unsqueeze(0)
+
+        def residual(x: Array) -> Array:
+            evaluations[0] += 1
+            found = problem.residual(torch_of(x))[0]
+            norm = float(found.norm())
+            if norm <= threshold:
+                raise Reached(np.array(x))
+            if norm < least[0]:
+                best[0], least[0] = np.array(x), norm
+            return found.cpu().numpy().astype(np.float64)
+
+        def jacobian(x: Array) -> Array:
+            dense = problem.linearize_dense(torch_of(x)).operator.dense()[0]
+            return dense.cpu().numpy().astype(np.float64)
+
+        exact = method in _WITH_JACOBIAN
+        try:
+            with own_warnings(problem.where), np.errstate(all="ignore"):
+                result = scipy.optimize.root(
+                    residual,
+                    start,
+                    method=method,
+                    jac=jacobian if exact else None,
+                    options=self._settings(method, threshold, start.size),
+                )
+        except Reached as reached:
+            return reached.x, evaluations[0], Status.CONVERGED
+        except (ArithmeticError, np.linalg.LinAlgError):
+            return best[0], evaluations[0], Status.DIVERGED  # scipy's recurrences have overflowed
+        except ValueError as error:
+            if "Jacobian inversion" not in str(error):
+                raise
+            return best[0], evaluations[0], Status.SINGULAR
+        return best[0], evaluations[0], status_of(result, evaluations[0], self.max_steps)
+
+    def _settings(self, method: str, threshold: float, size: int) -> dict[str, Any]:
+        eps = float(np.finfo(np.float64).eps)
+        settings: dict[str, Any] = {
+            "hybr": {"xtol": eps},
+            "lm": {"xtol": eps, "ftol": eps},
+            "df-sane": {"fatol": 0.5 * threshold, "ftol": 0.0},
+        }.get(method, {"fatol": max(0.5 * threshold / size**0.5, 1e-300)})
+        if self.max_steps is not None:
+            settings[_LIMITS.get(method, "maxiter")] = self.max_steps
+        assert self.options is not None
+        return {**settings, **self.options}

@@ -1,0 +1,206 @@
+"""Any optimizer of torch.optim as an inner solver."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from bilevel._checks import check_steps
+from bilevel._system import Problem
+from bilevel.errors import ArgumentError
+from bilevel.solvers._base import Goal, InnerSolution, InnerSolver, iterate
+
+__all__ = ["TorchOptimizer"]
+
+# What an entry becomes depends on that entry's own gradients and on the count of steps, and on nothing else.
+_ELEMENTWISE = frozenset(
+    getattr(torch.optim, name)
+    for name in (
+        "ASGD", "Adadelta", "Adagrad", "Adam", "AdamW", "Adamax", "NAdam", "RAdam", "RMSprop", "Rprop", "SGD",
+    )
+)  # fmt: skip
+
+
+@dataclass(frozen=True, init=False, repr=False)
+class TorchOptimizer(InnerSolver):
+    """Let an optimizer of ``torch.optim`` take the steps.
+
+    An optimizer that treats every entry by itself (SGD, Adam, AdamW, RMSprop, Adagrad, Adadelta, Adamax,
+    NAdam, RAdam, Rprop, ASGD) moves a whole batch at once, and each problem stops by itself. Any other, such
+    as ``torch.optim.LBFGS``, ``Muon`` or ``Adafactor``, would mix the problems of a batch: it is given one
+    problem, with parameters in the shapes of the unknown and a closure.
+
+    One gradient for each step (an optimizer that calls its closure again makes more); the memory is the
+    optimizer's and does not depend on the number of steps. Weight decay is no part of the objective: the
+    point that it leads to is not stationary, and is reported as not converged.
+
+    Parameters
+    ----------
+    optimizer_class
+        A subclass of ``torch.optim.Optimizer``.
+    max_steps
+        The most steps taken. With no tolerance asked it is a budget, and spending it is no failure.
+    elementwise
+        Whether ``optimizer_class`` treats every entry by itself, for a class that is not of torch; None: only
+        if it is one of those named above.
+    **options
+        Passed to ``optimizer_class``, such as ``lr``.
+
+    Raises
+    ------
+    ArgumentError
+        If the class is not an optimizer, refuses its options, maximises, or would keep a graph; on use, for a
+        batch with an optimizer that is not element-wise, and for a root or a fixed point, which have no
+        objective.
+
+    References
+    ----------
+    https://docs.pytorch.org/docs/stable/optim.html, and the papers named there for each class.
+
+    Examples
+    --------
+    >>> import torch, bilevel
+    >>> layer = bilevel.argmin(
+    ...     lambda x, a: ((x - a) ** 2).sum(),
+    ...     solver=TorchOptimizer(torch.optim.SGD, lr=0.3, max_steps=100),
+    ...     tolerance=bilevel.Tolerance(delta=1e-6),
+    ... )
+    >>> layer(torch.zeros(2, dtype=torch.float64), torch.tensor([1.0, 2.0], dtype=torch.float64))
+    tensor([1.0000, 2.0000], dtype=torch.float64)
+    """
+
+    optimizer_class: type[torch.optim.Optimizer]
+    max_steps: int
+    elementwise: bool
+    options: tuple[tuple[str, Any], ...]
+
+    def __init__(
+        self,
+        optimizer_class: type[torch.optim.Optimizer],
+        *,
+        max_steps: int,
+        elementwise: bool | None = None,
+        **options: Any,
+    ) -> None:
+        check_steps("TorchOptimizer", "max_steps", max_steps)
+        if not (isinstance(optimizer_class, type) and issubclass(optimizer_class, torch.optim.Optimizer)):
+            raise ArgumentError(
+                f"TorchOptimizer: expected optimizer_class to be a subclass of torch.optim.Optimizer, got "
+                f"{optimizer_class!r}; pass the class itself, such as torch.optim.Adam, and its options beside it"
+            )
+        for name, why in (("maximize", "seeks a maximum"), ("differentiable", "keeps a graph of every step")):
+            if options.get(name):
+                raise ArgumentError(
+                    f"TorchOptimizer: expected an optimizer that minimises and keeps no graph, got {name}=True, which "
+                    f"{why}; leave it out"
+                )
+        if optimizer_class is torch.optim.LBFGS:
+            # Its own tolerances would end every step before ours is met.
+            options = {"tolerance_grad": 0.0, "tolerance_change": 0.0, **options}
+        known = optimizer_class in _ELEMENTWISE
+        object.__setattr__(self, "optimizer_class", optimizer_class)
+        object.__setattr__(self, "max_steps", max_steps)
+        object.__setattr__(self, "elementwise", known if elementwise is None else elementwise)
+        object.__setattr__(self, "options", tuple(options.items()))
+        self._make([torch.nn.Parameter(torch.zeros(1, 1))])
+
+    @property
+    def name(self) -> str:
+        return f"TorchOptimizer({self.optimizer_class.__name__})"
+
+    def __repr__(self) -> str:
+        options = "".join(f", {name}={value!r}" for name, value in self.options)
+        declared = (
+            "" if self.elementwise == (self.optimizer_class in _ELEMENTWISE) else f", elementwise={self.elementwise}"
+        )
+        return f"TorchOptimizer({self.optimizer_class.__name__}, max_steps={self.max_steps}{declared}{options})"
+
+    def solve(self, problem: Problem, init: torch.Tensor, goal: Goal) -> InnerSolution:
+        if not self.elementwise and problem.batch > 1:
+            name = self.optimizer_class.__name__
+            remedy = (
+                "take bilevel.LBFGS(), which keeps them apart"
+                if self.optimizer_class is torch.optim.LBFGS
+                else f"take an element-wise one such as torch.optim.Adam, or, if {name} treats every entry by itself, "
+                "declare it with TorchOptimizer(..., elementwise=True)"
+            )
+            raise ArgumentError(
+                f"{problem.where}: expected an element-wise optimizer for a batch of {problem.batch} problems, got "
+                f"{name}, which would mix them; {remedy}"
+            )
+        value, gradient = problem.value_and_residual(init)
+        shapes = [init.shape] if self.elementwise else problem.system.raveler.shapes
+        parameters = [torch.nn.Parameter(part.clone()) for part in _split(init, shapes)]
+        optimizer = self._make(parameters)
+        sparse = self.optimizer_class is torch.optim.SparseAdam
+
+        def place(target: str, flat: torch.Tensor) -> None:
+            for parameter, part in zip(parameters, _split(flat, shapes), strict=True):
+                if target == "data":
+                    parameter.data.copy_(part)
+                else:
+                    parameter.grad = part.to_sparse() if sparse else part.clone()
+
+        def read() -> torch.Tensor:
+            flat = torch.cat([parameter.detach().reshape(-1) for parameter in parameters])
+            return flat.reshape(init.shape)
+
+        def step(state: _State, active: torch.Tensor) -> tuple[_State, torch.Tensor | None]:
+            place("data", state.x)  # a problem that has ended stays where it is, whatever the optimizer did to it
+            place("grad", state.residual)
+            if self.elementwise:
+                optimizer.step()
+            else:
+                optimizer.step(_closure(problem, state, read, place))
+            x = read()
+            value, gradient = problem.value_and_residual(x)
+            return _State(x, gradient, value), None
+
+        return iterate(_State(init, gradient, value), step, goal, self.max_steps)[0]
+
+    def _make(self, parameters: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
+        make: Callable[..., torch.optim.Optimizer] = self.optimizer_class
+        try:
+            return make(parameters, **dict(self.options))
+        except (TypeError, ValueError) as error:
+            raise ArgumentError(
+                f"TorchOptimizer: expected options that {self.optimizer_class.__name__} takes, got "
+                f"{dict(self.options)!r}, and it says: {error}; change them"
+            ) from error
+
+
+@dataclass(frozen=True, eq=False)
+class _State:
+    """An iterate with ∇G and G there."""
+
+    x: torch.Tensor
+    residual: torch.Tensor
+    value: torch.Tensor
+
+
+def _split(flat: torch.Tensor, shapes: Any) -> list[torch.Tensor]:
+    parts = torch.split(flat.reshape(-1), [shape.numel() for shape in shapes])
+    return [part.reshape(shape) for part, shape in zip(parts, shapes, strict=True)]
+
+
+def _closure(
+    problem: Problem,
+    state: _State,
+    read: Callable[[], torch.Tensor],
+    place: Callable[[str, torch.Tensor], None],
+) -> Callable[[], float]:
+    """Return what torch's optimizers call a closure; its first call finds the state's own gradient in place."""
+    fresh = [True]
+
+    def evaluate() -> float:
+        if fresh:
+            fresh.clear()
+            return float(state.value)
+        value, gradient = problem.value_and_residual(read())
+        place("grad", gradient)
+        return float(value)
+
+    return evaluate

@@ -333,7 +333,9 @@ class Problem:
             operator.expect_definite = system.minimizes
         else:
             operator = JacobianOperator(residual, point)
-        operator.materialize = lambda: self._dense(x.detach())[1]
+        # Cut x off first: a saved output would close a circle through its own node that no collector can see.
+        at = x.detach()
+        operator.materialize = lambda: self._dense(at)[1]
         return Linearization(residual, operator, leaves, value)
 
     def linearize_dense(self, x: torch.Tensor) -> Linearization:

@@ -14,6 +14,7 @@ from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch._C import _functorch
+from torch._C._dynamo import eval_frame
 from torch.autograd import forward_ad
 
 __all__ = ["carries_gradient", "eager", "forward_levels", "grads_batched", "ordinary_mode", "transforms_active"]
@@ -87,8 +88,12 @@ def eager(function: Callable[P, T]) -> Callable[P, T]:
             disabled.append(torch.compiler.disable(function, reason="bilevel solves outside compiled code"))
         return disabled[0](*args, **kwargs)
 
-    # The compiler must not look inside the boundary either; this is the mark that it leaves itself.
+    # The compiler must not look inside the boundary either: not from its caller (the mark that it leaves itself) and
+    # not when the frame starts (known to torch by the code object, where this version has a binding for that).
     boundary._torchdynamo_disable = True  # type: ignore[attr-defined]
+    if hasattr(eval_frame, "set_code_exec_strategy"):
+        skip = eval_frame._FrameAction.SKIP
+        eval_frame.set_code_exec_strategy(boundary.__code__, eval_frame._FrameExecStrategy(skip, skip))
     return boundary
 
 

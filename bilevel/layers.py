@@ -141,6 +141,7 @@ class Layer:
     def __repr__(self) -> str:
         return f"<{self.where}, solver={self.solver!r}, linear_solver={self.linear_solver!r}, {self.tolerance!r}>"
 
+    @eager
     def __call__(self, init: T, *args: Any, **kwargs: Any) -> T:
         """Return x, the same pytree as ``init``, differentiable with respect to every tensor in args and kwargs.
 
@@ -186,8 +187,8 @@ class Layer:
         run = _Run(self, watched)
         flat = raveler.ravel(init).detach()
         x = Solve.apply(Rule(system, run.solve, run.solve_linear), flat, *tensors)
-        if spoiled:
-            x = x * float("nan")
+        if spoiled or run.spoiled:
+            x = x * self._poison(init, system, tensors)
         assert run.report is not None
         return Solution(raveler.unravel(x), run.report)
 
@@ -219,6 +220,14 @@ class Layer:
                 error = captured_error(self.where, system.noun, "is being differentiated by a transform outside")
                 spoiled |= misuse(error, self.on_failure)
         return spoiled
+
+
+    def _poison(self, init: Any, system: System, tensors: list[torch.Tensor]) -> torch.Tensor:
+        """Return a NaN whose derivatives are NaN too, for whatever the function reaches and for init."""
+        with torch.enable_grad():
+            flat = system.raveler.ravel(init)
+            reached = system.output(flat.detach(), *(tensor.detach() for tensor in tensors)).sum()
+        return float("nan") * (reached + flat.sum())
 
 
 class Adjoint:
@@ -255,26 +264,24 @@ class _Run:
         self.watched = watched
         self.recordings = active_recordings()
         self.report: SolveReport | None = None
+        self.spoiled = False
 
     def solve(self, problem: Problem, init: torch.Tensor) -> torch.Tensor:
         layer = self.layer
-        spoiled = False
         try:
             problem.inspect(init, captures=self.watched)
         except BilevelError as error:
-            if isinstance(error, ValueError):  # wrong shapes cannot be gone on with
+            # Wrong shapes, and tensors of a vmap outside, cannot be gone on with.
+            if isinstance(error, ValueError) or error.__cause__ is not None:
                 raise
-            spoiled = misuse(error, layer.on_failure)
+            self.spoiled = misuse(error, layer.on_failure)
         solver = layer.solver or default_solver(problem)
         target = layer.tolerance.inner(init.dtype)
         outcome = solve_inner(solver, problem, init, target)
         axes = problem.system.batch_shape
         self.report = _report(Pass.FORWARD, layer.where, solver.name, outcome, axes)
-        x = enforce(
-            self.report, outcome.x.reshape(*axes, problem.size), layer.on_failure, self.recordings,
-            silent_budget=target.silent,
-        )  # fmt: skip
-        return x * float("nan") if spoiled else x
+        x = outcome.x.reshape(*axes, problem.size)
+        return enforce(self.report, x, layer.on_failure, self.recordings, silent_budget=target.silent)
 
     def solve_linear(
         self, operator: LinearOperator, rhs: torch.Tensor, axes: tuple[int, ...], primary: bool

@@ -120,9 +120,12 @@ class CG(LinearSolver):
             beta = torch.where(active, fresh / rz, zero)  # what has ended stands still, at finite numbers
             if bool(event.any()):
                 iterations = torch.where(event, step + 1, iterations)
-                # pᵀAp < 0 proves that A is not positive definite; zero to rounding, that it is singular.
+                # pᵀAp < 0 proves that A is not positive definite. So does pᵀAp = 0 with Ap ≠ 0: for a semi-definite
+                # matrix ‖Ap‖² ≤ ‖A‖ pᵀAp, and only Ap = 0 is left, which makes it singular.
                 flat = event & ~curved & torch.isfinite(quotient)
-                verdict = torch.where(quotient < -tiny * largest, int(Status.INDEFINITE), int(Status.SINGULAR))
+                bend = Ap.norm(dim=-1) / p.norm(dim=-1)
+                bent = (quotient < -tiny * largest) | (bend > tiny**0.5 * torch.maximum(largest, bend))
+                verdict = torch.where(bent, int(Status.INDEFINITE), int(Status.SINGULAR))
                 status = torch.where(flat, verdict, status)
                 true = rhs - operator.matvec(x)
                 actual = true.norm(dim=-1)

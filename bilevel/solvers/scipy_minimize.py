@@ -56,7 +56,8 @@ class ScipyMinimize(InnerSolver):
     max_steps
         The most iterations (scipy's ``maxiter``); None for scipy's own limit.
     options
-        Scipy's ``options`` for the method, which go before those chosen here.
+        Scipy's ``options`` for the method, which go before those chosen here. They are in units of an objective
+        whose first gradient has norm one, which it is divided to have.
 
     Raises
     ------
@@ -129,7 +130,7 @@ class ScipyMinimize(InnerSolver):
                     hess=run.hessian if method in _WITH_HESSIAN else None,
                     hessp=run.product if method in _WITH_PRODUCTS else None,
                     callback=run.count,
-                    options=self._settings(method, run.threshold, start.size, run.steps),
+                    options=self._settings(method, run.threshold / run.unit, start.size, run.steps),
                 )
         except Reached as reached:
             run.best, run.best_norm = reached.x, 0.0
@@ -173,6 +174,7 @@ class _Run:
         self.problem, self.like, self.threshold = problem, like, threshold
         value, gradient = problem.value_and_residual(self.tensor(start))
         self.first_norm = self.best_norm = float(gradient.norm())
+        self.unit = self.first_norm  # what scipy sees is divided by: its line searches take scales for granted
         self.best, self.best_gradient = start, _array(gradient[0])
         # A trial point that is stationary but higher than the start is no minimum.
         self.highest = float(value) + 1e3 * float(torch.finfo(like.dtype).eps) * abs(float(value))
@@ -190,7 +192,7 @@ class _Run:
         self.at, self.gradient_there = self.best, self.best_gradient
 
     def value(self, x: Array) -> float:
-        return float(self.problem.value(self.tensor(x)))
+        return float(self.problem.value(self.tensor(x))) / self.unit
 
     def value_and_gradient(self, x: Array) -> tuple[float, Array]:
         value, gradient = self.problem.value_and_residual(self.tensor(x))
@@ -200,17 +202,17 @@ class _Run:
                 raise Reached(np.array(x))
             if norm < self.best_norm:
                 self.best, self.best_norm, self.best_gradient = np.array(x), norm, flat
-        return found, flat
+        return found / self.unit, flat / self.unit
 
     def difference_and_gradient(self, x: Array) -> tuple[float, Array]:
         _, gradient = self.value_and_gradient(x)
-        return float(0.5 * (gradient + self.gradient_there) @ (x - self.at)), gradient
+        return float(0.5 * (gradient + self.gradient_there / self.unit) @ (x - self.at)), gradient
 
     def product(self, x: Array, v: Array) -> Array:
-        return _array(self.problem.linearize(self.tensor(x)).operator.matvec(self.tensor(v))[0])
+        return _array(self.problem.linearize(self.tensor(x)).operator.matvec(self.tensor(v))[0]) / self.unit
 
     def hessian(self, x: Array) -> Array:
-        return _array(self.problem.linearize_dense(self.tensor(x)).operator.dense()[0])
+        return _array(self.problem.linearize_dense(self.tensor(x)).operator.dense()[0]) / self.unit
 
     def found(self, status: Status) -> tuple[Array, int, Status]:
         return self.best, max(self.steps, 1), status

@@ -287,7 +287,7 @@ def _search(
             residual = problem.residual(x)
             reached = residual.norm(dim=-1)
             found = 0.5 * (reached / norm) ** 2
-            held = found <= merit + _ARMIJO * t * slope
+            held = found <= merit + _ARMIJO * t * slope - 4 * eps * merit
         pending = pending & ~(held | (reached <= threshold))
         if not bool(pending.any()):
             break
@@ -315,12 +315,13 @@ def _shorter(t: torch.Tensor, merit: torch.Tensor, found: torch.Tensor, slope: t
 def _verdict(operator: LinearOperator, failed: torch.Tensor, tiny: torch.Tensor) -> torch.Tensor:
     verdict = torch.full(failed.shape, int(Status.RUNNING), dtype=torch.int64, device=failed.device)
     verdict = torch.where(failed, torch.full_like(verdict, Status.LINE_SEARCH_FAILED), verdict)
+    verdict = torch.where(failed & tiny, torch.full_like(verdict, Status.STAGNATED), verdict)
     if isinstance(operator, DenseOperator) and not operator.symmetric:
         matrix = _finite_or_identity(operator.dense())
         values = torch.linalg.svdvals(matrix)
         singular = values[..., -1] <= matrix.shape[-1] * torch.finfo(matrix.dtype).eps * values[..., 0]
         verdict = torch.where(failed & singular, torch.full_like(verdict, Status.SINGULAR), verdict)
-    return torch.where(failed & tiny, torch.full_like(verdict, Status.STAGNATED), verdict)
+    return verdict
 
 
 def _has_negative_eigenvalue(operator: LinearOperator, doubtful: torch.Tensor) -> torch.Tensor:

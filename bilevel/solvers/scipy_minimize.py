@@ -107,7 +107,7 @@ class ScipyMinimize(InnerSolver):
         status = self._minimize(run, start, run.value_and_gradient)
         for _ in range(_MOST_POLISHES):
             before = run.best_norm
-            if status is not Status.STAGNATED or before > _NEAR * run.first_norm:
+            if status is not Status.STAGNATED:
                 break
             # Scipy's line searches compare values, whose differences drown in rounding near a minimum.
             # Gradients tell them apart: G(x) − G(c) = ½ (∇G(x) + ∇G(c))ᵀ (x − c) up to the third power of the
@@ -141,6 +141,8 @@ class ScipyMinimize(InnerSolver):
         status = status_of(result, run.steps, self.max_steps)
         if method not in _WITHOUT_GRADIENT and status is Status.NOT_CONVERGED:
             status = Status.STAGNATED  # the tolerances are as tight as they can be: rounding is what is left
+        if status is Status.STAGNATED and run.best_norm > _NEAR * run.first_norm:
+            return Status.LINE_SEARCH_FAILED
         if status is not Status.STAGNATED:
             run.best = np.asarray(result.x)
         return status

@@ -148,9 +148,7 @@ def root() -> Batch:
         return x + torch.tanh(skew @ x) + 0.1 * x**3 - c
 
     def oracle(M, c):
-        return scipy.optimize.root(
-            lambda x: x + np.tanh((M - M.T) @ x) + 0.1 * x**3 - c, np.zeros(n), tol=1e-15
-        ).x
+        return scipy.optimize.root(lambda x: x + np.tanh((M - M.T) @ x) + 0.1 * x**3 - c, np.zeros(n), tol=1e-15).x
 
     found = torch.tensor(np.stack([oracle(M[i].numpy(), c[i].numpy()) for i in range(3)]))
     jacobian = torch.func.jacrev(residual)

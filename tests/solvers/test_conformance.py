@@ -7,6 +7,7 @@ import torch
 
 import bilevel
 from bilevel.reports import Status
+from bilevel.solvers._base import solve_inner
 from bilevel.tolerance import Tolerance
 
 from . import support
@@ -43,7 +44,11 @@ MAPPINGS = {
     "iteration_damped": bilevel.FixedPointIteration(damping=0.3),
 }
 PAIRS = [
-    *[(problem, name, solver) for problem in ("quadratic", "logistic", "rosenbrock") for name, solver in SMOOTH.items()],
+    *[
+        (problem, name, solver)
+        for problem in ("quadratic", "logistic", "rosenbrock")
+        for name, solver in SMOOTH.items()
+    ],
     *[("logistic", name, solver) for name, solver in DESCENTS.items()],
     *[(problem, name, solver) for problem in ("root", "contraction") for name, solver in ROOTS.items()],
     *[("contraction", name, solver) for name, solver in MAPPINGS.items()],
@@ -82,8 +87,6 @@ def test_start_at_the_solution_is_left_unchanged(batch: Batch, solver):
     first = batch.solve(solver, F64)
     tolerance = Tolerance(delta=2 * float(first.residual_norm.max()) + 1e-12)
     problem, start = support.build(batch.kind, batch.function, first.x, *batch.args, batched=True)
-    from bilevel.solvers._base import solve_inner
-
     again = solve_inner(solver, problem, start, tolerance.inner(F64))
     assert support.statuses(again) == [Status.CONVERGED] * len(start)
     assert again.iterations.tolist() == [0] * len(start)
@@ -138,11 +141,10 @@ def test_scale_of_the_objective_changes_nothing(solver, factor):
 @pytest.mark.parametrize("solver", [*SMOOTH.values(), DESCENTS["descent"]], ids=repr)
 def test_one_failure_in_a_batch_is_reported_alone(solver):
     def objective(x, a):
-        return ((x - a) ** 2).sum() + (0 * a.log()).sum()
+        return ((x - a) ** 2).sum() + (0 * a.log() * x).sum()
 
     a = torch.tensor([[1.0, 2.0], [-1.0, 2.0], [3.0, 4.0]], dtype=F64)
-    outcome = support.minimize(solver, lambda x, a: objective(x, a) + (a.log() * 0 * x).sum(),
-                               torch.zeros(3, 2, dtype=F64), a, batched=True)  # fmt: skip
+    outcome = support.minimize(solver, objective, torch.zeros(3, 2, dtype=F64), a, batched=True)
     assert support.statuses(outcome) == [Status.CONVERGED, Status.NOT_FINITE, Status.CONVERGED]
     assert bool(torch.isfinite(outcome.x).all())
     torch.testing.assert_close(outcome.x[::2], a[::2])
@@ -150,20 +152,27 @@ def test_one_failure_in_a_batch_is_reported_alone(solver):
 
 @pytest.mark.parametrize("solver", [*SMOOTH.values(), *DESCENTS.values()], ids=repr)
 def test_unbounded_objective_is_never_a_success(solver):
-    outcome = support.minimize(solver, lambda x: -(x**2).sum(), torch.ones(2, dtype=F64), tolerance=Tolerance(delta=1e-6))
+    outcome = support.minimize(
+        solver, lambda x: -(x**2).sum(), torch.ones(2, dtype=F64), tolerance=Tolerance(delta=1e-6)
+    )
     (status,) = support.statuses(outcome)
-    assert status in (Status.DIVERGED, Status.NOT_FINITE, Status.INDEFINITE, Status.MAX_STEPS)
+    assert not status.success
+    assert status is not Status.STAGNATED
     assert bool(torch.isfinite(outcome.x).all())
 
 
 @pytest.mark.parametrize("solver", [*SMOOTH.values(), DESCENTS["descent"]], ids=repr)
 def test_one_unknown(solver):
-    outcome = support.minimize(solver, lambda x, a: x.cosh() - a * x, torch.zeros((), dtype=F64), torch.tensor(2.0, dtype=F64))
+    outcome = support.minimize(
+        solver, lambda x, a: x.cosh() - a * x, torch.zeros((), dtype=F64), torch.tensor(2.0, dtype=F64)
+    )
     assert support.statuses(outcome) == [Status.CONVERGED]
     torch.testing.assert_close(outcome.x[0, 0], torch.asinh(torch.tensor(2.0, dtype=F64)))
 
 
-@pytest.mark.parametrize("solver", [bilevel.LBFGS(), bilevel.ScipyMinimize(), DESCENTS["descent"], DESCENTS["sgd"]], ids=repr)
+@pytest.mark.parametrize(
+    "solver", [bilevel.LBFGS(), bilevel.ScipyMinimize(), DESCENTS["descent"], DESCENTS["sgd"]], ids=repr
+)
 def test_minimisers_refuse_equations(solver):
     with pytest.raises(bilevel.ArgumentError, match="expected an argmin"):
         support.solve(solver, support.RootSystem, lambda x: x - 1, torch.zeros(2))
@@ -179,7 +188,8 @@ def test_mapping_solvers_refuse_what_is_no_mapping(solver, kind):
 @pytest.mark.parametrize(
     "make",
     [
-        lambda: bilevel.Newton(max_steps=0), lambda: bilevel.Newton(dense_limit=-1), lambda: bilevel.Newton(linear_steps=0),
+        lambda: bilevel.Newton(max_steps=0), lambda: bilevel.Newton(dense_limit=-1),
+        lambda: bilevel.Newton(linear_steps=0),
         lambda: bilevel.Newton(linear_solver=bilevel.CG), lambda: bilevel.Newton(linear_solver=3),
         lambda: bilevel.LBFGS(max_steps=1.5), lambda: bilevel.LBFGS(history=0),
         lambda: bilevel.Anderson(history=0), lambda: bilevel.Anderson(mixing=0.0), lambda: bilevel.Anderson(mixing=2.0),
@@ -193,7 +203,9 @@ def test_settings_are_checked(make):
         make()
 
 
-@pytest.mark.parametrize("solver", [bilevel.Newton(), bilevel.LBFGS(), bilevel.Anderson(), bilevel.ScipyRoot()], ids=repr)
+@pytest.mark.parametrize(
+    "solver", [bilevel.Newton(), bilevel.LBFGS(), bilevel.Anderson(), bilevel.ScipyRoot()], ids=repr
+)
 def test_settings_cannot_be_changed(solver):
     with pytest.raises(AttributeError):
         solver.max_steps = 3

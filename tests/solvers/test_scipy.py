@@ -1,0 +1,91 @@
+"""The bridges to scipy.optimize."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import bilevel
+from bilevel.reports import Status
+from bilevel.tolerance import Tolerance
+
+from . import support
+from .support import F64, statuses
+
+METHODS = ("CG", "BFGS", "Newton-CG", "L-BFGS-B", "TNC", "SLSQP", "trust-constr", "dogleg", "trust-ncg", "trust-krylov",
+           "trust-exact", "Nelder-Mead", "Powell", "COBYLA", "COBYQA")  # fmt: skip
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_of_minimize(method):
+    a = torch.tensor([[1.0, 3.0], [0.1, -2.0], [0.0, 0.0]], dtype=F64)
+
+    def objective(x, a):
+        return ((x - a) ** 2).sum() + (x**4).sum()
+
+    solver, start = bilevel.ScipyMinimize(method), torch.zeros(3, 2, dtype=F64)
+    outcome = support.minimize(solver, objective, start, a, batched=True, tolerance=Tolerance(delta=1e-5))
+    assert statuses(outcome) == [Status.CONVERGED] * 3
+    x = outcome.x
+    torch.testing.assert_close(2 * (x - a) + 4 * x**3, torch.zeros_like(x), atol=1e-5, rtol=0)
+    assert outcome.iterations[2] == 0
+
+
+@pytest.mark.parametrize("method", ["hybr", "lm", "broyden1", "broyden2", "anderson", "krylov", "df-sane"])
+@pytest.mark.parametrize("kind", [support.RootSystem, support.FixedPointSystem])
+def test_methods_of_root(method, kind):
+    M = torch.randn(4, 4, dtype=F64, generator=torch.Generator().manual_seed(0))
+    c = torch.randn(3, 4, dtype=F64, generator=torch.Generator().manual_seed(1))
+
+    def function(x, c):
+        moved = c - 0.2 * torch.tanh(M @ x)
+        return moved if kind is support.FixedPointSystem else x - moved
+
+    outcome = support.solve(bilevel.ScipyRoot(method), kind, function, torch.zeros(3, 4, dtype=F64), c, batched=True)
+    assert statuses(outcome) == [Status.CONVERGED] * 3
+    x = outcome.x
+    torch.testing.assert_close(x + 0.2 * torch.tanh(x @ M.mT), c, atol=1e-9, rtol=0)
+
+
+def test_no_root_is_a_failure():
+    outcome = support.solve(bilevel.ScipyRoot(), support.RootSystem, lambda x: x**2 + 1, torch.ones(2, dtype=F64))
+    assert not statuses(outcome)[0].success
+
+
+@pytest.mark.parametrize(
+    "solver", [bilevel.ScipyMinimize(options={"bogus": 1}), bilevel.ScipyRoot(options={"bogus": 1})]
+)
+def test_unknown_options_are_refused(solver):
+    minimizes = isinstance(solver, bilevel.ScipyMinimize)
+    kind = support.ArgminSystem if minimizes else support.RootSystem
+    with pytest.raises(bilevel.ArgumentError, match="bogus"):
+        support.solve(solver, kind, lambda x: (x**2).sum() if minimizes else x, torch.ones(2, dtype=F64))
+
+
+def test_root_refuses_an_argmin():
+    with pytest.raises(bilevel.ArgumentError, match=r"ScipyMinimize\(\)"):
+        support.minimize(bilevel.ScipyRoot(), lambda x: (x**2).sum(), torch.ones(2, dtype=F64))
+
+
+def test_options_are_copied_and_cannot_be_changed():
+    options = {"maxcor": 5}
+    solver = bilevel.ScipyMinimize(options=options)
+    options["maxcor"] = 7
+    assert dict(solver.options) == {"maxcor": 5}
+    with pytest.raises(TypeError):
+        solver.options["maxcor"] = 7
+    assert hash(solver) == hash(bilevel.ScipyMinimize())
+
+
+def test_only_the_slices_of_one_problem_are_evaluated():
+    shapes = set()
+
+    def objective(x, a):
+        shapes.add((tuple(x.shape), tuple(a.shape)))
+        return ((x - a) ** 2).sum()
+
+    a = torch.arange(6, dtype=F64).reshape(3, 2)
+    problem, _ = support.build(support.ArgminSystem, objective, torch.zeros(3, 2, dtype=F64), a, batched=True)
+    one = problem.single(1)
+    assert one.batch == 1
+    torch.testing.assert_close(one.residual(torch.zeros(1, 2, dtype=F64)), -2 * a[1:2])

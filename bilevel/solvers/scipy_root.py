@@ -67,8 +67,8 @@ class ScipyRoot(InnerSolver):
     --------
     >>> import torch, bilevel
     >>> layer = bilevel.root(lambda x, a: x**3 + x - a, solver=ScipyRoot())
-    >>> layer(torch.zeros(2, dtype=torch.float64), torch.tensor([2.0, 10.0], dtype=torch.float64))
-    tensor([1., 2.], dtype=torch.float64)
+    >>> layer(torch.zeros(2, dtype=torch.float64), torch.tensor([2.0, 9.0], dtype=torch.float64))
+    tensor([1.0000, 1.9202], dtype=torch.float64)
     """
 
     method: str = "hybr"

@@ -20,7 +20,9 @@ def rounds(default: int) -> int:
     return options.rounds
 
 
-def compare(title: str, contestants: Mapping[str, Callable[[], object]], floor: str, count: int, repeat: int = 1) -> None:
+def compare(
+    title: str, contestants: Mapping[str, Callable[[], object]], floor: str, count: int, repeat: int = 1
+) -> None:
     """Time every contestant once in each round, and print medians and ratios to ``floor``.
 
     Parameters

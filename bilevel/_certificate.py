@@ -214,7 +214,9 @@ def _slopes(problem: Problem, x: torch.Tensor, wanted: Sequence[bool]) -> tuple[
         return point, _flat_gradient(values.sum(), [leaf for leaf, w in zip(leaves, wanted, strict=True) if w])
 
 
-def _pulled(problem: Problem, x: torch.Tensor, wanted: Sequence[bool], v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def _pulled(
+    problem: Problem, x: torch.Tensor, wanted: Sequence[bool], v: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the leaf φ and Bᵀv as one vector (p,) with its graph."""
     with torch.enable_grad():
         point = x.detach().requires_grad_(True)
@@ -231,7 +233,9 @@ def _flat_gradient(scalar: torch.Tensor, leaves: list[torch.Tensor]) -> torch.Te
     return torch.cat([gradient.reshape(-1) for gradient in gradients])
 
 
-def _affine_norm(function: Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]], x: torch.Tensor) -> torch.Tensor | None:
+def _affine_norm(
+    function: Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]], x: torch.Tensor
+) -> torch.Tensor | None:
     """Return the squared Frobenius norm of the Jacobian of an affine function of φ, or None if it is not affine."""
     step = _random(x, 4) * (1 + x.abs().amax())
     middle, ahead, behind = (function(at)[1].detach() for at in (x, x + step, x - step))

@@ -24,4 +24,6 @@ def check_number(
     fits = not isinstance(number, bool) and isinstance(number, (int, float)) and math.isfinite(number)
     if not (fits and (above < number or (closed and number == above)) and number < below):
         left = "[" if closed else "("
-        raise ArgumentError(f"{where}: expected {name} to be a number in {left}{above}, {below}), got {number!r}; pass one")
+        raise ArgumentError(
+            f"{where}: expected {name} to be a number in {left}{above}, {below}), got {number!r}; pass one"
+        )

@@ -30,7 +30,6 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from torch.autograd.function import FunctionCtx
 from torch.func import grad, vjp, vmap
 
 from bilevel._system import Linearization, Problem, System
@@ -101,7 +100,7 @@ class Solve(torch.autograd.Function):
             return rule.solve(problem, start).reshape(init.shape).clone()
 
     @staticmethod
-    def setup_context(ctx: FunctionCtx, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
         rule, _, *tensors = inputs
         ctx.rule = rule
         ctx.save_for_backward(output, *tensors)
@@ -136,7 +135,7 @@ class Solve(torch.autograd.Function):
         if not any(moving):
             return torch.zeros_like(x)
         chosen, residual = _in_terms_of(rule.system, x, tensors, moving)
-        directions = tuple(t for t, move in zip(tangents[2:], moving, strict=True) if move)
+        directions = tuple(t for t, move in zip(tangents[2:], moving, strict=True) if t is not None and move)
         pushed = _push(lambda u: vjp(residual, *chosen)[1](u), x, directions)
         return LinearSolve.apply(rule, False, -pushed, x, *tensors)
 
@@ -169,7 +168,7 @@ class LinearSolve(torch.autograd.Function):
         return rule.solve_linear(operator, flat, axes, False).reshape(rhs.shape).clone()
 
     @staticmethod
-    def setup_context(ctx: FunctionCtx, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
         rule, transposed, _, x, *tensors = inputs
         ctx.rule, ctx.transposed = rule, transposed
         ctx.save_for_backward(output, x, *tensors)
@@ -196,13 +195,11 @@ class LinearSolve(torch.autograd.Function):
         rule: Rule = ctx.rule
         z, x, *tensors = ctx.saved_tensors
         rhs_tangent = tangents[2]
-        moving = [
-            t is not None and s.dtype.is_floating_point for t, s in zip(tangents[3:], (x, *tensors), strict=True)
-        ]
+        moving = [t is not None and s.dtype.is_floating_point for t, s in zip(tangents[3:], (x, *tensors), strict=True)]
         change = torch.zeros_like(z) if rhs_tangent is None else rhs_tangent
         if any(moving):
             chosen, pairing = _pairing(rule, x, tensors, moving)
-            directions = tuple(t for t, move in zip(tangents[3:], moving, strict=True) if move)
+            directions = tuple(t for t, move in zip(tangents[3:], moving, strict=True) if t is not None and move)
             argnums = tuple(range(len(chosen)))
 
             def pull(u: torch.Tensor) -> tuple[torch.Tensor, ...]:

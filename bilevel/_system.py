@@ -225,9 +225,7 @@ class Linearization:
         if not wanted or not self.residual.requires_grad:
             return [torch.zeros_like(leaf) if leaf.requires_grad else None for leaf in self.leaves]
         gradients = iter(
-            torch.autograd.grad(
-                self.residual, wanted, q, retain_graph=True, allow_unused=True, materialize_grads=True
-            )
+            torch.autograd.grad(self.residual, wanted, q, retain_graph=True, allow_unused=True, materialize_grads=True)
         )
         return [next(gradients) if leaf.requires_grad else None for leaf in self.leaves]
 

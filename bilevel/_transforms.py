@@ -89,7 +89,7 @@ def eager(function: Callable[P, T]) -> Callable[P, T]:
         return disabled[0](*args, **kwargs)
 
     # The compiler must not look inside the boundary either: not from its caller (the mark that it leaves itself) and
-    # not when the frame starts (known to torch by the code object, where this version has a binding for that).
+    # not when the frame starts (told to torch by the code object, where this version has a binding for that).
     boundary._torchdynamo_disable = True  # type: ignore[attr-defined]
     if hasattr(eval_frame, "set_code_exec_strategy"):
         skip = eval_frame._FrameAction.SKIP

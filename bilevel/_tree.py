@@ -40,7 +40,9 @@ class Raveler:
         """Read the structure of ``tree``, or say what cannot be an unknown about it."""
         paths, structure = pytree.tree_flatten_with_path(tree)
         if not paths:
-            raise ShapeError(f"{where}: expected init to hold at least one tensor, got {tree!r}; pass a tensor or a pytree of them")
+            raise ShapeError(
+                f"{where}: expected init to hold at least one tensor, got {tree!r}; pass a tensor or a pytree of them"
+            )
         for path, leaf in paths:
             name = "init" + pytree.keystr(path)
             if not isinstance(leaf, torch.Tensor):
@@ -93,10 +95,7 @@ class Raveler:
             return pytree.tree_unflatten([flat.reshape(self.shapes[0]).to(self.dtypes[0])], self.structure)
         parts = torch.split(flat, [shape.numel() for shape in self.shapes])
         return pytree.tree_unflatten(
-            [
-                part.reshape(shape).to(dtype)
-                for part, shape, dtype in zip(parts, self.shapes, self.dtypes, strict=True)
-            ],
+            [part.reshape(shape).to(dtype) for part, shape, dtype in zip(parts, self.shapes, self.dtypes, strict=True)],
             self.structure,
         )
 

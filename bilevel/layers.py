@@ -171,7 +171,7 @@ class Layer:
         raveler = Raveler.of(init, self.where)
         tensors, arguments = flatten_arguments(args, kwargs)
         for tensor, name in zip(tensors, arguments.names, strict=True):
-            if tensor.is_complex() or tensor.dtype.is_floating_point and tensor.device != raveler.device:
+            if tensor.is_complex() or (tensor.dtype.is_floating_point and tensor.device != raveler.device):
                 got = f"{tensor.dtype}" if tensor.is_complex() else f"{tensor.device}"
                 wanted = "a real tensor" if tensor.is_complex() else f"a tensor on init's device, {raveler.device}"
                 raise DtypeError(f"{self.where}: expected {wanted} at {name}, got {got}; convert it or move init")
@@ -220,7 +220,6 @@ class Layer:
                 error = captured_error(self.where, system.noun, "is being differentiated by a transform outside")
                 spoiled |= misuse(error, self.on_failure)
         return spoiled
-
 
     def _poison(self, init: Any, system: System, tensors: list[torch.Tensor]) -> torch.Tensor:
         """Return a NaN whose derivatives are NaN too, for whatever the function reaches and for init."""

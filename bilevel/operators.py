@@ -164,9 +164,7 @@ class DenseOperator(LinearOperator):
     tensor([[2., 4.]])
     """
 
-    def __init__(
-        self, matrix: torch.Tensor, *, symmetric: bool = False, positive_definite: bool = False
-    ) -> None:
+    def __init__(self, matrix: torch.Tensor, *, symmetric: bool = False, positive_definite: bool = False) -> None:
         matrix = matrix.unsqueeze(0) if matrix.ndim == 2 else matrix
         if matrix.ndim != 3 or matrix.shape[-1] != matrix.shape[-2]:
             raise ShapeError(
@@ -249,9 +247,7 @@ def _pull(output: torch.Tensor, point: torch.Tensor, v: torch.Tensor) -> torch.T
     """One reverse pass over a retained graph: vᵀ ∂output/∂point, zero where the graph does not reach."""
     if not output.requires_grad:
         return v.new_zeros(v.shape[:-1] + point.shape[-1:])
-    (product,) = torch.autograd.grad(
-        output, point, v, retain_graph=True, allow_unused=True, materialize_grads=True
-    )
+    (product,) = torch.autograd.grad(output, point, v, retain_graph=True, allow_unused=True, materialize_grads=True)
     return product
 
 
@@ -339,7 +335,9 @@ class GaussNewtonOperator(LinearOperator):
     the outputs are linear: an approximation, to be named so.
     """
 
-    def __init__(self, outputs: torch.Tensor, loss_gradient: torch.Tensor, at: torch.Tensor, point: torch.Tensor) -> None:
+    def __init__(
+        self, outputs: torch.Tensor, loss_gradient: torch.Tensor, at: torch.Tensor, point: torch.Tensor
+    ) -> None:
         super().__init__(point.shape[0], point.shape[1], point.dtype, point.device, symmetric=True)
         self._outputs, self._point = outputs, point
         self._loss_gradient, self._at = loss_gradient, at

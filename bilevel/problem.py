@@ -19,7 +19,7 @@ from bilevel._tree import Raveler, flatten_arguments
 from bilevel.errors import ArgumentError, ShapeError
 from bilevel.layers import Layer, Solution
 from bilevel.linear._base import LinearSolverLike
-from bilevel.reports import OnFailure, SolveReport, Status, record
+from bilevel.reports import OnFailure, SolveReport, Status
 from bilevel.solvers._base import InnerSolverLike
 from bilevel.tolerance import Tolerance
 
@@ -279,7 +279,7 @@ class BilevelProblem(torch.nn.Module, ABC):
         if not warm:
             adjoint.value = None
         try:
-            with torch.enable_grad(), record() as reports:
+            with torch.enable_grad():
                 solution = self.solve(theta, data, init=init)
                 value = self._outer_losses(solution.value, theta, data).mean()
                 wanted = [leaf for leaf, move in zip(fresh, moving, strict=True) if move]
@@ -363,7 +363,9 @@ class BilevelProblem(torch.nn.Module, ABC):
         tensors, arguments = flatten_arguments((outer, data), {})
         if self.batch_dims is None:
             raveler = Raveler.of(inner, self._layer.where)
-            return ArgminSystem(self._layer.where, objective, raveler, arguments).bind(tensors), raveler.ravel(inner)[None]
+            return ArgminSystem(self._layer.where, objective, raveler, arguments).bind(tensors), raveler.ravel(inner)[
+                None
+            ]
         raveler = Raveler.of(pytree.tree_map(lambda leaf: leaf[0], inner), self._layer.where)
         # One dimension for each leaf of data, as vmap itself reads a prefix of in_dims.
         dims = pytree.tree_leaves(pytree.tree_map(lambda _: None, outer), is_leaf=lambda x: x is None)
@@ -388,5 +390,7 @@ def _broadcast(dims: Any, tree: Any) -> list[int | None]:
     """Return one entry of the prefix ``dims`` for each leaf of ``tree``."""
     flat = pytree._broadcast_to_and_flatten(dims, pytree.tree_structure(tree), is_leaf=lambda dim: dim is None)
     if flat is None:
-        raise ArgumentError(f"expected batch_dims to be a prefix of data's structure, got {dims!r}; see torch.func.vmap")
+        raise ArgumentError(
+            f"expected batch_dims to be a prefix of data's structure, got {dims!r}; see torch.func.vmap"
+        )
     return flat

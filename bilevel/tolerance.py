@@ -110,8 +110,8 @@ class Tolerance:
     Tolerance(delta=1e-06, delta_prime=1e-08, strong_convexity=0.1)
     """
 
-    delta: float | None | Auto = AUTO
-    delta_prime: float | None | Auto = AUTO
+    delta: float | Auto | None = AUTO
+    delta_prime: float | Auto | None = AUTO
     strong_convexity: float | None = None
 
     def __post_init__(self) -> None:
@@ -138,7 +138,7 @@ class Tolerance:
         """Return what the linear solve aims for in ``dtype``."""
         return self._target(self.delta_prime, dtype)
 
-    def _target(self, wanted: float | None | Auto, dtype: torch.dtype) -> Target:
+    def _target(self, wanted: float | Auto | None, dtype: torch.dtype) -> Target:
         mu = self.strong_convexity
         if wanted is None:
             return Target(silent=True, strong_convexity=mu)

@@ -15,8 +15,14 @@ nitpicky = True
 # What has no page of ours to link to: torch, the standard library, and words that numpy-style types are written in.
 nitpick_ignore_regex = [
     (r"py:.*", r"(torch|nn|np|numpy|scipy|sklearn|collections|abc|typing|pathlib|enum|optim|rich)(\..*)?"),
-    (r"py:.*", r"(Tensor|Module|Any|Callable|Sequence|Mapping|Iterator|T|S|Path|optional|callable|SystemExit|Literal|Self)"),
-    (r"py:.*", r"(InnerSolverLike|LinearSolverLike|OnFailure|Decorator|Auto|Hyperparameters|TreeSpec|PyTree|Table|Console)"),
+    (
+        r"py:.*",
+        r"(Tensor|Module|Any|Callable|Sequence|Mapping|Iterator|T|S|Path|optional|callable|SystemExit|Literal|Self)",
+    ),
+    (
+        r"py:.*",
+        r"(InnerSolverLike|LinearSolverLike|OnFailure|Decorator|Auto|Hyperparameters|TreeSpec|PyTree|Table|Console)",
+    ),
     (r"py:.*", r"(InnerSolverLike|LinearSolverLike|OnFailure|bilevel\..*\._.*|bilevel\._.*|bilevel\.tolerance\.Auto)"),
     (r"py:class", r".*[ \[\]|(,].*"),
     (r"py:obj", r".*"),

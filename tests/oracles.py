@@ -12,7 +12,9 @@ import torch
 from torch.func import grad, hessian, jacrev
 
 
-def newton_argmin(objective: Callable[..., torch.Tensor], init: torch.Tensor, *args: object, steps: int = 14) -> torch.Tensor:
+def newton_argmin(
+    objective: Callable[..., torch.Tensor], init: torch.Tensor, *args: object, steps: int = 14
+) -> torch.Tensor:
     """Return argmin of ``objective`` over a vector, differentiable by unrolling."""
     x = init
     for _ in range(steps):
@@ -20,7 +22,9 @@ def newton_argmin(objective: Callable[..., torch.Tensor], init: torch.Tensor, *a
     return x
 
 
-def newton_root(residual: Callable[..., torch.Tensor], init: torch.Tensor, *args: object, steps: int = 14) -> torch.Tensor:
+def newton_root(
+    residual: Callable[..., torch.Tensor], init: torch.Tensor, *args: object, steps: int = 14
+) -> torch.Tensor:
     """Return the root of ``residual`` over a vector, differentiable by unrolling."""
     x = init
     for _ in range(steps):
@@ -31,4 +35,8 @@ def newton_root(residual: Callable[..., torch.Tensor], init: torch.Tensor, *args
 def ridge(X: torch.Tensor, y: torch.Tensor, strength: torch.Tensor) -> torch.Tensor:
     """Return argmin ‖Xw − y‖² + Σ strength·w², in closed form."""
     n = X.shape[-1]
-    return torch.linalg.solve(X.mT @ X + torch.diag_embed(strength.expand(*strength.shape[:-1], n) if strength.ndim else strength * X.new_ones(n)), X.mT @ y)
+    return torch.linalg.solve(
+        X.mT @ X
+        + torch.diag_embed(strength.expand(*strength.shape[:-1], n) if strength.ndim else strength * X.new_ones(n)),
+        X.mT @ y,
+    )

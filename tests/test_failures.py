@@ -48,7 +48,11 @@ FORWARD = {
     "too few steps": (bowl, TOO_FEW, {Status.MAX_STEPS}),
     "indefinite": (saddle, {}, {Status.INDEFINITE}),
     "nan": (undefined, {}, {Status.NOT_FINITE}),
-    "divergence": (bowl, {"solver": bilevel.GradientDescent(lr=1e6, max_steps=50)}, {Status.DIVERGED, Status.NOT_FINITE}),
+    "divergence": (
+        bowl,
+        {"solver": bilevel.GradientDescent(lr=1e6, max_steps=50)},
+        {Status.DIVERGED, Status.NOT_FINITE},
+    ),
     "a user's solver that stops short": (bowl, {"solver": given(lambda a: a + 0.1)}, {Status.NOT_CONVERGED}),
 }
 BACKWARD = {
@@ -191,7 +195,15 @@ def captured_module() -> object:
 
 @policies
 @pytest.mark.parametrize(
-    "how", [captured_by_autograd, captured_by_grad, captured_by_an_outer_grad, captured_by_jvp, captured_by_vmap, captured_module]
+    "how",
+    [
+        captured_by_autograd,
+        captured_by_grad,
+        captured_by_an_outer_grad,
+        captured_by_jvp,
+        captured_by_vmap,
+        captured_module,
+    ],
 )
 def test_captured_tensors(how: Callable[[], Callable], on_failure: str) -> None:
     use = how()
@@ -254,7 +266,9 @@ def test_dropout_in_the_objective(on_failure: str, start: float) -> None:
 
     torch.manual_seed(0)
     # A start at zero, which dropout leaves alone, must not hide it; nor must a batch.
-    layer = bilevel.argmin(noisy, solver=bilevel.GradientDescent(0.1, 2), tolerance=bilevel.Tolerance(delta=None), on_failure=on_failure)
+    layer = bilevel.argmin(
+        noisy, solver=bilevel.GradientDescent(0.1, 2), tolerance=bilevel.Tolerance(delta=None), on_failure=on_failure
+    )
     init, a = torch.full((20,), start, dtype=F64), torch.ones(20, dtype=F64)
     if on_failure == "raise":
         with pytest.raises(bilevel.StochasticObjectiveError, match="dropout off"):

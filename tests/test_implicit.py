@@ -17,9 +17,7 @@ family = pytest.mark.parametrize("family", FAMILIES, ids=lambda f: f.name)
 @family
 def test_gradcheck_in_both_modes_and_batched(family: Family) -> None:
     inputs = [t.clone().requires_grad_(True) for t in arguments()]
-    assert gradcheck(
-        family.implicit(), inputs, check_forward_ad=True, check_batched_grad=True, atol=1e-6, rtol=1e-4
-    )
+    assert gradcheck(family.implicit(), inputs, check_forward_ad=True, check_batched_grad=True, atol=1e-6, rtol=1e-4)
 
 
 @family
@@ -78,7 +76,9 @@ def test_vmap_equals_a_loop(family: Family, in_dims: tuple[int | None, ...], inn
     def widen(t: torch.Tensor, dim: int | None) -> torch.Tensor:
         if dim is None:
             return t
-        return torch.stack([t + 0.1 * torch.randn(t.shape, generator=generator, dtype=t.dtype) for _ in range(size)], dim)
+        return torch.stack(
+            [t + 0.1 * torch.randn(t.shape, generator=generator, dtype=t.dtype) for _ in range(size)], dim
+        )
 
     inputs = [widen(t, dim) for t, dim in zip((X, y, s), in_dims, strict=True)]
     f = family.implicit()
@@ -176,7 +176,9 @@ def test_one_linearisation_serves_every_right_hand_side(monkeypatch: pytest.Monk
     original = HessianOperator.dense
     monkeypatch.setattr(HessianOperator, "dense", lambda self: formed.append(self) or original(self))
     X, y, s = arguments()
-    layer = FAMILIES[0].implicit(solver=lambda objective, init, *a: FAMILIES[0].reference(*a), linear_solver=bilevel.Exact())
+    layer = FAMILIES[0].implicit(
+        solver=lambda objective, init, *a: FAMILIES[0].reference(*a), linear_solver=bilevel.Exact()
+    )
     y.requires_grad_(True)
     w = layer(X, y, s)
     for entry in w:
@@ -216,7 +218,12 @@ def test_batch_norm_in_the_objective_is_differentiated_rightly() -> None:
 
     from . import oracles
 
-    expected = torch.stack([jacrev(lambda s, image=image: oracles.newton_argmin(by_hand, layer(start, image, s).detach(), image, s))(s) for image in images])
+    expected = torch.stack(
+        [
+            jacrev(lambda s, image=image: oracles.newton_argmin(by_hand, layer(start, image, s).detach(), image, s))(s)
+            for image in images
+        ]
+    )
     torch.testing.assert_close(jacrev(batched)(s), expected, atol=1e-8, rtol=1e-7)
     torch.testing.assert_close(jacfwd(batched)(s), expected, atol=1e-8, rtol=1e-7)
     torch.testing.assert_close(jacrev(jacrev(batched))(s), jacrev(jacrev(looped))(s), atol=1e-8, rtol=1e-7)

@@ -66,7 +66,7 @@ def test_leaves_of_different_dtypes_keep_them() -> None:
 def test_module_parameters_as_a_dict() -> None:
     torch.manual_seed(0)
     features = torch.nn.Linear(3, 2).double()
-    parameters = {name: p for name, p in features.named_parameters()}
+    parameters = dict(features.named_parameters())
     X, y = torch.randn(10, 3, dtype=F64), torch.randn(10, dtype=F64)
 
     def objective(w, parameters, X, y):
@@ -126,7 +126,9 @@ def test_a_users_own_solvers() -> None:
             value = objective(x, *args)
             return value.item(), torch.autograd.grad(value, x)[0].numpy()
 
-        found = scipy.optimize.minimize(value_and_gradient, init.numpy(), jac=True, method="BFGS", options={"gtol": 1e-10})
+        found = scipy.optimize.minimize(
+            value_and_gradient, init.numpy(), jac=True, method="BFGS", options={"gtol": 1e-10}
+        )
         return torch.tensor(found.x)
 
     def jacobi(operator, rhs):
@@ -149,7 +151,10 @@ def test_a_users_own_solvers() -> None:
     assert [report.solver for report in reports] == ["by_scipy", "jacobi"]
     batch = torch.stack([a.detach(), 2 * a.detach()])
     torch.testing.assert_close(
-        vmap(layer, in_dims=(None, 0))(torch.zeros(3, dtype=F64), batch), batch @ torch.linalg.inv(M), atol=1e-7, rtol=1e-7
+        vmap(layer, in_dims=(None, 0))(torch.zeros(3, dtype=F64), batch),
+        batch @ torch.linalg.inv(M),
+        atol=1e-7,
+        rtol=1e-7,
     )
 
 
@@ -205,6 +210,8 @@ def test_solve_under_vmap_returns_a_report_of_the_batch() -> None:
     assert nested.report.residual_norm.shape == (3, 5) and len(nested.report.status) == 3
 
 
+# torch's compiler looks at .grad of what is on the stack where a graph breaks, wherever that is.
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
 def test_compiled_callers_and_objectives_get_right_derivatives() -> None:
     # Compiled code can drop a custom jvp (pytorch/pytorch#192985) or backward (#193279).
     layer = bilevel.argmin(lambda x, a: ((x - a) ** 2).sum() + (x**4).sum())

@@ -54,7 +54,9 @@ BUDGET = {"tolerance": bilevel.Tolerance(delta=None, delta_prime=None), "linear_
 LAYERS = {
     "gradient descent": lambda k: bilevel.argmin(objective, solver=bilevel.GradientDescent(1e-3, k), **BUDGET),
     "momentum": lambda k: bilevel.argmin(objective, solver=bilevel.GradientDescent(1e-3, k, momentum=0.5), **BUDGET),
-    "adam": lambda k: bilevel.argmin(objective, solver=bilevel.TorchOptimizer(torch.optim.Adam, lr=1e-4, max_steps=k), **BUDGET),
+    "adam": lambda k: bilevel.argmin(
+        objective, solver=bilevel.TorchOptimizer(torch.optim.Adam, lr=1e-4, max_steps=k), **BUDGET
+    ),
     "fixed point": lambda k: bilevel.fixed_point(
         lambda x, a: x - 1e-3 * torch.sinh(x - a),
         solver=bilevel.FixedPointIteration(k),

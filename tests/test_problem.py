@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 import bilevel
 
 from . import oracles
+import itertools
 
 F64 = torch.float64
 MATCHED = bilevel.Tolerance(delta=1e-12, delta_prime=1e-12)
@@ -33,9 +34,7 @@ class Classifier(Ridge):
 
 def split(seed: int = 0, n: int = 4) -> tuple[torch.Tensor, ...]:
     generator = torch.Generator().manual_seed(seed)
-    return tuple(
-        torch.randn(shape, generator=generator, dtype=F64) for shape in ((20, n), (20,), (10, n), (10,))
-    )
+    return tuple(torch.randn(shape, generator=generator, dtype=F64) for shape in ((20, n), (20,), (10, n), (10,)))
 
 
 def closed_form(outer: torch.Tensor, data: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -85,7 +84,8 @@ def test_a_batch_of_problems_is_the_mean_of_its_members() -> None:
     batch = Ridge(batch_dims=(0, 0, None, None), tolerance=MATCHED)
     result = batch.hypergradient(outer, (X, y, Xv, yv), init=torch.zeros(3, 4, dtype=F64))
     singles = [
-        Ridge(tolerance=MATCHED).hypergradient(outer, (X[k], y[k], Xv, yv), init=torch.zeros(4, dtype=F64)) for k in range(3)
+        Ridge(tolerance=MATCHED).hypergradient(outer, (X[k], y[k], Xv, yv), init=torch.zeros(4, dtype=F64))
+        for k in range(3)
     ]
     torch.testing.assert_close(result.value, torch.stack([s.value for s in singles]).mean())
     torch.testing.assert_close(result.corrected_value, torch.stack([s.corrected_value for s in singles]).mean())
@@ -193,7 +193,7 @@ def test_tuning_with_a_torch_optimiser_lowers_the_outer_loss() -> None:
         optimiser.step()
         losses.append(loss.item())
     assert losses[-1] < 0.95 * losses[0]
-    assert all(later < earlier for earlier, later in zip(losses, losses[1:], strict=False))
+    assert all(later < earlier for earlier, later in itertools.pairwise(losses))
 
 
 def test_second_derivatives_of_the_outer_loss() -> None:

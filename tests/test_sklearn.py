@@ -147,7 +147,10 @@ def test_a_non_symmetric_root_and_a_contraction_against_dense_references() -> No
     for solver in (None, bilevel.Newton(), bilevel.ScipyRoot()):
         for linear in (None, bilevel.Exact(), bilevel.GMRES(), bilevel.BiCGStab()):
             layer = bilevel.root(
-                residual, solver=solver, linear_solver=linear, tolerance=bilevel.Tolerance(delta=1e-11, delta_prime=1e-12)
+                residual,
+                solver=solver,
+                linear_solver=linear,
+                tolerance=bilevel.Tolerance(delta=1e-11, delta_prime=1e-12),
             )
             x = layer(torch.zeros(n, dtype=F64), free, b)
             mine = torch.autograd.grad(x @ v, (free, b))

@@ -85,9 +85,7 @@ class LinearSolver(ABC):
             (batch, n) to begin from; zero if None.
         """
 
-    def __call__(
-        self, operator: LinearOperator, rhs: torch.Tensor, tolerance: Tolerance | None = None
-    ) -> torch.Tensor:
+    def __call__(self, operator: LinearOperator, rhs: torch.Tensor, tolerance: Tolerance | None = None) -> torch.Tensor:
         """Solve A x = b to ``tolerance`` and return x (batch, n), whatever became of it; see ``solve_linear``."""
         target = (tolerance or Tolerance()).linear(rhs.dtype)
         return solve_linear(self, operator, rhs, target).x
@@ -126,7 +124,7 @@ def as_linear_solver(solver: LinearSolverLike) -> LinearSolver:
     """Return ``solver`` as a :class:`LinearSolver`; a function (operator, rhs) -> x is wrapped."""
     if isinstance(solver, LinearSolver):
         return solver
-    if isinstance(solver, type) and issubclass(solver, LinearSolver):
+    if isinstance(solver, type):
         raise ArgumentError(
             f"expected linear_solver to be an instance, got the class {solver.__name__}; write {solver.__name__}(...)"
         )

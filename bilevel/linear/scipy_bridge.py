@@ -83,7 +83,9 @@ class ScipyLinear(LinearSolver):
                     options.setdefault(bound, 1e-3 * float(threshold[k]) / norm if norm else 0.0)
             elif "rtol" in takes or "tol" in takes:
                 # These compare with other norms as well; a tenth of what is asked covers the difference.
-                options.setdefault("rtol" if "rtol" in takes else "tol", 0.1 * float(threshold[k]) / norm if norm else 0.0)
+                options.setdefault(
+                    "rtol" if "rtol" in takes else "tol", 0.1 * float(threshold[k]) / norm if norm else 0.0
+                )
             if start is not None and "x0" in takes:
                 options.setdefault("x0", start[k].detach().cpu().double().numpy())
             products = 0

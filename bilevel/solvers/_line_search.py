@@ -94,9 +94,7 @@ def line_search(
         high, high_value = torch.where(rises, t, high), torch.where(rises, found, high_value)
         high_slope = torch.where(rises, turned, high_slope)
         inside = _inside(low, low_value, low_slope, high, high_value, high_slope, halve=trial % 3 == 2)
-        beyond = t * torch.clamp(
-            (slope / (slope - turned)).nan_to_num(posinf=10.0, neginf=10.0), min=2.0, max=10.0
-        )
+        beyond = t * torch.clamp((slope / (slope - turned)).nan_to_num(posinf=10.0, neginf=10.0), min=2.0, max=10.0)
         beyond = torch.where(turned > slope, beyond, 10 * t)
         t = torch.where(pending, torch.where(torch.isfinite(high), inside, beyond), t)
     # A step that descends without the curvature asked for is still a step.
@@ -125,7 +123,5 @@ def _inside(
     parabola = -low_slope * width / (2 * (high_value - low_value - low_slope * width))
     share = torch.where(high_slope > 0, secant, parabola)
     # Outside the objective's domain nothing is known but that the step was too long.
-    share = torch.where(
-        torch.isfinite(high_value) & torch.isfinite(share), share, torch.full_like(share, 0.1)
-    )
+    share = torch.where(torch.isfinite(high_value) & torch.isfinite(share), share, torch.full_like(share, 0.1))
     return low + width * torch.clamp(share, min=0.05, max=0.95)

@@ -76,9 +76,7 @@ class GradientDescent(InnerSolver):
 
     def solve(self, problem: Problem, init: torch.Tensor, goal: Goal) -> InnerSolution:
         value, gradient = problem.value_and_residual(init)
-        start = _State(
-            init, gradient, value, torch.zeros_like(init), torch.full_like(value, self.lr, dtype=init.dtype)
-        )
+        start = _State(init, gradient, value, torch.zeros_like(init), torch.full_like(value, self.lr, dtype=init.dtype))
 
         def fixed(state: _State, active: torch.Tensor) -> tuple[_State, torch.Tensor | None]:
             momentum = self.momentum * state.momentum + state.residual if self.momentum else state.residual

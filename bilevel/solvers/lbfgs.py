@@ -145,13 +145,7 @@ class _Memory:
         """Keep the pairs of the problems that ``moved``, where sᵀy is positive beyond rounding."""
         sy, yy = (s * y).sum(dim=-1), (y * y).sum(dim=-1)
         eps = torch.finfo(s.dtype).eps
-        fit = (
-            moved
-            & torch.isfinite(sy)
-            & torch.isfinite(yy)
-            & (sy > eps * s.norm(dim=-1) * yy.sqrt())
-            & (yy > 0)
-        )
+        fit = moved & torch.isfinite(sy) & torch.isfinite(yy) & (sy > eps * s.norm(dim=-1) * yy.sqrt()) & (yy > 0)
         keep = fit.unsqueeze(-1)
         zero = torch.zeros_like(s)
         inverse = torch.where(fit, 1 / sy, torch.zeros_like(sy))

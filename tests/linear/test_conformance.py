@@ -62,7 +62,9 @@ def right(batch: int, n: int, seed: int = 1) -> torch.Tensor:
     return torch.randn(batch, n, generator=torch.Generator().manual_seed(seed), dtype=F64)
 
 
-def solve(solver: LinearSolver, A: torch.Tensor, b: torch.Tensor, *, symmetric: bool = True, **settings) -> LinearOutcome:
+def solve(
+    solver: LinearSolver, A: torch.Tensor, b: torch.Tensor, *, symmetric: bool = True, **settings
+) -> LinearOutcome:
     target = Tolerance(**settings).linear(b.dtype)
     return solve_linear(solver, DenseOperator(A.to(b.dtype), symmetric=symmetric), b, target)
 
@@ -192,7 +194,13 @@ def test_a_singular_matrix_is_never_called_solved(name: str) -> None:
     A[1] = A[1] - (vector @ A[1] @ vector) * torch.outer(vector, vector)
     b = right(3, 6)
     found = solve(SOLVERS[name], A, b)
-    assert int(found.status[1]) in (Status.SINGULAR, Status.STAGNATED, Status.BREAKDOWN, Status.MAX_STEPS, Status.INDEFINITE)
+    assert int(found.status[1]) in (
+        Status.SINGULAR,
+        Status.STAGNATED,
+        Status.BREAKDOWN,
+        Status.MAX_STEPS,
+        Status.INDEFINITE,
+    )
     if name == "exact":
         assert int(found.status[1]) == Status.SINGULAR
     assert found.status.tolist()[::2] == [Status.CONVERGED] * 2
@@ -263,7 +271,9 @@ def test_float32_cg_keeps_its_residuals_orthogonal() -> None:
     # A spectrum with a few far outliers, as a network's Hessian has: their directions come back through rounding.
     generator = torch.Generator().manual_seed(0)
     n = 20_000
-    spectrum = torch.cat([torch.logspace(0, 4, 12, dtype=F64), 1 + 0.01 * torch.rand(n - 12, generator=generator, dtype=F64)])
+    spectrum = torch.cat(
+        [torch.logspace(0, 4, 12, dtype=F64), 1 + 0.01 * torch.rand(n - 12, generator=generator, dtype=F64)]
+    )
     b = torch.randn(1, n, generator=generator, dtype=F64)
 
     def operator(dtype: torch.dtype) -> FunctionOperator:

@@ -85,14 +85,14 @@ class Anderson(InnerSolver):
         memory = _Memory(init, min(self.history, n), least)
 
         def step(state: _State, active: torch.Tensor) -> tuple[_State, torch.Tensor | None]:
-            x = memory.mixture(state.both)
+            x = memory.mixture(state.both[:, n:])
             residual = problem.residual(x)
             norm = torch.linalg.vector_norm(residual, dim=-1)
             # (R, x − βR): what is linear in both is done to both at once.
             both = torch.cat((residual, torch.sub(x, residual, alpha=self.mixing)), dim=-1)
             astray = norm > _GROWTH * state.best
             best = torch.minimum(norm, state.best)
-            memory.learn(both - state.both)
+            memory.learn(both, both - state.both)
             if bool(astray.any()):
                 memory.forget(astray)
                 best = torch.where(astray, norm, best)
@@ -123,25 +123,34 @@ class _Memory:
         self.pairs = like.new_zeros(batch, history, 2 * n)
         self.changes = self.pairs[:, :, :n]
         self.moves = self.pairs[:, :, n:]
+        self.gamma = like.new_zeros(batch, 1, history)
         self.next = 0
 
-    def mixture(self, both: torch.Tensor) -> torch.Tensor:
-        """Return x − βR − (ΔX − βΔR) γ with γ = ΔRᵀR."""
-        gamma = torch.bmm(self.changes, both[:, : self.n].unsqueeze(-1)).mT  # (batch, 1, history)
-        return torch.baddbmm(both[:, self.n :].unsqueeze(1), gamma, self.moves, alpha=-1).squeeze(1)
+    def mixture(self, plain: torch.Tensor) -> torch.Tensor:
+        """Return x − βR − (ΔX − βΔR) γ, given x − βR."""
+        return torch.baddbmm(plain.unsqueeze(1), self.gamma, self.moves, alpha=-1).squeeze(1)
 
-    def learn(self, difference: torch.Tensor) -> None:
-        """Put ``difference`` (batch, 2n), made orthogonal to the others, in the place of the oldest."""
-        place = self.pairs[:, self.next]
+    def learn(self, both: torch.Tensor, difference: torch.Tensor) -> None:
+        """Put ``difference`` (batch, 2n), made orthogonal to the others, in the place of the oldest; update γ = ΔRᵀR.
+
+        The products of the others with R serve twice: less those of the step before, they are the products with
+        the new difference.
+        """
+        n, at = self.n, self.next
+        residual, place = both[:, :n], self.pairs[:, at]
         place.zero_()
-        before = torch.linalg.vector_norm(difference[:, : self.n], dim=-1, keepdim=True)
-        share = torch.bmm(self.changes, difference[:, : self.n].unsqueeze(-1)).mT
-        fresh = torch.baddbmm(difference.unsqueeze(1), share, self.pairs, alpha=-1).squeeze(1)
-        length = torch.linalg.vector_norm(fresh[:, : self.n], dim=-1, keepdim=True)
+        self.gamma[:, :, at] = 0.0
+        gamma = torch.bmm(residual.unsqueeze(1), self.changes.mT)  # (batch, 1, history)
+        before = torch.linalg.vector_norm(difference[:, :n], dim=-1, keepdim=True)
+        fresh = torch.baddbmm(difference.unsqueeze(1), gamma - self.gamma, self.pairs, alpha=-1).squeeze(1)
+        length = torch.linalg.vector_norm(fresh[:, :n], dim=-1, keepdim=True)
         inverse = torch.where(length > self.least * before, length.reciprocal(), torch.zeros_like(length))
         torch.mul(fresh, inverse, out=place)
-        self.next = (self.next + 1) % self.pairs.shape[1]
+        gamma[:, 0, at] = torch.linalg.vecdot(place[:, :n], residual)
+        self.gamma = gamma
+        self.next = (at + 1) % self.pairs.shape[1]
 
     def forget(self, which: torch.Tensor) -> None:
         """Drop what the problems of ``which`` have learned."""
         self.pairs.masked_fill_(which.reshape(-1, 1, 1), 0.0)
+        self.gamma.masked_fill_(which.reshape(-1, 1, 1), 0.0)

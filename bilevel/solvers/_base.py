@@ -66,9 +66,9 @@ class Goal:
         return linearization
 
     def _measure(self, linearization: Linearization) -> torch.Tensor:
-        first = linearization.residual.detach().norm(dim=-1)
+        first = _length(linearization.residual.detach())
         if not bool((self.init == 0).all()):
-            first = torch.maximum(first, linearization.operator.matvec(self.init).norm(dim=-1))
+            first = torch.maximum(first, _length(linearization.operator.matvec(self.init)))
         return torch.nan_to_num(first)
 
 
@@ -274,12 +274,23 @@ def solve_inner(solver: InnerSolver, problem: Problem, init: torch.Tensor, targe
         return InnerOutcome(init, codes, codes, zeros, zeros, zeros, _basis(target))
     solution = solver.solve(problem, init, goal)
     residual = problem.residual(solution.x) if solution.residual is None else solution.residual
-    norm = residual.norm(dim=-1)
+    norm = _length(residual)
     threshold = goal.threshold
     status = _judge(solver, problem, solution, target, norm, threshold)
     mu = target.strong_convexity
     bound = torch.full_like(norm, float("nan")) if mu is None else norm / mu
     return InnerOutcome(solution.x, status, solution.iterations, norm, threshold, bound, _basis(target))
+
+
+def _length(v: torch.Tensor) -> torch.Tensor:
+    """Return ‖v‖ (batch,) of v (batch, n), also where the squares of its entries would vanish."""
+    plain = v.norm(dim=-1)
+    if not v.shape[-1]:
+        return plain
+    largest = v.abs().amax(dim=-1, keepdim=True)
+    scaled = largest.squeeze(-1) * (v / largest).norm(dim=-1)
+    vanishing = (largest.squeeze(-1) > 0) & (plain < 1e3 * torch.finfo(v.dtype).tiny ** 0.5)
+    return torch.where(vanishing, scaled, plain)
 
 
 def _basis(target: Target) -> Basis:

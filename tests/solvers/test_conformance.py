@@ -139,6 +139,19 @@ def test_scale_of_the_objective_changes_nothing(solver, factor):
 
 
 @pytest.mark.parametrize("solver", [*SMOOTH.values(), DESCENTS["descent"]], ids=repr)
+def test_squares_that_vanish_are_no_success(solver):
+    batch = BATCHES["logistic"]
+
+    def scaled(w, X, y, strength):
+        return 1e-20 * batch.function(w, X, y, strength)
+
+    args = [a.float() for a in batch.args]
+    outcome = support.minimize(solver, scaled, batch.init.float(), *args, batched=True)
+    wrong = (outcome.x - batch.solution).norm(dim=-1) > 1e-2 * batch.solution.norm(dim=-1)
+    assert not bool((wrong & (outcome.status == Status.CONVERGED)).any())
+
+
+@pytest.mark.parametrize("solver", [*SMOOTH.values(), DESCENTS["descent"]], ids=repr)
 def test_one_failure_in_a_batch_is_reported_alone(solver):
     def objective(x, a):
         return ((x - a) ** 2).sum() + (0 * a.log() * x).sum()

@@ -26,6 +26,10 @@ nitpick_ignore_regex = [
     (r"py:.*", r"(InnerSolverLike|LinearSolverLike|OnFailure|bilevel\..*\._.*|bilevel\._.*|bilevel\.tolerance\.Auto)"),
     (r"py:class", r".*[ \[\]|(,].*"),
     (r"py:obj", r".*"),
+    # Type variables and a private type of ours in signatures; "Bool, per problem: ..." read by napoleon as a type.
+    (r"py:class", r"bilevel\.layers\.T|bilevel\.tolerance\.Target|Bool"),
+    # Fields named from their own class's docstring, which its parameters document.
+    (r"py:attr", r"value|report|error_bound|distinct|bilevel\.reports\.Basis\..*"),
 ]
 
 autodoc_member_order = "bysource"
@@ -36,3 +40,5 @@ napoleon_google_docstring = False
 napoleon_use_rtype = False
 
 doctest_global_setup = "import torch, bilevel"
+# The pages' own examples are in directives. Those of docstrings run where their names are, by `make doctest`.
+doctest_test_doctest_blocks = ""

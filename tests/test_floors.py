@@ -47,14 +47,23 @@ def floor_of(module: str) -> int:
 
 
 def imports_of(path: Path) -> set[str]:
+    """Return the modules of ours that a file imports, with ``from bilevel import _x`` seen as the module it may be."""
     found: set[str] = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names if alias.name.split(".")[0] == "bilevel"}
-        elif isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "bilevel":
-            assert node.level == 0, f"{path}: relative import"
-            found.add(str(node.module))
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: write `{ast.unparse(node)}` as an absolute import"
+            if node.module is None or node.module.split(".")[0] != "bilevel":
+                continue
+            found |= {module_named(node.module, alias.name) for alias in node.names}
     return found
+
+
+def module_named(package: str, name: str) -> str:
+    """Return ``package.name`` if that is a module, else ``package``: the module that ``from package import name`` reaches."""
+    place = PACKAGE.parent.joinpath(*package.split("."), name)
+    return f"{package}.{name}" if place.is_dir() or place.with_suffix(".py").is_file() else package
 
 
 @pytest.mark.parametrize("path", MODULES, ids=name_of)
@@ -66,6 +75,10 @@ def test_imports_go_down_only(path: Path) -> None:
             assert floor == 5, f"{module} imports the package itself, which only applications may"
             continue
         assert floor_of(imported) <= floor, f"{module} (floor {floor}) imports {imported} (floor {floor_of(imported)})"
+        if module == "bilevel._implicit":
+            assert not imported.startswith(("bilevel.solvers", "bilevel.linear")), (
+                f"{module} imports {imported}: the rule knows no solver"
+            )
         if module.startswith("bilevel.linear"):
             assert not imported.startswith("bilevel.solvers"), f"{module}: a linear solver knows no inner solver"
         if module.startswith("bilevel.solvers") and imported.startswith("bilevel.linear"):
@@ -77,10 +90,16 @@ def test_applications_use_the_public_api_alone(path: Path) -> None:
     own = ("bilevel.hyperopt", "bilevel.meta", "bilevel.cli")
     for imported in imports_of(path):
         assert imported == "bilevel" or imported.startswith(own), f"{name_of(path)} reaches into {imported}"
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Attribute) and ast.unparse(node.value) == "bilevel":
+            private = node.attr.startswith("_") and not node.attr.startswith("__")
+            assert not private, f"{name_of(path)} reaches into bilevel.{node.attr}"
 
 
 def test_the_package_is_a_list_of_names_and_nothing_else() -> None:
-    body = ast.parse((PACKAGE / "__init__.py").read_text()).body
+    tree = ast.parse((PACKAGE / "__init__.py").read_text())
+    assert ast.get_docstring(tree), "bilevel/__init__.py has lost its docstring"
+    body = tree.body
     for node in body[1:]:
         assert isinstance(node, (ast.ImportFrom, ast.Assign)), ast.unparse(node)
         if isinstance(node, ast.Assign):

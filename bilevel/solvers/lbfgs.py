@@ -15,7 +15,7 @@ from bilevel.solvers._line_search import line_search
 
 __all__ = ["LBFGS"]
 
-_MAX_STEPS = 500
+_MAX_STEPS = 2000
 # Hager & Zhang's decay of the average of |G|, which the rounding of its differences is measured by.
 _DECAY = 0.7
 
@@ -38,7 +38,7 @@ class LBFGS(InnerSolver):
     Parameters
     ----------
     max_steps
-        The most steps; None for 500, spending which is a failure, where spending a given budget with no
+        The most steps; None for 2,000, spending which is a failure, where spending a given budget with no
         tolerance asked is none.
     history
         How many pairs are remembered.

@@ -1,4 +1,7 @@
-"""128 ridge problems of dimension 20, solved and differentiated as one batch."""
+"""128 ridge problems of dimension 20, solved and differentiated as one batch.
+
+Differentiated with respect to the strengths, shared by all, and to each problem's design matrix and targets.
+"""
 
 from __future__ import annotations
 
@@ -17,12 +20,18 @@ y = torch.randn(BATCH, ROWS, dtype=F64)
 theta = torch.zeros(N, dtype=F64)
 
 
+def leaves() -> list[torch.Tensor]:
+    return [t.detach().requires_grad_(True) for t in (theta, X, y)]
+
+
+def together(gradients: tuple[torch.Tensor, ...]) -> torch.Tensor:
+    return torch.cat([gradient.reshape(-1) for gradient in gradients])
+
+
 def plain() -> torch.Tensor:
-    t = theta.detach().requires_grad_(True)
-    A = X.mT @ X + torch.diag(t.exp())
-    w = torch.linalg.solve(A, (X.mT @ y.unsqueeze(-1)))
-    (w**2).sum().backward()
-    return t.grad
+    t, A, b = inputs = leaves()
+    w = torch.linalg.solve(A.mT @ A + torch.diag(t.exp()), A.mT @ b.unsqueeze(-1))
+    return together(torch.autograd.grad((w**2).sum(), inputs))
 
 
 def ridge(w, theta, X, y):
@@ -34,10 +43,9 @@ start = torch.zeros(N, dtype=F64)
 
 
 def batched() -> torch.Tensor:
-    t = theta.detach().requires_grad_(True)
-    w = vmap(layer, in_dims=(None, None, 0, 0))(start, t, X, y)
-    (w**2).sum().backward()
-    return t.grad
+    inputs = leaves()
+    w = vmap(layer, in_dims=(None, None, 0, 0))(start, *inputs)
+    return together(torch.autograd.grad((w**2).sum(), inputs))
 
 
 print("Agreement")

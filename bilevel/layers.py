@@ -29,7 +29,7 @@ from bilevel.errors import (
 )
 from bilevel.linear._base import LinearOutcome, LinearSolver, LinearSolverLike, as_linear_solver, solve_linear
 from bilevel.linear.cg import CG
-from bilevel.linear.exact import Exact
+from bilevel.linear.exact import Exact, lend
 from bilevel.linear.gmres import GMRES
 from bilevel.operators import LinearOperator
 from bilevel.reports import (
@@ -54,6 +54,8 @@ T = TypeVar("T")
 # Up to this order, and this much memory for a batch, a factorisation beats products; found by timing.
 _DENSE_ORDER = 512
 _DENSE_NUMBERS = 2**25
+# LU has no forward factorisation to begin with, and Krylov methods are quick on the Jacobians of contractions.
+_DENSE_JACOBIAN_NUMBERS = 2**20
 
 
 def _dense_fits(batch: int, size: int) -> bool:
@@ -75,9 +77,11 @@ def default_solver(problem: Problem) -> InnerSolver:
 
 def default_linear_solver(operator: LinearOperator) -> LinearSolver:
     """Return the linear solver used where none is given: a factorisation if small, else CG, or GMRES if not symmetric."""
-    if _dense_fits(operator.distinct.batch, operator.size):
-        return Exact()
-    return CG() if operator.symmetric else GMRES()
+    distinct = operator.distinct
+    if operator.symmetric:
+        return Exact() if _dense_fits(distinct.batch, distinct.size) else CG()
+    small = _dense_fits(distinct.batch, distinct.size) and distinct.batch * distinct.size**2 <= _DENSE_JACOBIAN_NUMBERS
+    return Exact() if small else GMRES()
 
 
 @dataclass(frozen=True, eq=False)
@@ -264,6 +268,7 @@ class _Run:
         self.recordings = active_recordings()
         self.report: SolveReport | None = None
         self.spoiled = False
+        self.factor: torch.Tensor | None = None
 
     def solve(self, problem: Problem, init: torch.Tensor) -> torch.Tensor:
         layer = self.layer
@@ -278,6 +283,7 @@ class _Run:
         target = layer.tolerance.inner(init.dtype)
         outcome = solve_inner(solver, problem, init, target)
         axes = problem.system.batch_shape
+        self.factor = outcome.factor
         self.report = _report(Pass.FORWARD, layer.where, solver.name, outcome, axes)
         x = outcome.x.reshape(*axes, problem.size)
         return enforce(self.report, x, layer.on_failure, self.recordings, silent_budget=target.silent)
@@ -287,6 +293,8 @@ class _Run:
     ) -> torch.Tensor:
         layer = self.layer
         solver = layer.linear_solver or default_linear_solver(operator)
+        if self.factor is not None:
+            lend(operator, self.factor)
         target = layer.tolerance.linear(rhs.dtype)
         kept = layer.adjoint if primary else None
         outcome = solve_linear(solver, operator, rhs, target, None if kept is None else kept.start(rhs))

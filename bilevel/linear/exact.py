@@ -11,14 +11,16 @@ from bilevel.linear._base import LinearSolution, LinearSolver
 from bilevel.operators import LinearOperator
 from bilevel.reports import Status
 
-__all__ = ["Exact"]
+__all__ = ["Exact", "lend"]
 
 
 @dataclass(frozen=True)
 class Exact(LinearSolver):
     """Materialise the matrix and factorise it: Cholesky, or LU where it is not positive definite.
 
-    The factorisation is kept with the operator and serves every further right-hand side. A symmetric matrix that
+    The factorisation is kept with the operator and serves every further right-hand side; each solution is refined once where
+    its residual is above what was asked. Where Newton's method has just factorised a matrix nearby, that one is used, with
+    as many refinements as bring the residual down to rounding, and if they do not, the matrix itself. A symmetric matrix that
     is not positive definite is diagnosed by its eigenvalues, any other by its singular values: a reciprocal
     condition number below n·eps is reported as singular.
 
@@ -60,19 +62,73 @@ class Exact(LinearSolver):
                 f"which take {wanted / 2**30:.3g} GiB; pass linear_solver=CG() (or GMRES() where not symmetric), or "
                 "raise max_bytes"
             )
+        lent = base.memo.get(_LENT)
+        if lent is not None and Exact not in base.memo:
+            x, residual, good = _refine(lent, operator, rhs, threshold, _LENT_STEPS)
+            if good:
+                done = torch.zeros(operator.batch, dtype=torch.int64, device=rhs.device)
+                return LinearSolution(x, torch.full_like(done, n), done, residual)
         factor = base.memo.get(Exact)
         if factor is None:
             factor = _factorize(base.dense(), base.symmetric)
             base.memo[Exact] = factor
-        # Right-hand sides that share a matrix are columns of one solve.
-        columns = rhs.reshape(operator.repeats, base.batch, n).permute(1, 2, 0)  # (batch, n, repeats)
-        x = factor.solve(columns)
+        x, residual, _ = _refine(factor, operator, rhs, threshold, 1)
         status = factor.status
         if self.indefinite or not base.expect_definite:
             status = torch.where(status == Status.INDEFINITE, torch.full_like(status, Status.CONVERGED), status)
         status = status.repeat(operator.repeats)
-        flat = x.permute(2, 0, 1).reshape(rhs.shape)
-        return LinearSolution(flat, torch.full_like(status, n), status)
+        return LinearSolution(x, torch.full_like(status, n), status, residual)
+
+
+_LENT = "factor of a matrix nearby"
+_LENT_STEPS = 6
+
+
+def lend(operator: LinearOperator, factor: torch.Tensor) -> None:
+    """Offer Cholesky factors (batch, n, n) of matrices near the symmetric ``operator``'s, such as Newton's last.
+
+    :class:`Exact` then solves by iterative refinement with them, if that converges to rounding, and needs neither
+    matrices nor a factorisation of its own. An operator of other sizes takes no loan.
+    """
+    base = operator.distinct
+    if base.symmetric and factor.shape == base.shape:
+        pivots = factor.diagonal(dim1=-2, dim2=-1)
+        # A matrix that is all but singular is looked at itself, so that what it is gets said.
+        if base.size and bool((pivots.amin(-1) > 1e-4 * pivots.amax(-1)).all()):
+            status = torch.zeros(base.batch, dtype=torch.int64, device=factor.device)
+            base.memo.setdefault(_LENT, _Factor(status, cholesky=factor))
+
+
+def _refine(
+    factor: _Factor, operator: LinearOperator, rhs: torch.Tensor, threshold: torch.Tensor, most: int
+) -> tuple[torch.Tensor, torch.Tensor, bool]:
+    """Return x, its residual, and whether that is down to rounding, by at most ``most`` refinements."""
+    # Right-hand sides that share a matrix are columns of one solve.
+    batch, n = operator.distinct.batch, operator.size
+
+    def solve(b: torch.Tensor) -> torch.Tensor:
+        columns = b.reshape(operator.repeats, batch, n).permute(1, 2, 0)  # (batch, n, repeats)
+        return factor.solve(columns).permute(2, 0, 1).reshape(b.shape)
+
+    eps = torch.finfo(rhs.dtype).eps
+    floor = 16 * eps * rhs.norm(dim=-1)
+    x = solve(rhs)
+    residual = rhs - operator.matvec(x)
+    norm = residual.norm(dim=-1)
+    for _ in range(most):
+        if bool(((norm <= floor) | ((norm <= threshold) & (most == 1))).all()):
+            break
+        moved = x + solve(residual)
+        after = rhs - operator.matvec(moved)
+        fresh = after.norm(dim=-1)
+        better = (fresh < norm).unsqueeze(-1)
+        gained = bool((fresh < norm / 16).any())
+        x, residual = torch.where(better, moved, x), torch.where(better, after, residual)
+        norm = torch.minimum(norm, fresh)
+        if not gained:
+            break
+    sound = (norm <= threshold) | ((threshold == 0) & (norm <= eps**0.75 * rhs.norm(dim=-1)))
+    return x, residual, bool(sound.all())
 
 
 @dataclass(frozen=True, eq=False)

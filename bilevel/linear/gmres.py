@@ -17,13 +17,16 @@ __all__ = ["GMRES"]
 
 _BASIS_BYTES = 2**29
 _RESTART = 100
+_FIRST_ROOM = 24
+# Orthogonalise again where less than this part of a vector is left.
+_CANCELLED = 0.1
 
 
 @dataclass(frozen=True)
 class GMRES(LinearSolver):
     """Generalised minimal residuals: any regular A, one product for each step.
 
-    Each step lengthens an orthonormal basis of the Krylov space (orthogonalised twice), and the residual norm follows from
+    Each step lengthens an orthonormal basis of the Krylov space (orthogonalised again where digits were lost), and the residual norm follows from
     the left null vector of the Hessenberg matrix at one inner product a step; the least-squares problem is solved once
     a cycle. Cycles end in the true residual.
 
@@ -118,7 +121,7 @@ class GMRES(LinearSolver):
         batch, n = r.shape
         eps = torch.finfo(r.dtype).eps
         beta = r.norm(dim=-1)
-        V = r.new_zeros(batch, steps + 1, n)
+        V = r.new_zeros(batch, min(steps, _FIRST_ROOM) + 1, n)
         H = r.new_zeros(batch, steps + 1, steps)
         null = r.new_zeros(batch, steps + 1)
         null[:, 0] = 1.0
@@ -134,19 +137,24 @@ class GMRES(LinearSolver):
             basis = V[:, : j + 1]
             column = w.unsqueeze(-1)
             h = basis @ column
-            column = column - basis.mT @ h
-            again = basis @ column
-            column = column - basis.mT @ again
-            h = (h + again).squeeze(-1)
-            w = column.squeeze(-1)
-            after = w.norm(dim=-1)
+            column = torch.baddbmm(column, basis.mT, h, alpha=-1)
+            after = column.squeeze(-1).norm(dim=-1)
+            if bool((active & ~(after > _CANCELLED * size)).any()):
+                # What is left is small beside what was taken away, and so are its right digits: once more.
+                again = basis @ column
+                column = torch.baddbmm(column, basis.mT, again, alpha=-1)
+                h = h + again
+                after = column.squeeze(-1).norm(dim=-1)
+            h, w = h.squeeze(-1), column.squeeze(-1)
             spent = active & (after <= 4 * eps * size)
             after = torch.where(spent, torch.zeros_like(after), after)
             # A problem that is done gets the column of an unknown that is zero.
             H[:, : j + 1, j] = torch.where(active.unsqueeze(-1), h, 0.0)
             H[:, j + 1, j] = torch.where(active, after, 1.0)
             inverse = torch.where(active & ~spent, 1 / after, torch.zeros_like(after))
-            V[:, j + 1] = w * inverse.unsqueeze(-1)
+            if j + 1 >= V.shape[1]:
+                V = torch.cat([V, V.new_zeros(batch, min(V.shape[1], steps + 1 - V.shape[1]), n)], dim=1)
+            torch.mul(w, inverse.unsqueeze(-1), out=V[:, j + 1])
             entry = -(null[:, : j + 1] * h).sum(dim=-1) * inverse
             null[:, j + 1] = entry
             weight = weight + torch.where(active, entry**2, 0.0)

@@ -86,12 +86,15 @@ class InnerSolution:
         int64 (batch,): what the solver noticed; ``Status.NOT_CONVERGED`` if it cannot tell.
     residual
         R(x) (batch, n), if the solver has it at just this ``x``.
+    factor
+        Cholesky factors (batch, n, n) of Hessians near ``x``, if the solver has them: a linear solve may begin with them.
     """
 
     x: torch.Tensor
     iterations: torch.Tensor
     status: torch.Tensor
     residual: torch.Tensor | None = None
+    factor: torch.Tensor | None = None
 
 
 class InnerSolver(ABC):
@@ -247,7 +250,7 @@ def _merge(moved: torch.Tensor, new: S, old: S) -> S:
     changes = {}
     for item in fields(new):  # type: ignore[arg-type]  # a Protocol cannot say "dataclass"
         fresh, before = getattr(new, item.name), getattr(old, item.name)
-        if isinstance(fresh, torch.Tensor):
+        if isinstance(fresh, torch.Tensor) and before is not None:
             changes[item.name] = torch.where(moved.reshape(-1, *[1] * (fresh.ndim - 1)), fresh, before)
     return replace(new, **changes)  # type: ignore[type-var]
 
@@ -263,6 +266,7 @@ class InnerOutcome:
     threshold: torch.Tensor
     error_bound: torch.Tensor
     basis: Basis
+    factor: torch.Tensor | None = None
 
 
 def solve_inner(solver: InnerSolver, problem: Problem, init: torch.Tensor, target: Target) -> InnerOutcome:
@@ -279,7 +283,9 @@ def solve_inner(solver: InnerSolver, problem: Problem, init: torch.Tensor, targe
     status = _judge(solver, problem, solution, target, norm, threshold)
     mu = target.strong_convexity
     bound = torch.full_like(norm, float("nan")) if mu is None else norm / mu
-    return InnerOutcome(solution.x, status, solution.iterations, norm, threshold, bound, _basis(target))
+    return InnerOutcome(
+        solution.x, status, solution.iterations, norm, threshold, bound, _basis(target), solution.factor
+    )  # fmt: skip
 
 
 def _length(v: torch.Tensor) -> torch.Tensor:

@@ -122,6 +122,8 @@ class Newton(InnerSolver):
         solution, state = iterate(start, step, goal, self.max_steps or _MAX_STEPS)
         if not problem.minimizes:
             return solution
+        if dense and state.factor is not None and bool(state.definite.all()):
+            solution = replace(solution, factor=state.factor)
         # Where the last step was made with a positive definite Hessian, that is evidence enough for a
         # minimum.
         doubtful = solution.status == Status.CONVERGED
@@ -176,6 +178,8 @@ class _State:
         ‖R‖ before the last step.
     definite
         Whether the Hessian of the last step was positive definite.
+    factor
+        Its Cholesky factor (batch, n, n), of a small argmin.
     """
 
     x: torch.Tensor
@@ -184,24 +188,28 @@ class _State:
     magnitude: torch.Tensor
     last_norm: torch.Tensor
     definite: torch.Tensor
+    factor: torch.Tensor | None = None
 
 
 @dataclass(frozen=True, eq=False)
 class _Direction:
-    """d (batch, n), the slope (batch,) of the merit along it, and whether ∂R was definite, or regular."""
+    """d (batch, n), the slope (batch,) of the merit along it, whether ∂R was definite, or regular, and its factor."""
 
     d: torch.Tensor
     slope: torch.Tensor
     definite: torch.Tensor
+    factor: torch.Tensor | None = None
 
 
-def _descending(d: torch.Tensor, gradient: torch.Tensor, definite: torch.Tensor) -> _Direction:
+def _descending(
+    d: torch.Tensor, gradient: torch.Tensor, definite: torch.Tensor, factor: torch.Tensor | None = None
+) -> _Direction:
     slope = (gradient * d).sum(dim=-1)
     bad = ~(slope < 0)  # NaN included
     if bool(bad.any()):
         d = torch.where(bad.unsqueeze(-1), -gradient, d)
         slope = torch.where(bad, -(gradient * gradient).sum(dim=-1), slope)
-    return _Direction(d, slope, definite & ~bad)
+    return _Direction(d, slope, definite & ~bad, factor)
 
 
 def _dense_descent(operator: LinearOperator, state: _State, active: torch.Tensor) -> _Direction:
@@ -213,7 +221,7 @@ def _dense_descent(operator: LinearOperator, state: _State, active: torch.Tensor
     if bool(bad.any()):
         size = torch.clamp(state.x[bad].norm(dim=-1), min=1.0)
         d = d.index_put((bad,), _absolute_newton(hessian[bad], gradient[bad], size))
-    return _descending(d, gradient, definite)
+    return _descending(d, gradient, definite, factor)
 
 
 def _absolute_newton(hessian: torch.Tensor, gradient: torch.Tensor, size: torch.Tensor) -> torch.Tensor:
@@ -303,7 +311,7 @@ def _search(
         verdict = _verdict(operator, pending, tiny)
     if not problem.minimizes:
         found = merit
-    return _State(x, residual, found, magnitude, norm, direction.definite), verdict
+    return _State(x, residual, found, magnitude, norm, direction.definite, direction.factor), verdict
 
 
 def _shorter(t: torch.Tensor, merit: torch.Tensor, found: torch.Tensor, slope: torch.Tensor) -> torch.Tensor:

@@ -93,7 +93,8 @@ def eager(function: Callable[P, T]) -> Callable[P, T]:
     boundary._torchdynamo_disable = True  # type: ignore[attr-defined]
     if hasattr(eval_frame, "set_code_exec_strategy"):
         skip = eval_frame._FrameAction.SKIP
-        eval_frame.set_code_exec_strategy(boundary.__code__, eval_frame._FrameExecStrategy(skip, skip))
+        code = boundary.__code__  # type: ignore[attr-defined]
+        eval_frame.set_code_exec_strategy(code, eval_frame._FrameExecStrategy(skip, skip))
     return boundary
 
 

@@ -112,7 +112,7 @@ pytree.register_pytree_node(
 
 
 class Layer:
-    """A differentiable solve: a function of (init, *args, **kwargs). Made by :func:`argmin`, :func:`root`, :func:`fixed_point`."""
+    """A differentiable solve: a function of ``(init, *args, **kwargs)``. Made by :func:`argmin`, :func:`root`, :func:`fixed_point`."""
 
     def __init__(
         self,
@@ -147,13 +147,13 @@ class Layer:
 
     @eager
     def __call__(self, init: T, *args: Any, **kwargs: Any) -> T:
-        """Return x, the same pytree as ``init``, differentiable with respect to every tensor in args and kwargs.
+        r"""Return x, the same pytree as ``init``, differentiable with respect to every tensor in args and kwargs.
 
         Parameters
         ----------
         init
             Where the search begins: a tensor, or a pytree of tensors, of floating-point dtype. No gradient flows to it.
-        *args, **kwargs
+        args, kwargs
             Passed on to the function, as pytrees. Every floating-point tensor in them can be differentiated.
 
         Raises
@@ -244,12 +244,15 @@ class Adjoint:
         q (batch, n), or None.
     report
         What the linear solve reported.
+    residual
+        ∇_x G (batch, n) at the solution that the adjoint belongs to.
     """
 
     def __init__(self) -> None:
         self.warm = False
         self.value: torch.Tensor | None = None
         self.report: SolveReport | None = None
+        self.residual: torch.Tensor | None = None
 
     def start(self, like: torch.Tensor) -> torch.Tensor | None:
         """Return where to begin a solve for the right-hand side ``like``, or None."""
@@ -283,7 +286,7 @@ class _Run:
         target = layer.tolerance.inner(init.dtype)
         outcome = solve_inner(solver, problem, init, target)
         axes = problem.system.batch_shape
-        self.factor = outcome.factor
+        self.factor, layer.adjoint.residual = outcome.factor, outcome.residual if layer.adjoint.warm else None
         self.report = _report(Pass.FORWARD, layer.where, solver.name, outcome, axes)
         x = outcome.x.reshape(*axes, problem.size)
         return enforce(self.report, x, layer.on_failure, self.recordings, silent_budget=target.silent)
@@ -355,10 +358,10 @@ def argmin(
     Parameters
     ----------
     objective
-        G: a function of (x, *args, **kwargs) that returns a scalar tensor, twice differentiable. Left out, a decorator is
+        G: a function of ``(x, *args, **kwargs)`` that returns a scalar tensor, twice differentiable. Left out, a decorator is
         returned.
     solver
-        An inner solver, or a function (objective, init, *args, **kwargs) -> x. By default chosen from the size.
+        An inner solver, or a function ``(objective, init, *args, **kwargs)`` -> x. By default chosen from the size.
     linear_solver
         A linear solver for H q = v, or a function (operator, rhs) -> x on tensors (batch, n). By default chosen from
         the size.
@@ -371,7 +374,7 @@ def argmin(
     Returns
     -------
     Layer
-        A function of (init, *args, **kwargs), with ``.solve`` that also returns a report. ``torch.func.vmap`` of it
+        A function of ``(init, *args, **kwargs)``, with ``.solve`` that also returns a report. ``torch.func.vmap`` of it
         solves a batch at once.
 
     Raises
@@ -434,14 +437,14 @@ def root(
     Parameters
     ----------
     residual
-        R: a function of (x, *args, **kwargs) that returns the pytree of x, shape for shape.
+        R: a function of ``(x, *args, **kwargs)`` that returns the pytree of x, shape for shape.
     solver, linear_solver, tolerance, on_failure
         See :func:`argmin`. The Jacobian need not be symmetric: Exact, GMRES and BiCGStab fit, CG does not.
 
     Returns
     -------
     Layer
-        A function of (init, *args, **kwargs).
+        A function of ``(init, *args, **kwargs)``.
 
     Raises
     ------
@@ -492,7 +495,7 @@ def fixed_point(
     Parameters
     ----------
     mapping
-        T: a function of (x, *args, **kwargs) that returns the pytree of x, shape for shape.
+        T: a function of ``(x, *args, **kwargs)`` that returns the pytree of x, shape for shape.
     solver, linear_solver, tolerance, on_failure
         See :func:`argmin`; the residual is x − T(x). By default Anderson acceleration, which needs T to be a contraction
         near the solution; Newton does not.
@@ -500,7 +503,7 @@ def fixed_point(
     Returns
     -------
     Layer
-        A function of (init, *args, **kwargs).
+        A function of ``(init, *args, **kwargs)``.
 
     Raises
     ------

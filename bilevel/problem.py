@@ -301,7 +301,8 @@ class BilevelProblem(torch.nn.Module, ABC):
             q, backward = torch.zeros_like(x), solution.report
         else:
             q = adjoint.value * lower.batch  # the mean's cotangents are 1/K of each problem's own
-        corrected = value.detach() - (q * lower.residual(x)).sum(dim=-1).mean()
+        assert adjoint.residual is not None
+        corrected = value.detach() - (q * adjoint.residual).sum(dim=-1).mean()
 
         def bound() -> Bound:
             upper, _ = self._flat_problem(self.outer_objective, inner, plain, data)

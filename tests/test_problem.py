@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from hypothesis import given
@@ -10,7 +12,6 @@ from hypothesis import strategies as st
 import bilevel
 
 from . import oracles
-import itertools
 
 F64 = torch.float64
 MATCHED = bilevel.Tolerance(delta=1e-12, delta_prime=1e-12)

@@ -26,8 +26,8 @@ _CANCELLED = 0.1
 class GMRES(LinearSolver):
     """Generalised minimal residuals: any regular A, one product for each step.
 
-    Each step lengthens an orthonormal basis of the Krylov space (orthogonalised again where digits were lost), and the residual norm follows from
-    the left null vector of the Hessenberg matrix at one inner product a step; the least-squares problem is solved once
+    Each step lengthens an orthonormal basis of the Krylov space (orthogonalised again where digits were lost), and the
+    residual norm follows from the left null vector of the Hessenberg matrix at one inner product a step; the least-squares problem is solved once
     a cycle. Cycles end in the true residual.
 
     Parameters

@@ -27,7 +27,7 @@ class ScipyLinear(LinearSolver):
     Parameters
     ----------
     function
-        Such as ``scipy.sparse.linalg.minres``: a function (A, b, x0=..., **options) that returns x first.
+        Such as ``scipy.sparse.linalg.minres``: a function ``(A, b, x0=..., **options)`` that returns x first.
     options
         Passed on. Where the function takes ``rtol`` and ``atol`` (or ``tol``) and they are not among the options, they are
         set from the tolerance.

@@ -266,6 +266,7 @@ class InnerOutcome:
     threshold: torch.Tensor
     error_bound: torch.Tensor
     basis: Basis
+    residual: torch.Tensor
     factor: torch.Tensor | None = None
 
 
@@ -275,7 +276,7 @@ def solve_inner(solver: InnerSolver, problem: Problem, init: torch.Tensor, targe
     if problem.size == 0 or problem.batch == 0:
         zeros = init.new_zeros(problem.batch)
         codes = torch.zeros(problem.batch, dtype=torch.int64, device=init.device)
-        return InnerOutcome(init, codes, codes, zeros, zeros, zeros, _basis(target))
+        return InnerOutcome(init, codes, codes, zeros, zeros, zeros, _basis(target), torch.zeros_like(init))
     solution = solver.solve(problem, init, goal)
     residual = problem.residual(solution.x) if solution.residual is None else solution.residual
     norm = _length(residual)
@@ -284,7 +285,7 @@ def solve_inner(solver: InnerSolver, problem: Problem, init: torch.Tensor, targe
     mu = target.strong_convexity
     bound = torch.full_like(norm, float("nan")) if mu is None else norm / mu
     return InnerOutcome(
-        solution.x, status, solution.iterations, norm, threshold, bound, _basis(target), solution.factor
+        solution.x, status, solution.iterations, norm, threshold, bound, _basis(target), residual, solution.factor
     )  # fmt: skip
 
 

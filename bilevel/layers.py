@@ -276,7 +276,9 @@ class _Run:
     def solve(self, problem: Problem, init: torch.Tensor) -> torch.Tensor:
         layer = self.layer
         try:
-            problem.inspect(init, captures=self.watched)
+            # What is looked for is a property of the function: one problem shows it as well as all of them.
+            if problem.batch:
+                problem.single(0).inspect(init[:1], captures=self.watched)
         except BilevelError as error:
             # Wrong shapes, and tensors of a vmap outside, cannot be gone on with.
             if isinstance(error, ValueError) or error.__cause__ is not None:

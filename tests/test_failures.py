@@ -120,10 +120,7 @@ def test_backward_failures(case: str, on_failure: str, mode: str) -> None:
     assert reports.backward[0].status is expected
 
 
-@policies
-def test_a_forward_failure_told_by_nan_stays_nan_in_backward(on_failure: str) -> None:
-    if on_failure != "nan":
-        pytest.skip("only this policy goes on with NaN")
+def test_a_forward_failure_told_by_nan_stays_nan_in_backward() -> None:
     a = torch.tensor([1.0, 2.0], dtype=F64, requires_grad=True)
     bilevel.argmin(bowl, on_failure="nan", **TOO_FEW)(ZERO, a).sum().backward()
     assert bool(torch.isnan(a.grad).all())
@@ -282,6 +279,15 @@ def test_dropout_in_the_objective(on_failure: str, start: float) -> None:
         assert bool(torch.isnan(layer(init, a)).all())
     else:
         assert bool(torch.isfinite(layer(init, a)).all())
+
+
+def test_rounding_that_varies_from_run_to_run_is_not_randomness() -> None:
+    # As sums over threads, or a GPU's atomics, round: at a solution the whole slope is rounding.
+    def jittery(x: torch.Tensor, a: torch.Tensor) -> torch.Tensor:
+        return ((x - a) ** 2).sum() + (1e-15 * torch.rand_like(x) * x).sum()
+
+    a = torch.ones(2, dtype=F64)
+    torch.testing.assert_close(bilevel.argmin(jittery)(a.clone(), a), a)
 
 
 @pytest.mark.parametrize("where", ["closure", "argument"])

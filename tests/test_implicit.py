@@ -189,6 +189,36 @@ def test_one_linearisation_serves_every_right_hand_side(monkeypatch: pytest.Monk
     assert len(formed) == 1
 
 
+def test_the_forward_factorisation_serves_the_adjoint(monkeypatch: pytest.MonkeyPatch) -> None:
+    from bilevel._system import Problem
+
+    formed = []
+    original = Problem._dense
+    monkeypatch.setattr(Problem, "_dense", lambda self, x: formed.append(x) or original(self, x))
+    X, y, s = arguments()
+    layer = bilevel.argmin(lambda w, X, y, s: ((X @ w - y) ** 2).sum() + s.exp() * (w**2).sum())
+    free = y.clone().requires_grad_(True)
+    w = vmap(layer, in_dims=(None, 0, None, None))(torch.zeros(3, dtype=X.dtype), torch.stack([X, 2 * X]), free, s)
+    w.sum().backward()
+    assert len(formed) == 1  # Newton's one step; the adjoint borrows its factor
+    expected = sum(torch.linalg.solve(Z.T @ Z + s.exp() * torch.eye(3, dtype=X.dtype), Z.T).sum(0) for Z in (X, 2 * X))
+    torch.testing.assert_close(free.grad, expected, atol=1e-13, rtol=1e-12)
+
+
+def test_a_borrowed_factorisation_that_does_not_fit_is_given_back() -> None:
+    from bilevel.linear.exact import Exact, lend
+    from bilevel.operators import DenseOperator
+
+    generator = torch.Generator().manual_seed(0)
+    A = torch.randn(2, 5, 5, generator=generator, dtype=torch.float64)
+    A = A @ A.mT + torch.eye(5, dtype=torch.float64)
+    b = torch.randn(2, 5, generator=generator, dtype=torch.float64)
+    for wrong in (A + 1e-6 * torch.eye(5), 3 * A, torch.eye(5, dtype=torch.float64).expand(2, 5, 5)):
+        operator = DenseOperator(A, symmetric=True)
+        lend(operator, torch.linalg.cholesky(wrong))
+        torch.testing.assert_close(Exact()(operator, b), torch.linalg.solve(A, b), atol=1e-12, rtol=1e-11)
+
+
 def test_batch_norm_in_the_objective_is_differentiated_rightly() -> None:
     # torch 2.13: a vjp or jvp of vmap(grad(f)) is silently 2 % wrong where f holds a BatchNorm2d.
     torch.manual_seed(0)

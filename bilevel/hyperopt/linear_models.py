@@ -6,7 +6,7 @@ All three minimise, over weights β and an intercept that is not penalised,
 
 where w are example weights and θ are *log-strengths*: one shared by all features (a scalar) or one per
 feature. K cross-validation folds are one batch of such problems that differ in their weights alone, so that
-they share the design matrix: :data:`FOLD_DIMS` says so.
+they share the design matrix: ``FOLD_DIMS`` says so.
 
 The mean over examples makes a strength mean the same for any number of rows n. In scikit-learn's terms, with
 n the rows of weight one,
@@ -177,7 +177,7 @@ class Ridge(LinearModel):
 
     @property
     def metric_scale(self) -> float:
-        """2: the metric is the whole squared residual."""
+        """Two, because the metric is the whole squared residual."""
         return 2.0
 
 
@@ -191,7 +191,7 @@ class Logistic(Ridge):
 
     @property
     def metric_scale(self) -> float:
-        """1: the metric is the training loss."""
+        """One, because the metric is the training loss."""
         return 1.0
 
 

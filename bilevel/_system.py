@@ -374,9 +374,10 @@ class Problem:
         return Problem(replace(self.system, levels=()), self._slices(number))
 
     def _slices(self, number: int) -> list[torch.Tensor]:
-        sizes = self.system.batch_shape
-        index = torch.unravel_index(torch.tensor(number), sizes) if sizes else ()
-        position = [int(i) for i in reversed(index)]  # innermost level first, as in system.levels
+        position = []  # innermost level first, as in system.levels
+        for level in self.system.levels:
+            number, at = divmod(number, level.size)
+            position.append(at)
         tensors = list(self.tensors)
         # Outermost axes come first in a tensor, so they are taken off first.
         for level, at in zip(reversed(self.system.levels), reversed(position), strict=True):

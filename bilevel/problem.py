@@ -13,11 +13,11 @@ from torch.func import vmap
 from torch.utils import _pytree as pytree
 
 from bilevel._certificate import Bound, Constants, bound_hypergradient
+from bilevel._layer import Layer, Solution
 from bilevel._system import ArgminSystem, Problem
 from bilevel._transforms import transforms_active
 from bilevel._tree import Raveler, flatten_arguments
 from bilevel.errors import ArgumentError, ShapeError
-from bilevel.layers import Layer, Solution
 from bilevel.linear._base import LinearSolverLike
 from bilevel.reports import OnFailure, SolveReport, Status
 from bilevel.solvers._base import InnerSolverLike

@@ -11,7 +11,7 @@ import torch
 from torch.func import functional_call, grad, jvp, vmap
 
 import bilevel
-from bilevel.layers import default_linear_solver, default_solver
+from bilevel._layer import default_linear_solver, default_solver
 
 F64 = torch.float64
 

@@ -25,7 +25,10 @@ __all__ = [
     "LinearSolution",
     "LinearSolver",
     "LinearSolverLike",
+    "Preconditioner",
     "as_linear_solver",
+    "begin",
+    "check_preconditioner",
     "rounding_floor",
     "solve_linear",
 ]
@@ -89,6 +92,27 @@ class LinearSolver(ABC):
         """Solve A x = b to ``tolerance`` and return x (batch, n), whatever became of it; see ``solve_linear``."""
         target = (tolerance or Tolerance()).linear(rhs.dtype)
         return solve_linear(self, operator, rhs, target).x
+
+
+Preconditioner: TypeAlias = Callable[[torch.Tensor], torch.Tensor]
+"""r ↦ M⁻¹r on tensors (batch, n)."""
+
+
+def check_preconditioner(where: str, preconditioner: Preconditioner | None) -> None:
+    """Raise :class:`ArgumentError` unless ``preconditioner`` is a function or None."""
+    if preconditioner is not None and not callable(preconditioner):
+        raise ArgumentError(
+            f"{where}: expected preconditioner to be a function of r (batch, n), got {preconditioner!r}; pass one"
+        )
+
+
+def begin(operator: LinearOperator, rhs: torch.Tensor, start: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return x and b − A x to begin with: ``start`` where it is better than zero, and no product where there is none."""
+    if start is None:
+        return torch.zeros_like(rhs), rhs
+    residual = rhs - operator.matvec(start)
+    better = (residual.norm(dim=-1) < rhs.norm(dim=-1)).unsqueeze(-1)
+    return torch.where(better, start, torch.zeros_like(start)), torch.where(better, residual, rhs)
 
 
 @dataclass(frozen=True)

@@ -7,9 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from bilevel._checks import check_steps
-from bilevel.errors import ArgumentError
-from bilevel.linear._base import LinearSolution, LinearSolver
-from bilevel.linear.cg import Preconditioner
+from bilevel.linear._base import LinearSolution, LinearSolver, Preconditioner, begin, check_preconditioner
 from bilevel.operators import LinearOperator
 from bilevel.reports import Status
 
@@ -55,11 +53,7 @@ class BiCGStab(LinearSolver):
 
     def __post_init__(self) -> None:
         check_steps("BiCGStab", "max_steps", self.max_steps, optional=True)
-        if self.preconditioner is not None and not callable(self.preconditioner):
-            raise ArgumentError(
-                f"BiCGStab: expected preconditioner to be a function of r (batch, n), got {self.preconditioner!r}; "
-                "pass one"
-            )
+        check_preconditioner("BiCGStab", self.preconditioner)
 
     def solve(
         self, operator: LinearOperator, rhs: torch.Tensor, threshold: torch.Tensor, start: torch.Tensor | None = None
@@ -67,11 +61,7 @@ class BiCGStab(LinearSolver):
         limit = self.max_steps if self.max_steps is not None else min(max(10 * operator.size, 100), 20_000)
         eps = torch.finfo(rhs.dtype).eps
         precondition = self.preconditioner if self.preconditioner is not None else _same
-        x, r = torch.zeros_like(rhs), rhs
-        if start is not None:
-            moved = rhs - operator.matvec(start)
-            better = (moved.norm(dim=-1) < rhs.norm(dim=-1)).unsqueeze(-1)
-            x, r = torch.where(better, start, x), torch.where(better, moved, rhs)
+        x, r = begin(operator, rhs, start)
         norm = r.norm(dim=-1)
         goal = torch.maximum(threshold, 0.1 * eps * rhs.norm(dim=-1))
         status = torch.full(norm.shape, int(Status.RUNNING), dtype=torch.int64, device=rhs.device)

@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 
 from bilevel._checks import check_steps
-from bilevel.errors import ArgumentError
-from bilevel.linear._base import LinearSolution, LinearSolver
+from bilevel.linear._base import LinearSolution, LinearSolver, Preconditioner, begin, check_preconditioner
 from bilevel.operators import LinearOperator
 from bilevel.reports import Status
 
 __all__ = ["CG"]
-
-Preconditioner = Callable[[torch.Tensor], torch.Tensor]
 
 _BASIS_BYTES = 2**28
 _MOST_REPLACEMENTS = 8
@@ -67,10 +63,7 @@ class CG(LinearSolver):
 
     def __post_init__(self) -> None:
         check_steps("CG", "max_steps", self.max_steps, optional=True)
-        if self.preconditioner is not None and not callable(self.preconditioner):
-            raise ArgumentError(
-                f"CG: expected preconditioner to be a function of r (batch, n), got {self.preconditioner!r}; pass one"
-            )
+        check_preconditioner("CG", self.preconditioner)
 
     def solve(
         self, operator: LinearOperator, rhs: torch.Tensor, threshold: torch.Tensor, start: torch.Tensor | None = None
@@ -81,11 +74,7 @@ class CG(LinearSolver):
         keep = self.reorthogonalize if self.reorthogonalize is not None else eps > 1e-12
         basis = _Basis(rhs, limit) if keep else None
 
-        x, r = torch.zeros_like(rhs), rhs
-        if start is not None:
-            moved = rhs - operator.matvec(start)
-            better = (moved.norm(dim=-1) < rhs.norm(dim=-1)).unsqueeze(-1)
-            x, r = torch.where(better, start, x), torch.where(better, moved, rhs)
+        x, r = begin(operator, rhs, start)
         norm = r.norm(dim=-1)
         # Below this the recursive residual says nothing any more, whatever was asked.
         goal = torch.maximum(threshold, 0.1 * eps * rhs.norm(dim=-1)) ** 2

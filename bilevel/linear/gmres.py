@@ -7,9 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from bilevel._checks import check_steps
-from bilevel.errors import ArgumentError
-from bilevel.linear._base import LinearSolution, LinearSolver
-from bilevel.linear.cg import Preconditioner
+from bilevel.linear._base import LinearSolution, LinearSolver, Preconditioner, begin, check_preconditioner
 from bilevel.operators import LinearOperator
 from bilevel.reports import Status
 
@@ -64,10 +62,7 @@ class GMRES(LinearSolver):
     def __post_init__(self) -> None:
         check_steps("GMRES", "max_steps", self.max_steps, optional=True)
         check_steps("GMRES", "restart", self.restart, optional=True)
-        if self.preconditioner is not None and not callable(self.preconditioner):
-            raise ArgumentError(
-                f"GMRES: expected preconditioner to be a function of r (batch, n), got {self.preconditioner!r}; pass one"
-            )
+        check_preconditioner("GMRES", self.preconditioner)
 
     def solve(
         self, operator: LinearOperator, rhs: torch.Tensor, threshold: torch.Tensor, start: torch.Tensor | None = None
@@ -78,11 +73,7 @@ class GMRES(LinearSolver):
         cycle = min(self.restart or _RESTART, n, room)
         floor = 0.1 * torch.finfo(rhs.dtype).eps * rhs.norm(dim=-1)
 
-        x, r = torch.zeros_like(rhs), rhs
-        if start is not None:
-            moved = rhs - operator.matvec(start)
-            better = (moved.norm(dim=-1) < rhs.norm(dim=-1)).unsqueeze(-1)
-            x, r = torch.where(better, start, x), torch.where(better, moved, rhs)
+        x, r = begin(operator, rhs, start)
         norm = r.norm(dim=-1)
         running = torch.full(norm.shape, int(Status.RUNNING), dtype=torch.int64, device=rhs.device)
         status = torch.where(norm <= threshold, torch.zeros_like(running), running)

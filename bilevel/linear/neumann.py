@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from bilevel._checks import check_number, check_steps
-from bilevel.linear._base import LinearSolution, LinearSolver
+from bilevel.linear._base import LinearSolution, LinearSolver, begin
 from bilevel.operators import LinearOperator
 from bilevel.reports import Status
 
@@ -67,11 +67,7 @@ class Neumann(LinearSolver):
     def solve(
         self, operator: LinearOperator, rhs: torch.Tensor, threshold: torch.Tensor, start: torch.Tensor | None = None
     ) -> LinearSolution:
-        x, r = torch.zeros_like(rhs), rhs
-        if start is not None:
-            moved = rhs - operator.matvec(start)
-            better = (moved.norm(dim=-1) < rhs.norm(dim=-1)).unsqueeze(-1)
-            x, r = torch.where(better, start, x), torch.where(better, moved, rhs)
+        x, r = begin(operator, rhs, start)
         alpha = self._step(operator, rhs).unsqueeze(-1)
         norm = r.norm(dim=-1)
         least, best = norm, x

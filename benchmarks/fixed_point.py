@@ -63,7 +63,7 @@ def contestants(W, U, b, x, z, accuracy):
 
     found = {
         "bilevel, default": ours(),
-        "bilevel, Anderson and GMRES": ours(solver=bilevel.Anderson(), linear_solver=bilevel.GMRES()),
+        "bilevel, Anderson and BiCGStab": ours(solver=bilevel.Anderson(), linear_solver=bilevel.BiCGStab()),
     }
     try:
         from torchdeq import get_deq

@@ -112,8 +112,9 @@ class GMRES(LinearSolver):
         batch, n = r.shape
         eps = torch.finfo(r.dtype).eps
         beta = r.norm(dim=-1)
-        V = r.new_zeros(batch, min(steps, _FIRST_ROOM) + 1, n)
-        H = r.new_zeros(batch, steps + 1, steps)
+        # Room is made as it is needed: filling what a quick solve never touches would cost more than the solve.
+        room = min(steps, _FIRST_ROOM)
+        V, H = r.new_empty(batch, room + 1, n), r.new_zeros(batch, room + 1, room)
         null = r.new_zeros(batch, steps + 1)
         null[:, 0] = 1.0
         V[:, 0] = torch.where(active.unsqueeze(-1), r / beta.clamp_min(torch.finfo(r.dtype).tiny).unsqueeze(-1), 0.0)
@@ -122,6 +123,11 @@ class GMRES(LinearSolver):
         happy = torch.zeros_like(active)
         width = 0
         for j in range(steps):
+            if j == room:
+                more = min(room, steps - room)
+                V = torch.cat([V, V.new_empty(batch, more, n)], dim=1)
+                H = torch.nn.functional.pad(H, (0, more, 0, more))
+                room += more
             v = V[:, j]
             w = operator.matvec(v if self.preconditioner is None else self.preconditioner(v))
             size = w.norm(dim=-1)
@@ -143,8 +149,6 @@ class GMRES(LinearSolver):
             H[:, : j + 1, j] = torch.where(active.unsqueeze(-1), h, 0.0)
             H[:, j + 1, j] = torch.where(active, after, 1.0)
             inverse = torch.where(active & ~spent, 1 / after, torch.zeros_like(after))
-            if j + 1 >= V.shape[1]:
-                V = torch.cat([V, V.new_zeros(batch, min(V.shape[1], steps + 1 - V.shape[1]), n)], dim=1)
             torch.mul(w, inverse.unsqueeze(-1), out=V[:, j + 1])
             entry = -(null[:, : j + 1] * h).sum(dim=-1) * inverse
             null[:, j + 1] = entry

@@ -3,10 +3,23 @@
 from __future__ import annotations
 
 import math
+from typing import Any, NoReturn
 
 from bilevel.errors import ArgumentError
 
-__all__ = ["check_number", "check_steps"]
+__all__ = ["FrozenOptions", "check_number", "check_steps"]
+
+
+class FrozenOptions(dict[str, Any]):
+    """A read-only dict of options for another library; unlike a mapping proxy it can be pickled."""
+
+    def _refuse(self, *args: Any, **kwargs: Any) -> NoReturn:
+        raise TypeError("settings cannot be changed once made; make another with the options wanted")
+
+    __setitem__ = __delitem__ = update = setdefault = pop = popitem = clear = __ior__ = _refuse  # type: ignore[assignment]
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return FrozenOptions, (dict(self),)
 
 
 def check_steps(where: str, name: str, steps: int | None, *, least: int = 1, optional: bool = False) -> None:

@@ -28,6 +28,7 @@ from bilevel.errors import (
     TransformError,
 )
 from bilevel.linear._base import LinearOutcome, LinearSolver, LinearSolverLike, as_linear_solver, solve_linear
+from bilevel.linear.bicgstab import BiCGStab
 from bilevel.linear.cg import CG
 from bilevel.linear.exact import Exact, lend
 from bilevel.linear.gmres import GMRES
@@ -58,8 +59,10 @@ _DENSE_NUMBERS = 2**25
 _DENSE_JACOBIAN_NUMBERS = 2**20
 
 
-def _dense_fits(batch: int, size: int) -> bool:
-    return size <= _DENSE_ORDER and batch * size * size <= _DENSE_NUMBERS
+def _dense_fits(batch: int, size: int, dtype: torch.dtype) -> bool:
+    # There are no factorisations in half precision.
+    fits = size <= _DENSE_ORDER and batch * size * size <= _DENSE_NUMBERS
+    return fits and torch.finfo(dtype).bits >= 32
 
 
 def default_solver(problem: Problem) -> InnerSolver:
@@ -70,18 +73,21 @@ def default_solver(problem: Problem) -> InnerSolver:
     """
     if problem.is_fixed_point:
         return Anderson()
-    if problem.minimizes and not _dense_fits(problem.batch, problem.size):
-        return LBFGS()
-    return Newton()
+    dtype = problem.system.raveler.dtype
+    if problem.minimizes:
+        return Newton() if _dense_fits(problem.batch, problem.size, dtype) else LBFGS()
+    return Newton() if torch.finfo(dtype).bits >= 32 else Newton(linear_solver=BiCGStab())
 
 
 def default_linear_solver(operator: LinearOperator) -> LinearSolver:
     """Return the linear solver used where none is given: a factorisation if small, else CG, or GMRES if not symmetric."""
     distinct = operator.distinct
+    fits = _dense_fits(distinct.batch, distinct.size, operator.dtype)
     if operator.symmetric:
-        return Exact() if _dense_fits(distinct.batch, distinct.size) else CG()
-    small = _dense_fits(distinct.batch, distinct.size) and distinct.batch * distinct.size**2 <= _DENSE_JACOBIAN_NUMBERS
-    return Exact() if small else GMRES()
+        return Exact() if fits else CG()
+    if torch.finfo(operator.dtype).bits < 32:
+        return BiCGStab()
+    return Exact() if fits and distinct.batch * distinct.size**2 <= _DENSE_JACOBIAN_NUMBERS else GMRES()
 
 
 @dataclass(frozen=True, eq=False)

@@ -246,6 +246,37 @@ def test_inference_mode_no_grad_checkpoint_and_copies() -> None:
     torch.testing.assert_close(copy.deepcopy(layer)(start, a), a)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_is_solved_without_factorisations(dtype: torch.dtype) -> None:
+    a = torch.tensor([1.0, 2.0], dtype=dtype, requires_grad=True)
+    start = torch.zeros(2, dtype=dtype)
+    for layer in (
+        bilevel.argmin(quadratic),
+        bilevel.root(lambda x, a: x + 0.25 * x.flip(0) - 1.25 * a),
+        bilevel.fixed_point(lambda x, a: 0.25 * x.flip(0) + 0.75 * a),
+    ):
+        x = layer(start, a)
+        (gradient,) = torch.autograd.grad(x.sum(), a)
+        assert x.dtype == gradient.dtype == dtype
+        torch.testing.assert_close(gradient.float(), torch.ones(2), atol=0.1, rtol=0)
+
+
+def test_settings_and_layers_can_be_pickled() -> None:
+    import pickle
+
+    import scipy.sparse.linalg
+
+    settings = (
+        bilevel.GradientDescent(0.1, 3), bilevel.TorchOptimizer(torch.optim.Adam, lr=0.1, max_steps=3), bilevel.LBFGS(),
+        bilevel.Newton(), bilevel.Anderson(), bilevel.FixedPointIteration(), bilevel.ScipyMinimize(method="BFGS"),
+        bilevel.ScipyRoot(), bilevel.CG(3), bilevel.Neumann(3), bilevel.Exact(), bilevel.GMRES(), bilevel.BiCGStab(),
+        bilevel.ScipyLinear(scipy.sparse.linalg.minres, {"maxiter": 3}), bilevel.Tolerance(delta=1e-3),
+    )  # fmt: skip
+    assert repr(pickle.loads(pickle.dumps(settings))) == repr(settings)
+    layer = pickle.loads(pickle.dumps(bilevel.argmin(quadratic)))
+    torch.testing.assert_close(layer(torch.zeros(2, dtype=F64), torch.ones(2, dtype=F64)), torch.ones(2, dtype=F64))
+
+
 def test_in_place_change_of_an_argument_between_forward_and_backward_is_caught() -> None:
     a = torch.ones(2, dtype=F64, requires_grad=True)
     scale = torch.ones(2, dtype=F64)

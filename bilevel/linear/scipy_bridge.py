@@ -5,13 +5,13 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 import scipy.sparse.linalg
 import torch
 
+from bilevel._checks import FrozenOptions
 from bilevel.errors import ArgumentError
 from bilevel.linear._base import LinearSolution, LinearSolver
 from bilevel.operators import LinearOperator
@@ -55,7 +55,7 @@ class ScipyLinear(LinearSolver):
                 f"ScipyLinear: expected a function of scipy.sparse.linalg, got {self.function!r}; pass the function itself, "
                 "such as scipy.sparse.linalg.minres"
             )
-        object.__setattr__(self, "options", MappingProxyType(dict(self.options)))
+        object.__setattr__(self, "options", FrozenOptions(self.options))
 
     @property
     def has_budget(self) -> bool:

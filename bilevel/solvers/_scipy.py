@@ -5,7 +5,6 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -13,6 +12,7 @@ import numpy.typing as npt
 import scipy.optimize
 import torch
 
+from bilevel._checks import FrozenOptions
 from bilevel._system import Problem
 from bilevel.errors import ArgumentError
 from bilevel.reports import Status
@@ -43,7 +43,7 @@ def frozen_options(where: str, options: Mapping[str, Any] | None) -> Mapping[str
     """Return a read-only copy of ``options``."""
     if options is not None and not isinstance(options, Mapping):
         raise ArgumentError(f"{where}: expected options to be a mapping or None, got {options!r}; pass a dict")
-    return MappingProxyType(dict(options or {}))
+    return FrozenOptions(options or {})
 
 
 @contextmanager

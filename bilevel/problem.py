@@ -233,7 +233,8 @@ class BilevelProblem(torch.nn.Module, ABC):
 
     def solve(self, outer: Any, data: Any, *, init: Any = None) -> Solution[Any]:
         """Return φ*(θ), differentiable, with the report of the inner solve."""
-        start = self._start(outer, data) if init is None else init
+        count = self._count(data)
+        start = self._start(outer, data, count) if init is None else init
         if self.batch_dims is None:
             solution = self._layer.solve(start, outer, data)
         else:
@@ -337,10 +338,24 @@ class BilevelProblem(torch.nn.Module, ABC):
     def _inner_objective(self, inner: Any, outer: Any, data: Any) -> torch.Tensor:
         return self.inner_objective(inner, outer, data)
 
-    def _start(self, outer: Any, data: Any) -> Any:
-        if self._last is None:
-            return pytree.tree_map(_cut, self.initial(outer, data))
-        return self._last
+    def _count(self, data: Any) -> int | None:
+        """Return K, the number of problems in ``data``; None for a single one."""
+        if self.batch_dims is None:
+            return None
+        dims = _broadcast(self.batch_dims, data, self._layer.where)
+        sizes = {leaf.shape[dim] for leaf, dim in zip(pytree.tree_leaves(data), dims, strict=True) if dim is not None}
+        if len(sizes) != 1:
+            raise ShapeError(
+                f"{self._layer.where}: expected the axes that batch_dims={self.batch_dims!r} names to have one length, the "
+                f"number of problems, got {sorted(sizes)}; check batch_dims and the shapes in data"
+            )
+        return int(sizes.pop())
+
+    def _start(self, outer: Any, data: Any, count: int | None) -> Any:
+        last = self._last
+        if last is not None and (count is None or all(len(leaf) == count for leaf in pytree.tree_leaves(last))):
+            return last
+        return pytree.tree_map(_cut, self.initial(outer, data))
 
     def _outer_losses(self, inner: Any, outer: Any, data: Any) -> torch.Tensor:
         def one(inner: Any, outer: Any, data: Any) -> torch.Tensor:
@@ -370,7 +385,7 @@ class BilevelProblem(torch.nn.Module, ABC):
         raveler = Raveler.of(pytree.tree_map(lambda leaf: leaf[0], inner), self._layer.where)
         # One dimension for each leaf of data, as vmap itself reads a prefix of in_dims.
         dims = pytree.tree_leaves(pytree.tree_map(lambda _: None, outer), is_leaf=lambda x: x is None)
-        dims += _broadcast(self.batch_dims, data)
+        dims += _broadcast(self.batch_dims, data, self._layer.where)
         of_tensors = [dim for dim, flag in zip(dims, arguments.is_tensor, strict=True) if flag]
         moved = [t if dim is None else t.movedim(dim, 0) for t, dim in zip(tensors, of_tensors, strict=True)]
         x = vmap(raveler.ravel)(inner)
@@ -387,11 +402,13 @@ def _cut(leaf: Any) -> Any:
     return leaf.detach() if isinstance(leaf, torch.Tensor) else leaf
 
 
-def _broadcast(dims: Any, tree: Any) -> list[int | None]:
+def _broadcast(dims: Any, tree: Any, where: str) -> list[int | None]:
     """Return one entry of the prefix ``dims`` for each leaf of ``tree``."""
-    flat = pytree._broadcast_to_and_flatten(dims, pytree.tree_structure(tree), is_leaf=lambda dim: dim is None)
+    structure = pytree.tree_structure(tree)
+    flat = pytree._broadcast_to_and_flatten(dims, structure, is_leaf=lambda dim: dim is None)
     if flat is None:
         raise ArgumentError(
-            f"expected batch_dims to be a prefix of data's structure, got {dims!r}; see torch.func.vmap"
+            f"{where}: expected batch_dims to be a prefix of data's structure, got batch_dims={dims!r} for {structure}; give an "
+            "axis or None for each part of data, as in torch.func.vmap's in_dims"
         )
     return flat

@@ -182,6 +182,39 @@ def test_warm_starts_of_the_inner_solution_and_of_the_adjoint() -> None:
     assert int(again.backward.iterations) == int(first.backward.iterations)
 
 
+def test_a_warm_start_of_another_batch_is_not_used() -> None:
+    class Started(Ridge):
+        def initial(self, outer, data):
+            return torch.zeros(len(data[0]), 4, dtype=F64)
+
+    X, y, Xv, yv = split()
+    outer = torch.zeros(4, dtype=F64)
+    problem = Started(batch_dims=(0, None, None, None))
+    for count in (3, 5, 2):
+        result = problem.hypergradient(outer, (X.expand(count, -1, -1), y, Xv, yv))
+        assert result.inner.shape == (count, 4)
+        torch.testing.assert_close(result.grad, closed_form(outer, (X, y, Xv, yv))[1], atol=1e-9, rtol=1e-9)
+
+
+def test_problems_can_be_copied_and_pickled() -> None:
+    import copy
+    import pickle
+
+    outer = torch.zeros(4, dtype=F64)
+    problem = Ridge()
+    value = problem(outer, split(), init=torch.zeros(4, dtype=F64))
+    for twin in (copy.deepcopy(problem), pickle.loads(pickle.dumps(problem))):
+        torch.testing.assert_close(twin(outer, split()), value)
+    tuning = bilevel.HyperparameterOptimization(
+        lambda w, h, d: ((w - d) ** 2).sum() + h.exp() * (w**2).sum(),
+        lambda w, d: (w**2).sum(),
+        torch.tensor(0.0, dtype=F64),
+        torch.zeros(3, dtype=F64),
+    )
+    data = torch.ones(3, dtype=F64)
+    torch.testing.assert_close(copy.deepcopy(tuning)(data), tuning(data))
+
+
 def test_tuning_with_a_torch_optimiser_lowers_the_outer_loss() -> None:
     data = split()
     outer = torch.zeros(4, dtype=F64, requires_grad=True)
@@ -233,6 +266,12 @@ def test_misuse_is_said() -> None:
         Ridge().hypergradient(3, split(), init=start)
     with pytest.raises(TypeError, match="abstract"):
         bilevel.BilevelProblem()
+    for dims, message in (({"X": 0}, "prefix of data's structure"), ((0, 0, None, None), "have one length")):
+        X, y, Xv, yv = split()
+        with pytest.raises(ValueError, match=message):
+            Ridge(batch_dims=dims)(
+                torch.tensor(0.0, dtype=F64), (X.expand(3, -1, -1), y, Xv, yv), init=start.expand(3, 4)
+            )
     with pytest.raises(bilevel.SolveError, match="`Ridge`: the forward solve by GradientDescent"):
         Ridge(solver=bilevel.GradientDescent(1e-6, 2), tolerance=bilevel.Tolerance(delta=1e-9))(
             torch.tensor(0.0, dtype=F64), split(), init=start

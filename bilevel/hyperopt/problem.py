@@ -116,11 +116,12 @@ class HyperparameterOptimization(bilevel.BilevelProblem):
         self._training_objective = training_objective
         self._validation_loss = validation_loss
         self.hyperparameters: nn.Parameter | nn.ParameterDict = _as_parameters(hyperparameters)
-        leaves, self._init_structure = pytree.tree_flatten(init)
+        leaves, structure = pytree.tree_flatten(init)
         # Buffers follow .to(device) and .double(); they are not part of the state, which is θ alone.
         for number, leaf in enumerate(leaves):
             self.register_buffer(f"_init_{number}", leaf.detach().clone(), persistent=False)
-        self._init_size = len(leaves)
+        # Names in place of tensors: unlike torch's description of a structure, these can be copied and pickled.
+        self._init_names = pytree.tree_unflatten([f"_init_{number}" for number in range(len(leaves))], structure)
 
     @property
     def outer(self) -> Hyperparameters:
@@ -139,8 +140,7 @@ class HyperparameterOptimization(bilevel.BilevelProblem):
 
     def initial(self, outer: Any, data: Any) -> Any:
         """Return where training begins when there is nothing warm to begin from."""
-        leaves = [getattr(self, f"_init_{number}") for number in range(self._init_size)]
-        return pytree.tree_unflatten(leaves, self._init_structure)
+        return pytree.tree_map(lambda name: getattr(self, name), self._init_names)
 
     # The signatures of calls differ from the base class's on purpose, as those of modules do: θ is the
     # module's own.

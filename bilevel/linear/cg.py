@@ -78,24 +78,28 @@ class CG(LinearSolver):
         norm = r.norm(dim=-1)
         # Below this the recursive residual says nothing any more, whatever was asked.
         goal = torch.maximum(threshold, 0.1 * eps * rhs.norm(dim=-1)) ** 2
-        tiny = operator.size * eps
+        # A quotient below this part of the largest is rounding. A bound that grows with n would take a float32 matrix
+        # of a million unknowns for singular at a condition number of ten.
+        tiny = min(operator.size, 16) * eps
         zero = torch.zeros_like(norm)
         running = torch.full(norm.shape, int(Status.RUNNING), dtype=torch.int64, device=rhs.device)
         status = torch.where(norm <= threshold, int(Status.CONVERGED), running)
         iterations = torch.zeros_like(status)
         active = status == Status.RUNNING
-        largest, confirmed, replacements = zero, norm, 0  # confirmed: the true residual norm when last known
+        largest, confirmed = zero, norm  # confirmed: the true residual norm when last known
+        replacements = torch.zeros_like(status)
         true: torch.Tensor | None = None
         z = r if precondition is None else precondition(r)
         p, rz = z, torch.linalg.vecdot(r, z)
         # The fewest operations that keep the problems apart: a step has one product and, on the CPU, one look at a flag.
         for step in range(limit if bool(active.any()) else 0):
             if basis is not None:
-                basis.add(r, z, rz)
+                basis.add(r, z, rz, active)
             Ap = operator.matvec(p)
             curvature = torch.linalg.vecdot(p, Ap)
             quotient = curvature / torch.linalg.vecdot(p, p)
-            largest = torch.maximum(largest, quotient)
+            # The first direction has no former ones to compare with: what its product weighs stands in for them.
+            largest = torch.maximum(largest, quotient) if step else Ap.norm(dim=-1) / p.norm(dim=-1)
             curved = active & (quotient > tiny * largest)
             alpha = torch.where(curved, rz / curvature, zero).unsqueeze(-1)
             x, true = torch.addcmul(x, alpha, p), None
@@ -105,16 +109,14 @@ class CG(LinearSolver):
             z = r if precondition is None else precondition(r)
             fresh = torch.linalg.vecdot(r, z)
             square = fresh if precondition is None else torch.linalg.vecdot(r, r)
-            event = active & ~(curved & (square > goal))
+            going = curved & (square > goal)
             beta = torch.where(active, fresh / rz, zero)  # what has ended stands still, at finite numbers
-            if bool(event.any()):
+            if not torch.equal(going, active):
+                event = active & ~going
                 iterations = torch.where(event, step + 1, iterations)
-                # pᵀAp < 0 proves that A is not positive definite. So does pᵀAp = 0 with Ap ≠ 0: for a semi-definite
-                # matrix ‖Ap‖² ≤ ‖A‖ pᵀAp, and only Ap = 0 is left, which makes it singular.
                 flat = event & ~curved & torch.isfinite(quotient)
-                bend = Ap.norm(dim=-1) / p.norm(dim=-1)
-                bent = (quotient < -tiny * largest) | (bend > tiny**0.5 * torch.maximum(largest, bend))
-                verdict = torch.where(bent, int(Status.INDEFINITE), int(Status.SINGULAR))
+                indefinite = _bent(quotient, Ap.norm(dim=-1) / p.norm(dim=-1), largest, operator.size * eps)
+                verdict = torch.where(indefinite, int(Status.INDEFINITE), int(Status.SINGULAR))
                 status = torch.where(flat, verdict, status)
                 true = rhs - operator.matvec(x)
                 actual = true.norm(dim=-1)
@@ -131,11 +133,12 @@ class CG(LinearSolver):
                     break
                 again = parted & ~stuck
                 if bool(again.any()):
-                    replacements += 1
+                    replacements = replacements + again
                     confirmed = torch.where(again, actual, confirmed)
                     r = torch.where(again.unsqueeze(-1), true, r)
                     if self.reorthogonalize is not False:
-                        basis = _Basis(rhs, limit - step)
+                        basis = _Basis(rhs, limit, active & False) if basis is None else basis
+                        basis.begin_again(again)
                     z = r if precondition is None else precondition(r)
                     fresh = torch.linalg.vecdot(r, z)
                     beta = torch.where(again, zero, fresh / rz)
@@ -147,25 +150,52 @@ class CG(LinearSolver):
         return LinearSolution(x, iterations, status, true)
 
 
-class _Basis:
-    """The former residuals of a run, by which the present one is kept orthogonal; the latest where memory is short."""
+def _bent(quotient: torch.Tensor, bend: torch.Tensor, largest: torch.Tensor, rounding: float) -> torch.Tensor:
+    """Return where a direction without positive curvature proves that A is indefinite, and not merely singular.
 
-    def __init__(self, like: torch.Tensor, most: int) -> None:
+    pᵀAp < 0 is the proof. So is pᵀAp = 0 with Ap ≠ 0: for a semi-definite matrix ‖Ap‖² ≤ ‖A‖ pᵀAp. Both are only as good
+    as the rounding of a product, so that a proof needs a margin over it: what lies within is called singular.
+
+    Parameters
+    ----------
+    quotient, bend
+        pᵀAp / pᵀp and ‖Ap‖ / ‖p‖ (batch,).
+    largest
+        The largest quotient so far (batch,), below ‖A‖.
+    rounding
+        n·eps.
+    """
+    size = torch.maximum(largest, bend)
+    doubt = min(max(rounding, 64 * float(torch.finfo(quotient.dtype).eps)), 1e-3)
+    return (quotient < -doubt * size) | (bend**2 > 64 * doubt * size**2)
+
+
+class _Basis:
+    """The former residuals of a run, by which the present one is kept orthogonal; the latest where memory is short.
+
+    ``members`` (batch,) says whose residuals are kept; the rows of others are zero, and what is taken from them too, so that
+    one problem's loss of accuracy changes no other's steps. All problems by default.
+    """
+
+    def __init__(self, like: torch.Tensor, most: int, members: torch.Tensor | None = None) -> None:
+        self.members = members
         room = _BASIS_BYTES // max(1, 2 * like.numel() * like.element_size())
         self.room = max(2, min(most, int(room)))
         self.count = 0
         self._r: torch.Tensor | None = None
         self._z: torch.Tensor | None = None
 
-    def add(self, r: torch.Tensor, z: torch.Tensor, rz: torch.Tensor) -> None:
+    def add(self, r: torch.Tensor, z: torch.Tensor, rz: torch.Tensor, active: torch.Tensor) -> None:
         if self._r is None or (self.count >= self._r.shape[1] and self._r.shape[1] < self.room):
             self._grow(r)
         assert self._r is not None and self._z is not None
-        # A finished problem has rz = 0, or is no longer looked at.
-        scale = torch.where(rz > 0, rz, torch.ones_like(rz)).rsqrt().unsqueeze(-1)
+        # A problem that has ended stands still: its residual, kept step after step, would no longer be one of an orthonormal
+        # set, and to take such a set away from a vector makes the vector grow.
+        kept = (active & (rz > 0)) if self.members is None else (active & (rz > 0) & self.members)
+        kept, scale = kept.unsqueeze(-1), rz.rsqrt().unsqueeze(-1)
         at = self.count % self._r.shape[1]
-        self._r[:, at] = torch.where(torch.isfinite(scale), r * scale, torch.zeros_like(r))
-        self._z[:, at] = torch.where(torch.isfinite(scale), z * scale, torch.zeros_like(z))
+        self._r[:, at] = torch.where(kept, r * scale, torch.zeros_like(r))
+        self._z[:, at] = torch.where(kept, z * scale, torch.zeros_like(z))
         self.count += 1
 
     def remove_from(self, r: torch.Tensor) -> torch.Tensor:
@@ -176,6 +206,13 @@ class _Basis:
         for _ in range(2):  # twice is enough (Kahan, Parlett)
             column = column - left.mT @ (right @ column)
         return column.squeeze(-1)
+
+    def begin_again(self, these: torch.Tensor) -> None:
+        """Forget the residuals of ``these`` problems (batch,), whose next ones are of a new run, and keep those from now on."""
+        self.members = None if self.members is None else self.members | these
+        if self._r is not None and self._z is not None:
+            self._r[these] = 0.0
+            self._z[these] = 0.0
 
     def _grow(self, like: torch.Tensor) -> None:
         old_r, old_z = self._r, self._z

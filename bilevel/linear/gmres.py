@@ -14,7 +14,7 @@ from bilevel.reports import Status
 __all__ = ["GMRES"]
 
 _BASIS_BYTES = 2**29
-_RESTART = 100
+_LONGEST_CYCLE = 500
 _FIRST_ROOM = 24
 # Orthogonalise again where less than this part of a vector is left.
 _CANCELLED = 0.1
@@ -33,7 +33,8 @@ class GMRES(LinearSolver):
     max_steps
         The most steps over all cycles; by default enough for n steps twice. A number is a budget.
     restart
-        Steps in a cycle: memory of that many vectors. By default 100, or what fits 512 MiB.
+        Steps in a cycle: memory of that many vectors. By default n, as far as 500 steps and 512 MiB go: a restart can stagnate
+        where the whole cycle would solve.
     preconditioner
         r ↦ M⁻¹r on tensors (batch, n), applied on the right, so that the residual is the true one.
 
@@ -69,8 +70,10 @@ class GMRES(LinearSolver):
     ) -> LinearSolution:
         batch, n = rhs.shape
         limit = self.max_steps if self.max_steps is not None else min(2 * n + 20, 20_000)
-        room = max(2, _BASIS_BYTES // max(1, batch * n * rhs.element_size()) - 1)
-        cycle = min(self.restart or _RESTART, n, room)
+        # m vectors and their Hessenberg matrix: m (n + m) numbers for each problem.
+        numbers = _BASIS_BYTES / max(1, batch * rhs.element_size())
+        room = max(2, int((n**2 + 4 * numbers) ** 0.5 - n) // 2 - 1)
+        cycle = min(self.restart or _LONGEST_CYCLE, n, room)
         floor = 0.1 * torch.finfo(rhs.dtype).eps * rhs.norm(dim=-1)
 
         x, r = begin(operator, rhs, start)
@@ -78,25 +81,28 @@ class GMRES(LinearSolver):
         running = torch.full(norm.shape, int(Status.RUNNING), dtype=torch.int64, device=rhs.device)
         status = torch.where(norm <= threshold, torch.zeros_like(running), running)
         iterations = torch.zeros_like(status)
-        taken = 0
-        while taken < limit and bool((status == Status.RUNNING).any()):
-            steps = min(cycle, limit - taken)
+        while True:
+            # Each problem has its own budget: one that began again soon is not charged for its neighbours' long cycle.
+            left = torch.where(status == Status.RUNNING, limit - iterations, 0)
+            active = left > 0
+            steps = min(cycle, int(left.max())) if len(left) else 0
+            if not steps:
+                break
             goal = torch.maximum(threshold, floor)
-            update, used, happy = self._cycle(operator, r, goal, status == Status.RUNNING, steps)
-            taken += steps
+            update, used, deficient = self._cycle(operator, r, goal, left, steps)
             iterations = iterations + used
             moved = x + update
             residual = rhs - operator.matvec(moved)
             fresh = residual.norm(dim=-1)
-            active = status == Status.RUNNING
             better = active & (fresh < norm)
             x = torch.where(better.unsqueeze(-1), moved, x)
             r = torch.where(better.unsqueeze(-1), residual, r)
             broken = active & ~torch.isfinite(fresh)
-            # The Krylov space is used up, or a whole cycle gained next to nothing, and the residual is still there.
+            # The Krylov space is used up or A maps some of it to zero, or a whole cycle gained next to nothing, and the
+            # residual is still there.
             still = torch.where(better, fresh, norm)
-            exhausted = happy & (still > 1e-3 * norm)
-            idle = (used >= cycle) & (still > 0.999 * norm) | (used < steps) & (still > 0.5 * norm)
+            exhausted = deficient & (still > 1e-3 * norm)
+            idle = (used >= cycle) & (still > 0.999 * norm) | (used < left.clamp_max(steps)) & (still > 0.5 * norm)
             verdict = torch.where(exhausted, int(Status.SINGULAR), int(Status.STAGNATED))
             status = torch.where(active & (exhausted | idle), verdict, status)
             status = torch.where(broken, int(Status.NOT_FINITE), status)
@@ -106,10 +112,14 @@ class GMRES(LinearSolver):
         return LinearSolution(x, iterations, status, r)
 
     def _cycle(
-        self, operator: LinearOperator, r: torch.Tensor, goal: torch.Tensor, active: torch.Tensor, steps: int
+        self, operator: LinearOperator, r: torch.Tensor, goal: torch.Tensor, left: torch.Tensor, steps: int
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Return the update (batch, n), the steps that each problem took, and who used up its Krylov space."""
+        """Return the update (batch, n), the steps that each problem took, and on whose Krylov space A is singular.
+
+        ``left`` (batch,) is the most steps that each problem may take, zero for those that do not take part.
+        """
         batch, n = r.shape
+        active = left > 0
         eps = torch.finfo(r.dtype).eps
         beta = r.norm(dim=-1)
         # Room is made as it is needed: filling what a quick solve never touches would cost more than the solve.
@@ -136,9 +146,11 @@ class GMRES(LinearSolver):
             h = basis @ column
             column = torch.baddbmm(column, basis.mT, h, alpha=-1)
             after = column.squeeze(-1).norm(dim=-1)
-            if bool((active & ~(after > _CANCELLED * size)).any()):
-                # What is left is small beside what was taken away, and so are its right digits: once more.
-                again = basis @ column
+            lost = active & ~(after > _CANCELLED * size)
+            if bool(lost.any()):
+                # What is left is small beside what was taken away, and so are its right digits: once more. For others
+                # nothing changes, so that no problem's steps hang on its neighbours.
+                again = torch.where(lost[:, None, None], basis @ column, 0.0)
                 column = torch.baddbmm(column, basis.mT, again, alpha=-1)
                 h = h + again
                 after = column.squeeze(-1).norm(dim=-1)
@@ -156,7 +168,7 @@ class GMRES(LinearSolver):
             used = used + active
             width = j + 1
             happy = happy | spent
-            active = active & ~spent & (beta > goal * weight.sqrt()) & torch.isfinite(weight)
+            active = active & ~spent & (beta > goal * weight.sqrt()) & torch.isfinite(weight) & (used < left)
             if not bool(active.any()):
                 break
         H, V = H[:, : width + 1, :width], V[:, :width]
@@ -170,4 +182,4 @@ class GMRES(LinearSolver):
         update = (V.mT @ y).squeeze(-1)
         if self.preconditioner is not None:
             update = self.preconditioner(update)
-        return torch.where((used > 0).unsqueeze(-1), update, 0.0), used, happy
+        return torch.where((used > 0).unsqueeze(-1), update, 0.0), used, happy | flat.any(dim=-1)

@@ -17,7 +17,7 @@ from torch.utils import _pytree as pytree
 
 from bilevel._implicit import Rule, Solve
 from bilevel._system import ArgminSystem, FixedPointSystem, Problem, RootSystem, System, captured_error
-from bilevel._transforms import carries_gradient, eager, forward_levels, transforms_active
+from bilevel._transforms import carries_gradient, differentiating, eager, forward_levels, transforms_active
 from bilevel._tree import Raveler, flatten_arguments
 from bilevel.errors import (
     ArgumentError,
@@ -212,7 +212,7 @@ class Layer:
                 "search began, so that its gradient would be none; pass init.detach(), or pass the tensor as an argument"
             )
             spoiled |= misuse(error, self.on_failure)
-        if transforms_active():
+        if differentiating():
             # Inside the primitive a captured tensor of a transform looks like a plain one: look at it here.
             detached = [tensor.detach() for tensor in tensors]
             flat = system.raveler.ravel(pytree.tree_map(torch.Tensor.detach, init))

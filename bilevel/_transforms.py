@@ -17,7 +17,15 @@ from torch._C import _functorch
 from torch._C._dynamo import eval_frame
 from torch.autograd import forward_ad
 
-__all__ = ["carries_gradient", "eager", "forward_levels", "grads_batched", "ordinary_mode", "transforms_active"]
+__all__ = [
+    "carries_gradient",
+    "differentiating",
+    "eager",
+    "forward_levels",
+    "grads_batched",
+    "ordinary_mode",
+    "transforms_active",
+]
 
 
 def transforms_active() -> bool:
@@ -33,6 +41,12 @@ def ordinary_mode() -> Iterator[None]:
         return
     with torch.inference_mode(False), torch.no_grad():
         yield
+
+
+def differentiating() -> bool:
+    """Return whether a transform that differentiates, grad or jvp and not only vmap, surrounds this call."""
+    stack = _functorch.get_interpreter_stack() or []
+    return any(item.key() in (_functorch.TransformType.Grad, _functorch.TransformType.Jvp) for item in stack)
 
 
 def _layers(tensor: torch.Tensor) -> Iterator[torch.Tensor]:

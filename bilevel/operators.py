@@ -178,10 +178,10 @@ class DenseOperator(LinearOperator):
         self.matrix = matrix
 
     def matvec(self, v: torch.Tensor) -> torch.Tensor:
-        return torch.einsum("bij,bj->bi", self.matrix, v)
+        return torch.matmul(self.matrix, v.unsqueeze(-1)).squeeze(-1)  # half the time of an einsum at small orders
 
     def rmatvec(self, v: torch.Tensor) -> torch.Tensor:
-        return torch.einsum("bji,bj->bi", self.matrix, v)
+        return torch.matmul(self.matrix.mT, v.unsqueeze(-1)).squeeze(-1)
 
     def matmat(self, vs: torch.Tensor) -> torch.Tensor:
         return torch.einsum("bij,kbj->kbi", self.matrix, vs)

@@ -14,7 +14,7 @@ from typing import TypeAlias
 
 import torch
 
-from bilevel.errors import ArgumentError, ShapeError
+from bilevel.errors import ArgumentError, DtypeError, ShapeError
 from bilevel.operators import LinearOperator
 from bilevel.reports import Basis, Status
 from bilevel.tolerance import Target, Tolerance
@@ -89,7 +89,24 @@ class LinearSolver(ABC):
         """
 
     def __call__(self, operator: LinearOperator, rhs: torch.Tensor, tolerance: Tolerance | None = None) -> torch.Tensor:
-        """Solve A x = b to ``tolerance`` and return x (batch, n), whatever became of it; see ``solve_linear``."""
+        """Solve A x = b to ``tolerance`` and return x (batch, n), whatever became of it; see ``solve_linear``.
+
+        Raises
+        ------
+        ShapeError, DtypeError
+            If ``rhs`` is not one vector of the operator's dtype for each of its matrices.
+        """
+        if rhs.shape != (operator.batch, operator.size):
+            raise ShapeError(
+                f"{self.name}: expected a right-hand side of shape {(operator.batch, operator.size)}, one row for each "
+                f"matrix of {operator!r}, got {tuple(rhs.shape)}; reshape it, or wrap the operator in a RepeatedOperator "
+                "for many right-hand sides of one matrix"
+            )
+        if rhs.dtype != operator.dtype:
+            raise DtypeError(
+                f"{self.name}: expected a right-hand side of the operator's dtype, {operator.dtype}, got {rhs.dtype}; "
+                "convert one of them"
+            )
         target = (tolerance or Tolerance()).linear(rhs.dtype)
         return solve_linear(self, operator, rhs, target).x
 
@@ -230,6 +247,9 @@ def solve_linear(
     status = _judge(solver, operator, unit, target, threshold, solution, residual_norm)
     status = torch.where(finite.squeeze(-1), status, torch.full_like(status, Status.NOT_FINITE))
     x = torch.where(finite, x * scale, torch.full_like(x, float("nan")))
+    # The answer to a scaled problem may lie beyond the largest number of its dtype.
+    beyond = (status == Status.CONVERGED) & ~torch.isfinite(x).all(dim=-1)
+    status = torch.where(beyond, torch.full_like(status, Status.NOT_FINITE), status)
     residual_norm = torch.where(finite.squeeze(-1), residual_norm * size, torch.full_like(size, float("nan")))
     mu = target.strong_convexity
     bound = torch.full_like(residual_norm, float("nan")) if mu is None else residual_norm / mu

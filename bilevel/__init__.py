@@ -1,6 +1,8 @@
 """Differentiate through any optimisation problem, root or fixed point, and know how wrong the derivative is."""
 
+from bilevel import operators
 from bilevel._certificate import Bound, Constants
+from bilevel._system import Problem
 from bilevel._version import __version__
 from bilevel.errors import (
     ArgumentError,
@@ -17,6 +19,7 @@ from bilevel.errors import (
     TransformError,
 )
 from bilevel.layers import Layer, Solution, argmin, fixed_point, root
+from bilevel.linear._base import LinearSolution, LinearSolver
 from bilevel.linear.bicgstab import BiCGStab
 from bilevel.linear.cg import CG
 from bilevel.linear.exact import Exact
@@ -26,6 +29,7 @@ from bilevel.linear.scipy_bridge import ScipyLinear
 from bilevel.operators import LinearOperator
 from bilevel.problem import BilevelProblem, Hypergradient, HypergradientReport
 from bilevel.reports import Basis, Pass, Recording, SolveReport, Status, record
+from bilevel.solvers._base import Goal, InnerSolution, InnerSolver
 from bilevel.solvers.anderson import Anderson
 from bilevel.solvers.fixed_point import FixedPointIteration
 from bilevel.solvers.gradient_descent import GradientDescent
@@ -36,13 +40,15 @@ from bilevel.solvers.scipy_root import ScipyRoot
 from bilevel.solvers.torch_optimizer import TorchOptimizer
 from bilevel.tolerance import AUTO, Tolerance
 
-# An application: it imports the names above from here, and so comes last.
+# Applications: they import the names above from here, and so come last.
 from bilevel.hyperopt.problem import HyperparameterOptimization  # isort: skip
+from bilevel.meta.imaml import IMAML  # isort: skip
 
 __all__ = [
     "AUTO",
     "CG",
     "GMRES",
+    "IMAML",
     "LBFGS",
     "Anderson",
     "ArgumentError",
@@ -58,16 +64,22 @@ __all__ = [
     "Exact",
     "FailureWarning",
     "FixedPointIteration",
+    "Goal",
     "GradientDescent",
     "Hypergradient",
     "HypergradientReport",
     "HyperparameterOptimization",
     "InitGradientError",
+    "InnerSolution",
+    "InnerSolver",
     "Layer",
     "LinearOperator",
+    "LinearSolution",
+    "LinearSolver",
     "Neumann",
     "Newton",
     "Pass",
+    "Problem",
     "Recording",
     "ScipyLinear",
     "ScipyMinimize",
@@ -85,6 +97,7 @@ __all__ = [
     "__version__",
     "argmin",
     "fixed_point",
+    "operators",
     "record",
     "root",
 ]

@@ -23,7 +23,7 @@ FAILURE = 1
 INTERRUPTED = 130
 """Exit code after Ctrl-C: 128 and the number of SIGINT, as shells have it."""
 
-EXTRA = ("typer", "rich", "sklearn", "matplotlib")
+EXTRA = ("typer", "rich", "sklearn", "matplotlib", "PIL", "pooch")
 """Packages that the extra ``cli`` installs."""
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -187,9 +187,15 @@ class BilevelProblem(torch.nn.Module, ABC):
             tolerance=tolerance,
             on_failure=on_failure,
         )
-        self._layer.where = f"`{type(self).__name__}`"
+        self._layer.where = self.where
+        self._tolerance = self._layer.tolerance
         self._layer.adjoint.warm = warm_start
         self._last: Any = None
+
+    @property
+    def where(self) -> str:
+        """The name used in messages."""
+        return f"`{type(self).__name__}`"
 
     @abstractmethod
     def inner_objective(self, inner: Any, outer: Any, data: Any) -> torch.Tensor:
@@ -205,6 +211,17 @@ class BilevelProblem(torch.nn.Module, ABC):
             f"{self._layer.where}: expected init to be given for the first solve, and it was not; pass init=..., or "
             "override initial(outer, data)"
         )
+
+    def tolerance_of(self, outer: Any, data: Any) -> Tolerance:
+        """Return the accuracy that the solves of this call aim for.
+
+        By default the tolerance given, with δ′ meant for each problem's own adjoint: the mean over K problems hands each
+        of them 1/K of its right-hand side. Override it where δ and δ′ are promises about something else than φ and q.
+        """
+        given, count = self._tolerance, self._count(data)
+        if isinstance(given.delta_prime, (int, float)) and count:
+            return replace(given, delta_prime=given.delta_prime / count)
+        return given
 
     def constants(self, outer: Any, data: Any) -> Constants:
         """Return what is known of G and F (see :class:`Constants`); override it to get certified bounds."""
@@ -234,6 +251,7 @@ class BilevelProblem(torch.nn.Module, ABC):
     def solve(self, outer: Any, data: Any, *, init: Any = None) -> Solution[Any]:
         """Return φ*(θ), differentiable, with the report of the inner solve."""
         count = self._count(data)
+        self._layer.tolerance = self.tolerance_of(outer, data)
         start = self._start(outer, data, count) if init is None else init
         if self.batch_dims is None:
             solution = self._layer.solve(start, outer, data)

@@ -282,7 +282,9 @@ def _judge(
         | (noticed == Status.DIVERGED)
     )
     reached = residual_norm <= threshold
-    if not bool((reached | ~ended).all()) and not target.asked:
+    # Whether a budget that alone was meant ended within rounding is not worth a product.
+    spent_as_meant = (noticed == Status.MAX_STEPS) & target.silent
+    if not bool((reached | ~ended | spent_as_meant).all()) and not target.asked:
         reached = reached | (residual_norm <= rounding_floor(operator, solution.x, rhs))
     status = noticed
     short = ended & ~reached

@@ -72,7 +72,7 @@ class CG(LinearSolver):
         eps = torch.finfo(rhs.dtype).eps
         precondition = self.preconditioner
         keep = self.reorthogonalize if self.reorthogonalize is not None else eps > 1e-12
-        basis = _Basis(rhs, limit) if keep else None
+        basis = _Basis(rhs, limit, precondition is not None) if keep else None
 
         x, r = begin(operator, rhs, start)
         norm = r.norm(dim=-1)
@@ -93,7 +93,7 @@ class CG(LinearSolver):
         p, rz = z, torch.linalg.vecdot(r, z)
         # The fewest operations that keep the problems apart: a step has one product and, on the CPU, one look at a flag.
         for step in range(limit if bool(active.any()) else 0):
-            if basis is not None:
+            if basis is not None and step < limit - 1:
                 basis.add(r, z, rz, active)
             Ap = operator.matvec(p)
             curvature = torch.linalg.vecdot(p, Ap)
@@ -103,6 +103,15 @@ class CG(LinearSolver):
             curved = active & (quotient > tiny * largest)
             alpha = torch.where(curved, rz / curvature, zero).unsqueeze(-1)
             x, true = torch.addcmul(x, alpha, p), None
+            if step == limit - 1 and self.max_steps is not None:
+                # The budget is spent: what would lead on from here is not needed, and the true residual will judge.
+                iterations = torch.where(active, limit, iterations)
+                flat = active & ~curved & torch.isfinite(quotient)
+                indefinite = _bent(quotient, Ap.norm(dim=-1) / p.norm(dim=-1), largest, operator.size * eps)
+                status = torch.where(
+                    flat, torch.where(indefinite, int(Status.INDEFINITE), int(Status.SINGULAR)), status
+                )
+                break
             r = torch.addcmul(r, alpha, Ap, value=-1)
             if basis is not None:
                 r = basis.remove_from(r)
@@ -118,26 +127,29 @@ class CG(LinearSolver):
                 indefinite = _bent(quotient, Ap.norm(dim=-1) / p.norm(dim=-1), largest, operator.size * eps)
                 verdict = torch.where(indefinite, int(Status.INDEFINITE), int(Status.SINGULAR))
                 status = torch.where(flat, verdict, status)
-                true = rhs - operator.matvec(x)
-                actual = true.norm(dim=-1)
-                done = event & ~flat & (actual <= threshold)
-                broken = event & ~flat & ~torch.isfinite(actual + square)
-                # The residuals have parted: go on from the true one while that still gains a digit each time.
-                parted = event & ~(flat | done | broken)
-                stuck = parted & ((actual > 0.1 * confirmed) | (replacements >= _MOST_REPLACEMENTS))
-                status = torch.where(done, int(Status.CONVERGED), status)
-                status = torch.where(stuck, int(Status.STAGNATED), status)
-                status = torch.where(broken, int(Status.NOT_FINITE), status)
+                seeming = event & ~flat  # the true residual of these has to be looked at
+                again = seeming & False
+                if bool(seeming.any()):
+                    true = rhs - operator.matvec(x)
+                    actual = true.norm(dim=-1)
+                    done = seeming & (actual <= threshold)
+                    broken = seeming & ~torch.isfinite(actual + square)
+                    # The residuals have parted: go on from the true one while that still gains a digit each time.
+                    parted = seeming & ~(done | broken)
+                    stuck = parted & ((actual > 0.1 * confirmed) | (replacements >= _MOST_REPLACEMENTS))
+                    status = torch.where(done, int(Status.CONVERGED), status)
+                    status = torch.where(stuck, int(Status.STAGNATED), status)
+                    status = torch.where(broken, int(Status.NOT_FINITE), status)
+                    again = parted & ~stuck
                 active = status == Status.RUNNING
                 if not bool(active.any()):
                     break
-                again = parted & ~stuck
-                if bool(again.any()):
+                if true is not None and bool(again.any()):
                     replacements = replacements + again
                     confirmed = torch.where(again, actual, confirmed)
                     r = torch.where(again.unsqueeze(-1), true, r)
                     if self.reorthogonalize is not False:
-                        basis = _Basis(rhs, limit, active & False) if basis is None else basis
+                        basis = _Basis(rhs, limit, precondition is not None, active & False) if basis is None else basis
                         basis.begin_again(again)
                     z = r if precondition is None else precondition(r)
                     fresh = torch.linalg.vecdot(r, z)
@@ -177,17 +189,21 @@ class _Basis:
     one problem's loss of accuracy changes no other's steps. All problems by default.
     """
 
-    def __init__(self, like: torch.Tensor, most: int, members: torch.Tensor | None = None) -> None:
+    def __init__(
+        self, like: torch.Tensor, most: int, preconditioned: bool, members: torch.Tensor | None = None
+    ) -> None:
         self.members = members
-        room = _BASIS_BYTES // max(1, 2 * like.numel() * like.element_size())
+        room = _BASIS_BYTES // max(1, (1 + preconditioned) * like.numel() * like.element_size())
         self.room = max(2, min(most, int(room)))
         self.count = 0
+        self._preconditioned = preconditioned
         self._r: torch.Tensor | None = None
-        self._z: torch.Tensor | None = None
+        self._z: torch.Tensor | None = None  # M⁻¹ of each; the same tensor without a preconditioner
 
     def add(self, r: torch.Tensor, z: torch.Tensor, rz: torch.Tensor, active: torch.Tensor) -> None:
         if self._r is None or (self.count >= self._r.shape[1] and self._r.shape[1] < self.room):
-            self._grow(r)
+            self._r = self._grown(self._r, r)
+            self._z = self._grown(self._z, r) if self._preconditioned else self._r
         assert self._r is not None and self._z is not None
         # A problem that has ended stands still: its residual, kept step after step, would no longer be one of an orthonormal
         # set, and to take such a set away from a vector makes the vector grow.
@@ -195,17 +211,17 @@ class _Basis:
         kept, scale = kept.unsqueeze(-1), rz.rsqrt().unsqueeze(-1)
         at = self.count % self._r.shape[1]
         self._r[:, at] = torch.where(kept, r * scale, torch.zeros_like(r))
-        self._z[:, at] = torch.where(kept, z * scale, torch.zeros_like(z))
+        if self._preconditioned:
+            self._z[:, at] = torch.where(kept, z * scale, torch.zeros_like(z))
         self.count += 1
 
     def remove_from(self, r: torch.Tensor) -> torch.Tensor:
-        assert self._r is not None and self._z is not None
+        if self._r is None or self._z is None:
+            return r
         used = min(self.count, self._r.shape[1])
         left, right = self._r[:, :used], self._z[:, :used]
-        column = r.unsqueeze(-1)
-        for _ in range(2):  # twice is enough (Kahan, Parlett)
-            column = column - left.mT @ (right @ column)
-        return column.squeeze(-1)
+        # Once is enough: what comes is orthogonal already but for the rounding of one step.
+        return torch.baddbmm(r.unsqueeze(-1), left.mT, right @ r.unsqueeze(-1), alpha=-1).squeeze(-1)
 
     def begin_again(self, these: torch.Tensor) -> None:
         """Forget the residuals of ``these`` problems (batch,), whose next ones are of a new run, and keep those from now on."""
@@ -214,11 +230,9 @@ class _Basis:
             self._r[these] = 0.0
             self._z[these] = 0.0
 
-    def _grow(self, like: torch.Tensor) -> None:
-        old_r, old_z = self._r, self._z
-        width = min(self.room, 16 if old_r is None else 2 * old_r.shape[1])
-        self._r = like.new_zeros(like.shape[0], width, like.shape[1])
-        self._z = torch.zeros_like(self._r)
-        if old_r is not None and old_z is not None:
-            self._r[:, : old_r.shape[1]] = old_r
-            self._z[:, : old_z.shape[1]] = old_z
+    def _grown(self, old: torch.Tensor | None, like: torch.Tensor) -> torch.Tensor:
+        width = min(self.room, 16 if old is None else 2 * old.shape[1])
+        fresh = like.new_zeros(like.shape[0], width, like.shape[1])
+        if old is not None:
+            fresh[:, : old.shape[1]] = old
+        return fresh

@@ -316,7 +316,9 @@ def _judge(
     # A saddle is stationary, and a NaN is not a number: no residual makes up for these.
     final = (noticed == Status.INDEFINITE) | (noticed == Status.NOT_FINITE)
     reached = norm <= threshold
-    if not bool((reached | final).all()) and not target.asked:
+    # Whether a budget that alone was meant ended within rounding is not worth two gradients.
+    spent_as_meant = (noticed == Status.MAX_STEPS) & target.silent
+    if not bool((reached | final | spent_as_meant).all()) and not target.asked:
         noise = _noise(problem, solution.x)
         if target.relative:
             # An x that has run away must not excuse its own residual.

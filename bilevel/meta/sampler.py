@@ -1,0 +1,149 @@
+"""N-way K-shot tasks drawn at random, seeded, resumable, and sharable between processes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+
+import bilevel
+from bilevel.meta.images import LabelledImages
+from bilevel.meta.tasks import Tasks
+
+__all__ = ["FewShotSampler", "Sampler"]
+
+
+class Sampler(Protocol):
+    """What draws tasks: image classification and sinusoids alike."""
+
+    generator: torch.Generator
+
+    def sample(self, tasks: int, *, rank: int = 0, world: int = 1) -> Tasks:
+        """Return every ``world``-th of ``tasks`` tasks, beginning with number ``rank``."""
+
+
+@dataclass(frozen=True, eq=False)
+class _Draw:
+    classes: torch.Tensor  # (tasks, ways), with rotations counted as classes
+    examples: torch.Tensor  # (tasks, ways, shots + queries): which of its class's images
+
+
+class FewShotSampler:
+    """Draw N-way K-shot tasks from labelled images: N classes, K support and Q query images of each, labelled 0 … N − 1.
+
+    Parameters
+    ----------
+    data
+        :class:`LabelledImages`, a ``Dataset`` of (image, label), or an array (N, ...) with ``labels``.
+    labels
+        (N,) integers, for an array.
+    ways, shots, queries
+        Classes in a task; support and query images of each class.
+    rotations
+        Take each class turned by 90, 180 and 270 degrees as a class of its own.
+    seed
+        Of the draws.
+    device, dtype
+        Of the images returned. uint8 images are scaled to [0, 1].
+
+    Attributes
+    ----------
+    generator
+        Where the draws come from; its ``get_state()`` resumes them.
+
+    Raises
+    ------
+    bilevel.ArgumentError
+        If there are fewer classes than ways, or a class has fewer images than shots + queries.
+
+    Examples
+    --------
+    >>> import torch
+    >>> sampler = FewShotSampler(torch.rand(60, 8, 8), labels=[n // 10 for n in range(60)], ways=5, shots=1, queries=3)
+    >>> tasks = sampler.sample(4)
+    >>> tasks.support_x.shape, tasks.support_y[0].tolist(), tasks.query_x.shape
+    (torch.Size([4, 5, 1, 8, 8]), [0, 1, 2, 3, 4], torch.Size([4, 15, 1, 8, 8]))
+    """
+
+    def __init__(
+        self,
+        data: Any,
+        labels: Any = None,
+        *,
+        ways: int,
+        shots: int,
+        queries: int,
+        rotations: bool = False,
+        seed: int = 0,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        for name, number, least in (("ways", ways, 2), ("shots", shots, 1), ("queries", queries, 1)):
+            if not isinstance(number, int) or number < least:
+                raise bilevel.ArgumentError(
+                    f"FewShotSampler: expected {name} to be a whole number >= {least}, got {number!r}"
+                )
+        self.data = LabelledImages.of(data, labels)
+        self.ways, self.shots, self.queries = ways, shots, queries
+        self.turns = 4 if rotations else 1
+        self.dtype = dtype
+        counts = torch.bincount(self.data.labels, minlength=self.data.classes)
+        if self.data.classes * self.turns < ways:
+            raise bilevel.ArgumentError(
+                f"FewShotSampler: expected at least {ways} classes for {ways} ways, got {self.data.classes * self.turns}; "
+                "take fewer ways or more data"
+            )
+        if int(counts.min()) < shots + queries:
+            poorest = self.data.names[int(counts.argmin())]
+            raise bilevel.ArgumentError(
+                f"FewShotSampler: expected every class to have {shots} + {queries} images for shots and queries, and class "
+                f"{poorest} has {int(counts.min())}; take fewer queries"
+            )
+        self._counts = counts
+        # Images in the order of their classes, so that an image is its class's first plus a number.
+        order = torch.argsort(self.data.labels, stable=True)
+        self._images = self.data.images[order].to(device)
+        self._first = torch.cumsum(counts, 0) - counts
+        self.generator = torch.Generator().manual_seed(seed)
+
+    def sample(self, tasks: int, *, rank: int = 0, world: int = 1) -> Tasks:
+        """Return tasks: support_x (T, ways · shots, C, H, W) and so on; ``world`` processes with one seed share ``tasks``.
+
+        Parameters
+        ----------
+        tasks
+            How many are drawn.
+        rank, world
+            Of the tasks drawn, those with number rank, rank + world, … are returned.
+        """
+        drawn = self._draw(tasks)
+        return self._gather(_Draw(drawn.classes[rank::world], drawn.examples[rank::world]))
+
+    def _draw(self, tasks: int) -> _Draw:
+        classes = self.data.classes * self.turns
+        chosen = torch.rand(tasks, classes, generator=self.generator).topk(self.ways, dim=-1).indices
+        counts = self._counts[chosen % self.data.classes]
+        most = int(self._counts.max())
+        scores = torch.rand(tasks, self.ways, most, generator=self.generator)
+        scores = scores.masked_fill(torch.arange(most) >= counts.unsqueeze(-1), -1.0)
+        return _Draw(chosen, scores.topk(self.shots + self.queries, dim=-1).indices)
+
+    def _gather(self, drawn: _Draw) -> Tasks:
+        bases = drawn.classes % self.data.classes
+        where = (self._first[bases].unsqueeze(-1) + drawn.examples).to(self._images.device)
+        images = self._images[where]  # (T, ways, shots + queries, ...)
+        images = images.to(self.dtype) / 255 if images.dtype == torch.uint8 else images.to(self.dtype)
+        if self._images.ndim == 3:
+            images = images.unsqueeze(3)  # (T, ways, examples, 1, H, W)
+        if self.turns > 1:
+            turn = (drawn.classes // self.data.classes).to(images.device)
+            for quarter in range(1, self.turns):
+                these = turn == quarter
+                images[these] = torch.rot90(images[these], quarter, (-2, -1))
+        support, query = images[:, :, : self.shots], images[:, :, self.shots :]
+        return Tasks(support.flatten(1, 2), self._labels(support), query.flatten(1, 2), self._labels(query))
+
+    def _labels(self, images: torch.Tensor) -> torch.Tensor:
+        tasks, ways, examples = images.shape[:3]
+        return torch.arange(ways, device=images.device).repeat_interleave(examples).expand(tasks, -1)

@@ -22,6 +22,7 @@ from bilevel.layers import Layer, Solution, argmin, fixed_point, root
 from bilevel.linear._base import LinearSolution, LinearSolver
 from bilevel.linear.bicgstab import BiCGStab
 from bilevel.linear.cg import CG
+from bilevel.linear.damped import Damped
 from bilevel.linear.exact import Exact
 from bilevel.linear.gmres import GMRES
 from bilevel.linear.neumann import Neumann
@@ -60,6 +61,7 @@ __all__ = [
     "BudgetWarning",
     "CapturedTensorError",
     "Constants",
+    "Damped",
     "DtypeError",
     "Exact",
     "FailureWarning",

@@ -71,7 +71,7 @@ def tune(
     )
     dataset = load(data, target=target, task=task)
     if output is not None:
-        from bilevel.hyperopt.report import prepare_output
+        from bilevel._output import prepare_output
 
         prepare_output(output)
     with _Bar(shown=not quiet) as bar:

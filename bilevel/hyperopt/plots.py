@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from bilevel._output import save_figure
 from bilevel.hyperopt.data import Task
-from bilevel.hyperopt.report import OutputError
 from bilevel.hyperopt.tune import Outcome, OuterStep, Row
 
 __all__ = ["plot_curve", "plot_losses", "plot_strengths", "write_plots"]
@@ -22,7 +20,7 @@ def write_plots(outcome: Outcome, directory: Path) -> list[Path]:
 
     Raises
     ------
-    bilevel.hyperopt.report.OutputError
+    bilevel.BilevelError
         If one cannot be written.
     """
     figures = {"cv_curve.png": plot_curve(outcome), "losses.png": plot_losses(outcome)}
@@ -31,18 +29,7 @@ def write_plots(outcome: Outcome, directory: Path) -> list[Path]:
     paths = []
     for name, figure in figures.items():
         path = directory / name
-        # A canvas of its own: pyplot would keep global state and choose a backend that may need a display.
-        FigureCanvasAgg(figure)
-        try:
-            with warnings.catch_warnings():
-                # A name in a script that the font lacks is drawn as boxes; that is no reason to interrupt a
-                # run.
-                warnings.filterwarnings("ignore", message="Glyph .* missing")
-                figure.savefig(path, dpi=150)
-        except OSError as error:
-            raise OutputError(
-                f"{path} cannot be written ({error.strerror}); pass another directory with --output"
-            ) from None
+        save_figure(figure, path)
         paths.append(path)
     return paths
 

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import math
-import platform
 from dataclasses import asdict
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from rich.table import Table
 from rich.text import Text
 
-import bilevel
+from bilevel._output import OutputError, finite, prepare_output, versions, write_document
 from bilevel.hyperopt.data import Task
 from bilevel.hyperopt.splits import Splits
 from bilevel.hyperopt.tune import Outcome, Row
@@ -22,29 +19,6 @@ __all__ = ["OutputError", "as_json", "prepare_output", "remarks", "table", "writ
 
 SCHEMA = 1
 """Version of the JSON file's layout."""
-
-
-class OutputError(bilevel.BilevelError, OSError):
-    """The output directory cannot be written to."""
-
-
-def prepare_output(directory: Path) -> None:
-    """Make the directory and try it, so that a run does not end in a file that cannot be written.
-
-    Raises
-    ------
-    OutputError
-        If it cannot be made or written to.
-    """
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-        probe = directory / ".bilevel-probe"
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        raise OutputError(
-            f"the output directory {directory} cannot be written to ({error.strerror}); pass another with --output"
-        ) from None
 
 
 def table(outcome: Outcome) -> Table:
@@ -116,11 +90,7 @@ def as_json(outcome: Outcome) -> dict[str, Any]:
     settings = asdict(outcome.settings) | {"penalty": outcome.settings.penalty.value}
     document = {
         "schema": SCHEMA,
-        "versions": {
-            "python": platform.python_version(),
-            "bilevel": bilevel.__version__,
-            **{name: version(name) for name in ("torch", "numpy", "scipy", "scikit-learn")},
-        },
+        "versions": versions("torch", "numpy", "scipy", "scikit-learn"),
         "settings": settings,
         "data": _data(outcome),
         "grid": asdict(outcome.grid),
@@ -131,8 +101,8 @@ def as_json(outcome: Outcome) -> dict[str, Any]:
         "notes": list(outcome.notes),
         "seconds": outcome.seconds,
     }
-    finite: dict[str, Any] = _finite(document)
-    return finite
+    cleaned: dict[str, Any] = finite(document)
+    return cleaned
 
 
 def write_json(outcome: Outcome, path: Path) -> None:
@@ -143,12 +113,7 @@ def write_json(outcome: Outcome, path: Path) -> None:
     OutputError
         If the file cannot be written.
     """
-    try:
-        path.write_text(json.dumps(as_json(outcome), indent=1, allow_nan=False) + "\n", encoding="utf-8")
-    except OSError as error:
-        raise OutputError(
-            f"{path} cannot be written ({error.strerror}); pass another directory with --output"
-        ) from None
+    write_document(as_json(outcome), path)
 
 
 def _data(outcome: Outcome) -> dict[str, Any]:
@@ -177,11 +142,3 @@ def _row(row: Row, features: tuple[str, ...]) -> dict[str, Any]:
     shared = len(strengths) == 1 and len(features) != 1
     named = {"shared": strengths[0]} if shared else dict(zip(features, strengths, strict=True))
     return asdict(row) | {"strengths": named}
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,0 +1,98 @@
+"""Files that the commands of ``bilevel`` leave behind: JSON and pictures, or one sentence why not."""
+
+from __future__ import annotations
+
+import json
+import math
+import platform
+import warnings
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import bilevel
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+__all__ = ["OutputError", "finite", "prepare_output", "save_figure", "versions", "write_document"]
+
+
+class OutputError(bilevel.BilevelError, OSError):
+    """The output directory cannot be written to."""
+
+
+def prepare_output(directory: Path) -> None:
+    """Make the directory and try it, so that a run does not end in a file that cannot be written.
+
+    Raises
+    ------
+    OutputError
+        If it cannot be made or written to.
+    """
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        probe = directory / ".bilevel-probe"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise OutputError(
+            f"the output directory {directory} cannot be written to ({error.strerror}); pass another with --output"
+        ) from None
+
+
+def versions(*packages: str) -> dict[str, str]:
+    """Return the versions of Python, of this package and of ``packages``."""
+    return {
+        "python": platform.python_version(),
+        "bilevel": bilevel.__version__,
+        **{name: version(name) for name in packages},
+    }
+
+
+def finite(value: Any) -> Any:
+    """Return ``value`` with None for the numbers in it that JSON does not have."""
+    if isinstance(value, dict):
+        return {key: finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def write_document(document: dict[str, Any], path: Path) -> None:
+    """Write ``document`` as JSON.
+
+    Raises
+    ------
+    OutputError
+        If the file cannot be written.
+    """
+    try:
+        path.write_text(json.dumps(finite(document), indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise _unwritable(path, error) from None
+
+
+def save_figure(figure: Figure, path: Path) -> None:
+    """Draw ``figure`` to ``path``.
+
+    Raises
+    ------
+    OutputError
+        If the file cannot be written.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    # A canvas of its own: pyplot would keep global state and choose a backend that may need a display.
+    FigureCanvasAgg(figure)
+    try:
+        with warnings.catch_warnings():
+            # A name in a script that the font lacks is drawn as boxes; that is no reason to interrupt a run.
+            warnings.filterwarnings("ignore", message="Glyph .* missing")
+            figure.savefig(path, dpi=150)
+    except OSError as error:
+        raise _unwritable(path, error) from None
+
+
+def _unwritable(path: Path, error: OSError) -> OutputError:
+    return OutputError(f"{path} cannot be written ({error.strerror}); pass another directory with --output")

@@ -1,0 +1,74 @@
+"""Damping: (A + γI) x = b in place of A x = b, for matrices that are not positive definite, or nearly singular."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+
+from bilevel._checks import check_number
+from bilevel.linear._base import LinearSolution, LinearSolver, LinearSolverLike, as_linear_solver
+from bilevel.linear.cg import CG
+from bilevel.operators import DampedOperator, LinearOperator
+
+__all__ = ["Damped"]
+
+
+@dataclass(frozen=True)
+class Damped(LinearSolver):
+    r"""Solve (A + γI) x = b by another solver; the answer is judged by its residual in A x = b, which is γ‖x‖ at best.
+
+    Where an inner solve stops short of a minimum, A may have negative eigenvalues, and methods for positive definite
+    matrices break down. With γ above the size of those, the damped system is sound, at the price of a bias towards
+    x = b/γ, which the residual tells.
+
+    Parameters
+    ----------
+    solver
+        For the damped system; by default conjugate gradients.
+    damping
+        γ > 0, in the units of A's eigenvalues.
+
+    Raises
+    ------
+    ArgumentError
+        If the damping is not positive.
+
+    References
+    ----------
+    Tikhonov; for Hessian-free optimisation Martens, ICML 2010, section 4.1.
+
+    Examples
+    --------
+    >>> import torch, bilevel
+    >>> from bilevel.operators import DenseOperator
+    >>> A = DenseOperator(torch.tensor([[1.0, 0.0], [0.0, -0.5]]), symmetric=True)
+    >>> budget = bilevel.Tolerance(delta=None, delta_prime=None)
+    >>> Damped(bilevel.CG(max_steps=2), damping=1.0)(A, torch.tensor([[1.0, 1.0]]), budget)
+    tensor([[0.5000, 2.0000]])
+    """
+
+    solver: LinearSolverLike = field(default_factory=CG)
+    damping: float = 1.0
+
+    def __post_init__(self) -> None:
+        check_number("Damped", "damping", self.damping)
+        object.__setattr__(self, "solver", as_linear_solver(self.solver))
+
+    @property
+    def has_budget(self) -> bool:
+        return as_linear_solver(self.solver).has_budget
+
+    @property
+    def name(self) -> str:
+        return f"Damped {as_linear_solver(self.solver).name}"
+
+    def solve(
+        self, operator: LinearOperator, rhs: torch.Tensor, threshold: torch.Tensor, start: torch.Tensor | None = None
+    ) -> LinearSolution:
+        solver = as_linear_solver(self.solver)
+        damped = solver.solve(DampedOperator(operator, self.damping), rhs, threshold, start)
+        if damped.residual is None:
+            return damped
+        # b − A x = [b − (A + γI) x] + γ x: no product more.
+        return LinearSolution(damped.x, damped.iterations, damped.status, damped.residual + self.damping * damped.x)

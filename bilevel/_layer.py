@@ -329,4 +329,5 @@ def _report(
         outcome.threshold.reshape(axes),
         outcome.error_bound.reshape(axes),
         outcome.basis,
+        outcome.scale.reshape(axes) if isinstance(outcome, LinearOutcome) else torch.full(axes, float("nan")),
     )

@@ -83,6 +83,7 @@ def _app() -> Any:
     import typer
 
     from bilevel.hyperopt.command import tune
+    from bilevel.meta.command import imaml
 
     app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
@@ -100,6 +101,7 @@ def _app() -> Any:
 
     app.callback()(root)
     app.command("tune")(tune)
+    app.add_typer(imaml, name="imaml")
     return app
 
 

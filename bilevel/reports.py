@@ -154,6 +154,8 @@ class SolveReport:
         Bound on ‖x − x*‖ (on ‖q − q*‖ at fixed φ backward), in the units of x; NaN where none is known.
     basis
         What :attr:`error_bound` rests on.
+    scale
+        ‖b‖ backward, for :attr:`residual_norm` to be compared with; NaN forward, where there is no such size.
     """
 
     direction: Pass
@@ -165,6 +167,7 @@ class SolveReport:
     threshold: torch.Tensor
     error_bound: torch.Tensor
     basis: Basis
+    scale: torch.Tensor
 
     @property
     def status(self) -> Any:

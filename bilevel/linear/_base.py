@@ -189,6 +189,7 @@ class LinearOutcome:
     threshold: torch.Tensor
     error_bound: torch.Tensor
     basis: Basis
+    scale: torch.Tensor
 
 
 def rounding_floor(operator: LinearOperator, x: torch.Tensor, rhs: torch.Tensor) -> torch.Tensor:
@@ -255,7 +256,7 @@ def solve_linear(
     bound = torch.full_like(residual_norm, float("nan")) if mu is None else residual_norm / mu
     return LinearOutcome(
         x, status, solution.iterations, residual * scale, residual_norm, threshold * size, bound,
-        Basis.RESIDUAL if mu is None else Basis.CERTIFIED,
+        Basis.RESIDUAL if mu is None else Basis.CERTIFIED, norm * size,
     )  # fmt: skip
 
 

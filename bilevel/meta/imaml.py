@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -150,7 +151,7 @@ class IMAML(bilevel.BilevelProblem):
         """Whether λ is a parameter."""
         return any(name.startswith("log_lam_") for name in self._parameters)
 
-    def forward(self, batch: Any) -> torch.Tensor:  # type: ignore[override]  # θ is the module's own
+    def forward(self, batch: Any, *, predictions: bool = False) -> Any:  # type: ignore[override]  # θ is the module's own
         """Adapt every task and return the mean query loss, differentiable with respect to the module's parameters.
 
         Parameters
@@ -158,6 +159,8 @@ class IMAML(bilevel.BilevelProblem):
         batch
             (support_x, support_y, query_x, query_y), each (T, examples, ...), as a tuple, a dict of these names or
             :class:`bilevel.meta.Tasks`; inputs and targets may be pytrees.
+        predictions
+            Return (loss, predictions) with the model's outputs (T, examples, ...) for the query, without a graph.
 
         Raises
         ------
@@ -169,13 +172,15 @@ class IMAML(bilevel.BilevelProblem):
             If padded tasks meet a model with batch norm, or a loss that is not a mean over examples.
         """
         tasks = self._checked(as_tasks(batch, self.where))
-        total = None
+        outer, losses, made = self.outer, [], []
         for part in self._passes(tasks):
-            share = len(pytree.tree_leaves(part.support_y)[0]) / len(pytree.tree_leaves(tasks.support_y)[0])
-            loss = super().forward(self.outer, self._data(part)) * share
-            total = loss if total is None else total + loss
-        assert total is not None
-        return total
+            data = self._data(part)
+            adapted = self.solve(outer, data).value
+            loss, prediction = vmap(functools.partial(self._judge, data["fixed"]))(adapted, data["query"])
+            losses.append(loss)
+            made.append(pytree.tree_map(torch.Tensor.detach, prediction))
+        loss = torch.cat(losses).mean()
+        return (loss, pytree.tree_map(lambda *parts: torch.cat(parts), *made)) if predictions else loss
 
     def hypergradient(self, batch: Any) -> bilevel.Hypergradient:  # type: ignore[override]
         """Return value, gradient, adapted parameters, reports per task and error bound; leave ``grad`` alone.
@@ -207,7 +212,7 @@ class IMAML(bilevel.BilevelProblem):
 
     def inner_objective(self, inner: Any, outer: Any, data: Any) -> torch.Tensor:
         """Return L̂(φ) + (λ/2) ‖φ − θ‖² of one task."""
-        fit = self._mean_loss(inner, data["fixed"], *data["support"])
+        fit, _ = self._judge(data["fixed"], inner, data["support"])
         theta, lam = outer["parameters"], outer["lam"]
         if isinstance(lam, torch.Tensor):
             return fit + 0.5 * lam * sum(((inner[name] - theta[name]) ** 2).sum() for name in theta)
@@ -215,7 +220,7 @@ class IMAML(bilevel.BilevelProblem):
 
     def outer_objective(self, inner: Any, outer: Any, data: Any) -> torch.Tensor:
         """Return L(φ) of one task, on its query examples."""
-        return self._mean_loss(inner, data["fixed"], *data["query"])
+        return self._judge(data["fixed"], inner, data["query"])[0]
 
     def initial(self, outer: Any, data: Any) -> Any:
         """Return θ for every task."""
@@ -238,7 +243,7 @@ class IMAML(bilevel.BilevelProblem):
     def extra_repr(self) -> str:
         """Return the settings, for ``repr``."""
         lam = self.lam
-        shown = f"{float(lam):g}" if isinstance(lam, torch.Tensor) else "per tensor"
+        shown = f"{float(lam.detach()):g}" if isinstance(lam, torch.Tensor) else "per tensor"
         learned = ", learned" if self.learns_lam else ""
         return f"lam={shown}{learned}, mode={self.mode!r}, {super().extra_repr()}"
 
@@ -264,13 +269,13 @@ class IMAML(bilevel.BilevelProblem):
             return functional_call(self.model, {**parameters, **fixed}, (), dict(x))
         return functional_call(self.model, {**parameters, **fixed}, tuple(x) if isinstance(x, (tuple, list)) else (x,))
 
-    def _mean_loss(
-        self, parameters: Any, fixed: Any, x: Any, y: Any, weight: torch.Tensor | None = None
-    ) -> torch.Tensor:
+    def _judge(self, fixed: Any, parameters: Any, part: tuple[Any, ...]) -> tuple[torch.Tensor, Any]:
+        """Return the mean loss over one task's examples ``part``, (x, y) or (x, y, weight), and the predictions."""
+        x, y, *weight = part
         prediction = self._call(parameters, fixed, x)
-        if weight is None:
-            return self.loss(prediction, y)
-        return (weight * self._losses(prediction, y)).sum() / weight.sum()
+        if not weight:
+            return self.loss(prediction, y), prediction
+        return (weight[0] * self._losses(prediction, y)).sum() / weight[0].sum(), prediction
 
     def _losses(self, prediction: Any, y: Any) -> torch.Tensor:
         """Return the loss of each example as that of a task of one, (examples,)."""

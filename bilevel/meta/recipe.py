@@ -1,0 +1,177 @@
+"""What ``bilevel imaml`` trains, and how: the settings, and what they make of a data set."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+import bilevel
+from bilevel.meta.glyphs import draw_glyphs
+from bilevel.meta.images import LabelledImages, split_classes
+from bilevel.meta.imaml import IMAML
+from bilevel.meta.models import conv_network
+from bilevel.meta.omniglot import download_omniglot, load_omniglot
+from bilevel.meta.sampler import FewShotSampler
+
+__all__ = ["Recipe", "Setup", "set_up", "unseen"]
+
+GLYPHS, OMNIGLOT = "glyphs", "omniglot"
+_GLYPH_CLASSES, _GLYPH_ALPHABETS_HELD_OUT = 400, 5
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """How to train. The defaults reach 90 % on unseen Omniglot characters, 5-way 1-shot, in 30 minutes on two cores.
+
+    Parameters
+    ----------
+    ways, shots, queries
+        Classes of a task, and support and query images of each class in training.
+    inner_steps, inner_lr
+        Of gradient descent from θ; for the Hessian-free solver the steps of Newton's method.
+    hessian_free
+        Adapt by Newton's method with conjugate gradients and a line search, the paper's second variant.
+    cg_steps, damping
+        Of the linear solve: steps, and γ added to ∇²L̂ + λI, which keeps it positive definite where adaptation stops short
+        of a minimum. The paper has none.
+    lam, learn_lam
+        λ, and whether it is learned.
+    mode
+        ``"paper"`` or ``"released"``, see :class:`bilevel.IMAML`.
+    tasks_per_step, outer_lr, clip
+        Tasks of a meta-step, the step of Adam, and the norm that the meta-gradient is clipped to.
+    rotations
+        Take each class turned by quarters as classes of their own, in training.
+    hold_out
+        Groups of classes (alphabets) that training never sees, for validation.
+    validation_tasks, validate_every
+        How many tasks validate, and after how many meta-steps each.
+    seed
+        Of the initialisation, the draws and the split.
+    amp
+        Evaluate the model in bfloat16 where torch's autocast does; gradients' linear solves stay in float32.
+
+    Raises
+    ------
+    bilevel.ArgumentError
+        If a number is out of its range.
+    """
+
+    ways: int = 5
+    shots: int = 1
+    queries: int = 5
+    inner_steps: int = 8
+    inner_lr: float = 0.05
+    hessian_free: bool = False
+    cg_steps: int = 3
+    damping: float = 0.0
+    lam: float = 1.0
+    learn_lam: bool = False
+    mode: Literal["paper", "released"] = "paper"
+    tasks_per_step: int = 8
+    outer_lr: float = 2e-3
+    clip: float = 1.0
+    rotations: bool = True
+    hold_out: int = 5
+    validation_tasks: int = 200
+    validate_every: int = 250
+    seed: int = 0
+    amp: bool = False
+
+    def __post_init__(self) -> None:
+        for item in fields(self):
+            value = getattr(self, item.name)
+            if isinstance(item.default, bool) or item.name in ("seed", "mode"):
+                continue
+            least = 2 if item.name == "ways" else 0 if item.name == "damping" else 1
+            whole = isinstance(item.default, int)
+            fits = isinstance(value, int) if whole else isinstance(value, (int, float)) and math.isfinite(value)
+            if isinstance(value, bool) or not fits or (value < least if whole or least == 0 else value <= 0):
+                bound = f">= {least}" if whole or least == 0 else "> 0"
+                raise bilevel.ArgumentError(
+                    f"expected {item.name.replace('_', '-')} to be a {'whole ' if whole else ''}number {bound}, got {value!r}"
+                )
+
+    def learner(self, model: nn.Module, loss: Callable[[Any, Any], torch.Tensor]) -> IMAML:
+        """Return the :class:`bilevel.IMAML` that this recipe describes."""
+        solver: Any = bilevel.GradientDescent(lr=self.inner_lr, max_steps=self.inner_steps)
+        if self.hessian_free:
+            solver = bilevel.Newton(max_steps=self.inner_steps, dense_limit=0, linear_steps=self.cg_steps)
+        linear: Any = bilevel.CG(max_steps=self.cg_steps)
+        if self.damping and self.mode == "paper":
+            linear = bilevel.Damped(linear, damping=self.damping)
+        # Training goes on over a task whose linear solve fails; the report of each step counts them.
+        return IMAML(
+            model, loss, self.lam, solver, linear, on_failure="ignore", mode=self.mode, learn_lam=self.learn_lam
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class Setup:
+    """A model, its loss and its tasks.
+
+    Parameters
+    ----------
+    name
+        Of the data.
+    model, loss
+        For :class:`bilevel.IMAML`.
+    training
+        Draws training tasks.
+    validation
+        Makes a sampler of unseen tasks, the same tasks each time.
+    """
+
+    name: str
+    model: nn.Module
+    loss: Callable[[Any, Any], torch.Tensor]
+    training: FewShotSampler
+    validation: Callable[[], FewShotSampler]
+
+
+def set_up(data: str, recipe: Recipe, device: torch.device) -> Setup:
+    """Return what ``recipe`` trains on ``data``: glyphs, omniglot (downloaded), or a folder or zip file of characters.
+
+    Raises
+    ------
+    bilevel.ArgumentError
+        If the data cannot be used.
+    """
+    torch.manual_seed(recipe.seed)
+    images = characters(data)
+    groups = len(set(images.groups))
+    by_group = groups > recipe.hold_out
+    held = recipe.hold_out if by_group else max(recipe.ways, images.classes // 5)
+    seen, fresh = split_classes(images, held, seed=recipe.seed, by_group=by_group)
+    training = FewShotSampler(
+        seen, ways=recipe.ways, shots=recipe.shots, queries=recipe.queries, rotations=recipe.rotations,
+        seed=recipe.seed, device=device,
+    )  # fmt: skip
+    model = conv_network(recipe.ways, size=int(images.images.shape[-1])).to(device)
+    return Setup(
+        data,
+        model,
+        nn.functional.cross_entropy,
+        training,
+        lambda: unseen(fresh, recipe, device, seed=recipe.seed + 1),
+    )
+
+
+def characters(data: str) -> LabelledImages:
+    """Return the labelled images that ``data`` names."""
+    if data == GLYPHS:
+        return draw_glyphs(_GLYPH_CLASSES)
+    return load_omniglot(download_omniglot() if data == OMNIGLOT else Path(data))
+
+
+def unseen(images: LabelledImages, recipe: Recipe, device: torch.device, *, seed: int) -> FewShotSampler:
+    """Return a sampler of test tasks: as many queries as there are images, up to 15, and no rotations."""
+    fewest = int(torch.bincount(images.labels, minlength=images.classes).min())
+    queries = max(1, min(15, fewest - recipe.shots))
+    return FewShotSampler(images, ways=recipe.ways, shots=recipe.shots, queries=queries, seed=seed, device=device)

@@ -279,7 +279,7 @@ class _Bar:
             disable=not shown,
         )
         self._task: Any = None
-        self._validated = ""
+        self._told = self._validated = ""
 
     def __enter__(self) -> "_Bar":
         return self
@@ -298,12 +298,14 @@ class _Bar:
         failed = f" {record.failed} indefinite" if record.failed else ""
         told = (
             f"step {record.step} loss {record.loss:.3f} accuracy {record.accuracy:.3f} inner {record.inner_residual:.1e} "
-            f"CG {record.linear_residual:.1e}{failed} {record.tasks_per_second:.0f} tasks/s{self._validated}"
+            f"CG {record.linear_residual:.1e}{failed} {record.tasks_per_second:.0f} tasks/s"
         )
-        self._progress.update(self._task, completed=done, told=told)
+        self._told = told
+        self._progress.update(self._task, completed=done, told=told + self._validated)
 
     def validated(self, score: Score) -> None:
         self._validated = f" | unseen: {_sentence(score).partition(' (')[0]}"
+        self._progress.update(self._task, told=self._told + self._validated)
 
     def end(self) -> None:
         self._progress.stop()

@@ -261,8 +261,11 @@ class IMAML(bilevel.BilevelProblem):
         count = len(pytree.tree_leaves(tasks.support_y)[0])
         if most is None or count <= most:
             return [tasks]
-        begins = range(0, count, most)
-        return [pytree.tree_map(lambda leaf: leaf[begin : begin + most], tasks) for begin in begins]  # noqa: B023
+
+        def cut(begin: int) -> Tasks:
+            return pytree.tree_map_only(torch.Tensor, lambda leaf: leaf[begin : begin + most], tasks)
+
+        return [cut(begin) for begin in range(0, count, most)]
 
     def _call(self, parameters: Any, fixed: Any, x: Any) -> Any:
         if isinstance(x, Mapping):
@@ -347,7 +350,7 @@ def _register_lam(
     like = next(iter(parameters.values()))
     keys = {}
     for name, value in given.items():
-        number = torch.as_tensor(value).detach().to(like)
+        number = torch.as_tensor(value, dtype=like.dtype, device=like.device).detach()
         shape = parameters[name].shape if name != _SHARED else torch.Size()
         fits = number.ndim == 0 or (name != _SHARED and number.shape == shape)
         if not fits or not bool(((number > 0) & torch.isfinite(number)).all()):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import io
 import os
@@ -181,7 +182,8 @@ def _keep(data: LabelledImages, file: Path) -> None:
         )
         os.replace(partial, file)  # whole or not at all
     except OSError:
-        partial.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            partial.unlink()
 
 
 def _unpack(file: Path) -> LabelledImages:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import time
@@ -222,7 +223,8 @@ class Trainer:
             torch.save(self.state(), partial)
             os.replace(partial, path)
         except (OSError, RuntimeError) as error:
-            partial.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                partial.unlink()
             raise bilevel.ArgumentError(f"the checkpoint {path} cannot be written ({error})") from error
 
 

@@ -1,0 +1,299 @@
+"""`bilevel imaml`: it learns, goes on bit for bit, survives being interrupted, and shares tasks between processes."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+
+import bilevel
+from bilevel.cli import main
+from bilevel.meta import draw_glyphs
+from bilevel.meta.processes import Processes, processes
+from bilevel.meta.recipe import Recipe
+from bilevel.meta.training import Score, Trainer, read_checkpoint
+
+SMALL = Recipe(
+    ways=3, queries=3, inner_steps=2, cg_steps=2, tasks_per_step=4, validation_tasks=5, validate_every=2, hold_out=1
+)
+OPTIONS = (
+    "--ways", 3, "--queries", 3, "--inner-steps", 2, "--cg-steps", 2, "--tasks-per-step", 4, "--validation-tasks", 5,
+    "--validate-every", 2, "--hold-out", 1, "--test-tasks", 5, "--device", "cpu",
+)  # fmt: skip
+HERE = Processes(0, 1, torch.device("cpu"))
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of characters, laid out like Omniglot's."""
+    root = tmp_path_factory.mktemp("characters")
+    glyphs = draw_glyphs(24, 8, seed=5)
+    for number, (image, label) in enumerate(zip(glyphs.images, glyphs.labels.tolist(), strict=True)):
+        place = root / f"Alphabet{label % 3}" / f"character{label:02}"
+        place.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(255 - image.numpy()).save(place / f"{number:04}.png")
+    return root
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
+def weights(trainer: Trainer) -> torch.Tensor:
+    return torch.cat([p.detach().reshape(-1) for p in trainer.learner.parameters()])
+
+
+def test_training_lowers_the_loss(folder: Path) -> None:
+    trainer = Trainer(str(folder), SMALL, HERE)
+    trainer.train(steps=40)
+    losses = [record.loss for record in trainer.history]
+    assert sum(losses[-8:]) < 0.8 * sum(losses[:8])
+    assert [step for step, _ in trainer.validations] == list(range(2, 41, 2))
+    record = trainer.history[-1]
+    assert record.step == 40 and record.inner_residual > 0 and record.linear_residual > 0 and record.lam == 1.0
+
+
+@pytest.mark.parametrize(
+    "changes", [{}, {"learn_lam": True, "amp": True}, {"mode": "released"}, {"hessian_free": True}]
+)
+def test_going_on_is_bit_for_bit(folder: Path, tmp_path: Path, changes: dict[str, Any]) -> None:
+    from dataclasses import replace
+
+    recipe = replace(SMALL, **changes)
+    whole = Trainer(str(folder), recipe, HERE)
+    whole.train(steps=6)
+    first = Trainer(str(folder), recipe, HERE)
+    first.train(steps=3)
+    first.save(tmp_path / "c.pt")
+    torch.rand(7)  # whatever another process would do before
+    state, found = read_checkpoint(tmp_path / "c.pt")
+    second = Trainer(state["data"], found, HERE)
+    second.load(state)
+    second.train(steps=6)
+    assert torch.equal(weights(whole), weights(second))
+    unlike = ("seconds", "tasks_per_second")
+    for a, b in zip(whole.history, second.history, strict=True):
+        assert {k: v for k, v in vars(a).items() if k not in unlike} == {
+            k: v for k, v in vars(b).items() if k not in unlike
+        }
+    assert whole.validations == second.validations
+
+
+def test_a_step_that_is_not_finite_is_not_taken(folder: Path) -> None:
+    trainer = Trainer(str(folder), SMALL, HERE)
+    before = weights(trainer)
+    trainer.setup.training._images[:] = 0
+    trainer.learner.loss = lambda made, wanted: torch.nn.functional.cross_entropy(made, wanted) * float("nan")
+    record = trainer.train_step()
+    assert torch.equal(weights(trainer), before)
+    assert record.failed > 0
+
+
+def test_a_score_has_an_interval() -> None:
+    score = Score.of(torch.tensor([0.0, 1.0, 1.0, 0.0]))
+    assert score.mean == 0.5 and score.half_width == pytest.approx(1.96 * (1 / 3) ** 0.5 / 2) and score.tasks == 4
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"ways": 1}, {"lam": 0.0}, {"inner_lr": float("inf")}, {"cg_steps": 0}, {"damping": -1.0}, {"shots": 1.5}],
+)
+def test_recipes_that_are_none(settings: dict[str, Any]) -> None:
+    with pytest.raises(bilevel.ArgumentError, match="expected"):
+        Recipe(**settings)
+
+
+def test_tasks_are_shared_evenly() -> None:
+    with pytest.raises(bilevel.ArgumentError, match="multiple of the 3 processes"):
+        Trainer("glyphs", SMALL, Processes(0, 3, torch.device("cpu")))
+    with pytest.raises(bilevel.ArgumentError, match="device"), processes("warp"):
+        pass
+
+
+class Ended:
+    def __init__(self, code: Any, out: str, err: str) -> None:
+        self.code, self.out, self.err = code, out, err
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str]) -> Any:
+    def run(*arguments: object) -> Ended:
+        with pytest.raises(SystemExit) as ended:
+            main(["imaml", *map(str, arguments)])
+        captured = capsys.readouterr()
+        return Ended(ended.value.code or 0, captured.out, captured.err)
+
+    return run
+
+
+def test_the_program_trains_resumes_and_evaluates(run: Any, folder: Path, tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    ended = run("--data", folder, *OPTIONS, "--steps", 3, "--output", output, "-q")
+    assert ended.code == 0 and ended.err == ""
+    assert "accuracy" in ended.out and "after 3 meta-steps" in ended.out
+    document = json.loads((output / "results.json").read_text())
+    assert document["steps"] == 3 and len(document["history"]) == 3 and 0 <= document["test"]["mean"] <= 1
+    assert document["recipe"]["ways"] == 3 and [v["step"] for v in document["validations"]] == [2]
+    for picture in ("learning.png", "residuals.png"):
+        assert (output / picture).read_bytes().startswith(b"\x89PNG")
+    ended = run("--resume", output / "checkpoint.pt", "--steps", 5, "--test-tasks", 5, "--output", output, "-q")
+    assert ended.code == 0 and "after 5 meta-steps" in ended.out
+    first = run("evaluate", output / "checkpoint.pt", "--tasks", 4, "-q")
+    other = run("evaluate", output / "checkpoint.pt", "--tasks", 4, "--data", folder, "--output", tmp_path / "e", "-q")
+    assert first.code == other.code == 0 and "held-out classes" in first.out and str(folder) in other.out
+    assert json.loads((tmp_path / "e" / "evaluation.json").read_text())["tasks"] == 4
+
+
+def test_the_bar_tells_of_losses_and_residuals(run: Any, folder: Path, tmp_path: Path) -> None:
+    ended = run("--data", folder, *OPTIONS, "--steps", 2, "--output", tmp_path / "out")
+    for word in ("step 2", "loss", "accuracy", "inner", "CG", "tasks/s", "unseen"):
+        assert word in ended.err
+
+
+def test_no_time_at_all(run: Any, folder: Path, tmp_path: Path) -> None:
+    ended = run("--data", folder, *OPTIONS, "--minutes", 0, "--output", tmp_path / "out", "-q")
+    assert ended.code == 0 and "after 0 meta-steps" in ended.out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--data", "nowhere"), "does not exist"),
+        (("--resume", "nowhere.pt"), "does not exist"),
+        (("--resume", __file__), "not a checkpoint"),
+        (("--resume", "x.pt", "--ways", "3"), "--ways: expected no settings beside --resume"),
+        (("--resume", "x.pt", "--data", "glyphs"), "--data: expected no settings"),
+        (("--lam", "-1"), "expected lam"),
+        (("--minutes", "-1"), "expected minutes"),
+        (("--steps", "-1"), "expected steps"),
+        (("--test-tasks", "0"), "expected test-tasks"),
+        (("--mode", "other"), "'other'"),
+        (("--mode", "released", "--hessian-free"), "GradientDescent"),
+        (("--ways", "many"), "--ways"),
+        (("--device", "warp"), "device"),
+        (("evaluate", "nowhere.pt"), "does not exist"),
+        (("evaluate", __file__), "not a checkpoint"),
+        (("evaluate",), "checkpoint"),
+        (("--output", __file__), "cannot be written to"),
+    ],
+)
+def test_misuse_ends_with_one_sentence(
+    run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: tuple[str, ...], message: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("bilevel.meta.recipe._GLYPH_CLASSES", 40)
+    ended = run(*arguments)
+    assert ended.code == 2
+    assert message in ended.err and ended.err.startswith("bilevel: ") and ended.err.count("\n") == 1
+
+
+def test_too_few_classes_and_images(run: Any, folder: Path, tmp_path: Path) -> None:
+    ended = run("--data", folder, *OPTIONS[2:], "--ways", 200, "--steps", 1, "--output", tmp_path)
+    assert ended.code == 2 and "at least 200 classes" in ended.err
+    ended = run("--data", folder, "--shots", 9, "--hold-out", 1, "--steps", 1, "--output", tmp_path)
+    assert ended.code == 2 and "images for shots and queries" in ended.err
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_an_interrupted_run_goes_on(run: Any, folder: Path, tmp_path: Path, number: signal.Signals, code: int) -> None:
+    output = tmp_path / "out"
+    command = [sys.executable, "-m", "bilevel.cli", "imaml", "--data", str(folder), *map(str, OPTIONS)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(
+        [*command, "--steps", "100000", "--output", str(output), "-q"],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment,
+    )  # fmt: skip
+    for _ in range(600):  # until its loop runs
+        if output.is_dir():
+            break
+        time.sleep(0.1)
+    time.sleep(4)
+    process.send_signal(number)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == code, err
+    assert err.startswith("bilevel: interrupted after ") and err.count("\n") == 1
+    state, _ = read_checkpoint(output / "checkpoint.pt")
+    assert json.loads((output / "results.json").read_text())["steps"] == state["step"]
+    ended = run(
+        "--resume", output / "checkpoint.pt", "--steps", state["step"] + 1, "--test-tasks", 5, "--output", output, "-q"
+    )
+    assert ended.code == 0 and f"after {state['step'] + 1} meta-steps" in ended.out
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
+
+
+def torchrun(arguments: list[str], tmp_path: Path, timeout: float = 240) -> subprocess.CompletedProcess[str]:
+    command = [
+        sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-addr", "127.0.0.1",
+        "--master-port", str(free_port()), *arguments,
+    ]  # fmt: skip
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    return subprocess.run(command, capture_output=True, text=True, timeout=timeout, env=environment, cwd=tmp_path)
+
+
+GRADIENTS = """
+import sys
+import torch
+from torch import nn
+import bilevel
+from bilevel.meta import SinusoidSampler, mlp
+from bilevel.meta.processes import processes
+
+with processes("cpu") as here:
+    for dtype in (torch.float32, torch.float64):
+        torch.manual_seed(0)
+        model = mlp().to(dtype)
+        learner = bilevel.IMAML(
+            model, nn.functional.mse_loss, 2.0, bilevel.GradientDescent(0.01, 5), bilevel.CG(4), learn_lam=True,
+            on_failure="ignore",
+        )
+        module = nn.parallel.DistributedDataParallel(learner) if here.world > 1 else learner
+        tasks = SinusoidSampler(seed=1, dtype=dtype).sample(6, rank=here.rank, world=here.world)
+        module(tasks).backward()
+        if here.leads:
+            found = torch.cat([p.grad.reshape(-1) for p in learner.parameters()])
+            torch.save(found, f"{sys.argv[1]}-{str(dtype)[-2:]}.pt")
+"""
+
+
+def test_two_processes_have_the_gradients_of_one(tmp_path: Path) -> None:
+    script = tmp_path / "gradients.py"
+    script.write_text(textwrap.dedent(GRADIENTS))
+    ended = torchrun([str(script), "two"], tmp_path)
+    assert ended.returncode == 0, ended.stderr
+    subprocess.run([sys.executable, str(script), "one"], check=True, cwd=tmp_path)
+    for bits, tolerance in ((32, 1e-6), (64, 1e-10)):
+        one, two = (torch.load(tmp_path / f"{name}-{bits}.pt", weights_only=True) for name in ("one", "two"))
+        assert (one - two).norm() <= tolerance * one.norm()
+
+
+def test_the_program_runs_under_torchrun_unchanged(folder: Path, tmp_path: Path) -> None:
+    common = ["imaml", "--data", str(folder), *map(str, OPTIONS), "--steps", "4", "-q"]
+    ended = torchrun(["-m", "bilevel.cli", *common, "--output", str(tmp_path / "two")], tmp_path)
+    assert ended.returncode == 0, ended.stderr
+    assert ended.stdout.count("accuracy") == 1
+    one = subprocess.run(
+        [sys.executable, "-m", "bilevel.cli", *common, "--output", str(tmp_path / "one")],
+        capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, check=True,
+    )  # fmt: skip
+    assert "accuracy" in one.stdout
+    documents = [json.loads((tmp_path / name / "results.json").read_text()) for name in ("one", "two")]
+    assert [document["processes"] for document in documents] == [1, 2]
+    for a, b in zip(*(document["history"] for document in documents), strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-4) and a["accuracy"] == pytest.approx(b["accuracy"])

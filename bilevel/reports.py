@@ -155,7 +155,7 @@ class SolveReport:
     basis
         What :attr:`error_bound` rests on.
     scale
-        ‖b‖ backward, for :attr:`residual_norm` to be compared with; NaN forward, where there is no such size.
+        ‖b‖ backward, for ``residual_norm`` to be compared with; NaN forward, where there is no such size.
     """
 
     direction: Pass

@@ -215,7 +215,10 @@ class IMAML(bilevel.BilevelProblem):
         fit, _ = self._judge(data["fixed"], inner, data["support"])
         theta, lam = outer["parameters"], outer["lam"]
         if isinstance(lam, torch.Tensor):
-            return fit + 0.5 * lam * sum(((inner[name] - theta[name]) ** 2).sum() for name in theta)
+            # One vector in place of many tensors: a small network's step is as long as its number of operations.
+            names = list(theta)
+            away = _joined(inner, names) - _joined(theta, names)
+            return fit + 0.5 * lam * torch.dot(away, away)
         return fit + 0.5 * sum((lam[name] * (inner[name] - theta[name]) ** 2).sum() for name in theta)
 
     def outer_objective(self, inner: Any, outer: Any, data: Any) -> torch.Tensor:
@@ -323,6 +326,10 @@ class IMAML(bilevel.BilevelProblem):
                 f"{count} examples it is {float(together):.6g} where the mean of their losses is {float(apart):.6g}; use "
                 "reduction='mean' without class weights, or call the learner once for each size of task"
             )
+
+
+def _joined(tensors: Mapping[str, torch.Tensor], names: list[str]) -> torch.Tensor:
+    return torch.cat([tensors[name].reshape(-1) for name in names])
 
 
 def _present(weight: torch.Tensor | None) -> tuple[torch.Tensor, ...]:

@@ -16,7 +16,7 @@ import bilevel
 
 F64 = torch.float64
 STEPS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
-TASKS, EXAMPLES, SIZE, LAM, LR = 20, 5, 20, 2.0, 0.1
+TASKS, EXAMPLES, SIZE, LAM, LR = 20, 4, 20, 2.0, 0.1
 
 
 def tasks() -> tuple[torch.Tensor, ...]:

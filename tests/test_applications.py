@@ -1,0 +1,51 @@
+"""Applications stand on the public API alone, like any user's code."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import bilevel
+
+ROOT = Path(bilevel.__file__).parent
+# What an application may import beside public names: itself, and the module in which applications write files.
+OWN = {
+    **dict.fromkeys((ROOT / "hyperopt").glob("*.py"), ("bilevel.hyperopt", "bilevel._output")),
+    **dict.fromkeys((ROOT / "meta").glob("*.py"), ("bilevel.meta", "bilevel._output")),
+    ROOT / "cli.py": ("bilevel.hyperopt", "bilevel.meta", "bilevel._output"),
+    ROOT / "_output.py": (),
+}
+
+
+@pytest.mark.parametrize("path", OWN, ids=lambda path: f"{path.parent.name}/{path.name}")
+def test_only_the_public_api_and_the_application_itself_are_imported(path: Path) -> None:
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        modules = []
+        if isinstance(node, ast.Import):
+            modules = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0
+            modules = [node.module or ""]
+            if node.module == "bilevel":
+                hidden = [
+                    alias.name for alias in node.names if alias.name.startswith("_") and alias.name != "__version__"
+                ]
+                modules += [f"bilevel.{name}" for name in hidden]
+        for module in modules:
+            if module.split(".")[0] == "bilevel":
+                allowed = module == "bilevel" or module.startswith(OWN[path])
+                assert allowed, f"{path.name}: {module}"
+
+
+def test_importing_the_library_imports_no_package_of_the_command_line() -> None:
+    code = (
+        "import sys, bilevel.hyperopt, bilevel.meta, bilevel.cli\n"
+        "names = ('typer', 'rich', 'sklearn', 'matplotlib', 'PIL', 'pooch')\n"
+        "print([name for name in names if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"

@@ -15,7 +15,7 @@ def test_the_python_blocks_run_in_order() -> None:
     torch.manual_seed(0)
     namespace: dict[str, object] = {}
     blocks = re.findall(r"```python\n(.*?)```", README.read_text(), flags=re.DOTALL)
-    assert len(blocks) == 4
+    assert len(blocks) == 5
     for block in blocks:
         exec(compile(block, str(README), "exec"), namespace)
     layer = namespace["layer"]

@@ -139,7 +139,7 @@ class IMAML(bilevel.BilevelProblem):
 
     @property
     def lam(self) -> torch.Tensor | dict[str, torch.Tensor]:
-        """λ: one scalar tensor, or one tensor for each trainable parameter by name; with a graph where it is learned."""
+        """The strength λ, one scalar tensor or one tensor for each trainable parameter by name; with a graph where it is learned."""
         values = {
             name: getattr(self, f"log_lam_{key}").exp() if self.learns_lam else getattr(self, f"lam_{key}")
             for name, key in self._lam_names.items()
@@ -192,7 +192,7 @@ class IMAML(bilevel.BilevelProblem):
         return super().hypergradient(self.outer, self._data(tasks))
 
     def adapt(self, support: Any) -> dict[str, torch.Tensor]:
-        """Return adapted parameters for use, by name, each (T, *shape), without a graph.
+        """Return adapted parameters for use, by name, one set for each of the T tasks on axis 0, without a graph.
 
         Parameters
         ----------

@@ -27,7 +27,7 @@ _MD5 = {
 
 
 def load_omniglot(path: str | Path, *, size: int = 28, cache: str | Path | None = None) -> LabelledImages:
-    """Read the characters in a folder or zip file: …/alphabet/character/*.png.
+    """Read the characters in a folder or zip file: the images ``alphabet/character/*.png``.
 
     Parameters
     ----------

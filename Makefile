@@ -3,7 +3,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-# Two threads at most: the tests are many small problems, which more threads only slow down.
+# One thread: the tests are many small problems, which more threads only slow down.
 export OMP_NUM_THREADS ?= 1
 
 .PHONY: help venv demo test test-long lint format types doctest docs bench clean
@@ -39,11 +39,12 @@ demo: $(VENV)/.demo
 	$(BIN)/bilevel tune breast_cancer --penalty feature --output demo-output
 	@echo "The pictures and a JSON of everything are in demo-output/"
 
+# One process for each core, each with one thread.
 test: $(VENV)/.test
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q -n auto
 
 test-long: $(VENV)/.test
-	$(BIN)/python -m pytest -q --hypothesis-profile=long
+	$(BIN)/python -m pytest -q -n auto --hypothesis-profile=long
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

@@ -277,6 +277,7 @@ class _Run:
         self.recordings = active_recordings()
         self.report: SolveReport | None = None
         self.spoiled = False
+        self.lost: torch.Tensor | None = None  # (*batch,) bool: whose derivatives the policy wants to be NaN
         self.factor: torch.Tensor | None = None
 
     def solve(self, problem: Problem, init: torch.Tensor) -> torch.Tensor:
@@ -296,6 +297,7 @@ class _Run:
         axes = problem.system.batch_shape
         self.factor, layer.adjoint.residual = outcome.factor, outcome.residual if layer.adjoint.warm else None
         self.report = _report(Pass.FORWARD, layer.where, solver.name, outcome, axes)
+        self.lost = ~self.report.success if layer.on_failure == "nan" else None
         x = outcome.x.reshape(*axes, problem.size)
         return enforce(self.report, x, layer.on_failure, self.recordings, silent_budget=target.silent)
 
@@ -313,7 +315,12 @@ class _Run:
         if kept is not None and kept.warm:
             kept.value, kept.report = outcome.x, report
         shaped = outcome.x.reshape(*axes, operator.size)
-        return enforce(report, shaped, layer.on_failure, self.recordings, silent_budget=target.silent)
+        shaped = enforce(report, shaped, layer.on_failure, self.recordings, silent_budget=target.silent)
+        if self.lost is None:
+            return shaped
+        # A quadratic's matrices are the same at a NaN: without this, what has failed would get a finite derivative.
+        # Axes that a transform has added since stand in front of those of the forward pass.
+        return torch.where(self.lost.unsqueeze(-1), torch.full_like(shaped, float("nan")), shaped)
 
 
 def _report(

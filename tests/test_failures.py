@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from torch.func import grad, jacfwd, jvp, vmap
+from torch.func import grad, hessian, jacfwd, jacrev, jvp, vmap
 
 import bilevel
 from bilevel import Status
@@ -120,10 +120,36 @@ def test_backward_failures(case: str, on_failure: str, mode: str) -> None:
     assert reports.backward[0].status is expected
 
 
-def test_a_forward_failure_told_by_nan_stays_nan_in_backward() -> None:
-    a = torch.tensor([1.0, 2.0], dtype=F64, requires_grad=True)
-    bilevel.argmin(bowl, on_failure="nan", **TOO_FEW)(ZERO, a).sum().backward()
-    assert bool(torch.isnan(a.grad).all())
+def quadratic(x: torch.Tensor, a: torch.Tensor) -> torch.Tensor:
+    return ((x - a) ** 2).sum()
+
+
+DERIVATIVES = {
+    "backward": lambda f, a: torch.autograd.functional.jacobian(f, a),
+    "jacrev": lambda f, a: jacrev(f)(a),
+    "jacfwd": lambda f, a: jacfwd(f)(a),
+    "hessian": lambda f, a: hessian(lambda a: (f(a) ** 2).sum())(a),
+}
+
+
+@pytest.mark.parametrize("objective", [bowl, quadratic])
+@pytest.mark.parametrize("mode", DERIVATIVES)
+def test_a_forward_failure_told_by_nan_stays_nan_in_every_derivative(objective: Callable, mode: str) -> None:
+    layer = bilevel.argmin(objective, on_failure="nan", **TOO_FEW)
+    a = torch.tensor([1.0, 2.0], dtype=F64)
+    assert bool(torch.isnan(DERIVATIVES[mode](lambda a: layer(ZERO, a), a)).all())
+
+
+def test_a_failed_quadratic_in_a_batch_gets_nan_and_its_neighbours_do_not() -> None:
+    layer = bilevel.argmin(quadratic, on_failure="nan", **TOO_FEW)
+    a = torch.tensor([[0.0, 0.0], [1.0, 2.0], [0.0, 0.0]], dtype=F64)  # from zero, all but one begin solved
+    for jacobian in (jacrev, jacfwd):
+        found = vmap(jacobian(lambda a: layer(ZERO, a)))(a)
+        assert torch.isnan(found).all(dim=-1).all(dim=-1).tolist() == [False, True, False]
+        torch.testing.assert_close(found[0], torch.eye(2, dtype=F64))
+    free = a.clone().requires_grad_(True)
+    vmap(layer, in_dims=(None, 0))(ZERO, free).sum().backward()
+    assert torch.isnan(free.grad).all(dim=-1).tolist() == [False, True, False]
 
 
 def test_one_failed_problem_among_64_is_reported_and_spoiled_alone() -> None:

@@ -196,12 +196,12 @@ class SolveReport:
         codes = self.status_code.reshape(-1)
         failed = (~self.success).reshape(-1).nonzero().reshape(-1)
         head = f"{self.where}: the {self.direction.value} solve by {self.solver}"
+        if codes.numel() == 0:
+            return f"{head} had no problems to solve"
         if failed.numel() == 0:
             budget = (codes == Status.BUDGET_SPENT).nonzero().reshape(-1)
             status = Status.BUDGET_SPENT if budget.numel() else Status.CONVERGED
             which = int(budget[0]) if budget.numel() else int(self.residual_norm.reshape(-1).nan_to_num().argmax())
-            if codes.numel() == 0:
-                return f"{head} had no problems to solve"
         else:
             which = int(failed[0])
             status = Status(int(codes[which]))

@@ -235,7 +235,13 @@ class Layer:
         """Return a NaN whose derivatives are NaN too, for whatever the function reaches and for init."""
         with torch.enable_grad():
             flat = system.raveler.ravel(init)
-            reached = system.output(flat.detach(), *(tensor.detach() for tensor in tensors)).sum()
+            try:
+                reached = system.output(flat.detach(), *(tensor.detach() for tensor in tensors)).sum()
+            except RuntimeError as problem:
+                # vmap refuses random numbers, which is what the function was found at fault for.
+                if "randomness" not in str(problem):
+                    raise
+                reached = torch.zeros_like(flat.sum())
         return float("nan") * (reached + flat.sum())
 
 

@@ -307,6 +307,16 @@ def test_dropout_in_the_objective(on_failure: str, start: float) -> None:
         assert bool(torch.isfinite(layer(init, a)).all())
 
 
+def test_dropout_inside_a_vmap_that_refuses_randomness_can_be_told_by_nan() -> None:
+    layer = bilevel.argmin(
+        lambda x, a: ((torch.nn.functional.dropout(x, 0.5) - a) ** 2).sum(),
+        solver=bilevel.GradientDescent(0.1, 2),
+        tolerance=bilevel.Tolerance(delta=None),
+        on_failure="nan",
+    )
+    assert bool(torch.isnan(vmap(layer, in_dims=(None, 0))(ZERO, torch.ones(3, 2, dtype=F64))).all())
+
+
 def test_rounding_that_varies_from_run_to_run_is_not_randomness() -> None:
     # As sums over threads, or a GPU's atomics, round: at a solution the whole slope is rounding.
     def jittery(x: torch.Tensor, a: torch.Tensor) -> torch.Tensor:

@@ -218,7 +218,7 @@ class Layer:
             flat = system.raveler.ravel(pytree.tree_map(torch.Tensor.detach, init))
             try:
                 with torch.enable_grad():
-                    output = system.output(flat, *detached)
+                    output = system.first_output(flat, *detached)
             except RuntimeError as problem:
                 if "randomness" not in str(problem):
                     raise

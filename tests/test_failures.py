@@ -15,6 +15,7 @@ from bilevel import Status
 
 F64 = torch.float64
 ZERO = torch.zeros(2, dtype=F64)
+THREE, WIDE = torch.ones(3, dtype=F64), torch.ones(4, 3, dtype=F64)
 policies = pytest.mark.parametrize("on_failure", ["raise", "warn", "nan", "ignore"])
 
 
@@ -362,6 +363,11 @@ def test_running_statistics_are_refused(where: str) -> None:
         (bilevel.ShapeError, "structure of init", lambda p: bilevel.root(lambda x, a: {"y": x}, on_failure=p)(ZERO, ZERO)),
         (bilevel.ShapeError, r"return shape \(2,\)", lambda p: bilevel.fixed_point(lambda x, a: x[:1], on_failure=p)(ZERO, ZERO)),
         (bilevel.DtypeError, "complex", lambda p: bilevel.argmin(bowl, on_failure=p)(ZERO, ZERO + 0j)),
+        (bilevel.ShapeError, r"init \(2,\) float64, args\[0\] \(3,\)", lambda p: bilevel.argmin(bowl, on_failure=p)(ZERO, THREE)),
+        (bilevel.ShapeError, r"init\['w'\] \(2,\)", lambda p: bilevel.argmin(lambda x, X: (X @ x["w"]).sum(), on_failure=p)({"w": ZERO}, WIDE)),
+        (bilevel.ShapeError, r"args\[0\] \(3,\)", lambda p: vmap(bilevel.root(lambda x, a: x - a, on_failure=p), (None, 0))(ZERO, WIDE)),
+        (bilevel.ShapeError, r"args\[0\] \(3,\)", lambda p: grad(lambda a: bilevel.fixed_point(torch.add, on_failure=p)(ZERO, a).sum())(THREE)),
+        (bilevel.DtypeError, r"kwargs\['X'\] \(4, 2\) float32", lambda p: bilevel.root(lambda x, X: X @ x, on_failure=p)(ZERO, X=torch.ones(4, 2))),
     ],
 )  # fmt: skip
 def test_misfits_name_the_argument_and_the_remedy(error, message, use, on_failure) -> None:

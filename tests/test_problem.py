@@ -196,6 +196,21 @@ def test_a_warm_start_of_another_batch_is_not_used() -> None:
         torch.testing.assert_close(result.grad, closed_form(outer, (X, y, Xv, yv))[1], atol=1e-9, rtol=1e-9)
 
 
+def test_a_warm_start_of_another_size_is_not_used() -> None:
+    class Started(Ridge):
+        def initial(self, outer, data):
+            return torch.zeros(data[0].shape[1], dtype=F64)
+
+    problem = Started()
+    for n in (4, 3, 6):
+        data, outer = split(n=n), torch.zeros(n, dtype=F64)
+        torch.testing.assert_close(problem.hypergradient(outer, data).grad, closed_form(outer, data)[1])
+    unaware = Ridge()
+    unaware(torch.zeros(4, dtype=F64), split(n=4), init=torch.zeros(4, dtype=F64))
+    with pytest.raises(bilevel.ShapeError, match=r"init \(4,\)"):
+        unaware(torch.zeros(3, dtype=F64), split(n=3))
+
+
 def test_problems_can_be_copied_and_pickled() -> None:
     import copy
     import pickle

@@ -61,6 +61,16 @@ class HypergradientReport:
         """The inner residual ‖∇_φ G‖, per problem."""
         return self.forward.residual_norm
 
+    @property
+    def error_bound(self) -> torch.Tensor:
+        """Bound on ‖φ − φ*‖, per problem; NaN where none is known. That of the gradient is the hypergradient's own."""
+        return self.forward.error_bound
+
+    @property
+    def certified(self) -> torch.Tensor:
+        """Bool, per problem: :attr:`error_bound` is finite and proven."""
+        return self.forward.certified
+
     def __str__(self) -> str:
         return f"{self.forward}\n{self.backward}"
 

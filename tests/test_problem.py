@@ -155,6 +155,20 @@ def test_declared_constants_certify() -> None:
     assert float((result.grad - exact).norm()) <= result.error_bound < 1.0
 
 
+@pytest.mark.parametrize("mu", [None, 2.0])
+def test_the_report_has_the_fields_of_a_solves_report(mu: float | None) -> None:
+    X, y, Xv, yv = split()
+    problem = Ridge(tolerance=bilevel.Tolerance(strong_convexity=mu), batch_dims=(0, None, None, None))
+    data = (X.expand(3, -1, -1), y, Xv, yv)
+    report = problem.hypergradient(torch.zeros(4, dtype=F64), data, init=torch.zeros(3, 4, dtype=F64)).report
+    assert report.status == (bilevel.Status.CONVERGED,) * 3
+    for name in ("converged", "iterations", "residual_norm", "error_bound", "certified"):
+        assert getattr(report, name).shape == (3,)
+    assert report.certified.tolist() == [mu is not None] * 3
+    if mu is not None:
+        torch.testing.assert_close(report.error_bound, report.residual_norm / mu)
+
+
 def test_warm_starts_of_the_inner_solution_and_of_the_adjoint() -> None:
     data = split(n=4)
     outer = torch.linspace(-1, 1, 4, dtype=F64)

@@ -424,3 +424,10 @@ def test_a_budget_asked_for_by_none_is_silent() -> None:
         layer(ZERO, a).sum().backward()
     assert [report.status for report in reports] == [Status.BUDGET_SPENT, Status.BUDGET_SPENT]
     assert int(reports[0].iterations) == 16 and int(reports[1].iterations) == 1
+
+
+def test_statuses_print_as_names_and_count_as_numbers() -> None:
+    report = bilevel.argmin(bowl).solve(ZERO, ZERO).report
+    assert f"{report.status}" == str(report.status) == "Status.CONVERGED"
+    assert str(bilevel.Basis.RESIDUAL) == "Basis.RESIDUAL"
+    assert report.status == 0 and f"{Status.SINGULAR:02d}" == "08"

@@ -263,6 +263,8 @@ class BilevelProblem(torch.nn.Module, ABC):
         count = self._count(data)
         self._layer.tolerance = self.tolerance_of(outer, data)
         start = self._start(outer, data, count) if init is None else init
+        if count is not None:
+            self._check_start(start, count)
         if self.batch_dims is None:
             solution = self._layer.solve(start, outer, data)
         else:
@@ -371,13 +373,30 @@ class BilevelProblem(torch.nn.Module, ABC):
         if self.batch_dims is None:
             return None
         dims = _broadcast(self.batch_dims, data, self._layer.where)
-        sizes = {leaf.shape[dim] for leaf, dim in zip(pytree.tree_leaves(data), dims, strict=True) if dim is not None}
+        numbering = [(leaf, dim) for leaf, dim in zip(pytree.tree_leaves(data), dims, strict=True) if dim is not None]
+        for leaf, dim in numbering:
+            if not (isinstance(dim, int) and isinstance(leaf, torch.Tensor) and -leaf.ndim <= dim < leaf.ndim):
+                got = f"shape {tuple(leaf.shape)}" if isinstance(leaf, torch.Tensor) else type(leaf).__name__
+                raise ShapeError(
+                    f"{self._layer.where}: expected batch_dims to name an axis of each tensor of data that numbers problems, "
+                    f"got {dim!r} for one of {got}; give an axis that it has, or None where all problems share it"
+                )
+        sizes = {leaf.shape[dim] for leaf, dim in numbering}
         if len(sizes) != 1:
             raise ShapeError(
                 f"{self._layer.where}: expected the axes that batch_dims={self.batch_dims!r} names to have one length, the "
                 f"number of problems, got {sorted(sizes)}; check batch_dims and the shapes in data"
             )
         return int(sizes.pop())
+
+    def _check_start(self, start: Any, count: int) -> None:
+        for leaf in pytree.tree_leaves(start):
+            if isinstance(leaf, torch.Tensor) and (not leaf.ndim or len(leaf) != count):
+                raise ShapeError(
+                    f"{self._layer.where}: expected init to have a leading axis of {count}, one start for each problem that "
+                    f"batch_dims finds in data, got a leaf of shape {tuple(leaf.shape)}; expand it, for example with "
+                    f"init.expand({count}, *init.shape)"
+                )
 
     def _start(self, outer: Any, data: Any, count: int | None) -> Any:
         last = self._last

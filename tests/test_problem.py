@@ -301,6 +301,13 @@ def test_misuse_is_said() -> None:
             Ridge(batch_dims=dims)(
                 torch.tensor(0.0, dtype=F64), (X.expand(3, -1, -1), y, Xv, yv), init=start.expand(3, 4)
             )
+    batch = (X.expand(3, -1, -1), y, Xv, yv)
+    for wrong in (start, start.expand(2, 4), start[0]):
+        with pytest.raises(bilevel.ShapeError, match=r"leading axis of 3.*init\.expand"):
+            Ridge(batch_dims=(0, None, None, None))(torch.tensor(0.0, dtype=F64), batch, init=wrong)
+    for dims in ((3, None, None, None), ("0", None, None, None), (-4, None, None, None)):
+        with pytest.raises(bilevel.ShapeError, match="name an axis"):
+            Ridge(batch_dims=dims)(torch.tensor(0.0, dtype=F64), batch, init=start.expand(3, 4))
     with pytest.raises(bilevel.SolveError, match="`Ridge`: the forward solve by GradientDescent"):
         Ridge(solver=bilevel.GradientDescent(1e-6, 2), tolerance=bilevel.Tolerance(delta=1e-9))(
             torch.tensor(0.0, dtype=F64), split(), init=start

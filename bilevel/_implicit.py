@@ -25,6 +25,7 @@ nest inside a custom Function. For the same reason forward over forward is refus
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -158,11 +159,8 @@ class LinearSolve(torch.autograd.Function):
     ) -> torch.Tensor:
         linearization = rule.memo.linearize(rule.system, x, tensors, [False] * len(tensors))
         operator = linearization.operator.T if transposed else linearization.operator
-        repeats = 1
-        for size in rule.repeats:
-            repeats *= size
         if rule.repeats:
-            operator = RepeatedOperator(operator, repeats)
+            operator = RepeatedOperator(operator, math.prod(rule.repeats))
         flat = rhs.detach().reshape(operator.batch, operator.size)
         axes = rule.repeats + rule.system.batch_shape
         return rule.solve_linear(operator, flat, axes, False).reshape(rhs.shape).clone()
@@ -266,7 +264,7 @@ def _pairing(
         pull = vjp(lambda p: rule.system.residual(p, *others), point)[1]
         if not rule.repeats:
             return (pull(left)[0] * right).sum()
-        lefts = left.reshape(-1, *point.shape)  # (repeats, *batch, n)
+        lefts = left.reshape(math.prod(rule.repeats), *point.shape)  # (repeats, *batch, n)
         return (vmap(lambda u: pull(u)[0])(lefts) * right.reshape(lefts.shape)).sum()
 
     return chosen, pairing

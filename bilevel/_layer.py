@@ -218,7 +218,7 @@ class Layer:
             flat = system.raveler.ravel(pytree.tree_map(torch.Tensor.detach, init))
             try:
                 with torch.enable_grad():
-                    output = system.output(flat, *detached)
+                    output = system.first_output(flat, *detached)
             except RuntimeError as problem:
                 if "randomness" not in str(problem):
                     raise
@@ -235,7 +235,13 @@ class Layer:
         """Return a NaN whose derivatives are NaN too, for whatever the function reaches and for init."""
         with torch.enable_grad():
             flat = system.raveler.ravel(init)
-            reached = system.output(flat.detach(), *(tensor.detach() for tensor in tensors)).sum()
+            try:
+                reached = system.output(flat.detach(), *(tensor.detach() for tensor in tensors)).sum()
+            except RuntimeError as problem:
+                # vmap refuses random numbers, which is what the function was found at fault for.
+                if "randomness" not in str(problem):
+                    raise
+                reached = torch.zeros_like(flat.sum())
         return float("nan") * (reached + flat.sum())
 
 
@@ -277,6 +283,7 @@ class _Run:
         self.recordings = active_recordings()
         self.report: SolveReport | None = None
         self.spoiled = False
+        self.lost: torch.Tensor | None = None  # (*batch,) bool: whose derivatives the policy wants to be NaN
         self.factor: torch.Tensor | None = None
 
     def solve(self, problem: Problem, init: torch.Tensor) -> torch.Tensor:
@@ -296,6 +303,7 @@ class _Run:
         axes = problem.system.batch_shape
         self.factor, layer.adjoint.residual = outcome.factor, outcome.residual if layer.adjoint.warm else None
         self.report = _report(Pass.FORWARD, layer.where, solver.name, outcome, axes)
+        self.lost = ~self.report.success if layer.on_failure == "nan" else None
         x = outcome.x.reshape(*axes, problem.size)
         return enforce(self.report, x, layer.on_failure, self.recordings, silent_budget=target.silent)
 
@@ -313,7 +321,12 @@ class _Run:
         if kept is not None and kept.warm:
             kept.value, kept.report = outcome.x, report
         shaped = outcome.x.reshape(*axes, operator.size)
-        return enforce(report, shaped, layer.on_failure, self.recordings, silent_budget=target.silent)
+        shaped = enforce(report, shaped, layer.on_failure, self.recordings, silent_budget=target.silent)
+        if self.lost is None:
+            return shaped
+        # A quadratic's matrices are the same at a NaN: without this, what has failed would get a finite derivative.
+        # Axes that a transform has added since stand in front of those of the forward pass.
+        return torch.where(self.lost.unsqueeze(-1), torch.full_like(shaped, float("nan")), shaped)
 
 
 def _report(

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import inspect
 import math
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -19,9 +20,17 @@ from typing import Any, ClassVar
 
 import torch
 from torch.func import grad, grad_and_value, vjp, vmap
+from torch.utils import _pytree as pytree
 
 from bilevel._tree import Arguments, Raveler, ravel_like
-from bilevel.errors import ArgumentError, CapturedTensorError, ShapeError, StochasticObjectiveError
+from bilevel.errors import (
+    ArgumentError,
+    BilevelError,
+    CapturedTensorError,
+    DtypeError,
+    ShapeError,
+    StochasticObjectiveError,
+)
 from bilevel.operators import DenseOperator, HessianOperator, JacobianOperator, LinearOperator
 
 __all__ = [
@@ -35,6 +44,10 @@ __all__ = [
     "System",
 ]
 
+# How torch speaks of operands that do not fit.
+_DTYPES = re.compile(r"dtype|scalar type", re.IGNORECASE)
+_MISFIT = re.compile(rf"\b(sizes?|shapes?|dimensions?|batch_size)\b|{_DTYPES.pattern}", re.IGNORECASE)
+_MOST_LISTED = 8
 # The most rows of a Jacobian made by one vmapped pass: bounds the memory of its intermediates.
 _MOST_ROWS = 64
 
@@ -117,6 +130,33 @@ class System(ABC):
         """Return one problem's R (n,) and its value (), or R again where there is none."""
         residual = self.output(flat, *tensors)
         return residual, residual
+
+    def first_output(self, flat: torch.Tensor, *tensors: torch.Tensor) -> torch.Tensor:
+        """Return :meth:`output`, or say which shapes or dtypes the user's function could not put together.
+
+        Raises
+        ------
+        ShapeError, DtypeError
+            Where torch refused an operation for a shape or a dtype.
+        """
+        try:
+            return self.output(flat, *tensors)
+        except (RuntimeError, ValueError, IndexError) as error:
+            if isinstance(error, BilevelError) or not _MISFIT.search(str(error)):
+                raise
+            raise self._misfit(flat, tensors, str(error)) from error
+
+    def _misfit(self, flat: torch.Tensor, tensors: Sequence[torch.Tensor], said: str) -> BilevelError:
+        paths, _ = pytree.tree_flatten_with_path(self.raveler.unravel(flat.detach()))
+        given = [("init" + pytree.keystr(path), leaf) for path, leaf in paths]
+        given += zip(self.arguments.names, tensors, strict=True)
+        listed = [f"{name} {tuple(t.shape)} {str(t.dtype).removeprefix('torch.')}" for name, t in given]
+        more = f" and {len(listed) - _MOST_LISTED} more" if len(listed) > _MOST_LISTED else ""
+        kind, what = (DtypeError, "dtypes") if _DTYPES.search(said) else (ShapeError, "shapes")
+        return kind(
+            f"{self.where}: expected init and the arguments to have {what} that fit together in {self.noun}, got "
+            f"{', '.join(listed[:_MOST_LISTED])}{more}, and torch says: {' '.join(said.split())}; give them {what} that fit"
+        )
 
     def lifted(self, function: Callable[..., Any]) -> Callable[..., Any]:
         """Return ``function`` of one problem's (x, *tensors) as one of the whole batch's."""
@@ -432,7 +472,7 @@ class Problem:
     def _probe(self, x: torch.Tensor, *, captures: bool) -> tuple[torch.Tensor, torch.Tensor]:
         with torch.enable_grad():
             point = x.detach().requires_grad_(True)
-            output = self.system.outputs(self._shaped(point), *self.tensors)
+            output = self.system.lifted(self.system.first_output)(self._shaped(point), *self.tensors)
             if not output.requires_grad and point.numel():
                 raise _unconnected(self.system)
             if not point.numel():

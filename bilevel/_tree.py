@@ -84,8 +84,8 @@ class Raveler:
         """Return ``tree``, of this structure, as one vector (n,)."""
         leaves = pytree.tree_leaves(tree)
         if len(leaves) == 1 and leaves[0].dtype == self.dtype:
-            return leaves[0].reshape(-1)
-        return torch.cat([leaf.reshape(-1).to(self.dtype) for leaf in leaves])
+            return leaves[0].reshape(self.size)
+        return torch.cat([leaf.reshape(leaf.numel()).to(self.dtype) for leaf in leaves])
 
     def unravel(self, flat: torch.Tensor) -> Any:
         """Return the vector ``flat`` (n,) as the user's pytree."""
@@ -103,7 +103,7 @@ class Raveler:
 def ravel_like(tree: Any, raveler: Raveler, where: str, what: str) -> torch.Tensor:
     """Return what the user's function gave as one vector (n,), or say how its structure or shapes differ."""
     if raveler.is_tensor and isinstance(tree, torch.Tensor) and tree.shape == raveler.shapes[0]:
-        return tree.reshape(-1).to(raveler.dtype)
+        return tree.reshape(raveler.size).to(raveler.dtype)
     paths, structure = pytree.tree_flatten_with_path(tree)
     if structure != raveler.structure:
         raise ShapeError(

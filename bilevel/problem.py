@@ -61,6 +61,16 @@ class HypergradientReport:
         """The inner residual ‖∇_φ G‖, per problem."""
         return self.forward.residual_norm
 
+    @property
+    def error_bound(self) -> torch.Tensor:
+        """Bound on ‖φ − φ*‖, per problem; NaN where none is known. That of the gradient is the hypergradient's own."""
+        return self.forward.error_bound
+
+    @property
+    def certified(self) -> torch.Tensor:
+        """Bool, per problem: :attr:`error_bound` is finite and proven."""
+        return self.forward.certified
+
     def __str__(self) -> str:
         return f"{self.forward}\n{self.backward}"
 
@@ -253,6 +263,8 @@ class BilevelProblem(torch.nn.Module, ABC):
         count = self._count(data)
         self._layer.tolerance = self.tolerance_of(outer, data)
         start = self._start(outer, data, count) if init is None else init
+        if count is not None:
+            self._check_start(start, count)
         if self.batch_dims is None:
             solution = self._layer.solve(start, outer, data)
         else:
@@ -361,7 +373,15 @@ class BilevelProblem(torch.nn.Module, ABC):
         if self.batch_dims is None:
             return None
         dims = _broadcast(self.batch_dims, data, self._layer.where)
-        sizes = {leaf.shape[dim] for leaf, dim in zip(pytree.tree_leaves(data), dims, strict=True) if dim is not None}
+        numbering = [(leaf, dim) for leaf, dim in zip(pytree.tree_leaves(data), dims, strict=True) if dim is not None]
+        for leaf, dim in numbering:
+            if not (isinstance(dim, int) and isinstance(leaf, torch.Tensor) and -leaf.ndim <= dim < leaf.ndim):
+                got = f"shape {tuple(leaf.shape)}" if isinstance(leaf, torch.Tensor) else type(leaf).__name__
+                raise ShapeError(
+                    f"{self._layer.where}: expected batch_dims to name an axis of each tensor of data that numbers problems, "
+                    f"got {dim!r} for one of {got}; give an axis that it has, or None where all problems share it"
+                )
+        sizes = {leaf.shape[dim] for leaf, dim in numbering}
         if len(sizes) != 1:
             raise ShapeError(
                 f"{self._layer.where}: expected the axes that batch_dims={self.batch_dims!r} names to have one length, the "
@@ -369,11 +389,22 @@ class BilevelProblem(torch.nn.Module, ABC):
             )
         return int(sizes.pop())
 
+    def _check_start(self, start: Any, count: int) -> None:
+        for leaf in pytree.tree_leaves(start):
+            if isinstance(leaf, torch.Tensor) and (not leaf.ndim or len(leaf) != count):
+                raise ShapeError(
+                    f"{self._layer.where}: expected init to have a leading axis of {count}, one start for each problem that "
+                    f"batch_dims finds in data, got a leaf of shape {tuple(leaf.shape)}; expand it, for example with "
+                    f"init.expand({count}, *init.shape)"
+                )
+
     def _start(self, outer: Any, data: Any, count: int | None) -> Any:
         last = self._last
-        if last is not None and (count is None or all(len(leaf) == count for leaf in pytree.tree_leaves(last))):
+        fits = last is not None and (count is None or all(len(leaf) == count for leaf in pytree.tree_leaves(last)))
+        if fits and type(self).initial is BilevelProblem.initial:
             return last
-        return pytree.tree_map(_cut, self.initial(outer, data))
+        cold = pytree.tree_map(_cut, self.initial(outer, data))
+        return last if fits and _same_shapes(last, cold) else cold
 
     def _outer_losses(self, inner: Any, outer: Any, data: Any) -> torch.Tensor:
         def one(inner: Any, outer: Any, data: Any) -> torch.Tensor:
@@ -418,6 +449,11 @@ class BilevelProblem(torch.nn.Module, ABC):
 
 def _cut(leaf: Any) -> Any:
     return leaf.detach() if isinstance(leaf, torch.Tensor) else leaf
+
+
+def _same_shapes(one: Any, other: Any) -> bool:
+    (leaves, structure), (others, another) = pytree.tree_flatten(one), pytree.tree_flatten(other)
+    return structure == another and all(a.shape == b.shape for a, b in zip(leaves, others, strict=True))
 
 
 def _broadcast(dims: Any, tree: Any, where: str) -> list[int | None]:

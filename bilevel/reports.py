@@ -31,7 +31,17 @@ __all__ = [
 OnFailure = Literal["raise", "warn", "nan", "ignore"]
 
 
-class Status(enum.IntEnum):
+class _Named(enum.IntEnum):
+    """Numbers that fit into a tensor, and print as names in every version of Python."""
+
+    def __str__(self) -> str:
+        return f"{type(self).__name__}.{self.name}"
+
+    def __format__(self, spec: str) -> str:
+        return int.__format__(self, spec) if spec else str(self)
+
+
+class Status(_Named):
     """How one problem's solve ended; :attr:`meaning` says it in words and :attr:`remedy` what to do."""
 
     CONVERGED = 0
@@ -110,7 +120,7 @@ _TEXT: dict[Status, tuple[str, str]] = {
 }
 
 
-class Basis(enum.IntEnum):
+class Basis(_Named):
     """What an error bound rests on; the three are never blurred."""
 
     CERTIFIED = 0
@@ -196,12 +206,12 @@ class SolveReport:
         codes = self.status_code.reshape(-1)
         failed = (~self.success).reshape(-1).nonzero().reshape(-1)
         head = f"{self.where}: the {self.direction.value} solve by {self.solver}"
+        if codes.numel() == 0:
+            return f"{head} had no problems to solve"
         if failed.numel() == 0:
             budget = (codes == Status.BUDGET_SPENT).nonzero().reshape(-1)
             status = Status.BUDGET_SPENT if budget.numel() else Status.CONVERGED
             which = int(budget[0]) if budget.numel() else int(self.residual_norm.reshape(-1).nan_to_num().argmax())
-            if codes.numel() == 0:
-                return f"{head} had no problems to solve"
         else:
             which = int(failed[0])
             status = Status(int(codes[which]))

@@ -149,6 +149,7 @@ def test_files_that_cannot_be_used(run: Any, write: Any, text: str, message: str
         (["tune", "wine", "--watch-size", "0"], "watch size between 0 and 1"),
         (["tune", "wine", "--seed", "-1"], "seed from 0"),
         (["tune", "wine", "--task", "binary"], "3 different values, and a binary task needs two"),
+        (["tune", "breast_cancer", "--task", "multiclass"], "two different values, and a multiclass task needs more"),
         (["tune", "wine", "--folds", "many"], "'--folds'"),
         (["tune", "wine", "--penalty", "lasso"], "lasso"),
         (["tune", "wine", "--task", "ranking"], "ranking"),

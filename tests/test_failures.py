@@ -8,13 +8,14 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from torch.func import grad, jacfwd, jvp, vmap
+from torch.func import grad, hessian, jacfwd, jacrev, jvp, vmap
 
 import bilevel
 from bilevel import Status
 
 F64 = torch.float64
 ZERO = torch.zeros(2, dtype=F64)
+THREE, WIDE = torch.ones(3, dtype=F64), torch.ones(4, 3, dtype=F64)
 policies = pytest.mark.parametrize("on_failure", ["raise", "warn", "nan", "ignore"])
 
 
@@ -120,10 +121,36 @@ def test_backward_failures(case: str, on_failure: str, mode: str) -> None:
     assert reports.backward[0].status is expected
 
 
-def test_a_forward_failure_told_by_nan_stays_nan_in_backward() -> None:
-    a = torch.tensor([1.0, 2.0], dtype=F64, requires_grad=True)
-    bilevel.argmin(bowl, on_failure="nan", **TOO_FEW)(ZERO, a).sum().backward()
-    assert bool(torch.isnan(a.grad).all())
+def quadratic(x: torch.Tensor, a: torch.Tensor) -> torch.Tensor:
+    return ((x - a) ** 2).sum()
+
+
+DERIVATIVES = {
+    "backward": lambda f, a: torch.autograd.functional.jacobian(f, a),
+    "jacrev": lambda f, a: jacrev(f)(a),
+    "jacfwd": lambda f, a: jacfwd(f)(a),
+    "hessian": lambda f, a: hessian(lambda a: (f(a) ** 2).sum())(a),
+}
+
+
+@pytest.mark.parametrize("objective", [bowl, quadratic])
+@pytest.mark.parametrize("mode", DERIVATIVES)
+def test_a_forward_failure_told_by_nan_stays_nan_in_every_derivative(objective: Callable, mode: str) -> None:
+    layer = bilevel.argmin(objective, on_failure="nan", **TOO_FEW)
+    a = torch.tensor([1.0, 2.0], dtype=F64)
+    assert bool(torch.isnan(DERIVATIVES[mode](lambda a: layer(ZERO, a), a)).all())
+
+
+def test_a_failed_quadratic_in_a_batch_gets_nan_and_its_neighbours_do_not() -> None:
+    layer = bilevel.argmin(quadratic, on_failure="nan", **TOO_FEW)
+    a = torch.tensor([[0.0, 0.0], [1.0, 2.0], [0.0, 0.0]], dtype=F64)  # from zero, all but one begin solved
+    for jacobian in (jacrev, jacfwd):
+        found = vmap(jacobian(lambda a: layer(ZERO, a)))(a)
+        assert torch.isnan(found).all(dim=-1).all(dim=-1).tolist() == [False, True, False]
+        torch.testing.assert_close(found[0], torch.eye(2, dtype=F64))
+    free = a.clone().requires_grad_(True)
+    vmap(layer, in_dims=(None, 0))(ZERO, free).sum().backward()
+    assert torch.isnan(free.grad).all(dim=-1).tolist() == [False, True, False]
 
 
 def test_one_failed_problem_among_64_is_reported_and_spoiled_alone() -> None:
@@ -281,6 +308,16 @@ def test_dropout_in_the_objective(on_failure: str, start: float) -> None:
         assert bool(torch.isfinite(layer(init, a)).all())
 
 
+def test_dropout_inside_a_vmap_that_refuses_randomness_can_be_told_by_nan() -> None:
+    layer = bilevel.argmin(
+        lambda x, a: ((torch.nn.functional.dropout(x, 0.5) - a) ** 2).sum(),
+        solver=bilevel.GradientDescent(0.1, 2),
+        tolerance=bilevel.Tolerance(delta=None),
+        on_failure="nan",
+    )
+    assert bool(torch.isnan(vmap(layer, in_dims=(None, 0))(ZERO, torch.ones(3, 2, dtype=F64))).all())
+
+
 def test_rounding_that_varies_from_run_to_run_is_not_randomness() -> None:
     # As sums over threads, or a GPU's atomics, round: at a solution the whole slope is rounding.
     def jittery(x: torch.Tensor, a: torch.Tensor) -> torch.Tensor:
@@ -326,6 +363,11 @@ def test_running_statistics_are_refused(where: str) -> None:
         (bilevel.ShapeError, "structure of init", lambda p: bilevel.root(lambda x, a: {"y": x}, on_failure=p)(ZERO, ZERO)),
         (bilevel.ShapeError, r"return shape \(2,\)", lambda p: bilevel.fixed_point(lambda x, a: x[:1], on_failure=p)(ZERO, ZERO)),
         (bilevel.DtypeError, "complex", lambda p: bilevel.argmin(bowl, on_failure=p)(ZERO, ZERO + 0j)),
+        (bilevel.ShapeError, r"init \(2,\) float64, args\[0\] \(3,\)", lambda p: bilevel.argmin(bowl, on_failure=p)(ZERO, THREE)),
+        (bilevel.ShapeError, r"init\['w'\] \(2,\)", lambda p: bilevel.argmin(lambda x, X: (X @ x["w"]).sum(), on_failure=p)({"w": ZERO}, WIDE)),
+        (bilevel.ShapeError, r"args\[0\] \(3,\)", lambda p: vmap(bilevel.root(lambda x, a: x - a, on_failure=p), (None, 0))(ZERO, WIDE)),
+        (bilevel.ShapeError, r"args\[0\] \(3,\)", lambda p: grad(lambda a: bilevel.fixed_point(torch.add, on_failure=p)(ZERO, a).sum())(THREE)),
+        (bilevel.DtypeError, r"kwargs\['X'\] \(4, 2\) float32", lambda p: bilevel.root(lambda x, X: X @ x, on_failure=p)(ZERO, X=torch.ones(4, 2))),
     ],
 )  # fmt: skip
 def test_misfits_name_the_argument_and_the_remedy(error, message, use, on_failure) -> None:
@@ -382,3 +424,10 @@ def test_a_budget_asked_for_by_none_is_silent() -> None:
         layer(ZERO, a).sum().backward()
     assert [report.status for report in reports] == [Status.BUDGET_SPENT, Status.BUDGET_SPENT]
     assert int(reports[0].iterations) == 16 and int(reports[1].iterations) == 1
+
+
+def test_statuses_print_as_names_and_count_as_numbers() -> None:
+    report = bilevel.argmin(bowl).solve(ZERO, ZERO).report
+    assert f"{report.status}" == str(report.status) == "Status.CONVERGED"
+    assert str(bilevel.Basis.RESIDUAL) == "Basis.RESIDUAL"
+    assert report.status == 0 and f"{Status.SINGULAR:02d}" == "08"

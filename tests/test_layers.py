@@ -8,7 +8,7 @@ import sys
 
 import pytest
 import torch
-from torch.func import functional_call, grad, jvp, vmap
+from torch.func import functional_call, grad, hessian, jacrev, jvp, vmap
 
 import bilevel
 from bilevel._layer import default_linear_solver, default_solver
@@ -97,6 +97,27 @@ def test_unusual_shapes(shape: tuple[int, ...]) -> None:
     assert x.shape == shape
     x.sum().backward()
     torch.testing.assert_close(a.grad, torch.ones(shape, dtype=F64))
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [
+        bilevel.argmin(lambda x, a: ((x - a) ** 2).sum()),
+        bilevel.argmin(lambda x, a: ((x - a) ** 2).sum(), solver=bilevel.LBFGS(), linear_solver=bilevel.CG()),
+        bilevel.argmin(lambda x, a: ((x - a) ** 2).sum(), solver=bilevel.ScipyMinimize()),
+        bilevel.root(lambda x, a: x - a),
+        bilevel.fixed_point(lambda x, a: 0.5 * x + a),
+    ],
+)
+def test_a_batch_of_no_problems(layer: bilevel.Layer) -> None:
+    a = torch.ones(0, 2, 3, requires_grad=True)
+    start = torch.zeros(2, 3)
+    solution = vmap(layer.solve, in_dims=(None, 0))(start, a)
+    solution.value.sum().backward()
+    assert solution.value.shape == a.grad.shape == (0, 2, 3)
+    assert "no problems" in str(solution.report)
+    assert vmap(jacrev(lambda a: layer(start, a)))(a.detach()).shape == (0, 2, 3, 2, 3)
+    assert vmap(hessian(lambda a: layer(start, a).sum()))(a.detach()).shape == (0, 2, 3, 2, 3)
 
 
 def test_defaults_follow_size_and_structure() -> None:

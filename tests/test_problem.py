@@ -155,6 +155,20 @@ def test_declared_constants_certify() -> None:
     assert float((result.grad - exact).norm()) <= result.error_bound < 1.0
 
 
+@pytest.mark.parametrize("mu", [None, 2.0])
+def test_the_report_has_the_fields_of_a_solves_report(mu: float | None) -> None:
+    X, y, Xv, yv = split()
+    problem = Ridge(tolerance=bilevel.Tolerance(strong_convexity=mu), batch_dims=(0, None, None, None))
+    data = (X.expand(3, -1, -1), y, Xv, yv)
+    report = problem.hypergradient(torch.zeros(4, dtype=F64), data, init=torch.zeros(3, 4, dtype=F64)).report
+    assert report.status == (bilevel.Status.CONVERGED,) * 3
+    for name in ("converged", "iterations", "residual_norm", "error_bound", "certified"):
+        assert getattr(report, name).shape == (3,)
+    assert report.certified.tolist() == [mu is not None] * 3
+    if mu is not None:
+        torch.testing.assert_close(report.error_bound, report.residual_norm / mu)
+
+
 def test_warm_starts_of_the_inner_solution_and_of_the_adjoint() -> None:
     data = split(n=4)
     outer = torch.linspace(-1, 1, 4, dtype=F64)
@@ -194,6 +208,21 @@ def test_a_warm_start_of_another_batch_is_not_used() -> None:
         result = problem.hypergradient(outer, (X.expand(count, -1, -1), y, Xv, yv))
         assert result.inner.shape == (count, 4)
         torch.testing.assert_close(result.grad, closed_form(outer, (X, y, Xv, yv))[1], atol=1e-9, rtol=1e-9)
+
+
+def test_a_warm_start_of_another_size_is_not_used() -> None:
+    class Started(Ridge):
+        def initial(self, outer, data):
+            return torch.zeros(data[0].shape[1], dtype=F64)
+
+    problem = Started()
+    for n in (4, 3, 6):
+        data, outer = split(n=n), torch.zeros(n, dtype=F64)
+        torch.testing.assert_close(problem.hypergradient(outer, data).grad, closed_form(outer, data)[1])
+    unaware = Ridge()
+    unaware(torch.zeros(4, dtype=F64), split(n=4), init=torch.zeros(4, dtype=F64))
+    with pytest.raises(bilevel.ShapeError, match=r"init \(4,\)"):
+        unaware(torch.zeros(3, dtype=F64), split(n=3))
 
 
 def test_problems_can_be_copied_and_pickled() -> None:
@@ -272,6 +301,13 @@ def test_misuse_is_said() -> None:
             Ridge(batch_dims=dims)(
                 torch.tensor(0.0, dtype=F64), (X.expand(3, -1, -1), y, Xv, yv), init=start.expand(3, 4)
             )
+    batch = (X.expand(3, -1, -1), y, Xv, yv)
+    for wrong in (start, start.expand(2, 4), start[0]):
+        with pytest.raises(bilevel.ShapeError, match=r"leading axis of 3.*init\.expand"):
+            Ridge(batch_dims=(0, None, None, None))(torch.tensor(0.0, dtype=F64), batch, init=wrong)
+    for dims in ((3, None, None, None), ("0", None, None, None), (-4, None, None, None)):
+        with pytest.raises(bilevel.ShapeError, match="name an axis"):
+            Ridge(batch_dims=dims)(torch.tensor(0.0, dtype=F64), batch, init=start.expand(3, 4))
     with pytest.raises(bilevel.SolveError, match="`Ridge`: the forward solve by GradientDescent"):
         Ridge(solver=bilevel.GradientDescent(1e-6, 2), tolerance=bilevel.Tolerance(delta=1e-9))(
             torch.tensor(0.0, dtype=F64), split(), init=start

@@ -205,7 +205,8 @@ def _encode(column: NDArray[Any], task: Task, where: str) -> tuple[NDArray[Any],
     if task is Task.REGRESSION:
         if column.dtype.kind != "f":
             raise DataError(
-                f"{where} is text, such as {labels[0]!r}, and regression needs numbers; pass --task multiclass"
+                f"{where} is text, such as {str(labels[0])!r}, and regression needs numbers; pass --task "
+                f"{infer_task(column).value}"
             )
         return column, ()
     if task is Task.BINARY and labels.size != 2:
@@ -213,6 +214,8 @@ def _encode(column: NDArray[Any], task: Task, where: str) -> tuple[NDArray[Any],
             f"{where} has {labels.size} different values, and a binary task needs two; pass --task "
             f"{infer_task(column).value}"
         )
+    if task is Task.MULTICLASS and labels.size == 2:
+        raise DataError(f"{where} has two different values, and a multiclass task needs more; pass --task binary")
     names = tuple(f"{label:g}" if column.dtype.kind == "f" else str(label) for label in labels)
     return (numbers.astype(np.float64) if task is Task.BINARY else numbers.astype(np.int64)), names
 

@@ -188,23 +188,33 @@ def _check_folds(dataset: Dataset, inside: Rows, classes: NDArray[np.int64] | No
 
 
 def _standardise(dataset: Dataset, rows: Rows) -> tuple[torch.Tensor, torch.Tensor, float]:
-    inputs = _scaled(dataset.inputs, dataset.inputs[rows])
+    inputs, _, _ = _scaled(dataset.inputs, rows)
+    if not np.isfinite(inputs).all():
+        name = dataset.features[int(np.flatnonzero(~np.isfinite(inputs).all(0))[0])]
+        raise DataError(
+            f"{dataset.name}: column {name!r} has numbers so much larger than in the rows to train on that they cannot be "
+            "standardised; rescale it, or remove the outliers"
+        )
     if dataset.task is not Task.REGRESSION:
         return torch.from_numpy(inputs), torch.from_numpy(dataset.targets), 1.0
-    seen = dataset.targets[rows]
-    scale = float(seen.std())
-    if not scale > 0:
+    targets, scale, constant = _scaled(dataset.targets, rows)
+    if constant or not scale > 0:
         raise DataError(
             f"{dataset.name}: the target has one value only in the rows to train on; there is nothing to predict"
         )
-    return torch.from_numpy(inputs), torch.from_numpy((dataset.targets - seen.mean()) / scale), scale
+    return torch.from_numpy(inputs), torch.from_numpy(targets), float(scale)
 
 
-def _scaled(inputs: NDArray[np.float64], seen: NDArray[np.float64]) -> NDArray[np.float64]:
+def _scaled(
+    columns: NDArray[np.float64], rows: Rows
+) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.bool_]]:
+    """Return ``columns`` standardised by what is seen in ``rows``, the spreads there, and which are constant there."""
+    # By powers of two first, which changes no digit: squares of large numbers overflow, and those of small ones vanish.
+    exponent = np.frexp(np.abs(columns[rows]).max(0))[1]
+    with np.errstate(over="ignore"):  # a row that was not seen may lie beyond all numbers, and is found out by that
+        unit = np.ldexp(columns, -exponent)
+    seen = unit[rows]
     mean, spread = seen.mean(0), seen.std(0)
     # A constant column's computed spread is rounding, not zero; dividing by it would make noise of it.
     constant = spread <= 16 * np.finfo(np.float64).eps * np.abs(seen).max(0)
-    scaled: NDArray[np.float64] = (inputs - mean) / np.where(constant, 1.0, spread)
-    if not np.isfinite(scaled).all():
-        raise DataError("a column's numbers are too large to be standardised; rescale it")
-    return scaled
+    return (unit - mean) / np.where(constant, 1.0, spread), np.ldexp(spread, exponent), constant

@@ -74,7 +74,8 @@ class GMRES(LinearSolver):
         numbers = _BASIS_BYTES / max(1, batch * rhs.element_size())
         room = max(2, int((n**2 + 4 * numbers) ** 0.5 - n) // 2 - 1)
         cycle = min(self.restart or _LONGEST_CYCLE, n, room)
-        floor = 0.1 * torch.finfo(rhs.dtype).eps * rhs.norm(dim=-1)
+        eps = torch.finfo(rhs.dtype).eps
+        floor = 0.1 * eps * rhs.norm(dim=-1)
 
         x, r = begin(operator, rhs, start)
         norm = r.norm(dim=-1)
@@ -103,7 +104,9 @@ class GMRES(LinearSolver):
             still = torch.where(better, fresh, norm)
             exhausted = deficient & (still > 1e-3 * norm)
             idle = (used >= cycle) & (still > 0.999 * norm) | (used < left.clamp_max(steps)) & (still > 0.5 * norm)
-            verdict = torch.where(exhausted, int(Status.SINGULAR), int(Status.STAGNATED))
+            # What is left of an ill-conditioned system is rounding; what a singular one cannot reach is a part of b.
+            singular = exhausted & (still > eps**0.25 * rhs.norm(dim=-1))
+            verdict = torch.where(singular, int(Status.SINGULAR), int(Status.STAGNATED))
             status = torch.where(active & (exhausted | idle), verdict, status)
             status = torch.where(broken, int(Status.NOT_FINITE), status)
             norm = still

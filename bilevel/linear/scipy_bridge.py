@@ -87,7 +87,7 @@ class ScipyLinear(LinearSolver):
                     "rtol" if "rtol" in takes else "tol", 0.1 * float(threshold[k]) / norm if norm else 0.0
                 )
             if start is not None and "x0" in takes:
-                options.setdefault("x0", start[k].detach().cpu().double().numpy())
+                options.setdefault("x0", start[k].detach().double().numpy(force=True))
             products = 0
 
             def apply(product: Callable[[torch.Tensor], torch.Tensor], vector: np.ndarray, k: int = k) -> np.ndarray:
@@ -95,7 +95,7 @@ class ScipyLinear(LinearSolver):
                 products += 1
                 whole = torch.zeros_like(rhs)
                 whole[k] = torch.as_tensor(np.ravel(vector), dtype=rhs.dtype, device=rhs.device)
-                return np.asarray(product(whole)[k].detach().cpu().double().numpy())
+                return np.asarray(product(whole)[k].detach().double().numpy(force=True))
 
             matrix = scipy.sparse.linalg.LinearOperator(
                 (operator.size, operator.size),
@@ -103,7 +103,7 @@ class ScipyLinear(LinearSolver):
                 rmatvec=lambda vector, apply=apply: apply(operator.rmatvec, vector),
                 dtype=np.float64,
             )
-            found = self.function(matrix, rhs[k].detach().cpu().double().numpy(), **options)
+            found = self.function(matrix, rhs[k].detach().double().numpy(force=True), **options)
             answer, info = (found[0], found[1]) if isinstance(found, tuple) else (found, 0)
             x[k] = torch.as_tensor(np.ravel(answer), dtype=rhs.dtype, device=rhs.device)
             iterations[k] = products

@@ -86,6 +86,8 @@ class InnerSolution:
         int64 (batch,): what the solver noticed; ``Status.NOT_CONVERGED`` if it cannot tell.
     residual
         R(x) (batch, n), if the solver has it at just this ``x``.
+    value
+        G(x) (batch,) of an argmin, likewise.
     factor
         Cholesky factors (batch, n, n) of Hessians near ``x``, if the solver has them: a linear solve may begin with them.
     """
@@ -94,6 +96,7 @@ class InnerSolution:
     iterations: torch.Tensor
     status: torch.Tensor
     residual: torch.Tensor | None = None
+    value: torch.Tensor | None = None
     factor: torch.Tensor | None = None
 
 
@@ -240,7 +243,7 @@ def iterate(
             everyone, anyone = bool(active.all()), bool(active.any())
     iterations = iterations + together
     status = torch.where(status == Status.RUNNING, torch.full_like(status, Status.MAX_STEPS), status)
-    return InnerSolution(state.x, iterations, status, state.residual), state
+    return InnerSolution(state.x, iterations, status, state.residual, getattr(state, "value", None)), state
 
 
 def _merge(moved: torch.Tensor, new: S, old: S) -> S:
@@ -278,10 +281,18 @@ def solve_inner(solver: InnerSolver, problem: Problem, init: torch.Tensor, targe
         codes = torch.zeros(problem.batch, dtype=torch.int64, device=init.device)
         return InnerOutcome(init, codes, codes, zeros, zeros, zeros, _basis(target), torch.zeros_like(init))
     solution = solver.solve(problem, init, goal)
-    residual = problem.residual(solution.x) if solution.residual is None else solution.residual
+    residual, value = solution.residual, solution.value
+    if residual is None:
+        if problem.minimizes:
+            value, residual = problem.value_and_residual(solution.x)
+        else:
+            residual = problem.residual(solution.x)
     norm = _length(residual)
     threshold = goal.threshold
     status = _judge(solver, problem, solution, target, norm, threshold)
+    if value is not None:
+        # A NaN that is added to an objective does not show in its gradient.
+        status = torch.where(torch.isfinite(value), status, torch.full_like(status, Status.NOT_FINITE))
     mu = target.strong_convexity
     bound = torch.full_like(norm, float("nan")) if mu is None else norm / mu
     return InnerOutcome(

@@ -18,7 +18,7 @@ from bilevel.errors import ArgumentError
 from bilevel.reports import Status
 from bilevel.solvers._base import Goal, InnerSolution
 
-__all__ = ["Array", "Reached", "check_method", "frozen_options", "own_warnings", "solve_each", "status_of"]
+__all__ = ["Array", "Reached", "as_array", "check_method", "frozen_options", "own_warnings", "solve_each", "status_of"]
 
 Array = npt.NDArray[np.float64]
 
@@ -58,6 +58,11 @@ def own_warnings(where: str) -> Iterator[None]:
             raise ArgumentError(f"{where}: expected options of the method, and scipy says: {warning}") from warning
 
 
+def as_array(tensor: torch.Tensor) -> Array:
+    """Return a copy in float64 on the CPU, of any floating-point dtype and of torch's stored zeros too."""
+    return np.array(tensor.detach().double().numpy(force=True))
+
+
 def solve_each(
     problem: Problem,
     init: torch.Tensor,
@@ -74,7 +79,7 @@ def solve_each(
             found, count = row, 0
             code = Status.CONVERGED if norm <= threshold else Status.NOT_FINITE
         else:
-            x, count, code = solve(one, row.detach().cpu().numpy().astype(np.float64), threshold)
+            x, count, code = solve(one, as_array(row), threshold)
             found = torch.as_tensor(x).to(row) if np.isfinite(x).all() else row
         rows.append(found)
         counts.append(count)

@@ -122,6 +122,7 @@ class Newton(InnerSolver):
         solution, state = iterate(start, step, goal, self.max_steps or _MAX_STEPS)
         if not problem.minimizes:
             return solution
+        solution = replace(solution, value=state.merit)
         if dense and state.factor is not None and bool(state.definite.all()):
             solution = replace(solution, factor=state.factor)
         # Where the last step was made with a positive definite Hessian, that is evidence enough for a

@@ -18,6 +18,7 @@ from bilevel.solvers._base import Goal, InnerSolution, InnerSolver
 from bilevel.solvers._scipy import (
     Array,
     Reached,
+    as_array,
     check_method,
     frozen_options,
     own_warnings,
@@ -177,7 +178,7 @@ class _Run:
         value, gradient = problem.value_and_residual(self.tensor(start))
         self.first_norm = self.best_norm = float(gradient.norm())
         self.unit = self.first_norm  # what scipy sees is divided by: its line searches take scales for granted
-        self.best, self.best_gradient = start, _array(gradient[0])
+        self.best, self.best_gradient = start, as_array(gradient[0])
         # A trial point that is stationary but higher than the start is no minimum.
         self.highest = float(value) + 1e3 * float(torch.finfo(like.dtype).eps) * abs(float(value))
         self.steps = 0
@@ -198,7 +199,7 @@ class _Run:
 
     def value_and_gradient(self, x: Array) -> tuple[float, Array]:
         value, gradient = self.problem.value_and_residual(self.tensor(x))
-        norm, found, flat = float(gradient.norm()), float(value), _array(gradient[0])
+        norm, found, flat = float(gradient.norm()), float(value), as_array(gradient[0])
         if found <= self.highest:
             if norm <= self.threshold:
                 raise Reached(np.array(x))
@@ -211,14 +212,10 @@ class _Run:
         return float(0.5 * (gradient + self.gradient_there / self.unit) @ (x - self.at)), gradient
 
     def product(self, x: Array, v: Array) -> Array:
-        return _array(self.problem.linearize(self.tensor(x)).operator.matvec(self.tensor(v))[0]) / self.unit
+        return as_array(self.problem.linearize(self.tensor(x)).operator.matvec(self.tensor(v))[0]) / self.unit
 
     def hessian(self, x: Array) -> Array:
-        return _array(self.problem.linearize_dense(self.tensor(x)).operator.dense()[0]) / self.unit
+        return as_array(self.problem.linearize_dense(self.tensor(x)).operator.dense()[0]) / self.unit
 
     def found(self, status: Status) -> tuple[Array, int, Status]:
         return self.best, max(self.steps, 1), status
-
-
-def _array(tensor: torch.Tensor) -> Array:
-    return tensor.detach().cpu().numpy().astype(np.float64)

@@ -18,6 +18,7 @@ from bilevel.solvers._base import Goal, InnerSolution, InnerSolver
 from bilevel.solvers._scipy import (
     Array,
     Reached,
+    as_array,
     check_method,
     frozen_options,
     own_warnings,
@@ -110,11 +111,11 @@ class ScipyRoot(InnerSolver):
                 raise Reached(np.array(x))
             if norm < least[0]:
                 best[0], least[0] = np.array(x), norm
-            return found.cpu().numpy().astype(np.float64)
+            return as_array(found)
 
         def jacobian(x: Array) -> Array:
             dense = problem.linearize_dense(torch_of(x)).operator.dense()[0]
-            return dense.cpu().numpy().astype(np.float64)
+            return as_array(dense)
 
         exact = method in _WITH_JACOBIAN
         try:

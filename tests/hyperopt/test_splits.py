@@ -125,7 +125,21 @@ def test_a_target_that_is_constant_in_the_folds() -> None:
         split(replace(dataset, targets=targets))
 
 
-def test_numbers_too_large_to_scale() -> None:
+@pytest.mark.parametrize("factor", [2.0**1000, 2.0**-1000])
+def test_numbers_whose_squares_overflow_or_vanish_are_standardised_alike(factor: float) -> None:
     dataset = small()
-    with pytest.raises(DataError, match="too large to be standardised"), np.errstate(all="ignore"):
-        split(replace(dataset, inputs=dataset.inputs * 1e308))
+    plain, extreme = (
+        split(dataset),
+        split(replace(dataset, inputs=dataset.inputs * factor, targets=dataset.targets * factor)),
+    )
+    assert (plain.inputs == extreme.inputs).all() and (plain.targets == extreme.targets).all()
+    assert extreme.target_scale == plain.target_scale * factor
+
+
+def test_a_row_beyond_all_bounds_names_its_column() -> None:
+    dataset = small()
+    inputs = dataset.inputs.copy()
+    inputs[:, 2] *= 1e-300
+    inputs[split(dataset).test[0], 2] = 1e300
+    with pytest.raises(DataError, match="column 'c' has numbers so much larger"):
+        split(replace(dataset, inputs=inputs))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from itertools import pairwise
 
 import pytest
@@ -142,3 +143,14 @@ def test_small_matrices_at_the_edge(matrix: list[list[float]], status: Status, d
     found = solve(GMRES(), torch.tensor([matrix], dtype=dtype), torch.tensor([[1.0, 0.0]], dtype=dtype))
     assert found.status.tolist() == [status]
     assert bool(torch.isfinite(found.x).all())
+
+
+@pytest.mark.parametrize("condition", [1e7, 1e8])
+def test_an_ill_conditioned_matrix_is_not_called_singular(condition: float) -> None:
+    for seed in range(5):
+        U, _, Vh = torch.linalg.svd(contraction(20, 0.6, seed))
+        A = U @ torch.diag(torch.logspace(0, -math.log10(condition), 20, dtype=torch.float64)) @ Vh
+        found = solve(GMRES(), A, right(1, 20, seed))
+        assert found.status.tolist() == [Status.CONVERGED]
+        # As near as a backward stable method comes: eps times ‖A‖ ‖x‖.
+        assert float(found.residual_norm[0]) <= 1e-14 * float(found.x.norm())

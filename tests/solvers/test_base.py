@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import pytest
 import torch
 
+import bilevel
 from bilevel.reports import Status
-from bilevel.solvers._base import Goal, InnerSolution, InnerSolver, iterate, solve_inner
+from bilevel.solvers._base import Goal, InnerSolution, InnerSolver, as_inner_solver, iterate, solve_inner
 from bilevel.tolerance import Target, Tolerance
 
 from . import support
@@ -86,6 +88,27 @@ def test_a_claim_is_judged_by_the_true_residual():
     outcome = solve_inner(_Claims(), problem, x, Tolerance(delta=1e-6).inner(F64))
     assert statuses(outcome) == [Status.STAGNATED]
     torch.testing.assert_close(outcome.residual_norm, torch.full((1,), 8.0, dtype=F64).sqrt())
+
+
+@pytest.mark.parametrize(
+    "solver",
+    [
+        bilevel.GradientDescent(0.3, 200),
+        bilevel.TorchOptimizer(torch.optim.SGD, lr=0.3, max_steps=200),
+        bilevel.LBFGS(),
+        bilevel.Newton(),
+        bilevel.Newton(dense_limit=0),
+        bilevel.ScipyMinimize("BFGS"),
+        as_inner_solver(lambda objective, init, c: torch.ones_like(init)),
+    ],
+    ids=lambda solver: solver.name,
+)
+@pytest.mark.parametrize("start", [0.0, 1.0])
+def test_an_objective_without_a_value_has_no_minimum_though_its_gradient_vanishes(solver, start):
+    c = torch.tensor([float("nan"), 0.0, float("inf")], dtype=F64)  # added, so that the gradient does not show it
+    x = torch.full((3, 2), start, dtype=F64)
+    outcome = support.minimize(solver, lambda x, c: ((x - 1) ** 2).sum() + c, x, c, batched=True)
+    assert statuses(outcome) == [Status.NOT_FINITE, Status.CONVERGED, Status.NOT_FINITE]
 
 
 def test_scale_is_measured_from_the_linearisation_that_a_solver_makes():

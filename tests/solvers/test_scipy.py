@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import scipy.sparse.linalg
 import torch
 
 import bilevel
@@ -45,6 +46,24 @@ def test_methods_of_root(method, kind):
     assert statuses(outcome) == [Status.CONVERGED] * 3
     x = outcome.x
     torch.testing.assert_close(x + 0.2 * torch.tanh(x @ M.mT), c, atol=1e-9, rtol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_dtypes_that_numpy_does_not_have(dtype):
+    a = torch.tensor([1.0, -2.0], dtype=dtype)
+    found = bilevel.argmin(lambda x, a: ((x - a) ** 2).sum(), solver=bilevel.ScipyMinimize("Newton-CG"))(0 * a, a)
+    torch.testing.assert_close(found, a, atol=0.02, rtol=0)
+    found = bilevel.root(lambda x, a: 2 * x - a, solver=bilevel.ScipyRoot())(0 * a, a)
+    torch.testing.assert_close(found, a / 2, atol=0.02, rtol=0)
+    matrix = bilevel.operators.DenseOperator(2 * torch.eye(2, dtype=dtype)[None], symmetric=True)
+    x = bilevel.ScipyLinear(scipy.sparse.linalg.cg)(matrix, a[None])
+    torch.testing.assert_close(x, a[None] / 2, atol=0.02, rtol=0)
+
+
+@pytest.mark.parametrize("method", ["Newton-CG", "trust-ncg", "trust-exact"])
+def test_an_objective_without_curvature(method):
+    layer = bilevel.argmin(lambda x, a: (x - a).abs().sum(), solver=bilevel.ScipyMinimize(method), on_failure="ignore")
+    assert bool(torch.isfinite(layer(torch.zeros(2, dtype=F64), torch.ones(2, dtype=F64))).all())
 
 
 def test_no_root_is_a_failure():

@@ -1,9 +1,10 @@
 """Differentiate through any optimisation problem, root or fixed point, and know how wrong the derivative is."""
 
 from bilevel import operators
-from bilevel._certificate import Bound, Constants
 from bilevel._system import Problem
 from bilevel._version import __version__
+from bilevel.certificates.bound import Bound
+from bilevel.certificates.constants import Constants
 from bilevel.errors import (
     ArgumentError,
     BilevelError,

@@ -111,13 +111,15 @@ _TEXT: dict[Status, tuple[str, str]] = {
 
 
 class Basis(enum.IntEnum):
-    """What an error bound rests on; the three are never blurred."""
+    """What an error bound rests on; the four are never blurred."""
 
     CERTIFIED = 0
     """A proof, given constants that are known."""
-    ESTIMATED = 1
+    PROBABILISTIC = 1
+    """A proof that holds but for a stated probability, such as one from a randomised Lanczos run."""
+    ESTIMATED = 2
     """A computed estimate that may be exceeded."""
-    RESIDUAL = 2
+    RESIDUAL = 3
     """A residual only: no bound on the error follows from it."""
 
 

@@ -191,7 +191,7 @@ class Point:
             eps * self.corrected_value.abs(),
         )
         for seed in range(_DRAWS):
-            other = self._nudged(seed)
+            other = self.nudged(seed)
             worst = Rounding(
                 torch.maximum(worst.residual, (other.residual - self.residual).norm(dim=-1)),
                 torch.maximum(worst.rho, (other.rho - self.rho).norm(dim=-1)),
@@ -211,7 +211,8 @@ class Point:
         other.__dict__.update({name: self.__dict__[name] for name in _OF_X if name in self.__dict__})
         return other
 
-    def _nudged(self, seed: int) -> Point:
+    def nudged(self, seed: int) -> Point:
+        """Return the point with every number in it moved by a unit in its last place, by random signs."""
         generator = torch.Generator().manual_seed(seed)
 
         def nudge(t: torch.Tensor) -> torch.Tensor:

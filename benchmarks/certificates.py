@@ -275,7 +275,9 @@ def lasso(generator: torch.Generator, k: int, dtype: torch.dtype) -> Case:
     remainder = distance(better)[0]
     e = torch.minimum(direct, (beta.double() - better).norm(dim=1) + remainder)
     support = identify_support(better, distance(better)[1], lam, remainder, gram.norm(dim=-1))
-    valid = support.decided & ((beta != 0) == support.inside).all(1) & ((beta.sign() == better.sign()) | (beta == 0)).all(1)
+    valid = (
+        support.decided & ((beta != 0) == support.inside).all(1) & ((beta.sign() == better.sign()) | (beta == 0)).all(1)
+    )
     mask, sign = support.inside.to(dtype), beta.sign()
 
     def inner(phi, theta, X, y, Xv, yv, mask, sign):
@@ -380,7 +382,9 @@ class Tally:
         self.certified[name] = self.certified.get(name, 0) + int(known.sum())
         # The reference has an error of its own, of which ``floor`` is a generous account.
         self.violations[name] = self.violations.get(name, 0) + int((known & (error > bound + floor)).sum())
-        self.ratios.setdefault(name, []).extend((bound[known] / np.maximum(error[known], floor[known] + 1e-300)).tolist())
+        self.ratios.setdefault(name, []).extend(
+            (bound[known] / np.maximum(error[known], floor[known] + 1e-300)).tolist()
+        )
 
 
 def length(a: Array) -> Array:
@@ -459,7 +463,9 @@ def main() -> None:
     families = ("squares", "logistic", "softmax", "proximal network", "lasso")
     each = math.ceil(options.problems / options.batch / len(families) / 2)
     began, total, violated = time.perf_counter(), 0, 0
-    print(f"{'family':17s} {'dtype':8s} {'bound':30s} {'problems':>8s} {'certified':>9s} {'violated':>8s} {'median':>8s} {'95 %':>9s}")
+    print(
+        f"{'family':17s} {'dtype':8s} {'bound':30s} {'problems':>8s} {'certified':>9s} {'violated':>8s} {'median':>8s} {'95 %':>9s}"
+    )
     for family in families:
         for dtype in (torch.float64, torch.float32):
             tally = Tally()
@@ -468,7 +474,9 @@ def main() -> None:
                 run_batch(family, generator, options.batch, dtype, tally)
             total += tally.problems
             for name, count in tally.certified.items():
-                middle, high = np.quantile(tally.ratios[name], [0.5, 0.95]) if tally.ratios[name] else (math.nan, math.nan)
+                middle, high = (
+                    np.quantile(tally.ratios[name], [0.5, 0.95]) if tally.ratios[name] else (math.nan, math.nan)
+                )
                 violated += tally.violations[name]
                 print(
                     f"{family:17s} {str(dtype)[6:]:8s} {name:30s} {tally.problems:8d} {count:9d} {tally.violations[name]:8d} "
@@ -476,7 +484,9 @@ def main() -> None:
                 )
             ratios = np.array(tally.ratios["C5"])
             share = float(((ratios > 0.5) & (ratios < 2)).mean()) if len(ratios) else math.nan
-            print(f"{family:17s} {str(dtype)[6:]:8s} {'C5 (estimate)':30s} {len(ratios):8d} within a factor 2: {100 * share:.1f} %")
+            print(
+                f"{family:17s} {str(dtype)[6:]:8s} {'C5 (estimate)':30s} {len(ratios):8d} within a factor 2: {100 * share:.1f} %"
+            )
     print(f"\n{total} problems, {violated} violations, {time.perf_counter() - began:.0f} s")
 
 

@@ -49,7 +49,9 @@ def heavy_ball(steps: int, largest: float, least: float):
 
 def main() -> None:
     torch.set_num_threads(1)
-    print(f"{'N':>4s} {'k':>4s} {'true error':>11s} {'published':>11s} {'C3':>11s} {'bound':>11s} {'publ./true':>10s} {'publ./C3':>9s} {'publ./bound':>11s}")
+    print(
+        f"{'N':>4s} {'k':>4s} {'true error':>11s} {'published':>11s} {'C3':>11s} {'bound':>11s} {'publ./true':>10s} {'publ./C3':>9s} {'publ./bound':>11s}"
+    )
     ratios, formula, violations = [], [], 0
     for seed in range(5):
         A, b, C, D, e = data = draw(seed)
@@ -84,7 +86,9 @@ def main() -> None:
                     )
     for name, found in (("C3 by formula", formula), ("the bound", ratios)):
         low, middle, high = np.quantile(found, [0, 0.5, 1])
-        print(f"published / {name}: least {low:.1f}, median {middle:.1f}, most {high:.1f}, over {len(found)} runs on 5 problems")
+        print(
+            f"published / {name}: least {low:.1f}, median {middle:.1f}, most {high:.1f}, over {len(found)} runs on 5 problems"
+        )
     print(f"{violations} violations of any of the three")
 
 

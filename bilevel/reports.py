@@ -46,6 +46,7 @@ class Status(enum.IntEnum):
     BREAKDOWN = 9
     LINE_SEARCH_FAILED = 10
     RUNNING = 11
+    REFUTED = 12
 
     @property
     def meaning(self) -> str:
@@ -105,6 +106,10 @@ _TEXT: dict[Status, tuple[str, str]] = {
     Status.LINE_SEARCH_FAILED: (
         "found no step that lowers the objective",
         "check that the objective is smooth and finite near the start, use float64, or loosen the tolerance",
+    ),
+    Status.REFUTED: (
+        "reached a point that refutes the strong convexity it was told: curvature below μ was met",
+        "every bound that rests on this μ is void; pass a smaller strong_convexity, or None if it is not known",
     ),
     Status.RUNNING: ("has not ended", "this is a fault of the library; please report it"),
 }

@@ -397,7 +397,7 @@ class BilevelProblem(torch.nn.Module, ABC):
             flat = at.gradient.mean(0).to(before._certificate.gradient)
             # In the problem's dtype, as any other result; the certificate then measures what rounding made of it.
             worth = at.corrected_value.mean().to(value)
-            certificate = Certificate(there, flat, worth, constants)
+            certificate = Certificate(there, flat, worth, constants, self.where, self._layer.on_failure)
             return Hypergradient(
                 there.upper.value(there.x).mean().to(value), worth, restore(flat), self._unravel(there.x, inner),
                 self._unravel(there.q, inner), before.report.moved(at), certificate, rebuild, restore,
@@ -411,7 +411,7 @@ class BilevelProblem(torch.nn.Module, ABC):
             inner,
             self._unravel(q, inner),
             HypergradientReport(solution.report, backward),
-            Certificate(point, flat, corrected, constants),
+            Certificate(point, flat, corrected, constants, self.where, self._layer.on_failure),
             rebuild,
             restore,
         )

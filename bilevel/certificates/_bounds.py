@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 
 __all__ = [
-    "Split", "adjoint_error", "adjoint_error_here", "gradient_error", "gradient_error_here", "inner_error",
+    "Split", "adjoint_error", "adjoint_error_here", "curvature_there", "gradient_error", "gradient_error_here", "inner_error",
     "inner_error_with_curvature", "kantorovich", "least", "value_error",
 ]  # fmt: skip
 
@@ -48,6 +48,11 @@ class Split:
             torch.where(mine, self.inner, other.inner),
             torch.where(mine, self.linear, other.linear),
         )
+
+    def where(self, usable: torch.Tensor) -> Split:
+        """Return the bound where ``usable`` (K,), infinity elsewhere."""
+        never = torch.full_like(self.value, float("inf"))
+        return Split(*(torch.where(usable, part, never) for part in (self.value, self.inner, self.linear)))
 
 
 def _known(bound: torch.Tensor) -> torch.Tensor:
@@ -91,6 +96,11 @@ def inner_error_with_curvature(
     """Return η + ½ L_H ε²/λ_min(H) ≥ ‖φ − φ*‖, from a bound ε that is known already: e = H⁻¹(∇G + R)."""
     bound = eta + 0.5 * l_h * epsilon**2 / curvature
     return torch.where(curvature > 0, bound, torch.full_like(eta, float("inf")))
+
+
+def curvature_there(curvature: torch.Tensor, l_h: torch.Tensor, epsilon: torch.Tensor) -> torch.Tensor:
+    """Return λ_min(H(φ)) − L_H ε ≤ λ_min(H(φ*)), or 0 where that says nothing."""
+    return torch.nan_to_num(curvature - l_h * epsilon, nan=0.0, neginf=0.0).clamp_min(0)
 
 
 def adjoint_error(

@@ -73,6 +73,19 @@ class Constants:
                     f"Constants: expected {item.name} {sign} and finite, got {value!r}; leave out what is not known"
                 )
 
+    @staticmethod
+    def unchecked(**numbers: torch.Tensor) -> Constants:
+        """Return constants that were measured, and so may be what no true constant can be, such as a negative curvature."""
+        made = object.__new__(Constants)
+        for item in fields(Constants):
+            default = 0.0 if item.name == "failure_probability" else None
+            object.__setattr__(made, item.name, numbers.get(item.name, default))
+        return made
+
+    def without(self, *names: str) -> Constants:
+        """Return these constants with those of the ``names`` unknown."""
+        return replace(self, **dict.fromkeys(names))  # type: ignore[arg-type]
+
     def with_mu(self, mu: float | None) -> Constants:
         """Return these constants with μ filled in where it is missing."""
         return self if self.strong_convexity is not None else replace(self, strong_convexity=mu)

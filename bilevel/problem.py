@@ -20,7 +20,7 @@ from bilevel.certificates._certificate import Certificate
 from bilevel.certificates._point import Point
 from bilevel.certificates.bound import Bound
 from bilevel.certificates.constants import Constants
-from bilevel.errors import ArgumentError, ShapeError
+from bilevel.errors import ArgumentError, ConstantsError, ShapeError
 from bilevel.linear._base import LinearSolverLike
 from bilevel.reports import Basis, OnFailure, SolveReport, Status
 from bilevel.solvers._base import InnerSolverLike
@@ -155,6 +155,28 @@ class Hypergradient:
         multiply an ε of second order.
         """
         return self._rebuild(self._certificate.refined, self)
+
+    def __str__(self) -> str:
+        """Return value, gradient, solution and adjoint, each with its bound and what that rests on; the bounds are computed."""
+        flat = [leaf.reshape(-1) for leaf in pytree.tree_leaves(self.grad) if leaf is not None]
+        inner = [leaf.reshape(-1) for leaf in pytree.tree_leaves(self.inner)]
+        adjoint = [leaf.reshape(-1) for leaf in pytree.tree_leaves(self.adjoint)]
+        forward, backward = self.report.forward, self.report.backward
+        rows = (
+            ("value", f"{float(self.corrected_value):.6g}", "value_bound"),
+            ("gradient", f"norm {float(torch.cat(flat).norm()):.4g}", "bound"),
+            ("solution", f"norm {float(torch.cat(inner).norm()):.4g}", "inner_bound"),
+            ("adjoint", f"norm {float(torch.cat(adjoint).norm()):.4g}", "adjoint_bound"),
+        )
+        lines = [f"{forward.where}: hypergradient, after {forward.solver} and {backward.solver}"]
+        notes = [report.message for report in (forward, backward) if not bool(report.converged.all())]
+        for name, shown, attribute in rows:
+            try:
+                lines.append(f"  {name:9s} {shown}, error {getattr(self, attribute)}")
+            except ConstantsError as refuted:
+                lines.append(f"  {name:9s} {shown}")
+                notes = [str(refuted), *(note for note in notes if note != str(refuted))]
+        return "\n".join([*lines, *(f"  {note}" for note in notes)])
 
     @property
     def error_bound(self) -> float:

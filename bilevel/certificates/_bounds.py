@@ -135,7 +135,11 @@ def gradient_error(
     norm_b: torch.Tensor, size: torch.Tensor, epsilon: torch.Tensor, adjoint: Split,
     l_b: torch.Tensor, l_tf: torch.Tensor,
 ) -> Split:  # fmt: skip
-    """Return ‖B‖ E_q + L_B ε (‖q‖ + E_q) + L_θF ε ≥ ‖ĝ − g‖ (C3), B being taken at φ."""
+    """Return ‖B‖ E_q + L_B ε (‖q‖ + E_q) + L_θF ε ≥ ‖ĝ − g‖ (C3), B being taken at φ.
+
+    For iMAML's B = −λI and L_B = 0 this is (λ/μ)[r′ + (L_F + L_H‖ĝ‖/λ) ε] with r′ = ‖∇F − (I + ∇²L̂/λ) ĝ‖: ĝ = λq has
+    (I + ∇²L̂/λ) ĝ = H q, so that r′ = r_lin.
+    """
     inner = norm_b * adjoint.inner + l_b * epsilon * (size + adjoint.value) + l_tf * epsilon
     return Split.of(inner, norm_b * adjoint.linear)
 

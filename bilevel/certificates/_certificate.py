@@ -65,9 +65,11 @@ class Certificate:
             wide = Point(
                 in_float64(point.lower), in_float64(point.upper), point.x.double(), point.q.double(), point.wanted
             )
-            # Evaluates everything that a certificate rests on, at numbers moved by a unit in float64's last place. Where none of
-            # it moves, the objectives round to another dtype inside.
-            moved = bool((wide.nudged(0).residual != wide.residual).any() | (wide.nudged(0).rho != wide.rho).any())
+            # What a certificate rests on, at numbers moved by a unit in float64's last place: where one of these does not move,
+            # an objective rounds to another dtype inside.
+            other = wide.nudged(0)
+            pairs = ((wide.residual, other.residual), (wide.v, other.v), (wide.hq, other.hq))
+            moved = all(bool((a != b).any()) or not bool((a != 0).any()) for a, b in pairs)
             moved = moved and wide.gradient.dtype == torch.float64
         except (RuntimeError, TypeError):  # a constant of another dtype inside, or a device without float64
             return point
@@ -143,9 +145,11 @@ class Certificate:
                 return self.direct
             return errors_at(self.exact, self.constants, Spectral(self._curvature, self._cross_norm))
         best, at = self.direct, self.refined
+        # Newton's way from a φ that no minimum is proven to be near may end at another.
+        same = torch.isfinite(best.inner.value) | self.constants.convex
         for _ in range(_MOST_REFINEMENTS):
             there = errors_at(at, self.constants)
-            round_about = through(self.exact, at, there)
+            round_about = through(self.exact, at, there).where(same)
             closer = bool((round_about.gradient.value < best.gradient.value).any())
             best = best.better(round_about)
             # Once what is left to bound is small beside the distance to it, a further step has nothing to tighten.
@@ -197,7 +201,7 @@ class Certificate:
             return Bound(mean, Basis.ESTIMATED, float(estimated.inner.mean()), float(estimated.linear.mean()))
         probability = self._probability(self._curvature, self._cross_norm)
         bound = self._mean(self.errors.gradient, rounding, lambda: self.estimates.gradient, probability)
-        if exact.factorable and _finite(self._refined_errors.gradient):
+        if exact.factorable and _finite(self._refined_errors.gradient) and _finite(self.errors.inner):
             # Errors of several problems cancel in their mean, which the mean of their sizes does not see.
             distance = float((given - self.refined.gradient.mean(0)).norm())
             together = distance + float(self._refined_errors.gradient.value.mean())
@@ -238,7 +242,7 @@ _NOTHING = Bound(math.nan, Basis.RESIDUAL)
 
 
 def _any(given: Constants) -> bool:
-    return any(getattr(given, item.name) is not None for item in fields(given) if item.name != "failure_probability")
+    return any(getattr(given, item.name) != item.default for item in fields(given))
 
 
 def _finite(bound: Split) -> bool:

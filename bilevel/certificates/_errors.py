@@ -31,6 +31,11 @@ class Errors:
         )  # fmt: skip
 
 
+    def where(self, usable: torch.Tensor) -> Errors:
+        """Return the bounds of the problems that are ``usable`` (K,); those of the others are infinite."""
+        return Errors(*(part.where(usable) for part in (self.inner, self.adjoint, self.gradient, self.value)))
+
+
 def _number(constant: Constant, like: torch.Tensor) -> torch.Tensor:
     if constant is None:
         return torch.full_like(like, float("inf"))

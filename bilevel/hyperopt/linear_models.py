@@ -154,6 +154,7 @@ class LinearModel(ABC):
             hessian_lipschitz=training.hessian_lipschitz,
             cross_lipschitz=float(log_strengths.detach().exp().max()),  # B holds e^θ_j β_j
             outer_cross_lipschitz=0.0,
+            convex=True,
         )
 
     @property

@@ -248,7 +248,7 @@ class IMAML(bilevel.BilevelProblem):
         least = min(float(value.detach().min()) for value in pytree.tree_leaves(outer["lam"]))
         convex = _is_convex(self.model, self.loss) and self.mode == "paper"
         return bilevel.Constants(
-            strong_convexity=least if convex else None, cross_lipschitz=1.0, outer_cross_lipschitz=0.0
+            strong_convexity=least if convex else None, convex=convex, cross_lipschitz=1.0, outer_cross_lipschitz=0.0
         )
 
     @property

@@ -240,7 +240,9 @@ class SolveReport:
         lines.append(f"  residual  {_span(self.residual_norm.reshape(-1))}{goal}")
         known = self.error_bound.reshape(-1)
         if self.basis is Basis.RESIDUAL or not bool(torch.isfinite(known).any()):
-            lines.append("  error     not known: give strong_convexity in Tolerance, or ask a hypergradient for its bounds")
+            lines.append(
+                "  error     not known: give strong_convexity in Tolerance, or ask a hypergradient for its bounds"
+            )
         else:
             lines.append(f"  error     at most {float(known.max()):.2g} ({self.basis.name.lower()})")
         return "\n".join(lines)

@@ -201,6 +201,8 @@ def test_a_zero_curvature_is_zero_and_no_error() -> None:
 
 
 def test_the_hessian_of_a_constant_is_zero() -> None:
-    operator = bilevel.operators.hessian(lambda x: torch.ones(len(x), dtype=x.dtype), torch.ones(2, 3, dtype=torch.float64))
+    operator = bilevel.operators.hessian(
+        lambda x: torch.ones(len(x), dtype=x.dtype), torch.ones(2, 3, dtype=torch.float64)
+    )
     assert bool((operator.matvec(torch.ones(2, 3, dtype=torch.float64)) == 0).all())
     assert bool((operator.dense() == 0).all())

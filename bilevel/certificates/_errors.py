@@ -30,7 +30,6 @@ class Errors:
             self.gradient.better(other.gradient), self.value.better(other.value),
         )  # fmt: skip
 
-
     def where(self, usable: torch.Tensor) -> Errors:
         """Return the bounds of the problems that are ``usable`` (K,); those of the others are infinite."""
         return Errors(*(part.where(usable) for part in (self.inner, self.adjoint, self.gradient, self.value)))

@@ -88,8 +88,15 @@ class Point:
 
     @cached_property
     def v(self) -> torch.Tensor:
-        """∇_φ F (K, n)."""
-        return self.upper.residual(self.x)
+        """∇_φ F (K, n), zero where F does not depend on φ."""
+        with torch.enable_grad():
+            point = self.x.detach().requires_grad_(True)
+            shaped = point.reshape(*self.upper.system.batch_shape, self.upper.size)
+            values = self.upper.system.outputs(shaped, *self.upper.tensors)
+            if not values.requires_grad:
+                return torch.zeros_like(self.x)
+            (slope,) = torch.autograd.grad(values.sum(), point, allow_unused=True, materialize_grads=True)
+        return slope
 
     @cached_property
     def hq(self) -> torch.Tensor:

@@ -164,7 +164,9 @@ def test_problems_too_large_to_form_are_bounded_from_products(known, batched):
     theta, (X, y, Xv, yv) = draw(2, log_condition=1.0)
     settings = {"solver": bilevel.Newton(max_steps=3), "linear_solver": bilevel.CG(max_steps=4)}
     problem = Declared(
-        **settings, tolerance=bilevel.Tolerance(delta=None, delta_prime=None), batch_dims=(0, 0, None, None) if batched else None
+        **settings,
+        tolerance=bilevel.Tolerance(delta=None, delta_prime=None),
+        batch_dims=(0, 0, None, None) if batched else None,
     )
     data, start = (X, y, Xv, yv), torch.zeros(5, dtype=F64)
     if batched:
@@ -199,7 +201,9 @@ def test_an_objective_that_rounds_to_float32_inside_is_not_taken_for_a_float64_o
     class Rounding(Ridge):
         def inner_objective(self, inner, outer, data):
             X, y, _, _ = (t.float() for t in data)
-            return (0.5 * ((X @ inner.float() - y) ** 2).mean() + 0.5 * (outer.float().exp() * inner.float() ** 2).sum()).to(inner)
+            return (
+                0.5 * ((X @ inner.float() - y) ** 2).mean() + 0.5 * (outer.float().exp() * inner.float() ** 2).sum()
+            ).to(inner)
 
     theta, data = (draw(0)[0].float(), tuple(t.float() for t in draw(0)[1]))
     problem = Rounding(solver=bilevel.Newton(), tolerance=bilevel.Tolerance())
@@ -228,7 +232,9 @@ def test_an_operation_without_rules_for_transforms_is_bounded_by_reverse_passes(
             return 0.5 * Square.apply(X @ inner - y).mean() + 0.5 * (outer.exp() * inner**2).sum()
 
     theta, data = draw(0)
-    problem = Old(solver=bilevel.LBFGS(max_steps=8), linear_solver=bilevel.CG(), tolerance=bilevel.Tolerance(delta=None))
+    problem = Old(
+        solver=bilevel.LBFGS(max_steps=8), linear_solver=bilevel.CG(), tolerance=bilevel.Tolerance(delta=None)
+    )
     point = problem.hypergradient(theta, data, init=torch.zeros(5, dtype=F64))._certificate.point
     plain = Ridge(solver=lambda objective, init, *args: init, tolerance=bilevel.Tolerance(delta=None))
     reference = plain.hypergradient(theta, data, init=point.x[0])._certificate.point
@@ -272,7 +278,11 @@ def test_applications_are_certified():
         (Ridge(3), X[:, 0]), (Logistic(3), (X[:, 0] > 0).double()), (Softmax(3, classes=3), torch.arange(24) // 3 % 3)
     ):  # fmt: skip
         tuning = bilevel.HyperparameterOptimization(
-            model.training_objective, model.validation_loss, torch.zeros(3, dtype=F64), model.initial(3), batch_dims=FOLD_DIMS
+            model.training_objective,
+            model.validation_loss,
+            torch.zeros(3, dtype=F64),
+            model.initial(3),
+            batch_dims=FOLD_DIMS,
         )
         result = tuning.hypergradient(WeightedData(X, y, weights, 1 - weights))
         assert result.certified and result.error_bound < 1e-8
@@ -280,7 +290,11 @@ def test_applications_are_certified():
     batch = (X.reshape(4, 6, 3), X[:, :1].reshape(4, 6, 1)) * 2
     assert learner.hypergradient(batch).inner_bound.certified
     deep = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.Tanh(), torch.nn.Linear(2, 1)).double()
-    assert not bilevel.IMAML(deep, torch.nn.functional.mse_loss, 2.0, bilevel.Newton()).hypergradient(batch).inner_bound.certified
+    assert (
+        not bilevel.IMAML(deep, torch.nn.functional.mse_loss, 2.0, bilevel.Newton())
+        .hypergradient(batch)
+        .inner_bound.certified
+    )
 
 
 def test_the_certificate_is_only_made_when_it_is_asked_for(monkeypatch):

@@ -1,14 +1,16 @@
 """Differentiate through any optimisation problem, root or fixed point, and know how wrong the derivative is."""
 
-from bilevel import operators
-from bilevel._certificate import Bound, Constants
+from bilevel import certificates, operators
 from bilevel._system import Problem
 from bilevel._version import __version__
+from bilevel.certificates.bound import Bound
+from bilevel.certificates.constants import Constants
 from bilevel.errors import (
     ArgumentError,
     BilevelError,
     BudgetWarning,
     CapturedTensorError,
+    ConstantsError,
     DtypeError,
     FailureWarning,
     InitGradientError,
@@ -61,6 +63,7 @@ __all__ = [
     "BudgetWarning",
     "CapturedTensorError",
     "Constants",
+    "ConstantsError",
     "Damped",
     "DtypeError",
     "Exact",
@@ -98,6 +101,7 @@ __all__ = [
     "TransformError",
     "__version__",
     "argmin",
+    "certificates",
     "fixed_point",
     "operators",
     "record",

@@ -12,14 +12,17 @@ import torch
 from torch.func import vmap
 from torch.utils import _pytree as pytree
 
-from bilevel._certificate import Bound, Constants, bound_hypergradient
 from bilevel._layer import Layer, Solution
 from bilevel._system import ArgminSystem, Problem
 from bilevel._transforms import transforms_active
 from bilevel._tree import Raveler, flatten_arguments
-from bilevel.errors import ArgumentError, ShapeError
+from bilevel.certificates._certificate import Certificate
+from bilevel.certificates._point import Point
+from bilevel.certificates.bound import Bound
+from bilevel.certificates.constants import Constants
+from bilevel.errors import ArgumentError, ConstantsError, ShapeError
 from bilevel.linear._base import LinearSolverLike
-from bilevel.reports import OnFailure, SolveReport, Status
+from bilevel.reports import Basis, OnFailure, SolveReport, Status
 from bilevel.solvers._base import InnerSolverLike
 from bilevel.tolerance import Tolerance
 
@@ -71,8 +74,22 @@ class HypergradientReport:
         """Bool, per problem: :attr:`error_bound` is finite and proven."""
         return self.forward.certified
 
+    def moved(self, point: Point) -> HypergradientReport:
+        """Return the reports of a refined point: its residuals, and no bounds, which the refined result has itself."""
+        return HypergradientReport(
+            _moved(self.forward, point.residual, 1), _moved(self.backward, point.rho / max(1, len(point.x)), 1)
+        )
+
     def __str__(self) -> str:
         return f"{self.forward}\n{self.backward}"
+
+
+def _moved(report: SolveReport, residual: torch.Tensor, steps: int) -> SolveReport:
+    norm = residual.norm(dim=-1).reshape(report.residual_norm.shape).to(report.residual_norm)
+    unknown = torch.full_like(report.error_bound, float("nan"))
+    return replace(
+        report, residual_norm=norm, error_bound=unknown, basis=Basis.RESIDUAL, iterations=report.iterations + steps
+    )
 
 
 def _worse(forward: SolveReport, backward: SolveReport) -> SolveReport:
@@ -109,12 +126,67 @@ class Hypergradient:
     inner: Any
     adjoint: Any
     report: HypergradientReport
-    _bound: Callable[[], Bound] = field(repr=False)
+    _certificate: Certificate = field(repr=False)
+    _rebuild: Callable[[Point, Hypergradient], Hypergradient] = field(repr=False)
+    _restore: Callable[[torch.Tensor], Any] = field(repr=False)
 
     @cached_property
     def bound(self) -> Bound:
-        """The error bound with what it rests on; computed when first asked for, at about the cost of the gradient."""
-        return self._bound()
+        """Of ‖ĝ − g‖ (C3); computed when first asked for, at about the cost of the gradient."""
+        return self._certificate.bound
+
+    @cached_property
+    def inner_bound(self) -> Bound:
+        """Of ‖φ − φ*‖ (C1, C7); of a batch, the largest."""
+        return self._certificate.inner_bound
+
+    @cached_property
+    def adjoint_bound(self) -> Bound:
+        """Of ‖q − q*‖, q* being the adjoint at φ* (C2); of a batch, the largest."""
+        return self._certificate.adjoint_bound
+
+    @cached_property
+    def value_bound(self) -> Bound:
+        """Of |F(φ*) − :attr:`corrected_value`| (C4)."""
+        return self._certificate.value_bound
+
+    @cached_property
+    def corrected_grad(self) -> Any:
+        """g̃, a hypergradient with an error of second order (C5), as the pytree of ``outer``: two linear solves more.
+
+        It is the hypergradient at φ⁺ = φ − H⁻¹∇G with an adjoint solved for there; ‖ĝ − g̃‖ estimates ‖ĝ − g‖.
+        """
+        return self._restore(self._certificate.corrected_gradient)
+
+    def refined(self) -> Hypergradient:
+        """Return the hypergradient one Newton step further, with bounds of its own (C6: refine and recheck).
+
+        φ⁺ = φ − H⁻¹∇G, and q⁺ solves the system there, started at q: two linear solves. The Lipschitz constants in its bounds
+        multiply an ε of second order.
+        """
+        return self._rebuild(self._certificate.refined, self)
+
+    def __str__(self) -> str:
+        """Return value, gradient, solution and adjoint, each with its bound and what that rests on; the bounds are computed."""
+        flat = [leaf.reshape(-1) for leaf in pytree.tree_leaves(self.grad) if leaf is not None]
+        inner = [leaf.reshape(-1) for leaf in pytree.tree_leaves(self.inner)]
+        adjoint = [leaf.reshape(-1) for leaf in pytree.tree_leaves(self.adjoint)]
+        forward, backward = self.report.forward, self.report.backward
+        rows = (
+            ("value", f"{float(self.corrected_value):.6g}", "value_bound"),
+            ("gradient", f"norm {float(torch.cat(flat).norm()):.4g}", "bound"),
+            ("solution", f"norm {float(torch.cat(inner).norm()):.4g}", "inner_bound"),
+            ("adjoint", f"norm {float(torch.cat(adjoint).norm()):.4g}", "adjoint_bound"),
+        )
+        lines = [f"{forward.where}: hypergradient, after {forward.solver} and {backward.solver}"]
+        notes = [report.message for report in (forward, backward) if not bool(report.converged.all())]
+        for name, shown, attribute in rows:
+            try:
+                lines.append(f"  {name:9s} {shown}, error {getattr(self, attribute)}")
+            except ConstantsError as refuted:
+                lines.append(f"  {name:9s} {shown}")
+                notes = [str(refuted), *(note for note in notes if note != str(refuted))]
+        return "\n".join([*lines, *(f"  {note}" for note in notes)])
 
     @property
     def error_bound(self) -> float:
@@ -327,6 +399,7 @@ class BilevelProblem(torch.nn.Module, ABC):
         plain = pytree.tree_unflatten([_cut(leaf) for leaf in fresh], structure)
         inner = pytree.tree_map(_cut, solution.value)
         lower, x = self._flat_problem(self.inner_objective, inner, plain, data)
+        upper, _ = self._flat_problem(self.outer_objective, inner, plain, data)
         backward = adjoint.report
         if backward is None or adjoint.value is None:  # F does not depend on φ: the adjoint is zero
             q, backward = torch.zeros_like(x), solution.report
@@ -334,18 +407,37 @@ class BilevelProblem(torch.nn.Module, ABC):
             q = adjoint.value * lower.batch  # the mean's cotangents are 1/K of each problem's own
         assert adjoint.residual is not None
         corrected = value.detach() - (q * adjoint.residual).sum(dim=-1).mean()
+        flags = [
+            isinstance(leaf, torch.Tensor) and leaf.is_floating_point()
+            for leaf in leaves
+            if isinstance(leaf, torch.Tensor)
+        ]
+        point = Point(lower, upper, x, q, (*flags, *[False] * (len(lower.tensors) - len(flags))))
+        mu = self._layer.tolerance.strong_convexity
 
-        def bound() -> Bound:
-            upper, _ = self._flat_problem(self.outer_objective, inner, plain, data)
-            flags = [
-                isinstance(leaf, torch.Tensor) and leaf.is_floating_point()
-                for leaf in leaves
-                if isinstance(leaf, torch.Tensor)
+        def constants() -> Constants:
+            return self.constants(plain, data).with_mu(mu)
+
+        def restore(flat: torch.Tensor) -> Any:
+            parts = iter(torch.split(flat, [leaf.numel() for leaf in wanted]))
+            filled = [
+                next(parts).reshape(leaf.shape).to(leaf.dtype) if move else None
+                for leaf, move in zip(fresh, moving, strict=True)
             ]
-            wanted = [*flags, *[False] * (len(lower.tensors) - len(flags))]
-            mu = self._layer.tolerance.strong_convexity
-            return bound_hypergradient(lower, upper, x, q, wanted, self.constants(plain, data).with_mu(mu))
+            return pytree.tree_unflatten(filled, structure)
 
+        def rebuild(at: Point, before: Hypergradient) -> Hypergradient:
+            there = Point(lower, upper, at.x.to(x), at.q.to(x), point.wanted)
+            flat = at.gradient.mean(0).to(before._certificate.gradient)
+            # In the problem's dtype, as any other result; the certificate then measures what rounding made of it.
+            worth = at.corrected_value.mean().to(value)
+            certificate = Certificate(there, flat, worth, constants, self.where, self._layer.on_failure)
+            return Hypergradient(
+                there.upper.value(there.x).mean().to(value), worth, restore(flat), self._unravel(there.x, inner),
+                self._unravel(there.q, inner), before.report.moved(at), certificate, rebuild, restore,
+            )  # fmt: skip
+
+        flat = torch.cat([leaf.reshape(-1) for leaf in pytree.tree_leaves(grad) if leaf is not None])
         return Hypergradient(
             value.detach(),
             corrected,
@@ -353,7 +445,9 @@ class BilevelProblem(torch.nn.Module, ABC):
             inner,
             self._unravel(q, inner),
             HypergradientReport(solution.report, backward),
-            bound,
+            Certificate(point, flat, corrected, constants, self.where, self._layer.on_failure),
+            rebuild,
+            restore,
         )
 
     def reset(self) -> None:

@@ -56,6 +56,7 @@ class Status(_Named):
     BREAKDOWN = 9
     LINE_SEARCH_FAILED = 10
     RUNNING = 11
+    REFUTED = 12
 
     @property
     def meaning(self) -> str:
@@ -116,18 +117,24 @@ _TEXT: dict[Status, tuple[str, str]] = {
         "found no step that lowers the objective",
         "check that the objective is smooth and finite near the start, use float64, or loosen the tolerance",
     ),
+    Status.REFUTED: (
+        "reached a point that refutes the strong convexity it was told: curvature below μ was met",
+        "every bound that rests on this μ is void; pass a smaller strong_convexity, or None if it is not known",
+    ),
     Status.RUNNING: ("has not ended", "this is a fault of the library; please report it"),
 }
 
 
 class Basis(_Named):
-    """What an error bound rests on; the three are never blurred."""
+    """What an error bound rests on; the four are never blurred."""
 
     CERTIFIED = 0
     """A proof, given constants that are known."""
-    ESTIMATED = 1
+    PROBABILISTIC = 1
+    """A proof that holds but for a stated probability, such as one from a randomised Lanczos run."""
+    ESTIMATED = 2
     """A computed estimate that may be exceeded."""
-    RESIDUAL = 2
+    RESIDUAL = 3
     """A residual only: no bound on the error follows from it."""
 
 
@@ -228,10 +235,36 @@ class SolveReport:
         )
 
     def __str__(self) -> str:
-        bound = "no error bound is known"
-        if self.basis is not Basis.RESIDUAL and self.error_bound.numel():
-            bound = f"error at most {float(self.error_bound.max()):.2g} ({self.basis.name.lower()})"
-        return f"{self.message} [{bound}]"
+        lines = [f"{self.where}: {self.direction.value} solve by {self.solver}"]
+        codes = self.status_code.reshape(-1)
+        if not codes.numel():
+            return f"{lines[0]}\n  no problems to solve"
+        steps, many = self.iterations.reshape(-1), codes.numel() > 1
+        for code in sorted(set(codes.tolist())):
+            status, these = Status(code), codes == code
+            of = f" in {int(these.sum())} of {codes.numel()} problems" if many else ""
+            remedy = "" if status is Status.CONVERGED else f"; {status.remedy}"
+            lines.append(f"  status    {status.name}: {status.meaning}{of}, steps {_span(steps[these])}{remedy}")
+        asked = self.threshold.reshape(-1)
+        goal = f", asked {_span(asked)}" if bool((asked > 0).any()) else ""
+        lines.append(f"  residual  {_span(self.residual_norm.reshape(-1))}{goal}")
+        known = self.error_bound.reshape(-1)
+        if self.basis is Basis.RESIDUAL or not bool(torch.isfinite(known).any()):
+            lines.append(
+                "  error     not known: give strong_convexity in Tolerance, or ask a hypergradient for its bounds"
+            )
+        else:
+            lines.append(f"  error     at most {float(known.max()):.2g} ({self.basis.name.lower()})")
+        return "\n".join(lines)
+
+
+def _span(numbers: torch.Tensor) -> str:
+    """Return the numbers' range, or the one number that they all are."""
+    low, high = numbers.min(), numbers.max()
+    if not numbers.dtype.is_floating_point:
+        return f"{int(low)}" if bool(low == high) else f"{int(low)} to {int(high)}"
+    short = f"{float(low):.2g}", f"{float(high):.2g}"
+    return short[0] if short[0] == short[1] else " to ".join(short)
 
 
 def _statuses(codes: int | list[Any]) -> Any:

@@ -2,7 +2,7 @@
 
 ====  ==================  ==========================================================================
  5    applications, cli   ``hyperopt/``, ``meta/``, ``cli``, ``_output``: use the public API alone, like any user
- 4    problems            ``problem``, ``_certificate``
+ 4    problems            ``problem``, ``certificates/``
  3    layers              ``layers``: argmin, root, fixed_point; ``_layer``: a call of one
  2    differentiation     ``_implicit``: the two autograd Functions; imports no solver
  1    solvers             ``solvers/`` (inner), ``linear/`` (linear); of the inner, only Newton's uses the linear
@@ -26,7 +26,7 @@ FLOORS = {
     "bilevel._implicit": 2,
     "bilevel._layer": 3,
     "bilevel.layers": 3,
-    "bilevel._certificate": 4,
+    "bilevel.certificates": 4,
     "bilevel.problem": 4,
     "bilevel.hyperopt": 5,
     "bilevel.meta": 5,

@@ -49,12 +49,18 @@ class LinearSolution:
         or ``Status.CONVERGED`` / ``Status.MAX_STEPS`` / ``Status.STAGNATED`` as far as it can tell.
     residual
         The true residual b − A x (batch, n), if the solver has recomputed it.
+    error_bound
+        A bound of ‖x − A⁻¹b‖ (batch,), if the solver was told μ and can prove one below ‖b − A x‖/μ; but for rounding.
+    refuted
+        Bool (batch,): where the solver has met a proof that A has an eigenvalue below the μ that it was told.
     """
 
     x: torch.Tensor
     iterations: torch.Tensor
     status: torch.Tensor
     residual: torch.Tensor | None = None
+    error_bound: torch.Tensor | None = None
+    refuted: torch.Tensor | None = None
 
 
 class LinearSolver(ABC):
@@ -87,6 +93,22 @@ class LinearSolver(ABC):
         start
             (batch, n) to begin from; zero if None.
         """
+
+    def solve_certified(
+        self,
+        operator: LinearOperator,
+        rhs: torch.Tensor,
+        threshold: torch.Tensor,
+        start: torch.Tensor | None,
+        mu: float,
+        error: torch.Tensor,
+    ) -> LinearSolution:
+        """Solve A x = b for a symmetric A whose eigenvalues are known to be at least ``mu``; by default as :meth:`solve` does.
+
+        A method that can do more with μ than divide a residual by it overrides this: it may stop a problem as soon as
+        ‖x − A⁻¹b‖ ≤ ``error`` (batch,) is proven (0: stop by the residual alone), returns the bound, and says where μ is refuted.
+        """
+        return self.solve(operator, rhs, threshold, start)
 
     def __call__(self, operator: LinearOperator, rhs: torch.Tensor, tolerance: Tolerance | None = None) -> torch.Tensor:
         """Solve A x = b to ``tolerance`` and return x (batch, n), whatever became of it; see ``solve_linear``.
@@ -241,23 +263,67 @@ def solve_linear(
     threshold = torch.maximum(
         target.relative * norm, target.absolute * torch.minimum(norm, 1 / size)
     )  # in units of the scaled problem
-    solution = solver.solve(operator, unit, threshold, None if start is None else _safe(start / scale))
+    begun = None if start is None else _safe(start / scale)
+    mu = target.strong_convexity
+    # The error that the threshold stands for; one that nobody asked for is meant as a residual.
+    error = threshold / mu if mu is not None and target.asked else torch.zeros_like(threshold)
+    if mu is None or not operator.symmetric:
+        solution = solver.solve(operator, unit, threshold, begun)
+    else:
+        solution = solver.solve_certified(operator, unit, threshold, begun, mu, error)
     x = solution.x
     residual = unit - operator.matvec(x) if solution.residual is None else solution.residual
     residual_norm = residual.norm(dim=-1)
-    status = _judge(solver, operator, unit, target, threshold, solution, residual_norm)
+    status = _judge(solver, operator, unit, target, threshold, error, solution, residual_norm)
+    bound = torch.full_like(residual_norm, float("nan"))
+    if mu is not None:
+        noise, size_of_a = _rounding(operator, x, unit)
+        bound = residual_norm / mu
+        if solution.error_bound is not None:
+            bound = torch.fmin(bound, solution.error_bound)
+        bound = bound + noise / mu
+        refuted = _refuted(operator, x, unit - residual, mu, size_of_a)
+        if solution.refuted is not None:
+            refuted = refuted | solution.refuted
+        # It is said of whatever ended for want of steps or digits, too: it is the graver fault.
+        refuted = refuted & (status <= Status.STAGNATED)
+        status = torch.where(refuted, torch.full_like(status, Status.REFUTED), status)
+        bound = torch.where(refuted, torch.full_like(bound, float("nan")), bound)
     status = torch.where(finite.squeeze(-1), status, torch.full_like(status, Status.NOT_FINITE))
     x = torch.where(finite, x * scale, torch.full_like(x, float("nan")))
     # The answer to a scaled problem may lie beyond the largest number of its dtype.
     beyond = (status == Status.CONVERGED) & ~torch.isfinite(x).all(dim=-1)
     status = torch.where(beyond, torch.full_like(status, Status.NOT_FINITE), status)
     residual_norm = torch.where(finite.squeeze(-1), residual_norm * size, torch.full_like(size, float("nan")))
-    mu = target.strong_convexity
-    bound = torch.full_like(residual_norm, float("nan")) if mu is None else residual_norm / mu
     return LinearOutcome(
-        x, status, solution.iterations, residual * scale, residual_norm, threshold * size, bound,
+        x, status, solution.iterations, residual * scale, residual_norm, threshold * size, bound * size,
         Basis.RESIDUAL if mu is None else Basis.CERTIFIED, norm * size,
     )  # fmt: skip
+
+
+def _rounding(operator: LinearOperator, x: torch.Tensor, rhs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return, per problem, what rounding can hide in b − A x, and an estimate of ‖A‖; one product.
+
+    As :func:`rounding_floor`, without the clause for an x that has run away: its bound is to be as large as it is.
+    """
+    generator = torch.Generator().manual_seed(1)
+    signs = (torch.randint(0, 2, (x.shape[-1],), generator=generator) * 2 - 1).to(x)
+    eps = torch.finfo(x.dtype).eps
+    product, size = operator.matvec(signs * x).norm(dim=-1), x.norm(dim=-1)
+    tiny = torch.finfo(x.dtype).tiny
+    return 8 * eps * (product + rhs.norm(dim=-1)), product / size.clamp_min(tiny)
+
+
+def _refuted(
+    operator: LinearOperator, x: torch.Tensor, product: torch.Tensor, mu: float, size_of_a: torch.Tensor
+) -> torch.Tensor:
+    """Return where A x = ``product`` proves that μ is too large: xᵀAx < μ‖x‖², or ‖A x‖ < μ‖x‖ where A is not symmetric."""
+    square = torch.linalg.vecdot(x, x)
+    measured = torch.linalg.vecdot(x, product) if operator.symmetric else product.norm(dim=-1) * square.sqrt()
+    eps = torch.finfo(x.dtype).eps
+    # The margin: μ may have been computed in another way, and the product is rounded.
+    least = mu * (1 - 1e-4) - 64 * eps * (size_of_a + product.norm(dim=-1) / square.sqrt())
+    return (square > torch.finfo(x.dtype).tiny) & (measured < least * square)
 
 
 def _safe(start: torch.Tensor) -> torch.Tensor:
@@ -270,6 +336,7 @@ def _judge(
     rhs: torch.Tensor,
     target: Target,
     threshold: torch.Tensor,
+    error: torch.Tensor,
     solution: LinearSolution,
     residual_norm: torch.Tensor,
 ) -> torch.Tensor:
@@ -283,6 +350,8 @@ def _judge(
         | (noticed == Status.DIVERGED)
     )
     reached = residual_norm <= threshold
+    if solution.error_bound is not None:
+        reached = reached | (solution.error_bound <= error)
     # Whether a budget that alone was meant ended within rounding is not worth a product.
     spent_as_meant = (noticed == Status.MAX_STEPS) & target.silent
     if not bool((reached | ~ended | spent_as_meant).all()) and not target.asked:

@@ -294,7 +294,9 @@ def solve_inner(solver: InnerSolver, problem: Problem, init: torch.Tensor, targe
         # A NaN that is added to an objective does not show in its gradient.
         status = torch.where(torch.isfinite(value), status, torch.full_like(status, Status.NOT_FINITE))
     mu = target.strong_convexity
-    bound = torch.full_like(norm, float("nan")) if mu is None else norm / mu
+    bound = torch.full_like(norm, float("nan"))
+    if mu is not None:
+        bound = (norm + _rounding(problem, solution.x, residual)) / mu
     return InnerOutcome(
         solution.x, status, solution.iterations, norm, threshold, bound, _basis(target), residual, solution.factor
     )  # fmt: skip
@@ -343,6 +345,24 @@ def _judge(
         status = torch.where(spent, torch.full_like(status, Status.BUDGET_SPENT), status)
     status = torch.where(reached & ~final, torch.full_like(status, Status.CONVERGED), status)
     return torch.where(torch.isfinite(norm), status, torch.full_like(status, Status.NOT_FINITE))
+
+
+def _rounding(problem: Problem, x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
+    """Return, per problem, how far R(x) may be from what was computed: one evaluation.
+
+    Every number that goes in, of x and of the problem's tensors, is moved by a unit in its last place, with random signs; what that
+    changes, eight times over, is taken for what rounding inside can change.
+    """
+    generator = torch.Generator().manual_seed(1)
+    eps = torch.finfo(x.dtype).eps
+
+    def nudge(t: torch.Tensor) -> torch.Tensor:
+        signs = torch.randint(0, 2, t.shape, generator=generator).to(t.device)
+        return t * (1 + torch.finfo(t.dtype).eps * (2 * signs - 1).to(t))
+
+    tensors = [nudge(t) if t.dtype.is_floating_point else t for t in problem.tensors]
+    moved = Problem(problem.system, tensors).residual(nudge(x)) - residual
+    return torch.nan_to_num(8 * (moved.norm(dim=-1) + eps * residual.norm(dim=-1)), nan=float("inf"))
 
 
 def _noise(problem: Problem, x: torch.Tensor) -> torch.Tensor:

@@ -1,0 +1,494 @@
+"""Do the certified bounds hold, and how tight are they? At least 20,000 random problems against references in extended precision.
+
+Each problem is solved, inner and adjoint, to an accuracy drawn at random between crude and rounding, in float32 or float64, with
+a condition number between 1 and 1e6. The true errors are measured against the solution of the same numbers found by Newton steps whose
+residuals are computed in numpy's long double (80 bits on x86).
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch.nn import functional as F
+from torch.utils import _pytree as pytree
+
+import bilevel
+from bilevel._system import ArgminSystem, Problem
+from bilevel._tree import Raveler, flatten_arguments
+from bilevel.certificates._certificate import Certificate
+from bilevel.certificates._point import Point
+from bilevel.certificates.fixed_points import identify_support, newton_on_support, proximal_distance
+from bilevel.certificates.losses import logistic_constants, softmax_constants, squares_constants
+from bilevel.linear._base import solve_linear
+from bilevel.solvers._base import solve_inner
+from bilevel.tolerance import Target
+
+Array = np.ndarray
+LD = np.longdouble
+CLASSES = 3
+
+
+@dataclass
+class Case:
+    """A batch of K problems: objectives of one problem, θ (K, p), data with leading axes K, constants, and a reference."""
+
+    inner: Callable[..., torch.Tensor]
+    outer: Callable[..., torch.Tensor]
+    theta: torch.Tensor
+    data: tuple[torch.Tensor, ...]
+    constants: bilevel.Constants
+    gradient: Callable[[Array], Array]
+    hessian: Callable[[Array], Array]
+    outer_gradient: Callable[[Array], Array]
+    pulled: Callable[[Array, Array], Array]  # (φ, q) ↦ Bᵀq
+    outer_value: Callable[[Array], Array]
+    size: int
+    start: torch.Tensor
+    valid: torch.Tensor | None = None
+
+
+def extended(*tensors: torch.Tensor) -> tuple[Array, ...]:
+    return tuple(t.double().numpy().astype(LD) for t in tensors)
+
+
+def spectrum(generator: torch.Generator, k: int, n: int) -> torch.Tensor:
+    """Singular values (K, n) whose squares have a ratio drawn between 1 and 1e6, with the ratio attained."""
+    log_ratio = 3 * torch.rand(k, 1, generator=generator, dtype=torch.float64)
+    inside = torch.rand(k, n, generator=generator, dtype=torch.float64)
+    inside[:, 0], inside[:, -1] = 0.0, 1.0
+    return 10 ** (-log_ratio * inside)
+
+
+def designs(generator: torch.Generator, k: int, rows: int, n: int) -> torch.Tensor:
+    """Design matrices (K, rows, n) with such a spectrum."""
+    x = torch.randn(k, rows, n, generator=generator, dtype=torch.float64)
+    u, _, vh = torch.linalg.svd(x, full_matrices=False)
+    return math.sqrt(rows) * (u * spectrum(generator, k, n).unsqueeze(-2)) @ vh
+
+
+def linear_model(loss: str, generator: torch.Generator, k: int, dtype: torch.dtype) -> Case:
+    """Mean loss of a linear model with a ridge strength for each feature; the outer loss is that of other rows."""
+    rows, n = 24, int(torch.randint(2, 7, (), generator=generator))
+    width = CLASSES if loss == "softmax" else 1
+    X, Xv = designs(generator, k, rows, n).to(dtype), designs(generator, k, rows, n).to(dtype)
+    low = -12.0 if loss == "squares" else -9.0
+    theta = (low - low * torch.rand(k, n, generator=generator, dtype=torch.float64)).to(dtype)
+    if loss == "squares":
+        y, yv = (torch.randn(k, rows, generator=generator, dtype=torch.float64).to(dtype) for _ in range(2))
+    else:
+        y, yv = (torch.randint(0, max(2, width), (k, rows), generator=generator) for _ in range(2))
+        if loss == "logistic":
+            y, yv = y.to(dtype), yv.to(dtype)
+
+    def fit(phi, X, y):
+        if loss == "squares":
+            return 0.5 * ((X @ phi - y) ** 2).mean()
+        if loss == "logistic":
+            s = X @ phi
+            return (F.softplus(s) - y * s).mean()
+        s = X @ phi.reshape(n, width)
+        return (s.logsumexp(1) - s.gather(1, y[:, None])[:, 0]).mean()
+
+    def inner(phi, theta, X, y, Xv, yv):
+        return fit(phi, X, y) + 0.5 * (theta.exp() * (phi.reshape(n, width) ** 2).sum(1)).sum()
+
+    def outer(phi, theta, X, y, Xv, yv):
+        return fit(phi, Xv, yv)
+
+    make = {"squares": squares_constants, "logistic": logistic_constants, "softmax": softmax_constants}[loss]
+    of_train, of_test = ([make(x) for x in both.double()] for both in (X, Xv))
+    strengths = theta.double().exp()
+    mu, l_h = strengths.amin(1), torch.stack([c.hessian_lipschitz for c in of_train])
+    smoothness = torch.stack([c.smoothness for c in of_test])
+    if loss == "squares":
+        gram = X.double().mT @ X.double() / rows + torch.diag_embed(strengths)
+        mu = torch.linalg.eigvalsh(gram)[:, 0] * (1 - 1e-9)
+        smoothness = torch.linalg.matrix_norm(Xv.double().mT @ Xv.double() / rows, 2) * (1 + 1e-12)
+    constants = bilevel.Constants(
+        strong_convexity=mu * (1 - 1e-12), outer_smoothness=smoothness, hessian_lipschitz=l_h,
+        cross_lipschitz=strengths.amax(1) * (1 + 1e-12), outer_cross_lipschitz=0.0,
+    )  # fmt: skip
+    Xe, Xve, te = extended(X, Xv, theta)
+    hot = [F.one_hot(t.long(), width).double().numpy() if loss == "softmax" else t.double().numpy() for t in (y, yv)]
+    ye, yve = (h.astype(LD) for h in hot)
+    ridge = np.repeat(np.exp(te), width, axis=1)
+
+    def residuals(phi, X, y):  # ℓ′ (K, rows, width)
+        s = X @ phi.reshape(k, n, width)
+        if loss == "squares":
+            return s - y[..., None]
+        if loss == "logistic":
+            return 1 / (1 + np.exp(-s)) - y[..., None]
+        e = np.exp(s - s.max(-1, keepdims=True))
+        return e / e.sum(-1, keepdims=True) - y
+
+    def slope(phi, X, y):
+        return (np.swapaxes(X, 1, 2) @ residuals(phi, X, y)).reshape(k, -1) / rows
+
+    def hessian(phi):
+        if loss == "squares":
+            blocks = np.swapaxes(Xe, 1, 2) @ Xe / rows
+        elif loss == "logistic":
+            p = residuals(phi, Xe, 0 * ye)
+            blocks = np.swapaxes(Xe, 1, 2) @ (p * (1 - p) * Xe) / rows
+        else:
+            p = residuals(phi, Xe, 0 * ye)
+            curve = p[..., None] * np.eye(width, dtype=LD) - p[..., None] * p[..., None, :]
+            blocks = np.einsum("kri,krab,krj->kiajb", Xe, curve, Xe).reshape(k, n * width, n * width) / rows
+        return blocks + ridge[:, :, None] * np.eye(n * width, dtype=LD)
+
+    def pulled(phi, q):
+        return (ridge * phi * q).reshape(k, n, width).sum(-1)
+
+    def value(phi):
+        s = Xve @ phi.reshape(k, n, width)
+        if loss == "squares":
+            return 0.5 * ((s[..., 0] - yve) ** 2).mean(-1)
+        if loss == "logistic":
+            return (np.logaddexp(0, s[..., 0]) - yve * s[..., 0]).mean(-1)
+        top = s.max(-1)
+        return (top + np.log(np.exp(s - top[..., None]).sum(-1)) - (s * yve).sum(-1)).mean(-1)
+
+    return Case(
+        inner, outer, theta, (X, y, Xv, yv), constants,
+        lambda phi: slope(phi, Xe, ye) + ridge * phi, hessian, lambda phi: slope(phi, Xve, yve), pulled, value,
+        n * width, torch.zeros(k, n * width, dtype=dtype),
+    )  # fmt: skip
+
+
+def proximal_network(generator: torch.Generator, k: int, dtype: torch.dtype) -> Case:
+    """A two-layer tanh network whose hidden weights φ are held near θ by (λ/2)‖φ − θ‖², λ above its smoothness β."""
+    rows, inputs, hidden = 12, 2, 3
+    n = inputs * hidden
+
+    def draw(*shape: int) -> torch.Tensor:
+        return torch.randn(k, *shape, generator=generator, dtype=torch.float64).to(dtype)
+
+    X, Xv, a, theta = draw(rows, inputs), draw(rows, inputs), draw(hidden), 0.5 * draw(n)
+    y, yv = draw(rows), draw(rows)
+    # With f = Σ a_j tanh(w_j·x): ‖∇f‖ ≤ ‖a‖‖x‖, ‖∇²f‖ ≤ t₂ max|a|‖x‖², ‖∇³f‖ ≤ 2 max|a|‖x‖³, |f − y| ≤ ‖a‖₁ + |y|.
+    t2 = 4 / (3 * math.sqrt(3))
+
+    def sizes(X, y):
+        length, big = X.double().norm(dim=-1), a.double().abs().amax(-1, keepdim=True)
+        first = a.double().norm(dim=-1, keepdim=True) * length
+        off = a.double().abs().sum(-1, keepdim=True) + y.double().abs()
+        return first, t2 * big * length**2, 2 * big * length**3, off
+
+    first, second, third, off = sizes(X, y)
+    beta = (off * second).mean(-1)
+    lam = (beta * (1 + 10 ** (torch.rand(k, generator=generator, dtype=torch.float64) * 3 - 2))).to(dtype)
+    firstv, secondv, _, offv = sizes(Xv, yv)
+    constants = bilevel.Constants(
+        strong_convexity=(lam.double() - beta) * (1 - 1e-9),
+        outer_smoothness=(firstv**2 + offv * secondv).mean(-1) * (1 + 1e-12),
+        hessian_lipschitz=(3 * first * second + off * third).mean(-1) * (1 + 1e-12),
+        cross_lipschitz=0.0, outer_cross_lipschitz=0.0, cross_norm=lam.double(),
+    )  # fmt: skip
+
+    def fit(phi, X, y, a):
+        return 0.5 * ((torch.tanh(X @ phi.reshape(hidden, inputs).T) @ a - y) ** 2).mean()
+
+    def inner(phi, theta, X, y, Xv, yv, a, lam):
+        return fit(phi, X, y, a) + 0.5 * lam * ((phi - theta) ** 2).sum()
+
+    def outer(phi, theta, X, y, Xv, yv, a, lam):
+        return fit(phi, Xv, yv, a)
+
+    Xe, Xve, ye, yve, ae, te, le = extended(X, Xv, y, yv, a, theta, lam)
+
+    def layer(phi, X):
+        return np.tanh(X @ np.swapaxes(phi.reshape(k, hidden, inputs), 1, 2))
+
+    def slope(phi, X, y):
+        t = layer(phi, X)
+        r = (t * ae[:, None]).sum(-1) - y
+        return np.einsum("kr,krj,kri->kji", r, ae[:, None] * (1 - t * t), X).reshape(k, n) / rows
+
+    def hessian(phi):
+        t = layer(phi, Xe)
+        s, r = 1 - t * t, (t * ae[:, None]).sum(-1) - ye
+        jac = np.einsum("krj,kri->krji", ae[:, None] * s, Xe).reshape(k, rows, n)
+        h = np.einsum("kra,krb->kab", jac, jac) / rows
+        bend = np.einsum("kr,krj,kri,krl->kjil", r, ae[:, None] * -2 * t * s, Xe, Xe) / rows
+        for j in range(hidden):
+            at = slice(j * inputs, (j + 1) * inputs)
+            h[:, at, at] += bend[:, j]
+        return h + le[:, None, None] * np.eye(n, dtype=LD)
+
+    return Case(
+        inner, outer, theta, (X, y, Xv, yv, a, lam), constants,
+        lambda phi: slope(phi, Xe, ye) + le[:, None] * (phi - te), hessian, lambda phi: slope(phi, Xve, yve),
+        lambda phi, q: -le[:, None] * q,
+        lambda phi: 0.5 * (((layer(phi, Xve) * ae[:, None]).sum(-1) - yve) ** 2).mean(-1),
+        n, theta.clone(),
+    )  # fmt: skip
+
+
+def lasso(generator: torch.Generator, k: int, dtype: torch.dtype) -> Case:
+    """min ½‖Xβ − y‖²/m + e^θ‖β‖₁ by proximal steps; where the support is proven, the smooth problem on it is certified."""
+    rows, n = 24, int(torch.randint(3, 9, (), generator=generator))
+    X, Xv = designs(generator, k, rows, n).to(dtype), designs(generator, k, rows, n).to(dtype)
+    truth = torch.randn(k, n, generator=generator, dtype=torch.float64) * (
+        torch.rand(k, n, generator=generator, dtype=torch.float64) < 0.6
+    )
+    y = (X.double() @ truth[..., None])[..., 0] + 0.3 * torch.randn(k, rows, generator=generator, dtype=torch.float64)
+    yv = (Xv.double() @ truth[..., None])[..., 0].to(dtype)
+    y = y.to(dtype)
+    largest = ((X.double().mT @ y.double()[..., None])[..., 0] / rows).abs().amax(1)
+    theta = (largest.log() - 4 * torch.rand(k, generator=generator, dtype=torch.float64))[:, None].to(dtype)
+    gram = X.double().mT @ X.double() / rows
+    eigenvalues = torch.linalg.eigvalsh(gram)
+    step = (1 / (eigenvalues[:, -1:] * (1 + 1e-6))).to(dtype)
+    strength = theta.exp()
+
+    def gradient_of(beta):
+        return (X.mT @ ((X @ beta[..., None])[..., 0] - y)[..., None])[..., 0] / rows
+
+    beta, going = torch.zeros(k, n, dtype=dtype), torch.ones(k, 1, dtype=torch.bool)
+    accuracy = 10 ** (-1 - (7 if dtype == torch.float64 else 4) * torch.rand(k, 1, generator=generator))
+    for _ in range(3000):
+        moved = beta - step * gradient_of(beta)
+        mapped = moved.sign() * (moved.abs() - step * strength).clamp_min(0)
+        going = going & ((mapped - beta).norm(dim=1, keepdim=True) > step * accuracy * largest[:, None].to(dtype))
+        beta = torch.where(going, mapped, beta)
+    # The certificate, in float64: the distance from one proximal step, directly and by way of the solution on the support found.
+    lam, mu = theta.double().exp(), eigenvalues[:, 0] * (1 - 1e-9)
+    eps = torch.finfo(torch.float64).eps
+
+    def distance(x):
+        slope = (X.double().mT @ ((X.double() @ x[..., None])[..., 0] - y.double())[..., None])[..., 0] / rows
+        moved = x - step.double() * slope
+        mapped = moved.sign() * (moved.abs() - step.double() * lam).clamp_min(0)
+        size = slope.norm(dim=1) + (gram @ x[..., None])[..., 0].norm(dim=1) + largest
+        noise = 16 * eps * (step[:, 0].double() * size + x.norm(dim=1))
+        return proximal_distance((x - mapped).norm(dim=1) + noise, step[:, 0].double(), mu), slope, mapped
+
+    direct, _, mapped = distance(beta.double())
+    better = newton_on_support(mapped, distance(mapped)[1], gram, lam)
+    remainder = distance(better)[0]
+    e = torch.minimum(direct, (beta.double() - better).norm(dim=1) + remainder)
+    support = identify_support(better, distance(better)[1], lam, remainder, gram.norm(dim=-1))
+    valid = (
+        support.decided & ((beta != 0) == support.inside).all(1) & ((beta.sign() == better.sign()) | (beta == 0)).all(1)
+    )
+    mask, sign = support.inside.to(dtype), beta.sign()
+
+    def inner(phi, theta, X, y, Xv, yv, mask, sign):
+        fit = 0.5 * ((X @ (mask * phi) - y) ** 2).mean()
+        return fit + theta.exp()[0] * (mask * sign * phi).sum() + 0.5 * ((1 - mask) * phi**2).sum()
+
+    def outer(phi, theta, X, y, Xv, yv, mask, sign):
+        return 0.5 * ((Xv @ (mask * phi) - yv) ** 2).mean()
+
+    masked = mask.double()[:, :, None] * mask.double()[:, None, :] * gram + torch.diag_embed(1 - mask.double())
+    constants = bilevel.Constants(
+        strong_convexity=torch.linalg.eigvalsh(masked)[:, 0] * (1 - 1e-9),
+        outer_smoothness=torch.linalg.matrix_norm(Xv.double().mT @ Xv.double() / rows, 2) * (1 + 1e-12),
+        hessian_lipschitz=0.0, cross_lipschitz=0.0, outer_cross_lipschitz=0.0,
+    )  # fmt: skip
+    Xe, Xve, ye, yve, te, me, se = extended(X, Xv, y, yv, theta, mask, sign)
+    strong = np.exp(te)
+
+    def hessian(phi):
+        h = np.swapaxes(Xe, 1, 2) @ Xe / rows * me[:, :, None] * me[:, None, :]
+        return h + (1 - me)[:, :, None] * np.eye(n, dtype=LD)
+
+    def gradient(phi):
+        r = (Xe @ (me * phi)[..., None])[..., 0] - ye
+        return me * (np.swapaxes(Xe, 1, 2) @ r[..., None])[..., 0] / rows + strong * me * se + (1 - me) * phi
+
+    def outer_gradient(phi):
+        r = (Xve @ (me * phi)[..., None])[..., 0] - yve
+        return me * (np.swapaxes(Xve, 1, 2) @ r[..., None])[..., 0] / rows
+
+    case = Case(
+        inner, outer, theta, (X, y, Xv, yv, mask, sign), constants, gradient, hessian, outer_gradient,
+        lambda phi, q: (strong * me * se * q).sum(1, keepdims=True),
+        lambda phi: 0.5 * (((Xve @ (me * phi)[..., None])[..., 0] - yve) ** 2).mean(-1),
+        n, beta, valid,
+    )  # fmt: skip
+    case.distance, case.beta = (direct, e), beta  # type: ignore[attr-defined]
+    case.design = (Xe, ye, strong)  # type: ignore[attr-defined]
+    return case
+
+
+def lasso_solution(case: Case) -> Array:
+    """Coordinate descent in float64, then the smooth problem on its support in extended precision."""
+    Xe, ye, strong = case.design
+    X, y, lam = (a.astype(np.float64) for a in (Xe, ye, strong[:, 0]))
+    rows, n = X.shape[1:]
+    gram, target = np.swapaxes(X, 1, 2) @ X / rows, (np.swapaxes(X, 1, 2) @ y[..., None])[..., 0] / rows
+    beta = case.beta.double().numpy().copy()
+    for _ in range(20000):
+        before = beta.copy()
+        for j in range(n):
+            z = target[:, j] - (gram[:, j] * beta).sum(1) + gram[:, j, j] * beta[:, j]
+            beta[:, j] = np.sign(z) * np.maximum(np.abs(z) - lam, 0) / gram[:, j, j]
+        if np.abs(beta - before).max() < 1e-15:
+            break
+    on, sign = (beta != 0).astype(LD), np.sign(beta).astype(LD)
+    h = np.swapaxes(Xe, 1, 2) @ Xe / rows * on[:, :, None] * on[:, None, :]
+    h = h + (1 - on)[:, :, None] * np.eye(n, dtype=LD)
+    right = on * ((np.swapaxes(Xe, 1, 2) @ ye[..., None])[..., 0] / rows - strong * sign)
+    return refined_solve(h, right)
+
+
+def refined_solve(matrix: Array, right: Array) -> Array:
+    """Return A⁻¹b in extended precision: a float64 factorisation, and residuals in long double."""
+    plain = matrix.astype(np.float64)
+    x = np.zeros_like(right)
+    for _ in range(6):
+        left = right - (matrix @ x[..., None])[..., 0]
+        x = x + np.linalg.solve(plain, left.astype(np.float64)[..., None])[..., 0]
+    return x
+
+
+def reference(case: Case, start: torch.Tensor) -> tuple[Array, Array, Array, Array]:
+    """Return φ*, q*, g and F(φ*) in extended precision, from a float64 solution ``start``."""
+    phi = start.double().numpy().astype(LD)
+    for _ in range(8):
+        phi = phi - refined_solve(case.hessian(phi), case.gradient(phi))
+    q = refined_solve(case.hessian(phi), case.outer_gradient(phi))
+    return phi, q, -case.pulled(phi, q), case.outer_value(phi)
+
+
+def flat_problem(case: Case, objective: Callable[..., torch.Tensor], widen: bool) -> Problem:
+    tensors, arguments = flatten_arguments((case.theta, *case.data), {})
+    if widen:
+        tensors = pytree.tree_map(lambda t: t.double() if t.is_floating_point() else t, tensors)
+    raveler = Raveler.of(case.start[0].double() if widen else case.start[0], "benchmark")
+    system = ArgminSystem("benchmark", objective, raveler, arguments)
+    return system.lift(len(case.theta), (True,) * len(tensors)).bind(tensors)
+
+
+@dataclass
+class Tally:
+    """Counts and ratios bound/error of one family and dtype."""
+
+    problems: int = 0
+    certified: dict[str, int] = field(default_factory=dict)
+    violations: dict[str, int] = field(default_factory=dict)
+    ratios: dict[str, list[float]] = field(default_factory=dict)
+
+    def add(self, name: str, bound: Array, error: Array, floor: Array) -> None:
+        known = np.isfinite(bound)
+        self.certified[name] = self.certified.get(name, 0) + int(known.sum())
+        # The reference has an error of its own, of which ``floor`` is a generous account.
+        self.violations[name] = self.violations.get(name, 0) + int((known & (error > bound + floor)).sum())
+        self.ratios.setdefault(name, []).extend(
+            (bound[known] / np.maximum(error[known], floor[known] + 1e-300)).tolist()
+        )
+
+
+def length(a: Array) -> Array:
+    return np.sqrt((a * a).sum(-1)).astype(np.float64)
+
+
+def run_batch(family: str, generator: torch.Generator, k: int, dtype: torch.dtype, tally: Tally) -> None:
+    if family == "lasso":
+        case = lasso(generator, k, dtype)
+    elif family == "proximal network":
+        case = proximal_network(generator, k, dtype)
+    else:
+        case = linear_model(family, generator, k, dtype)
+    lower, upper = (flat_problem(case, f, False) for f in (case.inner, case.outer))
+    most = 8.0 if dtype == torch.float64 else 4.0
+
+    def target() -> Target:
+        return Target(relative=float(10 ** (-0.5 - (most - 0.5) * torch.rand((), generator=generator))), silent=True)
+
+    solvers = (bilevel.LBFGS(max_steps=200), bilevel.Newton(max_steps=30), bilevel.GradientDescent(0.5, max_steps=60))
+    most_solvers = 2 if family == "proximal network" else 3  # no step size fits all networks
+    solver = solvers[int(torch.randint(0, most_solvers, (), generator=generator))]
+    x = case.start if family == "lasso" else solve_inner(solver, lower, case.start, target()).x
+    point = Point(lower, upper, x, torch.zeros_like(x), (True, *[False] * (len(lower.tensors) - 1)))
+    linear = (bilevel.CG(), bilevel.Exact())[int(torch.rand((), generator=generator) < 0.3)]
+    q = solve_linear(linear, point.linear.operator, point.v, target()).x
+    point = point.with_q(q)
+    found = point.gradient.detach()
+    corrected = point.corrected_value.detach()
+    certificate = Certificate(point, found.mean(0), corrected.mean(), lambda: case.constants)
+    exact = certificate.exact
+
+    if family == "lasso":
+        begin = torch.tensor(lasso_solution(case).astype(np.float64))
+    else:
+        wide = flat_problem(case, case.inner, True)
+        begin = solve_inner(bilevel.Newton(), wide, case.start.double(), Target(relative=1e-12, silent=True)).x
+    phi, adjoint, g, value = reference(case, begin)
+    xe, qe, ge, ce = extended(x, q, found, corrected)
+    tally.problems += k
+    keep = np.ones(k, bool) if case.valid is None else case.valid.numpy()
+    if family == "lasso":
+        solution = lasso_solution(case)
+        for name, e in zip(("C1 by formula", "C1"), case.distance, strict=True):
+            tally.add(name, e.numpy(), length(xe - solution), 1e-15 * length(solution))
+    rounded = (found.double() - exact.gradient).norm(dim=1)
+    shift = (corrected.double() - exact.corrected_value).abs()
+    true = {
+        "C1": (length(xe - phi), length(phi)),
+        "C2": (length(qe - adjoint), length(adjoint)),
+        "C3": (length(ge - g), length(g)),
+        "C4": (np.abs((ce - value).astype(np.float64)), np.abs(value.astype(np.float64))),
+    }
+    for bounds, how in ((certificate.direct, " by formula"), (certificate.errors, "")):
+        for name, bound in (
+            ("C1", bounds.inner.value), ("C2", bounds.adjoint.value),
+            ("C3", bounds.gradient.value + rounded), ("C4", bounds.value.value + shift),
+        ):  # fmt: skip
+            error, size = true[name]
+            label = name + (" on the support" if family == "lasso" and name == "C1" else "") + how
+            tally.add(label, bound.numpy()[keep], error[keep], 1e-15 * size[keep])
+    # C5 estimates what iterations leave, not what rounding does.
+    error = true["C3"][0]
+    large = keep & (error > 10 * exact.rounding.gradient.numpy() + 1e-14 * length(g))
+    estimate = (found.double() - certificate.refined.gradient).norm(dim=1).numpy()
+    tally.ratios.setdefault("C5", []).extend((estimate[large] / error[large]).tolist())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--problems", type=int, default=20_000)
+    parser.add_argument("--batch", type=int, default=250)
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    families = ("squares", "logistic", "softmax", "proximal network", "lasso")
+    each = math.ceil(options.problems / options.batch / len(families) / 2)
+    began, total, violated = time.perf_counter(), 0, 0
+    print(
+        f"{'family':17s} {'dtype':8s} {'bound':30s} {'problems':>8s} {'certified':>9s} {'violated':>8s} {'median':>8s} {'95 %':>9s}"
+    )
+    for family in families:
+        for dtype in (torch.float64, torch.float32):
+            tally = Tally()
+            for number in range(each):
+                generator = torch.Generator().manual_seed(1000 * options.seed + number)
+                run_batch(family, generator, options.batch, dtype, tally)
+            total += tally.problems
+            for name, count in tally.certified.items():
+                middle, high = (
+                    np.quantile(tally.ratios[name], [0.5, 0.95]) if tally.ratios[name] else (math.nan, math.nan)
+                )
+                violated += tally.violations[name]
+                print(
+                    f"{family:17s} {str(dtype)[6:]:8s} {name:30s} {tally.problems:8d} {count:9d} {tally.violations[name]:8d} "
+                    f"{middle:8.2f} {high:9.2f}"
+                )
+            ratios = np.array(tally.ratios["C5"])
+            share = float(((ratios > 0.5) & (ratios < 2)).mean()) if len(ratios) else math.nan
+            print(
+                f"{family:17s} {str(dtype)[6:]:8s} {'C5 (estimate)':30s} {len(ratios):8d} within a factor 2: {100 * share:.1f} %"
+            )
+    print(f"\n{total} problems, {violated} violations, {time.perf_counter() - began:.0f} s")
+
+
+if __name__ == "__main__":
+    main()

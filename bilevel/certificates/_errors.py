@@ -1,0 +1,136 @@
+"""Every bound that holds at a point, per problem, the smallest of those that are rigorous taken."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from bilevel.certificates import _bounds as bounds
+from bilevel.certificates._bounds import Split
+from bilevel.certificates._point import Point
+from bilevel.certificates.constants import Constant, Constants
+
+__all__ = ["Errors", "Spectral", "errors_at", "through"]
+
+
+@dataclass(frozen=True, eq=False)
+class Errors:
+    """Bounds (K,) of ‖φ − φ*‖, ‖q − q*‖, ‖ĝ − g‖ and |F(φ*) − corrected value|; infinite where nothing is known."""
+
+    inner: Split
+    adjoint: Split
+    gradient: Split
+    value: Split
+
+    def better(self, other: Errors) -> Errors:
+        """Return the smaller of each."""
+        return Errors(
+            self.inner.better(other.inner), self.adjoint.better(other.adjoint),
+            self.gradient.better(other.gradient), self.value.better(other.value),
+        )  # fmt: skip
+
+    def where(self, usable: torch.Tensor) -> Errors:
+        """Return the bounds of the problems that are ``usable`` (K,); those of the others are infinite."""
+        return Errors(*(part.where(usable) for part in (self.inner, self.adjoint, self.gradient, self.value)))
+
+
+def _number(constant: Constant, like: torch.Tensor) -> torch.Tensor:
+    if constant is None:
+        return torch.full_like(like, float("inf"))
+    return torch.as_tensor(constant, dtype=like.dtype, device=like.device).detach().expand_as(like)
+
+
+@dataclass(frozen=True, eq=False)
+class Spectral:
+    """What is known of H and B at a point that are too large to be formed: bounds (K,), None where nothing is."""
+
+    curvature: torch.Tensor | None = None
+    cross_norm: torch.Tensor | None = None
+
+
+def errors_at(point: Point, known: Constants, spectral: Spectral | None = None) -> Errors:
+    """Return the bounds at ``point`` that follow from its residuals and from ``known``; rounding is part of each."""
+    spectral = Spectral() if spectral is None else spectral
+    rounding = point.rounding
+    r_in = point.residual.norm(dim=-1) + rounding.residual
+    r_lin = point.rho.norm(dim=-1) + rounding.rho
+    size = point.q.norm(dim=-1)
+    l_f, l_h = _number(known.outer_smoothness, r_in), _number(known.hessian_lipschitz, r_in)
+    l_b, l_tf = _number(known.cross_lipschitz, r_in), _number(known.outer_cross_lipschitz, r_in)
+    mu = torch.zeros_like(r_in) if known.strong_convexity is None else _number(known.strong_convexity, r_in)
+    # C1; of μ = 0, which stands for unknown, nothing follows.
+    epsilon = bounds.least(bounds.inner_error(r_in, mu))
+    curvature = point.least if point.factorable else spectral.curvature
+    there = mu
+    adjoint: Split | None = None
+    if curvature is not None:
+        positive = curvature.clamp_min(torch.finfo(r_in.dtype).tiny)
+        eta, solved = r_in / positive, r_lin / positive
+        if point.factorable:
+            eta = torch.minimum(eta, _solved(point, point.residual, rounding.residual, positive))
+            solved = torch.minimum(solved, _solved(point, point.rho, rounding.rho, positive))
+        epsilon = bounds.least(epsilon, bounds.kantorovich(eta, curvature, l_h))
+        epsilon = bounds.least(epsilon, bounds.inner_error_with_curvature(eta, curvature, l_h, epsilon))
+        # Strong convexity at φ*, from what is known of it everywhere or from the curvature here.
+        there = torch.maximum(mu, bounds.curvature_there(curvature, l_h, epsilon))
+        adjoint = bounds.adjoint_error_here(solved, size, epsilon, curvature, l_f, l_h)
+    plain = bounds.adjoint_error(r_lin, size, epsilon, there, l_f, l_h)
+    adjoint = plain if adjoint is None else plain.better(adjoint)
+    norm_b = point.cross_norm
+    if norm_b is None:
+        norm_b = spectral.cross_norm if known.cross_norm is None else _number(known.cross_norm, r_in)
+    gradient = bounds.gradient_error(_number(norm_b, r_in), size, epsilon, adjoint, l_b, l_tf)
+    if curvature is not None and point.sensitivity is not None and point.sensitivity_norm is not None:
+        exact = torch.einsum("kpn,kn->kp", point.sensitivity, point.rho).norm(dim=-1)
+        pulled = exact + point.sensitivity_norm * (rounding.rho + 64 * point.eps * point.rho.norm(dim=-1))
+        tighter = bounds.gradient_error_here(
+            point.sensitivity_norm, pulled, size, epsilon, adjoint, l_f, l_h, l_b, l_tf
+        )
+        gradient = gradient.better(tighter.where(curvature > 0))
+    value = bounds.value_error(r_lin, size, epsilon, l_f, l_h)
+    return Errors(
+        Split.of(epsilon, torch.zeros_like(epsilon)),
+        adjoint,
+        gradient.plus(rounding.gradient),
+        value.plus(rounding.value),
+    )
+
+
+def _solved(point: Point, b: torch.Tensor, noise: torch.Tensor, curvature: torch.Tensor) -> torch.Tensor:
+    """Return an upper bound of ‖H⁻¹b‖ (K,) for a b known up to ``noise``, the solve's own residual included."""
+    x = point.solve(b)
+    product = point.linear.operator.matvec(x)
+    left = (b - product).norm(dim=-1) + 64 * point.eps * (b.norm(dim=-1) + product.norm(dim=-1))
+    return x.norm(dim=-1) + (left + noise) / curvature
+
+
+def through(point: Point, refined: Point, errors: Errors) -> Errors:
+    """Return bounds at ``point`` by way of a better one whose ``errors`` are bounded: ‖a − a*‖ ≤ ‖a − a⁺‖ + ‖a⁺ − a*‖.
+
+    As tight as a bound can be, where the refined point's are of second order (C6). Of the distance between the two
+    hypergradients, what the linear residual accounts for is BᵀH⁻¹ρ; the rest is the inner solve's.
+    """
+    zero = torch.zeros_like(errors.inner.value)
+    step = (point.x - refined.x).norm(dim=-1)
+    turned = point.solve(point.rho)
+    change = point.q - refined.q
+    moved = point.gradient - refined.gradient
+    value = (point.corrected_value - refined.corrected_value).abs()
+    pulled = point.pulled(turned)
+    explained = (point.rho * (point.x - refined.x)).sum(-1).abs()
+    slack = 64 * point.eps
+
+    def add(distance: torch.Tensor, remainder: Split, inner: torch.Tensor, linear: torch.Tensor) -> Split:
+        total = distance * (1 + slack) + remainder.value
+        return Split(total, inner + remainder.inner + remainder.linear, linear)
+
+    of_rho = turned.norm(dim=-1)
+    return Errors(
+        add(step, errors.inner, step, zero),
+        add(change.norm(dim=-1), errors.adjoint, (change + turned).norm(dim=-1), of_rho),
+        add(moved.norm(dim=-1), errors.gradient, (moved - pulled).norm(dim=-1), pulled.norm(dim=-1)).plus(
+            point.rounding.gradient
+        ),
+        add(value, errors.value, (value - explained).clamp_min(0), explained).plus(point.rounding.value),
+    )

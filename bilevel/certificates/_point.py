@@ -1,0 +1,346 @@
+"""Both objectives linearised at a returned (φ, q), in float64, with what rounding makes of each number.
+
+A certificate of a float32 solve is worth nothing if it is itself computed in float32: the problem's tensors are exact numbers,
+and are converted. How far rounding moves a result is measured: every entry of φ, q and of every tensor of the problem is moved by a
+unit in its last place, with random signs, and what that changes, times a margin, is taken for what evaluating can change.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch.func import grad, vjp, vmap
+
+from bilevel._system import Linearization, Problem
+from bilevel.linear._base import solve_linear
+from bilevel.linear.cg import CG
+from bilevel.tolerance import Target
+
+__all__ = ["MOST_NUMBERS", "Point", "in_float64"]
+
+# Matrices up to this many numbers are formed and factorised; beyond, products have to do.
+MOST_NUMBERS = 2**20
+# What a measured change of one unit in the last place is multiplied by, and how often it is measured.
+_MARGIN = 8.0
+_DRAWS = 2
+# The relative residual of solves for a refinement where there is no factorisation.
+_KRYLOV_RELATIVE = 1e-6
+# What does not depend on q.
+_OF_X = ("linear", "residual", "v", "_eigen", "least", "cross", "cross_norm", "sensitivity", "sensitivity_norm")
+
+
+def in_float64(problem: Problem) -> Problem:
+    """Return ``problem`` with its floating-point tensors, exact numbers as they are, in float64."""
+    raveler = problem.system.raveler
+    wide = replace(raveler, dtype=torch.float64, dtypes=(torch.float64,) * len(raveler.dtypes))
+    tensors = [t.double() if t.dtype.is_floating_point else t for t in problem.tensors]
+    return Problem(replace(problem.system, raveler=wide), tensors)
+
+
+@dataclass(frozen=True, eq=False)
+class Rounding:
+    """How far rounding moves the results of a :class:`Point`, per problem (K,)."""
+
+    residual: torch.Tensor
+    rho: torch.Tensor
+    gradient: torch.Tensor
+    value: torch.Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Point:
+    """G, F and their derivatives at φ with the adjoint q, per problem of a batch of K.
+
+    Parameters
+    ----------
+    lower, upper
+        G and F as problems of one list of tensors.
+    x, q
+        φ and q (K, n).
+    wanted
+        Which tensors make up θ, of p numbers together.
+    """
+
+    lower: Problem
+    upper: Problem
+    x: torch.Tensor
+    q: torch.Tensor
+    wanted: tuple[bool, ...]
+
+    @property
+    def eps(self) -> float:
+        """The relative rounding of one operation."""
+        return torch.finfo(self.x.dtype).eps
+
+    @cached_property
+    def linear(self) -> Linearization:
+        """∇_φ G with its graph."""
+        return self.lower.linearize(self.x, self.wanted)
+
+    @cached_property
+    def residual(self) -> torch.Tensor:
+        """∇_φ G (K, n)."""
+        return self.linear.residual.detach()
+
+    @cached_property
+    def v(self) -> torch.Tensor:
+        """∇_φ F (K, n), zero where F does not depend on φ."""
+        with torch.enable_grad():
+            point = self.x.detach().requires_grad_(True)
+            shaped = point.reshape(*self.upper.system.batch_shape, self.upper.size)
+            values = self.upper.system.outputs(shaped, *self.upper.tensors)
+            if not values.requires_grad:
+                return torch.zeros_like(self.x)
+            (slope,) = torch.autograd.grad(values.sum(), point, allow_unused=True, materialize_grads=True)
+        return slope
+
+    @cached_property
+    def hq(self) -> torch.Tensor:
+        """H q (K, n)."""
+        return self.linear.operator.matvec(self.q)
+
+    @cached_property
+    def rho(self) -> torch.Tensor:
+        """ρ = v − H q (K, n)."""
+        return self.v - self.hq
+
+    @cached_property
+    def corrected_value(self) -> torch.Tensor:
+        """F − qᵀ∇_φ G (K,)."""
+        return self.upper.value(self.x) - (self.q * self.residual).sum(-1)
+
+    @property
+    def outer_size(self) -> int:
+        """p: how many numbers θ has for one problem."""
+        levels = self.lower.system.levels
+        count = 0
+        for number, (tensor, want) in enumerate(zip(self.lower.tensors, self.wanted, strict=True)):
+            shared = tensor.numel()
+            for level in levels:
+                shared //= level.size if level.batched[number] and level.size else 1
+            count += shared if want else 0
+        return count
+
+    @property
+    def factorable(self) -> bool:
+        """Whether H is small enough to be formed."""
+        return self.lower.batch * self.lower.size**2 <= MOST_NUMBERS
+
+    @property
+    def eigenvalues(self) -> torch.Tensor:
+        """The eigenvalues of H (K, n), ascending, as computed; of an H that is formed."""
+        return self._eigen[0]
+
+    @cached_property
+    def _eigen(self) -> tuple[torch.Tensor, torch.Tensor]:
+        values, vectors = torch.linalg.eigh(self.linear.operator.dense())
+        return values, vectors
+
+    @cached_property
+    def least(self) -> torch.Tensor:
+        """A lower bound of the eigenvalues of H (K,), rounding allowed for."""
+        values = self._eigen[0]
+        slack = (16 + self.lower.size) * self.eps * values.abs().amax(-1)
+        return values[:, 0] - slack
+
+    def solve(self, b: torch.Tensor, start: torch.Tensor | None = None) -> torch.Tensor:
+        """Return H⁻¹ b for b (K, n): by the eigenvectors if H can be formed, else by conjugate gradients."""
+        if self.factorable:
+            values, vectors = self._eigen
+            once = _spectral_solve(values, vectors, b)
+            return once + _spectral_solve(values, vectors, b - self.linear.operator.matvec(once))
+        target = Target(relative=_KRYLOV_RELATIVE, silent=True)
+        return solve_linear(CG(), self.linear.operator, b, target, start).x
+
+    @cached_property
+    def cross(self) -> torch.Tensor | None:
+        """B (K, n, p), or None if it is too large."""
+        if self.lower.batch * self.lower.size * self.outer_size > MOST_NUMBERS:
+            return None
+        return _each(self.lower, self.x[:, None], self._cross_by_vmap, self._cross_by_passes)
+
+    @cached_property
+    def gradient(self) -> torch.Tensor:
+        """ĝ = ∇_θ F − Bᵀ q, each problem's own (K, p)."""
+        return _each(self.lower, torch.stack([self.x, self.q], 1), self._gradient_by_vmap, self._gradient_by_passes)
+
+    @cached_property
+    def cross_norm(self) -> torch.Tensor | None:
+        """‖B‖ (K,), the spectral norm, or None if B is too large."""
+        return None if self.cross is None else _spectral_norm(self.cross)
+
+    def cross_square(self, u: torch.Tensor) -> torch.Tensor:
+        """Return B Bᵀ u for u (K, n)."""
+        return _each(self.lower, torch.stack([self.x, u], 1), self._square_by_vmap, None)
+
+    @cached_property
+    def sensitivity(self) -> torch.Tensor | None:
+        """B ᵀH⁻¹ (K, p, n), the derivative of φ* but for its sign, or None if it is too large."""
+        if self.cross is None or not self.factorable:
+            return None
+        values, vectors = self._eigen
+        return ((vectors / values.unsqueeze(-2)) @ (vectors.mT @ self.cross)).mT
+
+    @cached_property
+    def sensitivity_norm(self) -> torch.Tensor | None:
+        """‖BᵀH⁻¹‖ (K,), the spectral norm."""
+        return None if self.sensitivity is None else _spectral_norm(self.sensitivity)
+
+    def pulled(self, u: torch.Tensor) -> torch.Tensor:
+        """Return Bᵀu (K, p) for u (K, n), each problem's own."""
+        if self.cross is not None:
+            return torch.einsum("kn,knp->kp", u, self.cross)
+        return self.with_q(torch.zeros_like(u)).gradient - self.with_q(u).gradient
+
+    @cached_property
+    def rounding(self) -> Rounding:
+        """What evaluating each result in this dtype can change it by, measured."""
+        eps = self.eps
+        worst = Rounding(
+            eps * (self.linear.operator.matvec(self.x).norm(dim=-1) + self.residual.norm(dim=-1)),
+            eps * (self.v.norm(dim=-1) + self.hq.norm(dim=-1)),
+            eps * self.gradient.norm(dim=-1),
+            eps * self.corrected_value.abs(),
+        )
+        for seed in range(_DRAWS):
+            other = self.nudged(seed)
+            worst = Rounding(
+                torch.maximum(worst.residual, (other.residual - self.residual).norm(dim=-1)),
+                torch.maximum(worst.rho, (other.rho - self.rho).norm(dim=-1)),
+                torch.maximum(worst.gradient, (other.gradient - self.gradient).norm(dim=-1)),
+                torch.maximum(worst.value, (other.corrected_value - self.corrected_value).abs()),
+            )
+        return Rounding(_MARGIN * worst.residual, _MARGIN * worst.rho, _MARGIN * worst.gradient, _MARGIN * worst.value)
+
+    def probe(self) -> Point:
+        """Return the point one steepest-descent step further, with the same q: a second one to compare with, for one product."""
+        product = torch.linalg.vecdot(self.residual, self.linear.operator.matvec(self.residual))
+        length = torch.linalg.vecdot(self.residual, self.residual) / product
+        length = torch.where(torch.isfinite(length) & (product > 0), length, torch.zeros_like(length))
+        return replace(self, x=self.x - length.unsqueeze(-1) * self.residual)
+
+    def refined(self) -> Point:
+        """Return φ⁺ = φ − H⁻¹∇G with the adjoint there, q⁺ = q + H(φ⁺)⁻¹ρ(φ⁺): two solves."""
+        moved = replace(self, x=self.x - self.solve(self.residual))
+        return moved.with_q(self.q + moved.solve(moved.rho))
+
+    def with_q(self, q: torch.Tensor) -> Point:
+        """Return this φ with another adjoint; what is known of φ alone is kept."""
+        other = replace(self, q=q)
+        other.__dict__.update({name: self.__dict__[name] for name in _OF_X if name in self.__dict__})
+        return other
+
+    def nudged(self, seed: int) -> Point:
+        """Return the point with every number in it moved by a unit in its last place, by random signs."""
+        generator = torch.Generator().manual_seed(seed)
+
+        def nudge(t: torch.Tensor) -> torch.Tensor:
+            signs = torch.randint(0, 2, t.shape, generator=generator).to(t.device)
+            return t * (1 + self.eps * (2 * signs - 1).to(t))
+
+        tensors = [nudge(t) if t.dtype.is_floating_point else t for t in self.lower.tensors]
+        return Point(
+            Problem(self.lower.system, tensors), Problem(self.upper.system, tensors),
+            nudge(self.x), nudge(self.q), self.wanted,
+        )  # fmt: skip
+
+    def _chosen(
+        self, tensors: Sequence[torch.Tensor]
+    ) -> tuple[tuple[torch.Tensor, ...], Callable[..., list[torch.Tensor]]]:
+        """Return the tensors of θ, and a function that puts others of their shapes in their places."""
+
+        def merged(*moved: torch.Tensor) -> list[torch.Tensor]:
+            feed = iter(moved)
+            return [next(feed) if want else t for t, want in zip(tensors, self.wanted, strict=True)]
+
+        return tuple(t for t, want in zip(tensors, self.wanted, strict=True) if want), merged
+
+    # vmap is outermost in both: torch 2.13 differentiates vmap(grad(f)) wrongly from outside when f holds a batch norm.
+    def _cross_by_vmap(self, rows: torch.Tensor, *tensors: torch.Tensor) -> torch.Tensor:
+        chosen, merged = self._chosen(tensors)
+        system, x = self.lower.system, rows[0]
+        made: Any = vjp(lambda *moved: grad(lambda point: system.output(point, *merged(*moved)))(x), *chosen)
+        n = x.shape[0]
+        pulled = vmap(made[1])(torch.eye(n, dtype=x.dtype, device=x.device))
+        return torch.cat([part.reshape(n, -1) for part in pulled], dim=1)
+
+    def _square_by_vmap(self, rows: torch.Tensor, *tensors: torch.Tensor) -> torch.Tensor:
+        chosen, merged = self._chosen(tensors)
+        system, (x, u) = self.lower.system, rows
+        made: Any = vjp(lambda *moved: grad(lambda point: system.output(point, *merged(*moved)))(x), *chosen)
+        fixed = [part.detach() for part in made[1](u)]
+        # B w = ∇_u ⟨w, Bᵀu⟩.
+        return grad(lambda v: sum((a * b).sum() for a, b in zip(fixed, made[1](v), strict=True)))(u)
+
+    def _cross_by_passes(self, single: Problem, rows: torch.Tensor) -> torch.Tensor:
+        linear = single.linearize(rows[:1], self.wanted)
+        units = torch.eye(self.lower.size, dtype=rows.dtype, device=rows.device)
+        return torch.stack([_joined(linear.pullback(unit[None])) for unit in units])
+
+    def _gradient_by_vmap(self, rows: torch.Tensor, *tensors: torch.Tensor) -> torch.Tensor:
+        chosen, merged = self._chosen(tensors)
+        lower, upper = self.lower.system, self.upper.system
+        x, q = rows
+
+        def lagrangian(*moved: torch.Tensor) -> torch.Tensor:
+            feed = merged(*moved)
+            slope = grad(lambda point: lower.output(point, *feed))(x)
+            return upper.output(x, *feed) - torch.dot(q, slope)
+
+        parts = grad(lagrangian, argnums=tuple(range(len(chosen))))(*chosen)
+        return torch.cat([part.reshape(-1) for part in parts])
+
+    def _gradient_by_passes(self, single: Problem, rows: torch.Tensor) -> torch.Tensor:
+        pulled = _joined(single.linearize(rows[:1], self.wanted).pullback(rows[1:]))
+        with torch.enable_grad():
+            leaves = [
+                t.detach().requires_grad_(True) if want else t
+                for t, want in zip(single.tensors, self.wanted, strict=True)
+            ]
+            value = self.upper.system.output(rows[0], *leaves)
+            chosen = [leaf for leaf, want in zip(leaves, self.wanted, strict=True) if want]
+            if not value.requires_grad:
+                return -pulled
+            slopes = torch.autograd.grad(value, chosen, allow_unused=True, materialize_grads=True)
+        return _joined(slopes) - pulled
+
+
+def _joined(parts: Sequence[torch.Tensor | None]) -> torch.Tensor:
+    return torch.cat([part.reshape(-1) for part in parts if part is not None])
+
+
+def _spectral_solve(values: torch.Tensor, vectors: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    return (vectors @ ((vectors.mT @ b.unsqueeze(-1)) / values.unsqueeze(-1))).squeeze(-1)
+
+
+def _spectral_norm(matrix: torch.Tensor) -> torch.Tensor:
+    """Return the spectral norms (K,) of matrices (K, a, b), by the smaller of their Gram matrices."""
+    gram = matrix @ matrix.mT if matrix.shape[-2] <= matrix.shape[-1] else matrix.mT @ matrix
+    if gram.shape[-1] == 0:
+        return matrix.new_zeros(len(matrix))
+    slack = 1 + 8 * gram.shape[-1] * torch.finfo(matrix.dtype).eps
+    return torch.linalg.eigvalsh(gram)[..., -1].clamp_min(0).sqrt() * slack
+
+
+def _each(
+    problem: Problem,
+    rows: torch.Tensor,
+    by_vmap: Callable[..., torch.Tensor],
+    by_passes: Callable[[Problem, torch.Tensor], torch.Tensor] | None,
+) -> torch.Tensor:
+    """Return a function of each problem's ``rows`` (K, k, n) and tensors, all at once if it can be transformed."""
+    system = problem.system
+    shaped = rows.reshape(*system.batch_shape, *rows.shape[1:])
+    try:
+        with torch.no_grad():
+            found: torch.Tensor = system.lifted(by_vmap)(shaped, *problem.tensors)
+        return found.detach().reshape(problem.batch, *found.shape[len(system.batch_shape) :])
+    except RuntimeError:
+        if by_passes is None:
+            raise
+        # Something in the function has no rule for a transform; reverse passes can always be made.
+        return torch.stack([by_passes(problem.single(k), rows[k]).detach() for k in range(problem.batch)])

@@ -22,6 +22,7 @@ import torch
 from torch.func import grad, grad_and_value, vjp, vmap
 from torch.utils import _pytree as pytree
 
+from bilevel._norms import WrittenNorms
 from bilevel._tree import Arguments, Raveler, ravel_like
 from bilevel.errors import (
     ArgumentError,
@@ -191,7 +192,8 @@ class ArgminSystem(System):
     def residual(self, x: torch.Tensor, *tensors: torch.Tensor) -> torch.Tensor:
         # The gradient of the batch's sum, with vmap inside: torch 2.13 differentiates vmap(grad(f)) wrongly
         # from outside when f holds a batch norm.
-        return grad(lambda point: self.outputs(point, *tensors).sum())(x)
+        with WrittenNorms():
+            return grad(lambda point: self.outputs(point, *tensors).sum())(x)
 
     def residual_and_value(self, flat: torch.Tensor, *tensors: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         gradient, value = grad_and_value(lambda point: self.output(point, *tensors))(flat)
@@ -220,7 +222,8 @@ class RootSystem(System):
         return ravel_like(self.call(flat, *tensors), self.raveler, self.where, self.noun)
 
     def residual(self, x: torch.Tensor, *tensors: torch.Tensor) -> torch.Tensor:
-        return self.outputs(x, *tensors)
+        with WrittenNorms():
+            return self.outputs(x, *tensors)
 
     def plain_residual(self, x: torch.Tensor, tensors: Sequence[torch.Tensor], *, graph: bool) -> torch.Tensor:
         residual = self.outputs(x, *tensors)

@@ -44,7 +44,9 @@ def ordinary_mode() -> Iterator[None]:
 
 
 def differentiating() -> bool:
-    """Return whether a transform that differentiates, grad or jvp and not only vmap, surrounds this call."""
+    """Return whether something that differentiates, grad, jvp or a dual level and not only vmap, surrounds this call."""
+    if forward_ad._current_level >= 0:
+        return True
     stack = _functorch.get_interpreter_stack() or []
     return any(item.key() in (_functorch.TransformType.Grad, _functorch.TransformType.Jvp) for item in stack)
 

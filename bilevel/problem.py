@@ -455,6 +455,12 @@ class BilevelProblem(torch.nn.Module, ABC):
         self._last = None
         self._layer.adjoint.value = None
 
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
+        # Called by .to(), .double() and their like: what the next solve begins from follows, as buffers do.
+        if self._last is not None:
+            self._last = pytree.tree_map(fn, self._last)
+        return super()._apply(fn, recurse)
+
     def extra_repr(self) -> str:
         layer = self._layer
         return f"solver={layer.solver!r}, linear_solver={layer.linear_solver!r}, tolerance={layer.tolerance!r}"

@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from torch.autograd import forward_ad
 from torch.func import grad, hessian, jacfwd, jacrev, jvp, vmap
 
 import bilevel
@@ -208,6 +209,15 @@ def captured_by_jvp() -> object:
     return lambda layer: jacfwd(lambda a: layer(lambda x: ((x - a) ** 2).sum())(ZERO))(ZERO + 1)
 
 
+def captured_by_a_dual_level() -> object:
+    def use(layer):
+        with forward_ad.dual_level():
+            a = forward_ad.make_dual(ZERO + 1, ZERO + 1)
+            return layer(lambda x: ((x - a) ** 2).sum())(ZERO)
+
+    return use
+
+
 def captured_by_vmap() -> object:
     return lambda layer: vmap(lambda a: layer(lambda x: ((x - a) ** 2).sum())(ZERO))(torch.ones(3, 2, dtype=F64))
 
@@ -225,6 +235,7 @@ def captured_module() -> object:
         captured_by_grad,
         captured_by_an_outer_grad,
         captured_by_jvp,
+        captured_by_a_dual_level,
         captured_by_vmap,
         captured_module,
     ],

@@ -18,7 +18,18 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).resolve().parents[1] / "bilevel"
-GROUND = ("operators", "tolerance", "reports", "errors", "_tree", "_system", "_transforms", "_checks", "_version")
+GROUND = (
+    "operators",
+    "tolerance",
+    "reports",
+    "errors",
+    "_tree",
+    "_system",
+    "_transforms",
+    "_norms",
+    "_checks",
+    "_version",
+)
 FLOORS = {
     **{f"bilevel.{name}": 0 for name in GROUND},
     "bilevel.solvers": 1,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch.autograd import gradcheck, gradgradcheck
@@ -10,6 +12,8 @@ from torch.func import grad, hessian, jacfwd, jacrev, jvp, vjp, vmap
 import bilevel
 
 from .problems import FAMILIES, Family, arguments
+
+F64 = torch.float64
 
 family = pytest.mark.parametrize("family", FAMILIES, ids=lambda f: f.name)
 
@@ -283,3 +287,65 @@ def test_a_layer_inside_an_objective() -> None:
     torch.testing.assert_close(
         vmap(lambda a: outer(start, a))(batch), torch.stack([outer(start, row) for row in batch]), atol=1e-10, rtol=1e-9
     )
+
+
+def written(axes: tuple[int, ...]) -> Callable[[torch.Tensor], torch.Tensor]:
+    def norm(x: torch.Tensor) -> torch.Tensor:
+        centred = x - x.mean(axes, keepdim=True)
+        return centred / (x.var(axes, keepdim=True, unbiased=False) + 1e-5).sqrt()
+
+    return norm
+
+
+@pytest.mark.parametrize(
+    ("norm", "by_hand"),
+    [
+        (torch.nn.BatchNorm1d(3, affine=False, track_running_stats=False), written((0, 2))),
+        (torch.nn.LayerNorm((3, 5), elementwise_affine=False), written((1, 2))),
+        (torch.nn.InstanceNorm1d(3), written((2,))),
+        (lambda x: torch.layer_norm(x, (5,), 2 * torch.ones(5, dtype=F64)), lambda x: 2 * written((2,))(x)),
+        (lambda x: torch.batch_norm(x, None, None, None, None, True, 0.1, 1e-5, False), written((0, 2))),
+        (lambda x: torch.instance_norm(x, None, None, None, None, True, 0.1, 1e-5, False), written((2,))),
+    ],
+    ids=["batch", "layer", "instance", "torch.layer_norm", "torch.batch_norm", "torch.instance_norm"],
+)
+def test_norms_have_right_second_derivatives_and_third_ones_in_a_root(norm: Callable, by_hand: Callable) -> None:
+    # torch 2.13: third derivatives of these norms are silently wrong (pytorch/pytorch#175754, #186256).
+    data = torch.randn(4, 3, 5, dtype=F64, generator=torch.Generator().manual_seed(0))
+
+    def derivatives(norm: Callable) -> list[torch.Tensor]:
+        def objective(w: torch.Tensor, s: torch.Tensor) -> torch.Tensor:
+            return norm((data * w[:, None] + s.exp() * data**2).tanh()).tanh().sum(0).square().mean() + (w**2).sum()
+
+        def residual(w: torch.Tensor, s: torch.Tensor) -> torch.Tensor:
+            return w + 0.1 * norm((data * w[:, None] + s * data**2).tanh()).tanh().mean((0, 2)) * s - 0.2
+
+        start, s = torch.full((3,), 0.1, dtype=F64), torch.tensor(0.3, dtype=F64)
+        argmin, root = bilevel.argmin(objective), bilevel.root(residual)
+
+        def loss(s: torch.Tensor) -> torch.Tensor:
+            return argmin(start, s).square().sum()
+
+        free = s.clone().requires_grad_(True)
+        (slope,) = torch.autograd.grad(loss(free), free, create_graph=True)
+        return [
+            hessian(loss)(s),
+            vmap(hessian(loss))(s[None])[0],
+            jvp(grad(loss), (s,), (torch.ones_like(s),))[1],
+            torch.autograd.grad(slope, free)[0],
+            grad(grad(grad(lambda s: root(start, s).square().sum())))(s),
+        ]
+
+    for found, expected in zip(derivatives(norm), derivatives(by_hand), strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-8, atol=1e-12)
+
+
+def test_norms_with_running_statistics_keep_them_under_every_transform() -> None:
+    norm = torch.nn.BatchNorm1d(3).double().requires_grad_(False)
+    norm.running_mean, norm.running_var = torch.randn(3, dtype=F64), torch.rand(3, dtype=F64) + 0.5
+    norm.eval()
+    data = torch.randn(4, 3, dtype=F64)
+    layer = bilevel.argmin(lambda w, s: (norm(data * w) - s).tanh().square().sum() + (w**2).sum())
+    s = torch.tensor(0.3, dtype=F64, requires_grad=True)
+    layer(torch.zeros(3, dtype=F64), s).sum().backward()
+    torch.testing.assert_close(grad(lambda s: layer(torch.zeros(3, dtype=F64), s).sum())(s.detach()), s.grad)

@@ -125,6 +125,11 @@ class HyperparameterOptimization(bilevel.BilevelProblem):
         leaves, structure = pytree.tree_flatten(init)
         # Buffers follow .to(device) and .double(); they are not part of the state, which is θ alone.
         for number, leaf in enumerate(leaves):
+            if not isinstance(leaf, torch.Tensor):
+                raise bilevel.DtypeError(
+                    "HyperparameterOptimization: expected init to be a tensor or a pytree of them, got "
+                    f"{type(leaf).__name__} in it; write for example torch.zeros(n, dtype=torch.float64)"
+                )
             self.register_buffer(f"_init_{number}", leaf.detach().clone(), persistent=False)
         # Names in place of tensors: unlike torch's description of a structure, these can be copied and pickled.
         self._init_names = pytree.tree_unflatten([f"_init_{number}" for number in range(len(leaves))], structure)

@@ -160,6 +160,22 @@ def test_the_start_follows_the_module() -> None:
     assert all(leaf.dtype == torch.float64 for leaf in tuning.initial(None, None).values())
 
 
+def test_the_warm_start_follows_the_module() -> None:
+    tuning = HyperparameterOptimization(training, validation, torch.zeros(()).double(), torch.zeros(3).double())
+    data = make_data()
+    before = tuning(data)
+    tuning.float()
+    after = tuning({name: tensor.float() for name, tensor in data.items()})
+    assert after.dtype == torch.float32
+    torch.testing.assert_close(after.double(), before, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("bad", [None, [1.0], {"weights": "zero"}])
+def test_the_start_has_to_be_made_of_tensors(bad: Any) -> None:
+    with pytest.raises(bilevel.DtypeError, match="init to be a tensor or a pytree"):
+        HyperparameterOptimization(training, validation, torch.zeros(()), bad)
+
+
 def test_options_reach_the_solvers() -> None:
     tuning = HyperparameterOptimization(
         training,

@@ -1,0 +1,103 @@
+"""Normalisation layers written out, because torch's own have wrong third derivatives.
+
+The double backward of ``batch_norm`` and ``layer_norm`` (and of ``instance_norm``, which is made of the first) takes the mean and
+the deviation that the forward pass saved for constants: in torch 2.13 third derivatives are silently wrong, at times by a factor,
+in every mode and on plain tensors alike. A second derivative of an argmin needs the third ones of its objective. First
+and second ones are right, so that solvers keep the fast kernels. Reported as pytorch/pytorch#175754 and #186256.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+
+__all__ = ["WrittenNorms"]
+
+Maybe = torch.Tensor | None
+
+
+def _standardised(x: torch.Tensor, axes: Sequence[int], eps: float) -> torch.Tensor:
+    centred = x - x.mean(tuple(axes), keepdim=True)
+    return centred * ((centred * centred).mean(tuple(axes), keepdim=True) + eps).rsqrt()
+
+
+def _along_channels(x: torch.Tensor, weight: Maybe, bias: Maybe) -> torch.Tensor:
+    shape = (1, -1, *[1] * (x.ndim - 2))
+    x = x if weight is None else x * weight.reshape(shape)
+    return x if bias is None else x + bias.reshape(shape)
+
+
+def _batch_norm(x: torch.Tensor, weight: Maybe, bias: Maybe, eps: float) -> torch.Tensor:
+    return _along_channels(_standardised(x, (0, *range(2, x.ndim)), eps), weight, bias)
+
+
+def _instance_norm(x: torch.Tensor, weight: Maybe, bias: Maybe, eps: float) -> torch.Tensor:
+    return _along_channels(_standardised(x, range(2, x.ndim), eps), weight, bias)
+
+
+# In the argument orders and names of torch and of torch.nn.functional. With running statistics for mean and deviation a norm is
+# linear, and torch's own is right.
+
+
+def _functional_batch_norm(
+    input: torch.Tensor, running_mean: Maybe, running_var: Maybe, weight: Maybe = None, bias: Maybe = None,
+    training: bool = False, momentum: float = 0.1, eps: float = 1e-5,
+) -> torch.Tensor:  # fmt: skip
+    if training:
+        return _batch_norm(input, weight, bias, eps)
+    return F.batch_norm(input, running_mean, running_var, weight, bias, False, momentum, eps)
+
+
+def _torch_batch_norm(
+    input: torch.Tensor, weight: Maybe, bias: Maybe, running_mean: Maybe, running_var: Maybe, training: bool,
+    momentum: float, eps: float, cudnn_enabled: bool,
+) -> torch.Tensor:  # fmt: skip
+    return _functional_batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
+
+
+def _functional_instance_norm(
+    input: torch.Tensor, running_mean: Maybe = None, running_var: Maybe = None, weight: Maybe = None, bias: Maybe = None,
+    use_input_stats: bool = True, momentum: float = 0.1, eps: float = 1e-5,
+) -> torch.Tensor:  # fmt: skip
+    if use_input_stats:
+        return _instance_norm(input, weight, bias, eps)
+    return F.instance_norm(input, running_mean, running_var, weight, bias, False, momentum, eps)
+
+
+def _torch_instance_norm(
+    input: torch.Tensor, weight: Maybe, bias: Maybe, running_mean: Maybe, running_var: Maybe, use_input_stats: bool,
+    momentum: float, eps: float, cudnn_enabled: bool,
+) -> torch.Tensor:  # fmt: skip
+    return _functional_instance_norm(input, running_mean, running_var, weight, bias, use_input_stats, momentum, eps)
+
+
+def _layer_norm(
+    input: torch.Tensor, normalized_shape: Sequence[int], weight: Maybe = None, bias: Maybe = None, eps: float = 1e-5,
+    cudnn_enable: bool = True,
+) -> torch.Tensor:  # fmt: skip
+    x = _standardised(input, range(input.ndim - len(normalized_shape), input.ndim), eps)
+    x = x if weight is None else x * weight
+    return x if bias is None else x + bias
+
+
+_WRITTEN: dict[Any, Callable[..., torch.Tensor]] = {
+    F.batch_norm: _functional_batch_norm,
+    torch.batch_norm: _torch_batch_norm,
+    F.instance_norm: _functional_instance_norm,
+    torch.instance_norm: _torch_instance_norm,
+    F.layer_norm: _layer_norm,
+    torch.layer_norm: _layer_norm,
+}
+
+
+class WrittenNorms(TorchFunctionMode):
+    """Inside, norms are made of operations that torch differentiates rightly any number of times."""
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        return _WRITTEN.get(func, func)(*args, **(kwargs or {}))

@@ -91,7 +91,7 @@ def linear_model(loss: str, generator: torch.Generator, k: int, dtype: torch.dty
             return 0.5 * ((X @ phi - y) ** 2).mean()
         if loss == "logistic":
             s = X @ phi
-            return (F.softplus(s) - y * s).mean()
+            return (torch.logaddexp(s, s.new_zeros(())) - y * s).mean()  # torch's softplus drops terms of 2e-9
         s = X @ phi.reshape(n, width)
         return (s.logsumexp(1) - s.gather(1, y[:, None])[:, 0]).mean()
 
@@ -470,7 +470,7 @@ def main() -> None:
         for dtype in (torch.float64, torch.float32):
             tally = Tally()
             for number in range(each):
-                generator = torch.Generator().manual_seed(1000 * options.seed + number)
+                generator = torch.Generator().manual_seed(options.seed + 2 * number + (dtype == torch.float32))
                 run_batch(family, generator, options.batch, dtype, tally)
             total += tally.problems
             for name, count in tally.certified.items():

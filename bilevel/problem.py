@@ -158,6 +158,14 @@ class Hypergradient:
         """
         return self._restore(self._certificate.corrected_gradient)
 
+    @cached_property
+    def observed_constants(self) -> Constants:
+        """What is seen of each constant between φ and a better point, per problem: no true L is smaller, no true μ larger.
+
+        Not a bound: a place to begin when constants are to be guessed. With it a bound would be an estimate.
+        """
+        return self._certificate.observed
+
     def refined(self) -> Hypergradient:
         """Return the hypergradient one Newton step further, with bounds of its own (C6: refine and recheck).
 

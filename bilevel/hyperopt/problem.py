@@ -138,6 +138,10 @@ class HyperparameterOptimization(bilevel.BilevelProblem):
         """Return F, the validation loss, which depends on θ through the trained parameters alone."""
         return self._validation_loss(inner, data)
 
+    def objective_arguments(self, data: Any) -> tuple[Any, Any]:  # type: ignore[override]  # θ is the module's own
+        """Return (θ, data) as the objectives see them."""
+        return self.outer, data
+
     def initial(self, outer: Any, data: Any) -> Any:
         """Return where training begins when there is nothing warm to begin from."""
         return pytree.tree_map(lambda name: getattr(self, name), self._init_names)

@@ -43,7 +43,7 @@ test: $(VENV)/.test
 	$(BIN)/python -m pytest -q
 
 test-long: $(VENV)/.test
-	$(BIN)/python -m pytest -q --hypothesis-profile=long
+	$(BIN)/python -m pytest -q --hypothesis-profile=long --timeout=3600
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

@@ -61,11 +61,13 @@ class Evidence:
         return max((float((x - y).norm() / max(float(y.norm()), 1e-300)) for x, y in pairs if x.numel()), default=0.0)
 
     def natural(self, place: int) -> float:
-        """Return the size that the gradient has if nothing cancels."""
+        """Return the size that the gradient has if nothing cancels, or c changes by as much of itself as θ does."""
         through = sum(
             norms[place][0] * float(a.q.norm()) for norms, a in zip(self.norms, self.found_adjoints, strict=True)
         )
-        return through + float(self.direct[place].norm())
+        size = float(self.reference.points[place].norm())
+        carried = sum(float(a.rhs.norm() * x.norm()) for a, x in zip(self.found_adjoints, self.exact, strict=True))
+        return max(through + float(self.direct[place].norm()), carried / size if size else 0.0)
 
     def allow(self, place: int, eps: float, residuals: torch.Tensor) -> Allowance:
         """Return what a reverse derivative may be off by, at the solution returned."""

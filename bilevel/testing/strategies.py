@@ -63,6 +63,9 @@ class RandomProblem:
         args ↦ x*, in closed form, by one dense solve that torch differentiates; the pytree of ``init``.
     condition
         Condition number of the Jacobian at the solution, about.
+    reach
+        How much larger the residual at the start is than the Jacobian at the solution would make it: solves stop relative
+        to the first.
     """
 
     name: str
@@ -72,6 +75,7 @@ class RandomProblem:
     args: tuple[torch.Tensor, ...]
     solution: Callable[..., Any]
     condition: float = 1.0
+    reach: float = 1.0
 
     def __repr__(self) -> str:
         leaves = pytree.tree_leaves(self.init)
@@ -96,11 +100,12 @@ class RandomProblem:
     def stated_error(self) -> float:
         """The relative error that x and its derivatives may have with the default tolerances.
 
-        A solve leaves a residual of up to eps^(3/4) of the natural size, which the condition number κ may enlarge, in x and
-        through it in the derivative; rounding adds some hundred units. Four times the first, for constants: κ (4 eps^(3/4) + 100 √n eps).
+        A solve leaves a residual of up to eps^(3/4) of that at the start, which the condition number κ may enlarge, in x and
+        through it in the derivative; rounding adds some hundred units. Four times the first, for constants:
+        κ (4 reach eps^(3/4) + 100 √n eps).
         """
         eps = torch.finfo(self.dtype).eps
-        return self.condition * (4 * eps**0.75 + 100 * math.sqrt(max(self.size, 1)) * eps)
+        return self.condition * (4 * self.reach * eps**0.75 + 100 * math.sqrt(max(self.size, 1)) * eps)
 
     def to(self, dtype: torch.dtype) -> RandomProblem:
         """Return the problem with start and arguments in ``dtype``."""
@@ -278,6 +283,15 @@ def _linear_solution(A: torch.Tensor, b: torch.Tensor, c: torch.Tensor) -> torch
     return torch.linalg.solve(A, b + c)
 
 
+def _measured(problem: RandomProblem) -> RandomProblem:
+    """Return the problem, of a vector, with its ``reach``."""
+    x, init = problem.solution(*problem.args), problem.init
+    residual = torch.func.grad(problem.function) if problem.make is bilevel.argmin else problem.function
+    made: Any = torch.func.jvp(lambda at: residual(at, *problem.args), (x,), (x - init,))
+    expected = float(made[1].norm())
+    return replace(problem, reach=max(1.0, float(residual(init, *problem.args).norm()) / max(expected, 1e-300)))
+
+
 @st.composite
 def strongly_convex(draw: st.DrawFn, *, most: int = 6, digits: float = 2.0, least: int = 1) -> RandomProblem:
     """Draw an argmin with a globally positive definite Hessian: quadratic or not.
@@ -299,7 +313,7 @@ def strongly_convex(draw: st.DrawFn, *, most: int = 6, digits: float = 2.0, leas
             lambda A, b, c: torch.linalg.solve(0.5 * (A + A.mT), b), 10**spread,
         )  # fmt: skip
     A = _symmetric(generator, n, 0.5 * spread)
-    return RandomProblem("well", bilevel.argmin, _well, start, (A, b, c), _linear_solution, 10**spread)
+    return _measured(RandomProblem("well", bilevel.argmin, _well, start, (A, b, c), _linear_solution, 10**spread))
 
 
 @st.composite
@@ -365,8 +379,10 @@ def roots(draw: st.DrawFn, *, most: int = 5, digits: float = 1.0) -> RandomProbl
     spread = draw(st.floats(0, digits)) if n > 1 else 0.0
     A = _rotation(generator, n) @ torch.diag(torch.logspace(0, -spread, n, dtype=_F64)) @ _rotation(generator, n)
     b, c = _normal(generator, n), 0.5 * _normal(generator, n)
-    return RandomProblem(
-        "root", bilevel.root, _curved, torch.zeros(n, dtype=_F64), (A, b, c), _linear_solution, 10**spread
+    return _measured(
+        RandomProblem(
+            "root", bilevel.root, _curved, torch.zeros(n, dtype=_F64), (A, b, c), _linear_solution, 10**spread
+        )
     )
 
 
@@ -432,7 +448,8 @@ def batches(draw: st.DrawFn, of: st.SearchStrategy[RandomProblem], *, most: int 
     """Draw up to ``most`` problems like one that ``of`` draws: some arguments differ, along any of their axes, others are shared."""
     problem, size, generator = draw(of), draw(batch_sizes(most)), draw(_generators())
     flags = draw(st.lists(st.booleans(), min_size=len(problem.args), max_size=len(problem.args)).filter(any))
-    args, dims = [], []
+    args: list[torch.Tensor] = []
+    dims: list[int | None] = []
     for number, (argument, flag) in enumerate(zip(problem.args, flags, strict=True)):
         if not flag:
             args.append(argument)

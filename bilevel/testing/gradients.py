@@ -236,7 +236,7 @@ class _Check:
             cut = unrolled.remainder * natural
             rows.append(compare("unrolled", mine, other, allowed.scaled(1.0, inner=inner, step=cut)))
             found = reference.differences(place, evidence.exact, evidence.exact_adjoints, self.generator, self.step)
-            flat = found.directions.reshape(len(found.directions), -1)
+            flat = found.directions.reshape(len(found.directions), mine.numel())
             along = flat @ mine.reshape(-1)
             spread = float(flat.norm())
             budget = allowed.scaled(spread, inner=inner, step=float(found.errors.norm()))

@@ -54,7 +54,7 @@ class RandomProblem:
     make
         :func:`bilevel.argmin`, :func:`bilevel.root` or :func:`bilevel.fixed_point`.
     function
-        What ``make`` takes: a function of (x, *args).
+        What ``make`` takes: a function of ``(x, *args)``.
     init
         A start from which default solvers reach the solution.
     args

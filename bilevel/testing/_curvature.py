@@ -59,7 +59,8 @@ def of_products(
     generator = torch.Generator().manual_seed(0)
     start, probe = (torch.randn(like.shape, generator=generator, dtype=torch.float64).to(like) for _ in range(2))
     skew = float((probe @ product(start) - start @ product(probe)).abs())
-    asymmetry = skew / max(float(product(start).norm() * probe.norm()), 1e-300)
+    # For random u and v the mean of (uᵀ(J − Jᵀ)v)² is ‖J − Jᵀ‖², and that of ‖Jv‖² is ‖J‖².
+    asymmetry = skew / max(float(product(start).norm()), 1e-300)
     apply = product if symmetric else lambda v: transposed(product(v))
     basis = [start / start.norm()]
     diagonal: list[float] = []

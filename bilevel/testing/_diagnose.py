@@ -2,15 +2,32 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
 import bilevel
+from bilevel.testing import _steps_function, _steps_gradient, _steps_solution
+from bilevel.testing._advice import advise
 from bilevel.testing._examination import Examination
 from bilevel.testing._subject import of_call
 from bilevel.testing.diagnosis import Defect, Diagnosis, Finding
 
 __all__ = ["diagnose"]
+
+_STEPS = (
+    (_steps_function.prepare, "the function in float64"),
+    (_steps_function.dtypes, "the dtypes"),
+    (_steps_function.function, "the function"),
+    (_steps_function.misuse, "what the library refuses"),
+    (_steps_solution.solve, "the inner solve"),
+    (_steps_function.derivatives, "the function's derivatives"),
+    (_steps_solution.curve, "the curvature"),
+    (_steps_solution.stationary, "whether the inner point is stationary"),
+    (_steps_gradient.tensors, "the outer tensors"),
+    (_steps_gradient.linear_solve, "the linear solve"),
+    (_steps_solution.price, "the cost"),
+)
 
 
 def diagnose(
@@ -75,7 +92,19 @@ def diagnose(
         where = getattr(target, "where", "the problem")
         return Diagnosis(where, "argmin", 0, 0, "none", (finding,), None, None, (), None, None, None, None)
     try:
-        return Examination(subject).run()
+        return _examined(Examination(subject))
     finally:
         if isinstance(target, bilevel.BilevelProblem):
             target.reset()
+
+
+def _examined(seen: Examination) -> Diagnosis:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for step, what in _STEPS:
+            seen.attempt(step, what)
+            if seen.has(Defect.UNUSABLE, Defect.INNER_DISCONNECTED):
+                seen.unexamined.append("what depends on it")
+                break
+    sound = seen.rows and not seen.has(Defect.UNUSABLE, Defect.NOT_FINITE)
+    return seen.diagnosis(advise(seen) if sound else None)

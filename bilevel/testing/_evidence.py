@@ -9,8 +9,9 @@ from dataclasses import dataclass
 
 import torch
 
+from bilevel.testing._unrolling import Unrolled, unrolled
 from bilevel.testing.comparisons import Allowance
-from bilevel.testing.references import Adjoint, Reference, Unrolled
+from bilevel.testing.references import Adjoint, Reference
 
 __all__ = ["Evidence"]
 
@@ -52,7 +53,7 @@ class Evidence:
     @functools.cached_property
     def unrolled(self) -> Unrolled:
         """The gradients through an iteration from the exact solution."""
-        return self.reference.unrolled(self.exact, self.exact_adjoints)
+        return unrolled(self.reference, self.exact, self.exact_adjoints)
 
     @property
     def distance(self) -> float:

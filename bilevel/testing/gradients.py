@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 import bilevel
+from bilevel.testing._differences import differences
 from bilevel.testing._evidence import Evidence
 from bilevel.testing._subject import Subject, of_call
 from bilevel.testing.comparisons import Allowance, Comparison, GradientCheck, Verdict
@@ -235,7 +236,7 @@ class _Check:
             other = unrolled.gradients[place]
             cut = unrolled.remainder * natural
             rows.append(compare("unrolled", mine, other, allowed.scaled(1.0, inner=inner, step=cut)))
-            found = reference.differences(place, evidence.exact, evidence.exact_adjoints, self.generator, self.step)
+            found = differences(reference, place, evidence.exact, evidence.exact_adjoints, self.generator, self.step)
             flat = found.directions.reshape(len(found.directions), mine.numel())
             along = flat @ mine.reshape(-1)
             spread = float(flat.norm())

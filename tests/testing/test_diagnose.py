@@ -298,3 +298,119 @@ def test_a_healthy_problem_has_no_finding(make: Callable[[], Call]) -> None:
     assert found.healthy, str(found)
     assert found.inner is not None and found.curvature is not None and found.linear is not None
     assert found.cost is not None and found.advice is not None and found.deterministic
+
+
+def explode(x: torch.Tensor, a: torch.Tensor) -> torch.Tensor:
+    if float(x.detach().sum()) != 0.5:  # fine at the start, and nowhere else
+        raise ZeroDivisionError("not here")
+    return (x**2).sum()
+
+
+class Broken(Ridge):
+    def outer_objective(self, inner, outer, data):
+        raise KeyError("outer")
+
+
+class Shapeless(Ridge):
+    def outer_objective(self, inner, outer, data):
+        return inner
+
+
+NASTY: dict[str, Callable[[], Call]] = {
+    "returns nothing": lambda: (bilevel.argmin(lambda x, a: None), (START, A), {}),
+    "returns a number": lambda: (bilevel.argmin(lambda x, a: 1.0), (START, A), {}),
+    "returns a vector": lambda: (bilevel.argmin(lambda x, a: (x - a) ** 2), (START, A), {}),
+    "returns another shape": lambda: (bilevel.root(lambda x, a: x.sum()), (START, A), {}),
+    "explodes beside the start": lambda: (bilevel.argmin(explode), (START, A), {}),
+    "NaN everywhere": lambda: (bilevel.argmin(lambda x, a: (x * a).sum() * float("nan")), (START, A), {}),
+    "infinite data": lambda: (bilevel.argmin(bowl), (START, A * float("inf")), {}),
+    "NaN at the start": lambda: (bilevel.argmin(bowl), (START * float("nan"), A), {}),
+    "a constant": lambda: (bilevel.argmin(lambda x, a: (0.0 * x).sum() + a.sum()), (START, A), {}),
+    "linear": lambda: (bilevel.argmin(lambda x, a: (a * x).sum()), (START, A), {}),
+    "a concave objective": lambda: (bilevel.argmin(lambda x, a: -((x - a) ** 2).sum()), (START, A), {}),
+    "a kink": lambda: (bilevel.argmin(lambda x, a: (x - a).abs().sum()), (START, A), {}),
+    "no root": lambda: (bilevel.root(lambda x, a: x**2 + 1 + a**2), (START, A), {}),
+    "nothing unknown": lambda: (
+        bilevel.argmin(lambda x, a: (x**2).sum() + a.sum()),
+        (torch.zeros(0, dtype=F64), A),
+        {},
+    ),
+    "a number as start": lambda: (bilevel.argmin(bowl), (1.0, A), {}),
+    "no start": lambda: (bilevel.argmin(bowl), (), {}),
+    "an empty start": lambda: (bilevel.argmin(bowl), ({}, A), {}),
+    "complex": lambda: (bilevel.argmin(bowl), (START, A + 0j), {}),
+    "no tensor": lambda: (bilevel.argmin(lambda x, a: ((x - a) ** 2).sum()), (START, 3.0), {}),
+    "too many arguments": lambda: (bilevel.argmin(bowl), (START, A, A, A), {}),
+    "wrong axes": lambda: (bilevel.argmin(bowl), (START, A), {"in_dims": (0, 5)}),
+    "a solver that raises": lambda: (bilevel.argmin(bowl, solver=lambda *args: 1 / 0), (START, A), {}),
+    "a solver that returns rubbish": lambda: (bilevel.argmin(bowl, solver=lambda *args: "rubbish"), (START, A), {}),
+    "a linear solver that raises": lambda: (bilevel.argmin(bowl, linear_solver=lambda A, b: 1 / 0), (START, A), {}),
+    "a broken outer loss": lambda: ridge(Broken),
+    "an outer loss that is no scalar": lambda: ridge(Shapeless),
+    "integers as outer": lambda: (Ridge(), ({"log_strength": torch.zeros(3, dtype=torch.int64)}, ()), {}),
+    "the data alone": lambda: (Ridge(), (A,), {}),
+    "a batch with one bad problem": lambda: (
+        bilevel.argmin(lambda x, a: ((x - a) ** 2).sum() + (x - a[0]).sqrt().sum() * (a[0] > 5)),
+        (START, torch.stack([A, A, A + 9])),
+        {"in_dims": (None, 0)},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", NASTY)
+def test_nothing_that_is_to_be_found_is_raised(name: str) -> None:
+    target, args, settings = NASTY[name]()
+    found = diagnose(target, *args, **settings)
+    print(found)
+    assert not found.healthy or name == "nothing unknown"
+    assert found.findings or found.unexamined or name == "nothing unknown"
+    json.dumps(found.as_dict())
+
+
+def test_what_is_no_problem_is_refused() -> None:
+    with pytest.raises(bilevel.ArgumentError, match="wrap the function"):
+        diagnose(bowl, START, A)
+
+
+def test_the_facts_are_those_of_the_problem() -> None:
+    H = torch.diag(tensor(0.5, 2.0, 8.0))
+    found = diagnose(
+        bilevel.argmin(lambda x, b: 0.5 * x @ H @ x - b @ x), torch.zeros(3, dtype=F64), torch.ones(3, dtype=F64)
+    )
+    document = found.as_dict()
+    assert document["curvature"]["smallest"] == pytest.approx(0.5) and document["curvature"][
+        "largest"
+    ] == pytest.approx(8.0)
+    assert document["curvature"]["condition"] == pytest.approx(16.0)
+    assert document["curvature"]["condition_scaled"] == pytest.approx(1.0)
+    assert document["outer"][0]["name"] == "b" and document["outer"][0]["in_inner"]
+    assert document["inner"]["newton_step"] < 1e-12
+    assert document["cost"]["cg_products"] == 3 and document["cost"]["dense_numbers"] == 9
+    assert "Newton()" in document["advice"]["solver"] and document["healthy"]
+
+
+def test_lanczos_finds_the_ends_of_a_large_spectrum() -> None:
+    spectrum = torch.cat([tensor(-0.5), torch.linspace(1, 3, 700, dtype=F64), tensor(40.0)])
+    layer = bilevel.argmin(lambda x, a: 0.5 * (spectrum * (x - a) ** 2).sum(), solver=lambda f, x, a: a)
+    found = diagnose(layer, torch.zeros(702, dtype=F64), torch.ones(702, dtype=F64))
+    assert found.curvature is not None and not found.curvature.exact
+    assert found.curvature.smallest == pytest.approx(-0.5, rel=1e-6)
+    assert found.curvature.largest == pytest.approx(40.0, rel=1e-6)
+    assert Defect.SADDLE in found.defects
+    J = torch.diag(torch.linspace(1, 2, 600, dtype=F64)) + torch.diag(torch.full((599,), 0.5, dtype=F64), 1)
+    skew = diagnose(bilevel.root(lambda x, a: J @ x - a), torch.zeros(600, dtype=F64), torch.ones(600, dtype=F64))
+    assert skew.healthy, str(skew)
+    assert skew.curvature is not None and skew.curvature.largest == pytest.approx(
+        float(torch.linalg.svdvals(J)[0]), rel=1e-3
+    )
+    assert skew.curvature.asymmetry > 0.01
+
+
+def test_warm_starts_are_forgotten_and_gradients_left_alone() -> None:
+    problem, (outer, data), settings = ridge()
+    outer["log_strength"].requires_grad_(True)
+    problem(outer, data, **settings)
+    diagnose(problem, outer, data, **settings)
+    assert outer["log_strength"].grad is None
+    with pytest.raises(bilevel.ArgumentError, match="init"):
+        problem(outer, data)

@@ -44,7 +44,7 @@ test: $(VENV)/.test
 	$(BIN)/python -m pytest -q -n auto
 
 test-long: $(VENV)/.test
-	$(BIN)/python -m pytest -q -n auto --hypothesis-profile=long
+	$(BIN)/python -m pytest -q -n auto --hypothesis-profile=long --timeout=3600
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

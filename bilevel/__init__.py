@@ -46,6 +46,7 @@ from bilevel.tolerance import AUTO, Tolerance
 # Applications: they import the names above from here, and so come last.
 from bilevel.hyperopt.problem import HyperparameterOptimization  # isort: skip
 from bilevel.meta.imaml import IMAML  # isort: skip
+from bilevel import testing  # isort: skip
 
 __all__ = [
     "AUTO",
@@ -106,4 +107,5 @@ __all__ = [
     "operators",
     "record",
     "root",
+    "testing",
 ]

@@ -148,6 +148,16 @@ class Layer:
         label = {ArgminSystem: "argmin", RootSystem: "root", FixedPointSystem: "fixed_point"}[kind]
         self.where = f"`{label}` layer `{getattr(function, '__name__', type(function).__name__)}`"
 
+    @property
+    def minimizes(self) -> bool:
+        """Whether the function is an objective to minimise."""
+        return self.kind.minimizes
+
+    @property
+    def is_fixed_point(self) -> bool:
+        """Whether the function is a mapping whose fixed point is sought."""
+        return issubclass(self.kind, FixedPointSystem)
+
     def __repr__(self) -> str:
         return f"<{self.where}, solver={self.solver!r}, linear_solver={self.linear_solver!r}, {self.tolerance!r}>"
 

@@ -287,6 +287,11 @@ class BilevelProblem(torch.nn.Module, ABC):
         """The name used in messages."""
         return f"`{type(self).__name__}`"
 
+    @property
+    def inner_layer(self) -> Layer:
+        """The inner problem as a layer of (init, outer, data), with the settings of this problem."""
+        return self._layer
+
     @abstractmethod
     def inner_objective(self, inner: Any, outer: Any, data: Any) -> torch.Tensor:
         """Return G(φ, θ), a scalar tensor, for one problem."""
@@ -294,6 +299,13 @@ class BilevelProblem(torch.nn.Module, ABC):
     @abstractmethod
     def outer_objective(self, inner: Any, outer: Any, data: Any) -> torch.Tensor:
         """Return F(φ, θ), a scalar tensor, for one problem."""
+
+    def objective_arguments(self, outer: Any, data: Any) -> tuple[Any, Any]:
+        """Return (outer, data) as the two objectives see them, of what a call of the problem is given.
+
+        Override it, as :meth:`forward`, in a problem that owns its outer variables.
+        """
+        return outer, data
 
     def initial(self, outer: Any, data: Any) -> Any:
         """Return where the first inner solve begins; override it, or pass ``init``."""

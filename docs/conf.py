@@ -14,7 +14,7 @@ html_title = f"bilevel {release}"
 nitpicky = True
 # What has no page of ours to link to: torch, the standard library, and words that numpy-style types are written in.
 nitpick_ignore_regex = [
-    (r"py:.*", r"(torch|nn|np|numpy|scipy|sklearn|collections|abc|typing|pathlib|enum|optim|rich)(\..*)?"),
+    (r"py:.*", r"(torch|nn|np|numpy|scipy|sklearn|collections|abc|typing|pathlib|enum|optim|rich|hypothesis)(\..*)?"),
     (
         r"py:.*",
         r"(Tensor|Module|Any|Callable|Sequence|Mapping|Iterator|T|S|Path|optional|callable|SystemExit|Literal|Self)",

@@ -16,6 +16,7 @@ ROOT = Path(bilevel.__file__).parent
 OWN = {
     **dict.fromkeys((ROOT / "hyperopt").glob("*.py"), ("bilevel.hyperopt", "bilevel._output")),
     **dict.fromkeys((ROOT / "meta").glob("*.py"), ("bilevel.meta", "bilevel._output")),
+    **dict.fromkeys((ROOT / "testing").glob("*.py"), ("bilevel.testing",)),
     ROOT / "cli.py": ("bilevel.hyperopt", "bilevel.meta", "bilevel._output"),
     ROOT / "_output.py": (),
 }
@@ -44,7 +45,7 @@ def test_only_the_public_api_and_the_application_itself_are_imported(path: Path)
 def test_importing_the_library_imports_no_package_of_the_command_line() -> None:
     code = (
         "import sys, bilevel.hyperopt, bilevel.meta, bilevel.cli\n"
-        "names = ('typer', 'rich', 'sklearn', 'matplotlib', 'PIL', 'pooch')\n"
+        "names = ('typer', 'rich', 'sklearn', 'matplotlib', 'PIL', 'pooch', 'hypothesis')\n"
         "print([name for name in names if name in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -1,7 +1,7 @@
 """The floors of the house, as a test: imports go down only.
 
 ====  ==================  ==========================================================================
- 5    applications, cli   ``hyperopt/``, ``meta/``, ``cli``, ``_output``: use the public API alone, like any user
+ 5    applications, cli   ``hyperopt/``, ``meta/``, ``testing/``, ``cli``, ``_output``: use the public API alone, like any user
  4    problems            ``problem``, ``certificates/``
  3    layers              ``layers``: argmin, root, fixed_point; ``_layer``: a call of one
  2    differentiation     ``_implicit``: the two autograd Functions; imports no solver
@@ -41,6 +41,7 @@ FLOORS = {
     "bilevel.problem": 4,
     "bilevel.hyperopt": 5,
     "bilevel.meta": 5,
+    "bilevel.testing": 5,
     "bilevel.cli": 5,
     "bilevel._output": 5,
 }
@@ -100,7 +101,7 @@ def test_imports_go_down_only(path: Path) -> None:
 
 @pytest.mark.parametrize("path", [path for path in MODULES if floor_of(name_of(path)) == 5], ids=name_of)
 def test_applications_use_the_public_api_alone(path: Path) -> None:
-    own = ("bilevel.hyperopt", "bilevel.meta", "bilevel.cli", "bilevel._output")
+    own = ("bilevel.hyperopt", "bilevel.meta", "bilevel.testing", "bilevel.cli", "bilevel._output")
     for imported in imports_of(path):
         assert imported == "bilevel" or imported.startswith(own), f"{name_of(path)} reaches into {imported}"
     for node in ast.walk(ast.parse(path.read_text())):

@@ -157,6 +157,10 @@ class HyperparameterOptimization(bilevel.BilevelProblem):
         model = models.pop() if len(models) == 1 else None
         return model.constants(outer, data) if isinstance(model, LinearModel) else bilevel.Constants()
 
+    def objective_arguments(self, data: Any) -> tuple[Any, Any]:  # type: ignore[override]  # θ is the module's own
+        """Return (θ, data) as the objectives see them."""
+        return self.outer, data
+
     def initial(self, outer: Any, data: Any) -> Any:
         """Return where training begins when there is nothing warm to begin from."""
         return pytree.tree_map(lambda name: getattr(self, name), self._init_names)

@@ -226,6 +226,10 @@ class IMAML(bilevel.BilevelProblem):
         """Return L(φ) of one task, on its query examples."""
         return self._judge(data["fixed"], inner, data["query"])[0]
 
+    def objective_arguments(self, batch: Any) -> tuple[Any, Any]:  # type: ignore[override]  # θ is the module's own
+        """Return θ and λ, and the batch's support and query, as the objectives see them."""
+        return self.outer, self._data(self._checked(as_tasks(batch, self.where)))
+
     def initial(self, outer: Any, data: Any) -> Any:
         """Return θ for every task."""
         count = len(pytree.tree_leaves(data["support"])[0])

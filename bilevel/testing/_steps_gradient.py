@@ -1,0 +1,140 @@
+"""What is wrong on the way to the gradient: tensors that are not connected, and the linear solve."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch.utils import _pytree as pytree
+
+import bilevel
+from bilevel.testing._examination import Examination, widest, worst_of
+from bilevel.testing.diagnosis import Defect, LinearSolve, OuterTensor
+
+__all__ = ["linear_solve", "tensors"]
+
+# What an inaccurate linear solve may leave of the right-hand side.
+_LEFT = 1e-2
+
+
+def tensors(seen: Examination) -> None:
+    """See which tensors are connected, and the norms of their gradients where the matrices were formed."""
+    subject, reference = seen.subject, seen.wide
+    if not seen.rows:
+        return
+    rows, leaves = [row.detach().requires_grad_(True) for row in seen.rows], reference.leaves()
+    with torch.enable_grad():
+        value = reference.scalar(rows, leaves)
+    slopes = _maybe(value, [*rows, *leaves])
+    through, direct = slopes[: len(rows)], slopes[len(rows) :]
+    if subject.problem is not None and all(slope is None for slope in through):
+        seen.find(Defect.OUTER_IGNORES_INNER, "no graph leads from the outer loss to the inner solution")
+    inner_use, totals = [False] * len(leaves), list(direct)
+    solved = True
+    for number in seen.usable():
+        points = reference.leaves()
+        residual = reference.residual(number, seen.rows[number], points)
+        rhs, matrix = through[number], seen.matrices.get(number)
+        q = None if rhs is None or matrix is None else torch.linalg.solve_ex(matrix.mT, rhs)[0]
+        solved &= q is not None or rhs is None
+        weight = torch.ones_like(residual) if q is None else q
+        for place, pulled in enumerate(_maybe((residual * weight).sum(), points)):
+            inner_use[place] |= pulled is not None
+            before = totals[place]
+            if pulled is not None and q is not None:
+                totals[place] = -pulled if before is None else before - pulled
+    complete = solved and len(seen.usable()) == reference.count
+    seen.outer = tuple(
+        OuterTensor(
+            name, tuple(leaf.shape), used, part is not None,
+            (0.0 if total is None else float(total.norm())) if complete else None,
+        )
+        for name, leaf, used, part, total in zip(subject.names, leaves, inner_use, direct, totals, strict=True)
+    )  # fmt: skip
+    _judge_tensors(seen, totals if complete else [None] * len(leaves), leaves)
+
+
+def _judge_tensors(seen: Examination, totals: Sequence[torch.Tensor | None], leaves: Sequence[torch.Tensor]) -> None:
+    lost = [t.name for t in seen.outer if not t.in_inner and not t.in_outer]
+    if lost:
+        seen.find(Defect.DISCONNECTED, f"neither objective uses {', '.join(lost)}: the gradient is zero or None")
+    zero = [
+        tensor.name
+        for tensor, total, leaf in zip(seen.outer, totals, leaves, strict=True)
+        if tensor.name not in lost and total is not None and leaf.numel() and not bool((total != 0).any())
+    ]
+    if zero and not seen.has(Defect.OUTER_IGNORES_INNER):
+        seen.find(Defect.ZERO_GRADIENT, f"the gradient of {', '.join(zero)} is exactly zero")
+
+
+def linear_solve(seen: Examination) -> None:
+    """Differentiate with the settings given, and see what the linear solve left."""
+    if not seen.usable() or seen.has(Defect.OUTER_IGNORES_INNER, Defect.NOT_FINITE, Defect.STOCHASTIC):
+        return
+    layer = seen.layer(on_failure="ignore", solver=_return_found(seen), tolerance=_silent(seen))
+    leaves = [point.detach().clone().requires_grad_(True) for point in seen.subject.points]
+    weights = _weights(seen)
+    with bilevel.record() as reports, torch.enable_grad():
+        outputs = pytree.tree_leaves(seen.subject.solve(layer, leaves))
+        if not any(output.requires_grad for output in outputs):
+            return
+        begun = time.perf_counter()
+        torch.autograd.grad(outputs, leaves, weights, allow_unused=True)
+        seconds = time.perf_counter() - begun
+    own = [report for report in reports.backward if report.where == layer.where]
+    if not own:
+        return
+    report = own[-1]
+    left = report.residual_norm.reshape(-1) / report.scale.reshape(-1).clamp_min(1e-300)
+    worst = int(left.nan_to_num(nan=math.inf).argmax())
+    status = bilevel.Status(int(report.status_code.reshape(-1)[worst_of(report)]))
+    relative = float(left[worst])
+    products = int(report.iterations.reshape(-1)[worst])
+    seen.linear = LinearSolve(report.solver, status.meaning, products, seconds, relative)
+    named = seen.has(Defect.SADDLE, Defect.SINGULAR, Defect.UNFIT_LINEAR_SOLVER, Defect.UNCONVERGED)
+    if (not status.success or not relative <= _LEFT) and not named:
+        text = f"{report.solver} {status.meaning} and leaves {relative:.1e} of the right-hand side"
+        seen.find(Defect.LINEAR_SOLVE, text)
+
+
+def _return_found(seen: Examination) -> Callable[..., Any]:
+    """Return an inner solver that knows the answers, in the order of the batch."""
+    leaves = pytree.tree_leaves(seen.subject.init)
+    narrow = [row.to(widest(leaves)) for row in seen.narrow_rows]
+    answers = iter([seen.narrow.tree(row) for row in narrow])
+    return lambda function, init, *args, **kwargs: next(answers)
+
+
+def _silent(seen: Examination) -> bilevel.Tolerance:
+    given = seen.layer().tolerance
+    return replace(given, delta=None)
+
+
+def _weights(seen: Examination) -> list[torch.Tensor]:
+    """Return the cotangents of the solution's leaves: the outer loss's slope, or random ones."""
+    if seen.subject.problem is None:
+        return list(seen.narrow.cotangents)
+    leaves = pytree.tree_leaves(seen.subject.init)
+    rows = [row.detach().requires_grad_(True) for row in seen.narrow_rows]
+    with torch.enable_grad():
+        slopes = _maybe(seen.narrow.scalar(rows, seen.narrow.points), rows)
+    trees = [
+        seen.narrow.tree(torch.zeros_like(row) if slope is None else slope)
+        for row, slope in zip(rows, slopes, strict=True)
+    ]
+    if seen.subject.count is None:
+        made = pytree.tree_leaves(trees[0])
+    else:
+        made = pytree.tree_leaves(pytree.tree_map(lambda *parts: torch.stack(parts), *trees))
+    return [part.to(leaf.dtype) for part, leaf in zip(made, leaves, strict=True)]
+
+
+def _maybe(output: torch.Tensor, inputs: Sequence[torch.Tensor]) -> list[torch.Tensor | None]:
+    """Return gradients, None where no graph leads to."""
+    if not output.requires_grad:
+        return [None] * len(inputs)
+    return list(torch.autograd.grad(output, list(inputs), allow_unused=True))

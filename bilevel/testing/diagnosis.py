@@ -1,0 +1,361 @@
+"""What a diagnosis says: the defects that it can name, the facts behind them, one page of text, and a dict."""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import asdict, dataclass
+from typing import Any
+
+__all__ = ["Advice", "Cost", "Curvature", "Defect", "Diagnosis", "Finding", "InnerSolve", "LinearSolve", "OuterTensor"]
+
+
+class Defect(enum.Enum):
+    """What can be the matter with a problem; the value says it in words, :attr:`remedy` what to do."""
+
+    UNUSABLE = "cannot be evaluated"
+    NOT_FINITE = "meets NaN or infinity"
+    STOCHASTIC = "is random"
+    CHANGES_STATE = "changes its arguments or buffers"
+    CAPTURED_TENSOR = "reaches a tensor that requires grad through its closure"
+    INNER_DISCONNECTED = "does not depend on the unknown"
+    WRONG_GRADIENT = "has a gradient that is not that of its values"
+    NOT_SYMMETRIC = "has a Hessian that is not symmetric"
+    UNCONVERGED = "the inner point is not stationary"
+    DIVERGED = "the inner solve runs away"
+    SADDLE = "the inner point is not a minimum"
+    SINGULAR = "the solution is not unique"
+    ILL_CONDITIONED = "the inner problem is ill-conditioned"
+    BADLY_SCALED = "the unknowns are badly scaled"
+    OUTER_IGNORES_INNER = "the outer loss does not depend on the inner solution"
+    DISCONNECTED = "an outer tensor is not used"
+    ZERO_GRADIENT = "an outer tensor is used, and its gradient is exactly zero"
+    LINEAR_SOLVE = "the linear solve of the derivative is not accurate"
+    UNFIT_LINEAR_SOLVER = "the linear solver needs a symmetric matrix"
+    UNREACHABLE_TOLERANCE = "the accuracy asked is below rounding"
+    LOW_PRECISION = "the dtype is too coarse"
+    MIXED_DTYPES = "the tensors have several dtypes"
+
+    @property
+    def remedy(self) -> str:
+        """What to do about it, as half a sentence."""
+        return _REMEDIES[self]
+
+
+_REMEDIES = {
+    Defect.UNUSABLE: "call the function by itself with these arguments, and mend what it says",
+    Defect.NOT_FINITE: "look for a log, square root or division outside its domain, start elsewhere, or lower the step size",
+    Defect.STOCHASTIC: "switch dropout off with .eval(), or draw the noise outside and pass it as an argument",
+    Defect.CHANGES_STATE: "use batch statistics (track_running_stats=False) or .eval(), and no operation that ends in an underscore",
+    Defect.CAPTURED_TENSOR: "pass it as an argument (a module's parameters with torch.func.functional_call), or detach it",
+    Defect.INNER_DISCONNECTED: "look for .detach(), .item(), numpy or torch.no_grad inside the function",
+    Defect.WRONG_GRADIENT: "look for .detach(), rounding, or a custom backward inside the function",
+    Defect.NOT_SYMMETRIC: "mend the custom backward that makes it, or state the equations as bilevel.root",
+    Defect.UNCONVERGED: "raise max_steps, take Newton() or LBFGS(), or start nearer the solution",
+    Defect.DIVERGED: "lower the step size, or take a solver with a line search",
+    Defect.SADDLE: "add regularisation or start elsewhere; if that is intended, linear_solver=Exact(indefinite=True) or GMRES()",
+    Defect.SINGULAR: "add a small ridge term, remove redundant unknowns, or damp the system with Damped",
+    Defect.ILL_CONDITIONED: "add regularisation, use float64, and take Exact() or a preconditioner",
+    Defect.BADLY_SCALED: "divide each unknown by its typical size, standardise the inputs, or pass CG(preconditioner=...)",
+    Defect.OUTER_IGNORES_INNER: "check that outer_objective uses its first argument, without .detach()",
+    Defect.DISCONNECTED: "use it in an objective, or leave it out; look for .detach() and integer conversions on its way",
+    Defect.ZERO_GRADIENT: "look for clamps, dead ReLUs and rounding on its way, or begin at another value",
+    Defect.LINEAR_SOLVE: "raise max_steps, or take Exact() where the matrix is small and GMRES() where it is not definite",
+    Defect.UNFIT_LINEAR_SOLVER: "take Exact(), GMRES() or BiCGStab()",
+    Defect.UNREACHABLE_TOLERANCE: "use float64, loosen the tolerance, or leave it out",
+    Defect.LOW_PRECISION: "use float32 or float64 for the solve",
+    Defect.MIXED_DTYPES: "convert the unknown and the arguments to one dtype: the coarsest limits the accuracy of all",
+}
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that is the matter.
+
+    Parameters
+    ----------
+    defect
+        Its name.
+    sentence
+        What was seen, with figures.
+    remedy
+        What to do.
+    """
+
+    defect: Defect
+    sentence: str
+    remedy: str
+
+    def __str__(self) -> str:
+        return f"{self.defect.name}: {self.sentence}; {self.remedy}."
+
+
+@dataclass(frozen=True)
+class InnerSolve:
+    """How the inner solve ended; over a batch, the worst problem.
+
+    Parameters
+    ----------
+    solver, status
+        Names.
+    steps, seconds
+        What it took.
+    residual, asked
+        ‖R‖ and its threshold.
+    newton_step
+        ‖J⁻¹R‖ / ‖x‖, an estimate of the relative error of x; None where J was not formed or is singular.
+    """
+
+    solver: str
+    status: str
+    steps: int
+    seconds: float
+    residual: float
+    asked: float
+    newton_step: float | None = None
+
+
+@dataclass(frozen=True)
+class Curvature:
+    """The Hessian's eigenvalues, or a Jacobian's singular values; over a batch, the worst problem.
+
+    Parameters
+    ----------
+    smallest, largest
+        Extreme values.
+    condition
+        The largest size of a value by the smallest.
+    condition_scaled
+        The same once every unknown is scaled to unit diagonal; None if not formed.
+    asymmetry
+        ‖J − Jᵀ‖ / ‖J‖.
+    exact
+        Whether the matrix was formed. Otherwise the values are Lanczos's: the largest at least, the smallest at most as said.
+    """
+
+    smallest: float
+    largest: float
+    condition: float
+    condition_scaled: float | None
+    asymmetry: float
+    exact: bool
+
+
+@dataclass(frozen=True)
+class OuterTensor:
+    """One tensor that is differentiated.
+
+    Parameters
+    ----------
+    name, shape
+        Which.
+    in_inner, in_outer
+        Whether the inner residual, and the outer loss directly, depend on it.
+    gradient
+        The norm of its gradient; None if it was not computed.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    in_inner: bool
+    in_outer: bool
+    gradient: float | None
+
+
+@dataclass(frozen=True)
+class LinearSolve:
+    """How the linear solve of the derivative ended; over a batch, the worst problem."""
+
+    solver: str
+    status: str
+    products: int
+    seconds: float
+    relative_residual: float
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What one problem's pieces cost, measured.
+
+    Parameters
+    ----------
+    gradient_seconds, product_seconds
+        One residual, and one product with J over a retained graph.
+    dense_numbers
+        K n², the numbers of the matrices.
+    cg_products
+        Products that conjugate gradients need for 6 digits, ½ √κ ln(2e6), at most n.
+    """
+
+    gradient_seconds: float
+    product_seconds: float
+    dense_numbers: int
+    cg_products: int
+
+
+@dataclass(frozen=True)
+class Advice:
+    """What to choose, as one would write it, and what that costs."""
+
+    solver: str
+    linear_solver: str
+    tolerance: str
+    cost: str
+
+
+@dataclass(frozen=True)
+class Diagnosis:
+    """What :func:`diagnose` found; ``print`` it for one page of text.
+
+    Parameters
+    ----------
+    where
+        The layer or problem.
+    kind
+        ``"argmin"``, ``"root"`` or ``"fixed_point"``.
+    unknowns, problems
+        n of each, and how many.
+    dtype
+        Of the unknown.
+    findings
+        What is the matter; empty for a healthy problem.
+    inner, curvature, outer, linear, cost, advice
+        The facts; None where they could not be had.
+    deterministic
+        Whether two evaluations agreed; None if there were none.
+    unexamined
+        What could not be examined, and why.
+    """
+
+    where: str
+    kind: str
+    unknowns: int
+    problems: int
+    dtype: str
+    findings: tuple[Finding, ...]
+    inner: InnerSolve | None
+    curvature: Curvature | None
+    outer: tuple[OuterTensor, ...]
+    linear: LinearSolve | None
+    cost: Cost | None
+    advice: Advice | None
+    deterministic: bool | None
+    unexamined: tuple[str, ...] = ()
+
+    @property
+    def healthy(self) -> bool:
+        """Whether there is no finding and everything was examined."""
+        return not self.findings and not self.unexamined
+
+    @property
+    def defects(self) -> tuple[Defect, ...]:
+        """The names of the findings."""
+        return tuple(finding.defect for finding in self.findings)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return everything as a dict of plain values, for JSON."""
+        document = asdict(self)
+        document["findings"] = [
+            {"defect": finding.defect.name, "sentence": finding.sentence, "remedy": finding.remedy}
+            for finding in self.findings
+        ]
+        document["outer"] = [{**asdict(tensor), "shape": list(tensor.shape)} for tensor in self.outer]
+        return {**document, "unexamined": list(self.unexamined), "healthy": self.healthy}
+
+    def __str__(self) -> str:
+        count = len(self.findings)
+        verdict = "no finding" if not count else "1 finding" if count == 1 else f"{count} findings"
+        lines = [f"{self.where}: {verdict}"]
+        lines += [f"  {number}. {finding}" for number, finding in enumerate(self.findings, 1)]
+        lines += [f"  not examined: {what}" for what in self.unexamined]
+        many = "" if self.problems == 1 else f", {self.problems} problems"
+        lines.append(_line("problem", f"{self.kind}, {self.unknowns} unknowns{many}, {self.dtype}"))
+        if self.deterministic is not None:
+            lines.append(_line("function", "deterministic" if self.deterministic else "random"))
+        lines += self._solves()
+        for number, tensor in enumerate(self.outer[:_MOST_LINES]):
+            lines.append(_line("outer" if number == 0 else "", _described(tensor)))
+        if len(self.outer) > _MOST_LINES:
+            lines.append(_line("", f"and {len(self.outer) - _MOST_LINES} more"))
+        if self.cost is not None:
+            lines.append(
+                _line(
+                    "cost",
+                    f"a gradient {_time(self.cost.gradient_seconds)}, a product with the matrix {_time(self.cost.product_seconds)}, "
+                    f"its entries {_memory(self.cost.dense_numbers)}, {self.cost.cg_products} products by conjugate gradients",
+                )
+            )
+        if self.advice is not None:
+            chosen = f"solver={self.advice.solver}, linear_solver={self.advice.linear_solver}"
+            lines += [
+                _line("choose", chosen),
+                _line("", f"tolerance={self.advice.tolerance}"),
+                _line("", self.advice.cost),
+            ]
+        return "\n".join(lines)
+
+    def _solves(self) -> list[str]:
+        lines = []
+        if self.inner is not None:
+            inner = self.inner
+            near = "" if inner.newton_step is None else f"; a Newton step from there is {inner.newton_step:.1g} of x"
+            lines.append(
+                _line(
+                    "inner solve",
+                    f"{inner.solver}: {inner.status}, {inner.steps} steps, {_time(inner.seconds)}, residual "
+                    f"{inner.residual:.1e} (asked {inner.asked:.1e}){near}",
+                )
+            )
+        if self.curvature is not None:
+            curve = self.curvature
+            what = "eigenvalues" if self.kind == "argmin" else "singular values"
+            how = "" if curve.exact else " (estimated by Lanczos)"
+            scaled = "" if curve.condition_scaled is None else f", {curve.condition_scaled:.1e} once scaled"
+            lines.append(
+                _line(
+                    "curvature",
+                    f"{what} {curve.smallest:.2e} to {curve.largest:.2e}, condition {curve.condition:.1e}{scaled}{how}",
+                )
+            )
+        if self.linear is not None:
+            linear = self.linear
+            lines.append(
+                _line(
+                    "linear solve",
+                    f"{linear.solver}: {linear.status}, {linear.products} products, {_time(linear.seconds)}, residual "
+                    f"{linear.relative_residual:.1e} of the right-hand side",
+                )
+            )
+        return lines
+
+
+_MOST_LINES = 8
+
+
+def _line(head: str, text: str) -> str:
+    return f"{head:<14}{text}"
+
+
+def _described(tensor: OuterTensor) -> str:
+    parts = [part for part, used in (("inner problem", tensor.in_inner), ("outer loss", tensor.in_outer)) if used]
+    use = f"in the {' and the '.join(parts)}" if parts else "not used"
+    size = "" if tensor.gradient is None else f", gradient of norm {tensor.gradient:.2e}"
+    return f"{tensor.name} {tuple(tensor.shape)}: {use}{size}"
+
+
+def _time(seconds: float) -> str:
+    return (
+        f"{seconds:.2g} s"
+        if seconds >= 1
+        else f"{seconds * 1e3:.2g} ms"
+        if seconds >= 1e-3
+        else f"{seconds * 1e6:.0f} µs"
+    )
+
+
+def _memory(numbers: int) -> str:
+    size = float(numbers) * 8
+    for unit in ("bytes", "KiB", "MiB"):
+        if size < 1024:
+            return f"{size:.3g} {unit}"
+        size /= 1024
+    return f"{size:.3g} GiB"

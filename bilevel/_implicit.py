@@ -33,7 +33,7 @@ import torch
 from torch.func import grad, vjp, vmap
 
 from bilevel._system import Linearization, Problem, System
-from bilevel._transforms import eager, grads_batched, ordinary_mode, transforms_active
+from bilevel._transforms import eager, grads_batched, ordinary_mode, tangents_batched, transforms_active
 from bilevel.operators import LinearOperator, RepeatedOperator
 
 __all__ = ["LinearSolve", "Rule", "Solve"]
@@ -128,6 +128,7 @@ class Solve(torch.autograd.Function):
 
     @staticmethod
     @eager
+    @tangents_batched
     def jvp(ctx: Any, *tangents: torch.Tensor | None) -> torch.Tensor:
         rule: Rule = ctx.rule
         x, *tensors = ctx.saved_tensors
@@ -191,6 +192,7 @@ class LinearSolve(torch.autograd.Function):
 
     @staticmethod
     @eager
+    @tangents_batched
     def jvp(ctx: Any, *tangents: torch.Tensor | None) -> torch.Tensor:
         rule: Rule = ctx.rule
         z, x, *tensors = ctx.saved_tensors

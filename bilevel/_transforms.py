@@ -24,6 +24,7 @@ __all__ = [
     "forward_levels",
     "grads_batched",
     "ordinary_mode",
+    "tangents_batched",
     "transforms_active",
 ]
 
@@ -113,6 +114,14 @@ def eager(function: Callable[P, T]) -> Callable[P, T]:
 
 
 Backward = Callable[[Any, torch.Tensor], tuple[Any, ...]]
+Jvp = Callable[..., torch.Tensor]
+
+
+def _older_level() -> int:
+    """Return the level of torch's older vmap that is running, for tensors to be taken out of it and put back."""
+    level = torch._C._vmapmode_increment_nesting() - 1
+    torch._C._vmapmode_decrement_nesting()
+    return level
 
 
 def grads_batched(backward: Backward) -> Backward:
@@ -126,8 +135,7 @@ def grads_batched(backward: Backward) -> Backward:
     def mapped(ctx: Any, cotangent: torch.Tensor) -> tuple[Any, ...]:
         if not _functorch.is_legacy_batchedtensor(cotangent):
             return backward(ctx, cotangent)
-        level = torch._C._vmapmode_increment_nesting() - 1
-        torch._C._vmapmode_decrement_nesting()
+        level = _older_level()
         plain = torch._remove_batch_dim(cotangent, level, 1, 0)
         some: list[int] = []
 
@@ -141,5 +149,28 @@ def grads_batched(backward: Backward) -> Backward:
         for index, tensor in zip(some, stacked, strict=True):
             result[index] = torch._add_batch_dim(tensor, 0, level)
         return (*result, *[None] * (len(ctx.needs_input_grad) - len(result)))
+
+    return mapped
+
+
+def tangents_batched(jvp: Jvp) -> Jvp:
+    """Let a custom Function's jvp take part in ``autograd.functional.jacobian(strategy="forward-mode")``, likewise."""
+
+    @functools.wraps(jvp)
+    def mapped(ctx: Any, *tangents: torch.Tensor | None) -> torch.Tensor:
+        some = [i for i, t in enumerate(tangents) if t is not None and _functorch.is_legacy_batchedtensor(t)]
+        if not some:
+            return jvp(ctx, *tangents)
+        level = _older_level()
+        batched = (tangents[index] for index in some)
+        plain = [torch._remove_batch_dim(tensor, level, 1, 0) for tensor in batched if tensor is not None]
+
+        def pushed(*ones: torch.Tensor) -> torch.Tensor:
+            every = list(tangents)
+            for index, tensor in zip(some, ones, strict=True):
+                every[index] = tensor
+            return jvp(ctx, *every)
+
+        return torch._add_batch_dim(torch.func.vmap(pushed)(*plain), 0, level)
 
     return mapped

@@ -33,7 +33,14 @@ import torch
 from torch.func import grad, vjp, vmap
 
 from bilevel._system import Linearization, Problem, System
-from bilevel._transforms import eager, grads_batched, ordinary_mode, tangents_batched, transforms_active
+from bilevel._transforms import (
+    eager,
+    grads_batched,
+    ordinary_mode,
+    outside_autocast,
+    tangents_batched,
+    transforms_active,
+)
 from bilevel.operators import LinearOperator, RepeatedOperator
 
 __all__ = ["LinearSolve", "Rule", "Solve"]
@@ -93,6 +100,7 @@ class Solve(torch.autograd.Function):
 
     @staticmethod
     @eager
+    @outside_autocast
     def forward(rule: Rule, init: torch.Tensor, *tensors: torch.Tensor) -> torch.Tensor:
         with ordinary_mode():
             problem = rule.system.bind(tensors)
@@ -108,6 +116,7 @@ class Solve(torch.autograd.Function):
 
     @staticmethod
     @eager
+    @outside_autocast
     @grads_batched
     def backward(ctx: Any, cotangent: torch.Tensor) -> tuple[Any, ...]:
         rule: Rule = ctx.rule
@@ -128,6 +137,7 @@ class Solve(torch.autograd.Function):
 
     @staticmethod
     @eager
+    @outside_autocast
     @tangents_batched
     def jvp(ctx: Any, *tangents: torch.Tensor | None) -> torch.Tensor:
         rule: Rule = ctx.rule
@@ -154,6 +164,7 @@ class LinearSolve(torch.autograd.Function):
 
     @staticmethod
     @eager
+    @outside_autocast
     def forward(
         rule: Rule, transposed: bool, rhs: torch.Tensor, x: torch.Tensor, *tensors: torch.Tensor
     ) -> torch.Tensor:
@@ -177,6 +188,7 @@ class LinearSolve(torch.autograd.Function):
 
     @staticmethod
     @eager
+    @outside_autocast
     @grads_batched
     def backward(ctx: Any, cotangent: torch.Tensor) -> tuple[Any, ...]:
         rule: Rule = ctx.rule
@@ -192,6 +204,7 @@ class LinearSolve(torch.autograd.Function):
 
     @staticmethod
     @eager
+    @outside_autocast
     @tangents_batched
     def jvp(ctx: Any, *tangents: torch.Tensor | None) -> torch.Tensor:
         rule: Rule = ctx.rule

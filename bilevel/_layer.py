@@ -17,7 +17,7 @@ from torch.utils import _pytree as pytree
 
 from bilevel._implicit import Rule, Solve
 from bilevel._system import ArgminSystem, FixedPointSystem, Problem, RootSystem, System, captured_error
-from bilevel._transforms import carries_gradient, differentiating, eager, forward_levels, transforms_active
+from bilevel._transforms import autocast_to, carries_gradient, differentiating, eager, forward_levels, transforms_active
 from bilevel._tree import Raveler, flatten_arguments
 from bilevel.errors import (
     ArgumentError,
@@ -191,10 +191,12 @@ class Layer:
                 "silently returns zero (pytorch/pytorch#197867); write jacfwd(jacrev(f)) or torch.func.hessian(f) "
                 "instead of jacfwd(jacfwd(f))"
             )
-        system = self.kind(self.where, self.function, raveler, arguments)
+        precision = autocast_to(raveler.device)
+        where = self.where if precision is None else f"{self.where} under autocast to {str(precision).removeprefix('torch.')}"
+        system = self.kind(where, self.function, raveler, arguments, autocast=precision)
         watched = torch.is_grad_enabled()
         spoiled = self._check_edge(init, system, tensors) if watched or transforms_active() else False
-        run = _Run(self, watched)
+        run = _Run(self, where, watched)
         flat = raveler.ravel(init).detach()
         x = Solve.apply(Rule(system, run.solve, run.solve_linear), flat, *tensors)
         if spoiled or run.spoiled:
@@ -271,8 +273,9 @@ class Adjoint:
 class _Run:
     """One call of a layer: solves, judges, reports and applies the policy, forward and in every derivative."""
 
-    def __init__(self, layer: Layer, watched: bool) -> None:
+    def __init__(self, layer: Layer, where: str, watched: bool) -> None:
         self.layer = layer
+        self.where = where
         self.watched = watched
         self.recordings = active_recordings()
         self.report: SolveReport | None = None
@@ -295,7 +298,7 @@ class _Run:
         outcome = solve_inner(solver, problem, init, target)
         axes = problem.system.batch_shape
         self.factor, layer.adjoint.residual = outcome.factor, outcome.residual if layer.adjoint.warm else None
-        self.report = _report(Pass.FORWARD, layer.where, solver.name, outcome, axes)
+        self.report = _report(Pass.FORWARD, self.where, solver.name, outcome, axes)
         x = outcome.x.reshape(*axes, problem.size)
         return enforce(self.report, x, layer.on_failure, self.recordings, silent_budget=target.silent)
 
@@ -309,7 +312,7 @@ class _Run:
         target = layer.tolerance.linear(rhs.dtype)
         kept = layer.adjoint if primary else None
         outcome = solve_linear(solver, operator, rhs, target, None if kept is None else kept.start(rhs))
-        report = _report(Pass.BACKWARD, layer.where, solver.name, outcome, axes)
+        report = _report(Pass.BACKWARD, self.where, solver.name, outcome, axes)
         if kept is not None and kept.warm:
             kept.value, kept.report = outcome.x, report
         shaped = outcome.x.reshape(*axes, operator.size)

@@ -20,6 +20,7 @@ from typing import Any, ClassVar
 import torch
 from torch.func import grad, grad_and_value, vjp, vmap
 
+from bilevel._transforms import autocasting
 from bilevel._tree import Arguments, Raveler, ravel_like
 from bilevel.errors import ArgumentError, CapturedTensorError, ShapeError, StochasticObjectiveError
 from bilevel.operators import DenseOperator, HessianOperator, JacobianOperator, LinearOperator
@@ -61,6 +62,8 @@ class System(ABC):
         How to make the user's pytrees from a flat unknown and a list of tensors.
     levels
         The ``vmap`` levels, innermost first; a tensor batched in several has the outermost axis first.
+    autocast
+        The dtype that autocast casted to around the call, for the function to run under, in every derivative too; or None.
     """
 
     where: str
@@ -68,6 +71,7 @@ class System(ABC):
     raveler: Raveler
     arguments: Arguments
     levels: tuple[Level, ...] = ()
+    autocast: torch.dtype | None = None
 
     symmetric: ClassVar[bool] = False
     minimizes: ClassVar[bool] = False
@@ -85,7 +89,8 @@ class System(ABC):
     def call(self, flat: torch.Tensor, *tensors: torch.Tensor) -> Any:
         """Call the user's function for one problem, ``flat`` being (n,)."""
         args, kwargs = self.arguments.rebuild(tensors)
-        return self.function(self.raveler.unravel(flat), *args, **kwargs)
+        with autocasting(self.raveler.device, self.autocast):
+            return self.function(self.raveler.unravel(flat), *args, **kwargs)
 
     @abstractmethod
     def output(self, flat: torch.Tensor, *tensors: torch.Tensor) -> torch.Tensor:

@@ -18,12 +18,15 @@ from torch._C._dynamo import eval_frame
 from torch.autograd import forward_ad
 
 __all__ = [
+    "autocast_to",
+    "autocasting",
     "carries_gradient",
     "differentiating",
     "eager",
     "forward_levels",
     "grads_batched",
     "ordinary_mode",
+    "outside_autocast",
     "tangents_batched",
     "transforms_active",
 ]
@@ -42,6 +45,19 @@ def ordinary_mode() -> Iterator[None]:
         return
     with torch.inference_mode(False), torch.no_grad():
         yield
+
+
+def autocast_to(device: torch.device) -> torch.dtype | None:
+    """Return the dtype that autocast casts to on ``device`` around this call, or None."""
+    return torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
+
+
+def autocasting(device: torch.device, dtype: torch.dtype | None) -> contextlib.AbstractContextManager[Any]:
+    """Return a context in which autocast on ``device`` casts to ``dtype``, or is off where that is None."""
+    if dtype == autocast_to(device):
+        return contextlib.nullcontext()
+    # No cache: a cast kept from under no_grad would come back without its graph.
+    return torch.autocast(device.type, dtype=dtype, enabled=dtype is not None, cache_enabled=False)
 
 
 def differentiating() -> bool:
@@ -86,6 +102,9 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 
+_WHY_EAGER = "bilevel solves outside compiled code: leave out fullgraph=True"
+
+
 def eager(function: Callable[P, T]) -> Callable[P, T]:
     """Keep ``torch.compile`` out of ``function`` and all that it calls.
 
@@ -100,17 +119,35 @@ def eager(function: Callable[P, T]) -> Callable[P, T]:
         if "torch._dynamo" not in sys.modules:
             return function(*args, **kwargs)
         if not disabled:
-            disabled.append(torch.compiler.disable(function, reason="bilevel solves outside compiled code"))
+            disabled.append(torch.compiler.disable(function, reason=_WHY_EAGER))
         return disabled[0](*args, **kwargs)
 
     # The compiler must not look inside the boundary either: not from its caller (the mark that it leaves itself) and
     # not when the frame starts (told to torch by the code object, where this version has a binding for that).
     boundary._torchdynamo_disable = True  # type: ignore[attr-defined]
+    boundary._torchdynamo_disable_msg = _WHY_EAGER  # type: ignore[attr-defined]
     if hasattr(eval_frame, "set_code_exec_strategy"):
         skip = eval_frame._FrameAction.SKIP
         code = boundary.__code__  # type: ignore[attr-defined]
         eval_frame.set_code_exec_strategy(code, eval_frame._FrameExecStrategy(skip, skip))
     return boundary
+
+
+def outside_autocast(function: Callable[P, T]) -> Callable[P, T]:
+    """Turn autocast off in ``function``: what a solver computes is meant in the dtype of its vectors.
+
+    Only a user's own function runs under the autocast that surrounds a call (:meth:`bilevel._system.System.call`).
+    """
+
+    @functools.wraps(function)
+    def plain(*args: P.args, **kwargs: P.kwargs) -> T:
+        for arg in args:
+            if isinstance(arg, torch.Tensor):
+                with autocasting(arg.device, None):
+                    return function(*args, **kwargs)
+        return function(*args, **kwargs)
+
+    return plain
 
 
 Backward = Callable[[Any, torch.Tensor], tuple[Any, ...]]

@@ -15,7 +15,7 @@ from torch.utils import _pytree as pytree
 from bilevel._certificate import Bound, Constants, bound_hypergradient
 from bilevel._layer import Layer, Solution
 from bilevel._system import ArgminSystem, Problem
-from bilevel._transforms import transforms_active
+from bilevel._transforms import autocast_to, transforms_active
 from bilevel._tree import Raveler, flatten_arguments
 from bilevel.errors import ArgumentError, ShapeError
 from bilevel.linear._base import LinearSolverLike
@@ -315,6 +315,7 @@ class BilevelProblem(torch.nn.Module, ABC):
         plain = pytree.tree_unflatten([_cut(leaf) for leaf in fresh], structure)
         inner = pytree.tree_map(_cut, solution.value)
         lower, x = self._flat_problem(self.inner_objective, inner, plain, data)
+        upper, _ = self._flat_problem(self.outer_objective, inner, plain, data)
         backward = adjoint.report
         if backward is None or adjoint.value is None:  # F does not depend on φ: the adjoint is zero
             q, backward = torch.zeros_like(x), solution.report
@@ -324,7 +325,6 @@ class BilevelProblem(torch.nn.Module, ABC):
         corrected = value.detach() - (q * adjoint.residual).sum(dim=-1).mean()
 
         def bound() -> Bound:
-            upper, _ = self._flat_problem(self.outer_objective, inner, plain, data)
             flags = [
                 isinstance(leaf, torch.Tensor) and leaf.is_floating_point()
                 for leaf in leaves
@@ -397,9 +397,9 @@ class BilevelProblem(torch.nn.Module, ABC):
         tensors, arguments = flatten_arguments((outer, data), {})
         if self.batch_dims is None:
             raveler = Raveler.of(inner, self._layer.where)
-            return ArgminSystem(self._layer.where, objective, raveler, arguments).bind(tensors), raveler.ravel(inner)[
-                None
-            ]
+            precision = autocast_to(raveler.device)
+            system = ArgminSystem(self._layer.where, objective, raveler, arguments, autocast=precision)
+            return system.bind(tensors), raveler.ravel(inner)[None]
         raveler = Raveler.of(pytree.tree_map(lambda leaf: leaf[0], inner), self._layer.where)
         # One dimension for each leaf of data, as vmap itself reads a prefix of in_dims.
         dims = pytree.tree_leaves(pytree.tree_map(lambda _: None, outer), is_leaf=lambda x: x is None)
@@ -407,7 +407,8 @@ class BilevelProblem(torch.nn.Module, ABC):
         of_tensors = [dim for dim, flag in zip(dims, arguments.is_tensor, strict=True) if flag]
         moved = [t if dim is None else t.movedim(dim, 0) for t, dim in zip(tensors, of_tensors, strict=True)]
         x = vmap(raveler.ravel)(inner)
-        system = ArgminSystem(self._layer.where, objective, raveler, arguments)
+        precision = autocast_to(raveler.device)
+        system = ArgminSystem(self._layer.where, objective, raveler, arguments, autocast=precision)
         return system.lift(len(x), tuple(dim is not None for dim in of_tensors)).bind(moved), x
 
     def _unravel(self, q: torch.Tensor, inner: Any) -> Any:

@@ -81,7 +81,7 @@ class Kind:
     function
         The user's function of (x, θ, data).
     make
-        function ↦ a solve of one problem by the library.
+        function, **settings ↦ a solve of one problem by the library.
     oracle
         The same without the library.
     has_start
@@ -90,15 +90,15 @@ class Kind:
 
     name: str
     function: Callable[..., torch.Tensor]
-    make: Callable[[Callable[..., torch.Tensor]], Solve]
+    make: Callable[..., Solve]
     oracle: Solve
     has_start: bool = True
 
 
 KINDS = (
-    Kind("argmin", objective, lambda function: bilevel.argmin(function), newton(slope_and_hessian)),
-    Kind("root", equations, lambda function: bilevel.root(function), newton(equations_and_jacobian)),
-    Kind("fixed_point", mapping, lambda function: bilevel.fixed_point(function), newton(mapping_and_jacobian)),
+    Kind("argmin", objective, bilevel.argmin, newton(slope_and_hessian)),
+    Kind("root", equations, bilevel.root, newton(equations_and_jacobian)),
+    Kind("fixed_point", mapping, bilevel.fixed_point, newton(mapping_and_jacobian)),
 )
 
 
@@ -125,9 +125,9 @@ class Column:
         start, t, X = (value.float().to(dtype or self.dtype) for value in values)
         return start, t, X
 
-    def solve(self, function: Callable[..., torch.Tensor] | None = None) -> Solve:
+    def solve(self, function: Callable[..., torch.Tensor] | None = None, **settings: object) -> Solve:
         """Return the solve by the library, of ``function`` in place of the kind's own if given."""
-        one = self.kind.make(self.kind.function if function is None else function)
+        one = self.kind.make(self.kind.function if function is None else function, **settings)
         return vmap(one, in_dims=(None, None, 0)) if self.batched else one
 
     def oracle(self, start: torch.Tensor, t: torch.Tensor, X: torch.Tensor) -> torch.Tensor:

@@ -13,12 +13,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch._dynamo
 from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, vjp, vmap
 from torch.utils.checkpoint import checkpoint
 
 import bilevel
 
-from .problems import Column, Solve
+from . import distributed
+from .problems import F32, Column, Solve
 
 Function = Callable[[torch.Tensor], torch.Tensor]
 Run = Callable[[Column, Solve, torch.Tensor, torch.Tensor, torch.Tensor], Any]
@@ -46,8 +48,12 @@ class Row:
         The same for the oracle; ``run`` itself if None.
     refusal
         The error that is expected in place of an answer.
+    refused
+        In which columns; in all by default.
     order
         How many derivatives are taken: what float32 can be expected to give.
+    arithmetic
+        The dtype that the answer is as accurate as, where that is not the column's.
     needs_start
         Whether it makes sense only for problems that have a start.
     """
@@ -57,7 +63,9 @@ class Row:
     run: Run
     expect: Run | None = None
     refusal: Refusal | None = None
+    refused: Callable[[Column], bool] = lambda column: True
     order: int = 1
+    arithmetic: torch.dtype | None = None
     needs_start: bool = False
 
 
@@ -390,6 +398,16 @@ def _checkpoint_twice(column, solve, start, t, X):
     return torch.autograd.grad(slope.sum(), t)[0]
 
 
+@row(
+    "DistributedDataParallel, two processes", "Modules and hooks",
+    expect=lambda column, solve, start, t, X: torch.stack(
+        [grad(lambda t: scalar(solve(start, t, distributed.share(X, rank))))(t) for rank in range(distributed.WORLD)]
+    ).mean(0),
+)  # fmt: skip
+def _distributed(column, solve, start, t, X):
+    return distributed.gradients()[column.name]
+
+
 # Modes.
 
 
@@ -436,3 +454,109 @@ def _thread(column, solve, start, t, X):
     thread.start()
     thread.join()
     return t.grad
+
+
+BFLOAT = {"device_type": "cpu", "dtype": torch.bfloat16}
+
+
+@row(
+    "autocast to bfloat16, at the default accuracy", "Modes", expect=plain_gradient,
+    refusal=Refusal(bilevel.SolveError, "under autocast to bfloat16: the (forward|backward) solve"),
+    refused=lambda column: column.dtype == F32,  # autocast leaves float64 alone
+)  # fmt: skip
+def _autocast(column, solve, start, t, X):
+    t = t.clone().requires_grad_(True)
+    with torch.autocast(**BFLOAT):
+        loss = scalar(solve(start, t, X))
+    loss.backward()
+    return t.grad
+
+
+@row(
+    "autocast to bfloat16, at an accuracy asked", "Modes", expect=plain_gradient, arithmetic=torch.bfloat16
+)  # fmt: skip
+def _autocast_asked(column, solve, start, t, X):
+    t = t.clone().requires_grad_(True)
+    solve = column.solve(tolerance=bilevel.Tolerance(delta=0.03, delta_prime=0.03))
+    with torch.autocast(**BFLOAT):
+        loss = scalar(solve(start, t, X))
+    loss.backward()
+    return t.grad
+
+
+@row("autocast around the call, switched off in the function", "Modes", expect=plain_gradient)
+def _autocast_off_inside(column, solve, start, t, X):
+    def function(*inputs):
+        with torch.autocast("cpu", enabled=False):
+            return column.kind.function(*inputs)
+
+    t = t.clone().requires_grad_(True)
+    with torch.autocast(**BFLOAT):
+        x = column.solve(function)(start, t, X)
+        (slope,) = torch.autograd.grad(scalar(x), t)
+    return slope
+
+
+# torch.compile. Compiled code can drop a custom Function's backward (pytorch/pytorch#193279) or jvp (#192985), and give
+# wrong gradients for one that works in place (#180642): a layer breaks the compiler's graph, and its function may be compiled.
+
+
+def compiled(function: Callable[..., Any], backend: str, **how: Any) -> Callable[..., Any]:
+    torch._dynamo.reset()
+    return torch.compile(function, backend=backend, **how)
+
+
+def enter_compiled(backend: str) -> None:
+    group = f'torch.compile(backend="{backend}")'
+
+    @row("around a caller, .backward()", group, expect=plain_gradient)
+    def _caller(column, solve, start, t, X):
+        t = t.clone().requires_grad_(True)
+        loss = compiled(lambda t: scalar(solve(start, t * 1.0, X).sin().asin()), backend)(t)
+        loss.backward()
+        return t.grad
+
+    @row(
+        "around a caller, second derivative", group, order=2,
+        expect=lambda column, solve, start, t, X: hessian(lambda t: scalar(solve(start, t, X)))(t).sum(0),
+        refusal=(
+            Refusal(RuntimeError, "torch.compile with aot_autograd does not currently support double backward")
+            if backend != "eager" else None
+        ),
+    )  # fmt: skip
+    def _caller_twice(column, solve, start, t, X):
+        t = t.clone().requires_grad_(True)
+        loss = compiled(lambda t: scalar(solve(start, t * 1.0, X)), backend)(t)
+        (slope,) = torch.autograd.grad(loss, t, create_graph=True)
+        return torch.autograd.grad(slope.sum(), t)[0]
+
+    @row(
+        "around a caller, fullgraph=True", group,
+        refusal=Refusal(torch._dynamo.exc.Unsupported, "bilevel solves outside compiled code"),
+    )  # fmt: skip
+    def _whole(column, solve, start, t, X):
+        return compiled(lambda t: scalar(solve(start, t, X)), backend, fullgraph=True)(t)
+
+    @row("of torch.func.grad", group, expect=plain_gradient)
+    def _grad(column, solve, start, t, X):
+        return compiled(grad(lambda t: scalar(solve(start, t, X))), backend)(t)
+
+    @row("of torch.func.jvp", group, expect=composed("jvp"))
+    def _jvp(column, solve, start, t, X):
+        return compiled(of_jvp(lambda t: solve(start, t, X)), backend)(t)
+
+    @row("of vmap of jacrev", group, expect=composed("vmap", "jacrev"))
+    def _vmap(column, solve, start, t, X):
+        return compiled(of_vmap(jacrev(lambda t: solve(start, t, X))), backend)(t)
+
+    @row(
+        "of the function, second derivative", group, order=2,
+        expect=lambda column, solve, start, t, X: hessian(lambda t: scalar(solve(start, t, X)))(t),
+    )  # fmt: skip
+    def _function(column, solve, start, t, X):
+        solve = column.solve(compiled(column.kind.function, backend))
+        return jacrev(jacrev(lambda t: scalar(solve(start, t, X))))(t)
+
+
+enter_compiled("eager")
+enter_compiled("aot_eager")

@@ -30,9 +30,11 @@ __all__ = [
     "Case",
     "FixedPointSystem",
     "Level",
+    "LinearSystem",
     "Linearization",
     "Problem",
     "RootSystem",
+    "SymmetricLinearSystem",
     "System",
 ]
 
@@ -76,6 +78,7 @@ class System(ABC):
     symmetric: ClassVar[bool] = False
     minimizes: ClassVar[bool] = False
     noun: ClassVar[str] = "residual"
+    label: ClassVar[str] = "root"
 
     @property
     def batch_shape(self) -> tuple[int, ...]:
@@ -131,6 +134,9 @@ class System(ABC):
             function = vmap(function, in_dims=in_dims, randomness="different")
         return function
 
+    def inspect(self, problem: Problem, x: torch.Tensor) -> None:  # noqa: B027  # most kinds promise nothing more
+        """Raise where one problem's function is not of this kind; ``x`` (1, n) is a point of its domain."""
+
     def bind(self, tensors: Sequence[torch.Tensor]) -> Problem:
         """Return the problem that solvers see, with ``tensors`` cut from any graph."""
         return Problem(self, [_plain(tensor) for tensor in tensors])
@@ -142,6 +148,7 @@ class ArgminSystem(System):
     symmetric = True
     minimizes = True
     noun = "objective"
+    label = "argmin"
 
     def output(self, flat: torch.Tensor, *tensors: torch.Tensor) -> torch.Tensor:
         value = self.call(flat, *tensors)
@@ -198,9 +205,47 @@ class FixedPointSystem(RootSystem):
     """R = x − T(x)."""
 
     noun = "mapping"
+    label = "fixed_point"
 
     def output(self, flat: torch.Tensor, *tensors: torch.Tensor) -> torch.Tensor:
         return flat - super().output(flat, *tensors)
+
+
+class LinearSystem(RootSystem):
+    """R = A x, for A x = b: the right-hand side is not in it, as the linear primitive takes that apart."""
+
+    noun = "matvec"
+    label = "linear_solve"
+
+    def inspect(self, problem: Problem, x: torch.Tensor) -> None:
+        # Irregular, but drawn by no generator: torch's older vmap, which may surround this, knows none.
+        places = torch.arange(1, self.raveler.size + 1, dtype=torch.float64, device=x.device)
+        u, v = (
+            torch.frac(places * irrational).sub(0.5).to(x).reshape(x.shape)
+            for irrational in (0.7548776662, 0.5698402910)
+        )
+        nothing, Au, Av, both = (problem.residual(point) for point in (torch.zeros_like(x), u, v, 3 * u + v))
+        size = torch.maximum(Au.norm(), Av.norm())
+        # Half the digits of what the function computes in: rounding is far below, and what is not linear far above.
+        doubt = torch.finfo(self.autocast or x.dtype).eps ** 0.5
+        wrong = torch.maximum((both - 3 * Au - Av).norm(), nothing.norm())
+        if bool(wrong > doubt * size):
+            raise ArgumentError(
+                f"{self.where}: expected matvec to be linear in its first argument, and A(3u + v) − 3 A u − A v is "
+                f"{float(wrong / size):.1e} of A u in size; leave constant terms to the right-hand side, or state the equations "
+                "as bilevel.root"
+            )
+        if self.symmetric and bool(((u * Av).sum() - (v * Au).sum()).abs() > doubt * size * u.norm()):
+            raise ArgumentError(
+                f"{self.where}: expected a symmetric matrix, as symmetric=True says, and ⟨u, A v⟩ differs from ⟨v, A u⟩; leave "
+                "symmetric=True out"
+            )
+
+
+class SymmetricLinearSystem(LinearSystem):
+    """The same with A = Aᵀ."""
+
+    symmetric = True
 
 
 @dataclass(frozen=True, eq=False)
@@ -421,6 +466,8 @@ class Problem:
                 f"{self.where}: expected {noun} to leave its arguments and buffers as they are, and one was changed in "
                 "place; for batch norm use batch statistics (track_running_stats=False) or .eval()"
             )
+        if x.numel():
+            self.system.inspect(self, x)
 
     def _agrees_beside(self, x: torch.Tensor) -> bool:
         """Return whether two evaluations a little beside ``x`` agree to half the digits.

@@ -36,15 +36,15 @@ class Raveler:
     device: torch.device
 
     @staticmethod
-    def of(tree: Any, where: str) -> Raveler:
-        """Read the structure of ``tree``, or say what cannot be an unknown about it."""
+    def of(tree: Any, where: str, what: str = "init") -> Raveler:
+        """Read the structure of ``tree``, called ``what`` in messages, or say what cannot be an unknown about it."""
         paths, structure = pytree.tree_flatten_with_path(tree)
         if not paths:
             raise ShapeError(
-                f"{where}: expected init to hold at least one tensor, got {tree!r}; pass a tensor or a pytree of them"
+                f"{where}: expected {what} to hold at least one tensor, got {tree!r}; pass a tensor or a pytree of them"
             )
         for path, leaf in paths:
-            name = "init" + pytree.keystr(path)
+            name = what + pytree.keystr(path)
             if not isinstance(leaf, torch.Tensor):
                 raise DtypeError(
                     f"{where}: expected {name} to be a floating-point tensor, got {type(leaf).__name__}; wrap it in "
@@ -60,8 +60,8 @@ class Raveler:
         for path, leaf in paths:
             if leaf.device != device:
                 raise ShapeError(
-                    f"{where}: expected all of init on one device, got {device} and {leaf.device} at "
-                    f"init{pytree.keystr(path)}; move them together with .to(device)"
+                    f"{where}: expected all of {what} on one device, got {device} and {leaf.device} at "
+                    f"{what}{pytree.keystr(path)}; move them together with .to(device)"
                 )
         dtype = leaves[0].dtype
         for leaf in leaves[1:]:
@@ -84,8 +84,8 @@ class Raveler:
         """Return ``tree``, of this structure, as one vector (n,)."""
         leaves = pytree.tree_leaves(tree)
         if len(leaves) == 1 and leaves[0].dtype == self.dtype:
-            return leaves[0].reshape(-1)
-        return torch.cat([leaf.reshape(-1).to(self.dtype) for leaf in leaves])
+            return leaves[0].reshape(leaves[0].numel())  # −1 would be ambiguous in a vmap of no problems
+        return torch.cat([leaf.reshape(leaf.numel()).to(self.dtype) for leaf in leaves])
 
     def unravel(self, flat: torch.Tensor) -> Any:
         """Return the vector ``flat`` (n,) as the user's pytree."""
@@ -103,7 +103,7 @@ class Raveler:
 def ravel_like(tree: Any, raveler: Raveler, where: str, what: str) -> torch.Tensor:
     """Return what the user's function gave as one vector (n,), or say how its structure or shapes differ."""
     if raveler.is_tensor and isinstance(tree, torch.Tensor) and tree.shape == raveler.shapes[0]:
-        return tree.reshape(-1).to(raveler.dtype)
+        return tree.reshape(tree.numel()).to(raveler.dtype)
     paths, structure = pytree.tree_flatten_with_path(tree)
     if structure != raveler.structure:
         raise ShapeError(

@@ -3,7 +3,7 @@
 ====  ==================  ==========================================================================
  5    applications, cli   ``hyperopt/``, ``meta/``, ``cli``, ``_output``: use the public API alone, like any user
  4    problems            ``problem``, ``_certificate``
- 3    layers              ``layers``: argmin, root, fixed_point; ``_layer``: a call of one
+ 3    layers              ``layers``: argmin, root, fixed_point, linear_solve; ``_layer``, ``_linear_layer``: a call of one
  2    differentiation     ``_implicit``: the two autograd Functions; imports no solver
  1    solvers             ``solvers/`` (inner), ``linear/`` (linear); of the inner, only Newton's uses the linear
  0    ground              operators, tolerances, reports, errors, trees, systems, transforms
@@ -25,6 +25,7 @@ FLOORS = {
     "bilevel.linear": 1,
     "bilevel._implicit": 2,
     "bilevel._layer": 3,
+    "bilevel._linear_layer": 3,
     "bilevel.layers": 3,
     "bilevel._certificate": 4,
     "bilevel.problem": 4,

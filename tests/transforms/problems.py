@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch.func import vmap
@@ -48,6 +49,19 @@ def mapping(x: torch.Tensor, t: torch.Tensor, X: torch.Tensor) -> torch.Tensor:
 def mapping_and_jacobian(x: torch.Tensor, t: torch.Tensor, X: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     bend = (1 - torch.tanh(X @ x + t) ** 2).unsqueeze(-1) * X
     return x - mapping(x, t, X), EYE - 0.4 * t[0].cos() * bend
+
+
+def product(x: torch.Tensor, t: torch.Tensor, X: torch.Tensor) -> torch.Tensor:
+    return X @ x + t.exp() * x
+
+
+def right_hand_side(t: torch.Tensor, X: torch.Tensor) -> torch.Tensor:
+    return t.cos() + X[0]
+
+
+def linear(function: Callable[..., torch.Tensor], **settings: Any) -> Solve:
+    layer = bilevel.linear_solve(function, **settings)
+    return lambda start, t, X: layer(right_hand_side(t, X), t, X)
 
 
 def solved(A: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
@@ -99,7 +113,11 @@ KINDS = (
     Kind("argmin", objective, bilevel.argmin, newton(slope_and_hessian)),
     Kind("root", equations, bilevel.root, newton(equations_and_jacobian)),
     Kind("fixed_point", mapping, bilevel.fixed_point, newton(mapping_and_jacobian)),
-)
+    Kind(
+        "linear_solve", product, linear,
+        lambda start, t, X: solved(X + t.exp() * EYE, right_hand_side(t, X)), has_start=False,
+    ),
+)  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -437,9 +437,8 @@ def _inference(column, solve, start, t, X):
 @row("set_grad_enabled(False) around, enable_grad inside", "Modes", expect=plain_gradient)
 def _enabled_inside(column, solve, start, t, X):
     t = t.clone().requires_grad_(True)
-    with torch.set_grad_enabled(False):
-        with torch.enable_grad():
-            loss = scalar(solve(start, t, X))
+    with torch.set_grad_enabled(False), torch.enable_grad():
+        loss = scalar(solve(start, t, X))
     loss.backward()
     return t.grad
 

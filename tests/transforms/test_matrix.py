@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.utils import _pytree as pytree
 
-from .problems import COLUMNS, F32, F64, Column
+from .problems import COLUMNS, F64, Column
 from .rows import ROWS, Row
 from .table import PAGE, declared, rendered
 

@@ -17,7 +17,15 @@ from torch.utils import _pytree as pytree
 
 from bilevel._implicit import Rule, Solve
 from bilevel._system import Problem, System, captured_error
-from bilevel._transforms import autocast_to, carries_gradient, differentiating, eager, forward_levels, transforms_active
+from bilevel._transforms import (
+    autocast_to,
+    carries_gradient,
+    differentiating,
+    eager,
+    forward_levels,
+    transforms_active,
+    without_gradient,
+)
 from bilevel._tree import Raveler, flatten_arguments
 from bilevel.errors import (
     ArgumentError,
@@ -181,7 +189,9 @@ class Layer:
         system, tensors = self._system(raveler, args, kwargs)
         self._refuse_forward_twice(tensors)
         watched = torch.is_grad_enabled()
-        spoiled = self._check_edge(init, system, tensors) if watched or transforms_active() else False
+        spoiled = (
+            self._check_edge(init, system, tensors) if watched or differentiating() or transforms_active() else False
+        )
         run = Run(self, system.where, watched)
         flat = raveler.ravel(init).detach()
         x = Solve.apply(Rule(system, run.solve, run.solve_linear), flat, *tensors)
@@ -230,8 +240,8 @@ class Layer:
         """Find tensors of a transform outside that the function reaches; return whether the policy asks for NaN."""
         if differentiating():
             # Inside the primitive a captured tensor of a transform looks like a plain one: look at it here.
-            detached = [tensor.detach() for tensor in tensors]
-            flat = system.raveler.ravel(pytree.tree_map(torch.Tensor.detach, init))
+            detached = [without_gradient(tensor) for tensor in tensors]
+            flat = system.raveler.ravel(pytree.tree_map(without_gradient, init))
             try:
                 with torch.enable_grad():
                     output = system.output(flat, *detached)

@@ -25,10 +25,12 @@ __all__ = [
     "eager",
     "forward_levels",
     "grads_batched",
+    "innermost",
     "ordinary_mode",
     "outside_autocast",
     "tangents_batched",
     "transforms_active",
+    "without_gradient",
 ]
 
 
@@ -61,7 +63,9 @@ def autocasting(device: torch.device, dtype: torch.dtype | None) -> contextlib.A
 
 
 def differentiating() -> bool:
-    """Return whether a transform that differentiates, grad or jvp and not only vmap, surrounds this call."""
+    """Return whether a transform that differentiates, grad or jvp and not only vmap, or a dual level surrounds this call."""
+    if forward_ad._current_level >= 0:
+        return True
     stack = _functorch.get_interpreter_stack() or []
     return any(item.key() in (_functorch.TransformType.Grad, _functorch.TransformType.Jvp) for item in stack)
 
@@ -72,6 +76,18 @@ def _layers(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
     while _functorch.is_functorch_wrapped_tensor(tensor):
         tensor = _functorch.get_unwrapped(tensor)
         yield tensor
+
+
+def innermost(tensor: torch.Tensor) -> torch.Tensor:
+    """Return the plain tensor that transforms have wrapped."""
+    *_, plain = _layers(tensor)
+    return plain
+
+
+def without_gradient(tensor: torch.Tensor) -> torch.Tensor:
+    """Return ``tensor`` cut from the innermost level that differentiates it, in either mode."""
+    # detach alone keeps the tangent of a plain dual number.
+    return (forward_ad.unpack_dual(tensor).primal if tensor.is_floating_point() else tensor).detach()
 
 
 def carries_gradient(tensor: torch.Tensor) -> bool:

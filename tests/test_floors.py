@@ -2,7 +2,7 @@
 
 ====  ==================  ==========================================================================
  5    applications, cli   ``hyperopt/``, ``meta/``, ``cli``, ``_output``: use the public API alone, like any user
- 4    problems            ``problem``, ``_certificate``
+ 4    problems            ``problem``, ``_certificate``, ``_outer``
  3    layers              ``layers``: argmin, root, fixed_point, linear_solve; ``_layer``, ``_linear_layer``: a call of one
  2    differentiation     ``_implicit``: the two autograd Functions; imports no solver
  1    solvers             ``solvers/`` (inner), ``linear/`` (linear); of the inner, only Newton's uses the linear
@@ -28,6 +28,7 @@ FLOORS = {
     "bilevel._linear_layer": 3,
     "bilevel.layers": 3,
     "bilevel._certificate": 4,
+    "bilevel._outer": 4,
     "bilevel.problem": 4,
     "bilevel.hyperopt": 5,
     "bilevel.meta": 5,

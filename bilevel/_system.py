@@ -8,6 +8,7 @@ An argmin, a root and a fixed point differ only here: in what R is, and in wheth
 
 from __future__ import annotations
 
+import functools
 import inspect
 import math
 from abc import ABC, abstractmethod
@@ -536,14 +537,33 @@ def _plain(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def buffers_of(function: Callable[..., Any]) -> list[torch.Tensor]:
-    """Return the buffers of modules that ``function`` is, is bound to, closes over or names as globals."""
-    found: list[Any] = [function, getattr(function, "__self__", None)]
-    plain = inspect.unwrap(getattr(function, "__func__", function))
-    found += [cell.cell_contents for cell in getattr(plain, "__closure__", None) or () if _filled(cell)]
-    code = getattr(plain, "__code__", None)
-    if code is not None:
-        found += [plain.__globals__.get(name) for name in code.co_names]
-    return [buffer for item in found if isinstance(item, torch.nn.Module) for buffer in item.buffers()]
+    """Return the buffers of modules that ``function`` is, is bound to, closes over or names as globals.
+
+    Looks into the functions that it closes over, or that the module it is bound to keeps, too.
+    """
+    found: dict[int, torch.Tensor] = {}
+    pending: list[tuple[Any, int]] = [(function, 0)]
+    seen: set[int] = set()
+    while pending:
+        item, depth = pending.pop()
+        if id(item) in seen or depth > 3:
+            continue
+        seen.add(id(item))
+        if isinstance(item, torch.nn.Module):
+            found.update((id(buffer), buffer) for buffer in item.buffers())
+            pending += [(value, depth + 1) for value in vars(item).values() if inspect.isroutine(value)]
+        elif isinstance(item, functools.partial):
+            pending += [(value, depth + 1) for value in (item.func, *item.args, *item.keywords.values())]
+        elif inspect.isroutine(item) or item is function:
+            pending.append((getattr(item, "__self__", None), depth))
+            plain = inspect.unwrap(getattr(item, "__func__", item))
+            cells = getattr(plain, "__closure__", None) or ()
+            reached = [cell.cell_contents for cell in cells if _filled(cell)]
+            code = getattr(plain, "__code__", None)
+            if code is not None:
+                reached += [plain.__globals__.get(name) for name in code.co_names]
+            pending += [(value, depth + 1) for value in reached]
+    return list(found.values())
 
 
 def _filled(cell: CellType) -> bool:

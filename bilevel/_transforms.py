@@ -85,9 +85,10 @@ def innermost(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def without_gradient(tensor: torch.Tensor) -> torch.Tensor:
-    """Return ``tensor`` cut from the innermost level that differentiates it, in either mode."""
-    # detach alone keeps the tangent of a plain dual number.
-    return (forward_ad.unpack_dual(tensor).primal if tensor.is_floating_point() else tensor).detach()
+    """Return ``tensor`` cut from what differentiates it, in either mode."""
+    # detach alone keeps the tangent of a dual number.
+    with forward_ad._set_fwd_grad_enabled(False):
+        return tensor.detach()
 
 
 def carries_gradient(tensor: torch.Tensor) -> bool:

@@ -396,14 +396,19 @@ MUTATIONS = (
 )  # fmt: skip
 
 
-def attempt(mutation: Mutation) -> tuple[bool, str, float]:
+def duplicate(source: Path, copy: Path) -> None:
+    """Copy what the tests need."""
+    for name in ("bilevel", "tests", "docs"):
+        shutil.copytree(source / name, copy / name, ignore=shutil.ignore_patterns("__pycache__", "_build"))
+    shutil.copy(source / "pyproject.toml", copy)
+
+
+def attempt(mutation: Mutation, source: Path) -> tuple[bool, str, float]:
     """Return whether the tests caught a fault, the last line that they printed, and how long they took."""
     began = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="mutation-") as folder:
         copy = Path(folder)
-        for name in ("bilevel", "tests", "docs"):
-            shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__", "_build"))
-        shutil.copy(ROOT / "pyproject.toml", copy)
+        duplicate(source, copy)
         file = copy / "bilevel" / mutation.file
         file.write_text(file.read_text().replace(mutation.old, mutation.new, 1))
         environment = os.environ | {"PYTHONPATH": str(copy), "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
@@ -427,8 +432,11 @@ def main() -> int:
     options = parser.parse_args()
     chosen = [mutation for mutation in MUTATIONS if options.only in mutation.name]
     survivors = []
-    with concurrent.futures.ThreadPoolExecutor(options.jobs) as pool:
-        for mutation, (killed, last, seconds) in zip(chosen, pool.map(attempt, chosen), strict=True):
+    # One copy for all, so that nothing that is edited meanwhile gets in.
+    with tempfile.TemporaryDirectory() as source, concurrent.futures.ThreadPoolExecutor(options.jobs) as pool:
+        duplicate(ROOT, Path(source))
+        attempts = pool.map(lambda mutation: attempt(mutation, Path(source)), chosen)
+        for mutation, (killed, last, seconds) in zip(chosen, attempts, strict=True):
             verdict = "killed  " if killed else "SURVIVED"
             print(f"{verdict}  {mutation.file:28}  {mutation.name}  [{last}; {seconds:.0f} s]", flush=True)
             survivors += [] if killed else [mutation]

@@ -227,12 +227,15 @@ def test_heavy_ball_steps_are_those_of_its_formula() -> None:
 @pytest.mark.parametrize("make", ["argmin", "root", "fixed_point", "linear_solve"])
 def test_nothing_is_left_behind_by_any_use(make: str) -> None:
     start = torch.zeros(3, dtype=F64)
-    solve = {
-        "argmin": lambda a, layer=bilevel.argmin(lambda x, a: ((x - a) ** 2).sum() + (x**4).sum()): layer(start, a),
-        "root": lambda a, layer=bilevel.root(lambda x, a: x + x**3 - a): layer(start, a),
-        "fixed_point": lambda a, layer=bilevel.fixed_point(lambda x, a: 0.5 * x.cos() + a): layer(start, a),
-        "linear_solve": lambda a, layer=bilevel.linear_solve(lambda x, a: (1 + a**2) * x): layer(a, a),
+    layer = {
+        "argmin": bilevel.argmin(lambda x, a: ((x - a) ** 2).sum() + (x**4).sum()),
+        "root": bilevel.root(lambda x, a: x + x**3 - a),
+        "fixed_point": bilevel.fixed_point(lambda x, a: 0.5 * x.cos() + a),
+        "linear_solve": bilevel.linear_solve(lambda x, a: (1 + a**2) * x),
     }[make]
+
+    def solve(a: torch.Tensor) -> torch.Tensor:
+        return layer(a if make == "linear_solve" else start, a)
 
     def once() -> None:
         a = torch.linspace(-1, 1, 3, dtype=F64, requires_grad=True)

@@ -83,6 +83,9 @@ class Rule:
         (operator, rhs (batch, n), axes of the batch, whether it is the adjoint of a first derivative) ↦ (batch, n).
     inspect
         Looks at the problem before its first linear solve, where that comes without an inner solve.
+    doubtful
+        Asked before the matrix itself is differentiated: raises where torch would do that wrongly, or returns whether the
+        result is to be NaN.
     repeats
         Axes of right-hand sides that share the matrices, outermost first, in front of the system's own axes.
     """
@@ -91,8 +94,13 @@ class Rule:
     solve: Callable[[Problem, torch.Tensor], torch.Tensor]
     solve_linear: Callable[[LinearOperator, torch.Tensor, tuple[int, ...], bool], torch.Tensor]
     inspect: Callable[[Problem], None] | None = None
+    doubtful: Callable[[], bool] | None = None
     repeats: tuple[int, ...] = ()
     memo: _Memo = field(default_factory=_Memo)
+
+    def marked(self, derivative: torch.Tensor) -> torch.Tensor:
+        """Return ``derivative``, or NaN if the matrix cannot be differentiated rightly and the policy asks for that."""
+        return derivative * float("nan") if self.doubtful is not None and self.doubtful() else derivative
 
     def lift(self, size: int, batched: Sequence[bool]) -> Rule:
         """Return the rule for ``size`` problems at once."""
@@ -201,6 +209,7 @@ class LinearSolve(torch.autograd.Function):
         wanted = ctx.needs_input_grad[3:]
         if not any(wanted):
             return (None, None, b_bar, *(None for _ in wanted))
+        b_bar = rule.marked(b_bar)
         left, right = (z, b_bar) if ctx.transposed else (b_bar, z)
         chosen, pairing = _pairing(rule, x, tensors, wanted)
         pulled = iter(grad(lambda *moved: -pairing(left, right, *moved), argnums=tuple(range(len(chosen))))(*chosen))
@@ -225,7 +234,7 @@ class LinearSolve(torch.autograd.Function):
                 left, right = (z, u) if ctx.transposed else (u, z)
                 return grad(lambda *moved: pairing(left, right, *moved), argnums=argnums)(*chosen)
 
-            change = change - _push(pull, z, directions)
+            change = rule.marked(change - _push(pull, z, directions))
         return LinearSolve.apply(rule, ctx.transposed, change, x, *tensors)
 
     @staticmethod

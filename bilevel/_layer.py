@@ -194,7 +194,7 @@ class Layer:
         )
         run = Run(self, system.where, watched)
         flat = raveler.ravel(init).detach()
-        x = Solve.apply(Rule(system, run.solve, run.solve_linear), flat, *tensors)
+        x = Solve.apply(Rule(system, run.solve, run.solve_linear, doubtful=run.doubtful), flat, *tensors)
         if spoiled or run.spoiled:
             x = x * self._poison(init, system, tensors)
         assert run.report is not None
@@ -304,6 +304,7 @@ class Run:
         self.recordings = active_recordings()
         self.report: SolveReport | None = None
         self.spoiled = False
+        self.norm = ""
         self.factor: torch.Tensor | None = None
 
     def inspect(self, problem: Problem, init: torch.Tensor) -> None:
@@ -311,12 +312,25 @@ class Run:
         try:
             # What is looked for is a property of the function: one problem shows it as well as all of them.
             if problem.batch:
-                problem.single(0).inspect(init[:1], captures=self.watched)
+                one = problem.single(0)
+                one.inspect(init[:1], captures=self.watched)
+                self.norm = one.norm if problem.minimizes else ""
         except BilevelError as error:
             # Wrong shapes, and tensors of a vmap outside, cannot be gone on with.
             if isinstance(error, ValueError) or error.__cause__ is not None:
                 raise
             self.spoiled = misuse(error, self.layer.on_failure)
+
+    def doubtful(self) -> bool:
+        """Refuse a derivative that torch would get wrong, as the policy says; return whether it is to be NaN."""
+        if not self.norm:
+            return False
+        error = TransformError(
+            f"{self.where}: expected no second derivative through an objective with a {self.norm}, which takes its third "
+            "derivative, and torch silently computes that wrongly; write the norm out with .mean() and .var(), or "
+            "take first derivatives alone"
+        )
+        return misuse(error, self.layer.on_failure)
 
     def solve(self, problem: Problem, init: torch.Tensor) -> torch.Tensor:
         """Return x (*batch, n), inspected, solved for, judged, reported and treated as the policy says."""

@@ -441,6 +441,11 @@ class Problem:
             tensors = [t[at] if flag else t for t, flag in zip(tensors, level.batched, strict=True)]
         return tensors
 
+    @cached_property
+    def norm(self) -> str:
+        """The norm that the function was seen to hold and torch cannot differentiate three times, once :meth:`inspect` has looked."""
+        return ""
+
     def inspect(self, x: torch.Tensor, *, captures: bool) -> None:
         """Evaluate twice at ``x``, with derivatives, and raise on what would make gradients wrong.
 
@@ -500,6 +505,7 @@ class Problem:
                 raise _unconnected(self.system)
             if not point.numel():
                 return output.detach(), point.detach()
+            self.__dict__["norm"] = norm_in(output)
             if captures and reaches_another_leaf(output, (point,)):
                 raise captured_error(self.where, self.system.noun, "requires grad")
             (slope,) = torch.autograd.grad(output.sum(), point, allow_unused=True, materialize_grads=True)
@@ -588,6 +594,22 @@ def reaches_another_leaf(output: torch.Tensor, known: Sequence[torch.Tensor]) ->
             return True
         pending.extend(following for following, _ in node.next_functions)
     return False
+
+
+def norm_in(output: torch.Tensor) -> str:
+    """Return the name of a norm in the graph of ``output`` whose third derivative torch computes wrongly, or ''."""
+    pending, seen = [output.grad_fn], set()
+    while pending:
+        node = pending.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if "LayerNorm" in node.name():
+            return "layer norm"
+        if "BatchNorm" in node.name() and getattr(node, "_saved_training", True):
+            return "batch norm by batch statistics"
+        pending.extend(following for following, _ in node.next_functions)
+    return ""
 
 
 def _agree(first: tuple[torch.Tensor, ...], second: tuple[torch.Tensor, ...], units: float) -> bool:

@@ -171,46 +171,102 @@ def test_a_borrowed_factorisation_that_does_not_fit_is_given_back() -> None:
 
 
 def test_batch_norm_in_the_objective_is_differentiated_rightly() -> None:
-    # torch 2.13: a vjp or jvp of vmap(grad(f)) is silently 2 % wrong where f holds a BatchNorm2d.
-    torch.manual_seed(0)
-    norm = torch.nn.BatchNorm2d(2, affine=False, track_running_stats=False).double()
-    images = torch.randn(3, 5, 2, 4, 4, dtype=torch.float64)
+    # torch 2.13: a vjp or jvp of vmap(grad(f)) is silently wrong, here by a half and more, where f holds a batch norm whose
+    # input, weight and bias are all batched, as a network's are in meta-learning. A hand-written norm is right.
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randn(3, 5, 1, 4, 4, generator=generator, dtype=torch.float64)
+    towards = torch.randn(12, generator=generator, dtype=torch.float64)
 
-    def objective(w: torch.Tensor, images: torch.Tensor, s: torch.Tensor) -> torch.Tensor:
-        features = norm(images * w.reshape(1, 2, 1, 1) + s * images**2)
-        return ((features - images) ** 2).mean() + 0.5 * (w**2).sum() + s * w.sum()
+    def of_torch(z: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.batch_norm(z, None, None, weight, bias, training=True)
 
-    layer = bilevel.argmin(objective, tolerance=bilevel.Tolerance(delta=1e-10))
-    s = torch.tensor(0.3, dtype=torch.float64)
-    start = torch.full((2,), 0.1, dtype=torch.float64)
+    def by_hand(z: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+        centred = z - z.mean((0, 2, 3), keepdim=True)
+        scaled = centred / (centred.pow(2).mean((0, 2, 3), keepdim=True) + 1e-5).sqrt()
+        return scaled * weight.reshape(1, 2, 1, 1) + bias.reshape(1, 2, 1, 1)
 
-    def looped(s: torch.Tensor) -> torch.Tensor:
-        return torch.stack([layer(start, image, s) for image in images])
+    def with_norm(norm):
+        def objective(v: torch.Tensor, images: torch.Tensor, s: torch.Tensor) -> torch.Tensor:
+            made = norm(torch.nn.functional.conv2d(images, v[:8].reshape(2, 1, 2, 2)), v[8:10], v[10:])
+            places = torch.linspace(0, 1, 3, dtype=v.dtype)
+            return (torch.nn.functional.softplus(made) ** 2 * places).mean() + ((v - s * towards) ** 2).sum()
+
+        return objective
+
+    layer = bilevel.argmin(with_norm(of_torch))
+    s, start = torch.tensor(0.8, dtype=torch.float64), 0.5 * towards
 
     def batched(s: torch.Tensor) -> torch.Tensor:
         return vmap(lambda image: layer(start, image, s))(images)
 
-    # A hand-written norm is right under every transform; it is the oracle for the first order.
-    def by_hand(w: torch.Tensor, images: torch.Tensor, s: torch.Tensor) -> torch.Tensor:
-        z = images * w.reshape(1, 2, 1, 1) + s * images**2
-        centred = z - z.mean((0, 2, 3), keepdim=True)
-        features = centred / (centred.pow(2).mean((0, 2, 3), keepdim=True) + norm.eps).sqrt()
-        return ((features - images) ** 2).mean() + 0.5 * (w**2).sum() + s * w.sum()
-
     from . import oracles
 
-    expected = torch.stack(
-        [
-            jacrev(lambda s, image=image: oracles.newton_argmin(by_hand, layer(start, image, s).detach(), image, s))(s)
-            for image in images
-        ]
-    )
-    torch.testing.assert_close(jacrev(batched)(s), expected, atol=1e-8, rtol=1e-7)
-    torch.testing.assert_close(jacfwd(batched)(s), expected, atol=1e-8, rtol=1e-7)
-    torch.testing.assert_close(jacrev(jacrev(batched))(s), jacrev(jacrev(looped))(s), atol=1e-8, rtol=1e-7)
+    solutions = batched(s)
+
+    def oracle(s: torch.Tensor) -> torch.Tensor:
+        return torch.stack(
+            [
+                oracles.newton_argmin(with_norm(by_hand), at, image, s, steps=2)
+                for at, image in zip(solutions, images, strict=True)
+            ]
+        )
+
+    expected = jacrev(oracle)(s)
+    for jacobian in (jacrev, jacfwd):
+        torch.testing.assert_close(jacobian(batched)(s), expected, atol=1e-9, rtol=1e-8)
     free = s.clone().requires_grad_(True)
-    (plain,) = torch.autograd.grad(batched(free).sum(), free)
-    torch.testing.assert_close(plain, expected.sum(), atol=1e-8, rtol=1e-7)
+    (plain,) = torch.autograd.grad(batched(free).sum(), free, create_graph=True)
+    torch.testing.assert_close(plain.detach(), expected.sum(), atol=1e-9, rtol=1e-8)
+    # A second derivative of the solution takes the third of the objective. That of torch's batch norm is wrong, plainly.
+    for twice in (
+        lambda: torch.autograd.grad(plain, free),
+        lambda: jacrev(jacrev(batched))(s),
+        lambda: hessian(lambda s: layer(start, images[0], s).sum())(s),
+    ):
+        with pytest.raises(bilevel.TransformError, match=r"batch norm by batch statistics, .* write the norm out"):
+            twice()
+    quiet = bilevel.argmin(with_norm(of_torch), on_failure="nan")
+    assert bool(torch.isnan(grad(grad(lambda s: quiet(start, images[0], s).sum()))(s)))
+    written = bilevel.argmin(with_norm(by_hand))
+    torch.testing.assert_close(
+        jacrev(jacrev(lambda s: vmap(lambda image: written(start, image, s))(images)))(s),
+        jacrev(jacrev(oracle))(s), atol=1e-8, rtol=1e-7,
+    )  # fmt: skip
+
+
+def test_a_layer_norm_is_refused_and_a_group_norm_right() -> None:
+    x = torch.tensor([[0.3, -1.0, 2.0, 0.7]], dtype=torch.float64)
+
+    def using(norm):
+        layer = bilevel.argmin(lambda w, s: (norm(x * w + s * x**2) ** 3).mean() + 4 * ((w - s) ** 2).sum())
+        return lambda s: layer(torch.ones(4, dtype=torch.float64), s)
+
+    s, h = torch.tensor(0.8, dtype=torch.float64), 1e-4
+    of_layer = using(lambda z: torch.nn.functional.layer_norm(z, (4,)))
+    of_group = using(lambda z: torch.nn.functional.group_norm(z, 2))
+    for solve in (of_layer, of_group):
+        torch.testing.assert_close(jacrev(solve)(s), (solve(s + h) - solve(s - h)) / (2 * h), atol=1e-6, rtol=1e-6)
+    with pytest.raises(bilevel.TransformError, match="layer norm"):
+        hessian(of_layer)(s)
+    first = jacrev(of_group)
+    torch.testing.assert_close(jacrev(first)(s), (first(s + h) - first(s - h)) / (2 * h), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["batch_norm", "layer_norm"])
+def test_torch_still_gets_the_third_derivative_of_a_norm_wrong(name: str) -> None:
+    # When this fails torch is mended, and the refusal can go.
+    x = torch.tensor([0.3, -1.0, 2.0, 0.7], dtype=torch.float64)
+
+    def value(t: torch.Tensor) -> torch.Tensor:
+        z = x + t * x**2
+        if name == "batch_norm":
+            return (torch.nn.functional.batch_norm(z.reshape(4, 1), None, None, training=True) ** 3).sum()
+        return (torch.nn.functional.layer_norm(z, (4,)) ** 3).sum()
+
+    t, h = torch.tensor(0.4, dtype=torch.float64), 1e-4
+    second = grad(grad(value))
+    numeric = (second(t + h) - second(t - h)) / (2 * h)
+    assert float((grad(second)(t) - numeric).abs()) > 1e-2 * float(numeric.abs())
 
 
 def test_a_quartic_is_differentiated_by_its_hessian_not_by_gauss_newton() -> None:

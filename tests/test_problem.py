@@ -276,3 +276,22 @@ def test_misuse_is_said() -> None:
         Ridge(solver=bilevel.GradientDescent(1e-6, 2), tolerance=bilevel.Tolerance(delta=1e-9))(
             torch.tensor(0.0, dtype=F64), split(), init=start
         )
+
+
+def test_the_bound_counts_the_inner_error_alone() -> None:
+    # G = ½(φ − θ)² and F = ½ c φ²: the adjoint at φ is exact, and the hypergradient's error is c (φ − θ), all of it inherited.
+    class Inherited(bilevel.BilevelProblem):
+        def inner_objective(self, inner, outer, data):
+            return 0.5 * ((inner - outer) ** 2).sum()
+
+        def outer_objective(self, inner, outer, data):
+            return 0.5 * data * (inner**2).sum()
+
+    c, outer = torch.tensor(50.0, dtype=F64), torch.tensor([2.0], dtype=F64)
+    problem = Inherited(
+        solver=bilevel.GradientDescent(0.5, 100), tolerance=bilevel.Tolerance(delta=1e-2, strong_convexity=1.0)
+    )
+    result = problem.hypergradient(outer, c, init=torch.zeros(1, dtype=F64))
+    error = float((result.grad - c * outer).norm())
+    assert error > 0.1 and result.certified
+    assert error <= result.error_bound * (1 + 1e-9) <= 1.01 * error

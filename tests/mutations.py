@@ -353,7 +353,7 @@ MUTATIONS = (
     ),
     Mutation(
         "the adjoint not kept", "_layer.py",
-        "kept = layer.adjoint if primary else None", "kept = None", ("tests/test_problem.py", "-k", "mean_of_its_members"),
+        "kept = layer.adjoint if primary else None", "kept = None", ("tests/test_problem.py", "-k", "closed_form"),
     ),
     Mutation(
         "the inner warm start lost", "problem.py", "self._last = last\n", "self._last = None\n", ("tests/test_problem.py", "-k", "warm_starts_of"),

@@ -59,6 +59,11 @@ def test_value_and_gradient_agree_with_the_closed_form(outer: torch.Tensor, line
     free = outer.clone().requires_grad_(True)
     problem(free, data).backward()
     torch.testing.assert_close(free.grad, gradient, atol=1e-9, rtol=1e-9)
+    X, y, Xv, yv = data
+    hessian = 2 * (X.T @ X + torch.diag(outer.exp().expand(4)))
+    slope = 2 * Xv.T @ (Xv @ oracles.ridge(X, y, outer.exp()) - yv) / len(yv)
+    torch.testing.assert_close(result.adjoint, torch.linalg.solve(hessian, slope), atol=1e-10, rtol=1e-9)
+    assert result.report.backward.direction is bilevel.Pass.BACKWARD
     assert result.report.converged.all() and "forward" in str(result.report)
 
 

@@ -6,13 +6,13 @@ BIN := $(VENV)/bin
 # One thread: the tests are many small problems, which more threads only slow down.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: help venv demo test test-long lint format types doctest docs bench clean
+.PHONY: help venv demo test test-long lint format types doctest docs transforms mutations bench clean
 
 help:
 	@echo "make demo     install, then tune a model on real data and draw what happened"
 	@echo "make test     install, then run the tests"
 	@echo "make venv     make $(VENV) with everything that developing needs"
-	@echo "make lint | format | types | doctest | docs | bench | test-long | clean"
+	@echo "make lint | format | types | doctest | docs | transforms | mutations | bench | test-long | clean"
 
 # Torch comes first and alone, at the pinned version: a looser request may bring gigabytes of CUDA packages.
 $(VENV)/.base: constraints.txt
@@ -63,6 +63,14 @@ doctest: $(VENV)/.dev
 docs: $(VENV)/.dev
 	$(BIN)/sphinx-build -q -n -W --keep-going -b html docs docs/_build/html
 	$(BIN)/sphinx-build -q -W --keep-going -b doctest docs docs/_build/doctest
+
+# Runs every cell of the transform matrix and writes the documentation's table from what happened.
+transforms: $(VENV)/.test
+	$(BIN)/python -m tests.transforms.table
+
+# Puts deliberate faults into copies of the package, one at a time: each has to be caught by a test. About ten minutes.
+mutations: $(VENV)/.test
+	$(BIN)/python -m tests.mutations
 
 bench: $(VENV)/.dev
 	for script in hypergradient batched_ridge vmap_or_loop fixed_point imaml_speed imaml_error imaml_memory; do $(BIN)/python benchmarks/$$script.py; done

@@ -20,7 +20,7 @@ from bilevel.errors import (
     StochasticObjectiveError,
     TransformError,
 )
-from bilevel.layers import Layer, Solution, argmin, fixed_point, root
+from bilevel.layers import Layer, LinearLayer, Solution, argmin, fixed_point, linear_solve, root
 from bilevel.linear._base import LinearSolution, LinearSolver
 from bilevel.linear.bicgstab import BiCGStab
 from bilevel.linear.cg import CG
@@ -79,6 +79,7 @@ __all__ = [
     "InnerSolution",
     "InnerSolver",
     "Layer",
+    "LinearLayer",
     "LinearOperator",
     "LinearSolution",
     "LinearSolver",
@@ -104,6 +105,7 @@ __all__ = [
     "argmin",
     "certificates",
     "fixed_point",
+    "linear_solve",
     "operators",
     "record",
     "root",

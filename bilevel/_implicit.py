@@ -34,7 +34,14 @@ import torch
 from torch.func import grad, vjp, vmap
 
 from bilevel._system import Linearization, Problem, System
-from bilevel._transforms import eager, grads_batched, ordinary_mode, transforms_active
+from bilevel._transforms import (
+    eager,
+    grads_batched,
+    ordinary_mode,
+    outside_autocast,
+    tangents_batched,
+    transforms_active,
+)
 from bilevel.operators import LinearOperator, RepeatedOperator
 
 __all__ = ["LinearSolve", "Rule", "Solve"]
@@ -74,6 +81,8 @@ class Rule:
         (problem, init (batch, n)) ↦ x (batch, n): the inner solver, its judge and the failure policy.
     solve_linear
         (operator, rhs (batch, n), axes of the batch, whether it is the adjoint of a first derivative) ↦ (batch, n).
+    inspect
+        Looks at the problem before its first linear solve, where that comes without an inner solve.
     repeats
         Axes of right-hand sides that share the matrices, outermost first, in front of the system's own axes.
     """
@@ -81,6 +90,7 @@ class Rule:
     system: System
     solve: Callable[[Problem, torch.Tensor], torch.Tensor]
     solve_linear: Callable[[LinearOperator, torch.Tensor, tuple[int, ...], bool], torch.Tensor]
+    inspect: Callable[[Problem], None] | None = None
     repeats: tuple[int, ...] = ()
     memo: _Memo = field(default_factory=_Memo)
 
@@ -94,6 +104,7 @@ class Solve(torch.autograd.Function):
 
     @staticmethod
     @eager
+    @outside_autocast
     def forward(rule: Rule, init: torch.Tensor, *tensors: torch.Tensor) -> torch.Tensor:
         with ordinary_mode():
             problem = rule.system.bind(tensors)
@@ -109,6 +120,7 @@ class Solve(torch.autograd.Function):
 
     @staticmethod
     @eager
+    @outside_autocast
     @grads_batched
     def backward(ctx: Any, cotangent: torch.Tensor) -> tuple[Any, ...]:
         rule: Rule = ctx.rule
@@ -129,6 +141,8 @@ class Solve(torch.autograd.Function):
 
     @staticmethod
     @eager
+    @outside_autocast
+    @tangents_batched
     def jvp(ctx: Any, *tangents: torch.Tensor | None) -> torch.Tensor:
         rule: Rule = ctx.rule
         x, *tensors = ctx.saved_tensors
@@ -154,16 +168,20 @@ class LinearSolve(torch.autograd.Function):
 
     @staticmethod
     @eager
+    @outside_autocast
     def forward(
         rule: Rule, transposed: bool, rhs: torch.Tensor, x: torch.Tensor, *tensors: torch.Tensor
     ) -> torch.Tensor:
-        linearization = rule.memo.linearize(rule.system, x, tensors, [False] * len(tensors))
-        operator = linearization.operator.T if transposed else linearization.operator
-        if rule.repeats:
-            operator = RepeatedOperator(operator, math.prod(rule.repeats))
-        flat = rhs.detach().reshape(operator.batch, operator.size)
-        axes = rule.repeats + rule.system.batch_shape
-        return rule.solve_linear(operator, flat, axes, False).reshape(rhs.shape).clone()
+        with ordinary_mode():
+            if rule.inspect is not None:
+                rule.inspect(rule.system.bind(tensors))
+            linearization = rule.memo.linearize(rule.system, _usable(x), tensors, [False] * len(tensors))
+            operator = linearization.operator.T if transposed else linearization.operator
+            if rule.repeats:
+                operator = RepeatedOperator(operator, math.prod(rule.repeats))
+            flat = _usable(rhs).detach().reshape(operator.batch, operator.size)
+            solved = rule.solve_linear(operator, flat, rule.repeats + rule.system.batch_shape, False)
+            return solved.reshape(rhs.shape).clone()
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
@@ -174,6 +192,7 @@ class LinearSolve(torch.autograd.Function):
 
     @staticmethod
     @eager
+    @outside_autocast
     @grads_batched
     def backward(ctx: Any, cotangent: torch.Tensor) -> tuple[Any, ...]:
         rule: Rule = ctx.rule
@@ -189,6 +208,8 @@ class LinearSolve(torch.autograd.Function):
 
     @staticmethod
     @eager
+    @outside_autocast
+    @tangents_batched
     def jvp(ctx: Any, *tangents: torch.Tensor | None) -> torch.Tensor:
         rule: Rule = ctx.rule
         z, x, *tensors = ctx.saved_tensors
@@ -229,6 +250,11 @@ class LinearSolve(torch.autograd.Function):
         point = _front(x, in_dims[3], size)
         others = (_front(t, dim) for t, dim in zip(tensors, in_dims[4:], strict=True))
         return LinearSolve.apply(lifted, transposed, moved, point, *others), at
+
+
+def _usable(tensor: torch.Tensor) -> torch.Tensor:
+    """Return ``tensor`` as one that a graph can be built on: a copy, if it was born in inference mode."""
+    return tensor.clone() if tensor.is_inference() else tensor
 
 
 def _front(tensor: torch.Tensor, dim: int | None, size: int | None = None) -> torch.Tensor:

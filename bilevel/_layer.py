@@ -16,8 +16,16 @@ import torch
 from torch.utils import _pytree as pytree
 
 from bilevel._implicit import Rule, Solve
-from bilevel._system import ArgminSystem, FixedPointSystem, Problem, RootSystem, System, captured_error
-from bilevel._transforms import carries_gradient, differentiating, eager, forward_levels, transforms_active
+from bilevel._system import FixedPointSystem, Problem, System, captured_error
+from bilevel._transforms import (
+    autocast_to,
+    carries_gradient,
+    differentiating,
+    eager,
+    forward_levels,
+    transforms_active,
+    without_gradient,
+)
 from bilevel._tree import Raveler, flatten_arguments
 from bilevel.errors import (
     ArgumentError,
@@ -48,7 +56,7 @@ from bilevel.solvers.lbfgs import LBFGS
 from bilevel.solvers.newton import Newton
 from bilevel.tolerance import Tolerance
 
-__all__ = ["Adjoint", "Layer", "Solution", "default_linear_solver", "default_solver"]
+__all__ = ["Adjoint", "Layer", "Run", "Solution", "default_linear_solver", "default_solver"]
 
 T = TypeVar("T")
 
@@ -145,8 +153,7 @@ class Layer:
         self.on_failure = check_policy(on_failure)
         self.adjoint = Adjoint()
         functools.update_wrapper(self, function, updated=())
-        label = {ArgminSystem: "argmin", RootSystem: "root", FixedPointSystem: "fixed_point"}[kind]
-        self.where = f"`{label}` layer `{getattr(function, '__name__', type(function).__name__)}`"
+        self.where = f"`{kind.label}` layer `{getattr(function, '__name__', type(function).__name__)}`"
 
     @property
     def minimizes(self) -> bool:
@@ -189,28 +196,43 @@ class Layer:
     def solve(self, init: T, *args: Any, **kwargs: Any) -> Solution[T]:
         """Return a :class:`Solution`: what calling the layer returns, with the report of the forward solve."""
         raveler = Raveler.of(init, self.where)
-        tensors, arguments = flatten_arguments(args, kwargs)
-        for tensor, name in zip(tensors, arguments.names, strict=True):
-            if tensor.is_complex() or (tensor.dtype.is_floating_point and tensor.device != raveler.device):
-                got = f"{tensor.dtype}" if tensor.is_complex() else f"{tensor.device}"
-                wanted = "a real tensor" if tensor.is_complex() else f"a tensor on init's device, {raveler.device}"
-                raise DtypeError(f"{self.where}: expected {wanted} at {name}, got {got}; convert it or move init")
-        if forward_levels(tensors) > 1:
-            raise TransformError(
-                f"{self.where}: expected at most one forward-mode transform around the layer, got two, for which torch "
-                "silently returns zero (pytorch/pytorch#197867); write jacfwd(jacrev(f)) or torch.func.hessian(f) "
-                "instead of jacfwd(jacfwd(f))"
-            )
-        system = self.kind(self.where, self.function, raveler, arguments)
+        system, tensors = self._system(raveler, args, kwargs)
+        self._refuse_forward_twice(tensors)
         watched = torch.is_grad_enabled()
-        spoiled = self._check_edge(init, system, tensors) if watched or transforms_active() else False
-        run = _Run(self, watched)
+        spoiled = (
+            self._check_edge(init, system, tensors) if watched or differentiating() or transforms_active() else False
+        )
+        run = Run(self, system.where, watched)
         flat = raveler.ravel(init).detach()
         x = Solve.apply(Rule(system, run.solve, run.solve_linear), flat, *tensors)
         if spoiled or run.spoiled:
             x = x * self._poison(init, system, tensors)
         assert run.report is not None
         return Solution(raveler.unravel(x), run.report)
+
+    def _system(
+        self, raveler: Raveler, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[System, list[torch.Tensor]]:
+        """Return what is to be solved, and the tensors that it depends on, once they are found usable."""
+        tensors, arguments = flatten_arguments(args, kwargs)
+        for tensor, name in zip(tensors, arguments.names, strict=True):
+            if tensor.is_complex() or (tensor.dtype.is_floating_point and tensor.device != raveler.device):
+                got = f"{tensor.dtype}" if tensor.is_complex() else f"{tensor.device}"
+                wanted = "a real tensor" if tensor.is_complex() else f"a tensor on init's device, {raveler.device}"
+                raise DtypeError(f"{self.where}: expected {wanted} at {name}, got {got}; convert it or move init")
+        precision = autocast_to(raveler.device)
+        where = self.where
+        if precision is not None:
+            where += f" under autocast to {str(precision).removeprefix('torch.')}"
+        return self.kind(where, self.function, raveler, arguments, autocast=precision), tensors
+
+    def _refuse_forward_twice(self, tensors: list[torch.Tensor]) -> None:
+        if forward_levels(tensors) > 1:
+            raise TransformError(
+                f"{self.where}: expected at most one forward-mode transform around the layer, got two, for which torch "
+                "silently returns zero (pytorch/pytorch#197867); write jacfwd(jacrev(f)) or torch.func.hessian(f) "
+                "instead of jacfwd(jacfwd(f))"
+            )
 
     def _check_edge(self, init: Any, system: System, tensors: list[torch.Tensor]) -> bool:
         """Find what the primitive cannot see from inside; return whether the policy asks for NaN."""
@@ -222,10 +244,14 @@ class Layer:
                 "search began, so that its gradient would be none; pass init.detach(), or pass the tensor as an argument"
             )
             spoiled |= misuse(error, self.on_failure)
+        return spoiled | self._check_captures(init, system, tensors)
+
+    def _check_captures(self, init: Any, system: System, tensors: list[torch.Tensor]) -> bool:
+        """Find tensors of a transform outside that the function reaches; return whether the policy asks for NaN."""
         if differentiating():
             # Inside the primitive a captured tensor of a transform looks like a plain one: look at it here.
-            detached = [tensor.detach() for tensor in tensors]
-            flat = system.raveler.ravel(pytree.tree_map(torch.Tensor.detach, init))
+            detached = [without_gradient(tensor) for tensor in tensors]
+            flat = system.raveler.ravel(pytree.tree_map(without_gradient, init))
             try:
                 with torch.enable_grad():
                     output = system.first_output(flat, *detached)
@@ -238,8 +264,8 @@ class Layer:
                 ) from problem
             if carries_gradient(output):
                 error = captured_error(self.where, system.noun, "is being differentiated by a transform outside")
-                spoiled |= misuse(error, self.on_failure)
-        return spoiled
+                return misuse(error, self.on_failure)
+        return False
 
     def _poison(self, init: Any, system: System, tensors: list[torch.Tensor]) -> torch.Tensor:
         """Return a NaN whose derivatives are NaN too, for whatever the function reaches and for init."""
@@ -284,11 +310,12 @@ class Adjoint:
         return kept.to(like)
 
 
-class _Run:
+class Run:
     """One call of a layer: solves, judges, reports and applies the policy, forward and in every derivative."""
 
-    def __init__(self, layer: Layer, watched: bool) -> None:
+    def __init__(self, layer: Layer, where: str, watched: bool) -> None:
         self.layer = layer
+        self.where = where
         self.watched = watched
         self.recordings = active_recordings()
         self.report: SolveReport | None = None
@@ -296,8 +323,8 @@ class _Run:
         self.lost: torch.Tensor | None = None  # (*batch,) bool: whose derivatives the policy wants to be NaN
         self.factor: torch.Tensor | None = None
 
-    def solve(self, problem: Problem, init: torch.Tensor) -> torch.Tensor:
-        layer = self.layer
+    def inspect(self, problem: Problem, init: torch.Tensor) -> None:
+        """Look for what would make gradients wrong, at ``init`` (batch, n)."""
         try:
             # What is looked for is a property of the function: one problem shows it as well as all of them.
             if problem.batch:
@@ -306,13 +333,18 @@ class _Run:
             # Wrong shapes, and tensors of a vmap outside, cannot be gone on with.
             if isinstance(error, ValueError) or error.__cause__ is not None:
                 raise
-            self.spoiled = misuse(error, layer.on_failure)
+            self.spoiled = misuse(error, self.layer.on_failure)
+
+    def solve(self, problem: Problem, init: torch.Tensor) -> torch.Tensor:
+        """Return x (*batch, n), inspected, solved for, judged, reported and treated as the policy says."""
+        layer = self.layer
+        self.inspect(problem, init)
         solver = layer.solver or default_solver(problem)
         target = layer.tolerance.inner(init.dtype)
         outcome = solve_inner(solver, problem, init, target)
         axes = problem.system.batch_shape
         self.factor, layer.adjoint.residual = outcome.factor, outcome.residual if layer.adjoint.warm else None
-        self.report = _report(Pass.FORWARD, layer.where, solver.name, outcome, axes)
+        self.report = _report(Pass.FORWARD, self.where, solver.name, outcome, axes)
         self.lost = ~self.report.success if layer.on_failure == "nan" else None
         x = outcome.x.reshape(*axes, problem.size)
         return enforce(self.report, x, layer.on_failure, self.recordings, silent_budget=target.silent)
@@ -320,14 +352,18 @@ class _Run:
     def solve_linear(
         self, operator: LinearOperator, rhs: torch.Tensor, axes: tuple[int, ...], primary: bool
     ) -> torch.Tensor:
+        """Return A⁻¹ rhs (*axes, n), solved for, judged, reported and treated as the policy says."""
         layer = self.layer
-        solver = layer.linear_solver or default_linear_solver(operator)
         if self.factor is not None:
             lend(operator, self.factor)
-        target = layer.tolerance.linear(rhs.dtype)
         kept = layer.adjoint if primary else None
+        target, direction = layer.tolerance.linear(rhs.dtype), Pass.BACKWARD
+        if self.report is None:  # a linear layer's own solve
+            target, direction = layer.tolerance.inner(rhs.dtype), Pass.FORWARD
+        solver = layer.linear_solver or default_linear_solver(operator)
         outcome = solve_linear(solver, operator, rhs, target, None if kept is None else kept.start(rhs))
-        report = _report(Pass.BACKWARD, layer.where, solver.name, outcome, axes)
+        report = _report(direction, self.where, solver.name, outcome, axes)
+        self.report = self.report or report
         if kept is not None and kept.warm:
             kept.value, kept.report = outcome.x, report
         shaped = outcome.x.reshape(*axes, operator.size)

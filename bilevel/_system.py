@@ -8,6 +8,7 @@ An argmin, a root and a fixed point differ only here: in what R is, and in wheth
 
 from __future__ import annotations
 
+import functools
 import inspect
 import math
 import re
@@ -23,6 +24,7 @@ from torch.func import grad, grad_and_value, vjp, vmap
 from torch.utils import _pytree as pytree
 
 from bilevel._norms import WrittenNorms
+from bilevel._transforms import autocasting
 from bilevel._tree import Arguments, Raveler, ravel_like
 from bilevel.errors import (
     ArgumentError,
@@ -37,12 +39,18 @@ from bilevel.operators import DenseOperator, HessianOperator, JacobianOperator, 
 __all__ = [
     "ArgminSystem",
     "Case",
+    "Dice",
     "FixedPointSystem",
     "Level",
+    "LinearSystem",
     "Linearization",
     "Problem",
     "RootSystem",
+    "SymmetricLinearSystem",
     "System",
+    "buffers_of",
+    "captured_error",
+    "reaches_another_leaf",
 ]
 
 # How torch speaks of operands that do not fit.
@@ -51,6 +59,8 @@ _MISFIT = re.compile(rf"\b(sizes?|shapes?|dimensions?|batch_size)\b|{_DTYPES.pat
 _MOST_LISTED = 8
 # The most rows of a Jacobian made by one vmapped pass: bounds the memory of its intermediates.
 _MOST_ROWS = 64
+# How many more pairs of evaluations have to agree where random numbers were drawn.
+_MORE_THROWS = 12
 
 
 @dataclass(frozen=True)
@@ -75,6 +85,8 @@ class System(ABC):
         How to make the user's pytrees from a flat unknown and a list of tensors.
     levels
         The ``vmap`` levels, innermost first; a tensor batched in several has the outermost axis first.
+    autocast
+        The dtype that autocast casted to around the call, for the function to run under, in every derivative too; or None.
     """
 
     where: str
@@ -82,10 +94,12 @@ class System(ABC):
     raveler: Raveler
     arguments: Arguments
     levels: tuple[Level, ...] = ()
+    autocast: torch.dtype | None = None
 
     symmetric: ClassVar[bool] = False
     minimizes: ClassVar[bool] = False
     noun: ClassVar[str] = "residual"
+    label: ClassVar[str] = "root"
 
     @property
     def batch_shape(self) -> tuple[int, ...]:
@@ -99,7 +113,8 @@ class System(ABC):
     def call(self, flat: torch.Tensor, *tensors: torch.Tensor) -> Any:
         """Call the user's function for one problem, ``flat`` being (n,)."""
         args, kwargs = self.arguments.rebuild(tensors)
-        return self.function(self.raveler.unravel(flat), *args, **kwargs)
+        with autocasting(self.raveler.device, self.autocast):
+            return self.function(self.raveler.unravel(flat), *args, **kwargs)
 
     @abstractmethod
     def output(self, flat: torch.Tensor, *tensors: torch.Tensor) -> torch.Tensor:
@@ -167,6 +182,9 @@ class System(ABC):
             function = vmap(function, in_dims=in_dims, randomness="different")
         return function
 
+    def inspect(self, problem: Problem, x: torch.Tensor) -> None:  # noqa: B027  # most kinds promise nothing more
+        """Raise where one problem's function is not of this kind; ``x`` (1, n) is a point of its domain."""
+
     def bind(self, tensors: Sequence[torch.Tensor]) -> Problem:
         """Return the problem that solvers see, with ``tensors`` cut from any graph."""
         return Problem(self, [_plain(tensor) for tensor in tensors])
@@ -178,6 +196,7 @@ class ArgminSystem(System):
     symmetric = True
     minimizes = True
     noun = "objective"
+    label = "argmin"
 
     def output(self, flat: torch.Tensor, *tensors: torch.Tensor) -> torch.Tensor:
         value = self.call(flat, *tensors)
@@ -236,9 +255,47 @@ class FixedPointSystem(RootSystem):
     """R = x − T(x)."""
 
     noun = "mapping"
+    label = "fixed_point"
 
     def output(self, flat: torch.Tensor, *tensors: torch.Tensor) -> torch.Tensor:
         return flat - super().output(flat, *tensors)
+
+
+class LinearSystem(RootSystem):
+    """R = A x, for A x = b: the right-hand side is not in it, as the linear primitive takes that apart."""
+
+    noun = "matvec"
+    label = "linear_solve"
+
+    def inspect(self, problem: Problem, x: torch.Tensor) -> None:
+        # Irregular, but drawn by no generator: torch's older vmap, which may surround this, knows none.
+        places = torch.arange(1, self.raveler.size + 1, dtype=torch.float64, device=x.device)
+        u, v = (
+            torch.frac(places * irrational).sub(0.5).to(x).reshape(x.shape)
+            for irrational in (0.7548776662, 0.5698402910)
+        )
+        nothing, Au, Av, both = (problem.residual(point) for point in (torch.zeros_like(x), u, v, 3 * u + v))
+        size = torch.maximum(Au.norm(), Av.norm())
+        # Half the digits of what the function computes in: rounding is far below, and what is not linear far above.
+        doubt = torch.finfo(self.autocast or x.dtype).eps ** 0.5
+        wrong = torch.maximum((both - 3 * Au - Av).norm(), nothing.norm())
+        if bool(wrong > doubt * size):
+            raise ArgumentError(
+                f"{self.where}: expected matvec to be linear in its first argument, and A(3u + v) − 3 A u − A v is "
+                f"{float(wrong / size):.1e} of A u in size; leave constant terms to the right-hand side, or state the equations "
+                "as bilevel.root"
+            )
+        if self.symmetric and bool(((u * Av).sum() - (v * Au).sum()).abs() > doubt * size * u.norm()):
+            raise ArgumentError(
+                f"{self.where}: expected a symmetric matrix, as symmetric=True says, and ⟨u, A v⟩ differs from ⟨v, A u⟩; leave "
+                "symmetric=True out"
+            )
+
+
+class SymmetricLinearSystem(LinearSystem):
+    """The same with A = Aᵀ."""
+
+    symmetric = True
 
 
 @dataclass(frozen=True, eq=False)
@@ -441,7 +498,7 @@ class Problem:
             If the function returns the wrong shapes, or what it returns does not depend on its first argument.
         """
         noun = self.system.noun
-        versions = self._versions()
+        versions, dice = self._versions(), Dice(x.device)
         try:
             first = self._probe(x, captures=captures)
         except RuntimeError as error:
@@ -449,7 +506,11 @@ class Problem:
                 raise captured_error(self.where, noun, "belongs to a vmap outside") from error
             raise
         # Dropout leaves a zero input zero: the slopes tell where the values do not.
-        if not _agree(first, self._probe(x, captures=False), 1e3) and not self._agrees_beside(x):
+        agreed = _agree(first, self._probe(x, captures=False), 1e3) or self._agrees_beside(x)
+        if agreed and dice.thrown():
+            # Two throws of few dice may agree by chance; many do not.
+            agreed = all(self._agrees_beside(x) for _ in range(_MORE_THROWS))
+        if not agreed:
             raise StochasticObjectiveError(
                 f"{self.where}: expected {noun} to be deterministic, and two evaluations at one point differ; switch "
                 "dropout off with .eval(), or draw the noise outside and pass it as an argument"
@@ -459,6 +520,8 @@ class Problem:
                 f"{self.where}: expected {noun} to leave its arguments and buffers as they are, and one was changed in "
                 "place; for batch norm use batch statistics (track_running_stats=False) or .eval()"
             )
+        if x.numel():
+            self.system.inspect(self, x)
 
     def _agrees_beside(self, x: torch.Tensor) -> bool:
         """Return whether two evaluations a little beside ``x`` agree to half the digits.
@@ -480,17 +543,35 @@ class Problem:
                 raise _unconnected(self.system)
             if not point.numel():
                 return output.detach(), point.detach()
-            if captures and _reaches_another_leaf(output, point):
+            if captures and reaches_another_leaf(output, (point,)):
                 raise captured_error(self.where, self.system.noun, "requires grad")
             (slope,) = torch.autograd.grad(output.sum(), point, allow_unused=True, materialize_grads=True)
         return output.detach(), slope
 
     def _versions(self) -> list[int]:
-        watched = [*self.tensors, *_buffers(self.system.function)]
+        watched = [*self.tensors, *buffers_of(self.system.function)]
         return [tensor._version for tensor in watched if not tensor.is_inference()]
 
     def _shaped(self, x: torch.Tensor) -> torch.Tensor:
         return x.reshape(*self.system.batch_shape, self.size)
+
+
+class Dice:
+    """Tells whether random numbers have been drawn from a device's own generator, or the CPU's, since it was made."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._before = self._states()
+
+    def thrown(self) -> bool:
+        """Return whether any have been drawn."""
+        return any(not torch.equal(a, b) for a, b in zip(self._before, self._states(), strict=True))
+
+    def _states(self) -> list[torch.Tensor]:
+        states = [torch.get_rng_state()]
+        if self._device.type == "cuda":
+            states.append(torch.cuda.get_rng_state(self._device))
+        return states
 
 
 def _plain(tensor: torch.Tensor) -> torch.Tensor:
@@ -498,15 +579,34 @@ def _plain(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.clone() if tensor.is_inference() else tensor.detach()
 
 
-def _buffers(function: Callable[..., Any]) -> list[torch.Tensor]:
-    """Return the buffers of modules that ``function`` is, is bound to, closes over or names as globals."""
-    found: list[Any] = [function, getattr(function, "__self__", None)]
-    plain = inspect.unwrap(getattr(function, "__func__", function))
-    found += [cell.cell_contents for cell in getattr(plain, "__closure__", None) or () if _filled(cell)]
-    code = getattr(plain, "__code__", None)
-    if code is not None:
-        found += [plain.__globals__.get(name) for name in code.co_names]
-    return [buffer for item in found if isinstance(item, torch.nn.Module) for buffer in item.buffers()]
+def buffers_of(function: Callable[..., Any]) -> list[torch.Tensor]:
+    """Return the buffers of modules that ``function`` is, is bound to, closes over or names as globals.
+
+    Looks into the functions that it closes over, or that the module it is bound to keeps, too.
+    """
+    found: dict[int, torch.Tensor] = {}
+    pending: list[tuple[Any, int]] = [(function, 0)]
+    seen: set[int] = set()
+    while pending:
+        item, depth = pending.pop()
+        if id(item) in seen or depth > 3:
+            continue
+        seen.add(id(item))
+        if isinstance(item, torch.nn.Module):
+            found.update((id(buffer), buffer) for buffer in item.buffers())
+            pending += [(value, depth + 1) for value in vars(item).values() if inspect.isroutine(value)]
+        elif isinstance(item, functools.partial):
+            pending += [(value, depth + 1) for value in (item.func, *item.args, *item.keywords.values())]
+        elif inspect.isroutine(item) or item is function:
+            pending.append((getattr(item, "__self__", None), depth))
+            plain = inspect.unwrap(getattr(item, "__func__", item))
+            cells = getattr(plain, "__closure__", None) or ()
+            reached = [cell.cell_contents for cell in cells if _filled(cell)]
+            code = getattr(plain, "__code__", None)
+            if code is not None:
+                reached += [plain.__globals__.get(name) for name in code.co_names]
+            pending += [(value, depth + 1) for value in reached]
+    return list(found.values())
 
 
 def _filled(cell: CellType) -> bool:
@@ -517,16 +617,17 @@ def _filled(cell: CellType) -> bool:
     return True
 
 
-def _reaches_another_leaf(output: torch.Tensor, leaf: torch.Tensor) -> bool:
-    """Return whether the graph of ``output`` ends in a tensor that requires grad other than ``leaf``."""
-    pending, seen = [output.grad_fn], set()
+def reaches_another_leaf(output: torch.Tensor, known: Sequence[torch.Tensor]) -> bool:
+    """Return whether the graph of ``output`` ends in a tensor that requires grad other than through one of ``known``."""
+    pending = [output.grad_fn]
+    seen = {tensor.grad_fn for tensor in known if tensor.grad_fn is not None}
     while pending:
         node = pending.pop()
         if node is None or node in seen:
             continue
         seen.add(node)
         variable = getattr(node, "variable", None)
-        if variable is not None and variable is not leaf:
+        if variable is not None and not any(variable is tensor for tensor in known):
             return True
         pending.extend(following for following, _ in node.next_functions)
     return False

@@ -18,13 +18,19 @@ from torch._C._dynamo import eval_frame
 from torch.autograd import forward_ad
 
 __all__ = [
+    "autocast_to",
+    "autocasting",
     "carries_gradient",
     "differentiating",
     "eager",
     "forward_levels",
     "grads_batched",
+    "innermost",
     "ordinary_mode",
+    "outside_autocast",
+    "tangents_batched",
     "transforms_active",
+    "without_gradient",
 ]
 
 
@@ -43,6 +49,19 @@ def ordinary_mode() -> Iterator[None]:
         yield
 
 
+def autocast_to(device: torch.device) -> torch.dtype | None:
+    """Return the dtype that autocast casts to on ``device`` around this call, or None."""
+    return torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
+
+
+def autocasting(device: torch.device, dtype: torch.dtype | None) -> contextlib.AbstractContextManager[Any]:
+    """Return a context in which autocast on ``device`` casts to ``dtype``, or is off where that is None."""
+    if dtype == autocast_to(device):
+        return contextlib.nullcontext()
+    # No cache: a cast kept from under no_grad would come back without its graph.
+    return torch.autocast(device.type, dtype=dtype, enabled=dtype is not None, cache_enabled=False)
+
+
 def differentiating() -> bool:
     """Return whether something that differentiates, grad, jvp or a dual level and not only vmap, surrounds this call."""
     if forward_ad._current_level >= 0:
@@ -57,6 +76,19 @@ def _layers(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
     while _functorch.is_functorch_wrapped_tensor(tensor):
         tensor = _functorch.get_unwrapped(tensor)
         yield tensor
+
+
+def innermost(tensor: torch.Tensor) -> torch.Tensor:
+    """Return the plain tensor that transforms have wrapped."""
+    *_, plain = _layers(tensor)
+    return plain
+
+
+def without_gradient(tensor: torch.Tensor) -> torch.Tensor:
+    """Return ``tensor`` cut from what differentiates it, in either mode."""
+    # detach alone keeps the tangent of a dual number.
+    with forward_ad._set_fwd_grad_enabled(False):
+        return tensor.detach()
 
 
 def carries_gradient(tensor: torch.Tensor) -> bool:
@@ -87,6 +119,9 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 
+_WHY_EAGER = "bilevel solves outside compiled code: leave out fullgraph=True"
+
+
 def eager(function: Callable[P, T]) -> Callable[P, T]:
     """Keep ``torch.compile`` out of ``function`` and all that it calls.
 
@@ -101,12 +136,13 @@ def eager(function: Callable[P, T]) -> Callable[P, T]:
         if "torch._dynamo" not in sys.modules:
             return function(*args, **kwargs)
         if not disabled:
-            disabled.append(torch.compiler.disable(function, reason="bilevel solves outside compiled code"))
+            disabled.append(torch.compiler.disable(function, reason=_WHY_EAGER))
         return disabled[0](*args, **kwargs)
 
     # The compiler must not look inside the boundary either: not from its caller (the mark that it leaves itself) and
     # not when the frame starts (told to torch by the code object, where this version has a binding for that).
     boundary._torchdynamo_disable = True  # type: ignore[attr-defined]
+    boundary._torchdynamo_disable_msg = _WHY_EAGER  # type: ignore[attr-defined]
     if hasattr(eval_frame, "set_code_exec_strategy"):
         skip = eval_frame._FrameAction.SKIP
         code = boundary.__code__  # type: ignore[attr-defined]
@@ -114,7 +150,32 @@ def eager(function: Callable[P, T]) -> Callable[P, T]:
     return boundary
 
 
+def outside_autocast(function: Callable[P, T]) -> Callable[P, T]:
+    """Turn autocast off in ``function``: what a solver computes is meant in the dtype of its vectors.
+
+    Only a user's own function runs under the autocast that surrounds a call (:meth:`bilevel._system.System.call`).
+    """
+
+    @functools.wraps(function)
+    def plain(*args: P.args, **kwargs: P.kwargs) -> T:
+        for arg in args:
+            if isinstance(arg, torch.Tensor):
+                with autocasting(arg.device, None):
+                    return function(*args, **kwargs)
+        return function(*args, **kwargs)
+
+    return plain
+
+
 Backward = Callable[[Any, torch.Tensor], tuple[Any, ...]]
+Jvp = Callable[..., torch.Tensor]
+
+
+def _older_level() -> int:
+    """Return the level of torch's older vmap that is running, for tensors to be taken out of it and put back."""
+    level = torch._C._vmapmode_increment_nesting() - 1
+    torch._C._vmapmode_decrement_nesting()
+    return level
 
 
 def grads_batched(backward: Backward) -> Backward:
@@ -128,8 +189,7 @@ def grads_batched(backward: Backward) -> Backward:
     def mapped(ctx: Any, cotangent: torch.Tensor) -> tuple[Any, ...]:
         if not _functorch.is_legacy_batchedtensor(cotangent):
             return backward(ctx, cotangent)
-        level = torch._C._vmapmode_increment_nesting() - 1
-        torch._C._vmapmode_decrement_nesting()
+        level = _older_level()
         plain = torch._remove_batch_dim(cotangent, level, 1, 0)
         some: list[int] = []
 
@@ -143,5 +203,28 @@ def grads_batched(backward: Backward) -> Backward:
         for index, tensor in zip(some, stacked, strict=True):
             result[index] = torch._add_batch_dim(tensor, 0, level)
         return (*result, *[None] * (len(ctx.needs_input_grad) - len(result)))
+
+    return mapped
+
+
+def tangents_batched(jvp: Jvp) -> Jvp:
+    """Let a custom Function's jvp take part in ``autograd.functional.jacobian(strategy="forward-mode")``, likewise."""
+
+    @functools.wraps(jvp)
+    def mapped(ctx: Any, *tangents: torch.Tensor | None) -> torch.Tensor:
+        some = [i for i, t in enumerate(tangents) if t is not None and _functorch.is_legacy_batchedtensor(t)]
+        if not some:
+            return jvp(ctx, *tangents)
+        level = _older_level()
+        batched = (tangents[index] for index in some)
+        plain = [torch._remove_batch_dim(tensor, level, 1, 0) for tensor in batched if tensor is not None]
+
+        def pushed(*ones: torch.Tensor) -> torch.Tensor:
+            every = list(tangents)
+            for index, tensor in zip(some, ones, strict=True):
+                every[index] = tensor
+            return jvp(ctx, *every)
+
+        return torch._add_batch_dim(torch.func.vmap(pushed)(*plain), 0, level)
 
     return mapped

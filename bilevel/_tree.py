@@ -36,15 +36,15 @@ class Raveler:
     device: torch.device
 
     @staticmethod
-    def of(tree: Any, where: str) -> Raveler:
-        """Read the structure of ``tree``, or say what cannot be an unknown about it."""
+    def of(tree: Any, where: str, what: str = "init") -> Raveler:
+        """Read the structure of ``tree``, called ``what`` in messages, or say what cannot be an unknown about it."""
         paths, structure = pytree.tree_flatten_with_path(tree)
         if not paths:
             raise ShapeError(
-                f"{where}: expected init to hold at least one tensor, got {tree!r}; pass a tensor or a pytree of them"
+                f"{where}: expected {what} to hold at least one tensor, got {tree!r}; pass a tensor or a pytree of them"
             )
         for path, leaf in paths:
-            name = "init" + pytree.keystr(path)
+            name = what + pytree.keystr(path)
             if not isinstance(leaf, torch.Tensor):
                 raise DtypeError(
                     f"{where}: expected {name} to be a floating-point tensor, got {type(leaf).__name__}; wrap it in "
@@ -60,8 +60,8 @@ class Raveler:
         for path, leaf in paths:
             if leaf.device != device:
                 raise ShapeError(
-                    f"{where}: expected all of init on one device, got {device} and {leaf.device} at "
-                    f"init{pytree.keystr(path)}; move them together with .to(device)"
+                    f"{where}: expected all of {what} on one device, got {device} and {leaf.device} at "
+                    f"{what}{pytree.keystr(path)}; move them together with .to(device)"
                 )
         dtype = leaves[0].dtype
         for leaf in leaves[1:]:

@@ -1,4 +1,4 @@
-"""Any argmin, root or fixed point as a differentiable layer: what most people import."""
+"""Any argmin, root, fixed point or linear system as a differentiable layer: what most people import."""
 
 from __future__ import annotations
 
@@ -9,13 +9,14 @@ from typing import Any, overload
 import torch
 
 from bilevel._layer import Layer, Solution
+from bilevel._linear_layer import LinearLayer
 from bilevel._system import ArgminSystem, FixedPointSystem, RootSystem, System
 from bilevel.linear._base import LinearSolverLike
 from bilevel.reports import OnFailure
 from bilevel.solvers._base import InnerSolverLike
 from bilevel.tolerance import Tolerance
 
-__all__ = ["Layer", "Solution", "argmin", "fixed_point", "root"]
+__all__ = ["Layer", "LinearLayer", "Solution", "argmin", "fixed_point", "linear_solve", "root"]
 
 Decorator = Callable[[Callable[..., Any]], Layer]
 
@@ -217,6 +218,86 @@ def fixed_point(
     True
     """
     return _layer(FixedPointSystem, mapping, solver, linear_solver, tolerance, on_failure)
+
+
+@overload
+def linear_solve(
+    matvec: None = None,
+    *,
+    symmetric: bool = False,
+    linear_solver: LinearSolverLike | None = None,
+    tolerance: Tolerance | None = None,
+    on_failure: OnFailure = "raise",
+) -> Callable[[Callable[..., Any]], LinearLayer]: ...
+@overload
+def linear_solve(
+    matvec: Callable[..., Any],
+    *,
+    symmetric: bool = False,
+    linear_solver: LinearSolverLike | None = None,
+    tolerance: Tolerance | None = None,
+    on_failure: OnFailure = "raise",
+) -> LinearLayer: ...
+def linear_solve(
+    matvec: Callable[..., Any] | None = None,
+    *,
+    symmetric: bool = False,
+    linear_solver: LinearSolverLike | None = None,
+    tolerance: Tolerance | None = None,
+    on_failure: OnFailure = "raise",
+) -> LinearLayer | Callable[[Callable[..., Any]], LinearLayer]:
+    """Turn a linear map into the layer x(b, θ) with A(θ) x = b, and dx = A⁻¹ (db − dA x).
+
+    Parameters
+    ----------
+    matvec
+        x ↦ A(θ) x: a function of ``(x, *args, **kwargs)``, linear in x, that returns the pytree of x, shape for shape.
+    symmetric
+        Whether A = Aᵀ: then Cholesky and conjugate gradients can be used. A matrix that is symmetric and not positive
+        definite can be solved by Exact, GMRES and BiCGStab.
+    linear_solver
+        A linear solver, or a function (operator, rhs) -> x on tensors (batch, n). By default chosen from size and symmetry:
+        a factorisation if small, else conjugate gradients, or GMRES where not symmetric.
+    tolerance
+        δ of the solution and δ′ of the adjoints; with ``strong_convexity`` the least singular value of A. By default what the
+        dtype allows.
+    on_failure
+        See :func:`argmin`.
+
+    Returns
+    -------
+    LinearLayer
+        A function of ``(rhs, *args, **kwargs)``, differentiable with respect to both, with ``.solve`` that also returns a
+        report.
+
+    Raises
+    ------
+    ArgumentError
+        If a setting cannot be used.
+
+    References
+    ----------
+    The derivative of an inverse; as a transform, ``jax.lax.custom_linear_solve``.
+
+    Examples
+    --------
+    >>> import torch, bilevel
+    >>> @bilevel.linear_solve(symmetric=True)
+    ... def smooth(x, strength):  # (I + s DᵀD) x, D the differences of neighbours
+    ...     d = torch.diff(x)
+    ...     return x + strength * (torch.nn.functional.pad(d, (1, 0)) - torch.nn.functional.pad(d, (0, 1)))
+    >>> strength = torch.tensor(1.0, dtype=torch.float64, requires_grad=True)
+    >>> x = smooth(torch.tensor([0.0, 3.0, 0.0], dtype=torch.float64), strength)
+    >>> x.detach()
+    tensor([0.7500, 1.5000, 0.7500], dtype=torch.float64)
+    >>> x[1].backward()
+    >>> strength.grad  # x₁ = 3 (1 + s) / (1 + 3 s), of slope −6 / (1 + 3 s)²
+    tensor(-0.3750, dtype=torch.float64)
+    """
+    make = functools.partial(
+        LinearLayer, symmetric=symmetric, linear_solver=linear_solver, tolerance=tolerance, on_failure=on_failure
+    )
+    return make if matvec is None else make(matvec)
 
 
 def _layer(

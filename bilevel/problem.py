@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -13,8 +13,16 @@ from torch.func import vmap
 from torch.utils import _pytree as pytree
 
 from bilevel._layer import Layer, Solution
+from bilevel._outer import (
+    Watch,
+    check_captures,
+    check_connection,
+    check_dependence,
+    disconnected,
+    no_dependence,
+)
 from bilevel._system import ArgminSystem, Problem
-from bilevel._transforms import transforms_active
+from bilevel._transforms import autocast_to, transforms_active
 from bilevel._tree import Raveler, flatten_arguments
 from bilevel.certificates._certificate import Certificate
 from bilevel.certificates._point import Point
@@ -281,6 +289,7 @@ class BilevelProblem(torch.nn.Module, ABC):
         self._tolerance = self._layer.tolerance
         self._layer.adjoint.warm = warm_start
         self._last: Any = None
+        self._looked = False
 
     @property
     def where(self) -> str:
@@ -346,9 +355,21 @@ class BilevelProblem(torch.nn.Module, ABC):
         ------
         SolveError
             If the inner solve failed and the policy is ``"raise"``.
+        StochasticObjectiveError, CapturedTensorError, ArgumentError
+            If an objective is random, changes its arguments, reaches a tensor that would receive no gradient, or nothing
+            leads to ``outer`` (policy ``"raise"``).
         """
         solution = self.solve(outer, data, init=init)
-        return self._outer_losses(solution.value, outer, data).mean()
+        loss = self._outer_losses(solution.value, outer, data).mean()
+        theta = [leaf for leaf in pytree.tree_leaves(outer) if isinstance(leaf, torch.Tensor)]
+        spoiled = check_dependence(self.where, loss, theta, self._layer.on_failure)
+        if not self._looked and torch.is_grad_enabled() and not transforms_active():
+            # Once: what leads to what is a property of the objectives, and costs an evaluation of both.
+            self._looked = True
+            among = [leaf.requires_grad for leaf in theta if leaf.is_floating_point()]
+            cut = self._disconnected(solution.value, outer, data, among) if any(among) else []
+            spoiled |= bool(check_connection(self.where, outer, cut, self._layer.on_failure))
+        return loss * float("nan") if spoiled else loss
 
     def solve(self, outer: Any, data: Any, *, init: Any = None) -> Solution[Any]:
         """Return φ*(θ), differentiable, with the report of the inner solve."""
@@ -385,6 +406,8 @@ class BilevelProblem(torch.nn.Module, ABC):
         ------
         SolveError
             If a solve failed and the policy is ``"raise"``.
+        StochasticObjectiveError, CapturedTensorError, ArgumentError
+            As in :meth:`forward`, and if no graph leads to one of the tensors of ``outer`` (policy ``"raise"``).
         """
         leaves, structure = pytree.tree_flatten(outer)
         moving = [isinstance(leaf, torch.Tensor) and leaf.is_floating_point() for leaf in leaves]
@@ -408,18 +431,28 @@ class BilevelProblem(torch.nn.Module, ABC):
                 wanted = [leaf for leaf, move in zip(fresh, moving, strict=True) if move]
                 adjoint.report = None
                 if not value.requires_grad:
-                    raise ArgumentError(
-                        f"{self._layer.where}: expected the outer loss to depend on outer, directly or through the inner "
-                        "solution, and no graph leads there; check that both objectives use their arguments"
-                    )
-                gradients = iter(torch.autograd.grad(value, wanted, allow_unused=True, materialize_grads=True))
+                    raise no_dependence(self.where)
+                spoiled = check_captures(self.where, value, wanted, (data, init), self._layer.on_failure)
+                found = torch.autograd.grad(value, wanted, allow_unused=True, materialize_grads=True)
         finally:
             adjoint.warm = warm
-        grad = pytree.tree_unflatten([next(gradients) if move else None for move in moving], structure)
         plain = pytree.tree_unflatten([_cut(leaf) for leaf in fresh], structure)
         inner = pytree.tree_map(_cut, solution.value)
         lower, x = self._flat_problem(self.inner_objective, inner, plain, data)
         upper, _ = self._flat_problem(self.outer_objective, inner, plain, data)
+        flags = [move for leaf, move in zip(leaves, moving, strict=True) if isinstance(leaf, torch.Tensor)]
+        flags += [False] * (len(lower.tensors) - len(flags))
+        zero = [bool((gradient == 0).all()) and gradient.numel() > 0 for gradient in found]
+        cut: list[int] = []
+        if any(zero):  # a gradient that is not zero came from somewhere
+            cut = check_connection(
+                self.where, outer, self._disconnected(inner, plain, data, zero), self._layer.on_failure
+            )
+        gradients = iter(
+            torch.full_like(gradient, float("nan")) if spoiled or number in cut else gradient
+            for number, gradient in enumerate(found)
+        )
+        grad = pytree.tree_unflatten([next(gradients) if move else None for move in moving], structure)
         backward = adjoint.report
         if backward is None or adjoint.value is None:  # F does not depend on φ: the adjoint is zero
             q, backward = torch.zeros_like(x), solution.report
@@ -427,12 +460,7 @@ class BilevelProblem(torch.nn.Module, ABC):
             q = adjoint.value * lower.batch  # the mean's cotangents are 1/K of each problem's own
         assert adjoint.residual is not None
         corrected = value.detach() - (q * adjoint.residual).sum(dim=-1).mean()
-        flags = [
-            isinstance(leaf, torch.Tensor) and leaf.is_floating_point()
-            for leaf in leaves
-            if isinstance(leaf, torch.Tensor)
-        ]
-        point = Point(lower, upper, x, q, (*flags, *[False] * (len(lower.tensors) - len(flags))))
+        point = Point(lower, upper, x, q, tuple(flags))
         mu = self._layer.tolerance.strong_convexity
 
         def constants() -> Constants:
@@ -484,6 +512,14 @@ class BilevelProblem(torch.nn.Module, ABC):
     def extra_repr(self) -> str:
         layer = self._layer
         return f"solver={layer.solver!r}, linear_solver={layer.linear_solver!r}, tolerance={layer.tolerance!r}"
+
+    def _disconnected(self, inner: Any, outer: Any, data: Any, among: Sequence[bool]) -> list[int]:
+        """Return which floating-point tensors of ``outer``, of those ``among``, no objective's graph leads to."""
+        plain, at = pytree.tree_map(_cut, outer), pytree.tree_map(_cut, inner)
+        lower, x = self._flat_problem(self.inner_objective, at, plain, data)
+        upper, _ = self._flat_problem(self.outer_objective, at, plain, data)
+        flags = [leaf.is_floating_point() for leaf in pytree.tree_leaves(outer) if isinstance(leaf, torch.Tensor)]
+        return disconnected(lower, upper, x, [*flags, *[False] * (len(lower.tensors) - len(flags))], among)
 
     def _inner_objective(self, inner: Any, outer: Any, data: Any) -> torch.Tensor:
         return self.inner_objective(inner, outer, data)
@@ -537,9 +573,13 @@ class BilevelProblem(torch.nn.Module, ABC):
                 )
             return loss
 
+        watch = Watch(self.where, self.outer_objective, (inner, outer, data))
         if self.batch_dims is None:
-            return one(inner, outer, data)
-        return vmap(one, in_dims=(0, None, self.batch_dims))(inner, outer, data)
+            losses = one(inner, outer, data)
+        else:
+            # Randomness would be refused by vmap in words about vmap; let it through to our own check.
+            losses = vmap(one, in_dims=(0, None, self.batch_dims), randomness="different")(inner, outer, data)
+        return losses * float("nan") if watch.ended(self._layer.on_failure) else losses
 
     def _flat_problem(
         self, objective: Callable[..., torch.Tensor], inner: Any, outer: Any, data: Any
@@ -548,9 +588,9 @@ class BilevelProblem(torch.nn.Module, ABC):
         tensors, arguments = flatten_arguments((outer, data), {})
         if self.batch_dims is None:
             raveler = Raveler.of(inner, self._layer.where)
-            return ArgminSystem(self._layer.where, objective, raveler, arguments).bind(tensors), raveler.ravel(inner)[
-                None
-            ]
+            precision = autocast_to(raveler.device)
+            system = ArgminSystem(self._layer.where, objective, raveler, arguments, autocast=precision)
+            return system.bind(tensors), raveler.ravel(inner)[None]
         raveler = Raveler.of(pytree.tree_map(lambda leaf: leaf[0], inner), self._layer.where)
         # One dimension for each leaf of data, as vmap itself reads a prefix of in_dims.
         dims = pytree.tree_leaves(pytree.tree_map(lambda _: None, outer), is_leaf=lambda x: x is None)
@@ -558,7 +598,8 @@ class BilevelProblem(torch.nn.Module, ABC):
         of_tensors = [dim for dim, flag in zip(dims, arguments.is_tensor, strict=True) if flag]
         moved = [t if dim is None else t.movedim(dim, 0) for t, dim in zip(tensors, of_tensors, strict=True)]
         x = vmap(raveler.ravel)(inner)
-        system = ArgminSystem(self._layer.where, objective, raveler, arguments)
+        precision = autocast_to(raveler.device)
+        system = ArgminSystem(self._layer.where, objective, raveler, arguments, autocast=precision)
         return system.lift(len(x), tuple(dim is not None for dim in of_tensors)).bind(moved), x
 
     def _unravel(self, q: torch.Tensor, inner: Any) -> Any:

@@ -2,8 +2,8 @@
 
 ====  ==================  ==========================================================================
  5    applications, cli   ``hyperopt/``, ``meta/``, ``testing/``, ``cli``, ``_output``: use the public API alone, like any user
- 4    problems            ``problem``, ``certificates/``
- 3    layers              ``layers``: argmin, root, fixed_point; ``_layer``: a call of one
+ 4    problems            ``problem``, ``certificates/``, ``_outer``
+ 3    layers              ``layers``: argmin, root, fixed_point, linear_solve; ``_layer``, ``_linear_layer``: a call of one
  2    differentiation     ``_implicit``: the two autograd Functions; imports no solver
  1    solvers             ``solvers/`` (inner), ``linear/`` (linear); of the inner, only Newton's uses the linear
  0    ground              operators, tolerances, reports, errors, trees, systems, transforms
@@ -36,8 +36,10 @@ FLOORS = {
     "bilevel.linear": 1,
     "bilevel._implicit": 2,
     "bilevel._layer": 3,
+    "bilevel._linear_layer": 3,
     "bilevel.layers": 3,
     "bilevel.certificates": 4,
+    "bilevel._outer": 4,
     "bilevel.problem": 4,
     "bilevel.hyperopt": 5,
     "bilevel.meta": 5,

@@ -1,4 +1,4 @@
-"""The differentiation rule: every transform of every layer against an oracle that knows nothing of it."""
+"""The differentiation rule, in every argument, against an oracle that knows nothing of it; ``transforms/`` has the transforms."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch.autograd import gradcheck, gradgradcheck
-from torch.func import grad, hessian, jacfwd, jacrev, jvp, vjp, vmap
+from torch.func import grad, hessian, jacfwd, jacrev, jvp, vmap
 
 import bilevel
 
@@ -57,19 +57,6 @@ def test_transforms_agree_with_the_unrolled_oracle(family: Family, name: str, nu
 
 
 @family
-def test_grad_vjp_jvp_of_a_scalar_function(family: Family) -> None:
-    X, y, s = arguments()
-    tangent = torch.randn_like(y)
-    for function in (
-        lambda f: grad(lambda y: (f(X, y, s) ** 2).sum())(y),
-        lambda f: vjp(lambda X, y: f(X, y, s), X, y)[1](torch.ones(3, dtype=X.dtype)),
-        lambda f: jvp(lambda y: f(X, y, s), (y,), (tangent,)),
-        lambda f: grad(lambda y: (jvp(lambda s: f(X, y, s), (s,), (torch.ones_like(s),))[1] ** 2).sum())(y),
-    ):
-        torch.testing.assert_close(function(family.implicit()), function(family.reference), atol=1e-9, rtol=1e-8)
-
-
-@family
 @pytest.mark.parametrize("in_dims", [(0, None, None), (None, 0, None), (None, None, 0), (1, 0, 0)])
 @pytest.mark.parametrize("inner", ["value", "jacrev", "jacfwd", "hessian"])
 def test_vmap_equals_a_loop(family: Family, in_dims: tuple[int | None, ...], inner: str) -> None:
@@ -94,47 +81,11 @@ def test_vmap_equals_a_loop(family: Family, in_dims: tuple[int | None, ...], inn
 
 
 @family
-def test_vmap_of_vmap_and_its_derivatives(family: Family) -> None:
-    X, y, s = arguments()
-    Xs = torch.stack([X, 1.1 * X, 0.9 * X])
-    ss = torch.stack([s, s + 0.5])
-    f = family.implicit()
-    for one in (f, jacrev(f, argnums=1), jacfwd(f, argnums=1), hessian(f, argnums=2)):
-        nested = vmap(vmap(one, in_dims=(None, None, 0)), in_dims=(0, None, None))(Xs, y, ss)
-        looped = torch.stack([torch.stack([one(X, y, s) for s in ss]) for X in Xs])
-        torch.testing.assert_close(nested, looped, atol=1e-9, rtol=1e-9)
-
-
-@family
-@pytest.mark.parametrize("name", ["jacrev", "jacfwd", "hessian"])
-def test_transforms_of_vmap_sum_over_what_is_shared(family: Family, name: str) -> None:
-    X, y, s = arguments()
-    Xs = torch.stack([X, 1.1 * X, 0.9 * X])
-
-    def batch(f):
-        return TRANSFORMS[name](lambda y: vmap(lambda X: f(X, y, s))(Xs))(y)
-
-    expected = TRANSFORMS[name](lambda y: torch.stack([family.reference(X, y, s) for X in Xs]))(y)
-    torch.testing.assert_close(batch(family.implicit()), expected, atol=1e-9, rtol=1e-8)
-
-
-@family
-def test_forward_over_forward_is_refused_not_zero(family: Family) -> None:
+def test_forward_over_forward_of_different_arguments_is_refused_not_zero(family: Family) -> None:
     X, y, s = arguments()
     f = family.implicit()
-    with pytest.raises(bilevel.TransformError, match="two, for which torch silently returns zero"):
-        jacfwd(jacfwd(lambda s: f(X, y, s)))(s)
     with pytest.raises(bilevel.TransformError):
         jvp(lambda y: jvp(lambda s: f(X, y, s), (s,), (torch.ones_like(s),))[1], (y,), (y,))
-
-
-@family
-def test_batched_cotangents_of_plain_autograd(family: Family) -> None:
-    X, y, s = arguments()
-    f = family.implicit()
-    vectorised = torch.autograd.functional.jacobian(lambda y: f(X, y, s), y, vectorize=True)
-    looped = torch.autograd.functional.jacobian(lambda y: f(X, y, s), y)
-    torch.testing.assert_close(vectorised, looped, atol=1e-12, rtol=1e-12)
 
 
 @family
@@ -224,46 +175,91 @@ def test_a_borrowed_factorisation_that_does_not_fit_is_given_back() -> None:
 
 
 def test_batch_norm_in_the_objective_is_differentiated_rightly() -> None:
-    # torch 2.13: a vjp or jvp of vmap(grad(f)) is silently 2 % wrong where f holds a BatchNorm2d.
-    torch.manual_seed(0)
-    norm = torch.nn.BatchNorm2d(2, affine=False, track_running_stats=False).double()
-    images = torch.randn(3, 5, 2, 4, 4, dtype=torch.float64)
+    # torch 2.13: a vjp or jvp of vmap(grad(f)) is silently wrong, here by a half and more, where f holds a batch norm whose
+    # input, weight and bias are all batched, as a network's are in meta-learning. A hand-written norm is right.
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randn(3, 5, 1, 4, 4, generator=generator, dtype=torch.float64)
+    towards = torch.randn(12, generator=generator, dtype=torch.float64)
 
-    def objective(w: torch.Tensor, images: torch.Tensor, s: torch.Tensor) -> torch.Tensor:
-        features = norm(images * w.reshape(1, 2, 1, 1) + s * images**2)
-        return ((features - images) ** 2).mean() + 0.5 * (w**2).sum() + s * w.sum()
+    def of_torch(z: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.batch_norm(z, None, None, weight, bias, training=True)
 
-    layer = bilevel.argmin(objective, tolerance=bilevel.Tolerance(delta=1e-10))
-    s = torch.tensor(0.3, dtype=torch.float64)
-    start = torch.full((2,), 0.1, dtype=torch.float64)
+    def by_hand(z: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+        centred = z - z.mean((0, 2, 3), keepdim=True)
+        scaled = centred / (centred.pow(2).mean((0, 2, 3), keepdim=True) + 1e-5).sqrt()
+        return scaled * weight.reshape(1, 2, 1, 1) + bias.reshape(1, 2, 1, 1)
 
-    def looped(s: torch.Tensor) -> torch.Tensor:
-        return torch.stack([layer(start, image, s) for image in images])
+    def with_norm(norm):
+        def objective(v: torch.Tensor, images: torch.Tensor, s: torch.Tensor) -> torch.Tensor:
+            # s reaches what is normalised, so that ∂_s ∇G differentiates the norm twice.
+            seen = torch.nn.functional.conv2d(images + s * images**2, v[:8].reshape(2, 1, 2, 2))
+            made = norm(seen, v[8:10], v[10:])
+            places = torch.linspace(0, 1, 3, dtype=v.dtype)
+            return (torch.nn.functional.softplus(made) ** 2 * places).mean() + ((v - s * towards) ** 2).sum()
+
+        return objective
+
+    layer = bilevel.argmin(with_norm(of_torch))
+    s, start = torch.tensor(0.8, dtype=torch.float64), 0.5 * towards
 
     def batched(s: torch.Tensor) -> torch.Tensor:
         return vmap(lambda image: layer(start, image, s))(images)
 
-    # A hand-written norm is right under every transform; it is the oracle for the first order.
-    def by_hand(w: torch.Tensor, images: torch.Tensor, s: torch.Tensor) -> torch.Tensor:
-        z = images * w.reshape(1, 2, 1, 1) + s * images**2
-        centred = z - z.mean((0, 2, 3), keepdim=True)
-        features = centred / (centred.pow(2).mean((0, 2, 3), keepdim=True) + norm.eps).sqrt()
-        return ((features - images) ** 2).mean() + 0.5 * (w**2).sum() + s * w.sum()
-
     from . import oracles
 
-    expected = torch.stack(
-        [
-            jacrev(lambda s, image=image: oracles.newton_argmin(by_hand, layer(start, image, s).detach(), image, s))(s)
-            for image in images
-        ]
-    )
-    torch.testing.assert_close(jacrev(batched)(s), expected, atol=1e-8, rtol=1e-7)
-    torch.testing.assert_close(jacfwd(batched)(s), expected, atol=1e-8, rtol=1e-7)
-    torch.testing.assert_close(jacrev(jacrev(batched))(s), jacrev(jacrev(looped))(s), atol=1e-8, rtol=1e-7)
+    solutions = batched(s)
+
+    def oracle(s: torch.Tensor) -> torch.Tensor:
+        return torch.stack(
+            [
+                oracles.newton_argmin(with_norm(by_hand), at, image, s, steps=2)
+                for at, image in zip(solutions, images, strict=True)
+            ]
+        )
+
+    expected = jacrev(oracle)(s)
+    for jacobian in (jacrev, jacfwd):
+        torch.testing.assert_close(jacobian(batched)(s), expected, atol=1e-9, rtol=1e-8)
     free = s.clone().requires_grad_(True)
-    (plain,) = torch.autograd.grad(batched(free).sum(), free)
-    torch.testing.assert_close(plain, expected.sum(), atol=1e-8, rtol=1e-7)
+    (plain,) = torch.autograd.grad(batched(free).sum(), free, create_graph=True)
+    torch.testing.assert_close(plain.detach(), expected.sum(), atol=1e-9, rtol=1e-8)
+    # A second derivative of the solution takes the third of the objective. That of torch's batch norm is wrong, plainly.
+    torch.testing.assert_close(jacrev(jacrev(batched))(s), jacrev(jacrev(oracle))(s), atol=1e-8, rtol=1e-7)
+    (twice,) = torch.autograd.grad(plain, free)
+    torch.testing.assert_close(twice, jacrev(jacrev(lambda s: oracle(s).sum()))(s), atol=1e-8, rtol=1e-7)
+
+
+def test_layer_and_group_norms_are_right() -> None:
+    x = torch.tensor([[0.3, -1.0, 2.0, 0.7]], dtype=torch.float64)
+
+    def using(norm):
+        layer = bilevel.argmin(lambda w, s: (norm(x * w + s * x**2) ** 3).mean() + 4 * ((w - s) ** 2).sum())
+        return lambda s: layer(torch.ones(4, dtype=torch.float64), s)
+
+    s, h = torch.tensor(0.8, dtype=torch.float64), 1e-4
+    of_layer = using(lambda z: torch.nn.functional.layer_norm(z, (4,)))
+    of_group = using(lambda z: torch.nn.functional.group_norm(z, 2))
+    for solve in (of_layer, of_group):
+        torch.testing.assert_close(jacrev(solve)(s), (solve(s + h) - solve(s - h)) / (2 * h), atol=1e-6, rtol=1e-6)
+        first = jacrev(solve)
+        torch.testing.assert_close(jacrev(first)(s), (first(s + h) - first(s - h)) / (2 * h), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["batch_norm", "layer_norm"])
+def test_torch_still_gets_the_third_derivative_of_a_norm_wrong(name: str) -> None:
+    # When this fails torch is mended, and norms need not be written out.
+    x = torch.tensor([0.3, -1.0, 2.0, 0.7], dtype=torch.float64)
+
+    def value(t: torch.Tensor) -> torch.Tensor:
+        z = x + t * x**2
+        if name == "batch_norm":
+            return (torch.nn.functional.batch_norm(z.reshape(4, 1), None, None, training=True) ** 3).sum()
+        return (torch.nn.functional.layer_norm(z, (4,)) ** 3).sum()
+
+    t, h = torch.tensor(0.4, dtype=torch.float64), 1e-4
+    second = grad(grad(value))
+    numeric = (second(t + h) - second(t - h)) / (2 * h)
+    assert float((grad(second)(t) - numeric).abs()) > 1e-2 * float(numeric.abs())
 
 
 def test_a_quartic_is_differentiated_by_its_hessian_not_by_gauss_newton() -> None:

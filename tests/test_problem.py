@@ -59,6 +59,11 @@ def test_value_and_gradient_agree_with_the_closed_form(outer: torch.Tensor, line
     free = outer.clone().requires_grad_(True)
     problem(free, data).backward()
     torch.testing.assert_close(free.grad, gradient, atol=1e-9, rtol=1e-9)
+    X, y, Xv, yv = data
+    hessian = 2 * (X.T @ X + torch.diag(outer.exp().expand(4)))
+    slope = 2 * Xv.T @ (Xv @ oracles.ridge(X, y, outer.exp()) - yv) / len(yv)
+    torch.testing.assert_close(result.adjoint, torch.linalg.solve(hessian, slope), atol=1e-10, rtol=1e-9)
+    assert result.report.backward.direction is bilevel.Pass.BACKWARD
     assert result.report.converged.all() and "forward" in str(result.report)
 
 
@@ -312,3 +317,22 @@ def test_misuse_is_said() -> None:
         Ridge(solver=bilevel.GradientDescent(1e-6, 2), tolerance=bilevel.Tolerance(delta=1e-9))(
             torch.tensor(0.0, dtype=F64), split(), init=start
         )
+
+
+def test_the_bound_counts_the_inner_error_alone() -> None:
+    # G = ½(φ − θ)² and F = ½ c φ²: the adjoint at φ is exact, and the hypergradient's error is c (φ − θ), all of it inherited.
+    class Inherited(bilevel.BilevelProblem):
+        def inner_objective(self, inner, outer, data):
+            return 0.5 * ((inner - outer) ** 2).sum()
+
+        def outer_objective(self, inner, outer, data):
+            return 0.5 * data * (inner**2).sum()
+
+    c, outer = torch.tensor(50.0, dtype=F64), torch.tensor([2.0], dtype=F64)
+    problem = Inherited(
+        solver=bilevel.GradientDescent(0.5, 100), tolerance=bilevel.Tolerance(delta=1e-2, strong_convexity=1.0)
+    )
+    result = problem.hypergradient(outer, c, init=torch.zeros(1, dtype=F64))
+    error = float((result.grad - c * outer).norm())
+    assert error > 0.1 and result.certified
+    assert error <= result.error_bound * (1 + 1e-9) <= 1.01 * error

@@ -86,3 +86,28 @@ def test_line_search_meets_the_wolfe_conditions_from_any_first_step(first):
     assert bool((found.value <= value + 0.1 * t * slope)[:2].all())
     assert bool((turned.abs() <= 0.9 * slope.abs())[:2].all())
     assert torch.equal(found.x[2], x[2])
+
+
+def test_the_direction_is_that_of_the_dense_inverse_hessian() -> None:
+    from bilevel.solvers.lbfgs import _Memory
+
+    generator = torch.Generator().manual_seed(0)
+    n = 5
+    A = torch.randn(n, n, generator=generator, dtype=torch.float64)
+    A = A @ A.T + torch.eye(n, dtype=torch.float64)
+    memory = _Memory(3, torch.zeros(1, dtype=torch.float64))
+    steps = torch.randn(3, n, generator=generator, dtype=torch.float64)
+    one = torch.ones(1, dtype=torch.bool)
+    for s in steps:
+        memory.store(s[None], (A @ s)[None], one)
+    # Nocedal & Wright (6.17): B ← (I − s yᵀ/sᵀy) B (I − y sᵀ/sᵀy) + s sᵀ/sᵀy, from (sᵀy/yᵀy) I of the newest pair.
+    eye, newest = torch.eye(n, dtype=torch.float64), A @ steps[-1]
+    B = (steps[-1] @ newest) / (newest @ newest) * eye
+    for s in steps:
+        y = A @ s
+        left = eye - torch.outer(s, y) / (s @ y)
+        B = left @ B @ left.T + torch.outer(s, s) / (s @ y)
+    gradient = torch.randn(1, n, generator=generator, dtype=torch.float64)
+    d, slope = memory.direction(gradient, one)
+    torch.testing.assert_close(d[0], -B @ gradient[0], atol=1e-11, rtol=1e-10)
+    torch.testing.assert_close(slope, (gradient * d).sum(-1))

@@ -1,0 +1,103 @@
+"""A call of a linear layer: the linear primitive applied to the user's own matrix."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+
+from bilevel._implicit import LinearSolve, Rule
+from bilevel._layer import Layer, Run, Solution
+from bilevel._system import LinearSystem, Problem, SymmetricLinearSystem
+from bilevel._transforms import eager, transforms_active
+from bilevel._tree import Raveler
+from bilevel.linear._base import LinearSolverLike
+from bilevel.reports import OnFailure
+from bilevel.tolerance import Tolerance
+
+__all__ = ["LinearLayer"]
+
+T = TypeVar("T")
+
+
+class LinearLayer(Layer):
+    """A differentiable linear solve: a function of ``(rhs, *args, **kwargs)``. Made by :func:`linear_solve`.
+
+    There is no start and no inner solver. The matrix is linearised once a call, and a factorisation of it serves the solution
+    and all derivatives; right-hand sides that a ``vmap`` batches alone share it.
+    """
+
+    def __init__(
+        self,
+        function: Callable[..., Any],
+        *,
+        symmetric: bool,
+        linear_solver: LinearSolverLike | None,
+        tolerance: Tolerance | None,
+        on_failure: OnFailure,
+    ) -> None:
+        super().__init__(
+            SymmetricLinearSystem if symmetric else LinearSystem,
+            function,
+            solver=None,
+            linear_solver=linear_solver,
+            tolerance=tolerance,
+            on_failure=on_failure,
+        )
+
+    def __repr__(self) -> str:
+        return f"<{self.where}, linear_solver={self.linear_solver!r}, {self.tolerance!r}>"
+
+    @eager
+    def __call__(self, rhs: T, *args: Any, **kwargs: Any) -> T:  # type: ignore[override]  # no start, but a right-hand side
+        r"""Return x with A(args) x = rhs, the same pytree as ``rhs``, differentiable with respect to every tensor.
+
+        Parameters
+        ----------
+        rhs
+            The right-hand side: a tensor, or a pytree of tensors, of floating-point dtype.
+        args, kwargs
+            Passed on to ``matvec``, as pytrees.
+
+        Raises
+        ------
+        SolveError
+            If the solve, or in a backward pass that of the adjoint, did not reach the tolerance (policy ``"raise"``).
+        ArgumentError
+            If ``matvec`` is not linear in its first argument, or not symmetric where it was said to be.
+        DtypeError, ShapeError
+            If ``rhs`` cannot be a right-hand side, or ``matvec`` returns the wrong shapes.
+        CapturedTensorError, StochasticObjectiveError
+            If a gradient would silently be wrong or missing (policy ``"raise"``).
+        TransformError
+            If two nested forward-mode transforms meet here: torch would return zero.
+        """
+        return self.solve(rhs, *args, **kwargs).value
+
+    @eager
+    def solve(self, rhs: T, *args: Any, **kwargs: Any) -> Solution[T]:  # type: ignore[override]  # likewise
+        """Return a :class:`Solution`: what calling the layer returns, with the report of the forward solve."""
+        raveler = Raveler.of(rhs, self.where, "rhs")
+        system, tensors = self._system(raveler, args, kwargs)
+        flat = raveler.ravel(rhs)
+        self._refuse_forward_twice([flat, *tensors])
+        watched = torch.is_grad_enabled()
+        point = torch.zeros(raveler.size, dtype=raveler.dtype, device=raveler.device)
+        start = raveler.unravel(point)
+        spoiled = self._check_captures(start, system, tensors) if watched or transforms_active() else False
+        run = _Once(self, system.where, watched)
+        x = LinearSolve.apply(Rule(system, run.solve, run.solve_linear, run.look), False, flat, point, *tensors)
+        if spoiled or run.spoiled:
+            x = x * self._poison(start, system, tensors)
+        assert run.report is not None
+        return Solution(raveler.unravel(x), run.report)
+
+
+class _Once(Run):
+    """A call whose first linear solve is its own, and whose problem is looked at before it."""
+
+    def look(self, problem: Problem) -> None:
+        if self.report is None:
+            like = problem.system.raveler
+            self.inspect(problem, torch.ones(problem.batch, like.size, dtype=like.dtype, device=like.device))

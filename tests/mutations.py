@@ -1,0 +1,462 @@
+"""Deliberate faults, one at a time: is each caught by a test? ``python -m tests.mutations`` (or ``make mutations``) tries them.
+
+Each fault replaces a piece of text that occurs once in the package, in a copy of it, and runs the tests that are to catch it. What
+no test catches is printed as SURVIVED, and the program ends with 1. ``--only WORD`` tries those whose name has the word in it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import concurrent.futures
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@dataclass(frozen=True)
+class Mutation:
+    """A fault.
+
+    Parameters
+    ----------
+    name
+        What is wrong.
+    file
+        In the package.
+    old, new
+        The text, which occurs once, and what stands in its place.
+    tests
+        Arguments for pytest that choose the tests which are to fail.
+    """
+
+    name: str
+    file: str
+    old: str
+    new: str
+    tests: tuple[str, ...]
+
+
+GRADCHECK = ("tests/test_implicit.py", "-k", "test_gradcheck")
+GRADGRADCHECK = ("tests/test_implicit.py", "-k", "test_gradgradcheck")
+CONFORMANCE = "tests/linear/test_conformance.py"
+GUARDS = "tests/test_guard_rails.py"
+LINEAR = "tests/test_linear_solve.py"
+IMAML = "tests/meta/test_imaml.py"
+
+
+def matrix(*names: str, columns: str = "float64") -> tuple[str, ...]:
+    """Choose rows of the matrix by words in their names."""
+    return ("tests/transforms/test_matrix.py", "-k", f"({' or '.join(names)}) and {columns}")
+
+
+def cells(row: str, *columns: str) -> tuple[str, ...]:
+    """Choose cells of the matrix by the row's group and name, and the columns."""
+    return tuple(f"tests/transforms/test_matrix.py::test_cell[{row}-{column}]" for column in columns)
+
+
+MUTATIONS = (
+    # The differentiation rule.
+    Mutation(
+        "the adjoint's sign", "_implicit.py",
+        "linearization.pullback(-adjoint.reshape(rhs.shape))", "linearization.pullback(adjoint.reshape(rhs.shape))",
+        GRADCHECK,
+    ),
+    Mutation(
+        "the adjoint's matrix not transposed", "_implicit.py",
+        "rule.solve_linear(linearization.operator.T, rhs,", "rule.solve_linear(linearization.operator, rhs,", GRADCHECK,
+    ),
+    Mutation(
+        "the adjoint's matrix not transposed, in second derivatives", "_implicit.py",
+        "q = LinearSolve.apply(rule, True, cotangent,", "q = LinearSolve.apply(rule, False, cotangent,", GRADGRADCHECK,
+    ),
+    Mutation(
+        "the adjoint's sign, in second derivatives", "_implicit.py",
+        "vjp(residual, *chosen)[1](-q)", "vjp(residual, *chosen)[1](q)", GRADGRADCHECK,
+    ),
+    Mutation(
+        "the tangent's sign", "_implicit.py",
+        "LinearSolve.apply(rule, False, -pushed,", "LinearSolve.apply(rule, False, pushed,", matrix("jvp-"),
+    ),
+    Mutation(
+        "the matrix not transposed in the linear solve's own adjoint", "_implicit.py",
+        "LinearSolve.apply(rule, not ctx.transposed, cotangent,", "LinearSolve.apply(rule, ctx.transposed, cotangent,",
+        GRADGRADCHECK,
+    ),
+    Mutation(
+        "left and right exchanged in the derivative of a matrix", "_implicit.py",
+        "left, right = (z, b_bar) if ctx.transposed else (b_bar, z)", "left, right = (b_bar, z) if ctx.transposed else (z, b_bar)",
+        GRADGRADCHECK,
+    ),
+    Mutation(
+        "a detached term: how the matrix changes with the solution", "_implicit.py",
+        "wanted = ctx.needs_input_grad[3:]", "wanted = (False, *ctx.needs_input_grad[4:])", GRADGRADCHECK,
+    ),
+    Mutation(
+        "a detached term: how the matrix changes with the solution, forward", "_implicit.py",
+        "change = change - _push(pull, z, directions)", "_push(pull, z, directions)", matrix("jvp-", "hessian-"),
+    ),
+    Mutation(
+        "repeated right-hand sides not in front of a lifted batch", "_implicit.py",
+        "_front(rhs, in_dims[2], size).movedim(0, at)", "_front(rhs, in_dims[2], size)",
+        cells("Two transforms, vmap of jacrev", "root, single, float64", "root, batch, float64"),
+    ),
+    Mutation(
+        "a mean for a sum over the problems that share a tensor", "_system.py",
+        "torch.autograd.grad(self.residual, wanted, q, retain_graph", "torch.autograd.grad(self.residual, wanted, q / len(q), retain_graph",
+        cells("Plain autograd, .backward()", "argmin, batch, float64", "root, batch, float64"),
+    ),
+    Mutation(
+        "a mean for a sum over the batch's objectives", "_system.py",
+        "self.outputs(point, *tensors).sum())(x)", "self.outputs(point, *tensors).mean())(x)", matrix("jacrev-", "hessian-"),
+    ),
+    Mutation(
+        "batch norm through vmap of grad, which torch differentiates wrongly from outside", "_system.py",
+        "return grad(lambda point: self.outputs(point, *tensors).sum())(x)",
+        "return self.lifted(lambda p, *t: grad(lambda at: self.output(at, *t))(p))(x, *tensors)",
+        ("tests/test_implicit.py", "-k", "batch_norm"),
+    ),
+    Mutation(
+        "norms left to torch, whose third derivatives are wrong", "_norms.py",
+        "return _WRITTEN.get(func, func)(*args, **(kwargs or {}))", "return func(*args, **(kwargs or {}))",
+        ("tests/test_implicit.py", "-k", "norm"),
+    ),
+    Mutation(
+        "the Hessian taken at zero", "_system.py",
+        "lambda: self._dense(at)[1]", "lambda: self._dense(torch.zeros_like(at))[1]", ("tests/test_implicit.py", "-k", "test_gradcheck or quartic"),
+    ),
+    Mutation(
+        "two thirds of the curvature, as Gauss–Newton has of a quartic", "_system.py",
+        "operator = HessianOperator(residual, point)", "operator = HessianOperator(2 * residual / 3, point)",
+        ("tests/test_implicit.py", "-k", "quartic"),
+    ),
+    Mutation(
+        "only the diagonal blocks of a pytree", "_system.py",
+        "matrix = matrix.detach().reshape(self.batch, n, n)",
+        "matrix = matrix.detach().reshape(self.batch, n, n) * torch.block_diag(*[matrix.new_ones(s.numel(), s.numel()) for s in self.system.raveler.shapes])",
+        ("tests/test_acceptance.py", "-k", "coupled"),
+    ),
+    Mutation(
+        "the axes of nested batches in the wrong order", "_system.py",
+        "zip(reversed(self.system.levels), reversed(position), strict=True)", "zip(reversed(self.system.levels), position, strict=True)",
+        ("tests/test_acceptance.py", "-k", "nested"),
+    ),
+    Mutation(
+        "float32 everywhere", "_tree.py",
+        "dtype = leaves[0].dtype\n", "dtype = torch.float32\n", ("tests/test_implicit.py", "-k", "dtypes or float64_data"),
+    ),
+    Mutation(
+        "forward mode twice let through", "_layer.py",
+        "if forward_levels(tensors) > 1:", "if forward_levels(tensors) > 9:", cells("Two transforms, jvp of jvp", "argmin, single, float64"),
+    ),
+    Mutation(
+        "the compiler let in", "_transforms.py",
+        "    disabled: list[Callable[P, T]] = []", "    return function\n    disabled: list[Callable[P, T]] = []",
+        matrix("compile", columns="float64 and argmin"),
+    ),
+    Mutation(
+        "batched tangents of the older vmap unseen", "_transforms.py",
+        "        if not some:\n            return jvp(ctx, *tangents)", "        if True:\n            return jvp(ctx, *tangents)",
+        matrix("strategy"),
+    ),
+    Mutation(
+        "solvers under autocast", "_transforms.py",
+        "with autocasting(arg.device, None):", "with contextlib.nullcontext():", (GUARDS, "-k", "autocast"),
+    ),
+    # Guard rails.
+    Mutation(
+        "captured tensors not looked for", "_system.py",
+        "if captures and reaches_another_leaf(output, (point,)):", "if False:", (GUARDS, "-k", "captures_in_layers"),
+    ),
+    Mutation(
+        "captured tensors of transforms not looked for", "_layer.py",
+        "            if carries_gradient(output):", "            if False:", (GUARDS, "-k", "captures_in_layers"),
+    ),
+    Mutation(
+        "captured dual numbers not looked for", "_transforms.py",
+        "    if forward_ad._current_level >= 0:\n        return True\n", "", (GUARDS, "-k", "captures_in_layers and dual"),
+    ),
+    Mutation(
+        "randomness not looked for", "_system.py",
+        "        if not agreed:\n", "        if False:\n", (GUARDS, "-k", "randomness_in_layers"),
+    ),
+    Mutation(
+        "randomness looked for with two throws", "_system.py", "_MORE_THROWS = 12", "_MORE_THROWS = 0",
+        (GUARDS, "-k", "randomness_in_layers"),
+    ),
+    Mutation(
+        "changes in place not looked for", "_system.py",
+        "if versions != self._versions():", "if False:", ("tests/test_failures.py", "-k", "running_statistics"),
+    ),
+    Mutation(
+        "an init that requires grad let through", "_layer.py",
+        "if any(carries_gradient(leaf) for leaf in leaves):", "if False:", ("tests/test_failures.py", "-k", "init_that"),
+    ),
+    Mutation(
+        "captures of the outer objective not looked for", "_outer.py",
+        "    if not reaches_another_leaf(loss, (*outer, *known)):\n        return False\n", "    if True:\n        return False\n",
+        (GUARDS, "-k", "outer_objective_get"),
+    ),
+    Mutation(
+        "an outer objective that draws let through", "_outer.py",
+        "if self._dice.thrown():", "if False:", (GUARDS, "-k", "randomness_in_problems"),
+    ),
+    Mutation(
+        "disconnected outer tensors not looked for", "_outer.py",
+        "if asked and not seen]", "if False]", (GUARDS, "-k", "disconnected"),
+    ),
+    Mutation(
+        "any function taken for a linear one", "_system.py", "if bool(wrong > doubt * size):", "if False:",
+        (LINEAR, "-k", "not_linear"),
+    ),
+    # Linear solvers.
+    Mutation(
+        "right-hand sides below 1e-8 taken for zero", "linear/_base.py",
+        "usable = finite & (scale > 0)", "usable = finite & (scale > 1e-8)", ("tests/test_implicit.py", "-k", "tiny_and_huge"),
+    ),
+    Mutation(
+        "a zero right-hand side divided by its size", "linear/_base.py",
+        "    scale = torch.where(usable, scale, torch.ones_like(scale))\n", "    unit = rhs / scale\n    scale = torch.where(scale > 0, scale, scale / scale)\n",
+        (CONFORMANCE, "-k", "zero_on_the_right"),
+    ),
+    Mutation(
+        "a relative tolerance of 1", "linear/_base.py",
+        "target.relative * norm, target.absolute", "1.0 * norm, target.absolute", (CONFORMANCE, "-k", "positive_definite"),
+    ),
+    Mutation(
+        "a stopping rule of the batch's mean", "linear/_base.py",
+        "reached = residual_norm <= threshold\n    if", "reached = (residual_norm.mean() <= threshold.mean()).expand_as(residual_norm)\n    if",
+        (CONFORMANCE, "-k", "one_slow_problem"),
+    ),
+    Mutation(
+        "normal equations", "linear/_base.py",
+        "solution = solver.solve(operator, unit, threshold,",
+        "from bilevel.operators import FunctionOperator as F\n        solution = solver.solve(F(lambda v: operator.rmatvec(operator.matvec(v)), unit, symmetric=True), operator.rmatvec(unit), threshold,",
+        (CONFORMANCE, "-k", "wastes_no_product or ill_conditioned"),
+    ),
+    Mutation(
+        "a wasted first product", "linear/_base.py",
+        "return torch.zeros_like(rhs), rhs\n", "return torch.zeros_like(rhs), rhs - operator.matvec(torch.zeros_like(rhs))\n",
+        (CONFORMANCE, "-k", "wastes_no_product"),
+    ),
+    Mutation(
+        "a start used however bad", "linear/_base.py",
+        "better = (residual.norm(dim=-1) < rhs.norm(dim=-1)).unsqueeze(-1)", "better = torch.ones_like(rhs[:, :1], dtype=torch.bool)",
+        (CONFORMANCE, "-k", "a_good_start"),
+    ),
+    Mutation(
+        "an answer beyond the largest number called solved", "linear/_base.py",
+        "beyond = (status == Status.CONVERGED) & ~torch", "beyond = (status != status) & ~torch",
+        ("tests/linear/test_base.py", "-k", "beyond"),
+    ),
+    Mutation(
+        "the next direction from the old residual", "linear/cg.py",
+        "p = torch.addcmul(z, beta.unsqueeze(-1), p)", "p = torch.addcmul(z + alpha * Ap, beta.unsqueeze(-1), p)",
+        ("tests/linear/test_cg.py", "-k", "new_residual"),
+    ),
+    Mutation(
+        "the recursive residual alone", "linear/cg.py",
+        "                    true = rhs - operator.matvec(x)\n", "                    true = r\n", (CONFORMANCE, "tests/linear/test_cg.py", "-k", "true_residual"),
+    ),
+    Mutation(
+        "negative curvature stepped over", "linear/cg.py",
+        "curved = active & (quotient > tiny * largest)", "curved = active & (quotient == quotient)", (CONFORMANCE, "-k", "negative_curvature"),
+    ),
+    Mutation(
+        "residuals not kept orthogonal in float32", "linear/cg.py",
+        "else eps > 1e-12", "else False", (CONFORMANCE, "-k", "float32_cg"),
+    ),
+    Mutation(
+        "the preconditioner dropped", "linear/cg.py",
+        "precondition = self.preconditioner\n", "precondition = None\n", (CONFORMANCE, "-k", "preconditioner_is_used"),
+    ),
+    Mutation(
+        "GMRES's preconditioner not undone", "linear/gmres.py",
+        "update = self.preconditioner(update)", "pass", (CONFORMANCE, "-k", "preconditioner_is_used"),
+    ),
+    Mutation(
+        "a singular matrix not noticed", "linear/exact.py",
+        "singular = eigenvalues.abs().amin(-1) <= smallest * largest\n", "singular = eigenvalues.abs().amin(-1) < 0 * largest\n",
+        (CONFORMANCE, "-k", "singular_matrix"),
+    ),
+    Mutation(
+        "a borrowed factorisation trusted", "linear/exact.py",
+        "            if good:\n", "            if True:\n", ("tests/test_implicit.py", "-k", "borrowed"),
+    ),
+    Mutation(
+        "a Neumann series without its step", "linear/neumann.py",
+        "x + alpha * r, x)", "x + r, x)", (CONFORMANCE, "-k", "neumann"),
+    ),
+    # Operators.
+    Mutation(
+        "a transposed operator", "operators.py",
+        "        return _pull(*self._transposed_pass, v)", "        return _pull(self._residual, self._point, v)",
+        ("tests/test_operators.py", "-k", "products"),
+    ),
+    Mutation(
+        "repeated matrices in the wrong order", "operators.py",
+        "return self._base.dense().repeat(self._repeats, 1, 1)", "return self._base.dense().repeat_interleave(self._repeats, 0)",
+        ("tests/test_operators.py", "-k", "products"),
+    ),
+    Mutation(
+        "damping left out of the transpose", "operators.py",
+        "return self.base.rmatvec(v) + self.damping * v", "return self.base.rmatvec(v)", ("tests/test_operators.py", "-k", "products"),
+    ),
+    # Inner solvers.
+    Mutation(
+        "a batch mask dropped: what has ended goes on", "solvers/_base.py",
+        "_merge(active & ~ended_badly, new, state)", "_merge(~ended_badly, new, state)", ("tests/solvers/test_base.py",),
+    ),
+    Mutation(
+        "a stopping rule of the batch's largest residual", "solvers/_base.py",
+        "outcome = torch.where(norm <= threshold, torch", "outcome = torch.where((norm <= threshold).all(), torch", ("tests/solvers/test_base.py",),
+    ),
+    Mutation(
+        "a solver's claim believed", "solvers/_base.py",
+        "believed = (noticed == Status.CONVERGED) & ~reached", "believed = (noticed == Status.CONVERGED) & False", ("tests/solvers/test_base.py",),
+    ),
+    Mutation(
+        "a saddle taken for a minimum", "solvers/newton.py",
+        "status=torch.where(doubtful & saddle,", "status=torch.where(doubtful & ~doubtful,", ("tests/solvers/test_newton.py", "-k", "saddle or maximum"),
+    ),
+    Mutation(
+        "the second loop of L-BFGS adds where it should take away", "solvers/lbfgs.py",
+        "(share - (inverse", "(share + (inverse", ("tests/solvers/test_lbfgs.py", "-k", "inverse_hessian"),
+    ),
+    Mutation(
+        "momentum left out", "solvers/gradient_descent.py",
+        "self.momentum * state.momentum + state.residual if", "0 * state.momentum + state.residual if", ("tests/test_acceptance.py", "-k", "heavy_ball"),
+    ),
+    # Calls, policies, problems.
+    Mutation(
+        "a failed backward solve never looked at", "_layer.py",
+        "shaped = enforce(report, shaped, layer.on_failure,", "shaped = shaped if report else enforce(report, shaped, layer.on_failure,",
+        ("tests/test_failures.py", "-k", "test_backward_failures"),
+    ),
+    Mutation(
+        "a failed backward solve raised though it was asked not to be", "_layer.py",
+        "shaped = enforce(report, shaped, layer.on_failure,", 'shaped = enforce(report, shaped, "raise",', ("tests/test_failures.py", "-k", "test_backward_failures"),
+    ),
+    Mutation(
+        "one failed problem spoils its batch", "reports.py",
+        'torch.where(failed.unsqueeze(-1), torch.full_like(x, float("nan")), x)', 'torch.full_like(x, float("nan"))',
+        ("tests/test_failures.py", "-k", "one_failed_problem"),
+    ),
+    Mutation(
+        "the adjoint's warm start lost", "_layer.py",
+        "None if kept is None else kept.start(rhs))", "None)", ("tests/test_problem.py", "-k", "warm_starts_of"),
+    ),
+    Mutation(
+        "the adjoint not kept", "_layer.py",
+        "kept = layer.adjoint if primary else None", "kept = None", ("tests/test_problem.py", "-k", "closed_form"),
+    ),
+    Mutation(
+        "the inner warm start lost", "problem.py", "self._last = last\n", "self._last = None\n", ("tests/test_problem.py", "-k", "warm_starts_of"),
+    ),
+    Mutation(
+        "a sum for a mean over a batch of problems", "problem.py",
+        "value = self._outer_losses(solution.value, theta, data).mean()", "value = self._outer_losses(solution.value, theta, data).sum()",
+        ("tests/test_problem.py", "-k", "mean_of_its_members"),
+    ),
+    Mutation(
+        "the outer value corrected the wrong way", "problem.py",
+        "corrected = value.detach() - (q", "corrected = value.detach() + (q", ("tests/test_problem.py", "-k", "certified_bound"),
+    ),
+    Mutation(
+        "a bound without the inner error", "certificates/_bounds.py",
+        "return Split.of((l_f + l_h * size) * epsilon / mu, r_lin / mu)", "return Split.of(0 * epsilon, r_lin / mu)", ("tests/test_problem.py", "-k", "inner_error_alone"),
+    ),
+    # iMAML.
+    Mutation(
+        "the proximal term without its half", "meta/imaml.py",
+        "return fit + 0.5 * lam * torch.dot(away, away)", "return fit + lam * torch.dot(away, away)", (IMAML, "-k", "quadratic_tasks"),
+    ),
+    Mutation(
+        "the sum of the tasks' losses", "meta/imaml.py",
+        "loss = torch.cat(losses).mean()", "loss = torch.cat(losses).sum()", (IMAML, "-k", "quadratic_tasks"),
+    ),
+    Mutation(
+        "adaptation that begins at zero", "meta/imaml.py",
+        "{name: value.detach().expand(count", "{name: torch.zeros_like(value).expand(count", (IMAML, "-k", "steps_of_the_paper"),
+    ),
+    Mutation(
+        "the query's loss on the support", "meta/imaml.py",
+        'vmap(functools.partial(self._judge, data["fixed"]))(adapted, data["query"])', 'vmap(functools.partial(self._judge, data["fixed"]))(adapted, data["support"])',
+        (IMAML, "-k", "quadratic_tasks"),
+    ),
+    Mutation(
+        "the released code's procedure for the paper's: 2v + Hv/12 in place of v + Hv/2", "meta/imaml.py",
+        'if mode == "released":', "if True:", (IMAML, "-k", "steps_of_the_paper"),
+    ),
+    Mutation(
+        "the paper's linear system for the released code's", "meta/released.py",
+        "shift = (1 + self.c) * (self.lam + self.d) - self.lam", "shift = 0.0", (IMAML, "-k", "released_procedure"),
+    ),
+    # The fault after the linear layer.
+    Mutation(
+        "the linear layer's right-hand side taken for a constant", "_linear_layer.py",
+        "run.look), False, flat, point,", "run.look), False, flat.detach(), point,", (LINEAR, "-k", "gradcheck"),
+    ),
+    Mutation(
+        "the linear layer's matrix transposed", "_linear_layer.py",
+        "run.look), False, flat, point,", "run.look), True, flat, point,", (LINEAR, "-k", "test_the_grid and triangular and default"),
+    ),
+)  # fmt: skip
+
+
+def duplicate(source: Path, copy: Path) -> None:
+    """Copy what the tests need."""
+    for name in ("bilevel", "tests", "docs"):
+        shutil.copytree(source / name, copy / name, ignore=shutil.ignore_patterns("__pycache__", "_build"))
+    shutil.copy(source / "pyproject.toml", copy)
+
+
+def attempt(mutation: Mutation, source: Path) -> tuple[bool, str, float]:
+    """Return whether the tests caught a fault, the last line that they printed, and how long they took."""
+    began = time.monotonic()
+    with tempfile.TemporaryDirectory(prefix="mutation-") as folder:
+        copy = Path(folder)
+        duplicate(source, copy)
+        file = copy / "bilevel" / mutation.file
+        file.write_text(file.read_text().replace(mutation.old, mutation.new, 1))
+        environment = os.environ | {"PYTHONPATH": str(copy), "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
+        command = [sys.executable, "-m", "pytest", "-q", "-x", "--no-header", "--tb=line", "-p", "no:cacheprovider"]
+        ended = subprocess.run(
+            [*command, *mutation.tests], cwd=copy, env=environment, capture_output=True, text=True, timeout=600
+        )
+    last = (ended.stdout.strip().splitlines() or [""])[-1]
+    # 1: tests failed. Anything else, such as 5 for no tests found, is no proof of anything.
+    return (
+        ended.returncode == 1,
+        last if ended.returncode in (0, 1) else f"pytest ended with {ended.returncode}: {last}",
+        (time.monotonic() - began),
+    )
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="Try deliberate faults against the tests.")
+    parser.add_argument("--only", default="", metavar="WORD", help="those whose name has this in it")
+    parser.add_argument("--jobs", type=int, default=2, help="how many at a time")
+    options = parser.parse_args()
+    chosen = [mutation for mutation in MUTATIONS if options.only in mutation.name]
+    survivors = []
+    # One copy for all, so that nothing that is edited meanwhile gets in.
+    with tempfile.TemporaryDirectory() as source, concurrent.futures.ThreadPoolExecutor(options.jobs) as pool:
+        duplicate(ROOT, Path(source))
+        attempts = pool.map(lambda mutation: attempt(mutation, Path(source)), chosen)
+        for mutation, (killed, last, seconds) in zip(chosen, attempts, strict=True):
+            verdict = "killed  " if killed else "SURVIVED"
+            print(f"{verdict}  {mutation.file:28}  {mutation.name}  [{last}; {seconds:.0f} s]", flush=True)
+            survivors += [] if killed else [mutation]
+    print(f"{len(chosen) - len(survivors)} of {len(chosen)} faults were caught")
+    return 1 if survivors else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,490 @@
+"""What would make a gradient silently wrong or missing, put into every entry point, in every mode of differentiation."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.autograd import forward_ad
+from torch.func import grad, jacfwd, jvp, vmap
+
+import bilevel
+from bilevel import Status
+
+F64 = torch.float64
+ZERO, ONE = torch.zeros(2, dtype=F64), torch.ones(2, dtype=F64)
+NAN, INF = float("nan"), float("inf")
+Extra = Callable[[torch.Tensor], torch.Tensor]
+NOTHING: Extra = torch.zeros_like
+
+
+# Layers, as functions of θ, with a fault in what they are given to solve.
+
+
+def requires_grad() -> torch.Tensor:
+    return ONE.clone().requires_grad_(True)
+
+
+def argmin(extra: Extra, start: torch.Tensor = ZERO, **how: Any) -> Callable[[torch.Tensor], torch.Tensor]:
+    layer = bilevel.argmin(lambda x, a: ((x - a) ** 2).sum() + 0.1 * extra(x).sum(), **how)
+    return lambda a: layer(start, a)
+
+
+def root(extra: Extra, start: torch.Tensor = ZERO, **how: Any) -> Callable[[torch.Tensor], torch.Tensor]:
+    layer = bilevel.root(lambda x, a: x - a + 0.1 * extra(x), **how)
+    return lambda a: layer(start, a)
+
+
+def fixed_point(extra: Extra, start: torch.Tensor = ZERO, **how: Any) -> Callable[[torch.Tensor], torch.Tensor]:
+    layer = bilevel.fixed_point(lambda x, a: 0.3 * x + a + 0.1 * extra(x), **how)
+    return lambda a: layer(start, a)
+
+
+def linear_solve(extra: Extra, start: torch.Tensor = ZERO, **how: Any) -> Callable[[torch.Tensor], torch.Tensor]:
+    layer = bilevel.linear_solve(lambda x, a: 2 * x + 0 * a * x + 0.1 * extra(x), **how)
+    return lambda a: layer(a, a)
+
+
+LAYERS = {make.__name__: make for make in (argmin, root, fixed_point, linear_solve)}
+layers = pytest.mark.parametrize("make", LAYERS.values(), ids=LAYERS)
+
+
+# Problems, as functions of their data that return a gradient, with a fault in the inner and in the outer objective.
+
+
+class Plain(bilevel.BilevelProblem):
+    def __init__(self, inner: Extra, outer: Extra, **how: Any) -> None:
+        super().__init__(**how)
+        self.inner, self.outer = inner, outer
+
+    def inner_objective(self, x, a, data):
+        return ((x - a) ** 2).sum() + (x * data).sum() + 0.1 * self.inner(x).sum()
+
+    def outer_objective(self, x, a, data):
+        return (x**2).sum() + 0.1 * self.outer(x).sum()
+
+
+def forward(inner: Extra, outer: Extra, data: torch.Tensor = ONE, **how: Any) -> torch.Tensor:
+    a = requires_grad()
+    Plain(inner, outer, **how)(a, data, init=ZERO).backward()
+    return a.grad
+
+
+def forward_under_grad(inner: Extra, outer: Extra, data: torch.Tensor = ONE, **how: Any) -> torch.Tensor:
+    return grad(lambda a: Plain(inner, outer, **how)(a, data, init=ZERO))(ONE)
+
+
+def hypergradient(inner: Extra, outer: Extra, data: torch.Tensor = ONE, **how: Any) -> torch.Tensor:
+    return Plain(inner, outer, **how).hypergradient(ONE, data, init=ZERO).grad
+
+
+def batch(inner: Extra, outer: Extra, data: torch.Tensor = ONE, **how: Any) -> torch.Tensor:
+    problem = Plain(inner, outer, batch_dims=0, **how)
+    return problem.hypergradient(ONE, data.repeat(3, 1), init=torch.zeros(3, 2, dtype=F64)).grad
+
+
+def _tuning(inner: Extra, outer: Extra, **how: Any) -> bilevel.HyperparameterOptimization:
+    return bilevel.HyperparameterOptimization(
+        lambda x, a, data: ((x - a) ** 2).sum() + (x * data).sum() + 0.1 * inner(x).sum(),
+        lambda x, data: (x**2).sum() + 0.1 * outer(x).sum(),
+        ONE, ZERO, **how,
+    )  # fmt: skip
+
+
+def tuning(inner: Extra, outer: Extra, data: torch.Tensor = ONE, **how: Any) -> torch.Tensor:
+    problem = _tuning(inner, outer, **how)
+    problem(data).backward()
+    return problem.hyperparameters.grad
+
+
+def tuning_hypergradient(inner: Extra, outer: Extra, data: torch.Tensor = ONE, **how: Any) -> torch.Tensor:
+    return _tuning(inner, outer, **how).hypergradient(data).grad
+
+
+PROBLEMS = {
+    "BilevelProblem, backward": forward,
+    "BilevelProblem, torch.func.grad": forward_under_grad,
+    "BilevelProblem.hypergradient": hypergradient,
+    "BilevelProblem.hypergradient, batch": batch,
+    "HyperparameterOptimization, backward": tuning,
+    "HyperparameterOptimization.hypergradient": tuning_hypergradient,
+}
+problems = pytest.mark.parametrize("use", PROBLEMS.values(), ids=PROBLEMS)
+
+
+class Shift(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.w = nn.Parameter(ONE.clone())
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self.w
+
+
+def imaml(extra: Extra, support: torch.Tensor = ONE, query: torch.Tensor = ONE, *, whole: bool = False) -> torch.Tensor:
+    """Return the gradient of two tasks, by backward, or by hypergradient if ``whole``."""
+    learner = bilevel.IMAML(Shift(), lambda made, y: ((made - y) ** 2).mean() + 0.1 * extra(made).sum())
+    batch = tuple(t.expand(2, 3, 2) for t in (support, ONE, query, ONE))
+    if whole:
+        return learner.hypergradient(batch).grad["parameters"]["w"]
+    learner(batch).backward()
+    return learner.model.w.grad
+
+
+whole = pytest.mark.parametrize("whole", [False, True], ids=["backward", "hypergradient"])
+
+
+def test_without_a_fault_everything_works() -> None:
+    for make in LAYERS.values():
+        assert bool(torch.isfinite(grad(lambda a, make=make: make(NOTHING)(a).sum())(ONE)).all())
+    for use in PROBLEMS.values():
+        torch.testing.assert_close(use(NOTHING, NOTHING), ONE)
+    for way in (False, True):
+        assert bool(torch.isfinite(imaml(NOTHING, whole=way)).all())
+
+
+# Captures.
+
+
+def dual(make: Any) -> torch.Tensor | None:
+    with forward_ad.dual_level():
+        c = forward_ad.make_dual(ONE.clone(), ONE)
+        return forward_ad.unpack_dual(make(lambda x: c * x)(ONE)).tangent
+
+
+def test_arguments_that_are_dual_numbers_are_no_captures() -> None:
+    for make in LAYERS.values():
+        with forward_ad.dual_level():
+            a = forward_ad.make_dual(torch.ones(3, 2, dtype=F64), torch.ones(3, 2, dtype=F64))
+            pushed = forward_ad.unpack_dual(vmap(make(NOTHING))(a)).tangent
+        alone = jvp(make(NOTHING), (ONE,), (ONE,))[1]
+        torch.testing.assert_close(pushed, alone.expand(3, 2))
+
+
+CAPTURES: dict[str, Callable[[Any], Any]] = {
+    "requires grad": lambda make: (lambda c: make(lambda x: c * x)(ONE))(requires_grad()),
+    "grad": lambda make: grad(lambda c: make(lambda x: c * x)(ONE).sum())(ONE),
+    "grad, of another argument inside": lambda make: grad(
+        lambda c: grad(lambda a: make(lambda x: c * x)(a).sum())(ONE).sum()
+    )(ONE),
+    "jvp": lambda make: jvp(lambda c: make(lambda x: c * x)(ONE), (ONE,), (ONE,)),
+    "dual numbers": dual,
+    "vmap": lambda make: vmap(lambda c: make(lambda x: c * x)(ONE))(torch.ones(3, 2, dtype=F64)),
+    "jacfwd of vmap": lambda make: jacfwd(lambda c: vmap(make(lambda x: c * x))(torch.ones(3, 2, dtype=F64)))(ONE),
+}
+
+
+@layers
+@pytest.mark.parametrize("how", CAPTURES)
+def test_captures_in_layers(make: Any, how: str) -> None:
+    with pytest.raises(bilevel.CapturedTensorError, match="pass it as an argument"):
+        CAPTURES[how](make)
+
+
+@problems
+def test_captures_in_the_inner_objective(use: Any) -> None:
+    c = requires_grad()
+    with pytest.raises(bilevel.CapturedTensorError, match="pass it as an argument"):
+        use(lambda x: c * x, NOTHING)
+    if use is not hypergradient:
+        with pytest.raises(bilevel.CapturedTensorError):
+            grad(lambda c: Plain(lambda x: c * x, NOTHING)(ONE, ONE, init=ZERO))(ONE)
+
+
+@whole
+def test_captures_in_the_loss_of_imaml(whole: bool) -> None:
+    c = requires_grad()
+    with pytest.raises(bilevel.CapturedTensorError, match="pass it as an argument"):
+        imaml(lambda x: c * x, whole=whole)
+
+
+def test_captures_in_the_outer_objective_get_their_gradient_or_are_refused() -> None:
+    # Calling a problem is ordinary torch code in the caller's graph: there the tensor receives what it should.
+    c = torch.tensor([2.0, 3.0], dtype=F64, requires_grad=True)
+    a = requires_grad()
+    Plain(NOTHING, lambda x: c * x)(a, ONE, init=ZERO).backward()
+    solution = a.detach() - 0.5
+    torch.testing.assert_close(c.grad, 0.1 * solution)
+    torch.testing.assert_close(a.grad, 2 * solution + 0.1 * c.detach())
+    found = grad(lambda c: Plain(NOTHING, lambda x: c * x)(ONE, ONE, init=ZERO))(c.detach())
+    torch.testing.assert_close(found, 0.1 * solution)
+    # A hypergradient is that of outer alone.
+    for use in (hypergradient, batch, tuning_hypergradient):
+        with pytest.raises(bilevel.CapturedTensorError, match="outer_objective reaches one through its closure"):
+            use(NOTHING, lambda x: c * x)
+        with pytest.warns(bilevel.FailureWarning, match="outer_objective"):
+            torch.testing.assert_close(
+                use(NOTHING, lambda x: c * x, on_failure="warn"), 2 * solution + 0.1 * c.detach()
+            )
+        assert bool(torch.isnan(use(NOTHING, lambda x: c * x, on_failure="nan")).all())
+    # Data that has a graph of its own is no capture.
+    data = requires_grad()
+    torch.testing.assert_close(hypergradient(NOTHING, NOTHING, 1.0 * data), ONE)
+
+
+# Randomness.
+
+
+def dropout(x: torch.Tensor) -> torch.Tensor:
+    return torch.nn.functional.dropout(x, 0.5)
+
+
+def noise(x: torch.Tensor) -> torch.Tensor:
+    return x * torch.randn_like(x)
+
+
+@layers
+@pytest.mark.parametrize("extra", [dropout, noise])
+@pytest.mark.parametrize("seed", range(4))
+def test_randomness_in_layers(make: Any, extra: Extra, seed: int) -> None:
+    # Two throws of a coin for each of two entries agree one time in four: this must not be left to chance.
+    torch.manual_seed(seed)
+    with pytest.raises(bilevel.StochasticObjectiveError, match="deterministic"):
+        make(extra)(ONE)
+    with pytest.raises(bilevel.StochasticObjectiveError, match="deterministic"):
+        vmap(make(extra))(torch.ones(3, 2, dtype=F64))
+    with pytest.raises(bilevel.StochasticObjectiveError, match="deterministic"):
+        vmap(grad(lambda a: make(extra)(a).sum()))(torch.ones(3, 2, dtype=F64))
+
+
+@layers
+def test_random_numbers_that_change_nothing_are_no_randomness(make: Any) -> None:
+    assert bool(torch.isfinite(make(lambda x: 0 * torch.rand_like(x).sum() * x)(ONE)).all())
+
+
+@problems
+@pytest.mark.parametrize("where", ["inner", "outer"])
+@pytest.mark.parametrize("on_failure", ["raise", "warn", "nan"])
+def test_randomness_in_problems(use: Any, where: str, on_failure: str) -> None:
+    functions = (dropout, NOTHING) if where == "inner" else (NOTHING, dropout)
+    if on_failure == "raise":
+        with pytest.raises(bilevel.StochasticObjectiveError, match="dropout off"):
+            use(*functions)
+        return
+    if where == "inner":
+        return  # tests of layers
+    if on_failure == "warn":
+        with pytest.warns(bilevel.FailureWarning, match="outer_objective to be deterministic"):
+            use(*functions, on_failure="warn")
+    else:
+        assert bool(torch.isnan(use(*functions, on_failure="nan")).all())
+
+
+@whole
+def test_randomness_in_imaml(whole: bool) -> None:
+    with pytest.raises(bilevel.StochasticObjectiveError, match="dropout off"):
+        imaml(dropout, whole=whole)
+
+
+# NaN and infinity.
+
+
+@layers
+@pytest.mark.parametrize("bad", [NAN, INF])
+def test_what_is_not_finite_going_in(make: Any, bad: float) -> None:
+    for call in (
+        lambda: make(lambda x: bad * x)(ONE),
+        lambda: make(NOTHING)(bad * ONE),
+        lambda: vmap(make(NOTHING))(torch.stack([ONE, bad * ONE])),
+        lambda: grad(lambda a: make(NOTHING)(a).sum())(bad * ONE),
+        *([] if make is linear_solve else [lambda: make(NOTHING, bad * ONE)(ONE)]),
+    ):
+        with pytest.raises(bilevel.SolveError) as caught:
+            call()
+        assert Status.NOT_FINITE in caught.value.report.status_code.flatten().tolist()
+
+
+@layers
+@pytest.mark.parametrize("bad", [NAN, INF])
+def test_what_is_not_finite_coming_back(make: Any, bad: float) -> None:
+    def backward(a: torch.Tensor) -> torch.Tensor:
+        a = a.clone().requires_grad_(True)
+        return torch.autograd.grad(make(NOTHING)(a), a, torch.tensor([bad, 1.0], dtype=F64))[0]
+
+    for call in (
+        lambda: backward(ONE),
+        lambda: grad(lambda a: (bad * make(NOTHING)(a)).sum())(ONE),
+        lambda: jvp(make(NOTHING), (ONE,), (bad * ONE,)),
+    ):
+        with pytest.raises(bilevel.SolveError, match="the backward solve") as caught:
+            call()
+        assert caught.value.report.status is Status.NOT_FINITE
+
+
+@layers
+def test_a_derivative_that_is_not_finite_at_a_finite_solution(make: Any) -> None:
+    # |0 x|^½ is zero everywhere, and its derivative 0 · ∞.
+    with pytest.raises(bilevel.SolveError) as caught:
+        grad(lambda a: make(lambda x: (0 * x).abs().sqrt())(a).sum())(ONE)
+    assert caught.value.report.status is Status.NOT_FINITE
+
+
+@problems
+@pytest.mark.parametrize("bad", [NAN, INF])
+def test_what_is_not_finite_in_problems(use: Any, bad: float) -> None:
+    for call in (
+        lambda: use(lambda x: bad * x, NOTHING),
+        lambda: use(NOTHING, lambda x: bad * x),
+        lambda: use(NOTHING, lambda x: (0 * x).abs().sqrt()),
+        lambda: use(NOTHING, NOTHING, bad * ONE),
+    ):
+        with pytest.raises(bilevel.SolveError, match=r"met a NaN or an infinity"):
+            call()
+
+
+@whole
+@pytest.mark.parametrize("where", ["support", "query", "loss"])
+def test_what_is_not_finite_in_imaml(whole: bool, where: str) -> None:
+    with pytest.raises(bilevel.SolveError, match=r"met a NaN or an infinity"):
+        if where == "loss":
+            imaml(lambda x: NAN * x, whole=whole)
+        else:
+            imaml(NOTHING, whole=whole, **{where: NAN * ONE})
+
+
+# Changes in place.
+
+
+@layers
+def test_tensors_changed_between_forward_and_backward(make: Any) -> None:
+    def change(which: str) -> None:
+        a = requires_grad()
+        given = 1.0 * a
+        x = make(NOTHING)(given)
+        with torch.no_grad():
+            (x if which == "solution" else given).mul_(2)
+        torch.autograd.grad(x.sum(), a)
+
+    for which in ("solution", "argument"):
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            change(which)
+
+
+@layers
+def test_functions_that_change_what_they_are_given(make: Any) -> None:
+    state = torch.zeros(2, dtype=F64)
+    with pytest.raises(bilevel.StochasticObjectiveError, match="deterministic"):
+        make(lambda x: state.add_(1.0) * x)(ONE)
+
+
+@problems
+def test_objectives_that_change_their_data(use: Any) -> None:
+    seen = torch.zeros(2, dtype=F64)
+
+    class Counting(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("seen", seen)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            self.seen.add_(1.0)
+            return 0 * x
+
+    # Inside a transform torch refuses to change what is captured, before anything of ours is reached.
+    words = "leave its arguments and buffers as they are|mutate a captured Tensor"
+    for faulty in ((NOTHING, Counting()), (Counting(), NOTHING)):
+        with pytest.raises((bilevel.StochasticObjectiveError, RuntimeError), match=words):
+            use(*faulty)
+
+
+def test_an_outer_objective_that_changes_its_data() -> None:
+    class Changing(Plain):
+        def outer_objective(self, x, a, data):
+            return (x**2).sum() + 0 * data.add_(1.0).sum()
+
+    for call in (
+        lambda: Changing(NOTHING, NOTHING)(requires_grad(), [ONE, ONE.clone()][1], init=ZERO),
+        lambda: Changing(NOTHING, NOTHING).hypergradient(ONE, ONE.clone(), init=ZERO),
+    ):
+        with pytest.raises((bilevel.StochasticObjectiveError, RuntimeError), match=r"in place|inplace"):
+            call()
+
+
+# Outer tensors that nothing leads to.
+
+
+class Two(Plain):
+    """Uses ``outer["a"]``, and ``outer["b"]`` only where it is told to."""
+
+    uses_b = ""
+
+    def inner_objective(self, x, outer, data):
+        extra = (outer["b"] * x).sum() if self.uses_b == "inner" else 0 * (outer["b"].detach() * x).sum()
+        return super().inner_objective(x, outer["a"], data) + extra
+
+    def outer_objective(self, x, outer, data):
+        return super().outer_objective(x, outer["a"], data) + (outer["b"].sum() if self.uses_b == "outer" else 0)
+
+
+@pytest.mark.parametrize("uses_b", ["", "inner", "outer"])
+@pytest.mark.parametrize("batch_dims", [None, 0])
+@pytest.mark.parametrize("way", ["forward", "hypergradient"])
+def test_a_disconnected_outer_tensor_is_named(uses_b: str, batch_dims: int | None, way: str) -> None:
+    data, init = (ONE, ZERO) if batch_dims is None else (torch.ones(3, 2, dtype=F64), torch.zeros(3, 2, dtype=F64))
+
+    def use(on_failure: str) -> Any:
+        problem = Two(NOTHING, NOTHING, batch_dims=batch_dims, on_failure=on_failure)
+        problem.uses_b = uses_b
+        outer = {"a": requires_grad(), "b": (0.5 * ONE).requires_grad_(True)}
+        if way == "hypergradient":
+            return problem.hypergradient(outer, data, init=init).grad
+        problem(outer, data, init=init).backward()
+        return {name: leaf.grad for name, leaf in outer.items()}
+
+    if uses_b:
+        assert bool((use("raise")["b"] != 0).all())
+        return
+    with pytest.raises(bilevel.ArgumentError, match=r"no graph leads to outer\['b'\]"):
+        use("raise")
+    with pytest.warns(bilevel.FailureWarning, match=r"outer\['b'\]"):
+        use("warn")
+    assert bool(torch.isnan(use("nan")["b"]).all()) or way == "forward"
+    found = use("ignore")
+    torch.testing.assert_close(found["a"], ONE)
+    assert bool((found["b"] == 0).all())
+
+
+def test_a_gradient_that_happens_to_be_zero_is_no_disconnection() -> None:
+    # At a = ½ the solution a − ½ is zero, and with it the gradient.
+    found = Plain(NOTHING, NOTHING).hypergradient(0.5 * ONE, ONE, init=ZERO).grad
+    assert float(found.abs().max()) < 1e-12
+
+
+def test_a_loss_that_nothing_leads_to() -> None:
+    class Blind(Plain):
+        def outer_objective(self, x, a, data):
+            return (data**2).sum()
+
+    for call in (
+        lambda: Blind(NOTHING, NOTHING)(requires_grad(), ONE, init=ZERO),
+        lambda: grad(lambda a: Blind(NOTHING, NOTHING)(a, ONE, init=ZERO))(ONE),
+        lambda: jvp(lambda a: Blind(NOTHING, NOTHING)(a, ONE, init=ZERO), (ONE,), (ONE,)),
+        lambda: Blind(NOTHING, NOTHING).hypergradient(ONE, ONE, init=ZERO),
+    ):
+        with pytest.raises(bilevel.ArgumentError, match="expected the outer loss to depend on outer"):
+            call()
+    with torch.no_grad():
+        Blind(NOTHING, NOTHING)(requires_grad(), ONE, init=ZERO)
+
+
+# Autocast.
+
+
+@pytest.mark.parametrize("make", [argmin, root, fixed_point])
+def test_solvers_compute_outside_autocast(make: Any) -> None:
+    # In bfloat16 the projections of GMRES and Anderson would lose all but two digits of float32.
+    n = 600
+    a = torch.linspace(-1, 1, n, requires_grad=True)
+    found, iterations = [], []
+    for enabled in (False, True):
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled), bilevel.record() as reports:
+            x = make(lambda x: x.sin().roll(1), torch.zeros(n))(a)
+            (slope,) = torch.autograd.grad(x.square().sum(), a)
+        found.append((x.detach(), slope))
+        iterations.append([int(report.iterations) for report in reports])
+        assert slope.dtype == torch.float32
+    torch.testing.assert_close(found[0], found[1], atol=0, rtol=0)
+    assert iterations[0] == iterations[1]

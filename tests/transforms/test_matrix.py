@@ -1,0 +1,64 @@
+"""Every transform of every kind of problem: right, or refused with the error that the row names. One test for each cell."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import pytest
+import torch
+from torch.utils import _pytree as pytree
+
+from .problems import COLUMNS, F64, Column
+from .rows import ROWS, Row
+from .table import PAGE, declared, rendered
+
+# What a residual at the default tolerance, eps^(3/4), leaves of digits: each derivative is one more solve with it.
+MARGIN = 20.0
+
+
+@functools.cache
+def expected(row: Row, kind: str, batched: bool) -> Any:
+    """Return what the oracle gives, in float64, shared by the dtypes."""
+    column = next(c for c in COLUMNS if (c.kind.name, c.batched, c.dtype) == (kind, batched, F64))
+    return (row.expect or row.run)(column, column.oracle, *column.inputs(F64))
+
+
+def outcome(row: Row, column: Column) -> str:
+    """Run a cell and return what became of it as :func:`declared` says it; raise if it is wrong."""
+    if row.needs_start and not column.kind.has_start:
+        return "none"
+    if row.refusal is not None and row.refused(column):
+        with pytest.raises(row.refusal.error, match=row.refusal.match) as caught:
+            row.run(column, column.solve(), *column.inputs())
+        return type(caught.value).__name__
+    found = pytree.tree_leaves(row.run(column, column.solve(), *column.inputs()))
+    wanted = pytree.tree_leaves(expected(row, column.kind.name, column.batched))
+    assert len(found) == len(wanted)
+    tolerance = MARGIN * torch.finfo(row.arithmetic or column.dtype).eps ** 0.75 * max(1, row.order)
+    for mine, reference in zip(found, wanted, strict=True):
+        assert mine.shape == reference.shape and mine.dtype == column.dtype
+        if not reference.numel():
+            continue
+        scale = float(reference.detach().abs().max())
+        assert scale > 1e-2, "a derivative that is next to nothing would prove nothing"
+        error = float((mine.detach().double() - reference.detach()).abs().max())
+        assert error <= tolerance * scale, f"relative error {error / scale:.1e}, allowed {tolerance:.1e}"
+    return "right"
+
+
+# torch's compiler looks at .grad of what is on the stack where a graph breaks, wherever that is.
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
+@pytest.mark.parametrize("column", COLUMNS, ids=lambda column: column.name)
+@pytest.mark.parametrize("row", ROWS, ids=lambda row: f"{row.group}, {row.name}")
+def test_cell(row: Row, column: Column) -> None:
+    assert outcome(row, column) == declared(row, column)
+
+
+def test_the_page_shows_these_outcomes() -> None:
+    assert PAGE.read_text() == rendered(), "the table of the documentation is stale: `make transforms` writes it anew"
+
+
+def test_names_are_told_apart() -> None:
+    names = [(row.group, row.name) for row in ROWS]
+    assert len(set(names)) == len(names)

@@ -236,17 +236,8 @@ class Point:
 
     def nudged(self, seed: int) -> Point:
         """Return the point with every number in it moved by a unit in its last place, by random signs."""
-        generator = torch.Generator().manual_seed(seed)
-
-        def nudge(t: torch.Tensor) -> torch.Tensor:
-            signs = torch.randint(0, 2, t.shape, generator=generator).to(t.device)
-            return t * (1 + self.eps * (2 * signs - 1).to(t))
-
-        tensors = [nudge(t) if t.dtype.is_floating_point else t for t in self.lower.tensors]
-        return Point(
-            Problem(self.lower.system, tensors), Problem(self.upper.system, tensors),
-            nudge(self.x), nudge(self.q), self.wanted,
-        )  # fmt: skip
+        lower, (x, q) = self.lower.nudged(seed, self.x, self.q)
+        return Point(lower, Problem(self.upper.system, lower.tensors), x, q, self.wanted)
 
     def _chosen(
         self, tensors: Sequence[torch.Tensor]

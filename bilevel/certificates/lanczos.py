@@ -14,6 +14,8 @@ from bilevel.operators import LinearOperator
 
 __all__ = ["Spectrum", "lanczos_spectrum"]
 
+_BASIS_NUMBERS = 2**25
+
 
 @dataclass(frozen=True, eq=False)
 class Spectrum:
@@ -86,6 +88,11 @@ def lanczos_spectrum(
     check_steps("lanczos_spectrum", "max_steps", max_steps)
     return run(operator.matvec, operator.batch, operator.size, operator.dtype, operator.device,
                failure_probability, max_steps, seed)  # fmt: skip
+
+
+def affordable(batch: int, size: int, most: int) -> int:
+    """Return how many steps, up to ``most``, keep their basis within 256 MiB."""
+    return min(most, _BASIS_NUMBERS // max(1, batch * size))
 
 
 def cross_norm(point: Point, failure_probability: float, max_steps: int = 60) -> torch.Tensor | None:

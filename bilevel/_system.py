@@ -372,8 +372,9 @@ class Problem:
         generator = torch.Generator().manual_seed(seed)
 
         def nudge(t: torch.Tensor) -> torch.Tensor:
-            signs = torch.randint(0, 2, t.shape, generator=generator).to(t.device)
-            return t * (1 + torch.finfo(t.dtype).eps * (2 * signs - 1).to(t))
+            up = torch.empty(t.shape, dtype=torch.bool).bernoulli_(0.5, generator=generator).to(t.device)
+            eps = torch.finfo(t.dtype).eps
+            return torch.where(up, t * (1 + eps), t * (1 - eps))
 
         tensors = [
             t if not t.dtype.is_floating_point or bool((t == t.round()).all()) else nudge(t) for t in self.tensors

@@ -245,7 +245,7 @@ _NOTHING = Bound(math.nan, Basis.RESIDUAL)
 
 
 def _any(given: Constants) -> bool:
-    return any(getattr(given, item.name) != item.default for item in fields(given))
+    return any(getattr(given, item.name) is not None for item in fields(given) if item.default is None)
 
 
 def _finite(bound: Split) -> bool:

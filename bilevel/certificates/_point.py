@@ -174,8 +174,26 @@ class Point:
         return None if self.cross is None else _spectral_norm(self.cross)
 
     def cross_square(self, u: torch.Tensor) -> torch.Tensor:
-        """Return B Bᵀ u for u (K, n)."""
-        return _each(self.lower, torch.stack([self.x, u], 1), self._square_by_vmap, None)
+        """Return B Bᵀ u for u (K, n), each problem's own."""
+        if self.lower.batch > 1:
+            return _each(self.lower, torch.stack([self.x, u], 1), self._square_by_vmap, None)
+        pulled = [part for part in self.linear.pullback(u) if part is not None]
+        parts, dummy = self._pulled_graph
+        (product,) = torch.autograd.grad(
+            parts, dummy, pulled, retain_graph=True, allow_unused=True, materialize_grads=True
+        )
+        return product
+
+    @cached_property
+    def _pulled_graph(self) -> tuple[list[torch.Tensor], torch.Tensor]:
+        """Bᵀd and the dummy d with the graph between them, whose transpose is B."""
+        with torch.enable_grad():
+            dummy = torch.zeros_like(self.x, requires_grad=True)
+            leaves = [leaf for leaf, want in zip(self.linear.leaves, self.wanted, strict=True) if want]
+            parts = torch.autograd.grad(
+                self.linear.residual, leaves, dummy, create_graph=True, allow_unused=True, materialize_grads=True
+            )
+            return [part + 0 * dummy.sum() for part in parts], dummy
 
     @cached_property
     def sensitivity(self) -> torch.Tensor | None:

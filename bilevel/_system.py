@@ -381,6 +381,31 @@ class Problem:
         ]
         return Problem(self.system, tensors), [nudge(t) for t in more]
 
+    def to(self, dtype: torch.dtype) -> Problem:
+        """Return the problem with its floating-point tensors in ``dtype``."""
+        raveler = self.system.raveler
+        other = replace(raveler, dtype=dtype, dtypes=(dtype,) * len(raveler.dtypes))
+        tensors = [t.to(dtype) if t.dtype.is_floating_point else t for t in self.tensors]
+        return Problem(replace(self.system, raveler=other), tensors)
+
+    def scattered(self, seed: int, draws: int, *more: torch.Tensor) -> tuple[Problem, list[torch.Tensor]]:
+        """Return ``draws`` copies beside this float64 problem as one batch, of numbers that float32 holds, and ``more`` (K, n) likewise.
+
+        Evaluated in float32 and in float64, they differ by float32's rounding alone, intermediate results included, and that tells
+        float64's: it is smaller by the ratio of the two units.
+        """
+        generator = torch.Generator().manual_seed(seed)
+        unit = torch.finfo(torch.float32).eps
+
+        def scatter(t: torch.Tensor) -> torch.Tensor:
+            shift = torch.rand((draws, *t.shape), generator=generator, dtype=torch.float64).to(t)
+            return (t * (1 + unit * (2 * shift - 1))).float().double()
+
+        moves = [t.dtype.is_floating_point and not bool((t == t.round()).all()) for t in self.tensors]
+        tensors = [scatter(t) if move else t for t, move in zip(self.tensors, moves, strict=True)]
+        copies = [scatter(t).reshape(-1, t.shape[-1]) for t in more]
+        return Problem(self.system.lift(draws, tuple(moves)), tensors), copies
+
     def cases(self, x: torch.Tensor) -> Iterator[Case]:
         """Yield each problem in the user's terms, with its own slice of every tensor and of ``x`` (batch, n)."""
         for number, row in enumerate(x.reshape(-1, self.size)):

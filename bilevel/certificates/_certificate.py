@@ -11,7 +11,7 @@ import torch
 
 from bilevel.certificates._bounds import Split
 from bilevel.certificates._errors import Errors, Spectral, errors_at, through
-from bilevel.certificates._point import Point, in_float64
+from bilevel.certificates._point import Point
 from bilevel.certificates._quadratic import completed
 from bilevel.certificates.bound import Bound
 from bilevel.certificates.constants import Constants
@@ -62,8 +62,9 @@ class Certificate:
         if point.x.dtype == torch.float64:
             return point
         try:
+            double = torch.float64
             wide = Point(
-                in_float64(point.lower), in_float64(point.upper), point.x.double(), point.q.double(), point.wanted
+                point.lower.to(double), point.upper.to(double), point.x.double(), point.q.double(), point.wanted
             )
             # What a certificate rests on, at numbers moved by a unit in float64's last place: where one of these does not move,
             # an objective rounds to another dtype inside.

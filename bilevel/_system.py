@@ -463,6 +463,49 @@ class Problem:
         value = values.detach().reshape(self.batch) if self.minimizes else None
         return residual.detach().reshape(x.shape), matrix, value
 
+    def nudged(self, seed: int, *more: torch.Tensor) -> tuple[Problem, list[torch.Tensor]]:
+        """Return the problem with every number moved by a unit in its last place, by random signs, and ``more`` tensors likewise.
+
+        What that changes in a result tells what rounding inside can change. Tensors of whole numbers stay: they are labels, counts and
+        masks, which are exact, and which a function may compare or convert.
+        """
+        generator = torch.Generator().manual_seed(seed)
+
+        def nudge(t: torch.Tensor) -> torch.Tensor:
+            up = torch.empty(t.shape, dtype=torch.bool).bernoulli_(0.5, generator=generator).to(t.device)
+            eps = torch.finfo(t.dtype).eps
+            return torch.where(up, t * (1 + eps), t * (1 - eps))
+
+        tensors = [
+            t if not t.dtype.is_floating_point or bool((t == t.round()).all()) else nudge(t) for t in self.tensors
+        ]
+        return Problem(self.system, tensors), [nudge(t) for t in more]
+
+    def to(self, dtype: torch.dtype) -> Problem:
+        """Return the problem with its floating-point tensors in ``dtype``."""
+        raveler = self.system.raveler
+        other = replace(raveler, dtype=dtype, dtypes=(dtype,) * len(raveler.dtypes))
+        tensors = [t.to(dtype) if t.dtype.is_floating_point else t for t in self.tensors]
+        return Problem(replace(self.system, raveler=other), tensors)
+
+    def scattered(self, seed: int, draws: int, *more: torch.Tensor) -> tuple[Problem, list[torch.Tensor]]:
+        """Return ``draws`` copies beside this float64 problem as one batch, of numbers that float32 holds, and ``more`` (K, n) likewise.
+
+        Evaluated in float32 and in float64, they differ by float32's rounding alone, intermediate results included, and that tells
+        float64's: it is smaller by the ratio of the two units.
+        """
+        generator = torch.Generator().manual_seed(seed)
+        unit = torch.finfo(torch.float32).eps
+
+        def scatter(t: torch.Tensor) -> torch.Tensor:
+            shift = torch.rand((draws, *t.shape), generator=generator, dtype=torch.float64).to(t)
+            return (t * (1 + unit * (2 * shift - 1))).float().double()
+
+        moves = [t.dtype.is_floating_point and not bool((t == t.round()).all()) for t in self.tensors]
+        tensors = [scatter(t) if move else t for t, move in zip(self.tensors, moves, strict=True)]
+        copies = [scatter(t).reshape(-1, t.shape[-1]) for t in more]
+        return Problem(self.system.lift(draws, tuple(moves)), tensors), copies
+
     def cases(self, x: torch.Tensor) -> Iterator[Case]:
         """Yield each problem in the user's terms, with its own slice of every tensor and of ``x`` (batch, n)."""
         for number, row in enumerate(x.reshape(-1, self.size)):

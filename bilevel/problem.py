@@ -155,7 +155,7 @@ class Hypergradient:
 
     @cached_property
     def value_bound(self) -> Bound:
-        """Of |F(φ*) − :attr:`corrected_value`| (C4)."""
+        """Of the difference between F(φ*) and ``corrected_value`` (C4)."""
         return self._certificate.value_bound
 
     @cached_property

@@ -11,11 +11,11 @@ import torch
 
 from bilevel.certificates._bounds import Split
 from bilevel.certificates._errors import Errors, Spectral, errors_at, through
-from bilevel.certificates._point import Point, in_float64
+from bilevel.certificates._point import Point
 from bilevel.certificates._quadratic import completed
 from bilevel.certificates.bound import Bound
 from bilevel.certificates.constants import Constants
-from bilevel.certificates.lanczos import cross_norm, lanczos_spectrum
+from bilevel.certificates.lanczos import affordable, cross_norm, lanczos_spectrum
 from bilevel.certificates.refuting import observed, refuted
 from bilevel.errors import ConstantsError
 from bilevel.reports import Basis, OnFailure, misuse
@@ -62,8 +62,9 @@ class Certificate:
         if point.x.dtype == torch.float64:
             return point
         try:
+            double = torch.float64
             wide = Point(
-                in_float64(point.lower), in_float64(point.upper), point.x.double(), point.q.double(), point.wanted
+                point.lower.to(double), point.upper.to(double), point.x.double(), point.q.double(), point.wanted
             )
             # What a certificate rests on, at numbers moved by a unit in float64's last place: where one of these does not move,
             # an objective rounds to another dtype inside.
@@ -107,7 +108,10 @@ class Certificate:
         if exact.factorable or known.hessian_lipschitz is None or known.strong_convexity is not None:
             return None
         operator = exact.linear.operator
-        return lanczos_spectrum(operator, failure_probability=_PROBABILITY, max_steps=_MOST_PRODUCTS).least
+        steps = affordable(operator.batch, operator.size, _MOST_PRODUCTS)
+        if steps < 2:
+            return None
+        return lanczos_spectrum(operator, failure_probability=_PROBABILITY, max_steps=steps).least
 
     @cached_property
     def _cross_norm(self) -> torch.Tensor | None:
@@ -242,7 +246,7 @@ _NOTHING = Bound(math.nan, Basis.RESIDUAL)
 
 
 def _any(given: Constants) -> bool:
-    return any(getattr(given, item.name) != item.default for item in fields(given))
+    return any(getattr(given, item.name) is not None for item in fields(given) if item.default is None)
 
 
 def _finite(bound: Split) -> bool:

@@ -1,8 +1,9 @@
 """Both objectives linearised at a returned (φ, q), in float64, with what rounding makes of each number.
 
 A certificate of a float32 solve is worth nothing if it is itself computed in float32: the problem's tensors are exact numbers,
-and are converted. How far rounding moves a result is measured: every entry of φ, q and of every tensor of the problem is moved by a
-unit in its last place, with random signs, and what that changes, times a margin, is taken for what evaluating can change.
+and are converted. How far rounding moves a result is measured, in two ways: the same numbers are evaluated in float32 and in float64, whose
+difference is float32's rounding and, in proportion, tells float64's; and every number is moved by a unit in its last place. The larger change,
+times a margin, is taken for what evaluating can change.
 """
 
 from __future__ import annotations
@@ -20,25 +21,17 @@ from bilevel.linear._base import solve_linear
 from bilevel.linear.cg import CG
 from bilevel.tolerance import Target
 
-__all__ = ["MOST_NUMBERS", "Point", "in_float64"]
+__all__ = ["MOST_NUMBERS", "Point"]
 
 # Matrices up to this many numbers are formed and factorised; beyond, products have to do.
 MOST_NUMBERS = 2**20
-# What a measured change of one unit in the last place is multiplied by, and how often it is measured.
+# What a measured change is multiplied by, and the most numbers that copies of a problem may have to measure it on.
 _MARGIN = 8.0
-_DRAWS = 2
+_SCATTERED_NUMBERS = 2**22
 # The relative residual of solves for a refinement where there is no factorisation.
 _KRYLOV_RELATIVE = 1e-6
 # What does not depend on q.
 _OF_X = ("linear", "residual", "v", "_eigen", "least", "cross", "cross_norm", "sensitivity", "sensitivity_norm")
-
-
-def in_float64(problem: Problem) -> Problem:
-    """Return ``problem`` with its floating-point tensors, exact numbers as they are, in float64."""
-    raveler = problem.system.raveler
-    wide = replace(raveler, dtype=torch.float64, dtypes=(torch.float64,) * len(raveler.dtypes))
-    tensors = [t.double() if t.dtype.is_floating_point else t for t in problem.tensors]
-    return Problem(replace(problem.system, raveler=wide), tensors)
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,6 +42,17 @@ class Rounding:
     rho: torch.Tensor
     gradient: torch.Tensor
     value: torch.Tensor
+
+    def larger(self, other: Rounding) -> Rounding:
+        """Return the larger of each."""
+        return Rounding(
+            torch.maximum(self.residual, other.residual), torch.maximum(self.rho, other.rho),
+            torch.maximum(self.gradient, other.gradient), torch.maximum(self.value, other.value),
+        )  # fmt: skip
+
+    def times(self, factor: float) -> Rounding:
+        """Return each, ``factor`` times over."""
+        return Rounding(factor * self.residual, factor * self.rho, factor * self.gradient, factor * self.value)
 
 
 @dataclass(frozen=True, eq=False)
@@ -174,8 +178,26 @@ class Point:
         return None if self.cross is None else _spectral_norm(self.cross)
 
     def cross_square(self, u: torch.Tensor) -> torch.Tensor:
-        """Return B Bᵀ u for u (K, n)."""
-        return _each(self.lower, torch.stack([self.x, u], 1), self._square_by_vmap, None)
+        """Return B Bᵀ u for u (K, n), each problem's own."""
+        if self.lower.batch > 1:
+            return _each(self.lower, torch.stack([self.x, u], 1), self._square_by_vmap, None)
+        pulled = [part for part in self.linear.pullback(u) if part is not None]
+        parts, dummy = self._pulled_graph
+        (product,) = torch.autograd.grad(
+            parts, dummy, pulled, retain_graph=True, allow_unused=True, materialize_grads=True
+        )
+        return product
+
+    @cached_property
+    def _pulled_graph(self) -> tuple[list[torch.Tensor], torch.Tensor]:
+        """Bᵀd and the dummy d with the graph between them, whose transpose is B."""
+        with torch.enable_grad():
+            dummy = torch.zeros_like(self.x, requires_grad=True)
+            leaves = [leaf for leaf, want in zip(self.linear.leaves, self.wanted, strict=True) if want]
+            parts = torch.autograd.grad(
+                self.linear.residual, leaves, dummy, create_graph=True, allow_unused=True, materialize_grads=True
+            )
+            return [part + 0 * dummy.sum() for part in parts], dummy
 
     @cached_property
     def sensitivity(self) -> torch.Tensor | None:
@@ -200,21 +222,52 @@ class Point:
     def rounding(self) -> Rounding:
         """What evaluating each result in this dtype can change it by, measured."""
         eps = self.eps
-        worst = Rounding(
+        sizes = Rounding(
             eps * (self.linear.operator.matvec(self.x).norm(dim=-1) + self.residual.norm(dim=-1)),
             eps * (self.v.norm(dim=-1) + self.hq.norm(dim=-1)),
             eps * self.gradient.norm(dim=-1),
             eps * self.corrected_value.abs(),
         )
-        for seed in range(_DRAWS):
-            other = self.nudged(seed)
-            worst = Rounding(
-                torch.maximum(worst.residual, (other.residual - self.residual).norm(dim=-1)),
-                torch.maximum(worst.rho, (other.rho - self.rho).norm(dim=-1)),
-                torch.maximum(worst.gradient, (other.gradient - self.gradient).norm(dim=-1)),
-                torch.maximum(worst.value, (other.corrected_value - self.corrected_value).abs()),
+        worst = sizes.larger(self._apart(self.nudged(0)))
+        if self.x.dtype != torch.float64:
+            return worst.larger(self._apart(self.nudged(1))).times(_MARGIN)
+        try:
+            worst = worst.larger(self._float32_rounding())
+        except (
+            RuntimeError,
+            TypeError,
+            ValueError,
+        ):  # no evaluation in float32, for a constant of another dtype inside, or no copies
+            worst = worst.larger(self._apart(self.nudged(1)))
+        return worst.times(_MARGIN)
+
+    def _float32_rounding(self) -> Rounding:
+        """Return what float32 makes of the results, in proportion to float64's unit."""
+        numbers = sum(t.numel() for t in self.lower.tensors if t.dtype.is_floating_point)
+        # Of few numbers one draw may be lucky, of many it cannot.
+        draws = max(1, min(6, 64 // max(1, self.lower.size), _SCATTERED_NUMBERS // max(1, numbers)))
+        lower, (x, q) = self.lower.scattered(2, draws, self.x, self.q)
+        upper = Problem(replace(self.upper.system, levels=lower.system.levels), lower.tensors)
+        wide = Point(lower, upper, x, q, self.wanted)
+        single = torch.float32
+        narrow = Point(lower.to(single), upper.to(single), x.to(single), q.to(single), self.wanted)
+        apart = wide._apart(narrow).times(self.eps / torch.finfo(single).eps)
+        return Rounding(
+            *(
+                part.nan_to_num(nan=0.0, posinf=0.0)
+                .reshape(draws, -1)
+                .amax(0)  # beyond float32's range nothing is told
+                for part in (apart.residual, apart.rho, apart.gradient, apart.value)
             )
-        return Rounding(_MARGIN * worst.residual, _MARGIN * worst.rho, _MARGIN * worst.gradient, _MARGIN * worst.value)
+        )
+
+    def _apart(self, other: Point) -> Rounding:
+        return Rounding(
+            (other.residual - self.residual).norm(dim=-1),
+            (other.rho - self.rho).norm(dim=-1),
+            (other.gradient - self.gradient).norm(dim=-1),
+            (other.corrected_value - self.corrected_value).abs(),
+        )
 
     def probe(self) -> Point:
         """Return the point one steepest-descent step further, with the same q: a second one to compare with, for one product."""
@@ -236,17 +289,8 @@ class Point:
 
     def nudged(self, seed: int) -> Point:
         """Return the point with every number in it moved by a unit in its last place, by random signs."""
-        generator = torch.Generator().manual_seed(seed)
-
-        def nudge(t: torch.Tensor) -> torch.Tensor:
-            signs = torch.randint(0, 2, t.shape, generator=generator).to(t.device)
-            return t * (1 + self.eps * (2 * signs - 1).to(t))
-
-        tensors = [nudge(t) if t.dtype.is_floating_point else t for t in self.lower.tensors]
-        return Point(
-            Problem(self.lower.system, tensors), Problem(self.upper.system, tensors),
-            nudge(self.x), nudge(self.q), self.wanted,
-        )  # fmt: skip
+        lower, (x, q) = self.lower.nudged(seed, self.x, self.q)
+        return Point(lower, Problem(self.upper.system, lower.tensors), x, q, self.wanted)
 
     def _chosen(
         self, tensors: Sequence[torch.Tensor]

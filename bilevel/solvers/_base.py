@@ -348,21 +348,27 @@ def _judge(
 
 
 def _rounding(problem: Problem, x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
-    """Return, per problem, how far R(x) may be from what was computed: one evaluation.
+    """Return, per problem, how far R(x) may be from what was computed: one to three evaluations.
 
-    Every number that goes in, of x and of the problem's tensors, is moved by a unit in its last place, with random signs; what that
-    changes, eight times over, is taken for what rounding inside can change.
+    In a dtype below float64, how far it is from float64's. In float64, what float32 makes of it, in proportion, or what every number moved by
+    a unit in its last place makes of it, the larger of the two, eight times over.
     """
-    generator = torch.Generator().manual_seed(1)
     eps = torch.finfo(x.dtype).eps
-
-    def nudge(t: torch.Tensor) -> torch.Tensor:
-        signs = torch.randint(0, 2, t.shape, generator=generator).to(t.device)
-        return t * (1 + torch.finfo(t.dtype).eps * (2 * signs - 1).to(t))
-
-    tensors = [nudge(t) if t.dtype.is_floating_point else t for t in problem.tensors]
-    moved = Problem(problem.system, tensors).residual(nudge(x)) - residual
-    return torch.nan_to_num(8 * (moved.norm(dim=-1) + eps * residual.norm(dim=-1)), nan=float("inf"))
+    other, (beside,) = problem.nudged(1, x)
+    moved = (other.residual(beside) - residual).norm(dim=-1)
+    try:
+        if x.dtype != torch.float64:
+            wide = (problem.to(torch.float64).residual(x.double()) - residual).norm(dim=-1)
+            moved = torch.where(torch.isfinite(wide), torch.maximum(moved, wide.to(moved)), moved)
+        else:
+            scattered, (points,) = problem.scattered(2, 1, x)
+            single = torch.float32
+            far = (scattered.residual(points) - scattered.to(single).residual(points.to(single))).norm(dim=-1)
+            far = torch.nan_to_num(far, nan=0.0, posinf=0.0) * (eps / torch.finfo(single).eps)
+            moved = torch.maximum(moved, far)
+    except (RuntimeError, TypeError, ValueError):  # a constant of another dtype inside, or a device without float64
+        pass
+    return torch.nan_to_num(8 * (moved + eps * residual.norm(dim=-1)), nan=float("inf"))
 
 
 def _noise(problem: Problem, x: torch.Tensor) -> torch.Tensor:

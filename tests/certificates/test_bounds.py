@@ -300,3 +300,19 @@ def test_applications_are_certified():
 def test_the_certificate_is_only_made_when_it_is_asked_for(monkeypatch):
     monkeypatch.setattr(_certificate, "errors_at", None)
     solve(Ridge, *draw(0))
+
+
+def test_the_bound_of_a_report_allows_for_rounding():
+    generator = torch.Generator().manual_seed(0)
+    b = 1e3 * torch.randn(300, generator=generator)
+    c = b + torch.rand(300, generator=generator)
+    layer = bilevel.argmin(
+        lambda x, b, c: 0.5 * x**2 + (torch.sin(c) * b - torch.sin(b) * c) * x,
+        solver=bilevel.Newton(), tolerance=bilevel.Tolerance(strong_convexity=1.0),
+    )  # fmt: skip
+    solution = torch.func.vmap(layer.solve)(torch.zeros(300), b, c)
+    exact = b.double().sin() * c.double() - c.double().sin() * b.double()
+    error = (solution.value.double() - exact).abs()
+    report = solution.report
+    assert bool(report.certified.all()) and bool((error <= report.error_bound.double()).all())
+    assert bool((error > report.residual_norm.double()).any())  # which the residual alone does not show

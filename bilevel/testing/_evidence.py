@@ -55,6 +55,19 @@ class Evidence:
         """The gradients through an iteration from the exact solution."""
         return unrolled(self.reference, self.exact, self.exact_adjoints)
 
+    @functools.cached_property
+    def wobble(self) -> list[float]:
+        """How much the dense gradient of each tensor moves by the rounding of the exact solution itself.
+
+        A residual can be zeroed to u ‖J‖ ‖x‖ and x found to u κ ‖x‖. A gradient that vanishes at the solution is all rounding.
+        """
+        nudge, generator = 1e-5, torch.Generator().manual_seed(0)
+        signs = [torch.randint(0, 2, x.shape, generator=generator).to(x) * 2 - 1 for x in self.exact]
+        moved = self.reference.dense([x * (1 + nudge * sign) for x, sign in zip(self.exact, signs, strict=True)])[0]
+        kappa = max((_norm(a.matrix) * _inverse_norm(a.matrix) for a in self.exact_adjoints), default=1.0)
+        unit = _UNITS * self.reference.eps * max(kappa, 1.0)
+        return [unit * float((there - here).norm()) / nudge for there, here in zip(moved, self.at_exact, strict=True)]
+
     @property
     def distance(self) -> float:
         """‖x − x*‖ / ‖x*‖, the largest over the batch."""

@@ -233,7 +233,7 @@ def test_the_defect_is_named_and_no_other(make: Callable[[], Call]) -> None:
     assert named <= DEFECTS[make] | CONSEQUENCES.get(make, set())
     assert not found.healthy
     assert len(str(found).splitlines()) <= 40
-    json.dumps(found.as_dict())
+    json.dumps(found.as_dict(), allow_nan=False)
 
 
 def healthy_layer() -> Call:
@@ -364,7 +364,7 @@ def test_nothing_that_is_to_be_found_is_raised(name: str) -> None:
     print(found)
     assert not found.healthy or name == "nothing unknown"
     assert found.findings or found.unexamined or name == "nothing unknown"
-    json.dumps(found.as_dict())
+    json.dumps(found.as_dict(), allow_nan=False)
 
 
 def test_what_is_no_problem_is_refused() -> None:
@@ -404,6 +404,13 @@ def test_lanczos_finds_the_ends_of_a_large_spectrum() -> None:
         float(torch.linalg.svdvals(J)[0]), rel=1e-3
     )
     assert skew.curvature.asymmetry > 0.01
+
+
+def test_a_large_unconverged_point_is_found_without_the_matrix() -> None:
+    scales = torch.linspace(1, 3, 700, dtype=F64)
+    layer = bilevel.argmin(lambda x, a: (scales * (x - a) ** 2).sum(), solver=bilevel.GradientDescent(0.01, 5))
+    found = diagnose(layer, torch.zeros(700, dtype=F64), torch.ones(700, dtype=F64))
+    assert found.defects == (Defect.UNCONVERGED,) and "at least" in found.findings[0].sentence
 
 
 def test_warm_starts_are_forgotten_and_gradients_left_alone() -> None:

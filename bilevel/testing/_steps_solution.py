@@ -42,7 +42,7 @@ def solve(seen: Examination) -> None:
     seen.rows = seen.wide.rows(leaves)
     seen.narrow_rows = seen.narrow.rows(leaves)
     seen.scale = max((float(row.norm()) for row in seen.rows), default=0.0)
-    report = next(r for r in reports.forward if r.where == layer.where)
+    report = [r for r in reports.forward if r.where == layer.where][-1]  # after those of layers inside
     worst = worst_of(report)
     status = bilevel.Status(int(report.status_code.reshape(-1)[worst]))
     figures = [float(t.reshape(-1)[worst]) for t in (report.residual_norm, report.threshold)]

@@ -8,9 +8,13 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 import bilevel
 from bilevel.testing import Defect, diagnose
+from bilevel.testing import strategies as draw
+from bilevel.testing.strategies import RandomProblem
 
 F64 = torch.float64
 Call = tuple[Any, tuple[Any, ...], dict[str, Any]]
@@ -365,6 +369,24 @@ def test_nothing_that_is_to_be_found_is_raised(name: str) -> None:
     assert not found.healthy or name == "nothing unknown"
     assert found.findings or found.unexamined or name == "nothing unknown"
     json.dumps(found.as_dict(), allow_nan=False)
+
+
+@given(draw.problems(regular=True), draw.dtypes())
+def test_random_regular_problems_have_no_finding(problem: RandomProblem, dtype: torch.dtype) -> None:
+    problem = problem.to(dtype)
+    found = diagnose(problem.layer(), problem.init, *problem.args)
+    assert found.healthy, str(found)
+    assert found.curvature is not None and found.curvature.condition <= 1.3 * problem.condition
+
+
+@given(st.one_of(draw.ill_conditioned(least_digits=6.2), draw.badly_scaled()))
+def test_random_hard_problems_are_named(problem: RandomProblem) -> None:
+    found = diagnose(problem.layer(), problem.init, *problem.args)
+    assert found.curvature is not None
+    hard = {Defect.ILL_CONDITIONED, Defect.BADLY_SCALED} & set(found.defects)
+    assert bool(hard) == (found.curvature.condition > 1e6), str(found)
+    if problem.name.startswith("badly") and problem.condition > 1e6:
+        assert found.defects == (Defect.BADLY_SCALED,)
 
 
 def test_what_is_no_problem_is_refused() -> None:

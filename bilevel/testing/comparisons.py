@@ -33,7 +33,7 @@ class Allowance:
     Parameters
     ----------
     rounding
-        ‖Bᵀ J⁻ᵀ‖ u (‖v‖ + ‖J‖ ‖q‖) + u (‖B‖ ‖q‖ + ‖∂_θ c‖).
+        ‖Bᵀ J⁻ᵀ‖ u (‖v‖ + ‖J‖ ‖q‖) + u (‖B‖ ‖q‖ + ‖∂_θ c‖ + S), S being the change of the dense gradient by a relative change of x.
     linear
         ‖Bᵀ J⁻ᵀ‖ times the residual that the library's linear solve reported.
     inner

@@ -228,7 +228,7 @@ class _Check:
         for place, name in enumerate(self.subject.names):
             mine = gradients[place].to(reference.dtype)
             dense, exact, unrolled = evidence.at_found[place], evidence.at_exact[place], evidence.unrolled
-            inner = 2 * float((dense - exact).norm()) + evidence.wobble[place]
+            inner = 2 * float((dense - exact).norm()) + evidence.wobble(place)
             allowed = evidence.allow(place, self.subject.eps, residuals)
             natural = evidence.natural(place)
             compare = functools.partial(self._compare, name, "reverse", natural=natural)

@@ -375,7 +375,10 @@ def test_nothing_that_is_to_be_found_is_raised(name: str) -> None:
 def test_random_regular_problems_have_no_finding(problem: RandomProblem, dtype: torch.dtype) -> None:
     problem = problem.to(dtype)
     found = diagnose(problem.layer(), problem.init, *problem.args)
-    assert found.healthy, str(found)
+    # A matrix that multiplies what vanishes at the solution has the gradient zero, which is said, and is no more than that.
+    assert found.healthy or found.defects == (Defect.ZERO_GRADIENT,), str(found)
+    if not found.healthy:
+        assert problem.make is not bilevel.root and found.outer[0].gradient == 0.0
     assert found.curvature is not None and found.curvature.condition <= 1.3 * problem.condition
 
 

@@ -93,6 +93,12 @@ class Evidence:
         carried = sum(float(a.rhs.norm() * x.norm()) for a, x in zip(self.found_adjoints, self.exact, strict=True))
         return max(through + float(self.direct[place].norm()), self._elastic(place, carried))
 
+    @property
+    def terms(self) -> float:
+        """Σ |dc/dθ · θ|, the size of the terms of which c is the sum."""
+        pairs = zip(self.at_exact, self.reference.points, strict=True)
+        return sum(float((gradient * point).abs().sum()) for gradient, point in pairs)
+
     def _elastic(self, place: int, size: float) -> float:
         """Return the derivative of something of ``size`` that changes by as much of itself as θ does."""
         length = float(self.reference.points[place].norm())

@@ -236,7 +236,9 @@ class _Check:
             other = unrolled.gradients[place]
             cut = unrolled.remainder * natural
             rows.append(compare("unrolled", mine, other, allowed.scaled(1.0, inner=inner, step=cut)))
-            found = differences(reference, place, evidence.exact, evidence.exact_adjoints, self.generator, self.step)
+            found = differences(
+                reference, place, evidence.exact, evidence.exact_adjoints, self.generator, self.step, evidence.terms
+            )
             flat = found.directions.reshape(len(found.directions), mine.numel())
             along = flat @ mine.reshape(-1)
             spread = float(flat.norm())

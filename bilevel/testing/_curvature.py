@@ -82,5 +82,6 @@ def of_products(
     smallest, largest = float(ritz[0]), float(ritz[-1])
     if not symmetric:
         smallest, largest = math.sqrt(max(smallest, 0.0)), math.sqrt(max(largest, 0.0))
-    most = max(abs(smallest), abs(largest))
-    return Curvature(smallest, largest, most / abs(smallest) if smallest else math.inf, None, asymmetry, False)
+    # Of an indefinite matrix the eigenvalue nearest to zero is inside the spectrum, where Lanczos does not look.
+    condition = largest / smallest if smallest > 0 else math.inf
+    return Curvature(smallest, largest, condition, None, asymmetry, False)

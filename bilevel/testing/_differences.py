@@ -47,11 +47,13 @@ def differences(
     adjoints: Sequence[Adjoint],
     generator: torch.Generator,
     step: float | None,
+    terms: float,
 ) -> Differences:
     """Return derivatives of c along directions of one tensor, from solutions at four displaced θ for each.
 
     Central differences with steps h and h/2, extrapolated: the error is O(h⁴), and the change by extrapolation says how
-    large it may be. The displaced problems are solved by a chord iteration with the matrix at the solution.
+    large it may be. The displaced problems are solved by a chord iteration with the matrix at the solution. ``terms`` is
+    Σ |dc/dθ · θ|: c cannot be had closer than by rounding its arguments, however small it is itself.
     """
     point = reference.points[place]
     directions = _directions(point, generator)
@@ -63,7 +65,7 @@ def differences(
         for h in (relative, relative / 2):
             ahead, left = _displaced(reference, place, h * direction, rows, factors)
             behind, right = _displaced(reference, place, -h * direction, rows, factors)
-            noise = 8 * reference.eps * max(abs(ahead), abs(behind)) + _unsolved(left, right, adjoints)
+            noise = 8 * reference.eps * (max(abs(ahead), abs(behind)) + terms) + _unsolved(left, right, adjoints)
             pairs.append(((ahead - behind) / (2 * h), noise / h))
         (coarse, _), (fine, noise) = pairs
         extrapolated = (4 * fine - coarse) / 3

@@ -17,6 +17,8 @@ __all__ = ["Evidence"]
 
 # Units of rounding that a sum of many products may be off by.
 _UNITS = 64.0
+# A relative change small enough for a first-order estimate, and large enough to be seen in float64 and in float32.
+_NUDGE = 1e-5
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,6 +57,28 @@ class Evidence:
         """The gradients through an iteration from the exact solution."""
         return unrolled(self.reference, self.exact, self.exact_adjoints)
 
+    @functools.cached_property
+    def nudged(self) -> tuple[list[torch.Tensor], list[torch.Tensor], list[Adjoint]]:
+        """The solution returned with every entry moved by the share ``_NUDGE``, and the dense gradients and adjoints there."""
+        generator = torch.Generator().manual_seed(0)
+        signs = [torch.randint(0, 2, x.shape, generator=generator).to(x) * 2 - 1 for x in self.found]
+        rows = [x * (1 + _NUDGE * sign) for x, sign in zip(self.found, signs, strict=True)]
+        gradients, _, adjoints = self.reference.dense(rows)
+        return rows, gradients, adjoints
+
+    def sensitivity(self, place: int) -> float:
+        """Return how much a tensor's gradient changes by a relative change of x.
+
+        To evaluate a function in floating point is to evaluate it exactly at arguments rounded a few times, so that this much of u
+        is rounding; it matters where a gradient vanishes at the solution and its parts do not.
+        """
+        return float((self.nudged[1][place] - self.at_found[place]).norm()) / _NUDGE
+
+    def wobble(self, place: int) -> float:
+        """Return how much a tensor's dense gradient moves by the rounding of the exact solution, which is found to u κ ‖x‖."""
+        kappa = max((_norm(a.matrix) * _inverse_norm(a.matrix) for a in self.exact_adjoints), default=1.0)
+        return _UNITS * self.reference.eps * max(kappa, 1.0) * self.sensitivity(place)
+
     @property
     def distance(self) -> float:
         """‖x − x*‖ / ‖x*‖, the largest over the batch."""
@@ -66,14 +90,24 @@ class Evidence:
         through = sum(
             norms[place][0] * float(a.q.norm()) for norms, a in zip(self.norms, self.found_adjoints, strict=True)
         )
-        size = float(self.reference.points[place].norm())
         carried = sum(float(a.rhs.norm() * x.norm()) for a, x in zip(self.found_adjoints, self.exact, strict=True))
-        return max(through + float(self.direct[place].norm()), carried / size if size else 0.0)
+        return max(through + float(self.direct[place].norm()), self._elastic(place, carried))
+
+    @property
+    def terms(self) -> float:
+        """Σ |dc/dθ · θ|, the size of the terms of which c is the sum."""
+        pairs = zip(self.at_exact, self.reference.points, strict=True)
+        return sum(float((gradient * point).abs().sum()) for gradient, point in pairs)
+
+    def _elastic(self, place: int, size: float) -> float:
+        """Return the derivative of something of ``size`` that changes by as much of itself as θ does."""
+        length = float(self.reference.points[place].norm())
+        return size / length if length else 0.0
 
     def allow(self, place: int, eps: float, residuals: torch.Tensor) -> Allowance:
         """Return what a reverse derivative may be off by, at the solution returned."""
         unit = _UNITS * eps
-        rounding, linear = unit * float(self.direct[place].norm()), 0.0
+        rounding, linear = unit * (float(self.direct[place].norm()) + self.sensitivity(place)), 0.0
         for norms, adjoint, left in zip(self.norms, self.found_adjoints, residuals.tolist(), strict=True):
             cross, through = norms[place]
             q = float(adjoint.q.norm())
@@ -87,8 +121,17 @@ class Evidence:
         """Return what a forward derivative may be off by, and its natural size."""
         unit, length = _UNITS * eps, float(direction.norm())
         scalar = self.reference.subject.problem is not None
-        rounding = unit * float(self.direct[place].norm()) * length if scalar else 0.0
-        linear = natural = 0.0
+        if scalar:
+            rounding = unit * (float(self.direct[place].norm()) + self.sensitivity(place)) * length
+            natural = self._elastic(
+                place, sum(float(a.rhs.norm() * x.norm()) for a, x in zip(self.found_adjoints, self.exact, strict=True))
+            )
+        else:
+            rows, _, adjoints = self.nudged
+            moved = torch.cat(self.reference.dense_tangents(rows, place, direction, adjoints))
+            rounding = unit * float((moved - torch.cat(list(tangents))).norm()) / _NUDGE
+            natural = self._elastic(place, sum(float(x.norm()) for x in self.exact))
+        natural, linear = natural * length, 0.0
         for norms, adjoint, tangent, left in zip(
             self.norms, self.found_adjoints, tangents, residuals.tolist(), strict=True
         ):
@@ -98,7 +141,7 @@ class Evidence:
             rounding += unit * reach * (norms[place][0] * length + _norm(adjoint.matrix) * w)
             rounding += unit * w * (float(adjoint.rhs.norm()) if scalar else 1.0)
             linear += reach * left
-            natural += norms[place][0] * length * reach
+            natural = max(natural, norms[place][0] * length * reach)
         return Allowance(rounding, linear), natural
 
 

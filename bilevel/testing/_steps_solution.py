@@ -42,7 +42,7 @@ def solve(seen: Examination) -> None:
     seen.rows = seen.wide.rows(leaves)
     seen.narrow_rows = seen.narrow.rows(leaves)
     seen.scale = max((float(row.norm()) for row in seen.rows), default=0.0)
-    report = next(r for r in reports.forward if r.where == layer.where)
+    report = [r for r in reports.forward if r.where == layer.where][-1]  # after those of layers inside
     worst = worst_of(report)
     status = bilevel.Status(int(report.status_code.reshape(-1)[worst]))
     figures = [float(t.reshape(-1)[worst]) for t in (report.residual_norm, report.threshold)]
@@ -124,7 +124,7 @@ def _judge(seen: Examination, number: int, curve: Curvature, size: int, symmetri
     lost = f"of {-math.log10(eps):.0f} digits a gradient loses about {math.log10(kappa) if kappa < 1e300 else 300:.0f}"
     hard = kappa > min(1e6, max(1e-3 / eps, 1e2))
     if symmetric and curve.smallest < -floor:
-        text = f"the Hessian{of} has the eigenvalue {curve.smallest:.2e} (largest {curve.largest:.2e}): no minimum"
+        text = f"the Hessian{of} has the eigenvalue {curve.smallest:.2e} (largest {curve.largest:.2e}) where the solve ended"
         seen.find(Defect.SADDLE, text)
     elif hard and scaled is not None and scaled < 0.01 * min(kappa, 1e10):
         text = f"the condition number{of} is {kappa:.1e}, and {scaled:.1e} once each unknown is scaled; {lost}"
@@ -144,18 +144,26 @@ def stationary(seen: Examination) -> None:
     """See how far a Newton step from the point found would still go."""
     if seen.inner is None or seen.has(Defect.SINGULAR):
         return
-    farthest = 0.0
+    farthest, about = 0.0, "is"
     for number, matrix in seen.matrices.items():
         x = seen.rows[number]
         residual = seen.wide.residual(number, x, seen.wide.points).detach()
-        step = torch.linalg.solve_ex(matrix, residual)[0]
-        size = max(float(x.norm()), float(step.norm()), 1e-300)
-        farthest = max(farthest, float(step.norm()) / size)
+        farthest = max(farthest, _share(float(torch.linalg.solve_ex(matrix, residual)[0].norm()), x))
     if seen.matrices:
         seen.inner = replace(seen.inner, newton_step=farthest)
+    elif seen.curvature is not None:
+        # Without the matrix: a Newton step is at least the residual by the largest eigenvalue.
+        largest, about = max(abs(seen.curvature.smallest), abs(seen.curvature.largest), 1e-300), "is at least"
+        for number in seen.usable():
+            residual = seen.wide.residual(number, seen.rows[number], seen.wide.points).detach()
+            farthest = max(farthest, _share(float(residual.norm()) / largest, seen.rows[number]))
     if farthest > _FAR and not seen.has(Defect.DIVERGED, Defect.NOT_FINITE, Defect.STOCHASTIC):
-        text = f"the inner point is not stationary: a Newton step from where {seen.inner.solver} ended is {farthest:.1g} of x"
-        seen.find(Defect.UNCONVERGED, text)
+        where = f"a Newton step from where {seen.inner.solver} ended"
+        seen.find(Defect.UNCONVERGED, f"the inner point is not stationary: {where} {about} {farthest:.1g} of x")
+
+
+def _share(step: float, x: torch.Tensor) -> float:
+    return step / max(float(x.norm()), step, 1e-300)
 
 
 def price(seen: Examination) -> None:

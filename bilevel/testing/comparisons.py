@@ -33,12 +33,12 @@ class Allowance:
     Parameters
     ----------
     rounding
-        ‖Bᵀ J⁻ᵀ‖ u (‖v‖ + ‖J‖ ‖q‖) + u (‖B‖ ‖q‖ + ‖∂_θ c‖).
+        ‖Bᵀ J⁻ᵀ‖ u (‖v‖ + ‖J‖ ‖q‖) + u (‖B‖ ‖q‖ + ‖∂_θ c‖ + S), S being the change of the dense gradient by a relative change of x.
     linear
         ‖Bᵀ J⁻ᵀ‖ times the residual that the library's linear solve reported.
     inner
-        Twice the change of the dense gradient from the solution returned to the exact one: what the residual of the inner
-        solve accounts for. Zero where both sides are evaluated at the solution returned.
+        Twice the change of the dense gradient from the solution returned to the exact one, which is what the residual of the
+        inner solve accounts for, and its change when the exact one is rounded. Zero where both sides are evaluated at the solution returned.
     step
         For differences: the change by extrapolation from two steps, their rounding and the remains of their solves. For an
         unrolled iteration: what is cut off.
@@ -146,7 +146,7 @@ class GradientCheck:
         head = ("argument", "derivative", "reference", "error", "relative", "held to", "mostly for", "")
         lines = [
             (
-                c.argument, c.derivative, c.reference, f"{c.error:.1e}", f"{c.relative:.1e}", f"{c.held_to:.1e}",
+                c.argument, c.derivative, c.reference, f"{c.error:.1e}", f"{c.relative:.1e}" if c.size else "-", f"{c.held_to:.1e}",
                 c.allowance.largest, c.verdict.value,
             )
             for c in self.comparisons

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -252,14 +253,15 @@ class Diagnosis:
         return tuple(finding.defect for finding in self.findings)
 
     def as_dict(self) -> dict[str, Any]:
-        """Return everything as a dict of plain values, for JSON."""
+        """Return everything as a dict of plain values, for JSON: None for numbers that are not finite."""
         document = asdict(self)
         document["findings"] = [
             {"defect": finding.defect.name, "sentence": finding.sentence, "remedy": finding.remedy}
             for finding in self.findings
         ]
         document["outer"] = [{**asdict(tensor), "shape": list(tensor.shape)} for tensor in self.outer]
-        return {**document, "unexamined": list(self.unexamined), "healthy": self.healthy}
+        plain = {**document, "unexamined": list(self.unexamined), "healthy": self.healthy}
+        return {name: _finite(value) for name, value in plain.items()}
 
     def __str__(self) -> str:
         count = len(self.findings)
@@ -326,6 +328,14 @@ class Diagnosis:
                 )
             )
         return lines
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _finite(item) for name, item in value.items()}
+    if isinstance(value, list):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 _MOST_LINES = 8

@@ -228,7 +228,7 @@ class _Check:
         for place, name in enumerate(self.subject.names):
             mine = gradients[place].to(reference.dtype)
             dense, exact, unrolled = evidence.at_found[place], evidence.at_exact[place], evidence.unrolled
-            inner = 2 * float((dense - exact).norm())
+            inner = 2 * float((dense - exact).norm()) + evidence.wobble(place)
             allowed = evidence.allow(place, self.subject.eps, residuals)
             natural = evidence.natural(place)
             compare = functools.partial(self._compare, name, "reverse", natural=natural)
@@ -236,7 +236,9 @@ class _Check:
             other = unrolled.gradients[place]
             cut = unrolled.remainder * natural
             rows.append(compare("unrolled", mine, other, allowed.scaled(1.0, inner=inner, step=cut)))
-            found = differences(reference, place, evidence.exact, evidence.exact_adjoints, self.generator, self.step)
+            found = differences(
+                reference, place, evidence.exact, evidence.exact_adjoints, self.generator, self.step, evidence.terms
+            )
             flat = found.directions.reshape(len(found.directions), mine.numel())
             along = flat @ mine.reshape(-1)
             spread = float(flat.norm())

@@ -249,7 +249,7 @@ def _symmetric(generator: torch.Generator, n: int, digits: float) -> torch.Tenso
 # Functions of all examples of a family: plain torch, in the dtype of their arguments.
 
 
-def _quadratic(x: torch.Tensor, A: torch.Tensor, b: torch.Tensor, c: torch.Tensor) -> torch.Tensor:
+def _quadratic(x: torch.Tensor, A: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     return 0.5 * x @ A @ x - b @ x
 
 
@@ -309,8 +309,8 @@ def strongly_convex(draw: st.DrawFn, *, most: int = 6, digits: float = 2.0, leas
     start = torch.zeros(n, dtype=_F64)
     if draw(st.booleans()):
         return RandomProblem(
-            "quadratic", bilevel.argmin, _quadratic, start, (A, b, torch.zeros_like(c)),
-            lambda A, b, c: torch.linalg.solve(0.5 * (A + A.mT), b), 10**spread,
+            "quadratic", bilevel.argmin, _quadratic, start, (A, b),
+            lambda A, b: torch.linalg.solve(0.5 * (A + A.mT), b), 10**spread,
         )  # fmt: skip
     A = _symmetric(generator, n, 0.5 * spread)
     return _measured(RandomProblem("well", bilevel.argmin, _well, start, (A, b, c), _linear_solution, 10**spread))
@@ -352,8 +352,8 @@ def ill_conditioned(draw: st.DrawFn, *, most: int = 6, least_digits: float = 4.0
     # A right-hand side for which x is of size one, not as large as the inverse.
     b = A @ _normal(generator, n)
     return RandomProblem(
-        "ill-conditioned quadratic", bilevel.argmin, _quadratic, torch.zeros(n, dtype=_F64), (A, b, torch.zeros_like(b)),
-        lambda A, b, c: torch.linalg.solve(0.5 * (A + A.mT), b), 10**spread,
+        "ill-conditioned quadratic", bilevel.argmin, _quadratic, torch.zeros(n, dtype=_F64), (A, b),
+        lambda A, b: torch.linalg.solve(0.5 * (A + A.mT), b), 10**spread,
     )  # fmt: skip
 
 
@@ -367,8 +367,8 @@ def badly_scaled(draw: st.DrawFn, *, most: int = 5, digits: float = 3.0) -> Rand
     b = A @ (_normal(generator, n) / units)
     kappa = float(torch.linalg.cond(A))
     return RandomProblem(
-        "badly scaled quadratic", bilevel.argmin, _quadratic, torch.zeros(n, dtype=_F64), (A, b, torch.zeros_like(b)),
-        lambda A, b, c: torch.linalg.solve(0.5 * (A + A.mT), b), kappa,
+        "badly scaled quadratic", bilevel.argmin, _quadratic, torch.zeros(n, dtype=_F64), (A, b),
+        lambda A, b: torch.linalg.solve(0.5 * (A + A.mT), b), kappa,
     )  # fmt: skip
 
 

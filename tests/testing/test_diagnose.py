@@ -8,9 +8,13 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 import bilevel
 from bilevel.testing import Defect, diagnose
+from bilevel.testing import strategies as draw
+from bilevel.testing.strategies import RandomProblem
 
 F64 = torch.float64
 Call = tuple[Any, tuple[Any, ...], dict[str, Any]]
@@ -233,7 +237,7 @@ def test_the_defect_is_named_and_no_other(make: Callable[[], Call]) -> None:
     assert named <= DEFECTS[make] | CONSEQUENCES.get(make, set())
     assert not found.healthy
     assert len(str(found).splitlines()) <= 40
-    json.dumps(found.as_dict())
+    json.dumps(found.as_dict(), allow_nan=False)
 
 
 def healthy_layer() -> Call:
@@ -364,7 +368,28 @@ def test_nothing_that_is_to_be_found_is_raised(name: str) -> None:
     print(found)
     assert not found.healthy or name == "nothing unknown"
     assert found.findings or found.unexamined or name == "nothing unknown"
-    json.dumps(found.as_dict())
+    json.dumps(found.as_dict(), allow_nan=False)
+
+
+@given(draw.problems(regular=True), draw.dtypes())
+def test_random_regular_problems_have_no_finding(problem: RandomProblem, dtype: torch.dtype) -> None:
+    problem = problem.to(dtype)
+    found = diagnose(problem.layer(), problem.init, *problem.args)
+    # A matrix that multiplies what vanishes at the solution has the gradient zero, which is said, and is no more than that.
+    assert found.healthy or found.defects == (Defect.ZERO_GRADIENT,), str(found)
+    if not found.healthy:
+        assert problem.make is not bilevel.root and found.outer[0].gradient == 0.0
+    assert found.curvature is not None and found.curvature.condition <= 1.3 * problem.condition
+
+
+@given(st.one_of(draw.ill_conditioned(least_digits=6.2), draw.badly_scaled()))
+def test_random_hard_problems_are_named(problem: RandomProblem) -> None:
+    found = diagnose(problem.layer(), problem.init, *problem.args)
+    assert found.curvature is not None
+    hard = {Defect.ILL_CONDITIONED, Defect.BADLY_SCALED} & set(found.defects)
+    assert bool(hard) == (found.curvature.condition > 1e6), str(found)
+    if problem.name.startswith("badly") and problem.condition > 1e6:
+        assert found.defects == (Defect.BADLY_SCALED,)
 
 
 def test_what_is_no_problem_is_refused() -> None:
@@ -404,6 +429,13 @@ def test_lanczos_finds_the_ends_of_a_large_spectrum() -> None:
         float(torch.linalg.svdvals(J)[0]), rel=1e-3
     )
     assert skew.curvature.asymmetry > 0.01
+
+
+def test_a_large_unconverged_point_is_found_without_the_matrix() -> None:
+    scales = torch.linspace(1, 3, 700, dtype=F64)
+    layer = bilevel.argmin(lambda x, a: (scales * (x - a) ** 2).sum(), solver=bilevel.GradientDescent(0.01, 5))
+    found = diagnose(layer, torch.zeros(700, dtype=F64), torch.ones(700, dtype=F64))
+    assert found.defects == (Defect.UNCONVERGED,) and "at least" in found.findings[0].sentence
 
 
 def test_warm_starts_are_forgotten_and_gradients_left_alone() -> None:

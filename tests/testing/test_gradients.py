@@ -194,6 +194,13 @@ def test_the_callers_own_tolerance() -> None:
         assert_gradients(layer, args, rtol=0.005)
 
 
+def test_a_layer_inside_the_objective() -> None:
+    inside = bilevel.argmin(lambda u, x: ((u - x.sin()) ** 2).sum() + (u**4).sum())
+    start = torch.zeros(2, dtype=F64)
+    outside = bilevel.argmin(lambda x, a: ((inside(start, x) - a) ** 2).sum() + 0.5 * (x**2).sum())
+    assert_gradients(outside, (start, draw(2)))
+
+
 def test_empty_and_scalar_arguments() -> None:
     layer = bilevel.argmin(lambda x, a, none: ((x - a) ** 2).sum() + none.sum())
     check = check_gradients(

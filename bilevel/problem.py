@@ -12,7 +12,9 @@ import torch
 from torch.func import vmap
 from torch.utils import _pytree as pytree
 
+from bilevel._goal import GoalReport, Knowledge
 from bilevel._layer import Layer, Solution
+from bilevel._seek import Promised, seek
 from bilevel._system import ArgminSystem, Problem
 from bilevel._transforms import transforms_active
 from bilevel._tree import Raveler, flatten_arguments
@@ -20,7 +22,7 @@ from bilevel.certificates._certificate import Certificate
 from bilevel.certificates._point import Point
 from bilevel.certificates.bound import Bound
 from bilevel.certificates.constants import Constants
-from bilevel.errors import ArgumentError, ShapeError
+from bilevel.errors import ArgumentError, ShapeError, TransformError
 from bilevel.linear._base import LinearSolverLike
 from bilevel.reports import Basis, OnFailure, SolveReport, Status
 from bilevel.solvers._base import InnerSolverLike
@@ -39,10 +41,13 @@ class HypergradientReport:
         The inner solve's report.
     backward
         The linear solve's report.
+    goal
+        What became of ``Tolerance(hypergradient=...)`` or ``Tolerance(descent=...)``; None without such a goal.
     """
 
     forward: SolveReport
     backward: SolveReport
+    goal: GoalReport | None = None
 
     @property
     def converged(self) -> torch.Tensor:
@@ -71,7 +76,8 @@ class HypergradientReport:
         )
 
     def __str__(self) -> str:
-        return f"{self.forward}\n{self.backward}"
+        goal = "" if self.goal is None else f"\n{self.goal}"
+        return f"{self.forward}\n{self.backward}{goal}"
 
 
 def _moved(report: SolveReport, residual: torch.Tensor, steps: int) -> SolveReport:
@@ -241,6 +247,7 @@ class BilevelProblem(torch.nn.Module, ABC):
         self._tolerance = self._layer.tolerance
         self._layer.adjoint.warm = warm_start
         self._last: Any = None
+        self._known: Knowledge | None = None
 
     @property
     def where(self) -> str:
@@ -294,7 +301,20 @@ class BilevelProblem(torch.nn.Module, ABC):
         ------
         SolveError
             If the inner solve failed and the policy is ``"raise"``.
+        ArgumentError, TransformError
+            If the tolerance is a goal for the hypergradient, and more than one first ``backward`` to ``outer`` is wanted.
+
+        Notes
+        -----
+        A goal, ``Tolerance(hypergradient=...)``, is met here, in the forward pass, for the gradient that ``backward`` then hands to
+        ``outer``: once, and by ``backward`` or ``torch.autograd.grad`` alone. Without a gradient to promise anything of,
+        under ``torch.no_grad``, the inner solve goes as far as the dtype allows.
         """
+        tolerance = self.tolerance_of(outer, data)
+        if tolerance.has_goal and torch.is_grad_enabled():
+            promised = self._promised(outer, data, init, tolerance)
+            if promised is not None:
+                return promised
         solution = self.solve(outer, data, init=init)
         return self._outer_losses(solution.value, outer, data).mean()
 
@@ -333,12 +353,15 @@ class BilevelProblem(torch.nn.Module, ABC):
             If a solve failed and the policy is ``"raise"``.
         """
         leaves, structure = pytree.tree_flatten(outer)
-        moving = [isinstance(leaf, torch.Tensor) and leaf.is_floating_point() for leaf in leaves]
+        moving = [_moves(leaf) for leaf in leaves]
         if not any(moving):
             raise ArgumentError(
                 f"{self._layer.where}: expected outer to hold a floating-point tensor, got {outer!r}; pass tensors to "
                 "differentiate with respect to"
             )
+        tolerance = self.tolerance_of(outer, data)
+        if tolerance.has_goal:
+            return self._to_goal(outer, data, init, tolerance)
         fresh = [
             leaf.detach().requires_grad_(True) if move else leaf for leaf, move in zip(leaves, moving, strict=True)
         ]
@@ -373,23 +396,42 @@ class BilevelProblem(torch.nn.Module, ABC):
             q = adjoint.value * lower.batch  # the mean's cotangents are 1/K of each problem's own
         assert adjoint.residual is not None
         corrected = value.detach() - (q * adjoint.residual).sum(dim=-1).mean()
-        flags = [
-            isinstance(leaf, torch.Tensor) and leaf.is_floating_point()
-            for leaf in leaves
-            if isinstance(leaf, torch.Tensor)
-        ]
-        point = Point(lower, upper, x, q, (*flags, *[False] * (len(lower.tensors) - len(flags))))
+        flat = torch.cat([leaf.reshape(-1) for leaf in pytree.tree_leaves(grad) if leaf is not None])
+        point = Point(lower, upper, x, q, _wanted(plain, lower))
+        report = HypergradientReport(solution.report, backward)
+        return self._package(plain, data, inner, point, value.detach(), corrected, flat, report)
+
+    def reset(self) -> None:
+        """Forget the last inner solution and adjoint."""
+        self._last = self._known = None
+        self._layer.adjoint.value = None
+
+    def extra_repr(self) -> str:
+        layer = self._layer
+        return f"solver={layer.solver!r}, linear_solver={layer.linear_solver!r}, tolerance={layer.tolerance!r}"
+
+    def _package(
+        self,
+        outer: Any,
+        data: Any,
+        inner: Any,
+        point: Point,
+        value: torch.Tensor,
+        corrected: torch.Tensor,
+        flat: torch.Tensor,
+        report: HypergradientReport,
+    ) -> Hypergradient:
+        """Return what was found at ``point``, ĝ being ``flat`` (p,), with what its bounds are computed from."""
+        leaves, structure = pytree.tree_flatten(outer)
+        lower, upper, x = point.lower, point.upper, point.x
         mu = self._layer.tolerance.strong_convexity
 
         def constants() -> Constants:
-            return self.constants(plain, data).with_mu(mu)
+            return self.constants(outer, data).with_mu(mu)
 
         def restore(flat: torch.Tensor) -> Any:
-            parts = iter(torch.split(flat, [leaf.numel() for leaf in wanted]))
-            filled = [
-                next(parts).reshape(leaf.shape).to(leaf.dtype) if move else None
-                for leaf, move in zip(fresh, moving, strict=True)
-            ]
+            parts = iter(torch.split(flat, [leaf.numel() for leaf in leaves if _moves(leaf)]))
+            filled = [next(parts).reshape(leaf.shape).to(leaf.dtype) if _moves(leaf) else None for leaf in leaves]
             return pytree.tree_unflatten(filled, structure)
 
         def rebuild(at: Point, before: Hypergradient) -> Hypergradient:
@@ -403,27 +445,66 @@ class BilevelProblem(torch.nn.Module, ABC):
                 self._unravel(there.q, inner), before.report.moved(at), certificate, rebuild, restore,
             )  # fmt: skip
 
-        flat = torch.cat([leaf.reshape(-1) for leaf in pytree.tree_leaves(grad) if leaf is not None])
         return Hypergradient(
-            value.detach(),
-            corrected,
-            grad,
-            inner,
-            self._unravel(q, inner),
-            HypergradientReport(solution.report, backward),
-            Certificate(point, flat, corrected, constants),
-            rebuild,
-            restore,
+            value, corrected, restore(flat), inner, self._unravel(point.q, inner), report,
+            Certificate(point, flat, corrected, constants), rebuild, restore,
+        )  # fmt: skip
+
+    def _to_goal(self, outer: Any, data: Any, init: Any, tolerance: Tolerance) -> Hypergradient:
+        """Return a hypergradient as accurate as ``tolerance`` asks: both solves go as far as that needs."""
+        layer, warm = self._layer, self.warm_start
+        layer.tolerance = tolerance
+        outer, data = pytree.tree_map(_cut, outer), pytree.tree_map(_cut, data)
+        start = self._start(outer, data, self._count(data)) if init is None else init
+        start = pytree.tree_map(_cut, start)
+        lower, x = self._flat_problem(self.inner_objective, start, outer, data)
+        upper, _ = self._flat_problem(self.outer_objective, start, outer, data)
+        wanted = _wanted(outer, lower)
+
+        def certify(x: torch.Tensor, q: torch.Tensor, flat: torch.Tensor, corrected: torch.Tensor) -> Bound:
+            known = self.constants(outer, data).with_mu(tolerance.strong_convexity)
+            return Certificate(Point(lower, upper, x, q, wanted), flat, corrected, lambda: known).bound
+
+        kept = layer.adjoint.value if warm else None
+        begin = kept * lower.batch if kept is not None and kept.shape == x.shape else None
+        known = self._known if begin is not None else None
+        sought = seek(layer, lower, upper, x, begin, wanted, known, certify)
+        found = sought.found
+        inner = self._unravel(found.x, start)
+        if warm and sought.finite:
+            self._last, self._known = inner, found.known
+            layer.adjoint.value = found.q / lower.batch  # as for the mean's cotangents
+        value = found.values.mean()
+        corrected = value - torch.linalg.vecdot(found.q, found.residual).mean()
+        report = HypergradientReport(sought.forward, sought.backward, found.report)
+        point = Point(lower, upper, found.x, found.q, wanted)
+        result = self._package(outer, data, inner, point, value, corrected, found.gradient, report)
+        result.__dict__["bound"] = found.bound  # what decided, which asking for the bound shows
+        return result
+
+    def _promised(self, outer: Any, data: Any, init: Any, tolerance: Tolerance) -> torch.Tensor | None:
+        """Return the outer loss with a gradient that meets the goal, or None where no tensor of ``outer`` wants one."""
+        where, call = (
+            self._layer.where,
+            f"{tolerance!r} holds for hypergradient(...) and for the first backward of the loss",
         )
-
-    def reset(self) -> None:
-        """Forget the last inner solution and adjoint."""
-        self._last = None
-        self._layer.adjoint.value = None
-
-    def extra_repr(self) -> str:
-        layer = self._layer
-        return f"solver={layer.solver!r}, linear_solver={layer.linear_solver!r}, tolerance={layer.tolerance!r}"
+        if transforms_active():
+            raise TransformError(
+                f"{where}: expected no transform of torch.func around a problem with a goal, and there is one; {call}; "
+                "inside a transform pass Tolerance(delta=..., delta_prime=...)"
+            )
+        if any(isinstance(leaf, torch.Tensor) and leaf.requires_grad for leaf in pytree.tree_leaves(data)):
+            raise ArgumentError(
+                f"{where}: expected data not to require grad for a problem with a goal, and it does; {call} to outer; "
+                "put what is to be differentiated into outer, or pass Tolerance(delta=..., delta_prime=...)"
+            )
+        leaves = [leaf for leaf in pytree.tree_leaves(outer) if _moves(leaf)]
+        if not any(leaf.requires_grad for leaf in leaves):
+            return None
+        result = self._to_goal(outer, data, init, tolerance)
+        gradients = [leaf for leaf in pytree.tree_leaves(result.grad) if leaf is not None]
+        promised: torch.Tensor = Promised.apply(where, result.value, gradients, *leaves)
+        return promised
 
     def _inner_objective(self, inner: Any, outer: Any, data: Any) -> torch.Tensor:
         return self.inner_objective(inner, outer, data)
@@ -486,6 +567,16 @@ class BilevelProblem(torch.nn.Module, ABC):
         if self.batch_dims is None:
             return Raveler.of(inner, self._layer.where).unravel(q[0])
         return vmap(Raveler.of(pytree.tree_map(lambda leaf: leaf[0], inner), self._layer.where).unravel)(q)
+
+
+def _moves(leaf: Any) -> bool:
+    return isinstance(leaf, torch.Tensor) and leaf.is_floating_point()
+
+
+def _wanted(outer: Any, problem: Problem) -> tuple[bool, ...]:
+    """Return which of the problem's tensors, those of ``outer`` first, are differentiated with respect to."""
+    flags = [_moves(leaf) for leaf in pytree.tree_leaves(outer) if isinstance(leaf, torch.Tensor)]
+    return (*flags, *[False] * (len(problem.tensors) - len(flags)))
 
 
 def _cut(leaf: Any) -> Any:

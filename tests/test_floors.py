@@ -18,7 +18,18 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).resolve().parents[1] / "bilevel"
-GROUND = ("operators", "tolerance", "reports", "errors", "_tree", "_system", "_transforms", "_checks", "_version")
+GROUND = (
+    "operators",
+    "tolerance",
+    "schedules",
+    "reports",
+    "errors",
+    "_tree",
+    "_system",
+    "_transforms",
+    "_checks",
+    "_version",
+)
 FLOORS = {
     **{f"bilevel.{name}": 0 for name in GROUND},
     "bilevel.solvers": 1,
@@ -27,6 +38,9 @@ FLOORS = {
     "bilevel._layer": 3,
     "bilevel.layers": 3,
     "bilevel.certificates": 4,
+    "bilevel._secants": 4,
+    "bilevel._goal": 4,
+    "bilevel._seek": 4,
     "bilevel.problem": 4,
     "bilevel.hyperopt": 5,
     "bilevel.meta": 5,

@@ -270,7 +270,7 @@ def lasso(generator: torch.Generator, k: int, dtype: torch.dtype) -> Case:
         noise = 16 * eps * (step[:, 0].double() * size + x.norm(dim=1))
         return proximal_distance((x - mapped).norm(dim=1) + noise, step[:, 0].double(), mu), slope, mapped
 
-    direct, slope, mapped = distance(beta.double())
+    direct, _, mapped = distance(beta.double())
     better = newton_on_support(mapped, distance(mapped)[1], gram, lam)
     remainder = distance(better)[0]
     e = torch.minimum(direct, (beta.double() - better).norm(dim=1) + remainder)

@@ -49,9 +49,8 @@ def heavy_ball(steps: int, largest: float, least: float):
 
 def main() -> None:
     torch.set_num_threads(1)
-    print(
-        f"{'N':>4s} {'k':>4s} {'true error':>11s} {'published':>11s} {'C3':>11s} {'bound':>11s} {'publ./true':>10s} {'publ./C3':>9s} {'publ./bound':>11s}"
-    )
+    columns = ("true error", "published", "C3", "bound", "publ./true", "publ./C3", "publ./bound")
+    print(f"{'N':>4s} {'k':>4s} " + " ".join(f"{column:>11s}" for column in columns))
     ratios, formula, violations = [], [], 0
     for seed in range(5):
         A, b, C, D, e = data = draw(seed)
@@ -80,10 +79,9 @@ def main() -> None:
                     ratios.append(published / result.error_bound)
                     formula.append(published / direct)
                 if seed == 0:
-                    print(
-                        f"{n:4d} {k:4d} {error:11.2e} {published:11.2e} {direct:11.2e} {result.error_bound:11.2e} {published / error:10.1f} "
-                        f"{published / direct:9.1f} {published / result.error_bound:11.1f}"
-                    )
+                    sizes = " ".join(f"{number:11.2e}" for number in (error, published, direct, result.error_bound))
+                    compared = " ".join(f"{published / number:11.1f}" for number in (error, direct, result.error_bound))
+                    print(f"{n:4d} {k:4d} {sizes} {compared}")
     for name, found in (("C3 by formula", formula), ("the bound", ratios)):
         low, middle, high = np.quantile(found, [0, 0.5, 1])
         print(

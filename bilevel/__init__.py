@@ -1,6 +1,6 @@
 """Differentiate through any optimisation problem, root or fixed point, and know how wrong the derivative is."""
 
-from bilevel import operators
+from bilevel import certificates, operators
 from bilevel._system import Problem
 from bilevel._version import __version__
 from bilevel.certificates.bound import Bound
@@ -10,6 +10,7 @@ from bilevel.errors import (
     BilevelError,
     BudgetWarning,
     CapturedTensorError,
+    ConstantsError,
     DtypeError,
     FailureWarning,
     InitGradientError,
@@ -62,6 +63,7 @@ __all__ = [
     "BudgetWarning",
     "CapturedTensorError",
     "Constants",
+    "ConstantsError",
     "Damped",
     "DtypeError",
     "Exact",
@@ -99,6 +101,7 @@ __all__ = [
     "TransformError",
     "__version__",
     "argmin",
+    "certificates",
     "fixed_point",
     "operators",
     "record",

@@ -23,7 +23,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
+from typing import Any
 
 import torch
 
@@ -119,6 +120,8 @@ class Knowledge:
         ν, S and β; zero while nothing was seen.
     numbers
         How many numbers S was seen on.
+    value_bend
+        The largest change of F − qᵀ∇G along a step, over (ν ‖∇G‖)²: what is left of the corrected value's error.
     curvature
         The largest ‖∇G(φ − s) − (∇G − H s)‖/‖s‖²: how far from quadratic G is.
     inner_doubt, linear_doubt
@@ -131,15 +134,30 @@ class Knowledge:
     slope: float = 0.0
     pull: float = 0.0
     numbers: int = 0
+    value_bend: float = 0.0
     curvature: float = 0.0
     inner_doubt: float = 1.0
     linear_doubt: float = 1.0
     secants: Secants = field(default_factory=Secants)
 
+    def state_dict(self) -> dict[str, Any]:
+        """Return everything, in types that can be loaded without running code."""
+        numbers = {item.name: getattr(self, item.name) for item in fields(self) if item.name != "secants"}
+        return {**numbers, "pairs": list(self.secants.pairs), "scale": self.secants.scale}
+
+    @staticmethod
+    def of(state: dict[str, Any]) -> Knowledge:
+        """Return what :meth:`state_dict` described."""
+        numbers = {name: value for name, value in state.items() if name not in ("pairs", "scale")}
+        known = Knowledge(**numbers)
+        known.secants.pairs.extend(tuple(pair) for pair in state["pairs"])
+        known.secants.scale = state["scale"]
+        return known
+
     def fade(self) -> None:
         """Trust what was seen elsewhere a little less; what is seen here raises it again."""
         self.nu, self.slope, self.pull = 0.8 * self.nu, 0.8 * self.slope, 0.8 * self.pull
-        self.curvature *= 0.8
+        self.curvature, self.value_bend = 0.8 * self.curvature, 0.8 * self.value_bend
         self.numbers = min(self.numbers, 50)
         self.inner_doubt, self.linear_doubt = max(1.0, 0.8 * self.inner_doubt), max(1.0, 0.8 * self.linear_doubt)
 
@@ -164,6 +182,8 @@ class Reached:
         int64 (K,): steps of the inner solver and products for H s = ∇G; products for the adjoint.
     bound
         What decided, with its parts.
+    value_error
+        The model's estimate of the corrected value's error (C4): of second order.
     report
         The goal's.
     known
@@ -181,6 +201,7 @@ class Reached:
     inner_steps: torch.Tensor
     linear_steps: torch.Tensor
     bound: Bound
+    value_error: float
     report: GoalReport
     known: Knowledge
 
@@ -209,6 +230,11 @@ class _Here:
     def left(self) -> float:
         """‖ρ‖ of the whole batch."""
         return float(self.rho.norm())
+
+    @property
+    def corrected(self) -> torch.Tensor:
+        """F − qᵀ∇G, the mean over the problems."""
+        return self.values.mean() - torch.linalg.vecdot(self.q, self.residual).mean()
 
     @property
     def gradient(self) -> torch.Tensor:
@@ -367,6 +393,8 @@ class Search:
                 return Status.STAGNATED
             length = float((moved - here.x).norm())
         self._see_slope(here, there, length)
+        change = abs(float(here.corrected - there.corrected))
+        self.known.value_bend = max(self.known.value_bend, change / (self.known.nu * size) ** 2)
         return there
 
     def _linear(self, here: _Here, rhs: torch.Tensor, reduction: float) -> LinearOutcome:
@@ -427,8 +455,7 @@ class Search:
         if self.tolerance.estimates or estimate.value > allowed:
             return estimate
         self.corrections += 1
-        corrected = here.values.mean() - torch.linalg.vecdot(here.q, here.residual).mean()
-        proven = self.certify(here.x, here.q, here.gradient, corrected)
+        proven = self.certify(here.x, here.q, here.gradient, here.corrected)
         if proven.basis is Basis.ESTIMATED or not math.isfinite(proven.value):
             # No bound: constants are missing, or hold only nearer to the solution. The caller tells the two apart.
             self.known.inner_doubt *= 30
@@ -461,10 +488,12 @@ class Search:
 
     def _end(self, here: _Here, bound: Bound, status: Status, rounds: int) -> Reached:
         report = GoalReport(self.tolerance, status, bound.value, self._allowed(here), bound.basis, rounds)
+        distance = self.known.nu * here.size
+        slack = self.known.value_bend * distance**2 + here.left * distance / max(1, here.x.shape[0])
         return Reached(
             here.x, here.q, here.residual, here.v, here.rho, here.gradient, here.values, self.lower.system.batch_shape,
             self.inner_steps, self.linear_steps,
-            bound, report, self.known,
+            bound, self._caution(here) * slack, report, self.known,
         )  # fmt: skip
 
     # Passes

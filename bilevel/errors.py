@@ -16,6 +16,7 @@ __all__ = [
     "BilevelError",
     "BudgetWarning",
     "CapturedTensorError",
+    "ConstantsError",
     "DtypeError",
     "FailureWarning",
     "InitGradientError",
@@ -53,6 +54,10 @@ class InitGradientError(BilevelError, RuntimeError):
 
 class StochasticObjectiveError(BilevelError, RuntimeError):
     """Two evaluations at one point differ, so that no solution is defined."""
+
+
+class ConstantsError(BilevelError, ValueError):
+    """A constant that was given cannot be true: what was computed refutes it."""
 
 
 class TransformError(BilevelError, RuntimeError):

@@ -383,6 +383,8 @@ def hessian(objective: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor) 
     with torch.enable_grad():
         point = _leaf(x)
         value = objective(point)
+        if not value.requires_grad:  # an objective that does not depend on x
+            return HessianOperator(torch.zeros_like(x), point)
         (gradient,) = torch.autograd.grad(
             value.sum(), point, create_graph=True, allow_unused=True, materialize_grads=True
         )

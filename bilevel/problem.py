@@ -22,7 +22,7 @@ from bilevel.certificates._certificate import Certificate
 from bilevel.certificates._point import Point
 from bilevel.certificates.bound import Bound
 from bilevel.certificates.constants import Constants
-from bilevel.errors import ArgumentError, ShapeError, TransformError
+from bilevel.errors import ArgumentError, ConstantsError, ShapeError, TransformError
 from bilevel.linear._base import LinearSolverLike
 from bilevel.reports import Basis, OnFailure, SolveReport, Status
 from bilevel.solvers._base import InnerSolverLike
@@ -162,6 +162,28 @@ class Hypergradient:
         """
         return self._rebuild(self._certificate.refined, self)
 
+    def __str__(self) -> str:
+        """Return value, gradient, solution and adjoint, each with its bound and what that rests on; the bounds are computed."""
+        flat = [leaf.reshape(-1) for leaf in pytree.tree_leaves(self.grad) if leaf is not None]
+        inner = [leaf.reshape(-1) for leaf in pytree.tree_leaves(self.inner)]
+        adjoint = [leaf.reshape(-1) for leaf in pytree.tree_leaves(self.adjoint)]
+        forward, backward = self.report.forward, self.report.backward
+        rows = (
+            ("value", f"{float(self.corrected_value):.6g}", "value_bound"),
+            ("gradient", f"norm {float(torch.cat(flat).norm()):.4g}", "bound"),
+            ("solution", f"norm {float(torch.cat(inner).norm()):.4g}", "inner_bound"),
+            ("adjoint", f"norm {float(torch.cat(adjoint).norm()):.4g}", "adjoint_bound"),
+        )
+        lines = [f"{forward.where}: hypergradient, after {forward.solver} and {backward.solver}"]
+        notes = [report.message for report in (forward, backward) if not bool(report.converged.all())]
+        for name, shown, attribute in rows:
+            try:
+                lines.append(f"  {name:9s} {shown}, error {getattr(self, attribute)}")
+            except ConstantsError as refuted:
+                lines.append(f"  {name:9s} {shown}")
+                notes = [str(refuted), *(note for note in notes if note != str(refuted))]
+        return "\n".join([*lines, *(f"  {note}" for note in notes)])
+
     @property
     def error_bound(self) -> float:
         """Bound on ‖ĝ − g‖, or an estimate of it where :attr:`certified` is False."""
@@ -253,6 +275,32 @@ class BilevelProblem(torch.nn.Module, ABC):
     def where(self) -> str:
         """The name used in messages."""
         return f"`{type(self).__name__}`"
+
+    @property
+    def tolerance(self) -> Tolerance:
+        """The accuracy asked for; it may be set to another between calls."""
+        return self._tolerance
+
+    @tolerance.setter
+    def tolerance(self, tolerance: Tolerance) -> None:
+        if not isinstance(tolerance, Tolerance):
+            raise ArgumentError(f"{self.where}: expected a bilevel.Tolerance, got {tolerance!r}; wrap it in one")
+        self._tolerance = self._layer.tolerance = tolerance
+
+    def memory(self) -> dict[str, Any]:
+        """Return what the next call begins from: the last inner solution and adjoint, and what goals have learned.
+
+        With it a run can be resumed bit for bit; the tensors are copies, all of it can be loaded without running code.
+        """
+        kept = self._known.state_dict() if self._known is not None else None
+        state = {"inner": self._last, "adjoint": self._layer.adjoint.value, "known": kept}
+        return pytree.tree_map(lambda leaf: leaf.clone() if isinstance(leaf, torch.Tensor) else leaf, state)
+
+    def recall(self, state: dict[str, Any]) -> None:
+        """Begin the next call from :meth:`memory`."""
+        state = pytree.tree_map(lambda leaf: leaf.clone() if isinstance(leaf, torch.Tensor) else leaf, state)
+        self._last, self._layer.adjoint.value = state["inner"], state["adjoint"]
+        self._known = None if state["known"] is None else Knowledge.of(state["known"])
 
     @abstractmethod
     def inner_objective(self, inner: Any, outer: Any, data: Any) -> torch.Tensor:
@@ -439,7 +487,7 @@ class BilevelProblem(torch.nn.Module, ABC):
             flat = at.gradient.mean(0).to(before._certificate.gradient)
             # In the problem's dtype, as any other result; the certificate then measures what rounding made of it.
             worth = at.corrected_value.mean().to(value)
-            certificate = Certificate(there, flat, worth, constants)
+            certificate = Certificate(there, flat, worth, constants, self.where, self._layer.on_failure)
             return Hypergradient(
                 there.upper.value(there.x).mean().to(value), worth, restore(flat), self._unravel(there.x, inner),
                 self._unravel(there.q, inner), before.report.moved(at), certificate, rebuild, restore,
@@ -447,7 +495,7 @@ class BilevelProblem(torch.nn.Module, ABC):
 
         return Hypergradient(
             value, corrected, restore(flat), inner, self._unravel(point.q, inner), report,
-            Certificate(point, flat, corrected, constants), rebuild, restore,
+            Certificate(point, flat, corrected, constants, self.where, self._layer.on_failure), rebuild, restore,
         )  # fmt: skip
 
     def _to_goal(self, outer: Any, data: Any, init: Any, tolerance: Tolerance) -> Hypergradient:
@@ -463,7 +511,8 @@ class BilevelProblem(torch.nn.Module, ABC):
 
         def certify(x: torch.Tensor, q: torch.Tensor, flat: torch.Tensor, corrected: torch.Tensor) -> Bound:
             known = self.constants(outer, data).with_mu(tolerance.strong_convexity)
-            return Certificate(Point(lower, upper, x, q, wanted), flat, corrected, lambda: known).bound
+            point = Point(lower, upper, x, q, wanted)
+            return Certificate(point, flat, corrected, lambda: known, self.where, layer.on_failure).bound
 
         kept = layer.adjoint.value if warm else None
         begin = kept * lower.batch if kept is not None and kept.shape == x.shape else None
@@ -480,6 +529,8 @@ class BilevelProblem(torch.nn.Module, ABC):
         point = Point(lower, upper, found.x, found.q, wanted)
         result = self._package(outer, data, inner, point, value, corrected, found.gradient, report)
         result.__dict__["bound"] = found.bound  # what decided, which asking for the bound shows
+        if tolerance.estimates:
+            result.__dict__["value_bound"] = Bound(found.value_error, Basis.ESTIMATED)
         return result
 
     def _promised(self, outer: Any, data: Any, init: Any, tolerance: Tolerance) -> torch.Tensor | None:
@@ -503,7 +554,7 @@ class BilevelProblem(torch.nn.Module, ABC):
             return None
         result = self._to_goal(outer, data, init, tolerance)
         gradients = [leaf for leaf in pytree.tree_leaves(result.grad) if leaf is not None]
-        promised: torch.Tensor = Promised.apply(where, result.value, gradients, *leaves)
+        promised: torch.Tensor = Promised.apply(result.value, gradients, *leaves)
         return promised
 
     def _inner_objective(self, inner: Any, outer: Any, data: Any) -> torch.Tensor:

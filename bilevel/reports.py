@@ -225,10 +225,36 @@ class SolveReport:
         )
 
     def __str__(self) -> str:
-        bound = "no error bound is known"
-        if self.basis is not Basis.RESIDUAL and self.error_bound.numel():
-            bound = f"error at most {float(self.error_bound.max()):.2g} ({self.basis.name.lower()})"
-        return f"{self.message} [{bound}]"
+        lines = [f"{self.where}: {self.direction.value} solve by {self.solver}"]
+        codes = self.status_code.reshape(-1)
+        if not codes.numel():
+            return f"{lines[0]}\n  no problems to solve"
+        steps, many = self.iterations.reshape(-1), codes.numel() > 1
+        for code in sorted(set(codes.tolist())):
+            status, these = Status(code), codes == code
+            of = f" in {int(these.sum())} of {codes.numel()} problems" if many else ""
+            remedy = "" if status is Status.CONVERGED else f"; {status.remedy}"
+            lines.append(f"  status    {status.name}: {status.meaning}{of}, steps {_span(steps[these])}{remedy}")
+        asked = self.threshold.reshape(-1)
+        goal = f", asked {_span(asked)}" if bool((asked > 0).any()) else ""
+        lines.append(f"  residual  {_span(self.residual_norm.reshape(-1))}{goal}")
+        known = self.error_bound.reshape(-1)
+        if self.basis is Basis.RESIDUAL or not bool(torch.isfinite(known).any()):
+            lines.append(
+                "  error     not known: give strong_convexity in Tolerance, or ask a hypergradient for its bounds"
+            )
+        else:
+            lines.append(f"  error     at most {float(known.max()):.2g} ({self.basis.name.lower()})")
+        return "\n".join(lines)
+
+
+def _span(numbers: torch.Tensor) -> str:
+    """Return the numbers' range, or the one number that they all are."""
+    low, high = numbers.min(), numbers.max()
+    if not numbers.dtype.is_floating_point:
+        return f"{int(low)}" if bool(low == high) else f"{int(low)} to {int(high)}"
+    short = f"{float(low):.2g}", f"{float(high):.2g}"
+    return short[0] if short[0] == short[1] else " to ".join(short)
 
 
 def _statuses(codes: int | list[Any]) -> Any:

@@ -198,3 +198,11 @@ def test_a_zero_curvature_is_zero_and_no_error() -> None:
     assert torch.equal(linear.dense(), torch.zeros(BATCH, N, N, dtype=torch.float64))
     constant = jacobian(lambda x: x.detach() * 2 + 0 * x, x)
     assert torch.equal(constant.dense(), torch.zeros(BATCH, N, N, dtype=torch.float64))
+
+
+def test_the_hessian_of_a_constant_is_zero() -> None:
+    operator = bilevel.operators.hessian(
+        lambda x: torch.ones(len(x), dtype=x.dtype), torch.ones(2, 3, dtype=torch.float64)
+    )
+    assert bool((operator.matvec(torch.ones(2, 3, dtype=torch.float64)) == 0).all())
+    assert bool((operator.dense() == 0).all())

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 
 __all__ = [
-    "Split", "adjoint_error", "adjoint_error_here", "gradient_error", "gradient_error_here", "inner_error",
+    "Split", "adjoint_error", "adjoint_error_here", "curvature_there", "gradient_error", "gradient_error_here", "inner_error",
     "inner_error_with_curvature", "kantorovich", "least", "value_error",
 ]  # fmt: skip
 
@@ -48,6 +48,11 @@ class Split:
             torch.where(mine, self.inner, other.inner),
             torch.where(mine, self.linear, other.linear),
         )
+
+    def where(self, usable: torch.Tensor) -> Split:
+        """Return the bound where ``usable`` (K,), infinity elsewhere."""
+        never = torch.full_like(self.value, float("inf"))
+        return Split(*(torch.where(usable, part, never) for part in (self.value, self.inner, self.linear)))
 
 
 def _known(bound: torch.Tensor) -> torch.Tensor:
@@ -93,6 +98,11 @@ def inner_error_with_curvature(
     return torch.where(curvature > 0, bound, torch.full_like(eta, float("inf")))
 
 
+def curvature_there(curvature: torch.Tensor, l_h: torch.Tensor, epsilon: torch.Tensor) -> torch.Tensor:
+    """Return λ_min(H(φ)) − L_H ε ≤ λ_min(H(φ*)), or 0 where that says nothing."""
+    return torch.nan_to_num(curvature - l_h * epsilon, nan=0.0, neginf=0.0).clamp_min(0)
+
+
 def adjoint_error(
     r_lin: torch.Tensor, size: torch.Tensor, epsilon: torch.Tensor,
     mu: torch.Tensor, l_f: torch.Tensor, l_h: torch.Tensor,
@@ -125,7 +135,11 @@ def gradient_error(
     norm_b: torch.Tensor, size: torch.Tensor, epsilon: torch.Tensor, adjoint: Split,
     l_b: torch.Tensor, l_tf: torch.Tensor,
 ) -> Split:  # fmt: skip
-    """Return ‖B‖ E_q + L_B ε (‖q‖ + E_q) + L_θF ε ≥ ‖ĝ − g‖ (C3), B being taken at φ."""
+    """Return ‖B‖ E_q + L_B ε (‖q‖ + E_q) + L_θF ε ≥ ‖ĝ − g‖ (C3), B being taken at φ.
+
+    For iMAML's B = −λI and L_B = 0 this is (λ/μ)[r′ + (L_F + L_H‖ĝ‖/λ) ε] with r′ = ‖∇F − (I + ∇²L̂/λ) ĝ‖: ĝ = λq has
+    (I + ∇²L̂/λ) ĝ = H q, so that r′ = r_lin.
+    """
     inner = norm_b * adjoint.inner + l_b * epsilon * (size + adjoint.value) + l_tf * epsilon
     return Split.of(inner, norm_b * adjoint.linear)
 

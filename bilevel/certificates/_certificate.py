@@ -4,24 +4,30 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cached_property
 
 import torch
 
 from bilevel.certificates._bounds import Split
-from bilevel.certificates._errors import Errors, errors_at, through
+from bilevel.certificates._errors import Errors, Spectral, errors_at, through
 from bilevel.certificates._point import Point, in_float64
 from bilevel.certificates._quadratic import completed
 from bilevel.certificates.bound import Bound
 from bilevel.certificates.constants import Constants
-from bilevel.reports import Basis
+from bilevel.certificates.lanczos import cross_norm, lanczos_spectrum
+from bilevel.certificates.refuting import observed, refuted
+from bilevel.errors import ConstantsError
+from bilevel.reports import Basis, OnFailure, misuse
 
 __all__ = ["Certificate"]
 
 # Newton steps that a bound by way of a better point may take, and what is left beside it when that is enough.
 _MOST_REFINEMENTS = 6
 _SMALL = 0.05
+# Products for a bound of a spectrum, and the probability that it is wrong, of each problem.
+_MOST_PRODUCTS = 200
+_PROBABILITY = 1e-6
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,12 +44,16 @@ class Certificate:
         As it was returned.
     given
         What is known of the problem; called when it is needed.
+    where, on_failure
+        The problem's name, and what becomes of a constant that is refuted.
     """
 
     point: Point
     gradient: torch.Tensor
     corrected_value: torch.Tensor
     given: Callable[[], Constants]
+    where: str = "certificate"
+    on_failure: OnFailure = "raise"
 
     @cached_property
     def exact(self) -> Point:
@@ -55,19 +65,63 @@ class Certificate:
             wide = Point(
                 in_float64(point.lower), in_float64(point.upper), point.x.double(), point.q.double(), point.wanted
             )
-            # Evaluates everything that a certificate rests on, at numbers moved by a unit in float64's last place. Where none of
-            # it moves, the objectives round to another dtype inside.
-            moved = bool((wide.nudged(0).residual != wide.residual).any() | (wide.nudged(0).rho != wide.rho).any())
+            # What a certificate rests on, at numbers moved by a unit in float64's last place: where one of these does not move,
+            # an objective rounds to another dtype inside.
+            other = wide.nudged(0)
+            pairs = ((wide.residual, other.residual), (wide.v, other.v), (wide.hq, other.hq))
+            moved = all(bool((a != b).any()) or not bool((a != 0).any()) for a, b in pairs)
             moved = moved and wide.gradient.dtype == torch.float64
         except (RuntimeError, TypeError):  # a constant of another dtype inside, or a device without float64
             return point
         return wide if moved else point
 
     @cached_property
+    def observed(self) -> Constants:
+        """What is seen of each constant on the way from φ to a better point: a bound from the other side."""
+        exact = self.exact
+        return observed(exact, self.refined if exact.factorable else exact.probe())
+
+    @cached_property
+    def _believed(self) -> tuple[Constants, bool]:
+        """What was given but for what is refuted, and whether the policy asks for NaN."""
+        given = self.given()
+        wrong = refuted(given, self.observed) if _any(given) else {}
+        if not wrong:
+            return given, False
+        error = ConstantsError(
+            f"{self.where}: expected constants that hold near the solution, got {'; '.join(wrong.values())}; correct "
+            "them, or leave out what is not known: the error is then estimated"
+        )
+        return given.without(*wrong), misuse(error, self.on_failure)
+
+    @cached_property
     def constants(self) -> Constants:
         """What is known of the problem, given or found."""
         exact = self.exact
-        return completed(exact.lower, exact.upper, exact.x, exact.wanted, self.given())
+        return completed(exact.lower, exact.upper, exact.x, exact.wanted, self._believed[0])
+
+    @cached_property
+    def _curvature(self) -> torch.Tensor | None:
+        """A lower bound (K,) of H's eigenvalues by Lanczos, where it is needed and there is no other."""
+        exact, known = self.exact, self._believed[0]
+        if exact.factorable or known.hessian_lipschitz is None or known.strong_convexity is not None:
+            return None
+        operator = exact.linear.operator
+        return lanczos_spectrum(operator, failure_probability=_PROBABILITY, max_steps=_MOST_PRODUCTS).least
+
+    @cached_property
+    def _cross_norm(self) -> torch.Tensor | None:
+        """An upper bound (K,) of ‖B‖ by Lanczos, where it is needed and there is no other."""
+        known, others = self.constants, self.direct.adjoint
+        needed = None not in (known.cross_lipschitz, known.outer_cross_lipschitz) and _finite(others)
+        if not needed or known.cross_norm is not None or self.exact.cross_norm is not None:
+            return None
+        return cross_norm(self.exact, _PROBABILITY)
+
+    def _probability(self, *measured: torch.Tensor | None) -> float:
+        """Return the probability that a constant is wrong that was given, or of these that were found by Lanczos runs."""
+        runs = sum(found is not None for found in measured)
+        return self.constants.failure_probability + runs * self.exact.lower.batch * _PROBABILITY
 
     @cached_property
     def refined(self) -> Point:
@@ -77,7 +131,7 @@ class Certificate:
     @cached_property
     def direct(self) -> Errors:
         """The bounds that take no solve beyond those made: the formulas at (φ, q) itself."""
-        return errors_at(self.exact, self.constants)
+        return errors_at(self.exact, self.constants, Spectral(self._curvature))
 
     @cached_property
     def _refined_errors(self) -> Errors:
@@ -87,11 +141,15 @@ class Certificate:
     def errors(self) -> Errors:
         """Every bound of each problem (K,): the smaller of the direct one and, where H is factorised, of the way round."""
         if not self.exact.factorable:
-            return self.direct
+            if self._cross_norm is None:
+                return self.direct
+            return errors_at(self.exact, self.constants, Spectral(self._curvature, self._cross_norm))
         best, at = self.direct, self.refined
+        # Newton's way from a φ that no minimum is proven to be near may end at another.
+        same = torch.isfinite(best.inner.value) | self.constants.convex
         for _ in range(_MOST_REFINEMENTS):
             there = errors_at(at, self.constants)
-            round_about = through(self.exact, at, there)
+            round_about = through(self.exact, at, there).where(same)
             closer = bool((round_about.gradient.value < best.gradient.value).any())
             best = best.better(round_about)
             # Once what is left to bound is small beside the distance to it, a further step has nothing to tighten.
@@ -99,6 +157,11 @@ class Certificate:
                 break
             at = at.refined()
         return best
+
+    @property
+    def _others(self) -> Errors:
+        """The bounds of all but the hypergradient, for which ‖B‖ need not be found."""
+        return self.errors if self.exact.factorable else self.direct
 
     @cached_property
     def estimates(self) -> Errors:
@@ -110,30 +173,35 @@ class Certificate:
     @property
     def inner_bound(self) -> Bound:
         """Of ‖φ − φ*‖, the largest of any problem's."""
-        return self._worst(self.errors.inner, lambda: self.estimates.inner)
+        return self._worst(self._others.inner, lambda: self.estimates.inner)
 
     @property
     def adjoint_bound(self) -> Bound:
         """Of ‖q − q*‖, the largest of any problem's."""
-        return self._worst(self.errors.adjoint, lambda: self.estimates.adjoint)
+        return self._worst(self._others.adjoint, lambda: self.estimates.adjoint)
 
     @property
     def value_bound(self) -> Bound:
         """Of the corrected value's error, the mean over the problems."""
         rounding = abs(float(self.exact.corrected_value.mean()) - float(self.corrected_value))
-        return self._mean(self.errors.value, rounding, lambda: self.estimates.value)
+        return self._mean(
+            self._others.value, rounding, lambda: self.estimates.value, self._probability(self._curvature)
+        )
 
     @property
     def bound(self) -> Bound:
         """Of ‖ĝ − g‖, ĝ and g being the means over the problems."""
         exact, given = self.exact, self.gradient.to(self.exact.x)
         rounding = float((given - exact.gradient.mean(0)).norm())
+        if self._believed[1]:
+            return _NOTHING
         if not _finite(self.errors.gradient):
             estimated = self.estimates.gradient
             mean = float((given - self.refined.gradient.mean(0)).norm())
             return Bound(mean, Basis.ESTIMATED, float(estimated.inner.mean()), float(estimated.linear.mean()))
-        bound = self._mean(self.errors.gradient, rounding, lambda: self.estimates.gradient)
-        if exact.factorable and _finite(self._refined_errors.gradient):
+        probability = self._probability(self._curvature, self._cross_norm)
+        bound = self._mean(self.errors.gradient, rounding, lambda: self.estimates.gradient, probability)
+        if exact.factorable and _finite(self._refined_errors.gradient) and _finite(self.errors.inner):
             # Errors of several problems cancel in their mean, which the mean of their sizes does not see.
             distance = float((given - self.refined.gradient.mean(0)).norm())
             together = distance + float(self._refined_errors.gradient.value.mean())
@@ -146,15 +214,13 @@ class Certificate:
         """g̃ (p,): the hypergradient at the refined point, whose error is of second order."""
         return self.refined.gradient.mean(0).to(self.gradient)
 
-    @property
-    def _basis(self) -> tuple[Basis, float]:
-        probability = self.constants.failure_probability
-        return (Basis.PROBABILISTIC if probability > 0 else Basis.CERTIFIED), probability
-
     def _worst(self, bound: Split, estimate: Callable[[], Split]) -> Bound:
-        basis, probability = self._basis
+        probability = self._probability(self._curvature)
+        basis = Basis.PROBABILISTIC if probability else Basis.CERTIFIED
         if not _finite(bound):
             bound, basis, probability = estimate(), Basis.ESTIMATED, 0.0
+        if self._believed[1]:
+            return _NOTHING
         if not bound.value.numel():
             return Bound(0.0, basis, 0.0, 0.0, probability)
         which = int(bound.value.nan_to_num(nan=math.inf).argmax())
@@ -162,12 +228,21 @@ class Certificate:
             float(bound.value[which]), basis, float(bound.inner[which]), float(bound.linear[which]), probability
         )
 
-    def _mean(self, bound: Split, rounding: float, estimate: Callable[[], Split]) -> Bound:
-        basis, probability = self._basis
+    def _mean(self, bound: Split, rounding: float, estimate: Callable[[], Split], probability: float) -> Bound:
+        basis = Basis.PROBABILISTIC if probability else Basis.CERTIFIED
         if not _finite(bound):
             bound, basis, probability = estimate(), Basis.ESTIMATED, 0.0
+        if self._believed[1]:
+            return _NOTHING
         value, inner, linear = (float(part.mean()) for part in (bound.value, bound.inner, bound.linear))
         return Bound(value + rounding, basis, inner, linear, probability)
+
+
+_NOTHING = Bound(math.nan, Basis.RESIDUAL)
+
+
+def _any(given: Constants) -> bool:
+    return any(getattr(given, item.name) != item.default for item in fields(given))
 
 
 def _finite(bound: Split) -> bool:

@@ -11,7 +11,7 @@ from bilevel.certificates._bounds import Split
 from bilevel.certificates._point import Point
 from bilevel.certificates.constants import Constant, Constants
 
-__all__ = ["Errors", "errors_at", "through"]
+__all__ = ["Errors", "Spectral", "errors_at", "through"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,6 +30,10 @@ class Errors:
             self.gradient.better(other.gradient), self.value.better(other.value),
         )  # fmt: skip
 
+    def where(self, usable: torch.Tensor) -> Errors:
+        """Return the bounds of the problems that are ``usable`` (K,); those of the others are infinite."""
+        return Errors(*(part.where(usable) for part in (self.inner, self.adjoint, self.gradient, self.value)))
+
 
 def _number(constant: Constant, like: torch.Tensor) -> torch.Tensor:
     if constant is None:
@@ -37,8 +41,17 @@ def _number(constant: Constant, like: torch.Tensor) -> torch.Tensor:
     return torch.as_tensor(constant, dtype=like.dtype, device=like.device).detach().expand_as(like)
 
 
-def errors_at(point: Point, known: Constants) -> Errors:
+@dataclass(frozen=True, eq=False)
+class Spectral:
+    """What is known of H and B at a point that are too large to be formed: bounds (K,), None where nothing is."""
+
+    curvature: torch.Tensor | None = None
+    cross_norm: torch.Tensor | None = None
+
+
+def errors_at(point: Point, known: Constants, spectral: Spectral | None = None) -> Errors:
     """Return the bounds at ``point`` that follow from its residuals and from ``known``; rounding is part of each."""
+    spectral = Spectral() if spectral is None else spectral
     rounding = point.rounding
     r_in = point.residual.norm(dim=-1) + rounding.residual
     r_lin = point.rho.norm(dim=-1) + rounding.rho
@@ -48,34 +61,33 @@ def errors_at(point: Point, known: Constants) -> Errors:
     mu = torch.zeros_like(r_in) if known.strong_convexity is None else _number(known.strong_convexity, r_in)
     # C1; of μ = 0, which stands for unknown, nothing follows.
     epsilon = bounds.least(bounds.inner_error(r_in, mu))
-    local = point.factorable
-    curvature = torch.zeros_like(r_in)
-    solved = eta = curvature
-    if local:
-        curvature = point.least
+    curvature = point.least if point.factorable else spectral.curvature
+    there = mu
+    adjoint: Split | None = None
+    if curvature is not None:
         positive = curvature.clamp_min(torch.finfo(r_in.dtype).tiny)
-        eta = _solved(point, point.residual, rounding.residual, positive)
-        solved = _solved(point, point.rho, rounding.rho, positive)
+        eta, solved = r_in / positive, r_lin / positive
+        if point.factorable:
+            eta = torch.minimum(eta, _solved(point, point.residual, rounding.residual, positive))
+            solved = torch.minimum(solved, _solved(point, point.rho, rounding.rho, positive))
         epsilon = bounds.least(epsilon, bounds.kantorovich(eta, curvature, l_h))
         epsilon = bounds.least(epsilon, bounds.inner_error_with_curvature(eta, curvature, l_h, epsilon))
-    # Strong convexity at φ*, from what is known of it everywhere or from the curvature here.
-    there = torch.maximum(mu, bounds_below(curvature, l_h, epsilon)) if local else mu
-    adjoint = bounds.adjoint_error(r_lin, size, epsilon, there, l_f, l_h)
-    if local:
-        adjoint = adjoint.better(bounds.adjoint_error_here(solved, size, epsilon, curvature, l_f, l_h))
-    norm_b = point.cross_norm if point.cross_norm is not None else _number(known.cross_norm, r_in)
-    gradient = bounds.gradient_error(norm_b, size, epsilon, adjoint, l_b, l_tf)
-    if local and point.sensitivity is not None and point.sensitivity_norm is not None:
+        # Strong convexity at φ*, from what is known of it everywhere or from the curvature here.
+        there = torch.maximum(mu, bounds.curvature_there(curvature, l_h, epsilon))
+        adjoint = bounds.adjoint_error_here(solved, size, epsilon, curvature, l_f, l_h)
+    plain = bounds.adjoint_error(r_lin, size, epsilon, there, l_f, l_h)
+    adjoint = plain if adjoint is None else plain.better(adjoint)
+    norm_b = point.cross_norm
+    if norm_b is None:
+        norm_b = spectral.cross_norm if known.cross_norm is None else _number(known.cross_norm, r_in)
+    gradient = bounds.gradient_error(_number(norm_b, r_in), size, epsilon, adjoint, l_b, l_tf)
+    if curvature is not None and point.sensitivity is not None and point.sensitivity_norm is not None:
         exact = torch.einsum("kpn,kn->kp", point.sensitivity, point.rho).norm(dim=-1)
         pulled = exact + point.sensitivity_norm * (rounding.rho + 64 * point.eps * point.rho.norm(dim=-1))
         tighter = bounds.gradient_error_here(
             point.sensitivity_norm, pulled, size, epsilon, adjoint, l_f, l_h, l_b, l_tf
         )
-        impossible = torch.full_like(r_in, float("inf"))
-        usable = curvature > 0
-        gradient = gradient.better(
-            Split(*(torch.where(usable, part, impossible) for part in (tighter.value, tighter.inner, tighter.linear)))
-        )
+        gradient = gradient.better(tighter.where(curvature > 0))
     value = bounds.value_error(r_lin, size, epsilon, l_f, l_h)
     return Errors(
         Split.of(epsilon, torch.zeros_like(epsilon)),
@@ -83,12 +95,6 @@ def errors_at(point: Point, known: Constants) -> Errors:
         gradient.plus(rounding.gradient),
         value.plus(rounding.value),
     )
-
-
-def bounds_below(curvature: torch.Tensor, l_h: torch.Tensor, epsilon: torch.Tensor) -> torch.Tensor:
-    """Return λ_min(H(φ)) − L_H ε, a lower bound of λ_min(H(φ*)), or 0 where that says nothing."""
-    # 0 · ∞: an exact φ with an unknown constant, of which H(φ*) = H(φ) would follow; it is rare and not worth a case.
-    return torch.nan_to_num(curvature - l_h * epsilon, nan=0.0, neginf=0.0).clamp_min(0)
 
 
 def _solved(point: Point, b: torch.Tensor, noise: torch.Tensor, curvature: torch.Tensor) -> torch.Tensor:

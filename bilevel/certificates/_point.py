@@ -88,8 +88,15 @@ class Point:
 
     @cached_property
     def v(self) -> torch.Tensor:
-        """∇_φ F (K, n)."""
-        return self.upper.residual(self.x)
+        """∇_φ F (K, n), zero where F does not depend on φ."""
+        with torch.enable_grad():
+            point = self.x.detach().requires_grad_(True)
+            shaped = point.reshape(*self.upper.system.batch_shape, self.upper.size)
+            values = self.upper.system.outputs(shaped, *self.upper.tensors)
+            if not values.requires_grad:
+                return torch.zeros_like(self.x)
+            (slope,) = torch.autograd.grad(values.sum(), point, allow_unused=True, materialize_grads=True)
+        return slope
 
     @cached_property
     def hq(self) -> torch.Tensor:
@@ -122,6 +129,11 @@ class Point:
     def factorable(self) -> bool:
         """Whether H is small enough to be formed."""
         return self.lower.batch * self.lower.size**2 <= MOST_NUMBERS
+
+    @property
+    def eigenvalues(self) -> torch.Tensor:
+        """The eigenvalues of H (K, n), ascending, as computed; of an H that is formed."""
+        return self._eigen[0]
 
     @cached_property
     def _eigen(self) -> tuple[torch.Tensor, torch.Tensor]:
@@ -161,6 +173,10 @@ class Point:
         """‖B‖ (K,), the spectral norm, or None if B is too large."""
         return None if self.cross is None else _spectral_norm(self.cross)
 
+    def cross_square(self, u: torch.Tensor) -> torch.Tensor:
+        """Return B Bᵀ u for u (K, n)."""
+        return _each(self.lower, torch.stack([self.x, u], 1), self._square_by_vmap, None)
+
     @cached_property
     def sensitivity(self) -> torch.Tensor | None:
         """B ᵀH⁻¹ (K, p, n), the derivative of φ* but for its sign, or None if it is too large."""
@@ -199,6 +215,13 @@ class Point:
                 torch.maximum(worst.value, (other.corrected_value - self.corrected_value).abs()),
             )
         return Rounding(_MARGIN * worst.residual, _MARGIN * worst.rho, _MARGIN * worst.gradient, _MARGIN * worst.value)
+
+    def probe(self) -> Point:
+        """Return the point one steepest-descent step further, with the same q: a second one to compare with, for one product."""
+        product = torch.linalg.vecdot(self.residual, self.linear.operator.matvec(self.residual))
+        length = torch.linalg.vecdot(self.residual, self.residual) / product
+        length = torch.where(torch.isfinite(length) & (product > 0), length, torch.zeros_like(length))
+        return replace(self, x=self.x - length.unsqueeze(-1) * self.residual)
 
     def refined(self) -> Point:
         """Return φ⁺ = φ − H⁻¹∇G with the adjoint there, q⁺ = q + H(φ⁺)⁻¹ρ(φ⁺): two solves."""
@@ -244,6 +267,14 @@ class Point:
         n = x.shape[0]
         pulled = vmap(made[1])(torch.eye(n, dtype=x.dtype, device=x.device))
         return torch.cat([part.reshape(n, -1) for part in pulled], dim=1)
+
+    def _square_by_vmap(self, rows: torch.Tensor, *tensors: torch.Tensor) -> torch.Tensor:
+        chosen, merged = self._chosen(tensors)
+        system, (x, u) = self.lower.system, rows
+        made: Any = vjp(lambda *moved: grad(lambda point: system.output(point, *merged(*moved)))(x), *chosen)
+        fixed = [part.detach() for part in made[1](u)]
+        # B w = ∇_u ⟨w, Bᵀu⟩.
+        return grad(lambda v: sum((a * b).sum() for a, b in zip(fixed, made[1](v), strict=True)))(u)
 
     def _cross_by_passes(self, single: Problem, rows: torch.Tensor) -> torch.Tensor:
         linear = single.linearize(rows[:1], self.wanted)
@@ -299,7 +330,7 @@ def _each(
     problem: Problem,
     rows: torch.Tensor,
     by_vmap: Callable[..., torch.Tensor],
-    by_passes: Callable[[Problem, torch.Tensor], torch.Tensor],
+    by_passes: Callable[[Problem, torch.Tensor], torch.Tensor] | None,
 ) -> torch.Tensor:
     """Return a function of each problem's ``rows`` (K, k, n) and tensors, all at once if it can be transformed."""
     system = problem.system
@@ -308,5 +339,8 @@ def _each(
         with torch.no_grad():
             found: torch.Tensor = system.lifted(by_vmap)(shaped, *problem.tensors)
         return found.detach().reshape(problem.batch, *found.shape[len(system.batch_shape) :])
-    except RuntimeError:  # something in the function has no rule for a transform; reverse passes can always be made
+    except RuntimeError:
+        if by_passes is None:
+            raise
+        # Something in the function has no rule for a transform; reverse passes can always be made.
         return torch.stack([by_passes(problem.single(k), rows[k]).detach() for k in range(problem.batch)])

@@ -53,7 +53,7 @@ class Bound:
         parts = [
             f"from the {name} solve {part:.2g}"
             for name, part in (("inner", self.inner_part), ("linear", self.linear_part))
-            if math.isfinite(part)
+            if math.isfinite(part) and part > 0
         ]
         verb, what = {
             Basis.CERTIFIED: ("at most", "certified"),

@@ -37,6 +37,9 @@ class Constants:
         L_θF: of ∇_θ F; 0 if F does not depend on θ directly.
     cross_norm
         ‖B‖, an upper bound at the returned φ, for problems too large to find it: λ for a proximal term (λ/2)‖φ − θ‖².
+    convex
+        Whether G is convex in φ, so that a minimum with positive curvature is the only one. Without that, and without μ, bounds speak of
+        the minimum that Newton–Kantorovich proves to be near the returned φ.
     failure_probability
         The probability that any of these is wrong, as for an eigenvalue found by randomised Lanczos; 0 for what is known.
 
@@ -57,12 +60,13 @@ class Constants:
     cross_lipschitz: Constant = None
     outer_cross_lipschitz: Constant = None
     cross_norm: Constant = None
+    convex: bool = False
     failure_probability: float = 0.0
 
     def __post_init__(self) -> None:
         for item in fields(self):
             value = getattr(self, item.name)
-            if value is None:
+            if value is None or isinstance(value, bool):
                 continue
             least = value.min() if isinstance(value, torch.Tensor) and value.numel() else value
             number = float(least)
@@ -72,6 +76,18 @@ class Constants:
                 raise ArgumentError(
                     f"Constants: expected {item.name} {sign} and finite, got {value!r}; leave out what is not known"
                 )
+
+    @staticmethod
+    def unchecked(**numbers: torch.Tensor) -> Constants:
+        """Return constants that were measured, and so may be what no true constant can be, such as a negative curvature."""
+        made = object.__new__(Constants)
+        for item in fields(Constants):
+            object.__setattr__(made, item.name, numbers.get(item.name, item.default))
+        return made
+
+    def without(self, *names: str) -> Constants:
+        """Return these constants with those of the ``names`` unknown."""
+        return replace(self, **dict.fromkeys(names))  # type: ignore[arg-type]
 
     def with_mu(self, mu: float | None) -> Constants:
         """Return these constants with μ filled in where it is missing."""

@@ -3,7 +3,8 @@ r"""Constants of the losses of linear models, from their data alone.
 For L(s) = Σ w_i ℓ_i(s_i)/Σ w_i with scores s_i linear in φ, a row's score being x̃_i·φ (x̃ with a one for an intercept), and with C
 and T such that ‖ℓ″‖ ≤ C and ℓ″ has Lipschitz constant T,
 
-.. math:: \nabla^2 L \preceq C M, \qquad \lVert \nabla^2 L(φ) - \nabla^2 L(φ') \rVert \le T \max_i \lVert \tilde x_i \rVert \lVert M \rVert \lVert φ - φ' \rVert
+.. math:: \nabla^2 L \preceq C M, \qquad
+   \lVert \nabla^2 L(φ) - \nabla^2 L(φ') \rVert \le T \max_i \lVert \tilde x_i \rVert \lVert M \rVert \lVert φ - φ' \rVert
 
 where M = X̃ᵀ diag(w) X̃/Σ w. The numbers are
 
@@ -53,7 +54,7 @@ def squares_constants(
     Parameters
     ----------
     inputs
-        The design matrix (rows, p).
+        The design matrix (rows, p), or (K, rows, p) for K problems.
     weights
         (rows,), or (K, rows) for K problems that weigh the rows differently; all one if left out.
     intercept
@@ -112,20 +113,20 @@ def softmax_constants(
 def _constants(
     inputs: torch.Tensor, weights: torch.Tensor | None, intercept: bool, curvature: float, third: float
 ) -> LossConstants:
-    rows = len(inputs)
+    rows = inputs.shape[-2]
     x = inputs.detach().double()
     if intercept:
-        x = torch.cat([x, x.new_ones(rows, 1)], dim=1)
+        x = torch.cat([x, x.new_ones(*x.shape[:-1], 1)], dim=-1)
     w = x.new_ones(rows) if weights is None else weights.detach().to(x)
-    if w.ndim not in (1, 2) or w.shape[-1] != rows:
+    if w.ndim not in (1, 2) or w.shape[-1] != rows or x.ndim not in (2, 3):
         raise ShapeError(
-            f"constants of a loss: expected weights of shape ({rows},) or (K, {rows}), one for each row of inputs, got "
-            f"{tuple(w.shape)}; reshape them"
+            f"constants of a loss: expected inputs (rows, p) or (K, rows, p) with weights (rows,) or (K, rows), got "
+            f"{tuple(inputs.shape)} with {tuple(w.shape)}; reshape them"
         )
     share = w / w.sum(-1, keepdim=True)
-    gram = torch.einsum("...i,ij,ik->...jk", share, x, x)
+    gram = torch.einsum("...i,...ij,...ik->...jk", share, x, x)
     # Sums of so many terms round; a bound must not.
-    slack = 1 + 8 * (rows + x.shape[1]) * torch.finfo(x.dtype).eps
+    slack = 1 + 8 * (rows + x.shape[-1]) * torch.finfo(x.dtype).eps
     norm = torch.linalg.matrix_norm(gram, 2) * slack
     longest = torch.where(share > 0, x.norm(dim=-1), torch.zeros_like(share)).amax(-1) * slack
     scale = inputs if inputs.dtype.is_floating_point else x

@@ -137,6 +137,26 @@ class LinearModel(ABC):
             self.losses(self.scores(parameters, data.inputs), data.targets), data.validation
         )
 
+    @abstractmethod
+    def loss_constants(self, inputs: torch.Tensor, weights: torch.Tensor) -> bilevel.certificates.LossConstants:
+        """Return the Lipschitz constants of the weighted mean of ℓ, from the rows' ``inputs`` and ``weights``."""
+
+    def constants(self, log_strengths: torch.Tensor, data: WeightedData) -> bilevel.Constants:
+        """Return what is known of G and F at these strengths, each of K folds by itself.
+
+        μ is not: the intercept is not penalised, and G flattens where it leaves the data. Bounds then rest on the curvature at the
+        solution found.
+        """
+        training = self.loss_constants(data.inputs, data.training)
+        validation = self.loss_constants(data.inputs, data.validation)
+        return bilevel.Constants(
+            outer_smoothness=self.metric_scale * validation.smoothness,
+            hessian_lipschitz=training.hessian_lipschitz,
+            cross_lipschitz=float(log_strengths.detach().exp().max()),  # B holds e^θ_j β_j
+            outer_cross_lipschitz=0.0,
+            convex=True,
+        )
+
     @property
     def metric_scale(self) -> float:
         """What turns the training loss ℓ into the customary metric: 2 for half squares, else 1."""
@@ -171,6 +191,10 @@ class Ridge(LinearModel):
         """Return half the squared residuals (rows,)."""
         return 0.5 * (targets - scores).square()
 
+    def loss_constants(self, inputs: torch.Tensor, weights: torch.Tensor) -> bilevel.certificates.LossConstants:
+        """Return those of squares."""
+        return bilevel.certificates.squares_constants(inputs, weights, intercept=True)
+
     def coefficients(self, parameters: Parameters) -> Parameters:
         """Return the parameters as they are."""
         return dict(parameters)
@@ -188,6 +212,10 @@ class Logistic(Ridge):
     def losses(self, scores: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         """Return the log loss of each row (rows,)."""
         return F.softplus(scores) - targets * scores
+
+    def loss_constants(self, inputs: torch.Tensor, weights: torch.Tensor) -> bilevel.certificates.LossConstants:
+        """Return those of the logistic loss."""
+        return bilevel.certificates.logistic_constants(inputs, weights, intercept=True)
 
     @property
     def metric_scale(self) -> float:
@@ -240,6 +268,10 @@ class Softmax(LinearModel):
         """Return the log loss of each row (rows,)."""
         chosen = scores.gather(1, targets.unsqueeze(1)).squeeze(1)
         return scores.logsumexp(1) - chosen
+
+    def loss_constants(self, inputs: torch.Tensor, weights: torch.Tensor) -> bilevel.certificates.LossConstants:
+        """Return those of the softmax loss: the basis of the class scores is orthonormal."""
+        return bilevel.certificates.softmax_constants(inputs, weights, intercept=True)
 
     def coefficients(self, parameters: Parameters) -> Parameters:
         """Return ``weights`` β (p, classes) and ``intercept`` b (classes,)."""

@@ -10,6 +10,7 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 import bilevel
+from bilevel.hyperopt.linear_models import LinearModel
 
 __all__ = ["HyperparameterOptimization", "Hyperparameters"]
 
@@ -43,6 +44,9 @@ class HyperparameterOptimization(bilevel.BilevelProblem):
         of each tensor in ``data`` numbers K inner problems (None for a tensor that all share). The K problems
         share θ, are trained and differentiated as one batch, and the loss is the mean over them: K-fold
         cross-validation.
+    constants
+        (hyperparameters, data) → :class:`bilevel.Constants`: what is known of G and F, for certified error bounds. Left out, a
+        linear model's own, if the training objective and the validation loss are one's.
     solver, linear_solver, tolerance, on_failure, warm_start
         As for :class:`bilevel.BilevelProblem`.
 
@@ -99,6 +103,7 @@ class HyperparameterOptimization(bilevel.BilevelProblem):
         init: Any,
         *,
         batch_dims: Any = None,
+        constants: Callable[[Any, Any], bilevel.Constants] | None = None,
         solver: Any = None,
         linear_solver: Any = None,
         tolerance: bilevel.Tolerance | None = None,
@@ -114,6 +119,7 @@ class HyperparameterOptimization(bilevel.BilevelProblem):
             warm_start=warm_start,
         )
         self._training_objective = training_objective
+        self._constants = constants
         self._validation_loss = validation_loss
         self.hyperparameters: nn.Parameter | nn.ParameterDict = _as_parameters(hyperparameters)
         leaves, structure = pytree.tree_flatten(init)
@@ -137,6 +143,14 @@ class HyperparameterOptimization(bilevel.BilevelProblem):
     def outer_objective(self, inner: Any, outer: Any, data: Any) -> torch.Tensor:
         """Return F, the validation loss, which depends on θ through the trained parameters alone."""
         return self._validation_loss(inner, data)
+
+    def constants(self, outer: Any, data: Any) -> bilevel.Constants:
+        """Return what is known of G and F."""
+        if self._constants is not None:
+            return self._constants(outer, data)
+        models = {getattr(f, "__self__", None) for f in (self._training_objective, self._validation_loss)}
+        model = models.pop() if len(models) == 1 else None
+        return model.constants(outer, data) if isinstance(model, LinearModel) else bilevel.Constants()
 
     def initial(self, outer: Any, data: Any) -> Any:
         """Return where training begins when there is nothing warm to begin from."""

@@ -9,6 +9,7 @@ from dataclasses import replace
 from typing import Any, Literal
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 from torch.func import functional_call, vmap
 from torch.nn.modules.batchnorm import _NormBase
@@ -238,6 +239,18 @@ class IMAML(bilevel.BilevelProblem):
         largest = max(float(value.detach().max()) for value in pytree.tree_leaves(outer["lam"]))
         return replace(tolerance, delta_prime=tolerance.delta_prime / largest)
 
+    def constants(self, outer: Any, data: Any) -> bilevel.Constants:
+        """Return what holds of every learner, and of convex ones μ = λ.
+
+        B consists of −λ for θ and of φ − θ for λ, the query loss depends on neither. Whether L̂ is convex is known of a model with one
+        linear layer and nothing else, and a loss of torch's that is convex in the prediction.
+        """
+        least = min(float(value.detach().min()) for value in pytree.tree_leaves(outer["lam"]))
+        convex = _is_convex(self.model, self.loss) and self.mode == "paper"
+        return bilevel.Constants(
+            strong_convexity=least if convex else None, convex=convex, cross_lipschitz=1.0, outer_cross_lipschitz=0.0
+        )
+
     @property
     def outer(self) -> dict[str, Any]:
         """θ and λ as the objectives see them."""
@@ -326,6 +339,21 @@ class IMAML(bilevel.BilevelProblem):
                 f"{count} examples it is {float(together):.6g} where the mean of their losses is {float(apart):.6g}; use "
                 "reduction='mean' without class weights, or call the learner once for each size of task"
             )
+
+
+def _is_convex(model: nn.Module, loss: Any) -> bool:
+    """Return whether the loss of ``model`` is known to be convex in its parameters: linear in them, then a convex loss."""
+    parts = [part for part in model.modules() if not isinstance(part, nn.Sequential)]
+    linear = [part for part in parts if type(part) is nn.Linear]
+    plain = all(type(part) in (nn.Linear, nn.Flatten, nn.Identity) for part in parts)
+    given = type(loss) if isinstance(loss, nn.Module) else loss
+    return plain and len(linear) == 1 and given in _CONVEX_LOSSES
+
+
+_CONVEX_LOSSES = (
+    nn.MSELoss, nn.CrossEntropyLoss, nn.BCEWithLogitsLoss, nn.HuberLoss, nn.SmoothL1Loss, F.mse_loss, F.cross_entropy,
+    F.binary_cross_entropy_with_logits, F.huber_loss, F.smooth_l1_loss,
+)  # fmt: skip
 
 
 def _joined(tensors: Mapping[str, torch.Tensor], names: list[str]) -> torch.Tensor:

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from bilevel import Status, Tolerance
 from bilevel.linear._base import LinearOutcome, solve_linear
 from bilevel.linear.cg import CG
 from bilevel.operators import DenseOperator, FunctionOperator
+from bilevel.tolerance import Target
 
 F64, F32 = torch.float64, torch.float32
 dtypes = pytest.mark.parametrize("dtype", [F64, F32])
@@ -182,3 +187,66 @@ def test_a_budget_is_spent_to_the_step() -> None:
     solution = CG(5).solve(operator, b, torch.zeros(1, dtype=F64))
     assert solution.iterations.tolist() == [5]
     assert products == 5
+
+
+def spread(
+    seed: int, log_condition: float, dtype: torch.dtype = torch.float64
+) -> tuple[torch.Tensor, torch.Tensor, float]:
+    """Return matrices (4, 30, 30) with such a condition number, right-hand sides, and a μ just below their eigenvalues."""
+    generator = torch.Generator().manual_seed(seed)
+    q = torch.linalg.qr(torch.randn(4, 30, 30, generator=generator, dtype=torch.float64))[0]
+    values = 10 ** (-log_condition * torch.rand(4, 30, generator=generator, dtype=torch.float64))
+    values[:, 0], values[:, 1] = 10**-log_condition, 1.0
+    matrix = ((q * values[:, None]) @ q.mT).to(dtype)
+    matrix = 0.5 * (matrix + matrix.mT)
+    mu = float(torch.linalg.eigvalsh(matrix.double())[:, 0].min()) * (1 - 1e-6)
+    return matrix, torch.randn(4, 30, generator=generator, dtype=torch.float64).to(dtype), mu
+
+
+@given(st.integers(0, 10_000), st.floats(0, 5), st.floats(-8, 0), st.booleans())
+def test_the_quadrature_bound_holds_and_is_what_the_solve_stops_by(seed, log_condition, log_delta, double):
+    dtype = torch.float64 if double else torch.float32
+    matrix, rhs, mu = spread(seed, min(log_condition, 5 if double else 4), dtype)
+    exact = torch.linalg.solve(matrix.double(), rhs.double().unsqueeze(-1)).squeeze(-1)
+    delta = 10**log_delta * float(exact.norm(dim=1).mean())
+    target = Target(absolute=mu * delta, asked=True, strong_convexity=mu)
+    outcome = solve_linear(CG(), DenseOperator(matrix, symmetric=True), rhs, target)
+    error = (outcome.x.double() - exact).norm(dim=1)
+    # The reference's own error.
+    floor = 1e-13 * 10**log_condition * exact.norm(dim=1)
+    assert bool((error <= outcome.error_bound.double() + floor).all())
+    assert not bool((outcome.status == Status.REFUTED).any())
+    converged = outcome.status == Status.CONVERGED
+    assert bool((error[converged] <= delta + floor[converged]).all())
+
+
+def test_the_quadrature_bound_ends_a_solve_early():
+    matrix, rhs, mu = spread(0, 4.0)
+    exact = torch.linalg.solve(matrix, rhs.unsqueeze(-1)).squeeze(-1)
+    operator = DenseOperator(matrix, symmetric=True)
+    target = Target(absolute=mu * 1e-4 * float(exact.norm(dim=1).min()), asked=True, strong_convexity=mu)
+    told = solve_linear(CG(), operator, rhs, target)
+    untold = solve_linear(CG(), operator, rhs, replace(target, strong_convexity=None))
+    assert bool((told.status == Status.CONVERGED).all())
+    assert int(told.iterations.sum()) < int(untold.iterations.sum())
+    error = (told.x - exact).norm(dim=1)
+    assert bool((error <= told.error_bound).all()) and bool((told.error_bound < 0.5 * told.residual_norm / mu).all())
+    # By the residual alone one would have to go on.
+    assert bool((told.residual_norm > told.threshold).any())
+
+
+def test_a_preconditioned_solve_is_bounded_by_its_residual():
+    matrix, rhs, mu = spread(1, 2.0)
+    target = Target(absolute=mu * 1e-4, asked=True, strong_convexity=mu)
+    outcome = solve_linear(CG(preconditioner=lambda r: 0.5 * r), DenseOperator(matrix, symmetric=True), rhs, target)
+    torch.testing.assert_close(outcome.error_bound, outcome.residual_norm / mu, rtol=1e-3, atol=1e-10)
+
+
+def test_a_mu_that_is_too_large_is_refuted_by_a_ritz_value():
+    matrix, rhs, mu = spread(2, 3.0)
+    operator = DenseOperator(matrix, symmetric=True)
+    for factor, refuted in ((0.99, 0), (1.5, 4), (30.0, 4)):
+        target = Target(absolute=1e-8, asked=True, strong_convexity=factor * mu)
+        outcome = solve_linear(CG(), operator, rhs, target)
+        assert int((outcome.status == Status.REFUTED).sum()) == refuted
+        assert bool(torch.isnan(outcome.error_bound[outcome.status == Status.REFUTED]).all())

@@ -1,0 +1,78 @@
+"""Evidence against constants: what was computed anyway may prove that a claim cannot be true."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+
+import torch
+
+from bilevel.certificates._point import Point
+from bilevel.certificates.constants import Constant, Constants
+
+__all__ = ["observed", "refuted"]
+
+# By how much evidence has to exceed a claim: constants are computed, too, and in other ways.
+_MARGIN = 1e-4
+
+
+def observed(point: Point, other: Point) -> Constants:
+    """Return what two points show of each constant, per problem (K,): no Lipschitz constant is smaller, no μ larger.
+
+    Curvature is the least eigenvalue at ``point`` if H is factorised, else the least Rayleigh quotient met. Lipschitz quotients are
+    those of ∇_φF, H q, Bᵀq and ∇_θF between the two points.
+    """
+    step = (point.x - other.x).norm(dim=-1)
+    size = point.q.norm(dim=-1)
+    there = other.with_q(point.q)
+    zero = torch.zeros_like(point.q)
+    slope, slope_there = point.with_q(zero).gradient, there.with_q(zero).gradient
+    pulled, pulled_there = slope - point.gradient, slope_there - there.gradient
+    rounding = point.rounding
+
+    def quotient(change: torch.Tensor, noise: torch.Tensor, length: torch.Tensor) -> torch.Tensor:
+        certain = (change.norm(dim=-1) - 2 * noise).clamp_min(0)
+        return torch.where(length > 0, certain / length, torch.zeros_like(length))
+
+    if point.factorable:
+        curvature = 2 * point.eigenvalues[:, 0] - point.least  # rounded up by what `least` is rounded down
+    else:
+        curvature = _rayleigh(point.q, point.hq, rounding.rho)
+    norm_b = point.cross_norm if point.cross_norm is not None else quotient(pulled, rounding.gradient, size)
+    return Constants.unchecked(
+        strong_convexity=curvature,
+        outer_smoothness=quotient(there.v - point.v, rounding.rho, step),
+        hessian_lipschitz=quotient(there.hq - point.hq, rounding.rho, step * size),
+        cross_lipschitz=quotient(pulled_there - pulled, rounding.gradient, step * size),
+        outer_cross_lipschitz=quotient(slope_there - slope, rounding.gradient, step),
+        cross_norm=norm_b,
+    )
+
+
+def _rayleigh(u: torch.Tensor, product: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
+    """Return uᵀHu/uᵀu, rounded up; ∞ for u = 0."""
+    square = torch.linalg.vecdot(u, u)
+    value = (torch.linalg.vecdot(u, product) + u.norm(dim=-1) * noise) / square
+    return torch.where(square > 0, value, torch.full_like(value, float("inf")))
+
+
+def refuted(claimed: Constants, evidence: Constants) -> dict[str, str]:
+    """Return, by the name of each constant that the evidence refutes, half a sentence that says how."""
+    found = {}
+    for item in fields(Constants):
+        claim, shown = getattr(claimed, item.name), getattr(evidence, item.name)
+        if claim is None or not isinstance(shown, torch.Tensor):
+            continue
+        bound = torch.as_tensor(claim, dtype=shown.dtype, device=shown.device).expand_as(shown)
+        if item.name == "strong_convexity":
+            wrong, words = shown < bound * (1 - _MARGIN), "the Hessian at the returned point has curvature"
+        else:
+            wrong, words = shown > bound * (1 + _MARGIN), "the points met show at least"
+        if bool(wrong.any()):
+            which = int(wrong.nonzero()[0, 0])
+            of = f" in problem {which}" if len(shown) > 1 else ""
+            found[item.name] = f"{item.name}={_short(bound[which])}{of}, where {words} {_short(shown[which])}"
+    return found
+
+
+def _short(value: Constant) -> str:
+    return f"{float(value):.3g}" if value is not None else "unknown"

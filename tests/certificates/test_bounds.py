@@ -1,0 +1,302 @@
+"""The bounds hold, are tight, and say what they rest on."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+import bilevel
+from bilevel.certificates import _certificate, _point
+from bilevel.reports import Basis
+
+from .families import F64, Logistic, Ridge, draw, excess, truth
+
+LOOSE = {"solver": bilevel.LBFGS(max_steps=100), "linear_solver": bilevel.CG()}
+
+
+def solve(problem_class, theta, data, tolerance=None, dtype=F64, **settings):
+    problem = problem_class(**{**LOOSE, **settings}, tolerance=tolerance or bilevel.Tolerance(delta=None))
+    data = tuple(t.to(dtype) for t in data)
+    start = torch.zeros(len(theta), dtype=dtype)
+    result = problem.hypergradient(theta.to(dtype), data, init=start)
+    return result, truth(problem, theta.to(dtype), data, start)
+
+
+@given(
+    st.integers(0, 10_000), st.floats(0, 4), st.integers(1, 12), st.integers(1, 6), st.booleans(), st.booleans()
+)  # fmt: skip
+def test_no_error_exceeds_its_certified_bound(seed, log_condition, steps, linear_steps, double, logistic):
+    theta, data = draw(seed, log_condition)
+    dtype = F64 if double else torch.float32
+    settings = {"solver": bilevel.LBFGS(max_steps=steps), "linear_solver": bilevel.CG(max_steps=linear_steps)}
+    tolerance = bilevel.Tolerance(delta=None, delta_prime=None)
+    result, true = solve(Logistic if logistic else Ridge, theta, data, tolerance, dtype, **settings)
+    for bound in (result.inner_bound, result.adjoint_bound, result.bound, result.value_bound):
+        assert bound.basis is Basis.CERTIFIED and bound.certified and bound.failure_probability == 0
+    # The reference is itself computed in float64.
+    assert all(over <= 1e-13 * 10**log_condition for over in excess(result, true))
+    formulas = result._certificate.direct
+    assert float((result.inner.double() - true[0]).norm()) <= float(formulas.inner.value) + 1e-9
+    assert float((result.adjoint.double() - true[1]).norm()) <= float(formulas.adjoint.value) + 1e-9
+    assert float((result.grad.double() - true[2]).norm()) <= float(formulas.gradient.value) + 1e-4 * (not double) + 1e-9
+
+
+@pytest.mark.parametrize("problem_class", [Ridge, Logistic])
+@pytest.mark.parametrize("dtype", [F64, torch.float32])
+def test_bounds_of_small_problems_are_tight(problem_class, dtype):
+    theta, data = draw(3)
+    settings = {"solver": bilevel.GradientDescent(0.5, 40), "linear_solver": bilevel.CG(max_steps=3)}
+    tolerance = bilevel.Tolerance(delta=None, delta_prime=None)
+    result, (phi, q, g, _) = solve(problem_class, theta, data, tolerance, dtype, **settings)
+    for found, exact, bound in (
+        (result.inner, phi, result.inner_bound), (result.adjoint, q, result.adjoint_bound), (result.grad, g, result.bound)
+    ):  # fmt: skip
+        error = float((found.double() - exact).norm())
+        assert error <= bound.value <= 1.2 * error
+        assert bound.value <= 1.2 * (bound.inner_part + bound.linear_part)
+
+
+def test_the_parts_say_which_solve_to_improve():
+    theta, data = draw(1)
+    crude, fine = bilevel.GradientDescent(0.5, 20), bilevel.Newton()
+    tolerance = bilevel.Tolerance(delta=None, delta_prime=None)
+    inner_crude, _ = solve(Ridge, theta, data, tolerance, solver=crude, linear_solver=bilevel.Exact())
+    linear_crude, _ = solve(Ridge, theta, data, tolerance, solver=fine, linear_solver=bilevel.CG(max_steps=2))
+    assert inner_crude.bound.linear_part < 1e-6 * inner_crude.bound.inner_part
+    assert linear_crude.bound.inner_part < 1e-6 * linear_crude.bound.linear_part
+
+
+def test_a_batch_is_bounded_as_the_mean_that_it_is():
+    theta, (X, y, Xv, yv) = draw(0)
+    others = [draw(seed)[1] for seed in (1, 2)]
+    Xs, ys = torch.stack([X, *(o[0] for o in others)]), torch.stack([y, *(o[1] for o in others)])
+    problem = Ridge(
+        solver=bilevel.GradientDescent(0.5, 60), linear_solver=bilevel.CG(max_steps=3), batch_dims=(0, 0, None, None),
+        tolerance=bilevel.Tolerance(delta=None, delta_prime=None),
+    )  # fmt: skip
+    result = problem.hypergradient(theta, (Xs, ys, Xv, yv), init=torch.zeros(3, 5, dtype=F64))
+    truths = [truth(problem, theta, (Xs[k], ys[k], Xv, yv), torch.zeros(5, dtype=F64)) for k in range(3)]
+    phi, q, g, value = (torch.stack(parts) for parts in zip(*truths, strict=True))
+    error = float((result.grad - g.mean(0)).norm())
+    assert result.certified
+    assert error <= result.error_bound <= 1.2 * error
+    assert float((result.inner - phi).norm(dim=1).max()) <= result.inner_bound.value
+    assert float((result.adjoint - q).norm(dim=1).max()) <= result.adjoint_bound.value
+    assert float((result.corrected_value - value.mean()).abs()) <= result.value_bound.value
+
+
+def test_without_constants_the_error_is_estimated_within_a_factor_two():
+    class Undeclared(Logistic):
+        constants = bilevel.BilevelProblem.constants
+
+    for seed in range(5):
+        theta, data = draw(seed)
+        result, (phi, q, g, _) = solve(Undeclared, theta, data, solver=bilevel.GradientDescent(0.5, 150))
+        for found, exact, bound in (
+            (result.grad, g, result.bound), (result.inner, phi, result.inner_bound), (result.adjoint, q, result.adjoint_bound)
+        ):  # fmt: skip
+            error = float((found - exact).norm())
+            assert bound.basis is Basis.ESTIMATED and not bound.certified
+            assert 0.5 * error <= bound.value <= 2 * error
+
+
+def test_refining_squares_the_error_and_is_certified_again():
+    theta, data = draw(5, log_condition=1.0)
+    errors = []
+    for steps in (10, 20, 40):
+        result, true = solve(Logistic, theta, data, solver=bilevel.GradientDescent(0.5, steps))
+        better = result.refined()
+        assert better.certified and all(over <= 1e-13 for over in excess(better, true))
+        assert better.bound.value < result.bound.value
+        torch.testing.assert_close(better.grad, result.corrected_grad, atol=1e-14, rtol=1e-12)
+        errors.append((float((result.grad - true[2]).norm()), float((better.grad - true[2]).norm())))
+        again = better.refined().refined()
+        assert float((again.grad - true[2]).norm()) < 1e-13
+    # Second order: the refined error over the square of the first one stays bounded, as both vanish.
+    assert errors[2][0] < 0.5 * errors[0][0]
+    ratios = [refined / first**2 for first, refined in errors]
+    assert max(ratios) < 10 * min(ratios)
+
+
+class DoubleWell(bilevel.BilevelProblem):
+    """¼φ⁴ − ½φ² − θφ near φ = 1: not convex, H′ = 6φ is at most 9 where |φ| ≤ 1.5."""
+
+    def inner_objective(self, inner, outer, data):
+        return (0.25 * inner**4 - 0.5 * inner**2 - outer * inner).sum()
+
+    def outer_objective(self, inner, outer, data):
+        return (inner**2).sum()
+
+    def constants(self, outer, data):
+        return bilevel.Constants(hessian_lipschitz=9.0)
+
+
+@pytest.mark.parametrize(("start", "basis"), [(1.02, Basis.CERTIFIED), (0.96, Basis.CERTIFIED), (0.9, Basis.ESTIMATED)])
+def test_without_convexity_a_minimum_nearby_is_proven_where_kantorovich_holds(start, basis):
+    problem = DoubleWell(
+        solver=lambda objective, init, *args: init, linear_solver=bilevel.Exact(),
+        tolerance=bilevel.Tolerance(delta=None, delta_prime=None),
+    )  # fmt: skip
+    theta, start = torch.tensor(0.0, dtype=F64), torch.tensor([start], dtype=F64)
+    result = problem.hypergradient(theta, None, init=start)
+    assert result.inner_bound.basis is basis
+    if basis is Basis.CERTIFIED:  # φ* = 1, dφ*/dθ = 1/H = ½, g = 2 φ* ½ = 1
+        assert abs(float(start) - 1) <= result.inner_bound.value <= 0.25
+        assert result.certified and abs(float(result.grad) - 1) <= result.error_bound
+
+
+@pytest.fixture
+def _nothing_is_formed(monkeypatch):
+    monkeypatch.setattr(_point, "MOST_NUMBERS", 0)
+
+
+@pytest.mark.usefixtures("_nothing_is_formed")
+@pytest.mark.parametrize("known", [True, False])
+@pytest.mark.parametrize("batched", [True, False])
+def test_problems_too_large_to_form_are_bounded_from_products(known, batched):
+    class Declared(Logistic):
+        def constants(self, outer, data):
+            given = super().constants(outer, data)
+            return given if known else given.without("strong_convexity")
+
+    theta, (X, y, Xv, yv) = draw(2, log_condition=1.0)
+    settings = {"solver": bilevel.Newton(max_steps=3), "linear_solver": bilevel.CG(max_steps=4)}
+    problem = Declared(
+        **settings,
+        tolerance=bilevel.Tolerance(delta=None, delta_prime=None),
+        batch_dims=(0, 0, None, None) if batched else None,
+    )
+    data, start = (X, y, Xv, yv), torch.zeros(5, dtype=F64)
+    if batched:
+        data, start = (torch.stack([X, -X.flip(0)]), torch.stack([y, y.flip(0)]), Xv, yv), start.expand(2, 5)
+
+        def constants(outer, data, base=problem.constants):
+            return base(outer, (data[0][0], *data[1:]))
+
+        problem.constants = constants
+    result = problem.hypergradient(theta, data, init=start)
+    pairs = [(data[0][k], data[1][k], Xv, yv) for k in range(2)] if batched else [data]
+    truths = [truth(problem, theta, pair, torch.zeros(5, dtype=F64)) for pair in pairs]
+    phi, _, g, _ = (torch.stack(parts) for parts in zip(*truths, strict=True))
+    bound = result.bound
+    assert bound.basis is Basis.PROBABILISTIC and not bound.certified
+    assert 0 < bound.failure_probability < 1e-5
+    assert float((result.grad - g.mean(0)).norm()) <= bound.value
+    inner = result.inner_bound
+    assert inner.basis is (Basis.CERTIFIED if known else Basis.PROBABILISTIC)
+    assert float((result.inner.reshape(-1, 5) - phi).norm(dim=1).max()) <= inner.value
+    # A declared ‖B‖ takes the place of the run that finds it.
+    if known and not batched:
+        largest = float((theta.exp() * result.inner).abs().max())
+        problem.constants = lambda outer, data: bilevel.Constants(
+            **{**vars(Logistic.constants(problem, outer, data)), "cross_norm": largest * (1 + 1e-9)}
+        )
+        declared = problem.hypergradient(theta, data, init=start)
+        assert declared.bound.certified and declared.bound.value <= 1.01 * bound.value
+
+
+def test_an_objective_that_rounds_to_float32_inside_is_not_taken_for_a_float64_one():
+    class Rounding(Ridge):
+        def inner_objective(self, inner, outer, data):
+            X, y, _, _ = (t.float() for t in data)
+            return (
+                0.5 * ((X @ inner.float() - y) ** 2).mean() + 0.5 * (outer.float().exp() * inner.float() ** 2).sum()
+            ).to(inner)
+
+    theta, data = (draw(0)[0].float(), tuple(t.float() for t in draw(0)[1]))
+    problem = Rounding(solver=bilevel.Newton(), tolerance=bilevel.Tolerance())
+    result = problem.hypergradient(theta, data, init=torch.zeros(5))
+    assert result._certificate.exact.x.dtype == torch.float32
+    true = truth(Ridge(), theta, data, torch.zeros(5))
+    assert all(over <= 0 for over in excess(result, true))
+    assert result.bound.value < 1e-2
+
+
+def test_an_operation_without_rules_for_transforms_is_bounded_by_reverse_passes():
+    class Square(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            ctx.save_for_backward(x)
+            return x * x
+
+        @staticmethod
+        def backward(ctx, cotangent):
+            (x,) = ctx.saved_tensors
+            return 2 * x * cotangent
+
+    class Old(Ridge):
+        def inner_objective(self, inner, outer, data):
+            X, y, _, _ = data
+            return 0.5 * Square.apply(X @ inner - y).mean() + 0.5 * (outer.exp() * inner**2).sum()
+
+    theta, data = draw(0)
+    problem = Old(
+        solver=bilevel.LBFGS(max_steps=8), linear_solver=bilevel.CG(), tolerance=bilevel.Tolerance(delta=None)
+    )
+    point = problem.hypergradient(theta, data, init=torch.zeros(5, dtype=F64))._certificate.point
+    plain = Ridge(solver=lambda objective, init, *args: init, tolerance=bilevel.Tolerance(delta=None))
+    reference = plain.hypergradient(theta, data, init=point.x[0])._certificate.point
+    torch.testing.assert_close(point.cross, reference.cross)
+
+
+def test_a_zero_adjoint_and_an_exact_solution_are_no_special_case():
+    class Direct(Ridge):
+        def outer_objective(self, inner, outer, data):
+            return (outer**2).sum()
+
+    theta, data = draw(0)
+    result, true = solve(Direct, theta, data)
+    assert result.certified and result.error_bound < 1e-12
+    assert all(over <= 1e-14 for over in excess(result, true))
+
+
+def test_printing_shows_value_bound_and_basis():
+    theta, data = draw(0)
+    result, _ = solve(Ridge, theta, data, bilevel.Tolerance(delta=1e-6, strong_convexity=1e-4))
+    lines = str(result).splitlines()
+    assert "hypergradient" in lines[0] and 5 <= len(lines) <= 7
+    for line, name in zip(lines[1:], ("value", "gradient", "solution", "adjoint"), strict=False):
+        assert line.split()[0] == name and "at most" in line and "certified" in line
+    forward = str(result.report.forward).splitlines()
+    assert len(forward) == 4 and forward[1].split()[:2] == ["status", "CONVERGED:"] and "certified" in forward[3]
+    unknown = str(solve(Ridge, theta, data)[0].report.forward)
+    assert "error     not known" in unknown
+    assert str(bilevel.Bound(float("nan"), Basis.RESIDUAL)) == "not known"
+    chance = bilevel.Bound(0.1, Basis.PROBABILISTIC, failure_probability=1e-6)
+    assert str(chance) == "at most 0.1 (with probability 1 - 1e-06)"
+
+
+def test_applications_are_certified():
+    from bilevel.hyperopt.linear_models import FOLD_DIMS, Logistic, Ridge, Softmax, WeightedData
+
+    generator = torch.Generator().manual_seed(0)
+    X = torch.randn(24, 3, generator=generator, dtype=F64)
+    weights = (torch.arange(24) % 3 != torch.arange(3)[:, None]).double()
+    for model, y in (
+        (Ridge(3), X[:, 0]), (Logistic(3), (X[:, 0] > 0).double()), (Softmax(3, classes=3), torch.arange(24) // 3 % 3)
+    ):  # fmt: skip
+        tuning = bilevel.HyperparameterOptimization(
+            model.training_objective,
+            model.validation_loss,
+            torch.zeros(3, dtype=F64),
+            model.initial(3),
+            batch_dims=FOLD_DIMS,
+        )
+        result = tuning.hypergradient(WeightedData(X, y, weights, 1 - weights))
+        assert result.certified and result.error_bound < 1e-8
+    learner = bilevel.IMAML(torch.nn.Linear(3, 1).double(), torch.nn.functional.mse_loss, 0.5)
+    batch = (X.reshape(4, 6, 3), X[:, :1].reshape(4, 6, 1)) * 2
+    assert learner.hypergradient(batch).inner_bound.certified
+    deep = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.Tanh(), torch.nn.Linear(2, 1)).double()
+    assert (
+        not bilevel.IMAML(deep, torch.nn.functional.mse_loss, 2.0, bilevel.Newton())
+        .hypergradient(batch)
+        .inner_bound.certified
+    )
+
+
+def test_the_certificate_is_only_made_when_it_is_asked_for(monkeypatch):
+    monkeypatch.setattr(_certificate, "errors_at", None)
+    solve(Ridge, *draw(0))

@@ -42,6 +42,7 @@ FLOORS = {
     "bilevel._goal": 4,
     "bilevel._seek": 4,
     "bilevel.problem": 4,
+    "bilevel.outer": 4,
     "bilevel.hyperopt": 5,
     "bilevel.meta": 5,
     "bilevel.cli": 5,

@@ -35,7 +35,7 @@ from bilevel.linear._base import LinearOutcome, LinearSolver, solve_linear
 from bilevel.linear.cg import CG
 from bilevel.operators import HessianOperator, LinearOperator
 from bilevel.reports import Basis, Status
-from bilevel.solvers._base import InnerSolver, solve_inner
+from bilevel.solvers._base import InnerSolver, rounding, solve_inner
 from bilevel.tolerance import Target, Tolerance
 
 __all__ = ["GoalReport", "Knowledge", "Reached", "Search"]
@@ -386,7 +386,9 @@ class Search:
             if there.size > 2 * float(promised.norm()):  # below that it is rounding, or too small to matter
                 self.known.curvature = max(self.known.curvature, bend)
         if not there.size <= _PROGRESS * size:
-            # Too far away for Newton's method, or at the end of the dtype's digits.
+            # At the end of the dtype's digits, or too far away for Newton's method.
+            if bool((here.residual.norm(dim=-1) <= 4 * rounding(self.lower, here.x, here.residual)).all()):
+                return Status.STAGNATED
             moved = self._descend(here.x)
             there = self._enter(moved, here.q)
             if not there.size <= _PROGRESS * size:

@@ -8,13 +8,12 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch.autograd.function import once_differentiable
 
 from bilevel._goal import GoalReport, Knowledge, Reached, Search
 from bilevel._layer import Layer, default_linear_solver, default_solver
 from bilevel._system import Problem
 from bilevel.certificates.bound import Bound
-from bilevel.errors import ArgumentError, BilevelError, SolveError, SolveWarning
+from bilevel.errors import ArgumentError, BilevelError, SolveError, SolveWarning, TransformError
 from bilevel.reports import Basis, Pass, SolveReport, Status, enforce, misuse
 
 __all__ = ["Promised", "Sought", "seek"]
@@ -126,7 +125,11 @@ class Promised(torch.autograd.Function):
         return value.clone()
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, cotangent: torch.Tensor) -> tuple[Any, ...]:
-        """Return the gradients times the cotangent; a second derivative is refused by torch."""
+        """Return the gradients times the cotangent; refuse to be differentiated itself, which would give zero."""
+        if torch.is_grad_enabled():
+            raise TransformError(
+                "the loss of a problem with a goal: expected a first derivative, and create_graph=True asks for more; a goal is a "
+                "promise about the hypergradient alone: pass Tolerance(delta=..., delta_prime=...) for second derivatives"
+            )
         return (None, None, *(cotangent.to(gradient) * gradient for gradient in ctx.saved_tensors))

@@ -121,20 +121,20 @@ def test_a_descent_goal_gives_a_descent_direction(seed: int, eta: float) -> None
     assert float(found @ exact(problem, outer, data)) >= eta * float(found @ found)
 
 
-def test_it_costs_at_most_half_of_a_tight_solve_and_more_accuracy_costs_more() -> None:
-    data, outer = split(1), torch.linspace(-2, 1, 6, dtype=F64)
+def test_it_costs_far_less_than_a_tight_solve_and_more_accuracy_costs_more() -> None:
+    scale, start = torch.logspace(0, -1.5, 40, dtype=F64), torch.zeros(40, dtype=F64)
+    X, y, Xv, yv = split(1, n=40)
+    data, outer = (X * scale, y, Xv * scale, yv), torch.linspace(-5, -3, 40, dtype=F64)
     with passes() as tight:
         fixed = Classifier(**ITERATIVE, tolerance=bilevel.Tolerance(1e-10, 1e-10))
-        fixed.hypergradient(outer, data, init=START)
+        fixed.hypergradient(outer, data, init=start)
     counts = []
     for wanted in (1e-1, 1e-3, 1e-8):
         with passes() as counted:
-            Classifier(**ITERATIVE, tolerance=asked(wanted, estimates=True)).hypergradient(outer, data, init=START)
+            Classifier(**ITERATIVE, tolerance=asked(wanted, estimates=True)).hypergradient(outer, data, init=start)
         counts.append(counted.count)
     assert counts[0] < counts[1] < counts[2]
-    assert (
-        counts[1] <= 0.7 * tight.count
-    )  # six unknowns end a Krylov method at once; benchmarks/goal.py has the larger ones
+    assert counts[1] <= 0.6 * tight.count
 
 
 def test_the_default_solvers_and_functions_of_ones_own_reach_goals_too() -> None:
@@ -246,9 +246,8 @@ def test_backward_of_the_loss_hands_on_the_promised_gradient() -> None:
     torch.testing.assert_close(loss.detach(), reference.value)
     with torch.no_grad():
         torch.testing.assert_close(problem(outer, data, init=START), _value(problem, outer, data))
-    (slope,) = torch.autograd.grad(problem(free, data, init=START), free, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        slope.sum().backward()
+    with pytest.raises(bilevel.TransformError, match="create_graph"):
+        torch.autograd.grad(problem(free, data, init=START), free, create_graph=True)
     with pytest.raises(bilevel.TransformError, match="transform of torch.func"):
         torch.func.grad(lambda outer: problem(outer, data, init=START))(outer)
     with pytest.raises(bilevel.ArgumentError, match="data not to require grad"):

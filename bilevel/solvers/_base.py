@@ -30,6 +30,7 @@ __all__ = [
     "InnerSolverLike",
     "as_inner_solver",
     "iterate",
+    "rounding",
     "solve_inner",
 ]
 
@@ -285,7 +286,7 @@ def solve_inner(solver: InnerSolver, problem: Problem, init: torch.Tensor, targe
     mu = target.strong_convexity
     bound = torch.full_like(norm, float("nan"))
     if mu is not None:
-        bound = (norm + _rounding(problem, solution.x, residual)) / mu
+        bound = (norm + rounding(problem, solution.x, residual)) / mu
     return InnerOutcome(
         solution.x, status, solution.iterations, norm, threshold, bound, _basis(target), residual, solution.factor
     )  # fmt: skip
@@ -336,7 +337,7 @@ def _judge(
     return torch.where(torch.isfinite(norm), status, torch.full_like(status, Status.NOT_FINITE))
 
 
-def _rounding(problem: Problem, x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
+def rounding(problem: Problem, x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
     """Return, per problem, how far R(x) may be from what was computed: one evaluation.
 
     Every number that goes in, of x and of the problem's tensors, is moved by a unit in its last place, with random signs; what that

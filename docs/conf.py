@@ -21,7 +21,7 @@ nitpick_ignore_regex = [
     ),
     (
         r"py:.*",
-        r"(InnerSolverLike|LinearSolverLike|OnFailure|Decorator|Auto|Hyperparameters|TreeSpec|PyTree|Table|Console)",
+        r"(InnerSolverLike|LinearSolverLike|OnFailure|Decorator|Auto|Hyperparameters|TreeSpec|PyTree|Table|Console|Policy|Figure)",
     ),
     (r"py:.*", r"(InnerSolverLike|LinearSolverLike|OnFailure|bilevel\..*\._.*|bilevel\._.*|bilevel\.tolerance\.Auto)"),
     (r"py:class", r".*[ \[\]|(,].*"),

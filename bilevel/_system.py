@@ -363,6 +363,24 @@ class Problem:
         value = values.detach().reshape(self.batch) if self.minimizes else None
         return residual.detach().reshape(x.shape), matrix, value
 
+    def nudged(self, seed: int, *more: torch.Tensor) -> tuple[Problem, list[torch.Tensor]]:
+        """Return the problem with every number moved by a unit in its last place, by random signs, and ``more`` tensors likewise.
+
+        What that changes in a result tells what rounding inside can change. Tensors of whole numbers stay: they are labels, counts and
+        masks, which are exact, and which a function may compare or convert.
+        """
+        generator = torch.Generator().manual_seed(seed)
+
+        def nudge(t: torch.Tensor) -> torch.Tensor:
+            up = torch.empty(t.shape, dtype=torch.bool).bernoulli_(0.5, generator=generator).to(t.device)
+            eps = torch.finfo(t.dtype).eps
+            return torch.where(up, t * (1 + eps), t * (1 - eps))
+
+        tensors = [
+            t if not t.dtype.is_floating_point or bool((t == t.round()).all()) else nudge(t) for t in self.tensors
+        ]
+        return Problem(self.system, tensors), [nudge(t) for t in more]
+
     def cases(self, x: torch.Tensor) -> Iterator[Case]:
         """Yield each problem in the user's terms, with its own slice of every tensor and of ``x`` (batch, n)."""
         for number, row in enumerate(x.reshape(-1, self.size)):

@@ -143,7 +143,7 @@ class Hypergradient:
 
     @cached_property
     def value_bound(self) -> Bound:
-        """Of |F(φ*) − :attr:`corrected_value`| (C4)."""
+        """Of the difference between F(φ*) and :attr:`corrected_value` (C4)."""
         return self._certificate.value_bound
 
     @cached_property
@@ -153,6 +153,14 @@ class Hypergradient:
         It is the hypergradient at φ⁺ = φ − H⁻¹∇G with an adjoint solved for there; ‖ĝ − g̃‖ estimates ‖ĝ − g‖.
         """
         return self._restore(self._certificate.corrected_gradient)
+
+    @cached_property
+    def observed_constants(self) -> Constants:
+        """What is seen of each constant between φ and a better point, per problem: no true L is smaller, no true μ larger.
+
+        Not a bound: a place to begin when constants are to be guessed. With it a bound would be an estimate.
+        """
+        return self._certificate.observed
 
     def refined(self) -> Hypergradient:
         """Return the hypergradient one Newton step further, with bounds of its own (C6: refine and recheck).

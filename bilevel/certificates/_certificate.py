@@ -15,7 +15,7 @@ from bilevel.certificates._point import Point, in_float64
 from bilevel.certificates._quadratic import completed
 from bilevel.certificates.bound import Bound
 from bilevel.certificates.constants import Constants
-from bilevel.certificates.lanczos import cross_norm, lanczos_spectrum
+from bilevel.certificates.lanczos import affordable, cross_norm, lanczos_spectrum
 from bilevel.certificates.refuting import observed, refuted
 from bilevel.errors import ConstantsError
 from bilevel.reports import Basis, OnFailure, misuse
@@ -107,7 +107,10 @@ class Certificate:
         if exact.factorable or known.hessian_lipschitz is None or known.strong_convexity is not None:
             return None
         operator = exact.linear.operator
-        return lanczos_spectrum(operator, failure_probability=_PROBABILITY, max_steps=_MOST_PRODUCTS).least
+        steps = affordable(operator.batch, operator.size, _MOST_PRODUCTS)
+        if steps < 2:
+            return None
+        return lanczos_spectrum(operator, failure_probability=_PROBABILITY, max_steps=steps).least
 
     @cached_property
     def _cross_norm(self) -> torch.Tensor | None:
@@ -242,7 +245,7 @@ _NOTHING = Bound(math.nan, Basis.RESIDUAL)
 
 
 def _any(given: Constants) -> bool:
-    return any(getattr(given, item.name) != item.default for item in fields(given))
+    return any(getattr(given, item.name) is not None for item in fields(given) if item.default is None)
 
 
 def _finite(bound: Split) -> bool:

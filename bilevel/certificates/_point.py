@@ -174,8 +174,26 @@ class Point:
         return None if self.cross is None else _spectral_norm(self.cross)
 
     def cross_square(self, u: torch.Tensor) -> torch.Tensor:
-        """Return B Bᵀ u for u (K, n)."""
-        return _each(self.lower, torch.stack([self.x, u], 1), self._square_by_vmap, None)
+        """Return B Bᵀ u for u (K, n), each problem's own."""
+        if self.lower.batch > 1:
+            return _each(self.lower, torch.stack([self.x, u], 1), self._square_by_vmap, None)
+        pulled = [part for part in self.linear.pullback(u) if part is not None]
+        parts, dummy = self._pulled_graph
+        (product,) = torch.autograd.grad(
+            parts, dummy, pulled, retain_graph=True, allow_unused=True, materialize_grads=True
+        )
+        return product
+
+    @cached_property
+    def _pulled_graph(self) -> tuple[list[torch.Tensor], torch.Tensor]:
+        """Bᵀd and the dummy d with the graph between them, whose transpose is B."""
+        with torch.enable_grad():
+            dummy = torch.zeros_like(self.x, requires_grad=True)
+            leaves = [leaf for leaf, want in zip(self.linear.leaves, self.wanted, strict=True) if want]
+            parts = torch.autograd.grad(
+                self.linear.residual, leaves, dummy, create_graph=True, allow_unused=True, materialize_grads=True
+            )
+            return [part + 0 * dummy.sum() for part in parts], dummy
 
     @cached_property
     def sensitivity(self) -> torch.Tensor | None:
@@ -236,17 +254,8 @@ class Point:
 
     def nudged(self, seed: int) -> Point:
         """Return the point with every number in it moved by a unit in its last place, by random signs."""
-        generator = torch.Generator().manual_seed(seed)
-
-        def nudge(t: torch.Tensor) -> torch.Tensor:
-            signs = torch.randint(0, 2, t.shape, generator=generator).to(t.device)
-            return t * (1 + self.eps * (2 * signs - 1).to(t))
-
-        tensors = [nudge(t) if t.dtype.is_floating_point else t for t in self.lower.tensors]
-        return Point(
-            Problem(self.lower.system, tensors), Problem(self.upper.system, tensors),
-            nudge(self.x), nudge(self.q), self.wanted,
-        )  # fmt: skip
+        lower, (x, q) = self.lower.nudged(seed, self.x, self.q)
+        return Point(lower, Problem(self.upper.system, lower.tensors), x, q, self.wanted)
 
     def _chosen(
         self, tensors: Sequence[torch.Tensor]

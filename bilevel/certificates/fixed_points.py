@@ -101,7 +101,8 @@ def identify_support(
 ) -> Support:
     """Return what a distance to the solution of min f(x) + λ‖x‖₁ proves of its support.
 
-    |x_j| > e proves x*_j ≠ 0 with x's sign; |∇_j f(x)| + L_j e < λ proves |∇_j f(x*)| < λ, and with it x*_j = 0. If every entry is
+    An entry of x larger than e proves that of x* nonzero, with x's sign. A partial derivative whose size, plus L_j e, is below λ proves that of f at
+    x* to be below λ, and with it x*_j = 0. If every entry is
     decided, and x vanishes where x* does, the two are on one smooth piece.
 
     Parameters

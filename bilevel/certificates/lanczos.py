@@ -14,6 +14,8 @@ from bilevel.operators import LinearOperator
 
 __all__ = ["Spectrum", "lanczos_spectrum"]
 
+_BASIS_NUMBERS = 2**25
+
 
 @dataclass(frozen=True, eq=False)
 class Spectrum:
@@ -88,7 +90,12 @@ def lanczos_spectrum(
                failure_probability, max_steps, seed)  # fmt: skip
 
 
-def cross_norm(point: Point, failure_probability: float, max_steps: int = 60) -> torch.Tensor | None:
+def affordable(batch: int, size: int, most: int) -> int:
+    """Return how many steps, up to ``most``, keep their basis within 256 MiB."""
+    return min(most, _BASIS_NUMBERS // max(1, batch * size))
+
+
+def cross_norm(point: Point, failure_probability: float, max_steps: int = 24) -> torch.Tensor | None:
     """Return an upper bound (K,) of ‖B‖ at ``point``, from a run on B Bᵀ; None if B's products cannot be transformed."""
 
     def tight(least: torch.Tensor, largest: torch.Tensor) -> torch.Tensor:

@@ -124,10 +124,12 @@ def _constants(
             f"{tuple(inputs.shape)} with {tuple(w.shape)}; reshape them"
         )
     share = w / w.sum(-1, keepdim=True)
-    gram = torch.einsum("...i,...ij,...ik->...jk", share, x, x)
+    root = share.clamp_min(0).sqrt().unsqueeze(-1) * x
+    # The smaller of the two Gram matrices, which have the same largest eigenvalue.
+    gram = root.mT @ root if root.shape[-1] <= rows else root @ root.mT
     # Sums of so many terms round; a bound must not.
     slack = 1 + 8 * (rows + x.shape[-1]) * torch.finfo(x.dtype).eps
-    norm = torch.linalg.matrix_norm(gram, 2) * slack
+    norm = torch.linalg.eigvalsh(gram)[..., -1] * slack
     longest = torch.where(share > 0, x.norm(dim=-1), torch.zeros_like(share)).amax(-1) * slack
     scale = inputs if inputs.dtype.is_floating_point else x
     return LossConstants(_up(curvature * norm, scale), _up(third * longest * norm, scale))

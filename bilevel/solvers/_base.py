@@ -340,18 +340,12 @@ def _judge(
 def rounding(problem: Problem, x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
     """Return, per problem, how far R(x) may be from what was computed: one evaluation.
 
-    Every number that goes in, of x and of the problem's tensors, is moved by a unit in its last place, with random signs; what that
-    changes, eight times over, is taken for what rounding inside can change.
+    Every number that goes in is moved by a unit in its last place (:meth:`Problem.nudged`); what that changes, eight times over, is
+    taken for what rounding inside can change.
     """
-    generator = torch.Generator().manual_seed(1)
+    other, (beside,) = problem.nudged(1, x)
+    moved = other.residual(beside) - residual
     eps = torch.finfo(x.dtype).eps
-
-    def nudge(t: torch.Tensor) -> torch.Tensor:
-        signs = torch.randint(0, 2, t.shape, generator=generator).to(t.device)
-        return t * (1 + torch.finfo(t.dtype).eps * (2 * signs - 1).to(t))
-
-    tensors = [nudge(t) if t.dtype.is_floating_point else t for t in problem.tensors]
-    moved = Problem(problem.system, tensors).residual(nudge(x)) - residual
     return torch.nan_to_num(8 * (moved.norm(dim=-1) + eps * residual.norm(dim=-1)), nan=float("inf"))
 
 

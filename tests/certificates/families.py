@@ -30,7 +30,7 @@ class Logistic(Ridge):
     def inner_objective(self, inner, outer, data):
         X, y, _, _ = data
         margins = y.sign() * (X @ inner)
-        return torch.nn.functional.softplus(-margins).mean() + 0.5 * (outer.exp() * inner**2).sum()
+        return torch.logaddexp(-margins, margins.new_zeros(())).mean() + 0.5 * (outer.exp() * inner**2).sum()
 
     def constants(self, outer, data):
         X, _, Xv, _ = data

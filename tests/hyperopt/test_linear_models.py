@@ -180,6 +180,18 @@ def test_two_classes_of_softmax_are_logistic_regression_of_half_the_strength() -
     torch.testing.assert_close(double["weights"][:, 1] - double["weights"][:, 0], binary["weights"], rtol=0, atol=1e-8)
 
 
+def test_the_logistic_loss_is_exact_at_large_scores() -> None:
+    """torch's softplus is the identity above 20: its value is 2e-9 short there, and its curvature is gone."""
+    scores = torch.tensor([-40.0, 0.0, 19.0, 21.0, 30.0], dtype=torch.float64)
+    model, targets = Logistic(1), torch.zeros(5, dtype=torch.float64)
+    exact = [math.log1p(math.exp(-abs(s))) + max(s, 0.0) for s in scores.tolist()]
+    assert model.losses(scores, targets).tolist() == pytest.approx(exact, rel=1e-15)
+    curvature = hessian(lambda s: model.losses(s, targets).sum())(scores).diagonal().tolist()
+    assert curvature == pytest.approx(
+        [math.exp(-abs(s)) / (1 + math.exp(-abs(s))) ** 2 for s in scores.tolist()], rel=1e-9
+    )
+
+
 def test_misuse_is_refused() -> None:
     with pytest.raises(bilevel.ArgumentError, match="at least one feature"):
         Ridge(0)

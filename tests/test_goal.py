@@ -152,11 +152,11 @@ def test_the_default_solvers_and_functions_of_ones_own_reach_goals_too() -> None
             x = x + (rhs - operator.matvec(x)) / (2 * diagonal)
         return x
 
-    for settings in ({}, {"linear_solver": jacobi}, {"linear_solver": bilevel.CG(2), "solver": bilevel.Newton()}):
-        problem = Classifier(**settings, tolerance=asked(1e-6, estimates=True))
+    for chosen in ({}, {"linear_solver": jacobi}, {"linear_solver": bilevel.CG(2), "solver": bilevel.Newton()}):
+        problem = Classifier(**chosen, tolerance=asked(1e-6, estimates=True))
         true = exact(problem, outer, data)
         error = (problem.hypergradient(outer, data, init=START).grad - true).norm()
-        assert float(error) <= 1e-6 * float(true.norm()), settings
+        assert float(error) <= 1e-6 * float(true.norm()), chosen
 
 
 def test_a_batch_of_problems_shares_a_goal() -> None:
@@ -253,7 +253,7 @@ def test_backward_of_the_loss_hands_on_the_promised_gradient() -> None:
         torch.testing.assert_close(problem(outer, data, init=START), _value(problem, outer, data))
     with pytest.raises(bilevel.TransformError, match="create_graph"):
         torch.autograd.grad(problem(free, data, init=START), free, create_graph=True)
-    with pytest.raises(bilevel.TransformError, match="transform of torch.func"):
+    with pytest.raises(bilevel.TransformError, match="no transform"):
         torch.func.grad(lambda outer: problem(outer, data, init=START))(outer)
     with pytest.raises(bilevel.ArgumentError, match="data not to require grad"):
         problem(free, (data[0].clone().requires_grad_(True), *data[1:]), init=START)

@@ -2,7 +2,7 @@
 
 ====  ==================  ==========================================================================
  5    applications, cli   ``hyperopt/``, ``meta/``, ``cli``, ``_output``: use the public API alone, like any user
- 4    problems            ``problem``, ``certificates/``
+ 4    problems            ``problem``, ``certificates/``, ``outer/``, goals
  3    layers              ``layers``: argmin, root, fixed_point; ``_layer``: a call of one
  2    differentiation     ``_implicit``: the two autograd Functions; imports no solver
  1    solvers             ``solvers/`` (inner), ``linear/`` (linear); of the inner, only Newton's uses the linear

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 import bilevel
@@ -19,8 +19,6 @@ from bilevel.operators import DenseOperator
 from . import oracles
 
 F64 = torch.float64
-# Each example solves and has its reference unrolled; the profile `long` draws as many as elsewhere.
-_EXAMPLES = 10 if settings().max_examples <= 25 else settings().max_examples
 
 
 class Ridge(bilevel.BilevelProblem):
@@ -82,7 +80,6 @@ def asked(wanted: float, **others: object) -> bilevel.Tolerance:
     return bilevel.Tolerance(hypergradient=wanted, relative=True, **others)
 
 
-@settings(max_examples=_EXAMPLES)
 @given(st.integers(0, 10_000), st.sampled_from([Ridge, Classifier]), st.integers(1, 8), st.booleans())
 def test_an_estimated_goal_is_met(seed: int, kind: type[Ridge], digits: int, descent: bool) -> None:
     data, outer = split(seed), torch.linspace(-2, 1, 6, dtype=F64)
@@ -96,7 +93,6 @@ def test_an_estimated_goal_is_met(seed: int, kind: type[Ridge], digits: int, des
     assert result.bound.basis is bilevel.Basis.ESTIMATED and not result.certified
 
 
-@settings(max_examples=_EXAMPLES)
 @given(st.integers(0, 10_000), st.integers(1, 8))
 def test_a_certified_goal_is_met_and_proven(seed: int, digits: int) -> None:
     data, outer = split(seed), torch.linspace(-2, 1, 6, dtype=F64)
@@ -116,7 +112,6 @@ def test_an_absolute_goal() -> None:
         assert error <= wanted
 
 
-@settings(max_examples=_EXAMPLES)
 @given(st.integers(0, 10_000), st.sampled_from([0.1, 0.5, 0.9]))
 def test_a_descent_goal_gives_a_descent_direction(seed: int, eta: float) -> None:
     data, outer = split(seed), torch.linspace(-2, 1, 6, dtype=F64)

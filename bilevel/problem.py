@@ -517,15 +517,21 @@ class BilevelProblem(torch.nn.Module, ABC):
         upper, _ = self._flat_problem(self.outer_objective, start, outer, data)
         wanted = _wanted(outer, lower)
 
+        known: list[Constants] = []
+
         def certify(x: torch.Tensor, q: torch.Tensor, flat: torch.Tensor, corrected: torch.Tensor) -> Bound:
-            known = self.constants(outer, data).with_mu(tolerance.strong_convexity)
+            if not known:
+                known.append(self.constants(outer, data).with_mu(tolerance.strong_convexity))
             point = Point(lower, upper, x, q, wanted)
-            return Certificate(point, flat, corrected, lambda: known, self.where, layer.on_failure).bound
+            certificate = Certificate(point, flat, corrected, lambda: known[0], self.where, layer.on_failure)
+            bound = certificate.bound
+            known[0] = certificate.constants  # what quadratic objectives determine holds at every φ, and is found once
+            return bound
 
         kept = layer.adjoint.value if warm else None
         begin = kept * lower.batch if kept is not None and kept.shape == x.shape else None
-        known = self._known if begin is not None else None
-        sought = seek(layer, lower, upper, x, begin, wanted, known, certify)
+        learned = self._known if begin is not None else None
+        sought = seek(layer, lower, upper, x, begin, wanted, learned, certify)
         found = sought.found
         inner = self._unravel(found.x, start)
         if warm and sought.finite:

@@ -316,3 +316,22 @@ def test_secants_invert_a_matrix_on_the_span_of_its_products() -> None:
     before = len(secants.pairs)
     secants.add(rhs, -rhs)  # negative curvature is no secant of a positive definite matrix
     assert len(secants.pairs) == before
+
+
+@pytest.mark.parametrize("wanted", [1e-1, 1e-4])
+def test_a_goal_is_proven_for_a_model_that_declares_its_constants(wanted: float) -> None:
+    from bilevel.hyperopt.linear_models import Logistic, WeightedData
+
+    model, (X, y, Xv, yv) = Logistic(6), split(8)
+    rows, ones = torch.cat([X, Xv]), torch.ones(30, dtype=F64)
+    training = torch.cat([ones, torch.zeros(20, dtype=F64)])
+    data = WeightedData(rows, (torch.cat([y, yv]) > 0).double(), training, 1 - training)
+    tuning = bilevel.HyperparameterOptimization(
+        model.training_objective, model.validation_loss, torch.full((6,), -2.0, dtype=F64), model.initial(),
+        solver=bilevel.LBFGS(), linear_solver=bilevel.CG(), tolerance=asked(wanted),
+    )  # fmt: skip
+    result = tuning.hypergradient(data)
+    tuning.tolerance = bilevel.Tolerance(1e-11, 1e-11)
+    true = tuning.hypergradient(data).grad
+    assert result.certified and result.report.goal.met
+    assert float((result.grad - true).norm()) <= result.error_bound <= wanted * float(true.norm())

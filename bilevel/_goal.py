@@ -14,7 +14,7 @@ How far is far enough is read off a running model of the error, from numbers tha
 
     ‖ĝ − g‖ ≲ c ( S ν ‖∇G‖ + β ν ‖ρ‖ )
 
-with ν the largest ‖H⁻¹b‖/‖b‖, S the largest ‖Δĝ‖/‖Δφ‖ and β the largest ‖Bᵀq‖/‖q‖ seen, and c > 1, the larger the fewer numbers
+with ν the largest ‖H⁻¹b‖/‖b‖ or ‖s‖²/sᵀHs, S the largest ‖Δĝ‖/‖Δφ‖ and β the largest ‖Bᵀq‖/‖q‖ seen, and c > 1, the larger the fewer numbers
 S was seen on (a single outer variable may hide a change by chance). The halves of the sum are the shares of the two solves. The model plans.
 It decides only if the caller allows estimates; otherwise the certificate does, and its parts correct the model where it was too hopeful.
 """
@@ -157,6 +157,7 @@ class Knowledge:
     def fade(self) -> None:
         """Trust what was seen elsewhere a little less; what is seen here raises it again."""
         self.nu, self.slope, self.pull = 0.8 * self.nu, 0.8 * self.slope, 0.8 * self.pull
+        self.secants.softest = 0.0
         self.curvature, self.value_bend = 0.8 * self.curvature, 0.8 * self.value_bend
         self.numbers = min(self.numbers, 50)
         self.inner_doubt, self.linear_doubt = max(1.0, 0.8 * self.inner_doubt), max(1.0, 0.8 * self.linear_doubt)
@@ -409,7 +410,7 @@ class Search:
         here.operator.tell(self.known.secants)
         size = float(rhs.norm())
         if size > 0:
-            self.known.nu = max(self.known.nu, float(outcome.x.norm()) / size)
+            self.known.nu = max(self.known.nu, float(outcome.x.norm()) / size, self.known.secants.softest)
         return outcome
 
     # What the error is made of

@@ -33,6 +33,7 @@ class Secants:
     def __init__(self, most: int = _MOST_PAIRS) -> None:
         self.pairs: deque[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = deque(maxlen=most)
         self.scale: torch.Tensor | None = None  # sᵀy / yᵀy of the newest pair (K,)
+        self.softest = 0.0  # the largest ‖s‖² / sᵀy since it was last set to zero: at most ‖H⁻¹‖
 
     def add(self, s: torch.Tensor, y: torch.Tensor) -> None:
         """Keep a pair (K, n), for the problems in which sᵀy is positive beyond rounding."""
@@ -46,6 +47,7 @@ class Secants:
             return
         zero, keep = torch.zeros_like(s), fit.unsqueeze(-1)
         inverse = torch.where(fit, 1 / sy, torch.zeros_like(sy))
+        self.softest = max(self.softest, float((torch.linalg.vecdot(s, s) * inverse).max()))
         self.pairs.append((torch.where(keep, s, zero), torch.where(keep, y, zero), inverse))
         before = torch.ones_like(sy) if self.scale is None else self.scale
         self.scale = torch.where(fit, sy / yy, before)

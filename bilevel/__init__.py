@@ -1,6 +1,7 @@
 """Differentiate through any optimisation problem, root or fixed point, and know how wrong the derivative is."""
 
 from bilevel import certificates, operators
+from bilevel._goal import GoalReport
 from bilevel._system import Problem
 from bilevel._version import __version__
 from bilevel.certificates.bound import Bound
@@ -30,8 +31,12 @@ from bilevel.linear.gmres import GMRES
 from bilevel.linear.neumann import Neumann
 from bilevel.linear.scipy_bridge import ScipyLinear
 from bilevel.operators import LinearOperator
+from bilevel.outer.methods import HOAG, MAID, OuterMethod
+from bilevel.outer.minimize import OuterRun, minimize
+from bilevel.outer.result import OuterResult, OuterStatus, OuterStep
 from bilevel.problem import BilevelProblem, Hypergradient, HypergradientReport
 from bilevel.reports import Basis, Pass, Recording, SolveReport, Status, record
+from bilevel.schedules import CubicSchedule, ExponentialSchedule, QuadraticSchedule
 from bilevel.solvers._base import Goal, InnerSolution, InnerSolver
 from bilevel.solvers.anderson import Anderson
 from bilevel.solvers.fixed_point import FixedPointIteration
@@ -52,8 +57,10 @@ __all__ = [
     "AUTO",
     "CG",
     "GMRES",
+    "HOAG",
     "IMAML",
     "LBFGS",
+    "MAID",
     "Anderson",
     "ArgumentError",
     "Basis",
@@ -65,12 +72,15 @@ __all__ = [
     "CapturedTensorError",
     "Constants",
     "ConstantsError",
+    "CubicSchedule",
     "Damped",
     "DtypeError",
     "Exact",
+    "ExponentialSchedule",
     "FailureWarning",
     "FixedPointIteration",
     "Goal",
+    "GoalReport",
     "GradientDescent",
     "Hypergradient",
     "HypergradientReport",
@@ -85,8 +95,14 @@ __all__ = [
     "LinearSolver",
     "Neumann",
     "Newton",
+    "OuterMethod",
+    "OuterResult",
+    "OuterRun",
+    "OuterStatus",
+    "OuterStep",
     "Pass",
     "Problem",
+    "QuadraticSchedule",
     "Recording",
     "ScipyLinear",
     "ScipyMinimize",
@@ -106,6 +122,7 @@ __all__ = [
     "certificates",
     "fixed_point",
     "linear_solve",
+    "minimize",
     "operators",
     "record",
     "root",

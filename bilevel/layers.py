@@ -11,6 +11,7 @@ import torch
 from bilevel._layer import Layer, Solution
 from bilevel._linear_layer import LinearLayer
 from bilevel._system import ArgminSystem, FixedPointSystem, RootSystem, System
+from bilevel.errors import ArgumentError
 from bilevel.linear._base import LinearSolverLike
 from bilevel.reports import OnFailure
 from bilevel.solvers._base import InnerSolverLike
@@ -308,6 +309,11 @@ def _layer(
     tolerance: Tolerance | None,
     on_failure: OnFailure,
 ) -> Layer | Decorator:
+    if tolerance is not None and getattr(tolerance, "has_goal", False):
+        raise ArgumentError(
+            f"a layer: expected Tolerance(delta=..., delta_prime=...), got {tolerance!r}; a layer has no outer loss whose gradient "
+            "that could speak of: write a bilevel.BilevelProblem"
+        )
     make = functools.partial(
         Layer, kind, solver=solver, linear_solver=linear_solver, tolerance=tolerance, on_failure=on_failure
     )

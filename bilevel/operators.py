@@ -280,6 +280,11 @@ class HessianOperator(LinearOperator):
         )  # fmt: skip
         self._gradient, self._point = gradient, point
 
+    @property
+    def point(self) -> torch.Tensor:
+        """The leaf (batch, n) that the gradient was computed from."""
+        return self._point
+
     def matvec(self, v: torch.Tensor) -> torch.Tensor:
         return _pull(self._gradient, self._point, v)
 

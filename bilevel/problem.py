@@ -12,8 +12,8 @@ import torch
 from torch.func import vmap
 from torch.utils import _pytree as pytree
 
-from bilevel._layer import Layer, Solution
-from bilevel._outer import (
+from bilevel._goal import GoalReport, Knowledge
+from bilevel._guards import (
     Watch,
     check_captures,
     check_connection,
@@ -21,6 +21,8 @@ from bilevel._outer import (
     disconnected,
     no_dependence,
 )
+from bilevel._layer import Layer, Solution
+from bilevel._seek import Promised, seek
 from bilevel._system import ArgminSystem, Problem
 from bilevel._transforms import autocast_to, transforms_active
 from bilevel._tree import Raveler, flatten_arguments
@@ -28,7 +30,7 @@ from bilevel.certificates._certificate import Certificate
 from bilevel.certificates._point import Point
 from bilevel.certificates.bound import Bound
 from bilevel.certificates.constants import Constants
-from bilevel.errors import ArgumentError, ConstantsError, ShapeError
+from bilevel.errors import ArgumentError, ConstantsError, ShapeError, TransformError
 from bilevel.linear._base import LinearSolverLike
 from bilevel.reports import Basis, OnFailure, SolveReport, Status
 from bilevel.solvers._base import InnerSolverLike
@@ -47,10 +49,13 @@ class HypergradientReport:
         The inner solve's report.
     backward
         The linear solve's report.
+    goal
+        What became of ``Tolerance(hypergradient=...)`` or ``Tolerance(descent=...)``; None without such a goal.
     """
 
     forward: SolveReport
     backward: SolveReport
+    goal: GoalReport | None = None
 
     @property
     def converged(self) -> torch.Tensor:
@@ -89,7 +94,8 @@ class HypergradientReport:
         )
 
     def __str__(self) -> str:
-        return f"{self.forward}\n{self.backward}"
+        goal = "" if self.goal is None else f"\n{self.goal}"
+        return f"{self.forward}\n{self.backward}{goal}"
 
 
 def _moved(report: SolveReport, residual: torch.Tensor, steps: int) -> SolveReport:
@@ -290,6 +296,7 @@ class BilevelProblem(torch.nn.Module, ABC):
         self._layer.adjoint.warm = warm_start
         self._last: Any = None
         self._looked = False
+        self._known: Knowledge | None = None
 
     @property
     def where(self) -> str:
@@ -300,6 +307,32 @@ class BilevelProblem(torch.nn.Module, ABC):
     def inner_layer(self) -> Layer:
         """The inner problem as a layer of (init, outer, data), with the settings of this problem."""
         return self._layer
+
+    @property
+    def tolerance(self) -> Tolerance:
+        """The accuracy asked for; it may be set to another between calls."""
+        return self._tolerance
+
+    @tolerance.setter
+    def tolerance(self, tolerance: Tolerance) -> None:
+        if not isinstance(tolerance, Tolerance):
+            raise ArgumentError(f"{self.where}: expected a bilevel.Tolerance, got {tolerance!r}; wrap it in one")
+        self._tolerance = self._layer.tolerance = tolerance
+
+    def memory(self) -> dict[str, Any]:
+        """Return what the next call begins from: the last inner solution and adjoint, and what goals have learned.
+
+        With it a run can be resumed bit for bit; the tensors are copies, all of it can be loaded without running code.
+        """
+        kept = self._known.state_dict() if self._known is not None else None
+        state = {"inner": self._last, "adjoint": self._layer.adjoint.value, "known": kept}
+        return pytree.tree_map(lambda leaf: leaf.clone() if isinstance(leaf, torch.Tensor) else leaf, state)
+
+    def recall(self, state: dict[str, Any]) -> None:
+        """Begin the next call from :meth:`memory`."""
+        state = pytree.tree_map(lambda leaf: leaf.clone() if isinstance(leaf, torch.Tensor) else leaf, state)
+        self._last, self._layer.adjoint.value = state["inner"], state["adjoint"]
+        self._known = None if state["known"] is None else Knowledge.of(state["known"])
 
     @abstractmethod
     def inner_objective(self, inner: Any, outer: Any, data: Any) -> torch.Tensor:
@@ -358,7 +391,20 @@ class BilevelProblem(torch.nn.Module, ABC):
         StochasticObjectiveError, CapturedTensorError, ArgumentError
             If an objective is random, changes its arguments, reaches a tensor that would receive no gradient, or nothing
             leads to ``outer`` (policy ``"raise"``).
+        TransformError, ArgumentError
+            If the tolerance is a goal for the hypergradient, and more than one first ``backward`` to ``outer`` is wanted.
+
+        Notes
+        -----
+        A goal, ``Tolerance(hypergradient=...)``, is met here, in the forward pass, for the gradient that ``backward`` then hands to
+        ``outer``: once, and by ``backward`` or ``torch.autograd.grad`` alone. Without a gradient to promise anything of,
+        under ``torch.no_grad``, the inner solve goes as far as the dtype allows.
         """
+        tolerance = self.tolerance_of(outer, data)
+        if tolerance.has_goal and torch.is_grad_enabled():
+            promised = self._promised(outer, data, init, tolerance)
+            if promised is not None:
+                return promised
         solution = self.solve(outer, data, init=init)
         loss = self._outer_losses(solution.value, outer, data).mean()
         theta = [leaf for leaf in pytree.tree_leaves(outer) if isinstance(leaf, torch.Tensor)]
@@ -410,12 +456,15 @@ class BilevelProblem(torch.nn.Module, ABC):
             As in :meth:`forward`, and if no graph leads to one of the tensors of ``outer`` (policy ``"raise"``).
         """
         leaves, structure = pytree.tree_flatten(outer)
-        moving = [isinstance(leaf, torch.Tensor) and leaf.is_floating_point() for leaf in leaves]
+        moving = [_moves(leaf) for leaf in leaves]
         if not any(moving):
             raise ArgumentError(
                 f"{self._layer.where}: expected outer to hold a floating-point tensor, got {outer!r}; pass tensors to "
                 "differentiate with respect to"
             )
+        tolerance = self.tolerance_of(outer, data)
+        if tolerance.has_goal:
+            return self._to_goal(outer, data, init, tolerance)
         fresh = [
             leaf.detach().requires_grad_(True) if move else leaf for leaf, move in zip(leaves, moving, strict=True)
         ]
@@ -460,18 +509,42 @@ class BilevelProblem(torch.nn.Module, ABC):
             q = adjoint.value * lower.batch  # the mean's cotangents are 1/K of each problem's own
         assert adjoint.residual is not None
         corrected = value.detach() - (q * adjoint.residual).sum(dim=-1).mean()
-        point = Point(lower, upper, x, q, tuple(flags))
+        flat = torch.cat([leaf.reshape(-1) for leaf in pytree.tree_leaves(grad) if leaf is not None])
+        point = Point(lower, upper, x, q, _wanted(plain, lower))
+        report = HypergradientReport(solution.report, backward)
+        return self._package(plain, data, inner, point, value.detach(), corrected, flat, report)
+
+    def reset(self) -> None:
+        """Forget the last inner solution and adjoint."""
+        self._last = self._known = None
+        self._layer.adjoint.value = None
+
+    def extra_repr(self) -> str:
+        layer = self._layer
+        return f"solver={layer.solver!r}, linear_solver={layer.linear_solver!r}, tolerance={layer.tolerance!r}"
+
+    def _package(
+        self,
+        outer: Any,
+        data: Any,
+        inner: Any,
+        point: Point,
+        value: torch.Tensor,
+        corrected: torch.Tensor,
+        flat: torch.Tensor,
+        report: HypergradientReport,
+    ) -> Hypergradient:
+        """Return what was found at ``point``, ĝ being ``flat`` (p,), with what its bounds are computed from."""
+        leaves, structure = pytree.tree_flatten(outer)
+        lower, upper, x = point.lower, point.upper, point.x
         mu = self._layer.tolerance.strong_convexity
 
         def constants() -> Constants:
-            return self.constants(plain, data).with_mu(mu)
+            return self.constants(outer, data).with_mu(mu)
 
         def restore(flat: torch.Tensor) -> Any:
-            parts = iter(torch.split(flat, [leaf.numel() for leaf in wanted]))
-            filled = [
-                next(parts).reshape(leaf.shape).to(leaf.dtype) if move else None
-                for leaf, move in zip(fresh, moving, strict=True)
-            ]
+            parts = iter(torch.split(flat, [leaf.numel() for leaf in leaves if _moves(leaf)]))
+            filled = [next(parts).reshape(leaf.shape).to(leaf.dtype) if _moves(leaf) else None for leaf in leaves]
             return pytree.tree_unflatten(filled, structure)
 
         def rebuild(at: Point, before: Hypergradient) -> Hypergradient:
@@ -485,33 +558,82 @@ class BilevelProblem(torch.nn.Module, ABC):
                 self._unravel(there.q, inner), before.report.moved(at), certificate, rebuild, restore,
             )  # fmt: skip
 
-        flat = torch.cat([leaf.reshape(-1) for leaf in pytree.tree_leaves(grad) if leaf is not None])
         return Hypergradient(
-            value.detach(),
-            corrected,
-            grad,
-            inner,
-            self._unravel(q, inner),
-            HypergradientReport(solution.report, backward),
-            Certificate(point, flat, corrected, constants, self.where, self._layer.on_failure),
-            rebuild,
-            restore,
-        )
+            value, corrected, restore(flat), inner, self._unravel(point.q, inner), report,
+            Certificate(point, flat, corrected, constants, self.where, self._layer.on_failure), rebuild, restore,
+        )  # fmt: skip
 
-    def reset(self) -> None:
-        """Forget the last inner solution and adjoint."""
-        self._last = None
-        self._layer.adjoint.value = None
+    def _to_goal(self, outer: Any, data: Any, init: Any, tolerance: Tolerance) -> Hypergradient:
+        """Return a hypergradient as accurate as ``tolerance`` asks: both solves go as far as that needs."""
+        layer, warm = self._layer, self.warm_start
+        layer.tolerance = tolerance
+        outer, data = pytree.tree_map(_cut, outer), pytree.tree_map(_cut, data)
+        start = self._start(outer, data, self._count(data)) if init is None else init
+        start = pytree.tree_map(_cut, start)
+        lower, x = self._flat_problem(self.inner_objective, start, outer, data)
+        upper, _ = self._flat_problem(self.outer_objective, start, outer, data)
+        wanted = _wanted(outer, lower)
+
+        known: list[Constants] = []
+
+        def certify(x: torch.Tensor, q: torch.Tensor, flat: torch.Tensor, corrected: torch.Tensor) -> Bound:
+            if not known:
+                known.append(self.constants(outer, data).with_mu(tolerance.strong_convexity))
+            point = Point(lower, upper, x, q, wanted)
+            certificate = Certificate(point, flat, corrected, lambda: known[0], self.where, layer.on_failure)
+            bound = certificate.bound
+            known[0] = certificate.constants  # what quadratic objectives determine holds at every φ, and is found once
+            return bound
+
+        kept = layer.adjoint.value if warm else None
+        begin = kept * lower.batch if kept is not None and kept.shape == x.shape else None
+        learned = self._known if begin is not None else None
+        sought = seek(layer, lower, upper, x, begin, wanted, learned, certify)
+        found = sought.found
+        inner = self._unravel(found.x, start)
+        if warm and sought.finite:
+            self._last, self._known = inner, found.known
+            layer.adjoint.value = found.q / lower.batch  # as for the mean's cotangents
+        value = found.values.mean()
+        corrected = value - torch.linalg.vecdot(found.q, found.residual).mean()
+        report = HypergradientReport(sought.forward, sought.backward, found.report)
+        point = Point(lower, upper, found.x, found.q, wanted)
+        result = self._package(outer, data, inner, point, value, corrected, found.gradient, report)
+        result.__dict__["bound"] = found.bound  # what decided, which asking for the bound shows
+        if tolerance.estimates:
+            result.__dict__["value_bound"] = Bound(found.value_error, Basis.ESTIMATED)
+        return result
+
+    def _promised(self, outer: Any, data: Any, init: Any, tolerance: Tolerance) -> torch.Tensor | None:
+        """Return the outer loss with a gradient that meets the goal, or None where no tensor of ``outer`` wants one."""
+        where, call = (
+            self._layer.where,
+            f"{tolerance!r} holds for hypergradient(...) and for the first backward of the loss",
+        )
+        if transforms_active():
+            raise TransformError(
+                f"{where}: expected no transform of torch.func around a problem with a goal, and there is one; {call}; "
+                "inside a transform pass Tolerance(delta=..., delta_prime=...)"
+            )
+        if any(isinstance(leaf, torch.Tensor) and leaf.requires_grad for leaf in pytree.tree_leaves(data)):
+            raise ArgumentError(
+                f"{where}: expected data not to require grad for a problem with a goal, and it does; {call} to outer; "
+                "put what is to be differentiated into outer, or pass Tolerance(delta=..., delta_prime=...)"
+            )
+        leaves = [leaf for leaf in pytree.tree_leaves(outer) if _moves(leaf)]
+        if not any(leaf.requires_grad for leaf in leaves):
+            return None
+        result = self._to_goal(outer, data, init, tolerance)
+        gradients = [leaf for leaf in pytree.tree_leaves(result.grad) if leaf is not None]
+        promised: torch.Tensor = Promised.apply(result.value, gradients, *leaves)
+        return promised
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
         # Called by .to(), .double() and their like: what the next solve begins from follows, as buffers do.
         if self._last is not None:
             self._last = pytree.tree_map(fn, self._last)
+        self._known = None
         return super()._apply(fn, recurse)
-
-    def extra_repr(self) -> str:
-        layer = self._layer
-        return f"solver={layer.solver!r}, linear_solver={layer.linear_solver!r}, tolerance={layer.tolerance!r}"
 
     def _disconnected(self, inner: Any, outer: Any, data: Any, among: Sequence[bool]) -> list[int]:
         """Return which floating-point tensors of ``outer``, of those ``among``, no objective's graph leads to."""
@@ -606,6 +728,16 @@ class BilevelProblem(torch.nn.Module, ABC):
         if self.batch_dims is None:
             return Raveler.of(inner, self._layer.where).unravel(q[0])
         return vmap(Raveler.of(pytree.tree_map(lambda leaf: leaf[0], inner), self._layer.where).unravel)(q)
+
+
+def _moves(leaf: Any) -> bool:
+    return isinstance(leaf, torch.Tensor) and leaf.is_floating_point()
+
+
+def _wanted(outer: Any, problem: Problem) -> tuple[bool, ...]:
+    """Return which of the problem's tensors, those of ``outer`` first, are differentiated with respect to."""
+    flags = [_moves(leaf) for leaf in pytree.tree_leaves(outer) if isinstance(leaf, torch.Tensor)]
+    return (*flags, *[False] * (len(problem.tensors) - len(flags)))
 
 
 def _cut(leaf: Any) -> Any:

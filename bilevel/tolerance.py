@@ -93,11 +93,21 @@ class Tolerance:
         μ > 0: a lower bound on the eigenvalues of the inner Hessian near the solution. For a root, a bound on the
         least singular value of the Jacobian; for a fixed point of a contraction with factor c, 1 − c. It is
         taken at its word: bounds derived from it are reported as certified.
+    hypergradient
+        A goal in place of δ and δ′, for :meth:`BilevelProblem.hypergradient` and the loss of a :class:`BilevelProblem`:
+        both solves are taken as far as ‖ĝ − g‖ ≤ ``hypergradient`` needs, and no further.
+    relative
+        The goal is relative to the true hypergradient: ‖ĝ − g‖ ≤ ``hypergradient`` · ‖g‖.
+    descent
+        Another goal, η in (0, 1): ‖ĝ − g‖ ≤ (1 − η) ‖ĝ‖, which makes −ĝ a descent direction, ⟨ĝ, g⟩ ≥ η ‖ĝ‖².
+    estimates
+        Whether an *estimate* of ‖ĝ − g‖ may decide that a goal is met. Otherwise it takes a bound that is proven, and
+        so constants that are known (see :class:`Constants`).
 
     Raises
     ------
     ArgumentError
-        If a number is not positive and finite.
+        If a number is not positive and finite, or a goal is given beside numbers that it would choose.
 
     References
     ----------
@@ -108,14 +118,20 @@ class Tolerance:
     --------
     >>> Tolerance(delta=1e-6, delta_prime=1e-8, strong_convexity=0.1)
     Tolerance(delta=1e-06, delta_prime=1e-08, strong_convexity=0.1)
+    >>> Tolerance(hypergradient=1e-3, relative=True, estimates=True)
+    Tolerance(hypergradient=0.001, relative=True, estimates=True)
     """
 
     delta: float | Auto | None = AUTO
     delta_prime: float | Auto | None = AUTO
     strong_convexity: float | None = None
+    hypergradient: float | None = None
+    relative: bool = False
+    descent: float | None = None
+    estimates: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("delta", "delta_prime", "strong_convexity"):
+        for name in ("delta", "delta_prime", "strong_convexity", "hypergradient", "descent"):
             number = getattr(self, name)
             if number is None or number is AUTO:
                 continue
@@ -129,6 +145,61 @@ class Tolerance:
                     f"Tolerance: expected {name} > 0 and finite, got {number}; pass a positive number, or None "
                     "to ask for no accuracy and spend the solver's step budget"
                 )
+        self._check_goal()
+
+    def __repr__(self) -> str:
+        settings = {name: getattr(self, name) for name in ("delta", "delta_prime", "strong_convexity")}
+        if self.has_goal:  # which chooses δ and δ′
+            del settings["delta"], settings["delta_prime"]
+            settings = {name: value for name, value in settings.items() if value is not None}
+            for name in ("hypergradient", "relative", "descent", "estimates"):
+                if getattr(self, name):
+                    settings[name] = getattr(self, name)
+        elif self.strong_convexity is None:
+            del settings["strong_convexity"]
+        return f"Tolerance({', '.join(f'{name}={value!r}' for name, value in settings.items())})"
+
+    @property
+    def has_goal(self) -> bool:
+        """Whether δ and δ′ are chosen so that the hypergradient reaches an accuracy."""
+        return self.hypergradient is not None or self.descent is not None
+
+    def allowed(self, norm: float) -> float:
+        """Return the error ‖ĝ − g‖ that the goal allows a hypergradient ĝ of ``norm``.
+
+        A goal relative to ‖g‖ ≥ ‖ĝ‖ − ‖ĝ − g‖ is met where ‖ĝ − g‖ ≤ t/(1 + t) ‖ĝ‖, which can be checked.
+
+        Examples
+        --------
+        >>> round(Tolerance(hypergradient=0.25, relative=True).allowed(5.0), 6), Tolerance(descent=0.5).allowed(5.0)
+        (1.0, 2.5)
+        """
+        if self.descent is not None:
+            return (1 - self.descent) * norm
+        if self.hypergradient is None:
+            return math.inf
+        return norm * self.hypergradient / (1 + self.hypergradient) if self.relative else self.hypergradient
+
+    def _check_goal(self) -> None:
+        if self.hypergradient is not None and self.descent is not None:
+            raise ArgumentError(
+                "Tolerance: expected one goal, got hypergradient and descent; give the accuracy wanted, or descent alone "
+                "to stop as soon as a descent direction is certain"
+            )
+        if self.descent is not None and self.descent >= 1:
+            raise ArgumentError(f"Tolerance: expected descent in (0, 1), got {self.descent}; pass for example 0.5")
+        if self.relative and self.hypergradient is None:
+            raise ArgumentError("Tolerance: expected hypergradient with relative=True, got none; pass for example 1e-3")
+        if not self.has_goal and self.estimates:
+            raise ArgumentError(
+                "Tolerance: expected hypergradient or descent with estimates=True, got neither; it says what may decide "
+                "that such a goal is met"
+            )
+        if self.has_goal and not (self.delta is AUTO and self.delta_prime is AUTO):
+            raise ArgumentError(
+                f"Tolerance: expected a goal or δ and δ′, got both (delta={self.delta!r}, delta_prime="
+                f"{self.delta_prime!r}); leave delta and delta_prime out, the goal chooses them"
+            )
 
     def inner(self, dtype: torch.dtype) -> Target:
         """Return what the inner solve aims for in ``dtype``."""

@@ -21,7 +21,7 @@ nitpick_ignore_regex = [
     ),
     (
         r"py:.*",
-        r"(InnerSolverLike|LinearSolverLike|OnFailure|Decorator|Auto|Hyperparameters|TreeSpec|PyTree|Table|Console)",
+        r"(InnerSolverLike|LinearSolverLike|OnFailure|Decorator|Auto|Hyperparameters|TreeSpec|PyTree|Table|Console|Policy|Figure)",
     ),
     (r"py:.*", r"(InnerSolverLike|LinearSolverLike|OnFailure|bilevel\..*\._.*|bilevel\._.*|bilevel\.tolerance\.Auto)"),
     (r"py:class", r".*[ \[\]|(,].*"),
@@ -29,7 +29,7 @@ nitpick_ignore_regex = [
     # Type variables and a private type of ours in signatures; "Bool, per problem: ..." read by napoleon as a type.
     (r"py:class", r"bilevel\.layers\.T|bilevel\.tolerance\.Target|Bool"),
     # Fields named from their own class's docstring, which its parameters document.
-    (r"py:attr", r"value|report|error_bound|distinct|bilevel\.reports\.Basis\..*"),
+    (r"py:attr", r"value|corrected_value|report|error_bound|distinct|bilevel\.reports\.Basis\..*"),
 ]
 
 autodoc_member_order = "bysource"

@@ -199,16 +199,16 @@ MUTATIONS = (
         "if any(carries_gradient(leaf) for leaf in leaves):", "if False:", ("tests/test_failures.py", "-k", "init_that"),
     ),
     Mutation(
-        "captures of the outer objective not looked for", "_outer.py",
+        "captures of the outer objective not looked for", "_guards.py",
         "    if not reaches_another_leaf(loss, (*outer, *known)):\n        return False\n", "    if True:\n        return False\n",
         (GUARDS, "-k", "outer_objective_get"),
     ),
     Mutation(
-        "an outer objective that draws let through", "_outer.py",
+        "an outer objective that draws let through", "_guards.py",
         "if self._dice.thrown():", "if False:", (GUARDS, "-k", "randomness_in_problems"),
     ),
     Mutation(
-        "disconnected outer tensors not looked for", "_outer.py",
+        "disconnected outer tensors not looked for", "_guards.py",
         "if asked and not seen]", "if False]", (GUARDS, "-k", "disconnected"),
     ),
     Mutation(

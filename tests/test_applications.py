@@ -19,6 +19,7 @@ OWN = {
     **dict.fromkeys((ROOT / "testing").glob("*.py"), ("bilevel.testing",)),
     ROOT / "cli.py": ("bilevel.hyperopt", "bilevel.meta", "bilevel._output"),
     ROOT / "_output.py": (),
+    ROOT / "display.py": (),
 }
 
 
@@ -44,7 +45,7 @@ def test_only_the_public_api_and_the_application_itself_are_imported(path: Path)
 
 def test_importing_the_library_imports_no_package_of_the_command_line() -> None:
     code = (
-        "import sys, bilevel.hyperopt, bilevel.meta, bilevel.cli\n"
+        "import sys, bilevel.hyperopt, bilevel.meta, bilevel.cli, bilevel.display\n"
         "names = ('typer', 'rich', 'sklearn', 'matplotlib', 'PIL', 'pooch', 'hypothesis')\n"
         "print([name for name in names if name in sys.modules])"
     )

@@ -2,7 +2,7 @@
 
 ====  ==================  ==========================================================================
  5    applications, cli   ``hyperopt/``, ``meta/``, ``testing/``, ``cli``, ``_output``: use the public API alone, like any user
- 4    problems            ``problem``, ``certificates/``, ``_outer``
+ 4    problems            ``problem``, ``certificates/``, ``outer/``, goals, guards
  3    layers              ``layers``: argmin, root, fixed_point, linear_solve; ``_layer``, ``_linear_layer``: a call of one
  2    differentiation     ``_implicit``: the two autograd Functions; imports no solver
  1    solvers             ``solvers/`` (inner), ``linear/`` (linear); of the inner, only Newton's uses the linear
@@ -21,6 +21,7 @@ PACKAGE = Path(__file__).resolve().parents[1] / "bilevel"
 GROUND = (
     "operators",
     "tolerance",
+    "schedules",
     "reports",
     "errors",
     "_tree",
@@ -39,12 +40,17 @@ FLOORS = {
     "bilevel._linear_layer": 3,
     "bilevel.layers": 3,
     "bilevel.certificates": 4,
-    "bilevel._outer": 4,
+    "bilevel._guards": 4,
+    "bilevel._secants": 4,
+    "bilevel._goal": 4,
+    "bilevel._seek": 4,
     "bilevel.problem": 4,
+    "bilevel.outer": 4,
     "bilevel.hyperopt": 5,
     "bilevel.meta": 5,
     "bilevel.testing": 5,
     "bilevel.cli": 5,
+    "bilevel.display": 5,
     "bilevel._output": 5,
 }
 MODULES = sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py")
@@ -103,7 +109,9 @@ def test_imports_go_down_only(path: Path) -> None:
 
 @pytest.mark.parametrize("path", [path for path in MODULES if floor_of(name_of(path)) == 5], ids=name_of)
 def test_applications_use_the_public_api_alone(path: Path) -> None:
-    own = ("bilevel.hyperopt", "bilevel.meta", "bilevel.testing", "bilevel.cli", "bilevel._output")
+    own = (
+        "bilevel.hyperopt", "bilevel.meta", "bilevel.testing", "bilevel.cli", "bilevel._output", "bilevel.display",
+    )  # fmt: skip
     for imported in imports_of(path):
         assert imported == "bilevel" or imported.startswith(own), f"{name_of(path)} reaches into {imported}"
     for node in ast.walk(ast.parse(path.read_text())):

@@ -173,6 +173,11 @@ class IMAML(bilevel.BilevelProblem):
             If padded tasks meet a model with batch norm, or a loss that is not a mean over examples.
         """
         tasks = self._checked(as_tasks(batch, self.where))
+        if self.tolerance.has_goal and torch.is_grad_enabled():
+            raise bilevel.ArgumentError(
+                f"{self.where}: expected Tolerance(delta=..., delta_prime=...) for the loss of a batch of tasks, got "
+                f"{self.tolerance!r}; call hypergradient(batch), which meets such a goal, and hand on its grad"
+            )
         outer, losses, made = self.outer, [], []
         for part in self._passes(tasks):
             data = self._data(part)

@@ -30,6 +30,7 @@ __all__ = [
     "InnerSolverLike",
     "as_inner_solver",
     "iterate",
+    "rounding",
     "solve_inner",
 ]
 
@@ -296,7 +297,7 @@ def solve_inner(solver: InnerSolver, problem: Problem, init: torch.Tensor, targe
     mu = target.strong_convexity
     bound = torch.full_like(norm, float("nan"))
     if mu is not None:
-        bound = (norm + _rounding(problem, solution.x, residual)) / mu
+        bound = (norm + rounding(problem, solution.x, residual)) / mu
     return InnerOutcome(
         solution.x, status, solution.iterations, norm, threshold, bound, _basis(target), residual, solution.factor
     )  # fmt: skip
@@ -347,7 +348,7 @@ def _judge(
     return torch.where(torch.isfinite(norm), status, torch.full_like(status, Status.NOT_FINITE))
 
 
-def _rounding(problem: Problem, x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
+def rounding(problem: Problem, x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
     """Return, per problem, how far R(x) may be from what was computed: one to three evaluations.
 
     In a dtype below float64, how far it is from float64's. In float64, what float32 makes of it, in proportion, or what every number moved by

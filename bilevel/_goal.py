@@ -1,0 +1,544 @@
+"""Take the inner and the linear solve as far as a wanted accuracy of the hypergradient needs, and no further.
+
+One round, at φ with an adjoint q from the round before:
+
+1. linearise at φ; one joint pass gives H q and Bᵀq, and so the residual ρ = ∇F − H q and ĝ;
+2. if ρ accounts for more than its share of the error, solve H d = ρ as far as it should go, and q ← q + d;
+3. stop if ‖ĝ − g‖ is small enough; else solve H s = ∇G, as far as it should go, and φ ← φ − s.
+
+The inner solver makes the first stretch alone, to where Newton's method can take over; from there the linear solver does both solves,
+which costs √κ where descent costs κ, and neither is ever begun again. What one solve learns of H⁻¹ preconditions the next
+(:mod:`bilevel._secants`).
+
+How far is far enough is read off a running model of the error, from numbers that the rounds have produced anyway::
+
+    ‖ĝ − g‖ ≲ c ( S ν ‖∇G‖ + β ν ‖ρ‖ )
+
+with ν the largest ‖H⁻¹b‖/‖b‖ or ‖s‖²/sᵀHs, S the largest ‖Δĝ‖/‖Δφ‖ and β the largest ‖Bᵀq‖/‖q‖ seen, and c > 1, the larger the fewer numbers
+S was seen on (a single outer variable may hide a change by chance). The halves of the sum are the shares of the two solves. The model plans.
+It decides only if the caller allows estimates; otherwise the certificate does, and its parts correct the model where it was too hopeful.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, fields, replace
+from typing import Any
+
+import torch
+
+from bilevel._secants import RecordedOperator, Secants, WatchedProblem
+from bilevel._system import Linearization, Problem
+from bilevel.certificates.bound import Bound
+from bilevel.linear._base import LinearOutcome, LinearSolver, solve_linear
+from bilevel.linear.cg import CG
+from bilevel.operators import HessianOperator, LinearOperator
+from bilevel.reports import Basis, Status
+from bilevel.solvers._base import InnerSolver, rounding, solve_inner
+from bilevel.tolerance import Target, Tolerance
+
+__all__ = ["GoalReport", "Knowledge", "Reached", "Search"]
+
+_MOST_ROUNDS = 60
+# The inner solver's own stretch: a tenth of the first residual is where Newton's method takes over at the least cost.
+_CRUDE = 0.1
+# The first adjoint, before anything is known of errors: relative residual.
+_FIRST_ADJOINT = 0.3
+# c = _SAFETY (1 + _DOUBT / numbers seen).
+_SAFETY, _DOUBT = 1.5, 3.0
+# A solve aims a little below its share, and one step of Newton's method promises no more than this reduction.
+_MARGIN, _MOST_REDUCTION, _FIRST_REDUCTION = 0.9, 1e-4, 1e-2
+# A step that leaves more of the residual than this was no step of Newton's method near a solution.
+_PROGRESS = 0.7
+# How often an estimate that was within the goal may be corrected by a certificate that is not.
+_MOST_CORRECTIONS = 12
+_BAD = (Status.INDEFINITE, Status.NOT_FINITE, Status.SINGULAR, Status.DIVERGED, Status.BREAKDOWN)
+
+
+@dataclass(frozen=True)
+class GoalReport:
+    """What became of a goal for the hypergradient, ``Tolerance(hypergradient=...)`` or ``Tolerance(descent=...)``.
+
+    Parameters
+    ----------
+    tolerance
+        The goal.
+    status
+        ``Status.CONVERGED`` if it was met, ``Status.STAGNATED`` where the dtype permits no more, or what stopped the solves.
+    error
+        The bound, or the estimate, of ‖ĝ − g‖ at the end.
+    allowed
+        What the goal allows it to be, for this ĝ.
+    basis
+        What ``error`` rests on.
+    rounds
+        How often the two solves were gone on with.
+    """
+
+    tolerance: Tolerance
+    status: Status
+    error: float
+    allowed: float
+    basis: Basis
+    rounds: int
+
+    @property
+    def met(self) -> bool:
+        """Whether the goal was met."""
+        return self.status is Status.CONVERGED
+
+    @property
+    def message(self) -> str:
+        """One sentence: what was asked and reached, with a remedy where it was not."""
+        kind = {Basis.CERTIFIED: "certified", Basis.PROBABILISTIC: "probabilistic"}.get(self.basis, "estimated")
+        head = (
+            f"the hypergradient's error is at most {self.error:.2g} ({kind}) after {self.rounds} rounds, and "
+            f"{self.tolerance!r} allows {self.allowed:.2g}"
+        )
+        if self.met:
+            return f"{head}."
+        if self.status is Status.STAGNATED:
+            remedy = "that is what this dtype permits: use float64, rescale the problem, or ask for less"
+            if self.tolerance.relative or self.tolerance.descent is not None:
+                remedy += "; near a stationary point only an absolute accuracy can be had"
+        else:
+            remedy = f"the solves {self.status.meaning}: {self.status.remedy}"
+        return f"{head}; remedy: {remedy}."
+
+    def __str__(self) -> str:
+        return self.message
+
+
+@dataclass(eq=False)
+class Knowledge:
+    """What the rounds have taught about the problem; kept from one hypergradient to the next near by.
+
+    Parameters
+    ----------
+    nu, slope, pull
+        ν, S and β; zero while nothing was seen.
+    numbers
+        How many numbers S was seen on.
+    value_bend
+        The largest change of F − qᵀ∇G along a step, over (ν ‖∇G‖)²: what is left of the corrected value's error.
+    curvature
+        The largest ‖∇G(φ − s) − (∇G − H s)‖/‖s‖²: how far from quadratic G is.
+    inner_doubt, linear_doubt
+        How many times too small the model's parts were, beside a certificate.
+    secants
+        Pairs for the preconditioner.
+    """
+
+    nu: float = 0.0
+    slope: float = 0.0
+    pull: float = 0.0
+    numbers: int = 0
+    value_bend: float = 0.0
+    curvature: float = 0.0
+    inner_doubt: float = 1.0
+    linear_doubt: float = 1.0
+    secants: Secants = field(default_factory=Secants)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return everything, in types that can be loaded without running code."""
+        numbers = {item.name: getattr(self, item.name) for item in fields(self) if item.name != "secants"}
+        return {**numbers, "pairs": list(self.secants.pairs), "scale": self.secants.scale}
+
+    @staticmethod
+    def of(state: dict[str, Any]) -> Knowledge:
+        """Return what :meth:`state_dict` described."""
+        numbers = {name: value for name, value in state.items() if name not in ("pairs", "scale")}
+        known = Knowledge(**numbers)
+        known.secants.pairs.extend(tuple(pair) for pair in state["pairs"])
+        known.secants.scale = state["scale"]
+        return known
+
+    def fade(self) -> None:
+        """Trust what was seen elsewhere a little less; what is seen here raises it again."""
+        self.nu, self.slope, self.pull = 0.8 * self.nu, 0.8 * self.slope, 0.8 * self.pull
+        self.secants.softest = 0.0
+        self.curvature, self.value_bend = 0.8 * self.curvature, 0.8 * self.value_bend
+        self.numbers = min(self.numbers, 50)
+        self.inner_doubt, self.linear_doubt = max(1.0, 0.8 * self.inner_doubt), max(1.0, 0.8 * self.linear_doubt)
+
+
+@dataclass(frozen=True, eq=False)
+class Reached:
+    """Where :func:`reach` ended; tensors per problem of the batch of K.
+
+    Parameters
+    ----------
+    x, q
+        φ and the adjoint (K, n).
+    residual, v, rho
+        ∇G, ∇F and ∇F − H q there (K, n).
+    gradient
+        ĝ (p,), the mean over the problems.
+    values
+        F (K,).
+    axes
+        Of the batch; () for a single problem.
+    inner_steps, linear_steps
+        int64 (K,): steps of the inner solver and products for H s = ∇G; products for the adjoint.
+    bound
+        What decided, with its parts.
+    value_error
+        The model's estimate of the corrected value's error (C4): of second order.
+    report
+        The goal's.
+    known
+        For the next call.
+    """
+
+    x: torch.Tensor
+    q: torch.Tensor
+    residual: torch.Tensor
+    v: torch.Tensor
+    rho: torch.Tensor
+    gradient: torch.Tensor
+    values: torch.Tensor
+    axes: tuple[int, ...]
+    inner_steps: torch.Tensor
+    linear_steps: torch.Tensor
+    bound: Bound
+    value_error: float
+    report: GoalReport
+    known: Knowledge
+
+
+@dataclass(eq=False)
+class _Here:
+    """G and F linearised at one φ, with the adjoint so far."""
+
+    x: torch.Tensor
+    linear: Linearization
+    operator: LinearOperator
+    residual: torch.Tensor
+    values: torch.Tensor
+    v: torch.Tensor
+    direct: torch.Tensor
+    q: torch.Tensor
+    rho: torch.Tensor
+    pulled: torch.Tensor
+
+    @property
+    def size(self) -> float:
+        """‖∇G‖ of the whole batch."""
+        return float(self.residual.norm())
+
+    @property
+    def left(self) -> float:
+        """‖ρ‖ of the whole batch."""
+        return float(self.rho.norm())
+
+    @property
+    def corrected(self) -> torch.Tensor:
+        """F − qᵀ∇G, the mean over the problems."""
+        return self.values.mean() - torch.linalg.vecdot(self.q, self.residual).mean()
+
+    @property
+    def gradient(self) -> torch.Tensor:
+        """ĝ, the mean over the problems (p,)."""
+        return (self.direct - self.pulled) / self.x.shape[0]
+
+
+class Search:
+    """Return φ, q and ĝ with ‖ĝ − g‖ as small as ``tolerance`` asks, by :meth:`run`.
+
+    Parameters
+    ----------
+    lower, upper
+        G and F.
+    wanted
+        Which of the problems' tensors are θ.
+    solver
+        Makes the first stretch, and goes on where Newton's method does not work.
+    linear_solver
+        Chooses the linear solver for an operator; conjugate gradients without a preconditioner are given one.
+    tolerance
+        The goal.
+    known
+        From an earlier call; it is changed. None for a first call, whose first stretch is the inner solver's.
+    certify
+        (φ, q, ĝ, corrected value) ↦ the certificate's bound.
+    """
+
+    def __init__(
+        self,
+        lower: Problem,
+        upper: Problem,
+        wanted: Sequence[bool],
+        solver: InnerSolver,
+        linear_solver: Callable[[LinearOperator], LinearSolver],
+        tolerance: Tolerance,
+        known: Knowledge | None,
+        certify: Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], Bound],
+    ) -> None:
+        self.lower = WatchedProblem(lower.system, lower.tensors)
+        self.upper, self.wanted = upper, list(wanted)
+        self.solver, self.choose, self.tolerance, self.certify = solver, linear_solver, tolerance, certify
+        self.cold = known is None or known.slope == 0
+        self.known = Knowledge() if known is None else known
+        self.first = math.nan  # ‖∇G‖ in the first round: the error there is taken for ‖g‖ until S is known
+        self.corrections = 0
+        zeros = torch.zeros(lower.batch, dtype=torch.int64)
+        self.inner_steps, self.linear_steps = zeros, zeros
+
+    def run(self, x: torch.Tensor, q: torch.Tensor | None) -> Reached:
+        """Begin at φ = x (K, n) and the adjoint q (K, n), or None."""
+        self.known.fade()
+        if self.cold:
+            x = self._descend(x)
+        here = self._enter(x, q)
+        self.first = here.size
+        reason = self._impossible(here)
+        rounds = 0
+        bound = Bound(math.inf, Basis.ESTIMATED)
+        while reason is None:
+            rounds += 1
+            stuck = self._solve_adjoint(here)
+            if isinstance(stuck, Status):
+                reason = stuck
+                break
+            bound = self._judge(here)
+            allowed = self._allowed(here)
+            if bound.value <= allowed:
+                reason = Status.CONVERGED
+            elif not self._inner_share(here) > 0.5 * allowed and self.corrections <= _MOST_CORRECTIONS:
+                # What is left is the linear residual's: go on with that, unless rounding keeps it up.
+                reason = Status.STAGNATED if stuck else None
+            elif rounds >= _MOST_ROUNDS or self.corrections > _MOST_CORRECTIONS:
+                reason = Status.STAGNATED
+            else:
+                there = self._refine(here)
+                if isinstance(there, Status):
+                    reason = there
+                    bound = self._judge(here)
+                    reason = Status.CONVERGED if bound.value <= self._allowed(here) else reason
+                else:
+                    here = there
+        return self._end(here, bound, reason, rounds)
+
+    # The rounds
+
+    def _descend(self, x: torch.Tensor, reduction: float = _CRUDE) -> torch.Tensor:
+        """Let the inner solver reduce ‖∇G‖ by ``reduction`` from x."""
+        size = float(self.lower.residual(x).norm())
+        if not size > 0 or not math.isfinite(size):
+            return x
+        goal = Target(absolute=reduction * size / self.lower.batch**0.5, asked=True)
+        outcome = solve_inner(self.solver, self.lower, x, goal)
+        self.lower.tell(self.known.secants)
+        self.inner_steps = self.inner_steps + outcome.iterations.cpu()
+        return outcome.x
+
+    def _enter(self, x: torch.Tensor, q: torch.Tensor | None) -> _Here:
+        linear = self.lower.linearize(x, self.wanted)
+        values, v, direct = self._slopes(x)
+        # One pass of ⟨∇G, q⟩ gives H q and Bᵀq both.
+        q = torch.zeros_like(x) if q is None else q
+        here = _Here(
+            x, linear, RecordedOperator(linear.operator), linear.residual.detach(), values, v, direct,
+            q, v, torch.zeros_like(direct),
+        )  # fmt: skip
+        if bool((q != 0).any()):
+            product, here.pulled = self._joint(linear, q)
+            here.rho = v - product
+            self._see_pull(here)
+        return here
+
+    def _solve_adjoint(self, here: _Here) -> Status | bool:
+        """Bring ρ down to its share of the error; return what stopped that, or whether rounding keeps it above its share."""
+        if self.known.slope and self._inner_share(here) + self._linear_share(here) <= self._allowed(here):
+            return False
+        want = self._adjoint_aim(here)
+        for _ in range(_MOST_ROUNDS):
+            left = here.left
+            if left <= want or left == 0:
+                return False
+            outcome = self._linear(here, here.rho, want / left)
+            self.linear_steps = self.linear_steps + outcome.iterations.cpu()
+            bad = _worst(outcome.status)
+            if bad is not None:
+                return bad
+            here.q, here.rho = here.q + outcome.x, outcome.residual
+            here.pulled = self._flat(here.linear.pullback(here.q))
+            self._see_pull(here)
+            want = max(want, self._adjoint_aim(here)) if self.known.nu else want
+            if here.left > 0.5 * left:  # no progress: rounding, or a solver without one
+                return here.left > 1.01 * want
+        return True
+
+    def _refine(self, here: _Here) -> _Here | Status:
+        """Return the next φ, by a step of Newton's method solved for as far as it should be, or by the inner solver."""
+        size = here.size
+        outcome = self._linear(here, here.residual, self._inner_aim(here) / size)
+        self.inner_steps = self.inner_steps + outcome.iterations.cpu()
+        bad = _worst(outcome.status)
+        if bad in (Status.NOT_FINITE, Status.INDEFINITE, Status.SINGULAR):
+            return bad
+        step = outcome.x
+        there = self._enter(here.x - step, here.q)
+        length = float(step.norm())
+        if math.isfinite(there.size) and length > 0:
+            promised = outcome.residual
+            bend = float((there.residual - promised).norm()) / length**2
+            if there.size > 2 * float(promised.norm()):  # below that it is rounding, or too small to matter
+                self.known.curvature = max(self.known.curvature, bend)
+        if not there.size <= _PROGRESS * size:
+            # At the end of the dtype's digits, or too far away for Newton's method.
+            if bool((here.residual.norm(dim=-1) <= 4 * rounding(self.lower, here.x, here.residual)).all()):
+                return Status.STAGNATED
+            moved = self._descend(here.x)
+            there = self._enter(moved, here.q)
+            if not there.size <= _PROGRESS * size:
+                return Status.STAGNATED
+            length = float((moved - here.x).norm())
+        self._see_slope(here, there, length)
+        change = abs(float(here.corrected - there.corrected))
+        self.known.value_bend = max(self.known.value_bend, change / (self.known.nu * size) ** 2)
+        return there
+
+    def _linear(self, here: _Here, rhs: torch.Tensor, reduction: float) -> LinearOutcome:
+        solver = self.choose(here.operator)
+        if isinstance(solver, CG) and solver.preconditioner is None:
+            solver = replace(solver, preconditioner=self.known.secants)
+        eps = torch.finfo(rhs.dtype).eps
+        outcome = solve_linear(solver, here.operator, rhs, Target(relative=max(min(reduction, 0.9), eps), asked=True))
+        assert isinstance(here.operator, RecordedOperator)
+        here.operator.tell(self.known.secants)
+        size = float(rhs.norm())
+        if size > 0:
+            self.known.nu = max(self.known.nu, float(outcome.x.norm()) / size, self.known.secants.softest)
+        return outcome
+
+    # What the error is made of
+
+    def _caution(self, here: _Here) -> float:
+        return _SAFETY * (1 + _DOUBT / max(1, self.known.numbers, here.direct.numel()))
+
+    def _inner_share(self, here: _Here) -> float:
+        """Return the model's part of the inner residual; before S is known, the error is taken to be of the size of ĝ."""
+        known = self.known
+        if not known.slope:
+            return float(here.gradient.norm()) * here.size / self.first if self.first else 0.0
+        return self._caution(here) * known.inner_doubt * known.slope * known.nu * here.size
+
+    def _linear_share(self, here: _Here) -> float:
+        known = self.known
+        return self._caution(here) * known.linear_doubt * known.pull * known.nu * here.left
+
+    def _allowed(self, here: _Here) -> float:
+        return self.tolerance.allowed(float(here.gradient.norm()))
+
+    def _adjoint_aim(self, here: _Here) -> float:
+        """Return the ‖ρ‖ to reach: half of what is allowed, or what the inner residual would spoil anyway."""
+        share = self._linear_share(here)
+        if not share > 0:
+            return _FIRST_ADJOINT * float(here.v.norm())
+        aim = max(0.5 * _MARGIN * self._allowed(here), 0.3 * self._inner_share(here))
+        return here.left * aim / share
+
+    def _inner_aim(self, here: _Here) -> float:
+        """Return the ‖∇G‖ that a step is to lead to."""
+        known, size = self.known, here.size
+        share = self._inner_share(here)
+        aim = size * 0.5 * _MARGIN * self._allowed(here) / share if share > 0 else size
+        # What G bends off its quadratic model along the step is left in any case.
+        bend = known.curvature * (known.nu * size) ** 2
+        floor = (_MOST_REDUCTION if known.slope else _FIRST_REDUCTION) * size
+        return min(max(aim, bend, floor), 0.3 * size)
+
+    def _judge(self, here: _Here) -> Bound:
+        inner, linear = self._inner_share(here), self._linear_share(here)
+        seen = self.known.slope > 0 or here.size == 0
+        estimate = Bound(inner + linear if seen else math.inf, Basis.ESTIMATED, inner, linear)
+        allowed = self._allowed(here)
+        if self.tolerance.estimates or estimate.value > allowed:
+            return estimate
+        self.corrections += 1
+        proven = self.certify(here.x, here.q, here.gradient, here.corrected)
+        if proven.basis is Basis.ESTIMATED or not math.isfinite(proven.value):
+            # No bound: constants are missing, or hold only nearer to the solution. The caller tells the two apart.
+            self.known.inner_doubt *= 30
+            self.known.linear_doubt *= 30
+            return Bound(math.inf, proven.basis, inner, linear)
+        if proven.value > allowed:
+            if proven.value - proven.inner_part - proven.linear_part > 0.5 * allowed:
+                self.corrections = _MOST_CORRECTIONS + 1  # rounding alone is above what is allowed
+            self.known.inner_doubt *= max(1.2, proven.inner_part / inner if inner else 1.2)
+            self.known.linear_doubt *= max(1.2, proven.linear_part / linear if linear else 1.2)
+        return proven
+
+    def _see_pull(self, here: _Here) -> None:
+        size = float(here.q.norm())
+        if size > 0:
+            self.known.pull = max(self.known.pull, float(here.pulled.norm()) / here.x.shape[0] / size)
+
+    def _see_slope(self, here: _Here, there: _Here, length: float) -> None:
+        """Measure S once the adjoint there is as good as it is going to be: the change of ĝ that the step made."""
+        if not length > 0:
+            return
+        self._solve_adjoint(there)
+        change = float((there.gradient - here.gradient).norm())
+        self.known.slope = max(self.known.slope, change / length)
+        self.known.numbers += here.direct.numel()
+
+    def _impossible(self, here: _Here) -> Status | None:
+        finite = torch.isfinite(here.residual).all() & torch.isfinite(here.v).all() & torch.isfinite(here.values).all()
+        return None if bool(finite) else Status.NOT_FINITE
+
+    def _end(self, here: _Here, bound: Bound, status: Status, rounds: int) -> Reached:
+        report = GoalReport(self.tolerance, status, bound.value, self._allowed(here), bound.basis, rounds)
+        distance = self.known.nu * here.size
+        slack = self.known.value_bend * distance**2 + here.left * distance / max(1, here.x.shape[0])
+        return Reached(
+            here.x, here.q, here.residual, here.v, here.rho, here.gradient, here.values, self.lower.system.batch_shape,
+            self.inner_steps, self.linear_steps,
+            bound, self._caution(here) * slack, report, self.known,
+        )  # fmt: skip
+
+    # Passes
+
+    def _slopes(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Return F (K,), ∇_φF (K, n) and the sum of the problems' ∇_θF (p,): one pass."""
+        upper = self.upper
+        with torch.enable_grad():
+            point = x.detach().requires_grad_(True)
+            leaves = [
+                t.detach().requires_grad_(True) if w else t for t, w in zip(upper.tensors, self.wanted, strict=True)
+            ]
+            values = upper.system.outputs(point.reshape(*upper.system.batch_shape, upper.size), *leaves)
+            chosen = [leaf for leaf, w in zip(leaves, self.wanted, strict=True) if w]
+            if not values.requires_grad:
+                return (
+                    values.detach().reshape(-1),
+                    torch.zeros_like(x),
+                    torch.cat([c.detach().reshape(-1) for c in chosen]) * 0,
+                )
+            slopes = torch.autograd.grad(values.sum(), [point, *chosen], allow_unused=True, materialize_grads=True)
+        return values.detach().reshape(-1), slopes[0], torch.cat([part.reshape(-1) for part in slopes[1:]]).to(x)
+
+    def _joint(self, linear: Linearization, q: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return H q (K, n) and the sum of the problems' Bᵀq (p,): one pass."""
+        operator = linear.operator
+        assert isinstance(operator, HessianOperator)
+        leaves = [leaf for leaf in linear.leaves if leaf.requires_grad]
+        if not linear.residual.requires_grad:
+            return torch.zeros_like(q), self._flat(linear.pullback(q))
+        product, *parts = torch.autograd.grad(
+            linear.residual, [operator.point, *leaves], q, retain_graph=True, allow_unused=True, materialize_grads=True
+        )
+        return product, self._flat(parts)
+
+    def _flat(self, parts: Sequence[torch.Tensor | None]) -> torch.Tensor:
+        return torch.cat([part.reshape(-1) for part in parts if part is not None])
+
+
+def _worst(status: torch.Tensor) -> Status | None:
+    """Return a failure among the statuses that no further step makes good, or None."""
+    for code in _BAD:
+        if bool((status == code).any()):
+            return code
+    return None

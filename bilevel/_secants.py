@@ -1,0 +1,118 @@
+"""What products and gradients already made tell about H⁻¹, as a preconditioner for the solves that come.
+
+Every product y = H s that conjugate gradients ask for, and every difference y of gradients across a step s of an inner solver,
+is a pair of which H⁻¹ y = s is known. The two-loop recursion over such pairs is a symmetric positive definite approximation
+of H⁻¹ that costs no product. Where H is constant and the pairs are conjugate it inverts H on their span exactly, so that
+a second right-hand side is solved there at once.
+
+References
+----------
+Morales & Nocedal, "Automatic preconditioning by limited memory quasi-Newton updating", SIAM J. Optim. 2000; for the pairs of an inner solver
+in the adjoint's system, Ramzi et al., "SHINE: sharing the inverse estimate from the forward pass", ICLR 2022.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass, field
+
+import torch
+
+from bilevel._system import Problem
+from bilevel.operators import LinearOperator
+
+__all__ = ["RecordedOperator", "Secants", "WatchedProblem"]
+
+_MOST_PAIRS = 40
+_MOST_BYTES = 2**28
+
+
+class Secants:
+    """Pairs (s, y) with y ≈ H s of a batch of K problems, the latest first to count; a function r ↦ M⁻¹ r."""
+
+    def __init__(self, most: int = _MOST_PAIRS) -> None:
+        self.pairs: deque[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = deque(maxlen=most)
+        self.scale: torch.Tensor | None = None  # sᵀy / yᵀy of the newest pair (K,)
+        self.softest = 0.0  # the largest ‖s‖² / sᵀy since it was last set to zero: at most ‖H⁻¹‖
+
+    def add(self, s: torch.Tensor, y: torch.Tensor) -> None:
+        """Keep a pair (K, n), for the problems in which sᵀy is positive beyond rounding."""
+        room = _MOST_BYTES // max(1, 2 * s.numel() * s.element_size())
+        while self.pairs and len(self.pairs) >= room:
+            self.pairs.popleft()
+        sy, yy = torch.linalg.vecdot(s, y), torch.linalg.vecdot(y, y)
+        eps = torch.finfo(s.dtype).eps
+        fit = torch.isfinite(sy) & torch.isfinite(yy) & (sy > eps**0.5 * s.norm(dim=-1) * yy.sqrt()) & (yy > 0)
+        if not bool(fit.any()):
+            return
+        zero, keep = torch.zeros_like(s), fit.unsqueeze(-1)
+        inverse = torch.where(fit, 1 / sy, torch.zeros_like(sy))
+        self.softest = max(self.softest, float((torch.linalg.vecdot(s, s) * inverse).max()))
+        self.pairs.append((torch.where(keep, s, zero), torch.where(keep, y, zero), inverse))
+        before = torch.ones_like(sy) if self.scale is None else self.scale
+        self.scale = torch.where(fit, sy / yy, before)
+
+    def __call__(self, r: torch.Tensor) -> torch.Tensor:
+        """Return M⁻¹ r for r (K, n): 4 n operations for each pair."""
+        q, shares = r, []
+        for s, y, inverse in reversed(self.pairs):
+            share = (inverse * torch.linalg.vecdot(s, q)).unsqueeze(-1)
+            q = q - share * y
+            shares.append(share)
+        z = q if self.scale is None else self.scale.unsqueeze(-1) * q
+        for (s, y, inverse), share in zip(self.pairs, reversed(shares), strict=True):
+            z = z + (share - (inverse * torch.linalg.vecdot(y, z)).unsqueeze(-1)) * s
+        return z
+
+
+class RecordedOperator(LinearOperator):
+    """A symmetric operator that keeps its products until :meth:`tell` gives them to a :class:`Secants`.
+
+    They are not given at once: a preconditioner that changed during a solve would spoil the conjugacy of its directions.
+    """
+
+    def __init__(self, operator: LinearOperator) -> None:
+        super().__init__(operator.batch, operator.size, operator.dtype, operator.device, symmetric=True)
+        self.expect_definite = operator.expect_definite
+        self.materialize = operator.dense
+        self.memo = operator.memo
+        self._operator = operator
+        self._made: list[tuple[torch.Tensor, torch.Tensor]] = []
+
+    def matvec(self, v: torch.Tensor) -> torch.Tensor:
+        """Return H v."""
+        product = self._operator.matvec(v)
+        self._made.append((v.detach().clone(), product))
+        del self._made[:-_MOST_PAIRS]
+        return product
+
+    rmatvec = matvec
+
+    def tell(self, secants: Secants) -> None:
+        """Give the products made since the last call to ``secants``."""
+        for s, y in self._made:
+            secants.add(s, y)
+        self._made.clear()
+
+
+@dataclass(frozen=True, eq=False)
+class WatchedProblem(Problem):
+    """A problem that keeps the last points at which a solver took its gradient, and takes none twice in a row."""
+
+    seen: deque[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = field(
+        default_factory=lambda: deque(maxlen=_MOST_PAIRS + 1), repr=False
+    )
+
+    def value_and_residual(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the objectives (K,) and their gradients (K, n)."""
+        if self.seen and torch.equal(self.seen[-1][0], x):
+            return self.seen[-1][1:]
+        value, gradient = super().value_and_residual(x)
+        self.seen.append((x.detach().clone(), value, gradient))
+        return value, gradient
+
+    def tell(self, secants: Secants) -> None:
+        """Give the differences of successive gradients to ``secants``."""
+        for (x, _, g), (x_next, _, g_next) in zip(self.seen, list(self.seen)[1:], strict=False):
+            secants.add(x_next - x, g_next - g)
+        self.seen.clear()

@@ -1,0 +1,135 @@
+"""A goal for the hypergradient of one problem: its solvers and policies bound to the search, and the gradient it promises."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from bilevel._goal import GoalReport, Knowledge, Reached, Search
+from bilevel._layer import Layer, default_linear_solver, default_solver
+from bilevel._system import Problem
+from bilevel.certificates.bound import Bound
+from bilevel.errors import ArgumentError, BilevelError, SolveError, SolveWarning, TransformError
+from bilevel.reports import Basis, Pass, SolveReport, Status, enforce, misuse
+
+__all__ = ["Promised", "Sought", "seek"]
+
+
+@dataclass(frozen=True, eq=False)
+class Sought:
+    """What a search found, and the two solves in the form of any solve's report."""
+
+    found: Reached
+    forward: SolveReport
+    backward: SolveReport
+
+    @property
+    def goal(self) -> GoalReport:
+        """What became of the goal."""
+        return self.found.report
+
+    @property
+    def finite(self) -> bool:
+        """Whether φ and q are fit to begin from."""
+        return bool(torch.isfinite(self.found.x).all() & torch.isfinite(self.found.q).all())
+
+
+def seek(
+    layer: Layer,
+    lower: Problem,
+    upper: Problem,
+    x: torch.Tensor,
+    q: torch.Tensor | None,
+    wanted: Sequence[bool],
+    known: Knowledge | None,
+    certify: Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], Bound],
+) -> Sought:
+    """Search from (x, q) with the layer's solvers for what its tolerance asks, and treat failure as its policy says.
+
+    Raises
+    ------
+    SolveError
+        If the goal was not met and the policy is ``"raise"``.
+    ArgumentError
+        If it takes a proof, and none can be had.
+    """
+    spoiled = False
+    try:
+        if lower.batch:
+            lower.single(0).inspect(x[:1], captures=True)
+    except BilevelError as error:
+        if isinstance(error, ValueError) or error.__cause__ is not None:
+            raise
+        spoiled = misuse(error, layer.on_failure)
+    solver = layer.solver or default_solver(lower)
+    linear = layer.linear_solver
+    search = Search(
+        lower, upper, wanted, solver, (lambda operator: default_linear_solver(operator) if linear is None else linear),
+        layer.tolerance, known, certify,
+    )  # fmt: skip
+    found = search.run(x, q)
+    linear_name = "its default" if linear is None else linear.name
+    # A batch's means hand each problem 1/K of its right-hand side: reports speak of that system, as everywhere.
+    forward = _report(Pass.FORWARD, layer, solver.name, found, found.residual, found.inner_steps)
+    backward = _report(Pass.BACKWARD, layer, linear_name, found, found.rho / max(1, lower.batch), found.linear_steps)
+    return _treated(layer, Sought(found, forward, backward), spoiled)
+
+
+def _treated(layer: Layer, sought: Sought, spoiled: bool) -> Sought:
+    """File the reports, and raise, warn or spoil the gradient where the goal was not met."""
+    found, goal = sought.found, sought.goal
+    for report in (sought.forward, sought.backward):
+        enforce(report, report.residual_norm.unsqueeze(-1), "ignore")
+    if not goal.met:
+        unproven = goal.basis is Basis.ESTIMATED and not goal.tolerance.estimates and goal.status is Status.STAGNATED
+        sentence = f"{layer.where}: {goal.message}"
+        if unproven:
+            raise ArgumentError(
+                f"{layer.where}: expected constants that prove an error bound for {goal.tolerance!r}, and none is known; "
+                "override constants(outer, data) (strong_convexity at least, and Lipschitz constants unless the objectives "
+                "are quadratic in inner), or let an estimate decide with estimates=True"
+            )
+        if layer.on_failure == "raise":
+            raise SolveError(sentence, sought.forward)
+        if layer.on_failure == "warn":
+            warnings.warn(sentence, SolveWarning, stacklevel=2)
+    if spoiled or (not goal.met and layer.on_failure == "nan"):
+        found = replace(found, gradient=torch.full_like(found.gradient, float("nan")))
+    return replace(sought, found=found)
+
+
+def _report(
+    direction: Pass, layer: Layer, solver: str, found: Reached, residual: torch.Tensor, steps: torch.Tensor
+) -> SolveReport:
+    axes = found.axes
+    norm = residual.norm(dim=-1).reshape(axes)
+    unknown = torch.full_like(norm, float("nan"))
+    status = torch.full(axes, int(found.report.status), dtype=torch.int64)
+    return SolveReport(
+        direction, layer.where, solver, status, steps.reshape(axes), norm, torch.zeros_like(norm), unknown,
+        Basis.RESIDUAL, found.v.norm(dim=-1).reshape(axes) if direction is Pass.BACKWARD else unknown,
+    )  # fmt: skip
+
+
+class Promised(torch.autograd.Function):
+    """The outer loss, with gradients that were found together with it."""
+
+    @staticmethod
+    def forward(ctx: Any, value: torch.Tensor, gradients: list[torch.Tensor], *leaves: torch.Tensor) -> torch.Tensor:
+        """Return ``value``; ``leaves`` are what ``gradients`` belong to."""
+        ctx.save_for_backward(*gradients)
+        return value.clone()
+
+    @staticmethod
+    def backward(ctx: Any, cotangent: torch.Tensor) -> tuple[Any, ...]:
+        """Return the gradients times the cotangent; refuse to be differentiated itself, which would give zero."""
+        if torch.is_grad_enabled():
+            raise TransformError(
+                "the loss of a problem with a goal: expected a first derivative, and create_graph=True asks for more; a goal is a "
+                "promise about the hypergradient alone: pass Tolerance(delta=..., delta_prime=...) for second derivatives"
+            )
+        return (None, None, *(cotangent.to(gradient) * gradient for gradient in ctx.saved_tensors))

@@ -1,0 +1,1 @@
+"""Minimising the outer loss with hypergradients whose accuracy is chosen step by step."""

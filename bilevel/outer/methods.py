@@ -1,0 +1,278 @@
+"""Ways to step in θ: HOAG, MAID, and any optimiser of torch."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+
+from bilevel._checks import check_number, check_steps
+from bilevel.errors import ArgumentError
+
+__all__ = ["HOAG", "MAID", "Evaluation", "Evaluator", "OuterMethod", "TorchOuter"]
+
+
+@dataclass(frozen=True, eq=False)
+class Evaluation:
+    """The outer loss and its hypergradient at one θ.
+
+    Parameters
+    ----------
+    outer
+        θ: its floating-point tensors.
+    value, corrected, slack
+        F, its corrected value, and a bound or an estimate of that one's error.
+    gradient
+        ĝ, one tensor for each of ``outer``.
+    inner
+        φ.
+    record
+        What the history takes besides.
+    """
+
+    outer: tuple[torch.Tensor, ...]
+    value: float
+    corrected: float
+    slack: float
+    gradient: tuple[torch.Tensor, ...]
+    inner: Any
+    record: dict[str, Any]
+
+    @property
+    def norm(self) -> float:
+        """‖ĝ‖."""
+        return math.sqrt(sum(float((g.double() ** 2).sum()) for g in self.gradient))
+
+    @property
+    def finite(self) -> bool:
+        """Whether the value and the gradient are numbers."""
+        return math.isfinite(self.corrected) and math.isfinite(self.norm)
+
+    def moved(self, step: float) -> tuple[torch.Tensor, ...]:
+        """Return θ − step · ĝ."""
+        return tuple(x - step * g for x, g in zip(self.outer, self.gradient, strict=True))
+
+
+class Evaluator(Protocol):
+    """What a method may ask for while it looks for the next θ."""
+
+    def __call__(self, outer: tuple[torch.Tensor, ...], *, tighter: float = 1.0) -> Evaluation | None:
+        """Return the evaluation there, None if a solve failed; errors allowed are divided by ``tighter``."""
+
+
+class OuterMethod(ABC):
+    """A frozen dataclass of settings; what changes from step to step is in a dict of its own, which a checkpoint holds."""
+
+    def begin(self, here: Evaluation) -> dict[str, Any]:
+        """Return what the method remembers, at the first point."""
+        return {}
+
+    @abstractmethod
+    def advance(self, here: Evaluation, memory: dict[str, Any], evaluate: Evaluator) -> Evaluation | None:
+        """Return the next point, and change ``memory``; None if there is none."""
+
+
+def _first_step(here: Evaluation, step: float | None) -> float:
+    # As HOAG begins: a step as long as if every outer variable moved by about one.
+    size = sum(x.numel() for x in here.outer)
+    return step if step is not None else math.sqrt(size) / max(here.norm, 1e-300)
+
+
+@dataclass(frozen=True, kw_only=True)
+class HOAG(OuterMethod):
+    """Descent along −ĝ with an adaptive step; a step counts if the value did not rise beyond the errors of the two values.
+
+    F(θ⁺) ≤ F(θ) − ``decrease`` · α ‖ĝ‖² + e + e⁺, with corrected values F and their errors e; otherwise α is multiplied by ``shrink``
+    and the step is tried again *from θ*. (The released code steps once more from the point that it has accepted
+    already; this does not.) After a step that counts, α is multiplied by ``grow``.
+
+    Parameters
+    ----------
+    step
+        The first α; by default √p/‖ĝ‖, so that the p outer variables move by about one.
+    grow, shrink
+        What α is multiplied by after a step that counts, and after one that does not.
+    decrease
+        The share of the decrease promised by the slope that is asked for.
+    max_trials
+        How many steps are tried before the loop ends.
+
+    References
+    ----------
+    Pedregosa, "Hyperparameter optimization with approximate gradient", ICML 2016.
+
+    Examples
+    --------
+    >>> HOAG(step=0.5)
+    HOAG(step=0.5, grow=1.3, shrink=0.5, decrease=0.1, max_trials=20)
+    """
+
+    step: float | None = None
+    grow: float = 1.3
+    shrink: float = 0.5
+    decrease: float = 0.1
+    max_trials: int = 20
+
+    def __post_init__(self) -> None:
+        _check_search(self)
+
+    def begin(self, here: Evaluation) -> dict[str, Any]:
+        """Return the first step size."""
+        return {"step": _first_step(here, self.step)}
+
+    def advance(self, here: Evaluation, memory: dict[str, Any], evaluate: Evaluator) -> Evaluation | None:
+        """Try steps from ``here`` until one counts."""
+        for _ in range(self.max_trials):
+            step = memory["step"]
+            there = evaluate(here.moved(step))
+            promised = self.decrease * step * here.norm**2
+            if (
+                there is not None
+                and there.finite
+                and there.corrected <= here.corrected - promised + here.slack + there.slack
+            ):
+                memory["taken"], memory["step"] = step, self.grow * step
+                return there
+            memory["step"] = self.shrink * step
+        return None
+
+
+@dataclass(frozen=True, kw_only=True)
+class MAID(OuterMethod):
+    """Adaptive accuracy with a line search that takes only decrease that is beyond the errors of the values.
+
+    A step counts if F(θ⁺) + e⁺ ≤ F(θ) − e − ``decrease`` · α ‖ĝ‖², with corrected values, whose errors e are of second order (C4).
+    If the errors leave it open whether a step descends, both ends are solved for more accurately; if the step is too long,
+    α is multiplied by ``shrink``. It is meant for ``Tolerance(descent=0.5)``, which makes −ĝ a descent direction: then a step
+    that counts exists.
+
+    Parameters
+    ----------
+    step
+        The first α; by default √p/‖ĝ‖, so that the p outer variables move by about one.
+    grow, shrink
+        What α is multiplied by after a step that counts, and after one that does not.
+    decrease
+        The share of the decrease promised by the slope that is asked for.
+    tighten
+        What the errors allowed are divided by where they leave the question open.
+    max_trials
+        How many evaluations are made for one step before the loop ends.
+
+    References
+    ----------
+    Salehi, Mukherjee, Roberts, Ehrhardt, "An adaptively inexact first-order method for bilevel optimization with application to hyperparameter
+    learning", 2023; with their bound on the value replaced by the corrected value's.
+
+    Examples
+    --------
+    >>> MAID().decrease
+    0.1
+    """
+
+    step: float | None = None
+    grow: float = 1.3
+    shrink: float = 0.5
+    decrease: float = 0.1
+    tighten: float = 10.0
+    max_trials: int = 20
+
+    def __post_init__(self) -> None:
+        _check_search(self)
+        check_number("MAID", "tighten", self.tighten, above=1.0)
+
+    def begin(self, here: Evaluation) -> dict[str, Any]:
+        """Return the first step size."""
+        return {"step": _first_step(here, self.step)}
+
+    def advance(self, here: Evaluation, memory: dict[str, Any], evaluate: Evaluator) -> Evaluation | None:
+        """Try steps from ``here`` until one is certain to descend."""
+        tighter = 1.0
+        for _ in range(self.max_trials):
+            step = memory["step"]
+            there = evaluate(here.moved(step), tighter=tighter)
+            if there is None or not there.finite:
+                memory["step"] = self.shrink * step
+                continue
+            promised, fall = self.decrease * step * here.norm**2, here.corrected - there.corrected
+            doubt = here.slack + there.slack
+            if fall - doubt >= promised:
+                memory["taken"], memory["step"] = step, self.grow * step
+                return there
+            if fall + doubt < promised or math.isnan(doubt):
+                memory["step"] = self.shrink * step  # it does not descend, however exact the values
+                continue
+            tighter *= self.tighten
+            more = evaluate(here.outer, tighter=tighter)
+            if more is None or not more.finite:
+                return None
+            here = more
+        return None
+
+
+@dataclass(frozen=True)
+class TorchOuter(OuterMethod):
+    """Any optimiser of ``torch.optim``, for :func:`bilevel.minimize`: a function of a list of parameters that returns one.
+
+    Parameters
+    ----------
+    factory
+        parameters ↦ optimiser.
+    """
+
+    factory: Callable[[Iterable[torch.nn.Parameter]], torch.optim.Optimizer]
+
+    def begin(self, here: Evaluation) -> dict[str, Any]:
+        """Return the optimiser's state, in which its parameters are θ."""
+        return {"optimizer": self._made(here.outer)[1].state_dict()}
+
+    def advance(self, here: Evaluation, memory: dict[str, Any], evaluate: Evaluator) -> Evaluation | None:
+        """Make one step of the optimiser; one that calls its closure again evaluates there."""
+        parameters, optimizer = self._made(here.outer)
+        optimizer.load_state_dict(memory["optimizer"])
+        latest, failed = here, False
+
+        def closure() -> float:
+            nonlocal latest, failed
+            point = tuple(parameter.detach().clone() for parameter in parameters)
+            if not all(torch.equal(a, b) for a, b in zip(point, latest.outer, strict=True)):
+                found = evaluate(point)
+                failed = failed or found is None
+                latest = latest if found is None else found
+            for parameter, gradient in zip(parameters, latest.gradient, strict=True):
+                parameter.grad = gradient.clone()
+            return latest.corrected if not failed else math.nan
+
+        optimizer.step(closure)
+        if failed:
+            return None
+        memory["optimizer"] = optimizer.state_dict()
+        point = tuple(parameter.detach().clone() for parameter in parameters)
+        if all(torch.equal(a, b) for a, b in zip(point, latest.outer, strict=True)) and latest is not here:
+            return latest
+        return evaluate(point)
+
+    def _made(self, outer: tuple[torch.Tensor, ...]) -> tuple[list[torch.nn.Parameter], torch.optim.Optimizer]:
+        parameters = [torch.nn.Parameter(x.clone()) for x in outer]
+        optimizer = self.factory(parameters)
+        if not isinstance(optimizer, torch.optim.Optimizer):
+            raise ArgumentError(
+                "minimize: expected optimizer to be HOAG(), MAID(), or a function of a list of parameters that returns a "
+                f"torch.optim optimiser, got one that returns {optimizer!r}; write for example "
+                "lambda parameters: torch.optim.Adam(parameters, lr=0.1)"
+            )
+        return parameters, optimizer
+
+
+def _check_search(method: HOAG | MAID) -> None:
+    name = type(method).__name__
+    if method.step is not None:
+        check_number(name, "step", method.step)
+    check_number(name, "grow", method.grow, above=1.0, closed=True)
+    check_number(name, "shrink", method.shrink, below=1.0)
+    check_number(name, "decrease", method.decrease, below=1.0)
+    check_steps(name, "max_trials", method.max_trials)

@@ -1,0 +1,337 @@
+"""Goals for the hypergradient: met, at what cost, decided by what, refused where they cannot be had; schedules."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+import bilevel
+from bilevel._secants import RecordedOperator, Secants
+from bilevel.operators import DenseOperator
+
+from . import oracles
+
+F64 = torch.float64
+
+
+class Ridge(bilevel.BilevelProblem):
+    def inner_objective(self, inner, outer, data):
+        X, y, _, _ = data
+        return ((X @ inner - y) ** 2).sum() + (outer.exp() * inner**2).sum()
+
+    def outer_objective(self, inner, outer, data):
+        _, _, X, y = data
+        return ((X @ inner - y) ** 2).mean() + 0.01 * (outer**2).sum()
+
+
+class Classifier(Ridge):
+    def inner_objective(self, inner, outer, data):
+        X, y, _, _ = data
+        return torch.nn.functional.softplus(-y.sign() * (X @ inner)).sum() + 0.5 * (outer.exp() * inner**2).sum()
+
+
+def split(seed: int = 0, n: int = 6, dtype: torch.dtype = F64) -> tuple[torch.Tensor, ...]:
+    generator = torch.Generator().manual_seed(seed)
+    shapes = ((30, n), (30,), (20, n), (20,))
+    return tuple(torch.randn(shape, generator=generator, dtype=F64).to(dtype) for shape in shapes)
+
+
+def exact(problem: Ridge, outer: torch.Tensor, data: tuple[torch.Tensor, ...]) -> torch.Tensor:
+    """Return g by an unrolled Newton iteration."""
+    free = outer.detach().clone().requires_grad_(True)
+    start = torch.zeros(data[0].shape[1], dtype=F64)
+    inner = oracles.newton_argmin(problem.inner_objective, start, free, data, steps=12)
+    return torch.autograd.grad(problem.outer_objective(inner, free, data), free)[0]
+
+
+@dataclass
+class Passes:
+    count: int = 0
+
+
+@contextmanager
+def passes() -> Iterator[Passes]:
+    """Count reverse passes: gradients, Hessian products, cross products and slopes alike."""
+    plain, counted = torch.autograd.grad, Passes()
+
+    def grad(*args, **kwargs):
+        counted.count += 1
+        return plain(*args, **kwargs)
+
+    torch.autograd.grad = grad
+    try:
+        yield counted
+    finally:
+        torch.autograd.grad = plain
+
+
+ITERATIVE = {"solver": bilevel.LBFGS(), "linear_solver": bilevel.CG()}
+START = torch.zeros(6, dtype=F64)
+
+
+def asked(wanted: float, **others: object) -> bilevel.Tolerance:
+    return bilevel.Tolerance(hypergradient=wanted, relative=True, **others)
+
+
+@given(st.integers(0, 10_000), st.sampled_from([Ridge, Classifier]), st.integers(1, 8), st.booleans())
+def test_an_estimated_goal_is_met(seed: int, kind: type[Ridge], digits: int, descent: bool) -> None:
+    data, outer = split(seed), torch.linspace(-2, 1, 6, dtype=F64)
+    solver = bilevel.GradientDescent(0.01, 20_000) if descent else bilevel.LBFGS()
+    wanted = 10.0**-digits
+    problem = kind(solver=solver, linear_solver=bilevel.CG(), tolerance=asked(wanted, estimates=True))
+    result = problem.hypergradient(outer, data, init=START)
+    true = exact(problem, outer, data)
+    assert float((result.grad - true).norm()) <= wanted * float(true.norm())
+    assert result.report.goal is not None and result.report.goal.met and bool(result.report.converged)
+    assert result.bound.basis is bilevel.Basis.ESTIMATED and not result.certified
+
+
+@given(st.integers(0, 10_000), st.integers(1, 8))
+def test_a_certified_goal_is_met_and_proven(seed: int, digits: int) -> None:
+    data, outer = split(seed), torch.linspace(-2, 1, 6, dtype=F64)
+    mu, wanted = 2 * float(outer.exp().min()), 10.0**-digits
+    problem = Ridge(**ITERATIVE, tolerance=asked(wanted, strong_convexity=mu))
+    result = problem.hypergradient(outer, data, init=START)
+    true = exact(problem, outer, data)
+    assert result.certified
+    assert float((result.grad - true).norm()) <= result.error_bound <= wanted * float(true.norm())
+
+
+def test_an_absolute_goal() -> None:
+    data, outer = split(3), torch.linspace(-1, 1, 6, dtype=F64)
+    for wanted in (1e-2, 1e-6):
+        problem = Classifier(**ITERATIVE, tolerance=bilevel.Tolerance(hypergradient=wanted, estimates=True))
+        error = float((problem.hypergradient(outer, data, init=START).grad - exact(problem, outer, data)).norm())
+        assert error <= wanted
+
+
+@given(st.integers(0, 10_000), st.sampled_from([0.1, 0.5, 0.9]))
+def test_a_descent_goal_gives_a_descent_direction(seed: int, eta: float) -> None:
+    data, outer = split(seed), torch.linspace(-2, 1, 6, dtype=F64)
+    mu = 2 * float(outer.exp().min())
+    problem = Ridge(**ITERATIVE, tolerance=bilevel.Tolerance(descent=eta, strong_convexity=mu))
+    found = problem.hypergradient(outer, data, init=START).grad
+    assert float(found @ exact(problem, outer, data)) >= eta * float(found @ found)
+
+
+def test_it_costs_far_less_than_a_tight_solve_and_more_accuracy_costs_more() -> None:
+    scale, start = torch.logspace(0, -1.5, 40, dtype=F64), torch.zeros(40, dtype=F64)
+    X, y, Xv, yv = split(1, n=40)
+    data, outer = (X * scale, y, Xv * scale, yv), torch.linspace(-5, -3, 40, dtype=F64)
+    with passes() as tight:
+        fixed = Classifier(**ITERATIVE, tolerance=bilevel.Tolerance(1e-10, 1e-10))
+        fixed.hypergradient(outer, data, init=start)
+    counts = []
+    for wanted in (1e-1, 1e-3, 1e-8):
+        with passes() as counted:
+            Classifier(**ITERATIVE, tolerance=asked(wanted, estimates=True)).hypergradient(outer, data, init=start)
+        counts.append(counted.count)
+    assert counts[0] < counts[1] < counts[2]
+    assert counts[1] <= 0.6 * tight.count
+
+
+def test_the_default_solvers_and_functions_of_ones_own_reach_goals_too() -> None:
+    data, outer = split(2), torch.linspace(-1, 1, 6, dtype=F64)
+
+    def jacobi(operator, rhs):
+        diagonal = operator.dense().diagonal(dim1=-2, dim2=-1)
+        x = rhs / (2 * diagonal)
+        for _ in range(30):
+            x = x + (rhs - operator.matvec(x)) / (2 * diagonal)
+        return x
+
+    for chosen in ({}, {"linear_solver": jacobi}, {"linear_solver": bilevel.CG(2), "solver": bilevel.Newton()}):
+        problem = Classifier(**chosen, tolerance=asked(1e-6, estimates=True))
+        true = exact(problem, outer, data)
+        error = (problem.hypergradient(outer, data, init=START).grad - true).norm()
+        assert float(error) <= 1e-6 * float(true.norm()), chosen
+
+
+def test_a_batch_of_problems_shares_a_goal() -> None:
+    members = [split(seed) for seed in range(3)]
+    X, y = (torch.stack([member[i] for member in members]) for i in (0, 1))
+    Xv, yv = members[0][2:]
+    outer = torch.linspace(-1, 1, 6, dtype=F64)
+    problem = Classifier(**ITERATIVE, batch_dims=(0, 0, None, None), tolerance=asked(1e-4, estimates=True))
+    result = problem.hypergradient(outer, (X, y, Xv, yv), init=torch.zeros(3, 6, dtype=F64))
+    true = torch.stack([exact(problem, outer, (X[k], y[k], Xv, yv)) for k in range(3)]).mean(0)
+    assert float((result.grad - true).norm()) <= 1e-4 * float(true.norm())
+    assert result.inner.shape == result.adjoint.shape == (3, 6)
+    assert result.report.forward.iterations.shape == (3,) and bool(result.report.converged.all())
+    # The corrected value's error is of second order: far below the first-order error of the value.
+    fresh = torch.stack([_value(problem, outer, (X[k], y[k], Xv, yv)) for k in range(3)]).mean()
+    assert abs(float(result.corrected_value - fresh)) <= 10 * result.value_bound.value + 1e-12
+
+
+def _value(problem: Ridge, outer: torch.Tensor, data: tuple[torch.Tensor, ...]) -> torch.Tensor:
+    inner = oracles.newton_argmin(problem.inner_objective, START, outer, data, steps=12)
+    return problem.outer_objective(inner, outer, data)
+
+
+def test_the_next_hypergradient_begins_where_the_last_one_ended() -> None:
+    data, outer = split(4), torch.linspace(-1, 1, 6, dtype=F64)
+    problem = Classifier(**ITERATIVE, tolerance=asked(1e-3, estimates=True))
+    with passes() as cold:
+        problem.hypergradient(outer, data, init=START)
+    with passes() as warm:
+        near = problem.hypergradient(outer + 1e-3, data)
+    assert warm.count < 0.6 * cold.count
+    true = exact(problem, outer + 1e-3, data)
+    assert float((near.grad - true).norm()) <= 1e-3 * float(true.norm())
+    twin = copy.deepcopy(problem)
+    torch.testing.assert_close(twin.hypergradient(outer, data).grad, problem.hypergradient(outer, data).grad)
+    problem.reset()
+    with pytest.raises(bilevel.ArgumentError, match="override initial"):
+        problem.hypergradient(outer, data)
+
+
+def test_a_proof_without_constants_is_refused_and_an_estimate_is_not_a_proof() -> None:
+    problem = Classifier(**ITERATIVE, tolerance=asked(1e-3))
+    with pytest.raises(bilevel.ArgumentError, match="estimates=True"):
+        problem.hypergradient(torch.zeros(6, dtype=F64), split(), init=START)
+
+
+def test_the_end_of_the_dtype_is_a_status_with_a_sentence() -> None:
+    data, outer = split(0, dtype=torch.float32), torch.linspace(-2, 1, 6)
+    start = torch.zeros(6)
+
+    def problem(policy: str) -> Classifier:
+        return Classifier(**ITERATIVE, tolerance=asked(1e-12, estimates=True), on_failure=policy)
+
+    with pytest.raises(bilevel.SolveError, match="this dtype permits: use float64"):
+        problem("raise").hypergradient(outer, data, init=start)
+    with pytest.warns(bilevel.SolveWarning, match="allows"):
+        problem("warn").hypergradient(outer, data, init=start)
+    assert bool(problem("nan").hypergradient(outer, data, init=start).grad.isnan().all())
+    result = problem("ignore").hypergradient(outer, data, init=start)
+    goal = result.report.goal
+    assert goal.status is bilevel.Status.STAGNATED and not goal.met and goal.error > goal.allowed
+    assert "goal" in str(type(result.report).__doc__) and goal.message in str(result.report)
+    true = exact(problem("ignore"), outer.double(), tuple(part.double() for part in data))
+    assert float((result.grad.double() - true).norm()) <= 1e-3 * float(true.norm())
+
+
+def test_negative_curvature_and_nan_are_said() -> None:
+    class Saddle(Ridge):
+        def inner_objective(self, inner, outer, data):
+            return super().inner_objective(inner, outer, data) - 1e3 * inner[0] ** 2
+
+    outer = torch.zeros(6, dtype=F64)
+    still = Saddle(
+        solver=lambda objective, init, *args: init, linear_solver=bilevel.CG(), tolerance=asked(1e-3, estimates=True)
+    )
+    with pytest.raises(bilevel.SolveError, match="negative curvature"):
+        still.hypergradient(outer, split(), init=START)
+    with pytest.raises(bilevel.SolveError, match="NaN"):
+        Ridge(**ITERATIVE, tolerance=asked(1e-3, estimates=True)).hypergradient(
+            outer * float("nan"), split(), init=START
+        )
+
+
+def test_backward_of_the_loss_hands_on_the_promised_gradient() -> None:
+    data, outer = split(5), torch.linspace(-1, 1, 6, dtype=F64)
+    problem = Classifier(**ITERATIVE, warm_start=False, tolerance=asked(1e-4, estimates=True))
+    reference = problem.hypergradient(outer, data, init=START)
+    free = outer.clone().requires_grad_(True)
+    loss = problem(free, data, init=START)
+    (3 * loss).backward()
+    torch.testing.assert_close(free.grad, 3 * reference.grad)
+    torch.testing.assert_close(loss.detach(), reference.value)
+    with torch.no_grad():
+        torch.testing.assert_close(problem(outer, data, init=START), _value(problem, outer, data))
+    with pytest.raises(bilevel.TransformError, match="create_graph"):
+        torch.autograd.grad(problem(free, data, init=START), free, create_graph=True)
+    with pytest.raises(bilevel.TransformError, match="no transform"):
+        torch.func.grad(lambda outer: problem(outer, data, init=START))(outer)
+    with pytest.raises(bilevel.ArgumentError, match="data not to require grad"):
+        problem(free, (data[0].clone().requires_grad_(True), *data[1:]), init=START)
+
+
+def test_goals_are_refused_where_they_mean_nothing() -> None:
+    goal = asked(1e-3, estimates=True)
+    with pytest.raises(bilevel.ArgumentError, match="no outer loss"):
+        bilevel.argmin(lambda x, a: ((x - a) ** 2).sum(), tolerance=goal)
+    learner = bilevel.IMAML(torch.nn.Linear(2, 1), torch.nn.functional.mse_loss, tolerance=goal)
+    x, y = torch.randn(2, 4, 2), torch.randn(2, 4, 1)
+    with pytest.raises(bilevel.ArgumentError, match="hypergradient\\(batch\\)"):
+        learner((x, y, x, y))
+    assert learner.hypergradient((x, y, x, y)).report.goal.met
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"hypergradient": 1e-3, "descent": 0.5}, "one goal"),
+        ({"descent": 1.0}, "descent in"),
+        ({"relative": True}, "expected hypergradient"),
+        ({"estimates": True}, "got neither"),
+        ({"hypergradient": 1e-3, "delta": 1e-3}, "the goal chooses"),
+        ({"hypergradient": -1.0}, "hypergradient > 0"),
+    ],
+)
+def test_goals_that_make_no_sense_are_refused(settings: dict[str, object], message: str) -> None:
+    with pytest.raises(bilevel.ArgumentError, match=message):
+        bilevel.Tolerance(**settings)
+
+
+def test_what_a_goal_allows() -> None:
+    assert bilevel.Tolerance(hypergradient=2.0).allowed(100.0) == 2.0
+    assert bilevel.Tolerance(hypergradient=1.0, relative=True).allowed(4.0) == 2.0
+    assert bilevel.Tolerance(descent=0.25).allowed(4.0) == 3.0
+    assert not bilevel.Tolerance().has_goal
+
+
+def test_schedules_have_the_numbers_of_the_paper() -> None:
+    for k in (1, 2, 7, 50):
+        assert bilevel.QuadraticSchedule()(k).delta == pytest.approx(0.1 / k**2, rel=1e-15)
+        assert bilevel.CubicSchedule()(k).delta_prime == pytest.approx(0.1 / k**3, rel=1e-15)
+        assert bilevel.ExponentialSchedule()(k).delta == pytest.approx(0.1 * 0.9**k, rel=1e-15)
+    assert bilevel.ExponentialSchedule(least=1e-6)(1000).delta == 1e-6
+    assert bilevel.CubicSchedule(strong_convexity=2.0)(1).strong_convexity == 2.0
+    with pytest.raises(bilevel.ArgumentError, match="from 1 on"):
+        bilevel.QuadraticSchedule()(0)
+    with pytest.raises(bilevel.ArgumentError, match="rate"):
+        bilevel.ExponentialSchedule(rate=1.0)
+
+
+def test_secants_invert_a_matrix_on_the_span_of_its_products() -> None:
+    generator = torch.Generator().manual_seed(0)
+    root = torch.randn(2, 8, 8, generator=generator, dtype=F64)
+    matrix = root @ root.mT + torch.eye(8, dtype=F64)
+    operator, secants = RecordedOperator(DenseOperator(matrix, symmetric=True)), Secants()
+    rhs = torch.randn(2, 8, generator=generator, dtype=F64)
+    x = bilevel.CG()(operator, rhs, bilevel.Tolerance(1e-13, 1e-13))
+    operator.tell(secants)
+    torch.testing.assert_close(secants(rhs), x, atol=1e-9, rtol=1e-9)
+    dense = torch.stack([secants(unit.expand(2, 8)) for unit in torch.eye(8, dtype=F64)], -1)
+    torch.testing.assert_close(dense, dense.mT, atol=1e-9, rtol=1e-9)
+    assert float(torch.linalg.eigvalsh(0.5 * (dense + dense.mT)).min()) > 0
+    before = len(secants.pairs)
+    secants.add(rhs, -rhs)  # negative curvature is no secant of a positive definite matrix
+    assert len(secants.pairs) == before
+
+
+@pytest.mark.parametrize("wanted", [1e-1, 1e-4])
+def test_a_goal_is_proven_for_a_model_that_declares_its_constants(wanted: float) -> None:
+    from bilevel.hyperopt.linear_models import Logistic, WeightedData
+
+    model, (X, y, Xv, yv) = Logistic(6), split(8)
+    rows, ones = torch.cat([X, Xv]), torch.ones(30, dtype=F64)
+    training = torch.cat([ones, torch.zeros(20, dtype=F64)])
+    data = WeightedData(rows, (torch.cat([y, yv]) > 0).double(), training, 1 - training)
+    tuning = bilevel.HyperparameterOptimization(
+        model.training_objective, model.validation_loss, torch.full((6,), -2.0, dtype=F64), model.initial(),
+        solver=bilevel.LBFGS(), linear_solver=bilevel.CG(), tolerance=asked(wanted),
+    )  # fmt: skip
+    result = tuning.hypergradient(data)
+    tuning.tolerance = bilevel.Tolerance(1e-11, 1e-11)
+    true = tuning.hypergradient(data).grad
+    assert result.certified and result.report.goal.met
+    assert float((result.grad - true).norm()) <= result.error_bound <= wanted * float(true.norm())

@@ -1,0 +1,299 @@
+"""Outer loops: closed forms, what a line search takes and refuses, policies, resuming bit for bit, watching."""
+
+from __future__ import annotations
+
+import io
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+
+import bilevel
+from bilevel.outer.methods import Evaluation
+
+F64 = torch.float64
+
+
+class Shrunk(bilevel.BilevelProblem):
+    """φ* = d/(1 + e^θ), and F is least where that is 0.8 d and 0.5 d: e^θ = 0.25 and 1."""
+
+    def inner_objective(self, inner, outer, data):
+        return ((inner - data) ** 2).sum() + (outer["log"].exp() * inner**2).sum()
+
+    def outer_objective(self, inner, outer, data):
+        return ((inner - torch.tensor([0.8, 0.5], dtype=F64) * data) ** 2).sum()
+
+
+DATA = torch.tensor([1.0, 2.0], dtype=F64)
+BEST = torch.tensor([0.25, 1.0], dtype=F64).log()
+DESCENT = bilevel.Tolerance(descent=0.5, estimates=True)
+
+
+def outer() -> dict[str, object]:
+    return {"log": torch.tensor([1.0, -2.0], dtype=F64), "name": "strengths"}
+
+
+def problem(**settings: object) -> Shrunk:
+    settings = {"solver": bilevel.LBFGS(), "linear_solver": bilevel.CG(), **settings}
+    return Shrunk(**settings)
+
+
+def adam(parameters):
+    return torch.optim.Adam(parameters, lr=0.1)
+
+
+def lbfgs(parameters):
+    return torch.optim.LBFGS(parameters, lr=1.0, max_iter=3, line_search_fn="strong_wolfe")
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "tolerance"),
+    [
+        (bilevel.HOAG(), bilevel.Tolerance(1e-10, 1e-10)),
+        (bilevel.HOAG(), bilevel.ExponentialSchedule(start=1e-4)),
+        (bilevel.HOAG(), DESCENT),
+        (bilevel.HOAG(), bilevel.Tolerance(descent=0.5, strong_convexity=2.0)),
+        (bilevel.MAID(), DESCENT),
+        (bilevel.MAID(), bilevel.Tolerance(hypergradient=0.1, relative=True, strong_convexity=2.0)),
+        # What rescales every coordinate for itself needs more than a descent direction.
+        (adam, bilevel.Tolerance(hypergradient=1e-2, relative=True, estimates=True)),
+        (lbfgs, DESCENT),
+        (lambda p: torch.optim.SGD(p, lr=0.3, momentum=0.5), bilevel.Tolerance(1e-8, 1e-8)),
+    ],
+    ids=lambda value: str(value)[:30],
+)
+def test_it_finds_the_minimum(optimizer: object, tolerance: object) -> None:
+    tuned = problem()
+    result = bilevel.minimize(
+        tuned, outer(), DATA, init=torch.zeros(2, dtype=F64), optimizer=optimizer, tolerance=tolerance,
+        gradient_tolerance=1e-3, max_steps=300,
+    )  # fmt: skip
+    assert result.status is bilevel.OuterStatus.CONVERGED, result.message
+    torch.testing.assert_close(result.outer["log"], BEST, atol=2e-2, rtol=0)
+    assert result.outer["name"] == "strengths"
+    torch.testing.assert_close(result.inner, DATA / (1 + result.outer["log"].exp()), atol=1e-2, rtol=1e-2)
+    assert result.history[-1].gradient_norm <= 1e-3 and [s.number for s in result.history][-1] == len(result.history)
+    assert tuned.tolerance == bilevel.Tolerance()  # as before
+    assert "hypergradient's norm" in str(result) and result.status.success
+
+
+def test_the_history_holds_what_was_asked_and_what_it_cost() -> None:
+    schedule = bilevel.QuadraticSchedule()
+    result = bilevel.minimize(problem(), outer(), DATA, init=DATA, tolerance=schedule, max_steps=4, bounds=True)
+    assert result.status is bilevel.OuterStatus.MAX_STEPS and len(result.history) == 5
+    taken = [step for step in result.history if step.evaluations == step.number]  # no step was tried twice
+    assert taken and all(step.delta == schedule(step.number).delta for step in taken)
+    assert all(math.isfinite(step.error_bound) and step.basis is not bilevel.Basis.RESIDUAL for step in result.history)
+    assert all(step.inner_iterations > 0 and step.seconds > 0 for step in result.history)
+    assert math.isnan(result.history[0].step_size) and result.history[1].step_size > 0
+    plain = bilevel.minimize(problem(), outer(), DATA, init=DATA, tolerance=schedule, max_steps=1)
+    assert all(math.isnan(step.error_bound) and step.basis is bilevel.Basis.RESIDUAL for step in plain.history)
+
+
+def test_maid_takes_only_decrease_beyond_the_errors_of_the_values() -> None:
+    method = bilevel.MAID(step=0.5)
+    result = bilevel.minimize(problem(), outer(), DATA, init=DATA, optimizer=method, tolerance=DESCENT, max_steps=8)
+    pairs = list(zip(result.history, result.history[1:], strict=False))
+    assert pairs
+    for before, after in pairs:
+        promised = 0.1 * after.step_size * before.gradient_norm**2
+        assert after.corrected_value + after.value_error <= before.corrected_value - promised
+
+
+def here(value: float, slack: float) -> Evaluation:
+    one = torch.ones(1, dtype=F64)
+    return Evaluation((one,), value, value, slack, (one,), None, {})
+
+
+def test_a_decrease_that_errors_may_have_made_is_refused() -> None:
+    seen = []
+
+    def evaluate(outer, *, tighter=1.0):
+        seen.append((float(outer[0]), tighter))
+        return replace(here(float(outer[0]), 10.0), outer=outer)  # it falls, but by less than the errors
+
+    assert bilevel.MAID(step=0.5).advance(here(1.0, 10.0), {"step": 0.5}, evaluate) is None
+    assert {value for value, _ in seen} == {0.5, 1.0} and max(tighter for _, tighter in seen) > 1e3
+
+    def sharp(outer, *, tighter=1.0):
+        return replace(here(float(outer[0]), 10.0 / tighter**2), outer=outer)
+
+    memory = {"step": 0.5}
+    found = bilevel.MAID(step=0.5).advance(here(1.0, 10.0), memory, sharp)
+    assert found is not None and float(found.outer[0]) == 0.5 and memory["taken"] == 0.5
+
+
+@pytest.mark.parametrize("method", [bilevel.HOAG(step=1.0), bilevel.MAID(step=1.0)])
+def test_a_step_that_does_not_count_is_tried_again_from_where_it_began(method: bilevel.OuterMethod) -> None:
+    tried = []
+
+    def evaluate(outer, *, tighter=1.0):
+        tried.append(float(outer[0]))
+        # A failed solve, a NaN, a rise, then a fall.
+        return [None, here(math.nan, 0.0), here(5.0, 0.0), replace(here(0.0, 0.0), outer=outer)][len(tried) - 1]
+
+    memory = method.begin(here(1.0, 0.0))
+    found = method.advance(here(1.0, 0.0), memory, evaluate)
+    assert tried == [0.0, 0.5, 0.75, 0.875]  # each from θ = 1, once
+    assert found is not None and float(found.outer[0]) == 0.875
+    assert memory["taken"] == 0.125 and memory["step"] == pytest.approx(0.1625)
+
+
+@pytest.mark.parametrize("optimizer", [bilevel.HOAG(), bilevel.MAID(), adam, lbfgs])
+@pytest.mark.parametrize("tolerance", [DESCENT, bilevel.CubicSchedule()], ids=["goal", "schedule"])
+def test_a_run_resumes_bit_for_bit(optimizer: object, tolerance: object) -> None:
+    def run(**more: object) -> bilevel.OuterResult:
+        return bilevel.minimize(
+            problem(), outer(), DATA, init=torch.zeros(2, dtype=F64), optimizer=optimizer, tolerance=tolerance, **more
+        )  # fmt: skip
+
+    whole, half = run(max_steps=6), run(max_steps=3)
+    file = io.BytesIO()
+    torch.save(half.state, file)
+    file.seek(0)
+    state = torch.load(file, weights_only=True)
+    heard = []
+    rest = run(max_steps=6, resume=state, callback=lambda run: heard.append(run.history[-1].number))
+    assert heard == [5, 6, 7]  # the point that it was resumed at was heard of before
+    assert torch.equal(rest.outer["log"], whole.outer["log"]) and torch.equal(rest.inner, whole.inner)
+    timeless = [tuple(replace(s, seconds=0.0, step_size=0.0) for s in r.history) for r in (whole, rest)]
+    assert str(timeless[0]) == str(timeless[1])
+    assert [str(s.step_size) for s in whole.history] == [str(s.step_size) for s in rest.history]
+
+
+def test_failed_solves_shorten_the_step_or_are_said() -> None:
+    broken = problem(solver=bilevel.GradientDescent(0.1, 1))
+    settings = {"init": torch.zeros(2, dtype=F64), "tolerance": bilevel.Tolerance(1e-10, 1e-10)}
+    with pytest.raises(bilevel.SolveError, match="ran out of steps"):
+        bilevel.minimize(broken, outer(), DATA, **settings)
+
+    class Delicate(Shrunk):
+        def inner_objective(self, inner, outer, data):
+            bad = (outer["log"].detach() < -2.5).any()
+            return super().inner_objective(inner, outer, data) * torch.where(bad, torch.nan, 1.0)
+
+    tuned = Delicate(solver=bilevel.LBFGS(), linear_solver=bilevel.CG())
+    begin = {"log": torch.tensor([3.0, -2.0], dtype=F64), "name": ""}
+
+    def ascend(parameters):
+        return torch.optim.SGD(parameters, lr=100.0, maximize=True)
+
+    with pytest.raises(bilevel.SolveError, match="NaN"):
+        bilevel.minimize(tuned, begin, DATA, optimizer=ascend, **settings)
+    tuned.reset()
+    result = bilevel.minimize(tuned, begin, DATA, optimizer=ascend, on_failure="stop", **settings)
+    assert result.status is bilevel.OuterStatus.SOLVE_FAILED and not result.status.success
+    assert "NaN" in result.message and torch.equal(result.outer["log"], begin["log"])
+    tuned.reset()
+    found = bilevel.minimize(
+        tuned, begin, DATA, optimizer=bilevel.HOAG(step=1e3), gradient_tolerance=1e-3, max_steps=300, **settings
+    )  # fmt: skip
+    assert found.status is bilevel.OuterStatus.CONVERGED and found.history[-1].evaluations > len(found.history)
+
+
+def test_at_a_minimum_no_step_is_certain_and_that_is_said() -> None:
+    best = {"log": BEST + 1e-9, "name": ""}
+    tuned = problem(solver=bilevel.Newton(), linear_solver=bilevel.Exact())
+    result = bilevel.minimize(
+        tuned, best, DATA, init=DATA, optimizer=bilevel.MAID(step=1e12), tolerance=bilevel.Tolerance(), bounds=True, max_steps=3
+    )  # fmt: skip
+    assert result.status is bilevel.OuterStatus.NO_DECREASE and "beyond the errors" in result.message
+
+
+def test_a_value_that_is_not_finite_is_not_gone_on_from() -> None:
+    class Cliff(Shrunk):
+        def outer_objective(self, inner, outer, data):
+            return super().outer_objective(inner, outer, data) * torch.where(
+                outer["log"].detach().sum() == -1, 1.0, torch.nan
+            )
+
+    tuned = Cliff(solver=bilevel.Newton(), linear_solver=bilevel.Exact(), on_failure="ignore")
+    settings = {"init": DATA, "optimizer": lambda p: torch.optim.SGD(p, lr=0.1), "max_steps": 5}
+    with pytest.raises(bilevel.ArgumentError, match="not finite"):
+        bilevel.minimize(tuned, outer(), DATA, **settings)
+    tuned.reset()
+    result = bilevel.minimize(tuned, outer(), DATA, on_failure="stop", **settings)
+    assert result.status in (bilevel.OuterStatus.NOT_FINITE, bilevel.OuterStatus.SOLVE_FAILED)
+
+
+def test_callbacks_stop_it_and_an_interruption_loses_nothing() -> None:
+    seen = []
+    result = bilevel.minimize(
+        problem(), outer(), DATA, init=DATA,
+        callback=[lambda run: seen.append(float(run.value)), lambda run: len(run.history) == 3],
+    )  # fmt: skip
+    assert result.status is bilevel.OuterStatus.STOPPED and len(seen) == len(result.history) == 3
+
+    def interrupt(run: bilevel.OuterRun) -> None:
+        assert set(run.outer) == {"log", "name"} and run.gradient["name"] is None and run.inner.shape == (2,)
+        if len(run.history) == 4:
+            raise KeyboardInterrupt
+
+    stopped = bilevel.minimize(problem(), outer(), DATA, init=DATA, callback=interrupt)
+    assert stopped.status is bilevel.OuterStatus.INTERRUPTED and len(stopped.history) == 4
+    whole = bilevel.minimize(problem(), outer(), DATA, init=DATA, max_steps=6)
+    rest = bilevel.minimize(problem(), outer(), DATA, init=DATA, max_steps=6, resume=stopped.state)
+    assert torch.equal(whole.outer["log"], rest.outer["log"])
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"optimizer": torch.optim.Adam}, "expected optimizer"),
+        ({"optimizer": lambda p: 3}, "one that returns 3"),
+        ({"optimizer": "adam"}, "expected optimizer"),
+        ({"on_failure": "warn"}, "on_failure"),
+        ({"max_steps": -1}, "max_steps"),
+        ({"resume": {"format": 0}}, "of format 1"),
+    ],
+)
+def test_misuse_is_said(settings: dict[str, object], message: str) -> None:
+    with pytest.raises(bilevel.ArgumentError, match=message):
+        bilevel.minimize(problem(), outer(), DATA, init=DATA, **settings)
+
+
+def test_other_misuse_is_said() -> None:
+    with pytest.raises(bilevel.ArgumentError, match="floating-point tensor"):
+        bilevel.minimize(problem(), 3, DATA)
+    with pytest.raises(bilevel.ArgumentError, match="BilevelProblem"):
+        bilevel.minimize(object(), outer(), DATA)
+    state = bilevel.minimize(problem(), outer(), DATA, init=DATA, max_steps=0).state
+    with pytest.raises(bilevel.ArgumentError, match="shapes"):
+        bilevel.minimize(problem(), {"log": torch.zeros(3, dtype=F64), "name": ""}, DATA, resume=state)
+    for build in (lambda: bilevel.HOAG(shrink=1.5), lambda: bilevel.MAID(tighten=0.5), lambda: bilevel.HOAG(step=-1.0)):
+        with pytest.raises(bilevel.ArgumentError):
+            build()
+    with pytest.raises(bilevel.ArgumentError, match=r"bilevel\.Tolerance"):
+        problem().tolerance = 1e-3
+
+
+def test_problems_that_hold_their_own_outer_variables_are_minimised_too() -> None:
+    tuning = bilevel.HyperparameterOptimization(
+        lambda w, h, d: ((w - d) ** 2).sum() + h.exp() * (w**2).sum(),
+        lambda w, d: ((w - 0.8 * d) ** 2).sum(),
+        torch.tensor(0.0, dtype=F64),
+        torch.zeros(2, dtype=F64),
+    )
+    result = bilevel.minimize(tuning, tuning.outer, DATA, gradient_tolerance=1e-8)
+    assert float(result.outer.exp()) == pytest.approx(0.25, abs=1e-6)
+    assert float(tuning.outer.detach()) == 0.0  # what was given is not changed
+
+
+def test_a_history_is_drawn_with_error_bars_and_a_run_is_shown() -> None:
+    pytest.importorskip("matplotlib")
+    pytest.importorskip("rich")
+    from bilevel.display import ProgressBar, plot_history
+
+    with ProgressBar(max_steps=4) as bar:
+        result = bilevel.minimize(
+            problem(), outer(), DATA, init=torch.zeros(2, dtype=F64), tolerance=DESCENT, max_steps=4, callback=bar
+        )  # fmt: skip
+    values, gradients, accuracies = plot_history(result.history, "$5 of tuning").axes
+    (bars,) = gradients.containers
+    ends = [segment[:, 1] for segment in bars.lines[2][0].get_segments()]
+    for step, (low, high) in zip(result.history, ends, strict=True):
+        assert high - low == pytest.approx(2 * step.error_bound) and step.error_bound > 0
+    assert len(values.containers) == 1 and len(accuracies.lines) == 2
+    with pytest.raises(bilevel.ArgumentError, match="at least one point"):
+        plot_history([])

@@ -61,7 +61,7 @@ def lbfgs(parameters):
         (lbfgs, DESCENT),
         (lambda p: torch.optim.SGD(p, lr=0.3, momentum=0.5), bilevel.Tolerance(1e-8, 1e-8)),
     ],
-    ids=lambda value: str(value)[:30],
+    ids=lambda value: getattr(value, "__name__", str(value))[:30],
 )
 def test_it_finds_the_minimum(optimizer: object, tolerance: object) -> None:
     tuned = problem()

@@ -73,6 +73,8 @@ def processes(device: str | None = None) -> Iterator[Processes]:
     dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo")
     try:
         yield Processes(dist.get_rank(), dist.get_world_size(), chosen)
+        # A process that leaves while another still talks to it can be aborted by torch's own threads.
+        dist.barrier()
     finally:
         dist.destroy_process_group()
 

@@ -118,8 +118,8 @@ MUTATIONS = (
     ),
     Mutation(
         "batch norm through vmap of grad, which torch differentiates wrongly from outside", "_system.py",
-        "return grad(lambda point: self.outputs(point, *tensors).sum())(x)",
-        "return self.lifted(lambda p, *t: grad(lambda at: self.output(at, *t))(p))(x, *tensors)",
+        "with WrittenNorms():\n            return grad(lambda point: self.outputs(point, *tensors).sum())(x)",
+        "if True:\n            return self.lifted(lambda p, *t: grad(lambda at: self.output(at, *t))(p))(x, *tensors)",
         ("tests/test_implicit.py", "-k", "batch_norm"),
     ),
     Mutation(

@@ -489,19 +489,18 @@ class BilevelProblem(torch.nn.Module, ABC):
         inner = pytree.tree_map(_cut, solution.value)
         lower, x = self._flat_problem(self.inner_objective, inner, plain, data)
         upper, _ = self._flat_problem(self.outer_objective, inner, plain, data)
-        flags = [move for leaf, move in zip(leaves, moving, strict=True) if isinstance(leaf, torch.Tensor)]
-        flags += [False] * (len(lower.tensors) - len(flags))
         zero = [bool((gradient == 0).all()) and gradient.numel() > 0 for gradient in found]
         cut: list[int] = []
         if any(zero):  # a gradient that is not zero came from somewhere
             cut = check_connection(
                 self.where, outer, self._disconnected(inner, plain, data, zero), self._layer.on_failure
             )
-        gradients = iter(
-            torch.full_like(gradient, float("nan")) if spoiled or number in cut else gradient
-            for number, gradient in enumerate(found)
+        flat = torch.cat(
+            [
+                (torch.full_like(gradient, float("nan")) if spoiled or number in cut else gradient).reshape(-1)
+                for number, gradient in enumerate(found)
+            ]
         )
-        grad = pytree.tree_unflatten([next(gradients) if move else None for move in moving], structure)
         backward = adjoint.report
         if backward is None or adjoint.value is None:  # F does not depend on φ: the adjoint is zero
             q, backward = torch.zeros_like(x), solution.report
@@ -509,7 +508,6 @@ class BilevelProblem(torch.nn.Module, ABC):
             q = adjoint.value * lower.batch  # the mean's cotangents are 1/K of each problem's own
         assert adjoint.residual is not None
         corrected = value.detach() - (q * adjoint.residual).sum(dim=-1).mean()
-        flat = torch.cat([leaf.reshape(-1) for leaf in pytree.tree_leaves(grad) if leaf is not None])
         point = Point(lower, upper, x, q, _wanted(plain, lower))
         report = HypergradientReport(solution.report, backward)
         return self._package(plain, data, inner, point, value.detach(), corrected, flat, report)
@@ -640,8 +638,7 @@ class BilevelProblem(torch.nn.Module, ABC):
         plain, at = pytree.tree_map(_cut, outer), pytree.tree_map(_cut, inner)
         lower, x = self._flat_problem(self.inner_objective, at, plain, data)
         upper, _ = self._flat_problem(self.outer_objective, at, plain, data)
-        flags = [leaf.is_floating_point() for leaf in pytree.tree_leaves(outer) if isinstance(leaf, torch.Tensor)]
-        return disconnected(lower, upper, x, [*flags, *[False] * (len(lower.tensors) - len(flags))], among)
+        return disconnected(lower, upper, x, _wanted(plain, lower), among)
 
     def _inner_objective(self, inner: Any, outer: Any, data: Any) -> torch.Tensor:
         return self.inner_objective(inner, outer, data)

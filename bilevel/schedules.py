@@ -6,6 +6,7 @@ with inexact hypergradients converge is that their errors can be summed, Σ ε_k
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
 from bilevel._checks import check_number
@@ -16,7 +17,7 @@ __all__ = ["CubicSchedule", "ExponentialSchedule", "QuadraticSchedule"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Schedule:
+class _Schedule(ABC):
     """δ = δ′ = max(ε_k, ``least``), with ε_k of the subclass.
 
     Parameters
@@ -44,9 +45,9 @@ class _Schedule:
         epsilon = max(self.start * self.decay(k), self.least)
         return Tolerance(delta=epsilon, delta_prime=epsilon, strong_convexity=self.strong_convexity)
 
+    @abstractmethod
     def decay(self, k: int) -> float:
         """Return ε_k / ``start``."""
-        raise NotImplementedError
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -3,6 +3,7 @@
 from bilevel import certificates, operators
 from bilevel._goal import GoalReport
 from bilevel._system import Problem
+from bilevel._tree import ravel
 from bilevel._version import __version__
 from bilevel.certificates.bound import Bound
 from bilevel.certificates.constants import Constants
@@ -124,6 +125,7 @@ __all__ = [
     "linear_solve",
     "minimize",
     "operators",
+    "ravel",
     "record",
     "root",
     "testing",

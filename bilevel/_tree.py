@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -12,7 +14,7 @@ from torch.utils import _pytree as pytree
 
 from bilevel.errors import DtypeError, ShapeError
 
-__all__ = ["Arguments", "Raveler", "flatten_arguments", "leaf_names", "ravel_like"]
+__all__ = ["Arguments", "Raveler", "flatten_arguments", "leaf_names", "ravel", "ravel_like", "unravelled"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -98,6 +100,65 @@ class Raveler:
             [part.reshape(shape).to(dtype) for part, shape, dtype in zip(parts, self.shapes, self.dtypes, strict=True)],
             self.structure,
         )
+
+
+class _Unknown(threading.local):
+    """The flat vector that the pytree in a user's hands was made of, while the user's function runs."""
+
+    flat: torch.Tensor | None = None
+    leaves: tuple[Any, ...] = ()
+
+
+_unknown = _Unknown()
+
+
+@contextmanager
+def unravelled(raveler: Raveler, flat: torch.Tensor) -> Iterator[Any]:
+    """Give the pytree of ``flat`` (n,), which :func:`ravel` turns back into ``flat`` itself meanwhile."""
+    tree = raveler.unravel(flat)
+    before = _unknown.flat, _unknown.leaves
+    _unknown.flat, _unknown.leaves = flat, tuple(pytree.tree_leaves(tree))
+    try:
+        yield tree
+    finally:
+        _unknown.flat, _unknown.leaves = before
+
+
+def ravel(tree: Any) -> torch.Tensor:
+    """Return the tensors of ``tree`` as one vector (n,), in the order of ``torch.utils._pytree``.
+
+    Inside an objective, residual or mapping, the unknown itself is one vector already, of which its tensors are views: of it this makes no
+    copy, and derivatives pass through in one piece. A penalty on all of a network's parameters costs a tenth, so written.
+
+    Parameters
+    ----------
+    tree
+        A pytree of floating-point tensors on one device.
+
+    Returns
+    -------
+    torch.Tensor
+        (n,), of the widest dtype among them.
+
+    Raises
+    ------
+    ShapeError, DtypeError
+        If there is no tensor in ``tree``, or one that is not floating-point, or on another device.
+
+    Examples
+    --------
+    >>> import torch, bilevel
+    >>> bilevel.ravel({"a": torch.ones(2), "b": torch.zeros(1, 1)})
+    tensor([1., 1., 0.])
+    >>> layer = bilevel.argmin(lambda w, a: ((bilevel.ravel(w) - a) ** 2).sum())
+    >>> layer({"a": torch.zeros(2), "b": torch.zeros(1, 1)}, torch.tensor([1.0, 2.0, 3.0]))["b"]
+    tensor([[3.]])
+    """
+    leaves = tuple(pytree.tree_leaves(tree))
+    if len(leaves) == len(_unknown.leaves) and all(a is b for a, b in zip(leaves, _unknown.leaves, strict=True)):
+        assert _unknown.flat is not None
+        return _unknown.flat
+    return Raveler.of(tree, "bilevel.ravel", "tree").ravel(tree)
 
 
 def ravel_like(tree: Any, raveler: Raveler, where: str, what: str) -> torch.Tensor:

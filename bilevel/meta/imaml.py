@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -22,6 +23,8 @@ from bilevel.meta.tasks import Tasks, as_support, as_tasks
 __all__ = ["IMAML"]
 
 _SHARED = "all"
+# The most numbers of input for one set of kernels on the CPU: a convolutional network makes some hundred times as many of them.
+_NUMBERS_AT_ONCE = 2**16
 
 
 class IMAML(bilevel.BilevelProblem):
@@ -179,10 +182,11 @@ class IMAML(bilevel.BilevelProblem):
                 f"{self.tolerance!r}; call hypergradient(batch), which meets such a goal, and hand on its grad"
             )
         outer, losses, made = self.outer, [], []
-        for part in self._passes(tasks):
+        for number, part in enumerate(self._passes(tasks)):
             data = self._data(part)
-            adapted = self.solve(outer, data).value
-            loss, prediction = vmap(functools.partial(self._judge, data["fixed"]))(adapted, data["query"])
+            with self._layer.trusted() if number else nullcontext():
+                adapted = self.solve(outer, data).value
+            loss, prediction = _by_parts(functools.partial(self._judge, data["fixed"]), adapted, data["query"])
             losses.append(loss)
             made.append(pytree.tree_map(torch.Tensor.detach, prediction))
         loss = torch.cat(losses).mean()
@@ -222,9 +226,8 @@ class IMAML(bilevel.BilevelProblem):
         theta, lam = outer["parameters"], outer["lam"]
         if isinstance(lam, torch.Tensor):
             # One vector in place of many tensors: a small network's step is as long as its number of operations.
-            names = list(theta)
-            away = _joined(inner, names) - _joined(theta, names)
-            return fit + 0.5 * lam * torch.dot(away, away)
+            # Its derivatives of every order are one kernel each; a product of the distance with itself would be three.
+            return fit + 0.5 * lam * F.mse_loss(bilevel.ravel(inner), bilevel.ravel(theta), reduction="sum")
         return fit + 0.5 * sum((lam[name] * (inner[name] - theta[name]) ** 2).sum() for name in theta)
 
     def outer_objective(self, inner: Any, outer: Any, data: Any) -> torch.Tensor:
@@ -350,6 +353,25 @@ class IMAML(bilevel.BilevelProblem):
             )
 
 
+def _by_parts(judge: Callable[..., Any], adapted: Any, query: tuple[Any, ...]) -> Any:
+    """Return ``judge`` of every task, as many at once as keep what a kernel reads and writes near the processor."""
+    leaves = pytree.tree_leaves((adapted, query))
+    count, numbers = len(leaves[0]), sum(leaf.numel() for leaf in pytree.tree_leaves(query))
+    together = count if leaves[0].device.type != "cpu" else max(1, _NUMBERS_AT_ONCE * count // max(1, numbers))
+    if together >= count:
+        return vmap(judge)(adapted, query)
+
+    def part(begin: int) -> Any:
+        mine = pytree.tree_map(lambda leaf: leaf[begin : begin + together], (adapted, query))
+        if together > 1:
+            return vmap(judge)(*mine)
+        alone = pytree.tree_map(lambda leaf: leaf[0], mine)
+        return pytree.tree_map(lambda leaf: leaf.unsqueeze(0), judge(*alone))
+
+    made = [part(begin) for begin in range(0, count, together)]
+    return pytree.tree_map(lambda *parts: torch.cat(parts), *made)
+
+
 def _is_convex(model: nn.Module, loss: Any) -> bool:
     """Return whether the loss of ``model`` is known to be convex in its parameters: linear in them, then a convex loss."""
     parts = [part for part in model.modules() if not isinstance(part, nn.Sequential)]
@@ -363,10 +385,6 @@ _CONVEX_LOSSES = (
     nn.MSELoss, nn.CrossEntropyLoss, nn.BCEWithLogitsLoss, nn.HuberLoss, nn.SmoothL1Loss, F.mse_loss, F.cross_entropy,
     F.binary_cross_entropy_with_logits, F.huber_loss, F.smooth_l1_loss,
 )  # fmt: skip
-
-
-def _joined(tensors: Mapping[str, torch.Tensor], names: list[str]) -> torch.Tensor:
-    return torch.cat([tensors[name].reshape(-1) for name in names])
 
 
 def _present(weight: torch.Tensor | None) -> tuple[torch.Tensor, ...]:

@@ -80,7 +80,7 @@ class GradientDescent(InnerSolver):
 
         def fixed(state: _State, active: torch.Tensor) -> tuple[_State, torch.Tensor | None]:
             momentum = self.momentum * state.momentum + state.residual if self.momentum else state.residual
-            x = state.x - self.lr * momentum
+            x = torch.add(state.x, momentum, alpha=-self.lr)
             value, gradient = problem.value_and_residual(x)
             return _State(x, gradient, value, momentum, state.lr), None
 

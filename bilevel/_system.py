@@ -14,6 +14,7 @@ import math
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from types import CellType
@@ -24,6 +25,7 @@ from torch.func import grad, grad_and_value, vjp, vmap
 from torch.utils import _pytree as pytree
 
 from bilevel._norms import WrittenNorms
+from bilevel._products import QuickProducts
 from bilevel._transforms import autocasting
 from bilevel._tree import Arguments, Raveler, ravel_like, unravelled
 from bilevel.errors import (
@@ -228,12 +230,13 @@ class ArgminSystem(System):
         self, x: torch.Tensor, tensors: Sequence[torch.Tensor], *, graph: bool
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Return (values, R) at a leaf ``x`` by ordinary autograd."""
-        values = self.outputs(x, *tensors)
-        if not values.requires_grad:
-            raise _unconnected(self)
-        (gradient,) = torch.autograd.grad(
-            values.sum(), x, create_graph=graph, allow_unused=True, materialize_grads=True
-        )
+        with QuickProducts() if graph and self.autocast is None else nullcontext():
+            values = self.outputs(x, *tensors)
+            if not values.requires_grad:
+                raise _unconnected(self)
+            (gradient,) = torch.autograd.grad(
+                values.sum(), x, create_graph=graph, allow_unused=True, materialize_grads=True
+            )
         return values, gradient
 
 

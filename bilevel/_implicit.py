@@ -33,7 +33,7 @@ from typing import Any
 import torch
 from torch.func import grad, vjp, vmap
 
-from bilevel._system import Linearization, Problem, System
+from bilevel._system import LastLook, Linearization, Problem, System
 from bilevel._transforms import (
     eager,
     grads_batched,
@@ -55,10 +55,27 @@ class _Memo:
     def __init__(self) -> None:
         self._key: tuple[Any, ...] | None = None
         self._kept: tuple[Any, ...] = ()
+        self._offered: LastLook | None = None
+
+    def look(self, tensors: Tensors) -> LastLook | None:
+        """Return where the solver may leave a linearisation, or None if no derivative can follow."""
+        self._offered = (
+            LastLook(tuple(t.requires_grad for t in tensors)) if any(t.requires_grad for t in tensors) else None
+        )
+        return self._offered
+
+    def adopt(self, x: torch.Tensor, tensors: Tensors) -> None:
+        """Keep what the solver left, if it is at just this solution x, as it comes back in a derivative."""
+        look, self._offered = self._offered, None
+        if look is None or look.linearization is None or transforms_active():
+            return
+        at = look.linearization.point
+        if at is not None and torch.equal(at, x.reshape(at.shape)):
+            self._key = _key(x, tensors)
+            self._kept = (look.linearization, look.wanted, x.detach(), [t.detach() for t in tensors])
 
     def linearize(self, system: System, x: torch.Tensor, tensors: Tensors, wanted: Sequence[bool]) -> Linearization:
-        # Saved tensors come back as new objects over the same memory; holding them keeps that memory from reuse.
-        key = tuple((t.data_ptr(), t.shape, t.stride(), t._version) for t in (x, *tensors) if not t.is_inference())
+        key = _key(x, tensors)
         if self._key == key and len(key) == 1 + len(tensors):
             linearization, had = self._kept[:2]
             if all(h or not w for h, w in zip(had, wanted, strict=True)):
@@ -67,6 +84,11 @@ class _Memo:
         linearization = problem.linearize(x.reshape(problem.batch, problem.size), wanted)
         self._key, self._kept = key, (linearization, tuple(wanted), x.detach(), [t.detach() for t in tensors])
         return linearization
+
+
+def _key(x: torch.Tensor, tensors: Tensors) -> tuple[Any, ...]:
+    # Saved tensors come back as new objects over the same memory; who keeps a key holds them, so that none is reused.
+    return tuple((t.data_ptr(), t.shape, t.stride(), t._version) for t in (x, *tensors) if not t.is_inference())
 
 
 @dataclass(frozen=True, eq=False)
@@ -85,6 +107,8 @@ class Rule:
         Looks at the problem before its first linear solve, where that comes without an inner solve.
     repeats
         Axes of right-hand sides that share the matrices, outermost first, in front of the system's own axes.
+    followed
+        Whether a derivative may follow, for which the solver's last linearisation is then kept.
     """
 
     system: System
@@ -92,6 +116,7 @@ class Rule:
     solve_linear: Callable[[LinearOperator, torch.Tensor, tuple[int, ...], bool], torch.Tensor]
     inspect: Callable[[Problem], None] | None = None
     repeats: tuple[int, ...] = ()
+    followed: bool = False
     memo: _Memo = field(default_factory=_Memo)
 
     def lift(self, size: int, batched: Sequence[bool]) -> Rule:
@@ -108,6 +133,8 @@ class Solve(torch.autograd.Function):
     def forward(rule: Rule, init: torch.Tensor, *tensors: torch.Tensor) -> torch.Tensor:
         with ordinary_mode():
             problem = rule.system.bind(tensors)
+            if rule.followed:
+                problem = replace(problem, last_look=rule.memo.look(tensors))
             start = init.detach().clone().reshape(problem.batch, problem.size)
             return rule.solve(problem, start).reshape(init.shape).clone()
 
@@ -115,6 +142,7 @@ class Solve(torch.autograd.Function):
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
         rule, _, *tensors = inputs
         ctx.rule = rule
+        rule.memo.adopt(output, tensors)
         ctx.save_for_backward(output, *tensors)
         ctx.save_for_forward(output, *tensors)
 

@@ -215,7 +215,7 @@ class Layer:
         )
         run = Run(self, system.where, watched)
         flat = raveler.ravel(init).detach()
-        x = Solve.apply(Rule(system, run.solve, run.solve_linear), flat, *tensors)
+        x = Solve.apply(Rule(system, run.solve, run.solve_linear, followed=watched), flat, *tensors)
         if spoiled or run.spoiled:
             x = x * self._poison(init, system, tensors)
         assert run.report is not None

@@ -18,7 +18,9 @@ Used on the CPU where a Hessian is linearised for products. Gradients alone keep
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
+from weakref import WeakValueDictionary
 
 import torch
 from torch.nn import functional as F
@@ -304,9 +306,38 @@ _QUICK: dict[Any, Callable[..., torch.Tensor]] = {
 
 
 class QuickProducts(TorchFunctionMode):
-    """Inside, convolutions and batch norms by batch statistics are differentiated twice by the rules above."""
+    """Inside, convolutions and batch norms by batch statistics are differentiated twice by the rules above.
+
+    Parameters
+    ----------
+    function
+        The user's function that runs inside. One that was once seen to use neither is let alone afterwards: to look at every
+        operation takes its time.
+    """
+
+    def __init__(self, function: Callable[..., Any] | None = None) -> None:
+        super().__init__()
+        self._function, self._used = function, False
+
+    @staticmethod
+    def around(function: Callable[..., Any]) -> AbstractContextManager[Any]:
+        """Return the mode for ``function``, or a context that does nothing if it has no use for it."""
+        return nullcontext() if _without.get(id(function)) is function else QuickProducts(function)
+
+    def __exit__(self, kind: Any, value: Any, traceback: Any) -> None:
+        super().__exit__(kind, value, traceback)
+        if kind is None and not self._used and self._function is not None:
+            _without[id(self._function)] = self._function
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        return _QUICK.get(func, func)(*args, **(kwargs or {}))
+        quick = _QUICK.get(func)
+        if quick is None:
+            return func(*args, **(kwargs or {}))
+        self._used = True
+        return quick(*args, **(kwargs or {}))
+
+
+# Functions without a convolution or a batch norm. Weakly: a function is let go with what it closes over.
+_without: WeakValueDictionary[int, Any] = WeakValueDictionary()

@@ -103,11 +103,11 @@ class WatchedProblem(Problem):
         default_factory=lambda: deque(maxlen=_MOST_PAIRS + 1), repr=False
     )
 
-    def value_and_residual(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def value_and_residual(self, x: torch.Tensor, *, last: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the objectives (K,) and their gradients (K, n)."""
         if self.seen and torch.equal(self.seen[-1][0], x):
             return self.seen[-1][1:]
-        value, gradient = super().value_and_residual(x)
+        value, gradient = super().value_and_residual(x, last=last)
         self.seen.append((x.detach().clone(), value, gradient))
         return value, gradient
 

@@ -43,6 +43,7 @@ __all__ = [
     "Case",
     "Dice",
     "FixedPointSystem",
+    "LastLook",
     "Level",
     "LinearSystem",
     "Linearization",
@@ -230,7 +231,7 @@ class ArgminSystem(System):
         self, x: torch.Tensor, tensors: Sequence[torch.Tensor], *, graph: bool
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Return (values, R) at a leaf ``x`` by ordinary autograd."""
-        with QuickProducts() if graph and self.autocast is None else nullcontext():
+        with QuickProducts.around(self.function) if graph and self.autocast is None else nullcontext():
             values = self.outputs(x, *tensors)
             if not values.requires_grad:
                 raise _unconnected(self)
@@ -318,12 +319,15 @@ class Linearization:
         The tensors θ that R was computed from; those that require grad can be pulled back to.
     value
         The objectives (batch,) of an argmin, without a graph; None for equations.
+    point
+        x (batch, n).
     """
 
     residual: torch.Tensor
     operator: LinearOperator
     leaves: tuple[torch.Tensor, ...]
     value: torch.Tensor | None = None
+    point: torch.Tensor | None = None
 
     def pullback(self, q: torch.Tensor) -> list[torch.Tensor | None]:
         """Return (∂_θ R)ᵀ q for ``q`` (batch, n), summed over the problems that share a tensor: one reverse pass."""
@@ -334,6 +338,22 @@ class Linearization:
             torch.autograd.grad(self.residual, wanted, q, retain_graph=True, allow_unused=True, materialize_grads=True)
         )
         return [next(gradients) if leaf.requires_grad else None for leaf in self.leaves]
+
+
+@dataclass(eq=False)
+class LastLook:
+    """Where a solver leaves the linearisation at its answer, which a derivative would otherwise begin with.
+
+    Parameters
+    ----------
+    wanted
+        Which of the problem's tensors derivatives will be asked for.
+    linearization
+        The latest that a solver took for the last, or None.
+    """
+
+    wanted: tuple[bool, ...]
+    linearization: Linearization | None = None
 
 
 @dataclass(frozen=True)
@@ -356,10 +376,13 @@ class Problem:
         The description.
     tensors
         θ, cut from any graph.
+    last_look
+        Where derivatives will follow: takes the linearisation at the answer.
     """
 
     system: System
     tensors: list[torch.Tensor] = field(repr=False)
+    last_look: LastLook | None = field(default=None, repr=False)
 
     @property
     def where(self) -> str:
@@ -391,14 +414,21 @@ class Problem:
         with torch.no_grad():
             return self.system.outputs(self._shaped(x), *self.tensors).reshape(self.batch)
 
-    def value_and_residual(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the objectives (batch,) and their gradients (batch, n)."""
+    def value_and_residual(self, x: torch.Tensor, *, last: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the objectives (batch,) and their gradients (batch, n).
+
+        ``last`` says that ``x`` is probably the answer: where a derivative follows, the graph is kept for it.
+        """
         system = self.system
         if not isinstance(system, ArgminSystem):
             raise ArgumentError(
                 f"{self.where}: expected an argmin for a solver that minimises, got a {system.noun} equation; take "
                 "Newton(), Anderson(), FixedPointIteration() or ScipyRoot()"
             )
+        if last and self.last_look is not None:
+            self.last_look.linearization = linear = self.linearize(x, self.last_look.wanted)
+            assert linear.value is not None
+            return linear.value, linear.residual.detach()
         with torch.enable_grad():
             point = self._shaped(x).detach().requires_grad_(True)
             values, gradient = system.plain_values(point, self.tensors, graph=False)
@@ -440,7 +470,7 @@ class Problem:
         # Cut x off first: a saved output would close a circle through its own node that no collector can see.
         at = x.detach()
         operator.materialize = lambda: self._dense(at)[1]
-        return Linearization(residual, operator, leaves, value)
+        return Linearization(residual, operator, leaves, value, at)
 
     def linearize_dense(self, x: torch.Tensor) -> Linearization:
         """Return R and the objectives at ``x`` (batch, n) without a graph, and ∂_x R as matrices, all from one pass.
@@ -547,7 +577,8 @@ class Problem:
             If the function returns the wrong shapes, or what it returns does not depend on its first argument.
         """
         noun = self.system.noun
-        versions, dice = self._versions(), Dice(x.device)
+        watched = [t for t in (*self.tensors, *buffers_of(self.system.function)) if not t.is_inference()]
+        versions, dice = [t._version for t in watched], Dice(x.device)
         try:
             first = self._probe(x, captures=captures)
         except RuntimeError as error:
@@ -564,7 +595,7 @@ class Problem:
                 f"{self.where}: expected {noun} to be deterministic, and two evaluations at one point differ; switch "
                 "dropout off with .eval(), or draw the noise outside and pass it as an argument"
             )
-        if versions != self._versions():
+        if versions != [t._version for t in watched]:
             raise StochasticObjectiveError(
                 f"{self.where}: expected {noun} to leave its arguments and buffers as they are, and one was changed in "
                 "place; for batch norm use batch statistics (track_running_stats=False) or .eval()"
@@ -596,10 +627,6 @@ class Problem:
                 raise captured_error(self.where, self.system.noun, "requires grad")
             (slope,) = torch.autograd.grad(output.sum(), point, allow_unused=True, materialize_grads=True)
         return output.detach(), slope
-
-    def _versions(self) -> list[int]:
-        watched = [*self.tensors, *buffers_of(self.system.function)]
-        return [tensor._version for tensor in watched if not tensor.is_inference()]
 
     def _shaped(self, x: torch.Tensor) -> torch.Tensor:
         return x.reshape(*self.system.batch_shape, self.size)

@@ -158,6 +158,10 @@ def ravel(tree: Any) -> torch.Tensor:
     if len(leaves) == len(_unknown.leaves) and all(a is b for a, b in zip(leaves, _unknown.leaves, strict=True)):
         assert _unknown.flat is not None
         return _unknown.flat
+    if leaves and all(isinstance(leaf, torch.Tensor) for leaf in leaves):
+        like = leaves[0]
+        if like.dtype.is_floating_point and all(t.dtype == like.dtype and t.device == like.device for t in leaves):
+            return torch.cat([leaf.reshape(-1) for leaf in leaves])
     return Raveler.of(tree, "bilevel.ravel", "tree").ravel(tree)
 
 

@@ -78,10 +78,15 @@ class GradientDescent(InnerSolver):
         value, gradient = problem.value_and_residual(init)
         start = _State(init, gradient, value, torch.zeros_like(init), torch.full_like(value, self.lr, dtype=init.dtype))
 
+        budget = bool((goal.threshold == 0).all())  # so that the last step is known beforehand
+        taken = 0
+
         def fixed(state: _State, active: torch.Tensor) -> tuple[_State, torch.Tensor | None]:
+            nonlocal taken
+            taken += 1
             momentum = self.momentum * state.momentum + state.residual if self.momentum else state.residual
             x = torch.add(state.x, momentum, alpha=-self.lr)
-            value, gradient = problem.value_and_residual(x)
+            value, gradient = problem.value_and_residual(x, last=budget and taken == self.max_steps)
             return _State(x, gradient, value, momentum, state.lr), None
 
         def searched(state: _State, active: torch.Tensor) -> tuple[_State, torch.Tensor | None]:

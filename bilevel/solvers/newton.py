@@ -285,10 +285,12 @@ def _search(
     magnitude = torch.maximum(state.magnitude, merit.abs())
     pending, t = active, torch.ones_like(norm)
     verdict: torch.Tensor | None = None
+    # What quadratic convergence promises of this step. The first may be all that a quadratic needs.
+    last = bool(((norm**3 <= 10 * threshold * state.last_norm**2) | ~active).all())
     for trial in range(_MOST_TRIALS):
         x = torch.where(active.unsqueeze(-1), state.x + t.unsqueeze(-1) * direction.d, state.x)
         if problem.minimizes:
-            found, residual = problem.value_and_residual(x)
+            found, residual = problem.value_and_residual(x, last=last and trial == 0)
             reached = residual.norm(dim=-1)
             held = found <= merit + _ARMIJO * t * slope - 4 * eps * merit.abs()
             held = held | ((found <= merit + 64 * eps * magnitude) & (reached < norm))

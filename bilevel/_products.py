@@ -18,7 +18,7 @@ Used on the CPU where a Hessian is linearised for products. Gradients alone keep
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from typing import Any, NamedTuple
 from weakref import WeakValueDictionary
 
@@ -306,38 +306,42 @@ _QUICK: dict[Any, Callable[..., torch.Tensor]] = {
 
 
 class QuickProducts(TorchFunctionMode):
-    """Inside, convolutions and batch norms by batch statistics are differentiated twice by the rules above.
-
-    Parameters
-    ----------
-    function
-        The user's function that runs inside. One that was once seen to use neither is let alone afterwards: to look at every
-        operation takes its time.
-    """
-
-    def __init__(self, function: Callable[..., Any] | None = None) -> None:
-        super().__init__()
-        self._function, self._used = function, False
-
-    @staticmethod
-    def around(function: Callable[..., Any]) -> AbstractContextManager[Any]:
-        """Return the mode for ``function``, or a context that does nothing if it has no use for it."""
-        return nullcontext() if _without.get(id(function)) is function else QuickProducts(function)
-
-    def __exit__(self, kind: Any, value: Any, traceback: Any) -> None:
-        super().__exit__(kind, value, traceback)
-        if kind is None and not self._used and self._function is not None:
-            _without[id(self._function)] = self._function
+    """Inside, convolutions and batch norms by batch statistics are differentiated twice by the rules above."""
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        quick = _QUICK.get(func)
-        if quick is None:
-            return func(*args, **(kwargs or {}))
-        self._used = True
-        return quick(*args, **(kwargs or {}))
+        return _QUICK.get(func, func)(*args, **(kwargs or {}))
+
+    @staticmethod
+    def around(function: Callable[..., Any]) -> AbstractContextManager[Any]:
+        """Return the mode for a user's ``function`` that was seen to have a use for it, or a context that does nothing."""
+        return QuickProducts() if _useful.get(id(function)) is function else nullcontext()
+
+    @staticmethod
+    def learn(function: Callable[..., Any], values: torch.Tensor) -> None:
+        """Remember ``function`` if the graph of its ``values`` holds what is quicker by the rules above.
+
+        To look at every operation from the start would take its time, and make compiled functions compile again.
+        """
+        if _looked.get(id(function)) is function:
+            return
+        with suppress(TypeError):  # not everything callable can be referred to weakly
+            _looked[id(function)] = function
+        pending, met = [values.grad_fn], set()
+        while pending:
+            node = pending.pop()
+            if node is None or node in met:
+                continue
+            met.add(node)
+            if node.name() in _NODES:
+                with suppress(TypeError):
+                    _useful[id(function)] = function
+                return
+            pending.extend(following for following, _ in node.next_functions)
 
 
-# Functions without a convolution or a batch norm. Weakly: a function is let go with what it closes over.
-_without: WeakValueDictionary[int, Any] = WeakValueDictionary()
+_NODES = ("ConvolutionBackward0", "NativeBatchNormBackward0")
+# Weakly: a function is let go with what it closes over.
+_looked: WeakValueDictionary[int, Any] = WeakValueDictionary()
+_useful: WeakValueDictionary[int, Any] = WeakValueDictionary()

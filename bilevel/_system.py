@@ -231,10 +231,13 @@ class ArgminSystem(System):
         self, x: torch.Tensor, tensors: Sequence[torch.Tensor], *, graph: bool
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Return (values, R) at a leaf ``x`` by ordinary autograd."""
-        with QuickProducts.around(self.function) if graph and self.autocast is None else nullcontext():
+        mode = QuickProducts.around(self.function) if graph and self.autocast is None else nullcontext()
+        with mode:
             values = self.outputs(x, *tensors)
             if not values.requires_grad:
                 raise _unconnected(self)
+            if graph and not isinstance(mode, QuickProducts):
+                QuickProducts.learn(self.function, values)
             (gradient,) = torch.autograd.grad(
                 values.sum(), x, create_graph=graph, allow_unused=True, materialize_grads=True
             )

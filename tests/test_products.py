@@ -156,3 +156,26 @@ def test_a_network_s_hessian_is_torch_s_own() -> None:
     torch.testing.assert_close(operator.matvec(u[0]), expected[0], atol=1e-11, rtol=1e-11)
     torch.testing.assert_close(operator.matmat(u), expected, atol=1e-11, rtol=1e-11)
     torch.testing.assert_close(operator.dense(), H, atol=1e-11, rtol=1e-11)
+
+
+def test_a_layer_takes_the_rules_into_use_at_its_second_linearisation() -> None:
+    """They are for functions that were seen to need them; all derivatives stay the same."""
+    torch.manual_seed(0)
+    x = torch.randn(4, 1, 5, 5, dtype=F64)
+
+    def objective(w, a):
+        z = F.conv2d(x, w.reshape(2, 1, 3, 3))
+        return F.batch_norm(z, None, None, training=True).tanh().mul(a).sum() + (w**2).sum()
+
+    layer = bilevel.argmin(objective, linear_solver=bilevel.CG())
+    a = torch.tensor(0.3, dtype=F64, requires_grad=True)
+    found, nodes = [], []
+    for _ in range(3):
+        w = layer(torch.ones(18, dtype=F64), a)
+        found.append(torch.autograd.grad(w.sum(), a)[0])
+        with QuickProducts.around(layer.function) as mode:
+            nodes.append(mode is not None)
+    assert nodes == [True] * 3
+    torch.testing.assert_close(found[1:], [found[0]] * 2, atol=1e-9, rtol=1e-9)
+    with QuickProducts.around(lambda w, a: (w**2).sum()) as mode:
+        assert mode is None

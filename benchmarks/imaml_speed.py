@@ -16,6 +16,7 @@ from torch import nn
 from torch.nn.functional import cross_entropy, mse_loss
 
 import bilevel
+from bilevel._allocator import keep_freed_memory
 from bilevel.meta import FewShotSampler, SinusoidSampler, Tasks, conv_network, draw_glyphs, mlp
 
 Loss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
@@ -99,8 +100,11 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--only", default="sinusoid,5,20")
+    parser.add_argument("--plain-malloc", action="store_true", help="leave the C library's allocator as it is")
     options = parser.parse_args()
     only = options.only.split(",")
+    # As ``bilevel imaml`` does, for all contestants; the loop's tensors are small, and gain little by it.
+    print(f"freed memory is kept: {keep_freed_memory() if not options.plain_malloc else False}")
     torch.manual_seed(0)
     if "sinusoid" in only:
         torch.set_num_threads(1)

@@ -155,7 +155,11 @@ def ravel(tree: Any) -> torch.Tensor:
     tensor([[3.]])
     """
     leaves = tuple(pytree.tree_leaves(tree))
-    if len(leaves) == len(_unknown.leaves) and all(a is b for a, b in zip(leaves, _unknown.leaves, strict=True)):
+    if (
+        leaves
+        and len(leaves) == len(_unknown.leaves)
+        and all(a is b for a, b in zip(leaves, _unknown.leaves, strict=True))
+    ):
         assert _unknown.flat is not None
         return _unknown.flat
     if leaves and all(isinstance(leaf, torch.Tensor) for leaf in leaves):

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from typing import Any, NoReturn
 
 import bilevel
+from bilevel._allocator import keep_freed_memory
 
 __all__ = ["main"]
 
@@ -41,6 +42,8 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
         Always: with 0; with 2 and one sentence on standard error for input that cannot be used; with 1 for a
         failed solve or a missing package; with 130 after Ctrl-C.
     """
+    if arguments is None:  # the process is ours
+        keep_freed_memory()
     given = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
     try:
         sys.exit(_run(given))

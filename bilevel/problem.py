@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -417,17 +418,27 @@ class BilevelProblem(torch.nn.Module, ABC):
             spoiled |= bool(check_connection(self.where, outer, cut, self._layer.on_failure))
         return loss * float("nan") if spoiled else loss
 
-    def solve(self, outer: Any, data: Any, *, init: Any = None) -> Solution[Any]:
-        """Return φ*(θ), differentiable, with the report of the inner solve."""
+    def solve(self, outer: Any, data: Any, *, init: Any = None, inspect: bool = True) -> Solution[Any]:
+        """Return φ*(θ), differentiable, with the report of the inner solve.
+
+        Parameters
+        ----------
+        outer, data, init
+            See :meth:`forward`.
+        inspect
+            Look first for what would make gradients wrong (random numbers, captured tensors, wrong shapes), which costs two gradients of
+            one problem. One of several calls with the same objective tells it for all.
+        """
         count = self._count(data)
         self._layer.tolerance = self.tolerance_of(outer, data)
         start = self._start(outer, data, count) if init is None else init
         if count is not None:
             self._check_start(start, count)
-        if self.batch_dims is None:
-            solution = self._layer.solve(start, outer, data)
-        else:
-            solution = vmap(self._layer.solve, in_dims=(0, None, self.batch_dims))(start, outer, data)
+        with nullcontext() if inspect else self._layer.trusted():
+            if self.batch_dims is None:
+                solution = self._layer.solve(start, outer, data)
+            else:
+                solution = vmap(self._layer.solve, in_dims=(0, None, self.batch_dims))(start, outer, data)
         if self.warm_start:
             last = pytree.tree_map(_cut, solution.value)
             # What a transform outside maps or differentiates is not this problem's own solution to go on from.

@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Mapping
-from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -184,8 +183,7 @@ class IMAML(bilevel.BilevelProblem):
         outer, losses, made = self.outer, [], []
         for number, part in enumerate(self._passes(tasks)):
             data = self._data(part)
-            with self._layer.trusted() if number else nullcontext():
-                adapted = self.solve(outer, data).value
+            adapted = self.solve(outer, data, inspect=number == 0).value
             loss, prediction = _by_parts(functools.partial(self._judge, data["fixed"]), adapted, data["query"])
             losses.append(loss)
             made.append(pytree.tree_map(torch.Tensor.detach, prediction))
@@ -212,7 +210,8 @@ class IMAML(bilevel.BilevelProblem):
         x, y, weight = as_support(support, self.where)
         tasks = self._checked(Tasks(x, y, x, y, weight, weight))
         with torch.no_grad():
-            parts = [self.solve(self.outer, self._data(part)).value for part in self._passes(tasks)]
+            passes = enumerate(self._passes(tasks))
+            parts = [self.solve(self.outer, self._data(part), inspect=number == 0).value for number, part in passes]
         return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
     def predict(self, adapted: Mapping[str, torch.Tensor], x: Any) -> Any:

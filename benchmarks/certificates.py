@@ -3,6 +3,9 @@
 Each problem is solved, inner and adjoint, to an accuracy drawn at random between crude and rounding, in float32 or float64, with
 a condition number between 1 and 1e6. The true errors are measured against the solution of the same numbers found by Newton steps whose
 residuals are computed in numpy's long double (80 bits on x86).
+
+Small Hessians are factorised. ``--by-products`` forbids that, and the bounds are found as those of a large problem are: by conjugate
+gradients, in as many products as ``--products`` allows.
 """
 
 from __future__ import annotations
@@ -21,6 +24,7 @@ from torch.utils import _pytree as pytree
 import bilevel
 from bilevel._system import ArgminSystem, Problem
 from bilevel._tree import Raveler, flatten_arguments
+from bilevel.certificates import _point
 from bilevel.certificates._certificate import Certificate
 from bilevel.certificates._point import Point
 from bilevel.certificates.fixed_points import identify_support, newton_on_support, proximal_distance
@@ -32,6 +36,7 @@ from bilevel.tolerance import Target
 Array = np.ndarray
 LD = np.longdouble
 CLASSES = 3
+FAMILIES = ("squares", "logistic", "softmax", "proximal network", "lasso")
 
 
 @dataclass
@@ -377,6 +382,7 @@ class Tally:
     violations: dict[str, int] = field(default_factory=dict)
     ratios: dict[str, list[float]] = field(default_factory=dict)
     conditions: list[float] = field(default_factory=list)
+    spent: list[int] = field(default_factory=list)
 
     def add(self, name: str, bound: Array, error: Array, floor: Array) -> None:
         known = np.isfinite(bound)
@@ -392,7 +398,9 @@ def length(a: Array) -> Array:
     return np.sqrt((a * a).sum(-1)).astype(np.float64)
 
 
-def run_batch(family: str, generator: torch.Generator, k: int, dtype: torch.dtype, tally: Tally) -> None:
+def run_batch(
+    family: str, generator: torch.Generator, k: int, dtype: torch.dtype, tally: Tally, products: int
+) -> None:
     if family == "lasso":
         case = lasso(generator, k, dtype)
     elif family == "proximal network":
@@ -415,7 +423,7 @@ def run_batch(family: str, generator: torch.Generator, k: int, dtype: torch.dtyp
     point = point.with_q(q)
     found = point.gradient.detach()
     corrected = point.corrected_value.detach()
-    certificate = Certificate(point, found.mean(0), corrected.mean(), lambda: case.constants)
+    certificate = Certificate(point, found.mean(0), corrected.mean(), lambda: case.constants, products=products)
     exact = certificate.exact
 
     if family == "lasso":
@@ -448,6 +456,8 @@ def run_batch(family: str, generator: torch.Generator, k: int, dtype: torch.dtyp
             error, size = true[name]
             label = name + (" on the support" if family == "lasso" and name == "C1" else "") + how
             tally.add(label, bound.numpy()[keep], error[keep], 1e-15 * size[keep])
+    if not exact.factorable:
+        tally.spent.append(products - certificate._route.left)
     # C5 estimates what iterations leave, not what rounding does.
     error = true["C3"][0]
     large = keep & (error > 10 * exact.rounding.gradient.numpy() + 1e-14 * length(g))
@@ -460,9 +470,14 @@ def main() -> None:
     parser.add_argument("--problems", type=int, default=20_000)
     parser.add_argument("--batch", type=int, default=250)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--by-products", action="store_true", help="no Hessian is formed")
+    parser.add_argument("--products", type=int, default=bilevel.Tolerance().bound_products)
+    parser.add_argument("--families", nargs="+", default=FAMILIES, choices=FAMILIES)
     options = parser.parse_args()
     torch.set_num_threads(1)
-    families = ("squares", "logistic", "softmax", "proximal network", "lasso")
+    if options.by_products:
+        _point.MOST_NUMBERS = 0
+    families = options.families
     each = math.ceil(options.problems / options.batch / len(families) / 2)
     began, total, violated = time.perf_counter(), 0, 0
     print(
@@ -473,7 +488,7 @@ def main() -> None:
             tally = Tally()
             for number in range(each):
                 generator = torch.Generator().manual_seed(options.seed + 2 * number + (dtype == torch.float32))
-                run_batch(family, generator, options.batch, dtype, tally)
+                run_batch(family, generator, options.batch, dtype, tally, options.products)
             total += tally.problems
             for name, count in tally.certified.items():
                 middle, high = (
@@ -486,6 +501,11 @@ def main() -> None:
                 )
             low, middle, high = np.quantile(tally.conditions, [0, 0.5, 1])
             print(f"{family:17s} {str(dtype)[6:]:8s} condition numbers from {low:.1f} over {middle:.0f} to {high:.2g}")
+            if tally.spent:
+                print(
+                    f"{family:17s} {str(dtype)[6:]:8s} products for the bounds of a batch: median {np.median(tally.spent):.0f}, "
+                    f"most {max(tally.spent)}"
+                )
             ratios = np.array(tally.ratios["C5"])
             share = float(((ratios > 0.5) & (ratios < 2)).mean()) if len(ratios) else math.nan
             print(

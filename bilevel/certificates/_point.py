@@ -165,7 +165,9 @@ class Point:
         """B (K, n, p), or None if it is too large."""
         if self.lower.batch * self.lower.size * self.outer_size > MOST_NUMBERS:
             return None
-        return _each(self.lower, self.x[:, None], self._cross_by_vmap, self._cross_by_passes)
+        columns = self.outer_size < self.lower.size  # whichever are fewer
+        by_vmap = self._cross_by_columns if columns else self._cross_by_vmap
+        return _each(self.lower, self.x[:, None], by_vmap, self._cross_by_passes)
 
     @cached_property
     def gradient(self) -> torch.Tensor:
@@ -202,7 +204,7 @@ class Point:
     @cached_property
     def sensitivity(self) -> torch.Tensor | None:
         """B ᵀH⁻¹ (K, p, n), the derivative of φ* but for its sign, or None if it is too large."""
-        if self.cross is None or not self.factorable:
+        if not self.factorable or self.cross is None:
             return None
         values, vectors = self._eigen
         return ((vectors / values.unsqueeze(-2)) @ (vectors.mT @ self.cross)).mT
@@ -214,7 +216,7 @@ class Point:
 
     def pulled(self, u: torch.Tensor) -> torch.Tensor:
         """Return Bᵀu (K, p) for u (K, n), each problem's own."""
-        if self.cross is not None:
+        if self.factorable and self.cross is not None:
             return torch.einsum("kn,knp->kp", u, self.cross)
         return self.with_q(torch.zeros_like(u)).gradient - self.with_q(u).gradient
 
@@ -278,8 +280,12 @@ class Point:
 
     def refined(self) -> Point:
         """Return φ⁺ = φ − H⁻¹∇G with the adjoint there, q⁺ = q + H(φ⁺)⁻¹ρ(φ⁺): two solves."""
-        moved = replace(self, x=self.x - self.solve(self.residual))
+        moved = self.moved(self.x - self.solve(self.residual))
         return moved.with_q(self.q + moved.solve(moved.rho))
+
+    def moved(self, x: torch.Tensor) -> Point:
+        """Return the point at another φ, with the same adjoint."""
+        return replace(self, x=x)
 
     def with_q(self, q: torch.Tensor) -> Point:
         """Return this φ with another adjoint; what is known of φ alone is kept."""
@@ -311,6 +317,18 @@ class Point:
         n = x.shape[0]
         pulled = vmap(made[1])(torch.eye(n, dtype=x.dtype, device=x.device))
         return torch.cat([part.reshape(n, -1) for part in pulled], dim=1)
+
+    def _cross_by_columns(self, rows: torch.Tensor, *tensors: torch.Tensor) -> torch.Tensor:
+        chosen, merged = self._chosen(tensors)
+        system, x = self.lower.system, rows[0]
+        made: Any = vjp(lambda *moved: grad(lambda point: system.output(point, *merged(*moved)))(x), *chosen)
+
+        # B w = ∇_u ⟨w, Bᵀu⟩.
+        def column(w: torch.Tensor) -> torch.Tensor:
+            return grad(lambda u: torch.dot(w, torch.cat([part.reshape(-1) for part in made[1](u)])))(x)
+
+        units = torch.eye(sum(t.numel() for t in chosen), dtype=x.dtype, device=x.device)
+        return vmap(column)(units).mT
 
     def _square_by_vmap(self, rows: torch.Tensor, *tensors: torch.Tensor) -> torch.Tensor:
         chosen, merged = self._chosen(tensors)

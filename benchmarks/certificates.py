@@ -398,9 +398,7 @@ def length(a: Array) -> Array:
     return np.sqrt((a * a).sum(-1)).astype(np.float64)
 
 
-def run_batch(
-    family: str, generator: torch.Generator, k: int, dtype: torch.dtype, tally: Tally, products: int
-) -> None:
+def run_batch(family: str, generator: torch.Generator, k: int, dtype: torch.dtype, tally: Tally, products: int) -> None:
     if family == "lasso":
         case = lasso(generator, k, dtype)
     elif family == "proximal network":

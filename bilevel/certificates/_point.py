@@ -32,6 +32,8 @@ _SCATTERED_NUMBERS = 2**22
 _KRYLOV_RELATIVE = 1e-6
 # What does not depend on q.
 _OF_X = ("linear", "residual", "v", "_eigen", "least", "cross", "cross_norm", "sensitivity", "sensitivity_norm")
+# What does.
+_OF_Q = ("hq", "rho", "corrected_value", "gradient")
 
 
 @dataclass(frozen=True, eq=False)
@@ -291,6 +293,12 @@ class Point:
         """Return this φ with another adjoint; what is known of φ alone is kept."""
         other = replace(self, q=q)
         other.__dict__.update({name: self.__dict__[name] for name in _OF_X if name in self.__dict__})
+        return other
+
+    def with_rounding(self, rounding: Rounding) -> Point:
+        """Return this point with what rounding can do to it known already, from one near by."""
+        other = self.with_q(self.q)
+        other.__dict__.update({name: self.__dict__[name] for name in _OF_Q if name in self.__dict__}, rounding=rounding)
         return other
 
     def nudged(self, seed: int) -> Point:

@@ -8,7 +8,7 @@ no further than brings what the formulas leave at φ⁺ down to a tenth of the b
 
 from __future__ import annotations
 
-from dataclasses import replace
+import math
 
 import torch
 
@@ -30,8 +30,10 @@ _FIRST, _ADJOINT, _FORCING = 1e-2, 5e-2, 1e-4
 # A pass that leaves more than this of everything that is not tight yet has met rounding, or a method that does not work here.
 _PROGRESS = 0.9
 _MOST_HALVINGS = 8
-# About how many products' time it takes to recheck, the measuring of rounding included.
-_RECHECK = 8
+# How much of the products left a solve may take, so that none goes without.
+_SHARES = (0.25, 0.5, 0.5)
+# Rounding is measured anew where φ or q has changed by more than this of itself, and taken for that much larger where not.
+_SAME_ROUNDING = 0.1
 
 
 class Route:
@@ -52,7 +54,7 @@ class Route:
     def __init__(self, exact: Point, known: Constants, spectral: Spectral, products: int) -> None:
         self.exact, self.known, self.spectral = exact, known, spectral
         self.left = products
-        self.at = exact
+        self.at = self._measured = exact
         self.there: Errors | None = None
         self._turned = torch.zeros_like(exact.q)
         self._best: Errors | None = None
@@ -119,13 +121,15 @@ class Route:
         mu = self._curvature_at(at)
         if first:
             # What ρ accounts for; as well a good begin for the adjoint.
-            self._turned = self._solve(at.linear.operator, at.rho, loose, torch.maximum(_ADJOINT * rho, at.rounding.rho))
+            want = torch.maximum(_ADJOINT * rho, at.rounding.rho)
+            self._turned = self._solve(at.linear.operator, at.rho, loose, want, _SHARES[0])
             want_r = _FIRST * r
             want_rho = torch.zeros_like(r)
         else:
             want_r, want_rho = self._wants(mu, gradient)
             want_r = torch.where(l_h == 0, want_r, torch.maximum(want_r, _FORCING * r))
-        step = self._solve(at.linear.operator, at.residual, loose, torch.maximum(want_r, at.rounding.residual))
+        want = torch.maximum(want_r, at.rounding.residual)
+        step = self._solve(at.linear.operator, at.residual, loose, want, _SHARES[1])
         self.at = self._moved(at, step)
         if first:
             self.at = self.at.with_q(at.q + self._turned)
@@ -133,9 +137,12 @@ class Route:
         rho = at.rho.norm(dim=-1)
         # No more of ρ need go than what φ's own error adds to it.
         beside = (l_f + l_h * at.q.norm(dim=-1)) * at.residual.norm(dim=-1) / mu
-        enough = _ADJOINT * rho if first else torch.minimum(_ADJOINT * rho, _SMALL * beside.nan_to_num(nan=float("inf")))
+        enough = (
+            _ADJOINT * rho if first else torch.minimum(_ADJOINT * rho, _SMALL * beside.nan_to_num(nan=float("inf")))
+        )
         threshold = torch.maximum(torch.maximum(want_rho, enough), self.exact.rounding.rho)
-        further = at.with_q(at.q + self._solve(at.linear.operator, at.rho, loose, threshold))
+        change = self._solve(at.linear.operator, at.rho, loose, threshold, _SHARES[2] if first else 1.0)
+        further = at.with_q(at.q + change)
         closer = further.rho.norm(dim=-1) < rho
         self.at = further if bool(closer.all()) else at.with_q(torch.where(closer.unsqueeze(-1), further.q, at.q))
         self._recheck()
@@ -143,13 +150,20 @@ class Route:
     def _recheck(self) -> None:
         """Bound the errors at the point reached, and those at ``exact`` by way of it."""
         exact, at = self.exact, self.at
+        if self._near(at.x, self._measured.x) and self._near(at.q, self._measured.q):
+            self.at = at = at.with_rounding(self._measured.rounding.times(1 + _SAME_ROUNDING))
+        else:
+            self._measured = at
         known, spectral = self.spectral.there(self.known, exact, at)
         self.there = errors_at(at, known, spectral)
         same = same_minimum(exact, self.known, self.spectral, at, self.there)
         round_about = through(exact, at, self.there, self._turned).where(same)
         assert self._best is not None
         self._best = self._best.better(round_about)
-        self.left -= _RECHECK
+
+    @staticmethod
+    def _near(a: torch.Tensor, b: torch.Tensor) -> bool:
+        return bool(((a - b).norm(dim=-1) <= _SAME_ROUNDING * b.norm(dim=-1)).all())
 
     def _wants(self, mu: torch.Tensor, gradient: bool) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the norms of ∇G and of ρ (K,) at which the formulas would leave a tenth of each bound."""
@@ -182,15 +196,15 @@ class Route:
         return mu.clamp_min(torch.finfo(mu.dtype).tiny)
 
     def _solve(
-        self, operator: LinearOperator, rhs: torch.Tensor, loose: torch.Tensor, threshold: torch.Tensor
+        self, operator: LinearOperator, rhs: torch.Tensor, loose: torch.Tensor, threshold: torch.Tensor, share: float
     ) -> torch.Tensor:
-        """Return x (K, n) with ‖b − H x‖ ≤ ``threshold`` where ``loose`` and the products suffice; zero elsewhere."""
+        """Return x (K, n) with ‖b − H x‖ ≤ ``threshold`` where ``loose`` and a ``share`` of the products left suffices; else zero."""
         going = loose & torch.isfinite(rhs).all(-1) & (rhs != 0).any(-1)
         if self.left <= 0 or not bool(going.any()):
             return torch.zeros_like(rhs)
         scale = torch.where(going, rhs.abs().amax(-1), torch.ones_like(threshold))
         unit = torch.where(going.unsqueeze(-1), rhs / scale.unsqueeze(-1), torch.zeros_like(rhs))
-        found = CG(max_steps=self.left).solve(operator, unit, threshold / scale)
+        found = CG(max_steps=math.ceil(share * self.left)).solve(operator, unit, threshold / scale)
         self.left -= int(found.iterations.max())
         x = found.x * scale.unsqueeze(-1)
         return torch.where(torch.isfinite(x).all(-1, keepdim=True) & going.unsqueeze(-1), x, torch.zeros_like(x))

@@ -383,6 +383,7 @@ class Tally:
     ratios: dict[str, list[float]] = field(default_factory=dict)
     conditions: list[float] = field(default_factory=list)
     spent: list[int] = field(default_factory=list)
+    rounding: dict[str, float] = field(default_factory=dict)
 
     def add(self, name: str, bound: Array, error: Array, floor: Array) -> None:
         known = np.isfinite(bound)
@@ -392,6 +393,25 @@ class Tally:
         self.ratios.setdefault(name, []).extend(
             (bound[known] / np.maximum(error[known], floor[known] + 1e-300)).tolist()
         )
+
+
+def allowance_used(case: Case, point: Point) -> dict[str, float]:
+    """Return the largest part, over the problems, of the rounding allowed for that ∇G, ρ, ĝ and the corrected value really have."""
+    x, q, residual, rho, gradient, value = extended(
+        point.x, point.q, point.residual, point.rho, point.gradient, point.corrected_value
+    )
+    slope = case.gradient(x)
+    true = {
+        "∇G": (length(residual - slope), point.rounding.residual),
+        "ρ": (
+            length(rho - (case.outer_gradient(x) - (case.hessian(x) @ q[..., None])[..., 0])),
+            point.rounding.rho,
+        ),
+        "ĝ": (length(gradient + case.pulled(x, q)), point.rounding.gradient),
+        "value": (np.abs(value - (case.outer_value(x) - (q * slope).sum(-1))).astype(float), point.rounding.value),
+    }
+    # What is lost below the smallest normal number is no rounding of a measurable kind.
+    return {name: float((off / (allowed.numpy() + 1e-300)).max()) for name, (off, allowed) in true.items()}
 
 
 def length(a: Array) -> Array:
@@ -454,12 +474,16 @@ def run_batch(family: str, generator: torch.Generator, k: int, dtype: torch.dtyp
             error, size = true[name]
             label = name + (" on the support" if family == "lasso" and name == "C1" else "") + how
             tally.add(label, bound.numpy()[keep], error[keep], 1e-15 * size[keep])
+    better = certificate.refined if exact.factorable else certificate._route.at
+    for at in (exact, better):
+        for name, used in allowance_used(case, at).items():
+            tally.rounding[name] = max(tally.rounding.get(name, 0.0), used)
     if not exact.factorable:
         tally.spent.append(products - certificate._route.left)
     # C5 estimates what iterations leave, not what rounding does.
     error = true["C3"][0]
     large = keep & (error > 10 * exact.rounding.gradient.numpy() + 1e-14 * length(g))
-    estimate = (found.double() - certificate.refined.gradient).norm(dim=1).numpy()
+    estimate = (found.double() - certificate.compared.gradient).norm(dim=1).numpy()
     tally.ratios.setdefault("C5", []).extend((estimate[large] / error[large]).tolist())
 
 
@@ -499,6 +523,8 @@ def main() -> None:
                 )
             low, middle, high = np.quantile(tally.conditions, [0, 0.5, 1])
             print(f"{family:17s} {str(dtype)[6:]:8s} condition numbers from {low:.1f} over {middle:.0f} to {high:.2g}")
+            used = ", ".join(f"{name} {part:.2f}" for name, part in tally.rounding.items())
+            print(f"{family:17s} {str(dtype)[6:]:8s} of the rounding allowed for there was at most: {used}")
             if tally.spent:
                 print(
                     f"{family:17s} {str(dtype)[6:]:8s} products for the bounds of a batch: median {np.median(tally.spent):.0f}, "

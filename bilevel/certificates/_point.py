@@ -289,6 +289,19 @@ class Point:
         """Return the point at another φ, with the same adjoint."""
         return replace(self, x=x)
 
+    def newton_contraction(self, before: Point, noise: torch.Tensor) -> torch.Tensor:
+        """Return ‖H⁻¹∇G(φ⁺)‖/‖φ⁺ − φ‖ (K,) with H at φ: how much of Newton's step from ``before`` there is left to go.
+
+        It is half of L_H ‖φ⁺ − φ‖/λ as seen along the step, in a way that no scaling of φ changes; zero where ∇G is ``noise`` (K,).
+
+        References
+        ----------
+        Deuflhard, "Newton Methods for Nonlinear Problems", 2004, section 3.3: the natural monotonicity test.
+        """
+        step = (self.x - before.x).norm(dim=-1)
+        again = before.solve(self.residual).norm(dim=-1)
+        return torch.where(self.residual.norm(dim=-1) > noise, again / step, torch.zeros_like(step))
+
     def with_q(self, q: torch.Tensor) -> Point:
         """Return this φ with another adjoint; what is known of φ alone is kept."""
         other = replace(self, q=q)

@@ -30,6 +30,7 @@ _FIRST, _ADJOINT, _FORCING = 1e-2, 5e-2, 1e-4
 # A pass that leaves more than this of everything that is not tight yet has met rounding, or a method that does not work here.
 _PROGRESS = 0.9
 _MOST_HALVINGS = 8
+_CARE = 0.5
 # How much of the products left a solve may take, so that none goes without.
 _SHARES = (0.25, 0.5, 0.5)
 # Rounding is measured anew where φ or q has changed by more than this of itself, and taken for that much larger where not.
@@ -56,6 +57,7 @@ class Route:
         self.left = products
         self.at = self._measured = exact
         self.there: Errors | None = None
+        self._part = 0.8  # of what may be left, that one of the residuals may leave; halved before its first use
         self._turned = torch.zeros_like(exact.q)
         self._best: Errors | None = None
         self._like = exact.x.new_zeros(len(exact.x))
@@ -171,12 +173,15 @@ class Route:
         assert best is not None
         size = self.at.q.norm(dim=-1)
         bend = number(known.outer_smoothness, mu) + number(known.hessian_lipschitz, mu) * size
-        norm_b = number(self.spectral.cross_norm, mu)
+        norm_b = number(self.spectral.there(known, self.exact, self.at)[1].cross_norm, mu)
         turn = norm_b * bend / mu + number(known.cross_lipschitz, mu) * size + number(known.outer_cross_lipschitz, mu)
+
+        # The formulas leave more than this plan says where ‖q‖ grows, or the bounds are not tight yet.
+        self._part *= _CARE
 
         def share(bound: Split, factor: torch.Tensor) -> torch.Tensor:
             # A bound that cannot be had asks for nothing.
-            part = 0.4 * _SMALL * bound.value / factor
+            part = self._part * _SMALL * bound.value / factor
             return torch.where(torch.isfinite(factor) & torch.isfinite(part), part, torch.full_like(part, float("inf")))
 
         epsilon = torch.minimum(2 * share(best.inner, torch.ones_like(mu)), share(best.adjoint, bend / mu))

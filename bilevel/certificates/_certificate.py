@@ -10,7 +10,7 @@ from functools import cached_property
 import torch
 
 from bilevel.certificates._bounds import Split
-from bilevel.certificates._errors import Errors, Spectral, errors_at, number, same_minimum, through
+from bilevel.certificates._errors import Errors, Spectral, errors_at, number, through
 from bilevel.certificates._point import Point
 from bilevel.certificates._quadratic import completed
 from bilevel.certificates._route import Route
@@ -187,8 +187,7 @@ class Certificate:
         near = torch.isfinite(best.inner.value) | self.constants.convex
         for _ in range(_MOST_REFINEMENTS):
             there = self._refined_errors if at is self.refined else self._at(at)
-            same = near & same_minimum(self.exact, self.constants, self._spectral, at, there)
-            round_about = through(self.exact, at, there).where(same)
+            round_about = through(self.exact, at, there).where(near)
             closer = bool((round_about.gradient.value < best.gradient.value).any())
             best = best.better(round_about)
             # Once what is left to bound is small beside the distance to it, a further step has nothing to tighten.
@@ -208,12 +207,8 @@ class Certificate:
     def _better(self) -> tuple[Point, Errors] | None:
         """A point whose hypergradient is better, with the bounds there, once :attr:`errors` are known."""
         if self.exact.factorable:
-            at, there = self.refined, self._refined_errors
-        elif self._route.there is not None:
-            at, there = self._route.at, self._route.there
-        else:
-            return None
-        return (at, there) if bool(same_minimum(self.exact, self.constants, self._spectral, at, there).all()) else None
+            return self.refined, self._refined_errors
+        return None if self._route.there is None else (self._route.at, self._route.there)
 
     @cached_property
     def compared(self) -> Point:

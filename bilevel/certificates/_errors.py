@@ -11,7 +11,7 @@ from bilevel.certificates._bounds import Split
 from bilevel.certificates._point import Point
 from bilevel.certificates.constants import Constant, Constants
 
-__all__ = ["Errors", "Spectral", "errors_at", "number", "same_minimum", "through"]
+__all__ = ["Errors", "Spectral", "errors_at", "number", "through"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -120,21 +120,6 @@ def _solved(point: Point, b: torch.Tensor, noise: torch.Tensor, curvature: torch
     product = point.linear.operator.matvec(x)
     left = (b - product).norm(dim=-1) + 64 * point.eps * (b.norm(dim=-1) + product.norm(dim=-1))
     return x.norm(dim=-1) + (left + noise) / curvature
-
-
-def same_minimum(here: Point, known: Constants, spectral: Spectral, there: Point, errors: Errors) -> torch.Tensor:
-    """Bool (K,): the φ* that ``errors`` speak of, at ``there``, is the one that a bound ``here`` does.
-
-    There is one only if G is convex. If not, H is positive definite as long as L_H ‖φ − φ′‖ < λ_min(H(φ)), and a second stationary
-    point is not within that distance of φ.
-    """
-    step = (here.x - there.x).norm(dim=-1)
-    if known.convex or known.strong_convexity is not None:
-        return torch.ones_like(step, dtype=torch.bool)
-    curvature = here.least if here.factorable else spectral.curvature
-    if curvature is None:
-        return torch.zeros_like(step, dtype=torch.bool)
-    return number(known.hessian_lipschitz, step) * (step + errors.inner.value) < curvature
 
 
 def through(point: Point, refined: Point, errors: Errors, turned: torch.Tensor | None = None) -> Errors:

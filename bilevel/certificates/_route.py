@@ -13,7 +13,7 @@ import math
 import torch
 
 from bilevel.certificates._bounds import Split
-from bilevel.certificates._errors import Errors, Spectral, errors_at, number, same_minimum, through
+from bilevel.certificates._errors import Errors, Spectral, errors_at, number, through
 from bilevel.certificates._point import Point
 from bilevel.certificates.constants import Constants
 from bilevel.linear.cg import CG
@@ -61,8 +61,6 @@ class Route:
         self._turned = torch.zeros_like(exact.q)
         self._best: Errors | None = None
         self._like = exact.x.new_zeros(len(exact.x))
-        # A problem with a NaN in it has no better point, and must not hold up the others.
-        self._usable = torch.isfinite(exact.residual).all(-1) & torch.isfinite(exact.rho).all(-1)
 
     def follow(self, direct: Errors, spectral: Spectral, gradient: bool) -> Errors:
         """Return the bounds once those of φ and q, and of ĝ if ``gradient``, are tight, or the products are spent.
@@ -100,13 +98,13 @@ class Route:
     def _loose(self, names: list[str]) -> torch.Tensor:
         """Bool (K,): some bound of ``names`` is not tight yet."""
         there, best = self.there, self._best
+        loose = torch.full(self._like.shape, there is None and bool(names), device=self._like.device)
         if there is None or best is None:
-            return self._usable if names else self._usable & False
-        loose = torch.zeros_like(self._usable)
+            return loose
         for name in names:
             remainder, whole = getattr(there, name).value, getattr(best, name).value
-            loose = loose | ~(remainder <= _SMALL * whole)
-        return loose & self._usable
+            loose = loose | ~(remainder <= _SMALL * whole)  # where nothing is known of either, neither can be had
+        return loose
 
     def _gained(self, before: Errors, names: list[str], loose: torch.Tensor) -> bool:
         for name in names:
@@ -158,10 +156,10 @@ class Route:
             self._measured = at
         known, spectral = self.spectral.there(self.known, exact, at)
         self.there = errors_at(at, known, spectral)
-        same = same_minimum(exact, self.known, self.spectral, at, self.there)
-        round_about = through(exact, at, self.there, self._turned).where(same)
         assert self._best is not None
-        self._best = self._best.better(round_about)
+        # Without convexity the bounds there are finite only where L_H ‖φ − φ⁺‖, and the radius there, leave λ_min(H(φ)) positive: G is
+        # convex as far as that, and the minimum near φ⁺ the one near φ.
+        self._best = self._best.better(through(exact, at, self.there, self._turned))
 
     @staticmethod
     def _near(a: torch.Tensor, b: torch.Tensor) -> bool:

@@ -147,7 +147,11 @@ class Hypergradient:
 
     @cached_property
     def bound(self) -> Bound:
-        """Of ‖ĝ − g‖ (C3); computed when first asked for, at about the cost of the gradient."""
+        """Of ‖ĝ − g‖ (C3); computed when first asked for.
+
+        It costs about as much as the gradient, and where H is too large to be factorised the products that
+        ``Tolerance(bound_products=...)`` allows, as far as they tighten it.
+        """
         return self._certificate.bound
 
     @cached_property
@@ -547,6 +551,7 @@ class BilevelProblem(torch.nn.Module, ABC):
         leaves, structure = pytree.tree_flatten(outer)
         lower, upper, x = point.lower, point.upper, point.x
         mu = self._layer.tolerance.strong_convexity
+        products = 0 if self._layer.tolerance.has_goal else self._layer.tolerance.bound_products
 
         def constants() -> Constants:
             return self.constants(outer, data).with_mu(mu)
@@ -561,7 +566,7 @@ class BilevelProblem(torch.nn.Module, ABC):
             flat = at.gradient.mean(0).to(before._certificate.gradient)
             # In the problem's dtype, as any other result; the certificate then measures what rounding made of it.
             worth = at.corrected_value.mean().to(value)
-            certificate = Certificate(there, flat, worth, constants, self.where, self._layer.on_failure)
+            certificate = Certificate(there, flat, worth, constants, self.where, self._layer.on_failure, products)
             return Hypergradient(
                 there.upper.value(there.x).mean().to(value), worth, restore(flat), self._unravel(there.x, inner),
                 self._unravel(there.q, inner), before.report.moved(at), certificate, rebuild, restore,
@@ -569,7 +574,7 @@ class BilevelProblem(torch.nn.Module, ABC):
 
         return Hypergradient(
             value, corrected, restore(flat), inner, self._unravel(point.q, inner), report,
-            Certificate(point, flat, corrected, constants, self.where, self._layer.on_failure), rebuild, restore,
+            Certificate(point, flat, corrected, constants, self.where, self._layer.on_failure, products), rebuild, restore,
         )  # fmt: skip
 
     def _to_goal(self, outer: Any, data: Any, init: Any, tolerance: Tolerance) -> Hypergradient:

@@ -9,6 +9,7 @@ from typing import Final
 
 import torch
 
+from bilevel._checks import check_steps
 from bilevel.errors import ArgumentError
 
 __all__ = ["AUTO", "Auto", "Target", "Tolerance", "auto_relative"]
@@ -129,6 +130,7 @@ class Tolerance:
     relative: bool = False
     descent: float | None = None
     estimates: bool = False
+    bound_products: int = 1000
 
     def __post_init__(self) -> None:
         for name in ("delta", "delta_prime", "strong_convexity", "hypergradient", "descent"):
@@ -145,6 +147,7 @@ class Tolerance:
                     f"Tolerance: expected {name} > 0 and finite, got {number}; pass a positive number, or None "
                     "to ask for no accuracy and spend the solver's step budget"
                 )
+        check_steps("Tolerance", "bound_products", self.bound_products, least=0)
         self._check_goal()
 
     def __repr__(self) -> str:
@@ -157,6 +160,8 @@ class Tolerance:
                     settings[name] = getattr(self, name)
         elif self.strong_convexity is None:
             del settings["strong_convexity"]
+        if self.bound_products != type(self).bound_products:
+            settings["bound_products"] = self.bound_products
         return f"Tolerance({', '.join(f'{name}={value!r}' for name, value in settings.items())})"
 
     @property

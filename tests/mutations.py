@@ -372,6 +372,26 @@ MUTATIONS = (
         "a bound without the inner error", "certificates/_bounds.py",
         "return Split.of((l_f + l_h * size) * epsilon / mu, r_lin / mu)", "return Split.of(0 * epsilon, r_lin / mu)", ("tests/test_problem.py", "-k", "inner_error_alone"),
     ),
+    Mutation(
+        "a bound without what is left at the better point", "certificates/_errors.py",
+        "total = distance * (1 + slack) + remainder.value", "total = distance * (1 + slack)", ("tests/certificates/test_route.py", "-k", "bounds_are_tight"),
+    ),
+    Mutation(
+        "a bound with B's norm of another point", "certificates/_errors.py",
+        "(norm_b + l_b * step)", "(norm_b + 0 * step)", ("tests/certificates/test_bounds.py", "-k", "norm_of_b"),
+    ),
+    Mutation(
+        "a curvature that is the same everywhere", "certificates/_errors.py",
+        "bounds.curvature_there(curvature, l_h, step),", "curvature,", ("tests/certificates/test_route.py", "-k", "same_minimum"),
+    ),
+    Mutation(
+        "a bound whose products are not counted", "certificates/_route.py",
+        "self.left -= int(found.iterations.max())", "self.left -= 0", ("tests/certificates/test_route.py", "-k", "products_allowed"),
+    ),
+    Mutation(
+        "an error estimated from one step, however far off", "certificates/_certificate.py",
+        "_CONTRACTION = 0.1", "_CONTRACTION = 1e9", ("tests/certificates/test_bounds.py", "-k", "contracted"),
+    ),
     # iMAML.
     Mutation(
         "the proximal term without its half", "meta/imaml.py",

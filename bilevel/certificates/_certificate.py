@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
 
 import torch
 
 from bilevel.certificates._bounds import Split
-from bilevel.certificates._errors import Errors, Spectral, errors_at, through
+from bilevel.certificates._errors import Errors, Spectral, errors_at, number, through
 from bilevel.certificates._point import Point
 from bilevel.certificates._quadratic import completed
+from bilevel.certificates._route import Route
 from bilevel.certificates.bound import Bound
 from bilevel.certificates.constants import Constants
 from bilevel.certificates.lanczos import affordable, cross_norm, lanczos_spectrum
@@ -25,6 +26,8 @@ __all__ = ["Certificate"]
 # Newton steps that a bound by way of a better point may take, and what is left beside it when that is enough.
 _MOST_REFINEMENTS = 6
 _SMALL = 0.05
+# What Newton's method may leave of a step for the point reached to stand for the solution in an estimate.
+_CONTRACTION = 0.1
 # Products for a bound of a spectrum, and the probability that it is wrong, of each problem.
 _MOST_PRODUCTS = 200
 _PROBABILITY = 1e-6
@@ -46,6 +49,8 @@ class Certificate:
         What is known of the problem; called when it is needed.
     where, on_failure
         The problem's name, and what becomes of a constant that is refuted.
+    products
+        How many products with an H that is too large to be factorised a tight bound may take.
     """
 
     point: Point
@@ -54,6 +59,7 @@ class Certificate:
     given: Callable[[], Constants]
     where: str = "certificate"
     on_failure: OnFailure = "raise"
+    products: int = 0
 
     @cached_property
     def exact(self) -> Point:
@@ -114,13 +120,28 @@ class Certificate:
         return lanczos_spectrum(operator, failure_probability=_PROBABILITY, max_steps=steps).least
 
     @cached_property
-    def _cross_norm(self) -> torch.Tensor | None:
+    def _measured_cross_norm(self) -> torch.Tensor | None:
         """An upper bound (K,) of ‖B‖ by Lanczos, where it is needed and there is no other."""
-        known, others = self.constants, self.direct.adjoint
+        known, others = self.constants, self._without_cross_norm.adjoint
         needed = None not in (known.cross_lipschitz, known.outer_cross_lipschitz) and _finite(others)
         if not needed or known.cross_norm is not None or self.exact.cross_norm is not None:
             return None
         return cross_norm(self.exact, _PROBABILITY)
+
+    @cached_property
+    def _spectral(self) -> Spectral:
+        """What is known of H and B at φ beside the constants, ‖B‖ included where H is not formed."""
+        known, norm_b = self.constants.cross_norm, self._measured_cross_norm
+        if not self.exact.factorable:
+            if known is not None:
+                norm_b = number(known, self.exact.x[:, 0])
+            elif norm_b is None:
+                norm_b = self.exact.cross_norm
+        return replace(self._without_b, cross_norm=norm_b)
+
+    @cached_property
+    def _without_b(self) -> Spectral:
+        return Spectral(self._curvature)
 
     def _probability(self, *measured: torch.Tensor | None) -> float:
         """Return the probability that a constant is wrong that was given, or of these that were found by Lanczos runs."""
@@ -133,27 +154,40 @@ class Certificate:
         return self.exact.refined()
 
     @cached_property
+    def _without_cross_norm(self) -> Errors:
+        return errors_at(self.exact, self.constants, self._without_b)
+
+    @cached_property
     def direct(self) -> Errors:
         """The bounds that take no solve beyond those made: the formulas at (φ, q) itself."""
-        return errors_at(self.exact, self.constants, Spectral(self._curvature))
+        if self._spectral.cross_norm is None:
+            return self._without_cross_norm
+        return errors_at(self.exact, self.constants, self._spectral)
 
     @cached_property
     def _refined_errors(self) -> Errors:
-        return errors_at(self.refined, self.constants)
+        return self._at(self.refined)
+
+    def _at(self, better: Point) -> Errors:
+        """Return the bounds at a better point."""
+        known, spectral = self._spectral.there(self.constants, self.exact, better)
+        return errors_at(better, known, spectral)
+
+    @cached_property
+    def _route(self) -> Route:
+        return Route(self.exact, self.constants, self._without_b, self.products)
 
     @cached_property
     def errors(self) -> Errors:
-        """Every bound of each problem (K,): the smaller of the direct one and, where H is factorised, of the way round."""
+        """Every bound of each problem (K,): the smaller of the direct one and that by way of better points."""
         if not self.exact.factorable:
-            if self._cross_norm is None:
-                return self.direct
-            return errors_at(self.exact, self.constants, Spectral(self._curvature, self._cross_norm))
+            return self._route.follow(self.direct, self._spectral, gradient=True)
         best, at = self.direct, self.refined
         # Newton's way from a φ that no minimum is proven to be near may end at another.
-        same = torch.isfinite(best.inner.value) | self.constants.convex
+        near = torch.isfinite(best.inner.value) | self.constants.convex
         for _ in range(_MOST_REFINEMENTS):
-            there = errors_at(at, self.constants)
-            round_about = through(self.exact, at, there).where(same)
+            there = self._refined_errors if at is self.refined else self._at(at)
+            round_about = through(self.exact, at, there).where(near)
             closer = bool((round_about.gradient.value < best.gradient.value).any())
             best = best.better(round_about)
             # Once what is left to bound is small beside the distance to it, a further step has nothing to tighten.
@@ -162,17 +196,37 @@ class Certificate:
             at = at.refined()
         return best
 
-    @property
+    @cached_property
     def _others(self) -> Errors:
         """The bounds of all but the hypergradient, for which ‖B‖ need not be found."""
-        return self.errors if self.exact.factorable else self.direct
+        if self.exact.factorable:
+            return self.errors
+        return self._route.follow(self._without_cross_norm, self._without_b, gradient=False)
+
+    @property
+    def _better(self) -> tuple[Point, Errors] | None:
+        """A point whose hypergradient is better, with the bounds there, once :attr:`errors` are known."""
+        if self.exact.factorable:
+            return self.refined, self._refined_errors
+        return None if self._route.there is None else (self._route.at, self._route.there)
+
+    @cached_property
+    def compared(self) -> Point:
+        """The point that estimates compare with: the refined one, or a later one where that is not near enough to the solution."""
+        at, better = self.exact, self.refined
+        noise = at.rounding.residual
+        for _ in range(_MOST_REFINEMENTS - 1):
+            if bool((better.newton_contraction(at, noise) <= _CONTRACTION).all()):
+                break
+            at, better = better, better.refined()
+        return better
 
     @cached_property
     def estimates(self) -> Errors:
-        """The distances to the refined point, whose own errors are of second order, per problem (K,) (C5)."""
+        """The distances to a point whose own errors are of second order, per problem (K,) (C5)."""
         zero = torch.zeros_like(self.exact.x[:, 0])
         nothing = Split(zero, zero, zero)
-        return through(self.exact, self.refined, Errors(nothing, nothing, nothing, nothing))
+        return through(self.exact, self.compared, Errors(nothing, nothing, nothing, nothing))
 
     @property
     def inner_bound(self) -> Bound:
@@ -201,14 +255,15 @@ class Certificate:
             return _NOTHING
         if not _finite(self.errors.gradient):
             estimated = self.estimates.gradient
-            mean = float((given - self.refined.gradient.mean(0)).norm())
+            mean = float((given - self.compared.gradient.mean(0)).norm())
             return Bound(mean, Basis.ESTIMATED, float(estimated.inner.mean()), float(estimated.linear.mean()))
-        probability = self._probability(self._curvature, self._cross_norm)
+        probability = self._probability(self._curvature, self._measured_cross_norm)
         bound = self._mean(self.errors.gradient, rounding, lambda: self.estimates.gradient, probability)
-        if exact.factorable and _finite(self._refined_errors.gradient) and _finite(self.errors.inner):
+        better = self._better
+        if better is not None and _finite(better[1].gradient) and _finite(self.errors.inner):
             # Errors of several problems cancel in their mean, which the mean of their sizes does not see.
-            distance = float((given - self.refined.gradient.mean(0)).norm())
-            together = distance + float(self._refined_errors.gradient.value.mean())
+            distance = float((given - better[0].gradient.mean(0)).norm())
+            together = distance + float(better[1].gradient.value.mean())
             if together < bound.value:
                 bound = Bound(together, bound.basis, bound.inner_part, bound.linear_part, bound.failure_probability)
         return bound

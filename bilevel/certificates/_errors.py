@@ -11,7 +11,7 @@ from bilevel.certificates._bounds import Split
 from bilevel.certificates._point import Point
 from bilevel.certificates.constants import Constant, Constants
 
-__all__ = ["Errors", "Spectral", "errors_at", "through"]
+__all__ = ["Errors", "Spectral", "errors_at", "number", "through"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,7 +35,8 @@ class Errors:
         return Errors(*(part.where(usable) for part in (self.inner, self.adjoint, self.gradient, self.value)))
 
 
-def _number(constant: Constant, like: torch.Tensor) -> torch.Tensor:
+def number(constant: Constant, like: torch.Tensor) -> torch.Tensor:
+    """Return a constant per problem (K,), as ``like``; infinite where it is not known."""
     if constant is None:
         return torch.full_like(like, float("inf"))
     return torch.as_tensor(constant, dtype=like.dtype, device=like.device).detach().expand_as(like)
@@ -48,6 +49,21 @@ class Spectral:
     curvature: torch.Tensor | None = None
     cross_norm: torch.Tensor | None = None
 
+    def there(self, known: Constants, here: Point, there: Point) -> tuple[Constants, Spectral]:
+        """Return the constants and these bounds as they hold at another point: H and B change by L_H and L_B times the distance.
+
+        A ‖B‖ that was given holds ``here``, and is among the bounds.
+        """
+        step = (here.x - there.x).norm(dim=-1)
+        l_h, l_b = number(known.hessian_lipschitz, step), number(known.cross_lipschitz, step)
+        curvature, norm_b = self.curvature, self.cross_norm
+        if norm_b is None and known.cross_norm is not None:
+            norm_b = number(known.cross_norm, step)
+        return known.without("cross_norm"), Spectral(
+            None if curvature is None else bounds.curvature_there(curvature, l_h, step),
+            None if norm_b is None else (norm_b + l_b * step).nan_to_num(nan=float("inf")),
+        )
+
 
 def errors_at(point: Point, known: Constants, spectral: Spectral | None = None) -> Errors:
     """Return the bounds at ``point`` that follow from its residuals and from ``known``; rounding is part of each."""
@@ -56,9 +72,9 @@ def errors_at(point: Point, known: Constants, spectral: Spectral | None = None) 
     r_in = point.residual.norm(dim=-1) + rounding.residual
     r_lin = point.rho.norm(dim=-1) + rounding.rho
     size = point.q.norm(dim=-1)
-    l_f, l_h = _number(known.outer_smoothness, r_in), _number(known.hessian_lipschitz, r_in)
-    l_b, l_tf = _number(known.cross_lipschitz, r_in), _number(known.outer_cross_lipschitz, r_in)
-    mu = torch.zeros_like(r_in) if known.strong_convexity is None else _number(known.strong_convexity, r_in)
+    l_f, l_h = number(known.outer_smoothness, r_in), number(known.hessian_lipschitz, r_in)
+    l_b, l_tf = number(known.cross_lipschitz, r_in), number(known.outer_cross_lipschitz, r_in)
+    mu = torch.zeros_like(r_in) if known.strong_convexity is None else number(known.strong_convexity, r_in)
     # C1; of μ = 0, which stands for unknown, nothing follows.
     epsilon = bounds.least(bounds.inner_error(r_in, mu))
     curvature = point.least if point.factorable else spectral.curvature
@@ -77,10 +93,11 @@ def errors_at(point: Point, known: Constants, spectral: Spectral | None = None) 
         adjoint = bounds.adjoint_error_here(solved, size, epsilon, curvature, l_f, l_h)
     plain = bounds.adjoint_error(r_lin, size, epsilon, there, l_f, l_h)
     adjoint = plain if adjoint is None else plain.better(adjoint)
-    norm_b = point.cross_norm
-    if norm_b is None:
-        norm_b = spectral.cross_norm if known.cross_norm is None else _number(known.cross_norm, r_in)
-    gradient = bounds.gradient_error(_number(norm_b, r_in), size, epsilon, adjoint, l_b, l_tf)
+    norm_b = bounds.least(
+        number(spectral.cross_norm, r_in), number(known.cross_norm, r_in),
+        number(point.cross_norm if point.factorable else None, r_in),
+    )  # fmt: skip
+    gradient = bounds.gradient_error(norm_b, size, epsilon, adjoint, l_b, l_tf)
     if curvature is not None and point.sensitivity is not None and point.sensitivity_norm is not None:
         exact = torch.einsum("kpn,kn->kp", point.sensitivity, point.rho).norm(dim=-1)
         pulled = exact + point.sensitivity_norm * (rounding.rho + 64 * point.eps * point.rho.norm(dim=-1))
@@ -105,15 +122,16 @@ def _solved(point: Point, b: torch.Tensor, noise: torch.Tensor, curvature: torch
     return x.norm(dim=-1) + (left + noise) / curvature
 
 
-def through(point: Point, refined: Point, errors: Errors) -> Errors:
+def through(point: Point, refined: Point, errors: Errors, turned: torch.Tensor | None = None) -> Errors:
     """Return bounds at ``point`` by way of a better one whose ``errors`` are bounded: ‖a − a*‖ ≤ ‖a − a⁺‖ + ‖a⁺ − a*‖.
 
     As tight as a bound can be, where the refined point's are of second order (C6). Of the distance between the two
-    hypergradients, what the linear residual accounts for is BᵀH⁻¹ρ; the rest is the inner solve's.
+    hypergradients, what the linear residual accounts for is BᵀH⁻¹ρ; the rest is the inner solve's. ``turned`` is H⁻¹ρ, if it is
+    there already; only the parts rest on it.
     """
     zero = torch.zeros_like(errors.inner.value)
     step = (point.x - refined.x).norm(dim=-1)
-    turned = point.solve(point.rho)
+    turned = point.solve(point.rho) if turned is None else turned
     change = point.q - refined.q
     moved = point.gradient - refined.gradient
     value = (point.corrected_value - refined.corrected_value).abs()

@@ -32,6 +32,8 @@ _SCATTERED_NUMBERS = 2**22
 _KRYLOV_RELATIVE = 1e-6
 # What does not depend on q.
 _OF_X = ("linear", "residual", "v", "_eigen", "least", "cross", "cross_norm", "sensitivity", "sensitivity_norm")
+# What does.
+_OF_Q = ("hq", "rho", "corrected_value", "gradient")
 
 
 @dataclass(frozen=True, eq=False)
@@ -165,7 +167,9 @@ class Point:
         """B (K, n, p), or None if it is too large."""
         if self.lower.batch * self.lower.size * self.outer_size > MOST_NUMBERS:
             return None
-        return _each(self.lower, self.x[:, None], self._cross_by_vmap, self._cross_by_passes)
+        columns = self.outer_size < self.lower.size  # whichever are fewer
+        by_vmap = self._cross_by_columns if columns else self._cross_by_vmap
+        return _each(self.lower, self.x[:, None], by_vmap, self._cross_by_passes)
 
     @cached_property
     def gradient(self) -> torch.Tensor:
@@ -202,7 +206,7 @@ class Point:
     @cached_property
     def sensitivity(self) -> torch.Tensor | None:
         """B ᵀH⁻¹ (K, p, n), the derivative of φ* but for its sign, or None if it is too large."""
-        if self.cross is None or not self.factorable:
+        if not self.factorable or self.cross is None:
             return None
         values, vectors = self._eigen
         return ((vectors / values.unsqueeze(-2)) @ (vectors.mT @ self.cross)).mT
@@ -214,7 +218,7 @@ class Point:
 
     def pulled(self, u: torch.Tensor) -> torch.Tensor:
         """Return Bᵀu (K, p) for u (K, n), each problem's own."""
-        if self.cross is not None:
+        if self.factorable and self.cross is not None:
             return torch.einsum("kn,knp->kp", u, self.cross)
         return self.with_q(torch.zeros_like(u)).gradient - self.with_q(u).gradient
 
@@ -278,13 +282,36 @@ class Point:
 
     def refined(self) -> Point:
         """Return φ⁺ = φ − H⁻¹∇G with the adjoint there, q⁺ = q + H(φ⁺)⁻¹ρ(φ⁺): two solves."""
-        moved = replace(self, x=self.x - self.solve(self.residual))
+        moved = self.moved(self.x - self.solve(self.residual))
         return moved.with_q(self.q + moved.solve(moved.rho))
+
+    def moved(self, x: torch.Tensor) -> Point:
+        """Return the point at another φ, with the same adjoint."""
+        return replace(self, x=x)
+
+    def newton_contraction(self, before: Point, noise: torch.Tensor) -> torch.Tensor:
+        """Return ‖H⁻¹∇G(φ⁺)‖/‖φ⁺ − φ‖ (K,) with H at φ: how much of Newton's step from ``before`` there is left to go.
+
+        It is half of L_H ‖φ⁺ − φ‖/λ as seen along the step, in a way that no scaling of φ changes; zero where ∇G is ``noise`` (K,).
+
+        References
+        ----------
+        Deuflhard, "Newton Methods for Nonlinear Problems", 2004, section 3.3: the natural monotonicity test.
+        """
+        step = (self.x - before.x).norm(dim=-1)
+        again = before.solve(self.residual).norm(dim=-1)
+        return torch.where(self.residual.norm(dim=-1) > noise, again / step, torch.zeros_like(step))
 
     def with_q(self, q: torch.Tensor) -> Point:
         """Return this φ with another adjoint; what is known of φ alone is kept."""
         other = replace(self, q=q)
         other.__dict__.update({name: self.__dict__[name] for name in _OF_X if name in self.__dict__})
+        return other
+
+    def with_rounding(self, rounding: Rounding) -> Point:
+        """Return this point with what rounding can do to it known already, from one near by."""
+        other = self.with_q(self.q)
+        other.__dict__.update({name: self.__dict__[name] for name in _OF_Q if name in self.__dict__}, rounding=rounding)
         return other
 
     def nudged(self, seed: int) -> Point:
@@ -311,6 +338,18 @@ class Point:
         n = x.shape[0]
         pulled = vmap(made[1])(torch.eye(n, dtype=x.dtype, device=x.device))
         return torch.cat([part.reshape(n, -1) for part in pulled], dim=1)
+
+    def _cross_by_columns(self, rows: torch.Tensor, *tensors: torch.Tensor) -> torch.Tensor:
+        chosen, merged = self._chosen(tensors)
+        system, x = self.lower.system, rows[0]
+        made: Any = vjp(lambda *moved: grad(lambda point: system.output(point, *merged(*moved)))(x), *chosen)
+
+        # B w = ∇_u ⟨w, Bᵀu⟩.
+        def column(w: torch.Tensor) -> torch.Tensor:
+            return grad(lambda u: torch.dot(w, torch.cat([part.reshape(-1) for part in made[1](u)])))(x)
+
+        units = torch.eye(sum(t.numel() for t in chosen), dtype=x.dtype, device=x.device)
+        return vmap(column)(units).mT
 
     def _square_by_vmap(self, rows: torch.Tensor, *tensors: torch.Tensor) -> torch.Tensor:
         chosen, merged = self._chosen(tensors)

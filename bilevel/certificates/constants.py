@@ -20,8 +20,8 @@ Constant: TypeAlias = "float | torch.Tensor | None"
 class Constants:
     """What is known of a bilevel problem; None where it is not. For a batch, a number that holds for all, or a tensor (K,).
 
-    Lipschitz constants hold in φ, in Euclidean and spectral norms, on a set that holds the returned φ, the true φ* and the
-    segment between them.
+    They hold in φ, in Euclidean and spectral norms, on a convex set that holds the returned φ, the true φ* and the better points by way
+    of which bounds are made tight: those that Newton's method meets from φ.
 
     Parameters
     ----------
@@ -36,7 +36,8 @@ class Constants:
     outer_cross_lipschitz
         L_θF: of ∇_θ F; 0 if F does not depend on θ directly.
     cross_norm
-        ‖B‖, an upper bound at the returned φ, for problems too large to find it: λ for a proximal term (λ/2)‖φ − θ‖².
+        ‖B‖, an upper bound at the returned φ, for problems too large to find it: λ for a proximal term (λ/2)‖φ − θ‖². Elsewhere it
+        is taken to be larger by L_B times the distance.
     convex
         Whether G is convex in φ, so that a minimum with positive curvature is the only one. Without that, and without μ, bounds speak of
         the minimum that Newton–Kantorovich proves to be near the returned φ.

@@ -37,7 +37,9 @@ def observed(point: Point, other: Point) -> Constants:
         curvature = 2 * point.eigenvalues[:, 0] - point.least  # rounded up by what `least` is rounded down
     else:
         curvature = _rayleigh(point.q, point.hq, rounding.rho)
-    norm_b = point.cross_norm if point.cross_norm is not None else quotient(pulled, rounding.gradient, size)
+    # To form B for evidence alone is too much where it cannot be shared with H.
+    norm_b = point.cross_norm if point.factorable else None
+    norm_b = quotient(pulled, rounding.gradient, size) if norm_b is None else norm_b
     return Constants.unchecked(
         strong_convexity=curvature,
         outer_smoothness=quotient(there.v - point.v, rounding.rho, step),

@@ -8,11 +8,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import bilevel
-from bilevel.certificates import _certificate, _point
+from bilevel.certificates import _certificate, _point, logistic_constants
+from bilevel.certificates._errors import Spectral
 from bilevel.reports import Basis
 
 from .families import F64, Logistic, Ridge, draw, excess, truth
 
+BUDGET = bilevel.Tolerance(delta=None, delta_prime=None)
 LOOSE = {"solver": bilevel.LBFGS(max_steps=100), "linear_solver": bilevel.CG()}
 
 
@@ -316,3 +318,116 @@ def test_the_bound_of_a_report_allows_for_rounding():
     report = solution.report
     assert bool(report.certified.all()) and bool((error <= report.error_bound.double()).all())
     assert bool((error > report.residual_norm.double()).any())  # which the residual alone does not show
+
+
+def test_a_norm_of_b_that_was_given_is_moved_with_the_point(monkeypatch):
+    # H (2 × 2) may be formed and B (2 × 5) not: the bounds by way of a better point need ‖B‖ there.
+    monkeypatch.setattr(_point, "MOST_NUMBERS", 5)
+
+    class Products(bilevel.BilevelProblem):
+        def inner_objective(self, inner, outer, data):
+            return 0.5 * (inner**2).sum() - inner[0] + 0.1 * (inner.sum() ** 2) * outer.sum()
+
+        def outer_objective(self, inner, outer, data):
+            return ((inner - 3) ** 2).sum()
+
+        def constants(self, outer, data):
+            return bilevel.Constants(
+                strong_convexity=1.0, outer_smoothness=2.0, hessian_lipschitz=0.0, cross_lipschitz=0.4 * 5**0.5,
+                outer_cross_lipschitz=0.0, cross_norm=1e-12,
+            )  # fmt: skip
+
+    theta, start = torch.full((5,), 0.1, dtype=F64), torch.zeros(2, dtype=F64)  # where B = 0
+    problem = Products(solver=lambda objective, init, *args: init, linear_solver=bilevel.Exact(), tolerance=BUDGET)
+    result = problem.hypergradient(theta, (), init=start)
+    phi, _, g, _ = truth(problem, theta, (), start)
+    certificate = result._certificate
+    assert certificate.exact.factorable and certificate.exact.cross is None
+    known, there = Spectral().there(certificate.constants, certificate.exact, certificate.refined)
+    exact = 0.2 * float(phi.sum()) * 10**0.5  # B = 0.2 (φ₁ + φ₂) 11ᵀ
+    assert known.cross_norm is None and exact <= float(there.cross_norm) <= 2 * exact
+    assert result.certified and float((result.grad - g).norm()) <= result.error_bound
+
+
+def test_b_is_made_of_whichever_are_fewer_its_rows_or_its_columns():
+    data = draw(0)[1]
+
+    class Common(Ridge):
+        def inner_objective(self, inner, outer, data):
+            return super().inner_objective(inner, outer[:1].expand(5) + outer[1] * data[1][:5], data)
+
+    outer = torch.tensor([-1.0, 0.3], dtype=F64)
+    result = Common(tolerance=BUDGET).hypergradient(outer, data, init=torch.zeros(5, dtype=F64))
+    cross = torch.func.jacrev(torch.func.grad(Common().inner_objective), argnums=1)(result.inner, outer, data)
+    torch.testing.assert_close(result._certificate.exact.cross[0], cross)
+
+
+def test_a_problem_too_large_to_factorise_is_certified_tightly():
+    generator = torch.Generator().manual_seed(0)
+    rows, n = 40, 1100
+    X, Xv = (torch.randn(rows, n, generator=generator, dtype=F64) / n**0.5 for _ in range(2))
+    y, yv = (torch.randn(rows, generator=generator, dtype=F64).sign() for _ in range(2))
+
+    class Large(bilevel.BilevelProblem):
+        def inner_objective(self, inner, outer, data):
+            return torch.nn.functional.softplus(-y * (X @ inner)).mean() + 0.5 * outer.exp() * (inner**2).sum()
+
+        def outer_objective(self, inner, outer, data):
+            return torch.nn.functional.softplus(-yv * (Xv @ inner)).mean()
+
+        def constants(self, outer, data):
+            strength = float(outer.exp())
+            return bilevel.Constants(
+                strong_convexity=strength * (1 - 1e-12), outer_smoothness=logistic_constants(Xv).smoothness,
+                hessian_lipschitz=logistic_constants(X).hessian_lipschitz, cross_lipschitz=strength * (1 + 1e-12),
+                outer_cross_lipschitz=0.0,
+            )  # fmt: skip
+
+    outer, start = torch.tensor(-8.0, dtype=F64), torch.zeros(n, dtype=F64)
+    problem = Large(solver=bilevel.LBFGS(max_steps=12), linear_solver=bilevel.CG(max_steps=4), tolerance=BUDGET)
+    result = problem.hypergradient(outer, None, init=start)
+    assert not result._certificate.exact.factorable
+    # φ lies in the span of the rows, where there are 40 unknowns.
+    basis = torch.linalg.qr(X.mT)[0]
+    coordinates, step = torch.zeros(rows, dtype=F64), torch.ones(1)
+
+    def reduced(a):
+        return problem.inner_objective(basis @ a, outer, None)
+
+    while float(step.norm()) > 1e-14 * float(coordinates.norm()):
+        slope, curve = torch.func.grad(reduced)(coordinates), torch.func.hessian(reduced)(coordinates)
+        step = torch.linalg.solve(curve, slope)
+        coordinates = coordinates - step
+    phi = basis @ coordinates
+    v = torch.func.grad(problem.outer_objective)(phi, outer, None)
+    q = basis @ torch.linalg.solve(curve, basis.mT @ v) + (v - basis @ (basis.mT @ v)) / outer.exp()
+    g = -outer.exp() * (q @ phi)
+    for found, exact, bound in (
+        (result.inner, phi, result.inner_bound), (result.adjoint, q, result.adjoint_bound), (result.grad, g, result.bound)
+    ):  # fmt: skip
+        error = float((found - exact).norm())
+        assert bound.certified and error <= bound.value <= 1.3 * error
+    assert float(result._certificate.direct.gradient.value) > 30 * result.error_bound
+
+
+def test_an_estimate_goes_on_until_newtons_method_has_contracted():
+    class Undeclared(Logistic):
+        constants = bilevel.BilevelProblem.constants
+
+    worst = 1.0
+    for seed in range(8):
+        theta, data = draw(seed, 4.0)
+        theta = theta - 8
+        result, true = solve(
+            Undeclared,
+            theta,
+            data,
+            BUDGET,
+            solver=lambda objective, init, *args: init,
+            linear_solver=bilevel.CG(max_steps=1),
+        )
+        error = float((result.grad - true[2]).norm())
+        one_step = float((result.grad - result.corrected_grad).norm()) / error
+        assert result.bound.basis is Basis.ESTIMATED and 0.5 * error <= result.error_bound <= 2 * error
+        worst = min(worst, one_step)
+    assert worst < 0.5  # what one step alone would have said

@@ -154,6 +154,13 @@ class Knowledge:
         known.secants.scale = state["scale"]
         return known
 
+    def age(self, before: Knowledge, *, stepped: bool, solved: bool) -> None:
+        """Expect more than ``before`` of what neither a step nor a solve has measured: nothing has raised again what faded."""
+        if not stepped:
+            self.slope, self.value_bend = 1.25 * before.slope, 1.25 * before.value_bend
+            if not solved:
+                self.nu = 1.25 * before.nu
+
     def fade(self) -> None:
         """Trust what was seen elsewhere a little less; what is seen here raises it again."""
         self.nu, self.slope, self.pull = 0.8 * self.nu, 0.8 * self.slope, 0.8 * self.pull
@@ -287,6 +294,7 @@ class Search:
 
     def run(self, x: torch.Tensor, q: torch.Tensor | None) -> Reached:
         """Begin at φ = x (K, n) and the adjoint q (K, n), or None."""
+        before = replace(self.known)
         self.known.fade()
         if self.cold:
             x = self._descend(x)
@@ -318,6 +326,7 @@ class Search:
                     reason = Status.CONVERGED if bound.value <= self._allowed(here) else reason
                 else:
                     here = there
+        self.known.age(before, stepped=bool(self.inner_steps.any()), solved=bool(self.linear_steps.any()))
         return self._end(here, bound, reason, rounds)
 
     # The rounds

@@ -192,6 +192,17 @@ def test_the_next_hypergradient_begins_where_the_last_one_ended() -> None:
         problem.hypergradient(outer, data)
 
 
+def test_what_is_not_measured_again_is_not_trusted_the_more() -> None:
+    """A goal that the warm start meets already teaches nothing; the error that it reports must not fade away for that."""
+    data, outer = split(8), torch.full((6,), -1.0, dtype=F64)
+    problem = Classifier(tolerance=bilevel.Tolerance(descent=0.5, estimates=True), **ITERATIVE)
+    g = exact(problem, outer, data)
+    problem.hypergradient(outer, data, init=START)
+    for _ in range(40):
+        result = problem.hypergradient(outer, data)
+        assert result.error_bound >= float((result.grad - g).norm())
+
+
 def test_a_proof_without_constants_is_refused_and_an_estimate_is_not_a_proof() -> None:
     problem = Classifier(**ITERATIVE, tolerance=asked(1e-3))
     with pytest.raises(bilevel.ArgumentError, match="estimates=True"):

@@ -11,6 +11,7 @@ import torch
 
 import bilevel
 from bilevel.outer.methods import Evaluation
+from bilevel.outer.trail import Trail, combination
 
 F64 = torch.float64
 
@@ -140,6 +141,82 @@ def test_a_step_that_does_not_count_is_tried_again_from_where_it_began(method: b
     assert memory["taken"] == 0.125 and memory["step"] == pytest.approx(0.1625)
 
 
+def test_a_step_is_shortened_before_values_are_made_exacter_and_not_where_that_would_not_help() -> None:
+    asked = []
+
+    def evaluate(outer, *, tighter=1.0):
+        asked.append((float(outer[0]), tighter))
+        # It falls by 0.04, within the errors but not certainly by a tenth of what the slope 1 promises; a shorter step falls more.
+        value = {0.5: 0.8, 1.0: 1.0}.get(float(outer[0]), 0.96)
+        return replace(here(value, 0.05), outer=outer)
+
+    found = bilevel.MAID(step=1.0).advance(here(1.0, 0.05), {"step": 1.0}, evaluate)
+    assert asked == [(0.0, 1.0), (0.5, 1.0)] and found is not None
+    asked.clear()
+    # The errors are larger than α ‖ĝ‖²: no step that is shorter can be certain.
+    bilevel.MAID(step=0.05).advance(here(1.0, 0.05), {"step": 0.05}, evaluate)
+    assert asked[:3] == [(0.95, 1.0), (1.0, 10.0), (0.95, 10.0)]
+
+
+def test_the_trail_finds_what_is_linear_in_the_outer_variables() -> None:
+    generator = torch.Generator().manual_seed(0)
+    slope, offset = (torch.randn(*shape, generator=generator, dtype=F64) for shape in ((5, 3), (5,)))
+    split = [torch.randn(2, generator=generator, dtype=F64) for _ in range(5)]
+    thetas = [(x, x.sum()[None]) for x in split]  # three numbers, of two independent
+
+    def solution(theta):
+        return slope @ torch.cat(theta) + offset
+
+    trail = Trail()
+    assert trail.start(thetas[0]) is None
+    trail.add(thetas[0], {"x": torch.full((5,), torch.nan, dtype=F64)}, solution(thetas[0]))
+    assert trail.start(thetas[0]) is None  # what is not finite is not begun from
+    for theta in thetas[:4]:
+        trail.add(theta, {"x": solution(theta)}, 2 * solution(theta))
+    away = min(float((solution(theta) - solution(thetas[4])).norm()) for theta in thetas[:4])
+    for other in (trail, Trail.of(trail.state_dict())):
+        inner, adjoint = other.start(thetas[4])
+        assert float((inner["x"] - solution(thetas[4])).norm()) < 0.05 * away
+        torch.testing.assert_close(adjoint, 2 * inner["x"])
+    # The weights themselves, by least squares on the stacked system.
+    points, target = torch.stack([torch.cat(theta) for theta in thetas[:4]]), torch.cat(thetas[4])
+    nearest = int((points - target).norm(dim=1).argmin())
+    others = [j for j in range(4) if j != nearest]
+    steps = (points[others] - points[nearest]).T
+    system = torch.cat([steps, 1e-3**0.5 * torch.diag(steps.norm(dim=0))])
+    wanted = torch.cat([target - points[nearest], torch.zeros(3, dtype=F64)])
+    found = torch.linalg.lstsq(system, wanted[:, None]).solution[:, 0]
+    torch.testing.assert_close(combination(thetas[:4], thetas[4])[others], found)
+    aside = (thetas[3][0], thetas[3][1] + 10.0)  # a direction in which no step was made
+    weights = combination(thetas[:4], aside)
+    assert float(weights.sum()) == pytest.approx(1.0) and float(weights.abs().sum()) < 30
+    repeated = combination([thetas[0], thetas[0]], thetas[1])
+    assert sorted(repeated.tolist()) == [0.0, 1.0]
+
+
+@pytest.mark.parametrize("tolerance", [DESCENT, bilevel.Tolerance(1e-8, 1e-8)], ids=["goal", "fixed"])
+def test_solves_begin_nearer_than_at_the_last_point(tolerance: bilevel.Tolerance) -> None:
+    class Spied(Shrunk):
+        def begin_at(self, inner, adjoint):
+            starts.append(inner)
+            super().begin_at(inner, adjoint)
+
+    starts, reached = [], []
+    tuned = Spied(solver=bilevel.LBFGS(), linear_solver=bilevel.CG())
+    settings = {"init": torch.zeros(2, dtype=F64), "max_steps": 7, "tolerance": tolerance}
+    settings["optimizer"] = lambda p: torch.optim.SGD(p, lr=1.0)  # an evaluation for each step
+    bilevel.minimize(tuned, outer(), DATA, callback=lambda run: reached.append(run.inner), **settings)
+    assert len(starts) == 7 and len(reached) == 8
+    from_start = sum(float((a - b).norm()) for a, b in zip(starts[1:], reached[2:], strict=True))
+    from_last = sum(float((a - b).norm()) for a, b in zip(reached[1:-1], reached[2:], strict=True))
+    assert from_start < 0.5 * from_last
+    starts.clear()
+    cold = Spied(warm_start=False)
+    cold.initial = lambda outer, data: torch.zeros(2, dtype=F64)
+    bilevel.minimize(cold, outer(), DATA, max_steps=2)
+    assert not starts
+
+
 @pytest.mark.parametrize("optimizer", [bilevel.HOAG(), bilevel.MAID(), adam, lbfgs])
 @pytest.mark.parametrize("tolerance", [DESCENT, bilevel.CubicSchedule()], ids=["goal", "schedule"])
 def test_a_run_resumes_bit_for_bit(optimizer: object, tolerance: object) -> None:
@@ -245,7 +322,7 @@ def test_callbacks_stop_it_and_an_interruption_loses_nothing() -> None:
         ({"optimizer": "adam"}, "expected optimizer"),
         ({"on_failure": "warn"}, "on_failure"),
         ({"max_steps": -1}, "max_steps"),
-        ({"resume": {"format": 0}}, "of format 1"),
+        ({"resume": {"format": 0}}, "of format 2"),
     ],
 )
 def test_misuse_is_said(settings: dict[str, object], message: str) -> None:

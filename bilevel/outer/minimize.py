@@ -16,6 +16,7 @@ from bilevel._checks import check_steps
 from bilevel.errors import ArgumentError, SolveError
 from bilevel.outer.methods import HOAG, Evaluation, OuterMethod, TorchOuter
 from bilevel.outer.result import OuterResult, OuterStatus, OuterStep
+from bilevel.outer.trail import Trail
 from bilevel.problem import BilevelProblem
 from bilevel.reports import Basis
 from bilevel.tolerance import Tolerance
@@ -23,7 +24,7 @@ from bilevel.tolerance import Tolerance
 __all__ = ["OuterRun", "minimize"]
 
 Policy: TypeAlias = "Tolerance | Callable[[int], Tolerance]"
-FORMAT = 1
+FORMAT = 2
 
 
 def minimize(
@@ -150,6 +151,7 @@ class OuterRun:
         self._memory: dict[str, Any] = {}
         self._here: Evaluation | None = None
         self._warm: dict[str, Any] = {}
+        self._trail = Trail()
         self._spent = [0, 0]
         self._evaluations = 0
         self._seconds, self._began = 0.0, time.perf_counter()
@@ -197,6 +199,7 @@ class OuterRun:
                 "record": record,
                 "method": self._memory,
                 "problem": self._warm,
+                "trail": self._trail.state_dict(),
                 "spent": list(self._spent),
                 "evaluations": self._evaluations,
                 "seconds": self._elapsed,
@@ -223,6 +226,7 @@ class OuterRun:
             state["inner"], record,
         )  # fmt: skip
         self._memory, self._warm = state["method"], state["problem"]
+        self._trail = Trail.of(state["trail"])
         self._spent, self._evaluations = list(state["spent"]), state["evaluations"]
         self._seconds = state["seconds"]
         self.history = [OuterStep(**{**step, "basis": Basis(step["basis"])}) for step in state["history"]]
@@ -243,6 +247,9 @@ class OuterRun:
         problem.tolerance = asked
         init = self._init if self._evaluations == 0 else None
         self._evaluations += 1
+        start = self._trail.start(outer) if problem.warm_start else None
+        if start is not None:
+            problem.begin_at(*start)
         try:
             # A subclass may take θ from itself; here it is what moves.
             result = BilevelProblem.hypergradient(problem, self._tree(outer), self.data, init=init)
@@ -250,6 +257,8 @@ class OuterRun:
             self.failure = error
             problem.recall(self._warm) if self._warm else problem.reset()
             return None
+        if problem.warm_start:
+            self._trail.add(outer, result.inner, result.adjoint)
         forward, backward = result.report.forward, result.report.backward
         self._spent[0] += int(forward.iterations.sum())
         self._spent[1] += int(backward.iterations.sum())

@@ -146,9 +146,9 @@ class MAID(OuterMethod):
     """Adaptive accuracy with a line search that takes only decrease that is beyond the errors of the values.
 
     A step counts if F(θ⁺) + e⁺ ≤ F(θ) − e − ``decrease`` · α ‖ĝ‖², with corrected values, whose errors e are of second order (C4).
-    Otherwise α is multiplied by ``shrink``; but where the errors exceed the fall that the slope gives, α ‖ĝ‖² (1 − ``decrease``), so that a
-    shorter step would not be certain either, both ends are solved for more accurately. It is meant for ``Tolerance(descent=0.5)``, which makes −ĝ a descent direction: then a step
-    that counts exists.
+    Otherwise α is multiplied by ``shrink``; but where the errors exceed the fall that the slope gives, (1 − ``decrease``) α ‖ĝ‖², so that
+    a shorter step would not be certain either, both ends are solved for more accurately. It is meant for
+    ``Tolerance(descent=0.5)``, which makes −ĝ a descent direction: then a step that counts exists.
 
     Parameters
     ----------

@@ -346,16 +346,51 @@ def test_other_misuse_is_said() -> None:
         problem().tolerance = 1e-3
 
 
-def test_problems_that_hold_their_own_outer_variables_are_minimised_too() -> None:
-    tuning = bilevel.HyperparameterOptimization(
-        lambda w, h, d: ((w - d) ** 2).sum() + h.exp() * (w**2).sum(),
+def tuning(**start: float) -> bilevel.HyperparameterOptimization:
+    """φ* = d/(1 + e^h), and the loss is least at e^h = 0.25; h is a tensor, or several that are added."""
+    return bilevel.HyperparameterOptimization(
+        lambda w, h, d: ((w - d) ** 2).sum() + (sum(h.values()) if isinstance(h, dict) else h).exp() * (w**2).sum(),
         lambda w, d: ((w - 0.8 * d) ** 2).sum(),
-        torch.tensor(0.0, dtype=F64),
+        {name: torch.tensor(value, dtype=F64) for name, value in start.items()} or torch.tensor(0.0, dtype=F64),
         torch.zeros(2, dtype=F64),
     )
-    result = bilevel.minimize(tuning, tuning.outer, DATA, gradient_tolerance=1e-8)
-    assert float(result.outer.exp()) == pytest.approx(0.25, abs=1e-6)
-    assert float(tuning.outer.detach()) == 0.0  # what was given is not changed
+
+
+def test_the_outer_variables_of_a_module_follow_the_run() -> None:
+    model, seen = tuning(), []
+    before = model.hyperparameters
+    result = bilevel.minimize(
+        model, model.outer, DATA, gradient_tolerance=1e-8, callback=lambda run: seen.append(torch.equal(model.outer.detach(), run.outer))
+    )  # fmt: skip
+    assert float(result.outer.exp()) == pytest.approx(0.25, abs=1e-6) and all(seen)
+    assert model.hyperparameters is before and torch.equal(before.detach(), result.outer)
+    assert before.requires_grad and before.grad is None and not result.outer.requires_grad
+    assert torch.equal(model.state_dict()["hyperparameters"], result.outer)
+    assert float(model(DATA).detach()) == pytest.approx(result.value, abs=1e-12)
+
+    several, frozen = tuning(a=0.0, b=0.5), torch.tensor(0.5, dtype=F64)
+    found = bilevel.minimize(several, {"a": several.outer["a"], "b": frozen}, DATA, max_steps=3).outer
+    # What is not the module's own parameter is left as it is.
+    assert several.outer["a"].item() == found["a"].item() != 0.0
+    assert several.outer["b"].item() == frozen.item() == 0.5 != found["b"].item()
+
+
+def test_a_module_resumes_where_its_run_stopped() -> None:
+    def run(model: bilevel.HyperparameterOptimization, steps: int, **more: object) -> bilevel.OuterResult:
+        return bilevel.minimize(model, model.outer, DATA, max_steps=steps, **more)
+
+    whole, half = tuning(a=0.0, b=0.5), tuning(a=0.0, b=0.5)
+    state = run(half, 2).state
+    reached = {name: value.detach().clone() for name, value in half.outer.items()}
+    expected = run(whole, 5)
+    for model in (half, tuning(a=3.0, b=3.0)):  # where it stopped, or one made anew
+        at = []
+        found = run(model, 2, resume=state, callback=lambda run: at.append(run))
+        assert not at and all(torch.equal(model.outer[name].detach(), reached[name]) for name in "ab")
+        found = run(model, 5, resume=state)
+        for name in "ab":
+            assert torch.equal(found.outer[name], expected.outer[name])
+            assert torch.equal(model.outer[name].detach(), whole.outer[name].detach())
 
 
 def test_a_history_is_drawn_with_error_bars_and_a_run_is_shown() -> None:

@@ -49,7 +49,9 @@ def minimize(
     problem
         The problem; its warm starts are used.
     outer
-        Where θ begins: a tensor or a pytree. Leaves that are not floating-point tensors stay as they are.
+        Where θ begins: a tensor or a pytree. Leaves that are not floating-point tensors stay as they are. Parameters of the problem
+        itself, as ``tuning.outer`` of a :class:`HyperparameterOptimization`, follow the run, as they would an optimiser: they are
+        set to each point reached, and hold the last one at the end. Other tensors are not changed.
     data
         As for :meth:`BilevelProblem.hypergradient`.
     optimizer
@@ -146,6 +148,8 @@ class OuterRun:
             raise ArgumentError(
                 f"minimize: expected outer to hold a floating-point tensor, got {outer!r}; pass tensors to minimise over"
             )
+        own = {id(parameter) for parameter in problem.parameters()}
+        self._own = [leaf if id(leaf) in own else None for leaf in self._leaves if _moves(leaf)]
         self._init = init
         self.history: list[OuterStep] = []
         self._memory: dict[str, Any] = {}
@@ -227,6 +231,7 @@ class OuterRun:
         )  # fmt: skip
         self._memory, self._warm = state["method"], state["problem"]
         self._trail = Trail.of(state["trail"])
+        self._follow()
         self._spent, self._evaluations = list(state["spent"]), state["evaluations"]
         self._seconds = state["seconds"]
         self.history = [OuterStep(**{**step, "basis": Basis(step["basis"])}) for step in state["history"]]
@@ -283,6 +288,7 @@ class OuterRun:
     def _arrive(self, here: Evaluation) -> None:
         """Make ``here`` the present point, and file it."""
         self._here, self._warm = here, self.problem.memory()
+        self._follow()
         self.history.append(
             OuterStep(
                 number=len(self.history) + 1,
@@ -299,6 +305,14 @@ class OuterRun:
             )
         )
         self._spent = [0, 0]
+
+    def _follow(self) -> None:
+        """Set the problem's own parameters, where θ is those, to the present point."""
+        assert self._here is not None
+        with torch.no_grad():
+            for parameter, value in zip(self._own, self._here.outer, strict=True):
+                if parameter is not None:
+                    parameter.copy_(value)
 
     def _end(self, status: OuterStatus) -> OuterResult:
         here = self._here

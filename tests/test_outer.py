@@ -174,20 +174,17 @@ def test_the_trail_finds_what_is_linear_in_the_outer_variables() -> None:
     assert trail.start(thetas[0]) is None  # what is not finite is not begun from
     for theta in thetas[:4]:
         trail.add(theta, {"x": solution(theta)}, 2 * solution(theta))
-    away = min(float((solution(theta) - solution(thetas[4])).norm()) for theta in thetas[:4])
     for other in (trail, Trail.of(trail.state_dict())):
         inner, adjoint = other.start(thetas[4])
-        assert float((inner["x"] - solution(thetas[4])).norm()) < 0.05 * away
+        torch.testing.assert_close(inner["x"], solution(thetas[4]))
         torch.testing.assert_close(adjoint, 2 * inner["x"])
-    # The weights themselves, by least squares on the stacked system.
-    points, target = torch.stack([torch.cat(theta) for theta in thetas[:4]]), torch.cat(thetas[4])
-    nearest = int((points - target).norm(dim=1).argmin())
-    others = [j for j in range(4) if j != nearest]
-    steps = (points[others] - points[nearest]).T
-    system = torch.cat([steps, 1e-3**0.5 * torch.diag(steps.norm(dim=0))])
-    wanted = torch.cat([target - points[nearest], torch.zeros(3, dtype=F64)])
-    found = torch.linalg.lstsq(system, wanted[:, None]).solution[:, 0]
-    torch.testing.assert_close(combination(thetas[:4], thetas[4])[others], found)
+    # Of three collinear points and one aside, those two that are nearest to the target on its line are used, and exactly.
+    line = [(torch.tensor([x, 1.0], dtype=F64),) for x in (0.0, 3.0, 4.0)] + [(torch.tensor([4.0, 2.0], dtype=F64),)]
+    assert combination(line, (torch.tensor([6.0, 1.0], dtype=F64),)).tolist() == pytest.approx([0.0, -2.0, 3.0, 0.0])
+    assert combination(line, (torch.tensor([6.0, 3.0], dtype=F64),)).tolist() == pytest.approx([0.0, -2.0, 1.0, 2.0])
+    # A step that hardly leaves the line would be blown up a hundredfold.
+    line[3] = (torch.tensor([5.0, 1.01], dtype=F64),)
+    assert combination(line, (torch.tensor([4.0, 2.0], dtype=F64),)).abs().max() <= 1.0
     aside = (thetas[3][0], thetas[3][1] + 10.0)  # a direction in which no step was made
     weights = combination(thetas[:4], aside)
     assert float(weights.sum()) == pytest.approx(1.0) and float(weights.abs().sum()) < 30

@@ -63,7 +63,7 @@ def work(name: str, shared: bool, begin: float, method, tolerance, target: float
     try:
         result = bilevel.minimize(
             problem, theta, data, optimizer=method, tolerance=tolerance, max_steps=max_steps, callback=look,
-            on_failure="stop",
+            gradient_tolerance=target, on_failure="stop",
         )  # fmt: skip
     finally:
         torch.autograd.grad = plain

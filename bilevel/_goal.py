@@ -101,7 +101,7 @@ class GoalReport:
         if self.status is Status.STAGNATED:
             remedy = "that is what this dtype permits: use float64, rescale the problem, or ask for less"
             if self.tolerance.relative or self.tolerance.descent is not None:
-                remedy += "; near a stationary point only an absolute accuracy can be had"
+                remedy += "; near a stationary point only an absolute accuracy can be had, or stationary=... says which norm counts as zero"
         else:
             remedy = f"the solves {self.status.meaning}: {self.status.remedy}"
         return f"{head}; remedy: {remedy}."

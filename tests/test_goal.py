@@ -285,6 +285,9 @@ def test_goals_are_refused_where_they_mean_nothing() -> None:
         ({"estimates": True}, "got neither"),
         ({"hypergradient": 1e-3, "delta": 1e-3}, "the goal chooses"),
         ({"hypergradient": -1.0}, "hypergradient > 0"),
+        ({"hypergradient": 1e-3, "stationary": 1e-3}, "leave stationary out"),
+        ({"stationary": 1e-3}, "leave stationary out"),
+        ({"descent": 0.5, "stationary": 0.0}, "stationary > 0"),
     ],
 )
 def test_goals_that_make_no_sense_are_refused(settings: dict[str, object], message: str) -> None:
@@ -296,6 +299,10 @@ def test_what_a_goal_allows() -> None:
     assert bilevel.Tolerance(hypergradient=2.0).allowed(100.0) == 2.0
     assert bilevel.Tolerance(hypergradient=1.0, relative=True).allowed(4.0) == 2.0
     assert bilevel.Tolerance(descent=0.25).allowed(4.0) == 3.0
+    assert bilevel.Tolerance(descent=0.25, stationary=8.0).allowed(4.0) == 4.0
+    assert bilevel.Tolerance(descent=0.25, stationary=5.0).allowed(4.0) == 3.0
+    assert bilevel.Tolerance(hypergradient=1.0, relative=True, stationary=1.0).allowed(0.125) == 0.875
+    assert repr(bilevel.Tolerance(descent=0.5, stationary=0.1)) == "Tolerance(descent=0.5, stationary=0.1)"
     assert not bilevel.Tolerance().has_goal
 
 

@@ -80,6 +80,30 @@ def test_it_finds_the_minimum(optimizer: object, tolerance: object) -> None:
     assert "hypergradient's norm" in str(result) and result.status.success
 
 
+def test_a_gradient_that_counts_as_zero_is_not_resolved() -> None:
+    near = {"log": BEST + 1e-6, "name": ""}
+    spent = []
+    for stationary in (None, 1e-2):
+        tolerance = replace(DESCENT, stationary=stationary)
+        result = problem(tolerance=tolerance).hypergradient(near, DATA, init=torch.zeros(2, dtype=F64))
+        norm = float(result.grad["log"].norm())
+        assert result.report.goal.met and norm + result.error_bound <= 1e-2
+        assert (result.error_bound <= 0.5 * norm) == (stationary is None)
+        spent.append(int(result.report.iterations.sum()))
+    assert spent[1] < spent[0]
+    for goal in (
+        DESCENT,
+        bilevel.Tolerance(hypergradient=0.1, relative=True, estimates=True),
+        bilevel.Tolerance(1e-8, 1e-8),
+    ):
+        seen = []
+        bilevel.minimize(
+            problem(), outer(), DATA, init=DATA, tolerance=goal, gradient_tolerance=1e-3, max_steps=1,
+            callback=lambda run, seen=seen: seen.append(run.problem.tolerance.stationary),
+        )  # fmt: skip
+        assert seen == [1e-3 if goal.has_goal else None] * 2
+
+
 def test_the_history_holds_what_was_asked_and_what_it_cost() -> None:
     schedule = bilevel.QuadraticSchedule()
     result = bilevel.minimize(problem(), outer(), DATA, init=DATA, tolerance=schedule, max_steps=4, bounds=True)

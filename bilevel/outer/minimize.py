@@ -64,7 +64,8 @@ def minimize(
     max_steps
         The most steps in θ.
     gradient_tolerance
-        The loop ends when ‖ĝ‖, plus its error bound where there is one, is at or below.
+        The loop ends when ‖ĝ‖, plus its error bound where there is one, is at or below. Goals that are relative to the gradient need
+        not be stricter than showing that: see ``stationary`` of :class:`Tolerance`.
     init
         Where the first inner solve begins.
     callback
@@ -111,7 +112,7 @@ def minimize(
         raise ArgumentError(f"minimize: expected problem to be a bilevel.BilevelProblem, got {problem!r}; subclass it")
     method = _as_method(optimizer)
     callbacks = [callback] if callable(callback) else list(callback or ())
-    run = OuterRun(problem, outer, data, method, tolerance, bounds, init)
+    run = OuterRun(problem, outer, data, method, tolerance, gradient_tolerance, bounds, init)
     with _kept(problem, "tolerance"):
         return _loop(run, max_steps, gradient_tolerance, callbacks, on_failure, resume)
 
@@ -132,10 +133,12 @@ class OuterRun:
         data: Any,
         method: OuterMethod,
         policy: Policy | None,
+        gradient_tolerance: float,
         bounds: bool,
         init: Any,
     ) -> None:
         self.problem, self.data, self.method, self.bounds = problem, data, method, bounds
+        self._zero = gradient_tolerance
         own = problem.tolerance
         self._policy: Callable[[int], Tolerance]
         if policy is None or isinstance(policy, Tolerance):
@@ -148,8 +151,8 @@ class OuterRun:
             raise ArgumentError(
                 f"minimize: expected outer to hold a floating-point tensor, got {outer!r}; pass tensors to minimise over"
             )
-        own = {id(parameter) for parameter in problem.parameters()}
-        self._own = [leaf if id(leaf) in own else None for leaf in self._leaves if _moves(leaf)]
+        parameters = {id(parameter) for parameter in problem.parameters()}
+        self._own = [leaf if id(leaf) in parameters else None for leaf in self._leaves if _moves(leaf)]
         self._init = init
         self.history: list[OuterStep] = []
         self._memory: dict[str, Any] = {}
@@ -248,7 +251,7 @@ class OuterRun:
     def _evaluate(self, outer: tuple[torch.Tensor, ...], *, tighter: float = 1.0) -> Evaluation | None:
         """Return the hypergradient at ``outer``, as the policy has it for the next point; None, and why, if a solve failed."""
         problem = self.problem
-        asked = _tightened(self._policy(len(self.history) + 1), tighter)
+        asked = _tightened(_until(self._policy(len(self.history) + 1), self._zero), tighter)
         problem.tolerance = asked
         init = self._init if self._evaluations == 0 else None
         self._evaluations += 1
@@ -262,7 +265,7 @@ class OuterRun:
             self.failure = error
             problem.recall(self._warm) if self._warm else problem.reset()
             return None
-        if problem.warm_start:
+        if problem.warm_start and bool(result.report.iterations.any()):  # what no solve has moved is but extrapolated
             self._trail.add(outer, result.inner, result.adjoint)
         forward, backward = result.report.forward, result.report.backward
         self._spent[0] += int(forward.iterations.sum())
@@ -402,15 +405,21 @@ def _tightened(tolerance: Tolerance, by: float) -> Tolerance:
     if by == 1.0:
         return tolerance
     if tolerance.descent is not None:
-        return replace(tolerance, descent=1 - (1 - tolerance.descent) / by)
+        return replace(tolerance, descent=1 - (1 - tolerance.descent) / by, stationary=None)
     if tolerance.hypergradient is not None:
-        return replace(tolerance, hypergradient=tolerance.hypergradient / by)
+        return replace(tolerance, hypergradient=tolerance.hypergradient / by, stationary=None)
     delta, delta_prime = tolerance.delta, tolerance.delta_prime
     return replace(
         tolerance,
         delta=delta / by if isinstance(delta, (int, float)) else delta,
         delta_prime=delta_prime / by if isinstance(delta_prime, (int, float)) else delta_prime,
     )
+
+
+def _until(tolerance: Tolerance, norm: float) -> Tolerance:
+    """Return ``tolerance`` with ``norm``, at which the loop ends, counted as zero where its goal is relative."""
+    relative = tolerance.descent is not None or tolerance.relative
+    return replace(tolerance, stationary=norm) if relative and norm > 0 and tolerance.stationary is None else tolerance
 
 
 def _moves(leaf: Any) -> bool:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import time
+from dataclasses import replace
 
 import torch
 
@@ -46,6 +47,9 @@ def work(name: str, shared: bool, begin: float, method, tolerance, target: float
     problem, theta, data = set_up(name, shared, begin, bilevel.LBFGS(20_000), bilevel.CG())
     judge, _, _ = set_up(name, shared, begin, bilevel.Newton(), bilevel.Exact())
     judge.tolerance = bilevel.Tolerance(1e-11, 1e-9)
+    if isinstance(tolerance, bilevel.Tolerance) and tolerance.has_goal:
+        # As minimize itself would with gradient_tolerance=target, which would end loose schedules before the true norm is there.
+        tolerance = replace(tolerance, stationary=target)
     plain, count, seen, counted = torch.autograd.grad, [0], [], [True]
 
     def one(*args, **kwargs):
@@ -63,7 +67,7 @@ def work(name: str, shared: bool, begin: float, method, tolerance, target: float
     try:
         result = bilevel.minimize(
             problem, theta, data, optimizer=method, tolerance=tolerance, max_steps=max_steps, callback=look,
-            gradient_tolerance=target, on_failure="stop",
+            on_failure="stop",
         )  # fmt: skip
     finally:
         torch.autograd.grad = plain

@@ -421,6 +421,14 @@ MUTATIONS = (
         "        if not stepped:\n", "        if False:\n", ("tests/test_goal.py", "-k", "trusted"),
     ),
     Mutation(
+        "a norm that counts as zero taken for the error allowed", "tolerance.py",
+        "else self.stationary - norm", "else self.stationary", ("tests/test_goal.py", "-k", "allows"),
+    ),
+    Mutation(
+        "steps along one line all taken for new", "outer/trail.py",
+        "if row[j] > _LEAST_NEW**2 * gram[j, j] > 0:", "if row[j] > 1e-14 * gram[j, j] > 0:", (OUTER, "-k", "trail"),
+    ),
+    Mutation(
         "a module's hyperparameters left behind by minimize", "outer/minimize.py",
         "                    parameter.copy_(value)\n", "                    pass\n", (OUTER, "-k", "module"),
     ),

@@ -216,6 +216,20 @@ def test_the_trail_finds_what_is_linear_in_the_outer_variables() -> None:
     assert sorted(repeated.tolist()) == [0.0, 1.0]
 
 
+def test_the_trail_is_bounded_and_holds_only_what_a_solve_has_moved(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bilevel.outer.trail, "_MOST_BYTES", 3 * (1 + 10 + 10) * 8)
+    trail = Trail()
+    for number in range(5):
+        trail.add((torch.full((1,), float(number), dtype=F64),), torch.zeros(10, dtype=F64), torch.zeros(10, dtype=F64))
+    assert [float(point[0][0]) for point in trail.points] == [2.0, 3.0, 4.0]
+    held = []
+    loose = bilevel.Tolerance(1e3, 1e3)  # met wherever the solves begin
+    bilevel.minimize(
+        problem(), outer(), DATA, init=DATA, tolerance=loose, max_steps=2, callback=lambda run: held.append(run._trail)
+    )
+    assert held and not held[-1].points
+
+
 @pytest.mark.parametrize("tolerance", [DESCENT, bilevel.Tolerance(1e-8, 1e-8)], ids=["goal", "fixed"])
 def test_solves_begin_nearer_than_at_the_last_point(tolerance: bilevel.Tolerance) -> None:
     class Spied(Shrunk):

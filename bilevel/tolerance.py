@@ -132,8 +132,8 @@ class Tolerance:
     hypergradient: float | None = None
     relative: bool = False
     descent: float | None = None
-    estimates: bool = False
     stationary: float | None = None
+    estimates: bool = False
 
     def __post_init__(self) -> None:
         for name in ("delta", "delta_prime", "strong_convexity", "hypergradient", "descent", "stationary"):

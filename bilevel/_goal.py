@@ -101,7 +101,7 @@ class GoalReport:
         if self.status is Status.STAGNATED:
             remedy = "that is what this dtype permits: use float64, rescale the problem, or ask for less"
             if self.tolerance.relative or self.tolerance.descent is not None:
-                remedy += "; near a stationary point only an absolute accuracy can be had"
+                remedy += "; near a stationary point only an absolute accuracy can be had, or stationary=... says which norm counts as zero"
         else:
             remedy = f"the solves {self.status.meaning}: {self.status.remedy}"
         return f"{head}; remedy: {remedy}."
@@ -153,6 +153,13 @@ class Knowledge:
         known.secants.pairs.extend(tuple(pair) for pair in state["pairs"])
         known.secants.scale = state["scale"]
         return known
+
+    def age(self, before: Knowledge, *, stepped: bool, solved: bool) -> None:
+        """Expect more than ``before`` of what neither a step nor a solve has measured: nothing has raised again what faded."""
+        if not stepped:
+            self.slope, self.value_bend = 1.25 * before.slope, 1.25 * before.value_bend
+            if not solved:
+                self.nu = 1.25 * before.nu
 
     def fade(self) -> None:
         """Trust what was seen elsewhere a little less; what is seen here raises it again."""
@@ -287,6 +294,7 @@ class Search:
 
     def run(self, x: torch.Tensor, q: torch.Tensor | None) -> Reached:
         """Begin at φ = x (K, n) and the adjoint q (K, n), or None."""
+        before = replace(self.known)
         self.known.fade()
         if self.cold:
             x = self._descend(x)
@@ -318,6 +326,7 @@ class Search:
                     reason = Status.CONVERGED if bound.value <= self._allowed(here) else reason
                 else:
                     here = there
+        self.known.age(before, stepped=bool(self.inner_steps.any()), solved=bool(self.linear_steps.any()))
         return self._end(here, bound, reason, rounds)
 
     # The rounds

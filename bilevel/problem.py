@@ -339,6 +339,16 @@ class BilevelProblem(torch.nn.Module, ABC):
         self._last, self._layer.adjoint.value = state["inner"], state["adjoint"]
         self._known = None if state["known"] is None else Knowledge.of(state["known"])
 
+    def begin_at(self, inner: Any, adjoint: Any) -> None:
+        """Begin the next call from ``inner`` and ``adjoint``, as a :class:`Hypergradient` holds them, in place of the last ones."""
+        if self.batch_dims is None:
+            flat = Raveler.of(adjoint, self._layer.where).ravel(adjoint)[None]
+        else:
+            one = Raveler.of(pytree.tree_map(lambda leaf: leaf[0], adjoint), self._layer.where)
+            flat = vmap(one.ravel)(adjoint)
+        self._last = inner
+        self._layer.adjoint.value = flat / max(1, len(flat))  # as for the mean's cotangents
+
     @abstractmethod
     def inner_objective(self, inner: Any, outer: Any, data: Any) -> torch.Tensor:
         """Return G(φ, θ), a scalar tensor, for one problem."""

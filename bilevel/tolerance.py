@@ -101,6 +101,10 @@ class Tolerance:
         The goal is relative to the true hypergradient: ‖ĝ − g‖ ≤ ``hypergradient`` · ‖g‖.
     descent
         Another goal, η in (0, 1): ‖ĝ − g‖ ≤ (1 − η) ‖ĝ‖, which makes −ĝ a descent direction, ⟨ĝ, g⟩ ≥ η ‖ĝ‖².
+    stationary
+        Beside ``descent``, or a ``hypergradient`` that is relative: a norm that counts as zero. The goal is met as well where
+        ‖ĝ‖ + ‖ĝ − g‖ ≤ ``stationary``, which shows that ‖g‖ is at or below it; a gradient that small need not be known to its
+        first digit. :func:`bilevel.minimize` sets it to its ``gradient_tolerance``.
     estimates
         Whether an *estimate* of ‖ĝ − g‖ may decide that a goal is met. Otherwise it takes a bound that is proven, and
         so constants that are known (see :class:`Constants`).
@@ -129,11 +133,12 @@ class Tolerance:
     hypergradient: float | None = None
     relative: bool = False
     descent: float | None = None
+    stationary: float | None = None
     estimates: bool = False
     bound_products: int = 1000
 
     def __post_init__(self) -> None:
-        for name in ("delta", "delta_prime", "strong_convexity", "hypergradient", "descent"):
+        for name in ("delta", "delta_prime", "strong_convexity", "hypergradient", "descent", "stationary"):
             number = getattr(self, name)
             if number is None or number is AUTO:
                 continue
@@ -155,7 +160,7 @@ class Tolerance:
         if self.has_goal:  # which chooses δ and δ′
             del settings["delta"], settings["delta_prime"]
             settings = {name: value for name, value in settings.items() if value is not None}
-            for name in ("hypergradient", "relative", "descent", "estimates"):
+            for name in ("hypergradient", "relative", "descent", "stationary", "estimates"):
                 if getattr(self, name):
                     settings[name] = getattr(self, name)
         elif self.strong_convexity is None:
@@ -172,18 +177,24 @@ class Tolerance:
     def allowed(self, norm: float) -> float:
         """Return the error ‖ĝ − g‖ that the goal allows a hypergradient ĝ of ``norm``.
 
-        A goal relative to ‖g‖ ≥ ‖ĝ‖ − ‖ĝ − g‖ is met where ‖ĝ − g‖ ≤ t/(1 + t) ‖ĝ‖, which can be checked.
+        A goal relative to ‖g‖ ≥ ‖ĝ‖ − ‖ĝ − g‖ is met where ‖ĝ − g‖ ≤ t/(1 + t) ‖ĝ‖, which can be checked; and any goal where
+        ‖ĝ − g‖ ≤ ``stationary`` − ‖ĝ‖.
 
         Examples
         --------
         >>> round(Tolerance(hypergradient=0.25, relative=True).allowed(5.0), 6), Tolerance(descent=0.5).allowed(5.0)
         (1.0, 2.5)
+        >>> Tolerance(descent=0.5, stationary=1e-3).allowed(1e-4)
+        0.0009
         """
+        enough = 0.0 if self.stationary is None else self.stationary - norm
         if self.descent is not None:
-            return (1 - self.descent) * norm
+            return max((1 - self.descent) * norm, enough)
         if self.hypergradient is None:
             return math.inf
-        return norm * self.hypergradient / (1 + self.hypergradient) if self.relative else self.hypergradient
+        if self.relative:
+            return max(norm * self.hypergradient / (1 + self.hypergradient), enough)
+        return self.hypergradient
 
     def _check_goal(self) -> None:
         if self.hypergradient is not None and self.descent is not None:
@@ -195,6 +206,11 @@ class Tolerance:
             raise ArgumentError(f"Tolerance: expected descent in (0, 1), got {self.descent}; pass for example 0.5")
         if self.relative and self.hypergradient is None:
             raise ArgumentError("Tolerance: expected hypergradient with relative=True, got none; pass for example 1e-3")
+        if self.stationary is not None and self.descent is None and not self.relative:
+            raise ArgumentError(
+                "Tolerance: expected descent, or hypergradient with relative=True, beside stationary, got neither; without a relative "
+                "goal there is none that a small gradient would make strict: leave stationary out"
+            )
         if not self.has_goal and self.estimates:
             raise ArgumentError(
                 "Tolerance: expected hypergradient or descent with estimates=True, got neither; it says what may decide "

@@ -49,6 +49,7 @@ CONFORMANCE = "tests/linear/test_conformance.py"
 GUARDS = "tests/test_guard_rails.py"
 LINEAR = "tests/test_linear_solve.py"
 IMAML = "tests/meta/test_imaml.py"
+OUTER = "tests/test_outer.py"
 
 
 def matrix(*names: str, columns: str = "float64") -> tuple[str, ...]:
@@ -426,6 +427,34 @@ MUTATIONS = (
     Mutation(
         "the linear layer's matrix transposed", "_linear_layer.py",
         "run.look), False, flat, point,", "run.look), True, flat, point,", (LINEAR, "-k", "test_the_grid and triangular and default"),
+    ),
+    Mutation(
+        "a trail whose weights do not sum to one", "outer/trail.py",
+        "weights[nearest] = 1.0 - weights.sum()", "weights[nearest] = 1.0", (OUTER, "-k", "trail"),
+    ),
+    Mutation(
+        "a batch's adjoint begun from K times too large", "problem.py",
+        "flat / max(1, len(flat))  # as", "flat  # as", ("tests/test_problem.py", "-k", "told"),
+    ),
+    Mutation(
+        "errors of goals forgotten where nothing is measured", "_goal.py",
+        "        if not stepped:\n", "        if False:\n", ("tests/test_goal.py", "-k", "trusted"),
+    ),
+    Mutation(
+        "a norm that counts as zero taken for the error allowed", "tolerance.py",
+        "else self.stationary - norm", "else self.stationary", ("tests/test_goal.py", "-k", "allows"),
+    ),
+    Mutation(
+        "steps along one line all taken for new", "outer/trail.py",
+        "if row[j] > _LEAST_NEW**2 * gram[j, j] > 0:", "if row[j] > 1e-14 * gram[j, j] > 0:", (OUTER, "-k", "trail"),
+    ),
+    Mutation(
+        "a module's hyperparameters left behind by minimize", "outer/minimize.py",
+        "                    parameter.copy_(value)\n", "                    pass\n", (OUTER, "-k", "module"),
+    ),
+    Mutation(
+        "MAID's doubts settled by exacter values alone", "outer/methods.py",
+        "fall + doubt < promised or not doubt >", "fall + doubt < promised or not doubt > 0 *", (OUTER, "-k", "shortened"),
     ),
 )  # fmt: skip
 

@@ -123,6 +123,8 @@ def test_a_csv_file_with_classes_in_words(run: Any, write: Any) -> None:
         ("a,y\n1,yes\n2,yes\n", "one value only"),
         ("a,y\n1,0.5\n2,0.6\n", "2 rows, too few for 5 folds"),
         ("a,y\n" + "1,no\n2,yes\n" * 3, "has 3 rows, too few for 5 folds"),
+        ("a,b,y\n" + "".join(f"0.1,7,{y}\n" for y in range(40)), "no feature has more than one value"),
+        ("a,b,y\n" + "0.1,7,no\n0.1,7,yes\n" * 20, "no feature has more than one value"),
     ],
 )
 def test_files_that_cannot_be_used(run: Any, write: Any, text: str, message: str) -> None:

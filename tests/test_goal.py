@@ -192,6 +192,17 @@ def test_the_next_hypergradient_begins_where_the_last_one_ended() -> None:
         problem.hypergradient(outer, data)
 
 
+def test_what_is_not_measured_again_is_not_trusted_the_more() -> None:
+    """A goal that the warm start meets already teaches nothing; the error that it reports must not fade away for that."""
+    data, outer = split(8), torch.full((6,), -1.0, dtype=F64)
+    problem = Classifier(tolerance=bilevel.Tolerance(descent=0.5, estimates=True), **ITERATIVE)
+    g = exact(problem, outer, data)
+    problem.hypergradient(outer, data, init=START)
+    for _ in range(40):
+        result = problem.hypergradient(outer, data)
+        assert result.error_bound >= float((result.grad - g).norm())
+
+
 def test_a_proof_without_constants_is_refused_and_an_estimate_is_not_a_proof() -> None:
     problem = Classifier(**ITERATIVE, tolerance=asked(1e-3))
     with pytest.raises(bilevel.ArgumentError, match="estimates=True"):
@@ -274,6 +285,9 @@ def test_goals_are_refused_where_they_mean_nothing() -> None:
         ({"estimates": True}, "got neither"),
         ({"hypergradient": 1e-3, "delta": 1e-3}, "the goal chooses"),
         ({"hypergradient": -1.0}, "hypergradient > 0"),
+        ({"hypergradient": 1e-3, "stationary": 1e-3}, "leave stationary out"),
+        ({"stationary": 1e-3}, "leave stationary out"),
+        ({"descent": 0.5, "stationary": 0.0}, "stationary > 0"),
     ],
 )
 def test_goals_that_make_no_sense_are_refused(settings: dict[str, object], message: str) -> None:
@@ -285,6 +299,10 @@ def test_what_a_goal_allows() -> None:
     assert bilevel.Tolerance(hypergradient=2.0).allowed(100.0) == 2.0
     assert bilevel.Tolerance(hypergradient=1.0, relative=True).allowed(4.0) == 2.0
     assert bilevel.Tolerance(descent=0.25).allowed(4.0) == 3.0
+    assert bilevel.Tolerance(descent=0.25, stationary=8.0).allowed(4.0) == 4.0
+    assert bilevel.Tolerance(descent=0.25, stationary=5.0).allowed(4.0) == 3.0
+    assert bilevel.Tolerance(hypergradient=1.0, relative=True, stationary=1.0).allowed(0.125) == 0.875
+    assert repr(bilevel.Tolerance(descent=0.5, stationary=0.1)) == "Tolerance(descent=0.5, stationary=0.1)"
     assert not bilevel.Tolerance().has_goal
 
 

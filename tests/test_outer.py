@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 import math
 from dataclasses import replace
 
@@ -11,6 +12,7 @@ import torch
 
 import bilevel
 from bilevel.outer.methods import Evaluation
+from bilevel.outer.trail import Trail, combination
 
 F64 = torch.float64
 
@@ -78,6 +80,30 @@ def test_it_finds_the_minimum(optimizer: object, tolerance: object) -> None:
     assert "hypergradient's norm" in str(result) and result.status.success
 
 
+def test_a_gradient_that_counts_as_zero_is_not_resolved() -> None:
+    near = {"log": BEST + 1e-6, "name": ""}
+    spent = []
+    for stationary in (None, 1e-2):
+        tolerance = replace(DESCENT, stationary=stationary)
+        result = problem(tolerance=tolerance).hypergradient(near, DATA, init=torch.zeros(2, dtype=F64))
+        norm = float(result.grad["log"].norm())
+        assert result.report.goal.met and norm + result.error_bound <= 1e-2
+        assert (result.error_bound <= 0.5 * norm) == (stationary is None)
+        spent.append(int(result.report.iterations.sum()))
+    assert spent[1] < spent[0]
+    for goal in (
+        DESCENT,
+        bilevel.Tolerance(hypergradient=0.1, relative=True, estimates=True),
+        bilevel.Tolerance(1e-8, 1e-8),
+    ):
+        seen = []
+        bilevel.minimize(
+            problem(), outer(), DATA, init=DATA, tolerance=goal, gradient_tolerance=1e-3, max_steps=1,
+            callback=lambda run, seen=seen: seen.append(run.problem.tolerance.stationary),
+        )  # fmt: skip
+        assert seen == [1e-3 if goal.has_goal else None] * 2
+
+
 def test_the_history_holds_what_was_asked_and_what_it_cost() -> None:
     schedule = bilevel.QuadraticSchedule()
     result = bilevel.minimize(problem(), outer(), DATA, init=DATA, tolerance=schedule, max_steps=4, bounds=True)
@@ -138,6 +164,93 @@ def test_a_step_that_does_not_count_is_tried_again_from_where_it_began(method: b
     assert tried == [0.0, 0.5, 0.75, 0.875]  # each from θ = 1, once
     assert found is not None and float(found.outer[0]) == 0.875
     assert memory["taken"] == 0.125 and memory["step"] == pytest.approx(0.1625)
+
+
+def test_a_step_is_shortened_before_values_are_made_exacter_and_not_where_that_would_not_help() -> None:
+    asked = []
+
+    def evaluate(outer, *, tighter=1.0):
+        asked.append((float(outer[0]), tighter))
+        # It falls by 0.04, within the errors but not certainly by a tenth of what the slope 1 promises; a shorter step falls more.
+        value = {0.5: 0.8, 1.0: 1.0}.get(float(outer[0]), 0.96)
+        return replace(here(value, 0.05), outer=outer)
+
+    found = bilevel.MAID(step=1.0).advance(here(1.0, 0.05), {"step": 1.0}, evaluate)
+    assert asked == [(0.0, 1.0), (0.5, 1.0)] and found is not None
+    asked.clear()
+    # The errors are larger than α ‖ĝ‖²: no step that is shorter can be certain.
+    bilevel.MAID(step=0.05).advance(here(1.0, 0.05), {"step": 0.05}, evaluate)
+    assert asked[:3] == [(0.95, 1.0), (1.0, 10.0), (0.95, 10.0)]
+
+
+def test_the_trail_finds_what_is_linear_in_the_outer_variables() -> None:
+    generator = torch.Generator().manual_seed(0)
+    slope, offset = (torch.randn(*shape, generator=generator, dtype=F64) for shape in ((5, 3), (5,)))
+    split = [torch.randn(2, generator=generator, dtype=F64) for _ in range(5)]
+    thetas = [(x, x.sum()[None]) for x in split]  # three numbers, of two independent
+
+    def solution(theta):
+        return slope @ torch.cat(theta) + offset
+
+    trail = Trail()
+    assert trail.start(thetas[0]) is None
+    trail.add(thetas[0], {"x": torch.full((5,), torch.nan, dtype=F64)}, solution(thetas[0]))
+    assert trail.start(thetas[0]) is None  # what is not finite is not begun from
+    for theta in thetas[:4]:
+        trail.add(theta, {"x": solution(theta)}, 2 * solution(theta))
+    for other in (trail, Trail.of(trail.state_dict())):
+        inner, adjoint = other.start(thetas[4])
+        torch.testing.assert_close(inner["x"], solution(thetas[4]))
+        torch.testing.assert_close(adjoint, 2 * inner["x"])
+    # Of three collinear points and one aside, those two that are nearest to the target on its line are used, and exactly.
+    line = [(torch.tensor([x, 1.0], dtype=F64),) for x in (0.0, 3.0, 4.0)] + [(torch.tensor([4.0, 2.0], dtype=F64),)]
+    assert combination(line, (torch.tensor([6.0, 1.0], dtype=F64),)).tolist() == pytest.approx([0.0, -2.0, 3.0, 0.0])
+    assert combination(line, (torch.tensor([6.0, 3.0], dtype=F64),)).tolist() == pytest.approx([0.0, -2.0, 1.0, 2.0])
+    # A step that hardly leaves the line would be blown up a hundredfold.
+    line[3] = (torch.tensor([5.0, 1.01], dtype=F64),)
+    assert combination(line, (torch.tensor([4.0, 2.0], dtype=F64),)).abs().max() <= 1.0
+    aside = (thetas[3][0], thetas[3][1] + 10.0)  # a direction in which no step was made
+    weights = combination(thetas[:4], aside)
+    assert float(weights.sum()) == pytest.approx(1.0) and float(weights.abs().sum()) < 30
+    repeated = combination([thetas[0], thetas[0]], thetas[1])
+    assert sorted(repeated.tolist()) == [0.0, 1.0]
+
+
+def test_the_trail_is_bounded_and_holds_only_what_a_solve_has_moved(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bilevel.outer.trail, "_MOST_BYTES", 3 * (1 + 10 + 10) * 8)
+    trail = Trail()
+    for number in range(5):
+        trail.add((torch.full((1,), float(number), dtype=F64),), torch.zeros(10, dtype=F64), torch.zeros(10, dtype=F64))
+    assert [float(point[0][0]) for point in trail.points] == [2.0, 3.0, 4.0]
+    held = []
+    loose = bilevel.Tolerance(1e3, 1e3)  # met wherever the solves begin
+    bilevel.minimize(
+        problem(), outer(), DATA, init=DATA, tolerance=loose, max_steps=2, callback=lambda run: held.append(run._trail)
+    )
+    assert held and not held[-1].points
+
+
+@pytest.mark.parametrize("tolerance", [DESCENT, bilevel.Tolerance(1e-8, 1e-8)], ids=["goal", "fixed"])
+def test_solves_begin_nearer_than_at_the_last_point(tolerance: bilevel.Tolerance) -> None:
+    class Spied(Shrunk):
+        def begin_at(self, inner, adjoint):
+            starts.append(inner)
+            super().begin_at(inner, adjoint)
+
+    starts, reached = [], []
+    tuned = Spied(solver=bilevel.LBFGS(), linear_solver=bilevel.CG())
+    settings = {"init": torch.zeros(2, dtype=F64), "max_steps": 7, "tolerance": tolerance}
+    settings["optimizer"] = lambda p: torch.optim.SGD(p, lr=1.0)  # an evaluation for each step
+    bilevel.minimize(tuned, outer(), DATA, callback=lambda run: reached.append(run.inner), **settings)
+    assert len(starts) == 7 and len(reached) == 8
+    from_start = sum(float((a - b).norm()) for a, b in zip(starts[1:], reached[2:], strict=True))
+    from_last = sum(float((a - b).norm()) for a, b in itertools.pairwise(reached[1:]))
+    assert from_start < 0.5 * from_last
+    starts.clear()
+    cold = Spied(warm_start=False)
+    cold.initial = lambda outer, data: torch.zeros(2, dtype=F64)
+    bilevel.minimize(cold, outer(), DATA, max_steps=2)
+    assert not starts
 
 
 @pytest.mark.parametrize("optimizer", [bilevel.HOAG(), bilevel.MAID(), adam, lbfgs])
@@ -245,7 +358,7 @@ def test_callbacks_stop_it_and_an_interruption_loses_nothing() -> None:
         ({"optimizer": "adam"}, "expected optimizer"),
         ({"on_failure": "warn"}, "on_failure"),
         ({"max_steps": -1}, "max_steps"),
-        ({"resume": {"format": 0}}, "of format 1"),
+        ({"resume": {"format": 0}}, "of format 2"),
     ],
 )
 def test_misuse_is_said(settings: dict[str, object], message: str) -> None:
@@ -268,16 +381,51 @@ def test_other_misuse_is_said() -> None:
         problem().tolerance = 1e-3
 
 
-def test_problems_that_hold_their_own_outer_variables_are_minimised_too() -> None:
-    tuning = bilevel.HyperparameterOptimization(
-        lambda w, h, d: ((w - d) ** 2).sum() + h.exp() * (w**2).sum(),
+def tuning(**start: float) -> bilevel.HyperparameterOptimization:
+    """φ* = d/(1 + e^h), and the loss is least at e^h = 0.25; h is a tensor, or several that are added."""
+    return bilevel.HyperparameterOptimization(
+        lambda w, h, d: ((w - d) ** 2).sum() + (sum(h.values()) if isinstance(h, dict) else h).exp() * (w**2).sum(),
         lambda w, d: ((w - 0.8 * d) ** 2).sum(),
-        torch.tensor(0.0, dtype=F64),
+        {name: torch.tensor(value, dtype=F64) for name, value in start.items()} or torch.tensor(0.0, dtype=F64),
         torch.zeros(2, dtype=F64),
     )
-    result = bilevel.minimize(tuning, tuning.outer, DATA, gradient_tolerance=1e-8)
-    assert float(result.outer.exp()) == pytest.approx(0.25, abs=1e-6)
-    assert float(tuning.outer.detach()) == 0.0  # what was given is not changed
+
+
+def test_the_outer_variables_of_a_module_follow_the_run() -> None:
+    model, seen = tuning(), []
+    before = model.hyperparameters
+    result = bilevel.minimize(
+        model, model.outer, DATA, gradient_tolerance=1e-8, callback=lambda run: seen.append(torch.equal(model.outer.detach(), run.outer))
+    )  # fmt: skip
+    assert float(result.outer.exp()) == pytest.approx(0.25, abs=1e-6) and all(seen)
+    assert model.hyperparameters is before and torch.equal(before.detach(), result.outer)
+    assert before.requires_grad and before.grad is None and not result.outer.requires_grad
+    assert torch.equal(model.state_dict()["hyperparameters"], result.outer)
+    assert float(model(DATA).detach()) == pytest.approx(result.value, abs=1e-12)
+
+    several, frozen = tuning(a=0.0, b=0.5), torch.tensor(0.5, dtype=F64)
+    found = bilevel.minimize(several, {"a": several.outer["a"], "b": frozen}, DATA, max_steps=3).outer
+    # What is not the module's own parameter is left as it is.
+    assert several.outer["a"].item() == found["a"].item() != 0.0
+    assert several.outer["b"].item() == frozen.item() == 0.5 != found["b"].item()
+
+
+def test_a_module_resumes_where_its_run_stopped() -> None:
+    def run(model: bilevel.HyperparameterOptimization, steps: int, **more: object) -> bilevel.OuterResult:
+        return bilevel.minimize(model, model.outer, DATA, max_steps=steps, **more)
+
+    whole, half = tuning(a=0.0, b=0.5), tuning(a=0.0, b=0.5)
+    state = run(half, 2).state
+    reached = {name: value.detach().clone() for name, value in half.outer.items()}
+    expected = run(whole, 5)
+    for model in (half, tuning(a=3.0, b=3.0)):  # where it stopped, or one made anew
+        at = []
+        found = run(model, 2, resume=state, callback=lambda run: at.append(run))
+        assert not at and all(torch.equal(model.outer[name].detach(), reached[name]) for name in "ab")
+        found = run(model, 5, resume=state)
+        for name in "ab":
+            assert torch.equal(found.outer[name], expected.outer[name])
+            assert torch.equal(model.outer[name].detach(), whole.outer[name].detach())
 
 
 def test_a_history_is_drawn_with_error_bars_and_a_run_is_shown() -> None:

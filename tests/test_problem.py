@@ -201,6 +201,25 @@ def test_warm_starts_of_the_inner_solution_and_of_the_adjoint() -> None:
     assert int(again.backward.iterations) == int(first.backward.iterations)
 
 
+@pytest.mark.parametrize("goal", [False, True])
+@pytest.mark.parametrize("batch", [None, 3])
+def test_a_call_begins_where_it_is_told_to(batch: int | None, goal: bool) -> None:
+    data, outer = split(n=4), torch.linspace(-1, 1, 4, dtype=F64)
+    dims = None if batch is None else (0, None, None, None)
+    init = torch.zeros(4, dtype=F64) if batch is None else torch.zeros(batch, 4, dtype=F64)
+    if batch is not None:
+        data = (torch.stack([data[0] * (1 + k) for k in range(batch)]), *data[1:])
+    tolerance = bilevel.Tolerance(descent=0.9, estimates=True) if goal else bilevel.Tolerance(1e-8, 1e-8)
+    problem = Ridge(solver=bilevel.LBFGS(), linear_solver=bilevel.CG(), tolerance=tolerance, batch_dims=dims)
+    there = problem.hypergradient(outer, data, init=init)
+    problem.hypergradient(outer - 3.0, data)
+    problem.begin_at(there.inner, there.adjoint)
+    again = problem.hypergradient(outer, data)
+    assert int(again.report.iterations.sum()) == 0
+    torch.testing.assert_close(again.adjoint, there.adjoint)
+    torch.testing.assert_close(again.grad, there.grad)
+
+
 def test_a_warm_start_of_another_batch_is_not_used() -> None:
     class Started(Ridge):
         def initial(self, outer, data):

@@ -1,8 +1,8 @@
 """Hyperparameter optimisation: tune what training leaves open, by the gradient of a validation loss.
 
 :class:`HyperparameterOptimization` and the linear models need nothing but torch. The modules ``data``,
-``splits``, ``grid``, ``tune``, ``report``, ``plots`` and ``command`` make up ``bilevel tune``; they need the
-packages of ``pip install "bilevel[cli]"`` and are imported by name.
+``splits``, ``grid``, ``folds``, ``outcome``, ``tune``, ``report``, ``plots`` and ``command`` make up ``bilevel tune``;
+they need the packages of ``pip install "bilevel[cli]"`` and are imported by name.
 """
 
 from bilevel.hyperopt.linear_models import FOLD_DIMS, LinearModel, Logistic, Ridge, Softmax, WeightedData

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
 from bilevel.hyperopt.data import BUNDLED, Task, load
-from bilevel.hyperopt.tune import Outcome, OuterStep, Penalty, TuneSettings
+from bilevel.hyperopt.outcome import Outcome, OuterStep, Penalty, TuneSettings
 from bilevel.hyperopt.tune import tune as run
 
 __all__ = ["tune"]

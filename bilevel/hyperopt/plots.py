@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 
 from bilevel._output import save_figure
 from bilevel.hyperopt.data import Task
-from bilevel.hyperopt.tune import Outcome, OuterStep, Row
+from bilevel.hyperopt.outcome import Outcome, OuterStep, Row
 
 __all__ = ["plot_curve", "plot_losses", "plot_strengths", "write_plots"]
 

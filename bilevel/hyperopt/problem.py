@@ -25,7 +25,8 @@ class HyperparameterOptimization(bilevel.BilevelProblem):
 
     An ordinary module: θ are its parameters, calling it trains (the inner solve) and returns the validation
     loss, and ``loss.backward()`` fills their ``grad`` with the hypergradient −Bᵀ H⁻¹ ∇F. Any ``torch.optim``
-    optimiser tunes it, and ``state_dict`` holds θ.
+    optimiser tunes it, or ``bilevel.minimize(tuning, tuning.outer, data)``, after which the module holds the
+    values found; ``state_dict`` holds θ.
 
     Parameters
     ----------

@@ -12,8 +12,8 @@ from rich.text import Text
 
 from bilevel._output import OutputError, finite, prepare_output, versions, write_document
 from bilevel.hyperopt.data import Task
+from bilevel.hyperopt.outcome import Outcome, Row
 from bilevel.hyperopt.splits import Splits
-from bilevel.hyperopt.tune import Outcome, Row
 
 __all__ = ["OutputError", "as_json", "prepare_output", "remarks", "table", "write_json"]
 

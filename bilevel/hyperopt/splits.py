@@ -115,7 +115,7 @@ def split(
     Raises
     ------
     DataError
-        If there are too few rows, in all or of one class.
+        If there are too few rows, in all or of one class, or the rows to train on show one value of every feature.
     bilevel.ArgumentError
         If a size is not between 0 and 1, or there are fewer than two folds.
     """
@@ -188,17 +188,22 @@ def _check_folds(dataset: Dataset, inside: Rows, classes: NDArray[np.int64] | No
 
 
 def _standardise(dataset: Dataset, rows: Rows) -> tuple[torch.Tensor, torch.Tensor, float]:
-    inputs, _, _ = _scaled(dataset.inputs, rows)
+    inputs, _, constant = _scaled(dataset.inputs, rows)
     if not np.isfinite(inputs).all():
         name = dataset.features[int(np.flatnonzero(~np.isfinite(inputs).all(0))[0])]
         raise DataError(
             f"{dataset.name}: column {name!r} has numbers so much larger than in the rows to train on that they cannot be "
             "standardised; rescale it, or remove the outliers"
         )
+    if constant.all():
+        raise DataError(
+            f"{dataset.name}: no feature has more than one value in the rows to train on, so that no strength changes a "
+            "prediction; add columns that vary, or lower --test-size or --watch-size"
+        )
     if dataset.task is not Task.REGRESSION:
         return torch.from_numpy(inputs), torch.from_numpy(dataset.targets), 1.0
-    targets, scale, constant = _scaled(dataset.targets, rows)
-    if constant or not scale > 0:
+    targets, scale, same = _scaled(dataset.targets, rows)
+    if same or not scale > 0:
         raise DataError(
             f"{dataset.name}: the target has one value only in the rows to train on; there is nothing to predict"
         )

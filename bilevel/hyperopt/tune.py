@@ -18,33 +18,23 @@ rows.
 
 from __future__ import annotations
 
-import enum
 import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Protocol
 
 import torch
 
 import bilevel
 from bilevel.hyperopt.data import Dataset
-from bilevel.hyperopt.grid import (
-    GRID_POINTS,
-    LOG_RANGE,
-    GridCurve,
-    fit,
-    grid_search,
-    loss_of,
-    score_of,
-    scores_of,
-)
-from bilevel.hyperopt.linear_models import FOLD_DIMS, LinearModel, Parameters, WeightedData
-from bilevel.hyperopt.problem import HyperparameterOptimization
+from bilevel.hyperopt.folds import TOLERANCE, Folds
+from bilevel.hyperopt.grid import GRID_POINTS, LOG_RANGE, fit, grid_search, loss_of, score_of, scores_of
+from bilevel.hyperopt.linear_models import WeightedData
+from bilevel.hyperopt.outcome import Outcome, OuterStep, Penalty, Progress, Row, TuneSettings, WatchEvidence
 from bilevel.hyperopt.scalar_search import minimise_scalar
 from bilevel.hyperopt.splits import Splits, model_for, split
 
-__all__ = ["Outcome", "OuterStep", "Penalty", "Progress", "Row", "TuneSettings", "WatchEvidence", "tune"]
+__all__ = ["tune"]
 
 PROBES = 9
 """Coarse probes of the shared strength: one per decade."""
@@ -52,210 +42,8 @@ PROBES = 9
 REFINEMENTS = 15
 """The most evaluations after the probes; with them 24, fewer than the grid's 33."""
 
-TOLERANCE = bilevel.Tolerance(delta=1e-10, delta_prime=1e-10)
-"""Residuals of the two solves. The weakest strength makes condition numbers near 1e6, where the default, all
-that float64 holds, is at times out of reach."""
-
 GRADIENT_TOLERANCE = 1e-6
 """Per-feature tuning has converged when the (projected) hypergradient's norm is at or below this."""
-
-
-class Penalty(enum.Enum):
-    """How many strengths there are."""
-
-    SHARED = "shared"
-    FEATURE = "feature"
-
-
-@dataclass(frozen=True, kw_only=True)
-class TuneSettings:
-    """Settings of a run.
-
-    Parameters
-    ----------
-    penalty
-        One strength shared by all features, or one per feature.
-    folds
-        K.
-    test_size
-        The part of all rows that is held out and tested on once.
-    watch_size
-        The part of the other rows that is held back from the folds.
-    steps
-        The most outer steps: after the probes for a shared strength (where 15 is the limit), and of Adam for
-        one per feature.
-    patience
-        Per-feature tuning stops when the watch loss has not improved for so many steps.
-    learning_rate
-        Of Adam, in units of the log-strengths.
-    seed
-        Of the splits; nothing else is random.
-    """
-
-    penalty: Penalty = Penalty.SHARED
-    folds: int = 5
-    test_size: float = 0.25
-    watch_size: float = 0.2
-    steps: int = 60
-    patience: int = 10
-    learning_rate: float = 0.1
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        for name in ("steps", "patience"):
-            if getattr(self, name) < 1:
-                raise bilevel.ArgumentError(
-                    f"expected {name} to be at least 1, got {getattr(self, name)}; pass for example --{name} 10"
-                )
-        if not (self.learning_rate > 0 and math.isfinite(self.learning_rate)):
-            raise bilevel.ArgumentError(
-                f"expected the learning rate to be positive and finite, got {self.learning_rate}; pass for "
-                "example "
-                "--learning-rate 0.1"
-            )
-
-
-@dataclass(frozen=True)
-class OuterStep:
-    """One evaluation of the cross-validation loss and its hypergradient.
-
-    Parameters
-    ----------
-    stage
-        ``"shared"`` or ``"feature"``.
-    number
-        From 0 in its stage.
-    log_strengths
-        θ: one value, or one per feature.
-    cv_loss, watch_loss
-        Mean over the folds.
-    corrected_cv_loss
-        ``cv_loss`` with the first-order error of the inner solves removed.
-    gradient_norm
-        Of the hypergradient.
-    inner_residual, inner_steps, adjoint_steps
-        The largest over the folds: of the inner solve's gradient norm, of its steps, and of the linear
-        solve's.
-    error_bound
-        Of the hypergradient; None where none is known.
-    certified
-        Whether the bound is proven.
-    inner_solves
-        In this stage so far.
-    seconds
-        In this stage so far.
-    """
-
-    stage: str
-    number: int
-    log_strengths: tuple[float, ...]
-    cv_loss: float
-    watch_loss: float
-    corrected_cv_loss: float
-    gradient_norm: float
-    inner_residual: float
-    inner_steps: int
-    adjoint_steps: int
-    error_bound: float | None
-    certified: bool
-    inner_solves: int
-    seconds: float
-
-
-@dataclass(frozen=True)
-class Row:
-    """One line of the final table: a choice of strengths and what became of it.
-
-    Parameters
-    ----------
-    name
-        What the strengths are.
-    log_strengths
-        θ: one value, or one per feature.
-    cv_loss, watch_loss
-        Mean over the folds' models, on their validation rows and on the watch rows.
-    test_loss, test_score
-        Of one model fitted to all development rows: loss, and accuracy or R², on the test rows. NaN if that fit
-        failed.
-    inner_solves, seconds
-        Spent to arrive at the choice, from nothing: fits of one model to one fold, and wall time (without that of
-        the error bounds, which only the report wants).
-    """
-
-    name: str
-    log_strengths: tuple[float, ...]
-    cv_loss: float
-    watch_loss: float
-    test_loss: float
-    test_score: float
-    inner_solves: int
-    seconds: float
-
-
-@dataclass(frozen=True)
-class WatchEvidence:
-    """How far per-feature strengths lowered the watch loss, against the shared strength they began from.
-
-    Parameters
-    ----------
-    improvement
-        Mean over the watch rows.
-    standard_error
-        Of that mean, from the paired differences of the rows. The choice among steps was made on the
-        same rows, so that the improvement is optimistic.
-    rows
-        How many there are.
-    """
-
-    improvement: float
-    standard_error: float
-    rows: int
-
-
-@dataclass(frozen=True, eq=False)
-class Outcome:
-    """Everything that a run found.
-
-    Parameters
-    ----------
-    dataset, splits, settings
-        What was tuned, and how.
-    rows
-        The final table.
-    history
-        Every outer step, shared stage first.
-    grid
-        The grid's curve.
-    stopped
-        Why each stage ended.
-    evidence
-        For per-feature tuning.
-    notes
-        What a reader has to know: failed solves, an optimum at an end of the range.
-    seconds
-        Wall time of all.
-    """
-
-    dataset: Dataset
-    splits: Splits
-    settings: TuneSettings
-    rows: tuple[Row, ...]
-    history: tuple[OuterStep, ...]
-    grid: GridCurve
-    stopped: dict[str, str]
-    evidence: WatchEvidence | None
-    notes: tuple[str, ...]
-    seconds: float
-
-
-class Progress(Protocol):
-    """Hears how a run goes."""
-
-    def stage(self, name: str, total: int) -> None:
-        """Hear that a stage of at most ``total`` steps begins."""
-
-    def step(self, step: OuterStep | None) -> None:
-        """Hear that a step of the stage is done; the grid's have no details."""
 
 
 class _Silence:
@@ -339,7 +127,7 @@ class _Run:
 
     def _untuned(self) -> Row:
         theta = -math.log(self.splits.training_size)  # alpha = 1 or C = 1, scikit-learn's default
-        step, _ = _Folds(self.model, self.splits, torch.tensor(theta, dtype=torch.float64), "untuned").evaluate()
+        step, _ = Folds(self.model, self.splits, torch.tensor(theta, dtype=torch.float64), "untuned").evaluate()
         return self._row("untuned", step, 0, 0.0)
 
     def _grid(self) -> Row:
@@ -364,7 +152,7 @@ class _Run:
     def _shared(self) -> Row:
         budget = PROBES + min(self.settings.steps, REFINEMENTS)
         self.progress.stage("shared", budget)
-        folds = _Folds(self.model, self.splits, torch.zeros((), dtype=torch.float64), "shared")
+        folds = Folds(self.model, self.splits, torch.zeros((), dtype=torch.float64), "shared")
         steps: dict[float, OuterStep] = {}
         failures: list[bilevel.SolveError] = []
 
@@ -395,7 +183,7 @@ class _Run:
     def _per_feature(self, shared: Row) -> tuple[list[Row], WatchEvidence]:
         self.progress.stage("feature", self.settings.steps + 1)
         start = torch.full((self.model.features,), shared.log_strengths[0], dtype=torch.float64)
-        folds = _Folds(self.model, self.splits, start, "feature")
+        folds = Folds(self.model, self.splits, start, "feature")
         descent = _descend(folds, self.settings, self._file)
         self.stopped["feature"] = descent.stopped
         if descent.failure is not None:
@@ -438,78 +226,6 @@ class _Run:
         )  # fmt: skip
 
 
-class _Folds:
-    """The cross-validation loss as a function of θ, its hypergradient, and what they cost."""
-
-    def __init__(self, model: LinearModel, splits: Splits, theta: torch.Tensor, stage: str) -> None:
-        self.model, self.stage, self.folds = model, stage, len(splits.folds)
-        self.data = splits.cross_validation()
-        self.watch = splits.part(splits.watch)
-        self.problem = HyperparameterOptimization(
-            model.training_objective,
-            model.validation_loss,
-            theta,
-            model.initial(self.folds),
-            batch_dims=FOLD_DIMS,
-            # The problems are convex and warm: a few steps each, by factorisation or Hessian-free as size has it.
-            solver=bilevel.Newton(),
-            tolerance=TOLERANCE,
-        )
-        self.evaluations = 0
-        self.solves = 0
-        self.seconds = 0.0
-        self.watch_losses = torch.zeros(0)
-
-    @property
-    def theta(self) -> torch.nn.Parameter:
-        theta: torch.nn.Parameter
-        (theta,) = self.problem.parameters()
-        return theta
-
-    def move_to(self, theta: float) -> None:
-        with torch.no_grad():
-            self.theta.fill_(theta)
-
-    def evaluate(self) -> tuple[OuterStep, torch.Tensor]:
-        """Solve and differentiate the K problems; return the step and the hypergradient."""
-        began = time.perf_counter()
-        self.solves += self.folds
-        try:
-            result = self.problem.hypergradient(self.data)
-        finally:
-            self.seconds += time.perf_counter() - began
-        gradient = result.grad
-        self.watch_losses = self._rowwise_watch_losses(result.inner)
-        bound = float(torch.as_tensor(result.error_bound).max())
-        step = OuterStep(
-            stage=self.stage,
-            number=self.evaluations,
-            log_strengths=tuple(self.theta.detach().reshape(-1).tolist()),
-            cv_loss=float(result.value),
-            watch_loss=float(self.watch_losses.mean()),
-            corrected_cv_loss=float(result.corrected_value),
-            gradient_norm=float(gradient.norm()),
-            inner_residual=float(result.report.residual_norm.max()),
-            inner_steps=int(result.report.forward.iterations.max()),
-            adjoint_steps=int(result.report.backward.iterations.max()),
-            error_bound=bound if math.isfinite(bound) else None,
-            certified=bool(torch.as_tensor(result.certified).all()),
-            inner_solves=self.solves,
-            seconds=self.seconds,
-        )
-        self.evaluations += 1
-        return step, gradient
-
-    def _rowwise_watch_losses(self, inner: Parameters) -> torch.Tensor:
-        inputs, targets = self.watch
-
-        def losses(parameters: Parameters) -> torch.Tensor:
-            return self.model.losses(self.model.scores(parameters, inputs), targets)
-
-        with torch.no_grad():
-            return self.model.metric_scale * torch.func.vmap(losses)(inner).mean(0)  # (watch rows,)
-
-
 @dataclass(eq=False)
 class _Descent:
     """The course of per-feature tuning, judged by the watch loss."""
@@ -540,7 +256,7 @@ class _Descent:
         return WatchEvidence(float(difference.mean()), error, rows)
 
 
-def _descend(folds: _Folds, settings: TuneSettings, file: Callable[[OuterStep], OuterStep]) -> _Descent:
+def _descend(folds: Folds, settings: TuneSettings, file: Callable[[OuterStep], OuterStep]) -> _Descent:
     theta = folds.theta
     optimizer = torch.optim.Adam([theta], lr=settings.learning_rate)
     low, high = LOG_RANGE

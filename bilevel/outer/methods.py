@@ -146,9 +146,9 @@ class MAID(OuterMethod):
     """Adaptive accuracy with a line search that takes only decrease that is beyond the errors of the values.
 
     A step counts if F(θ⁺) + e⁺ ≤ F(θ) − e − ``decrease`` · α ‖ĝ‖², with corrected values, whose errors e are of second order (C4).
-    If the errors leave it open whether a step descends, both ends are solved for more accurately; if the step is too long,
-    α is multiplied by ``shrink``. It is meant for ``Tolerance(descent=0.5)``, which makes −ĝ a descent direction: then a step
-    that counts exists.
+    Otherwise α is multiplied by ``shrink``; but where the errors exceed the fall that the slope gives, (1 − ``decrease``) α ‖ĝ‖², so that
+    a shorter step would not be certain either, both ends are solved for more accurately. It is meant for
+    ``Tolerance(descent=0.5)``, which makes −ĝ a descent direction: then a step that counts exists.
 
     Parameters
     ----------
@@ -203,8 +203,10 @@ class MAID(OuterMethod):
             if fall - doubt >= promised:
                 memory["taken"], memory["step"] = step, self.grow * step
                 return there
-            if fall + doubt < promised or math.isnan(doubt):
-                memory["step"] = self.shrink * step  # it does not descend, however exact the values
+            if fall + doubt < promised or not doubt > (1 - self.decrease) * step * here.norm**2:
+                # It descends too little however exact the values, or a shorter step would be certain: that costs one evaluation, and
+                # exacter values cost two.
+                memory["step"] = self.shrink * step
                 continue
             tighter *= self.tighten
             more = evaluate(here.outer, tighter=tighter)

@@ -16,6 +16,7 @@ from bilevel._checks import check_steps
 from bilevel.errors import ArgumentError, SolveError
 from bilevel.outer.methods import HOAG, Evaluation, OuterMethod, TorchOuter
 from bilevel.outer.result import OuterResult, OuterStatus, OuterStep
+from bilevel.outer.trail import Trail
 from bilevel.problem import BilevelProblem
 from bilevel.reports import Basis
 from bilevel.tolerance import Tolerance
@@ -23,7 +24,7 @@ from bilevel.tolerance import Tolerance
 __all__ = ["OuterRun", "minimize"]
 
 Policy: TypeAlias = "Tolerance | Callable[[int], Tolerance]"
-FORMAT = 1
+FORMAT = 2
 
 
 def minimize(
@@ -48,7 +49,9 @@ def minimize(
     problem
         The problem; its warm starts are used.
     outer
-        Where θ begins: a tensor or a pytree. Leaves that are not floating-point tensors stay as they are.
+        Where θ begins: a tensor or a pytree. Leaves that are not floating-point tensors stay as they are. Parameters of the problem
+        itself, as ``tuning.outer`` of a :class:`HyperparameterOptimization`, follow the run, as they would an optimiser: they are
+        set to each point reached, and hold the last one at the end. Other tensors are not changed.
     data
         As for :meth:`BilevelProblem.hypergradient`.
     optimizer
@@ -61,7 +64,8 @@ def minimize(
     max_steps
         The most steps in θ.
     gradient_tolerance
-        The loop ends when ‖ĝ‖, plus its error bound where there is one, is at or below.
+        The loop ends when ‖ĝ‖, plus its error bound where there is one, is at or below. Goals that are relative to the gradient need
+        not be stricter than showing that: see ``stationary`` of :class:`Tolerance`.
     init
         Where the first inner solve begins.
     callback
@@ -108,7 +112,7 @@ def minimize(
         raise ArgumentError(f"minimize: expected problem to be a bilevel.BilevelProblem, got {problem!r}; subclass it")
     method = _as_method(optimizer)
     callbacks = [callback] if callable(callback) else list(callback or ())
-    run = OuterRun(problem, outer, data, method, tolerance, bounds, init)
+    run = OuterRun(problem, outer, data, method, tolerance, gradient_tolerance, bounds, init)
     with _kept(problem, "tolerance"):
         return _loop(run, max_steps, gradient_tolerance, callbacks, on_failure, resume)
 
@@ -129,10 +133,12 @@ class OuterRun:
         data: Any,
         method: OuterMethod,
         policy: Policy | None,
+        gradient_tolerance: float,
         bounds: bool,
         init: Any,
     ) -> None:
         self.problem, self.data, self.method, self.bounds = problem, data, method, bounds
+        self._zero = gradient_tolerance
         own = problem.tolerance
         self._policy: Callable[[int], Tolerance]
         if policy is None or isinstance(policy, Tolerance):
@@ -145,11 +151,14 @@ class OuterRun:
             raise ArgumentError(
                 f"minimize: expected outer to hold a floating-point tensor, got {outer!r}; pass tensors to minimise over"
             )
+        parameters = {id(parameter) for parameter in problem.parameters()}
+        self._own = [leaf if id(leaf) in parameters else None for leaf in self._leaves if _moves(leaf)]
         self._init = init
         self.history: list[OuterStep] = []
         self._memory: dict[str, Any] = {}
         self._here: Evaluation | None = None
         self._warm: dict[str, Any] = {}
+        self._trail = Trail()
         self._spent = [0, 0]
         self._evaluations = 0
         self._seconds, self._began = 0.0, time.perf_counter()
@@ -197,6 +206,7 @@ class OuterRun:
                 "record": record,
                 "method": self._memory,
                 "problem": self._warm,
+                "trail": self._trail.state_dict(),
                 "spent": list(self._spent),
                 "evaluations": self._evaluations,
                 "seconds": self._elapsed,
@@ -223,6 +233,8 @@ class OuterRun:
             state["inner"], record,
         )  # fmt: skip
         self._memory, self._warm = state["method"], state["problem"]
+        self._trail = Trail.of(state["trail"])
+        self._follow()
         self._spent, self._evaluations = list(state["spent"]), state["evaluations"]
         self._seconds = state["seconds"]
         self.history = [OuterStep(**{**step, "basis": Basis(step["basis"])}) for step in state["history"]]
@@ -239,10 +251,13 @@ class OuterRun:
     def _evaluate(self, outer: tuple[torch.Tensor, ...], *, tighter: float = 1.0) -> Evaluation | None:
         """Return the hypergradient at ``outer``, as the policy has it for the next point; None, and why, if a solve failed."""
         problem = self.problem
-        asked = _tightened(self._policy(len(self.history) + 1), tighter)
+        asked = _tightened(_until(self._policy(len(self.history) + 1), self._zero), tighter)
         problem.tolerance = asked
         init = self._init if self._evaluations == 0 else None
         self._evaluations += 1
+        start = self._trail.start(outer) if problem.warm_start else None
+        if start is not None:
+            problem.begin_at(*start)
         try:
             # A subclass may take θ from itself; here it is what moves.
             result = BilevelProblem.hypergradient(problem, self._tree(outer), self.data, init=init)
@@ -250,6 +265,8 @@ class OuterRun:
             self.failure = error
             problem.recall(self._warm) if self._warm else problem.reset()
             return None
+        if problem.warm_start and bool(result.report.iterations.any()):  # what no solve has moved is but extrapolated
+            self._trail.add(outer, result.inner, result.adjoint)
         forward, backward = result.report.forward, result.report.backward
         self._spent[0] += int(forward.iterations.sum())
         self._spent[1] += int(backward.iterations.sum())
@@ -274,6 +291,7 @@ class OuterRun:
     def _arrive(self, here: Evaluation) -> None:
         """Make ``here`` the present point, and file it."""
         self._here, self._warm = here, self.problem.memory()
+        self._follow()
         self.history.append(
             OuterStep(
                 number=len(self.history) + 1,
@@ -290,6 +308,14 @@ class OuterRun:
             )
         )
         self._spent = [0, 0]
+
+    def _follow(self) -> None:
+        """Set the problem's own parameters, where θ is those, to the present point."""
+        assert self._here is not None
+        with torch.no_grad():
+            for parameter, value in zip(self._own, self._here.outer, strict=True):
+                if parameter is not None:
+                    parameter.copy_(value)
 
     def _end(self, status: OuterStatus) -> OuterResult:
         here = self._here
@@ -379,15 +405,21 @@ def _tightened(tolerance: Tolerance, by: float) -> Tolerance:
     if by == 1.0:
         return tolerance
     if tolerance.descent is not None:
-        return replace(tolerance, descent=1 - (1 - tolerance.descent) / by)
+        return replace(tolerance, descent=1 - (1 - tolerance.descent) / by, stationary=None)
     if tolerance.hypergradient is not None:
-        return replace(tolerance, hypergradient=tolerance.hypergradient / by)
+        return replace(tolerance, hypergradient=tolerance.hypergradient / by, stationary=None)
     delta, delta_prime = tolerance.delta, tolerance.delta_prime
     return replace(
         tolerance,
         delta=delta / by if isinstance(delta, (int, float)) else delta,
         delta_prime=delta_prime / by if isinstance(delta_prime, (int, float)) else delta_prime,
     )
+
+
+def _until(tolerance: Tolerance, norm: float) -> Tolerance:
+    """Return ``tolerance`` with ``norm``, at which the loop ends, counted as zero where its goal is relative."""
+    relative = tolerance.descent is not None or tolerance.relative
+    return replace(tolerance, stationary=norm) if relative and norm > 0 and tolerance.stationary is None else tolerance
 
 
 def _moves(leaf: Any) -> bool:

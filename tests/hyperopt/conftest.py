@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 
 from bilevel.hyperopt.data import load_bundled
-from bilevel.hyperopt.tune import Outcome, Penalty, TuneSettings, tune
+from bilevel.hyperopt.outcome import Outcome, Penalty, TuneSettings
+from bilevel.hyperopt.tune import tune
 
 
 @pytest.fixture(scope="package")

@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+from bilevel.hyperopt.outcome import Outcome, WatchEvidence
 from bilevel.hyperopt.plots import plot_curve, plot_losses, plot_strengths, write_plots
 from bilevel.hyperopt.report import OutputError, as_json, prepare_output, remarks, table, write_json
-from bilevel.hyperopt.tune import Outcome, WatchEvidence
 
 
 def printed(outcome: Outcome) -> str:

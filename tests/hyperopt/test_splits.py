@@ -143,3 +143,14 @@ def test_a_row_beyond_all_bounds_names_its_column() -> None:
     inputs[split(dataset).test[0], 2] = 1e300
     with pytest.raises(DataError, match="column 'c' has numbers so much larger"):
         split(replace(dataset, inputs=inputs))
+
+
+def test_features_that_are_all_constant_in_the_folds() -> None:
+    dataset = small()
+    outside = split(dataset, folds=2).test  # these vary, where nothing is trained
+    inputs = np.full_like(dataset.inputs, 0.1)
+    inputs[outside] = dataset.inputs[outside]
+    with pytest.raises(DataError, match="no feature has more than one value"):
+        split(replace(dataset, inputs=inputs), folds=2)
+    inputs[:, 0] = dataset.inputs[:, 0]  # one that varies is enough
+    assert split(replace(dataset, inputs=inputs), folds=2).inputs.shape == inputs.shape

@@ -13,7 +13,8 @@ import bilevel
 from bilevel.hyperopt import HyperparameterOptimization
 from bilevel.hyperopt.data import Dataset, Task, load_bundled
 from bilevel.hyperopt.grid import LOG_RANGE, cross_validate
-from bilevel.hyperopt.tune import Outcome, OuterStep, Penalty, Row, TuneSettings, tune
+from bilevel.hyperopt.outcome import Outcome, OuterStep, Penalty, Row, TuneSettings
+from bilevel.hyperopt.tune import tune
 
 
 def row(outcome: Outcome, name: str) -> Row:

@@ -1,0 +1,94 @@
+"""The cross-validation loss as a function of the strengths: K folds solved and differentiated as one batch."""
+
+from __future__ import annotations
+
+import math
+import time
+
+import torch
+
+import bilevel
+from bilevel.hyperopt.linear_models import FOLD_DIMS, LinearModel, Parameters
+from bilevel.hyperopt.outcome import OuterStep
+from bilevel.hyperopt.problem import HyperparameterOptimization
+from bilevel.hyperopt.splits import Splits
+
+__all__ = ["TOLERANCE", "Folds"]
+
+TOLERANCE = bilevel.Tolerance(delta=1e-10, delta_prime=1e-10)
+"""Residuals of the two solves. The weakest strength makes condition numbers near 1e6, where the default, all
+that float64 holds, is at times out of reach."""
+
+
+class Folds:
+    """The cross-validation loss as a function of θ, its hypergradient, and what they cost."""
+
+    def __init__(self, model: LinearModel, splits: Splits, theta: torch.Tensor, stage: str) -> None:
+        self.model, self.stage, self.folds = model, stage, len(splits.folds)
+        self.data = splits.cross_validation()
+        self.watch = splits.part(splits.watch)
+        self.problem = HyperparameterOptimization(
+            model.training_objective,
+            model.validation_loss,
+            theta,
+            model.initial(self.folds),
+            batch_dims=FOLD_DIMS,
+            # The problems are convex and warm: a few steps each, by factorisation or Hessian-free as size has it.
+            solver=bilevel.Newton(),
+            tolerance=TOLERANCE,
+        )
+        self.evaluations = 0
+        self.solves = 0
+        self.seconds = 0.0
+        self.watch_losses = torch.zeros(0)
+
+    @property
+    def theta(self) -> torch.nn.Parameter:
+        """The problem's log-strengths θ."""
+        theta: torch.nn.Parameter
+        (theta,) = self.problem.parameters()
+        return theta
+
+    def move_to(self, theta: float) -> None:
+        """Set the shared log-strength."""
+        with torch.no_grad():
+            self.theta.fill_(theta)
+
+    def evaluate(self) -> tuple[OuterStep, torch.Tensor]:
+        """Solve and differentiate the K problems; return the step and the hypergradient."""
+        began = time.perf_counter()
+        self.solves += self.folds
+        try:
+            result = self.problem.hypergradient(self.data)
+        finally:
+            self.seconds += time.perf_counter() - began
+        gradient = result.grad
+        self.watch_losses = self._rowwise_watch_losses(result.inner)
+        bound = float(torch.as_tensor(result.error_bound).max())
+        step = OuterStep(
+            stage=self.stage,
+            number=self.evaluations,
+            log_strengths=tuple(self.theta.detach().reshape(-1).tolist()),
+            cv_loss=float(result.value),
+            watch_loss=float(self.watch_losses.mean()),
+            corrected_cv_loss=float(result.corrected_value),
+            gradient_norm=float(gradient.norm()),
+            inner_residual=float(result.report.residual_norm.max()),
+            inner_steps=int(result.report.forward.iterations.max()),
+            adjoint_steps=int(result.report.backward.iterations.max()),
+            error_bound=bound if math.isfinite(bound) else None,
+            certified=bool(torch.as_tensor(result.certified).all()),
+            inner_solves=self.solves,
+            seconds=self.seconds,
+        )
+        self.evaluations += 1
+        return step, gradient
+
+    def _rowwise_watch_losses(self, inner: Parameters) -> torch.Tensor:
+        inputs, targets = self.watch
+
+        def losses(parameters: Parameters) -> torch.Tensor:
+            return self.model.losses(self.model.scores(parameters, inputs), targets)
+
+        with torch.no_grad():
+            return self.model.metric_scale * torch.func.vmap(losses)(inner).mean(0)  # (watch rows,)

@@ -336,16 +336,13 @@ class Search:
     def _enter(self, x: torch.Tensor, q: torch.Tensor | None) -> _Here:
         linear = self.lower.linearize(x, self.wanted)
         values, v, direct = self._slopes(x)
-        # One pass of ⟨∇G, q⟩ gives H q and Bᵀq both.
         q = torch.zeros_like(x) if q is None else q
         here = _Here(
             x, linear, RecordedOperator(linear.operator), linear.residual.detach(), values, v, direct,
             q, v, torch.zeros_like(direct),
         )  # fmt: skip
         if bool((q != 0).any()):
-            product, here.pulled = self._joint(linear, q)
-            here.rho = v - product
-            self._see_pull(here)
+            self._pull(here)
         return here
 
     def _solve_adjoint(self, here: _Here) -> Status | bool:
@@ -362,9 +359,8 @@ class Search:
             bad = _worst(outcome.status)
             if bad is not None:
                 return bad
-            here.q, here.rho = here.q + outcome.x, outcome.residual
-            here.pulled = self._flat(here.linear.pullback(here.q))
-            self._see_pull(here)
+            here.q = here.q + outcome.x
+            self._pull(here)
             want = max(want, self._adjoint_aim(here)) if self.known.nu else want
             if here.left > 0.5 * left:  # no progress: rounding, or a solver without one
                 return here.left > 1.01 * want
@@ -405,7 +401,9 @@ class Search:
         if isinstance(solver, CG) and solver.preconditioner is None:
             solver = replace(solver, preconditioner=self.known.secants)
         eps = torch.finfo(rhs.dtype).eps
-        outcome = solve_linear(solver, here.operator, rhs, Target(relative=max(min(reduction, 0.9), eps), asked=True))
+        target = Target(relative=max(min(reduction, 0.9), eps), asked=True)
+        # Of q the joint pass tells the true residual, and of s the gradient at the next φ.
+        outcome = solve_linear(solver, here.operator, rhs, target, verify=False)
         assert isinstance(here.operator, RecordedOperator)
         here.operator.tell(self.known.secants)
         size = float(rhs.norm())
@@ -471,7 +469,10 @@ class Search:
             self.known.linear_doubt *= max(1.2, proven.linear_part / linear if linear else 1.2)
         return proven
 
-    def _see_pull(self, here: _Here) -> None:
+    def _pull(self, here: _Here) -> None:
+        """Set ρ and Bᵀq for the q that is here: one pass of ⟨∇G, q⟩ gives H q and Bᵀq both."""
+        product, here.pulled = self._joint(here.linear, here.q)
+        here.rho = here.v - product
         size = float(here.q.norm())
         if size > 0:
             self.known.pull = max(self.known.pull, float(here.pulled.norm()) / here.x.shape[0] / size)

@@ -297,7 +297,7 @@ class Search:
         bound = Bound(math.inf, Basis.ESTIMATED)
         while reason is None:
             rounds += 1
-            stuck = self._solve_adjoint(here)
+            stuck = False if self._spoiled(here) else self._solve_adjoint(here)
             if isinstance(stuck, Status):
                 reason = stuck
                 break
@@ -333,7 +333,7 @@ class Search:
         self.inner_steps = self.inner_steps + outcome.iterations.cpu()
         return outcome.x
 
-    def _enter(self, x: torch.Tensor, q: torch.Tensor | None) -> _Here:
+    def _enter(self, x: torch.Tensor, q: torch.Tensor | None, before: _Here | None = None) -> _Here:
         linear = self.lower.linearize(x, self.wanted)
         values, v, direct = self._slopes(x)
         q = torch.zeros_like(x) if q is None else q
@@ -341,7 +341,9 @@ class Search:
             x, linear, RecordedOperator(linear.operator), linear.residual.detach(), values, v, direct,
             q, v, torch.zeros_like(direct),
         )  # fmt: skip
-        if bool((q != 0).any()):
+        if before is not None:
+            here.q = before.q + before.operator.project(v - before.v + before.rho)[0]
+        if bool((here.q != 0).any()):
             self._pull(here)
         return here
 
@@ -375,7 +377,7 @@ class Search:
         if bad in (Status.NOT_FINITE, Status.INDEFINITE, Status.SINGULAR):
             return bad
         step = outcome.x
-        there = self._enter(here.x - step, here.q)
+        there = self._enter(here.x - step, here.q, here)
         length = float(step.norm())
         if math.isfinite(there.size) and length > 0:
             promised = outcome.residual
@@ -387,7 +389,7 @@ class Search:
             if bool((here.residual.norm(dim=-1) <= 4 * rounding(self.lower, here.x, here.residual)).all()):
                 return Status.STAGNATED
             moved = self._descend(here.x)
-            there = self._enter(moved, here.q)
+            there = self._enter(moved, here.q, here)
             if not there.size <= _PROGRESS * size:
                 return Status.STAGNATED
             length = float((moved - here.x).norm())
@@ -401,12 +403,19 @@ class Search:
         if isinstance(solver, CG) and solver.preconditioner is None:
             solver = replace(solver, preconditioner=self.known.secants)
         eps = torch.finfo(rhs.dtype).eps
+        assert isinstance(here.operator, RecordedOperator)
+        size = float(rhs.norm())
+        known, rest = here.operator.project(rhs)
+        reduction *= size / max(float(rest.norm()), 1e-300)
         target = Target(relative=max(min(reduction, 0.9), eps), asked=True)
         # Of q the joint pass tells the true residual, and of s the gradient at the next φ.
-        outcome = solve_linear(solver, here.operator, rhs, target, verify=False)
-        assert isinstance(here.operator, RecordedOperator)
+        if reduction < 1:
+          outcome = solve_linear(solver, here.operator, rest, target, verify=False)
+          outcome = replace(outcome, x=outcome.x + known)
+        else:
+          outcome = solve_linear(solver, here.operator, rest, replace(target, relative=2.), verify=False)
+          outcome = replace(outcome, x=outcome.x + known)
         here.operator.tell(self.known.secants)
-        size = float(rhs.norm())
         if size > 0:
             self.known.nu = max(self.known.nu, float(outcome.x.norm()) / size, self.known.secants.softest)
         return outcome
@@ -429,6 +438,9 @@ class Search:
 
     def _allowed(self, here: _Here) -> float:
         return self.tolerance.allowed(float(here.gradient.norm()))
+
+    def _spoiled(self, here: _Here) -> bool:
+        return self.known.slope > 0 and self._inner_share(here) > max(self._allowed(here), self._linear_share(here))
 
     def _adjoint_aim(self, here: _Here) -> float:
         """Return the ‖ρ‖ to reach: half of what is allowed, or what the inner residual would spoil anyway."""

@@ -78,13 +78,28 @@ class RecordedOperator(LinearOperator):
         self.memo = operator.memo
         self._operator = operator
         self._made: list[tuple[torch.Tensor, torch.Tensor]] = []
+        self._all: list[tuple[torch.Tensor, torch.Tensor]] = []
 
     def matvec(self, v: torch.Tensor) -> torch.Tensor:
         """Return H v."""
         product = self._operator.matvec(v)
         self._made.append((v.detach().clone(), product))
-        del self._made[:-_MOST_PAIRS]
+        self._all.append(self._made[-1])
+        del self._made[:-_MOST_PAIRS], self._all[:-_MOST_PAIRS]
         return product
+
+    def project(self, r: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return x on the span of the products made, with b − H x orthogonal to it, and that residual."""
+        if not self._all:
+            return torch.zeros_like(r), r
+        V = torch.stack([v for v, _ in self._all], 1)
+        W = torch.stack([w for _, w in self._all], 1)
+        gram = V @ W.mT
+        gram = 0.5 * (gram + gram.mT)
+        scale = gram.diagonal(dim1=-2, dim2=-1).clamp_min(0).rsqrt().nan_to_num(posinf=0.0).unsqueeze(-1)
+        V, W, gram = scale * V, scale * W, scale * gram * scale.mT
+        c = torch.linalg.pinv(gram, hermitian=True, rtol=1e-8) @ (V @ r.unsqueeze(-1))
+        return (V.mT @ c).squeeze(-1), r - (W.mT @ c).squeeze(-1)
 
     rmatvec = matvec
 

@@ -3,19 +3,20 @@
 One round, at φ with an adjoint q from the round before:
 
 1. linearise at φ; one joint pass gives H q and Bᵀq, and so the residual ρ = ∇F − H q and ĝ;
-2. if ρ accounts for more than its share of the error, solve H d = ρ as far as it should go, and q ← q + d;
+2. if ρ accounts for more than its share of the error, solve H d = ρ as far as it should go, q ← q + d, and a joint pass again;
 3. stop if ‖ĝ − g‖ is small enough; else solve H s = ∇G, as far as it should go, and φ ← φ − s.
 
 The inner solver makes the first stretch alone, to where Newton's method can take over; from there the linear solver does both solves,
 which costs √κ where descent costs κ, and neither is ever begun again. What one solve learns of H⁻¹ preconditions the next
-(:mod:`bilevel._secants`).
+(:mod:`bilevel._secants`). No solve verifies its residual by a product of its own: what is decided and reported rests on the joint pass and on
+the gradient at the next φ. As these come anyway, each also tries a step that the preconditioner guesses.
 
 How far is far enough is read off a running model of the error, from numbers that the rounds have produced anyway::
 
     ‖ĝ − g‖ ≲ c ( S ν ‖∇G‖ + β ν ‖ρ‖ )
 
 with ν the largest ‖H⁻¹b‖/‖b‖ or ‖s‖²/sᵀHs, S the largest ‖Δĝ‖/‖Δφ‖ and β the largest ‖Bᵀq‖/‖q‖ seen, and c > 1, the larger the fewer numbers
-S was seen on (a single outer variable may hide a change by chance). The halves of the sum are the shares of the two solves. The model plans.
+S and β were seen on (a single outer variable may hide a change by chance). The halves of the sum are the shares of the two solves. The model plans.
 It decides only if the caller allows estimates; otherwise the certificate does, and its parts correct the model where it was too hopeful.
 """
 
@@ -118,8 +119,8 @@ class Knowledge:
     ----------
     nu, slope, pull
         ν, S and β; zero while nothing was seen.
-    numbers
-        How many numbers S was seen on.
+    numbers, pulls
+        How many numbers S and β were seen on.
     value_bend
         The largest change of F − qᵀ∇G along a step, over (ν ‖∇G‖)²: what is left of the corrected value's error.
     curvature
@@ -134,6 +135,7 @@ class Knowledge:
     slope: float = 0.0
     pull: float = 0.0
     numbers: int = 0
+    pulls: int = 0
     value_bend: float = 0.0
     curvature: float = 0.0
     inner_doubt: float = 1.0
@@ -159,7 +161,7 @@ class Knowledge:
         self.nu, self.slope, self.pull = 0.8 * self.nu, 0.8 * self.slope, 0.8 * self.pull
         self.secants.softest = 0.0
         self.curvature, self.value_bend = 0.8 * self.curvature, 0.8 * self.value_bend
-        self.numbers = min(self.numbers, 50)
+        self.numbers, self.pulls = min(self.numbers, 50), min(self.pulls, 50)
         self.inner_doubt, self.linear_doubt = max(1.0, 0.8 * self.inner_doubt), max(1.0, 0.8 * self.linear_doubt)
 
 
@@ -333,25 +335,39 @@ class Search:
         self.inner_steps = self.inner_steps + outcome.iterations.cpu()
         return outcome.x
 
-    def _enter(self, x: torch.Tensor, q: torch.Tensor | None, before: _Here | None = None) -> _Here:
+    def _enter(self, x: torch.Tensor, q: torch.Tensor | None) -> _Here:
+        here = self._at(x)
+        return here if q is None else self._with(here, q)
+
+    def _follow(self, before: _Here, x: torch.Tensor) -> _Here:
+        """Return the linearisation at x, with the adjoint from before and a guess of what ∇F's change makes of it."""
+        here = self._at(x)
+        return self._with(here, before.q + self.known.secants.guess(here.v - before.v + before.rho))
+
+    def _at(self, x: torch.Tensor) -> _Here:
         linear = self.lower.linearize(x, self.wanted)
         values, v, direct = self._slopes(x)
-        q = torch.zeros_like(x) if q is None else q
-        here = _Here(
+        return _Here(
             x, linear, RecordedOperator(linear.operator), linear.residual.detach(), values, v, direct,
-            q, v, torch.zeros_like(direct),
+            torch.zeros_like(x), v, torch.zeros_like(direct),
         )  # fmt: skip
-        if before is not None:
-            here.q = before.q + before.operator.project(v - before.v + before.rho)[0]
-        if bool((here.q != 0).any()):
-            self._pull(here)
+
+    def _with(self, here: _Here, q: torch.Tensor) -> _Here:
+        """Set q, and with it ρ and Bᵀq: one pass of ⟨∇G, q⟩ gives H q and Bᵀq both."""
+        here.q = q
+        if not bool((q != 0).any()):
+            return here
+        product, here.pulled = self._joint(here.linear, q)
+        here.rho = here.v - product
+        self.known.pulls += here.pulled.numel()
+        self.known.pull = max(self.known.pull, float(here.pulled.norm()) / here.x.shape[0] / float(q.norm()))
         return here
 
     def _solve_adjoint(self, here: _Here) -> Status | bool:
         """Bring ρ down to its share of the error; return what stopped that, or whether rounding keeps it above its share."""
         if self.known.slope and self._inner_share(here) + self._linear_share(here) <= self._allowed(here):
             return False
-        want = self._adjoint_aim(here)
+        want, ahead = self._adjoint_aim(here), True
         for _ in range(_MOST_ROUNDS):
             left = here.left
             if left <= want or left == 0:
@@ -361,11 +377,14 @@ class Search:
             bad = _worst(outcome.status)
             if bad is not None:
                 return bad
-            here.q = here.q + outcome.x
-            self._pull(here)
+            # The joint pass tells what the guess is worth, and comes anyway.
+            step = outcome.x + self.known.secants.guess(outcome.residual) if ahead else outcome.x
+            self._with(here, here.q + step)
             want = max(want, self._adjoint_aim(here)) if self.known.nu else want
-            if here.left > 0.5 * left:  # no progress: rounding, or a solver without one
-                return here.left > 1.01 * want
+            if here.left > 0.5 * left:  # no progress: a bad guess, rounding, or a solver without one
+                if not ahead:
+                    return here.left > 1.01 * want
+                ahead = False
         return True
 
     def _refine(self, here: _Here) -> _Here | Status:
@@ -376,20 +395,24 @@ class Search:
         bad = _worst(outcome.status)
         if bad in (Status.NOT_FINITE, Status.INDEFINITE, Status.SINGULAR):
             return bad
-        step = outcome.x
-        there = self._enter(here.x - step, here.q, here)
+        promised = outcome.residual
+        guess = self.known.secants.guess(promised)
+        # The gradient at the next φ tells what the guess is worth, and is wanted anyway.
+        for step in (outcome.x + guess, outcome.x) if bool((guess != 0).any()) else (outcome.x,):
+            there = self._follow(here, here.x - step)
+            if there.size <= _PROGRESS * size:
+                break
         length = float(step.norm())
         if math.isfinite(there.size) and length > 0:
-            promised = outcome.residual
-            bend = float((there.residual - promised).norm()) / length**2
-            if there.size > 2 * float(promised.norm()):  # below that it is rounding, or too small to matter
-                self.known.curvature = max(self.known.curvature, bend)
+            # What is not the linear solve's, nor the guess's; below that it is rounding, or too small to matter.
+            bend = max(0.0, there.size - 2 * float(promised.norm())) / length**2
+            self.known.curvature = max(self.known.curvature, bend)
         if not there.size <= _PROGRESS * size:
             # At the end of the dtype's digits, or too far away for Newton's method.
             if bool((here.residual.norm(dim=-1) <= 4 * rounding(self.lower, here.x, here.residual)).all()):
                 return Status.STAGNATED
             moved = self._descend(here.x)
-            there = self._enter(moved, here.q, here)
+            there = self._follow(here, moved)
             if not there.size <= _PROGRESS * size:
                 return Status.STAGNATED
             length = float((moved - here.x).norm())
@@ -402,19 +425,15 @@ class Search:
         solver = self.choose(here.operator)
         if isinstance(solver, CG) and solver.preconditioner is None:
             solver = replace(solver, preconditioner=self.known.secants)
-        eps = torch.finfo(rhs.dtype).eps
         assert isinstance(here.operator, RecordedOperator)
-        size = float(rhs.norm())
-        known, rest = here.operator.project(rhs)
-        reduction *= size / max(float(rest.norm()), 1e-300)
-        target = Target(relative=max(min(reduction, 0.9), eps), asked=True)
+        known, rest = here.operator.on_span(rhs) if isinstance(solver, CG) else (torch.zeros_like(rhs), rhs)
+        size, left = float(rhs.norm()), float(rest.norm())
+        relative = (
+            1.0 if left <= reduction * size else max(min(reduction * size / left, 0.9), torch.finfo(rhs.dtype).eps)
+        )
         # Of q the joint pass tells the true residual, and of s the gradient at the next φ.
-        if reduction < 1:
-          outcome = solve_linear(solver, here.operator, rest, target, verify=False)
-          outcome = replace(outcome, x=outcome.x + known)
-        else:
-          outcome = solve_linear(solver, here.operator, rest, replace(target, relative=2.), verify=False)
-          outcome = replace(outcome, x=outcome.x + known)
+        outcome = solve_linear(solver, here.operator, rest, Target(relative=relative, asked=True), verify=False)
+        outcome = replace(outcome, x=known + outcome.x)
         here.operator.tell(self.known.secants)
         if size > 0:
             self.known.nu = max(self.known.nu, float(outcome.x.norm()) / size, self.known.secants.softest)
@@ -422,32 +441,35 @@ class Search:
 
     # What the error is made of
 
-    def _caution(self, here: _Here) -> float:
-        return _SAFETY * (1 + _DOUBT / max(1, self.known.numbers, here.direct.numel()))
+    def _caution(self, here: _Here, numbers: int) -> float:
+        return _SAFETY * (1 + _DOUBT / max(1, numbers, here.direct.numel()))
 
     def _inner_share(self, here: _Here) -> float:
         """Return the model's part of the inner residual; before S is known, the error is taken to be of the size of ĝ."""
         known = self.known
+        caution = self._caution(here, known.numbers)
         if not known.slope:
-            return float(here.gradient.norm()) * here.size / self.first if self.first else 0.0
-        return self._caution(here) * known.inner_doubt * known.slope * known.nu * here.size
+            return caution * float(here.gradient.norm()) * here.size / self.first if self.first else 0.0
+        return caution * known.inner_doubt * known.slope * known.nu * here.size
 
     def _linear_share(self, here: _Here) -> float:
         known = self.known
-        return self._caution(here) * known.linear_doubt * known.pull * known.nu * here.left
+        return self._caution(here, known.pulls) * known.linear_doubt * known.pull * known.nu * here.left
 
     def _allowed(self, here: _Here) -> float:
         return self.tolerance.allowed(float(here.gradient.norm()))
 
     def _spoiled(self, here: _Here) -> bool:
+        """Whether φ has to move in any case, and ρ does not hide yet what that does to ĝ: the adjoint can wait."""
         return self.known.slope > 0 and self._inner_share(here) > max(self._allowed(here), self._linear_share(here))
 
     def _adjoint_aim(self, here: _Here) -> float:
-        """Return the ‖ρ‖ to reach: half of what is allowed, or what the inner residual would spoil anyway."""
+        """Return the ‖ρ‖ to reach: half of what is allowed, what the inner residual leaves of it, or would spoil anyway."""
         share = self._linear_share(here)
         if not share > 0:
             return _FIRST_ADJOINT * float(here.v.norm())
-        aim = max(0.5 * _MARGIN * self._allowed(here), 0.3 * self._inner_share(here))
+        allowed, inner = self._allowed(here), self._inner_share(here)
+        aim = max(0.5 * _MARGIN * allowed, _MARGIN * (allowed - inner), 0.3 * inner)
         return here.left * aim / share
 
     def _inner_aim(self, here: _Here) -> float:
@@ -481,14 +503,6 @@ class Search:
             self.known.linear_doubt *= max(1.2, proven.linear_part / linear if linear else 1.2)
         return proven
 
-    def _pull(self, here: _Here) -> None:
-        """Set ρ and Bᵀq for the q that is here: one pass of ⟨∇G, q⟩ gives H q and Bᵀq both."""
-        product, here.pulled = self._joint(here.linear, here.q)
-        here.rho = here.v - product
-        size = float(here.q.norm())
-        if size > 0:
-            self.known.pull = max(self.known.pull, float(here.pulled.norm()) / here.x.shape[0] / size)
-
     def _see_slope(self, here: _Here, there: _Here, length: float) -> None:
         """Measure S once the adjoint there is as good as it is going to be: the change of ĝ that the step made."""
         if not length > 0:
@@ -509,7 +523,7 @@ class Search:
         return Reached(
             here.x, here.q, here.residual, here.v, here.rho, here.gradient, here.values, self.lower.system.batch_shape,
             self.inner_steps, self.linear_steps,
-            bound, self._caution(here) * slack, report, self.known,
+            bound, self._caution(here, self.known.numbers) * slack, report, self.known,
         )  # fmt: skip
 
     # Passes

@@ -57,10 +57,10 @@ def seek(
     ArgumentError
         If it takes a proof, and none can be had.
     """
-    spoiled = False
+    spoiled, first = False, None
     try:
         if lower.batch:
-            lower.single(0).inspect(x[:1], captures=True)
+            first = lower.single(0).inspect(x[:1], captures=True)
     except BilevelError as error:
         if isinstance(error, ValueError) or error.__cause__ is not None:
             raise
@@ -71,6 +71,8 @@ def seek(
         lower, upper, wanted, solver, (lambda operator: default_linear_solver(operator) if linear is None else linear),
         layer.tolerance, known, certify,
     )  # fmt: skip
+    if lower.batch == 1 and first is not None:
+        search.lower.remember(x, first[0].reshape(1), first[1].reshape(x.shape))
     found = search.run(x, q)
     linear_name = "its default" if linear is None else linear.name
     # A batch's means hand each problem 1/K of its right-hand side: reports speak of that system, as everywhere.

@@ -138,7 +138,7 @@ class CG(LinearSolver):
             curved = active & (quotient > tiny * largest)
             alpha = torch.where(curved, rz / curvature, zero).unsqueeze(-1)
             x, true = torch.addcmul(x, alpha, p), None
-            if step == limit - 1 and self.max_steps is not None and radau is None:
+            if step == limit - 1 and self.max_steps is not None and radau is None and verify:
                 # The budget is spent: what would lead on from here is not needed, and the true residual will judge.
                 iterations = torch.where(active, limit, iterations)
                 flat = active & ~curved & torch.isfinite(quotient)
@@ -201,7 +201,7 @@ class CG(LinearSolver):
         iterations = torch.where(status == Status.RUNNING, limit, iterations)
         status = torch.where(status == Status.RUNNING, int(Status.MAX_STEPS), status)
         if radau is None:
-            return LinearSolution(x, iterations, status, true)
+            return LinearSolution(x, iterations, status, true if verify else r)
         true = rhs - operator.matvec(x) if true is None else true
         proven = radau.error(torch.linalg.vecdot(r, r), (true - r).norm(dim=-1))
         return LinearSolution(x, iterations, status, true, proven, radau.refuted)

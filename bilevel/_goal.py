@@ -45,7 +45,7 @@ _MOST_ROUNDS = 60
 # The inner solver's own stretch: a tenth of the first residual is where Newton's method takes over at the least cost.
 _CRUDE = 0.1
 # The first adjoint, before anything is known of errors: relative residual.
-_FIRST_ADJOINT = 0.3
+_FIRST_ADJOINT = 0.4
 # c = _SAFETY (1 + _DOUBT / numbers seen).
 _SAFETY, _DOUBT = 1.5, 3.0
 # A solve aims a little below its share, and one step of Newton's method promises no more than this reduction.
@@ -264,6 +264,8 @@ class Search:
         From an earlier call; it is changed. None for a first call, whose first stretch is the inner solver's.
     certify
         (φ, q, ĝ, corrected value) ↦ the certificate's bound.
+    outputs
+        (φ, *tensors) ↦ F, for a caller who looks at what it does; that of ``upper`` by default.
     """
 
     def __init__(
@@ -276,9 +278,11 @@ class Search:
         tolerance: Tolerance,
         known: Knowledge | None,
         certify: Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], Bound],
+        outputs: Callable[..., torch.Tensor] | None = None,
     ) -> None:
         self.lower = WatchedProblem(lower.system, lower.tensors)
         self.upper, self.wanted = upper, list(wanted)
+        self.outputs = outputs or upper.system.outputs
         self.solver, self.choose, self.tolerance, self.certify = solver, linear_solver, tolerance, certify
         self.cold = known is None or known.slope == 0
         self.known = Knowledge() if known is None else known
@@ -536,7 +540,7 @@ class Search:
             leaves = [
                 t.detach().requires_grad_(True) if w else t for t, w in zip(upper.tensors, self.wanted, strict=True)
             ]
-            values = upper.system.outputs(point.reshape(*upper.system.batch_shape, upper.size), *leaves)
+            values = self.outputs(point.reshape(*upper.system.batch_shape, upper.size), *leaves)
             chosen = [leaf for leaf, w in zip(leaves, self.wanted, strict=True) if w]
             if not values.requires_grad:
                 return (

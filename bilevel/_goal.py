@@ -47,7 +47,7 @@ _CRUDE = 0.1
 # The first adjoint, before anything is known of errors: relative residual.
 _FIRST_ADJOINT = 0.4
 # c = _SAFETY (1 + _DOUBT / numbers seen).
-_SAFETY, _DOUBT = 1.5, 3.0
+_SAFETY, _DOUBT = 1.3, 3.0
 # A solve aims a little below its share, and one step of Newton's method promises no more than this reduction.
 _MARGIN, _MOST_REDUCTION, _FIRST_REDUCTION = 0.9, 1e-4, 1e-2
 # A step that leaves more of the residual than this was no step of Newton's method near a solution.
@@ -121,6 +121,8 @@ class Knowledge:
         ν, S and β; zero while nothing was seen.
     numbers, pulls
         How many numbers S and β were seen on.
+    looks
+        In how many steps S was seen.
     value_bend
         The largest change of F − qᵀ∇G along a step, over (ν ‖∇G‖)²: what is left of the corrected value's error.
     curvature
@@ -135,6 +137,7 @@ class Knowledge:
     slope: float = 0.0
     pull: float = 0.0
     numbers: int = 0
+    looks: int = 0
     pulls: int = 0
     value_bend: float = 0.0
     curvature: float = 0.0
@@ -161,7 +164,7 @@ class Knowledge:
         self.nu, self.slope, self.pull = 0.8 * self.nu, 0.8 * self.slope, 0.8 * self.pull
         self.secants.softest = 0.0
         self.curvature, self.value_bend = 0.8 * self.curvature, 0.8 * self.value_bend
-        self.numbers, self.pulls = min(self.numbers, 50), min(self.pulls, 50)
+        self.numbers, self.pulls, self.looks = min(self.numbers, 50), min(self.pulls, 50), min(self.looks, 4)
         self.inner_doubt, self.linear_doubt = max(1.0, 0.8 * self.inner_doubt), max(1.0, 0.8 * self.linear_doubt)
 
 
@@ -451,7 +454,8 @@ class Search:
     def _inner_share(self, here: _Here) -> float:
         """Return the model's part of the inner residual; before S is known, the error is taken to be of the size of ĝ."""
         known = self.known
-        caution = self._caution(here, known.numbers)
+        # What a step leaves lies in softer directions than the step, where S may be larger: one look is not enough to trust.
+        caution = self._caution(here, known.numbers) + _SAFETY / max(1, known.looks)
         if not known.slope:
             return caution * float(here.gradient.norm()) * here.size / self.first if self.first else 0.0
         return caution * known.inner_doubt * known.slope * known.nu * here.size
@@ -515,6 +519,7 @@ class Search:
         change = float((there.gradient - here.gradient).norm())
         self.known.slope = max(self.known.slope, change / length)
         self.known.numbers += here.direct.numel()
+        self.known.looks += 1
 
     def _impossible(self, here: _Here) -> Status | None:
         finite = torch.isfinite(here.residual).all() & torch.isfinite(here.v).all() & torch.isfinite(here.values).all()

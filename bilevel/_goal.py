@@ -16,7 +16,7 @@ How far is far enough is read off a running model of the error, from numbers tha
     ‖ĝ − g‖ ≲ c ( S ν ‖∇G‖ + β ν ‖ρ‖ )
 
 with ν the largest ‖H⁻¹b‖/‖b‖ or ‖s‖²/sᵀHs, S the largest ‖Δĝ‖/‖Δφ‖ and β the largest ‖Bᵀq‖/‖q‖ seen, and c > 1, the larger the fewer numbers
-S and β were seen on (a single outer variable may hide a change by chance). The halves of the sum are the shares of the two solves. The model plans.
+S and β were seen on (a single outer variable may hide a change by chance) and the fewer steps S was seen in. The halves of the sum are the shares of the two solves. The model plans.
 It decides only if the caller allows estimates; otherwise the certificate does, and its parts correct the model where it was too hopeful.
 """
 
@@ -46,7 +46,7 @@ _MOST_ROUNDS = 60
 _CRUDE = 0.1
 # The first adjoint, before anything is known of errors: relative residual.
 _FIRST_ADJOINT = 0.4
-# c = _SAFETY (1 + _DOUBT / numbers seen).
+# c = _SAFETY (1 + _DOUBT / numbers seen), and 1 / steps seen more for S.
 _SAFETY, _DOUBT = 1.3, 3.0
 # A solve aims a little below its share, and one step of Newton's method promises no more than this reduction.
 _MARGIN, _MOST_REDUCTION, _FIRST_REDUCTION = 0.9, 1e-4, 1e-2

@@ -16,8 +16,9 @@ How far is far enough is read off a running model of the error, from numbers tha
     ‖ĝ − g‖ ≲ c ( S ν ‖∇G‖ + β ν ‖ρ‖ )
 
 with ν the largest ‖H⁻¹b‖/‖b‖ or ‖s‖²/sᵀHs, S the largest ‖Δĝ‖/‖Δφ‖ and β the largest ‖Bᵀq‖/‖q‖ seen, and c > 1, the larger the fewer numbers
-S and β were seen on (a single outer variable may hide a change by chance) and the fewer steps S was seen in. The halves of the sum are the shares of the two solves. The model plans.
-It decides only if the caller allows estimates; otherwise the certificate does, and its parts correct the model where it was too hopeful.
+S and β were seen on (a single outer variable may hide a change by chance) and the fewer steps S was seen in. The halves of the sum are the shares
+of the two solves. The model plans. It decides only if the caller allows estimates; otherwise the certificate does, and its parts correct the
+model where it was too hopeful.
 """
 
 from __future__ import annotations

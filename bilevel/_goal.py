@@ -3,20 +3,22 @@
 One round, at φ with an adjoint q from the round before:
 
 1. linearise at φ; one joint pass gives H q and Bᵀq, and so the residual ρ = ∇F − H q and ĝ;
-2. if ρ accounts for more than its share of the error, solve H d = ρ as far as it should go, and q ← q + d;
+2. if ρ accounts for more than its share of the error, solve H d = ρ as far as it should go, q ← q + d, and a joint pass again;
 3. stop if ‖ĝ − g‖ is small enough; else solve H s = ∇G, as far as it should go, and φ ← φ − s.
 
 The inner solver makes the first stretch alone, to where Newton's method can take over; from there the linear solver does both solves,
 which costs √κ where descent costs κ, and neither is ever begun again. What one solve learns of H⁻¹ preconditions the next
-(:mod:`bilevel._secants`).
+(:mod:`bilevel._secants`). No solve verifies its residual by a product of its own: what is decided and reported rests on the joint pass and on
+the gradient at the next φ. As these come anyway, each also tries a step that the preconditioner guesses.
 
 How far is far enough is read off a running model of the error, from numbers that the rounds have produced anyway::
 
     ‖ĝ − g‖ ≲ c ( S ν ‖∇G‖ + β ν ‖ρ‖ )
 
 with ν the largest ‖H⁻¹b‖/‖b‖ or ‖s‖²/sᵀHs, S the largest ‖Δĝ‖/‖Δφ‖ and β the largest ‖Bᵀq‖/‖q‖ seen, and c > 1, the larger the fewer numbers
-S was seen on (a single outer variable may hide a change by chance). The halves of the sum are the shares of the two solves. The model plans.
-It decides only if the caller allows estimates; otherwise the certificate does, and its parts correct the model where it was too hopeful.
+S and β were seen on (a single outer variable may hide a change by chance) and the fewer steps S was seen in. The halves of the sum are the shares
+of the two solves. The model plans. It decides only if the caller allows estimates; otherwise the certificate does, and its parts correct the
+model where it was too hopeful.
 """
 
 from __future__ import annotations
@@ -44,9 +46,9 @@ _MOST_ROUNDS = 60
 # The inner solver's own stretch: a tenth of the first residual is where Newton's method takes over at the least cost.
 _CRUDE = 0.1
 # The first adjoint, before anything is known of errors: relative residual.
-_FIRST_ADJOINT = 0.3
-# c = _SAFETY (1 + _DOUBT / numbers seen).
-_SAFETY, _DOUBT = 1.5, 3.0
+_FIRST_ADJOINT = 0.4
+# c = _SAFETY (1 + _DOUBT / numbers seen), and 1 / steps seen more for S.
+_SAFETY, _DOUBT = 1.3, 3.0
 # A solve aims a little below its share, and one step of Newton's method promises no more than this reduction.
 _MARGIN, _MOST_REDUCTION, _FIRST_REDUCTION = 0.9, 1e-4, 1e-2
 # A step that leaves more of the residual than this was no step of Newton's method near a solution.
@@ -118,8 +120,10 @@ class Knowledge:
     ----------
     nu, slope, pull
         ν, S and β; zero while nothing was seen.
-    numbers
-        How many numbers S was seen on.
+    numbers, pulls
+        How many numbers S and β were seen on.
+    looks
+        In how many steps S was seen.
     value_bend
         The largest change of F − qᵀ∇G along a step, over (ν ‖∇G‖)²: what is left of the corrected value's error.
     curvature
@@ -134,6 +138,8 @@ class Knowledge:
     slope: float = 0.0
     pull: float = 0.0
     numbers: int = 0
+    looks: int = 0
+    pulls: int = 0
     value_bend: float = 0.0
     curvature: float = 0.0
     inner_doubt: float = 1.0
@@ -166,7 +172,7 @@ class Knowledge:
         self.nu, self.slope, self.pull = 0.8 * self.nu, 0.8 * self.slope, 0.8 * self.pull
         self.secants.softest = 0.0
         self.curvature, self.value_bend = 0.8 * self.curvature, 0.8 * self.value_bend
-        self.numbers = min(self.numbers, 50)
+        self.numbers, self.pulls, self.looks = min(self.numbers, 50), min(self.pulls, 50), min(self.looks, 4)
         self.inner_doubt, self.linear_doubt = max(1.0, 0.8 * self.inner_doubt), max(1.0, 0.8 * self.linear_doubt)
 
 
@@ -269,6 +275,8 @@ class Search:
         From an earlier call; it is changed. None for a first call, whose first stretch is the inner solver's.
     certify
         (φ, q, ĝ, corrected value) ↦ the certificate's bound.
+    outputs
+        (φ, *tensors) ↦ F, for a caller who looks at what it does; that of ``upper`` by default.
     """
 
     def __init__(
@@ -281,9 +289,11 @@ class Search:
         tolerance: Tolerance,
         known: Knowledge | None,
         certify: Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], Bound],
+        outputs: Callable[..., torch.Tensor] | None = None,
     ) -> None:
         self.lower = WatchedProblem(lower.system, lower.tensors)
         self.upper, self.wanted = upper, list(wanted)
+        self.outputs = outputs or upper.system.outputs
         self.solver, self.choose, self.tolerance, self.certify = solver, linear_solver, tolerance, certify
         self.cold = known is None or known.slope == 0
         self.known = Knowledge() if known is None else known
@@ -305,7 +315,7 @@ class Search:
         bound = Bound(math.inf, Basis.ESTIMATED)
         while reason is None:
             rounds += 1
-            stuck = self._solve_adjoint(here)
+            stuck = False if self._spoiled(here) else self._solve_adjoint(here)
             if isinstance(stuck, Status):
                 reason = stuck
                 break
@@ -343,25 +353,38 @@ class Search:
         return outcome.x
 
     def _enter(self, x: torch.Tensor, q: torch.Tensor | None) -> _Here:
+        here = self._at(x)
+        return here if q is None else self._with(here, q)
+
+    def _follow(self, before: _Here, x: torch.Tensor) -> _Here:
+        """Return the linearisation at x, with the adjoint from before and a guess of what ∇F's change makes of it."""
+        here = self._at(x)
+        return self._with(here, before.q + self.known.secants.guess(here.v - before.v + before.rho))
+
+    def _at(self, x: torch.Tensor) -> _Here:
         linear = self.lower.linearize(x, self.wanted)
         values, v, direct = self._slopes(x)
-        # One pass of ⟨∇G, q⟩ gives H q and Bᵀq both.
-        q = torch.zeros_like(x) if q is None else q
-        here = _Here(
+        return _Here(
             x, linear, RecordedOperator(linear.operator), linear.residual.detach(), values, v, direct,
-            q, v, torch.zeros_like(direct),
+            torch.zeros_like(x), v, torch.zeros_like(direct),
         )  # fmt: skip
-        if bool((q != 0).any()):
-            product, here.pulled = self._joint(linear, q)
-            here.rho = v - product
-            self._see_pull(here)
+
+    def _with(self, here: _Here, q: torch.Tensor) -> _Here:
+        """Set q, and with it ρ and Bᵀq: one pass of ⟨∇G, q⟩ gives H q and Bᵀq both."""
+        here.q = q
+        if not bool((q != 0).any()):
+            return here
+        product, here.pulled = self._joint(here.linear, q)
+        here.rho = here.v - product
+        self.known.pulls += here.pulled.numel()
+        self.known.pull = max(self.known.pull, float(here.pulled.norm()) / here.x.shape[0] / float(q.norm()))
         return here
 
     def _solve_adjoint(self, here: _Here) -> Status | bool:
         """Bring ρ down to its share of the error; return what stopped that, or whether rounding keeps it above its share."""
         if self.known.slope and self._inner_share(here) + self._linear_share(here) <= self._allowed(here):
             return False
-        want = self._adjoint_aim(here)
+        want, ahead = self._adjoint_aim(here), True
         for _ in range(_MOST_ROUNDS):
             left = here.left
             if left <= want or left == 0:
@@ -371,12 +394,14 @@ class Search:
             bad = _worst(outcome.status)
             if bad is not None:
                 return bad
-            here.q, here.rho = here.q + outcome.x, outcome.residual
-            here.pulled = self._flat(here.linear.pullback(here.q))
-            self._see_pull(here)
+            # The joint pass tells what the guess is worth, and comes anyway.
+            step = outcome.x + self.known.secants.guess(outcome.residual) if ahead else outcome.x
+            self._with(here, here.q + step)
             want = max(want, self._adjoint_aim(here)) if self.known.nu else want
-            if here.left > 0.5 * left:  # no progress: rounding, or a solver without one
-                return here.left > 1.01 * want
+            if here.left > 0.5 * left:  # no progress: a bad guess, rounding, or a solver without one
+                if not ahead:
+                    return here.left > 1.01 * want
+                ahead = False
         return True
 
     def _refine(self, here: _Here) -> _Here | Status:
@@ -387,20 +412,24 @@ class Search:
         bad = _worst(outcome.status)
         if bad in (Status.NOT_FINITE, Status.INDEFINITE, Status.SINGULAR):
             return bad
-        step = outcome.x
-        there = self._enter(here.x - step, here.q)
+        promised = outcome.residual
+        guess = self.known.secants.guess(promised)
+        # The gradient at the next φ tells what the guess is worth, and is wanted anyway.
+        for step in (outcome.x + guess, outcome.x) if bool((guess != 0).any()) else (outcome.x,):
+            there = self._follow(here, here.x - step)
+            if there.size <= _PROGRESS * size:
+                break
         length = float(step.norm())
         if math.isfinite(there.size) and length > 0:
-            promised = outcome.residual
-            bend = float((there.residual - promised).norm()) / length**2
-            if there.size > 2 * float(promised.norm()):  # below that it is rounding, or too small to matter
-                self.known.curvature = max(self.known.curvature, bend)
+            # What is not the linear solve's, nor the guess's; below that it is rounding, or too small to matter.
+            bend = max(0.0, there.size - 2 * float(promised.norm())) / length**2
+            self.known.curvature = max(self.known.curvature, bend)
         if not there.size <= _PROGRESS * size:
             # At the end of the dtype's digits, or too far away for Newton's method.
             if bool((here.residual.norm(dim=-1) <= 4 * rounding(self.lower, here.x, here.residual)).all()):
                 return Status.STAGNATED
             moved = self._descend(here.x)
-            there = self._enter(moved, here.q)
+            there = self._follow(here, moved)
             if not there.size <= _PROGRESS * size:
                 return Status.STAGNATED
             length = float((moved - here.x).norm())
@@ -413,40 +442,52 @@ class Search:
         solver = self.choose(here.operator)
         if isinstance(solver, CG) and solver.preconditioner is None:
             solver = replace(solver, preconditioner=self.known.secants)
-        eps = torch.finfo(rhs.dtype).eps
-        outcome = solve_linear(solver, here.operator, rhs, Target(relative=max(min(reduction, 0.9), eps), asked=True))
         assert isinstance(here.operator, RecordedOperator)
+        known, rest = here.operator.on_span(rhs) if isinstance(solver, CG) else (torch.zeros_like(rhs), rhs)
+        size, left = float(rhs.norm()), float(rest.norm())
+        relative = (
+            1.0 if left <= reduction * size else max(min(reduction * size / left, 0.9), torch.finfo(rhs.dtype).eps)
+        )
+        # Of q the joint pass tells the true residual, and of s the gradient at the next φ.
+        outcome = solve_linear(solver, here.operator, rest, Target(relative=relative, asked=True), verify=False)
+        outcome = replace(outcome, x=known + outcome.x)
         here.operator.tell(self.known.secants)
-        size = float(rhs.norm())
         if size > 0:
             self.known.nu = max(self.known.nu, float(outcome.x.norm()) / size, self.known.secants.softest)
         return outcome
 
     # What the error is made of
 
-    def _caution(self, here: _Here) -> float:
-        return _SAFETY * (1 + _DOUBT / max(1, self.known.numbers, here.direct.numel()))
+    def _caution(self, here: _Here, numbers: int) -> float:
+        return _SAFETY * (1 + _DOUBT / max(1, numbers, here.direct.numel()))
 
     def _inner_share(self, here: _Here) -> float:
         """Return the model's part of the inner residual; before S is known, the error is taken to be of the size of ĝ."""
         known = self.known
+        # What a step leaves lies in softer directions than the step, where S may be larger: one look is not enough to trust.
+        caution = self._caution(here, known.numbers) + _SAFETY / max(1, known.looks)
         if not known.slope:
-            return float(here.gradient.norm()) * here.size / self.first if self.first else 0.0
-        return self._caution(here) * known.inner_doubt * known.slope * known.nu * here.size
+            return caution * float(here.gradient.norm()) * here.size / self.first if self.first else 0.0
+        return caution * known.inner_doubt * known.slope * known.nu * here.size
 
     def _linear_share(self, here: _Here) -> float:
         known = self.known
-        return self._caution(here) * known.linear_doubt * known.pull * known.nu * here.left
+        return self._caution(here, known.pulls) * known.linear_doubt * known.pull * known.nu * here.left
 
     def _allowed(self, here: _Here) -> float:
         return self.tolerance.allowed(float(here.gradient.norm()))
 
+    def _spoiled(self, here: _Here) -> bool:
+        """Whether φ has to move in any case, and ρ does not hide yet what that does to ĝ: the adjoint can wait."""
+        return self.known.slope > 0 and self._inner_share(here) > max(self._allowed(here), self._linear_share(here))
+
     def _adjoint_aim(self, here: _Here) -> float:
-        """Return the ‖ρ‖ to reach: half of what is allowed, or what the inner residual would spoil anyway."""
+        """Return the ‖ρ‖ to reach: half of what is allowed, what the inner residual leaves of it, or would spoil anyway."""
         share = self._linear_share(here)
         if not share > 0:
             return _FIRST_ADJOINT * float(here.v.norm())
-        aim = max(0.5 * _MARGIN * self._allowed(here), 0.3 * self._inner_share(here))
+        allowed, inner = self._allowed(here), self._inner_share(here)
+        aim = max(0.5 * _MARGIN * allowed, _MARGIN * (allowed - inner), 0.3 * inner)
         return here.left * aim / share
 
     def _inner_aim(self, here: _Here) -> float:
@@ -480,11 +521,6 @@ class Search:
             self.known.linear_doubt *= max(1.2, proven.linear_part / linear if linear else 1.2)
         return proven
 
-    def _see_pull(self, here: _Here) -> None:
-        size = float(here.q.norm())
-        if size > 0:
-            self.known.pull = max(self.known.pull, float(here.pulled.norm()) / here.x.shape[0] / size)
-
     def _see_slope(self, here: _Here, there: _Here, length: float) -> None:
         """Measure S once the adjoint there is as good as it is going to be: the change of ĝ that the step made."""
         if not length > 0:
@@ -493,6 +529,7 @@ class Search:
         change = float((there.gradient - here.gradient).norm())
         self.known.slope = max(self.known.slope, change / length)
         self.known.numbers += here.direct.numel()
+        self.known.looks += 1
 
     def _impossible(self, here: _Here) -> Status | None:
         finite = torch.isfinite(here.residual).all() & torch.isfinite(here.v).all() & torch.isfinite(here.values).all()
@@ -505,7 +542,7 @@ class Search:
         return Reached(
             here.x, here.q, here.residual, here.v, here.rho, here.gradient, here.values, self.lower.system.batch_shape,
             self.inner_steps, self.linear_steps,
-            bound, self._caution(here) * slack, report, self.known,
+            bound, self._caution(here, self.known.numbers) * slack, report, self.known,
         )  # fmt: skip
 
     # Passes
@@ -518,7 +555,7 @@ class Search:
             leaves = [
                 t.detach().requires_grad_(True) if w else t for t, w in zip(upper.tensors, self.wanted, strict=True)
             ]
-            values = upper.system.outputs(point.reshape(*upper.system.batch_shape, upper.size), *leaves)
+            values = self.outputs(point.reshape(*upper.system.batch_shape, upper.size), *leaves)
             chosen = [leaf for leaf, w in zip(leaves, self.wanted, strict=True) if w]
             if not values.requires_grad:
                 return (

@@ -17,7 +17,15 @@ from bilevel._transforms import carries_gradient, eager, innermost
 from bilevel.errors import ArgumentError, BilevelError, StochasticObjectiveError
 from bilevel.reports import OnFailure, misuse
 
-__all__ = ["Watch", "check_captures", "check_connection", "check_dependence", "disconnected", "no_dependence"]
+__all__ = [
+    "FirstLook",
+    "Watch",
+    "check_captures",
+    "check_connection",
+    "check_dependence",
+    "disconnected",
+    "no_dependence",
+]
 
 
 class Watch:
@@ -48,6 +56,41 @@ class Watch:
                 "place; for batch norm use batch statistics (track_running_stats=False) or .eval()"
             )
         return error is not None and misuse(error, on_failure)
+
+
+class FirstLook:
+    """F of flat tensors, looked at where it is first evaluated: that tells whether it is a function of φ and θ alone.
+
+    Parameters
+    ----------
+    problem
+        F as a batch of flat problems.
+    objective
+        The user's function in it.
+    given
+        What the caller passed to it: its tensors are no captures, whatever they require.
+    on_failure
+        What becomes of a finding.
+    """
+
+    def __init__(self, problem: Problem, objective: Callable[..., Any], given: Any, on_failure: OnFailure) -> None:
+        self.spoiled = False  # whether the gradient is to be NaN
+        self._problem, self._objective, self._given, self._policy = problem, objective, given, on_failure
+        self._looked = False
+
+    def __call__(self, point: torch.Tensor, *tensors: torch.Tensor) -> torch.Tensor:
+        """Return F of the batch, as :meth:`bilevel._system.System.outputs` does."""
+        outputs, where = self._problem.system.outputs, self._problem.where
+        if self._looked:
+            return outputs(point, *tensors)
+        self._looked = True
+        watch = Watch(where, self._objective, (point, tensors))
+        values = outputs(point, *tensors)
+        self.spoiled = watch.ended(self._policy)
+        if not values.requires_grad:
+            self.spoiled |= misuse(no_dependence(where), self._policy)
+        self.spoiled |= check_captures(where, values, (point, *tensors), self._given, self._policy)
+        return values
 
 
 def check_dependence(where: str, loss: torch.Tensor, outer: Iterable[torch.Tensor], on_failure: OnFailure) -> bool:

@@ -32,7 +32,7 @@ class Secants:
 
     def __init__(self, most: int = _MOST_PAIRS) -> None:
         self.pairs: deque[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = deque(maxlen=most)
-        self.scale: torch.Tensor | None = None  # sᵀy / yᵀy of the newest pair (K,)
+        self.scale: torch.Tensor | None = None  # sᵀy / yᵀy of the newest pair (K,), 0 before the first
         self.softest = 0.0  # the largest ‖s‖² / sᵀy since it was last set to zero: at most ‖H⁻¹‖
 
     def add(self, s: torch.Tensor, y: torch.Tensor) -> None:
@@ -49,8 +49,14 @@ class Secants:
         inverse = torch.where(fit, 1 / sy, torch.zeros_like(sy))
         self.softest = max(self.softest, float((torch.linalg.vecdot(s, s) * inverse).max()))
         self.pairs.append((torch.where(keep, s, zero), torch.where(keep, y, zero), inverse))
-        before = torch.ones_like(sy) if self.scale is None else self.scale
+        before = torch.zeros_like(sy) if self.scale is None else self.scale
         self.scale = torch.where(fit, sy / yy, before)
+
+    def guess(self, r: torch.Tensor) -> torch.Tensor:
+        """Return M⁻¹ r, zero for problems without a pair: a step worth taking where a pass comes anyway that tells what it was worth."""
+        if self.scale is None:
+            return torch.zeros_like(r)
+        return torch.where((self.scale > 0).unsqueeze(-1), self(r), torch.zeros_like(r))
 
     def __call__(self, r: torch.Tensor) -> torch.Tensor:
         """Return M⁻¹ r for r (K, n): 4 n operations for each pair."""
@@ -59,7 +65,9 @@ class Secants:
             share = (inverse * torch.linalg.vecdot(s, q)).unsqueeze(-1)
             q = q - share * y
             shares.append(share)
-        z = q if self.scale is None else self.scale.unsqueeze(-1) * q
+        if self.scale is not None:
+            q = torch.where(self.scale > 0, self.scale, torch.ones_like(self.scale)).unsqueeze(-1) * q
+        z = q
         for (s, y, inverse), share in zip(self.pairs, reversed(shares), strict=True):
             z = z + (share - (inverse * torch.linalg.vecdot(y, z)).unsqueeze(-1)) * s
         return z
@@ -78,21 +86,42 @@ class RecordedOperator(LinearOperator):
         self.memo = operator.memo
         self._operator = operator
         self._made: list[tuple[torch.Tensor, torch.Tensor]] = []
+        self._told = 0
 
     def matvec(self, v: torch.Tensor) -> torch.Tensor:
         """Return H v."""
         product = self._operator.matvec(v)
         self._made.append((v.detach().clone(), product))
-        del self._made[:-_MOST_PAIRS]
+        dropped = max(0, len(self._made) - _MOST_PAIRS)
+        del self._made[:dropped]
+        self._told = max(0, self._told - dropped)
         return product
 
     rmatvec = matvec
 
     def tell(self, secants: Secants) -> None:
         """Give the products made since the last call to ``secants``."""
-        for s, y in self._made:
+        for s, y in self._made[self._told :]:
             secants.add(s, y)
-        self._made.clear()
+        self._told = len(self._made)
+
+    def on_span(self, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return x in the span of the vectors multiplied so far, with b − H x orthogonal to it, and b − H x (K, n): no product.
+
+        There a solve for another right-hand side would have to repeat what the first has found.
+        """
+        if not self._made:
+            return torch.zeros_like(b), b
+        V, W = (torch.stack(vectors, dim=1) for vectors in zip(*self._made, strict=True))  # (K, m, n)
+        gram = V @ W.mT
+        length = gram.diagonal(dim1=-2, dim2=-1)
+        scale = torch.where(length > 0, length.rsqrt(), torch.zeros_like(length)).unsqueeze(-1)
+        gram = 0.5 * scale * (gram + gram.mT) * scale.mT
+        if not bool(torch.isfinite(gram).all()):
+            return torch.zeros_like(b), b
+        inverse = torch.linalg.pinv(gram, hermitian=True, rtol=torch.finfo(b.dtype).eps ** 0.5)
+        shares = (scale * (inverse @ (scale * (V @ b.unsqueeze(-1))))).mT  # (K, 1, m)
+        return (shares @ V).squeeze(-2), b - (shares @ W).squeeze(-2)
 
 
 @dataclass(frozen=True, eq=False)
@@ -108,8 +137,12 @@ class WatchedProblem(Problem):
         if self.seen and torch.equal(self.seen[-1][0], x):
             return self.seen[-1][1:]
         value, gradient = super().value_and_residual(x, last=last)
-        self.seen.append((x.detach().clone(), value, gradient))
+        self.remember(x, value, gradient)
         return value, gradient
+
+    def remember(self, x: torch.Tensor, value: torch.Tensor, gradient: torch.Tensor) -> None:
+        """Keep what G (K,) and ∇G (K, n) are at x (K, n)."""
+        self.seen.append((x.detach().clone(), value, gradient))
 
     def tell(self, secants: Secants) -> None:
         """Give the differences of successive gradients to ``secants``."""

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from bilevel._goal import GoalReport, Knowledge, Reached, Search
+from bilevel._guards import FirstLook
 from bilevel._layer import Layer, default_linear_solver, default_solver
 from bilevel._system import Problem
 from bilevel.certificates.bound import Bound
@@ -47,8 +48,11 @@ def seek(
     wanted: Sequence[bool],
     known: Knowledge | None,
     certify: Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], Bound],
+    look: FirstLook,
 ) -> Sought:
     """Search from (x, q) with the layer's solvers for what its tolerance asks, and treat failure as its policy says.
+
+    ``look`` is F of ``upper``, which it looks at.
 
     Raises
     ------
@@ -56,11 +60,13 @@ def seek(
         If the goal was not met and the policy is ``"raise"``.
     ArgumentError
         If it takes a proof, and none can be had.
+    StochasticObjectiveError, CapturedTensorError, ArgumentError
+        If an objective is no function of its arguments alone, or F depends on none of them (policy ``"raise"``).
     """
-    spoiled = False
+    spoiled, first = False, None
     try:
         if lower.batch:
-            lower.single(0).inspect(x[:1], captures=True)
+            first = lower.single(0).inspect(x[:1], captures=True)
     except BilevelError as error:
         if isinstance(error, ValueError) or error.__cause__ is not None:
             raise
@@ -69,14 +75,16 @@ def seek(
     linear = layer.linear_solver
     search = Search(
         lower, upper, wanted, solver, (lambda operator: default_linear_solver(operator) if linear is None else linear),
-        layer.tolerance, known, certify,
+        layer.tolerance, known, certify, look,
     )  # fmt: skip
+    if lower.batch == 1 and first is not None:
+        search.lower.remember(x, first[0].reshape(1), first[1].reshape(x.shape))
     found = search.run(x, q)
     linear_name = "its default" if linear is None else linear.name
     # A batch's means hand each problem 1/K of its right-hand side: reports speak of that system, as everywhere.
     forward = _report(Pass.FORWARD, layer, solver.name, found, found.residual, found.inner_steps)
     backward = _report(Pass.BACKWARD, layer, linear_name, found, found.rho / max(1, lower.batch), found.linear_steps)
-    return _treated(layer, Sought(found, forward, backward), spoiled)
+    return _treated(layer, Sought(found, forward, backward), spoiled or look.spoiled)
 
 
 def _treated(layer: Layer, sought: Sought, spoiled: bool) -> Sought:

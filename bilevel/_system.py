@@ -566,8 +566,8 @@ class Problem:
             tensors = [t[at] if flag else t for t, flag in zip(tensors, level.batched, strict=True)]
         return tensors
 
-    def inspect(self, x: torch.Tensor, *, captures: bool) -> None:
-        """Evaluate twice at ``x``, with derivatives, and raise on what would make gradients wrong.
+    def inspect(self, x: torch.Tensor, *, captures: bool) -> tuple[torch.Tensor, torch.Tensor]:
+        """Evaluate twice at ``x``, with derivatives, and raise on what would make gradients wrong; return what was found there.
 
         Raises
         ------
@@ -605,6 +605,7 @@ class Problem:
             )
         if x.numel():
             self.system.inspect(self, x)
+        return first
 
     def _agrees_beside(self, x: torch.Tensor) -> bool:
         """Return whether two evaluations a little beside ``x`` agree to half the digits.

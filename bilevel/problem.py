@@ -15,6 +15,7 @@ from torch.utils import _pytree as pytree
 
 from bilevel._goal import GoalReport, Knowledge
 from bilevel._guards import (
+    FirstLook,
     Watch,
     check_captures,
     check_connection,
@@ -514,18 +515,9 @@ class BilevelProblem(torch.nn.Module, ABC):
         inner = pytree.tree_map(_cut, solution.value)
         lower, x = self._flat_problem(self.inner_objective, inner, plain, data)
         upper, _ = self._flat_problem(self.outer_objective, inner, plain, data)
-        zero = [bool((gradient == 0).all()) and gradient.numel() > 0 for gradient in found]
-        cut: list[int] = []
-        if any(zero):  # a gradient that is not zero came from somewhere
-            cut = check_connection(
-                self.where, outer, self._disconnected(inner, plain, data, zero), self._layer.on_failure
-            )
-        flat = torch.cat(
-            [
-                (torch.full_like(gradient, float("nan")) if spoiled or number in cut else gradient).reshape(-1)
-                for number, gradient in enumerate(found)
-            ]
-        )
+        if spoiled:
+            found = tuple(torch.full_like(gradient, float("nan")) for gradient in found)
+        flat = torch.cat([part.reshape(-1) for part in self._connected(found, inner, outer, data)])
         backward = adjoint.report
         if backward is None or adjoint.value is None:  # F does not depend on φ: the adjoint is zero
             q, backward = torch.zeros_like(x), solution.report
@@ -591,6 +583,7 @@ class BilevelProblem(torch.nn.Module, ABC):
         """Return a hypergradient as accurate as ``tolerance`` asks: both solves go as far as that needs."""
         layer, warm = self._layer, self.warm_start
         layer.tolerance = tolerance
+        given = (data, init)
         outer, data = pytree.tree_map(_cut, outer), pytree.tree_map(_cut, data)
         start = self._start(outer, data, self._count(data)) if init is None else init
         start = pytree.tree_map(_cut, start)
@@ -612,7 +605,8 @@ class BilevelProblem(torch.nn.Module, ABC):
         kept = layer.adjoint.value if warm else None
         begin = kept * lower.batch if kept is not None and kept.shape == x.shape else None
         learned = self._known if begin is not None else None
-        sought = seek(layer, lower, upper, x, begin, wanted, learned, certify)
+        look = FirstLook(upper, self.outer_objective, given, layer.on_failure)
+        sought = seek(layer, lower, upper, x, begin, wanted, learned, certify, look)
         found = sought.found
         inner = self._unravel(found.x, start)
         if warm and sought.finite:
@@ -622,7 +616,9 @@ class BilevelProblem(torch.nn.Module, ABC):
         corrected = value - torch.linalg.vecdot(found.q, found.residual).mean()
         report = HypergradientReport(sought.forward, sought.backward, found.report)
         point = Point(lower, upper, found.x, found.q, wanted)
-        result = self._package(outer, data, inner, point, value, corrected, found.gradient, report)
+        parts = torch.split(found.gradient, [leaf.numel() for leaf in pytree.tree_leaves(outer) if _moves(leaf)])
+        flat = torch.cat(self._connected(parts, inner, outer, data))
+        result = self._package(outer, data, inner, point, value, corrected, flat, report)
         result.__dict__["bound"] = found.bound  # what decided, which asking for the bound shows
         if tolerance.estimates:
             result.__dict__["value_bound"] = Bound(found.value_error, Basis.ESTIMATED)
@@ -658,6 +654,15 @@ class BilevelProblem(torch.nn.Module, ABC):
             self._last = pytree.tree_map(fn, self._last)
         self._known = None
         return super()._apply(fn, recurse)
+
+    def _connected(self, parts: Sequence[torch.Tensor], inner: Any, outer: Any, data: Any) -> list[torch.Tensor]:
+        """Return the gradients of the tensors of ``outer``; treat those that are zero because no objective uses the tensor."""
+        # A gradient that is not zero came from somewhere.
+        zero = [bool((part == 0).all()) and part.numel() > 0 for part in parts]
+        if not any(zero):
+            return list(parts)
+        cut = check_connection(self.where, outer, self._disconnected(inner, outer, data, zero), self._layer.on_failure)
+        return [torch.full_like(part, float("nan")) if number in cut else part for number, part in enumerate(parts)]
 
     def _disconnected(self, inner: Any, outer: Any, data: Any, among: Sequence[bool]) -> list[int]:
         """Return which floating-point tensors of ``outer``, of those ``among``, no objective's graph leads to."""

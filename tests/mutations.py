@@ -209,6 +209,30 @@ MUTATIONS = (
         "if self._dice.thrown():", "if False:", (GUARDS, "-k", "randomness_in_problems"),
     ),
     Mutation(
+        "a goal's residual made too small", "_goal.py", "here.rho = here.v - product\n", "here.rho = 0.3 * (here.v - product)\n",
+        ("tests/test_goal.py", "-k", "true_ones"),
+    ),
+    Mutation(
+        "a goal met on half of the error", "_goal.py", "Bound(inner + linear if seen", "Bound(linear if seen",
+        ("tests/test_goal.py", "-k", "estimated_goal"),
+    ),
+    Mutation(
+        "a goal's span solved for with another residual", "_secants.py", "b - (shares @ W)", "b - 0.9 * (shares @ W)",
+        ("tests/test_goal.py", "-k", "secants"),
+    ),
+    Mutation(
+        "a goal that trusts any guess", "_goal.py", "                ahead = False\n", "                return here.left > 1.01 * want\n",
+        ("tests/test_goal.py", "-k", "no_good"),
+    ),
+    Mutation(
+        "a goal's outer objective not looked at", "_seek.py",
+        "layer.tolerance, known, certify, look,", "layer.tolerance, known, certify, None,", (GUARDS, "-k", "outer_objective_get"),
+    ),
+    Mutation(
+        "a goal's disconnected tensors not looked for", "problem.py",
+        "flat = torch.cat(self._connected(parts, inner, outer, data))", "flat = found.gradient", (GUARDS, "-k", "disconnected"),
+    ),
+    Mutation(
         "disconnected outer tensors not looked for", "_guards.py",
         "if asked and not seen]", "if False]", (GUARDS, "-k", "disconnected"),
     ),
@@ -263,7 +287,12 @@ MUTATIONS = (
     ),
     Mutation(
         "the recursive residual alone", "linear/cg.py",
-        "                    true = rhs - operator.matvec(x)\n", "                    true = r\n", (CONFORMANCE, "tests/linear/test_cg.py", "-k", "true_residual"),
+        "true = rhs - operator.matvec(x) if verify else r\n", "true = r\n", (CONFORMANCE, "tests/linear/test_cg.py", "-k", "true_residual"),
+    ),
+    Mutation(
+        "an unverified solve that verifies", "linear/cg.py",
+        "true = rhs - operator.matvec(x) if verify else r\n", "true = rhs - operator.matvec(x)\n",
+        ("tests/linear/test_cg.py", "-k", "unverified"),
     ),
     Mutation(
         "negative curvature stepped over", "linear/cg.py",

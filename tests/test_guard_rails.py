@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -104,6 +105,14 @@ def tuning_hypergradient(inner: Extra, outer: Extra, data: torch.Tensor = ONE, *
     return _tuning(inner, outer, **how).hypergradient(data).grad
 
 
+# The same with a goal, whose search evaluates the objectives itself.
+GOAL = {"tolerance": bilevel.Tolerance(hypergradient=1e-9, relative=True, estimates=True)}
+GOALS = {
+    "goal, backward": functools.partial(forward, **GOAL),
+    "goal, hypergradient": functools.partial(hypergradient, **GOAL),
+    "goal, batch": functools.partial(batch, **GOAL),
+    "goal, HyperparameterOptimization, backward": functools.partial(tuning, **GOAL),
+}
 PROBLEMS = {
     "BilevelProblem, backward": forward,
     "BilevelProblem, torch.func.grad": forward_under_grad,
@@ -111,6 +120,7 @@ PROBLEMS = {
     "BilevelProblem.hypergradient, batch": batch,
     "HyperparameterOptimization, backward": tuning,
     "HyperparameterOptimization.hypergradient": tuning_hypergradient,
+    **GOALS,
 }
 problems = pytest.mark.parametrize("use", PROBLEMS.values(), ids=PROBLEMS)
 
@@ -211,8 +221,8 @@ def test_captures_in_the_outer_objective_get_their_gradient_or_are_refused() -> 
     torch.testing.assert_close(a.grad, 2 * solution + 0.1 * c.detach())
     found = grad(lambda c: Plain(NOTHING, lambda x: c * x)(ONE, ONE, init=ZERO))(c.detach())
     torch.testing.assert_close(found, 0.1 * solution)
-    # A hypergradient is that of outer alone.
-    for use in (hypergradient, batch, tuning_hypergradient):
+    # A hypergradient is that of outer alone, and so is what a goal promises.
+    for use in (hypergradient, batch, tuning_hypergradient, *GOALS.values()):
         with pytest.raises(bilevel.CapturedTensorError, match="outer_objective reaches one through its closure"):
             use(NOTHING, lambda x: c * x)
         with pytest.warns(bilevel.FailureWarning, match="outer_objective"):
@@ -222,7 +232,8 @@ def test_captures_in_the_outer_objective_get_their_gradient_or_are_refused() -> 
         assert bool(torch.isnan(use(NOTHING, lambda x: c * x, on_failure="nan")).all())
     # Data that has a graph of its own is no capture.
     data = requires_grad()
-    torch.testing.assert_close(hypergradient(NOTHING, NOTHING, 1.0 * data), ONE)
+    for use in (hypergradient, GOALS["goal, hypergradient"]):
+        torch.testing.assert_close(use(NOTHING, NOTHING, 1.0 * data), ONE)
 
 
 # Randomness.
@@ -398,6 +409,7 @@ def test_an_outer_objective_that_changes_its_data() -> None:
     for call in (
         lambda: Changing(NOTHING, NOTHING)(requires_grad(), [ONE, ONE.clone()][1], init=ZERO),
         lambda: Changing(NOTHING, NOTHING).hypergradient(ONE, ONE.clone(), init=ZERO),
+        lambda: Changing(NOTHING, NOTHING, **GOAL).hypergradient(ONE, ONE.clone(), init=ZERO),
     ):
         with pytest.raises((bilevel.StochasticObjectiveError, RuntimeError), match=r"in place|inplace"):
             call()
@@ -421,15 +433,15 @@ class Two(Plain):
 
 @pytest.mark.parametrize("uses_b", ["", "inner", "outer"])
 @pytest.mark.parametrize("batch_dims", [None, 0])
-@pytest.mark.parametrize("way", ["forward", "hypergradient"])
+@pytest.mark.parametrize("way", ["forward", "hypergradient", "goal, forward", "goal, hypergradient"])
 def test_a_disconnected_outer_tensor_is_named(uses_b: str, batch_dims: int | None, way: str) -> None:
     data, init = (ONE, ZERO) if batch_dims is None else (torch.ones(3, 2, dtype=F64), torch.zeros(3, 2, dtype=F64))
 
     def use(on_failure: str) -> Any:
-        problem = Two(NOTHING, NOTHING, batch_dims=batch_dims, on_failure=on_failure)
+        problem = Two(NOTHING, NOTHING, batch_dims=batch_dims, on_failure=on_failure, **GOAL if "goal" in way else {})
         problem.uses_b = uses_b
         outer = {"a": requires_grad(), "b": (0.5 * ONE).requires_grad_(True)}
-        if way == "hypergradient":
+        if "hypergradient" in way:
             return problem.hypergradient(outer, data, init=init).grad
         problem(outer, data, init=init).backward()
         return {name: leaf.grad for name, leaf in outer.items()}
@@ -463,6 +475,8 @@ def test_a_loss_that_nothing_leads_to() -> None:
         lambda: grad(lambda a: Blind(NOTHING, NOTHING)(a, ONE, init=ZERO))(ONE),
         lambda: jvp(lambda a: Blind(NOTHING, NOTHING)(a, ONE, init=ZERO), (ONE,), (ONE,)),
         lambda: Blind(NOTHING, NOTHING).hypergradient(ONE, ONE, init=ZERO),
+        lambda: Blind(NOTHING, NOTHING, **GOAL)(requires_grad(), ONE, init=ZERO),
+        lambda: Blind(NOTHING, NOTHING, **GOAL).hypergradient(ONE, ONE, init=ZERO),
     ):
         with pytest.raises(bilevel.ArgumentError, match="expected the outer loss to depend on outer"):
             call()

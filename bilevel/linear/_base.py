@@ -110,6 +110,14 @@ class LinearSolver(ABC):
         """
         return self.solve(operator, rhs, threshold, start)
 
+    def solve_unverified(self, operator: LinearOperator, rhs: torch.Tensor, threshold: torch.Tensor) -> LinearSolution:
+        """Solve A x = b for a caller that computes b − A x himself, with something else beside it; by default as :meth:`solve` does.
+
+        A method that knows its residual by a recurrence overrides this, ends on that, and returns it as it is: the product that
+        would verify it is the caller's to make.
+        """
+        return self.solve(operator, rhs, threshold)
+
     def __call__(self, operator: LinearOperator, rhs: torch.Tensor, tolerance: Tolerance | None = None) -> torch.Tensor:
         """Solve A x = b to ``tolerance`` and return x (batch, n), whatever became of it; see ``solve_linear``.
 
@@ -235,6 +243,8 @@ def solve_linear(
     rhs: torch.Tensor,
     target: Target,
     start: torch.Tensor | None = None,
+    *,
+    verify: bool = True,
 ) -> LinearOutcome:
     """Solve A x = b and judge the answer by its true residual.
 
@@ -251,6 +261,9 @@ def solve_linear(
         ‖b‖ below.
     start
         (batch, n) to begin from; used for a problem only where it is better than zero.
+    verify
+        False to judge by the residual that the method has, however it came by it: for a caller that computes b − A x himself
+        before anything rests on it. Not with μ, nor with ``start``.
     """
     scale = rhs.abs().amax(dim=-1, keepdim=True) if rhs.shape[-1] else rhs.new_ones(rhs.shape[0], 1)
     finite = torch.isfinite(scale)
@@ -267,7 +280,10 @@ def solve_linear(
     mu = target.strong_convexity
     # The error that the threshold stands for; one that nobody asked for is meant as a residual.
     error = threshold / mu if mu is not None and target.asked else torch.zeros_like(threshold)
-    if mu is None or not operator.symmetric:
+    if not verify:
+        assert mu is None and start is None
+        solution = solver.solve_unverified(operator, unit, threshold)
+    elif mu is None or not operator.symmetric:
         solution = solver.solve(operator, unit, threshold, begun)
     else:
         solution = solver.solve_certified(operator, unit, threshold, begun, mu, error)

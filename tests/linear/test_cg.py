@@ -189,6 +189,26 @@ def test_a_budget_is_spent_to_the_step() -> None:
     assert products == 5
 
 
+@pytest.mark.parametrize("budget", [None, 5])
+def test_an_unverified_solve_makes_one_product_less_and_has_its_residual(budget: int | None) -> None:
+    A, b = with_spectrum(torch.logspace(0, -2, 20), 0), right(1, 20, 0)
+    products = 0
+
+    def apply(v: torch.Tensor) -> torch.Tensor:
+        nonlocal products
+        products += 1
+        return (A @ v.unsqueeze(-1)).squeeze(-1)
+
+    operator, target = FunctionOperator(apply, b, symmetric=True), Target(relative=1e-3, asked=True)
+    verified = solve_linear(CG(budget), operator, b, target)
+    before, products = products, 0
+    found = solve_linear(CG(budget), operator, b, target, verify=False)
+    assert products == int(found.iterations) == before - 1
+    assert found.status.tolist() == verified.status.tolist()
+    torch.testing.assert_close(found.x, verified.x)
+    torch.testing.assert_close(found.residual, b - (A @ found.x.unsqueeze(-1)).squeeze(-1))
+
+
 def spread(
     seed: int, log_condition: float, dtype: torch.dtype = torch.float64
 ) -> tuple[torch.Tensor, torch.Tensor, float]:

@@ -22,7 +22,8 @@ from torch.nn import functional as F
 from torch.utils import _pytree as pytree
 
 import bilevel
-from bilevel._system import ArgminSystem, Problem
+from bilevel._problem import Problem
+from bilevel._system import ArgminSystem
 from bilevel._tree import Raveler, flatten_arguments
 from bilevel.certificates import _point
 from bilevel.certificates._certificate import Certificate
@@ -372,7 +373,7 @@ def flat_problem(case: Case, objective: Callable[..., torch.Tensor], widen: bool
         tensors = pytree.tree_map(lambda t: t.double() if t.is_floating_point() else t, tensors)
     raveler = Raveler.of(case.start[0].double() if widen else case.start[0], "benchmark")
     system = ArgminSystem("benchmark", objective, raveler, arguments)
-    return system.lift(len(case.theta), (True,) * len(tensors)).bind(tensors)
+    return Problem.of(system.lift(len(case.theta), (True,) * len(tensors)), tensors)
 
 
 @dataclass

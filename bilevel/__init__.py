@@ -2,7 +2,7 @@
 
 from bilevel import certificates, operators
 from bilevel._goal import GoalReport
-from bilevel._system import Problem
+from bilevel._problem import Problem
 from bilevel._tree import ravel
 from bilevel._version import __version__
 from bilevel.certificates.bound import Bound

@@ -30,8 +30,8 @@ from typing import Any
 
 import torch
 
+from bilevel._problem import Linearization, Problem
 from bilevel._secants import RecordedOperator, Secants, WatchedProblem
-from bilevel._system import Linearization, Problem
 from bilevel.certificates.bound import Bound
 from bilevel.linear._base import LinearOutcome, LinearSolver, solve_linear
 from bilevel.linear.cg import CG

@@ -1,6 +1,6 @@
 """Guards around the outer objective: what would make a hypergradient wrong, or silently none, is found and said.
 
-The inner objective is looked at by the layer (:meth:`bilevel._system.Problem.inspect`). The outer one is ordinary torch code in
+The inner objective is looked at by the layer (:func:`bilevel._inspection.inspect_function`). The outer one is ordinary torch code in
 the caller's graph: it may close over anything that an ordinary loss may, but it has to be one function of φ and θ.
 """
 
@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch.utils import _pytree as pytree
 
-from bilevel._system import Dice, Problem, buffers_of, captured_error, reaches_another_leaf
+from bilevel._inspection import Dice, buffers_of, captured_error, reaches_another_leaf
+from bilevel._problem import Problem
 from bilevel._transforms import carries_gradient, eager, innermost
 from bilevel.errors import ArgumentError, BilevelError, StochasticObjectiveError
 from bilevel.reports import OnFailure, misuse

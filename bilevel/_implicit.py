@@ -33,7 +33,8 @@ from typing import Any
 import torch
 from torch.func import grad, vjp, vmap
 
-from bilevel._system import LastLook, Linearization, Problem, System
+from bilevel._problem import LastLook, Linearization, Problem
+from bilevel._system import System
 from bilevel._transforms import (
     eager,
     grads_batched,
@@ -80,7 +81,7 @@ class _Memo:
             linearization, had = self._kept[:2]
             if all(h or not w for h, w in zip(had, wanted, strict=True)):
                 return linearization
-        problem = system.bind(tensors)
+        problem = Problem.of(system, tensors)
         linearization = problem.linearize(x.reshape(problem.batch, problem.size), wanted)
         self._key, self._kept = key, (linearization, tuple(wanted), x.detach(), [t.detach() for t in tensors])
         return linearization
@@ -132,7 +133,7 @@ class Solve(torch.autograd.Function):
     @outside_autocast
     def forward(rule: Rule, init: torch.Tensor, *tensors: torch.Tensor) -> torch.Tensor:
         with ordinary_mode():
-            problem = rule.system.bind(tensors)
+            problem = Problem.of(rule.system, tensors)
             if rule.followed:
                 problem = replace(problem, last_look=rule.memo.look(tensors))
             start = init.detach().clone().reshape(problem.batch, problem.size)
@@ -202,7 +203,7 @@ class LinearSolve(torch.autograd.Function):
     ) -> torch.Tensor:
         with ordinary_mode():
             if rule.inspect is not None:
-                rule.inspect(rule.system.bind(tensors))
+                rule.inspect(Problem.of(rule.system, tensors))
             linearization = rule.memo.linearize(rule.system, _usable(x), tensors, [False] * len(tensors))
             operator = linearization.operator.T if transposed else linearization.operator
             if rule.repeats:

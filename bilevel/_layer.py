@@ -17,7 +17,9 @@ import torch
 from torch.utils import _pytree as pytree
 
 from bilevel._implicit import Rule, Solve
-from bilevel._system import FixedPointSystem, Problem, System, captured_error
+from bilevel._inspection import captured_error, inspect_function
+from bilevel._problem import Problem
+from bilevel._system import FixedPointSystem, System
 from bilevel._transforms import (
     autocast_to,
     carries_gradient,
@@ -339,7 +341,7 @@ class Run:
         try:
             # What is looked for is a property of the function: one problem shows it as well as all of them.
             if problem.batch and self.layer.inspects:
-                problem.single(0).inspect(init[:1], captures=self.watched)
+                inspect_function(problem.single(0), init[:1], captures=self.watched)
         except BilevelError as error:
             # Wrong shapes, and tensors of a vmap outside, cannot be gone on with.
             if isinstance(error, ValueError) or error.__cause__ is not None:

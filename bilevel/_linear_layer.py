@@ -9,7 +9,8 @@ import torch
 
 from bilevel._implicit import LinearSolve, Rule
 from bilevel._layer import Layer, Run, Solution
-from bilevel._system import LinearSystem, Problem, SymmetricLinearSystem
+from bilevel._problem import Problem
+from bilevel._system import LinearSystem, SymmetricLinearSystem
 from bilevel._transforms import eager, transforms_active
 from bilevel._tree import Raveler
 from bilevel.linear._base import LinearSolverLike

@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from bilevel._system import Problem
+from bilevel._problem import Problem
 from bilevel.operators import LinearOperator
 
 __all__ = ["RecordedOperator", "Secants", "WatchedProblem"]

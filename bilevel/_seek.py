@@ -11,8 +11,9 @@ import torch
 
 from bilevel._goal import GoalReport, Knowledge, Reached, Search
 from bilevel._guards import FirstLook
+from bilevel._inspection import inspect_function
 from bilevel._layer import Layer, default_linear_solver, default_solver
-from bilevel._system import Problem
+from bilevel._problem import Problem
 from bilevel.certificates.bound import Bound
 from bilevel.errors import ArgumentError, BilevelError, SolveError, SolveWarning, TransformError
 from bilevel.reports import Basis, Pass, SolveReport, Status, enforce, misuse
@@ -66,7 +67,7 @@ def seek(
     spoiled, first = False, None
     try:
         if lower.batch:
-            first = lower.single(0).inspect(x[:1], captures=True)
+            first = inspect_function(lower.single(0), x[:1], captures=True)
     except BilevelError as error:
         if isinstance(error, ValueError) or error.__cause__ is not None:
             raise

@@ -2,23 +2,18 @@
 
 An argmin, a root and a fixed point differ only here: in what R is, and in whether its Jacobian is symmetric.
 
-:class:`System` is the description, without tensors. Its methods are differentiable under every transform.
-:class:`Problem` is a system with its tensors bound and cut from any graph: what solvers see, in shapes (batch, n).
+A :class:`System` is the description, without tensors. Its methods are differentiable under every transform. With its tensors bound it is what
+solvers see, a :class:`bilevel._problem.Problem`.
 """
 
 from __future__ import annotations
 
-import functools
-import inspect
-import math
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field, replace
-from functools import cached_property
-from types import CellType
-from typing import Any, ClassVar
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch.func import grad, grad_and_value, vjp, vmap
@@ -31,30 +26,23 @@ from bilevel._tree import Arguments, Raveler, ravel_like, unravelled
 from bilevel.errors import (
     ArgumentError,
     BilevelError,
-    CapturedTensorError,
     DtypeError,
     ShapeError,
-    StochasticObjectiveError,
 )
-from bilevel.operators import DenseOperator, HessianOperator, JacobianOperator, LinearOperator
 
 __all__ = [
     "ArgminSystem",
-    "Case",
-    "Dice",
     "FixedPointSystem",
-    "LastLook",
     "Level",
     "LinearSystem",
-    "Linearization",
-    "Problem",
     "RootSystem",
     "SymmetricLinearSystem",
     "System",
-    "buffers_of",
-    "captured_error",
-    "reaches_another_leaf",
+    "unconnected",
 ]
+
+if TYPE_CHECKING:
+    from bilevel._problem import Problem
 
 # How torch speaks of operands that do not fit.
 _DTYPES = re.compile(r"dtype|scalar type", re.IGNORECASE)
@@ -62,8 +50,6 @@ _MISFIT = re.compile(rf"\b(sizes?|shapes?|dimensions?|batch_size)\b|{_DTYPES.pat
 _MOST_LISTED = 8
 # The most rows of a Jacobian made by one vmapped pass: bounds the memory of its intermediates.
 _MOST_ROWS = 64
-# How many more pairs of evaluations have to agree where random numbers were drawn.
-_MORE_THROWS = 12
 
 
 @dataclass(frozen=True)
@@ -191,10 +177,6 @@ class System(ABC):
     def inspect(self, problem: Problem, x: torch.Tensor) -> None:  # noqa: B027  # most kinds promise nothing more
         """Raise where one problem's function is not of this kind; ``x`` (1, n) is a point of its domain."""
 
-    def bind(self, tensors: Sequence[torch.Tensor]) -> Problem:
-        """Return the problem that solvers see, with ``tensors`` cut from any graph."""
-        return Problem(self, [_plain(tensor) for tensor in tensors])
-
 
 class ArgminSystem(System):
     """R = ∇_x G, symmetric Jacobian."""
@@ -235,7 +217,7 @@ class ArgminSystem(System):
         with mode:
             values = self.outputs(x, *tensors)
             if not values.requires_grad:
-                raise _unconnected(self)
+                raise unconnected(self)
             if graph and not isinstance(mode, QuickProducts):
                 QuickProducts.learn(self.function, values)
             (gradient,) = torch.autograd.grad(
@@ -257,7 +239,7 @@ class RootSystem(System):
     def plain_residual(self, x: torch.Tensor, tensors: Sequence[torch.Tensor], *, graph: bool) -> torch.Tensor:
         residual = self.outputs(x, *tensors)
         if not residual.requires_grad and x.requires_grad:
-            raise _unconnected(self)
+            raise unconnected(self)
         return residual
 
 
@@ -308,334 +290,6 @@ class SymmetricLinearSystem(LinearSystem):
     symmetric = True
 
 
-@dataclass(frozen=True, eq=False)
-class Linearization:
-    """R at one point with its graph: the operator ∂_x R, and the pullback through ∂_θ R.
-
-    Parameters
-    ----------
-    residual
-        R (batch, n), with its graph.
-    operator
-        ∂_x R.
-    leaves
-        The tensors θ that R was computed from; those that require grad can be pulled back to.
-    value
-        The objectives (batch,) of an argmin, without a graph; None for equations.
-    point
-        x (batch, n).
-    """
-
-    residual: torch.Tensor
-    operator: LinearOperator
-    leaves: tuple[torch.Tensor, ...]
-    value: torch.Tensor | None = None
-    point: torch.Tensor | None = None
-
-    def pullback(self, q: torch.Tensor) -> list[torch.Tensor | None]:
-        """Return (∂_θ R)ᵀ q for ``q`` (batch, n), summed over the problems that share a tensor: one reverse pass."""
-        wanted = [leaf for leaf in self.leaves if leaf.requires_grad]
-        if not wanted or not self.residual.requires_grad:
-            return [torch.zeros_like(leaf) if leaf.requires_grad else None for leaf in self.leaves]
-        gradients = iter(
-            torch.autograd.grad(self.residual, wanted, q, retain_graph=True, allow_unused=True, materialize_grads=True)
-        )
-        return [next(gradients) if leaf.requires_grad else None for leaf in self.leaves]
-
-
-@dataclass(eq=False)
-class LastLook:
-    """Where a solver leaves the linearisation at its answer, which a derivative would otherwise begin with.
-
-    Parameters
-    ----------
-    wanted
-        Which of the problem's tensors derivatives will be asked for.
-    linearization
-        The latest that a solver took for the last, or None.
-    """
-
-    wanted: tuple[bool, ...]
-    linearization: Linearization | None = None
-
-
-@dataclass(frozen=True)
-class Case:
-    """One problem in the user's own terms, for solvers that are not batched: ``function(init, *args, **kwargs)``."""
-
-    function: Callable[..., Any]
-    init: Any
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-
-
-@dataclass(frozen=True, eq=False)
-class Problem:
-    """A batch of flat problems, as solvers see it: every tensor is (batch, n) or (batch,), and no graph is kept.
-
-    Parameters
-    ----------
-    system
-        The description.
-    tensors
-        θ, cut from any graph.
-    last_look
-        Where derivatives will follow: takes the linearisation at the answer.
-    """
-
-    system: System
-    tensors: list[torch.Tensor] = field(repr=False)
-    last_look: LastLook | None = field(default=None, repr=False)
-
-    @property
-    def where(self) -> str:
-        """The layer's name, for messages."""
-        return self.system.where
-
-    @property
-    def minimizes(self) -> bool:
-        """Whether there is an objective, so that :meth:`value` can be called."""
-        return self.system.minimizes
-
-    @property
-    def is_fixed_point(self) -> bool:
-        """Whether R = x − T(x), so that T(x) = x − R."""
-        return isinstance(self.system, FixedPointSystem)
-
-    @cached_property
-    def batch(self) -> int:
-        """How many problems."""
-        return math.prod(self.system.batch_shape)
-
-    @property
-    def size(self) -> int:
-        """n, the number of unknowns of each."""
-        return self.system.raveler.size
-
-    def value(self, x: torch.Tensor) -> torch.Tensor:
-        """Return the objectives (batch,) at ``x`` (batch, n)."""
-        with torch.no_grad():
-            return self.system.outputs(self._shaped(x), *self.tensors).reshape(self.batch)
-
-    def value_and_residual(self, x: torch.Tensor, *, last: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the objectives (batch,) and their gradients (batch, n).
-
-        ``last`` says that ``x`` is probably the answer: where a derivative follows, the graph is kept for it.
-        """
-        system = self.system
-        if not isinstance(system, ArgminSystem):
-            raise ArgumentError(
-                f"{self.where}: expected an argmin for a solver that minimises, got a {system.noun} equation; take "
-                "Newton(), Anderson(), FixedPointIteration() or ScipyRoot()"
-            )
-        if last and self.last_look is not None:
-            self.last_look.linearization = linear = self.linearize(x, self.last_look.wanted)
-            assert linear.value is not None
-            return linear.value, linear.residual.detach()
-        with torch.enable_grad():
-            point = self._shaped(x).detach().requires_grad_(True)
-            values, gradient = system.plain_values(point, self.tensors, graph=False)
-        return values.detach().reshape(self.batch), gradient.detach().reshape(x.shape)
-
-    def residual(self, x: torch.Tensor) -> torch.Tensor:
-        """Return R (batch, n): ∇G, the residual, or x − T(x)."""
-        if not self.minimizes:
-            with torch.no_grad():
-                return self.system.outputs(self._shaped(x), *self.tensors).reshape(x.shape)
-        return self.value_and_residual(x)[1]
-
-    def mapping(self, x: torch.Tensor) -> torch.Tensor:
-        """Return T(x) (batch, n) of a fixed point."""
-        return x - self.residual(x)
-
-    def linearize(self, x: torch.Tensor, wanted: Sequence[bool] | None = None) -> Linearization:
-        """Return R at ``x`` (batch, n) with its graph, the operator ∂_x R and the pullback to ``wanted`` tensors."""
-        system = self.system
-        with torch.enable_grad():
-            point = x.detach().requires_grad_(True)
-            leaves = tuple(
-                tensor.detach().requires_grad_(True) if want else tensor
-                for tensor, want in zip(self.tensors, wanted or [False] * len(self.tensors), strict=True)
-            )
-            value: torch.Tensor | None = None
-            if isinstance(system, ArgminSystem):
-                values, residual = system.plain_values(self._shaped(point), leaves, graph=True)
-                value = values.detach().reshape(self.batch)
-            else:
-                residual = system.plain_residual(self._shaped(point), leaves, graph=True)
-            residual = residual.reshape(x.shape)
-        operator: LinearOperator
-        if system.symmetric:
-            operator = HessianOperator(residual, point)
-            operator.expect_definite = system.minimizes
-        else:
-            operator = JacobianOperator(residual, point)
-        # Cut x off first: a saved output would close a circle through its own node that no collector can see.
-        at = x.detach()
-        operator.materialize = lambda: self._dense(at)[1]
-        return Linearization(residual, operator, leaves, value, at)
-
-    def linearize_dense(self, x: torch.Tensor) -> Linearization:
-        """Return R and the objectives at ``x`` (batch, n) without a graph, and ∂_x R as matrices, all from one pass.
-
-        The directions are vmapped inside and the problems outside: the other way round, which a graph of the whole batch
-        imposes, every matrix in the objective is copied n times.
-        """
-        try:
-            residual, matrix, value = self._dense(x.detach())
-        except RuntimeError:
-            # Something in the function cannot be transformed, such as an operation without a batching rule.
-            plain = self.linearize(x)
-            plain.operator.materialize = None
-            residual, matrix, value = plain.residual.detach(), plain.operator.dense(), plain.value
-        operator = DenseOperator(matrix, symmetric=self.system.symmetric)
-        operator.expect_definite = self.minimizes
-        return Linearization(residual, operator, (), value)
-
-    def _dense(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-        with torch.no_grad():
-            residual, matrix, values = self.system.lifted(self.system.rows)(self._shaped(x), *self.tensors)
-        n = self.size
-        matrix = matrix.detach().reshape(self.batch, n, n)
-        if self.system.symmetric:
-            matrix = 0.5 * (matrix + matrix.mT)
-        value = values.detach().reshape(self.batch) if self.minimizes else None
-        return residual.detach().reshape(x.shape), matrix, value
-
-    def nudged(self, seed: int, *more: torch.Tensor) -> tuple[Problem, list[torch.Tensor]]:
-        """Return the problem with every number moved by a unit in its last place, by random signs, and ``more`` tensors likewise.
-
-        What that changes in a result tells what rounding inside can change. Tensors of whole numbers stay: they are labels, counts and
-        masks, which are exact, and which a function may compare or convert.
-        """
-        generator = torch.Generator().manual_seed(seed)
-
-        def nudge(t: torch.Tensor) -> torch.Tensor:
-            up = torch.empty(t.shape, dtype=torch.bool).bernoulli_(0.5, generator=generator).to(t.device)
-            eps = torch.finfo(t.dtype).eps
-            return torch.where(up, t * (1 + eps), t * (1 - eps))
-
-        tensors = [
-            t if not t.dtype.is_floating_point or bool((t == t.round()).all()) else nudge(t) for t in self.tensors
-        ]
-        return Problem(self.system, tensors), [nudge(t) for t in more]
-
-    def to(self, dtype: torch.dtype) -> Problem:
-        """Return the problem with its floating-point tensors in ``dtype``."""
-        raveler = self.system.raveler
-        other = replace(raveler, dtype=dtype, dtypes=(dtype,) * len(raveler.dtypes))
-        tensors = [t.to(dtype) if t.dtype.is_floating_point else t for t in self.tensors]
-        return Problem(replace(self.system, raveler=other), tensors)
-
-    def scattered(self, seed: int, draws: int, *more: torch.Tensor) -> tuple[Problem, list[torch.Tensor]]:
-        """Return ``draws`` copies beside this float64 problem as one batch, of numbers that float32 holds, and ``more`` (K, n) likewise.
-
-        Evaluated in float32 and in float64, they differ by float32's rounding alone, intermediate results included, and that tells
-        float64's: it is smaller by the ratio of the two units.
-        """
-        generator = torch.Generator().manual_seed(seed)
-        unit = torch.finfo(torch.float32).eps
-
-        def scatter(t: torch.Tensor) -> torch.Tensor:
-            shift = torch.rand((draws, *t.shape), generator=generator, dtype=torch.float64).to(t)
-            return (t * (1 + unit * (2 * shift - 1))).float().double()
-
-        moves = [t.dtype.is_floating_point and not bool((t == t.round()).all()) for t in self.tensors]
-        tensors = [scatter(t) if move else t for t, move in zip(self.tensors, moves, strict=True)]
-        copies = [scatter(t).reshape(-1, t.shape[-1]) for t in more]
-        return Problem(self.system.lift(draws, tuple(moves)), tensors), copies
-
-    def cases(self, x: torch.Tensor) -> Iterator[Case]:
-        """Yield each problem in the user's terms, with its own slice of every tensor and of ``x`` (batch, n)."""
-        for number, row in enumerate(x.reshape(-1, self.size)):
-            args, kwargs = self.system.arguments.rebuild(self._slices(number))
-            yield Case(self.system.function, self.system.raveler.unravel(row), args, kwargs)
-
-    def single(self, number: int) -> Problem:
-        """Return the problem at ``number`` of the batch as a batch of one, with its own slice of every tensor."""
-        return Problem(replace(self.system, levels=()), self._slices(number))
-
-    def _slices(self, number: int) -> list[torch.Tensor]:
-        position = []  # innermost level first, as in system.levels
-        for level in self.system.levels:
-            number, at = divmod(number, level.size)
-            position.append(at)
-        tensors = list(self.tensors)
-        # Outermost axes come first in a tensor, so they are taken off first.
-        for level, at in zip(reversed(self.system.levels), reversed(position), strict=True):
-            tensors = [t[at] if flag else t for t, flag in zip(tensors, level.batched, strict=True)]
-        return tensors
-
-    def inspect(self, x: torch.Tensor, *, captures: bool) -> tuple[torch.Tensor, torch.Tensor]:
-        """Evaluate twice at ``x``, with derivatives, and raise on what would make gradients wrong; return what was found there.
-
-        Raises
-        ------
-        CapturedTensorError
-            If a tensor reached through the closure requires grad (looked for if ``captures``), or belongs to
-            a ``vmap`` outside.
-        StochasticObjectiveError
-            If two evaluations differ, or an argument is changed in place.
-        ShapeError, ArgumentError
-            If the function returns the wrong shapes, or what it returns does not depend on its first argument.
-        """
-        noun = self.system.noun
-        watched = [t for t in (*self.tensors, *buffers_of(self.system.function)) if not t.is_inference()]
-        versions, dice = [t._version for t in watched], Dice(x.device)
-        try:
-            first = self._probe(x, captures=captures)
-        except RuntimeError as error:
-            if "escaped from inside a function being vmapped" in str(error):
-                raise captured_error(self.where, noun, "belongs to a vmap outside") from error
-            raise
-        # Dropout leaves a zero input zero: the slopes tell where the values do not.
-        agreed = _agree(first, self._probe(x, captures=False), 1e3) or self._agrees_beside(x)
-        if agreed and dice.thrown():
-            # Two throws of few dice may agree by chance; many do not.
-            agreed = all(self._agrees_beside(x) for _ in range(_MORE_THROWS))
-        if not agreed:
-            raise StochasticObjectiveError(
-                f"{self.where}: expected {noun} to be deterministic, and two evaluations at one point differ; switch "
-                "dropout off with .eval(), or draw the noise outside and pass it as an argument"
-            )
-        if versions != [t._version for t in watched]:
-            raise StochasticObjectiveError(
-                f"{self.where}: expected {noun} to leave its arguments and buffers as they are, and one was changed in "
-                "place; for batch norm use batch statistics (track_running_stats=False) or .eval()"
-            )
-        if x.numel():
-            self.system.inspect(self, x)
-        return first
-
-    def _agrees_beside(self, x: torch.Tensor) -> bool:
-        """Return whether two evaluations a little beside ``x`` agree to half the digits.
-
-        At a solution the slope is rounding, and sums of threads or of a GPU's atomics round as they come: such an
-        objective is not a random one.
-        """
-        generator = torch.Generator().manual_seed(0)
-        signs = (torch.randint(0, 2, (self.size,), generator=generator) * 2 - 1).to(x)
-        beside = x + 1e-2 * (1 + x.abs()) * signs
-        pair = self._probe(beside, captures=False), self._probe(beside, captures=False)
-        return _agree(*pair, torch.finfo(x.dtype).eps ** -0.5)
-
-    def _probe(self, x: torch.Tensor, *, captures: bool) -> tuple[torch.Tensor, torch.Tensor]:
-        with torch.enable_grad():
-            point = x.detach().requires_grad_(True)
-            output = self.system.lifted(self.system.first_output)(self._shaped(point), *self.tensors)
-            if not output.requires_grad and point.numel():
-                raise _unconnected(self.system)
-            if not point.numel():
-                return output.detach(), point.detach()
-            if captures and reaches_another_leaf(output, (point,)):
-                raise captured_error(self.where, self.system.noun, "requires grad")
-            (slope,) = torch.autograd.grad(output.sum(), point, allow_unused=True, materialize_grads=True)
-        return output.detach(), slope
-
-    def _shaped(self, x: torch.Tensor) -> torch.Tensor:
-        return x.reshape(*self.system.batch_shape, self.size)
-
-
 def _alone(function: Callable[..., Any], batched: tuple[bool, ...]) -> Callable[..., Any]:
     """Return ``function`` as one of a batch of one: an axis taken off and put back costs less than ``vmap``."""
 
@@ -646,103 +300,7 @@ def _alone(function: Callable[..., Any], batched: tuple[bool, ...]) -> Callable[
     return alone
 
 
-class Dice:
-    """Tells whether random numbers have been drawn from a device's own generator, or the CPU's, since it was made."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-        self._before = self._states()
-
-    def thrown(self) -> bool:
-        """Return whether any have been drawn."""
-        return any(not torch.equal(a, b) for a, b in zip(self._before, self._states(), strict=True))
-
-    def _states(self) -> list[torch.Tensor]:
-        states = [torch.get_rng_state()]
-        if self._device.type == "cuda":
-            states.append(torch.cuda.get_rng_state(self._device))
-        return states
-
-
-def _plain(tensor: torch.Tensor) -> torch.Tensor:
-    # Tensors born under inference_mode cannot take part in autograd; a copy can.
-    return tensor.clone() if tensor.is_inference() else tensor.detach()
-
-
-def buffers_of(function: Callable[..., Any]) -> list[torch.Tensor]:
-    """Return the buffers of modules that ``function`` is, is bound to, closes over or names as globals.
-
-    Looks into the functions that it closes over, or that the module it is bound to keeps, too.
-    """
-    found: dict[int, torch.Tensor] = {}
-    pending: list[tuple[Any, int]] = [(function, 0)]
-    seen: set[int] = set()
-    while pending:
-        item, depth = pending.pop()
-        if id(item) in seen or depth > 3:
-            continue
-        seen.add(id(item))
-        if isinstance(item, torch.nn.Module):
-            found.update((id(buffer), buffer) for buffer in item.buffers())
-            pending += [(value, depth + 1) for value in vars(item).values() if inspect.isroutine(value)]
-        elif isinstance(item, functools.partial):
-            pending += [(value, depth + 1) for value in (item.func, *item.args, *item.keywords.values())]
-        elif inspect.isroutine(item) or item is function:
-            pending.append((getattr(item, "__self__", None), depth))
-            plain = inspect.unwrap(getattr(item, "__func__", item))
-            cells = getattr(plain, "__closure__", None) or ()
-            reached = [cell.cell_contents for cell in cells if _filled(cell)]
-            code = getattr(plain, "__code__", None)
-            if code is not None:
-                reached += [plain.__globals__.get(name) for name in code.co_names]
-            pending += [(value, depth + 1) for value in reached]
-    return list(found.values())
-
-
-def _filled(cell: CellType) -> bool:
-    try:
-        cell.cell_contents  # noqa: B018  # an empty cell raises
-    except ValueError:
-        return False
-    return True
-
-
-def reaches_another_leaf(output: torch.Tensor, known: Sequence[torch.Tensor]) -> bool:
-    """Return whether the graph of ``output`` ends in a tensor that requires grad other than through one of ``known``."""
-    pending = [output.grad_fn]
-    seen = {tensor.grad_fn for tensor in known if tensor.grad_fn is not None}
-    while pending:
-        node = pending.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        variable = getattr(node, "variable", None)
-        if variable is not None and not any(variable is tensor for tensor in known):
-            return True
-        pending.extend(following for following, _ in node.next_functions)
-    return False
-
-
-def _agree(first: tuple[torch.Tensor, ...], second: tuple[torch.Tensor, ...], units: float) -> bool:
-    """Return whether two evaluations agree to ``units`` of the last place of their largest entry."""
-    for a, b in zip(first, second, strict=True):
-        if a.numel() and not torch.equal(a, b):
-            scale = torch.maximum(a.abs(), b.abs()).nan_to_num().max()
-            if not bool(((a - b).abs().nan_to_num() <= units * torch.finfo(a.dtype).eps * scale).all()):
-                return False
-    return True
-
-
-def captured_error(where: str, noun: str, how: str) -> CapturedTensorError:
-    """Return the error for a tensor that ``noun`` reaches through its closure."""
-    return CapturedTensorError(
-        f"{where}: expected every tensor to differentiate to be an argument, and {noun} reaches one through its "
-        f"closure that {how} and would silently receive no gradient; pass it as an argument (a module's "
-        "parameters as dict(module.named_parameters()) with torch.func.functional_call), or detach it"
-    )
-
-
-def _unconnected(system: System) -> ArgumentError:
+def unconnected(system: System) -> ArgumentError:
     return ArgumentError(
         f"{system.where}: expected what {system.noun} returns to depend on its first argument, and no graph leads "
         "there; look for .detach(), .item(), numpy or torch.no_grad inside it"

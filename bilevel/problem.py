@@ -24,8 +24,9 @@ from bilevel._guards import (
     no_dependence,
 )
 from bilevel._layer import Layer, Solution
+from bilevel._problem import Problem
 from bilevel._seek import Promised, seek
-from bilevel._system import ArgminSystem, Problem
+from bilevel._system import ArgminSystem
 from bilevel._transforms import autocast_to, transforms_active
 from bilevel._tree import Raveler, flatten_arguments
 from bilevel.certificates._certificate import Certificate
@@ -740,7 +741,7 @@ class BilevelProblem(torch.nn.Module, ABC):
             raveler = Raveler.of(inner, self._layer.where)
             precision = autocast_to(raveler.device)
             system = ArgminSystem(self._layer.where, objective, raveler, arguments, autocast=precision)
-            return system.bind(tensors), raveler.ravel(inner)[None]
+            return Problem.of(system, tensors), raveler.ravel(inner)[None]
         raveler = Raveler.of(pytree.tree_map(lambda leaf: leaf[0], inner), self._layer.where)
         # One dimension for each leaf of data, as vmap itself reads a prefix of in_dims.
         dims = pytree.tree_leaves(pytree.tree_map(lambda _: None, outer), is_leaf=lambda x: x is None)
@@ -750,7 +751,7 @@ class BilevelProblem(torch.nn.Module, ABC):
         x = vmap(raveler.ravel)(inner)
         precision = autocast_to(raveler.device)
         system = ArgminSystem(self._layer.where, objective, raveler, arguments, autocast=precision)
-        return system.lift(len(x), tuple(dim is not None for dim in of_tensors)).bind(moved), x
+        return Problem.of(system.lift(len(x), tuple(dim is not None for dim in of_tensors)), moved), x
 
     def _unravel(self, q: torch.Tensor, inner: Any) -> Any:
         if self.batch_dims is None:

@@ -109,9 +109,43 @@ MUTATIONS = (
         cells("Two transforms, vmap of jacrev", "root, single, float64", "root, batch, float64"),
     ),
     Mutation(
-        "a mean for a sum over the problems that share a tensor", "_system.py",
+        "a mean for a sum over the problems that share a tensor", "_problem.py",
         "torch.autograd.grad(self.residual, wanted, q, retain_graph", "torch.autograd.grad(self.residual, wanted, q / len(q), retain_graph",
         cells("Plain autograd, .backward()", "argmin, batch, float64", "root, batch, float64"),
+    ),
+    Mutation(
+        "a linearisation kept that is not at the solution", "_implicit.py",
+        "if at is not None and torch.equal(at, x.reshape(at.shape)):", "if at is not None:",
+        ("tests/test_implicit.py", "-k", "last_look"),
+    ),
+    Mutation(
+        "nothing kept of the solver's last look", "_implicit.py",
+        "        if look is None or look.linearization is None or transforms_active():", "        if True:",
+        ("tests/test_implicit.py", "-k", "last_look"),
+    ),
+    Mutation(
+        "the variance held fixed in a batch norm's second derivative", "_products.py",
+        "by_y * b + by_u * c + scale * D", "by_y * b + by_u * c", ("tests/test_products.py", "-k", "test_batch_norm"),
+    ),
+    Mutation(
+        "what the forward pass saved taken for constants, in a batch norm's third derivative", "_products.py",
+        "        if torch.is_grad_enabled():", "        if False:", ("tests/test_products.py", "-k", "third"),
+    ),
+    Mutation(
+        "a convolution's second derivative without what its weights do", "_products.py",
+        "_Convolution.apply(x, v, ctx.how) if to_y else None", "0 * _Convolution.apply(x, v, ctx.how) if to_y else None",
+        ("tests/test_products.py", "-k", "test_convolution"),
+    ),
+    Mutation(
+        "groups of a batch of convolutions not counted", "_products.py",
+        "w.flatten(0, 1), how._replace(groups=size * how.groups))\n        return _ungrouped(y, size), 1",
+        "w.flatten(0, 1), how._replace(groups=size))\n        return _ungrouped(y, size), 1",
+        ("tests/test_products.py", "-k", "under_vmap"),
+    ),
+    Mutation(
+        "any tree taken for the unknown's vector", "_tree.py",
+        "all(a is b for a, b in zip(leaves", "all(a.shape == b.shape for a, b in zip(leaves",
+        ("tests/test_tree.py", "-k", "ravel"),
     ),
     Mutation(
         "a mean for a sum over the batch's objectives", "_system.py",
@@ -129,22 +163,22 @@ MUTATIONS = (
         ("tests/test_implicit.py", "-k", "norm"),
     ),
     Mutation(
-        "the Hessian taken at zero", "_system.py",
+        "the Hessian taken at zero", "_problem.py",
         "lambda: self._dense(at)[1]", "lambda: self._dense(torch.zeros_like(at))[1]", ("tests/test_implicit.py", "-k", "test_gradcheck or quartic"),
     ),
     Mutation(
-        "two thirds of the curvature, as Gauss–Newton has of a quartic", "_system.py",
+        "two thirds of the curvature, as Gauss–Newton has of a quartic", "_problem.py",
         "operator = HessianOperator(residual, point)", "operator = HessianOperator(2 * residual / 3, point)",
         ("tests/test_implicit.py", "-k", "quartic"),
     ),
     Mutation(
-        "only the diagonal blocks of a pytree", "_system.py",
+        "only the diagonal blocks of a pytree", "_problem.py",
         "matrix = matrix.detach().reshape(self.batch, n, n)",
         "matrix = matrix.detach().reshape(self.batch, n, n) * torch.block_diag(*[matrix.new_ones(s.numel(), s.numel()) for s in self.system.raveler.shapes])",
         ("tests/test_acceptance.py", "-k", "coupled"),
     ),
     Mutation(
-        "the axes of nested batches in the wrong order", "_system.py",
+        "the axes of nested batches in the wrong order", "_problem.py",
         "zip(reversed(self.system.levels), reversed(position), strict=True)", "zip(reversed(self.system.levels), position, strict=True)",
         ("tests/test_acceptance.py", "-k", "nested"),
     ),
@@ -172,7 +206,7 @@ MUTATIONS = (
     ),
     # Guard rails.
     Mutation(
-        "captured tensors not looked for", "_system.py",
+        "captured tensors not looked for", "_inspection.py",
         "if captures and reaches_another_leaf(output, (point,)):", "if False:", (GUARDS, "-k", "captures_in_layers"),
     ),
     Mutation(
@@ -184,16 +218,16 @@ MUTATIONS = (
         "    if forward_ad._current_level >= 0:\n        return True\n", "", (GUARDS, "-k", "captures_in_layers and dual"),
     ),
     Mutation(
-        "randomness not looked for", "_system.py",
-        "        if not agreed:\n", "        if False:\n", (GUARDS, "-k", "randomness_in_layers"),
+        "randomness not looked for", "_inspection.py",
+        "    if not agreed:\n", "    if False:\n", (GUARDS, "-k", "randomness_in_layers"),
     ),
     Mutation(
-        "randomness looked for with two throws", "_system.py", "_MORE_THROWS = 12", "_MORE_THROWS = 0",
+        "randomness looked for with two throws", "_inspection.py", "_MORE_THROWS = 12", "_MORE_THROWS = 0",
         (GUARDS, "-k", "randomness_in_layers"),
     ),
     Mutation(
-        "changes in place not looked for", "_system.py",
-        "if versions != self._versions():", "if False:", ("tests/test_failures.py", "-k", "running_statistics"),
+        "changes in place not looked for", "_inspection.py",
+        "if versions != [t._version for t in watched]:", "if False:", ("tests/test_failures.py", "-k", "running_statistics"),
     ),
     Mutation(
         "an init that requires grad let through", "_layer.py",
@@ -425,7 +459,7 @@ MUTATIONS = (
     # iMAML.
     Mutation(
         "the proximal term without its half", "meta/imaml.py",
-        "return fit + 0.5 * lam * torch.dot(away, away)", "return fit + lam * torch.dot(away, away)", (IMAML, "-k", "quadratic_tasks"),
+        "return fit + 0.5 * lam * F.mse_loss(", "return fit + lam * F.mse_loss(", (IMAML, "-k", "quadratic_tasks"),
     ),
     Mutation(
         "the sum of the tasks' losses", "meta/imaml.py",
@@ -437,7 +471,7 @@ MUTATIONS = (
     ),
     Mutation(
         "the query's loss on the support", "meta/imaml.py",
-        'vmap(functools.partial(self._judge, data["fixed"]))(adapted, data["query"])', 'vmap(functools.partial(self._judge, data["fixed"]))(adapted, data["support"])',
+        '_by_parts(functools.partial(self._judge, data["fixed"]), adapted, data["query"])', '_by_parts(functools.partial(self._judge, data["fixed"]), adapted, data["support"])',
         (IMAML, "-k", "quadratic_tasks"),
     ),
     Mutation(

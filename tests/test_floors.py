@@ -26,6 +26,8 @@ GROUND = (
     "errors",
     "_tree",
     "_system",
+    "_problem",
+    "_inspection",
     "_transforms",
     "_norms",
     "_products",

@@ -145,7 +145,7 @@ def test_one_linearisation_serves_every_right_hand_side(monkeypatch: pytest.Monk
 
 
 def test_the_forward_factorisation_serves_the_adjoint(monkeypatch: pytest.MonkeyPatch) -> None:
-    from bilevel._system import Problem
+    from bilevel._problem import Problem
 
     formed = []
     original = Problem._dense
@@ -158,6 +158,46 @@ def test_the_forward_factorisation_serves_the_adjoint(monkeypatch: pytest.Monkey
     assert len(formed) == 1  # Newton's one step; the adjoint borrows its factor
     expected = sum(torch.linalg.solve(Z.T @ Z + s.exp() * torch.eye(3, dtype=X.dtype), Z.T).sum(0) for Z in (X, 2 * X))
     torch.testing.assert_close(free.grad, expected, atol=1e-13, rtol=1e-12)
+
+
+@pytest.mark.parametrize("solver", [bilevel.Newton(), bilevel.GradientDescent(lr=0.2, max_steps=30)])
+def test_the_solver_s_last_look_is_the_adjoint_s_linearisation(monkeypatch: pytest.MonkeyPatch, solver: object) -> None:
+    """A quadratic is linearised nowhere but at its solution, once; without a derivative to come, no graph is made."""
+    from bilevel._problem import Problem
+
+    made = []
+    original = Problem.linearize
+    monkeypatch.setattr(Problem, "linearize", lambda self, x, wanted=None: made.append(x) or original(self, x, wanted))
+    budget = bilevel.Tolerance(delta=None, delta_prime=None)
+    layer = bilevel.argmin(
+        lambda w, a: ((w - a) ** 2).sum() + 0.5 * (w**2).sum(), solver=solver, linear_solver=bilevel.CG(3),
+        tolerance=bilevel.Tolerance() if isinstance(solver, bilevel.Newton) else budget,
+    )  # fmt: skip
+    a = torch.arange(1.0, 4.0, dtype=torch.float64, requires_grad=True)
+    with torch.no_grad():
+        w = layer(torch.zeros(3, dtype=torch.float64), a)
+    assert not made
+    w = layer(torch.zeros(3, dtype=torch.float64), a)
+    assert len(made) == 1
+    torch.testing.assert_close(made[0][0], w.detach())
+    (slope,) = torch.autograd.grad(w.sum(), a)
+    assert len(made) == 1
+    torch.testing.assert_close(slope, torch.full_like(a, 2 / 3), atol=1e-5, rtol=1e-5)
+
+
+def test_a_last_look_beside_the_solution_is_not_used() -> None:
+    """The last step leads where the objective is not defined: the solution is the point before it."""
+    layer = bilevel.argmin(
+        lambda w, a: (a * w.sqrt()).sum(), solver=bilevel.GradientDescent(lr=1.0, max_steps=1), on_failure="ignore",
+        tolerance=bilevel.Tolerance(delta=None, delta_prime=None),
+    )  # fmt: skip
+    a = torch.tensor([1.0, 2.0], dtype=torch.float64, requires_grad=True)
+    start = torch.tensor([0.04, 0.09], dtype=torch.float64)
+    w = layer(start, a)
+    torch.testing.assert_close(w.detach(), start)
+    (slope,) = torch.autograd.grad(w.sum(), a)
+    # H = −a/(4 w√w) and B = 1/(2√w), so that −B/H = 2w/a.
+    torch.testing.assert_close(slope, 2 * start / a.detach(), atol=1e-9, rtol=1e-9)
 
 
 def test_a_borrowed_factorisation_that_does_not_fit_is_given_back() -> None:

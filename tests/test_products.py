@@ -10,6 +10,7 @@ from torch.nn import functional as F
 import bilevel
 from bilevel._layer import Layer
 from bilevel._norms import WrittenNorms
+from bilevel._problem import Problem
 from bilevel._products import QuickProducts
 from bilevel._system import ArgminSystem
 from bilevel._tree import Raveler
@@ -145,7 +146,7 @@ def test_a_network_s_hessian_is_torch_s_own() -> None:
     start = {name: torch.randn(s, dtype=F64) for name, s in sizes.items()}
     raveler = Raveler.of(start, "here")
     system, _ = layer._system(raveler, (x[0], y[0]), {})
-    problem = system.lift(3, (True, True)).bind([x, y])
+    problem = Problem.of(system.lift(3, (True, True)), [x, y])
     at = torch.randn(3, raveler.size, dtype=F64)
     operator = problem.linearize(at).operator
     # torch's own hessian of a batch norm is wrong under vmap (see bilevel/_norms.py).

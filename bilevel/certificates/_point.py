@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch.func import grad, vjp, vmap
 
-from bilevel._system import Linearization, Problem
+from bilevel._problem import Linearization, Problem
 from bilevel.linear._base import solve_linear
 from bilevel.linear.cg import CG
 from bilevel.tolerance import Target

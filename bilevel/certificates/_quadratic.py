@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import torch
 
-from bilevel._system import Problem
+from bilevel._problem import Problem
 from bilevel.certificates._point import MOST_NUMBERS
 from bilevel.certificates.constants import Constants
 from bilevel.operators import LinearOperator, hessian

@@ -1,6 +1,6 @@
 """The contract of inner solvers, the one loop that owns masks and limits, and the one judge of what they return.
 
-A solver sees a :class:`~bilevel._system.Problem` (a batch of flat problems), a start (batch, n) and a
+A solver sees a :class:`~bilevel._problem.Problem` (a batch of flat problems), a start (batch, n) and a
 :class:`Goal`. A method made of steps hands its step function to :func:`iterate`. :func:`solve_inner` evaluates
 the true residual at what comes back and decides the status, alike for all methods and for a user's function.
 """
@@ -15,7 +15,7 @@ from typing import Any, Protocol, TypeAlias, TypeVar
 
 import torch
 
-from bilevel._system import Linearization, Problem
+from bilevel._problem import Linearization, Problem
 from bilevel._tree import ravel_like
 from bilevel.errors import ArgumentError
 from bilevel.reports import Basis, Status

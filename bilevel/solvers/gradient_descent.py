@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from bilevel._checks import check_number, check_steps
-from bilevel._system import Problem
+from bilevel._problem import Problem
 from bilevel.errors import ArgumentError
 from bilevel.reports import Status
 from bilevel.solvers._base import Goal, InnerSolution, InnerSolver, iterate

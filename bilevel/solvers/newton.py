@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from bilevel._checks import check_steps
-from bilevel._system import Problem
+from bilevel._problem import Problem
 from bilevel.linear._base import LinearSolverLike, as_linear_solver
 from bilevel.linear.gmres import GMRES
 from bilevel.operators import DenseOperator, LinearOperator

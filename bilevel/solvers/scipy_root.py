@@ -11,7 +11,7 @@ import scipy.optimize
 import torch
 
 from bilevel._checks import check_steps
-from bilevel._system import Problem
+from bilevel._problem import Problem
 from bilevel.errors import ArgumentError
 from bilevel.reports import Status
 from bilevel.solvers._base import Goal, InnerSolution, InnerSolver

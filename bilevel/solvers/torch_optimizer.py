@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from bilevel._checks import check_steps
-from bilevel._system import Problem
+from bilevel._problem import Problem
 from bilevel.errors import ArgumentError
 from bilevel.solvers._base import Goal, InnerSolution, InnerSolver, iterate
 

@@ -10,7 +10,8 @@ import scipy.optimize
 import torch
 from torch.func import vmap
 
-from bilevel._system import ArgminSystem, FixedPointSystem, Problem, RootSystem, System
+from bilevel._problem import Problem
+from bilevel._system import ArgminSystem, FixedPointSystem, RootSystem, System
 from bilevel._tree import Raveler, flatten_arguments
 from bilevel.reports import Status
 from bilevel.solvers._base import InnerOutcome, InnerSolver, solve_inner
@@ -29,7 +30,7 @@ def build(
     system = kind("test", function, Raveler.of(single, "test"), arguments)
     if batched:
         system = system.lift(init.shape[0], (True,) * len(tensors))
-    return system.bind(tensors), init.reshape(-1, single.numel())
+    return Problem.of(system, tensors), init.reshape(-1, single.numel())
 
 
 def solve(

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import bilevel
-from bilevel._system import Problem
+from bilevel._problem import Problem
 from bilevel.reports import Status
 from bilevel.tolerance import Tolerance
 

@@ -1,0 +1,180 @@
+"""A look at the user's function before it is differentiated, for what would make gradients wrong without a word."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Sequence
+from types import CellType
+from typing import Any
+
+import torch
+
+from bilevel._problem import Problem
+from bilevel._system import unconnected
+from bilevel.errors import CapturedTensorError, StochasticObjectiveError
+
+__all__ = ["Dice", "buffers_of", "captured_error", "inspect_function", "reaches_another_leaf"]
+
+# How many more pairs of evaluations have to agree where random numbers were drawn.
+_MORE_THROWS = 12
+
+
+def inspect_function(problem: Problem, x: torch.Tensor, *, captures: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """Evaluate twice at ``x``, with derivatives, and raise on what would make gradients wrong; return what was found there.
+
+    Raises
+    ------
+    CapturedTensorError
+        If a tensor reached through the closure requires grad (looked for if ``captures``), or belongs to
+        a ``vmap`` outside.
+    StochasticObjectiveError
+        If two evaluations differ, or an argument is changed in place.
+    ShapeError, ArgumentError
+        If the function returns the wrong shapes, or what it returns does not depend on its first argument.
+    """
+    noun = problem.system.noun
+    watched = [t for t in (*problem.tensors, *buffers_of(problem.system.function)) if not t.is_inference()]
+    versions, dice = [t._version for t in watched], Dice(x.device)
+    try:
+        first = _probe(problem, x, captures=captures)
+    except RuntimeError as error:
+        if "escaped from inside a function being vmapped" in str(error):
+            raise captured_error(problem.where, noun, "belongs to a vmap outside") from error
+        raise
+    # Dropout leaves a zero input zero: the slopes tell where the values do not.
+    agreed = _agree(first, _probe(problem, x, captures=False), 1e3) or _agrees_beside(problem, x)
+    if agreed and dice.thrown():
+        # Two throws of few dice may agree by chance; many do not.
+        agreed = all(_agrees_beside(problem, x) for _ in range(_MORE_THROWS))
+    if not agreed:
+        raise StochasticObjectiveError(
+            f"{problem.where}: expected {noun} to be deterministic, and two evaluations at one point differ; switch "
+            "dropout off with .eval(), or draw the noise outside and pass it as an argument"
+        )
+    if versions != [t._version for t in watched]:
+        raise StochasticObjectiveError(
+            f"{problem.where}: expected {noun} to leave its arguments and buffers as they are, and one was changed in "
+            "place; for batch norm use batch statistics (track_running_stats=False) or .eval()"
+        )
+    if x.numel():
+        problem.system.inspect(problem, x)
+    return first
+
+
+def _agrees_beside(problem: Problem, x: torch.Tensor) -> bool:
+    """Return whether two evaluations a little beside ``x`` agree to half the digits.
+
+    At a solution the slope is rounding, and sums of threads or of a GPU's atomics round as they come: such an
+    objective is not a random one.
+    """
+    generator = torch.Generator().manual_seed(0)
+    signs = (torch.randint(0, 2, (problem.size,), generator=generator) * 2 - 1).to(x)
+    beside = x + 1e-2 * (1 + x.abs()) * signs
+    pair = _probe(problem, beside, captures=False), _probe(problem, beside, captures=False)
+    return _agree(*pair, torch.finfo(x.dtype).eps ** -0.5)
+
+
+def _probe(problem: Problem, x: torch.Tensor, *, captures: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    with torch.enable_grad():
+        point = x.detach().requires_grad_(True)
+        output = problem.system.lifted(problem.system.first_output)(problem.shaped(point), *problem.tensors)
+        if not output.requires_grad and point.numel():
+            raise unconnected(problem.system)
+        if not point.numel():
+            return output.detach(), point.detach()
+        if captures and reaches_another_leaf(output, (point,)):
+            raise captured_error(problem.where, problem.system.noun, "requires grad")
+        (slope,) = torch.autograd.grad(output.sum(), point, allow_unused=True, materialize_grads=True)
+    return output.detach(), slope
+
+
+class Dice:
+    """Tells whether random numbers have been drawn from a device's own generator, or the CPU's, since it was made."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._before = self._states()
+
+    def thrown(self) -> bool:
+        """Return whether any have been drawn."""
+        return any(not torch.equal(a, b) for a, b in zip(self._before, self._states(), strict=True))
+
+    def _states(self) -> list[torch.Tensor]:
+        states = [torch.get_rng_state()]
+        if self._device.type == "cuda":
+            states.append(torch.cuda.get_rng_state(self._device))
+        return states
+
+
+def buffers_of(function: Callable[..., Any]) -> list[torch.Tensor]:
+    """Return the buffers of modules that ``function`` is, is bound to, closes over or names as globals.
+
+    Looks into the functions that it closes over, or that the module it is bound to keeps, too.
+    """
+    found: dict[int, torch.Tensor] = {}
+    pending: list[tuple[Any, int]] = [(function, 0)]
+    seen: set[int] = set()
+    while pending:
+        item, depth = pending.pop()
+        if id(item) in seen or depth > 3:
+            continue
+        seen.add(id(item))
+        if isinstance(item, torch.nn.Module):
+            found.update((id(buffer), buffer) for buffer in item.buffers())
+            pending += [(value, depth + 1) for value in vars(item).values() if inspect.isroutine(value)]
+        elif isinstance(item, functools.partial):
+            pending += [(value, depth + 1) for value in (item.func, *item.args, *item.keywords.values())]
+        elif inspect.isroutine(item) or item is function:
+            pending.append((getattr(item, "__self__", None), depth))
+            plain = inspect.unwrap(getattr(item, "__func__", item))
+            cells = getattr(plain, "__closure__", None) or ()
+            reached = [cell.cell_contents for cell in cells if _filled(cell)]
+            code = getattr(plain, "__code__", None)
+            if code is not None:
+                reached += [plain.__globals__.get(name) for name in code.co_names]
+            pending += [(value, depth + 1) for value in reached]
+    return list(found.values())
+
+
+def _filled(cell: CellType) -> bool:
+    try:
+        cell.cell_contents  # noqa: B018  # an empty cell raises
+    except ValueError:
+        return False
+    return True
+
+
+def reaches_another_leaf(output: torch.Tensor, known: Sequence[torch.Tensor]) -> bool:
+    """Return whether the graph of ``output`` ends in a tensor that requires grad other than through one of ``known``."""
+    pending = [output.grad_fn]
+    seen = {tensor.grad_fn for tensor in known if tensor.grad_fn is not None}
+    while pending:
+        node = pending.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        variable = getattr(node, "variable", None)
+        if variable is not None and not any(variable is tensor for tensor in known):
+            return True
+        pending.extend(following for following, _ in node.next_functions)
+    return False
+
+
+def _agree(first: tuple[torch.Tensor, ...], second: tuple[torch.Tensor, ...], units: float) -> bool:
+    """Return whether two evaluations agree to ``units`` of the last place of their largest entry."""
+    for a, b in zip(first, second, strict=True):
+        if a.numel() and not torch.equal(a, b):
+            scale = torch.maximum(a.abs(), b.abs()).nan_to_num().max()
+            if not bool(((a - b).abs().nan_to_num() <= units * torch.finfo(a.dtype).eps * scale).all()):
+                return False
+    return True
+
+
+def captured_error(where: str, noun: str, how: str) -> CapturedTensorError:
+    """Return the error for a tensor that ``noun`` reaches through its closure."""
+    return CapturedTensorError(
+        f"{where}: expected every tensor to differentiate to be an argument, and {noun} reaches one through its "
+        f"closure that {how} and would silently receive no gradient; pass it as an argument (a module's "
+        "parameters as dict(module.named_parameters()) with torch.func.functional_call), or detach it"
+    )

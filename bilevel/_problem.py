@@ -1,0 +1,290 @@
+"""A system with its tensors bound, as solvers see it: in shapes (batch, n), without a graph, linearised once for many products."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Any
+
+import torch
+
+from bilevel._system import ArgminSystem, FixedPointSystem, System
+from bilevel.errors import ArgumentError
+from bilevel.operators import DenseOperator, HessianOperator, JacobianOperator, LinearOperator
+
+__all__ = ["Case", "LastLook", "Linearization", "Problem"]
+
+
+@dataclass(frozen=True, eq=False)
+class Linearization:
+    """R at one point with its graph: the operator ∂_x R, and the pullback through ∂_θ R.
+
+    Parameters
+    ----------
+    residual
+        R (batch, n), with its graph.
+    operator
+        ∂_x R.
+    leaves
+        The tensors θ that R was computed from; those that require grad can be pulled back to.
+    value
+        The objectives (batch,) of an argmin, without a graph; None for equations.
+    point
+        x (batch, n).
+    """
+
+    residual: torch.Tensor
+    operator: LinearOperator
+    leaves: tuple[torch.Tensor, ...]
+    value: torch.Tensor | None = None
+    point: torch.Tensor | None = None
+
+    def pullback(self, q: torch.Tensor) -> list[torch.Tensor | None]:
+        """Return (∂_θ R)ᵀ q for ``q`` (batch, n), summed over the problems that share a tensor: one reverse pass."""
+        wanted = [leaf for leaf in self.leaves if leaf.requires_grad]
+        if not wanted or not self.residual.requires_grad:
+            return [torch.zeros_like(leaf) if leaf.requires_grad else None for leaf in self.leaves]
+        gradients = iter(
+            torch.autograd.grad(self.residual, wanted, q, retain_graph=True, allow_unused=True, materialize_grads=True)
+        )
+        return [next(gradients) if leaf.requires_grad else None for leaf in self.leaves]
+
+
+@dataclass(eq=False)
+class LastLook:
+    """Where a solver leaves the linearisation at its answer, which a derivative would otherwise begin with.
+
+    Parameters
+    ----------
+    wanted
+        Which of the problem's tensors derivatives will be asked for.
+    linearization
+        The latest that a solver took for the last, or None.
+    """
+
+    wanted: tuple[bool, ...]
+    linearization: Linearization | None = None
+
+
+@dataclass(frozen=True)
+class Case:
+    """One problem in the user's own terms, for solvers that are not batched: ``function(init, *args, **kwargs)``."""
+
+    function: Callable[..., Any]
+    init: Any
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+
+@dataclass(frozen=True, eq=False)
+class Problem:
+    """A batch of flat problems, as solvers see it: every tensor is (batch, n) or (batch,), and no graph is kept.
+
+    Parameters
+    ----------
+    system
+        The description.
+    tensors
+        θ, cut from any graph.
+    last_look
+        Where derivatives will follow: takes the linearisation at the answer.
+    """
+
+    system: System
+    tensors: list[torch.Tensor] = field(repr=False)
+    last_look: LastLook | None = field(default=None, repr=False)
+
+    @staticmethod
+    def of(system: System, tensors: Sequence[torch.Tensor]) -> Problem:
+        """Bind ``tensors``, cut from any graph."""
+        return Problem(system, [_plain(tensor) for tensor in tensors])
+
+    @property
+    def where(self) -> str:
+        """The layer's name, for messages."""
+        return self.system.where
+
+    @property
+    def minimizes(self) -> bool:
+        """Whether there is an objective, so that :meth:`value` can be called."""
+        return self.system.minimizes
+
+    @property
+    def is_fixed_point(self) -> bool:
+        """Whether R = x − T(x), so that T(x) = x − R."""
+        return isinstance(self.system, FixedPointSystem)
+
+    @cached_property
+    def batch(self) -> int:
+        """How many problems."""
+        return math.prod(self.system.batch_shape)
+
+    @property
+    def size(self) -> int:
+        """n, the number of unknowns of each."""
+        return self.system.raveler.size
+
+    def value(self, x: torch.Tensor) -> torch.Tensor:
+        """Return the objectives (batch,) at ``x`` (batch, n)."""
+        with torch.no_grad():
+            return self.system.outputs(self.shaped(x), *self.tensors).reshape(self.batch)
+
+    def value_and_residual(self, x: torch.Tensor, *, last: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the objectives (batch,) and their gradients (batch, n).
+
+        ``last`` says that ``x`` is probably the answer: where a derivative follows, the graph is kept for it.
+        """
+        system = self.system
+        if not isinstance(system, ArgminSystem):
+            raise ArgumentError(
+                f"{self.where}: expected an argmin for a solver that minimises, got a {system.noun} equation; take "
+                "Newton(), Anderson(), FixedPointIteration() or ScipyRoot()"
+            )
+        if last and self.last_look is not None:
+            self.last_look.linearization = linear = self.linearize(x, self.last_look.wanted)
+            assert linear.value is not None
+            return linear.value, linear.residual.detach()
+        with torch.enable_grad():
+            point = self.shaped(x).detach().requires_grad_(True)
+            values, gradient = system.plain_values(point, self.tensors, graph=False)
+        return values.detach().reshape(self.batch), gradient.detach().reshape(x.shape)
+
+    def residual(self, x: torch.Tensor) -> torch.Tensor:
+        """Return R (batch, n): ∇G, the residual, or x − T(x)."""
+        if not self.minimizes:
+            with torch.no_grad():
+                return self.system.outputs(self.shaped(x), *self.tensors).reshape(x.shape)
+        return self.value_and_residual(x)[1]
+
+    def mapping(self, x: torch.Tensor) -> torch.Tensor:
+        """Return T(x) (batch, n) of a fixed point."""
+        return x - self.residual(x)
+
+    def linearize(self, x: torch.Tensor, wanted: Sequence[bool] | None = None) -> Linearization:
+        """Return R at ``x`` (batch, n) with its graph, the operator ∂_x R and the pullback to ``wanted`` tensors."""
+        system = self.system
+        with torch.enable_grad():
+            point = x.detach().requires_grad_(True)
+            leaves = tuple(
+                tensor.detach().requires_grad_(True) if want else tensor
+                for tensor, want in zip(self.tensors, wanted or [False] * len(self.tensors), strict=True)
+            )
+            value: torch.Tensor | None = None
+            if isinstance(system, ArgminSystem):
+                values, residual = system.plain_values(self.shaped(point), leaves, graph=True)
+                value = values.detach().reshape(self.batch)
+            else:
+                residual = system.plain_residual(self.shaped(point), leaves, graph=True)
+            residual = residual.reshape(x.shape)
+        operator: LinearOperator
+        if system.symmetric:
+            operator = HessianOperator(residual, point)
+            operator.expect_definite = system.minimizes
+        else:
+            operator = JacobianOperator(residual, point)
+        # Cut x off first: a saved output would close a circle through its own node that no collector can see.
+        at = x.detach()
+        operator.materialize = lambda: self._dense(at)[1]
+        return Linearization(residual, operator, leaves, value, at)
+
+    def linearize_dense(self, x: torch.Tensor) -> Linearization:
+        """Return R and the objectives at ``x`` (batch, n) without a graph, and ∂_x R as matrices, all from one pass.
+
+        The directions are vmapped inside and the problems outside: the other way round, which a graph of the whole batch
+        imposes, every matrix in the objective is copied n times.
+        """
+        try:
+            residual, matrix, value = self._dense(x.detach())
+        except RuntimeError:
+            # Something in the function cannot be transformed, such as an operation without a batching rule.
+            plain = self.linearize(x)
+            plain.operator.materialize = None
+            residual, matrix, value = plain.residual.detach(), plain.operator.dense(), plain.value
+        operator = DenseOperator(matrix, symmetric=self.system.symmetric)
+        operator.expect_definite = self.minimizes
+        return Linearization(residual, operator, (), value)
+
+    def _dense(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        with torch.no_grad():
+            residual, matrix, values = self.system.lifted(self.system.rows)(self.shaped(x), *self.tensors)
+        n = self.size
+        matrix = matrix.detach().reshape(self.batch, n, n)
+        if self.system.symmetric:
+            matrix = 0.5 * (matrix + matrix.mT)
+        value = values.detach().reshape(self.batch) if self.minimizes else None
+        return residual.detach().reshape(x.shape), matrix, value
+
+    def nudged(self, seed: int, *more: torch.Tensor) -> tuple[Problem, list[torch.Tensor]]:
+        """Return the problem with every number moved by a unit in its last place, by random signs, and ``more`` tensors likewise.
+
+        What that changes in a result tells what rounding inside can change. Tensors of whole numbers stay: they are labels, counts and
+        masks, which are exact, and which a function may compare or convert.
+        """
+        generator = torch.Generator().manual_seed(seed)
+
+        def nudge(t: torch.Tensor) -> torch.Tensor:
+            up = torch.empty(t.shape, dtype=torch.bool).bernoulli_(0.5, generator=generator).to(t.device)
+            eps = torch.finfo(t.dtype).eps
+            return torch.where(up, t * (1 + eps), t * (1 - eps))
+
+        tensors = [
+            t if not t.dtype.is_floating_point or bool((t == t.round()).all()) else nudge(t) for t in self.tensors
+        ]
+        return Problem(self.system, tensors), [nudge(t) for t in more]
+
+    def to(self, dtype: torch.dtype) -> Problem:
+        """Return the problem with its floating-point tensors in ``dtype``."""
+        raveler = self.system.raveler
+        other = replace(raveler, dtype=dtype, dtypes=(dtype,) * len(raveler.dtypes))
+        tensors = [t.to(dtype) if t.dtype.is_floating_point else t for t in self.tensors]
+        return Problem(replace(self.system, raveler=other), tensors)
+
+    def scattered(self, seed: int, draws: int, *more: torch.Tensor) -> tuple[Problem, list[torch.Tensor]]:
+        """Return ``draws`` copies beside this float64 problem as one batch, of numbers that float32 holds, and ``more`` (K, n) likewise.
+
+        Evaluated in float32 and in float64, they differ by float32's rounding alone, intermediate results included, and that tells
+        float64's: it is smaller by the ratio of the two units.
+        """
+        generator = torch.Generator().manual_seed(seed)
+        unit = torch.finfo(torch.float32).eps
+
+        def scatter(t: torch.Tensor) -> torch.Tensor:
+            shift = torch.rand((draws, *t.shape), generator=generator, dtype=torch.float64).to(t)
+            return (t * (1 + unit * (2 * shift - 1))).float().double()
+
+        moves = [t.dtype.is_floating_point and not bool((t == t.round()).all()) for t in self.tensors]
+        tensors = [scatter(t) if move else t for t, move in zip(self.tensors, moves, strict=True)]
+        copies = [scatter(t).reshape(-1, t.shape[-1]) for t in more]
+        return Problem(self.system.lift(draws, tuple(moves)), tensors), copies
+
+    def cases(self, x: torch.Tensor) -> Iterator[Case]:
+        """Yield each problem in the user's terms, with its own slice of every tensor and of ``x`` (batch, n)."""
+        for number, row in enumerate(x.reshape(-1, self.size)):
+            args, kwargs = self.system.arguments.rebuild(self._slices(number))
+            yield Case(self.system.function, self.system.raveler.unravel(row), args, kwargs)
+
+    def single(self, number: int) -> Problem:
+        """Return the problem at ``number`` of the batch as a batch of one, with its own slice of every tensor."""
+        return Problem(replace(self.system, levels=()), self._slices(number))
+
+    def _slices(self, number: int) -> list[torch.Tensor]:
+        position = []  # innermost level first, as in system.levels
+        for level in self.system.levels:
+            number, at = divmod(number, level.size)
+            position.append(at)
+        tensors = list(self.tensors)
+        # Outermost axes come first in a tensor, so they are taken off first.
+        for level, at in zip(reversed(self.system.levels), reversed(position), strict=True):
+            tensors = [t[at] if flag else t for t, flag in zip(tensors, level.batched, strict=True)]
+        return tensors
+
+    def shaped(self, x: torch.Tensor) -> torch.Tensor:
+        """Return ``x`` (batch, n) as (*batch, n), with an axis for each level."""
+        return x.reshape(*self.system.batch_shape, self.size)
+
+
+def _plain(tensor: torch.Tensor) -> torch.Tensor:
+    # Tensors born under inference_mode cannot take part in autograd; a copy can.
+    return tensor.clone() if tensor.is_inference() else tensor.detach()

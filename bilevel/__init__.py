@@ -1,7 +1,8 @@
 """Differentiate through any optimisation problem, root or fixed point, and know how wrong the derivative is."""
 
 from bilevel import certificates, operators
-from bilevel._goal import GoalReport
+from bilevel._hypergradient import Hypergradient, HypergradientReport
+from bilevel._knowledge import GoalReport
 from bilevel._problem import Problem
 from bilevel._tree import ravel
 from bilevel._version import __version__
@@ -35,7 +36,7 @@ from bilevel.operators import LinearOperator
 from bilevel.outer.methods import HOAG, MAID, OuterMethod
 from bilevel.outer.minimize import OuterRun, minimize
 from bilevel.outer.result import OuterResult, OuterStatus, OuterStep
-from bilevel.problem import BilevelProblem, Hypergradient, HypergradientReport
+from bilevel.problem import BilevelProblem
 from bilevel.reports import Basis, Pass, Recording, SolveReport, Status, record
 from bilevel.schedules import CubicSchedule, ExponentialSchedule, QuadraticSchedule
 from bilevel.solvers._base import Goal, InnerSolution, InnerSolver

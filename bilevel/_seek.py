@@ -9,9 +9,10 @@ from typing import Any
 
 import torch
 
-from bilevel._goal import GoalReport, Knowledge, Reached, Search
+from bilevel._goal import Search
 from bilevel._guards import FirstLook
 from bilevel._inspection import inspect_function
+from bilevel._knowledge import GoalReport, Knowledge, Reached
 from bilevel._layer import Layer, default_linear_solver, default_solver
 from bilevel._problem import Problem
 from bilevel.certificates.bound import Bound

@@ -500,7 +500,7 @@ MUTATIONS = (
         "flat / max(1, len(flat))  # as", "flat  # as", ("tests/test_problem.py", "-k", "told"),
     ),
     Mutation(
-        "errors of goals forgotten where nothing is measured", "_goal.py",
+        "errors of goals forgotten where nothing is measured", "_knowledge.py",
         "        if not stepped:\n", "        if False:\n", ("tests/test_goal.py", "-k", "trusted"),
     ),
     Mutation(

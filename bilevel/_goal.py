@@ -161,11 +161,11 @@ class Search:
             allowed = self._allowed(here)
             if bound.value <= allowed:
                 reason = Status.CONVERGED
-            elif not self._inner_share(here) > 0.5 * allowed and self.corrections <= _MOST_CORRECTIONS:
-                # What is left is the linear residual's: go on with that, unless rounding keeps it up.
-                reason = Status.STAGNATED if stuck else None
             elif rounds >= _MOST_ROUNDS or self.corrections > _MOST_CORRECTIONS:
                 reason = Status.STAGNATED
+            elif self.known.slope and not self._inner_share(here) > 0.5 * allowed:
+                # What is left is the linear residual's: go on with that, unless rounding keeps it up.
+                reason = Status.STAGNATED if stuck else None
             else:
                 there = self._refine(here)
                 if isinstance(there, Status):

@@ -218,8 +218,6 @@ class ArgminSystem(System):
             values = self.outputs(x, *tensors)
             if not values.requires_grad:
                 raise unconnected(self)
-            if graph and not isinstance(mode, QuickProducts):
-                QuickProducts.learn(self.function, values)
             (gradient,) = torch.autograd.grad(
                 values.sum(), x, create_graph=graph, allow_unused=True, materialize_grads=True
             )

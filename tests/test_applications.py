@@ -17,8 +17,9 @@ OWN = {
     **dict.fromkeys((ROOT / "hyperopt").glob("*.py"), ("bilevel.hyperopt", "bilevel._output")),
     **dict.fromkeys((ROOT / "meta").glob("*.py"), ("bilevel.meta", "bilevel._output")),
     **dict.fromkeys((ROOT / "testing").glob("*.py"), ("bilevel.testing",)),
-    ROOT / "cli.py": ("bilevel.hyperopt", "bilevel.meta", "bilevel._output"),
+    ROOT / "cli.py": ("bilevel.hyperopt", "bilevel.meta", "bilevel._output", "bilevel._allocator"),
     ROOT / "_output.py": (),
+    ROOT / "_allocator.py": (),
     ROOT / "display.py": (),
 }
 

@@ -459,7 +459,7 @@ MUTATIONS = (
     # iMAML.
     Mutation(
         "the proximal term without its half", "meta/imaml.py",
-        "return fit + 0.5 * lam * F.mse_loss(", "return fit + lam * F.mse_loss(", (IMAML, "-k", "quadratic_tasks"),
+        "return fit + lam * half_square(", "return fit + 2 * lam * half_square(", (IMAML, "-k", "quadratic_tasks"),
     ),
     Mutation(
         "the sum of the tasks' losses", "meta/imaml.py",

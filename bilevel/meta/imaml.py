@@ -16,6 +16,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.utils import _pytree as pytree
 
 import bilevel
+from bilevel.meta.proximal import half_square
 from bilevel.meta.released import ReleasedDescent, ReleasedLinearSolve
 from bilevel.meta.tasks import Tasks, as_support, as_tasks
 
@@ -225,8 +226,7 @@ class IMAML(bilevel.BilevelProblem):
         theta, lam = outer["parameters"], outer["lam"]
         if isinstance(lam, torch.Tensor):
             # One vector in place of many tensors: a small network's step is as long as its number of operations.
-            # Its derivatives of every order are one kernel each; a product of the distance with itself would be three.
-            return fit + 0.5 * lam * F.mse_loss(bilevel.ravel(inner), bilevel.ravel(theta), reduction="sum")
+            return fit + lam * half_square(bilevel.ravel(inner) - bilevel.ravel(theta))
         return fit + 0.5 * sum((lam[name] * (inner[name] - theta[name]) ** 2).sum() for name in theta)
 
     def outer_objective(self, inner: Any, outer: Any, data: Any) -> torch.Tensor:

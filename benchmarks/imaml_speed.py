@@ -26,21 +26,30 @@ def flat(tensors: object) -> torch.Tensor:
     return torch.cat([tensor.detach().reshape(-1) for tensor in tensors])  # type: ignore[attr-defined]
 
 
+def descended(
+    model: nn.Module, loss: Loss, x: torch.Tensor, y: torch.Tensor, lam: float, lr: float, steps: int
+) -> nn.Module:
+    """Return a copy of the model adapted to one task by an optimiser."""
+    theta = [p.detach() for p in model.parameters()]
+    learner = copy.deepcopy(model)
+    parameters = list(learner.parameters())
+    optimizer = torch.optim.SGD(parameters, lr=lr)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        pull = sum(((p - t) ** 2).sum() for p, t in zip(parameters, theta, strict=True))
+        (loss(learner(x), y) + 0.5 * lam * pull).backward()
+        optimizer.step()
+    return learner
+
+
 def looped(
     model: nn.Module, loss: Loss, tasks: Tasks, lam: float, lr: float, steps: int, cg_steps: int
 ) -> torch.Tensor:
     """Return the meta-gradient, task by task and product by product."""
     total = torch.zeros(sum(p.numel() for p in model.parameters()))
-    theta = [p.detach() for p in model.parameters()]
     for x, y, qx, qy in zip(*tasks[:4], strict=True):
-        learner = copy.deepcopy(model)
+        learner = descended(model, loss, x, y, lam, lr, steps)
         parameters = list(learner.parameters())
-        optimizer = torch.optim.SGD(parameters, lr=lr)
-        for _ in range(steps):
-            optimizer.zero_grad()
-            pull = sum(((p - t) ** 2).sum() for p, t in zip(parameters, theta, strict=True))
-            (loss(learner(x), y) + 0.5 * lam * pull).backward()
-            optimizer.step()
         v = flat(torch.autograd.grad(loss(learner(qx), qy), parameters))
 
         def product(u: torch.Tensor, learner=learner, parameters=parameters, x=x, y=y) -> torch.Tensor:
@@ -96,6 +105,26 @@ def contest(
     compare(title, contestants, "looped, a fresh double backward per product", count, repeat)
 
 
+def adaptation(model: nn.Module, loss: Loss, tasks: Tasks, lam: float, lr: float, steps: int, count: int) -> None:
+    """Time the inner gradients alone."""
+    learner = bilevel.IMAML(model, loss, lam, bilevel.GradientDescent(lr, steps), on_failure="ignore")
+
+    def loop() -> torch.Tensor:
+        pairs = zip(tasks.support_x, tasks.support_y, strict=True)
+        return torch.stack([flat(descended(model, loss, x, y, lam, lr, steps).parameters()) for x, y in pairs])
+
+    def together() -> torch.Tensor:
+        adapted = learner.adapt((tasks.support_x, tasks.support_y))
+        return torch.cat([p.flatten(1) for p in adapted.values()], 1)
+
+    print()
+    check("bilevel.IMAML", together(), loop(), 1e-4)
+    title = f"Sinusoid, MLP 40-40, {len(tasks.support_y)} tasks, {steps} inner gradients alone"
+    compare(
+        title, {"looped, an optimiser's steps": loop, "bilevel.IMAML": together}, "looped, an optimiser's steps", count
+    )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--rounds", type=int, default=5)
@@ -117,6 +146,7 @@ def main() -> None:
             "Sinusoid, MLP 40-40, 25 tasks, 16 inner steps, 5 CG steps", mlp(), mse_loss, sinusoid, (2.0, 0.01, 16, 5),
             4 * options.rounds,
         )  # fmt: skip
+        adaptation(mlp(), mse_loss, sinusoid, 2.0, 0.01, 100, 2 * options.rounds)
     glyphs = draw_glyphs(60, 16)
     if "5" in only:
         torch.set_num_threads(2)

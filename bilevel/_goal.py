@@ -137,6 +137,7 @@ class Search:
         self.known = Knowledge() if known is None else known
         self.first = math.nan  # ‖∇G‖ in the first round: the error there is taken for ‖g‖ until S is known
         self.corrections = 0
+        self.looked = False  # whether a step of this run has shown how ĝ changes, be it not at all
         zeros = torch.zeros(lower.batch, dtype=torch.int64)
         self.inner_steps, self.linear_steps = zeros, zeros
 
@@ -163,11 +164,13 @@ class Search:
                 reason = Status.CONVERGED
             elif rounds >= _MOST_ROUNDS or self.corrections > _MOST_CORRECTIONS:
                 reason = Status.STAGNATED
-            elif self.known.slope and not self._inner_share(here) > 0.5 * allowed:
+            elif self._seen(here) and not self._inner_share(here) > 0.5 * allowed:
                 # What is left is the linear residual's: go on with that, unless rounding keeps it up.
                 reason = Status.STAGNATED if stuck else None
             else:
                 there = self._refine(here)
+                if there is Status.STAGNATED and not self._seen(here) and self._look_aside(here):
+                    continue
                 if isinstance(there, Status):
                     reason = there
                     bound = self._judge(here)
@@ -305,6 +308,8 @@ class Search:
         # What a step leaves lies in softer directions than the step, where S may be larger: one look is not enough to trust.
         caution = self._caution(here, known.numbers) + _SAFETY / max(1, known.looks)
         if not known.slope:
+            if self.looked:
+                return 0.0
             return caution * float(here.gradient.norm()) * here.size / self.first if self.first else 0.0
         return caution * known.inner_doubt * known.slope * known.nu * here.size
 
@@ -340,8 +345,7 @@ class Search:
 
     def _judge(self, here: _Here) -> Bound:
         inner, linear = self._inner_share(here), self._linear_share(here)
-        seen = self.known.slope > 0 or here.size == 0
-        estimate = Bound(inner + linear if seen else math.inf, Basis.ESTIMATED, inner, linear)
+        estimate = Bound(inner + linear if self._seen(here) else math.inf, Basis.ESTIMATED, inner, linear)
         allowed = self._allowed(here)
         if self.tolerance.estimates or estimate.value > allowed:
             return estimate
@@ -364,7 +368,31 @@ class Search:
         if not length > 0:
             return
         self._solve_adjoint(there)
+        self._measure(here, there, length)
+
+    def _seen(self, here: _Here) -> bool:
+        """Whether it is known what ∇G's norm does to ĝ."""
+        return self.known.slope > 0 or self.looked or here.size == 0
+
+    def _look_aside(self, here: _Here) -> bool:
+        """Measure S by a step that leads nowhere, where φ came to the last digits before a step could show it."""
+        generator = torch.Generator().manual_seed(0)
+        signs = (torch.randint(0, 2, here.x.shape, generator=generator) * 2 - 1).to(here.x)
+        step = torch.finfo(here.x.dtype).eps ** (1 / 3) * (1 + here.x.abs()) * signs
+        there = self._with(self._at(here.x + step), here.q)
+        turn = there.rho - here.rho  # with as much of ρ left as here, the difference is the step's alone
+        if bool((turn != 0).any()):
+            outcome = self._linear(there, turn, _FIRST_REDUCTION)
+            self.linear_steps = self.linear_steps + outcome.iterations.cpu()
+            self._with(there, here.q + outcome.x)
+        self._measure(here, there, float(step.norm()))
+        return self.looked
+
+    def _measure(self, here: _Here, there: _Here, length: float) -> None:
         change = float((there.gradient - here.gradient).norm())
+        if not math.isfinite(change):
+            return
+        self.looked = True
         self.known.slope = max(self.known.slope, change / length)
         self.known.numbers += here.direct.numel()
         self.known.looks += 1

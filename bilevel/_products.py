@@ -23,6 +23,7 @@ from typing import Any, NamedTuple
 from weakref import WeakValueDictionary
 
 import torch
+from torch.autograd import forward_ad
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
@@ -296,6 +297,11 @@ def _torch_batch_norm(
     return _functional_batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
 
 
+def _needs_torch() -> bool:
+    """Whether tangents are pushed forward, for which there are no rules here, or what is saved is computed again outside (checkpoints)."""
+    return forward_ad._current_level >= 0 or torch._C._autograd._top_saved_tensors_default_hooks(False) is not None
+
+
 _QUICK: dict[Any, Callable[..., torch.Tensor]] = {
     torch.conv1d: _convolve(1, torch.conv1d),
     torch.conv2d: _convolve(2, torch.conv2d),
@@ -311,7 +317,8 @@ class QuickProducts(TorchFunctionMode):
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        return _QUICK.get(func, func)(*args, **(kwargs or {}))
+        quick = _QUICK.get(func)
+        return (func if quick is None or _needs_torch() else quick)(*args, **(kwargs or {}))
 
     @staticmethod
     def around(function: Callable[..., Any]) -> AbstractContextManager[Any]:

@@ -295,6 +295,52 @@ def test_backward_of_the_loss_hands_on_the_promised_gradient() -> None:
         problem(free, (data[0].clone().requires_grad_(True), *data[1:]), init=START)
 
 
+class Quadratic(bilevel.BilevelProblem):
+    """Newton's method leads to the last digits in one step, after which no step shows how the hypergradient changes."""
+
+    def inner_objective(self, inner, outer, data):
+        return 0.5 * inner @ data @ inner - inner @ outer
+
+    def outer_objective(self, inner, outer, data):
+        return 0.5 * ((inner - 1) ** 2).sum() + outer[0]
+
+
+class Linear(Quadratic):
+    def outer_objective(self, inner, outer, data):
+        return inner.sum() + (outer**2).sum()
+
+
+class Direct(Quadratic):
+    def outer_objective(self, inner, outer, data):
+        return (outer**2).sum() + 0 * inner.sum()
+
+
+@pytest.mark.parametrize("kind", [Quadratic, Linear, Direct])
+def test_a_solve_that_ends_in_the_last_digits_at_once_meets_goals(kind: type[Quadratic]) -> None:
+    for seed in range(4):
+        generator = torch.Generator().manual_seed(seed)
+        outer, data = (torch.randn(s, dtype=F64, generator=generator) for s in ((6,), (6, 6)))
+        data = data @ data.T + torch.eye(6, dtype=F64)
+        free = outer.clone().requires_grad_(True)
+        problem = kind(tolerance=bilevel.Tolerance(hypergradient=1e-8, estimates=True))
+        solution = torch.linalg.solve(data, free)
+        (g,) = torch.autograd.grad(problem.outer_objective(solution, free, data), free)
+        for init in (torch.zeros(6, dtype=F64), solution.detach(), None):
+            result = problem.hypergradient(outer, data, init=init)
+            # Of a gradient that does not depend on φ nothing but rounding is left.
+            assert float((result.grad - g).norm()) <= max(result.error_bound, 1e-13) and result.error_bound <= 1e-8
+
+
+@pytest.mark.parametrize("kind", [Quadratic, Linear, Direct])
+def test_a_solve_that_begins_at_the_solution_meets_goals(kind: type[Quadratic]) -> None:
+    problem = kind(tolerance=bilevel.Tolerance(hypergradient=1e-8, estimates=True), linear_solver=bilevel.CG())
+    data, zero = torch.diag(torch.arange(1.0, 41.0, dtype=F64)), torch.zeros(40, dtype=F64)
+    result = problem.hypergradient(zero, data, init=zero)  # where ∇G is zero exactly
+    free = zero.clone().requires_grad_(True)
+    (g,) = torch.autograd.grad(problem.outer_objective(free / data.diagonal(), free, data), free)
+    assert float((result.grad - g).norm()) <= max(result.error_bound, 1e-13) and result.error_bound <= 1e-8
+
+
 def test_goals_are_refused_where_they_mean_nothing() -> None:
     goal = asked(1e-3, estimates=True)
     with pytest.raises(bilevel.ArgumentError, match="no outer loss"):

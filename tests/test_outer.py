@@ -446,3 +446,27 @@ def test_a_history_is_drawn_with_error_bars_and_a_run_is_shown() -> None:
     assert len(values.containers) == 1 and len(accuracies.lines) == 2
     with pytest.raises(bilevel.ArgumentError, match="at least one point"):
         plot_history([])
+
+
+class Barrier(bilevel.BilevelProblem):
+    """φ* = exp θ, which a line through two points of it leaves: there G is not defined."""
+
+    def inner_objective(self, inner, outer, data):
+        return (inner - outer.exp() * inner.log()).sum()
+
+    def outer_objective(self, inner, outer, data):
+        return ((inner.log() - data) ** 2).sum()
+
+    def initial(self, outer, data):
+        return torch.ones_like(data)
+
+
+@pytest.mark.parametrize("policy", ["raise", "nan"])
+@pytest.mark.parametrize("tolerance", [bilevel.Tolerance(delta=1e-8, delta_prime=1e-8), DESCENT])
+def test_a_trail_that_points_out_of_the_domain_is_left(tolerance: bilevel.Tolerance, policy: str) -> None:
+    target = torch.tensor([-3.0, -1.0, -2.0], dtype=F64)
+    result = bilevel.minimize(
+        Barrier(tolerance=tolerance, on_failure=policy), torch.tensor([2.0, 0.0, -1.0], dtype=F64), target,
+        optimizer=lambda parameters: torch.optim.SGD(parameters, lr=0.2), max_steps=15,
+    )  # fmt: skip
+    torch.testing.assert_close(result.outer, target, atol=5e-2, rtol=0)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch.autograd import forward_ad
 from torch.func import vmap
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 import bilevel
 from bilevel._layer import Layer
@@ -129,6 +131,26 @@ def test_what_is_not_written_out_is_torch_s_own() -> None:
         with pytest.raises(RuntimeError):
             F.conv2d(torch.ones(1, 1, 4, 4), torch.ones(1, 1, 3, 3, dtype=torch.int64))
     assert float(mean.abs().sum()) > 0
+
+
+@pytest.mark.parametrize("way", ["checkpoint", "jvp", "dual"])
+def test_functions_that_checkpoint_or_push_tangents_forward_keep_torch_s_rules(way: str) -> None:
+    torch.manual_seed(0)
+    x, w = torch.randn(4, 1, 5, 5, dtype=F64), torch.randn(2, 1, 3, 3, dtype=F64)
+
+    def net(w, x):
+        return F.batch_norm(F.conv2d(x, w), None, None, training=True).tanh().mean((2, 3))
+
+    def loss(w):
+        if way == "checkpoint":
+            return checkpoint(net, w, x, use_reentrant=False).square().sum()
+        if way == "jvp":
+            return torch.func.jvp(lambda x: net(w, x), (x,), (x.cos(),))[1].square().sum()
+        with forward_ad.dual_level():
+            pushed = F.conv2d(forward_ad.make_dual(x, x.cos()), w)
+            return forward_ad.unpack_dual(pushed.sin()).tangent.square().sum()
+
+    agree(loss, w)
 
 
 def test_a_network_s_hessian_is_torch_s_own() -> None:

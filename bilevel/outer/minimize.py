@@ -13,6 +13,7 @@ import torch
 from torch.utils import _pytree as pytree
 
 from bilevel._checks import check_steps
+from bilevel._hypergradient import Hypergradient
 from bilevel.errors import ArgumentError, SolveError
 from bilevel.outer.methods import HOAG, Evaluation, OuterMethod, TorchOuter
 from bilevel.outer.result import OuterResult, OuterStatus, OuterStep
@@ -258,11 +259,12 @@ class OuterRun:
         start = self._trail.start(outer) if problem.warm_start else None
         if start is not None:
             problem.begin_at(*start)
-        try:
-            # A subclass may take θ from itself; here it is what moves.
-            result = BilevelProblem.hypergradient(problem, self._tree(outer), self.data, init=init)
-        except SolveError as error:
-            self.failure = error
+        result = self._hypergradient(outer, init)
+        if start is not None and self._warm and (result is None or not _finite(result)):
+            # The trail may point out of an objective's domain, where the present point does not.
+            problem.recall(self._warm)
+            result = self._hypergradient(outer, init)
+        if result is None:
             problem.recall(self._warm) if self._warm else problem.reset()
             return None
         if problem.warm_start and bool(result.report.iterations.any()):  # what no solve has moved is but extrapolated
@@ -287,6 +289,14 @@ class OuterRun:
         }
         gradient = tuple(leaf for leaf in pytree.tree_leaves(result.grad) if leaf is not None)
         return Evaluation(outer, value, corrected, slack, gradient, result.inner, record)
+
+    def _hypergradient(self, outer: tuple[torch.Tensor, ...], init: Any) -> Hypergradient | None:
+        try:
+            # A subclass may take θ from itself; here it is what moves.
+            return BilevelProblem.hypergradient(self.problem, self._tree(outer), self.data, init=init)
+        except SolveError as error:
+            self.failure = error
+            return None
 
     def _arrive(self, here: Evaluation) -> None:
         """Make ``here`` the present point, and file it."""
@@ -420,6 +430,11 @@ def _until(tolerance: Tolerance, norm: float) -> Tolerance:
     """Return ``tolerance`` with ``norm``, at which the loop ends, counted as zero where its goal is relative."""
     relative = tolerance.descent is not None or tolerance.relative
     return replace(tolerance, stationary=norm) if relative and norm > 0 and tolerance.stationary is None else tolerance
+
+
+def _finite(result: Hypergradient) -> bool:
+    leaves = (result.value, *(leaf for leaf in pytree.tree_leaves(result.grad) if leaf is not None))
+    return all(bool(torch.isfinite(leaf).all()) for leaf in leaves)
 
 
 def _moves(leaf: Any) -> bool:

@@ -46,7 +46,7 @@ def looped(
     model: nn.Module, loss: Loss, tasks: Tasks, lam: float, lr: float, steps: int, cg_steps: int
 ) -> torch.Tensor:
     """Return the meta-gradient, task by task and product by product."""
-    total = torch.zeros(sum(p.numel() for p in model.parameters()))
+    total = torch.zeros_like(flat(model.parameters()))
     for x, y, qx, qy in zip(*tasks[:4], strict=True):
         learner = descended(model, loss, x, y, lam, lr, steps)
         parameters = list(learner.parameters())
@@ -90,18 +90,21 @@ def ours(
 
 def contest(
     title: str, model: nn.Module, loss: Loss, tasks: Tasks, settings: tuple[float, float, int, int], count: int, repeat: int = 1,
-    passes: tuple[int | None, ...] = (None,), tolerance: float = 1e-3,
+    passes: tuple[int | None, ...] = (None,),
 ) -> None:  # fmt: skip
+    """Check that all compute the same in float64, and time them in float32, where a kink of a ReLU may fall to either side."""
     contestants: dict[str, Callable[[], torch.Tensor]] = {
         "looped, a fresh double backward per product": lambda: looped(model, loss, tasks, *settings)
     }
     for per_pass in passes:
         name = "bilevel.IMAML" if per_pass is None else f"bilevel.IMAML, {per_pass} tasks a pass"
         contestants[name] = ours(model, loss, tasks, *settings, per_pass)
-    reference = looped(model, loss, tasks, *settings)
+    exact = copy.deepcopy(model).double()
+    wide = Tasks(*(t.double() if isinstance(t, torch.Tensor) and t.is_floating_point() else t for t in tasks))
+    reference = looped(exact, loss, wide, *settings)
     print()
-    for name, contestant in list(contestants.items())[1:]:
-        check(name, contestant(), reference, tolerance)
+    for name, per_pass in zip(list(contestants)[1:], passes, strict=True):
+        check(name, ours(exact, loss, wide, *settings, per_pass)(), reference, 1e-8)
     compare(title, contestants, "looped, a fresh double backward per product", count, repeat)
 
 
@@ -149,6 +152,7 @@ def main() -> None:
         adaptation(mlp(), mse_loss, sinusoid, 2.0, 0.01, 100, 2 * options.rounds)
     glyphs = draw_glyphs(60, 16)
     if "5" in only:
+        torch.manual_seed(0)
         torch.set_num_threads(2)
         tasks = FewShotSampler(glyphs, ways=5, shots=1, queries=15).sample(16)
         contest(
@@ -156,6 +160,7 @@ def main() -> None:
             (2.0, 0.01, 16, 5), options.rounds,
         )  # fmt: skip
     if "20" in only:
+        torch.manual_seed(0)
         torch.set_num_threads(1)
         tasks = FewShotSampler(glyphs, ways=20, shots=1, queries=5).sample(16)
         contest(

@@ -247,7 +247,7 @@ MUTATIONS = (
         ("tests/test_goal.py", "-k", "true_ones"),
     ),
     Mutation(
-        "a goal met on half of the error", "_goal.py", "Bound(inner + linear if seen", "Bound(linear if seen",
+        "a goal met on half of the error", "_goal.py", "Bound(inner + linear if self._seen(here)", "Bound(linear if self._seen(here)",
         ("tests/test_goal.py", "-k", "estimated_goal"),
     ),
     Mutation(

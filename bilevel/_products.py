@@ -27,6 +27,8 @@ from torch.autograd import forward_ad
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
+from bilevel._transforms import saving_hooked
+
 __all__ = ["QuickProducts"]
 
 Maybe = torch.Tensor | None
@@ -299,7 +301,7 @@ def _torch_batch_norm(
 
 def _needs_torch() -> bool:
     """Whether tangents are pushed forward, for which there are no rules here, or what is saved is computed again outside (checkpoints)."""
-    return forward_ad._current_level >= 0 or torch._C._autograd._top_saved_tensors_default_hooks(False) is not None
+    return forward_ad._current_level >= 0 or saving_hooked()
 
 
 _QUICK: dict[Any, Callable[..., torch.Tensor]] = {

@@ -39,13 +39,29 @@ def transforms_active() -> bool:
     return _functorch.peek_interpreter_stack() is not None
 
 
+def saving_hooked() -> bool:
+    """Return whether hooks of the caller's, such as those of a checkpoint, see every tensor that a graph saves here."""
+    # A function of torch's own without a public name; where it should be missing, nothing is known of hooks.
+    top = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
+    return top is not None and top(False) is not None
+
+
+def _as_it_is(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor
+
+
 @contextlib.contextmanager
 def ordinary_mode() -> Iterator[None]:
-    """Leave inference mode, in which no graph can be built, and record no graph of what is not asked for."""
-    if not torch.is_inference_mode_enabled():
-        yield
-        return
-    with torch.inference_mode(False), torch.no_grad():
+    """Leave inference mode, in which no graph can be built, and record no graph of what is not asked for.
+
+    A solver's own graphs are not the caller's: a checkpoint around a layer would else compute all of the solve again for each of its steps.
+    """
+    with contextlib.ExitStack() as stack:
+        if saving_hooked():
+            stack.enter_context(torch.autograd.graph.saved_tensors_hooks(_as_it_is, _as_it_is))
+        if torch.is_inference_mode_enabled():
+            stack.enter_context(torch.inference_mode(False))
+            stack.enter_context(torch.no_grad())
         yield
 
 

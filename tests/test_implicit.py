@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+import torch.utils.checkpoint
 from torch.autograd import gradcheck, gradgradcheck
 from torch.func import grad, hessian, jacfwd, jacrev, jvp, vmap
 
@@ -183,6 +184,29 @@ def test_the_solver_s_last_look_is_the_adjoint_s_linearisation(monkeypatch: pyte
     (slope,) = torch.autograd.grad(w.sum(), a)
     assert len(made) == 1
     torch.testing.assert_close(slope, torch.full_like(a, 2 / 3), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("steps", [2, 60])
+def test_a_checkpoint_around_a_layer_does_not_see_its_steps(steps: int) -> None:
+    """What a solver's graphs save is its own: a checkpoint's hooks would compute the whole solve again for each of them."""
+    calls = []
+
+    def objective(w: torch.Tensor, a: torch.Tensor) -> torch.Tensor:
+        calls.append(1)
+        return ((w - a) ** 2).sum() + (w**4).sum()
+
+    layer = bilevel.argmin(
+        objective, solver=bilevel.GradientDescent(lr=0.05, max_steps=steps), linear_solver=bilevel.CG(),
+        tolerance=bilevel.Tolerance(delta=None),
+    )  # fmt: skip
+    a = torch.linspace(0.5, 1.0, 3, dtype=torch.float64, requires_grad=True)
+    start = torch.zeros(3, dtype=torch.float64)
+    plain = torch.autograd.grad(layer(start, a).square().sum(), a)
+    once = len(calls)
+    calls.clear()
+    w = torch.utils.checkpoint.checkpoint(lambda a: layer(start, a).square().sum(), a, use_reentrant=False)
+    torch.testing.assert_close(torch.autograd.grad(w, a), plain)
+    assert len(calls) <= 2 * once + 4
 
 
 def test_a_last_look_beside_the_solution_is_not_used() -> None:

@@ -37,6 +37,7 @@ from bilevel._problem import LastLook, Linearization, Problem
 from bilevel._system import System
 from bilevel._transforms import (
     eager,
+    front,
     grads_batched,
     ordinary_mode,
     outside_autocast,
@@ -188,8 +189,8 @@ class Solve(torch.autograd.Function):
     def vmap(info: Any, in_dims: tuple[Any, ...], rule: Rule, init: torch.Tensor, *tensors: torch.Tensor) -> Any:
         dims = in_dims[2:]
         lifted = rule.lift(info.batch_size, [dim is not None for dim in dims])
-        start = _front(init, in_dims[1], info.batch_size)
-        return Solve.apply(lifted, start, *(_front(t, dim) for t, dim in zip(tensors, dims, strict=True))), 0
+        start = front(init, in_dims[1], info.batch_size)
+        return Solve.apply(lifted, start, *(front(t, dim) for t, dim in zip(tensors, dims, strict=True))), 0
 
 
 class LinearSolve(torch.autograd.Function):
@@ -272,25 +273,18 @@ class LinearSolve(torch.autograd.Function):
         if all(dim is None for dim in in_dims[3:]):
             # Only right-hand sides are batched: the matrices stay as they are.
             repeated = replace(rule, repeats=(size, *rule.repeats))
-            return LinearSolve.apply(repeated, transposed, _front(rhs, in_dims[2], size), x, *tensors), 0
+            return LinearSolve.apply(repeated, transposed, front(rhs, in_dims[2], size), x, *tensors), 0
         lifted = rule.lift(size, [dim is not None for dim in in_dims[4:]])
         at = len(rule.repeats)
-        moved = _front(rhs, in_dims[2], size).movedim(0, at)
-        point = _front(x, in_dims[3], size)
-        others = (_front(t, dim) for t, dim in zip(tensors, in_dims[4:], strict=True))
+        moved = front(rhs, in_dims[2], size).movedim(0, at)
+        point = front(x, in_dims[3], size)
+        others = (front(t, dim) for t, dim in zip(tensors, in_dims[4:], strict=True))
         return LinearSolve.apply(lifted, transposed, moved, point, *others), at
 
 
 def _usable(tensor: torch.Tensor) -> torch.Tensor:
     """Return ``tensor`` as one that a graph can be built on: a copy, if it was born in inference mode."""
     return tensor.clone() if tensor.is_inference() else tensor
-
-
-def _front(tensor: torch.Tensor, dim: int | None, size: int | None = None) -> torch.Tensor:
-    """Return ``tensor`` with its vmapped axis first; an unbatched one is expanded if ``size`` is given."""
-    if dim is not None:
-        return tensor.movedim(dim, 0)
-    return tensor if size is None else tensor.unsqueeze(0).expand(size, *tensor.shape)
 
 
 def _in_terms_of(

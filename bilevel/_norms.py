@@ -15,14 +15,16 @@ import torch
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-__all__ = ["WrittenNorms"]
+__all__ = ["WrittenNorms", "standardised"]
 
 Maybe = torch.Tensor | None
 
 
-def _standardised(x: torch.Tensor, axes: Sequence[int], eps: float) -> torch.Tensor:
+def standardised(x: torch.Tensor, axes: Sequence[int], eps: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return x̂ = (x − mean) r over ``axes``, and r = (var + ε)^(−½)."""
     centred = x - x.mean(tuple(axes), keepdim=True)
-    return centred * ((centred * centred).mean(tuple(axes), keepdim=True) + eps).rsqrt()
+    r = ((centred * centred).mean(tuple(axes), keepdim=True) + eps).rsqrt()
+    return centred * r, r
 
 
 def _along_channels(x: torch.Tensor, weight: Maybe, bias: Maybe) -> torch.Tensor:
@@ -32,11 +34,11 @@ def _along_channels(x: torch.Tensor, weight: Maybe, bias: Maybe) -> torch.Tensor
 
 
 def _batch_norm(x: torch.Tensor, weight: Maybe, bias: Maybe, eps: float) -> torch.Tensor:
-    return _along_channels(_standardised(x, (0, *range(2, x.ndim)), eps), weight, bias)
+    return _along_channels(standardised(x, (0, *range(2, x.ndim)), eps)[0], weight, bias)
 
 
 def _instance_norm(x: torch.Tensor, weight: Maybe, bias: Maybe, eps: float) -> torch.Tensor:
-    return _along_channels(_standardised(x, range(2, x.ndim), eps), weight, bias)
+    return _along_channels(standardised(x, range(2, x.ndim), eps)[0], weight, bias)
 
 
 # In the argument orders and names of torch and of torch.nn.functional. With running statistics for mean and deviation a norm is
@@ -79,7 +81,7 @@ def _layer_norm(
     input: torch.Tensor, normalized_shape: Sequence[int], weight: Maybe = None, bias: Maybe = None, eps: float = 1e-5,
     cudnn_enable: bool = True,
 ) -> torch.Tensor:  # fmt: skip
-    x = _standardised(input, range(input.ndim - len(normalized_shape), input.ndim), eps)
+    x, _ = standardised(input, range(input.ndim - len(normalized_shape), input.ndim), eps)
     x = x if weight is None else x * weight
     return x if bias is None else x + bias
 

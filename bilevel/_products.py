@@ -27,7 +27,8 @@ from torch.autograd import forward_ad
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from bilevel._transforms import saving_hooked
+from bilevel._norms import standardised
+from bilevel._transforms import front, saving_hooked
 
 __all__ = ["QuickProducts"]
 
@@ -39,11 +40,6 @@ class _Geometry(NamedTuple):
     padding: tuple[int, ...]
     dilation: tuple[int, ...]
     groups: int
-
-
-def _front(tensor: torch.Tensor, dim: int | None, size: int) -> torch.Tensor:
-    """Return ``tensor`` with its vmapped axis first, expanded to one of ``size`` if it has none."""
-    return tensor.unsqueeze(0).expand(size, *tensor.shape) if dim is None else tensor.movedim(dim, 0)
 
 
 def _grouped(x: torch.Tensor, size: int) -> torch.Tensor:
@@ -87,7 +83,7 @@ class _Convolution(torch.autograd.Function):
             x = x.movedim(dims[0], 0)
             y = _Convolution.apply(x.flatten(0, 1), w, how)
             return y.unflatten(0, (size, -1)), 0
-        x, w = _front(x, dims[0], size), _front(w, dims[1], size)
+        x, w = front(x, dims[0], size), front(w, dims[1], size)
         y = _Convolution.apply(_grouped(x, size), w.flatten(0, 1), how._replace(groups=size * how.groups))
         return _ungrouped(y, size), 1
 
@@ -124,7 +120,7 @@ class _ToInput(torch.autograd.Function):
             y_bar = y_bar.movedim(dims[0], 0)
             x_bar = _ToInput.apply(y_bar.flatten(0, 1), w, (size * shape[0], *shape[1:]), how)
             return x_bar.unflatten(0, (size, -1)), 0
-        y_bar, w = _front(y_bar, dims[0], size), _front(w, dims[1], size)
+        y_bar, w = front(y_bar, dims[0], size), front(w, dims[1], size)
         shape = (shape[0], size * shape[1], *shape[2:])
         x_bar = _ToInput.apply(_grouped(y_bar, size), w.flatten(0, 1), shape, how._replace(groups=size * how.groups))
         return _ungrouped(x_bar, size), 1
@@ -158,7 +154,7 @@ class _ToWeight(torch.autograd.Function):
         info: Any, dims: tuple[Any, ...], y_bar: torch.Tensor, x: torch.Tensor, shape: tuple[int, ...], how: _Geometry
     ) -> Any:
         size = info.batch_size
-        y_bar, x = _front(y_bar, dims[0], size), _front(x, dims[1], size)
+        y_bar, x = front(y_bar, dims[0], size), front(x, dims[1], size)
         shape = (size * shape[0], *shape[1:])
         w_bar = _ToWeight.apply(_grouped(y_bar, size), _grouped(x, size), shape, how._replace(groups=size * how.groups))
         return w_bar.unflatten(0, (size, -1)), 0
@@ -173,13 +169,6 @@ def _backward(y_bar: torch.Tensor, x: torch.Tensor, w: torch.Tensor, how: _Geome
     return result
 
 
-def _standardised(x: torch.Tensor, axes: tuple[int, ...], eps: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return x̂ and r."""
-    centred = x - x.mean(axes, keepdim=True)
-    r = ((centred * centred).mean(axes, keepdim=True) + eps).rsqrt()
-    return centred * r, r
-
-
 class _BatchNorm(torch.autograd.Function):
     """y, with x̂ and r beside it, for γ and β of the shape of r."""
 
@@ -187,7 +176,7 @@ class _BatchNorm(torch.autograd.Function):
     def forward(
         x: torch.Tensor, gamma: torch.Tensor, beta: torch.Tensor, axes: tuple[int, ...], eps: float
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        hat, r = _standardised(x, axes, eps)
+        hat, r = standardised(x, axes, eps)
         return torch.addcmul(beta, hat, gamma), hat, r
 
     @staticmethod
@@ -207,7 +196,7 @@ class _BatchNorm(torch.autograd.Function):
         info: Any, dims: tuple[Any, ...], x: torch.Tensor, gamma: torch.Tensor, beta: torch.Tensor,
         axes: tuple[int, ...], eps: float,
     ) -> Any:  # fmt: skip
-        moved = [_front(t, dim, info.batch_size) for t, dim in zip((x, gamma, beta), dims, strict=False)]
+        moved = [front(t, dim, info.batch_size) for t, dim in zip((x, gamma, beta), dims, strict=False)]
         return _BatchNorm.apply(*moved, tuple(axis + 1 for axis in axes), eps), (0, 0, 0)
 
 
@@ -234,7 +223,7 @@ class _BatchNormBackward(torch.autograd.Function):
         axes, count = ctx.axes, hat.numel() // r.numel()
         if torch.is_grad_enabled():
             # What was saved is constant, and would make a third derivative wrong without a word, as torch's own is.
-            hat, r = _standardised(x, axes, ctx.eps)
+            hat, r = standardised(x, axes, ctx.eps)
             a, b = y_bar.sum(axes, keepdim=True), (y_bar * hat).sum(axes, keepdim=True)
         a, b, scale = a / count, b / count, gamma * r
         mean_u, c, mean_uy = (t.mean(axes, keepdim=True) for t in (u, u * hat, u * y_bar))
@@ -249,7 +238,7 @@ class _BatchNormBackward(torch.autograd.Function):
     @staticmethod
     def vmap(info: Any, dims: tuple[Any, ...], *inputs: Any) -> Any:
         *tensors, axes, eps = inputs
-        moved = [_front(t, dim, info.batch_size) for t, dim in zip(tensors, dims, strict=False)]
+        moved = [front(t, dim, info.batch_size) for t, dim in zip(tensors, dims, strict=False)]
         return _BatchNormBackward.apply(*moved, tuple(axis + 1 for axis in axes), eps), (0, 0, 0)
 
 

@@ -24,10 +24,12 @@ __all__ = [
     "differentiating",
     "eager",
     "forward_levels",
+    "front",
     "grads_batched",
     "innermost",
     "ordinary_mode",
     "outside_autocast",
+    "saving_hooked",
     "tangents_batched",
     "transforms_active",
     "without_gradient",
@@ -37,6 +39,13 @@ __all__ = [
 def transforms_active() -> bool:
     """Return whether a torch.func transform surrounds this call."""
     return _functorch.peek_interpreter_stack() is not None
+
+
+def front(tensor: torch.Tensor, dim: int | None, size: int | None = None) -> torch.Tensor:
+    """Return ``tensor`` with its vmapped axis first; an unbatched one is expanded if ``size`` is given."""
+    if dim is not None:
+        return tensor.movedim(dim, 0)
+    return tensor if size is None else tensor.unsqueeze(0).expand(size, *tensor.shape)
 
 
 def saving_hooked() -> bool:

@@ -105,7 +105,7 @@ MUTATIONS = (
     ),
     Mutation(
         "repeated right-hand sides not in front of a lifted batch", "_implicit.py",
-        "_front(rhs, in_dims[2], size).movedim(0, at)", "_front(rhs, in_dims[2], size)",
+        "front(rhs, in_dims[2], size).movedim(0, at)", "front(rhs, in_dims[2], size)",
         cells("Two transforms, vmap of jacrev", "root, single, float64", "root, batch, float64"),
     ),
     Mutation(

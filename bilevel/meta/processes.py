@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextvars
+import gc
 import os
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -70,6 +73,7 @@ def processes(device: str | None = None) -> Iterator[Processes]:
         return
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
+    before = _contexts()
     dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo")
     try:
         yield Processes(dist.get_rank(), dist.get_world_size(), chosen)
@@ -77,6 +81,27 @@ def processes(device: str | None = None) -> Iterator[Processes]:
         dist.barrier()
     finally:
         dist.destroy_process_group()
+        _contexts_dropped(before)
+
+
+def _contexts() -> int:
+    return sum(type(thing) is contextvars.Context for thing in gc.get_objects())
+
+
+def _contexts_dropped(before: int, patience: float = 2.0) -> bool:
+    """Wait until no more than ``before`` contexts are held, for ``patience`` seconds at most; return whether that came.
+
+    A backward pass hands a copy of the context to torch 2.13's communication threads, with each reduction. One that drops it when the
+    interpreter is already leaving finds no lock to take, and aborts the process (``std::terminate``): a reduction as the last
+    thing done, on a busy machine, is enough. No call of torch's waits for that: destroying the group joins no thread while a
+    ``DistributedDataParallel`` still refers to it.
+    """
+    until = time.monotonic() + patience
+    while _contexts() > before:
+        if time.monotonic() > until:
+            return False
+        time.sleep(0.01)
+    return True
 
 
 def _device(name: str | None, local: int) -> torch.device:

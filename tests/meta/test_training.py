@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextvars
 import json
 import os
 import signal
@@ -9,6 +10,7 @@ import socket
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -20,7 +22,7 @@ from PIL import Image
 import bilevel
 from bilevel.cli import main
 from bilevel.meta import draw_glyphs
-from bilevel.meta.processes import Processes, processes
+from bilevel.meta.processes import Processes, _contexts, _contexts_dropped, processes
 from bilevel.meta.recipe import Recipe, set_up
 from bilevel.meta.training import Score, Trainer, read_checkpoint
 
@@ -285,6 +287,20 @@ def test_two_processes_have_the_gradients_of_one(tmp_path: Path) -> None:
     for bits, tolerance in ((32, 1e-6), (64, 1e-10)):
         one, two = (torch.load(tmp_path / f"{name}-{bits}.pt", weights_only=True) for name in ("one", "two"))
         assert (one - two).norm() <= tolerance * one.norm()
+
+
+def test_a_process_waits_for_what_other_threads_still_hold() -> None:
+    # As torch's communication threads hold the context of a backward pass: one that drops it too late aborts the process.
+    before = _contexts()
+    held = [contextvars.copy_context()]
+    thread = threading.Timer(0.3, held.clear)
+    thread.start()
+    assert _contexts_dropped(before)
+    assert not held
+    thread.join()
+    mine = contextvars.copy_context()
+    assert not _contexts_dropped(before, 0.05)
+    del mine
 
 
 def test_the_program_runs_under_torchrun_unchanged(folder: Path, tmp_path: Path) -> None:

@@ -8,10 +8,11 @@ import socket
 import subprocess
 import sys
 import tempfile
-from datetime import timedelta
 from pathlib import Path
 
 import torch
+
+from bilevel.meta.processes import processes
 
 WORLD = 2
 
@@ -55,15 +56,12 @@ def main(folder: str) -> None:
             each = [scalar(m(share(c.inputs()[2], rank))) for m, c in zip(self.layers, COLUMNS, strict=True)]
             return torch.stack([value.double() for value in each]).sum()
 
-    torch.distributed.init_process_group("gloo", timeout=timedelta(seconds=60))
-    rank = torch.distributed.get_rank()
-    module = torch.nn.parallel.DistributedDataParallel(All())
-    module(rank).backward()
-    if rank == 0:
-        found = {c.name: m.t.grad for m, c in zip(module.module.layers, COLUMNS, strict=True)}
-        torch.save(found, f"{folder}/gradients.pt")
-    torch.distributed.barrier()
-    torch.distributed.destroy_process_group()
+    with processes("cpu") as here:
+        module = torch.nn.parallel.DistributedDataParallel(All())
+        module(here.rank).backward()
+        if here.leads:
+            found = {c.name: m.t.grad for m, c in zip(module.module.layers, COLUMNS, strict=True)}
+            torch.save(found, f"{folder}/gradients.pt")
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ import torch
 
 
 def rounds(default: int) -> int:
-    """Return how many rounds the command line asks for; two threads are used, as on the smallest machines."""
+    """Return how many rounds the command line asks for, and use as many threads as it says: one, if nothing."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--rounds", type=int, default=default)
     parser.add_argument("--threads", type=int, default=1)

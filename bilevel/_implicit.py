@@ -44,7 +44,7 @@ from bilevel._transforms import (
     tangents_batched,
     transforms_active,
 )
-from bilevel.operators import LinearOperator, RepeatedOperator
+from bilevel.operators import RepeatedOperator
 
 __all__ = ["LinearSolve", "Rule", "Solve"]
 
@@ -88,6 +88,25 @@ class _Memo:
         return linearization
 
 
+class _Both:
+    """q ↦ Jᵀq, which pulls −q back through ∂_θ R in the same pass: if q proves to be the adjoint, that was the last one."""
+
+    def __init__(self, linearization: Linearization) -> None:
+        self._linearization = linearization
+        self._pulled: tuple[torch.Tensor, list[torch.Tensor | None]] | None = None
+
+    def __call__(self, q: torch.Tensor) -> torch.Tensor:
+        product, pulled = self._linearization.pull(-q)
+        self._pulled = (-q, pulled)
+        return -product
+
+    def pullback(self, v: torch.Tensor) -> list[torch.Tensor | None]:
+        """Return (∂_θ R)ᵀ v, at no price if that is what a product has brought along."""
+        if self._pulled is not None and torch.equal(self._pulled[0], v):
+            return self._pulled[1]
+        return self._linearization.pullback(v)
+
+
 def _key(x: torch.Tensor, tensors: Tensors) -> tuple[Any, ...]:
     # Saved tensors come back as new objects over the same memory; who keeps a key holds them, so that none is reused.
     return tuple((t.data_ptr(), t.shape, t.stride(), t._version) for t in (x, *tensors) if not t.is_inference())
@@ -104,7 +123,8 @@ class Rule:
     solve
         (problem, init (batch, n)) ↦ x (batch, n): the inner solver, its judge and the failure policy.
     solve_linear
-        (operator, rhs (batch, n), axes of the batch, whether it is the adjoint of a first derivative) ↦ (batch, n).
+        (operator, rhs (batch, n), axes of the batch) ↦ (batch, n). For the adjoint of a first derivative also v ↦ A v, for an answer
+        that costs no product: what makes it pulls the answer back along the way.
     inspect
         Looks at the problem before its first linear solve, where that comes without an inner solve.
     repeats
@@ -115,7 +135,7 @@ class Rule:
 
     system: System
     solve: Callable[[Problem, torch.Tensor], torch.Tensor]
-    solve_linear: Callable[[LinearOperator, torch.Tensor, tuple[int, ...], bool], torch.Tensor]
+    solve_linear: Callable[..., torch.Tensor]
     inspect: Callable[[Problem], None] | None = None
     repeats: tuple[int, ...] = ()
     followed: bool = False
@@ -162,8 +182,9 @@ class Solve(torch.autograd.Function):
             # A first derivative: one retained graph gives the adjoint's products and the pullback alike.
             linearization = rule.memo.linearize(rule.system, x, tensors, wanted)
             rhs = cotangent.reshape(linearization.residual.shape)
-            adjoint = rule.solve_linear(linearization.operator.T, rhs, rule.system.batch_shape, True)
-            return (None, None, *linearization.pullback(-adjoint.reshape(rhs.shape)))
+            both = _Both(linearization)
+            adjoint = rule.solve_linear(linearization.operator.T, rhs, rule.system.batch_shape, both)
+            return (None, None, *both.pullback(-adjoint.reshape(rhs.shape)))
         q = LinearSolve.apply(rule, True, cotangent, x, *tensors)
         chosen, residual = _in_terms_of(rule.system, x, tensors, wanted)
         pulled = iter(vjp(residual, *chosen)[1](-q))
@@ -210,7 +231,7 @@ class LinearSolve(torch.autograd.Function):
             if rule.repeats:
                 operator = RepeatedOperator(operator, math.prod(rule.repeats))
             flat = _usable(rhs).detach().reshape(operator.batch, operator.size)
-            solved = rule.solve_linear(operator, flat, rule.repeats + rule.system.batch_shape, False)
+            solved = rule.solve_linear(operator, flat, rule.repeats + rule.system.batch_shape)
             return solved.reshape(rhs.shape).clone()
 
     @staticmethod

@@ -335,6 +335,7 @@ class Run:
         self.spoiled = False
         self.lost: torch.Tensor | None = None  # (*batch,) bool: whose derivatives the policy wants to be NaN
         self.factor: torch.Tensor | None = None
+        self.one_step = False  # whether that is of the Hessians at init, and a step with them was the last
 
     def inspect(self, problem: Problem, init: torch.Tensor) -> None:
         """Look for what would make gradients wrong, at ``init`` (batch, n)."""
@@ -356,6 +357,7 @@ class Run:
         target = layer.tolerance.inner(init.dtype)
         outcome = solve_inner(solver, problem, init, target)
         axes = problem.system.batch_shape
+        self.one_step = outcome.factor is not None and bool((outcome.iterations <= 1).all())
         self.factor, layer.adjoint.residual = outcome.factor, outcome.residual if layer.adjoint.warm else None
         self.report = _report(Pass.FORWARD, self.where, solver.name, outcome, axes)
         self.lost = ~self.report.success if layer.on_failure == "nan" else None
@@ -363,18 +365,26 @@ class Run:
         return enforce(self.report, x, layer.on_failure, self.recordings, silent_budget=target.silent)
 
     def solve_linear(
-        self, operator: LinearOperator, rhs: torch.Tensor, axes: tuple[int, ...], primary: bool
+        self,
+        operator: LinearOperator,
+        rhs: torch.Tensor,
+        axes: tuple[int, ...],
+        product: Callable[[torch.Tensor], torch.Tensor] | None = None,
     ) -> torch.Tensor:
-        """Return A⁻¹ rhs (*axes, n), solved for, judged, reported and treated as the policy says."""
+        """Return A⁻¹ rhs (*axes, n), solved for, judged, reported and treated as the policy says.
+
+        ``product``, v ↦ A v for the first answer, is there for the adjoint of a first derivative alone.
+        """
         layer = self.layer
         if self.factor is not None:
-            lend(operator, self.factor)
-        kept = layer.adjoint if primary else None
+            lend(operator, self.factor, exact=self.one_step)
+        kept = layer.adjoint if product is not None else None
         target, direction = layer.tolerance.linear(rhs.dtype), Pass.BACKWARD
         if self.report is None:  # a linear layer's own solve
             target, direction = layer.tolerance.inner(rhs.dtype), Pass.FORWARD
         solver = layer.linear_solver or default_linear_solver(operator)
-        outcome = solve_linear(solver, operator, rhs, target, None if kept is None else kept.start(rhs))
+        start = None if kept is None else kept.start(rhs)
+        outcome = solve_linear(solver, operator, rhs, target, start, product=product)
         report = _report(direction, self.where, solver.name, outcome, axes)
         self.report = self.report or report
         if kept is not None and kept.warm:

@@ -43,13 +43,27 @@ class Linearization:
 
     def pullback(self, q: torch.Tensor) -> list[torch.Tensor | None]:
         """Return (∂_θ R)ᵀ q for ``q`` (batch, n), summed over the problems that share a tensor: one reverse pass."""
-        wanted = [leaf for leaf in self.leaves if leaf.requires_grad]
+        return self._pull(q)[1]
+
+    def pull(self, q: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor | None]]:
+        """Return (∂_x R)ᵀ q (batch, n) and :meth:`pullback` of the same ``q``, all of one reverse pass."""
+        assert isinstance(self.operator, (HessianOperator, JacobianOperator))
+        product, pulled = self._pull(q, self.operator.point)
+        return product[0], pulled
+
+    def _pull(self, q: torch.Tensor, *point: torch.Tensor) -> tuple[list[torch.Tensor], list[torch.Tensor | None]]:
+        wanted = [*point, *(leaf for leaf in self.leaves if leaf.requires_grad)]
         if not wanted or not self.residual.requires_grad:
-            return [torch.zeros_like(leaf) if leaf.requires_grad else None for leaf in self.leaves]
-        gradients = iter(
-            torch.autograd.grad(self.residual, wanted, q, retain_graph=True, allow_unused=True, materialize_grads=True)
-        )
-        return [next(gradients) if leaf.requires_grad else None for leaf in self.leaves]
+            found = [torch.zeros_like(leaf) for leaf in wanted]
+        else:
+            found = list(
+                torch.autograd.grad(
+                    self.residual, wanted, q, retain_graph=True, allow_unused=True, materialize_grads=True
+                )
+            )
+        gradients = iter(found)
+        products = [next(gradients) for _ in point]
+        return products, [next(gradients) if leaf.requires_grad else None for leaf in self.leaves]
 
 
 @dataclass(eq=False)

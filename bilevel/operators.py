@@ -307,6 +307,11 @@ class JacobianOperator(LinearOperator):
         super().__init__(point.shape[0], point.shape[1], point.dtype, point.device)
         self._residual, self._point = residual, point
 
+    @property
+    def point(self) -> torch.Tensor:
+        """The leaf (batch, n) that the residual was computed from."""
+        return self._point
+
     @cached_property
     def _transposed_pass(self) -> tuple[torch.Tensor, torch.Tensor]:
         with torch.enable_grad():

@@ -66,7 +66,7 @@ MUTATIONS = (
     # The differentiation rule.
     Mutation(
         "the adjoint's sign", "_implicit.py",
-        "linearization.pullback(-adjoint.reshape(rhs.shape))", "linearization.pullback(adjoint.reshape(rhs.shape))",
+        "both.pullback(-adjoint.reshape(rhs.shape))", "both.pullback(adjoint.reshape(rhs.shape))",
         GRADCHECK,
     ),
     Mutation(
@@ -110,8 +110,17 @@ MUTATIONS = (
     ),
     Mutation(
         "a mean for a sum over the problems that share a tensor", "_problem.py",
-        "torch.autograd.grad(self.residual, wanted, q, retain_graph", "torch.autograd.grad(self.residual, wanted, q / len(q), retain_graph",
+        "return self._pull(q)[1]", "return self._pull(q / len(q))[1]",
         cells("Plain autograd, .backward()", "argmin, batch, float64", "root, batch, float64"),
+    ),
+    Mutation(
+        "a proposal taken for the answer whatever its residual", "linear/_base.py",
+        "if not bool((residual.norm(dim=-1) <= floor).all()):", "if False:", ("tests/test_implicit.py", "-k", "proposal"),
+    ),
+    Mutation(
+        "a proposal pulled back where it was not the adjoint", "_implicit.py",
+        "if self._pulled is not None and torch.equal(self._pulled[0], v):", "if self._pulled is not None:",
+        ("tests/test_implicit.py", "-k", "single_newton"),
     ),
     Mutation(
         "a linearisation kept that is not at the solution", "_implicit.py",
@@ -414,11 +423,11 @@ MUTATIONS = (
     ),
     Mutation(
         "the adjoint's warm start lost", "_layer.py",
-        "None if kept is None else kept.start(rhs))", "None)", ("tests/test_problem.py", "-k", "warm_starts_of"),
+        "None if kept is None else kept.start(rhs)", "None", ("tests/test_problem.py", "-k", "warm_starts_of"),
     ),
     Mutation(
         "the adjoint not kept", "_layer.py",
-        "kept = layer.adjoint if primary else None", "kept = None", ("tests/test_problem.py", "-k", "closed_form"),
+        "kept = layer.adjoint if product is not None else None", "kept = None", ("tests/test_problem.py", "-k", "closed_form"),
     ),
     Mutation(
         "the inner warm start lost", "problem.py", "self._last = last\n", "self._last = None\n", ("tests/test_problem.py", "-k", "warm_starts_of"),

@@ -238,6 +238,74 @@ def test_a_borrowed_factorisation_that_does_not_fit_is_given_back() -> None:
         torch.testing.assert_close(Exact()(operator, b), torch.linalg.solve(A, b), atol=1e-12, rtol=1e-11)
 
 
+def test_a_proposal_that_does_not_fit_is_not_taken() -> None:
+    from bilevel.linear._base import solve_linear
+    from bilevel.linear.exact import Exact, lend
+    from bilevel.operators import DenseOperator
+    from bilevel.tolerance import Target
+
+    generator = torch.Generator().manual_seed(0)
+    A = torch.randn(2, 5, 5, generator=generator, dtype=torch.float64)
+    A = A @ A.mT + torch.eye(5, dtype=torch.float64)
+    b = torch.randn(2, 5, generator=generator, dtype=torch.float64)
+    for matrix, taken in ((A, True), (A + 1e-9 * torch.eye(5), False), (3 * A, False)):
+        for size in (1.0, 1e-200, 1e200, float("nan")):
+            operator, made = DenseOperator(A, symmetric=True), []
+
+            def product(v: torch.Tensor, operator=operator, made=made) -> torch.Tensor:
+                made.append(v)
+                return operator.matvec(v)
+
+            lend(operator, torch.linalg.cholesky(matrix), exact=True)
+            outcome = solve_linear(Exact(), operator, size * b, Target(), product=product)
+            assert len(made) == (size == 1.0)  # of other sizes squares would be lost
+            assert (bool(made) and torch.equal(outcome.x, made[0])) == (taken and size == 1.0)
+            if size == size:
+                torch.testing.assert_close(outcome.x / size, torch.linalg.solve(A, b), atol=1e-12, rtol=1e-11)
+                assert bool((outcome.status == bilevel.Status.CONVERGED).all())
+            else:
+                assert bool((outcome.status == bilevel.Status.NOT_FINITE).all())
+
+
+def test_after_a_single_newton_step_the_derivative_is_one_reverse_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    generator = torch.Generator().manual_seed(0)
+    X = torch.randn(6, 9, 4, generator=generator, dtype=torch.float64)
+    y = torch.randn(6, 9, generator=generator, dtype=torch.float64)
+    zero = torch.zeros(4, dtype=torch.float64)
+
+    def ridge(w: torch.Tensor, t: torch.Tensor, X: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        return ((X @ w - y) ** 2).sum() + (t.exp() * w**2).sum()
+
+    def logistic(w: torch.Tensor, t: torch.Tensor, X: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.softplus(X @ w * y).sum() + (t.exp() * w**2).sum()
+
+    def derivative(objective, solver, start):
+        """Return the solution, the gradients by every argument, and how many reverse passes they took."""
+        layer = bilevel.argmin(objective, solver=solver, tolerance=bilevel.Tolerance(delta=1e-10))
+        inputs = (zero.clone().requires_grad_(), X.clone().requires_grad_(), y.clone().requires_grad_())
+        w = vmap(layer, in_dims=(0, None, 0, 0))(start, *inputs)
+        passes, real = [], torch.autograd.grad
+
+        def counted(*args, **kwargs):
+            passes.append(1)
+            return real(*args, **kwargs)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(torch.autograd, "grad", counted)
+            w.backward(w.detach() ** 2)
+        return w.detach(), torch.cat([tensor.grad.reshape(-1) for tensor in inputs]), len(passes)
+
+    far = zero.expand(6, 4)
+    for objective in (ridge, logistic):
+        # Where the solver is not Newton's method there is nothing to propose.
+        solution, reference, _ = derivative(objective, bilevel.LBFGS(), far)
+        # Near its solution, one step is enough for what is not quadratic too, and its matrices are not those at the answer.
+        for start in (far, solution + 1e-6):
+            _, gradients, passes = derivative(objective, bilevel.Newton(), start)
+            torch.testing.assert_close(gradients, reference, atol=1e-9, rtol=1e-9)
+            assert (passes == 1) == (objective is ridge)
+
+
 def test_batch_norm_in_the_objective_is_differentiated_rightly() -> None:
     # torch 2.13: a vjp or jvp of vmap(grad(f)) is silently wrong, here by a half and more, where f holds a batch norm whose
     # input, weight and bias are all batched, as a network's are in meta-learning. A hand-written norm is right.

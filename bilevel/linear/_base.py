@@ -118,6 +118,13 @@ class LinearSolver(ABC):
         """
         return self.solve(operator, rhs, threshold)
 
+    def propose(self, operator: LinearOperator, rhs: torch.Tensor) -> torch.Tensor | None:
+        """Return what is probably A⁻¹ b at the price of no product, or None; by default None.
+
+        For a caller whose own pass over the graph makes A x along with something else: where the answer holds, that was all.
+        """
+        return None
+
     def __call__(self, operator: LinearOperator, rhs: torch.Tensor, tolerance: Tolerance | None = None) -> torch.Tensor:
         """Solve A x = b to ``tolerance`` and return x (batch, n), whatever became of it; see ``solve_linear``.
 
@@ -245,6 +252,7 @@ def solve_linear(
     start: torch.Tensor | None = None,
     *,
     verify: bool = True,
+    product: Callable[[torch.Tensor], torch.Tensor] | None = None,
 ) -> LinearOutcome:
     """Solve A x = b and judge the answer by its true residual.
 
@@ -264,11 +272,18 @@ def solve_linear(
     verify
         False to judge by the residual that the method has, however it came by it: for a caller that computes b − A x himself
         before anything rests on it. Not with μ, nor with ``start``.
+    product
+        v ↦ A v as the caller makes it, with something else beside it, for an answer that the solver has before any product.
     """
     scale = rhs.abs().amax(dim=-1, keepdim=True) if rhs.shape[-1] else rhs.new_ones(rhs.shape[0], 1)
     finite = torch.isfinite(scale)
     usable = finite & (scale > 0)
     scale = torch.where(usable, scale, torch.ones_like(scale))
+    solution: LinearSolution | None = None
+    if product is not None and bool(finite.all()):
+        solution = _proposed(solver, operator, rhs, scale, product)
+    if solution is not None:  # left as it is, for whoever has made its product
+        scale = torch.ones_like(scale)
     # A problem with a NaN on the right is solved with zero instead and marked, so that it cannot spoil the others.
     unit = torch.where(usable, rhs / scale, torch.zeros_like(rhs))
     norm = unit.norm(dim=-1)
@@ -280,12 +295,13 @@ def solve_linear(
     mu = target.strong_convexity
     # The error that the threshold stands for; one that nobody asked for is meant as a residual.
     error = threshold / mu if mu is not None and target.asked else torch.zeros_like(threshold)
-    if not verify:
+    if solution is None and not verify:
         assert mu is None and start is None
         solution = solver.solve_unverified(operator, unit, threshold)
-    elif mu is None or not operator.symmetric:
+    elif solution is None and (mu is None or not operator.symmetric):
         solution = solver.solve(operator, unit, threshold, begun)
-    else:
+    elif solution is None:
+        assert mu is not None
         solution = solver.solve_certified(operator, unit, threshold, begun, mu, error)
     x = solution.x
     residual = unit - operator.matvec(x) if solution.residual is None else solution.residual
@@ -315,6 +331,29 @@ def solve_linear(
         x, status, solution.iterations, residual * scale, residual_norm, threshold * size, bound * size,
         Basis.RESIDUAL if mu is None else Basis.CERTIFIED, norm * size,
     )  # fmt: skip
+
+
+def _proposed(
+    solver: LinearSolver,
+    operator: LinearOperator,
+    rhs: torch.Tensor,
+    scale: torch.Tensor,
+    product: Callable[[torch.Tensor], torch.Tensor],
+) -> LinearSolution | None:
+    """Return the solver's proposal, if it has one whose true residual is down to rounding, or None."""
+    # Squares of what is beyond these would be lost.
+    info = torch.finfo(rhs.dtype)
+    if not bool(((scale > info.tiny**0.25) & (scale < info.max**0.25)).all()):
+        return None
+    x = solver.propose(operator, rhs)
+    if x is None:
+        return None
+    residual = rhs - product(x)
+    floor = 16 * torch.finfo(rhs.dtype).eps * rhs.norm(dim=-1)
+    if not bool((residual.norm(dim=-1) <= floor).all()):
+        return None
+    done = torch.zeros(operator.batch, dtype=torch.int64, device=rhs.device)
+    return LinearSolution(x, torch.full_like(done, operator.size), done, residual)
 
 
 def _rounding(operator: LinearOperator, x: torch.Tensor, rhs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

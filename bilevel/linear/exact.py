@@ -64,7 +64,7 @@ class Exact(LinearSolver):
             )
         lent = base.memo.get(_LENT)
         if lent is not None and Exact not in base.memo:
-            x, residual, good = _refine(lent, operator, rhs, threshold, _LENT_STEPS)
+            x, residual, good = _refine(lent.factor, operator, rhs, threshold, _LENT_STEPS)
             if good:
                 done = torch.zeros(operator.batch, dtype=torch.int64, device=rhs.device)
                 return LinearSolution(x, torch.full_like(done, n), done, residual)
@@ -79,16 +79,29 @@ class Exact(LinearSolver):
         status = status.repeat(operator.repeats)
         return LinearSolution(x, torch.full_like(status, n), status, residual)
 
+    def propose(self, operator: LinearOperator, rhs: torch.Tensor) -> torch.Tensor | None:
+        lent = operator.distinct.memo.get(_LENT)
+        return _columnwise(lent.factor, operator, rhs) if lent is not None and lent.exact else None
+
 
 _LENT = "factor of a matrix nearby"
 _LENT_STEPS = 6
 
 
-def lend(operator: LinearOperator, factor: torch.Tensor) -> None:
+@dataclass(frozen=True, eq=False)
+class _Loan:
+    """A factorisation of matrices near an operator's, and whether they probably are the operator's."""
+
+    factor: _Factor
+    exact: bool
+
+
+def lend(operator: LinearOperator, factor: torch.Tensor, *, exact: bool = False) -> None:
     """Offer Cholesky factors (batch, n, n) of matrices near the symmetric ``operator``'s, such as Newton's last.
 
     :class:`Exact` then solves by iterative refinement with them, if that converges to rounding, and needs neither
-    matrices nor a factorisation of its own. An operator of other sizes takes no loan.
+    matrices nor a factorisation of its own. An operator of other sizes takes no loan. ``exact`` says that they probably are
+    the operator's own, as where a single step of Newton's method was the last.
     """
     base = operator.distinct
     if base.symmetric and factor.shape == base.shape:
@@ -96,29 +109,22 @@ def lend(operator: LinearOperator, factor: torch.Tensor) -> None:
         # A matrix that is all but singular is looked at itself, so that what it is gets said.
         if base.size and bool((pivots.amin(-1) > 1e-4 * pivots.amax(-1)).all()):
             status = torch.zeros(base.batch, dtype=torch.int64, device=factor.device)
-            base.memo.setdefault(_LENT, _Factor(status, cholesky=factor))
+            base.memo.setdefault(_LENT, _Loan(_Factor(status, cholesky=factor), exact))
 
 
 def _refine(
     factor: _Factor, operator: LinearOperator, rhs: torch.Tensor, threshold: torch.Tensor, most: int
 ) -> tuple[torch.Tensor, torch.Tensor, bool]:
     """Return x, its residual, and whether that is down to rounding, by at most ``most`` refinements."""
-    # Right-hand sides that share a matrix are columns of one solve.
-    batch, n = operator.distinct.batch, operator.size
-
-    def solve(b: torch.Tensor) -> torch.Tensor:
-        columns = b.reshape(operator.repeats, batch, n).permute(1, 2, 0)  # (batch, n, repeats)
-        return factor.solve(columns).permute(2, 0, 1).reshape(b.shape)
-
     eps = torch.finfo(rhs.dtype).eps
     floor = 16 * eps * rhs.norm(dim=-1)
-    x = solve(rhs)
+    x = _columnwise(factor, operator, rhs)
     residual = rhs - operator.matvec(x)
     norm = residual.norm(dim=-1)
     for _ in range(most):
         if bool(((norm <= floor) | ((norm <= threshold) & (most == 1))).all()):
             break
-        moved = x + solve(residual)
+        moved = x + _columnwise(factor, operator, residual)
         after = rhs - operator.matvec(moved)
         fresh = after.norm(dim=-1)
         better = (fresh < norm).unsqueeze(-1)
@@ -129,6 +135,13 @@ def _refine(
             break
     sound = (norm <= threshold) | ((threshold == 0) & (norm <= eps**0.75 * rhs.norm(dim=-1)))
     return x, residual, bool(sound.all())
+
+
+def _columnwise(factor: _Factor, operator: LinearOperator, rhs: torch.Tensor) -> torch.Tensor:
+    """Return the solutions (batch, n); right-hand sides that share a matrix are columns of one solve."""
+    batch, n = operator.distinct.batch, operator.size
+    columns = rhs.reshape(operator.repeats, batch, n).permute(1, 2, 0)  # (batch, n, repeats)
+    return factor.solve(columns).permute(2, 0, 1).reshape(rhs.shape)
 
 
 @dataclass(frozen=True, eq=False)

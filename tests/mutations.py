@@ -114,6 +114,15 @@ MUTATIONS = (
         cells("Plain autograd, .backward()", "argmin, batch, float64", "root, batch, float64"),
     ),
     Mutation(
+        "units taken for singularity", "linear/exact.py",
+        "    return rows, rows if symmetric else columns", "    return torch.ones_like(rows), torch.ones_like(rows)",
+        ("tests/linear/test_exact.py",),
+    ),
+    Mutation(
+        "a residual excused of what is ill-conditioned in any units", "linear/exact.py",
+        "(values[..., -1] > eps**0.5 * values[..., 0])", "(values[..., -1] >= 0)", ("tests/linear/test_exact.py", "-k", "excuse"),
+    ),
+    Mutation(
         "a proposal taken for the answer whatever its residual", "linear/_base.py",
         "if not bool((residual.norm(dim=-1) <= floor).all()):", "if False:", ("tests/test_implicit.py", "-k", "proposal"),
     ),

@@ -53,6 +53,8 @@ class LinearSolution:
         A bound of ‖x − A⁻¹b‖ (batch,), if the solver was told μ and can prove one below ‖b − A x‖/μ; but for rounding.
     refuted
         Bool (batch,): where the solver has met a proof that A has an eigenvalue below the μ that it was told.
+    floor
+        The residual norm (batch,) that rounding accounts for, where the solver knows the entries of A and that it is not singular.
     """
 
     x: torch.Tensor
@@ -61,6 +63,7 @@ class LinearSolution:
     residual: torch.Tensor | None = None
     error_bound: torch.Tensor | None = None
     refuted: torch.Tensor | None = None
+    floor: torch.Tensor | None = None
 
 
 class LinearSolver(ABC):
@@ -407,6 +410,8 @@ def _judge(
     reached = residual_norm <= threshold
     if solution.error_bound is not None:
         reached = reached | (solution.error_bound <= error)
+    if solution.floor is not None and not target.asked:
+        reached = reached | (residual_norm <= solution.floor)
     # Whether a budget that alone was meant ended within rounding is not worth a product.
     spent_as_meant = (noticed == Status.MAX_STEPS) & target.silent
     if not bool((reached | ~ended | spent_as_meant).all()) and not target.asked:

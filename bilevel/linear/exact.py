@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -22,7 +23,8 @@ class Exact(LinearSolver):
     its residual is above what was asked. Where Newton's method has just factorised a matrix nearby, that one is used, with
     as many refinements as bring the residual down to rounding, and if they do not, the matrix itself. A symmetric matrix that
     is not positive definite is diagnosed by its eigenvalues, any other by its singular values: a reciprocal
-    condition number below n·eps is reported as singular.
+    condition number below n·eps is reported as singular, once rows and columns are scaled alike, so that unknowns in units of
+    very different sizes are no matter.
 
     Costs n products to materialise, n³/3 (Cholesky) to 2n³/3 (LU) operations and batch · n² numbers of memory.
 
@@ -75,13 +77,17 @@ class Exact(LinearSolver):
         x, residual, _ = _refine(factor, operator, rhs, threshold, 1)
         status = factor.status
         if self.indefinite or not base.expect_definite:
-            status = torch.where(status == Status.INDEFINITE, torch.full_like(status, Status.CONVERGED), status)
+            meant = torch.full_like(status, Status.CONVERGED)
+            if factor.singular is not None:
+                meant = torch.where(factor.singular, torch.full_like(status, Status.SINGULAR), meant)
+            status = torch.where(status == Status.INDEFINITE, meant, status)
         status = status.repeat(operator.repeats)
-        return LinearSolution(x, torch.full_like(status, n), status, residual)
+        floor = None if bool((residual.norm(dim=-1) <= threshold).all()) else _floor(factor, operator, x, rhs)
+        return LinearSolution(x, torch.full_like(status, n), status, residual, floor=floor)
 
     def propose(self, operator: LinearOperator, rhs: torch.Tensor) -> torch.Tensor | None:
         lent = operator.distinct.memo.get(_LENT)
-        return _columnwise(lent.factor, operator, rhs) if lent is not None and lent.exact else None
+        return _columnwise(lent.factor.solve, operator, rhs) if lent is not None and lent.exact else None
 
 
 _LENT = "factor of a matrix nearby"
@@ -118,13 +124,13 @@ def _refine(
     """Return x, its residual, and whether that is down to rounding, by at most ``most`` refinements."""
     eps = torch.finfo(rhs.dtype).eps
     floor = 16 * eps * rhs.norm(dim=-1)
-    x = _columnwise(factor, operator, rhs)
+    x = _columnwise(factor.solve, operator, rhs)
     residual = rhs - operator.matvec(x)
     norm = residual.norm(dim=-1)
     for _ in range(most):
         if bool(((norm <= floor) | ((norm <= threshold) & (most == 1))).all()):
             break
-        moved = x + _columnwise(factor, operator, residual)
+        moved = x + _columnwise(factor.solve, operator, residual)
         after = rhs - operator.matvec(moved)
         fresh = after.norm(dim=-1)
         better = (fresh < norm).unsqueeze(-1)
@@ -137,26 +143,53 @@ def _refine(
     return x, residual, bool(sound.all())
 
 
-def _columnwise(factor: _Factor, operator: LinearOperator, rhs: torch.Tensor) -> torch.Tensor:
-    """Return the solutions (batch, n); right-hand sides that share a matrix are columns of one solve."""
+def _floor(factor: _Factor, operator: LinearOperator, x: torch.Tensor, rhs: torch.Tensor) -> torch.Tensor | None:
+    """Return the residual norms that rounding accounts for, zero where the scaled matrix is ill-conditioned too; None if it was not scaled.
+
+    What a componentwise backward error of one unit for each operation makes of a residual (Oettli & Prager, "Compatibility of approximate
+    solution of linear equations with given error bounds for coefficients and right-hand sides", 1964).
+    """
+    if factor.rows is None or factor.columns is None:
+        return None
+    matrix, eps = operator.distinct.dense().nan_to_num(), torch.finfo(rhs.dtype).eps
+    values = torch.linalg.svdvals(factor.rows.unsqueeze(-1) * matrix * factor.columns.unsqueeze(-2))
+    # An x that has run away along a null vector must not excuse its own residual.
+    sound = ((values[..., -1] > eps**0.5 * values[..., 0]) & (factor.status != Status.NOT_FINITE)).repeat(
+        operator.repeats
+    )
+    reach = _columnwise(matrix.abs().matmul, operator, x.abs()) + rhs.abs()
+    return torch.where(sound, operator.size * eps * reach.norm(dim=-1), torch.zeros_like(sound, dtype=rhs.dtype))
+
+
+def _columnwise(
+    function: Callable[[torch.Tensor], torch.Tensor], operator: LinearOperator, rhs: torch.Tensor
+) -> torch.Tensor:
+    """Return ``function`` (batch, n, k) ↦ (batch, n, k) of vectors (k · batch, n): those that share a matrix are columns."""
     batch, n = operator.distinct.batch, operator.size
     columns = rhs.reshape(operator.repeats, batch, n).permute(1, 2, 0)  # (batch, n, repeats)
-    return factor.solve(columns).permute(2, 0, 1).reshape(rhs.shape)
+    return function(columns).permute(2, 0, 1).reshape(rhs.shape)
 
 
 @dataclass(frozen=True, eq=False)
 class _Factor:
-    """A batch of factorisations: Cholesky if every matrix allows it, else LU."""
+    """A batch of factorisations: Cholesky if every matrix allows it, else LU, of the matrices scaled by ``rows`` and ``columns``.
+
+    ``singular`` says which of the symmetric ones are, also where their status is that they are indefinite.
+    """
 
     status: torch.Tensor
     cholesky: torch.Tensor | None = None
     lu: tuple[torch.Tensor, torch.Tensor] | None = None
+    rows: torch.Tensor | None = None
+    columns: torch.Tensor | None = None
+    singular: torch.Tensor | None = None
 
-    def solve(self, columns: torch.Tensor) -> torch.Tensor:
+    def solve(self, right: torch.Tensor) -> torch.Tensor:
         if self.cholesky is not None:
-            return torch.cholesky_solve(columns, self.cholesky)
-        assert self.lu is not None
-        return torch.linalg.lu_solve(*self.lu, columns)
+            return torch.cholesky_solve(right, self.cholesky)
+        assert self.lu is not None and self.rows is not None and self.columns is not None
+        solved: torch.Tensor = torch.linalg.lu_solve(*self.lu, self.rows.unsqueeze(-1) * right)
+        return self.columns.unsqueeze(-1) * solved
 
 
 def _factorize(matrix: torch.Tensor, symmetric: bool) -> _Factor:
@@ -171,6 +204,8 @@ def _factorize(matrix: torch.Tensor, symmetric: bool) -> _Factor:
         eye = torch.eye(n, dtype=matrix.dtype, device=matrix.device)
         matrix = torch.where(finite[:, None, None], matrix, eye)
     smallest = n * torch.finfo(matrix.dtype).eps
+    factor: torch.Tensor | None = None
+    rank_deficient: torch.Tensor | None = None
     if symmetric:
         factor, info = torch.linalg.cholesky_ex(matrix)
         if bool((info == 0).all()):
@@ -180,23 +215,52 @@ def _factorize(matrix: torch.Tensor, symmetric: bool) -> _Factor:
             doubtful = (pivots.amin(-1) / pivots.amax(-1)) ** 2 < 1e3 * smallest
             if not bool(doubtful.any()):
                 return _Factor(status, cholesky=factor)
-        eigenvalues = torch.linalg.eigvalsh(matrix)
+        else:
+            factor = None
+    # Units that differ by many orders make a condition number that says nothing of the matrix: elimination does not mind.
+    rows, columns = _scales(matrix, symmetric)
+    scaled = rows.unsqueeze(-1) * matrix * columns.unsqueeze(-2)
+    if symmetric:
+        eigenvalues = torch.linalg.eigvalsh(scaled)
         largest = eigenvalues.abs().amax(-1)
         singular = eigenvalues.abs().amin(-1) <= smallest * largest
+        rank_deficient = singular
         indefinite = ~singular & (eigenvalues[..., 0] < 0)
         status = torch.where(indefinite & (status == 0), torch.full_like(status, Status.INDEFINITE), status)
         status = torch.where(singular & (status == 0), torch.full_like(status, Status.SINGULAR), status)
-        if bool((info == 0).all()):
-            return _Factor(status, cholesky=factor)
+        if factor is not None:
+            return _Factor(status, cholesky=factor, rows=rows, columns=columns)
         # A matrix with a negative eigenvalue beyond rounding beside a zero one is both; indefinite says more.
         both = singular & (eigenvalues[..., 0] < -smallest * largest) & finite
         status = torch.where(both, torch.full_like(status, Status.INDEFINITE), status)
-    lu, pivots_, info = torch.linalg.lu_factor_ex(matrix)
+    lu, pivots_, info = torch.linalg.lu_factor_ex(scaled)
     if not symmetric:
         diagonal = lu.diagonal(dim1=-2, dim2=-1).abs()
         doubtful = (info != 0) | (diagonal.amin(-1) < 1e3 * smallest * diagonal.amax(-1))
         if bool(doubtful.any()):
-            values = torch.linalg.svdvals(matrix)
+            values = torch.linalg.svdvals(scaled)
             singular = (values[..., -1] <= smallest * values[..., 0]) & (status == 0)
             status = torch.where(singular, torch.full_like(status, Status.SINGULAR), status)
-    return _Factor(status, lu=(lu, pivots_))
+    return _Factor(status, lu=(lu, pivots_), rows=rows, columns=columns, singular=rank_deficient)
+
+
+_ROUNDS = 3
+
+
+def _scales(matrix: torch.Tensor, symmetric: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return powers of two for rows and columns (batch, n) that bring the largest entry of each near one.
+
+    Row by row and column by column at once, by the square roots of their largest entries, which keeps a symmetric matrix
+    symmetric. The powers make scaling exact. (Ruiz, "A scaling algorithm to equilibrate both rows and columns norms in matrices", 2001.)
+    """
+    rows = torch.ones_like(matrix[..., 0])
+    columns = rows
+    for _ in range(_ROUNDS):
+        sizes = (rows.unsqueeze(-1) * matrix * columns.unsqueeze(-2)).abs()
+        rows, columns = rows * _half_way(sizes.amax(-1)), columns * _half_way(sizes.amax(-2))
+    return rows, rows if symmetric else columns
+
+
+def _half_way(size: torch.Tensor) -> torch.Tensor:
+    factor = torch.exp2(-0.5 * torch.log2(size)).nan_to_num(nan=1.0, posinf=1.0)
+    return torch.exp2(torch.round(torch.log2(factor)))

@@ -377,17 +377,17 @@ MUTATIONS = (
     ),
     # Operators.
     Mutation(
-        "a transposed operator", "operators.py",
+        "a transposed operator", "operators/_graph.py",
         "        return _pull(*self._transposed_pass, v)", "        return _pull(self._residual, self._point, v)",
         ("tests/test_operators.py", "-k", "products"),
     ),
     Mutation(
-        "repeated matrices in the wrong order", "operators.py",
+        "repeated matrices in the wrong order", "operators/_around.py",
         "return self._base.dense().repeat(self._repeats, 1, 1)", "return self._base.dense().repeat_interleave(self._repeats, 0)",
         ("tests/test_operators.py", "-k", "products"),
     ),
     Mutation(
-        "damping left out of the transpose", "operators.py",
+        "damping left out of the transpose", "operators/_around.py",
         "return self.base.rmatvec(v) + self.damping * v", "return self.base.rmatvec(v)", ("tests/test_operators.py", "-k", "products"),
     ),
     # Inner solvers.

@@ -133,7 +133,7 @@ MUTATIONS = (
     ),
     Mutation(
         "a convolution's second derivative without what its weights do", "_products.py",
-        "_Convolution.apply(x, v, ctx.how) if to_y else None", "0 * _Convolution.apply(x, v, ctx.how) if to_y else None",
+        "_applied(_Convolution, x, v, ctx.how) if to_y", "0 * _applied(_Convolution, x, v, ctx.how) if to_y",
         ("tests/test_products.py", "-k", "test_convolution"),
     ),
     Mutation(

@@ -270,7 +270,8 @@ def solve_linear(
     usable = finite & (scale > 0)
     scale = torch.where(usable, scale, torch.ones_like(scale))
     # A problem with a NaN on the right is solved with zero instead and marked, so that it cannot spoil the others.
-    unit = torch.where(usable, rhs / scale, torch.zeros_like(rhs))
+    unit = rhs / scale
+    unit = unit if bool(usable.all()) else torch.where(usable, unit, torch.zeros_like(rhs))
     norm = unit.norm(dim=-1)
     size = scale.squeeze(-1)
     threshold = torch.maximum(
@@ -306,10 +307,11 @@ def solve_linear(
         status = torch.where(refuted, torch.full_like(status, Status.REFUTED), status)
         bound = torch.where(refuted, torch.full_like(bound, float("nan")), bound)
     status = torch.where(finite.squeeze(-1), status, torch.full_like(status, Status.NOT_FINITE))
-    x = torch.where(finite, x * scale, torch.full_like(x, float("nan")))
-    # The answer to a scaled problem may lie beyond the largest number of its dtype.
-    beyond = (status == Status.CONVERGED) & ~torch.isfinite(x).all(dim=-1)
-    status = torch.where(beyond, torch.full_like(status, Status.NOT_FINITE), status)
+    x = torch.where(finite, x * scale, float("nan"))
+    if not bool(torch.isfinite(x.sum())):
+        # The answer to a scaled problem may lie beyond the largest number of its dtype.
+        beyond = (status == Status.CONVERGED) & ~torch.isfinite(x).all(dim=-1)
+        status = torch.where(beyond, torch.full_like(status, Status.NOT_FINITE), status)
     residual_norm = torch.where(finite.squeeze(-1), residual_norm * size, torch.full_like(size, float("nan")))
     return LinearOutcome(
         x, status, solution.iterations, residual * scale, residual_norm, threshold * size, bound * size,

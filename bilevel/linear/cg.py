@@ -147,6 +147,8 @@ class CG(LinearSolver):
                 status = torch.where(
                     flat, torch.where(indefinite, int(Status.INDEFINITE), int(Status.SINGULAR)), status
                 )
+                # The step that a NaN has kept from being taken leaves no trace in x.
+                status = torch.where(active & torch.isnan(quotient), int(Status.NOT_FINITE), status)
                 break
             r = torch.addcmul(r, alpha, Ap, value=-1)
             if basis is not None:

@@ -328,6 +328,11 @@ class QuickProducts(TorchFunctionMode):
         return QuickProducts() if _useful.get(id(function)) is function else nullcontext()
 
     @staticmethod
+    def normalises(function: Callable[..., Any]) -> bool:
+        """Return whether a batch norm was seen in ``function``, and nothing that is compiled, for which a mode means to compile again."""
+        return _normalising.get(id(function)) is function
+
+    @staticmethod
     def learn(function: Callable[..., Any], values: torch.Tensor) -> None:
         """Remember ``function`` if the graph of its ``values`` holds what is quicker by the rules above.
 
@@ -337,20 +342,23 @@ class QuickProducts(TorchFunctionMode):
             return
         with suppress(TypeError):  # not everything callable can be referred to weakly
             _looked[id(function)] = function
-        pending, met = [values.grad_fn], set()
+        pending, met, names = [values.grad_fn], set(), set()
         while pending:
             node = pending.pop()
             if node is None or node in met:
                 continue
             met.add(node)
-            if node.name() in _NODES:
-                with suppress(TypeError):
-                    _useful[id(function)] = function
-                return
+            names.add(node.name())
             pending.extend(following for following, _ in node.next_functions)
+        with suppress(TypeError):
+            if names & {_CONVOLUTION, _BATCH_NORM}:
+                _useful[id(function)] = function
+            if _BATCH_NORM in names and not any(name.startswith(_COMPILED) for name in names):
+                _normalising[id(function)] = function
 
 
-_NODES = ("ConvolutionBackward0", "NativeBatchNormBackward0")
+_CONVOLUTION, _BATCH_NORM, _COMPILED = "ConvolutionBackward0", "NativeBatchNormBackward0", "CompiledFunction"
 # Weakly: a function is let go with what it closes over.
 _looked: WeakValueDictionary[int, Any] = WeakValueDictionary()
 _useful: WeakValueDictionary[int, Any] = WeakValueDictionary()
+_normalising: WeakValueDictionary[int, Any] = WeakValueDictionary()

@@ -20,13 +20,14 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from bilevel._norms import batch_norm_written
-from bilevel._transforms import differentiating, front, innermost, saving_hooked, signed
+from bilevel._transforms import differentiating, front, saving_hooked, signed
 
 __all__ = ["QuickNorms"]
 
 Maybe = torch.Tensor | None
-# The fewest numbers for which the time of a pass is more than that of a call.
-_MANY = 2**17
+# The fewest numbers of one problem for which this is used: its passes then take longer than its calls. Of one problem and not of the batch,
+# so that its rounding is the same whichever problems stand beside it.
+_MANY = 2**13
 
 
 @signed
@@ -100,7 +101,7 @@ def _torch(
 
 
 def _suits(x: torch.Tensor) -> bool:
-    fits = x.device.type == "cpu" and x.dtype in (torch.float32, torch.float64) and innermost(x).numel() >= _MANY
+    fits = x.device.type == "cpu" and x.dtype in (torch.float32, torch.float64) and x.numel() >= _MANY
     # Derivatives that the user's own function takes, and what is computed again for them (checkpoints), are left to torch.
     return fits and not differentiating() and not saving_hooked()
 

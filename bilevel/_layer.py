@@ -375,8 +375,8 @@ class Run:
             target, direction = layer.tolerance.inner(rhs.dtype), Pass.FORWARD
         solver = layer.linear_solver or default_linear_solver(operator)
         reported = self.report is None or self.recordings or active_recordings() or (kept is not None and kept.warm)
-        start = None if kept is None else kept.start(rhs)
-        outcome = solve_linear(solver, operator, rhs, target, start, seen=bool(reported))
+        begun = None if kept is None else kept.start(rhs)
+        outcome = solve_linear(solver, operator, rhs, target, begun, seen=bool(reported))
         report = _report(direction, self.where, solver.name, outcome, axes)
         self.report = self.report or report
         if kept is not None and kept.warm:

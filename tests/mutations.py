@@ -437,7 +437,7 @@ MUTATIONS = (
     ),
     Mutation(
         "the adjoint's warm start lost", "_layer.py",
-        "None if kept is None else kept.start(rhs))", "None)", ("tests/test_problem.py", "-k", "warm_starts_of"),
+        "begun = None if kept is None else kept.start(rhs)", "begun = None", ("tests/test_problem.py", "-k", "warm_starts_of"),
     ),
     Mutation(
         "the adjoint not kept", "_layer.py",

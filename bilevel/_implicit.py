@@ -41,6 +41,7 @@ from bilevel._transforms import (
     grads_batched,
     ordinary_mode,
     outside_autocast,
+    signed,
     tangents_batched,
     transforms_active,
 )
@@ -146,6 +147,7 @@ class Rule:
         return replace(self, system=self.system.lift(size, tuple(batched)), memo=_Memo())
 
 
+@signed
 class Solve(torch.autograd.Function):
     """x*(θ) of shape (*batch, n)."""
 
@@ -214,6 +216,7 @@ class Solve(torch.autograd.Function):
         return Solve.apply(lifted, start, *(front(t, dim) for t, dim in zip(tensors, dims, strict=True))), 0
 
 
+@signed
 class LinearSolve(torch.autograd.Function):
     """z = J(x, θ)⁻¹ b, or J⁻ᵀ b where ``transposed``; b and z are (*repeats, *batch, n)."""
 

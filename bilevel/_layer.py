@@ -383,8 +383,9 @@ class Run:
         if self.report is None:  # a linear layer's own solve
             target, direction = layer.tolerance.inner(rhs.dtype), Pass.FORWARD
         solver = layer.linear_solver or default_linear_solver(operator)
-        start = None if kept is None else kept.start(rhs)
-        outcome = solve_linear(solver, operator, rhs, target, start, product=product)
+        reported = self.report is None or self.recordings or active_recordings() or (kept is not None and kept.warm)
+        begun = None if kept is None else kept.start(rhs)
+        outcome = solve_linear(solver, operator, rhs, target, begun, product=product, seen=bool(reported))
         report = _report(direction, self.where, solver.name, outcome, axes)
         self.report = self.report or report
         if kept is not None and kept.warm:

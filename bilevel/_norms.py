@@ -15,7 +15,7 @@ import torch
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-__all__ = ["WrittenNorms", "standardised"]
+__all__ = ["WrittenNorms", "batch_norm_written", "standardised"]
 
 Maybe = torch.Tensor | None
 
@@ -33,7 +33,8 @@ def _along_channels(x: torch.Tensor, weight: Maybe, bias: Maybe) -> torch.Tensor
     return x if bias is None else x + bias.reshape(shape)
 
 
-def _batch_norm(x: torch.Tensor, weight: Maybe, bias: Maybe, eps: float) -> torch.Tensor:
+def batch_norm_written(x: torch.Tensor, weight: Maybe, bias: Maybe, eps: float) -> torch.Tensor:
+    """Return γ x̂ + β, standardised over all axes but 1, of operations that torch differentiates rightly any number of times."""
     return _along_channels(standardised(x, (0, *range(2, x.ndim)), eps)[0], weight, bias)
 
 
@@ -50,7 +51,7 @@ def _functional_batch_norm(
     training: bool = False, momentum: float = 0.1, eps: float = 1e-5,
 ) -> torch.Tensor:  # fmt: skip
     if training:
-        return _batch_norm(input, weight, bias, eps)
+        return batch_norm_written(input, weight, bias, eps)
     return F.batch_norm(input, running_mean, running_var, weight, bias, False, momentum, eps)
 
 

@@ -28,7 +28,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from bilevel._norms import standardised
-from bilevel._transforms import front, saving_hooked
+from bilevel._transforms import front, saving_hooked, signed, transforms_active
 
 __all__ = ["QuickProducts"]
 
@@ -42,6 +42,12 @@ class _Geometry(NamedTuple):
     groups: int
 
 
+def _applied(function: Any, *inputs: Any) -> Any:
+    """Return what ``function`` makes of ``inputs``, without an apply where no graph is recorded: in each product, that is."""
+    recorded = torch.is_grad_enabled() or transforms_active()
+    return function.apply(*inputs) if recorded else function.forward(*inputs)
+
+
 def _grouped(x: torch.Tensor, size: int) -> torch.Tensor:
     """Return activations (size, N, C, ...) as (N, size · C, ...)."""
     return x.transpose(0, 1).reshape(x.shape[1], size * x.shape[2], *x.shape[3:])
@@ -51,6 +57,7 @@ def _ungrouped(x: torch.Tensor, size: int) -> torch.Tensor:
     return x.reshape(x.shape[0], size, -1, *x.shape[2:])  # the vmapped axis is 1
 
 
+@signed
 class _Convolution(torch.autograd.Function):
     """x ∗ w of x (N, C, ...) and w (O, C / groups, ...)."""
 
@@ -71,8 +78,8 @@ class _Convolution(torch.autograd.Function):
         x, w = ctx.saved_tensors
         to_x, to_w = ctx.needs_input_grad[:2]
         return (
-            _ToInput.apply(y_bar, w, tuple(x.shape), ctx.how) if to_x else None,
-            _ToWeight.apply(y_bar, x, tuple(w.shape), ctx.how) if to_w else None,
+            _applied(_ToInput, y_bar, w, tuple(x.shape), ctx.how) if to_x else None,
+            _applied(_ToWeight, y_bar, x, tuple(w.shape), ctx.how) if to_w else None,
             None,
         )
 
@@ -88,6 +95,7 @@ class _Convolution(torch.autograd.Function):
         return _ungrouped(y, size), 1
 
 
+@signed
 class _ToInput(torch.autograd.Function):
     """x̄ of a convolution with weights w, from ȳ."""
 
@@ -105,8 +113,8 @@ class _ToInput(torch.autograd.Function):
         y_bar, w = ctx.saved_tensors
         to_y, to_w = ctx.needs_input_grad[:2]
         return (
-            _Convolution.apply(u, w, ctx.how) if to_y else None,
-            _ToWeight.apply(y_bar, u, tuple(w.shape), ctx.how) if to_w else None,
+            _applied(_Convolution, u, w, ctx.how) if to_y else None,
+            _applied(_ToWeight, y_bar, u, tuple(w.shape), ctx.how) if to_w else None,
             None,
             None,
         )
@@ -126,6 +134,7 @@ class _ToInput(torch.autograd.Function):
         return _ungrouped(x_bar, size), 1
 
 
+@signed
 class _ToWeight(torch.autograd.Function):
     """w̄ of a convolution of x, from ȳ."""
 
@@ -143,8 +152,8 @@ class _ToWeight(torch.autograd.Function):
         y_bar, x = ctx.saved_tensors
         to_y, to_x = ctx.needs_input_grad[:2]
         return (
-            _Convolution.apply(x, v, ctx.how) if to_y else None,
-            _ToInput.apply(y_bar, v, tuple(x.shape), ctx.how) if to_x else None,
+            _applied(_Convolution, x, v, ctx.how) if to_y else None,
+            _applied(_ToInput, y_bar, v, tuple(x.shape), ctx.how) if to_x else None,
             None,
             None,
         )
@@ -169,6 +178,7 @@ def _backward(y_bar: torch.Tensor, x: torch.Tensor, w: torch.Tensor, how: _Geome
     return result
 
 
+@signed
 class _BatchNorm(torch.autograd.Function):
     """y, with x̂ and r beside it, for γ and β of the shape of r."""
 
@@ -189,7 +199,7 @@ class _BatchNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, y_bar: torch.Tensor, *_: Any) -> tuple[Any, ...]:
         x, gamma, hat, r = ctx.saved_tensors
-        return (*_BatchNormBackward.apply(y_bar, x, gamma, hat, r, ctx.axes, ctx.eps), None, None)
+        return (*_applied(_BatchNormBackward, y_bar, x, gamma, hat, r, ctx.axes, ctx.eps), None, None)
 
     @staticmethod
     def vmap(
@@ -200,6 +210,7 @@ class _BatchNorm(torch.autograd.Function):
         return _BatchNorm.apply(*moved, tuple(axis + 1 for axis in axes), eps), (0, 0, 0)
 
 
+@signed
 class _BatchNormBackward(torch.autograd.Function):
     """(x̄, γ̄, β̄) from ȳ. It is x, of which x̂ and r are functions, that derivatives are with respect to."""
 
@@ -317,6 +328,11 @@ class QuickProducts(TorchFunctionMode):
         return QuickProducts() if _useful.get(id(function)) is function else nullcontext()
 
     @staticmethod
+    def normalises(function: Callable[..., Any]) -> bool:
+        """Return whether a batch norm was seen in ``function``, and nothing that is compiled, for which a mode means to compile again."""
+        return _normalising.get(id(function)) is function
+
+    @staticmethod
     def learn(function: Callable[..., Any], values: torch.Tensor) -> None:
         """Remember ``function`` if the graph of its ``values`` holds what is quicker by the rules above.
 
@@ -326,20 +342,23 @@ class QuickProducts(TorchFunctionMode):
             return
         with suppress(TypeError):  # not everything callable can be referred to weakly
             _looked[id(function)] = function
-        pending, met = [values.grad_fn], set()
+        pending, met, names = [values.grad_fn], set(), set()
         while pending:
             node = pending.pop()
             if node is None or node in met:
                 continue
             met.add(node)
-            if node.name() in _NODES:
-                with suppress(TypeError):
-                    _useful[id(function)] = function
-                return
+            names.add(node.name())
             pending.extend(following for following, _ in node.next_functions)
+        with suppress(TypeError):
+            if names & {_CONVOLUTION, _BATCH_NORM}:
+                _useful[id(function)] = function
+            if _BATCH_NORM in names and not any(name.startswith(_COMPILED) for name in names):
+                _normalising[id(function)] = function
 
 
-_NODES = ("ConvolutionBackward0", "NativeBatchNormBackward0")
+_CONVOLUTION, _BATCH_NORM, _COMPILED = "ConvolutionBackward0", "NativeBatchNormBackward0", "CompiledFunction"
 # Weakly: a function is let go with what it closes over.
 _looked: WeakValueDictionary[int, Any] = WeakValueDictionary()
 _useful: WeakValueDictionary[int, Any] = WeakValueDictionary()
+_normalising: WeakValueDictionary[int, Any] = WeakValueDictionary()

@@ -11,7 +11,7 @@ from __future__ import annotations
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -19,6 +19,7 @@ import torch
 from torch.func import grad, grad_and_value, vjp, vmap
 from torch.utils import _pytree as pytree
 
+from bilevel._batch_norm import QuickNorms
 from bilevel._norms import WrittenNorms
 from bilevel._products import QuickProducts
 from bilevel._transforms import autocasting
@@ -76,6 +77,8 @@ class System(ABC):
         The ``vmap`` levels, innermost first; a tensor batched in several has the outermost axis first.
     autocast
         The dtype that autocast casted to around the call, for the function to run under, in every derivative too; or None.
+    mode
+        What the function runs in.
     """
 
     where: str
@@ -84,6 +87,7 @@ class System(ABC):
     arguments: Arguments
     levels: tuple[Level, ...] = ()
     autocast: torch.dtype | None = None
+    mode: Callable[[], AbstractContextManager[Any]] = nullcontext
 
     symmetric: ClassVar[bool] = False
     minimizes: ClassVar[bool] = False
@@ -102,7 +106,7 @@ class System(ABC):
     def call(self, flat: torch.Tensor, *tensors: torch.Tensor) -> Any:
         """Call the user's function for one problem, ``flat`` being (n,)."""
         args, kwargs = self.arguments.rebuild(tensors)
-        with autocasting(self.raveler.device, self.autocast), unravelled(self.raveler, flat) as unknown:
+        with autocasting(self.raveler.device, self.autocast), unravelled(self.raveler, flat) as unknown, self.mode():
             return self.function(unknown, *args, **kwargs)
 
     @abstractmethod
@@ -213,15 +217,20 @@ class ArgminSystem(System):
         self, x: torch.Tensor, tensors: Sequence[torch.Tensor], *, graph: bool
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Return (values, R) at a leaf ``x`` by ordinary autograd."""
-        mode = QuickProducts.around(self.function) if graph and self.autocast is None else nullcontext()
-        with mode:
-            values = self.outputs(x, *tensors)
+        quick = QuickProducts.around(self.function) if graph and self.autocast is None else nullcontext()
+        with quick:
+            values = (self if graph else self._for_gradients()).outputs(x, *tensors)
             if not values.requires_grad:
                 raise unconnected(self)
             (gradient,) = torch.autograd.grad(
                 values.sum(), x, create_graph=graph, allow_unused=True, materialize_grads=True
             )
         return values, gradient
+
+    def _for_gradients(self) -> System:
+        """Return the same with what is quicker for first derivatives alone."""
+        quick = self.autocast is None and QuickProducts.normalises(self.function)
+        return replace(self, mode=QuickNorms) if quick else self
 
 
 class RootSystem(System):

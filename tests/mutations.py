@@ -151,8 +151,31 @@ MUTATIONS = (
     ),
     Mutation(
         "a convolution's second derivative without what its weights do", "_products.py",
-        "_Convolution.apply(x, v, ctx.how) if to_y else None", "0 * _Convolution.apply(x, v, ctx.how) if to_y else None",
+        "_applied(_Convolution, x, v, ctx.how) if to_y", "0 * _applied(_Convolution, x, v, ctx.how) if to_y",
         ("tests/test_products.py", "-k", "test_convolution"),
+    ),
+    Mutation(
+        "what the forward pass saved taken for constants, where a quick batch norm is differentiated twice", "_batch_norm.py",
+        "        if not torch.is_grad_enabled():", "        if True:", ("tests/test_batch_norm.py", "-k", "every_order"),
+    ),
+    Mutation(
+        "the variance as a difference of squares", "_batch_norm.py",
+        "var = (centred * centred).mean(axes)", "var = (x * x).mean(axes) - mean.reshape(-1) ** 2",
+        ("tests/test_batch_norm.py", "-k", "single_precision"),
+    ),
+    Mutation(
+        "the product that verifies a budget left out where the residual is read", "_layer.py",
+        "seen=bool(reported)", "seen=False", ("tests/test_layers.py", "-k", "looks"),
+    ),
+    Mutation(
+        "a last product that is not a number taken for a step", "linear/cg.py",
+        "active & torch.isnan(quotient), int(Status.NOT_FINITE)", "active & torch.isnan(quotient), int(Status.RUNNING)",
+        ("tests/linear/test_base.py", "-k", "not_a_number"),
+    ),
+    Mutation(
+        "a product's rule without its graph where a graph is recorded", "_products.py",
+        "recorded = torch.is_grad_enabled() or transforms_active()", "recorded = transforms_active()",
+        ("tests/test_products.py", "-k", "third"),
     ),
     Mutation(
         "groups of a batch of convolutions not counted", "_products.py",
@@ -432,7 +455,7 @@ MUTATIONS = (
     ),
     Mutation(
         "the adjoint's warm start lost", "_layer.py",
-        "None if kept is None else kept.start(rhs)", "None", ("tests/test_problem.py", "-k", "warm_starts_of"),
+        "begun = None if kept is None else kept.start(rhs)", "begun = None", ("tests/test_problem.py", "-k", "warm_starts_of"),
     ),
     Mutation(
         "the adjoint not kept", "_layer.py",

@@ -30,6 +30,7 @@ GROUND = (
     "_inspection",
     "_transforms",
     "_norms",
+    "_batch_norm",
     "_products",
     "_checks",
     "_version",

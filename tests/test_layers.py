@@ -12,6 +12,7 @@ from torch.func import functional_call, hessian, jacrev, vmap
 
 import bilevel
 from bilevel._layer import default_linear_solver, default_solver
+from bilevel.operators import HessianOperator
 
 F64 = torch.float64
 
@@ -229,6 +230,37 @@ def test_solve_under_vmap_returns_a_report_of_the_batch() -> None:
         torch.zeros(2, dtype=F64), torch.ones(3, 5, 2, dtype=F64)
     )
     assert nested.report.residual_norm.shape == (3, 5) and len(nested.report.status) == 3
+
+
+def test_a_derivative_does_not_depend_on_who_looks_at_its_report(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where steps alone are meant, the product that verifies them is made for a reader of the report only."""
+    made = 0
+    matvec = HessianOperator.matvec
+
+    def counted(self: HessianOperator, v: torch.Tensor) -> torch.Tensor:
+        nonlocal made
+        made += 1
+        return matvec(self, v)
+
+    monkeypatch.setattr(HessianOperator, "matvec", counted)
+    layer = bilevel.argmin(
+        lambda x, a: (x**2).sum() + (x * a).sum().cosh(), solver=bilevel.GradientDescent(0.1, 5),
+        linear_solver=bilevel.CG(2), tolerance=bilevel.Tolerance(delta=None, delta_prime=None),
+    )  # fmt: skip
+    a = torch.linspace(0.1, 1.0, 5, dtype=torch.float64, requires_grad=True)
+
+    def gradient() -> torch.Tensor:
+        nonlocal made
+        made = 0
+        return torch.autograd.grad(layer(torch.ones(5, dtype=torch.float64), a).cos().sum(), a)[0]
+
+    unseen = gradient()
+    assert made == 2
+    with bilevel.record() as reports:
+        seen = gradient()
+    assert made == 3
+    assert torch.equal(seen, unseen)
+    assert reports[-1].status == bilevel.Status.BUDGET_SPENT and float(reports[-1].residual_norm) > 0
 
 
 def test_layers_can_be_copied() -> None:

@@ -256,6 +256,7 @@ def solve_linear(
     *,
     verify: bool = True,
     product: Callable[[torch.Tensor], torch.Tensor] | None = None,
+    seen: bool = True,
 ) -> LinearOutcome:
     """Solve A x = b and judge the answer by its true residual.
 
@@ -277,6 +278,9 @@ def solve_linear(
         before anything rests on it. Not with μ, nor with ``start``.
     product
         v ↦ A v as the caller makes it, with something else beside it, for an answer that the solver has before any product.
+    seen
+        False where nobody will look at the residual: where budgets alone were meant, and all of them were spent, it is then NaN, and the
+        product for it is not made. The answers and their success do not depend on it.
     """
     scale = rhs.abs().amax(dim=-1, keepdim=True) if rhs.shape[-1] else rhs.new_ones(rhs.shape[0], 1)
     finite = torch.isfinite(scale)
@@ -288,7 +292,8 @@ def solve_linear(
     if solution is not None:  # left as it is, for whoever has made its product
         scale = torch.ones_like(scale)
     # A problem with a NaN on the right is solved with zero instead and marked, so that it cannot spoil the others.
-    unit = torch.where(usable, rhs / scale, torch.zeros_like(rhs))
+    unit = rhs / scale
+    unit = unit if bool(usable.all()) else torch.where(usable, unit, torch.zeros_like(rhs))
     norm = unit.norm(dim=-1)
     size = scale.squeeze(-1)
     threshold = torch.maximum(
@@ -307,9 +312,13 @@ def solve_linear(
         assert mu is not None
         solution = solver.solve_certified(operator, unit, threshold, begun, mu, error)
     x = solution.x
-    residual = unit - operator.matvec(x) if solution.residual is None else solution.residual
+    if not seen and _as_meant(solution, target):
+        residual = torch.full_like(unit, float("nan"))
+        status = torch.full_like(solution.status, Status.BUDGET_SPENT)
+    else:
+        residual = unit - operator.matvec(x) if solution.residual is None else solution.residual
+        status = _judge(solver, operator, unit, target, threshold, error, solution, residual.norm(dim=-1))
     residual_norm = residual.norm(dim=-1)
-    status = _judge(solver, operator, unit, target, threshold, error, solution, residual_norm)
     bound = torch.full_like(residual_norm, float("nan"))
     if mu is not None:
         noise, size_of_a = _rounding(operator, x, unit)
@@ -325,10 +334,11 @@ def solve_linear(
         status = torch.where(refuted, torch.full_like(status, Status.REFUTED), status)
         bound = torch.where(refuted, torch.full_like(bound, float("nan")), bound)
     status = torch.where(finite.squeeze(-1), status, torch.full_like(status, Status.NOT_FINITE))
-    x = torch.where(finite, x * scale, torch.full_like(x, float("nan")))
-    # The answer to a scaled problem may lie beyond the largest number of its dtype.
-    beyond = (status == Status.CONVERGED) & ~torch.isfinite(x).all(dim=-1)
-    status = torch.where(beyond, torch.full_like(status, Status.NOT_FINITE), status)
+    x = torch.where(finite, x * scale, float("nan"))
+    if not bool(torch.isfinite(x.sum())):
+        # The answer to a scaled problem may lie beyond the largest number of its dtype.
+        beyond = (status == Status.CONVERGED) & ~torch.isfinite(x).all(dim=-1)
+        status = torch.where(beyond, torch.full_like(status, Status.NOT_FINITE), status)
     residual_norm = torch.where(finite.squeeze(-1), residual_norm * size, torch.full_like(size, float("nan")))
     return LinearOutcome(
         x, status, solution.iterations, residual * scale, residual_norm, threshold * size, bound * size,
@@ -357,6 +367,12 @@ def _proposed(
         return None
     done = torch.zeros(operator.batch, dtype=torch.int64, device=rhs.device)
     return LinearSolution(x, torch.full_like(done, operator.size), done, residual)
+
+
+def _as_meant(solution: LinearSolution, target: Target) -> bool:
+    """Whether every problem spent a budget that alone was meant, so that its residual decides nothing."""
+    meant = target.silent and target.strong_convexity is None and solution.residual is None
+    return meant and bool((solution.status == Status.MAX_STEPS).all()) and bool(torch.isfinite(solution.x.sum()))
 
 
 def _rounding(operator: LinearOperator, x: torch.Tensor, rhs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -121,15 +121,16 @@ class CG(LinearSolver):
         status = torch.where(norm <= threshold, int(Status.CONVERGED), running)
         iterations = torch.zeros_like(status)
         active = status == Status.RUNNING
+        everyone, anyone = bool(active.all()), bool(active.any())
         largest, confirmed = zero, norm  # confirmed: the true residual norm when last known
         replacements = torch.zeros_like(status)
         true: torch.Tensor | None = None
         z = r if precondition is None else precondition(r)
         p, rz = z, torch.linalg.vecdot(r, z)
         # The fewest operations that keep the problems apart: a step has one product and, on the CPU, one look at a flag.
-        for step in range(limit if bool(active.any()) else 0):
+        for step in range(limit if anyone else 0):
             if basis is not None and step < limit - 1:
-                basis.add(r, z, rz, active)
+                basis.add(r, z, rz, active, everyone)
             Ap = operator.matvec(p)
             curvature = torch.linalg.vecdot(p, Ap)
             quotient = curvature / torch.linalg.vecdot(p, p)
@@ -146,6 +147,8 @@ class CG(LinearSolver):
                 status = torch.where(
                     flat, torch.where(indefinite, int(Status.INDEFINITE), int(Status.SINGULAR)), status
                 )
+                # The step that a NaN has kept from being taken leaves no trace in x.
+                status = torch.where(active & torch.isnan(quotient), int(Status.NOT_FINITE), status)
                 break
             r = torch.addcmul(r, alpha, Ap, value=-1)
             if basis is not None:
@@ -182,7 +185,8 @@ class CG(LinearSolver):
                     status = torch.where(broken, int(Status.NOT_FINITE), status)
                     again = parted & ~stuck
                 active = status == Status.RUNNING
-                if not bool(active.any()):
+                everyone, anyone = bool(active.all()), bool(active.any())
+                if not anyone:
                     break
                 if true is not None and bool(again.any()):
                     replacements = replacements + again
@@ -245,20 +249,25 @@ class _Basis:
         self._r: torch.Tensor | None = None
         self._z: torch.Tensor | None = None  # M⁻¹ of each; the same tensor without a preconditioner
 
-    def add(self, r: torch.Tensor, z: torch.Tensor, rz: torch.Tensor, active: torch.Tensor) -> None:
+    def add(self, r: torch.Tensor, z: torch.Tensor, rz: torch.Tensor, active: torch.Tensor, everyone: bool) -> None:
+        """Keep r of the problems that are ``active``; ``everyone`` says, without a look at the batch, that all of them are."""
         if self._r is None or (self.count >= self._r.shape[1] and self._r.shape[1] < self.room):
             self._r = self._grown(self._r, r)
             self._z = self._grown(self._z, r) if self._preconditioned else self._r
         assert self._r is not None and self._z is not None
+        at = self.count % self._r.shape[1]
+        self.count += 1
+        if everyone and self.members is None and not self._preconditioned:
+            # As long as all go on, which rᵀr > 0 says of each, there is nothing to choose.
+            torch.mul(r, rz.rsqrt().unsqueeze(-1), out=self._r[:, at])
+            return
         # A problem that has ended stands still: its residual, kept step after step, would no longer be one of an orthonormal
         # set, and to take such a set away from a vector makes the vector grow.
         kept = (active & (rz > 0)) if self.members is None else (active & (rz > 0) & self.members)
         kept, scale = kept.unsqueeze(-1), rz.rsqrt().unsqueeze(-1)
-        at = self.count % self._r.shape[1]
         self._r[:, at] = torch.where(kept, r * scale, torch.zeros_like(r))
         if self._preconditioned:
             self._z[:, at] = torch.where(kept, z * scale, torch.zeros_like(z))
-        self.count += 1
 
     def remove_from(self, r: torch.Tensor) -> torch.Tensor:
         if self._r is None or self._z is None:
@@ -266,7 +275,14 @@ class _Basis:
         used = min(self.count, self._r.shape[1])
         left, right = self._r[:, :used], self._z[:, :used]
         # Once is enough: what comes is orthogonal already but for the rounding of one step.
-        return torch.baddbmm(r.unsqueeze(-1), left.mT, right @ r.unsqueeze(-1), alpha=-1).squeeze(-1)
+        if len(r) == 1:
+            return torch.baddbmm(r.unsqueeze(-1), left.mT, right @ r.unsqueeze(-1), alpha=-1).squeeze(-1)
+        # Of several problems, products of matrices with one column each take four times as long as reading them; and where both are rows,
+        # the rounding of a problem depends on its place in the batch.
+        weights = [torch.linalg.vecdot(r, right[:, k]).unsqueeze(-1) for k in range(used)]
+        for k, weight in enumerate(weights):
+            r = torch.addcmul(r, weight, left[:, k], value=-1)
+        return r
 
     def begin_again(self, these: torch.Tensor) -> None:
         """Forget the residuals of ``these`` problems (batch,), whose next ones are of a new run, and keep those from now on."""
@@ -277,7 +293,7 @@ class _Basis:
 
     def _grown(self, old: torch.Tensor | None, like: torch.Tensor) -> torch.Tensor:
         width = min(self.room, 16 if old is None else 2 * old.shape[1])
-        fresh = like.new_zeros(like.shape[0], width, like.shape[1])
+        fresh = like.new_empty(like.shape[0], width, like.shape[1])  # rows are written before they are read
         if old is not None:
             fresh[:, : old.shape[1]] = old
         return fresh

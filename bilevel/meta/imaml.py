@@ -354,21 +354,18 @@ class IMAML(bilevel.BilevelProblem):
 
 def _by_parts(judge: Callable[..., Any], adapted: Any, query: tuple[Any, ...]) -> Any:
     """Return ``judge`` of every task, as many at once as keep what a kernel reads and writes near the processor."""
-    leaves = pytree.tree_leaves((adapted, query))
+    leaves, structure = pytree.tree_flatten((adapted, query))
     count, numbers = len(leaves[0]), sum(leaf.numel() for leaf in pytree.tree_leaves(query))
     together = count if leaves[0].device.type != "cpu" else max(1, _NUMBERS_AT_ONCE * count // max(1, numbers))
     if together >= count:
         return vmap(judge)(adapted, query)
-
-    def part(begin: int) -> Any:
-        mine = pytree.tree_map(lambda leaf: leaf[begin : begin + together], (adapted, query))
-        if together > 1:
-            return vmap(judge)(*mine)
-        alone = pytree.tree_map(lambda leaf: leaf[0], mine)
-        return pytree.tree_map(lambda leaf: leaf.unsqueeze(0), judge(*alone))
-
-    made = [part(begin) for begin in range(0, count, together)]
-    return pytree.tree_map(lambda *parts: torch.cat(parts), *made)
+    alone = together == 1
+    # Cut once for all: the gradient of each slice would be zeros of the whole size with a part filled in, and all of them added up.
+    cuts = zip(*(leaf.unbind() if alone else leaf.split(together) for leaf in leaves), strict=True)
+    parts = [pytree.tree_unflatten(list(cut), structure) for cut in cuts]
+    made = [judge(*part) if alone else vmap(judge)(*part) for part in parts]
+    join = torch.stack if alone else torch.cat
+    return pytree.tree_map(lambda *leaves: join(leaves), *made)
 
 
 def _is_convex(model: nn.Module, loss: Any) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import torch
@@ -37,6 +38,10 @@ class _HalfSquare(torch.autograd.Function):
     @staticmethod
     def vmap(info: Any, in_dims: tuple[int], a: torch.Tensor) -> tuple[torch.Tensor, int]:
         return _HalfSquare.apply(a.movedim(in_dims[0], 0)), 0
+
+
+# Torch works it out at each call otherwise, which for a small network is felt.
+_HalfSquare.forward.__signature__ = inspect.signature(_HalfSquare.forward)  # type: ignore[attr-defined]
 
 
 def half_square(a: torch.Tensor) -> torch.Tensor:

@@ -306,7 +306,8 @@ def solve_inner(solver: InnerSolver, problem: Problem, init: torch.Tensor, targe
 def _length(v: torch.Tensor) -> torch.Tensor:
     """Return ‖v‖ (batch,) of v (batch, n), also where the squares of its entries would vanish."""
     plain = v.norm(dim=-1)
-    if not v.shape[-1]:
+    # A norm that is not small, infinite or NaN is right as it is.
+    if not v.shape[-1] or bool((plain >= 1e3 * torch.finfo(v.dtype).tiny ** 0.5).all()):
         return plain
     largest = v.abs().amax(dim=-1, keepdim=True)
     scaled = largest.squeeze(-1) * (v / largest).norm(dim=-1)

@@ -76,7 +76,8 @@ class GradientDescent(InnerSolver):
 
     def solve(self, problem: Problem, init: torch.Tensor, goal: Goal) -> InnerSolution:
         value, gradient = problem.value_and_residual(init)
-        start = _State(init, gradient, value, torch.zeros_like(init), torch.full_like(value, self.lr, dtype=init.dtype))
+        still = torch.zeros_like(init) if self.momentum else gradient
+        start = _State(init, gradient, value, still, torch.full_like(value, self.lr, dtype=init.dtype))
 
         budget = bool((goal.threshold == 0).all())  # so that the last step is known beforehand
         taken = 0

@@ -18,7 +18,7 @@ from bilevel.linear.exact import Exact
 from bilevel.linear.gmres import GMRES
 from bilevel.linear.neumann import Neumann
 from bilevel.linear.scipy_bridge import ScipyLinear
-from bilevel.operators import DenseOperator, LinearOperator
+from bilevel.operators import DenseOperator, FunctionOperator, LinearOperator
 from bilevel.reports import Basis
 
 F64, F32 = torch.float64, torch.float32
@@ -133,3 +133,60 @@ def test_a_function_is_a_solver_and_other_things_are_not() -> None:
     assert found.status.tolist() == [Status.CONVERGED]
     with pytest.raises(ShapeError, match="got NoneType"):
         as_linear_solver(lambda operator, rhs: None)(DenseOperator(TWO), b)
+
+
+BUDGETS = [CG(1), CG(3), CG(3, reorthogonalize=True), BiCGStab(max_steps=2), Neumann(4, step=0.2)]
+
+
+class Counting(DenseOperator):
+    """Counts its products."""
+
+    products = 0
+
+    def matvec(self, v: torch.Tensor) -> torch.Tensor:
+        self.products += 1
+        return super().matvec(v)
+
+
+@pytest.mark.parametrize("solver", BUDGETS, ids=repr)
+def test_a_spent_budget_that_was_meant_is_not_verified_where_nobody_looks(solver: LinearSolver) -> None:
+    generator = torch.Generator().manual_seed(0)
+    root = torch.randn(2, 12, 12, generator=generator, dtype=F64)
+    operator = Counting(torch.eye(12, dtype=F64) + root @ root.mT / 12, symmetric=True)
+    b, target = torch.randn(2, 12, generator=generator, dtype=F64), Tolerance(delta_prime=None).linear(F64)
+    seen = solve_linear(solver, operator, b, target)
+    products, operator.products = operator.products, 0
+    unseen = solve_linear(solver, operator, b, target, seen=False)
+    assert operator.products == products - 1
+    assert torch.equal(unseen.x, seen.x)
+    assert unseen.status.tolist() == seen.status.tolist() == [Status.BUDGET_SPENT] * 2
+    assert bool(unseen.residual_norm.isnan().all() & seen.residual_norm.isfinite().all())
+    for other in (Tolerance(), Tolerance(delta_prime=1e-3), Tolerance(delta_prime=None, strong_convexity=1.0)):
+        measured = solve_linear(solver, operator, b, other.linear(F64), seen=False)
+        assert bool(measured.residual_norm.isfinite().all()), "an accuracy, or a bound, rests on the residual"
+
+
+@pytest.mark.parametrize("solver", [*BUDGETS, GMRES(max_steps=3)], ids=repr)
+def test_what_is_not_finite_is_found_where_nobody_looks(solver: LinearSolver) -> None:
+    matrix = torch.diag_embed(torch.linspace(1.0, 2.0, 12, dtype=F64)).repeat(3, 1, 1)
+    matrix[1, 5, 5], matrix[2, 0, 0] = float("nan"), float("inf")
+    found = solve_linear(
+        solver, DenseOperator(matrix, symmetric=True), torch.ones(3, 12, dtype=F64),
+        Tolerance(delta_prime=None).linear(F64), seen=False,
+    )  # fmt: skip
+    assert found.status[0] == Status.BUDGET_SPENT
+    assert not any(Status(int(code)).success for code in found.status[1:])
+
+
+def test_a_last_product_that_is_not_a_number_is_found_where_nobody_looks() -> None:
+    products = 0
+
+    def apply(v: torch.Tensor) -> torch.Tensor:
+        nonlocal products
+        products += 1
+        return v * torch.linspace(1.0, 2.0, 12, dtype=F64) * (float("nan") if products == 3 else 1.0)
+
+    b = torch.ones(1, 12, dtype=F64)
+    target = Tolerance(delta_prime=None).linear(F64)
+    found = solve_linear(CG(3), FunctionOperator(apply, b, symmetric=True), b, target, seen=False)
+    assert products >= 3 and found.status.tolist() == [Status.NOT_FINITE]

@@ -228,6 +228,22 @@ def test_the_number_of_tasks_a_pass_changes_nothing(per_pass: int) -> None:
         assert not adapted[name].requires_grad
 
 
+@pytest.mark.parametrize("together", [1, 2, 4])
+def test_the_parts_of_a_query_equal_the_whole(together: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, batch = network_with_batch_norm(), classification(tasks=5)
+    learner = bilevel.IMAML(model, cross_entropy, 2.0)
+    found = []
+    numbers = batch.query_x.numel() + batch.query_y.numel()
+    for most in (numbers, numbers * together // 5 + 1):
+        monkeypatch.setattr("bilevel.meta.imaml._NUMBERS_AT_ONCE", most)
+        model.zero_grad()
+        loss, predictions = learner(batch, predictions=True)
+        loss.backward()
+        found.append((loss.detach(), predictions, gradients(model)))
+    for whole, parts in zip(*found, strict=True):
+        torch.testing.assert_close(parts, whole, rtol=1e-10, atol=1e-12)
+
+
 @given(sizes=st.lists(st.tuples(st.integers(1, 5), st.integers(1, 4)), min_size=1, max_size=5), seed=st.integers(0, 99))
 def test_ragged_tasks_equal_their_separate_losses(sizes: list[tuple[int, int]], seed: int) -> None:
     torch.manual_seed(seed)

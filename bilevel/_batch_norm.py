@@ -85,7 +85,12 @@ def _functional(
     training: bool = False, momentum: float = 0.1, eps: float = 1e-5,
 ) -> torch.Tensor:  # fmt: skip
     plain = training and running_mean is None and running_var is None and input.ndim >= 2
-    if not plain or not _suits(input) or input.numel() < 2 * input.shape[1]:
+    plain = plain and input.numel() >= 2 * input.shape[1]  # else torch has something to say
+    if plain and input.shape[0] == 1 and _left_to_us(input):
+        # torch 2.13 takes the memory of one image for the other of its two layouts where strides allow for both, as after a convolution
+        # of several problems: its gradients are wrong then, by any factor.
+        return batch_norm_written(input, weight, bias, eps)
+    if not plain or not _suits(input):
         return F.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
     gamma = input.new_ones(input.shape[1]) if weight is None else weight.to(input.dtype)
     beta = input.new_zeros(input.shape[1]) if bias is None else bias.to(input.dtype)
@@ -100,10 +105,13 @@ def _torch(
     return _functional(input, running_mean, running_var, weight, bias, training, momentum, eps)
 
 
-def _suits(x: torch.Tensor) -> bool:
-    fits = x.device.type == "cpu" and x.dtype in (torch.float32, torch.float64) and x.numel() >= _MANY
+def _left_to_us(x: torch.Tensor) -> bool:
     # Derivatives that the user's own function takes, and what is computed again for them (checkpoints), are left to torch.
-    return fits and not differentiating() and not saving_hooked()
+    return x.dtype in (torch.float32, torch.float64) and not differentiating() and not saving_hooked()
+
+
+def _suits(x: torch.Tensor) -> bool:
+    return x.device.type == "cpu" and x.numel() >= _MANY and _left_to_us(x)
 
 
 _QUICK: dict[Any, Callable[..., torch.Tensor]] = {F.batch_norm: _functional, torch.batch_norm: _torch}

@@ -222,7 +222,8 @@ class Problem:
 
     def _dense(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
         with torch.no_grad():
-            residual, matrix, values = self.system.lifted(self.system.rows)(self.shaped(x), *self.tensors)
+            system = self.system.for_second_derivatives()
+            residual, matrix, values = system.lifted(system.rows)(self.shaped(x), *self.tensors)
         n = self.size
         matrix = matrix.detach().reshape(self.batch, n, n)
         if self.system.symmetric:

@@ -126,6 +126,15 @@ class System(ABC):
         result: torch.Tensor = self.lifted(self.output)(x, *tensors)
         return result
 
+    def for_gradients(self) -> System:
+        """Return the same with what is quicker for first derivatives alone."""
+        quick = self.autocast is None and QuickProducts.normalises(self.function)
+        return replace(self, mode=QuickNorms) if quick else self
+
+    def for_second_derivatives(self) -> System:
+        """Return the same with norms written out, if there are any: torch's own are wrong in rare layouts."""
+        return replace(self, mode=WrittenNorms) if QuickProducts.normalises(self.function) else self
+
     def rows(self, flat: torch.Tensor, *tensors: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Return one problem's R (n,), the rows of ∂_x R (n, n), and its value (), or R again where there is none."""
         made: Any = vjp(lambda point: self.residual_and_value(point, *tensors), flat, has_aux=True)
@@ -219,18 +228,13 @@ class ArgminSystem(System):
         """Return (values, R) at a leaf ``x`` by ordinary autograd."""
         quick = QuickProducts.around(self.function) if graph and self.autocast is None else nullcontext()
         with quick:
-            values = (self if graph else self._for_gradients()).outputs(x, *tensors)
+            values = (self if graph else self.for_gradients()).outputs(x, *tensors)
             if not values.requires_grad:
                 raise unconnected(self)
             (gradient,) = torch.autograd.grad(
                 values.sum(), x, create_graph=graph, allow_unused=True, materialize_grads=True
             )
         return values, gradient
-
-    def _for_gradients(self) -> System:
-        """Return the same with what is quicker for first derivatives alone."""
-        quick = self.autocast is None and QuickProducts.normalises(self.function)
-        return replace(self, mode=QuickNorms) if quick else self
 
 
 class RootSystem(System):
@@ -244,7 +248,7 @@ class RootSystem(System):
             return self.outputs(x, *tensors)
 
     def plain_residual(self, x: torch.Tensor, tensors: Sequence[torch.Tensor], *, graph: bool) -> torch.Tensor:
-        residual = self.outputs(x, *tensors)
+        residual = self.for_gradients().outputs(x, *tensors)
         if not residual.requires_grad and x.requires_grad:
             raise unconnected(self)
         return residual

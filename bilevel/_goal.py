@@ -3,11 +3,13 @@
 One round, at φ with an adjoint q from the round before:
 
 1. linearise at φ; one joint pass gives H q and Bᵀq, and so the residual ρ = ∇F − H q and ĝ;
-2. if ρ accounts for more than its share of the error, solve H d = ρ as far as it should go, q ← q + d, and a joint pass again;
+2. if ρ accounts for more than its share of the error, solve H d = ρ as far as it should go, q ← q + d, and a joint pass again. Where θ is
+   few numbers every product of that solve is a joint pass, ĝ is known after each, and it ends on the changes of ĝ;
 3. stop if ‖ĝ − g‖ is small enough; else solve H s = ∇G, as far as it should go, and φ ← φ − s.
 
 The inner solver makes the first stretch alone, to where Newton's method can take over; from there the linear solver does both solves,
-which costs √κ where descent costs κ, and neither is ever begun again. What one solve learns of H⁻¹ preconditions the next
+which costs √κ where descent costs κ, and neither is ever begun again. Between the two lies a step to where the solver's gradients, all of them
+together, point for a quadratic G: the linearisation, which has to be made, may as well be made there. What one solve learns of H⁻¹ preconditions the next
 (:mod:`bilevel._secants`). No solve verifies its residual by a product of its own: what is decided and reported rests on the joint pass and on
 the gradient at the next φ. As these come anyway, each also tries a step that the preconditioner guesses.
 
@@ -18,7 +20,8 @@ How far is far enough is read off a running model of the error, from numbers tha
 with ν the largest ‖H⁻¹b‖/‖b‖ or ‖s‖²/sᵀHs, S the largest ‖Δĝ‖/‖Δφ‖ and β the largest ‖Bᵀq‖/‖q‖ seen, and c > 1, the larger the fewer numbers
 S and β were seen on (a single outer variable may hide a change by chance) and the fewer steps S was seen in. The halves of the sum are the shares
 of the two solves. The model plans. It decides only if the caller allows estimates; otherwise the certificate does, and its parts correct the
-model where it was too hopeful.
+model where it was too hopeful. Where ĝ is followed, c times the largest of its last changes stands for c β ν ‖ρ‖, and a part of β ν ‖ρ‖
+beside it, as changes may vanish by chance, or be small for a while.
 """
 
 from __future__ import annotations
@@ -50,14 +53,12 @@ _CRUDE = 0.1
 _FIRST_ADJOINT, _FIRST_FOLLOWED = 0.4, 1 / 3
 # So few numbers θ that Bᵀp costs next to nothing beside H p.
 _FEW = 8
-# What part of the bound by norms is left in an estimate from the last changes of ĝ: these may vanish by chance.
-_CHANCE = 0.05
-# What part of ĝ its error is likely to be where the inner solver ends.
-_LIKELY = 0.5
+# From how many of the last changes of ĝ its error is read off, and how much of the model by norms is added: they may vanish by chance.
+_LAST, _CHANCE = 3, 0.25
 # c = _SAFETY (1 + _DOUBT / numbers seen), and 1 / steps seen more for S.
 _SAFETY, _DOUBT = 1.3, 3.0
 # A solve aims a little below its share, and one step of Newton's method promises no more than this reduction.
-_MARGIN, _MOST_REDUCTION, _FIRST_REDUCTION = 0.9, 1e-4, 1e-2
+_MARGIN, _MOST_REDUCTION, _FIRST_REDUCTION, _FIRST_FOLLOWED_REDUCTION = 0.9, 1e-4, 1e-2, 4e-2
 # A step that leaves more of the residual than this was no step of Newton's method near a solution.
 _PROGRESS = 0.7
 # How often an estimate that was within the goal may be corrected by a certificate that is not.
@@ -296,7 +297,7 @@ class Search:
             ended = _worst(outcome.status)
             if ended is not None:
                 break
-            if not first:
+            if not first:  # of the inner solver's differences alone, a preconditioner that changes on the way makes less
                 operator.tell(self.known.secants)
             step, rest, pulled = operator.solve_on_span(here.rho)
             gained = float(torch.linalg.vecdot(step, here.rho).sum())
@@ -349,15 +350,14 @@ class Search:
         return there
 
     def _linear(self, here: _Here, rhs: torch.Tensor, reduction: float, most: int | None = None) -> LinearOutcome:
-        """Solve H x = ``rhs`` to ``reduction`` of it, or by the ``most`` steps of conjugate gradients."""
-        solver = self.choose(here.operator)
-        if most is not None:
-            solver = replace(solver, max_steps=most)
-        assert isinstance(here.operator, RecordedOperator)
-        if isinstance(solver, CG) and solver.preconditioner is None:
-            recorded, secants = here.operator, self.known.secants
-            guided = secants if most is None else (lambda r: recorded.conjugate(secants(r)))
-            solver = replace(solver, preconditioner=guided)
+        """Solve H x = ``rhs`` to ``reduction`` of it, or by the ``most`` steps of conjugate gradients, conjugate to all before."""
+        solver, recorded, secants = self.choose(here.operator), here.operator, self.known.secants
+        assert isinstance(recorded, RecordedOperator)
+        if isinstance(solver, CG):
+            solver = solver if most is None else replace(solver, max_steps=most)
+            if solver.preconditioner is None:
+                guided = secants if most is None else (lambda r: recorded.conjugate(secants(r)))
+                solver = replace(solver, preconditioner=guided)
         known, rest = here.operator.on_span(rhs) if isinstance(solver, CG) else (torch.zeros_like(rhs), rhs)
         size, left = float(rhs.norm()), float(rest.norm())
         relative = (
@@ -366,7 +366,7 @@ class Search:
         # Of q the joint pass tells the true residual, and of s the gradient at the next φ.
         outcome = solve_linear(solver, here.operator, rest, Target(relative=relative, asked=True), verify=False)
         outcome = replace(outcome, x=known + outcome.x)
-        if most is None:  # a preconditioner that changed from step to step would spoil the conjugacy of the directions
+        if most is None:
             here.operator.tell(self.known.secants)
         if size > 0:
             self.known.nu = max(self.known.nu, float(outcome.x.norm()) / size, self.known.secants.softest)
@@ -385,9 +385,7 @@ class Search:
         if not known.slope:
             if self.looked:
                 return 0.0
-            prior = float(here.gradient.norm()) * here.size / self.first if self.first else 0.0
-            # It is only to plan with. Where the adjoint that follows a step is ended to the product, too short a step costs little.
-            return _LIKELY * prior if isinstance(here.operator, JointOperator) else caution * prior
+            return caution * float(here.gradient.norm()) * here.size / self.first if self.first else 0.0
         return caution * known.inner_doubt * known.slope * known.nu * here.size
 
     def _linear_share(self, here: _Here) -> float:
@@ -396,7 +394,7 @@ class Search:
         if len(here.changes) > 1:
             caution = self._caution(here, here.direct.numel() * len(here.changes))
             slack = norms * (_CHANCE * here.left + 4 * torch.finfo(here.x.dtype).eps * float(here.v.norm()))
-            return known.linear_doubt * (caution * max(here.changes[-2:]) + slack)
+            return known.linear_doubt * (caution * max(here.changes[-_LAST:]) + slack)
         return self._caution(here, known.pulls) * known.linear_doubt * norms * here.left
 
     def _allowed(self, here: _Here) -> float:
@@ -424,7 +422,9 @@ class Search:
         aim = size * 0.5 * _MARGIN * self._allowed(here) / share if share > 0 else size
         # What G bends off its quadratic model along the step is left in any case.
         bend = known.curvature * (known.nu * size) ** 2
-        floor = _MOST_REDUCTION * size if known.slope else _FIRST_REDUCTION * self.first
+        # Where the adjoint that follows a step is ended to the product, a step that was too short costs less.
+        first = _FIRST_FOLLOWED_REDUCTION if isinstance(here.operator, JointOperator) else _FIRST_REDUCTION
+        floor = _MOST_REDUCTION * size if known.slope else first * self.first
         return min(max(aim, bend, floor), 0.3 * size)
 
     def _judge(self, here: _Here) -> Bound:
@@ -452,7 +452,9 @@ class Search:
         if not length > 0:
             return
         self._solve_adjoint(there)
-        self._measure(here, there, length)
+        # By a step in the last half of the digits the rest of the adjoint's error changes ĝ more than the step does: look aside for that.
+        if length > torch.finfo(here.x.dtype).eps ** 0.5 * (1 + float(here.x.norm())) or self._seen(here):
+            self._measure(here, there, length)
 
     def _seen(self, here: _Here) -> bool:
         """Whether it is known what ∇G's norm does to ĝ."""

@@ -75,13 +75,15 @@ class Secants:
         pairs = list(self.pairs)[-most:] if most else []
         if not pairs:
             return torch.zeros_like(r), r
-        S, Y = (torch.stack(vectors, dim=-1) for vectors in zip(*((s, y) for s, y, _ in pairs), strict=True))  # (K, n, m)
+        S, Y = (
+            torch.stack(vectors, dim=-1) for vectors in zip(*((s, y) for s, y, _ in pairs), strict=True)
+        )  # (K, n, m)
         energy = S.mT @ Y
         weight = _inverse_root(energy.diagonal(dim1=-2, dim2=-1))
         doubt = ((energy - energy.mT) * weight.unsqueeze(-1) * weight.unsqueeze(-2)).abs().amax(dim=(-2, -1))
         scale = _inverse_root(torch.linalg.vecdot(Y, Y, dim=-2))
         Q, R = torch.linalg.qr(Y * scale.unsqueeze(-2))
-        least = (_MARGIN * doubt).clamp(min=torch.finfo(r.dtype).eps ** 0.5)
+        least = (_MARGIN * doubt.nan_to_num(nan=1.0)).clamp(min=torch.finfo(r.dtype).eps ** 0.5)
         shares = scale.unsqueeze(-1) * (torch.linalg.pinv(R, rtol=least) @ (Q.mT @ r.unsqueeze(-1)))
         return (S @ shares).squeeze(-1), r - (Y @ shares).squeeze(-1)
 

@@ -9,9 +9,9 @@ One round, at φ with an adjoint q from the round before:
 
 The inner solver makes the first stretch alone, to where Newton's method can take over; from there the linear solver does both solves,
 which costs √κ where descent costs κ, and neither is ever begun again. Between the two lies a step to where the solver's gradients, all of them
-together, point for a quadratic G: the linearisation, which has to be made, may as well be made there. What one solve learns of H⁻¹ preconditions the next
-(:mod:`bilevel._secants`). No solve verifies its residual by a product of its own: what is decided and reported rests on the joint pass and on
-the gradient at the next φ. As these come anyway, each also tries a step that the preconditioner guesses.
+together, point for a quadratic G: the linearisation, which has to be made, may as well be made there. What one solve learns of H⁻¹
+preconditions the next (:mod:`bilevel._secants`). No solve verifies its residual by a product of its own: what is decided and reported
+rests on the joint passes and on the gradient at the next φ. As these come anyway, each also tries a step that the preconditioner guesses.
 
 How far is far enough is read off a running model of the error, from numbers that the rounds have produced anyway::
 
@@ -297,7 +297,9 @@ class Search:
             ended = _worst(outcome.status)
             if ended is not None:
                 break
-            if not first:  # of the inner solver's differences alone, a preconditioner that changes on the way makes less
+            if (
+                not first
+            ):  # of the inner solver's differences alone, a preconditioner that changes on the way makes less
                 operator.tell(self.known.secants)
             step, rest, pulled = operator.solve_on_span(here.rho)
             gained = float(torch.linalg.vecdot(step, here.rho).sum())
@@ -358,7 +360,7 @@ class Search:
             if solver.preconditioner is None:
                 guided = secants if most is None else (lambda r: recorded.conjugate(secants(r)))
                 solver = replace(solver, preconditioner=guided)
-        known, rest = here.operator.on_span(rhs) if isinstance(solver, CG) else (torch.zeros_like(rhs), rhs)
+        known, rest = recorded.on_span(rhs) if isinstance(solver, CG) else (torch.zeros_like(rhs), rhs)
         size, left = float(rhs.norm()), float(rest.norm())
         relative = (
             1.0 if left <= reduction * size else max(min(reduction * size / left, 0.9), torch.finfo(rhs.dtype).eps)
@@ -367,7 +369,7 @@ class Search:
         outcome = solve_linear(solver, here.operator, rest, Target(relative=relative, asked=True), verify=False)
         outcome = replace(outcome, x=known + outcome.x)
         if most is None:
-            here.operator.tell(self.known.secants)
+            recorded.tell(self.known.secants)
         if size > 0:
             self.known.nu = max(self.known.nu, float(outcome.x.norm()) / size, self.known.secants.softest)
         return outcome

@@ -269,7 +269,7 @@ MUTATIONS = (
     ),
     Mutation(
         "a goal met on changes that vanish by chance", "_goal.py",
-        "(_CHANCE * here.left", "(0 * here.left", ("tests/test_goal.py", "-k", "vanish"),
+        "(_CHANCE * here.left", "(0 * here.left", ("tests/test_goal.py", "-k", "bound_by_norms"),
     ),
     Mutation(
         "a goal's slopes measured in the last digits", "_goal.py",

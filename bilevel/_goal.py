@@ -393,11 +393,13 @@ class Search:
     def _linear_share(self, here: _Here) -> float:
         known = self.known
         norms = known.pull * known.nu
+        share = self._caution(here, known.pulls) * norms * here.left
         if len(here.changes) > 1:
             caution = self._caution(here, here.direct.numel() * len(here.changes))
             slack = norms * (_CHANCE * here.left + 4 * torch.finfo(here.x.dtype).eps * float(here.v.norm()))
-            return known.linear_doubt * (caution * max(here.changes[-_LAST:]) + slack)
-        return self._caution(here, known.pulls) * known.linear_doubt * norms * here.left
+            # Of a problem whose products are exhausted the last changes say nothing, and the residual all.
+            share = min(share, caution * max(here.changes[-_LAST:]) + slack)
+        return known.linear_doubt * share
 
     def _allowed(self, here: _Here) -> float:
         return self.tolerance.allowed(float(here.gradient.norm()))

@@ -519,13 +519,15 @@ def test_changes_that_vanish_for_a_while_do_not_end_a_goal() -> None:
 
 
 def test_an_estimate_from_changes_keeps_a_part_of_the_bound_by_norms() -> None:
-    known = Knowledge(nu=2.0, pull=3.0)
-    search = SimpleNamespace(known=known, _caution=lambda here, numbers: 1.5)
+    known = Knowledge(nu=2.0, pull=3.0, pulls=1)
+    search = SimpleNamespace(known=known, _caution=lambda here, numbers: 100.0 if numbers == 1 else 1.5)
     here = SimpleNamespace(x=START, v=START, direct=torch.zeros(1, dtype=F64), left=0.1, changes=[5.0, 0.0, 0.0, 0.0])
     vanished = bilevel._goal.Search._linear_share(search, here)
     assert 0.1 * known.nu * known.pull * here.left < vanished < known.nu * known.pull * here.left
     here.changes = [0.0, 4.0, 0.0]
     assert bilevel._goal.Search._linear_share(search, here) == pytest.approx(vanished + 1.5 * 4.0)
+    here.left = 0.0  # nothing is left to change
+    assert bilevel._goal.Search._linear_share(search, here) == 0.0
 
 
 def test_the_step_beyond_the_inner_solver_saves_passes_and_a_bad_one_costs_no_accuracy(monkeypatch) -> None:

@@ -51,7 +51,7 @@ _CRUDE = 0.1
 # The first adjoint, before anything is known of errors: relative residual. Where ĝ is followed, no guess is added at the end,
 # and the last changes of ĝ have to be as small.
 _FIRST_ADJOINT, _FIRST_FOLLOWED = 0.4, 1 / 3
-# So few numbers θ that Bᵀp costs next to nothing beside H p.
+# So few numbers θ, and no more than a quarter of φ's, that Bᵀp costs next to nothing beside H p.
 _FEW = 8
 # From how many of the last changes of ĝ its error is read off, and how much of the model by norms is added: they may vanish by chance.
 _LAST, _CHANCE = 3, 0.25
@@ -233,7 +233,11 @@ class Search:
 
     def _recorded(self, linear: Linearization, outer: int) -> RecordedOperator:
         """Return H, which makes Bᵀp too beside its products where θ is ``outer`` numbers, and they are few."""
-        few = outer <= _FEW and linear.operator.batch == 1 and isinstance(self.choose(linear.operator), CG)
+        few = (
+            outer <= min(_FEW, linear.operator.size // 4)
+            and linear.operator.batch == 1
+            and isinstance(self.choose(linear.operator), CG)
+        )
         if few and isinstance(linear.operator, HessianOperator):
             return JointOperator(linear.operator, lambda v: self._joint(linear, v))
         return RecordedOperator(linear.operator)

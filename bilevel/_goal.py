@@ -3,13 +3,15 @@
 One round, at φ with an adjoint q from the round before:
 
 1. linearise at φ; one joint pass gives H q and Bᵀq, and so the residual ρ = ∇F − H q and ĝ;
-2. if ρ accounts for more than its share of the error, solve H d = ρ as far as it should go, q ← q + d, and a joint pass again;
+2. if ρ accounts for more than its share of the error, solve H d = ρ as far as it should go, q ← q + d, and a joint pass again. Where θ is
+   few numbers every product of that solve is a joint pass, ĝ is known after each, and it ends on the changes of ĝ;
 3. stop if ‖ĝ − g‖ is small enough; else solve H s = ∇G, as far as it should go, and φ ← φ − s.
 
 The inner solver makes the first stretch alone, to where Newton's method can take over; from there the linear solver does both solves,
-which costs √κ where descent costs κ, and neither is ever begun again. What one solve learns of H⁻¹ preconditions the next
-(:mod:`bilevel._secants`). No solve verifies its residual by a product of its own: what is decided and reported rests on the joint pass and on
-the gradient at the next φ. As these come anyway, each also tries a step that the preconditioner guesses.
+which costs √κ where descent costs κ, and neither is ever begun again. Between the two lies a step to where the solver's gradients, all of them
+together, point for a quadratic G: the linearisation, which has to be made, may as well be made there. What one solve learns of H⁻¹
+preconditions the next (:mod:`bilevel._secants`). No solve verifies its residual by a product of its own: what is decided and reported
+rests on the joint passes and on the gradient at the next φ. As these come anyway, each also tries a step that the preconditioner guesses.
 
 How far is far enough is read off a running model of the error, from numbers that the rounds have produced anyway::
 
@@ -18,20 +20,21 @@ How far is far enough is read off a running model of the error, from numbers tha
 with ν the largest ‖H⁻¹b‖/‖b‖ or ‖s‖²/sᵀHs, S the largest ‖Δĝ‖/‖Δφ‖ and β the largest ‖Bᵀq‖/‖q‖ seen, and c > 1, the larger the fewer numbers
 S and β were seen on (a single outer variable may hide a change by chance) and the fewer steps S was seen in. The halves of the sum are the shares
 of the two solves. The model plans. It decides only if the caller allows estimates; otherwise the certificate does, and its parts correct the
-model where it was too hopeful.
+model where it was too hopeful. Where ĝ is followed, c times the largest of its last changes stands for c β ν ‖ρ‖, and a part of β ν ‖ρ‖
+beside it, as changes may vanish by chance, or be small for a while.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 
 from bilevel._knowledge import GoalReport, Knowledge, Reached
 from bilevel._problem import Linearization, Problem
-from bilevel._secants import RecordedOperator, WatchedProblem
+from bilevel._secants import JointOperator, RecordedOperator, WatchedProblem
 from bilevel.certificates.bound import Bound
 from bilevel.linear._base import LinearOutcome, LinearSolver, solve_linear
 from bilevel.linear.cg import CG
@@ -45,12 +48,17 @@ __all__ = ["Search"]
 _MOST_ROUNDS = 60
 # The inner solver's own stretch: a tenth of the first residual is where Newton's method takes over at the least cost.
 _CRUDE = 0.1
-# The first adjoint, before anything is known of errors: relative residual.
-_FIRST_ADJOINT = 0.4
+# The first adjoint, before anything is known of errors: relative residual. Where ĝ is followed, no guess is added at the end,
+# and the last changes of ĝ have to be as small.
+_FIRST_ADJOINT, _FIRST_FOLLOWED = 0.4, 1 / 3
+# So few numbers θ, and no more than a quarter of φ's, that Bᵀp costs next to nothing beside H p.
+_FEW = 8
+# From how many of the last changes of ĝ its error is read off, and how much of the model by norms is added: they may vanish by chance.
+_LAST, _CHANCE = 3, 0.25
 # c = _SAFETY (1 + _DOUBT / numbers seen), and 1 / steps seen more for S.
 _SAFETY, _DOUBT = 1.3, 3.0
 # A solve aims a little below its share, and one step of Newton's method promises no more than this reduction.
-_MARGIN, _MOST_REDUCTION, _FIRST_REDUCTION = 0.9, 1e-4, 1e-2
+_MARGIN, _MOST_REDUCTION, _FIRST_REDUCTION, _FIRST_FOLLOWED_REDUCTION = 0.9, 1e-4, 1e-2, 4e-2
 # A step that leaves more of the residual than this was no step of Newton's method near a solution.
 _PROGRESS = 0.7
 # How often an estimate that was within the goal may be corrected by a certificate that is not.
@@ -72,6 +80,7 @@ class _Here:
     q: torch.Tensor
     rho: torch.Tensor
     pulled: torch.Tensor
+    changes: list[float] = field(default_factory=list)  # of ĝ, by each of the last products, where it was followed
 
     @property
     def size(self) -> float:
@@ -135,7 +144,8 @@ class Search:
         self.solver, self.choose, self.tolerance, self.certify = solver, linear_solver, tolerance, certify
         self.cold = known is None or known.slope == 0
         self.known = Knowledge() if known is None else known
-        self.first = math.nan  # ‖∇G‖ in the first round: the error there is taken for ‖g‖ until S is known
+        # ‖∇G‖ where the inner solver ended, or the first round begins: the error there is taken for ‖g‖ until S is known
+        self.first = math.nan
         self.corrections = 0
         self.looked = False  # whether a step of this run has shown how ĝ changes, be it not at all
         zeros = torch.zeros(lower.batch, dtype=torch.int64)
@@ -145,10 +155,7 @@ class Search:
         """Begin at φ = x (K, n) and the adjoint q (K, n), or None."""
         before = replace(self.known)
         self.known.fade()
-        if self.cold:
-            x = self._descend(x)
-        here = self._enter(x, q)
-        self.first = here.size
+        here = self._begin(x, q) if self.cold else self._enter(x, q)
         reason = self._impossible(here)
         rounds = 0
         bound = Bound(math.inf, Basis.ESTIMATED)
@@ -182,19 +189,33 @@ class Search:
 
     # The rounds
 
-    def _descend(self, x: torch.Tensor, reduction: float = _CRUDE) -> torch.Tensor:
-        """Let the inner solver reduce ‖∇G‖ by ``reduction`` from x."""
-        size = float(self.lower.residual(x).norm())
+    def _begin(self, x: torch.Tensor, q: torch.Tensor | None) -> _Here:
+        """Let the inner solver make its stretch, and take the step beyond it that its gradients point to: the next pass tells its worth."""
+        end, residual = self._descend(x)
+        step, rest = self.known.secants.fit(residual)
+        size = float(residual.norm())
+        here = self._enter(end - step, q) if float(rest.norm()) < size else self._enter(end, q)
+        if not here.size <= size:
+            here = self._enter(end, q)
+        self.first = size
+        return here
+
+    def _descend(self, x: torch.Tensor, reduction: float = _CRUDE) -> tuple[torch.Tensor, torch.Tensor]:
+        """Let the inner solver reduce ‖∇G‖ by ``reduction`` from x; return where it ended, and ∇G there."""
+        residual = self.lower.residual(x)
+        size = float(residual.norm())
         if not size > 0 or not math.isfinite(size):
-            return x
+            return x, residual
         goal = Target(absolute=reduction * size / self.lower.batch**0.5, asked=True)
         outcome = solve_inner(self.solver, self.lower, x, goal)
         self.lower.tell(self.known.secants)
         self.inner_steps = self.inner_steps + outcome.iterations.cpu()
-        return outcome.x
+        return outcome.x, outcome.residual
 
     def _enter(self, x: torch.Tensor, q: torch.Tensor | None) -> _Here:
         here = self._at(x)
+        if math.isnan(self.first):
+            self.first = here.size
         return here if q is None else self._with(here, q)
 
     def _follow(self, before: _Here, x: torch.Tensor) -> _Here:
@@ -206,25 +227,43 @@ class Search:
         linear = self.lower.linearize(x, self.wanted)
         values, v, direct = self._slopes(x)
         return _Here(
-            x, linear, RecordedOperator(linear.operator), linear.residual.detach(), values, v, direct,
+            x, linear, self._recorded(linear, direct.numel()), linear.residual.detach(), values, v, direct,
             torch.zeros_like(x), v, torch.zeros_like(direct),
         )  # fmt: skip
 
+    def _recorded(self, linear: Linearization, outer: int) -> RecordedOperator:
+        """Return H, which makes Bᵀp too beside its products where θ is ``outer`` numbers, and they are few."""
+        few = (
+            outer <= min(_FEW, linear.operator.size // 4)
+            and linear.operator.batch == 1
+            and isinstance(self.choose(linear.operator), CG)
+        )
+        if few and isinstance(linear.operator, HessianOperator):
+            return JointOperator(linear.operator, lambda v: self._joint(linear, v))
+        return RecordedOperator(linear.operator)
+
     def _with(self, here: _Here, q: torch.Tensor) -> _Here:
         """Set q, and with it ρ and Bᵀq: one pass of ⟨∇G, q⟩ gives H q and Bᵀq both."""
-        here.q = q
+        here.q, here.changes = q, []
         if not bool((q != 0).any()):
             return here
         product, here.pulled = self._joint(here.linear, q)
         here.rho = here.v - product
-        self.known.pulls += here.pulled.numel()
-        self.known.pull = max(self.known.pull, float(here.pulled.norm()) / here.x.shape[0] / float(q.norm()))
+        self._see_pull(here)
         return here
+
+    def _see_pull(self, here: _Here) -> None:
+        self.known.pulls += here.pulled.numel()
+        self.known.pull = max(self.known.pull, float(here.pulled.norm()) / here.x.shape[0] / float(here.q.norm()))
 
     def _solve_adjoint(self, here: _Here) -> Status | bool:
         """Bring ρ down to its share of the error; return what stopped that, or whether rounding keeps it above its share."""
         if self.known.slope and self._inner_share(here) + self._linear_share(here) <= self._allowed(here):
             return False
+        if isinstance(here.operator, JointOperator):
+            followed = self._follow_changes(here, here.operator)
+            if followed is not None:
+                return followed
         want, ahead = self._adjoint_aim(here), True
         for _ in range(_MOST_ROUNDS):
             left = here.left
@@ -244,6 +283,43 @@ class Search:
                     return here.left > 1.01 * want
                 ahead = False
         return True
+
+    def _follow_changes(self, here: _Here, operator: JointOperator) -> Status | bool | None:
+        """Go on with the adjoint product by product, as long as ĝ changes by more than its share; None where rounding ends that.
+
+        A product more tells what ĝ is for the best q on the span of them all, and no pass is needed to verify it. The last
+        changes are what is left, up to a small factor (Golub & Strakoš, "Estimates in quadratic formulas", 1994).
+        """
+        first, digits = not self.known.pull, torch.finfo(here.x.dtype).eps
+        ended: Status | bool | None = None
+        for _ in range(max(100, 2 * operator.size)):
+            if here.left == 0 or self._followed_enough(here, first=first):
+                ended = False
+                break
+            outcome = self._linear(here, here.rho, digits, most=1)
+            self.linear_steps = self.linear_steps + outcome.iterations.cpu()
+            ended = _worst(outcome.status)
+            if ended is not None:
+                break
+            if (
+                not first
+            ):  # of the inner solver's differences alone, a preconditioner that changes on the way makes less
+                operator.tell(self.known.secants)
+            step, rest, pulled = operator.solve_on_span(here.rho)
+            gained = float(torch.linalg.vecdot(step, here.rho).sum())
+            if not gained > (digits**2) * float(torch.linalg.vecdot(here.q, here.v).sum().abs()):
+                break
+            here.q, here.rho, here.pulled = here.q + step, rest, here.pulled + pulled
+            here.changes.append(float(pulled.norm()))
+            self._see_pull(here)
+        operator.tell(self.known.secants)
+        return ended
+
+    def _followed_enough(self, here: _Here, *, first: bool) -> bool:
+        if first:
+            small = len(here.changes) > 2 and max(here.changes[-2:]) <= _FIRST_FOLLOWED * float(here.gradient.norm())
+            return small and here.left <= _FIRST_FOLLOWED * float(here.v.norm())
+        return self._linear_share(here) <= self._linear_allowed(here)
 
     def _refine(self, here: _Here) -> _Here | Status:
         """Return the next φ, by a step of Newton's method solved for as far as it should be, or by the inner solver."""
@@ -269,7 +345,7 @@ class Search:
             # At the end of the dtype's digits, or too far away for Newton's method.
             if bool((here.residual.norm(dim=-1) <= 4 * rounding(self.lower, here.x, here.residual)).all()):
                 return Status.STAGNATED
-            moved = self._descend(here.x)
+            moved, _ = self._descend(here.x)
             there = self._follow(here, moved)
             if not there.size <= _PROGRESS * size:
                 return Status.STAGNATED
@@ -279,12 +355,16 @@ class Search:
         self.known.value_bend = max(self.known.value_bend, change / (self.known.nu * size) ** 2)
         return there
 
-    def _linear(self, here: _Here, rhs: torch.Tensor, reduction: float) -> LinearOutcome:
-        solver = self.choose(here.operator)
-        if isinstance(solver, CG) and solver.preconditioner is None:
-            solver = replace(solver, preconditioner=self.known.secants)
-        assert isinstance(here.operator, RecordedOperator)
-        known, rest = here.operator.on_span(rhs) if isinstance(solver, CG) else (torch.zeros_like(rhs), rhs)
+    def _linear(self, here: _Here, rhs: torch.Tensor, reduction: float, most: int | None = None) -> LinearOutcome:
+        """Solve H x = ``rhs`` to ``reduction`` of it, or by the ``most`` steps of conjugate gradients, conjugate to all before."""
+        solver, recorded, secants = self.choose(here.operator), here.operator, self.known.secants
+        assert isinstance(recorded, RecordedOperator)
+        if isinstance(solver, CG):
+            solver = solver if most is None else replace(solver, max_steps=most)
+            if solver.preconditioner is None:
+                guided = secants if most is None else (lambda r: recorded.conjugate(secants(r)))
+                solver = replace(solver, preconditioner=guided)
+        known, rest = recorded.on_span(rhs) if isinstance(solver, CG) else (torch.zeros_like(rhs), rhs)
         size, left = float(rhs.norm()), float(rest.norm())
         relative = (
             1.0 if left <= reduction * size else max(min(reduction * size / left, 0.9), torch.finfo(rhs.dtype).eps)
@@ -292,7 +372,8 @@ class Search:
         # Of q the joint pass tells the true residual, and of s the gradient at the next φ.
         outcome = solve_linear(solver, here.operator, rest, Target(relative=relative, asked=True), verify=False)
         outcome = replace(outcome, x=known + outcome.x)
-        here.operator.tell(self.known.secants)
+        if most is None:
+            recorded.tell(self.known.secants)
         if size > 0:
             self.known.nu = max(self.known.nu, float(outcome.x.norm()) / size, self.known.secants.softest)
         return outcome
@@ -315,7 +396,14 @@ class Search:
 
     def _linear_share(self, here: _Here) -> float:
         known = self.known
-        return self._caution(here, known.pulls) * known.linear_doubt * known.pull * known.nu * here.left
+        norms = known.pull * known.nu
+        share = self._caution(here, known.pulls) * norms * here.left
+        if len(here.changes) > 1:
+            caution = self._caution(here, here.direct.numel() * len(here.changes))
+            slack = norms * (_CHANCE * here.left + 4 * torch.finfo(here.x.dtype).eps * float(here.v.norm()))
+            # Of a problem whose products are exhausted the last changes say nothing, and the residual all.
+            share = min(share, caution * max(here.changes[-_LAST:]) + slack)
+        return known.linear_doubt * share
 
     def _allowed(self, here: _Here) -> float:
         return self.tolerance.allowed(float(here.gradient.norm()))
@@ -329,9 +417,11 @@ class Search:
         share = self._linear_share(here)
         if not share > 0:
             return _FIRST_ADJOINT * float(here.v.norm())
+        return here.left * self._linear_allowed(here) / share
+
+    def _linear_allowed(self, here: _Here) -> float:
         allowed, inner = self._allowed(here), self._inner_share(here)
-        aim = max(0.5 * _MARGIN * allowed, _MARGIN * (allowed - inner), 0.3 * inner)
-        return here.left * aim / share
+        return max(0.5 * _MARGIN * allowed, _MARGIN * (allowed - inner), 0.3 * inner)
 
     def _inner_aim(self, here: _Here) -> float:
         """Return the ‖∇G‖ that a step is to lead to."""
@@ -340,7 +430,9 @@ class Search:
         aim = size * 0.5 * _MARGIN * self._allowed(here) / share if share > 0 else size
         # What G bends off its quadratic model along the step is left in any case.
         bend = known.curvature * (known.nu * size) ** 2
-        floor = (_MOST_REDUCTION if known.slope else _FIRST_REDUCTION) * size
+        # Where the adjoint that follows a step is ended to the product, a step that was too short costs less.
+        first = _FIRST_FOLLOWED_REDUCTION if isinstance(here.operator, JointOperator) else _FIRST_REDUCTION
+        floor = _MOST_REDUCTION * size if known.slope else first * self.first
         return min(max(aim, bend, floor), 0.3 * size)
 
     def _judge(self, here: _Here) -> Bound:
@@ -368,7 +460,9 @@ class Search:
         if not length > 0:
             return
         self._solve_adjoint(there)
-        self._measure(here, there, length)
+        # By a step in the last half of the digits the rest of the adjoint's error changes ĝ more than the step does: look aside for that.
+        if length > torch.finfo(here.x.dtype).eps ** 0.5 * (1 + float(here.x.norm())) or self._seen(here):
+            self._measure(here, there, length)
 
     def _seen(self, here: _Here) -> bool:
         """Whether it is known what ∇G's norm does to ĝ."""

@@ -3,7 +3,8 @@
 Every product y = H s that conjugate gradients ask for, and every difference y of gradients across a step s of an inner solver,
 is a pair of which H⁻¹ y = s is known. The two-loop recursion over such pairs is a symmetric positive definite approximation
 of H⁻¹ that costs no product. Where H is constant and the pairs are conjugate it inverts H on their span exactly, so that
-a second right-hand side is solved there at once.
+a second right-hand side is solved there at once. Pairs of a constant H need not be conjugate for that: least squares over all of them
+do it too. Whether H is constant the pairs tell themselves, as then sᵢᵀyⱼ = sⱼᵀyᵢ.
 
 References
 ----------
@@ -14,6 +15,7 @@ in the adjoint's system, Ramzi et al., "SHINE: sharing the inverse estimate from
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -21,10 +23,14 @@ import torch
 from bilevel._problem import Problem
 from bilevel.operators import LinearOperator
 
-__all__ = ["RecordedOperator", "Secants", "WatchedProblem"]
+__all__ = ["JointOperator", "RecordedOperator", "Secants", "WatchedProblem"]
 
 _MOST_PAIRS = 40
 _MOST_BYTES = 2**28
+# Least squares over m pairs of size n cost some m² n operations: below a few products of a problem of that size.
+_MOST_WORK = 2e7
+# How many times the relative asymmetry of SᵀY a combination of steps has to stand out of it to be trusted.
+_MARGIN = 10.0
 
 
 class Secants:
@@ -56,7 +62,30 @@ class Secants:
         """Return M⁻¹ r, zero for problems without a pair: a step worth taking where a pass comes anyway that tells what it was worth."""
         if self.scale is None:
             return torch.zeros_like(r)
-        return torch.where((self.scale > 0).unsqueeze(-1), self(r), torch.zeros_like(r))
+        known, rest = self.fit(r)
+        return known + torch.where((self.scale > 0).unsqueeze(-1), self(rest), torch.zeros_like(r))
+
+    def fit(self, r: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the s in the span of the steps for which ‖r − y‖ is least, y being the same combination of theirs, and r − y (K, n).
+
+        Pairs of an H that changed on the way contradict each other by some SᵀY − YᵀS; combinations of them that nearly cancel are left out,
+        as what is left there is that change and not H. So it is exact for quadratic objectives, and little more than zero far from one.
+        """
+        most = int((_MOST_WORK / max(1, r.numel())) ** 0.5)
+        pairs = list(self.pairs)[-most:] if most else []
+        if not pairs:
+            return torch.zeros_like(r), r
+        S, Y = (
+            torch.stack(vectors, dim=-1) for vectors in zip(*((s, y) for s, y, _ in pairs), strict=True)
+        )  # (K, n, m)
+        energy = S.mT @ Y
+        weight = _inverse_root(energy.diagonal(dim1=-2, dim2=-1))
+        doubt = ((energy - energy.mT) * weight.unsqueeze(-1) * weight.unsqueeze(-2)).abs().amax(dim=(-2, -1))
+        scale = _inverse_root(torch.linalg.vecdot(Y, Y, dim=-2))
+        Q, R = torch.linalg.qr(Y * scale.unsqueeze(-2))
+        least = (_MARGIN * doubt.nan_to_num(nan=1.0)).clamp(min=torch.finfo(r.dtype).eps ** 0.5)
+        shares = scale.unsqueeze(-1) * (torch.linalg.pinv(R, rtol=least) @ (Q.mT @ r.unsqueeze(-1)))
+        return (S @ shares).squeeze(-1), r - (Y @ shares).squeeze(-1)
 
     def __call__(self, r: torch.Tensor) -> torch.Tensor:
         """Return M⁻¹ r for r (K, n): 4 n operations for each pair."""
@@ -91,11 +120,14 @@ class RecordedOperator(LinearOperator):
     def matvec(self, v: torch.Tensor) -> torch.Tensor:
         """Return H v."""
         product = self._operator.matvec(v)
+        self._keep(v, product)
+        return product
+
+    def _keep(self, v: torch.Tensor, product: torch.Tensor) -> None:
         self._made.append((v.detach().clone(), product))
         dropped = max(0, len(self._made) - _MOST_PAIRS)
         del self._made[:dropped]
         self._told = max(0, self._told - dropped)
-        return product
 
     rmatvec = matvec
 
@@ -112,16 +144,69 @@ class RecordedOperator(LinearOperator):
         """
         if not self._made:
             return torch.zeros_like(b), b
+        V, W = self._vectors()
+        shares = self._shares(V @ b.unsqueeze(-1))
+        return (shares @ V).squeeze(-2), b - (shares @ W).squeeze(-2)
+
+    def conjugate(self, p: torch.Tensor) -> torch.Tensor:
+        """Return p less what makes pᵀH v ≠ 0 with a vector v multiplied so far (K, n): no product."""
+        if not self._made:
+            return p
+        V, W = self._vectors()
+        return p - (self._shares(W @ p.unsqueeze(-1)) @ V).squeeze(-2)
+
+    def _vectors(self) -> tuple[torch.Tensor, torch.Tensor]:
         V, W = (torch.stack(vectors, dim=1) for vectors in zip(*self._made, strict=True))  # (K, m, n)
+        return V, W
+
+    def _shares(self, right: torch.Tensor) -> torch.Tensor:
+        """Return (VᵀHV)⁻¹ ``right`` (K, m, 1) as (K, 1, m), V being the vectors."""
+        V, W = self._vectors()
         gram = V @ W.mT
-        length = gram.diagonal(dim1=-2, dim2=-1)
-        scale = torch.where(length > 0, length.rsqrt(), torch.zeros_like(length)).unsqueeze(-1)
+        scale = _inverse_root(gram.diagonal(dim1=-2, dim2=-1)).unsqueeze(-1)
         gram = 0.5 * scale * (gram + gram.mT) * scale.mT
         if not bool(torch.isfinite(gram).all()):
-            return torch.zeros_like(b), b
-        inverse = torch.linalg.pinv(gram, hermitian=True, rtol=torch.finfo(b.dtype).eps ** 0.5)
-        shares = (scale * (inverse @ (scale * (V @ b.unsqueeze(-1))))).mT  # (K, 1, m)
-        return (shares @ V).squeeze(-2), b - (shares @ W).squeeze(-2)
+            return torch.zeros_like(right.mT)
+        inverse = torch.linalg.pinv(gram, hermitian=True, rtol=torch.finfo(right.dtype).eps ** 0.5)
+        return (scale * (inverse @ (scale * right))).mT
+
+
+class JointOperator(RecordedOperator):
+    """The Hessian of one problem that makes Bᵀv (p,) beside each product H v, which is one pass, and keeps both.
+
+    Parameters
+    ----------
+    operator
+        H.
+    joint
+        v ↦ (H v, Bᵀv).
+    """
+
+    def __init__(
+        self, operator: LinearOperator, joint: Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
+    ) -> None:
+        super().__init__(operator)
+        self._joint = joint
+        self._pulled: list[torch.Tensor] = []
+
+    def matvec(self, v: torch.Tensor) -> torch.Tensor:
+        """Return H v."""
+        product, pulled = self._joint(v)
+        self._keep(v, product)
+        self._pulled = [*self._pulled, pulled][-_MOST_PAIRS:]
+        return product
+
+    rmatvec = matvec
+
+    def solve_on_span(self, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Return x and b − H x (1, n) of :meth:`on_span`, and Bᵀx (p,), of products made: no pass."""
+        V, W = self._vectors()
+        shares = self._shares(V @ b.unsqueeze(-1))
+        return (shares @ V).squeeze(-2), b - (shares @ W).squeeze(-2), shares[0, 0] @ torch.stack(self._pulled)
+
+
+def _inverse_root(t: torch.Tensor) -> torch.Tensor:
+    return torch.where(t > 0, t.rsqrt(), torch.zeros_like(t))
 
 
 @dataclass(frozen=True, eq=False)

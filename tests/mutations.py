@@ -292,8 +292,33 @@ MUTATIONS = (
         ("tests/test_goal.py", "-k", "estimated_goal"),
     ),
     Mutation(
-        "a goal's span solved for with another residual", "_secants.py", "b - (shares @ W)", "b - 0.9 * (shares @ W)",
+        "a goal's span solved for with another residual", "_secants.py",
+        "b - (shares @ W).squeeze(-2)\n", "b - 0.9 * (shares @ W).squeeze(-2)\n",
         ("tests/test_goal.py", "-k", "secants"),
+    ),
+    Mutation(
+        "a goal's pairs fitted though they contradict each other", "_secants.py",
+        "least = (_MARGIN * doubt.nan_to_num(nan=1.0))", "least = (0 * doubt)", ("tests/test_goal.py", "-k", "contradicting"),
+    ),
+    Mutation(
+        "a goal's directions not conjugate", "_secants.py",
+        "return p - (self._shares", "return p - 0.5 * (self._shares", ("tests/test_goal.py", "-k", "pullbacks"),
+    ),
+    Mutation(
+        "a goal's pullbacks of other products than are kept", "_secants.py",
+        "[*self._pulled, pulled][-_MOST_PAIRS:]", "[pulled, *self._pulled][-_MOST_PAIRS:]", ("tests/test_goal.py", "-k", "pullbacks"),
+    ),
+    Mutation(
+        "a goal met on changes that vanish by chance", "_goal.py",
+        "(_CHANCE * here.left", "(0 * here.left", ("tests/test_goal.py", "-k", "bound_by_norms"),
+    ),
+    Mutation(
+        "a goal's slopes measured in the last digits", "_goal.py",
+        "        if length > torch.finfo(", "        if length > 0 * torch.finfo(", ("tests/test_goal.py", "-k", "stretch"),
+    ),
+    Mutation(
+        "a goal that keeps a bad step beyond the inner solver's", "_goal.py",
+        "        if not here.size <= size:\n", "        if False:\n", ("tests/test_goal.py", "-k", "beyond"),
     ),
     Mutation(
         "a goal that trusts any guess", "_goal.py", "                ahead = False\n", "                return here.left > 1.01 * want\n",

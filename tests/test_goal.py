@@ -6,6 +6,7 @@ import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,7 +14,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import bilevel
-from bilevel._secants import RecordedOperator, Secants
+import bilevel._goal
+from bilevel._knowledge import Knowledge
+from bilevel._secants import JointOperator, RecordedOperator, Secants
 from bilevel.operators import DenseOperator
 
 from . import oracles
@@ -426,6 +429,149 @@ def test_secants_invert_a_matrix_on_the_span_of_its_products() -> None:
     before = len(secants.pairs)
     secants.add(rhs, -rhs)  # negative curvature is no secant of a positive definite matrix
     assert len(secants.pairs) == before
+
+
+def test_pairs_of_one_matrix_serve_any_right_hand_side_and_contradicting_pairs_none() -> None:
+    generator = torch.Generator().manual_seed(1)
+    root = torch.randn(2, 8, 8, generator=generator, dtype=F64)
+    matrix = root @ root.mT + torch.eye(8, dtype=F64)
+    steps, rhs = torch.randn(5, 2, 8, generator=generator, dtype=F64), torch.randn(2, 8, generator=generator, dtype=F64)
+    exact, bent = Secants(), Secants()
+    for number, step in enumerate(steps):
+        exact.add(step, torch.einsum("kij,kj->ki", matrix, step))
+        bent.add(step, (1.0 + number) * torch.einsum("kij,kj->ki", matrix, step))
+    step, rest = exact.fit(rhs)
+    torch.testing.assert_close(rest, rhs - torch.einsum("kij,kj->ki", matrix, step), atol=1e-9, rtol=1e-9)
+    images = torch.einsum("kij,vkj->kiv", matrix, steps)
+    least = torch.linalg.lstsq(images, rhs.unsqueeze(-1)).solution
+    torch.testing.assert_close(rest, rhs - (images @ least).squeeze(-1), atol=1e-8, rtol=1e-8)
+    assert bool((bent.fit(rhs)[0] == 0).all())
+    unknown, whole = Secants().fit(rhs)
+    assert bool((unknown == 0).all()) and torch.equal(whole, rhs)
+
+
+def test_products_that_come_with_pullbacks_give_both_on_their_span() -> None:
+    generator = torch.Generator().manual_seed(2)
+    root, cross = (torch.randn(shape, generator=generator, dtype=F64) for shape in ((8, 8), (8, 2)))
+    matrix, rhs = root @ root.T + torch.eye(8, dtype=F64), torch.randn(1, 8, generator=generator, dtype=F64)
+    operator = JointOperator(DenseOperator(matrix[None], symmetric=True), lambda v: (v @ matrix, (v @ cross)[0]))
+    for vector in torch.randn(45, 1, 8, generator=generator, dtype=F64):  # more than are kept
+        operator.matvec(vector)
+    x, rest, pulled = operator.solve_on_span(rhs)
+    torch.testing.assert_close(x, torch.linalg.solve(matrix, rhs[0])[None], atol=1e-8, rtol=1e-8)
+    torch.testing.assert_close(pulled, x[0] @ cross, atol=1e-8, rtol=1e-8)
+    torch.testing.assert_close(rest, rhs - x @ matrix, atol=1e-8, rtol=1e-8)
+    few = JointOperator(DenseOperator(matrix[None], symmetric=True), lambda v: (v @ matrix, (v @ cross)[0]))
+    first = few.conjugate(rhs)
+    few.matvec(first)
+    assert torch.equal(first, rhs)
+    assert abs(float((few.conjugate(x) @ matrix @ rhs[0])[0])) < 1e-9 * float((x @ matrix @ rhs[0])[0].abs() + 1)
+
+
+def one_strength(n: int = 30) -> tuple[torch.Tensor, tuple[torch.Tensor, ...], torch.Tensor]:
+    """Return θ, a single number, with data whose columns are of many scales, and a start."""
+    (X, y, Xv, yv), scale = split(9, n=n), torch.logspace(0, -1, n, dtype=F64)
+    return torch.tensor(-2.0, dtype=F64), (X * scale, y, Xv * scale, yv), torch.zeros(n, dtype=F64)
+
+
+@pytest.mark.parametrize("kind", [Ridge, Classifier])
+def test_one_outer_variable_takes_fewer_passes_where_it_is_followed(kind: type[Ridge], monkeypatch) -> None:
+    outer, data, start = one_strength()
+    true, counts = exact(kind(), outer, data), []
+    for few in (bilevel._goal._FEW, 0):
+        monkeypatch.setattr(bilevel._goal, "_FEW", few)
+        with passes() as counted:
+            for wanted in (1e-1, 1e-2, 1e-4):
+                problem = kind(**ITERATIVE, tolerance=asked(wanted, estimates=True))
+                result = problem.hypergradient(outer, data, init=start)
+                assert float((result.grad - true).abs()) <= wanted * float(true.abs())
+                q = result.adjoint
+                v = torch.func.grad(problem.outer_objective)(result.inner, outer, data)
+                rho = v - torch.func.hessian(problem.inner_objective)(result.inner, outer, data) @ q
+                assert float(result.report.backward.residual_norm) == pytest.approx(
+                    float(rho.norm()), rel=1e-6, abs=1e-12
+                )
+        counts.append(counted.count)
+    assert counts[0] < counts[1]
+
+
+def test_changes_that_vanish_for_a_while_do_not_end_a_goal() -> None:
+    # θ acts at one end of a chain and F looks at the other: the first products of the adjoint's solve do not reach θ at all.
+    n = 24
+
+    class Chain(bilevel.BilevelProblem):
+        def inner_objective(self, inner, outer, data):
+            return 0.5 * (inner.diff() ** 2).sum() + 0.05 * (inner**2).sum() - outer[0] * inner[-1] - 0.1 * inner.sum()
+
+        def outer_objective(self, inner, outer, data):
+            return 0.5 * (inner[0] - 3) ** 2 + 0.01 * outer[0] ** 2
+
+    outer, start = torch.tensor([1.5], dtype=F64), torch.zeros(n, dtype=F64)
+    free = outer.clone().requires_grad_(True)
+    matrix = torch.func.hessian(lambda x: Chain().inner_objective(x, outer, None))(start)
+    unit = torch.eye(n, dtype=F64)[-1]
+    inner = torch.linalg.solve(matrix, free[0] * unit + 0.1)
+    (g,) = torch.autograd.grad(Chain().outer_objective(inner, free, None), free)
+    for wanted in (1e-1, 1e-3):
+        problem = Chain(**ITERATIVE, tolerance=asked(wanted, estimates=True))
+        error = problem.hypergradient(outer, None, init=start).grad - g
+        assert float(error.norm()) <= wanted * float(g.norm())
+
+
+def test_an_estimate_from_changes_keeps_a_part_of_the_bound_by_norms() -> None:
+    known = Knowledge(nu=2.0, pull=3.0, pulls=1)
+    search = SimpleNamespace(known=known, _caution=lambda here, numbers: 100.0 if numbers == 1 else 1.5)
+    here = SimpleNamespace(x=START, v=START, direct=torch.zeros(1, dtype=F64), left=0.1, changes=[5.0, 0.0, 0.0, 0.0])
+    vanished = bilevel._goal.Search._linear_share(search, here)
+    assert 0.1 * known.nu * known.pull * here.left < vanished < known.nu * known.pull * here.left
+    here.changes = [0.0, 4.0, 0.0]
+    assert bilevel._goal.Search._linear_share(search, here) == pytest.approx(vanished + 1.5 * 4.0)
+    here.left = 0.0  # nothing is left to change
+    assert bilevel._goal.Search._linear_share(search, here) == 0.0
+
+
+def test_the_step_beyond_the_inner_solver_saves_passes_and_a_bad_one_costs_no_accuracy(monkeypatch) -> None:
+    (X, y, Xv, yv), outer = split(7, n=30), torch.linspace(-1, 1, 30, dtype=F64)
+    scale, start = torch.logspace(0, -1, 30, dtype=F64), torch.zeros(30, dtype=F64)
+    data = (X * scale, y, Xv * scale, yv)
+    lr = 0.9 / float(torch.linalg.matrix_norm(data[0], 2) ** 2 + outer.exp().max())
+    true, counts, sizes = exact(Ridge(), outer, data), [], []
+    plain, descended = Secants.fit, bilevel._goal.Search._begin
+
+    def begun(self, x, q):
+        here = descended(self, x, q)
+        sizes.append(here.size / self.first)
+        return here
+
+    monkeypatch.setattr(bilevel._goal.Search, "_begin", begun)
+    for fit in (plain, lambda self, r: (torch.zeros_like(r), r), lambda self, r: (1e3 * r, 0 * r)):
+        monkeypatch.setattr(Secants, "fit", fit)
+        problem = Ridge(
+            solver=bilevel.GradientDescent(lr, 20_000),
+            linear_solver=bilevel.CG(),
+            tolerance=asked(1e-2, estimates=True),
+        )
+        with passes() as counted:
+            error = (problem.hypergradient(outer, data, init=start).grad - true).norm()
+        assert float(error) <= 1e-2 * float(true.norm())
+        counts.append(counted.count)
+    assert counts[0] < counts[1] and sizes[0] < 0.5 and sizes[1:] == [1.0, 1.0]
+
+
+@pytest.mark.parametrize("wanted", [1e-5, 1e-8])
+def test_a_stretch_that_determines_a_small_problem_meets_goals(wanted: float) -> None:
+    # Six gradients of a quadratic in five unknowns lead to its last digits, where no step shows what ĝ makes of it.
+    for seed in range(6):
+        data, outer = split(seed, n=5), torch.tensor(-1.0 - seed, dtype=F64)
+        lr = 0.4 / float(torch.linalg.matrix_norm(data[0], 2) ** 2 + 1)
+        problem = Ridge(
+            solver=bilevel.GradientDescent(lr, 20_000),
+            linear_solver=bilevel.CG(),
+            tolerance=asked(wanted, estimates=True),
+        )
+        found = problem.hypergradient(outer, data, init=torch.zeros(5, dtype=F64)).grad
+        true = exact(problem, outer, data)
+        assert float((found - true).abs()) <= wanted * float(true.abs())
 
 
 @pytest.mark.parametrize("wanted", [1e-1, 1e-4])

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import bilevel
+from bilevel._secants import Secants
 from bilevel.outer.methods import Evaluation
 from bilevel.outer.trail import Trail, combination
 
@@ -80,7 +81,9 @@ def test_it_finds_the_minimum(optimizer: object, tolerance: object) -> None:
     assert "hypergradient's norm" in str(result) and result.status.success
 
 
-def test_a_gradient_that_counts_as_zero_is_not_resolved() -> None:
+def test_a_gradient_that_counts_as_zero_is_not_resolved(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Two gradients determine a quadratic in two unknowns; without the step that they point to there is work left to be spared.
+    monkeypatch.setattr(Secants, "fit", lambda self, r: (torch.zeros_like(r), r))
     near = {"log": BEST + 1e-6, "name": ""}
     spent = []
     for stationary in (None, 1e-2):

@@ -301,9 +301,8 @@ class Search:
             ended = _worst(outcome.status)
             if ended is not None:
                 break
-            if (
-                not first
-            ):  # of the inner solver's differences alone, a preconditioner that changes on the way makes less
+            # The first time, of the inner solver's differences, a preconditioner that changes on the way makes less.
+            if not first:
                 operator.tell(self.known.secants)
             step, rest, pulled = operator.solve_on_span(here.rho)
             gained = float(torch.linalg.vecdot(step, here.rho).sum())
@@ -528,14 +527,7 @@ class Search:
 
     def _joint(self, linear: Linearization, q: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Return H q (K, n) and the sum of the problems' Bᵀq (p,): one pass."""
-        operator = linear.operator
-        assert isinstance(operator, HessianOperator)
-        leaves = [leaf for leaf in linear.leaves if leaf.requires_grad]
-        if not linear.residual.requires_grad:
-            return torch.zeros_like(q), self._flat(linear.pullback(q))
-        product, *parts = torch.autograd.grad(
-            linear.residual, [operator.point, *leaves], q, retain_graph=True, allow_unused=True, materialize_grads=True
-        )
+        product, parts = linear.pull(q)
         return product, self._flat(parts)
 
     def _flat(self, parts: Sequence[torch.Tensor | None]) -> torch.Tensor:

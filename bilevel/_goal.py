@@ -3,8 +3,8 @@
 One round, at φ with an adjoint q from the round before:
 
 1. linearise at φ; one joint pass gives H q and Bᵀq, and so the residual ρ = ∇F − H q and ĝ;
-2. if ρ accounts for more than its share of the error, solve H d = ρ as far as it should go, q ← q + d, and a joint pass again. Where θ is
-   few numbers every product of that solve is a joint pass, ĝ is known after each, and it ends on the changes of ĝ;
+2. if ρ accounts for more than its share of the error, solve H d = ρ as far as it should go, q ← q + d, and a joint pass again. Where G is
+   quadratic and θ few numbers every product of that solve is a joint pass, ĝ is known after each, and it ends on the changes of ĝ;
 3. stop if ‖ĝ − g‖ is small enough; else solve H s = ∇G, as far as it should go, and φ ← φ − s.
 
 The inner solver makes the first stretch alone, to where Newton's method can take over; from there the linear solver does both solves,
@@ -232,9 +232,13 @@ class Search:
         )  # fmt: skip
 
     def _recorded(self, linear: Linearization, outer: int) -> RecordedOperator:
-        """Return H, which makes Bᵀp too beside its products where θ is ``outer`` numbers, and they are few."""
+        """Return H, which makes Bᵀp too beside its products where θ is ``outer`` numbers, and they are few, and H looks constant.
+
+        What a single step shows of an H that changes is too little for the lesser caution that goes with it.
+        """
         few = (
-            outer <= min(_FEW, linear.operator.size // 4)
+            self.known.secants.constant
+            and outer <= min(_FEW, linear.operator.size // 4)
             and linear.operator.batch == 1
             and isinstance(self.choose(linear.operator), CG)
         )

@@ -31,6 +31,8 @@ _MOST_BYTES = 2**28
 _MOST_WORK = 2e7
 # How many times the relative asymmetry of SᵀY a combination of steps has to stand out of it to be trusted.
 _MARGIN = 10.0
+# From how many pairs on their asymmetry tells whether H is constant.
+_FEWEST_TO_TELL = 3
 
 
 class Secants:
@@ -39,6 +41,7 @@ class Secants:
     def __init__(self, most: int = _MOST_PAIRS) -> None:
         self.pairs: deque[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = deque(maxlen=most)
         self.scale: torch.Tensor | None = None  # sᵀy / yᵀy of the newest pair (K,), 0 before the first
+        self.constant = False  # whether the pairs of the latest fit agree that H does not change
         self.softest = 0.0  # the largest ‖s‖² / sᵀy since it was last set to zero: at most ‖H⁻¹‖
 
     def add(self, s: torch.Tensor, y: torch.Tensor) -> None:
@@ -83,6 +86,8 @@ class Secants:
         doubt = ((energy - energy.mT) * weight.unsqueeze(-1) * weight.unsqueeze(-2)).abs().amax(dim=(-2, -1))
         scale = _inverse_root(torch.linalg.vecdot(Y, Y, dim=-2))
         Q, R = torch.linalg.qr(Y * scale.unsqueeze(-2))
+        few = len(pairs) < _FEWEST_TO_TELL
+        self.constant = not few and bool((doubt <= torch.finfo(r.dtype).eps ** 0.25).all())
         least = (_MARGIN * doubt.nan_to_num(nan=1.0)).clamp(min=torch.finfo(r.dtype).eps ** 0.5)
         shares = scale.unsqueeze(-1) * (torch.linalg.pinv(R, rtol=least) @ (Q.mT @ r.unsqueeze(-1)))
         return (S @ shares).squeeze(-1), r - (Y @ shares).squeeze(-1)

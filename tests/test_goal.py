@@ -492,7 +492,8 @@ def test_one_outer_variable_takes_fewer_passes_where_it_is_followed(kind: type[R
                     float(rho.norm()), rel=1e-6, abs=1e-12
                 )
         counts.append(counted.count)
-    assert counts[0] < counts[1]
+    # Of a Hessian that changes, what a step shows is too little for the lesser caution of following.
+    assert counts[0] < counts[1] if kind is Ridge else counts[0] == counts[1]
 
 
 def test_changes_that_vanish_for_a_while_do_not_end_a_goal() -> None:

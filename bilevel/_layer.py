@@ -233,6 +233,11 @@ class Layer:
                 got = f"{tensor.dtype}" if tensor.is_complex() else f"{tensor.device}"
                 wanted = "a real tensor" if tensor.is_complex() else f"a tensor on init's device, {raveler.device}"
                 raise DtypeError(f"{self.where}: expected {wanted} at {name}, got {got}; convert it or move init")
+            if tensor.layout not in (torch.strided, torch.sparse_coo):
+                raise DtypeError(
+                    f"{self.where}: expected a dense tensor or a sparse one of coordinates at {name}, as torch.func takes no other, got "
+                    f"{str(tensor.layout).removeprefix('torch.')}; convert it with .to_sparse_coo() or .to_dense()"
+                )
         precision = autocast_to(raveler.device)
         where = self.where
         if precision is not None:

@@ -57,6 +57,11 @@ class Raveler:
                     f"{where}: expected {name} to be a floating-point tensor, got {str(leaf.dtype).removeprefix('torch.')}; "
                     "convert it with .to(torch.float64) or .float()"
                 )
+            if leaf.layout is not torch.strided:
+                raise DtypeError(
+                    f"{where}: expected {name} to be a dense tensor, got {str(leaf.layout).removeprefix('torch.')}; make it one with "
+                    ".to_dense()"
+                )
         leaves = [leaf for _, leaf in paths]
         device = leaves[0].device
         for path, leaf in paths:

@@ -21,6 +21,7 @@ from torch.utils import _pytree as pytree
 
 from bilevel._norms import WrittenNorms
 from bilevel._products import QuickProducts
+from bilevel._repeatable import Repeatable
 from bilevel._transforms import autocasting
 from bilevel._tree import Arguments, Raveler, ravel_like, unravelled
 from bilevel.errors import (
@@ -102,7 +103,8 @@ class System(ABC):
     def call(self, flat: torch.Tensor, *tensors: torch.Tensor) -> Any:
         """Call the user's function for one problem, ``flat`` being (n,)."""
         args, kwargs = self.arguments.rebuild(tensors)
-        with autocasting(self.raveler.device, self.autocast), unravelled(self.raveler, flat) as unknown:
+        cast, rewritten = autocasting(self.raveler.device, self.autocast), Repeatable.around(self.function)
+        with cast, rewritten, unravelled(self.raveler, flat) as unknown:
             return self.function(unknown, *args, **kwargs)
 
     @abstractmethod

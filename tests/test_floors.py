@@ -31,6 +31,7 @@ GROUND = (
     "_transforms",
     "_norms",
     "_products",
+    "_repeatable",
     "_checks",
     "_version",
 )

@@ -269,7 +269,7 @@ class LinearSystem(RootSystem):
         nothing, Au, Av, both = (problem.residual(point) for point in (torch.zeros_like(x), u, v, 3 * u + v))
         size = torch.maximum(Au.norm(), Av.norm())
         # Half the digits of what the function computes in: rounding is far below, and what is not linear far above.
-        doubt = torch.finfo(self.autocast or x.dtype).eps ** 0.5
+        doubt = torch.finfo(self.autocast or self.raveler.coarsest).eps ** 0.5
         wrong = torch.maximum((both - 3 * Au - Av).norm(), nothing.norm())
         if bool(wrong > doubt * size):
             raise ArgumentError(

@@ -83,6 +83,11 @@ class Raveler:
         return sum(shape.numel() for shape in self.shapes)
 
     @cached_property
+    def coarsest(self) -> torch.dtype:
+        """The dtype of the leaf that holds the fewest digits: no solution is more accurate than what it is handed out in."""
+        return max(self.dtypes, key=lambda dtype: torch.finfo(dtype).eps)
+
+    @cached_property
     def is_tensor(self) -> bool:
         """Whether the unknown is one tensor and no container, which needs no tree to be walked."""
         return bool(self.structure.is_leaf())

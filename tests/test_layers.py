@@ -63,6 +63,21 @@ def test_leaves_of_different_dtypes_keep_them() -> None:
     torch.testing.assert_close(x[1], torch.tensor(2.0, dtype=F64))
 
 
+def test_unknowns_of_two_dtypes_are_differentiated_as_accurately_as_the_coarser_allows() -> None:
+    init = {"u": torch.zeros(2), "v": torch.zeros(3, dtype=F64)}
+    a = torch.tensor(0.37, dtype=F64, requires_grad=True)
+    layer = bilevel.argmin(lambda p, a: ((p["u"] - a) ** 2).sum() + ((p["v"] - a * p["u"].sum()) ** 2).sum())
+    x = layer(init, a)
+    (slope,) = torch.autograd.grad(x["u"].sum() + x["v"].sum(), a)
+    torch.testing.assert_close(slope, 2 + 12 * a.detach(), rtol=1e-5, atol=0)
+    linear = bilevel.linear_solve(lambda x, a: {"u": a * x["u"] + x["v"].sum(), "v": 2 * x["v"] + 0 * x["u"].sum()})
+    b = {"u": torch.ones(2), "v": torch.ones(3, dtype=F64)}
+    solved = linear(b, a)
+    torch.testing.assert_close(solved["u"], torch.full((2,), -0.5 / 0.37), rtol=1e-5, atol=0)
+    (slope,) = torch.autograd.grad(solved["u"].sum(), a)
+    torch.testing.assert_close(slope, 1 / a.detach() ** 2, rtol=1e-5, atol=0)
+
+
 @pytest.mark.filterwarnings("ignore:Sparse CSC tensor support is in beta")
 def test_sparse_tensors_of_coordinates_can_be_arguments() -> None:
     dense, y = torch.randn(6, 4, dtype=F64), torch.randn(6, dtype=F64)

@@ -110,7 +110,9 @@ class _Both:
 
 def _key(x: torch.Tensor, tensors: Tensors) -> tuple[Any, ...]:
     # Saved tensors come back as new objects over the same memory; who keeps a key holds them, so that none is reused.
-    return tuple((t.data_ptr(), t.shape, t.stride(), t._version) for t in (x, *tensors) if not t.is_inference())
+    # A tensor that no key tells apart, such as a sparse one, is left out, and a key that is short fits nothing.
+    known = (t for t in (x, *tensors) if t.layout is torch.strided and not t.is_inference())
+    return tuple((t.data_ptr(), t.shape, t.stride(), t._version) for t in known)
 
 
 @dataclass(frozen=True, eq=False)

@@ -12,6 +12,7 @@ import torch
 
 from bilevel._problem import Problem
 from bilevel._products import QuickProducts
+from bilevel._repeatable import Repeatable
 from bilevel._system import unconnected
 from bilevel.errors import CapturedTensorError, StochasticObjectiveError
 
@@ -83,6 +84,7 @@ def _probe(problem: Problem, x: torch.Tensor, *, captures: bool) -> tuple[torch.
         if not output.requires_grad and point.numel():
             raise unconnected(problem.system)
         QuickProducts.learn(problem.system.function, output)
+        Repeatable.learn(problem.system.function, output)
         if not point.numel():
             return output.detach(), point.detach()
         if captures and reaches_another_leaf(output, (point,)):

@@ -215,7 +215,7 @@ class Layer:
         spoiled = (
             self._check_edge(init, system, tensors) if watched or differentiating() or transforms_active() else False
         )
-        run = Run(self, system.where, watched)
+        run = Run(self, system.where, watched, raveler.coarsest)
         flat = raveler.ravel(init).detach()
         x = Solve.apply(Rule(system, run.solve, run.solve_linear, followed=watched), flat, *tensors)
         if spoiled or run.spoiled:
@@ -233,6 +233,11 @@ class Layer:
                 got = f"{tensor.dtype}" if tensor.is_complex() else f"{tensor.device}"
                 wanted = "a real tensor" if tensor.is_complex() else f"a tensor on init's device, {raveler.device}"
                 raise DtypeError(f"{self.where}: expected {wanted} at {name}, got {got}; convert it or move init")
+            if tensor.layout not in (torch.strided, torch.sparse_coo):
+                raise DtypeError(
+                    f"{self.where}: expected a dense tensor or a sparse one of coordinates at {name}, as torch.func takes no other, got "
+                    f"{str(tensor.layout).removeprefix('torch.')}; convert it with .to_sparse_coo() or .to_dense()"
+                )
         precision = autocast_to(raveler.device)
         where = self.where
         if precision is not None:
@@ -326,10 +331,11 @@ class Adjoint:
 class Run:
     """One call of a layer: solves, judges, reports and applies the policy, forward and in every derivative."""
 
-    def __init__(self, layer: Layer, where: str, watched: bool) -> None:
+    def __init__(self, layer: Layer, where: str, watched: bool, dtype: torch.dtype) -> None:
         self.layer = layer
         self.where = where
         self.watched = watched
+        self.dtype = dtype  # what accuracies are of that nobody asked for
         self.recordings = active_recordings()
         self.report: SolveReport | None = None
         self.spoiled = False
@@ -354,7 +360,7 @@ class Run:
         layer = self.layer
         self.inspect(problem, init)
         solver = layer.solver or default_solver(problem)
-        target = layer.tolerance.inner(init.dtype)
+        target = layer.tolerance.inner(self.dtype)
         outcome = solve_inner(solver, problem, init, target)
         axes = problem.system.batch_shape
         self.one_step = outcome.factor is not None and bool((outcome.iterations <= 1).all())
@@ -379,9 +385,9 @@ class Run:
         if self.factor is not None:
             lend(operator, self.factor, exact=self.one_step)
         kept = layer.adjoint if product is not None else None
-        target, direction = layer.tolerance.linear(rhs.dtype), Pass.BACKWARD
+        target, direction = layer.tolerance.linear(self.dtype), Pass.BACKWARD
         if self.report is None:  # a linear layer's own solve
-            target, direction = layer.tolerance.inner(rhs.dtype), Pass.FORWARD
+            target, direction = layer.tolerance.inner(self.dtype), Pass.FORWARD
         solver = layer.linear_solver or default_linear_solver(operator)
         reported = self.report is None or self.recordings or active_recordings() or (kept is not None and kept.warm)
         begun = None if kept is None else kept.start(rhs)

@@ -87,7 +87,7 @@ class LinearLayer(Layer):
         point = torch.zeros(raveler.size, dtype=raveler.dtype, device=raveler.device)
         start = raveler.unravel(point)
         spoiled = self._check_captures(start, system, tensors) if watched or transforms_active() else False
-        run = _Once(self, system.where, watched)
+        run = _Once(self, system.where, watched, raveler.coarsest)
         x = LinearSolve.apply(Rule(system, run.solve, run.solve_linear, run.look), False, flat, point, *tensors)
         if spoiled or run.spoiled:
             x = x * self._poison(start, system, tensors)

@@ -244,9 +244,7 @@ class Problem:
             eps = torch.finfo(t.dtype).eps
             return torch.where(up, t * (1 + eps), t * (1 - eps))
 
-        tensors = [
-            t if not t.dtype.is_floating_point or bool((t == t.round()).all()) else nudge(t) for t in self.tensors
-        ]
+        tensors = [_over_entries(nudge, t) if _is_fractional(t) else t for t in self.tensors]
         return Problem(self.system, tensors), [nudge(t) for t in more]
 
     def to(self, dtype: torch.dtype) -> Problem:
@@ -269,8 +267,12 @@ class Problem:
             shift = torch.rand((draws, *t.shape), generator=generator, dtype=torch.float64).to(t)
             return (t * (1 + unit * (2 * shift - 1))).float().double()
 
-        moves = [t.dtype.is_floating_point and not bool((t == t.round()).all()) for t in self.tensors]
-        tensors = [scatter(t) if move else t for t, move in zip(self.tensors, moves, strict=True)]
+        # Sparse tensors cannot be batched: all copies share what float32 holds of them.
+        moves = [t.layout is torch.strided and _is_fractional(t) for t in self.tensors]
+        tensors = [
+            scatter(t) if move else t.float().double() if _is_fractional(t) else t
+            for t, move in zip(self.tensors, moves, strict=True)
+        ]
         copies = [scatter(t).reshape(-1, t.shape[-1]) for t in more]
         return Problem(self.system.lift(draws, tuple(moves)), tensors), copies
 
@@ -303,3 +305,19 @@ class Problem:
 def _plain(tensor: torch.Tensor) -> torch.Tensor:
     # Tensors born under inference_mode cannot take part in autograd; a copy can.
     return tensor.clone() if tensor.is_inference() else tensor.detach()
+
+
+def _is_fractional(tensor: torch.Tensor) -> bool:
+    """Return whether some number of ``tensor`` is not whole."""
+    values = tensor.coalesce().values() if tensor.is_sparse else tensor
+    return tensor.dtype.is_floating_point and not bool((values == values.round()).all())
+
+
+def _over_entries(function: Callable[[torch.Tensor], torch.Tensor], tensor: torch.Tensor) -> torch.Tensor:
+    """Return ``function`` of ``tensor``, or of the entries that a sparse one has."""
+    if not tensor.is_sparse:
+        return function(tensor)
+    kept = tensor.coalesce()
+    return torch.sparse_coo_tensor(
+        kept.indices(), function(kept.values()), kept.shape, is_coalesced=True, check_invariants=False
+    )

@@ -22,6 +22,7 @@ from torch.utils import _pytree as pytree
 from bilevel._batch_norm import QuickNorms
 from bilevel._norms import WrittenNorms
 from bilevel._products import QuickProducts
+from bilevel._repeatable import Repeatable
 from bilevel._transforms import autocasting
 from bilevel._tree import Arguments, Raveler, ravel_like, unravelled
 from bilevel.errors import (
@@ -106,7 +107,8 @@ class System(ABC):
     def call(self, flat: torch.Tensor, *tensors: torch.Tensor) -> Any:
         """Call the user's function for one problem, ``flat`` being (n,)."""
         args, kwargs = self.arguments.rebuild(tensors)
-        with autocasting(self.raveler.device, self.autocast), unravelled(self.raveler, flat) as unknown, self.mode():
+        cast, rewritten = autocasting(self.raveler.device, self.autocast), Repeatable.around(self.function)
+        with cast, rewritten, self.mode(), unravelled(self.raveler, flat) as unknown:
             return self.function(unknown, *args, **kwargs)
 
     @abstractmethod
@@ -280,7 +282,7 @@ class LinearSystem(RootSystem):
         nothing, Au, Av, both = (problem.residual(point) for point in (torch.zeros_like(x), u, v, 3 * u + v))
         size = torch.maximum(Au.norm(), Av.norm())
         # Half the digits of what the function computes in: rounding is far below, and what is not linear far above.
-        doubt = torch.finfo(self.autocast or x.dtype).eps ** 0.5
+        doubt = torch.finfo(self.autocast or self.raveler.coarsest).eps ** 0.5
         wrong = torch.maximum((both - 3 * Au - Av).norm(), nothing.norm())
         if bool(wrong > doubt * size):
             raise ArgumentError(

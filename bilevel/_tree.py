@@ -57,6 +57,11 @@ class Raveler:
                     f"{where}: expected {name} to be a floating-point tensor, got {str(leaf.dtype).removeprefix('torch.')}; "
                     "convert it with .to(torch.float64) or .float()"
                 )
+            if leaf.layout is not torch.strided:
+                raise DtypeError(
+                    f"{where}: expected {name} to be a dense tensor, got {str(leaf.layout).removeprefix('torch.')}; make it one with "
+                    ".to_dense()"
+                )
         leaves = [leaf for _, leaf in paths]
         device = leaves[0].device
         for path, leaf in paths:
@@ -76,6 +81,11 @@ class Raveler:
     def size(self) -> int:
         """The length n of the flat vector."""
         return sum(shape.numel() for shape in self.shapes)
+
+    @cached_property
+    def coarsest(self) -> torch.dtype:
+        """The dtype of the leaf that holds the fewest digits: no solution is more accurate than what it is handed out in."""
+        return max(self.dtypes, key=lambda dtype: torch.finfo(dtype).eps)
 
     @cached_property
     def is_tensor(self) -> bool:

@@ -295,6 +295,7 @@ def linear_solve(
     >>> strength.grad  # x₁ = 3 (1 + s) / (1 + 3 s), of slope −6 / (1 + 3 s)²
     tensor(-0.3750, dtype=torch.float64)
     """
+    _refuse_goals(tolerance)
     make = functools.partial(
         LinearLayer, symmetric=symmetric, linear_solver=linear_solver, tolerance=tolerance, on_failure=on_failure
     )
@@ -309,12 +310,16 @@ def _layer(
     tolerance: Tolerance | None,
     on_failure: OnFailure,
 ) -> Layer | Decorator:
+    _refuse_goals(tolerance)
+    make = functools.partial(
+        Layer, kind, solver=solver, linear_solver=linear_solver, tolerance=tolerance, on_failure=on_failure
+    )
+    return make if function is None else make(function)
+
+
+def _refuse_goals(tolerance: Tolerance | None) -> None:
     if tolerance is not None and getattr(tolerance, "has_goal", False):
         raise ArgumentError(
             f"a layer: expected Tolerance(delta=..., delta_prime=...), got {tolerance!r}; a layer has no outer loss whose gradient "
             "that could speak of: write a bilevel.BilevelProblem"
         )
-    make = functools.partial(
-        Layer, kind, solver=solver, linear_solver=linear_solver, tolerance=tolerance, on_failure=on_failure
-    )
-    return make if function is None else make(function)

@@ -32,6 +32,7 @@ GROUND = (
     "_norms",
     "_batch_norm",
     "_products",
+    "_repeatable",
     "_checks",
     "_version",
 )

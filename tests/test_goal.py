@@ -348,6 +348,8 @@ def test_goals_are_refused_where_they_mean_nothing() -> None:
     goal = asked(1e-3, estimates=True)
     with pytest.raises(bilevel.ArgumentError, match="no outer loss"):
         bilevel.argmin(lambda x, a: ((x - a) ** 2).sum(), tolerance=goal)
+    with pytest.raises(bilevel.ArgumentError, match="no outer loss"):
+        bilevel.linear_solve(lambda x, a: a * x, tolerance=goal)
     learner = bilevel.IMAML(torch.nn.Linear(2, 1), torch.nn.functional.mse_loss, tolerance=goal)
     x, y = torch.randn(2, 4, 2), torch.randn(2, 4, 1)
     with pytest.raises(bilevel.ArgumentError, match="hypergradient\\(batch\\)"):

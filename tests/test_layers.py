@@ -64,6 +64,49 @@ def test_leaves_of_different_dtypes_keep_them() -> None:
     torch.testing.assert_close(x[1], torch.tensor(2.0, dtype=F64))
 
 
+def test_unknowns_of_two_dtypes_are_differentiated_as_accurately_as_the_coarser_allows() -> None:
+    init = {"u": torch.zeros(2), "v": torch.zeros(3, dtype=F64)}
+    a = torch.tensor(0.37, dtype=F64, requires_grad=True)
+    layer = bilevel.argmin(lambda p, a: ((p["u"] - a) ** 2).sum() + ((p["v"] - a * p["u"].sum()) ** 2).sum())
+    x = layer(init, a)
+    (slope,) = torch.autograd.grad(x["u"].sum() + x["v"].sum(), a)
+    torch.testing.assert_close(slope, 2 + 12 * a.detach(), rtol=1e-5, atol=0)
+    linear = bilevel.linear_solve(lambda x, a: {"u": a * x["u"] + x["v"].sum(), "v": 2 * x["v"] + 0 * x["u"].sum()})
+    b = {"u": torch.ones(2), "v": torch.ones(3, dtype=F64)}
+    solved = linear(b, a)
+    torch.testing.assert_close(solved["u"], torch.full((2,), -0.5 / 0.37), rtol=1e-5, atol=0)
+    (slope,) = torch.autograd.grad(solved["u"].sum(), a)
+    torch.testing.assert_close(slope, 1 / a.detach() ** 2, rtol=1e-5, atol=0)
+
+
+@pytest.mark.filterwarnings("ignore:Sparse CSC tensor support is in beta")
+def test_sparse_tensors_of_coordinates_can_be_arguments() -> None:
+    dense, y = torch.randn(6, 4, dtype=F64), torch.randn(6, dtype=F64)
+    X = dense.to_sparse().requires_grad_(True)
+    log_strength = torch.tensor(0.3, dtype=F64, requires_grad=True)
+
+    def ridge(w: torch.Tensor, X: torch.Tensor, y: torch.Tensor, s: torch.Tensor) -> torch.Tensor:
+        return ((torch.mv(X, w) - y) ** 2).sum() + s.exp() * (w**2).sum()
+
+    def gradients(x: torch.Tensor, X: torch.Tensor, s: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        first = torch.autograd.grad((x**3).sum(), s, create_graph=True)[0]
+        second = torch.autograd.grad(first, s, retain_graph=True)[0]
+        to_X = torch.autograd.grad((x**3).sum(), X)[0]
+        return first.detach(), second, to_X.to_dense() if to_X.is_sparse else to_X
+
+    free = dense.clone().requires_grad_(True)
+    A = free.mT @ free + log_strength.exp() * torch.eye(4, dtype=F64)
+    wanted = gradients(torch.linalg.solve(A, free.mT @ y), free, log_strength)
+    for solver, linear_solver in ((None, None), (bilevel.LBFGS(), bilevel.CG())):
+        layer = bilevel.argmin(ridge, solver=solver, linear_solver=linear_solver)
+        got = gradients(layer(torch.zeros(4, dtype=F64), X, y, log_strength), X, log_strength)
+        torch.testing.assert_close(got, wanted, rtol=1e-8, atol=1e-10)
+    with pytest.raises(bilevel.DtypeError, match=r"args\[0\].*got sparse_csc.*to_sparse_coo"):
+        layer(torch.zeros(4, dtype=F64), dense.to_sparse_csc(), y, log_strength)
+    with pytest.raises(bilevel.DtypeError, match=r"init to be a dense tensor, got sparse_coo"):
+        layer(torch.zeros(4, dtype=F64).to_sparse(), dense, y, log_strength)
+
+
 def test_module_parameters_as_a_dict() -> None:
     torch.manual_seed(0)
     features = torch.nn.Linear(3, 2).double()

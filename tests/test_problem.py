@@ -307,6 +307,20 @@ def test_an_outer_loss_that_ignores_the_inner_solution_still_has_its_direct_grad
     assert float(result.adjoint.norm()) == 0.0
 
 
+def test_data_may_be_sparse() -> None:
+    class Sparse(Ridge):
+        def inner_objective(self, inner, outer, data):
+            X, y, _, _ = data
+            return ((torch.mv(X, inner) - y) ** 2).sum() + (outer.exp() * inner**2).sum()
+
+    outer, data = torch.tensor(0.3, dtype=F64), split()
+    gradient = closed_form(outer, data)[1]
+    for tolerance in (None, bilevel.Tolerance(delta=1e-4, strong_convexity=2.0)):
+        problem = Sparse(tolerance=tolerance, solver=bilevel.LBFGS())
+        result = problem.hypergradient(outer, (data[0].to_sparse(), *data[1:]), init=torch.zeros(4, dtype=F64))
+        assert float((result.grad - gradient).norm()) <= result.error_bound <= 1e-2
+
+
 def test_misuse_is_said() -> None:
     class Vector(Ridge):
         def outer_objective(self, inner, outer, data):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -15,7 +16,7 @@ from bilevel.certificates._certificate import Certificate
 from bilevel.certificates._point import Point
 from bilevel.certificates.bound import Bound
 from bilevel.certificates.constants import Constants
-from bilevel.errors import ConstantsError
+from bilevel.errors import ArgumentError, ConstantsError
 from bilevel.reports import Basis, SolveReport, Status
 
 __all__ = ["Hypergradient", "HypergradientReport"]
@@ -96,6 +97,29 @@ def _worse(forward: SolveReport, backward: SolveReport) -> SolveReport:
     )  # fmt: skip
 
 
+# What a hypergradient has of the problem, and leaves behind when it is pickled.
+_TIED = ("_certificate", "_rebuild", "_restore")
+
+
+class _LeftBehind:
+    """Stands for the problem in a hypergradient that came from another process, and says so."""
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        raise _left_behind()
+
+    def __call__(self, *args: Any) -> Any:
+        raise _left_behind()
+
+
+def _left_behind() -> ArgumentError:
+    return ArgumentError(
+        "Hypergradient: expected the problem to be at hand for what is computed from it, and this result was pickled, which leaves the "
+        "problem behind; look at its bounds, corrected_grad and the like before you pickle it, and they come along"
+    )
+
+
 @dataclass(frozen=True, eq=False)
 class Hypergradient:
     """What :meth:`BilevelProblem.hypergradient` returns.
@@ -114,6 +138,11 @@ class Hypergradient:
         q ≈ H⁻¹ ∇_φ F, the same pytree; for a batch, each problem's own.
     report
         The two solves.
+
+    Notes
+    -----
+    A pickled one keeps all of these, and the bounds that had been looked at; what is computed from the problem when it is first
+    asked for stays with the process that has the problem.
     """
 
     value: torch.Tensor
@@ -125,6 +154,24 @@ class Hypergradient:
     _certificate: Certificate = field(repr=False)
     _rebuild: Callable[[Point, Hypergradient], Hypergradient] = field(repr=False)
     _restore: Callable[[torch.Tensor], Any] = field(repr=False)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name not in _TIED}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state, **dict.fromkeys(_TIED, _LeftBehind()))
+
+    def __copy__(self) -> Hypergradient:
+        made = object.__new__(type(self))
+        vars(made).update(vars(self))
+        return made
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Hypergradient:
+        made = object.__new__(type(self))
+        memo[id(self)] = made
+        # What it has of the problem changes no more, and is shared.
+        vars(made).update(vars(self), **copy.deepcopy(self.__getstate__(), memo))
+        return made
 
     @cached_property
     def bound(self) -> Bound:

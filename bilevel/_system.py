@@ -30,6 +30,7 @@ from bilevel.errors import (
     BilevelError,
     DtypeError,
     ShapeError,
+    TransformError,
 )
 
 __all__ = [
@@ -125,7 +126,16 @@ class System(ABC):
 
     def outputs(self, x: torch.Tensor, *tensors: torch.Tensor) -> torch.Tensor:
         """Return the whole batch's :meth:`output`: (*batch,) or (*batch, n)."""
-        result: torch.Tensor = self.lifted(self.output)(x, *tensors)
+        try:
+            result: torch.Tensor = self.lifted(self.output)(x, *tensors)
+        except RuntimeError as error:
+            if isinstance(error, BilevelError) or "Batching rule not implemented" not in str(error):
+                raise
+            raise TransformError(
+                f"{self.where}: expected {self.noun} of operations that torch can batch, as several problems are solved as one, and it "
+                f"says: {' '.join(str(error).split())}; write that of others (such as torch.nn.LSTMCell in a loop for torch.nn.LSTM), or "
+                "solve the problems one by one"
+            ) from error
         return result
 
     def for_gradients(self) -> System:

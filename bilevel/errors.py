@@ -61,7 +61,7 @@ class ConstantsError(BilevelError, ValueError):
 
 
 class TransformError(BilevelError, RuntimeError):
-    """A nesting of transforms that PyTorch would silently differentiate wrongly."""
+    """A nesting of transforms that PyTorch would silently differentiate wrongly, or an operation that it cannot batch."""
 
 
 class SolveError(BilevelError, RuntimeError):

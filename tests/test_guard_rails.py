@@ -502,3 +502,13 @@ def test_solvers_compute_outside_autocast(make: Any) -> None:
         assert slope.dtype == torch.float32
     torch.testing.assert_close(found[0], found[1], atol=0, rtol=0)
     assert iterations[0] == iterations[1]
+
+
+def test_what_torch_cannot_batch_is_named_with_a_remedy() -> None:
+    recurrent = torch.nn.LSTM(2, 2, batch_first=True).double().requires_grad_(False)
+    layer = bilevel.argmin(lambda w, x: ((recurrent(x)[0] - w) ** 2).sum())
+    start, data = torch.zeros(2, dtype=torch.float64), torch.ones(3, 1, 4, 2, dtype=torch.float64)
+    alone = layer(start, data[0])
+    assert bool(torch.isfinite(alone).all())
+    with pytest.raises(bilevel.TransformError, match=r"lstm.*LSTMCell"):
+        torch.func.vmap(layer, in_dims=(None, 0))(start, data)

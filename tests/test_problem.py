@@ -268,6 +268,29 @@ def test_problems_can_be_copied_and_pickled() -> None:
     torch.testing.assert_close(copy.deepcopy(tuning)(data), tuning(data))
 
 
+def test_a_hypergradient_can_be_sent_to_another_process() -> None:
+    import copy
+    import pickle
+
+    zero = torch.zeros(4, dtype=F64)
+    result = Ridge(tolerance=bilevel.Tolerance(strong_convexity=0.3)).hypergradient(zero, split(), init=zero)
+    known = result.bound
+    sent = pickle.loads(pickle.dumps(result))
+    torch.testing.assert_close(sent.grad, result.grad, atol=0, rtol=0)
+    assert str(sent.report) == str(result.report)
+    assert sent.bound == known and sent.certified == result.certified
+    for missing in ("inner_bound", "observed_constants", "corrected_grad"):
+        with pytest.raises(bilevel.ArgumentError, match="before you pickle"):
+            getattr(sent, missing)
+    with pytest.raises(bilevel.ArgumentError, match="before you pickle"):
+        sent.refined()
+    again = pickle.loads(pickle.dumps(sent))
+    assert again.bound == known
+    for twin in (copy.copy(result), copy.deepcopy(result)):
+        assert twin.inner_bound == result.inner_bound
+        torch.testing.assert_close(twin.refined().grad, result.refined().grad, atol=0, rtol=0)
+
+
 def test_tuning_with_a_torch_optimiser_lowers_the_outer_loss() -> None:
     data = split()
     outer = torch.zeros(4, dtype=F64, requires_grad=True)

@@ -11,8 +11,7 @@ from typing import Any
 import torch
 
 from bilevel._problem import Problem
-from bilevel._products import QuickProducts
-from bilevel._repeatable import Repeatable
+from bilevel._seen import learn
 from bilevel._system import unconnected
 from bilevel.errors import CapturedTensorError, StochasticObjectiveError
 
@@ -83,8 +82,7 @@ def _probe(problem: Problem, x: torch.Tensor, *, captures: bool) -> tuple[torch.
         output = problem.system.lifted(problem.system.first_output)(problem.shaped(point), *problem.tensors)
         if not output.requires_grad and point.numel():
             raise unconnected(problem.system)
-        QuickProducts.learn(problem.system.function, output)
-        Repeatable.learn(problem.system.function, output)
+        learn(problem.system.function, output)
         if not point.numel():
             return output.detach(), point.detach()
         if captures and reaches_another_leaf(output, (point,)):

@@ -18,9 +18,8 @@ Used on the CPU where a Hessian is linearised for products. Gradients alone keep
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext, suppress
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
-from weakref import WeakValueDictionary
 
 import torch
 from torch.autograd import forward_ad
@@ -28,6 +27,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from bilevel._norms import standardised
+from bilevel._seen import Held, seen
 from bilevel._transforms import front, saving_hooked, signed, transforms_active
 
 __all__ = ["QuickProducts"]
@@ -325,40 +325,10 @@ class QuickProducts(TorchFunctionMode):
     @staticmethod
     def around(function: Callable[..., Any]) -> AbstractContextManager[Any]:
         """Return the mode for a user's ``function`` that was seen to have a use for it, or a context that does nothing."""
-        return QuickProducts() if _useful.get(id(function)) is function else nullcontext()
+        useful = seen(function, Held.CONVOLUTION) or seen(function, Held.BATCH_NORM)
+        return QuickProducts() if useful else nullcontext()
 
     @staticmethod
     def normalises(function: Callable[..., Any]) -> bool:
         """Return whether a batch norm was seen in ``function``, and nothing that is compiled, for which a mode means to compile again."""
-        return _normalising.get(id(function)) is function
-
-    @staticmethod
-    def learn(function: Callable[..., Any], values: torch.Tensor) -> None:
-        """Remember ``function`` if the graph of its ``values`` holds what is quicker by the rules above.
-
-        To look at every operation from the start would take its time, and make compiled functions compile again.
-        """
-        if _looked.get(id(function)) is function:
-            return
-        with suppress(TypeError):  # not everything callable can be referred to weakly
-            _looked[id(function)] = function
-        pending, met, names = [values.grad_fn], set(), set()
-        while pending:
-            node = pending.pop()
-            if node is None or node in met:
-                continue
-            met.add(node)
-            names.add(node.name())
-            pending.extend(following for following, _ in node.next_functions)
-        with suppress(TypeError):
-            if names & {_CONVOLUTION, _BATCH_NORM}:
-                _useful[id(function)] = function
-            if _BATCH_NORM in names and not any(name.startswith(_COMPILED) for name in names):
-                _normalising[id(function)] = function
-
-
-_CONVOLUTION, _BATCH_NORM, _COMPILED = "ConvolutionBackward0", "NativeBatchNormBackward0", "CompiledFunction"
-# Weakly: a function is let go with what it closes over.
-_looked: WeakValueDictionary[int, Any] = WeakValueDictionary()
-_useful: WeakValueDictionary[int, Any] = WeakValueDictionary()
-_normalising: WeakValueDictionary[int, Any] = WeakValueDictionary()
+        return seen(function, Held.BATCH_NORM) and not seen(function, Held.COMPILED)

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext, suppress
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
-from weakref import WeakValueDictionary
 
 import torch
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
+
+from bilevel._seen import Held, seen
 
 __all__ = ["Repeatable"]
 
@@ -54,7 +55,6 @@ _WRITTEN: dict[Any, Callable[..., Any]] = {
     F.scaled_dot_product_attention: _attention,
     F.multi_head_attention_forward: _many_heads,
 }
-_NODES = ("WeightNormInterface", "ScaledDotProduct")
 
 
 class Repeatable(TorchFunctionMode):
@@ -68,28 +68,4 @@ class Repeatable(TorchFunctionMode):
     @staticmethod
     def around(function: Callable[..., Any]) -> AbstractContextManager[Any]:
         """Return the mode for a user's ``function`` that was seen to need it, or a context that does nothing."""
-        return Repeatable() if _needy.get(id(function)) is function else nullcontext()
-
-    @staticmethod
-    def learn(function: Callable[..., Any], values: torch.Tensor) -> None:
-        """Remember ``function`` if the graph of its ``values`` holds what torch differentiates once only."""
-        if _looked.get(id(function)) is function:
-            return
-        with suppress(TypeError):  # not everything callable can be referred to weakly
-            _looked[id(function)] = function
-        pending, met = [values.grad_fn], set()
-        while pending:
-            node = pending.pop()
-            if node is None or node in met:
-                continue
-            met.add(node)
-            if node.name().startswith(_NODES):
-                with suppress(TypeError):
-                    _needy[id(function)] = function
-                return
-            pending.extend(following for following, _ in node.next_functions)
-
-
-# Weakly: a function is let go with what it closes over.
-_looked: WeakValueDictionary[int, Any] = WeakValueDictionary()
-_needy: WeakValueDictionary[int, Any] = WeakValueDictionary()
+        return Repeatable() if seen(function, Held.ONCE_ONLY) else nullcontext()

@@ -33,6 +33,7 @@ GROUND = (
     "_batch_norm",
     "_products",
     "_repeatable",
+    "_seen",
     "_checks",
     "_version",
 )

@@ -31,6 +31,11 @@ def test_weight_norm(shape: tuple[int, ...], dim: int) -> None:
 MASK = torch.tensor([[True, False, True], [True, True, True], [False, False, True]])
 
 
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    torch.manual_seed(0)
+
+
 @pytest.mark.parametrize(
     "options",
     [{}, {"attn_mask": MASK}, {"attn_mask": torch.randn(3, 3, dtype=F64)}, {"is_causal": True}, {"scale": 0.3}],
@@ -79,6 +84,9 @@ class Attentive(torch.nn.Module):
 def test_a_hypergradient_through_them_is_right(module: torch.nn.Module, solvers: dict[str, object]) -> None:
     torch.manual_seed(0)
     model = copy.deepcopy(module).double()
+    with torch.no_grad():  # what it was made with depends on what was drawn before
+        for parameter in model.parameters():
+            parameter.copy_(0.5 * torch.randn_like(parameter) + 0.5)
     x, y = torch.randn(2, 4, 2, dtype=F64), torch.randn(2, 4, 1, dtype=F64)
     start = {name: p.detach() for name, p in model.named_parameters()}
 

@@ -31,11 +31,6 @@ def test_weight_norm(shape: tuple[int, ...], dim: int) -> None:
 MASK = torch.tensor([[True, False, True], [True, True, True], [False, False, True]])
 
 
-@pytest.fixture(autouse=True)
-def seeded() -> None:
-    torch.manual_seed(0)
-
-
 @pytest.mark.parametrize(
     "options",
     [{}, {"attn_mask": MASK}, {"attn_mask": torch.randn(3, 3, dtype=F64)}, {"is_causal": True}, {"scale": 0.3}],

@@ -16,10 +16,9 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from bilevel._norms import batch_norm_written
+from bilevel._norms import affine, batch_norm_written, batch_norms
 from bilevel._transforms import differentiating, front, saving_hooked, signed
 
 __all__ = ["QuickNorms"]
@@ -80,29 +79,13 @@ class _BatchNorm(torch.autograd.Function):
         return (y.unflatten(1, (size, -1)), mean.unflatten(0, (size, -1)), r.unflatten(0, (size, -1))), (1, 0, 0)
 
 
-def _functional(
-    input: torch.Tensor, running_mean: Maybe, running_var: Maybe, weight: Maybe = None, bias: Maybe = None,
-    training: bool = False, momentum: float = 0.1, eps: float = 1e-5,
-) -> torch.Tensor:  # fmt: skip
-    plain = training and running_mean is None and running_var is None and input.ndim >= 2
-    plain = plain and input.numel() >= 2 * input.shape[1]  # else torch has something to say
-    if plain and input.shape[0] == 1 and _left_to_us(input):
+def _batch_norm(x: torch.Tensor, weight: Maybe, bias: Maybe, eps: float) -> torch.Tensor:
+    if x.shape[0] == 1:
         # torch 2.13 takes the memory of one image for the other of its two layouts where strides allow for both, as after a convolution
         # of several problems: its gradients are wrong then, by any factor.
-        return batch_norm_written(input, weight, bias, eps)
-    if not plain or not _suits(input):
-        return F.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
-    gamma = input.new_ones(input.shape[1]) if weight is None else weight.to(input.dtype)
-    beta = input.new_zeros(input.shape[1]) if bias is None else bias.to(input.dtype)
-    y: torch.Tensor = _BatchNorm.apply(input, gamma, beta, eps)[0]
+        return batch_norm_written(x, weight, bias, eps)
+    y: torch.Tensor = _BatchNorm.apply(x, *affine(x, weight, bias), eps)[0]
     return y
-
-
-def _torch(
-    input: torch.Tensor, weight: Maybe, bias: Maybe, running_mean: Maybe, running_var: Maybe, training: bool,
-    momentum: float, eps: float, cudnn_enabled: bool,
-) -> torch.Tensor:  # fmt: skip
-    return _functional(input, running_mean, running_var, weight, bias, training, momentum, eps)
 
 
 def _left_to_us(x: torch.Tensor) -> bool:
@@ -110,11 +93,13 @@ def _left_to_us(x: torch.Tensor) -> bool:
     return x.dtype in (torch.float32, torch.float64) and not differentiating() and not saving_hooked()
 
 
-def _suits(x: torch.Tensor) -> bool:
-    return x.device.type == "cpu" and x.numel() >= _MANY and _left_to_us(x)
+def _suits(x: torch.Tensor, running: bool) -> bool:
+    if running or x.ndim < 2 or x.numel() < 2 * x.shape[1]:  # of too few numbers torch has something to say
+        return False
+    return _left_to_us(x) and (x.shape[0] == 1 or (x.device.type == "cpu" and x.numel() >= _MANY))
 
 
-_QUICK: dict[Any, Callable[..., torch.Tensor]] = {F.batch_norm: _functional, torch.batch_norm: _torch}
+_QUICK = batch_norms(_batch_norm, _suits)
 
 
 class QuickNorms(TorchFunctionMode):

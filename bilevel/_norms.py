@@ -15,7 +15,7 @@ import torch
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-__all__ = ["WrittenNorms", "batch_norm_written", "standardised"]
+__all__ = ["WrittenNorms", "affine", "batch_norm_written", "batch_norms", "standardised"]
 
 Maybe = torch.Tensor | None
 
@@ -46,20 +46,35 @@ def _instance_norm(x: torch.Tensor, weight: Maybe, bias: Maybe, eps: float) -> t
 # linear, and torch's own is right.
 
 
-def _functional_batch_norm(
-    input: torch.Tensor, running_mean: Maybe, running_var: Maybe, weight: Maybe = None, bias: Maybe = None,
-    training: bool = False, momentum: float = 0.1, eps: float = 1e-5,
-) -> torch.Tensor:  # fmt: skip
-    if training:
-        return batch_norm_written(input, weight, bias, eps)
-    return F.batch_norm(input, running_mean, running_var, weight, bias, False, momentum, eps)
+def batch_norms(
+    ours: Callable[[torch.Tensor, Maybe, Maybe, float], torch.Tensor], suits: Callable[[torch.Tensor, bool], bool]
+) -> dict[Any, Callable[..., torch.Tensor]]:
+    """Return what stands for torch's two batch norms: ``ours`` of (x, γ or None, β or None, ε) by batch statistics where it ``suits``.
+
+    ``suits`` is asked about x and whether running statistics are kept beside; anything else is torch's own.
+    """
+
+    def functional(
+        input: torch.Tensor, running_mean: Maybe, running_var: Maybe, weight: Maybe = None, bias: Maybe = None,
+        training: bool = False, momentum: float = 0.1, eps: float = 1e-5,
+    ) -> torch.Tensor:  # fmt: skip
+        if training and suits(input, running_mean is not None or running_var is not None):
+            return ours(input, weight, bias, eps)
+        return F.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
+
+    def plain(
+        input: torch.Tensor, weight: Maybe, bias: Maybe, running_mean: Maybe, running_var: Maybe, training: bool,
+        momentum: float, eps: float, cudnn_enabled: bool,
+    ) -> torch.Tensor:  # fmt: skip
+        return functional(input, running_mean, running_var, weight, bias, training, momentum, eps)
+
+    return {F.batch_norm: functional, torch.batch_norm: plain}
 
 
-def _torch_batch_norm(
-    input: torch.Tensor, weight: Maybe, bias: Maybe, running_mean: Maybe, running_var: Maybe, training: bool,
-    momentum: float, eps: float, cudnn_enabled: bool,
-) -> torch.Tensor:  # fmt: skip
-    return _functional_batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
+def affine(x: torch.Tensor, weight: Maybe, bias: Maybe) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return γ and β (C,) of x (N, C, ...), ones and zeros where there are none."""
+    gamma = x.new_ones(x.shape[1]) if weight is None else weight.to(x.dtype)
+    return gamma, x.new_zeros(x.shape[1]) if bias is None else bias.to(x.dtype)
 
 
 def _functional_instance_norm(
@@ -88,8 +103,7 @@ def _layer_norm(
 
 
 _WRITTEN: dict[Any, Callable[..., torch.Tensor]] = {
-    F.batch_norm: _functional_batch_norm,
-    torch.batch_norm: _torch_batch_norm,
+    **batch_norms(batch_norm_written, lambda x, running: True),
     F.instance_norm: _functional_instance_norm,
     torch.instance_norm: _torch_instance_norm,
     F.layer_norm: _layer_norm,

@@ -23,10 +23,9 @@ from typing import Any, NamedTuple
 
 import torch
 from torch.autograd import forward_ad
-from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from bilevel._norms import standardised
+from bilevel._norms import affine, batch_norms, standardised
 from bilevel._seen import Held, seen
 from bilevel._transforms import front, saving_hooked, signed, transforms_active
 
@@ -277,26 +276,15 @@ def _suits(*tensors: torch.Tensor) -> bool:
     return all(t.device.type == "cpu" and t.numel() and t.dtype in (torch.float32, torch.float64) for t in tensors)
 
 
-def _functional_batch_norm(
-    input: torch.Tensor, running_mean: Maybe, running_var: Maybe, weight: Maybe = None, bias: Maybe = None,
-    training: bool = False, momentum: float = 0.1, eps: float = 1e-5,
-) -> torch.Tensor:  # fmt: skip
-    plain = training and running_mean is None and running_var is None
-    if not plain or input.ndim < 2 or not _suits(input) or input[:, 0].numel() < 2:
-        return F.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
-    shape = (1, -1, *[1] * (input.ndim - 2))
-    gamma = input.new_ones(input.shape[1]) if weight is None else weight.to(input.dtype)
-    beta = input.new_zeros(input.shape[1]) if bias is None else bias.to(input.dtype)
-    axes = (0, *range(2, input.ndim))
-    y: torch.Tensor = _BatchNorm.apply(input, gamma.reshape(shape), beta.reshape(shape), axes, eps)[0]
+def _batch_norm(x: torch.Tensor, weight: Maybe, bias: Maybe, eps: float) -> torch.Tensor:
+    shape = (1, -1, *[1] * (x.ndim - 2))
+    gamma, beta = affine(x, weight, bias)
+    y: torch.Tensor = _BatchNorm.apply(x, gamma.reshape(shape), beta.reshape(shape), (0, *range(2, x.ndim)), eps)[0]
     return y
 
 
-def _torch_batch_norm(
-    input: torch.Tensor, weight: Maybe, bias: Maybe, running_mean: Maybe, running_var: Maybe, training: bool,
-    momentum: float, eps: float, cudnn_enabled: bool,
-) -> torch.Tensor:  # fmt: skip
-    return _functional_batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
+def _batch_norm_suits(x: torch.Tensor, running: bool) -> bool:
+    return not running and x.ndim >= 2 and _suits(x) and x[:, 0].numel() >= 2
 
 
 def _needs_torch() -> bool:
@@ -308,8 +296,7 @@ _QUICK: dict[Any, Callable[..., torch.Tensor]] = {
     torch.conv1d: _convolve(1, torch.conv1d),
     torch.conv2d: _convolve(2, torch.conv2d),
     torch.conv3d: _convolve(3, torch.conv3d),
-    F.batch_norm: _functional_batch_norm,
-    torch.batch_norm: _torch_batch_norm,
+    **batch_norms(_batch_norm, _batch_norm_suits),
 }
 
 

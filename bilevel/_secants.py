@@ -149,31 +149,24 @@ class RecordedOperator(LinearOperator):
         """
         if not self._made:
             return torch.zeros_like(b), b
-        V, W = self._vectors()
-        shares = self._shares(V @ b.unsqueeze(-1))
-        return (shares @ V).squeeze(-2), b - (shares @ W).squeeze(-2)
+        return self._combined(b)[:2]
 
     def conjugate(self, p: torch.Tensor) -> torch.Tensor:
         """Return p less what makes pᵀH v ≠ 0 with a vector v multiplied so far (K, n): no product."""
         if not self._made:
             return p
         V, W = self._vectors()
-        return p - (self._shares(W @ p.unsqueeze(-1)) @ V).squeeze(-2)
+        return p - (_shares(V, W, W @ p.unsqueeze(-1)) @ V).squeeze(-2)
+
+    def _combined(self, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Return x and b − H x of :meth:`on_span`, and what x has of each vector (K, 1, m)."""
+        V, W = self._vectors()
+        shares = _shares(V, W, V @ b.unsqueeze(-1))
+        return (shares @ V).squeeze(-2), b - (shares @ W).squeeze(-2), shares
 
     def _vectors(self) -> tuple[torch.Tensor, torch.Tensor]:
         V, W = (torch.stack(vectors, dim=1) for vectors in zip(*self._made, strict=True))  # (K, m, n)
         return V, W
-
-    def _shares(self, right: torch.Tensor) -> torch.Tensor:
-        """Return (VᵀHV)⁻¹ ``right`` (K, m, 1) as (K, 1, m), V being the vectors."""
-        V, W = self._vectors()
-        gram = V @ W.mT
-        scale = _inverse_root(gram.diagonal(dim1=-2, dim2=-1)).unsqueeze(-1)
-        gram = 0.5 * scale * (gram + gram.mT) * scale.mT
-        if not bool(torch.isfinite(gram).all()):
-            return torch.zeros_like(right.mT)
-        inverse = torch.linalg.pinv(gram, hermitian=True, rtol=torch.finfo(right.dtype).eps ** 0.5)
-        return (scale * (inverse @ (scale * right))).mT
 
 
 class JointOperator(RecordedOperator):
@@ -205,9 +198,19 @@ class JointOperator(RecordedOperator):
 
     def solve_on_span(self, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Return x and b − H x (1, n) of :meth:`on_span`, and Bᵀx (p,), of products made: no pass."""
-        V, W = self._vectors()
-        shares = self._shares(V @ b.unsqueeze(-1))
-        return (shares @ V).squeeze(-2), b - (shares @ W).squeeze(-2), shares[0, 0] @ torch.stack(self._pulled)
+        x, rest, shares = self._combined(b)
+        return x, rest, shares[0, 0] @ torch.stack(self._pulled)
+
+
+def _shares(V: torch.Tensor, W: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    """Return (VᵀHV)⁻¹ ``right`` (K, m, 1) as (K, 1, m), of vectors V and their products W (K, m, n)."""
+    gram = V @ W.mT
+    scale = _inverse_root(gram.diagonal(dim1=-2, dim2=-1)).unsqueeze(-1)
+    gram = 0.5 * scale * (gram + gram.mT) * scale.mT
+    if not bool(torch.isfinite(gram).all()):
+        return torch.zeros_like(right.mT)
+    inverse = torch.linalg.pinv(gram, hermitian=True, rtol=torch.finfo(right.dtype).eps ** 0.5)
+    return (scale * (inverse @ (scale * right))).mT
 
 
 def _inverse_root(t: torch.Tensor) -> torch.Tensor:

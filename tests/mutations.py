@@ -293,7 +293,7 @@ MUTATIONS = (
     ),
     Mutation(
         "a goal's span solved for with another residual", "_secants.py",
-        "b - (shares @ W).squeeze(-2)\n", "b - 0.9 * (shares @ W).squeeze(-2)\n",
+        "b - (shares @ W).squeeze(-2), shares", "b - 0.9 * (shares @ W).squeeze(-2), shares",
         ("tests/test_goal.py", "-k", "secants"),
     ),
     Mutation(
@@ -302,7 +302,7 @@ MUTATIONS = (
     ),
     Mutation(
         "a goal's directions not conjugate", "_secants.py",
-        "return p - (self._shares", "return p - 0.5 * (self._shares", ("tests/test_goal.py", "-k", "pullbacks"),
+        "return p - (_shares(V", "return p - 0.5 * (_shares(V", ("tests/test_goal.py", "-k", "pullbacks"),
     ),
     Mutation(
         "a goal's pullbacks of other products than are kept", "_secants.py",

@@ -227,7 +227,7 @@ class Problem:
         n = self.size
         matrix = matrix.detach().reshape(self.batch, n, n)
         if self.system.symmetric:
-            matrix = 0.5 * (matrix + matrix.mT)
+            matrix = (matrix + matrix.mT).mul_(0.5)
         value = values.detach().reshape(self.batch) if self.minimizes else None
         return residual.detach().reshape(x.shape), matrix, value
 

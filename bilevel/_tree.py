@@ -6,7 +6,7 @@ import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Any
 
 import torch
@@ -207,9 +207,12 @@ class Arguments:
     others: tuple[Any, ...]
     is_tensor: tuple[bool, ...]
     names: tuple[str, ...]
+    positional: bool = False  # whether there is nothing but tensors, each an argument by itself
 
     def rebuild(self, tensors: Sequence[torch.Tensor]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Return (args, kwargs) with ``tensors`` in their places."""
+        if self.positional:
+            return tuple(tensors), {}
         feed, rest = iter(tensors), iter(self.others)
         leaves = [next(feed) if flag else next(rest) for flag in self.is_tensor]
         args, kwargs = pytree.tree_unflatten(leaves, self.structure)
@@ -218,12 +221,20 @@ class Arguments:
 
 def flatten_arguments(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[list[torch.Tensor], Arguments]:
     """Split a call's arguments into its tensors, of any dtype, and the rest."""
+    if not kwargs and all(isinstance(arg, torch.Tensor) for arg in args):
+        return list(args), _positional(len(args))
     paths, structure = pytree.tree_flatten_with_path((args, kwargs))
     flags = tuple(isinstance(leaf, torch.Tensor) for _, leaf in paths)
     tensors = [leaf for (_, leaf), flag in zip(paths, flags, strict=True) if flag]
     others = tuple(leaf for (_, leaf), flag in zip(paths, flags, strict=True) if not flag)
     names = tuple(leaf_names([item for item, flag in zip(paths, flags, strict=True) if flag]))
     return tensors, Arguments(structure, others, flags, names)
+
+
+@lru_cache(maxsize=64)
+def _positional(count: int) -> Arguments:
+    structure = pytree.tree_structure(((0,) * count, {}))
+    return Arguments(structure, (), (True,) * count, tuple(f"args[{place}]" for place in range(count)), positional=True)
 
 
 def leaf_names(paths: Sequence[tuple[Any, Any]]) -> list[str]:

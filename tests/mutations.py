@@ -124,7 +124,7 @@ MUTATIONS = (
     ),
     Mutation(
         "a proposal taken for the answer whatever its residual", "linear/_base.py",
-        "if not bool((residual.norm(dim=-1) <= floor).all()):", "if False:", ("tests/test_implicit.py", "-k", "proposal"),
+        "if not bool((residual.norm(dim=-1) <= 16 * info.eps * rhs.norm(dim=-1)).all()):", "if False:", ("tests/test_implicit.py", "-k", "proposal"),
     ),
     Mutation(
         "a proposal pulled back where it was not the adjoint", "_implicit.py",
@@ -349,6 +349,15 @@ MUTATIONS = (
         "a zero right-hand side divided by its size", "linear/_base.py",
         "    scale = torch.where(usable, scale, torch.ones_like(scale))\n", "    unit = rhs / scale\n    scale = torch.where(scale > 0, scale, scale / scale)\n",
         (CONFORMANCE, "-k", "zero_on_the_right"),
+    ),
+    Mutation(
+        "an answer called settled whatever was asked", "linear/_base.py",
+        "or not bool((left <= threshold).all()):", "or False:", ("tests/test_implicit.py", "-k", "settled"),
+    ),
+    Mutation(
+        "a step called the last while some problem runs on", "solvers/_base.py",
+        "elif everyone and verdict is None and bool((norm <= threshold).all() &", "elif everyone and verdict is None and bool((norm <= threshold).any() &",
+        ("tests/solvers/test_conformance.py",),
     ),
     Mutation(
         "a relative tolerance of 1", "linear/_base.py",

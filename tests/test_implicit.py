@@ -238,6 +238,29 @@ def test_a_borrowed_factorisation_that_does_not_fit_is_given_back() -> None:
         torch.testing.assert_close(Exact()(operator, b), torch.linalg.solve(A, b), atol=1e-12, rtol=1e-11)
 
 
+def test_a_settled_proposal_was_as_accurate_as_asked() -> None:
+    """What rounding leaves of a proposal may be more than was asked for, and is then judged like any other answer."""
+    from bilevel.linear._base import solve_linear
+    from bilevel.linear.exact import Exact, lend
+    from bilevel.operators import DenseOperator
+    from bilevel.tolerance import Target
+
+    generator = torch.Generator().manual_seed(0)
+    A = torch.randn(3, 6, 6, generator=generator, dtype=torch.float64)
+    A = A @ A.mT + torch.eye(6, dtype=torch.float64)
+    b = torch.randn(3, 6, generator=generator, dtype=torch.float64)
+    b[1] = 0.0  # nothing to solve for is no reason to refuse the others
+    for wanted, status in ((1e-10, bilevel.Status.CONVERGED), (1e-300, bilevel.Status.STAGNATED)):
+        operator = DenseOperator(A, symmetric=True)
+        lend(operator, torch.linalg.cholesky(A), exact=True)
+        outcome = solve_linear(Exact(), operator, b, Target(absolute=wanted, asked=True), product=operator.matvec)
+        torch.testing.assert_close(outcome.x, torch.linalg.solve(A, b), atol=1e-13, rtol=1e-11)
+        torch.testing.assert_close(outcome.residual_norm, (b - operator.matvec(outcome.x)).norm(dim=-1))
+        torch.testing.assert_close(outcome.scale, b.norm(dim=-1))
+        torch.testing.assert_close(outcome.threshold, wanted * b.norm(dim=-1).clamp(max=1))
+        assert outcome.status.tolist() == [status, bilevel.Status.CONVERGED, status]
+
+
 def test_a_proposal_that_does_not_fit_is_not_taken() -> None:
     from bilevel.linear._base import solve_linear
     from bilevel.linear.exact import Exact, lend

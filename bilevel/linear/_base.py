@@ -282,13 +282,16 @@ def solve_linear(
         False where nobody will look at the residual: where budgets alone were meant, and all of them were spent, it is then NaN, and the
         product for it is not made. The answers and their success do not depend on it.
     """
+    solution: LinearSolution | None = None
+    if product is not None:
+        solution = _proposed(solver, operator, rhs, product)
+        settled = None if solution is None else _settled(solution, rhs, target)
+        if settled is not None:
+            return settled
     scale = rhs.abs().amax(dim=-1, keepdim=True) if rhs.shape[-1] else rhs.new_ones(rhs.shape[0], 1)
     finite = torch.isfinite(scale)
     usable = finite & (scale > 0)
     scale = torch.where(usable, scale, torch.ones_like(scale))
-    solution: LinearSolution | None = None
-    if product is not None and bool(finite.all()):
-        solution = _proposed(solver, operator, rhs, scale, product)
     if solution is not None:  # left as it is, for whoever has made its product
         scale = torch.ones_like(scale)
     # A problem with a NaN on the right is solved with zero instead and marked, so that it cannot spoil the others.
@@ -296,9 +299,7 @@ def solve_linear(
     unit = unit if bool(usable.all()) else torch.where(usable, unit, torch.zeros_like(rhs))
     norm = unit.norm(dim=-1)
     size = scale.squeeze(-1)
-    threshold = torch.maximum(
-        target.relative * norm, target.absolute * torch.minimum(norm, 1 / size)
-    )  # in units of the scaled problem
+    threshold = _threshold(target, norm, size)
     begun = None if start is None else _safe(start / scale)
     mu = target.strong_convexity
     # The error that the threshold stands for; one that nobody asked for is meant as a residual.
@@ -350,23 +351,47 @@ def _proposed(
     solver: LinearSolver,
     operator: LinearOperator,
     rhs: torch.Tensor,
-    scale: torch.Tensor,
     product: Callable[[torch.Tensor], torch.Tensor],
 ) -> LinearSolution | None:
     """Return the solver's proposal, if it has one whose true residual is down to rounding, or None."""
-    # Squares of what is beyond these would be lost.
-    info = torch.finfo(rhs.dtype)
-    if not bool(((scale > info.tiny**0.25) & (scale < info.max**0.25)).all()):
-        return None
     x = solver.propose(operator, rhs)
     if x is None:
         return None
+    scale, info = rhs.abs().amax(dim=-1), torch.finfo(rhs.dtype)
+    # Squares of what is beyond these would be lost, and a NaN is beyond them too.
+    if not bool((((scale > info.tiny**0.25) & (scale < info.max**0.25)) | (scale == 0)).all()):
+        return None
     residual = rhs - product(x)
-    floor = 16 * torch.finfo(rhs.dtype).eps * rhs.norm(dim=-1)
-    if not bool((residual.norm(dim=-1) <= floor).all()):
+    if not bool((residual.norm(dim=-1) <= 16 * info.eps * rhs.norm(dim=-1)).all()):
         return None
     done = torch.zeros(operator.batch, dtype=torch.int64, device=rhs.device)
     return LinearSolution(x, torch.full_like(done, operator.size), done, residual)
+
+
+def _threshold(target: Target, norm: torch.Tensor, size: torch.Tensor) -> torch.Tensor:
+    """Return the residual to reach (batch,), in units of the problem whose right-hand side was divided by ``size``."""
+    return torch.maximum(target.relative * norm, target.absolute * torch.minimum(norm, 1 / size))
+
+
+def _settled(solution: LinearSolution, rhs: torch.Tensor, target: Target) -> LinearOutcome | None:
+    """Return the outcome of a proposal where nothing is left to judge, or None: it was accurate enough and no bound is to be had."""
+    assert solution.residual is not None
+    norm, left = rhs.norm(dim=-1), solution.residual.norm(dim=-1)
+    threshold = _threshold(target, norm, torch.ones_like(norm))
+    if target.strong_convexity is not None or not bool((left <= threshold).all()):
+        return None
+    unknown = torch.full_like(norm, float("nan"))
+    return LinearOutcome(
+        solution.x,
+        solution.status,
+        solution.iterations,
+        solution.residual,
+        left,
+        threshold,
+        unknown,
+        Basis.RESIDUAL,
+        norm,
+    )
 
 
 def _as_meant(solution: LinearSolution, target: Target) -> bool:

@@ -207,10 +207,13 @@ def iterate(
     # A start so near the solution that its residual is below what is asked for says nothing of scales.
     limit = _DIVERGED * torch.maximum(norm, threshold)
     running = torch.full(norm.shape, int(Status.RUNNING), dtype=torch.int64, device=norm.device)
-    status = torch.where(torch.isfinite(norm), running, torch.full_like(running, Status.NOT_FINITE))
-    status = torch.where(norm <= threshold, torch.full_like(running, Status.CONVERGED), status)
-    active = status == Status.RUNNING
-    everyone, anyone = bool(active.all()), bool(active.any())
+    status, active = running, (norm > threshold) & torch.isfinite(norm)
+    everyone = anyone = bool(active.all())
+    if not everyone:
+        status = torch.where(torch.isfinite(norm), running, torch.full_like(running, Status.NOT_FINITE))
+        status = torch.where(norm <= threshold, torch.full_like(running, Status.CONVERGED), status)
+        active = status == Status.RUNNING
+        anyone = bool(active.any())
     iterations = torch.zeros_like(status)
     together = 0  # steps that all of the batch took
     for _ in range(max_steps):
@@ -224,6 +227,8 @@ def iterate(
         if verdict is None and bool(usual.all() & torch.isfinite(new.x.sum())):
             # Nothing ends here, which one look at the batch has told: the statuses need no work.
             state = new if everyone else _merge(active, new, state)
+        elif everyone and verdict is None and bool((norm <= threshold).all() & torch.isfinite(new.x.sum())):
+            state, status = new, torch.full_like(running, Status.CONVERGED)
         else:
             outcome = torch.where(norm <= threshold, torch.full_like(running, Status.CONVERGED), running)
             outcome = torch.where(norm > limit, torch.full_like(running, Status.DIVERGED), outcome)
@@ -290,9 +295,11 @@ def solve_inner(solver: InnerSolver, problem: Problem, init: torch.Tensor, targe
             residual = problem.residual(solution.x)
     norm = _length(residual)
     threshold = goal.threshold
-    status = _judge(solver, problem, solution, target, norm, threshold)
-    if value is not None:
-        # A NaN that is added to an objective does not show in its gradient.
+    status = solution.status
+    if not bool(((status == Status.CONVERGED) & (norm <= threshold)).all()):
+        status = _judge(solver, problem, solution, target, norm, threshold)
+    # A NaN that is added to an objective does not show in its gradient.
+    if value is not None and not bool(torch.isfinite(value.sum())):
         status = torch.where(torch.isfinite(value), status, torch.full_like(status, Status.NOT_FINITE))
     mu = target.strong_convexity
     bound = torch.full_like(norm, float("nan"))

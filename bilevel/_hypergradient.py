@@ -19,7 +19,7 @@ from bilevel.certificates.constants import Constants
 from bilevel.errors import ArgumentError, ConstantsError
 from bilevel.reports import Basis, SolveReport, Status
 
-__all__ = ["Hypergradient", "HypergradientReport"]
+__all__ = ["Hypergradient", "HypergradientReport", "assemble"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -252,3 +252,53 @@ class Hypergradient:
     def certified(self) -> bool:
         """Whether :attr:`error_bound` is proven from known constants."""
         return self.bound.certified
+
+
+def assemble(
+    outer: Any,
+    point: Point,
+    value: torch.Tensor,
+    corrected: torch.Tensor,
+    gradient: torch.Tensor,
+    report: HypergradientReport,
+    certify: Callable[[Point, torch.Tensor, torch.Tensor], Certificate],
+    unravel: Callable[[torch.Tensor], Any],
+) -> Hypergradient:
+    """Return what was found at ``point`` in the terms of ``outer`` and of the inner variables.
+
+    Parameters
+    ----------
+    outer
+        The pytree that ``gradient``, ĝ (p,), belongs to.
+    value, corrected
+        F, and C4 of it.
+    certify
+        (point, ĝ (p,), corrected value) ↦ what bounds them.
+    unravel
+        (K, n) ↦ the pytree of the inner variables.
+    """
+    leaves, structure = pytree.tree_flatten(outer)
+    moving = [isinstance(leaf, torch.Tensor) and leaf.is_floating_point() for leaf in leaves]
+
+    def restore(flat: torch.Tensor) -> Any:
+        parts = iter(torch.split(flat, [leaf.numel() for leaf, moves in zip(leaves, moving, strict=True) if moves]))
+        filled = [
+            next(parts).reshape(leaf.shape).to(leaf.dtype) if moves else None
+            for leaf, moves in zip(leaves, moving, strict=True)
+        ]
+        return pytree.tree_unflatten(filled, structure)
+
+    def made(
+        at: Point, value: torch.Tensor, corrected: torch.Tensor, flat: torch.Tensor, report: HypergradientReport
+    ) -> Hypergradient:
+        inner, adjoint = unravel(at.x), unravel(at.q)
+        certificate = certify(at, flat, corrected)
+        return Hypergradient(value, corrected, restore(flat), inner, adjoint, report, certificate, rebuild, restore)
+
+    def rebuild(at: Point, before: Hypergradient) -> Hypergradient:
+        # In the problem's dtype, as any other result; the certificate then measures what rounding made of it.
+        there = Point(point.lower, point.upper, at.x.to(point.x), at.q.to(point.x), point.wanted)
+        worth, found = there.upper.value(there.x).mean().to(value), at.corrected_value.mean().to(value)
+        return made(there, worth, found, at.gradient.mean(0).to(gradient), before.report.moved(at))
+
+    return made(point, value, corrected, gradient, report)

@@ -9,7 +9,6 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch.func import vmap
 from torch.utils import _pytree as pytree
 
 from bilevel._guards import (
@@ -21,14 +20,14 @@ from bilevel._guards import (
     disconnected,
     no_dependence,
 )
-from bilevel._hypergradient import Hypergradient, HypergradientReport
+from bilevel._hypergradient import Hypergradient, HypergradientReport, assemble
 from bilevel._knowledge import Knowledge
 from bilevel._layer import Layer, Solution
+from bilevel._numbering import Numbering
 from bilevel._problem import Problem
 from bilevel._seek import Promised, seek
 from bilevel._system import ArgminSystem
-from bilevel._transforms import autocast_to, transforms_active
-from bilevel._tree import Raveler, flatten_arguments
+from bilevel._transforms import transforms_active
 from bilevel.certificates._certificate import Certificate
 from bilevel.certificates._point import Point
 from bilevel.certificates.bound import Bound
@@ -140,6 +139,10 @@ class BilevelProblem(torch.nn.Module, ABC):
             raise ArgumentError(f"{self.where}: expected a bilevel.Tolerance, got {tolerance!r}; wrap it in one")
         self._tolerance = self._layer.tolerance = tolerance
 
+    @property
+    def _numbering(self) -> Numbering:
+        return Numbering(self.batch_dims, self._layer.where)
+
     def memory(self) -> dict[str, Any]:
         """Return what the next call begins from: the last inner solution and adjoint, and what goals have learned.
 
@@ -157,11 +160,7 @@ class BilevelProblem(torch.nn.Module, ABC):
 
     def begin_at(self, inner: Any, adjoint: Any) -> None:
         """Begin the next call from ``inner`` and ``adjoint``, as a :class:`Hypergradient` holds them, in place of the last ones."""
-        if self.batch_dims is None:
-            flat = Raveler.of(adjoint, self._layer.where).ravel(adjoint)[None]
-        else:
-            one = Raveler.of(pytree.tree_map(lambda leaf: leaf[0], adjoint), self._layer.where)
-            flat = vmap(one.ravel)(adjoint)
+        flat = self._numbering.ravel(adjoint)
         self._last = inner
         self._layer.adjoint.value = flat / max(1, len(flat))  # as for the mean's cotangents
 
@@ -193,7 +192,7 @@ class BilevelProblem(torch.nn.Module, ABC):
         By default the tolerance given, with δ′ meant for each problem's own adjoint: the mean over K problems hands each
         of them 1/K of its right-hand side. Override it where δ and δ′ are promises about something else than φ and q.
         """
-        given, count = self._tolerance, self._count(data)
+        given, count = self._tolerance, self._numbering.count(data)
         if isinstance(given.delta_prime, (int, float)) and count:
             return replace(given, delta_prime=given.delta_prime / count)
         return given
@@ -259,16 +258,13 @@ class BilevelProblem(torch.nn.Module, ABC):
             Look first for what would make gradients wrong (random numbers, captured tensors, wrong shapes), which costs two gradients of
             one problem. One of several calls with the same objective tells it for all.
         """
-        count = self._count(data)
+        count = self._numbering.count(data)
         self._layer.tolerance = self.tolerance_of(outer, data)
         start = self._start(outer, data, count) if init is None else init
         if count is not None:
-            self._check_start(start, count)
+            self._numbering.check_start(start, count)
         with nullcontext() if inspect else self._layer.trusted():
-            if self.batch_dims is None:
-                solution = self._layer.solve(start, outer, data)
-            else:
-                solution = vmap(self._layer.solve, in_dims=(0, None, self.batch_dims))(start, outer, data)
+            solution = self._numbering.each(self._layer.solve)(start, outer, data)
         if self.warm_start:
             last = pytree.tree_map(_cut, solution.value)
             # What a transform outside maps or differentiates is not this problem's own solution to go on from.
@@ -328,8 +324,7 @@ class BilevelProblem(torch.nn.Module, ABC):
             adjoint.warm = warm
         plain = pytree.tree_unflatten([_cut(leaf) for leaf in fresh], structure)
         inner = pytree.tree_map(_cut, solution.value)
-        lower, x = self._flat_problem(self.inner_objective, inner, plain, data)
-        upper, _ = self._flat_problem(self.outer_objective, inner, plain, data)
+        (lower, upper), x = self._flat_problems(inner, plain, data), self._numbering.ravel(inner)
         if spoiled:
             found = tuple(torch.full_like(gradient, float("nan")) for gradient in found)
         flat = torch.cat([part.reshape(-1) for part in self._connected(found, inner, outer, data)])
@@ -342,7 +337,7 @@ class BilevelProblem(torch.nn.Module, ABC):
         corrected = value.detach() - (q * adjoint.residual).sum(dim=-1).mean()
         point = Point(lower, upper, x, q, _wanted(plain, lower))
         report = HypergradientReport(solution.report, backward)
-        return self._package(plain, data, inner, point, value.detach(), corrected, flat, report)
+        return self._assembled(plain, data, inner, point, value.detach(), corrected, flat, report)
 
     def reset(self) -> None:
         """Forget the last inner solution and adjoint."""
@@ -353,7 +348,7 @@ class BilevelProblem(torch.nn.Module, ABC):
         layer = self._layer
         return f"solver={layer.solver!r}, linear_solver={layer.linear_solver!r}, tolerance={layer.tolerance!r}"
 
-    def _package(
+    def _assembled(
         self,
         outer: Any,
         data: Any,
@@ -365,34 +360,16 @@ class BilevelProblem(torch.nn.Module, ABC):
         report: HypergradientReport,
     ) -> Hypergradient:
         """Return what was found at ``point``, ĝ being ``flat`` (p,), with what its bounds are computed from."""
-        leaves, structure = pytree.tree_flatten(outer)
-        lower, upper, x = point.lower, point.upper, point.x
-        mu = self._layer.tolerance.strong_convexity
-        products = 0 if self._layer.tolerance.has_goal else self._layer.tolerance.bound_products
+        tolerance, numbering = self._layer.tolerance, self._numbering
+        products = 0 if tolerance.has_goal else tolerance.bound_products
 
         def constants() -> Constants:
-            return self.constants(outer, data).with_mu(mu)
+            return self.constants(outer, data).with_mu(tolerance.strong_convexity)
 
-        def restore(flat: torch.Tensor) -> Any:
-            parts = iter(torch.split(flat, [leaf.numel() for leaf in leaves if _moves(leaf)]))
-            filled = [next(parts).reshape(leaf.shape).to(leaf.dtype) if _moves(leaf) else None for leaf in leaves]
-            return pytree.tree_unflatten(filled, structure)
+        def certify(at: Point, flat: torch.Tensor, corrected: torch.Tensor) -> Certificate:
+            return Certificate(at, flat, corrected, constants, self.where, self._layer.on_failure, products)
 
-        def rebuild(at: Point, before: Hypergradient) -> Hypergradient:
-            there = Point(lower, upper, at.x.to(x), at.q.to(x), point.wanted)
-            flat = at.gradient.mean(0).to(before._certificate.gradient)
-            # In the problem's dtype, as any other result; the certificate then measures what rounding made of it.
-            worth = at.corrected_value.mean().to(value)
-            certificate = Certificate(there, flat, worth, constants, self.where, self._layer.on_failure, products)
-            return Hypergradient(
-                there.upper.value(there.x).mean().to(value), worth, restore(flat), self._unravel(there.x, inner),
-                self._unravel(there.q, inner), before.report.moved(at), certificate, rebuild, restore,
-            )  # fmt: skip
-
-        return Hypergradient(
-            value, corrected, restore(flat), inner, self._unravel(point.q, inner), report,
-            Certificate(point, flat, corrected, constants, self.where, self._layer.on_failure, products), rebuild, restore,
-        )  # fmt: skip
+        return assemble(outer, point, value, corrected, flat, report, certify, lambda q: numbering.unravel(q, inner))
 
     def _to_goal(self, outer: Any, data: Any, init: Any, tolerance: Tolerance) -> Hypergradient:
         """Return a hypergradient as accurate as ``tolerance`` asks: both solves go as far as that needs."""
@@ -400,10 +377,9 @@ class BilevelProblem(torch.nn.Module, ABC):
         layer.tolerance = tolerance
         given = (data, init)
         outer, data = pytree.tree_map(_cut, outer), pytree.tree_map(_cut, data)
-        start = self._start(outer, data, self._count(data)) if init is None else init
+        start = self._start(outer, data, self._numbering.count(data)) if init is None else init
         start = pytree.tree_map(_cut, start)
-        lower, x = self._flat_problem(self.inner_objective, start, outer, data)
-        upper, _ = self._flat_problem(self.outer_objective, start, outer, data)
+        (lower, upper), x = self._flat_problems(start, outer, data), self._numbering.ravel(start)
         wanted = _wanted(outer, lower)
 
         known: list[Constants] = []
@@ -423,7 +399,7 @@ class BilevelProblem(torch.nn.Module, ABC):
         look = FirstLook(upper, self.outer_objective, given, layer.on_failure)
         sought = seek(layer, lower, upper, x, begin, wanted, learned, certify, look)
         found = sought.found
-        inner = self._unravel(found.x, start)
+        inner = self._numbering.unravel(found.x, start)
         if warm and sought.finite:
             self._last, self._known = inner, found.known
             layer.adjoint.value = found.q / lower.batch  # as for the mean's cotangents
@@ -433,7 +409,7 @@ class BilevelProblem(torch.nn.Module, ABC):
         point = Point(lower, upper, found.x, found.q, wanted)
         parts = torch.split(found.gradient, [leaf.numel() for leaf in pytree.tree_leaves(outer) if _moves(leaf)])
         flat = torch.cat(self._connected(parts, inner, outer, data))
-        result = self._package(outer, data, inner, point, value, corrected, flat, report)
+        result = self._assembled(outer, data, inner, point, value, corrected, flat, report)
         result.__dict__["bound"] = found.bound  # what decided, which asking for the bound shows
         if tolerance.estimates:
             result.__dict__["value_bound"] = Bound(found.value_error, Basis.ESTIMATED)
@@ -482,42 +458,16 @@ class BilevelProblem(torch.nn.Module, ABC):
     def _disconnected(self, inner: Any, outer: Any, data: Any, among: Sequence[bool]) -> list[int]:
         """Return which floating-point tensors of ``outer``, of those ``among``, no objective's graph leads to."""
         plain, at = pytree.tree_map(_cut, outer), pytree.tree_map(_cut, inner)
-        lower, x = self._flat_problem(self.inner_objective, at, plain, data)
-        upper, _ = self._flat_problem(self.outer_objective, at, plain, data)
-        return disconnected(lower, upper, x, _wanted(plain, lower), among)
+        lower, upper = self._flat_problems(at, plain, data)
+        return disconnected(lower, upper, self._numbering.ravel(at), _wanted(plain, lower), among)
+
+    def _flat_problems(self, inner: Any, outer: Any, data: Any) -> tuple[Problem, Problem]:
+        """Return G and F as batches of flat problems."""
+        flat = self._numbering.problem
+        return flat(self.inner_objective, inner, outer, data), flat(self.outer_objective, inner, outer, data)
 
     def _inner_objective(self, inner: Any, outer: Any, data: Any) -> torch.Tensor:
         return self.inner_objective(inner, outer, data)
-
-    def _count(self, data: Any) -> int | None:
-        """Return K, the number of problems in ``data``; None for a single one."""
-        if self.batch_dims is None:
-            return None
-        dims = _broadcast(self.batch_dims, data, self._layer.where)
-        numbering = [(leaf, dim) for leaf, dim in zip(pytree.tree_leaves(data), dims, strict=True) if dim is not None]
-        for leaf, dim in numbering:
-            if not (isinstance(dim, int) and isinstance(leaf, torch.Tensor) and -leaf.ndim <= dim < leaf.ndim):
-                got = f"shape {tuple(leaf.shape)}" if isinstance(leaf, torch.Tensor) else type(leaf).__name__
-                raise ShapeError(
-                    f"{self._layer.where}: expected batch_dims to name an axis of each tensor of data that numbers problems, "
-                    f"got {dim!r} for one of {got}; give an axis that it has, or None where all problems share it"
-                )
-        sizes = {leaf.shape[dim] for leaf, dim in numbering}
-        if len(sizes) != 1:
-            raise ShapeError(
-                f"{self._layer.where}: expected the axes that batch_dims={self.batch_dims!r} names to have one length, the "
-                f"number of problems, got {sorted(sizes)}; check batch_dims and the shapes in data"
-            )
-        return int(sizes.pop())
-
-    def _check_start(self, start: Any, count: int) -> None:
-        for leaf in pytree.tree_leaves(start):
-            if isinstance(leaf, torch.Tensor) and (not leaf.ndim or len(leaf) != count):
-                raise ShapeError(
-                    f"{self._layer.where}: expected init to have a leading axis of {count}, one start for each problem that "
-                    f"batch_dims finds in data, got a leaf of shape {tuple(leaf.shape)}; expand it, for example with "
-                    f"init.expand({count}, *init.shape)"
-                )
 
     def _start(self, outer: Any, data: Any, count: int | None) -> Any:
         last = self._last
@@ -539,38 +489,9 @@ class BilevelProblem(torch.nn.Module, ABC):
             return loss
 
         watch = Watch(self.where, self.outer_objective, (inner, outer, data))
-        if self.batch_dims is None:
-            losses = one(inner, outer, data)
-        else:
-            # Randomness would be refused by vmap in words about vmap; let it through to our own check.
-            losses = vmap(one, in_dims=(0, None, self.batch_dims), randomness="different")(inner, outer, data)
+        # Randomness would be refused by vmap in words about vmap; let it through to our own check.
+        losses = self._numbering.each(one, randomness="different")(inner, outer, data)
         return losses * float("nan") if watch.ended(self._layer.on_failure) else losses
-
-    def _flat_problem(
-        self, objective: Callable[..., torch.Tensor], inner: Any, outer: Any, data: Any
-    ) -> tuple[Problem, torch.Tensor]:
-        """Return ``objective`` as a batch of flat problems, and the inner variables as (K, n), K = 1 for a single one."""
-        tensors, arguments = flatten_arguments((outer, data), {})
-        if self.batch_dims is None:
-            raveler = Raveler.of(inner, self._layer.where)
-            precision = autocast_to(raveler.device)
-            system = ArgminSystem(self._layer.where, objective, raveler, arguments, autocast=precision)
-            return Problem.of(system, tensors), raveler.ravel(inner)[None]
-        raveler = Raveler.of(pytree.tree_map(lambda leaf: leaf[0], inner), self._layer.where)
-        # One dimension for each leaf of data, as vmap itself reads a prefix of in_dims.
-        dims = pytree.tree_leaves(pytree.tree_map(lambda _: None, outer), is_leaf=lambda x: x is None)
-        dims += _broadcast(self.batch_dims, data, self._layer.where)
-        of_tensors = [dim for dim, flag in zip(dims, arguments.is_tensor, strict=True) if flag]
-        moved = [t if dim is None else t.movedim(dim, 0) for t, dim in zip(tensors, of_tensors, strict=True)]
-        x = vmap(raveler.ravel)(inner)
-        precision = autocast_to(raveler.device)
-        system = ArgminSystem(self._layer.where, objective, raveler, arguments, autocast=precision)
-        return Problem.of(system.lift(len(x), tuple(dim is not None for dim in of_tensors)), moved), x
-
-    def _unravel(self, q: torch.Tensor, inner: Any) -> Any:
-        if self.batch_dims is None:
-            return Raveler.of(inner, self._layer.where).unravel(q[0])
-        return vmap(Raveler.of(pytree.tree_map(lambda leaf: leaf[0], inner), self._layer.where).unravel)(q)
 
 
 def _moves(leaf: Any) -> bool:
@@ -590,15 +511,3 @@ def _cut(leaf: Any) -> Any:
 def _same_shapes(one: Any, other: Any) -> bool:
     (leaves, structure), (others, another) = pytree.tree_flatten(one), pytree.tree_flatten(other)
     return structure == another and all(a.shape == b.shape for a, b in zip(leaves, others, strict=True))
-
-
-def _broadcast(dims: Any, tree: Any, where: str) -> list[int | None]:
-    """Return one entry of the prefix ``dims`` for each leaf of ``tree``."""
-    structure = pytree.tree_structure(tree)
-    flat = pytree._broadcast_to_and_flatten(dims, structure, is_leaf=lambda dim: dim is None)
-    if flat is None:
-        raise ArgumentError(
-            f"{where}: expected batch_dims to be a prefix of data's structure, got batch_dims={dims!r} for {structure}; give an "
-            "axis or None for each part of data, as in torch.func.vmap's in_dims"
-        )
-    return flat

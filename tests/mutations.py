@@ -288,7 +288,7 @@ MUTATIONS = (
         ("tests/test_goal.py", "-k", "true_ones"),
     ),
     Mutation(
-        "a goal met on half of the error", "_goal.py", "Bound(inner + linear if self._seen(here)", "Bound(linear if self._seen(here)",
+        "a goal met on half of the error", "_error_model.py", "Bound(inner + linear if self.seen(here)", "Bound(linear if self.seen(here)",
         ("tests/test_goal.py", "-k", "estimated_goal"),
     ),
     Mutation(
@@ -309,7 +309,7 @@ MUTATIONS = (
         "[*self._pulled, pulled][-_MOST_PAIRS:]", "[pulled, *self._pulled][-_MOST_PAIRS:]", ("tests/test_goal.py", "-k", "pullbacks"),
     ),
     Mutation(
-        "a goal met on changes that vanish by chance", "_goal.py",
+        "a goal met on changes that vanish by chance", "_error_model.py",
         "(_CHANCE * here.left", "(0 * here.left", ("tests/test_goal.py", "-k", "bound_by_norms"),
     ),
     Mutation(

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 import bilevel
 import bilevel._goal
+from bilevel._error_model import ErrorModel
 from bilevel._knowledge import Knowledge
 from bilevel._secants import JointOperator, RecordedOperator, Secants
 from bilevel.operators import DenseOperator
@@ -523,14 +524,14 @@ def test_changes_that_vanish_for_a_while_do_not_end_a_goal() -> None:
 
 def test_an_estimate_from_changes_keeps_a_part_of_the_bound_by_norms() -> None:
     known = Knowledge(nu=2.0, pull=3.0, pulls=1)
-    search = SimpleNamespace(known=known, _caution=lambda here, numbers: 100.0 if numbers == 1 else 1.5)
+    model = SimpleNamespace(known=known, caution=lambda here, numbers: 100.0 if numbers == 1 else 1.5)
     here = SimpleNamespace(x=START, v=START, direct=torch.zeros(1, dtype=F64), left=0.1, changes=[5.0, 0.0, 0.0, 0.0])
-    vanished = bilevel._goal.Search._linear_share(search, here)
+    vanished = ErrorModel.linear_share(model, here)
     assert 0.1 * known.nu * known.pull * here.left < vanished < known.nu * known.pull * here.left
     here.changes = [0.0, 4.0, 0.0]
-    assert bilevel._goal.Search._linear_share(search, here) == pytest.approx(vanished + 1.5 * 4.0)
+    assert ErrorModel.linear_share(model, here) == pytest.approx(vanished + 1.5 * 4.0)
     here.left = 0.0  # nothing is left to change
-    assert bilevel._goal.Search._linear_share(search, here) == 0.0
+    assert ErrorModel.linear_share(model, here) == 0.0
 
 
 def test_the_step_beyond_the_inner_solver_saves_passes_and_a_bad_one_costs_no_accuracy(monkeypatch) -> None:
@@ -543,7 +544,7 @@ def test_the_step_beyond_the_inner_solver_saves_passes_and_a_bad_one_costs_no_ac
 
     def begun(self, x, q):
         here = descended(self, x, q)
-        sizes.append(here.size / self.first)
+        sizes.append(here.size / self.model.first)
         return here
 
     monkeypatch.setattr(bilevel._goal.Search, "_begin", begun)

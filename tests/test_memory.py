@@ -102,6 +102,31 @@ def test_nothing_is_left_from_call_to_call(vmapped: bool) -> None:
     assert late - early < 200 * 256  # less than the smallest Python object with a tensor in it, for each call
 
 
+@pytest.mark.parametrize("name", [*LAYERS, "default"])
+def test_what_a_call_made_is_let_go_without_a_collection(name: str) -> None:
+    # A circle of objects that holds a linearisation's graph grows a training loop by gigabytes before Python looks for it.
+    a = torch.linspace(-1, 1, 6, dtype=F64, requires_grad=True)
+    layer = LAYERS[name](3) if name in LAYERS else bilevel.argmin(objective)
+
+    def once() -> None:
+        layer(torch.zeros(6, dtype=F64), a).sum().backward()
+        a.grad = None
+
+    def tensors() -> int:
+        return sum(issubclass(type(thing), torch.Tensor) for thing in gc.get_objects())
+
+    once()
+    gc.collect()
+    gc.disable()
+    try:
+        before = tensors()
+        for _ in range(5):
+            once()
+        assert tensors() <= before
+    finally:
+        gc.enable()
+
+
 def test_a_problem_keeps_one_solution_however_often_it_is_called() -> None:
     class Ridge(bilevel.BilevelProblem):
         def inner_objective(self, inner, outer, data):

@@ -386,8 +386,8 @@ class BilevelProblem(torch.nn.Module, ABC):
             certificate = Certificate(there, flat, worth, constants, self.where, self._layer.on_failure, products)
             return Hypergradient(
                 there.upper.value(there.x).mean().to(value), worth, restore(flat), self._unravel(there.x, inner),
-                self._unravel(there.q, inner), before.report.moved(at), certificate, rebuild, restore,
-            )  # fmt: skip
+                self._unravel(there.q, inner), before.report.moved(at), certificate, before._rebuild, restore,
+            )  # fmt: skip  # itself by its own name would be a circle, which holds all of the problem until a collection
 
         return Hypergradient(
             value, corrected, restore(flat), inner, self._unravel(point.q, inner), report,

@@ -289,16 +289,22 @@ def assemble(
         return pytree.tree_unflatten(filled, structure)
 
     def made(
-        at: Point, value: torch.Tensor, corrected: torch.Tensor, flat: torch.Tensor, report: HypergradientReport
+        at: Point,
+        value: torch.Tensor,
+        corrected: torch.Tensor,
+        flat: torch.Tensor,
+        report: HypergradientReport,
+        rebuild: Callable[[Point, Hypergradient], Hypergradient],
     ) -> Hypergradient:
-        inner, adjoint = unravel(at.x), unravel(at.q)
-        certificate = certify(at, flat, corrected)
+        inner, adjoint, certificate = unravel(at.x), unravel(at.q), certify(at, flat, corrected)
         return Hypergradient(value, corrected, restore(flat), inner, adjoint, report, certificate, rebuild, restore)
 
     def rebuild(at: Point, before: Hypergradient) -> Hypergradient:
         # In the problem's dtype, as any other result; the certificate then measures what rounding made of it.
         there = Point(point.lower, point.upper, at.x.to(point.x), at.q.to(point.x), point.wanted)
         worth, found = there.upper.value(there.x).mean().to(value), at.corrected_value.mean().to(value)
-        return made(there, worth, found, at.gradient.mean(0).to(gradient), before.report.moved(at))
+        flat = at.gradient.mean(0).to(gradient)
+        # This function by its own name would be a circle, which holds all of the problem until a collection.
+        return made(there, worth, found, flat, before.report.moved(at), before._rebuild)
 
-    return made(point, value, corrected, gradient, report)
+    return made(point, value, corrected, gradient, report, rebuild)

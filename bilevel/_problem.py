@@ -200,7 +200,9 @@ class Problem:
             operator = JacobianOperator(residual, point)
         # Cut x off first: a saved output would close a circle through its own node that no collector can see.
         at = x.detach()
-        operator.materialize = lambda: self._dense(at)[1]
+        # Of a problem without a last look: what lies there would hold itself through its operator, graph and all, until a collection.
+        plain = replace(self, last_look=None)
+        operator.materialize = lambda: plain._dense(at)[1]
         return Linearization(residual, operator, leaves, value, at)
 
     def linearize_dense(self, x: torch.Tensor) -> Linearization:

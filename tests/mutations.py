@@ -204,8 +204,16 @@ MUTATIONS = (
         ("tests/test_implicit.py", "-k", "norm"),
     ),
     Mutation(
+        "a linearisation that holds itself", "_problem.py",
+        "plain = replace(self, last_look=None)\n", "plain = self\n", ("tests/test_memory.py", "-k", "let_go"),
+    ),
+    Mutation(
+        "a hypergradient that holds itself", "_hypergradient.py",
+        "before.report.moved(at), before._rebuild)", "before.report.moved(at), rebuild)", ("tests/test_memory.py", "-k", "let_go"),
+    ),
+    Mutation(
         "the Hessian taken at zero", "_problem.py",
-        "lambda: self._dense(at)[1]", "lambda: self._dense(torch.zeros_like(at))[1]", ("tests/test_implicit.py", "-k", "test_gradcheck or quartic"),
+        "lambda: plain._dense(at)[1]", "lambda: plain._dense(torch.zeros_like(at))[1]", ("tests/test_implicit.py", "-k", "test_gradcheck or quartic"),
     ),
     Mutation(
         "two thirds of the curvature, as Gauss–Newton has of a quartic", "_problem.py",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import tracemalloc
 import weakref
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -100,6 +101,58 @@ def test_nothing_is_left_from_call_to_call(vmapped: bool) -> None:
     late, _ = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert late - early < 200 * 256  # less than the smallest Python object with a tensor in it, for each call
+
+
+def tensors_left(once: Callable[[], object]) -> int:
+    """Return how many tensors five calls leave to Python's collector, which looks for circles of objects only now and then."""
+
+    def tensors() -> int:
+        return sum(issubclass(type(thing), torch.Tensor) for thing in gc.get_objects())
+
+    once()
+    gc.collect()
+    gc.disable()
+    try:
+        before = tensors()
+        for _ in range(5):
+            once()
+        return tensors() - before
+    finally:
+        gc.enable()
+
+
+@pytest.mark.parametrize("name", [*LAYERS, "default"])
+def test_what_a_call_made_is_let_go_at_once(name: str) -> None:
+    a = torch.linspace(-1, 1, 6, dtype=F64, requires_grad=True)
+    layer = LAYERS[name](3) if name in LAYERS else bilevel.argmin(objective)
+
+    def once() -> None:
+        layer(torch.zeros(6, dtype=F64), a).sum().backward()
+        a.grad = None
+
+    assert tensors_left(once) <= 0
+
+
+@pytest.mark.parametrize("look", ["not at all", "at a bound", "refined"])
+def test_what_a_hypergradient_holds_is_let_go_with_it(look: str) -> None:
+    class Ridge(bilevel.BilevelProblem):
+        def inner_objective(self, inner, outer, data):
+            return ((inner - data) ** 2).sum() + outer.exp() * (inner**2).sum()
+
+        def outer_objective(self, inner, outer, data):
+            return (inner**2).sum()
+
+    problem = Ridge(tolerance=bilevel.Tolerance(delta=1e-3, delta_prime=1e-3, strong_convexity=2.0))
+    data, outer = torch.ones(3, dtype=F64), torch.zeros((), dtype=F64)
+
+    def once() -> None:
+        result = problem.hypergradient(outer, data, init=torch.zeros(3, dtype=F64))
+        if look == "at a bound":
+            assert result.bound.value > 0
+        elif look == "refined":
+            result.refined().refined()
+
+    assert tensors_left(once) <= 0
 
 
 def test_a_problem_keeps_one_solution_however_often_it_is_called() -> None:

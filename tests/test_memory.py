@@ -133,6 +133,18 @@ def test_what_a_call_made_is_let_go_at_once(name: str) -> None:
     assert tensors_left(once) <= 0
 
 
+@pytest.mark.parametrize("method", ["hybr", "krylov"])
+def test_what_scipy_keeps_of_a_root_is_not_the_problem(method: str) -> None:
+    a = torch.linspace(1, 2, 4, dtype=F64, requires_grad=True)
+    layer = bilevel.root(lambda x, a: x + 0.1 * x.roll(1) ** 3 - a, solver=bilevel.ScipyRoot(method))
+
+    def once() -> None:
+        layer(torch.zeros(4, dtype=F64), a).sum().backward()
+        a.grad = None
+
+    assert tensors_left(once) <= 0
+
+
 @pytest.mark.parametrize("look", ["not at all", "at a bound", "refined"])
 def test_what_a_hypergradient_holds_is_let_go_with_it(look: str) -> None:
     class Ridge(bilevel.BilevelProblem):

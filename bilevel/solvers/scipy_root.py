@@ -99,13 +99,15 @@ class ScipyRoot(InnerSolver):
         method = self.method.lower()
         evaluations = [0]
         best, least = [start], [float("inf")]
+        # scipy's root leaves what it calls in a circle of objects, until a collection: the problem is not to be among them.
+        held, dtype, device = [problem], like.dtype, like.device
 
         def torch_of(x: Array) -> torch.Tensor:
-            return torch.as_tensor(x).to(like).unsqueeze(0)
+            return torch.as_tensor(x).to(device, dtype).unsqueeze(0)
 
         def residual(x: Array) -> Array:
             evaluations[0] += 1
-            found = problem.residual(torch_of(x))[0]
+            found = held[0].residual(torch_of(x))[0]
             norm = float(found.norm())
             if norm <= threshold:
                 raise Reached(np.array(x))
@@ -114,7 +116,7 @@ class ScipyRoot(InnerSolver):
             return as_array(found)
 
         def jacobian(x: Array) -> Array:
-            dense = problem.linearize_dense(torch_of(x)).operator.dense()[0]
+            dense = held[0].linearize_dense(torch_of(x)).operator.dense()[0]
             return as_array(dense)
 
         exact = method in _WITH_JACOBIAN
@@ -135,6 +137,8 @@ class ScipyRoot(InnerSolver):
             if "Jacobian inversion" not in str(error):
                 raise
             return best[0], evaluations[0], Status.SINGULAR
+        finally:
+            held.clear()
         return best[0], evaluations[0], status_of(result, evaluations[0], self.max_steps)
 
     def _settings(self, method: str, threshold: float, size: int) -> dict[str, Any]:

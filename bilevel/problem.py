@@ -25,7 +25,9 @@ from bilevel._hypergradient import Hypergradient, HypergradientReport
 from bilevel._knowledge import Knowledge
 from bilevel._layer import Layer, Solution
 from bilevel._problem import Problem
+from bilevel._repeatable import Repeatable
 from bilevel._seek import Promised, seek
+from bilevel._seen import learn
 from bilevel._system import ArgminSystem
 from bilevel._transforms import autocast_to, transforms_active
 from bilevel._tree import Raveler, flatten_arguments
@@ -538,12 +540,21 @@ class BilevelProblem(torch.nn.Module, ABC):
                 )
             return loss
 
+        def every() -> torch.Tensor:
+            with Repeatable.around(self.outer_objective):
+                if self.batch_dims is None:
+                    return one(inner, outer, data)
+                # Randomness would be refused by vmap in words about vmap; let it through to our own check.
+                losses: torch.Tensor = vmap(one, in_dims=(0, None, self.batch_dims), randomness="different")(
+                    inner, outer, data
+                )
+                return losses
+
         watch = Watch(self.where, self.outer_objective, (inner, outer, data))
-        if self.batch_dims is None:
-            losses = one(inner, outer, data)
-        else:
-            # Randomness would be refused by vmap in words about vmap; let it through to our own check.
-            losses = vmap(one, in_dims=(0, None, self.batch_dims), randomness="different")(inner, outer, data)
+        losses = every()
+        given = (leaf for leaf in pytree.tree_leaves((inner, outer, data)) if isinstance(leaf, torch.Tensor))
+        if learn(self.outer_objective, losses, given):
+            losses = every()
         return losses * float("nan") if watch.ended(self._layer.on_failure) else losses
 
     def _flat_problem(

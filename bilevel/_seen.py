@@ -67,8 +67,9 @@ def seen(function: Callable[..., Any], kind: Held) -> bool:
 
 def _owner(function: Callable[..., Any]) -> Any:
     # A bound method is made anew each time that it is named: what stays is what it is bound to, if that can be referred to weakly.
-    bound = inspect.ismethod(function) and type(function.__self__).__weakrefoffset__
-    return function.__self__ if bound else function
+    if inspect.ismethod(function) and type(function.__self__).__weakrefoffset__:
+        return function.__self__
+    return function
 
 
 # Weakly: a function is let go with what it closes over.

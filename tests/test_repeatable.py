@@ -9,6 +9,7 @@ import torch
 from torch.autograd import gradgradcheck
 from torch.func import functional_call, grad, vmap
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 import bilevel
 from bilevel._repeatable import Repeatable
@@ -168,3 +169,6 @@ def test_second_derivatives_of_an_outer_loss_that_alone_holds_them() -> None:
     outer = torch.linspace(0.5, 1.5, bilevel.ravel(init).numel(), dtype=F64, requires_grad=True)
     problem = Problem()
     assert gradgradcheck(lambda outer: problem(outer, (), init=init), outer)
+    free = outer.detach().clone().requires_grad_(True)
+    checkpoint(lambda free: Problem()(free, (), init=init), free, use_reentrant=False).backward()
+    torch.testing.assert_close(free.grad, torch.autograd.grad(problem(outer, (), init=init), outer)[0])

@@ -6,7 +6,7 @@ To look at every operation from the start would take its time, and make compiled
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from enum import Enum
 from typing import Any
@@ -14,7 +14,7 @@ from weakref import WeakValueDictionary
 
 import torch
 
-__all__ = ["Held", "learn", "seen"]
+__all__ = ["Held", "learn", "nodes", "seen"]
 
 
 class Held(Enum):
@@ -41,15 +41,7 @@ def learn(function: Callable[..., Any], values: torch.Tensor, known: Iterable[to
     known
         What it was given: what lies behind in the graph is not its own.
     """
-    pending, names = [values.grad_fn], set()
-    met = {tensor.grad_fn for tensor in known if tensor.grad_fn is not None}
-    while pending:
-        node = pending.pop()
-        if node is None or node in met:
-            continue
-        met.add(node)
-        names.add(node.name())
-        pending.extend(following for following, _ in node.next_functions)
+    names = {node.name() for node in nodes(values, known)}
     new = False
     with suppress(TypeError):  # not everything callable can be referred to weakly
         owner = _owner(function)
@@ -57,6 +49,18 @@ def learn(function: Callable[..., Any], values: torch.Tensor, known: Iterable[to
             if any(name.startswith(kind.value) for name in names) and owners.get(id(owner)) is not owner:
                 owners[id(owner)], new = owner, True
     return new
+
+
+def nodes(values: torch.Tensor, known: Iterable[torch.Tensor] = ()) -> Iterator[Any]:
+    """Yield each node of the graph of ``values`` that does not lie behind one of the ``known`` tensors."""
+    pending = [values.grad_fn]
+    met = {tensor.grad_fn for tensor in known if tensor.grad_fn is not None}
+    while pending:
+        node = pending.pop()
+        if node is not None and node not in met:
+            met.add(node)
+            yield node
+            pending.extend(following for following, _ in node.next_functions)
 
 
 def seen(function: Callable[..., Any], kind: Held) -> bool:

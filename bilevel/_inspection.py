@@ -42,7 +42,7 @@ def inspect_function(problem: Problem, x: torch.Tensor, *, captures: bool) -> tu
     watched = [t for t in (*problem.tensors, *buffers_of(problem.system.function)) if not t.is_inference()]
     versions, dice = [t._version for t in watched], Dice(x.device)
     try:
-        first = _probe(problem, x, captures=captures)
+        first = _probe(problem, x, captures=captures, first=True)
     except RuntimeError as error:
         if "escaped from inside a function being vmapped" in str(error):
             raise captured_error(problem.where, noun, "belongs to a vmap outside") from error
@@ -80,13 +80,16 @@ def _agrees_beside(problem: Problem, x: torch.Tensor) -> bool:
     return _agree(*pair, torch.finfo(x.dtype).eps ** -0.5)
 
 
-def _probe(problem: Problem, x: torch.Tensor, *, captures: bool) -> tuple[torch.Tensor, torch.Tensor]:
+def _probe(
+    problem: Problem, x: torch.Tensor, *, captures: bool, first: bool = False
+) -> tuple[torch.Tensor, torch.Tensor]:
     with torch.enable_grad():
         point = x.detach().requires_grad_(True)
         output = problem.system.lifted(problem.system.first_output)(problem.shaped(point), *problem.tensors)
         if not output.requires_grad and point.numel():
             raise unconnected(problem.system)
-        learn(problem.system.function, output)
+        if first:
+            learn(problem.system.function, output)
         if captures and problem.minimizes:
             _refuse_once_differentiable(problem, output)
         if not point.numel():

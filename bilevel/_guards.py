@@ -14,6 +14,7 @@ from torch.utils import _pytree as pytree
 
 from bilevel._inspection import Dice, buffers_of, captured_error, reaches_another_leaf
 from bilevel._problem import Problem
+from bilevel._seen import learn
 from bilevel._transforms import carries_gradient, eager, innermost
 from bilevel.errors import ArgumentError, BilevelError, StochasticObjectiveError
 from bilevel.reports import OnFailure, misuse
@@ -87,6 +88,8 @@ class FirstLook:
         self._looked = True
         watch = Watch(where, self._objective, (point, tensors))
         values = outputs(point, *tensors)
+        if learn(self._objective, values):
+            values = outputs(point, *tensors)
         self.spoiled = watch.ended(self._policy)
         if not values.requires_grad:
             self.spoiled |= misuse(no_dependence(where), self._policy)

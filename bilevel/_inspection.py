@@ -9,16 +9,19 @@ from types import CellType
 from typing import Any
 
 import torch
+from torch.autograd.function import once_differentiable
 
 from bilevel._problem import Problem
-from bilevel._seen import learn
+from bilevel._seen import learn, nodes
 from bilevel._system import unconnected
-from bilevel.errors import CapturedTensorError, StochasticObjectiveError
+from bilevel.errors import ArgumentError, CapturedTensorError, StochasticObjectiveError
 
 __all__ = ["Dice", "buffers_of", "captured_error", "inspect_function", "reaches_another_leaf"]
 
 # How many more pairs of evaluations have to agree where random numbers were drawn.
 _MORE_THROWS = 12
+# What the mark of a custom Function makes of any backward.
+_ONCE = getattr(once_differentiable(lambda ctx: None), "__code__", None)
 
 
 def inspect_function(problem: Problem, x: torch.Tensor, *, captures: bool) -> tuple[torch.Tensor, torch.Tensor]:
@@ -32,13 +35,14 @@ def inspect_function(problem: Problem, x: torch.Tensor, *, captures: bool) -> tu
     StochasticObjectiveError
         If two evaluations differ, or an argument is changed in place.
     ShapeError, ArgumentError
-        If the function returns the wrong shapes, or what it returns does not depend on its first argument.
+        If the function returns the wrong shapes, or what it returns does not depend on its first argument; if an objective that may be
+        differentiated holds a custom Function that is marked once_differentiable.
     """
     noun = problem.system.noun
     watched = [t for t in (*problem.tensors, *buffers_of(problem.system.function)) if not t.is_inference()]
     versions, dice = [t._version for t in watched], Dice(x.device)
     try:
-        first = _probe(problem, x, captures=captures)
+        first = _probe(problem, x, captures=captures, first=True)
     except RuntimeError as error:
         if "escaped from inside a function being vmapped" in str(error):
             raise captured_error(problem.where, noun, "belongs to a vmap outside") from error
@@ -76,19 +80,36 @@ def _agrees_beside(problem: Problem, x: torch.Tensor) -> bool:
     return _agree(*pair, torch.finfo(x.dtype).eps ** -0.5)
 
 
-def _probe(problem: Problem, x: torch.Tensor, *, captures: bool) -> tuple[torch.Tensor, torch.Tensor]:
+def _probe(
+    problem: Problem, x: torch.Tensor, *, captures: bool, first: bool = False
+) -> tuple[torch.Tensor, torch.Tensor]:
     with torch.enable_grad():
         point = x.detach().requires_grad_(True)
         output = problem.system.lifted(problem.system.first_output)(problem.shaped(point), *problem.tensors)
         if not output.requires_grad and point.numel():
             raise unconnected(problem.system)
-        learn(problem.system.function, output)
+        if first:
+            learn(problem.system.function, output)
+        if captures and problem.minimizes:
+            _refuse_once_differentiable(problem, output)
         if not point.numel():
             return output.detach(), point.detach()
         if captures and reaches_another_leaf(output, (point,)):
             raise captured_error(problem.where, problem.system.noun, "requires grad")
         (slope,) = torch.autograd.grad(output.sum(), point, allow_unused=True, materialize_grads=True)
     return output.detach(), slope
+
+
+def _refuse_once_differentiable(problem: Problem, output: torch.Tensor) -> None:
+    # torch raises in a second derivative only where the incoming gradient has a graph: elsewhere the slope passes for a constant.
+    for node in nodes(output):
+        kind: Any = getattr(node, "_forward_cls", None)
+        if getattr(getattr(kind, "backward", None), "__code__", "") is _ONCE:
+            raise ArgumentError(
+                f"{problem.where}: expected an objective that can be differentiated twice, and {kind.__name__} in it is marked "
+                "once_differentiable, so that torch would take its slope for a constant; write its backward of differentiable "
+                "operations and leave the mark out, or state the equations of the minimum as bilevel.root"
+            )
 
 
 class Dice:

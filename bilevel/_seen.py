@@ -5,7 +5,8 @@ To look at every operation from the start would take its time, and make compiled
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import inspect
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from enum import Enum
 from typing import Any
@@ -13,7 +14,7 @@ from weakref import WeakValueDictionary
 
 import torch
 
-__all__ = ["Held", "learn", "seen"]
+__all__ = ["Held", "learn", "nodes", "seen"]
 
 
 class Held(Enum):
@@ -25,30 +26,55 @@ class Held(Enum):
     ONCE_ONLY = ("WeightNormInterface", "ScaledDotProduct")
 
 
-def learn(function: Callable[..., Any], values: torch.Tensor) -> None:
-    """Remember what the graph of ``values``, which ``function`` returned, holds; the first time tells."""
-    if _looked.get(id(function)) is function:
-        return
-    pending, met, names = [values.grad_fn], set(), set()
+def learn(function: Callable[..., Any], values: torch.Tensor, known: Iterable[torch.Tensor] = ()) -> bool:
+    """Remember what the graph of ``values``, which ``function`` returned, holds; return whether something is new.
+
+    What one method of an object holds counts for them all. A function may hold something only for some of its arguments, another model or
+    another branch, and so each graph is looked at.
+
+    Parameters
+    ----------
+    function
+        A user's function.
+    values
+        What it returned.
+    known
+        What it was given: what lies behind in the graph is not its own.
+    """
+    names = {node.name() for node in nodes(values, known)}
+    new = False
+    with suppress(TypeError):  # not everything callable can be referred to weakly
+        owner = _owner(function)
+        for kind, owners in _seen.items():
+            if any(name.startswith(kind.value) for name in names) and owners.get(id(owner)) is not owner:
+                owners[id(owner)], new = owner, True
+    return new
+
+
+def nodes(values: torch.Tensor, known: Iterable[torch.Tensor] = ()) -> Iterator[Any]:
+    """Yield each node of the graph of ``values`` that does not lie behind one of the ``known`` tensors."""
+    pending = [values.grad_fn]
+    met = {tensor.grad_fn for tensor in known if tensor.grad_fn is not None}
     while pending:
         node = pending.pop()
-        if node is None or node in met:
-            continue
-        met.add(node)
-        names.add(node.name())
-        pending.extend(following for following, _ in node.next_functions)
-    with suppress(TypeError):  # not everything callable can be referred to weakly
-        _looked[id(function)] = function
-        for kind, functions in _seen.items():
-            if any(name.startswith(kind.value) for name in names):
-                functions[id(function)] = function
+        if node is not None and node not in met:
+            met.add(node)
+            yield node
+            pending.extend(following for following, _ in node.next_functions)
 
 
 def seen(function: Callable[..., Any], kind: Held) -> bool:
     """Return whether nodes of ``kind`` were seen in ``function``."""
-    return _seen[kind].get(id(function)) is function
+    owner = _owner(function)
+    return _seen[kind].get(id(owner)) is owner
+
+
+def _owner(function: Callable[..., Any]) -> Any:
+    # A bound method is made anew each time that it is named: what stays is what it is bound to, if that can be referred to weakly.
+    if inspect.ismethod(function) and type(function.__self__).__weakrefoffset__:
+        return function.__self__
+    return function
 
 
 # Weakly: a function is let go with what it closes over.
-_looked: WeakValueDictionary[int, Any] = WeakValueDictionary()
 _seen: dict[Held, WeakValueDictionary[int, Any]] = {kind: WeakValueDictionary() for kind in Held}

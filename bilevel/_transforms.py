@@ -34,6 +34,7 @@ __all__ = [
     "signed",
     "tangents_batched",
     "transforms_active",
+    "unhooked",
     "without_gradient",
 ]
 
@@ -62,14 +63,22 @@ def _as_it_is(tensor: torch.Tensor) -> torch.Tensor:
 
 
 @contextlib.contextmanager
+def unhooked() -> Iterator[None]:
+    """Keep from the caller's hooks what graphs save that are our own: a checkpoint counts it, and computes it again."""
+    with contextlib.ExitStack() as stack:
+        if saving_hooked():
+            stack.enter_context(torch.autograd.graph.saved_tensors_hooks(_as_it_is, _as_it_is))
+        yield
+
+
+@contextlib.contextmanager
 def ordinary_mode() -> Iterator[None]:
     """Leave inference mode, in which no graph can be built, and record no graph of what is not asked for.
 
     A solver's own graphs are not the caller's: a checkpoint around a layer would else compute all of the solve again for each of its steps.
     """
     with contextlib.ExitStack() as stack:
-        if saving_hooked():
-            stack.enter_context(torch.autograd.graph.saved_tensors_hooks(_as_it_is, _as_it_is))
+        stack.enter_context(unhooked())
         if torch.is_inference_mode_enabled():
             stack.enter_context(torch.inference_mode(False))
             stack.enter_context(torch.no_grad())

@@ -25,9 +25,11 @@ from bilevel._knowledge import Knowledge
 from bilevel._layer import Layer, Solution
 from bilevel._numbering import Numbering
 from bilevel._problem import Problem
+from bilevel._repeatable import Repeatable
 from bilevel._seek import Promised, seek
+from bilevel._seen import learn
 from bilevel._system import ArgminSystem
-from bilevel._transforms import transforms_active
+from bilevel._transforms import saving_hooked, transforms_active, unhooked
 from bilevel.certificates._certificate import Certificate
 from bilevel.certificates._point import Point
 from bilevel.certificates.bound import Bound
@@ -243,7 +245,8 @@ class BilevelProblem(torch.nn.Module, ABC):
             # Once: what leads to what is a property of the objectives, and costs an evaluation of both.
             self._looked = True
             among = [leaf.requires_grad for leaf in theta if leaf.is_floating_point()]
-            cut = self._disconnected(solution.value, outer, data, among) if any(among) else []
+            with unhooked():
+                cut = self._disconnected(solution.value, outer, data, among) if any(among) else []
             spoiled |= bool(check_connection(self.where, outer, cut, self._layer.on_failure))
         return loss * float("nan") if spoiled else loss
 
@@ -434,7 +437,8 @@ class BilevelProblem(torch.nn.Module, ABC):
         leaves = [leaf for leaf in pytree.tree_leaves(outer) if _moves(leaf)]
         if not any(leaf.requires_grad for leaf in leaves):
             return None
-        result = self._to_goal(outer, data, init, tolerance)
+        with unhooked():
+            result = self._to_goal(outer, data, init, tolerance)
         gradients = [leaf for leaf in pytree.tree_leaves(result.grad) if leaf is not None]
         promised: torch.Tensor = Promised.apply(result.value, gradients, *leaves)
         return promised
@@ -488,9 +492,23 @@ class BilevelProblem(torch.nn.Module, ABC):
                 )
             return loss
 
+        def every() -> torch.Tensor:
+            with Repeatable.around(self.outer_objective):
+                # Randomness would be refused by vmap in words about vmap; let it through to our own check.
+                losses: torch.Tensor = self._numbering.each(one, randomness="different")(inner, outer, data)
+            return losses
+
         watch = Watch(self.where, self.outer_objective, (inner, outer, data))
-        # Randomness would be refused by vmap in words about vmap; let it through to our own check.
-        losses = self._numbering.each(one, randomness="different")(inner, outer, data)
+        given = [leaf for leaf in pytree.tree_leaves((inner, outer, data)) if isinstance(leaf, torch.Tensor)]
+        if saving_hooked():
+            # A checkpoint takes it for granted that what is computed again saves what was saved first.
+            with unhooked():
+                learn(self.outer_objective, every(), given)
+            losses = every()
+        else:
+            losses = every()
+            if learn(self.outer_objective, losses, given):
+                losses = every()
         return losses * float("nan") if watch.ended(self._layer.on_failure) else losses
 
 

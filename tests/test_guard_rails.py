@@ -512,3 +512,33 @@ def test_what_torch_cannot_batch_is_named_with_a_remedy() -> None:
     assert bool(torch.isfinite(alone).all())
     with pytest.raises(bilevel.TransformError, match=r"lstm.*LSTMCell"):
         torch.func.vmap(layer, in_dims=(None, 0))(start, data)
+
+
+class SquaredOnce(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x**2
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, slope):
+        return 2 * ctx.saved_tensors[0] * slope
+
+
+def test_an_objective_that_can_be_differentiated_once_only_is_refused() -> None:
+    """torch takes its slope for a constant, without a word where the incoming gradient has no graph: the gradient would be zero."""
+
+    def objective(x, a):
+        return SquaredOnce.apply(x - a).sum() + (x**2).sum()
+
+    layer, a = bilevel.argmin(objective), torch.ones(2, dtype=torch.float64, requires_grad=True)
+    start = torch.zeros(2, dtype=torch.float64)
+    with pytest.raises(bilevel.ArgumentError, match="SquaredOnce in it is marked once_differentiable"):
+        layer(start, a)
+    with torch.no_grad():  # a solution alone takes first derivatives
+        x = bilevel.argmin(objective, solver=bilevel.LBFGS())(start, a)
+    torch.testing.assert_close(x, torch.full_like(x, 0.5))
+    slope = bilevel.root(lambda x, a: SquaredOnce.apply(x) - a)
+    (gradient,) = torch.autograd.grad(slope(torch.ones_like(start), a).sum(), a)
+    torch.testing.assert_close(gradient, torch.full_like(start, 0.5))

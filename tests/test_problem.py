@@ -6,6 +6,7 @@ import itertools
 
 import pytest
 import torch
+import torch.utils.checkpoint
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -317,6 +318,24 @@ def test_second_derivatives_of_the_outer_loss() -> None:
 
     mine = torch.func.hessian(lambda outer: problem(outer, data, init=start))(outer)
     torch.testing.assert_close(mine, torch.func.hessian(reference)(outer), atol=1e-9, rtol=1e-8)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize(
+    "tolerance", [MATCHED, bilevel.Tolerance(hypergradient=1e-9, estimates=True)], ids=["fixed", "goal"]
+)
+def test_a_checkpoint_around_a_problem_sees_its_loss_alone(reentrant: bool, tolerance: bilevel.Tolerance) -> None:
+    """What the first call looks at, and what a goal solves, is not there to be computed again."""
+    data, outer = split(), torch.linspace(-1, 1, 4, dtype=F64)
+    problem = Ridge(tolerance=tolerance)
+
+    def loss(outer: torch.Tensor) -> torch.Tensor:
+        return problem(outer, data, init=torch.zeros(4, dtype=F64))
+
+    for _ in range(2):
+        free = outer.clone().requires_grad_(True)
+        torch.utils.checkpoint.checkpoint(loss, free, use_reentrant=reentrant).backward()
+        torch.testing.assert_close(free.grad, closed_form(outer, data)[1], atol=1e-8, rtol=1e-8)
 
 
 def test_an_outer_loss_that_ignores_the_inner_solution_still_has_its_direct_gradient() -> None:

@@ -9,6 +9,7 @@ import torch
 from torch.autograd import gradgradcheck
 from torch.func import functional_call, grad, vmap
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 import bilevel
 from bilevel._repeatable import Repeatable
@@ -104,3 +105,70 @@ def test_a_hypergradient_through_them_is_right(module: torch.nn.Module, solvers:
     hessian = torch.stack([(slope(flat + e, at) - slope(flat - e, at)) / 2e-5 for e in steps])
     mixed = (slope(flat, at + 1e-5) - slope(flat, at - 1e-5)) / 2e-5
     torch.testing.assert_close(got, -torch.linalg.solve(hessian, mixed).sum(), rtol=1e-6, atol=1e-8)
+
+
+def weight_normed() -> torch.nn.Module:
+    torch.manual_seed(0)
+    return torch.nn.utils.parametrizations.weight_norm(torch.nn.Linear(2, 1)).double()
+
+
+def test_a_function_holds_them_for_some_of_its_arguments() -> None:
+    """A model without them, which the function saw first, tells nothing of another one."""
+    X, y = torch.randn(6, 2, dtype=F64), torch.randn(6, 1, dtype=F64)
+
+    def objective(w, strength, net):
+        misfit = functional_call(net, w, (X,)) - y
+        return (misfit**2).mean() + strength * ((bilevel.ravel(w) - 0.5) ** 2).sum()
+
+    used, fresh = (bilevel.argmin(lambda *args: objective(*args), linear_solver=bilevel.CG(20)) for _ in range(2))
+
+    def slope(layer, net):
+        strength = torch.tensor(1.0, dtype=F64, requires_grad=True)
+        w = layer({name: p.detach() for name, p in net.named_parameters()}, strength, net)
+        return torch.autograd.grad(bilevel.ravel(w).square().sum(), strength)[0]
+
+    slope(used, torch.nn.Linear(2, 1).double())
+    torch.testing.assert_close(slope(used, weight_normed()), slope(fresh, weight_normed()))
+
+
+@pytest.mark.parametrize("module", [weight_normed(), Attentive().double()], ids=["weight norm", "attention"])
+def test_what_a_hypergradient_knows_of_its_error_is_right(module: torch.nn.Module) -> None:
+    """Bounds, refined and corrected gradients are made of second derivatives of both objectives, too."""
+    torch.manual_seed(0)
+    shape = (4, 3, 2) if isinstance(module, Attentive) else (12, 2)
+    X = torch.randn(shape, dtype=F64)
+
+    class Problem(bilevel.BilevelProblem):
+        def inner_objective(self, inner, outer, data):
+            return (functional_call(module, inner, (X,)) - 1).square().mean() + outer * (
+                bilevel.ravel(inner) - 0.5
+            ).square().sum()
+
+        def outer_objective(self, inner, outer, data):
+            return (functional_call(module, inner, (X,)) - 0.3).square().mean()
+
+    init = {name: p.detach() for name, p in module.named_parameters()}
+    result = Problem().hypergradient(torch.tensor(1.0, dtype=F64), (), init=init)
+    torch.testing.assert_close(result.corrected_grad, result.grad, rtol=1e-7, atol=1e-10)
+    torch.testing.assert_close(result.refined().grad, result.grad, rtol=1e-7, atol=1e-10)
+    assert result.error_bound < 1e-8
+
+
+def test_second_derivatives_of_an_outer_loss_that_alone_holds_them() -> None:
+    module = weight_normed()
+    X = torch.randn(5, 2, dtype=F64)
+
+    class Problem(bilevel.BilevelProblem):
+        def inner_objective(self, inner, outer, data):
+            return ((bilevel.ravel(inner) - outer) ** 2).sum()
+
+        def outer_objective(self, inner, outer, data):
+            return functional_call(module, inner, (X,)).square().mean()
+
+    init = {name: p.detach() for name, p in module.named_parameters()}
+    outer = torch.linspace(0.5, 1.5, bilevel.ravel(init).numel(), dtype=F64, requires_grad=True)
+    problem = Problem()
+    assert gradgradcheck(lambda outer: problem(outer, (), init=init), outer)
+    free = outer.detach().clone().requires_grad_(True)
+    checkpoint(lambda free: Problem()(free, (), init=init), free, use_reentrant=False).backward()
+    torch.testing.assert_close(free.grad, torch.autograd.grad(problem(outer, (), init=init), outer)[0])

@@ -104,8 +104,13 @@ class Certificate:
     @cached_property
     def constants(self) -> Constants:
         """What is known of the problem, given or found."""
-        exact = self.exact
-        return completed(exact.lower, exact.upper, exact.x, exact.wanted, self._believed[0])
+        exact, believed = self.exact, self._believed[0]
+        found = completed(exact.lower, exact.upper, exact.x, exact.wanted, believed)
+        if found is believed:
+            return found
+        # What two random points made look quadratic may be so in pieces, and the way to the solution leads into another one.
+        wrong = refuted(found, self.observed)
+        return found.without(*(name for name in wrong if getattr(believed, name) is None))
 
     @cached_property
     def _curvature(self) -> torch.Tensor | None:

@@ -23,7 +23,8 @@ def completed(lower: Problem, upper: Problem, x: torch.Tensor, wanted: Sequence[
     """Return ``known`` with what quadratic objectives determine filled in: L_H = 0, L_F = ‖∇²F‖, and L_B, L_θF.
 
     Whether H is constant is tested at two random points on random vectors. For an objective that is analytic in φ,
-    agreement there means agreement everywhere, with probability one.
+    agreement there means agreement everywhere, with probability one. One that is quadratic in pieces may pass: the caller looks
+    at the way to a better point, too.
     """
     size, batch = lower.size, lower.batch
     if batch * size * size > MOST_NUMBERS:

@@ -164,10 +164,15 @@ def _check_rows(dataset: Dataset, folds: int) -> None:
         rarest = int(counts.argmin())
         if counts[rarest] < folds:
             raise DataError(
-                f"{dataset.name}: the class {dataset.classes[rarest]!r} has {counts[rarest]} rows, too few "
-                f"for {folds} "
-                "folds; lower --folds, or leave the class out"
+                f"{dataset.name}: the class {dataset.classes[rarest]!r} has {counts[rarest]} rows, too few for {folds} folds; "
+                f"lower --folds, or leave the class out{_if_numbers(dataset)}"
             )
+
+
+def _if_numbers(dataset: Dataset) -> str:
+    """Return what else may be meant where the classes are whole numbers, which counts and grades are too."""
+    whole = all(name.lstrip("-").isdigit() for name in dataset.classes)
+    return "; where the target is a quantity, pass --task regression" if whole and len(dataset.classes) > 2 else ""
 
 
 def _check_folds(dataset: Dataset, inside: Rows, classes: NDArray[np.int64] | None, folds: int) -> None:
@@ -181,9 +186,8 @@ def _check_folds(dataset: Dataset, inside: Rows, classes: NDArray[np.int64] | No
         rarest = int(counts.argmin())
         if counts[rarest] < folds:
             raise DataError(
-                f"{dataset.name}: the class {dataset.classes[rarest]!r} has {counts[rarest]} rows left for "
-                f"{folds} folds; "
-                "lower --folds or --test-size, or leave the class out"
+                f"{dataset.name}: the class {dataset.classes[rarest]!r} has {counts[rarest]} rows left for {folds} folds; "
+                f"lower --folds or --test-size, or leave the class out{_if_numbers(dataset)}"
             )
 
 

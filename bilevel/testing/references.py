@@ -18,6 +18,7 @@ import torch
 from torch.utils import _pytree as pytree
 
 import bilevel
+from bilevel.testing._sound import sound
 from bilevel.testing._subject import Subject
 
 __all__ = ["Adjoint", "Reference", "gradients", "solved"]
@@ -123,7 +124,8 @@ class Reference:
         args, kwargs = self.subject.case(number, tensors)
         with torch.enable_grad():
             point = x if x.requires_grad else x.detach().requires_grad_(True)
-            value = self.subject.function(self.tree(point), *args, **kwargs)
+            with sound():
+                value = self.subject.function(self.tree(point), *args, **kwargs)
             if self.subject.layer.minimizes:
                 (gradient,) = torch.autograd.grad(
                     value, point, create_graph=True, allow_unused=True, materialize_grads=True
@@ -142,7 +144,8 @@ class Reference:
         losses = []
         for number, row in enumerate(rows):
             (outer, data), _ = self.subject.case(number, tensors)
-            losses.append(problem.outer_objective(self.tree(row), outer, data))
+            with sound():
+                losses.append(problem.outer_objective(self.tree(row), outer, data))
             if losses[-1].ndim:
                 raise bilevel.ShapeError(
                     f"{self.subject.where}: expected outer_objective to return a scalar tensor of shape (), got "

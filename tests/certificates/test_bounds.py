@@ -431,3 +431,29 @@ def test_an_estimate_goes_on_until_newtons_method_has_contracted():
         assert result.bound.basis is Basis.ESTIMATED and 0.5 * error <= result.error_bound <= 2 * error
         worst = min(worst, one_step)
     assert worst < 0.5  # what one step alone would have said
+
+
+@pytest.mark.parametrize("seed", [18, 24, 87, 146])
+def test_what_is_quadratic_in_pieces_only_is_not_taken_for_quadratic(seed):
+    """Two random points may lie in the piece of φ, and the solution in another: the way there tells."""
+    torch.manual_seed(seed)
+    X = torch.randn(5, 2, dtype=F64)
+    signs = torch.randn(5, dtype=F64).sign()
+
+    class SquaredHinge(bilevel.BilevelProblem):
+        def inner_objective(self, w, strength, data):
+            return torch.relu(1 - signs * (X @ w)).square().sum() + strength * (w**2).sum()
+
+        def outer_objective(self, w, strength, data):
+            return (X @ w - signs).square().mean()
+
+    tolerance = bilevel.Tolerance(delta=None, strong_convexity=2.0)
+    at, start = torch.tensor(1.0, dtype=F64), 2 * torch.randn(2, dtype=F64)
+    crude = SquaredHinge(solver=bilevel.GradientDescent(0.02, max_steps=1), tolerance=tolerance)
+    result, exact = crude.hypergradient(at, (), init=start), SquaredHinge().hypergradient(at, (), init=start)
+    assert result._certificate.constants.hessian_lipschitz is None
+    for bound, found, true in (
+        (result.inner_bound, result.inner, exact.inner),
+        (result.bound, result.grad, exact.grad),
+    ):
+        assert not bound.certified or float((found - true).norm()) <= bound.value

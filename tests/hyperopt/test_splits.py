@@ -116,6 +116,17 @@ def test_too_few_rows(dataset: Dataset, folds: int, message: str) -> None:
         split(dataset, folds=folds)
 
 
+def test_whole_numbers_that_may_be_a_quantity_are_told_of_the_other_task() -> None:
+    grades = replace(small(task=Task.MULTICLASS), targets=np.arange(40) // 14, classes=("-1", "0", "1"))
+    with pytest.raises(
+        DataError, match=r"class '1' has 12 rows, too few for 13 folds.*quantity, pass --task regression"
+    ):
+        split(grades, folds=13)
+    with pytest.raises(DataError) as named:
+        split(replace(grades, classes=("a", "b", "c")), folds=13)
+    assert "regression" not in str(named.value)
+
+
 def test_a_target_that_is_constant_in_the_folds() -> None:
     dataset = small()
     splits = split(dataset)

@@ -13,7 +13,7 @@ import torch
 import bilevel
 from bilevel._problem import Linearization
 from bilevel.operators import JacobianOperator
-from bilevel.testing import GradientCheck, Verdict, assert_gradients, check_gradients
+from bilevel.testing import GradientCheck, Verdict, assert_gradients, check_gradients, diagnose
 
 from .. import oracles
 
@@ -323,3 +323,34 @@ def test_checks_need_no_hypothesis_and_strategies_come_when_asked() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["refused", "True"]
+
+
+class Attentive(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = torch.nn.MultiheadAttention(2, 1, batch_first=True)
+
+    def forward(self, x):
+        return self.attention(x, x, x, need_weights=False)[0]
+
+
+@pytest.mark.parametrize("kind", ["weight norm", "attention"])
+def test_what_torch_differentiates_once_only_does_not_accuse_a_layer(kind):
+    """References that took torch's own second derivatives would be wrong, or none."""
+    torch.manual_seed(0)
+    module = Attentive() if kind == "attention" else torch.nn.utils.parametrizations.weight_norm(torch.nn.Linear(2, 1))
+    module, X = module.double(), torch.randn(2, 3, 2, dtype=torch.float64)
+    init = {name: p.detach() for name, p in module.named_parameters()}
+
+    class Problem(bilevel.BilevelProblem):
+        def inner_objective(self, inner, outer, data):
+            misfit = torch.func.functional_call(module, inner, (X,)) - 1
+            return misfit.square().mean() + outer * (bilevel.ravel(inner) - 0.5).square().sum()
+
+        def outer_objective(self, inner, outer, data):
+            return torch.func.functional_call(module, inner, (X,)).square().mean()
+
+    outer = torch.tensor(1.0, dtype=torch.float64)
+    check = check_gradients(Problem(), (outer, None), init=init)
+    assert check.passed, str(check)
+    assert diagnose(Problem(), outer, None, init=init).healthy

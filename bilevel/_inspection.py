@@ -170,17 +170,10 @@ def _filled(cell: CellType) -> bool:
 
 def reaches_another_leaf(output: torch.Tensor, known: Sequence[torch.Tensor]) -> bool:
     """Return whether the graph of ``output`` ends in a tensor that requires grad other than through one of ``known``."""
-    pending = [output.grad_fn]
-    seen = {tensor.grad_fn for tensor in known if tensor.grad_fn is not None}
-    while pending:
-        node = pending.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
+    for node in nodes(output, known):
         variable = getattr(node, "variable", None)
         if variable is not None and not any(variable is tensor for tensor in known):
             return True
-        pending.extend(following for following, _ in node.next_functions)
     return False
 
 

@@ -12,6 +12,7 @@ import torch
 from torch.utils import _pytree as pytree
 
 from bilevel._knowledge import GoalReport
+from bilevel._tree import moves
 from bilevel.certificates._certificate import Certificate
 from bilevel.certificates._point import Point
 from bilevel.certificates.bound import Bound
@@ -278,14 +279,10 @@ def assemble(
         (K, n) ↦ the pytree of the inner variables.
     """
     leaves, structure = pytree.tree_flatten(outer)
-    moving = [isinstance(leaf, torch.Tensor) and leaf.is_floating_point() for leaf in leaves]
 
     def restore(flat: torch.Tensor) -> Any:
-        parts = iter(torch.split(flat, [leaf.numel() for leaf, moves in zip(leaves, moving, strict=True) if moves]))
-        filled = [
-            next(parts).reshape(leaf.shape).to(leaf.dtype) if moves else None
-            for leaf, moves in zip(leaves, moving, strict=True)
-        ]
+        parts = iter(torch.split(flat, [leaf.numel() for leaf in leaves if moves(leaf)]))
+        filled = [next(parts).reshape(leaf.shape).to(leaf.dtype) if moves(leaf) else None for leaf in leaves]
         return pytree.tree_unflatten(filled, structure)
 
     def made(

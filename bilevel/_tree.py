@@ -14,7 +14,7 @@ from torch.utils import _pytree as pytree
 
 from bilevel.errors import DtypeError, ShapeError
 
-__all__ = ["Arguments", "Raveler", "flatten_arguments", "leaf_names", "ravel", "ravel_like", "unravelled"]
+__all__ = ["Arguments", "Raveler", "flatten_arguments", "leaf_names", "moves", "ravel", "ravel_like", "unravelled"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -235,6 +235,11 @@ def flatten_arguments(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[li
 def _positional(count: int) -> Arguments:
     structure = pytree.tree_structure(((0,) * count, {}))
     return Arguments(structure, (), (True,) * count, tuple(f"args[{place}]" for place in range(count)), positional=True)
+
+
+def moves(leaf: Any) -> bool:
+    """Return whether ``leaf`` is a tensor that derivatives can be taken with respect to."""
+    return isinstance(leaf, torch.Tensor) and leaf.is_floating_point()
 
 
 def leaf_names(paths: Sequence[tuple[Any, Any]]) -> list[str]:

@@ -30,6 +30,7 @@ from bilevel._seek import Promised, seek
 from bilevel._seen import learn
 from bilevel._system import ArgminSystem
 from bilevel._transforms import saving_hooked, transforms_active, unhooked
+from bilevel._tree import moves
 from bilevel.certificates._certificate import Certificate
 from bilevel.certificates._point import Point
 from bilevel.certificates.bound import Bound
@@ -296,7 +297,7 @@ class BilevelProblem(torch.nn.Module, ABC):
             As in :meth:`forward`, and if no graph leads to one of the tensors of ``outer`` (policy ``"raise"``).
         """
         leaves, structure = pytree.tree_flatten(outer)
-        moving = [_moves(leaf) for leaf in leaves]
+        moving = [moves(leaf) for leaf in leaves]
         if not any(moving):
             raise ArgumentError(
                 f"{self._layer.where}: expected outer to hold a floating-point tensor, got {outer!r}; pass tensors to "
@@ -410,7 +411,7 @@ class BilevelProblem(torch.nn.Module, ABC):
         corrected = value - torch.linalg.vecdot(found.q, found.residual).mean()
         report = HypergradientReport(sought.forward, sought.backward, found.report)
         point = Point(lower, upper, found.x, found.q, wanted)
-        parts = torch.split(found.gradient, [leaf.numel() for leaf in pytree.tree_leaves(outer) if _moves(leaf)])
+        parts = torch.split(found.gradient, [leaf.numel() for leaf in pytree.tree_leaves(outer) if moves(leaf)])
         flat = torch.cat(self._connected(parts, inner, outer, data))
         result = self._assembled(outer, data, inner, point, value, corrected, flat, report)
         result.__dict__["bound"] = found.bound  # what decided, which asking for the bound shows
@@ -434,7 +435,7 @@ class BilevelProblem(torch.nn.Module, ABC):
                 f"{where}: expected data not to require grad for a problem with a goal, and it does; {call} to outer; "
                 "put what is to be differentiated into outer, or pass Tolerance(delta=..., delta_prime=...)"
             )
-        leaves = [leaf for leaf in pytree.tree_leaves(outer) if _moves(leaf)]
+        leaves = [leaf for leaf in pytree.tree_leaves(outer) if moves(leaf)]
         if not any(leaf.requires_grad for leaf in leaves):
             return None
         with unhooked():
@@ -512,13 +513,9 @@ class BilevelProblem(torch.nn.Module, ABC):
         return losses * float("nan") if watch.ended(self._layer.on_failure) else losses
 
 
-def _moves(leaf: Any) -> bool:
-    return isinstance(leaf, torch.Tensor) and leaf.is_floating_point()
-
-
 def _wanted(outer: Any, problem: Problem) -> tuple[bool, ...]:
     """Return which of the problem's tensors, those of ``outer`` first, are differentiated with respect to."""
-    flags = [_moves(leaf) for leaf in pytree.tree_leaves(outer) if isinstance(leaf, torch.Tensor)]
+    flags = [moves(leaf) for leaf in pytree.tree_leaves(outer) if isinstance(leaf, torch.Tensor)]
     return (*flags, *[False] * (len(problem.tensors) - len(flags)))
 
 

@@ -13,15 +13,44 @@ from torch.autograd.function import once_differentiable
 
 from bilevel._problem import Problem
 from bilevel._seen import learn, nodes
-from bilevel._system import unconnected
+from bilevel._straight import Memory, reached
+from bilevel._system import System, unconnected
 from bilevel.errors import ArgumentError, CapturedTensorError, StochasticObjectiveError
 
-__all__ = ["Dice", "buffers_of", "captured_error", "inspect_function", "reaches_another_leaf"]
+__all__ = ["Dice", "buffers_of", "captured_error", "inspect_function", "look", "reaches_another_leaf"]
 
 # How many more pairs of evaluations have to agree where random numbers were drawn.
 _MORE_THROWS = 12
 # What the mark of a custom Function makes of any backward.
 _ONCE = getattr(once_differentiable(lambda ctx: None), "__code__", None)
+
+
+def look(problem: Problem, x: torch.Tensor, memory: Memory, *, captures: bool) -> None:
+    """Inspect the function at the first problem of ``x`` (batch, n), unless ``memory`` has that nothing was wrong with the same.
+
+    What is looked for is a property of the function: one problem shows it as well as all of them, and where the function can do
+    but one thing, so does one call.
+    """
+    system = problem.system
+    # Whether a matrix is symmetric is seen in its numbers.
+    lasting = type(system).inspect is System.inspect
+    parts = reached(system.function, *system.arguments.others) if lasting else None
+    key = _kinds(system, problem.tensors, captures)
+    if parts is not None and memory.has(key, parts):
+        return
+    inspect_function(problem.single(0), x[:1], captures=captures)
+    if parts is not None:
+        memory.keep(key, parts)
+
+
+def _kinds(system: System, tensors: Sequence[torch.Tensor], captures: bool) -> tuple[Any, ...]:
+    """Return all that a straight function may go by, besides the objects that it reaches and the numbers in tensors."""
+    unknown, given = system.raveler, system.arguments
+    return (
+        captures, type(system), unknown.structure, unknown.shapes, unknown.dtypes, unknown.device, system.autocast,
+        given.structure, given.is_tensor, tuple(level.batched for level in system.levels),
+        *((t.shape, t.dtype, t.layout, t.device) for t in tensors),
+    )  # fmt: skip
 
 
 def inspect_function(problem: Problem, x: torch.Tensor, *, captures: bool) -> tuple[torch.Tensor, torch.Tensor]:

@@ -17,8 +17,9 @@ import torch
 from torch.utils import _pytree as pytree
 
 from bilevel._implicit import Rule, Solve
-from bilevel._inspection import captured_error, inspect_function
+from bilevel._inspection import captured_error, look
 from bilevel._problem import Problem
+from bilevel._straight import Memory
 from bilevel._system import FixedPointSystem, System
 from bilevel._transforms import (
     autocast_to,
@@ -156,6 +157,7 @@ class Layer:
         self.on_failure = check_policy(on_failure)
         self.adjoint = Adjoint()
         self.inspects = True
+        self.looked = Memory()
         functools.update_wrapper(self, function, updated=())
         self.where = f"`{kind.label}` layer `{getattr(function, '__name__', type(function).__name__)}`"
 
@@ -346,9 +348,8 @@ class Run:
     def inspect(self, problem: Problem, init: torch.Tensor) -> None:
         """Look for what would make gradients wrong, at ``init`` (batch, n)."""
         try:
-            # What is looked for is a property of the function: one problem shows it as well as all of them.
             if problem.batch and self.layer.inspects:
-                inspect_function(problem.single(0), init[:1], captures=self.watched)
+                look(problem, init, self.layer.looked, captures=self.watched)
         except BilevelError as error:
             # Wrong shapes, and tensors of a vmap outside, cannot be gone on with.
             if isinstance(error, ValueError) or error.__cause__ is not None:
@@ -408,15 +409,18 @@ class Run:
 def _report(
     direction: Pass, where: str, solver: str, outcome: InnerOutcome | LinearOutcome, axes: tuple[int, ...]
 ) -> SolveReport:
+    def shaped(numbers: torch.Tensor) -> torch.Tensor:
+        return numbers if numbers.shape == axes else numbers.reshape(axes)
+
     return SolveReport(
         direction,
         where,
         solver,
-        outcome.status.reshape(axes),
-        outcome.iterations.reshape(axes),
-        outcome.residual_norm.reshape(axes),
-        outcome.threshold.reshape(axes),
-        outcome.error_bound.reshape(axes),
+        shaped(outcome.status),
+        shaped(outcome.iterations),
+        shaped(outcome.residual_norm),
+        shaped(outcome.threshold),
+        shaped(outcome.error_bound),
         outcome.basis,
-        outcome.scale.reshape(axes) if isinstance(outcome, LinearOutcome) else torch.full(axes, float("nan")),
+        shaped(outcome.scale) if isinstance(outcome, LinearOutcome) else torch.full(axes, float("nan")),
     )

@@ -28,6 +28,7 @@ __all__ = [
     "front",
     "grads_batched",
     "innermost",
+    "is_plain",
     "ordinary_mode",
     "outside_autocast",
     "saving_hooked",
@@ -135,6 +136,11 @@ def carries_gradient(tensor: torch.Tensor) -> bool:
         if layer.requires_grad or (layer.is_floating_point() and forward_ad.unpack_dual(layer).tangent is not None):
             return True
     return False
+
+
+def is_plain(tensor: torch.Tensor) -> bool:
+    """Return whether ``tensor`` belongs to no transform, and nothing differentiates it."""
+    return not _functorch.is_functorch_wrapped_tensor(tensor) and not carries_gradient(tensor)
 
 
 def forward_levels(tensors: Iterable[torch.Tensor]) -> int:

@@ -375,6 +375,8 @@ def enforce(
         if not any(recording is other for other in seen):
             seen.append(recording)
             recording.append(report)
+    if bool((report.status_code == Status.CONVERGED).all()):
+        return x
     failed = ~report.success
     if not bool(failed.any()):
         if not silent_budget and on_failure != "ignore" and bool((report.status_code == Status.BUDGET_SPENT).any()):

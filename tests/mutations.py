@@ -599,6 +599,14 @@ MUTATIONS = (
         "                    parameter.copy_(value)\n", "                    pass\n", (OUTER, "-k", "module"),
     ),
     Mutation(
+        "branches taken for straight code", "_straight.py",
+        "or (step.opname in _JUMPS and step.opname not in _LOOPS)", "", ("tests/test_straight.py",),
+    ),
+    Mutation(
+        "what a function reaches not compared", "_straight.py",
+        "and all(a is b for a, b in zip(objects, parts, strict=True))", "", ("tests/test_straight.py",),
+    ),
+    Mutation(
         "MAID's doubts settled by exacter values alone", "outer/methods.py",
         "fall + doubt < promised or not doubt >", "fall + doubt < promised or not doubt > 0 *", (OUTER, "-k", "shortened"),
     ),

@@ -34,6 +34,7 @@ GROUND = (
     "_products",
     "_repeatable",
     "_seen",
+    "_straight",
     "_checks",
     "_version",
 )

@@ -207,7 +207,7 @@ def iterate(
     # A start so near the solution that its residual is below what is asked for says nothing of scales.
     limit = _DIVERGED * torch.maximum(norm, threshold)
     running = torch.full(norm.shape, int(Status.RUNNING), dtype=torch.int64, device=norm.device)
-    status, active = running, (norm > threshold) & torch.isfinite(norm)
+    status, active = running, (norm > threshold) & (norm < torch.inf)
     everyone = anyone = bool(active.all())
     if not everyone:
         status = torch.where(torch.isfinite(norm), running, torch.full_like(running, Status.NOT_FINITE))
@@ -224,10 +224,11 @@ def iterate(
         norm = new.residual.norm(dim=-1)
         usual = (norm > threshold) & (norm <= limit)
         usual = usual if everyone else usual | ~active
-        if verdict is None and bool(usual.all() & torch.isfinite(new.x.sum())):
+        whole = _whole(new.x)
+        if verdict is None and bool(usual.all() & whole):
             # Nothing ends here, which one look at the batch has told: the statuses need no work.
             state = new if everyone else _merge(active, new, state)
-        elif everyone and verdict is None and bool((norm <= threshold).all() & torch.isfinite(new.x.sum())):
+        elif everyone and verdict is None and bool((norm <= threshold).all() & whole):
             state, status = new, torch.full_like(running, Status.CONVERGED)
         else:
             outcome = torch.where(norm <= threshold, torch.full_like(running, Status.CONVERGED), running)
@@ -299,7 +300,7 @@ def solve_inner(solver: InnerSolver, problem: Problem, init: torch.Tensor, targe
     if not bool(((status == Status.CONVERGED) & (norm <= threshold)).all()):
         status = _judge(solver, problem, solution, target, norm, threshold)
     # A NaN that is added to an objective does not show in its gradient.
-    if value is not None and not bool(torch.isfinite(value.sum())):
+    if value is not None and not bool(_whole(value)):
         status = torch.where(torch.isfinite(value), status, torch.full_like(status, Status.NOT_FINITE))
     mu = target.strong_convexity
     bound = torch.full_like(norm, float("nan"))
@@ -320,6 +321,12 @@ def _length(v: torch.Tensor) -> torch.Tensor:
     scaled = largest.squeeze(-1) * (v / largest).norm(dim=-1)
     vanishing = (largest.squeeze(-1) > 0) & (plain < 1e3 * torch.finfo(v.dtype).tiny ** 0.5)
     return torch.where(vanishing, scaled, plain)
+
+
+def _whole(numbers: torch.Tensor) -> torch.Tensor:
+    """Return whether all are finite, () bool; False, too, where only their sum is not. Fewer operations than ``isfinite``."""
+    total = numbers.sum()
+    return total - total == 0
 
 
 def _basis(target: Target) -> Basis:

@@ -122,11 +122,12 @@ class Newton(InnerSolver):
         solution, state = iterate(start, step, goal, self.max_steps or _MAX_STEPS)
         if not problem.minimizes:
             return solution
-        solution = replace(solution, value=state.merit)
-        if dense and state.factor is not None and bool(state.definite.all()):
-            solution = replace(solution, factor=state.factor)
+        definite = dense and state.factor is not None and bool(state.definite.all())
+        solution = replace(solution, value=state.merit, factor=state.factor if definite else None)
         # Where the last step was made with a positive definite Hessian, that is evidence enough for a
         # minimum.
+        if definite and bool((solution.iterations > 0).all()):
+            return solution
         doubtful = solution.status == Status.CONVERGED
         if dense:
             doubtful = doubtful & ((solution.iterations == 0) | ~state.definite)
@@ -206,11 +207,12 @@ def _descending(
     d: torch.Tensor, gradient: torch.Tensor, definite: torch.Tensor, factor: torch.Tensor | None = None
 ) -> _Direction:
     slope = (gradient * d).sum(dim=-1)
-    bad = ~(slope < 0)  # NaN included
-    if bool(bad.any()):
-        d = torch.where(bad.unsqueeze(-1), -gradient, d)
-        slope = torch.where(bad, -(gradient * gradient).sum(dim=-1), slope)
-    return _Direction(d, slope, definite & ~bad, factor)
+    down = slope < 0  # not where it is NaN
+    if not bool(down.all()):
+        d = torch.where(down.unsqueeze(-1), d, -gradient)
+        slope = torch.where(down, slope, -(gradient * gradient).sum(dim=-1))
+        definite = definite & down
+    return _Direction(d, slope, definite, factor)
 
 
 def _dense_descent(operator: LinearOperator, state: _State, active: torch.Tensor) -> _Direction:
@@ -218,8 +220,8 @@ def _dense_descent(operator: LinearOperator, state: _State, active: torch.Tensor
     factor, info = torch.linalg.cholesky_ex(hessian)
     d = -torch.cholesky_solve(gradient.unsqueeze(-1), factor).squeeze(-1)
     definite = info == 0
-    bad = active & ~definite
-    if bool(bad.any()):
+    if not bool((definite | ~active).all()):
+        bad = active & ~definite
         size = torch.clamp(state.x[bad].norm(dim=-1), min=1.0)
         d = d.index_put((bad,), _absolute_newton(hessian[bad], gradient[bad], size))
     return _descending(d, gradient, definite, factor)
@@ -292,6 +294,8 @@ def _search(
         if problem.minimizes:
             found, residual = problem.value_and_residual(x, last=last and trial == 0)
             reached = residual.norm(dim=-1)
+            if bool((reached <= threshold).all()):
+                break
             held = found <= merit + _ARMIJO * t * slope - 4 * eps * merit.abs()
             held = held | ((found <= merit + 64 * eps * magnitude) & (reached < norm))
         else:
@@ -308,9 +312,10 @@ def _search(
                 tiny = tiny | (-slope <= 64 * eps * magnitude)
         # A decrease within rounding is not worth many trials.
         if trial == _TRIALS_IN_ROUNDING and not bool((pending & ~tiny).any()):
+            verdict = _verdict(operator, pending, tiny)
             break
         t = torch.where(pending, _shorter(t, merit, found, slope), t)
-    if bool(pending.any()):
+    else:
         verdict = _verdict(operator, pending, tiny)
     if not problem.minimizes:
         found = merit

@@ -1,0 +1,263 @@
+"""A function that can do but one thing is looked at once; every other one at each call."""
+
+from __future__ import annotations
+
+import copy
+import math
+import pickle
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+import bilevel
+import bilevel._inspection as inspection
+from bilevel._straight import Memory, reached
+
+F64 = torch.float64
+SCALE, RATE = 2.0, 0.0
+SHIFT = torch.tensor([1.0, 2.0], dtype=F64)
+TABLE = [1.0]
+
+
+@pytest.fixture
+def looks(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    count = [0]
+    plain = inspection.inspect_function
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        count[0] += 1
+        return plain(*args, **kwargs)
+
+    monkeypatch.setattr(inspection, "inspect_function", counted)
+    return count
+
+
+def start() -> torch.Tensor:
+    return torch.zeros(2, dtype=F64)
+
+
+def given() -> torch.Tensor:
+    return torch.tensor([3.0, 5.0], dtype=F64, requires_grad=True)
+
+
+def square(x):
+    return (x**2).sum()
+
+
+def plain(x, a):
+    return square(x - a) + SCALE * x.exp().mean() / math.e
+
+
+def over_tree(x, a, *, weights):
+    return sum((weights["w"] * (part - a) ** 2).sum() for part in x.values()) + sum([square(p) for p in x.values()])
+
+
+def branching(x, a):
+    return square(x - a) if a.sum() > 0 else square(x + a)
+
+
+def tabled(x, a):
+    return TABLE[0] * square(x - a)
+
+
+def dropping(x, a):
+    return square(x - a) + square(F.dropout(1 + x, RATE))
+
+
+def shifted(x, a):
+    return square(x - a * SHIFT)
+
+
+def test_a_straight_function_is_looked_at_once(looks):
+    layer = bilevel.argmin(plain)
+    for _ in range(3):
+        layer(start(), given())
+    assert looks == [1]
+
+
+def test_again_for_other_shapes_dtypes_batches_and_modes(looks):
+    layer = bilevel.argmin(plain)
+    layer(start(), given())
+    layer(torch.zeros(3, dtype=F64), torch.ones(3, dtype=F64, requires_grad=True))
+    layer(torch.zeros(3), torch.ones(3, requires_grad=True))
+    torch.func.vmap(layer)(torch.zeros(4, 3), torch.ones(4, 3))
+    torch.func.vmap(layer, in_dims=(0, None))(torch.zeros(4, 3), torch.ones(3))
+    with torch.no_grad():
+        layer(torch.zeros(3), torch.ones(3))
+    assert looks == [6]
+
+
+def test_of_trees_keywords_and_what_is_closed_over(looks):
+    layer = bilevel.argmin(over_tree)
+    shift = torch.ones(2, dtype=F64)
+    closed = bilevel.argmin(lambda x, a: square(x - a - shift))
+    for _ in range(2):
+        layer({"a": start(), "b": start()}, given(), weights={"w": torch.ones((), dtype=F64)})
+        closed(start(), given())
+    assert looks == [2]
+
+
+@pytest.mark.parametrize(
+    "function", [branching, tabled, torch.compiler.disable(plain), torch.nn.MSELoss(reduction="sum")]
+)
+def test_what_might_do_another_thing_is_looked_at_each_time(function, looks):
+    layer = bilevel.argmin(function)
+    for _ in range(3):
+        layer(start(), given())
+    assert looks == [3]
+
+
+@pytest.mark.parametrize("kind", [bilevel.root, bilevel.fixed_point])
+def test_of_equations_too(kind: Callable[..., Any], looks):
+    layer = kind(lambda x, a: 0.5 * x - a)
+    for _ in range(2):
+        layer(start(), given())
+    assert looks == [1]
+
+
+def test_a_tensor_that_comes_to_require_grad_is_found_at_a_later_call():
+    shift = torch.ones(2, dtype=F64)
+    layer = bilevel.argmin(lambda x, a: square(x - a - shift))
+    layer(start(), given())
+    shift.requires_grad_(True)
+    with pytest.raises(bilevel.CapturedTensorError, match="closure"):
+        layer(start(), given())
+
+
+def test_a_global_that_is_set_anew_is_found_at_a_later_call(monkeypatch):
+    layer, random = bilevel.argmin(shifted), bilevel.argmin(dropping)
+    layer(start(), given())
+    random(start(), given())
+    monkeypatch.setitem(globals(), "SHIFT", SHIFT.clone().requires_grad_(True))
+    monkeypatch.setitem(globals(), "RATE", 0.5)
+    with pytest.raises(bilevel.CapturedTensorError):
+        layer(start(), given())
+    with pytest.raises(bilevel.StochasticObjectiveError):
+        random(start(), given())
+
+
+def test_a_function_called_inside_that_is_set_anew_is_found_at_a_later_call(monkeypatch):
+    layer = bilevel.argmin(plain)
+    layer(start(), given())
+    weight = torch.ones((), dtype=F64, requires_grad=True)
+    monkeypatch.setitem(globals(), "square", lambda x: weight * (x**2).sum())
+    with pytest.raises(bilevel.CapturedTensorError):
+        layer(start(), given())
+
+
+def test_a_number_passed_as_an_argument_counts():
+    layer = bilevel.argmin(lambda x, a, p: square(x - a) + square(F.dropout(1 + x, p)))
+    layer(start(), given(), 0.0)
+    with pytest.raises(bilevel.StochasticObjectiveError):
+        layer(start(), given(), 0.5)
+
+
+def test_a_tensor_of_a_transform_outside_is_found_at_a_later_call():
+    cell = [start()]
+
+    def of(shift):
+        def objective(x, a):
+            return square(x - a - shift)
+
+        return objective
+
+    layer = bilevel.argmin(of(cell[0]))
+    layer(start(), given())
+
+    def outside(shift):
+        layer.function.__closure__[0].cell_contents = shift
+        return layer(start(), given().detach())
+
+    with pytest.raises(bilevel.CapturedTensorError):
+        torch.func.vmap(outside)(torch.ones(3, 2, dtype=F64))
+
+
+def test_a_fault_that_is_let_pass_is_said_each_time():
+    weight = torch.ones((), dtype=F64, requires_grad=True)
+    layer = bilevel.argmin(lambda x, a: weight * square(x - a), on_failure="warn")
+    for _ in range(2):
+        with pytest.warns(bilevel.FailureWarning, match="closure"):
+            layer(start(), given())
+
+
+def test_that_a_matrix_is_symmetric_is_seen_in_its_numbers():
+    layer = bilevel.linear_solve(lambda x, A: A @ x, symmetric=True)
+    layer(start() + 1, torch.eye(2, dtype=F64))
+    with pytest.raises(bilevel.ArgumentError, match="symmetric"):
+        layer(start() + 1, torch.tensor([[1.0, 0.5], [0.0, 1.0]], dtype=F64))
+
+
+def test_wrong_shapes_are_said_as_at_a_first_call():
+    layer = bilevel.argmin(plain)
+    layer(start(), given())
+    with pytest.raises(bilevel.ShapeError, match="args"):
+        layer(start(), torch.ones(3, dtype=F64))
+
+
+def imports(x):
+    import random
+
+    return x * random.random()
+
+
+def writes(x):
+    global TABLE
+    TABLE = [x]
+    return x
+
+
+def tries(x):
+    try:
+        return x()
+    except Exception:
+        return x
+
+
+def sets(x):
+    x.seen = True
+    return x
+
+
+def unknown(x):
+    return x + nowhere  # noqa: F821
+
+
+def defaults(x, table=[]):  # noqa: B006
+    return x
+
+
+@pytest.mark.parametrize(
+    "function",
+    [imports, writes, tries, sets, unknown, defaults, branching, tabled, print, len, torch.nn.Linear(2, 2), "text".upper, SHIFT.mul],
+)  # fmt: skip
+def test_what_is_not_straight(function):
+    assert (reached(function) is None) == (function is not len)
+
+
+def test_what_is_reached():
+    parts = reached(plain)
+    assert parts is not None
+    for part in (plain, square, math, SCALE):
+        assert any(part is found for found in parts)
+    assert reached(lambda x: F.softplus(torch.linalg.vector_norm(x))) is not None
+    assert reached(lambda x: bilevel.ravel(x).sum()) is not None
+    assert reached(lambda x: x, 1, ("a", (None, 2.0)), torch.float64, square) is not None
+    assert reached(lambda x: x, [1]) is None
+    assert reached(lambda x: x, given()) is None
+    assert reached(torch.func.grad(branching)) is None
+
+
+def test_a_memory_keeps_one_thing_and_a_copy_none():
+    memory = Memory()
+    parts = (plain, SHIFT)
+    assert not memory.has((1,), parts)
+    memory.keep((1,), parts)
+    assert memory.has((1,), (plain, SHIFT))
+    assert not memory.has((2,), parts)
+    assert not memory.has((1,), (plain, SHIFT.clone()))
+    assert not memory.has((1,), (plain,))
+    for other in (copy.deepcopy(memory), pickle.loads(pickle.dumps(memory))):
+        assert not other.has((1,), parts)

@@ -25,22 +25,25 @@ _MORE_THROWS = 12
 _ONCE = getattr(once_differentiable(lambda ctx: None), "__code__", None)
 
 
-def look(problem: Problem, x: torch.Tensor, memory: Memory, *, captures: bool) -> None:
-    """Inspect the function at the first problem of ``x`` (batch, n), unless ``memory`` has that nothing was wrong with the same.
+def look(
+    problem: Problem, x: torch.Tensor, function: Callable[..., Any], memory: Memory, *, captures: bool
+) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """Inspect the problem at the first row of ``x`` (batch, n), unless ``memory`` has that nothing was wrong with the same; return what was found.
 
-    What is looked for is a property of the function: one problem shows it as well as all of them, and where the function can do
+    What is looked for is a property of the function: one problem shows it as well as all of them, and where the user's ``function`` can do
     but one thing, so does one call.
     """
     system = problem.system
     # Whether a matrix is symmetric is seen in its numbers.
     lasting = type(system).inspect is System.inspect
-    parts = reached(system.function, *system.arguments.others) if lasting else None
+    parts = reached(function, *system.arguments.others) if lasting else None
     key = _kinds(system, problem.tensors, captures)
     if parts is not None and memory.has(key, parts):
-        return
-    inspect_function(problem.single(0), x[:1], captures=captures)
+        return None
+    found = inspect_function(problem.single(0), x[:1], captures=captures)
     if parts is not None:
         memory.keep(key, parts)
+    return found
 
 
 def _kinds(system: System, tensors: Sequence[torch.Tensor], captures: bool) -> tuple[Any, ...]:

@@ -157,7 +157,10 @@ class Layer:
         self.on_failure = check_policy(on_failure)
         self.adjoint = Adjoint()
         self.inspects = True
-        self.looked = Memory()
+        self.written: Callable[[], Callable[..., Any]] | None = (
+            None  # what the user wrote, where that is not the function itself
+        )
+        self._looked = Memory()
         functools.update_wrapper(self, function, updated=())
         self.where = f"`{kind.label}` layer `{getattr(function, '__name__', type(function).__name__)}`"
 
@@ -169,6 +172,11 @@ class Layer:
             yield
         finally:
             self.inspects = before
+
+    def look(self, problem: Problem, x: torch.Tensor, *, captures: bool) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """Inspect the function at ``x`` (batch, n) unless it has been; return what was found at its first row."""
+        written = self.function if self.written is None else self.written()
+        return look(problem, x, written, self._looked, captures=captures)
 
     @property
     def minimizes(self) -> bool:
@@ -349,7 +357,7 @@ class Run:
         """Look for what would make gradients wrong, at ``init`` (batch, n)."""
         try:
             if problem.batch and self.layer.inspects:
-                look(problem, init, self.layer.looked, captures=self.watched)
+                self.layer.look(problem, init, captures=self.watched)
         except BilevelError as error:
             # Wrong shapes, and tensors of a vmap outside, cannot be gone on with.
             if isinstance(error, ValueError) or error.__cause__ is not None:

@@ -11,7 +11,6 @@ import torch
 
 from bilevel._goal import Search
 from bilevel._guards import FirstLook
-from bilevel._inspection import inspect_function
 from bilevel._knowledge import GoalReport, Knowledge, Reached
 from bilevel._layer import Layer, default_linear_solver, default_solver
 from bilevel._problem import Problem
@@ -68,7 +67,7 @@ def seek(
     spoiled, first = False, None
     try:
         if lower.batch:
-            first = inspect_function(lower.single(0), x[:1], captures=True)
+            first = layer.look(lower, x, captures=True)
     except BilevelError as error:
         if isinstance(error, ValueError) or error.__cause__ is not None:
             raise

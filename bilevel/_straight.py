@@ -1,8 +1,8 @@
 """Which of a user's functions do the same operations at every call, so that one look at them is as good as many.
 
 A function of straight code, without branches, that reaches nothing but its arguments, constants, plain tensors, operations of torch and other
-such functions has no state and no choice: what was found in it at one call, with arguments of the same kinds, holds for the next. Of any other
-function (a method, one that reaches a module, a list or a class) nothing is said.
+such functions has no state and no choice: what was found in it at one call, with arguments of the same kinds, holds for the next. So it is of a
+method that makes no use of its object. Of any other function (one that reaches a module, a list or a class) nothing is said.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import dis
 import math
 from collections.abc import Iterator
 from functools import lru_cache
-from types import BuiltinFunctionType, CodeType, FunctionType, ModuleType
+from types import BuiltinFunctionType, CodeType, FunctionType, MethodType, ModuleType
 from typing import Any
 
 import torch
@@ -65,6 +65,10 @@ def reached(*functions: Any) -> tuple[Any, ...] | None:
     pending: list[Any] = list(functions)
     while pending:
         item = pending.pop()
+        if isinstance(item, MethodType):
+            item = item.__func__
+            if not isinstance(item, FunctionType) or _uses_first(item.__code__):
+                return None
         if any(item is part for part in parts):
             continue
         if type(item) is tuple:
@@ -132,6 +136,19 @@ def _globals_of(code: CodeType) -> tuple[str, ...] | None:
             if step.opname in ("LOAD_GLOBAL", "LOAD_NAME"):
                 names.add(step.argval)
     return tuple(sorted(names))
+
+
+@lru_cache(maxsize=1024)
+def _uses_first(code: CodeType) -> bool:
+    """Return whether ``code`` makes any use of its first argument, which is a method's object."""
+    if not code.co_argcount or code.co_varnames[0] in code.co_cellvars:
+        return True
+    first = code.co_varnames[0]
+    # Later versions of Python load two variables at once.
+    return any(
+        step.argval == first or (isinstance(step.argval, tuple) and first in step.argval)
+        for step in dis.get_instructions(code)
+    )
 
 
 def _nested(code: CodeType) -> Iterator[CodeType]:

@@ -115,6 +115,7 @@ class BilevelProblem(torch.nn.Module, ABC):
             on_failure=on_failure,
         )
         self._layer.where = self.where
+        self._layer.written = self._written
         self._tolerance = self._layer.tolerance
         self._layer.adjoint.warm = warm_start
         self._last: Any = None
@@ -470,6 +471,9 @@ class BilevelProblem(torch.nn.Module, ABC):
         """Return G and F as batches of flat problems."""
         flat = self._numbering.problem
         return flat(self.inner_objective, inner, outer, data), flat(self.outer_objective, inner, outer, data)
+
+    def _written(self) -> Callable[..., Any]:
+        return self.inner_objective
 
     def _inner_objective(self, inner: Any, outer: Any, data: Any) -> torch.Tensor:
         return self.inner_objective(inner, outer, data)

@@ -261,3 +261,53 @@ def test_a_memory_keeps_one_thing_and_a_copy_none():
     assert not memory.has((1,), (plain,))
     for other in (copy.deepcopy(memory), pickle.loads(pickle.dumps(memory))):
         assert not other.has((1,), parts)
+
+
+class Ridge(bilevel.BilevelProblem):
+    def inner_objective(self, inner, outer, data):
+        return square(inner - data) + outer.exp() * square(inner)
+
+    def outer_objective(self, inner, outer, data):
+        return square(inner - 1)
+
+
+class Weighted(Ridge):
+    weight = 1.0
+
+    def inner_objective(self, inner, outer, data):
+        return self.weight * square(inner - data) + outer.exp() * square(inner)
+
+
+class Super(Ridge):
+    def inner_objective(self, inner, outer, data):
+        return super().inner_objective(inner, outer, data)
+
+
+@pytest.mark.parametrize(("kind", "expected"), [(Ridge, 1), (Weighted, 4), (Super, 4)])
+@pytest.mark.parametrize("tolerance", [None, bilevel.Tolerance(hypergradient=1e-3, relative=True, estimates=True)])
+def test_of_a_problem_whose_method_makes_no_use_of_it(kind, expected, tolerance, looks):
+    problem = kind(tolerance=tolerance)
+    outer = torch.zeros((), dtype=F64, requires_grad=True)
+    found = [problem.hypergradient(outer, given().detach(), init=start()) for _ in range(4)]
+    assert looks == [expected]
+    grads = torch.stack([result.grad for result in found])
+    # d/dt of ((c / (1 + e^t) - 1)²).sum() at t = 0
+    c = given().detach()
+    assert torch.allclose(grads, (-(c / 2 - 1) * c / 2).sum().expand(4), rtol=1e-3 if tolerance else 1e-9)
+
+
+def test_an_objective_that_a_problem_is_given_later_is_looked_at(looks):
+    problem, weight = Ridge(), torch.ones((), dtype=F64, requires_grad=True)
+    outer = torch.zeros((), dtype=F64, requires_grad=True)
+    problem.hypergradient(outer, given().detach(), init=start())
+    problem.inner_objective = lambda inner, outer, data: weight * square(inner - data) + outer.exp() * square(inner)
+    with pytest.raises(bilevel.CapturedTensorError):
+        problem.hypergradient(outer, given().detach(), init=start())
+
+
+def test_problems_with_a_memory_are_copied_and_pickled():
+    problem = Ridge()
+    outer = torch.zeros((), dtype=F64, requires_grad=True)
+    wanted = problem.hypergradient(outer, given().detach(), init=start()).grad
+    for other in (copy.deepcopy(problem), pickle.loads(pickle.dumps(problem))):
+        assert torch.equal(other.hypergradient(outer, given().detach(), init=start()).grad, wanted)

@@ -295,8 +295,8 @@ def solve_linear(
     if solution is not None:  # left as it is, for whoever has made its product
         scale = torch.ones_like(scale)
     # A problem with a NaN on the right is solved with zero instead and marked, so that it cannot spoil the others.
-    unit = rhs / scale
-    unit = unit if bool(usable.all()) else torch.where(usable, unit, torch.zeros_like(rhs))
+    unit, sound = rhs / scale, bool(usable.all())
+    unit = unit if sound else torch.where(usable, unit, torch.zeros_like(rhs))
     norm = unit.norm(dim=-1)
     size = scale.squeeze(-1)
     threshold = _threshold(target, norm, size)
@@ -334,13 +334,15 @@ def solve_linear(
         refuted = refuted & (status <= Status.STAGNATED)
         status = torch.where(refuted, torch.full_like(status, Status.REFUTED), status)
         bound = torch.where(refuted, torch.full_like(bound, float("nan")), bound)
-    status = torch.where(finite.squeeze(-1), status, torch.full_like(status, Status.NOT_FINITE))
-    x = torch.where(finite, x * scale, float("nan"))
+    x, residual_norm = x * scale, residual_norm * size
+    if not sound:
+        status = torch.where(finite.squeeze(-1), status, torch.full_like(status, Status.NOT_FINITE))
+        x = torch.where(finite, x, float("nan"))
+        residual_norm = torch.where(finite.squeeze(-1), residual_norm, torch.full_like(size, float("nan")))
     if not bool(torch.isfinite(x.sum())):
         # The answer to a scaled problem may lie beyond the largest number of its dtype.
         beyond = (status == Status.CONVERGED) & ~torch.isfinite(x).all(dim=-1)
         status = torch.where(beyond, torch.full_like(status, Status.NOT_FINITE), status)
-    residual_norm = torch.where(finite.squeeze(-1), residual_norm * size, torch.full_like(size, float("nan")))
     return LinearOutcome(
         x, status, solution.iterations, residual * scale, residual_norm, threshold * size, bound * size,
         Basis.RESIDUAL if mu is None else Basis.CERTIFIED, norm * size,
@@ -440,6 +442,8 @@ def _judge(
     residual_norm: torch.Tensor,
 ) -> torch.Tensor:
     noticed = solution.status
+    if bool(((noticed == Status.CONVERGED) & (residual_norm <= threshold)).all()):
+        return noticed
     ended = (
         (noticed == Status.CONVERGED)
         | (noticed == Status.MAX_STEPS)

@@ -8,6 +8,7 @@ import torch
 
 from bilevel._checks import check_steps
 from bilevel.linear._base import LinearSolution, LinearSolver, Preconditioner, begin, check_preconditioner
+from bilevel.linear._lone import Lone, run_alone
 from bilevel.linear._radau import RadauBound
 from bilevel.operators import LinearOperator
 from bilevel.reports import Status
@@ -116,6 +117,13 @@ class CG(LinearSolver):
         # A quotient below this part of the largest is rounding. A bound that grows with n would take a float32 matrix
         # of a million unknowns for singular at a condition number of ten.
         tiny = min(operator.size, 16) * eps
+        begun: Lone | None = None
+        if len(r) == 1 and r.device.type == "cpu" and basis is None and precondition is None and radau is None:
+            reach, most = float(threshold), limit - 1 if bool(norm > threshold) else 0
+            begun = run_alone(operator, rhs, x, r, reach, float(goal), tiny, most, verify=verify)
+            if begun.residual is not None:
+                steps = torch.full(norm.shape, begun.steps, dtype=torch.int64)
+                return LinearSolution(begun.x, steps, torch.full_like(steps, Status.CONVERGED), begun.residual)
         zero = torch.zeros_like(norm)
         running = torch.full(norm.shape, int(Status.RUNNING), dtype=torch.int64, device=rhs.device)
         status = torch.where(norm <= threshold, int(Status.CONVERGED), running)
@@ -127,11 +135,15 @@ class CG(LinearSolver):
         true: torch.Tensor | None = None
         z = r if precondition is None else precondition(r)
         p, rz = z, torch.linalg.vecdot(r, z)
+        taken, held = 0, None  # steps, and the product of the next
+        if begun is not None:
+            x, r, p, held, taken = begun.x, begun.r, begun.p, begun.product, begun.steps
+            z, rz, largest = r, torch.full_like(norm, begun.rr), torch.full_like(norm, begun.largest)
         # The fewest operations that keep the problems apart: a step has one product and, on the CPU, one look at a flag.
-        for step in range(limit if anyone else 0):
+        for step in range(taken, limit if anyone else 0):
             if basis is not None and step < limit - 1:
                 basis.add(r, z, rz, active, everyone)
-            Ap = operator.matvec(p)
+            Ap, held = operator.matvec(p) if held is None else held, None
             curvature = torch.linalg.vecdot(p, Ap)
             quotient = curvature / torch.linalg.vecdot(p, p)
             # The first direction has no former ones to compare with: what its product weighs stands in for them.

@@ -1,0 +1,99 @@
+"""Conjugate gradients of one problem, with numbers of Python's in place of tensors of one number.
+
+Those take as long as vectors do, and are most of a step's time where products are quick. The steps are those of :class:`bilevel.CG`; whatever is
+not a step like any other, or the usual end, is left to it.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+from bilevel.operators import LinearOperator
+
+__all__ = ["Lone", "run_alone"]
+
+
+@dataclass(frozen=True, eq=False)
+class Lone:
+    """How far a run has come; vectors are (1, n).
+
+    Parameters
+    ----------
+    steps
+        How many were taken.
+    x, r
+        The iterate and its recursive residual.
+    p, rr, largest
+        The next direction, rᵀr and the largest quotient pᵀAp / pᵀp so far.
+    product
+        A p, if it was made.
+    residual
+        The true residual where the problem is solved; else None, and all of the above is what the next step begins with.
+    """
+
+    steps: int
+    x: torch.Tensor
+    r: torch.Tensor
+    p: torch.Tensor
+    rr: float
+    largest: float
+    product: torch.Tensor | None = None
+    residual: torch.Tensor | None = None
+
+
+def run_alone(
+    operator: LinearOperator,
+    rhs: torch.Tensor,
+    x: torch.Tensor,
+    r: torch.Tensor,
+    threshold: float,
+    goal: float,
+    tiny: float,
+    most: int,
+    *,
+    verify: bool,
+) -> Lone:
+    """Take steps from x with residual r, both (1, n), until something ends the run, or ``most`` of them.
+
+    Parameters
+    ----------
+    operator, rhs
+        A and b (1, n).
+    threshold, goal
+        The norm of the true residual to reach, and the square of the recursive one at which to look at it.
+    tiny
+        The part of the largest quotient that is rounding.
+    verify
+        False to take the recursive residual for the true one.
+    """
+    b, x, r = rhs.squeeze(0), x.squeeze(0), r.squeeze(0)
+    p, rr, largest, step = r, float(torch.dot(r, r)), 0.0, 0
+    product: torch.Tensor | None = None
+    while step < most:
+        product = operator.matvec(_row(p))
+        Ap = product.squeeze(0)
+        curvature, size = float(torch.dot(p, Ap)), float(torch.dot(p, p))
+        if not size > 0:
+            break
+        quotient = curvature / size
+        largest = max(largest, quotient) if step else float(Ap.norm()) / math.sqrt(size)
+        if not quotient > tiny * largest:
+            break
+        alpha = rr / curvature
+        moved, rest = torch.add(x, p, alpha=alpha), torch.sub(r, Ap, alpha=alpha)
+        fresh = float(torch.dot(rest, rest))
+        if not fresh > goal:
+            true = b - operator.matvec(_row(moved)).squeeze(0) if verify else rest
+            if float(true.norm()) <= threshold:
+                return Lone(step + 1, _row(moved), _row(rest), _row(p), fresh, largest, None, _row(true))
+            break
+        x, r, p = moved, rest, torch.add(rest, p, alpha=fresh / rr)
+        rr, product, step = fresh, None, step + 1
+    return Lone(step, _row(x), _row(r), _row(p), rr, largest, product)
+
+
+def _row(v: torch.Tensor) -> torch.Tensor:
+    return v.unsqueeze(0)  # (1, n)

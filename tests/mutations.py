@@ -412,6 +412,14 @@ MUTATIONS = (
         ("tests/linear/test_cg.py", "-k", "unverified"),
     ),
     Mutation(
+        "a lone problem's recursive residual believed", "linear/_lone.py",
+        "if verify else rest", "if False else rest", ("tests/linear/test_lone.py",),
+    ),
+    Mutation(
+        "a lone problem's negative curvature stepped over", "linear/_lone.py",
+        "if not quotient > tiny * largest:", "if quotient == 0:", ("tests/linear/test_lone.py",),
+    ),
+    Mutation(
         "negative curvature stepped over", "linear/cg.py",
         "curved = active & (quotient > tiny * largest)", "curved = active & (quotient == quotient)", (CONFORMANCE, "-k", "negative_curvature"),
     ),

@@ -163,7 +163,7 @@ class Problem:
         with torch.enable_grad():
             point = self.shaped(x).detach().requires_grad_(True)
             values, gradient = system.plain_values(point, self.tensors, graph=False)
-        return values.detach().reshape(self.batch), gradient.detach().reshape(x.shape)
+        return values.detach().reshape(self.batch), gradient.reshape(x.shape)
 
     def residual(self, x: torch.Tensor) -> torch.Tensor:
         """Return R (batch, n): ∇G, the residual, or x − T(x)."""

@@ -243,9 +243,8 @@ class ArgminSystem(System):
             values = (self if graph else self.for_gradients()).outputs(x, *tensors)
             if not values.requires_grad:
                 raise unconnected(self)
-            (gradient,) = torch.autograd.grad(
-                values.sum(), x, create_graph=graph, allow_unused=True, materialize_grads=True
-            )
+            total = values.sum() if values.ndim else values
+            (gradient,) = torch.autograd.grad(total, x, create_graph=graph, allow_unused=True, materialize_grads=True)
         return values, gradient
 
 

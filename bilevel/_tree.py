@@ -102,7 +102,9 @@ class Raveler:
     def unravel(self, flat: torch.Tensor) -> Any:
         """Return the vector ``flat`` (n,) as the user's pytree."""
         if self.is_tensor:
-            return flat.reshape(self.shapes[0]).to(self.dtypes[0])
+            # A view of the same shape is one more node for every derivative to pass.
+            shaped = flat if flat.shape == self.shapes[0] else flat.reshape(self.shapes[0])
+            return shaped.to(self.dtypes[0])
         if len(self.shapes) == 1:
             return pytree.tree_unflatten([flat.reshape(self.shapes[0]).to(self.dtypes[0])], self.structure)
         parts = torch.split(flat, [shape.numel() for shape in self.shapes])
@@ -127,7 +129,7 @@ def unravelled(raveler: Raveler, flat: torch.Tensor) -> Iterator[Any]:
     """Give the pytree of ``flat`` (n,), which :func:`ravel` turns back into ``flat`` itself meanwhile."""
     tree = raveler.unravel(flat)
     before = _unknown.flat, _unknown.leaves
-    _unknown.flat, _unknown.leaves = flat, tuple(pytree.tree_leaves(tree))
+    _unknown.flat, _unknown.leaves = flat, (tree,) if raveler.is_tensor else tuple(pytree.tree_leaves(tree))
     try:
         yield tree
     finally:

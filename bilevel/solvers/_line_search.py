@@ -72,19 +72,21 @@ def line_search(
     and T2).
     """
     low, low_value, low_slope = torch.zeros_like(slope), value, slope
-    high = torch.full_like(slope, float("inf"))
-    high_value, high_slope = high, high
+    high = high_value = high_slope = torch.full_like(slope, float("inf"))
     t = first
     pending = active
     for trial in range(_MOST_TRIALS):
         point = torch.where(active.unsqueeze(-1), x + t.unsqueeze(-1) * d, x)
         found, gradient = problem.value_and_residual(point)
         turned = (gradient * d).sum(dim=-1)
-        near = found <= value + noise  # False for NaN
-        wolfe = (found <= value + _DECREASE * t * slope) & (turned.abs() <= -_CURVATURE * slope)
+        wolfe = (found <= value + _DECREASE * t * slope) & (turned.abs() <= -_CURVATURE * slope)  # False for NaN
+        pending = pending & ~wolfe
+        if not bool(pending.any()):
+            return Searched(point, found, gradient, pending)
+        near = found <= value + noise
         approximate = near & (turned >= _CURVATURE * slope) & (turned <= (2 * _DECREASE - 1) * slope)
         ended = near & (gradient.norm(dim=-1) <= threshold)
-        pending = pending & ~(wolfe | approximate | ended)
+        pending = pending & ~(approximate | ended)
         if not bool(pending.any()):
             return Searched(point, found, gradient, pending)
         descends = pending & near & (turned < 0)

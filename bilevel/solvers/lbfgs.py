@@ -76,8 +76,9 @@ class LBFGS(InnerSolver):
 
         def step(state: _State, active: torch.Tensor) -> tuple[_State, torch.Tensor | None]:
             d, slope = memory.direction(state.residual, active)
-            cold = ~memory.warm
-            first = torch.where(cold, _first_step(state), torch.ones_like(slope))
+            cold, first = ~memory.warm, torch.ones_like(slope)
+            if bool(cold.any()):
+                first = torch.where(cold, _first_step(state), first)
             noise = 1e3 * eps * state.average
             found = line_search(problem, state.x, d, state.value, slope, first, noise, threshold, active)
             failed = found.failed
@@ -110,10 +111,10 @@ class _State:
 
 
 class _Memory:
-    """The last pairs (s, y, 1 / sᵀy) of each problem; a pair that a problem has not stored has 1 / sᵀy = 0."""
+    """The last pairs (s, y) of each problem, both over √(sᵀy); of a pair that a problem has not stored both are 0."""
 
     def __init__(self, history: int, like: torch.Tensor) -> None:
-        self.pairs: deque[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = deque(maxlen=history)
+        self.pairs: deque[tuple[torch.Tensor, torch.Tensor]] = deque(maxlen=history)
         self.scale = torch.zeros_like(like)  # sᵀy / yᵀy of the newest pair; 0: none is stored
 
     @property
@@ -125,14 +126,14 @@ class _Memory:
         """Return d = −B g by the two-loop recursion, or −g, and dᵀg < 0."""
         q = gradient
         shares = []
-        for s, y, inverse in reversed(self.pairs):
-            share = (inverse * (s * q).sum(dim=-1)).unsqueeze(-1)
-            q = q - share * y
+        for s, y in reversed(self.pairs):
+            share = (s * q).sum(dim=-1, keepdim=True)
+            q = torch.addcmul(q, share, y, value=-1)
             shares.append(share)
         warm = self.warm
         r = torch.where(warm, self.scale, torch.ones_like(self.scale)).unsqueeze(-1) * q
-        for (s, y, inverse), share in zip(self.pairs, reversed(shares), strict=True):
-            r = r + (share - (inverse * (y * r).sum(dim=-1)).unsqueeze(-1)) * s
+        for (s, y), share in zip(self.pairs, reversed(shares), strict=True):
+            r = torch.addcmul(r, share - (y * r).sum(dim=-1, keepdim=True), s)
         slope = -(gradient * r).sum(dim=-1)
         bad = active & ~(slope < 0)
         if bool(bad.any()):
@@ -145,20 +146,25 @@ class _Memory:
         """Keep the pairs of the problems that ``moved``, where sᵀy is positive beyond rounding."""
         sy, yy = (s * y).sum(dim=-1), (y * y).sum(dim=-1)
         eps = torch.finfo(s.dtype).eps
-        fit = moved & torch.isfinite(sy) & torch.isfinite(yy) & (sy > eps * s.norm(dim=-1) * yy.sqrt()) & (yy > 0)
-        keep = fit.unsqueeze(-1)
-        zero = torch.zeros_like(s)
-        inverse = torch.where(fit, 1 / sy, torch.zeros_like(sy))
-        self.pairs.append((torch.where(keep, s, zero), torch.where(keep, y, zero), inverse))
-        self.scale = torch.where(fit, sy / yy, self.scale)
+        fit = moved & (sy > eps * s.norm(dim=-1) * yy.sqrt()) & (sy < torch.inf) & (yy < torch.inf) & (yy > 0)
+        root, scale = sy.sqrt().unsqueeze(-1), sy / yy
+        pair = s / root, y / root
+        if not bool(fit.all()):
+            pair, scale = _where(fit, pair), torch.where(fit, scale, self.scale)
+        self.pairs.append(pair)
+        self.scale = scale
 
     def forget(self, which: torch.Tensor) -> None:
         """Drop all pairs of the problems of ``which``."""
         if bool(which.any()):
-            zero = torch.zeros_like(self.scale)
-            kept = [(s, y, torch.where(which, zero, inverse)) for s, y, inverse in self.pairs]
-            self.pairs.extend(kept)
-            self.scale = torch.where(which, zero, self.scale)
+            self.pairs.extend([_where(~which, pair) for pair in self.pairs])
+            self.scale = torch.where(which, torch.zeros_like(self.scale), self.scale)
+
+
+def _where(these: torch.Tensor, pair: tuple[torch.Tensor, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the vectors of ``these`` problems (batch,), and zero for the others."""
+    zero, keep = torch.zeros_like(pair[0]), these.unsqueeze(-1)
+    return torch.where(keep, pair[0], zero), torch.where(keep, pair[1], zero)
 
 
 def _first_step(state: _State) -> torch.Tensor:

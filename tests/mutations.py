@@ -482,7 +482,7 @@ MUTATIONS = (
     ),
     Mutation(
         "the second loop of L-BFGS adds where it should take away", "solvers/lbfgs.py",
-        "(share - (inverse", "(share + (inverse", ("tests/solvers/test_lbfgs.py", "-k", "inverse_hessian"),
+        "share - (y * r)", "share + (y * r)", ("tests/solvers/test_lbfgs.py", "-k", "inverse_hessian"),
     ),
     Mutation(
         "momentum left out", "solvers/gradient_descent.py",

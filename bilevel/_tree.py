@@ -102,9 +102,7 @@ class Raveler:
     def unravel(self, flat: torch.Tensor) -> Any:
         """Return the vector ``flat`` (n,) as the user's pytree."""
         if self.is_tensor:
-            # A view of the same shape is one more node for every derivative to pass.
-            shaped = flat if flat.shape == self.shapes[0] else flat.reshape(self.shapes[0])
-            return shaped.to(self.dtypes[0])
+            return flat.reshape(self.shapes[0]).to(self.dtypes[0])
         if len(self.shapes) == 1:
             return pytree.tree_unflatten([flat.reshape(self.shapes[0]).to(self.dtypes[0])], self.structure)
         parts = torch.split(flat, [shape.numel() for shape in self.shapes])

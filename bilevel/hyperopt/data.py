@@ -6,6 +6,7 @@ Whatever cannot be used is said in one sentence, as a :class:`DataError`.
 from __future__ import annotations
 
 import enum
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -89,7 +90,7 @@ def load(source: str, *, target: str | None = None, task: Task | None = None) ->
                 f"{source} is a bundled data set, whose target is fixed; leave --target out, or pass a CSV file"
             )
         return load_bundled(source, task=task)
-    if Path(source).suffix == "" and not Path(source).exists():
+    if Path(source).suffix == "" and not os.path.exists(source):  # which says False of a name too long for a file, too
         raise DataError(
             f"there is no data set and no file called {source!r}; the bundled data sets are {', '.join(BUNDLED)}"
         )
@@ -132,7 +133,7 @@ def read_csv(path: Path, *, target: str | None, task: Task | None = None) -> Dat
     Parameters
     ----------
     path
-        A UTF-8 text file.
+        A UTF-8 text file, plain or packed by gzip.
     target
         The target column: numbers, or text for classes.
     task
@@ -164,7 +165,7 @@ def read_csv(path: Path, *, target: str | None, task: Task | None = None) -> Dat
     if task is None:
         task = infer_task(column)
     targets, classes = _encode(column, task, f"{path}: target {target!r}")
-    return Dataset(path.stem, inputs, targets, features, classes, task)
+    return Dataset(Path(path.name.removesuffix(".gz")).stem, inputs, targets, features, classes, task)
 
 
 def infer_task(column: NDArray[Any]) -> Task:

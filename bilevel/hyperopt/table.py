@@ -5,8 +5,12 @@ Whatever cannot be used is said in one sentence, as a :class:`DataError`, with t
 
 from __future__ import annotations
 
+import codecs
 import csv
+import gzip
+import io
 import math
+import zlib
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,6 +19,9 @@ from pathlib import Path
 import bilevel
 
 __all__ = ["DataError", "Row", "Table", "listed", "parse", "read_table"]
+
+
+_GZIP = b"\x1f\x8b"  # what every such file begins with
 
 
 class DataError(bilevel.BilevelError, ValueError):
@@ -76,27 +83,18 @@ def read_table(path: Path) -> Table:
     Parameters
     ----------
     path
-        A UTF-8 text file.
+        A UTF-8 text file, plain or packed by gzip.
 
     Raises
     ------
     DataError
         If the file is missing, empty or malformed, or a column's name is not its own.
     """
-    if path.is_dir():
-        raise DataError(f"{path} is a directory; pass a CSV file")
-    if not path.exists():
-        raise DataError(f"there is no file {path}; pass a CSV file or the name of a bundled data set")
+    reader = csv.reader(io.StringIO(_text(path), newline=""), skipinitialspace=True)
     try:
-        with path.open(newline="", encoding="utf-8-sig") as file:
-            reader = csv.reader(file, skipinitialspace=True)
-            lines = [Row(reader.line_num, cells) for cells in reader if any(cell.strip() for cell in cells)]
-    except UnicodeDecodeError:
-        raise DataError(f"{path} is not UTF-8 text; save it as a CSV file in UTF-8") from None
+        lines = [Row(reader.line_num, cells) for cells in reader if any(cell.strip() for cell in cells)]
     except csv.Error as error:
         raise DataError(f"{path} is not a CSV file ({error}); separate columns with commas") from None
-    except OSError as error:
-        raise DataError(f"{path} cannot be read: {error.strerror}; check its permissions") from None
     if not lines:
         raise DataError(f"{path} is empty; a header line and rows of numbers are needed")
     header = [cell.strip() for cell in lines[0].cells]
@@ -111,6 +109,32 @@ def read_table(path: Path) -> Table:
                 "cells that hold commas"
             )
     return Table(path, header, rows)
+
+
+def _text(path: Path) -> str:
+    """Return what the file says, unpacked if need be."""
+    try:
+        content = path.read_bytes()
+    except FileNotFoundError:
+        raise DataError(f"there is no file {path}; pass a CSV file or the name of a bundled data set") from None
+    except IsADirectoryError:
+        raise DataError(f"{path} is a directory; pass a CSV file") from None
+    except OSError as error:
+        raise DataError(f"{path} cannot be read ({error.strerror}); pass a CSV file that can") from None
+    if content.startswith(_GZIP):
+        try:
+            content = gzip.decompress(content)
+        except (OSError, EOFError, zlib.error):
+            raise DataError(f"{path} is a gzip file that is damaged or cut short; fetch or pack it again") from None
+    if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        raise DataError(f"{path} is text in UTF-16; save it as a CSV file in UTF-8")
+    if b"\0" in content:
+        raise DataError(f"{path} is not text; expected a CSV file in UTF-8, plain or packed by gzip: export it as one")
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
+        raise DataError(f"{path}: line {line} is not text in UTF-8; save it as a CSV file in UTF-8") from None
 
 
 def _check_header(path: Path, header: list[str]) -> None:

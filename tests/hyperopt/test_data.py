@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 from pathlib import Path
 
 import numpy as np
@@ -55,6 +56,15 @@ def test_csv(write) -> None:
     assert dataset.name == "data"
 
 
+def test_a_file_packed_by_gzip_is_read_whatever_its_name(write) -> None:
+    packed = gzip.compress(b"a,y\r\n1,yes\r\n2,no\r\n")
+    for name in ("data.csv.gz", "data.gz", "data.csv"):
+        dataset = read_csv(write(packed, name), target="y")
+        assert dataset.name == "data"
+        np.testing.assert_array_equal(dataset.inputs, [[1], [2]])
+    assert read_csv(write("a,y\n1,yes\n2,no\n", "plain.csv.gz"), target="y").name == "plain"
+
+
 @pytest.mark.parametrize(
     ("values", "task"),
     [
@@ -98,8 +108,13 @@ def test_the_task_can_be_given(write) -> None:
         ("x,y\n1,5\n2,5\n", "has one value only, 5"),
         ("x,y\n1,a\n2,a\n", "has one value only, a"),
         ("x;y\n1;2\n", "separated by semicolons or tabs"),
-        (b"\xff\xfe\x00", "is not UTF-8 text"),
-        (b"x,y\n1,\xe9\n", "is not UTF-8 text"),
+        (b"x,y\n1,\xe9\n", "line 2 is not text in UTF-8"),
+        ("x,y\n1,2\n".encode("utf-16"), "is text in UTF-16; save it as a CSV file in UTF-8"),
+        (b"PAR1\x00\x01\xff", "is not text; expected a CSV file in UTF-8"),
+        (b"x,y\n\x001,2\n", "is not text; expected a CSV file in UTF-8"),
+        (gzip.compress(b"x,y\n1,2\n")[:-9], "is a gzip file that is damaged"),
+        (b"\x1f\x8b nothing of the kind", "is a gzip file that is damaged"),
+        (gzip.compress(b"\x00"), "is not text"),
         ('x,y\n"1,2\n', "expected 2 columns"),
     ],
 )
@@ -116,6 +131,10 @@ def test_paths_that_cannot_be_used(tmp_path: Path) -> None:
         load(str(tmp_path / "none.csv"), target="y")
     with pytest.raises(DataError, match="is a directory"):
         load(str(tmp_path), target="y")
+    with pytest.raises(DataError, match="cannot be read"):
+        load(str(tmp_path / ("long" * 1000 + ".csv")), target="y")
+    with pytest.raises(DataError, match="no data set and no file called"):
+        load(str(tmp_path / ("long" * 1000)), target="y")
     with pytest.raises(DataError, match="no data set and no file called 'iris'"):
         load("iris")
     with pytest.raises(DataError, match="no bundled data set called 'iris'"):

@@ -24,7 +24,9 @@ _WIDTH = 140
 def tune(
     data: Annotated[
         str,
-        typer.Argument(metavar="DATA", help=f"One of {', '.join(BUNDLED)}, or a CSV file (plain or .gz) with a header line."),
+        typer.Argument(
+            metavar="DATA", help=f"One of {', '.join(BUNDLED)}, or a CSV file (plain or .gz) with a header line."
+        ),
     ],
     target: Annotated[str | None, typer.Option(help="The target column of a CSV file.", show_default=False)] = None,
     penalty: Annotated[

@@ -150,7 +150,12 @@ def read_csv(path: Path, *, target: str | None, task: Task | None = None) -> Dat
     if target is None:
         raise DataError(f"{path}: which column is the target? Pass --target, one of: {listed(header)}")
     if target not in header:
-        raise DataError(f"{path}: there is no column {target!r}; there are: {listed(header)}")
+        row = (
+            "; if that is a row, put a line of names above it"
+            if any(parse(name) is not None for name in header)
+            else ""
+        )
+        raise DataError(f"{path}: there is no column {target!r}; there are: {listed(header)}{row}")
     if len(header) == 1:
         raise DataError(f"{path}: there is no column besides the target {target!r}; at least one feature is needed")
     at = header.index(target)

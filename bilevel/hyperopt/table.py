@@ -9,6 +9,7 @@ import codecs
 import csv
 import gzip
 import io
+import itertools
 import math
 import zlib
 from collections import Counter
@@ -138,11 +139,37 @@ def _text(path: Path) -> str:
 
 
 def _check_header(path: Path, header: list[str]) -> None:
+    if _is_data(header):
+        raise DataError(
+            f"{path}: the first line holds numbers where column names are expected ({listed(header, 4)}); put a line of names "
+            "above it, for example a,b,target"
+        )
     doubled = [name for name, times in Counter(header).items() if times > 1]
     if doubled:
         raise DataError(f"{path}: the column {doubled[0]!r} occurs more than once; rename or remove one")
     if len(header) == 1 and (";" in header[0] or "\t" in header[0]):
         raise DataError(f"{path}: the columns seem to be separated by semicolons or tabs; separate them with commas")
+
+
+def _is_data(header: list[str]) -> bool:
+    """Whether the first line is a row like any other: mostly numbers, and not such as number columns.
+
+    Names that are numbers exist: pandas counts columns, tables have one for each year, and spectra one for each wavelength. These
+    only rise or only fall, where few are not whole.
+    """
+    numbers = [number for number in map(parse, header) if number is not None]
+    if len(numbers) <= len(header) / 2:
+        return False
+    steps = [after - before for before, after in itertools.pairwise(numbers)]
+    sorted_ = all(step > 0 for step in steps) or all(step < 0 for step in steps)
+    whole = all(name.isdigit() for name in header if parse(name) is not None)
+    if len(numbers) == len(header):
+        return not (whole and set(steps) <= {1.0})
+    return not (sorted_ and (whole or len(numbers) >= _SPECTRUM))
+
+
+_SPECTRUM = 8
+"""Numbers that are sorted by chance are fewer."""
 
 
 def parse(cell: str) -> float | None:

@@ -56,6 +56,22 @@ def test_csv(write) -> None:
     assert dataset.name == "data"
 
 
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("0", "1", "2"),
+        ("1", "2", "3", "y"),
+        ("2019", "2020", "2021", "y"),
+        ("y", *(f"{1100 + 2.5 * k}" for k in range(9))),
+        ("x", "4", "2"),
+    ],
+)
+def test_names_that_are_numbers_but_no_row(write, names: tuple[str, ...]) -> None:
+    rows = [",".join(str(i * k % 7) for k in range(len(names))) for i in range(1, 4)]
+    dataset = read_csv(write("\n".join([",".join(names), *rows])), target=names[-1])
+    assert dataset.features == names[:-1]
+
+
 def test_a_file_packed_by_gzip_is_read_whatever_its_name(write) -> None:
     packed = gzip.compress(b"a,y\r\n1,yes\r\n2,no\r\n")
     for name in ("data.csv.gz", "data.gz", "data.csv"):
@@ -107,6 +123,11 @@ def test_the_task_can_be_given(write) -> None:
         ("x,y\n1,1\n2,NaN\n", "line 3: target 'y' is not a finite number"),
         ("x,y\n1,5\n2,5\n", "has one value only, 5"),
         ("x,y\n1,a\n2,a\n", "has one value only, a"),
+        ("0.3,-1.5,2\n0.1,0.2,1\n", "first line holds numbers where column names are expected (0.3, -1.5, 2)"),
+        ("1.0,2.0,3.0\n4,5,6\n", "first line holds numbers"),
+        ("0,0,0,y\n1,2,3,4\n", "put a line of names above it"),
+        ("5.1,3.5,1.4,0.2,setosa\n4.9,3.0,1.4,0.2,setosa\n", "first line holds numbers"),
+        ("1,yes\n2,no\n", "there are: 1, yes; if that is a row, put a line of names above it"),
         ("x;y\n1;2\n", "separated by semicolons or tabs"),
         (b"x,y\n1,\xe9\n", "line 2 is not text in UTF-8"),
         ("x,y\n1,2\n".encode("utf-16"), "is text in UTF-16; save it as a CSV file in UTF-8"),

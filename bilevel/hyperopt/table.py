@@ -98,6 +98,9 @@ def read_table(path: Path) -> Table:
         raise DataError(f"{path} is not a CSV file ({error}); separate columns with commas") from None
     if not lines:
         raise DataError(f"{path} is empty; a header line and rows of numbers are needed")
+    # A comma at the end of every line, which some exporters leave, makes a column without a name or a cell.
+    while len(lines[0].cells) > 1 and not any("".join(row.cells[len(lines[0].cells) - 1 :]).strip() for row in lines):
+        lines = [Row(row.line, row.cells[: len(lines[0].cells) - 1]) for row in lines]
     header = [cell.strip() for cell in lines[0].cells]
     _check_header(path, header)
     rows = lines[1:]
@@ -105,9 +108,11 @@ def read_table(path: Path) -> Table:
         raise DataError(f"{path} has a header and no rows; rows of numbers are needed")
     for row in rows:
         if len(row.cells) != len(header):
+            remedy = "quote cells that hold commas"
+            if len(row.cells) > len(header) and not any(cell.strip() for cell in row.cells[len(header) :]):
+                remedy = "remove the commas at the ends of lines"
             raise DataError(
-                f"{path}: line {row.line}: expected {len(header)} columns as in the header, got {len(row.cells)}; quote "
-                "cells that hold commas"
+                f"{path}: line {row.line}: expected {len(header)} columns as in the header, got {len(row.cells)}; {remedy}"
             )
     return Table(path, header, rows)
 
@@ -147,8 +152,9 @@ def _check_header(path: Path, header: list[str]) -> None:
     doubled = [name for name, times in Counter(header).items() if times > 1]
     if doubled:
         raise DataError(f"{path}: the column {doubled[0]!r} occurs more than once; rename or remove one")
-    if len(header) == 1 and (";" in header[0] or "\t" in header[0]):
-        raise DataError(f"{path}: the columns seem to be separated by semicolons or tabs; separate them with commas")
+    for separator, name in _SEPARATORS.items():
+        if len(header) == 1 and separator in header[0]:
+            raise DataError(f"{path}: the columns seem to be separated by {name}; separate them with commas")
 
 
 def _is_data(header: list[str]) -> bool:
@@ -170,6 +176,9 @@ def _is_data(header: list[str]) -> bool:
 
 _SPECTRUM = 8
 """Numbers that are sorted by chance are fewer."""
+
+
+_SEPARATORS = {";": "semicolons", "\t": "tabs", "|": "bars", " ": "spaces"}
 
 
 def parse(cell: str) -> float | None:

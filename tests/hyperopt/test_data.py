@@ -72,6 +72,12 @@ def test_names_that_are_numbers_but_no_row(write, names: tuple[str, ...]) -> Non
     assert dataset.features == names[:-1]
 
 
+def test_commas_at_the_end_of_every_line_are_no_column(write) -> None:
+    dataset = read_csv(write("x,y,,\n1,2.5,,\n3,4.5,, \n,,,\n5,6.5,,\n"), target="y")
+    assert dataset.features == ("x",)
+    np.testing.assert_array_equal(dataset.inputs, [[1], [3], [5]])
+
+
 def test_a_file_packed_by_gzip_is_read_whatever_its_name(write) -> None:
     packed = gzip.compress(b"a,y\r\n1,yes\r\n2,no\r\n")
     for name in ("data.csv.gz", "data.gz", "data.csv"):
@@ -128,7 +134,16 @@ def test_the_task_can_be_given(write) -> None:
         ("0,0,0,y\n1,2,3,4\n", "put a line of names above it"),
         ("5.1,3.5,1.4,0.2,setosa\n4.9,3.0,1.4,0.2,setosa\n", "first line holds numbers"),
         ("1,yes\n2,no\n", "there are: 1, yes; if that is a row, put a line of names above it"),
-        ("x;y\n1;2\n", "separated by semicolons or tabs"),
+        ("x;y\n1;2\n", "separated by semicolons; separate them with commas"),
+        ("x;y\n0,5;2\n", "separated by semicolons"),
+        ("x\ty\n1\t2\n", "separated by tabs"),
+        ("x|y\n1|2\n", "separated by bars"),
+        ("x y\n1 2\n", "separated by spaces"),
+        (
+            "x,y\n1,2,\n3,4,\n",
+            "line 2: expected 2 columns as in the header, got 3; remove the commas at the ends of lines",
+        ),
+        ("x,,y\n1,,2\n", "column '' is empty"),
         (b"x,y\n1,\xe9\n", "line 2 is not text in UTF-8"),
         ("x,y\n1,2\n".encode("utf-16"), "is text in UTF-16; save it as a CSV file in UTF-8"),
         (b"PAR1\x00\x01\xff", "is not text; expected a CSV file in UTF-8"),

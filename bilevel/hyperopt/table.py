@@ -149,6 +149,11 @@ def _check_header(path: Path, header: list[str]) -> None:
             f"{path}: the first line holds numbers where column names are expected ({listed(header, 4)}); put a line of names "
             "above it, for example a,b,target"
         )
+    if "" in header and len(header) > 1:
+        raise DataError(
+            f"{path}: column {header.index('') + 1} of {len(header)} has no name; name it if it is a feature, or remove it if it "
+            "numbers the rows (pandas: to_csv(..., index=False))"
+        )
     doubled = [name for name, times in Counter(header).items() if times > 1]
     if doubled:
         raise DataError(f"{path}: the column {doubled[0]!r} occurs more than once; rename or remove one")

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from bilevel.hyperopt.table import DataError, listed, parse, read_table
+from bilevel.hyperopt.table import MISSING, DataError, Table, listed, parse, read_table
 
 __all__ = ["BUNDLED", "DataError", "Dataset", "Task", "infer_task", "load", "load_bundled", "read_csv"]
 
@@ -163,7 +163,9 @@ def read_csv(path: Path, *, target: str | None, task: Task | None = None) -> Dat
     inputs = np.array(
         [[table.number(row, j) for j in range(len(header)) if j != at] for row in table.rows], dtype=np.float64
     )
-    column = _column([table.cell(row, at) for row in table.rows])
+    cells = [table.cell(row, at) for row in table.rows]
+    _check_labels(table, target, cells)
+    column = _column(cells)
     if column.dtype.kind == "f" and not np.isfinite(column).all():
         line = table.rows[int(np.flatnonzero(~np.isfinite(column))[0])].line
         raise DataError(f"{path}: line {line}: target {target!r} is not a finite number; remove the row or fill it in")
@@ -171,6 +173,17 @@ def read_csv(path: Path, *, target: str | None, task: Task | None = None) -> Dat
         task = infer_task(column)
     targets, classes = _encode(column, task, f"{path}: target {target!r}")
     return Dataset(Path(path.name.removesuffix(".gz")).stem, inputs, targets, features, classes, task)
+
+
+def _check_labels(table: Table, target: str, cells: list[str]) -> None:
+    """Refuse the odd cell that would turn a column of numbers into text, or missing values into a class."""
+    numbers = {number for number in map(parse, cells) if number is not None}
+    for row, cell in zip(table.rows, cells, strict=True):
+        where = f"{table.path}: line {row.line}: target {target!r} holds {cell!r}"
+        if cell.lower() in MISSING:
+            raise DataError(f"{where}, which is no value; remove the row or fill it in")
+        if len(numbers) > MOST_CLASSES and parse(cell) is None:
+            raise DataError(f"{where}, which is not a number as others are; correct it or remove the row")
 
 
 def infer_task(column: NDArray[Any]) -> Task:

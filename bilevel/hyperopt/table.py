@@ -11,6 +11,7 @@ import gzip
 import io
 import itertools
 import math
+import re
 import zlib
 from collections import Counter
 from collections.abc import Sequence
@@ -19,9 +20,13 @@ from pathlib import Path
 
 import bilevel
 
-__all__ = ["DataError", "Row", "Table", "listed", "parse", "read_table"]
+__all__ = ["MISSING", "DataError", "Row", "Table", "listed", "parse", "read_table"]
 
 
+MISSING = frozenset({"na", "n/a", "nan", "null", "?"})
+"""What stands for a missing value, in lower case; as the name of a class it is too likely one."""
+
+_GROUPED = re.compile(r"[-+]?[0-9]+(,[0-9]+)+(\.[0-9]*)?")
 _GZIP = b"\x1f\x8b"  # what every such file begins with
 
 
@@ -66,12 +71,17 @@ class Table:
         """Return the number in column number ``at`` of ``row``, or raise :class:`DataError` if there is none."""
         cell = self.cell(row, at)
         number = parse(cell)
+        if cell.lower() in MISSING or (number is not None and not math.isfinite(number)):
+            raise DataError(f"{self._place(row, at)} holds {cell!r}; fill in missing values or remove such rows")
         if number is None:
             raise DataError(
-                f"{self._place(row, at)} holds {cell!r}, which is not a number; encode the column in numbers or remove it"
+                f"{self._place(row, at)} holds {cell!r}, which is not a number; "
+                + (
+                    "write it with a point for decimals, and nothing for thousands"
+                    if _GROUPED.fullmatch(cell)
+                    else "encode the column in numbers or remove it"
+                )
             )
-        if not math.isfinite(number):
-            raise DataError(f"{self._place(row, at)} holds {cell!r}; fill in missing values or remove such rows")
         return number
 
     def _place(self, row: Row, at: int) -> str:

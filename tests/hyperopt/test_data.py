@@ -126,7 +126,22 @@ def test_the_task_can_be_given(write) -> None:
         ("x,y\n1,1\ninf,2\n", "column 'x' holds 'inf'"),
         ("x,y\n1,1\n,2\n", "line 3: column 'x' is empty"),
         ("x,y\n1,1\n2,\n", "line 3: column 'y' is empty"),
-        ("x,y\n1,1\n2,NaN\n", "line 3: target 'y' is not a finite number"),
+        ("x,y\n1,1\n2,NaN\n", "line 3: target 'y' holds 'NaN', which is no value; remove the row or fill it in"),
+        ("x,y\n1,yes\n2,no\n3,N/A\n", "line 4: target 'y' holds 'N/A', which is no value"),
+        ("x,y\n1,1\nNA,2\n", "column 'x' holds 'NA'; fill in missing values"),
+        ("x,y\n1,1\n2,inf\n", "line 3: target 'y' is not a finite number"),
+        (
+            "x,y\n" + "".join(f"1,{k}\n" for k in range(30)) + '1,"1,200"\n',
+            "line 32: target 'y' holds '1,200', which is not a number as others",
+        ),
+        (
+            'x,y\n"1,200",3\n2,4\n',
+            "holds '1,200', which is not a number; write it with a point for decimals, and nothing for thousands",
+        ),
+        (
+            'x,y\n"0,5",3\n2,4\n',
+            "holds '0,5', which is not a number; write it with a point for decimals, and nothing for thousands",
+        ),
         ("x,y\n1,5\n2,5\n", "has one value only, 5"),
         ("x,y\n1,a\n2,a\n", "has one value only, a"),
         ("0.3,-1.5,2\n0.1,0.2,1\n", "first line holds numbers where column names are expected (0.3, -1.5, 2)"),

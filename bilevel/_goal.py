@@ -345,7 +345,9 @@ class Search:
         return None if bool(finite) else Status.NOT_FINITE
 
     def _end(self, here: Here, bound: Bound, status: Status, rounds: int) -> Reached:
-        report = GoalReport(self.model.tolerance, status, bound.value, self.model.allowed(here), bound.basis, rounds)
+        report = GoalReport(
+            self.model.tolerance, status, bound.value, self.model.allowed(here), bound.basis, rounds, here.gradient.dtype
+        )  # fmt: skip
         distance = self.known.nu * here.size
         slack = self.known.value_bend * distance**2 + here.left * distance / max(1, here.x.shape[0])
         return Reached(

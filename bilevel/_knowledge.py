@@ -9,7 +9,7 @@ import torch
 
 from bilevel._secants import Secants
 from bilevel.certificates.bound import Bound
-from bilevel.reports import Basis, Status
+from bilevel.reports import Basis, Status, fitting
 from bilevel.tolerance import Tolerance
 
 __all__ = ["GoalReport", "Knowledge", "Reached"]
@@ -33,6 +33,8 @@ class GoalReport:
         What ``error`` rests on.
     rounds
         How often the two solves were gone on with.
+    dtype
+        That of ĝ, which says what can be reached; None where it is not known.
     """
 
     tolerance: Tolerance
@@ -41,6 +43,7 @@ class GoalReport:
     allowed: float
     basis: Basis
     rounds: int
+    dtype: torch.dtype | None = None
 
     @property
     def met(self) -> bool:
@@ -63,7 +66,7 @@ class GoalReport:
                 remedy += "; near a stationary point only an absolute accuracy can be had, or stationary=... says which norm counts as zero"
         else:
             remedy = f"the solves {self.status.meaning}: {self.status.remedy}"
-        return f"{head}; remedy: {remedy}."
+        return f"{head}; remedy: {fitting(remedy, self.dtype)}."
 
     def __str__(self) -> str:
         return self.message

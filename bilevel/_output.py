@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
+import os
 import platform
+import sys
 import warnings
+from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,11 +19,39 @@ import bilevel
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["OutputError", "finite", "prepare_output", "save_figure", "versions", "write_document"]
+__all__ = ["OutputError", "finite", "prepare_output", "printing", "save_figure", "versions", "write_document"]
 
 
 class OutputError(bilevel.BilevelError, OSError):
     """The output directory cannot be written to."""
+
+
+@contextlib.contextmanager
+def printing() -> Iterator[None]:
+    """Guard what is printed to standard output in the ``with`` block.
+
+    Raises
+    ------
+    OutputError
+        If it cannot be written, as on a full disk.
+    SystemExit
+        With 1, without a word, if nobody reads it any more, as in ``bilevel tune wine | head -1``.
+    """
+    try:
+        yield
+        if sys.stdout is not None:
+            sys.stdout.flush()
+    except OSError as error:
+        _discard()
+        if isinstance(error, BrokenPipeError):
+            raise SystemExit(1) from None
+        raise OutputError(f"standard output cannot be written to ({error.strerror}); send it elsewhere") from None
+
+
+def _discard() -> None:
+    """Let go of what is left in the buffer of standard output, which Python would try again to write, and complain."""
+    with contextlib.suppress(OSError):  # of a stream that is no file
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def prepare_output(directory: Path) -> None:

@@ -6,6 +6,7 @@ here, one line each. What it needs is imported when it runs, so that help comes 
 
 from __future__ import annotations
 
+import io
 import sys
 from collections.abc import Sequence
 from typing import Any, NoReturn
@@ -44,6 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """
     if arguments is None:  # the process is ours
         keep_freed_memory()
+        _write_whatever_can_be()
     given = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
     try:
         sys.exit(_run(given))
@@ -60,6 +62,12 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
         _fail(str(error), FAILURE)
     except bilevel.BilevelError as error:
         _fail(str(error), MISUSE)
+
+
+def _write_whatever_can_be() -> None:
+    """Let characters that standard output's encoding lacks, such as that in R², be question marks and no errors."""
+    if isinstance(sys.stdout, io.TextIOWrapper):  # there may be none
+        sys.stdout.reconfigure(errors="replace")
 
 
 def _run(arguments: list[str]) -> int:

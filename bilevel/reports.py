@@ -24,6 +24,7 @@ __all__ = [
     "active_recordings",
     "check_policy",
     "enforce",
+    "fitting",
     "misuse",
     "record",
 ]
@@ -90,7 +91,7 @@ _TEXT: dict[Status, tuple[str, str]] = {
     ),
     Status.STAGNATED: (
         "stopped making progress above the tolerance",
-        "the dtype's rounding may be the limit: use float64, rescale the problem or loosen the tolerance",
+        "the dtype's rounding may be the limit: use float64, rescale the problem, regularise it or loosen the tolerance",
     ),
     Status.DIVERGED: (
         "moved away from a solution",
@@ -123,6 +124,20 @@ _TEXT: dict[Status, tuple[str, str]] = {
     ),
     Status.RUNNING: ("has not ended", "this is a fault of the library; please report it"),
 }
+
+
+_WIDER = "use float64, "
+
+
+def fitting(remedy: str, dtype: torch.dtype | None) -> str:
+    """Return ``remedy`` as it fits a solve in ``dtype``: to who is in float64, float64 is no advice.
+
+    Examples
+    --------
+    >>> fitting("use float64, rescale the problem or ask for less", torch.float64)
+    'rescale the problem or ask for less'
+    """
+    return remedy.replace(_WIDER, "") if dtype == torch.float64 else remedy
 
 
 class Basis(_Named):
@@ -231,7 +246,7 @@ class SolveReport:
         goal = f", asked {asked:.2g}" if asked > 0 else ""
         return (
             f"{head} {status.meaning}{of} (residual {residual:.2g}{goal}, after {steps} steps); "
-            f"remedy: {status.remedy}."
+            f"remedy: {fitting(status.remedy, self.residual_norm.dtype)}."
         )
 
     def __str__(self) -> str:
@@ -243,7 +258,7 @@ class SolveReport:
         for code in sorted(set(codes.tolist())):
             status, these = Status(code), codes == code
             of = f" in {int(these.sum())} of {codes.numel()} problems" if many else ""
-            remedy = "" if status is Status.CONVERGED else f"; {status.remedy}"
+            remedy = "" if status is Status.CONVERGED else f"; {fitting(status.remedy, self.residual_norm.dtype)}"
             lines.append(f"  status    {status.name}: {status.meaning}{of}, steps {_span(steps[these])}{remedy}")
         asked = self.threshold.reshape(-1)
         goal = f", asked {_span(asked)}" if bool((asked > 0).any()) else ""

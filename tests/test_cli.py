@@ -246,6 +246,39 @@ def test_help_of_tune_lists_the_options(run: Any) -> None:
         assert option in ended.out
 
 
+def in_a_process(*arguments: object, **options: Any) -> subprocess.CompletedProcess[str]:
+    """Run the program as a shell does; standard output goes where ``options`` say."""
+    command = [sys.executable, "-c", "from bilevel.cli import main; main()", "tune", *map(str, arguments)]
+    return subprocess.run(
+        command, **{"stdout": subprocess.PIPE, **options}, stderr=subprocess.PIPE, text=True, timeout=120, check=False
+    )
+
+
+def test_results_are_written_though_nobody_reads_the_table(write: Any, tmp_path: Path) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    ended = in_a_process(write(table_of_numbers()), "--target", "y", "-q", "--output", tmp_path / "out", stdout=writer)
+    os.close(writer)
+    assert (ended.returncode, ended.stderr) == (1, "")
+    assert (tmp_path / "out" / "results.json").exists()
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no device that is always full")
+def test_standard_output_that_is_full_ends_in_a_sentence(write: Any) -> None:
+    with open("/dev/full", "w") as full:
+        ended = in_a_process(write(table_of_numbers()), "--target", "y", "-q", stdout=full)
+    Ended(ended.returncode, "", ended.stderr).assert_one_sentence(2)
+    assert "standard output cannot be written to (No space left on device)" in ended.stderr
+
+
+def test_an_encoding_without_the_signs_is_no_error(write: Any) -> None:
+    ended = in_a_process(
+        write(table_of_numbers()), "--target", "y", "-q", env=os.environ | {"PYTHONIOENCODING": "ascii"}
+    )
+    assert (ended.returncode, ended.stderr) == (0, "")
+    assert "test R?" in ended.stdout
+
+
 def test_a_real_interrupt_of_a_real_process(tmp_path: Path) -> None:
     command = "from bilevel.cli import main; print('ready', flush=True); main(['tune', 'digits', '-q'])"
     process = subprocess.Popen(

@@ -413,6 +413,18 @@ def test_settings_are_checked_when_made(make: Callable[[], object]) -> None:
 # Budgets: spending one with no accuracy asked is not a failure, and it is said.
 
 
+@pytest.mark.parametrize(("dtype", "told"), [(F64, False), (torch.float32, True)])
+def test_who_is_in_float64_is_not_told_to_use_it(dtype: torch.dtype, told: bool) -> None:
+    layer = bilevel.argmin(
+        lambda x, a: (x.exp() + (x - a) ** 2).sum(), tolerance=bilevel.Tolerance(delta=1e-25), on_failure="ignore"
+    )
+    report = layer.solve(torch.zeros(50, dtype=dtype), torch.linspace(-3, 3, 50, dtype=dtype)).report
+    assert report.status in (Status.STAGNATED, Status.LINE_SEARCH_FAILED)
+    for said in (report.message, str(report)):
+        assert ("use float64" in said) is told
+        assert "loosen the tolerance" in said
+
+
 def test_a_budget_without_a_tolerance_succeeds_and_warns() -> None:
     a = torch.ones(2, dtype=F64)
     layer = bilevel.argmin(bowl, solver=bilevel.GradientDescent(0.1, 5))

@@ -263,6 +263,12 @@ def test_the_end_of_the_dtype_is_a_status_with_a_sentence() -> None:
     assert float((result.grad.double() - true).norm()) <= 1e-3 * float(true.norm())
 
 
+def test_who_is_in_float64_is_not_told_to_use_it() -> None:
+    problem = Classifier(**ITERATIVE, tolerance=asked(1e-25, estimates=True))
+    with pytest.raises(bilevel.SolveError, match="this dtype permits: rescale the problem"):
+        problem.hypergradient(torch.linspace(-2, 1, 6, dtype=F64), split(0), init=START)
+
+
 def test_negative_curvature_and_nan_are_said() -> None:
     class Saddle(Ridge):
         def inner_objective(self, inner, outer, data):

@@ -1,6 +1,6 @@
 """Hyperparameter optimisation: tune what training leaves open, by the gradient of a validation loss.
 
-:class:`HyperparameterOptimization` and the linear models need nothing but torch. The modules ``data``,
+:class:`HyperparameterOptimization` and the linear models need nothing but torch. The modules ``data``, ``table``,
 ``splits``, ``grid``, ``folds``, ``outcome``, ``tune``, ``report``, ``plots`` and ``command`` make up ``bilevel tune``;
 they need the packages of ``pip install "bilevel[cli]"`` and are imported by name.
 """

@@ -10,6 +10,7 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
+from bilevel._output import prepare_output, printing
 from bilevel.hyperopt.data import BUNDLED, Task, load
 from bilevel.hyperopt.outcome import Outcome, OuterStep, Penalty, TuneSettings
 from bilevel.hyperopt.tune import tune as run
@@ -24,7 +25,9 @@ _WIDTH = 140
 def tune(
     data: Annotated[
         str,
-        typer.Argument(metavar="DATA", help=f"One of {', '.join(BUNDLED)}, or a CSV file with a header line."),
+        typer.Argument(
+            metavar="DATA", help=f"One of {', '.join(BUNDLED)}, or a CSV file (plain or .gz) with a header line."
+        ),
     ],
     target: Annotated[str | None, typer.Option(help="The target column of a CSV file.", show_default=False)] = None,
     penalty: Annotated[
@@ -71,14 +74,15 @@ def tune(
     )
     dataset = load(data, target=target, task=task)
     if output is not None:
-        from bilevel._output import prepare_output
-
         prepare_output(output)
     with _Bar(shown=not quiet) as bar:
         outcome = run(dataset, settings, progress=bar)
-    _show(outcome)
-    if output is not None:
-        _save(outcome, output)
+    # Files first: what becomes of standard output, as in `| head -1`, is no matter for them.
+    written = [] if output is None else _save(outcome, output)
+    with printing():
+        _show(outcome)
+        if written:
+            print(f"Written: {', '.join(str(path) for path in written)}")
 
 
 def _console(*, stderr: bool) -> Console:
@@ -95,14 +99,13 @@ def _show(outcome: Outcome) -> None:
         console.print(line, markup=False)
 
 
-def _save(outcome: Outcome, output: Path) -> None:
+def _save(outcome: Outcome, output: Path) -> list[Path]:
     from bilevel.hyperopt.plots import write_plots
     from bilevel.hyperopt.report import write_json
 
     document = output / "results.json"
     write_json(outcome, document)
-    names = [document, *write_plots(outcome, output)]
-    print(f"Written: {', '.join(str(name) for name in names)}")
+    return [document, *write_plots(outcome, output)]
 
 
 class _Bar:

@@ -5,10 +5,8 @@ Whatever cannot be used is said in one sentence, as a :class:`DataError`.
 
 from __future__ import annotations
 
-import csv
 import enum
-import math
-from collections import Counter
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-import bilevel
+from bilevel.hyperopt.table import MISSING, DataError, Table, listed, parse, read_table
 
 __all__ = ["BUNDLED", "DataError", "Dataset", "Task", "infer_task", "load", "load_bundled", "read_csv"]
 
@@ -26,10 +24,6 @@ BUNDLED = ("breast_cancer", "diabetes", "digits", "wine")
 
 MOST_CLASSES = 20
 """A numeric target column of whole numbers with at most so many different ones is read as classes."""
-
-
-class DataError(bilevel.BilevelError, ValueError):
-    """A data set cannot be used as it is; the message says why, and what to do."""
 
 
 class Task(enum.Enum):
@@ -96,7 +90,7 @@ def load(source: str, *, target: str | None = None, task: Task | None = None) ->
                 f"{source} is a bundled data set, whose target is fixed; leave --target out, or pass a CSV file"
             )
         return load_bundled(source, task=task)
-    if Path(source).suffix == "" and not Path(source).exists():
+    if Path(source).suffix == "" and not os.path.exists(source):  # which says False of a name too long for a file, too
         raise DataError(
             f"there is no data set and no file called {source!r}; the bundled data sets are {', '.join(BUNDLED)}"
         )
@@ -139,7 +133,7 @@ def read_csv(path: Path, *, target: str | None, task: Task | None = None) -> Dat
     Parameters
     ----------
     path
-        A UTF-8 text file.
+        A UTF-8 text file, plain or packed by gzip.
     target
         The target column: numbers, or text for classes.
     task
@@ -151,27 +145,45 @@ def read_csv(path: Path, *, target: str | None, task: Task | None = None) -> Dat
         If the file is missing, empty or malformed, a column is missing, doubled or not numeric, a cell is
         empty or not finite, or the target has but one value.
     """
-    header, rows = _read_table(path)
+    table = read_table(path)
+    header = table.header
     if target is None:
-        raise DataError(f"{path}: which column is the target? Pass --target, one of: {_listed(header)}")
+        raise DataError(f"{path}: which column is the target? Pass --target, one of: {listed(header)}")
     if target not in header:
-        raise DataError(f"{path}: there is no column {target!r}; there are: {_listed(header)}")
+        row = (
+            "; if that is a row, put a line of names above it"
+            if any(parse(name) is not None for name in header)
+            else ""
+        )
+        raise DataError(f"{path}: there is no column {target!r}; there are: {listed(header)}{row}")
     if len(header) == 1:
         raise DataError(f"{path}: there is no column besides the target {target!r}; at least one feature is needed")
     at = header.index(target)
     features = tuple(name for name in header if name != target)
     inputs = np.array(
-        [[_number(path, row, j, header) for j in range(len(header)) if j != at] for row in rows],
-        dtype=np.float64,
+        [[table.number(row, j) for j in range(len(header)) if j != at] for row in table.rows], dtype=np.float64
     )
-    column = _column([_cell(path, row, at, header) for row in rows])
+    cells = [table.cell(row, at) for row in table.rows]
+    _check_labels(table, target, cells)
+    column = _column(cells)
     if column.dtype.kind == "f" and not np.isfinite(column).all():
-        line = rows[int(np.flatnonzero(~np.isfinite(column))[0])].line
+        line = table.rows[int(np.flatnonzero(~np.isfinite(column))[0])].line
         raise DataError(f"{path}: line {line}: target {target!r} is not a finite number; remove the row or fill it in")
     if task is None:
         task = infer_task(column)
     targets, classes = _encode(column, task, f"{path}: target {target!r}")
-    return Dataset(path.stem, inputs, targets, features, classes, task)
+    return Dataset(Path(path.name.removesuffix(".gz")).stem, inputs, targets, features, classes, task)
+
+
+def _check_labels(table: Table, target: str, cells: list[str]) -> None:
+    """Refuse the odd cell that would turn a column of numbers into text, or missing values into a class."""
+    numbers = {number for number in map(parse, cells) if number is not None}
+    for row, cell in zip(table.rows, cells, strict=True):
+        where = f"{table.path}: line {row.line}: target {target!r} holds {cell!r}"
+        if cell.lower() in MISSING:
+            raise DataError(f"{where}, which is no value; remove the row or fill it in")
+        if len(numbers) > MOST_CLASSES and parse(cell) is None:
+            raise DataError(f"{where}, which is not a number as others are; correct it or remove the row")
 
 
 def infer_task(column: NDArray[Any]) -> Task:
@@ -226,93 +238,9 @@ def _names(bunch: Any, classes: tuple[str, ...]) -> tuple[str, ...]:
     return classes if names is None else tuple(str(names[int(label)]) for label in classes)
 
 
-@dataclass(frozen=True)
-class _Row:
-    line: int
-    cells: list[str]
-
-
-def _read_table(path: Path) -> tuple[list[str], list[_Row]]:
-    """Return the header and the rows, or say what is wrong with the file."""
-    if path.is_dir():
-        raise DataError(f"{path} is a directory; pass a CSV file")
-    if not path.exists():
-        raise DataError(f"there is no file {path}; pass a CSV file or one of {', '.join(BUNDLED)}")
-    try:
-        with path.open(newline="", encoding="utf-8-sig") as file:
-            reader = csv.reader(file, skipinitialspace=True)
-            lines = [_Row(reader.line_num, cells) for cells in reader if any(cell.strip() for cell in cells)]
-    except UnicodeDecodeError:
-        raise DataError(f"{path} is not UTF-8 text; save it as a CSV file in UTF-8") from None
-    except csv.Error as error:
-        raise DataError(f"{path} is not a CSV file ({error}); separate columns with commas") from None
-    except OSError as error:
-        raise DataError(f"{path} cannot be read: {error.strerror}; check its permissions") from None
-    if not lines:
-        raise DataError(f"{path} is empty; a header line and rows of numbers are needed")
-    header = [cell.strip() for cell in lines[0].cells]
-    _check_header(path, header)
-    rows = lines[1:]
-    if not rows:
-        raise DataError(f"{path} has a header and no rows; rows of numbers are needed")
-    for row in rows:
-        if len(row.cells) != len(header):
-            raise DataError(
-                f"{path}: line {row.line}: expected {len(header)} columns as in the header, got "
-                f"{len(row.cells)}; "
-                "quote cells that hold commas"
-            )
-    return header, rows
-
-
-def _check_header(path: Path, header: list[str]) -> None:
-    doubled = [name for name, times in Counter(header).items() if times > 1]
-    if doubled:
-        raise DataError(f"{path}: the column {doubled[0]!r} occurs more than once; rename or remove one")
-    if len(header) == 1 and (";" in header[0] or "\t" in header[0]):
-        raise DataError(f"{path}: the columns seem to be separated by semicolons or tabs; separate them with commas")
-
-
-def _cell(path: Path, row: _Row, at: int, header: list[str]) -> str:
-    cell = row.cells[at].strip()
-    if not cell:
-        raise DataError(
-            f"{path}: line {row.line}: column {header[at]!r} is empty; fill in missing values or remove such rows"
-        )
-    return cell
-
-
-def _number(path: Path, row: _Row, at: int, header: list[str]) -> float:
-    cell = _cell(path, row, at, header)
-    number = _parse(cell)
-    if number is None:
-        raise DataError(
-            f"{path}: line {row.line}: column {header[at]!r} holds {cell!r}, which is not a number; encode "
-            "the "
-            "column in numbers or remove it"
-        )
-    if not math.isfinite(number):
-        raise DataError(
-            f"{path}: line {row.line}: column {header[at]!r} holds {cell!r}; fill in missing values or remove such rows"
-        )
-    return number
-
-
-def _parse(cell: str) -> float | None:
-    try:
-        return None if "_" in cell else float(cell)
-    except ValueError:
-        return None
-
-
 def _column(cells: Sequence[str]) -> NDArray[Any]:
     """Return cells as float64 if all are numbers, else as text."""
-    numbers = [_parse(cell) for cell in cells]
+    numbers = [parse(cell) for cell in cells]
     if any(number is None for number in numbers):
         return np.array(cells, dtype=np.str_)
     return np.array(numbers, dtype=np.float64)
-
-
-def _listed(names: Sequence[str], most: int = 12) -> str:
-    shown = ", ".join(names[:most])
-    return shown if len(names) <= most else f"{shown} and {len(names) - most} more"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from dataclasses import replace
 
 import torch
 
@@ -13,11 +14,27 @@ from bilevel.hyperopt.outcome import OuterStep
 from bilevel.hyperopt.problem import HyperparameterOptimization
 from bilevel.hyperopt.splits import Splits
 
-__all__ = ["TOLERANCE", "Folds"]
+__all__ = ["TOLERANCE", "Folds", "tolerance_at"]
 
 TOLERANCE = bilevel.Tolerance(delta=1e-10, delta_prime=1e-10)
 """Residuals of the two solves. The weakest strength makes condition numbers near 1e6, where the default, all
 that float64 holds, is at times out of reach."""
+
+
+def tolerance_at(log_strength: float) -> bilevel.Tolerance:
+    """Return :data:`TOLERANCE`, or what float64 holds where the weakest strength is ``log_strength``.
+
+    With more features than rows, validation rows have a part that no training row sees, along which the penalty e^θ is all
+    curvature there is, and the adjoint as long as e^−θ. Rounding in H q then leaves a residual of some eps ‖H‖ e^−θ. It does no
+    harm: it lies where the training rows are and curvature is, so that q moves little, and Bᵀq with B = diag(e^θ β) less.
+
+    Examples
+    --------
+    >>> import math
+    >>> tolerance_at(math.log(1e-2)) == TOLERANCE, f"{tolerance_at(math.log(1e-6)).delta_prime:.0e}"
+    (True, '1e-06')
+    """
+    return replace(TOLERANCE, delta_prime=max(1e-10, min(1.0, 1e-12 * math.exp(-log_strength))))
 
 
 class Folds:
@@ -57,6 +74,7 @@ class Folds:
     def evaluate(self) -> tuple[OuterStep, torch.Tensor]:
         """Solve and differentiate the K problems; return the step and the hypergradient."""
         began = time.perf_counter()
+        self.problem.tolerance = tolerance_at(float(self.theta.detach().min()))
         self.solves += self.folds
         try:
             result = self.problem.hypergradient(self.data)

@@ -109,8 +109,9 @@ def score_of(task: Task, scores: NDArray[np.float64], targets: NDArray[Any]) -> 
     if np.isnan(scores).any():
         return math.nan
     if task is Task.REGRESSION:
-        spread = np.sum((targets - targets.mean()) ** 2)
-        return float(1 - np.sum((targets - scores) ** 2) / spread) if spread > 0 else math.nan
+        if not np.ptp(targets) > 0:  # not by the spread, which rounding of the mean leaves above zero
+            return math.nan
+        return float(1 - np.sum((targets - scores) ** 2) / np.sum((targets - targets.mean()) ** 2))
     predicted = scores > 0 if task is Task.BINARY else scores.argmax(1)
     return float(np.mean(predicted == targets))
 

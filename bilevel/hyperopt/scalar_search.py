@@ -105,7 +105,8 @@ def minimise_scalar(
         points.append(Point(x, value, slope))
         return points[-1]
 
-    probed = [evaluate(high - (high - low) * i / (probes - 1)) for i in range(probes)][::-1]
+    inner = [high - (high - low) * i / (probes - 1) for i in range(1, probes - 1)]
+    probed = [evaluate(x) for x in (high, *inner, low)][::-1]  # the ends exactly, by which they are known again
     intervals = [_Interval(left, right) for left, right in itertools.pairwise(probed)]
     stopped = f"the budget of {max_evaluations} evaluations is spent"
     while len(points) < max_evaluations:

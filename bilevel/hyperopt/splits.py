@@ -170,7 +170,12 @@ def _check_rows(dataset: Dataset, folds: int) -> None:
 
 
 def _if_numbers(dataset: Dataset) -> str:
-    """Return what else may be meant where the classes are whole numbers, which counts and grades are too."""
+    """Return what else may be meant: classes that are whole numbers may be counts or grades, and very many in words no classes."""
+    if len(dataset.classes) > dataset.rows / 3:
+        return (
+            f" (there are {len(dataset.classes)} in {dataset.rows} rows: where the target is a quantity, write it in plain numbers, "
+            "without commas and units)"
+        )
     whole = all(name.lstrip("-").isdigit() for name in dataset.classes)
     return "; where the target is a quantity, pass --task regression" if whole and len(dataset.classes) > 2 else ""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 from pathlib import Path
 
 import numpy as np
@@ -56,6 +57,37 @@ def test_csv(write) -> None:
 
 
 @pytest.mark.parametrize(
+    "names",
+    [
+        ("0", "1", "2"),
+        ("1", "2", "3", "y"),
+        ("2019", "2020", "2021", "y"),
+        ("y", *(f"{1100 + 2.5 * k}" for k in range(9))),
+        ("x", "4", "2"),
+    ],
+)
+def test_names_that_are_numbers_but_no_row(write, names: tuple[str, ...]) -> None:
+    rows = [",".join(str(i * k % 7) for k in range(len(names))) for i in range(1, 4)]
+    dataset = read_csv(write("\n".join([",".join(names), *rows])), target=names[-1])
+    assert dataset.features == names[:-1]
+
+
+def test_commas_at_the_end_of_every_line_are_no_column(write) -> None:
+    dataset = read_csv(write("x,y,,\n1,2.5,,\n3,4.5,, \n,,,\n5,6.5,,\n"), target="y")
+    assert dataset.features == ("x",)
+    np.testing.assert_array_equal(dataset.inputs, [[1], [3], [5]])
+
+
+def test_a_file_packed_by_gzip_is_read_whatever_its_name(write) -> None:
+    packed = gzip.compress(b"a,y\r\n1,yes\r\n2,no\r\n")
+    for name in ("data.csv.gz", "data.gz", "data.csv"):
+        dataset = read_csv(write(packed, name), target="y")
+        assert dataset.name == "data"
+        np.testing.assert_array_equal(dataset.inputs, [[1], [2]])
+    assert read_csv(write("a,y\n1,yes\n2,no\n", "plain.csv.gz"), target="y").name == "plain"
+
+
+@pytest.mark.parametrize(
     ("values", "task"),
     [
         (["a", "b", "a"], Task.BINARY),
@@ -94,12 +126,48 @@ def test_the_task_can_be_given(write) -> None:
         ("x,y\n1,1\ninf,2\n", "column 'x' holds 'inf'"),
         ("x,y\n1,1\n,2\n", "line 3: column 'x' is empty"),
         ("x,y\n1,1\n2,\n", "line 3: column 'y' is empty"),
-        ("x,y\n1,1\n2,NaN\n", "line 3: target 'y' is not a finite number"),
+        ("x,y\n1,1\n2,NaN\n", "line 3: target 'y' holds 'NaN', which is no value; remove the row or fill it in"),
+        ("x,y\n1,yes\n2,no\n3,N/A\n", "line 4: target 'y' holds 'N/A', which is no value"),
+        ("x,y\n1,1\nNA,2\n", "column 'x' holds 'NA'; fill in missing values"),
+        ("x,y\n1,1\n2,inf\n", "line 3: target 'y' is not a finite number"),
+        (
+            "x,y\n" + "".join(f"1,{k}\n" for k in range(30)) + '1,"1,200"\n',
+            "line 32: target 'y' holds '1,200', which is not a number as others",
+        ),
+        (
+            'x,y\n"1,200",3\n2,4\n',
+            "holds '1,200', which is not a number; write it with a point for decimals, and nothing for thousands",
+        ),
+        (
+            'x,y\n"0,5",3\n2,4\n',
+            "holds '0,5', which is not a number; write it with a point for decimals, and nothing for thousands",
+        ),
         ("x,y\n1,5\n2,5\n", "has one value only, 5"),
         ("x,y\n1,a\n2,a\n", "has one value only, a"),
-        ("x;y\n1;2\n", "separated by semicolons or tabs"),
-        (b"\xff\xfe\x00", "is not UTF-8 text"),
-        (b"x,y\n1,\xe9\n", "is not UTF-8 text"),
+        ("0.3,-1.5,2\n0.1,0.2,1\n", "first line holds numbers where column names are expected (0.3, -1.5, 2)"),
+        ("1.0,2.0,3.0\n4,5,6\n", "first line holds numbers"),
+        ("0,0,0,y\n1,2,3,4\n", "put a line of names above it"),
+        ("5.1,3.5,1.4,0.2,setosa\n4.9,3.0,1.4,0.2,setosa\n", "first line holds numbers"),
+        ("1,yes\n2,no\n", "there are: 1, yes; if that is a row, put a line of names above it"),
+        ("x;y\n1;2\n", "separated by semicolons; separate them with commas"),
+        ("x;y\n0,5;2\n", "separated by semicolons"),
+        ("x\ty\n1\t2\n", "separated by tabs"),
+        ("x|y\n1|2\n", "separated by bars"),
+        ("x y\n1 2\n", "separated by spaces"),
+        (
+            "x,y\n1,2,\n3,4,\n",
+            "line 2: expected 2 columns as in the header, got 3; remove the commas at the ends of lines",
+        ),
+        ("x,,y\n1,,2\n", "column 2 of 3 has no name"),
+        (",x,y\n0,1,2\n1,3,4\n", "column 1 of 3 has no name; name it if it is a feature, or remove it"),
+        (",,y\n0,1,2\n1,3,4\n", "column 1 of 3 has no name"),
+        (b"x,y\n1,\xe9\n", "line 2 is not text in UTF-8"),
+        ("x,y\n1,2\n".encode("utf-16"), "is text in UTF-16; save it as a CSV file in UTF-8"),
+        (b"PAR1\x00\x01\xff", "is not text; expected a CSV file in UTF-8"),
+        (b"x,y\n\x001,2\n", "is not text; expected a CSV file in UTF-8"),
+        (gzip.compress(b"x,y\n1,2\n")[:-9], "is a gzip file that is damaged"),
+        (b"\x1f\x8b nothing of the kind", "is a gzip file that is damaged"),
+        (gzip.compress(b"\x00"), "is not text"),
         ('x,y\n"1,2\n', "expected 2 columns"),
     ],
 )
@@ -116,6 +184,10 @@ def test_paths_that_cannot_be_used(tmp_path: Path) -> None:
         load(str(tmp_path / "none.csv"), target="y")
     with pytest.raises(DataError, match="is a directory"):
         load(str(tmp_path), target="y")
+    with pytest.raises(DataError, match="cannot be read"):
+        load(str(tmp_path / ("long" * 1000 + ".csv")), target="y")
+    with pytest.raises(DataError, match="no data set and no file called"):
+        load(str(tmp_path / ("long" * 1000)), target="y")
     with pytest.raises(DataError, match="no data set and no file called 'iris'"):
         load("iris")
     with pytest.raises(DataError, match="no bundled data set called 'iris'"):

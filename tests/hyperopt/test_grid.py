@@ -74,3 +74,4 @@ def test_warnings_of_scikit_learn_are_kept(monkeypatch: pytest.MonkeyPatch) -> N
 
 def test_r_squared_of_constant_targets_is_not_a_number() -> None:
     assert math.isnan(score_of(Task.REGRESSION, np.ones(3), np.ones(3)))
+    assert math.isnan(score_of(Task.REGRESSION, np.ones(3), np.full(3, 0.1)))  # whose mean is not quite 0.1

@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import bilevel
+from bilevel.hyperopt.grid import LOG_RANGE
 from bilevel.hyperopt.scalar_search import minimise_scalar
 
 
@@ -46,6 +47,13 @@ def test_a_minimum_at_an_end_is_said_to_be_there(sign: int, end: float) -> None:
     assert search.best.x == end
     assert search.at_end
     assert len(search.points) == 9
+
+
+@pytest.mark.parametrize(("sign", "end"), [(1, 0), (-1, 1)])
+def test_an_end_is_known_again_where_its_number_is_not_round(sign: int, end: int) -> None:
+    search = minimise_scalar(lambda x: (math.exp(sign * x), sign * math.exp(sign * x)), *LOG_RANGE)
+    assert search.best.x == LOG_RANGE[end]
+    assert search.at_end
 
 
 def test_points_that_fail_are_left_out() -> None:

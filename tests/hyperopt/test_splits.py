@@ -127,6 +127,17 @@ def test_whole_numbers_that_may_be_a_quantity_are_told_of_the_other_task() -> No
     assert "regression" not in str(named.value)
 
 
+def test_many_classes_in_words_may_be_a_quantity() -> None:
+    classes = tuple(f"1,{k:03d}" for k in range(30))
+    dataset = Dataset(
+        "sums", np.random.default_rng(0).normal(size=(30, 2)), np.arange(30), ("a", "b"), classes, Task.MULTICLASS
+    )
+    with pytest.raises(
+        DataError, match="there are 30 in 30 rows: where the target is a quantity, write it in plain numbers"
+    ):
+        split(dataset)
+
+
 def test_a_target_that_is_constant_in_the_folds() -> None:
     dataset = small()
     splits = split(dataset)

@@ -8,12 +8,15 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 import bilevel
 from bilevel.hyperopt import HyperparameterOptimization
 from bilevel.hyperopt.data import Dataset, Task, load_bundled
+from bilevel.hyperopt.folds import Folds
 from bilevel.hyperopt.grid import LOG_RANGE, cross_validate
 from bilevel.hyperopt.outcome import Outcome, OuterStep, Penalty, Row, TuneSettings
+from bilevel.hyperopt.splits import Splits, model_for, split
 from bilevel.hyperopt.tune import tune
 
 
@@ -29,6 +32,49 @@ def test_the_shared_strength_is_at_least_as_good_as_the_grid_for_fewer_solves(na
     assert tuned.cv_loss <= grid.cv_loss
     assert tuned.cv_loss <= untuned.cv_loss
     assert tuned.inner_solves < grid.inner_solves == 33 * 5
+
+
+def wide(rows: int = 40, features: int = 100) -> Dataset:
+    """Return a regression with more features than rows."""
+    rng = np.random.default_rng(0)
+    inputs = rng.normal(size=(rows, features))
+    targets = inputs[:, 0] - inputs[:, 1] + 0.5 * rng.normal(size=rows)
+    return Dataset("wide", inputs, targets, tuple(map(str, range(features))), (), Task.REGRESSION)
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_with_more_features_than_rows_no_strength_is_left_out(seed: int) -> None:
+    outcome = tune(wide(), TuneSettings(seed=seed))
+    assert not [note for note in outcome.notes if "left out" in note]
+    assert {step.log_strengths[0] for step in outcome.history} >= {LOG_RANGE[0], LOG_RANGE[1]}
+    untuned, grid, tuned = outcome.rows
+    assert tuned.cv_loss <= min(grid.cv_loss, untuned.cv_loss) * (1 + 1e-9)
+
+
+@pytest.mark.parametrize("strength", [1e-6, 1e-4, 1e-2])
+def test_with_more_features_than_rows_the_gradient_is_right(strength: float) -> None:
+    dataset = wide()
+    splits, theta = split(dataset), math.log(strength)
+    folds = Folds(model_for(dataset), splits, torch.tensor(theta, dtype=torch.float64), "shared")
+    _, gradient = folds.evaluate()
+    assert float(gradient) == pytest.approx(dual_gradient(splits, theta), rel=1e-6, abs=1e-10)
+
+
+def dual_gradient(splits: Splits, theta: float) -> float:
+    """Return d(CV loss)/dθ of ridge regression by kernels, which know nothing of null spaces: β = Zᵀ(ZZᵀ + n e^θ)⁻¹ y of centred rows."""
+    slopes = []
+    for held in splits.folds:
+        rows = np.setdiff1d(splits.fold_rows, held)
+        (inputs, targets), (seen, truth) = ([part.numpy() for part in splits.part(at)] for at in (rows, held))
+        centre, level = inputs.mean(0), targets.mean()
+        kernel = (inputs - centre) @ (inputs - centre).T
+        strength = rows.size * math.exp(theta)
+        inverse = np.linalg.inv(kernel + strength * np.eye(rows.size))
+        to_seen = (seen - centre) @ (inputs - centre).T
+        weights = inverse @ (targets - level)
+        errors = to_seen @ weights + level - truth
+        slopes.append(2 * np.mean(errors * -(to_seen @ inverse @ weights)) * strength)
+    return float(np.mean(slopes))
 
 
 def test_the_cv_loss_is_what_scikit_learn_finds_at_the_same_strength(diabetes: Outcome) -> None:

@@ -1,0 +1,216 @@
+"""Read a CSV file: its header, and rows of text that turn into numbers one cell at a time.
+
+Whatever cannot be used is said in one sentence, as a :class:`DataError`, with the line where it is.
+"""
+
+from __future__ import annotations
+
+import codecs
+import csv
+import gzip
+import io
+import itertools
+import math
+import re
+import zlib
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import bilevel
+
+__all__ = ["MISSING", "DataError", "Row", "Table", "listed", "parse", "read_table"]
+
+
+MISSING = frozenset({"na", "n/a", "nan", "null", "?"})
+"""What stands for a missing value, in lower case; as the name of a class it is too likely one."""
+
+_GROUPED = re.compile(r"[-+]?[0-9]+(,[0-9]+)+(\.[0-9]*)?")
+_GZIP = b"\x1f\x8b"  # what every such file begins with
+
+
+class DataError(bilevel.BilevelError, ValueError):
+    """A data set cannot be used as it is; the message says why, and what to do."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """The cells of one row, and the line of the file on which it ends."""
+
+    line: int
+    cells: list[str]
+
+
+@dataclass(frozen=True)
+class Table:
+    """A file's header and rows, all of one length.
+
+    Parameters
+    ----------
+    path
+        For messages.
+    header
+        Column names, all different.
+    rows
+        At least one.
+    """
+
+    path: Path
+    header: list[str]
+    rows: list[Row]
+
+    def cell(self, row: Row, at: int) -> str:
+        """Return the text in column number ``at`` of ``row``, or raise :class:`DataError` if there is none."""
+        cell = row.cells[at].strip()
+        if not cell:
+            raise DataError(f"{self._place(row, at)} is empty; fill in missing values or remove such rows")
+        return cell
+
+    def number(self, row: Row, at: int) -> float:
+        """Return the number in column number ``at`` of ``row``, or raise :class:`DataError` if there is none."""
+        cell = self.cell(row, at)
+        number = parse(cell)
+        if cell.lower() in MISSING or (number is not None and not math.isfinite(number)):
+            raise DataError(f"{self._place(row, at)} holds {cell!r}; fill in missing values or remove such rows")
+        if number is None:
+            raise DataError(
+                f"{self._place(row, at)} holds {cell!r}, which is not a number; "
+                + (
+                    "write it with a point for decimals, and nothing for thousands"
+                    if _GROUPED.fullmatch(cell)
+                    else "encode the column in numbers or remove it"
+                )
+            )
+        return number
+
+    def _place(self, row: Row, at: int) -> str:
+        return f"{self.path}: line {row.line}: column {self.header[at]!r}"
+
+
+def read_table(path: Path) -> Table:
+    """Read a comma-separated file with a header line.
+
+    Parameters
+    ----------
+    path
+        A UTF-8 text file, plain or packed by gzip.
+
+    Raises
+    ------
+    DataError
+        If the file is missing, empty or malformed, or a column's name is not its own.
+    """
+    reader = csv.reader(io.StringIO(_text(path), newline=""), skipinitialspace=True)
+    try:
+        lines = [Row(reader.line_num, cells) for cells in reader if any(cell.strip() for cell in cells)]
+    except csv.Error as error:
+        raise DataError(f"{path} is not a CSV file ({error}); separate columns with commas") from None
+    if not lines:
+        raise DataError(f"{path} is empty; a header line and rows of numbers are needed")
+    # A comma at the end of every line, which some exporters leave, makes a column without a name or a cell.
+    while len(lines[0].cells) > 1 and not any("".join(row.cells[len(lines[0].cells) - 1 :]).strip() for row in lines):
+        lines = [Row(row.line, row.cells[: len(lines[0].cells) - 1]) for row in lines]
+    header = [cell.strip() for cell in lines[0].cells]
+    _check_header(path, header)
+    rows = lines[1:]
+    if not rows:
+        raise DataError(f"{path} has a header and no rows; rows of numbers are needed")
+    for row in rows:
+        if len(row.cells) != len(header):
+            remedy = "quote cells that hold commas"
+            if len(row.cells) > len(header) and not any(cell.strip() for cell in row.cells[len(header) :]):
+                remedy = "remove the commas at the ends of lines"
+            raise DataError(
+                f"{path}: line {row.line}: expected {len(header)} columns as in the header, got {len(row.cells)}; {remedy}"
+            )
+    return Table(path, header, rows)
+
+
+def _text(path: Path) -> str:
+    """Return what the file says, unpacked if need be."""
+    try:
+        content = path.read_bytes()
+    except FileNotFoundError:
+        raise DataError(f"there is no file {path}; pass a CSV file or the name of a bundled data set") from None
+    except IsADirectoryError:
+        raise DataError(f"{path} is a directory; pass a CSV file") from None
+    except OSError as error:
+        raise DataError(f"{path} cannot be read ({error.strerror}); pass a CSV file that can") from None
+    if content.startswith(_GZIP):
+        try:
+            content = gzip.decompress(content)
+        except (OSError, EOFError, zlib.error):
+            raise DataError(f"{path} is a gzip file that is damaged or cut short; fetch or pack it again") from None
+    if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        raise DataError(f"{path} is text in UTF-16; save it as a CSV file in UTF-8")
+    if b"\0" in content:
+        raise DataError(f"{path} is not text; expected a CSV file in UTF-8, plain or packed by gzip: export it as one")
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
+        raise DataError(f"{path}: line {line} is not text in UTF-8; save it as a CSV file in UTF-8") from None
+
+
+def _check_header(path: Path, header: list[str]) -> None:
+    if _is_data(header):
+        raise DataError(
+            f"{path}: the first line holds numbers where column names are expected ({listed(header, 4)}); put a line of names "
+            "above it, for example a,b,target"
+        )
+    if "" in header and len(header) > 1:
+        raise DataError(
+            f"{path}: column {header.index('') + 1} of {len(header)} has no name; name it if it is a feature, or remove it if it "
+            "numbers the rows (pandas: to_csv(..., index=False))"
+        )
+    doubled = [name for name, times in Counter(header).items() if times > 1]
+    if doubled:
+        raise DataError(f"{path}: the column {doubled[0]!r} occurs more than once; rename or remove one")
+    for separator, name in _SEPARATORS.items():
+        if len(header) == 1 and separator in header[0]:
+            raise DataError(f"{path}: the columns seem to be separated by {name}; separate them with commas")
+
+
+def _is_data(header: list[str]) -> bool:
+    """Whether the first line is a row like any other: mostly numbers, and not such as number columns.
+
+    Names that are numbers exist: pandas counts columns, tables have one for each year, and spectra one for each wavelength. These
+    only rise or only fall, where few are not whole.
+    """
+    numbers = [number for number in map(parse, header) if number is not None]
+    if len(numbers) <= len(header) / 2:
+        return False
+    steps = [after - before for before, after in itertools.pairwise(numbers)]
+    sorted_ = all(step > 0 for step in steps) or all(step < 0 for step in steps)
+    whole = all(name.isdigit() for name in header if parse(name) is not None)
+    if len(numbers) == len(header):
+        return not (whole and set(steps) <= {1.0})
+    return not (sorted_ and (whole or len(numbers) >= _SPECTRUM))
+
+
+_SPECTRUM = 8
+"""Numbers that are sorted by chance are fewer."""
+
+
+_SEPARATORS = {";": "semicolons", "\t": "tabs", "|": "bars", " ": "spaces"}
+
+
+def parse(cell: str) -> float | None:
+    """Return the number that ``cell`` is, or None.
+
+    Examples
+    --------
+    >>> parse("2e3"), parse("1_0"), parse("red")
+    (2000.0, None, None)
+    """
+    try:
+        return None if "_" in cell else float(cell)
+    except ValueError:
+        return None
+
+
+def listed(names: Sequence[str], most: int = 12) -> str:
+    """Return the first ``most`` names, and how many more there are."""
+    shown = ", ".join(names[:most])
+    return shown if len(names) <= most else f"{shown} and {len(names) - most} more"

@@ -19,7 +19,8 @@ def observed(point: Point, other: Point) -> Constants:
     """Return what two points show of each constant, per problem (K,): no Lipschitz constant is smaller, no μ larger.
 
     Curvature is the least eigenvalue at ``point`` if H is factorised, else the least Rayleigh quotient met. Lipschitz quotients are
-    those of ∇_φF, H q, Bᵀq and ∇_θF between the two points.
+    those of ∇_φF, H q, Bᵀq and ∇_θF between the two points. Where H is factorised, what ∇G does beside H along the step counts too:
+    ‖∇G(φ⁺) − ∇G(φ) − H (φ⁺ − φ)‖ ≤ ½ L_H ‖φ⁺ − φ‖². At a kink, as |φ| has one, that is all there is to see: H is the same on both sides.
     """
     step = (point.x - other.x).norm(dim=-1)
     size = point.q.norm(dim=-1)
@@ -43,11 +44,26 @@ def observed(point: Point, other: Point) -> Constants:
     return Constants.unchecked(
         strong_convexity=curvature,
         outer_smoothness=quotient(there.v - point.v, rounding.rho, step),
-        hessian_lipschitz=quotient(there.hq - point.hq, rounding.rho, step * size),
+        hessian_lipschitz=torch.maximum(
+            quotient(there.hq - point.hq, rounding.rho, step * size),
+            _bend(point, other) if point.factorable else zero[:, 0],
+        ),
         cross_lipschitz=quotient(pulled_there - pulled, rounding.gradient, step * size),
         outer_cross_lipschitz=quotient(slope_there - slope, rounding.gradient, step),
         cross_norm=norm_b,
     )
+
+
+def _bend(point: Point, other: Point) -> torch.Tensor:
+    """Return 2 ‖∇G(φ⁺) − ∇G(φ) − H (φ⁺ − φ)‖/‖φ⁺ − φ‖² (K,), rounded down; H is at φ."""
+    move = other.x - point.x
+    length = move.norm(dim=-1)
+    product = point.linear.operator.matvec(move)
+    beside = (other.residual - point.residual - product).norm(dim=-1)
+    # φ⁺ itself is rounded, and H stretches that as well as the rounding of its products.
+    stretch = point.eigenvalues.abs().amax(-1) * (point.x.norm(dim=-1) + other.x.norm(dim=-1))
+    noise = point.rounding.residual + other.rounding.residual + 64 * point.eps * stretch
+    return torch.where(length > 0, 2 * (beside - 2 * noise).clamp_min(0) / length**2, torch.zeros_like(length))
 
 
 def _rayleigh(u: torch.Tensor, product: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:

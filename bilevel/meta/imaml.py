@@ -370,11 +370,18 @@ def _by_parts(judge: Callable[..., Any], adapted: Any, query: tuple[Any, ...]) -
 
 def _is_convex(model: nn.Module, loss: Any) -> bool:
     """Return whether the loss of ``model`` is known to be convex in its parameters: linear in them, then a convex loss."""
-    parts = [part for part in model.modules() if not isinstance(part, nn.Sequential)]
+    # A layer that stands in two places is met twice: linear in its parameters once, it is not in their product.
+    parts = [part for _, part in model.named_modules(remove_duplicate=False)]
     linear = [part for part in parts if type(part) is nn.Linear]
-    plain = all(type(part) in (nn.Linear, nn.Flatten, nn.Identity) for part in parts)
+    plain = all(type(part) in (nn.Sequential, nn.Linear, nn.Flatten, nn.Identity) for part in parts)
+    own = [*parts, loss] if isinstance(loss, nn.Module) else parts
     given = type(loss) if isinstance(loss, nn.Module) else loss
-    return plain and len(linear) == 1 and given in _CONVEX_LOSSES
+    return plain and len(linear) == 1 and given in _CONVEX_LOSSES and not any(_is_altered(part) for part in own)
+
+
+def _is_altered(module: nn.Module) -> bool:
+    """Return whether something takes part in calls of this module beside its class, such as a hook or the older weight norm."""
+    return bool(module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module))
 
 
 _CONVEX_LOSSES = (

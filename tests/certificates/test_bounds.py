@@ -457,3 +457,32 @@ def test_what_is_quadratic_in_pieces_only_is_not_taken_for_quadratic(seed):
         (result.bound, result.grad, exact.grad),
     ):
         assert not bound.certified or float((found - true).norm()) <= bound.value
+
+
+@pytest.mark.parametrize("convex", [False, True])
+@pytest.mark.parametrize("theta", [0.5, -0.9, 2.0])
+def test_a_kink_between_the_point_and_the_solution_is_seen(theta, convex):
+    """H is the same on both sides of that of |φ|, and at the solution the implicit function theorem does not hold."""
+
+    class Shrunk(bilevel.BilevelProblem):
+        def inner_objective(self, w, shift, data):
+            return 0.5 * ((w - shift) ** 2).sum() + w.abs().sum()
+
+        def outer_objective(self, w, shift, data):
+            return w.sum()
+
+        def constants(self, shift, data):
+            return bilevel.Constants(strong_convexity=1.0, convex=True) if convex else bilevel.Constants()
+
+    problem = Shrunk(solver=bilevel.GradientDescent(0.1, max_steps=20), tolerance=bilevel.Tolerance(delta=None))
+    result = problem.hypergradient(torch.tensor([theta], dtype=F64), None, init=torch.tensor([0.3], dtype=F64))
+    exact = max(0.0, abs(theta) - 1) * (1 if theta > 0 else -1)
+    slope = 1.0 if exact else 0.0
+    for bound, found, true in (
+        (result.inner_bound, result.inner, exact),
+        (result.adjoint_bound, result.adjoint, slope),
+        (result.bound, result.grad, slope),
+        (result.value_bound, result.corrected_value, exact),
+    ):
+        assert not bound.certified or abs(float(found) - true) <= bound.value
+    assert bool(result.certified) == bool(exact)

@@ -201,6 +201,46 @@ def test_a_hypergradient_says_how_wrong_it_is() -> None:
     assert model.weight.grad is None
 
 
+class Bent(nn.Sequential):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.sin(3 * super().forward(x))
+
+
+def once_more(linear: nn.Linear) -> nn.Module:
+    return nn.Sequential(linear, linear)
+
+
+def hooked(linear: nn.Linear) -> nn.Module:
+    linear.register_forward_hook(lambda module, given, output: torch.sin(3 * output))
+    return linear
+
+
+def hooked_before(linear: nn.Linear) -> nn.Module:
+    linear.register_forward_pre_hook(lambda module, given: (torch.sin(linear.weight.sum()) * given[0],))
+    return linear
+
+
+def rebound(linear: nn.Linear) -> nn.Module:
+    linear.forward = lambda x: torch.sin(3 * nn.functional.linear(x, linear.weight, linear.bias))  # type: ignore[method-assign]
+    return linear
+
+
+@pytest.mark.parametrize("made", [once_more, Bent, hooked, hooked_before, rebound])
+def test_of_a_model_that_only_looks_linear_nothing_is_claimed(made: Any) -> None:
+    """Claimed of these, μ = λ made false bounds, or constants that nobody had given were refuted."""
+    torch.manual_seed(0)
+    batch = linear_tasks(3, 6, 2)
+    settings: dict[str, Any] = {"solver": bilevel.GradientDescent(0.01, max_steps=3), "linear_solver": bilevel.Exact()}
+    plain = bilevel.IMAML(nn.Linear(2, 1).double(), mse_loss, 0.5, **settings)
+    assert plain.constants(*plain.objective_arguments(batch)).strong_convexity == 0.5
+    model = made(nn.Linear(2, 2).double())
+    batch = tuple(part.expand(*part.shape[:-1], 2) for part in batch)
+    learner = bilevel.IMAML(model, mse_loss, 0.5, on_failure="ignore", **settings)
+    known = learner.constants(*learner.objective_arguments(batch))
+    assert known.strong_convexity is None and not known.convex
+    assert not learner.hypergradient(batch).inner_bound.certified
+
+
 def test_budgets_are_no_failure_and_no_warning() -> None:
     learner = bilevel.IMAML(nn.Linear(2, 1), mse_loss, 2.0, bilevel.GradientDescent(0.01, 2), bilevel.CG(1))
     with bilevel.record() as reports:

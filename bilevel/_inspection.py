@@ -12,8 +12,9 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from bilevel._problem import Problem
+from bilevel._repeatable import attention_kernels
 from bilevel._seen import learn, nodes
-from bilevel._straight import Memory, reached
+from bilevel._straight import Memory, ordinary, reached
 from bilevel._system import System, unconnected
 from bilevel.errors import ArgumentError, CapturedTensorError, StochasticObjectiveError
 
@@ -25,31 +26,42 @@ _MORE_THROWS = 12
 _ONCE = getattr(once_differentiable(lambda ctx: None), "__code__", None)
 
 
-def look(problem: Problem, x: torch.Tensor, memory: Memory, *, captures: bool) -> None:
+def look(problem: Problem, x: torch.Tensor, memory: Memory, *, captures: bool) -> bool:
     """Inspect the function at the first problem of ``x`` (batch, n), unless ``memory`` has that nothing was wrong with the same.
 
     What is looked for is a property of the function: one problem shows it as well as all of them, and where the function can do
-    but one thing, so does one call.
+    but one thing, so does one call. Return whether it was inspected.
     """
+    key, parts = _kinds(problem, x, captures), _lasting(problem, x)
+    if parts is not None and memory.has(key, parts):
+        return False
+    dice = Dice(x.device)
+    inspect_function(problem.single(0), x[:1], captures=captures)
+    # What random numbers do may depend on tensors' values: a noise may be of size zero today.
+    if parts is not None and not dice.thrown():
+        memory.keep(key, parts)
+    return True
+
+
+def _lasting(problem: Problem, x: torch.Tensor) -> tuple[Any, ...] | None:
+    """Return all that the function of ``problem`` reaches, if an inspection of it holds for calls to come."""
     system = problem.system
     # Whether a matrix is symmetric is seen in its numbers.
-    lasting = type(system).inspect is System.inspect
-    parts = reached(system.function, *system.arguments.others) if lasting else None
-    key = _kinds(system, problem.tensors, captures)
-    if parts is not None and memory.has(key, parts):
-        return
-    inspect_function(problem.single(0), x[:1], captures=captures)
-    if parts is not None:
-        memory.keep(key, parts)
+    if type(system).inspect is not System.inspect or any(type(t) is not torch.Tensor for t in (x, *problem.tensors)):
+        return None
+    if not (ordinary(system.raveler.structure) and ordinary(system.arguments.structure)):
+        return None
+    return reached(system.function, *system.arguments.others)
 
 
-def _kinds(system: System, tensors: Sequence[torch.Tensor], captures: bool) -> tuple[Any, ...]:
+def _kinds(problem: Problem, x: torch.Tensor, captures: bool) -> tuple[Any, ...]:
     """Return all that a straight function may go by, besides the objects that it reaches and the numbers in tensors."""
+    system = problem.system
     unknown, given = system.raveler, system.arguments
     return (
         captures, type(system), unknown.structure, unknown.shapes, unknown.dtypes, unknown.device, system.autocast,
-        given.structure, given.is_tensor, tuple(level.batched for level in system.levels),
-        *((t.shape, t.dtype, t.layout, t.device) for t in tensors),
+        given.structure, given.is_tensor, tuple(level.batched for level in system.levels), attention_kernels(),
+        *((t.shape, t.dtype, t.layout, t.device, t.stride() if t.layout is torch.strided else ()) for t in problem.tensors),
     )  # fmt: skip
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar, cast
 
@@ -17,7 +17,7 @@ import torch
 from torch.utils import _pytree as pytree
 
 from bilevel._implicit import Rule, Solve
-from bilevel._inspection import captured_error, look
+from bilevel._inspection import Dice, captured_error, look
 from bilevel._problem import Problem
 from bilevel._straight import Memory
 from bilevel._system import FixedPointSystem, System
@@ -345,24 +345,38 @@ class Run:
         self.factor: torch.Tensor | None = None
         self.one_step = False  # whether that is of the Hessians at init, and a step with them was the last
 
-    def inspect(self, problem: Problem, init: torch.Tensor) -> None:
-        """Look for what would make gradients wrong, at ``init`` (batch, n)."""
+    def inspect(self, problem: Problem, init: torch.Tensor, memory: Memory) -> bool:
+        """Look for what would make gradients wrong, at ``init`` (batch, n); return whether that was left to ``memory``."""
         try:
             if problem.batch and self.layer.inspects:
-                look(problem, init, self.layer.looked, captures=self.watched)
+                return not look(problem, init, memory, captures=self.watched)
         except BilevelError as error:
             # Wrong shapes, and tensors of a vmap outside, cannot be gone on with.
             if isinstance(error, ValueError) or error.__cause__ is not None:
                 raise
             self.spoiled = misuse(error, self.layer.on_failure)
+        return False
+
+    @contextmanager
+    def on_trust(self, problem: Problem, init: torch.Tensor) -> Iterator[None]:
+        """Look after all where a solve without a look fails in torch's words, or draws random numbers: both can depend on tensors' values."""
+        dice = Dice(init.device)
+        try:
+            yield
+        except Exception:
+            self.inspect(problem, init, Memory())
+            raise
+        if dice.thrown():
+            self.inspect(problem, init, Memory())
 
     def solve(self, problem: Problem, init: torch.Tensor) -> torch.Tensor:
         """Return x (*batch, n), inspected, solved for, judged, reported and treated as the policy says."""
         layer = self.layer
-        self.inspect(problem, init)
+        trusted = self.inspect(problem, init, layer.looked)
         solver = layer.solver or default_solver(problem)
         target = layer.tolerance.inner(self.dtype)
-        outcome = solve_inner(solver, problem, init, target)
+        with self.on_trust(problem, init) if trusted else nullcontext():
+            outcome = solve_inner(solver, problem, init, target)
         axes = problem.system.batch_shape
         self.one_step = outcome.factor is not None and bool((outcome.iterations <= 1).all())
         self.factor, layer.adjoint.residual = outcome.factor, outcome.residual if layer.adjoint.warm else None

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from types import CellType
 from typing import Any
 
@@ -12,12 +13,13 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from bilevel._problem import Problem
+from bilevel._repeatable import attention_kernels
 from bilevel._seen import learn, nodes
-from bilevel._straight import Memory, reached
+from bilevel._straight import Memory, ordinary, reached
 from bilevel._system import System, unconnected
 from bilevel.errors import ArgumentError, CapturedTensorError, StochasticObjectiveError
 
-__all__ = ["Dice", "buffers_of", "captured_error", "inspect_function", "look", "reaches_another_leaf"]
+__all__ = ["Dice", "buffers_of", "captured_error", "inspect_function", "look", "on_trust", "reaches_another_leaf"]
 
 # How many more pairs of evaluations have to agree where random numbers were drawn.
 _MORE_THROWS = 12
@@ -28,31 +30,54 @@ _ONCE = getattr(once_differentiable(lambda ctx: None), "__code__", None)
 def look(
     problem: Problem, x: torch.Tensor, function: Callable[..., Any], memory: Memory, *, captures: bool
 ) -> tuple[torch.Tensor, torch.Tensor] | None:
-    """Inspect the problem at the first row of ``x`` (batch, n), unless ``memory`` has that nothing was wrong with the same; return what was found.
+    """Inspect the problem at the first row of ``x`` (batch, n), unless ``memory`` has that nothing was wrong with the same.
 
     What is looked for is a property of the function: one problem shows it as well as all of them, and where the user's ``function`` can do
-    but one thing, so does one call.
+    but one thing, so does one call. Return what was found, or None if it was not inspected.
     """
-    system = problem.system
-    # Whether a matrix is symmetric is seen in its numbers.
-    lasting = type(system).inspect is System.inspect
-    parts = reached(function, *system.arguments.others) if lasting else None
-    key = _kinds(system, problem.tensors, captures)
+    key, parts = _kinds(problem, captures), _lasting(problem, x, function)
     if parts is not None and memory.has(key, parts):
         return None
+    dice = Dice(x.device)
     found = inspect_function(problem.single(0), x[:1], captures=captures)
-    if parts is not None:
+    # What random numbers do may depend on tensors' values: a noise may be of size zero today.
+    if parts is not None and not dice.thrown():
         memory.keep(key, parts)
     return found
 
 
-def _kinds(system: System, tensors: Sequence[torch.Tensor], captures: bool) -> tuple[Any, ...]:
+@contextmanager
+def on_trust(device: torch.device, inspect: Callable[[], object]) -> Iterator[None]:
+    """Inspect after all where a solve without a look fails in torch's words, or draws random numbers: both can depend on tensors' values."""
+    dice = Dice(device)
+    try:
+        yield
+    except Exception:
+        inspect()
+        raise
+    if dice.thrown():
+        inspect()
+
+
+def _lasting(problem: Problem, x: torch.Tensor, function: Callable[..., Any]) -> tuple[Any, ...] | None:
+    """Return all that the user's ``function`` reaches, if an inspection of it holds for calls to come."""
+    system = problem.system
+    # Whether a matrix is symmetric is seen in its numbers.
+    if type(system).inspect is not System.inspect or any(type(t) is not torch.Tensor for t in (x, *problem.tensors)):
+        return None
+    if not (ordinary(system.raveler.structure) and ordinary(system.arguments.structure)):
+        return None
+    return reached(function, *system.arguments.others)
+
+
+def _kinds(problem: Problem, captures: bool) -> tuple[Any, ...]:
     """Return all that a straight function may go by, besides the objects that it reaches and the numbers in tensors."""
+    system = problem.system
     unknown, given = system.raveler, system.arguments
     return (
         captures, type(system), unknown.structure, unknown.shapes, unknown.dtypes, unknown.device, system.autocast,
-        given.structure, given.is_tensor, tuple(level.batched for level in system.levels),
-        *((t.shape, t.dtype, t.layout, t.device) for t in tensors),
+        given.structure, given.is_tensor, tuple(level.batched for level in system.levels), attention_kernels(),
+        *((t.shape, t.dtype, t.layout, t.device, t.stride() if t.layout is torch.strided else ()) for t in problem.tensors),
     )  # fmt: skip
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar, cast
 
@@ -17,7 +17,7 @@ import torch
 from torch.utils import _pytree as pytree
 
 from bilevel._implicit import Rule, Solve
-from bilevel._inspection import captured_error, look
+from bilevel._inspection import captured_error, look, on_trust
 from bilevel._problem import Problem
 from bilevel._straight import Memory
 from bilevel._system import FixedPointSystem, System
@@ -160,7 +160,7 @@ class Layer:
         self.written: Callable[[], Callable[..., Any]] | None = (
             None  # what the user wrote, where that is not the function itself
         )
-        self._looked = Memory()
+        self.looked = Memory()
         functools.update_wrapper(self, function, updated=())
         self.where = f"`{kind.label}` layer `{getattr(function, '__name__', type(function).__name__)}`"
 
@@ -173,10 +173,12 @@ class Layer:
         finally:
             self.inspects = before
 
-    def look(self, problem: Problem, x: torch.Tensor, *, captures: bool) -> tuple[torch.Tensor, torch.Tensor] | None:
-        """Inspect the function at ``x`` (batch, n) unless it has been; return what was found at its first row."""
+    def look(
+        self, problem: Problem, x: torch.Tensor, memory: Memory, *, captures: bool
+    ) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """Inspect the function at ``x`` (batch, n) unless ``memory`` has it; return what was found at its first row, or None."""
         written = self.function if self.written is None else self.written()
-        return look(problem, x, written, self._looked, captures=captures)
+        return look(problem, x, written, memory, captures=captures)
 
     @property
     def minimizes(self) -> bool:
@@ -353,24 +355,26 @@ class Run:
         self.factor: torch.Tensor | None = None
         self.one_step = False  # whether that is of the Hessians at init, and a step with them was the last
 
-    def inspect(self, problem: Problem, init: torch.Tensor) -> None:
-        """Look for what would make gradients wrong, at ``init`` (batch, n)."""
+    def inspect(self, problem: Problem, init: torch.Tensor, memory: Memory) -> bool:
+        """Look for what would make gradients wrong, at ``init`` (batch, n); return whether that was left to ``memory``."""
         try:
             if problem.batch and self.layer.inspects:
-                self.layer.look(problem, init, captures=self.watched)
+                return self.layer.look(problem, init, memory, captures=self.watched) is None
         except BilevelError as error:
             # Wrong shapes, and tensors of a vmap outside, cannot be gone on with.
             if isinstance(error, ValueError) or error.__cause__ is not None:
                 raise
             self.spoiled = misuse(error, self.layer.on_failure)
+        return False
 
     def solve(self, problem: Problem, init: torch.Tensor) -> torch.Tensor:
         """Return x (*batch, n), inspected, solved for, judged, reported and treated as the policy says."""
         layer = self.layer
-        self.inspect(problem, init)
+        trusted = self.inspect(problem, init, layer.looked)
         solver = layer.solver or default_solver(problem)
         target = layer.tolerance.inner(self.dtype)
-        outcome = solve_inner(solver, problem, init, target)
+        with on_trust(init.device, lambda: self.inspect(problem, init, Memory())) if trusted else nullcontext():
+            outcome = solve_inner(solver, problem, init, target)
         axes = problem.system.batch_shape
         self.one_step = outcome.factor is not None and bool((outcome.iterations <= 1).all())
         self.factor, layer.adjoint.residual = outcome.factor, outcome.residual if layer.adjoint.warm else None

@@ -101,4 +101,5 @@ class _Once(Run):
     def look(self, problem: Problem) -> None:
         if self.report is None:
             like = problem.system.raveler
-            self.inspect(problem, torch.ones(problem.batch, like.size, dtype=like.dtype, device=like.device))
+            start = torch.ones(problem.batch, like.size, dtype=like.dtype, device=like.device)
+            self.inspect(problem, start, self.layer.looked)

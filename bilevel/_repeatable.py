@@ -18,7 +18,7 @@ from torch.overrides import TorchFunctionMode
 
 from bilevel._seen import Held, seen
 
-__all__ = ["Repeatable"]
+__all__ = ["Repeatable", "attention_kernels"]
 
 
 def _weight_norm(v: torch.Tensor, g: torch.Tensor, dim: int = 0) -> torch.Tensor:
@@ -69,3 +69,11 @@ class Repeatable(TorchFunctionMode):
     def around(function: Callable[..., Any]) -> AbstractContextManager[Any]:
         """Return the mode for a user's ``function`` that was seen to need it, or a context that does nothing."""
         return Repeatable() if seen(function, Held.ONCE_ONLY) else nullcontext()
+
+
+def attention_kernels() -> tuple[bool, ...]:
+    """Return which kernels torch may choose among for attention here: what a graph is seen to hold depends on that."""
+    backends = torch.backends.cuda
+    return (
+        backends.math_sdp_enabled(), backends.flash_sdp_enabled(), backends.mem_efficient_sdp_enabled(), backends.cudnn_sdp_enabled(),
+    )  # fmt: skip

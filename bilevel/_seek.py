@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -11,9 +12,11 @@ import torch
 
 from bilevel._goal import Search
 from bilevel._guards import FirstLook
+from bilevel._inspection import on_trust
 from bilevel._knowledge import GoalReport, Knowledge, Reached
 from bilevel._layer import Layer, default_linear_solver, default_solver
 from bilevel._problem import Problem
+from bilevel._straight import Memory
 from bilevel.certificates.bound import Bound
 from bilevel.errors import ArgumentError, BilevelError, SolveError, SolveWarning, TransformError
 from bilevel.reports import Basis, Pass, SolveReport, Status, enforce, misuse
@@ -64,14 +67,20 @@ def seek(
     StochasticObjectiveError, CapturedTensorError, ArgumentError
         If an objective is no function of its arguments alone, or F depends on none of them (policy ``"raise"``).
     """
-    spoiled, first = False, None
-    try:
-        if lower.batch:
-            first = layer.look(lower, x, captures=True)
-    except BilevelError as error:
-        if isinstance(error, ValueError) or error.__cause__ is not None:
-            raise
-        spoiled = misuse(error, layer.on_failure)
+    spoiled = False
+
+    def inspect(memory: Memory) -> tuple[torch.Tensor, torch.Tensor] | None:
+        nonlocal spoiled
+        try:
+            return layer.look(lower, x, memory, captures=True) if lower.batch else None
+        except BilevelError as error:
+            if isinstance(error, ValueError) or error.__cause__ is not None:
+                raise
+            spoiled = misuse(error, layer.on_failure)
+            return None
+
+    first = inspect(layer.looked)
+    trusted = first is None and not spoiled and lower.batch > 0
     solver = layer.solver or default_solver(lower)
     linear = layer.linear_solver
     search = Search(
@@ -80,7 +89,8 @@ def seek(
     )  # fmt: skip
     if lower.batch == 1 and first is not None:
         search.lower.remember(x, first[0].reshape(1), first[1].reshape(x.shape))
-    found = search.run(x, q)
+    with on_trust(x.device, lambda: inspect(Memory())) if trusted else nullcontext():
+        found = search.run(x, q)
     linear_name = "its default" if linear is None else linear.name
     # A batch's means hand each problem 1/K of its right-hand side: reports speak of that system, as everywhere.
     forward = _report(Pass.FORWARD, layer, solver.name, found, found.residual, found.inner_steps)

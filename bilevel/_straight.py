@@ -10,16 +10,19 @@ from __future__ import annotations
 import builtins
 import dis
 import math
+from collections import OrderedDict
 from collections.abc import Iterator
 from functools import lru_cache
 from types import BuiltinFunctionType, CodeType, FunctionType, MethodType, ModuleType
 from typing import Any
+from weakref import ReferenceType
 
 import torch
+from torch.utils import _pytree as pytree
 
 from bilevel._transforms import is_plain
 
-__all__ = ["Memory", "reached"]
+__all__ = ["Memory", "ordinary", "reached"]
 
 # Loops are no choices; every other jump is one.
 _LOOPS = {"FOR_ITER", "JUMP_ABSOLUTE", "JUMP_FORWARD", "JUMP_BACKWARD", "JUMP_BACKWARD_NO_INTERRUPT"}
@@ -28,7 +31,12 @@ _NOT_STRAIGHT = {
     "PUSH_EXC_INFO", "IMPORT_NAME", "IMPORT_FROM", "STORE_GLOBAL", "DELETE_GLOBAL", "STORE_ATTR", "DELETE_ATTR", "LOAD_BUILD_CLASS",
 }  # fmt: skip
 _JUMPS = {dis.opname[code] for code in (*dis.hasjrel, *dis.hasjabs)}
-_CONSTANTS = (int, float, complex, bool, str, bytes, type(None), torch.dtype, torch.device, torch.layout, torch.Size)
+# These types themselves: a class derived from one may have methods and a state.
+_CONSTANTS = frozenset(
+    {int, float, complex, bool, str, bytes, type(None), torch.dtype, torch.device, torch.layout, torch.Size}
+)
+# Containers without methods of a user's own.
+_CONTAINERS = frozenset({tuple, list, dict, OrderedDict})
 _BUILTINS = frozenset(
     getattr(builtins, name)
     for name in (
@@ -52,47 +60,67 @@ class Memory:
         if self._last is None:
             return False
         known, objects = self._last
-        return known == key and len(objects) == len(parts) and all(a is b for a, b in zip(objects, parts, strict=True))
+        return known == key and len(objects) == len(parts) and all(map(_is, objects, parts))
 
     def keep(self, key: tuple[Any, ...], parts: tuple[Any, ...]) -> None:
         """Remember this, and nothing before."""
-        self._last = key, parts
+        # Weakly what may hold much: a function that came as an argument is let go when its caller does so.
+        weak = (ReferenceType(part) if isinstance(part, (FunctionType, torch.Tensor)) else part for part in parts)
+        self._last = key, tuple(weak)
+
+
+def _is(kept: Any, part: Any) -> bool:
+    return (kept() is part is not None) if isinstance(kept, ReferenceType) else kept is part
 
 
 def reached(*functions: Any) -> tuple[Any, ...] | None:
-    """Return every object that ``functions``, or constants, reach if all are straight, and no gradient is; else None."""
+    """Return every object that ``functions``, or constants, reach if all are straight, and no gradient is; else None.
+
+    An object stands there once for each place that it is reached from, in an order that the places determine, so that no two of them can
+    exchange what they hold without a trace.
+    """
     parts: list[Any] = []
     pending: list[Any] = list(functions)
+    expanded: set[int] = set()
     while pending:
         item = pending.pop()
         if isinstance(item, MethodType):
             item = item.__func__
             if not isinstance(item, FunctionType) or _uses_first(item.__code__):
                 return None
-        if any(item is part for part in parts):
-            continue
+        parts.append(item)
         if type(item) is tuple:
             pending.extend(item)
-            continue
-        parts.append(item)
-        if isinstance(item, FunctionType) and not _of_torch(item):
+        elif isinstance(item, FunctionType) and not _of_torch(item):
+            if id(item) in expanded:
+                continue
+            expanded.add(id(item))
             named = _named(item)
             if named is None:
                 return None
+            # A function can be given another code, as interactive sessions do that load edited files anew.
+            parts.append(item.__code__)
             pending.extend(named)
         elif not _harmless(item):
             return None
     return tuple(parts)
 
 
+def ordinary(structure: pytree.TreeSpec) -> bool:
+    """Return whether a pytree has no nodes but tuples, lists and dicts: others bring methods that are not looked for."""
+    if structure.is_leaf():
+        return True
+    return structure.type in _CONTAINERS and all(ordinary(child) for child in structure.children())
+
+
 def _harmless(item: Any) -> bool:
     if isinstance(item, torch.Tensor):
-        return type(item) is torch.Tensor and is_plain(item)
+        return type(item) is torch.Tensor and is_plain(item) and not vars(item)
     if isinstance(item, ModuleType):
         return item.__name__.split(".")[0] in _MODULES
     if isinstance(item, (BuiltinFunctionType, type)):
         return item in _BUILTINS or _of_torch(item) or getattr(math, item.__name__, None) is item
-    return isinstance(item, (*_CONSTANTS, FunctionType))
+    return type(item) in _CONSTANTS or isinstance(item, FunctionType)
 
 
 def _of_torch(item: Any) -> bool:
@@ -108,11 +136,14 @@ def _of_torch(item: Any) -> bool:
 
 
 def _named(function: FunctionType) -> list[Any] | None:
-    """Return what ``function`` names as globals, closes over or has as defaults; None if it is not straight, or a cell is empty."""
+    """Return what ``function`` names as globals, closes over, has as defaults or was given as attributes.
+
+    None if it is not straight, or a cell is empty.
+    """
     names = _globals_of(function.__code__)
     if names is None:
         return None
-    found = [*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()]
+    found = [*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values(), *vars(function).values()]
     try:
         found += [cell.cell_contents for cell in function.__closure__ or ()]
     except ValueError:

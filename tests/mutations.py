@@ -612,7 +612,16 @@ MUTATIONS = (
     ),
     Mutation(
         "what a function reaches not compared", "_straight.py",
-        "and all(a is b for a, b in zip(objects, parts, strict=True))", "", ("tests/test_straight.py",),
+        "and all(map(_is, objects, parts))", "", ("tests/test_straight.py",),
+    ),
+    Mutation(
+        "an object reached from two places taken for one", "_straight.py",
+        "        parts.append(item)\n        if type(item) is tuple", "        parts += [] if any(item is p for p in parts) else [item]\n        if type(item) is tuple",
+        ("tests/test_straight.py",),
+    ),
+    Mutation(
+        "random numbers that a solve draws after a look passed over", "_inspection.py",
+        "    if dice.thrown():\n        inspect()", "    if False:\n        inspect()", ("tests/test_straight.py",),
     ),
     Mutation(
         "MAID's doubts settled by exacter values alone", "outer/methods.py",

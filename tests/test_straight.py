@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import copy
+import gc
 import math
 import pickle
+import weakref
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
 from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import bilevel
 import bilevel._inspection as inspection
@@ -155,6 +158,18 @@ def test_a_number_passed_as_an_argument_counts():
         layer(start(), given(), 0.5)
 
 
+@pytest.mark.parametrize(("first", "later"), [((0.5, 0.0, 0.0), (0.5, 0.5, 0.0)), ((0.0, 0.0, 0.5), (0.0, 0.5, 0.5))])
+def test_a_number_that_stands_in_two_places_counts_in_both(first, later):
+    layer = bilevel.argmin(
+        lambda x, a, p, q, r: square(x - a) + (p + r) * x.sum() + square(F.dropout(1 + x, q)),
+        solver=bilevel.GradientDescent(0.1, max_steps=5),
+        tolerance=bilevel.Tolerance(delta=None),
+    )
+    layer(start(), given(), *first)
+    with pytest.raises(bilevel.StochasticObjectiveError):
+        layer(start(), given(), *later)
+
+
 def test_a_tensor_of_a_transform_outside_is_found_at_a_later_call():
     cell = [start()]
 
@@ -173,6 +188,139 @@ def test_a_tensor_of_a_transform_outside_is_found_at_a_later_call():
 
     with pytest.raises(bilevel.CapturedTensorError):
         torch.func.vmap(outside)(torch.ones(3, 2, dtype=F64))
+
+
+def noisy(x, a, size):
+    return square(x - a) + size * (torch.randn_like(x) * x).sum()
+
+
+def dropping_by_a_tensor(x, a, rate):
+    return square(x - a) + square(F.dropout(1 + x, rate))
+
+
+@pytest.mark.parametrize("function", [noisy, dropping_by_a_tensor])
+@pytest.mark.parametrize("on_failure", ["raise", "nan"])
+def test_noise_that_a_tensor_brings_later_is_found(function, on_failure):
+    few = bilevel.GradientDescent(0.1, max_steps=5)
+    layer = bilevel.argmin(function, solver=few, tolerance=bilevel.Tolerance(delta=None), on_failure=on_failure)
+    layer(start(), given(), torch.tensor(0.0))
+    if on_failure == "nan":
+        assert bool(layer(start(), given(), torch.tensor(0.5)).isnan().all())
+        return
+    for _ in range(2):
+        with pytest.raises(bilevel.StochasticObjectiveError):
+            layer(start(), given(), torch.tensor(0.5))
+
+
+def test_what_is_kept_beside_a_function_counts():
+    def objective(x, a):
+        return objective.weight * square(x - a)
+
+    def by_tensor(x, a):
+        return shift.weight * square(x - a - shift)
+
+    shift = torch.ones(2, dtype=F64)
+    for keeper, function in ((objective, objective), (shift, by_tensor)):
+        layer = bilevel.argmin(function)
+        keeper.weight = torch.ones((), dtype=F64)
+        layer(start(), given())
+        keeper.weight = torch.ones((), dtype=F64, requires_grad=True)
+        with pytest.raises(bilevel.CapturedTensorError):
+            layer(start(), given())
+
+
+class Data(NamedTuple):
+    target: torch.Tensor
+
+    def loss(self, x):
+        return SHIFT[0] * square(x - self.target)
+
+
+@pytest.mark.parametrize(
+    ("function", "call"),
+    [
+        (lambda x, data: data.loss(x), lambda layer: layer(start(), Data(given()))),
+        (lambda data, a: data.loss(a) + square(data.target), lambda layer: layer(Data(start()), given())),
+    ],
+    ids=["argument", "unknown"],
+)
+def test_methods_of_what_holds_the_tensors_are_not_looked_for(function, call, monkeypatch):
+    layer = bilevel.argmin(function)
+    call(layer)
+    monkeypatch.setitem(globals(), "SHIFT", SHIFT.clone().requires_grad_(True))
+    with pytest.raises(bilevel.CapturedTensorError):
+        call(layer)
+
+
+def test_a_function_that_is_given_another_code_is_looked_at_again():
+    def objective(x, a):
+        return square(x - a)
+
+    def cut(x, a):
+        return square(x.detach() - a)
+
+    layer = bilevel.argmin(objective)
+    layer(start(), given())
+    objective.__code__ = cut.__code__
+    with pytest.raises(bilevel.ArgumentError, match="depend on its first argument"):
+        layer(start(), given())
+
+
+def test_whether_an_operation_copies_depends_on_strides():
+    def objective(x, a):
+        return square(x - a.contiguous().clamp_(max=5))
+
+    layer = bilevel.argmin(objective)
+    layer(torch.zeros(2, 2, dtype=F64), torch.ones(2, 2, dtype=F64).mT)
+    given = torch.ones(2, 3, dtype=F64)[:, :2]
+    layer(torch.zeros(2, 2, dtype=F64), given)
+    assert bool((given == 1).all())
+    with pytest.raises(bilevel.StochasticObjectiveError, match="in place"):
+        layer(torch.zeros(2, 2, dtype=F64), torch.ones(2, 2, dtype=F64))
+
+
+def test_what_no_longer_fits_is_said_as_at_a_first_call():
+    shift = torch.ones(2, dtype=F64)
+    masked = bilevel.argmin(lambda x, a, mask: square(x - a) + square(x[mask] - shift))
+    masked(start(), given(), torch.tensor([True, True]))
+    with pytest.raises(bilevel.ShapeError, match="args"):
+        masked(start(), given(), torch.tensor([False, False]))
+    shift.data = torch.ones(3, dtype=F64)
+    with pytest.raises(bilevel.ShapeError, match="args"):
+        masked(start(), given(), torch.tensor([True, True]))
+
+    turned = bilevel.argmin(lambda x, a: square(torch.eye(2) @ (x - a)))
+    single = torch.zeros(2)
+    turned(single, given().float())
+    before = torch.get_default_dtype()
+    try:
+        torch.set_default_dtype(F64)
+        with pytest.raises(bilevel.DtypeError):
+            turned(single, given().float())
+    finally:
+        torch.set_default_dtype(before)
+
+
+def test_other_kernels_of_attention_are_found_at_a_later_call():
+    key = torch.randn(1, 1, 2, 4, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    layer = bilevel.argmin(lambda x, k: square(F.scaled_dot_product_attention(x, k, k)) + square(x - k))
+    gradients = []
+    for backends in (SDPBackend.MATH, [SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]):
+        with sdpa_kernel(backends):
+            gradients += torch.autograd.grad(layer(torch.zeros_like(key), key).sum(), key)
+    torch.testing.assert_close(*gradients)
+
+
+def test_a_function_that_came_as_an_argument_is_let_go():
+    layer = bilevel.argmin(lambda x, a, inner: inner(x - a))
+    held = torch.ones(2, dtype=F64)
+    inner = (lambda held: lambda x: square(held * x))(held)
+    kept = weakref.ref(inner), weakref.ref(held)
+    layer(start(), given().detach(), inner)
+    del inner, held
+    gc.collect()
+    assert [ref() for ref in kept] == [None, None]
+    layer(start(), given().detach(), square)
 
 
 def test_a_fault_that_is_let_pass_is_said_each_time():
@@ -248,6 +396,7 @@ def test_what_is_reached():
     assert reached(lambda x: x, [1]) is None
     assert reached(lambda x: x, given()) is None
     assert reached(torch.func.grad(branching)) is None
+    assert reached((plain, plain), 1, 1, 2) != reached((plain, plain), 1, 2, 2)
 
 
 def test_a_memory_keeps_one_thing_and_a_copy_none():
@@ -261,6 +410,8 @@ def test_a_memory_keeps_one_thing_and_a_copy_none():
     assert not memory.has((1,), (plain,))
     for other in (copy.deepcopy(memory), pickle.loads(pickle.dumps(memory))):
         assert not other.has((1,), parts)
+    memory.keep((1,), (torch.zeros(1),))
+    assert not memory.has((1,), (None,))
 
 
 class Ridge(bilevel.BilevelProblem):

@@ -294,16 +294,20 @@ def _search(
         if problem.minimizes:
             found, residual = problem.value_and_residual(x, last=last and trial == 0)
             reached = residual.norm(dim=-1)
-            if bool((reached <= threshold).all()):
-                break
+            small = reached <= threshold
+            if bool(small.any()):
+                small = small & ~_overshoots(found, merit, slope, magnitude)
+                if bool(small.all()):
+                    break
             held = found <= merit + _ARMIJO * t * slope - 4 * eps * merit.abs()
             held = held | ((found <= merit + 64 * eps * magnitude) & (reached < norm))
         else:
             residual = problem.residual(x)
             reached = residual.norm(dim=-1)
+            small = reached <= threshold
             found = 0.5 * (reached / norm) ** 2
             held = found <= merit + _ARMIJO * t * slope - 4 * eps * merit
-        pending = pending & ~(held | (reached <= threshold))
+        pending = pending & ~(held | small)
         if not bool(pending.any()):
             break
         if trial == 0:
@@ -320,6 +324,15 @@ def _search(
     if not problem.minimizes:
         found = merit
     return _State(x, residual, found, magnitude, norm, direction.definite, direction.factor), verdict
+
+
+def _overshoots(found: torch.Tensor, merit: torch.Tensor, slope: torch.Tensor, magnitude: torch.Tensor) -> torch.Tensor:
+    """Return where an objective has risen, and not by rounding, over a step that promised to lower it: no NaN has.
+
+    Beyond the minimum lie plateaus, of sigmoids and robust losses, on which every gradient vanishes.
+    """
+    least = torch.finfo(merit.dtype).eps ** 0.5 * torch.maximum(magnitude, found.abs())
+    return (found - merit > least) & (-slope > least)
 
 
 def _shorter(t: torch.Tensor, merit: torch.Tensor, found: torch.Tensor, slope: torch.Tensor) -> torch.Tensor:

@@ -227,7 +227,7 @@ def rebound(linear: nn.Linear) -> nn.Module:
 
 @pytest.mark.parametrize("made", [once_more, Bent, hooked, hooked_before, rebound])
 def test_of_a_model_that_only_looks_linear_nothing_is_claimed(made: Any) -> None:
-    """Claimed of these, μ = λ made false bounds, or constants that nobody had given were refuted."""
+    """Claimed of these, μ = λ could have made false bounds, or constants that nobody had given were refuted."""
     torch.manual_seed(0)
     batch = linear_tasks(3, 6, 2)
     settings: dict[str, Any] = {"solver": bilevel.GradientDescent(0.01, max_steps=3), "linear_solver": bilevel.Exact()}

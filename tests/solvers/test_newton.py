@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from hypothesis import given
@@ -159,3 +161,25 @@ def test_random_strongly_convex_quadratics(seed, n, decades):
     assert statuses(outcome) == [Status.CONVERGED]
     error = float((outcome.x[0] - torch.linalg.solve(0.5 * (A + A.mT), b)).norm())
     assert error <= float(outcome.error_bound) + 1e-9
+
+
+@BOTH
+def test_a_plateau_beyond_the_minimum_is_no_solution(solver):
+    # Where the curvature is small a full step lands where exp(-x²) is zero in floating point, and so is the gradient.
+    starts = torch.tensor([[0.5], [0.69], [0.7], [0.705]], dtype=F64)
+    outcome = support.minimize(solver, lambda x, _: (1 - torch.exp(-(x**2))).sum(), starts, torch.ones(4), batched=True)
+    assert statuses(outcome) == [Status.CONVERGED] * 4
+    torch.testing.assert_close(outcome.x, torch.zeros_like(starts), rtol=0, atol=1e-7)
+
+
+@BOTH
+def test_a_maximum_that_a_full_step_lands_on_is_no_solution(solver):
+    # G = -cos: from here, with positive curvature, Newton's step leads to π.
+    start = 0.0
+    low, high = 1.0, 1.5
+    for _ in range(200):
+        start = 0.5 * (low + high)
+        low, high = (start, high) if start - math.tan(start) > -math.pi else (low, start)
+    outcome = support.minimize(solver, lambda x: -torch.cos(x).sum(), torch.tensor([start], dtype=F64))
+    assert statuses(outcome) == [Status.CONVERGED]
+    assert abs(math.remainder(float(outcome.x), 2 * math.pi)) < 1e-6

@@ -1,15 +1,13 @@
-"""A call of a layer: what it is given is checked, what was left to it chosen, the rule applied, the policy kept.
+"""A layer: it checks what it is given, and applies the differentiation rule (:mod:`bilevel._implicit`) to the solves of a call.
 
-A layer checks what it is given, chooses what was left to it, and applies the differentiation rule
-(:mod:`bilevel._implicit`). What a solve did is reported, and what failed is treated as the caller's policy says,
-in the forward pass and in every derivative alike.
+Those solves, with what becomes of their failures, are a :class:`~bilevel._run.Run`.
 """
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar, cast
 
@@ -17,8 +15,9 @@ import torch
 from torch.utils import _pytree as pytree
 
 from bilevel._implicit import Rule, Solve
-from bilevel._inspection import captured_error, look, on_trust
+from bilevel._inspection import captured_error, look
 from bilevel._problem import Problem
+from bilevel._run import Adjoint, Run
 from bilevel._straight import Memory
 from bilevel._system import FixedPointSystem, System
 from bilevel._transforms import (
@@ -39,67 +38,19 @@ from bilevel.errors import (
     StochasticObjectiveError,
     TransformError,
 )
-from bilevel.linear._base import LinearOutcome, LinearSolver, LinearSolverLike, as_linear_solver, solve_linear
-from bilevel.linear.bicgstab import BiCGStab
-from bilevel.linear.cg import CG
-from bilevel.linear.exact import Exact, lend
-from bilevel.linear.gmres import GMRES
-from bilevel.operators import LinearOperator
+from bilevel.linear._base import LinearSolverLike, as_linear_solver
 from bilevel.reports import (
     OnFailure,
-    Pass,
     SolveReport,
-    active_recordings,
     check_policy,
-    enforce,
     misuse,
 )
-from bilevel.solvers._base import InnerOutcome, InnerSolver, InnerSolverLike, as_inner_solver, solve_inner
-from bilevel.solvers.anderson import Anderson
-from bilevel.solvers.lbfgs import LBFGS
-from bilevel.solvers.newton import Newton
+from bilevel.solvers._base import InnerSolverLike, as_inner_solver
 from bilevel.tolerance import Tolerance
 
-__all__ = ["Adjoint", "Layer", "Run", "Solution", "default_linear_solver", "default_solver"]
+__all__ = ["Layer", "Solution"]
 
 T = TypeVar("T")
-
-# Up to this order, and this much memory for a batch, a factorisation beats products; found by timing.
-_DENSE_ORDER = 512
-_DENSE_NUMBERS = 2**25
-# LU has no forward factorisation to begin with, and Krylov methods are quick on the Jacobians of contractions.
-_DENSE_JACOBIAN_NUMBERS = 2**20
-
-
-def _dense_fits(batch: int, size: int, dtype: torch.dtype) -> bool:
-    # There are no factorisations in half precision.
-    fits = size <= _DENSE_ORDER and batch * size * size <= _DENSE_NUMBERS
-    return fits and torch.finfo(dtype).bits >= 32
-
-
-def default_solver(problem: Problem) -> InnerSolver:
-    """Return the inner solver used where none is given.
-
-    Newton's method where the matrices are small, L-BFGS for a large argmin, Anderson acceleration for a fixed
-    point, and Newton–Krylov for a large root.
-    """
-    if problem.is_fixed_point:
-        return Anderson()
-    dtype = problem.system.raveler.dtype
-    if problem.minimizes:
-        return Newton() if _dense_fits(problem.batch, problem.size, dtype) else LBFGS()
-    return Newton() if torch.finfo(dtype).bits >= 32 else Newton(linear_solver=BiCGStab())
-
-
-def default_linear_solver(operator: LinearOperator) -> LinearSolver:
-    """Return the linear solver used where none is given: a factorisation if small, else CG, or GMRES if not symmetric."""
-    distinct = operator.distinct
-    fits = _dense_fits(distinct.batch, distinct.size, operator.dtype)
-    if operator.symmetric:
-        return Exact() if fits else CG()
-    if torch.finfo(operator.dtype).bits < 32:
-        return BiCGStab()
-    return Exact() if fits and distinct.batch * distinct.size**2 <= _DENSE_JACOBIAN_NUMBERS else GMRES()
 
 
 @dataclass(frozen=True, eq=False)
@@ -309,130 +260,3 @@ class Layer:
                     raise
                 reached = torch.zeros_like(flat.sum())
         return float("nan") * (reached + flat.sum())
-
-
-class Adjoint:
-    """The adjoint of the last first derivative, kept by those who start the next linear solve from it.
-
-    Attributes
-    ----------
-    warm
-        Whether to start from it.
-    value
-        q (batch, n), or None.
-    report
-        What the linear solve reported.
-    residual
-        ∇_x G (batch, n) at the solution that the adjoint belongs to.
-    """
-
-    def __init__(self) -> None:
-        self.warm = False
-        self.value: torch.Tensor | None = None
-        self.report: SolveReport | None = None
-        self.residual: torch.Tensor | None = None
-
-    def start(self, like: torch.Tensor) -> torch.Tensor | None:
-        """Return where to begin a solve for the right-hand side ``like``, or None."""
-        kept = self.value
-        if not self.warm or kept is None or kept.shape != like.shape or not bool(torch.isfinite(kept).all()):
-            return None
-        return kept.to(like)
-
-
-class Run:
-    """One call of a layer: solves, judges, reports and applies the policy, forward and in every derivative."""
-
-    def __init__(self, layer: Layer, where: str, watched: bool, dtype: torch.dtype) -> None:
-        self.layer = layer
-        self.where = where
-        self.watched = watched
-        self.dtype = dtype  # what accuracies are of that nobody asked for
-        self.recordings = active_recordings()
-        self.report: SolveReport | None = None
-        self.spoiled = False
-        self.lost: torch.Tensor | None = None  # (*batch,) bool: whose derivatives the policy wants to be NaN
-        self.factor: torch.Tensor | None = None
-        self.one_step = False  # whether that is of the Hessians at init, and a step with them was the last
-
-    def inspect(self, problem: Problem, init: torch.Tensor, memory: Memory) -> bool:
-        """Look for what would make gradients wrong, at ``init`` (batch, n); return whether that was left to ``memory``."""
-        try:
-            if problem.batch and self.layer.inspects:
-                return self.layer.look(problem, init, memory, captures=self.watched) is None
-        except BilevelError as error:
-            # Wrong shapes, and tensors of a vmap outside, cannot be gone on with.
-            if isinstance(error, ValueError) or error.__cause__ is not None:
-                raise
-            self.spoiled = misuse(error, self.layer.on_failure)
-        return False
-
-    def solve(self, problem: Problem, init: torch.Tensor) -> torch.Tensor:
-        """Return x (*batch, n), inspected, solved for, judged, reported and treated as the policy says."""
-        layer = self.layer
-        trusted = self.inspect(problem, init, layer.looked)
-        solver = layer.solver or default_solver(problem)
-        target = layer.tolerance.inner(self.dtype)
-        with on_trust(init.device, lambda: self.inspect(problem, init, Memory())) if trusted else nullcontext():
-            outcome = solve_inner(solver, problem, init, target)
-        axes = problem.system.batch_shape
-        self.one_step = outcome.factor is not None and bool((outcome.iterations <= 1).all())
-        self.factor, layer.adjoint.residual = outcome.factor, outcome.residual if layer.adjoint.warm else None
-        self.report = _report(Pass.FORWARD, self.where, solver.name, outcome, axes)
-        self.lost = ~self.report.success if layer.on_failure == "nan" else None
-        x = outcome.x.reshape(*axes, problem.size)
-        return enforce(self.report, x, layer.on_failure, self.recordings, silent_budget=target.silent)
-
-    def solve_linear(
-        self,
-        operator: LinearOperator,
-        rhs: torch.Tensor,
-        axes: tuple[int, ...],
-        product: Callable[[torch.Tensor], torch.Tensor] | None = None,
-    ) -> torch.Tensor:
-        """Return A⁻¹ rhs (*axes, n), solved for, judged, reported and treated as the policy says.
-
-        ``product``, v ↦ A v for the first answer, is there for the adjoint of a first derivative alone.
-        """
-        layer = self.layer
-        if self.factor is not None:
-            lend(operator, self.factor, exact=self.one_step)
-        kept = layer.adjoint if product is not None else None
-        target, direction = layer.tolerance.linear(self.dtype), Pass.BACKWARD
-        if self.report is None:  # a linear layer's own solve
-            target, direction = layer.tolerance.inner(self.dtype), Pass.FORWARD
-        solver = layer.linear_solver or default_linear_solver(operator)
-        reported = self.report is None or self.recordings or active_recordings() or (kept is not None and kept.warm)
-        begun = None if kept is None else kept.start(rhs)
-        outcome = solve_linear(solver, operator, rhs, target, begun, product=product, seen=bool(reported))
-        report = _report(direction, self.where, solver.name, outcome, axes)
-        self.report = self.report or report
-        if kept is not None and kept.warm:
-            kept.value, kept.report = outcome.x, report
-        shaped = outcome.x.reshape(*axes, operator.size)
-        shaped = enforce(report, shaped, layer.on_failure, self.recordings, silent_budget=target.silent)
-        if self.lost is None:
-            return shaped
-        # A quadratic's matrices are the same at a NaN: without this, what has failed would get a finite derivative.
-        # Axes that a transform has added since stand in front of those of the forward pass.
-        return torch.where(self.lost.unsqueeze(-1), torch.full_like(shaped, float("nan")), shaped)
-
-
-def _report(
-    direction: Pass, where: str, solver: str, outcome: InnerOutcome | LinearOutcome, axes: tuple[int, ...]
-) -> SolveReport:
-    def shaped(numbers: torch.Tensor) -> torch.Tensor:
-        return numbers if numbers.shape == axes else numbers.reshape(axes)
-
-    return SolveReport(
-        direction,
-        where,
-        solver,
-        shaped(outcome.status),
-        shaped(outcome.iterations),
-        shaped(outcome.residual_norm),
-        shaped(outcome.threshold),
-        shaped(outcome.error_bound),
-        outcome.basis,
-        shaped(outcome.scale) if isinstance(outcome, LinearOutcome) else torch.full(axes, float("nan")),
-    )

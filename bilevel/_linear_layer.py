@@ -8,8 +8,9 @@ from typing import Any, TypeVar
 import torch
 
 from bilevel._implicit import LinearSolve, Rule
-from bilevel._layer import Layer, Run, Solution
+from bilevel._layer import Layer, Solution
 from bilevel._problem import Problem
+from bilevel._run import Run
 from bilevel._system import LinearSystem, SymmetricLinearSystem
 from bilevel._transforms import eager, transforms_active
 from bilevel._tree import Raveler

@@ -10,11 +10,12 @@ from typing import Any
 
 import torch
 
+from bilevel._choice import default_linear_solver, default_solver
 from bilevel._goal import Search
 from bilevel._guards import FirstLook
 from bilevel._inspection import on_trust
 from bilevel._knowledge import GoalReport, Knowledge, Reached
-from bilevel._layer import Layer, default_linear_solver, default_solver
+from bilevel._layer import Layer
 from bilevel._problem import Problem
 from bilevel._straight import Memory
 from bilevel.certificates.bound import Bound

@@ -164,7 +164,7 @@ MUTATIONS = (
         ("tests/test_batch_norm.py", "-k", "single_precision"),
     ),
     Mutation(
-        "the product that verifies a budget left out where the residual is read", "_layer.py",
+        "the product that verifies a budget left out where the residual is read", "_run.py",
         "seen=bool(reported)", "seen=False", ("tests/test_layers.py", "-k", "looks"),
     ),
     Mutation(
@@ -490,12 +490,12 @@ MUTATIONS = (
     ),
     # Calls, policies, problems.
     Mutation(
-        "a failed backward solve never looked at", "_layer.py",
+        "a failed backward solve never looked at", "_run.py",
         "shaped = enforce(report, shaped, layer.on_failure,", "shaped = shaped if report else enforce(report, shaped, layer.on_failure,",
         ("tests/test_failures.py", "-k", "test_backward_failures"),
     ),
     Mutation(
-        "a failed backward solve raised though it was asked not to be", "_layer.py",
+        "a failed backward solve raised though it was asked not to be", "_run.py",
         "shaped = enforce(report, shaped, layer.on_failure,", 'shaped = enforce(report, shaped, "raise",', ("tests/test_failures.py", "-k", "test_backward_failures"),
     ),
     Mutation(
@@ -504,11 +504,11 @@ MUTATIONS = (
         ("tests/test_failures.py", "-k", "one_failed_problem"),
     ),
     Mutation(
-        "the adjoint's warm start lost", "_layer.py",
+        "the adjoint's warm start lost", "_run.py",
         "begun = None if kept is None else kept.start(rhs)", "begun = None", ("tests/test_problem.py", "-k", "warm_starts_of"),
     ),
     Mutation(
-        "the adjoint not kept", "_layer.py",
+        "the adjoint not kept", "_run.py",
         "kept = layer.adjoint if product is not None else None", "kept = None", ("tests/test_problem.py", "-k", "closed_form"),
     ),
     Mutation(

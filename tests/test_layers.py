@@ -11,7 +11,7 @@ import torch
 from torch.func import functional_call, hessian, jacrev, vmap
 
 import bilevel
-from bilevel._layer import default_linear_solver, default_solver
+from bilevel._choice import default_linear_solver, default_solver
 from bilevel.operators import HessianOperator
 
 F64 = torch.float64

@@ -1,0 +1,56 @@
+"""The solvers that are taken where none is given, by size and structure."""
+
+from __future__ import annotations
+
+import torch
+
+from bilevel._problem import Problem
+from bilevel.linear._base import LinearSolver
+from bilevel.linear.bicgstab import BiCGStab
+from bilevel.linear.cg import CG
+from bilevel.linear.exact import Exact
+from bilevel.linear.gmres import GMRES
+from bilevel.operators import LinearOperator
+from bilevel.solvers._base import InnerSolver
+from bilevel.solvers.anderson import Anderson
+from bilevel.solvers.lbfgs import LBFGS
+from bilevel.solvers.newton import Newton
+
+__all__ = ["default_linear_solver", "default_solver"]
+
+# Up to this order, and this much memory for a batch, a factorisation beats products; found by timing.
+_DENSE_ORDER = 512
+_DENSE_NUMBERS = 2**25
+# LU has no forward factorisation to begin with, and Krylov methods are quick on the Jacobians of contractions.
+_DENSE_JACOBIAN_NUMBERS = 2**20
+
+
+def _dense_fits(batch: int, size: int, dtype: torch.dtype) -> bool:
+    # There are no factorisations in half precision.
+    fits = size <= _DENSE_ORDER and batch * size * size <= _DENSE_NUMBERS
+    return fits and torch.finfo(dtype).bits >= 32
+
+
+def default_solver(problem: Problem) -> InnerSolver:
+    """Return the inner solver used where none is given.
+
+    Newton's method where the matrices are small, L-BFGS for a large argmin, Anderson acceleration for a fixed
+    point, and Newton–Krylov for a large root.
+    """
+    if problem.is_fixed_point:
+        return Anderson()
+    dtype = problem.system.raveler.dtype
+    if problem.minimizes:
+        return Newton() if _dense_fits(problem.batch, problem.size, dtype) else LBFGS()
+    return Newton() if torch.finfo(dtype).bits >= 32 else Newton(linear_solver=BiCGStab())
+
+
+def default_linear_solver(operator: LinearOperator) -> LinearSolver:
+    """Return the linear solver used where none is given: a factorisation if small, else CG, or GMRES if not symmetric."""
+    distinct = operator.distinct
+    fits = _dense_fits(distinct.batch, distinct.size, operator.dtype)
+    if operator.symmetric:
+        return Exact() if fits else CG()
+    if torch.finfo(operator.dtype).bits < 32:
+        return BiCGStab()
+    return Exact() if fits and distinct.batch * distinct.size**2 <= _DENSE_JACOBIAN_NUMBERS else GMRES()

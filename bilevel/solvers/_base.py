@@ -237,7 +237,9 @@ def iterate(
             # Nothing ends here, which one look at the batch has told: the statuses need no work.
             state = new if everyone else _merge(active, new, state)
         elif everyone and verdict is None and bool((norm <= threshold).all() & whole):
-            state, status = new, torch.full_like(running, Status.CONVERGED)
+            state, status, anyone = new, torch.full_like(running, Status.CONVERGED), False
+            together += 1
+            break
         else:
             outcome = torch.where(norm <= threshold, torch.full_like(running, Status.CONVERGED), running)
             outcome = torch.where(norm > limit, torch.full_like(running, Status.DIVERGED), outcome)
@@ -257,7 +259,8 @@ def iterate(
             active = status == Status.RUNNING
             everyone, anyone = bool(active.all()), bool(active.any())
     iterations = iterations + together
-    status = torch.where(status == Status.RUNNING, torch.full_like(status, Status.MAX_STEPS), status)
+    if anyone:
+        status = torch.where(status == Status.RUNNING, torch.full_like(status, Status.MAX_STEPS), status)
     return InnerSolution(state.x, iterations, status, state.residual, getattr(state, "value", None)), state
 
 

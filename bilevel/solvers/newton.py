@@ -295,10 +295,10 @@ def _search(
             found, residual = problem.value_and_residual(x, last=last and trial == 0)
             reached = residual.norm(dim=-1)
             small = reached <= threshold
-            if bool(small.any()):
+            if bool((small & (found > merit)).any()):
                 small = small & ~_overshoots(found, merit, slope, magnitude)
-                if bool(small.all()):
-                    break
+            if bool(small.all()):
+                break
             held = found <= merit + _ARMIJO * t * slope - 4 * eps * merit.abs()
             held = held | ((found <= merit + 64 * eps * magnitude) & (reached < norm))
         else:

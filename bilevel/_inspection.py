@@ -35,13 +35,16 @@ def look(
     What is looked for is a property of the function: one problem shows it as well as all of them, and where the user's ``function`` can do
     but one thing, so does one call. Return what was found, or None if it was not inspected.
     """
-    key, parts = _kinds(problem, captures), _lasting(problem, x, function)
-    if parts is not None and memory.has(key, parts):
+    parts = _lasting(problem, x, function)
+    if parts is None:
+        return inspect_function(problem.single(0), x[:1], captures=captures)
+    key = _kinds(problem, captures)
+    if memory.has(key, parts):
         return None
     dice = Dice(x.device)
     found = inspect_function(problem.single(0), x[:1], captures=captures)
     # What random numbers do may depend on tensors' values: a noise may be of size zero today.
-    if parts is not None and not dice.thrown():
+    if not dice.thrown():
         memory.keep(key, parts)
     return found
 

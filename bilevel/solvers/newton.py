@@ -220,8 +220,8 @@ def _dense_descent(operator: LinearOperator, state: _State, active: torch.Tensor
     factor, info = torch.linalg.cholesky_ex(hessian)
     d = -torch.cholesky_solve(gradient.unsqueeze(-1), factor).squeeze(-1)
     definite = info == 0
-    if not bool((definite | ~active).all()):
-        bad = active & ~definite
+    bad = active & ~definite
+    if bool(bad.any()):
         size = torch.clamp(state.x[bad].norm(dim=-1), min=1.0)
         d = d.index_put((bad,), _absolute_newton(hessian[bad], gradient[bad], size))
     return _descending(d, gradient, definite, factor)

@@ -296,7 +296,15 @@ class BilevelProblem(torch.nn.Module, ABC):
             If a solve failed and the policy is ``"raise"``.
         StochasticObjectiveError, CapturedTensorError, ArgumentError
             As in :meth:`forward`, and if no graph leads to one of the tensors of ``outer`` (policy ``"raise"``).
+        TransformError
+            Inside a transform of ``torch.func``: there a call of the problem is to be differentiated.
         """
+        if transforms_active():
+            raise TransformError(
+                f"{self._layer.where}: expected no transform of torch.func around hypergradient(...), whose result is cut from any "
+                "graph, and there is one; transform a call of the problem instead, as in torch.func.grad(problem)(outer, data) or "
+                "torch.func.vmap(torch.func.grad(problem))(outer, data)"
+            )
         leaves, structure = pytree.tree_flatten(outer)
         moving = [moves(leaf) for leaf in leaves]
         if not any(moving):

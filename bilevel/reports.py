@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import enum
+import math
 import threading
 import warnings
 from collections.abc import Iterator, Sequence
@@ -127,6 +128,10 @@ _TEXT: dict[Status, tuple[str, str]] = {
 
 
 _WIDER = "use float64, "
+_NOT_FINITE_GRADIENT = (
+    "the gradient with respect to the solution, which came from what was computed of it, was not finite already: look there for a log, square "
+    "root or division outside its domain"
+)
 
 
 def fitting(remedy: str, dtype: torch.dtype | None) -> str:
@@ -187,7 +192,7 @@ class SolveReport:
     basis
         What :attr:`error_bound` rests on.
     scale
-        ‖b‖ backward, for ``residual_norm`` to be compared with; NaN forward, where there is no such size.
+        ‖b‖ backward, for ``residual_norm`` to be compared with, NaN if b is not finite; NaN forward, where there is no such size.
     """
 
     direction: Pass
@@ -246,8 +251,16 @@ class SolveReport:
         goal = f", asked {asked:.2g}" if asked > 0 else ""
         return (
             f"{head} {status.meaning}{of} (residual {residual:.2g}{goal}, after {steps} steps); "
-            f"remedy: {fitting(status.remedy, self.residual_norm.dtype)}."
+            f"remedy: {self._remedy(status, which)}."
         )
+
+    def _remedy(self, status: Status, which: int) -> str:
+        """Return what to do about ``status``, which the problem at ``which`` ended with."""
+        given = float(self.scale.reshape(-1)[which])
+        if status is Status.NOT_FINITE and self.direction is Pass.BACKWARD and not math.isfinite(given):
+            # Nothing is amiss with the objective or the solver then.
+            return _NOT_FINITE_GRADIENT
+        return fitting(status.remedy, self.residual_norm.dtype)
 
     def __str__(self) -> str:
         lines = [f"{self.where}: {self.direction.value} solve by {self.solver}"]
@@ -258,7 +271,7 @@ class SolveReport:
         for code in sorted(set(codes.tolist())):
             status, these = Status(code), codes == code
             of = f" in {int(these.sum())} of {codes.numel()} problems" if many else ""
-            remedy = "" if status is Status.CONVERGED else f"; {fitting(status.remedy, self.residual_norm.dtype)}"
+            remedy = "" if status is Status.CONVERGED else f"; {self._remedy(status, int(these.nonzero()[0]))}"
             lines.append(f"  status    {status.name}: {status.meaning}{of}, steps {_span(steps[these])}{remedy}")
         asked = self.threshold.reshape(-1)
         goal = f", asked {_span(asked)}" if bool((asked > 0).any()) else ""

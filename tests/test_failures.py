@@ -454,3 +454,40 @@ def test_statuses_print_as_names_and_count_as_numbers() -> None:
     assert f"{report.status}" == str(report.status) == "Status.CONVERGED"
     assert str(bilevel.Basis.RESIDUAL) == "Basis.RESIDUAL"
     assert report.status == 0 and f"{Status.SINGULAR:02d}" == "08"
+
+
+@pytest.mark.parametrize("linear_solver", [None, bilevel.Exact(), bilevel.CG(), bilevel.GMRES(), bilevel.Neumann(500)])
+def test_a_gradient_that_came_in_as_nan_is_not_blamed_on_the_objective(
+    linear_solver: bilevel.LinearSolver | None,
+) -> None:
+    a = torch.ones(2, dtype=F64, requires_grad=True)
+    loss = bilevel.argmin(bowl, linear_solver=linear_solver)(ZERO, a).sum() * torch.tensor(math.nan, dtype=F64)
+    with (
+        bilevel.record() as reports,
+        pytest.raises(bilevel.SolveError, match=r"with respect to the solution.*not finite already"),
+    ):
+        loss.backward()
+    assert reports[-1].status is Status.NOT_FINITE and "not finite already" in str(reports[-1])
+
+
+def test_only_the_problem_whose_gradient_came_in_as_nan_is_told_so() -> None:
+    a = torch.ones(3, 2, dtype=F64, requires_grad=True)
+    weight = torch.tensor([[1.0], [math.nan], [2.0]], dtype=F64)
+    layer = bilevel.argmin(bowl, on_failure="ignore")
+    with bilevel.record() as reports:
+        (vmap(layer, in_dims=(None, 0))(ZERO, a) * weight).sum().backward()
+    assert reports[-1].status == (Status.CONVERGED, Status.NOT_FINITE, Status.CONVERGED)
+    assert "not finite already" in reports[-1].message and "number 1" in reports[-1].message
+
+
+def test_a_matrix_with_a_nan_is_not_blamed_on_the_gradient() -> None:
+    a = torch.ones(2, dtype=F64, requires_grad=True)
+    layer = bilevel.argmin(
+        lambda x, a: ((x - a).abs() ** 1.5).sum(),
+        solver=given(lambda a: a),
+        linear_solver=bilevel.CG(),
+        on_failure="ignore",
+    )
+    with bilevel.record() as reports:
+        layer(ZERO, a).sum().backward()
+    assert reports[-1].status is Status.NOT_FINITE and "not finite already" not in reports[-1].message

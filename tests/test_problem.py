@@ -9,6 +9,7 @@ import torch
 import torch.utils.checkpoint
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.func import grad, vmap
 
 import bilevel
 
@@ -411,3 +412,23 @@ def test_the_bound_counts_the_inner_error_alone() -> None:
     error = float((result.grad - c * outer).norm())
     assert error > 0.1 and result.certified
     assert error <= result.error_bound * (1 + 1e-9) <= 1.01 * error
+
+
+@pytest.mark.parametrize("tolerance", [None, bilevel.Tolerance(hypergradient=1e-3, estimates=True)])
+def test_hypergradients_inside_a_transform_are_refused_with_what_to_write(tolerance: bilevel.Tolerance | None) -> None:
+    problem, data = Ridge(tolerance=tolerance), split()
+    outers = torch.zeros(3, 4, dtype=F64)
+    with pytest.raises(
+        bilevel.TransformError, match=r"around hypergradient.*torch.func.vmap\(torch.func.grad\(problem\)\)"
+    ):
+        vmap(lambda outer: problem.hypergradient(outer, data).grad)(outers)
+    with pytest.raises(bilevel.TransformError, match="around hypergradient"):
+        grad(lambda outer: problem.hypergradient(outer, data).value)(outers[0])
+
+
+def test_what_the_refusal_says_to_write_gives_the_hypergradients() -> None:
+    problem, data, start = Ridge(tolerance=MATCHED), split(), torch.zeros(4, dtype=F64)
+    outers = torch.tensor([[0.0] * 4, [0.3, -0.2, 0.1, 1.0]], dtype=F64)
+    together = vmap(grad(lambda outer: problem(outer, data, init=start)))(outers)
+    apart = torch.stack([problem.hypergradient(outer, data, init=start).grad for outer in outers])
+    torch.testing.assert_close(together, apart, rtol=1e-9, atol=1e-10)

@@ -338,7 +338,8 @@ def solve_linear(
     if not sound:
         status = torch.where(finite.squeeze(-1), status, torch.full_like(status, Status.NOT_FINITE))
         x = torch.where(finite, x, float("nan"))
-        residual_norm = torch.where(finite.squeeze(-1), residual_norm, torch.full_like(size, float("nan")))
+        unknown = torch.full_like(size, float("nan"))
+        residual_norm, norm = (torch.where(finite.squeeze(-1), length, unknown) for length in (residual_norm, norm))
     if not bool(torch.isfinite(x.sum())):
         # The answer to a scaled problem may lie beyond the largest number of its dtype.
         beyond = (status == Status.CONVERGED) & ~torch.isfinite(x).all(dim=-1)

@@ -303,7 +303,7 @@ class BilevelProblem(torch.nn.Module, ABC):
             raise TransformError(
                 f"{self._layer.where}: expected no transform of torch.func around hypergradient(...), whose result is cut from any "
                 "graph, and there is one; transform a call of the problem instead, as in torch.func.grad(problem)(outer, data) or "
-                "torch.func.vmap(torch.func.grad(problem))(outer, data)"
+                "torch.func.vmap(torch.func.grad(problem))(outer, data), or by torch.func.functional_call where outer is the problem's own parameters"
             )
         leaves, structure = pytree.tree_flatten(outer)
         moving = [moves(leaf) for leaf in leaves]

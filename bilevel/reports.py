@@ -128,9 +128,9 @@ _TEXT: dict[Status, tuple[str, str]] = {
 
 
 _WIDER = "use float64, "
-_NOT_FINITE_GRADIENT = (
-    "the gradient with respect to the solution, which came from what was computed of it, was not finite already: look there for a log, square "
-    "root or division outside its domain"
+_NOT_FINITE_GIVEN = (
+    "the right-hand side, in reverse mode the gradient with respect to the solution, was not finite already: look for a log, square root or "
+    "division outside its domain in what was computed from the solution, and in forward mode at the tangents and the objective's arguments"
 )
 
 
@@ -258,8 +258,8 @@ class SolveReport:
         """Return what to do about ``status``, which the problem at ``which`` ended with."""
         given = float(self.scale.reshape(-1)[which])
         if status is Status.NOT_FINITE and self.direction is Pass.BACKWARD and not math.isfinite(given):
-            # Nothing is amiss with the objective or the solver then.
-            return _NOT_FINITE_GRADIENT
+            # Nothing is amiss with the matrix or the solver then.
+            return _NOT_FINITE_GIVEN
         return fitting(status.remedy, self.residual_norm.dtype)
 
     def __str__(self) -> str:

@@ -491,3 +491,11 @@ def test_a_matrix_with_a_nan_is_not_blamed_on_the_gradient() -> None:
     with bilevel.record() as reports:
         layer(ZERO, a).sum().backward()
     assert reports[-1].status is Status.NOT_FINITE and "not finite already" not in reports[-1].message
+
+
+def test_a_tangent_that_came_in_as_nan_is_not_called_a_gradient() -> None:
+    a = torch.ones(2, dtype=F64)
+    with pytest.raises(
+        bilevel.SolveError, match=r"right-hand side.*not finite already.*in forward mode at the tangents"
+    ):
+        jvp(lambda a: bilevel.argmin(bowl)(ZERO, a), (a,), (a * math.nan,))

@@ -501,3 +501,16 @@ def test_a_support_that_is_none() -> None:
         pad_tasks([(X[0], Y[0])])
     with pytest.raises(bilevel.ShapeError, match="one number of examples"):
         pad_tasks([(X[0], Y[0][:1], X[0], Y[0])])
+
+
+def test_a_learner_is_transformed_as_the_refusal_of_its_hypergradient_says() -> None:
+    generator = torch.Generator().manual_seed(0)
+    x, y = (torch.randn(3, 5, n, generator=generator, dtype=torch.float64) for n in (2, 1))
+    learner = bilevel.IMAML(torch.nn.Linear(2, 1).double(), torch.nn.functional.mse_loss, lam=1.0)
+    parameters = dict(learner.named_parameters())
+    with pytest.raises(bilevel.TransformError, match=r"functional_call where outer is the problem's own parameters"):
+        torch.func.grad(lambda p: learner.hypergradient((x, y, x, y)).value)(parameters)
+    found = torch.func.grad(lambda p: torch.func.functional_call(learner, p, ((x, y, x, y),)))(parameters)
+    expected = learner.hypergradient((x, y, x, y)).grad["parameters"]
+    for name, gradient in expected.items():
+        torch.testing.assert_close(found[f"model.{name}"], gradient, rtol=1e-10, atol=1e-12)

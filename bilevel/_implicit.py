@@ -34,6 +34,7 @@ import torch
 from torch.func import grad, vjp, vmap
 
 from bilevel._problem import LastLook, Linearization, Problem
+from bilevel._replay import Tapes, undisturbed
 from bilevel._system import System
 from bilevel._transforms import (
     eager,
@@ -59,6 +60,7 @@ class _Memo:
         self._key: tuple[Any, ...] | None = None
         self._kept: tuple[Any, ...] = ()
         self._offered: LastLook | None = None
+        self._tapes: Tapes | None = None
 
     def look(self, tensors: Tensors) -> LastLook | None:
         """Return where the solver may leave a linearisation, or None if no derivative can follow."""
@@ -70,6 +72,7 @@ class _Memo:
     def adopt(self, x: torch.Tensor, tensors: Tensors) -> None:
         """Keep what the solver left, if it is at just this solution x, as it comes back in a derivative."""
         look, self._offered = self._offered, None
+        self._tapes = None if look is None else look.tapes
         if look is None or look.linearization is None or transforms_active():
             return
         at = look.linearization.point
@@ -84,6 +87,8 @@ class _Memo:
             if all(h or not w for h, w in zip(had, wanted, strict=True)):
                 return linearization
         problem = Problem.of(system, tensors)
+        if self._tapes is not None and undisturbed((x, *problem.tensors)):
+            problem = problem.replayed_from(self._tapes)
         linearization = problem.linearize(x.reshape(problem.batch, problem.size), wanted)
         self._key, self._kept = key, (linearization, tuple(wanted), x.detach(), [t.detach() for t in tensors])
         return linearization

@@ -7,19 +7,30 @@ import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from types import CellType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch.autograd.function import once_differentiable
 
 from bilevel._problem import Problem
 from bilevel._repeatable import attention_kernels
+from bilevel._replay import Tapes, undisturbed
 from bilevel._seen import learn, nodes
-from bilevel._straight import Memory, ordinary, reached
+from bilevel._straight import Memory, ordinary, reached, tells
 from bilevel._system import System, unconnected
 from bilevel.errors import ArgumentError, CapturedTensorError, StochasticObjectiveError
 
-__all__ = ["Dice", "buffers_of", "captured_error", "inspect_function", "look", "on_trust", "reaches_another_leaf"]
+__all__ = [
+    "Dice",
+    "Look",
+    "buffers_of",
+    "captured_error",
+    "inspect_function",
+    "look",
+    "on_trust",
+    "reaches_another_leaf",
+    "recall",
+]
 
 # How many more pairs of evaluations have to agree where random numbers were drawn.
 _MORE_THROWS = 12
@@ -27,26 +38,78 @@ _MORE_THROWS = 12
 _ONCE = getattr(once_differentiable(lambda ctx: None), "__code__", None)
 
 
+class Look(NamedTuple):
+    """What was found at the problem's first row, or None if the function was known; and what it may be replayed from, if it may."""
+
+    found: tuple[torch.Tensor, torch.Tensor] | None
+    tapes: Tapes | None = None
+
+
 def look(
-    problem: Problem, x: torch.Tensor, function: Callable[..., Any], memory: Memory, *, captures: bool
-) -> tuple[torch.Tensor, torch.Tensor] | None:
+    problem: Problem, x: torch.Tensor, function: Callable[..., Any], memory: Memory[Tapes], *, captures: bool
+) -> Look:
     """Inspect the problem at the first row of ``x`` (batch, n), unless ``memory`` has that nothing was wrong with the same.
 
     What is looked for is a property of the function: one problem shows it as well as all of them, and where the user's ``function`` can do
-    but one thing, so does one call. Return what was found, or None if it was not inspected.
+    but one thing, so does one call.
     """
-    parts = _lasting(problem, x, function)
-    if parts is None:
-        return inspect_function(problem.single(0), x[:1], captures=captures)
-    key = _kinds(problem, captures)
-    if memory.has(key, parts):
-        return None
+    known = _known(problem, x, function, captures)
+    if known is None:
+        return Look(inspect_function(problem.single(0), x[:1], captures=captures))
+    tapes = memory.find(known.key, known.parts)
+    if tapes is not None:
+        return Look(None, _usable(tapes, problem, x, known))
     dice = Dice(x.device)
     found = inspect_function(problem.single(0), x[:1], captures=captures)
     # What random numbers do may depend on tensors' values: a noise may be of size zero today.
     if not dice.thrown():
-        memory.keep(key, parts)
-    return found
+        memory.keep(known.key, known.parts, Tapes(known.captured))
+    return Look(found)
+
+
+def recall(
+    problem: Problem,
+    x: torch.Tensor,
+    function: Callable[..., Any],
+    looked: Memory[Tapes],
+    aside: Memory[Tapes],
+    *,
+    captures: bool,
+) -> Tapes | None:
+    """Return what a problem that need not be looked at may be replayed from, if it may.
+
+    It was ``looked`` at before, or it is of other shapes than one that was, and kept ``aside``.
+    """
+    known = _known(problem, x, function, captures)
+    if known is None:
+        return None
+    tapes = looked.find(known.key, known.parts) or aside.find(known.key, known.parts)
+    if tapes is None:
+        aside.keep(known.key, known.parts, tapes := Tapes(known.captured))
+    return _usable(tapes, problem, x, known)
+
+
+class _Known(NamedTuple):
+    """What tells a straight function's calls apart: kinds, objects by identity, and the tensors among these."""
+
+    key: tuple[Any, ...]
+    parts: tuple[Any, ...]
+    captured: list[torch.Tensor]
+
+
+def _known(problem: Problem, x: torch.Tensor, function: Callable[..., Any], captures: bool) -> _Known | None:
+    parts = _lasting(problem, x, function)
+    if parts is None:
+        return None
+    captured = [part for part in parts if isinstance(part, torch.Tensor)]
+    return _Known((*_kinds(problem, captures), *map(_kind, captured)), parts, captured)
+
+
+def _usable(tapes: Tapes, problem: Problem, x: torch.Tensor, known: _Known) -> Tapes | None:
+    fits = (
+        problem.system.autocast is None and tells(known.parts) and undisturbed((x, *problem.tensors, *known.captured))
+    )
+    return tapes if fits else None
 
 
 @contextmanager
@@ -78,10 +141,15 @@ def _kinds(problem: Problem, captures: bool) -> tuple[Any, ...]:
     system = problem.system
     unknown, given = system.raveler, system.arguments
     return (
-        captures, type(system), unknown.structure, unknown.shapes, unknown.dtypes, unknown.device, system.autocast,
+        captures, torch.get_default_dtype(), torch.get_default_device(), type(system),
+        unknown.structure, unknown.shapes, unknown.dtypes, unknown.device, system.autocast,
         given.structure, given.is_tensor, tuple(level.batched for level in system.levels), attention_kernels(),
-        *((t.shape, t.dtype, t.layout, t.device, t.stride() if t.layout is torch.strided else ()) for t in problem.tensors),
+        *map(_kind, problem.tensors),
     )  # fmt: skip
+
+
+def _kind(t: torch.Tensor) -> tuple[Any, ...]:
+    return (t.shape, t.dtype, t.layout, t.device, t.stride() if t.layout is torch.strided else ())
 
 
 def inspect_function(problem: Problem, x: torch.Tensor, *, captures: bool) -> tuple[torch.Tensor, torch.Tensor]:

@@ -15,8 +15,9 @@ import torch
 from torch.utils import _pytree as pytree
 
 from bilevel._implicit import Rule, Solve
-from bilevel._inspection import captured_error, look
+from bilevel._inspection import Look, captured_error, look, recall
 from bilevel._problem import Problem
+from bilevel._replay import Tapes
 from bilevel._run import Adjoint, Run
 from bilevel._straight import Memory
 from bilevel._system import FixedPointSystem, System
@@ -111,7 +112,8 @@ class Layer:
         self.written: Callable[[], Callable[..., Any]] | None = (
             None  # what the user wrote, where that is not the function itself
         )
-        self.looked = Memory()
+        self.looked: Memory[Tapes] = Memory()
+        self.aside: Memory[Tapes] = Memory()
         functools.update_wrapper(self, function, updated=())
         self.where = f"`{kind.label}` layer `{getattr(function, '__name__', type(function).__name__)}`"
 
@@ -124,12 +126,16 @@ class Layer:
         finally:
             self.inspects = before
 
-    def look(
-        self, problem: Problem, x: torch.Tensor, memory: Memory, *, captures: bool
-    ) -> tuple[torch.Tensor, torch.Tensor] | None:
-        """Inspect the function at ``x`` (batch, n) unless ``memory`` has it; return what was found at its first row, or None."""
-        written = self.function if self.written is None else self.written()
-        return look(problem, x, written, memory, captures=captures)
+    def look(self, problem: Problem, x: torch.Tensor, memory: Memory[Tapes], *, captures: bool) -> Look:
+        """Inspect the function at ``x`` (batch, n) unless ``memory`` has it."""
+        return look(problem, x, self._as_written(), memory, captures=captures)
+
+    def recall(self, problem: Problem, x: torch.Tensor, *, captures: bool) -> Tapes | None:
+        """Return what a trusted call may be replayed from (see :meth:`trusted`)."""
+        return recall(problem, x, self._as_written(), self.looked, self.aside, captures=captures)
+
+    def _as_written(self) -> Callable[..., Any]:
+        return self.function if self.written is None else self.written()
 
     @property
     def minimizes(self) -> bool:

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import torch
 
+from bilevel._replay import ReplayedOperator, Tapes
 from bilevel._system import ArgminSystem, FixedPointSystem, System
+from bilevel._tape import Begun, Program
 from bilevel.errors import ArgumentError
 from bilevel.operators import DenseOperator, HessianOperator, JacobianOperator, LinearOperator
 
@@ -33,6 +35,8 @@ class Linearization:
         The objectives (batch,) of an argmin, without a graph; None for equations.
     point
         x (batch, n).
+    replayed
+        Where it was made without the function: what pulls back in place of a graph.
     """
 
     residual: torch.Tensor
@@ -40,16 +44,20 @@ class Linearization:
     leaves: tuple[torch.Tensor, ...]
     value: torch.Tensor | None = None
     point: torch.Tensor | None = None
+    replayed: _Replayed | None = None
 
     def pullback(self, q: torch.Tensor) -> list[torch.Tensor | None]:
         """Return (∂_θ R)ᵀ q for ``q`` (batch, n), summed over the problems that share a tensor: one reverse pass."""
-        return self._pull(q)[1]
+        return self._pull(q)[1] if self.replayed is None else self.replayed.pull(q, point=False)[1]
 
     def pull(self, q: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor | None]]:
         """Return (∂_x R)ᵀ q (batch, n) and :meth:`pullback` of the same ``q``, all of one reverse pass."""
-        assert isinstance(self.operator, (HessianOperator, JacobianOperator))
-        product, pulled = self._pull(q, self.operator.point)
-        return product[0], pulled
+        if self.replayed is not None:
+            products, pulled = self.replayed.pull(q, point=True)
+        else:
+            assert isinstance(self.operator, (HessianOperator, JacobianOperator))
+            products, pulled = self._pull(q, self.operator.point)
+        return products[0], pulled
 
     def _pull(self, q: torch.Tensor, *point: torch.Tensor) -> tuple[list[torch.Tensor], list[torch.Tensor | None]]:
         wanted = [*point, *(leaf for leaf in self.leaves if leaf.requires_grad)]
@@ -66,6 +74,39 @@ class Linearization:
         return products, [next(gradients) if leaf.requires_grad else None for leaf in self.leaves]
 
 
+@dataclass(frozen=True, eq=False)
+class _Replayed:
+    """The second part of a linearisation's program: (q, v) ↦ Jᵀ q, the wanted of (∂_θ R)ᵀ q, and of equations J v, behind R and the values."""
+
+    begun: Begun
+    wanted: tuple[bool, ...]
+    symmetric: bool
+
+    def transposed(self, q: torch.Tensor) -> torch.Tensor:
+        """Return Jᵀ q."""
+        return self._finish((_PRODUCT,), q)[0]
+
+    def forward(self, v: torch.Tensor) -> torch.Tensor:
+        """Return J v."""
+        return self.transposed(v) if self.symmetric else self._finish((_PRODUCT + 1 + sum(self.wanted),), v)[0]
+
+    def pull(self, q: torch.Tensor, *, point: bool) -> tuple[list[torch.Tensor], list[torch.Tensor | None]]:
+        """Return [Jᵀ q] if ``point``, and (∂_θ R)ᵀ q."""
+        first = _PRODUCT if point else _PRODUCT + 1
+        found = list(self._finish(tuple(range(first, _PRODUCT + 1 + sum(self.wanted))), q))
+        products, pulled = found[: _PRODUCT + 1 - first], iter(found[_PRODUCT + 1 - first :])
+        return products, [next(pulled) if want else None for want in self.wanted]
+
+    def _finish(self, which: tuple[int, ...], q: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        with torch.no_grad():
+            q = q.contiguous()
+            return self.begun.finish(which, q, q)
+
+
+# Where Jᵀ q stands among what a linearisation's program returns.
+_PRODUCT = 2
+
+
 @dataclass(eq=False)
 class LastLook:
     """Where a solver leaves the linearisation at its answer, which a derivative would otherwise begin with.
@@ -76,10 +117,13 @@ class LastLook:
         Which of the problem's tensors derivatives will be asked for.
     linearization
         The latest that a solver took for the last, or None.
+    tapes
+        What evaluations of the problem may be replayed from, if a derivative has to begin with one.
     """
 
     wanted: tuple[bool, ...]
     linearization: Linearization | None = None
+    tapes: Tapes | None = None
 
 
 @dataclass(frozen=True)
@@ -104,16 +148,25 @@ class Problem:
         θ, cut from any graph.
     last_look
         Where derivatives will follow: takes the linearisation at the answer.
+    tapes
+        What evaluations may be replayed from, if the function was found to be one that can do but one thing.
     """
 
     system: System
     tensors: list[torch.Tensor] = field(repr=False)
     last_look: LastLook | None = field(default=None, repr=False)
+    tapes: Tapes | None = field(default=None, repr=False)
 
     @staticmethod
     def of(system: System, tensors: Sequence[torch.Tensor]) -> Problem:
         """Bind ``tensors``, cut from any graph."""
         return Problem(system, [_plain(tensor) for tensor in tensors])
+
+    def replayed_from(self, tapes: Tapes | None) -> Problem:
+        """Return the problem with ``tapes``, which it hands on to where the answer's linearisation is kept."""
+        if self.last_look is not None:
+            self.last_look.tapes = tapes
+        return replace(self, tapes=tapes)
 
     @property
     def where(self) -> str:
@@ -142,48 +195,87 @@ class Problem:
 
     def value(self, x: torch.Tensor) -> torch.Tensor:
         """Return the objectives (batch,) at ``x`` (batch, n)."""
-        with torch.no_grad():
-            return self.system.outputs(self.shaped(x), *self.tensors).reshape(self.batch)
+        return self._evaluated("output", self._output, x)[0].reshape(self.batch)
 
     def value_and_residual(self, x: torch.Tensor, *, last: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the objectives (batch,) and their gradients (batch, n).
 
         ``last`` says that ``x`` is probably the answer: where a derivative follows, the graph is kept for it.
         """
-        system = self.system
-        if not isinstance(system, ArgminSystem):
+        if not isinstance(self.system, ArgminSystem):
             raise ArgumentError(
-                f"{self.where}: expected an argmin for a solver that minimises, got a {system.noun} equation; take "
+                f"{self.where}: expected an argmin for a solver that minimises, got a {self.system.noun} equation; take "
                 "Newton(), Anderson(), FixedPointIteration() or ScipyRoot()"
             )
         if last and self.last_look is not None:
             self.last_look.linearization = linear = self.linearize(x, self.last_look.wanted)
             assert linear.value is not None
             return linear.value, linear.residual.detach()
-        with torch.enable_grad():
-            point = self.shaped(x).detach().requires_grad_(True)
-            values, gradient = system.plain_values(point, self.tensors, graph=False)
-        return values.detach().reshape(self.batch), gradient.reshape(x.shape)
+        values, gradient = self._evaluated("gradient", self._gradient, x)
+        return values, gradient
 
     def residual(self, x: torch.Tensor) -> torch.Tensor:
         """Return R (batch, n): ∇G, the residual, or x − T(x)."""
         if not self.minimizes:
-            with torch.no_grad():
-                return self.system.outputs(self.shaped(x), *self.tensors).reshape(x.shape)
+            return self._evaluated("output", self._output, x)[0].reshape(x.shape)
         return self.value_and_residual(x)[1]
+
+    def _evaluated(
+        self, name: str, evaluation: Callable[..., Sequence[torch.Tensor]], x: torch.Tensor
+    ) -> Sequence[torch.Tensor]:
+        """Return what ``evaluation`` makes of (x, *tensors), or a replay of it."""
+        program = self._program(name, evaluation, x)
+        if program is None:
+            return evaluation(x, *self.tensors)
+        with torch.no_grad():
+            return program(x.contiguous(), *self.tensors, *self._captured())
+
+    def _program(
+        self,
+        name: Hashable,
+        evaluation: Callable[..., Sequence[torch.Tensor]],
+        x: torch.Tensor,
+        late: Callable[[], Sequence[torch.Tensor]] = tuple,
+    ) -> Program | None:
+        if self.tapes is None:
+            return None
+        return self.tapes.program(name, evaluation, lambda: (x.detach().contiguous(), *self.tensors), late)
+
+    def _captured(self) -> list[torch.Tensor]:
+        captured = None if self.tapes is None else self.tapes.captured()
+        assert captured is not None
+        return captured
+
+    def _output(self, x: torch.Tensor, *tensors: torch.Tensor) -> tuple[torch.Tensor]:
+        with torch.no_grad():
+            return (self.system.outputs(self.shaped(x), *tensors),)
+
+    def _gradient(self, x: torch.Tensor, *tensors: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        assert isinstance(self.system, ArgminSystem)
+        with torch.enable_grad():
+            point = self.shaped(x).detach().requires_grad_(True)
+            values, gradient = self.system.plain_values(point, tensors, graph=False)
+        return values.detach().reshape(self.batch), gradient.reshape(x.shape)
 
     def mapping(self, x: torch.Tensor) -> torch.Tensor:
         """Return T(x) (batch, n) of a fixed point."""
         return x - self.residual(x)
 
     def linearize(self, x: torch.Tensor, wanted: Sequence[bool] | None = None) -> Linearization:
-        """Return R at ``x`` (batch, n) with its graph, the operator ∂_x R and the pullback to ``wanted`` tensors."""
+        """Return R at ``x`` (batch, n) with its graph, the operator ∂_x R and the pullback to ``wanted`` tensors.
+
+        Where the function's evaluations are replayed there is no graph: R is cut from any, and products and the pullback are replayed too.
+        """
+        chosen = tuple(wanted or [False] * len(self.tensors))
+        program = self._program(("linear", chosen), partial(self._linear, chosen), x, partial(_any_two, x))
+        if program is not None:
+            return self._replayed(program, chosen, x)
         system = self.system
         with torch.enable_grad():
             point = x.detach().requires_grad_(True)
             leaves = tuple(
                 tensor.detach().requires_grad_(True) if want else tensor
-                for tensor, want in zip(self.tensors, wanted or [False] * len(self.tensors), strict=True)
+                for tensor, want in zip(self.tensors, chosen, strict=True)
             )
             value: torch.Tensor | None = None
             if isinstance(system, ArgminSystem):
@@ -200,10 +292,40 @@ class Problem:
             operator = JacobianOperator(residual, point)
         # Cut x off first: a saved output would close a circle through its own node that no collector can see.
         at = x.detach()
+        operator.materialize = self._materialize(at)
+        return Linearization(residual, operator, leaves, value, at)
+
+    def _materialize(self, at: torch.Tensor) -> Callable[[], torch.Tensor]:
         # Of a problem without a last look: what lies there would hold itself through its operator, graph and all, until a collection.
         plain = replace(self, last_look=None)
-        operator.materialize = lambda: plain._dense(at)[1]
-        return Linearization(residual, operator, leaves, value, at)
+        return lambda: plain._dense(at)[1]
+
+    def _replayed(self, program: Program, wanted: tuple[bool, ...], x: torch.Tensor) -> Linearization:
+        at = x.detach()
+        with torch.no_grad():
+            begun = program.begin(at.contiguous(), *self.tensors, *self._captured())
+        value, residual = begun.outputs[:_PRODUCT]
+        assert value is not None
+        assert residual is not None
+        symmetric = self.system.symmetric
+        replayed = _Replayed(begun, wanted, symmetric)
+        plain = replace(self, last_look=None, tapes=None)
+        operator = ReplayedOperator(
+            at, replayed.transposed, replayed.forward, lambda: plain.linearize(at).operator, symmetric=symmetric
+        )
+        operator.expect_definite = self.minimizes
+        operator.materialize = self._materialize(at)
+        return Linearization(residual, operator, (), value if self.minimizes else None, at, replayed)
+
+    def _linear(self, wanted: tuple[bool, ...], x: torch.Tensor, *others: torch.Tensor) -> list[torch.Tensor]:
+        """Return all that a linearisation at ``x`` gives, for ``others``, the tensors and two vectors (batch, n)."""
+        *tensors, q, v = others
+        linear = replace(self, tensors=tensors, last_look=None, tapes=None).linearize(x, wanted)
+        product, pulled = linear.pull(q)
+        made = [linear.residual if linear.value is None else linear.value, linear.residual, product]
+        made += [gradient for gradient in pulled if gradient is not None]
+        made += [] if self.system.symmetric else [linear.operator.matvec(v)]
+        return [tensor.detach() for tensor in made]
 
     def linearize_dense(self, x: torch.Tensor) -> Linearization:
         """Return R and the objectives at ``x`` (batch, n) without a graph, and ∂_x R as matrices, all from one pass.
@@ -223,15 +345,17 @@ class Problem:
         return Linearization(residual, operator, (), value)
 
     def _dense(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-        with torch.no_grad():
-            system = self.system.for_second_derivatives()
-            residual, matrix, values = system.lifted(system.rows)(self.shaped(x), *self.tensors)
-        n = self.size
-        matrix = matrix.detach().reshape(self.batch, n, n)
+        residual, matrix, values = self._evaluated("dense", self._rows, x)
+        matrix = matrix.reshape(self.batch, self.size, self.size)
         if self.system.symmetric:
             matrix = (matrix + matrix.mT).mul_(0.5)
-        value = values.detach().reshape(self.batch) if self.minimizes else None
-        return residual.detach().reshape(x.shape), matrix, value
+        return residual.reshape(x.shape), matrix, values.reshape(self.batch) if self.minimizes else None
+
+    def _rows(self, x: torch.Tensor, *tensors: torch.Tensor) -> list[torch.Tensor]:
+        with torch.no_grad():
+            system = self.system.for_second_derivatives()
+            made = system.lifted(system.rows)(self.shaped(x), *tensors)
+        return [tensor.detach() for tensor in made]
 
     def nudged(self, seed: int, *more: torch.Tensor) -> tuple[Problem, list[torch.Tensor]]:
         """Return the problem with every number moved by a unit in its last place, by random signs, and ``more`` tensors likewise.
@@ -307,6 +431,12 @@ class Problem:
 def _plain(tensor: torch.Tensor) -> torch.Tensor:
     # Tensors born under inference_mode cannot take part in autograd; a copy can.
     return tensor.clone() if tensor.is_inference() else tensor.detach()
+
+
+def _any_two(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return two vectors like ``x``, of no particular direction."""
+    places = torch.arange(1, 1 + x.numel(), dtype=x.dtype, device=x.device).reshape(x.shape)
+    return torch.frac(places * 0.7548776662) - 0.5, torch.frac(places * 0.5698402910) - 0.5
 
 
 def _is_fractional(tensor: torch.Tensor) -> bool:

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING
 import torch
 
 from bilevel._choice import default_linear_solver, default_solver
-from bilevel._inspection import on_trust
+from bilevel._inspection import Look, on_trust
 from bilevel._problem import Problem
+from bilevel._replay import Tapes
 from bilevel._straight import Memory
 from bilevel.errors import BilevelError
 from bilevel.linear._base import LinearOutcome, solve_linear
@@ -69,22 +70,29 @@ class Run:
         self.factor: torch.Tensor | None = None
         self.one_step = False  # whether that is of the Hessians at init, and a step with them was the last
 
-    def inspect(self, problem: Problem, init: torch.Tensor, memory: Memory) -> bool:
-        """Look for what would make gradients wrong, at ``init`` (batch, n); return whether that was left to ``memory``."""
+    def inspect(self, problem: Problem, init: torch.Tensor, memory: Memory[Tapes]) -> Look | None:
+        """Look for what would make gradients wrong, at ``init`` (batch, n); return what came of it, if there was nothing."""
+        if not problem.batch:
+            return None
         try:
-            if problem.batch and self.layer.inspects:
-                return self.layer.look(problem, init, memory, captures=self.watched) is None
+            if self.layer.inspects:
+                return self.layer.look(problem, init, memory, captures=self.watched)
         except BilevelError as error:
             # Wrong shapes, and tensors of a vmap outside, cannot be gone on with.
             if isinstance(error, ValueError) or error.__cause__ is not None:
                 raise
             self.spoiled = misuse(error, self.layer.on_failure)
-        return False
+        return None
 
     def solve(self, problem: Problem, init: torch.Tensor) -> torch.Tensor:
         """Return x (*batch, n), inspected, solved for, judged, reported and treated as the policy says."""
         layer = self.layer
-        trusted = self.inspect(problem, init, layer.looked)
+        seen = self.inspect(problem, init, layer.looked)
+        trusted = seen is not None and seen.found is None
+        tapes = None if seen is None else seen.tapes
+        if problem.batch and not layer.inspects:
+            tapes = layer.recall(problem, init, captures=self.watched)
+        problem = problem.replayed_from(tapes)
         solver = layer.solver or default_solver(problem)
         target = layer.tolerance.inner(self.dtype)
         with on_trust(init.device, lambda: self.inspect(problem, init, Memory())) if trusted else nullcontext():

@@ -17,6 +17,7 @@ from bilevel._inspection import on_trust
 from bilevel._knowledge import GoalReport, Knowledge, Reached
 from bilevel._layer import Layer
 from bilevel._problem import Problem
+from bilevel._replay import Tapes
 from bilevel._straight import Memory
 from bilevel.certificates.bound import Bound
 from bilevel.errors import ArgumentError, BilevelError, SolveError, SolveWarning, TransformError
@@ -70,10 +71,10 @@ def seek(
     """
     spoiled = False
 
-    def inspect(memory: Memory) -> tuple[torch.Tensor, torch.Tensor] | None:
+    def inspect(memory: Memory[Tapes]) -> tuple[torch.Tensor, torch.Tensor] | None:
         nonlocal spoiled
         try:
-            return layer.look(lower, x, memory, captures=True) if lower.batch else None
+            return layer.look(lower, x, memory, captures=True).found if lower.batch else None
         except BilevelError as error:
             if isinstance(error, ValueError) or error.__cause__ is not None:
                 raise

@@ -2,7 +2,8 @@
 
 A function of straight code, without branches, that reaches nothing but its arguments, constants, plain tensors, operations of torch and other
 such functions has no state and no choice: what was found in it at one call, with arguments of the same kinds, holds for the next. So it is of a
-method that makes no use of its object. Of any other function (one that reaches a module, a list or a class) nothing is said.
+method, with what its object keeps under the names in its code. Of any other function (one that reaches a module, a list or a class)
+nothing is said.
 """
 
 from __future__ import annotations
@@ -14,15 +15,18 @@ from collections import OrderedDict
 from collections.abc import Iterator
 from functools import lru_cache
 from types import BuiltinFunctionType, CodeType, FunctionType, MethodType, ModuleType
-from typing import Any
+from typing import Any, Generic, TypeVar
 from weakref import ReferenceType
 
 import torch
 from torch.utils import _pytree as pytree
 
+from bilevel._straight_modules import Shell, apart, attributes_of, methods_of, shell_parts
 from bilevel._transforms import is_plain
 
-__all__ = ["Memory", "ordinary", "reached"]
+__all__ = ["Memory", "ordinary", "reached", "tells"]
+
+T = TypeVar("T")
 
 # Loops are no choices; every other jump is one.
 _LOOPS = {"FOR_ITER", "JUMP_ABSOLUTE", "JUMP_FORWARD", "JUMP_BACKWARD", "JUMP_BACKWARD_NO_INTERRUPT"}
@@ -44,29 +48,40 @@ _BUILTINS = frozenset(
     )
 )  # fmt: skip
 _MODULES = ("torch", "math", "bilevel")
+# What reads a tensor's numbers where torch does not see it, or goes by them.
+_READING = frozenset({
+    "numpy", "tolist", "item", "data_ptr", "storage", "untyped_storage", "storage_offset", "from_numpy", "frombuffer", "from_dlpack", "to_dlpack",
+    "__array__", "__dlpack__", "__array_interface__", "apply_", "map_", "map2_", "tensor_split", "hsplit", "vsplit", "dsplit", "array_split",
+    "pack_padded_sequence", "pack_sequence", "ctc_loss", "CTCLoss", "lstm", "gru", "rnn_tanh", "rnn_relu", "nested", "set_", "resize_",
+    "resize_as_", "data", "_version", "load", "initial_seed", "seed", "get_rng_state", "random", "get_num_threads", "is_grad_enabled",
+    "is_inference_mode_enabled", "is_autocast_enabled", "distributed", "ops", "jit", "compile", "library", "profiler", "hub", "overrides",
+})  # fmt: skip
+# Arguments of so many kinds are told apart at once: the last batch of a data set is smaller than the others.
+_MOST_KEPT = 4
 
 
-class Memory:
-    """Remembers the last of what was looked at, by one caller; a copy of it, or a pickle, has forgotten."""
+class Memory(Generic[T]):
+    """Remembers what was made of the last few that were looked at, by one caller; a copy of it, or a pickle, has forgotten."""
 
     def __init__(self) -> None:
-        self._last: tuple[tuple[Any, ...], tuple[Any, ...]] | None = None
+        self._kept: list[tuple[tuple[Any, ...], tuple[Any, ...], T]] = []
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Memory, ()
 
-    def has(self, key: tuple[Any, ...], parts: tuple[Any, ...]) -> bool:
-        """Return whether just this is the last that was remembered: an equal ``key``, and the same objects as ``parts``."""
-        if self._last is None:
-            return False
-        known, objects = self._last
-        return known == key and len(objects) == len(parts) and all(map(_is, objects, parts))
+    def find(self, key: tuple[Any, ...], parts: tuple[Any, ...]) -> T | None:
+        """Return what was kept with just this: an equal ``key``, and the same objects as ``parts``."""
+        for known, objects, made in self._kept:
+            if known == key and len(objects) == len(parts) and all(map(_is, objects, parts)):
+                return made
+        return None
 
-    def keep(self, key: tuple[Any, ...], parts: tuple[Any, ...]) -> None:
-        """Remember this, and nothing before."""
+    def keep(self, key: tuple[Any, ...], parts: tuple[Any, ...], made: T) -> None:
+        """Remember this, and forget what came long before."""
         # Weakly what may hold much: a function that came as an argument is let go when its caller does so.
-        weak = (ReferenceType(part) if isinstance(part, (FunctionType, torch.Tensor)) else part for part in parts)
-        self._last = key, tuple(weak)
+        holding = (FunctionType, torch.Tensor, torch.nn.Module)
+        weak = (ReferenceType(part) if isinstance(part, holding) else part for part in parts)
+        self._kept = [(key, tuple(weak), made), *self._kept[: _MOST_KEPT - 1]]
 
 
 def _is(kept: Any, part: Any) -> bool:
@@ -85,9 +100,23 @@ def reached(*functions: Any) -> tuple[Any, ...] | None:
     while pending:
         item = pending.pop()
         if isinstance(item, MethodType):
-            item = item.__func__
-            if not isinstance(item, FunctionType) or _uses_first(item.__code__):
+            owner, item = item.__self__, item.__func__
+            if not isinstance(item, FunctionType):
                 return None
+            if _uses_first(item.__code__):
+                told = _of_object(owner, item)
+                if told is None:
+                    return None
+                parts.append(item)
+                pending.extend(told)
+                continue
+        if isinstance(item, Shell):
+            shell = shell_parts(item.module, _attributes)
+            if shell is None:
+                return None
+            parts.extend(shell[0])
+            pending.extend(shell[1])
+            continue
         parts.append(item)
         if type(item) is tuple:
             pending.extend(item)
@@ -104,6 +133,32 @@ def reached(*functions: Any) -> tuple[Any, ...] | None:
         elif not _harmless(item):
             return None
     return tuple(parts)
+
+
+def tells(parts: tuple[Any, ...]) -> bool:
+    """Return whether torch sees all that functions which reach just these ``parts`` make of numbers, and they go by nothing else that may change."""
+    return not any(isinstance(part, CodeType) and _reads(part) for part in parts)
+
+
+@lru_cache(maxsize=1024)
+def _reads(code: CodeType) -> bool:
+    return any(not _READING.isdisjoint(part.co_names) for part in _nested(code))
+
+
+def _of_object(owner: Any, method: FunctionType) -> list[Any] | None:
+    """Return what an object's ``method`` goes by besides arguments: what its class says of it, or what its code names. None if that is unknown."""
+    says = getattr(type(owner), "_goes_by", None)
+    told = None if says is None else says(owner, method)
+    if told is not None:
+        return [apart(item) for item in told]
+    if getattr(type(owner), method.__name__, None) is not method or not hasattr(owner, "__dict__"):
+        return None
+    methods = methods_of(owner, method.__name__, _attributes)
+    return None if methods is None else [*methods, *attributes_of(owner, methods, _attributes)]
+
+
+def _attributes(code: CodeType) -> Iterator[str]:
+    return (name for part in _nested(code) for name in part.co_names)
 
 
 def ordinary(structure: pytree.TreeSpec) -> bool:

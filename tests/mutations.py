@@ -222,8 +222,8 @@ MUTATIONS = (
     ),
     Mutation(
         "only the diagonal blocks of a pytree", "_problem.py",
-        "matrix = matrix.detach().reshape(self.batch, n, n)",
-        "matrix = matrix.detach().reshape(self.batch, n, n) * torch.block_diag(*[matrix.new_ones(s.numel(), s.numel()) for s in self.system.raveler.shapes])",
+        "matrix = matrix.reshape(self.batch, self.size, self.size)",
+        "matrix = matrix.reshape(self.batch, self.size, self.size) * torch.block_diag(*[matrix.new_ones(s.numel(), s.numel()) for s in self.system.raveler.shapes])",
         ("tests/test_acceptance.py", "-k", "coupled"),
     ),
     Mutation(

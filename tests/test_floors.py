@@ -35,6 +35,9 @@ GROUND = (
     "_repeatable",
     "_seen",
     "_straight",
+    "_straight_modules",
+    "_tape",
+    "_replay",
     "_checks",
     "_version",
 )

@@ -274,6 +274,12 @@ class IMAML(bilevel.BilevelProblem):
         learned = ", learned" if self.learns_lam else ""
         return f"lam={shown}{learned}, mode={self.mode!r}, {super().extra_repr()}"
 
+    def _goes_by(self, method: Any) -> tuple[Any, ...] | None:
+        """Return what :meth:`inner_objective` goes by besides its arguments, the model's tensors among these; None if that is not known."""
+        loss: Any = self.loss
+        own = isinstance(loss, nn.Module) and any(True for _ in (*loss.parameters(), *loss.buffers()))
+        return None if own or type(self) is not IMAML or method is not IMAML.inner_objective else (self.model, loss)
+
     def _data(self, tasks: Tasks) -> dict[str, Any]:
         support = (tasks.support_x, tasks.support_y, *_present(tasks.support_weight))
         query = (tasks.query_x, tasks.query_y, *_present(tasks.query_weight))

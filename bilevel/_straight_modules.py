@@ -1,0 +1,125 @@
+"""Which modules, and methods of other objects, do the same operations at every call, given their parameters and buffers.
+
+A module of torch's own kinds below is known by its settings. One of a user's is read as a function is (:mod:`bilevel._straight`): its ``forward``,
+the methods that this names, and the numbers and modules that it holds. Hooks, parametrisations, lists that a user keeps in it and whatever changes
+how attributes are found make a module one of which nothing is said.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from types import CodeType, FunctionType
+from typing import Any, TypeAlias
+
+from torch import nn
+from torch.nn.modules import module as _module
+
+__all__ = ["Shell", "apart", "attributes_of", "methods_of", "shell_parts"]
+
+# Their forward is a matter of settings and tensors alone.
+_KNOWN = frozenset({
+    nn.Sequential, nn.ModuleList, nn.ModuleDict, nn.Identity, nn.Flatten, nn.Unflatten, nn.Linear, nn.Bilinear, nn.Embedding, nn.Conv1d, nn.Conv2d,
+    nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d, nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.InstanceNorm1d,
+    nn.InstanceNorm2d, nn.InstanceNorm3d, nn.LayerNorm, nn.GroupNorm, nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.PReLU, nn.ELU, nn.SELU, nn.CELU, nn.GELU,
+    nn.SiLU, nn.Mish, nn.Softplus, nn.Softsign, nn.Tanh, nn.Sigmoid, nn.LogSigmoid, nn.Hardtanh, nn.Softmax, nn.LogSoftmax, nn.MaxPool1d,
+    nn.MaxPool2d, nn.MaxPool3d, nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d, nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d,
+    nn.AdaptiveMaxPool1d, nn.AdaptiveMaxPool2d, nn.ZeroPad1d, nn.ZeroPad2d, nn.ConstantPad1d, nn.ConstantPad2d, nn.Dropout, nn.MSELoss, nn.L1Loss,
+    nn.CrossEntropyLoss, nn.NLLLoss, nn.BCELoss, nn.BCEWithLogitsLoss, nn.HuberLoss, nn.SmoothL1Loss, nn.PoissonNLLLoss, nn.GaussianNLLLoss,
+    nn.KLDivLoss, nn.SoftMarginLoss,
+})  # fmt: skip
+_GETATTR = nn.Module.__getattr__
+Names: TypeAlias = Callable[[CodeType], Iterable[str]]
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+# What torch keeps beside settings, of which only the names matter here.
+_TORCH_S = frozenset(vars(nn.Module()))
+
+
+@dataclass(frozen=True, eq=False)
+class Shell:
+    """A module apart from its parameters and buffers, which are given to it at each call."""
+
+    module: nn.Module
+
+
+def shell_parts(module: nn.Module, names: Names) -> tuple[list[Any], list[Any]] | None:
+    """Return the objects that tell calls of ``module`` apart, tensors left out, and what else it goes by, which is to be straight itself.
+
+    None if that cannot be told. ``names`` gives the names of attributes in a function's code.
+    """
+    if _module._has_any_global_hook():
+        return None
+    objects: list[Any] = []
+    named: list[Any] = []
+    for key, part in _within("", module):
+        own = vars(part)
+        if any(own.get(hooks) for hooks in _HOOKS) or "forward" in own:
+            return None
+        objects += [key, part, type(part), part.training]
+        for kind in ("_parameters", "_buffers"):
+            for name, tensor in own[kind].items():
+                objects += [name, tensor is None]
+        known = type(part) in _KNOWN
+        # What torch's own kinds keep under private names follows from the others.
+        named += [value for name, value in own.items() if name not in _TORCH_S and not (known and name.startswith("_"))]
+        if not known:
+            if type(part).__call__ is not nn.Module.__call__:  # a compiled one
+                return None
+            methods = methods_of(part, "forward", names)
+            if methods is None:
+                return None
+            named += methods
+    return objects, named
+
+
+def _within(key: str, module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Yield ``module`` and all in it, with the names that they are kept under; what stands in two places twice."""
+    yield key, module
+    for name, part in vars(module)["_modules"].items():
+        if part is not None:
+            yield from _within(name, part)
+
+
+def methods_of(owner: object, method: str, names: Names) -> list[Any] | None:
+    """Return the ``method`` of an object's class and all that it names of that class, method by method.
+
+    None if the class finds attributes in a way of its own.
+    """
+    kind: Any = type(owner)
+    if kind.__getattribute__ is not object.__getattribute__ or getattr(kind, "__getattr__", None) not in (
+        None,
+        _GETATTR,
+    ):
+        return None
+    found: list[Any] = []
+    pending, met = [method], set()
+    while pending:
+        name = pending.pop()
+        # Attributes of other objects bear names of the class's own only by chance, but torch's modules have many.
+        if (
+            name in met
+            or name in vars(owner)
+            or not hasattr(kind, name)
+            or getattr(nn.Module, name, None) is getattr(kind, name)
+        ):
+            continue
+        met.add(name)
+        value = getattr(kind, name)
+        found.append(value)
+        if isinstance(value, FunctionType):
+            pending.extend(names(value.__code__))
+    return found
+
+
+def attributes_of(owner: object, methods: Iterable[Any], names: Names) -> list[Any]:
+    """Return what ``owner`` itself keeps under names that ``methods`` speak of, modules apart from their tensors."""
+    own = vars(owner)
+    tables = [own] if not isinstance(owner, nn.Module) else [own, own["_parameters"], own["_buffers"], own["_modules"]]
+    spoken = sorted({name for method in methods if isinstance(method, FunctionType) for name in names(method.__code__)})
+    held = [table[name] for name in spoken for table in tables if name in table]
+    return [apart(value) for value in held]
+
+
+def apart(value: Any) -> Any:
+    """Return a module apart from its tensors, and anything else as it is."""
+    return Shell(value) if isinstance(value, nn.Module) else value

@@ -12,7 +12,7 @@ import torch
 
 from bilevel._replay import ReplayedOperator, Tapes
 from bilevel._system import ArgminSystem, FixedPointSystem, System
-from bilevel._tape import Begun, Program
+from bilevel._tapes import Begun, Program
 from bilevel.errors import ArgumentError
 from bilevel.operators import DenseOperator, HessianOperator, JacobianOperator, LinearOperator
 

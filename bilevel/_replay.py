@@ -1,7 +1,7 @@
 """Replays of a problem's evaluations, once they have shown that they are what the user's function does.
 
 A function that can do but one thing (:mod:`bilevel._straight`) is evaluated by itself at first. Then what it does is noted
-(:mod:`bilevel._tape`), compared with another evaluation at other numbers, and from then on done without it. Whatever speaks against that, an
+(:mod:`bilevel._tapes`), compared with another evaluation at other numbers, and from then on done without it. Whatever speaks against that, an
 operation that looks at numbers, a result that differs in its last bit, or an error, leaves everything as it was: slower, and no less right.
 """
 
@@ -14,7 +14,7 @@ from weakref import ReferenceType
 
 import torch
 
-from bilevel._tape import Program, note
+from bilevel._tapes import Program, note
 from bilevel._transforms import is_plain, saving_hooked, transforms_active
 from bilevel.operators import LinearOperator
 
@@ -70,7 +70,7 @@ class Tapes:
         evaluation
             A function of ``(*inputs, *late)``.
         inputs, late
-            Make its arguments of this time. For those of the second part (see :class:`bilevel._tape.Program`), any will do.
+            Make its arguments of this time. For those of the second part (see :class:`bilevel._tapes.Program`), any will do.
         """
         entry = self._entries.setdefault(name, _Entry())
         captured = self.captured()

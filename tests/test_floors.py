@@ -36,7 +36,7 @@ GROUND = (
     "_seen",
     "_straight",
     "_straight_modules",
-    "_tape",
+    "_tapes",
     "_replay",
     "_checks",
     "_version",

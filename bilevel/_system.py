@@ -153,7 +153,7 @@ class System(ABC):
         residual, pull, value = made
         n = flat.shape[0]
         units = torch.eye(n, dtype=residual.dtype, device=residual.device)
-        (matrix,) = vmap(pull, in_dims=1, chunk_size=None if n <= _MOST_ROWS else _MOST_ROWS)(units)
+        (matrix,) = vmap(pull, chunk_size=None if n <= _MOST_ROWS else _MOST_ROWS)(units)
         return residual, matrix, value
 
     def residual_and_value(self, flat: torch.Tensor, *tensors: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

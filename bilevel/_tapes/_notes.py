@@ -20,6 +20,16 @@ __all__ = ["note"]
 _OPEN = {torch.Tag.nondeterministic_seeded, torch.Tag.dynamic_output_shape, torch.Tag.data_dependent_output}
 # These read numbers without a mark.
 _READING = ("_local_scalar_dense", "_pack_padded_sequence", "is_nonzero")
+_aten = torch.ops.aten
+_VIEWS = {
+    _aten.squeeze_.default: _aten.squeeze.default,
+    _aten.squeeze_.dim: _aten.squeeze.dim,
+    _aten.squeeze_.dims: _aten.squeeze.dims,
+    _aten.unsqueeze_.default: _aten.unsqueeze.default,
+    _aten.transpose_.default: _aten.transpose.int,
+    _aten.t_.default: _aten.t.default,
+    _aten.detach_.default: _aten.detach.default,
+}
 _WHOLE = (torch.int64, torch.int32)
 
 
@@ -91,7 +101,9 @@ class _Notes(TorchDispatchMode):
         if self._open:
             return func(*args, **kwargs)
         noted = pytree.tree_map_only(torch.Tensor, self._slot, (args, kwargs))
-        if func._schema.is_mutable:
+        # What changes the shape of a tensor's name alone is a view under another name.
+        operation = _VIEWS.get(func, func)
+        if operation._schema.is_mutable:
             self._open = any(_memory(t) in self._given for t in _changed(func, args, kwargs))
         made = func(*args, **kwargs)
         fresh = any(
@@ -99,8 +111,8 @@ class _Notes(TorchDispatchMode):
         )
         results = pytree.tree_map_only(torch.Tensor, self._place, made)
         makes = slots_in(results)
-        if fresh or not makes or func._schema.is_mutable:
-            self._steps.append(Step(func, noted[0], noted[1], results, slots_in(noted), makes))
+        if fresh or not makes or operation._schema.is_mutable:
+            self._steps.append(Step(operation, noted[0], noted[1], results, slots_in(noted), makes))
         return made
 
     def tape(self, outputs: Sequence[torch.Tensor]) -> Tape | None:
@@ -143,7 +155,9 @@ def _is_open(func: Any, args: tuple[Any, ...]) -> bool:
     """Return whether an operation may do otherwise another time, or is one of which nothing is known."""
     if func.namespace != "aten" or func._opname in _READING:
         return True
-    if func is torch.ops.aten.index.Tensor:
+    if torch.Tag.inplace_view in func.tags:
+        return func not in _VIEWS
+    if func is _aten.index.Tensor:
         # The shape follows from the values of a mask alone.
         return any(index is not None and index.dtype not in _WHOLE for index in args[1])
     return not _OPEN.isdisjoint(func.tags)

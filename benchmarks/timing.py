@@ -9,6 +9,9 @@ from collections.abc import Callable, Mapping
 
 import torch
 
+# In its first calls a layer looks at the function, notes what it does, and compares: a benchmark is of those after.
+_NOT_COUNTED = 4
+
 
 def rounds(default: int) -> int:
     """Return how many rounds the command line asks for, and use as many threads as it says: one, if nothing."""
@@ -34,17 +37,17 @@ def compare(
     floor
         The name of the one that ratios are taken to.
     count
-        Rounds, after one that is not counted.
+        Rounds, after those that are not counted.
     repeat
         Calls of a function for one timing.
     """
     times: dict[str, list[float]] = {name: [] for name in contestants}
-    for turn in range(count + 1):
+    for turn in range(-_NOT_COUNTED, count):
         for name, function in contestants.items():
             begin = time.perf_counter()
             for _ in range(repeat):
                 function()
-            if turn:
+            if turn >= 0:
                 times[name].append((time.perf_counter() - begin) / repeat)
     print(f"\n{title}  ({count} rounds, {torch.get_num_threads()} thread(s))")
     print(f"  {'':44s} {'median ms':>10s} {'ratio':>8s} {'(quartiles)':>16s}")

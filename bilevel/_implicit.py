@@ -34,7 +34,7 @@ import torch
 from torch.func import grad, vjp, vmap
 
 from bilevel._problem import LastLook, Linearization, Problem
-from bilevel._replay import Tapes, undisturbed
+from bilevel._replay import Tapes
 from bilevel._system import System
 from bilevel._transforms import (
     eager,
@@ -45,6 +45,7 @@ from bilevel._transforms import (
     signed,
     tangents_batched,
     transforms_active,
+    undisturbed,
 )
 from bilevel.operators import RepeatedOperator
 

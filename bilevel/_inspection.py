@@ -14,10 +14,11 @@ from torch.autograd.function import once_differentiable
 
 from bilevel._problem import Problem
 from bilevel._repeatable import attention_kernels
-from bilevel._replay import Tapes, undisturbed
+from bilevel._replay import Tapes
 from bilevel._seen import learn, nodes
 from bilevel._straight import Memory, ordinary, reached, tells
 from bilevel._system import System, unconnected
+from bilevel._transforms import undisturbed
 from bilevel.errors import ArgumentError, CapturedTensorError, StochasticObjectiveError
 
 __all__ = [
@@ -101,7 +102,7 @@ def _known(problem: Problem, x: torch.Tensor, function: Callable[..., Any], capt
     parts = _lasting(problem, x, function)
     if parts is None:
         return None
-    captured = [part for part in parts if isinstance(part, torch.Tensor)]
+    captured = list({id(part): part for part in parts if isinstance(part, torch.Tensor)}.values())
     return _Known((*_kinds(problem, captures), *map(_kind, captured)), parts, captured)
 
 

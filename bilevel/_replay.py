@@ -7,7 +7,6 @@ operation that looks at numbers, a result that differs in its last bit, or an er
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from weakref import ReferenceType
@@ -15,13 +14,9 @@ from weakref import ReferenceType
 import torch
 
 from bilevel._tapes import Program, note
-from bilevel._transforms import is_plain, saving_hooked, transforms_active
 from bilevel.operators import LinearOperator
 
-__all__ = ["ReplayedOperator", "Tapes", "undisturbed"]
-
-# Evaluations by the function itself, before one is noted: what is called so seldom is not worth it.
-_FIRST = 2
+__all__ = ["ReplayedOperator", "Tapes"]
 
 Evaluation = Callable[..., Sequence[torch.Tensor]]
 
@@ -30,7 +25,6 @@ Evaluation = Callable[..., Sequence[torch.Tensor]]
 class _Entry:
     """What is known of one kind of evaluation."""
 
-    uses: int = 0
     program: Program | None = None
     trusted: bool = False
     given_up: bool = False
@@ -78,12 +72,10 @@ class Tapes:
             return None
         if entry.trusted:
             return entry.program
-        entry.uses += 1
-        if entry.uses > _FIRST:
-            try:
-                self._try(entry, evaluation, inputs(), captured, late())
-            except Exception:  # whatever it is, the evaluation that follows says it in its own way
-                entry.given_up, entry.program = True, None
+        try:
+            self._try(entry, evaluation, inputs(), captured, late())
+        except Exception:  # whatever it is, the evaluation that follows says it in its own way
+            entry.given_up, entry.program = True, None
         return entry.program if entry.trusted else None
 
     @staticmethod
@@ -106,26 +98,14 @@ class Tapes:
             entry.program = None
 
 
-def undisturbed(tensors: Sequence[torch.Tensor]) -> bool:
-    """Return whether nothing around this call wants to see the function itself run, or sees tensors otherwise than they are."""
-    return not (
-        transforms_active()
-        or saving_hooked()
-        or sys.gettrace() is not None  # a debugger steps through it
-        or torch.is_anomaly_enabled()
-        or torch._C._len_torch_function_stack()
-        or torch._C._len_torch_dispatch_stack()
-        or any(t.layout is not torch.strided or type(t) is not torch.Tensor or not is_plain(t) for t in tensors)
-    )
-
-
 def _repeats(
     program: Program, inputs: Sequence[torch.Tensor], late: Sequence[torch.Tensor], expected: Sequence[torch.Tensor]
 ) -> bool:
     """Return whether ``program`` gives just the ``expected`` results."""
-    begun = program.begin(*inputs)
-    places = tuple(place for place, known in enumerate(begun.outputs) if known is None)
-    rest = iter(begun.finish(places, *late) if places else ())
+    with torch.no_grad():
+        begun = program.begin(*inputs)
+        places = tuple(place for place, known in enumerate(begun.outputs) if known is None)
+        rest = iter(begun.finish(places, *late) if places else ())
     found = [next(rest) if known is None else known for known in begun.outputs]
     return all(map(_same, found, expected))
 

@@ -21,7 +21,7 @@ from weakref import ReferenceType
 import torch
 from torch.utils import _pytree as pytree
 
-from bilevel._straight_modules import Shell, apart, attributes_of, methods_of, shell_parts
+from bilevel._straight_modules import Shell, attributes_of, emptied, methods_of, shell_parts
 from bilevel._transforms import is_plain
 
 __all__ = ["Memory", "ordinary", "reached", "tells"]
@@ -111,7 +111,7 @@ def reached(*functions: Any) -> tuple[Any, ...] | None:
                 pending.extend(told)
                 continue
         if isinstance(item, Shell):
-            shell = shell_parts(item.module, _attributes)
+            shell = shell_parts(item, _attributes)
             if shell is None:
                 return None
             parts.extend(shell[0])
@@ -150,7 +150,7 @@ def _of_object(owner: Any, method: FunctionType) -> list[Any] | None:
     says = getattr(type(owner), "_goes_by", None)
     told = None if says is None else says(owner, method)
     if told is not None:
-        return [apart(item) for item in told]
+        return [emptied(item) for item in told]
     if getattr(type(owner), method.__name__, None) is not method or not hasattr(owner, "__dict__"):
         return None
     methods = methods_of(owner, method.__name__, _attributes)
@@ -170,7 +170,7 @@ def ordinary(structure: pytree.TreeSpec) -> bool:
 
 def _harmless(item: Any) -> bool:
     if isinstance(item, torch.Tensor):
-        return type(item) is torch.Tensor and is_plain(item) and not vars(item)
+        return type(item) in (torch.Tensor, torch.nn.Parameter) and is_plain(item) and not vars(item)
     if isinstance(item, ModuleType):
         return item.__name__.split(".")[0] in _MODULES
     if isinstance(item, (BuiltinFunctionType, type)):

@@ -15,7 +15,7 @@ from typing import Any, TypeAlias
 from torch import nn
 from torch.nn.modules import module as _module
 
-__all__ = ["Shell", "apart", "attributes_of", "methods_of", "shell_parts"]
+__all__ = ["Shell", "attributes_of", "emptied", "methods_of", "shell_parts"]
 
 # Their forward is a matter of settings and tensors alone.
 _KNOWN = frozenset({
@@ -37,13 +37,22 @@ _TORCH_S = frozenset(vars(nn.Module()))
 
 @dataclass(frozen=True, eq=False)
 class Shell:
-    """A module apart from its parameters and buffers, which are given to it at each call."""
+    """A module apart from those of its parameters and buffers that are given to it at each call.
+
+    Parameters
+    ----------
+    module
+        The module.
+    empty
+        Whether all of them are; otherwise those that require grad, as they can be used in no other way.
+    """
 
     module: nn.Module
+    empty: bool
 
 
-def shell_parts(module: nn.Module, names: Names) -> tuple[list[Any], list[Any]] | None:
-    """Return the objects that tell calls of ``module`` apart, tensors left out, and what else it goes by, which is to be straight itself.
+def shell_parts(shell: Shell, names: Names) -> tuple[list[Any], list[Any]] | None:
+    """Return the objects that tell calls of a module apart, and what else it goes by, which is to be straight itself.
 
     None if that cannot be told. ``names`` gives the names of attributes in a function's code.
     """
@@ -51,7 +60,7 @@ def shell_parts(module: nn.Module, names: Names) -> tuple[list[Any], list[Any]] 
         return None
     objects: list[Any] = []
     named: list[Any] = []
-    for key, part in _within("", module):
+    for key, part in _within("", shell.module):
         own = vars(part)
         if any(own.get(hooks) for hooks in _HOOKS) or "forward" in own:
             return None
@@ -59,6 +68,7 @@ def shell_parts(module: nn.Module, names: Names) -> tuple[list[Any], list[Any]] 
         for kind in ("_parameters", "_buffers"):
             for name, tensor in own[kind].items():
                 objects += [name, tensor is None]
+                named += [tensor] if tensor is not None and not shell.empty and not tensor.requires_grad else []
         known = type(part) in _KNOWN
         # What torch's own kinds keep under private names follows from the others.
         named += [value for name, value in own.items() if name not in _TORCH_S and not (known and name.startswith("_"))]
@@ -112,14 +122,14 @@ def methods_of(owner: object, method: str, names: Names) -> list[Any] | None:
 
 
 def attributes_of(owner: object, methods: Iterable[Any], names: Names) -> list[Any]:
-    """Return what ``owner`` itself keeps under names that ``methods`` speak of, modules apart from their tensors."""
+    """Return what ``owner`` itself keeps under names that ``methods`` speak of."""
     own = vars(owner)
     tables = [own] if not isinstance(owner, nn.Module) else [own, own["_parameters"], own["_buffers"], own["_modules"]]
     spoken = sorted({name for method in methods if isinstance(method, FunctionType) for name in names(method.__code__)})
     held = [table[name] for name in spoken for table in tables if name in table]
-    return [apart(value) for value in held]
+    return [Shell(value, empty=False) if isinstance(value, nn.Module) else value for value in held]
 
 
-def apart(value: Any) -> Any:
-    """Return a module apart from its tensors, and anything else as it is."""
-    return Shell(value) if isinstance(value, nn.Module) else value
+def emptied(value: Any) -> Any:
+    """Return a module apart from all of its tensors, and anything else as it is."""
+    return Shell(value, empty=True) if isinstance(value, nn.Module) else value

@@ -35,6 +35,7 @@ __all__ = [
     "signed",
     "tangents_batched",
     "transforms_active",
+    "undisturbed",
     "unhooked",
     "without_gradient",
 ]
@@ -141,6 +142,22 @@ def carries_gradient(tensor: torch.Tensor) -> bool:
 def is_plain(tensor: torch.Tensor) -> bool:
     """Return whether ``tensor`` belongs to no transform, and nothing differentiates it."""
     return not _functorch.is_functorch_wrapped_tensor(tensor) and not carries_gradient(tensor)
+
+
+def undisturbed(tensors: Iterable[torch.Tensor]) -> bool:
+    """Return whether nothing around this call wants to see the function itself run, or sees tensors otherwise than they are."""
+    return not (
+        transforms_active()
+        or saving_hooked()
+        or sys.gettrace() is not None  # a debugger steps through it
+        or torch.is_anomaly_enabled()
+        or torch._C._len_torch_function_stack()
+        or torch._C._len_torch_dispatch_stack()
+        or any(
+            t.layout is not torch.strided or type(t) not in (torch.Tensor, torch.nn.Parameter) or not is_plain(t)
+            for t in tensors
+        )
+    )
 
 
 def forward_levels(tensors: Iterable[torch.Tensor]) -> int:

@@ -68,8 +68,8 @@ def _apart(tensors: Sequence[torch.Tensor], others: Sequence[torch.Tensor]) -> T
     for tensor in tensors:
         if _memory(tensor) in met:
             size = 1 + sum((length - 1) * stride for length, stride in zip(tensor.shape, tensor.stride(), strict=True))
-            room = tensor.new_empty(size if tensor.numel() else 0)
-            tensor = room.as_strided(tensor.shape, tensor.stride()).copy_(tensor)
+            span = tensor.as_strided((size if tensor.numel() else 0,), (1,))
+            tensor = span.clone().as_strided(tensor.shape, tensor.stride(), 0)
         met.add(_memory(tensor))
         found.append(tensor)
     return tuple(found)
@@ -97,18 +97,22 @@ class _Notes(TorchDispatchMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        self._open = self._open or _is_open(func, args)
-        if self._open:
+        # On tensors without numbers torch works out shapes alone.
+        shapes_alone = any(isinstance(arg, torch.Tensor) and arg.device.type == "meta" for arg in args)
+        self._open = self._open or (not shapes_alone and _is_open(func, args))
+        if self._open or shapes_alone:
             return func(*args, **kwargs)
         noted = pytree.tree_map_only(torch.Tensor, self._slot, (args, kwargs))
         # What changes the shape of a tensor's name alone is a view under another name.
         operation = _VIEWS.get(func, func)
         if operation._schema.is_mutable:
-            self._open = any(_memory(t) in self._given for t in _changed(func, args, kwargs))
+            self._open = self._open or any(_memory(t) in self._given for t in _changed(func, args, kwargs))
         made = func(*args, **kwargs)
-        fresh = any(
-            _geometry(leaf) not in self._slots for leaf in pytree.tree_leaves(made) if isinstance(leaf, torch.Tensor)
-        )
+        found = [leaf for leaf in pytree.tree_leaves(made) if isinstance(leaf, torch.Tensor)]
+        self._open = self._open or any(t.layout is not torch.strided for t in found)
+        if self._open:
+            return made
+        fresh = any(_geometry(t) not in self._slots for t in found)
         results = pytree.tree_map_only(torch.Tensor, self._place, made)
         makes = slots_in(results)
         if fresh or not makes or operation._schema.is_mutable:
@@ -117,7 +121,7 @@ class _Notes(TorchDispatchMode):
 
     def tape(self, outputs: Sequence[torch.Tensor]) -> Tape | None:
         """Return what was noted, for a function that returned ``outputs``."""
-        found = tuple(self._slot(t).number for t in outputs)
+        found = () if self._open else tuple(self._slot(t).number for t in outputs)
         if self._open:
             return None
         layouts = {slot.number: Layout(*geometry) for geometry, slot in self._slots.items()}
@@ -133,10 +137,13 @@ class _Notes(TorchDispatchMode):
 
     def _slot(self, tensor: torch.Tensor) -> Slot:
         """Return where ``tensor``, which is read, stands."""
-        if tensor.layout is torch.strided and _geometry(tensor) in self._slots:
+        if tensor.layout is not torch.strided:
+            self._open = True
+            return Slot(-1)
+        if _geometry(tensor) in self._slots:
             return self._slots[_geometry(tensor)]
-        # torch makes tensors of the code's own numbers without an operation. More than one number is not of the code's.
-        self._open = self._open or tensor.numel() != 1 or tensor.device.type != "cpu" or tensor.requires_grad
+        # torch makes tensors of the code's own numbers without an operation, and these have no axes.
+        self._open = self._open or tensor.ndim > 0 or tensor.device.type != "cpu" or tensor.requires_grad
         slot = self._place(tensor)
         self._constants[slot.number] = tensor
         self._given.add(_memory(tensor))

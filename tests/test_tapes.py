@@ -1,0 +1,240 @@
+"""A tape does again what a function did: shortened, in one part or in two, on any numbers."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch.func import grad, hessian, vmap
+from torch.nn import functional as F
+
+from bilevel._tapes import Program, note
+from bilevel._tapes._notes import _Notes
+
+F64 = torch.float64
+AWKWARD = (0.0, -0.0, 1.0, -1.5, 3.0, 1e-320, 1e200, float("inf"), float("-inf"), float("nan"))
+
+
+def numbers(seed: int, *shape: int, dtype=F64, awkward: bool = False) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    plain = torch.randn(shape, generator=generator, dtype=F64)
+    if awkward:
+        chosen = torch.tensor(AWKWARD, dtype=F64)[torch.randint(0, len(AWKWARD), shape, generator=generator)]
+        plain = torch.where(torch.rand(shape, generator=generator) < 0.5, chosen, plain)
+    return plain.to(dtype)
+
+
+def same(found, expected) -> bool:
+    pairs = zip(found, expected, strict=True)
+    return all(a.dtype == b.dtype and torch.equal(a.nan_to_num(nan=7.25), b.nan_to_num(nan=7.25)) for a, b in pairs)
+
+
+def noted(function, inputs, **others) -> Program:
+    _, program = note(function, inputs, **others)
+    assert program is not None
+    return program
+
+
+def operations(program: Program) -> list[str]:
+    return [step.operation._opname for step in program._tape.steps]
+
+
+def powers(x, y):
+    return [x**1 * y**0 + (x**2) ** 1.0, (y**0.0 * x).exp(), x * 1, x**1]
+
+
+def twice(x, y):
+    return [(x * y).sin() + (x * y).cos(), x * y, y * x, (x + 2) * (x + 2.0)]
+
+
+def chains(x, y):
+    a = x * y
+    b = a + 1
+    c = b.neg() * y
+    d = c.exp() - a
+    return [d.tanh() / (1 + y**2), (x.mT * 2).sigmoid().relu()]
+
+
+def views(x, y):
+    a = (x * y).mT
+    b = a + a.mT
+    c = a.reshape(-1)[::2] * 3
+    return [b, c, a.flip(0), x.expand(2, *x.shape) * y]
+
+
+def second_derivatives(x, y):
+    return [
+        hessian(lambda u: (u**3).sum() + (y @ u).pow(2).sum() + (u**2 * y).sum())(x[0]),
+        grad(lambda u: (u**2).sum())(x),
+    ]
+
+
+def batched(x, y):
+    return [vmap(lambda u, v: 0.5 * u @ torch.outer(v, v) @ u - v @ u)(x, y), vmap(lambda u: u.unsqueeze(0) @ y)(x)]
+
+
+def mixed_dtypes(x, y):
+    return [x.float() * y, (x.float() + 1).double() ** 0, torch.where(x > 0, x, 0.0), x.clamp(min=0.25), (x > y).sum()]
+
+
+def written_over(x, y):
+    z = x.clone()
+    z += y
+    z[0] = 0
+    return [z, z * 2, x + 1]
+
+
+FUNCTIONS = [powers, twice, chains, views, second_derivatives, batched, mixed_dtypes, written_over]
+
+
+@pytest.mark.parametrize("function", FUNCTIONS)
+@given(seed=st.integers(0, 2**20), awkward=st.booleans())
+def test_the_same_on_other_numbers(function, seed, awkward):
+    program = noted(function, (numbers(0, 3, 3), numbers(1, 3, 3)))
+    inputs = numbers(seed, 3, 3, awkward=awkward), numbers(seed + 1, 3, 3, awkward=awkward)
+    kept = [t.clone() for t in inputs]
+    assert same(program(*inputs), function(*inputs))
+    assert same(inputs, kept)
+
+
+@pytest.mark.parametrize("function", [powers, twice, chains, views, batched, mixed_dtypes])
+@given(seed=st.integers(0, 2**20))
+def test_in_two_parts_the_second_as_often_as_one_likes(function, seed):
+    x, *ys = (numbers(seed + place, 3, 3) for place in range(3))
+    program = noted(lambda x, y: function(x, y), (numbers(0, 3, 3),), late=(numbers(1, 3, 3),))
+    begun = program.begin(x)
+    early = [place for place, made in enumerate(begun.outputs) if made is not None]
+    before = [begun.outputs[place].clone() for place in early]
+    for y in (*ys, ys[0]):
+        expected = function(x, y)
+        places = tuple(range(len(expected)))
+        assert same(begun.finish(places, y), expected)
+        for place in places:
+            assert same(begun.finish((place,), y), expected[place : place + 1])
+    assert same([begun.outputs[place] for place in early], before)
+
+
+def test_idle_operations_are_left_out():
+    x, y = numbers(0, 4, 4), numbers(1, 4, 4)
+    assert operations(noted(lambda x, y: [(x**1 * y**0).exp()], (x, y)))[-2:] == [
+        "pow",
+        "exp",
+    ]  # the power of y is made by none
+    program = noted(lambda x, y: [((x * y) + (x * y)).exp()], (x, y))
+    assert operations(program).count("mul") == 1
+    # A view in another layout is not the tensor itself.
+    program = noted(lambda x: [(x.mT**1).reshape(-1)], (x,))
+    assert same(program(y), [y.mT.reshape(-1)])
+
+
+def test_results_are_written_over_what_is_done_with(monkeypatch):
+    # A chain of passes over one large tensor takes the room of one.
+    def chain(x):
+        a = x * 3
+        for _ in range(5):
+            a = (a + 1) * 0.5
+        return [a]
+
+    x = numbers(0, 100, 100)
+    program = noted(chain, (x,))
+    made = []
+    rooms = torch.Tensor.untyped_storage
+
+    class Rooms(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **(kwargs or {}))
+            made.append(rooms(out).data_ptr())
+            return out
+
+    with Rooms():
+        (found,) = program(x)
+    assert same([found], chain(x)) and len(set(made)) == 1 and x.data_ptr() not in made
+
+
+def test_what_is_given_comes_back_as_another_object():
+    x = numbers(0, 3)
+    program = noted(lambda x: [x, x.detach(), x + 0], (x,))
+    for found in program(x):
+        assert torch.equal(found, x) and found is not x
+
+
+def test_a_check_that_makes_nothing_is_kept_in_its_part():
+    def factored(A, b):
+        return [torch.linalg.cholesky(A).sum(), torch.linalg.cholesky(A + b * torch.eye(2, dtype=F64)).sum()]
+
+    A = 2 * torch.eye(2, dtype=F64)
+    program = noted(factored, (A,), late=(torch.zeros((), dtype=F64),))
+    with pytest.raises(torch.linalg.LinAlgError):
+        program.begin(-A)
+    begun = program.begin(A)
+    with pytest.raises(torch.linalg.LinAlgError):
+        begun.finish((1,), torch.tensor(-5.0, dtype=F64))
+    assert same(begun.finish((1,), torch.tensor(2.0, dtype=F64)), [2 * torch.tensor(4.0, dtype=F64).sqrt()])
+
+
+OPEN = {
+    "random numbers": lambda x: [x + torch.rand(3)],
+    "dropout": lambda x: [F.dropout(x, 0.5)],
+    "a number read": lambda x: [x * float(x.sum())],
+    "a branch": lambda x: [x + 1 if x.sum() > 0 else x],
+    "a mask": lambda x: [x[x > 0]],
+    "places": lambda x: [x[x.nonzero()[:, 0]]],
+    "different ones": lambda x: [torch.unique(x)],
+    "an index": lambda x: [x[x.argmax()]],
+    "a length": lambda x: [x[: int(x.argmax()) + 1]],
+    "its argument written to": lambda x: [x.mul_(2)],
+    "a view of it written to": lambda x: [x[:2].add_(1)],
+    "a tensor from nowhere": lambda x: [x + OUTSIDE],
+    "numbers by way of numpy": lambda x: [x + torch.from_numpy(x.numpy() + 1)],
+    "a sparse result": lambda x: [(x * x.to_sparse()).to_dense()],
+}
+OUTSIDE = torch.ones(3, dtype=F64)
+
+
+@pytest.mark.parametrize("function", OPEN.values(), ids=OPEN)
+def test_what_could_do_otherwise_has_no_tape(function):
+    x = numbers(0, 3)
+    outputs, program = note(function, (x,))
+    assert program is None and all(isinstance(t, torch.Tensor) for t in outputs)
+
+
+def test_a_captured_tensor_is_an_input():
+    program = noted(lambda x: [x + OUTSIDE, x * OUTSIDE[0]], (numbers(0, 3),), captured=(OUTSIDE,))
+    x, other = numbers(5, 3), numbers(6, 3)
+    assert same(program(x, other), [x + other, x * other[0]])
+    # Two of them in one memory may be apart when they are looked at next.
+    assert note(lambda x: [x + OUTSIDE], (numbers(0, 3),), captured=(OUTSIDE, OUTSIDE[:2]))[1] is None
+
+
+def test_arguments_in_one_memory_are_told_apart():
+    base = numbers(0, 3, 3)
+    wide = numbers(1, 3).expand(3, 3)
+    program = noted(lambda a, b, c, d: [a @ b + c, d * a], (base, base, base.mT, wide), captured=(wide,))
+    a, b, c, d = (numbers(10 + place, 3, 3) for place in range(4))
+    assert same(program(a, b, c, d, wide), [a @ b + c, d * a])
+
+
+def test_the_room_of_what_was_noted_is_let_go():
+    held = []
+
+    def large(x):
+        for _ in range(50):
+            x = x * 1.5
+        held.append(len(live))
+        return [x.sum()]
+
+    live: set[int] = set()
+    place = _Notes._place
+
+    def placed(self, tensor):
+        live.clear()
+        live.update(ref.cdata for ref in self._memories.values() if not ref.expired())
+        return place(self, tensor)
+
+    _Notes._place = placed
+    try:
+        noted(large, (numbers(0, 1000),))
+    finally:
+        _Notes._place = place
+    assert held[0] <= 5

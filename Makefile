@@ -6,13 +6,13 @@ BIN := $(VENV)/bin
 # One thread: the tests are many small problems, which more threads only slow down.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: help venv demo test test-long lint format types doctest docs transforms mutations bench clean
+.PHONY: help venv demo test test-replay test-long lint format types doctest docs transforms mutations bench clean
 
 help:
 	@echo "make demo     install, then tune a model on real data and draw what happened"
 	@echo "make test     install, then run the tests"
 	@echo "make venv     make $(VENV) with everything that developing needs"
-	@echo "make lint | format | types | doctest | docs | transforms | mutations | bench | test-long | clean"
+	@echo "make lint | format | types | doctest | docs | transforms | mutations | bench | test-replay | test-long | clean"
 
 # Torch comes first and alone, at the pinned version: a looser request may bring gigabytes of CUDA packages.
 $(VENV)/.base: constraints.txt
@@ -42,6 +42,10 @@ demo: $(VENV)/.demo
 # One process for each core, each with one thread.
 test: $(VENV)/.test
 	$(BIN)/python -m pytest -q -n auto
+
+# Every test once more, with all that can be replayed replayed at once.
+test-replay: $(VENV)/.test
+	$(BIN)/python -m pytest -q -n auto --replay
 
 test-long: $(VENV)/.test
 	$(BIN)/python -m pytest -q -n auto --hypothesis-profile=long --timeout=3600

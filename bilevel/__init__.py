@@ -4,6 +4,7 @@ from bilevel import certificates, operators
 from bilevel._hypergradient import Hypergradient, HypergradientReport
 from bilevel._knowledge import GoalReport
 from bilevel._problem import Problem
+from bilevel._replaying import replaying
 from bilevel._tree import ravel
 from bilevel._version import __version__
 from bilevel.certificates.bound import Bound
@@ -128,6 +129,7 @@ __all__ = [
     "operators",
     "ravel",
     "record",
+    "replaying",
     "root",
     "testing",
 ]

@@ -35,6 +35,7 @@ from torch.func import grad, vjp, vmap
 
 from bilevel._problem import LastLook, Linearization, Problem
 from bilevel._replay import Tapes
+from bilevel._replaying import allowed
 from bilevel._system import System
 from bilevel._transforms import (
     eager,
@@ -88,7 +89,7 @@ class _Memo:
             if all(h or not w for h, w in zip(had, wanted, strict=True)):
                 return linearization
         problem = Problem.of(system, tensors)
-        if self._tapes is not None and undisturbed((x, *problem.tensors)):
+        if self._tapes is not None and allowed() and undisturbed((x, *problem.tensors)):
             problem = problem.replayed_from(self._tapes)
         linearization = problem.linearize(x.reshape(problem.batch, problem.size), wanted)
         self._key, self._kept = key, (linearization, tuple(wanted), x.detach(), [t.detach() for t in tensors])

@@ -15,6 +15,7 @@ from torch.autograd.function import once_differentiable
 from bilevel._problem import Problem
 from bilevel._repeatable import attention_kernels
 from bilevel._replay import Tapes
+from bilevel._replaying import allowed
 from bilevel._seen import learn, nodes
 from bilevel._straight import Memory, ordinary, reached, tells
 from bilevel._system import System, unconnected
@@ -107,9 +108,8 @@ def _known(problem: Problem, x: torch.Tensor, function: Callable[..., Any], capt
 
 
 def _usable(tapes: Tapes, problem: Problem, x: torch.Tensor, known: _Known) -> Tapes | None:
-    fits = (
-        problem.system.autocast is None and tells(known.parts) and undisturbed((x, *problem.tensors, *known.captured))
-    )
+    fits = allowed() and problem.system.autocast is None and tells(known.parts)
+    fits = fits and undisturbed((x, *problem.tensors, *known.captured))
     return tapes if fits else None
 
 

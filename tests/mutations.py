@@ -50,6 +50,7 @@ GUARDS = "tests/test_guard_rails.py"
 LINEAR = "tests/test_linear_solve.py"
 IMAML = "tests/meta/test_imaml.py"
 OUTER = "tests/test_outer.py"
+TAPES = "tests/test_tapes.py"
 
 
 def matrix(*names: str, columns: str = "float64") -> tuple[str, ...]:
@@ -626,6 +627,82 @@ MUTATIONS = (
     Mutation(
         "MAID's doubts settled by exacter values alone", "outer/methods.py",
         "fall + doubt < promised or not doubt >", "fall + doubt < promised or not doubt > 0 *", (OUTER, "-k", "shortened"),
+    ),
+    Mutation(
+        "what a noted run reads from tensors passed over", "_tapes/_notes.py",
+        "    return not _OPEN.isdisjoint(func.tags)", "    return False", (TAPES,),
+    ),
+    Mutation(
+        "a mask taken for places", "_tapes/_notes.py",
+        "        return any(index is not None and index.dtype not in _WHOLE for index in args[1])", "        return False", (TAPES,),
+    ),
+    Mutation(
+        "tensors from nowhere taken for constants", "_tapes/_notes.py",
+        "self._open or tensor.ndim > 0 or", "self._open or", (TAPES,),
+    ),
+    Mutation(
+        "arguments in one memory taken for one", "_tapes/_notes.py",
+        "        if _memory(tensor) in met:", "        if False:", (TAPES, "tests/test_replay.py"),
+    ),
+    Mutation(
+        "an argument that is written to passed over", "_tapes/_notes.py",
+        "any(_memory(t) in self._given for t in _changed(func, args, kwargs))", "False", (TAPES,),
+    ),
+    Mutation(
+        "views in place noted as they are", "_tapes/_notes.py",
+        "        operation = _VIEWS.get(func, func)", "        operation = func", (TAPES,),
+    ),
+    Mutation(
+        "what is kept for the second part written over in the first", "_tapes/_shorter.py",
+        "for number in (*given, *outputs, *tape.constants)}", "for number in (*given, *outputs[:1], *tape.constants)}", (TAPES,),
+    ),
+    Mutation(
+        "arguments written over", "_tapes/_shorter.py",
+        "for number in (*given, *outputs, *tape.constants)}", "for number in (*outputs, *tape.constants)}", (TAPES,),
+    ),
+    Mutation(
+        "what a view still needs written over", "_tapes/_shorter.py",
+        "            last[memory[number]] = place", "            last[memory[number]] = min(last.get(memory[number], place), place)", (TAPES,),
+    ),
+    Mutation(
+        "a tensor in another layout put in a power's place", "_tapes/_shorter.py",
+        " and self._layout(same).alike(self._layout(made))", "", (TAPES,),
+    ),
+    Mutation(
+        "a check that makes nothing left out of a program", "_tapes/_tape.py",
+        " or (not step.makes and here(step))", "", (TAPES, "tests/test_replay.py"),
+    ),
+    Mutation(
+        "replays relied on without a comparison", "_replay.py",
+        "    return all(map(_same, found, expected))", "    return True", ("tests/test_replay.py", TAPES),
+    ),
+    Mutation(
+        "numbers read where torch does not see it passed over", "_straight.py",
+        "    return not any(isinstance(part, CodeType) and _reads(part) for part in parts)", "    return True", ("tests/test_replay.py",),
+    ),
+    Mutation(
+        "what a problem keeps not told apart", "_straight.py",
+        "[*methods, *attributes_of(owner, methods, _attributes)]", "methods", ("tests/test_replay.py",),
+    ),
+    Mutation(
+        "hooks of modules passed over", "_straight_modules.py",
+        "any(own.get(hooks) for hooks in _HOOKS) or ", "", ("tests/test_replay.py",),
+    ),
+    Mutation(
+        "a module's settings not told apart", "_straight_modules.py",
+        "if name not in _TORCH_S and not (known", "if False and not (known", ("tests/test_replay.py",),
+    ),
+    Mutation(
+        "replays where a debugger steps through", "_transforms.py",
+        "        or sys.gettrace() is not None  # a debugger steps through it\n", "", ("tests/test_replay.py",),
+    ),
+    Mutation(
+        "dtypes that torch takes by default not told apart", "_inspection.py",
+        "torch.get_default_dtype(),", "", ("tests/test_replay.py",),
+    ),
+    Mutation(
+        "replays that cannot be switched off", "_inspection.py",
+        "    fits = allowed() and problem", "    fits = problem", ("tests/test_replay.py",),
     ),
 )  # fmt: skip
 

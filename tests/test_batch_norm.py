@@ -133,6 +133,7 @@ def test_what_is_torch_s_own_stays_so(monkeypatch) -> None:
         assert used
 
 
+@pytest.mark.counts
 def test_a_solver_s_gradients_use_it_and_no_other_function_s_do(monkeypatch) -> None:
     torch.manual_seed(0)
     used = uses(monkeypatch)

@@ -38,6 +38,7 @@ GROUND = (
     "_straight_modules",
     "_tapes",
     "_replay",
+    "_replaying",
     "_checks",
     "_version",
 )

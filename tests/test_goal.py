@@ -125,6 +125,7 @@ def test_a_descent_goal_gives_a_descent_direction(seed: int, eta: float) -> None
     assert float(found @ exact(problem, outer, data)) >= eta * float(found @ found)
 
 
+@pytest.mark.counts
 def test_it_costs_far_less_than_a_tight_solve_and_more_accuracy_costs_more() -> None:
     scale, start = torch.logspace(0, -1.5, 40, dtype=F64), torch.zeros(40, dtype=F64)
     X, y, Xv, yv = split(1, n=40)

@@ -161,6 +161,7 @@ def test_the_forward_factorisation_serves_the_adjoint(monkeypatch: pytest.Monkey
     torch.testing.assert_close(free.grad, expected, atol=1e-13, rtol=1e-12)
 
 
+@pytest.mark.counts
 @pytest.mark.parametrize("solver", [bilevel.Newton(), bilevel.GradientDescent(lr=0.2, max_steps=30)])
 def test_the_solver_s_last_look_is_the_adjoint_s_linearisation(monkeypatch: pytest.MonkeyPatch, solver: object) -> None:
     """A quadratic is linearised nowhere but at its solution, once; without a derivative to come, no graph is made."""
@@ -290,6 +291,7 @@ def test_a_proposal_that_does_not_fit_is_not_taken() -> None:
                 assert bool((outcome.status == bilevel.Status.NOT_FINITE).all())
 
 
+@pytest.mark.counts
 def test_after_a_single_newton_step_the_derivative_is_one_reverse_pass(monkeypatch: pytest.MonkeyPatch) -> None:
     generator = torch.Generator().manual_seed(0)
     X = torch.randn(6, 9, 4, generator=generator, dtype=torch.float64)

@@ -275,6 +275,7 @@ def test_solve_under_vmap_returns_a_report_of_the_batch() -> None:
     assert nested.report.residual_norm.shape == (3, 5) and len(nested.report.status) == 3
 
 
+@pytest.mark.counts
 def test_a_derivative_does_not_depend_on_who_looks_at_its_report(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where steps alone are meant, the product that verifies them is made for a reader of the report only."""
     made = 0

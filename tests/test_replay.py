@@ -311,6 +311,19 @@ def test_whoever_wants_to_see_the_function_run_does(replays):
     assert replays[0] > before
 
 
+def test_replays_can_be_switched_off(replays):
+    layer, start = bilevel.argmin(objective, solver=bilevel.LBFGS()), torch.zeros(3, dtype=F64)
+    for seed in range(4):
+        differentiated(layer, start, given(seed))
+    before = replays[0]
+    with bilevel.replaying(False):
+        without = differentiated(layer, start, given(0))
+        assert replays[0] == before
+        with bilevel.replaying(True):
+            assert same(differentiated(layer, start, given(0)), without)
+    assert replays[0] > before
+
+
 def test_what_torch_makes_of_numbers_by_default_is_told_apart():
     def ones(x, a):
         return ((x - a) ** 2).sum() + ((x - torch.ones(3) / 3) ** 2).sum()

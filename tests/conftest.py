@@ -29,7 +29,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line("markers", "counts: counts evaluations, which a replay is none of")
+    config.addinivalue_line(
+        "markers", "counts: counts evaluations of the function itself, or compares them with replays"
+    )
     if config.getoption("--replay"):
         _replay_at_once()
 
@@ -38,7 +40,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if config.getoption("--replay"):
         for item in items:
             if item.get_closest_marker("counts"):
-                item.add_marker(pytest.mark.skip(reason="counts evaluations, which a replay is none of"))
+                item.add_marker(pytest.mark.skip(reason="counts evaluations of the function itself"))
 
 
 def _replay_at_once() -> None:

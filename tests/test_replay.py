@@ -223,6 +223,7 @@ def test_what_goes_by_numbers_is_evaluated_each_time(function):
         assert same(differentiated(layer, start, *args), expected)
 
 
+@pytest.mark.counts
 def test_a_function_that_gets_through_is_found_by_comparison(monkeypatch, replays):
     monkeypatch.setattr(_inspection, "tells", lambda parts: True)
     layer, start = bilevel.argmin(by_list), torch.zeros(3, dtype=F64)

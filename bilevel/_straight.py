@@ -2,14 +2,15 @@
 
 A function of straight code, without branches, that reaches nothing but its arguments, constants, plain tensors, operations of torch and other
 such functions has no state and no choice: what was found in it at one call, with arguments of the same kinds, holds for the next. So it is of a
-method, with what its object keeps under the names in its code. Of any other function (one that reaches a module, a list or a class)
-nothing is said.
+method, with what its object keeps under the names in its code, and of modules that are straight likewise. Of any other function (one that reaches
+a list, a class or an object of another kind) nothing is said.
 """
 
 from __future__ import annotations
 
 import builtins
 import dis
+import functools
 import math
 from collections import OrderedDict
 from collections.abc import Iterator
@@ -57,7 +58,7 @@ _READING = frozenset({
     "is_inference_mode_enabled", "is_autocast_enabled", "distributed", "ops", "jit", "compile", "library", "profiler", "hub", "overrides",
 })  # fmt: skip
 # Arguments of so many kinds are told apart at once: the last batch of a data set is smaller than the others.
-_MOST_KEPT = 4
+_MOST_KEPT = 16
 
 
 class Memory(Generic[T]):
@@ -110,6 +111,12 @@ def reached(*functions: Any) -> tuple[Any, ...] | None:
                 parts.append(item)
                 pending.extend(told)
                 continue
+        if type(item) is functools.partial and not vars(item):
+            # Made anew for a call it may be another object of the same parts.
+            pending.extend((item.func, *item.args, *item.keywords, *item.keywords.values()))
+            continue
+        if isinstance(item, torch.nn.Module):
+            item = Shell(item, empty=False)
         if isinstance(item, Shell):
             shell = shell_parts(item, _attributes)
             if shell is None:

@@ -584,3 +584,152 @@ def test_one_tensor_reached_from_two_places(replays):
     for seed in range(4):
         assert torch.allclose(layer(start, given(seed)), (given(seed) + 1) / 2)
     assert replays[0] > 0
+
+
+# Calls in a row, with replays and without: arguments that change in more than their fractional numbers, and what is changed in between.
+
+
+def whole(seed: int, high: int, *shape: int) -> torch.Tensor:
+    return torch.randint(0, high, shape, generator=torch.Generator().manual_seed(seed))
+
+
+def labelled(w, X, labels):
+    return nn.functional.cross_entropy(X @ w.reshape(2, 3), labels, ignore_index=1) + 0.1 * (w**2).sum()
+
+
+def masked(w, a, mask):
+    return torch.where(mask, (w - a) ** 2, (w + a) ** 2).sum() + w.masked_fill(mask, 0.0).square().sum()
+
+
+def scattered(w, a, places):
+    return ((torch.zeros(3, dtype=F64).scatter_add(0, places, w) - a) ** 2).sum() + (w**2).sum()
+
+
+def repeated(w, a, times):
+    return ((w.repeat_interleave(times)[:3] - a) ** 2).sum() + (w**2).sum()
+
+
+def sliced(w, a, start):
+    return ((w - a) ** 2).sum() + (w[start:] ** 2).sum()
+
+
+def ordered(w, a, unused):
+    return ((w.sort().values - a.sort().values) ** 2).sum() + (w**2).sum()
+
+
+def solved(w, A, unused):
+    return ((torch.linalg.solve(A @ A.mT + torch.eye(3, dtype=F64), w) - 1) ** 2).sum() + torch.linalg.slogdet(A)[
+        1
+    ] * w[0]
+
+
+CALLS = {
+    labelled: lambda seed: (torch.zeros(6, dtype=F64), given(seed, 5, 2), whole(seed, 3, 5)),
+    masked: lambda seed: (torch.zeros(3, dtype=F64), given(seed), given(seed + 1) > 0),
+    scattered: lambda seed: (torch.zeros(3, dtype=F64), given(seed), whole(seed, 3, 3)),
+    repeated: lambda seed: (torch.zeros(3, dtype=F64), given(seed), 1 + whole(seed, 3, 3)),
+    sliced: lambda seed: (torch.zeros(3, dtype=F64), given(seed), torch.tensor(seed % 3)),
+    ordered: lambda seed: (torch.tensor([0.1, 0.2, 0.3], dtype=F64), given(seed), whole(seed, 3, 3)),
+    solved: lambda seed: (torch.zeros(3, dtype=F64), given(seed, 3, 3), whole(seed, 3, 3)),
+    objective: lambda seed: (torch.zeros(2 + seed % 3, dtype=F64), given(seed, 2 + seed % 3, 2)[:, seed % 2]),
+}
+
+
+def in_a_row(make, call, count: int = 8):
+    of = make()
+    return [call(of, seed) for seed in range(count)]
+
+
+def agree(make, call, rtol: float = 1e-11) -> None:
+    found = in_a_row(make, call)
+    with bilevel.replaying(False):
+        expected = in_a_row(make, call)
+    for one, other in zip(found, expected, strict=True):
+        assert all(torch.allclose(a, b, rtol=rtol, atol=rtol) for a, b in zip(one, other, strict=True))
+
+
+@pytest.mark.parametrize("function", CALLS, ids=lambda function: function.__name__)
+def test_arguments_of_every_kind_that_change(function):
+    agree(lambda: bilevel.argmin(function), lambda layer, seed: differentiated(layer, *CALLS[function](seed)))
+
+
+@pytest.mark.parametrize("dims", [(None, 0, 0), (None, 0, None), (None, 0, 1)], ids=str)
+def test_batches_that_come_in_turn_with_single_problems(dims, replays):
+    def pair(w, a, b):
+        return ((w - a * b) ** 2).sum() + (w**4).sum() * b.square().sum()
+
+    def call(layer, seed):
+        start, a = torch.zeros(3, dtype=F64), given(seed, 5, 3).requires_grad_(True)
+        b = {0: given(seed, 5, 3), 1: given(seed, 3, 5), None: given(seed)}[dims[2]].requires_grad_(True)
+        x = vmap(layer, in_dims=dims)(start, a, b)
+        return [
+            x.detach(),
+            *torch.autograd.grad(x.square().sum(), (a, b)),
+            *differentiated(layer, start, a[0], given(seed)),
+        ]
+
+    agree(lambda: bilevel.argmin(pair), call)
+    assert replays[0] > 20
+
+
+def network_of_a_user(w, a, parameters):
+    return (functional_call(NETWORK, parameters, (w,)) - a.sum()).square().sum() + (w**2).sum()
+
+
+NETWORK = nn.Sequential(nn.Linear(3, 2, dtype=F64), nn.Tanh(), nn.Linear(2, 1, dtype=F64))
+
+
+def test_a_network_that_is_closed_over(monkeypatch, replays):
+    def call(layer, seed):
+        with monkeypatch.context() as patch:
+            if seed > 4:
+                patch.setitem(NETWORK._modules, "1", nn.Sigmoid())
+            a = given(seed).requires_grad_(True)
+            x = layer(torch.zeros(3, dtype=F64), a, {name: p.detach() for name, p in NETWORK.named_parameters()})
+            return [x.detach(), *torch.autograd.grad(x.sum(), a)]
+
+    agree(lambda: bilevel.argmin(network_of_a_user), call)
+    assert replays[0] > 3
+
+
+class Frozen(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.drop, self.last = nn.Linear(2, 4), nn.Dropout(0.0), nn.Linear(4, 1)
+        self.first.weight.requires_grad_(False)
+        self.register_buffer("scale", torch.ones(4))
+
+    def forward(self, x):
+        return self.last(self.drop(torch.relu(self.first(x))) * self.scale)
+
+
+def moved(learner, seed):
+    with torch.no_grad():
+        learner.model.scale.fill_(1 + seed / 10)
+        learner.model.first.weight.mul_(1.1)
+    learner.model.train(seed > 4)
+
+
+def loaded(learner, seed):
+    learner.load_state_dict({name: 1.1 * value for name, value in learner.state_dict().items()})
+
+
+def renewed(learner, seed):
+    learner.model.last.weight = nn.Parameter(learner.model.last.weight.detach() * 1.1)
+
+
+@pytest.mark.parametrize("change", [moved, loaded, renewed])
+def test_a_model_that_is_changed_in_between(change, replays):
+    def make():
+        torch.manual_seed(0)
+        return learner_of(Frozen().double())
+
+    def call(learner, seed):
+        change(learner, seed)
+        learner.zero_grad()
+        loss = learner(tasks(seed))
+        loss.backward()
+        return [loss.detach(), *(p.grad for p in learner.parameters() if p.requires_grad)]
+
+    agree(make, call)
+    assert replays[0] > 10

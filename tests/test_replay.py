@@ -733,3 +733,14 @@ def test_a_model_that_is_changed_in_between(change, replays):
 
     agree(make, call)
     assert replays[0] > 10
+
+
+@pytest.mark.parametrize("arguments", [0, 1])
+def test_batches_of_starts_alone_of_several_sizes(arguments):
+    def call(layer, seed):
+        args = [given(9)] * arguments
+        return [vmap(lambda start: layer(start, *args))(given(seed, 4 + seed % 3, 3))]
+
+    agree(
+        lambda: bilevel.argmin((lambda x: ((x - 1) ** 4).sum() + (x**2).sum(), objective)[arguments]), call, rtol=1e-7
+    )

@@ -238,3 +238,29 @@ def test_the_room_of_what_was_noted_is_let_go():
     finally:
         _Notes._place = place
     assert held[0] <= 5
+
+
+def seen_otherwise(x, y):
+    a = x * 2
+    b = (a**1).reshape(-1).exp()  # the power is left out: what views it views a
+    c = (x * 2).reshape(-1).exp()  # computed twice: likewise
+    return [b, c, a + y, (x**1).reshape(-1).exp(), (y**0 * x).mT.exp(), x + y]
+
+
+@given(seed=st.integers(0, 2**20))
+def test_what_is_left_out_is_viewed_in_what_stands_for_it(seed):
+    program = noted(seen_otherwise, (numbers(0, 3, 3), numbers(1, 3, 3)))
+    inputs = numbers(seed, 3, 3), numbers(seed + 1, 3, 3)
+    kept = [t.clone() for t in inputs]
+    assert same(program(*inputs), seen_otherwise(*inputs))
+    assert same(inputs, kept)
+
+
+def test_a_view_that_is_returned_is_of_a_tensor_of_its_own():
+    x = numbers(0, 3, 3)
+    program = noted(lambda x: [(x**1).reshape(-1), (x * 2).mT, (x * 2).reshape(-1)], (x,))
+    found = program(x)
+    rooms = [t.untyped_storage().data_ptr() for t in (x, *found)]
+    assert len(set(rooms)) == 4
+    found[0].zero_()
+    assert same([x], [numbers(0, 3, 3)])

@@ -50,6 +50,8 @@ class _Shortening:
         self._instead: dict[int, int] = {}
         self._ones: set[int] = set()
         self._made: dict[Any, Step] = {}
+        self._outward = {self._layout(number).memory for number in tape.outputs}
+        self._moved: dict[int, int] = {}
 
     def tape(self) -> Tape:
         """Return the shorter one."""
@@ -59,7 +61,8 @@ class _Shortening:
             if not self._is_idle(step):
                 kept.append(step)
         outputs = tuple(self._instead.get(number, number) for number in self._tape.outputs)
-        return replace(self._tape, steps=tuple(kept), outputs=outputs)
+        layouts = {n: layout._replace(memory=self._room(layout.memory)) for n, layout in self._tape.layouts.items()}
+        return replace(self._tape, steps=tuple(kept), outputs=outputs, layouts=layouts)
 
     def _redirected(self, step: Step) -> Step:
         """Return ``step`` reading from where things stand now."""
@@ -79,15 +82,30 @@ class _Shortening:
         made = step.results.number
         same = self._same_as(step)
         if same is not None and self._may_stand_for(same, made):
-            self._instead[made] = same
+            self._put(made, same)
             return True
         key = (step.operation, _frozen(step.args), _frozen(step.kwargs))
         before = self._made.setdefault(key, step)
-        # An output is a tensor of its own.
-        if before is not step and made not in self._tape.outputs:
-            self._instead[made] = slots_in(before.results)[0]
+        if before is not step and self._is_inward(made):
+            self._put(made, slots_in(before.results)[0])
             return True
         return False
+
+    def _put(self, made: int, same: int) -> None:
+        self._instead[made] = same
+        # What is viewed in it is viewed in the other's memory from now on.
+        old, new = self._room(self._layout(made).memory), self._room(self._layout(same).memory)
+        if old != new:
+            self._moved[old] = new
+
+    def _room(self, memory: int) -> int:
+        while memory in self._moved:
+            memory = self._moved[memory]
+        return memory
+
+    def _is_inward(self, made: int) -> bool:
+        """Return whether a slot may be left out: an output is a tensor of its own, and so is one that is a view of the slot."""
+        return self._layout(made).memory not in self._outward
 
     def _same_as(self, step: Step) -> int | None:
         """Return the argument that ``step`` leaves as it is, if it does."""
@@ -109,8 +127,8 @@ class _Shortening:
         return None
 
     def _may_stand_for(self, same: int, made: int) -> bool:
-        # An output is a tensor of its own, and one that views of it are taken of lies as it would.
-        return made not in self._tape.outputs and self._layout(same).alike(self._layout(made))
+        # One that views of it are taken of lies as it would.
+        return self._is_inward(made) and self._layout(same).alike(self._layout(made))
 
     def _layout(self, number: int) -> Layout:
         return self._tape.layouts[number]

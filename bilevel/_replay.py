@@ -93,6 +93,9 @@ class Tapes:
         else:
             expected, entry.program = note(evaluation, inputs, captured, late)
         fits = entry.program is not None and _repeats(entry.program, (*inputs, *captured), late, expected)
+        if noted and fits and entry.program is not None and entry.program.has_constants:
+            again = note(evaluation, inputs, captured, late)[1]
+            fits = again is not None and not entry.program.shares_constants(again)
         entry.given_up, entry.trusted = not fits, noted and fits
         if not fits:
             entry.program = None

@@ -22,7 +22,7 @@ from weakref import ReferenceType
 import torch
 from torch.utils import _pytree as pytree
 
-from bilevel._straight_modules import Shell, attributes_of, emptied, methods_of, shell_parts
+from bilevel._straight_modules import Shell, attributes_of, emptied, methods_of, reaches, shell_parts
 from bilevel._transforms import is_plain
 
 __all__ = ["Memory", "ordinary", "reached", "tells"]
@@ -54,7 +54,7 @@ _READING = frozenset({
     "numpy", "tolist", "item", "data_ptr", "storage", "untyped_storage", "storage_offset", "from_numpy", "frombuffer", "from_dlpack", "to_dlpack",
     "__array__", "__dlpack__", "__array_interface__", "apply_", "map_", "map2_", "tensor_split", "hsplit", "vsplit", "dsplit", "array_split",
     "pack_padded_sequence", "pack_sequence", "ctc_loss", "CTCLoss", "lstm", "gru", "rnn_tanh", "rnn_relu", "nested", "set_", "resize_",
-    "resize_as_", "data", "_version", "load", "initial_seed", "seed", "get_rng_state", "random", "get_num_threads", "is_grad_enabled",
+    "resize_as_", "data", "_base", "_version", "load", "initial_seed", "seed", "get_rng_state", "random", "get_num_threads", "is_grad_enabled",
     "is_inference_mode_enabled", "is_autocast_enabled", "distributed", "ops", "jit", "compile", "library", "profiler", "hub", "overrides",
 })  # fmt: skip
 # Arguments of so many kinds are told apart at once: the last batch of a data set is smaller than the others.
@@ -124,10 +124,13 @@ def reached(*functions: Any) -> tuple[Any, ...] | None:
             parts.extend(shell[0])
             pending.extend(shell[1])
             continue
-        parts.append(item)
         if type(item) is tuple:
+            # Who keeps the tuple itself would keep what is in it.
+            parts.extend((tuple, len(item)))
             pending.extend(item)
-        elif isinstance(item, FunctionType) and not _of_torch(item):
+            continue
+        parts.append(item)
+        if isinstance(item, FunctionType) and not _of_torch(item):
             if id(item) in expanded:
                 continue
             expanded.add(id(item))
@@ -161,7 +164,11 @@ def _of_object(owner: Any, method: FunctionType) -> list[Any] | None:
     if getattr(type(owner), method.__name__, None) is not method or not hasattr(owner, "__dict__"):
         return None
     methods = methods_of(owner, method.__name__, _attributes)
-    return None if methods is None else [*methods, *attributes_of(owner, methods, _attributes)]
+    if methods is None or any(
+        reaches(code) for item in methods if isinstance(item, FunctionType) for code in _nested(item.__code__)
+    ):
+        return None
+    return [*methods, *attributes_of(owner, methods, _attributes)]
 
 
 def _attributes(code: CodeType) -> Iterator[str]:
@@ -177,12 +184,17 @@ def ordinary(structure: pytree.TreeSpec) -> bool:
 
 def _harmless(item: Any) -> bool:
     if isinstance(item, torch.Tensor):
-        return type(item) in (torch.Tensor, torch.nn.Parameter) and is_plain(item) and not vars(item)
+        return type(item) in (torch.Tensor, torch.nn.Parameter) and _is_alone(item)
     if isinstance(item, ModuleType):
         return item.__name__.split(".")[0] in _MODULES
     if isinstance(item, (BuiltinFunctionType, type)):
         return item in _BUILTINS or _of_torch(item) or getattr(math, item.__name__, None) is item
     return type(item) in _CONSTANTS or isinstance(item, FunctionType)
+
+
+def _is_alone(tensor: torch.Tensor) -> bool:
+    """Return whether no other tensor is reached from this one: as its gradient, or what it is a view of."""
+    return is_plain(tensor) and not vars(tensor) and tensor.grad is None
 
 
 def _of_torch(item: Any) -> bool:

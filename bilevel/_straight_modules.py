@@ -7,15 +7,17 @@ how attributes are found make a module one of which nothing is said.
 
 from __future__ import annotations
 
+import dis
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from types import CodeType, FunctionType
 from typing import Any, TypeAlias
 
 from torch import nn
 from torch.nn.modules import module as _module
 
-__all__ = ["Shell", "attributes_of", "emptied", "methods_of", "shell_parts"]
+__all__ = ["Shell", "attributes_of", "emptied", "methods_of", "reaches", "shell_parts"]
 
 # Their forward is a matter of settings and tensors alone.
 _KNOWN = frozenset({
@@ -29,6 +31,12 @@ _KNOWN = frozenset({
     nn.KLDivLoss, nn.SoftMarginLoss,
 })  # fmt: skip
 _GETATTR = nn.Module.__getattr__
+# With these a module's methods reach what it holds by no name of their own.
+_REACHING = frozenset({
+    "parameters", "named_parameters", "buffers", "named_buffers", "children", "named_children", "modules", "named_modules", "state_dict",
+    "get_parameter", "get_buffer", "get_submodule", "apply", "_apply", "__getattr__", "__getattribute__", "__call__", "_call_impl",
+    "_wrapped_call_impl",
+})  # fmt: skip
 Names: TypeAlias = Callable[[CodeType], Iterable[str]]
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 # What torch keeps beside settings, of which only the names matter here.
@@ -93,7 +101,7 @@ def _within(key: str, module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 def methods_of(owner: object, method: str, names: Names) -> list[Any] | None:
     """Return the ``method`` of an object's class and all that it names of that class, method by method.
 
-    None if the class finds attributes in a way of its own.
+    None if the class finds attributes in a way of its own, or a method makes another use of its object than to name attributes.
     """
     kind: Any = type(owner)
     if kind.__getattribute__ is not object.__getattribute__ or getattr(kind, "__getattr__", None) not in (
@@ -117,8 +125,45 @@ def methods_of(owner: object, method: str, names: Names) -> list[Any] | None:
         value = getattr(kind, name)
         found.append(value)
         if isinstance(value, FunctionType):
+            of_torch = (value.__module__ or "").split(".")[0] == "torch"
+            if not of_torch and not _static(kind, name) and _hands_on(value.__code__):
+                return None
             pending.extend(names(value.__code__))
     return found
+
+
+def _static(kind: type, name: str) -> bool:
+    """Return whether a class has a static method under ``name``."""
+    return isinstance(next((vars(base)[name] for base in kind.__mro__ if name in vars(base)), None), staticmethod)
+
+
+@lru_cache(maxsize=1024)
+def _hands_on(code: CodeType) -> bool:
+    """Return whether a method does anything with its object but name attributes of it: calls it, indexes it, or gives it to a function."""
+    if not code.co_argcount:
+        return True
+    first, pending = code.co_varnames[0], [code]
+    while pending:
+        part = pending.pop()
+        pending += [constant for constant in part.co_consts if isinstance(constant, CodeType)]
+        steps = [step for step in dis.get_instructions(part) if step.opname != "CACHE"]
+        for step, after in zip(steps, [*steps[1:], None], strict=True):
+            # Later versions of Python load two variables at once.
+            loads = isinstance(step.argval, tuple) and first in step.argval
+            if not loads and (
+                step.argval != first or not step.opname.startswith(("LOAD_FAST", "LOAD_DEREF", "STORE_"))
+            ):
+                continue
+            if loads and (first in step.argval[:-1] or not step.opname.startswith("LOAD_FAST")):
+                return True
+            if step.opname.startswith("STORE_") or after is None or after.opname not in ("LOAD_ATTR", "LOAD_METHOD"):
+                return True
+    return False
+
+
+def reaches(code: CodeType) -> bool:
+    """Return whether ``code`` may reach what a module holds by other names than its own."""
+    return not _REACHING.isdisjoint(code.co_names)
 
 
 def attributes_of(owner: object, methods: Iterable[Any], names: Names) -> list[Any]:

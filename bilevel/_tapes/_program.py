@@ -32,10 +32,19 @@ class Begun:
     program: Program
     outputs: tuple[torch.Tensor | None, ...]
     between: Tensors = field(repr=False)
+    versions: tuple[int, ...] = field(repr=False)
 
     def finish(self, which: tuple[int, ...], *late: torch.Tensor) -> Tensors:
         """Return the results at the places ``which`` for the ``late`` arguments, as often as one likes."""
-        return self.program.rest(which)(*late, *self.between)
+        written, read = self.program.rest(which)
+        if any(
+            _version(self.between[place]) != self.versions[place] for place in read
+        ):  # as a graph says of what it has saved
+            raise RuntimeError(
+                "one of the variables needed for gradient computation has been modified by an inplace operation: a tensor "
+                "that the function reaches was changed between the forward pass and the backward pass"
+            )
+        return written(*late, *self.between)
 
 
 class Program:
@@ -59,7 +68,7 @@ class Program:
         self._between = tuple(sorted(between))
         outputs = (*self._first, *self._between)
         self._begin = self._part(tape.inputs[:early], outputs, lambda step: not self._hangs(step))
-        self._rests: dict[tuple[int, ...], Written] = {}
+        self._rests: dict[tuple[int, ...], tuple[Written, tuple[int, ...]]] = {}
 
     def __call__(self, *inputs: torch.Tensor) -> Tensors:
         """Return all results, of a program in one part."""
@@ -70,22 +79,42 @@ class Program:
         made = self._begin(*early)
         known = iter(made)
         outputs = tuple(None if number in self._hanging else next(known) for number in self._tape.outputs)
-        return Begun(self, outputs, made[len(self._first) :])
+        between = made[len(self._first) :]
+        return Begun(self, outputs, between, tuple(map(_version, between)))
 
-    def rest(self, which: tuple[int, ...]) -> Written:
-        """Return the second part for the results at the places ``which``."""
+    def rest(self, which: tuple[int, ...]) -> tuple[Written, tuple[int, ...]]:
+        """Return the second part for the results at the places ``which``, and which of the tensors between the parts it reads."""
         if which not in self._rests:
             outputs = [self._tape.outputs[place] for place in which]
-            self._rests[which] = self._part((*self._late, *self._between), outputs, self._hangs)
+            written = self._part((*self._late, *self._between), outputs, self._hangs)
+            needed = self._tape.needed(outputs, self._between, self._hangs)
+            read = {number for step in needed for number in step.reads}.union(outputs)
+            places = tuple(place for place, number in enumerate(self._between) if number in read)
+            self._rests[which] = written, places
         return self._rests[which]
+
+    def shares_constants(self, other: Program) -> bool:
+        """Return whether some constant is one of another run's: what a run finds instead of making it may change."""
+        mine = {constant.untyped_storage()._cdata for constant in self._tape.constants.values()}
+        return any(constant.untyped_storage()._cdata in mine for constant in other._tape.constants.values())
 
     def _part(self, given: Sequence[int], outputs: Sequence[int], here: Callable[[Step], bool]) -> Written:
         steps = self._tape.needed(outputs, given, here)
         steps = over_what_is_done_with(self._tape, steps, given, outputs)
         return _written(steps, given, outputs, self._tape.constants)
 
+    @property
+    def has_constants(self) -> bool:
+        """Whether there are tensors on the tape that no operation made."""
+        return bool(self._tape.constants)
+
     def _hangs(self, step: Step) -> bool:
         return not self._hanging.isdisjoint(step.reads)
+
+
+def _version(tensor: torch.Tensor) -> int:
+    """Return how often a tensor was changed in place, under whatever name."""
+    return -1 if tensor.is_inference() else tensor._version
 
 
 def _written(

@@ -93,7 +93,8 @@ class Tapes:
         else:
             expected, entry.program = note(evaluation, inputs, captured, late)
         fits = entry.program is not None and _repeats(entry.program, (*inputs, *captured), late, expected)
-        if noted and fits and entry.program is not None and entry.program.has_constants:
+        if fits and not noted and entry.program is not None and entry.program.has_constants:
+            # What the code makes is made anew by another run; what a run finds somewhere may be another tensor, or number, tomorrow.
             again = note(evaluation, inputs, captured, late)[1]
             fits = again is not None and not entry.program.shares_constants(again)
         entry.given_up, entry.trusted = not fits, noted and fits

@@ -744,3 +744,170 @@ def test_batches_of_starts_alone_of_several_sizes(arguments):
     agree(
         lambda: bilevel.argmin((lambda x: ((x - 1) ** 4).sum() + (x**2).sum(), objective)[arguments]), call, rtol=1e-7
     )
+
+
+# What a method reaches by other ways than the names in its code.
+
+
+def of_an_object(kept, x):
+    return x * kept.scale
+
+
+class Keeper:
+    scale = 1.0
+
+    def __call__(self, x):
+        return x * self.scale
+
+    def __getitem__(self, place):
+        return self.scale
+
+    def called(self, x, a):
+        return ((self(x) - a) ** 2).sum() + (x**4).sum()
+
+    def handed_on(self, x, a):
+        return ((of_an_object(self, x) - a) ** 2).sum() + (x**4).sum()
+
+    def indexed(self, x, a):
+        return ((self[0] * x - a) ** 2).sum() + (x**4).sum()
+
+    def mapped(self, x, a):
+        return sum(map(lambda kept: ((kept.scale * x - a) ** 2).sum(), (self,))) + (x**4).sum()  # noqa: C417
+
+
+class Holding(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.bend = nn.Softplus(beta=1.0)
+        self.register_buffer("scale", torch.tensor(1.0, dtype=F64))
+
+    def forward(self, x):
+        return self.bend(x) * self.scale
+
+    def called(self, x, a):
+        return ((self(x) - a) ** 2).sum() + (x**4).sum()
+
+    def listed(self, x, a):
+        return ((x * sum(self.buffers()) - a) ** 2).sum() + (x**4).sum()
+
+    def child(self, x, a):
+        return ((next(iter(self.children()))(x) - a) ** 2).sum() + (x**4).sum()
+
+    def named(self, x, a):
+        return ((x * self.get_buffer("scale") - a) ** 2).sum() + (x**4).sum()
+
+    def in_state(self, x, a):
+        return ((x * self.state_dict()["scale"] - a) ** 2).sum() + (x**4).sum()
+
+
+class Classy(nn.Module):
+    scale = 1.0
+
+    def forward(self, x):
+        return of_an_object(self, x)
+
+
+def rescale(kept, value):
+    if isinstance(kept, Holding):
+        kept.bend.beta, kept.scale = value, torch.tensor(value, dtype=F64)
+    else:
+        type(kept).scale = value
+
+
+@pytest.mark.parametrize(
+    ("kind", "method"),
+    [
+        *((Keeper, method) for method in ("called", "handed_on", "indexed", "mapped")),
+        *((Holding, method) for method in ("called", "listed", "child", "named", "in_state")),
+        (Classy, None),
+    ],
+)
+def test_state_that_is_reached_by_other_ways_than_names(kind, method):
+    kept = kind()
+
+    def make():
+        rescale(kept, 1.0)
+        if method is None:
+            return bilevel.argmin(lambda x, a: ((kept(x) - a) ** 2).sum() + (x**4).sum())
+        return bilevel.argmin(getattr(kept, method))
+
+    def call(layer, seed):
+        rescale(kept, 1.0 if seed < 5 else 3.0)
+        return differentiated(layer, torch.zeros(3, dtype=F64), given(seed))
+
+    agree(make, call, rtol=1e-9)
+    rescale(kept, 1.0)
+
+
+def test_a_number_that_is_found_and_not_made_is_read_anew(monkeypatch):
+    # Both are tensors without axes that no operation makes: one of the code's own numbers, and one that is kept where it is not looked for.
+    monkeypatch.setattr(_inspection, "tells", lambda parts: True)
+    source = torch.ones(3, dtype=F64)
+    strength = [torch.tensor(1.0, dtype=F64)]
+    monkeypatch.setattr(torch, "_kept_for_a_test", strength, raising=False)
+
+    def found(x, a):
+        return ((x - a) ** 2).sum() + (x * source).square().sum() * torch._kept_for_a_test[0] * torch.tensor(0.5)
+
+    def call(layer, seed):
+        strength[0] = torch.tensor(1.0 if seed < 5 else 4.0, dtype=F64)
+        return differentiated(layer, torch.zeros(3, dtype=F64), given(seed))
+
+    agree(lambda: bilevel.argmin(found), call)
+
+
+def test_the_code_s_own_numbers_are_no_hindrance(replays):
+    layer = bilevel.argmin(
+        lambda x, a: ((x - a) ** 2).sum() + torch.tensor(0.5) * (x**2).sum() + x.where(x > 0, 0.0).sum()
+    )
+    for seed in range(5):
+        layer(torch.ones(3, dtype=F64), given(seed).abs() + 1)
+    assert replays[0] > 0
+
+
+def test_a_gradient_that_a_captured_tensor_has_is_not_a_constant():
+    kept = torch.tensor(1.0, dtype=F64)
+
+    def call(layer, seed):
+        kept.grad = torch.tensor(2.0 if seed < 5 else 5.0, dtype=F64)
+        return differentiated(layer, torch.zeros(3, dtype=F64), given(seed))
+
+    agree(lambda: bilevel.argmin(lambda x, a: ((x - a * kept.grad) ** 2).sum() + (x**4).sum()), call)
+
+
+@pytest.mark.parametrize("settings", SOLVERS.values(), ids=SOLVERS)
+def test_a_tensor_that_is_changed_before_the_derivative_is_told(settings):
+    shift = given(5)
+    layer = bilevel.argmin(
+        lambda x, a: ((x - a) ** 2).sum() + (x * shift * a).sin().sum() + (x**4 * shift**2).sum(), **settings
+    )
+    for seed in range(6):
+        a = given(seed).requires_grad_(True)
+        x = layer(torch.zeros(3, dtype=F64), a)
+        if seed < 5:
+            x.sum().backward()
+    shift += 1
+    with bilevel.replaying(False):
+        plain = bilevel.argmin(layer.function, **settings)
+        y = plain(torch.zeros(3, dtype=F64), a)
+    shift += 1
+    outcomes = []
+    for solution in (x, y):
+        try:
+            solution.sum().backward()
+            outcomes.append("derivative")
+        except RuntimeError as error:
+            outcomes.append("modified" if "modified by an inplace operation" in str(error) else str(error))
+    assert outcomes[0] == outcomes[1]
+
+
+def test_what_is_in_a_tuple_is_let_go():
+    def call(layer, seed):
+        held = (given(seed),)
+        layer(torch.zeros(3, dtype=F64), given(seed + 1), lambda x: x * held[0])
+        return weakref.ref(held[0])
+
+    layer = bilevel.argmin(lambda x, a, function: ((function(x) - a) ** 2).sum() + (x**4).sum())
+    refs = [call(layer, seed) for seed in range(5)]
+    gc.collect()
+    assert [ref() for ref in refs] == [None] * 5

@@ -94,7 +94,7 @@ class Program:
         return self._rests[which]
 
     def shares_constants(self, other: Program) -> bool:
-        """Return whether some constant is one of another run's: what a run finds instead of making it may change."""
+        """Return whether a constant here is in the memory of one there."""
         mine = {constant.untyped_storage()._cdata for constant in self._tape.constants.values()}
         return any(constant.untyped_storage()._cdata in mine for constant in other._tape.constants.values())
 

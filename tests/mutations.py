@@ -704,6 +704,38 @@ MUTATIONS = (
         "replays that cannot be switched off", "_inspection.py",
         "    fits = allowed() and problem", "    fits = problem", ("tests/test_replay.py",),
     ),
+    Mutation(
+        "views of what is left out taken for tensors of their own", "_tapes/_shorter.py",
+        "            self._moved[old] = new", "            pass", (TAPES,),
+    ),
+    Mutation(
+        "an output that shares memory with what stands for its base", "_tapes/_shorter.py",
+        "return self._layout(made).memory not in self._outward", "return made not in self._tape.outputs", (TAPES,),
+    ),
+    Mutation(
+        "sizes of batches not told apart", "_inspection.py",
+        "tuple((level.size, level.batched) for level", "tuple(level.batched for level", ("tests/test_replay.py",),
+    ),
+    Mutation(
+        "what a run finds taken for what it makes", "_replay.py",
+        "fits = again is not None and not entry.program.shares_constants(again)", "pass", ("tests/test_replay.py",),
+    ),
+    Mutation(
+        "tensors changed before a derivative passed over", "_tapes/_program.py",
+        "if any(_version(self.between[place]) != self.versions[place] for place in read):", "if False:", ("tests/test_replay.py",),
+    ),
+    Mutation(
+        "an object that is handed on taken for its names", "_straight_modules.py",
+        "if not of_torch and not _static(kind, name) and _hands_on(value.__code__):", "if False:", ("tests/test_replay.py",),
+    ),
+    Mutation(
+        "what a module reaches by no name passed over", "_straight_modules.py",
+        "    return not _REACHING.isdisjoint(code.co_names)", "    return False", ("tests/test_replay.py",),
+    ),
+    Mutation(
+        "tuples that are kept with what is in them", "_straight.py",
+        "            parts.extend((tuple, len(item)))", "            parts.append(item)", ("tests/test_replay.py",),
+    ),
 )  # fmt: skip
 
 

@@ -264,3 +264,50 @@ def test_a_view_that_is_returned_is_of_a_tensor_of_its_own():
     assert len(set(rooms)) == 4
     found[0].zero_()
     assert same([x], [numbers(0, 3, 3)])
+
+
+# Functions made at random of what is left out, viewed, computed twice and written over.
+
+STEPS = [
+    lambda a, b: a**1, lambda a, b: a * b**0, lambda a, b: a * 1, lambda a, b: a.mT, lambda a, b: a.reshape(9).reshape(3, 3),
+    lambda a, b: a[:1].expand(3, 3), lambda a, b: a + b, lambda a, b: b + a, lambda a, b: a * b, lambda a, b: b * a, lambda a, b: a * 2.0,
+    lambda a, b: a.neg(), lambda a, b: a.sin().exp(), lambda a, b: a.tanh(), lambda a, b: a - b, lambda a, b: a.relu(),
+    lambda a, b: a / (1 + b**2), lambda a, b: torch.addcmul(a, a, b), lambda a, b: a.unsqueeze(0).squeeze(0) ** 1.0, lambda a, b: a.flip(0),
+    lambda a, b: (a**1).T.sigmoid(), lambda a, b: a.diagonal().unsqueeze(1) * b, lambda a, b: a.contiguous(), lambda a, b: a.clone(),
+]  # fmt: skip
+
+
+@st.composite
+def functions(draw):
+    steps = draw(
+        st.lists(
+            st.tuples(st.sampled_from(range(len(STEPS))), st.integers(0, 99), st.integers(0, 99)),
+            min_size=2,
+            max_size=14,
+        )
+    )
+    returned = draw(st.lists(st.integers(0, 99), min_size=1, max_size=4))
+
+    def function(*inputs):
+        made = list(inputs)
+        for which, left, right in steps:
+            made.append(STEPS[which](made[left % len(made)], made[right % len(made)]))
+        return [made[place % len(made)] for place in (*returned, len(made) - 1)]
+
+    return function
+
+
+@given(function=functions(), seed=st.integers(0, 2**20))
+def test_functions_made_at_random(function, seed):
+    x, y, z = (numbers(seed + place, 3, 3) for place in range(3))
+    kept = [t.clone() for t in (x, y, z)]
+    program = noted(function, (numbers(7, 3, 3), numbers(8, 3, 3)))
+    for other in (y, z, y):
+        found, expected = program(x, other), function(x, other)
+        assert same(found, expected)
+    begun = noted(function, (numbers(7, 3, 3),), late=(numbers(8, 3, 3),)).begin(x)
+    for other in (y, z, y):
+        expected = function(x, other)
+        assert same(begun.finish(tuple(range(len(expected))), other), expected)
+        assert all(same(begun.finish((place,), other), [one]) for place, one in enumerate(expected))
+    assert same((x, y, z), kept)

@@ -37,9 +37,8 @@ class Begun:
     def finish(self, which: tuple[int, ...], *late: torch.Tensor) -> Tensors:
         """Return the results at the places ``which`` for the ``late`` arguments, as often as one likes."""
         written, read = self.program.rest(which)
-        if any(
-            _version(self.between[place]) != self.versions[place] for place in read
-        ):  # as a graph says of what it has saved
+        changed = any(_version(self.between[place]) != self.versions[place] for place in read)
+        if changed:  # as a graph says of what it has saved
             raise RuntimeError(
                 "one of the variables needed for gradient computation has been modified by an inplace operation: a tensor "
                 "that the function reaches was changed between the forward pass and the backward pass"

@@ -791,7 +791,8 @@ class Holding(nn.Module):
         return ((x * sum(self.buffers()) - a) ** 2).sum() + (x**4).sum()
 
     def child(self, x, a):
-        return (([part(x) for part in self.children()][0] - a) ** 2).sum() + (x**4).sum()
+        bent = [part(x) for part in self.children()]
+        return ((bent[0] - a) ** 2).sum() + (x**4).sum()
 
     def named(self, x, a):
         return ((x * self.get_buffer("scale") - a) ** 2).sum() + (x**4).sum()

@@ -9,21 +9,26 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from torch.utils import _pytree as pytree
 
 from bilevel._choice import default_linear_solver, default_solver
 from bilevel._goal import Search
 from bilevel._guards import FirstLook
+from bilevel._hypergradient import Hypergradient
 from bilevel._inspection import on_trust
 from bilevel._knowledge import GoalReport, Knowledge, Reached
 from bilevel._layer import Layer
 from bilevel._problem import Problem
 from bilevel._replay import Tapes
 from bilevel._straight import Memory
+from bilevel._transforms import transforms_active
+from bilevel._tree import moves
 from bilevel.certificates.bound import Bound
 from bilevel.errors import ArgumentError, BilevelError, SolveError, SolveWarning, TransformError
 from bilevel.reports import Basis, Pass, SolveReport, Status, enforce, misuse
+from bilevel.tolerance import Tolerance
 
-__all__ = ["Promised", "Sought", "seek"]
+__all__ = ["Sought", "promised", "seek", "wants_promise"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -136,7 +141,7 @@ def _report(
     )  # fmt: skip
 
 
-class Promised(torch.autograd.Function):
+class _Promised(torch.autograd.Function):
     """The outer loss, with gradients that were found together with it."""
 
     @staticmethod
@@ -154,3 +159,33 @@ class Promised(torch.autograd.Function):
                 "promise about the hypergradient alone: pass Tolerance(delta=..., delta_prime=...) for second derivatives"
             )
         return (None, None, *(cotangent.to(gradient) * gradient for gradient in ctx.saved_tensors))
+
+
+def wants_promise(where: str, tolerance: Tolerance, outer: Any, data: Any) -> bool:
+    """Return whether a tensor of ``outer`` wants the gradient of a loss that is computed to ``tolerance``, which has a goal.
+
+    Raises
+    ------
+    TransformError, ArgumentError
+        If more is wanted than that gradient: inside a transform, or of ``data``.
+    """
+    call = f"{tolerance!r} holds for hypergradient(...) and for the first backward of the loss"
+    if transforms_active():
+        raise TransformError(
+            f"{where}: expected no transform of torch.func around a problem with a goal, and there is one; {call}; "
+            "inside a transform pass Tolerance(delta=..., delta_prime=...)"
+        )
+    if any(isinstance(leaf, torch.Tensor) and leaf.requires_grad for leaf in pytree.tree_leaves(data)):
+        raise ArgumentError(
+            f"{where}: expected data not to require grad for a problem with a goal, and it does; {call} to outer; "
+            "put what is to be differentiated into outer, or pass Tolerance(delta=..., delta_prime=...)"
+        )
+    return any(leaf.requires_grad for leaf in pytree.tree_leaves(outer) if moves(leaf))
+
+
+def promised(result: Hypergradient, outer: Any) -> torch.Tensor:
+    """Return the outer loss of ``result``, with its gradients for the tensors of ``outer``."""
+    gradients = [leaf for leaf in pytree.tree_leaves(result.grad) if leaf is not None]
+    leaves = [leaf for leaf in pytree.tree_leaves(outer) if moves(leaf)]
+    loss: torch.Tensor = _Promised.apply(result.value, gradients, *leaves)
+    return loss

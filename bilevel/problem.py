@@ -13,7 +13,6 @@ from torch.utils import _pytree as pytree
 
 from bilevel._guards import (
     FirstLook,
-    Watch,
     check_captures,
     check_connection,
     check_dependence,
@@ -24,18 +23,17 @@ from bilevel._hypergradient import Hypergradient, HypergradientReport, assemble
 from bilevel._knowledge import Knowledge
 from bilevel._layer import Layer, Solution
 from bilevel._numbering import Numbering
+from bilevel._outer_loss import outer_losses
 from bilevel._problem import Problem
-from bilevel._repeatable import Repeatable
-from bilevel._seek import Promised, seek
-from bilevel._seen import learn
+from bilevel._seek import promised, seek, wants_promise
 from bilevel._system import ArgminSystem
-from bilevel._transforms import saving_hooked, transforms_active, unhooked
+from bilevel._transforms import transforms_active, unhooked
 from bilevel._tree import moves
 from bilevel.certificates._certificate import Certificate
 from bilevel.certificates._point import Point
 from bilevel.certificates.bound import Bound
 from bilevel.certificates.constants import Constants
-from bilevel.errors import ArgumentError, ShapeError, TransformError
+from bilevel.errors import ArgumentError, TransformError
 from bilevel.linear._base import LinearSolverLike
 from bilevel.reports import Basis, OnFailure
 from bilevel.solvers._base import InnerSolverLike
@@ -235,10 +233,10 @@ class BilevelProblem(torch.nn.Module, ABC):
         under ``torch.no_grad``, the inner solve goes as far as the dtype allows.
         """
         tolerance = self.tolerance_of(outer, data)
-        if tolerance.has_goal and torch.is_grad_enabled():
-            promised = self._promised(outer, data, init, tolerance)
-            if promised is not None:
-                return promised
+        if tolerance.has_goal and torch.is_grad_enabled() and wants_promise(self.where, tolerance, outer, data):
+            with unhooked():
+                result = self._to_goal(outer, data, init, tolerance)
+            return promised(result, outer)
         solution = self.solve(outer, data, init=init)
         loss = self._outer_losses(solution.value, outer, data).mean()
         theta = [leaf for leaf in pytree.tree_leaves(outer) if isinstance(leaf, torch.Tensor)]
@@ -428,31 +426,6 @@ class BilevelProblem(torch.nn.Module, ABC):
             result.__dict__["value_bound"] = Bound(found.value_error, Basis.ESTIMATED)
         return result
 
-    def _promised(self, outer: Any, data: Any, init: Any, tolerance: Tolerance) -> torch.Tensor | None:
-        """Return the outer loss with a gradient that meets the goal, or None where no tensor of ``outer`` wants one."""
-        where, call = (
-            self._layer.where,
-            f"{tolerance!r} holds for hypergradient(...) and for the first backward of the loss",
-        )
-        if transforms_active():
-            raise TransformError(
-                f"{where}: expected no transform of torch.func around a problem with a goal, and there is one; {call}; "
-                "inside a transform pass Tolerance(delta=..., delta_prime=...)"
-            )
-        if any(isinstance(leaf, torch.Tensor) and leaf.requires_grad for leaf in pytree.tree_leaves(data)):
-            raise ArgumentError(
-                f"{where}: expected data not to require grad for a problem with a goal, and it does; {call} to outer; "
-                "put what is to be differentiated into outer, or pass Tolerance(delta=..., delta_prime=...)"
-            )
-        leaves = [leaf for leaf in pytree.tree_leaves(outer) if moves(leaf)]
-        if not any(leaf.requires_grad for leaf in leaves):
-            return None
-        with unhooked():
-            result = self._to_goal(outer, data, init, tolerance)
-        gradients = [leaf for leaf in pytree.tree_leaves(result.grad) if leaf is not None]
-        promised: torch.Tensor = Promised.apply(result.value, gradients, *leaves)
-        return promised
-
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
         # Called by .to(), .double() and their like: what the next solve begins from follows, as buffers do.
         if self._last is not None:
@@ -495,34 +468,7 @@ class BilevelProblem(torch.nn.Module, ABC):
         return last if fits and _same_shapes(last, cold) else cold
 
     def _outer_losses(self, inner: Any, outer: Any, data: Any) -> torch.Tensor:
-        def one(inner: Any, outer: Any, data: Any) -> torch.Tensor:
-            loss = self.outer_objective(inner, outer, data)
-            if not isinstance(loss, torch.Tensor) or loss.ndim != 0:
-                got = tuple(loss.shape) if isinstance(loss, torch.Tensor) else type(loss).__name__
-                raise ShapeError(
-                    f"{self._layer.where}: expected outer_objective to return a scalar tensor of shape (), got {got}; "
-                    "reduce it, for example with .mean()"
-                )
-            return loss
-
-        def every() -> torch.Tensor:
-            with Repeatable.around(self.outer_objective):
-                # Randomness would be refused by vmap in words about vmap; let it through to our own check.
-                losses: torch.Tensor = self._numbering.each(one, randomness="different")(inner, outer, data)
-            return losses
-
-        watch = Watch(self.where, self.outer_objective, (inner, outer, data))
-        given = [leaf for leaf in pytree.tree_leaves((inner, outer, data)) if isinstance(leaf, torch.Tensor)]
-        if saving_hooked():
-            # A checkpoint takes it for granted that what is computed again saves what was saved first.
-            with unhooked():
-                learn(self.outer_objective, every(), given)
-            losses = every()
-        else:
-            losses = every()
-            if learn(self.outer_objective, losses, given):
-                losses = every()
-        return losses * float("nan") if watch.ended(self._layer.on_failure) else losses
+        return outer_losses(self.outer_objective, self._numbering, inner, outer, data, self._layer.on_failure)
 
 
 def _wanted(outer: Any, problem: Problem) -> tuple[bool, ...]:

@@ -58,6 +58,7 @@ FLOORS = {
     "bilevel._goal": 4,
     "bilevel._error_model": 4,
     "bilevel._knowledge": 4,
+    "bilevel._outer_loss": 4,
     "bilevel._seek": 4,
     "bilevel.problem": 4,
     "bilevel._hypergradient": 4,

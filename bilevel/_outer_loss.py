@@ -1,0 +1,68 @@
+"""The outer losses at the inner solutions, as ordinary code in the caller's graph, and a look at whether they are a function of their arguments."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.utils import _pytree as pytree
+
+from bilevel._guards import Watch
+from bilevel._numbering import Numbering
+from bilevel._repeatable import Repeatable
+from bilevel._seen import learn
+from bilevel._transforms import saving_hooked, unhooked
+from bilevel.errors import ShapeError
+from bilevel.reports import OnFailure
+
+__all__ = ["outer_losses"]
+
+
+def outer_losses(
+    objective: Callable[[Any, Any, Any], torch.Tensor],
+    numbering: Numbering,
+    inner: Any,
+    outer: Any,
+    data: Any,
+    on_failure: OnFailure,
+) -> torch.Tensor:
+    """Return F of every problem: of the axes that ``numbering`` has, differentiable.
+
+    Raises
+    ------
+    ShapeError
+        If F is no scalar.
+    StochasticObjectiveError
+        If it draws random numbers or changes a tensor in place, and the policy is ``"raise"``; NaN under ``"nan"``.
+    """
+    where = numbering.where
+
+    def one(inner: Any, outer: Any, data: Any) -> torch.Tensor:
+        loss = objective(inner, outer, data)
+        if not isinstance(loss, torch.Tensor) or loss.ndim != 0:
+            got = tuple(loss.shape) if isinstance(loss, torch.Tensor) else type(loss).__name__
+            raise ShapeError(
+                f"{where}: expected outer_objective to return a scalar tensor of shape (), got {got}; "
+                "reduce it, for example with .mean()"
+            )
+        return loss
+
+    def every() -> torch.Tensor:
+        with Repeatable.around(objective):
+            # Randomness would be refused by vmap in words about vmap; let it through to our own check.
+            losses: torch.Tensor = numbering.each(one, randomness="different")(inner, outer, data)
+        return losses
+
+    watch = Watch(where, objective, (inner, outer, data))
+    given = [leaf for leaf in pytree.tree_leaves((inner, outer, data)) if isinstance(leaf, torch.Tensor)]
+    if saving_hooked():
+        # A checkpoint takes it for granted that what is computed again saves what was saved first.
+        with unhooked():
+            learn(objective, every(), given)
+        losses = every()
+    else:
+        losses = every()
+        if learn(objective, losses, given):
+            losses = every()
+    return losses * float("nan") if watch.ended(on_failure) else losses

@@ -6,13 +6,13 @@ BIN := $(VENV)/bin
 # One thread: the tests are many small problems, which more threads only slow down.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: help venv demo test test-replay test-long lint format types doctest docs transforms mutations bench clean
+.PHONY: help venv demo test test-replay test-long test-versions lint format types doctest docs transforms mutations bench clean
 
 help:
 	@echo "make demo     install, then tune a model on real data and draw what happened"
 	@echo "make test     install, then run the tests"
 	@echo "make venv     make $(VENV) with everything that developing needs"
-	@echo "make lint | format | types | doctest | docs | transforms | mutations | bench | test-replay | test-long | clean"
+	@echo "make lint | format | types | doctest | docs | transforms | mutations | bench | test-replay | test-long | test-versions | clean"
 
 # Torch comes first and alone, at the pinned version: a looser request may bring gigabytes of CUDA packages.
 $(VENV)/.base: constraints.txt
@@ -50,6 +50,12 @@ test-replay: $(VENV)/.test
 test-long: $(VENV)/.test
 	$(BIN)/python -m pytest -q -n auto --hypothesis-profile=long --timeout=3600
 
+# The tests beside other versions, of which gigabytes may come: make test-versions TORCH=2.9.1 PYTHON=python3.10
+test-versions:
+	$(PYTHON) -m venv .venv-versions
+	.venv-versions/bin/python -m pip install --quiet "torch==$(TORCH)" -e ".[test]"
+	.venv-versions/bin/python -m pytest -q -n auto
+
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -80,4 +86,4 @@ bench: $(VENV)/.dev
 	for script in hypergradient batched_ridge vmap_or_loop fixed_point imaml_speed imaml_error imaml_memory goal outer_work; do $(BIN)/python benchmarks/$$script.py; done
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info docs/_build demo-output .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .venv-versions build dist *.egg-info docs/_build demo-output .pytest_cache .mypy_cache .ruff_cache .hypothesis

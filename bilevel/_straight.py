@@ -13,7 +13,7 @@ import dis
 import functools
 import math
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from types import BuiltinFunctionType, CodeType, FunctionType, MethodType, ModuleType
 from typing import Any, Generic, TypeVar
@@ -179,7 +179,12 @@ def ordinary(structure: pytree.TreeSpec) -> bool:
     """Return whether a pytree has no nodes but tuples, lists and dicts: others bring methods that are not looked for."""
     if structure.is_leaf():
         return True
-    return structure.type in _CONTAINERS and all(ordinary(child) for child in structure.children())
+    return structure.type in _CONTAINERS and all(ordinary(child) for child in _children(structure))
+
+
+def _children(structure: pytree.TreeSpec) -> Sequence[pytree.TreeSpec]:
+    # torch 2.9 has an attribute in the method's place.
+    return structure.children() if hasattr(structure, "children") else structure.children_specs
 
 
 def _harmless(item: Any) -> bool:

@@ -120,7 +120,7 @@ def _slope_lipschitz(problem: Problem, x: torch.Tensor, wanted: Sequence[bool]) 
     if sum(t.numel() for t, w in zip(problem.tensors, wanted, strict=True) if w) > _MOST_PASSES:
         return None
     squared = _affine_norm(lambda at: _slopes(problem, at, wanted), x)
-    return None if squared is None else float(squared.sqrt())
+    return None if squared is None else float(squared.detach().sqrt())
 
 
 def _cross_lipschitz(problem: Problem, x: torch.Tensor, wanted: Sequence[bool]) -> float | None:

@@ -140,7 +140,7 @@ def _files(source: Path) -> Iterator[tuple[tuple[str, str], str, bytes]]:
     """Yield (alphabet, character), name and content of each image, in the order of their names."""
     if source.is_dir():
         zips = sorted(source.glob("*.zip"))
-        if zips and not any(source.glob("*/")):
+        if zips and not any(item.is_dir() for item in source.iterdir()):
             for each in zips:
                 yield from _files(each)
             return

@@ -18,9 +18,21 @@ from bilevel.errors import ArgumentError
 from bilevel.reports import Status
 from bilevel.solvers._base import Goal, InnerSolution
 
-__all__ = ["Array", "Reached", "as_array", "check_method", "frozen_options", "own_warnings", "solve_each", "status_of"]
+__all__ = [
+    "Array",
+    "Reached",
+    "as_array",
+    "check_method",
+    "frozen_options",
+    "overflowed",
+    "own_warnings",
+    "solve_each",
+    "status_of",
+]
 
 Array = npt.NDArray[np.float64]
+# What numpy says where scipy's linear algebra is handed what is not finite.
+_CHECKED = ("array must not contain infs or NaNs",)
 
 
 class Reached(Exception):
@@ -56,6 +68,11 @@ def own_warnings(where: str) -> Iterator[None]:
             yield
         except scipy.optimize.OptimizeWarning as warning:
             raise ArgumentError(f"{where}: expected options of the method, and scipy says: {warning}") from warning
+
+
+def overflowed(error: Exception) -> bool:
+    """Return whether scipy ended because its own recurrences gave what is not finite: dividing by a curvature of zero, for one."""
+    return isinstance(error, (ArithmeticError, np.linalg.LinAlgError)) or error.args == _CHECKED
 
 
 def as_array(tensor: torch.Tensor) -> Array:

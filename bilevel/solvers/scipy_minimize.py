@@ -21,6 +21,7 @@ from bilevel.solvers._scipy import (
     as_array,
     check_method,
     frozen_options,
+    overflowed,
     own_warnings,
     solve_each,
     status_of,
@@ -136,7 +137,9 @@ class ScipyMinimize(InnerSolver):
         except Reached as reached:
             run.best, run.best_norm = reached.x, 0.0
             return Status.CONVERGED
-        except (ArithmeticError, np.linalg.LinAlgError):
+        except (ArithmeticError, ValueError) as error:
+            if not overflowed(error):
+                raise
             return Status.NOT_CONVERGED
         run.steps = max(run.steps, int(getattr(result, "nit", 0)))
         status = status_of(result, run.steps, self.max_steps)

@@ -21,6 +21,7 @@ from bilevel.solvers._scipy import (
     as_array,
     check_method,
     frozen_options,
+    overflowed,
     own_warnings,
     solve_each,
     status_of,
@@ -131,9 +132,9 @@ class ScipyRoot(InnerSolver):
                 )
         except Reached as reached:
             return reached.x, evaluations[0], Status.CONVERGED
-        except (ArithmeticError, np.linalg.LinAlgError):
-            return best[0], evaluations[0], Status.DIVERGED  # scipy's recurrences have overflowed
-        except ValueError as error:
+        except (ArithmeticError, ValueError) as error:
+            if overflowed(error):
+                return best[0], evaluations[0], Status.DIVERGED
             if "Jacobian inversion" not in str(error):
                 raise
             return best[0], evaluations[0], Status.SINGULAR

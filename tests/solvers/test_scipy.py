@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import scipy.sparse.linalg
 import torch
@@ -64,6 +65,21 @@ def test_dtypes_that_numpy_does_not_have(dtype):
 def test_an_objective_without_curvature(method):
     layer = bilevel.argmin(lambda x, a: (x - a).abs().sum(), solver=bilevel.ScipyMinimize(method), on_failure="ignore")
     assert bool(torch.isfinite(layer(torch.zeros(2, dtype=F64), torch.ones(2, dtype=F64))).all())
+
+
+@pytest.mark.parametrize("solver", [bilevel.ScipyMinimize("trust-ncg"), bilevel.ScipyRoot("broyden1")])
+def test_what_scipy_s_own_linear_algebra_refuses_is_a_failed_solve(monkeypatch, solver):
+    """Whether it gets there depends on numpy's version: an older one divides by a curvature of zero without a word."""
+
+    def refuse(function, *args, **kwargs):
+        np.asarray_chkfinite([np.inf])
+
+    monkeypatch.setattr("scipy.optimize.minimize", refuse)
+    monkeypatch.setattr("scipy.optimize.root", refuse)
+    kind = bilevel.argmin if isinstance(solver, bilevel.ScipyMinimize) else bilevel.root
+    layer = kind(lambda x: (x**4).sum() if kind is bilevel.argmin else x**3, solver=solver)
+    with pytest.raises(bilevel.SolveError, match="Scipy"):
+        layer(torch.ones(2, dtype=F64))
 
 
 def test_no_root_is_a_failure():

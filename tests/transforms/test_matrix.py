@@ -15,6 +15,8 @@ from .table import PAGE, declared, rendered
 
 # What a residual at the default tolerance, eps^(3/4), leaves of digits: each derivative is one more solve with it.
 MARGIN = 20.0
+# The version of torch that the page is of. How far torch's compiler gets differs from one to the next.
+SHOWN = "2.13"
 
 
 @functools.cache
@@ -32,7 +34,13 @@ def outcome(row: Row, column: Column) -> str:
         with pytest.raises(row.refusal.error, match=row.refusal.match) as caught:
             row.run(column, column.solve(), *column.inputs())
         return type(caught.value).__name__
-    found = pytree.tree_leaves(row.run(column, column.solve(), *column.inputs()))
+    compare(row, column, row.run(column, column.solve(), *column.inputs()))
+    return "right"
+
+
+def compare(row: Row, column: Column, made: Any) -> None:
+    """Raise if what a cell's run ``made`` is not what the oracle gives."""
+    found = pytree.tree_leaves(made)
     wanted = pytree.tree_leaves(expected(row, column.kind.name, column.batched))
     assert len(found) == len(wanted)
     tolerance = MARGIN * torch.finfo(row.arithmetic or column.dtype).eps ** 0.75 * max(1, row.order)
@@ -44,7 +52,17 @@ def outcome(row: Row, column: Column) -> str:
         assert scale > 1e-2, "a derivative that is next to nothing would prove nothing"
         error = float((mine.detach().double() - reference.detach()).abs().max())
         assert error <= tolerance * scale, f"relative error {error / scale:.1e}, allowed {tolerance:.1e}"
-    return "right"
+
+
+def elsewhere(row: Row, column: Column) -> None:
+    """Raise if a cell of the compiler's is wrong; it may be refused, in whatever words."""
+    if row.needs_start and not column.kind.has_start:
+        return
+    try:
+        made = row.run(column, column.solve(), *column.inputs())
+    except Exception:
+        return
+    compare(row, column, made)
 
 
 # torch's compiler looks at .grad of what is on the stack where a graph breaks, wherever that is.
@@ -52,6 +70,9 @@ def outcome(row: Row, column: Column) -> str:
 @pytest.mark.parametrize("column", COLUMNS, ids=lambda column: column.name)
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: f"{row.group}, {row.name}")
 def test_cell(row: Row, column: Column) -> None:
+    if row.group.startswith("torch.compile") and not torch.__version__.startswith(SHOWN):
+        elsewhere(row, column)
+        return
     assert outcome(row, column) == declared(row, column)
 
 

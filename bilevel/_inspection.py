@@ -17,7 +17,7 @@ from bilevel._repeatable import attention_kernels
 from bilevel._replay import Tapes
 from bilevel._replaying import allowed
 from bilevel._seen import learn, nodes
-from bilevel._straight import Memory, ordinary, reached, tells
+from bilevel._straight import Memory, ordinary, reached
 from bilevel._system import System, unconnected
 from bilevel._transforms import undisturbed
 from bilevel.errors import ArgumentError, CapturedTensorError, StochasticObjectiveError
@@ -108,7 +108,7 @@ def _known(problem: Problem, x: torch.Tensor, function: Callable[..., Any], capt
 
 
 def _usable(tapes: Tapes, problem: Problem, x: torch.Tensor, known: _Known) -> Tapes | None:
-    fits = allowed() and problem.system.autocast is None and tells(known.parts)
+    fits = allowed() and problem.system.autocast is None
     fits = fits and undisturbed((x, *problem.tensors, *known.captured))
     return tapes if fits else None
 

@@ -309,10 +309,7 @@ class Problem:
         assert residual is not None
         symmetric = self.system.symmetric
         replayed = _Replayed(begun, wanted, symmetric)
-        plain = replace(self, last_look=None, tapes=None)
-        operator = ReplayedOperator(
-            at, replayed.transposed, replayed.forward, lambda: plain.linearize(at).operator, symmetric=symmetric
-        )
+        operator = ReplayedOperator(at, replayed.transposed, replayed.forward, symmetric=symmetric)
         operator.expect_definite = self.minimizes
         operator.materialize = self._materialize(at)
         return Linearization(residual, operator, (), value if self.minimizes else None, at, replayed)

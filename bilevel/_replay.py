@@ -128,8 +128,6 @@ class ReplayedOperator(LinearOperator):
         (batch, n).
     transposed, forward
         v ↦ Jᵀ v and v ↦ J v.
-    plain
-        Makes the same from the function itself, for many vectors at once.
     """
 
     def __init__(
@@ -137,27 +135,14 @@ class ReplayedOperator(LinearOperator):
         like: torch.Tensor,
         transposed: Callable[[torch.Tensor], torch.Tensor],
         forward: Callable[[torch.Tensor], torch.Tensor],
-        plain: Callable[[], LinearOperator],
         *,
         symmetric: bool,
     ) -> None:
         super().__init__(like.shape[0], like.shape[1], like.dtype, like.device, symmetric=symmetric)
-        self._transposed, self._forward, self._make = transposed, forward, plain
-        self._plain: LinearOperator | None = None
+        self._transposed, self._forward = transposed, forward
 
     def matvec(self, v: torch.Tensor) -> torch.Tensor:
         return self._forward(v)
 
     def rmatvec(self, v: torch.Tensor) -> torch.Tensor:
         return self._transposed(v)
-
-    def matmat(self, vs: torch.Tensor) -> torch.Tensor:
-        return self._by_function().matmat(vs)
-
-    def rmatmat(self, vs: torch.Tensor) -> torch.Tensor:
-        return self._by_function().rmatmat(vs)
-
-    def _by_function(self) -> LinearOperator:
-        if self._plain is None:
-            self._plain = self._make()
-        return self._plain

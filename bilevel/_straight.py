@@ -1,9 +1,9 @@
 """Which of a user's functions do the same operations at every call, so that one look at them is as good as many.
 
-A function of straight code, without branches, that reaches nothing but its arguments, constants, plain tensors, operations of torch and other
-such functions has no state and no choice: what was found in it at one call, with arguments of the same kinds, holds for the next. So it is of a
-method, with what its object keeps under the names in its code, and of modules that are straight likewise. Of any other function (one that reaches
-a list, a class or an object of another kind) nothing is said.
+A function of straight code, without branches, that reaches nothing but its arguments, constants, plain tensors, operations of torch that are on a
+list (:mod:`bilevel._straight_names`) and other such functions has no state and no choice: what was found in it at one call, with arguments of the
+same kinds, holds for the next. So it is of a method, with what its object keeps under the names in its code, and of modules
+(:mod:`bilevel._straight_modules`). Of any other function nothing is said: whatever is not known to be harmless is not.
 """
 
 from __future__ import annotations
@@ -11,21 +11,21 @@ from __future__ import annotations
 import builtins
 import dis
 import functools
-import math
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
-from types import BuiltinFunctionType, CodeType, FunctionType, MethodType, ModuleType
-from typing import Any, Generic, TypeVar
+from types import CodeType, FunctionType, MethodType, ModuleType
+from typing import Any, Generic, NamedTuple, TypeVar
 from weakref import ReferenceType
 
 import torch
 from torch.utils import _pytree as pytree
 
-from bilevel._straight_modules import Shell, attributes_of, emptied, methods_of, reaches, shell_parts
+from bilevel._straight_modules import Bound, Shell, emptied, kept_under, shell_parts
+from bilevel._straight_names import MODULES, is_known, of_tensors
 from bilevel._transforms import is_plain
 
-__all__ = ["Memory", "ordinary", "reached", "tells"]
+__all__ = ["Memory", "ordinary", "reached"]
 
 T = TypeVar("T")
 
@@ -34,29 +34,25 @@ _LOOPS = {"FOR_ITER", "JUMP_ABSOLUTE", "JUMP_FORWARD", "JUMP_BACKWARD", "JUMP_BA
 # Handlers are choices too, and what is imported, written elsewhere or made a class is not looked for.
 _NOT_STRAIGHT = {
     "PUSH_EXC_INFO", "IMPORT_NAME", "IMPORT_FROM", "STORE_GLOBAL", "DELETE_GLOBAL", "STORE_ATTR", "DELETE_ATTR", "LOAD_BUILD_CLASS",
+    "LOAD_SUPER_ATTR",
 }  # fmt: skip
 _JUMPS = {dis.opname[code] for code in (*dis.hasjrel, *dis.hasjabs)}
+_ATTRIBUTE = {"LOAD_ATTR", "LOAD_METHOD"}
+_GLOBAL = {"LOAD_GLOBAL", "LOAD_NAME"}
+_FREE = {"LOAD_DEREF", "LOAD_CLASSDEREF", "LOAD_FROM_DICT_OR_DEREF"}
 # These types themselves: a class derived from one may have methods and a state.
-_CONSTANTS = frozenset(
+_CONSTANTS: frozenset[type] = frozenset(
     {int, float, complex, bool, str, bytes, type(None), torch.dtype, torch.device, torch.layout, torch.Size}
 )
-# Containers without methods of a user's own.
+# Containers without methods of a user's own, with keys without any.
 _CONTAINERS = frozenset({tuple, list, dict, OrderedDict})
-_BUILTINS = frozenset(
-    getattr(builtins, name)
-    for name in (
-        "abs", "bool", "dict", "enumerate", "float", "int", "len", "list", "map", "pow", "range", "reversed", "slice", "sum", "tuple", "zip",
+_KEYS = frozenset({str, int})
+_BUILTINS = {
+    id(item): item
+    for item in (
+        abs, bool, dict, enumerate, float, int, len, list, map, pow, range, reversed, slice, sum, tuple, zip,
     )
-)  # fmt: skip
-_MODULES = ("torch", "math", "bilevel")
-# What reads a tensor's numbers where torch does not see it, or goes by them.
-_READING = frozenset({
-    "numpy", "tolist", "item", "data_ptr", "storage", "untyped_storage", "storage_offset", "from_numpy", "frombuffer", "from_dlpack", "to_dlpack",
-    "__array__", "__dlpack__", "__array_interface__", "apply_", "map_", "map2_", "tensor_split", "hsplit", "vsplit", "dsplit", "array_split",
-    "pack_padded_sequence", "pack_sequence", "ctc_loss", "CTCLoss", "lstm", "gru", "rnn_tanh", "rnn_relu", "nested", "set_", "resize_",
-    "resize_as_", "data", "_base", "_version", "load", "initial_seed", "seed", "get_rng_state", "random", "get_num_threads", "is_grad_enabled",
-    "is_inference_mode_enabled", "is_autocast_enabled", "distributed", "ops", "jit", "compile", "library", "profiler", "hub", "overrides",
-})  # fmt: skip
+}  # fmt: skip
 # Arguments of so many kinds are told apart at once: the last batch of a data set is smaller than the others.
 _MOST_KEPT = 16
 
@@ -89,97 +85,100 @@ def _is(kept: Any, part: Any) -> bool:
     return (kept() is part is not None) if isinstance(kept, ReferenceType) else kept is part
 
 
+class _Reading(NamedTuple):
+    """What is in a function's code, the code inside it included.
+
+    Parameters
+    ----------
+    named
+        For each global and variable of a function around it: whether it is one of the latter, its name, and the attributes taken from it.
+    attributes
+        Those taken from anything else.
+    own
+        Those taken from the first argument of a method, which does nothing else with it.
+    """
+
+    named: tuple[tuple[bool, str, tuple[str, ...]], ...]
+    attributes: tuple[str, ...]
+    own: tuple[str, ...]
+
+
 def reached(*functions: Any) -> tuple[Any, ...] | None:
     """Return every object that ``functions``, or constants, reach if all are straight, and no gradient is; else None.
 
-    An object stands there once for each place that it is reached from, in an order that the places determine, so that no two of them can
-    exchange what they hold without a trace.
+    An object stands there once for each place that it is reached from, in an order that the places determine and with the name that it is
+    reached by, so that no two of them can exchange what they hold without a trace.
     """
     parts: list[Any] = []
     pending: list[Any] = list(functions)
-    expanded: set[int] = set()
+    expanded: set[tuple[int, int]] = set()
     while pending:
         item = pending.pop()
         if isinstance(item, MethodType):
-            owner, item = item.__self__, item.__func__
-            if not isinstance(item, FunctionType):
-                return None
-            if _uses_first(item.__code__):
-                told = _of_object(owner, item)
-                if told is None:
-                    return None
-                parts.append(item)
-                pending.extend(told)
-                continue
-        if type(item) is functools.partial and not vars(item):
+            item = Bound(item.__func__, item.__self__)
+        elif isinstance(item, FunctionType) and not is_known(item):
+            item = Bound(item, None)
+        if type(item) is Bound:
+            followed = _of_function(item, expanded)
+        elif type(item) is functools.partial and not vars(item):
             # Made anew for a call it may be another object of the same parts.
-            pending.extend((item.func, *item.args, *item.keywords, *item.keywords.values()))
-            continue
-        if isinstance(item, torch.nn.Module):
-            item = Shell(item, empty=False)
-        if isinstance(item, Shell):
-            shell = shell_parts(item, _attributes)
-            if shell is None:
-                return None
-            parts.extend(shell[0])
-            pending.extend(shell[1])
-            continue
-        if type(item) is tuple:
+            followed = (
+                [functools.partial, len(item.args), *item.keywords],
+                [item.func, *item.args, *item.keywords.values()],
+            )
+        elif isinstance(item, torch.nn.Module):
+            followed = shell_parts(Shell(item, empty=False))
+        elif type(item) is Shell:
+            followed = shell_parts(item)
+        elif type(item) is tuple:
             # Who keeps the tuple itself would keep what is in it.
-            parts.extend((tuple, len(item)))
-            pending.extend(item)
-            continue
-        parts.append(item)
-        if isinstance(item, FunctionType) and not _of_torch(item):
-            if id(item) in expanded:
-                continue
-            expanded.add(id(item))
-            named = _named(item)
-            if named is None:
-                return None
-            # A function can be given another code, as interactive sessions do that load edited files anew.
-            parts.append(item.__code__)
-            pending.extend(named)
-        elif not _harmless(item):
+            followed = [tuple, len(item)], list(item)
+        else:
+            followed = ([item], []) if _harmless(item) else None
+        if followed is None:
             return None
+        parts.extend(followed[0])
+        pending.extend(followed[1])
     return tuple(parts)
 
 
-def tells(parts: tuple[Any, ...]) -> bool:
-    """Return whether torch sees all that functions which reach just these ``parts`` make of numbers, and they go by nothing else that may change."""
-    return not any(isinstance(part, CodeType) and _reads(part) for part in parts)
+def _of_function(bound: Bound, expanded: set[tuple[int, int]]) -> tuple[list[Any], list[Any]] | None:
+    """Return the objects that tell a function or method apart, and what it reaches; None if it is not straight."""
+    function, owner = bound.function, bound.owner
+    if not isinstance(function, FunctionType):
+        return None
+    if owner is not None:
+        if not _uses_first(function.__code__):
+            owner = None
+        elif (told := _told(owner, function)) is not None:
+            return [function], told
+    # A function can be given another code, as interactive sessions do that load edited files anew.
+    objects = [function, function.__code__]
+    if (id(function), id(owner)) in expanded:
+        return objects, []
+    expanded.add((id(function), id(owner)))
+    reading = _read(function.__code__, owner is not None)
+    named = None if reading is None else _named(function, reading)
+    if reading is None or named is None:
+        return None
+    own = [] if owner is None else kept_under(bound, reading.own, _CONSTANTS)
+    return None if own is None else (objects, [*named, *own])
 
 
-@lru_cache(maxsize=1024)
-def _reads(code: CodeType) -> bool:
-    return any(not _READING.isdisjoint(part.co_names) for part in _nested(code))
-
-
-def _of_object(owner: Any, method: FunctionType) -> list[Any] | None:
-    """Return what an object's ``method`` goes by besides arguments: what its class says of it, or what its code names. None if that is unknown."""
+def _told(owner: Any, method: FunctionType) -> list[Any] | None:
+    """Return what an object's class says that a ``method`` goes by, besides arguments; None if it says nothing."""
     says = getattr(type(owner), "_goes_by", None)
     told = None if says is None else says(owner, method)
-    if told is not None:
-        return [emptied(item) for item in told]
-    if getattr(type(owner), method.__name__, None) is not method or not hasattr(owner, "__dict__"):
-        return None
-    methods = methods_of(owner, method.__name__, _attributes)
-    if methods is None or any(
-        reaches(code) for item in methods if isinstance(item, FunctionType) for code in _nested(item.__code__)
-    ):
-        return None
-    return [*methods, *attributes_of(owner, methods, _attributes)]
-
-
-def _attributes(code: CodeType) -> Iterator[str]:
-    return (name for part in _nested(code) for name in part.co_names)
+    return None if told is None else [emptied(item) for item in told]
 
 
 def ordinary(structure: pytree.TreeSpec) -> bool:
-    """Return whether a pytree has no nodes but tuples, lists and dicts: others bring methods that are not looked for."""
+    """Return whether a pytree has no nodes but tuples, lists and dicts: others, and odd keys, bring methods that are not looked for."""
     if structure.is_leaf():
         return True
-    return structure.type in _CONTAINERS and all(ordinary(child) for child in _children(structure))
+    if structure.type not in _CONTAINERS or not all(type(key) in _KEYS for key in structure.context or ()):
+        return False
+    return all(ordinary(child) for child in _children(structure))
 
 
 def _children(structure: pytree.TreeSpec) -> Sequence[pytree.TreeSpec]:
@@ -190,11 +189,7 @@ def _children(structure: pytree.TreeSpec) -> Sequence[pytree.TreeSpec]:
 def _harmless(item: Any) -> bool:
     if isinstance(item, torch.Tensor):
         return type(item) in (torch.Tensor, torch.nn.Parameter) and _is_alone(item)
-    if isinstance(item, ModuleType):
-        return item.__name__.split(".")[0] in _MODULES
-    if isinstance(item, (BuiltinFunctionType, type)):
-        return item in _BUILTINS or _of_torch(item) or getattr(math, item.__name__, None) is item
-    return type(item) in _CONSTANTS or isinstance(item, FunctionType)
+    return type(item) in _CONSTANTS or is_known(item) or _BUILTINS.get(id(item)) is item is not None
 
 
 def _is_alone(tensor: torch.Tensor) -> bool:
@@ -202,50 +197,89 @@ def _is_alone(tensor: torch.Tensor) -> bool:
     return is_plain(tensor) and not vars(tensor) and tensor.grad is None
 
 
-def _of_torch(item: Any) -> bool:
-    """Return whether a function is one of torch's own, by name too: what it made of a user's function bears another's."""
-    home = getattr(item, "__module__", None) or ""
-    if isinstance(item, BuiltinFunctionType):
-        return getattr(torch, item.__name__, None) is item or getattr(torch.nn.functional, item.__name__, None) is item
-    return (
-        isinstance(item, FunctionType)
-        and home.split(".")[0] in ("torch", "bilevel")
-        and item.__globals__.get(item.__name__) is item
-    )
-
-
-def _named(function: FunctionType) -> list[Any] | None:
+def _named(function: FunctionType, reading: _Reading) -> list[Any] | None:
     """Return what ``function`` names as globals, closes over, has as defaults or was given as attributes.
 
-    None if it is not straight, or a cell is empty.
+    None if an attribute is not known to be harmless, a cell is empty, or a module is used for more than what is in it.
     """
-    names = _globals_of(function.__code__)
-    if names is None:
-        return None
-    found = [*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values(), *vars(function).values()]
+    found = [*(function.__defaults__ or ())]
+    for extra in (function.__kwdefaults__ or {}, vars(function)):
+        found += [item for pair in extra.items() for item in pair]
     try:
-        found += [cell.cell_contents for cell in function.__closure__ or ()]
+        cells = [cell.cell_contents for cell in function.__closure__ or ()]
     except ValueError:
         return None
-    space = function.__globals__
-    for name in names:
-        if name not in space and not hasattr(builtins, name):
+    # Modules are followed to what is taken from them.
+    found += [value for value in cells if not isinstance(value, ModuleType)]
+    closed, space = dict(zip(function.__code__.co_freevars, cells, strict=True)), function.__globals__
+    for free, name, attributes in reading.named:
+        if name in closed if free else name in space:
+            value = closed[name] if free else space[name]
+        elif not free and hasattr(builtins, name):
+            value = getattr(builtins, name)
+        else:
             return None
-        found.append(space[name] if name in space else getattr(builtins, name))
-    return found
+        place = 0
+        while isinstance(value, ModuleType):
+            ours = value.__name__ == "bilevel"
+            if place == len(attributes) or not (ours or value in MODULES) or not hasattr(value, attributes[place]):
+                return None
+            value, place = getattr(value, attributes[place]), place + 1
+        if not of_tensors(attributes[place:]):
+            return None
+        found.append(value)
+    return found if of_tensors(reading.attributes) else None
 
 
 @lru_cache(maxsize=1024)
-def _globals_of(code: CodeType) -> tuple[str, ...] | None:
-    """Return which globals ``code`` names, with the code inside it; None if any of it is not straight."""
-    names: set[str] = set()
-    for part in _nested(code):
-        for step in dis.get_instructions(part):
+def _read(code: CodeType, method: bool) -> _Reading | None:
+    """Return what ``code`` names, or None if any of it is not straight; ``method`` says that its first argument is an object to be followed."""
+    parts = list(_nested(code))
+    local = {name for part in parts for name in part.co_cellvars}
+    first = code.co_varnames[0] if method else None
+    if not local.isdisjoint(code.co_freevars) or first in code.co_cellvars:
+        return None
+    named, attributes, own = set(), set(), set()
+    for part in parts:
+        steps = [step for step in dis.get_instructions(part) if step.opname not in ("CACHE", "EXTENDED_ARG")]
+        place = 0
+        while place < len(steps):
+            step = steps[place]
+            place += 1
             if step.opname in _NOT_STRAIGHT or (step.opname in _JUMPS and step.opname not in _LOOPS):
                 return None
-            if step.opname in ("LOAD_GLOBAL", "LOAD_NAME"):
-                names.add(step.argval)
-    return tuple(sorted(names))
+            if step.opname in ("STORE_DEREF", "DELETE_DEREF") and step.argval in part.co_freevars:
+                return None
+            follows = place
+            while follows < len(steps) and steps[follows].opname in _ATTRIBUTE:
+                follows += 1
+            taken = tuple(after.argval for after in steps[place:follows])
+            free = step.opname in _FREE
+            if part is code and first is not None and _touches(step, first):
+                if not taken or not _only_loads(step, first):
+                    return None
+                own.add(taken[0])
+                place += 1
+            elif step.opname in _GLOBAL or (free and step.argval not in local):
+                named.add((free, step.argval, taken))
+                place = follows
+            elif step.opname in _ATTRIBUTE:
+                attributes.add(step.argval)
+    return _Reading(tuple(sorted(named)), tuple(sorted(attributes)), tuple(sorted(own)))
+
+
+def _touches(step: dis.Instruction, variable: str) -> bool:
+    """Return whether a step reads or writes a local variable."""
+    # Later versions of Python load two variables at once.
+    variables = step.argval if isinstance(step.argval, tuple) else (step.argval,)
+    return "FAST" in step.opname and variable in variables
+
+
+def _only_loads(step: dis.Instruction, variable: str) -> bool:
+    """Return whether a step that touches ``variable`` leaves it on top of the stack, and does nothing else with it."""
+    variables = step.argval if isinstance(step.argval, tuple) else (step.argval,)
+    loads = step.opname.startswith("LOAD_FAST") or step.opname == "STORE_FAST_LOAD_FAST"
+    return loads and "CLEAR" not in step.opname and variable == variables[-1] and variable not in variables[:-1]
 
 
 @lru_cache(maxsize=1024)
@@ -253,12 +287,7 @@ def _uses_first(code: CodeType) -> bool:
     """Return whether ``code`` makes any use of its first argument, which is a method's object."""
     if not code.co_argcount or code.co_varnames[0] in code.co_cellvars:
         return True
-    first = code.co_varnames[0]
-    # Later versions of Python load two variables at once.
-    return any(
-        step.argval == first or (isinstance(step.argval, tuple) and first in step.argval)
-        for step in dis.get_instructions(code)
-    )
+    return any(_touches(step, code.co_varnames[0]) for step in dis.get_instructions(code))
 
 
 def _nested(code: CodeType) -> Iterator[CodeType]:

@@ -1,23 +1,24 @@
 """Which modules, and methods of other objects, do the same operations at every call, given their parameters and buffers.
 
-A module of torch's own kinds below is known by its settings. One of a user's is read as a function is (:mod:`bilevel._straight`): its ``forward``,
-the methods that this names, and the numbers and modules that it holds. Hooks, parametrisations, lists that a user keeps in it and whatever changes
-how attributes are found make a module one of which nothing is said.
+A module of torch's own kinds below is known by its settings. Of one of a user's, as of any object, the methods are read as functions are
+(:mod:`bilevel._straight`), and so is what the object keeps under the names that they take from it, if it keeps that plainly: a name that the class
+has too, as a property or anything else that decides what is found, is not followed. Hooks, parametrisations and whatever changes how attributes
+are found make a module one of which nothing is said.
 """
 
 from __future__ import annotations
 
-import dis
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from functools import lru_cache
-from types import CodeType, FunctionType
-from typing import Any, TypeAlias
+from types import FunctionType
+from typing import Any
 
 from torch import nn
 from torch.nn.modules import module as _module
 
-__all__ = ["Shell", "attributes_of", "emptied", "methods_of", "reaches", "shell_parts"]
+from bilevel._straight_names import ATTRIBUTES
+
+__all__ = ["Bound", "Shell", "emptied", "kept_under", "shell_parts"]
 
 # Their forward is a matter of settings and tensors alone.
 _KNOWN = frozenset({
@@ -31,14 +32,8 @@ _KNOWN = frozenset({
     nn.KLDivLoss, nn.SoftMarginLoss,
 })  # fmt: skip
 _GETATTR = nn.Module.__getattr__
-# With these a module's methods reach what it holds by no name of their own.
-_REACHING = frozenset({
-    "parameters", "named_parameters", "buffers", "named_buffers", "children", "named_children", "modules", "named_modules", "state_dict",
-    "get_parameter", "get_buffer", "get_submodule", "apply", "_apply", "__getattr__", "__getattribute__", "__call__", "_call_impl",
-    "_wrapped_call_impl",
-})  # fmt: skip
-Names: TypeAlias = Callable[[CodeType], Iterable[str]]
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_TABLES = ("_parameters", "_buffers", "_modules")
 # What torch keeps beside settings, of which only the names matter here.
 _TORCH_S = frozenset(vars(nn.Module()))
 
@@ -59,120 +54,109 @@ class Shell:
     empty: bool
 
 
-def shell_parts(shell: Shell, names: Names) -> tuple[list[Any], list[Any]] | None:
+@dataclass(frozen=True, eq=False)
+class Bound:
+    """A method of an object, or a function.
+
+    Parameters
+    ----------
+    function, owner
+        It and the object; None for a function that is no method.
+    inside
+        Whether the object is a part of a module whose parts and tensors are told apart already.
+    """
+
+    function: Any
+    owner: Any
+    inside: bool = False
+
+
+def shell_parts(shell: Shell) -> tuple[list[Any], list[Any]] | None:
     """Return the objects that tell calls of a module apart, and what else it goes by, which is to be straight itself.
 
-    None if that cannot be told. ``names`` gives the names of attributes in a function's code.
+    None if that cannot be told.
     """
     if _module._has_any_global_hook():
         return None
     objects: list[Any] = []
     named: list[Any] = []
-    for key, part in _within("", shell.module):
-        own = vars(part)
-        if any(own.get(hooks) for hooks in _HOOKS) or "forward" in own:
+    for part in _within(shell.module):
+        own, kind = vars(part), type(part)
+        if any(own.get(hooks) for hooks in _HOOKS) or "forward" in own or kind.__call__ is not nn.Module.__call__:
             return None
-        objects += [key, part, type(part), part.training]
-        for kind in ("_parameters", "_buffers"):
-            for name, tensor in own[kind].items():
+        # With the names of what is in each part, the order tells where it stands.
+        objects += [part, kind, own["training"], len(own["_modules"])]
+        objects += [item for name, child in own["_modules"].items() for item in (name, child is None)]
+        for table in ("_parameters", "_buffers"):
+            objects.append(len(own[table]))
+            for name, tensor in own[table].items():
                 objects += [name, tensor is None]
                 named += [tensor] if tensor is not None and not shell.empty and not tensor.requires_grad else []
-        known = type(part) in _KNOWN
-        # What torch's own kinds keep under private names follows from the others.
-        named += [value for name, value in own.items() if name not in _TORCH_S and not (known and name.startswith("_"))]
-        if not known:
-            if type(part).__call__ is not nn.Module.__call__:  # a compiled one
-                return None
-            methods = methods_of(part, "forward", names)
-            if methods is None:
-                return None
-            named += methods
+        forward = _of_class(kind, "forward")
+        if kind in _KNOWN:
+            objects.append(forward)
+            # What torch's own kinds keep under private names follows from the others.
+            settings = [name for name in own if name not in _TORCH_S and not name.startswith("_")]
+            named += [item for name in settings for item in (name, own[name])]
+        elif isinstance(forward, FunctionType) and not _looks_like_a_tensor(part):
+            named.append(Bound(forward, part, inside=True))
+        else:
+            return None
     return objects, named
 
 
-def _within(key: str, module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Yield ``module`` and all in it, with the names that they are kept under; what stands in two places twice."""
-    yield key, module
-    for name, part in vars(module)["_modules"].items():
+def _within(module: nn.Module) -> Iterator[nn.Module]:
+    """Yield ``module`` and all in it, each in front of what is in it; what stands in two places twice."""
+    yield module
+    for part in vars(module)["_modules"].values():
         if part is not None:
-            yield from _within(name, part)
+            yield from _within(part)
 
 
-def methods_of(owner: object, method: str, names: Names) -> list[Any] | None:
-    """Return the ``method`` of an object's class and all that it names of that class, method by method.
+def _looks_like_a_tensor(part: nn.Module) -> bool:
+    """Return whether a module of a user's has, beside tensors and modules, what code around may take from it as one takes it from tensors."""
+    ours = (base for base in type(part).__mro__ if base not in nn.Module.__mro__)
+    return any(not ATTRIBUTES.isdisjoint(table) for table in (vars(part), *map(vars, ours)))
 
-    None if the class finds attributes in a way of its own, or a method makes another use of its object than to name attributes.
+
+_NOWHERE = object()
+
+
+def _of_class(kind: type, name: str) -> Any:
+    """Return what ``kind`` has under ``name``, as it stands there."""
+    return next((vars(base)[name] for base in kind.__mro__ if name in vars(base)), _NOWHERE)
+
+
+def kept_under(bound: Bound, names: Iterable[str], constants: frozenset[type]) -> list[Any] | None:
+    """Return the ``names`` that a method takes from its object, each with what is found there.
+
+    None if that is not plainly what the object keeps, a number of its class, or another method. ``constants`` are the types of numbers and the like.
     """
-    kind: Any = type(owner)
-    if kind.__getattribute__ is not object.__getattribute__ or getattr(kind, "__getattr__", None) not in (
-        None,
-        _GETATTR,
-    ):
+    owner, kind = bound.owner, type(bound.owner)
+    finds = getattr(kind, "__getattr__", None)
+    plain: Any = object.__getattribute__
+    if kind.__getattribute__ is not plain or finds not in (None, _GETATTR):
         return None
+    if type(own := getattr(owner, "__dict__", None)) is not dict:
+        return None
+    tables = [own[table] for table in _TABLES] if isinstance(owner, nn.Module) else []
     found: list[Any] = []
-    pending, met = [method], set()
-    while pending:
-        name = pending.pop()
-        # Attributes of other objects bear names of the class's own only by chance, but torch's modules have many.
-        if (
-            name in met
-            or name in vars(owner)
-            or not hasattr(kind, name)
-            or getattr(nn.Module, name, None) is getattr(kind, name)
-        ):
-            continue
-        met.add(name)
-        value = getattr(kind, name)
-        found.append(value)
-        if isinstance(value, FunctionType):
-            of_torch = (value.__module__ or "").split(".")[0] == "torch"
-            if not of_torch and not _static(kind, name) and _hands_on(value.__code__):
+    for name in names:
+        of_class = _of_class(kind, name)
+        if of_class is not _NOWHERE and type(of_class) not in constants:
+            if not isinstance(of_class, FunctionType) or name in own:
                 return None
-            pending.extend(names(value.__code__))
+            found += [name, Bound(of_class, owner, bound.inside)]
+        elif name in own:
+            found += [name, own[name]]
+        elif of_class is not _NOWHERE:
+            found += [name, of_class]
+        else:
+            held = [table[name] for table in tables if name in table]
+            if len(held) != 1:
+                return None
+            found += [name] if bound.inside else [name, held[0]]
     return found
-
-
-def _static(kind: type, name: str) -> bool:
-    """Return whether a class has a static method under ``name``."""
-    return isinstance(next((vars(base)[name] for base in kind.__mro__ if name in vars(base)), None), staticmethod)
-
-
-@lru_cache(maxsize=1024)
-def _hands_on(code: CodeType) -> bool:
-    """Return whether a method does anything with its object but name attributes of it: calls it, indexes it, or gives it to a function."""
-    if not code.co_argcount:
-        return True
-    first, pending = code.co_varnames[0], [code]
-    while pending:
-        part = pending.pop()
-        pending += [constant for constant in part.co_consts if isinstance(constant, CodeType)]
-        steps = [step for step in dis.get_instructions(part) if step.opname != "CACHE"]
-        for step, after in zip(steps, [*steps[1:], None], strict=True):
-            # Later versions of Python load two variables at once.
-            loads = isinstance(step.argval, tuple) and first in step.argval
-            if not loads and (
-                step.argval != first or not step.opname.startswith(("LOAD_FAST", "LOAD_DEREF", "STORE_"))
-            ):
-                continue
-            if loads and (first in step.argval[:-1] or not step.opname.startswith("LOAD_FAST")):
-                return True
-            if step.opname.startswith("STORE_") or after is None or after.opname not in ("LOAD_ATTR", "LOAD_METHOD"):
-                return True
-    return False
-
-
-def reaches(code: CodeType) -> bool:
-    """Return whether ``code`` may reach what a module holds by other names than its own."""
-    return not _REACHING.isdisjoint(code.co_names)
-
-
-def attributes_of(owner: object, methods: Iterable[Any], names: Names) -> list[Any]:
-    """Return what ``owner`` itself keeps under names that ``methods`` speak of."""
-    own = vars(owner)
-    tables = [own] if not isinstance(owner, nn.Module) else [own, own["_parameters"], own["_buffers"], own["_modules"]]
-    spoken = sorted({name for method in methods if isinstance(method, FunctionType) for name in names(method.__code__)})
-    held = [table[name] for name in spoken for table in tables if name in table]
-    return [Shell(value, empty=False) if isinstance(value, nn.Module) else value for value in held]
 
 
 def emptied(value: Any) -> Any:

@@ -36,6 +36,7 @@ GROUND = (
     "_seen",
     "_straight",
     "_straight_modules",
+    "_straight_names",
     "_tapes",
     "_replay",
     "_replaying",

@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import bilevel
-from bilevel import _inspection
+from bilevel import _straight
 from bilevel._replay import Tapes
 
 F64 = torch.float64
@@ -225,7 +225,7 @@ def test_what_goes_by_numbers_is_evaluated_each_time(function):
 
 @pytest.mark.counts
 def test_a_function_that_gets_through_is_found_by_comparison(monkeypatch, replays):
-    monkeypatch.setattr(_inspection, "tells", lambda parts: True)
+    monkeypatch.setattr(_straight, "of_tensors", lambda names: True)
     layer, start = bilevel.argmin(by_list), torch.zeros(3, dtype=F64)
     for seed in range(6):
         args = (given(seed),)
@@ -842,7 +842,7 @@ def test_state_that_is_reached_by_other_ways_than_names(kind, method):
 
 def test_a_number_that_is_found_and_not_made_is_read_anew(monkeypatch):
     # Both are tensors without axes that no operation makes: one of the code's own numbers, and one that is kept where it is not looked for.
-    monkeypatch.setattr(_inspection, "tells", lambda parts: True)
+    monkeypatch.setattr(_straight, "of_tensors", lambda names: True)
     source = torch.ones(3, dtype=F64)
     strength = [torch.tensor(1.0, dtype=F64)]
     monkeypatch.setattr(torch, "_kept_for_a_test", strength, raising=False)

@@ -108,8 +108,11 @@ class _Notes(TorchDispatchMode):
         if operation._schema.is_mutable:
             self._open = self._open or any(_memory(t) in self._given for t in _changed(func, args, kwargs))
         made = func(*args, **kwargs)
-        found = [leaf for leaf in pytree.tree_leaves(made) if isinstance(leaf, torch.Tensor)]
-        self._open = self._open or any(t.layout is not torch.strided for t in found)
+        leaves = pytree.tree_leaves(made)
+        found = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
+        # An answer by yes or no is about numbers, or about which memory they are in.
+        answers = any(isinstance(leaf, bool) for leaf in leaves)
+        self._open = self._open or answers or any(t.layout is not torch.strided for t in found)
         if self._open:
             return made
         fresh = any(_geometry(t) not in self._slots for t in found)

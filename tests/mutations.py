@@ -617,9 +617,7 @@ MUTATIONS = (
     ),
     Mutation(
         "an object reached from two places taken for one", "_straight.py",
-        "        parts.append(item)\n        if isinstance(item, FunctionType)",
-        "        parts += [] if any(item is p for p in parts) else [item]\n        if isinstance(item, FunctionType)",
-        ("tests/test_straight.py",),
+        '        parts.extend(followed[0])', '        parts += [part for part in followed[0] if not any(part is p for p in parts)]', ("tests/test_straight.py",),
     ),
     Mutation(
         "random numbers that a solve draws after a look passed over", "_inspection.py",
@@ -678,12 +676,12 @@ MUTATIONS = (
         "    return all(map(_same, found, expected))", "    return True", ("tests/test_replay.py", TAPES),
     ),
     Mutation(
-        "numbers read where torch does not see it passed over", "_straight.py",
-        "    return not any(isinstance(part, CodeType) and _reads(part) for part in parts)", "    return True", ("tests/test_replay.py",),
+        "attributes that are not on the list passed over", "_straight_names.py",
+        'name in ATTRIBUTES and (', '(', ("tests/test_replay.py", "tests/test_replay_reading.py"),
     ),
     Mutation(
         "what a problem keeps not told apart", "_straight.py",
-        "[*methods, *attributes_of(owner, methods, _attributes)]", "methods", ("tests/test_replay.py",),
+        '(objects, [*named, *own])', '(objects, named)', ("tests/test_replay.py",),
     ),
     Mutation(
         "hooks of modules passed over", "_straight_modules.py",
@@ -691,7 +689,7 @@ MUTATIONS = (
     ),
     Mutation(
         "a module's settings not told apart", "_straight_modules.py",
-        "if name not in _TORCH_S and not (known", "if False and not (known", ("tests/test_replay.py",),
+        'named += [item for name in settings for item in (name, own[name])]', 'named += []', ("tests/test_replay_reading.py",),
     ),
     Mutation(
         "replays where a debugger steps through", "_transforms.py",
@@ -726,16 +724,32 @@ MUTATIONS = (
         "        if changed:", "        if False:", ("tests/test_replay.py",),
     ),
     Mutation(
-        "an object that is handed on taken for its names", "_straight_modules.py",
-        "if not of_torch and not _static(kind, name) and _hands_on(value.__code__):", "if False:", ("tests/test_replay.py",),
+        "an object that is handed on taken for its names", "_straight.py",
+        '                if not taken or not _only_loads(step, first):\n                    return None\n', '                if not taken:\n                    continue\n', ("tests/test_replay.py",),
     ),
     Mutation(
-        "what a module reaches by no name passed over", "_straight_modules.py",
-        "    return not _REACHING.isdisjoint(code.co_names)", "    return False", ("tests/test_replay.py",),
+        "what a class makes of a name passed over", "_straight_modules.py",
+        'if of_class is not _NOWHERE and type(of_class) not in constants:', 'if isinstance(of_class, FunctionType):', ("tests/test_replay_reading.py",),
+    ),
+    Mutation(
+        "keys that are more than names passed over", "_straight.py",
+        ' or not all(type(key) in _KEYS for key in structure.context or ())', '', ("tests/test_replay_reading.py",),
+    ),
+    Mutation(
+        "variables around a function that it sets passed over", "_straight.py",
+        'if step.opname in ("STORE_DEREF", "DELETE_DEREF") and', 'if False and', ("tests/test_replay_reading.py",),
+    ),
+    Mutation(
+        "operations on tensors that are set anew passed over", "_straight_names.py",
+        'getattr(torch.Tensor, name) is _AS_IMPORTED[name]', 'True', ("tests/test_replay_reading.py",),
+    ),
+    Mutation(
+        "a model's numbers that are named like an operation passed over", "_straight_modules.py",
+        ' and not _looks_like_a_tensor(part)', '', ("tests/test_replay_reading.py",),
     ),
     Mutation(
         "tuples that are kept with what is in them", "_straight.py",
-        "            parts.extend((tuple, len(item)))", "            parts.append(item)", ("tests/test_replay.py",),
+        'followed = [tuple, len(item)], list(item)', 'followed = [item], list(item)', ("tests/test_replay.py",),
     ),
 )  # fmt: skip
 

@@ -842,13 +842,17 @@ def test_state_that_is_reached_by_other_ways_than_names(kind, method):
 
 def test_a_number_that_is_found_and_not_made_is_read_anew(monkeypatch):
     # Both are tensors without axes that no operation makes: one of the code's own numbers, and one that is kept where it is not looked for.
-    monkeypatch.setattr(_straight, "of_tensors", lambda names: True)
     source = torch.ones(3, dtype=F64)
     strength = [torch.tensor(1.0, dtype=F64)]
-    monkeypatch.setattr(torch, "_kept_for_a_test", strength, raising=False)
+
+    def kept():
+        return strength[0]
 
     def found(x, a):
-        return ((x - a) ** 2).sum() + (x * source).square().sum() * torch._kept_for_a_test[0] * torch.tensor(0.5)
+        return ((x - a) ** 2).sum() + (x * source).square().sum() * kept() * torch.tensor(0.5)
+
+    known = _straight.is_known
+    monkeypatch.setattr(_straight, "is_known", lambda item: item is kept or known(item))
 
     def call(layer, seed):
         strength[0] = torch.tensor(1.0 if seed < 5 else 4.0, dtype=F64)

@@ -304,7 +304,8 @@ def test_a_process_waits_for_what_other_threads_still_hold() -> None:
 
 
 def test_the_program_runs_under_torchrun_unchanged(folder: Path, tmp_path: Path) -> None:
-    common = ["imaml", "--data", str(folder), *map(str, OPTIONS), "--steps", "4", "-q"]
+    # In small steps: Adam divides gradients that are nothing but float32's rounding by their own size, and that differs between the two.
+    common = ["imaml", "--data", str(folder), *map(str, OPTIONS), "--outer-lr", "1e-4", "--steps", "4", "-q"]
     ended = torchrun(["-m", "bilevel.cli", *common, "--output", str(tmp_path / "two")], tmp_path)
     assert ended.returncode == 0, ended.stderr
     assert ended.stdout.count("accuracy") == 1
@@ -315,9 +316,5 @@ def test_the_program_runs_under_torchrun_unchanged(folder: Path, tmp_path: Path)
     assert "accuracy" in one.stdout
     documents = [json.loads((tmp_path / name / "results.json").read_text()) for name in ("one", "two")]
     assert [document["processes"] for document in documents] == [1, 2]
-    alone, both = (document["history"] for document in documents)
-    assert len(alone) == len(both) == 4
-    assert alone[0]["loss"] == pytest.approx(both[0]["loss"], rel=1e-6) and alone[0]["accuracy"] == both[0]["accuracy"]
-    for a, b in zip(alone, both, strict=True):
-        # Adam divides gradients that are nothing but rounding by their own size, and float32's differ between the two.
-        assert a["loss"] == pytest.approx(b["loss"], rel=0.1)
+    for a, b in zip(*(document["history"] for document in documents), strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-4) and a["accuracy"] == pytest.approx(b["accuracy"])

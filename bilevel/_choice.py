@@ -12,11 +12,13 @@ from bilevel.linear.exact import Exact
 from bilevel.linear.gmres import GMRES
 from bilevel.operators import LinearOperator
 from bilevel.solvers._base import InnerSolver
+from bilevel.solvers._judge import Successor
 from bilevel.solvers.anderson import Anderson
+from bilevel.solvers.fixed_point import FixedPointIteration
 from bilevel.solvers.lbfgs import LBFGS
 from bilevel.solvers.newton import Newton
 
-__all__ = ["default_linear_solver", "default_solver"]
+__all__ = ["default_linear_solver", "default_solvers"]
 
 # Up to this order, and this much memory for a batch, a factorisation beats products; found by timing.
 _DENSE_ORDER = 512
@@ -31,18 +33,21 @@ def _dense_fits(batch: int, size: int, dtype: torch.dtype) -> bool:
     return fits and torch.finfo(dtype).bits >= 32
 
 
-def default_solver(problem: Problem) -> InnerSolver:
-    """Return the inner solver used where none is given.
+def default_solvers(problem: Problem) -> tuple[InnerSolver, tuple[Successor, ...]]:
+    """Return the inner solver used where none is given, and those that take over the problems at which it fails.
 
-    Newton's method where the matrices are small, L-BFGS for a large argmin, Anderson acceleration for a fixed
-    point, and Newton–Krylov for a large root.
+    Newton's method where the matrices are small, and L-BFGS for a large argmin; the other of the two takes over. Anderson acceleration for a
+    fixed point; plain iteration takes over, then Newton's method. Newton–Krylov for a large root.
     """
+    wide = torch.finfo(problem.system.raveler.dtype).bits >= 32
+    polish = (Successor(Newton(), afresh=False),) if wide else ()
     if problem.is_fixed_point:
-        return Anderson()
-    dtype = problem.system.raveler.dtype
+        return Anderson(), (Successor(FixedPointIteration(), afresh=True), *polish)
     if problem.minimizes:
-        return Newton() if _dense_fits(problem.batch, problem.size, dtype) else LBFGS()
-    return Newton() if torch.finfo(dtype).bits >= 32 else Newton(linear_solver=BiCGStab())
+        if _dense_fits(problem.batch, problem.size, problem.system.raveler.dtype):
+            return Newton(), (Successor(LBFGS(), afresh=True), *polish)
+        return LBFGS(), polish
+    return Newton() if wide else Newton(linear_solver=BiCGStab()), ()
 
 
 def default_linear_solver(operator: LinearOperator) -> LinearSolver:

@@ -33,7 +33,9 @@ from bilevel.linear._base import LinearOutcome, LinearSolver, solve_linear
 from bilevel.linear.cg import CG
 from bilevel.operators import HessianOperator, LinearOperator
 from bilevel.reports import Basis, Status
-from bilevel.solvers._base import InnerSolver, rounding, solve_inner
+from bilevel.solvers._base import InnerSolver
+from bilevel.solvers._error import rounding
+from bilevel.solvers._judge import solve_inner
 from bilevel.tolerance import Target, Tolerance
 
 __all__ = ["Search"]

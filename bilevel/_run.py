@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from bilevel._choice import default_linear_solver, default_solver
+from bilevel._choice import default_linear_solver, default_solvers
 from bilevel._inspection import Look, on_trust
 from bilevel._problem import Problem
 from bilevel._replay import Tapes
@@ -18,7 +18,7 @@ from bilevel.linear._base import LinearOutcome, solve_linear
 from bilevel.linear.exact import lend
 from bilevel.operators import LinearOperator
 from bilevel.reports import Pass, SolveReport, active_recordings, enforce, misuse
-from bilevel.solvers._base import InnerOutcome, solve_inner
+from bilevel.solvers._judge import InnerOutcome, solve_inner
 
 if TYPE_CHECKING:
     from bilevel._layer import Layer
@@ -93,14 +93,14 @@ class Run:
         if problem.batch and not layer.inspects:
             tapes = layer.recall(problem, init, captures=self.watched)
         problem = problem.replayed_from(tapes)
-        solver = layer.solver or default_solver(problem)
+        solver, others = (layer.solver, ()) if layer.solver is not None else default_solvers(problem)
         target = layer.tolerance.inner(self.dtype)
         with on_trust(init.device, lambda: self.inspect(problem, init, Memory())) if trusted else nullcontext():
-            outcome = solve_inner(solver, problem, init, target)
+            outcome = solve_inner(solver, problem, init, target, others)
         axes = problem.system.batch_shape
-        self.one_step = outcome.factor is not None and bool((outcome.iterations <= 1).all())
+        self.one_step = outcome.factor is not None and (outcome.exact or bool((outcome.iterations <= 1).all()))
         self.factor, layer.adjoint.residual = outcome.factor, outcome.residual if layer.adjoint.warm else None
-        self.report = _report(Pass.FORWARD, self.where, solver.name, outcome, axes)
+        self.report = _report(Pass.FORWARD, self.where, outcome.solver, outcome, axes)
         self.lost = ~self.report.success if layer.on_failure == "nan" else None
         x = outcome.x.reshape(*axes, problem.size)
         return enforce(self.report, x, layer.on_failure, self.recordings, silent_budget=target.silent)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch.utils import _pytree as pytree
 
-from bilevel._choice import default_linear_solver, default_solver
+from bilevel._choice import default_linear_solver, default_solvers
 from bilevel._goal import Search
 from bilevel._guards import FirstLook
 from bilevel._hypergradient import Hypergradient
@@ -88,7 +88,7 @@ def seek(
 
     first = inspect(layer.looked)
     trusted = first is None and not spoiled and lower.batch > 0
-    solver = layer.solver or default_solver(lower)
+    solver = layer.solver or default_solvers(lower)[0]
     linear = layer.linear_solver
     search = Search(
         lower, upper, wanted, solver, (lambda operator: default_linear_solver(operator) if linear is None else linear),

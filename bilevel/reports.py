@@ -59,6 +59,7 @@ class Status(_Named):
     LINE_SEARCH_FAILED = 10
     RUNNING = 11
     REFUTED = 12
+    KINK = 14
 
     @property
     def meaning(self) -> str:
@@ -122,6 +123,10 @@ _TEXT: dict[Status, tuple[str, str]] = {
     Status.REFUTED: (
         "reached a point that refutes the strong convexity it was told: curvature below μ was met",
         "every bound that rests on this μ is void; pass a smaller strong_convexity, or None if it is not known",
+    ),
+    Status.KINK: (
+        "ended at a kink of the objective, where the gradient jumps and torch's slope is a convention",
+        "start elsewhere if the point is no minimum; otherwise replace |x|, max or relu by a smooth function, such as (x**2 + 1e-6).sqrt()",
     ),
     Status.RUNNING: ("has not ended", "this is a fault of the library; please report it"),
 }

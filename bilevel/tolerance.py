@@ -43,6 +43,10 @@ def auto_relative(dtype: torch.dtype) -> float:
     return float(torch.finfo(dtype).eps ** 0.75)
 
 
+# atol as a part of rtol: an unknown of 1e-6 is still found to eight digits in float64, to three in float32.
+_ABSOLUTE = 1e-6
+
+
 @dataclass(frozen=True, kw_only=True)
 class Target:
     """What one solve aims for: stop when ‖residual‖ ≤ max(absolute, relative · scale).
@@ -61,6 +65,12 @@ class Target:
         Whether the caller said that the budget alone is meant (``None`` as tolerance).
     strong_convexity
         μ, when known: turns residuals into error bounds.
+    rtol, atol
+        Of an inner solve: the error allowed in each unknown is rtol·|x| + atol. Zero where the residual alone decides.
+    coarse_rtol
+        Likewise, where the residual is down to its rounding.
+    blind_rtol
+        The most that the rounding of x may change x, seen through the equations: beyond it nothing is known of the solution.
     """
 
     absolute: float = 0.0
@@ -68,6 +78,15 @@ class Target:
     asked: bool = False
     silent: bool = False
     strong_convexity: float | None = None
+    rtol: float = 0.0
+    atol: float = 0.0
+    coarse_rtol: float = 0.0
+    blind_rtol: float = 0.0
+
+    @property
+    def error(self) -> float:
+        """The error in x that :attr:`absolute` stands for: δ."""
+        return self.absolute / (self.strong_convexity or 1.0)
 
     def threshold(self, scale: torch.Tensor) -> torch.Tensor:
         """Return the residual norm to reach, per problem, for the scales given (batch,)."""
@@ -85,8 +104,9 @@ class Tolerance:
     Parameters
     ----------
     delta
-        δ, in the units of the inner variable: a positive number, :data:`AUTO` (from the dtype: a relative
-        residual of eps^(3/4)), or None: no accuracy is asked, the solver's step budget is what is meant.
+        δ, in the units of the inner variable: a positive number; :data:`AUTO`: the estimated error of each unknown has
+        to be at most rtol·abs(x) + atol, or as small as rounding allows; or None: no accuracy is asked, the solver's
+        step budget is what is meant.
     delta_prime
         δ′, in the units of the adjoint, likewise. A right-hand side smaller than one is solved to
         δ′ *relative* to its norm, so that a small incoming gradient is never mistaken for zero.
@@ -105,6 +125,9 @@ class Tolerance:
         Beside ``descent``, or a ``hypergradient`` that is relative: a norm that counts as zero. The goal is met as well where
         ‖ĝ‖ + ‖ĝ − g‖ ≤ ``stationary``, which shows that ‖g‖ is at or below it; a gradient that small need not be known to its
         first digit. :func:`bilevel.minimize` sets it to its ``gradient_tolerance``.
+    rtol
+        The error of each unknown relative to itself, in place of δ where its size is not known beforehand. The estimate of x − x* is the
+        Newton step that is left. None stands for two thirds of the digits of the dtype (3.7e-11, in float32 2.4e-5); atol is rtol · 1e-6.
     estimates
         Whether an *estimate* of ‖ĝ − g‖ may decide that a goal is met. Otherwise it takes a bound that is proven, and
         so constants that are known (see :class:`Constants`).
@@ -123,6 +146,8 @@ class Tolerance:
     --------
     >>> Tolerance(delta=1e-6, delta_prime=1e-8, strong_convexity=0.1)
     Tolerance(delta=1e-06, delta_prime=1e-08, strong_convexity=0.1)
+    >>> Tolerance(rtol=1e-4)
+    Tolerance(rtol=0.0001, delta_prime=AUTO)
     >>> Tolerance(hypergradient=1e-3, relative=True, estimates=True)
     Tolerance(hypergradient=0.001, relative=True, estimates=True)
     """
@@ -136,9 +161,10 @@ class Tolerance:
     stationary: float | None = None
     estimates: bool = False
     bound_products: int = 1000
+    rtol: float | None = None
 
     def __post_init__(self) -> None:
-        for name in ("delta", "delta_prime", "strong_convexity", "hypergradient", "descent", "stationary"):
+        for name in ("delta", "delta_prime", "strong_convexity", "hypergradient", "descent", "stationary", "rtol"):
             number = getattr(self, name)
             if number is None or number is AUTO:
                 continue
@@ -152,6 +178,11 @@ class Tolerance:
                     f"Tolerance: expected {name} > 0 and finite, got {number}; pass a positive number, or None "
                     "to ask for no accuracy and spend the solver's step budget"
                 )
+        if self.rtol is not None and not (self.delta is AUTO and not self.has_goal):
+            raise ArgumentError(
+                f"Tolerance: expected one accuracy of the inner solution, got rtol={self.rtol!r} beside delta or a goal; give rtol "
+                "alone for an error relative to each unknown, or delta for an absolute one"
+            )
         check_steps("Tolerance", "bound_products", self.bound_products, least=0)
         self._check_goal()
 
@@ -165,6 +196,8 @@ class Tolerance:
                     settings[name] = getattr(self, name)
         elif self.strong_convexity is None:
             del settings["strong_convexity"]
+        if self.rtol is not None:
+            settings = {"rtol": self.rtol, **{name: value for name, value in settings.items() if name != "delta"}}
         if self.bound_products != type(self).bound_products:
             settings["bound_products"] = self.bound_products
         return f"Tolerance({', '.join(f'{name}={value!r}' for name, value in settings.items())})"
@@ -224,7 +257,19 @@ class Tolerance:
 
     def inner(self, dtype: torch.dtype) -> Target:
         """Return what the inner solve aims for in ``dtype``."""
-        return self._target(self.delta, dtype)
+        if not isinstance(self.delta, Auto):
+            return self._target(self.delta, dtype)
+        eps, rtol, asked = float(torch.finfo(dtype).eps), self.rtol, self.rtol is not None
+        rtol = eps ** (2 / 3) if rtol is None else rtol
+        return Target(
+            relative=max(0.1 * rtol, auto_relative(dtype)) if asked else auto_relative(dtype),
+            asked=asked,
+            strong_convexity=self.strong_convexity,
+            rtol=rtol,
+            atol=_ABSOLUTE * rtol,
+            coarse_rtol=rtol if asked else 0.2 * eps ** (1 / 3),
+            blind_rtol=max(rtol, eps**0.25),
+        )
 
     def linear(self, dtype: torch.dtype) -> Target:
         """Return what the linear solve aims for in ``dtype``."""

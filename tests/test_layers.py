@@ -11,7 +11,7 @@ import torch
 from torch.func import functional_call, hessian, jacrev, vmap
 
 import bilevel
-from bilevel._choice import default_linear_solver, default_solver
+from bilevel._choice import default_linear_solver, default_solvers
 from bilevel.operators import HessianOperator
 
 F64 = torch.float64
@@ -178,7 +178,7 @@ def test_defaults_follow_size_and_structure() -> None:
     assert chosen(bilevel.root, lambda x, a: x + 0.1 * x.roll(1) - a, 2000) == ["Newton", "GMRES"]
     assert chosen(bilevel.fixed_point, lambda x, a: 0.5 * x.roll(1) + a, 3) == ["Anderson", "Exact"]
     assert chosen(bilevel.fixed_point, lambda x, a: 0.5 * x.roll(1) + a, 2000) == ["Anderson", "GMRES"]
-    assert callable(default_solver) and callable(default_linear_solver)
+    assert callable(default_solvers) and callable(default_linear_solver)
 
 
 def test_a_users_own_solvers() -> None:

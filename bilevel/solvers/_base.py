@@ -1,8 +1,8 @@
-"""The contract of inner solvers, the one loop that owns masks and limits, and the one judge of what they return.
+"""The contract of inner solvers, and the one loop that owns masks and limits.
 
 A solver sees a :class:`~bilevel._problem.Problem` (a batch of flat problems), a start (batch, n) and a
-:class:`Goal`. A method made of steps hands its step function to :func:`iterate`. :func:`solve_inner` evaluates
-the true residual at what comes back and decides the status, alike for all methods and for a user's function.
+:class:`Goal`. A method made of steps hands its step function to :func:`iterate`. What comes back is judged by
+:mod:`bilevel.solvers._judge`, alike for all methods and for a user's function.
 """
 
 from __future__ import annotations
@@ -19,30 +19,46 @@ import torch
 from bilevel._problem import Linearization, Problem
 from bilevel._tree import ravel_like
 from bilevel.errors import ArgumentError
-from bilevel.reports import Basis, Status
+from bilevel.reports import Status
 from bilevel.tolerance import Target
 
 __all__ = [
     "CallableSolver",
     "Goal",
-    "InnerOutcome",
     "InnerSolution",
     "InnerSolver",
     "InnerSolverLike",
+    "all_finite",
     "as_inner_solver",
     "iterate",
-    "rounding",
-    "solve_inner",
+    "length",
 ]
 
 
 @dataclass(frozen=True, eq=False)
 class Goal:
-    """When a problem is solved: ‖R(x)‖ ≤ :attr:`threshold`."""
+    """When a solver may stop: ‖R(x)‖ ≤ :attr:`threshold`. The judge may find that too early, and ask for more.
+
+    Parameters
+    ----------
+    problem, init, target
+        What is solved, from where (batch, n), and how accurately.
+    given
+        The threshold (batch,) that the judge asks for; None for the first one, which is measured at ``init``.
+    origin
+        Where the whole search began, if not at ``init``.
+    """
 
     problem: Problem
     init: torch.Tensor
     target: Target
+    given: torch.Tensor | None = None
+    origin: torch.Tensor | None = None
+
+    @property
+    def starting_point(self) -> torch.Tensor:
+        """Where the whole search began (batch, n)."""
+        return self.init if self.origin is None else self.origin
 
     @cached_property
     def scale(self) -> torch.Tensor:
@@ -56,6 +72,8 @@ class Goal:
     @cached_property
     def threshold(self) -> torch.Tensor:
         """The residual norm to reach, (batch,); 0 to spend the budget."""
+        if self.given is not None:
+            return self.given
         if self.target.relative == 0:
             return self.init.new_full((self.init.shape[0],), self.target.absolute)
         return self.target.threshold(self.scale)
@@ -63,14 +81,14 @@ class Goal:
     def linearize(self, how: Callable[[torch.Tensor], Linearization]) -> Linearization:
         """Return ``how(init)``, and measure :attr:`scale` from it: one linearisation for the two."""
         linearization = how(self.init)
-        if self.target.relative and "scale" not in self.__dict__:
+        if self.target.relative and self.given is None and "scale" not in self.__dict__:
             self.__dict__["scale"] = self._measure(linearization)
         return linearization
 
     def _measure(self, linearization: Linearization) -> torch.Tensor:
-        first = _length(linearization.residual.detach())
+        first = length(linearization.residual.detach())
         if not bool((self.init == 0).all()):
-            first = torch.maximum(first, _length(linearization.operator.matvec(self.init)))
+            first = torch.maximum(first, length(linearization.operator.matvec(self.init)))
         return torch.nan_to_num(first)
 
 
@@ -92,6 +110,8 @@ class InnerSolution:
         G(x) (batch,) of an argmin, likewise.
     factor
         Cholesky factors (batch, n, n) of Hessians near ``x``, if the solver has them: a linear solve may begin with them.
+    error
+        x − x* (batch, n) to first order, if the solver knows it; NaN for problems of which it does not.
     """
 
     x: torch.Tensor
@@ -100,6 +120,7 @@ class InnerSolution:
     residual: torch.Tensor | None = None
     value: torch.Tensor | None = None
     factor: torch.Tensor | None = None
+    error: torch.Tensor | None = None
 
 
 class InnerSolver(ABC):
@@ -232,7 +253,7 @@ def iterate(
             continue
         usual = (norm > threshold) & (norm <= limit)
         usual = usual if everyone else usual | ~active
-        whole = _whole(new.x)
+        whole = all_finite(new.x)
         if verdict is None and bool(usual.all() & whole):
             # Nothing ends here, which one look at the batch has told: the statuses need no work.
             state = new if everyone else _merge(active, new, state)
@@ -276,53 +297,7 @@ def _merge(moved: torch.Tensor, new: S, old: S) -> S:
     return replace(new, **changes)  # type: ignore[type-var]
 
 
-@dataclass(frozen=True, eq=False)
-class InnerOutcome:
-    """A judged inner solve; every tensor per problem."""
-
-    x: torch.Tensor
-    status: torch.Tensor
-    iterations: torch.Tensor
-    residual_norm: torch.Tensor
-    threshold: torch.Tensor
-    error_bound: torch.Tensor
-    basis: Basis
-    residual: torch.Tensor
-    factor: torch.Tensor | None = None
-
-
-def solve_inner(solver: InnerSolver, problem: Problem, init: torch.Tensor, target: Target) -> InnerOutcome:
-    """Solve from ``init`` (batch, n) and judge the answer by its true residual."""
-    goal = Goal(problem, init, target)
-    if problem.size == 0 or problem.batch == 0:
-        zeros = init.new_zeros(problem.batch)
-        codes = torch.zeros(problem.batch, dtype=torch.int64, device=init.device)
-        return InnerOutcome(init, codes, codes, zeros, zeros, zeros, _basis(target), torch.zeros_like(init))
-    solution = solver.solve(problem, init, goal)
-    residual, value = solution.residual, solution.value
-    if residual is None:
-        if problem.minimizes:
-            value, residual = problem.value_and_residual(solution.x)
-        else:
-            residual = problem.residual(solution.x)
-    norm = _length(residual)
-    threshold = goal.threshold
-    status = solution.status
-    if not bool(((status == Status.CONVERGED) & (norm <= threshold)).all()):
-        status = _judge(solver, problem, solution, target, norm, threshold)
-    # A NaN that is added to an objective does not show in its gradient.
-    if value is not None and not bool(_whole(value)):
-        status = torch.where(torch.isfinite(value), status, torch.full_like(status, Status.NOT_FINITE))
-    mu = target.strong_convexity
-    bound = torch.full_like(norm, float("nan"))
-    if mu is not None:
-        bound = (norm + rounding(problem, solution.x, residual)) / mu
-    return InnerOutcome(
-        solution.x, status, solution.iterations, norm, threshold, bound, _basis(target), residual, solution.factor
-    )  # fmt: skip
-
-
-def _length(v: torch.Tensor) -> torch.Tensor:
+def length(v: torch.Tensor) -> torch.Tensor:
     """Return ‖v‖ (batch,) of v (batch, n), also where the squares of its entries would vanish."""
     plain = v.norm(dim=-1)
     # A norm that is not small, infinite or NaN is right as it is.
@@ -334,76 +309,7 @@ def _length(v: torch.Tensor) -> torch.Tensor:
     return torch.where(vanishing, scaled, plain)
 
 
-def _whole(numbers: torch.Tensor) -> torch.Tensor:
+def all_finite(numbers: torch.Tensor) -> torch.Tensor:
     """Return whether all are finite, () bool; False, too, where only their sum is not. Fewer operations than ``isfinite``."""
     total = numbers.sum()
     return total - total == 0
-
-
-def _basis(target: Target) -> Basis:
-    return Basis.RESIDUAL if target.strong_convexity is None else Basis.CERTIFIED
-
-
-def _judge(
-    solver: InnerSolver,
-    problem: Problem,
-    solution: InnerSolution,
-    target: Target,
-    norm: torch.Tensor,
-    threshold: torch.Tensor,
-) -> torch.Tensor:
-    noticed = solution.status
-    # A saddle is stationary, and a NaN is not a number: no residual makes up for these.
-    final = (noticed == Status.INDEFINITE) | (noticed == Status.NOT_FINITE)
-    reached = norm <= threshold
-    # Whether a budget that alone was meant ended within rounding is not worth two gradients.
-    spent_as_meant = (noticed == Status.MAX_STEPS) & target.silent
-    if not bool((reached | final | spent_as_meant).all()) and not target.asked:
-        noise = _noise(problem, solution.x)
-        if target.relative:
-            # An x that has run away must not excuse its own residual.
-            noise = torch.minimum(noise, threshold * torch.finfo(noise.dtype).eps ** -0.25)
-        reached = reached | (norm <= noise)
-    status = noticed
-    believed = (noticed == Status.CONVERGED) & ~reached
-    status = torch.where(believed, torch.full_like(status, Status.STAGNATED), status)
-    if not target.asked and (solver.has_budget or target.silent):
-        spent = (noticed == Status.MAX_STEPS) | (target.silent & (noticed == Status.NOT_CONVERGED))
-        status = torch.where(spent, torch.full_like(status, Status.BUDGET_SPENT), status)
-    status = torch.where(reached & ~final, torch.full_like(status, Status.CONVERGED), status)
-    return torch.where(torch.isfinite(norm), status, torch.full_like(status, Status.NOT_FINITE))
-
-
-def rounding(problem: Problem, x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
-    """Return, per problem, how far R(x) may be from what was computed: one to three evaluations.
-
-    In a dtype below float64, how far it is from float64's. In float64, what float32 makes of it, in proportion, or what every number moved by
-    a unit in its last place makes of it, the larger of the two, eight times over.
-    """
-    eps = torch.finfo(x.dtype).eps
-    other, (beside,) = problem.nudged(1, x)
-    moved = (other.residual(beside) - residual).norm(dim=-1)
-    try:
-        if x.dtype != torch.float64:
-            wide = (problem.to(torch.float64).residual(x.double()) - residual).norm(dim=-1)
-            moved = torch.where(torch.isfinite(wide), torch.maximum(moved, wide.to(moved)), moved)
-        else:
-            scattered, (points,) = problem.scattered(2, 1, x)
-            single = torch.float32
-            far = (scattered.residual(points) - scattered.to(single).residual(points.to(single))).norm(dim=-1)
-            far = torch.nan_to_num(far, nan=0.0, posinf=0.0) * (eps / torch.finfo(single).eps)
-            moved = torch.maximum(moved, far)
-    except (RuntimeError, TypeError, ValueError):  # a constant of another dtype inside, or a device without float64
-        pass
-    return torch.nan_to_num(8 * (moved + eps * residual.norm(dim=-1)), nan=float("inf"))
-
-
-def _noise(problem: Problem, x: torch.Tensor) -> torch.Tensor:
-    """Return, per problem, how much R moves when every entry of x moves by one unit in its last place.
-
-    A residual below a few times that cannot be told from zero in this dtype.
-    """
-    generator = torch.Generator().manual_seed(0)
-    signs = (torch.randint(0, 2, (x.shape[-1],), generator=generator) * 2 - 1).to(x)
-    nudged = x * (1 + torch.finfo(x.dtype).eps * signs)
-    return torch.nan_to_num(8 * (problem.residual(nudged) - problem.residual(x)).norm(dim=-1))

@@ -17,6 +17,8 @@ __all__ = ["LBFGS"]
 
 _MAX_STEPS = 2000
 # Hager & Zhang's decay of the average of |G|, which the rounding of its differences is measured by.
+# After so many steps that lower neither the objective beyond its rounding nor halve the gradient, rounding is what is left.
+_MOST_IDLE = 30
 _DECAY = 0.7
 
 
@@ -93,21 +95,31 @@ class LBFGS(InnerSolver):
             memory.forget(failed)
             weight = 1 + _DECAY * state.weight
             average = state.average + (value.abs() - state.average) / weight
-            return _State(x, gradient, value, average, weight), verdict
+            norm = gradient.norm(dim=-1)
+            gained = (value < state.value - 4 * eps * state.average) | (norm < 0.5 * state.best)
+            idle = torch.where(gained, torch.zeros_like(state.idle), state.idle + 1)
+            stuck = idle >= _MOST_IDLE
+            if bool(stuck.any()):
+                verdict = torch.full_like(stuck, int(Status.RUNNING), dtype=torch.int64) if verdict is None else verdict
+                verdict = torch.where(stuck & (verdict == Status.RUNNING), int(Status.STAGNATED), verdict)
+            return _State(x, gradient, value, average, weight, torch.minimum(norm, state.best), idle), verdict
 
-        start = _State(init, gradient, value, value.abs(), torch.ones_like(value))
+        ones = torch.ones_like(value)
+        start = _State(init, gradient, value, value.abs(), ones, gradient.norm(dim=-1), torch.zeros_like(ones))
         return iterate(start, step, goal, self.max_steps or _MAX_STEPS)[0]
 
 
 @dataclass(frozen=True, eq=False)
 class _State:
-    """An iterate with ∇G and G there, and the running average of |G| with its weight."""
+    """An iterate with ∇G and G there, the running average of |G| with its weight, the least ‖∇G‖, and how many steps in a row gained nothing."""
 
     x: torch.Tensor
     residual: torch.Tensor
     value: torch.Tensor
     average: torch.Tensor
     weight: torch.Tensor
+    best: torch.Tensor
+    idle: torch.Tensor
 
 
 class _Memory:

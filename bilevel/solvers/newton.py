@@ -13,6 +13,7 @@ from bilevel.linear.gmres import GMRES
 from bilevel.operators import DenseOperator, LinearOperator
 from bilevel.reports import Status
 from bilevel.solvers._base import Goal, InnerSolution, InnerSolver, iterate
+from bilevel.solvers._error import meets_negative_curvature
 from bilevel.solvers._truncated_cg import truncated_cg
 
 __all__ = ["Newton"]
@@ -21,10 +22,11 @@ _MAX_STEPS = 100
 _DENSE_NUMBERS = 2**25
 _ARMIJO = 1e-4
 _MOST_TRIALS = 40
+# How far the objective may be off the quadratic model, and how small a step is, for the Hessian before it to hold after it.
+_MODEL_ERROR, _SMALL_STEP = 0.1, 0.01
 # How often a step is shortened where the decrease that it promises is below the rounding of the objective.
 _TRIALS_IN_ROUNDING = 4
 _LEAST_FORCING, _MOST_FORCING = 0.1, 0.5
-_EXAMINATION_STEPS = 20
 
 
 @dataclass(frozen=True)
@@ -124,6 +126,8 @@ class Newton(InnerSolver):
             return solution
         definite = dense and state.factor is not None and bool(state.definite.all())
         solution = replace(solution, value=state.merit, factor=state.factor if definite else None)
+        if definite:
+            solution = replace(solution, error=_error_left(state))
         # Where the last step was made with a positive definite Hessian, that is evidence enough for a
         # minimum.
         if definite and bool((solution.iterations > 0).all()):
@@ -134,7 +138,11 @@ class Newton(InnerSolver):
         if not bool(doubtful.any()):
             return solution
         operator = (first if state is start else linearize(state.x)).operator
-        saddle = (_has_negative_eigenvalue if dense else _meets_negative_curvature)(operator, doubtful)
+        saddle = (
+            _has_negative_eigenvalue(operator, doubtful)
+            if dense
+            else meets_negative_curvature(problem, state.x, doubtful)
+        )
         indefinite = torch.full_like(solution.status, Status.INDEFINITE)
         return replace(solution, status=torch.where(doubtful & saddle, indefinite, solution.status))
 
@@ -182,6 +190,8 @@ class _State:
         Whether the Hessian of the last step was positive definite.
     factor
         Its Cholesky factor (batch, n, n), of a small argmin.
+    modelled
+        Whether the last step did what the quadratic model promised, or was small, so that the Hessian before it holds after it.
     """
 
     x: torch.Tensor
@@ -191,6 +201,7 @@ class _State:
     last_norm: torch.Tensor
     definite: torch.Tensor
     factor: torch.Tensor | None = None
+    modelled: torch.Tensor | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -300,7 +311,9 @@ def _search(
             if bool(small.all()):
                 break
             held = found <= merit + _ARMIJO * t * slope - 4 * eps * merit.abs()
-            held = held | ((found <= merit + 64 * eps * magnitude) & (reached < norm))
+            level = (found <= merit + 64 * eps * magnitude) & pending & ~held
+            if bool(level.any()):
+                held = held | (level & _comes_closer(direction, residual, state, x, reached < norm))
         else:
             residual = problem.residual(x)
             reached = residual.norm(dim=-1)
@@ -323,7 +336,49 @@ def _search(
         verdict = _verdict(operator, pending, tiny)
     if not problem.minimizes:
         found = merit
-    return _State(x, residual, found, magnitude, norm, direction.definite, direction.factor), verdict
+    modelled = (
+        _modelled(state, x, found, slope, t, magnitude) if problem.minimizes and direction.factor is not None else None
+    )
+    return _State(x, residual, found, magnitude, norm, direction.definite, direction.factor, modelled), verdict
+
+
+def _modelled(
+    state: _State, x: torch.Tensor, found: torch.Tensor, slope: torch.Tensor, t: torch.Tensor, magnitude: torch.Tensor
+) -> torch.Tensor:
+    """Return where the objective fell as t gᵀd + ½ t² dᵀHd says, with dᵀHd = −gᵀd, or where the step was small, (batch,) bool."""
+    promised = slope * (t - 0.5 * t * t)
+    seen = promised.abs() > 1e3 * torch.finfo(found.dtype).eps * torch.maximum(magnitude, found.abs())
+    kept = seen & ((found - state.merit - promised).abs() <= _MODEL_ERROR * promised.abs())
+    if bool(kept.all()):
+        return kept
+    return kept | ((x - state.x).abs() <= _SMALL_STEP * x.abs()).all(dim=-1)
+
+
+def _error_left(state: _State) -> torch.Tensor:
+    """Return H⁻¹ R (batch, n) by the factors of the last step's Hessian: NaN where these may say nothing of x."""
+    assert state.factor is not None and state.modelled is not None
+    # With the rows of the factor scaled to unit length, its least pivot bounds how near to singular the matrix is.
+    pivots = (state.factor.diagonal(dim1=-2, dim2=-1) / state.factor.norm(dim=-1)).amin(dim=-1)
+    eps = torch.finfo(pivots.dtype).eps
+    known = state.modelled & state.definite & (pivots**2 > 1e3 * eps * state.x.shape[-1])
+    error = torch.cholesky_solve(state.residual.unsqueeze(-1), state.factor).squeeze(-1)
+    return torch.where(known.unsqueeze(-1), error, torch.full_like(error, torch.nan))
+
+
+def _comes_closer(
+    direction: _Direction, residual: torch.Tensor, state: _State, x: torch.Tensor, shorter: torch.Tensor
+) -> torch.Tensor:
+    """Return where the Newton step that is left is shorter than the one before, relative to each unknown, (batch,) bool.
+
+    A norm of gradients would compare unknowns of different units. Without factors there is only that, ``shorter``.
+    (Deuflhard, "Newton methods for nonlinear problems", 2004: the natural monotonicity test.)
+    """
+    if direction.factor is None:
+        return shorter
+    left = torch.cholesky_solve(residual.unsqueeze(-1), direction.factor).squeeze(-1)
+    size = torch.maximum(state.x.abs(), x.abs()) + torch.finfo(x.dtype).tiny
+    natural = (left.abs() / size).amax(dim=-1) < (direction.d.abs() / size).amax(dim=-1)
+    return torch.where(direction.definite, natural | shorter, shorter)
 
 
 def _overshoots(found: torch.Tensor, merit: torch.Tensor, slope: torch.Tensor, magnitude: torch.Tensor) -> torch.Tensor:
@@ -362,11 +417,3 @@ def _has_negative_eigenvalue(operator: LinearOperator, doubtful: torch.Tensor) -
         rounding = 100 * hessian.shape[-1] * torch.finfo(hessian.dtype).eps * eigenvalues.abs().amax(dim=-1)
         negative = negative.index_put((rows,), eigenvalues[..., 0] < -rounding)
     return negative
-
-
-def _meets_negative_curvature(operator: LinearOperator, doubtful: torch.Tensor) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(0)
-    start = torch.randn(operator.size, generator=generator, dtype=torch.float64)
-    start = start.to(dtype=operator.dtype, device=operator.device).expand(operator.batch, -1)
-    relative = torch.full((operator.batch,), 1e-3, dtype=operator.dtype, device=operator.device)
-    return ~truncated_cg(operator, start, relative, _EXAMINATION_STEPS, doubtful)[1]

@@ -14,7 +14,8 @@ from bilevel._problem import Problem
 from bilevel._system import ArgminSystem, FixedPointSystem, RootSystem, System
 from bilevel._tree import Raveler, flatten_arguments
 from bilevel.reports import Status
-from bilevel.solvers._base import InnerOutcome, InnerSolver, solve_inner
+from bilevel.solvers._base import InnerSolver
+from bilevel.solvers._judge import InnerOutcome, solve_inner
 from bilevel.tolerance import Tolerance
 
 F64, F32 = torch.float64, torch.float32

@@ -9,7 +9,8 @@ import torch
 
 import bilevel
 from bilevel.reports import Status
-from bilevel.solvers._base import Goal, InnerSolution, InnerSolver, as_inner_solver, iterate, solve_inner
+from bilevel.solvers._base import Goal, InnerSolution, InnerSolver, as_inner_solver, iterate
+from bilevel.solvers._judge import solve_inner
 from bilevel.tolerance import Target, Tolerance
 
 from . import support

@@ -1,0 +1,294 @@
+"""How far an answer is from the solution: the Newton step that is left, per unknown, and what rounding can hide.
+
+The judge (:mod:`bilevel.solvers._judge`) decides by these numbers. Small systems are factorised. Large ones are solved by
+a Krylov method to one digit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+
+from bilevel._problem import Linearization, Problem
+from bilevel.linear.gmres import GMRES
+from bilevel.solvers._truncated_cg import truncated_cg
+
+__all__ = [
+    "ErrorEstimate",
+    "estimate_error",
+    "has_kink",
+    "is_dense",
+    "meets_negative_curvature",
+    "residual_rounding",
+    "rounding",
+]
+
+# Up to these sizes matrices are factorised: by then a Krylov method needs as many products.
+_DENSE_SYMMETRIC, _DENSE_JACOBIAN = 128, 32
+_DENSE_NUMBERS = 2**22
+_KRYLOV_STEPS, _KRYLOV_ACCURACY = 500, 0.1
+_EXAMINATION_STEPS = 20
+
+
+@dataclass(frozen=True, eq=False)
+class ErrorEstimate:
+    """What a linear solve with J = ∂_x R at x tells of x, per problem.
+
+    Parameters
+    ----------
+    error
+        J⁻¹ R (batch, n): the Newton step that is left, so x − x* to first order. Infinite where R does not lie in the range of a singular J.
+    rounding
+        (batch, n): what the rounding of x alone, seen through R and J⁻¹, changes. None where it was not computed.
+    size
+        (batch, n): the size of x in the units of each unknown, converted by the diagonal scaling of J.
+    singular
+        (batch,) bool: J is singular to working precision.
+    indefinite
+        (batch,) bool: J, a Hessian, has a negative eigenvalue beyond rounding.
+    drift
+        (batch,): the share of the way from the start to x that lies in the null space of J, in [0, 1].
+    factor
+        Cholesky factors (batch, n, n) of J, if all of them are positive definite.
+    """
+
+    error: torch.Tensor
+    rounding: torch.Tensor | None
+    size: torch.Tensor
+    singular: torch.Tensor
+    indefinite: torch.Tensor
+    drift: torch.Tensor
+    factor: torch.Tensor | None = None
+
+
+def is_dense(problem: Problem) -> bool:
+    """Return whether the matrices of ``problem`` are factorised to estimate the error."""
+    n = problem.size
+    most = _DENSE_SYMMETRIC if problem.system.symmetric else _DENSE_JACOBIAN
+    wide = torch.finfo(problem.system.raveler.dtype).bits >= 32  # there are no factorisations in half precision
+    return wide and n <= most and problem.batch * n * n <= _DENSE_NUMBERS
+
+
+def estimate_error(
+    problem: Problem, x: torch.Tensor, residual: torch.Tensor, init: torch.Tensor, doubtful: torch.Tensor
+) -> ErrorEstimate:
+    """Return the :class:`ErrorEstimate` at ``x`` (batch, n), found from ``init``; only rows of ``doubtful`` (batch,) are meant."""
+    n, symmetric = problem.size, problem.system.symmetric
+    if is_dense(problem):
+        matrix = problem.linearize_dense(x).operator.dense()
+        finite = torch.isfinite(matrix).all(dim=-1).all(dim=-1)
+        matrix = torch.where(finite[:, None, None], matrix, torch.eye(n, dtype=x.dtype, device=x.device))
+        residual = torch.nan_to_num(residual)
+        found = (_symmetric if symmetric else _general)(problem, matrix, x, residual, x - init)
+        error = torch.where(finite.unsqueeze(-1), found.error, torch.full_like(x, torch.inf))
+        return ErrorEstimate(
+            error, found.rounding, found.size, found.singular & finite, found.indefinite & finite, found.drift,
+            found.factor if bool(finite.all()) else None,
+        )  # fmt: skip
+    return _by_products(problem, x, torch.nan_to_num(residual), doubtful)
+
+
+def _symmetric(
+    problem: Problem, matrix: torch.Tensor, x: torch.Tensor, residual: torch.Tensor, moved: torch.Tensor
+) -> ErrorEstimate:
+    n, eps = x.shape[-1], torch.finfo(x.dtype).eps
+    diagonal = matrix.diagonal(dim1=-2, dim2=-1).abs()
+    unit = torch.where(diagonal > 0, diagonal, diagonal.amax(dim=-1, keepdim=True)).rsqrt()
+    unit = torch.where(
+        torch.isfinite(unit), unit, torch.ones_like(unit)
+    )  # (batch, n), one scaled unknown in units of x
+    scaled = unit.unsqueeze(-1) * matrix * unit.unsqueeze(-2)
+    noise = eps * (matrix.abs() @ x.abs().unsqueeze(-1)).squeeze(-1)
+    right = torch.stack([residual, _signs(x) * noise], dim=-1) * unit.unsqueeze(-1)  # (batch, n, 2)
+    factor, info = torch.linalg.cholesky_ex(scaled)
+    pivots = factor.diagonal(dim1=-2, dim2=-1)
+    sound = (info == 0) & (pivots.amin(dim=-1) ** 2 > 1e3 * n * eps)
+    solved = unit.unsqueeze(-1) * torch.cholesky_solve(right, factor)
+    flag = torch.zeros_like(sound)
+    singular, indefinite, drift = flag, flag, torch.zeros_like(x[:, 0])
+    if not bool(sound.all()):
+        rows = ~sound
+        values, vectors = torch.linalg.eigh(scaled[rows])
+        largest = values.abs().amax(dim=-1, keepdim=True)
+        null = values.abs() <= 10 * n * eps * largest
+        spectral = _Spectral(vectors, vectors, values, null)
+        negative = problem.minimizes & (values[:, 0] < -100 * n * eps * largest[:, 0])
+        indefinite = indefinite.index_put((rows,), negative)
+        singular = singular.index_put((rows,), null.any(dim=-1))
+        solved = solved.index_put((rows,), unit[rows].unsqueeze(-1) * spectral.solve(right[rows], eps))
+        drift = drift.index_put((rows,), spectral.share((moved / unit)[rows]))
+    whole = factor / unit.unsqueeze(-1) if bool(sound.all()) else None
+    size = (x.abs() / unit).amax(dim=-1, keepdim=True) * unit
+    return ErrorEstimate(solved[..., 0], solved[..., 1], size, singular, indefinite, drift, whole)
+
+
+def _general(
+    problem: Problem, matrix: torch.Tensor, x: torch.Tensor, residual: torch.Tensor, moved: torch.Tensor
+) -> ErrorEstimate:
+    n, eps = x.shape[-1], torch.finfo(x.dtype).eps
+    noise = eps * (matrix.abs() @ x.abs().unsqueeze(-1)).squeeze(-1)
+    if problem.is_fixed_point:
+        # 1 − ∂T of a slope that is one but for rounding is zero, and x − T(x) is rounded as x is.
+        diagonal = torch.eye(n, dtype=torch.bool, device=x.device)
+        matrix = torch.where(diagonal & (matrix.abs() <= 8 * eps), torch.zeros_like(matrix), matrix)
+        noise = noise + eps * x.abs()
+    columns = _usable(matrix.abs().amax(dim=-2))
+    rows_scale = _usable((matrix * columns.unsqueeze(-2)).abs().amax(dim=-1))
+    scaled = rows_scale.unsqueeze(-1) * matrix * columns.unsqueeze(-2)
+    right = torch.stack([residual, _signs(x) * noise], dim=-1) * rows_scale.unsqueeze(-1)
+    lu, pivots, info = torch.linalg.lu_factor_ex(scaled)
+    steps = lu.diagonal(dim1=-2, dim2=-1).abs()
+    sound = (info == 0) & (steps.amin(dim=-1) > 1e3 * n * eps * steps.amax(dim=-1))
+    safe = torch.where(sound[:, None, None], lu, torch.eye(n, dtype=x.dtype, device=x.device))
+    solved = columns.unsqueeze(-1) * torch.linalg.lu_solve(safe, pivots, right)
+    flag = torch.zeros_like(sound)
+    singular, drift = flag, torch.zeros_like(x[:, 0])
+    if not bool(sound.all()):
+        rows = ~sound
+        left, values, righth = torch.linalg.svd(scaled[rows])
+        null = values <= 10 * n * eps * values[:, :1]
+        spectral = _Spectral(left, righth.mT, values, null)
+        singular = singular.index_put((rows,), null.any(dim=-1))
+        solved = solved.index_put((rows,), columns[rows].unsqueeze(-1) * spectral.solve(right[rows], eps))
+        drift = drift.index_put((rows,), spectral.share((moved / columns)[rows]))
+    size = (x.abs() / columns).amax(dim=-1, keepdim=True) * columns
+    return ErrorEstimate(solved[..., 0], solved[..., 1], size, singular, flag, drift)
+
+
+@dataclass(frozen=True, eq=False)
+class _Spectral:
+    """U diag(s) Vᵀ (batch, n, n) with the directions of ``null`` (batch, n) left out."""
+
+    left: torch.Tensor
+    right: torch.Tensor
+    values: torch.Tensor
+    null: torch.Tensor
+
+    def solve(self, rhs: torch.Tensor, eps: float) -> torch.Tensor:
+        """Return the minimum-norm solutions of ``rhs`` (batch, n, 2) = (R, noise): infinite where more of R than noise is out of range."""
+        parts = self.left.mT @ rhs
+        hidden = self.null.unsqueeze(-1)
+        beyond = torch.where(hidden, parts, torch.zeros_like(parts))[..., 0].norm(dim=-1)
+        floor = 8 * (rhs[..., 1].norm(dim=-1) + eps * rhs[..., 0].norm(dim=-1))
+        usable = torch.where(self.null, torch.ones_like(self.values), self.values).unsqueeze(-1)
+        found = self.right @ torch.where(hidden, torch.zeros_like(parts), parts / usable)
+        inconsistent = (beyond > floor).unsqueeze(-1)
+        error = torch.where(inconsistent, torch.full_like(found[..., 0], torch.inf), found[..., 0])
+        return torch.stack([error, found[..., 1]], dim=-1)
+
+    def share(self, moved: torch.Tensor) -> torch.Tensor:
+        """Return which share of ``moved`` (batch, n) lies in the null directions."""
+        along = (self.right.mT @ moved.unsqueeze(-1)).squeeze(-1)
+        part = torch.where(self.null, along, torch.zeros_like(along)).norm(dim=-1)
+        return torch.nan_to_num(part / moved.norm(dim=-1))
+
+
+def _usable(size: torch.Tensor) -> torch.Tensor:
+    """Return 1/``size``, and 1 where that is not finite."""
+    inverse = size.reciprocal()
+    return torch.where(torch.isfinite(inverse), inverse, torch.ones_like(inverse))
+
+
+def _signs(x: torch.Tensor) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(0)
+    return (torch.randint(0, 2, (x.shape[-1],), generator=generator) * 2 - 1).to(x)
+
+
+def _by_products(problem: Problem, x: torch.Tensor, residual: torch.Tensor, doubtful: torch.Tensor) -> ErrorEstimate:
+    operator = _linearization(problem, x).operator
+    norm = residual.norm(dim=-1)
+    active = doubtful & (norm > 0)
+    none = torch.zeros_like(doubtful)
+    if problem.system.symmetric:
+        accuracy = torch.full_like(norm, _KRYLOV_ACCURACY)
+        d, definite = truncated_cg(operator, residual, accuracy, min(2 * problem.size, _KRYLOV_STEPS), active)
+        error, indefinite = -d, ~definite & problem.minimizes
+    else:
+        usable = active.unsqueeze(-1)
+        unit = torch.where(usable, residual / norm.unsqueeze(-1), torch.zeros_like(residual))
+        steps = min(problem.size, _KRYLOV_STEPS)
+        found = GMRES(max_steps=steps).solve(operator, unit, torch.full_like(norm, _KRYLOV_ACCURACY))
+        error, indefinite = found.x * norm.unsqueeze(-1), none
+    size = x.abs().amax(dim=-1, keepdim=True).expand_as(x)
+    return ErrorEstimate(torch.nan_to_num(error, nan=torch.inf), None, size, none, indefinite, torch.zeros_like(norm))
+
+
+def _linearization(problem: Problem, x: torch.Tensor) -> Linearization:
+    """Return the linearisation at ``x``, kept for a derivative where one follows."""
+    slot = problem.last_look
+    if slot is None:
+        return problem.linearize(x)
+    known = slot.linearization
+    if known is None or known.point is None or not torch.equal(known.point, x):
+        slot.linearization = known = problem.linearize(x, slot.wanted)
+    return known
+
+
+def meets_negative_curvature(problem: Problem, x: torch.Tensor, doubtful: torch.Tensor) -> torch.Tensor:
+    """Return where a few products with the Hessian at ``x`` (batch, n) prove a negative eigenvalue, (batch,) bool."""
+    operator = _linearization(problem, x).operator
+    generator = torch.Generator().manual_seed(0)
+    start = torch.randn(operator.size, generator=generator, dtype=torch.float64)
+    start = start.to(dtype=operator.dtype, device=operator.device).expand(operator.batch, -1)
+    relative = torch.full((operator.batch,), 1e-3, dtype=operator.dtype, device=operator.device)
+    return ~truncated_cg(operator, start, relative, _EXAMINATION_STEPS, doubtful)[1]
+
+
+def has_kink(problem: Problem, x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
+    """Return where the gradient jumps at ``x``, per problem: two gradients and one product.
+
+    Over a step h s, with random signs s, ∇G changes by h H s + O(h²) where G is smooth. What is left of the change after h H s shrinks with h
+    then; at a kink it does not.
+    """
+    eps = torch.finfo(x.dtype).eps
+    signs, reach = _signs(x), eps ** (1 / 3) * x.abs().clamp_min(1.0)
+    bend = _linearization(problem, x).operator.matvec(reach * signs)
+    left = []
+    for share in (1.0, 1 / 64):
+        change = problem.residual(x + share * reach * signs) - residual
+        left.append((change - share * bend).abs())
+    wide, near = left
+    size = residual.abs().amax(dim=-1, keepdim=True) + wide
+    jump = torch.isfinite(wide) & (near > 0.5 * wide) & (near > 1e3 * eps * size) & (near > bend.abs() / 8)
+    return jump.any(dim=-1)
+
+
+def residual_rounding(problem: Problem, x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
+    """Return, per unknown (batch, n), how far R(x) may be from what was computed: two or three evaluations."""
+    worst = torch.finfo(x.dtype).eps * residual.abs()
+    for moved in _differences(problem, x, residual):
+        worst = torch.maximum(worst, torch.nan_to_num(moved.abs(), nan=0.0, posinf=0.0))
+    return 8 * worst
+
+
+def rounding(problem: Problem, x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
+    """Return, per problem, how far R(x) may be from what was computed, as a norm: one to three evaluations.
+
+    In a dtype below float64, how far it is from float64's. In float64, what float32 makes of it, in proportion, or what every number moved by
+    a unit in its last place makes of it, the larger of the two, eight times over.
+    """
+    moved, *others = (difference.norm(dim=-1) for difference in _differences(problem, x, residual))
+    for other in others:
+        moved = torch.where(torch.isfinite(other), torch.maximum(moved, other), moved)
+    eps = torch.finfo(x.dtype).eps
+    return torch.nan_to_num(8 * (moved + eps * residual.norm(dim=-1)), nan=float("inf"))
+
+
+def _differences(problem: Problem, x: torch.Tensor, residual: torch.Tensor) -> Iterator[torch.Tensor]:
+    """Yield what R(x) changes by where every number is moved by its rounding, and where another precision is computed in."""
+    other, (beside,) = problem.nudged(1, x)
+    yield other.residual(beside) - residual
+    try:
+        if x.dtype != torch.float64:
+            wide = (problem.to(torch.float64).residual(x.double()) - residual).to(residual)
+        else:
+            scattered, (points,) = problem.scattered(2, 1, x)
+            single = torch.float32
+            wide = scattered.residual(points) - scattered.to(single).residual(points.to(single))
+            wide = torch.nan_to_num(wide, nan=0.0, posinf=0.0, neginf=0.0)
+            wide = wide * (torch.finfo(x.dtype).eps / torch.finfo(single).eps)
+    except (RuntimeError, TypeError, ValueError):  # a constant of another dtype inside, or a device without float64
+        return
+    yield wide

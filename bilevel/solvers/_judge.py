@@ -1,0 +1,364 @@
+"""The one judge of inner solvers: it measures the error of what they return, lets them go on where it is too large, and decides the status.
+
+With nothing chosen, a problem has converged when the estimated error of every unknown is at most rtol·|x| + atol, or as small as the rounding
+of the residual allows. The estimate is the Newton step J⁻¹R that is left (:mod:`bilevel.solvers._error`), so that neither a far start nor
+the units of the objective count. With δ asked, the residual decides: ‖R‖ ≤ μ δ.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+
+from bilevel._problem import Problem
+from bilevel.reports import Basis, Status
+from bilevel.solvers._base import Goal, InnerSolution, InnerSolver, all_finite, length
+from bilevel.solvers._error import (
+    ErrorEstimate,
+    estimate_error,
+    has_kink,
+    is_dense,
+    meets_negative_curvature,
+    residual_rounding,
+    rounding,
+)
+from bilevel.tolerance import Target
+
+__all__ = ["InnerOutcome", "Successor", "solve_inner"]
+
+# How often a solver that stopped too early is told to go on.
+_MOST_ROUNDS = 8
+# An x this many times the size of the start, at which the equations say nothing any more, has run away.
+_FAR = 1e3
+# The rounding of one residual, in which a line search that compares sums of them may end.
+_SOLVER_ROUNDING = 30.0
+# What another solver is tried after.
+_WORTH_ANOTHER = (
+    Status.MAX_STEPS,
+    Status.STAGNATED,
+    Status.DIVERGED,
+    Status.NOT_FINITE,
+    Status.LINE_SEARCH_FAILED,
+    Status.NOT_CONVERGED,
+)
+_MAYBE_KINKED = (Status.MAX_STEPS, Status.STAGNATED, Status.LINE_SEARCH_FAILED)
+
+
+@dataclass(frozen=True)
+class Successor:
+    """A solver that takes over where another failed: from the start if ``afresh``, else from where the last one ended."""
+
+    solver: InnerSolver
+    afresh: bool
+
+
+@dataclass(frozen=True, eq=False)
+class InnerOutcome:
+    """A judged inner solve; every tensor per problem, and the names of the solvers that took part.
+
+    ``factor`` holds Cholesky factors of Hessians near x, ``exact`` says that they are those at x.
+    """
+
+    x: torch.Tensor
+    status: torch.Tensor
+    iterations: torch.Tensor
+    residual_norm: torch.Tensor
+    threshold: torch.Tensor
+    error_bound: torch.Tensor
+    basis: Basis
+    residual: torch.Tensor
+    factor: torch.Tensor | None = None
+    exact: bool = False
+    solver: str = ""
+
+
+def solve_inner(
+    solver: InnerSolver, problem: Problem, init: torch.Tensor, target: Target, others: Sequence[Successor] = ()
+) -> InnerOutcome:
+    """Solve from ``init`` (batch, n) and judge the answer; ``others`` take over, in turn, the problems that failed."""
+    if problem.size == 0 or problem.batch == 0:
+        zeros = init.new_zeros(problem.batch)
+        codes = torch.zeros(problem.batch, dtype=torch.int64, device=init.device)
+        return InnerOutcome(
+            init, codes, codes, zeros, zeros, zeros, _basis(target), torch.zeros_like(init), solver=solver.name
+        )
+    goal = Goal(problem, init, target)
+    trial = _attempt(solver, problem, goal)
+    names, tried, latest, steps = [solver.name], [solver.name], trial.x, trial.iterations
+    for other in others:
+        failed = _is_one_of(trial.status, _WORTH_ANOTHER) & torch.isfinite(
+            goal.scale if target.relative else trial.norm
+        )
+        if not bool(failed.any()):
+            break
+        # What has been solved stays where it is: no residual is too large for it.
+        start = torch.where(failed.unsqueeze(-1), init if other.afresh else latest, trial.x)
+        threshold = torch.where(failed, goal.threshold, torch.full_like(goal.threshold, torch.inf))
+        second = _attempt(other.solver, problem, replace(goal, init=start, given=threshold, origin=init), failed)
+        latest, won = second.x, failed & (second.status == Status.CONVERGED)
+        tried.append(other.solver.name)
+        steps = steps + torch.where(failed, second.iterations, torch.zeros_like(steps))
+        if bool(won.any()):
+            trial, names = _choose(won, second, trial), list(tried)
+    status = trial.status
+    # A NaN that is added to an objective does not show in its gradient.
+    if trial.value is not None and not bool(all_finite(trial.value)):
+        status = torch.where(torch.isfinite(trial.value), status, torch.full_like(status, Status.NOT_FINITE))
+    bound = torch.full_like(trial.norm, float("nan"))
+    if target.strong_convexity is not None:
+        bound = (trial.norm + rounding(problem, trial.x, trial.residual)) / target.strong_convexity
+    return InnerOutcome(
+        trial.x, status, steps, trial.norm, trial.threshold, bound, _basis(target), trial.residual,
+        trial.factor, trial.exact, ", then ".join(names),
+    )  # fmt: skip
+
+
+@dataclass(frozen=True, eq=False)
+class _Trial:
+    """What one solver made of the problems, once judged."""
+
+    x: torch.Tensor
+    status: torch.Tensor
+    iterations: torch.Tensor
+    residual: torch.Tensor
+    norm: torch.Tensor
+    threshold: torch.Tensor
+    value: torch.Tensor | None
+    factor: torch.Tensor | None
+    exact: bool = False
+
+
+def _attempt(solver: InnerSolver, problem: Problem, goal: Goal, meant: torch.Tensor | None = None) -> _Trial:
+    """Run ``solver`` until the judge is content with the problems that are ``meant`` (batch,), or it can do no more."""
+    solution = _with_residual(problem, solver.solve(problem, goal.init, goal))
+    if not goal.target.rtol:
+        return _by_residual(solver, problem, solution, goal)
+    meant = torch.ones_like(solution.status, dtype=torch.bool) if meant is None else meant
+    steps = solution.iterations
+    for _ in range(_MOST_ROUNDS):
+        verdict = _by_error(solver, problem, solution, goal, meant)
+        taken = int(steps.max())
+        further = _resumed(solver, taken)
+        if further is None or not bool(verdict.again.any()):
+            break
+        following = replace(goal, init=solution.x, given=verdict.next_threshold, origin=goal.starting_point)
+        resumed = _with_residual(problem, further.solve(problem, solution.x, following))
+        steps = steps + torch.where(verdict.again, resumed.iterations, torch.zeros_like(steps))
+        solution = _merged(verdict.again, resumed, solution)
+    return replace(verdict.trial, iterations=steps)
+
+
+def _with_residual(problem: Problem, solution: InnerSolution) -> InnerSolution:
+    if solution.residual is not None:
+        return solution
+    if problem.minimizes:
+        value, residual = problem.value_and_residual(solution.x)
+        return replace(solution, value=value, residual=residual)
+    return replace(solution, residual=problem.residual(solution.x))
+
+
+def _merged(these: torch.Tensor, new: InnerSolution, old: InnerSolution) -> InnerSolution:
+    """Return ``new`` for the problems that went on, which are ``these`` (batch,). The others stood still."""
+    error = None
+    if new.error is not None and old.error is not None:
+        error = torch.where(these.unsqueeze(-1), new.error, old.error)
+    return replace(new, status=torch.where(these, new.status, old.status), error=error)
+
+
+def _resumed(solver: InnerSolver, taken: int) -> InnerSolver | None:
+    """Return the solver with the steps that are left of its budget, or None if there are none."""
+    budget: int | None = getattr(solver, "max_steps", None)
+    if budget is None:
+        return solver
+    if budget <= taken:
+        return None
+    further = copy.copy(solver)
+    object.__setattr__(further, "max_steps", budget - taken)
+    return further
+
+
+def _by_residual(solver: InnerSolver, problem: Problem, solution: InnerSolution, goal: Goal) -> _Trial:
+    """Judge by ‖R‖ ≤ μ δ, or by nothing where a budget alone was meant."""
+    assert solution.residual is not None
+    target, noticed, threshold = goal.target, solution.status, goal.threshold
+    norm = length(solution.residual)
+    status = noticed
+    reached = norm <= threshold
+    if not bool(((noticed == Status.CONVERGED) & reached).all()):
+        final = _is_one_of(noticed, (Status.INDEFINITE, Status.NOT_FINITE))
+        believed = (noticed == Status.CONVERGED) & ~reached
+        status = torch.where(believed, torch.full_like(status, Status.STAGNATED), status)
+        if target.silent:
+            spent = _is_one_of(noticed, (Status.MAX_STEPS, Status.NOT_CONVERGED))
+            status = torch.where(spent, torch.full_like(status, Status.BUDGET_SPENT), status)
+        status = torch.where(reached & ~final, torch.full_like(status, Status.CONVERGED), status)
+        status = torch.where(torch.isfinite(norm), status, torch.full_like(status, Status.NOT_FINITE))
+    if target.asked:
+        # An x whose own last place is larger than δ cannot be known to δ, however small the residual.
+        largest = solution.x.abs().amax(dim=-1)
+        blind = (status == Status.CONVERGED) & (torch.finfo(norm.dtype).eps * largest > target.error)
+        if bool(blind.any()):
+            status = torch.where(blind, _runaway(solution.x, goal.init), status)
+    return _Trial(
+        solution.x, status, solution.iterations, solution.residual, norm, threshold, solution.value, solution.factor
+    )
+
+
+def _runaway(x: torch.Tensor, init: torch.Tensor) -> torch.Tensor:
+    """Return DIVERGED where x has run away from the start, else STAGNATED, as statuses (batch,)."""
+    far = x.abs().amax(dim=-1) > _FAR * init.abs().amax(dim=-1).clamp_min(1.0)
+    codes = torch.full(far.shape, int(Status.STAGNATED), dtype=torch.int64, device=x.device)
+    return torch.where(far, torch.full_like(codes, Status.DIVERGED), codes)
+
+
+@dataclass(frozen=True, eq=False)
+class _Verdict:
+    """A judged trial, which problems are to go on (batch,), and the residual norms that they are to reach."""
+
+    trial: _Trial
+    again: torch.Tensor
+    next_threshold: torch.Tensor
+
+
+def _by_error(
+    solver: InnerSolver, problem: Problem, solution: InnerSolution, goal: Goal, meant: torch.Tensor
+) -> _Verdict:
+    """Judge by the error of each unknown."""
+    assert solution.residual is not None
+    x, residual, noticed, target = solution.x, solution.residual, solution.status, goal.target
+    norm, threshold = length(residual), goal.threshold
+    finite = torch.isfinite(norm)
+    spent = (noticed == Status.MAX_STEPS) & (norm > threshold) & (solver.has_budget and not target.asked)
+    open_ = meant & finite & ~spent & ~_is_one_of(noticed, (Status.INDEFINITE, Status.NOT_FINITE))
+    allowed = target.rtol * x.abs() + target.atol  # (batch, n)
+    error, factor, exact = solution.error, solution.factor, False
+    status = torch.where(finite, noticed, torch.full_like(noticed, Status.NOT_FINITE))
+    status = torch.where(spent, torch.full_like(status, Status.BUDGET_SPENT), status)
+    again = torch.zeros_like(open_)
+    good = open_ & (error.abs() <= allowed).all(dim=-1) if error is not None else again  # a NaN is none
+    ratio = noise = torch.zeros_like(norm)
+    if not bool((good | ~open_).all()):
+        found = estimate_error(problem, x, residual, goal.starting_point, open_ & ~good)
+        judged = _weigh(problem, x, residual, found, allowed, target, goal, noticed, open_ & ~good)
+        if found.factor is not None:
+            factor, exact = found.factor, True
+        fine = good | (open_ & judged.good)
+        believed = noticed == Status.CONVERGED
+        failed = torch.where(believed | (noticed == Status.MAX_STEPS) & judged.rounded, int(Status.STAGNATED), noticed)
+        failed = torch.where(judged.status != Status.RUNNING, judged.status, failed)
+        status = torch.where(open_ & ~fine, failed, status)
+        again = believed & open_ & ~fine & ~judged.rounded & (judged.status == Status.RUNNING)
+        good, ratio, noise = fine, judged.ratio, judged.noise
+    status = torch.where(good, torch.full_like(status, Status.CONVERGED), status)
+    if problem.minimizes:
+        status = _name_stationary(problem, solution, status, goal.starting_point, meant)
+        good = good & (status == Status.CONVERGED)
+    strict = torch.where(ratio > 0, norm / ratio, torch.zeros_like(norm))  # the norm of a residual that would do
+    asked = torch.where(good, torch.maximum(threshold, norm), torch.minimum(threshold, strict))
+    asked = torch.where(open_, asked, threshold)
+    # Aim as far as the first goal does, so that the accuracy does not depend on the start; and never at less than a halving.
+    closer = torch.maximum(norm * (target.relative / target.rtol) / ratio.clamp_min(1.0), 0.25 * noise)
+    closer = torch.minimum(0.5 * norm, closer)
+    following = torch.where(again, closer, torch.full_like(norm, torch.inf))
+    trial = _Trial(x, status, solution.iterations, residual, norm, asked, solution.value, factor, exact)
+    return _Verdict(trial, again, following)
+
+
+@dataclass(frozen=True, eq=False)
+class _Weighed:
+    """Which errors are small enough, the largest as a multiple of what is allowed, which residuals are at rounding, its norm, and what is amiss."""
+
+    good: torch.Tensor
+    ratio: torch.Tensor
+    rounded: torch.Tensor
+    noise: torch.Tensor
+    status: torch.Tensor
+
+
+def _weigh(
+    problem: Problem,
+    x: torch.Tensor,
+    residual: torch.Tensor,
+    found: ErrorEstimate,
+    allowed: torch.Tensor,
+    target: Target,
+    goal: Goal,
+    noticed: torch.Tensor,
+    open_: torch.Tensor,
+) -> _Weighed:
+    error = found.error.abs()
+    within = (error <= allowed).all(dim=-1)
+    ratio = (error / allowed).amax(dim=-1)
+    # Where rounding is the limit, an unknown is measured in the units that the equations give it.
+    coarse = target.coarse_rtol * torch.maximum(x.abs(), found.size) + target.atol
+    rounded, noise = torch.zeros_like(within), torch.zeros_like(residual)
+    if bool((open_ & ~within).any()):
+        noise = residual_rounding(problem, x, residual)
+        # A solver that gets no further is at its rounding, which may be more than that of one residual.
+        ended = _is_one_of(noticed, (Status.STAGNATED, Status.LINE_SEARCH_FAILED)).unsqueeze(-1)
+        rounded = (residual.abs() <= torch.where(ended, _SOLVER_ROUNDING * noise, noise)).all(dim=-1)
+    good = within | (rounded & (error <= coarse).all(dim=-1))
+    status = torch.full(within.shape, int(Status.RUNNING), dtype=torch.int64, device=x.device)
+    start = goal.starting_point
+    if found.rounding is not None:
+        known = target.blind_rtol * torch.maximum(x.abs(), found.size) + target.atol
+        blind = good & ~(found.rounding.abs() <= known).all(dim=-1)
+        status = torch.where(blind, _runaway(x, start), status)
+    # Along a null direction x may be anything, but not what an unbounded search made of it.
+    lost = good & found.singular & (found.drift > 0.5) & (_runaway(x, start) == Status.DIVERGED)
+    status = torch.where(lost, torch.full_like(status, Status.DIVERGED), status)
+    status = torch.where(found.indefinite & (good | rounded), torch.full_like(status, Status.INDEFINITE), status)
+    return _Weighed(good & (status == Status.RUNNING), ratio, rounded, length(noise), status)
+
+
+def _name_stationary(
+    problem: Problem, solution: InnerSolution, status: torch.Tensor, start: torch.Tensor, meant: torch.Tensor
+) -> torch.Tensor:
+    """Name a start that is stationary but no minimum, and a search that ended at a kink."""
+    assert solution.residual is not None
+    x, residual = solution.x, solution.residual
+    still = meant & (status == Status.CONVERGED) & (x == start).all(dim=-1)
+    if bool(still.any()) and not is_dense(problem):
+        curved = still & meets_negative_curvature(problem, x, still)
+        status = torch.where(curved, torch.full_like(status, Status.INDEFINITE), status)
+    # By convention torch's slope at a kink is zero, as that of |x| at 0: such a zero is exact.
+    doubtful = still & (residual == 0).any(dim=-1)
+    doubtful = doubtful | (meant & _is_one_of(status, _MAYBE_KINKED))
+    if bool(doubtful.any()):
+        kinked = doubtful & has_kink(problem, x, residual)
+        status = torch.where(kinked, torch.full_like(status, Status.KINK), status)
+    return status
+
+
+def _choose(these: torch.Tensor, one: _Trial, other: _Trial) -> _Trial:
+    """Return ``one`` for the problems of ``these`` (batch,) and ``other`` for the rest."""
+
+    def mixed(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        return torch.where(these.reshape(-1, *[1] * (a.ndim - 1)), a, b)
+
+    value = None if one.value is None or other.value is None else mixed(one.value, other.value)
+    return _Trial(
+        mixed(one.x, other.x),
+        mixed(one.status, other.status),
+        other.iterations,
+        mixed(one.residual, other.residual),
+        mixed(one.norm, other.norm),
+        mixed(one.threshold, other.threshold),
+        value,
+        one.factor if one.exact else None,
+        one.exact,
+    )
+
+
+def _is_one_of(codes: torch.Tensor, statuses: Sequence[Status]) -> torch.Tensor:
+    found = torch.zeros_like(codes, dtype=torch.bool)
+    for status in statuses:
+        found = found | (codes == status)
+    return found
+
+
+def _basis(target: Target) -> Basis:
+    return Basis.RESIDUAL if target.strong_convexity is None else Basis.CERTIFIED

@@ -1,13 +1,12 @@
 """A layer: it checks what it is given, and applies the differentiation rule (:mod:`bilevel._implicit`) to the solves of a call.
 
-Those solves, with what becomes of their failures, are a :class:`~bilevel._run.Run`.
+Those solves, with what becomes of their failures, are a :class:`~bilevel._run.SolveCall`.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar, cast
 
@@ -15,11 +14,8 @@ import torch
 from torch.utils import _pytree as pytree
 
 from bilevel._implicit import Rule, Solve
-from bilevel._inspection import Look, captured_error, look, recall
-from bilevel._problem import Problem
-from bilevel._replay import Tapes
-from bilevel._run import Adjoint, Run
-from bilevel._straight import Memory
+from bilevel._inspection import captured_error
+from bilevel._run import Inspector, Setting, SolveCall, SolveSettings
 from bilevel._system import FixedPointSystem, System
 from bilevel._transforms import (
     autocast_to,
@@ -39,14 +35,13 @@ from bilevel.errors import (
     StochasticObjectiveError,
     TransformError,
 )
-from bilevel.linear._base import LinearSolverLike, as_linear_solver
+from bilevel.linear._base import LinearSolver, LinearSolverLike
 from bilevel.reports import (
     OnFailure,
     SolveReport,
-    check_policy,
     misuse,
 )
-from bilevel.solvers._base import InnerSolverLike, as_inner_solver
+from bilevel.solvers._base import InnerSolver, InnerSolverLike
 from bilevel.tolerance import Tolerance
 
 __all__ = ["Layer", "Solution"]
@@ -82,7 +77,15 @@ pytree.register_pytree_node(
 
 
 class Layer:
-    """A differentiable solve: a function of ``(init, *args, **kwargs)``. Made by :func:`argmin`, :func:`root`, :func:`fixed_point`."""
+    """A differentiable solve: a function of ``(init, *args, **kwargs)``. Made by :func:`argmin`, :func:`root`, :func:`fixed_point`.
+
+    The settings may be set to others between calls. Each call, with all of its derivatives, goes by those that it was made with.
+    """
+
+    solver = Setting[InnerSolver | None]()
+    linear_solver = Setting[LinearSolver | None]()
+    tolerance = Setting[Tolerance]()
+    on_failure = Setting[OnFailure]()
 
     def __init__(
         self,
@@ -99,43 +102,15 @@ class Layer:
             raise ArgumentError(
                 f"bilevel layer: expected {noun} to be a function of (x, *args, **kwargs), got {function!r}; pass one"
             )
-        if tolerance is not None and not isinstance(tolerance, Tolerance):
-            raise ArgumentError(f"expected tolerance to be a bilevel.Tolerance, got {tolerance!r}; wrap it in one")
         self.kind = kind
         self.function = function
-        self.solver = None if solver is None else as_inner_solver(solver)
-        self.linear_solver = None if linear_solver is None else as_linear_solver(linear_solver)
-        self.tolerance = Tolerance() if tolerance is None else tolerance
-        self.on_failure = check_policy(on_failure)
-        self.adjoint = Adjoint()
-        self.inspects = True
-        self.written: Callable[[], Callable[..., Any]] | None = (
-            None  # what the user wrote, where that is not the function itself
-        )
-        self.looked: Memory[Tapes] = Memory()
-        self.aside: Memory[Tapes] = Memory()
+        self._settings = SolveSettings(tolerance=Tolerance() if tolerance is None else tolerance, on_failure=on_failure)
+        self.solver, self.linear_solver = solver, linear_solver
+        # What the user wrote, where that is not the function itself.
+        self.written: Callable[[], Callable[..., Any]] | None = None
+        self.inspector = Inspector()
         functools.update_wrapper(self, function, updated=())
         self.where = f"`{kind.label}` layer `{getattr(function, '__name__', type(function).__name__)}`"
-
-    @contextmanager
-    def trusted(self) -> Iterator[None]:
-        """Leave out the look at the function in the calls made meanwhile, where one just before has had it."""
-        before, self.inspects = self.inspects, False
-        try:
-            yield
-        finally:
-            self.inspects = before
-
-    def look(self, problem: Problem, x: torch.Tensor, memory: Memory[Tapes], *, captures: bool) -> Look:
-        """Inspect the function at ``x`` (batch, n) unless ``memory`` has it."""
-        return look(problem, x, self._as_written(), memory, captures=captures)
-
-    def recall(self, problem: Problem, x: torch.Tensor, *, captures: bool) -> Tapes | None:
-        """Return what a trusted call may be replayed from (see :meth:`trusted`)."""
-        return recall(problem, x, self._as_written(), self.looked, self.aside, captures=captures)
-
-    def _as_written(self) -> Callable[..., Any]:
-        return self.function if self.written is None else self.written()
 
     @property
     def minimizes(self) -> bool:
@@ -172,25 +147,39 @@ class Layer:
         TransformError
             If two nested forward-mode transforms meet here: torch would return zero.
         """
-        return self.solve(init, *args, **kwargs).value
+        return self._solution(self._settings, init, args, kwargs).value
 
     @eager
     def solve(self, init: T, *args: Any, **kwargs: Any) -> Solution[T]:
         """Return a :class:`Solution`: what calling the layer returns, with the report of the forward solve."""
+        return self._solution(self._settings, init, args, kwargs)
+
+    @eager
+    def solve_with(self, settings: SolveSettings, init: T, *args: Any) -> Solution[T]:
+        """Return what :meth:`solve` does with other ``settings`` than the layer's own."""
+        return self._solution(settings, init, args, {})
+
+    def _solution(self, settings: SolveSettings, init: T, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Solution[T]:
         raveler = Raveler.of(init, self.where)
         system, tensors = self._system(raveler, args, kwargs)
         self._refuse_forward_twice(tensors)
         watched = torch.is_grad_enabled()
         spoiled = (
-            self._check_edge(init, system, tensors) if watched or differentiating() or transforms_active() else False
+            self._check_edge(settings.on_failure, init, system, tensors)
+            if watched or differentiating() or transforms_active()
+            else False
         )
-        run = Run(self, system.where, watched, raveler.coarsest)
+        call = self._call(settings, system, watched)
         flat = raveler.ravel(init).detach()
-        x = Solve.apply(Rule(system, run.solve, run.solve_linear, followed=watched), flat, *tensors)
-        if spoiled or run.spoiled:
+        x = Solve.apply(Rule(system, call.solve, call.solve_linear, followed=watched), flat, *tensors)
+        if spoiled or call.spoiled:
             x = x * self._poison(init, system, tensors)
-        assert run.report is not None
-        return Solution(raveler.unravel(x), run.report)
+        assert call.report is not None
+        return Solution(raveler.unravel(x), call.report)
+
+    def _call(self, settings: SolveSettings, system: System, watched: bool) -> SolveCall:
+        written = self.function if self.written is None else self.written()
+        return SolveCall(settings, self.inspector, written, system.where, watched, system.raveler.coarsest)
 
     def _system(
         self, raveler: Raveler, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -221,7 +210,7 @@ class Layer:
                 "instead of jacfwd(jacfwd(f))"
             )
 
-    def _check_edge(self, init: Any, system: System, tensors: list[torch.Tensor]) -> bool:
+    def _check_edge(self, on_failure: OnFailure, init: Any, system: System, tensors: list[torch.Tensor]) -> bool:
         """Find what the primitive cannot see from inside; return whether the policy asks for NaN."""
         spoiled = False
         leaves = pytree.tree_leaves(init)
@@ -230,10 +219,10 @@ class Layer:
                 f"{self.where}: expected init not to require grad, and it does: a solution does not depend on where the "
                 "search began, so that its gradient would be none; pass init.detach(), or pass the tensor as an argument"
             )
-            spoiled |= misuse(error, self.on_failure)
-        return spoiled | self._check_captures(init, system, tensors)
+            spoiled |= misuse(error, on_failure)
+        return spoiled | self._check_captures(on_failure, init, system, tensors)
 
-    def _check_captures(self, init: Any, system: System, tensors: list[torch.Tensor]) -> bool:
+    def _check_captures(self, on_failure: OnFailure, init: Any, system: System, tensors: list[torch.Tensor]) -> bool:
         """Find tensors of a transform outside that the function reaches; return whether the policy asks for NaN."""
         if differentiating():
             # Inside the primitive a captured tensor of a transform looks like a plain one: look at it here.
@@ -251,7 +240,7 @@ class Layer:
                 ) from problem
             if carries_gradient(output):
                 error = captured_error(self.where, system.noun, "is being differentiated by a transform outside")
-                return misuse(error, self.on_failure)
+                return misuse(error, on_failure)
         return False
 
     def _poison(self, init: Any, system: System, tensors: list[torch.Tensor]) -> torch.Tensor:

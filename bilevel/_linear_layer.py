@@ -10,8 +10,8 @@ import torch
 from bilevel._implicit import LinearSolve, Rule
 from bilevel._layer import Layer, Solution
 from bilevel._problem import Problem
-from bilevel._run import Run
-from bilevel._system import LinearSystem, SymmetricLinearSystem
+from bilevel._run import SolveCall, SolveSettings
+from bilevel._system import LinearSystem, SymmetricLinearSystem, System
 from bilevel._transforms import eager, transforms_active
 from bilevel._tree import Raveler
 from bilevel.linear._base import LinearSolverLike
@@ -75,11 +75,15 @@ class LinearLayer(Layer):
         TransformError
             If two nested forward-mode transforms meet here: torch would return zero.
         """
-        return self.solve(rhs, *args, **kwargs).value
+        return self._solution(self._settings, rhs, args, kwargs).value
 
     @eager
     def solve(self, rhs: T, *args: Any, **kwargs: Any) -> Solution[T]:  # type: ignore[override]  # likewise
         """Return a :class:`Solution`: what calling the layer returns, with the report of the forward solve."""
+        return self._solution(self._settings, rhs, args, kwargs)
+
+    def _solution(self, settings: SolveSettings, init: T, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Solution[T]:
+        rhs = init
         raveler = Raveler.of(rhs, self.where, "rhs")
         system, tensors = self._system(raveler, args, kwargs)
         flat = raveler.ravel(rhs)
@@ -87,20 +91,24 @@ class LinearLayer(Layer):
         watched = torch.is_grad_enabled()
         point = torch.zeros(raveler.size, dtype=raveler.dtype, device=raveler.device)
         start = raveler.unravel(point)
-        spoiled = self._check_captures(start, system, tensors) if watched or transforms_active() else False
-        run = _Once(self, system.where, watched, raveler.coarsest)
-        x = LinearSolve.apply(Rule(system, run.solve, run.solve_linear, run.look), False, flat, point, *tensors)
-        if spoiled or run.spoiled:
+        checked = watched or transforms_active()
+        spoiled = self._check_captures(settings.on_failure, start, system, tensors) if checked else False
+        call = self._call(settings, system, watched)
+        x = LinearSolve.apply(Rule(system, call.solve, call.solve_linear, call.look), False, flat, point, *tensors)
+        if spoiled or call.spoiled:
             x = x * self._poison(start, system, tensors)
-        assert run.report is not None
-        return Solution(raveler.unravel(x), run.report)
+        assert call.report is not None
+        return Solution(raveler.unravel(x), call.report)
+
+    def _call(self, settings: SolveSettings, system: System, watched: bool) -> _LinearCall:
+        return _LinearCall(settings, self.inspector, self.function, system.where, watched, system.raveler.coarsest)
 
 
-class _Once(Run):
+class _LinearCall(SolveCall):
     """A call whose first linear solve is its own, and whose problem is looked at before it."""
 
     def look(self, problem: Problem) -> None:
         if self.report is None:
             like = problem.system.raveler
             start = torch.ones(problem.batch, like.size, dtype=like.dtype, device=like.device)
-            self.inspect(problem, start, self.layer.looked)
+            self.inspect(problem, start)

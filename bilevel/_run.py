@@ -1,109 +1,218 @@
-"""One call's solves, forward and in every derivative: each is judged, reported, and treated as the caller's policy says."""
+"""A call of a layer: the settings that it was made with, and its solves, forward and in every derivative."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import nullcontext
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, replace
+from typing import Any, Generic, NamedTuple, TypeVar, overload
 
 import torch
 
 from bilevel._choice import default_linear_solver, default_solvers
-from bilevel._inspection import Look, on_trust
+from bilevel._inspection import Look, look, on_trust, recall
 from bilevel._problem import Problem
 from bilevel._replay import Tapes
 from bilevel._straight import Memory
-from bilevel.errors import BilevelError
-from bilevel.linear._base import LinearOutcome, solve_linear
+from bilevel.errors import ArgumentError, BilevelError
+from bilevel.linear._base import LinearOutcome, LinearSolver, as_linear_solver, solve_linear
 from bilevel.linear.exact import lend
 from bilevel.operators import LinearOperator
-from bilevel.reports import Pass, SolveReport, active_recordings, enforce, misuse
+from bilevel.reports import OnFailure, Pass, SolveReport, active_recordings, check_policy, enforce, misuse
+from bilevel.solvers._base import InnerSolver, as_inner_solver
 from bilevel.solvers._judge import InnerOutcome, solve_inner
+from bilevel.tolerance import Tolerance
 
-if TYPE_CHECKING:
-    from bilevel._layer import Layer
+__all__ = ["Adjoint", "Inspector", "Setting", "SolveCall", "SolveSettings"]
 
-__all__ = ["Adjoint", "Run"]
+T = TypeVar("T")
 
 
-class Adjoint:
-    """The adjoint of the last first derivative, kept by those who start the next linear solve from it.
+class Adjoint(NamedTuple):
+    """What the linear solve of a call's first derivative found.
 
     Attributes
     ----------
-    warm
-        Whether to start from it.
     value
-        q (batch, n), or None.
+        q (batch, n).
     report
         What the linear solve reported.
     residual
-        ∇_x G (batch, n) at the solution that the adjoint belongs to.
+        ∇_x G (batch, n) at the solution of the call.
     """
 
-    def __init__(self) -> None:
-        self.warm = False
-        self.value: torch.Tensor | None = None
-        self.report: SolveReport | None = None
-        self.residual: torch.Tensor | None = None
+    value: torch.Tensor
+    report: SolveReport
+    residual: torch.Tensor
 
-    def start(self, like: torch.Tensor) -> torch.Tensor | None:
-        """Return where to begin a solve for the right-hand side ``like``, or None."""
-        kept = self.value
-        if not self.warm or kept is None or kept.shape != like.shape or not bool(torch.isfinite(kept).all()):
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class SolveSettings:
+    """The settings of one call: its solves and all of its derivatives go by them, whatever is set later.
+
+    Parameters
+    ----------
+    solver, linear_solver
+        None to choose from the size; functions are wrapped.
+    tolerance
+        δ and δ′.
+    on_failure
+        The policy.
+    inspect
+        Whether to inspect the function first. A call just before, with the same function, may have done it.
+    adjoint_start
+        Where the linear solve of the first derivative begins, (batch, n). It is not used if it does not fit.
+    on_adjoint
+        Is handed the adjoint of the first derivative. It may be called several times, if there are several backward passes.
+
+    Raises
+    ------
+    ArgumentError
+        If a setting cannot be used.
+    """
+
+    solver: InnerSolver | None = None
+    linear_solver: LinearSolver | None = None
+    tolerance: Tolerance
+    on_failure: OnFailure
+    inspect: bool = True
+    adjoint_start: torch.Tensor | None = None
+    on_adjoint: Callable[[Adjoint], None] | None = None
+
+    def __post_init__(self) -> None:
+        if self.solver is not None:
+            object.__setattr__(self, "solver", as_inner_solver(self.solver))
+        if self.linear_solver is not None:
+            object.__setattr__(self, "linear_solver", as_linear_solver(self.linear_solver))
+        if not isinstance(self.tolerance, Tolerance):
+            raise ArgumentError(f"expected tolerance to be a bilevel.Tolerance, got {self.tolerance!r}; wrap it in one")
+        check_policy(self.on_failure)
+
+    def start(self, rhs: torch.Tensor) -> torch.Tensor | None:
+        """Return where the linear solve for the right-hand side ``rhs`` (batch, n) begins, or None."""
+        kept = self.adjoint_start
+        if kept is None or kept.shape != rhs.shape or not bool(torch.isfinite(kept).all()):
             return None
-        return kept.to(like)
+        return kept.to(rhs)
 
 
-class Run:
-    """One call of a layer: solves, judges, reports and applies the policy, forward and in every derivative."""
+class Setting(Generic[T]):
+    """One of the :class:`SolveSettings` of a layer or a problem, as an attribute that may be set between calls.
 
-    def __init__(self, layer: Layer, where: str, watched: bool, dtype: torch.dtype) -> None:
-        self.layer = layer
+    A call takes the settings as they are when it is made. What is set later holds for later calls.
+    """
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self._name = name
+
+    @overload
+    def __get__(self, owner: None, kind: type) -> Setting[T]: ...
+    @overload
+    def __get__(self, owner: Any, kind: type) -> T: ...
+    def __get__(self, owner: Any, kind: type) -> Setting[T] | T:
+        if owner is None:
+            return self
+        value: T = getattr(owner._settings, self._name)
+        return value
+
+    def __set__(self, owner: Any, value: Any) -> None:
+        owner._settings = replace(owner._settings, **{self._name: value})
+
+
+class Inspector:
+    """Inspects the function of a layer, and remembers what it need not inspect again; a copy of it has forgotten."""
+
+    def __init__(self) -> None:
+        self._inspected: Memory[Tapes] = Memory()
+        self._aside: Memory[Tapes] = Memory()
+
+    def look(
+        self, problem: Problem, x: torch.Tensor, written: Callable[..., Any], *, captures: bool, again: bool = False
+    ) -> Look:
+        """Inspect the function, ``written`` by the user, at ``x`` (batch, n) unless that was done before, or even then if ``again``."""
+        return look(problem, x, written, Memory() if again else self._inspected, captures=captures)
+
+    def recall(self, problem: Problem, x: torch.Tensor, written: Callable[..., Any], *, captures: bool) -> Tapes | None:
+        """Return what a call may be replayed from, if it is not to inspect."""
+        return recall(problem, x, written, self._inspected, self._aside, captures=captures)
+
+
+class SolveCall:
+    """One call of a layer: solves, judges, reports and applies the policy, forward and in every derivative.
+
+    Parameters
+    ----------
+    settings
+        What the call was made with.
+    inspector
+        Inspects the function.
+    written
+        The function as the user wrote it.
+    where
+        The layer's name, for messages.
+    watched
+        Whether gradients are enabled.
+    dtype
+        What accuracies are of that nobody asked for.
+    """
+
+    def __init__(
+        self,
+        settings: SolveSettings,
+        inspector: Inspector,
+        written: Callable[..., Any],
+        where: str,
+        watched: bool,
+        dtype: torch.dtype,
+    ) -> None:
+        self.settings = settings
+        self.inspector = inspector
+        self.written = written
         self.where = where
         self.watched = watched
-        self.dtype = dtype  # what accuracies are of that nobody asked for
+        self.dtype = dtype
         self.recordings = active_recordings()
         self.report: SolveReport | None = None
         self.spoiled = False
         self.lost: torch.Tensor | None = None  # (*batch,) bool: whose derivatives the policy wants to be NaN
+        self.residual: torch.Tensor | None = None  # at the solution (batch, n), for who wants the adjoint
         self.factor: torch.Tensor | None = None
         self.one_step = False  # whether that is of the Hessians at init, and a step with them was the last
 
-    def inspect(self, problem: Problem, init: torch.Tensor, memory: Memory[Tapes]) -> Look | None:
+    def inspect(self, problem: Problem, init: torch.Tensor, *, again: bool = False) -> Look | None:
         """Look for what would make gradients wrong, at ``init`` (batch, n); return what came of it, if there was nothing."""
         if not problem.batch:
             return None
         try:
-            if self.layer.inspects:
-                return self.layer.look(problem, init, memory, captures=self.watched)
+            if self.settings.inspect:
+                return self.inspector.look(problem, init, self.written, captures=self.watched, again=again)
         except BilevelError as error:
             # Wrong shapes, and tensors of a vmap outside, cannot be gone on with.
             if isinstance(error, ValueError) or error.__cause__ is not None:
                 raise
-            self.spoiled = misuse(error, self.layer.on_failure)
+            self.spoiled = misuse(error, self.settings.on_failure)
         return None
 
     def solve(self, problem: Problem, init: torch.Tensor) -> torch.Tensor:
         """Return x (*batch, n), inspected, solved for, judged, reported and treated as the policy says."""
-        layer = self.layer
-        seen = self.inspect(problem, init, layer.looked)
+        settings = self.settings
+        seen = self.inspect(problem, init)
         trusted = seen is not None and seen.found is None
         tapes = None if seen is None else seen.tapes
-        if problem.batch and not layer.inspects:
-            tapes = layer.recall(problem, init, captures=self.watched)
+        if problem.batch and not settings.inspect:
+            tapes = self.inspector.recall(problem, init, self.written, captures=self.watched)
         problem = problem.replayed_from(tapes)
-        solver, others = (layer.solver, ()) if layer.solver is not None else default_solvers(problem)
-        target = layer.tolerance.inner(self.dtype)
-        with on_trust(init.device, lambda: self.inspect(problem, init, Memory())) if trusted else nullcontext():
+        solver, others = (settings.solver, ()) if settings.solver is not None else default_solvers(problem)
+        target = settings.tolerance.inner(self.dtype)
+        with on_trust(init.device, lambda: self.inspect(problem, init, again=True)) if trusted else nullcontext():
             outcome = solve_inner(solver, problem, init, target, others)
         axes = problem.system.batch_shape
         self.one_step = outcome.factor is not None and (outcome.exact or bool((outcome.iterations <= 1).all()))
-        self.factor, layer.adjoint.residual = outcome.factor, outcome.residual if layer.adjoint.warm else None
+        self.factor, self.residual = outcome.factor, None if settings.on_adjoint is None else outcome.residual
         self.report = _report(Pass.FORWARD, self.where, outcome.solver, outcome, axes)
-        self.lost = ~self.report.success if layer.on_failure == "nan" else None
+        self.lost = ~self.report.success if settings.on_failure == "nan" else None
         x = outcome.x.reshape(*axes, problem.size)
-        return enforce(self.report, x, layer.on_failure, self.recordings, silent_budget=target.silent)
+        return enforce(self.report, x, settings.on_failure, self.recordings, silent_budget=target.silent)
 
     def solve_linear(
         self,
@@ -116,23 +225,23 @@ class Run:
 
         ``product``, v ↦ A v for the first answer, is there for the adjoint of a first derivative alone.
         """
-        layer = self.layer
+        settings = self.settings
         if self.factor is not None:
             lend(operator, self.factor, exact=self.one_step)
-        kept = layer.adjoint if product is not None else None
-        target, direction = layer.tolerance.linear(self.dtype), Pass.BACKWARD
+        on_adjoint = settings.on_adjoint if product is not None else None
+        target, direction = settings.tolerance.linear(self.dtype), Pass.BACKWARD
         if self.report is None:  # a linear layer's own solve
-            target, direction = layer.tolerance.inner(self.dtype), Pass.FORWARD
-        solver = layer.linear_solver or default_linear_solver(operator)
-        reported = self.report is None or self.recordings or active_recordings() or (kept is not None and kept.warm)
-        begun = None if kept is None else kept.start(rhs)
+            target, direction = settings.tolerance.inner(self.dtype), Pass.FORWARD
+        solver = settings.linear_solver or default_linear_solver(operator)
+        reported = self.report is None or self.recordings or active_recordings() or on_adjoint is not None
+        begun = None if product is None else settings.start(rhs)
         outcome = solve_linear(solver, operator, rhs, target, begun, product=product, seen=bool(reported))
         report = _report(direction, self.where, solver.name, outcome, axes)
         self.report = self.report or report
-        if kept is not None and kept.warm:
-            kept.value, kept.report = outcome.x, report
+        if on_adjoint is not None and self.residual is not None:
+            on_adjoint(Adjoint(outcome.x, report, self.residual))
         shaped = outcome.x.reshape(*axes, operator.size)
-        shaped = enforce(report, shaped, layer.on_failure, self.recordings, silent_budget=target.silent)
+        shaped = enforce(report, shaped, settings.on_failure, self.recordings, silent_budget=target.silent)
         if self.lost is None:
             return shaped
         # A quadratic's matrices are the same at a NaN: without this, what has failed would get a finite derivative.

@@ -15,17 +15,15 @@ from bilevel._choice import default_linear_solver, default_solvers
 from bilevel._goal import Search
 from bilevel._guards import FirstLook
 from bilevel._hypergradient import Hypergradient
-from bilevel._inspection import on_trust
+from bilevel._inspection import Look, on_trust
 from bilevel._knowledge import GoalReport, Knowledge, Reached
-from bilevel._layer import Layer
 from bilevel._problem import Problem
-from bilevel._replay import Tapes
-from bilevel._straight import Memory
+from bilevel._run import SolveSettings
 from bilevel._transforms import transforms_active
 from bilevel._tree import moves
 from bilevel.certificates.bound import Bound
 from bilevel.errors import ArgumentError, BilevelError, SolveError, SolveWarning, TransformError
-from bilevel.reports import Basis, Pass, SolveReport, Status, enforce, misuse
+from bilevel.reports import Basis, OnFailure, Pass, SolveReport, Status, enforce, misuse
 from bilevel.tolerance import Tolerance
 
 __all__ = ["Sought", "promised", "seek", "wants_promise"]
@@ -51,7 +49,8 @@ class Sought:
 
 
 def seek(
-    layer: Layer,
+    settings: SolveSettings,
+    inspect: Callable[..., Look],
     lower: Problem,
     upper: Problem,
     x: torch.Tensor,
@@ -61,9 +60,9 @@ def seek(
     certify: Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], Bound],
     look: FirstLook,
 ) -> Sought:
-    """Search from (x, q) with the layer's solvers for what its tolerance asks, and treat failure as its policy says.
+    """Search from (x, q) with the solvers of ``settings`` for what its tolerance asks, and treat failure as its policy says.
 
-    ``look`` is F of ``upper``, which it looks at.
+    ``inspect`` inspects G, and with ``again=True`` even where it has before. ``look`` is F of ``upper``, which it looks at.
 
     Raises
     ------
@@ -76,67 +75,69 @@ def seek(
     """
     spoiled = False
 
-    def inspect(memory: Memory[Tapes]) -> tuple[torch.Tensor, torch.Tensor] | None:
+    def inspected(*, again: bool = False) -> tuple[torch.Tensor, torch.Tensor] | None:
         nonlocal spoiled
         try:
-            return layer.look(lower, x, memory, captures=True).found if lower.batch else None
+            return inspect(again=again).found if lower.batch else None
         except BilevelError as error:
             if isinstance(error, ValueError) or error.__cause__ is not None:
                 raise
-            spoiled = misuse(error, layer.on_failure)
+            spoiled = misuse(error, settings.on_failure)
             return None
 
-    first = inspect(layer.looked)
+    first = inspected()
     trusted = first is None and not spoiled and lower.batch > 0
-    solver = layer.solver or default_solvers(lower)[0]
-    linear = layer.linear_solver
+    solver = settings.solver or default_solvers(lower)[0]
+    linear = settings.linear_solver
     search = Search(
         lower, upper, wanted, solver, (lambda operator: default_linear_solver(operator) if linear is None else linear),
-        layer.tolerance, known, certify, look,
+        settings.tolerance, known, certify, look,
     )  # fmt: skip
     if lower.batch == 1 and first is not None:
         search.lower.remember(x, first[0].reshape(1), first[1].reshape(x.shape))
-    with on_trust(x.device, lambda: inspect(Memory())) if trusted else nullcontext():
+    with on_trust(x.device, lambda: inspected(again=True)) if trusted else nullcontext():
         found = search.run(x, q)
     linear_name = "its default" if linear is None else linear.name
     # A batch's means hand each problem 1/K of its right-hand side: reports speak of that system, as everywhere.
-    forward = _report(Pass.FORWARD, layer, solver.name, found, found.residual, found.inner_steps)
-    backward = _report(Pass.BACKWARD, layer, linear_name, found, found.rho / max(1, lower.batch), found.linear_steps)
-    return _treated(layer, Sought(found, forward, backward), spoiled or look.spoiled)
+    forward = _report(Pass.FORWARD, lower.where, solver.name, found, found.residual, found.inner_steps)
+    backward = _report(
+        Pass.BACKWARD, lower.where, linear_name, found, found.rho / max(1, lower.batch), found.linear_steps
+    )
+    return _treated(settings.on_failure, Sought(found, forward, backward), spoiled or look.spoiled)
 
 
-def _treated(layer: Layer, sought: Sought, spoiled: bool) -> Sought:
+def _treated(on_failure: OnFailure, sought: Sought, spoiled: bool) -> Sought:
     """File the reports, and raise, warn or spoil the gradient where the goal was not met."""
-    found, goal = sought.found, sought.goal
+    found, goal, where = sought.found, sought.goal, sought.forward.where
     for report in (sought.forward, sought.backward):
         enforce(report, report.residual_norm.unsqueeze(-1), "ignore")
     if not goal.met:
         unproven = goal.basis is Basis.ESTIMATED and not goal.tolerance.estimates and goal.status is Status.STAGNATED
-        sentence = f"{layer.where}: {goal.message}"
+        sentence = f"{where}: {goal.message}"
         if unproven:
             raise ArgumentError(
-                f"{layer.where}: expected constants that prove an error bound for {goal.tolerance!r}, and none is known; "
+                f"{where}: expected constants that prove an error bound for {goal.tolerance!r}, and none is known; "
                 "override constants(outer, data) (strong_convexity at least, and Lipschitz constants unless the objectives "
                 "are quadratic in inner), or let an estimate decide with estimates=True"
             )
-        if layer.on_failure == "raise":
+        if on_failure == "raise":
             raise SolveError(sentence, sought.forward)
-        if layer.on_failure == "warn":
+        if on_failure == "warn":
             warnings.warn(sentence, SolveWarning, stacklevel=2)
-    if spoiled or (not goal.met and layer.on_failure == "nan"):
+    if spoiled or (not goal.met and on_failure == "nan"):
         found = replace(found, gradient=torch.full_like(found.gradient, float("nan")))
     return replace(sought, found=found)
 
 
 def _report(
-    direction: Pass, layer: Layer, solver: str, found: Reached, residual: torch.Tensor, steps: torch.Tensor
+    direction: Pass, where: str, solver: str, found: Reached, residual: torch.Tensor, steps: torch.Tensor
 ) -> SolveReport:
     axes = found.axes
     norm = residual.norm(dim=-1).reshape(axes)
     unknown = torch.full_like(norm, float("nan"))
     status = torch.full(axes, int(found.report.status), dtype=torch.int64)
     return SolveReport(
-        direction, layer.where, solver, status, steps.reshape(axes), norm, torch.zeros_like(norm), unknown,
+        direction, where, solver, status, steps.reshape(axes), norm, torch.zeros_like(norm), unknown,
         Basis.RESIDUAL, found.v.norm(dim=-1).reshape(axes) if direction is Pass.BACKWARD else unknown,
     )  # fmt: skip
 

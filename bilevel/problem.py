@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,23 +20,24 @@ from bilevel._guards import (
     no_dependence,
 )
 from bilevel._hypergradient import Hypergradient, HypergradientReport, assemble
-from bilevel._knowledge import Knowledge
 from bilevel._layer import Layer, Solution
 from bilevel._numbering import Numbering
 from bilevel._outer_loss import outer_losses
 from bilevel._problem import Problem
+from bilevel._run import Adjoint, Setting, SolveSettings
 from bilevel._seek import promised, seek, wants_promise
 from bilevel._system import ArgminSystem
 from bilevel._transforms import transforms_active, unhooked
 from bilevel._tree import moves
+from bilevel._warm_start import WarmStart
 from bilevel.certificates._certificate import Certificate
 from bilevel.certificates._point import Point
 from bilevel.certificates.bound import Bound
 from bilevel.certificates.constants import Constants
 from bilevel.errors import ArgumentError, TransformError
-from bilevel.linear._base import LinearSolverLike
+from bilevel.linear._base import LinearSolver, LinearSolverLike
 from bilevel.reports import Basis, OnFailure
-from bilevel.solvers._base import InnerSolverLike
+from bilevel.solvers._base import InnerSolver, InnerSolverLike
 from bilevel.tolerance import Tolerance
 
 __all__ = ["BilevelProblem"]
@@ -47,6 +48,9 @@ class BilevelProblem(torch.nn.Module, ABC):
 
     Calling the problem gives the outer loss, differentiable with respect to ``outer``. It is an ordinary module, and
     remembers the last inner solution and adjoint, from which the next solves begin.
+
+    ``solver``, ``linear_solver``, ``tolerance``, ``on_failure`` and ``warm_start`` are attributes, and may be set to others between
+    calls. Each call, with all of its derivatives, goes by those that it was made with.
 
     Parameters
     ----------
@@ -91,6 +95,12 @@ class BilevelProblem(torch.nn.Module, ABC):
     (True, True)
     """
 
+    solver = Setting[InnerSolver | None]()
+    linear_solver = Setting[LinearSolver | None]()
+    on_failure = Setting[OnFailure]()
+    tolerance = Setting[Tolerance]()
+    """The accuracy asked for."""
+
     def __init__(
         self,
         *,
@@ -114,11 +124,8 @@ class BilevelProblem(torch.nn.Module, ABC):
         )
         self._layer.where = self.where
         self._layer.written = self._written
-        self._tolerance = self._layer.tolerance
-        self._layer.adjoint.warm = warm_start
-        self._last: Any = None
-        self._looked = False
-        self._known: Knowledge | None = None
+        self._warm = WarmStart()
+        self._connected_for: frozenset[tuple[bool, ...]] = frozenset()
 
     @property
     def where(self) -> str:
@@ -131,15 +138,12 @@ class BilevelProblem(torch.nn.Module, ABC):
         return self._layer
 
     @property
-    def tolerance(self) -> Tolerance:
-        """The accuracy asked for; it may be set to another between calls."""
-        return self._tolerance
+    def _settings(self) -> SolveSettings:
+        return self._layer._settings
 
-    @tolerance.setter
-    def tolerance(self, tolerance: Tolerance) -> None:
-        if not isinstance(tolerance, Tolerance):
-            raise ArgumentError(f"{self.where}: expected a bilevel.Tolerance, got {tolerance!r}; wrap it in one")
-        self._tolerance = self._layer.tolerance = tolerance
+    @_settings.setter
+    def _settings(self, settings: SolveSettings) -> None:
+        self._layer._settings = settings
 
     @property
     def _numbering(self) -> Numbering:
@@ -150,21 +154,17 @@ class BilevelProblem(torch.nn.Module, ABC):
 
         With it a run can be resumed bit for bit; the tensors are copies, all of it can be loaded without running code.
         """
-        kept = self._known.state_dict() if self._known is not None else None
-        state = {"inner": self._last, "adjoint": self._layer.adjoint.value, "known": kept}
-        return pytree.tree_map(lambda leaf: leaf.clone() if isinstance(leaf, torch.Tensor) else leaf, state)
+        return self._warm.state_dict()
 
     def recall(self, state: dict[str, Any]) -> None:
         """Begin the next call from :meth:`memory`."""
-        state = pytree.tree_map(lambda leaf: leaf.clone() if isinstance(leaf, torch.Tensor) else leaf, state)
-        self._last, self._layer.adjoint.value = state["inner"], state["adjoint"]
-        self._known = None if state["known"] is None else Knowledge.of(state["known"])
+        self._warm = WarmStart.of(state)
 
     def begin_at(self, inner: Any, adjoint: Any) -> None:
         """Begin the next call from ``inner`` and ``adjoint``, as a :class:`Hypergradient` holds them, in place of the last ones."""
         flat = self._numbering.ravel(adjoint)
-        self._last = inner
-        self._layer.adjoint.value = flat / max(1, len(flat))  # as for the mean's cotangents
+        # As for the mean's cotangents.
+        self._warm = replace(self._warm, inner=inner, adjoint=flat / max(1, len(flat)))
 
     @abstractmethod
     def inner_objective(self, inner: Any, outer: Any, data: Any) -> torch.Tensor:
@@ -194,7 +194,7 @@ class BilevelProblem(torch.nn.Module, ABC):
         By default the tolerance given, with δ′ meant for each problem's own adjoint: the mean over K problems hands each
         of them 1/K of its right-hand side. Override it where δ and δ′ are promises about something else than φ and q.
         """
-        given, count = self._tolerance, self._numbering.count(data)
+        given, count = self.tolerance, self._numbering.count(data)
         if isinstance(given.delta_prime, (int, float)) and count:
             return replace(given, delta_prime=given.delta_prime / count)
         return given
@@ -232,22 +232,24 @@ class BilevelProblem(torch.nn.Module, ABC):
         ``outer``: once, and by ``backward`` or ``torch.autograd.grad`` alone. Without a gradient to promise anything of,
         under ``torch.no_grad``, the inner solve goes as far as the dtype allows.
         """
-        tolerance = self.tolerance_of(outer, data)
+        settings = self._settings_of(outer, data)
+        tolerance, policy = settings.tolerance, settings.on_failure
         if tolerance.has_goal and torch.is_grad_enabled() and wants_promise(self.where, tolerance, outer, data):
             with unhooked():
-                result = self._to_goal(outer, data, init, tolerance)
+                result = self._to_goal(settings, outer, data, init)
             return promised(result, outer)
-        solution = self.solve(outer, data, init=init)
-        loss = self._outer_losses(solution.value, outer, data).mean()
+        solution = self._solve(settings, outer, data, init)
+        loss = self._outer_losses(solution.value, outer, data, policy).mean()
         theta = [leaf for leaf in pytree.tree_leaves(outer) if isinstance(leaf, torch.Tensor)]
-        spoiled = check_dependence(self.where, loss, theta, self._layer.on_failure)
-        if not self._looked and torch.is_grad_enabled() and not transforms_active():
-            # Once: what leads to what is a property of the objectives, and costs an evaluation of both.
-            self._looked = True
-            among = [leaf.requires_grad for leaf in theta if leaf.is_floating_point()]
+        spoiled = check_dependence(self.where, loss, theta, policy)
+        among = tuple(leaf.requires_grad for leaf in theta if leaf.is_floating_point())
+        if torch.is_grad_enabled() and any(among) and among not in self._connected_for and not transforms_active():
             with unhooked():
-                cut = self._disconnected(solution.value, outer, data, among) if any(among) else []
-            spoiled |= bool(check_connection(self.where, outer, cut, self._layer.on_failure))
+                cut = self._disconnected(solution.value, outer, data, among)
+            spoiled |= bool(check_connection(self.where, outer, cut, policy))
+            if not cut or policy in ("warn", "ignore"):
+                # Once: what leads to what is a property of the objectives, and costs an evaluation of both.
+                self._connected_for |= {among}
         return loss * float("nan") if spoiled else loss
 
     def solve(self, outer: Any, data: Any, *, init: Any = None, inspect: bool = True) -> Solution[Any]:
@@ -261,18 +263,29 @@ class BilevelProblem(torch.nn.Module, ABC):
             Look first for what would make gradients wrong (random numbers, captured tensors, wrong shapes), which costs two gradients of
             one problem. One of several calls with the same objective tells it for all.
         """
+        return self._solve(replace(self._settings_of(outer, data), inspect=inspect), outer, data, init)
+
+    def _settings_of(self, outer: Any, data: Any) -> SolveSettings:
+        """Return the settings of a call: what is set later does not change them."""
+        settings = replace(self._settings, tolerance=self.tolerance_of(outer, data))
+        if not self.warm_start:
+            return settings
+        return replace(settings, adjoint_start=self._warm.adjoint, on_adjoint=self._keep_adjoint)
+
+    def _keep_adjoint(self, adjoint: Adjoint) -> None:
+        self._warm = replace(self._warm, adjoint=adjoint.value)
+
+    def _solve(self, settings: SolveSettings, outer: Any, data: Any, init: Any) -> Solution[Any]:
         count = self._numbering.count(data)
-        self._layer.tolerance = self.tolerance_of(outer, data)
         start = self._start(outer, data, count) if init is None else init
         if count is not None:
             self._numbering.check_start(start, count)
-        with nullcontext() if inspect else self._layer.trusted():
-            solution = self._numbering.each(self._layer.solve)(start, outer, data)
+        solution = self._numbering.each(partial(self._layer.solve_with, settings))(start, outer, data)
         if self.warm_start:
             last = pytree.tree_map(_cut, solution.value)
             # What a transform outside maps or differentiates is not this problem's own solution to go on from.
             if not transforms_active() and all(bool(torch.isfinite(leaf).all()) for leaf in pytree.tree_leaves(last)):
-                self._last = last
+                self._warm = replace(self._warm, inner=last)
         return solution
 
     def hypergradient(self, outer: Any, data: Any, *, init: Any = None) -> Hypergradient:
@@ -310,57 +323,48 @@ class BilevelProblem(torch.nn.Module, ABC):
                 f"{self._layer.where}: expected outer to hold a floating-point tensor, got {outer!r}; pass tensors to "
                 "differentiate with respect to"
             )
-        tolerance = self.tolerance_of(outer, data)
-        if tolerance.has_goal:
-            return self._to_goal(outer, data, init, tolerance)
-        fresh = [
-            leaf.detach().requires_grad_(True) if move else leaf for leaf, move in zip(leaves, moving, strict=True)
-        ]
+        settings = self._settings_of(outer, data)
+        if settings.tolerance.has_goal:
+            return self._to_goal(settings, outer, data, init)
+        # Copies: what is computed from the result later is of θ as it is now.
+        fresh = [_copy(leaf).requires_grad_(True) if move else leaf for leaf, move in zip(leaves, moving, strict=True)]
         theta = pytree.tree_unflatten(fresh, structure)
-        adjoint = self._layer.adjoint
-        warm, adjoint.warm = adjoint.warm, True  # the adjoint is wanted; where it begins is decided here
-        if not warm:
-            adjoint.value = None
-        try:
-            with torch.enable_grad():
-                solution = self.solve(theta, data, init=init)
-                value = self._outer_losses(solution.value, theta, data).mean()
-                wanted = [leaf for leaf, move in zip(fresh, moving, strict=True) if move]
-                adjoint.report = None
-                if not value.requires_grad:
-                    raise no_dependence(self.where)
-                spoiled = check_captures(self.where, value, wanted, (data, init), self._layer.on_failure)
-                found = torch.autograd.grad(value, wanted, allow_unused=True, materialize_grads=True)
-        finally:
-            adjoint.warm = warm
+        adjoints: list[Adjoint] = []
+        with torch.enable_grad():
+            solution = self._solve(replace(settings, on_adjoint=adjoints.append), theta, data, init)
+            value = self._outer_losses(solution.value, theta, data, settings.on_failure).mean()
+            wanted = [leaf for leaf, move in zip(fresh, moving, strict=True) if move]
+            if not value.requires_grad:
+                raise no_dependence(self.where)
+            spoiled = check_captures(self.where, value, wanted, (data, init), settings.on_failure)
+            found = torch.autograd.grad(value, wanted, allow_unused=True, materialize_grads=True)
         plain = pytree.tree_unflatten([_cut(leaf) for leaf in fresh], structure)
         inner = pytree.tree_map(_cut, solution.value)
         (lower, upper), x = self._flat_problems(inner, plain, data), self._numbering.ravel(inner)
         if spoiled:
             found = tuple(torch.full_like(gradient, float("nan")) for gradient in found)
-        flat = torch.cat([part.reshape(-1) for part in self._connected(found, inner, outer, data)])
-        backward = adjoint.report
-        if backward is None or adjoint.value is None:  # F does not depend on φ: the adjoint is zero
-            q, backward = torch.zeros_like(x), solution.report
-        else:
-            q = adjoint.value * lower.batch  # the mean's cotangents are 1/K of each problem's own
-        assert adjoint.residual is not None
-        corrected = value.detach() - (q * adjoint.residual).sum(dim=-1).mean()
+        flat = torch.cat([part.reshape(-1) for part in self._connected(found, inner, outer, data, settings.on_failure)])
+        q, backward, corrected = torch.zeros_like(x), solution.report, value.detach()
+        if adjoints:  # none where F does not depend on φ
+            last = adjoints[-1]
+            if settings.on_adjoint is not None:
+                settings.on_adjoint(last)
+            q, backward = last.value * lower.batch, last.report  # the mean's cotangents are 1/K of each problem's own
+            corrected = corrected - (q * last.residual).sum(dim=-1).mean()
         point = Point(lower, upper, x, q, _wanted(plain, lower))
         report = HypergradientReport(solution.report, backward)
-        return self._assembled(plain, data, inner, point, value.detach(), corrected, flat, report)
+        return self._assembled(settings, plain, data, inner, point, value.detach(), corrected, flat, report)
 
     def reset(self) -> None:
         """Forget the last inner solution and adjoint."""
-        self._last = self._known = None
-        self._layer.adjoint.value = None
+        self._warm = WarmStart()
 
     def extra_repr(self) -> str:
-        layer = self._layer
-        return f"solver={layer.solver!r}, linear_solver={layer.linear_solver!r}, tolerance={layer.tolerance!r}"
+        return f"solver={self.solver!r}, linear_solver={self.linear_solver!r}, tolerance={self.tolerance!r}"
 
     def _assembled(
         self,
+        settings: SolveSettings,
         outer: Any,
         data: Any,
         inner: Any,
@@ -371,23 +375,22 @@ class BilevelProblem(torch.nn.Module, ABC):
         report: HypergradientReport,
     ) -> Hypergradient:
         """Return what was found at ``point``, ĝ being ``flat`` (p,), with what its bounds are computed from."""
-        tolerance, numbering = self._layer.tolerance, self._numbering
+        tolerance, numbering = settings.tolerance, self._numbering
         products = 0 if tolerance.has_goal else tolerance.bound_products
 
         def constants() -> Constants:
             return self.constants(outer, data).with_mu(tolerance.strong_convexity)
 
         def certify(at: Point, flat: torch.Tensor, corrected: torch.Tensor) -> Certificate:
-            return Certificate(at, flat, corrected, constants, self.where, self._layer.on_failure, products)
+            return Certificate(at, flat, corrected, constants, self.where, settings.on_failure, products)
 
         return assemble(outer, point, value, corrected, flat, report, certify, lambda q: numbering.unravel(q, inner))
 
-    def _to_goal(self, outer: Any, data: Any, init: Any, tolerance: Tolerance) -> Hypergradient:
-        """Return a hypergradient as accurate as ``tolerance`` asks: both solves go as far as that needs."""
-        layer, warm = self._layer, self.warm_start
-        layer.tolerance = tolerance
+    def _to_goal(self, settings: SolveSettings, outer: Any, data: Any, init: Any) -> Hypergradient:
+        """Return a hypergradient as accurate as the tolerance asks: both solves go as far as that needs."""
+        tolerance, policy = settings.tolerance, settings.on_failure
         given = (data, init)
-        outer, data = pytree.tree_map(_cut, outer), pytree.tree_map(_cut, data)
+        outer, data = pytree.tree_map(_copy, outer), pytree.tree_map(_cut, data)
         start = self._start(outer, data, self._numbering.count(data)) if init is None else init
         start = pytree.tree_map(_cut, start)
         (lower, upper), x = self._flat_problems(start, outer, data), self._numbering.ravel(start)
@@ -399,28 +402,28 @@ class BilevelProblem(torch.nn.Module, ABC):
             if not known:
                 known.append(self.constants(outer, data).with_mu(tolerance.strong_convexity))
             point = Point(lower, upper, x, q, wanted)
-            certificate = Certificate(point, flat, corrected, lambda: known[0], self.where, layer.on_failure)
+            certificate = Certificate(point, flat, corrected, lambda: known[0], self.where, policy)
             bound = certificate.bound
             known[0] = certificate.constants  # what quadratic objectives determine holds at every φ, and is found once
             return bound
 
-        kept = layer.adjoint.value if warm else None
-        begin = kept * lower.batch if kept is not None and kept.shape == x.shape else None
-        learned = self._known if begin is not None else None
-        look = FirstLook(upper, self.outer_objective, given, layer.on_failure)
-        sought = seek(layer, lower, upper, x, begin, wanted, learned, certify, look)
+        warm = self._warm if self.warm_start else WarmStart()
+        begin = warm.adjoints(x)
+        learned = warm.learned() if begin is not None else None
+        look = FirstLook(upper, self.outer_objective, given, policy)
+        inspect = partial(self._layer.inspector.look, lower, x, self.inner_objective, captures=True)
+        sought = seek(settings, inspect, lower, upper, x, begin, wanted, learned, certify, look)
         found = sought.found
         inner = self._numbering.unravel(found.x, start)
-        if warm and sought.finite:
-            self._last, self._known = inner, found.known
-            layer.adjoint.value = found.q / lower.batch  # as for the mean's cotangents
+        if self.warm_start and sought.finite:
+            self._warm = WarmStart(inner, found.q / lower.batch, found.known)  # as for the mean's cotangents
         value = found.values.mean()
         corrected = value - torch.linalg.vecdot(found.q, found.residual).mean()
         report = HypergradientReport(sought.forward, sought.backward, found.report)
         point = Point(lower, upper, found.x, found.q, wanted)
         parts = torch.split(found.gradient, [leaf.numel() for leaf in pytree.tree_leaves(outer) if moves(leaf)])
-        flat = torch.cat(self._connected(parts, inner, outer, data))
-        result = self._assembled(outer, data, inner, point, value, corrected, flat, report)
+        flat = torch.cat(self._connected(parts, inner, outer, data, policy))
+        result = self._assembled(settings, outer, data, inner, point, value, corrected, flat, report)
         result.__dict__["bound"] = found.bound  # what decided, which asking for the bound shows
         if tolerance.estimates:
             result.__dict__["value_bound"] = Bound(found.value_error, Basis.ESTIMATED)
@@ -428,18 +431,20 @@ class BilevelProblem(torch.nn.Module, ABC):
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
         # Called by .to(), .double() and their like: what the next solve begins from follows, as buffers do.
-        if self._last is not None:
-            self._last = pytree.tree_map(fn, self._last)
-        self._known = None
+        warm = self._warm
+        inner = None if warm.inner is None else pytree.tree_map(fn, warm.inner)
+        self._warm = WarmStart(inner, None if warm.adjoint is None else fn(warm.adjoint))
         return super()._apply(fn, recurse)
 
-    def _connected(self, parts: Sequence[torch.Tensor], inner: Any, outer: Any, data: Any) -> list[torch.Tensor]:
+    def _connected(
+        self, parts: Sequence[torch.Tensor], inner: Any, outer: Any, data: Any, policy: OnFailure
+    ) -> list[torch.Tensor]:
         """Return the gradients of the tensors of ``outer``; treat those that are zero because no objective uses the tensor."""
         # A gradient that is not zero came from somewhere.
         zero = [bool((part == 0).all()) and part.numel() > 0 for part in parts]
         if not any(zero):
             return list(parts)
-        cut = check_connection(self.where, outer, self._disconnected(inner, outer, data, zero), self._layer.on_failure)
+        cut = check_connection(self.where, outer, self._disconnected(inner, outer, data, zero), policy)
         return [torch.full_like(part, float("nan")) if number in cut else part for number, part in enumerate(parts)]
 
     def _disconnected(self, inner: Any, outer: Any, data: Any, among: Sequence[bool]) -> list[int]:
@@ -460,15 +465,16 @@ class BilevelProblem(torch.nn.Module, ABC):
         return self.inner_objective(inner, outer, data)
 
     def _start(self, outer: Any, data: Any, count: int | None) -> Any:
-        last = self._last
-        fits = last is not None and (count is None or all(len(leaf) == count for leaf in pytree.tree_leaves(last)))
+        warm = self._warm if self.warm_start else WarmStart()
+        fits = warm.fits(count)
         if fits and type(self).initial is BilevelProblem.initial:
-            return last
+            return warm.inner
         cold = pytree.tree_map(_cut, self.initial(outer, data))
-        return last if fits and _same_shapes(last, cold) else cold
+        last = warm.inner_like(cold) if fits else None
+        return cold if last is None else last
 
-    def _outer_losses(self, inner: Any, outer: Any, data: Any) -> torch.Tensor:
-        return outer_losses(self.outer_objective, self._numbering, inner, outer, data, self._layer.on_failure)
+    def _outer_losses(self, inner: Any, outer: Any, data: Any, policy: OnFailure) -> torch.Tensor:
+        return outer_losses(self.outer_objective, self._numbering, inner, outer, data, policy)
 
 
 def _wanted(outer: Any, problem: Problem) -> tuple[bool, ...]:
@@ -481,6 +487,5 @@ def _cut(leaf: Any) -> Any:
     return leaf.detach() if isinstance(leaf, torch.Tensor) else leaf
 
 
-def _same_shapes(one: Any, other: Any) -> bool:
-    (leaves, structure), (others, another) = pytree.tree_flatten(one), pytree.tree_flatten(other)
-    return structure == another and all(a.shape == b.shape for a, b in zip(leaves, others, strict=True))
+def _copy(leaf: Any) -> Any:
+    return leaf.detach().clone() if isinstance(leaf, torch.Tensor) else leaf

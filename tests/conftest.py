@@ -45,7 +45,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 def _replay_at_once() -> None:
     """Let a layer's first call note what its function does, and trust it without another look."""
-    from bilevel import _inspection, _layer, _replay
+    from bilevel import _inspection, _replay, _run
 
     look, attempt = _inspection.look, _replay.Tapes._try
 
@@ -61,7 +61,7 @@ def _replay_at_once() -> None:
         return first._replace(tapes=tapes)
 
     _replay.Tapes._try = staticmethod(trusting)
-    _inspection.look = _layer.look = eager
+    _inspection.look = _run.look = eager
 
 
 @pytest.fixture(autouse=True)

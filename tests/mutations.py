@@ -335,11 +335,11 @@ MUTATIONS = (
     ),
     Mutation(
         "a goal's outer objective not looked at", "_seek.py",
-        "layer.tolerance, known, certify, look,", "layer.tolerance, known, certify, None,", (GUARDS, "-k", "outer_objective_get"),
+        "settings.tolerance, known, certify, look,", "settings.tolerance, known, certify, None,", (GUARDS, "-k", "outer_objective_get"),
     ),
     Mutation(
         "a goal's disconnected tensors not looked for", "problem.py",
-        "flat = torch.cat(self._connected(parts, inner, outer, data))", "flat = found.gradient", (GUARDS, "-k", "disconnected"),
+        "flat = torch.cat(self._connected(parts, inner, outer, data, policy))", "flat = found.gradient", (GUARDS, "-k", "disconnected"),
     ),
     Mutation(
         "disconnected outer tensors not looked for", "_guards.py",
@@ -492,12 +492,12 @@ MUTATIONS = (
     # Calls, policies, problems.
     Mutation(
         "a failed backward solve never looked at", "_run.py",
-        "shaped = enforce(report, shaped, layer.on_failure,", "shaped = shaped if report else enforce(report, shaped, layer.on_failure,",
+        "shaped = enforce(report, shaped, settings.on_failure,", "shaped = shaped if report else enforce(report, shaped, settings.on_failure,",
         ("tests/test_failures.py", "-k", "test_backward_failures"),
     ),
     Mutation(
         "a failed backward solve raised though it was asked not to be", "_run.py",
-        "shaped = enforce(report, shaped, layer.on_failure,", 'shaped = enforce(report, shaped, "raise",', ("tests/test_failures.py", "-k", "test_backward_failures"),
+        "shaped = enforce(report, shaped, settings.on_failure,", 'shaped = enforce(report, shaped, "raise",', ("tests/test_failures.py", "-k", "test_backward_failures"),
     ),
     Mutation(
         "one failed problem spoils its batch", "reports.py",
@@ -506,23 +506,24 @@ MUTATIONS = (
     ),
     Mutation(
         "the adjoint's warm start lost", "_run.py",
-        "begun = None if kept is None else kept.start(rhs)", "begun = None", ("tests/test_problem.py", "-k", "warm_starts_of"),
+        "begun = None if product is None else settings.start(rhs)", "begun = None", ("tests/test_problem.py", "-k", "warm_starts_of"),
     ),
     Mutation(
         "the adjoint not kept", "_run.py",
-        "kept = layer.adjoint if product is not None else None", "kept = None", ("tests/test_problem.py", "-k", "closed_form"),
+        "on_adjoint = settings.on_adjoint if product is not None else None", "on_adjoint = None", ("tests/test_problem.py", "-k", "closed_form"),
     ),
     Mutation(
-        "the inner warm start lost", "problem.py", "self._last = last\n", "self._last = None\n", ("tests/test_problem.py", "-k", "warm_starts_of"),
+        "the inner warm start lost", "problem.py", "self._warm = replace(self._warm, inner=last)", "self._warm = replace(self._warm, inner=None)", ("tests/test_problem.py", "-k", "warm_starts_of"),
     ),
     Mutation(
         "a sum for a mean over a batch of problems", "problem.py",
-        "value = self._outer_losses(solution.value, theta, data).mean()", "value = self._outer_losses(solution.value, theta, data).sum()",
+        "value = self._outer_losses(solution.value, theta, data, settings.on_failure).mean()",
+        "value = self._outer_losses(solution.value, theta, data, settings.on_failure).sum()",
         ("tests/test_problem.py", "-k", "mean_of_its_members"),
     ),
     Mutation(
         "the outer value corrected the wrong way", "problem.py",
-        "corrected = value.detach() - (q", "corrected = value.detach() + (q", ("tests/test_problem.py", "-k", "certified_bound"),
+        "corrected = corrected - (q", "corrected = corrected + (q", ("tests/test_problem.py", "-k", "certified_bound"),
     ),
     Mutation(
         "a bound without the inner error", "certificates/_bounds.py",
@@ -577,19 +578,45 @@ MUTATIONS = (
     # The fault after the linear layer.
     Mutation(
         "the linear layer's right-hand side taken for a constant", "_linear_layer.py",
-        "run.look), False, flat, point,", "run.look), False, flat.detach(), point,", (LINEAR, "-k", "gradcheck"),
+        "call.look), False, flat, point,", "call.look), False, flat.detach(), point,", (LINEAR, "-k", "gradcheck"),
     ),
     Mutation(
         "the linear layer's matrix transposed", "_linear_layer.py",
-        "run.look), False, flat, point,", "run.look), True, flat, point,", (LINEAR, "-k", "test_the_grid and triangular and default"),
+        "call.look), False, flat, point,", "call.look), True, flat, point,", (LINEAR, "-k", "test_the_grid and triangular and default"),
     ),
     Mutation(
         "a trail whose weights do not sum to one", "outer/trail.py",
         "weights[nearest] = 1.0 - weights.sum()", "weights[nearest] = 1.0", (OUTER, "-k", "trail"),
     ),
     Mutation(
+        "a setting that reaches the calls before it", "_run.py",
+        "owner._settings = replace(owner._settings, **{self._name: value})", "object.__setattr__(owner._settings, self._name, value)",
+        ("tests/test_settings.py", "-k", "test_the_tolerance_of"),
+    ),
+    Mutation(
+        "a layer's own settings in place of the call's", "_layer.py",
+        "return SolveCall(settings,", "return SolveCall(self._settings,", ("tests/test_settings.py", "-k", "inspection_left_out"),
+    ),
+    Mutation(
+        "what a result computes later at another theta", "problem.py",
+        "fresh = [_copy(leaf).requires", "fresh = [_cut(leaf).requires", ("tests/test_settings.py", "-k", "computes_later"),
+    ),
+    Mutation(
+        "a warm start that decides the dtype", "_warm_start.py",
+        "[a.to(b) for a, b in", "[a for a, b in", ("tests/test_settings.py", "-k", "decide_the_dtype"),
+    ),
+    Mutation(
+        "a tensor without a connection found in the first call alone", "problem.py",
+        "if not cut or policy in", "if policy or policy in", ("tests/test_settings.py", "-k", "found_in_every_call"),
+    ),
+    Mutation(
+        "a warm start that is not wanted", "problem.py",
+        "warm = self._warm if self.warm_start else WarmStart()\n        fits", "warm = self._warm\n        fits",
+        ("tests/test_settings.py", "-k", "without_warm_starts"),
+    ),
+    Mutation(
         "a batch's adjoint begun from K times too large", "problem.py",
-        "flat / max(1, len(flat))  # as", "flat  # as", ("tests/test_problem.py", "-k", "told"),
+        "adjoint=flat / max(1, len(flat))", "adjoint=flat", ("tests/test_problem.py", "-k", "told"),
     ),
     Mutation(
         "errors of goals forgotten where nothing is measured", "_knowledge.py",

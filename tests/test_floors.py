@@ -61,6 +61,7 @@ FLOORS = {
     "bilevel._knowledge": 4,
     "bilevel._outer_loss": 4,
     "bilevel._seek": 4,
+    "bilevel._warm_start": 4,
     "bilevel.problem": 4,
     "bilevel._hypergradient": 4,
     "bilevel._numbering": 4,

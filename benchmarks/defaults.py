@@ -311,14 +311,14 @@ def run_calls(work: tuple[str, int, list[int], str | None]) -> Tally:
                 ended = backward if bilevel.Status.__members__.get(forward, bilevel.Status.RUNNING).success else forward
                 tally.statuses[name][ended] += 1
             if answer.raw or {"wrong x", "wrong gradient", "lost", "silent"} & set(found):
-                tally.failures.append(
-                    {
-                        "command": f"{command} --call {index}", "family": name, "seed": seed, "call": index, "row": row, "dtype": dtype, "distance": given.distance,
-                        "batch": len(given.start), "batched": given.batched, "found": found, "forward": answer.forward[row],
-                        "backward": answer.backward[row], "start": given.start[row].tolist(), "got": answer.z[row].tolist(),
-                        "scale": given.scale[row].tolist(), "raised": answer.error, **figures,
-                    }
-                )  # fmt: skip
+                record = {
+                    "command": f"{command} --call {index}", "row": row, "family": name, "seed": seed, "call": index,
+                    "dtype": dtype, "distance": given.distance, "batch": len(given.start) if given.batched else 0,
+                    "found": found, "forward": answer.forward[row], "backward": answer.backward[row],
+                    "start": given.start[row].tolist(), "scale": given.scale[row].tolist(),
+                    "got": answer.z[row].tolist(), "raised": answer.error, **figures,
+                }  # fmt: skip
+                tally.failures.append(record)
 
         (judge_regular if regular else judge_singular)(given, answer, note)
     return tally

@@ -1,9 +1,9 @@
 """Is the library right with nothing chosen? At least 20,000 random problems, solved and differentiated at the default settings.
 
 Three quarters are regular: the solution is chosen first and the problem drawn around it, the condition number after scaling of the
-unknowns is at most 1e8 (float32: 1e4), the unknowns have scales of their own between 1e-6 and 1e6 in a third of them, and the search
-begins between 1e-6 and 1e6 of their scale away. The others have no solution, a continuum, or a singular one, and have to be named. Most
-are solved in batches under ``vmap``, a batch's row counting as one problem; the rest one by one.
+unknowns is at most 1e8 (float32: 1e4), and the search begins between 1e-6 and 1e6 of the unknowns' scale away. In a third of them each
+unknown has a scale of its own and the objective has another, all between 1e-6 and 1e6. The others have no solution, a continuum, or a
+singular one, and have to be named. Most are solved in batches under ``vmap``, a batch's row counting as one problem; the rest one by one.
 
 x is judged per unknown, in its own scale; the gradient of a random linear outcome against the implicit function theorem in float64.
 References are in ``default_references.py`` and import nothing of the library.
@@ -57,6 +57,7 @@ class Draw:
     theta: Tensor
     data: tuple[Tensor, ...]
     scale: Tensor  # (K, n)
+    level: Tensor  # (K,), a factor of the objective or residual
     weights: Tensor  # (K, n), of the outcome weights·z
     solution: Tensor  # (K, n), NaN where there is none
 
@@ -83,9 +84,10 @@ def draw(family: Family, seed: int, index: int, wanted: str | None) -> Draw:
     log_condition = float(source.uniform(0, CONDITION[dtype]))
     theta, data, solution = family.draw(source, k, n, log_condition)
     theta, data = rounded(theta, dtype), tuple(rounded(d, dtype) for d in data)
-    scale = torch.ones(k, n, dtype=torch.float64)
+    scale, level = torch.ones(k, n, dtype=torch.float64), torch.ones(k, dtype=torch.float64)
     if source.integer(0, 2) == 0 and distance > 0:
         scale = rounded(10 ** source.uniform(-6, 6, k, n), dtype)
+        level = rounded(10 ** source.uniform(-6, 6, k), dtype)
     weights = rounded(source.normal(k, n), dtype)
     direction = source.normal(k, n)
     direction = direction / direction.abs().amax(-1, keepdim=True)
@@ -97,24 +99,34 @@ def draw(family: Family, seed: int, index: int, wanted: str | None) -> Draw:
         else:
             start = about + distance * direction if family.farthest else torch.zeros_like(about)
         start = rounded(rounded(start * scale, dtype) / scale, torch.float64)
-        fine = finite(family, start, scale, theta, data, dtype)
+        fine = finite(family, start, scale, level, theta, data, dtype)
         if bool(fine.all()):
             break
         distance_row = torch.where(fine, 1.0, 0.3)[:, None]
         direction = direction * (distance_row**0.3 if family.positive else distance_row)
-    return Draw(family, dtype, distance, batched, start, theta, data, scale, weights, solution)
+    return Draw(family, dtype, distance, batched, start, theta, data, scale, level, weights, solution)
 
 
 def finite(
-    family: Family, start: Tensor, scale: Tensor, theta: Tensor, data: tuple[Tensor, ...], dtype: torch.dtype
+    family: Family,
+    start: Tensor,
+    scale: Tensor,
+    level: Tensor,
+    theta: Tensor,
+    data: tuple[Tensor, ...],
+    dtype: torch.dtype,
 ) -> Tensor:
-    """Return, per problem, whether objective and residual are finite at the start in ``dtype``, and their squares too."""
-    z = start.to(dtype)
+    """Return, per problem, whether objective and residual are finite at the start in ``dtype``, and the squares of these too."""
+    z, level = start.to(dtype), level.to(dtype)
     args = (theta.to(dtype), *(d.to(dtype) for d in data))
-    value = residual(family.kind, family.function, z, *args).detach() / scale.to(dtype)
+    value = residual(family.kind, family.function, z, *args).detach()
+    if family.kind == "fixed_point":
+        value = value * scale.to(dtype)
+    else:
+        value = value * level[:, None] / (scale.to(dtype) if family.kind == "argmin" else 1.0)
     fine = torch.isfinite((value * value).sum(-1))
     if family.kind == "argmin":
-        fine &= torch.isfinite(family.function(z, *args))
+        fine &= torch.isfinite(level * family.function(z, *args))
     return fine
 
 
@@ -124,12 +136,12 @@ def is_batched(index: int) -> bool:
 
 
 def scaled(family: Family) -> Any:
-    """Return the family's function of x = scale · z, as a user would write it: of (x, θ, scale, *data)."""
+    """Return the family's function of x = scale · z, as a user would write it: of (x, θ, scale, level, *data)."""
     function = family.function
 
-    def objective(x: Tensor, theta: Tensor, scale: Tensor, *data: Tensor) -> Tensor:
+    def objective(x: Tensor, theta: Tensor, scale: Tensor, level: Tensor, *data: Tensor) -> Tensor:
         value = function(x / scale, theta, *data)
-        return scale * value if family.kind == "fixed_point" else value
+        return scale * value if family.kind == "fixed_point" else level * value
 
     return objective
 
@@ -156,7 +168,7 @@ class Answer:
 def ask(layer: bilevel.Layer, given: Draw) -> Answer:
     k, n = given.start.shape
     cast = lambda tensor: tensor.to(given.dtype)
-    scale, theta = cast(given.scale), cast(given.theta).requires_grad_()
+    scale, level, theta = cast(given.scale), cast(given.level), cast(given.theta).requires_grad_()
     init, data = cast(given.start * given.scale), tuple(cast(d) for d in given.data)
     nothing = torch.full((k, n), math.nan, dtype=torch.float64)
     no_slope = torch.full_like(given.theta, math.nan)
@@ -164,9 +176,9 @@ def ask(layer: bilevel.Layer, given: Draw) -> Answer:
         with bilevel.record() as reports, warnings.catch_warnings():
             warnings.simplefilter("ignore")
             if given.batched:
-                x = torch.func.vmap(layer.solve)(init, theta, scale, *data).value
+                x = torch.func.vmap(layer.solve)(init, theta, scale, level, *data).value
             else:
-                x = layer.solve(init[0], theta[0], scale[0], *(d[0] for d in data)).value[None]
+                x = layer.solve(init[0], theta[0], scale[0], level[0], *(d[0] for d in data)).value[None]
             (slope,) = torch.autograd.grad((x / scale * cast(given.weights)).sum(), theta)
     except bilevel.BilevelError as error:
         return Answer(nothing, no_slope, ["error"] * k, ["error"] * k, torch.zeros(k, dtype=torch.bool), f"{error}")
@@ -269,7 +281,13 @@ def judge_singular(given: Draw, answer: Answer, note: Any) -> None:
     # From a symmetric start either sign is right, and Newton's method is fooled by torch's slope at a kink.
     right = given.solution * torch.where(answer.z < 0, -1.0, 1.0) if family.several else given.solution
     error = (answer.z - right).abs().amax(-1)
+    # Where x* = θ the gradient is the weights; beside a symmetric start the problem is regular.
+    slope = given.weights
+    if family.several:
+        slope = implicit_gradient(kind, function, right, given.theta, *given.data, weights=given.weights)[0]
     answered = known & (error <= limit)
+    if slope.shape == answer.gradient.shape:
+        answered &= (answer.gradient - slope).norm(dim=-1) <= 10 * limit * slope.norm(dim=-1)
     left = residual(kind, function, torch.nan_to_num(answer.z), *given.args).detach().norm(dim=-1)
     size = 1 + answer.z.norm(dim=-1) + given.theta.norm(dim=-1)
     for row in range(len(known)):

@@ -252,7 +252,7 @@ def test_probabilities_stay_probabilities() -> None:
     p = bilevel.fixed_point(mapping)(torch.full((4,), 0.25, dtype=F64), cost)
     assert bool((p > 0).all())
     assert torch.allclose(p, torch.softmax(-cost, dim=-1), rtol=1e-5, atol=1e-14)
-    assert math.isfinite(float(-(p * p.log()).sum()))
+    assert math.isfinite(float(-(p * p.log()).sum().detach()))
     (slope,) = torch.autograd.grad(p[1], cost)
     (right,) = torch.autograd.grad(torch.softmax(-cost, dim=-1)[1], cost)
     assert torch.allclose(slope, right, rtol=1e-4, atol=1e-12)

@@ -37,7 +37,8 @@ def default_solvers(problem: Problem) -> tuple[InnerSolver, tuple[Successor, ...
     """Return the inner solver used where none is given, and those that take over the problems at which it fails.
 
     Newton's method where the matrices are small, and L-BFGS for a large argmin; the other of the two takes over. Anderson acceleration for a
-    fixed point; plain iteration takes over, then Newton's method. Newton–Krylov for a large root.
+    fixed point; plain iteration takes over, then Newton's method. Newton's method
+    for a root, once more from beside the start.
     """
     wide = torch.finfo(problem.system.raveler.dtype).bits >= 32
     polish = (Successor(Newton(), afresh=False),) if wide else ()
@@ -47,7 +48,8 @@ def default_solvers(problem: Problem) -> tuple[InnerSolver, tuple[Successor, ...
         if _dense_fits(problem.batch, problem.size, problem.system.raveler.dtype):
             return Newton(), (Successor(LBFGS(), afresh=True), *polish)
         return LBFGS(), polish
-    return Newton() if wide else Newton(linear_solver=BiCGStab()), ()
+    newton = Newton() if wide else Newton(linear_solver=BiCGStab())
+    return newton, (Successor(newton, afresh=True, beside=True),)
 
 
 def default_linear_solver(operator: LinearOperator) -> LinearSolver:

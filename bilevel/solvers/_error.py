@@ -48,8 +48,8 @@ class ErrorEstimate:
         (batch,) bool: J is singular to working precision.
     indefinite
         (batch,) bool: J, a Hessian, has a negative eigenvalue beyond rounding.
-    drift
-        (batch,): the share of the way from the start to x that lies in the null space of J, in [0, 1].
+    null_part
+        (batch, n): what of x lies in the null space of J.
     factor
         Cholesky factors (batch, n, n) of J, if all of them are positive definite.
     """
@@ -59,7 +59,7 @@ class ErrorEstimate:
     size: torch.Tensor
     singular: torch.Tensor
     indefinite: torch.Tensor
-    drift: torch.Tensor
+    null_part: torch.Tensor
     factor: torch.Tensor | None = None
 
 
@@ -71,28 +71,24 @@ def is_dense(problem: Problem) -> bool:
     return wide and n <= most and problem.batch * n * n <= _DENSE_NUMBERS
 
 
-def estimate_error(
-    problem: Problem, x: torch.Tensor, residual: torch.Tensor, init: torch.Tensor, doubtful: torch.Tensor
-) -> ErrorEstimate:
-    """Return the :class:`ErrorEstimate` at ``x`` (batch, n), found from ``init``; only rows of ``doubtful`` (batch,) are meant."""
+def estimate_error(problem: Problem, x: torch.Tensor, residual: torch.Tensor, doubtful: torch.Tensor) -> ErrorEstimate:
+    """Return the :class:`ErrorEstimate` at ``x`` (batch, n); only rows of ``doubtful`` (batch,) are meant."""
     n, symmetric = problem.size, problem.system.symmetric
     if is_dense(problem):
         matrix = problem.linearize_dense(x).operator.dense()
         finite = torch.isfinite(matrix).all(dim=-1).all(dim=-1)
         matrix = torch.where(finite[:, None, None], matrix, torch.eye(n, dtype=x.dtype, device=x.device))
         residual = torch.nan_to_num(residual)
-        found = (_symmetric if symmetric else _general)(problem, matrix, x, residual, x - init)
+        found = (_symmetric if symmetric else _general)(problem, matrix, x, residual)
         error = torch.where(finite.unsqueeze(-1), found.error, torch.full_like(x, torch.inf))
         return ErrorEstimate(
-            error, found.rounding, found.size, found.singular & finite, found.indefinite & finite, found.drift,
+            error, found.rounding, found.size, found.singular & finite, found.indefinite & finite, found.null_part,
             found.factor if bool(finite.all()) else None,
         )  # fmt: skip
     return _by_products(problem, x, torch.nan_to_num(residual), doubtful)
 
 
-def _symmetric(
-    problem: Problem, matrix: torch.Tensor, x: torch.Tensor, residual: torch.Tensor, moved: torch.Tensor
-) -> ErrorEstimate:
+def _symmetric(problem: Problem, matrix: torch.Tensor, x: torch.Tensor, residual: torch.Tensor) -> ErrorEstimate:
     n, eps = x.shape[-1], torch.finfo(x.dtype).eps
     diagonal = matrix.diagonal(dim1=-2, dim2=-1).abs()
     unit = torch.where(diagonal > 0, diagonal, diagonal.amax(dim=-1, keepdim=True)).rsqrt()
@@ -101,13 +97,13 @@ def _symmetric(
     )  # (batch, n), one scaled unknown in units of x
     scaled = unit.unsqueeze(-1) * matrix * unit.unsqueeze(-2)
     noise = eps * (matrix.abs() @ x.abs().unsqueeze(-1)).squeeze(-1)
-    right = torch.stack([residual, _signs(x) * noise], dim=-1) * unit.unsqueeze(-1)  # (batch, n, 2)
+    right = torch.stack([residual, random_signs(x) * noise], dim=-1) * unit.unsqueeze(-1)  # (batch, n, 2)
     factor, info = torch.linalg.cholesky_ex(scaled)
     pivots = factor.diagonal(dim1=-2, dim2=-1)
     sound = (info == 0) & (pivots.amin(dim=-1) ** 2 > 1e3 * n * eps)
     solved = unit.unsqueeze(-1) * torch.cholesky_solve(right, factor)
     flag = torch.zeros_like(sound)
-    singular, indefinite, drift = flag, flag, torch.zeros_like(x[:, 0])
+    singular, indefinite, null_part = flag, flag, torch.zeros_like(x)
     if not bool(sound.all()):
         rows = ~sound
         values, vectors = torch.linalg.eigh(scaled[rows])
@@ -118,15 +114,13 @@ def _symmetric(
         indefinite = indefinite.index_put((rows,), negative)
         singular = singular.index_put((rows,), null.any(dim=-1))
         solved = solved.index_put((rows,), unit[rows].unsqueeze(-1) * spectral.solve(right[rows], eps))
-        drift = drift.index_put((rows,), spectral.share((moved / unit)[rows]))
+        null_part = null_part.index_put((rows,), unit[rows] * spectral.null_part((x / unit)[rows]))
     whole = factor / unit.unsqueeze(-1) if bool(sound.all()) else None
     size = (x.abs() / unit).amax(dim=-1, keepdim=True) * unit
-    return ErrorEstimate(solved[..., 0], solved[..., 1], size, singular, indefinite, drift, whole)
+    return ErrorEstimate(solved[..., 0], solved[..., 1], size, singular, indefinite, null_part, whole)
 
 
-def _general(
-    problem: Problem, matrix: torch.Tensor, x: torch.Tensor, residual: torch.Tensor, moved: torch.Tensor
-) -> ErrorEstimate:
+def _general(problem: Problem, matrix: torch.Tensor, x: torch.Tensor, residual: torch.Tensor) -> ErrorEstimate:
     n, eps = x.shape[-1], torch.finfo(x.dtype).eps
     noise = eps * (matrix.abs() @ x.abs().unsqueeze(-1)).squeeze(-1)
     if problem.is_fixed_point:
@@ -137,14 +131,14 @@ def _general(
     columns = _usable(matrix.abs().amax(dim=-2))
     rows_scale = _usable((matrix * columns.unsqueeze(-2)).abs().amax(dim=-1))
     scaled = rows_scale.unsqueeze(-1) * matrix * columns.unsqueeze(-2)
-    right = torch.stack([residual, _signs(x) * noise], dim=-1) * rows_scale.unsqueeze(-1)
+    right = torch.stack([residual, random_signs(x) * noise], dim=-1) * rows_scale.unsqueeze(-1)
     lu, pivots, info = torch.linalg.lu_factor_ex(scaled)
     steps = lu.diagonal(dim1=-2, dim2=-1).abs()
     sound = (info == 0) & (steps.amin(dim=-1) > 1e3 * n * eps * steps.amax(dim=-1))
     safe = torch.where(sound[:, None, None], lu, torch.eye(n, dtype=x.dtype, device=x.device))
     solved = columns.unsqueeze(-1) * torch.linalg.lu_solve(safe, pivots, right)
     flag = torch.zeros_like(sound)
-    singular, drift = flag, torch.zeros_like(x[:, 0])
+    singular, null_part = flag, torch.zeros_like(x)
     if not bool(sound.all()):
         rows = ~sound
         left, values, righth = torch.linalg.svd(scaled[rows])
@@ -152,9 +146,9 @@ def _general(
         spectral = _Spectral(left, righth.mT, values, null)
         singular = singular.index_put((rows,), null.any(dim=-1))
         solved = solved.index_put((rows,), columns[rows].unsqueeze(-1) * spectral.solve(right[rows], eps))
-        drift = drift.index_put((rows,), spectral.share((moved / columns)[rows]))
+        null_part = null_part.index_put((rows,), columns[rows] * spectral.null_part((x / columns)[rows]))
     size = (x.abs() / columns).amax(dim=-1, keepdim=True) * columns
-    return ErrorEstimate(solved[..., 0], solved[..., 1], size, singular, flag, drift)
+    return ErrorEstimate(solved[..., 0], solved[..., 1], size, singular, flag, null_part)
 
 
 @dataclass(frozen=True, eq=False)
@@ -178,11 +172,10 @@ class _Spectral:
         error = torch.where(inconsistent, torch.full_like(found[..., 0], torch.inf), found[..., 0])
         return torch.stack([error, found[..., 1]], dim=-1)
 
-    def share(self, moved: torch.Tensor) -> torch.Tensor:
-        """Return which share of ``moved`` (batch, n) lies in the null directions."""
-        along = (self.right.mT @ moved.unsqueeze(-1)).squeeze(-1)
-        part = torch.where(self.null, along, torch.zeros_like(along)).norm(dim=-1)
-        return torch.nan_to_num(part / moved.norm(dim=-1))
+    def null_part(self, x: torch.Tensor) -> torch.Tensor:
+        """Return the projection of ``x`` (batch, n) to the null directions."""
+        along = (self.right.mT @ x.unsqueeze(-1)).squeeze(-1)
+        return (self.right @ torch.where(self.null, along, torch.zeros_like(along)).unsqueeze(-1)).squeeze(-1)
 
 
 def _usable(size: torch.Tensor) -> torch.Tensor:
@@ -191,7 +184,7 @@ def _usable(size: torch.Tensor) -> torch.Tensor:
     return torch.where(torch.isfinite(inverse), inverse, torch.ones_like(inverse))
 
 
-def _signs(x: torch.Tensor) -> torch.Tensor:
+def random_signs(x: torch.Tensor) -> torch.Tensor:
     generator = torch.Generator().manual_seed(0)
     return (torch.randint(0, 2, (x.shape[-1],), generator=generator) * 2 - 1).to(x)
 
@@ -212,7 +205,7 @@ def _by_products(problem: Problem, x: torch.Tensor, residual: torch.Tensor, doub
         found = GMRES(max_steps=steps).solve(operator, unit, torch.full_like(norm, _KRYLOV_ACCURACY))
         error, indefinite = found.x * norm.unsqueeze(-1), none
     size = x.abs().amax(dim=-1, keepdim=True).expand_as(x)
-    return ErrorEstimate(torch.nan_to_num(error, nan=torch.inf), None, size, none, indefinite, torch.zeros_like(norm))
+    return ErrorEstimate(torch.nan_to_num(error, nan=torch.inf), None, size, none, indefinite, torch.zeros_like(x))
 
 
 def _linearization(problem: Problem, x: torch.Tensor) -> Linearization:
@@ -243,7 +236,7 @@ def has_kink(problem: Problem, x: torch.Tensor, residual: torch.Tensor) -> torch
     then; at a kink it does not.
     """
     eps = torch.finfo(x.dtype).eps
-    signs, reach = _signs(x), eps ** (1 / 3) * x.abs().clamp_min(1.0)
+    signs, reach = random_signs(x), eps ** (1 / 3) * x.abs().clamp_min(1.0)
     bend = _linearization(problem, x).operator.matvec(reach * signs)
     left = []
     for share in (1.0, 1 / 64):

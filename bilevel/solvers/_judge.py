@@ -22,6 +22,7 @@ from bilevel.solvers._error import (
     has_kink,
     is_dense,
     meets_negative_curvature,
+    random_signs,
     residual_rounding,
     rounding,
 )
@@ -43,16 +44,21 @@ _WORTH_ANOTHER = (
     Status.NOT_FINITE,
     Status.LINE_SEARCH_FAILED,
     Status.NOT_CONVERGED,
+    Status.SINGULAR,
 )
 _MAYBE_KINKED = (Status.MAX_STEPS, Status.STAGNATED, Status.LINE_SEARCH_FAILED)
 
 
 @dataclass(frozen=True)
 class Successor:
-    """A solver that takes over where another failed: from the start if ``afresh``, else from where the last one ended."""
+    """A solver that takes over where another failed: from the start if ``afresh``, else from where the last one ended.
+
+    ``beside`` moves that by a thousandth, out of a place where the Jacobian happens to be singular.
+    """
 
     solver: InnerSolver
     afresh: bool
+    beside: bool = False
 
 
 @dataclass(frozen=True, eq=False)
@@ -95,7 +101,9 @@ def solve_inner(
         if not bool(failed.any()):
             break
         # What has been solved stays where it is: no residual is too large for it.
-        start = torch.where(failed.unsqueeze(-1), init if other.afresh else latest, trial.x)
+        begun = init if other.afresh else latest
+        begun = begun + 1e-3 * (1 + begun.abs()) * random_signs(begun) if other.beside else begun
+        start = torch.where(failed.unsqueeze(-1), begun, trial.x)
         threshold = torch.where(failed, goal.threshold, torch.full_like(goal.threshold, torch.inf))
         second = _attempt(other.solver, problem, replace(goal, init=start, given=threshold, origin=init), failed)
         latest, won = second.x, failed & (second.status == Status.CONVERGED)
@@ -241,7 +249,7 @@ def _by_error(
     good = open_ & (error.abs() <= allowed).all(dim=-1) if error is not None else again  # a NaN is none
     ratio = noise = torch.zeros_like(norm)
     if not bool((good | ~open_).all()):
-        found = estimate_error(problem, x, residual, goal.starting_point, open_ & ~good)
+        found = estimate_error(problem, x, residual, open_ & ~good)
         judged = _weigh(problem, x, residual, found, allowed, target, goal, noticed, open_ & ~good)
         if found.factor is not None:
             factor, exact = found.factor, True
@@ -307,11 +315,26 @@ def _weigh(
         known = target.blind_rtol * torch.maximum(x.abs(), found.size) + target.atol
         blind = good & ~(found.rounding.abs() <= known).all(dim=-1)
         status = torch.where(blind, _runaway(x, start), status)
-    # Along a null direction x may be anything, but not what an unbounded search made of it.
-    lost = good & found.singular & (found.drift > 0.5) & (_runaway(x, start) == Status.DIVERGED)
-    status = torch.where(lost, torch.full_like(status, Status.DIVERGED), status)
+    singular = good & found.singular
+    if bool(singular.any()):
+        status = torch.where(singular & _hidden(problem, x, residual, found), int(Status.DIVERGED), status)
     status = torch.where(found.indefinite & (good | rounded), torch.full_like(status, Status.INDEFINITE), status)
     return _Weighed(good & (status == Status.RUNNING), ratio, rounded, length(noise), status)
+
+
+def _hidden(problem: Problem, x: torch.Tensor, residual: torch.Tensor, found: ErrorEstimate) -> torch.Tensor:
+    """Return where a singular Jacobian only tells how far x has gone, (batch,) bool.
+
+    Where the solution is not unique, x solves the equations without its part in the null space as well. A search that ran away, as that of
+    x = x + 1/(1 + x²) does, has left equations behind that are not solved, and finds them solved from where it is on, since rounding hides them.
+    """
+
+    def solved(point: torch.Tensor) -> torch.Tensor:
+        there = problem.residual(point)
+        noise = residual_rounding(problem, point, there)
+        return length(there) <= 30 * length(noise) + 2 * length(residual)
+
+    return ~solved(x - found.null_part) & solved(x + 2 * found.null_part)
 
 
 def _name_stationary(

@@ -311,9 +311,11 @@ def _search(
             if bool(small.all()):
                 break
             held = found <= merit + _ARMIJO * t * slope - 4 * eps * merit.abs()
-            level = (found <= merit + 64 * eps * magnitude) & pending & ~held
+            # Sums of many terms round by more than their last place: there gradients tell what values cannot.
+            level = (found - merit <= eps**0.5 * magnitude) & pending & ~held
             if bool(level.any()):
-                held = held | (level & _comes_closer(direction, residual, state, x, reached < norm))
+                steady = found <= merit + 64 * eps * magnitude
+                held = held | (level & _comes_closer(direction, residual, state, x, steady & (reached < norm), steady))
         else:
             residual = problem.residual(x)
             reached = residual.norm(dim=-1)
@@ -366,10 +368,16 @@ def _error_left(state: _State) -> torch.Tensor:
 
 
 def _comes_closer(
-    direction: _Direction, residual: torch.Tensor, state: _State, x: torch.Tensor, shorter: torch.Tensor
+    direction: _Direction,
+    residual: torch.Tensor,
+    state: _State,
+    x: torch.Tensor,
+    shorter: torch.Tensor,
+    steady: torch.Tensor,
 ) -> torch.Tensor:
     """Return where the Newton step that is left is shorter than the one before, relative to each unknown, (batch,) bool.
 
+    It has to be half as long, and the gradients have to say that the objective fell, where values are not ``steady`` to their last places.
     A norm of gradients would compare unknowns of different units. Without factors there is only that, ``shorter``.
     (Deuflhard, "Newton methods for nonlinear problems", 2004: the natural monotonicity test.)
     """
@@ -377,8 +385,9 @@ def _comes_closer(
         return shorter
     left = torch.cholesky_solve(residual.unsqueeze(-1), direction.factor).squeeze(-1)
     size = torch.maximum(state.x.abs(), x.abs()) + torch.finfo(x.dtype).tiny
-    natural = (left.abs() / size).amax(dim=-1) < (direction.d.abs() / size).amax(dim=-1)
-    return torch.where(direction.definite, natural | shorter, shorter)
+    ratio = (left.abs() / size).amax(dim=-1) / (direction.d.abs() / size).amax(dim=-1)
+    falls = ((state.residual + residual) * (x - state.x)).sum(dim=-1) < 0  # by the trapezoidal rule
+    return torch.where(direction.definite, (ratio < 0.5) & falls | steady & (ratio < 1) | shorter, shorter)
 
 
 def _overshoots(found: torch.Tensor, merit: torch.Tensor, slope: torch.Tensor, magnitude: torch.Tensor) -> torch.Tensor:

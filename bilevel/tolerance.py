@@ -257,7 +257,8 @@ class Tolerance:
 
     def inner(self, dtype: torch.dtype) -> Target:
         """Return what the inner solve aims for in ``dtype``."""
-        if not isinstance(self.delta, Auto):
+        # Half precision has no factorisations to estimate an error with: there the residual decides.
+        if not isinstance(self.delta, Auto) or torch.finfo(dtype).bits < 32:
             return self._target(self.delta, dtype)
         eps, rtol, asked = float(torch.finfo(dtype).eps), self.rtol, self.rtol is not None
         rtol = eps ** (2 / 3) if rtol is None else rtol

@@ -58,8 +58,15 @@ FORWARD = {
     "a user's solver that stops short": (bowl, {"solver": given(lambda a: a + 0.1)}, {Status.NOT_CONVERGED}),
 }
 BACKWARD = {
-    "indefinite, factorised": (saddle, {"solver": given(lambda a: a), "linear_solver": bilevel.Exact()}, Status.INDEFINITE),
-    "indefinite, by CG": (saddle, {"solver": given(lambda a: a), "linear_solver": bilevel.CG()}, Status.INDEFINITE),
+    # With δ given the residual decides forward, and a saddle passes.
+    "indefinite, factorised": (
+        saddle, {"solver": given(lambda a: a), "linear_solver": bilevel.Exact(), "tolerance": bilevel.Tolerance(delta=1e-9)},
+        Status.INDEFINITE,
+    ),
+    "indefinite, by CG": (
+        saddle, {"solver": given(lambda a: a), "linear_solver": bilevel.CG(), "tolerance": bilevel.Tolerance(delta=1e-9)},
+        Status.INDEFINITE,
+    ),
     "singular, factorised": (valley, {"solver": given(lambda a: a), "linear_solver": bilevel.Exact()}, Status.SINGULAR),
     "too few CG steps": (
         lambda x, a: ((x - a) ** 2 * torch.tensor([1.0, 9.0], dtype=F64)).sum(),

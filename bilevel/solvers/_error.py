@@ -39,7 +39,8 @@ class ErrorEstimate:
     Parameters
     ----------
     error
-        J⁻¹ R (batch, n): the Newton step that is left, so x − x* to first order. Infinite where R does not lie in the range of a singular J.
+        J⁻¹ R (batch, n): the Newton step that is left, so x − x* to first order. Infinite where R does not lie in the range of a singular J,
+        NaN where J is not finite.
     rounding
         (batch, n): what the rounding of x alone, seen through R and J⁻¹, changes. None where it was not computed.
     size
@@ -80,7 +81,7 @@ def estimate_error(problem: Problem, x: torch.Tensor, residual: torch.Tensor, do
         matrix = torch.where(finite[:, None, None], matrix, torch.eye(n, dtype=x.dtype, device=x.device))
         residual = torch.nan_to_num(residual)
         found = (_symmetric if symmetric else _general)(problem, matrix, x, residual)
-        error = torch.where(finite.unsqueeze(-1), found.error, torch.full_like(x, torch.inf))
+        error = torch.where(finite.unsqueeze(-1), found.error, torch.full_like(x, torch.nan))
         return ErrorEstimate(
             error, found.rounding, found.size, found.singular & finite, found.indefinite & finite, found.null_part,
             found.factor if bool(finite.all()) else None,
@@ -97,7 +98,7 @@ def _symmetric(problem: Problem, matrix: torch.Tensor, x: torch.Tensor, residual
     )  # (batch, n), one scaled unknown in units of x
     scaled = unit.unsqueeze(-1) * matrix * unit.unsqueeze(-2)
     noise = eps * (matrix.abs() @ x.abs().unsqueeze(-1)).squeeze(-1)
-    right = torch.stack([residual, random_signs(x) * noise], dim=-1) * unit.unsqueeze(-1)  # (batch, n, 2)
+    right = torch.stack([residual, irregular_signs(x) * noise], dim=-1) * unit.unsqueeze(-1)  # (batch, n, 2)
     factor, info = torch.linalg.cholesky_ex(scaled)
     pivots = factor.diagonal(dim1=-2, dim2=-1)
     sound = (info == 0) & (pivots.amin(dim=-1) ** 2 > 1e3 * n * eps)
@@ -131,7 +132,7 @@ def _general(problem: Problem, matrix: torch.Tensor, x: torch.Tensor, residual: 
     columns = _usable(matrix.abs().amax(dim=-2))
     rows_scale = _usable((matrix * columns.unsqueeze(-2)).abs().amax(dim=-1))
     scaled = rows_scale.unsqueeze(-1) * matrix * columns.unsqueeze(-2)
-    right = torch.stack([residual, random_signs(x) * noise], dim=-1) * rows_scale.unsqueeze(-1)
+    right = torch.stack([residual, irregular_signs(x) * noise], dim=-1) * rows_scale.unsqueeze(-1)
     lu, pivots, info = torch.linalg.lu_factor_ex(scaled)
     steps = lu.diagonal(dim1=-2, dim2=-1).abs()
     sound = (info == 0) & (steps.amin(dim=-1) > 1e3 * n * eps * steps.amax(dim=-1))
@@ -184,9 +185,10 @@ def _usable(size: torch.Tensor) -> torch.Tensor:
     return torch.where(torch.isfinite(inverse), inverse, torch.ones_like(inverse))
 
 
-def random_signs(x: torch.Tensor) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(0)
-    return (torch.randint(0, 2, (x.shape[-1],), generator=generator) * 2 - 1).to(x)
+def irregular_signs(x: torch.Tensor) -> torch.Tensor:
+    """Return signs like ``x`` (batch, n), the same in each row, in no order; drawn by no generator, which torch's older vmap would refuse."""
+    places = torch.arange(1, x.shape[-1] + 1, dtype=torch.float64, device=x.device)
+    return torch.where(torch.frac(places * 0.7548776662) < 0.5, -1.0, 1.0).to(x).expand_as(x)
 
 
 def _by_products(problem: Problem, x: torch.Tensor, residual: torch.Tensor, doubtful: torch.Tensor) -> ErrorEstimate:
@@ -205,7 +207,7 @@ def _by_products(problem: Problem, x: torch.Tensor, residual: torch.Tensor, doub
         found = GMRES(max_steps=steps).solve(operator, unit, torch.full_like(norm, _KRYLOV_ACCURACY))
         error, indefinite = found.x * norm.unsqueeze(-1), none
     size = x.abs().amax(dim=-1, keepdim=True).expand_as(x)
-    return ErrorEstimate(torch.nan_to_num(error, nan=torch.inf), None, size, none, indefinite, torch.zeros_like(x))
+    return ErrorEstimate(error, None, size, none, indefinite, torch.zeros_like(x))
 
 
 def _linearization(problem: Problem, x: torch.Tensor) -> Linearization:
@@ -236,7 +238,7 @@ def has_kink(problem: Problem, x: torch.Tensor, residual: torch.Tensor) -> torch
     then; at a kink it does not.
     """
     eps = torch.finfo(x.dtype).eps
-    signs, reach = random_signs(x), eps ** (1 / 3) * x.abs().clamp_min(1.0)
+    signs, reach = irregular_signs(x), eps ** (1 / 3) * x.abs().clamp_min(1.0)
     bend = _linearization(problem, x).operator.matvec(reach * signs)
     left = []
     for share in (1.0, 1 / 64):

@@ -20,9 +20,9 @@ from bilevel.solvers._error import (
     ErrorEstimate,
     estimate_error,
     has_kink,
+    irregular_signs,
     is_dense,
     meets_negative_curvature,
-    random_signs,
     residual_rounding,
     rounding,
 )
@@ -102,7 +102,7 @@ def solve_inner(
             break
         # What has been solved stays where it is: no residual is too large for it.
         begun = init if other.afresh else latest
-        begun = begun + 1e-3 * (1 + begun.abs()) * random_signs(begun) if other.beside else begun
+        begun = begun + 1e-3 * (1 + begun.abs()) * irregular_signs(begun) if other.beside else begun
         start = torch.where(failed.unsqueeze(-1), begun, trial.x)
         threshold = torch.where(failed, goal.threshold, torch.full_like(goal.threshold, torch.inf))
         second = _attempt(other.solver, problem, replace(goal, init=start, given=threshold, origin=init), failed)
@@ -196,9 +196,15 @@ def _by_residual(solver: InnerSolver, problem: Problem, solution: InnerSolution,
     status = noticed
     reached = norm <= threshold
     if not bool(((noticed == Status.CONVERGED) & reached).all()):
+        # Whether a budget that alone was meant ended within rounding is not worth two gradients.
+        spent_as_meant = (noticed == Status.MAX_STEPS) & target.silent
+        if not target.asked and not bool((reached | spent_as_meant).all()):
+            reached = reached | (norm <= length(residual_rounding(problem, solution.x, solution.residual)))
         final = _is_one_of(noticed, (Status.INDEFINITE, Status.NOT_FINITE))
         believed = (noticed == Status.CONVERGED) & ~reached
         status = torch.where(believed, torch.full_like(status, Status.STAGNATED), status)
+        if not target.asked and solver.has_budget:
+            status = torch.where(noticed == Status.MAX_STEPS, torch.full_like(status, Status.BUDGET_SPENT), status)
         if target.silent:
             spent = _is_one_of(noticed, (Status.MAX_STEPS, Status.NOT_CONVERGED))
             status = torch.where(spent, torch.full_like(status, Status.BUDGET_SPENT), status)
@@ -297,23 +303,27 @@ def _weigh(
     noticed: torch.Tensor,
     open_: torch.Tensor,
 ) -> _Weighed:
-    error = found.error.abs()
+    # Where the Jacobian is not finite, there is no estimate: the residual has to do, and the derivative will say so.
+    unknown = torch.isnan(found.error).any(dim=-1)
+    error = torch.where((unknown & (length(residual) <= goal.threshold)).unsqueeze(-1), 0.0, found.error.abs())
     within = (error <= allowed).all(dim=-1)
-    ratio = (error / allowed).amax(dim=-1)
+    ratio = torch.nan_to_num(error / allowed, nan=torch.inf).amax(dim=-1)
     # Where rounding is the limit, an unknown is measured in the units that the equations give it.
-    coarse = target.coarse_rtol * torch.maximum(x.abs(), found.size) + target.atol
+    size = torch.maximum(x.abs(), found.size) + target.atol / target.rtol
+    coarse = target.coarse_rtol * size
     rounded, noise = torch.zeros_like(within), torch.zeros_like(residual)
     if bool((open_ & ~within).any()):
         noise = residual_rounding(problem, x, residual)
-        # A solver that gets no further is at its rounding, which may be more than that of one residual.
+        # A solver that gets no further is at its rounding, which may be more than that of one residual: that of its terms, as they cancel.
         ended = _is_one_of(noticed, (Status.STAGNATED, Status.LINE_SEARCH_FAILED)).unsqueeze(-1)
-        rounded = (residual.abs() <= torch.where(ended, _SOLVER_ROUNDING * noise, noise)).all(dim=-1)
+        terms = torch.finfo(x.dtype).eps * goal.scale.unsqueeze(-1)
+        floor = torch.where(ended, _SOLVER_ROUNDING * torch.maximum(noise, terms), noise)
+        rounded = (residual.abs() <= floor).all(dim=-1)
     good = within | (rounded & (error <= coarse).all(dim=-1))
     status = torch.full(within.shape, int(Status.RUNNING), dtype=torch.int64, device=x.device)
     start = goal.starting_point
     if found.rounding is not None:
-        known = target.blind_rtol * torch.maximum(x.abs(), found.size) + target.atol
-        blind = good & ~(found.rounding.abs() <= known).all(dim=-1)
+        blind = good & ~unknown & ~(found.rounding.abs() <= target.blind_rtol * size).all(dim=-1)
         status = torch.where(blind, _runaway(x, start), status)
     singular = good & found.singular
     if bool(singular.any()):

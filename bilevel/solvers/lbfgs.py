@@ -17,8 +17,8 @@ __all__ = ["LBFGS"]
 
 _MAX_STEPS = 2000
 # Hager & Zhang's decay of the average of |G|, which the rounding of its differences is measured by.
-# After so many steps that lower neither the objective beyond its rounding nor halve the gradient, rounding is what is left.
-_MOST_IDLE = 30
+# After so many steps that lower neither the objective beyond its rounding nor the gradient, rounding is what is left.
+_MOST_IDLE = 40
 _DECAY = 0.7
 
 
@@ -96,7 +96,7 @@ class LBFGS(InnerSolver):
             weight = 1 + _DECAY * state.weight
             average = state.average + (value.abs() - state.average) / weight
             norm = gradient.norm(dim=-1)
-            gained = (value < state.value - 4 * eps * state.average) | (norm < 0.5 * state.best)
+            gained = (value < state.value - 4 * eps * state.average) | (norm < 0.98 * state.best)
             idle = torch.where(gained, torch.zeros_like(state.idle), state.idle + 1)
             stuck = idle >= _MOST_IDLE
             if bool(stuck.any()):

@@ -18,8 +18,8 @@ __all__ = ["Anderson"]
 # The steps of the accelerated run, of the plain run, of the accelerated run, ...: 10,000 of each. As the stretches double, the
 # whole costs at most about three times what the better run costs alone, and 1,000 steps.
 _STRETCHES = (1000, 1000, 2000, 2000, 4000, 4000, 3000, 3000)
-# The mixture is rejected if its residual is this many times the least residual since the last restart.
-_GROWTH = 1.5
+# A mixture is rejected if its residual is this many times the least residual since the last restart: before any restart, and after.
+_GROWTH, _STRICT_GROWTH = 10.0, 1.5
 # After a rejection come 1, 2, 4, ... plain steps, at most so many.
 _PLAIN_STEPS = 16
 # How many times the residual may outgrow its first norm before a run has diverged, as in a plain iteration.
@@ -43,8 +43,9 @@ class Anderson(InnerSolver):
     linear mapping, everything that was ever learned. Each difference is damped by a Tikhonov term relative to
     its own size. Differences at rounding level are not used.
 
-    A mixture is rejected if its residual is not finite or exceeds 1.5 times the least one since the last restart. Then the
-    history is dropped, and 1, 2, 4, ..., 16 plain steps x ← x − β R follow. The same happens if 64 steps bring no lower residual.
+    A mixture is rejected if its residual is not finite, or exceeds the least one since the last restart tenfold (1.5-fold after the
+    first rejection). Then the history is dropped, and 1, 2, 4, ..., 16 plain steps x ← x − β R follow. The same happens if 64
+    steps bring no lower residual.
 
     The answer is in the range of T: once a mixture z meets the threshold, T(z) is evaluated, and returned if it meets the
     threshold too. So probabilities stay probabilities, and the zeros of a proximal step stay zeros. (After three T(z) that
@@ -137,7 +138,10 @@ class _Runs:
         self.start = _State(init, residual)
         self.both = self.parked = self._both(init, residual)
         self.ceiling = _DIVERGED * torch.maximum(norm, self.threshold)
-        self.bound = self.seen = _GROWTH * norm  # of an acceptable mixture's residual; what it was at the last check
+        self.growth = torch.full_like(norm, _GROWTH)
+        self.bound = self.seen = (
+            self.growth * norm
+        )  # of an acceptable mixture's residual; what it was at the last check
         self.lowest = torch.full_like(norm, torch.inf)  # ‖R‖ at what is returned
         self.waiting = torch.ones_like(norm, dtype=torch.int64)  # plain steps to come before the next mixture
         self.penalty = torch.ones_like(self.waiting)  # plain steps after the next rejection
@@ -173,7 +177,7 @@ class _Runs:
             if bool(usual.all()) or bool((usual | ~active).all()):
                 self.memory.learn(both, both - self.both)
                 self.both = both
-                self.bound = torch.minimum(self.bound, _GROWTH * norm)
+                self.bound = torch.minimum(self.bound, self.growth * norm)
                 return state, verdict
         good = norm <= torch.where(mixed, self.bound, self.ceiling)  # not where it is NaN
         self._move(both, good)
@@ -223,7 +227,7 @@ class _Runs:
 
     def _count(self, norm: torch.Tensor, good: torch.Tensor, mixed: torch.Tensor) -> None:
         """Set the bound by the new points, and count the plain steps."""
-        bound = _GROWTH * norm
+        bound = self.growth * norm
         lower = good & mixed & (bound < self.bound)
         self.penalty = torch.where(lower, (self.penalty // 2).clamp(min=1), self.penalty)
         self.bound = torch.where(lower | (good & ~mixed), bound, self.bound)
@@ -233,6 +237,7 @@ class _Runs:
         """Drop the history and prescribe plain steps."""
         if bool(which.any()):
             self.memory.forget(which)
+            self.growth = torch.where(which, _STRICT_GROWTH, self.growth)
             self.waiting = torch.where(which, self.penalty, self.waiting)
             self.penalty = torch.where(which, (2 * self.penalty).clamp(max=_PLAIN_STEPS), self.penalty)
             self.mixing = False

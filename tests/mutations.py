@@ -51,6 +51,7 @@ LINEAR = "tests/test_linear_solve.py"
 IMAML = "tests/meta/test_imaml.py"
 OUTER = "tests/test_outer.py"
 TAPES = "tests/test_tapes.py"
+ANDERSON = "tests/solvers/test_anderson.py"
 
 
 def matrix(*names: str, columns: str = "float64") -> tuple[str, ...]:
@@ -777,6 +778,36 @@ MUTATIONS = (
     Mutation(
         "tuples that are kept with what is in them", "_straight.py",
         'followed = [tuple, len(item)], list(item)', 'followed = [item], list(item)', ("tests/test_replay.py",),
+    ),
+    # Anderson acceleration.
+    Mutation(
+        "no plain run beneath Anderson acceleration", "solvers/anderson.py",
+        "if self.steps in self.turns:", "if self.steps in ():", (ANDERSON, "-k", "beneath"),
+    ),
+    Mutation(
+        "a diverged acceleration is not taken over by the plain run", "solvers/anderson.py",
+        "self._switch(lost & ~over)", "self._switch(lost & over)", (ANDERSON, "-k", "takes_over"),
+    ),
+    Mutation(
+        "every mixture is accepted", "solvers/anderson.py",
+        "torch.where(mixed, self.bound, self.ceiling)", "self.ceiling", (ANDERSON, "-k", "plain_iteration_solves"),
+    ),
+    Mutation(
+        "a mixture is returned in place of T of it", "solvers/anderson.py",
+        "self.whole & (self.polishes >= _POLISHES)", "self.whole", (ANDERSON, "-k", "lasso or probabilities"),
+    ),
+    Mutation(
+        "the last step of a budget is a mixture", "solvers/anderson.py",
+        "if self.steps == self.budget:", "if self.steps == -1:", (ANDERSON, "-k", "budget"),
+    ),
+    Mutation(
+        "differences at rounding level are extrapolated", "solvers/anderson.py",
+        "torch.where(length > self.rounding, inverse, 0.0)", "torch.where(length > 0, inverse, 0.0)",
+        (ANDERSON, "-k", "rounding_level"),
+    ),
+    Mutation(
+        "a fixed point's run at rounding level goes on", "solvers/fixed_point.py",
+        "ended = stalled & (residual", "ended = ~stalled & stalled & (residual", (ANDERSON, "-k", "rounding_ends"),
     ),
 )  # fmt: skip
 

@@ -1,35 +1,59 @@
-"""Anderson acceleration of fixed-point iteration."""
+"""Safeguarded Anderson acceleration of fixed-point iteration."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 
 from bilevel._checks import check_number, check_steps
 from bilevel._problem import Problem
+from bilevel.reports import Status
 from bilevel.solvers._base import Goal, InnerSolution, InnerSolver, iterate
-from bilevel.solvers.fixed_point import check_fixed_point
+from bilevel.solvers.fixed_point import CHECK_EVERY, check_fixed_point, rounding_verdict
 
 __all__ = ["Anderson"]
 
-_MAX_STEPS = 1000
-# A residual this many times the best one since the last restart means that the history misleads.
-_GROWTH = 10.0
+# The steps of the accelerated run, of the plain run, of the accelerated run, ...: 10,000 of each. As the stretches double, the
+# whole costs at most about three times what the better run costs alone, and 1,000 steps.
+_STRETCHES = (1000, 1000, 2000, 2000, 4000, 4000, 3000, 3000)
+# A mixture is rejected if its residual is this many times the least residual since the last restart: before any restart, and after.
+_GROWTH, _STRICT_GROWTH = 10.0, 1.5
+# After a rejection come 1, 2, 4, ... plain steps, at most so many.
+_PLAIN_STEPS = 16
+# How many times the residual may outgrow its first norm before a run has diverged, as in a plain iteration.
+_DIVERGED = 1e10
+# So often is T(z) tried as the answer in place of a mixture z that meets the threshold, before z itself is returned.
+_POLISHES = 3
+# A difference of residuals below this many eps ‖(R, x)‖ is rounding.
+_ROUNDING = 2.0
 
 
 @dataclass(frozen=True)
 class Anderson(InnerSolver):
-    """Step to the mixture of the last iterates whose residuals, to first order, cancel best.
+    """Step to the mixture of the last iterates whose residuals, to first order, cancel best; keep only steps that pay.
 
     With R = x − T(x) and the last differences ΔR, ΔX as columns,
 
-        γ = argmin ‖R − ΔR γ‖,   x ← x − β R − (ΔX − β ΔR) γ.
+        γ = argmin ‖R − ΔR γ‖²,   z = x − β R − (ΔX − β ΔR) γ.
 
     The differences are kept orthonormal, each new one by Gram–Schmidt against those remembered, so that γ =
     ΔRᵀ R takes no matrix to be solved, does not square a condition number, and remembers, for a symmetric
-    linear mapping, everything that was ever learned. A problem whose residual outgrows its best tenfold
-    forgets its history.
+    linear mapping, everything that was ever learned. Each difference is damped by a Tikhonov term relative to
+    its own size. Differences at rounding level are not used.
+
+    A mixture is rejected if its residual is not finite, or exceeds the least one since the last restart tenfold (1.5-fold after the
+    first rejection). Then the history is dropped, and 1, 2, 4, ..., 16 plain steps x ← x − β R follow. The same happens if 64
+    steps bring no lower residual.
+
+    The answer is in the range of T: once a mixture z meets the threshold, T(z) is evaluated, and returned if it meets the
+    threshold too. So probabilities stay probabilities, and the zeros of a proximal step stay zeros. (After three T(z) that
+    do not meet it, which takes a mapping that expands, z is returned.)
+
+    A plain iteration from the same start lies beneath: after 1,000 steps it takes 1,000 of its own, then the
+    accelerated run continues, and so on, in stretches that double. It takes over at once if the accelerated run
+    diverges or meets a NaN. So wherever plain iteration converges in 10,000 steps, this solver converges.
 
     One evaluation of T for each step, 8 · ``history`` · n operations and 2 · ``history`` · n numbers of
     memory for each problem.
@@ -37,15 +61,14 @@ class Anderson(InnerSolver):
     Parameters
     ----------
     max_steps
-        The most steps; None for 1,000, spending which is a failure, where spending a given budget with no
-        tolerance asked is none.
+        The most steps; None for 20,000, half of them plain, spending which is a failure, where spending a given budget with
+        no tolerance asked is none. The last step of a budget is T itself.
     history
         How many differences are remembered (at most n).
     mixing
         β in (0, 1]: how far along the residual a step goes.
     regularization
-        A difference of which orthogonalisation leaves less than this share is not remembered; None for 100
-        eps of the dtype.
+        λ ≥ 0: a difference of which orthogonalisation leaves the share s counts s²/(s² + λ²); None for 100 eps of the dtype.
 
     Raises
     ------
@@ -55,7 +78,9 @@ class Anderson(InnerSolver):
     References
     ----------
     Walker & Ni, "Anderson acceleration for fixed-point iterations", SIAM J. Numer. Anal. 2011; Tang, Xu, He,
-    Saad, Xi, "Anderson acceleration with truncated Gram–Schmidt", 2024 (the orthonormal form).
+    Saad, Xi, "Anderson acceleration with truncated Gram–Schmidt", 2024 (the orthonormal form); Zhang, O'Donoghue, Boyd,
+    "Globally convergent type-I Anderson acceleration for nonsmooth fixed-point iterations", SIAM J. Optim. 2020 (restarts
+    and plain steps as safeguards; the rules here are others).
 
     Examples
     --------
@@ -79,52 +104,195 @@ class Anderson(InnerSolver):
 
     def solve(self, problem: Problem, init: torch.Tensor, goal: Goal) -> InnerSolution:
         check_fixed_point(problem, "Anderson")
-        n = init.shape[-1]
-        eps = torch.finfo(init.dtype).eps
-        least = 100 * eps if self.regularization is None else self.regularization
-        memory = _Memory(init, min(self.history, n), least)
-
-        def step(state: _State, active: torch.Tensor) -> tuple[_State, torch.Tensor | None]:
-            x = memory.mixture(state.both[:, n:])
-            residual = problem.residual(x)
-            norm = torch.linalg.vector_norm(residual, dim=-1)
-            # (R, x − βR): what is linear in both is done to both at once.
-            both = torch.cat((residual, torch.sub(x, residual, alpha=self.mixing)), dim=-1)
-            astray = norm > _GROWTH * state.best
-            best = torch.minimum(norm, state.best)
-            memory.learn(both, both - state.both)
-            if bool(astray.any()):
-                memory.forget(astray)
-                best = torch.where(astray, norm, best)
-            return _State(x, residual, both, best), None
-
-        residual = problem.residual(init)
-        both = torch.cat((residual, torch.sub(init, residual, alpha=self.mixing)), dim=-1)
-        start = _State(init, residual, both, residual.norm(dim=-1))
-        return iterate(start, step, goal, self.max_steps or _MAX_STEPS)[0]
+        runs = _Runs(self, problem, init, goal)
+        return iterate(runs.start, runs.step, goal, runs.budget)[0]
 
 
 @dataclass(frozen=True, eq=False)
 class _State:
-    """An iterate, R there, (R, x − βR) and the least ‖R‖ since the last restart."""
+    """The best T(z) so far, the start before there is one, with R there: what is returned."""
 
     x: torch.Tensor
     residual: torch.Tensor
-    both: torch.Tensor
-    best: torch.Tensor
+
+
+class _Runs:
+    """Each problem's accelerated and plain run, one of which steps while the other is parked.
+
+    A point x is kept as (R, x − βR), (batch, 2n): what is linear in both is done to both at once. All else that is
+    known of a problem is a number of it, (batch,). Stretches and checks go by the count of steps, which all problems of a batch share,
+    so that a problem steps as it would alone.
+    """
+
+    def __init__(self, settings: Anderson, problem: Problem, init: torch.Tensor, goal: Goal) -> None:
+        n = init.shape[-1]
+        self.problem, self.threshold, self.n, self.beta = problem, goal.threshold, n, settings.mixing
+        self.budget = settings.max_steps or sum(_STRETCHES)
+        self.steps = 0
+        self.turns = {end + 1 for end in accumulate(_STRETCHES)}
+        eps = torch.finfo(init.dtype).eps
+        share = 100 * eps if settings.regularization is None else settings.regularization
+        self.memory = _Memory(init, min(settings.history, n), share)
+        residual = problem.residual(init)
+        norm = residual.norm(dim=-1)
+        self.start = _State(init, residual)
+        self.both = self.parked = self._both(init, residual)
+        self.ceiling = _DIVERGED * torch.maximum(norm, self.threshold)
+        self.growth = torch.full_like(norm, _GROWTH)
+        self.bound = self.seen = (
+            self.growth * norm
+        )  # of an acceptable mixture's residual; what it was at the last check
+        self.lowest = torch.full_like(norm, torch.inf)  # ‖R‖ at what is returned
+        self.waiting = torch.ones_like(norm, dtype=torch.int64)  # plain steps to come before the next mixture
+        self.penalty = torch.ones_like(self.waiting)  # plain steps after the next rejection
+        self.polishes = torch.zeros_like(self.waiting)
+        self.plain = torch.zeros_like(norm, dtype=torch.bool)  # whether it is the plain run that steps
+        self.alone = self.plain  # whether the other run has diverged
+        self.whole = self.plain  # whether the next step is T itself
+        self.mixing = False  # whether every active problem steps to a mixture
+
+    def _both(self, x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
+        return torch.cat((residual, torch.sub(x, residual, alpha=self.beta)), dim=-1)
+
+    def step(self, state: _State, active: torch.Tensor) -> tuple[_State, torch.Tensor | None]:
+        """Evaluate T once at every problem's next point."""
+        self.steps += 1
+        verdict = None
+        if self.steps in self.turns:
+            self._switch(active & ~self.alone)
+        if self.steps % CHECK_EVERY == 0:
+            verdict = self._check(state, active)
+        if self.steps == self.budget:
+            self.whole, self.mixing = torch.ones_like(self.whole), False
+        x = self.memory.mixture(self.both[:, self.n :])
+        mixed = torch.ones_like(self.plain)
+        if not self.mixing:
+            mixed = ~(self.plain | (self.waiting > 0) | self.whole)
+            x = torch.where(mixed.unsqueeze(1), x, self._unmixed())
+        residual = self.problem.residual(x)
+        norm = torch.linalg.vector_norm(residual, dim=-1)
+        both = self._both(x, residual)
+        if self.mixing:
+            usual = (norm <= self.bound) & (norm > self.threshold)
+            if bool(usual.all()) or bool((usual | ~active).all()):
+                self.memory.learn(both, both - self.both)
+                self.both = both
+                self.bound = torch.minimum(self.bound, self.growth * norm)
+                return state, verdict
+        good = norm <= torch.where(mixed, self.bound, self.ceiling)  # not where it is NaN
+        self._move(both, good)
+        state = self._report(state, x, residual, norm, good, mixed)
+        self._count(norm, good, mixed)
+        self._restart(active & mixed & ~good)
+        lost = active & ~mixed & ~good
+        if bool(lost.any()):
+            verdict = self._take_over(lost, norm, verdict)
+        self.mixing = not bool((active & (self.plain | (self.waiting > 0) | self.whole)).any())
+        return state, verdict
+
+    def _unmixed(self) -> torch.Tensor:
+        """Return x − βR, or x − R for the problems whose next step is T itself."""
+        n = self.n
+        damped = self.both[:, n:]
+        if self.beta == 1.0:
+            return damped
+        mapped = torch.sub(damped, self.both[:, :n], alpha=1 - self.beta)
+        return torch.where((self.plain | self.whole).unsqueeze(1), mapped, damped)
+
+    def _move(self, both: torch.Tensor, good: torch.Tensor) -> None:
+        """Move to the ``good`` points; let the accelerated runs learn from them."""
+        both = torch.where(good.unsqueeze(1), both, self.both)
+        difference = torch.where((good & ~self.plain).unsqueeze(1), both - self.both, torch.zeros_like(both))
+        self.memory.measure(both)
+        self.memory.learn(both, difference)
+        self.both = both
+
+    def _report(
+        self,
+        state: _State,
+        x: torch.Tensor,
+        residual: torch.Tensor,
+        norm: torch.Tensor,
+        good: torch.Tensor,
+        mixed: torch.Tensor,
+    ) -> _State:
+        """Return what would be returned now; send a mixture that meets the threshold through T first."""
+        mapped = good & ~mixed if self.beta == 1.0 else good & (self.plain | self.whole)
+        self.whole = good & ~mapped & (norm <= self.threshold)
+        better = mapped & (norm < self.lowest) | self.whole & (self.polishes >= _POLISHES)
+        self.polishes = self.polishes + self.whole
+        self.lowest = torch.where(better, norm, self.lowest)
+        column = better.unsqueeze(1)
+        return _State(torch.where(column, x, state.x), torch.where(column, residual, state.residual))
+
+    def _count(self, norm: torch.Tensor, good: torch.Tensor, mixed: torch.Tensor) -> None:
+        """Set the bound by the new points, and count the plain steps."""
+        bound = self.growth * norm
+        lower = good & mixed & (bound < self.bound)
+        self.penalty = torch.where(lower, (self.penalty // 2).clamp(min=1), self.penalty)
+        self.bound = torch.where(lower | (good & ~mixed), bound, self.bound)
+        self.waiting = torch.where(good & ~mixed, (self.waiting - 1).clamp(min=0), self.waiting)
+
+    def _restart(self, which: torch.Tensor) -> None:
+        """Drop the history and prescribe plain steps."""
+        if bool(which.any()):
+            self.memory.forget(which)
+            self.growth = torch.where(which, _STRICT_GROWTH, self.growth)
+            self.waiting = torch.where(which, self.penalty, self.waiting)
+            self.penalty = torch.where(which, (2 * self.penalty).clamp(max=_PLAIN_STEPS), self.penalty)
+            self.mixing = False
+
+    def _switch(self, which: torch.Tensor) -> None:
+        """Park the run that steps, and go on with the other."""
+        column = which.unsqueeze(1)
+        here, there = self.both, self.parked
+        self.both, self.parked = torch.where(column, there, here), torch.where(column, here, there)
+        self.plain = self.plain ^ which
+        self.memory.forget(which)
+        self.waiting = torch.where(which, torch.ones_like(self.waiting), self.waiting)
+        self.whole = self.whole & ~which
+        self.mixing = False
+
+    def _take_over(self, lost: torch.Tensor, norm: torch.Tensor, verdict: torch.Tensor | None) -> torch.Tensor | None:
+        """Leave the runs that are ``lost`` to the other; return how it ends where the other is lost too."""
+        over = lost & self.alone
+        self.alone = self.alone | lost
+        self._switch(lost & ~over)
+        if not bool(over.any()):
+            return verdict
+        codes = torch.full_like(self.waiting, int(Status.RUNNING)) if verdict is None else verdict
+        how = torch.where(norm.isnan(), int(Status.NOT_FINITE), int(Status.DIVERGED))
+        return torch.where(over, how, codes)
+
+    def _check(self, state: _State, active: torch.Tensor) -> torch.Tensor | None:
+        """Restart what made no progress since the last check; return how it ends where rounding is the reason."""
+        measure = torch.where(self.plain, self.lowest, self.bound)
+        stalled = active & ~(measure < self.seen)
+        self.seen = measure
+        self.memory.measure(self.both)
+        if not bool(stalled.any()):
+            return None
+        self._restart(stalled)
+        return rounding_verdict(self.problem, state.x, state.residual, stalled)
 
 
 class _Memory:
     """The last differences (ΔR, ΔX − βΔR), (batch, history, 2n), ΔR orthonormal; zero where there is none."""
 
-    def __init__(self, like: torch.Tensor, history: int, least: float) -> None:
+    def __init__(self, like: torch.Tensor, history: int, share: float) -> None:
         batch, n = like.shape
-        self.n, self.least = n, least
+        self.n, self.share = n, share
         self.pairs = like.new_zeros(batch, history, 2 * n)
         self.changes = self.pairs[:, :, :n]
         self.moves = self.pairs[:, :, n:]
         self.gamma = like.new_zeros(batch, 1, history)
+        self.rounding = like.new_zeros(batch, 1)
         self.next = 0
+
+    def measure(self, both: torch.Tensor) -> None:
+        """Take from ``both`` how long a difference of residuals is that rounding alone makes."""
+        eps = torch.finfo(both.dtype).eps
+        self.rounding = _ROUNDING * eps * torch.linalg.vector_norm(both, dim=-1, keepdim=True)
 
     def mixture(self, plain: torch.Tensor) -> torch.Tensor:
         """Return x − βR − (ΔX − βΔR) γ, given x − βR."""
@@ -134,7 +302,8 @@ class _Memory:
         """Put ``difference`` (batch, 2n), made orthogonal to the others, in the place of the oldest; update γ = ΔRᵀR.
 
         The products of the others with R serve twice: less those of the step before, they are the products with
-        the new difference.
+        the new difference. Its length ℓ becomes ℓ/√(ℓ² + ν²), ν a share of what it was: as it enters γ and the step alike,
+        that is the minimum of ‖R − ΔR γ‖² + ν² γ² over its γ.
         """
         n, at = self.n, self.next
         residual, place = both[:, :n], self.pairs[:, at]
@@ -144,8 +313,8 @@ class _Memory:
         before = torch.linalg.vector_norm(difference[:, :n], dim=-1, keepdim=True)
         fresh = torch.baddbmm(difference.unsqueeze(1), gamma - self.gamma, self.pairs, alpha=-1).squeeze(1)
         length = torch.linalg.vector_norm(fresh[:, :n], dim=-1, keepdim=True)
-        inverse = torch.where(length > self.least * before, length.reciprocal(), torch.zeros_like(length))
-        torch.mul(fresh, inverse, out=place)
+        inverse = torch.hypot(length, self.share * before).reciprocal()
+        torch.mul(fresh, torch.where(length > self.rounding, inverse, 0.0), out=place)
         gamma[:, 0, at] = torch.linalg.vecdot(place[:, :n], residual)
         self.gamma = gamma
         self.next = (at + 1) % self.pairs.shape[1]

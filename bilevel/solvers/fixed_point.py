@@ -9,11 +9,14 @@ import torch
 from bilevel._checks import check_number, check_steps
 from bilevel._problem import Problem
 from bilevel.errors import ArgumentError
+from bilevel.reports import Status
 from bilevel.solvers._base import Goal, InnerSolution, InnerSolver, iterate
 
 __all__ = ["FixedPointIteration"]
 
 _MAX_STEPS = 10_000
+# After so many steps without a lower residual, whether rounding is the reason is looked at.
+CHECK_EVERY = 64
 
 
 def check_fixed_point(problem: Problem, solver: str) -> None:
@@ -26,12 +29,29 @@ def check_fixed_point(problem: Problem, solver: str) -> None:
         )
 
 
+def rounding_verdict(
+    problem: Problem, x: torch.Tensor, residual: torch.Tensor, stalled: torch.Tensor
+) -> torch.Tensor | None:
+    """Return ``STAGNATED`` for those ``stalled`` whose R at ``x`` is at rounding level, ``RUNNING`` for the others; None if all are.
+
+    Rounding level is eight times what R changes by when every entry of ``x`` moves by one unit in its last place: one evaluation.
+    """
+    signs = 1 - 2 * (torch.arange(x.shape[-1], device=x.device) * 0.6180339887 % 1).round()
+    nudged = x * (1 + torch.finfo(x.dtype).eps * signs.to(x))
+    rounding = 8 * (problem.residual(nudged) - residual).norm(dim=-1)
+    ended = stalled & (residual.norm(dim=-1) <= rounding)
+    if not bool(ended.any()):
+        return None
+    return torch.where(ended, int(Status.STAGNATED), int(Status.RUNNING))
+
+
 @dataclass(frozen=True)
 class FixedPointIteration(InnerSolver):
     """Iterate x ← d x + (1 − d) T(x).
 
     Converges where the mapping is a contraction, with its factor as rate; damping d > 0 also tames a mapping
-    that oscillates. One evaluation of T for each step, and no memory beyond the iterate.
+    that oscillates. One evaluation of T for each step, and no memory beyond the iterate. A problem whose residual is at rounding
+    level, and has not fallen for 64 steps, ends there.
 
     Parameters
     ----------
@@ -68,12 +88,23 @@ class FixedPointIteration(InnerSolver):
     def solve(self, problem: Problem, init: torch.Tensor, goal: Goal) -> InnerSolution:
         check_fixed_point(problem, "FixedPointIteration")
         share = 1.0 - self.damping
+        start = _State(init, problem.residual(init))
+        steps, seen = 0, start.residual.norm(dim=-1)
 
         def step(state: _State, active: torch.Tensor) -> tuple[_State, torch.Tensor | None]:
+            nonlocal steps, seen
+            steps += 1
+            verdict = None
+            if steps % CHECK_EVERY == 0:
+                norm = state.residual.norm(dim=-1)
+                stalled = active & ~(norm < seen)
+                seen = torch.minimum(norm, seen)
+                if bool(stalled.any()):
+                    verdict = rounding_verdict(problem, state.x, state.residual, stalled)
             x = torch.sub(state.x, state.residual, alpha=share)
-            return _State(x, problem.residual(x)), None
+            return _State(x, problem.residual(x)), verdict
 
-        return iterate(_State(init, problem.residual(init)), step, goal, self.max_steps or _MAX_STEPS)[0]
+        return iterate(start, step, goal, self.max_steps or _MAX_STEPS)[0]
 
 
 @dataclass(frozen=True, eq=False)

@@ -377,8 +377,15 @@ class BilevelProblem(torch.nn.Module, ABC):
         """Return what was found at ``point``, ĝ being ``flat`` (p,), with what its bounds are computed from."""
         tolerance, numbering = settings.tolerance, self._numbering
         products = 0 if tolerance.has_goal else tolerance.bound_products
+        tensors = [leaf for leaf in pytree.tree_leaves(data) if isinstance(leaf, torch.Tensor)]
+        versions = [(tensor, tensor._version) for tensor in tensors if not tensor.is_inference()]
 
         def constants() -> Constants:
+            if any(tensor._version != version for tensor, version in versions):
+                raise ArgumentError(
+                    f"{self.where}: expected data to be as they were when the hypergradient was computed, and a tensor in them was changed "
+                    "in place since, so that a bound would be that of another problem; look at the bound first, or pass data.clone()"
+                )
             return self.constants(outer, data).with_mu(tolerance.strong_convexity)
 
         def certify(at: Point, flat: torch.Tensor, corrected: torch.Tensor) -> Certificate:

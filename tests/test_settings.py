@@ -355,6 +355,22 @@ def test_what_a_result_computes_later_is_of_the_theta_that_it_was_made_at(tolera
     torch.testing.assert_close(result.refined().value, reference.refined().value)
 
 
+def test_a_bound_of_data_that_were_changed_in_place_is_refused() -> None:
+    data = tasks(3)
+    tuned = problem(warm_start=False)
+    result = tuned.hypergradient(outer(), data)
+    data.mul_(2)
+    with pytest.raises(bilevel.ArgumentError, match=r"look at the bound first, or pass data.clone\(\)"):
+        result.bound  # noqa: B018  # computed when it is asked for
+    result = tuned.hypergradient(outer(), data.clone())
+    data.mul_(2)
+    assert result.bound.value < 1e-6
+    result = tuned.hypergradient(outer(), data)
+    known = result.bound
+    data.mul_(2)
+    assert result.bound == known
+
+
 @pytest.mark.parametrize("policy", ["raise", "nan"])
 def test_a_tensor_that_reaches_no_objective_is_found_in_every_call(policy: str) -> None:
     class Partly(Bowls):

@@ -606,6 +606,10 @@ MUTATIONS = (
         "if any(tensor._version != version for", "if any(tensor._version < 0 for", ("tests/test_settings.py", "-k", "changed_in_place"),
     ),
     Mutation(
+        "a pass of few tasks held to the accuracy of few", "meta/imaml.py",
+        "inspect=number == 0, tolerance=tolerance)", "inspect=number == 0)", ("tests/test_settings.py", "-k", "in_parts"),
+    ),
+    Mutation(
         "a warm start that decides the dtype", "_warm_start.py",
         "[a.to(b) for a, b in", "[a for a, b in", ("tests/test_settings.py", "-k", "decide_the_dtype"),
     ),

@@ -137,6 +137,12 @@ class BilevelProblem(torch.nn.Module, ABC):
         """The inner problem as a layer of (init, outer, data), with the settings of this problem."""
         return self._layer
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        if isinstance(getattr(type(self), name, None), Setting):
+            object.__setattr__(self, name, value)  # a solver that is a module is a setting, and no part of this one
+        else:
+            super().__setattr__(name, value)
+
     @property
     def _settings(self) -> SolveSettings:
         return self._layer._settings
@@ -252,7 +258,9 @@ class BilevelProblem(torch.nn.Module, ABC):
                 self._connected_for |= {among}
         return loss * float("nan") if spoiled else loss
 
-    def solve(self, outer: Any, data: Any, *, init: Any = None, inspect: bool = True) -> Solution[Any]:
+    def solve(
+        self, outer: Any, data: Any, *, init: Any = None, inspect: bool = True, tolerance: Tolerance | None = None
+    ) -> Solution[Any]:
         """Return φ*(θ), differentiable, with the report of the inner solve.
 
         Parameters
@@ -262,12 +270,18 @@ class BilevelProblem(torch.nn.Module, ABC):
         inspect
             Look first for what would make gradients wrong (random numbers, captured tensors, wrong shapes), which costs two gradients of
             one problem. One of several calls with the same objective tells it for all.
+        tolerance
+            What :meth:`tolerance_of` returns, by default for this ``outer`` and ``data``. Calls that are parts of one mean take that of the
+            whole: the mean hands each of its problems a share of its right-hand side.
         """
-        return self._solve(replace(self._settings_of(outer, data), inspect=inspect), outer, data, init)
+        return self._solve(self._settings_of(outer, data, tolerance, inspect=inspect), outer, data, init)
 
-    def _settings_of(self, outer: Any, data: Any) -> SolveSettings:
+    def _settings_of(
+        self, outer: Any, data: Any, tolerance: Tolerance | None = None, *, inspect: bool = True
+    ) -> SolveSettings:
         """Return the settings of a call: what is set later does not change them."""
-        settings = replace(self._settings, tolerance=self.tolerance_of(outer, data))
+        asked = self.tolerance_of(outer, data) if tolerance is None else tolerance
+        settings = replace(self._settings, tolerance=asked, inspect=inspect)
         if not self.warm_start:
             return settings
         return replace(settings, adjoint_start=self._warm.adjoint, on_adjoint=self._keep_adjoint)
@@ -377,8 +391,15 @@ class BilevelProblem(torch.nn.Module, ABC):
         """Return what was found at ``point``, ĝ being ``flat`` (p,), with what its bounds are computed from."""
         tolerance, numbering = settings.tolerance, self._numbering
         products = 0 if tolerance.has_goal else tolerance.bound_products
+        tensors = [leaf for leaf in pytree.tree_leaves(data) if isinstance(leaf, torch.Tensor)]
+        versions = [(tensor, tensor._version) for tensor in tensors if not tensor.is_inference()]
 
         def constants() -> Constants:
+            if any(tensor._version != version for tensor, version in versions):
+                raise ArgumentError(
+                    f"{self.where}: expected data to be as they were when the hypergradient was computed, and a tensor in them was changed "
+                    "in place since, so that a bound would be that of another problem; look at the bound first, or pass a copy of data"
+                )
             return self.constants(outer, data).with_mu(tolerance.strong_convexity)
 
         def certify(at: Point, flat: torch.Tensor, corrected: torch.Tensor) -> Certificate:

@@ -596,11 +596,19 @@ MUTATIONS = (
     ),
     Mutation(
         "a layer's own settings in place of the call's", "_layer.py",
-        "return SolveCall(settings,", "return SolveCall(self._settings,", ("tests/test_settings.py", "-k", "inspection_left_out"),
+        "return SolveCall(settings,", "return SolveCall(self._settings,", ("tests/test_problem.py", "-k", "closed_form"),
     ),
     Mutation(
         "what a result computes later at another theta", "problem.py",
         "fresh = [_copy(leaf).requires", "fresh = [_cut(leaf).requires", ("tests/test_settings.py", "-k", "computes_later"),
+    ),
+    Mutation(
+        "a bound of data that were changed in place", "problem.py",
+        "if any(tensor._version != version for", "if any(tensor._version < 0 for", ("tests/test_settings.py", "-k", "changed_in_place"),
+    ),
+    Mutation(
+        "a pass of few tasks held to the accuracy of few", "meta/imaml.py",
+        "inspect=number == 0, tolerance=tolerance)", "inspect=number == 0)", ("tests/test_settings.py", "-k", "in_parts"),
     ),
     Mutation(
         "a warm start that decides the dtype", "_warm_start.py",

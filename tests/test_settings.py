@@ -188,6 +188,18 @@ def test_settings_are_checked_when_they_are_set(make: Callable[..., Any]) -> Non
     assert reports.forward[0].solver == "Newton"
 
 
+def test_a_solver_that_is_a_module_can_be_set() -> None:
+    class Given(torch.nn.Module):
+        def forward(self, objective: Any, init: torch.Tensor, outer: Any, data: Any) -> torch.Tensor:
+            return bilevel.argmin(objective, tolerance=TIGHT)(init, outer, data)
+
+    tuned = Bowls(tolerance=TIGHT)
+    tuned.solver = Given()
+    with bilevel.record() as reports:
+        tuned(outer(), tasks(1)[0])
+    assert reports.forward[-1].solver == "Given" and "solver" not in dict(tuned.named_modules())
+
+
 def test_a_linear_layer_goes_by_the_settings_of_its_call() -> None:
     solve = bilevel.linear_solve(
         lambda x, d: SCALES * x * d, linear_solver=bilevel.CG(), tolerance=TIGHT, symmetric=True
@@ -355,6 +367,22 @@ def test_what_a_result_computes_later_is_of_the_theta_that_it_was_made_at(tolera
     torch.testing.assert_close(result.refined().value, reference.refined().value)
 
 
+def test_a_bound_of_data_that_were_changed_in_place_is_refused() -> None:
+    data = tasks(3)
+    tuned = problem(warm_start=False)
+    result = tuned.hypergradient(outer(), data)
+    data.mul_(2)
+    with pytest.raises(bilevel.ArgumentError, match=r"look at the bound first, or pass a copy of data"):
+        result.bound  # noqa: B018  # computed when it is asked for
+    result = tuned.hypergradient(outer(), data.clone())
+    data.mul_(2)
+    assert result.bound.value < 1e-6
+    result = tuned.hypergradient(outer(), data)
+    known = result.bound
+    data.mul_(2)
+    assert result.bound == known
+
+
 @pytest.mark.parametrize("policy", ["raise", "nan"])
 def test_a_tensor_that_reaches_no_objective_is_found_in_every_call(policy: str) -> None:
     class Partly(Bowls):
@@ -443,6 +471,19 @@ def test_imaml_and_hyperparameters_go_by_the_settings_of_the_call() -> None:
     loss = made(data)
     made.tolerance, made.linear_solver = LOOSE, bilevel.CG(max_steps=1)
     torch.testing.assert_close(backward(loss, made.hyperparameters)[0], expected)
+
+
+@pytest.mark.parametrize("tasks_per_pass", [1, 4, None])
+def test_tasks_that_are_adapted_in_parts_are_held_to_the_accuracy_of_all(tasks_per_pass: int | None) -> None:
+    batch = tuple(torch.randn(6, 5, size, dtype=F64) for size in (3, 1, 3, 1))
+    learner = bilevel.IMAML(
+        torch.nn.Linear(3, 1).double(), torch.nn.functional.mse_loss, solver=bilevel.Newton(), linear_solver=bilevel.CG(),
+        tolerance=bilevel.Tolerance(delta=1e-8, delta_prime=1e-6), tasks_per_pass=tasks_per_pass,
+    )  # fmt: skip
+    with bilevel.record() as reports:
+        (100 * learner(batch)).backward()  # right-hand sides above one, for which δ′ is absolute
+    thresholds = torch.cat([report.threshold for report in reports.backward])
+    torch.testing.assert_close(thresholds, torch.full((6,), 1e-6 / 2.0 / 6, dtype=F64), rtol=1e-6, atol=0)
 
 
 def test_an_inspection_left_out_of_one_call_is_not_left_out_of_another_one_inside() -> None:

@@ -182,9 +182,10 @@ class IMAML(bilevel.BilevelProblem):
                 f"{self.tolerance!r}; call hypergradient(batch), which meets such a goal, and hand on its grad"
             )
         outer, losses, made = self.outer, [], []
+        tolerance = self.tolerance_of(outer, self._data(tasks))  # of the mean over all tasks, in every pass
         for number, part in enumerate(self._passes(tasks)):
             data = self._data(part)
-            adapted = self.solve(outer, data, inspect=number == 0).value
+            adapted = self.solve(outer, data, inspect=number == 0, tolerance=tolerance).value
             loss, prediction = _by_parts(functools.partial(self._judge, data["fixed"]), adapted, data["query"])
             losses.append(loss)
             made.append(pytree.tree_map(torch.Tensor.detach, prediction))

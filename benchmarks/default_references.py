@@ -106,7 +106,9 @@ def polished(kind: str, function: Function, near: Tensor, *args: Tensor) -> tupl
         usable = (info == 0)[:, None] & torch.isfinite(step.squeeze(-1))
         step = torch.where(usable, step.squeeze(-1), torch.zeros_like(z))
         z = z - step
-        if bool((step.abs() <= 1e-15 * z.abs()).all()):
+        if bool(
+            (step.abs() <= 1e-13 * (z.abs() + 1e-3)).all()
+        ):  # and so at rounding, as the last step squared the error
             break
     return z, converged(kind, function, z, *args)
 

@@ -168,7 +168,7 @@ class Answer:
 def ask(layer: bilevel.Layer, given: Draw) -> Answer:
     k, n = given.start.shape
     cast = lambda tensor: tensor.to(given.dtype)
-    scale, level, theta = cast(given.scale), cast(given.level), cast(given.theta).requires_grad_()
+    scale, level, theta = cast(given.scale), cast(given.level), cast(given.theta).clone().requires_grad_()
     init, data = cast(given.start * given.scale), tuple(cast(d) for d in given.data)
     nothing = torch.full((k, n), math.nan, dtype=torch.float64)
     no_slope = torch.full_like(given.theta, math.nan)

@@ -28,6 +28,8 @@ GROUND = (
     "_system",
     "_problem",
     "_inspection",
+    "_randomness",
+    "_reverse",
     "_transforms",
     "_norms",
     "_batch_norm",

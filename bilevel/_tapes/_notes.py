@@ -82,6 +82,11 @@ class _Notes(TorchDispatchMode):
     nothing but another name to a tensor is so no step at all.
     """
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        # torch would import its compiler to keep out of here; the boundary around a call (:func:`bilevel._transforms.eager`) does so already.
+        return False
+
     def __init__(self, inputs: Sequence[torch.Tensor]) -> None:
         super().__init__()
         self._slots: dict[Any, Slot] = {}

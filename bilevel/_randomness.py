@@ -1,7 +1,7 @@
 """Whether a call of a user's function draws random numbers: that call, in its thread, and not the process meanwhile.
 
-The state of a generator belongs to all threads. Where it has not changed, nobody has drawn from it, which costs nothing to find out. Where it has, it may have
-been anybody, a thread that loads data for one, and the function is called once more under a mode that sees each operation of this thread alone.
+The state of a generator belongs to all threads. Where it has not changed, nobody has drawn from it, which costs little to find out. Where it has, it may
+have been any thread, such as one that loads data. The function is then called once more, under a mode that sees the operations of this thread alone.
 """
 
 from __future__ import annotations

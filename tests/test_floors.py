@@ -39,6 +39,7 @@ GROUND = (
     "_straight",
     "_straight_modules",
     "_straight_names",
+    "_straight_steps",
     "_tapes",
     "_replay",
     "_replaying",

@@ -1,7 +1,8 @@
 """Whether a call of a user's function draws random numbers: that call, in its thread, and not the process meanwhile.
 
-The state of a generator belongs to all threads. Where it has not changed, nobody has drawn from it, which costs little to find out. Where it has, it may
-have been any thread, such as one that loads data. The function is then called once more, under a mode that sees the operations of this thread alone.
+The state of a generator belongs to all threads. Where it has not changed, nobody has drawn from it, which costs little to find out.
+Where it has, any thread may have drawn, such as one that loads data. The function is then called once more, under a mode that sees the operations
+of this thread alone.
 """
 
 from __future__ import annotations

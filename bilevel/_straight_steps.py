@@ -1,7 +1,8 @@
 """The instructions of Python's interpreter that straight code may consist of, by version.
 
-This is a list of what is known, as :mod:`bilevel._straight_names` is: an instruction that is missing makes a function be evaluated at each step, and in a
-version of Python without a list all functions are. Each of those below moves objects, makes containers, runs a loop, or calls what the code names.
+This is a list of what is known, as :mod:`bilevel._straight_names` is. A function with an instruction that is missing is evaluated at each step, and
+so is every function in a version of Python without a list. Each of those below moves objects, makes containers, runs a loop, or calls what the
+code names.
 """
 
 from __future__ import annotations

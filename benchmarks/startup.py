@@ -1,7 +1,7 @@
 """Time to the first answer: importing the package, and the first calls of a process beside later ones.
 
-Each row is measured in processes of its own, medians of five (``--rounds``), in turn with those of the other rows. The package has its bytecode, as an
-installed one has; with ``--no-bytecode`` each process compiles its sources.
+Each row is measured in processes of its own, medians of five (``--rounds``), in turn with those of the other rows. The package has its bytecode, as
+an installed one has; with ``--no-bytecode`` each process compiles its sources.
 
 - import: ``import bilevel`` behind ``import torch``.
 - first: the first call with its gradient, less the second.

@@ -63,7 +63,9 @@ class _Draws(TorchDispatchMode):
 
 def _is_random(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     """Return whether an operation that torch marks as random draws with these arguments, and from a generator of all."""
-    given = {argument.name: value for argument, value in zip(func._schema.arguments, args, strict=False)} | kwargs
+    arguments = func._schema.arguments
+    given = {argument.name: argument.default_value for argument in arguments}
+    given |= {argument.name: value for argument, value in zip(arguments, args, strict=False)} | kwargs
     switched_off = (
         given.get("dropout_p") == 0 or given.get("train", True) is False or given.get("training", True) is False
     )

@@ -59,7 +59,7 @@ def grad_and_value(
         with _engine():
             slopes = reverse_pass([value], inside, [torch.ones_like(value)], retain_graph=False, create_graph=True)
         found: Any = _outside((slopes, value), level)
-    return found  # type: ignore[no-any-return]
+    return found[0], found[1]
 
 
 def grad(function: Callable[..., torch.Tensor], *primals: torch.Tensor) -> tuple[torch.Tensor, ...]:

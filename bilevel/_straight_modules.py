@@ -64,7 +64,7 @@ def _made_of(kind: type) -> tuple[tuple[Any, str, Any], ...]:
     bases = [base for base in kind.__mro__ if base not in nn.Module.__mro__]
     methods = {name for base in bases for name, value in vars(base).items() if isinstance(value, FunctionType)}
     named = {name for method in methods for name in getattr(kind, method).__code__.co_names}
-    places = [(kind, name) for name in methods]
+    places: list[tuple[Any, str]] = [(kind, name) for name in methods]
     places += [(module, name) for module in (torch, F) for name in named if callable(vars(module).get(name))]
     return tuple((holder, name, getattr(holder, name)) for holder, name in sorted(places, key=lambda place: place[1]))
 

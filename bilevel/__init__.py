@@ -1,5 +1,8 @@
 """Differentiate through any optimisation problem, root or fixed point, and know how wrong the derivative is."""
 
+import importlib
+from typing import TYPE_CHECKING, Any
+
 from bilevel import certificates, operators
 from bilevel._hypergradient import Hypergradient, HypergradientReport
 from bilevel._knowledge import GoalReport
@@ -51,10 +54,10 @@ from bilevel.solvers.scipy_root import ScipyRoot
 from bilevel.solvers.torch_optimizer import TorchOptimizer
 from bilevel.tolerance import AUTO, Tolerance
 
-# Applications: they import the names above from here, and so come last.
-from bilevel.hyperopt.problem import HyperparameterOptimization  # isort: skip
-from bilevel.meta.imaml import IMAML  # isort: skip
-from bilevel import testing  # isort: skip
+if TYPE_CHECKING:
+    from bilevel import testing
+    from bilevel.hyperopt.problem import HyperparameterOptimization
+    from bilevel.meta.imaml import IMAML
 
 __all__ = [
     "AUTO",
@@ -133,3 +136,22 @@ __all__ = [
     "root",
     "testing",
 ]
+
+# The applications and the checks are not every program's: each is imported when it is first asked for.
+_IMPORTED_WHEN_USED = {
+    "HyperparameterOptimization": "bilevel.hyperopt.problem",
+    "IMAML": "bilevel.meta.imaml",
+    "testing": "bilevel.testing",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _IMPORTED_WHEN_USED:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    module = importlib.import_module(_IMPORTED_WHEN_USED[name])
+    value = globals()[name] = getattr(module, name, module)
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -19,6 +19,7 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from bilevel._norms import affine, batch_norm_written, batch_norms
+from bilevel._reverse import reverse_pass
 from bilevel._transforms import differentiating, front, saving_hooked, signed
 
 __all__ = ["QuickNorms"]
@@ -64,7 +65,7 @@ class _BatchNorm(torch.autograd.Function):
             return x_bar, gamma_bar, beta_bar, None
         y = batch_norm_written(x, gamma, beta, ctx.eps)
         some = [t for t, want in zip((x, gamma, beta), wanted, strict=True) if want]
-        slopes = iter(torch.autograd.grad(y, some, y_bar, create_graph=True))
+        slopes = iter(reverse_pass([y], some, [y_bar], create_graph=True))
         x_bar, gamma_bar, beta_bar = (next(slopes) if want else None for want in wanted)
         return x_bar, gamma_bar, beta_bar, None
 

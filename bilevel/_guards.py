@@ -12,10 +12,11 @@ from typing import Any
 import torch
 from torch.utils import _pytree as pytree
 
-from bilevel._inspection import Dice, buffers_of, captured_error, reaches_another_leaf
+from bilevel._inspection import buffers_of, captured_error, reaches_another_leaf
 from bilevel._problem import Problem
+from bilevel._randomness import GeneratorStates, draws
 from bilevel._seen import learn
-from bilevel._transforms import carries_gradient, eager, innermost
+from bilevel._transforms import carries_gradient, eager, innermost, unhooked
 from bilevel.errors import ArgumentError, BilevelError, StochasticObjectiveError
 from bilevel.reports import OnFailure, misuse
 
@@ -31,33 +32,53 @@ __all__ = [
 
 
 class Watch:
-    """Tells whether ``objective`` drew random numbers or changed a tensor in place since this was made."""
+    """Tells whether an evaluation of ``objective`` draws random numbers or changed a tensor in place since this was made.
+
+    Parameters
+    ----------
+    where
+        Of which problem it is.
+    objective
+        The user's function.
+    trees
+        Its arguments.
+    evaluation
+        What is evaluated in between: where random numbers were drawn by somebody, it is done once more.
+    """
 
     @eager
-    def __init__(self, where: str, objective: Callable[..., Any], trees: Any) -> None:
+    def __init__(self, where: str, objective: Callable[..., Any], trees: Any, evaluation: Callable[[], object]) -> None:
         leaves = [leaf for leaf in pytree.tree_leaves(trees) if isinstance(leaf, torch.Tensor)]
         # Versions are counted in the plain tensor that transforms wrap.
         watched = [innermost(tensor) for tensor in (*leaves, *buffers_of(objective))]
         self._where = where
         self._tensors = [tensor for tensor in watched if not tensor.is_inference()]
         self._versions = [tensor._version for tensor in self._tensors]
-        self._dice = Dice(leaves[0].device if leaves else torch.device("cpu"))
+        self._evaluation = evaluation
+        self._states = GeneratorStates(leaves[0].device if leaves else torch.device("cpu"))
 
     @eager
     def ended(self, on_failure: OnFailure) -> bool:
         """Treat what was found as the policy says; return whether the result is to be NaN."""
         error: BilevelError | None = None
-        if self._dice.thrown():
+        changed = self._versions != [tensor._version for tensor in self._tensors]
+        if self._draws():
             error = StochasticObjectiveError(
                 f"{self._where}: expected outer_objective to be deterministic, and it draws random numbers; switch dropout off "
                 "with .eval(), or draw outside and pass what was drawn in data"
             )
-        elif self._versions != [tensor._version for tensor in self._tensors]:
+        elif changed:
             error = StochasticObjectiveError(
                 f"{self._where}: expected outer_objective to leave its arguments and buffers as they are, and one was changed in "
                 "place; for batch norm use batch statistics (track_running_stats=False) or .eval()"
             )
         return error is not None and misuse(error, on_failure)
+
+    def _draws(self) -> bool:
+        if not self._states.changed():
+            return False
+        with unhooked():  # a checkpoint is not to count what is saved here
+            return draws(self._evaluation)
 
 
 class FirstLook:
@@ -86,7 +107,7 @@ class FirstLook:
         if self._looked:
             return outputs(point, *tensors)
         self._looked = True
-        watch = Watch(where, self._objective, (point, tensors))
+        watch = Watch(where, self._objective, (point, tensors), lambda: outputs(point, *tensors))
         values = outputs(point, *tensors)
         if learn(self._objective, values):
             values = outputs(point, *tensors)

@@ -31,11 +31,12 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from torch.func import grad, vjp, vmap
+from torch.func import vmap
 
 from bilevel._problem import LastLook, Linearization, Problem
 from bilevel._replay import Tapes
 from bilevel._replaying import allowed
+from bilevel._reverse import grad, vjp
 from bilevel._system import System
 from bilevel._transforms import (
     eager,
@@ -266,7 +267,7 @@ class LinearSolve(torch.autograd.Function):
             return (None, None, b_bar, *(None for _ in wanted))
         left, right = (z, b_bar) if ctx.transposed else (b_bar, z)
         chosen, pairing = _pairing(rule, x, tensors, wanted)
-        pulled = iter(grad(lambda *moved: -pairing(left, right, *moved), argnums=tuple(range(len(chosen))))(*chosen))
+        pulled = iter(grad(lambda *moved: -pairing(left, right, *moved), *chosen))
         return (None, None, b_bar, *(next(pulled) if want else None for want in wanted))
 
     @staticmethod
@@ -282,11 +283,10 @@ class LinearSolve(torch.autograd.Function):
         if any(moving):
             chosen, pairing = _pairing(rule, x, tensors, moving)
             directions = tuple(t for t, move in zip(tangents[3:], moving, strict=True) if t is not None and move)
-            argnums = tuple(range(len(chosen)))
 
             def pull(u: torch.Tensor) -> tuple[torch.Tensor, ...]:
                 left, right = (z, u) if ctx.transposed else (u, z)
-                return grad(lambda *moved: pairing(left, right, *moved), argnums=argnums)(*chosen)
+                return grad(lambda *moved: pairing(left, right, *moved), *chosen)
 
             change = change - _push(pull, z, directions)
         return LinearSolve.apply(rule, ctx.transposed, change, x, *tensors)

@@ -13,6 +13,7 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from bilevel._problem import Problem
+from bilevel._randomness import GeneratorStates, draws
 from bilevel._repeatable import attention_kernels
 from bilevel._replay import Tapes
 from bilevel._replaying import allowed
@@ -23,7 +24,6 @@ from bilevel._transforms import undisturbed
 from bilevel.errors import ArgumentError, CapturedTensorError, StochasticObjectiveError
 
 __all__ = [
-    "Dice",
     "Look",
     "buffers_of",
     "captured_error",
@@ -35,7 +35,7 @@ __all__ = [
 ]
 
 # How many more pairs of evaluations have to agree where random numbers were drawn.
-_MORE_THROWS = 12
+_MORE_PAIRS = 12
 # What the mark of a custom Function makes of any backward.
 _ONCE = getattr(once_differentiable(lambda ctx: None), "__code__", None)
 
@@ -61,10 +61,10 @@ def look(
     tapes = memory.find(known.key, known.parts)
     if tapes is not None:
         return Look(None, _usable(tapes, problem, x, known))
-    dice = Dice(x.device)
-    found = inspect_function(problem.single(0), x[:1], captures=captures)
+    states, single = GeneratorStates(x.device), problem.single(0)
+    found = inspect_function(single, x[:1], captures=captures)
     # What random numbers do may depend on tensors' values: a noise may be of size zero today.
-    if not dice.thrown():
+    if not _drew(states, single, x[:1]):
         memory.keep(known.key, known.parts, Tapes(known.captured))
     return Look(found)
 
@@ -116,13 +116,13 @@ def _usable(tapes: Tapes, problem: Problem, x: torch.Tensor, known: _Known) -> T
 @contextmanager
 def on_trust(device: torch.device, inspect: Callable[[], object]) -> Iterator[None]:
     """Inspect after all where a solve without a look fails in torch's words, or draws random numbers: both can depend on tensors' values."""
-    dice = Dice(device)
+    states = GeneratorStates(device)
     try:
         yield
     except Exception:
         inspect()
         raise
-    if dice.thrown():
+    if states.changed():  # by whomever: an inspection tells
         inspect()
 
 
@@ -170,7 +170,7 @@ def inspect_function(problem: Problem, x: torch.Tensor, *, captures: bool) -> tu
     """
     noun = problem.system.noun
     watched = [t for t in (*problem.tensors, *buffers_of(problem.system.function)) if not t.is_inference()]
-    versions, dice = [t._version for t in watched], Dice(x.device)
+    versions, states = [t._version for t in watched], GeneratorStates(x.device)
     try:
         first = _probe(problem, x, captures=captures, first=True)
     except RuntimeError as error:
@@ -179,9 +179,9 @@ def inspect_function(problem: Problem, x: torch.Tensor, *, captures: bool) -> tu
         raise
     # Dropout leaves a zero input zero: the slopes tell where the values do not.
     agreed = _agree(first, _probe(problem, x, captures=False), 1e3) or _agrees_beside(problem, x)
-    if agreed and dice.thrown():
-        # Two throws of few dice may agree by chance; many do not.
-        agreed = all(_agrees_beside(problem, x) for _ in range(_MORE_THROWS))
+    if agreed and _drew(states, problem, x):
+        # Two draws of few random numbers may agree by chance; many do not.
+        agreed = all(_agrees_beside(problem, x) for _ in range(_MORE_PAIRS))
     if not agreed:
         raise StochasticObjectiveError(
             f"{problem.where}: expected {noun} to be deterministic, and two evaluations at one point differ; switch "
@@ -242,22 +242,9 @@ def _refuse_once_differentiable(problem: Problem, output: torch.Tensor) -> None:
             )
 
 
-class Dice:
-    """Tells whether random numbers have been drawn from a device's own generator, or the CPU's, since it was made."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-        self._before = self._states()
-
-    def thrown(self) -> bool:
-        """Return whether any have been drawn."""
-        return any(not torch.equal(a, b) for a, b in zip(self._before, self._states(), strict=True))
-
-    def _states(self) -> list[torch.Tensor]:
-        states = [torch.get_rng_state()]
-        if self._device.type == "cuda":
-            states.append(torch.cuda.get_rng_state(self._device))
-        return states
+def _drew(states: GeneratorStates, problem: Problem, x: torch.Tensor) -> bool:
+    """Return whether evaluations at ``x`` draw random numbers, given the states of the generators from before one."""
+    return states.changed() and draws(lambda: _probe(problem, x, captures=False))
 
 
 def buffers_of(function: Callable[..., Any]) -> list[torch.Tensor]:

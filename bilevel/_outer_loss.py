@@ -54,7 +54,7 @@ def outer_losses(
             losses: torch.Tensor = numbering.each(one, randomness="different")(inner, outer, data)
         return losses
 
-    watch = Watch(where, objective, (inner, outer, data))
+    watch = Watch(where, objective, (inner, outer, data), every)
     given = [leaf for leaf in pytree.tree_leaves((inner, outer, data)) if isinstance(leaf, torch.Tensor)]
     if saving_hooked():
         # A checkpoint takes it for granted that what is computed again saves what was saved first.

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from bilevel._replay import ReplayedOperator, Tapes
+from bilevel._reverse import reverse_pass
 from bilevel._system import ArgminSystem, FixedPointSystem, System
 from bilevel._tapes import Begun, Program
 from bilevel.errors import ArgumentError
@@ -64,11 +65,7 @@ class Linearization:
         if not wanted or not self.residual.requires_grad:
             found = [torch.zeros_like(leaf) for leaf in wanted]
         else:
-            found = list(
-                torch.autograd.grad(
-                    self.residual, wanted, q, retain_graph=True, allow_unused=True, materialize_grads=True
-                )
-            )
+            found = list(reverse_pass([self.residual], wanted, [q]))
         gradients = iter(found)
         products = [next(gradients) for _ in point]
         return products, [next(gradients) if leaf.requires_grad else None for leaf in self.leaves]

@@ -22,24 +22,15 @@ import torch
 from torch.utils import _pytree as pytree
 
 from bilevel._straight_modules import Bound, Shell, emptied, kept_under, shell_parts
-from bilevel._straight_names import MODULES, is_known, of_tensors
+from bilevel._straight_names import MODULES, is_known, of_tensors, operators_are_torch_s
+from bilevel._straight_steps import is_known_step
 from bilevel._transforms import is_plain
 
 __all__ = ["Memory", "ordinary", "reached"]
 
 T = TypeVar("T")
 
-# Loops are no choices; every other jump is one.
-_LOOPS = {"FOR_ITER", "JUMP_ABSOLUTE", "JUMP_FORWARD", "JUMP_BACKWARD", "JUMP_BACKWARD_NO_INTERRUPT"}
-# Handlers are choices too, and what is imported, written elsewhere or made a class is not looked for.
-_NOT_STRAIGHT = {
-    "PUSH_EXC_INFO", "IMPORT_NAME", "IMPORT_FROM", "STORE_GLOBAL", "DELETE_GLOBAL", "STORE_ATTR", "DELETE_ATTR", "LOAD_BUILD_CLASS",
-    "LOAD_SUPER_ATTR",
-}  # fmt: skip
-_JUMPS = {dis.opname[code] for code in (*dis.hasjrel, *dis.hasjabs)}
 _ATTRIBUTE = {"LOAD_ATTR", "LOAD_METHOD"}
-_GLOBAL = {"LOAD_GLOBAL", "LOAD_NAME"}
-_FREE = {"LOAD_DEREF", "LOAD_CLASSDEREF", "LOAD_FROM_DICT_OR_DEREF"}
 # These types themselves: a class derived from one may have methods and a state.
 _CONSTANTS: frozenset[type] = frozenset(
     {int, float, complex, bool, str, bytes, type(None), torch.dtype, torch.device, torch.layout, torch.Size}
@@ -109,6 +100,8 @@ def reached(*functions: Any) -> tuple[Any, ...] | None:
     An object stands there once for each place that it is reached from, in an order that the places determine and with the name that it is
     reached by, so that no two of them can exchange what they hold without a trace.
     """
+    if not operators_are_torch_s():
+        return None
     parts: list[Any] = []
     pending: list[Any] = list(functions)
     expanded: set[tuple[int, int]] = set()
@@ -246,7 +239,7 @@ def _read(code: CodeType, method: bool) -> _Reading | None:
         while place < len(steps):
             step = steps[place]
             place += 1
-            if step.opname in _NOT_STRAIGHT or (step.opname in _JUMPS and step.opname not in _LOOPS):
+            if not is_known_step(step):
                 return None
             if step.opname in ("STORE_DEREF", "DELETE_DEREF") and step.argval in part.co_freevars:
                 return None
@@ -254,13 +247,13 @@ def _read(code: CodeType, method: bool) -> _Reading | None:
             while follows < len(steps) and steps[follows].opname in _ATTRIBUTE:
                 follows += 1
             taken = tuple(after.argval for after in steps[place:follows])
-            free = step.opname in _FREE
+            free = step.opname == "LOAD_DEREF"
             if part is code and first is not None and _touches(step, first):
                 if not taken or not _only_loads(step, first):
                     return None
                 own.add(taken[0])
                 place += 1
-            elif step.opname in _GLOBAL or (free and step.argval not in local):
+            elif step.opname == "LOAD_GLOBAL" or (free and step.argval not in local):
                 named.add((free, step.argval, taken))
                 place = follows
             elif step.opname in _ATTRIBUTE:

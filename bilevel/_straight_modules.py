@@ -13,7 +13,9 @@ from dataclasses import dataclass
 from types import FunctionType
 from typing import Any
 
+import torch
 from torch import nn
+from torch.nn import functional as F
 from torch.nn.modules import module as _module
 
 from bilevel._straight_names import ATTRIBUTES
@@ -21,7 +23,7 @@ from bilevel._straight_names import ATTRIBUTES
 __all__ = ["Bound", "Shell", "emptied", "kept_under", "shell_parts"]
 
 # Their forward is a matter of settings and tensors alone.
-_KNOWN = frozenset({
+_KINDS = frozenset({
     nn.Sequential, nn.ModuleList, nn.ModuleDict, nn.Identity, nn.Flatten, nn.Unflatten, nn.Linear, nn.Bilinear, nn.Embedding, nn.Conv1d, nn.Conv2d,
     nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d, nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.InstanceNorm1d,
     nn.InstanceNorm2d, nn.InstanceNorm3d, nn.LayerNorm, nn.GroupNorm, nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.PReLU, nn.ELU, nn.SELU, nn.CELU, nn.GELU,
@@ -31,11 +33,43 @@ _KNOWN = frozenset({
     nn.CrossEntropyLoss, nn.NLLLoss, nn.BCELoss, nn.BCEWithLogitsLoss, nn.HuberLoss, nn.SmoothL1Loss, nn.PoissonNLLLoss, nn.GaussianNLLLoss,
     nn.KLDivLoss, nn.SoftMarginLoss,
 })  # fmt: skip
-_GETATTR = nn.Module.__getattr__
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _TABLES = ("_parameters", "_buffers", "_modules")
 # What torch keeps beside settings, of which only the names matter here.
 _TORCH_S = frozenset(vars(nn.Module()))
+_GETATTR = nn.Module.__getattr__
+# What calling a module and taking its parts goes through, as it was when this was imported.
+_CALL = {
+    name: getattr(nn.Module, name)
+    for name in (
+        "__call__",
+        "_wrapped_call_impl",
+        "_call_impl",
+        "_slow_forward",
+        "_compiled_call_impl",
+        "__getattr__",
+        "__getattribute__",
+    )
+}
+# Methods without a call that a user's module may have: of all others, operators and the like, it is not known which code goes by them.
+_SPECIAL = frozenset({
+    "__init__", "__module__", "__qualname__", "__doc__", "__dict__", "__weakref__", "__annotations__", "__annotate__", "__annotate_func__",
+    "__constants__", "__repr__", "__orig_bases__", "__parameters__", "__abstractmethods__", "__firstlineno__", "__static_attributes__", "__slots__",
+    "__setstate__", "__getstate__", "__reduce__", "__annotations_cache__",
+})  # fmt: skip
+
+
+def _made_of(kind: type) -> tuple[tuple[Any, str, Any], ...]:
+    """Return where the methods of a kind of torch's stand, with the functions that they name, and what is there."""
+    bases = [base for base in kind.__mro__ if base not in nn.Module.__mro__]
+    methods = {name for base in bases for name, value in vars(base).items() if isinstance(value, FunctionType)}
+    named = {name for method in methods for name in getattr(kind, method).__code__.co_names}
+    places: list[tuple[Any, str]] = [(kind, name) for name in methods]
+    places += [(module, name) for module in (torch, F) for name in named if callable(vars(module).get(name))]
+    return tuple((holder, name, getattr(holder, name)) for holder, name in sorted(places, key=lambda place: place[1]))
+
+
+_KNOWN = {kind: _made_of(kind) for kind in _KINDS}
 
 
 @dataclass(frozen=True, eq=False)
@@ -82,7 +116,7 @@ def shell_parts(shell: Shell) -> tuple[list[Any], list[Any]] | None:
     named: list[Any] = []
     for part in _within(shell.module):
         own, kind = vars(part), type(part)
-        if any(own.get(hooks) for hooks in _HOOKS) or "forward" in own or kind.__call__ is not nn.Module.__call__:
+        if not _is_called_plainly(part):
             return None
         # With the names of what is in each part, the order tells where it stands.
         objects += [part, kind, own["training"], len(own["_modules"])]
@@ -94,15 +128,36 @@ def shell_parts(shell: Shell) -> tuple[list[Any], list[Any]] | None:
                 named += [tensor] if tensor is not None and not shell.empty and not tensor.requires_grad else []
         forward = _of_class(kind, "forward")
         if kind in _KNOWN:
-            objects.append(forward)
-            # What torch's own kinds keep under private names follows from the others.
-            settings = [name for name in own if name not in _TORCH_S and not name.startswith("_")]
-            named += [item for name in settings for item in (name, own[name])]
+            if any(getattr(holder, name, None) is not value for holder, name, value in _KNOWN[kind]):
+                return None
+            settings = [(name, value) for name, value in own.items() if name not in _TORCH_S]
+            if any(hasattr(kind, name) for name, _ in settings):
+                return None
+            named += [
+                item for name, value in settings for item in (name, tuple(value) if type(value) is list else value)
+            ]
         elif isinstance(forward, FunctionType) and not _looks_like_a_tensor(part):
             named.append(Bound(forward, part, inside=True))
         else:
             return None
     return objects, named
+
+
+def _is_called_plainly(part: nn.Module) -> bool:
+    """Return whether a call of a module is one of its forward, and its parts are what it keeps in torch's tables."""
+    own, kind = vars(part), type(part)
+    if any(name not in own for name in (*_TABLES, *_HOOKS, "training")) or any(own[hooks] for hooks in _HOOKS):
+        return False
+    if any(getattr(kind, name, None) is not value for name, value in _CALL.items()):
+        return False
+    if "forward" in own or any(own.get(name) is not None for name in _CALL):
+        return False
+    ours = [base for base in kind.__mro__ if base not in nn.Module.__mro__ and base not in _KINDS]
+    return all(name in _SPECIAL or not _is_special(name) for base in ours for name in vars(base))
+
+
+def _is_special(name: str) -> bool:
+    return name.startswith("__") and name.endswith("__")
 
 
 def _within(module: nn.Module) -> Iterator[nn.Module]:

@@ -13,7 +13,7 @@ import torch
 
 import bilevel._tree
 
-__all__ = ["ATTRIBUTES", "MODULES", "is_known", "of_tensors"]
+__all__ = ["ATTRIBUTES", "MODULES", "is_known", "of_tensors", "operators_are_torch_s"]
 
 
 def _split(names: str) -> frozenset[str]:
@@ -101,11 +101,23 @@ def _in_place(name: str) -> frozenset[str]:
 
 ATTRIBUTES = _BOTH | _METHODS | _OTHERS | frozenset().union(*map(_in_place, _BOTH))
 _AS_IMPORTED = {name: getattr(torch.Tensor, name) for name in ATTRIBUTES if hasattr(torch.Tensor, name)}
+# What operators, len() and the like do to a tensor, which no code names.
+_OPERATORS = {
+    name: value
+    for base in torch.Tensor.__mro__[:-1]
+    for name in vars(base)
+    if name.startswith("__") and callable(value := getattr(torch.Tensor, name)) and getattr(torch.Tensor, name) is value
+}
 
 
 def is_known(item: Any) -> bool:
     """Return whether ``item`` is an operation on the list."""
     return _FOUND.get(id(item)) is item
+
+
+def operators_are_torch_s() -> bool:
+    """Return whether the operators of tensors are those that torch came with."""
+    return all(getattr(torch.Tensor, name, None) is value for name, value in _OPERATORS.items())
 
 
 def of_tensors(names: Any) -> bool:

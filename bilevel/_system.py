@@ -16,13 +16,14 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
-from torch.func import grad, grad_and_value, vjp, vmap
+from torch.func import vmap
 from torch.utils import _pytree as pytree
 
 from bilevel._batch_norm import QuickNorms
 from bilevel._norms import WrittenNorms
 from bilevel._products import QuickProducts
 from bilevel._repeatable import Repeatable
+from bilevel._reverse import grad, grad_and_value, vjp
 from bilevel._transforms import autocasting
 from bilevel._tree import Arguments, Raveler, ravel_like, unravelled
 from bilevel.errors import (
@@ -225,10 +226,10 @@ class ArgminSystem(System):
         # The gradient of the batch's sum, with vmap inside: torch 2.13 differentiates vmap(grad(f)) wrongly
         # from outside when f holds a batch norm.
         with WrittenNorms():
-            return grad(lambda point: self.outputs(point, *tensors).sum())(x)
+            return grad(lambda point: self.outputs(point, *tensors).sum(), x)[0]
 
     def residual_and_value(self, flat: torch.Tensor, *tensors: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        gradient, value = grad_and_value(lambda point: self.output(point, *tensors))(flat)
+        (gradient,), value = grad_and_value(lambda point: self.output(point, *tensors), flat)
         return gradient, value
 
     def plain_residual(self, x: torch.Tensor, tensors: Sequence[torch.Tensor], *, graph: bool) -> torch.Tensor:

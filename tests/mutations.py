@@ -273,7 +273,7 @@ MUTATIONS = (
         "    if not agreed:\n", "    if False:\n", (GUARDS, "-k", "randomness_in_layers"),
     ),
     Mutation(
-        "randomness looked for with two throws", "_inspection.py", "_MORE_THROWS = 12", "_MORE_THROWS = 0",
+        "randomness looked for with two draws", "_inspection.py", "_MORE_PAIRS = 12", "_MORE_PAIRS = 0",
         (GUARDS, "-k", "randomness_in_layers"),
     ),
     Mutation(
@@ -291,7 +291,7 @@ MUTATIONS = (
     ),
     Mutation(
         "an outer objective that draws let through", "_guards.py",
-        "if self._dice.thrown():", "if False:", (GUARDS, "-k", "randomness_in_problems"),
+        "if self._draws():", "if False:", (GUARDS, "-k", "randomness_in_problems"),
     ),
     Mutation(
         "a goal's residual made too small", "_goal.py", "here.rho = here.v - product\n", "here.rho = 0.3 * (here.v - product)\n",
@@ -657,7 +657,7 @@ MUTATIONS = (
     ),
     Mutation(
         "random numbers that a solve draws after a look passed over", "_inspection.py",
-        "    if dice.thrown():\n        inspect()", "    if False:\n        inspect()", ("tests/test_straight.py",),
+        "    if states.changed():  # by whomever: an inspection tells\n        inspect()", "    if False:\n        inspect()", ("tests/test_straight.py",),
     ),
     Mutation(
         "MAID's doubts settled by exacter values alone", "outer/methods.py",

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -14,6 +16,7 @@ from torch.func import grad, jacfwd, jvp, vmap
 
 import bilevel
 from bilevel import Status
+from bilevel._randomness import draws
 
 F64 = torch.float64
 ZERO, ONE = torch.zeros(2, dtype=F64), torch.ones(2, dtype=F64)
@@ -282,6 +285,84 @@ def test_randomness_in_problems(use: Any, where: str, on_failure: str) -> None:
             use(*functions, on_failure="warn")
     else:
         assert bool(torch.isnan(use(*functions, on_failure="nan")).all())
+
+
+@contextlib.contextmanager
+def others_draw() -> Iterator[None]:
+    """Draw random numbers in two other threads, without a pause."""
+    ended = threading.Event()
+
+    def draw() -> None:
+        while not ended.is_set():
+            torch.rand(8)
+
+    threads = [threading.Thread(target=draw) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        for thread in threads:
+            thread.join()
+
+
+def test_random_numbers_of_other_threads() -> None:
+    layer, problem = bilevel.argmin(lambda x, a: ((x - a) ** 2).sum()), Plain(NOTHING, NOTHING)
+    problem_of_many = func_of_many(problem)
+    with others_draw():
+        for _ in range(20):
+            layer(ZERO, ONE)
+            problem(ONE, ONE, init=ZERO)
+            problem.hypergradient(ONE, ONE, init=ZERO)
+        assert problem_of_many(torch.ones(3, 2, dtype=F64)).shape == (3, 2)
+
+
+def func_of_many(problem: bilevel.BilevelProblem) -> Extra:
+    return vmap(grad(lambda a: problem(a, ONE, init=ZERO)), randomness="different")
+
+
+@pytest.mark.parametrize("extra", [dropout, noise, lambda x: 0 * noise(x)])
+def test_a_problem_s_own_random_numbers_beside_those_of_other_threads(extra: Extra) -> None:
+    problem = Plain(NOTHING, extra)
+    calls: list[Callable[[], Any]] = [
+        lambda: problem(ONE, ONE, init=ZERO),
+        lambda: problem.hypergradient(ONE, ONE, init=ZERO),
+        lambda: func_of_many(problem)(torch.ones(3, 2, dtype=F64)),
+        lambda: jvp(lambda a: problem(a, ONE, init=ZERO), (ONE,), (ONE,)),
+    ]
+    with others_draw():
+        for call in calls:
+            with pytest.raises(bilevel.StochasticObjectiveError, match="outer_objective to be deterministic"):
+                call()
+        if extra in (dropout, noise):
+            with pytest.raises(bilevel.StochasticObjectiveError, match="expected objective to be deterministic"):
+                argmin(extra)(ONE)
+
+
+def test_a_noise_of_size_zero_is_found_later_beside_other_threads() -> None:
+    layer = bilevel.argmin(lambda x, a, size: ((x - a) ** 2).sum() + (size * x * torch.randn_like(x)).sum())
+    with others_draw():
+        for _ in range(4):
+            layer(ZERO, ONE, torch.zeros((), dtype=F64))
+        with pytest.raises(bilevel.StochasticObjectiveError, match="deterministic"):
+            layer(ZERO, ONE, torch.ones((), dtype=F64))
+
+
+def test_what_counts_as_a_draw() -> None:
+    own, x = torch.Generator().manual_seed(0), torch.ones(4)
+    attention = torch.nn.functional.scaled_dot_product_attention
+    for drawn in (
+        lambda: torch.rand(2), lambda: dropout(x), lambda: torch.randperm(3), lambda: vmap(noise, randomness="different")(x),
+        lambda: torch.empty(2).normal_(), lambda: attention(*[x.reshape(1, 1, 2, 2)] * 3, dropout_p=0.5),
+        lambda: grad(lambda x: dropout(x).sum())(x), lambda: torch.nn.functional.rrelu(x, training=True),
+    ):  # fmt: skip
+        assert draws(drawn)
+    for none in (
+        lambda: torch.rand(2, generator=own), lambda: x.sin(), lambda: torch.nn.functional.dropout(x, 0.5, training=False),
+        lambda: attention(*[x.reshape(1, 1, 2, 2)] * 3), lambda: torch.nn.functional.rrelu(x, training=False),
+    ):  # fmt: skip
+        assert not draws(none)
 
 
 @whole

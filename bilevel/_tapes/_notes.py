@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch.multiprocessing.reductions import StorageWeakRef
+from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -31,6 +32,7 @@ _VIEWS = {
     _aten.detach_.default: _aten.detach.default,
 }
 _WHOLE = (torch.int64, torch.int32)
+_PRINTING = (torch.Tensor.__repr__, torch.Tensor.__format__)
 
 
 def note(
@@ -53,11 +55,11 @@ def note(
     # Arguments that share memory today may be apart tomorrow; what is captured is the same object every time.
     inputs, late = _apart(inputs, captured), _apart(late, ())
     notes = _Notes((*inputs, *captured, *late))
-    with notes:
+    with notes, _Printed() as printed:
         outputs = tuple(function(*inputs, *late))
     tape = notes.tape(outputs)
     # Of what is changed in place it is not known which part needs it before, and which after.
-    if tape is None or (late and tape.in_place):
+    if tape is None or printed.any or (late and tape.in_place):
         return outputs, None
     return outputs, Program(shorter(tape), len(late))
 
@@ -75,12 +77,31 @@ def _apart(tensors: Sequence[torch.Tensor], others: Sequence[torch.Tensor]) -> T
     return tuple(found)
 
 
+class _Printed(TorchFunctionMode):
+    """Inside, it is seen when a tensor is made a string, for which torch reads its numbers past all other modes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.any = False
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        self.any = self.any or func in _PRINTING
+        return func(*args, **(kwargs or {}))
+
+
 class _Notes(TorchDispatchMode):
     """Inside, each operation is noted.
 
     A tensor is known by its memory and layout, not as an object: the engine and the transforms make other objects of the same numbers. What gives
     nothing but another name to a tensor is so no step at all.
     """
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        # torch would import its compiler to keep out of here; the boundary around a call (:func:`bilevel._transforms.eager`) does so already.
+        return False
 
     def __init__(self, inputs: Sequence[torch.Tensor]) -> None:
         super().__init__()

@@ -14,9 +14,10 @@ from functools import cached_property
 from typing import Any
 
 import torch
-from torch.func import grad, vjp, vmap
+from torch.func import vmap
 
 from bilevel._problem import Linearization, Problem
+from bilevel._reverse import grad, reverse_pass, vjp
 from bilevel.linear._base import solve_linear
 from bilevel.linear.cg import CG
 from bilevel.tolerance import Target
@@ -187,10 +188,7 @@ class Point:
             return _each(self.lower, torch.stack([self.x, u], 1), self._square_by_vmap, None)
         pulled = [part for part in self.linear.pullback(u) if part is not None]
         parts, dummy = self._pulled_graph
-        (product,) = torch.autograd.grad(
-            parts, dummy, pulled, retain_graph=True, allow_unused=True, materialize_grads=True
-        )
-        return product
+        return reverse_pass(parts, [dummy], pulled)[0]
 
     @cached_property
     def _pulled_graph(self) -> tuple[list[torch.Tensor], torch.Tensor]:
@@ -198,9 +196,7 @@ class Point:
         with torch.enable_grad():
             dummy = torch.zeros_like(self.x, requires_grad=True)
             leaves = [leaf for leaf, want in zip(self.linear.leaves, self.wanted, strict=True) if want]
-            parts = torch.autograd.grad(
-                self.linear.residual, leaves, dummy, create_graph=True, allow_unused=True, materialize_grads=True
-            )
+            parts = reverse_pass([self.linear.residual], leaves, [dummy], create_graph=True)
             return [part + 0 * dummy.sum() for part in parts], dummy
 
     @cached_property
@@ -334,7 +330,7 @@ class Point:
     def _cross_by_vmap(self, rows: torch.Tensor, *tensors: torch.Tensor) -> torch.Tensor:
         chosen, merged = self._chosen(tensors)
         system, x = self.lower.system, rows[0]
-        made: Any = vjp(lambda *moved: grad(lambda point: system.output(point, *merged(*moved)))(x), *chosen)
+        made: Any = vjp(lambda *moved: grad(lambda point: system.output(point, *merged(*moved)), x)[0], *chosen)
         n = x.shape[0]
         pulled = vmap(made[1])(torch.eye(n, dtype=x.dtype, device=x.device))
         return torch.cat([part.reshape(n, -1) for part in pulled], dim=1)
@@ -342,11 +338,11 @@ class Point:
     def _cross_by_columns(self, rows: torch.Tensor, *tensors: torch.Tensor) -> torch.Tensor:
         chosen, merged = self._chosen(tensors)
         system, x = self.lower.system, rows[0]
-        made: Any = vjp(lambda *moved: grad(lambda point: system.output(point, *merged(*moved)))(x), *chosen)
+        made: Any = vjp(lambda *moved: grad(lambda point: system.output(point, *merged(*moved)), x)[0], *chosen)
 
         # B w = ∇_u ⟨w, Bᵀu⟩.
         def column(w: torch.Tensor) -> torch.Tensor:
-            return grad(lambda u: torch.dot(w, torch.cat([part.reshape(-1) for part in made[1](u)])))(x)
+            return grad(lambda u: torch.dot(w, torch.cat([part.reshape(-1) for part in made[1](u)])), x)[0]
 
         units = torch.eye(sum(t.numel() for t in chosen), dtype=x.dtype, device=x.device)
         return vmap(column)(units).mT
@@ -354,10 +350,10 @@ class Point:
     def _square_by_vmap(self, rows: torch.Tensor, *tensors: torch.Tensor) -> torch.Tensor:
         chosen, merged = self._chosen(tensors)
         system, (x, u) = self.lower.system, rows
-        made: Any = vjp(lambda *moved: grad(lambda point: system.output(point, *merged(*moved)))(x), *chosen)
+        made: Any = vjp(lambda *moved: grad(lambda point: system.output(point, *merged(*moved)), x)[0], *chosen)
         fixed = [part.detach() for part in made[1](u)]
         # B w = ∇_u ⟨w, Bᵀu⟩.
-        return grad(lambda v: sum((a * b).sum() for a, b in zip(fixed, made[1](v), strict=True)))(u)
+        return grad(lambda v: torch.stack([(a * b).sum() for a, b in zip(fixed, made[1](v), strict=True)]).sum(), u)[0]
 
     def _cross_by_passes(self, single: Problem, rows: torch.Tensor) -> torch.Tensor:
         linear = single.linearize(rows[:1], self.wanted)
@@ -371,10 +367,10 @@ class Point:
 
         def lagrangian(*moved: torch.Tensor) -> torch.Tensor:
             feed = merged(*moved)
-            slope = grad(lambda point: lower.output(point, *feed))(x)
+            (slope,) = grad(lambda point: lower.output(point, *feed), x)
             return upper.output(x, *feed) - torch.dot(q, slope)
 
-        parts = grad(lagrangian, argnums=tuple(range(len(chosen))))(*chosen)
+        parts = grad(lagrangian, *chosen)
         return torch.cat([part.reshape(-1) for part in parts])
 
     def _gradient_by_passes(self, single: Problem, rows: torch.Tensor) -> torch.Tensor:

@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-import scipy.sparse.linalg
 import torch
 
 from bilevel._checks import FrozenOptions
@@ -68,6 +67,8 @@ class ScipyLinear(LinearSolver):
     def solve(
         self, operator: LinearOperator, rhs: torch.Tensor, threshold: torch.Tensor, start: torch.Tensor | None = None
     ) -> LinearSolution:
+        import scipy.sparse.linalg  # which takes longer than all else here, and is not every program's
+
         takes = set(inspect.signature(self.function).parameters)
         x = torch.zeros_like(rhs)
         iterations = torch.zeros(rhs.shape[0], dtype=torch.int64, device=rhs.device)

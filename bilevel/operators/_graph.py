@@ -8,6 +8,7 @@ from functools import cached_property
 import torch
 from torch.func import vmap
 
+from bilevel._reverse import reverse_pass
 from bilevel.operators._base import LinearOperator
 
 __all__ = [
@@ -24,8 +25,7 @@ def _pull(output: torch.Tensor, point: torch.Tensor, v: torch.Tensor) -> torch.T
     """One reverse pass over a retained graph: vᵀ ∂output/∂point, zero where the graph does not reach."""
     if not output.requires_grad:
         return v.new_zeros(v.shape[:-1] + point.shape[-1:])
-    (product,) = torch.autograd.grad(output, point, v, retain_graph=True, allow_unused=True, materialize_grads=True)
-    return product
+    return reverse_pass([output], [point], [v])[0]
 
 
 def _pull_many(output: torch.Tensor, point: torch.Tensor, vs: torch.Tensor) -> torch.Tensor:
@@ -93,9 +93,7 @@ class JacobianOperator(LinearOperator):
     def _transposed_pass(self) -> tuple[torch.Tensor, torch.Tensor]:
         with torch.enable_grad():
             dummy = torch.zeros_like(self._residual, requires_grad=True)
-            (product,) = torch.autograd.grad(
-                self._residual, self._point, dummy, create_graph=True, allow_unused=True, materialize_grads=True
-            )
+            (product,) = reverse_pass([self._residual], [self._point], [dummy], create_graph=True)
         return product, dummy
 
     def matvec(self, v: torch.Tensor) -> torch.Tensor:
@@ -130,9 +128,7 @@ class GaussNewtonOperator(LinearOperator):
         self._loss_gradient, self._at = loss_gradient, at
         with torch.enable_grad():
             self._dummy = torch.zeros_like(outputs, requires_grad=True)
-            (self._pass,) = torch.autograd.grad(
-                outputs, point, self._dummy, create_graph=True, allow_unused=True, materialize_grads=True
-            )
+            (self._pass,) = reverse_pass([outputs], [point], [self._dummy], create_graph=True)
 
     def matvec(self, v: torch.Tensor) -> torch.Tensor:
         pushed = _pull(self._pass, self._dummy, v)  # (batch, m)

@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import scipy.optimize
 import torch
 
 from bilevel._checks import FrozenOptions
@@ -61,6 +60,8 @@ def frozen_options(where: str, options: Mapping[str, Any] | None) -> Mapping[str
 @contextmanager
 def own_warnings(where: str) -> Iterator[None]:
     """Silence what scipy warns of on the way, which the residual judges, and refuse options that it does not know."""
+    import scipy.optimize  # which takes longer than all else here, and is not every program's
+
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         warnings.filterwarnings("error", message="Unknown solver options")

@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-import scipy.optimize
 import torch
 
 from bilevel._checks import check_steps
@@ -83,6 +82,8 @@ class ScipyMinimize(InnerSolver):
     options: Mapping[str, Any] | None = field(default=None, hash=False)
 
     def __post_init__(self) -> None:
+        import scipy.optimize  # noqa: F401  # here, so that the first solve does not wait for it
+
         check_method("ScipyMinimize", self.method, _KNOWN)
         check_steps("ScipyMinimize", "max_steps", self.max_steps, optional=True)
         object.__setattr__(self, "options", frozen_options("ScipyMinimize", self.options))
@@ -121,6 +122,8 @@ class ScipyMinimize(InnerSolver):
         return run.found(status)
 
     def _minimize(self, run: _Run, start: Array, function: Callable[[Array], Any]) -> Status:
+        import scipy.optimize
+
         method = self.method.lower()
         try:
             with own_warnings(run.problem.where), np.errstate(all="ignore"):

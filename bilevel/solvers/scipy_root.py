@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-import scipy.optimize
 import torch
 
 from bilevel._checks import check_steps
@@ -78,6 +77,8 @@ class ScipyRoot(InnerSolver):
     options: Mapping[str, Any] | None = field(default=None, hash=False)
 
     def __post_init__(self) -> None:
+        import scipy.optimize  # noqa: F401  # here, so that the first solve does not wait for it
+
         check_method("ScipyRoot", self.method, _KNOWN)
         check_steps("ScipyRoot", "max_steps", self.max_steps, optional=True)
         object.__setattr__(self, "options", frozen_options("ScipyRoot", self.options))
@@ -97,6 +98,8 @@ class ScipyRoot(InnerSolver):
     def _solve_one(
         self, problem: Problem, like: torch.Tensor, start: Array, threshold: float
     ) -> tuple[Array, int, Status]:
+        import scipy.optimize
+
         method = self.method.lower()
         evaluations = [0]
         best, least = [start], [float("inf")]

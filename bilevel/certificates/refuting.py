@@ -6,10 +6,11 @@ from dataclasses import fields
 
 import torch
 
+from bilevel.certificates._errors import Errors
 from bilevel.certificates._point import Point
 from bilevel.certificates.constants import Constant, Constants
 
-__all__ = ["observed", "refuted"]
+__all__ = ["contradicted", "observed", "refuted"]
 
 # By how much evidence has to exceed a claim: constants are computed, too, and in other ways.
 _MARGIN = 1e-4
@@ -52,6 +53,23 @@ def observed(point: Point, other: Point) -> Constants:
         outer_cross_lipschitz=quotient(slope_there - slope, rounding.gradient, step),
         cross_norm=norm_b,
     )
+
+
+def contradicted(point: Point, other: Point, here: Errors, there: Errors) -> torch.Tensor:
+    """Return where (K,) two points lie further apart, in φ, q, ĝ or the corrected value, than the sum of their bounds allows.
+
+    Both bounds speak of one solution, so that such points refute what the bounds rest on.
+    """
+    pairs = (
+        ((point.x - other.x).norm(dim=-1), here.inner, there.inner),
+        ((point.q - other.q).norm(dim=-1), here.adjoint, there.adjoint),
+        ((point.gradient - other.gradient).norm(dim=-1), here.gradient, there.gradient),
+        ((point.corrected_value - other.corrected_value).abs(), here.value, there.value),
+    )
+    wrong = torch.zeros(len(point.x), dtype=torch.bool, device=point.x.device)
+    for distance, one, another in pairs:
+        wrong = wrong | (distance * (1 - _MARGIN) > one.value + another.value)
+    return wrong
 
 
 def _bend(point: Point, other: Point) -> torch.Tensor:

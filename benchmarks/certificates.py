@@ -457,7 +457,7 @@ def run_batch(family: str, generator: torch.Generator, k: int, dtype: torch.dtyp
     if case.minimum is not None:
         # As it is, or after a few steps: far away in any case.
         steps = int(torch.randint(0, 4, (), generator=generator))
-        solver = (bilevel.LBFGS(max_steps=steps), bilevel.Newton(max_steps=steps))[steps % 2]
+        solver = (bilevel.LBFGS, bilevel.Newton)[steps % 2](max_steps=max(1, steps))
         x = solve_inner(solver, lower, case.start, target()).x if steps else x
     elif family != "lasso":
         x = solve_inner(solver, lower, case.start, target()).x

@@ -200,32 +200,39 @@ class Certificate:
         return best, wrong
 
     @cached_property
+    def _checked(self) -> tuple[Errors, bool]:
+        return self._without_contradictions(*self._found)
+
+    @property
     def errors(self) -> Errors:
         """Every bound of each problem (K,); infinite where two of them contradict each other, and ``on_failure`` does not raise."""
-        best, wrong = self._found
-        return self._checked(best, wrong)
+        return self._checked[0]
 
-    def _checked(self, best: Errors, wrong: torch.Tensor) -> Errors:
-        """Return ``best`` without the bounds of problems in which two contradict each other."""
+    def _without_contradictions(self, best: Errors, wrong: torch.Tensor) -> tuple[Errors, bool]:
+        """Return ``best`` without the bounds of problems in which two contradict each other, and whether the policy asks for NaN."""
+        spoiled = False
         if not bool(wrong.any()):
-            return best
+            return best, spoiled
         if _any(self._believed[0]):
             of = f" in problem {int(wrong.nonzero()[0, 0])}" if len(wrong) > 1 else ""
             error = ConstantsError(
                 f"{self.where}: expected constants that hold as far as the solution, got bounds by them at two points{of} that contradict each "
                 "other; correct the constants, or leave out what is not known: the error is then estimated"
             )
-            if misuse(error, self.on_failure):
-                wrong = torch.ones_like(wrong)
-        return best.where(~wrong)
+            spoiled = misuse(error, self.on_failure)
+        return best.where(~wrong), spoiled
 
     @cached_property
-    def _others(self) -> Errors:
+    def _others_checked(self) -> tuple[Errors, bool]:
         """The bounds of all but the hypergradient, for which ‖B‖ need not be found."""
         if self.exact.factorable:
-            return self.errors
+            return self._checked
         best = self._route.follow(self._without_cross_norm, self._without_b, gradient=False)
-        return self._checked(best, self._route.contradicted)
+        return self._without_contradictions(best, self._route.contradicted)
+
+    @property
+    def _others(self) -> Errors:
+        return self._others_checked[0]
 
     @property
     def _better(self) -> tuple[Point, Errors] | None:
@@ -285,7 +292,7 @@ class Certificate:
         """Of ‖ĝ − g‖, ĝ and g being the means over the problems."""
         exact, given = self.exact, self.gradient.to(self.exact.x)
         rounding = float((given - exact.gradient.mean(0)).norm())
-        if self._believed[1]:
+        if self._believed[1] or self._checked[1]:
             return _NOTHING
         if not _finite(self.errors.gradient):
             estimated = self.estimates.gradient
@@ -314,7 +321,7 @@ class Certificate:
         basis = Basis.PROBABILISTIC if probability else Basis.CERTIFIED
         if not _finite(bound):
             bound, basis, probability = estimate(), Basis.ESTIMATED, 0.0
-        if self._believed[1] or not _finite(bound):
+        if self._believed[1] or self._others_checked[1] or not _finite(bound):
             return _NOTHING
         if not bound.value.numel():
             return Bound(0.0, basis, 0.0, 0.0, probability)
@@ -327,7 +334,7 @@ class Certificate:
         basis = Basis.PROBABILISTIC if probability else Basis.CERTIFIED
         if not _finite(bound):
             bound, basis, probability = estimate(), Basis.ESTIMATED, 0.0
-        if self._believed[1] or not _finite(bound):
+        if self._believed[1] or self._others_checked[1] or not _finite(bound):
             return _NOTHING
         value, inner, linear = (float(part.mean()) for part in (bound.value, bound.inner, bound.linear))
         return Bound(value + rounding, basis, inner, linear, probability)

@@ -315,7 +315,7 @@ class Point:
         """
         step = (self.x - before.x).norm(dim=-1)
         again = before.solve(self.residual).norm(dim=-1)
-        return torch.where(self.residual.norm(dim=-1) > noise, again / step, torch.zeros_like(step))
+        return torch.where(self.residual.norm(dim=-1) <= noise, torch.zeros_like(step), again / step)
 
     def with_q(self, q: torch.Tensor) -> Point:
         """Return this φ with another adjoint; what is known of φ alone is kept."""

@@ -503,13 +503,17 @@ def run_batch(family: str, generator: torch.Generator, k: int, dtype: torch.dtyp
             label = name + (" on the support" if family == "lasso" and name == "C1" else "") + how
             tally.add(label, bound.numpy()[keep], error[keep], 1e-15 * size[keep])
     if family != "lasso":  # what a user sees of the batch, with its label
-        for name, shown, error in (
-            ("C1 as shown", certificate.inner_bound, true["C1"][0].max()), ("C2 as shown", certificate.adjoint_bound, true["C2"][0].max()),
-            ("C3 as shown", certificate.bound, length(extended(found.mean(0))[0] - g.mean(0))), ("C4 as shown", certificate.value_bound, abs(float(extended(corrected.mean())[0] - value.mean()))),
-        ):  # fmt: skip
-            proven = shown.value if shown.basis is not Basis.ESTIMATED else math.inf
-            scale = float(true[name[:2]][1].max())
-            tally.add(name, *(np.array([number], float) for number in (proven, error, 1e-15 * scale)))
+        whole_g, whole_c = extended(found.mean(0), corrected.mean())
+        shown = {
+            "C1": (certificate.inner_bound, true["C1"][0].max()),
+            "C2": (certificate.adjoint_bound, true["C2"][0].max()),
+            "C3": (certificate.bound, length(whole_g - g.mean(0))),
+            "C4": (certificate.value_bound, abs(float(whole_c - value.mean()))),
+        }
+        for name, (bound, error) in shown.items():
+            proven = math.inf if bound.basis in (Basis.ESTIMATED, Basis.RESIDUAL) else bound.value
+            numbers = (proven, error, 1e-15 * float(true[name][1].max()))
+            tally.add(f"{name} as shown", *(np.array([entry], float) for entry in numbers))
     if case.minimum is not None:
         return  # 1 − σ is 0 long before it is, and estimates have no constants here
     better = certificate.refined if exact.factorable else certificate._route.at

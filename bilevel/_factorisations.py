@@ -12,6 +12,8 @@ import torch
 
 __all__ = ["eigh", "eigvalsh", "norms", "pinv", "qr", "solve"]
 
+_Failed: type[Exception] = torch.linalg.LinAlgError  # type: ignore[attr-defined]  # not in the stubs
+
 
 def eigh(matrix: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the eigenvalues (K, n), ascending, and eigenvectors (K, n, n) of symmetric matrices (K, n, n)."""
@@ -59,7 +61,7 @@ def _each(
     failed = ~finite
     try:
         made = list(function(safe, *more))
-    except torch.linalg.LinAlgError:
+    except _Failed:
         made, failed = _one_by_one(function, safe, failed, unit, more)
     if not bool(failed.any()):
         return made
@@ -80,7 +82,7 @@ def _one_by_one(
     for number, (one, *others) in enumerate(zip(*rows, strict=True)):
         try:
             found.append(function(one, *others))
-        except torch.linalg.LinAlgError:
+        except _Failed:
             found.append(function(unit, *others))
             failed[number] = True
     made = [torch.stack(parts) for parts in zip(*found, strict=True)]

@@ -59,9 +59,7 @@ class GoalReport:
         """One sentence: what was asked and reached, with a remedy where it was not."""
         kind = {Basis.CERTIFIED: "certified", Basis.PROBABILISTIC: "probabilistic"}.get(self.basis, "estimated")
         reached = f"at most {self.error:.2g} ({kind})" if math.isfinite(self.error) else "not known"
-        head = (
-            f"the hypergradient's error is {reached} after {self.rounds} rounds, and {self.tolerance!r} allows {self.allowed:.2g}"
-        )
+        head = f"the hypergradient's error is {reached} after {self.rounds} rounds, and {self.tolerance!r} allows {self.allowed:.2g}"
         if self.met:
             return f"{head}."
         return f"{head}; remedy: {fitting(self._remedy, self.dtype)}."
@@ -75,8 +73,8 @@ class GoalReport:
             )
         if self.status is Status.INDEFINITE:
             return (
-                "the solves met negative curvature where the inner solver ended, which is so at a saddle or a maximum, where there is no hypergradient: "
-                "start elsewhere, or add regularisation to the inner objective"
+                "the solves met negative curvature where the inner solver ended, which is so at a saddle or a maximum, where there is no "
+                "hypergradient: start elsewhere, or add regularisation to the inner objective"
             )
         if self.status is Status.STAGNATED:
             remedy = "that is what this dtype permits: use float64, rescale the problem, or ask for less"

@@ -355,7 +355,7 @@ def test_where_a_goal_cannot_be_met_the_remedy_named_works() -> None:
     (init, data), outer = network(0), torch.tensor(-3.0, dtype=F64)
     tolerance = asked(0.1, estimates=True)
     short = Network(solver=bilevel.LBFGS(max_steps=4), linear_solver=bilevel.CG(), tolerance=tolerance)
-    with pytest.raises(bilevel.SolveError, match="error is not known .* negative curvature.*: raise max_steps"):
+    with pytest.raises(bilevel.SolveError, match=r"error is not known .* negative curvature.*: raise max_steps"):
         short.hypergradient(outer, data, init=init)
     longer = Network(solver=bilevel.LBFGS(max_steps=3000), linear_solver=bilevel.CG(), tolerance=tolerance)
     assert longer.hypergradient(outer, data, init=init).report.goal.met
@@ -372,7 +372,7 @@ def test_where_a_goal_cannot_be_met_the_remedy_named_works() -> None:
     middle = torch.zeros(1, dtype=F64)
     settings = {"solver": bilevel.LBFGS(), "linear_solver": bilevel.CG(), "tolerance": asked(0.1, estimates=True)}
     zero = torch.zeros((), dtype=F64)
-    with pytest.raises(bilevel.SolveError, match="saddle or a maximum.*: start elsewhere"):
+    with pytest.raises(bilevel.SolveError, match=r"saddle or a maximum.*: start elsewhere"):
         Well(**settings).hypergradient(zero, None, init=middle)
     elsewhere = Well(**settings).hypergradient(zero, None, init=middle + 0.5)
     assert float(elsewhere.grad) == pytest.approx(2 * (1 - 2) / 8, rel=0.1)

@@ -54,7 +54,9 @@ def _with(known: Constants, name: str, value: torch.Tensor | None) -> Constants:
         return known
     value = value.detach() * (1 + _SLACK * torch.finfo(value.dtype).eps)
     value = value.nan_to_num(nan=float("inf"))
-    return replace(known, **{name: value}) if bool(torch.isfinite(value).any()) else known
+    if not bool(torch.isfinite(value).any()):
+        return known
+    return replace(known, **{name: value})  # type: ignore[arg-type]
 
 
 def _smoothness(problem: Problem, x: torch.Tensor) -> torch.Tensor:
@@ -72,9 +74,7 @@ def _objective_hessian(problem: Problem, x: torch.Tensor) -> LinearOperator:
     return hessian(values, x)
 
 
-def _slopes(
-    problem: Problem, wanted: Sequence[bool], x: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
+def _slopes(problem: Problem, wanted: Sequence[bool], x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the leaf φ and ∂_θ of the objectives' sum as one vector (p,) with its graph."""
     with torch.enable_grad():
         point = x.detach().requires_grad_(True)

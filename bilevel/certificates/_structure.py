@@ -1,9 +1,9 @@
 """The degree of an objective as a polynomial in φ, proven from the operations that it consists of.
 
 Each value of a run has a degree in φ: constants 0, φ itself 1. Linear operations keep it, products add it, and everything else makes it infinite.
-Degrees hold at every φ if the run does the same operations at every φ. So a run proves nothing where it depends on numbers of φ:
-where one is read by Python (a branch, ``.item()``, numpy), decides a shape, or draws lots. It also proves nothing where autograd differentiates another function
-than the one that was run: in a custom ``Function``, behind ``.detach()`` or ``no_grad``, by a hook, in compiled code.
+Degrees hold at every φ if the run does the same operations at every φ. So a run proves nothing that draws random numbers, or in which a number of φ
+decides a shape or is read by Python: a branch, ``.item()``, numpy. It also proves nothing where autograd differentiates another function than the
+one that was run: in a custom ``Function``, behind ``.detach()`` or ``no_grad``, by a hook, in compiled code.
 """
 
 from __future__ import annotations
@@ -24,35 +24,40 @@ from bilevel._transforms import innermost
 __all__ = ["Degree", "degree_of"]
 
 NONE = -math.inf
+_MOST_POWER = 64
 
-# Linear in all floating-point arguments together; masks and indices are to be independent of φ.
-_LINEAR = frozenset(
-    """add sub rsub neg positive sum mean cumsum trace clone alias contiguous detach lift_fresh lift _to_copy to view _unsafe_view reshape
-    _reshape_alias as_strided select slice narrow split split_with_sizes unsafe_split unsafe_split_with_sizes chunk unsafe_chunk tensor_split unbind
-    squeeze unsqueeze expand expand_as permute transpose t movedim swapaxes flatten unflatten unfold diagonal diag diag_embed tril triu flip
-    roll rot90 repeat cat stack hstack vstack index gather index_select take where masked_fill constant_pad_nd pad index_add scatter scatter_add
-    index_put _unsafe_index index_copy masked_scatter copy select_scatter slice_scatter diagonal_scatter view_as_real view_as_complex real imag
-    im2col col2im avg_pool1d avg_pool2d avg_pool3d _adaptive_avg_pool2d _adaptive_avg_pool3d fill repeat_interleave""".split()
+
+def _names(text: str) -> frozenset[str]:
+    return frozenset(text.split())
+
+
+# Operations of torch that are linear in all floating-point arguments together; masks and indices are to be independent of φ.
+_LINEAR = _names(
+    """add sub rsub neg positive sum mean cumsum trace clone alias contiguous detach lift_fresh lift copy _to_copy fill
+    view _unsafe_view reshape _reshape_alias as_strided select slice narrow split split_with_sizes unsafe_split unsafe_split_with_sizes chunk
+    unsafe_chunk unbind squeeze unsqueeze expand permute transpose t unfold diagonal diag_embed tril triu flip roll repeat cat stack
+    index _unsafe_index gather index_select take where masked_fill constant_pad_nd index_add index_put index_copy scatter scatter_add
+    select_scatter slice_scatter diagonal_scatter im2col col2im avg_pool1d avg_pool2d avg_pool3d _adaptive_avg_pool2d"""
 )
 # Linear in each of the first two arguments.
-_PRODUCTS = frozenset("mul mm bmm mv dot vdot outer ger matmul inner kron linalg_vecdot _sparse_mm".split())
+_PRODUCTS = _names("mul mm bmm mv dot vdot _sparse_mm")
 # a + b c of their first three arguments.
-_FUSED = frozenset("addmm addmv addbmm baddbmm addr addcmul sspaddmm".split())
+_FUSED = _names("addmm addmv addbmm baddbmm addr addcmul")
 # b c + a: input, weight, bias.
-_AFFINE = frozenset("convolution _convolution conv1d conv2d conv3d linear mkldnn_linear".split())
+_AFFINE = _names("convolution _convolution linear")
 # A⁻¹ b of their first two arguments.
-_SOLVES = frozenset("linalg_solve _linalg_solve_ex linalg_solve_ex linalg_solve_triangular".split())
+_SOLVES = _names("_linalg_solve_ex linalg_solve_triangular")
 # What goes by the shape of an argument alone.
-_SHAPES = frozenset(
-    """zeros_like ones_like empty_like full_like new_zeros new_ones new_empty new_full new_empty_strided sym_size sym_stride sym_numel
-    sym_storage_offset zero""".split()
+_SHAPES = _names(
+    "zeros_like ones_like empty_like full_like new_zeros new_ones new_empty new_full new_empty_strided zero"
 )
 # What tells Python of a tensor's form, and not of its numbers, and in which types.
-_FORM = frozenset(
+_FORM = _names(
     """__get__ __len__ __setitem__ size dim ndimension stride numel nelement element_size storage_offset is_floating_point is_complex
-    is_contiguous get_device is_signed is_neg is_conj is_inference is_same_size result_type""".split()
+    is_contiguous get_device is_signed is_neg is_conj is_inference is_same_size result_type"""
 )
 _FORMS = (bool, int, torch.Size, torch.dtype, torch.device, torch.layout, type(None))
+_READING = _names("_local_scalar_dense is_nonzero equal")
 _OPEN_TAGS = frozenset({torch.Tag.dynamic_output_shape, torch.Tag.data_dependent_output})
 
 
@@ -181,8 +186,9 @@ class _Run(TorchDispatchMode):
         moved = [t for t in given if self.degree(t).whole > 0]
         name, in_place = func._schema.name.removeprefix("aten::"), func._schema.is_mutable
         base = name.rstrip("_") if in_place else name
-        # A number of φ leaves for Python, or chooses a shape.
-        reads = (base != "index" and not _OPEN_TAGS.isdisjoint(func.tags)) or base in ("_local_scalar_dense", "is_nonzero", "equal")
+        # A number of φ leaves for Python, chooses a shape, or is read as bits.
+        reads = base in _READING or (base != "index" and not _OPEN_TAGS.isdisjoint(func.tags))
+        reads = reads or (base == "view" and isinstance(args[1], torch.dtype))
         chosen = base == "index" and any(self.degree(t).whole > 0 for t in _tensors(args[1]))
         # What autograd does not see of φ, it does not differentiate.
         cut = not torch.is_grad_enabled() or any(t.is_floating_point() and not t.requires_grad for t in moved)
@@ -194,20 +200,20 @@ class _Run(TorchDispatchMode):
         found = list(_tensors(made))
         if in_place:
             # A constant that was there before the run is another one in the next.
-            targets = [leaf for leaf in _changed(func, args, kwargs)]
+            targets = list(_changed(func, args, kwargs))
             self.open = any(_memory(t) not in self._made for t in targets) and bool(moved)
             found += targets
         for tensor in found:
             if tensor.layout is not torch.strided:
                 self.open = self.open or bool(moved)
                 continue
-            key = _memory(tensor)
+            key, here = _memory(tensor), degree if tensor.is_floating_point() else degree.unknown()
             if key not in self._degrees:
                 self._made.add(key)
-                self._degrees[key] = degree if tensor.is_floating_point() else degree.unknown()
                 self._kept.append(tensor)
+                self._degrees[key] = here
             elif in_place:
-                self._degrees[key] = self._degrees[key].plus(degree)
+                self._degrees[key] = self._degrees[key].plus(here)
         return made
 
     def _of(self, func: Any, base: str, args: Any, kwargs: Any, given: list[torch.Tensor]) -> Degree:
@@ -220,7 +226,7 @@ class _Run(TorchDispatchMode):
             return total.unknown()
         if base in _SHAPES:
             return Degree()
-        if base in _LINEAR:
+        if base in _LINEAR and "reduce" not in kwargs:
             fixed = [d for t, d in zip(given, degrees, strict=True) if not t.is_floating_point()]
             if any(degree.whole > 0 for degree in fixed):
                 return total.unknown()
@@ -261,16 +267,14 @@ class _Run(TorchDispatchMode):
 
 def _power(base: Degree, exponent: float) -> Degree:
     """Return the degree of a power: a polynomial's for a whole exponent, a norm's for an even one."""
-    if exponent < 0 or exponent != int(exponent):
+    if exponent != int(exponent) or not 0 <= exponent <= _MOST_POWER:
         return base.unknown()
-    made = Degree()
-    for _ in range(min(int(exponent), 64)):
-        made = made.times(base)
-    if exponent > 64:
-        return base.unknown()
-    if exponent % 2 == 0 and exponent > 0 and base.square < math.inf:
+    if exponent and exponent % 2 == 0 and base.square < math.inf:
         whole = base.square * exponent / 2
         return Degree(whole, whole if base.part > NONE else NONE)
+    made = Degree()
+    for _ in range(int(exponent)):
+        made = made.times(base)
     return made
 
 

@@ -81,7 +81,9 @@ def _bend(point: Point, other: Point) -> torch.Tensor:
     # φ⁺ itself is rounded, and H stretches that as well as the rounding of its products.
     stretch = point.eigenvalues.abs().amax(-1) * (point.x.norm(dim=-1) + other.x.norm(dim=-1))
     noise = point.rounding.residual + other.rounding.residual + 64 * point.eps * stretch
-    return torch.where(length > 0, 2 * (beside - 2 * noise).clamp_min(0).nan_to_num(nan=0.0) / length**2, torch.zeros_like(length))
+    return torch.where(
+        length > 0, 2 * (beside - 2 * noise).clamp_min(0).nan_to_num(nan=0.0) / length**2, torch.zeros_like(length)
+    )
 
 
 def _rayleigh(u: torch.Tensor, product: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:

@@ -202,7 +202,13 @@ def test_factorisations_answer_each_matrix_for_itself():
     good = torch.tensor([[2.0, 1.0], [1.0, 3.0]], dtype=F64)
     batch = torch.stack([good, torch.full_like(good, float("nan")), good])
     bad = [False, True, False]
-    for values in (safe.eigvalsh(batch), *safe.eigh(batch), safe.norms(batch), *safe.qr(batch), safe.pinv(batch, rtol=1e-12)):
+    for values in (
+        safe.eigvalsh(batch),
+        *safe.eigh(batch),
+        safe.norms(batch),
+        *safe.qr(batch),
+        safe.pinv(batch, rtol=1e-12),
+    ):
         assert torch.isnan(values.reshape(3, -1)).all(1).tolist() == bad
         assert torch.isfinite(values.reshape(3, -1)).all(1).tolist() == [not one for one in bad]
     right = torch.ones(3, 2, 1, dtype=F64)

@@ -141,20 +141,19 @@ def draw(family: str, generator: torch.Generator, k: int, dtype: torch.dtype) ->
 
 
 def minimise(case: Hard, solve: Callable[[Array, Array], Array]) -> Array:
-    """Return φ* by Newton steps with halving, in extended precision, from θ; ``solve`` returns A⁻¹b."""
+    """Return φ* by Newton steps with halving, in extended precision, from θ, but for the last digits; ``solve`` returns A⁻¹b."""
     phi = case.theta.double().numpy().astype(LD)
     for _ in range(200):
         slope = case.gradient(phi)
         step, length, now = solve(case.hessian(phi), slope), np.ones(len(phi), LD), case.value(phi)
+        if (np.abs(step) <= 1e-12 * np.abs(phi)).all():
+            break
         descent = (slope * step).sum(-1)
         for _ in range(60):
             higher = ~(case.value(phi - length[:, None] * step) <= now - LD(1e-4) * length * descent)
-            higher &= np.abs(descent) > 1e-30
+            higher &= descent > 1e-16 * np.abs(now)  # less does not show
             if not higher.any():
                 break
             length = np.where(higher, length / 2, length)
-        length = np.where(higher, 0, length)
         phi = phi - length[:, None] * step
-        if (np.abs(length[:, None] * step) <= 1e-18 * np.abs(phi)).all():
-            break
     return phi

@@ -251,9 +251,9 @@ class Certificate:
         noise = at.rounding.residual
         for _ in range(_MOST_STEPS):
             near = better.newton_contraction(at, noise) <= _CONTRACTION
-            if bool(near.all()):
-                break
-            at, better = better, better.refined()
+            if not bool((~near & (better.x != at.x).any(-1)).any()):
+                break  # those that are left no longer move
+            at, better = better, better.refined(noise)
         return better, near
 
     @property

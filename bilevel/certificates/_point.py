@@ -282,12 +282,13 @@ class Point:
         length = torch.where(torch.isfinite(length) & (product > 0), length, torch.zeros_like(length))
         return replace(self, x=self.x - length.unsqueeze(-1) * self.residual)
 
-    def refined(self) -> Point:
+    def refined(self, noise: torch.Tensor | None = None) -> Point:
         """Return φ⁺ = φ − H⁻¹∇G with the adjoint there, q⁺ = q + H(φ⁺)⁻¹ρ(φ⁺): two solves.
 
-        Of a problem whose ∇G that makes larger it is as much of the step as makes it smaller, or φ.
+        Of a problem whose ∇G that makes larger it is as much of the step as makes it smaller, or φ. ``noise`` (K,) is what rounding makes of ∇G, if
+        it is known.
         """
-        moved = self.stepped(self.solve(self.residual), self.rounding.residual)
+        moved = self.stepped(self.solve(self.residual), self.rounding.residual if noise is None else noise)
         return moved.with_q(self.q + moved.solve(moved.rho).nan_to_num(nan=0.0, posinf=0.0, neginf=0.0))
 
     def stepped(self, step: torch.Tensor, noise: torch.Tensor) -> Point:

@@ -30,7 +30,8 @@ def completed(lower: Problem, upper: Problem, x: torch.Tensor, wanted: Sequence[
     L_B at most the Frobenius norm of its derivative, and degree 1 in F does so for L_θF. Such derivatives are the same at every φ.
     """
     size, batch = lower.size, lower.batch
-    if batch * size * size > MOST_NUMBERS or not batch:
+    asked = (known.hessian_lipschitz, known.outer_smoothness, known.cross_lipschitz, known.outer_cross_lipschitz)
+    if None not in asked or batch * size * size > MOST_NUMBERS or not batch:
         return known
     inner, outer = degree_of(lower, x, wanted), degree_of(upper, x, wanted)
     if known.hessian_lipschitz is None and inner.whole <= 2:

@@ -368,7 +368,11 @@ def refined_solve(matrix: Array, right: Array) -> Array:
     x = np.zeros_like(right)
     for _ in range(6):
         left = right - (matrix @ x[..., None])[..., 0]
-        x = x + np.linalg.solve(plain, left.astype(np.float64)[..., None])[..., 0]
+        try:
+            x = x + np.linalg.solve(plain, left.astype(np.float64)[..., None])[..., 0]
+        except np.linalg.LinAlgError:  # far from a solution, on the way to it
+            size = np.abs(plain).max((-2, -1), keepdims=True)
+            plain = plain + 1e-14 * size * np.eye(plain.shape[-1])
     return x
 
 

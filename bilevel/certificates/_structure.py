@@ -288,7 +288,7 @@ class _Reads(TorchFunctionMode):
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        made = func(*args, **(kwargs or {}))
+        made = getattr(func, "written_out", func)(*args, **(kwargs or {}))
         name, module = getattr(func, "__name__", ""), getattr(func, "__module__", None) or ""
         leaves = [leaf for leaf in pytree.tree_leaves(made) if not isinstance(leaf, torch.Tensor)]
         harmless = not leaves or (name in _FORM and isinstance(made, _FORMS))

@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+import hard_families
 import numpy as np
 import torch
 from torch.nn import functional as F
@@ -33,13 +34,15 @@ from bilevel.certificates.fixed_points import identify_support, newton_on_suppor
 from bilevel.certificates.losses import logistic_constants, softmax_constants, squares_constants
 from bilevel.certificates.refuting import observed
 from bilevel.linear._base import solve_linear
+from bilevel.reports import Basis
 from bilevel.solvers._base import solve_inner
 from bilevel.tolerance import Target
 
 Array = np.ndarray
 LD = np.longdouble
 CLASSES = 3
-FAMILIES = ("squares", "logistic", "softmax", "proximal network", "lasso")
+DECLARED = ("squares", "logistic", "softmax", "proximal network", "lasso")
+FAMILIES = (*DECLARED, *hard_families.FAMILIES)
 
 
 @dataclass
@@ -59,6 +62,7 @@ class Case:
     size: int
     start: torch.Tensor
     valid: torch.Tensor | None = None
+    minimum: Callable[[], Array] | None = None
 
 
 def extended(*tensors: torch.Tensor) -> tuple[Array, ...]:
@@ -348,13 +352,27 @@ def lasso_solution(case: Case) -> Array:
     return refined_solve(h, right)
 
 
+def hard(family: str, generator: torch.Generator, k: int, dtype: torch.dtype) -> Case:
+    """Problems on which evidence from samples misleads."""
+    made = hard_families.draw(family, generator, k, dtype)
+    return Case(
+        made.inner, made.outer, made.theta, made.data, made.constants, made.gradient, made.hessian, made.outer_gradient,
+        made.pulled, made.outer_value, made.start.shape[1], made.start,
+        minimum=lambda: hard_families.minimise(made, refined_solve),
+    )  # fmt: skip
+
+
 def refined_solve(matrix: Array, right: Array) -> Array:
     """Return A⁻¹b in extended precision: a float64 factorisation, and residuals in long double."""
     plain = matrix.astype(np.float64)
     x = np.zeros_like(right)
     for _ in range(6):
         left = right - (matrix @ x[..., None])[..., 0]
-        x = x + np.linalg.solve(plain, left.astype(np.float64)[..., None])[..., 0]
+        try:
+            x = x + np.linalg.solve(plain, left.astype(np.float64)[..., None])[..., 0]
+        except np.linalg.LinAlgError:  # far from a solution, on the way to it
+            size = np.abs(plain).max((-2, -1), keepdims=True)
+            plain = plain + 1e-14 * size * np.eye(plain.shape[-1])
     return x
 
 
@@ -426,6 +444,8 @@ def run_batch(family: str, generator: torch.Generator, k: int, dtype: torch.dtyp
         case = lasso(generator, k, dtype)
     elif family == "proximal network":
         case = proximal_network(generator, k, dtype)
+    elif family in hard_families.FAMILIES:
+        case = hard(family, generator, k, dtype)
     else:
         case = linear_model(family, generator, k, dtype)
     lower, upper = (flat_problem(case, f, False) for f in (case.inner, case.outer))
@@ -437,7 +457,14 @@ def run_batch(family: str, generator: torch.Generator, k: int, dtype: torch.dtyp
     solvers = (bilevel.LBFGS(max_steps=200), bilevel.Newton(max_steps=30), bilevel.GradientDescent(0.5, max_steps=60))
     most_solvers = 2 if family == "proximal network" else 3  # no step size fits all networks
     solver = solvers[int(torch.randint(0, most_solvers, (), generator=generator))]
-    x = case.start if family == "lasso" else solve_inner(solver, lower, case.start, target()).x
+    x = case.start
+    if case.minimum is not None:
+        # As it is, or after a few steps: far away in any case.
+        steps = int(torch.randint(0, 4, (), generator=generator))
+        solver = (bilevel.LBFGS, bilevel.Newton)[steps % 2](max_steps=max(1, steps))
+        x = solve_inner(solver, lower, case.start, target()).x if steps else x
+    elif family != "lasso":
+        x = solve_inner(solver, lower, case.start, target()).x
     point = Point(lower, upper, x, torch.zeros_like(x), (True, *[False] * (len(lower.tensors) - 1)))
     linear = (bilevel.CG(), bilevel.Exact())[int(torch.rand((), generator=generator) < 0.3)]
     q = solve_linear(linear, point.linear.operator, point.v, target()).x
@@ -449,6 +476,8 @@ def run_batch(family: str, generator: torch.Generator, k: int, dtype: torch.dtyp
 
     if family == "lasso":
         begin = torch.tensor(lasso_solution(case).astype(np.float64))
+    elif case.minimum is not None:
+        begin = torch.tensor(case.minimum().astype(np.float64))
     else:
         wide = flat_problem(case, case.inner, True)
         begin = solve_inner(bilevel.Newton(), wide, case.start.double(), Target(relative=1e-12, silent=True)).x
@@ -477,6 +506,20 @@ def run_batch(family: str, generator: torch.Generator, k: int, dtype: torch.dtyp
             error, size = true[name]
             label = name + (" on the support" if family == "lasso" and name == "C1" else "") + how
             tally.add(label, bound.numpy()[keep], error[keep], 1e-15 * size[keep])
+    if family != "lasso":  # what a user sees of the batch, with its label
+        whole_g, whole_c = extended(found.mean(0), corrected.mean())
+        shown = {
+            "C1": (certificate.inner_bound, true["C1"][0].max()),
+            "C2": (certificate.adjoint_bound, true["C2"][0].max()),
+            "C3": (certificate.bound, length(whole_g - g.mean(0))),
+            "C4": (certificate.value_bound, abs(float(whole_c - value.mean()))),
+        }
+        for name, (bound, error) in shown.items():
+            proven = math.inf if bound.basis in (Basis.ESTIMATED, Basis.RESIDUAL) else bound.value
+            numbers = (proven, error, 1e-15 * float(true[name][1].max()))
+            tally.add(f"{name} as shown", *(np.array([entry], float) for entry in numbers))
+    if case.minimum is not None:
+        return  # 1 − σ is 0 long before it is, and estimates have no constants here
     better = certificate.refined if exact.factorable else certificate._route.at
     for at in (exact, better):
         for name, used in allowance_used(case, at).items():
@@ -487,7 +530,7 @@ def run_batch(family: str, generator: torch.Generator, k: int, dtype: torch.dtyp
     error = true["C3"][0]
     large = keep & (error > 10 * exact.rounding.gradient.numpy() + 1e-14 * length(g))
     for name, guess in estimates(certificate, found).items():
-        tally.ratios.setdefault(name, []).extend((guess[large] / error[large]).tolist())
+        tally.ratios.setdefault(name, []).extend(np.nan_to_num(guess[large] / error[large], nan=math.inf).tolist())
 
 
 def estimates(certificate: Certificate, found: torch.Tensor) -> dict[str, Array]:
@@ -542,7 +585,7 @@ def main() -> None:
                     f"{family:17s} {str(dtype)[6:]:8s} {name:30s} {tally.problems:8d} {count:9d} {tally.violations[name]:8d} "
                     f"{middle:8.2f} {high:9.2f}"
                 )
-            low, middle, high = np.quantile(tally.conditions, [0, 0.5, 1])
+            low, middle, high = np.nanquantile(tally.conditions, [0, 0.5, 1])
             print(f"{family:17s} {str(dtype)[6:]:8s} condition numbers from {low:.1f} over {middle:.0f} to {high:.2g}")
             used = ", ".join(f"{name} {part:.2f}" for name, part in tally.rounding.items())
             print(f"{family:17s} {str(dtype)[6:]:8s} of the rounding allowed for there was at most: {used}")

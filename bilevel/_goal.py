@@ -47,8 +47,12 @@ _CRUDE = 0.1
 _FEW = 8
 # How far H is solved for where only a difference is wanted.
 _ASIDE = 1e-2
+# How often the inner solver goes on where the linear solver or Newton's method cannot, and how far but for the last time: then to full accuracy.
+_MOST_STRETCHES, _STRETCH = 4, 1e-2
 # A step that leaves more of the residual than this was no step of Newton's method near a solution.
 _PROGRESS = 0.7
+# What a point nearer to a minimum may cure.
+_CURABLE = (Status.INDEFINITE, Status.SINGULAR, Status.NOT_FINITE, Status.BREAKDOWN, Status.DIVERGED)
 _BAD = (Status.INDEFINITE, Status.NOT_FINITE, Status.SINGULAR, Status.DIVERGED, Status.BREAKDOWN)
 
 
@@ -96,6 +100,8 @@ class Search:
         self.model = ErrorModel(tolerance, self.known, certify)
         zeros = torch.zeros(lower.batch, dtype=torch.int64)
         self.inner_steps, self.linear_steps = zeros, zeros
+        self._stretches = 0
+        self._inner: Status | None = None  # how the inner solver ended, once it went to full accuracy
 
     def run(self, x: torch.Tensor, q: torch.Tensor | None) -> Reached:
         """Begin at φ = x (K, n) and the adjoint q (K, n), or None."""
@@ -109,8 +115,12 @@ class Search:
             rounds += 1
             stuck = False if self.model.spoiled(here) else self._solve_adjoint(here)
             if isinstance(stuck, Status):
-                reason = stuck
-                break
+                there = self._hand_back(here, stuck)
+                if isinstance(there, Status):
+                    reason = there
+                else:
+                    here = there
+                continue
             bound = self.model.judge(here)
             allowed = self.model.allowed(here)
             if bound.value <= allowed:
@@ -127,7 +137,11 @@ class Search:
                 if isinstance(there, Status):
                     reason = there
                     bound = self.model.judge(here)
-                    reason = Status.CONVERGED if bound.value <= self.model.allowed(here) else reason
+                    if bound.value <= self.model.allowed(here):
+                        reason = Status.CONVERGED
+                    elif there in _CURABLE:
+                        there = self._hand_back(here, there)
+                        here, reason = (here, there) if isinstance(there, Status) else (there, None)
                 else:
                     here = there
         self.known.age(before, stepped=bool(self.inner_steps.any()), solved=bool(self.linear_steps.any()))
@@ -157,6 +171,27 @@ class Search:
         self.lower.tell(self.known.secants)
         self.inner_steps = self.inner_steps + outcome.iterations.cpu()
         return outcome.x, outcome.residual
+
+    def _hand_back(self, here: Here, status: Status) -> Here | Status:
+        """Let the inner solver go on where ``status`` stopped the other solves, at last to full accuracy; return ``status`` once it has.
+
+        What was learned before belongs to another region, in which G need not even be convex.
+        """
+        if self._stretches >= _MOST_STRETCHES:
+            return status
+        self._stretches += 1
+        self.known.forget()
+        if self._stretches < _MOST_STRETCHES:
+            x, _ = self._descend(here.x, _STRETCH)
+        else:
+            goal = Tolerance(strong_convexity=self.model.tolerance.strong_convexity).inner(here.x.dtype)
+            outcome = solve_inner(self.solver, self.lower, here.x, replace(goal, asked=True))
+            self.lower.tell(self.known.secants)
+            self.inner_steps = self.inner_steps + outcome.iterations.cpu()
+            failed = outcome.status[outcome.status != Status.CONVERGED]
+            self._inner, x = Status(int(failed[0])) if len(failed) else Status.CONVERGED, outcome.x
+        there = self._at(x)
+        return status if self._impossible(there) else there
 
     def _enter(self, x: torch.Tensor, q: torch.Tensor | None) -> Here:
         here = self._at(x)
@@ -289,7 +324,7 @@ class Search:
             moved, _ = self._descend(here.x)
             there = self._follow(here, moved)
             if not there.size <= _PROGRESS * size:
-                return Status.STAGNATED
+                return self._hand_back(here, Status.STAGNATED)
             length = float((moved - here.x).norm())
         self._see_slope(here, there, length)
         change = abs(float(here.corrected - there.corrected))
@@ -348,7 +383,8 @@ class Search:
 
     def _end(self, here: Here, bound: Bound, status: Status, rounds: int) -> Reached:
         report = GoalReport(
-            self.model.tolerance, status, bound.value, self.model.allowed(here), bound.basis, rounds, here.gradient.dtype
+            self.model.tolerance, status, bound.value, self.model.allowed(here), bound.basis, rounds, here.gradient.dtype,
+            self._inner,
         )  # fmt: skip
         distance = self.known.nu * here.size
         slack = self.known.value_bend * distance**2 + here.left * distance / max(1, here.x.shape[0])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -35,6 +36,8 @@ class GoalReport:
         How often the two solves were gone on with.
     dtype
         That of ĝ, which says what can be reached; None where it is not known.
+    inner
+        How the inner solver ended where it was left to go to full accuracy; None where it was not.
     """
 
     tolerance: Tolerance
@@ -44,6 +47,7 @@ class GoalReport:
     basis: Basis
     rounds: int
     dtype: torch.dtype | None = None
+    inner: Status | None = None
 
     @property
     def met(self) -> bool:
@@ -54,19 +58,30 @@ class GoalReport:
     def message(self) -> str:
         """One sentence: what was asked and reached, with a remedy where it was not."""
         kind = {Basis.CERTIFIED: "certified", Basis.PROBABILISTIC: "probabilistic"}.get(self.basis, "estimated")
-        head = (
-            f"the hypergradient's error is at most {self.error:.2g} ({kind}) after {self.rounds} rounds, and "
-            f"{self.tolerance!r} allows {self.allowed:.2g}"
-        )
+        reached = f"at most {self.error:.2g} ({kind})" if math.isfinite(self.error) else "not known"
+        head = f"the hypergradient's error is {reached} after {self.rounds} rounds, and {self.tolerance!r} allows {self.allowed:.2g}"
         if self.met:
             return f"{head}."
+        return f"{head}; remedy: {fitting(self._remedy, self.dtype)}."
+
+    @property
+    def _remedy(self) -> str:
+        if self.inner is not None and not self.inner.success:
+            return (
+                f"the solves {self.status.meaning}, and the inner solver, which was left to go on from there, {self.inner.meaning}: "
+                f"{self.inner.remedy}"
+            )
+        if self.status is Status.INDEFINITE:
+            return (
+                "the solves met negative curvature where the inner solver ended, which is so at a saddle or a maximum, where there is no "
+                "hypergradient: start elsewhere, or add regularisation to the inner objective"
+            )
         if self.status is Status.STAGNATED:
             remedy = "that is what this dtype permits: use float64, rescale the problem, or ask for less"
             if self.tolerance.relative or self.tolerance.descent is not None:
                 remedy += "; near a stationary point only an absolute accuracy can be had, or stationary=... says which norm counts as zero"
-        else:
-            remedy = f"the solves {self.status.meaning}: {self.status.remedy}"
-        return f"{head}; remedy: {fitting(remedy, self.dtype)}."
+            return remedy
+        return f"the solves {self.status.meaning}: {self.status.remedy}"
 
     def __str__(self) -> str:
         return self.message
@@ -126,6 +141,13 @@ class Knowledge:
             self.slope, self.value_bend = 1.25 * before.slope, 1.25 * before.value_bend
             if not solved:
                 self.nu = 1.25 * before.nu
+
+    def forget(self) -> None:
+        """Begin anew: what was seen elsewhere says nothing here."""
+        for item in fields(self):
+            if item.name != "secants":
+                setattr(self, item.name, item.default)
+        self.secants = Secants()
 
     def fade(self) -> None:
         """Trust what was seen elsewhere a little less; what is seen here raises it again."""

@@ -20,6 +20,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from bilevel._factorisations import pinv, qr
 from bilevel._problem import Problem
 from bilevel.operators import LinearOperator
 
@@ -85,11 +86,11 @@ class Secants:
         weight = _inverse_root(energy.diagonal(dim1=-2, dim2=-1))
         doubt = ((energy - energy.mT) * weight.unsqueeze(-1) * weight.unsqueeze(-2)).abs().amax(dim=(-2, -1))
         scale = _inverse_root(torch.linalg.vecdot(Y, Y, dim=-2))
-        Q, R = torch.linalg.qr(Y * scale.unsqueeze(-2))
+        Q, R = qr(Y * scale.unsqueeze(-2))
         few = len(pairs) < _FEWEST_TO_TELL
         self.constant = not few and bool((doubt <= torch.finfo(r.dtype).eps ** 0.25).all())
         least = (_MARGIN * doubt.nan_to_num(nan=1.0)).clamp(min=torch.finfo(r.dtype).eps ** 0.5)
-        shares = scale.unsqueeze(-1) * (torch.linalg.pinv(R, rtol=least) @ (Q.mT @ r.unsqueeze(-1)))
+        shares = scale.unsqueeze(-1) * (pinv(R, rtol=least) @ (Q.mT @ r.unsqueeze(-1)))
         return (S @ shares).squeeze(-1), r - (Y @ shares).squeeze(-1)
 
     def __call__(self, r: torch.Tensor) -> torch.Tensor:
@@ -209,7 +210,7 @@ def _shares(V: torch.Tensor, W: torch.Tensor, right: torch.Tensor) -> torch.Tens
     gram = 0.5 * scale * (gram + gram.mT) * scale.mT
     if not bool(torch.isfinite(gram).all()):
         return torch.zeros_like(right.mT)
-    inverse = torch.linalg.pinv(gram, hermitian=True, rtol=torch.finfo(right.dtype).eps ** 0.5)
+    inverse = pinv(gram, hermitian=True, rtol=torch.finfo(right.dtype).eps ** 0.5)
     return (scale * (inverse @ (scale * right))).mT
 
 

@@ -547,8 +547,68 @@ MUTATIONS = (
         "self.left -= int(found.iterations.max())", "self.left -= 0", ("tests/certificates/test_route.py", "-k", "products_allowed"),
     ),
     Mutation(
+        "any operation taken for one that keeps the degree", "certificates/_structure.py",
+        "        beyond = math.inf if self.whole > 0 else 0.0\n", "        beyond = self.whole\n",
+        ("tests/certificates/test_structure.py", "-k", "proves_nothing"),
+    ),
+    Mutation(
+        "a degree proven behind a stopped gradient", "certificates/_structure.py",
+        "if (moved and (reads or chosen or cut))", "if (moved and (reads or chosen))",
+        ("tests/certificates/test_structure.py", "-k", "stopped or graph"),
+    ),
+    Mutation(
+        "a degree proven of one branch", "certificates/_structure.py",
+        "self._run.open = self._run.open or any(", "self._run.open = self._run.open or None in (",
+        ("tests/certificates/test_structure.py", "-k", "reads_a_number"),
+    ),
+    Mutation(
+        "a degree proven of a custom function", "certificates/_structure.py",
+        "return isinstance(node, torch.autograd.function.BackwardCFunction) or", "return",
+        ("tests/certificates/test_structure.py", "-k", "custom"),
+    ),
+    Mutation(
+        "products that do not add degrees", "certificates/_structure.py",
+        "return Degree(self.whole + other.whole, max(parts, default=NONE))", "return Degree(max(self.whole, other.whole), max(parts, default=NONE))",
+        ("tests/certificates/test_structure.py", "-k", "polynomials"),
+    ),
+    Mutation(
+        "a cubic taken for quadratic", "certificates/_quadratic.py",
+        "inner.whole <= 2", "inner.whole <= 1e400", ("tests/certificates/test_evidence.py", "-k", "stiff"),
+    ),
+    Mutation(
+        "an outer objective taken for quadratic", "certificates/_quadratic.py",
+        "outer.whole <= 2", "outer.whole <= 1e400", ("tests/certificates/test_evidence.py", "-k", "flat or kink"),
+    ),
+    Mutation(
+        "bounds that contradict each other", "certificates/refuting.py",
+        "wrong = wrong | (distance", "wrong = wrong & (distance", ("tests/certificates/test_evidence.py", "-k", "agree"),
+    ),
+    Mutation(
+        "a refinement that runs away", "certificates/_point.py",
+        "longer = ~((left < r) | (left <= noise)) & (length > 0)", "longer = torch.zeros_like(left, dtype=torch.bool)",
+        ("tests/certificates/test_evidence.py", "-k", "run_away"),
+    ),
+    Mutation(
+        "one matrix's failure raised for its batch", "_factorisations.py",
+        "    except _Failed:\n        made, failed", "    except ZeroDivisionError:\n        made, failed",
+        ("tests/certificates/test_evidence.py", "-k", "one_by_one"),
+    ),
+    Mutation(
+        "matrices that are not finite", "_factorisations.py",
+        "safe = torch.where(finite[..., None, None], matrix, unit)", "safe = matrix",
+        ("tests/certificates/test_evidence.py", "-k", "each_matrix or trouble"),
+    ),
+    Mutation(
+        "a goal given up at negative curvature", "_goal.py",
+        "        if self._stretches >= _MOST_STRETCHES:\n", "        if True:\n", ("tests/test_goal.py", "-k", "negative_curvature"),
+    ),
+    Mutation(
+        "a remedy that does not name the inner solver", "_knowledge.py",
+        "if self.inner is not None and not self.inner.success:", "if False:", ("tests/test_goal.py", "-k", "remedy"),
+    ),
+    Mutation(
         "an error estimated from one step, however far off", "certificates/_certificate.py",
-        "_CONTRACTION = 0.1", "_CONTRACTION = 1e9", ("tests/certificates/test_bounds.py", "-k", "contracted"),
+        "_CONTRACTION, _MOST_STEPS = 0.1,", "_CONTRACTION, _MOST_STEPS = 1e9,", ("tests/certificates/test_bounds.py", "-k", "contracted"),
     ),
     # iMAML.
     Mutation(

@@ -287,6 +287,97 @@ def test_negative_curvature_and_nan_are_said() -> None:
         )
 
 
+class Network(bilevel.BilevelProblem):
+    """A tanh network with a weak ridge: not convex where the inner solver's first stretch ends."""
+
+    def predicted(self, weights, X):
+        return torch.tanh(X @ weights["W"].T + weights["b"]) @ weights["a"]
+
+    def inner_objective(self, inner, outer, data):
+        X, y, _, _ = data
+        return ((self.predicted(inner, X) - y) ** 2).mean() + 0.5 * outer.exp() * sum(
+            (part**2).sum() for part in inner.values()
+        )
+
+    def outer_objective(self, inner, outer, data):
+        _, _, X, y = data
+        return ((self.predicted(inner, X) - y) ** 2).mean()
+
+
+def network(seed: int, hidden: int = 8):
+    """Return weights to begin from, and data."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=generator, dtype=F64)
+
+    X, Xv = draw(30, 2), draw(30, 2)
+    init = {"W": draw(hidden, 2), "b": draw(hidden), "a": draw(hidden)}
+    return init, (X, torch.sin(2 * X.sum(1)), Xv, torch.sin(2 * Xv.sum(1)))
+
+
+def gradient_near(problem: Network, inner: dict[str, torch.Tensor], outer: torch.Tensor, data: object) -> torch.Tensor:
+    """Return g at the minimum next to ``inner`` by dense Newton steps and a dense solve."""
+    names, shapes = list(inner), [leaf.shape for leaf in inner.values()]
+
+    def rebuilt(flat):
+        parts = torch.split(flat, [shape.numel() for shape in shapes])
+        return {name: part.reshape(shape) for name, part, shape in zip(names, parts, shapes, strict=True)}
+
+    def objective(flat, outer):
+        return problem.inner_objective(rebuilt(flat), outer, data)
+
+    flat = torch.cat([leaf.reshape(-1) for leaf in inner.values()])
+    for _ in range(20):
+        curve = torch.func.hessian(objective)(flat, outer)
+        flat = flat - torch.linalg.solve(curve, torch.func.grad(objective)(flat, outer))
+    assert float(torch.func.grad(objective)(flat, outer).norm()) < 1e-12
+    curve = torch.func.hessian(objective)(flat, outer)
+    assert float(torch.linalg.eigvalsh(curve)[0]) > 0
+    v = torch.func.grad(lambda flat: problem.outer_objective(rebuilt(flat), outer, data))(flat)
+    cross = torch.func.jacrev(torch.func.grad(objective), argnums=1)(flat, outer)
+    return -torch.linalg.solve(curve, v) @ cross
+
+
+@pytest.mark.parametrize("linear_solver", [bilevel.CG(), bilevel.Exact()])
+@pytest.mark.parametrize("goal", [{"hypergradient": 0.1, "relative": True}, {"descent": 0.5}])
+def test_a_goal_is_met_where_the_first_stretch_ends_at_negative_curvature(linear_solver, goal) -> None:
+    (init, data), outer = network(0), torch.tensor(-3.0, dtype=F64)
+    tolerance = bilevel.Tolerance(**goal, estimates=True)
+    problem = Network(solver=bilevel.LBFGS(max_steps=3000), linear_solver=linear_solver, tolerance=tolerance)
+    result = problem.hypergradient(outer, data, init=init)
+    assert result.report.goal is not None and result.report.goal.met
+    true = gradient_near(problem, result.inner, outer, data)
+    assert float((result.grad - true).abs()) <= (0.5 if "descent" in goal else 0.1) * float(true.abs())
+
+
+def test_where_a_goal_cannot_be_met_the_remedy_named_works() -> None:
+    (init, data), outer = network(0), torch.tensor(-3.0, dtype=F64)
+    tolerance = asked(0.1, estimates=True)
+    short = Network(solver=bilevel.LBFGS(max_steps=4), linear_solver=bilevel.CG(), tolerance=tolerance)
+    with pytest.raises(bilevel.SolveError, match=r"error is not known .* negative curvature.*: raise max_steps"):
+        short.hypergradient(outer, data, init=init)
+    longer = Network(solver=bilevel.LBFGS(max_steps=3000), linear_solver=bilevel.CG(), tolerance=tolerance)
+    assert longer.hypergradient(outer, data, init=init).report.goal.met
+
+    class Well(bilevel.BilevelProblem):
+        """A double well whose middle is a maximum."""
+
+        def inner_objective(self, inner, outer, data):
+            return ((inner**2 - 1) ** 2).sum() - outer * inner.sum()
+
+        def outer_objective(self, inner, outer, data):
+            return (inner - 2).square().sum()
+
+    middle = torch.zeros(1, dtype=F64)
+    settings = {"solver": bilevel.LBFGS(), "linear_solver": bilevel.CG(), "tolerance": asked(0.1, estimates=True)}
+    zero = torch.zeros((), dtype=F64)
+    with pytest.raises(bilevel.SolveError, match=r"saddle or a maximum.*: start elsewhere"):
+        Well(**settings).hypergradient(zero, None, init=middle)
+    elsewhere = Well(**settings).hypergradient(zero, None, init=middle + 0.5)
+    assert float(elsewhere.grad) == pytest.approx(2 * (1 - 2) / 8, rel=0.1)
+
+
 def test_backward_of_the_loss_hands_on_the_promised_gradient() -> None:
     data, outer = split(5), torch.linspace(-1, 1, 6, dtype=F64)
     problem = Classifier(**ITERATIVE, warm_start=False, tolerance=asked(1e-4, estimates=True))

@@ -41,8 +41,8 @@ class Split:
         return Split(self.value + more, self.inner, self.linear)
 
     def better(self, other: Split) -> Split:
-        """Return the smaller bound of each problem, with its parts."""
-        mine = self.value <= other.value
+        """Return the smaller bound of each problem, with its parts; what is not a number is no bound."""
+        mine = ~(other.value < self.value)
         return Split(
             torch.where(mine, self.value, other.value),
             torch.where(mine, self.inner, other.inner),

@@ -17,7 +17,7 @@ from bilevel.certificates._route import Route
 from bilevel.certificates.bound import Bound
 from bilevel.certificates.constants import Constants
 from bilevel.certificates.lanczos import affordable, cross_norm, lanczos_spectrum
-from bilevel.certificates.refuting import observed, refuted
+from bilevel.certificates.refuting import contradicted, observed, refuted
 from bilevel.errors import ConstantsError
 from bilevel.reports import Basis, OnFailure, misuse
 
@@ -26,8 +26,8 @@ __all__ = ["Certificate"]
 # Newton steps that a bound by way of a better point may take, and what is left beside it when that is enough.
 _MOST_REFINEMENTS = 6
 _SMALL = 0.05
-# What Newton's method may leave of a step for the point reached to stand for the solution in an estimate.
-_CONTRACTION = 0.1
+# What Newton's method may leave of a step for the point reached to stand for the solution in an estimate, and how many it may take.
+_CONTRACTION, _MOST_STEPS = 0.1, 30
 # Products for a bound of a spectrum, and the probability that it is wrong, of each problem.
 _MOST_PRODUCTS = 200
 _PROBABILITY = 1e-6
@@ -103,14 +103,9 @@ class Certificate:
 
     @cached_property
     def constants(self) -> Constants:
-        """What is known of the problem, given or found."""
-        exact, believed = self.exact, self._believed[0]
-        found = completed(exact.lower, exact.upper, exact.x, exact.wanted, believed)
-        if found is believed:
-            return found
-        # What two random points made look quadratic may be so in pieces, and the way to the solution leads into another one.
-        wrong = refuted(found, self.observed)
-        return found.without(*(name for name in wrong if getattr(believed, name) is None))
+        """What is known of the problem: given, or proven by the degrees of its objectives in φ."""
+        exact = self.exact
+        return completed(exact.lower, exact.upper, exact.x, exact.wanted, self._believed[0])
 
     @cached_property
     def _curvature(self) -> torch.Tensor | None:
@@ -183,15 +178,18 @@ class Certificate:
         return Route(self.exact, self.constants, self._without_b, self.products)
 
     @cached_property
-    def errors(self) -> Errors:
-        """Every bound of each problem (K,): the smaller of the direct one and that by way of better points."""
+    def _found(self) -> tuple[Errors, torch.Tensor]:
+        """Every bound of each problem (K,), the smaller of the direct one and that by way of better points, and where two contradict each other."""
         if not self.exact.factorable:
-            return self._route.follow(self.direct, self._spectral, gradient=True)
+            best = self._route.follow(self.direct, self._spectral, gradient=True)
+            return best, self._route.contradicted
         best, at = self.direct, self.refined
         # Newton's way from a φ that no minimum is proven to be near may end at another.
         near = torch.isfinite(best.inner.value) | self.constants.convex
+        wrong = torch.zeros_like(near)
         for _ in range(_MOST_REFINEMENTS):
             there = self._refined_errors if at is self.refined else self._at(at)
+            wrong = wrong | contradicted(self.exact, at, self.direct, there)
             round_about = through(self.exact, at, there).where(near)
             closer = bool((round_about.gradient.value < best.gradient.value).any())
             best = best.better(round_about)
@@ -199,14 +197,42 @@ class Certificate:
             if not closer or bool((there.gradient.value <= _SMALL * best.gradient.value).all()):
                 break
             at = at.refined()
-        return best
+        return best, wrong
 
     @cached_property
-    def _others(self) -> Errors:
+    def _checked(self) -> tuple[Errors, bool]:
+        return self._without_contradictions(*self._found)
+
+    @property
+    def errors(self) -> Errors:
+        """Every bound of each problem (K,); infinite where two of them contradict each other, and ``on_failure`` does not raise."""
+        return self._checked[0]
+
+    def _without_contradictions(self, best: Errors, wrong: torch.Tensor) -> tuple[Errors, bool]:
+        """Return ``best`` without the bounds of problems in which two contradict each other, and whether the policy asks for NaN."""
+        spoiled = False
+        if not bool(wrong.any()):
+            return best, spoiled
+        if _any(self._believed[0]):
+            of = f" in problem {int(wrong.nonzero()[0, 0])}" if len(wrong) > 1 else ""
+            error = ConstantsError(
+                f"{self.where}: expected constants that hold as far as the solution, got bounds by them at two points{of} that contradict each "
+                "other; correct the constants, or leave out what is not known: the error is then estimated"
+            )
+            spoiled = misuse(error, self.on_failure)
+        return best.where(~wrong), spoiled
+
+    @cached_property
+    def _others_checked(self) -> tuple[Errors, bool]:
         """The bounds of all but the hypergradient, for which ‖B‖ need not be found."""
         if self.exact.factorable:
-            return self.errors
-        return self._route.follow(self._without_cross_norm, self._without_b, gradient=False)
+            return self._checked
+        best = self._route.follow(self._without_cross_norm, self._without_b, gradient=False)
+        return self._without_contradictions(best, self._route.contradicted)
+
+    @property
+    def _others(self) -> Errors:
+        return self._others_checked[0]
 
     @property
     def _better(self) -> tuple[Point, Errors] | None:
@@ -216,22 +242,32 @@ class Certificate:
         return None if self._route.there is None else (self._route.at, self._route.there)
 
     @cached_property
-    def compared(self) -> Point:
-        """The point that estimates compare with: the refined one, or a later one where that is not near enough to the solution."""
+    def _compared(self) -> tuple[Point, torch.Tensor]:
+        """The point that estimates compare with, and in which problems (K,) Newton's method has come near enough to the solution there.
+
+        It is the refined one, or a later one where that is not near enough.
+        """
         at, better = self.exact, self.refined
         noise = at.rounding.residual
-        for _ in range(_MOST_REFINEMENTS - 1):
-            if bool((better.newton_contraction(at, noise) <= _CONTRACTION).all()):
-                break
-            at, better = better, better.refined()
-        return better
+        for _ in range(_MOST_STEPS):
+            near = better.newton_contraction(at, noise) <= _CONTRACTION
+            if not bool((~near & (better.x != at.x).any(-1)).any()):
+                break  # those that are left no longer move
+            at, better = better, better.refined(noise)
+        return better, near
+
+    @property
+    def compared(self) -> Point:
+        """The point that estimates compare with."""
+        return self._compared[0]
 
     @cached_property
     def estimates(self) -> Errors:
-        """The distances to a point whose own errors are of second order, per problem (K,) (C5)."""
+        """The distances to a point whose own errors are of second order, per problem (K,) (C5); infinite where none was found."""
+        compared, near = self._compared
         zero = torch.zeros_like(self.exact.x[:, 0])
         nothing = Split(zero, zero, zero)
-        return through(self.exact, self.compared, Errors(nothing, nothing, nothing, nothing))
+        return through(self.exact, compared, Errors(nothing, nothing, nothing, nothing)).where(near)
 
     @property
     def inner_bound(self) -> Bound:
@@ -256,11 +292,13 @@ class Certificate:
         """Of ‖ĝ − g‖, ĝ and g being the means over the problems."""
         exact, given = self.exact, self.gradient.to(self.exact.x)
         rounding = float((given - exact.gradient.mean(0)).norm())
-        if self._believed[1]:
+        if self._believed[1] or self._checked[1]:
             return _NOTHING
         if not _finite(self.errors.gradient):
             estimated = self.estimates.gradient
             mean = float((given - self.compared.gradient.mean(0)).norm())
+            if not _finite(estimated):
+                return _NOTHING
             return Bound(mean, Basis.ESTIMATED, float(estimated.inner.mean()), float(estimated.linear.mean()))
         probability = self._probability(self._curvature, self._measured_cross_norm)
         bound = self._mean(self.errors.gradient, rounding, lambda: self.estimates.gradient, probability)
@@ -283,7 +321,7 @@ class Certificate:
         basis = Basis.PROBABILISTIC if probability else Basis.CERTIFIED
         if not _finite(bound):
             bound, basis, probability = estimate(), Basis.ESTIMATED, 0.0
-        if self._believed[1]:
+        if self._believed[1] or self._others_checked[1] or not _finite(bound):
             return _NOTHING
         if not bound.value.numel():
             return Bound(0.0, basis, 0.0, 0.0, probability)
@@ -296,7 +334,7 @@ class Certificate:
         basis = Basis.PROBABILISTIC if probability else Basis.CERTIFIED
         if not _finite(bound):
             bound, basis, probability = estimate(), Basis.ESTIMATED, 0.0
-        if self._believed[1]:
+        if self._believed[1] or self._others_checked[1] or not _finite(bound):
             return _NOTHING
         value, inner, linear = (float(part.mean()) for part in (bound.value, bound.inner, bound.linear))
         return Bound(value + rounding, basis, inner, linear, probability)

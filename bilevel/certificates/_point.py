@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch.func import vmap
 
+from bilevel._factorisations import eigh, eigvalsh
 from bilevel._problem import Linearization, Problem
 from bilevel._reverse import grad, reverse_pass, vjp
 from bilevel.linear._base import solve_linear
@@ -31,6 +32,8 @@ _MARGIN = 8.0
 _SCATTERED_NUMBERS = 2**22
 # The relative residual of solves for a refinement where there is no factorisation.
 _KRYLOV_RELATIVE = 1e-6
+# How often a step that makes ‖∇G‖ larger is halved.
+_MOST_HALVINGS = 30
 # What does not depend on q.
 _OF_X = ("linear", "residual", "v", "_eigen", "least", "cross", "cross_norm", "sensitivity", "sensitivity_norm")
 # What does.
@@ -144,8 +147,7 @@ class Point:
 
     @cached_property
     def _eigen(self) -> tuple[torch.Tensor, torch.Tensor]:
-        values, vectors = torch.linalg.eigh(self.linear.operator.dense())
-        return values, vectors
+        return eigh(self.linear.operator.dense())
 
     @cached_property
     def least(self) -> torch.Tensor:
@@ -276,14 +278,28 @@ class Point:
         length = torch.where(torch.isfinite(length) & (product > 0), length, torch.zeros_like(length))
         return replace(self, x=self.x - length.unsqueeze(-1) * self.residual)
 
-    def refined(self) -> Point:
-        """Return φ⁺ = φ − H⁻¹∇G with the adjoint there, q⁺ = q + H(φ⁺)⁻¹ρ(φ⁺): two solves."""
-        moved = self.moved(self.x - self.solve(self.residual))
-        return moved.with_q(self.q + moved.solve(moved.rho))
+    def refined(self, noise: torch.Tensor | None = None) -> Point:
+        """Return φ⁺ = φ − H⁻¹∇G with the adjoint there, q⁺ = q + H(φ⁺)⁻¹ρ(φ⁺): two solves.
 
-    def moved(self, x: torch.Tensor) -> Point:
-        """Return the point at another φ, with the same adjoint."""
-        return replace(self, x=x)
+        Of a problem whose ∇G that makes larger it is as much of the step as makes it smaller, or φ. ``noise`` (K,) is what rounding makes of ∇G, if
+        it is known.
+        """
+        moved = self.stepped(self.solve(self.residual), self.rounding.residual if noise is None else noise)
+        return moved.with_q(self.q + moved.solve(moved.rho).nan_to_num(nan=0.0, posinf=0.0, neginf=0.0))
+
+    def stepped(self, step: torch.Tensor, noise: torch.Tensor) -> Point:
+        """Return the point a ``step`` (K, n) back, of each problem as much of it as makes ‖∇G‖ smaller, or no more than ``noise`` (K,)."""
+        length = torch.isfinite(step).all(-1).to(self.x)
+        step = torch.where((length > 0).unsqueeze(-1), step, torch.zeros_like(step))
+        r = self.residual.norm(dim=-1)
+        for _ in range(_MOST_HALVINGS):
+            moved = replace(self, x=self.x - length.unsqueeze(-1) * step)
+            left = moved.residual.norm(dim=-1)
+            longer = ~((left < r) | (left <= noise)) & (length > 0)
+            if not bool(longer.any()):
+                return moved
+            length = torch.where(longer, 0.5 * length, length)
+        return replace(self, x=self.x - torch.where(longer, 0.0, length).unsqueeze(-1) * step)
 
     def newton_contraction(self, before: Point, noise: torch.Tensor) -> torch.Tensor:
         """Return ‖H⁻¹∇G(φ⁺)‖/‖φ⁺ − φ‖ (K,) with H at φ: how much of Newton's step from ``before`` there is left to go.
@@ -296,7 +312,7 @@ class Point:
         """
         step = (self.x - before.x).norm(dim=-1)
         again = before.solve(self.residual).norm(dim=-1)
-        return torch.where(self.residual.norm(dim=-1) > noise, again / step, torch.zeros_like(step))
+        return torch.where(self.residual.norm(dim=-1) <= noise, torch.zeros_like(step), again / step)
 
     def with_q(self, q: torch.Tensor) -> Point:
         """Return this φ with another adjoint; what is known of φ alone is kept."""
@@ -402,7 +418,7 @@ def _spectral_norm(matrix: torch.Tensor) -> torch.Tensor:
     if gram.shape[-1] == 0:
         return matrix.new_zeros(len(matrix))
     slack = 1 + 8 * gram.shape[-1] * torch.finfo(matrix.dtype).eps
-    return torch.linalg.eigvalsh(gram)[..., -1].clamp_min(0).sqrt() * slack
+    return eigvalsh(gram)[..., -1].clamp_min(0).sqrt() * slack
 
 
 def _each(

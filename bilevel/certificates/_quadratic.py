@@ -1,4 +1,4 @@
-"""Constants that need not be given: those of objectives that are quadratic in φ."""
+"""Constants that need not be given: those that follow from the degrees of the objectives as polynomials in φ."""
 
 from __future__ import annotations
 
@@ -8,8 +8,10 @@ from dataclasses import replace
 
 import torch
 
+from bilevel._factorisations import norms
 from bilevel._problem import Problem
 from bilevel.certificates._point import MOST_NUMBERS
+from bilevel.certificates._structure import degree_of
 from bilevel.certificates.constants import Constants
 from bilevel.operators import LinearOperator, hessian
 
@@ -17,37 +19,51 @@ __all__ = ["completed"]
 
 # Third derivatives are found entry by entry, up to this many reverse passes.
 _MOST_PASSES = 2**12
+# What rounding may take off a norm of n numbers, in units of n.
+_SLACK = 8
 
 
 def completed(lower: Problem, upper: Problem, x: torch.Tensor, wanted: Sequence[bool], known: Constants) -> Constants:
-    """Return ``known`` with what quadratic objectives determine filled in: L_H = 0, L_F = ‖∇²F‖, and L_B, L_θF.
+    """Return ``known`` with what the degrees of G and F in φ prove filled in.
 
-    Whether H is constant is tested at two random points on random vectors. For an objective that is analytic in φ,
-    agreement there means agreement everywhere, with probability one. One that is quadratic in pieces may pass: the caller looks
-    at the way to a better point, too.
+    G of degree 2 has L_H = 0, and F of degree 2 has L_F = ‖∇²F‖. Of what depends on θ, degree 1 in G makes L_B = 0, degree 2 makes B affine with
+    L_B at most the Frobenius norm of its derivative, and degree 1 in F does so for L_θF. Such derivatives are the same at every φ.
     """
     size, batch = lower.size, lower.batch
-    if batch * size * size > MOST_NUMBERS:
+    asked = (known.hessian_lipschitz, known.outer_smoothness, known.cross_lipschitz, known.outer_cross_lipschitz)
+    if None not in asked or batch * size * size > MOST_NUMBERS or not batch:
         return known
-    if known.hessian_lipschitz is None and _constant_hessian(lower, x):
+    inner, outer = degree_of(lower, x, wanted), degree_of(upper, x, wanted)
+    if known.hessian_lipschitz is None and inner.whole <= 2:
         known = replace(known, hessian_lipschitz=0.0)
-    if known.outer_smoothness is None and _constant_hessian(upper, x):
-        matrix = _objective_hessian(upper, x).dense()
-        known = replace(known, outer_smoothness=torch.linalg.matrix_norm(matrix, 2))
-    if known.outer_cross_lipschitz is None:
-        known = replace(known, outer_cross_lipschitz=_slope_lipschitz(upper, x, wanted))
-    if known.cross_lipschitz is None:
-        known = replace(known, cross_lipschitz=_cross_lipschitz(lower, x, wanted))
+    if known.outer_smoothness is None and outer.whole <= 2:
+        known = _with(known, "outer_smoothness", _smoothness(upper, x) if outer.whole > 1 else x.new_zeros(()))
+    if known.outer_cross_lipschitz is None and outer.part <= 1:
+        known = _with(
+            known, "outer_cross_lipschitz", _slope_lipschitz(upper, x, wanted) if outer.part > 0 else x.new_zeros(())
+        )
+    if known.cross_lipschitz is None and inner.part <= 2:
+        known = _with(
+            known, "cross_lipschitz", _cross_lipschitz(lower, x, wanted) if inner.part > 1 else x.new_zeros(())
+        )
     return known
 
 
-def _random(like: torch.Tensor, seed: int) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(like.shape, generator=generator, dtype=torch.float64).to(like)
+def _with(known: Constants, name: str, value: torch.Tensor | None) -> Constants:
+    """Return ``known`` with a constant that was computed, if it was; of a problem in which it is not finite it is infinite."""
+    if value is None:
+        return known
+    value = value.detach() * (1 + _SLACK * torch.finfo(value.dtype).eps)
+    value = value.nan_to_num(nan=float("inf"))
+    if not bool(torch.isfinite(value).any()):
+        return known
+    return replace(known, **{name: value})  # type: ignore[arg-type]
 
 
-def _is_constant(first: torch.Tensor, second: torch.Tensor, scale: torch.Tensor) -> bool:
-    return bool(((first - second).norm() <= 64 * torch.finfo(first.dtype).eps * (scale + first.norm())).all())
+def _smoothness(problem: Problem, x: torch.Tensor) -> torch.Tensor:
+    """Return ‖∇²F‖ (K,), rounded up."""
+    matrix = _objective_hessian(problem, x).dense()
+    return norms(matrix) * (1 + _SLACK * problem.size * torch.finfo(x.dtype).eps)
 
 
 def _objective_hessian(problem: Problem, x: torch.Tensor) -> LinearOperator:
@@ -59,18 +75,7 @@ def _objective_hessian(problem: Problem, x: torch.Tensor) -> LinearOperator:
     return hessian(values, x)
 
 
-def _constant_hessian(problem: Problem, x: torch.Tensor) -> bool:
-    vector = _random(x, 1)
-    here = _objective_hessian(problem, x).matvec(vector)
-    for seed in (2, 3):
-        step = _random(x, seed) * (1 + x.abs().amax())
-        there = _objective_hessian(problem, x + step).matvec(vector)
-        if not _is_constant(here, there, there.norm()):
-            return False
-    return True
-
-
-def _slopes(problem: Problem, x: torch.Tensor, wanted: Sequence[bool]) -> tuple[torch.Tensor, torch.Tensor]:
+def _slopes(problem: Problem, wanted: Sequence[bool], x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the leaf φ and ∂_θ of the objectives' sum as one vector (p,) with its graph."""
     with torch.enable_grad():
         point = x.detach().requires_grad_(True)
@@ -80,7 +85,7 @@ def _slopes(problem: Problem, x: torch.Tensor, wanted: Sequence[bool]) -> tuple[
 
 
 def _pulled(
-    problem: Problem, x: torch.Tensor, wanted: Sequence[bool], v: torch.Tensor
+    problem: Problem, wanted: Sequence[bool], v: torch.Tensor, x: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the leaf φ and Bᵀv as one vector (p,) with its graph."""
     with torch.enable_grad():
@@ -98,48 +103,36 @@ def _flat_gradient(scalar: torch.Tensor, leaves: list[torch.Tensor]) -> torch.Te
     return torch.cat([gradient.reshape(-1) for gradient in gradients])
 
 
-def _affine_norm(
+def _squared_norm(
     function: Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]], x: torch.Tensor
-) -> torch.Tensor | None:
-    """Return the squared Frobenius norm of the Jacobian of an affine function of φ, or None if it is not affine."""
-    step = _random(x, 4) * (1 + x.abs().amax())
-    middle, ahead, behind = (function(at)[1].detach() for at in (x, x + step, x - step))
-    if not _is_constant(ahead + behind, 2 * middle, ahead.norm() + behind.norm()):
-        return None
+) -> torch.Tensor:
+    """Return the squared Frobenius norms (K,) of the Jacobians by each problem's φ of an affine function of all, by reverse passes."""
     point, output = function(x)
+    total = x.new_zeros(len(x))
     if not output.requires_grad:
-        return x.new_zeros(())
-    total = x.new_zeros(())
+        return total
     for entry in output:
         (row,) = torch.autograd.grad(entry, point, retain_graph=True, allow_unused=True, materialize_grads=True)
-        total = total + (row**2).sum()
+        total = total + (row**2).sum(-1)
     return total
 
 
-def _slope_lipschitz(problem: Problem, x: torch.Tensor, wanted: Sequence[bool]) -> float | None:
-    if sum(t.numel() for t, w in zip(problem.tensors, wanted, strict=True) if w) > _MOST_PASSES:
+def _outer_numbers(problem: Problem, wanted: Sequence[bool]) -> int:
+    return sum(t.numel() for t, w in zip(problem.tensors, wanted, strict=True) if w)
+
+
+def _slope_lipschitz(problem: Problem, x: torch.Tensor, wanted: Sequence[bool]) -> torch.Tensor | None:
+    if _outer_numbers(problem, wanted) > _MOST_PASSES:
         return None
-    squared = _affine_norm(lambda at: _slopes(problem, at, wanted), x)
-    return None if squared is None else float(squared.detach().sqrt())
+    return _squared_norm(functools.partial(_slopes, problem, wanted), x).sqrt()
 
 
-def _cross_lipschitz(problem: Problem, x: torch.Tensor, wanted: Sequence[bool]) -> float | None:
-    outer = sum(t.numel() for t, w in zip(problem.tensors, wanted, strict=True) if w)
-    if problem.batch * problem.size * outer > _MOST_PASSES:
+def _cross_lipschitz(problem: Problem, x: torch.Tensor, wanted: Sequence[bool]) -> torch.Tensor | None:
+    if problem.size * _outer_numbers(problem, wanted) > _MOST_PASSES:
         return None
-    total = x.new_zeros(())
-    for k in range(problem.batch):
-        for i in range(problem.size):
-            unit = torch.zeros_like(x)
-            unit[k, i] = 1.0
-            squared = _affine_norm(functools.partial(_pulled_at, problem, wanted, unit), x)
-            if squared is None:
-                return None
-            total = total + squared
-    return float(total.sqrt())
-
-
-def _pulled_at(
-    problem: Problem, wanted: Sequence[bool], v: torch.Tensor, x: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    return _pulled(problem, x, wanted, v)
+    total = x.new_zeros(len(x))
+    for i in range(problem.size):
+        unit = torch.zeros_like(x)
+        unit[:, i] = 1.0  # of every problem: the derivative by φ tells them apart
+        total = total + _squared_norm(functools.partial(_pulled, problem, wanted, unit), x)
+    return total.sqrt()

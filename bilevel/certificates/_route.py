@@ -16,6 +16,7 @@ from bilevel.certificates._bounds import Split
 from bilevel.certificates._errors import Errors, Spectral, errors_at, number, through
 from bilevel.certificates._point import Point
 from bilevel.certificates.constants import Constants
+from bilevel.certificates.refuting import contradicted
 from bilevel.linear.cg import CG
 from bilevel.operators import LinearOperator
 
@@ -29,7 +30,6 @@ _MOST_PASSES = 20
 _FIRST, _ADJOINT, _FORCING = 1e-2, 5e-2, 1e-4
 # A pass that leaves more than this of everything that is not tight yet has met rounding, or a method that does not work here.
 _PROGRESS = 0.9
-_MOST_HALVINGS = 8
 _CARE = 0.5
 # How much of the products left a solve may take, so that none goes without.
 _SHARES = (0.25, 0.5, 0.5)
@@ -61,6 +61,7 @@ class Route:
         self._turned = torch.zeros_like(exact.q)
         self._best: Errors | None = None
         self._like = exact.x.new_zeros(len(exact.x))
+        self.contradicted = torch.zeros_like(self._like, dtype=torch.bool)
 
     def follow(self, direct: Errors, spectral: Spectral, gradient: bool) -> Errors:
         """Return the bounds once those of φ and q, and of ĝ if ``gradient``, are tight, or the products are spent.
@@ -130,7 +131,7 @@ class Route:
             want_r = torch.where(l_h == 0, want_r, torch.maximum(want_r, _FORCING * r))
         want = torch.maximum(want_r, at.rounding.residual)
         step = self._solve(at.linear.operator, at.residual, loose, want, _SHARES[1])
-        self.at = self._moved(at, step)
+        self.at = at.stepped(step, torch.zeros_like(r)) if bool((step != 0).any()) else at
         if first:
             self.at = self.at.with_q(at.q + self._turned)
         at = self.at
@@ -157,6 +158,7 @@ class Route:
         known, spectral = self.spectral.there(self.known, exact, at)
         self.there = errors_at(at, known, spectral)
         assert self._best is not None
+        self.contradicted = self.contradicted | contradicted(exact, at, self._best, self.there)
         # Without convexity the bounds there are finite only where L_H ‖φ − φ⁺‖, and the radius there, leave λ_min(H(φ)) positive: G is
         # convex as far as that, and the minimum near φ⁺ the one near φ.
         self._best = self._best.better(through(exact, at, self.there, self._turned))
@@ -211,18 +213,3 @@ class Route:
         self.left -= int(found.iterations.max())
         x = found.x * scale.unsqueeze(-1)
         return torch.where(torch.isfinite(x).all(-1, keepdim=True) & going.unsqueeze(-1), x, torch.zeros_like(x))
-
-    def _moved(self, at: Point, step: torch.Tensor) -> Point:
-        """Return the point a ``step`` back from ``at``, of each problem as much of it as makes ‖∇G‖ smaller."""
-        if not bool((step != 0).any()):
-            return at
-        length = torch.ones_like(self._like)
-        r = at.residual.norm(dim=-1)
-        for _ in range(_MOST_HALVINGS):
-            moved = at.moved(at.x - length.unsqueeze(-1) * step)
-            longer = ~(moved.residual.norm(dim=-1) < r)
-            if not bool((longer & (length > 0)).any()):
-                return moved
-            length = torch.where(longer, 0.5 * length, length)
-        length = torch.where(longer, torch.zeros_like(length), length)
-        return at.moved(at.x - length.unsqueeze(-1) * step) if bool((length > 0).any()) else at

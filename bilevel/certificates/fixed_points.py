@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from bilevel._checks import check_number
+from bilevel._factorisations import solve
 
 __all__ = ["Support", "contraction_distance", "identify_support", "newton_on_support", "proximal_distance"]
 
@@ -159,4 +160,4 @@ def newton_on_support(
     on = (x != 0).to(x)
     matrix = hessian * on.unsqueeze(-1) * on.unsqueeze(-2) + torch.diag_embed(1 - on)
     slope = on * (gradient + strength * x.sign())
-    return x - torch.linalg.solve(matrix, slope.unsqueeze(-1)).squeeze(-1)
+    return x - solve(matrix, slope.unsqueeze(-1)).squeeze(-1)

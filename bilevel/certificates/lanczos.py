@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from bilevel._checks import check_number, check_steps
+from bilevel._factorisations import eigvalsh
 from bilevel.certificates._point import Point
 from bilevel.operators import LinearOperator
 
@@ -161,7 +162,7 @@ def _ritz(diagonal: list[torch.Tensor], off: list[torch.Tensor]) -> torch.Tensor
     if off:
         side = torch.diag_embed(torch.stack(off[: len(diagonal) - 1], -1), offset=1)
         matrix = matrix + side + side.mT
-    return torch.linalg.eigvalsh(matrix)
+    return eigvalsh(matrix)
 
 
 def _enough(diagonal: list[torch.Tensor], off: list[torch.Tensor]) -> torch.Tensor:

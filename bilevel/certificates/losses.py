@@ -25,6 +25,7 @@ from dataclasses import dataclass
 
 import torch
 
+from bilevel._factorisations import eigvalsh
 from bilevel.errors import ShapeError
 
 __all__ = ["LossConstants", "logistic_constants", "softmax_constants", "squares_constants"]
@@ -129,7 +130,7 @@ def _constants(
     gram = root.mT @ root if root.shape[-1] <= rows else root @ root.mT
     # Sums of so many terms round; a bound must not.
     slack = 1 + 8 * (rows + x.shape[-1]) * torch.finfo(x.dtype).eps
-    norm = torch.linalg.eigvalsh(gram)[..., -1] * slack
+    norm = eigvalsh(gram)[..., -1] * slack
     longest = torch.where(share > 0, x.norm(dim=-1), torch.zeros_like(share)).amax(-1) * slack
     scale = inputs if inputs.dtype.is_floating_point else x
     return LossConstants(_up(curvature * norm, scale), _up(third * longest * norm, scale))

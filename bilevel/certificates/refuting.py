@@ -6,10 +6,11 @@ from dataclasses import fields
 
 import torch
 
+from bilevel.certificates._errors import Errors
 from bilevel.certificates._point import Point
 from bilevel.certificates.constants import Constant, Constants
 
-__all__ = ["observed", "refuted"]
+__all__ = ["contradicted", "observed", "refuted"]
 
 # By how much evidence has to exceed a claim: constants are computed, too, and in other ways.
 _MARGIN = 1e-4
@@ -31,7 +32,7 @@ def observed(point: Point, other: Point) -> Constants:
     rounding = point.rounding
 
     def quotient(change: torch.Tensor, noise: torch.Tensor, length: torch.Tensor) -> torch.Tensor:
-        certain = (change.norm(dim=-1) - 2 * noise).clamp_min(0)
+        certain = (change.norm(dim=-1) - 2 * noise).clamp_min(0).nan_to_num(nan=0.0)  # which is no evidence
         return torch.where(length > 0, certain / length, torch.zeros_like(length))
 
     if point.factorable:
@@ -54,6 +55,23 @@ def observed(point: Point, other: Point) -> Constants:
     )
 
 
+def contradicted(point: Point, other: Point, here: Errors, there: Errors) -> torch.Tensor:
+    """Return where (K,) two points lie further apart, in φ, q, ĝ or the corrected value, than the sum of their bounds allows.
+
+    Both bounds speak of one solution, so that such points refute what the bounds rest on.
+    """
+    pairs = (
+        ((point.x - other.x).norm(dim=-1), here.inner, there.inner),
+        ((point.q - other.q).norm(dim=-1), here.adjoint, there.adjoint),
+        ((point.gradient - other.gradient).norm(dim=-1), here.gradient, there.gradient),
+        ((point.corrected_value - other.corrected_value).abs(), here.value, there.value),
+    )
+    wrong = torch.zeros(len(point.x), dtype=torch.bool, device=point.x.device)
+    for distance, one, another in pairs:
+        wrong = wrong | (distance * (1 - _MARGIN) > one.value + another.value)
+    return wrong
+
+
 def _bend(point: Point, other: Point) -> torch.Tensor:
     """Return 2 ‖∇G(φ⁺) − ∇G(φ) − H (φ⁺ − φ)‖/‖φ⁺ − φ‖² (K,), rounded down; H is at φ."""
     move = other.x - point.x
@@ -63,7 +81,9 @@ def _bend(point: Point, other: Point) -> torch.Tensor:
     # φ⁺ itself is rounded, and H stretches that as well as the rounding of its products.
     stretch = point.eigenvalues.abs().amax(-1) * (point.x.norm(dim=-1) + other.x.norm(dim=-1))
     noise = point.rounding.residual + other.rounding.residual + 64 * point.eps * stretch
-    return torch.where(length > 0, 2 * (beside - 2 * noise).clamp_min(0) / length**2, torch.zeros_like(length))
+    return torch.where(
+        length > 0, 2 * (beside - 2 * noise).clamp_min(0).nan_to_num(nan=0.0) / length**2, torch.zeros_like(length)
+    )
 
 
 def _rayleigh(u: torch.Tensor, product: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:

@@ -6,6 +6,7 @@ import inspect
 from typing import Any
 
 import torch
+from torch.overrides import handle_torch_function, has_torch_function_unary
 
 __all__ = ["half_square"]
 
@@ -53,5 +54,12 @@ def half_square(a: torch.Tensor) -> torch.Tensor:
     >>> half_square(torch.tensor([3.0, 4.0]))
     tensor(12.5000)
     """
+    if has_torch_function_unary(a):  # somebody looks at what functions do, and is to be told of this one
+        seen: torch.Tensor = handle_torch_function(half_square, (a,), a)
+        return seen
     value: torch.Tensor = _HalfSquare.apply(a)
     return value
+
+
+# The same in operations of torch's, for a look that believes in no derivative which somebody wrote.
+half_square.written_out = lambda a: 0.5 * (a * a).sum(-1)  # type: ignore[attr-defined]

@@ -485,4 +485,4 @@ def test_a_kink_between_the_point_and_the_solution_is_seen(theta, convex):
         (result.value_bound, result.corrected_value, exact),
     ):
         assert not bound.certified or abs(float(found) - true) <= bound.value
-    assert bool(result.certified) == bool(exact)
+    assert not result.certified  # |w| is no polynomial, whatever the points met show

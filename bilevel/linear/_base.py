@@ -17,7 +17,7 @@ import torch
 from bilevel.errors import ArgumentError, DtypeError, ShapeError
 from bilevel.operators import LinearOperator
 from bilevel.reports import Basis, Status
-from bilevel.tolerance import Target, Tolerance
+from bilevel.tolerance import Target, Tolerance, auto_relative
 
 __all__ = [
     "CallableLinearSolver",
@@ -29,6 +29,7 @@ __all__ = [
     "as_linear_solver",
     "begin",
     "check_preconditioner",
+    "doubt",
     "rounding_floor",
     "solve_linear",
 ]
@@ -46,7 +47,8 @@ class LinearSolution:
         int64 (batch,): products with the matrix that the problem needed.
     status
         int64 (batch,): a failure that the solver *noticed* (indefinite, singular, breakdown, diverged, not finite),
-        or ``Status.CONVERGED`` / ``Status.MAX_STEPS`` / ``Status.STAGNATED`` as far as it can tell.
+        or ``Status.CONVERGED`` / ``Status.MAX_STEPS`` / ``Status.STAGNATED`` as far as it can tell. ``Status.MINIMUM_NORM``: A is singular,
+        and x is what the minimum-norm solution is if there is a solution; the residual decides, and it is ``Status.SINGULAR`` if there is none.
     residual
         The true residual b − A x (batch, n), if the solver has recomputed it.
     error_bound
@@ -232,6 +234,15 @@ class LinearOutcome:
     scale: torch.Tensor
 
 
+def doubt(size: int, dtype: torch.dtype) -> float:
+    """Return the part of its largest eigenvalue by which an eigenvalue of a Hessian of order ``size`` may be wrong.
+
+    It is rounded, and taken at a solution that is known to about the accuracy asked by default: where the solution is unique up to a
+    symmetry only, an eigenvalue that is zero at the solution is of either sign beside it.
+    """
+    return min(max(size * torch.finfo(dtype).eps, 4 * auto_relative(dtype)), 1e-3)
+
+
 def rounding_floor(operator: LinearOperator, x: torch.Tensor, rhs: torch.Tensor) -> torch.Tensor:
     """Return, per problem, the residual norm that rounding alone accounts for: one product.
 
@@ -331,7 +342,7 @@ def solve_linear(
         if solution.refuted is not None:
             refuted = refuted | solution.refuted
         # It is said of whatever ended for want of steps or digits, too: it is the graver fault.
-        refuted = refuted & (status <= Status.STAGNATED)
+        refuted = refuted & (status <= Status.STAGNATED) | (status == Status.MINIMUM_NORM)  # which has the eigenvalue 0
         status = torch.where(refuted, torch.full_like(status, Status.REFUTED), status)
         bound = torch.where(refuted, torch.full_like(bound, float("nan")), bound)
     x, residual_norm = x * scale, residual_norm * size
@@ -342,7 +353,7 @@ def solve_linear(
         residual_norm, norm = (torch.where(finite.squeeze(-1), length, unknown) for length in (residual_norm, norm))
     if not bool(torch.isfinite(x.sum())):
         # The answer to a scaled problem may lie beyond the largest number of its dtype.
-        beyond = (status == Status.CONVERGED) & ~torch.isfinite(x).all(dim=-1)
+        beyond = ((status == Status.CONVERGED) | (status == Status.MINIMUM_NORM)) & ~torch.isfinite(x).all(dim=-1)
         status = torch.where(beyond, torch.full_like(status, Status.NOT_FINITE), status)
     return LinearOutcome(
         x, status, solution.iterations, residual * scale, residual_norm, threshold * size, bound * size,
@@ -432,6 +443,24 @@ def _safe(start: torch.Tensor) -> torch.Tensor:
     return start.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
 
 
+def _consistent(
+    operator: LinearOperator,
+    rhs: torch.Tensor,
+    target: Target,
+    x: torch.Tensor,
+    residual_norm: torch.Tensor,
+    reached: torch.Tensor,
+) -> torch.Tensor:
+    """Return what became of systems with a singular matrix: whether b lies in its range, to the tolerance, or to the dtype's where none is."""
+    status = torch.full(reached.shape, int(Status.SINGULAR), dtype=torch.int64, device=rhs.device)
+    if target.asked and not bool(reached.all()):  # the accuracy asked may be beyond the dtype, and b in the range for all that
+        rounded = residual_norm <= rounding_floor(operator, x, rhs)
+        status = torch.where(rounded, int(Status.STAGNATED), status)
+    if target.silent:
+        reached = reached | (residual_norm <= auto_relative(rhs.dtype) * rhs.norm(dim=-1))
+    return torch.where(reached, int(Status.MINIMUM_NORM), status)
+
+
 def _judge(
     solver: LinearSolver,
     operator: LinearOperator,
@@ -452,6 +481,7 @@ def _judge(
         | (noticed == Status.NOT_CONVERGED)
         | (noticed == Status.BREAKDOWN)  # a breakdown at the solution is a solution
         | (noticed == Status.DIVERGED)
+        | (noticed == Status.MINIMUM_NORM)
     )
     reached = residual_norm <= threshold
     if solution.error_bound is not None:
@@ -472,6 +502,9 @@ def _judge(
             spent = short & ((noticed == Status.MAX_STEPS) | (target.silent & (noticed != Status.DIVERGED)))
             status = torch.where(spent, torch.full_like(status, Status.BUDGET_SPENT), status)
     status = torch.where(ended & reached, torch.full_like(status, Status.CONVERGED), status)
+    free = noticed == Status.MINIMUM_NORM
+    if bool(free.any()):
+        status = torch.where(free, _consistent(operator, rhs, target, solution.x, residual_norm, reached), status)
     # A singular matrix makes infinities; that it is singular says more.
     bad = ~torch.isfinite(residual_norm) & ended
     return torch.where(bad, torch.full_like(status, Status.NOT_FINITE), status)

@@ -15,7 +15,8 @@ from typing import TypeAlias
 import torch
 
 from bilevel.errors import ArgumentError, DtypeError, ShapeError
-from bilevel.operators import LinearOperator
+from bilevel.linear._range import outside_range
+from bilevel.operators import FunctionOperator, LinearOperator
 from bilevel.reports import Basis, Status
 from bilevel.tolerance import Target, Tolerance, auto_relative
 
@@ -187,8 +188,12 @@ class CallableLinearSolver(LinearSolver):
     def solve(
         self, operator: LinearOperator, rhs: torch.Tensor, threshold: torch.Tensor, start: torch.Tensor | None = None
     ) -> LinearSolution:
-        with torch.no_grad():
-            x = self.function(operator, rhs)
+        unknown = torch.zeros(rhs.shape[0], dtype=torch.int64, device=rhs.device)
+        try:
+            with torch.no_grad():
+                x = self.function(operator, rhs)
+        except torch.linalg.LinAlgError:  # of one matrix, and the whole batch is without an answer
+            return LinearSolution(torch.zeros_like(rhs), unknown, torch.full_like(unknown, Status.BREAKDOWN))
         if not isinstance(x, torch.Tensor) or x.shape != rhs.shape:
             got = tuple(x.shape) if isinstance(x, torch.Tensor) else type(x).__name__
             raise ShapeError(
@@ -196,7 +201,6 @@ class CallableLinearSolver(LinearSolver):
                 f"right-hand side, got {got}; return x with A x = rhs, batched as rhs is"
             )
         x = x.detach().to(rhs)
-        unknown = torch.zeros(rhs.shape[0], dtype=torch.int64, device=rhs.device)
         return LinearSolution(x, unknown, torch.full_like(unknown, Status.NOT_CONVERGED))
 
 
@@ -453,12 +457,33 @@ def _consistent(
 ) -> torch.Tensor:
     """Return what became of systems with a singular matrix: whether b lies in its range, to the tolerance, or to the dtype's where none is."""
     status = torch.full(reached.shape, int(Status.SINGULAR), dtype=torch.int64, device=rhs.device)
-    if target.asked and not bool(reached.all()):  # the accuracy asked may be beyond the dtype, and b in the range for all that
+    if target.asked and not bool(
+        reached.all()
+    ):  # the accuracy asked may be beyond the dtype, and b in the range for all that
         rounded = residual_norm <= rounding_floor(operator, x, rhs)
         status = torch.where(rounded, int(Status.STAGNATED), status)
     if target.silent:
         reached = reached | (residual_norm <= auto_relative(rhs.dtype) * rhs.norm(dim=-1))
     return torch.where(reached, int(Status.MINIMUM_NORM), status)
+
+
+def _singular(
+    operator: LinearOperator,
+    rhs: torch.Tensor,
+    x: torch.Tensor,
+    threshold: torch.Tensor,
+    status: torch.Tensor,
+    failed: torch.Tensor,
+) -> torch.Tensor:
+    """Return ``status`` with ``Status.SINGULAR`` for those of the ``failed`` problems (batch,) whose b is proven to lie outside the range of A."""
+    if isinstance(operator, FunctionOperator) and not operator.transposes:
+        return status
+    # Of an x that has run away, the residual is lost in rounding.
+    residual = rhs - operator.matvec(x)
+    lost = ~(residual.norm(dim=-1) <= rhs.norm(dim=-1))
+    residual = torch.where(lost.unsqueeze(-1), rhs, residual)
+    proven = outside_range(operator, residual, threshold, failed, doubt(operator.size, rhs.dtype))
+    return torch.where(proven, int(Status.SINGULAR), status)
 
 
 def _judge(
@@ -505,6 +530,14 @@ def _judge(
     free = noticed == Status.MINIMUM_NORM
     if bool(free.any()):
         status = torch.where(free, _consistent(operator, rhs, target, solution.x, residual_norm, reached), status)
+    failed = (
+        (status == Status.STAGNATED)
+        | (status == Status.BREAKDOWN)
+        | (status == Status.NOT_CONVERGED)
+        | ((status == Status.MAX_STEPS) & (not solver.has_budget))
+    )
+    if bool((failed & short).any()):
+        status = _singular(operator, rhs, solution.x, threshold, status, failed & short)
     # A singular matrix makes infinities; that it is singular says more.
     bad = ~torch.isfinite(residual_norm) & ended
     return torch.where(bad, torch.full_like(status, Status.NOT_FINITE), status)

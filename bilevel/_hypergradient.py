@@ -18,7 +18,7 @@ from bilevel.certificates._point import Point
 from bilevel.certificates.bound import Bound
 from bilevel.certificates.constants import Constants
 from bilevel.errors import ArgumentError, ConstantsError
-from bilevel.reports import Basis, SolveReport, Status
+from bilevel.reports import Basis, SolveReport
 
 __all__ = ["Hypergradient", "HypergradientReport", "assemble"]
 

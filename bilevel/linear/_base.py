@@ -15,6 +15,7 @@ from typing import TypeAlias
 import torch
 
 from bilevel.errors import ArgumentError, DtypeError, ShapeError
+from bilevel.linear._decompositions import LinAlgError
 from bilevel.linear._range import outside_range
 from bilevel.operators import FunctionOperator, LinearOperator
 from bilevel.reports import Basis, Status
@@ -192,7 +193,7 @@ class CallableLinearSolver(LinearSolver):
         try:
             with torch.no_grad():
                 x = self.function(operator, rhs)
-        except torch.linalg.LinAlgError:  # of one matrix, and the whole batch is without an answer
+        except LinAlgError:  # of one matrix, and the whole batch is without an answer
             return LinearSolution(torch.zeros_like(rhs), unknown, torch.full_like(unknown, Status.BREAKDOWN))
         if not isinstance(x, torch.Tensor) or x.shape != rhs.shape:
             got = tuple(x.shape) if isinstance(x, torch.Tensor) else type(x).__name__

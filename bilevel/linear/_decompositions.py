@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
+from torch.linalg import LinAlgError  # type: ignore[attr-defined]  # imported there, and not listed
 
-__all__ = ["eigh", "eigvalsh", "svd", "svdvals"]
+__all__ = ["LinAlgError", "eigh", "eigvalsh", "svd", "svdvals"]
 
 _Tensors = tuple[torch.Tensor, ...]
 
@@ -35,12 +36,12 @@ def _each(function: Callable[[torch.Tensor], _Tensors], matrix: torch.Tensor) ->
     """Return ``function(matrix)``; where that raises, problem by problem, with NaN for those that LAPACK gives up on."""
     try:
         return function(matrix)
-    except torch.linalg.LinAlgError:
+    except LinAlgError:
         eye = torch.eye(matrix.shape[-1], dtype=matrix.dtype, device=matrix.device)
         rows: list[_Tensors] = []
         for one in matrix:
             try:
                 rows.append(function(one))
-            except torch.linalg.LinAlgError:
+            except LinAlgError:
                 rows.append(tuple(torch.full_like(part, float("nan")) for part in function(eye)))
         return tuple(torch.stack(parts) for parts in zip(*rows, strict=True))

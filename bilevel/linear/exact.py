@@ -13,6 +13,7 @@ from bilevel.linear._decompositions import eigvalsh, svdvals
 from bilevel.linear._pseudo_inverse import PseudoInverse
 from bilevel.operators import LinearOperator
 from bilevel.reports import Status
+from bilevel.tolerance import auto_relative
 
 __all__ = ["Exact", "lend"]
 
@@ -114,8 +115,10 @@ def lend(operator: LinearOperator, factor: torch.Tensor, *, exact: bool = False)
     base = operator.distinct
     if base.symmetric and factor.shape == base.shape:
         pivots = factor.diagonal(dim1=-2, dim2=-1)
-        # A matrix that is all but singular is looked at itself, so that what it is gets said.
-        if base.size and bool((pivots.amin(-1) > 1e-4 * pivots.amax(-1)).all()):
+        # A matrix that may be singular is looked at itself, so that what it is gets said: the two differ by about the length of a step of
+        # Newton's that converged, the root of the accuracy reached, and so may their eigenvalues.
+        least = 4 * auto_relative(factor.dtype) ** 0.5
+        if base.size and bool((pivots.amin(-1) > least**0.5 * pivots.amax(-1)).all()):
             status = torch.zeros(base.batch, dtype=torch.int64, device=factor.device)
             base.memo.setdefault(_LENT, _Loan(_Factor(status, cholesky=factor), exact))
 
@@ -242,11 +245,12 @@ def _factorize(matrix: torch.Tensor, symmetric: bool, definite: bool) -> _Factor
         indefinite = finite & (negative > smallest) & ~wrong
         status = torch.where(singular, torch.full_like(status, Status.MINIMUM_NORM), status)
         status = torch.where(indefinite, torch.full_like(status, Status.INDEFINITE), status)
-    lu: tuple[torch.Tensor, torch.Tensor] | None = None
+    lu: torch.Tensor | None = None
     if factor is None:
-        *lu, info = torch.linalg.lu_factor_ex(scaled)
+        lu, order, info = torch.linalg.lu_factor_ex(scaled)
     if not symmetric:
-        diagonal = lu[0].diagonal(dim1=-2, dim2=-1).abs()
+        assert lu is not None
+        diagonal = lu.diagonal(dim1=-2, dim2=-1).abs()
         doubtful = (info != 0) | (diagonal.amin(-1) < 1e3 * smallest * diagonal.amax(-1))
         if bool(doubtful.any()):
             values = svdvals(scaled)
@@ -255,7 +259,8 @@ def _factorize(matrix: torch.Tensor, symmetric: bool, definite: bool) -> _Factor
     pseudo = PseudoInverse.of(scaled, rows, columns, singular, symmetric) if bool(singular.any()) else None
     if factor is not None:
         return _Factor(status, cholesky=factor, rows=rows, columns=columns, pseudo=pseudo)
-    return _Factor(status, lu=lu, rows=rows, columns=columns, pseudo=pseudo)
+    assert lu is not None
+    return _Factor(status, lu=(lu, order), rows=rows, columns=columns, pseudo=pseudo)
 
 
 _ROUNDS = 3

@@ -109,7 +109,7 @@ _TEXT: dict[Status, tuple[str, str]] = {
         "linear_solver=Exact() or GMRES(), which do not need positive definiteness, if that is intended",
     ),
     Status.SINGULAR: (
-        "met a matrix that is singular to working precision, and a right-hand side outside its range",
+        "met a right-hand side outside the range of a matrix that is singular to working precision",
         "the solution is not unique there; add a small ridge term, or remove redundant variables",
     ),
     Status.BREAKDOWN: (

@@ -483,7 +483,8 @@ def _singular(
     residual = rhs - operator.matvec(x)
     lost = ~(residual.norm(dim=-1) <= rhs.norm(dim=-1))
     residual = torch.where(lost.unsqueeze(-1), rhs, residual)
-    proven = outside_range(operator, residual, threshold, failed, doubt(operator.size, rhs.dtype))
+    least = torch.maximum(threshold, 64 * torch.finfo(rhs.dtype).eps * rhs.norm(dim=-1))
+    proven = outside_range(operator, residual, least, failed, doubt(operator.size, rhs.dtype))
     return torch.where(proven, int(Status.SINGULAR), status)
 
 

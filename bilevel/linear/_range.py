@@ -40,16 +40,16 @@ def outside_range(
     r = torch.where(these.unsqueeze(-1), residual, 0.0)
     proven, active = torch.zeros_like(these), these
     s = operator.rmatvec(r)
-    p, square = s, torch.linalg.vecdot(s, s)
+    slope, p, square = s.norm(dim=-1), s, torch.linalg.vecdot(s, s)
     largest = torch.zeros_like(square)  # a lower bound of ‖A‖
     basis: list[torch.Tensor] = []
     for _ in range(min(2 * operator.size + 20, _MOST_STEPS)):
         q = operator.matvec(p)
         largest = torch.fmax(largest, q.norm(dim=-1) / p.norm(dim=-1))
         left = r.norm(dim=-1)
-        vanished = ~(square.sqrt() > doubt * largest * left)
+        vanished = ~(slope > doubt * largest * left)
         proven = proven | (active & vanished & (left > threshold))
-        active = active & ~vanished & (left > threshold)
+        active = active & ~vanished & (left > threshold) & (square > 0)
         if not bool(active.any()):
             break
         alpha = torch.where(active, square / torch.linalg.vecdot(q, q), 0.0).unsqueeze(-1)
@@ -57,7 +57,7 @@ def outside_range(
         if len(basis) * s.numel() < _BASIS_NUMBERS:
             basis.append(torch.where(active.unsqueeze(-1), s / square.sqrt().unsqueeze(-1), 0.0))
         s = operator.rmatvec(r)
-        kept = torch.stack(basis, 1)  # (batch, steps, n)
+        slope, kept = s.norm(dim=-1), torch.stack(basis, 1)  # (batch, steps, n)
         s = s - (kept.mT @ (kept @ s.unsqueeze(-1))).squeeze(-1)
         fresh = torch.linalg.vecdot(s, s)
         p = s + torch.where(active, fresh / square, 0.0).unsqueeze(-1) * p

@@ -116,9 +116,10 @@ def lend(operator: LinearOperator, factor: torch.Tensor, *, exact: bool = False)
     if base.symmetric and factor.shape == base.shape:
         pivots = factor.diagonal(dim1=-2, dim2=-1)
         # A matrix that may be singular is looked at itself, so that what it is gets said: the two differ by about the length of a step of
-        # Newton's that converged, the root of the accuracy reached, and so may their eigenvalues.
+        # Newton's that converged, the root of the accuracy reached, and so may their eigenvalues. What a pivot leaves of its diagonal entry
+        # does not depend on units.
         least = 4 * auto_relative(factor.dtype) ** 0.5
-        if base.size and bool((pivots.amin(-1) > least**0.5 * pivots.amax(-1)).all()):
+        if base.size and bool((pivots > least**0.5 * factor.norm(dim=-1)).all()):
             status = torch.zeros(base.batch, dtype=torch.int64, device=factor.device)
             base.memo.setdefault(_LENT, _Loan(_Factor(status, cholesky=factor), exact))
 

@@ -19,6 +19,7 @@ from bilevel.linear.exact import lend
 from bilevel.operators import LinearOperator
 from bilevel.reports import Pass, SolveReport, active_recordings, enforce, misuse
 from bilevel.solvers._base import InnerOutcome, solve_inner
+from bilevel.tolerance import auto_relative
 
 if TYPE_CHECKING:
     from bilevel._layer import Layer
@@ -68,6 +69,9 @@ class Run:
         self.spoiled = False
         self.lost: torch.Tensor | None = None  # (*batch,) bool: whose derivatives the policy wants to be NaN
         self.factor: torch.Tensor | None = None
+        self.largest: torch.Tensor | None = (
+            None  # (batch,): the norm of the largest right-hand side of this call so far
+        )
         self.one_step = False  # whether that is of the Hessians at init, and a step with them was the last
 
     def inspect(self, problem: Problem, init: torch.Tensor, memory: Memory[Tapes]) -> Look | None:
@@ -126,7 +130,8 @@ class Run:
         solver = layer.linear_solver or default_linear_solver(operator)
         reported = self.report is None or self.recordings or active_recordings() or (kept is not None and kept.warm)
         begun = None if kept is None else kept.start(rhs)
-        outcome = solve_linear(solver, operator, rhs, target, begun, product=product, seen=bool(reported))
+        noise = self._noise(rhs)
+        outcome = solve_linear(solver, operator, rhs, target, begun, product=product, seen=bool(reported), noise=noise)
         report = _report(direction, self.where, solver.name, outcome, axes)
         self.report = self.report or report
         if kept is not None and kept.warm:
@@ -138,6 +143,16 @@ class Run:
         # A quadratic's matrices are the same at a NaN: without this, what has failed would get a finite derivative.
         # Axes that a transform has added since stand in front of those of the forward pass.
         return torch.where(self.lost.unsqueeze(-1), torch.full_like(shaped, float("nan")), shaped)
+
+    def _noise(self, rhs: torch.Tensor) -> torch.Tensor | None:
+        """Return the accuracy of the right-hand sides before this one (batch, n), in what it was made of; None for the first."""
+        norm, before = rhs.norm(dim=-1).nan_to_num(0.0, 0.0), self.largest
+        # Axes that a transform has added stand in front of those of the problem.
+        if before is not None and len(norm) and len(norm) % max(1, len(before)) == 0:
+            self.largest = torch.maximum(before, norm.reshape(-1, len(before)).amax(0))
+            return auto_relative(self.dtype) * before.repeat(len(norm) // len(before))
+        self.largest = norm
+        return None
 
 
 def _report(

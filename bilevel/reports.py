@@ -127,7 +127,7 @@ _TEXT: dict[Status, tuple[str, str]] = {
     Status.MINIMUM_NORM: (
         "met a singular matrix with the right-hand side in its range, and returned the solution of smallest Euclidean norm",
         "nothing needs doing if the solution is unique up to a symmetry, or what you compute does not depend on the free directions; "
-        "to make the solution unique, pin one unknown or add a small ridge term",
+        "to make the solution unique, pin one unknown or add a small ridge term such as 1e-3 * ((x - x0) ** 2).sum() with a fixed x0",
     ),
     Status.RUNNING: ("has not ended", "this is a fault of the library; please report it"),
 }
@@ -140,8 +140,8 @@ _NOT_FINITE_GIVEN = (
 )
 
 _NOT_INVARIANT = (
-    "what is differentiated depends on a direction in which the solution is not unique: pin one unknown, add a small ridge term to the "
-    "objective, or make the outcome invariant along that direction"
+    "what is differentiated depends on a direction in which the solution is not unique: pin one unknown, add a small ridge term such as "
+    "1e-3 * ((x - x0) ** 2).sum() with a fixed x0 to the objective, or make the outcome invariant along that direction"
 )
 
 

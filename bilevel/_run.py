@@ -69,9 +69,8 @@ class Run:
         self.spoiled = False
         self.lost: torch.Tensor | None = None  # (*batch,) bool: whose derivatives the policy wants to be NaN
         self.factor: torch.Tensor | None = None
-        self.largest: torch.Tensor | None = (
-            None  # (batch,): the norm of the largest right-hand side of this call so far
-        )
+        self.last_rhs: torch.Tensor | None = None  # of this call's linear solves
+        self.largest: torch.Tensor | None = None  # (batch,): the norm of the largest before that
         self.one_step = False  # whether that is of the Hessians at init, and a step with them was the last
 
     def inspect(self, problem: Problem, init: torch.Tensor, memory: Memory[Tapes]) -> Look | None:
@@ -146,13 +145,19 @@ class Run:
 
     def _noise(self, rhs: torch.Tensor) -> torch.Tensor | None:
         """Return the accuracy of the right-hand sides before this one (batch, n), in what it was made of; None for the first."""
-        norm, before = rhs.norm(dim=-1).nan_to_num(0.0, 0.0), self.largest
+        last, self.last_rhs = self.last_rhs, rhs.detach()
+        if last is None:
+            return None
+        norm = last.norm(dim=-1).nan_to_num(0.0, 0.0)
         # Axes that a transform has added stand in front of those of the problem.
-        if before is not None and len(norm) and len(norm) % max(1, len(before)) == 0:
-            self.largest = torch.maximum(before, norm.reshape(-1, len(before)).amax(0))
-            return auto_relative(self.dtype) * before.repeat(len(norm) // len(before))
-        self.largest = norm
-        return None
+        fits = self.largest is not None and len(norm) % max(1, len(self.largest)) == 0
+        if self.largest is not None and fits and len(norm):
+            self.largest = torch.maximum(self.largest, norm.reshape(-1, len(self.largest)).amax(0))
+        else:
+            self.largest = norm
+        if not len(rhs) or len(rhs) % max(1, len(self.largest)):
+            return None
+        return auto_relative(self.dtype) * self.largest.repeat(len(rhs) // len(self.largest))
 
 
 def _report(

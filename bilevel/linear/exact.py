@@ -206,6 +206,10 @@ class _Factor:
         return solved.index_put((these,), self.pseudo.apply(right[these]))
 
 
+# The entries of small matrices, too, are wrong by some units in the last place.
+_LEAST_ORDER = 32
+
+
 def _factorize(matrix: torch.Tensor, symmetric: bool, definite: bool) -> _Factor:
     """Factorise (batch, n, n); ``definite`` says that a negative eigenvalue, if it is small, can be nothing but an error of the matrix."""
     status = torch.zeros(matrix.shape[0], dtype=torch.int64, device=matrix.device)
@@ -218,7 +222,7 @@ def _factorize(matrix: torch.Tensor, symmetric: bool, definite: bool) -> _Factor
         status = torch.where(finite, status, torch.full_like(status, Status.NOT_FINITE))
         eye = torch.eye(n, dtype=matrix.dtype, device=matrix.device)
         matrix = torch.where(finite[:, None, None], matrix, eye)
-    smallest = n * torch.finfo(matrix.dtype).eps
+    smallest = max(n, _LEAST_ORDER) * torch.finfo(matrix.dtype).eps
     factor: torch.Tensor | None = None
     if symmetric:
         factor, info = torch.linalg.cholesky_ex(matrix)

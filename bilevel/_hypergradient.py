@@ -18,7 +18,7 @@ from bilevel.certificates._point import Point
 from bilevel.certificates.bound import Bound
 from bilevel.certificates.constants import Constants
 from bilevel.errors import ArgumentError, ConstantsError
-from bilevel.reports import Basis, SolveReport, Status
+from bilevel.reports import Basis, SolveReport
 
 __all__ = ["Hypergradient", "HypergradientReport", "assemble"]
 
@@ -91,7 +91,7 @@ def _moved(report: SolveReport, residual: torch.Tensor, steps: int) -> SolveRepo
 
 
 def _worse(forward: SolveReport, backward: SolveReport) -> SolveReport:
-    codes = torch.where(forward.status_code != Status.CONVERGED, forward.status_code, backward.status_code)
+    codes = torch.where(~forward.converged, forward.status_code, backward.status_code)
     return SolveReport(
         forward.direction, forward.where, forward.solver, codes, forward.iterations, forward.residual_norm,
         forward.threshold, forward.error_bound, forward.basis, forward.scale,

@@ -21,7 +21,7 @@ from bilevel.operators import LinearOperator
 from bilevel.reports import OnFailure, Pass, SolveReport, active_recordings, check_policy, enforce, misuse
 from bilevel.solvers._base import InnerSolver, as_inner_solver
 from bilevel.solvers._judge import InnerOutcome, solve_inner
-from bilevel.tolerance import Tolerance
+from bilevel.tolerance import Tolerance, auto_relative
 
 __all__ = ["Adjoint", "Inspector", "Setting", "SolveCall", "SolveSettings"]
 
@@ -177,6 +177,8 @@ class SolveCall:
         self.lost: torch.Tensor | None = None  # (*batch,) bool: whose derivatives the policy wants to be NaN
         self.residual: torch.Tensor | None = None  # at the solution (batch, n), for who wants the adjoint
         self.factor: torch.Tensor | None = None
+        self.last_rhs: torch.Tensor | None = None  # of this call's linear solves
+        self.largest: torch.Tensor | None = None  # (batch,): the norm of the largest before that
         self.one_step = False  # whether that is of the Hessians at init, and a step with them was the last
 
     def inspect(self, problem: Problem, init: torch.Tensor, *, again: bool = False) -> Look | None:
@@ -235,7 +237,8 @@ class SolveCall:
         solver = settings.linear_solver or default_linear_solver(operator)
         reported = self.report is None or self.recordings or active_recordings() or on_adjoint is not None
         begun = None if product is None else settings.start(rhs)
-        outcome = solve_linear(solver, operator, rhs, target, begun, product=product, seen=bool(reported))
+        noise = self._noise(rhs)
+        outcome = solve_linear(solver, operator, rhs, target, begun, product=product, seen=bool(reported), noise=noise)
         report = _report(direction, self.where, solver.name, outcome, axes)
         self.report = self.report or report
         if on_adjoint is not None and self.residual is not None:
@@ -247,6 +250,22 @@ class SolveCall:
         # A quadratic's matrices are the same at a NaN: without this, what has failed would get a finite derivative.
         # Axes that a transform has added since stand in front of those of the forward pass.
         return torch.where(self.lost.unsqueeze(-1), torch.full_like(shaped, float("nan")), shaped)
+
+    def _noise(self, rhs: torch.Tensor) -> torch.Tensor | None:
+        """Return the accuracy of the right-hand sides before this one (batch, n), in what it was made of; None for the first."""
+        last, self.last_rhs = self.last_rhs, rhs.detach()
+        if last is None:
+            return None
+        norm = last.norm(dim=-1).nan_to_num(0.0, 0.0)
+        # Axes that a transform has added stand in front of those of the problem.
+        fits = self.largest is not None and len(norm) % max(1, len(self.largest)) == 0
+        if self.largest is not None and fits and len(norm):
+            self.largest = torch.maximum(self.largest, norm.reshape(-1, len(self.largest)).amax(0))
+        else:
+            self.largest = norm
+        if not len(rhs) or len(rhs) % max(1, len(self.largest)):
+            return None
+        return auto_relative(self.dtype) * self.largest.repeat(len(rhs) // len(self.largest))
 
 
 def _report(

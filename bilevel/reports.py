@@ -59,6 +59,7 @@ class Status(_Named):
     LINE_SEARCH_FAILED = 10
     RUNNING = 11
     REFUTED = 12
+    MINIMUM_NORM = 13
     KINK = 14
 
     @property
@@ -74,7 +75,7 @@ class Status(_Named):
     @property
     def success(self) -> bool:
         """Whether the solve did what was asked of it (a budget spent with no accuracy asked included)."""
-        return self in (Status.CONVERGED, Status.BUDGET_SPENT)
+        return self in (Status.CONVERGED, Status.BUDGET_SPENT, Status.MINIMUM_NORM)
 
 
 _TEXT: dict[Status, tuple[str, str]] = {
@@ -109,8 +110,8 @@ _TEXT: dict[Status, tuple[str, str]] = {
         "linear_solver=Exact() or GMRES(), which do not need positive definiteness, if that is intended",
     ),
     Status.SINGULAR: (
-        "met a matrix that is singular to working precision",
-        "the solution is not unique there; add a small ridge term, remove redundant variables, or damp the system",
+        "met a right-hand side outside the range of a matrix that is singular to working precision",
+        "the solution is not unique there; add a small ridge term, or remove redundant variables",
     ),
     Status.BREAKDOWN: (
         "met a division by zero in its recurrence",
@@ -128,6 +129,11 @@ _TEXT: dict[Status, tuple[str, str]] = {
         "ended at a kink of the objective, where the gradient jumps and torch's slope is a convention",
         "start elsewhere if the point is no minimum; otherwise replace |x|, max or relu by a smooth function, such as (x**2 + 1e-6).sqrt()",
     ),
+    Status.MINIMUM_NORM: (
+        "met a singular matrix with the right-hand side in its range, and returned the solution of smallest Euclidean norm",
+        "nothing needs doing if the solution is unique up to a symmetry, or what you compute does not depend on the free directions; "
+        "to make the solution unique, pin one unknown or add a small ridge term such as 1e-3 * ((x - x0) ** 2).sum() with a fixed x0",
+    ),
     Status.RUNNING: ("has not ended", "this is a fault of the library; please report it"),
 }
 
@@ -136,6 +142,11 @@ _WIDER = "use float64, "
 _NOT_FINITE_GIVEN = (
     "the right-hand side, in reverse mode the gradient with respect to the solution, was not finite already: look for a log, square root or "
     "division outside its domain in what was computed from the solution, and in forward mode at the tangents and the objective's arguments"
+)
+
+_NOT_INVARIANT = (
+    "what is differentiated depends on a direction in which the solution is not unique: pin one unknown, add a small ridge term such as "
+    "1e-3 * ((x - x0) ** 2).sum() with a fixed x0 to the objective, or make the outcome invariant along that direction"
 )
 
 
@@ -219,12 +230,12 @@ class SolveReport:
     @property
     def converged(self) -> torch.Tensor:
         """Bool, per problem: the residual reached what was asked for."""
-        return self.status_code == Status.CONVERGED
+        return (self.status_code == Status.CONVERGED) | (self.status_code == Status.MINIMUM_NORM)
 
     @property
     def success(self) -> torch.Tensor:
         """Bool, per problem: converged, or spent a budget with no accuracy asked."""
-        return (self.status_code == Status.CONVERGED) | (self.status_code == Status.BUDGET_SPENT)
+        return self.converged | (self.status_code == Status.BUDGET_SPENT)
 
     @property
     def certified(self) -> torch.Tensor:
@@ -242,8 +253,8 @@ class SolveReport:
             return f"{head} had no problems to solve"
         if failed.numel() == 0:
             budget = (codes == Status.BUDGET_SPENT).nonzero().reshape(-1)
-            status = Status.BUDGET_SPENT if budget.numel() else Status.CONVERGED
             which = int(budget[0]) if budget.numel() else int(self.residual_norm.reshape(-1).nan_to_num().argmax())
+            status = Status(int(codes[which]))
         else:
             which = int(failed[0])
             status = Status(int(codes[which]))
@@ -265,6 +276,8 @@ class SolveReport:
         if status is Status.NOT_FINITE and self.direction is Pass.BACKWARD and not math.isfinite(given):
             # Nothing is amiss with the matrix or the solver then.
             return _NOT_FINITE_GIVEN
+        if status is Status.SINGULAR and self.direction is Pass.BACKWARD:
+            return _NOT_INVARIANT
         return fitting(status.remedy, self.residual_norm.dtype)
 
     def __str__(self) -> str:

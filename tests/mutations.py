@@ -46,6 +46,7 @@ class Mutation:
 GRADCHECK = ("tests/test_implicit.py", "-k", "test_gradcheck")
 GRADGRADCHECK = ("tests/test_implicit.py", "-k", "test_gradgradcheck")
 CONFORMANCE = "tests/linear/test_conformance.py"
+MINIMUM_NORM = "tests/linear/test_minimum_norm.py"
 GUARDS = "tests/test_guard_rails.py"
 LINEAR = "tests/test_linear_solve.py"
 IMAML = "tests/meta/test_imaml.py"
@@ -121,8 +122,43 @@ MUTATIONS = (
         ("tests/linear/test_exact.py",),
     ),
     Mutation(
+        "a null space left in the answer", "linear/_pseudo_inverse.py",
+        "        return _without(self.null, solved)", "        return solved", (MINIMUM_NORM, "-k", "unknowns_as_they_are"),
+    ),
+    Mutation(
+        "a solution called of minimum norm whatever is left", "linear/_judge.py",
+        "    return torch.where(reached, int(Status.MINIMUM_NORM), status)", "    return torch.full_like(status, Status.MINIMUM_NORM)",
+        (MINIMUM_NORM, "-k", "inconsistent"),
+    ),
+    Mutation(
+        "a Hessian's small error taken for a saddle", "linear/exact.py",
+        "& (negative <= doubt(n, matrix.dtype)) & definite", "& False", (MINIMUM_NORM, "-k", "within_the_accuracy"),
+    ),
+    Mutation(
+        "a factorisation lent where the matrix may be singular", "linear/exact.py",
+        "(pivots > least**0.5 * factor.norm(dim=-1))", "(pivots > 1e-4 * pivots.amax())", (MINIMUM_NORM, "-k", "curved"),
+    ),
+    Mutation(
+        "a failed solve not asked whether it could have succeeded", "linear/_judge.py",
+        "if bool((failed & short).any()):", "if False:", (MINIMUM_NORM, "-k", "inconsistent"),
+    ),
+    Mutation(
+        "a running term that stands still taken for a budget spent", "linear/neumann.py",
+        "ended = torch.where(still, int(Status.MINIMUM_NORM), int(Status.MAX_STEPS))", "ended = int(Status.MAX_STEPS)",
+        (MINIMUM_NORM, "-k", "inconsistent and neumann"),
+    ),
+    Mutation(
+        "rounding of a former right-hand side refused", "linear/_base.py",
+        "if noise is not None and not target.asked and bool(coarse.any()):", "if False:", (MINIMUM_NORM, "-k", "second_derivatives or third"),
+    ),
+    Mutation(
+        "one problem's decomposition raised for all", "linear/_decompositions.py",
+        "    try:\n        return function(matrix)\n    except LinAlgError:", "    if True:\n        return function(matrix)\n    else:",
+        (MINIMUM_NORM, "-k", "decomposition"),
+    ),
+    Mutation(
         "a residual excused of what is ill-conditioned in any units", "linear/exact.py",
-        "(values[..., -1] > eps**0.5 * values[..., 0])", "(values[..., -1] >= 0)", ("tests/linear/test_exact.py", "-k", "excuse"),
+        "sound = (least > eps**0.5 * values[..., 0])", "sound = (least >= 0)", ("tests/linear/test_exact.py", "-k", "excuse"),
     ),
     Mutation(
         "a proposal taken for the answer whatever its residual", "linear/_base.py",
@@ -374,7 +410,7 @@ MUTATIONS = (
         "target.relative * norm, target.absolute", "1.0 * norm, target.absolute", (CONFORMANCE, "-k", "positive_definite"),
     ),
     Mutation(
-        "a stopping rule of the batch's mean", "linear/_base.py",
+        "a stopping rule of the batch's mean", "linear/_judge.py",
         "reached = residual_norm <= threshold\n    if", "reached = (residual_norm.mean() <= threshold.mean()).expand_as(residual_norm)\n    if",
         (CONFORMANCE, "-k", "one_slow_problem"),
     ),
@@ -396,7 +432,7 @@ MUTATIONS = (
     ),
     Mutation(
         "an answer beyond the largest number called solved", "linear/_base.py",
-        "beyond = (status == Status.CONVERGED) & ~torch", "beyond = (status != status) & ~torch",
+        "beyond = ((status == Status.CONVERGED) | (status == Status.MINIMUM_NORM)) & ~torch", "beyond = (status != status) & ~torch",
         ("tests/linear/test_base.py", "-k", "beyond"),
     ),
     Mutation(
@@ -439,7 +475,7 @@ MUTATIONS = (
     ),
     Mutation(
         "a singular matrix not noticed", "linear/exact.py",
-        "singular = eigenvalues.abs().amin(-1) <= smallest * largest\n", "singular = eigenvalues.abs().amin(-1) < 0 * largest\n",
+        "((eigenvalues.abs().amin(-1) <= smallest * largest) | wrong)", "(eigenvalues.abs().amin(-1) < 0)",
         (CONFORMANCE, "-k", "singular_matrix"),
     ),
     Mutation(

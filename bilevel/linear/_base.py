@@ -15,6 +15,8 @@ from typing import TypeAlias
 import torch
 
 from bilevel.errors import ArgumentError, DtypeError, ShapeError
+from bilevel.linear._decompositions import LinAlgError
+from bilevel.linear._judge import doubt, judge, refuted, rounding, rounding_floor
 from bilevel.operators import LinearOperator
 from bilevel.reports import Basis, Status
 from bilevel.tolerance import Target, Tolerance
@@ -29,6 +31,7 @@ __all__ = [
     "as_linear_solver",
     "begin",
     "check_preconditioner",
+    "doubt",
     "rounding_floor",
     "solve_linear",
 ]
@@ -46,7 +49,8 @@ class LinearSolution:
         int64 (batch,): products with the matrix that the problem needed.
     status
         int64 (batch,): a failure that the solver *noticed* (indefinite, singular, breakdown, diverged, not finite),
-        or ``Status.CONVERGED`` / ``Status.MAX_STEPS`` / ``Status.STAGNATED`` as far as it can tell.
+        or ``Status.CONVERGED`` / ``Status.MAX_STEPS`` / ``Status.STAGNATED`` as far as it can tell. ``Status.MINIMUM_NORM``: A is singular,
+        and x is what the minimum-norm solution is if there is a solution; the residual decides, and it is ``Status.SINGULAR`` if there is none.
     residual
         The true residual b − A x (batch, n), if the solver has recomputed it.
     error_bound
@@ -185,8 +189,12 @@ class CallableLinearSolver(LinearSolver):
     def solve(
         self, operator: LinearOperator, rhs: torch.Tensor, threshold: torch.Tensor, start: torch.Tensor | None = None
     ) -> LinearSolution:
-        with torch.no_grad():
-            x = self.function(operator, rhs)
+        unknown = torch.zeros(rhs.shape[0], dtype=torch.int64, device=rhs.device)
+        try:
+            with torch.no_grad():
+                x = self.function(operator, rhs)
+        except LinAlgError:  # of one matrix, and the whole batch is without an answer
+            return LinearSolution(torch.zeros_like(rhs), unknown, torch.full_like(unknown, Status.BREAKDOWN))
         if not isinstance(x, torch.Tensor) or x.shape != rhs.shape:
             got = tuple(x.shape) if isinstance(x, torch.Tensor) else type(x).__name__
             raise ShapeError(
@@ -194,7 +202,6 @@ class CallableLinearSolver(LinearSolver):
                 f"right-hand side, got {got}; return x with A x = rhs, batched as rhs is"
             )
         x = x.detach().to(rhs)
-        unknown = torch.zeros(rhs.shape[0], dtype=torch.int64, device=rhs.device)
         return LinearSolution(x, unknown, torch.full_like(unknown, Status.NOT_CONVERGED))
 
 
@@ -232,21 +239,6 @@ class LinearOutcome:
     scale: torch.Tensor
 
 
-def rounding_floor(operator: LinearOperator, x: torch.Tensor, rhs: torch.Tensor) -> torch.Tensor:
-    """Return, per problem, the residual norm that rounding alone accounts for: one product.
-
-    Moving every entry of x by one unit in its last place moves A x by about eps ‖A (s∘x)‖ for signs s. No
-    solver can answer for less.
-    """
-    generator = torch.Generator().manual_seed(0)
-    signs = (torch.randint(0, 2, (x.shape[-1],), generator=generator) * 2 - 1).to(x)
-    eps = torch.finfo(x.dtype).eps
-    size = rhs.norm(dim=-1)
-    floor = 32 * eps * (operator.matvec(signs * x).norm(dim=-1) + size)
-    # An x that has run away along a null vector must not excuse its own residual.
-    return torch.minimum(floor, eps**0.5 * size)
-
-
 def solve_linear(
     solver: LinearSolver,
     operator: LinearOperator,
@@ -257,6 +249,7 @@ def solve_linear(
     verify: bool = True,
     product: Callable[[torch.Tensor], torch.Tensor] | None = None,
     seen: bool = True,
+    noise: torch.Tensor | None = None,
 ) -> LinearOutcome:
     """Solve A x = b and judge the answer by its true residual.
 
@@ -281,6 +274,9 @@ def solve_linear(
     seen
         False where nobody will look at the residual: where budgets alone were meant, and all of them were spent, it is then NaN, and the
         product for it is not made. The answers and their success do not depend on it.
+    noise
+        (batch,): the norm of a part of b outside the range of A that is known to be rounding, where no accuracy was asked. In a second
+        derivative, b may be the rounding of a sum that is zero.
     """
     solution: LinearSolution | None = None
     if product is not None:
@@ -318,22 +314,30 @@ def solve_linear(
         status = torch.full_like(solution.status, Status.BUDGET_SPENT)
     else:
         residual = unit - operator.matvec(x) if solution.residual is None else solution.residual
-        status = _judge(solver, operator, unit, target, threshold, error, solution, residual.norm(dim=-1))
+        status = judge(solver, operator, unit, target, threshold, error, solution, residual.norm(dim=-1))
+        coarse = status == Status.SINGULAR
+        if noise is not None and not target.asked and bool(coarse.any()):
+            threshold = torch.where(coarse, torch.maximum(threshold, noise / size), threshold)
+            solution = _again(solver, operator, unit, threshold, coarse, solution)
+            x, residual = solution.x, unit - operator.matvec(solution.x)
+            status = judge(solver, operator, unit, target, threshold, error, solution, residual.norm(dim=-1))
     residual_norm = residual.norm(dim=-1)
     bound = torch.full_like(residual_norm, float("nan"))
     if mu is not None:
-        noise, size_of_a = _rounding(operator, x, unit)
+        rounded, size_of_a = rounding(operator, x, unit)
         bound = residual_norm / mu
         if solution.error_bound is not None:
             bound = torch.fmin(bound, solution.error_bound)
-        bound = bound + noise / mu
-        refuted = _refuted(operator, x, unit - residual, mu, size_of_a)
+        bound = bound + rounded / mu
+        contradicted = refuted(operator, x, unit - residual, mu, size_of_a)
         if solution.refuted is not None:
-            refuted = refuted | solution.refuted
+            contradicted = contradicted | solution.refuted
         # It is said of whatever ended for want of steps or digits, too: it is the graver fault.
-        refuted = refuted & (status <= Status.STAGNATED)
-        status = torch.where(refuted, torch.full_like(status, Status.REFUTED), status)
-        bound = torch.where(refuted, torch.full_like(bound, float("nan")), bound)
+        contradicted = contradicted & (status <= Status.STAGNATED) | (
+            status == Status.MINIMUM_NORM
+        )  # with an eigenvalue 0
+        status = torch.where(contradicted, torch.full_like(status, Status.REFUTED), status)
+        bound = torch.where(contradicted, torch.full_like(bound, float("nan")), bound)
     x, residual_norm = x * scale, residual_norm * size
     if not sound:
         status = torch.where(finite.squeeze(-1), status, torch.full_like(status, Status.NOT_FINITE))
@@ -342,12 +346,30 @@ def solve_linear(
         residual_norm, norm = (torch.where(finite.squeeze(-1), length, unknown) for length in (residual_norm, norm))
     if not bool(torch.isfinite(x.sum())):
         # The answer to a scaled problem may lie beyond the largest number of its dtype.
-        beyond = (status == Status.CONVERGED) & ~torch.isfinite(x).all(dim=-1)
+        beyond = ((status == Status.CONVERGED) | (status == Status.MINIMUM_NORM)) & ~torch.isfinite(x).all(dim=-1)
         status = torch.where(beyond, torch.full_like(status, Status.NOT_FINITE), status)
     return LinearOutcome(
         x, status, solution.iterations, residual * scale, residual_norm, threshold * size, bound * size,
         Basis.RESIDUAL if mu is None else Basis.CERTIFIED, norm * size,
     )  # fmt: skip
+
+
+def _again(
+    solver: LinearSolver,
+    operator: LinearOperator,
+    rhs: torch.Tensor,
+    threshold: torch.Tensor,
+    these: torch.Tensor,
+    found: LinearSolution,
+) -> LinearSolution:
+    """Solve ``these`` singular systems (batch,) again, to another threshold: an iterate that went beyond it has run away along null vectors."""
+    again = solver.solve(operator, torch.where(these.unsqueeze(-1), rhs, 0.0), threshold)
+    status = torch.where(again.status == Status.CONVERGED, int(Status.MINIMUM_NORM), again.status)
+    return LinearSolution(
+        torch.where(these.unsqueeze(-1), again.x, found.x),
+        found.iterations + torch.where(these, again.iterations, 0),
+        torch.where(these, status, found.status),
+    )
 
 
 def _proposed(
@@ -403,75 +425,5 @@ def _as_meant(solution: LinearSolution, target: Target) -> bool:
     return meant and bool((solution.status == Status.MAX_STEPS).all()) and bool(torch.isfinite(solution.x.sum()))
 
 
-def _rounding(operator: LinearOperator, x: torch.Tensor, rhs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return, per problem, what rounding can hide in b − A x, and an estimate of ‖A‖; one product.
-
-    As :func:`rounding_floor`, without the clause for an x that has run away: its bound is to be as large as it is.
-    """
-    generator = torch.Generator().manual_seed(1)
-    signs = (torch.randint(0, 2, (x.shape[-1],), generator=generator) * 2 - 1).to(x)
-    eps = torch.finfo(x.dtype).eps
-    product, size = operator.matvec(signs * x).norm(dim=-1), x.norm(dim=-1)
-    tiny = torch.finfo(x.dtype).tiny
-    return 8 * eps * (product + rhs.norm(dim=-1)), product / size.clamp_min(tiny)
-
-
-def _refuted(
-    operator: LinearOperator, x: torch.Tensor, product: torch.Tensor, mu: float, size_of_a: torch.Tensor
-) -> torch.Tensor:
-    """Return where A x = ``product`` proves that μ is too large: xᵀAx < μ‖x‖², or ‖A x‖ < μ‖x‖ where A is not symmetric."""
-    square = torch.linalg.vecdot(x, x)
-    measured = torch.linalg.vecdot(x, product) if operator.symmetric else product.norm(dim=-1) * square.sqrt()
-    eps = torch.finfo(x.dtype).eps
-    # The margin: μ may have been computed in another way, and the product is rounded.
-    least = mu * (1 - 1e-4) - 64 * eps * (size_of_a + product.norm(dim=-1) / square.sqrt())
-    return (square > torch.finfo(x.dtype).tiny) & (measured < least * square)
-
-
 def _safe(start: torch.Tensor) -> torch.Tensor:
     return start.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
-
-
-def _judge(
-    solver: LinearSolver,
-    operator: LinearOperator,
-    rhs: torch.Tensor,
-    target: Target,
-    threshold: torch.Tensor,
-    error: torch.Tensor,
-    solution: LinearSolution,
-    residual_norm: torch.Tensor,
-) -> torch.Tensor:
-    noticed = solution.status
-    if bool(((noticed == Status.CONVERGED) & (residual_norm <= threshold)).all()):
-        return noticed
-    ended = (
-        (noticed == Status.CONVERGED)
-        | (noticed == Status.MAX_STEPS)
-        | (noticed == Status.STAGNATED)
-        | (noticed == Status.NOT_CONVERGED)
-        | (noticed == Status.BREAKDOWN)  # a breakdown at the solution is a solution
-        | (noticed == Status.DIVERGED)
-    )
-    reached = residual_norm <= threshold
-    if solution.error_bound is not None:
-        reached = reached | (solution.error_bound <= error)
-    if solution.floor is not None and not target.asked:
-        reached = reached | (residual_norm <= solution.floor)
-    # Whether a budget that alone was meant ended within rounding is not worth a product.
-    spent_as_meant = (noticed == Status.MAX_STEPS) & target.silent
-    if not bool((reached | ~ended | spent_as_meant).all()) and not target.asked:
-        reached = reached | (residual_norm <= rounding_floor(operator, solution.x, rhs))
-    status = noticed
-    short = ended & ~reached
-    if bool(short.any()):
-        # A solver that believes it has converged, and has not, has met the limit of its arithmetic.
-        believed = noticed == Status.CONVERGED
-        status = torch.where(short & believed, torch.full_like(status, Status.STAGNATED), status)
-        if not target.asked and (solver.has_budget or target.silent):
-            spent = short & ((noticed == Status.MAX_STEPS) | (target.silent & (noticed != Status.DIVERGED)))
-            status = torch.where(spent, torch.full_like(status, Status.BUDGET_SPENT), status)
-    status = torch.where(ended & reached, torch.full_like(status, Status.CONVERGED), status)
-    # A singular matrix makes infinities; that it is singular says more.
-    bad = ~torch.isfinite(residual_norm) & ended
-    return torch.where(bad, torch.full_like(status, Status.NOT_FINITE), status)

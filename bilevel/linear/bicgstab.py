@@ -21,7 +21,7 @@ class BiCGStab(LinearSolver):
     """Stabilised bi-conjugate gradients: any regular A, two products for each step and seven vectors of memory.
 
     A recurrence that divides by zero starts again from the true residual with a new shadow, up to ten times, and ends as
-    breakdown. Problems end on their true residual.
+    breakdown. Problems end on their true residual. Of a singular A, as :class:`GMRES`.
 
     Parameters
     ----------

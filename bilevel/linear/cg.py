@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from bilevel._checks import check_steps
-from bilevel.linear._base import LinearSolution, LinearSolver, Preconditioner, begin, check_preconditioner
+from bilevel.linear._base import LinearSolution, LinearSolver, Preconditioner, begin, check_preconditioner, doubt
 from bilevel.linear._lone import Lone, run_alone
 from bilevel.linear._radau import RadauBound
 from bilevel.operators import LinearOperator
@@ -28,6 +28,11 @@ class CG(LinearSolver):
     not positive definite: the problem ends there as indefinite, at its last iterate. In dtypes below float64, and in
     float64 once the two residuals have parted, residuals are kept orthogonal to all former ones, without which 20 steps
     on 20,000 unknowns in float32 lose a third of the answer.
+
+    A positive semidefinite A is no failure where b lies in its range: from zero, iterates stay in the range too, and tend to the solution of
+    smallest Euclidean norm. The status is ``MINIMUM_NORM`` if a direction without curvature was met, ``CONVERGED`` if none was;
+    ``SINGULAR`` if the residual's part along such a direction is too large. A start or a preconditioner brings a part in the null space
+    with it; where that is noticed, the system is solved again without.
 
     Where μ is known, Gauss–Radau quadrature bounds the error at each step, and a problem whose δ′ was asked for ends as soon as that
     bound, with the drift of the residual added, is below it: earlier than ‖b − A x‖ ≤ μ δ′ would have it, by up to √κ.
@@ -73,7 +78,19 @@ class CG(LinearSolver):
     def solve(
         self, operator: LinearOperator, rhs: torch.Tensor, threshold: torch.Tensor, start: torch.Tensor | None = None
     ) -> LinearSolution:
-        return self._run(operator, rhs, threshold, start, None, threshold)
+        solution = self._run(operator, rhs, threshold, start, None, threshold)
+        free = solution.status == Status.MINIMUM_NORM
+        if (start is None and self.preconditioner is None) or not bool(free.any()):
+            return solution
+        plain = replace(self, preconditioner=None)._run(
+            operator, torch.where(free.unsqueeze(-1), rhs, 0.0), threshold, None, None, threshold
+        )
+        status = torch.where(plain.status == Status.CONVERGED, int(Status.MINIMUM_NORM), plain.status)
+        return LinearSolution(
+            torch.where(free.unsqueeze(-1), plain.x, solution.x),
+            solution.iterations + torch.where(free, plain.iterations, 0),
+            torch.where(free, status, solution.status),
+        )
 
     def solve_certified(
         self,
@@ -136,6 +153,7 @@ class CG(LinearSolver):
         z = r if precondition is None else precondition(r)
         p, rz = z, torch.linalg.vecdot(r, z)
         taken, held = 0, None  # steps, and the product of the next
+        met = torch.zeros_like(active)  # where a direction without curvature was
         if begun is not None:
             x, r, p, held, taken = begun.x, begun.r, begun.p, begun.product, begun.steps
             z, rz, largest = r, torch.full_like(norm, begun.rr), torch.full_like(norm, begun.largest)
@@ -155,10 +173,9 @@ class CG(LinearSolver):
                 # The budget is spent: what would lead on from here is not needed, and the true residual will judge.
                 iterations = torch.where(active, limit, iterations)
                 flat = active & ~curved & torch.isfinite(quotient)
-                indefinite = _bent(quotient, Ap.norm(dim=-1) / p.norm(dim=-1), largest, operator.size * eps)
-                status = torch.where(
-                    flat, torch.where(indefinite, int(Status.INDEFINITE), int(Status.SINGULAR)), status
-                )
+                indefinite = _bent(quotient, Ap.norm(dim=-1) / p.norm(dim=-1), largest, operator.size)
+                verdict = torch.where(indefinite, int(Status.INDEFINITE), int(Status.MINIMUM_NORM))
+                status = torch.where(flat, verdict, status)
                 # The step that a NaN has kept from being taken leaves no trace in x.
                 status = torch.where(active & torch.isnan(quotient), int(Status.NOT_FINITE), status)
                 break
@@ -177,10 +194,15 @@ class CG(LinearSolver):
                 event = active & ~going
                 iterations = torch.where(event, step + 1, iterations)
                 flat = event & ~curved & torch.isfinite(quotient)
-                indefinite = _bent(quotient, Ap.norm(dim=-1) / p.norm(dim=-1), largest, operator.size * eps)
-                verdict = torch.where(indefinite, int(Status.INDEFINITE), int(Status.SINGULAR))
-                status = torch.where(flat, verdict, status)
-                seeming = event & ~flat  # the true residual of these has to be looked at
+                indefinite = _bent(quotient, Ap.norm(dim=-1) / p.norm(dim=-1), largest, operator.size)
+                first, met = flat & ~met, met | (flat & ~indefinite)
+                # Rounding leads into the null space too. That b is not in the range takes a part of the residual in there that is too
+                # large, and is not the part of p that is outside it: ‖Ap‖² ≤ ‖A‖ pᵀAp says how much that is.
+                inside = torch.linalg.vecdot(r, p) / p.norm(dim=-1)
+                outside = (inside > 2 * threshold) & (inside > 16 * tiny**0.5 * r.norm(dim=-1))
+                verdict = torch.where(indefinite, int(Status.INDEFINITE), int(Status.MINIMUM_NORM))
+                status = torch.where(flat & (indefinite | outside), verdict, status)
+                seeming = event & (status == Status.RUNNING)  # the true residual of these has to be looked at
                 again = seeming & False
                 if bool(seeming.any()):
                     true = rhs - operator.matvec(x) if verify else r
@@ -191,9 +213,12 @@ class CG(LinearSolver):
                     broken = seeming & ~torch.isfinite(actual + square)
                     # The residuals have parted: go on from the true one while that still gains a digit each time.
                     parted = seeming & ~(done | broken)
-                    stuck = parted & ((actual > 0.1 * confirmed) | (replacements >= _MOST_REPLACEMENTS))
-                    status = torch.where(done, int(Status.CONVERGED), status)
-                    status = torch.where(stuck, int(Status.STAGNATED), status)
+                    stuck = parted & (
+                        (actual > torch.where(first, 1.0, 0.1) * confirmed) | (replacements >= _MOST_REPLACEMENTS)
+                    )
+                    solved = torch.where(met, int(Status.MINIMUM_NORM), int(Status.CONVERGED))
+                    status = torch.where(done, solved, status)
+                    status = torch.where(stuck, torch.where(met, solved, int(Status.STAGNATED)), status)
                     status = torch.where(broken, int(Status.NOT_FINITE), status)
                     again = parted & ~stuck
                 active = status == Status.RUNNING
@@ -223,11 +248,11 @@ class CG(LinearSolver):
         return LinearSolution(x, iterations, status, true, proven, radau.refuted)
 
 
-def _bent(quotient: torch.Tensor, bend: torch.Tensor, largest: torch.Tensor, rounding: float) -> torch.Tensor:
+def _bent(quotient: torch.Tensor, bend: torch.Tensor, largest: torch.Tensor, order: int) -> torch.Tensor:
     """Return where a direction without positive curvature proves that A is indefinite, and not merely singular.
 
     pᵀAp < 0 is the proof. So is pᵀAp = 0 with Ap ≠ 0: for a semi-definite matrix ‖Ap‖² ≤ ‖A‖ pᵀAp. Both are only as good
-    as the rounding of a product, so that a proof needs a margin over it: what lies within is called singular.
+    as the matrix is known, so that a proof needs a margin over that: what lies within is called singular.
 
     Parameters
     ----------
@@ -235,12 +260,11 @@ def _bent(quotient: torch.Tensor, bend: torch.Tensor, largest: torch.Tensor, rou
         pᵀAp / pᵀp and ‖Ap‖ / ‖p‖ (batch,).
     largest
         The largest quotient so far (batch,), below ‖A‖.
-    rounding
-        n·eps.
+    order
+        n.
     """
-    size = torch.maximum(largest, bend)
-    doubt = min(max(rounding, 64 * float(torch.finfo(quotient.dtype).eps)), 1e-3)
-    return (quotient < -doubt * size) | (bend**2 > 64 * doubt * size**2)
+    size, margin = torch.maximum(largest, bend), doubt(order, quotient.dtype)
+    return (quotient < -margin * size) | (bend**2 > 64 * margin * size**2)
 
 
 class _Basis:

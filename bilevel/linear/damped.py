@@ -10,6 +10,7 @@ from bilevel._checks import check_number
 from bilevel.linear._base import LinearSolution, LinearSolver, LinearSolverLike, as_linear_solver
 from bilevel.linear.cg import CG
 from bilevel.operators import DampedOperator, LinearOperator
+from bilevel.reports import Status
 
 __all__ = ["Damped"]
 
@@ -20,7 +21,7 @@ class Damped(LinearSolver):
 
     Where an inner solve stops short of a minimum, A may have negative eigenvalues, and methods for positive definite
     matrices break down. With γ above the size of those, the damped system is sound, at the price of a bias towards
-    x = b/γ, which the residual tells.
+    x = b/γ, which the residual tells. With no accuracy asked that bias is no failure: the report says ``BUDGET_SPENT``, and the residual.
 
     Parameters
     ----------
@@ -57,7 +58,7 @@ class Damped(LinearSolver):
 
     @property
     def has_budget(self) -> bool:
-        return as_linear_solver(self.solver).has_budget
+        return True  # damping is chosen, and its bias with it
 
     @property
     def name(self) -> str:
@@ -70,5 +71,7 @@ class Damped(LinearSolver):
         damped = solver.solve(DampedOperator(operator, self.damping), rhs, threshold, start)
         if damped.residual is None:
             return damped
+        # What the damped system was solved for, and A x = b was not.
+        status = torch.where(damped.status == Status.CONVERGED, int(Status.MAX_STEPS), damped.status)
         # b − A x = [b − (A + γI) x] + γ x: no product more.
-        return LinearSolution(damped.x, damped.iterations, damped.status, damped.residual + self.damping * damped.x)
+        return LinearSolution(damped.x, damped.iterations, status, damped.residual + self.damping * damped.x)

@@ -8,9 +8,12 @@ from dataclasses import dataclass
 import torch
 
 from bilevel.errors import ArgumentError
-from bilevel.linear._base import LinearSolution, LinearSolver
+from bilevel.linear._base import LinearSolution, LinearSolver, doubt
+from bilevel.linear._decompositions import eigvalsh, svdvals
+from bilevel.linear._pseudo_inverse import PseudoInverse
 from bilevel.operators import LinearOperator
 from bilevel.reports import Status
+from bilevel.tolerance import auto_relative
 
 __all__ = ["Exact", "lend"]
 
@@ -72,14 +75,14 @@ class Exact(LinearSolver):
                 return LinearSolution(x, torch.full_like(done, n), done, residual)
         factor = base.memo.get(Exact)
         if factor is None:
-            factor = _factorize(base.dense(), base.symmetric)
+            factor = _factorize(base.dense(), base.symmetric, base.expect_definite)
             base.memo[Exact] = factor
         x, residual, _ = _refine(factor, operator, rhs, threshold, 1)
         status = factor.status
         if self.indefinite or not base.expect_definite:
             meant = torch.full_like(status, Status.CONVERGED)
-            if factor.singular is not None:
-                meant = torch.where(factor.singular, torch.full_like(status, Status.SINGULAR), meant)
+            if factor.pseudo is not None:
+                meant = torch.where(factor.pseudo.singular, torch.full_like(status, Status.MINIMUM_NORM), meant)
             status = torch.where(status == Status.INDEFINITE, meant, status)
         status = status.repeat(operator.repeats)
         floor = None if bool((residual.norm(dim=-1) <= threshold).all()) else _floor(factor, operator, x, rhs)
@@ -112,8 +115,11 @@ def lend(operator: LinearOperator, factor: torch.Tensor, *, exact: bool = False)
     base = operator.distinct
     if base.symmetric and factor.shape == base.shape:
         pivots = factor.diagonal(dim1=-2, dim2=-1)
-        # A matrix that is all but singular is looked at itself, so that what it is gets said.
-        if base.size and bool((pivots.amin(-1) > 1e-4 * pivots.amax(-1)).all()):
+        # A matrix that may be singular is looked at itself, so that what it is gets said: the two differ by about the length of a step of
+        # Newton's that converged, the root of the accuracy reached, and so may their eigenvalues. What a pivot leaves of its diagonal entry
+        # does not depend on units.
+        least = 4 * auto_relative(factor.dtype) ** 0.5
+        if base.size and bool((pivots > least**0.5 * factor.norm(dim=-1)).all()):
             status = torch.zeros(base.batch, dtype=torch.int64, device=factor.device)
             base.memo.setdefault(_LENT, _Loan(_Factor(status, cholesky=factor), exact))
 
@@ -152,13 +158,16 @@ def _floor(factor: _Factor, operator: LinearOperator, x: torch.Tensor, rhs: torc
     if factor.rows is None or factor.columns is None:
         return None
     matrix, eps = operator.distinct.dense().nan_to_num(), torch.finfo(rhs.dtype).eps
-    values = torch.linalg.svdvals(factor.rows.unsqueeze(-1) * matrix * factor.columns.unsqueeze(-2))
+    values = svdvals(factor.rows.unsqueeze(-1) * matrix * factor.columns.unsqueeze(-2))
+    least = values[..., -1]
+    if factor.pseudo is not None:  # which leaves the least ones out
+        kept = torch.where(values > factor.pseudo.cutoff * values[..., :1], values, values[..., :1])
+        least = torch.where(factor.pseudo.singular, kept.amin(-1), least)
     # An x that has run away along a null vector must not excuse its own residual.
-    sound = ((values[..., -1] > eps**0.5 * values[..., 0]) & (factor.status != Status.NOT_FINITE)).repeat(
-        operator.repeats
-    )
+    sound = (least > eps**0.5 * values[..., 0]) & (factor.status != Status.NOT_FINITE)
     reach = _columnwise(matrix.abs().matmul, operator, x.abs()) + rhs.abs()
-    return torch.where(sound, operator.size * eps * reach.norm(dim=-1), torch.zeros_like(sound, dtype=rhs.dtype))
+    floor = torch.where(sound.repeat(operator.repeats), operator.size * eps * reach.norm(dim=-1), 0.0)
+    return floor if factor.pseudo is None else torch.minimum(floor, eps**0.5 * rhs.norm(dim=-1))
 
 
 def _columnwise(
@@ -174,7 +183,7 @@ def _columnwise(
 class _Factor:
     """A batch of factorisations: Cholesky if every matrix allows it, else LU, of the matrices scaled by ``rows`` and ``columns``.
 
-    ``singular`` says which of the symmetric ones are, also where their status is that they are indefinite.
+    The singular ones have a pseudo-inverse, also where their status is that they are indefinite.
     """
 
     status: torch.Tensor
@@ -182,17 +191,27 @@ class _Factor:
     lu: tuple[torch.Tensor, torch.Tensor] | None = None
     rows: torch.Tensor | None = None
     columns: torch.Tensor | None = None
-    singular: torch.Tensor | None = None
+    pseudo: PseudoInverse | None = None
 
     def solve(self, right: torch.Tensor) -> torch.Tensor:
         if self.cholesky is not None:
-            return torch.cholesky_solve(right, self.cholesky)
-        assert self.lu is not None and self.rows is not None and self.columns is not None
-        solved: torch.Tensor = torch.linalg.lu_solve(*self.lu, self.rows.unsqueeze(-1) * right)
-        return self.columns.unsqueeze(-1) * solved
+            solved = torch.cholesky_solve(right, self.cholesky)
+        else:
+            assert self.lu is not None and self.rows is not None and self.columns is not None
+            solved = torch.linalg.lu_solve(*self.lu, self.rows.unsqueeze(-1) * right)
+            solved = self.columns.unsqueeze(-1) * solved
+        if self.pseudo is None:
+            return solved
+        these = self.pseudo.singular
+        return solved.index_put((these,), self.pseudo.apply(right[these]))
 
 
-def _factorize(matrix: torch.Tensor, symmetric: bool) -> _Factor:
+# The entries of small matrices, too, are wrong by some units in the last place.
+_LEAST_ORDER = 32
+
+
+def _factorize(matrix: torch.Tensor, symmetric: bool, definite: bool) -> _Factor:
+    """Factorise (batch, n, n); ``definite`` says that a negative eigenvalue, if it is small, can be nothing but an error of the matrix."""
     status = torch.zeros(matrix.shape[0], dtype=torch.int64, device=matrix.device)
     n = matrix.shape[-1]
     if n == 0:
@@ -203,9 +222,8 @@ def _factorize(matrix: torch.Tensor, symmetric: bool) -> _Factor:
         status = torch.where(finite, status, torch.full_like(status, Status.NOT_FINITE))
         eye = torch.eye(n, dtype=matrix.dtype, device=matrix.device)
         matrix = torch.where(finite[:, None, None], matrix, eye)
-    smallest = n * torch.finfo(matrix.dtype).eps
+    smallest = max(n, _LEAST_ORDER) * torch.finfo(matrix.dtype).eps
     factor: torch.Tensor | None = None
-    rank_deficient: torch.Tensor | None = None
     if symmetric:
         factor, info = torch.linalg.cholesky_ex(matrix)
         if bool((info == 0).all()):
@@ -220,28 +238,34 @@ def _factorize(matrix: torch.Tensor, symmetric: bool) -> _Factor:
     # Units that differ by many orders make a condition number that says nothing of the matrix: elimination does not mind.
     rows, columns = _scales(matrix, symmetric)
     scaled = rows.unsqueeze(-1) * matrix * columns.unsqueeze(-2)
+    singular = torch.zeros_like(finite)
     if symmetric:
-        eigenvalues = torch.linalg.eigvalsh(scaled)
+        eigenvalues = eigvalsh(scaled)
         largest = eigenvalues.abs().amax(-1)
-        singular = eigenvalues.abs().amin(-1) <= smallest * largest
-        rank_deficient = singular
-        indefinite = ~singular & (eigenvalues[..., 0] < 0)
-        status = torch.where(indefinite & (status == 0), torch.full_like(status, Status.INDEFINITE), status)
-        status = torch.where(singular & (status == 0), torch.full_like(status, Status.SINGULAR), status)
-        if factor is not None:
-            return _Factor(status, cholesky=factor, rows=rows, columns=columns)
+        negative = -eigenvalues[..., 0] / largest
+        # A Hessian's small negative eigenvalue at a minimum is an error of the matrix, and what it says of the size of errors.
+        wrong = (negative > smallest) & (negative <= doubt(n, matrix.dtype)) & definite
+        singular = finite & ((eigenvalues.abs().amin(-1) <= smallest * largest) | wrong)
         # A matrix with a negative eigenvalue beyond rounding beside a zero one is both; indefinite says more.
-        both = singular & (eigenvalues[..., 0] < -smallest * largest) & finite
-        status = torch.where(both, torch.full_like(status, Status.INDEFINITE), status)
-    lu, pivots_, info = torch.linalg.lu_factor_ex(scaled)
+        indefinite = finite & (negative > smallest) & ~wrong
+        status = torch.where(singular, torch.full_like(status, Status.MINIMUM_NORM), status)
+        status = torch.where(indefinite, torch.full_like(status, Status.INDEFINITE), status)
+    lu: torch.Tensor | None = None
+    if factor is None:
+        lu, order, info = torch.linalg.lu_factor_ex(scaled)
     if not symmetric:
+        assert lu is not None
         diagonal = lu.diagonal(dim1=-2, dim2=-1).abs()
         doubtful = (info != 0) | (diagonal.amin(-1) < 1e3 * smallest * diagonal.amax(-1))
         if bool(doubtful.any()):
-            values = torch.linalg.svdvals(scaled)
-            singular = (values[..., -1] <= smallest * values[..., 0]) & (status == 0)
-            status = torch.where(singular, torch.full_like(status, Status.SINGULAR), status)
-    return _Factor(status, lu=(lu, pivots_), rows=rows, columns=columns, singular=rank_deficient)
+            values = svdvals(scaled)
+            singular = (values[..., -1] <= smallest * values[..., 0]) & finite
+            status = torch.where(singular, torch.full_like(status, Status.MINIMUM_NORM), status)
+    pseudo = PseudoInverse.of(scaled, rows, columns, singular, symmetric) if bool(singular.any()) else None
+    if factor is not None:
+        return _Factor(status, cholesky=factor, rows=rows, columns=columns, pseudo=pseudo)
+    assert lu is not None
+    return _Factor(status, lu=(lu, order), rows=rows, columns=columns, pseudo=pseudo)
 
 
 _ROUNDS = 3

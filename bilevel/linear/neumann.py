@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from bilevel._checks import check_number, check_steps
-from bilevel.linear._base import LinearSolution, LinearSolver, begin
+from bilevel.linear._base import LinearSolution, LinearSolver, begin, doubt
 from bilevel.operators import LinearOperator
 from bilevel.reports import Status
 
@@ -23,7 +23,8 @@ class Neumann(LinearSolver):
     """Sum x = α Σ_{j=0..K} (I − αA)ʲ b; the running term (I − αA)^{K+1} b is the residual, for free.
 
     It converges where the spectral radius of I − αA is below one; a running term that grows is reported as
-    divergence, and the best partial sum is kept.
+    divergence, and the best partial sum is kept. A running term that A maps to zero shows that A is singular and b outside its range. From
+    zero, a symmetric positive semidefinite A with b in its range gives the solution of smallest Euclidean norm.
 
     Parameters
     ----------
@@ -76,13 +77,17 @@ class Neumann(LinearSolver):
         status = torch.full(norm.shape, int(Status.RUNNING), dtype=torch.int64, device=rhs.device)
         status = torch.where(norm <= threshold, int(Status.CONVERGED), status)
         iterations = torch.zeros_like(status)
-        for _ in range(self.terms + 1):
+        still = torch.zeros_like(norm, dtype=torch.bool)
+        for term in range(self.terms + 1):
             active = status == Status.RUNNING
             if not bool(active.any()):
                 break
             moving = active.unsqueeze(-1)
             x = torch.where(moving, x + alpha * r, x)
-            r = torch.where(moving, r - alpha * operator.matvec(r), r)
+            change = alpha * operator.matvec(r)
+            if term == self.terms:
+                still = change.norm(dim=-1) <= doubt(operator.size, r.dtype) * norm
+            r = torch.where(moving, r - change, r)
             norm = r.norm(dim=-1)
             iterations = iterations + active
             improved = active & (norm < least)
@@ -95,7 +100,8 @@ class Neumann(LinearSolver):
             status = torch.where(diverged, int(Status.DIVERGED), status)
         # A budget's answer is the whole sum; that of a divergent series is its best part.
         x = torch.where((status == Status.DIVERGED).unsqueeze(-1), best, x)
-        status = torch.where(status == Status.RUNNING, int(Status.MAX_STEPS), status)
+        ended = torch.where(still, int(Status.MINIMUM_NORM), int(Status.MAX_STEPS))
+        status = torch.where(status == Status.RUNNING, ended, status)
         return LinearSolution(x, iterations, status)
 
     def _step(self, operator: LinearOperator, rhs: torch.Tensor) -> torch.Tensor:

@@ -104,7 +104,11 @@ class ScipyLinear(LinearSolver):
                 rmatvec=lambda vector, apply=apply: apply(operator.rmatvec, vector),
                 dtype=np.float64,
             )
-            found = self.function(matrix, rhs[k].detach().double().numpy(force=True), **options)
+            try:
+                found = self.function(matrix, rhs[k].detach().double().numpy(force=True), **options)
+            except np.linalg.LinAlgError:
+                iterations[k], status[k] = products, Status.BREAKDOWN
+                continue
             answer, info = (found[0], found[1]) if isinstance(found, tuple) else (found, 0)
             x[k] = torch.as_tensor(np.ravel(answer), dtype=rhs.dtype, device=rhs.device)
             iterations[k] = products

@@ -86,6 +86,11 @@ class FunctionOperator(LinearOperator):
         self._matvec = matvec
         self._rmatvec = matvec if symmetric else rmatvec
 
+    @property
+    def transposes(self) -> bool:
+        """Whether products with the transpose can be made."""
+        return self._rmatvec is not None
+
     def matvec(self, v: torch.Tensor) -> torch.Tensor:
         return self._matvec(v)
 

@@ -54,7 +54,7 @@ _REMEDIES = {
     Defect.UNCONVERGED: "raise max_steps, take Newton() or LBFGS(), or start nearer the solution",
     Defect.DIVERGED: "lower the step size, or take a solver with a line search",
     Defect.SADDLE: "add regularisation or start elsewhere; if that is intended, linear_solver=Exact(indefinite=True) or GMRES()",
-    Defect.SINGULAR: "add a small ridge term, remove redundant unknowns, or damp the system with Damped",
+    Defect.SINGULAR: "add a small ridge term, pin or remove redundant unknowns, or differentiate what does not depend on the free directions",
     Defect.ILL_CONDITIONED: "add regularisation, use float64, and take Exact() or a preconditioner",
     Defect.BADLY_SCALED: "divide each unknown by its typical size, standardise the inputs, or pass CG(preconditioner=...)",
     Defect.OUTER_IGNORES_INNER: "check that outer_objective uses its first argument, without .detach()",

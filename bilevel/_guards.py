@@ -16,6 +16,7 @@ from bilevel._inspection import Dice, buffers_of, captured_error, reaches_anothe
 from bilevel._problem import Problem
 from bilevel._seen import learn
 from bilevel._transforms import carries_gradient, eager, innermost
+from bilevel._tree import moves
 from bilevel.errors import ArgumentError, BilevelError, StochasticObjectiveError
 from bilevel.reports import OnFailure, misuse
 
@@ -139,7 +140,7 @@ def check_connection(where: str, outer: Any, cut: Sequence[int], on_failure: OnF
     names = [
         "outer" + pytree.keystr(path)
         for path, leaf in pytree.tree_flatten_with_path(outer)[0]
-        if isinstance(leaf, torch.Tensor) and leaf.is_floating_point()
+        if moves(leaf)
     ]
     error = ArgumentError(
         f"{where}: expected every tensor of outer to reach an objective, and no graph leads to "

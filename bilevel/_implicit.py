@@ -48,6 +48,7 @@ from bilevel._transforms import (
     transforms_active,
     undisturbed,
 )
+from bilevel._tree import moves
 from bilevel.operators import RepeatedOperator
 
 __all__ = ["LinearSolve", "Rule", "Solve"]
@@ -208,7 +209,7 @@ class Solve(torch.autograd.Function):
     def jvp(ctx: Any, *tangents: torch.Tensor | None) -> torch.Tensor:
         rule: Rule = ctx.rule
         x, *tensors = ctx.saved_tensors
-        moving = [t is not None and s.dtype.is_floating_point for t, s in zip(tangents[2:], tensors, strict=True)]
+        moving = [t is not None and moves(s) for t, s in zip(tangents[2:], tensors, strict=True)]
         if not any(moving):
             return torch.zeros_like(x)
         chosen, residual = _in_terms_of(rule.system, x, tensors, moving)
@@ -277,7 +278,7 @@ class LinearSolve(torch.autograd.Function):
         rule: Rule = ctx.rule
         z, x, *tensors = ctx.saved_tensors
         rhs_tangent = tangents[2]
-        moving = [t is not None and s.dtype.is_floating_point for t, s in zip(tangents[3:], (x, *tensors), strict=True)]
+        moving = [t is not None and moves(s) for t, s in zip(tangents[3:], (x, *tensors), strict=True)]
         change = torch.zeros_like(z) if rhs_tangent is None else rhs_tangent
         if any(moving):
             chosen, pairing = _pairing(rule, x, tensors, moving)

@@ -144,7 +144,7 @@ def _kinds(problem: Problem, captures: bool) -> tuple[Any, ...]:
     return (
         captures, torch.get_default_dtype(), torch.get_default_device(), type(system),
         unknown.structure, unknown.shapes, unknown.dtypes, unknown.device, system.autocast,
-        given.structure, given.is_tensor, tuple((level.size, level.batched) for level in system.levels),
+        given.structure, given.is_tensor, given.is_complex, tuple((level.size, level.batched) for level in system.levels),
         attention_kernels(),
         *map(_kind, problem.tensors),
     )  # fmt: skip

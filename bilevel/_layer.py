@@ -198,10 +198,10 @@ class Layer:
         """Return what is to be solved, and the tensors that it depends on, once they are found usable."""
         tensors, arguments = flatten_arguments(args, kwargs)
         for tensor, name in zip(tensors, arguments.names, strict=True):
-            if tensor.is_complex() or (tensor.dtype.is_floating_point and tensor.device != raveler.device):
-                got = f"{tensor.dtype}" if tensor.is_complex() else f"{tensor.device}"
-                wanted = "a real tensor" if tensor.is_complex() else f"a tensor on init's device, {raveler.device}"
-                raise DtypeError(f"{self.where}: expected {wanted} at {name}, got {got}; convert it or move init")
+            if tensor.dtype.is_floating_point and tensor.device != raveler.device:
+                raise DtypeError(
+                    f"{self.where}: expected a tensor on init's device, {raveler.device}, at {name}, got {tensor.device}; move it, or init"
+                )
             if tensor.layout not in (torch.strided, torch.sparse_coo):
                 raise DtypeError(
                     f"{self.where}: expected a dense tensor or a sparse one of coordinates at {name}, as torch.func takes no other, got "

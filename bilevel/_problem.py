@@ -372,8 +372,7 @@ class Problem:
 
     def to(self, dtype: torch.dtype) -> Problem:
         """Return the problem with its floating-point tensors in ``dtype``."""
-        raveler = self.system.raveler
-        other = replace(raveler, dtype=dtype, dtypes=(dtype,) * len(raveler.dtypes))
+        other = self.system.raveler.in_dtype(dtype)
         tensors = [t.to(dtype) if t.dtype.is_floating_point else t for t in self.tensors]
         return Problem(replace(self.system, raveler=other), tensors)
 

@@ -179,7 +179,7 @@ class System(ABC):
     def _misfit(self, flat: torch.Tensor, tensors: Sequence[torch.Tensor], said: str) -> BilevelError:
         paths, _ = pytree.tree_flatten_with_path(self.raveler.unravel(flat.detach()))
         given = [("init" + pytree.keystr(path), leaf) for path, leaf in paths]
-        given += zip(self.arguments.names, tensors, strict=True)
+        given += zip(self.arguments.names, self.arguments.given(tensors), strict=True)
         listed = [f"{name} {tuple(t.shape)} {str(t.dtype).removeprefix('torch.')}" for name, t in given]
         more = f" and {len(listed) - _MOST_LISTED} more" if len(listed) > _MOST_LISTED else ""
         kind, what = (DtypeError, "dtypes") if _DTYPES.search(said) else (ShapeError, "shapes")
@@ -215,10 +215,10 @@ class ArgminSystem(System):
         value = self.call(flat, *tensors)
         if not isinstance(value, torch.Tensor) or value.ndim != 0 or not value.dtype.is_floating_point:
             got = f"{tuple(value.shape)} {value.dtype}" if isinstance(value, torch.Tensor) else type(value).__name__
-            raise ShapeError(
-                f"{self.where}: expected objective to return a floating-point scalar tensor of shape (), got {got}; "
-                "reduce it, for example with .sum() or .mean()"
-            )
+            expected = f"{self.where}: expected objective to return a floating-point scalar tensor of shape (), got {got}"
+            if isinstance(value, torch.Tensor) and value.is_complex():
+                raise DtypeError(f"{expected}; only real numbers have a least one: return .real of it, or the sum of .abs() ** 2")
+            raise ShapeError(f"{expected}; reduce it, for example with .sum() or .mean()")
         return value
 
     def residual(self, x: torch.Tensor, *tensors: torch.Tensor) -> torch.Tensor:

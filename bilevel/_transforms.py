@@ -134,7 +134,7 @@ def carries_gradient(tensor: torch.Tensor) -> bool:
     for layer in _layers(tensor):
         if _functorch.is_batchedtensor(layer):
             continue
-        if layer.requires_grad or (layer.is_floating_point() and forward_ad.unpack_dual(layer).tangent is not None):
+        if layer.requires_grad or ((layer.is_floating_point() or layer.is_complex()) and forward_ad.unpack_dual(layer).tangent is not None):
             return True
     return False
 

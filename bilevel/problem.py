@@ -28,7 +28,7 @@ from bilevel._problem import Problem
 from bilevel._seek import promised, seek, wants_promise
 from bilevel._system import ArgminSystem
 from bilevel._transforms import transforms_active, unhooked
-from bilevel._tree import moves
+from bilevel._tree import as_real, moves
 from bilevel.certificates._certificate import Certificate
 from bilevel.certificates._point import Point
 from bilevel.certificates.bound import Bound
@@ -244,7 +244,7 @@ class BilevelProblem(torch.nn.Module, ABC):
         if not self._looked and torch.is_grad_enabled() and not transforms_active():
             # Once: what leads to what is a property of the objectives, and costs an evaluation of both.
             self._looked = True
-            among = [leaf.requires_grad for leaf in theta if leaf.is_floating_point()]
+            among = [leaf.requires_grad for leaf in theta if moves(leaf)]
             with unhooked():
                 cut = self._disconnected(solution.value, outer, data, among) if any(among) else []
             spoiled |= bool(check_connection(self.where, outer, cut, self._layer.on_failure))
@@ -307,7 +307,7 @@ class BilevelProblem(torch.nn.Module, ABC):
         moving = [moves(leaf) for leaf in leaves]
         if not any(moving):
             raise ArgumentError(
-                f"{self._layer.where}: expected outer to hold a floating-point tensor, got {outer!r}; pass tensors to "
+                f"{self._layer.where}: expected outer to hold a floating-point or complex tensor, got {outer!r}; pass tensors to "
                 "differentiate with respect to"
             )
         tolerance = self.tolerance_of(outer, data)
@@ -338,7 +338,7 @@ class BilevelProblem(torch.nn.Module, ABC):
         (lower, upper), x = self._flat_problems(inner, plain, data), self._numbering.ravel(inner)
         if spoiled:
             found = tuple(torch.full_like(gradient, float("nan")) for gradient in found)
-        flat = torch.cat([part.reshape(-1) for part in self._connected(found, inner, outer, data)])
+        flat = torch.cat([as_real(part).reshape(-1) for part in self._connected(found, inner, outer, data)])
         backward = adjoint.report
         if backward is None or adjoint.value is None:  # F does not depend on φ: the adjoint is zero
             q, backward = torch.zeros_like(x), solution.report
@@ -418,7 +418,7 @@ class BilevelProblem(torch.nn.Module, ABC):
         corrected = value - torch.linalg.vecdot(found.q, found.residual).mean()
         report = HypergradientReport(sought.forward, sought.backward, found.report)
         point = Point(lower, upper, found.x, found.q, wanted)
-        parts = torch.split(found.gradient, [leaf.numel() for leaf in pytree.tree_leaves(outer) if moves(leaf)])
+        parts = torch.split(found.gradient, [as_real(leaf).numel() for leaf in pytree.tree_leaves(outer) if moves(leaf)])
         flat = torch.cat(self._connected(parts, inner, outer, data))
         result = self._assembled(outer, data, inner, point, value, corrected, flat, report)
         result.__dict__["bound"] = found.bound  # what decided, which asking for the bound shows

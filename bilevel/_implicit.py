@@ -47,6 +47,7 @@ from bilevel._transforms import (
     tangents_batched,
     transforms_active,
     undisturbed,
+    without_tangent,
 )
 from bilevel._tree import moves
 from bilevel.operators import RepeatedOperator
@@ -208,7 +209,7 @@ class Solve(torch.autograd.Function):
     @tangents_batched
     def jvp(ctx: Any, *tangents: torch.Tensor | None) -> torch.Tensor:
         rule: Rule = ctx.rule
-        x, *tensors = ctx.saved_tensors
+        x, *tensors = map(without_tangent, ctx.saved_tensors)
         moving = [t is not None and moves(s) for t, s in zip(tangents[2:], tensors, strict=True)]
         if not any(moving):
             return torch.zeros_like(x)
@@ -276,7 +277,7 @@ class LinearSolve(torch.autograd.Function):
     @tangents_batched
     def jvp(ctx: Any, *tangents: torch.Tensor | None) -> torch.Tensor:
         rule: Rule = ctx.rule
-        z, x, *tensors = ctx.saved_tensors
+        z, x, *tensors = map(without_tangent, ctx.saved_tensors)
         rhs_tangent = tangents[2]
         moving = [t is not None and moves(s) for t, s in zip(tangents[3:], (x, *tensors), strict=True)]
         change = torch.zeros_like(z) if rhs_tangent is None else rhs_tangent

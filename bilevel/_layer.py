@@ -17,6 +17,7 @@ from torch.utils import _pytree as pytree
 from bilevel._implicit import Rule, Solve
 from bilevel._inspection import Look, captured_error, look, recall
 from bilevel._problem import Problem
+from bilevel._repeatable import Repeatable
 from bilevel._replay import Tapes
 from bilevel._run import Adjoint, Run
 from bilevel._straight import Memory
@@ -240,7 +241,7 @@ class Layer:
             detached = [without_gradient(tensor) for tensor in tensors]
             flat = system.raveler.ravel(pytree.tree_map(without_gradient, init))
             try:
-                with torch.enable_grad():
+                with torch.enable_grad(), Repeatable():
                     output = system.first_output(flat, *detached)
             except RuntimeError as problem:
                 if "randomness" not in str(problem):

@@ -224,7 +224,7 @@ class ArgminSystem(System):
     def residual(self, x: torch.Tensor, *tensors: torch.Tensor) -> torch.Tensor:
         # The gradient of the batch's sum, with vmap inside: torch 2.13 differentiates vmap(grad(f)) wrongly
         # from outside when f holds a batch norm.
-        with WrittenNorms():
+        with WrittenNorms(), Repeatable():
             return grad(lambda point: self.outputs(point, *tensors).sum())(x)
 
     def residual_and_value(self, flat: torch.Tensor, *tensors: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -255,7 +255,7 @@ class RootSystem(System):
         return ravel_like(self.call(flat, *tensors), self.raveler, self.where, self.noun)
 
     def residual(self, x: torch.Tensor, *tensors: torch.Tensor) -> torch.Tensor:
-        with WrittenNorms():
+        with WrittenNorms(), Repeatable():
             return self.outputs(x, *tensors)
 
     def plain_residual(self, x: torch.Tensor, tensors: Sequence[torch.Tensor], *, graph: bool) -> torch.Tensor:

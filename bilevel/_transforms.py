@@ -38,6 +38,7 @@ __all__ = [
     "undisturbed",
     "unhooked",
     "without_gradient",
+    "without_tangent",
 ]
 
 
@@ -129,12 +130,24 @@ def without_gradient(tensor: torch.Tensor) -> torch.Tensor:
         return tensor.detach()
 
 
+def without_tangent(tensor: torch.Tensor) -> torch.Tensor:
+    """Return ``tensor`` without its tangent, in the graph that it is in: a rule's jvp is handed tensors that still have theirs."""
+    if tensor.layout is not torch.strided:
+        return tensor
+    with forward_ad._set_fwd_grad_enabled(True):
+        return forward_ad.unpack_dual(tensor).primal
+
+
 def carries_gradient(tensor: torch.Tensor) -> bool:
     """Return whether any level, ordinary autograd included, differentiates ``tensor`` in either mode."""
     for layer in _layers(tensor):
         if _functorch.is_batchedtensor(layer):
             continue
-        if layer.requires_grad or ((layer.is_floating_point() or layer.is_complex()) and forward_ad.unpack_dual(layer).tangent is not None):
+        if layer.requires_grad:
+            return True
+        # torch has no tangents of sparse tensors, nor of whole numbers.
+        dual = layer.layout is torch.strided and (layer.is_floating_point() or layer.is_complex())
+        if dual and forward_ad.unpack_dual(layer).tangent is not None:
             return True
     return False
 

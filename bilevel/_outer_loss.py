@@ -12,7 +12,9 @@ from bilevel._guards import Watch
 from bilevel._numbering import Numbering
 from bilevel._repeatable import Repeatable
 from bilevel._seen import learn
+from bilevel._system import mixes_numpy, numpy_refusal
 from bilevel._transforms import saving_hooked, unhooked
+from bilevel._tree import is_numpy
 from bilevel.errors import ShapeError
 from bilevel.reports import OnFailure
 
@@ -39,7 +41,19 @@ def outer_losses(
     where = numbering.where
 
     def one(inner: Any, outer: Any, data: Any) -> torch.Tensor:
-        loss = objective(inner, outer, data)
+        try:
+            loss = objective(inner, outer, data)
+        except (RuntimeError, TypeError) as error:
+            if not mixes_numpy(error):
+                raise
+            trees = (("outer", outer), ("data", data))
+            paths = [
+                (name + pytree.keystr(path), leaf)
+                for name, tree in trees
+                for path, leaf in pytree.tree_flatten_with_path(tree)[0]
+            ]
+            arrays = [name for name, leaf in paths if is_numpy(leaf)]
+            raise numpy_refusal(where, "outer_objective", arrays) from error
         if not isinstance(loss, torch.Tensor) or loss.ndim != 0:
             got = tuple(loss.shape) if isinstance(loss, torch.Tensor) else type(loss).__name__
             raise ShapeError(

@@ -78,8 +78,8 @@ class Run:
             if self.layer.inspects:
                 return self.layer.look(problem, init, memory, captures=self.watched)
         except BilevelError as error:
-            # Wrong shapes, and tensors of a vmap outside, cannot be gone on with.
-            if isinstance(error, ValueError) or error.__cause__ is not None:
+            # Wrong shapes and dtypes, and tensors of a vmap outside, cannot be gone on with.
+            if isinstance(error, (ValueError, TypeError)) or error.__cause__ is not None:
                 raise
             self.spoiled = misuse(error, self.layer.on_failure)
         return None

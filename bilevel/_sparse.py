@@ -10,7 +10,7 @@ in compressed layout (CSR, CSC, BSR, BSC), of which torch.func can make nothing,
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -87,7 +87,7 @@ class _Taken(torch.autograd.Function):
 
 
 def _sparse_coo_tensor(
-    indices: Any, values: Any, size: Sequence[int] | None = None, *, requires_grad: bool = False, **options: Any
+    indices: Any, values: Any, size: Any = None, *, requires_grad: bool = False, **options: Any
 ) -> torch.Tensor:
     """Return what ``torch.sparse_coo_tensor`` does, differentiable any number of times."""
     differentiated = isinstance(values, torch.Tensor) and carries_gradient(values)
@@ -128,18 +128,18 @@ def _uncompressed(theirs: Callable[..., Any]) -> Callable[..., Any]:
 def _product(theirs: Callable[..., Any]) -> Callable[..., Any]:
     def product(*args: Any, **kwargs: Any) -> Any:
         args = tuple(map(_in_coordinates, args))
-        return _entry_by_entry(*args) if not kwargs and _made_of_entries(*args) else theirs(*args, **kwargs)
+        if kwargs or len(args) != 2 or not all(isinstance(arg, torch.Tensor) for arg in args):
+            return theirs(*args, **kwargs)
+        return _entry_by_entry(*args) if _made_of_entries(*args) else theirs(*args)
 
     return product
 
 
-def _made_of_entries(*args: Any) -> bool:
-    """Return whether ``args`` are a sparse matrix made of values above, and a dense matrix or vector that fits."""
-    if len(args) != 2 or not hasattr(args[0], "_entries") or not isinstance(args[1], torch.Tensor):
+def _made_of_entries(matrix: torch.Tensor, x: torch.Tensor) -> bool:
+    """Return whether ``matrix`` is a sparse one made of values above, and ``x`` a dense matrix or vector that fits."""
+    if not hasattr(matrix, "_entries") or matrix.ndim != 2 or matrix.dense_dim() != 0 or matrix.dtype != x.dtype:
         return False
-    matrix, x = args
-    fits = matrix.ndim == 2 and matrix.dense_dim() == 0 and matrix.dtype == x.dtype
-    return fits and x.ndim in (1, 2) and x.layout is torch.strided and len(x) == matrix.shape[1]
+    return x.ndim in (1, 2) and x.layout is torch.strided and len(x) == matrix.shape[1]
 
 
 def _entry_by_entry(matrix: Any, x: torch.Tensor) -> torch.Tensor:
@@ -150,7 +150,16 @@ def _entry_by_entry(matrix: Any, x: torch.Tensor) -> torch.Tensor:
 
 
 _Tensor: Any = torch.Tensor
-_PRODUCTS = (torch.sparse.mm, torch.mm, torch.mv, torch.matmul, _Tensor.mm, _Tensor.mv, _Tensor.matmul, _Tensor.__matmul__)
+_PRODUCTS = (
+    torch.sparse.mm,
+    torch.mm,
+    torch.mv,
+    torch.matmul,
+    _Tensor.mm,
+    _Tensor.mv,
+    _Tensor.matmul,
+    _Tensor.__matmul__,
+)
 _OTHERS = (
     torch.sparse.addmm, torch.addmm, torch.addmv, torch.t, torch.transpose, torch.mul, _Tensor.__rmatmul__, _Tensor.t, _Tensor.transpose,
     _Tensor.mul, _Tensor.__mul__, _Tensor.__rmul__, _Tensor.to_dense, _Tensor.T.__get__, _Tensor.mT.__get__,

@@ -24,7 +24,7 @@ from bilevel._norms import WrittenNorms
 from bilevel._products import QuickProducts
 from bilevel._repeatable import Repeatable
 from bilevel._transforms import autocasting
-from bilevel._tree import Arguments, Raveler, ravel_like, unravelled
+from bilevel._tree import Arguments, Raveler, is_numpy, leaf_names, ravel_like, unravelled
 from bilevel.errors import (
     ArgumentError,
     BilevelError,
@@ -41,6 +41,8 @@ __all__ = [
     "RootSystem",
     "SymmetricLinearSystem",
     "System",
+    "mixes_numpy",
+    "numpy_refusal",
     "unconnected",
 ]
 
@@ -171,8 +173,14 @@ class System(ABC):
         """
         try:
             return self.output(flat, *tensors)
-        except (RuntimeError, ValueError, IndexError) as error:
-            if isinstance(error, BilevelError) or not _MISFIT.search(str(error)):
+        except (RuntimeError, ValueError, IndexError, TypeError) as error:
+            if isinstance(error, BilevelError):
+                raise
+            if mixes_numpy(error):
+                paths, _ = pytree.tree_flatten_with_path(self.arguments.rebuild(tensors))
+                arrays = leaf_names([(path, leaf) for path, leaf in paths if is_numpy(leaf)])
+                raise numpy_refusal(self.where, self.noun, arrays) from error
+            if isinstance(error, TypeError) or not _MISFIT.search(str(error)):
                 raise
             raise self._misfit(flat, tensors, str(error)) from error
 
@@ -215,9 +223,13 @@ class ArgminSystem(System):
         value = self.call(flat, *tensors)
         if not isinstance(value, torch.Tensor) or value.ndim != 0 or not value.dtype.is_floating_point:
             got = f"{tuple(value.shape)} {value.dtype}" if isinstance(value, torch.Tensor) else type(value).__name__
-            expected = f"{self.where}: expected objective to return a floating-point scalar tensor of shape (), got {got}"
+            expected = (
+                f"{self.where}: expected objective to return a floating-point scalar tensor of shape (), got {got}"
+            )
             if isinstance(value, torch.Tensor) and value.is_complex():
-                raise DtypeError(f"{expected}; only real numbers have a least one: return .real of it, or the sum of .abs() ** 2")
+                raise DtypeError(
+                    f"{expected}; only real numbers have a least one: return .real of it, or the sum of .abs() ** 2"
+                )
             raise ShapeError(f"{expected}; reduce it, for example with .sum() or .mean()")
         return value
 
@@ -320,6 +332,21 @@ def _alone(function: Callable[..., Any], batched: tuple[bool, ...]) -> Callable[
         return pytree.tree_map(lambda t: t.unsqueeze(0), made)
 
     return alone
+
+
+def mixes_numpy(error: Exception) -> bool:
+    """Return whether ``error`` is that of an operation of torch on a numpy array, or of numpy on a tensor."""
+    said = str(error)
+    return "call numpy() on Tensor" in said or "numpy.ndarray" in said
+
+
+def numpy_refusal(where: str, noun: str, arrays: Sequence[str]) -> DtypeError:
+    """Return the error for numpy in a user's function, of whose arguments ``arrays`` are numpy's."""
+    return DtypeError(
+        f"{where}: expected {noun} to be of torch's operations on tensors, as numpy's cannot be differentiated, got a numpy array"
+        f"{' at ' + ', '.join(arrays) if arrays else ' or a function of numpy in it'}; convert arrays with torch.as_tensor(...), and use "
+        "torch's functions"
+    )
 
 
 def unconnected(system: System) -> ArgumentError:

@@ -19,6 +19,7 @@ __all__ = [
     "Raveler",
     "as_real",
     "flatten_arguments",
+    "is_numpy",
     "leaf_names",
     "moves",
     "of_real",
@@ -174,9 +175,10 @@ def _made_a_tensor(leaf: Any) -> str:
     """Return what to do about ``leaf``, given for a tensor."""
     if isinstance(leaf, torch.nn.Module):
         return (
-            "pass dict(module.named_parameters()) and call the module in the function by torch.func.functional_call(module, x, inputs)"
+            "pass {name: p.detach() for name, p in module.named_parameters()}, and call the module in the function by "
+            "torch.func.functional_call(module, x, inputs)"
         )
-    if type(leaf).__module__ == "numpy":
+    if is_numpy(leaf):
         return "pass torch.as_tensor(...) of it"
     return "wrap it in torch.tensor(..., dtype=torch.float64), or pass it as an argument instead of an unknown"
 
@@ -250,7 +252,12 @@ def ravel(tree: Any) -> torch.Tensor:
 
 def ravel_like(tree: Any, raveler: Raveler, where: str, what: str) -> torch.Tensor:
     """Return what the user's function gave as one vector (n,), or say how its structure or shapes differ."""
-    if raveler.is_tensor and isinstance(tree, torch.Tensor) and tree.shape == raveler.shapes[0] and not tree.is_complex():
+    if (
+        raveler.is_tensor
+        and isinstance(tree, torch.Tensor)
+        and tree.shape == raveler.shapes[0]
+        and not tree.is_complex()
+    ):
         return raveler.ravel(tree)
     paths, structure = pytree.tree_flatten_with_path(tree)
     if structure != raveler.structure:
@@ -320,6 +327,11 @@ def _positional(count: int) -> Arguments:
     structure = pytree.tree_structure(((0,) * count, {}))
     names = tuple(f"args[{place}]" for place in range(count))
     return Arguments(structure, (), (True,) * count, names, (False,) * count, positional=True)
+
+
+def is_numpy(item: Any) -> bool:
+    """Return whether ``item`` is an array or a number of numpy's."""
+    return type(item).__module__ == "numpy"
 
 
 def moves(leaf: Any) -> bool:

@@ -418,7 +418,9 @@ class BilevelProblem(torch.nn.Module, ABC):
         corrected = value - torch.linalg.vecdot(found.q, found.residual).mean()
         report = HypergradientReport(sought.forward, sought.backward, found.report)
         point = Point(lower, upper, found.x, found.q, wanted)
-        parts = torch.split(found.gradient, [as_real(leaf).numel() for leaf in pytree.tree_leaves(outer) if moves(leaf)])
+        parts = torch.split(
+            found.gradient, [as_real(leaf).numel() for leaf in pytree.tree_leaves(outer) if moves(leaf)]
+        )
         flat = torch.cat(self._connected(parts, inner, outer, data))
         result = self._assembled(outer, data, inner, point, value, corrected, flat, report)
         result.__dict__["bound"] = found.bound  # what decided, which asking for the bound shows

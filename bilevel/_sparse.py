@@ -86,18 +86,18 @@ class _Taken(torch.autograd.Function):
         raise _no_batch()
 
 
-def _sparse_coo_tensor(
-    indices: Any, values: Any, size: Any = None, *, requires_grad: bool = False, **options: Any
-) -> torch.Tensor:
+def _sparse_coo_tensor(*args: Any, **kwargs: Any) -> torch.Tensor:
     """Return what ``torch.sparse_coo_tensor`` does, differentiable any number of times."""
-    differentiated = isinstance(values, torch.Tensor) and carries_gradient(values)
-    if not differentiated or requires_grad:
-        return torch.sparse_coo_tensor(indices, values, size, requires_grad=requires_grad, **options)
-    values = values.to(dtype=options.pop("dtype", None), device=options.pop("device", None))
-    indices = torch.as_tensor(indices, device=values.device)
+    call = {**dict(zip(("indices", "values", "size"), args, strict=False)), **kwargs}
+    values = call.pop("values", None)
+    if not isinstance(values, torch.Tensor) or not carries_gradient(values) or call.get("requires_grad"):
+        return torch.sparse_coo_tensor(*args, **kwargs)
+    values = values.to(dtype=call.pop("dtype", None), device=call.pop("device", None))
+    indices = torch.as_tensor(call.pop("indices"), device=values.device)
+    size = call.pop("size", None)
     if size is None:
-        size = torch.sparse_coo_tensor(indices, values.detach(), **options).shape
-    placed: torch.Tensor = _Placed.apply(values, indices, tuple(size), options)
+        size = torch.sparse_coo_tensor(indices, values.detach()).shape
+    placed: torch.Tensor = _Placed.apply(values, indices, tuple(size), call)
     placed._entries = (indices, values)  # type: ignore[attr-defined]
     return placed
 

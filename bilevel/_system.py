@@ -228,7 +228,7 @@ class ArgminSystem(System):
             )
             if isinstance(value, torch.Tensor) and value.is_complex():
                 raise DtypeError(
-                    f"{expected}; only real numbers have a least one: return .real of it, or the sum of .abs() ** 2"
+                    f"{expected}; only real numbers have a least one: return .real of it, or (torch.view_as_real(...) ** 2).sum() of what is complex"
                 )
             raise ShapeError(f"{expected}; reduce it, for example with .sum() or .mean()")
         return value

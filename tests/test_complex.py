@@ -211,6 +211,16 @@ def layer_of_none() -> torch.Tensor:
     return bilevel.argmin(lambda z, a: (z.abs() ** 2).sum())(torch.zeros(0, dtype=C128), B)
 
 
+def test_replays_tell_complex_tensors_from_pairs() -> None:
+    """Taken apart, both are the same numbers in the same shape."""
+    layer = bilevel.argmin(lambda x, k: ((x - k.abs().sum()) ** 2).sum())
+    start, pairs = torch.zeros(2, dtype=F64), torch.view_as_real(B)
+    for _ in range(5):
+        close(layer(start, B), B.abs().sum().expand(2))
+    for _ in range(5):
+        close(layer(start, pairs), pairs.abs().sum().expand(2))
+
+
 def test_ravel_counts_a_complex_number_as_two() -> None:
     tree = {"z": B[:2], "x": torch.ones(1, dtype=torch.float32)}
     flat = bilevel.ravel(tree)

@@ -314,6 +314,24 @@ def test_a_function_marked_once_differentiable_is_refused_in_what_would_be_zero(
         jvp(mine, (TWO,), (TWO,))
 
 
+class EndsInOnce(Weighted):
+    def outer_objective(self, inner: Any, outer: Any, data: Any) -> torch.Tensor:
+        return _Once.apply(outer).sum() + (inner**2).sum()
+
+
+def test_an_outer_objective_marked_once_differentiable_is_refused_in_a_second_derivative() -> None:
+    problem, values = EndsInOnce(sparse), VALUES.clone().requires_grad_(True)
+    first = problem.hypergradient(VALUES, Y, init=ZERO).grad
+    close(torch.autograd.grad(problem(values, Y, init=ZERO), values)[0], first)
+    close(grad(lambda v: problem(v, Y, init=ZERO))(VALUES), first)
+    with pytest.raises(
+        bilevel.ArgumentError, match=r"outer_objective to be of .* _Once in it is marked once_differentiable"
+    ):
+        torch.autograd.grad(problem(values, Y, init=ZERO), values, create_graph=True)
+    with pytest.raises(bilevel.ArgumentError, match="_Once in it is marked once_differentiable"):
+        grad(lambda v: grad(lambda v: problem(v, Y, init=ZERO))(v) @ ALONG)(VALUES)
+
+
 MATRIX = 3 * torch.eye(N, dtype=F64) + 0.3 * random(N, N, seed=10)
 COMPRESSED = {"csr": MATRIX.to_sparse_csr, "csc": MATRIX.to_sparse_csc}
 

@@ -17,6 +17,7 @@ from bilevel._problem import Problem
 from bilevel._randomness import GeneratorStates, draws
 from bilevel._seen import learn
 from bilevel._transforms import carries_gradient, eager, innermost, unhooked
+from bilevel._tree import moves
 from bilevel.errors import ArgumentError, BilevelError, StochasticObjectiveError
 from bilevel.reports import OnFailure, misuse
 
@@ -157,11 +158,7 @@ def check_connection(where: str, outer: Any, cut: Sequence[int], on_failure: OnF
     """Find tensors of ``outer`` that no objective uses, numbered in ``cut``; return those whose gradient is to be NaN."""
     if not cut:
         return []
-    names = [
-        "outer" + pytree.keystr(path)
-        for path, leaf in pytree.tree_flatten_with_path(outer)[0]
-        if isinstance(leaf, torch.Tensor) and leaf.is_floating_point()
-    ]
+    names = ["outer" + pytree.keystr(path) for path, leaf in pytree.tree_flatten_with_path(outer)[0] if moves(leaf)]
     error = ArgumentError(
         f"{where}: expected every tensor of outer to reach an objective, and no graph leads to "
         f"{', '.join(names[number] for number in cut)}, whose gradient is zero whatever the data; leave it out of outer, or look "

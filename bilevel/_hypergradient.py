@@ -12,7 +12,7 @@ import torch
 from torch.utils import _pytree as pytree
 
 from bilevel._knowledge import GoalReport
-from bilevel._tree import moves
+from bilevel._tree import as_real, moves, of_real
 from bilevel.certificates._certificate import Certificate
 from bilevel.certificates._point import Point
 from bilevel.certificates.bound import Bound
@@ -132,7 +132,7 @@ class Hypergradient:
     corrected_value
         F − qᵀ∇_φ G: the outer value at φ* up to second order in the inner error (C4).
     grad
-        ĝ = ∇_θ F − Bᵀ q, the pytree of ``outer``; None at leaves that are not floating-point tensors.
+        ĝ = ∇_θ F − Bᵀ q, the pytree of ``outer``; None at leaves that are neither floating-point nor complex tensors.
     inner
         φ, the pytree of init.
     adjoint
@@ -224,9 +224,9 @@ class Hypergradient:
 
     def __str__(self) -> str:
         """Return value, gradient, solution and adjoint, each with its bound and what that rests on; the bounds are computed."""
-        flat = [leaf.reshape(-1) for leaf in pytree.tree_leaves(self.grad) if leaf is not None]
-        inner = [leaf.reshape(-1) for leaf in pytree.tree_leaves(self.inner)]
-        adjoint = [leaf.reshape(-1) for leaf in pytree.tree_leaves(self.adjoint)]
+        flat = [as_real(leaf).reshape(-1) for leaf in pytree.tree_leaves(self.grad) if leaf is not None]
+        inner = [as_real(leaf).reshape(-1) for leaf in pytree.tree_leaves(self.inner)]
+        adjoint = [as_real(leaf).reshape(-1) for leaf in pytree.tree_leaves(self.adjoint)]
         forward, backward = self.report.forward, self.report.backward
         rows = (
             ("value", f"{float(self.corrected_value):.6g}", "value_bound"),
@@ -281,8 +281,8 @@ def assemble(
     leaves, structure = pytree.tree_flatten(outer)
 
     def restore(flat: torch.Tensor) -> Any:
-        parts = iter(torch.split(flat, [leaf.numel() for leaf in leaves if moves(leaf)]))
-        filled = [next(parts).reshape(leaf.shape).to(leaf.dtype) if moves(leaf) else None for leaf in leaves]
+        parts = iter(torch.split(flat, [as_real(leaf).numel() for leaf in leaves if moves(leaf)]))
+        filled = [of_real(next(parts), leaf) if moves(leaf) else None for leaf in leaves]
         return pytree.tree_unflatten(filled, structure)
 
     def made(

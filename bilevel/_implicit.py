@@ -33,6 +33,7 @@ from typing import Any
 import torch
 from torch.func import vmap
 
+from bilevel._once import refuse_once_only
 from bilevel._problem import LastLook, Linearization, Problem
 from bilevel._replay import Tapes
 from bilevel._replaying import allowed
@@ -42,13 +43,16 @@ from bilevel._transforms import (
     eager,
     front,
     grads_batched,
+    is_differentiated_again,
     ordinary_mode,
     outside_autocast,
     signed,
     tangents_batched,
     transforms_active,
     undisturbed,
+    without_tangent,
 )
+from bilevel._tree import moves
 from bilevel.operators import RepeatedOperator
 
 __all__ = ["LinearSolve", "Rule", "Solve"]
@@ -198,7 +202,8 @@ class Solve(torch.autograd.Function):
             adjoint = rule.solve_linear(linearization.operator.T, rhs, rule.system.batch_shape, both)
             return (None, None, *both.pullback(-adjoint.reshape(rhs.shape)))
         q = LinearSolve.apply(rule, True, cotangent, x, *tensors)
-        chosen, residual = _in_terms_of(rule.system, x, tensors, wanted)
+        again = _is_differentiated_again(rule.system, (x, cotangent, *tensors))
+        chosen, residual = _in_terms_of(rule.system, x, tensors, wanted, again=again)
         pulled = iter(vjp(residual, *chosen)[1](-q))
         return (None, None, *(next(pulled) if want else None for want in wanted))
 
@@ -208,11 +213,12 @@ class Solve(torch.autograd.Function):
     @tangents_batched
     def jvp(ctx: Any, *tangents: torch.Tensor | None) -> torch.Tensor:
         rule: Rule = ctx.rule
-        x, *tensors = ctx.saved_tensors
-        moving = [t is not None and s.dtype.is_floating_point for t, s in zip(tangents[2:], tensors, strict=True)]
+        x, *tensors = map(without_tangent, ctx.saved_tensors)
+        moving = [t is not None and moves(s) for t, s in zip(tangents[2:], tensors, strict=True)]
         if not any(moving):
             return torch.zeros_like(x)
-        chosen, residual = _in_terms_of(rule.system, x, tensors, moving)
+        # A tangent is made of two reverse passes, and so goes twice through what is recorded.
+        chosen, residual = _in_terms_of(rule.system, x, tensors, moving, again=True)
         directions = tuple(t for t, move in zip(tangents[2:], moving, strict=True) if t is not None and move)
         pushed = _push(lambda u: vjp(residual, *chosen)[1](u), x, directions)
         return LinearSolve.apply(rule, False, -pushed, x, *tensors)
@@ -241,6 +247,9 @@ class LinearSolve(torch.autograd.Function):
                 rule.inspect(Problem.of(rule.system, tensors))
             linearization = rule.memo.linearize(rule.system, _usable(x), tensors, [False] * len(tensors))
             operator = linearization.operator.T if transposed else linearization.operator
+            if not (transposed or rule.system.symmetric):
+                # Its products J v are made of two reverse passes.
+                refuse_once_only(rule.system.where, rule.system.noun, linearization.residual)
             if rule.repeats:
                 operator = RepeatedOperator(operator, math.prod(rule.repeats))
             flat = _usable(rhs).detach().reshape(operator.batch, operator.size)
@@ -266,7 +275,8 @@ class LinearSolve(torch.autograd.Function):
         if not any(wanted):
             return (None, None, b_bar, *(None for _ in wanted))
         left, right = (z, b_bar) if ctx.transposed else (b_bar, z)
-        chosen, pairing = _pairing(rule, x, tensors, wanted)
+        again = _is_differentiated_again(rule.system, (x, z, cotangent, *tensors))
+        chosen, pairing = _pairing(rule, x, tensors, wanted, again=again)
         pulled = iter(grad(lambda *moved: -pairing(left, right, *moved), *chosen))
         return (None, None, b_bar, *(next(pulled) if want else None for want in wanted))
 
@@ -276,12 +286,12 @@ class LinearSolve(torch.autograd.Function):
     @tangents_batched
     def jvp(ctx: Any, *tangents: torch.Tensor | None) -> torch.Tensor:
         rule: Rule = ctx.rule
-        z, x, *tensors = ctx.saved_tensors
+        z, x, *tensors = map(without_tangent, ctx.saved_tensors)
         rhs_tangent = tangents[2]
-        moving = [t is not None and s.dtype.is_floating_point for t, s in zip(tangents[3:], (x, *tensors), strict=True)]
+        moving = [t is not None and moves(s) for t, s in zip(tangents[3:], (x, *tensors), strict=True)]
         change = torch.zeros_like(z) if rhs_tangent is None else rhs_tangent
         if any(moving):
-            chosen, pairing = _pairing(rule, x, tensors, moving)
+            chosen, pairing = _pairing(rule, x, tensors, moving, again=True)
             directions = tuple(t for t, move in zip(tangents[3:], moving, strict=True) if t is not None and move)
 
             def pull(u: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -320,30 +330,53 @@ def _usable(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.clone() if tensor.is_inference() else tensor
 
 
+def _is_differentiated_again(system: System, tensors: Tensors) -> bool:
+    """Return whether another derivative may follow; if so, raise where a sparse tensor was made of values in a way that allows for one only."""
+    again = is_differentiated_again(tensors)
+    for tensor in tensors:
+        if again and tensor.layout is not torch.strided:
+            refuse_once_only(system.where, system.noun, tensor)
+    return again
+
+
 def _in_terms_of(
-    system: System, x: torch.Tensor, tensors: Tensors, wanted: Sequence[bool]
+    system: System, x: torch.Tensor, tensors: Tensors, wanted: Sequence[bool], *, again: bool
 ) -> tuple[tuple[torch.Tensor, ...], Callable[..., torch.Tensor]]:
-    """Return the wanted tensors, and R as a function of them alone."""
+    """Return the wanted tensors, and R as a function of them alone, whose derivative may be differentiated ``again``."""
     chosen = tuple(t for t, want in zip(tensors, wanted, strict=True) if want)
 
     def residual(*moved: torch.Tensor) -> torch.Tensor:
         feed = iter(moved)
-        return system.residual(x, *(next(feed) if want else t for t, want in zip(tensors, wanted, strict=True)))
+        others = [next(feed) if want else t for t, want in zip(tensors, wanted, strict=True)]
+        made = system.residual(x, *others)
+        if again:
+            refuse_once_only(system.where, system.noun, made, (x, *others))
+        return made
 
     return chosen, residual
 
 
 def _pairing(
-    rule: Rule, x: torch.Tensor, tensors: Tensors, wanted: Sequence[bool]
+    rule: Rule, x: torch.Tensor, tensors: Tensors, wanted: Sequence[bool], *, again: bool
 ) -> tuple[tuple[torch.Tensor, ...], Callable[..., torch.Tensor]]:
-    """Return the wanted of (x, *tensors), and (left, right, *wanted) ↦ Σ ⟨left, J right⟩ over repeats and batch."""
+    """Return the wanted of (x, *tensors), and (left, right, *wanted) ↦ Σ ⟨left, J right⟩ over repeats and batch.
+
+    Its derivative may be differentiated ``again``.
+    """
     everything = (x, *tensors)
     chosen = tuple(t for t, want in zip(everything, wanted, strict=True) if want)
 
     def pairing(left: torch.Tensor, right: torch.Tensor, *moved: torch.Tensor) -> torch.Tensor:
         feed = iter(moved)
         point, *others = (next(feed) if want else t for t, want in zip(everything, wanted, strict=True))
-        pull = vjp(lambda p: rule.system.residual(p, *others), point)[1]
+
+        def residual(p: torch.Tensor) -> torch.Tensor:
+            made = rule.system.residual(p, *others)
+            # J is made of a first derivative by x, and is itself differentiated here.
+            refuse_once_only(rule.system.where, rule.system.noun, made, (p, *others), innermost_only=not again)
+            return made
+
+        pull = vjp(residual, point)[1]
         if not rule.repeats:
             return (pull(left)[0] * right).sum()
         lefts = left.reshape(math.prod(rule.repeats), *point.shape)  # (repeats, *batch, n)

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import functools
 import inspect
+import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from types import CellType
 from typing import Any, NamedTuple
 
 import torch
-from torch.autograd.function import once_differentiable
 
+from bilevel._once import refuse_once_only
 from bilevel._problem import Problem
 from bilevel._randomness import GeneratorStates, draws
 from bilevel._repeatable import attention_kernels
@@ -21,7 +22,7 @@ from bilevel._seen import learn, nodes
 from bilevel._straight import Memory, ordinary, reached
 from bilevel._system import System, unconnected
 from bilevel._transforms import undisturbed
-from bilevel.errors import ArgumentError, CapturedTensorError, StochasticObjectiveError
+from bilevel.errors import BilevelError, CapturedTensorError, DtypeError, StochasticObjectiveError
 
 __all__ = [
     "Look",
@@ -36,8 +37,8 @@ __all__ = [
 
 # How many more pairs of evaluations have to agree where random numbers were drawn.
 _MORE_PAIRS = 12
-# What the mark of a custom Function makes of any backward.
-_ONCE = getattr(once_differentiable(lambda ctx: None), "__code__", None)
+# How torch speaks of compressed layouts.
+_COMPRESSED = re.compile(r"Sparse ?(Csr|Csc|Bsr|Bsc)", re.IGNORECASE)
 
 
 class Look(NamedTuple):
@@ -144,7 +145,7 @@ def _kinds(problem: Problem, captures: bool) -> tuple[Any, ...]:
     return (
         captures, torch.get_default_dtype(), torch.get_default_device(), type(system),
         unknown.structure, unknown.shapes, unknown.dtypes, unknown.device, system.autocast,
-        given.structure, given.is_tensor, tuple((level.size, level.batched) for level in system.levels),
+        given.structure, given.is_tensor, given.is_complex, tuple((level.size, level.batched) for level in system.levels),
         attention_kernels(),
         *map(_kind, problem.tensors),
     )  # fmt: skip
@@ -176,6 +177,11 @@ def inspect_function(problem: Problem, x: torch.Tensor, *, captures: bool) -> tu
     except RuntimeError as error:
         if "escaped from inside a function being vmapped" in str(error):
             raise captured_error(problem.where, noun, "belongs to a vmap outside") from error
+        if _COMPRESSED.search(str(error)) and not isinstance(error, BilevelError):
+            raise DtypeError(
+                f"{problem.where}: expected {noun} to be of dense tensors and sparse ones of coordinates, got one in compressed rows, columns "
+                f"or blocks, and torch says: {' '.join(str(error).split())}; convert it once, outside, with .to_sparse_coo() or .to_dense()"
+            ) from error
         raise
     # Dropout leaves a zero input zero: the slopes tell where the values do not.
     agreed = _agree(first, _probe(problem, x, captures=False), 1e3) or _agrees_beside(problem, x)
@@ -218,28 +224,16 @@ def _probe(
         output = problem.system.lifted(problem.system.first_output)(problem.shaped(point), *problem.tensors)
         if not output.requires_grad and point.numel():
             raise unconnected(problem.system)
-        if first:
-            learn(problem.system.function, output)
+        if first and learn(problem.system.function, output):
+            return _probe(problem, x, captures=captures)
         if captures and problem.minimizes:
-            _refuse_once_differentiable(problem, output)
+            refuse_once_only(problem.where, problem.system.noun, output)
         if not point.numel():
             return output.detach(), point.detach()
         if captures and reaches_another_leaf(output, (point,)):
             raise captured_error(problem.where, problem.system.noun, "requires grad")
         (slope,) = torch.autograd.grad(output.sum(), point, allow_unused=True, materialize_grads=True)
     return output.detach(), slope
-
-
-def _refuse_once_differentiable(problem: Problem, output: torch.Tensor) -> None:
-    # torch raises in a second derivative only where the incoming gradient has a graph: elsewhere the slope passes for a constant.
-    for node in nodes(output):
-        kind: Any = getattr(node, "_forward_cls", None)
-        if getattr(getattr(kind, "backward", None), "__code__", "") is _ONCE:
-            raise ArgumentError(
-                f"{problem.where}: expected an objective that can be differentiated twice, and {kind.__name__} in it is marked "
-                "once_differentiable, so that torch would take its slope for a constant; write its backward of differentiable "
-                "operations and leave the mark out, or state the equations of the minimum as bilevel.root"
-            )
 
 
 def _drew(states: GeneratorStates, problem: Problem, x: torch.Tensor) -> bool:

@@ -15,6 +15,7 @@ from torch.utils import _pytree as pytree
 
 from bilevel._implicit import Rule, Solve
 from bilevel._inspection import captured_error
+from bilevel._repeatable import Repeatable
 from bilevel._run import Inspector, Setting, SolveCall, SolveSettings
 from bilevel._system import FixedPointSystem, System
 from bilevel._transforms import (
@@ -187,10 +188,10 @@ class Layer:
         """Return what is to be solved, and the tensors that it depends on, once they are found usable."""
         tensors, arguments = flatten_arguments(args, kwargs)
         for tensor, name in zip(tensors, arguments.names, strict=True):
-            if tensor.is_complex() or (tensor.dtype.is_floating_point and tensor.device != raveler.device):
-                got = f"{tensor.dtype}" if tensor.is_complex() else f"{tensor.device}"
-                wanted = "a real tensor" if tensor.is_complex() else f"a tensor on init's device, {raveler.device}"
-                raise DtypeError(f"{self.where}: expected {wanted} at {name}, got {got}; convert it or move init")
+            if tensor.dtype.is_floating_point and tensor.device != raveler.device:
+                raise DtypeError(
+                    f"{self.where}: expected a tensor on init's device, {raveler.device}, at {name}, got {tensor.device}; move it, or init"
+                )
             if tensor.layout not in (torch.strided, torch.sparse_coo):
                 raise DtypeError(
                     f"{self.where}: expected a dense tensor or a sparse one of coordinates at {name}, as torch.func takes no other, got "
@@ -229,7 +230,7 @@ class Layer:
             detached = [without_gradient(tensor) for tensor in tensors]
             flat = system.raveler.ravel(pytree.tree_map(without_gradient, init))
             try:
-                with torch.enable_grad():
+                with torch.enable_grad(), Repeatable():
                     output = system.first_output(flat, *detached)
             except RuntimeError as problem:
                 if "randomness" not in str(problem):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -10,9 +10,12 @@ from torch.utils import _pytree as pytree
 
 from bilevel._guards import Watch
 from bilevel._numbering import Numbering
+from bilevel._once import once_only, refuse_once_only
 from bilevel._repeatable import Repeatable
-from bilevel._seen import learn
-from bilevel._transforms import saving_hooked, unhooked
+from bilevel._seen import learn, nodes
+from bilevel._system import mixes_numpy, numpy_refusal
+from bilevel._transforms import is_differentiated_again, saving_hooked, transforms_active, unhooked
+from bilevel._tree import is_numpy
 from bilevel.errors import ShapeError
 from bilevel.reports import OnFailure
 
@@ -39,7 +42,19 @@ def outer_losses(
     where = numbering.where
 
     def one(inner: Any, outer: Any, data: Any) -> torch.Tensor:
-        loss = objective(inner, outer, data)
+        try:
+            loss = objective(inner, outer, data)
+        except (RuntimeError, TypeError) as error:
+            if not mixes_numpy(error):
+                raise
+            trees = (("outer", outer), ("data", data))
+            paths = [
+                (name + pytree.keystr(path), leaf)
+                for name, tree in trees
+                for path, leaf in pytree.tree_flatten_with_path(tree)[0]
+            ]
+            arrays = [name for name, leaf in paths if is_numpy(leaf)]
+            raise numpy_refusal(where, "outer_objective", arrays) from error
         if not isinstance(loss, torch.Tensor) or loss.ndim != 0:
             got = tuple(loss.shape) if isinstance(loss, torch.Tensor) else type(loss).__name__
             raise ShapeError(
@@ -65,4 +80,19 @@ def outer_losses(
         losses = every()
         if learn(objective, losses, given):
             losses = every()
+    _refuse_again(where, losses, given)
     return losses * float("nan") if watch.ended(on_failure) else losses
+
+
+def _refuse_again(where: str, losses: torch.Tensor, given: Sequence[torch.Tensor]) -> None:
+    """Raise where the derivative of ``losses`` may be differentiated again, and they hold what torch differentiates once only."""
+
+    def refuse(slope: torch.Tensor | None = None) -> None:
+        if is_differentiated_again((losses,)):
+            refuse_once_only(where, "outer_objective", losses, given)
+
+    if any(once_only(node) for node in nodes(losses, given)):
+        if transforms_active():
+            refuse()
+        else:
+            losses.register_hook(refuse)

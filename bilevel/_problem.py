@@ -12,8 +12,10 @@ import torch
 
 from bilevel._replay import ReplayedOperator, Tapes
 from bilevel._reverse import reverse_pass
+from bilevel._seen import learn
 from bilevel._system import ArgminSystem, FixedPointSystem, System
 from bilevel._tapes import Begun, Program
+from bilevel._tree import moves
 from bilevel.errors import ArgumentError
 from bilevel.operators import DenseOperator, HessianOperator, JacobianOperator, LinearOperator
 
@@ -279,7 +281,10 @@ class Problem:
                 values, residual = system.plain_values(self.shaped(point), leaves, graph=True)
                 value = values.detach().reshape(self.batch)
             else:
-                residual = system.plain_residual(self.shaped(point), leaves, graph=True)
+                values = residual = system.plain_residual(self.shaped(point), leaves, graph=True)
+            if any(chosen):
+                # A first derivative by θ is right as it is; those that follow have to know what θ goes through.
+                learn(system.function, values)
             residual = residual.reshape(x.shape)
         operator: LinearOperator
         if system.symmetric:
@@ -369,9 +374,9 @@ class Problem:
 
     def to(self, dtype: torch.dtype) -> Problem:
         """Return the problem with its floating-point tensors in ``dtype``."""
-        raveler = self.system.raveler
-        other = replace(raveler, dtype=dtype, dtypes=(dtype,) * len(raveler.dtypes))
-        tensors = [t.to(dtype) if t.dtype.is_floating_point else t for t in self.tensors]
+        other = self.system.raveler.in_dtype(dtype)
+        wide = {True: dtype.to_complex(), False: dtype}  # complex are sparse tensors alone
+        tensors = [t.to(wide[t.is_complex()]) if moves(t) else t for t in self.tensors]
         return Problem(replace(self.system, raveler=other), tensors)
 
     def scattered(self, seed: int, draws: int, *more: torch.Tensor) -> tuple[Problem, list[torch.Tensor]]:

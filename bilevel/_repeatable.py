@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from bilevel._seen import Held, seen
+from bilevel._sparse import SPARSE
 
 __all__ = ["Repeatable", "attention_kernels"]
 
@@ -54,6 +55,7 @@ _WRITTEN: dict[Any, Callable[..., Any]] = {
     torch._weight_norm: _weight_norm,
     F.scaled_dot_product_attention: _attention,
     F.multi_head_attention_forward: _many_heads,
+    **SPARSE,
 }
 
 

@@ -189,8 +189,8 @@ class SolveCall:
             if self.settings.inspect:
                 return self.inspector.look(problem, init, self.written, captures=self.watched, again=again)
         except BilevelError as error:
-            # Wrong shapes, and tensors of a vmap outside, cannot be gone on with.
-            if isinstance(error, ValueError) or error.__cause__ is not None:
+            # Wrong shapes and dtypes, and tensors of a vmap outside, cannot be gone on with.
+            if isinstance(error, (ValueError, TypeError)) or error.__cause__ is not None:
                 raise
             self.spoiled = misuse(error, self.settings.on_failure)
         return None

@@ -23,7 +23,7 @@ class Held(Enum):
     CONVOLUTION = ("ConvolutionBackward",)
     BATCH_NORM = ("NativeBatchNormBackward",)
     COMPILED = ("CompiledFunction",)
-    ONCE_ONLY = ("WeightNormInterface", "ScaledDotProduct")
+    ONCE_ONLY = ("WeightNormInterface", "ScaledDotProduct", "SparseCooTensorWithDims")
 
 
 def learn(function: Callable[..., Any], values: torch.Tensor, known: Iterable[torch.Tensor] = ()) -> bool:

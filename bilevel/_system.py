@@ -25,7 +25,7 @@ from bilevel._products import QuickProducts
 from bilevel._repeatable import Repeatable
 from bilevel._reverse import grad, grad_and_value, vjp
 from bilevel._transforms import autocasting
-from bilevel._tree import Arguments, Raveler, ravel_like, unravelled
+from bilevel._tree import Arguments, Raveler, is_numpy, leaf_names, ravel_like, unravelled
 from bilevel.errors import (
     ArgumentError,
     BilevelError,
@@ -42,6 +42,8 @@ __all__ = [
     "RootSystem",
     "SymmetricLinearSystem",
     "System",
+    "mixes_numpy",
+    "numpy_refusal",
     "unconnected",
 ]
 
@@ -172,15 +174,21 @@ class System(ABC):
         """
         try:
             return self.output(flat, *tensors)
-        except (RuntimeError, ValueError, IndexError) as error:
-            if isinstance(error, BilevelError) or not _MISFIT.search(str(error)):
+        except (RuntimeError, ValueError, IndexError, TypeError) as error:
+            if isinstance(error, BilevelError):
+                raise
+            if mixes_numpy(error):
+                paths, _ = pytree.tree_flatten_with_path(self.arguments.rebuild(tensors))
+                arrays = leaf_names([(path, leaf) for path, leaf in paths if is_numpy(leaf)])
+                raise numpy_refusal(self.where, self.noun, arrays) from error
+            if isinstance(error, TypeError) or not _MISFIT.search(str(error)):
                 raise
             raise self._misfit(flat, tensors, str(error)) from error
 
     def _misfit(self, flat: torch.Tensor, tensors: Sequence[torch.Tensor], said: str) -> BilevelError:
         paths, _ = pytree.tree_flatten_with_path(self.raveler.unravel(flat.detach()))
         given = [("init" + pytree.keystr(path), leaf) for path, leaf in paths]
-        given += zip(self.arguments.names, tensors, strict=True)
+        given += zip(self.arguments.names, self.arguments.given(tensors), strict=True)
         listed = [f"{name} {tuple(t.shape)} {str(t.dtype).removeprefix('torch.')}" for name, t in given]
         more = f" and {len(listed) - _MOST_LISTED} more" if len(listed) > _MOST_LISTED else ""
         kind, what = (DtypeError, "dtypes") if _DTYPES.search(said) else (ShapeError, "shapes")
@@ -216,16 +224,20 @@ class ArgminSystem(System):
         value = self.call(flat, *tensors)
         if not isinstance(value, torch.Tensor) or value.ndim != 0 or not value.dtype.is_floating_point:
             got = f"{tuple(value.shape)} {value.dtype}" if isinstance(value, torch.Tensor) else type(value).__name__
-            raise ShapeError(
-                f"{self.where}: expected objective to return a floating-point scalar tensor of shape (), got {got}; "
-                "reduce it, for example with .sum() or .mean()"
+            expected = (
+                f"{self.where}: expected objective to return a floating-point scalar tensor of shape (), got {got}"
             )
+            if isinstance(value, torch.Tensor) and value.is_complex():
+                raise DtypeError(
+                    f"{expected}; only real numbers have a least one: return .real of it, or (torch.view_as_real(...) ** 2).sum() of what is complex"
+                )
+            raise ShapeError(f"{expected}; reduce it, for example with .sum() or .mean()")
         return value
 
     def residual(self, x: torch.Tensor, *tensors: torch.Tensor) -> torch.Tensor:
         # The gradient of the batch's sum, with vmap inside: torch 2.13 differentiates vmap(grad(f)) wrongly
         # from outside when f holds a batch norm.
-        with WrittenNorms():
+        with WrittenNorms(), Repeatable():
             return grad(lambda point: self.outputs(point, *tensors).sum(), x)[0]
 
     def residual_and_value(self, flat: torch.Tensor, *tensors: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -256,7 +268,7 @@ class RootSystem(System):
         return ravel_like(self.call(flat, *tensors), self.raveler, self.where, self.noun)
 
     def residual(self, x: torch.Tensor, *tensors: torch.Tensor) -> torch.Tensor:
-        with WrittenNorms():
+        with WrittenNorms(), Repeatable():
             return self.outputs(x, *tensors)
 
     def plain_residual(self, x: torch.Tensor, tensors: Sequence[torch.Tensor], *, graph: bool) -> torch.Tensor:
@@ -321,6 +333,21 @@ def _alone(function: Callable[..., Any], batched: tuple[bool, ...]) -> Callable[
         return pytree.tree_map(lambda t: t.unsqueeze(0), made)
 
     return alone
+
+
+def mixes_numpy(error: Exception) -> bool:
+    """Return whether ``error`` is that of an operation of torch on a numpy array, or of numpy on a tensor."""
+    said = str(error)
+    return "call numpy() on Tensor" in said or "numpy.ndarray" in said
+
+
+def numpy_refusal(where: str, noun: str, arrays: Sequence[str]) -> DtypeError:
+    """Return the error for numpy in a user's function, of whose arguments ``arrays`` are numpy's."""
+    return DtypeError(
+        f"{where}: expected {noun} to be of torch's operations on tensors, as numpy's cannot be differentiated, got a numpy array"
+        f"{' at ' + ', '.join(arrays) if arrays else ' or a function of numpy in it'}; convert arrays with torch.as_tensor(...), and use "
+        "torch's functions"
+    )
 
 
 def unconnected(system: System) -> ArgumentError:

@@ -28,7 +28,9 @@ __all__ = [
     "front",
     "grads_batched",
     "innermost",
+    "is_differentiated_again",
     "is_plain",
+    "layers",
     "ordinary_mode",
     "outside_autocast",
     "saving_hooked",
@@ -38,6 +40,7 @@ __all__ = [
     "undisturbed",
     "unhooked",
     "without_gradient",
+    "without_tangent",
 ]
 
 
@@ -108,7 +111,7 @@ def differentiating() -> bool:
     return any(item.key() in (_functorch.TransformType.Grad, _functorch.TransformType.Jvp) for item in stack)
 
 
-def _layers(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
+def layers(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
     """Yield the tensor as each transform sees it, from the innermost outwards."""
     yield tensor
     while _functorch.is_functorch_wrapped_tensor(tensor):
@@ -118,7 +121,7 @@ def _layers(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
 
 def innermost(tensor: torch.Tensor) -> torch.Tensor:
     """Return the plain tensor that transforms have wrapped."""
-    *_, plain = _layers(tensor)
+    *_, plain = layers(tensor)
     return plain
 
 
@@ -129,14 +132,36 @@ def without_gradient(tensor: torch.Tensor) -> torch.Tensor:
         return tensor.detach()
 
 
+def without_tangent(tensor: torch.Tensor) -> torch.Tensor:
+    """Return ``tensor`` without its tangent, in the graph that it is in: a rule's jvp is handed tensors that still have theirs."""
+    if tensor.layout is not torch.strided:
+        return tensor
+    with forward_ad._set_fwd_grad_enabled(True):
+        return forward_ad.unpack_dual(tensor).primal
+
+
 def carries_gradient(tensor: torch.Tensor) -> bool:
     """Return whether any level, ordinary autograd included, differentiates ``tensor`` in either mode."""
-    for layer in _layers(tensor):
+    for layer in layers(tensor):
         if _functorch.is_batchedtensor(layer):
             continue
-        if layer.requires_grad or (layer.is_floating_point() and forward_ad.unpack_dual(layer).tangent is not None):
+        if layer.requires_grad:
+            return True
+        # torch has no tangents of sparse tensors, nor of whole numbers.
+        dual = layer.layout is torch.strided and (layer.is_floating_point() or layer.is_complex())
+        if dual and forward_ad.unpack_dual(layer).tangent is not None:
             return True
     return False
+
+
+def is_differentiated_again(tensors: Iterable[torch.Tensor]) -> bool:
+    """Return whether a derivative of a rule that saved ``tensors`` may follow the derivative that is being taken now."""
+    if not transforms_active():
+        return torch.is_grad_enabled()
+    # One level is the transform that takes this derivative.
+    return any(
+        sum(layer.requires_grad for layer in layers(t) if not _functorch.is_batchedtensor(layer)) > 1 for t in tensors
+    )
 
 
 def is_plain(tensor: torch.Tensor) -> bool:
@@ -168,7 +193,7 @@ def forward_levels(tensors: Iterable[torch.Tensor]) -> int:
         return len(forward)
     taking_part = set()
     for tensor in tensors:
-        for layer in _layers(tensor):
+        for layer in layers(tensor):
             if _functorch.is_gradtrackingtensor(layer):
                 taking_part.add(_functorch.maybe_get_level(layer))
     return len(forward & taking_part)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from typing import Any
 
@@ -14,12 +14,56 @@ from torch.utils import _pytree as pytree
 
 from bilevel.errors import DtypeError, ShapeError
 
-__all__ = ["Arguments", "Raveler", "flatten_arguments", "leaf_names", "moves", "ravel", "ravel_like", "unravelled"]
+__all__ = [
+    "Arguments",
+    "Raveler",
+    "as_real",
+    "flatten_arguments",
+    "is_numpy",
+    "leaf_names",
+    "moves",
+    "of_real",
+    "ravel",
+    "ravel_like",
+    "real_dtype",
+    "unravelled",
+]
+
+
+def real_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Return ``dtype``, or that of the real and imaginary parts of a complex one."""
+    return dtype.to_real() if dtype.is_complex else dtype
+
+
+def as_real(tensor: torch.Tensor) -> torch.Tensor:
+    """Return ``tensor``, or a complex one (...) as its real and imaginary parts (..., 2).
+
+    torch's gradient of a real loss by a complex tensor z is ∂L/∂Re z + i ∂L/∂Im z: so viewed, it is the gradient by the pairs.
+    """
+    if not tensor.is_complex() or tensor.layout is not torch.strided:
+        return tensor
+    return torch.view_as_real(tensor.resolve_conj())
+
+
+def of_real(flat: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """Return the numbers ``flat`` of :func:`as_real` in the shape and dtype of the dense tensor ``like``."""
+    return _complete(flat.reshape(as_real(like).shape), like.dtype)
+
+
+def _complete(parts: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Return ``parts`` in ``dtype``: of a complex one they are the real and imaginary parts (..., 2)."""
+    if not dtype.is_complex:
+        return parts.to(dtype)
+    # Not torch.view_as_complex, which wants an even place in memory.
+    pairs = parts.to(real_dtype(dtype))
+    return torch.complex(pairs[..., 0], pairs[..., 1])
 
 
 @dataclass(frozen=True, eq=False)
 class Raveler:
     """The structure of the unknown: turns one flat vector into the user's pytree and back.
+
+    A complex number counts as two unknowns, its real and its imaginary part.
 
     Parameters
     ----------
@@ -28,7 +72,7 @@ class Raveler:
     shapes, dtypes
         Of each leaf.
     dtype, device
-        Of the flat vector: the widest floating-point dtype of the leaves.
+        Of the flat vector: the widest real dtype of the leaves.
     """
 
     structure: pytree.TreeSpec
@@ -49,12 +93,11 @@ class Raveler:
             name = what + pytree.keystr(path)
             if not isinstance(leaf, torch.Tensor):
                 raise DtypeError(
-                    f"{where}: expected {name} to be a floating-point tensor, got {type(leaf).__name__}; wrap it in "
-                    "torch.tensor(..., dtype=torch.float64), or pass it as an argument instead of an unknown"
+                    f"{where}: expected {name} to be a floating-point or complex tensor, got {type(leaf).__name__}; {_made_a_tensor(leaf)}"
                 )
-            if not leaf.dtype.is_floating_point:
+            if not moves(leaf):
                 raise DtypeError(
-                    f"{where}: expected {name} to be a floating-point tensor, got {str(leaf.dtype).removeprefix('torch.')}; "
+                    f"{where}: expected {name} to be a floating-point or complex tensor, got {str(leaf.dtype).removeprefix('torch.')}; "
                     "convert it with .to(torch.float64) or .float()"
                 )
             if leaf.layout is not torch.strided:
@@ -70,46 +113,74 @@ class Raveler:
                     f"{where}: expected all of {what} on one device, got {device} and {leaf.device} at "
                     f"{what}{pytree.keystr(path)}; move them together with .to(device)"
                 )
-        dtype = leaves[0].dtype
+        dtype = real_dtype(leaves[0].dtype)
         for leaf in leaves[1:]:
-            dtype = torch.promote_types(dtype, leaf.dtype)
+            dtype = torch.promote_types(dtype, real_dtype(leaf.dtype))
         return Raveler(
             structure, tuple(leaf.shape for leaf in leaves), tuple(leaf.dtype for leaf in leaves), dtype, device
+        )
+
+    @cached_property
+    def real_shapes(self) -> tuple[torch.Size, ...]:
+        """The shape of each leaf's part of the flat vector: a complex leaf has its real and imaginary parts along a last axis."""
+        return tuple(
+            torch.Size((*shape, 2)) if dtype.is_complex else shape
+            for shape, dtype in zip(self.shapes, self.dtypes, strict=True)
         )
 
     @property
     def size(self) -> int:
         """The length n of the flat vector."""
-        return sum(shape.numel() for shape in self.shapes)
+        return sum(shape.numel() for shape in self.real_shapes)
 
     @cached_property
     def coarsest(self) -> torch.dtype:
-        """The dtype of the leaf that holds the fewest digits: no solution is more accurate than what it is handed out in."""
-        return max(self.dtypes, key=lambda dtype: torch.finfo(dtype).eps)
+        """The real dtype of the leaf that holds the fewest digits: no solution is more accurate than what it is handed out in."""
+        return max(map(real_dtype, self.dtypes), key=lambda dtype: torch.finfo(dtype).eps)
 
     @cached_property
     def is_tensor(self) -> bool:
         """Whether the unknown is one tensor and no container, which needs no tree to be walked."""
         return bool(self.structure.is_leaf())
 
+    def in_dtype(self, dtype: torch.dtype) -> Raveler:
+        """Return the same structure with each leaf in the real ``dtype``, or in the complex one of its precision."""
+        dtypes = tuple(dtype.to_complex() if one.is_complex else dtype for one in self.dtypes)
+        return replace(self, dtype=dtype, dtypes=dtypes)
+
     def ravel(self, tree: Any) -> torch.Tensor:
         """Return ``tree``, of this structure, as one vector (n,)."""
         leaves = pytree.tree_leaves(tree)
-        if len(leaves) == 1 and leaves[0].dtype == self.dtype:
+        if len(leaves) == 1 and leaves[0].dtype == self.dtype == self.dtypes[0]:
             return leaves[0].reshape(self.size)
-        return torch.cat([leaf.reshape(leaf.numel()).to(self.dtype) for leaf in leaves])
+        # A real value of a complex unknown's equation has the imaginary part zero.
+        whole = [leaf.to(dtype) if dtype.is_complex else leaf for leaf, dtype in zip(leaves, self.dtypes, strict=True)]
+        return torch.cat([as_real(leaf).reshape(-1).to(self.dtype) for leaf in whole])
 
     def unravel(self, flat: torch.Tensor) -> Any:
         """Return the vector ``flat`` (n,) as the user's pytree."""
         if self.is_tensor:
-            return flat.reshape(self.shapes[0]).to(self.dtypes[0])
+            return self._leaf(flat, 0)
         if len(self.shapes) == 1:
-            return pytree.tree_unflatten([flat.reshape(self.shapes[0]).to(self.dtypes[0])], self.structure)
-        parts = torch.split(flat, [shape.numel() for shape in self.shapes])
-        return pytree.tree_unflatten(
-            [part.reshape(shape).to(dtype) for part, shape, dtype in zip(parts, self.shapes, self.dtypes, strict=True)],
-            self.structure,
+            return pytree.tree_unflatten([self._leaf(flat, 0)], self.structure)
+        parts = torch.split(flat, [shape.numel() for shape in self.real_shapes])
+        return pytree.tree_unflatten([self._leaf(part, place) for place, part in enumerate(parts)], self.structure)
+
+    def _leaf(self, part: torch.Tensor, place: int) -> torch.Tensor:
+        """Return the leaf at ``place``, of its ``part`` of the flat vector."""
+        return _complete(part.reshape(self.real_shapes[place]), self.dtypes[place])
+
+
+def _made_a_tensor(leaf: Any) -> str:
+    """Return what to do about ``leaf``, given for a tensor."""
+    if isinstance(leaf, torch.nn.Module):
+        return (
+            "pass {name: p.detach() for name, p in module.named_parameters()}, and call the module in the function by "
+            "torch.func.functional_call(module, x, inputs)"
         )
+    if is_numpy(leaf):
+        return "pass torch.as_tensor(...) of it"
+    return "wrap it in torch.tensor(..., dtype=torch.float64), or pass it as an argument instead of an unknown"
 
 
 class _Unknown(threading.local):
@@ -143,17 +214,17 @@ def ravel(tree: Any) -> torch.Tensor:
     Parameters
     ----------
     tree
-        A pytree of floating-point tensors on one device.
+        A pytree of floating-point or complex tensors on one device. A complex number counts as two, as in ``torch.view_as_real``.
 
     Returns
     -------
     torch.Tensor
-        (n,), of the widest dtype among them.
+        (n,), of the widest real dtype among them.
 
     Raises
     ------
     ShapeError, DtypeError
-        If there is no tensor in ``tree``, or one that is not floating-point, or on another device.
+        If there is no tensor in ``tree``, or one of whole numbers, or on another device.
 
     Examples
     --------
@@ -181,65 +252,91 @@ def ravel(tree: Any) -> torch.Tensor:
 
 def ravel_like(tree: Any, raveler: Raveler, where: str, what: str) -> torch.Tensor:
     """Return what the user's function gave as one vector (n,), or say how its structure or shapes differ."""
-    if raveler.is_tensor and isinstance(tree, torch.Tensor) and tree.shape == raveler.shapes[0]:
-        return tree.reshape(raveler.size).to(raveler.dtype)
+    if (
+        raveler.is_tensor
+        and isinstance(tree, torch.Tensor)
+        and tree.shape == raveler.shapes[0]
+        and not tree.is_complex()
+    ):
+        return raveler.ravel(tree)
     paths, structure = pytree.tree_flatten_with_path(tree)
     if structure != raveler.structure:
         raise ShapeError(
             f"{where}: expected {what} to return the structure of init, {raveler.structure}, got {structure}; "
             "return one value for each unknown, in the same pytree"
         )
-    for (path, leaf), shape in zip(paths, raveler.shapes, strict=True):
+    for (path, leaf), shape, dtype in zip(paths, raveler.shapes, raveler.dtypes, strict=True):
         if not isinstance(leaf, torch.Tensor) or leaf.shape != shape:
             got = tuple(leaf.shape) if isinstance(leaf, torch.Tensor) else type(leaf).__name__
             raise ShapeError(
                 f"{where}: expected {what} to return shape {tuple(shape)} at init{pytree.keystr(path)}, got {got}; "
                 "there must be as many equations as unknowns, in the same shapes"
             )
+        if leaf.is_complex() and not dtype.is_complex:
+            raise DtypeError(
+                f"{where}: expected {what} to return a real tensor at init{pytree.keystr(path)}, as the unknown there is real, got "
+                f"{str(leaf.dtype).removeprefix('torch.')}; return its .real or .abs(), or make init complex with .to({dtype.to_complex()})"
+            )
     return raveler.ravel(tree)
 
 
 @dataclass(frozen=True, eq=False)
 class Arguments:
-    """A call's (args, kwargs) with the tensors taken out; :meth:`rebuild` puts tensors in."""
+    """A call's (args, kwargs) with the tensors taken out; :meth:`rebuild` puts tensors in.
+
+    A dense complex tensor (...) is taken out as its real and imaginary parts (..., 2), so that all that is differentiated is real.
+    """
 
     structure: pytree.TreeSpec
     others: tuple[Any, ...]
     is_tensor: tuple[bool, ...]
     names: tuple[str, ...]
-    positional: bool = False  # whether there is nothing but tensors, each an argument by itself
+    is_complex: tuple[bool, ...]  # of each tensor: whether it is rebuilt as a complex one
+    positional: bool = False  # whether there is nothing but real tensors, each an argument by itself
 
     def rebuild(self, tensors: Sequence[torch.Tensor]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Return (args, kwargs) with ``tensors`` in their places."""
         if self.positional:
             return tuple(tensors), {}
-        feed, rest = iter(tensors), iter(self.others)
+        feed, rest = iter(self.given(tensors)), iter(self.others)
         leaves = [next(feed) if flag else next(rest) for flag in self.is_tensor]
         args, kwargs = pytree.tree_unflatten(leaves, self.structure)
         return args, kwargs
 
+    def given(self, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """Return ``tensors`` as the caller gave them: the complex ones complex."""
+        return [torch.view_as_complex(t) if flag else t for t, flag in zip(tensors, self.is_complex, strict=True)]
+
 
 def flatten_arguments(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[list[torch.Tensor], Arguments]:
-    """Split a call's arguments into its tensors, of any dtype, and the rest."""
-    if not kwargs and all(isinstance(arg, torch.Tensor) for arg in args):
+    """Split a call's arguments into its tensors, of any real dtype, and the rest."""
+    if not kwargs and all(isinstance(arg, torch.Tensor) and not arg.is_complex() for arg in args):
         return list(args), _positional(len(args))
     paths, structure = pytree.tree_flatten_with_path((args, kwargs))
     flags = tuple(isinstance(leaf, torch.Tensor) for _, leaf in paths)
-    tensors = [leaf for (_, leaf), flag in zip(paths, flags, strict=True) if flag]
+    given = [leaf for (_, leaf), flag in zip(paths, flags, strict=True) if flag]
     others = tuple(leaf for (_, leaf), flag in zip(paths, flags, strict=True) if not flag)
     names = tuple(leaf_names([item for item, flag in zip(paths, flags, strict=True) if flag]))
-    return tensors, Arguments(structure, others, flags, names)
+    tensors = [as_real(leaf) for leaf in given]
+    is_complex = tuple(real is not leaf for real, leaf in zip(tensors, given, strict=True))
+    return tensors, Arguments(structure, others, flags, names, is_complex)
 
 
 @lru_cache(maxsize=64)
 def _positional(count: int) -> Arguments:
     structure = pytree.tree_structure(((0,) * count, {}))
-    return Arguments(structure, (), (True,) * count, tuple(f"args[{place}]" for place in range(count)), positional=True)
+    names = tuple(f"args[{place}]" for place in range(count))
+    return Arguments(structure, (), (True,) * count, names, (False,) * count, positional=True)
+
+
+def is_numpy(item: Any) -> bool:
+    """Return whether ``item`` is an array or a number of numpy's."""
+    return type(item).__module__ == "numpy"
 
 
 def moves(leaf: Any) -> bool:
     """Return whether ``leaf`` is a tensor that derivatives can be taken with respect to."""
-    return isinstance(leaf, torch.Tensor) and leaf.is_floating_point()
+    return isinstance(leaf, torch.Tensor) and (leaf.is_floating_point() or leaf.is_complex())
 
 
 def leaf_names(paths: Sequence[tuple[Any, Any]]) -> list[str]:

@@ -28,7 +28,7 @@ from bilevel._run import Adjoint, Setting, SolveSettings
 from bilevel._seek import promised, seek, wants_promise
 from bilevel._system import ArgminSystem
 from bilevel._transforms import transforms_active, unhooked
-from bilevel._tree import moves
+from bilevel._tree import as_real, moves
 from bilevel._warm_start import WarmStart
 from bilevel.certificates._certificate import Certificate
 from bilevel.certificates._point import Point
@@ -248,7 +248,7 @@ class BilevelProblem(torch.nn.Module, ABC):
         loss = self._outer_losses(solution.value, outer, data, policy).mean()
         theta = [leaf for leaf in pytree.tree_leaves(outer) if isinstance(leaf, torch.Tensor)]
         spoiled = check_dependence(self.where, loss, theta, policy)
-        among = tuple(leaf.requires_grad for leaf in theta if leaf.is_floating_point())
+        among = tuple(leaf.requires_grad for leaf in theta if moves(leaf))
         if torch.is_grad_enabled() and any(among) and among not in self._connected_for and not transforms_active():
             with unhooked():
                 cut = self._disconnected(solution.value, outer, data, among)
@@ -334,7 +334,7 @@ class BilevelProblem(torch.nn.Module, ABC):
         moving = [moves(leaf) for leaf in leaves]
         if not any(moving):
             raise ArgumentError(
-                f"{self._layer.where}: expected outer to hold a floating-point tensor, got {outer!r}; pass tensors to "
+                f"{self._layer.where}: expected outer to hold a floating-point or complex tensor, got {outer!r}; pass tensors to "
                 "differentiate with respect to"
             )
         settings = self._settings_of(outer, data)
@@ -357,7 +357,9 @@ class BilevelProblem(torch.nn.Module, ABC):
         (lower, upper), x = self._flat_problems(inner, plain, data), self._numbering.ravel(inner)
         if spoiled:
             found = tuple(torch.full_like(gradient, float("nan")) for gradient in found)
-        flat = torch.cat([part.reshape(-1) for part in self._connected(found, inner, outer, data, settings.on_failure)])
+        flat = torch.cat(
+            [as_real(part).reshape(-1) for part in self._connected(found, inner, outer, data, settings.on_failure)]
+        )
         q, backward, corrected = torch.zeros_like(x), solution.report, value.detach()
         if adjoints:  # none where F does not depend on φ
             last = adjoints[-1]
@@ -442,7 +444,9 @@ class BilevelProblem(torch.nn.Module, ABC):
         corrected = value - torch.linalg.vecdot(found.q, found.residual).mean()
         report = HypergradientReport(sought.forward, sought.backward, found.report)
         point = Point(lower, upper, found.x, found.q, wanted)
-        parts = torch.split(found.gradient, [leaf.numel() for leaf in pytree.tree_leaves(outer) if moves(leaf)])
+        parts = torch.split(
+            found.gradient, [as_real(leaf).numel() for leaf in pytree.tree_leaves(outer) if moves(leaf)]
+        )
         flat = torch.cat(self._connected(parts, inner, outer, data, policy))
         result = self._assembled(settings, outer, data, inner, point, value, corrected, flat, report)
         result.__dict__["bound"] = found.bound  # what decided, which asking for the bound shows

@@ -913,6 +913,109 @@ MUTATIONS = (
         "a fixed point's run at rounding level goes on", "solvers/fixed_point.py",
         "ended = stalled & (residual", "ended = ~stalled & stalled & (residual", (ANDERSON, "-k", "rounding_ends"),
     ),
+    # Dtypes and layouts.
+    Mutation(
+        'dtypes: imaginary parts change their sign', '_tree.py',
+        'torch.complex(pairs[..., 0], pairs[..., 1])',
+        'torch.complex(pairs[..., 0], -pairs[..., 1])',
+        ('tests/test_complex.py', '-k', 'follow'),
+    ),
+    Mutation(
+        'dtypes: a conjugate view is not resolved', '_tree.py',
+        'torch.view_as_real(tensor.resolve_conj())',
+        'torch.view_as_real(tensor)',
+        ('tests/test_complex.py', '-k', 'odd_places'),
+    ),
+    Mutation(
+        'dtypes: an imaginary part is dropped without a word', '_tree.py',
+        'if leaf.is_complex() and not dtype.is_complex:',
+        'if False:',
+        ('tests/test_complex.py', '-k', 'has_to_be'),
+    ),
+    Mutation(
+        'dtypes: replays take complex tensors for pairs', '_inspection.py',
+        'given.is_tensor, given.is_complex,',
+        'given.is_tensor,',
+        ('tests/test_complex.py', '-k', 'from_pairs'),
+    ),
+    Mutation(
+        'dtypes: complex outer variables do not move', '_tree.py',
+        '(leaf.is_floating_point() or leaf.is_complex())',
+        'leaf.is_floating_point()',
+        ('tests/test_complex.py', '-k', 'hypergradients'),
+    ),
+    Mutation(
+        'dtypes: a misuse of dtypes is gone on with', '_run.py',
+        'isinstance(error, (ValueError, TypeError))',
+        'isinstance(error, ValueError)',
+        ('tests/test_failures.py', '-k', 'misfits and complex'),
+    ),
+    Mutation(
+        "sparse: the construction is torch's own", '_sparse.py',
+        '    torch.sparse_coo_tensor: _sparse_coo_tensor,\n',
+        '',
+        ('tests/test_sparse.py', '-k', 'derivatives_by_the_values'),
+    ),
+    Mutation(
+        "sparse: products with a matrix of values are torch's own", '_sparse.py',
+        'return _entry_by_entry(*args) if _made_of_entries(*args) else theirs(*args)',
+        'return theirs(*args)',
+        ('tests/test_sparse.py', '-k', 'derivatives_by_the_values'),
+    ),
+    Mutation(
+        'sparse: a compressed constant stays so', '_sparse.py',
+        '        return item.to_sparse_coo()',
+        '        return item',
+        ('tests/test_sparse.py', '-k', 'compressed_constant'),
+    ),
+    Mutation(
+        'sparse: what the arguments go through is not learned', '_problem.py',
+        'learn(system.function, values)',
+        'pass',
+        ('tests/test_sparse.py', '-k', 'few_values'),
+    ),
+    Mutation(
+        'once: rewritten operations only where the unknown goes through them', '_system.py',
+        'with WrittenNorms(), Repeatable():\n            return grad(',
+        'with WrittenNorms():\n            return grad(',
+        ('tests/test_sparse.py', '-k', 'fused_norm'),
+    ),
+    Mutation(
+        "once: a transform hides the user's Function", '_once.py',
+        'kind = closed.get("autograd_function")',
+        'kind = None',
+        ('tests/test_sparse.py', '-k', 'marked'),
+    ),
+    Mutation(
+        'once: a second derivative is not looked at', '_implicit.py',
+        '        if again:\n            refuse_once_only(system.where',
+        '        if False:\n            refuse_once_only(system.where',
+        ('tests/test_sparse.py', '-k', 'marked'),
+    ),
+    Mutation(
+        "once: a sparse argument's graph is not looked at", '_implicit.py',
+        'if again and tensor.layout is not torch.strided:',
+        'if False:',
+        ('tests/test_sparse.py', '-k', 'argument_made'),
+    ),
+    Mutation(
+        'once: products J v are not looked at', '_implicit.py',
+        'if not (transposed or rule.system.symmetric):',
+        'if False:',
+        ('tests/test_sparse.py', '-k', 'marked'),
+    ),
+    Mutation(
+        'once: an outer objective is not looked at', '_outer_loss.py',
+        '    _refuse_again(where, losses, given)\n',
+        '',
+        ('tests/test_sparse.py', '-k', 'outer_objective'),
+    ),
+    Mutation(
+        "numpy is spoken of in torch's words", '_system.py',
+        'return "call numpy() on Tensor" in said or "numpy.ndarray" in said',
+        'return False',
+        ('tests/test_sparse.py', '-k', 'numpy'),
+    ),
 )  # fmt: skip
 
 

@@ -203,7 +203,7 @@ def test_what_is_not_linear_or_not_symmetric_is_refused() -> None:
         bilevel.linear_solve(lambda x: torch.stack([2 * x[0] + x[1], x[1]]), symmetric=True)(b)
     with pytest.raises(bilevel.ShapeError, match=r"expected matvec to return shape \(2,\)"):
         bilevel.linear_solve(lambda x: x[:1])(b)
-    with pytest.raises(bilevel.DtypeError, match="expected rhs to be a floating-point tensor"):
+    with pytest.raises(bilevel.DtypeError, match="expected rhs to be a floating-point or complex tensor"):
         bilevel.linear_solve(lambda x: x)(torch.ones(2, dtype=torch.int64))
     with pytest.raises(bilevel.ArgumentError, match="expected matvec to be a function"):
         bilevel.linear_solve(3)

@@ -371,7 +371,7 @@ def test_misuse_is_said(settings: dict[str, object], message: str) -> None:
 
 
 def test_other_misuse_is_said() -> None:
-    with pytest.raises(bilevel.ArgumentError, match="floating-point tensor"):
+    with pytest.raises(bilevel.ArgumentError, match="floating-point or complex tensor"):
         bilevel.minimize(problem(), 3, DATA)
     with pytest.raises(bilevel.ArgumentError, match="BilevelProblem"):
         bilevel.minimize(object(), outer(), DATA)

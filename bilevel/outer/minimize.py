@@ -14,6 +14,7 @@ from torch.utils import _pytree as pytree
 
 from bilevel._checks import check_steps
 from bilevel._hypergradient import Hypergradient
+from bilevel._tree import as_real, moves, of_real
 from bilevel.errors import ArgumentError, SolveError
 from bilevel.outer.methods import HOAG, Evaluation, OuterMethod, TorchOuter
 from bilevel.outer.result import OuterResult, OuterStatus, OuterStep
@@ -50,7 +51,7 @@ def minimize(
     problem
         The problem; its warm starts are used.
     outer
-        Where θ begins: a tensor or a pytree. Leaves that are not floating-point tensors stay as they are. Parameters of the problem
+        Where θ begins: a tensor or a pytree. Leaves that are neither floating-point nor complex tensors stay as they are. Parameters of the problem
         itself, as ``tuning.outer`` of a :class:`HyperparameterOptimization`, follow the run, as they would an optimiser: they are
         set to each point reached, and hold the last one at the end. Other tensors are not changed.
     data
@@ -148,12 +149,12 @@ class OuterRun:
         else:
             self._policy = policy
         self._leaves, self._structure = pytree.tree_flatten(outer)
-        if not any(_moves(leaf) for leaf in self._leaves):
+        if not any(moves(leaf) for leaf in self._leaves):
             raise ArgumentError(
-                f"minimize: expected outer to hold a floating-point tensor, got {outer!r}; pass tensors to minimise over"
+                f"minimize: expected outer to hold a floating-point or complex tensor, got {outer!r}; pass tensors to minimise over"
             )
         parameters = {id(parameter) for parameter in problem.parameters()}
-        self._own = [leaf if id(leaf) in parameters else None for leaf in self._leaves if _moves(leaf)]
+        self._own = [leaf if id(leaf) in parameters else None for leaf in self._leaves if moves(leaf)]
         self._init = init
         self.history: list[OuterStep] = []
         self._memory: dict[str, Any] = {}
@@ -182,7 +183,8 @@ class OuterRun:
         """ĝ there, the pytree of ``outer``; None at leaves that do not move."""
         assert self._here is not None
         parts = iter(self._here.gradient)
-        return pytree.tree_unflatten([next(parts) if _moves(leaf) else None for leaf in self._leaves], self._structure)
+        filled = [of_real(next(parts), leaf) if moves(leaf) else None for leaf in self._leaves]
+        return pytree.tree_unflatten(filled, self._structure)
 
     @property
     def value(self) -> float:
@@ -222,7 +224,7 @@ class OuterRun:
                 f"{state.get('format') if isinstance(state, dict) else None!r}; pass result.state, or run.state_dict()"
             )
         state = _copied(state)
-        shapes = [leaf.shape for leaf in self._leaves if _moves(leaf)]
+        shapes = [as_real(leaf).shape for leaf in self._leaves if moves(leaf)]
         if [x.shape for x in state["outer"]] != shapes:
             raise ArgumentError(
                 f"minimize: expected the state of a run over tensors of shapes {[tuple(shape) for shape in shapes]}, got "
@@ -247,7 +249,8 @@ class OuterRun:
 
     def _tree(self, outer: tuple[torch.Tensor, ...]) -> Any:
         parts = iter(outer)
-        return pytree.tree_unflatten([next(parts) if _moves(leaf) else leaf for leaf in self._leaves], self._structure)
+        filled = [of_real(next(parts), leaf) if moves(leaf) else leaf for leaf in self._leaves]
+        return pytree.tree_unflatten(filled, self._structure)
 
     def _evaluate(self, outer: tuple[torch.Tensor, ...], *, tighter: float = 1.0) -> Evaluation | None:
         """Return the hypergradient at ``outer``, as the policy has it for the next point; None, and why, if a solve failed."""
@@ -287,7 +290,7 @@ class OuterRun:
             "delta": shown[0],
             "delta_prime": shown[1],
         }
-        gradient = tuple(leaf for leaf in pytree.tree_leaves(result.grad) if leaf is not None)
+        gradient = tuple(as_real(leaf) for leaf in pytree.tree_leaves(result.grad) if leaf is not None)
         return Evaluation(outer, value, corrected, slack, gradient, result.inner, record)
 
     def _hypergradient(self, outer: tuple[torch.Tensor, ...], init: Any) -> Hypergradient | None:
@@ -325,7 +328,7 @@ class OuterRun:
         with torch.no_grad():
             for parameter, value in zip(self._own, self._here.outer, strict=True):
                 if parameter is not None:
-                    parameter.copy_(value)
+                    parameter.copy_(of_real(value, parameter))
 
     def _end(self, status: OuterStatus) -> OuterResult:
         here = self._here
@@ -355,7 +358,7 @@ def _loop(
     if resume is not None:
         run._load(resume)
     else:
-        first = run._evaluate(tuple(leaf.detach().clone() for leaf in run._leaves if _moves(leaf)))
+        first = run._evaluate(tuple(as_real(leaf).detach().clone() for leaf in run._leaves if moves(leaf)))
         if first is None:
             assert run.failure is not None
             raise run.failure
@@ -435,10 +438,6 @@ def _until(tolerance: Tolerance, norm: float) -> Tolerance:
 def _finite(result: Hypergradient) -> bool:
     leaves = (result.value, *(leaf for leaf in pytree.tree_leaves(result.grad) if leaf is not None))
     return all(bool(torch.isfinite(leaf).all()) for leaf in leaves)
-
-
-def _moves(leaf: Any) -> bool:
-    return isinstance(leaf, torch.Tensor) and leaf.is_floating_point()
 
 
 def _copied(tree: Any) -> Any:

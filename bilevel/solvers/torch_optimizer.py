@@ -132,7 +132,7 @@ class TorchOptimizer(InnerSolver):
                 f"{name}, which would mix them; {remedy}"
             )
         value, gradient = problem.value_and_residual(init)
-        shapes = [init.shape] if self.elementwise else problem.system.raveler.shapes
+        shapes = [init.shape] if self.elementwise else problem.system.raveler.real_shapes
         parameters = [torch.nn.Parameter(part.clone()) for part in _split(init, shapes)]
         optimizer = self._make(parameters)
         sparse = self.optimizer_class is torch.optim.SparseAdam

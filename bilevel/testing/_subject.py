@@ -77,9 +77,11 @@ class Subject:
         return max(float(torch.finfo(t.dtype).eps) for t in tensors if _is_tensor(t) and t.is_floating_point())
 
     def to(self, dtype: torch.dtype) -> Subject:
-        """Return the same with every floating-point tensor in ``dtype``."""
+        """Return the same with every floating-point tensor in ``dtype``, and every complex one in its precision."""
 
         def convert(leaf: Any) -> Any:
+            if _is_tensor(leaf) and leaf.is_complex():
+                return leaf.to(dtype.to_complex())
             return leaf.to(dtype) if _is_tensor(leaf) and leaf.is_floating_point() else leaf
 
         return replace(
@@ -227,6 +229,13 @@ def _subject(
     count: int | None,
     names: Sequence[str],
 ) -> Subject:
+    chosen = [leaf for place, leaf in enumerate(leaves) if names[place] and _is_tensor(leaf) and leaf.requires_grad]
+    for leaf in (*pytree.tree_leaves(start), *chosen):
+        if _is_tensor(leaf) and leaf.is_complex():
+            raise bilevel.ArgumentError(
+                f"{where}: expected a real start, and real tensors to differentiate with respect to, for a check of gradients, got "
+                f"{leaf.dtype}; pass torch.view_as_real of it, and call torch.view_as_complex in the function"
+            )
     floating = [
         place for place, leaf in enumerate(leaves) if names[place] and _is_tensor(leaf) and leaf.is_floating_point()
     ]
@@ -236,7 +245,7 @@ def _subject(
     if not moving:
         raise bilevel.ArgumentError(
             f"{where}: expected a floating-point tensor to differentiate with respect to, got none; pass hyperparameters as "
-            "tensors"
+            "tensors, and complex ones as torch.view_as_real(...)"
         )
     return Subject(
         where, layer, problem, pytree.tree_map(_cut, start), tuple(_cut(leaf) for leaf in leaves), structure,

@@ -43,6 +43,7 @@ from bilevel.linear._base import LinearSolverLike, as_linear_solver
 from bilevel.reports import (
     OnFailure,
     SolveReport,
+    Words,
     check_policy,
     misuse,
 )
@@ -109,6 +110,7 @@ class Layer:
         self.on_failure = check_policy(on_failure)
         self.adjoint = Adjoint()
         self.inspects = True
+        self.backward_words: Words = {}  # of an application that knows more about its linear systems
         self.written: Callable[[], Callable[..., Any]] | None = (
             None  # what the user wrote, where that is not the function itself
         )

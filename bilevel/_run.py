@@ -13,11 +13,12 @@ from bilevel._inspection import Look, on_trust
 from bilevel._problem import Problem
 from bilevel._replay import Tapes
 from bilevel._straight import Memory
+from bilevel._wording import words_of
 from bilevel.errors import BilevelError
 from bilevel.linear._base import LinearOutcome, solve_linear
 from bilevel.linear.exact import lend
 from bilevel.operators import LinearOperator
-from bilevel.reports import Pass, SolveReport, active_recordings, enforce, misuse
+from bilevel.reports import Pass, SolveReport, Words, active_recordings, enforce, misuse
 from bilevel.solvers._base import InnerOutcome, solve_inner
 
 if TYPE_CHECKING:
@@ -100,7 +101,9 @@ class Run:
         axes = problem.system.batch_shape
         self.one_step = outcome.factor is not None and bool((outcome.iterations <= 1).all())
         self.factor, layer.adjoint.residual = outcome.factor, outcome.residual if layer.adjoint.warm else None
-        self.report = _report(Pass.FORWARD, self.where, solver.name, outcome, axes)
+        self.report = _report(
+            Pass.FORWARD, self.where, solver.name, outcome, axes, words_of(solver, problem, init, outcome)
+        )
         self.lost = ~self.report.success if layer.on_failure == "nan" else None
         x = outcome.x.reshape(*axes, problem.size)
         return enforce(self.report, x, layer.on_failure, self.recordings, silent_budget=target.silent)
@@ -127,7 +130,7 @@ class Run:
         reported = self.report is None or self.recordings or active_recordings() or (kept is not None and kept.warm)
         begun = None if kept is None else kept.start(rhs)
         outcome = solve_linear(solver, operator, rhs, target, begun, product=product, seen=bool(reported))
-        report = _report(direction, self.where, solver.name, outcome, axes)
+        report = _report(direction, self.where, solver.name, outcome, axes, layer.backward_words)
         self.report = self.report or report
         if kept is not None and kept.warm:
             kept.value, kept.report = outcome.x, report
@@ -141,7 +144,12 @@ class Run:
 
 
 def _report(
-    direction: Pass, where: str, solver: str, outcome: InnerOutcome | LinearOutcome, axes: tuple[int, ...]
+    direction: Pass,
+    where: str,
+    solver: str,
+    outcome: InnerOutcome | LinearOutcome,
+    axes: tuple[int, ...],
+    words: Words,
 ) -> SolveReport:
     def shaped(numbers: torch.Tensor) -> torch.Tensor:
         return numbers if numbers.shape == axes else numbers.reshape(axes)
@@ -157,4 +165,5 @@ def _report(
         shaped(outcome.error_bound),
         outcome.basis,
         shaped(outcome.scale) if isinstance(outcome, LinearOutcome) else torch.full(axes, float("nan")),
+        words,
     )

@@ -7,9 +7,9 @@ import enum
 import math
 import threading
 import warnings
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, TypeAlias
 
 import torch
 
@@ -22,6 +22,7 @@ __all__ = [
     "Recording",
     "SolveReport",
     "Status",
+    "Words",
     "active_recordings",
     "check_policy",
     "enforce",
@@ -127,6 +128,9 @@ _TEXT: dict[Status, tuple[str, str]] = {
 }
 
 
+Words: TypeAlias = Mapping[Status, tuple[str, str]]
+"""(meaning, remedy) of statuses, in place of :attr:`Status.meaning` and :attr:`Status.remedy`."""
+
 _WIDER = "use float64, "
 _NOT_FINITE_GIVEN = (
     "the right-hand side, in reverse mode the gradient with respect to the solution, was not finite already: look for a log, square root or "
@@ -193,6 +197,8 @@ class SolveReport:
         What :attr:`error_bound` rests on.
     scale
         ‖b‖ backward, for ``residual_norm`` to be compared with, NaN if b is not finite; NaN forward, where there is no such size.
+    words
+        (meaning, remedy) for statuses whose general words do not fit the solver or the kind of problem.
     """
 
     direction: Pass
@@ -205,6 +211,7 @@ class SolveReport:
     error_bound: torch.Tensor
     basis: Basis
     scale: torch.Tensor
+    words: Words = field(default_factory=dict)
 
     @property
     def status(self) -> Any:
@@ -250,9 +257,12 @@ class SolveReport:
         steps = int(self.iterations.reshape(-1)[which])
         goal = f", asked {asked:.2g}" if asked > 0 else ""
         return (
-            f"{head} {status.meaning}{of} (residual {residual:.2g}{goal}, after {steps} steps); "
+            f"{head} {self._meaning(status)}{of} (residual {residual:.2g}{goal}, after {steps} steps); "
             f"remedy: {self._remedy(status, which)}."
         )
+
+    def _meaning(self, status: Status) -> str:
+        return self.words[status][0] if status in self.words else status.meaning
 
     def _remedy(self, status: Status, which: int) -> str:
         """Return what to do about ``status``, which the problem at ``which`` ended with."""
@@ -260,7 +270,7 @@ class SolveReport:
         if status is Status.NOT_FINITE and self.direction is Pass.BACKWARD and not math.isfinite(given):
             # Nothing is amiss with the matrix or the solver then.
             return _NOT_FINITE_GIVEN
-        return fitting(status.remedy, self.residual_norm.dtype)
+        return fitting(self.words[status][1] if status in self.words else status.remedy, self.residual_norm.dtype)
 
     def __str__(self) -> str:
         lines = [f"{self.where}: {self.direction.value} solve by {self.solver}"]
@@ -272,7 +282,7 @@ class SolveReport:
             status, these = Status(code), codes == code
             of = f" in {int(these.sum())} of {codes.numel()} problems" if many else ""
             remedy = "" if status is Status.CONVERGED else f"; {self._remedy(status, int(these.nonzero()[0]))}"
-            lines.append(f"  status    {status.name}: {status.meaning}{of}, steps {_span(steps[these])}{remedy}")
+            lines.append(f"  status    {status.name}: {self._meaning(status)}{of}, steps {_span(steps[these])}{remedy}")
         asked = self.threshold.reshape(-1)
         goal = f", asked {_span(asked)}" if bool((asked > 0).any()) else ""
         lines.append(f"  residual  {_span(self.residual_norm.reshape(-1))}{goal}")

@@ -3,7 +3,7 @@
 ====  ==================  ==========================================================================
  5    applications, cli   ``hyperopt/``, ``meta/``, ``testing/``, ``cli``, ``_output``: use the public API alone, like any user
  4    problems            ``problem``, ``certificates/``, ``outer/``, goals, guards
- 3    layers              ``layers``: argmin, root, fixed_point, linear_solve; ``_layer``, ``_linear_layer``, ``_run``: a call of one
+ 3    layers              ``layers``: argmin, root, fixed_point, linear_solve; ``_layer``, ``_linear_layer``, ``_run``: a call of one; ``_wording``
  2    differentiation     ``_implicit``: the two autograd Functions; imports no solver
  1    solvers             ``solvers/`` (inner), ``linear/`` (linear); of the inner, only Newton's uses the linear
  0    ground              operators, tolerances, reports, errors, trees, systems, transforms
@@ -50,6 +50,7 @@ FLOORS = {
     "bilevel._implicit": 2,
     "bilevel._choice": 3,
     "bilevel._run": 3,
+    "bilevel._wording": 3,
     "bilevel._layer": 3,
     "bilevel._linear_layer": 3,
     "bilevel.layers": 3,

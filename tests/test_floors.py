@@ -41,6 +41,7 @@ GROUND = (
     "_replay",
     "_replaying",
     "_checks",
+    "_checksum",
     "_version",
 )
 FLOORS = {
@@ -132,7 +133,7 @@ def test_imports_go_down_only(path: Path) -> None:
 def test_applications_use_the_public_api_alone(path: Path) -> None:
     own = (
         "bilevel.hyperopt", "bilevel.meta", "bilevel.testing", "bilevel.cli", "bilevel._output", "bilevel._allocator",
-        "bilevel.display",
+        "bilevel._checksum", "bilevel.display",
     )  # fmt: skip
     for imported in imports_of(path):
         assert imported == "bilevel" or imported.startswith(own), f"{name_of(path)} reaches into {imported}"

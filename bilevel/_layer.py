@@ -98,7 +98,8 @@ class Layer:
         noun = kind.noun
         if not callable(function):
             raise ArgumentError(
-                f"bilevel layer: expected {noun} to be a function of (x, *args, **kwargs), got {function!r}; pass one"
+                f"bilevel layer: expected {noun} to be a function of (x, *args, **kwargs), got {function!r}; pass one, as in "
+                f"bilevel.{kind.label}(f)(x, *args)"
             )
         if tolerance is not None and not isinstance(tolerance, Tolerance):
             raise ArgumentError(f"expected tolerance to be a bilevel.Tolerance, got {tolerance!r}; wrap it in one")

@@ -52,6 +52,7 @@ FLOORS = {
     "bilevel._choice": 3,
     "bilevel._run": 3,
     "bilevel._wording": 3,
+    "bilevel._first_call": 3,
     "bilevel._layer": 3,
     "bilevel._linear_layer": 3,
     "bilevel.layers": 3,

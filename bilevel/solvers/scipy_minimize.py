@@ -58,7 +58,8 @@ class ScipyMinimize(InnerSolver):
     max_steps
         The most iterations (scipy's ``maxiter``); None for scipy's own limit.
     options
-        Scipy's ``options`` for the method, which go before those chosen here; bounds and constraints are none, and are refused. They are in units of an objective
+        Scipy's ``options`` for the method, which go before those chosen here; bounds and constraints are none, and are
+        refused. They are in units of an objective
         whose first gradient has norm one, which it is divided to have.
 
     Raises

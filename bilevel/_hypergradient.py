@@ -91,10 +91,11 @@ def _moved(report: SolveReport, residual: torch.Tensor, steps: int) -> SolveRepo
 
 
 def _worse(forward: SolveReport, backward: SolveReport) -> SolveReport:
-    codes = torch.where(~forward.converged, forward.status_code, backward.status_code)
+    short = ~forward.converged
+    codes = torch.where(short, forward.status_code, backward.status_code)
     return SolveReport(
         forward.direction, forward.where, forward.solver, codes, forward.iterations, forward.residual_norm,
-        forward.threshold, forward.error_bound, forward.basis, forward.scale,
+        forward.threshold, forward.error_bound, forward.basis, forward.scale, forward.words if bool(short.any()) else backward.words,
     )  # fmt: skip
 
 

@@ -40,6 +40,7 @@ from bilevel.linear._base import LinearSolver, LinearSolverLike
 from bilevel.reports import (
     OnFailure,
     SolveReport,
+    Words,
     misuse,
 )
 from bilevel.solvers._base import InnerSolver, InnerSolverLike
@@ -87,6 +88,7 @@ class Layer:
     linear_solver = Setting[LinearSolver | None]()
     tolerance = Setting[Tolerance]()
     on_failure = Setting[OnFailure]()
+    backward_words = Setting[Words]()
 
     def __init__(
         self,
@@ -101,7 +103,8 @@ class Layer:
         noun = kind.noun
         if not callable(function):
             raise ArgumentError(
-                f"bilevel layer: expected {noun} to be a function of (x, *args, **kwargs), got {function!r}; pass one"
+                f"bilevel layer: expected {noun} to be a function of (x, *args, **kwargs), got {function!r}; pass one, as in "
+                f"bilevel.{kind.label}(f)(x, *args)"
             )
         self.kind = kind
         self.function = function

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Generic, NamedTuple, TypeVar, overload
 
 import torch
@@ -14,11 +14,12 @@ from bilevel._inspection import Look, look, on_trust, recall
 from bilevel._problem import Problem
 from bilevel._replay import Tapes
 from bilevel._straight import Memory
+from bilevel._wording import words_of
 from bilevel.errors import ArgumentError, BilevelError
 from bilevel.linear._base import LinearOutcome, LinearSolver, as_linear_solver, solve_linear
 from bilevel.linear.exact import lend
 from bilevel.operators import LinearOperator
-from bilevel.reports import OnFailure, Pass, SolveReport, active_recordings, check_policy, enforce, misuse
+from bilevel.reports import OnFailure, Pass, SolveReport, Words, active_recordings, check_policy, enforce, misuse
 from bilevel.solvers._base import InnerSolver, as_inner_solver
 from bilevel.solvers._judge import InnerOutcome, solve_inner
 from bilevel.tolerance import Tolerance, auto_relative
@@ -62,6 +63,8 @@ class SolveSettings:
         Whether to inspect the function first. A call just before, with the same function, may have done it.
     adjoint_start
         Where the linear solve of the first derivative begins, (batch, n). It is not used if it does not fit.
+    backward_words
+        What an application says of the failures of its linear systems, in place of the general words.
     on_adjoint
         Is handed the adjoint of the first derivative. It may be called several times, if there are several backward passes.
 
@@ -77,6 +80,7 @@ class SolveSettings:
     on_failure: OnFailure
     inspect: bool = True
     adjoint_start: torch.Tensor | None = None
+    backward_words: Words = field(default_factory=dict)
     on_adjoint: Callable[[Adjoint], None] | None = None
 
     def __post_init__(self) -> None:
@@ -211,7 +215,8 @@ class SolveCall:
         axes = problem.system.batch_shape
         self.one_step = outcome.factor is not None and (outcome.exact or bool((outcome.iterations <= 1).all()))
         self.factor, self.residual = outcome.factor, None if settings.on_adjoint is None else outcome.residual
-        self.report = _report(Pass.FORWARD, self.where, outcome.solver, outcome, axes)
+        words = words_of(solver, problem, init, outcome)
+        self.report = _report(Pass.FORWARD, self.where, outcome.solver, outcome, axes, words)
         self.lost = ~self.report.success if settings.on_failure == "nan" else None
         x = outcome.x.reshape(*axes, problem.size)
         return enforce(self.report, x, settings.on_failure, self.recordings, silent_budget=target.silent)
@@ -239,7 +244,7 @@ class SolveCall:
         begun = None if product is None else settings.start(rhs)
         noise = self._noise(rhs)
         outcome = solve_linear(solver, operator, rhs, target, begun, product=product, seen=bool(reported), noise=noise)
-        report = _report(direction, self.where, solver.name, outcome, axes)
+        report = _report(direction, self.where, solver.name, outcome, axes, settings.backward_words)
         self.report = self.report or report
         if on_adjoint is not None and self.residual is not None:
             on_adjoint(Adjoint(outcome.x, report, self.residual))
@@ -269,7 +274,12 @@ class SolveCall:
 
 
 def _report(
-    direction: Pass, where: str, solver: str, outcome: InnerOutcome | LinearOutcome, axes: tuple[int, ...]
+    direction: Pass,
+    where: str,
+    solver: str,
+    outcome: InnerOutcome | LinearOutcome,
+    axes: tuple[int, ...],
+    words: Words,
 ) -> SolveReport:
     def shaped(numbers: torch.Tensor) -> torch.Tensor:
         return numbers if numbers.shape == axes else numbers.reshape(axes)
@@ -285,4 +295,5 @@ def _report(
         shaped(outcome.error_bound),
         outcome.basis,
         shaped(outcome.scale) if isinstance(outcome, LinearOutcome) else torch.full(axes, float("nan")),
+        words,
     )

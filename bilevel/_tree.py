@@ -89,6 +89,11 @@ class Raveler:
             raise ShapeError(
                 f"{where}: expected {what} to hold at least one tensor, got {tree!r}; pass a tensor or a pytree of them"
             )
+        if isinstance(tree, (list, tuple)) and all(isinstance(leaf, (int, float)) for _, leaf in paths):
+            raise DtypeError(
+                f"{where}: expected {what} to be a floating-point tensor, got a {type(tree).__name__} of numbers; write "
+                f"torch.tensor({what}, dtype=torch.float64)"
+            )
         for path, leaf in paths:
             name = what + pytree.keystr(path)
             if not isinstance(leaf, torch.Tensor):

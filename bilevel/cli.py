@@ -62,6 +62,11 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
         _fail(str(error), FAILURE)
     except bilevel.BilevelError as error:
         _fail(str(error), MISUSE)
+    except (MemoryError, RuntimeError) as error:
+        # A GPU's error has a class of its own, the CPU's has not.
+        if isinstance(error, RuntimeError) and "memory" not in str(error):
+            raise
+        _fail("there is not enough memory for this; take fewer tasks, images or rows at a time", FAILURE)
 
 
 def _write_whatever_can_be() -> None:

@@ -8,6 +8,7 @@ from typing import Any, overload
 
 import torch
 
+from bilevel._first_call import answered
 from bilevel._layer import Layer, Solution
 from bilevel._linear_layer import LinearLayer
 from bilevel._system import ArgminSystem, FixedPointSystem, RootSystem, System
@@ -40,6 +41,7 @@ def argmin(
     tolerance: Tolerance | None = None,
     on_failure: OnFailure = "raise",
 ) -> Layer: ...
+@answered
 def argmin(
     objective: Callable[..., torch.Tensor] | None = None,
     *,
@@ -119,6 +121,7 @@ def root(
     tolerance: Tolerance | None = None,
     on_failure: OnFailure = "raise",
 ) -> Layer: ...
+@answered
 def root(
     residual: Callable[..., Any] | None = None,
     *,
@@ -177,6 +180,7 @@ def fixed_point(
     tolerance: Tolerance | None = None,
     on_failure: OnFailure = "raise",
 ) -> Layer: ...
+@answered
 def fixed_point(
     mapping: Callable[..., Any] | None = None,
     *,
@@ -239,6 +243,7 @@ def linear_solve(
     tolerance: Tolerance | None = None,
     on_failure: OnFailure = "raise",
 ) -> LinearLayer: ...
+@answered
 def linear_solve(
     matvec: Callable[..., Any] | None = None,
     *,

@@ -7,9 +7,9 @@ import enum
 import math
 import threading
 import warnings
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, TypeAlias
 
 import torch
 
@@ -22,6 +22,7 @@ __all__ = [
     "Recording",
     "SolveReport",
     "Status",
+    "Words",
     "active_recordings",
     "check_policy",
     "enforce",
@@ -126,8 +127,9 @@ _TEXT: dict[Status, tuple[str, str]] = {
         "every bound that rests on this μ is void; pass a smaller strong_convexity, or None if it is not known",
     ),
     Status.KINK: (
-        "ended at a kink of the objective, where the gradient jumps and torch's slope is a convention",
-        "start elsewhere if the point is no minimum; otherwise replace |x|, max or relu by a smooth function, such as (x**2 + 1e-6).sqrt()",
+        "ended at a kink of the objective: it is not smooth there, its gradient jumps",
+        "start elsewhere if the point is no minimum; otherwise smooth the kink, as (x**2 + eps**2).sqrt() does for abs(x), softplus for relu "
+        "and logsumexp for max, or write the minimiser as the fixed point of a proximal step and take bilevel.fixed_point",
     ),
     Status.MINIMUM_NORM: (
         "met a singular matrix with the right-hand side in its range, and returned the solution of smallest Euclidean norm",
@@ -137,6 +139,9 @@ _TEXT: dict[Status, tuple[str, str]] = {
     Status.RUNNING: ("has not ended", "this is a fault of the library; please report it"),
 }
 
+
+Words: TypeAlias = Mapping[Status, tuple[str, str]]
+"""(meaning, remedy) of statuses, in place of :attr:`Status.meaning` and :attr:`Status.remedy`."""
 
 _WIDER = "use float64, "
 _NOT_FINITE_GIVEN = (
@@ -209,6 +214,8 @@ class SolveReport:
         What :attr:`error_bound` rests on.
     scale
         ‖b‖ backward, for ``residual_norm`` to be compared with, NaN if b is not finite; NaN forward, where there is no such size.
+    words
+        (meaning, remedy) for statuses whose general words do not fit the solver or the kind of problem.
     """
 
     direction: Pass
@@ -221,6 +228,7 @@ class SolveReport:
     error_bound: torch.Tensor
     basis: Basis
     scale: torch.Tensor
+    words: Words = field(default_factory=dict)
 
     @property
     def status(self) -> Any:
@@ -266,9 +274,12 @@ class SolveReport:
         steps = int(self.iterations.reshape(-1)[which])
         goal = f", asked {asked:.2g}" if asked > 0 else ""
         return (
-            f"{head} {status.meaning}{of} (residual {residual:.2g}{goal}, after {steps} steps); "
+            f"{head} {self._meaning(status)}{of} (residual {residual:.2g}{goal}, after {steps} steps); "
             f"remedy: {self._remedy(status, which)}."
         )
+
+    def _meaning(self, status: Status) -> str:
+        return self.words[status][0] if status in self.words else status.meaning
 
     def _remedy(self, status: Status, which: int) -> str:
         """Return what to do about ``status``, which the problem at ``which`` ended with."""
@@ -276,9 +287,9 @@ class SolveReport:
         if status is Status.NOT_FINITE and self.direction is Pass.BACKWARD and not math.isfinite(given):
             # Nothing is amiss with the matrix or the solver then.
             return _NOT_FINITE_GIVEN
-        if status is Status.SINGULAR and self.direction is Pass.BACKWARD:
+        if status is Status.SINGULAR and self.direction is Pass.BACKWARD and status not in self.words:
             return _NOT_INVARIANT
-        return fitting(status.remedy, self.residual_norm.dtype)
+        return fitting(self.words[status][1] if status in self.words else status.remedy, self.residual_norm.dtype)
 
     def __str__(self) -> str:
         lines = [f"{self.where}: {self.direction.value} solve by {self.solver}"]
@@ -290,7 +301,7 @@ class SolveReport:
             status, these = Status(code), codes == code
             of = f" in {int(these.sum())} of {codes.numel()} problems" if many else ""
             remedy = "" if status is Status.CONVERGED else f"; {self._remedy(status, int(these.nonzero()[0]))}"
-            lines.append(f"  status    {status.name}: {status.meaning}{of}, steps {_span(steps[these])}{remedy}")
+            lines.append(f"  status    {status.name}: {self._meaning(status)}{of}, steps {_span(steps[these])}{remedy}")
         asked = self.threshold.reshape(-1)
         goal = f", asked {_span(asked)}" if bool((asked > 0).any()) else ""
         lines.append(f"  residual  {_span(self.residual_norm.reshape(-1))}{goal}")

@@ -3,7 +3,7 @@
 ====  ==================  ==========================================================================
  5    applications, cli   ``hyperopt/``, ``meta/``, ``testing/``, ``cli``, ``_output``: use the public API alone, like any user
  4    problems            ``problem``, ``certificates/``, ``outer/``, goals, guards
- 3    layers              ``layers``: argmin, root, fixed_point, linear_solve; ``_layer``, ``_linear_layer``, ``_run``: a call of one
+ 3    layers              ``layers``: argmin, root, fixed_point, linear_solve; ``_layer``, ``_linear_layer``, ``_run``: a call of one; ``_wording``
  2    differentiation     ``_implicit``: the two autograd Functions; imports no solver
  1    solvers             ``solvers/`` (inner), ``linear/`` (linear); of the inner, only Newton's uses the linear
  0    ground              operators, tolerances, reports, errors, trees, systems, transforms
@@ -46,6 +46,7 @@ GROUND = (
     "_replay",
     "_replaying",
     "_checks",
+    "_checksum",
     "_version",
 )
 FLOORS = {
@@ -55,6 +56,8 @@ FLOORS = {
     "bilevel._implicit": 2,
     "bilevel._choice": 3,
     "bilevel._run": 3,
+    "bilevel._wording": 3,
+    "bilevel._first_call": 3,
     "bilevel._layer": 3,
     "bilevel._linear_layer": 3,
     "bilevel.layers": 3,
@@ -137,7 +140,7 @@ def test_imports_go_down_only(path: Path) -> None:
 def test_applications_use_the_public_api_alone(path: Path) -> None:
     own = (
         "bilevel.hyperopt", "bilevel.meta", "bilevel.testing", "bilevel.cli", "bilevel._output", "bilevel._allocator",
-        "bilevel.display",
+        "bilevel._checksum", "bilevel.display",
     )  # fmt: skip
     for imported in imports_of(path):
         assert imported == "bilevel" or imported.startswith(own), f"{name_of(path)} reaches into {imported}"

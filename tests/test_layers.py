@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import re
 import subprocess
 import sys
+from typing import Any
 
 import pytest
 import torch
@@ -359,3 +361,48 @@ def test_importing_has_no_effects_and_no_compiler() -> None:
         "assert not {'typer', 'matplotlib', 'sklearn', 'pandas', 'rich'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def _quadratic(x: torch.Tensor, a: torch.Tensor) -> torch.Tensor:
+    return ((x - a) ** 2).sum()
+
+
+@pytest.mark.parametrize(
+    ("call", "write"),
+    [
+        (lambda f, x, A: bilevel.linear_solve(A, x), "bilevel.linear_solve(lambda x, A: A @ x)(b, A)"),
+        (lambda f, x, A: bilevel.linear_solve(A), "bilevel.linear_solve(lambda x, A: A @ x)(b, A)"),
+        (lambda f, x, A: bilevel.linear_solve(A[None], x[None]), "torch.func.vmap(bilevel.linear_solve("),
+        (lambda f, x, A: bilevel.linear_solve(A.numpy(), x.numpy()), "(b, torch.as_tensor(A))"),
+        (lambda f, x, A: bilevel.linear_solve(f, x), "bilevel.linear_solve(matvec)(rhs, *args)"),
+        (lambda f, x, A: bilevel.argmin(f, x), "bilevel.argmin(objective)(init, *args)"),
+        (lambda f, x, A: bilevel.argmin(f, x, A), "bilevel.argmin(objective)(init, *args)"),
+        (lambda f, x, A: bilevel.argmin(x, f), "bilevel.argmin(objective)(init, *args)"),
+        (lambda f, x, A: bilevel.argmin(f, x0=x), "bilevel.argmin(objective)(init, *args)"),
+        (lambda f, x, A: bilevel.root(f, x), "bilevel.root(residual)(init, *args)"),
+        (lambda f, x, A: bilevel.fixed_point(f, x), "bilevel.fixed_point(mapping)(init, *args)"),
+        (lambda f, x, A: bilevel.argmin(f, bilevel.Newton()), "bilevel.argmin(objective, solver=Newton(...))"),
+        (lambda f, x, A: bilevel.argmin(bilevel.Newton())(f), "@bilevel.argmin(solver=Newton(...))"),
+        (lambda f, x, A: bilevel.root(f, bilevel.GMRES()), "bilevel.root(residual, linear_solver=GMRES(...))"),
+        (lambda f, x, A: bilevel.argmin(bilevel.Tolerance())(f), "@bilevel.argmin(tolerance=Tolerance(...))"),
+        (lambda f, x, A: bilevel.argmin("f"), "bilevel.argmin(f)(x, *args)"),
+        (lambda f, x, A: bilevel.argmin(f)([1.0, 2.0], x), "write torch.tensor(init, dtype=torch.float64)"),
+        (lambda f, x, A: bilevel.argmin(f)((1, 2), x), "write torch.tensor(init, dtype=torch.float64)"),
+        (lambda f, x, A: bilevel.linear_solve(f)([1.0, 2.0], x), "write torch.tensor(rhs, dtype=torch.float64)"),
+    ],
+)
+def test_a_first_call_that_is_none_says_what_to_write(call: Any, write: str) -> None:
+    x, A = torch.ones(2, dtype=torch.float64), torch.eye(2, dtype=torch.float64)
+    with pytest.raises(bilevel.BilevelError, match=re.escape(write)):
+        call(_quadratic, x, A)
+
+
+def test_what_it_says_is_what_to_write() -> None:
+    b, A = torch.tensor([1.0, 4.0], dtype=torch.float64), torch.diag(torch.tensor([2.0, 4.0], dtype=torch.float64))
+    x = torch.tensor([0.5, 1.0], dtype=torch.float64)
+    torch.testing.assert_close(bilevel.linear_solve(lambda x, A: A @ x)(b, A), x)
+    torch.testing.assert_close(torch.func.vmap(bilevel.linear_solve(lambda x, A: A @ x))(b[None], A[None]), x[None])
+    torch.testing.assert_close(bilevel.linear_solve(lambda x, A: A @ x)(b, torch.as_tensor(A.numpy())), x)
+    torch.testing.assert_close(bilevel.argmin(_quadratic)(torch.tensor([1.0, 2.0], dtype=torch.float64), b), b)
+    layer = bilevel.argmin(solver=bilevel.Newton())(_quadratic)
+    torch.testing.assert_close(layer(torch.zeros_like(b), b), b)

@@ -14,6 +14,7 @@ import bilevel
 from bilevel._secants import Secants
 from bilevel.outer.methods import Evaluation
 from bilevel.outer.trail import Trail, combination
+from tests.states import edited
 
 F64 = torch.float64
 
@@ -473,3 +474,19 @@ def test_a_trail_that_points_out_of_the_domain_is_left(tolerance: bilevel.Tolera
         optimizer=lambda parameters: torch.optim.SGD(parameters, lr=0.2), max_steps=15,
     )  # fmt: skip
     torch.testing.assert_close(result.outer, target, atol=5e-2, rtol=0)
+
+
+def test_no_edit_of_a_saved_state_passes() -> None:
+    original = bilevel.minimize(problem(), outer(), DATA, init=DATA, max_steps=3).state
+    for seed in range(200):
+        with pytest.raises(bilevel.ArgumentError, match="expected resume"):
+            bilevel.minimize(problem(), outer(), DATA, init=DATA, max_steps=5, resume=edited(original, seed))
+    bilevel.minimize(problem(), outer(), DATA, init=DATA, max_steps=5, resume=original)
+
+
+def test_another_optimizers_state_is_refused() -> None:
+    state = bilevel.minimize(problem(), outer(), DATA, init=DATA, max_steps=1).state
+    with pytest.raises(bilevel.ArgumentError, match="one by HOAG; resume with the optimizer"):
+        bilevel.minimize(
+            problem(), outer(), DATA, init=DATA, resume=state, optimizer=lambda p: torch.optim.Adam(p, lr=0.1)
+        )

@@ -5,7 +5,7 @@
 they need the packages of ``pip install "bilevel[cli]"`` and are imported by name.
 """
 
-from bilevel.hyperopt.linear_models import FOLD_DIMS, LinearModel, Logistic, Ridge, Softmax, WeightedData
+from bilevel.hyperopt.linear_models import FOLD_DIMS, LinearModel, Logistic, Ridge, Softmax, WeightedData, fold_weights
 from bilevel.hyperopt.problem import HyperparameterOptimization
 
 __all__ = [
@@ -16,4 +16,5 @@ __all__ = [
     "Ridge",
     "Softmax",
     "WeightedData",
+    "fold_weights",
 ]

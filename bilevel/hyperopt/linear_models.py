@@ -28,6 +28,7 @@ from __future__ import annotations
 import functools
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeAlias
 
@@ -35,7 +36,7 @@ import torch
 
 import bilevel
 
-__all__ = ["FOLD_DIMS", "LinearModel", "Logistic", "Parameters", "Ridge", "Softmax", "WeightedData"]
+__all__ = ["FOLD_DIMS", "LinearModel", "Logistic", "Parameters", "Ridge", "Softmax", "WeightedData", "fold_weights"]
 
 Parameters: TypeAlias = dict[str, torch.Tensor]
 """``weights`` and ``intercept``."""
@@ -65,6 +66,61 @@ class WeightedData(NamedTuple):
 
 FOLD_DIMS: Any = WeightedData(None, None, 0, 0)  # type: ignore[arg-type]  # axes, in the structure of the data
 """``batch_dims`` of K folds: they share inputs and targets, and each has its own weights."""
+
+
+def fold_weights(
+    folds: Iterable[tuple[Any, Any]], rows: int, *, dtype: torch.dtype = torch.float64
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return weights of the rows for K folds of any sizes: 1 for a row that a fold trains, or validates, on, else 0.
+
+    The folds then share the data and differ in their weights alone, so that all of them are one batch: ``batch_dims`` has an axis 0 for
+    the two results and None for the data. An objective is to be a weighted mean, ``(weight * losses).sum() / weight.sum()``; the mean
+    over the folds is what scikit-learn's ``cross_val_score`` averages.
+
+    Parameters
+    ----------
+    folds
+        Pairs of row numbers, or of masks, to train and to validate on, as ``KFold(...).split(X)`` yields them.
+    rows
+        How many rows there are.
+    dtype
+        Of the weights.
+
+    Returns
+    -------
+    tuple of torch.Tensor
+        Weights for training and for validation, (K, rows) each.
+
+    Raises
+    ------
+    bilevel.ArgumentError
+        If there is no fold, or one without rows, or with rows that do not exist.
+
+    Examples
+    --------
+    >>> training, validation = fold_weights([([2], [0, 1]), ([0, 1], [2])], rows=3)
+    >>> training.tolist(), validation.tolist()
+    ([[0.0, 0.0, 1.0], [1.0, 1.0, 0.0]], [[1.0, 1.0, 0.0], [0.0, 0.0, 1.0]])
+    """
+    found: tuple[list[torch.Tensor], list[torch.Tensor]] = ([], [])
+    for number, fold in enumerate(folds):
+        for part, numbers in zip(found, fold, strict=True):
+            weights = torch.zeros(rows, dtype=dtype)
+            try:
+                weights[torch.as_tensor(numbers)] = 1.0
+            except (IndexError, TypeError, ValueError, RuntimeError) as error:
+                raise bilevel.ArgumentError(
+                    f"fold_weights: expected the numbers of rows below {rows}, or masks of {rows}, in fold {number}, got {numbers!r}; "
+                    "pass what KFold(...).split(X) yields"
+                ) from error
+            if not bool(weights.any()):
+                raise bilevel.ArgumentError(
+                    f"fold_weights: expected rows to train and to validate on in fold {number}, got none; take fewer folds"
+                )
+            part.append(weights)
+    if not found[0]:
+        raise bilevel.ArgumentError("fold_weights: expected at least one fold, got none; pass list(KFold(5).split(X))")
+    return torch.stack(found[0]), torch.stack(found[1])
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping
 from typing import Any, Literal, TypeAlias
 
@@ -33,10 +34,10 @@ class HyperparameterOptimization(bilevel.BilevelProblem):
     training_objective
         G(parameters, hyperparameters, data) → scalar.
     validation_loss
-        F(parameters, data) → scalar.
+        F(parameters, data) → scalar; or F(parameters, hyperparameters, data), if it has three arguments without a default.
     hyperparameters
-        Where tuning begins: a floating-point tensor, or a dict of them. Nothing keeps them in bounds: pass
-        logarithms of what has to be positive. They are copied.
+        Where tuning begins: a floating-point tensor, or a dict of them, by any names, such as those of ``named_parameters()``.
+        Nothing keeps them in bounds: pass logarithms of what has to be positive. They are copied.
     init
         Where training begins: a tensor or a pytree of them, structured as the parameters φ; with
         ``batch_dims``, every tensor has a leading axis K.
@@ -44,7 +45,7 @@ class HyperparameterOptimization(bilevel.BilevelProblem):
         None for one inner problem. Otherwise, in the manner of ``torch.func.vmap``'s ``in_dims``, which axis
         of each tensor in ``data`` numbers K inner problems (None for a tensor that all share). The K problems
         share θ, are trained and differentiated as one batch, and the loss is the mean over them: K-fold
-        cross-validation.
+        cross-validation. Folds of different sizes share the rows and have weights, which :func:`bilevel.hyperopt.fold_weights` makes.
     constants
         (hyperparameters, data) → :class:`bilevel.Constants`: what is known of G and F, for certified error bounds. Left out, a
         linear model's own, if the training objective and the validation loss are one's.
@@ -54,7 +55,7 @@ class HyperparameterOptimization(bilevel.BilevelProblem):
     Attributes
     ----------
     hyperparameters
-        θ: an ``nn.Parameter``, or an ``nn.ParameterDict``.
+        θ: an ``nn.Parameter``, or an ``nn.ParameterDict``, in whose names "/" stands for the dots that torch does not allow there.
 
     Raises
     ------
@@ -99,7 +100,7 @@ class HyperparameterOptimization(bilevel.BilevelProblem):
     def __init__(
         self,
         training_objective: Callable[[Any, Any, Any], torch.Tensor],
-        validation_loss: Callable[[Any, Any], torch.Tensor],
+        validation_loss: Callable[..., torch.Tensor],
         hyperparameters: torch.Tensor | Mapping[str, torch.Tensor],
         init: Any,
         *,
@@ -122,7 +123,9 @@ class HyperparameterOptimization(bilevel.BilevelProblem):
         self._training_objective = training_objective
         self._constants = constants
         self._validation_loss = validation_loss
-        self.hyperparameters: nn.Parameter | nn.ParameterDict = _as_parameters(hyperparameters)
+        self._validation_sees_outer = _required(validation_loss) == 3
+        self._names = _keys(hyperparameters)
+        self.hyperparameters: nn.Parameter | nn.ParameterDict = _as_parameters(hyperparameters, self._names)
         leaves, structure = pytree.tree_flatten(init)
         # Buffers follow .to(device) and .double(); they are not part of the state, which is θ alone.
         for number, leaf in enumerate(leaves):
@@ -139,7 +142,7 @@ class HyperparameterOptimization(bilevel.BilevelProblem):
     def outer(self) -> Hyperparameters:
         """θ as the objectives see it: a tensor or a dict of them."""
         if isinstance(self.hyperparameters, nn.ParameterDict):
-            return dict(self.hyperparameters.items())
+            return {name: self.hyperparameters[key] for name, key in self._names.items()}
         return self.hyperparameters
 
     def inner_objective(self, inner: Any, outer: Any, data: Any) -> torch.Tensor:
@@ -147,8 +150,12 @@ class HyperparameterOptimization(bilevel.BilevelProblem):
         return self._training_objective(inner, outer, data)
 
     def outer_objective(self, inner: Any, outer: Any, data: Any) -> torch.Tensor:
-        """Return F, the validation loss, which depends on θ through the trained parameters alone."""
-        return self._validation_loss(inner, data)
+        """Return F, the validation loss, which depends on θ through the trained parameters, and directly if it takes θ."""
+        return (
+            self._validation_loss(inner, outer, data)
+            if self._validation_sees_outer
+            else self._validation_loss(inner, data)
+        )
 
     def constants(self, outer: Any, data: Any) -> bilevel.Constants:
         """Return what is known of G and F."""
@@ -188,14 +195,44 @@ class HyperparameterOptimization(bilevel.BilevelProblem):
         return super().hypergradient(self.outer, data, init=init)
 
 
+def _required(function: Callable[..., Any]) -> int:
+    """Return how many arguments by position ``function`` needs; 0 if that cannot be told."""
+    try:
+        parameters = inspect.signature(function).parameters.values()
+    except (TypeError, ValueError):
+        return 0
+    places = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    return sum(each.kind in places and each.default is inspect.Parameter.empty for each in parameters)
+
+
+def _keys(hyperparameters: Any) -> dict[str, str]:
+    """Return under which key of a ``ParameterDict``, which neither takes dots nor its own methods' names, each name is kept."""
+    if not isinstance(hyperparameters, Mapping):
+        return {}
+    taken, keys = nn.ParameterDict(), {}
+    for name in hyperparameters:
+        if not isinstance(name, str):
+            raise bilevel.ArgumentError(
+                f"HyperparameterOptimization: expected the names of hyperparameters to be text, got {name!r}; pass a dict by name"
+            )
+        key = name.replace(".", "/")
+        keys[name] = key if key and not hasattr(taken, key) else f"/{key}"
+    if len(set(keys.values())) < len(keys):
+        raise bilevel.ArgumentError(
+            f"HyperparameterOptimization: expected names of hyperparameters that differ in more than '.' and '/', got {list(keys)}; rename one"
+        )
+    return keys
+
+
 def _as_parameters(
     hyperparameters: torch.Tensor | Mapping[str, torch.Tensor],
+    keys: Mapping[str, str],
 ) -> nn.Parameter | nn.ParameterDict:
     if isinstance(hyperparameters, torch.Tensor):
         return _as_parameter("hyperparameters", hyperparameters)
     if isinstance(hyperparameters, Mapping) and hyperparameters:
         return nn.ParameterDict(
-            {name: _as_parameter(f"hyperparameters[{name!r}]", value) for name, value in hyperparameters.items()}
+            {keys[name]: _as_parameter(f"hyperparameters[{name!r}]", value) for name, value in hyperparameters.items()}
         )
     raise bilevel.ArgumentError(
         f"HyperparameterOptimization: expected hyperparameters to be a tensor or a dict of tensors, got "

@@ -20,6 +20,7 @@ import bilevel
 from bilevel._output import prepare_output, versions, write_document
 from bilevel.meta.processes import processes
 from bilevel.meta.recipe import GLYPHS, OMNIGLOT, Recipe, characters, set_up, unseen
+from bilevel.meta.seeds import check_seed
 from bilevel.meta.training import Score, StepRecord, Trainer, evaluate, read_checkpoint
 
 __all__ = ["imaml"]
@@ -135,6 +136,7 @@ def measure(
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress bar.")] = False,
 ) -> None:
     """Measure a trained model on unseen tasks, or on another folder of characters."""
+    check_seed("", seed)
     state, recipe = read_checkpoint(checkpoint)
     if tasks < 1:
         raise bilevel.ArgumentError(f"expected tasks to be a whole number > 0, got {tasks}")

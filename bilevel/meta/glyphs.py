@@ -8,6 +8,7 @@ import torch
 
 import bilevel
 from bilevel.meta.images import LabelledImages
+from bilevel.meta.seeds import seeded
 
 __all__ = ["draw_glyphs"]
 
@@ -54,7 +55,7 @@ def draw_glyphs(classes: int, examples: int = 20, *, size: int = 28, seed: int =
     images = []
     for number in range(classes):
         # A generator for each class: more classes do not change the first ones.
-        generator = torch.Generator().manual_seed(seed * 1_000_003 + number)
+        generator = seeded("draw_glyphs: ", seed * 1_000_003 + number)
         images.append(_draw(_character(generator), examples, size, generator))
     labels = torch.arange(classes).repeat_interleave(examples)
     names = tuple(f"glyph {number}" for number in range(classes))

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 import bilevel
+from bilevel.meta.seeds import seeded
 
 __all__ = ["LabelledImages", "split_classes"]
 
@@ -134,7 +135,7 @@ def split_classes(
             f"split_classes: expected to hold out between 1 and {len(units) - 1} of {len(units)} "
             f"{'groups' if by_group else 'classes'}, got {held_out}; hold out fewer"
         )
-    generator = torch.Generator().manual_seed(seed)
+    generator = seeded("split_classes: ", seed)
     order = torch.randperm(len(units), generator=generator).tolist()
     chosen = {units[place] for place in order[:held_out]}
     inside = [c for c in range(data.classes) if (data.groups[c] if by_group else c) in chosen]

@@ -18,6 +18,7 @@ from torch.utils import _pytree as pytree
 import bilevel
 from bilevel.meta.proximal import half_square
 from bilevel.meta.released import ReleasedDescent, ReleasedLinearSolve
+from bilevel.meta.safeguarded import SafeguardedCG
 from bilevel.meta.tasks import Tasks, as_support, as_tasks
 
 __all__ = ["IMAML"]
@@ -48,10 +49,12 @@ class IMAML(bilevel.BilevelProblem):
         λ > 0: a number, or a dict with a number, or a tensor of the parameter's shape, for each of the model's trainable
         parameters by name.
     solver
-        The inner solver; by default the paper's 16 steps of gradient descent with step 0.1. It begins at θ.
+        The inner solver; by default 16 steps of gradient descent with a line search that begins at step 0.1. It begins at θ.
+        ``bilevel.GradientDescent(lr=0.1, max_steps=16)`` is the paper's, whose fixed step is too long for some tasks;
         ``bilevel.Newton(max_steps=..., dense_limit=0)`` is the paper's Hessian-free variant.
     linear_solver
-        By default the paper's 5 steps of conjugate gradients.
+        By default 5 steps of conjugate gradients, on the damped system for a task where H + λI is not positive definite.
+        ``bilevel.CG(max_steps=5)`` is the paper's, which fails on such a task.
     tolerance
         By default no accuracy is asked and the step counts are meant, as is the paper's practice. Otherwise δ bounds
         ‖φᵢ − φᵢ*‖, and δ′ the error of gᵢ itself at that φᵢ, as in Algorithm 2, with ``strong_convexity`` the least
@@ -119,8 +122,11 @@ class IMAML(bilevel.BilevelProblem):
                 f"IMAML: expected tasks_per_pass to be a whole number > 0 or None, got {tasks_per_pass!r}; pass None for "
                 "all tasks at once"
             )
-        solver = bilevel.GradientDescent(lr=0.1, max_steps=16) if solver is None else solver
-        linear_solver = bilevel.CG(max_steps=5) if linear_solver is None else linear_solver
+        paper = mode == "paper"
+        if solver is None:
+            solver = bilevel.GradientDescent(lr=0.1, max_steps=16, line_search=paper)
+        if linear_solver is None:
+            linear_solver = SafeguardedCG(max_steps=5) if paper else bilevel.CG(max_steps=5)
         if mode == "released":
             solver, linear_solver = _released(solver, linear_solver, lam, learn_lam)
         elif mode != "paper":
@@ -133,6 +139,7 @@ class IMAML(bilevel.BilevelProblem):
             batch_dims={"support": 0, "query": 0, "fixed": None},
             warm_start=False,  # tasks change from call to call, and adaptation begins at θ
         )
+        self.inner_layer.backward_words = _curvature_words(linear_solver)
         self.model = model
         self.loss = loss
         self.mode = mode
@@ -357,6 +364,22 @@ class IMAML(bilevel.BilevelProblem):
                 f"{count} examples it is {float(together):.6g} where the mean of their losses is {float(apart):.6g}; use "
                 "reduction='mean' without class weights, or call the learner once for each size of task"
             )
+
+
+def _curvature_words(linear_solver: Any) -> dict[bilevel.Status, tuple[str, str]]:
+    """Return what a linear solve says that met negative curvature, in the terms of these problems."""
+    plain = (
+        ""
+        if isinstance(linear_solver, SafeguardedCG)
+        else "leave linear_solver out, for the default damps such tasks; "
+    )
+    words = (
+        "met negative curvature: I + H/lam, H being the Hessian of a task's loss where adaptation ended, is not positive definite",
+        f"{plain}pass linear_solver=bilevel.Damped(bilevel.CG(5), damping=...) with a damping above the size of the negative curvature; "
+        "raise lam above it; and adapt with a smaller step size or line_search=True, because an adaptation that overshoots ends where "
+        "curvature is negative",
+    )
+    return {bilevel.Status.INDEFINITE: words, bilevel.Status.SINGULAR: words}
 
 
 def _by_parts(judge: Callable[..., Any], adapted: Any, query: tuple[Any, ...]) -> Any:

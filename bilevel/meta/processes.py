@@ -109,8 +109,9 @@ def _device(name: str | None, local: int) -> torch.device:
         chosen = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
         if chosen.type == "cuda" and chosen.index is None:
             chosen = torch.device("cuda", local % max(1, torch.cuda.device_count()))
-        torch.empty(0, device=chosen)
-    except (RuntimeError, AssertionError) as error:
+        if float(torch.ones(2, device=chosen).sum()) != 2.0:  # some devices make tensors, and hold no numbers
+            raise RuntimeError("it does not compute")
+    except (RuntimeError, AssertionError, ImportError) as error:
         raise bilevel.ArgumentError(
             f"expected device to be one that torch can use here, got {name!r} ({' '.join(str(error).split())[:80]}); "
             "take cpu"

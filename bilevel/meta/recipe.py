@@ -18,10 +18,12 @@ from bilevel.meta.imaml import IMAML
 from bilevel.meta.models import conv_network
 from bilevel.meta.omniglot import download_omniglot, load_omniglot
 from bilevel.meta.sampler import FewShotSampler
+from bilevel.meta.seeds import check_seed
 
 __all__ = ["Recipe", "Setup", "set_up", "unseen"]
 
 GLYPHS, OMNIGLOT = "glyphs", "omniglot"
+_MOST = 10**6
 _GLYPH_CLASSES, _GLYPH_ALPHABETS_HELD_OUT = 400, 5
 
 
@@ -85,15 +87,20 @@ class Recipe:
     amp: bool = False
 
     def __post_init__(self) -> None:
+        check_seed("", self.seed)
         for item in fields(self):
             value = getattr(self, item.name)
             if isinstance(item.default, bool) or item.name in ("seed", "mode"):
                 continue
             least = 2 if item.name == "ways" else 0 if item.name == "damping" else 1
             whole = isinstance(item.default, int)
-            fits = isinstance(value, int) if whole else isinstance(value, (int, float)) and math.isfinite(value)
+            fits = (
+                isinstance(value, int) and value <= _MOST
+                if whole
+                else isinstance(value, (int, float)) and math.isfinite(value)
+            )
             if isinstance(value, bool) or not fits or (value < least if whole or least == 0 else value <= 0):
-                bound = f">= {least}" if whole or least == 0 else "> 0"
+                bound = f"from {least} to {_MOST}" if whole else ">= 0" if least == 0 else "> 0"
                 raise bilevel.ArgumentError(
                     f"expected {item.name.replace('_', '-')} to be a {'whole ' if whole else ''}number {bound}, got {value!r}"
                 )

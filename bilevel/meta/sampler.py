@@ -9,6 +9,7 @@ import torch
 
 import bilevel
 from bilevel.meta.images import LabelledImages
+from bilevel.meta.seeds import seeded
 from bilevel.meta.tasks import Tasks
 
 __all__ = ["FewShotSampler", "Sampler"]
@@ -105,7 +106,7 @@ class FewShotSampler:
         order = torch.argsort(self.data.labels, stable=True)
         self._images = self.data.images[order].to(device)
         self._first = torch.cumsum(counts, 0) - counts
-        self.generator = torch.Generator().manual_seed(seed)
+        self.generator = seeded("FewShotSampler: ", seed)
 
     def sample(self, tasks: int, *, rank: int = 0, world: int = 1) -> Tasks:
         """Return tasks: support_x (T, ways · shots, C, H, W) and so on; ``world`` processes with one seed share ``tasks``.

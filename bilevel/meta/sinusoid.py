@@ -7,6 +7,7 @@ import math
 import torch
 
 import bilevel
+from bilevel.meta.seeds import seeded
 from bilevel.meta.tasks import Tasks
 
 __all__ = ["SinusoidSampler"]
@@ -49,7 +50,7 @@ class SinusoidSampler:
             )
         self.shots, self.queries = shots, queries
         self.device, self.dtype = device, dtype
-        self.generator = torch.Generator().manual_seed(seed)
+        self.generator = seeded("SinusoidSampler: ", seed)
 
     def sample(self, tasks: int, *, rank: int = 0, world: int = 1) -> Tasks:
         """Return every ``world``-th of ``tasks`` tasks from number ``rank``; tensors (T, points, 1)."""

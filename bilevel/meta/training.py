@@ -6,6 +6,7 @@ import contextlib
 import math
 import os
 import time
+import warnings
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -15,6 +16,7 @@ import torch
 from torch import nn
 
 import bilevel
+from bilevel._checksum import sealed, unsealed
 from bilevel.meta.imaml import IMAML
 from bilevel.meta.processes import Processes
 from bilevel.meta.recipe import Recipe, Setup, set_up
@@ -136,14 +138,18 @@ class Trainer:
 
         Every ``validate_every`` meta-steps the learner is validated on unseen tasks; the time of that does not count.
         """
-        while steps is None or self.step < steps:
-            over = stopped() or (seconds is not None and self.seconds >= seconds)
-            if self.here.any(over):
-                return
-            record = self.train_step()
-            on_step(record)
-            if self.step % self.recipe.validate_every == 0:
+        while True:
+            if self._owes_validation():
                 on_validation(self.step, self.validate())
+            over = stopped() or (seconds is not None and self.seconds >= seconds)
+            if (steps is not None and self.step >= steps) or self.here.any(over):
+                return
+            on_step(self.train_step())
+
+    def _owes_validation(self) -> bool:
+        """Return whether this step is one to validate after, and was not; so it is, too, where a run ended in between and was resumed."""
+        validated = self.validations[-1][0] if self.validations else 0
+        return self.step > validated and self.step % self.recipe.validate_every == 0
 
     def train_step(self) -> StepRecord:
         """Make one meta-step: Algorithm 1, lines 3 to 8."""
@@ -190,19 +196,21 @@ class Trainer:
 
     def state(self) -> dict[str, Any]:
         """Return everything that a run needs to go on, in types that can be loaded without running code."""
-        return {
-            "format": FORMAT,
-            "data": self.data,
-            "recipe": asdict(self.recipe),
-            "learner": self.learner.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "generator": self.setup.training.generator.get_state(),
-            "random": torch.get_rng_state(),
-            "step": self.step,
-            "seconds": self.seconds,
-            "history": [asdict(record) for record in self.history],
-            "validations": [(step, asdict(score)) for step, score in self.validations],
-        }
+        return sealed(
+            {
+                "format": FORMAT,
+                "data": self.data,
+                "recipe": asdict(self.recipe),
+                "learner": self.learner.state_dict(),
+                "optimizer": self.optimizer.state_dict(),
+                "generator": self.setup.training.generator.get_state(),
+                "random": torch.get_rng_state(),
+                "step": self.step,
+                "seconds": self.seconds,
+                "history": [asdict(record) for record in self.history],
+                "validations": [(step, asdict(score)) for step, score in self.validations],
+            }
+        )
 
     def load(self, state: dict[str, Any]) -> None:
         """Go on from :meth:`state`."""
@@ -237,20 +245,23 @@ def read_checkpoint(path: Path) -> tuple[dict[str, Any], Recipe]:
         If it cannot be read, or is not one of ours.
     """
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        if state["format"] != FORMAT:
-            raise bilevel.ArgumentError(
-                f"the checkpoint {path} has format {state['format']}, and this version reads format {FORMAT}"
-            )
-        return state, Recipe(**state["recipe"])
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch's readers warn of what they find odd in damaged files
+            state = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise bilevel.ArgumentError(f"the checkpoint {path} does not exist") from None
-    except bilevel.BilevelError:
-        raise
     except Exception as error:  # torch's readers raise whatever the bytes lead them to
         raise bilevel.ArgumentError(
-            f"{path} is not a checkpoint of `bilevel imaml` that can be read ({type(error).__name__})"
+            f"{path} is not a checkpoint of `bilevel imaml` that can be read ({type(error).__name__}); {_ANOTHER}"
         ) from error
+    state = unsealed(state, what=f"expected the checkpoint {path}", form=FORMAT, remedy=_ANOTHER)
+    try:
+        return state, Recipe(**state["recipe"])
+    except (KeyError, TypeError) as error:  # a state of something else that has a checksum
+        raise bilevel.ArgumentError(f"{path} is not a checkpoint of `bilevel imaml`; {_ANOTHER}") from error
+
+
+_ANOTHER = "pass another one, or begin anew"
 
 
 def evaluate(

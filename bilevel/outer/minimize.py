@@ -13,6 +13,7 @@ import torch
 from torch.utils import _pytree as pytree
 
 from bilevel._checks import check_steps
+from bilevel._checksum import sealed, unsealed
 from bilevel._hypergradient import Hypergradient
 from bilevel._tree import as_real, moves, of_real
 from bilevel.errors import ArgumentError, SolveError
@@ -197,7 +198,7 @@ class OuterRun:
         here = self._here
         assert here is not None
         record = {**here.record, "basis": int(here.record["basis"])}
-        return _copied(
+        state: dict[str, Any] = _copied(
             {
                 "format": FORMAT,
                 "outer": list(here.outer),
@@ -207,6 +208,7 @@ class OuterRun:
                 "gradient": list(here.gradient),
                 "inner": here.inner,
                 "record": record,
+                "optimizer": type(self.method).__name__,
                 "method": self._memory,
                 "problem": self._warm,
                 "trail": self._trail.state_dict(),
@@ -216,14 +218,18 @@ class OuterRun:
                 "history": [{**asdict(step), "basis": int(step.basis)} for step in self.history],
             }
         )
+        return sealed(state)
 
     def _load(self, state: dict[str, Any]) -> None:
-        if not isinstance(state, dict) or state.get("format") != FORMAT:
+        state = unsealed(
+            _copied(state), what="minimize: expected resume", form=FORMAT,
+            remedy="pass result.state, or run.state_dict(), as it was saved",
+        )  # fmt: skip
+        if state["optimizer"] != type(self.method).__name__:
             raise ArgumentError(
-                f"minimize: expected resume to be the state of a run, of format {FORMAT}, got {type(state).__name__} of format "
-                f"{state.get('format') if isinstance(state, dict) else None!r}; pass result.state, or run.state_dict()"
+                f"minimize: expected the state of a run by {type(self.method).__name__}, got one by {state['optimizer']}; resume with the "
+                "optimizer that the run began with"
             )
-        state = _copied(state)
         shapes = [as_real(leaf).shape for leaf in self._leaves if moves(leaf)]
         if [x.shape for x in state["outer"]] != shapes:
             raise ArgumentError(

@@ -51,15 +51,41 @@ def check_method(where: str, method: Any, known: frozenset[str]) -> None:
 
 
 def frozen_options(where: str, options: Mapping[str, Any] | None) -> Mapping[str, Any]:
-    """Return a read-only copy of ``options``."""
+    """Return a read-only copy of ``options``, without those of scipy's that are no options of a method."""
     if options is not None and not isinstance(options, Mapping):
         raise ArgumentError(f"{where}: expected options to be a mapping or None, got {options!r}; pass a dict")
+    for name in options or {}:
+        if name in _ARGUMENTS:
+            raise ArgumentError(
+                f"{where}: expected options of scipy's method, got {name!r}, which is an argument of scipy.optimize's own; "
+                f"{_ARGUMENTS[name]}"
+            )
     return FrozenOptions(options or {})
 
 
+_GIVEN = "leave it out, for it is taken from the layer's function"
+_BOUNDED = (
+    "leave it out and write the problem without it: as a function of u with x = low + (high - low) * sigmoid(u) for bounds, "
+    "or as the fixed point of a projected gradient step with bilevel.fixed_point"
+)
+_ARGUMENTS = {
+    "bounds": _BOUNDED,
+    "constraints": _BOUNDED,
+    "jac": _GIVEN,
+    "hess": _GIVEN,
+    "hessp": _GIVEN,
+    "fun": _GIVEN,
+    "x0": "leave it out, for it is the layer's init",
+    "args": "leave it out, for a layer is called with the arguments of its function",
+    "method": "pass it as method=",
+    "callback": "leave it out, for steps are counted by it",
+    "tol": "pass tolerance=bilevel.Tolerance(delta=...) to the layer",
+}
+
+
 @contextmanager
-def own_warnings(where: str) -> Iterator[None]:
-    """Silence what scipy warns of on the way, which the residual judges, and refuse options that it does not know."""
+def own_warnings(where: str, options: Mapping[str, Any] | None) -> Iterator[None]:
+    """Silence what scipy warns of on the way, which the residual judges, and refuse ``options`` that it does not know or cannot use."""
     import scipy.optimize  # which takes longer than all else here, and is not every program's
 
     with warnings.catch_warnings():
@@ -68,7 +94,30 @@ def own_warnings(where: str) -> Iterator[None]:
         try:
             yield
         except scipy.optimize.OptimizeWarning as warning:
-            raise ArgumentError(f"{where}: expected options of the method, and scipy says: {warning}") from warning
+            raise ArgumentError(
+                f"{where}: expected options of the method, and scipy says: {warning}; leave out what it does not know"
+            ) from warning
+        except Exception as error:
+            # An option of a type or value that scipy cannot use; what its arithmetic met is for the caller to judge.
+            if not options or isinstance(error, Reached) or _is_numeric(error) or not _is_scipys(error):
+                raise
+            said = " ".join(str(error).split())
+            raise ArgumentError(
+                f"{where}: expected options of the method, and scipy says: {said}; change or leave out what it names"
+            ) from error
+
+
+def _is_numeric(error: Exception) -> bool:
+    return overflowed(error) or "Jacobian inversion" in str(error)
+
+
+def _is_scipys(error: BaseException) -> bool:
+    """Return whether ``error`` was raised by scipy's own lines, and not by the user's function that it called."""
+    trace = error.__traceback__
+    last = ""
+    while trace is not None:
+        last, trace = trace.tb_frame.f_globals.get("__name__", ""), trace.tb_next
+    return str(last).startswith(("scipy.", "numpy."))
 
 
 def overflowed(error: Exception) -> bool:

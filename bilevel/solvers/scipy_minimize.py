@@ -57,7 +57,8 @@ class ScipyMinimize(InnerSolver):
     max_steps
         The most iterations (scipy's ``maxiter``); None for scipy's own limit.
     options
-        Scipy's ``options`` for the method, which go before those chosen here. They are in units of an objective
+        Scipy's ``options`` for the method, which go before those chosen here; bounds and constraints are none, and are
+        refused. They are in units of an objective
         whose first gradient has norm one, which it is divided to have.
 
     Raises
@@ -126,7 +127,7 @@ class ScipyMinimize(InnerSolver):
 
         method = self.method.lower()
         try:
-            with own_warnings(run.problem.where), np.errstate(all="ignore"):
+            with own_warnings(run.problem.where, self.options), np.errstate(all="ignore"):
                 result = scipy.optimize.minimize(
                     function,
                     start,

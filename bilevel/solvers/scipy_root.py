@@ -125,7 +125,7 @@ class ScipyRoot(InnerSolver):
 
         exact = method in _WITH_JACOBIAN
         try:
-            with own_warnings(problem.where), np.errstate(all="ignore"):
+            with own_warnings(problem.where, self.options), np.errstate(all="ignore"):
                 result = scipy.optimize.root(
                     residual,
                     start,

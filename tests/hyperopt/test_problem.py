@@ -199,3 +199,104 @@ def test_hyperparameters_have_to_be_floating_point(bad: Any) -> None:
 def test_hyperparameters_have_to_be_a_tensor_or_a_dict(bad: Any) -> None:
     with pytest.raises(bilevel.ArgumentError, match="a tensor or a dict of tensors"):
         HyperparameterOptimization(training, validation, bad, start(3))
+
+
+def test_names_of_named_parameters_are_hyperparameters() -> None:
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Linear(3, 2), nn.Linear(2, 1)).double()
+    data = make_data()
+    given = dict(network.named_parameters()) | {"keys": torch.ones((), dtype=torch.float64)}
+
+    def objective(weights: torch.Tensor, theta: dict[str, torch.Tensor], data: Data) -> torch.Tensor:
+        features = torch.func.functional_call(
+            network, {name: value for name, value in theta.items() if name != "keys"}, (data["x"],)
+        )
+        return ((features[:, 0] * weights[0] - data["y"]) ** 2).mean() + theta["keys"] * (weights**2).sum()
+
+    tuning = HyperparameterOptimization(
+        objective, lambda w, data: (w**2).sum(), given, torch.zeros(1, dtype=torch.float64)
+    )
+    tuning(data).backward()
+    assert isinstance(tuning.hyperparameters, nn.ParameterDict)
+    assert set(tuning.outer) == set(given)
+    assert all(value.grad is not None for value in tuning.parameters())
+    other = HyperparameterOptimization(
+        objective, lambda w, data: (w**2).sum(), {name: torch.zeros_like(value) for name, value in given.items()},
+        torch.zeros(1, dtype=torch.float64),
+    )  # fmt: skip
+    other.load_state_dict(tuning.state_dict())
+    assert all(torch.equal(other.outer[name], value) for name, value in tuning.outer.items())
+
+
+@pytest.mark.parametrize("names", [{"a.b": 0, "a/b": 1}, {3: 0}])
+def test_names_that_cannot_be_kept_apart(names: dict[Any, int]) -> None:
+    given = {name: torch.zeros(1) for name in names}
+    with pytest.raises(bilevel.ArgumentError, match="names of hyperparameters"):
+        HyperparameterOptimization(lambda w, t, d: w.sum(), lambda w, d: w.sum(), given, torch.zeros(1))
+
+
+def test_a_validation_loss_may_see_the_hyperparameters() -> None:
+    data = make_data()
+    start, init = torch.tensor(0.3, dtype=torch.float64), torch.zeros(3, dtype=torch.float64)
+
+    def seeing(weights: torch.Tensor, log_strength: torch.Tensor, data: Data) -> torch.Tensor:
+        return validation(weights, data) + log_strength**2
+
+    plain = HyperparameterOptimization(training, validation, start, init)
+    both = HyperparameterOptimization(training, seeing, start, init)
+    scaled = HyperparameterOptimization(training, lambda w, data, scale=1.0: scale * validation(w, data), start, init)
+    expected = plain.hypergradient(data)
+    found = both.hypergradient(data)
+    torch.testing.assert_close(found.value, expected.value + 0.09)
+    torch.testing.assert_close(found.grad, expected.grad + 0.6)
+    torch.testing.assert_close(scaled.hypergradient(data).grad, expected.grad)  # a default is no place for θ
+    both(data).backward()
+    torch.testing.assert_close(both.hyperparameters.grad, found.grad)
+
+
+def test_folds_of_unequal_sizes_are_scikit_learns() -> None:
+    from sklearn.linear_model import Ridge as Reference
+    from sklearn.model_selection import KFold, cross_val_score
+
+    from bilevel.hyperopt import FOLD_DIMS, Ridge, WeightedData, fold_weights
+
+    generator = torch.Generator().manual_seed(0)
+    inputs = torch.randn(23, 3, generator=generator, dtype=torch.float64)
+    targets = inputs.sum(1) + 0.5 * torch.randn(23, generator=generator, dtype=torch.float64)
+    folds = list(KFold(5).split(inputs))
+    assert {len(held) for _, held in folds} == {4, 5}
+    model, theta = Ridge(3), torch.tensor(-1.0, dtype=torch.float64)
+    weights = fold_weights(folds, 23)
+    tuning = HyperparameterOptimization(
+        model.training_objective, model.validation_loss, theta, model.initial(5), batch_dims=FOLD_DIMS
+    )
+    data = WeightedData(inputs, targets, *weights)
+
+    def reference(theta: float) -> float:
+        # alpha = n e^θ, with the n of each fold.
+        scores = [
+            cross_val_score(
+                Reference(alpha=len(train) * torch.tensor(theta).double().exp().item()), inputs, targets, cv=[(train, held)],
+                scoring="neg_mean_squared_error",
+            )[0]
+            for train, held in folds
+        ]  # fmt: skip
+        return -sum(scores) / 5
+
+    found = tuning.hypergradient(data)
+    assert found.value.item() == pytest.approx(reference(-1.0), rel=1e-9)
+    slope = (reference(-1.0 + 1e-4) - reference(-1.0 - 1e-4)) / 2e-4
+    assert found.grad.item() == pytest.approx(slope, rel=1e-4)
+    masks = [
+        (torch.isin(torch.arange(23), torch.as_tensor(a)), torch.isin(torch.arange(23), torch.as_tensor(b)))
+        for a, b in folds
+    ]
+    assert all(torch.equal(a, b) for a, b in zip(fold_weights(masks, 23), weights, strict=True))
+
+
+@pytest.mark.parametrize("folds", [[], [([0], [])], [([0], [7])], [([0], ["a"])]])
+def test_folds_that_are_none(folds: Any) -> None:
+    from bilevel.hyperopt import fold_weights
+
+    with pytest.raises(bilevel.ArgumentError, match="fold_weights: expected"):
+        fold_weights(folds, 5)

@@ -14,7 +14,8 @@ from torch import nn
 from torch.nn.functional import cross_entropy, mse_loss
 
 import bilevel
-from bilevel.meta import Tasks, conv_network, mlp, pad_tasks
+from bilevel.meta import SinusoidSampler, Tasks, conv_network, mlp, pad_tasks
+from bilevel.meta.safeguarded import SafeguardedCG
 from tests.meta.references import conjugate_gradients, dense_hessian, descend, flat_loss, gradients, parameters, slope
 
 EXACT = {"solver": bilevel.Newton(), "linear_solver": bilevel.Exact(), "tolerance": bilevel.Tolerance()}
@@ -514,3 +515,95 @@ def test_a_learner_is_transformed_as_the_refusal_of_its_hypergradient_says() -> 
     expected = learner.hypergradient((x, y, x, y)).grad["parameters"]
     for name, gradient in expected.items():
         torch.testing.assert_close(found[f"model.{name}"], gradient, rtol=1e-10, atol=1e-12)
+
+
+PAPER = {"solver": bilevel.GradientDescent(lr=0.1, max_steps=16), "linear_solver": bilevel.CG(max_steps=5)}
+SEARCHED = bilevel.GradientDescent(lr=0.1, max_steps=16, line_search=True)
+
+
+def sinusoids(seed: int) -> tuple[nn.Module, Tasks]:
+    torch.manual_seed(seed)
+    return mlp(), SinusoidSampler(shots=10, queries=10, seed=seed).sample(25)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_the_default_learns_from_sinusoids(seed: int) -> None:
+    model, tasks = sinusoids(seed)
+    learner = bilevel.IMAML(model, mse_loss, lam=2.0)
+    optimizer = torch.optim.Adam(learner.parameters(), lr=1e-3)
+    losses = []
+    for _ in range(8):
+        loss = learner(tasks)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0] < 10.0
+
+
+def test_negative_curvature_names_what_helps_and_that_does_help() -> None:
+    model, tasks = sinusoids(1)
+    with pytest.raises(
+        bilevel.SolveError, match=r"I \+ H/lam.*Damped\(.*raise lam.*smaller step size or line_search=True"
+    ):
+        bilevel.IMAML(model, mse_loss, lam=2.0, **PAPER)(tasks).backward()
+    remedies: list[dict[str, Any]] = [
+        {"solver": PAPER["solver"]},  # linear_solver left out
+        {"solver": SEARCHED, "linear_solver": bilevel.Damped(bilevel.CG(5), damping=10.0)},
+        {
+            "solver": bilevel.GradientDescent(lr=0.01, max_steps=16),
+            "linear_solver": bilevel.Damped(bilevel.CG(5), damping=10.0),
+        },
+        {"lam": 20.0, "solver": SEARCHED, "linear_solver": bilevel.CG(5)},
+        {"lam": 20.0, "solver": bilevel.GradientDescent(lr=0.01, max_steps=16), "linear_solver": bilevel.CG(5)},
+    ]
+    for settings in remedies:
+        model.zero_grad()
+        bilevel.IMAML(model, mse_loss, **({"lam": 2.0} | settings))(tasks).backward()
+        assert torch.isfinite(gradients(model)).all()
+
+
+def test_an_adaptation_that_diverges_names_the_step_size() -> None:
+    model, tasks = sinusoids(0)
+    with pytest.raises(bilevel.SolveError, match=r"lower lr, which is 0.1, pass line_search=True"):
+        bilevel.IMAML(model, mse_loss, lam=2.0, **PAPER)(tasks)
+    bilevel.IMAML(model, mse_loss, lam=2.0, solver=bilevel.GradientDescent(lr=0.01, max_steps=16))(tasks)
+    bilevel.IMAML(model, mse_loss, lam=2.0, solver=SEARCHED)(tasks)
+
+
+def test_where_curvature_is_positive_the_default_is_conjugate_gradients() -> None:
+    operator = bilevel.operators.DenseOperator(torch.diag(torch.tensor([1.0, 3.0, 9.0, 20.0])).double(), symmetric=True)
+    rhs = torch.tensor([[1.0, -2.0, 0.5, 3.0]], dtype=torch.float64)
+    budget = bilevel.Tolerance(delta=None, delta_prime=None)
+    assert torch.equal(
+        SafeguardedCG(max_steps=3)(operator, rhs, budget), bilevel.CG(max_steps=3)(operator, rhs, budget)
+    )
+
+
+def test_one_indefinite_task_is_damped_alone() -> None:
+    matrices = torch.stack([torch.diag(torch.tensor([4.0, 1.0, low])) for low in (2.0, -0.5)]).double()
+    operator = bilevel.operators.DenseOperator(matrices, symmetric=True)
+    rhs = torch.ones(2, 3, dtype=torch.float64)
+    budget = torch.zeros(2, dtype=torch.float64)
+    found = SafeguardedCG(max_steps=3).solve(operator, rhs, budget)
+    torch.testing.assert_close(found.x[0], 1 / matrices[0].diagonal())
+    # Some γ between 1/2 and ‖A‖ = 4 solves the other one.
+    gamma = 1 / found.x[1, 0] - 4.0
+    assert 0.5 < gamma <= 4.0
+    torch.testing.assert_close(found.x[1], 1 / (matrices[1].diagonal() + gamma))
+    assert (
+        found.status.tolist() == [bilevel.Status.MAX_STEPS] * 2 or not (found.status >= bilevel.Status.INDEFINITE).any()
+    )
+    # Where an accuracy is asked for, another system's answer is none.
+    strict = SafeguardedCG(max_steps=3).solve(operator, rhs, budget + 1e-3)
+    assert strict.status[1] == bilevel.Status.INDEFINITE
+
+
+def test_an_accuracy_asked_for_is_not_met_by_damping() -> None:
+    model, tasks = sinusoids(1)
+    settings = {"solver": PAPER["solver"], "tolerance": bilevel.Tolerance(delta=None, delta_prime=1e-3)}
+    learner = bilevel.IMAML(model, mse_loss, lam=2.0, on_failure="ignore", **settings)
+    with bilevel.record() as reports:
+        learner(tasks).backward()
+    assert bilevel.Status.INDEFINITE in reports.backward[0].status
+    assert not reports.backward[0].success.any()

@@ -25,6 +25,7 @@ from bilevel.meta import draw_glyphs
 from bilevel.meta.processes import Processes, _contexts, _contexts_dropped, processes
 from bilevel.meta.recipe import Recipe, set_up
 from bilevel.meta.training import Score, Trainer, read_checkpoint
+from tests.states import damaged, edited, same
 
 SMALL = Recipe(
     ways=3, queries=3, inner_steps=2, cg_steps=2, tasks_per_step=4, validation_tasks=5, validate_every=2, hold_out=1
@@ -189,6 +190,14 @@ def test_no_time_at_all(run: Any, folder: Path, tmp_path: Path) -> None:
         (("--mode", "released", "--hessian-free"), "GradientDescent"),
         (("--ways", "many"), "--ways"),
         (("--device", "warp"), "device"),
+        (("--device", "meta"), "take cpu"),
+        (("--device", "lazy"), "take cpu"),
+        (("--device", "cuda:99"), "take cpu"),
+        (("--device", "cpu:-1"), "take cpu"),
+        (("--seed", "1" + "0" * 29), "expected seed to be a whole number from"),
+        (("--seed", "-1" + "0" * 29), "expected seed to be a whole number from"),
+        (("evaluate", "nowhere.pt", "--seed", "1" + "0" * 29), "expected seed to be a whole number from"),
+        (("--tasks-per-step", "1" + "0" * 29), "expected tasks-per-step to be a whole number from 1 to"),
         (("evaluate", "nowhere.pt"), "does not exist"),
         (("evaluate", __file__), "not a checkpoint"),
         (("evaluate",), "checkpoint"),
@@ -318,3 +327,95 @@ def test_the_program_runs_under_torchrun_unchanged(folder: Path, tmp_path: Path)
     assert [document["processes"] for document in documents] == [1, 2]
     for a, b in zip(*(document["history"] for document in documents), strict=True):
         assert a["loss"] == pytest.approx(b["loss"], rel=1e-4) and a["accuracy"] == pytest.approx(b["accuracy"])
+
+
+@pytest.fixture(scope="session")
+def checkpoint(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Of a run of three steps, small enough to be read hundreds of times."""
+    from dataclasses import replace
+
+    path = tmp_path_factory.mktemp("checkpoint") / "c.pt"
+    trainer = Trainer(str(folder), replace(SMALL, learn_lam=True), HERE)
+    trainer.train(steps=3)
+    trainer.save(path)
+    return path
+
+
+def refused(path: Path, original: dict[str, Any]) -> bool:
+    """Return whether the checkpoint is refused in one sentence; what is read must be what was saved."""
+    try:
+        state, _ = read_checkpoint(path)
+    except bilevel.ArgumentError as error:
+        return str(path) in str(error) and "\n" not in str(error)
+    assert same(state, {key: value for key, value in original.items() if key != "checksum"})
+    return False
+
+
+def test_no_edit_of_a_checkpoint_passes(checkpoint: Path, tmp_path: Path) -> None:
+    original = torch.load(checkpoint, weights_only=True)
+    for seed in range(200):
+        path = tmp_path / "edited.pt"
+        torch.save(edited(original, seed), path)
+        assert refused(path, original), f"edit {seed} was taken for the run's own state"
+
+
+def test_no_damage_to_a_checkpoint_changes_a_run(checkpoint: Path, tmp_path: Path) -> None:
+    original, content = torch.load(checkpoint, weights_only=True), checkpoint.read_bytes()
+    count = 0
+    for seed in range(200):
+        path = tmp_path / "damaged.pt"
+        path.write_bytes(damaged(content, seed))
+        count += refused(path, original)
+    assert count > 150  # the others hit names and padding of the archive
+
+
+@pytest.mark.parametrize("command", [("imaml", "--resume"), ("imaml", "evaluate")])
+@pytest.mark.parametrize("change", ["entry", "number", "byte", "cut", "version", "checksum", "other"])
+def test_the_command_refuses_such_a_checkpoint(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], command: tuple[str, ...], change: str
+) -> None:
+    state, path = torch.load(checkpoint, weights_only=True), tmp_path / "edited.pt"
+    if change in ("byte", "cut"):
+        content = checkpoint.read_bytes()
+        middle = len(content) // 2
+        path.write_bytes(
+            content[:middle] + (b"" if change == "cut" else bytes([content[middle] ^ 1]) + content[middle + 1 :])
+        )
+    else:
+        if change == "entry":
+            del state["history"][0]["loss"]
+        elif change == "number":
+            state["learner"]["model.0.weight"][0, 0, 0, 0] = float("nan")
+        elif change == "version":
+            state["format"] = 7
+        elif change == "checksum":
+            del state["checksum"]
+        torch.save([1, 2] if change == "other" else state, path)
+    with pytest.raises(SystemExit) as ended:
+        main([*command, str(path), "--output", str(tmp_path / "out")])
+    said = capsys.readouterr().err
+    assert ended.value.code == 2
+    assert said.startswith("bilevel: ") and said.count("\n") == 1 and str(path) in said
+
+
+def test_a_validation_that_a_killed_run_owed_is_made_up_for(folder: Path, tmp_path: Path) -> None:
+    whole = Trainer(str(folder), SMALL, HERE)
+    whole.train(steps=6)
+    killed = Trainer(str(folder), SMALL, HERE)
+    killed.train(steps=3)
+    killed.train_step()  # step 4 is one to validate after
+    killed.save(tmp_path / "c.pt")
+    state, recipe = read_checkpoint(tmp_path / "c.pt")
+    resumed = Trainer(state["data"], recipe, HERE)
+    resumed.load(state)
+    told: list[int] = []
+    resumed.train(steps=6, on_validation=lambda step, score: told.append(step))
+    assert told == [4, 6]
+    assert resumed.validations == whole.validations
+    assert torch.equal(weights(whole), weights(resumed))
+    # At the limit of steps, too, what is owed comes first, and only once.
+    last = Trainer(state["data"], recipe, HERE)
+    last.load(state)
+    last.train(steps=4)
+    last.train(steps=4)
+    assert [step for step, _ in last.validations] == [2, 4]

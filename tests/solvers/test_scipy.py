@@ -124,3 +124,51 @@ def test_only_the_slices_of_one_problem_are_evaluated():
     one = problem.single(1)
     assert one.batch == 1
     torch.testing.assert_close(one.residual(torch.zeros(1, 2, dtype=F64)), -2 * a[1:2])
+
+
+@pytest.mark.parametrize(
+    ("method", "options", "said"),
+    [
+        ("L-BFGS-B", {"bounds": [(0, 1)] * 2}, "'bounds'.*sigmoid"),
+        ("SLSQP", {"constraints": ()}, "'constraints'"),
+        ("BFGS", {"jac": True}, "taken from the layer's function"),
+        ("BFGS", {"x0": 3.0}, "the layer's init"),
+        ("CG", {"callback": print}, "'callback'"),
+        ("BFGS", {"tol": 1e-3}, "Tolerance"),
+        ("L-BFGS-B", {"gtoll": 1e-3}, "gtoll; leave out what it does not know"),
+        ("L-BFGS-B", {"maxcor": "three"}, "change or leave out"),
+        ("BFGS", {"c1": 5.0}, "c1"),
+        ("Nelder-Mead", {"initial_simplex": [1.0]}, "initial_simplex"),
+        ("trust-exact", {"max_trust_radius": -1.0}, "radius"),
+    ],
+)
+def test_options_that_scipy_cannot_use_are_one_sentence(method: str, options: dict[str, object], said: str) -> None:
+    init, a = torch.zeros(2, dtype=torch.float64), torch.ones(2, dtype=torch.float64)
+    with pytest.raises(bilevel.ArgumentError, match=said):
+        bilevel.argmin(
+            lambda x, a: ((x - a) ** 4).sum() + (x * x).sum(), solver=bilevel.ScipyMinimize(method, options=options)
+        )(init, a)
+
+
+def test_bounds_written_as_the_refusal_says() -> None:
+    layer = bilevel.argmin(lambda u, a: ((torch.sigmoid(u) - a) ** 2).sum(), solver=bilevel.ScipyMinimize("L-BFGS-B"))
+    x = torch.sigmoid(layer(torch.zeros(2, dtype=torch.float64), torch.tensor([0.2, 0.7], dtype=torch.float64)))
+    torch.testing.assert_close(x, torch.tensor([0.2, 0.7], dtype=torch.float64), rtol=1e-6, atol=1e-8)
+
+
+def test_a_type_error_of_the_users_own_is_not_taken_for_scipys() -> None:
+    def objective(x: torch.Tensor, a: torch.Tensor) -> torch.Tensor:
+        if float(x.detach().sum()) != 0.0:
+            raise TypeError("the user's own")
+        return ((x - a) ** 2).sum()
+
+    with pytest.raises(TypeError, match="the user's own"):
+        bilevel.argmin(objective, solver=bilevel.ScipyMinimize("BFGS", options={"gtol": 1e-9}))(
+            torch.zeros(2), torch.ones(2)
+        )
+
+
+@pytest.mark.parametrize("options", [{"jac": True}, {"foo": 1}, {"factor": "q"}])
+def test_options_of_roots_likewise(options: dict[str, object]) -> None:
+    with pytest.raises(bilevel.ArgumentError, match="leave"):
+        bilevel.root(lambda x, a: x**3 + x - a, solver=bilevel.ScipyRoot(options=options))(torch.ones(1), torch.ones(1))

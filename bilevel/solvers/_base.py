@@ -225,9 +225,10 @@ def iterate(
     The solution, in which a problem that met a NaN keeps its last finite iterate, and the final state.
     """
     threshold = goal.threshold
-    norm = state.residual.norm(dim=-1)
+    norm = length(state.residual)
     # A start so near the solution that its residual is below what is asked for says nothing of scales.
     limit = _DIVERGED * torch.maximum(norm, threshold)
+    huge = bool((norm > torch.finfo(norm.dtype).max ** 0.5).any())  # squares of the first residuals overflow
     running = torch.full(norm.shape, int(Status.RUNNING), dtype=torch.int64, device=norm.device)
     status, active = running, (norm > threshold) & (norm < torch.inf)
     everyone = anyone = bool(active.all())
@@ -246,7 +247,7 @@ def iterate(
             break
         before = status
         new, verdict = step(state, active)
-        norm = new.residual.norm(dim=-1)
+        norm = length(new.residual) if huge else new.residual.norm(dim=-1)
         if lone and verdict is None and least < float(norm) <= most and math.isfinite(float(new.x.sum())):
             state = new
             together += 1
@@ -298,15 +299,15 @@ def _merge(moved: torch.Tensor, new: S, old: S) -> S:
 
 
 def length(v: torch.Tensor) -> torch.Tensor:
-    """Return ‖v‖ (batch,) of v (batch, n), also where the squares of its entries would vanish."""
+    """Return ‖v‖ (batch,) of v (batch, n), also where the squares of its entries would vanish or overflow."""
     plain = v.norm(dim=-1)
-    # A norm that is not small, infinite or NaN is right as it is.
-    if not v.shape[-1] or bool((plain >= 1e3 * torch.finfo(v.dtype).tiny ** 0.5).all()):
+    least = 1e3 * torch.finfo(v.dtype).tiny ** 0.5
+    if not v.shape[-1] or bool(((plain >= least) & (plain < torch.inf)).all()):
         return plain
     largest = v.abs().amax(dim=-1, keepdim=True)
     scaled = largest.squeeze(-1) * (v / largest).norm(dim=-1)
-    vanishing = (largest.squeeze(-1) > 0) & (plain < 1e3 * torch.finfo(v.dtype).tiny ** 0.5)
-    return torch.where(vanishing, scaled, plain)
+    beyond = ((plain < least) | (plain == torch.inf)) & (largest.squeeze(-1) > 0) & (largest.squeeze(-1) < torch.inf)
+    return torch.where(beyond, scaled, plain)
 
 
 def all_finite(numbers: torch.Tensor) -> torch.Tensor:

@@ -165,12 +165,14 @@ class _Spectral:
         """Return the minimum-norm solutions of ``rhs`` (batch, n, 2) = (R, noise): infinite where more of R than noise is out of range."""
         parts = self.left.mT @ rhs
         hidden = self.null.unsqueeze(-1)
-        beyond = torch.where(hidden, parts, torch.zeros_like(parts))[..., 0].norm(dim=-1)
-        floor = 8 * (rhs[..., 1].norm(dim=-1) + eps * rhs[..., 0].norm(dim=-1))
         usable = torch.where(self.null, torch.ones_like(self.values), self.values).unsqueeze(-1)
         found = self.right @ torch.where(hidden, torch.zeros_like(parts), parts / usable)
-        inconsistent = (beyond > floor).unsqueeze(-1)
-        error = torch.where(inconsistent, torch.full_like(found[..., 0], torch.inf), found[..., 0])
+        # Unknown by unknown: what is noise in one is much in another, of smaller units.
+        unreachable = torch.where(self.null.unsqueeze(-2), self.left, torch.zeros_like(self.left))
+        projector = unreachable @ unreachable.mT
+        noise = (rhs[..., 1].abs() + eps * rhs[..., 0].abs()).unsqueeze(-1)
+        beyond = (projector @ rhs[..., :1]).abs() > 8 * (projector.abs() @ noise)  # (batch, n, 1)
+        error = torch.where(beyond.any(dim=-2), torch.full_like(found[..., 0], torch.inf), found[..., 0])
         return torch.stack([error, found[..., 1]], dim=-1)
 
     def null_part(self, x: torch.Tensor) -> torch.Tensor:

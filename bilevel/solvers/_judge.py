@@ -36,6 +36,8 @@ _MOST_ROUNDS = 8
 _FAR = 1e3
 # The rounding of one residual, in which a line search that compares sums of them may end.
 _SOLVER_ROUNDING = 30.0
+# How large a part of x the Newton step that is left has to be for the search to be endless.
+_ENDLESS = 1e-3
 # What another solver is tried after.
 _WORTH_ANOTHER = (
     Status.MAX_STEPS,
@@ -95,7 +97,9 @@ def solve_inner(
     trial = _attempt(solver, problem, goal)
     names, tried, latest, steps = [solver.name], [solver.name], trial.x, trial.iterations
     for other in others:
-        failed = _is_one_of(trial.status, _WORTH_ANOTHER) & torch.isfinite(
+        # A saddle that a search went to may be none for another search. One that it began at stays one.
+        left = (trial.status == Status.INDEFINITE) & (trial.x != init).any(dim=-1)
+        failed = (left | _is_one_of(trial.status, _WORTH_ANOTHER)) & torch.isfinite(
             goal.scale if target.relative else trial.norm
         )
         if not bool(failed.any()):
@@ -146,11 +150,17 @@ def _attempt(solver: InnerSolver, problem: Problem, goal: Goal, meant: torch.Ten
         return _by_residual(solver, problem, solution, goal)
     meant = torch.ones_like(solution.status, dtype=torch.bool) if meant is None else meant
     steps = solution.iterations
-    for _ in range(_MOST_ROUNDS):
+    for count in range(_MOST_ROUNDS):
         verdict = _by_error(solver, problem, solution, goal, meant)
-        taken = int(steps.max())
-        further = _resumed(solver, taken)
-        if further is None or not bool(verdict.again.any()):
+        if not bool(verdict.again.any()):
+            break
+        further = _resumed(solver, int(steps.max()))
+        if further is None or count == _MOST_ROUNDS - 1:
+            spent = further is None and solver.has_budget and not goal.target.asked
+            short = torch.where(
+                verdict.endless, int(Status.DIVERGED), int(Status.BUDGET_SPENT if spent else Status.STAGNATED)
+            )
+            verdict = verdict.ended(short)
             break
         following = replace(goal, init=solution.x, given=verdict.next_threshold, origin=goal.starting_point)
         resumed = _with_residual(problem, further.solve(problem, solution.x, following))
@@ -230,11 +240,16 @@ def _runaway(x: torch.Tensor, init: torch.Tensor) -> torch.Tensor:
 
 @dataclass(frozen=True, eq=False)
 class _Verdict:
-    """A judged trial, which problems are to go on (batch,), and the residual norms that they are to reach."""
+    """A judged trial, which problems are to go on (batch,), the residual norms that they are to reach, and which may be endless."""
 
     trial: _Trial
     again: torch.Tensor
     next_threshold: torch.Tensor
+    endless: torch.Tensor
+
+    def ended(self, status: torch.Tensor) -> _Verdict:
+        """Return the verdict with ``status`` (batch,) for the problems that were to go on and cannot."""
+        return replace(self, trial=replace(self.trial, status=torch.where(self.again, status, self.trial.status)))
 
 
 def _by_error(
@@ -254,6 +269,7 @@ def _by_error(
     again = torch.zeros_like(open_)
     good = open_ & (error.abs() <= allowed).all(dim=-1) if error is not None else again  # a NaN is none
     ratio = noise = torch.zeros_like(norm)
+    endless = again
     if not bool((good | ~open_).all()):
         found = estimate_error(problem, x, residual, open_ & ~good)
         judged = _weigh(problem, x, residual, found, allowed, target, goal, noticed, open_ & ~good)
@@ -265,7 +281,7 @@ def _by_error(
         failed = torch.where(judged.status != Status.RUNNING, judged.status, failed)
         status = torch.where(open_ & ~fine, failed, status)
         again = believed & open_ & ~fine & ~judged.rounded & (judged.status == Status.RUNNING)
-        good, ratio, noise = fine, judged.ratio, judged.noise
+        good, ratio, noise, endless = fine, judged.ratio, judged.noise, judged.far_off
     status = torch.where(good, torch.full_like(status, Status.CONVERGED), status)
     if problem.minimizes:
         status = _name_stationary(problem, solution, status, goal.starting_point, meant)
@@ -278,7 +294,7 @@ def _by_error(
     closer = torch.minimum(0.5 * norm, closer)
     following = torch.where(again, closer, torch.full_like(norm, torch.inf))
     trial = _Trial(x, status, solution.iterations, residual, norm, asked, solution.value, factor, exact)
-    return _Verdict(trial, again, following)
+    return _Verdict(trial, again, following, endless)
 
 
 @dataclass(frozen=True, eq=False)
@@ -289,6 +305,7 @@ class _Weighed:
     ratio: torch.Tensor
     rounded: torch.Tensor
     noise: torch.Tensor
+    far_off: torch.Tensor
     status: torch.Tensor
 
 
@@ -314,10 +331,9 @@ def _weigh(
     rounded, noise = torch.zeros_like(within), torch.zeros_like(residual)
     if bool((open_ & ~within).any()):
         noise = residual_rounding(problem, x, residual)
-        # A solver that gets no further is at its rounding, which may be more than that of one residual: that of its terms, as they cancel.
+        # A solver that gets no further is at its rounding, which may be more than that of one residual.
         ended = _is_one_of(noticed, (Status.STAGNATED, Status.LINE_SEARCH_FAILED)).unsqueeze(-1)
-        terms = torch.finfo(x.dtype).eps * goal.scale.unsqueeze(-1)
-        floor = torch.where(ended, _SOLVER_ROUNDING * torch.maximum(noise, terms), noise)
+        floor = torch.where(ended, _SOLVER_ROUNDING * noise, noise)
         rounded = (residual.abs() <= floor).all(dim=-1)
     good = within | (rounded & (error <= coarse).all(dim=-1))
     status = torch.full(within.shape, int(Status.RUNNING), dtype=torch.int64, device=x.device)
@@ -328,8 +344,14 @@ def _weigh(
     singular = good & found.singular
     if bool(singular.any()):
         status = torch.where(singular & _hidden(problem, x, residual, found), int(Status.DIVERGED), status)
+    # The equations hold ever better, and the solution is as far away as ever: it lies at infinity.
+    vanished = (norm := length(residual)) <= torch.finfo(x.dtype).eps * goal.scale
+    far_off = (norm > 0) & (error > _ENDLESS * x.abs()).any(dim=-1) & ~good
+    status = torch.where(
+        vanished & far_off & (noticed != Status.CONVERGED), torch.full_like(status, Status.DIVERGED), status
+    )
     status = torch.where(found.indefinite & (good | rounded), torch.full_like(status, Status.INDEFINITE), status)
-    return _Weighed(good & (status == Status.RUNNING), ratio, rounded, length(noise), status)
+    return _Weighed(good & (status == Status.RUNNING), ratio, rounded, length(noise), far_off, status)
 
 
 def _hidden(problem: Problem, x: torch.Tensor, residual: torch.Tensor, found: ErrorEstimate) -> torch.Tensor:

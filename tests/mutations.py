@@ -758,7 +758,7 @@ MUTATIONS = (
         "if self.steps in self.turns:", "if self.steps in ():", (ANDERSON, "-k", "beneath"),
     ),
     Mutation(
-        "a diverged acceleration is not taken over by the plain run", "solvers/anderson.py",
+        "an acceleration that breaks down is not taken over by the plain run", "solvers/anderson.py",
         "self._switch(lost & ~over)", "self._switch(lost & over)", (ANDERSON, "-k", "takes_over"),
     ),
     Mutation(

@@ -774,11 +774,6 @@ MUTATIONS = (
         "if self.steps == self.budget:", "if self.steps == -1:", (ANDERSON, "-k", "budget"),
     ),
     Mutation(
-        "differences at rounding level are extrapolated", "solvers/anderson.py",
-        "torch.where(length > self.rounding, inverse, 0.0)", "torch.where(length > 0, inverse, 0.0)",
-        (ANDERSON, "-k", "rounding_level"),
-    ),
-    Mutation(
         "a fixed point's run at rounding level goes on", "solvers/fixed_point.py",
         "ended = stalled & (residual", "ended = ~stalled & stalled & (residual", (ANDERSON, "-k", "rounding_ends"),
     ),

@@ -889,7 +889,7 @@ MUTATIONS = (
         "if self.steps in self.turns:", "if self.steps in ():", (ANDERSON, "-k", "beneath"),
     ),
     Mutation(
-        "a diverged acceleration is not taken over by the plain run", "solvers/anderson.py",
+        "an acceleration that breaks down is not taken over by the plain run", "solvers/anderson.py",
         "self._switch(lost & ~over)", "self._switch(lost & over)", (ANDERSON, "-k", "takes_over"),
     ),
     Mutation(
@@ -903,11 +903,6 @@ MUTATIONS = (
     Mutation(
         "the last step of a budget is a mixture", "solvers/anderson.py",
         "if self.steps == self.budget:", "if self.steps == -1:", (ANDERSON, "-k", "budget"),
-    ),
-    Mutation(
-        "differences at rounding level are extrapolated", "solvers/anderson.py",
-        "torch.where(length > self.rounding, inverse, 0.0)", "torch.where(length > 0, inverse, 0.0)",
-        (ANDERSON, "-k", "rounding_level"),
     ),
     Mutation(
         "a fixed point's run at rounding level goes on", "solvers/fixed_point.py",

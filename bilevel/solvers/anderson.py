@@ -165,7 +165,7 @@ class _Runs:
         if self.steps == self.budget:
             self.whole, self.mixing = torch.ones_like(self.whole), False
         x = self.memory.mixture(self.both[:, self.n :])
-        mixed = torch.ones_like(self.plain)
+        mixed: torch.Tensor | None = None  # all
         if not self.mixing:
             mixed = ~(self.plain | (self.waiting > 0) | self.whole)
             x = torch.where(mixed.unsqueeze(1), x, self._unmixed())
@@ -179,6 +179,7 @@ class _Runs:
                 self.both = both
                 self.bound = torch.minimum(self.bound, self.growth * norm)
                 return state, verdict
+        mixed = torch.ones_like(self.plain) if mixed is None else mixed
         good = norm <= torch.where(mixed, self.bound, self.ceiling)  # not where it is NaN
         self._move(both, good)
         state = self._report(state, x, residual, norm, good, mixed)

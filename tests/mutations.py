@@ -51,6 +51,7 @@ LINEAR = "tests/test_linear_solve.py"
 IMAML = "tests/meta/test_imaml.py"
 OUTER = "tests/test_outer.py"
 TAPES = "tests/test_tapes.py"
+STALE = "tests/test_stale_replays.py"
 
 
 def matrix(*names: str, columns: str = "float64") -> tuple[str, ...]:
@@ -608,8 +609,52 @@ MUTATIONS = (
         "                    parameter.copy_(value)\n", "                    pass\n", (OUTER, "-k", "module"),
     ),
     Mutation(
-        "branches taken for straight code", "_straight.py",
-        "or (step.opname in _JUMPS and step.opname not in _LOOPS)", "", ("tests/test_straight.py",),
+        "instructions that are not on the list passed over", "_straight.py",
+        "if not is_known_step(step):", "if False:", ("tests/test_straight.py",),
+    ),
+    Mutation(
+        "a list of instructions for any version of Python", "_straight_steps.py",
+        "_BY_VERSION.get(version, ())", "_BY_VERSION.get(version, _BY_VERSION[3, 11])", ("tests/test_straight.py", "-k", "instruction"),
+    ),
+    Mutation(
+        "other ways to call a module passed over", "_straight_modules.py",
+        "if any(getattr(kind, name, None) is not value for name, value in _CALL.items()):", "if False:", (STALE, "-k", "called"),
+    ),
+    Mutation(
+        "a call that one module keeps passed over", "_straight_modules.py",
+        'if "forward" in own or any(own.get(name) is not None for name in _CALL):', 'if "forward" in own:', (STALE, "-k", "called"),
+    ),
+    Mutation(
+        "operators of a module passed over", "_straight_modules.py",
+        "return all(name in _SPECIAL or not _is_special(name) for base in ours for name in vars(base))", "return True", (STALE, "-k", "operators_of_a_module"),
+    ),
+    Mutation(
+        "functions below torch's own modules that are set anew passed over", "_straight_modules.py",
+        "if any(getattr(holder, name, None) is not value for holder, name, value in _KNOWN[kind]):", "if False:", (STALE, "-k", "called"),
+    ),
+    Mutation(
+        "operators of tensors that are set anew passed over", "_straight.py",
+        "if not operators_are_torch_s():", "if False:", (STALE, "-k", "operators_of_tensors"),
+    ),
+    Mutation(
+        "tensors that are printed passed over", "_tapes/_notes.py",
+        "if tape is None or printed.any or", "if tape is None or", (STALE, "-k", "print"),
+    ),
+    Mutation(
+        "random numbers of another thread taken for the call's own", "_randomness.py",
+        "        evaluate()\n    return seen.any", "        evaluate()\n    return True", (GUARDS, "-k", "other_threads or counts"),
+    ),
+    Mutation(
+        "an operation with a generator of its own taken for a draw", "_randomness.py",
+        'given.get("generator") is None and ', "", (GUARDS, "-k", "counts"),
+    ),
+    Mutation(
+        "torch's compiler imported to note a run", "_tapes/_notes.py",
+        "        return False\n\n    def __init__(self, inputs", "        return True\n\n    def __init__(self, inputs", ("tests/test_import.py", "-k", "again"),
+    ),
+    Mutation(
+        "sympy imported for a product", "_reverse.py",
+        "found = _engine_run_backward(", "import sympy\n        found = _engine_run_backward(", ("tests/test_import.py", "-k", "again"),
     ),
     Mutation(
         "what a function reaches not compared", "_straight.py",

@@ -192,12 +192,12 @@ MUTATIONS = (
     ),
     Mutation(
         "a mean for a sum over the batch's objectives", "_system.py",
-        "self.outputs(point, *tensors).sum())(x)", "self.outputs(point, *tensors).mean())(x)", matrix("jacrev-", "hessian-"),
+        "self.outputs(point, *tensors).sum(), x)[0]", "self.outputs(point, *tensors).mean(), x)[0]", matrix("jacrev-", "hessian-"),
     ),
     Mutation(
         "batch norm through vmap of grad, which torch differentiates wrongly from outside", "_system.py",
-        "with WrittenNorms():\n            return grad(lambda point: self.outputs(point, *tensors).sum())(x)",
-        "if True:\n            return self.lifted(lambda p, *t: grad(lambda at: self.output(at, *t))(p))(x, *tensors)",
+        "with WrittenNorms():\n            return grad(lambda point: self.outputs(point, *tensors).sum(), x)[0]",
+        "if True:\n            return self.lifted(lambda p, *t: grad(lambda at: self.output(at, *t), p)[0])(x, *tensors)",
         ("tests/test_implicit.py", "-k", "batch_norm"),
     ),
     Mutation(
@@ -730,11 +730,11 @@ MUTATIONS = (
     ),
     Mutation(
         "hooks of modules passed over", "_straight_modules.py",
-        "any(own.get(hooks) for hooks in _HOOKS) or ", "", ("tests/test_replay.py",),
+        " or any(own[hooks] for hooks in _HOOKS)", "", ("tests/test_replay.py",),
     ),
     Mutation(
         "a module's settings not told apart", "_straight_modules.py",
-        'named += [item for name in settings for item in (name, own[name])]', 'named += []', ("tests/test_replay_reading.py",),
+        'named += [name, tuple(value) if type(value) is list else value]', 'named += []', ("tests/test_replay_reading.py",),
     ),
     Mutation(
         "replays where a debugger steps through", "_transforms.py",

@@ -83,7 +83,7 @@ mutations: $(VENV)/.test
 	$(BIN)/python -m tests.mutations
 
 bench: $(VENV)/.dev
-	for script in hypergradient batched_ridge vmap_or_loop fixed_point imaml_speed imaml_error imaml_memory goal outer_work; do $(BIN)/python benchmarks/$$script.py; done
+	for script in startup hypergradient batched_ridge vmap_or_loop fixed_point imaml_speed imaml_error imaml_memory goal outer_work; do $(BIN)/python benchmarks/$$script.py; done
 
 clean:
 	rm -rf $(VENV) .venv-versions build dist *.egg-info docs/_build demo-output .pytest_cache .mypy_cache .ruff_cache .hypothesis

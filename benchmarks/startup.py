@@ -33,9 +33,9 @@ BEGIN = """
 import json, sys, time
 import torch
 torch.set_num_threads(1)
-begin = time.perf_counter()
+begin = time.{clock}()
 import bilevel
-imported = time.perf_counter() - begin
+imported = time.{clock}() - begin
 start, data = torch.zeros(3), torch.tensor([1.0, 2.0, 3.0])
 
 def theta():
@@ -54,9 +54,9 @@ class Problem(bilevel.BilevelProblem):
 END = """
 times = []
 for _ in range({calls}):
-    begin = time.perf_counter()
+    begin = time.{clock}()
     call()
-    times.append(time.perf_counter() - begin)
+    times.append(time.{clock}() - begin)
 print(json.dumps([imported, times]))
 """
 
@@ -100,10 +100,16 @@ TORCH_S = {
 }  # fmt: skip
 
 
-def measured(made: str, call: str, folder: str) -> tuple[float, list[float]]:
+def measured(made: str, call: str, folder: str, clock: str) -> tuple[float, list[float]]:
     """Return the seconds of the import and of each call, in a new process that finds the package in ``folder``."""
     code = "\n".join(
-        [BEGIN, made, "def call():", *(f"    {line}" for line in call.splitlines()), END.format(calls=CALLS)]
+        [
+            BEGIN.replace("{clock}", clock),
+            made,
+            "def call():",
+            *(f"    {line}" for line in call.splitlines()),
+            END.format(calls=CALLS, clock=clock),
+        ]
     )
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1", "PYTHONPATH": folder}
     command = [sys.executable, "-W", "ignore", "-c", code]
@@ -118,7 +124,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--no-bytecode", action="store_true")
+    parser.add_argument(
+        "--cpu", action="store_true", help="count the process's own seconds, on a machine that others use"
+    )
     options = parser.parse_args()
+    clock = "process_time" if options.cpu else "perf_counter"
     rows = {**ROWS, **TORCH_S}
     found: dict[str, list[tuple[float, list[float]]]] = {name: [] for name in rows}
     with tempfile.TemporaryDirectory() as folder:
@@ -126,15 +136,16 @@ def main() -> None:
         shutil.copytree(package, Path(folder, package.name), ignore=shutil.ignore_patterns("__pycache__"))
         if not options.no_bytecode:
             compileall.compile_dir(folder, quiet=1)
-        measured("", "pass", folder)  # which brings torch's files into memory
+        measured("", "pass", folder, clock)  # which brings torch's files into memory
         for _ in range(options.rounds):
             for name, (made, call) in rows.items():
-                found[name].append(measured(made, call, folder))
+                found[name].append(measured(made, call, folder, clock))
     every = [imported for name in rows for imported, _ in found[name]]
     print(
         f"import bilevel, beyond torch: {statistics.median(every):.3f} s, at most {MOST_IMPORT} is wanted ({len(every)} processes)\n"
     )
-    print(f"{'seconds, medians':36s} {'first call':>10s} {'second':>8s} {'first − second':>15s} {'longest later':>14s}")
+    heading = "CPU seconds, medians" if options.cpu else "seconds, medians"
+    print(f"{heading:36s} {'first call':>10s} {'second':>8s} {'first − second':>15s} {'longest later':>14s}")
     missed = statistics.median(every) > MOST_IMPORT
     for name in rows:
         runs = [times for _, times in found[name]]

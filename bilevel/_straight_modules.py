@@ -130,12 +130,11 @@ def shell_parts(shell: Shell) -> tuple[list[Any], list[Any]] | None:
         if kind in _KNOWN:
             if any(getattr(holder, name, None) is not value for holder, name, value in _KNOWN[kind]):
                 return None
-            settings = [(name, value) for name, value in own.items() if name not in _TORCH_S]
-            if any(hasattr(kind, name) for name, _ in settings):
+            settings = {name: value for name, value in own.items() if name not in _TORCH_S}
+            if any(hasattr(kind, name) for name in settings):
                 return None
-            named += [
-                item for name, value in settings for item in (name, tuple(value) if type(value) is list else value)
-            ]
+            for name, value in settings.items():
+                named += [name, tuple(value) if type(value) is list else value]
         elif isinstance(forward, FunctionType) and not _looks_like_a_tensor(part):
             named.append(Bound(forward, part, inside=True))
         else:

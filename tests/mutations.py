@@ -53,6 +53,7 @@ IMAML = "tests/meta/test_imaml.py"
 OUTER = "tests/test_outer.py"
 TAPES = "tests/test_tapes.py"
 ANDERSON = "tests/solvers/test_anderson.py"
+STALE = "tests/test_stale_replays.py"
 
 
 def matrix(*names: str, columns: str = "float64") -> tuple[str, ...]:
@@ -228,12 +229,12 @@ MUTATIONS = (
     ),
     Mutation(
         "a mean for a sum over the batch's objectives", "_system.py",
-        "self.outputs(point, *tensors).sum())(x)", "self.outputs(point, *tensors).mean())(x)", matrix("jacrev-", "hessian-"),
+        "self.outputs(point, *tensors).sum(), x)[0]", "self.outputs(point, *tensors).mean(), x)[0]", matrix("jacrev-", "hessian-"),
     ),
     Mutation(
         "batch norm through vmap of grad, which torch differentiates wrongly from outside", "_system.py",
-        "with WrittenNorms():\n            return grad(lambda point: self.outputs(point, *tensors).sum())(x)",
-        "if True:\n            return self.lifted(lambda p, *t: grad(lambda at: self.output(at, *t))(p))(x, *tensors)",
+        "with WrittenNorms():\n            return grad(lambda point: self.outputs(point, *tensors).sum(), x)[0]",
+        "if True:\n            return self.lifted(lambda p, *t: grad(lambda at: self.output(at, *t), p)[0])(x, *tensors)",
         ("tests/test_implicit.py", "-k", "batch_norm"),
     ),
     Mutation(
@@ -740,8 +741,52 @@ MUTATIONS = (
         "                    parameter.copy_(value)\n", "                    pass\n", (OUTER, "-k", "module"),
     ),
     Mutation(
-        "branches taken for straight code", "_straight.py",
-        "or (step.opname in _JUMPS and step.opname not in _LOOPS)", "", ("tests/test_straight.py",),
+        "instructions that are not on the list passed over", "_straight.py",
+        "if not is_known_step(step):", "if False:", ("tests/test_straight.py",),
+    ),
+    Mutation(
+        "a list of instructions for any version of Python", "_straight_steps.py",
+        "_BY_VERSION.get(version, ())", "_BY_VERSION.get(version, _BY_VERSION[3, 11])", ("tests/test_straight.py", "-k", "instruction"),
+    ),
+    Mutation(
+        "other ways to call a module passed over", "_straight_modules.py",
+        "if any(getattr(kind, name, None) is not value for name, value in _CALL.items()):", "if False:", (STALE, "-k", "called"),
+    ),
+    Mutation(
+        "a call that one module keeps passed over", "_straight_modules.py",
+        'if "forward" in own or any(own.get(name) is not None for name in _CALL):', 'if "forward" in own:', (STALE, "-k", "called"),
+    ),
+    Mutation(
+        "operators of a module passed over", "_straight_modules.py",
+        "return all(name in _SPECIAL or not _is_special(name) for base in ours for name in vars(base))", "return True", (STALE, "-k", "operators_of_a_module"),
+    ),
+    Mutation(
+        "functions below torch's own modules that are set anew passed over", "_straight_modules.py",
+        "if any(getattr(holder, name, None) is not value for holder, name, value in _KNOWN[kind]):", "if False:", (STALE, "-k", "called"),
+    ),
+    Mutation(
+        "operators of tensors that are set anew passed over", "_straight.py",
+        "if not operators_are_torch_s():", "if False:", (STALE, "-k", "operators_of_tensors"),
+    ),
+    Mutation(
+        "tensors that are printed passed over", "_tapes/_notes.py",
+        "if tape is None or printed.any or", "if tape is None or", (STALE, "-k", "print"),
+    ),
+    Mutation(
+        "random numbers of another thread taken for the call's own", "_randomness.py",
+        "        evaluate()\n    return seen.any", "        evaluate()\n    return True", (GUARDS, "-k", "other_threads or counts"),
+    ),
+    Mutation(
+        "an operation with a generator of its own taken for a draw", "_randomness.py",
+        'given.get("generator") is None and ', "", (GUARDS, "-k", "counts"),
+    ),
+    Mutation(
+        "torch's compiler imported to note a run", "_tapes/_notes.py",
+        "        return False\n\n    def __init__(self, inputs", "        return True\n\n    def __init__(self, inputs", ("tests/test_import.py", "-k", "again"),
+    ),
+    Mutation(
+        "sympy imported for a product", "_reverse.py",
+        "found = _engine_run_backward(", "import sympy\n        found = _engine_run_backward(", ("tests/test_import.py", "-k", "again"),
     ),
     Mutation(
         "what a function reaches not compared", "_straight.py",
@@ -817,11 +862,11 @@ MUTATIONS = (
     ),
     Mutation(
         "hooks of modules passed over", "_straight_modules.py",
-        "any(own.get(hooks) for hooks in _HOOKS) or ", "", ("tests/test_replay.py",),
+        " or any(own[hooks] for hooks in _HOOKS)", "", ("tests/test_replay.py",),
     ),
     Mutation(
         "a module's settings not told apart", "_straight_modules.py",
-        'named += [item for name in settings for item in (name, own[name])]', 'named += []', ("tests/test_replay_reading.py",),
+        'named += [name, tuple(value) if type(value) is list else value]', 'named += []', ("tests/test_replay_reading.py",),
     ),
     Mutation(
         "replays where a debugger steps through", "_transforms.py",

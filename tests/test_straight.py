@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import dis
 import gc
 import math
 import pickle
+import sys
 import weakref
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -19,6 +21,7 @@ import bilevel
 import bilevel._inspection as inspection
 from bilevel import _straight
 from bilevel._straight import Memory, reached
+from bilevel._straight_steps import _BY_VERSION, is_known_step
 
 F64 = torch.float64
 SCALE, RATE = 2.0, 0.0
@@ -390,6 +393,14 @@ def defaults(x, table=[]):  # noqa: B006
 )  # fmt: skip
 def test_what_is_not_straight(function):
     assert (reached(function) is None) == (function is not len)
+
+
+def test_instructions_are_listed_by_version():
+    steps = [*dis.get_instructions(plain), *dis.get_instructions(square)]
+    assert all(is_known_step(step) for step in steps)
+    assert not any(is_known_step(step, version) for step in steps for version in ((3, 9), (3, 99), (4, 0)))
+    # Each name of this version's list is one of this interpreter's.
+    assert _BY_VERSION[sys.version_info[:2]] <= {*dis.opmap, "LOAD_CLOSURE"}
 
 
 def test_what_is_reached():

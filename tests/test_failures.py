@@ -29,7 +29,8 @@ def saddle(x: torch.Tensor, a: torch.Tensor) -> torch.Tensor:
 
 
 def valley(x: torch.Tensor, a: torch.Tensor) -> torch.Tensor:
-    return (x[0] + x[1] - a.sum()) ** 2
+    # At a[0] = 1 the tilt is zero, and its slope points along the valley: neither x.sum() nor a change of a is in the range.
+    return (x[0] + 2 * x[1] - a[0] - 2 * a[1]) ** 2 + (a[0] - 1) * (2 * x[0] - x[1])
 
 
 def undefined(x: torch.Tensor, a: torch.Tensor) -> torch.Tensor:

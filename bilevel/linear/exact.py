@@ -227,10 +227,11 @@ def _factorize(matrix: torch.Tensor, symmetric: bool, definite: bool) -> _Factor
     if symmetric:
         factor, info = torch.linalg.cholesky_ex(matrix)
         if bool((info == 0).all()):
-            # The squared ratio of the pivots bounds the reciprocal condition number from above: only where it is
-            # near the limit is the exact one worth its price.
+            # The squared ratio of the pivots bounds the reciprocal condition number from above, and what they leave of their diagonal
+            # entries that of the scaled matrix: only where one is near the limit is the exact one worth its price.
             pivots = factor.diagonal(dim1=-2, dim2=-1)
-            doubtful = (pivots.amin(-1) / pivots.amax(-1)) ** 2 < 1e3 * smallest
+            left = torch.minimum(pivots.amin(-1) / pivots.amax(-1), (pivots / factor.norm(dim=-1)).amin(-1))
+            doubtful = left**2 < 1e3 * n * torch.finfo(matrix.dtype).eps
             if not bool(doubtful.any()):
                 return _Factor(status, cholesky=factor)
         else:

@@ -210,6 +210,16 @@ def test_second_derivatives_and_forward_mode(solver: bilevel.CG | None) -> None:
         torch.testing.assert_close(found, right, atol=1e-8, rtol=0)
 
 
+def test_units_do_not_hide_a_symmetry() -> None:
+    units, t = torch.tensor([1e-4, 1.0, 1e4], dtype=F64), logits(3, F64)
+    layer = bilevel.argmin(lambda x, t: cross_entropy(units * x, t))
+    outcome = lambda t: mean_class(units * layer(torch.zeros(3, dtype=F64), t))
+    with bilevel.record() as reports:
+        torch.testing.assert_close(grad(outcome)(t), grad(mean_class)(t), atol=1e-9, rtol=0)
+    assert reports.backward[0].status is Status.MINIMUM_NORM
+    torch.testing.assert_close(hessian(outcome)(t), hessian(mean_class)(t), atol=1e-8, rtol=0)
+
+
 def lennard_jones(x: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
     atoms = x.reshape(-1, 3)
     i, j = torch.triu_indices(len(atoms), len(atoms), 1)

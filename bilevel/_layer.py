@@ -136,9 +136,11 @@ class Layer:
         Parameters
         ----------
         init
-            Where the search begins: a tensor, or a pytree of tensors, of floating-point dtype. No gradient flows to it.
+            Where the search begins: a tensor, or a pytree of tensors, of floating-point or complex dtype. No gradient flows to it. A complex
+            number counts as two unknowns, its real and its imaginary part.
         args, kwargs
-            Passed on to the function, as pytrees. Every floating-point tensor in them can be differentiated.
+            Passed on to the function, as pytrees. Every floating-point or complex tensor in them can be differentiated; gradients of complex
+            ones are in torch's convention, ∂L/∂Re z + i ∂L/∂Im z.
 
         Raises
         ------

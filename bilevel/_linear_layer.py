@@ -58,7 +58,7 @@ class LinearLayer(Layer):
         Parameters
         ----------
         rhs
-            The right-hand side: a tensor, or a pytree of tensors, of floating-point dtype.
+            The right-hand side: a tensor, or a pytree of tensors, of floating-point or complex dtype.
         args, kwargs
             Passed on to ``matvec``, as pytrees.
 

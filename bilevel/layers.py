@@ -259,7 +259,7 @@ def linear_solve(
     matvec
         x ↦ A(θ) x: a function of ``(x, *args, **kwargs)``, linear in x, that returns the pytree of x, shape for shape.
     symmetric
-        Whether A = Aᵀ: then Cholesky and conjugate gradients can be used. A matrix that is symmetric and not positive
+        Whether A = Aᵀ, or A = Aᴴ of complex vectors: then Cholesky and conjugate gradients can be used. A matrix that is symmetric and not positive
         definite can be solved by Exact, GMRES and BiCGStab.
     linear_solver
         A linear solver, or a function (operator, rhs) -> x on tensors (batch, n). By default chosen from size and symmetry:

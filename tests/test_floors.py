@@ -41,6 +41,7 @@ GROUND = (
     "_replay",
     "_replaying",
     "_checks",
+    "_factorisations",
     "_version",
 )
 FLOORS = {

@@ -566,7 +566,7 @@ MUTATIONS = (
     ),
     Mutation(
         "a cubic taken for quadratic", "certificates/_quadratic.py",
-        "inner.whole <= 2", "inner.whole <= 1e400", ("tests/certificates/test_evidence.py", "-k", "stiff"),
+        "inner.whole <= 2", "inner.whole <= 1e400", ("tests/certificates/test_bounds.py", "-k", "quadratic_in_pieces"),
     ),
     Mutation(
         "an outer objective taken for quadratic", "certificates/_quadratic.py",

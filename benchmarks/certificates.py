@@ -2,7 +2,7 @@
 
 Each problem is solved, inner and adjoint, to an accuracy drawn at random between crude and rounding, in float32 or float64, with
 a condition number between 1 and 1e6. The true errors are measured against the solution of the same numbers found by Newton steps whose
-residuals are computed in numpy's long double (80 bits on x86).
+residuals are computed in numpy's long double (80 bits on x86). Families of ``hard_families.py`` begin further away, and declare little or nothing.
 
 Small Hessians are factorised. ``--by-products`` forbids that, and the bounds are found as those of a large problem are: by conjugate
 gradients, in as many products as ``--products`` allows.

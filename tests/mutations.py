@@ -595,13 +595,8 @@ MUTATIONS = (
     ),
     Mutation(
         "a degree proven of one branch", "certificates/_structure.py",
-        "self._run.open = self._run.open or any(", "self._run.open = self._run.open or None in (",
+        "(given and (not harmless or", "(given and (",
         ("tests/certificates/test_structure.py", "-k", "reads_a_number"),
-    ),
-    Mutation(
-        "a degree proven of a custom function", "certificates/_structure.py",
-        "return isinstance(node, torch.autograd.function.BackwardCFunction) or", "return",
-        ("tests/certificates/test_structure.py", "-k", "custom"),
     ),
     Mutation(
         "products that do not add degrees", "certificates/_structure.py",
@@ -610,7 +605,7 @@ MUTATIONS = (
     ),
     Mutation(
         "a cubic taken for quadratic", "certificates/_quadratic.py",
-        "inner.whole <= 2", "inner.whole <= 1e400", ("tests/certificates/test_evidence.py", "-k", "stiff"),
+        "inner.whole <= 2", "inner.whole <= 1e400", ("tests/certificates/test_bounds.py", "-k", "quadratic_in_pieces"),
     ),
     Mutation(
         "an outer objective taken for quadratic", "certificates/_quadratic.py",

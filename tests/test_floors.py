@@ -46,7 +46,11 @@ GROUND = (
     "_replay",
     "_replaying",
     "_checks",
+<<<<<<< HEAD
     "_checksum",
+=======
+    "_factorisations",
+>>>>>>> certs
     "_version",
 )
 FLOORS = {

@@ -288,13 +288,12 @@ class _Reads(TorchFunctionMode):
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
+        given = any(self._run.degree(innermost(t)).whole > 0 for t in _tensors((args, kwargs)))
         made = getattr(func, "written_out", func)(*args, **(kwargs or {}))
         name, module = getattr(func, "__name__", ""), getattr(func, "__module__", None) or ""
         leaves = [leaf for leaf in pytree.tree_leaves(made) if not isinstance(leaf, torch.Tensor)]
         harmless = not leaves or (name in _FORM and isinstance(made, _FORMS))
-        if not harmless or module.startswith("torch.autograd"):
-            given = map(innermost, _tensors((args, kwargs)))
-            self._run.open = self._run.open or any(self._run.degree(t).whole > 0 for t in given)
+        self._run.open = self._run.open or (given and (not harmless or module.startswith("torch.autograd")))
         return made
 
 

@@ -63,6 +63,7 @@ def test_what_is_flat_where_it_is_looked_at_is_not_proven_to_be_flat():
     for name in BOUNDS[1:]:
         assert getattr(result, name).basis is not Basis.CERTIFIED
     assert result.value_bound.value == pytest.approx(1.0)
+    assert result._certificate.constants.outer_smoothness is None
 
 
 class Hinged(bilevel.BilevelProblem):

@@ -130,6 +130,12 @@ def caught(x, o):
     return (2 * x**2).sum()
 
 
+def replaced(x, o):
+    made = x * 1
+    made.data = torch.ones(3, dtype=F64)
+    return (made**3).sum()
+
+
 UNKNOWN = {
     "hinge": lambda x, o: torch.relu(1 - x).square().sum(),
     "huber": lambda x, o: F.huber_loss(x, o),
@@ -158,6 +164,7 @@ READ = {
     "place of the largest": lambda x, o: (x[int(x.argmax())] ** 2).sum(),
     "number of positive ones": lambda x, o: (x**2).sum() * len(x[x > 0]),
     "hook": hooked,
+    "data replaced": replaced,
     "caught": caught,
 }
 

@@ -46,11 +46,8 @@ GROUND = (
     "_replay",
     "_replaying",
     "_checks",
-<<<<<<< HEAD
     "_checksum",
-=======
     "_factorisations",
->>>>>>> certs
     "_version",
 )
 FLOORS = {

@@ -233,7 +233,7 @@ MUTATIONS = (
     ),
     Mutation(
         "batch norm through vmap of grad, which torch differentiates wrongly from outside", "_system.py",
-        "with WrittenNorms():\n            return grad(lambda point: self.outputs(point, *tensors).sum(), x)[0]",
+        "with WrittenNorms(), Repeatable():\n            return grad(lambda point: self.outputs(point, *tensors).sum(), x)[0]",
         "if True:\n            return self.lifted(lambda p, *t: grad(lambda at: self.output(at, *t), p)[0])(x, *tensors)",
         ("tests/test_implicit.py", "-k", "batch_norm"),
     ),
@@ -272,7 +272,7 @@ MUTATIONS = (
     ),
     Mutation(
         "float32 everywhere", "_tree.py",
-        "dtype = leaves[0].dtype\n", "dtype = torch.float32\n", ("tests/test_implicit.py", "-k", "dtypes or float64_data"),
+        "dtype = real_dtype(leaves[0].dtype)\n", "dtype = torch.float32\n", ("tests/test_implicit.py", "-k", "dtypes or float64_data"),
     ),
     Mutation(
         "forward mode twice let through", "_layer.py",
@@ -512,7 +512,7 @@ MUTATIONS = (
         "outcome = torch.where(norm <= threshold, torch", "outcome = torch.where((norm <= threshold).all(), torch", ("tests/solvers/test_base.py",),
     ),
     Mutation(
-        "a solver's claim believed", "solvers/_base.py",
+        "a solver's claim believed", "solvers/_judge.py",
         "believed = (noticed == Status.CONVERGED) & ~reached", "believed = (noticed == Status.CONVERGED) & False", ("tests/solvers/test_base.py",),
     ),
     Mutation(
@@ -733,7 +733,7 @@ MUTATIONS = (
     ),
     Mutation(
         "a module's hyperparameters left behind by minimize", "outer/minimize.py",
-        "                    parameter.copy_(value)\n", "                    pass\n", (OUTER, "-k", "module"),
+        "                    parameter.copy_(of_real(value, parameter))\n", "                    pass\n", (OUTER, "-k", "module"),
     ),
     Mutation(
         "instructions that are not on the list passed over", "_straight.py",

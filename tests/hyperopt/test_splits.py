@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 
 import bilevel
 from bilevel.hyperopt import Logistic, Ridge, Softmax

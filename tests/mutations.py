@@ -67,6 +67,46 @@ def cells(row: str, *columns: str) -> tuple[str, ...]:
 
 
 MUTATIONS = (
+    Mutation(
+        "IMAML's default descends by a fixed step", "meta/imaml.py", "line_search=paper)", "line_search=False)",
+        (IMAML, "-k", "default_learns"),
+    ),
+    Mutation(
+        "IMAML's default does not damp negative curvature", "meta/safeguarded.py", "if not bool(bent.any()) or bool(", "if True or bool(",
+        (IMAML, "-k", "damped_alone or default_learns"),
+    ),
+    Mutation(
+        "damping passes for an accuracy that was asked for", "meta/safeguarded.py", " or bool((threshold > 0).any())", "",
+        (IMAML, "-k", "damped_alone"),
+    ),
+    Mutation(
+        "an edited state is taken", "_checksum.py", "kept != _digest(body)", "False", (OUTER, "-k", "no_edit"),
+    ),
+    Mutation(
+        "a checksum leaves out the numbers of tensors", "_checksum.py", "found.update(flat.view(torch.uint8).numpy().tobytes())", "pass",
+        (OUTER, "-k", "no_edit"),
+    ),
+    Mutation(
+        "a validation that a killed run owed is lost", "meta/training.py", "return self.step > validated and",
+        "return bool(self.history) and self.history[-1].step == validated + 1 and",
+        ("tests/meta/test_training.py", "-k", "owed"),
+    ),
+    Mutation(
+        "a root is told of its objective", "_wording.py", "        return _ROOT\n", "        return {}\n",
+        ("tests/test_wording.py", "-k", "no_objective"),
+    ),
+    Mutation(
+        "every gradient that changes is a kink", "_wording.py", "beside > 0.3 * jump(far)", "beside > 0 * jump(far)",
+        ("tests/test_wording.py", "-k", "smooth_objective"),
+    ),
+    Mutation(
+        "scipy's own type errors come through", "solvers/_scipy.py", '"bounds": _BOUNDED,', "",
+        ("tests/solvers/test_scipy.py", "-k", "one_sentence"),
+    ),
+    Mutation(
+        "a validation loss never sees the hyperparameters", "hyperopt/problem.py", "_required(validation_loss) == 3", "False",
+        ("tests/hyperopt/test_problem.py", "-k", "may_see"),
+    ),
     # The differentiation rule.
     Mutation(
         "the adjoint's sign", "_implicit.py",

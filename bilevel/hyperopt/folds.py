@@ -56,8 +56,13 @@ class Folds:
         )
         self.evaluations = 0
         self.solves = 0
-        self.seconds = 0.0
+        self._began = time.perf_counter()
         self.watch_losses = torch.zeros(0)
+
+    @property
+    def seconds(self) -> float:
+        """Wall time since the stage began, whatever it was spent on."""
+        return time.perf_counter() - self._began
 
     @property
     def theta(self) -> torch.nn.Parameter:
@@ -73,16 +78,11 @@ class Folds:
 
     def evaluate(self) -> tuple[OuterStep, torch.Tensor]:
         """Solve and differentiate the K problems; return the step and the hypergradient."""
-        began = time.perf_counter()
         self.problem.tolerance = tolerance_at(float(self.theta.detach().min()))
         self.solves += self.folds
-        try:
-            result = self.problem.hypergradient(self.data)
-        finally:
-            self.seconds += time.perf_counter() - began
+        result = self.problem.hypergradient(self.data)
         gradient = result.grad
         self.watch_losses = self._rowwise_watch_losses(result.inner)
-        bound = float(torch.as_tensor(result.error_bound).max())
         step = OuterStep(
             stage=self.stage,
             number=self.evaluations,
@@ -94,13 +94,29 @@ class Folds:
             inner_residual=float(result.report.residual_norm.max()),
             inner_steps=int(result.report.forward.iterations.max()),
             adjoint_steps=int(result.report.backward.iterations.max()),
-            error_bound=bound if math.isfinite(bound) else None,
-            certified=bool(torch.as_tensor(result.certified).all()),
+            error_bound=None,
+            certified=False,
             inner_solves=self.solves,
             seconds=self.seconds,
         )
         self.evaluations += 1
         return step, gradient
+
+    def bounded(self, step: OuterStep) -> OuterStep:
+        """Return ``step`` with the bound of its hypergradient's error, which costs as much as several steps."""
+        with torch.no_grad():
+            self.theta.copy_(torch.tensor(step.log_strengths, dtype=torch.float64).reshape(self.theta.shape))
+        self.problem.tolerance = tolerance_at(min(step.log_strengths))
+        try:
+            result = self.problem.hypergradient(self.data)
+        except bilevel.SolveError:  # it is warm from another point than the step was
+            return step
+        bound = float(torch.as_tensor(result.error_bound).max())
+        return replace(
+            step,
+            error_bound=bound if math.isfinite(bound) else None,
+            certified=bool(torch.as_tensor(result.certified).all()),
+        )
 
     def _rowwise_watch_losses(self, inner: Parameters) -> torch.Tensor:
         inputs, targets = self.watch

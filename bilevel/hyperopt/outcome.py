@@ -92,13 +92,13 @@ class OuterStep:
         The largest over the folds: of the inner solve's gradient norm, of its steps, and of the linear
         solve's.
     error_bound
-        Of the hypergradient; None where none is known.
+        Of the hypergradient; None where none is known, and at steps that are not in the table.
     certified
         Whether the bound is proven.
     inner_solves
         In this stage so far.
     seconds
-        In this stage so far.
+        Wall time in this stage so far.
     """
 
     stage: str
@@ -133,8 +133,7 @@ class Row:
         Of one model fitted to all development rows: loss, and accuracy or R², on the test rows. NaN if that fit
         failed.
     inner_solves, seconds
-        Spent to arrive at the choice, from nothing: fits of one model to one fold, and wall time (without that of
-        the error bounds, which only the report wants).
+        Spent to arrive at the choice, from nothing: fits of one model to one fold, and wall time of whatever that took.
     """
 
     name: str

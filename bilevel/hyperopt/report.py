@@ -36,7 +36,7 @@ def table(outcome: Outcome) -> Table:
     for row in outcome.rows:
         drawn.add_row(
             f"{row.name} {_strengths(row)}",
-            f"{row.cv_loss:.5f}", f"{row.watch_loss:.5f}", f"{row.test_loss:.5f}", f"{row.test_score:.4f}",
+            f"{row.cv_loss:.5f}", f"{row.watch_loss:.5f}", f"{row.test_loss:.5f}", _score(row),
             str(row.inner_solves), f"{row.seconds:.2f}",
         )  # fmt: skip
     return drawn
@@ -54,10 +54,24 @@ def remarks(outcome: Outcome) -> list[str]:
     ]
     if outcome.dataset.task is Task.REGRESSION:
         lines.append("Losses are for targets scaled to unit variance.")
+    if any(map(_is_undefined, outcome.rows)):
+        lines.append(
+            f"R² is undefined, because the target has one value only in the {splits.test.size} test rows; raise --test-size."
+        )
     lines += [f"Stopped ({stage}): {reason}." for stage, reason in outcome.stopped.items()]
+    lines.append(f"The run took {outcome.seconds:.1f} seconds in all, fits for the table and error bounds included.")
     lines += _evidence(outcome)
     lines += [f"Note: {note}" for note in outcome.notes]
     return lines
+
+
+def _score(row: Row) -> str:
+    return "undefined" if _is_undefined(row) else f"{row.test_score:.4f}"
+
+
+def _is_undefined(row: Row) -> bool:
+    """Return whether the score, not the fit, is what has no value."""
+    return math.isnan(row.test_score) and not math.isnan(row.test_loss)
 
 
 def _strengths(row: Row) -> str:

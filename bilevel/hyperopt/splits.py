@@ -216,7 +216,16 @@ def _standardise(dataset: Dataset, rows: Rows) -> tuple[torch.Tensor, torch.Tens
         raise DataError(
             f"{dataset.name}: the target has one value only in the rows to train on; there is nothing to predict"
         )
+    if not np.abs(targets).max() < _SQUARED:
+        raise DataError(
+            f"{dataset.name}: the target has numbers so much larger than in the rows to train on that their squares are beyond all "
+            "numbers; rescale it, or remove the outliers"
+        )
     return torch.from_numpy(inputs), torch.from_numpy(targets), float(scale)
+
+
+_SQUARED = 1e150
+"""The square of this is still a number, and so is the sum of many."""
 
 
 def _scaled(

@@ -178,7 +178,9 @@ class _Run:
             self.notes.append(
                 f"the best shared strength, {math.exp(search.best.x):.3g}, is at an end of the range that was searched"
             )
-        return self._row("tuned, shared", steps[search.best.x], folds.solves, folds.seconds)
+        best, solves, seconds = steps[search.best.x], folds.solves, folds.seconds
+        self._bound(folds, best)
+        return self._row("tuned, shared", best, solves, seconds)
 
     def _per_feature(self, shared: Row) -> tuple[list[Row], WatchEvidence]:
         self.progress.stage("feature", self.settings.steps + 1)
@@ -190,17 +192,17 @@ class _Run:
             self.notes.append(f"per-feature tuning stopped early, because a solve failed: {descent.failure}")
         if descent.best is None or descent.last is None:
             raise descent.failure or AssertionError("a descent without failure has steps")
-        rows = [
-            self._row(
-                "tuned, per feature",
-                descent.best,
-                shared.inner_solves + folds.solves,
-                shared.seconds + folds.seconds,
-            )
-        ]
+        seconds = shared.seconds + folds.seconds
+        for step in {descent.best.number: descent.best, descent.last.number: descent.last}.values():
+            self._bound(folds, step)
+        rows = [self._row("tuned, per feature", descent.best, shared.inner_solves + folds.solves, seconds)]
         if descent.last is not descent.best:
             rows.append(self._row("per feature, last step", descent.last, rows[0].inner_solves, rows[0].seconds))
         return rows, descent.evidence()
+
+    def _bound(self, folds: Folds, step: OuterStep) -> None:
+        """Bound the error at a step of the table; at the others nobody looks."""
+        self.history[self.history.index(step)] = folds.bounded(step)
 
     def _file(self, step: OuterStep) -> OuterStep:
         self.history.append(step)

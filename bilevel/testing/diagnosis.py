@@ -98,7 +98,7 @@ class InnerSolve:
     ----------
     solver, status
         Names.
-    steps, seconds
+    iterations, seconds
         What it took.
     residual, asked
         ‖R‖ and its threshold.
@@ -108,7 +108,7 @@ class InnerSolve:
 
     solver: str
     status: str
-    steps: int
+    iterations: int
     seconds: float
     residual: float
     asked: float
@@ -303,7 +303,7 @@ class Diagnosis:
             lines.append(
                 _line(
                     "inner solve",
-                    f"{inner.solver}: {inner.status}, {inner.steps} steps, {_time(inner.seconds)}, residual "
+                    f"{inner.solver}: {inner.status}, {inner.iterations} steps, {_time(inner.seconds)}, residual "
                     f"{inner.residual:.1e} (asked {inner.asked:.1e}){near}",
                 )
             )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -276,7 +277,7 @@ def test_folds_of_unequal_sizes_are_scikit_learns() -> None:
         # alpha = n e^θ, with the n of each fold.
         scores = [
             cross_val_score(
-                Reference(alpha=len(train) * torch.tensor(theta).double().exp().item()), inputs, targets, cv=[(train, held)],
+                Reference(alpha=len(train) * math.exp(theta)), inputs, targets, cv=[(train, held)],
                 scoring="neg_mean_squared_error",
             )[0]
             for train, held in folds

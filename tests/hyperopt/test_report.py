@@ -211,3 +211,16 @@ def test_output_that_cannot_be_written(diabetes: Outcome, tmp_path: Path) -> Non
         write_json(diabetes, file / "results.json")
     with pytest.raises(OutputError, match="cannot be written"):
         write_plots(diabetes, file)
+
+
+def test_a_score_without_a_value_says_so() -> None:
+    import math
+    from dataclasses import replace
+
+    from bilevel.hyperopt.outcome import Row
+    from bilevel.hyperopt.report import _score
+
+    row = Row("untuned", (0.0,), 1.0, 1.0, 0.5, math.nan, 0, 0.0)
+    assert _score(row) == "undefined"  # one test row: R² has no value, the loss has
+    assert _score(replace(row, test_loss=math.nan)) == "nan"  # the fit failed
+    assert _score(replace(row, test_score=0.25)) == "0.2500"

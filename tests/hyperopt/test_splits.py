@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 
 import bilevel
 from bilevel.hyperopt import Logistic, Ridge, Softmax
@@ -176,3 +177,26 @@ def test_features_that_are_all_constant_in_the_folds() -> None:
         split(replace(dataset, inputs=inputs), folds=2)
     inputs[:, 0] = dataset.inputs[:, 0]  # one that varies is enough
     assert split(replace(dataset, inputs=inputs), folds=2).inputs.shape == inputs.shape
+
+
+@pytest.mark.parametrize("value", [1e300, -1e200])
+def test_targets_whose_squares_overflow_are_refused(value: float) -> None:
+    import warnings
+
+    from bilevel.hyperopt.data import Dataset, Task
+
+    rng = np.random.default_rng(0)
+    inputs = rng.normal(size=(30, 2))
+    refused = 0
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for at in range(30):
+            targets = inputs.sum(1) + rng.normal(size=30)
+            targets[at] = value
+            try:
+                splits = split(Dataset("outlier", inputs, targets, ("a", "b"), (), Task.REGRESSION), folds=2)
+            except bilevel.BilevelError as error:
+                refused += "their squares are beyond all numbers" in str(error)
+            else:
+                assert bool(torch.isfinite(splits.targets.square().sum()))
+    assert 5 <= refused <= 20  # wherever it is a row of the test or held back

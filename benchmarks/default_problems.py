@@ -380,7 +380,7 @@ REGULAR = (
     Family("free barrier", "argmin", free_barrier, draw_free_barrier, positive=True),
     Family("quartic", "argmin", quartic, draw_quartic),
     Family("Rosenbrock", "argmin", rosenbrock, draw_rosenbrock, sizes=(2, 4), several=True),
-    Family("Lennard-Jones pair", "argmin", pair, draw_pair, sizes=(1, 4), positive=True),
+    Family("Lennard-Jones pair", "argmin", pair, draw_pair, sizes=(1, 4), positive=True, several=True),
     Family("Lennard-Jones triangle", "argmin", triangle, draw_triangle, sizes=(3, 3), positive=True, several=True),
     Family("cubes", "root", cubes, drawn_root(cubes)),
     Family("polynomial", "root", powers, drawn_root(powers)),

@@ -86,14 +86,17 @@ def newton(kind: str, function: Function, start: Tensor, *args: Tensor, steps: i
 
 
 def converged(kind: str, function: Function, z: Tensor, *args: Tensor) -> Tensor:
-    """Return, per problem, whether Newton's step at z is below 1e-9 of z, and H definite for an argmin."""
+    """Return, per problem, whether Newton's step at z is below 1e-9 of z, and H definite beyond rounding, once scaled, for an argmin."""
     value, jacobian = linearized(kind, function, z, *args)
     fine = torch.isfinite(value).all(-1) & torch.isfinite(jacobian).all(-1).all(-1) & torch.isfinite(z).all(-1)
     jacobian = torch.where(fine[:, None, None], jacobian, torch.eye(z.shape[-1]).to(z))
     step, info = torch.linalg.solve_ex(jacobian, value.unsqueeze(-1))
     small = (step.squeeze(-1).abs() <= 1e-9 * (z.abs() + 1e-2)).all(-1) & (info == 0)
     if kind == "argmin":
-        small &= torch.linalg.eigvalsh(0.5 * (jacobian + jacobian.mT))[:, 0] > 0
+        unit = jacobian.diagonal(dim1=-2, dim2=-1).abs().rsqrt()
+        unit = torch.where(torch.isfinite(unit), unit, torch.zeros_like(unit))
+        scaled = unit.unsqueeze(-1) * (0.5 * (jacobian + jacobian.mT)) * unit.unsqueeze(-2)
+        small &= torch.linalg.eigvalsh(scaled)[:, 0] > 1e-10
     return fine & small
 
 

@@ -204,6 +204,8 @@ def iterate(
     step: Callable[[S, torch.Tensor], tuple[S, torch.Tensor | None]],
     goal: Goal,
     max_steps: int,
+    *,
+    descends: bool = False,
 ) -> tuple[InnerSolution, S]:
     """Apply ``step`` until every problem is done; own the masks, the limits, the finiteness checks and the status.
 
@@ -219,6 +221,8 @@ def iterate(
         When to stop.
     max_steps
         The limit.
+    descends
+        Whether each step lowers a merit function. Otherwise a residual that grows without end is the sign of divergence.
 
     Returns
     -------
@@ -227,7 +231,7 @@ def iterate(
     threshold = goal.threshold
     norm = length(state.residual)
     # A start so near the solution that its residual is below what is asked for says nothing of scales.
-    limit = _DIVERGED * torch.maximum(norm, threshold)
+    limit = torch.full_like(norm, torch.inf) if descends else _DIVERGED * torch.maximum(norm, threshold)
     huge = bool((norm > torch.finfo(norm.dtype).max ** 0.5).any())  # squares of the first residuals overflow
     running = torch.full(norm.shape, int(Status.RUNNING), dtype=torch.int64, device=norm.device)
     status, active = running, (norm > threshold) & (norm < torch.inf)

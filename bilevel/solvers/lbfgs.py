@@ -106,7 +106,7 @@ class LBFGS(InnerSolver):
 
         ones = torch.ones_like(value)
         start = _State(init, gradient, value, value.abs(), ones, gradient.norm(dim=-1), torch.zeros_like(ones))
-        return iterate(start, step, goal, self.max_steps or _MAX_STEPS)[0]
+        return iterate(start, step, goal, self.max_steps or _MAX_STEPS, descends=True)[0]
 
 
 @dataclass(frozen=True, eq=False)

@@ -121,7 +121,7 @@ class Newton(InnerSolver):
                 direction = self._inexact(problem, operator, state, threshold, active)
             return _search(problem, operator, state, direction, threshold, active)
 
-        solution, state = iterate(start, step, goal, self.max_steps or _MAX_STEPS)
+        solution, state = iterate(start, step, goal, self.max_steps or _MAX_STEPS, descends=True)
         if not problem.minimizes:
             return solution
         definite = dense and state.factor is not None and bool(state.definite.all())
@@ -242,10 +242,10 @@ def _absolute_newton(hessian: torch.Tensor, gradient: torch.Tensor, size: torch.
     """Return −|H|⁻¹ g: absolute eigenvalues, taken once the variables are scaled to unit diagonal."""
     n = hessian.shape[-1]
     diagonal = hessian.diagonal(dim1=-2, dim2=-1).abs()
-    largest = diagonal.amax(dim=-1, keepdim=True)
     eps = torch.finfo(hessian.dtype).eps
-    scale = torch.where(diagonal > eps * largest, diagonal, torch.ones_like(diagonal) * largest).sqrt()
-    scale = torch.where(scale > 0, scale, torch.ones_like(scale))
+    # However small a diagonal entry is: it may be that of an unknown in large units.
+    scale = torch.where(diagonal > 0, diagonal, diagonal.amax(dim=-1, keepdim=True)).sqrt()
+    scale = torch.where((scale > 0) & torch.isfinite(scale), scale, torch.ones_like(scale))
     scaled = _finite_or_identity(hessian / (scale.unsqueeze(-1) * scale.unsqueeze(-2)))
     eigenvalues, vectors = torch.linalg.eigh(scaled)
     sizes = eigenvalues.abs()

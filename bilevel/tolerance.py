@@ -43,8 +43,8 @@ def auto_relative(dtype: torch.dtype) -> float:
     return float(torch.finfo(dtype).eps ** 0.75)
 
 
-# atol as a part of rtol: an unknown of 1e-6 is still found to eight digits in float64, to three in float32.
-_ABSOLUTE = 1e-6
+# atol as a part of rtol: an unknown of 1e-6 is still found to nine digits in float64, to three in float32.
+_ABSOLUTE = 1e-5
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,7 +127,7 @@ class Tolerance:
         first digit. :func:`bilevel.minimize` sets it to its ``gradient_tolerance``.
     rtol
         The error of each unknown relative to itself, in place of δ where its size is not known beforehand. The estimate of x − x* is the
-        Newton step that is left. None stands for two thirds of the digits of the dtype (3.7e-11, in float32 2.4e-5); atol is rtol · 1e-6.
+        Newton step that is left. None stands for two thirds of the digits of the dtype (3.7e-11, in float32 2.4e-5); atol is rtol · 1e-5.
     estimates
         Whether an *estimate* of ‖ĝ − g‖ may decide that a goal is met. Otherwise it takes a bound that is proven, and
         so constants that are known (see :class:`Constants`).

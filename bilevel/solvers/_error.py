@@ -51,6 +51,8 @@ class ErrorEstimate:
         (batch,) bool: J, a Hessian, has a negative eigenvalue beyond rounding.
     null_part
         (batch, n): what of x lies in the null space of J.
+    solved
+        (batch,) bool: whether ``error`` solves J error = R at least by half. Always where J was factorised.
     factor
         Cholesky factors (batch, n, n) of J, if all of them are positive definite.
     """
@@ -61,6 +63,7 @@ class ErrorEstimate:
     singular: torch.Tensor
     indefinite: torch.Tensor
     null_part: torch.Tensor
+    solved: torch.Tensor
     factor: torch.Tensor | None = None
 
 
@@ -83,7 +86,7 @@ def estimate_error(problem: Problem, x: torch.Tensor, residual: torch.Tensor, do
         found = (_symmetric if symmetric else _general)(problem, matrix, x, residual)
         error = torch.where(finite.unsqueeze(-1), found.error, torch.full_like(x, torch.nan))
         return ErrorEstimate(
-            error, found.rounding, found.size, found.singular & finite, found.indefinite & finite, found.null_part,
+            error, found.rounding, found.size, found.singular & finite, found.indefinite & finite, found.null_part, found.solved,
             found.factor if bool(finite.all()) else None,
         )  # fmt: skip
     return _by_products(problem, x, torch.nan_to_num(residual), doubtful)
@@ -118,7 +121,7 @@ def _symmetric(problem: Problem, matrix: torch.Tensor, x: torch.Tensor, residual
         null_part = null_part.index_put((rows,), unit[rows] * spectral.null_part((x / unit)[rows]))
     whole = factor / unit.unsqueeze(-1) if bool(sound.all()) else None
     size = (x.abs() / unit).amax(dim=-1, keepdim=True) * unit
-    return ErrorEstimate(solved[..., 0], solved[..., 1], size, singular, indefinite, null_part, whole)
+    return ErrorEstimate(solved[..., 0], solved[..., 1], size, singular, indefinite, null_part, ~flag, whole)
 
 
 def _general(problem: Problem, matrix: torch.Tensor, x: torch.Tensor, residual: torch.Tensor) -> ErrorEstimate:
@@ -149,7 +152,7 @@ def _general(problem: Problem, matrix: torch.Tensor, x: torch.Tensor, residual: 
         solved = solved.index_put((rows,), columns[rows].unsqueeze(-1) * spectral.solve(right[rows], eps))
         null_part = null_part.index_put((rows,), columns[rows] * spectral.null_part((x / columns)[rows]))
     size = (x.abs() / columns).amax(dim=-1, keepdim=True) * columns
-    return ErrorEstimate(solved[..., 0], solved[..., 1], size, singular, flag, null_part)
+    return ErrorEstimate(solved[..., 0], solved[..., 1], size, singular, flag, null_part, ~flag)
 
 
 @dataclass(frozen=True, eq=False)
@@ -208,8 +211,9 @@ def _by_products(problem: Problem, x: torch.Tensor, residual: torch.Tensor, doub
         steps = min(problem.size, _KRYLOV_STEPS)
         found = GMRES(max_steps=steps).solve(operator, unit, torch.full_like(norm, _KRYLOV_ACCURACY))
         error, indefinite = found.x * norm.unsqueeze(-1), none
+    left = (residual - operator.matvec(torch.nan_to_num(error))).norm(dim=-1)
     size = x.abs().amax(dim=-1, keepdim=True).expand_as(x)
-    return ErrorEstimate(error, None, size, none, indefinite, torch.zeros_like(x))
+    return ErrorEstimate(error, None, size, none, indefinite, torch.zeros_like(x), left <= 0.5 * norm)
 
 
 def _linearization(problem: Problem, x: torch.Tensor) -> Linearization:

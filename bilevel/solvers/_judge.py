@@ -323,19 +323,23 @@ def _weigh(
     # Where the Jacobian is not finite, there is no estimate: the residual has to do, and the derivative will say so.
     unknown = torch.isnan(found.error).any(dim=-1)
     error = torch.where((unknown & (length(residual) <= goal.threshold)).unsqueeze(-1), 0.0, found.error.abs())
-    within = (error <= allowed).all(dim=-1)
+    within = (error <= allowed).all(dim=-1) & (found.solved | unknown)
     ratio = torch.nan_to_num(error / allowed, nan=torch.inf).amax(dim=-1)
     # Where rounding is the limit, an unknown is measured in the units that the equations give it.
     size = torch.maximum(x.abs(), found.size) + target.atol / target.rtol
     coarse = target.coarse_rtol * size
-    rounded, noise = torch.zeros_like(within), torch.zeros_like(residual)
+    rounded = settled = torch.zeros_like(within)
+    noise = torch.zeros_like(residual)
     if bool((open_ & ~within).any()):
         noise = residual_rounding(problem, x, residual)
         # A solver that gets no further is at its rounding, which may be more than that of one residual.
         ended = _is_one_of(noticed, (Status.STAGNATED, Status.LINE_SEARCH_FAILED)).unsqueeze(-1)
         floor = torch.where(ended, _SOLVER_ROUNDING * noise, noise)
         rounded = (residual.abs() <= floor).all(dim=-1)
-    good = within | (rounded & (error <= coarse).all(dim=-1))
+        # It compares norms: of unknowns in small units it may get no further though their own rounding is not reached.
+        settled = ended.squeeze(-1) & (length(residual) <= length(noise))
+        settled = settled & (error <= target.coarse_rtol * x.abs() + target.atol).all(dim=-1)
+    good = within | settled | (rounded & (error <= coarse).all(dim=-1))
     status = torch.full(within.shape, int(Status.RUNNING), dtype=torch.int64, device=x.device)
     start = goal.starting_point
     if found.rounding is not None:

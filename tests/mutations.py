@@ -1091,6 +1091,56 @@ MUTATIONS = (
         'return False',
         ('tests/test_sparse.py', '-k', 'numpy'),
     ),
+    # The judge of convergence.
+    Mutation(
+        "no error in x is too large", "solvers/_judge.py",
+        "within = (error <= allowed).all(dim=-1) & (found.solved | unknown)", "within = (error <= allowed * 1e9).all(dim=-1)",
+        ("tests/solvers/test_error.py", "-k", "hang_on"),
+    ),
+    Mutation(
+        "an estimate believed that solves nothing", "solvers/_judge.py",
+        "& (found.solved | unknown)", "", ("tests/zoo/test_issue_inputs.py", "-k", "singular_at_the_start"),
+    ),
+    Mutation(
+        "a runaway taken for a solution that is not unique", "solvers/_judge.py",
+        "return ~solved(x - found.null_part) & solved", "return solved(x) & ~solved(x) & solved",
+        ("tests/solvers/test_error.py", "-k", "ran_away"),
+    ),
+    Mutation(
+        "an x whose last place is larger than delta", "solvers/_judge.py",
+        "if bool(blind.any()):\n            status", "if False:\n            status", ("tests/solvers/test_error.py", "-k", "rounds_by"),
+    ),
+    Mutation(
+        "kinks are passed over", "solvers/_judge.py",
+        "kinked = doubtful & has_kink(problem, x, residual)", "kinked = doubtful & False",
+        ("tests/zoo/test_issue_inputs.py", "-k", "local_maximum_at_a_kink"),
+    ),
+    Mutation(
+        "a large maximum at the start passed over", "solvers/_judge.py",
+        "curved = still & meets_negative_curvature(problem, x, still)", "curved = still & False",
+        ("tests/zoo/test_issue_inputs.py", "-k", "maxim"),
+    ),
+    Mutation(
+        "nobody takes over from a failed default", "solvers/_judge.py",
+        "for other in others:", "for other in ():", ("tests/solvers/test_error.py", "-k", "hands_over"),
+    ),
+    Mutation(
+        "values that round decide Newton's last steps", "solvers/newton.py",
+        "(ratio < 0.5) & falls | steady", "steady", ("tests/zoo/test_issue_inputs.py", "-k", "rounding_inside"),
+    ),
+    Mutation(
+        "a descent from a flat tail diverges", "solvers/_base.py",
+        "torch.full_like(norm, torch.inf) if descends else", "", ("tests/solvers/test_error.py", "-k", "flat_tail"),
+    ),
+    Mutation(
+        "rtol is a setting without effect", "tolerance.py",
+        "rtol = eps ** (2 / 3) if rtol is None else rtol", "rtol = eps ** (2 / 3)", ("tests/solvers/test_error.py", "-k", "rtol_is_relative"),
+    ),
+    Mutation(
+        "unknowns share one scale", "solvers/_judge.py",
+        "allowed = target.rtol * x.abs() + target.atol", "allowed = target.rtol * x.abs().amax(dim=-1, keepdim=True).expand_as(x)",
+        ("tests/zoo/test_issue_inputs.py", "-k", "large_unknown"),
+    ),
 )  # fmt: skip
 
 

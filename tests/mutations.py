@@ -96,8 +96,8 @@ MUTATIONS = (
         ("tests/test_wording.py", "-k", "no_objective"),
     ),
     Mutation(
-        "every gradient that changes is a kink", "_wording.py", "beside > 0.3 * jump(far)", "beside > 0 * jump(far)",
-        ("tests/test_wording.py", "-k", "smooth_objective"),
+        "every gradient that changes is a kink", "solvers/_error.py", "(near > 0.5 * wide)", "(near > 0 * wide)",
+        ("tests/solvers/test_error.py", "-k", "kinks_are_told"),
     ),
     Mutation(
         "scipy's own type errors come through", "solvers/_scipy.py", '"bounds": _BOUNDED,', "",

@@ -339,6 +339,10 @@ def _weigh(
         # It compares norms: of unknowns in small units it may get no further though their own rounding is not reached.
         settled = ended.squeeze(-1) & (length(residual) <= length(noise))
         settled = settled & (error <= target.coarse_rtol * x.abs() + target.atol).all(dim=-1)
+        if found.rounding is None:
+            # A Krylov method solves for rounding what rounding made, and a null direction makes any error of that: no more can be said.
+            rounded = rounded | (length(residual) <= 0.1 * length(noise))
+            settled = settled | (rounded & (_runaway(x, goal.starting_point) != Status.DIVERGED))
     good = within | settled | (rounded & (error <= coarse).all(dim=-1))
     status = torch.full(within.shape, int(Status.RUNNING), dtype=torch.int64, device=x.device)
     start = goal.starting_point

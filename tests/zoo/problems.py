@@ -27,6 +27,7 @@ class Case:
 
     ``singular``: the Jacobian is singular at the solution,
     so that a refusal by name is right as well. ``stiff``: the condition number is beyond what float32 can solve, where it is as well.
+    ``several``: there are several minima within ``scale`` of the solution.
     """
 
     name: str
@@ -37,6 +38,7 @@ class Case:
     singular: bool = False
     stiff: bool = False
     scale: float = 1.0
+    several: bool = False
 
 
 def scalar(number: float) -> torch.Tensor:
@@ -173,8 +175,8 @@ MINIMISATION = (
     Case("network", network_fit, _NETWORK, (torch.linspace(0, 1, 100, dtype=F64)[:, None],), _NETWORK, singular=True),
     Case("variably dimensioned", variably_dimensioned, _TENTHS, _ONE, full(1.0, 10)),
     Case("variably dimensioned tree", variably_dimensioned, (_TENTHS[:6], {"a": _TENTHS[6:]}), _ONE, (full(1.0, 6), {"a": full(1.0, 4)})),
-    Case("trigonometric", trigonometric, full(1 / 70, 70), _ONE, full(0.0, 70), scale=0.05),
-    Case("trigonometric tree", trigonometric, _WAVE_TREE, _ONE, filled(_WAVE_TREE, 0.0), scale=0.05),
+    Case("trigonometric", trigonometric, full(1 / 70, 70), _ONE, full(0.0, 70), scale=0.05, several=True),
+    Case("trigonometric tree", trigonometric, _WAVE_TREE, _ONE, filled(_WAVE_TREE, 0.0), scale=0.05, several=True),
     Case("himmelblau", himmelblau, [scalar(2.0), scalar(2.5)], (scalar(11.0), scalar(7.0)), [scalar(3.0), scalar(2.0)]),
     Case("matyas", matyas, [scalar(6.0), scalar(6.0)], (scalar(0.26), scalar(0.48)), [scalar(0.0), scalar(0.0)]),
     Case("beale", beale, [scalar(2.0), scalar(0.0)], (scalar(1.5), scalar(2.25), scalar(2.625)), [scalar(3.0), scalar(0.5)]),

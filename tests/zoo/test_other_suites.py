@@ -20,7 +20,16 @@ def of(cases: tuple[Case, ...]) -> Any:
 
 
 def check_case(layer: Any, function: Any, case: Case, dtype: torch.dtype) -> None:
-    check(layer, function, case.init, *case.args, solution=case.solution, dtype=dtype, scale=case.scale)
+    check(
+        layer,
+        function,
+        case.init,
+        *case.args,
+        solution=case.solution,
+        dtype=dtype,
+        scale=case.scale,
+        several=case.several,
+    )
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

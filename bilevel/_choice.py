@@ -49,7 +49,7 @@ def default_solvers(problem: Problem) -> tuple[InnerSolver, tuple[Successor, ...
             return Newton(), (Successor(LBFGS(), afresh=True), *polish)
         return LBFGS(), polish
     newton = Newton() if wide else Newton(linear_solver=BiCGStab())
-    return newton, (Successor(newton, afresh=True, beside=True),)
+    return newton, (Successor(newton, afresh=False), Successor(newton, afresh=True, beside=True))
 
 
 def default_linear_solver(operator: LinearOperator) -> LinearSolver:

@@ -268,7 +268,7 @@ class Tolerance:
             strong_convexity=self.strong_convexity,
             rtol=rtol,
             atol=_ABSOLUTE * rtol,
-            coarse_rtol=rtol if asked else 0.2 * eps ** (1 / 3),
+            coarse_rtol=rtol if asked else 0.1 * eps ** (1 / 3),
             blind_rtol=max(rtol, eps**0.25),
         )
 

@@ -27,18 +27,20 @@ def doubt(size: int, dtype: torch.dtype) -> float:
 
 
 def rounding_floor(operator: LinearOperator, x: torch.Tensor, rhs: torch.Tensor) -> torch.Tensor:
-    """Return, per problem, the residual norm that rounding alone accounts for: one product.
+    """Return, per problem, the residual norm that rounding alone accounts for: three products.
 
-    Moving every entry of x by one unit in its last place moves A x by about eps ‖A (s∘x)‖ for signs s. No
-    solver can answer for less.
+    Moving every entry of x by one unit in its last place moves A x by about eps ‖A (s∘x)‖ for signs s. They are first drawn, and of a
+    symmetric A then chosen along A A (s∘x), as drawn ones may all but cancel. No solver can answer for less.
     """
     generator = torch.Generator().manual_seed(0)
     signs = (torch.randint(0, 2, (x.shape[-1],), generator=generator) * 2 - 1).to(x)
-    eps = torch.finfo(x.dtype).eps
-    size = rhs.norm(dim=-1)
-    floor = 32 * eps * (operator.matvec(signs * x).norm(dim=-1) + size)
+    eps, size = torch.finfo(x.dtype).eps, rhs.norm(dim=-1)
+    product = operator.matvec(signs * x)
+    moved = product.norm(dim=-1)
+    if operator.symmetric:
+        moved = torch.maximum(moved, operator.matvec(x.abs() * operator.matvec(product).sign()).norm(dim=-1))
     # An x that has run away along a null vector must not excuse its own residual.
-    return torch.minimum(floor, eps**0.5 * size)
+    return torch.minimum(32 * eps * (moved + size), eps**0.5 * size)
 
 
 def rounding(operator: LinearOperator, x: torch.Tensor, rhs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

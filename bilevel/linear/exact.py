@@ -269,7 +269,7 @@ def _factorize(matrix: torch.Tensor, symmetric: bool, definite: bool) -> _Factor
     return _Factor(status, lu=(lu, order), rows=rows, columns=columns, pseudo=pseudo)
 
 
-_ROUNDS = 3
+_ROUNDS = 8
 
 
 def _scales(matrix: torch.Tensor, symmetric: bool) -> tuple[torch.Tensor, torch.Tensor]:

@@ -18,7 +18,7 @@ from bilevel.solvers._truncated_cg import truncated_cg
 
 __all__ = ["Newton"]
 
-_MAX_STEPS = 100
+_MAX_STEPS = 250
 _DENSE_NUMBERS = 2**25
 _ARMIJO = 1e-4
 _MOST_TRIALS = 40
@@ -53,7 +53,7 @@ class Newton(InnerSolver):
     Parameters
     ----------
     max_steps
-        The most steps; None for 100, spending which is a failure, where spending a given budget with no
+        The most steps; None for 250, spending which is a failure, where spending a given budget with no
         tolerance asked is none.
     dense_limit
         The largest n for which matrices are materialised (if those of the batch also take fewer than 2²⁵

@@ -92,11 +92,12 @@ MUTATIONS = (
         ("tests/meta/test_training.py", "-k", "owed"),
     ),
     Mutation(
-        "a root is told of its objective", "_wording.py", "        return _ROOT\n", "        return {}\n",
+        "a root is told of its objective", "_wording.py", "        return words\n    words = {", "        return {}\n    words = {",
         ("tests/test_wording.py", "-k", "no_objective"),
     ),
     Mutation(
-        "every gradient that changes is a kink", "_wording.py", "beside > 0.3 * jump(far)", "beside > 0 * jump(far)",
+        "every gradient that changes is a kink", "solvers/_error.py",
+        "(near > 0.5 * wide) & (near > 1e3 * eps * size) & (near > bend.abs() / 8)", "(near > 0)",
         ("tests/test_wording.py", "-k", "smooth_objective"),
     ),
     Mutation(
@@ -664,6 +665,29 @@ MUTATIONS = (
         "Newton's method calls a factorisation that raises", "solvers/newton.py",
         "    eigenvalues, vectors = eigh(", "    eigenvalues, vectors = torch.linalg.eigh(",
         ("tests/solvers/test_newton.py", "-k", "spoils_its_own"),
+    ),
+    Mutation(
+        "a kink looked for on one side of it", "solvers/_error.py",
+        "for side in (1.0, -1.0):", "for side in (1.0,):", ("tests/test_wording.py", "-k", "whichever_side"),
+    ),
+    Mutation(
+        "a kink that another solver found is forgotten", "solvers/_judge.py",
+        "_is_one_of(second.status, (Status.CONVERGED, Status.KINK))", "(second.status == Status.CONVERGED)",
+        ("tests/test_wording.py", "-k", "whichever_side"),
+    ),
+    Mutation(
+        "a start on a kink taken for a solution where δ is asked", "solvers/_judge.py",
+        "still = (status == Status.CONVERGED) & (solution.x == goal.init).all(dim=-1)", "still = torch.zeros_like(reached)",
+        ("tests/test_wording.py", "-k", "whatever_accuracy"),
+    ),
+    Mutation(
+        "a singular start called a solution that is not unique", "testing/_steps_solution.py",
+        "bilevel.Status.SINGULAR: Defect.SINGULAR_SEARCH", "bilevel.Status.SINGULAR: Defect.SINGULAR",
+        ("tests/testing/test_diagnose.py", "-k", "singular_at_the_start"),
+    ),
+    Mutation(
+        "a symmetry called singular", "testing/_steps_gradient.py",
+        "        seen.replace(Defect.SINGULAR", "        _ = (Defect.SINGULAR", ("tests/testing/test_diagnose.py", "-k", "free_shift"),
     ),
     Mutation(
         "matrices that are not finite", "_factorisations.py",

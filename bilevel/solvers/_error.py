@@ -235,21 +235,23 @@ def meets_negative_curvature(problem: Problem, x: torch.Tensor, doubtful: torch.
 
 
 def has_kink(problem: Problem, x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
-    """Return where the gradient jumps at ``x``, per problem: two gradients and one product.
+    """Return where the gradient jumps at ``x``, per problem: four gradients and one product.
 
     Over a step h s, with random signs s, ∇G changes by h H s + O(h²) where G is smooth. What is left of the change after h H s shrinks with h
-    then; at a kink it does not.
+    then; at a kink it does not. A search ends on one side of a kink, so that both signs of s are tried.
     """
     eps = torch.finfo(x.dtype).eps
     signs, reach = irregular_signs(x), eps ** (1 / 3) * x.abs().clamp_min(1.0)
     bend = _linearization(problem, x).operator.matvec(reach * signs)
-    left = []
-    for share in (1.0, 1 / 64):
-        change = problem.residual(x + share * reach * signs) - residual
-        left.append((change - share * bend).abs())
-    wide, near = left
-    size = residual.abs().amax(dim=-1, keepdim=True) + wide
-    jump = torch.isfinite(wide) & (near > 0.5 * wide) & (near > 1e3 * eps * size) & (near > bend.abs() / 8)
+    jump = torch.zeros_like(x, dtype=torch.bool)
+    for side in (1.0, -1.0):
+        left = []
+        for share in (side, side / 64):
+            change = problem.residual(x + share * reach * signs) - residual
+            left.append((change - share * bend).abs())
+        wide, near = left
+        size = residual.abs().amax(dim=-1, keepdim=True) + wide
+        jump |= torch.isfinite(wide) & (near > 0.5 * wide) & (near > 1e3 * eps * size) & (near > bend.abs() / 8)
     return jump.any(dim=-1)
 
 

@@ -48,20 +48,35 @@ class Status(_Named):
     """How one problem's solve ended; :attr:`meaning` says it in words and :attr:`remedy` what to do."""
 
     CONVERGED = 0
+    """The estimated error, or the residual where an accuracy was given, is as small as asked. A success."""
     BUDGET_SPENT = 1
+    """The step limit that you set is spent, and you asked for no accuracy. A success."""
     MAX_STEPS = 2
+    """The step limit is spent, and the accuracy was not reached."""
     NOT_CONVERGED = 3
+    """A solver of yours, or of scipy, returned a point that is not accurate enough."""
     STAGNATED = 4
+    """The search made no more progress. Rounding may be the reason."""
     DIVERGED = 5
+    """x ran away, or the residual grew. There may be no solution."""
     NOT_FINITE = 6
+    """A NaN or an infinity was met."""
     INDEFINITE = 7
+    """A forward solve ended at a saddle or a maximum, or a linear solve met a matrix that is not positive definite."""
     SINGULAR = 8
+    """A singular matrix stopped a forward solve, or the right-hand side of a linear solve lies outside the range of a singular matrix."""
     BREAKDOWN = 9
+    """A linear solver had to divide by zero."""
     LINE_SEARCH_FAILED = 10
+    """No step lowers the objective, or the residual."""
     RUNNING = 11
+    """The solve has not ended. No report shows this."""
     REFUTED = 12
+    """The curvature is smaller than the strong convexity that was given."""
     MINIMUM_NORM = 13
+    """The matrix is singular and the right-hand side in its range: the solution of smallest norm was returned. A success."""
     KINK = 14
+    """The search began or ended where the gradient jumps."""
 
     @property
     def meaning(self) -> str:

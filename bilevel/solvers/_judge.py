@@ -145,7 +145,7 @@ class _Trial:
 
 
 def _attempt(solver: InnerSolver, problem: Problem, goal: Goal, meant: torch.Tensor | None = None) -> _Trial:
-    """Run ``solver`` until the judge is content with the problems that are ``meant`` (batch,), or it can do no more."""
+    """Run ``solver``, again and again, until the problems that are ``meant`` (batch,) have converged or it gets no further."""
     solution = _with_residual(problem, solver.solve(problem, goal.init, goal))
     if not goal.target.rtol:
         return _by_residual(solver, problem, solution, goal)
@@ -180,7 +180,7 @@ def _with_residual(problem: Problem, solution: InnerSolution) -> InnerSolution:
 
 
 def _merged(these: torch.Tensor, new: InnerSolution, old: InnerSolution) -> InnerSolution:
-    """Return ``new`` for the problems that went on, which are ``these`` (batch,). The others stood still."""
+    """Return ``new`` for the problems that went on, ``these`` (batch,), and the status of ``old`` for the others, which did not move."""
     error = None
     if new.error is not None and old.error is not None:
         error = torch.where(these.unsqueeze(-1), new.error, old.error)

@@ -1,7 +1,8 @@
 """Factorisations of batches of matrices in which one problem's trouble stays its own: NaN instead of an exception for all.
 
 torch raises for a whole batch where LAPACK fails on one matrix, and fails on every matrix that is not finite. What cannot be had of one problem
-is NaN here, and a comparison with NaN is false: no bound, and no step, follows from it.
+is NaN here, and a comparison with NaN is false: no bound, and no step, follows from it. Whatever in this package calls eigh, eigvalsh, svd,
+svdvals, pinv, solve or the spectral norm of torch.linalg calls it here. QR, and the factorisations whose names end in _ex, raise nothing.
 """
 
 from __future__ import annotations
@@ -10,9 +11,9 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-__all__ = ["eigh", "eigvalsh", "norms", "pinv", "qr", "solve"]
+__all__ = ["LinAlgError", "eigh", "eigvalsh", "norms", "pinv", "solve", "svd", "svdvals"]
 
-_Failed: type[Exception] = torch.linalg.LinAlgError  # type: ignore[attr-defined]  # not in the stubs
+LinAlgError: type[Exception] = torch.linalg.LinAlgError  # type: ignore[attr-defined]  # not in the stubs
 
 
 def eigh(matrix: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -39,16 +40,21 @@ def pinv(matrix: torch.Tensor, *, rtol: float | torch.Tensor, hermitian: bool = 
     return _each(lambda a, r: (torch.linalg.pinv(a, rtol=r, hermitian=hermitian),), matrix, least)[0]
 
 
-def qr(matrix: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the reduced QR factorisations of matrices (K, a, b)."""
-    Q, R = _each(lambda a: tuple(torch.linalg.qr(a)), matrix)
-    return Q, R
-
-
 def solve(matrix: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
     """Return A⁻¹ B (K, n, m) for matrices (K, n, n) and right-hand sides (K, n, m); NaN where A is singular."""
     made, failed = torch.linalg.solve_ex(matrix, right)
     return torch.where((failed != 0)[..., None, None], torch.full_like(made, float("nan")), made)
+
+
+def svd(matrix: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return U (K, n, n), the singular values (K, n), descending, and Vᵀ (K, n, n) of matrices (K, n, n)."""
+    left, values, right = _each(lambda a: tuple(torch.linalg.svd(a)), matrix)
+    return left, values, right
+
+
+def svdvals(matrix: torch.Tensor) -> torch.Tensor:
+    """Return the singular values (K, n), descending, of matrices (K, n, n)."""
+    return _each(lambda a: (torch.linalg.svdvals(a),), matrix)[0]
 
 
 def _each(
@@ -61,7 +67,7 @@ def _each(
     failed = ~finite
     try:
         made = list(function(safe, *more))
-    except _Failed:
+    except LinAlgError:
         made, failed = _one_by_one(function, safe, failed, unit, more)
     if not bool(failed.any()):
         return made
@@ -82,7 +88,7 @@ def _one_by_one(
     for number, (one, *others) in enumerate(zip(*rows, strict=True)):
         try:
             found.append(function(one, *others))
-        except _Failed:
+        except LinAlgError:
             found.append(function(unit, *others))
             failed[number] = True
     made = [torch.stack(parts) for parts in zip(*found, strict=True)]

@@ -143,7 +143,7 @@ class Knowledge:
                 self.nu = 1.25 * before.nu
 
     def forget(self) -> None:
-        """Begin anew: what was seen elsewhere says nothing here."""
+        """Forget everything: it was learned at other points, and does not hold at this one."""
         for item in fields(self):
             if item.name != "secants":
                 setattr(self, item.name, item.default)

@@ -70,7 +70,7 @@ def _refusal(where: str, noun: str, name: str, *, custom: bool) -> str:
     if custom:
         return (
             f"{where}: expected {noun} to be of operations that can be differentiated twice, and {name} in it is marked once_differentiable, "
-            "so that torch would take its slope for a constant; write its backward of differentiable operations and leave the mark out"
+            "so that torch would take its slope for a constant; remove the mark, and write its backward with differentiable operations"
             + (", or state the equations of the minimum as bilevel.root" if noun == "objective" else "")
         )
     return (

@@ -62,7 +62,7 @@ class _Draws(TorchDispatchMode):
 
 
 def _is_random(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    """Return whether an operation that torch marks as random draws with these arguments, and from a generator of all."""
+    """Return whether an operation that torch marks as random draws numbers, given these arguments, from torch's global generator."""
     arguments = func._schema.arguments
     given = {argument.name: argument.default_value for argument in arguments}
     given |= {argument.name: value for argument, value in zip(arguments, args, strict=False)} | kwargs

@@ -91,7 +91,7 @@ def _inside(tensors: Sequence[torch.Tensor], level: int) -> tuple[torch.Tensor, 
 
 
 def _outside(tree: Any, level: int) -> Any:
-    """Return the tensors in ``tree`` as what surrounds a level sees them."""
+    """Return the tensors in ``tree`` without their wrappers of this level, for use outside of it."""
     return pytree.tree_map_only(torch.Tensor, lambda tensor: _functorch._unwrap_for_grad(tensor, level), tree)
 
 

@@ -124,7 +124,7 @@ class Setting(Generic[T]):
 
 
 class Inspector:
-    """Inspects the function of a layer, and remembers what it need not inspect again; a copy of it has forgotten."""
+    """Inspects the function of a layer, and remembers which inspections need no repetition. A copy remembers nothing."""
 
     def __init__(self) -> None:
         self._inspected: Memory[Tapes] = Memory()
@@ -133,7 +133,7 @@ class Inspector:
     def look(
         self, problem: Problem, x: torch.Tensor, written: Callable[..., Any], *, captures: bool, again: bool = False
     ) -> Look:
-        """Inspect the function, ``written`` by the user, at ``x`` (batch, n) unless that was done before, or even then if ``again``."""
+        """Inspect the user's function, ``written``, at ``x`` (batch, n), unless it was inspected before. ``again`` inspects it in any case."""
         return look(problem, x, written, Memory() if again else self._inspected, captures=captures)
 
     def recall(self, problem: Problem, x: torch.Tensor, written: Callable[..., Any], *, captures: bool) -> Tapes | None:
@@ -257,7 +257,7 @@ class SolveCall:
         return torch.where(self.lost.unsqueeze(-1), torch.full_like(shaped, float("nan")), shaped)
 
     def _noise(self, rhs: torch.Tensor) -> torch.Tensor | None:
-        """Return the accuracy of the right-hand sides before this one (batch, n), in what it was made of; None for the first."""
+        """Return the rounding (batch,) that this right-hand side may hold of larger ones before it, of which it was made. None for the first."""
         last, self.last_rhs = self.last_rhs, rhs.detach()
         if last is None:
             return None

@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from bilevel._factorisations import pinv, qr
+from bilevel._factorisations import pinv
 from bilevel._problem import Problem
 from bilevel.operators import LinearOperator
 
@@ -86,7 +86,7 @@ class Secants:
         weight = _inverse_root(energy.diagonal(dim1=-2, dim2=-1))
         doubt = ((energy - energy.mT) * weight.unsqueeze(-1) * weight.unsqueeze(-2)).abs().amax(dim=(-2, -1))
         scale = _inverse_root(torch.linalg.vecdot(Y, Y, dim=-2))
-        Q, R = qr(Y * scale.unsqueeze(-2))
+        Q, R = torch.linalg.qr(Y * scale.unsqueeze(-2))
         few = len(pairs) < _FEWEST_TO_TELL
         self.constant = not few and bool((doubt <= torch.finfo(r.dtype).eps ** 0.25).all())
         least = (_MARGIN * doubt.nan_to_num(nan=1.0)).clamp(min=torch.finfo(r.dtype).eps ** 0.5)

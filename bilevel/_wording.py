@@ -27,6 +27,10 @@ _SHORT_OF_IT = (
     Status.NOT_FINITE,
     Status.LINE_SEARCH_FAILED,
 )
+_NO_MINIMUM = (
+    "the point is a saddle or a maximum, and a minimum was asked for: start beside it, for example at init + 1e-3 * torch.randn_like(init), "
+    "or add regularisation; if any stationary point will do, take bilevel.root(torch.func.grad(objective))"
+)
 _DOMAIN = "look for a log, square root or division outside its domain, and check the inputs"
 
 
@@ -47,15 +51,16 @@ def words_of(solver: InnerSolver, problem: Problem, init: torch.Tensor, outcome:
     failed = outcome.status > int(Status.BUDGET_SPENT)
     if not bool(failed.any()):
         return {}
-    if problem.is_fixed_point:
-        return _FIXED_POINT
+    which = int(failed.nonzero()[0])
     if not problem.minimizes:
-        return _ROOT
-    words: dict[Status, tuple[str, str]] = {
+        words = dict(_FIXED_POINT if problem.is_fixed_point else _ROOT)
+        words[Status.SINGULAR] = _singular(problem, at_start=bool((outcome.x[which] == init[which]).all()))
+        return words
+    words = {
+        Status.INDEFINITE: (Status.INDEFINITE.meaning, _NO_MINIMUM),
         Status.DIVERGED: (Status.DIVERGED.meaning, _steadier(solver)),
         Status.NOT_FINITE: (Status.NOT_FINITE.meaning, f"{_DOMAIN}{_or_lower(solver)}"),
     }
-    which = int(failed.nonzero()[0])
     status = Status(int(outcome.status[which]))
     if status not in _SHORT_OF_IT:
         return words
@@ -69,6 +74,20 @@ def words_of(solver: InnerSolver, problem: Problem, init: torch.Tensor, outcome:
     except RuntimeError:  # the sentence is about another error, which this one must not hide
         pass
     return words
+
+
+def _singular(problem: Problem, *, at_start: bool) -> tuple[str, str]:
+    """Return what is said of an equation's search that a singular matrix stopped."""
+    matrix = "I - ∂T" if problem.is_fixed_point else "Jacobian"
+    if at_start:
+        return (
+            f"could not leave the start, where the {matrix} is singular",
+            "this says nothing of the solution: start beside it, for example at init + 1e-3 * torch.randn_like(init)",
+        )
+    return (
+        f"ended where the {matrix} is singular, at a point that is no solution",
+        "start elsewhere; if that does not help, there may be no solution: look for equations that contradict each other",
+    )
 
 
 def _step_size(solver: InnerSolver) -> str | None:

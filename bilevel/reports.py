@@ -48,20 +48,35 @@ class Status(_Named):
     """How one problem's solve ended; :attr:`meaning` says it in words and :attr:`remedy` what to do."""
 
     CONVERGED = 0
+    """The estimated error, or the residual where an accuracy was given, is as small as asked. A success."""
     BUDGET_SPENT = 1
+    """The step limit that you set is spent, and you asked for no accuracy. A success."""
     MAX_STEPS = 2
+    """The step limit is spent, and the accuracy was not reached."""
     NOT_CONVERGED = 3
+    """A solver of yours, or of scipy, returned a point that is not accurate enough."""
     STAGNATED = 4
+    """The search made no more progress. Rounding may be the reason."""
     DIVERGED = 5
+    """x ran away, or the residual grew. There may be no solution."""
     NOT_FINITE = 6
+    """A NaN or an infinity was met."""
     INDEFINITE = 7
+    """A forward solve ended at a saddle or a maximum, or a linear solve met a matrix that is not positive definite."""
     SINGULAR = 8
+    """A singular matrix stopped a forward solve, or the right-hand side of a linear solve lies outside the range of a singular matrix."""
     BREAKDOWN = 9
+    """A linear solver had to divide by zero."""
     LINE_SEARCH_FAILED = 10
+    """No step lowers the objective, or the residual."""
     RUNNING = 11
+    """The solve has not ended. No report shows this."""
     REFUTED = 12
+    """The curvature is smaller than the strong convexity that was given."""
     MINIMUM_NORM = 13
+    """The matrix is singular and the right-hand side in its range: the solution of smallest norm was returned. A success."""
     KINK = 14
+    """The search began or ended where the gradient jumps."""
 
     @property
     def meaning(self) -> str:
@@ -107,12 +122,12 @@ _TEXT: dict[Status, tuple[str, str]] = {
     ),
     Status.INDEFINITE: (
         "met negative curvature: the matrix is not positive definite",
-        "the point may be a saddle or a maximum; add regularisation, start elsewhere, or pass "
-        "linear_solver=Exact() or GMRES(), which do not need positive definiteness, if that is intended",
+        "add regularisation, or pass linear_solver=bilevel.Exact(indefinite=True) or bilevel.GMRES(), which take matrices that are not "
+        "positive definite",
     ),
     Status.SINGULAR: (
         "met a right-hand side outside the range of a matrix that is singular to working precision",
-        "the solution is not unique there; add a small ridge term, or remove redundant variables",
+        "the equations may contradict each other: remove redundant ones and redundant unknowns, or add a small ridge term",
     ),
     Status.BREAKDOWN: (
         "met a division by zero in its recurrence",
@@ -149,10 +164,18 @@ _NOT_FINITE_GIVEN = (
     "division outside its domain in what was computed from the solution, and in forward mode at the tangents and the objective's arguments"
 )
 
+_AT_A_SADDLE = (
+    "the point that was found may be a saddle or a maximum: start elsewhere, or add regularisation; if it is the point that you want, pass "
+    "linear_solver=bilevel.Exact(indefinite=True) or bilevel.GMRES()"
+)
+
 _NOT_INVARIANT = (
     "what is differentiated depends on a direction in which the solution is not unique: pin one unknown, add a small ridge term such as "
     "1e-3 * ((x - x0) ** 2).sum() with a fixed x0 to the objective, or make the outcome invariant along that direction"
 )
+
+
+_BACKWARD = {Status.INDEFINITE: _AT_A_SADDLE, Status.SINGULAR: _NOT_INVARIANT}
 
 
 def fitting(remedy: str, dtype: torch.dtype | None) -> str:
@@ -287,8 +310,8 @@ class SolveReport:
         if status is Status.NOT_FINITE and self.direction is Pass.BACKWARD and not math.isfinite(given):
             # Nothing is amiss with the matrix or the solver then.
             return _NOT_FINITE_GIVEN
-        if status is Status.SINGULAR and self.direction is Pass.BACKWARD and status not in self.words:
-            return _NOT_INVARIANT
+        if self.direction is Pass.BACKWARD and status in _BACKWARD and status not in self.words:
+            return _BACKWARD[status]
         return fitting(self.words[status][1] if status in self.words else status.remedy, self.residual_norm.dtype)
 
     def __str__(self) -> str:

@@ -126,8 +126,11 @@ class Tolerance:
         ‖ĝ‖ + ‖ĝ − g‖ ≤ ``stationary``, which shows that ‖g‖ is at or below it; a gradient that small need not be known to its
         first digit. :func:`bilevel.minimize` sets it to its ``gradient_tolerance``.
     rtol
-        The error of each unknown relative to itself, in place of δ where its size is not known beforehand. The estimate of x − x* is the
-        Newton step that is left. None stands for two thirds of the digits of the dtype (3.7e-11, in float32 2.4e-5); atol is rtol · 1e-5.
+        The accuracy of the inner solution relative to each unknown, in place of δ where the size of x is not known beforehand: the estimated
+        error of every unknown has to be at most rtol · abs(x) + atol, or, where the residual is down to its rounding, rtol times the size that the
+        equations give the unknown. The estimate is the Newton step that is left. atol is 1e-5 · rtol. None stands for two thirds of the digits of
+        the dtype, eps**(2/3): 3.7e-11 in float64, 2.4e-5 in float32, of which no promise is made: where rounding is the limit up to
+        0.1 · eps**(1/3) is accepted. In half precision the residual decides.
     estimates
         Whether an *estimate* of ‖ĝ − g‖ may decide that a goal is met. Otherwise it takes a bound that is proven, and
         so constants that are known (see :class:`Constants`).

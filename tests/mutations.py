@@ -92,12 +92,15 @@ MUTATIONS = (
         ("tests/meta/test_training.py", "-k", "owed"),
     ),
     Mutation(
-        "a root is told of its objective", "_wording.py", "        return _ROOT\n", "        return {}\n",
+        "a root is told of its objective", "_wording.py", "        return words\n    words = {", "        return {}\n    words = {",
         ("tests/test_wording.py", "-k", "no_objective"),
     ),
     Mutation(
         "every gradient that changes is a kink", "solvers/_error.py", "(near > 0.5 * wide)", "(near > 0 * wide)",
         ("tests/solvers/test_error.py", "-k", "kinks_are_told"),
+        "every gradient that changes is a kink", "solvers/_error.py",
+        "(near > 0.5 * wide) & (near > 1e3 * eps * size) & (near > bend.abs() / 8)", "(near > 0)",
+        ("tests/test_wording.py", "-k", "smooth_objective"),
     ),
     Mutation(
         "scipy's own type errors come through", "solvers/_scipy.py", '"bounds": _BOUNDED,', "",
@@ -191,11 +194,6 @@ MUTATIONS = (
     Mutation(
         "rounding of a former right-hand side refused", "linear/_base.py",
         "if noise is not None and not target.asked and bool(coarse.any()):", "if False:", (MINIMUM_NORM, "-k", "second_derivatives or third"),
-    ),
-    Mutation(
-        "one problem's decomposition raised for all", "linear/_decompositions.py",
-        "    try:\n        return function(matrix)\n    except LinAlgError:", "    if True:\n        return function(matrix)\n    else:",
-        (MINIMUM_NORM, "-k", "decomposition"),
     ),
     Mutation(
         "a residual excused of what is ill-conditioned in any units", "linear/exact.py",
@@ -662,8 +660,36 @@ MUTATIONS = (
     ),
     Mutation(
         "one matrix's failure raised for its batch", "_factorisations.py",
-        "    except _Failed:\n        made, failed", "    except ZeroDivisionError:\n        made, failed",
+        "    except LinAlgError:\n        made, failed", "    except ZeroDivisionError:\n        made, failed",
         ("tests/certificates/test_evidence.py", "-k", "one_by_one"),
+    ),
+    Mutation(
+        "Newton's method calls a factorisation that raises", "solvers/newton.py",
+        "    eigenvalues, vectors = eigh(", "    eigenvalues, vectors = torch.linalg.eigh(",
+        ("tests/solvers/test_newton.py", "-k", "spoils_its_own"),
+    ),
+    Mutation(
+        "a kink looked for on one side of it", "solvers/_error.py",
+        "for side in (1.0, -1.0):", "for side in (1.0,):", ("tests/test_wording.py", "-k", "whichever_side"),
+    ),
+    Mutation(
+        "a kink that another solver found is forgotten", "solvers/_judge.py",
+        "_is_one_of(second.status, (Status.CONVERGED, Status.KINK))", "(second.status == Status.CONVERGED)",
+        ("tests/test_wording.py", "-k", "whichever_side"),
+    ),
+    Mutation(
+        "a start on a kink taken for a solution where δ is asked", "solvers/_judge.py",
+        "still = (status == Status.CONVERGED) & (solution.x == goal.init).all(dim=-1)", "still = torch.zeros_like(reached)",
+        ("tests/test_wording.py", "-k", "whatever_accuracy"),
+    ),
+    Mutation(
+        "a singular start called a solution that is not unique", "testing/_steps_solution.py",
+        "bilevel.Status.SINGULAR: Defect.SINGULAR_SEARCH", "bilevel.Status.SINGULAR: Defect.SINGULAR",
+        ("tests/testing/test_diagnose.py", "-k", "singular_at_the_start"),
+    ),
+    Mutation(
+        "a symmetry called singular", "testing/_steps_gradient.py",
+        "        seen.replace(Defect.SINGULAR", "        _ = (Defect.SINGULAR", ("tests/testing/test_diagnose.py", "-k", "free_shift"),
     ),
     Mutation(
         "matrices that are not finite", "_factorisations.py",

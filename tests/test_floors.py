@@ -167,3 +167,20 @@ def test_the_package_is_a_list_of_names_and_nothing_else() -> None:
             assert isinstance(node, (ast.Import, ast.ImportFrom, ast.Assign)), ast.unparse(node)
         if isinstance(node, ast.Assign):
             assert [ast.unparse(target) for target in node.targets] in (["__all__"], ["_IMPORTED_WHEN_USED"])
+
+
+_UNSAFE = {
+    f"torch.linalg.{name}"
+    for name in ("eig", "eigh", "eigvals", "eigvalsh", "svd", "svdvals", "pinv", "solve", "inv", "lstsq")
+}
+
+
+@pytest.mark.parametrize("path", [path for path in MODULES if floor_of(name_of(path)) < 5], ids=name_of)
+def test_no_factorisation_can_raise_for_a_batch(path: Path) -> None:
+    if name_of(path) == "bilevel._factorisations":
+        return
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Attribute):
+            assert ast.unparse(node) not in _UNSAFE, (
+                f"{name_of(path)} calls {ast.unparse(node)}: take bilevel/_factorisations.py"
+            )

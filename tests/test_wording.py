@@ -9,6 +9,7 @@ import torch
 
 import bilevel
 
+F64 = torch.float64
 ZERO = torch.zeros(2, dtype=torch.float64)
 A = torch.tensor([1.0, 2.0], dtype=torch.float64)
 ASKED = bilevel.Tolerance(delta=1e-6)
@@ -49,7 +50,7 @@ def test_an_objective_that_falls_without_end_is_told_so(solver: Any) -> None:
 @pytest.mark.parametrize("solver", SMOOTHERS)
 def test_an_objective_with_a_kink_is_told_so(solver: Any) -> None:
     layer = bilevel.argmin(lambda x, a: ((x - a) ** 2).sum() + 3 * x.abs().sum(), solver=solver)
-    assert "it is not smooth there, its gradient jumps" in said(layer)
+    assert "a kink of the objective: it is not smooth there, its gradient jumps" in said(layer)
     smooth = bilevel.argmin(lambda x, a: ((x - a) ** 2).sum() + 3 * (x**2 + 1e-4**2).sqrt().sum(), solver=solver)
     exact = torch.tensor([0.0, 0.5], dtype=torch.float64)  # soft thresholding by 3/2
     torch.testing.assert_close(smooth(ZERO + 0.3, A), exact, rtol=1e-3, atol=1e-3)
@@ -97,3 +98,115 @@ def test_one_of_a_batch_is_looked_at() -> None:
         torch.func.vmap(layer)(
             torch.ones(3, 2, dtype=torch.float64), torch.tensor([1.0, -1.0, 2.0], dtype=torch.float64)
         )
+
+
+# A remedy is one that helps when it is followed.
+
+
+def gradient(layer, init, a):
+    a = a.clone().requires_grad_(True)
+    layer(init, a).sum().backward()
+    return a.grad
+
+
+def wells(x, a):
+    return ((x**2 - a) ** 2).sum()  # minima at ±√a, a maximum at 0
+
+
+def test_the_remedies_of_a_maximum_at_the_start_help():
+    a, zero = torch.tensor([0.7, 0.4], dtype=F64), torch.zeros(2, dtype=F64)
+    for n in (2, 600):
+        with pytest.raises(bilevel.SolveError, match=r"start beside it.*bilevel.root\(torch.func.grad") as caught:
+            bilevel.argmin(wells)(zero[:1].expand(n).clone(), a[:1].expand(n).clone())
+        assert "linear_solver" not in str(caught.value)
+    torch.manual_seed(0)
+    beside = gradient(bilevel.argmin(wells), zero + 1e-3 * torch.randn_like(zero), a).abs()
+    torch.testing.assert_close(beside, 0.5 / a.sqrt())
+    assert bilevel.root(torch.func.grad(wells))(zero, a).tolist() == [0.0, 0.0]
+
+
+@pytest.mark.parametrize("remedy", [bilevel.Exact(indefinite=True), bilevel.GMRES()])
+def test_the_remedies_of_a_saddle_in_backward_help(remedy):
+    def saddle(x, a):
+        return (x[0] - a[0]) ** 2 - (x[1] - 2 * a[1]) ** 2
+
+    def solver(objective, init, a):
+        return torch.stack([a[0], 2 * a[1]]).detach()
+
+    a, zero = torch.tensor([0.7, 0.4], dtype=F64), torch.zeros(2, dtype=F64)
+    layer = bilevel.argmin(saddle, solver=solver, tolerance=bilevel.Tolerance(delta=1e-6))
+    with pytest.raises(
+        bilevel.SolveError, match=r"linear_solver=bilevel.Exact\(indefinite=True\) or bilevel.GMRES\(\)"
+    ):
+        gradient(layer, zero, a)
+    layer.linear_solver = remedy
+    torch.testing.assert_close(gradient(layer, zero, a), torch.tensor([1.0, 2.0], dtype=F64))
+
+
+def test_the_remedies_of_a_linear_system_that_is_not_definite_help():
+    A, b = torch.diag(torch.tensor([1.0, -2.0], dtype=F64)), torch.ones(2, dtype=F64)
+    layer = bilevel.linear_solve(lambda x, A: A @ x, symmetric=True, linear_solver=bilevel.CG())
+    with pytest.raises(bilevel.SolveError, match=r"bilevel.Exact\(indefinite=True\) or bilevel.GMRES\(\)"):
+        layer(b, A)
+    for remedy in (bilevel.Exact(indefinite=True), bilevel.GMRES()):
+        layer.linear_solver = remedy
+        torch.testing.assert_close(layer(b, A), torch.tensor([1.0, -0.5], dtype=F64))
+
+
+def test_a_jacobian_singular_at_the_start_is_told_from_one_at_no_solution():
+    def square(x, a):
+        return x**2 - a
+
+    a, zero = torch.tensor([0.7, 0.4], dtype=F64), torch.zeros(2, dtype=F64)
+    layer = bilevel.root(square, solver=bilevel.Newton())
+    with pytest.raises(
+        bilevel.SolveError, match=r"could not leave the start, where the Jacobian is singular.*beside it"
+    ):
+        layer(zero, a)
+    torch.manual_seed(0)
+    torch.testing.assert_close(layer(zero + 1e-3 * torch.randn_like(zero), a).abs(), a.sqrt())
+    with pytest.raises(bilevel.SolveError, match=r"at a point that is no solution.*contradict each other"):
+        bilevel.root(lambda x, a: x.sum() - a)(zero, a)
+
+
+def lasso(x, a):
+    return ((x - a) ** 2).sum() + x.abs().sum()
+
+
+@pytest.mark.parametrize("start", [0.0, 0.3, 1.0, -0.2])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_a_minimum_at_a_kink_is_named_from_whichever_side_it_is_reached(start, dtype):
+    a = torch.tensor([0.2, 2.0], dtype=dtype)
+    with pytest.raises(bilevel.SolveError, match="ended at a kink"):
+        bilevel.argmin(lasso)(torch.full((2,), start, dtype=dtype), a)
+
+
+def test_the_remedies_of_a_kink_help():
+    a, init = torch.tensor([0.2, 2.0], dtype=F64), torch.zeros(2, dtype=F64)
+    smooth = bilevel.argmin(lambda x, a: ((x - a) ** 2).sum() + (x**2 + 1e-3**2).sqrt().sum())
+    proximal = bilevel.fixed_point(lambda x, a: torch.nn.functional.softshrink(x - 0.5 * (x - a), 0.25))
+    torch.testing.assert_close(smooth(init, a), torch.tensor([0.0, 1.5], dtype=F64), atol=1e-3, rtol=0)
+    torch.testing.assert_close(gradient(proximal, init, a), torch.tensor([0.0, 1.0], dtype=F64))
+
+
+@pytest.mark.parametrize(
+    "tolerance", [bilevel.Tolerance(), bilevel.Tolerance(delta=1e-6), bilevel.Tolerance(rtol=1e-4)]
+)
+def test_a_start_on_a_kink_is_named_whatever_accuracy_is_asked(tolerance):
+    a, init = torch.tensor([0.7, 0.4], dtype=F64), torch.zeros(2, dtype=F64)
+    layer = bilevel.argmin(lambda x, a: ((x.abs() - a) ** 2).sum() + 0.1 * (x**2).sum(), tolerance=tolerance)
+    with pytest.raises(bilevel.SolveError, match=r"ended at a kink.*start elsewhere"):
+        layer(init, a)
+    torch.testing.assert_close(layer(init + 0.1, a), a / 1.1)
+
+
+def test_the_remedies_of_descent_that_diverges_help():
+    a, init = torch.tensor([0.7, 0.4], dtype=F64), torch.zeros(2, dtype=F64)
+
+    def bowl(x, a):
+        return ((x - a) ** 2).sum()
+
+    with pytest.raises(bilevel.SolveError, match=r"moved away.*lower lr, which is 3, pass line_search=True"):
+        bilevel.argmin(bowl, solver=bilevel.GradientDescent(3.0, 1000))(init, a)
+    for remedy in (bilevel.GradientDescent(0.3, 1000), bilevel.GradientDescent(3.0, 1000, line_search=True)):
+        torch.testing.assert_close(bilevel.argmin(bowl, solver=remedy)(init, a), a)

@@ -147,7 +147,7 @@ class _Both:
 
 
 class _Run(TorchDispatchMode):
-    """Inside, each operation hands on the degrees of its arguments; :attr:`open` says that the run proves nothing.
+    """Inside, the degree of each operation's result follows from the degrees of its arguments. :attr:`open` is true if the run proves nothing.
 
     A degree belongs to a piece of memory, and is the largest of what was ever written there: views and operations in place need no care then.
     """

@@ -45,7 +45,7 @@ class HyperparameterOptimization(bilevel.BilevelProblem):
         None for one inner problem. Otherwise, in the manner of ``torch.func.vmap``'s ``in_dims``, which axis
         of each tensor in ``data`` numbers K inner problems (None for a tensor that all share). The K problems
         share θ, are trained and differentiated as one batch, and the loss is the mean over them: K-fold
-        cross-validation. Folds of different sizes share the rows and have weights, which :func:`bilevel.hyperopt.fold_weights` makes.
+        cross-validation. Folds of different sizes share the rows and have weights, which :func:`~bilevel.hyperopt.linear_models.fold_weights` makes.
     constants
         (hyperparameters, data) → :class:`bilevel.Constants`: what is known of G and F, for certified error bounds. Left out, a
         linear model's own, if the training objective and the validation loss are one's.

@@ -70,7 +70,7 @@ def _score(row: Row) -> str:
 
 
 def _is_undefined(row: Row) -> bool:
-    """Return whether the score, not the fit, is what has no value."""
+    """Return whether the score has no value although the model could be fitted, as R² for one test row."""
     return math.isnan(row.test_score) and not math.isnan(row.test_loss)
 
 

@@ -225,7 +225,7 @@ def _standardise(dataset: Dataset, rows: Rows) -> tuple[torch.Tensor, torch.Tens
 
 
 _SQUARED = 1e150
-"""The square of this is still a number, and so is the sum of many."""
+"""The largest target that is accepted: squares of it, and sums of many squares, do not overflow."""
 
 
 def _scaled(

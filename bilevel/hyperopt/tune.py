@@ -201,7 +201,7 @@ class _Run:
         return rows, descent.evidence()
 
     def _bound(self, folds: Folds, step: OuterStep) -> None:
-        """Bound the error at a step of the table; at the others nobody looks."""
+        """Bound the error at a step that the table shows. The other steps need no bound."""
         self.history[self.history.index(step)] = folds.bounded(step)
 
     def _file(self, step: OuterStep) -> OuterStep:

@@ -14,8 +14,8 @@ from typing import TypeAlias
 
 import torch
 
+from bilevel._factorisations import LinAlgError
 from bilevel.errors import ArgumentError, DtypeError, ShapeError
-from bilevel.linear._decompositions import LinAlgError
 from bilevel.linear._judge import doubt, judge, refuted, rounding, rounding_floor
 from bilevel.operators import LinearOperator
 from bilevel.reports import Basis, Status

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 import torch
 
+from bilevel._factorisations import eigh, svd
 from bilevel.linear._base import doubt
-from bilevel.linear._decompositions import eigh, svd
 
 __all__ = ["PseudoInverse"]
 

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 import torch
 
+from bilevel._factorisations import eigvalsh, svdvals
 from bilevel.errors import ArgumentError
 from bilevel.linear._base import LinearSolution, LinearSolver, doubt
-from bilevel.linear._decompositions import eigvalsh, svdvals
 from bilevel.linear._pseudo_inverse import PseudoInverse
 from bilevel.operators import LinearOperator
 from bilevel.reports import Status

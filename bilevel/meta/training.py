@@ -147,7 +147,7 @@ class Trainer:
             on_step(self.train_step())
 
     def _owes_validation(self) -> bool:
-        """Return whether this step is one to validate after, and was not; so it is, too, where a run ended in between and was resumed."""
+        """Return whether a validation belongs after this step and has not been made, also by a run that was killed before it and then resumed."""
         validated = self.validations[-1][0] if self.validations else 0
         return self.step > validated and self.step % self.recipe.validate_every == 0
 

@@ -14,6 +14,8 @@ from typing import Any, TypeAlias
 import torch
 from torch.utils import _pytree as pytree
 
+from bilevel._factorisations import solve
+
 __all__ = ["Trail", "combination"]
 
 Outer: TypeAlias = tuple[torch.Tensor, ...]
@@ -105,7 +107,7 @@ def combination(points: Sequence[Outer], target: Outer) -> torch.Tensor:
     used = _independent(gram)
     weights = torch.zeros_like(slope)
     if used:
-        weights[used] = torch.linalg.solve(gram[used][:, used], slope[used])
+        weights[used] = solve(gram[used][:, used], slope[used].unsqueeze(-1)).squeeze(-1)
     weights[nearest] = 1.0 - weights.sum()
     return weights
 

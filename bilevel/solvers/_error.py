@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
+from bilevel._factorisations import eigh, svd
 from bilevel._problem import Linearization, Problem
 from bilevel.linear.gmres import GMRES
 from bilevel.solvers._truncated_cg import truncated_cg
@@ -110,7 +111,7 @@ def _symmetric(problem: Problem, matrix: torch.Tensor, x: torch.Tensor, residual
     singular, indefinite, null_part = flag, flag, torch.zeros_like(x)
     if not bool(sound.all()):
         rows = ~sound
-        values, vectors = torch.linalg.eigh(scaled[rows])
+        values, vectors = eigh(scaled[rows])
         largest = values.abs().amax(dim=-1, keepdim=True)
         null = values.abs() <= 10 * n * eps * largest
         # Of a rotation that changes nothing the eigenvalue is zero at the solution alone: beside it, it is of the size of the gradient.
@@ -149,7 +150,7 @@ def _general(problem: Problem, matrix: torch.Tensor, x: torch.Tensor, residual: 
     singular, null_part = flag, torch.zeros_like(x)
     if not bool(sound.all()):
         rows = ~sound
-        left, values, righth = torch.linalg.svd(scaled[rows])
+        left, values, righth = svd(scaled[rows])
         null = values <= 10 * n * eps * values[:, :1]
         spectral = _Spectral(left, righth.mT, values, null)
         singular = singular.index_put((rows,), null.any(dim=-1))

@@ -97,8 +97,8 @@ def solve_inner(
     trial = _attempt(solver, problem, goal)
     names, tried, latest, steps = [solver.name], [solver.name], trial.x, trial.iterations
     for other in others:
-        # A saddle that a search went to may be none for another search. One that it began at stays one.
-        left = (trial.status == Status.INDEFINITE) & (trial.x != init).any(dim=-1)
+        # Another search may not go to the saddle or kink that this one went to. One that it began at stays one.
+        left = _is_one_of(trial.status, (Status.INDEFINITE, Status.KINK)) & (trial.x != init).any(dim=-1)
         failed = (left | _is_one_of(trial.status, _WORTH_ANOTHER)) & torch.isfinite(
             goal.scale if target.relative else trial.norm
         )
@@ -110,7 +110,8 @@ def solve_inner(
         start = torch.where(failed.unsqueeze(-1), begun, trial.x)
         threshold = torch.where(failed, goal.threshold, torch.full_like(goal.threshold, torch.inf))
         second = _attempt(other.solver, problem, replace(goal, init=start, given=threshold, origin=init), failed)
-        latest, won = second.x, failed & (second.status == Status.CONVERGED)
+        # A kink is an answer too: it says why the search failed.
+        latest, won = second.x, failed & _is_one_of(second.status, (Status.CONVERGED, Status.KINK))
         tried.append(other.solver.name)
         steps = steps + torch.where(failed, second.iterations, torch.zeros_like(steps))
         if bool(won.any()):
@@ -144,7 +145,7 @@ class _Trial:
 
 
 def _attempt(solver: InnerSolver, problem: Problem, goal: Goal, meant: torch.Tensor | None = None) -> _Trial:
-    """Run ``solver`` until the judge is content with the problems that are ``meant`` (batch,), or it can do no more."""
+    """Run ``solver``, again and again, until the problems that are ``meant`` (batch,) have converged or it gets no further."""
     solution = _with_residual(problem, solver.solve(problem, goal.init, goal))
     if not goal.target.rtol:
         return _by_residual(solver, problem, solution, goal)
@@ -179,7 +180,7 @@ def _with_residual(problem: Problem, solution: InnerSolution) -> InnerSolution:
 
 
 def _merged(these: torch.Tensor, new: InnerSolution, old: InnerSolution) -> InnerSolution:
-    """Return ``new`` for the problems that went on, which are ``these`` (batch,). The others stood still."""
+    """Return ``new`` for the problems that went on, ``these`` (batch,), and the status of ``old`` for the others, which did not move."""
     error = None
     if new.error is not None and old.error is not None:
         error = torch.where(these.unsqueeze(-1), new.error, old.error)
@@ -226,6 +227,9 @@ def _by_residual(solver: InnerSolver, problem: Problem, solution: InnerSolution,
         blind = (status == Status.CONVERGED) & (torch.finfo(norm.dtype).eps * largest > target.error)
         if bool(blind.any()):
             status = torch.where(blind, _runaway(solution.x, goal.init), status)
+        if problem.minimizes:
+            still = (status == Status.CONVERGED) & (solution.x == goal.init).all(dim=-1)
+            status = _name_kinks(problem, solution, status, still, _is_one_of(status, _MAYBE_KINKED))
     return _Trial(
         solution.x, status, solution.iterations, solution.residual, norm, threshold, solution.value, solution.factor
     )
@@ -382,16 +386,23 @@ def _name_stationary(
 ) -> torch.Tensor:
     """Name a start that is stationary but no minimum, and a search that ended at a kink."""
     assert solution.residual is not None
-    x, residual = solution.x, solution.residual
+    x = solution.x
     still = meant & (status == Status.CONVERGED) & (x == start).all(dim=-1)
     if bool(still.any()) and not is_dense(problem):
         curved = still & meets_negative_curvature(problem, x, still)
         status = torch.where(curved, torch.full_like(status, Status.INDEFINITE), status)
+    return _name_kinks(problem, solution, status, still, meant & _is_one_of(status, _MAYBE_KINKED))
+
+
+def _name_kinks(
+    problem: Problem, solution: InnerSolution, status: torch.Tensor, still: torch.Tensor, failed: torch.Tensor
+) -> torch.Tensor:
+    """Return ``status`` (batch,) with the kinks named of those that did not move from the start, ``still``, or ``failed``."""
+    assert solution.residual is not None
     # By convention torch's slope at a kink is zero, as that of |x| at 0: such a zero is exact.
-    doubtful = still & (residual == 0).any(dim=-1)
-    doubtful = doubtful | (meant & _is_one_of(status, _MAYBE_KINKED))
+    doubtful = failed | (still & (solution.residual == 0).any(dim=-1))
     if bool(doubtful.any()):
-        kinked = doubtful & has_kink(problem, x, residual)
+        kinked = doubtful & has_kink(problem, solution.x, solution.residual)
         status = torch.where(kinked, torch.full_like(status, Status.KINK), status)
     return status
 

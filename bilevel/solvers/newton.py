@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from bilevel._checks import check_steps
+from bilevel._factorisations import eigh, eigvalsh, pinv, svdvals
 from bilevel._problem import Problem
 from bilevel.linear._base import LinearSolverLike, as_linear_solver
 from bilevel.linear.gmres import GMRES
@@ -246,8 +247,8 @@ def _absolute_newton(hessian: torch.Tensor, gradient: torch.Tensor, size: torch.
     # However small a diagonal entry is: it may be that of an unknown in large units.
     scale = torch.where(diagonal > 0, diagonal, diagonal.amax(dim=-1, keepdim=True)).sqrt()
     scale = torch.where((scale > 0) & torch.isfinite(scale), scale, torch.ones_like(scale))
-    scaled = _finite_or_identity(hessian / (scale.unsqueeze(-1) * scale.unsqueeze(-2)))
-    eigenvalues, vectors = torch.linalg.eigh(scaled)
+    # What cannot be decomposed leaves NaN, in whose place comes the slope.
+    eigenvalues, vectors = eigh(hessian / (scale.unsqueeze(-1) * scale.unsqueeze(-2)))
     sizes = eigenvalues.abs()
     floor = 1e3 * n * eps * sizes.amax(dim=-1)
     # No curvature at all, as of a linear objective: a step as long as x is.
@@ -263,18 +264,14 @@ def _dense_root(operator: LinearOperator, state: _State, active: torch.Tensor) -
     slope = -torch.ones_like(state.last_norm)
     bad = active & ((info != 0) | ~torch.isfinite(d).all(dim=-1))
     if bool(bad.any()):
-        matrix, b = _finite_or_identity(jacobian[bad]), residual[bad]
+        matrix, b = jacobian[bad], residual[bad]
         least = 1e3 * matrix.shape[-1] * torch.finfo(matrix.dtype).eps
-        step = -torch.einsum("bij,bj->bi", torch.linalg.pinv(matrix, rtol=least), b)
+        step = -torch.einsum("bij,bj->bi", pinv(matrix, rtol=least), b)
+        step = torch.where(torch.isfinite(step).all(dim=-1, keepdim=True), step, -b)
         change = (b * torch.einsum("bij,bj->bi", matrix, step)).sum(dim=-1) / (b * b).sum(dim=-1)
+        change = torch.where(torch.isfinite(change), change, -torch.ones_like(change))
         d, slope = d.index_put((bad,), step), slope.index_put((bad,), change)
     return _Direction(d, slope, ~bad)
-
-
-def _finite_or_identity(matrix: torch.Tensor) -> torch.Tensor:
-    finite = torch.isfinite(matrix).all(dim=-1).all(dim=-1)
-    eye = torch.eye(matrix.shape[-1], dtype=matrix.dtype, device=matrix.device)
-    return torch.where(finite[:, None, None], matrix, eye)
 
 
 def _search(
@@ -410,8 +407,8 @@ def _verdict(operator: LinearOperator, failed: torch.Tensor, tiny: torch.Tensor)
     verdict = torch.where(failed, torch.full_like(verdict, Status.LINE_SEARCH_FAILED), verdict)
     verdict = torch.where(failed & tiny, torch.full_like(verdict, Status.STAGNATED), verdict)
     if isinstance(operator, DenseOperator) and not operator.symmetric:
-        matrix = _finite_or_identity(operator.dense())
-        values = torch.linalg.svdvals(matrix)
+        matrix = operator.dense()
+        values = svdvals(matrix)
         singular = values[..., -1] <= matrix.shape[-1] * torch.finfo(matrix.dtype).eps * values[..., 0]
         verdict = torch.where(failed & singular, torch.full_like(verdict, Status.SINGULAR), verdict)
     return verdict
@@ -422,7 +419,7 @@ def _has_negative_eigenvalue(operator: LinearOperator, doubtful: torch.Tensor) -
     negative: torch.Tensor = torch.linalg.cholesky_ex(hessian)[1] != 0
     rows = negative & doubtful
     if bool(rows.any()):
-        eigenvalues = torch.linalg.eigvalsh(_finite_or_identity(hessian[rows]))
+        eigenvalues = eigvalsh(hessian[rows])
         rounding = 100 * hessian.shape[-1] * torch.finfo(hessian.dtype).eps * eigenvalues.abs().amax(dim=-1)
         negative = negative.index_put((rows,), eigenvalues[..., 0] < -rounding)
     return negative

@@ -37,6 +37,8 @@ def advise(seen: Examination) -> Advice:
 
 def _tolerance(seen: Examination, curve: Curvature | None) -> str:
     """Return δ = goal · ‖x‖ and δ′ = goal of the adjoint, with μ where the Hessian is known to be definite."""
+    if seen.has(Defect.MINIMUM_NORM):  # the condition number is that of the free directions
+        return "Tolerance()"
     eps = seen.subject.eps
     kappa = 1.0 if curve is None else min(curve.condition, 1e30)
     goal = max(_WANTED, 10 * kappa * eps)

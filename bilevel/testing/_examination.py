@@ -119,6 +119,12 @@ class Examination:
                 remedy = remedy.replace(wider, "")
             self.findings.append(Finding(defect, sentence, remedy))
 
+    def replace(self, old: Defect, new: Defect, sentence: str) -> None:
+        """File a finding in place of another, which is known better now."""
+        self.findings = [
+            Finding(new, sentence, new.remedy) if finding.defect is old else finding for finding in self.findings
+        ]
+
     def has(self, *defects: Defect) -> bool:
         """Return whether one of these was found."""
         return any(finding.defect in defects for finding in self.findings)

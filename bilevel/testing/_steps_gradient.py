@@ -67,7 +67,8 @@ def _judge_tensors(seen: Examination, totals: Sequence[torch.Tensor | None], lea
         for tensor, total, leaf in zip(seen.outer, totals, leaves, strict=True)
         if tensor.name not in lost and total is not None and leaf.numel() and not bool((total != 0).any())
     ]
-    if zero and not seen.has(Defect.OUTER_IGNORES_INNER):
+    # At a stationary point by symmetry or by convention the gradient means nothing.
+    if zero and not seen.has(Defect.OUTER_IGNORES_INNER, Defect.KINK, Defect.SADDLE):
         seen.find(Defect.ZERO_GRADIENT, f"the gradient of {', '.join(zero)} is exactly zero")
 
 
@@ -75,30 +76,57 @@ def linear_solve(seen: Examination) -> None:
     """Differentiate with the settings given, and see what the linear solve left."""
     if not seen.usable() or seen.has(Defect.OUTER_IGNORES_INNER, Defect.NOT_FINITE, Defect.STOCHASTIC):
         return
-    layer = seen.layer(on_failure="ignore", solver=_return_found(seen), tolerance=_silent(seen))
-    leaves = [point.detach().clone().requires_grad_(True) for point in seen.subject.points]
-    weights = _weights(seen)
-    with bilevel.record() as reports, torch.enable_grad():
-        outputs = pytree.tree_leaves(seen.subject.solve(layer, leaves))
-        if not any(output.requires_grad for output in outputs):
-            return
-        begun = time.perf_counter()
-        torch.autograd.grad(outputs, leaves, weights, allow_unused=True)
-        seconds = time.perf_counter() - begun
-    own = [report for report in reports.backward if report.where == layer.where]
-    if not own:
+    report, seconds = _backward(seen)
+    if report is None:
         return
-    report = own[-1]
     left = report.residual_norm.reshape(-1) / report.scale.reshape(-1).clamp_min(1e-300)
     worst = int(left.nan_to_num(nan=math.inf).argmax())
     status = bilevel.Status(int(report.status_code.reshape(-1)[worst_of(report)]))
     relative = float(left[worst])
     products = int(report.iterations.reshape(-1)[worst])
     seen.linear = LinearSolve(report.solver, status.meaning, products, seconds, relative)
-    named = seen.has(Defect.SADDLE, Defect.SINGULAR, Defect.UNFIT_LINEAR_SOLVER, Defect.UNCONVERGED)
+    if seen.has(Defect.SINGULAR) and seen.curvature is not None and seen.curvature.exact:
+        _free_directions(seen)
+    named = seen.has(
+        Defect.SADDLE,
+        Defect.KINK,
+        Defect.SINGULAR,
+        Defect.SINGULAR_SEARCH,
+        Defect.UNFIT_LINEAR_SOLVER,
+        Defect.UNCONVERGED,
+    )
     if (not status.success or not relative <= _LEFT) and not named:
         text = f"{report.solver} {status.meaning} and leaves {relative:.1e} of the right-hand side"
         seen.find(Defect.LINEAR_SOLVE, text)
+
+
+def _backward(seen: Examination, **settings: Any) -> tuple[bilevel.SolveReport | None, float]:
+    """Return the report of the derivative's linear solve and its seconds; None if there was none."""
+    layer = seen.layer(on_failure="ignore", solver=_return_found(seen), tolerance=_silent(seen), **settings)
+    leaves = [point.detach().clone().requires_grad_(True) for point in seen.subject.points]
+    weights = _weights(seen)
+    with bilevel.record() as reports, torch.enable_grad():
+        outputs = pytree.tree_leaves(seen.subject.solve(layer, leaves))
+        if not any(output.requires_grad for output in outputs):
+            return None, 0.0
+        begun = time.perf_counter()
+        torch.autograd.grad(outputs, leaves, weights, allow_unused=True)
+        seconds = time.perf_counter() - begun
+    own = [report for report in reports.backward if report.where == layer.where]
+    return (own[-1] if own else None), seconds
+
+
+def _free_directions(seen: Examination) -> None:
+    """See whether the outcome depends on the directions in which the solution is not unique: only Exact decides it for sure."""
+    report, _ = _backward(seen, linear_solver=bilevel.Exact())
+    if report is None or not bool(report.converged.all()):
+        return
+    if bool((report.status_code == bilevel.Status.MINIMUM_NORM).any()):
+        what = "outer loss" if seen.subject.problem is not None else "result"
+        text = (
+            f"the solution is free in some directions, as under a symmetry, and the {what} does not change along them"
+        )
+        seen.replace(Defect.SINGULAR, Defect.MINIMUM_NORM, text)
 
 
 def _return_found(seen: Examination) -> Callable[..., Any]:

@@ -27,7 +27,8 @@ _STATUSES = {
     bilevel.Status.NOT_FINITE: Defect.NOT_FINITE,
     bilevel.Status.DIVERGED: Defect.DIVERGED,
     bilevel.Status.INDEFINITE: Defect.SADDLE,
-    bilevel.Status.SINGULAR: Defect.SINGULAR,
+    bilevel.Status.SINGULAR: Defect.SINGULAR_SEARCH,
+    bilevel.Status.KINK: Defect.KINK,
 }
 
 
@@ -48,15 +49,16 @@ def solve(seen: Examination) -> None:
     figures = [float(t.reshape(-1)[worst]) for t in (report.residual_norm, report.threshold)]
     steps = int(report.iterations.reshape(-1)[worst])
     seen.inner = InnerSolve(report.solver, status.meaning, steps, seconds, figures[0], figures[1])
-    if status is bilevel.Status.SINGULAR or not status.success:
-        of = seen.of(worst)
-        text = (
-            f"{report.solver} {status.meaning}{of} (residual {figures[0]:.1e}, asked {figures[1]:.1e}, {steps} steps)"
-        )
+    if not status.success:
+        of, (meaning, remedy) = seen.of(worst), report.words.get(status, (status.meaning, status.remedy))
+        start = seen.wide.rows(pytree.tree_leaves(seen.subject.init))[worst]
+        if bool((seen.rows[worst] == start).all()) and "start" not in meaning:
+            of = f"{of} at the start"
+        text = f"{report.solver} {meaning}{of} (residual {figures[0]:.1e}, asked {figures[1]:.1e}, {steps} steps)"
         defect = _STATUSES.get(status, Defect.UNCONVERGED)
         # A random function cannot be solved: that is no second finding.
-        if defect is not Defect.UNCONVERGED or not seen.has(Defect.STOCHASTIC):
-            seen.find(defect, text, None if defect is Defect.SADDLE else status.remedy)
+        if defect not in (Defect.UNCONVERGED, Defect.KINK) or not seen.has(Defect.STOCHASTIC):
+            seen.find(defect, text, remedy)
     _reachable(seen, report)
 
 
@@ -131,7 +133,8 @@ def _judge(seen: Examination, number: int, curve: Curvature, size: int, symmetri
         seen.find(Defect.BADLY_SCALED, text)
     elif abs(curve.smallest) <= floor or not largest:
         text = f"the smallest {what}{of} is {curve.smallest:.1e} beside {largest:.1e}, zero in this arithmetic"
-        seen.find(Defect.SINGULAR, text)
+        if not seen.has(Defect.SINGULAR_SEARCH):  # a matrix away from a solution says nothing of the solution
+            seen.find(Defect.SINGULAR, text)
     elif hard:
         seen.find(Defect.ILL_CONDITIONED, f"the condition number{of} is {kappa:.1e}; {lost}")
     fit_for_symmetric = isinstance(seen.subject.layer.linear_solver, bilevel.CG)
@@ -142,7 +145,7 @@ def _judge(seen: Examination, number: int, curve: Curvature, size: int, symmetri
 
 def stationary(seen: Examination) -> None:
     """See how far a Newton step from the point found would still go."""
-    if seen.inner is None or seen.has(Defect.SINGULAR):
+    if seen.inner is None or seen.has(Defect.SINGULAR, Defect.SINGULAR_SEARCH, Defect.KINK):
         return
     farthest, about = 0.0, "is"
     for number, matrix in seen.matrices.items():

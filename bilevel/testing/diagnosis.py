@@ -24,7 +24,10 @@ class Defect(enum.Enum):
     UNCONVERGED = "the inner point is not stationary"
     DIVERGED = "the inner solve runs away"
     SADDLE = "the inner point is not a minimum"
+    KINK = "the inner point is at a kink"
     SINGULAR = "the solution is not unique"
+    SINGULAR_SEARCH = "a singular matrix stopped the search"
+    MINIMUM_NORM = "the solution is not unique, and the outcome does not depend on it"
     ILL_CONDITIONED = "the inner problem is ill-conditioned"
     BADLY_SCALED = "the unknowns are badly scaled"
     OUTER_IGNORES_INNER = "the outer loss does not depend on the inner solution"
@@ -54,7 +57,11 @@ _REMEDIES = {
     Defect.UNCONVERGED: "raise max_steps, take Newton() or LBFGS(), or start nearer the solution",
     Defect.DIVERGED: "lower the step size, or take a solver with a line search",
     Defect.SADDLE: "add regularisation or start elsewhere; if that is intended, linear_solver=Exact(indefinite=True) or GMRES()",
+    Defect.KINK: "start elsewhere if the point is no minimum; otherwise smooth the kink, or take bilevel.fixed_point of a proximal step",
     Defect.SINGULAR: "add a small ridge term, pin or remove redundant unknowns, or differentiate what does not depend on the free directions",
+    Defect.SINGULAR_SEARCH: "start elsewhere, for example at init + 1e-3 * torch.randn_like(init), and look for equations that contradict each other",
+    Defect.MINIMUM_NORM: "nothing needs doing: the gradient is that of the solution of smallest change, and right for this outcome; to make the "
+    "solution unique, pin one unknown or add a small ridge term",
     Defect.ILL_CONDITIONED: "add regularisation, use float64, and take Exact() or a preconditioner",
     Defect.BADLY_SCALED: "divide each unknown by its typical size, standardise the inputs, or pass CG(preconditioner=...)",
     Defect.OUTER_IGNORES_INNER: "check that outer_objective uses its first argument, without .detach()",

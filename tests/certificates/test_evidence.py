@@ -207,7 +207,8 @@ def test_factorisations_answer_each_matrix_for_itself():
         safe.eigvalsh(batch),
         *safe.eigh(batch),
         safe.norms(batch),
-        *safe.qr(batch),
+        *safe.svd(batch),
+        safe.svdvals(batch),
         safe.pinv(batch, rtol=1e-12),
     ):
         assert torch.isnan(values.reshape(3, -1)).all(1).tolist() == bad
@@ -235,3 +236,16 @@ def test_a_factorisation_that_fails_for_one_matrix_is_taken_one_by_one(monkeypat
     values = safe.eigvalsh(torch.stack([good, 7 * good, 2 * good]).reshape(3, 1, 2, 2))
     assert values.shape == (3, 1, 2) and torch.isnan(values[1]).all()
     assert values[0].tolist() == [[1.0, 1.0]] and values[2].tolist() == [[2.0, 2.0]] and len(seen) == 5
+
+
+def test_each_matrix_that_reaches_lapack_is_finite(monkeypatch):
+    # On others it prints errors of its own, and need not end.
+    plain = torch.linalg.svdvals
+
+    def careful(matrix):
+        assert bool(torch.isfinite(matrix).all())
+        return plain(matrix)
+
+    monkeypatch.setattr(torch.linalg, "svdvals", careful)
+    batch = torch.stack([torch.eye(2, dtype=F64), torch.full((2, 2), torch.inf, dtype=F64)])
+    assert safe.svdvals(batch).isnan().tolist() == [[False, False], [True, True]]

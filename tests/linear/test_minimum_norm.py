@@ -10,8 +10,7 @@ import torch
 from torch.func import grad, hessian, jacfwd, jacrev, vmap
 
 import bilevel
-from bilevel import Status, Tolerance
-from bilevel.linear import _decompositions
+from bilevel import Status, Tolerance, _factorisations
 from bilevel.linear._base import LinearOutcome, as_linear_solver, solve_linear
 from bilevel.linear._judge import doubt
 from bilevel.operators import DenseOperator, FunctionOperator, LinearOperator, RepeatedOperator
@@ -367,7 +366,7 @@ def test_a_decomposition_that_fails_spoils_its_own_problem_alone(monkeypatch: py
     def failing(function: Callable[[torch.Tensor], object]) -> Callable[[torch.Tensor], object]:
         def decompose(matrix: torch.Tensor) -> object:
             if bool((matrix[..., 0, 1] == 0).any()) and not torch.equal(matrix, torch.eye(4, dtype=F64)):
-                raise _decompositions.LinAlgError("did not converge")
+                raise _factorisations.LinAlgError("did not converge")
             return function(matrix)
 
         return decompose

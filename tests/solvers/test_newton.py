@@ -183,3 +183,34 @@ def test_a_maximum_that_a_full_step_lands_on_is_no_solution(solver):
     outcome = support.minimize(solver, lambda x: -torch.cos(x).sum(), torch.tensor([start], dtype=F64))
     assert statuses(outcome) == [Status.CONVERGED]
     assert abs(math.remainder(float(outcome.x), 2 * math.pi)) < 1e-6
+
+
+def _double_well(x, a):
+    return x[0] ** 4 / 4 - a * x[0] ** 2 / 2 + (x[1] - a) ** 2  # indefinite at 0.25, with a minimum at (1, 1) for a = 1
+
+
+def _parabola(x, a):
+    return torch.stack([x[0] ** 2 - a, x[1] - x[0] ** 2])  # singular where x₀ = 0
+
+
+@pytest.mark.parametrize(
+    ("make", "function", "near"), [(bilevel.argmin, _double_well, 0.25), (bilevel.root, _parabola, 0.0)]
+)
+def test_a_decomposition_that_fails_spoils_its_own_problem_alone(monkeypatch, make, function, near):
+    asked = []
+
+    def failing(matrix, *args, **settings):
+        asked.append(matrix.shape)
+        raise torch.linalg.LinAlgError("did not converge")
+
+    for name in ("eigh", "eigvalsh", "svd", "svdvals", "pinv"):
+        plain, of_unit = getattr(torch.linalg, name), torch.eye(2, dtype=F64)
+        monkeypatch.setattr(
+            torch.linalg, name,
+            lambda m, *args, plain=plain, **s: plain(m, *args, **s) if torch.equal(m, of_unit) else failing(m),
+        )  # fmt: skip
+    layer = make(function, on_failure="nan")
+    start = torch.tensor([[near, 0.5], [2.0, 0.5], [1.5, 3.0]], dtype=F64)
+    found = torch.func.vmap(layer, in_dims=(0, None))(start, torch.tensor(1.0, dtype=F64))
+    torch.testing.assert_close(found[1:], torch.ones(2, 2, dtype=F64))
+    assert asked and bool((found[0].isnan() | (found[0] - 1).abs().lt(1e-8)).all())

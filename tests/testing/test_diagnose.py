@@ -68,6 +68,69 @@ def valley() -> Call:
     return bilevel.argmin(lambda x, a: (x.sum() - a.sum()) ** 2), (START, A), {}
 
 
+def wells(x: torch.Tensor, a: torch.Tensor) -> torch.Tensor:
+    return ((x**2 - a.abs()) ** 2).sum()  # with a maximum at 0
+
+
+def start_at_a_maximum() -> Call:
+    return bilevel.argmin(wells), (torch.zeros(2, dtype=F64), A), {}
+
+
+def start_at_a_maximum_large() -> Call:
+    return bilevel.argmin(wells), (torch.zeros(600, dtype=F64), torch.ones(600, dtype=F64)), {}
+
+
+def start_on_a_kink(**settings: Any) -> Call:
+    layer = bilevel.argmin(lambda x, a: ((x.abs() - a.abs()) ** 2).sum() + 0.1 * (x**2).sum(), **settings)
+    return layer, (torch.zeros(2, dtype=F64), A), {}
+
+
+def start_on_a_kink_with_delta() -> Call:
+    return start_on_a_kink(tolerance=bilevel.Tolerance(delta=1e-6))
+
+
+def minimum_at_a_kink() -> Call:
+    layer = bilevel.argmin(lambda x, a: ((x - a) ** 2).sum() + 2 * x.abs().sum())
+    return layer, (tensor(0.3, 0.3), tensor(0.2, 2.0)), {}
+
+
+def singular_at_the_start() -> Call:
+    return bilevel.root(lambda x, a: x**2 - a.abs(), solver=bilevel.Newton()), (torch.zeros(2, dtype=F64), A), {}
+
+
+def contradiction() -> Call:
+    return bilevel.root(lambda x, a: x.sum() - a), (START, A), {}
+
+
+def one_equation_twice() -> Call:
+    return bilevel.root(lambda x, a: (x.sum() - a.sum()) * torch.ones_like(x)), (START, A), {}
+
+
+class Shifted(bilevel.BilevelProblem):
+    def inner_objective(self, inner, outer, data):
+        return torch.logsumexp(inner, 0) - (outer.softmax(0) * inner).sum()  # the same for inner + c
+
+    def outer_objective(self, inner, outer, data):
+        return (inner.softmax(0) ** 2).sum()
+
+
+class Pinned(Shifted):
+    def outer_objective(self, inner, outer, data):
+        return inner[0] ** 2  # not the same for inner + c
+
+
+def free_shift() -> Call:
+    return Shifted(), (tensor(0.1, 0.4, -1.0), ()), {"init": torch.zeros(3, dtype=F64)}
+
+
+def free_shift_by_products() -> Call:
+    return Shifted(linear_solver=bilevel.CG()), *free_shift()[1:]
+
+
+def free_shift_that_matters() -> Call:
+    return Pinned(), (tensor(0.1, 0.4, -1.0), ()), {"init": tensor(1.0, 0.0, 0.0)}
+
+
 def unconverged() -> Call:
     return bilevel.argmin(bowl, solver=bilevel.GradientDescent(1e-2, 5)), (START, A), {}
 
@@ -196,6 +259,17 @@ DEFECTS: dict[Callable[[], Call], set[Defect]] = {
     saddle: {Defect.SADDLE},
     saddle_that_descent_sits_on: {Defect.SADDLE},
     valley: {Defect.SINGULAR},
+    start_at_a_maximum: {Defect.SADDLE},
+    start_at_a_maximum_large: {Defect.SADDLE},
+    start_on_a_kink: {Defect.KINK},
+    start_on_a_kink_with_delta: {Defect.KINK},
+    minimum_at_a_kink: {Defect.KINK},
+    singular_at_the_start: {Defect.SINGULAR_SEARCH},
+    contradiction: {Defect.SINGULAR_SEARCH},
+    one_equation_twice: {Defect.SINGULAR},
+    free_shift: {Defect.MINIMUM_NORM},
+    free_shift_by_products: {Defect.MINIMUM_NORM},
+    free_shift_that_matters: {Defect.SINGULAR},
     unconverged: {Defect.UNCONVERGED},
     undefined: {Defect.NOT_FINITE},
     dropout: {Defect.STOCHASTIC},
@@ -240,6 +314,30 @@ def test_the_defect_is_named_and_no_other(make: Callable[[], Call]) -> None:
     json.dumps(found.as_dict(), allow_nan=False)
     if found.dtype == "float64":
         assert not any("use float64" in finding.remedy for finding in found.findings)
+
+
+@pytest.mark.parametrize(
+    ("make", "where"),
+    [
+        (start_at_a_maximum, "not positive definite at the start"),
+        (start_on_a_kink, "its gradient jumps at the start"),
+        (singular_at_the_start, "could not leave the start"),
+        (contradiction, "at a point that is no solution"),
+        (free_shift, "the outer loss does not change along them"),
+    ],
+    ids=lambda value: getattr(value, "__name__", ""),
+)
+def test_what_is_seen_at_the_start_is_told_from_what_is_seen_at_the_solution(
+    make: Callable[[], Call], where: str
+) -> None:
+    target, args, settings = make()
+    assert where in diagnose(target, *args, **settings).findings[0].sentence
+
+
+def test_a_free_shift_is_no_reason_to_expect_no_digits() -> None:
+    target, args, settings = free_shift()
+    advice = diagnose(target, *args, **settings).advice
+    assert advice is not None and advice.tolerance == "Tolerance()"
 
 
 def healthy_layer() -> Call:

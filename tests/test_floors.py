@@ -134,7 +134,9 @@ def test_imports_go_down_only(path: Path) -> None:
         if module.startswith("bilevel.linear"):
             assert not imported.startswith("bilevel.solvers"), f"{module}: a linear solver knows no inner solver"
         if module.startswith("bilevel.solvers") and imported.startswith("bilevel.linear"):
-            assert module in ("bilevel.solvers.newton", "bilevel.solvers._truncated_cg", "bilevel.solvers._error"), f"{module} imports {imported}"
+            assert module in ("bilevel.solvers.newton", "bilevel.solvers._truncated_cg", "bilevel.solvers._error"), (
+                f"{module} imports {imported}"
+            )
 
 
 @pytest.mark.parametrize("path", [path for path in MODULES if floor_of(name_of(path)) == 5], ids=name_of)

@@ -364,7 +364,8 @@ def _hidden(problem: Problem, x: torch.Tensor, residual: torch.Tensor, found: Er
     def solved(point: torch.Tensor) -> torch.Tensor:
         there = problem.residual(point)
         noise = residual_rounding(problem, point, there)
-        return length(there) <= 30 * length(noise) + 2 * length(residual)
+        size = length(there)
+        return torch.isfinite(size) & (size <= 30 * length(noise) + 2 * length(residual))
 
     return ~solved(x - found.null_part) & solved(x + 2 * found.null_part)
 
@@ -375,12 +376,15 @@ def _name_stationary(
     """Name a start that is stationary but no minimum, and a search that ended at a kink."""
     assert solution.residual is not None
     x, residual = solution.x, solution.residual
-    still = meant & (status == Status.CONVERGED) & (x == start).all(dim=-1)
+    converged = meant & (status == Status.CONVERGED)
+    # An unknown whose slope is exactly zero at the start stays there while the others move.
+    unmoved = ((x == start) & (residual == 0)).any(dim=-1)
+    still = converged & (unmoved | (x == start).all(dim=-1))
     if bool(still.any()) and not is_dense(problem):
         curved = still & meets_negative_curvature(problem, x, still)
         status = torch.where(curved, torch.full_like(status, Status.INDEFINITE), status)
     # By convention torch's slope at a kink is zero, as that of |x| at 0: such a zero is exact.
-    doubtful = still & (residual == 0).any(dim=-1)
+    doubtful = converged & unmoved
     doubtful = doubtful | (meant & _is_one_of(status, _MAYBE_KINKED))
     if bool(doubtful.any()):
         kinked = doubtful & has_kink(problem, x, residual)

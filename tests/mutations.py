@@ -98,9 +98,6 @@ MUTATIONS = (
     Mutation(
         "every gradient that changes is a kink", "solvers/_error.py", "(near > 0.5 * wide)", "(near > 0 * wide)",
         ("tests/solvers/test_error.py", "-k", "kinks_are_told"),
-        "every gradient that changes is a kink", "solvers/_error.py",
-        "(near > 0.5 * wide) & (near > 1e3 * eps * size) & (near > bend.abs() / 8)", "(near > 0)",
-        ("tests/test_wording.py", "-k", "smooth_objective"),
     ),
     Mutation(
         "scipy's own type errors come through", "solvers/_scipy.py", '"bounds": _BOUNDED,', "",
@@ -670,7 +667,7 @@ MUTATIONS = (
     ),
     Mutation(
         "a kink looked for on one side of it", "solvers/_error.py",
-        "for side in (1.0, -1.0):", "for side in (1.0,):", ("tests/test_wording.py", "-k", "whichever_side"),
+        "problem.residual(x + step) - problem.residual(x - step) - 2", "problem.residual(x + step) - residual - 1", ("tests/test_wording.py", "-k", "whichever_side"),
     ),
     Mutation(
         "a kink that another solver found is forgotten", "solvers/_judge.py",
@@ -1138,7 +1135,7 @@ MUTATIONS = (
     ),
     Mutation(
         "kinks are passed over", "solvers/_judge.py",
-        "kinked = doubtful & has_kink(problem, x, residual)", "kinked = doubtful & False",
+        "kinked = doubtful & has_kink(problem, solution.x, solution.residual)", "kinked = doubtful & False",
         ("tests/zoo/test_issue_inputs.py", "-k", "local_maximum_at_a_kink"),
     ),
     Mutation(

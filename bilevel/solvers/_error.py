@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 
@@ -29,6 +30,8 @@ __all__ = [
 # Up to these sizes matrices are factorised: by then a Krylov method needs as many products.
 _DENSE_SYMMETRIC, _DENSE_JACOBIAN = 128, 32
 _DENSE_NUMBERS = 2**22
+# Up to this size they are factorised where the residual is down to the rounding of x: R alone says nothing of the error there.
+_DENSE_DROWNED = 512
 _KRYLOV_STEPS, _KRYLOV_ACCURACY = 500, 0.1
 _EXAMINATION_STEPS = 20
 
@@ -47,7 +50,7 @@ class ErrorEstimate:
     size
         (batch, n): the size of x in the units of each unknown, converted by the diagonal scaling of J.
     singular
-        (batch,) bool: J is singular to working precision.
+        (batch,) bool: J is singular to working precision; of a large J, it may be.
     indefinite
         (batch,) bool: J, a Hessian, has a negative eigenvalue beyond rounding.
     null_part
@@ -68,10 +71,11 @@ class ErrorEstimate:
     factor: torch.Tensor | None = None
 
 
-def is_dense(problem: Problem) -> bool:
-    """Return whether the matrices of ``problem`` are factorised to estimate the error."""
+def is_dense(problem: Problem, most: int | None = None) -> bool:
+    """Return whether the matrices of ``problem`` are factorised to estimate the error: those of order up to ``most``, if that is given."""
     n = problem.size
-    most = _DENSE_SYMMETRIC if problem.system.symmetric else _DENSE_JACOBIAN
+    if most is None:
+        most = _DENSE_SYMMETRIC if problem.system.symmetric else _DENSE_JACOBIAN
     wide = torch.finfo(problem.system.raveler.dtype).bits >= 32  # there are no factorisations in half precision
     return wide and n <= most and problem.batch * n * n <= _DENSE_NUMBERS
 
@@ -79,7 +83,9 @@ def is_dense(problem: Problem) -> bool:
 def estimate_error(problem: Problem, x: torch.Tensor, residual: torch.Tensor, doubtful: torch.Tensor) -> ErrorEstimate:
     """Return the :class:`ErrorEstimate` at ``x`` (batch, n); only rows of ``doubtful`` (batch,) are meant."""
     n, symmetric = problem.size, problem.system.symmetric
-    if is_dense(problem):
+    dense = is_dense(problem)
+    drowned = doubtful if dense else _drowned(problem, x, residual, doubtful)
+    if dense or (is_dense(problem, _DENSE_DROWNED) and bool(drowned.any())):
         matrix = problem.linearize_dense(x).operator.dense()
         finite = torch.isfinite(matrix).all(dim=-1).all(dim=-1)
         matrix = torch.where(finite[:, None, None], matrix, torch.eye(n, dtype=x.dtype, device=x.device))
@@ -90,7 +96,16 @@ def estimate_error(problem: Problem, x: torch.Tensor, residual: torch.Tensor, do
             error, found.rounding, found.size, found.singular & finite, found.indefinite & finite, found.null_part, found.solved,
             found.factor if bool(finite.all()) else None,
         )  # fmt: skip
-    return _by_products(problem, x, torch.nan_to_num(residual), doubtful)
+    return _by_products(problem, x, torch.nan_to_num(residual), doubtful, drowned)
+
+
+def _drowned(problem: Problem, x: torch.Tensor, residual: torch.Tensor, doubtful: torch.Tensor) -> torch.Tensor:
+    """Return where R is no larger than what the rounding of x makes of it, (batch,) bool: one product."""
+    eps = torch.finfo(x.dtype).eps
+    moved = _linearization(problem, x).operator.matvec(irregular_signs(x) * x).norm(dim=-1)
+    if problem.is_fixed_point:
+        moved = moved + x.norm(dim=-1)
+    return doubtful & (residual.norm(dim=-1) <= 8 * eps * moved)
 
 
 def _symmetric(problem: Problem, matrix: torch.Tensor, x: torch.Tensor, residual: torch.Tensor) -> ErrorEstimate:
@@ -201,7 +216,9 @@ def irregular_signs(x: torch.Tensor) -> torch.Tensor:
     return torch.where(torch.frac(places * 0.7548776662) < 0.5, -1.0, 1.0).to(x).expand_as(x)
 
 
-def _by_products(problem: Problem, x: torch.Tensor, residual: torch.Tensor, doubtful: torch.Tensor) -> ErrorEstimate:
+def _by_products(
+    problem: Problem, x: torch.Tensor, residual: torch.Tensor, doubtful: torch.Tensor, drowned: torch.Tensor
+) -> ErrorEstimate:
     operator = _linearization(problem, x).operator
     norm = residual.norm(dim=-1)
     active = doubtful & (norm > 0)
@@ -218,7 +235,8 @@ def _by_products(problem: Problem, x: torch.Tensor, residual: torch.Tensor, doub
         error, indefinite = found.x * norm.unsqueeze(-1), none
     left = (residual - operator.matvec(torch.nan_to_num(error))).norm(dim=-1)
     size = x.abs().amax(dim=-1, keepdim=True).expand_as(x)
-    return ErrorEstimate(error, None, size, none, indefinite, torch.zeros_like(x), left <= 0.5 * norm)
+    # Whether J is singular is not known here. Where rounding hides R, the judge asks whether it is x as a whole that hides it.
+    return ErrorEstimate(error, None, size, drowned, indefinite, x, left <= 0.5 * norm)
 
 
 def _linearization(problem: Problem, x: torch.Tensor) -> Linearization:
@@ -256,7 +274,7 @@ def has_kink(problem: Problem, x: torch.Tensor, residual: torch.Tensor) -> torch
         step = share * reach * signs
         left.append((problem.residual(x + step) - problem.residual(x - step) - 2 * share * bend).abs())
     found = torch.zeros_like(x, dtype=torch.bool)
-    for wide, near in zip(left, left[1:], strict=False):
+    for wide, near in pairwise(left):
         size = residual.abs().amax(dim=-1, keepdim=True) + wide
         jump = torch.isfinite(wide) & (near > 0.5 * wide) & (near > 1e3 * eps * size) & (near > bend.abs() / 4)
         found = found | jump

@@ -376,7 +376,8 @@ def _hidden(problem: Problem, x: torch.Tensor, residual: torch.Tensor, found: Er
     def solved(point: torch.Tensor) -> torch.Tensor:
         there = problem.residual(point)
         noise = residual_rounding(problem, point, there)
-        return length(there) <= 30 * length(noise) + 2 * length(residual)
+        size = length(there)
+        return torch.isfinite(size) & (size <= 30 * length(noise) + 2 * length(residual))
 
     return ~solved(x - found.null_part) & solved(x + 2 * found.null_part)
 
@@ -387,20 +388,23 @@ def _name_stationary(
     """Name a start that is stationary but no minimum, and a search that ended at a kink."""
     assert solution.residual is not None
     x = solution.x
-    still = meant & (status == Status.CONVERGED) & (x == start).all(dim=-1)
+    converged = meant & (status == Status.CONVERGED)
+    # An unknown whose slope is exactly zero at the start stays there while the others move.
+    unmoved = converged & ((x == start) & (solution.residual == 0)).any(dim=-1)
+    still = unmoved | (converged & (x == start).all(dim=-1))
     if bool(still.any()) and not is_dense(problem):
         curved = still & meets_negative_curvature(problem, x, still)
         status = torch.where(curved, torch.full_like(status, Status.INDEFINITE), status)
-    return _name_kinks(problem, solution, status, still, meant & _is_one_of(status, _MAYBE_KINKED))
+    return _name_kinks(problem, solution, status, unmoved, meant & _is_one_of(status, _MAYBE_KINKED))
 
 
 def _name_kinks(
-    problem: Problem, solution: InnerSolution, status: torch.Tensor, still: torch.Tensor, failed: torch.Tensor
+    problem: Problem, solution: InnerSolution, status: torch.Tensor, unmoved: torch.Tensor, failed: torch.Tensor
 ) -> torch.Tensor:
-    """Return ``status`` (batch,) with the kinks named of those that did not move from the start, ``still``, or ``failed``."""
+    """Return ``status`` (batch,) with the kinks named of those with unknowns that did not move from the start, ``unmoved``, or ``failed``."""
     assert solution.residual is not None
     # By convention torch's slope at a kink is zero, as that of |x| at 0: such a zero is exact.
-    doubtful = failed | (still & (solution.residual == 0).any(dim=-1))
+    doubtful = failed | unmoved
     if bool(doubtful.any()):
         kinked = doubtful & has_kink(problem, solution.x, solution.residual)
         status = torch.where(kinked, torch.full_like(status, Status.KINK), status)

@@ -20,7 +20,7 @@ from torch.overrides import TorchFunctionMode
 
 from bilevel._norms import affine, batch_norm_written, batch_norms
 from bilevel._reverse import reverse_pass
-from bilevel._transforms import differentiating, front, saving_hooked, signed
+from bilevel._transforms import differentiating, front, saving_hooked, signed, uncompiled
 
 __all__ = ["QuickNorms"]
 
@@ -106,6 +106,7 @@ _QUICK = batch_norms(_batch_norm, _suits)
 class QuickNorms(TorchFunctionMode):
     """Inside, batch norms by batch statistics are the above."""
 
+    @uncompiled
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:

@@ -15,6 +15,8 @@ import torch
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
+from bilevel._transforms import uncompiled
+
 __all__ = ["WrittenNorms", "affine", "batch_norm_written", "batch_norms", "standardised"]
 
 Maybe = torch.Tensor | None
@@ -114,6 +116,7 @@ _WRITTEN: dict[Any, Callable[..., torch.Tensor]] = {
 class WrittenNorms(TorchFunctionMode):
     """Inside, norms are made of operations that torch differentiates rightly any number of times."""
 
+    @uncompiled
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:

@@ -27,7 +27,7 @@ from torch.overrides import TorchFunctionMode
 
 from bilevel._norms import affine, batch_norms, standardised
 from bilevel._seen import Held, seen
-from bilevel._transforms import front, saving_hooked, signed, transforms_active
+from bilevel._transforms import front, saving_hooked, signed, transforms_active, uncompiled
 
 __all__ = ["QuickProducts"]
 
@@ -303,6 +303,7 @@ _QUICK: dict[Any, Callable[..., torch.Tensor]] = {
 class QuickProducts(TorchFunctionMode):
     """Inside, convolutions and batch norms by batch statistics are differentiated twice by the rules above."""
 
+    @uncompiled
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:

@@ -18,6 +18,7 @@ from torch.overrides import TorchFunctionMode
 
 from bilevel._seen import Held, seen
 from bilevel._sparse import SPARSE
+from bilevel._transforms import uncompiled
 
 __all__ = ["Repeatable", "attention_kernels"]
 
@@ -62,6 +63,7 @@ _WRITTEN: dict[Any, Callable[..., Any]] = {
 class Repeatable(TorchFunctionMode):
     """Inside, these operations have right derivatives of every order."""
 
+    @uncompiled
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:

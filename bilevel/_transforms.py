@@ -37,6 +37,7 @@ __all__ = [
     "signed",
     "tangents_batched",
     "transforms_active",
+    "uncompiled",
     "undisturbed",
     "unhooked",
     "without_gradient",
@@ -206,6 +207,19 @@ T = TypeVar("T")
 _WHY_EAGER = "bilevel solves outside compiled code: leave out fullgraph=True"
 
 
+def uncompiled(function: Callable[P, T]) -> Callable[P, T]:
+    """Keep ``torch.compile`` from starting in ``function``, or in what ``function`` calls.
+
+    Where the compiler gives a frame up, it starts again in each frame below: in ours too, where it may fail. What it meets on its way
+    through a user's function, it still compiles with that function.
+    """
+    if hasattr(eval_frame, "set_code_exec_strategy"):
+        skip = eval_frame._FrameAction.SKIP
+        code = function.__code__  # type: ignore[attr-defined]
+        eval_frame.set_code_exec_strategy(code, eval_frame._FrameExecStrategy(skip, skip))
+    return function
+
+
 def eager(function: Callable[P, T]) -> Callable[P, T]:
     """Keep ``torch.compile`` out of ``function`` and all that it calls.
 
@@ -227,11 +241,7 @@ def eager(function: Callable[P, T]) -> Callable[P, T]:
     # not when the frame starts (told to torch by the code object, where this version has a binding for that).
     boundary._torchdynamo_disable = True  # type: ignore[attr-defined]
     boundary._torchdynamo_disable_msg = _WHY_EAGER  # type: ignore[attr-defined]
-    if hasattr(eval_frame, "set_code_exec_strategy"):
-        skip = eval_frame._FrameAction.SKIP
-        code = boundary.__code__  # type: ignore[attr-defined]
-        eval_frame.set_code_exec_strategy(code, eval_frame._FrameExecStrategy(skip, skip))
-    return boundary
+    return uncompiled(boundary)
 
 
 def outside_autocast(function: Callable[P, T]) -> Callable[P, T]:

@@ -12,11 +12,11 @@ import pytest
 import bilevel
 
 ROOT = Path(bilevel.__file__).parent
-# What an application may import beside public names: itself, and the module in which applications write files.
+# What an application may import beside public names: itself, the module in which applications write files, and the checksum of a saved state.
 OWN = {
-    **dict.fromkeys((ROOT / "hyperopt").glob("*.py"), ("bilevel.hyperopt", "bilevel._output")),
-    **dict.fromkeys((ROOT / "meta").glob("*.py"), ("bilevel.meta", "bilevel._output")),
-    **dict.fromkeys((ROOT / "testing").glob("*.py"), ("bilevel.testing",)),
+    **dict.fromkeys((ROOT / "hyperopt").rglob("*.py"), ("bilevel.hyperopt", "bilevel._output")),
+    **dict.fromkeys((ROOT / "meta").rglob("*.py"), ("bilevel.meta", "bilevel._output", "bilevel._checksum")),
+    **dict.fromkeys((ROOT / "testing").rglob("*.py"), ("bilevel.testing",)),
     ROOT / "cli.py": ("bilevel.hyperopt", "bilevel.meta", "bilevel._output", "bilevel._allocator"),
     ROOT / "_output.py": (),
     ROOT / "_allocator.py": (),
@@ -42,6 +42,9 @@ def test_only_the_public_api_and_the_application_itself_are_imported(path: Path)
             if module.split(".")[0] == "bilevel":
                 allowed = module == "bilevel" or module.startswith(OWN[path])
                 assert allowed, f"{path.name}: {module}"
+        if isinstance(node, ast.Attribute) and ast.unparse(node.value) == "bilevel":
+            private = node.attr.startswith("_") and not node.attr.startswith("__")
+            assert not private, f"{path.name}: bilevel.{node.attr}"
 
 
 def test_importing_the_library_imports_no_package_of_the_command_line() -> None:

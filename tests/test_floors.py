@@ -139,20 +139,6 @@ def test_imports_go_down_only(path: Path) -> None:
             )
 
 
-@pytest.mark.parametrize("path", [path for path in MODULES if floor_of(name_of(path)) == 5], ids=name_of)
-def test_applications_use_the_public_api_alone(path: Path) -> None:
-    own = (
-        "bilevel.hyperopt", "bilevel.meta", "bilevel.testing", "bilevel.cli", "bilevel._output", "bilevel._allocator",
-        "bilevel._checksum", "bilevel.display",
-    )  # fmt: skip
-    for imported in imports_of(path):
-        assert imported == "bilevel" or imported.startswith(own), f"{name_of(path)} reaches into {imported}"
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.Attribute) and ast.unparse(node.value) == "bilevel":
-            private = node.attr.startswith("_") and not node.attr.startswith("__")
-            assert not private, f"{name_of(path)} reaches into bilevel.{node.attr}"
-
-
 def test_the_package_is_a_list_of_names_and_nothing_else() -> None:
     tree = ast.parse((PACKAGE / "__init__.py").read_text())
     assert ast.get_docstring(tree), "bilevel/__init__.py has lost its docstring"

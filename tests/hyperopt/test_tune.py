@@ -184,7 +184,14 @@ def test_progress_is_told() -> None:
     outcome = tune(noise(), TuneSettings(penalty=Penalty.FEATURE, folds=2, steps=2), progress=told)
     assert told.stages == [("grid", 33), ("shared", 11), ("feature", 3)]
     assert len(told.steps["grid"]) == 33
-    assert [*told.steps["shared"], *told.steps["feature"]] == list(outcome.history)
+    # Error bounds are computed at the end, and only for the steps of the table.
+    assert [*told.steps["shared"], *told.steps["feature"]] == [
+        replace(step, error_bound=None, certified=False) for step in outcome.history
+    ]
+    bounded = {step.log_strengths for step in outcome.history if step.error_bound is not None}
+    assert bounded == {
+        row.log_strengths for row in outcome.rows if "feature" in row.name or row.name == "tuned, shared"
+    }
 
 
 def failing(monkeypatch: pytest.MonkeyPatch, fails: Any) -> None:

@@ -35,6 +35,7 @@ from torch.func import vmap
 
 from bilevel._once import refuse_once_only
 from bilevel._problem import LastLook, Linearization, Problem
+from bilevel._pullbacks import Pullback, is_final, pullbacks_of
 from bilevel._replay import Tapes
 from bilevel._replaying import allowed
 from bilevel._reverse import grad, vjp
@@ -139,13 +140,18 @@ class Rule:
         (problem, init (batch, n)) ↦ x (batch, n): the inner solver, its judge and the failure policy.
     solve_linear
         (operator, rhs (batch, n), axes of the batch) ↦ (batch, n). For the adjoint of a first derivative also v ↦ A v, for an answer
-        that costs no product: what makes it pulls the answer back along the way.
+        that costs no product: what makes it pulls the answer back along the way. For any adjoint also pullbacks through ∂_θ R, which
+        tell whether the derivative exists where A is singular.
     inspect
         Looks at the problem before its first linear solve, where that comes without an inner solve.
     repeats
         Axes of right-hand sides that share the matrices, outermost first, in front of the system's own axes.
     followed
         Whether a derivative may follow, for which the solver's last linearisation is then kept.
+    checked
+        For an adjoint whose derivative is differentiated again: the tensors whose derivative is asked whether it exists.
+    arguments
+        The tensors in the graph that they were computed in, where that can be walked.
     """
 
     system: System
@@ -154,6 +160,8 @@ class Rule:
     inspect: Callable[[Problem], None] | None = None
     repeats: tuple[int, ...] = ()
     followed: bool = False
+    checked: tuple[bool, ...] = ()
+    arguments: tuple[torch.Tensor, ...] = ()
     memo: _Memo = field(default_factory=_Memo)
 
     def lift(self, size: int, batched: Sequence[bool]) -> Rule:
@@ -199,9 +207,10 @@ class Solve(torch.autograd.Function):
             linearization = rule.memo.linearize(rule.system, x, tensors, wanted)
             rhs = cotangent.reshape(linearization.residual.shape)
             both = _Both(linearization)
-            adjoint = rule.solve_linear(linearization.operator.T, rhs, rule.system.batch_shape, both)
+            pullbacks = pullbacks_of(both.pullback, tensors, wanted)
+            adjoint = rule.solve_linear(linearization.operator.T, rhs, rule.system.batch_shape, both, pullbacks)
             return (None, None, *both.pullback(-adjoint.reshape(rhs.shape)))
-        q = LinearSolve.apply(rule, True, cotangent, x, *tensors)
+        q = LinearSolve.apply(_checking(rule, tensors, wanted), True, cotangent, x, *tensors)
         again = _is_differentiated_again(rule.system, (x, cotangent, *tensors))
         chosen, residual = _in_terms_of(rule.system, x, tensors, wanted, again=again)
         pulled = iter(vjp(residual, *chosen)[1](-q))
@@ -253,13 +262,14 @@ class LinearSolve(torch.autograd.Function):
             if rule.repeats:
                 operator = RepeatedOperator(operator, math.prod(rule.repeats))
             flat = _usable(rhs).detach().reshape(operator.batch, operator.size)
-            solved = rule.solve_linear(operator, flat, rule.repeats + rule.system.batch_shape)
+            pullbacks = _pullbacks_later(rule, x, tensors)
+            solved = rule.solve_linear(operator, flat, rule.repeats + rule.system.batch_shape, pullbacks=pullbacks)
             return solved.reshape(rhs.shape).clone()
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
         rule, transposed, _, x, *tensors = inputs
-        ctx.rule, ctx.transposed = rule, transposed
+        ctx.rule, ctx.transposed = replace(rule, checked=(), arguments=()) if rule.checked else rule, transposed
         ctx.save_for_backward(output, x, *tensors)
         ctx.save_for_forward(output, x, *tensors)
 
@@ -323,6 +333,27 @@ class LinearSolve(torch.autograd.Function):
         point = front(x, in_dims[3], size)
         others = (front(t, dim) for t, dim in zip(tensors, in_dims[4:], strict=True))
         return LinearSolve.apply(lifted, transposed, moved, point, *others), at
+
+
+def _checking(rule: Rule, tensors: Tensors, wanted: Sequence[bool]) -> Rule:
+    """Return the rule for an adjoint of :class:`LinearSolve`.
+
+    A transform's graph cannot be walked from inside: there, only the tensors that the gradient ends at are looked at.
+    """
+    if not transforms_active():
+        return replace(rule, checked=tuple(wanted), arguments=tuple(tensors))
+    return replace(rule, checked=tuple(w and is_final(t) for t, w in zip(tensors, wanted, strict=True)))
+
+
+def _pullbacks_later(rule: Rule, x: torch.Tensor, tensors: Tensors) -> tuple[Pullback, ...]:
+    """Return :func:`~bilevel._pullbacks.pullbacks_of` through a linearisation that is made only where one is called."""
+    if not any(rule.checked):
+        return ()
+
+    def pullback(v: torch.Tensor) -> list[torch.Tensor | None]:
+        return rule.memo.linearize(rule.system, _usable(x), tensors, rule.checked).pullback(v)
+
+    return pullbacks_of(pullback, rule.arguments or tensors, rule.checked)
 
 
 def _usable(tensor: torch.Tensor) -> torch.Tensor:

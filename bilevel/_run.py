@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any, Generic, NamedTuple, TypeVar, overload
@@ -12,14 +12,26 @@ import torch
 from bilevel._choice import default_linear_solver, default_solvers
 from bilevel._inspection import Look, look, on_trust, recall
 from bilevel._problem import Problem
+from bilevel._pullbacks import Pullback
 from bilevel._replay import Tapes
 from bilevel._straight import Memory
 from bilevel._wording import words_of
 from bilevel.errors import ArgumentError, BilevelError
 from bilevel.linear._base import LinearOutcome, LinearSolver, as_linear_solver, solve_linear
+from bilevel.linear._free_directions import changes_free_directions, words_of_change
 from bilevel.linear.exact import lend
 from bilevel.operators import LinearOperator
-from bilevel.reports import OnFailure, Pass, SolveReport, Words, active_recordings, check_policy, enforce, misuse
+from bilevel.reports import (
+    OnFailure,
+    Pass,
+    SolveReport,
+    Status,
+    Words,
+    active_recordings,
+    check_policy,
+    enforce,
+    misuse,
+)
 from bilevel.solvers._base import InnerSolver, as_inner_solver
 from bilevel.solvers._judge import InnerOutcome, solve_inner
 from bilevel.tolerance import Tolerance, auto_relative
@@ -227,10 +239,12 @@ class SolveCall:
         rhs: torch.Tensor,
         axes: tuple[int, ...],
         product: Callable[[torch.Tensor], torch.Tensor] | None = None,
+        pullbacks: Sequence[Pullback] = (),
     ) -> torch.Tensor:
         """Return A⁻¹ rhs (*axes, n), solved for, judged, reported and treated as the policy says.
 
-        ``product``, v ↦ A v for the first answer, is there for the adjoint of a first derivative alone.
+        ``product``, v ↦ A v for the first answer, is there for the adjoint of a first derivative alone. ``pullbacks`` are there for any adjoint: if A
+        is singular, they tell whether the derivative exists.
         """
         settings = self.settings
         if self.factor is not None:
@@ -244,7 +258,8 @@ class SolveCall:
         begun = None if product is None else settings.start(rhs)
         noise = self._noise(rhs)
         outcome = solve_linear(solver, operator, rhs, target, begun, product=product, seen=bool(reported), noise=noise)
-        report = _report(direction, self.where, solver.name, outcome, axes, settings.backward_words)
+        outcome, words = _without_derivative(operator, outcome, pullbacks, settings.backward_words)
+        report = _report(direction, self.where, solver.name, outcome, axes, words)
         self.report = self.report or report
         if on_adjoint is not None and self.residual is not None:
             on_adjoint(Adjoint(outcome.x, report, self.residual))
@@ -271,6 +286,22 @@ class SolveCall:
         if not len(rhs) or len(rhs) % max(1, len(self.largest)):
             return None
         return auto_relative(self.dtype) * self.largest.repeat(len(rhs) // len(self.largest))
+
+
+def _without_derivative(
+    operator: LinearOperator, outcome: LinearOutcome, pullbacks: Sequence[Pullback], words: Words
+) -> tuple[LinearOutcome, Words]:
+    """Return ``outcome`` and ``words`` with ``Status.SINGULAR`` where an argument changes which directions of the solution are free."""
+    if not pullbacks or not bool((outcome.status == Status.MINIMUM_NORM).any()):
+        return outcome, words
+    changed = changes_free_directions(operator, outcome.status, pullbacks)
+    if not bool(changed.any()):
+        return outcome, words
+    status = torch.where(changed, int(Status.SINGULAR), outcome.status)
+    first = (status == Status.SINGULAR).nonzero()[0]  # a report has one sentence for each status
+    if bool(changed[first]):
+        words = {**words_of_change(symmetric=operator.symmetric), **words}
+    return replace(outcome, status=status), words
 
 
 def _report(

@@ -176,6 +176,15 @@ MUTATIONS = (
         "& (negative <= doubt(n, matrix.dtype)) & definite", "& False", (MINIMUM_NORM, "-k", "within_the_accuracy"),
     ),
     Mutation(
+        "an argument that changes the free directions differentiated", "_run.py",
+        "changed = changes_free_directions(operator, outcome.status, pullbacks)", "changed = outcome.status < 0",
+        ("tests/linear/test_free_directions.py", "-k", "dependent or duplicated"),
+    ),
+    Mutation(
+        "an argument judged by itself, not by what it was computed from", "_pullbacks.py",
+        "else (to_arguments, to_leaves)", "else (to_arguments,)", ("tests/linear/test_free_directions.py", "-k", "outside"),
+    ),
+    Mutation(
         "a factorisation lent where the matrix may be singular", "linear/exact.py",
         "(pivots > least**0.5 * factor.norm(dim=-1))", "(pivots > 1e-4 * pivots.amax())", (MINIMUM_NORM, "-k", "curved"),
     ),

@@ -30,6 +30,7 @@ GROUND = (
     "_inspection",
     "_randomness",
     "_reverse",
+    "_pullbacks",
     "_transforms",
     "_norms",
     "_batch_norm",

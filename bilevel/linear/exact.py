@@ -15,7 +15,7 @@ from bilevel.operators import LinearOperator
 from bilevel.reports import Status
 from bilevel.tolerance import auto_relative
 
-__all__ = ["Exact", "lend"]
+__all__ = ["Exact", "lend", "pseudo_inverse_of"]
 
 
 @dataclass(frozen=True)
@@ -91,6 +91,12 @@ class Exact(LinearSolver):
     def propose(self, operator: LinearOperator, rhs: torch.Tensor) -> torch.Tensor | None:
         lent = operator.distinct.memo.get(_LENT)
         return _columnwise(lent.factor.solve, operator, rhs) if lent is not None and lent.exact else None
+
+
+def pseudo_inverse_of(operator: LinearOperator) -> PseudoInverse | None:
+    """Return the pseudo-inverse of the singular matrices of ``operator``, if :class:`Exact` has factorised it and met some."""
+    factor = operator.distinct.memo.get(Exact)
+    return None if factor is None else factor.pseudo
 
 
 _LENT = "factor of a matrix nearby"

@@ -1,0 +1,118 @@
+"""Whether an argument changes which directions of a solution are free, so that it has no derivative there.
+
+Where J = ∂_x R is singular at the solution, a small change dθ moves the solution by a small dx only if J dx = −∂_θR dθ has a solution, that is if
+uᵀ ∂_θR dθ = 0 for every u with uᵀ J = 0. Reverse mode solves Jᵀ q = x̄ and never meets ∂_θR dθ. It looks at (∂_θR)ᵀ u here instead.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from bilevel._pullbacks import Pullback
+from bilevel.linear._pseudo_inverse import PseudoInverse
+from bilevel.linear.exact import pseudo_inverse_of
+from bilevel.operators import LinearOperator
+from bilevel.reports import Status, Words
+
+__all__ = ["changes_free_directions", "words_of_change"]
+
+_IRRATIONAL = (0.7548776662466927, 0.5698402909980532, 0.8191725133961645)
+
+
+def changes_free_directions(
+    operator: LinearOperator, status: torch.Tensor, pullbacks: Sequence[Pullback]
+) -> torch.Tensor:
+    """Return, per problem, whether an argument changes which directions are free: up to three pullbacks, and none without a singular matrix.
+
+    Parameters
+    ----------
+    operator
+        Jᵀ (batch, n, n), as the adjoint was solved with.
+    status
+        How that ended (batch,). Problems with ``Status.MINIMUM_NORM`` are looked at, if :class:`~bilevel.Exact` solved them.
+    pullbacks
+        To the arguments, and then to what the arguments were computed from, if that is known. A problem has no derivative if (∂_θR)ᵀ u vanishes
+        in none of them.
+    """
+    found = torch.zeros_like(status, dtype=torch.bool)
+    pseudo = pseudo_inverse_of(operator)
+    singular = status == Status.MINIMUM_NORM
+    if pseudo is None or not pullbacks or not bool(singular.any()):
+        return found
+    base = operator.distinct
+    suspects = singular.reshape(operator.repeats, base.batch).any(0) & pseudo.singular  # (batch,)
+    vectors = _vectors(pseudo, base.batch)
+    # All problems at once, and one by one only where that does not vanish: they may share an argument.
+    for pullback in pullbacks:
+        if _vanishes(pullback, vectors, suspects, pseudo):
+            return found
+        numbers = suspects.nonzero().reshape(-1)
+        if len(numbers) > 1:
+            each = torch.nn.functional.one_hot(numbers, len(suspects)).bool()
+            kept = [not _vanishes(pullback, vectors, this, pseudo) for this in each]
+            suspects = suspects.index_put((numbers,), torch.tensor(kept, device=suspects.device))
+    return suspects.repeat(operator.repeats) & singular
+
+
+def _vectors(pseudo: PseudoInverse, batch: int) -> tuple[torch.Tensor, ...]:
+    """Return a null vector u of each singular matrix, u with irregular signs, and an irregular vector of the same scaled norm (each (batch, n))."""
+    left = pseudo.left  # (k, n, n): the scale of each row times an orthogonal matrix
+    # Drawn by no generator: a transform that surrounds this may refuse random numbers.
+    places = torch.arange(1, left.shape[-1] * len(left) + 1, dtype=torch.float64, device=left.device)
+    u, v, w = (torch.frac(places * irrational).sub(0.5).to(left).reshape(left.shape[:2]) for irrational in _IRRATIONAL)
+
+    def of_scaled_norm_one(numbers: torch.Tensor) -> torch.Tensor:
+        return (left @ (numbers / numbers.norm(dim=-1, keepdim=True)).unsqueeze(-1)).squeeze(-1)
+
+    null = of_scaled_norm_one(torch.where(pseudo.inverse == 0, u, 0.0))
+    made = []
+    for some in (null, torch.sign(v) * null, of_scaled_norm_one(w)):
+        every = torch.zeros(batch, null.shape[-1], dtype=null.dtype, device=null.device)
+        every[pseudo.singular] = some.nan_to_num(0.0, 0.0, 0.0)
+        made.append(every)
+    return tuple(made)
+
+
+def _vanishes(pullback: Pullback, vectors: Sequence[torch.Tensor], these: torch.Tensor, pseudo: PseudoInverse) -> bool:
+    """Return whether (∂_θR)ᵀ u of ``these`` problems (batch,) is zero but for the errors of u and of rounding, for each argument θ by itself.
+
+    The null vector is that of a matrix known to about the cutoff of its rank, which the gap to the other singular values divides. At least
+    half of the digits are left to its error, and at most all but one. Where all of ∂_θR is rounding, as of a θ that shifts x along a free
+    direction, no ratio tells. R depends on x + θ at most as strongly as on x there, and 64 eps of that counts as zero.
+    """
+    found = pullback(torch.where(these.unsqueeze(-1), vectors[0], 0.0))
+    if not any(bool((_entries(slope) != 0).any()) for _, slope in found):
+        return True
+    sizes = [pullback(torch.where(these.unsqueeze(-1), v, 0.0)) for v in vectors[1:]]
+    eps = torch.finfo(vectors[0].dtype).eps
+    kept = pseudo.inverse[these[pseudo.singular]].abs()  # 1 / σ, and zero for a σ that counts as zero
+    spread = torch.where(kept > 0, kept.amax(-1, keepdim=True) / kept, 0.0)
+    doubt = min(max(eps**0.5, pseudo.cutoff * float(spread.amax())), 0.1)
+    unit = 64 * eps / float(pseudo.right.norm(dim=-1).amax())
+    for (theta, slope), *others in zip(found, *sizes, strict=True):
+        size = max(_norm(other) for _, other in others)
+        values = _entries(theta.detach())
+        largest = max(1.0, float(values.abs().amax())) if values.numel() else 1.0
+        if _norm(slope) > max(doubt * size, unit / largest):
+            return False
+    return True
+
+
+def _entries(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.coalesce().values() if tensor.is_sparse else tensor
+
+
+def _norm(tensor: torch.Tensor) -> float:
+    return float(torch.linalg.vector_norm(_entries(tensor)))
+
+
+def words_of_change(*, symmetric: bool) -> Words:
+    """Return what a report says of ``Status.SINGULAR`` where an argument changes which directions are free."""
+    meaning = "found no derivative: an argument changes which directions of the solution are free"
+    if symmetric:
+        remedy = "pin one unknown, add a small ridge term such as 1e-3 * ((x - x0) ** 2).sum() with a fixed x0 to the objective"
+    else:
+        remedy = "put an equation that pins one unknown, such as x[0] - c, in the place of an equation that follows from the others"
+    return {Status.SINGULAR: (meaning, f"{remedy}, or pass that argument detached if its gradient is not wanted")}

@@ -215,7 +215,7 @@ def uncompiled(function: Callable[P, T]) -> Callable[P, T]:
     """
     if hasattr(eval_frame, "set_code_exec_strategy"):
         skip = eval_frame._FrameAction.SKIP
-        code = function.__code__  # type: ignore[attr-defined]
+        code = function.__code__
         eval_frame.set_code_exec_strategy(code, eval_frame._FrameExecStrategy(skip, skip))
     return function
 

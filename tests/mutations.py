@@ -119,7 +119,7 @@ MUTATIONS = (
     ),
     Mutation(
         "the adjoint's matrix not transposed, in second derivatives", "_implicit.py",
-        "q = LinearSolve.apply(rule, True, cotangent,", "q = LinearSolve.apply(rule, False, cotangent,", GRADGRADCHECK,
+        "q = LinearSolve.apply(_checking(rule, tensors, wanted), True, cotangent,", "q = LinearSolve.apply(rule, False, cotangent,", GRADGRADCHECK,
     ),
     Mutation(
         "the adjoint's sign, in second derivatives", "_implicit.py",

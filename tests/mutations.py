@@ -76,6 +76,11 @@ MUTATIONS = (
         (IMAML, "-k", "damped_alone or default_learns"),
     ),
     Mutation(
+        "IMAML's default takes vanishing curvature for a solution", "meta/safeguarded.py",
+        "return bent | (flat & ~(residual <= torch.finfo(rhs.dtype).eps ** 0.75 * rhs.norm(dim=-1)))", "return bent",
+        (IMAML, "-k", "indefinite_task_is_reported or singular_task"),
+    ),
+    Mutation(
         "damping passes for an accuracy that was asked for", "meta/safeguarded.py", " or bool((threshold > 0).any())", "",
         (IMAML, "-k", "damped_alone"),
     ),
@@ -325,6 +330,11 @@ MUTATIONS = (
     Mutation(
         "the compiler let in", "_transforms.py",
         "    disabled: list[Callable[P, T]] = []", "    return function\n    disabled: list[Callable[P, T]] = []",
+        matrix("compile", columns="float64 and argmin"),
+    ),
+    Mutation(
+        "the compiler starts in our function modes", "_transforms.py",
+        'if hasattr(eval_frame, "set_code_exec_strategy"):', "if False:",
         matrix("compile", columns="float64 and argmin"),
     ),
     Mutation(

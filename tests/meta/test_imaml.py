@@ -599,6 +599,17 @@ def test_one_indefinite_task_is_damped_alone() -> None:
     assert strict.status[1] == bilevel.Status.INDEFINITE
 
 
+def test_a_singular_task_is_damped_unless_it_is_solved() -> None:
+    matrix = torch.diag(torch.tensor([4.0, 1.0, 0.0], dtype=torch.float64))
+    operator = bilevel.operators.DenseOperator(matrix.expand(2, 3, 3), symmetric=True)
+    rhs = torch.tensor([[1.0, 1.0, 0.0], [1.0, 1.0, 1.0]], dtype=torch.float64)
+    found = SafeguardedCG(max_steps=3).solve(operator, rhs, torch.zeros(2, dtype=torch.float64))
+    torch.testing.assert_close(found.x[0], torch.tensor([0.25, 1.0, 0.0], dtype=torch.float64))
+    gamma = 1 / found.x[1, 0] - 4.0
+    assert 0.0 < gamma <= 4.0
+    torch.testing.assert_close(found.x[1], 1 / (matrix.diagonal() + gamma))
+
+
 def test_an_accuracy_asked_for_is_not_met_by_damping() -> None:
     model, tasks = sinusoids(1)
     settings = {"solver": PAPER["solver"], "tolerance": bilevel.Tolerance(delta=None, delta_prime=1e-3)}

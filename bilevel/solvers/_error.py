@@ -32,6 +32,8 @@ _DENSE_NUMBERS = 2**22
 _DENSE_DROWNED = 512
 _KRYLOV_STEPS, _KRYLOV_ACCURACY = 500, 0.1
 _EXAMINATION_STEPS = 20
+# As parts of ‖R‖: what a Krylov method may leave of it, and what a direction without curvature makes of it.
+_UNEXPLAINED, _ANNIHILATED = 0.9, 1e-3
 
 
 @dataclass(frozen=True, eq=False)
@@ -80,7 +82,7 @@ def estimate_error(problem: Problem, x: torch.Tensor, residual: torch.Tensor, do
     n, symmetric = problem.size, problem.system.symmetric
     dense = is_dense(problem)
     drowned = doubtful if dense else _drowned(problem, x, residual, doubtful)
-    if dense or is_dense(problem, _DENSE_DROWNED) and bool(drowned.any()):
+    if dense or (is_dense(problem, _DENSE_DROWNED) and bool(drowned.any())):
         matrix = problem.linearize_dense(x).operator.dense()
         finite = torch.isfinite(matrix).all(dim=-1).all(dim=-1)
         matrix = torch.where(finite[:, None, None], matrix, torch.eye(n, dtype=x.dtype, device=x.device))
@@ -224,6 +226,12 @@ def _by_products(
         steps = min(problem.size, _KRYLOV_STEPS)
         found = GMRES(max_steps=steps).solve(operator, unit, torch.full_like(norm, _KRYLOV_ACCURACY))
         error, indefinite = found.x * norm.unsqueeze(-1), none
+    # A step that J annihilates, and a residual that no step explains, say that R lies outside the range of J, or next to it.
+    product = operator.matvec(error)
+    missed = (residual - product).norm(dim=-1) > _UNEXPLAINED * norm
+    if problem.system.symmetric:  # the residuals of conjugate gradients may grow before they fall
+        missed = missed & (product.norm(dim=-1) <= _ANNIHILATED * norm)
+    error = torch.where((active & missed & ~drowned).unsqueeze(-1), torch.full_like(error, torch.inf), error)
     size = x.abs().amax(dim=-1, keepdim=True).expand_as(x)
     # Whether J is singular is not known here. Where rounding hides R, the judge asks whether it is x as a whole that hides it.
     return ErrorEstimate(error, None, size, drowned, indefinite, x)

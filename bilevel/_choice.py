@@ -14,7 +14,6 @@ from bilevel.operators import LinearOperator
 from bilevel.solvers._base import InnerSolver
 from bilevel.solvers._judge import Successor
 from bilevel.solvers.anderson import Anderson
-from bilevel.solvers.fixed_point import FixedPointIteration
 from bilevel.solvers.lbfgs import LBFGS
 from bilevel.solvers.newton import Newton
 
@@ -37,13 +36,13 @@ def default_solvers(problem: Problem) -> tuple[InnerSolver, tuple[Successor, ...
     """Return the inner solver used where none is given, and those that take over the problems at which it fails.
 
     Newton's method where the matrices are small, and L-BFGS for a large argmin; the other of the two takes over. Anderson acceleration for a
-    fixed point; plain iteration takes over, then Newton's method. Newton's method
+    fixed point, which has plain iteration beneath it; Newton's method takes over. Newton's method
     for a root, once more from beside the start.
     """
     wide = torch.finfo(problem.system.raveler.dtype).bits >= 32
     polish = (Successor(Newton(), afresh=False),) if wide else ()
     if problem.is_fixed_point:
-        return Anderson(), (Successor(FixedPointIteration(), afresh=True), *polish)
+        return Anderson(), polish
     if problem.minimizes:
         if _dense_fits(problem.batch, problem.size, problem.system.raveler.dtype):
             return Newton(), (Successor(LBFGS(), afresh=True), *polish)

@@ -60,6 +60,7 @@ def words_of(solver: InnerSolver, problem: Problem, init: torch.Tensor, outcome:
         Status.INDEFINITE: (Status.INDEFINITE.meaning, _NO_MINIMUM),
         Status.DIVERGED: (Status.DIVERGED.meaning, _steadier(solver)),
         Status.NOT_FINITE: (Status.NOT_FINITE.meaning, f"{_DOMAIN}{_or_lower(solver)}"),
+        Status.INDEFINITE: _NO_MINIMUM,
     }
     status = Status(int(outcome.status[which]))
     if status not in _SHORT_OF_IT:
@@ -124,7 +125,19 @@ _ABOUT_ROOTS = (
 )
 _NO_LOWER_RESIDUAL = ("found no step that lowers the residual", _ABOUT_ROOTS)
 
+_NO_MINIMUM = (
+    "ended at a saddle or a maximum: the Hessian has a negative eigenvalue there",
+    "start elsewhere, as a small random displacement of the start is enough to leave a saddle; or take bilevel.root of the gradient, "
+    "torch.func.grad(objective), if any stationary point will do",
+)
+_SINGULAR_AWAY_FROM_ROOTS = (
+    "came to a point that is no solution and where the Jacobian is singular, so that no step can be found",
+    "start elsewhere, nearer to a solution: an unknown may have no influence where the search is, as beyond the saturation of tanh or "
+    "below the zero of relu; or check that a solution exists, and that no equation repeats another",
+)
+
 _ROOT: Words = {
+    Status.SINGULAR: _SINGULAR_AWAY_FROM_ROOTS,
     Status.LINE_SEARCH_FAILED: _NO_LOWER_RESIDUAL,
     Status.DIVERGED: (
         Status.DIVERGED.meaning,
@@ -139,6 +152,11 @@ _ROOT: Words = {
 }
 
 _FIXED_POINT: Words = {
+    Status.SINGULAR: _SINGULAR_AWAY_FROM_ROOTS,
+    Status.MAX_STEPS: (
+        Status.MAX_STEPS.meaning,
+        "check that the mapping has a fixed point and is smooth near it; start nearer to it, loosen the tolerance, or raise max_steps",
+    ),
     Status.LINE_SEARCH_FAILED: (
         "found no step that lowers the residual x - T(x)",
         _ABOUT_ROOTS.replace("the residual may have no root", "the mapping may have no fixed point"),

@@ -570,6 +570,28 @@ MUTATIONS = (
         "believed = (noticed == Status.CONVERGED) & ~reached", "believed = (noticed == Status.CONVERGED) & False", ("tests/solvers/test_base.py",),
     ),
     Mutation(
+        "equations that are not finite taken for solved", "solvers/_judge.py",
+        "torch.isfinite(size) & (size <= 30", "(size <= 30", ("tests/solvers/test_judge.py", "-k", "not_finite"),
+    ),
+    Mutation(
+        "a residual lost in the rounding of x believed where n is large", "solvers/_error.py",
+        "return doubtful & (residual.norm(dim=-1) <= 8 * eps * moved)", "return doubtful & (residual.norm(dim=-1) < 0 * moved)",
+        ("tests/solvers/test_judge.py", "-k", "lost_in_the_rounding or plateau"),
+    ),
+    Mutation(
+        "no step found taken for no error", "solvers/_error.py",
+        "(active & missed & ~drowned)", "(active & missed & drowned & ~drowned)", ("tests/solvers/test_judge.py", "-k", "saturated or vanishes"),
+    ),
+    Mutation(
+        "a kink looked for only where no unknown has moved", "solvers/_judge.py",
+        "doubtful = converged & unmoved", "doubtful = converged & (x == start).all(dim=-1)", ("tests/solvers/test_judge.py", "-k", "kink"),
+    ),
+    Mutation(
+        "L-BFGS follows an objective that falls without end", "solvers/lbfgs.py",
+        "torch.where(state.endless, int(Status.DIVERGED), verdict)", "torch.where(state.endless, int(Status.RUNNING), verdict)",
+        ("tests/solvers/test_judge.py", "-k", "without_end"),
+    ),
+    Mutation(
         "a saddle taken for a minimum", "solvers/newton.py",
         "status=torch.where(doubtful & saddle,", "status=torch.where(doubtful & ~doubtful,", ("tests/solvers/test_newton.py", "-k", "saddle or maximum"),
     ),

@@ -17,12 +17,13 @@ _MOST_TRIALS = 40
 
 @dataclass(frozen=True, eq=False)
 class Searched:
-    """Where a line search ended: t (batch,), the objective, its gradient (batch, n) and what failed (batch,) bool."""
+    """Where a line search ended: t (batch,), the objective, its gradient (batch, n), what failed (batch,) bool, and where G fell at every trial."""
 
     x: torch.Tensor
     value: torch.Tensor
     gradient: torch.Tensor
     failed: torch.Tensor
+    endless: torch.Tensor
 
 
 def line_search(
@@ -82,13 +83,13 @@ def line_search(
         wolfe = (found <= value + _DECREASE * t * slope) & (turned.abs() <= -_CURVATURE * slope)  # False for NaN
         pending = pending & ~wolfe
         if not bool(pending.any()):
-            return Searched(point, found, gradient, pending)
+            return Searched(point, found, gradient, pending, pending)
         near = found <= value + noise
         approximate = near & (turned >= _CURVATURE * slope) & (turned <= (2 * _DECREASE - 1) * slope)
         ended = near & (gradient.norm(dim=-1) <= threshold)
         pending = pending & ~(approximate | ended)
         if not bool(pending.any()):
-            return Searched(point, found, gradient, pending)
+            return Searched(point, found, gradient, pending, pending)
         descends = pending & near & (turned < 0)
         rises = pending & ~descends
         low, low_value = torch.where(descends, t, low), torch.where(descends, found, low_value)
@@ -104,7 +105,7 @@ def line_search(
     t = torch.where(rescued, low, t)
     point = torch.where(active.unsqueeze(-1), x + t.unsqueeze(-1) * d, x)
     found, gradient = problem.value_and_residual(point)
-    return Searched(point, found, gradient, pending & ~rescued)
+    return Searched(point, found, gradient, pending & ~rescued, rescued & (high == torch.inf))
 
 
 def _inside(

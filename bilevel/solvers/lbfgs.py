@@ -91,6 +91,11 @@ class LBFGS(InnerSolver):
                 x, gradient = torch.where(keep, state.x, x), torch.where(keep, state.residual, gradient)
                 value = torch.where(failed, state.value, value)
                 verdict = _verdict(failed & cold, first * slope.abs() <= noise)
+            if bool(state.endless.any()):  # only now, so that the point which it came to is what is returned
+                verdict = (
+                    torch.full_like(failed, int(Status.RUNNING), dtype=torch.int64) if verdict is None else verdict
+                )
+                verdict = torch.where(state.endless, int(Status.DIVERGED), verdict)
             memory.store(x - state.x, gradient - state.residual, active & ~failed)
             memory.forget(failed)
             weight = 1 + _DECAY * state.weight
@@ -102,16 +107,21 @@ class LBFGS(InnerSolver):
             if bool(stuck.any()):
                 verdict = torch.full_like(stuck, int(Status.RUNNING), dtype=torch.int64) if verdict is None else verdict
                 verdict = torch.where(stuck & (verdict == Status.RUNNING), int(Status.STAGNATED), verdict)
-            return _State(x, gradient, value, average, weight, torch.minimum(norm, state.best), idle), verdict
+            best = torch.minimum(norm, state.best)
+            return _State(x, gradient, value, average, weight, best, idle, found.endless), verdict
 
         ones = torch.ones_like(value)
-        start = _State(init, gradient, value, value.abs(), ones, gradient.norm(dim=-1), torch.zeros_like(ones))
+        zeros = torch.zeros_like(ones)
+        start = _State(init, gradient, value, value.abs(), ones, gradient.norm(dim=-1), zeros, zeros > 0)
         return iterate(start, step, goal, self.max_steps or _MAX_STEPS, descends=True)[0]
 
 
 @dataclass(frozen=True, eq=False)
 class _State:
-    """An iterate with ∇G and G there, the running average of |G| with its weight, the least ‖∇G‖, and how many steps in a row gained nothing."""
+    """An iterate with ∇G and G there, the running average of |G| with its weight, the least ‖∇G‖, and how many steps in a row gained nothing.
+
+    ``endless`` says where G fell at every trial of the last line search, each longer than the one before.
+    """
 
     x: torch.Tensor
     residual: torch.Tensor
@@ -120,6 +130,7 @@ class _State:
     weight: torch.Tensor
     best: torch.Tensor
     idle: torch.Tensor
+    endless: torch.Tensor
 
 
 class _Memory:

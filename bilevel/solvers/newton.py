@@ -328,11 +328,11 @@ def _search(
                 tiny = tiny | (-slope <= 64 * eps * magnitude)
         # A decrease within rounding is not worth many trials.
         if trial == _TRIALS_IN_ROUNDING and not bool((pending & ~tiny).any()):
-            verdict = _verdict(operator, pending, tiny)
+            verdict = _verdict(operator, direction, pending, tiny)
             break
         t = torch.where(pending, _shorter(t, merit, found, slope), t)
     else:
-        verdict = _verdict(operator, pending, tiny)
+        verdict = _verdict(operator, direction, pending, tiny)
     if not problem.minimizes:
         found = merit
     modelled = (
@@ -402,10 +402,13 @@ def _shorter(t: torch.Tensor, merit: torch.Tensor, found: torch.Tensor, slope: t
     return torch.where(torch.isfinite(parabola), torch.clamp(parabola, min=0.1 * t, max=0.5 * t), 0.25 * t)
 
 
-def _verdict(operator: LinearOperator, failed: torch.Tensor, tiny: torch.Tensor) -> torch.Tensor:
+def _verdict(operator: LinearOperator, direction: _Direction, failed: torch.Tensor, tiny: torch.Tensor) -> torch.Tensor:
     verdict = torch.full(failed.shape, int(Status.RUNNING), dtype=torch.int64, device=failed.device)
     verdict = torch.where(failed, torch.full_like(verdict, Status.LINE_SEARCH_FAILED), verdict)
     verdict = torch.where(failed & tiny, torch.full_like(verdict, Status.STAGNATED), verdict)
+    if not operator.symmetric:
+        none = (direction.d == 0).all(dim=-1)  # of a Krylov method, that the Jacobian makes nothing of the residual
+        verdict = torch.where(failed & none, torch.full_like(verdict, Status.SINGULAR), verdict)
     if isinstance(operator, DenseOperator) and not operator.symmetric:
         matrix = operator.dense()
         values = svdvals(matrix)

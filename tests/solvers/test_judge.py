@@ -81,3 +81,46 @@ def test_a_search_that_ends_beside_a_kink_is_told_so() -> None:
     layer = bilevel.argmin(lambda x, a: ((x - a) ** 2).sum() + x.abs().sum())
     with pytest.raises(SolveError, match="kink"):
         layer(torch.ones(2, dtype=F64), torch.tensor([2.0, 0.1], dtype=F64))
+
+
+@pytest.mark.parametrize("size", [1, 40, 600])
+def test_a_saturated_root_is_not_solved_at_any_size(size: int) -> None:
+    layer = bilevel.root(lambda x, a: torch.tanh(x) - a, on_failure="ignore")
+    assert recorded_status(layer, torch.full((size,), 100.0, dtype=F64), torch.tensor(0.5, dtype=F64)) is (
+        bilevel.Status.SINGULAR
+    )
+
+
+@pytest.mark.parametrize("size", [1, 40, 600])
+def test_a_root_whose_jacobian_vanishes_at_the_start_is_found_at_every_size(size: int) -> None:
+    layer, a = bilevel.root(lambda x, a: x**3 - a), torch.tensor(8.0, dtype=F64, requires_grad=True)
+    x = layer(torch.zeros(size, dtype=F64), a)
+    torch.testing.assert_close(x.detach(), torch.full((size,), 2.0, dtype=F64))
+    (gradient,) = torch.autograd.grad(x.mean(), a)
+    torch.testing.assert_close(gradient, torch.tensor(1 / 12, dtype=F64))
+
+
+@pytest.mark.parametrize("size", [1, 40, 600])
+def test_a_mapping_that_only_shifts_has_no_fixed_point_at_any_size(size: int) -> None:
+    layer = bilevel.fixed_point(lambda x, a: x + a, solver=solver_that_returns(1.0))
+    with pytest.raises(SolveError):
+        layer(torch.zeros(size, dtype=F64), torch.ones((), dtype=F64))
+
+
+def test_lbfgs_soon_says_that_an_objective_falls_without_end() -> None:
+    layer = bilevel.argmin(lambda x, a: (a * x - torch.log(x)).sum(), solver=bilevel.LBFGS(), on_failure="ignore")
+    with bilevel.record() as reports, torch.no_grad():
+        layer(torch.ones(1, dtype=F64), torch.tensor([-1.0], dtype=F64))
+    assert int(reports[0].iterations) < 20
+    assert bilevel.Status(int(reports[0].status)) is bilevel.Status.DIVERGED
+
+
+@pytest.mark.parametrize("size", [1, 600])
+def test_the_remedy_for_a_maximum_finds_the_stationary_point(size: int) -> None:
+    def objective(x: torch.Tensor, a: torch.Tensor) -> torch.Tensor:
+        return ((x**2 - a) ** 2).sum()
+
+    start, a = torch.zeros(size, dtype=F64), torch.ones((), dtype=F64)
+    with pytest.raises(SolveError, match="root of the gradient"):
+        bilevel.argmin(objective)(start, a)
+    assert torch.equal(bilevel.root(torch.func.grad(objective))(start, a), start)

@@ -229,7 +229,7 @@ class ArgminSystem(System):
             )
             if isinstance(value, torch.Tensor) and value.is_complex():
                 raise DtypeError(
-                    f"{expected}; a minimum is one of real numbers: return the real part, or (torch.view_as_real(z) ** 2).sum() of a complex z"
+                    f"{expected}; a minimum is one of real numbers: return .real of it, or (torch.view_as_real(z) ** 2).sum() of a complex z"
                 )
             raise ShapeError(f"{expected}; reduce it, for example with .sum() or .mean()")
         return value

@@ -209,4 +209,3 @@ def test_a_problem_that_fails_leaves_its_neighbours_as_they_are():
     assert found.report.status[0] == found.report.status[2] == Status.CONVERGED
     assert not found.report.status[1].success
     torch.testing.assert_close(found.value[[0, 2]], torch.tensor([[-0.5], [-0.25]], dtype=F64))
-

@@ -66,12 +66,12 @@ class GoalReport:
 
     @property
     def _remedy(self) -> str:
-        if self.inner is not None and not self.inner.success:
+        if self.inner is not None and not self.inner.success and self.inner is not Status.INDEFINITE:
             return (
                 f"the solves {self.status.meaning}, and the inner solver, which was left to go on from there, {self.inner.meaning}: "
                 f"{self.inner.remedy}"
             )
-        if self.status is Status.INDEFINITE:
+        if Status.INDEFINITE in (self.status, self.inner):
             return (
                 "the solves met negative curvature where the inner solver ended, which is so at a saddle or a maximum, where there is no "
                 "hypergradient: start elsewhere, or add regularisation to the inner objective"

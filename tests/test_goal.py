@@ -380,7 +380,7 @@ def test_where_a_goal_cannot_be_met_the_remedy_named_works() -> None:
     middle = torch.zeros(1, dtype=F64)
     settings = {"solver": bilevel.LBFGS(), "linear_solver": bilevel.CG(), "tolerance": asked(0.1, estimates=True)}
     zero = torch.zeros((), dtype=F64)
-    with pytest.raises(bilevel.SolveError, match=r"saddle or a maximum.*start (beside it|elsewhere)"):
+    with pytest.raises(bilevel.SolveError, match=r"saddle or a maximum.*: start elsewhere"):
         Well(**settings).hypergradient(zero, None, init=middle)
     elsewhere = Well(**settings).hypergradient(zero, None, init=middle + 0.5)
     assert float(elsewhere.grad) == pytest.approx(2 * (1 - 2) / 8, rel=0.1)

@@ -35,9 +35,9 @@ def _dense_fits(batch: int, size: int, dtype: torch.dtype) -> bool:
 def default_solvers(problem: Problem) -> tuple[InnerSolver, tuple[Successor, ...]]:
     """Return the inner solver used where none is given, and those that take over the problems at which it fails.
 
-    Newton's method where the matrices are small, and L-BFGS for a large argmin; the other of the two takes over. Anderson acceleration for a
-    fixed point, which has plain iteration beneath it; Newton's method takes over. Newton's method
-    for a root, once more from beside the start.
+    A small argmin: Newton's method, then L-BFGS. A large one: L-BFGS. A fixed point: Anderson acceleration, which has plain iteration
+    beneath it. Newton's method goes on from where the last of these ended. A root: Newton's method, which goes on once more, and then
+    begins again beside the start.
     """
     wide = torch.finfo(problem.system.raveler.dtype).bits >= 32
     polish = (Successor(Newton(), afresh=False),) if wide else ()

@@ -112,9 +112,8 @@ def _symmetric(problem: Problem, matrix: torch.Tensor, x: torch.Tensor, residual
     n, eps = x.shape[-1], torch.finfo(x.dtype).eps
     diagonal = matrix.diagonal(dim1=-2, dim2=-1).abs()
     unit = torch.where(diagonal > 0, diagonal, diagonal.amax(dim=-1, keepdim=True)).rsqrt()
-    unit = torch.where(
-        torch.isfinite(unit), unit, torch.ones_like(unit)
-    )  # (batch, n), one scaled unknown in units of x
+    # (batch, n): one scaled unknown in units of x.
+    unit = torch.where(torch.isfinite(unit), unit, torch.ones_like(unit))
     scaled = unit.unsqueeze(-1) * matrix * unit.unsqueeze(-2)
     noise = eps * (matrix.abs() @ x.abs().unsqueeze(-1)).squeeze(-1)
     right = torch.stack([residual, irregular_signs(x) * noise], dim=-1) * unit.unsqueeze(-1)  # (batch, n, 2)

@@ -141,8 +141,8 @@ def cases() -> list[Case]:
 @contextmanager
 def counting() -> Iterator[list[int]]:
     """Count calls of torch.autograd.grad, and the rows of matrices formed by vmap."""
-    from bilevel._problem import Problem
     from bilevel.certificates._point import Point
+    from bilevel.equations.problem import Problem
 
     plain, dense, cross = torch.autograd.grad, Problem._dense, Point._cross_by_vmap
     count = [0]

@@ -9,8 +9,8 @@ from typing import Final
 
 import torch
 
-from bilevel._checks import check_steps
 from bilevel.errors import ArgumentError
+from bilevel.setting_checks import check_steps
 
 __all__ = ["AUTO", "Auto", "Target", "Tolerance", "auto_relative"]
 

@@ -11,9 +11,9 @@ import pytest
 import torch
 
 import bilevel
-from bilevel._secants import Secants
 from bilevel.outer.methods import Evaluation
 from bilevel.outer.trail import Trail, combination
+from bilevel.problems.adaptive.quasi_newton import Secants
 from tests.states import edited
 
 F64 = torch.float64

@@ -19,7 +19,8 @@ from bilevel.certificates.constants import Constants
 from bilevel.certificates.lanczos import affordable, cross_norm, lanczos_spectrum
 from bilevel.certificates.refuting import contradicted, observed, refuted
 from bilevel.errors import ConstantsError
-from bilevel.reports import Basis, OnFailure, misuse
+from bilevel.policy import OnFailure, misuse
+from bilevel.reports import Basis
 
 __all__ = ["Certificate"]
 

@@ -11,10 +11,10 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from bilevel._checks import FrozenOptions
-from bilevel._problem import Problem
+from bilevel.equations.problem import Problem
 from bilevel.errors import ArgumentError
 from bilevel.reports import Status
+from bilevel.setting_checks import FrozenOptions
 from bilevel.solvers._base import Goal, InnerSolution
 
 __all__ = [

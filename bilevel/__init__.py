@@ -24,7 +24,8 @@ from bilevel.errors import (
     TransformError,
 )
 from bilevel.layers import Layer, LinearLayer, Solution, argmin, fixed_point, linear_solve, root
-from bilevel.linear._base import LinearSolution, LinearSolver
+from bilevel.linear._base import LinearSolver
+from bilevel.linear._solution import LinearSolution
 from bilevel.linear.bicgstab import BiCGStab
 from bilevel.linear.cg import CG
 from bilevel.linear.damped import Damped

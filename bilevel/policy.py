@@ -12,7 +12,7 @@ from bilevel.errors import ArgumentError, BilevelError, BudgetWarning, FailureWa
 from bilevel.recording import Recording, active_recordings
 from bilevel.reports import SolveReport, Status
 
-__all__ = ["OnFailure", "check_policy", "enforce", "misuse"]
+__all__ = ["OnFailure", "apply_policy", "check_policy", "handle_misuse"]
 
 OnFailure = Literal["raise", "warn", "nan", "ignore"]
 
@@ -24,7 +24,7 @@ def check_policy(on_failure: str) -> OnFailure:
     return on_failure  # type: ignore[return-value]  # mypy does not narrow str to a Literal
 
 
-def enforce(
+def apply_policy(
     report: SolveReport,
     x: torch.Tensor,
     on_failure: OnFailure,
@@ -78,7 +78,7 @@ def enforce(
     return x
 
 
-def misuse(error: BilevelError, on_failure: OnFailure) -> bool:
+def handle_misuse(error: BilevelError, on_failure: OnFailure) -> bool:
     """Treat a fault that makes gradients wrong as the policy says; return whether the result is to be NaN."""
     if on_failure == "raise":
         raise error

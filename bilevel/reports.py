@@ -15,8 +15,8 @@ __all__ = [
     "Pass",
     "SolveReport",
     "Status",
-    "Words",
-    "fitting",
+    "StatusMessages",
+    "remedy_for_dtype",
 ]
 
 
@@ -141,7 +141,7 @@ _TEXT: dict[Status, tuple[str, str]] = {
 }
 
 
-Words: TypeAlias = Mapping[Status, tuple[str, str]]
+StatusMessages: TypeAlias = Mapping[Status, tuple[str, str]]
 """(meaning, remedy) of statuses, in place of :attr:`Status.meaning` and :attr:`Status.remedy`."""
 
 _WIDER = "use float64, "
@@ -164,7 +164,7 @@ _NOT_INVARIANT = (
 _BACKWARD = {Status.INDEFINITE: _AT_A_SADDLE, Status.SINGULAR: _NOT_INVARIANT}
 
 
-def fitting(remedy: str, dtype: torch.dtype | None) -> str:
+def remedy_for_dtype(remedy: str, dtype: torch.dtype | None) -> str:
     """Return ``remedy`` as it fits a solve in ``dtype``: to who is in float64, float64 is no advice.
 
     Examples
@@ -237,7 +237,7 @@ class SolveReport:
     error_bound: torch.Tensor
     basis: Basis
     scale: torch.Tensor
-    words: Words = field(default_factory=dict)
+    words: StatusMessages = field(default_factory=dict)
 
     @property
     def status(self) -> Any:
@@ -298,7 +298,9 @@ class SolveReport:
             return _NOT_FINITE_GIVEN
         if self.direction is Pass.BACKWARD and status in _BACKWARD and status not in self.words:
             return _BACKWARD[status]
-        return fitting(self.words[status][1] if status in self.words else status.remedy, self.residual_norm.dtype)
+        return remedy_for_dtype(
+            self.words[status][1] if status in self.words else status.remedy, self.residual_norm.dtype
+        )
 
     def __str__(self) -> str:
         lines = [f"{self.where}: {self.direction.value} solve by {self.solver}"]

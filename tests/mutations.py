@@ -124,7 +124,7 @@ MUTATIONS = (
     ),
     Mutation(
         "the adjoint's matrix not transposed, in second derivatives", "implicit.py",
-        "q = LinearSolve.apply(_checking(rule, tensors, wanted), True, cotangent,", "q = LinearSolve.apply(rule, False, cotangent,", GRADGRADCHECK,
+        "q = LinearSolve.apply(_checking(rule, tensors, needs_grad), True, cotangent,", "q = LinearSolve.apply(rule, False, cotangent,", GRADGRADCHECK,
     ),
     Mutation(
         "the adjoint's sign, in second derivatives", "implicit.py",
@@ -146,7 +146,7 @@ MUTATIONS = (
     ),
     Mutation(
         "a detached term: how the matrix changes with the solution", "implicit.py",
-        "wanted = ctx.needs_input_grad[3:]", "wanted = (False, *ctx.needs_input_grad[4:])", GRADGRADCHECK,
+        "needs_grad = ctx.needs_input_grad[3:]", "needs_grad = (False, *ctx.needs_input_grad[4:])", GRADGRADCHECK,
     ),
     Mutation(
         "a detached term: how the matrix changes with the solution, forward", "implicit.py",
@@ -154,7 +154,7 @@ MUTATIONS = (
     ),
     Mutation(
         "repeated right-hand sides not in front of a lifted batch", "implicit.py",
-        "front(rhs, in_dims[2], size).movedim(0, at)", "front(rhs, in_dims[2], size)",
+        "batch_axis_first(rhs, in_dims[2], size).movedim(0, at)", "batch_axis_first(rhs, in_dims[2], size)",
         cells("Two transforms, vmap of jacrev", "root, single, float64", "root, batch, float64"),
     ),
     Mutation(
@@ -178,7 +178,7 @@ MUTATIONS = (
     ),
     Mutation(
         "a Hessian's small error taken for a saddle", "linear/exact.py",
-        "& (negative <= doubt(n, matrix.dtype)) & definite", "& False", (MINIMUM_NORM, "-k", "within_the_accuracy"),
+        "& (negative <= eigenvalue_uncertainty(n, matrix.dtype)) & definite", "& False", (MINIMUM_NORM, "-k", "within_the_accuracy"),
     ),
     Mutation(
         "an argument that changes the free directions differentiated", "layers/call.py",
@@ -293,7 +293,7 @@ MUTATIONS = (
     ),
     Mutation(
         "a linearisation that holds itself", "equations/problem.py",
-        "plain = replace(self, last_look=None)\n", "plain = self\n", ("tests/test_memory.py", "-k", "let_go"),
+        "plain = replace(self, linearization_slot=None)\n", "plain = self\n", ("tests/test_memory.py", "-k", "let_go"),
     ),
     Mutation(
         "a hypergradient that holds itself", "problems/hypergradient.py",
@@ -603,15 +603,15 @@ MUTATIONS = (
     # Calls, policies, problems.
     Mutation(
         "a failed backward solve never looked at", "layers/call.py",
-        "shaped = enforce(report, shaped, settings.on_failure,", "shaped = shaped if report else enforce(report, shaped, settings.on_failure,",
+        "shaped = apply_policy(report, shaped, settings.on_failure,", "shaped = shaped if report else apply_policy(report, shaped, settings.on_failure,",
         ("tests/test_failures.py", "-k", "test_backward_failures"),
     ),
     Mutation(
         "a failed backward solve raised though it was asked not to be", "layers/call.py",
-        "shaped = enforce(report, shaped, settings.on_failure,", 'shaped = enforce(report, shaped, "raise",', ("tests/test_failures.py", "-k", "test_backward_failures"),
+        "shaped = apply_policy(report, shaped, settings.on_failure,", 'shaped = apply_policy(report, shaped, "raise",', ("tests/test_failures.py", "-k", "test_backward_failures"),
     ),
     Mutation(
-        "one failed problem spoils its batch", "reports.py",
+        "one failed problem spoils its batch", "policy.py",
         'torch.where(failed.unsqueeze(-1), torch.full_like(x, float("nan")), x)', 'torch.full_like(x, float("nan"))',
         ("tests/test_failures.py", "-k", "one_failed_problem"),
     ),
@@ -938,7 +938,7 @@ MUTATIONS = (
     ),
     Mutation(
         "a tensor in another layout put in a power's place", "replay/simplify.py",
-        " and self._layout(same).alike(self._layout(made))", "", (TAPES,),
+        " and self._layout(same).same_layout(self._layout(made))", "", (TAPES,),
     ),
     Mutation(
         "a check that makes nothing left out of a program", "replay/tape.py",
@@ -1051,103 +1051,103 @@ MUTATIONS = (
     ),
     # Dtypes and layouts.
     Mutation(
-        'dtypes: imaginary parts change their sign', '_tree.py',
+        'dtypes: imaginary parts change their sign', 'pytree.py',
         'torch.complex(pairs[..., 0], pairs[..., 1])',
         'torch.complex(pairs[..., 0], -pairs[..., 1])',
         ('tests/test_complex.py', '-k', 'follow'),
     ),
     Mutation(
-        'dtypes: a conjugate view is not resolved', '_tree.py',
+        'dtypes: a conjugate view is not resolved', 'pytree.py',
         'torch.view_as_real(tensor.resolve_conj())',
         'torch.view_as_real(tensor)',
         ('tests/test_complex.py', '-k', 'odd_places'),
     ),
     Mutation(
-        'dtypes: an imaginary part is dropped without a word', '_tree.py',
+        'dtypes: an imaginary part is dropped without a word', 'pytree.py',
         'if leaf.is_complex() and not dtype.is_complex:',
         'if False:',
         ('tests/test_complex.py', '-k', 'has_to_be'),
     ),
     Mutation(
-        'dtypes: replays take complex tensors for pairs', '_inspection.py',
+        'dtypes: replays take complex tensors for pairs', 'layers/checks.py',
         'given.is_tensor, given.is_complex,',
         'given.is_tensor,',
         ('tests/test_complex.py', '-k', 'from_pairs'),
     ),
     Mutation(
-        'dtypes: complex outer variables do not move', '_tree.py',
+        'dtypes: complex outer variables do not move', 'pytree.py',
         '(leaf.is_floating_point() or leaf.is_complex())',
         'leaf.is_floating_point()',
         ('tests/test_complex.py', '-k', 'hypergradients'),
     ),
     Mutation(
-        'dtypes: a misuse of dtypes is gone on with', '_run.py',
+        'dtypes: a misuse of dtypes is gone on with', 'layers/call.py',
         'isinstance(error, (ValueError, TypeError))',
         'isinstance(error, ValueError)',
         ('tests/test_failures.py', '-k', 'misfits and complex'),
     ),
     Mutation(
-        "sparse: the construction is torch's own", '_sparse.py',
+        "sparse: the construction is torch's own", '_torch/sparse.py',
         '    torch.sparse_coo_tensor: _sparse_coo_tensor,\n',
         '',
         ('tests/test_sparse.py', '-k', 'derivatives_by_the_values'),
     ),
     Mutation(
-        "sparse: products with a matrix of values are torch's own", '_sparse.py',
+        "sparse: products with a matrix of values are torch's own", '_torch/sparse.py',
         'return _entry_by_entry(*args) if _made_of_entries(*args) else theirs(*args)',
         'return theirs(*args)',
         ('tests/test_sparse.py', '-k', 'derivatives_by_the_values'),
     ),
     Mutation(
-        'sparse: a compressed constant stays so', '_sparse.py',
+        'sparse: a compressed constant stays so', '_torch/sparse.py',
         '        return item.to_sparse_coo()',
         '        return item',
         ('tests/test_sparse.py', '-k', 'compressed_constant'),
     ),
     Mutation(
-        'sparse: what the arguments go through is not learned', '_problem.py',
-        'learn(system.function, values)',
+        'sparse: what the arguments go through is not learned', 'equations/problem.py',
+        'record_graph_features(system.function, values)',
         'pass',
         ('tests/test_sparse.py', '-k', 'few_values'),
     ),
     Mutation(
-        'once: rewritten operations only where the unknown goes through them', '_system.py',
+        'once: rewritten operations only where the unknown goes through them', 'equations/system.py',
         'with WrittenNorms(), Repeatable():\n            return grad(',
         'with WrittenNorms():\n            return grad(',
         ('tests/test_sparse.py', '-k', 'fused_norm'),
     ),
     Mutation(
-        "once: a transform hides the user's Function", '_once.py',
+        "once: a transform hides the user's Function", '_torch/once_differentiable.py',
         'kind = closed.get("autograd_function")',
         'kind = None',
         ('tests/test_sparse.py', '-k', 'marked'),
     ),
     Mutation(
-        'once: a second derivative is not looked at', '_implicit.py',
+        'once: a second derivative is not looked at', 'implicit.py',
         '        if again:\n            refuse_once_only(system.where',
         '        if False:\n            refuse_once_only(system.where',
         ('tests/test_sparse.py', '-k', 'marked'),
     ),
     Mutation(
-        "once: a sparse argument's graph is not looked at", '_implicit.py',
+        "once: a sparse argument's graph is not looked at", 'implicit.py',
         'if again and tensor.layout is not torch.strided:',
         'if False:',
         ('tests/test_sparse.py', '-k', 'argument_made'),
     ),
     Mutation(
-        'once: products J v are not looked at', '_implicit.py',
+        'once: products J v are not looked at', 'implicit.py',
         'if not (transposed or rule.system.symmetric):',
         'if False:',
         ('tests/test_sparse.py', '-k', 'marked'),
     ),
     Mutation(
-        'once: an outer objective is not looked at', '_outer_loss.py',
+        'once: an outer objective is not looked at', 'problems/outer_loss.py',
         '    _refuse_again(where, losses, given)\n',
         '',
         ('tests/test_sparse.py', '-k', 'outer_objective'),
     ),
     Mutation(
-        "numpy is spoken of in torch's words", '_system.py',
+        "numpy is spoken of in torch's words", 'equations/system.py',
         'return "call numpy() on Tensor" in said or "numpy.ndarray" in said',
         'return False',
         ('tests/test_sparse.py', '-k', 'numpy'),

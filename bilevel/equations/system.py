@@ -13,14 +13,14 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch.func import vmap
 from torch.utils import _pytree as pytree
 
-from bilevel._torch.batch_norm import QuickNorms
-from bilevel._torch.convolution import QuickProducts
+from bilevel._torch.batch_norm import FastNorms
+from bilevel._torch.convolution import FastHVP
 from bilevel._torch.double_backward import Repeatable
 from bilevel._torch.norms import WrittenNorms
 from bilevel._torch.reverse import grad, grad_and_value, vjp
@@ -46,9 +46,6 @@ __all__ = [
     "numpy_refusal",
     "unconnected",
 ]
-
-if TYPE_CHECKING:
-    from bilevel.equations.problem import Problem
 
 # How torch speaks of operands that do not fit.
 _DTYPES = re.compile(r"dtype|scalar type", re.IGNORECASE)
@@ -143,12 +140,12 @@ class System(ABC):
 
     def for_gradients(self) -> System:
         """Return the same with what is quicker for first derivatives alone."""
-        quick = self.autocast is None and QuickProducts.normalises(self.function)
-        return replace(self, mode=QuickNorms) if quick else self
+        quick = self.autocast is None and FastHVP.normalises(self.function)
+        return replace(self, mode=FastNorms) if quick else self
 
     def for_second_derivatives(self) -> System:
         """Return the same with norms written out, if there are any: torch's own are wrong in rare layouts."""
-        return replace(self, mode=WrittenNorms) if QuickProducts.normalises(self.function) else self
+        return replace(self, mode=WrittenNorms) if FastHVP.normalises(self.function) else self
 
     def rows(self, flat: torch.Tensor, *tensors: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Return one problem's R (n,), the rows of ∂_x R (n, n), and its value (), or R again where there is none."""
@@ -208,8 +205,10 @@ class System(ABC):
             function = vmap(function, in_dims=in_dims, randomness="different")
         return function
 
-    def inspect(self, problem: Problem, x: torch.Tensor) -> None:  # noqa: B027  # most kinds promise nothing more
-        """Raise where one problem's function is not of this kind; ``x`` (1, n) is a point of its domain."""
+    def inspect(  # noqa: B027  # most kinds promise nothing more
+        self, residual: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor
+    ) -> None:
+        """Raise where one problem's ``residual``, of points like ``x`` (1, n), is not that of an equation of this kind."""
 
 
 class ArgminSystem(System):
@@ -251,7 +250,7 @@ class ArgminSystem(System):
         self, x: torch.Tensor, tensors: Sequence[torch.Tensor], *, graph: bool
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Return (values, R) at a leaf ``x`` by ordinary autograd."""
-        quick = QuickProducts.around(self.function) if graph and self.autocast is None else nullcontext()
+        quick = FastHVP.around(self.function) if graph and self.autocast is None else nullcontext()
         with quick:
             values = (self if graph else self.for_gradients()).outputs(x, *tensors)
             if not values.requires_grad:
@@ -294,14 +293,14 @@ class LinearSystem(RootSystem):
     noun = "matvec"
     label = "linear_solve"
 
-    def inspect(self, problem: Problem, x: torch.Tensor) -> None:
+    def inspect(self, residual: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor) -> None:
         # Irregular, but drawn by no generator: torch's older vmap, which may surround this, knows none.
         places = torch.arange(1, self.raveler.size + 1, dtype=torch.float64, device=x.device)
         u, v = (
             torch.frac(places * irrational).sub(0.5).to(x).reshape(x.shape)
             for irrational in (0.7548776662, 0.5698402910)
         )
-        nothing, Au, Av, both = (problem.residual(point) for point in (torch.zeros_like(x), u, v, 3 * u + v))
+        nothing, Au, Av, both = (residual(point) for point in (torch.zeros_like(x), u, v, 3 * u + v))
         size = torch.maximum(Au.norm(), Av.norm())
         # Half the digits of what the function computes in: rounding is far below, and what is not linear far above.
         doubt = torch.finfo(self.autocast or self.raveler.coarsest).eps ** 0.5
@@ -351,6 +350,7 @@ def numpy_refusal(where: str, noun: str, arrays: Sequence[str]) -> DtypeError:
 
 
 def unconnected(system: System) -> ArgumentError:
+    """Return the error for a function whose result does not depend on its first argument."""
     return ArgumentError(
         f"{system.where}: expected what {system.noun} returns to depend on its first argument, and no graph leads "
         "there; look for .detach(), .item(), numpy or torch.no_grad inside it"

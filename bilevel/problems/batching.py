@@ -16,11 +16,11 @@ from bilevel.equations.system import ArgminSystem
 from bilevel.errors import ArgumentError, ShapeError
 from bilevel.pytree import Raveler, flatten_arguments
 
-__all__ = ["Numbering"]
+__all__ = ["BatchSpec"]
 
 
 @dataclass(frozen=True, eq=False)
-class Numbering:
+class BatchSpec:
     """The ``batch_dims`` of a problem: what is done for one inner problem is done for all that the data hold.
 
     Parameters

@@ -17,7 +17,7 @@ from bilevel.operators import LinearOperator
 from bilevel.replay.program import Program
 from bilevel.replay.recorder import note
 
-__all__ = ["ReplayedOperator", "Tapes"]
+__all__ = ["ReplayCache", "ReplayedOperator"]
 
 Evaluation = Callable[..., Sequence[torch.Tensor]]
 
@@ -31,7 +31,7 @@ class _Entry:
     given_up: bool = False
 
 
-class Tapes:
+class ReplayCache:
     """The programs of one function, for arguments of one kind.
 
     Parameters
@@ -116,8 +116,8 @@ def _repeats(
 
 
 def _same(a: torch.Tensor, b: torch.Tensor) -> bool:
-    alike = a.dtype == b.dtype and a.shape == b.shape and a.device == b.device
-    return alike and bool(((a == b) | ((a != a) & (b != b))).all())
+    same_layout = a.dtype == b.dtype and a.shape == b.shape and a.device == b.device
+    return same_layout and bool(((a == b) | ((a != a) & (b != b))).all())
 
 
 class ReplayedOperator(LinearOperator):

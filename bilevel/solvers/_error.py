@@ -13,7 +13,8 @@ from itertools import pairwise
 import torch
 
 from bilevel._torch.factorisations import eigh, svd
-from bilevel.equations.problem import Linearization, Problem
+from bilevel.equations.linearization import Linearization
+from bilevel.equations.problem import Problem
 from bilevel.linear.gmres import GMRES
 from bilevel.solvers._truncated_cg import truncated_cg
 

@@ -69,12 +69,12 @@ class Problem:
         """The layer's name, for messages."""
         return self.system.where
 
-    @property
+    @cached_property
     def minimizes(self) -> bool:
         """Whether there is an objective, so that :meth:`value` can be called."""
         return self.system.minimizes
 
-    @property
+    @cached_property
     def is_fixed_point(self) -> bool:
         """Whether R = x − T(x), so that T(x) = x − R."""
         return isinstance(self.system, FixedPointSystem)
@@ -84,7 +84,7 @@ class Problem:
         """How many problems."""
         return math.prod(self.system.batch_shape)
 
-    @property
+    @cached_property
     def size(self) -> int:
         """n, the number of unknowns of each."""
         return self.system.raveler.size

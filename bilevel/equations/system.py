@@ -13,6 +13,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any, ClassVar
 
 import torch
@@ -96,7 +97,7 @@ class System(ABC):
     noun: ClassVar[str] = "residual"
     label: ClassVar[str] = "root"
 
-    @property
+    @cached_property
     def batch_shape(self) -> tuple[int, ...]:
         """The batch's axes, outermost first; () for a single problem."""
         return tuple(level.size for level in reversed(self.levels))

@@ -20,6 +20,7 @@ __all__ = [
     "DtypeError",
     "FailureWarning",
     "InitGradientError",
+    "NonFiniteError",
     "ShapeError",
     "SolveError",
     "SolveWarning",
@@ -54,6 +55,10 @@ class InitGradientError(BilevelError, RuntimeError):
 
 class StochasticObjectiveError(BilevelError, RuntimeError):
     """Two evaluations at one point differ, so that no solution is defined."""
+
+
+class NonFiniteError(BilevelError, ArithmeticError):
+    """A direction of a stochastic method is infinite or not a number."""
 
 
 class ConstantsError(BilevelError, ValueError):

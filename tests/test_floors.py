@@ -1,7 +1,7 @@
 """The floors of the house, as a test: imports go down only.
 
 ====  ==================  ==========================================================================
- 5    applications, cli   ``hyperopt/``, ``meta/``, ``testing/``, ``cli``, ``_output``: use the public API alone, like any user
+ 5    applications, cli   ``hyperopt/``, ``meta/``, ``testing/``, ``stochastic/``, ``cleaning/``, ``cli``, ``_output``: use the public API alone, like any user
  4    problems            ``problem``, ``certificates/``, ``outer/``, goals, guards
  3    layers              ``layers``: argmin, root, fixed_point, linear_solve; ``_layer``, ``_linear_layer``, ``_run``: a call of one; ``_wording``
  2    differentiation     ``_implicit``: the two autograd Functions; imports no solver
@@ -79,6 +79,8 @@ FLOORS = {
     "bilevel.hyperopt": 5,
     "bilevel.meta": 5,
     "bilevel.testing": 5,
+    "bilevel.stochastic": 5,
+    "bilevel.cleaning": 5,
     "bilevel.cli": 5,
     "bilevel.display": 5,
     "bilevel._output": 5,

@@ -1,7 +1,7 @@
 """The floors of the house, as a test: imports go down only.
 
 ====  ==================  ==========================================================================
- 5    applications, cli   ``hyperopt/``, ``meta/``, ``testing/``, ``stochastic/``, ``cleaning/``, ``cli``, ``_output``: use the public API alone, like any user
+ 5    applications, cli   ``hyperopt/``, ``meta/``, ``testing/``, ``stochastic/``, ``cleaning/``, ``cli``, ``_output``: use the public API alone
  4    problems            ``problem``, ``certificates/``, ``outer/``, goals, guards
  3    layers              ``layers``: argmin, root, fixed_point, linear_solve; ``_layer``, ``_linear_layer``, ``_run``: a call of one; ``_wording``
  2    differentiation     ``_implicit``: the two autograd Functions; imports no solver

@@ -126,7 +126,9 @@ class Minibatches(Iterator[Batch]):
     """
 
     def __init__(self, data: Any, size: int, *, seed: int = 0) -> None:
-        rows = {leaf.shape[0] if leaf.ndim else 0 for leaf in pytree.tree_leaves(data) if isinstance(leaf, torch.Tensor)}
+        rows = {
+            leaf.shape[0] if leaf.ndim else 0 for leaf in pytree.tree_leaves(data) if isinstance(leaf, torch.Tensor)
+        }
         if len(rows) != 1 or 0 in rows:
             raise ShapeError(
                 f"Minibatches: expected tensors with the same positive number of rows, got {sorted(rows)}; pass tensors (n, ...)"

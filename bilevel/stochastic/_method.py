@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 
 from bilevel.errors import ArgumentError, NonFiniteError
 from bilevel.problem import BilevelProblem
+from bilevel.reports import Status
 from bilevel.stochastic._batches import BatchSource
 from bilevel.stochastic._lists import Tensors, clone, norm
 from bilevel.stochastic._optimizers import OptimizerLike, learning_rate, made_optimizer
@@ -22,7 +23,6 @@ from bilevel.stochastic._options import StepOptions, StepResult
 from bilevel.stochastic._oracle import Objective, Oracle
 from bilevel.stochastic._scaling import LossScale
 from bilevel.stochastic._variables import Point, Variables
-from bilevel.reports import Status
 
 __all__ = ["Auxiliary", "Directions", "Problem", "StochasticMethod"]
 
@@ -144,10 +144,10 @@ class StochasticMethod(ABC):
     def _directions(self, inner: BatchSource, outer: BatchSource) -> Directions:
         """Return the directions of one step; move what has to move before they are known by :meth:`_move_inner` and :meth:`_move`."""
 
-    def _prepare(self) -> None:
+    def _prepare(self) -> None:  # noqa: B027
         """Do what a method has to do before each step."""
 
-    def _finish(self) -> None:
+    def _finish(self) -> None:  # noqa: B027
         """Do what a method has to do after each step that was not skipped."""
 
     def step(self, inner_batch: Any, outer_batch: Any) -> StepResult:

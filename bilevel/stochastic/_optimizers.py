@@ -93,7 +93,10 @@ def alike(optimizer: Optimizer, tensors: Tensors, mirror: Tensors) -> Optimizer:
     """Return an optimiser of the same class and settings over ``mirror``."""
     twin = {id(tensor): other for tensor, other in zip(tensors, mirror, strict=True)}
     groups = [
-        {**{name: value for name, value in group.items() if name != "params"}, "params": [twin[id(t)] for t in group["params"]]}
+        {
+            **{name: value for name, value in group.items() if name != "params"},
+            "params": [twin[id(t)] for t in group["params"]],
+        }
         for group in optimizer.param_groups
     ]
     return type(optimizer)(groups, lr=learning_rate(optimizer))  # type: ignore[call-arg]
@@ -121,7 +124,9 @@ def _diagonal(optimizer: Optimizer, group: dict[str, Any], tensor: torch.Tensor,
         return torch.full_like(tensor.detach(), float(rate))
     if isinstance(optimizer, (torch.optim.Adam, torch.optim.AdamW)):
         moment = state["max_exp_avg_sq"] if group["amsgrad"] else state["exp_avg_sq"]
-        corrected = moment / (1 - group["betas"][1] ** state["step"])
+        corrected = moment / (
+            1 - group["betas"][1] ** float(state["step"])
+        )  # the count is float32: its power would be too
         return rate / (corrected.sqrt() + group["eps"])
     if isinstance(optimizer, torch.optim.RMSprop):
         return rate / (state["square_avg"].sqrt() + group["eps"])

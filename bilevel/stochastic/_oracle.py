@@ -149,9 +149,7 @@ class Oracle:
         count = len(z) if by[0] else 0
         return Gradients(loss, rest[:count], rest[count:])
 
-    def _linearize(
-        self, data: Any, at: Point | None, z: Tensors
-    ) -> tuple[torch.Tensor, Tensors, torch.Tensor | None]:
+    def _linearize(self, data: Any, at: Point | None, z: Tensors) -> tuple[torch.Tensor, Tensors, torch.Tensor | None]:
         """Return G, and ∇_φ G times the scale with its graph, for one part of a minibatch."""
         loss = self.value("inner_objective", data, at)
         scaled, scale = self._scaled(loss)

@@ -123,9 +123,7 @@ class _Pair(nn.Module):
         self.outer = outer.given if outer.is_module else None
 
     def forward(self, objective: Callable[..., torch.Tensor], inner: Any, outer: Any, data: Any) -> torch.Tensor:
-        return objective(
-            inner if self.inner is None else self.inner, outer if self.outer is None else self.outer, data
-        )
+        return objective(inner if self.inner is None else self.inner, outer if self.outer is None else self.outer, data)
 
 
 def call_at(

@@ -34,7 +34,14 @@ class AmIGO(AdjointMethod):
     """
 
     def __init__(
-        self, problem: Problem, inner: Any, outer: Any, *, inner_steps: int = 10, adjoint_steps: int = 10, **settings: Any
+        self,
+        problem: Problem,
+        inner: Any,
+        outer: Any,
+        *,
+        inner_steps: int = 10,
+        adjoint_steps: int = 10,
+        **settings: Any,
     ) -> None:
         super().__init__(problem, inner, outer, **settings)
         check_steps(self.where, "inner_steps", inner_steps, least=0)

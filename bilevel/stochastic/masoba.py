@@ -46,7 +46,7 @@ class MASOBA(AdjointMethod):
 
     def _directions(self, inner: BatchSource, outer: BatchSource) -> Directions:
         found = single_loop_directions(self._oracle, self.adjoint, inner.draw(), outer.draw())
-        self._require_finite("hypergradient", found.outer)
+        self._require_finite("direction", found.inner or [], found.adjoint or [], found.outer)
         if self._mean:
             self._mean = add(scale(self._mean, 1 - self.weight), found.outer, self.weight)
         else:

@@ -82,9 +82,7 @@ class MRBO(StochasticMethod):
         self._require_finite("recursive direction", estimate)
         self._estimate = estimate
         self._last_inner, self._last_outer = clone(self._inner.tensors), clone(self._outer.tensors)
-        return Directions(
-            inner=estimate[:n], outer=estimate[n:], inner_loss=now.inner_loss, outer_loss=now.outer_loss
-        )
+        return Directions(inner=estimate[:n], outer=estimate[n:], inner_loss=now.inner_loss, outer_loss=now.outer_loss)
 
 
 def _flat(found: Directions) -> Tensors:

@@ -117,6 +117,9 @@ class PZOBO(StochasticMethod):
         if self.orthogonal:
             flat = torch.linalg.qr(flat).Q * math.sqrt(sum(sizes))
         return [
-            [part.reshape(shape).to(tensor) for part, shape, tensor in zip(column.split(sizes), shapes, self._outer.tensors, strict=True)]
+            [
+                part.reshape(shape).to(tensor)
+                for part, shape, tensor in zip(column.split(sizes), shapes, self._outer.tensors, strict=True)
+            ]
             for column in flat.T
         ]

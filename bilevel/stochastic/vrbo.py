@@ -102,5 +102,6 @@ class VRBO(StochasticMethod):
         if before is not None:
             old = neumann_directions(self._oracle, *batches, self.terms, rate, before)
             estimate = add(self._estimate, subtract(estimate, [*(old.inner or []), *old.outer]))
+        self._estimate = []  # a step that is left out half way begins anew: the point has moved
         self._require_finite("recursive direction", estimate)
         self._estimate, self._losses = estimate, [now.inner_loss, now.outer_loss]

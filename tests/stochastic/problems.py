@@ -24,7 +24,9 @@ class Quadratic:
     d: torch.Tensor
 
     @staticmethod
-    def random(samples: int = 8, inner: int = 5, outer: int = 3, *, spread: float = 0.3, dtype: Any = torch.float64) -> Quadratic:
+    def random(
+        samples: int = 8, inner: int = 5, outer: int = 3, *, spread: float = 0.3, dtype: Any = torch.float64
+    ) -> Quadratic:
         generator = torch.Generator().manual_seed(3)
 
         def normal(*shape: int) -> torch.Tensor:

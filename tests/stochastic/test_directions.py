@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -11,26 +12,30 @@ import bilevel
 from bilevel import stochastic
 from tests.stochastic.problems import SGD, Quadratic, Recorder
 
-LONG = {"terms": 400}
+LONG = {"terms": 20, "neumann_rate": 0.7}
 METHODS: dict[str, tuple[Any, dict[str, Any], int]] = {
-    "SOBA": (stochastic.SOBA, {}, 600),
-    "MASOBA": (stochastic.MASOBA, {"weight": 0.2}, 600),
-    "SABA": (stochastic.SABA, {}, 600),
-    "SRBA": (stochastic.SRBA, {"period": 7}, 600),
-    "AmIGO": (stochastic.AmIGO, {}, 60),
-    "StocBiO": (stochastic.StocBiO, LONG, 60),
-    "MRBO": (stochastic.MRBO, LONG, 300),
+    "SOBA": (stochastic.SOBA, {}, 250),
+    "MASOBA": (stochastic.MASOBA, {"weight": 0.2}, 250),
+    "SABA": (stochastic.SABA, {}, 250),
+    "SRBA": (stochastic.SRBA, {"period": 7}, 250),
+    "AmIGO": (stochastic.AmIGO, {}, 25),
+    "StocBiO": (stochastic.StocBiO, LONG, 18),
+    "MRBO": (stochastic.MRBO, LONG, 180),
     "VRBO": (stochastic.VRBO, LONG, 60),
-    "PZOBO": (stochastic.PZOBO, {"inner_steps": 400, "directions": 3, "orthogonal": True}, 1),
-    "ImplicitStep, gradient steps": (stochastic.ImplicitStep, {}, 200),
-    "ImplicitStep, CG": (stochastic.ImplicitStep, {"linear_solver": bilevel.CG()}, 60),
-    "ImplicitStep, Neumann": (stochastic.ImplicitStep, {"linear_solver": bilevel.Neumann(terms=40, step=0.5)}, 60),
+    "PZOBO": (stochastic.PZOBO, {"inner_steps": 170, "directions": 3, "orthogonal": True}, 1),
+    "ImplicitStep, gradient steps": (stochastic.ImplicitStep, {}, 50),
+    "ImplicitStep, CG": (stochastic.ImplicitStep, {"linear_solver": bilevel.CG()}, 35),
+    "ImplicitStep, Neumann": (stochastic.ImplicitStep, {"linear_solver": bilevel.Neumann(terms=40, step=0.5)}, 35),
     "ImplicitStep, a function": (
         stochastic.ImplicitStep,
         {"linear_solver": lambda operator, rhs: torch.linalg.solve(operator.dense(), rhs)},
-        60,
+        35,
     ),
-    "ImplicitStep, preconditioned": (stochastic.ImplicitStep, {"linear_solver": bilevel.CG(), "preconditioned": True}, 60),
+    "ImplicitStep, preconditioned": (
+        stochastic.ImplicitStep,
+        {"linear_solver": bilevel.CG(), "preconditioned": True},
+        35,
+    ),
 }
 
 
@@ -69,16 +74,24 @@ def test_the_random_neumann_term_is_right_in_the_mean(make: Any) -> None:
     problem = Quadratic.random()
     x = torch.tensor([0.3, -0.5, 0.8], dtype=torch.float64)
     z = problem.solution(x).requires_grad_()
-    method = make(problem.losses, z, x.requires_grad_(), inner_optimizer=SGD, outer_optimizer=Recorder, max_terms=300)
-    # The expectation is a mean over the 300 equally likely powers: each is asked for once.
+    method = make(
+        problem.losses,
+        z,
+        x.requires_grad_(),
+        inner_optimizer=SGD,
+        outer_optimizer=Recorder,
+        max_terms=40,
+        neumann_rate=0.7,
+    )
+    # The expectation is a mean over the 40 equally likely powers: each is asked for once.
     seen = torch.zeros(3, dtype=torch.float64)
-    powers = iter(range(300))
+    powers = iter(range(40))
     randint = torch.randint
     try:
         torch.randint = lambda *args, **kwargs: torch.tensor(next(powers))  # type: ignore[assignment]
-        for _ in range(300):
+        for _ in range(40):
             method.step(problem.all, problem.all)
-            seen += method.outer_optimizer.direction[0] / 300
+            seen += method.outer_optimizer.direction[0] / 40
     finally:
         torch.randint = randint
     torch.testing.assert_close(seen, problem.hypergradient(x.detach()), rtol=1e-6, atol=1e-6)
@@ -89,7 +102,7 @@ def f2sa_bias(penalty: float) -> float:
     x = torch.tensor([0.3, -0.5, 0.8], dtype=torch.float64)
     method = stochastic.F2SA(
         problem.losses, torch.zeros(5, dtype=torch.float64), x, inner_optimizer=SGD, outer_optimizer=Recorder,
-        inner_steps=400, penalty=penalty, penalty_increment=0.0,
+        inner_steps=150, penalty=penalty, penalty_increment=0.0,
     )  # fmt: skip
     method.step(problem.all, problem.all)
     return float((method.outer_optimizer.direction[0] - problem.hypergradient(x.detach())).norm())
@@ -98,7 +111,7 @@ def f2sa_bias(penalty: float) -> float:
 def test_the_bias_of_f2sa_falls_as_one_over_the_penalty() -> None:
     biases = [f2sa_bias(penalty) for penalty in (10.0, 100.0, 1000.0)]
     assert biases[0] > 1e-3
-    for first, second in zip(biases, biases[1:], strict=False):
+    for first, second in pairwise(biases):
         assert 8 < first / second < 12
 
 
@@ -112,7 +125,7 @@ def test_bome_moves_along_the_hypergradient_in_one_dimension() -> None:
     x = torch.tensor([0.5], dtype=torch.float64)
     start = -b / h * x + 1e-7
     method = stochastic.BOME(
-        losses, start.detach().clone(), x, inner_optimizer=SGD, outer_optimizer=Recorder, inner_steps=300
+        losses, start.detach().clone(), x, inner_optimizer=SGD, outer_optimizer=Recorder, inner_steps=150
     )
     method.step(None, None)
     z = -b / h * x.detach()
@@ -122,20 +135,20 @@ def test_bome_moves_along_the_hypergradient_in_one_dimension() -> None:
     )
 
 
-ROAD = {
-    "SOBA": (stochastic.SOBA, {}, 3000),
-    "BOME": (stochastic.BOME, {"inner_steps": 20}, 3000),
-    "TTSA": (stochastic.TTSA, {"max_terms": 1, "neumann_rate": 0.8}, 3000),
-    "VRBO": (stochastic.VRBO, {"terms": 60}, 800),
+ROAD: dict[str, tuple[Any, dict[str, Any], int, float]] = {
+    "SOBA": (stochastic.SOBA, {}, 600, 1e-5),
+    "VRBO": (stochastic.VRBO, {"terms": 20, "neumann_rate": 0.7, "inner_steps": 1}, 300, 1e-5),
+    "BOME": (stochastic.BOME, {"inner_steps": 20}, 600, 0.05),  # it circles around the solution at constant rates
 }
 
 
-@pytest.mark.parametrize("name", ["SOBA", "BOME", "VRBO"])
+@pytest.mark.parametrize("name", ROAD)
 def test_full_batches_lead_to_the_solution(name: str) -> None:
-    make, settings, steps = ROAD[name]
+    make, settings, steps, tolerance = ROAD[name]
     problem = Quadratic.random()
     z, x = torch.zeros(5, dtype=torch.float64), torch.zeros(3, dtype=torch.float64)
     method = make(problem.losses, z, x, inner_optimizer=SGD, outer_optimizer=SGD, **settings)
     for _ in range(steps):
         method.step(problem.all, problem.all)
-    torch.testing.assert_close(x.detach(), problem.best(), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(x.detach(), problem.best(), rtol=tolerance, atol=tolerance)
+    assert problem.best().norm() > 5 * tolerance

@@ -14,7 +14,7 @@ import torch
 from torch.optim import Optimizer
 
 from bilevel.errors import ArgumentError, NonFiniteError
-from bilevel.problem import BilevelProblem
+from bilevel.problems.problem import BilevelProblem
 from bilevel.reports import Status
 from bilevel.stochastic._batches import BatchSource
 from bilevel.stochastic._lists import Tensors, clone, norm

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from bilevel._checks import check_steps
+from bilevel.setting_checks import check_steps
 from bilevel.linear._base import LinearSolverLike, as_linear_solver, solve_linear
 from bilevel.operators import FunctionOperator
 from bilevel.reports import Status

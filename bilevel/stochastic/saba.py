@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from bilevel.setting_checks import check_steps
 from bilevel.errors import ArgumentError
+from bilevel.setting_checks import check_steps
 from bilevel.stochastic._adjoint import AdjointMethod
 from bilevel.stochastic._batches import BatchSource, batch_key
 from bilevel.stochastic._lists import Tensors, add, subtract

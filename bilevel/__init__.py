@@ -57,7 +57,7 @@ from bilevel.solvers.torch_optimizer import TorchOptimizer
 from bilevel.tolerance import AUTO, Tolerance
 
 if TYPE_CHECKING:
-    from bilevel import testing
+    from bilevel import stochastic, testing
     from bilevel.hyperopt.problem import HyperparameterOptimization
     from bilevel.meta.imaml import IMAML
 
@@ -136,6 +136,7 @@ __all__ = [
     "record",
     "replaying",
     "root",
+    "stochastic",
     "testing",
 ]
 
@@ -143,6 +144,7 @@ __all__ = [
 _IMPORTED_WHEN_USED = {
     "HyperparameterOptimization": "bilevel.hyperopt.problem",
     "IMAML": "bilevel.meta.imaml",
+    "stochastic": "bilevel.stochastic",
     "testing": "bilevel.testing",
 }
 

@@ -3,9 +3,10 @@
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from bilevel import certificates, operators
+from bilevel import certificates, operators, robust
 from bilevel._hypergradient import Hypergradient, HypergradientReport
 from bilevel._knowledge import GoalReport
+from bilevel._least_squares_layer import FullHessian, GaussNewtonHessian, LeastSquaresLayer, least_squares
 from bilevel._problem import Problem
 from bilevel._replaying import replaying
 from bilevel._tree import ravel
@@ -46,8 +47,10 @@ from bilevel.schedules import CubicSchedule, ExponentialSchedule, QuadraticSched
 from bilevel.solvers._base import Goal, InnerSolution, InnerSolver
 from bilevel.solvers.anderson import Anderson
 from bilevel.solvers.fixed_point import FixedPointIteration
+from bilevel.solvers.gauss_newton import GaussNewton
 from bilevel.solvers.gradient_descent import GradientDescent
 from bilevel.solvers.lbfgs import LBFGS
+from bilevel.solvers.levenberg_marquardt import LevenbergMarquardt
 from bilevel.solvers.newton import Newton
 from bilevel.solvers.scipy_minimize import ScipyMinimize
 from bilevel.solvers.scipy_root import ScipyRoot
@@ -85,6 +88,9 @@ __all__ = [
     "ExponentialSchedule",
     "FailureWarning",
     "FixedPointIteration",
+    "FullHessian",
+    "GaussNewton",
+    "GaussNewtonHessian",
     "Goal",
     "GoalReport",
     "GradientDescent",
@@ -95,6 +101,8 @@ __all__ = [
     "InnerSolution",
     "InnerSolver",
     "Layer",
+    "LeastSquaresLayer",
+    "LevenbergMarquardt",
     "LinearLayer",
     "LinearOperator",
     "LinearSolution",
@@ -127,12 +135,14 @@ __all__ = [
     "argmin",
     "certificates",
     "fixed_point",
+    "least_squares",
     "linear_solve",
     "minimize",
     "operators",
     "ravel",
     "record",
     "replaying",
+    "robust",
     "root",
     "testing",
 ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from bilevel._least_squares import LeastSquaresSystem
 from bilevel._problem import Problem
 from bilevel.linear._base import LinearSolver
 from bilevel.linear.bicgstab import BiCGStab
@@ -15,6 +16,7 @@ from bilevel.solvers._base import InnerSolver
 from bilevel.solvers._judge import Successor
 from bilevel.solvers.anderson import Anderson
 from bilevel.solvers.lbfgs import LBFGS
+from bilevel.solvers.levenberg_marquardt import LevenbergMarquardt
 from bilevel.solvers.newton import Newton
 
 __all__ = ["default_linear_solver", "default_solvers"]
@@ -35,7 +37,7 @@ def _dense_fits(batch: int, size: int, dtype: torch.dtype) -> bool:
 def default_solvers(problem: Problem) -> tuple[InnerSolver, tuple[Successor, ...]]:
     """Return the inner solver used where none is given, and those that take over the problems at which it fails.
 
-    A small argmin: Newton's method, then L-BFGS. A large one: L-BFGS. A fixed point: Anderson acceleration, which has plain iteration
+    Least squares: Levenberg–Marquardt, then as an argmin. A small argmin: Newton's method, then L-BFGS. A large one: L-BFGS. A fixed point: Anderson acceleration, which has plain iteration
     beneath it. Newton's method goes on from where the last of these ended. A root: Newton's method, which goes on once more, and then
     begins again beside the start.
     """
@@ -44,7 +46,10 @@ def default_solvers(problem: Problem) -> tuple[InnerSolver, tuple[Successor, ...
     if problem.is_fixed_point:
         return Anderson(), polish
     if problem.minimizes:
-        if _dense_fits(problem.batch, problem.size, problem.system.raveler.dtype):
+        small = _dense_fits(problem.batch, problem.size, problem.system.raveler.dtype)
+        if wide and isinstance(problem.system, LeastSquaresSystem):
+            return LevenbergMarquardt(), (*polish, Successor(Newton() if small else LBFGS(), afresh=True), *polish)
+        if small:
             return Newton(), (Successor(LBFGS(), afresh=True), *polish)
         return LBFGS(), polish
     newton = Newton() if wide else Newton(linear_solver=BiCGStab())

@@ -4,6 +4,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from bilevel import certificates, operators, robust
+from bilevel._equilibrium_layer import EquilibriumLayer, equilibrium
 from bilevel._hypergradient import Hypergradient, HypergradientReport
 from bilevel._knowledge import GoalReport
 from bilevel._least_squares_layer import FullHessian, GaussNewtonHessian, LeastSquaresLayer, least_squares
@@ -84,6 +85,7 @@ __all__ = [
     "CubicSchedule",
     "Damped",
     "DtypeError",
+    "EquilibriumLayer",
     "Exact",
     "ExponentialSchedule",
     "FailureWarning",
@@ -134,6 +136,7 @@ __all__ = [
     "__version__",
     "argmin",
     "certificates",
+    "equilibrium",
     "fixed_point",
     "least_squares",
     "linear_solve",

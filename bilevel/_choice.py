@@ -37,7 +37,8 @@ def _dense_fits(batch: int, size: int, dtype: torch.dtype) -> bool:
 def default_solvers(problem: Problem) -> tuple[InnerSolver, tuple[Successor, ...]]:
     """Return the inner solver used where none is given, and those that take over the problems at which it fails.
 
-    Least squares: Levenberg–Marquardt, then as an argmin. A small argmin: Newton's method, then L-BFGS. A large one: L-BFGS. A fixed point: Anderson acceleration, which has plain iteration
+    Least squares: Levenberg–Marquardt, then as an argmin.
+    A small argmin: Newton's method, then L-BFGS. A large one: L-BFGS. A fixed point: Anderson acceleration, which has plain iteration
     beneath it. Newton's method goes on from where the last of these ended. A root: Newton's method, which goes on once more, and then
     begins again beside the start.
     """

@@ -192,21 +192,16 @@ def residual_products(problem: Problem, x: torch.Tensor) -> Products:
         residuals = residuals.reshape(len(x), -1)  # (batch, m)
     jacobian = JacobianOperator(residuals, point)
     plain = residuals.detach()
-    if _is_plain(problem):
+    system = problem.system
+    if not isinstance(system, LeastSquaresSystem) or system.loss is None:
         return Products(0.5 * (plain * plain).sum(-1), plain, jacobian.matvec, jacobian.rmatvec)
     shaped = plain.reshape(*problem.system.batch_shape, -1)
     with torch.no_grad():
-        cost, root, weighted = (
-            t.detach() for t in problem.system.lifted(partial(_weights, problem.system))(shaped, *problem.tensors)
-        )
+        cost, root, weighted = (t.detach() for t in system.lifted(partial(_weights, system))(shaped, *problem.tensors))
     root, weighted = root.reshape(plain.shape), weighted.reshape(plain.shape)
     return Products(
         cost.reshape(len(x)), weighted, lambda v: root * jacobian.matvec(v), lambda u: jacobian.rmatvec(root * u)
     )
-
-
-def _is_plain(problem: Problem) -> bool:
-    return not isinstance(problem.system, LeastSquaresSystem) or problem.system.loss is None
 
 
 def _one_residual(system: Any, flat: torch.Tensor, *tensors: torch.Tensor) -> torch.Tensor:

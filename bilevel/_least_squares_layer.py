@@ -132,7 +132,7 @@ def least_squares(
     tensor([2.0000, 0.8000], dtype=torch.float64)
     >>> p[1].backward()
     >>> y.grad[:3]  # what each measurement does to the rate
-    tensor([-0.1984,  0.2137,  0.3002], dtype=torch.float64)
+    tensor([ 0.3361, -0.0599, -0.2313], dtype=torch.float64)
     """
     _refuse_bounds(lower, upper)
     make = functools.partial(

@@ -73,8 +73,8 @@ class Huber(RobustLoss):
     >>> import torch, bilevel
     >>> y = torch.tensor([0.0, 0.1, -0.1, 100.0], dtype=torch.float64)
     >>> location = bilevel.least_squares(lambda m, y: y - m, loss=Huber(1.0))
-    >>> location(torch.zeros((), dtype=torch.float64), y).item()  # the mean of the three, and a pull of δ/3
-    0.3333333333333333
+    >>> location(torch.zeros((), dtype=torch.float64), y)  # the mean of the three, and a pull of δ/3
+    tensor(0.3333, dtype=torch.float64)
     """
 
     delta: Scale = 1.0
@@ -83,6 +83,7 @@ class Huber(RobustLoss):
         _check("Huber", "delta", self.delta)
 
     def cost(self, residual: torch.Tensor) -> torch.Tensor:
+        """Return ½ r², or δ (abs(r) − ½ δ) beyond δ, entry by entry."""
         size = residual.abs()
         inside = size <= self.delta
         # Each branch sees numbers of its own domain alone, so that no derivative of the other is made.
@@ -122,6 +123,7 @@ class SoftL1(RobustLoss):
         _check("SoftL1", "scale", self.scale)
 
     def cost(self, residual: torch.Tensor) -> torch.Tensor:
+        """Return s² (√(1 + (r/s)²) − 1), entry by entry."""
         z = (residual / self.scale) ** 2
         # r² / (1 + √(1 + z)) is s² (√(1 + z) − 1) without cancellation.
         return residual**2 / (1 + (1 + z).sqrt())
@@ -160,6 +162,7 @@ class Cauchy(RobustLoss):
         _check("Cauchy", "scale", self.scale)
 
     def cost(self, residual: torch.Tensor) -> torch.Tensor:
+        """Return ½ s² log(1 + (r/s)²), entry by entry."""
         return 0.5 * self.scale**2 * torch.log1p((residual / self.scale) ** 2)
 
 

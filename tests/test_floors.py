@@ -50,6 +50,7 @@ GROUND = (
     "_checksum",
     "_factorisations",
     "_least_squares",
+    "_equilibrium",
     "robust",
     "_version",
 )
@@ -64,6 +65,7 @@ FLOORS = {
     "bilevel._first_call": 3,
     "bilevel._layer": 3,
     "bilevel._least_squares_layer": 3,
+    "bilevel._equilibrium_layer": 3,
     "bilevel._linear_layer": 3,
     "bilevel.layers": 3,
     "bilevel.certificates": 4,

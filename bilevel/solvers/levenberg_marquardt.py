@@ -101,9 +101,7 @@ class LevenbergMarquardt(InnerSolver):
         begin, step = self._dense_steps(problem, m) if dense else self._large_steps(problem)
         start, operator = begin(init)
         goal.linearize(lambda x: Linearization(start.residual, operator, (), start.value, x))
-        solution, state = iterate(
-            start, lambda old, active: step(old, active), goal, self.max_steps or _MAX_STEPS, descends=True
-        )
+        solution, _ = iterate(start, step, goal, self.max_steps or _MAX_STEPS, descends=True)
         if not problem.minimizes:
             return solution
         # The gradient is taken from the objective itself, which also leaves its graph for the derivative.

@@ -12,12 +12,12 @@ from typing import Any
 
 import torch
 
-from bilevel._factorisations import eigvalsh
-from bilevel._norms import WrittenNorms
-from bilevel._problem import Problem
-from bilevel._repeatable import Repeatable
-from bilevel._reverse import grad
-from bilevel._system import RootSystem
+from bilevel._torch.factorisations import eigvalsh
+from bilevel._torch.norms import WrittenNorms
+from bilevel.equations.problem import Problem
+from bilevel._torch.double_backward import Repeatable
+from bilevel._torch.reverse import grad
+from bilevel.equations.system import RootSystem
 from bilevel.errors import DtypeError, ShapeError
 
 __all__ = ["EquilibriumSystem", "Players", "player_at_fault"]

@@ -9,10 +9,10 @@ from typing import Any, TypeVar
 import torch
 
 from bilevel._equilibrium import EquilibriumSystem, Players, check_players, player_at_fault
-from bilevel._layer import Layer, Solution
-from bilevel._problem import Problem
-from bilevel._run import SolveCall, SolveSettings
-from bilevel._system import System
+from bilevel.layers.layer import Layer, Solution
+from bilevel.equations.problem import Problem
+from bilevel.layers.call import SolveCall, SolveSettings
+from bilevel.equations.system import System
 from bilevel.errors import ArgumentError
 from bilevel.linear._base import LinearSolverLike
 from bilevel.reports import OnFailure, Status, Words

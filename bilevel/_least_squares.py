@@ -15,12 +15,12 @@ import torch
 from torch.func import jvp, vmap
 from torch.utils import _pytree as pytree
 
-from bilevel._norms import WrittenNorms
-from bilevel._problem import Problem
-from bilevel._repeatable import Repeatable
-from bilevel._reverse import vjp
-from bilevel._system import ArgminSystem, RootSystem
-from bilevel._tree import moves
+from bilevel._torch.norms import WrittenNorms
+from bilevel.equations.problem import Problem
+from bilevel._torch.double_backward import Repeatable
+from bilevel._torch.reverse import vjp
+from bilevel.equations.system import ArgminSystem, RootSystem
+from bilevel.pytree import moves
 from bilevel.errors import ArgumentError, BilevelError, ShapeError
 from bilevel.operators import JacobianOperator
 from bilevel.robust import RobustLoss

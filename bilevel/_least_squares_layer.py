@@ -9,13 +9,13 @@ from typing import Any, overload
 
 import torch
 
-from bilevel._first_call import answered
-from bilevel._layer import Layer
+from bilevel.layers.first_call import answered
+from bilevel.layers.layer import Layer
 from bilevel._least_squares import GaussNewtonSystem, LeastSquaresSystem, Loss
-from bilevel._problem import Problem
-from bilevel._run import SolveCall, SolveSettings
-from bilevel._system import System
-from bilevel._tree import Raveler
+from bilevel.equations.problem import Problem
+from bilevel.layers.call import SolveCall, SolveSettings
+from bilevel.equations.system import System
+from bilevel.pytree import Raveler
 from bilevel.errors import ArgumentError
 from bilevel.linear._base import LinearSolverLike
 from bilevel.reports import OnFailure

@@ -3,7 +3,7 @@
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from bilevel import certificates, operators
+from bilevel import certificates, operators, robust
 from bilevel._version import __version__
 from bilevel.certificates.bound import Bound
 from bilevel.certificates.constants import Constants
@@ -24,6 +24,8 @@ from bilevel.errors import (
     TransformError,
 )
 from bilevel.layers import Layer, LinearLayer, Solution, argmin, fixed_point, linear_solve, root
+from bilevel.layers.equilibrium import EquilibriumLayer, equilibrium
+from bilevel.layers.least_squares import FullHessian, GaussNewtonHessian, LeastSquaresLayer, least_squares
 from bilevel.linear._base import LinearSolver
 from bilevel.linear._solution import LinearSolution
 from bilevel.linear.bicgstab import BiCGStab
@@ -48,8 +50,10 @@ from bilevel.schedules import CubicSchedule, ExponentialSchedule, QuadraticSched
 from bilevel.solvers._base import Goal, InnerSolution, InnerSolver
 from bilevel.solvers.anderson import Anderson
 from bilevel.solvers.fixed_point import FixedPointIteration
+from bilevel.solvers.gauss_newton import GaussNewton
 from bilevel.solvers.gradient_descent import GradientDescent
 from bilevel.solvers.lbfgs import LBFGS
+from bilevel.solvers.levenberg_marquardt import LevenbergMarquardt
 from bilevel.solvers.newton import Newton
 from bilevel.solvers.scipy_minimize import ScipyMinimize
 from bilevel.solvers.scipy_root import ScipyRoot
@@ -83,10 +87,14 @@ __all__ = [
     "CubicSchedule",
     "Damped",
     "DtypeError",
+    "EquilibriumLayer",
     "Exact",
     "ExponentialSchedule",
     "FailureWarning",
     "FixedPointIteration",
+    "FullHessian",
+    "GaussNewton",
+    "GaussNewtonHessian",
     "Goal",
     "GoalReport",
     "GradientDescent",
@@ -97,6 +105,8 @@ __all__ = [
     "InnerSolution",
     "InnerSolver",
     "Layer",
+    "LeastSquaresLayer",
+    "LevenbergMarquardt",
     "LinearLayer",
     "LinearOperator",
     "LinearSolution",
@@ -128,13 +138,16 @@ __all__ = [
     "__version__",
     "argmin",
     "certificates",
+    "equilibrium",
     "fixed_point",
+    "least_squares",
     "linear_solve",
     "minimize",
     "operators",
     "ravel",
     "record",
     "replaying",
+    "robust",
     "root",
     "stochastic",
     "testing",

@@ -306,7 +306,6 @@ MUTATIONS = (
     Mutation(
         "two thirds of the curvature, as Gauss–Newton has of a quartic", "equations/problem.py",
         "operator = HessianOperator(residual, point, expect", "operator = HessianOperator(2 * residual / 3, point, expect",
-        "operator = HessianOperator(residual, point)", "operator = HessianOperator(2 * residual / 3, point)",
         ("tests/test_implicit.py", "-k", "quartic"),
     ),
     Mutation(

@@ -117,7 +117,7 @@ class Problem:
         return self.value_and_residual(x)[1]
 
     def _evaluated(
-        self, name: str, evaluation: Callable[..., Sequence[torch.Tensor]], x: torch.Tensor
+        self, name: Hashable, evaluation: Callable[..., Sequence[torch.Tensor]], x: torch.Tensor
     ) -> Sequence[torch.Tensor]:
         """Return what ``evaluation`` makes of (x, *tensors), or a replay of it."""
         program = self._program(name, evaluation, x)
@@ -125,6 +125,12 @@ class Problem:
             return evaluation(x, *self.tensors)
         with torch.no_grad():
             return program(x.contiguous(), *self.tensors, *self._captured())
+
+    def evaluate(
+        self, name: Hashable, evaluation: Callable[..., Sequence[torch.Tensor]], x: torch.Tensor
+    ) -> Sequence[torch.Tensor]:
+        """Return what ``evaluation``, which ``name`` tells from others, makes of (x, *tensors), or a replay of it."""
+        return self._evaluated(name, evaluation, x)
 
     def _program(
         self,

@@ -226,11 +226,17 @@ class SolveCall:
         axes = problem.system.batch_shape
         self.one_step = outcome.factor is not None and (outcome.exact or bool((outcome.iterations <= 1).all()))
         self.factor, self.residual = outcome.factor, None if settings.on_adjoint is None else outcome.residual
-        words = failure_messages(solver, problem, init, outcome)
+        outcome, words = self.reviewed(solver, problem, init, outcome)
         self.report = _report(Pass.FORWARD, self.where, outcome.solver, outcome, axes, words)
         self.nan_mask = ~self.report.success if settings.on_failure == "nan" else None
         x = outcome.x.reshape(*axes, problem.size)
         return apply_policy(self.report, x, settings.on_failure, self.recordings, silent_budget=target.silent)
+
+    def reviewed(
+        self, solver: InnerSolver, problem: Problem, init: torch.Tensor, outcome: InnerOutcome
+    ) -> tuple[InnerOutcome, StatusMessages]:
+        """Return the outcome of an inner solve, and its words; a kind of problem that can say more of an answer overrides this."""
+        return outcome, failure_messages(solver, problem, init, outcome)
 
     def solve_linear(
         self,

@@ -41,6 +41,8 @@ from bilevel.outer.methods import HOAG, MAID, OuterMethod
 from bilevel.outer.minimize import OuterRun, minimize
 from bilevel.outer.result import OuterResult, OuterStatus, OuterStep
 from bilevel.problem import BilevelProblem
+from bilevel.quadratic_programs._solvers import Mehrotra
+from bilevel.quadratic_programs.quadratic_program import Certificate, ProgramSolution, quadratic_program
 from bilevel.reports import Basis, Pass, Recording, SolveReport, Status, record
 from bilevel.schedules import CubicSchedule, ExponentialSchedule, QuadraticSchedule
 from bilevel.solvers._base import Goal, InnerSolution, InnerSolver
@@ -76,6 +78,7 @@ __all__ = [
     "Bound",
     "BudgetWarning",
     "CapturedTensorError",
+    "Certificate",
     "Constants",
     "ConstantsError",
     "CubicSchedule",
@@ -99,6 +102,7 @@ __all__ = [
     "LinearOperator",
     "LinearSolution",
     "LinearSolver",
+    "Mehrotra",
     "Neumann",
     "Newton",
     "OuterMethod",
@@ -108,6 +112,7 @@ __all__ = [
     "OuterStep",
     "Pass",
     "Problem",
+    "ProgramSolution",
     "QuadraticSchedule",
     "Recording",
     "ScipyLinear",
@@ -130,6 +135,7 @@ __all__ = [
     "linear_solve",
     "minimize",
     "operators",
+    "quadratic_program",
     "ravel",
     "record",
     "replaying",

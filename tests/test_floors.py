@@ -63,6 +63,7 @@ FLOORS = {
     "bilevel._layer": 3,
     "bilevel._linear_layer": 3,
     "bilevel.layers": 3,
+    "bilevel.quadratic_programs": 3,
     "bilevel.certificates": 4,
     "bilevel._guards": 4,
     "bilevel._secants": 4,

@@ -38,16 +38,17 @@ def arguments_of(where: str, given: dict[str, Any]) -> Arguments:
     tensors = _tensors(where, given)
     q = tensors["q"]
     if q.ndim < 1 or q.shape[-1] < 1:
-        raise ShapeError(f"{where}: expected q of shape (..., n) with n of at least 1, got {tuple(q.shape)}; pass one entry per unknown")
+        raise ShapeError(
+            f"{where}: expected q of shape (..., n) with n of at least 1, got {tuple(q.shape)}; pass one entry per unknown"
+        )
     n = q.shape[-1]
     _check_pairs(where, tensors)
-    like = {"dtype": q.dtype, "device": q.device}
     rows = {"A": 0, "G": 0}
     for name in rows:
         if name in tensors:
             rows[name] = tensors[name].shape[-2] if tensors[name].ndim >= 2 else -1
         else:
-            tensors[name] = torch.zeros(0, n, **like)
+            tensors[name] = q.new_zeros(0, n)
     sizes = Sizes(n, rows["A"], rows["G"])
     for name, side in (("Q", n), ("A", sizes.p), ("G", sizes.m)):
         matrix = tensors[name]
@@ -58,7 +59,8 @@ def arguments_of(where: str, given: dict[str, Any]) -> Arguments:
             )
     infinite = {"b": 0.0, "h": float("inf"), "lower": -float("inf"), "upper": float("inf")}
     for name, length in (("b", sizes.p), ("h", sizes.m), ("lower", n), ("upper", n)):
-        tensors[name] = _vector(where, name, tensors.get(name, torch.full((), infinite[name], **like)), length)
+        value = tensors[name] if name in tensors else q.new_full((), infinite[name])
+        tensors[name] = _vector(where, name, value, length)
     if any(tensors[name].layout is not torch.strided for name in _MATRICES):
         return _sparse_arguments(where, tensors, sizes)
     tensors["Q"] = (tensors["Q"] + tensors["Q"].mT) / 2  # only the symmetric part counts
@@ -71,18 +73,26 @@ def _tensors(where: str, given: dict[str, Any]) -> dict[str, torch.Tensor]:
     main = found["q"]
     for name in ("Q", "q", "A", "G"):
         if name in found and not isinstance(found[name], torch.Tensor):
-            raise ArgumentError(f"{where}: expected {name} to be a tensor, got {found[name]!r}; make it one with torch.tensor")
+            raise ArgumentError(
+                f"{where}: expected {name} to be a tensor, got {found[name]!r}; make it one with torch.tensor"
+            )
     floats = [t.dtype for t in found.values() if isinstance(t, torch.Tensor)]
     for name, value in found.items():
         if not isinstance(value, torch.Tensor):
             try:
                 found[name] = torch.as_tensor(value, dtype=main.dtype, device=main.device)
             except (TypeError, ValueError, RuntimeError) as problem:
-                raise ArgumentError(f"{where}: expected {name} to be a tensor or a number, got {value!r}; pass one") from problem
+                raise ArgumentError(
+                    f"{where}: expected {name} to be a tensor or a number, got {value!r}; pass one"
+                ) from problem
         elif value.dtype not in _FLOATS:
-            raise DtypeError(f"{where}: expected {name} of dtype float32 or float64, got {value.dtype}; convert it with .double() or .float()")
+            raise DtypeError(
+                f"{where}: expected {name} of dtype float32 or float64, got {value.dtype}; convert it with .double() or .float()"
+            )
         elif value.device != main.device:
-            raise DtypeError(f"{where}: expected {name} on q's device, {main.device}, got {value.device}; move it with .to(q.device)")
+            raise DtypeError(
+                f"{where}: expected {name} on q's device, {main.device}, got {value.device}; move it with .to(q.device)"
+            )
     widest = torch.float64 if torch.float64 in floats else torch.float32
     return {name: value if value.dtype == widest else value.to(widest) for name, value in found.items()}
 
@@ -91,7 +101,9 @@ def _check_pairs(where: str, tensors: dict[str, torch.Tensor]) -> None:
     for matrix, side, relation in (("A", "b", "A x = b"), ("G", "h", "G x <= h")):
         if (matrix in tensors) != (side in tensors):
             there, missing = (matrix, side) if matrix in tensors else (side, matrix)
-            raise ArgumentError(f"{where}: expected both of {matrix} and {side} for {relation}, got {there} alone; pass {missing} too")
+            raise ArgumentError(
+                f"{where}: expected both of {matrix} and {side} for {relation}, got {there} alone; pass {missing} too"
+            )
 
 
 def _vector(where: str, name: str, value: torch.Tensor, length: int) -> torch.Tensor:
@@ -119,7 +131,9 @@ def _broadcast(
         batch = torch.broadcast_shapes(*leading.values())
     except RuntimeError as problem:
         shapes = ", ".join(f"{name}: {tuple(shape)}" for name, shape in leading.items() if shape)
-        raise ShapeError(f"{where}: expected batch axes that broadcast, got {shapes}; give all the same, or none") from problem
+        raise ShapeError(
+            f"{where}: expected batch axes that broadcast, got {shapes}; give all the same, or none"
+        ) from problem
     made = []
     for name in _ORDER:
         tensor, rest = tensors[name], tensors[name].shape[tensors[name].ndim - own[name] :]
@@ -164,5 +178,3 @@ def _sparse_arguments(where: str, tensors: dict[str, torch.Tensor], sizes: Sizes
         patterns.append(pattern)
     of_Q, of_A, of_G = patterns
     return _broadcast(where, tensors, (of_Q, of_A, of_G), sizes)
-
-

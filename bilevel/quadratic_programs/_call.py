@@ -9,8 +9,7 @@ from typing import Any, Protocol
 
 import torch
 
-from bilevel.quadratic_programs._kkt import KKTFactor
-from bilevel.quadratic_programs._program import Found, Program
+from bilevel.quadratic_programs._program import Found
 from bilevel.quadratic_programs._rule import Asked, Structure
 from bilevel.quadratic_programs._wording import backward_words, forward_words
 from bilevel.reports import Basis, OnFailure, Pass, SolveReport, Status, active_recordings, enforce
@@ -38,7 +37,9 @@ class Factor(Protocol):
 class Backend(Protocol):
     """A solver, and the factorisation that goes with its matrices."""
 
-    name: str
+    @property
+    def name(self) -> str:
+        """The name in reports."""
 
     def solve(self, structure: Structure, tensors: Sequence[torch.Tensor], dtype: torch.dtype) -> Found:
         """Return what was found of each problem of a batch with one axis, in float64."""
@@ -105,9 +106,7 @@ class ProgramCall:
         self.status: torch.Tensor | None = None
         self.kept: _Kept | None = None
 
-    def solve(
-        self, structure: Structure, tensors: Sequence[torch.Tensor]
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def solve(self, structure: Structure, tensors: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
         """Return points (*batch, length) and marks (*batch, m + 2n), as the policy says."""
         dtype, batch = tensors[1].dtype, tensors[1].shape[:-1]
         flat = [t.detach().to(torch.float64).reshape(math.prod(batch), *t.shape[len(batch) :]) for t in tensors]
@@ -117,12 +116,16 @@ class ProgramCall:
             failed = (status == Status.CONVERGED) & ~(found.residual <= self.threshold)
             status = torch.where(failed, int(Status.NOT_CONVERGED), status)
             found.threshold = torch.full_like(found.threshold, self.threshold)
-        self.certificate = found.certificate.reshape(*batch, -1).to(dtype)
+        self.certificate = found.certificate.reshape(*batch, structure.length).to(dtype)
         self._note_lost(status)
         words = forward_words(structure, found, status)
-        self.report = self._report(Pass.FORWARD, status, found.iterations, found.residual, found.threshold, batch, words)
-        point = enforce(self.report, found.point.to(dtype).reshape(*batch, -1), self.on_failure, self.recordings)
-        marks = (found.active.to(dtype) + 2 * found.weak.to(dtype)).reshape(*batch, -1)
+        self.report = self._report(
+            Pass.FORWARD, status, found.iterations, found.residual, found.threshold, batch, words
+        )
+        point = enforce(
+            self.report, found.point.to(dtype).reshape(*batch, structure.length), self.on_failure, self.recordings
+        )
+        marks = (found.active.to(dtype) + 2 * found.weak.to(dtype)).reshape(*batch, found.active.shape[-1])
         if found.factor is not None:
             matrices = tuple(tensors[i].detach() for i in (0, 2, 4))
             self.offered = (matrices, found.factor)
@@ -158,8 +161,8 @@ class ProgramCall:
         if factor is None:
             flat = [t.detach().to(torch.float64).reshape(count, *t.shape[t.ndim - axes :]) for t, axes in zip(
                 matrices, (structure.Q.axes, structure.A.axes, structure.G.axes), strict=True)]  # fmt: skip
-            wide = None if damping is None else damping.detach().to(torch.float64).reshape(count, -1)
-            factor = self.backend.factor(structure, flat, wide, (marks % 2 > 0).reshape(count, -1))
+            wide = None if damping is None else damping.detach().to(torch.float64).reshape(count, damping.shape[-1])
+            factor = self.backend.factor(structure, flat, wide, (marks % 2 > 0).reshape(count, marks.shape[-1]))
         self.kept = _Kept(tuple(None if t is None else t.detach() for t in key), factor)
         return factor
 
@@ -175,14 +178,14 @@ class ProgramCall:
         """Return K⁻¹ r (*repeats, *batch, length), solved for, judged, reported and treated as the policy says."""
         batch = marks.shape[:-1]
         count, length = math.prod(batch), right.shape[-1]
+        if not right.numel():
+            return torch.zeros_like(right)
         factor = self._factor(structure, matrices, damping, marks, count)
-        weak = marks.reshape(count, -1) >= 2
-        flat = right.detach().to(torch.float64).reshape(-1, count, length) if count else right.to(torch.float64).reshape(0, 0, length)
+        weak = marks.reshape(count, marks.shape[-1]) >= 2
+        flat = right.detach().to(torch.float64).reshape(-1, count, length)
         parts = [self._one(structure, factor, one, weak, asked) for one in flat]
         repeats = right.shape[: right.ndim - 1 - len(batch)]
         axes = (*repeats, *batch)
-        if not parts:
-            return torch.zeros_like(right)
         d, status, residual, scale, culprit = (torch.stack(part) for part in zip(*parts, strict=True))
         reported = self.recordings or active_recordings() or bool((status != Status.CONVERGED).any())
         d = d.to(right.dtype).reshape(right.shape)
@@ -209,7 +212,10 @@ class ProgramCall:
             refined = d + factor.solve(left)
             left = right - factor.times(refined)
             better = left.norm(dim=-1) < residual
-            d, residual = torch.where(better.unsqueeze(-1), refined, d), torch.where(better, left.norm(dim=-1), residual)
+            d, residual = (
+                torch.where(better.unsqueeze(-1), refined, d),
+                torch.where(better, left.norm(dim=-1), residual),
+            )
         status = torch.zeros(len(right), dtype=torch.int64, device=right.device)
         culprit = torch.full_like(status, -1)
         enough = self.threshold_prime or _CONSISTENT
@@ -219,7 +225,9 @@ class ProgramCall:
             outside = left[:, : structure.sizes.n].norm(dim=-1) > 0.5 * residual
             status = torch.where(singular, int(Status.MINIMUM_NORM), status)
             status = torch.where(wrong, int(Status.STAGNATED), status)
-            status = torch.where(wrong & singular, torch.where(outside, int(Status.SINGULAR), int(Status.DEGENERATE)), status)
+            status = torch.where(
+                wrong & singular, torch.where(outside, int(Status.SINGULAR), int(Status.DEGENERATE)), status
+            )
             if asked.reverse and asked.constraints:
                 status = torch.where(singular & factor.by_inequalities & ~wrong, int(Status.DEGENERATE), status)
             status = torch.where(torch.isfinite(scale), status, int(Status.NOT_FINITE))
@@ -259,8 +267,18 @@ class ProgramCall:
     ) -> SolveReport:
         unknown = torch.full_like(residual, float("nan"))
         solver = self.backend.name if direction is Pass.FORWARD else "the KKT factorisation"
-        shaped = [t.reshape(axes) for t in (status, iterations, residual, threshold, unknown)]
-        given = (unknown if scale is None else scale).reshape(axes)
-        return SolveReport(direction, self.where, solver, *shaped, Basis.RESIDUAL, given, words)
-
-
+        given = unknown if scale is None else scale
+        status, iterations, residual, threshold = (t.reshape(axes) for t in (status, iterations, residual, threshold))
+        return SolveReport(
+            direction,
+            self.where,
+            solver,
+            status,
+            iterations,
+            residual,
+            threshold,
+            unknown.reshape(axes),
+            Basis.RESIDUAL,
+            given.reshape(axes),
+            words,
+        )

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from bilevel.quadratic_programs._kkt import KKTFactor, Marks, Sizes
+from bilevel.quadratic_programs._kkt import KKTFactor
 from bilevel.quadratic_programs._program import Found, Limits, Program
 from bilevel.quadratic_programs._rays import infeasibility_rays, unboundedness_rays
 from bilevel.reports import Status

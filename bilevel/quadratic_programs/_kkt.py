@@ -198,7 +198,9 @@ class KKTFactor:
             return -r_low, -r_up
         if self.damping is not None:
             _, low, up = self.damping.split(self.sizes.rows, -1)
-            return torch.where(self.below, -(r_low + dx) / low, -r_low), torch.where(self.above, (dx - r_up) / up, -r_up)
+            return torch.where(self.below, -(r_low + dx) / low, -r_low), torch.where(
+                self.above, (dx - r_up) / up, -r_up
+            )
         left = r_x - mv(self.Q, dx)
         left = left - tmv(self.A, dnu) if self.sizes.p else left
         left = left - tmv(self.rows, drows) if self.count else left
@@ -229,7 +231,9 @@ class KKTFactor:
         if self.count:
             chosen = torch.where(self.chosen, dlam.gather(-1, self.order), 0.0)
             top = top + tmv(self.rows, chosen)
-            rows = rows.scatter(-1, self.order, torch.where(self.chosen, mv(self.rows, dx), -dlam.gather(-1, self.order)))
+            rows = rows.scatter(
+                -1, self.order, torch.where(self.chosen, mv(self.rows, dx), -dlam.gather(-1, self.order))
+            )
         below, above = -low, -up
         if self.bounds:
             top = top - torch.where(self.below, low, 0.0) + torch.where(self.above, up, 0.0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property
 
@@ -54,9 +55,15 @@ class Program:
     upper: torch.Tensor
     dtype: torch.dtype
 
+    @classmethod
+    def of(cls, tensors: Sequence[torch.Tensor], dtype: torch.dtype) -> Program:
+        """Return the program of Q, q, A, b, G, h, lower and upper."""
+        Q, q, A, b, G, h, lower, upper = tensors
+        return cls(Q, q, A, b, G, h, lower, upper, dtype)
+
     def at(self, index: torch.Tensor) -> Program:
         """Return the problems at ``index``."""
-        return Program(*(getattr(self, entry.name)[index] for entry in fields(self)[:-1]), self.dtype)
+        return Program.of([getattr(self, entry.name)[index] for entry in fields(self)[:-1]], self.dtype)
 
     @cached_property
     def sizes(self) -> Sizes:
@@ -104,7 +111,9 @@ class Program:
         if smoothing:
             weights = point[:, self.sizes.n + self.sizes.p :]
             path = torch.where(active, smoothing / torch.where(active, weights, 1.0), 0.0)
-            lack = torch.cat([lack[:, : self.sizes.n + self.sizes.p], lack[:, self.sizes.n + self.sizes.p :] + path], -1)
+            lack = torch.cat(
+                [lack[:, : self.sizes.n + self.sizes.p], lack[:, self.sizes.n + self.sizes.p :] + path], -1
+            )
         return lack
 
     def slacks(self, point: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -175,7 +184,16 @@ class Found:
         numbers = torch.full((B,), int(Status.RUNNING), dtype=torch.int64, device=like.device)
         point = like.new_full((B, sum(sizes.parts)), float("nan"))
         residual, threshold = like.new_full((B,), float("nan")), like.new_full((B,), float("nan"))
-        return cls(point, marks, marks.clone(), numbers, torch.zeros_like(numbers), residual, threshold, torch.zeros_like(point))
+        return cls(
+            point,
+            marks,
+            marks.clone(),
+            numbers,
+            torch.zeros_like(numbers),
+            residual,
+            threshold,
+            torch.zeros_like(point),
+        )
 
     def put(self, index: torch.Tensor, other: Found) -> None:
         """Write the problems of ``other`` to ``index``."""

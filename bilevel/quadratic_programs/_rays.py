@@ -51,7 +51,9 @@ def infeasibility_rays(program: Program) -> tuple[torch.Tensor, torch.Tensor]:
     blank = like.new_zeros(B, m)
     below, above = torch.cat([_sides(program.lower), blank], -1), torch.cat([_sides(program.upper), blank], -1)
     d = torch.cat([h, -_finite(program.lower, -1.0), blank + 1, _finite(program.upper, 1.0), blank + 1], -1)
-    form = DenseProgram(Q, q, like.new_zeros(B, 0, n + m), like.new_zeros(B, 0), Rows(torch.cat([G, -t], -1), below, above), d)
+    form = DenseProgram(
+        Q, q, like.new_zeros(B, 0, n + m), like.new_zeros(B, 0), Rows(torch.cat([G, -t], -1), below, above), d
+    )
     found = interior_point(form, 1e-13, _STEPS, may_escape=False)
     x, lam = found.x[:, :n], (mv(G, found.x[:, :n]) - torch.where(rows_of, h, 0.0)).clamp_min(0)
     nu = (mv(A, x) - b) / length_A
@@ -64,8 +66,8 @@ def infeasibility_rays(program: Program) -> tuple[torch.Tensor, torch.Tensor]:
     terms = tmv(program.A.abs(), nu.abs()) + tmv(program.G.abs(), lam)
     lower, upper, h = _finite(program.lower), _finite(program.upper), _finite(program.h)
     products = [program.b * nu, h * lam, -lower * low, upper * up]
-    value = sum(part.sum(-1) for part in products)
-    sizes = sum(part.abs().sum(-1) for part in products)
+    value = torch.cat(products, -1).sum(-1)
+    sizes = torch.cat(products, -1).abs().sum(-1)
     reach = torch.maximum(terms.amax(-1) * x.abs().amax(-1), sizes)
     proven = (value < -_PROOF * reach) & (left <= _PROOF * terms.amax(-1)) & (value < 0)
     ray = torch.cat([torch.zeros_like(x), nu, lam, low, up], -1) / -value.clamp_max(-1e-300).unsqueeze(-1)
@@ -83,7 +85,8 @@ def unboundedness_rays(program: Program) -> tuple[torch.Tensor, torch.Tensor]:
     A = A / A.norm(dim=-1, keepdim=True).clamp_min(1e-300)
     G = torch.where(rows_of.unsqueeze(-1), program.G, 0.0)
     G = G / G.norm(dim=-1, keepdim=True).clamp_min(1e-300)
-    rows = Rows(G, _sides(program.lower), _sides(program.upper))
+    below, above = _sides(program.lower), _sides(program.upper)
+    rows = Rows(G, below, above)
     eye = torch.eye(n, dtype=like.dtype, device=like.device).expand(B, n, n)
     d = torch.cat([(~rows_of).to(like.dtype), 1 - _sides(program.lower), 1 - _sides(program.upper)], -1)
     form = DenseProgram(eye, q, A, like.new_zeros(B, n + p), rows, d)
@@ -91,7 +94,7 @@ def unboundedness_rays(program: Program) -> tuple[torch.Tensor, torch.Tensor]:
     norm = direction.abs().amax(-1)
     falls = (q * direction).sum(-1)
     left = mv(A, direction).abs().amax(-1)
-    outside = torch.cat([mv(G, direction), -direction * rows.below, direction * rows.above], -1).clamp_min(0).amax(-1)
+    outside = torch.cat([mv(G, direction), -direction * below, direction * above], -1).clamp_min(0).amax(-1)
     proven = (falls < -1e-6 * norm) & (torch.maximum(left, outside) <= _PROOF * norm) & (norm > 1e-6)
     ray = direction / (-falls.clamp_max(-1e-300).unsqueeze(-1) * size.clamp_min(1e-300))
     return torch.cat([ray, like.new_zeros(B, p + m + 2 * n)], -1), proven

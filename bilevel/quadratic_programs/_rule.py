@@ -258,8 +258,9 @@ class KKTSolve(torch.autograd.Function):
     @outside_autocast
     @tangents_batched
     def jvp(ctx: Any, *tangents: torch.Tensor | None) -> torch.Tensor:
-        saved = (t if t is None else without_tangent(t) for t in ctx.saved_tensors)
-        d, Q, A, G, damping, marks = saved
+        d, Q, A, G, marks = (without_tangent(ctx.saved_tensors[i]) for i in (0, 1, 2, 3, 5))
+        damping = ctx.saved_tensors[4]
+        damping = damping if damping is None else without_tangent(damping)
         structure: Structure = ctx.rule.structure
         right, Q_dot, A_dot, G_dot, damping_dot, _ = tangents[1:]
         dx, dnu, *dweights = structure.sizes.split(d)

@@ -51,7 +51,7 @@ class Mehrotra:
 
     def solve(self, structure: Structure, tensors: Sequence[torch.Tensor], dtype: torch.dtype) -> Found:
         """Return what was found of each problem of a batch with one axis, in float64."""
-        return solve_dense(Program(*tensors, dtype), Limits(max_steps=self.max_steps, smoothing=structure.smoothing))
+        return solve_dense(Program.of(tensors, dtype), Limits(max_steps=self.max_steps, smoothing=structure.smoothing))
 
     def factor(
         self,
@@ -61,4 +61,5 @@ class Mehrotra:
         active: torch.Tensor,
     ) -> Factor:
         """Return the factorised KKT matrix."""
-        return KKTFactor(structure.sizes, *matrices, active, damping)
+        Q, A, G = matrices
+        return KKTFactor(structure.sizes, Q, A, G, active, damping)

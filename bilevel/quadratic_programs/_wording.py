@@ -19,7 +19,10 @@ _NONCONVEX = (
     "met a matrix Q that is not positive semidefinite, so that the program is not convex",
     "add a multiple of the identity to Q, or use bilevel.argmin with constraints for a local minimum",
 )
-_NOT_FINITE = ("was given a NaN, or an infinity where none is allowed", "h, lower and upper alone may be infinite: check Q, q, A, b and G")
+_NOT_FINITE = (
+    "was given a NaN, or an infinity where none is allowed",
+    "h, lower and upper alone may be infinite: check Q, q, A, b and G",
+)
 _NOT_UNIQUE = (
     "met a solution that is not unique in a direction that is differentiated",
     "add a small multiple of the identity to Q, or pass smoothing=1e-6 if the set of solutions is bounded",

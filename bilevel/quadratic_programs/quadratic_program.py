@@ -243,7 +243,9 @@ class _Settings:
         if smoothing is not None:
             check_number("quadratic_program", "smoothing", smoothing)
         if tolerance is not None and not isinstance(tolerance, Tolerance):
-            raise ArgumentError(f"{_WHERE}: expected tolerance to be a bilevel.Tolerance, got {tolerance!r}; wrap it in one")
+            raise ArgumentError(
+                f"{_WHERE}: expected tolerance to be a bilevel.Tolerance, got {tolerance!r}; wrap it in one"
+            )
         if solver is not None and not (hasattr(solver, "solve") and hasattr(solver, "factor")):
             raise ArgumentError(
                 f"{_WHERE}: expected solver to be bilevel.Mehrotra(...) or bilevel.Clarabel(...), got {solver!r}; pass one of them"

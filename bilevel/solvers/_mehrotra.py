@@ -47,7 +47,9 @@ class _Batch:
         chosen = {}
         for entry in fields(self):  # type: ignore[arg-type]
             value = getattr(self, entry.name)
-            chosen[entry.name] = None if value is None else value.at(index) if isinstance(value, _Batch) else value[index]
+            chosen[entry.name] = (
+                None if value is None else value.at(index) if isinstance(value, _Batch) else value[index]
+            )
         return replace(self, **chosen)  # type: ignore[type-var]
 
     def put(self: T, index: torch.Tensor, other: T) -> None:
@@ -81,6 +83,11 @@ class Rows(_Batch):
         """The numbers of rows of the three kinds."""
         n = self.general.shape[-1]
         return [self.general.shape[-2], 0 if self.below is None else n, 0 if self.above is None else n]
+
+    def present(self) -> torch.Tensor:
+        """Return which rows (B, rows) are not zero."""
+        general = self.general.ne(0).any(-1)
+        return torch.cat([general, *(side > 0 for side in (self.below, self.above) if side is not None)], -1)
 
     def times(self, x: torch.Tensor) -> torch.Tensor:
         """Return C x (B, rows)."""
@@ -175,23 +182,24 @@ class Iterate(_Batch):
 
 @dataclass(frozen=True, eq=False)
 class _Scales(_Batch):
-    """x = columns · x̂, y = equations · ŷ / cost, z = inequalities · ẑ / cost, s = ŝ / inequalities."""
+    """The scales (B, ...) by which the parts of a scaled iterate are multiplied to have those of the given program.
 
-    columns: torch.Tensor
-    equations: torch.Tensor
-    inequalities: torch.Tensor
-    cost: torch.Tensor
+    s·z is that of the scaled program times ``product``.
+    """
+
+    x: torch.Tensor
+    y: torch.Tensor
+    s: torch.Tensor
+    z: torch.Tensor
+    product: torch.Tensor
 
     def scaled(self, point: Iterate) -> Iterate:
-        return replace(
-            point, x=point.x / self.columns, y=point.y / self.equations * self.cost, s=point.s * self.inequalities,
-            z=point.z / self.inequalities * self.cost,
-        )  # fmt: skip
+        return replace(point, x=point.x / self.x, y=point.y / self.y, s=point.s / self.s, z=point.z / self.z)
 
     def unscaled(self, point: Iterate) -> Iterate:
+        tight = point.z > point.s
         return replace(
-            point, x=point.x * self.columns, y=point.y * self.equations / self.cost, s=point.s / self.inequalities,
-            z=point.z * self.inequalities / self.cost, tight=point.z > point.s,
+            point, x=point.x * self.x, y=point.y * self.y, s=point.s * self.s, z=point.z * self.z, tight=tight
         )  # fmt: skip
 
 
@@ -210,7 +218,7 @@ def interior_point(
     where its iterate looks like a ray.
     """
     scaled, scales = _equilibrated(program)
-    target = smoothing * scales.cost
+    target = smoothing / scales.product
     point = _start(scaled) if start is None else scales.scaled(start)
     found = replace(point, **{entry.name: getattr(point, entry.name).clone() for entry in fields(point)})
     live = torch.arange(len(program.q), device=program.q.device)
@@ -218,7 +226,13 @@ def interior_point(
         residuals = _Residuals.of(scaled, point, target)
         escaped = residuals.escaped(scaled, point) if may_escape else torch.zeros_like(point.escaped)
         point = _judged(point, residuals.error, escaped)
-        ended = (residuals.error <= tolerance) | escaped | point.stuck | (turn == max_steps) | ~torch.isfinite(residuals.error)
+        ended = (
+            (residuals.error <= tolerance)
+            | escaped
+            | point.stuck
+            | (turn == max_steps)
+            | ~torch.isfinite(residuals.error)
+        )
         if bool(ended.any()):
             point, scaled, target, residuals, live = _retire(found, ended, live, point, scaled, target, residuals)
             if not len(live):
@@ -282,17 +296,27 @@ def _equilibrated(program: DenseProgram, passes: int = 3) -> tuple[DenseProgram,
         if m:
             row = _inverse_root(G.abs().amax(-1))
             G, general = G * row.unsqueeze(-1) * step.unsqueeze(-2), general * row
-    q = program.q * columns
-    size = torch.maximum(Q.abs().amax(-1).mean(-1), q.abs().amax(-1)).unsqueeze(-1)
-    cost = torch.where(size > 0, 1 / size.clamp_min(1e-30), torch.ones_like(size))
     sides = [general]
     sides += [1 / columns] * (program.rows.below is not None) + [1 / columns] * (program.rows.above is not None)
-    inequalities = torch.cat(sides, -1)
-    scaled = DenseProgram(
-        Q * cost.unsqueeze(-1), q * cost, A, program.b * equations, replace(program.rows, general=G), program.d * inequalities
-    )  # fmt: skip
-    # A row that is no constraint has d = 1 whatever its scale.
-    return scaled, _Scales(columns, equations, inequalities, cost)
+    inequalities, rows = torch.cat(sides, -1), replace(program.rows, general=G)
+    q, b, d, there = program.q * columns, program.b * equations, program.d * inequalities, rows.present()
+    unit = _unit(Q, q, b, d, there)
+    q, b, d = q / unit, b / unit, torch.where(there | (d <= 0), d / unit, 1.0)
+    size = torch.maximum(Q.abs().amax(-1).mean(-1), q.abs().amax(-1)).unsqueeze(-1)
+    cost = torch.where(size > 0, 1 / size.clamp_min(1e-30), torch.ones_like(size))
+    scaled = DenseProgram(Q * cost.unsqueeze(-1), q * cost, A, b, rows, d)
+    weight = unit / cost
+    return scaled, _Scales(
+        columns * unit, equations * weight, unit / inequalities, inequalities * weight, unit * weight
+    )
+
+
+def _unit(Q: torch.Tensor, q: torch.Tensor, b: torch.Tensor, d: torch.Tensor, there: torch.Tensor) -> torch.Tensor:
+    """Return a size (B, 1) that the unknowns may have, if that is below one."""
+    curvature = Q.abs().flatten(1).amax(-1)
+    free = torch.where(curvature > 0, _largest(q) / curvature.clamp_min(1e-300), 0.0)
+    unit = torch.maximum(free, _largest(b, torch.where(there, d, 0.0)))
+    return torch.where(unit > 0, unit, torch.ones_like(unit)).clamp(1e-100, 1.0).unsqueeze(-1)
 
 
 def _inverse_root(norm: torch.Tensor) -> torch.Tensor:
@@ -327,7 +351,9 @@ class _Residuals(_Batch):
         slope = _largest(dual) / (1 + _largest(program.q, curved, held))
         value = (point.x * (0.5 * curved + program.q)).sum(-1).abs()
         distance = (products - target).abs().sum(-1) / (1 + value)
-        return cls(dual, equations, rows, gap, torch.maximum(torch.maximum(primal, slope), distance), curved, held, reached)
+        return cls(
+            dual, equations, rows, gap, torch.maximum(torch.maximum(primal, slope), distance), curved, held, reached
+        )
 
     def escaped(self, program: DenseProgram, point: Iterate) -> torch.Tensor:
         """Return whether (y, z) or x is, up to its length, a ray that proves that there is no solution."""
@@ -397,7 +423,9 @@ def _start(program: DenseProgram) -> Iterate:
     zeros, one = program.q.new_zeros, torch.ones_like(program.d)
     blank = torch.zeros(B, dtype=torch.bool, device=program.q.device)
     steps, error = torch.zeros(B, dtype=torch.int64, device=program.q.device), program.q.new_full((B,), float("inf"))
-    origin = Iterate(zeros(B, n), zeros(B, program.A.shape[-2]), one, one, steps, error, blank, blank, error, steps, one > 1)
+    origin = Iterate(
+        zeros(B, n), zeros(B, program.A.shape[-2]), one, one, steps, error, blank, blank, error, steps, one > 1
+    )
     newton = _Newton(program, one)
     # At x = 0, y = 0 with s + z = 0 asked for: products make ds = −dz.
     dx, dy, _, dz = newton.solve(program.q, -program.b, -program.d, torch.zeros_like(one), origin)
@@ -439,5 +467,3 @@ def _step(program: DenseProgram, point: Iterate, now: _Residuals, target: torch.
     moved = [torch.where(stuck.unsqueeze(-1), v, new) for v, new in zip((point.x, point.y, s, z), moved, strict=True)]
     x, y, s, z = moved
     return replace(point, x=x, y=y, s=s, z=z, steps=point.steps + 1, stuck=stuck)
-
-

@@ -142,7 +142,10 @@ def _control(rng: np.random.Generator, nx: int = 4, nu: int = 2, T: int = 5) -> 
     Qx = sp.diags(rng.uniform(0, 10, nx) * (rng.uniform(size=nx) < 0.7))
     P = sp.block_diag([sp.kron(sp.eye(T + 1), Qx), sp.kron(sp.eye(T), 0.1 * sp.eye(nu))])
     dynamics = sp.hstack(
-        [sp.kron(sp.eye(T + 1), -sp.eye(nx)) + sp.kron(sp.eye(T + 1, k=-1), Ad), sp.kron(sp.vstack([np.zeros((1, T)), np.eye(T)]), Bd)]
+        [
+            sp.kron(sp.eye(T + 1), -sp.eye(nx)) + sp.kron(sp.eye(T + 1, k=-1), Ad),
+            sp.kron(sp.vstack([np.zeros((1, T)), np.eye(T)]), Bd),
+        ]
     )
     limit = np.concatenate([np.tile(rng.uniform(1, 2, nx), T + 1), np.tile(rng.uniform(0, 0.1, nu), T)])
     start = np.concatenate([-0.5 * rng.uniform(-1, 1, nx), np.zeros(T * nx)])

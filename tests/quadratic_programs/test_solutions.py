@@ -23,9 +23,16 @@ def assert_optimal(data: Data, rtol: float = 1e-9) -> None:
     none["upper"] = -none["lower"]
     d = none | data
     slope = (
-        d["Q"] @ x + d["q"] + d["A"].T @ multipliers.equality + d["G"].T @ multipliers.inequality - multipliers.lower + multipliers.upper
+        d["Q"] @ x
+        + d["q"]
+        + d["A"].T @ multipliers.equality
+        + d["G"].T @ multipliers.inequality
+        - multipliers.lower
+        + multipliers.upper
     )
-    scale = 1 + max(float(t.abs().max()) for t in (d["q"], multipliers.lower, multipliers.upper, *multipliers) if t.numel())
+    scale = 1 + max(
+        float(t.abs().max()) for t in (d["q"], multipliers.lower, multipliers.upper, *multipliers) if t.numel()
+    )
     assert slope.abs().max() <= rtol * scale
     slacks = (d["h"] - d["G"] @ x, x - d["lower"], d["upper"] - x)
     for slack, weight, on in zip(slacks, multipliers[1:], active, strict=True):
@@ -97,7 +104,9 @@ def test_transport_is_a_linear_program_with_a_redundant_equation() -> None:
     cost = torch.rand(4, 5, dtype=F64)
     rows, columns = torch.eye(4, dtype=F64).repeat_interleave(5, 1), torch.eye(5, dtype=F64).repeat(1, 4)
     masses = torch.cat([torch.full((4,), 0.25, dtype=F64), torch.full((5,), 0.2, dtype=F64)])
-    plan = quadratic_program(torch.zeros(20, 20, dtype=F64), cost.reshape(-1), torch.cat([rows, columns]), masses, lower=0.0)
+    plan = quadratic_program(
+        torch.zeros(20, 20, dtype=F64), cost.reshape(-1), torch.cat([rows, columns]), masses, lower=0.0
+    )
     theirs = linprog(cost.reshape(-1).numpy(), A_eq=torch.cat([rows, columns]).numpy(), b_eq=masses.numpy())
     assert float(plan @ cost.reshape(-1)) == pytest.approx(theirs.fun, abs=1e-12)
     assert plan.min() >= 0
@@ -107,7 +116,9 @@ def test_without_constraints_it_is_a_linear_system() -> None:
     data = random_program(5, 0, 0, bounds=False)
     x = quadratic_program(data["Q"], data["q"])
     torch.testing.assert_close(x, torch.linalg.solve(data["Q"], -data["q"]))
-    empty = quadratic_program(data["Q"], data["q"], torch.zeros(0, 5, dtype=F64), torch.zeros(0, dtype=F64), data["G"], data["h"])
+    empty = quadratic_program(
+        data["Q"], data["q"], torch.zeros(0, 5, dtype=F64), torch.zeros(0, dtype=F64), data["G"], data["h"]
+    )
     torch.testing.assert_close(empty, x)
 
 
@@ -123,7 +134,11 @@ def test_infinite_sides_are_no_constraints() -> None:
 
 def test_two_equal_bounds_fix_an_unknown() -> None:
     data = random_program(5, 1, 4, bounds=False)
-    pinned = {**data, "A": torch.cat([data["A"], torch.eye(5, dtype=F64)[:1]]), "b": torch.cat([data["b"], data["q"].new_tensor([0.3])])}
+    pinned = {
+        **data,
+        "A": torch.cat([data["A"], torch.eye(5, dtype=F64)[:1]]),
+        "b": torch.cat([data["b"], data["q"].new_tensor([0.3])]),
+    }
     lower = torch.tensor([0.3, *[-torch.inf] * 4], dtype=F64)
     x = quadratic_program(**data, lower=lower, upper=-torch.tensor([-0.3, *[-torch.inf] * 4], dtype=F64))
     torch.testing.assert_close(x, quadratic_program(**pinned), rtol=1e-10, atol=1e-10)
@@ -149,7 +164,9 @@ def test_every_argument_may_have_batch_axes() -> None:
             mixed[name] = mixed[name] if name in ("h", "upper") else one[name] - (mixed[name] - one[name])
         if name in ("A", "G"):  # keep a feasible point
             mixed[name] = one[name] * torch.tensor([1.0, 2.0, 4.0], dtype=F64).reshape(3, 1, 1)
-            mixed["b"], mixed["h"] = (mixed["b"] * 0 + 0.0, mixed["h"]) if name == "A" else (mixed["b"], mixed["h"].abs() + 9)
+            mixed["b"], mixed["h"] = (
+                (mixed["b"] * 0 + 0.0, mixed["h"]) if name == "A" else (mixed["b"], mixed["h"].abs() + 9)
+            )
             mixed["lower"], mixed["upper"] = mixed["lower"] - 9, mixed["upper"] + 9
         x = quadratic_program(**mixed)
         assert x.shape == (3, 4)
@@ -183,7 +200,9 @@ def test_units_do_not_matter(size: float) -> None:
     x = quadratic_program(**data)
     objective_scaled = quadratic_program(**{**data, "Q": data["Q"] * size, "q": data["q"] * size})
     torch.testing.assert_close(objective_scaled, x, rtol=1e-9, atol=1e-9)
-    rows_scaled = quadratic_program(**{**data, "G": data["G"] * size, "h": data["h"] * size, "A": data["A"] / size, "b": data["b"] / size})
+    rows_scaled = quadratic_program(
+        **{**data, "G": data["G"] * size, "h": data["h"] * size, "A": data["A"] / size, "b": data["b"] / size}
+    )
     torch.testing.assert_close(rows_scaled, x, rtol=1e-9, atol=1e-9)
     moved = {name: data[name] * size for name in ("b", "h", "lower", "upper", "q")}
     torch.testing.assert_close(quadratic_program(**{**data, **moved}) / size, x, rtol=1e-7, atol=1e-7)

@@ -9,10 +9,12 @@ from typing import Any, Protocol
 
 import torch
 
+from bilevel.policy import OnFailure, apply_policy
 from bilevel.quadratic_programs._program import Found
 from bilevel.quadratic_programs._rule import Asked, Structure
 from bilevel.quadratic_programs._wording import backward_words, forward_words
-from bilevel.reports import Basis, OnFailure, Pass, SolveReport, Status, active_recordings, enforce
+from bilevel.recording import active_recordings
+from bilevel.reports import Basis, Pass, SolveReport, Status
 
 __all__ = ["Backend", "Factor", "ProgramCall"]
 
@@ -122,7 +124,7 @@ class ProgramCall:
         self.report = self._report(
             Pass.FORWARD, status, found.iterations, found.residual, found.threshold, batch, words
         )
-        point = enforce(
+        point = apply_policy(
             self.report, found.point.to(dtype).reshape(*batch, structure.length), self.on_failure, self.recordings
         )
         marks = (found.active.to(dtype) + 2 * found.weak.to(dtype)).reshape(*batch, found.active.shape[-1])
@@ -195,7 +197,7 @@ class ProgramCall:
             report = self._report(
                 Pass.BACKWARD, status, torch.ones_like(status), residual, threshold, axes, words, scale
             )  # fmt: skip
-            d = enforce(report, d, self.on_failure, self.recordings)
+            d = apply_policy(report, d, self.on_failure, self.recordings)
         if self.lost is None:
             return d
         lost = self.lost.repeat(status.numel() // len(self.lost)).reshape(axes)

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 
 import torch
 
-from bilevel._factorisations import eigh
+from bilevel._torch.factorisations import eigh
 from bilevel.solvers._mehrotra import mv, tmv
 
 __all__ = ["KKTFactor", "Marks", "Sizes"]

@@ -20,9 +20,9 @@ from typing import Any, Protocol
 
 import torch
 
-from bilevel._transforms import (
+from bilevel._torch.transforms import (
+    batch_axis_first,
     eager,
-    front,
     grads_batched,
     ordinary_mode,
     outside_autocast,
@@ -198,7 +198,7 @@ class ProgramSolve(torch.autograd.Function):
     @staticmethod
     @eager
     def vmap(info: Any, in_dims: tuple[Any, ...], rule: Rule, *tensors: torch.Tensor) -> Any:
-        lifted = (front(t, dim, info.batch_size) for t, dim in zip(tensors, in_dims[1:], strict=True))
+        lifted = (batch_axis_first(t, dim, info.batch_size) for t, dim in zip(tensors, in_dims[1:], strict=True))
         return ProgramSolve.apply(rule, *lifted), 0
 
 
@@ -285,7 +285,7 @@ class KKTSolve(torch.autograd.Function):
     @eager
     def vmap(info: Any, in_dims: tuple[Any, ...], rule: Rule, right: torch.Tensor, *rest: torch.Tensor | None) -> Any:
         size, dims = info.batch_size, in_dims[2:]
-        first = front(right, in_dims[1], size)
+        first = batch_axis_first(right, in_dims[1], size)
         if all(dim is None for dim in dims):
             return KKTSolve.apply(rule, first, *rest), 0
         # The axes of right-hand sides that share matrices stay in front.
@@ -293,5 +293,5 @@ class KKTSolve(torch.autograd.Function):
         assert matrix is not None
         own = matrix.ndim - (dims[1] is not None) - rule.structure.A.axes
         at = first.ndim - 2 - own
-        others = [None if t is None else front(t, dim, size) for t, dim in zip(rest, dims, strict=True)]
+        others = [None if t is None else batch_axis_first(t, dim, size) for t, dim in zip(rest, dims, strict=True)]
         return KKTSolve.apply(rule, first.movedim(0, at), *others), at

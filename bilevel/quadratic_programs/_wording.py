@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from bilevel.reports import Status, Words
+from bilevel.reports import Status, StatusMessages
 
 if TYPE_CHECKING:
     from bilevel.quadratic_programs._program import Found
@@ -44,7 +44,7 @@ def name_of_row(structure: Structure, row: int) -> str:
     return f"the lower bound of x[{row - m}]" if row < m + n else f"the upper bound of x[{row - m - n}]"
 
 
-def forward_words(structure: Structure, found: Found, status: torch.Tensor) -> Words:
+def forward_words(structure: Structure, found: Found, status: torch.Tensor) -> StatusMessages:
     """Return the words for the statuses of a solve."""
     words: dict[Status, tuple[str, str]] = {}
     if bool((status == Status.CONVERGED).all()):
@@ -69,7 +69,7 @@ def _contradiction(structure: Structure, ray: torch.Tensor) -> str:
     return ", ".join(names[:4]) + (f" and {more} more" if more > 0 else "")
 
 
-def backward_words(structure: Structure, status: torch.Tensor, culprit: torch.Tensor) -> Words:
+def backward_words(structure: Structure, status: torch.Tensor, culprit: torch.Tensor) -> StatusMessages:
     """Return the words for the statuses of a derivative; ``culprit`` is the weakly active row, or −1."""
     if bool((status == Status.CONVERGED).all()):
         return {}

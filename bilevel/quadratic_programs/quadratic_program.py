@@ -8,15 +8,16 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch.utils import _pytree as pytree
 
-from bilevel._checks import check_number
-from bilevel._layer import Solution
-from bilevel._transforms import eager, forward_levels
+from bilevel._torch.transforms import eager, forward_levels
 from bilevel.errors import ArgumentError, TransformError
+from bilevel.layers.layer import Solution
+from bilevel.policy import OnFailure, check_policy
 from bilevel.quadratic_programs._arguments import Arguments, arguments_of
 from bilevel.quadratic_programs._call import Backend, ProgramCall
 from bilevel.quadratic_programs._rule import ProgramSolve, Rule, Structure
 from bilevel.quadratic_programs._solvers import Mehrotra
-from bilevel.reports import OnFailure, SolveReport, check_policy
+from bilevel.reports import SolveReport
+from bilevel.setting_checks import check_number
 from bilevel.tolerance import Auto, Tolerance
 
 __all__ = ["ActiveSet", "Certificate", "Multipliers", "ProgramSolution", "QuadraticProgram", "quadratic_program"]

@@ -43,6 +43,8 @@ from bilevel.problems.adaptive.state import GoalReport
 from bilevel.problems.hypergradient import Hypergradient, HypergradientReport
 from bilevel.problems.problem import BilevelProblem
 from bilevel.pytree import ravel
+from bilevel.quadratic_programs._solvers import Mehrotra
+from bilevel.quadratic_programs.quadratic_program import Certificate, ProgramSolution, quadratic_program
 from bilevel.recording import Recording, record
 from bilevel.replay.switch import replaying
 from bilevel.reports import Basis, Pass, SolveReport, Status
@@ -82,6 +84,7 @@ __all__ = [
     "Bound",
     "BudgetWarning",
     "CapturedTensorError",
+    "Certificate",
     "Constants",
     "ConstantsError",
     "CubicSchedule",
@@ -111,6 +114,7 @@ __all__ = [
     "LinearOperator",
     "LinearSolution",
     "LinearSolver",
+    "Mehrotra",
     "Neumann",
     "Newton",
     "OuterMethod",
@@ -120,6 +124,7 @@ __all__ = [
     "OuterStep",
     "Pass",
     "Problem",
+    "ProgramSolution",
     "QuadraticSchedule",
     "Recording",
     "ScipyLinear",
@@ -144,6 +149,7 @@ __all__ = [
     "linear_solve",
     "minimize",
     "operators",
+    "quadratic_program",
     "ravel",
     "record",
     "replaying",

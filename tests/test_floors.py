@@ -15,6 +15,7 @@ FLOORS = (
     ("hyperopt", "meta", "stochastic", "cleaning", "testing", "cli", "display"),
     ("outer",),  # loops in θ
     ("problems",),  # bilevel problems and their hypergradients
+    ("quadratic_programs",),  # quadratic programs as differentiable functions
     ("layers", "certificates"),  # differentiable solves; error bounds
     ("implicit",),  # the two autograd Functions: the rule
     ("solvers",),  # inner solvers

@@ -3,7 +3,7 @@
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from bilevel import certificates, operators
+from bilevel import certificates, operators, prox
 from bilevel._hypergradient import Hypergradient, HypergradientReport
 from bilevel._knowledge import GoalReport
 from bilevel._problem import Problem
@@ -130,6 +130,7 @@ __all__ = [
     "linear_solve",
     "minimize",
     "operators",
+    "prox",
     "ravel",
     "record",
     "replaying",

@@ -6,6 +6,7 @@
  3    layers              ``layers``: argmin, root, fixed_point, linear_solve; ``_layer``, ``_linear_layer``, ``_run``: a call of one; ``_wording``
  2    differentiation     ``_implicit``: the two autograd Functions; imports no solver. ``_structured``, ``_proximal``: systems that find their solution
  1    solvers             ``solvers/`` (inner), ``linear/`` (linear); of the inner, only Newton's and the estimate of the error use the linear
+ 1    terms               ``prox/``: proximal terms, which know no solver
  0    ground              operators, tolerances, reports, errors, trees, systems, transforms
 ====  ==================  ==========================================================================
 """
@@ -55,6 +56,7 @@ FLOORS = {
     **{f"bilevel.{name}": 0 for name in GROUND},
     "bilevel.solvers": 1,
     "bilevel.linear": 1,
+    "bilevel.prox": 1,
     "bilevel._implicit": 2,
     "bilevel._structured": 2,
     "bilevel._proximal": 2,

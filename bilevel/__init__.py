@@ -49,6 +49,7 @@ from bilevel.solvers.fixed_point import FixedPointIteration
 from bilevel.solvers.gradient_descent import GradientDescent
 from bilevel.solvers.lbfgs import LBFGS
 from bilevel.solvers.newton import Newton
+from bilevel.solvers.proximal_gradient import ProximalGradient
 from bilevel.solvers.scipy_minimize import ScipyMinimize
 from bilevel.solvers.scipy_root import ScipyRoot
 from bilevel.solvers.torch_optimizer import TorchOptimizer
@@ -108,6 +109,7 @@ __all__ = [
     "OuterStep",
     "Pass",
     "Problem",
+    "ProximalGradient",
     "QuadraticSchedule",
     "Recording",
     "ScipyLinear",

@@ -200,6 +200,7 @@ class SolveCall:
         self.largest: torch.Tensor | None = None  # (batch,): the norm of the largest before that
         self.degenerate: torch.Tensor | None = None  # (*batch,) bool: whose derivative does not exist, or is one-sided
         self.words: Words = {}  # of the forward solve
+        self.reduced: LinearSolver | None = None  # made of what the forward solve has factorised
         self.system: StructuredSystem | None = None
         self.one_step = False  # whether that is of the Hessians at init, and a step with them was the last
 
@@ -259,7 +260,7 @@ class SolveCall:
             outcome = system.find(problem, init, target, settings.solver)
         if outcome.degenerate is not None:
             self.degenerate = outcome.degenerate.reshape(system.batch_shape)
-        self.words = outcome.words
+        self.words, self.reduced = outcome.words, outcome.linear_solver
         return self._reported(problem, outcome, lambda: outcome.words)
 
     def _reported(self, problem: Problem, outcome: InnerOutcome, words: Callable[[], Words]) -> torch.Tensor:
@@ -292,7 +293,7 @@ class SolveCall:
         target, direction = settings.tolerance.linear(self.dtype), Pass.BACKWARD
         if self.report is None:  # a linear layer's own solve
             target, direction = settings.tolerance.inner(self.dtype), Pass.FORWARD
-        own = None if self.system is None else self.system.linear_solver(operator)
+        own = self._own_solver(operator)
         solver = settings.linear_solver or own or default_linear_solver(operator)
         reported = self.report is None or self.recordings or active_recordings() or on_adjoint is not None
         begun = None if product is None else settings.start(rhs)
@@ -311,6 +312,13 @@ class SolveCall:
         # A quadratic's matrices are the same at a NaN: without this, what has failed would get a finite derivative.
         # Axes that a transform has added since stand in front of those of the forward pass.
         return torch.where(self.lost.unsqueeze(-1), torch.full_like(shaped, float("nan")), shaped)
+
+    def _own_solver(self, operator: LinearOperator) -> LinearSolver | None:
+        """Return what a structured system has for derivatives, or None."""
+        if self.system is None:
+            return None
+        kept = self.reduced
+        return kept if kept is not None and kept.serves(operator) else self.system.linear_solver(operator)
 
     def _one_sided(self, outcome: LinearOutcome, words: Words, axes: tuple[int, ...]) -> tuple[LinearOutcome, Words]:
         """Return ``outcome`` with ``Status.DEGENERATE`` where the derivative at the solution does not exist or is one-sided."""

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field, replace
 import torch
 
 from bilevel._problem import Problem
+from bilevel.linear._base import LinearSolver
 from bilevel.reports import Basis, Status, Words
 from bilevel.solvers._base import Goal, InnerSolution, InnerSolver, all_finite, length
 from bilevel.solvers._error import (
@@ -69,6 +70,7 @@ class InnerOutcome:
 
     ``factor`` holds Cholesky factors of Hessians near x, ``exact`` says that they are those at x. ``degenerate`` (batch,) bool says where the
     derivative at x does not exist or is one-sided, ``words`` what there is to say of the statuses of this solve.
+    ``linear_solver`` is one for derivatives, made of what the solve has factorised.
     """
 
     x: torch.Tensor
@@ -84,6 +86,7 @@ class InnerOutcome:
     solver: str = ""
     degenerate: torch.Tensor | None = None
     words: Words = field(default_factory=dict)
+    linear_solver: LinearSolver | None = None
 
 
 def solve_inner(

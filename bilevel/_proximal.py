@@ -131,9 +131,7 @@ class _Termed(StructuredSystem):
         ]
         return _joined(made)
 
-    def of_batch(
-        self, problem: Problem, one: Callable[..., torch.Tensor], *vectors: torch.Tensor
-    ) -> torch.Tensor:
+    def of_batch(self, problem: Problem, one: Callable[..., torch.Tensor], *vectors: torch.Tensor) -> torch.Tensor:
         """Return ``one`` of each problem, of its rows of ``vectors`` (batch, k) and its tensors, without a graph."""
         sizes = [vector.shape[-1] for vector in vectors]
         packed = vectors[0] if len(vectors) == 1 else torch.cat(vectors, dim=-1)
@@ -176,9 +174,7 @@ class ProximalSystem(_Termed, LocalModel):
         x = _joined(points)
         return self.ordinary.output(x, *tensors) + sum(values) + 0.5 * ((z - x) ** 2).sum()
 
-    def find(
-        self, problem: Problem, init: torch.Tensor, target: Target, solver: InnerSolver | None
-    ) -> InnerOutcome:
+    def find(self, problem: Problem, init: torch.Tensor, target: Target, solver: InnerSolver | None) -> InnerOutcome:
         return solve_composite(self.composite(problem), init, target, solver)
 
     def composite(self, problem: Problem) -> Composite:
@@ -237,9 +233,7 @@ class ProximalRoot(_Termed, RootSystem):
         slope = self.ordinary.at_levels(()).residual(x, *tensors)
         return torch.cat([x - self.prox(x - step * slope, step, *tensors), (flat[-1] - step)[None]])
 
-    def find(
-        self, problem: Problem, init: torch.Tensor, target: Target, solver: InnerSolver | None
-    ) -> InnerOutcome:
+    def find(self, problem: Problem, init: torch.Tensor, target: Target, solver: InnerSolver | None) -> InnerOutcome:
         return solve_fixed_point(self.composite(problem), init, target, solver)
 
 

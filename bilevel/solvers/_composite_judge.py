@@ -78,7 +78,7 @@ def solve_composite(
 def _alternate(run: _Run, solver: ProximalGradient, target: Target) -> _Run:
     """Take proximal gradient steps and Newton's in turn, until every problem is done or the steps are spent."""
     composite, budget = run.composite, solver.max_steps or MAX_STEPS
-    alone = target.silent and solver.max_steps is not None
+    alone, origin = target.silent and solver.max_steps is not None, run.at.x
     wide = torch.finfo(run.at.x.dtype).bits >= 32
     polishing = solver.polish and not alone and wide
     most, taken, chunk = (30 if polishing else 0), 0, (_FIRST_STEPS if polishing else budget)
@@ -87,7 +87,7 @@ def _alternate(run: _Run, solver: ProximalGradient, target: Target) -> _Run:
         pending = run.pending
         asked = torch.where(pending, threshold, torch.inf)
         steps = min(chunk, budget - taken)
-        solution, step = descend(solver, composite, run.at, asked, steps)
+        solution, step = descend(solver, composite, run.at, asked, steps, origin)
         taken += steps
         at, subgradient = prox_step(composite, composite.at(solution.x, step))
         run = run.after(at, subgradient, pending, solution.iterations)
@@ -125,7 +125,9 @@ def _chosen(composite: Composite, solver: InnerSolver | None) -> InnerSolver:
 def _nothing(init: torch.Tensor, target: Target, solver: InnerSolver) -> InnerOutcome:
     zeros = init.new_zeros(init.shape[0])
     codes = zeros.to(torch.int64)
-    return InnerOutcome(init, codes, codes, zeros, zeros, zeros, _basis(target), torch.zeros_like(init), solver=solver.name)
+    return InnerOutcome(
+        init, codes, codes, zeros, zeros, zeros, _basis(target), torch.zeros_like(init), solver=solver.name
+    )
 
 
 def _inside(composite: Composite, init: torch.Tensor) -> Iterate:
@@ -249,7 +251,9 @@ class _Run:
         good = self.status == Status.CONVERGED
         threshold = torch.where(good & (target.rtol > 0), torch.maximum(self.threshold, norm), self.threshold)
         reduced = None if self.found is None else self.found.assessment.reduced
-        serves = reduced is not None and bool(reduced.sound.all()) and torch.equal(composite.known_free(at.x), reduced.free)
+        serves = (
+            reduced is not None and bool(reduced.sound.all()) and torch.equal(composite.known_free(at.x), reduced.free)
+        )
         return InnerOutcome(
             at.x, self.status, self.iterations, norm, threshold, bound, _basis(target), self.subgradient,
             solver=name, degenerate=self._degenerate(), words=_WORDS,
@@ -299,4 +303,6 @@ def solve_fixed_point(
         chunk = 4 * chunk
     status = torch.where(solution.status == Status.DIVERGED, int(Status.DIVERGED), outcome.status)
     status = torch.where(outcome.status == Status.BUDGET_SPENT, short, status)
-    return replace(outcome, status=status, iterations=outcome.iterations + solution.iterations, solver=chosen.name, words=_WORDS)
+    return replace(
+        outcome, status=status, iterations=outcome.iterations + solution.iterations, solver=chosen.name, words=_WORDS
+    )

@@ -79,9 +79,7 @@ def prox_step(composite: Composite, at: Iterate) -> tuple[Iterate, torch.Tensor]
     return new, (at.x - new.x) / at.step.unsqueeze(-1) - at.slope + new.slope
 
 
-def assess(
-    composite: Composite, at: Iterate, active: torch.Tensor, last: Assessment | None = None
-) -> Assessment:
+def assess(composite: Composite, at: Iterate, active: torch.Tensor, last: Assessment | None = None) -> Assessment:
     """Return the :class:`Assessment` of the problems that are ``active`` (batch,); the factors of the ``last`` one are used if they serve."""
     linear = _linearization(composite, at.x)
     slope = linear.residual.detach()
@@ -140,7 +138,12 @@ class Polished:
 
 
 def polish(
-    composite: Composite, at: Iterate, subgradient: torch.Tensor, target: Target, active: torch.Tensor, most: int = _MOST_STEPS
+    composite: Composite,
+    at: Iterate,
+    subgradient: torch.Tensor,
+    target: Target,
+    active: torch.Tensor,
+    most: int = _MOST_STEPS,
 ) -> Polished:
     """Take Newton steps on the manifold of x, each followed by a prox step that may change the manifold, while f + g falls.
 

@@ -20,6 +20,8 @@ _MOST_HALVINGS = 60
 _TRIAL = 1e-3
 # The longest step, in units of (1 + ‖x‖) / ‖∇f‖: where f has no curvature, 1/L is infinite.
 _LONGEST = 1e4
+# How small the curvature along a step has to be, in units of 1/s, for the next one to be longer, and by how much.
+_FLAT, _LONGER = 1e-3, 10.0
 # How many times its size at the start x has to have grown before it counts as having run away.
 _FAR = 1e10
 
@@ -126,10 +128,18 @@ class _Goal:
 
 
 def descend(
-    solver: ProximalGradient, composite: Composite, start: Iterate, threshold: torch.Tensor, max_steps: int
+    solver: ProximalGradient,
+    composite: Composite,
+    start: Iterate,
+    threshold: torch.Tensor,
+    max_steps: int,
+    origin: torch.Tensor | None = None,
 ) -> tuple[InnerSolution, torch.Tensor]:
-    """Take proximal gradient steps until ‖y − x‖/s is at most ``threshold`` (batch,); return the solution and the steps s (batch,)."""
-    limit = _FAR * (1 + length(start.x))
+    """Take proximal gradient steps until ‖y − x‖/s is at most ``threshold`` (batch,); return the solution and the steps s (batch,).
+
+    ``origin`` (batch, n) is where the whole search began, if not at ``start``.
+    """
+    limit = _FAR * (1 + length(start.x if origin is None else origin))
     x = composite.step(start.x, start.slope, start.step)
     first = _State(
         start.x, start.x, start.value, start.slope, torch.ones_like(start.step), start.step,
@@ -137,7 +147,7 @@ def descend(
     )  # fmt: skip
 
     def step(state: _State, active: torch.Tensor) -> tuple[_State, torch.Tensor | None]:
-        x, s, slope, failed = _backtrack(composite, state, active)
+        x, s, longer, failed = _backtrack(composite, state, active)
         moved = x - state.x
         t = 0.5 * (1 + (1 + 4 * state.momentum**2).sqrt())
         beta = (state.momentum - 1) / t if solver.accelerated else torch.zeros_like(t)
@@ -156,7 +166,7 @@ def descend(
             verdict = torch.full(away.shape, int(Status.RUNNING), dtype=torch.int64, device=away.device)
             verdict = torch.where(failed, int(Status.LINE_SEARCH_FAILED), verdict)
             verdict = torch.where(away, int(Status.DIVERGED), verdict)
-        return _State(x, y, value, slope, t, s, (state.y - x) / s.unsqueeze(-1)), verdict
+        return _State(x, y, value, slope, t, longer, (state.y - x) / s.unsqueeze(-1)), verdict
 
     goal: Goal = _Goal(threshold)  # type: ignore[assignment]  # all that iterate looks at
     solution, state = iterate(first, step, goal, max_steps, descends=True)
@@ -166,7 +176,7 @@ def descend(
 def _backtrack(
     composite: Composite, state: _State, active: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return x, the step s that it was made with, ∇f(y), and where no step descends (batch,)."""
+    """Return x, the step s that it was made with, the step to try next, and where no step descends (batch,)."""
     s, eps = state.step, torch.finfo(state.step.dtype).eps
     x = composite.step(state.y, state.slope, s)
     pending = active
@@ -178,9 +188,12 @@ def _backtrack(
         held = rise <= square / (2 * s) + rounding  # not where it is NaN
         pending = pending & ~held
         if not bool(pending.any()):
-            return x, s, state.slope, pending
+            # Where f has hardly any curvature, no step is too long.
+            flat = (square > 2e3 * s * rounding) & (rise.abs() <= _FLAT * square / s)
+            longer = torch.where(flat, _LONGER * s, s) if bool(flat.any()) else s
+            return x, s, longer, pending
         # 2 · rise / ‖moved‖² is the curvature that was met.
         shorter = torch.clamp(square / (2 * rise), 0.1 * s, 0.5 * s)
         s = torch.where(pending, torch.where(torch.isfinite(shorter), shorter, 0.1 * s), s)
         x = torch.where(pending.unsqueeze(-1), composite.step(state.y, state.slope, s), x)
-    return x, s, state.slope, pending
+    return x, s, s, pending

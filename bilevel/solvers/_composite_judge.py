@@ -65,7 +65,8 @@ def solve_composite(
         goal = Goal(composite.objective, init, target)
         given = chosen.solve(composite.objective, init, goal).x
         start = first_step(composite, _inside(composite, given))
-        at, subgradient = prox_step(composite, start)
+        step = descend(ProximalGradient(), composite, start, torch.zeros_like(start.step), 2)[1]
+        at, subgradient = prox_step(composite, replace(start, step=step))
         run = _Run.begin(composite, start, target).after(at, subgradient, torch.ones_like(start.step, dtype=torch.bool))
         found = polish(composite, at, subgradient, run.target, run.pending, 0)
         run = run.judged(found, torch.where(found.done, int(Status.CONVERGED), int(Status.NOT_CONVERGED)))

@@ -81,7 +81,7 @@ class Reduced:
 def reduce(composite: Composite, x: torch.Tensor, linear: Linearization) -> Reduced | None:
     """Return the reduced Hessian at ``x`` (batch, n); None where it is too large. ``linear`` is the linearisation there."""
     assert composite.free is not None
-    batch, n = x.shape
+    batch = len(x)
     free = composite.free(x)
     k = int(free.sum(dim=-1).max())
     wide = torch.finfo(x.dtype).bits >= 32

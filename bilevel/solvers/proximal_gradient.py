@@ -11,6 +11,7 @@ from bilevel._problem import Problem
 from bilevel.reports import Status
 from bilevel.solvers._base import Goal, InnerSolution, InnerSolver, iterate, length
 from bilevel.solvers._composite import Composite, Iterate
+from bilevel.solvers._error import irregular_signs
 
 __all__ = ["ProximalGradient", "descend", "first_step"]
 
@@ -18,6 +19,8 @@ MAX_STEPS = 20_000
 _MOST_HALVINGS = 60
 # How far, relative to x, the trial goes that the first step is estimated by.
 _TRIAL = 1e-3
+# What part of a short gradient step has to be left after the prox for the curvature to be measured along it.
+_HELD = 1e-3
 # The longest step, in units of (1 + ‖x‖) / ‖∇f‖: where f has no curvature, 1/L is infinite.
 _LONGEST = 1e4
 # How small the curvature along a step has to be, in units of 1/s, for the next one to be longer, and by how much.
@@ -31,7 +34,8 @@ class ProximalGradient(InnerSolver):
     """Minimise f + g: y = x + β (x − x₋), x ← prox_{sg}(y − s ∇f(y)), and finish by Newton's method on the active manifold.
 
     The momentum is Nesterov's, as in FISTA, and starts anew where it points uphill. The step s begins at an estimate of 1/L and is halved
-    until f(x) ≤ f(y) + ⟨∇f(y), x − y⟩ + ‖x − y‖²/(2s), for each problem of a batch by itself. Without a proximal term it is accelerated gradient descent.
+    until f(x) ≤ f(y) + ⟨∇f(y), x − y⟩ + ‖x − y‖²/(2s), for each problem of a batch by itself. Without a proximal term it is accelerated
+    gradient descent.
 
     Once the zeros, bounds and ties of the solution stand, Newton's method on what is left free takes over (see ``polish``). It needs a few
     linear systems of the size of the support, and finds the solution to full accuracy. It is tried after a few steps, and again later if it fails.
@@ -89,6 +93,12 @@ def first_step(composite: Composite, at: Iterate) -> Iterate:
     longest = _LONGEST * size / norm.clamp_min(torch.finfo(norm.dtype).tiny)
     short = _TRIAL / _LONGEST * longest
     beside = composite.step(at.x, at.slope, short)
+    # At a solution, or where g holds x fast, a step hardly moves: go anywhere then.
+    held = length(beside - at.x) <= _HELD * short * norm
+    if bool(held.any()):
+        anywhere = at.x + (_TRIAL * size / at.x.shape[-1] ** 0.5).unsqueeze(-1) * irregular_signs(at.x)
+        least = torch.full_like(short, torch.finfo(short.dtype).tiny ** 0.5)
+        beside = torch.where(held.unsqueeze(-1), composite.prox(anywhere, least), beside)
     slope = composite.objective.residual(beside)
     lipschitz = length(slope - at.slope) / length(beside - at.x)
     step = torch.where(torch.isfinite(lipschitz), (1 / lipschitz).clamp(max=longest), short)

@@ -15,7 +15,6 @@ from bilevel.linear._base import LinearSolution, LinearSolver
 from bilevel.linear.cg import CG
 from bilevel.linear.exact import Exact
 from bilevel.operators import LinearOperator
-from bilevel.reports import Status
 from bilevel.solvers._composite import Composite
 
 __all__ = ["Reduced", "ReducedSolver", "reduce"]

@@ -46,9 +46,12 @@ def solve(matrix: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
     return torch.where((failed != 0)[..., None, None], torch.full_like(made, float("nan")), made)
 
 
-def svd(matrix: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return U (K, n, n), the singular values (K, n), descending, and Vᵀ (K, n, n) of matrices (K, n, n)."""
-    left, values, right = _each(lambda a: tuple(torch.linalg.svd(a)), matrix)
+def svd(matrix: torch.Tensor, *, full_matrices: bool = True) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return U (K, n, n), the singular values (K, k), descending, and Vᵀ (K, m, m) of matrices (K, n, m), k = min(n, m).
+
+    Without ``full_matrices``, U is (K, n, k) and Vᵀ is (K, k, m).
+    """
+    left, values, right = _each(lambda a: tuple(torch.linalg.svd(a, full_matrices=full_matrices)), matrix)
     return left, values, right
 
 

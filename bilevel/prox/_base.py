@@ -29,6 +29,8 @@ __all__ = [
     "check_nonnegative",
     "check_positive",
     "detached",
+    "no_value",
+    "positive_of",
     "readable",
     "rounding",
     "strength_of",
@@ -150,6 +152,14 @@ def strength_of(where: str, value: Parameter, like: torch.Tensor, shape: torch.S
     if readable(strength):
         return strength
     return torch.where(strength < 0, float("nan"), strength)
+
+
+def positive_of(
+    where: str, name: str, value: Parameter, like: torch.Tensor, shape: torch.Size | tuple[int, ...]
+) -> torch.Tensor:
+    """Return a parameter that has to be positive, of ``shape``, in the dtype of ``like``; NaN where a batched one is not."""
+    found = broadcast_to(where, name, as_parameter(value, like), shape)
+    return found if readable(found) else torch.where(found > 0, found, float("nan"))
 
 
 def _numbers(where: str, name: str, value: Parameter) -> torch.Tensor | None:

@@ -68,6 +68,8 @@ class _Terms:
                     f"{self.where}: expected prox to be a function of the layer's arguments, without x, got one that cannot be called with "
                     f"them: {error}; give it the parameters of the objective after x"
                 ) from error
+        if made is None:
+            return [None] * len(self.raveler.shapes)
         terms = [made] if isinstance(made, Term) else pytree.tree_leaves(made)
         for term in terms:
             if term is not None and not isinstance(term, Term):
@@ -229,9 +231,15 @@ class ProximalRoot(_Termed, RootSystem):
     """x − prox_{sg}(x − s ∇f(x)) = 0, for terms that name no manifold; z = (x, s), as any step s > 0 has the same root."""
 
     def output(self, flat: torch.Tensor, *tensors: torch.Tensor) -> torch.Tensor:
-        x, step = flat[:-1], without_gradient(flat[-1])
+        size = self.ordinary.raveler.size
+        x, step = flat[:size], without_gradient(flat[-1]) if len(flat) > size else flat.new_ones(())
         slope = self.ordinary.at_levels(()).residual(x, *tensors)
+        if len(flat) == size:
+            return x - self.prox(x - slope, step, *tensors)
         return torch.cat([x - self.prox(x - step * slope, step, *tensors), (flat[-1] - step)[None]])
+
+    def in_x(self) -> System:
+        return replace(self, raveler=flat_raveler(self.ordinary.raveler.size, self.raveler))
 
     def find(self, problem: Problem, init: torch.Tensor, target: Target, solver: InnerSolver | None) -> InnerOutcome:
         return solve_fixed_point(self.composite(problem), init, target, solver)
@@ -245,13 +253,16 @@ class Proximal(Structure):
     ----------
     given
         A term, a pytree of terms, or a function of the layer's arguments that returns one.
+    written
+        Returns what the user wrote, where that is not what is given.
     """
 
     given: Any
+    written: Any = None
 
     @property
     def functions(self) -> tuple[Any, ...]:
-        return (self.given,)
+        return (self.given if self.written is None else self.written(),)
 
     def attach(
         self, ordinary: System, init: torch.Tensor, tensors: Sequence[torch.Tensor]

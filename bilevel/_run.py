@@ -266,7 +266,11 @@ class SolveCall:
     def _reported(self, problem: Problem, outcome: InnerOutcome, words: Callable[[], Words]) -> torch.Tensor:
         settings, axes = self.settings, problem.system.batch_shape
         self.one_step = outcome.factor is not None and (outcome.exact or bool((outcome.iterations <= 1).all()))
-        self.factor, self.residual = outcome.factor, None if settings.on_adjoint is None else outcome.residual
+        self.factor = outcome.factor
+        if settings.on_adjoint is not None:
+            system = problem.system
+            size = system.ordinary.raveler.size if isinstance(system, StructuredSystem) else problem.size
+            self.residual = outcome.residual[:, :size]
         self.report = _report(Pass.FORWARD, self.where, outcome.solver, outcome, axes, words())
         self.lost = ~self.report.success if settings.on_failure == "nan" else None
         x = outcome.x.reshape(*axes, problem.size)
@@ -304,7 +308,8 @@ class SolveCall:
         report = _report(direction, self.where, solver.name, outcome, axes, words)
         self.report = self.report or report
         if on_adjoint is not None and self.residual is not None:
-            on_adjoint(Adjoint(outcome.x, report, self.residual))
+            size = self.residual.shape[-1]  # of the unknown alone, without multipliers
+            on_adjoint(Adjoint(outcome.x[:, :size], report, self.residual))
         shaped = outcome.x.reshape(*axes, operator.size)
         shaped = enforce(report, shaped, settings.on_failure, self.recordings, silent_budget=target.silent)
         if self.lost is None:

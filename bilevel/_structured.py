@@ -82,6 +82,10 @@ class StructuredSystem(System):
         """Return what one problem's solution ``z`` (N,) consists of; differentiable. By default x alone."""
         return Parts(z[: self.ordinary.raveler.size])
 
+    def in_x(self) -> System:
+        """Return a system of the same solution whose unknown is x alone, for what is estimated of the errors of a hypergradient."""
+        return self
+
     def linear_solver(self, operator: LinearOperator) -> LinearSolver | None:
         """Return the linear solver for derivatives where the user chose none; None for the usual choice."""
         return None

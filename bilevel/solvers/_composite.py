@@ -84,6 +84,8 @@ class Iterate:
 
     def where(self, these: torch.Tensor, other: Iterate) -> Iterate:
         """Return this iterate for the problems of ``these`` (batch,), and ``other`` for the rest."""
+        if bool(these.all()):
+            return self
         wide = these.unsqueeze(-1)
         return Iterate(
             torch.where(wide, self.x, other.x),

@@ -255,8 +255,11 @@ class _Run:
         serves = (
             reduced is not None and bool(reduced.sound.all()) and torch.equal(composite.known_free(at.x), reduced.free)
         )
+        # Of the local model, as all that is computed from a residual takes it.
+        known = self.found is not None and torch.equal(self.found.at.x, at.x)
+        slope = self.found.assessment.slope if known and self.found is not None else torch.zeros_like(at.x)
         return InnerOutcome(
-            at.x, self.status, self.iterations, norm, threshold, bound, _basis(target), self.subgradient,
+            at.x, self.status, self.iterations, norm, threshold, bound, _basis(target), slope,
             solver=name, degenerate=self._degenerate(), words=_WORDS,
             linear_solver=ReducedSolver(reduced) if serves and reduced is not None else None,
         )  # fmt: skip

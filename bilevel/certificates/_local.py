@@ -1,7 +1,7 @@
 """What is said of the error of a hypergradient whose inner problem has proximal terms: estimates, and no bounds.
 
-The local model of such a problem is smooth, and its Newton steps estimate errors as they do of any other. But it does not see other manifolds, so that no
-constant of it, given or proven by its structure, bounds the distance to the solution.
+The local model of such a problem is smooth, and its Newton steps estimate errors as they do of any other. But it does not see other
+manifolds, so that no constant of it, given or proven by its structure, bounds the distance to the solution.
 """
 
 from __future__ import annotations

@@ -20,12 +20,12 @@ import torch
 from torch.func import vmap
 from torch.utils import _pytree as pytree
 
-from bilevel._problem import Problem
-from bilevel._reverse import vjp
-from bilevel._structured import LocalModel, Structure, StructuredSystem, flat_raveler, objective_of
-from bilevel._system import RootSystem, System
-from bilevel._transforms import without_gradient
-from bilevel._tree import Raveler
+from bilevel.equations.problem import Problem
+from bilevel._torch.reverse import vjp
+from bilevel.equations.structured import LocalModel, Structure, StructuredSystem, flat_raveler, objective_of
+from bilevel.equations.system import RootSystem, System
+from bilevel._torch.transforms import without_gradient
+from bilevel.pytree import Raveler
 from bilevel.errors import ArgumentError, DtypeError
 from bilevel.prox._base import Manifold, Term
 from bilevel.solvers._base import InnerSolver

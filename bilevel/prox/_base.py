@@ -16,7 +16,7 @@ from typing import ClassVar, TypeAlias
 
 import torch
 
-from bilevel._transforms import layers, without_gradient
+from bilevel._torch.transforms import layers, without_gradient
 from bilevel.errors import ArgumentError, DtypeError, ShapeError
 
 __all__ = [

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from bilevel._transforms import front, signed, without_gradient
+from bilevel._torch.transforms import front, signed, without_gradient
 
 __all__ = ["batched"]
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from bilevel._problem import Problem
+from bilevel.equations.problem import Problem
 
 __all__ = ["Composite", "Iterate"]
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
-from bilevel._problem import Linearization
+from bilevel.equations.problem import Linearization
 from bilevel.solvers._base import length
 from bilevel.solvers._composite import Composite, Iterate
 from bilevel.solvers._error import symmetric_error

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
-from bilevel._problem import Linearization
+from bilevel.equations.problem import Linearization
 from bilevel.linear._base import LinearSolution, LinearSolver
 from bilevel.linear.cg import CG
 from bilevel.linear.exact import Exact

@@ -6,8 +6,8 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from bilevel._checks import check_steps
-from bilevel._problem import Problem
+from bilevel.setting_checks import check_steps
+from bilevel.equations.problem import Problem
 from bilevel.reports import Status
 from bilevel.solvers._base import Goal, InnerSolution, InnerSolver, iterate, length
 from bilevel.solvers._composite import Composite, Iterate

@@ -20,14 +20,14 @@ import torch
 from torch.func import vmap
 from torch.utils import _pytree as pytree
 
-from bilevel.equations.problem import Problem
 from bilevel._torch.reverse import vjp
+from bilevel._torch.transforms import without_gradient
+from bilevel.equations.problem import Problem
 from bilevel.equations.structured import LocalModel, Structure, StructuredSystem, flat_raveler, objective_of
 from bilevel.equations.system import RootSystem, System
-from bilevel._torch.transforms import without_gradient
-from bilevel.pytree import Raveler
 from bilevel.errors import ArgumentError, DtypeError
 from bilevel.prox._base import Manifold, Term
+from bilevel.pytree import Raveler
 from bilevel.solvers._base import InnerSolver
 from bilevel.solvers._composite import Composite
 from bilevel.solvers._composite_judge import solve_composite, solve_fixed_point

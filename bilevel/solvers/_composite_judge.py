@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from bilevel.errors import ArgumentError
-from bilevel.reports import Basis, Status, Words
+from bilevel.reports import Basis, Status, StatusMessages
 from bilevel.solvers._base import CallableSolver, Goal, InnerSolver, length
 from bilevel.solvers._composite import Composite, Iterate
 from bilevel.solvers._error import residual_rounding, rounding
@@ -33,7 +33,7 @@ _MOST_ROUNDS = 8
 # A margin at most this many times the error of x is none.
 _DEGENERATE = 10.0
 
-_WORDS: Words = {
+_WORDS: StatusMessages = {
     Status.DIVERGED: (
         "moved away without end, and the objective fell all the way: it seems to have no minimum",
         "add a term that grows with x, such as a small ridge, bound what x can become, or start elsewhere",

@@ -15,7 +15,7 @@ import torch
 
 from bilevel.equations.problem import Problem
 from bilevel.linear._base import LinearSolver
-from bilevel.reports import Basis, Status, Words
+from bilevel.reports import Basis, Status, StatusMessages
 from bilevel.solvers._base import Goal, InnerSolution, InnerSolver, all_finite, length
 from bilevel.solvers._error import (
     ErrorEstimate,
@@ -85,7 +85,7 @@ class InnerOutcome:
     exact: bool = False
     solver: str = ""
     degenerate: torch.Tensor | None = None
-    words: Words = field(default_factory=dict)
+    words: StatusMessages = field(default_factory=dict)
     linear_solver: LinearSolver | None = None
 
 

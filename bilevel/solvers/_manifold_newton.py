@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
-from bilevel.equations.problem import Linearization
+from bilevel.equations.linearization import Linearization
 from bilevel.solvers._base import length
 from bilevel.solvers._composite import Composite, Iterate
 from bilevel.solvers._error import symmetric_error
@@ -100,17 +100,17 @@ def assess(composite: Composite, at: Iterate, active: torch.Tensor, last: Assess
         return Assessment(-reduced.solve(slope), move, slope, reduced.sound, never, reduced, linear)
     # A Hessian that is singular or indefinite: its eigenvalues tell which, and the smallest of the solutions.
     found = symmetric_error(composite.model, reduced.matrix, reduced.gather(at.x), reduced.gather(slope))
-    newton = -reduced.scatter(found.error, slope)
+    newton = -reduced.perturb_copy(found.error, slope)
     usable = ~found.indefinite & torch.isfinite(newton).all(dim=-1)
     return Assessment(newton, move, slope, usable, found.indefinite, reduced, linear)
 
 
 def _linearization(composite: Composite, x: torch.Tensor) -> Linearization:
     """Return the linearisation of the local model at ``x``, kept for a derivative where one follows."""
-    slot = composite.model.last_look
+    slot = composite.model.linearization_slot
     if slot is None:
         return composite.model.linearize(x)
-    slot.linearization = composite.model.linearize(x, slot.wanted)
+    slot.linearization = composite.model.linearize(x, slot.needs_grad)
     return slot.linearization
 
 

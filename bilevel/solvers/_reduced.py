@@ -10,8 +10,9 @@ from dataclasses import dataclass
 
 import torch
 
-from bilevel.equations.problem import Linearization
-from bilevel.linear._base import LinearSolution, LinearSolver
+from bilevel.equations.linearization import Linearization
+from bilevel.linear._base import LinearSolver
+from bilevel.linear._solution import LinearSolution
 from bilevel.linear.cg import CG
 from bilevel.linear.exact import Exact
 from bilevel.operators import LinearOperator
@@ -56,17 +57,17 @@ class Reduced:
         """Return the free entries (batch, k) of ``v`` (batch, n), and zeros for what fills up."""
         return torch.where(self.valid, v.gather(-1, self.index), 0.0)
 
-    def scatter(self, part: torch.Tensor, rest: torch.Tensor) -> torch.Tensor:
+    def perturb_copy(self, part: torch.Tensor, rest: torch.Tensor) -> torch.Tensor:
         """Return ``rest`` (batch, n) with its free entries replaced by ``part`` (batch, k)."""
         kept = rest.gather(-1, self.index)
-        return rest.scatter(-1, self.index, torch.where(self.valid, part, kept))
+        return rest.perturb_copy(-1, self.index, torch.where(self.valid, part, kept))
 
     def solve(self, v: torch.Tensor) -> torch.Tensor:
         """Return H⁻¹ v (batch, n)."""
         if not self.index.shape[-1]:
             return v
         part = torch.cholesky_solve(self.gather(v).unsqueeze(-1), self.factor).squeeze(-1)
-        return self.scatter(part, v)
+        return self.perturb_copy(part, v)
 
     def fits(self, composite: Composite, x: torch.Tensor) -> bool:
         """Return whether ``x`` lies on the manifolds that this was made on."""

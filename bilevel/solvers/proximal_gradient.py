@@ -6,9 +6,9 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from bilevel.setting_checks import check_steps
 from bilevel.equations.problem import Problem
 from bilevel.reports import Status
+from bilevel.setting_checks import check_steps
 from bilevel.solvers._base import Goal, InnerSolution, InnerSolver, iterate, length
 from bilevel.solvers._composite import Composite, Iterate
 from bilevel.solvers._error import irregular_signs

@@ -8,13 +8,13 @@ from typing import Any, overload
 
 import torch
 
-from bilevel._proximal import Proximal
 from bilevel.equations.structured import Structure
 from bilevel.equations.system import ArgminSystem, FixedPointSystem, RootSystem, System
 from bilevel.errors import ArgumentError
 from bilevel.layers.first_call import explain_misuse
 from bilevel.layers.layer import Layer, Solution
 from bilevel.layers.linear_layer import LinearLayer
+from bilevel.layers.proximal import Proximal
 from bilevel.linear._base import LinearSolverLike
 from bilevel.policy import OnFailure
 from bilevel.solvers._base import InnerSolverLike

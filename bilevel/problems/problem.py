@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch.utils import _pytree as pytree
 
-from bilevel._proximal import Proximal
 from bilevel._torch.transforms import transforms_active, unhooked
 from bilevel.certificates._certificate import Certificate
 from bilevel.certificates._local import LocalCertificate, NoCertificate
@@ -23,6 +22,7 @@ from bilevel.equations.system import ArgminSystem
 from bilevel.errors import ArgumentError, TransformError
 from bilevel.layers.call import Adjoint, Setting, SolveSettings
 from bilevel.layers.layer import Layer, Solution
+from bilevel.layers.proximal import Proximal
 from bilevel.linear._base import LinearSolver, LinearSolverLike
 from bilevel.policy import OnFailure
 from bilevel.problems.adaptive.driver import attach_gradient, needs_gradient, solve_to_goal
@@ -128,9 +128,9 @@ class BilevelProblem(torch.nn.Module, ABC):
             linear_solver=linear_solver,
             tolerance=tolerance,
             on_failure=on_failure,
+            where=self.where,
+            written=self._written,
         )
-        self._layer.where = self.where
-        self._layer.written = self._written
         self._warm = WarmStart()
         self._connected_for: frozenset[tuple[bool, ...]] = frozenset()
 

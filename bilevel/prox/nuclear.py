@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from bilevel import _factorisations
+from bilevel._torch import factorisations
 from bilevel.errors import ShapeError
 from bilevel.prox._base import Manifold, Parameter, Term, as_parameter, check_nonnegative, detached, strength_of
 from bilevel.prox._margins import least, relative
@@ -130,7 +130,7 @@ def _factors(
     """Return C = Y V and M⁻¹ R, with R = Uᵀ Y and M = Uᵀ Y V; columns of U and V beyond the rank are zero."""
     columns, rows = y @ right, left.mT @ y
     core = left.mT @ columns + torch.diag_embed((~kept).to(y.dtype))
-    return columns, _factorisations.solve(core, rows)
+    return columns, factorisations.solve(core, rows)
 
 
 def _nuclear(y: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:

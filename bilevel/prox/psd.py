@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from bilevel import _factorisations
+from bilevel._torch import factorisations
 from bilevel.errors import ShapeError
 from bilevel.prox._base import Manifold, Parameter, Term, as_parameter, detached, no_value
 from bilevel.prox._margins import least, relative, scale_of
@@ -68,7 +68,7 @@ class PSDCone(Term):
             """Return Y U (Uᵀ Y U)⁻¹ Uᵀ Y, which is Y where Y has the rank of x."""
             matrix = symmetric(y)
             side = matrix @ basis
-            return symmetric(side @ _factorisations.solve(basis.mT @ side + rest, side.mT))
+            return symmetric(side @ factorisations.solve(basis.mT @ side + rest, side.mT))
 
         return Manifold(retract)
 

@@ -33,7 +33,7 @@ _MOST_ROUNDS = 8
 # A margin at most this many times the error of x is none.
 _DEGENERATE = 10.0
 
-_WORDS: StatusMessages = {
+_MESSAGES: StatusMessages = {
     Status.DIVERGED: (
         "moved away without end, and the objective fell all the way: it seems to have no minimum",
         "add a term that grows with x, such as a small ridge, bound what x can become, or start elsewhere",
@@ -260,7 +260,7 @@ class _Run:
         slope = self.found.assessment.slope if known and self.found is not None else torch.zeros_like(at.x)
         return InnerOutcome(
             at.x, self.status, self.iterations, norm, threshold, bound, _basis(target), slope,
-            solver=name, degenerate=self._degenerate(), words=_WORDS,
+            solver=name, degenerate=self._degenerate(), words=_MESSAGES,
             linear_solver=ReducedSolver(reduced) if serves and reduced is not None else None,
         )  # fmt: skip
 
@@ -308,5 +308,9 @@ def solve_fixed_point(
     status = torch.where(solution.status == Status.DIVERGED, int(Status.DIVERGED), outcome.status)
     status = torch.where(outcome.status == Status.BUDGET_SPENT, short, status)
     return replace(
-        outcome, status=status, iterations=outcome.iterations + solution.iterations, solver=chosen.name, words=_WORDS
+        outcome,
+        status=status,
+        iterations=outcome.iterations + solution.iterations,
+        solver=chosen.name,
+        words=_MESSAGES,
     )

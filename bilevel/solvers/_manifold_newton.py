@@ -100,7 +100,7 @@ def assess(composite: Composite, at: Iterate, active: torch.Tensor, last: Assess
         return Assessment(-reduced.solve(slope), move, slope, reduced.sound, never, reduced, linear)
     # A Hessian that is singular or indefinite: its eigenvalues tell which, and the smallest of the solutions.
     found = symmetric_error(composite.model, reduced.matrix, reduced.gather(at.x), reduced.gather(slope))
-    newton = -reduced.perturb_copy(found.error, slope)
+    newton = -reduced.insert(found.error, slope)
     usable = ~found.indefinite & torch.isfinite(newton).all(dim=-1)
     return Assessment(newton, move, slope, usable, found.indefinite, reduced, linear)
 

@@ -57,17 +57,17 @@ class Reduced:
         """Return the free entries (batch, k) of ``v`` (batch, n), and zeros for what fills up."""
         return torch.where(self.valid, v.gather(-1, self.index), 0.0)
 
-    def perturb_copy(self, part: torch.Tensor, rest: torch.Tensor) -> torch.Tensor:
+    def insert(self, part: torch.Tensor, rest: torch.Tensor) -> torch.Tensor:
         """Return ``rest`` (batch, n) with its free entries replaced by ``part`` (batch, k)."""
         kept = rest.gather(-1, self.index)
-        return rest.perturb_copy(-1, self.index, torch.where(self.valid, part, kept))
+        return rest.scatter(-1, self.index, torch.where(self.valid, part, kept))
 
     def solve(self, v: torch.Tensor) -> torch.Tensor:
         """Return H⁻¹ v (batch, n)."""
         if not self.index.shape[-1]:
             return v
         part = torch.cholesky_solve(self.gather(v).unsqueeze(-1), self.factor).squeeze(-1)
-        return self.perturb_copy(part, v)
+        return self.insert(part, v)
 
     def fits(self, composite: Composite, x: torch.Tensor) -> bool:
         """Return whether ``x`` lies on the manifolds that this was made on."""

@@ -326,7 +326,7 @@ class Problem:
         return tensors
 
     def shaped(self, x: torch.Tensor) -> torch.Tensor:
-        """Return ``x`` (batch, n) as (*batch, n), with an axis for each level."""
+        """Return ``x`` (batch, n) with an axis for each level of the batch in place of the first."""
         return x.reshape(*self.system.batch_shape, self.size)
 
 

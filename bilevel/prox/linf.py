@@ -15,7 +15,7 @@ __all__ = ["LInf"]
 
 @dataclass(frozen=True, eq=False)
 class LInf(Term):
-    """g(x) = s max_j |x_j|, over all entries of x.
+    """``g(x) = s max_j |x_j|``, over all entries of x.
 
     Parameters
     ----------

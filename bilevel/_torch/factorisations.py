@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-__all__ = ["LinAlgError", "eigh", "eigvalsh", "norms", "pinv", "solve", "svd", "svdvals"]
+__all__ = ["LinAlgError", "eigh", "eigvalsh", "inverse", "norms", "pinv", "solve", "svd", "svdvals"]
 
 LinAlgError: type[Exception] = torch.linalg.LinAlgError  # type: ignore[attr-defined]  # not in the stubs
 
@@ -25,6 +25,15 @@ def eigh(matrix: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 def eigvalsh(matrix: torch.Tensor) -> torch.Tensor:
     """Return the eigenvalues (K, n), ascending, of symmetric matrices (K, n, n)."""
     return _each(lambda a: (torch.linalg.eigvalsh(a),), matrix)[0]
+
+
+def inverse(matrix: torch.Tensor) -> torch.Tensor:
+    """Return A⁻¹ (.., n, n) of matrices (.., n, n); NaN where A is singular.
+
+    For use in differentiated functions: torch 2.13 differentiates ``solve`` wrongly in ``vmap(jacfwd)`` and ``vmap(hessian)``, without a message.
+    """
+    made, failed = torch.linalg.inv_ex(matrix)
+    return torch.where((failed != 0)[..., None, None], torch.full_like(made, float("nan")), made)
 
 
 def norms(matrix: torch.Tensor) -> torch.Tensor:

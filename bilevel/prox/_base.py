@@ -27,6 +27,7 @@ __all__ = [
     "broadcast_to",
     "check_finite",
     "check_nonnegative",
+    "check_numbers",
     "check_positive",
     "detached",
     "no_value",
@@ -199,3 +200,8 @@ def check_positive(where: str, name: str, value: Parameter) -> None:
 def check_finite(where: str, name: str, value: Parameter) -> None:
     """Raise :class:`ArgumentError` unless all values, where they can be read, are finite."""
     _check(where, name, value, "finite", torch.isfinite)
+
+
+def check_numbers(where: str, name: str, value: Parameter) -> None:
+    """Raise :class:`ArgumentError` if a value, where they can be read, is NaN."""
+    _check(where, name, value, "a number", lambda v: ~torch.isnan(v))

@@ -1,6 +1,6 @@
 """The projection on the transport polytope by Newton's method on its dual, and how far a plan is from a degenerate one.
 
-The projection of V is X = max(V − α 1ᵀ − 1 βᵀ, 0), with (α, β) the minimiser of ½‖X‖² + αᵀ row + βᵀ column. This dual function is convex. Its slope is
+The projection of V is X = max(V − α 1ᵀ − 1 βᵀ, 0), with (α, β) the minimiser of ½‖X‖² + αᵀ row + βᵀ column. This function is convex. Its gradient is
 piecewise linear, and its Hessian depends on the support of X alone.
 """
 
@@ -10,8 +10,10 @@ import torch
 
 from bilevel._torch.factorisations import solve
 
-__all__ = ["least_cycle_mean", "support_of", "system_of"]
+__all__ = ["SUM_ROUNDING", "least_cycle_mean", "support_of", "system_of"]
 
+# By how many units of rounding the sums of the marginals may differ.
+SUM_ROUNDING = 1e3
 _MAX_STEPS = 200
 _MAX_HALVINGS = 30
 _ARMIJO = 1e-4
@@ -30,7 +32,7 @@ def support_of(v: torch.Tensor, row: torch.Tensor, column: torch.Tensor) -> tupl
     """Return the support (..., n, m) of the projection of v, as 0 and 1, and whether it was found (..., 1, 1)."""
     shape = v.shape
     matrix = v.reshape(-1, *shape[-2:]).double()
-    sums = torch.cat([row, column], -1).reshape(len(matrix), -1).double()
+    sums, fit = _balanced(row.reshape(len(matrix), -1), column.reshape(len(matrix), -1))
     size = matrix.abs().amax((-1, -2)) + sums.abs().amax(-1)  # (K,)
     dual = _start(matrix, sums)
     value, slope, plan = _dual_value(matrix, sums, dual)
@@ -39,14 +41,23 @@ def support_of(v: torch.Tensor, row: torch.Tensor, column: torch.Tensor) -> tupl
         active = norm > _ROUNDING * size * shape[-1]
         if not bool(active.any()):
             break
-        direction = _direction((plan > 0).double(), slope, norm / size)
-        dual, moved = _searched(matrix, sums, dual, value, slope, torch.where(active.unsqueeze(-1), direction, 0.0))
+        left = active.nonzero().squeeze(-1)
+        direction = _direction((plan[left] > 0).double(), slope[left], norm[left] / size[left])
+        new, moved = _searched(matrix[left], sums[left], dual[left], value[left], slope[left], direction)
+        dual = dual.index_copy(0, left, new)
         value, slope, plan = _dual_value(matrix, sums, dual)
-        if not bool((moved & active).any()):
+        if not bool(moved.any()):
             break
-    solved = slope.abs().amax(-1) <= _ACCEPTED * size
+    solved = fit & (slope.abs().amax(-1) <= _ACCEPTED * size)
     support = (plan > 0).to(v.dtype).reshape(shape)
     return support, solved.reshape(*shape[:-2], 1, 1)
+
+
+def _balanced(row: torch.Tensor, column: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the marginals (K, n + m), in double precision and with one sum, and whether their sums agreed up to rounding (K,)."""
+    row_sum, column_sum = row.double().sum(-1), column.double().sum(-1)
+    fit = (row_sum - column_sum).abs() <= SUM_ROUNDING * torch.finfo(row.dtype).eps * row_sum
+    return torch.cat([row.double(), column.double() * (row_sum / column_sum).unsqueeze(-1)], -1), fit
 
 
 def _start(matrix: torch.Tensor, sums: torch.Tensor) -> torch.Tensor:

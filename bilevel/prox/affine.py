@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from bilevel._torch.factorisations import solve, svdvals
+from bilevel._torch.factorisations import inverse, svdvals
 from bilevel.errors import ArgumentError, ShapeError
 from bilevel.prox._base import (
     Manifold,
@@ -32,7 +32,7 @@ _PASSES = 2
 class AffineSet(Term):
     """The indicator function of {x: A x = b}, with x as one vector of n entries.
 
-    The projection solves a system with A Aᵀ, and refines its solution once.
+    The projection inverts A Aᵀ, and refines its result once.
 
     Parameters
     ----------
@@ -94,9 +94,9 @@ class AffineSet(Term):
 
     def prox(self, v: torch.Tensor, step: Parameter = 1.0) -> torch.Tensor:
         A, b = self._system(v)
-        x, gram = v.reshape(-1), A @ A.mT
+        x, gram = v.reshape(-1), inverse(A @ A.mT)
         for _ in range(_PASSES):
-            x = x - A.mT @ solve(gram, (A @ x - b).unsqueeze(-1)).squeeze(-1)
+            x = x - A.mT @ (gram @ (A @ x - b))
         return x.reshape(v.shape)
 
     def manifold(self, x: torch.Tensor) -> Manifold:
@@ -160,7 +160,7 @@ class HalfSpace(Term):
 
     def prox(self, v: torch.Tensor, step: Parameter = 1.0) -> torch.Tensor:
         a, b = self._system(v)
-        return torch.where((a * v).sum() > b, _onto_plane(v, a, b), v)
+        return torch.where((a * v).sum() <= b, v, _onto_plane(v, a, b))
 
     def manifold(self, x: torch.Tensor) -> Manifold:
         a, b = self._system(x)

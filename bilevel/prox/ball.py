@@ -76,8 +76,8 @@ class L2Ball(Term):
         radius, centre = self._radius(v), self._centre(v)
         away = v - centre
         norm = _norm(away.reshape(-1))
-        outside = norm > radius
-        return torch.where(outside, centre + away * (radius / torch.where(outside, norm, 1.0)), v)
+        inside = norm <= radius
+        return torch.where(inside, v, centre + away * (radius / torch.where(inside, 1.0, norm)))
 
     def manifold(self, x: torch.Tensor) -> Manifold:
         radius, centre, active = self._radius(x), self._centre(x), self._active(x)

@@ -7,7 +7,17 @@ from dataclasses import dataclass
 import torch
 
 from bilevel.errors import ArgumentError
-from bilevel.prox._base import Manifold, Parameter, Term, as_parameter, broadcast_to, detached, no_value, readable
+from bilevel.prox._base import (
+    Manifold,
+    Parameter,
+    Term,
+    as_parameter,
+    broadcast_to,
+    check_numbers,
+    detached,
+    no_value,
+    readable,
+)
 from bilevel.prox._margins import least, relative, scale_of
 
 __all__ = ["Box", "NonNegative"]
@@ -74,11 +84,11 @@ class Box(Term):
 
     def __post_init__(self) -> None:
         like = torch.empty((), dtype=torch.float64)
-        sides = [as_parameter(float("nan") if side is None else side, like) for side in (self.lower, self.upper)]
-        for name, given, side in zip(("lower", "upper"), (self.lower, self.upper), sides, strict=True):
-            if given is not None and readable(side) and bool(side.isnan().any()):
-                raise ArgumentError(f"{self.where}: expected {name} to hold numbers, got NaN; pass inf for no bound")
-        if self.lower is None or self.upper is None or not all(readable(side) for side in sides):
+        given = {name: side for name, side in (("lower", self.lower), ("upper", self.upper)) if side is not None}
+        for name, side in given.items():
+            check_numbers(self.where, name, side)
+        sides = [as_parameter(side, like) for side in given.values()]
+        if len(sides) < 2 or not all(readable(side) for side in sides):
             return
         try:
             lower, upper = torch.broadcast_tensors(*sides)

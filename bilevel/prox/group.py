@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from bilevel.errors import ArgumentError, ShapeError
 from bilevel.prox._base import Manifold, Parameter, Term, as_parameter, check_nonnegative, detached, strength_of
@@ -53,24 +56,30 @@ class GroupL2(Term):
         check_nonnegative(self.where, "strength", self.strength)
         if self.groups is None:
             return
+        try:
+            groups = [[operator.index(entry) for entry in group] for group in self.groups]
+        except TypeError:
+            raise ArgumentError(
+                f"{self.where}: expected groups to be lists of indices, got {self.groups!r}; pass such as [[0, 1], [2]]"
+            ) from None
         seen: set[int] = set()
-        for group in self.groups:
-            if not len(group):
+        for group in groups:
+            if not group:
                 raise ArgumentError(f"{self.where}: expected groups that are not empty, got {group!r}; leave it out")
-            for index in map(int, group):
-                if index < 0 or index in seen:
+            for entry in group:
+                if entry < 0 or entry in seen:
                     raise ArgumentError(
-                        f"{self.where}: expected each index in groups once and at least 0, got {index} "
-                        f"{'again' if index in seen else 'below 0'}; give groups that do not overlap"
+                        f"{self.where}: expected each index in groups once and at least 0, got {entry} "
+                        f"{'again' if entry in seen else 'below 0'}; give groups that do not overlap"
                     )
-                seen.add(index)
+                seen.add(entry)
 
     @cached_property
-    def _members(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the indices in groups, and the number of the group of each."""
+    def _members(self) -> NDArray[np.int64]:
+        """Return the indices in groups, and the number of the group of each, in two rows."""
+        # No tensors: one made inside of a transform cannot be used outside of it.
         pairs = [(int(index), number) for number, group in enumerate(self.groups or ()) for index in group]
-        table = torch.tensor(pairs, dtype=torch.int64).reshape(-1, 2)
-        return table[:, 0], table[:, 1]
+        return np.array(pairs, dtype=np.int64).reshape(-1, 2).T
 
     def _labels(self, x: torch.Tensor) -> tuple[torch.Tensor, tuple[int, ...]]:
         """Return the group of each entry (n,), one past the last for entries in none, and the shape of the groups."""
@@ -80,14 +89,14 @@ class GroupL2(Term):
             shape, count, width = tuple(x.shape[:-1]), x.shape[:-1].numel(), x.shape[-1]
             return torch.arange(count, device=x.device).repeat_interleave(width), shape
         index, number = self._members
-        if index.numel() and int(index.max()) >= x.numel():
+        if index.size and int(index.max()) >= x.numel():
             raise ArgumentError(
                 f"{self.where}: expected indices below {x.numel()}, the number of entries of x, got {int(index.max())}; "
                 "give groups of this x"
             )
-        labels = torch.full((x.numel(),), len(self.groups), dtype=torch.int64)
+        labels = np.full(x.numel(), len(self.groups), dtype=np.int64)
         labels[index] = number
-        return labels.to(x.device), (len(self.groups),)
+        return torch.as_tensor(labels, device=x.device), (len(self.groups),)
 
     def _strength(self, x: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
         return strength_of(self.where, self.strength, x, shape).reshape(-1)

@@ -14,7 +14,7 @@ __all__ = ["L1", "ElasticNet"]
 
 @dataclass(frozen=True, eq=False)
 class L1(Term):
-    """g(x) = Σ_j s_j |x_j|, the Lasso's term; its prox is soft thresholding.
+    """``g(x) = Σ_j s_j |x_j|``, the Lasso's term; its prox is soft thresholding.
 
     Parameters
     ----------
@@ -64,7 +64,7 @@ class L1(Term):
 
 @dataclass(frozen=True, eq=False)
 class ElasticNet(Term):
-    """g(x) = Σ_j s_j |x_j| + ½ r_j x_j².
+    """``g(x) = Σ_j s_j |x_j| + ½ r_j x_j²``.
 
     scikit-learn's ``alpha`` and ``l1_ratio`` are s = alpha · l1_ratio and r = alpha · (1 − l1_ratio).
 

@@ -15,7 +15,7 @@ __all__ = ["LInf"]
 
 @dataclass(frozen=True, eq=False)
 class LInf(Term):
-    """g(x) = s max_j |x_j|, over all entries of x.
+    """``g(x) = s max_j |x_j|``, over all entries of x.
 
     Parameters
     ----------
@@ -57,9 +57,10 @@ class LInf(Term):
         sizes = v.abs().reshape(-1)
         signs = detached(v).sign()
         tied = simplex_support(sizes, threshold.unsqueeze(-1)).reshape(v.shape)
-        level = (torch.where(tied, v.abs(), 0.0).sum() - threshold) / tied.sum()
+        level = (torch.where(tied, v.abs(), 0.0).sum() - threshold) / tied.sum().clamp(min=1)
         clipped = torch.where(tied, signs * level, v)
-        clipped = torch.where(level > 0, clipped, torch.zeros_like(v))
+        clipped = torch.where(level <= 0, torch.zeros_like(v), clipped)
+        clipped = torch.where(v.isfinite().all() & threshold.isfinite(), clipped, float("nan"))
         return torch.where(threshold == 0, v, clipped)
 
     def manifold(self, x: torch.Tensor) -> Manifold:

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 import torch
 
-from bilevel._torch import factorisations
+from bilevel._torch.factorisations import inverse
+from bilevel._torch.transforms import carries_gradient
 from bilevel.errors import ShapeError
 from bilevel.prox._base import Manifold, Parameter, Term, as_parameter, check_nonnegative, detached, strength_of
 from bilevel.prox._margins import least, relative
@@ -65,6 +66,8 @@ class NuclearNorm(Term):
         threshold = as_parameter(step, v) * self._strength(v)
         left, values, right = svd(v)
         thresholded = (left * (values - detached(threshold)).relu()) @ right.mT
+        if not (carries_gradient(v) or carries_gradient(threshold)):
+            return thresholded
         return thresholded + _soft_change(v, threshold, left, values, right)
 
     def manifold(self, x: torch.Tensor) -> Manifold:
@@ -130,7 +133,7 @@ def _factors(
     """Return C = Y V and M⁻¹ R, with R = Uᵀ Y and M = Uᵀ Y V; columns of U and V beyond the rank are zero."""
     columns, rows = y @ right, left.mT @ y
     core = left.mT @ columns + torch.diag_embed((~kept).to(y.dtype))
-    return columns, factorisations.solve(core, rows)
+    return columns, inverse(core) @ rows
 
 
 def _nuclear(y: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:

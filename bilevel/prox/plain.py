@@ -58,7 +58,7 @@ class Custom(Term):
     Raises
     ------
     ArgumentError
-        If ``prox`` or ``value`` is not a function; from :meth:`value`, if no value was given.
+        If ``prox`` or ``value`` is not a function; from ``value``, if no value was given.
     ShapeError
         On use, if ``prox`` returns another shape.
 

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 import torch
 
-from bilevel._torch import factorisations
+from bilevel._torch.factorisations import inverse
+from bilevel._torch.transforms import carries_gradient
 from bilevel.errors import ShapeError
 from bilevel.prox._base import Manifold, Parameter, Term, as_parameter, detached, no_value
 from bilevel.prox._margins import least, relative, scale_of
@@ -55,6 +56,8 @@ class PSDCone(Term):
         matrix = self._matrix(v)
         values, vectors = eigh(matrix)
         projected = symmetric((vectors * values.relu().unsqueeze(-2)) @ vectors.mT)
+        if not carries_gradient(v):
+            return projected
         # max(λ, 0) = (λ + |λ|)/2
         return projected + 0.5 * symmetric(matrix - detached(matrix) + abs_change(matrix, values, vectors))
 
@@ -68,7 +71,7 @@ class PSDCone(Term):
             """Return Y U (Uᵀ Y U)⁻¹ Uᵀ Y, which is Y where Y has the rank of x."""
             matrix = symmetric(y)
             side = matrix @ basis
-            return symmetric(side @ factorisations.solve(basis.mT @ side + rest, side.mT))
+            return symmetric(side @ inverse(basis.mT @ side + rest) @ side.mT)
 
         return Manifold(retract)
 

@@ -65,7 +65,9 @@ class Simplex(Term):
     def _rows(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Return x with the axis of the simplex last, (..., n), and the radii (..., 1)."""
         if not -x.ndim <= self.dim < x.ndim:
-            raise ArgumentError(f"{self.where}: expected x with an axis {self.dim}, got the shape {tuple(x.shape)}")
+            raise ArgumentError(
+                f"{self.where}: expected x with an axis {self.dim}, got the shape {tuple(x.shape)}; pass another dim"
+            )
         if x.shape[self.dim] == 0:
             raise ShapeError(f"{self.where}: expected at least one entry along axis {self.dim}, got none")
         rows = x.movedim(self.dim, -1)
@@ -76,7 +78,9 @@ class Simplex(Term):
 
     def prox(self, v: torch.Tensor, step: Parameter = 1.0) -> torch.Tensor:
         rows, radius = self._rows(v)
-        return onto_sum(rows, simplex_support(rows, radius), radius).relu().movedim(-1, self.dim)
+        made = onto_sum(rows, simplex_support(rows, radius), radius).relu()
+        finite = rows.isfinite().all(-1, keepdim=True) & radius.isfinite()
+        return torch.where(finite, made, float("nan")).movedim(-1, self.dim)
 
     def manifold(self, x: torch.Tensor) -> Manifold:
         rows, radius = self._rows(x)
@@ -136,7 +140,7 @@ class L1Ball(Term):
         flat, radius = v.reshape(-1), self._radius(v)
         signs, sizes = detached(flat).sign(), flat.abs()
         outside = onto_sum(sizes, simplex_support(sizes, radius), radius).relu() * signs
-        return torch.where(sizes.sum(-1, keepdim=True) > radius, outside, flat).reshape(v.shape)
+        return torch.where(sizes.sum(-1, keepdim=True) <= radius, flat, outside).reshape(v.shape)
 
     def manifold(self, x: torch.Tensor) -> Manifold:
         flat, radius = detached(x).reshape(-1), self._radius(x)

@@ -17,7 +17,7 @@ __all__ = ["TotalVariation1D"]
 
 @dataclass(frozen=True, eq=False)
 class TotalVariation1D(Term):
-    """g(x) = s Σ_i |x_{i+1} − x_i|, along the last axis of x.
+    """``g(x) = s Σ_i |x_{i+1} − x_i|``, along the last axis of x.
 
     The other axes of x hold independent signals. The prox is exact: equal neighbours are equal to the last bit.
 

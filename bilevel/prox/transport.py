@@ -20,7 +20,7 @@ from bilevel.prox._base import (
 )
 from bilevel.prox._batched import batched
 from bilevel.prox._margins import least, relative, scale_of
-from bilevel.prox._transport import least_cycle_mean, support_of, system_of
+from bilevel.prox._transport import SUM_ROUNDING, least_cycle_mean, support_of, system_of
 
 __all__ = ["TransportPolytope"]
 
@@ -78,7 +78,7 @@ class TransportPolytope(Term):
             return
         sums = [detached(marginal).double().sum() for marginal in (self.row, self.column)]
         kinds = [marginal.dtype for marginal in (self.row, self.column) if marginal.is_floating_point()]
-        allowed = 1e3 * max((torch.finfo(kind).eps for kind in kinds), default=0.0) * sums[0]
+        allowed = SUM_ROUNDING * max((torch.finfo(kind).eps for kind in kinds), default=0.0) * sums[0]
         if bool((sums[0] - sums[1]).abs() > allowed) or not bool(sums[0] > 0):
             raise ArgumentError(
                 f"{self.where}: expected row and column with one positive sum, got {sums[0].item():g} and "

@@ -3,7 +3,7 @@
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from bilevel import certificates, operators, robust
+from bilevel import certificates, operators, prox, robust
 from bilevel._version import __version__
 from bilevel.certificates.bound import Bound
 from bilevel.certificates.constants import Constants
@@ -57,6 +57,7 @@ from bilevel.solvers.gradient_descent import GradientDescent
 from bilevel.solvers.lbfgs import LBFGS
 from bilevel.solvers.levenberg_marquardt import LevenbergMarquardt
 from bilevel.solvers.newton import Newton
+from bilevel.solvers.proximal_gradient import ProximalGradient
 from bilevel.solvers.scipy_minimize import ScipyMinimize
 from bilevel.solvers.scipy_root import ScipyRoot
 from bilevel.solvers.torch_optimizer import TorchOptimizer
@@ -125,6 +126,7 @@ __all__ = [
     "Pass",
     "Problem",
     "ProgramSolution",
+    "ProximalGradient",
     "QuadraticSchedule",
     "Recording",
     "ScipyLinear",
@@ -149,6 +151,7 @@ __all__ = [
     "linear_solve",
     "minimize",
     "operators",
+    "prox",
     "quadratic_program",
     "ravel",
     "record",

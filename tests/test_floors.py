@@ -22,7 +22,7 @@ FLOORS = (
     ("linear",),  # linear solvers
     ("equations",),  # the system R(x, θ) = 0 and its linearisation
     ("replay",),  # replayed evaluations
-    ("operators", "schedules", "robust"),  # linear maps known by their products; robust losses
+    ("operators", "schedules", "robust", "prox"),  # linear maps known by their products; robust losses; proximal terms
     # Failure policies, accuracies, flat vectors, and what torch gets wrong.
     ("policy", "tolerance", "pytree", "checksum", "_torch"),
     ("setting_checks", "recording"),
@@ -32,7 +32,7 @@ FLOORS = (
 HEIGHT = {name: len(FLOORS) - number for number, line in enumerate(FLOORS) for name in line}
 APPLICATIONS = FLOORS[0]
 # Inner solvers that use linear solvers; the others know none.
-USE_LINEAR_SOLVERS = ("newton", "levenberg_marquardt", "_truncated_cg", "_error", "defaults")
+USE_LINEAR_SOLVERS = ("newton", "levenberg_marquardt", "_truncated_cg", "_error", "_reduced", "defaults")
 
 MODULES = sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py")
 

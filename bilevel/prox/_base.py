@@ -175,7 +175,7 @@ def _numbers(where: str, name: str, value: Parameter) -> torch.Tensor | None:
 
 
 def _check(
-    where: str, name: str, value: Parameter, needs_grad: str, fits: Callable[[torch.Tensor], torch.Tensor]
+    where: str, name: str, value: Parameter, expected: str, fits: Callable[[torch.Tensor], torch.Tensor]
 ) -> None:
     numbers = _numbers(where, name, value)
     if numbers is None:
@@ -183,7 +183,7 @@ def _check(
     wrong = numbers[~fits(numbers)]
     if wrong.numel():
         raise ArgumentError(
-            f"{where}: expected {name} to be {needs_grad}, got {wrong.reshape(-1)[0].item():g}; pass one"
+            f"{where}: expected {name} to be {expected}, got {wrong.reshape(-1)[0].item():g}; pass one"
         )
 
 

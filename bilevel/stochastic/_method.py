@@ -235,8 +235,8 @@ class StochasticMethod(ABC):
 
     def _apply(self, found: Directions, inner: BatchSource, outer: BatchSource) -> None:
         """Let the optimisers subtract the directions; a method that moves further batches afterwards overrides this."""
-        needs_grad = {"inner direction": found.inner, "adjoint direction": found.adjoint, "hypergradient": found.outer}
-        for what, direction in needs_grad.items():
+        directions = {"inner direction": found.inner, "adjoint direction": found.adjoint, "hypergradient": found.outer}
+        for what, direction in directions.items():
             if direction is not None:
                 self._require_finite(what, direction)
         options = self.options

@@ -182,9 +182,7 @@ def _check(
         return
     wrong = numbers[~fits(numbers)]
     if wrong.numel():
-        raise ArgumentError(
-            f"{where}: expected {name} to be {expected}, got {wrong.reshape(-1)[0].item():g}; pass one"
-        )
+        raise ArgumentError(f"{where}: expected {name} to be {expected}, got {wrong.reshape(-1)[0].item():g}; pass one")
 
 
 def check_nonnegative(where: str, name: str, value: Parameter) -> None:

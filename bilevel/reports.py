@@ -77,6 +77,12 @@ class Status(_Named):
     """The matrix is singular and the right-hand side in its range: the solution of smallest norm was returned. A success."""
     KINK = 14
     """The search began or ended where the gradient jumps."""
+    DEGENERATE = 15
+    """The solution is found, and its derivative is one-sided or undefined there: see the sentence of the report."""
+    INFEASIBLE = 16
+    """No point satisfies the constraints."""
+    UNBOUNDED = 17
+    """The objective falls without end on the feasible set."""
 
     @property
     def meaning(self) -> str:
@@ -150,6 +156,18 @@ _TEXT: dict[Status, tuple[str, str]] = {
         "met a singular matrix with the right-hand side in its range, and returned the solution of smallest Euclidean norm",
         "nothing needs doing if the solution is unique up to a symmetry, or what you compute does not depend on the free directions; "
         "to make the solution unique, pin one unknown or add a small ridge term such as 1e-3 * ((x - x0) ** 2).sum() with a fixed x0",
+    ),
+    Status.DEGENERATE: (
+        "reached a solution at which the derivative does not exist",
+        "perturb the problem, or pass smoothing=1e-3, which differentiates a nearby smooth problem",
+    ),
+    Status.INFEASIBLE: (
+        "found no point that satisfies the constraints",
+        "look for constraints that contradict each other, or start elsewhere if the constraints are not convex",
+    ),
+    Status.UNBOUNDED: (
+        "found that the objective falls without end on the feasible set",
+        "add a bound or a term that grows with x, such as a small ridge",
     ),
     Status.RUNNING: ("has not ended", "this is a fault of the library; please report it"),
 }

@@ -48,10 +48,10 @@ class Look(NamedTuple):
     tapes: Tapes | None = None
 
 
-def look(
-    problem: Problem, x: torch.Tensor, function: Callable[..., Any], memory: Memory[Tapes], *, captures: bool
-) -> Look:
+def look(problem: Problem, x: torch.Tensor, function: Any, memory: Memory[Tapes], *, captures: bool) -> Look:
     """Inspect the problem at the first row of ``x`` (batch, n), unless ``memory`` has that nothing was wrong with the same.
+
+    ``function`` is what the user wrote: a function, or a tuple of functions and constants.
 
     What is looked for is a property of the function: one problem shows it as well as all of them, and where the user's ``function`` can do
     but one thing, so does one call.
@@ -73,7 +73,7 @@ def look(
 def recall(
     problem: Problem,
     x: torch.Tensor,
-    function: Callable[..., Any],
+    function: Any,
     looked: Memory[Tapes],
     aside: Memory[Tapes],
     *,
@@ -100,7 +100,7 @@ class _Known(NamedTuple):
     captured: list[torch.Tensor]
 
 
-def _known(problem: Problem, x: torch.Tensor, function: Callable[..., Any], captures: bool) -> _Known | None:
+def _known(problem: Problem, x: torch.Tensor, function: Any, captures: bool) -> _Known | None:
     parts = _lasting(problem, x, function)
     if parts is None:
         return None
@@ -127,7 +127,7 @@ def on_trust(device: torch.device, inspect: Callable[[], object]) -> Iterator[No
         inspect()
 
 
-def _lasting(problem: Problem, x: torch.Tensor, function: Callable[..., Any]) -> tuple[Any, ...] | None:
+def _lasting(problem: Problem, x: torch.Tensor, function: Any) -> tuple[Any, ...] | None:
     """Return all that the user's ``function`` reaches, if an inspection of it holds for calls to come."""
     system = problem.system
     # Whether a matrix is symmetric is seen in its numbers.

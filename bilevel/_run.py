@@ -15,6 +15,7 @@ from bilevel._problem import Problem
 from bilevel._pullbacks import Pullback
 from bilevel._replay import Tapes
 from bilevel._straight import Memory
+from bilevel._structured import StructuredSystem, objective_of
 from bilevel._wording import words_of
 from bilevel.errors import ArgumentError, BilevelError
 from bilevel.linear._base import LinearOutcome, LinearSolver, as_linear_solver, solve_linear
@@ -142,13 +143,11 @@ class Inspector:
         self._inspected: Memory[Tapes] = Memory()
         self._aside: Memory[Tapes] = Memory()
 
-    def look(
-        self, problem: Problem, x: torch.Tensor, written: Callable[..., Any], *, captures: bool, again: bool = False
-    ) -> Look:
+    def look(self, problem: Problem, x: torch.Tensor, written: Any, *, captures: bool, again: bool = False) -> Look:
         """Inspect the user's function, ``written``, at ``x`` (batch, n), unless it was inspected before. ``again`` inspects it in any case."""
         return look(problem, x, written, Memory() if again else self._inspected, captures=captures)
 
-    def recall(self, problem: Problem, x: torch.Tensor, written: Callable[..., Any], *, captures: bool) -> Tapes | None:
+    def recall(self, problem: Problem, x: torch.Tensor, written: Any, *, captures: bool) -> Tapes | None:
         """Return what a call may be replayed from, if it is not to inspect."""
         return recall(problem, x, written, self._inspected, self._aside, captures=captures)
 
@@ -170,6 +169,8 @@ class SolveCall:
         Whether gradients are enabled.
     dtype
         What accuracies are of that nobody asked for.
+    functions
+        The user's functions besides ``written``: those of a structure.
     """
 
     def __init__(
@@ -180,6 +181,7 @@ class SolveCall:
         where: str,
         watched: bool,
         dtype: torch.dtype,
+        functions: tuple[Any, ...] = (),
     ) -> None:
         self.settings = settings
         self.inspector = inspector
@@ -187,6 +189,7 @@ class SolveCall:
         self.where = where
         self.watched = watched
         self.dtype = dtype
+        self.functions = functions
         self.recordings = active_recordings()
         self.report: SolveReport | None = None
         self.spoiled = False
@@ -195,15 +198,19 @@ class SolveCall:
         self.factor: torch.Tensor | None = None
         self.last_rhs: torch.Tensor | None = None  # of this call's linear solves
         self.largest: torch.Tensor | None = None  # (batch,): the norm of the largest before that
+        self.degenerate: torch.Tensor | None = None  # (*batch,) bool: whose derivative does not exist, or is one-sided
+        self.words: Words = {}  # of the forward solve
+        self.system: StructuredSystem | None = None
         self.one_step = False  # whether that is of the Hessians at init, and a step with them was the last
 
-    def inspect(self, problem: Problem, init: torch.Tensor, *, again: bool = False) -> Look | None:
+    def inspect(self, problem: Problem, init: torch.Tensor, written: Any = None, *, again: bool = False) -> Look | None:
         """Look for what would make gradients wrong, at ``init`` (batch, n); return what came of it, if there was nothing."""
         if not problem.batch:
             return None
         try:
             if self.settings.inspect:
-                return self.inspector.look(problem, init, self.written, captures=self.watched, again=again)
+                written = self.written if written is None else written
+                return self.inspector.look(problem, init, written, captures=self.watched, again=again)
         except BilevelError as error:
             # Wrong shapes and dtypes, and tensors of a vmap outside, cannot be gone on with.
             if isinstance(error, (ValueError, TypeError)) or error.__cause__ is not None:
@@ -213,6 +220,8 @@ class SolveCall:
 
     def solve(self, problem: Problem, init: torch.Tensor) -> torch.Tensor:
         """Return x (*batch, n), inspected, solved for, judged, reported and treated as the policy says."""
+        if isinstance(problem.system, StructuredSystem):
+            return self._find(problem, problem.system, init)
         settings = self.settings
         seen = self.inspect(problem, init)
         trusted = seen is not None and seen.found is None
@@ -224,14 +233,44 @@ class SolveCall:
         target = settings.tolerance.inner(self.dtype)
         with on_trust(init.device, lambda: self.inspect(problem, init, again=True)) if trusted else nullcontext():
             outcome = solve_inner(solver, problem, init, target, others)
-        axes = problem.system.batch_shape
+        return self._reported(problem, outcome, lambda: words_of(solver, problem, init, outcome))
+
+    def _find(self, problem: Problem, system: StructuredSystem, init: torch.Tensor) -> torch.Tensor:
+        """Do the same for a structured system, which finds its solution by itself."""
+        settings, self.system = self.settings, system
+        objective = objective_of(problem)
+        x, everything = init[:, : objective.size], (self.written, *self.functions)
+        looks = self.inspect(objective, x), self.inspect(problem, init, everything)
+        trusted = any(seen is not None and seen.found is None for seen in looks)
+        tapes = [None if seen is None else seen.tapes for seen in looks]
+        if problem.batch and not settings.inspect:
+            tapes = [
+                self.inspector.recall(objective, x, self.written, captures=self.watched),
+                self.inspector.recall(problem, init, everything, captures=self.watched),
+            ]
+        problem = replace(problem.replayed_from(tapes[1]), objective=objective.replayed_from(tapes[0]))
+
+        def again() -> None:
+            self.inspect(objective, x, again=True)
+            self.inspect(problem, init, everything, again=True)
+
+        target = settings.tolerance.inner(self.dtype)
+        with on_trust(init.device, again) if trusted else nullcontext():
+            outcome = system.find(problem, init, target, settings.solver)
+        if outcome.degenerate is not None:
+            self.degenerate = outcome.degenerate.reshape(system.batch_shape)
+        self.words = outcome.words
+        return self._reported(problem, outcome, lambda: outcome.words)
+
+    def _reported(self, problem: Problem, outcome: InnerOutcome, words: Callable[[], Words]) -> torch.Tensor:
+        settings, axes = self.settings, problem.system.batch_shape
         self.one_step = outcome.factor is not None and (outcome.exact or bool((outcome.iterations <= 1).all()))
         self.factor, self.residual = outcome.factor, None if settings.on_adjoint is None else outcome.residual
-        words = words_of(solver, problem, init, outcome)
-        self.report = _report(Pass.FORWARD, self.where, outcome.solver, outcome, axes, words)
+        self.report = _report(Pass.FORWARD, self.where, outcome.solver, outcome, axes, words())
         self.lost = ~self.report.success if settings.on_failure == "nan" else None
         x = outcome.x.reshape(*axes, problem.size)
-        return enforce(self.report, x, settings.on_failure, self.recordings, silent_budget=target.silent)
+        silent = settings.tolerance.inner(self.dtype).silent
+        return enforce(self.report, x, settings.on_failure, self.recordings, silent_budget=silent)
 
     def solve_linear(
         self,
@@ -253,12 +292,14 @@ class SolveCall:
         target, direction = settings.tolerance.linear(self.dtype), Pass.BACKWARD
         if self.report is None:  # a linear layer's own solve
             target, direction = settings.tolerance.inner(self.dtype), Pass.FORWARD
-        solver = settings.linear_solver or default_linear_solver(operator)
+        own = None if self.system is None else self.system.linear_solver(operator)
+        solver = settings.linear_solver or own or default_linear_solver(operator)
         reported = self.report is None or self.recordings or active_recordings() or on_adjoint is not None
         begun = None if product is None else settings.start(rhs)
         noise = self._noise(rhs)
         outcome = solve_linear(solver, operator, rhs, target, begun, product=product, seen=bool(reported), noise=noise)
         outcome, words = _without_derivative(operator, outcome, pullbacks, settings.backward_words)
+        outcome, words = self._one_sided(outcome, words, axes)
         report = _report(direction, self.where, solver.name, outcome, axes, words)
         self.report = self.report or report
         if on_adjoint is not None and self.residual is not None:
@@ -270,6 +311,14 @@ class SolveCall:
         # A quadratic's matrices are the same at a NaN: without this, what has failed would get a finite derivative.
         # Axes that a transform has added since stand in front of those of the forward pass.
         return torch.where(self.lost.unsqueeze(-1), torch.full_like(shaped, float("nan")), shaped)
+
+    def _one_sided(self, outcome: LinearOutcome, words: Words, axes: tuple[int, ...]) -> tuple[LinearOutcome, Words]:
+        """Return ``outcome`` with ``Status.DEGENERATE`` where the derivative at the solution does not exist or is one-sided."""
+        if self.degenerate is None or not bool(self.degenerate.any()):
+            return outcome, words
+        these = self.degenerate.expand(axes).reshape(outcome.status.shape)
+        status = torch.where(these, int(Status.DEGENERATE), outcome.status)
+        return replace(outcome, status=status), {**words, **self.words}
 
     def _noise(self, rhs: torch.Tensor) -> torch.Tensor | None:
         """Return the rounding (batch,) that this right-hand side may hold of larger ones before it, of which it was made. None for the first."""

@@ -78,7 +78,7 @@ class Status(_Named):
     KINK = 14
     """The search began or ended where the gradient jumps."""
     DEGENERATE = 15
-    """The solution is found, and its derivative is one-sided or undefined there: see the sentence of the report."""
+    """The solution was found, and its derivative does not exist there or is one-sided: a term or a constraint is at its threshold."""
     INFEASIBLE = 16
     """No point satisfies the constraints."""
     UNBOUNDED = 17
@@ -152,14 +152,9 @@ _TEXT: dict[Status, tuple[str, str]] = {
         "start elsewhere if the point is no minimum; otherwise smooth the kink, as (x**2 + eps**2).sqrt() does for abs(x), softplus for relu "
         "and logsumexp for max, or write the minimiser as the fixed point of a proximal step and take bilevel.fixed_point",
     ),
-    Status.MINIMUM_NORM: (
-        "met a singular matrix with the right-hand side in its range, and returned the solution of smallest Euclidean norm",
-        "nothing needs doing if the solution is unique up to a symmetry, or what you compute does not depend on the free directions; "
-        "to make the solution unique, pin one unknown or add a small ridge term such as 1e-3 * ((x - x0) ** 2).sum() with a fixed x0",
-    ),
     Status.DEGENERATE: (
-        "reached a solution at which the derivative does not exist",
-        "perturb the problem, or pass smoothing=1e-3, which differentiates a nearby smooth problem",
+        "met a solution at which the derivative is one-sided: a term or a constraint is just at its threshold",
+        "perturb the arguments, for example the strength by a relative 1e-3, or pass on_failure='ignore' to take the derivative of one side",
     ),
     Status.INFEASIBLE: (
         "found no point that satisfies the constraints",
@@ -167,7 +162,12 @@ _TEXT: dict[Status, tuple[str, str]] = {
     ),
     Status.UNBOUNDED: (
         "found that the objective falls without end on the feasible set",
-        "add a bound or a term that grows with x, such as a small ridge",
+        "add a bound, or a term that grows with x such as a small ridge",
+    ),
+    Status.MINIMUM_NORM: (
+        "met a singular matrix with the right-hand side in its range, and returned the solution of smallest Euclidean norm",
+        "nothing needs doing if the solution is unique up to a symmetry, or what you compute does not depend on the free directions; "
+        "to make the solution unique, pin one unknown or add a small ridge term such as 1e-3 * ((x - x0) ** 2).sum() with a fixed x0",
     ),
     Status.RUNNING: ("has not ended", "this is a fault of the library; please report it"),
 }

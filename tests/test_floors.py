@@ -4,7 +4,7 @@
  5    applications, cli   ``hyperopt/``, ``meta/``, ``testing/``, ``cli``, ``_output``: use the public API alone, like any user
  4    problems            ``problem``, ``certificates/``, ``outer/``, goals, guards
  3    layers              ``layers``: argmin, root, fixed_point, linear_solve; ``_layer``, ``_linear_layer``, ``_run``: a call of one; ``_wording``
- 2    differentiation     ``_implicit``: the two autograd Functions; imports no solver
+ 2    differentiation     ``_implicit``: the two autograd Functions; imports no solver. ``_structured``, ``_proximal``: systems that find their solution
  1    solvers             ``solvers/`` (inner), ``linear/`` (linear); of the inner, only Newton's and the estimate of the error use the linear
  0    ground              operators, tolerances, reports, errors, trees, systems, transforms
 ====  ==================  ==========================================================================
@@ -56,6 +56,8 @@ FLOORS = {
     "bilevel.solvers": 1,
     "bilevel.linear": 1,
     "bilevel._implicit": 2,
+    "bilevel._structured": 2,
+    "bilevel._proximal": 2,
     "bilevel._choice": 3,
     "bilevel._run": 3,
     "bilevel._wording": 3,

@@ -4,6 +4,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from bilevel import certificates, operators
+from bilevel._constraints import Constraints, PerConstraint
 from bilevel._hypergradient import Hypergradient, HypergradientReport
 from bilevel._knowledge import GoalReport
 from bilevel._problem import Problem
@@ -47,8 +48,10 @@ from bilevel.solvers._base import Goal, InnerSolution, InnerSolver
 from bilevel.solvers.anderson import Anderson
 from bilevel.solvers.fixed_point import FixedPointIteration
 from bilevel.solvers.gradient_descent import GradientDescent
+from bilevel.solvers.interior_point import InteriorPoint
 from bilevel.solvers.lbfgs import LBFGS
 from bilevel.solvers.newton import Newton
+from bilevel.solvers.projected_newton import ProjectedNewton
 from bilevel.solvers.scipy_minimize import ScipyMinimize
 from bilevel.solvers.scipy_root import ScipyRoot
 from bilevel.solvers.torch_optimizer import TorchOptimizer
@@ -78,6 +81,7 @@ __all__ = [
     "CapturedTensorError",
     "Constants",
     "ConstantsError",
+    "Constraints",
     "CubicSchedule",
     "Damped",
     "DtypeError",
@@ -94,6 +98,7 @@ __all__ = [
     "InitGradientError",
     "InnerSolution",
     "InnerSolver",
+    "InteriorPoint",
     "Layer",
     "LinearLayer",
     "LinearOperator",
@@ -107,7 +112,9 @@ __all__ = [
     "OuterStatus",
     "OuterStep",
     "Pass",
+    "PerConstraint",
     "Problem",
+    "ProjectedNewton",
     "QuadraticSchedule",
     "Recording",
     "ScipyLinear",

@@ -267,7 +267,7 @@ class SolveCall:
         self.one_step = outcome.factor is not None and (outcome.exact or bool((outcome.iterations <= 1).all()))
         self.factor, self.residual = outcome.factor, None if settings.on_adjoint is None else outcome.residual
         self.report = _report(Pass.FORWARD, self.where, outcome.solver, outcome, axes, words())
-        self.lost = ~self.report.success if settings.on_failure == "nan" else None
+        self.lost = ~self.report.success if settings.on_failure == "nan" else _without_solution(self.report.status_code)
         x = outcome.x.reshape(*axes, problem.size)
         silent = settings.tolerance.inner(self.dtype).silent
         return enforce(self.report, x, settings.on_failure, self.recordings, silent_budget=silent)
@@ -314,9 +314,13 @@ class SolveCall:
 
     def _one_sided(self, outcome: LinearOutcome, words: Words, axes: tuple[int, ...]) -> tuple[LinearOutcome, Words]:
         """Return ``outcome`` with ``Status.DEGENERATE`` where the derivative at the solution does not exist or is one-sided."""
-        if self.degenerate is None or not bool(self.degenerate.any()):
+        if self.degenerate is None or Status.DEGENERATE not in self.words:
             return outcome, words
         these = self.degenerate.expand(axes).reshape(outcome.status.shape)
+        # Constraints whose gradients depend on each other, and that an argument moves apart, make the matrix singular.
+        these = these | (outcome.status == Status.SINGULAR)
+        if not bool(these.any()):
+            return outcome, words
         status = torch.where(these, int(Status.DEGENERATE), outcome.status)
         return replace(outcome, status=status), {**words, **self.words}
 
@@ -335,6 +339,12 @@ class SolveCall:
         if not len(rhs) or len(rhs) % max(1, len(self.largest)):
             return None
         return auto_relative(self.dtype) * self.largest.repeat(len(rhs) // len(self.largest))
+
+
+def _without_solution(status: torch.Tensor) -> torch.Tensor | None:
+    """Return which problems have no solution that a derivative could be of, or None if all have."""
+    none = (status == Status.INFEASIBLE) | (status == Status.UNBOUNDED)
+    return none if bool(none.any()) else None
 
 
 def _without_derivative(

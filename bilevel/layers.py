@@ -8,9 +8,12 @@ from typing import Any, overload
 
 import torch
 
+from bilevel._constrained import ConstraintStructure
+from bilevel._constraints import Constraints
 from bilevel._first_call import answered
 from bilevel._layer import Layer, Solution
 from bilevel._linear_layer import LinearLayer
+from bilevel._structured import Structure
 from bilevel._system import ArgminSystem, FixedPointSystem, RootSystem, System
 from bilevel.errors import ArgumentError
 from bilevel.linear._base import LinearSolverLike
@@ -31,6 +34,11 @@ def argmin(
     linear_solver: LinearSolverLike | None = None,
     tolerance: Tolerance | None = None,
     on_failure: OnFailure = "raise",
+    lower: Any = None,
+    upper: Any = None,
+    equality: Callable[..., Any] | None = None,
+    inequality: Callable[..., Any] | None = None,
+    smoothing: float | None = None,
 ) -> Decorator: ...
 @overload
 def argmin(
@@ -40,6 +48,11 @@ def argmin(
     linear_solver: LinearSolverLike | None = None,
     tolerance: Tolerance | None = None,
     on_failure: OnFailure = "raise",
+    lower: Any = None,
+    upper: Any = None,
+    equality: Callable[..., Any] | None = None,
+    inequality: Callable[..., Any] | None = None,
+    smoothing: float | None = None,
 ) -> Layer: ...
 @answered
 def argmin(
@@ -49,6 +62,11 @@ def argmin(
     linear_solver: LinearSolverLike | None = None,
     tolerance: Tolerance | None = None,
     on_failure: OnFailure = "raise",
+    lower: Any = None,
+    upper: Any = None,
+    equality: Callable[..., Any] | None = None,
+    inequality: Callable[..., Any] | None = None,
+    smoothing: float | None = None,
 ) -> Layer | Decorator:
     """Turn an objective into the layer x*(θ) = argmin_x G(x, θ), with dx*/dθ = −H⁻¹ ∂_θ∇_x G.
 
@@ -100,7 +118,8 @@ def argmin(
     >>> strength.grad  # −1/(1+1)² − 4/(4+1)²
     tensor(-0.4100, dtype=torch.float64)
     """
-    return _layer(ArgminSystem, objective, solver, linear_solver, tolerance, on_failure)
+    structure = _structure(Constraints(lower=lower, upper=upper, equality=equality, inequality=inequality), smoothing)
+    return _layer(ArgminSystem, objective, solver, linear_solver, tolerance, on_failure, structure)
 
 
 @overload
@@ -314,12 +333,31 @@ def _layer(
     linear_solver: LinearSolverLike | None,
     tolerance: Tolerance | None,
     on_failure: OnFailure,
+    structure: Structure | None = None,
 ) -> Layer | Decorator:
     _refuse_goals(tolerance)
     make = functools.partial(
-        Layer, kind, solver=solver, linear_solver=linear_solver, tolerance=tolerance, on_failure=on_failure
+        Layer,
+        kind,
+        solver=solver,
+        linear_solver=linear_solver,
+        tolerance=tolerance,
+        on_failure=on_failure,
+        structure=structure,
     )
     return make if function is None else make(function)
+
+
+def _structure(constraints: Constraints, smoothing: float | None) -> Structure | None:
+    """Return what the layer has besides its objective, or None."""
+    if constraints.present:
+        return ConstraintStructure(constraints=constraints, smoothing=smoothing)
+    if smoothing is not None:
+        raise ArgumentError(
+            "argmin: expected lower, upper, equality or inequality with smoothing, which smooths what constraints do to the solution, got "
+            "none; leave smoothing out"
+        )
+    return None
 
 
 def _refuse_goals(tolerance: Tolerance | None) -> None:

@@ -58,6 +58,8 @@ FLOORS = {
     "bilevel._implicit": 2,
     "bilevel._structured": 2,
     "bilevel._proximal": 2,
+    "bilevel._constrained": 2,
+    "bilevel._constraints": 2,
     "bilevel._choice": 3,
     "bilevel._run": 3,
     "bilevel._wording": 3,

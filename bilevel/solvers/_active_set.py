@@ -10,7 +10,8 @@ from dataclasses import dataclass, fields
 
 import torch
 
-from bilevel._factorisations import eigh, solve
+from bilevel._factorisations import eigh
+from bilevel.solvers._kkt import solve_symmetric
 from bilevel.solvers._program import Answer, Program
 
 __all__ = ["Measures", "Polished", "measure", "polish", "recovered"]
@@ -22,7 +23,6 @@ _WRONG = 1e-9
 _NEAR = 1e-5
 # Beyond this part of the size of x a polish is another solution than the one it began with.
 _FAR = 1e-2
-_SINGULAR = 1e-12
 _UNBOUNDED = 1e8
 
 
@@ -178,7 +178,7 @@ def _newton(program: Program, point: Polished) -> tuple[Polished, Measures]:
     at = measure(program, x, equality, inequality)
     for count in range(_MOST_STEPS):
         matrix, right = _system(program, point, at, x, equality, inequality)
-        step = _solved(matrix, right)
+        step = solve_symmetric(matrix, right)
         n, p = x.shape[-1], equality.shape[-1]
         dx = step[:, :n]
         length = (dx.abs().amax(-1) / at.size).nan_to_num(math.inf, math.inf)
@@ -212,23 +212,6 @@ def _system(
     corner = torch.diag_embed(torch.cat([torch.zeros_like(h), active - 1], dim=-1))
     matrix = torch.cat([torch.cat([hessian, rows.mT], dim=-1), torch.cat([rows, corner], dim=-1)], dim=1)
     return matrix, -torch.cat([slope * free, h, c * active], dim=-1)
-
-
-def _solved(matrix: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
-    """Return the solution (K, N), of smallest norm where the matrix is singular."""
-    scale = matrix.abs().amax(-1).clamp_min(1e-300).rsqrt()
-    scaled = scale.unsqueeze(-1) * matrix * scale.unsqueeze(-2)
-    rhs = scale * right
-    made = solve(scaled, rhs.unsqueeze(-1)).squeeze(-1)
-    off = ((scaled @ made.unsqueeze(-1)).squeeze(-1) - rhs).abs().amax(-1)
-    unsound = ~(made.abs().amax(-1) <= 1e9 * rhs.abs().amax(-1)) | ~(off <= 1e-6 * rhs.abs().amax(-1))
-    if bool(unsound.any()):
-        values, vectors = eigh(scaled)
-        kept = values.abs() > _SINGULAR * values.abs().amax(-1, keepdim=True)
-        inverse = torch.where(kept, 1 / values, torch.zeros_like(values))
-        least = (vectors @ (inverse * (vectors.mT @ rhs.unsqueeze(-1)).squeeze(-1)).unsqueeze(-1)).squeeze(-1)
-        made = torch.where(unsound.unsqueeze(-1), least, made)
-    return scale * made
 
 
 def _judged(

@@ -7,15 +7,17 @@ from dataclasses import dataclass
 
 import torch
 
-from bilevel._factorisations import eigvalsh
+from bilevel._factorisations import eigh, eigvalsh, solve
 from bilevel.solvers._program import Program
 from bilevel.solvers._shifted import grown, try_cholesky
 
-__all__ = ["Direction", "newton_direction"]
+__all__ = ["Direction", "newton_direction", "solve_symmetric"]
 
 _MOST_SHIFTS = 30
 # Weight of JᵀJ in the augmented Hessian, relative to the sizes of the two, and δ_c.
 _AUGMENT, _DUAL_SHIFT = 1e2, 1e-10
+# Eigenvalues below this part of the largest are zero.
+_SINGULAR = 1e-12
 
 
 @dataclass(frozen=True, eq=False)
@@ -160,3 +162,20 @@ def _inertia_is_right(matrix: torch.Tensor, rows: torch.Tensor, these: torch.Ten
     return found
 
 
+
+
+def solve_symmetric(matrix: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    """Return the solution (K, N) for symmetric matrices (K, N, N), of smallest norm where one is singular."""
+    scale = matrix.abs().amax(-1).clamp_min(1e-300).rsqrt()
+    scaled = scale.unsqueeze(-1) * matrix * scale.unsqueeze(-2)
+    rhs = scale * right
+    made = solve(scaled, rhs.unsqueeze(-1)).squeeze(-1)
+    off = ((scaled @ made.unsqueeze(-1)).squeeze(-1) - rhs).abs().amax(-1)
+    unsound = ~(made.abs().amax(-1) <= 1e9 * rhs.abs().amax(-1)) | ~(off <= 1e-6 * rhs.abs().amax(-1))
+    if bool(unsound.any()):
+        values, vectors = eigh(scaled)
+        kept = values.abs() > _SINGULAR * values.abs().amax(-1, keepdim=True)
+        inverse = torch.where(kept, 1 / values, torch.zeros_like(values))
+        least = (vectors @ (inverse * (vectors.mT @ rhs.unsqueeze(-1)).squeeze(-1)).unsqueeze(-1)).squeeze(-1)
+        made = torch.where(unsound.unsqueeze(-1), least, made)
+    return scale * made

@@ -5,11 +5,15 @@ Every tensor has a leading batch axis and no graph. The functions come stacked: 
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
+
+from bilevel._problem import Problem
+from bilevel.errors import ArgumentError
+from bilevel.solvers._base import Goal, InnerSolution, InnerSolver
 
 __all__ = ["Answer", "ConstrainedSolver", "Program"]
 
@@ -32,6 +36,8 @@ class Program:
         (x, weights (K, 1 + p + m)) ↦ Σ weights · ∇² of the parts (K, n, n).
     product
         (x, v (K, n)) ↦ ∇²f v (K, n).
+    single
+        number ↦ that problem as a batch of one.
     """
 
     lower: torch.Tensor
@@ -42,6 +48,7 @@ class Program:
     jacobian: Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
     hessian: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
     product: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+    single: Callable[[int], Program] | None = None
 
     @property
     def size(self) -> int:
@@ -112,14 +119,15 @@ class Answer:
     known: bool = True
 
 
-class ConstrainedSolver(ABC):
+class ConstrainedSolver(InnerSolver):
     """Solves a batch of constrained problems. Subclasses are frozen dataclasses of settings with one method, ``solve_program``."""
-
-    @property
-    def name(self) -> str:
-        """The name used in messages and reports."""
-        return type(self).__name__
 
     @abstractmethod
     def solve_program(self, program: Program, init: torch.Tensor, smoothing: float | None) -> Answer:
         """Solve from ``init`` (K, n). ``smoothing`` is the barrier parameter τ of the central path to end on, or None for the solution."""
+
+    def solve(self, problem: Problem, init: torch.Tensor, goal: Goal) -> InnerSolution:
+        raise ArgumentError(
+            f"{problem.where}: expected bounds or constraints for {self.name}, got none; pass lower, upper, equality or inequality to "
+            "bilevel.argmin, or take bilevel.Newton() or bilevel.LBFGS()"
+        )

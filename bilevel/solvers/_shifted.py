@@ -27,18 +27,19 @@ def grown(shift: torch.Tensor, last: torch.Tensor) -> torch.Tensor:
     return torch.where(shift == 0, first, _FACTOR * shift)
 
 
-def shifted_cholesky(matrix: torch.Tensor, last: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the factors (K, n, n) and δ (K,); ``last`` is the δ of the step before. Where none does, the identity."""
+def shifted_cholesky(
+    matrix: torch.Tensor, last: torch.Tensor, unit: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the factors (K, n, n) and δ (K,) in ``unit`` (K,); ``last`` is the δ of the step before. Where none does, the identity."""
     eye = torch.eye(matrix.shape[-1], dtype=matrix.dtype, device=matrix.device)
     matrix = matrix.nan_to_num(0.0, 0.0, 0.0)
-    size = matrix.diagonal(dim1=-2, dim2=-1).abs().amax(-1).clamp_min(1e-300)
     shift = torch.zeros_like(last)
     factor, failed = try_cholesky(matrix)
     for _ in range(_MOST):
         if not bool(failed.any()):
             break
         shift = torch.where(failed, grown(shift, last), shift)
-        again, still = try_cholesky(matrix + (shift * size)[:, None, None] * eye)
+        again, still = try_cholesky(matrix + (shift * unit)[:, None, None] * eye)
         factor = torch.where(failed[:, None, None], again, factor)
         failed = failed & still
     return torch.where(failed[:, None, None], eye, factor), shift

@@ -141,7 +141,9 @@ class _Run:
             hessian = program.hessian(x, torch.ones_like(x[:, :1]))
             diagonal = hessian.diagonal(dim1=-2, dim2=-1).abs()
             masked = 0.5 * (hessian + hessian.mT) * free.unsqueeze(1) * free.unsqueeze(2)
-            factor, self.shift = shifted_cholesky(masked + torch.diag_embed(1 - free), self.shift)
+            # A flat objective has no unit of curvature: its slope makes one, in which a step is long and not endless.
+            unit = torch.maximum(diagonal.amax(-1), gradient.abs().amax(-1) / (1e3 * (1 + x.abs().amax(-1))))
+            factor, self.shift = shifted_cholesky(masked + torch.diag_embed(1 - free), self.shift, unit)
             step = -torch.cholesky_solve((gradient * free).unsqueeze(-1), factor).squeeze(-1)
             scale = diagonal.clamp_min(1e-12 * diagonal.amax(-1, keepdim=True)).clamp_min(1e-300)
         else:

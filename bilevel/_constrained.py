@@ -65,7 +65,7 @@ class ConstrainedSystem(LocalModel):
         τ, or None.
     """
 
-    constraints: Constraints | Callable[..., Constraints]
+    constraints: Constraints | Callable[..., Constraints | None]
     equality: Raveler | None = None
     inequality: Raveler | None = None
     smoothing: float | None = None
@@ -92,7 +92,7 @@ class ConstrainedSystem(LocalModel):
         if isinstance(self.constraints, Constraints):
             return self.constraints
         args, kwargs = self.arguments.rebuild(tensors)
-        return self.constraints(*args, **kwargs)
+        return self.constraints(*args, **kwargs) or Constraints()
 
     def stack(self, x: torch.Tensor, *tensors: torch.Tensor) -> torch.Tensor:
         """Return (f, h, c) (1 + p + m,) of one problem at ``x`` (n,)."""
@@ -210,8 +210,8 @@ class ConstrainedSystem(LocalModel):
         return _place(known, kind, index)
 
     def program(self, problem: Problem) -> Program:
-        """Return the batch as solvers of constrained problems see it."""
-        system = self.for_second_derivatives()
+        """Return the batch ``problem``, of this system or of the same at other levels, as solvers of constrained problems see it."""
+        system = problem.system.for_second_derivatives()
         assert isinstance(system, ConstrainedSystem)
         n, (p, m) = self.unknowns, self.counts
 
@@ -221,11 +221,11 @@ class ConstrainedSystem(LocalModel):
             def packed(flat: torch.Tensor, *tensors: torch.Tensor) -> Any:
                 return one(*torch.split(flat, sizes), *tensors)
 
-            joined = torch.cat(vectors, dim=-1).reshape(*self.batch_shape, sum(sizes))
+            joined = torch.cat(vectors, dim=-1).reshape(*system.batch_shape, sum(sizes))
             with torch.no_grad():
-                made = self.lifted(packed)(joined, *problem.tensors)
+                made = system.lifted(packed)(joined, *problem.tensors)
             made = made if isinstance(made, tuple) else (made,)
-            axes = len(self.batch_shape)
+            axes = len(system.batch_shape)
             return [part.detach().reshape(problem.batch, *part.shape[axes:]) for part in made]
 
         def rows(x: torch.Tensor, *tensors: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -241,8 +241,8 @@ class ConstrainedSystem(LocalModel):
             pushed: torch.Tensor = pull(v)[0]
             return pushed
 
-        dtype = self.ordinary.raveler.dtype
-        probe = torch.zeros(problem.batch, n, dtype=dtype, device=self.ordinary.raveler.device)
+        unknown = system.ordinary.raveler
+        probe = torch.zeros(problem.batch, n, dtype=unknown.dtype, device=unknown.device)
         lower, upper = batched(system.bounds, probe)
         return Program(
             lower, upper, p, m,
@@ -326,17 +326,9 @@ class ConstraintStructure(Structure):
     ----------
     constraints
         The constraints, or a function of the layer's arguments that returns them.
-    smoothing
-        τ of the central path, or None.
     """
 
-    constraints: Constraints | Callable[..., Constraints]
-    smoothing: float | None = None
-
-    def __post_init__(self) -> None:
-        tau = self.smoothing
-        if tau is not None and (isinstance(tau, bool) or not isinstance(tau, (int, float)) or not 0 < tau < math.inf):
-            raise ArgumentError(f"expected smoothing to be a positive number or None, got {tau!r}; pass for example 1e-3")
+    constraints: Constraints | Callable[..., Constraints | None]
 
     @property
     def functions(self) -> tuple[Any, ...]:
@@ -350,7 +342,7 @@ class ConstraintStructure(Structure):
         stated = self.constraints
         if not isinstance(stated, Constraints):
             args, kwargs = ordinary.arguments.rebuild(tensors)
-            stated = stated(*args, **kwargs)
+            stated = stated(*args, **kwargs) or Constraints()
             if not isinstance(stated, Constraints):
                 raise ArgumentError(
                     f"{ordinary.where}: expected inner_constraints to return bilevel.Constraints(...), got {type(stated).__name__}; return one"
@@ -367,11 +359,11 @@ class ConstraintStructure(Structure):
             mode=ordinary.mode,
             ordinary=ordinary,
             constraints=self.constraints,
-            smoothing=self.smoothing,
+            smoothing=stated.smoothing,
             **shapes,
         )
         # Multipliers of zero are inactive; those of the central path are positive.
-        first = 0.0 if self.smoothing is None else 1.0
+        first = 0.0 if stated.smoothing is None else 1.0
         start = torch.cat([init, torch.full((more,), first, dtype=init.dtype, device=init.device)]) if more else init
         with torch.no_grad():
             system.bounds(init, *tensors)  # so that what is wrong with them is said outside of the solve

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from typing import Any
@@ -26,11 +27,14 @@ class Constraints:
         of the arguments that returns one.
     equality, inequality
         Functions of x and the arguments that return a tensor, or a pytree of tensors.
+    smoothing
+        τ > 0: take value and derivative from the central path, on which λ_i c_i = −τ for every inequality and bound. The solution is off by
+        O(τ), and its derivative exists everywhere. None: take them from the solution itself.
 
     Raises
     ------
     ArgumentError
-        If ``equality`` or ``inequality`` is not a function.
+        If ``equality`` or ``inequality`` is not a function, or ``smoothing`` not a positive number.
 
     Examples
     --------
@@ -42,6 +46,7 @@ class Constraints:
     upper: Any = None
     equality: Callable[..., Any] | None = None
     inequality: Callable[..., Any] | None = None
+    smoothing: float | None = None
 
     def __post_init__(self) -> None:
         for name, sign in (("equality", "="), ("inequality", "<=")):
@@ -51,11 +56,15 @@ class Constraints:
                     f"expected {name} to be a function of (x, *args, **kwargs) whose value is to be {sign} 0, got {given!r}; "
                     f"pass for example {name}=lambda x: x.sum() - 1"
                 )
+        tau = self.smoothing
+        if tau is not None and (isinstance(tau, bool) or not isinstance(tau, (int, float)) or not 0 < tau < math.inf):
+            raise ArgumentError(f"expected smoothing to be a positive number or None, got {tau!r}; pass for example 1e-3")
 
     @property
     def present(self) -> tuple[str, ...]:
-        """The names of those that are not None."""
-        return tuple(item.name for item in fields(self) if getattr(self, item.name) is not None)
+        """The names of the bounds and constraints that are not None."""
+        names = ("lower", "upper", "equality", "inequality")
+        return tuple(name for name in names if getattr(self, name) is not None)
 
 
 @dataclass(frozen=True, eq=False)

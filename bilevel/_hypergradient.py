@@ -15,6 +15,7 @@ from bilevel._knowledge import GoalReport
 from bilevel._tree import as_real, moves, of_real
 from bilevel.certificates._certificate import Certificate
 from bilevel.certificates._point import Point
+from bilevel.certificates._uncertified import Uncertified
 from bilevel.certificates.bound import Bound
 from bilevel.certificates.constants import Constants
 from bilevel.errors import ArgumentError, ConstantsError
@@ -153,7 +154,7 @@ class Hypergradient:
     inner: Any
     adjoint: Any
     report: HypergradientReport
-    _certificate: Certificate = field(repr=False)
+    _certificate: Certificate | Uncertified = field(repr=False)
     _rebuild: Callable[[Point, Hypergradient], Hypergradient] = field(repr=False)
     _restore: Callable[[torch.Tensor], Any] = field(repr=False)
 
@@ -221,7 +222,8 @@ class Hypergradient:
         φ⁺ = φ − H⁻¹∇G, and q⁺ solves the system there, started at q: two linear solves. The Lipschitz constants in its bounds
         multiply an ε of second order.
         """
-        return self._rebuild(self._certificate.refined, self)
+        refined: Any = self._certificate.refined
+        return self._rebuild(refined, self)
 
     def __str__(self) -> str:
         """Return value, gradient, solution and adjoint, each with its bound and what that rests on; the bounds are computed."""
@@ -263,7 +265,7 @@ def assemble(
     corrected: torch.Tensor,
     gradient: torch.Tensor,
     report: HypergradientReport,
-    certify: Callable[[Point, torch.Tensor, torch.Tensor], Certificate],
+    certify: Callable[[Point, torch.Tensor, torch.Tensor], Certificate | Uncertified],
     unravel: Callable[[torch.Tensor], Any],
 ) -> Hypergradient:
     """Return what was found at ``point`` in the terms of ``outer`` and of the inner variables.

@@ -118,7 +118,8 @@ def argmin(
     >>> strength.grad  # −1/(1+1)² − 4/(4+1)²
     tensor(-0.4100, dtype=torch.float64)
     """
-    structure = _structure(Constraints(lower=lower, upper=upper, equality=equality, inequality=inequality), smoothing)
+    constraints = Constraints(lower=lower, upper=upper, equality=equality, inequality=inequality, smoothing=smoothing)
+    structure = _structure(constraints)
     return _layer(ArgminSystem, objective, solver, linear_solver, tolerance, on_failure, structure)
 
 
@@ -348,11 +349,11 @@ def _layer(
     return make if function is None else make(function)
 
 
-def _structure(constraints: Constraints, smoothing: float | None) -> Structure | None:
+def _structure(constraints: Constraints) -> Structure | None:
     """Return what the layer has besides its objective, or None."""
     if constraints.present:
-        return ConstraintStructure(constraints=constraints, smoothing=smoothing)
-    if smoothing is not None:
+        return ConstraintStructure(constraints=constraints)
+    if constraints.smoothing is not None:
         raise ArgumentError(
             "argmin: expected lower, upper, equality or inequality with smoothing, which smooths what constraints do to the solution, got "
             "none; leave smoothing out"

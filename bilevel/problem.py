@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch.utils import _pytree as pytree
 
+from bilevel._constrained import ConstraintStructure
+from bilevel._constraints import Constraints
 from bilevel._guards import (
     FirstLook,
     check_captures,
@@ -26,12 +28,14 @@ from bilevel._outer_loss import outer_losses
 from bilevel._problem import Problem
 from bilevel._run import Adjoint, Setting, SolveSettings
 from bilevel._seek import promised, seek, wants_promise
+from bilevel._structured import Structure
 from bilevel._system import ArgminSystem
 from bilevel._transforms import transforms_active, unhooked
 from bilevel._tree import as_real, moves
 from bilevel._warm_start import WarmStart
 from bilevel.certificates._certificate import Certificate
 from bilevel.certificates._point import Point
+from bilevel.certificates._uncertified import Uncertified
 from bilevel.certificates.bound import Bound
 from bilevel.certificates.constants import Constants
 from bilevel.errors import ArgumentError, TransformError
@@ -121,6 +125,7 @@ class BilevelProblem(torch.nn.Module, ABC):
             linear_solver=linear_solver,
             tolerance=tolerance,
             on_failure=on_failure,
+            structure=self._structure(),
         )
         self._layer.where = self.where
         self._layer.written = self._written
@@ -193,6 +198,27 @@ class BilevelProblem(torch.nn.Module, ABC):
             f"{self._layer.where}: expected init to be given for the first solve, and it was not; pass init=..., or "
             "override initial(outer, data)"
         )
+
+    def inner_constraints(self, outer: Any, data: Any) -> Constraints | None:
+        """Return what φ is subject to; override it. By default None: nothing.
+
+        Parameters
+        ----------
+        outer, data
+            As in :meth:`inner_objective`, for one problem. Bounds and the strengths in them may be computed from ``outer``.
+
+        Returns
+        -------
+        Constraints
+            ``equality`` and ``inequality`` are functions of (inner, outer, data), bounds are values or functions of (outer, data). An error bound
+            of a hypergradient is then not known.
+        """
+        return None
+
+    def _structure(self) -> Structure | None:
+        if type(self).inner_constraints is BilevelProblem.inner_constraints:
+            return None
+        return ConstraintStructure(constraints=lambda outer, data: self.inner_constraints(outer, data))
 
     def tolerance_of(self, outer: Any, data: Any) -> Tolerance:
         """Return the accuracy that the solves of this call aim for.
@@ -367,6 +393,7 @@ class BilevelProblem(torch.nn.Module, ABC):
                 settings.on_adjoint(last)
             q, backward = last.value * lower.batch, last.report  # the mean's cotangents are 1/K of each problem's own
             corrected = corrected - (q * last.residual).sum(dim=-1).mean()
+            q = q[:, : x.shape[-1]]  # what is left out belongs to multipliers
         point = Point(lower, upper, x, q, _wanted(plain, lower))
         report = HypergradientReport(solution.report, backward)
         return self._assembled(settings, plain, data, inner, point, value.detach(), corrected, flat, report)
@@ -404,13 +431,20 @@ class BilevelProblem(torch.nn.Module, ABC):
                 )
             return self.constants(outer, data).with_mu(tolerance.strong_convexity)
 
-        def certify(at: Point, flat: torch.Tensor, corrected: torch.Tensor) -> Certificate:
+        def certify(at: Point, flat: torch.Tensor, corrected: torch.Tensor) -> Certificate | Uncertified:
+            if self._layer.structure is not None:
+                return Uncertified(self.where)
             return Certificate(at, flat, corrected, constants, self.where, settings.on_failure, products)
 
         return assemble(outer, point, value, corrected, flat, report, certify, lambda q: numbering.unravel(q, inner))
 
     def _to_goal(self, settings: SolveSettings, outer: Any, data: Any, init: Any) -> Hypergradient:
         """Return a hypergradient as accurate as the tolerance asks: both solves go as far as that needs."""
+        if self._layer.structure is not None:
+            raise ArgumentError(
+                f"{self.where}: expected Tolerance(delta=..., delta_prime=...) for a problem with inner constraints, got a goal for its "
+                "hypergradient, whose error is not known; leave the goal out"
+            )
         tolerance, policy = settings.tolerance, settings.on_failure
         given = (data, init)
         outer, data = pytree.tree_map(_copy, outer), pytree.tree_map(_cut, data)
@@ -474,6 +508,8 @@ class BilevelProblem(torch.nn.Module, ABC):
 
     def _disconnected(self, inner: Any, outer: Any, data: Any, among: Sequence[bool]) -> list[int]:
         """Return which floating-point tensors of ``outer``, of those ``among``, no objective's graph leads to."""
+        if self._layer.structure is not None:
+            return []  # a graph may lead there through the constraints
         plain, at = pytree.tree_map(_cut, outer), pytree.tree_map(_cut, inner)
         lower, upper = self._flat_problems(at, plain, data)
         return disconnected(lower, upper, self._numbering.ravel(at), _wanted(plain, lower), among)

@@ -23,11 +23,10 @@ import torch
 from torch.func import vmap
 from torch.utils import _pytree as pytree
 
-from bilevel._constraints import Bounds, Constraints, PerConstraint, flatten_values
+from bilevel._constraints import Bounds, Constraints, PerConstraint
 from bilevel._problem import Problem
 from bilevel._reverse import grad, vjp
-from bilevel._structured import LocalModel, Parts, Structure, StructuredSystem, flat_raveler, objective_of
-from bilevel._system import System
+from bilevel._structured import LocalModel, Parts, objective_of
 from bilevel._tree import Raveler
 from bilevel.errors import ArgumentError, BilevelError, ShapeError
 from bilevel.linear._base import LinearSolver
@@ -43,7 +42,7 @@ from bilevel.solvers._program import Answer, ConstrainedSolver, Program
 from bilevel.solvers.scipy_minimize import ScipyMinimize
 from bilevel.tolerance import Target
 
-__all__ = ["ConstrainedSystem", "ConstraintStructure"]
+__all__ = ["ConstrainedSystem"]
 
 # An x this many units in the last place from a bound is on it: a bound that is computed may be rounded differently at another place.
 _ON_BOUND = 4.0
@@ -74,12 +73,12 @@ class ConstrainedSystem(LocalModel):
 
     @property
     def unknowns(self) -> int:
-        """n."""
+        """N."""
         return self.ordinary.raveler.size
 
     @cached_property
     def counts(self) -> tuple[int, int]:
-        """p and m."""
+        """P and m."""
         return tuple(0 if part is None else part.size for part in (self.equality, self.inequality))  # type: ignore[return-value]
 
     def split(self, z: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -104,7 +103,11 @@ class ConstrainedSystem(LocalModel):
         ):
             if known is not None:
                 assert function is not None
-                parts.append(_ravelled(replace(self.ordinary, function=function).call(x, *tensors), known, self.where, name).to(x.dtype))
+                parts.append(
+                    _ravelled(replace(self.ordinary, function=function).call(x, *tensors), known, self.where, name).to(
+                        x.dtype
+                    )
+                )
         return torch.cat(parts)
 
     def bounds(self, x: torch.Tensor, *tensors: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -122,7 +125,8 @@ class ConstrainedSystem(LocalModel):
         off = x - y
         value = f + (equality * h).sum() + 0.5 * (off * off).sum()
         if self.smoothing is None:
-            return value + torch.where(inequality > 0, inequality * c, -0.5 * inequality * inequality).sum()
+            active = (inequality > 0).to(x)
+            return value + (active * inequality * c - 0.5 * (1 - active) * inequality * inequality).sum()
         free = lower < upper
         value = value + (inequality * c).sum() + self.smoothing * inequality.log().sum()
         for gap, bound in ((x - lower, lower), (upper - x, upper)):
@@ -134,21 +138,25 @@ class ConstrainedSystem(LocalModel):
         p = self.counts[0]
         return parts[0], parts[1 : 1 + p], parts[1 + p :]
 
-    def _active(
-        self, x: torch.Tensor, lower: torch.Tensor, upper: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def _active(self, x: torch.Tensor, lower: torch.Tensor, upper: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Return which lower and upper bounds x (n,) is on."""
         if self.smoothing is not None:
             fixed = lower >= upper
             return fixed, fixed
         unit = _ON_BOUND * torch.finfo(x.dtype).eps
-        return x <= lower + unit * lower.abs().nan_to_num(0.0, 0.0), x >= upper - unit * upper.abs().nan_to_num(0.0, 0.0)
+        return x <= lower + unit * lower.abs().nan_to_num(0.0, 0.0), x >= upper - unit * upper.abs().nan_to_num(
+            0.0, 0.0
+        )
 
     def _on_bounds(self, x: torch.Tensor, lower: torch.Tensor, upper: torch.Tensor) -> torch.Tensor:
         """Return Π(x): x with its active bounds in their places. Where both are active, their mean."""
         at_lower, at_upper = self._active(x, lower, upper)
-        on_one = torch.where(at_lower, lower, torch.where(at_upper, upper, x))
-        return torch.where(at_lower & at_upper, 0.5 * (lower + upper), on_one)
+        # Products, and not where: an adjoint of NaN, that of a problem without a derivative, must reach every argument.
+        both = 0.5 * (at_lower & at_upper).to(x)
+        zero = torch.zeros_like(x)
+        to_lower = (at_lower.to(x) - both) * (torch.where(torch.isfinite(lower), lower, zero) - x)
+        to_upper = (at_upper.to(x) - both) * (torch.where(torch.isfinite(upper), upper, zero) - x)
+        return x + to_lower + to_upper
 
     def parts(self, z: torch.Tensor, *tensors: torch.Tensor) -> Parts:
         x, equality, inequality = self.split(z)
@@ -314,80 +322,10 @@ class ConstrainedSystem(LocalModel):
         made: list[torch.Tensor | None] = []
         for name, known in (("equality", self.equality), ("inequality", self.inequality)):
             value = given.get(name) if isinstance(given, dict) else getattr(given, name, None)
-            made.append(None if value is None or known is None else _ravelled(value, known, self.where, f"multipliers.{name}"))
+            made.append(
+                None if value is None or known is None else _ravelled(value, known, self.where, f"multipliers.{name}")
+            )
         return made[0], made[1]
-
-
-@dataclass(frozen=True, eq=False, kw_only=True)
-class ConstraintStructure(Structure):
-    """What a layer with bounds and constraints carries.
-
-    Parameters
-    ----------
-    constraints
-        The constraints, or a function of the layer's arguments that returns them.
-    """
-
-    constraints: Constraints | Callable[..., Constraints | None]
-
-    @property
-    def functions(self) -> tuple[Any, ...]:
-        if not isinstance(self.constraints, Constraints):
-            return (self.constraints,)
-        return tuple(getattr(self.constraints, name) for name in self.constraints.present)
-
-    def attach(
-        self, ordinary: System, init: torch.Tensor, tensors: Sequence[torch.Tensor]
-    ) -> tuple[StructuredSystem, torch.Tensor]:
-        stated = self.constraints
-        if not isinstance(stated, Constraints):
-            args, kwargs = ordinary.arguments.rebuild(tensors)
-            stated = stated(*args, **kwargs) or Constraints()
-            if not isinstance(stated, Constraints):
-                raise ArgumentError(
-                    f"{ordinary.where}: expected inner_constraints to return bilevel.Constraints(...), got {type(stated).__name__}; return one"
-                )
-        shapes = {name: _structure_of(ordinary, getattr(stated, name), name, init, tensors) for name in ("equality", "inequality")}
-        more = sum(0 if known is None else known.size for known in shapes.values())
-        system = ConstrainedSystem(
-            where=ordinary.where,
-            function=ordinary.function,
-            raveler=flat_raveler(ordinary.raveler.size + more, ordinary.raveler),
-            arguments=ordinary.arguments,
-            levels=ordinary.levels,
-            autocast=ordinary.autocast,
-            mode=ordinary.mode,
-            ordinary=ordinary,
-            constraints=self.constraints,
-            smoothing=stated.smoothing,
-            **shapes,
-        )
-        # Multipliers of zero are inactive; those of the central path are positive.
-        first = 0.0 if stated.smoothing is None else 1.0
-        start = torch.cat([init, torch.full((more,), first, dtype=init.dtype, device=init.device)]) if more else init
-        with torch.no_grad():
-            system.bounds(init, *tensors)  # so that what is wrong with them is said outside of the solve
-        return system, start
-
-
-def _structure_of(
-    ordinary: System, function: Callable[..., Any] | None, name: str, init: torch.Tensor, tensors: Sequence[torch.Tensor]
-) -> Raveler | None:
-    """Return the structure of a constraint's values, from a first call."""
-    if function is None:
-        return None
-    system = replace(ordinary, function=function)
-    try:
-        with torch.no_grad():
-            made = system.call(init, *tensors)
-    except (RuntimeError, ValueError, IndexError, TypeError) as error:
-        if isinstance(error, BilevelError) or "randomness" in str(error):
-            raise
-        raise ShapeError(
-            f"{ordinary.where}: expected {name} to be a function of (x, *args, **kwargs) that works at init, and it says: "
-            f"{' '.join(str(error).split())}; give it the parameters of the objective, and shapes that fit"
-        ) from error
-    return flatten_values(made, ordinary.where, name)
 
 
 def _ravelled(made: Any, known: Raveler, where: str, name: str) -> torch.Tensor:
@@ -415,7 +353,7 @@ def _place(known: Raveler, name: str, index: int) -> str:
     numbered = pytree.tree_unflatten(list(range(len(known.shapes))), known.structure)
     for (path, _), shape in zip(pytree.tree_flatten_with_path(numbered)[0], known.shapes, strict=True):
         if index < shape.numel():
-            position = []
+            position: list[str] = []
             for length in reversed(shape):
                 index, at = divmod(index, length)
                 position.insert(0, str(at))

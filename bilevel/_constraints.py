@@ -58,7 +58,9 @@ class Constraints:
                 )
         tau = self.smoothing
         if tau is not None and (isinstance(tau, bool) or not isinstance(tau, (int, float)) or not 0 < tau < math.inf):
-            raise ArgumentError(f"expected smoothing to be a positive number or None, got {tau!r}; pass for example 1e-3")
+            raise ArgumentError(
+                f"expected smoothing to be a positive number or None, got {tau!r}; pass for example 1e-3"
+            )
 
     @property
     def present(self) -> tuple[str, ...]:

@@ -8,7 +8,7 @@ from typing import Any, overload
 
 import torch
 
-from bilevel._constrained import ConstraintStructure
+from bilevel._constraint_structure import ConstraintStructure
 from bilevel._constraints import Constraints
 from bilevel._first_call import answered
 from bilevel._layer import Layer, Solution

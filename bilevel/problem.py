@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch.utils import _pytree as pytree
 
-from bilevel._constrained import ConstraintStructure
+from bilevel._constraint_structure import ConstraintStructure
 from bilevel._constraints import Constraints
 from bilevel._guards import (
     FirstLook,

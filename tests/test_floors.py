@@ -4,7 +4,7 @@
  5    applications, cli   ``hyperopt/``, ``meta/``, ``testing/``, ``cli``, ``_output``: use the public API alone, like any user
  4    problems            ``problem``, ``certificates/``, ``outer/``, goals, guards
  3    layers              ``layers``: argmin, root, fixed_point, linear_solve; ``_layer``, ``_linear_layer``, ``_run``: a call of one; ``_wording``
- 2    differentiation     ``_implicit``: the two autograd Functions; imports no solver. ``_structured``, ``_proximal``: systems that find their solution
+ 2    differentiation     ``_implicit``: the two autograd Functions; imports no solver. ``_structured``, ``_proximal``, ``_constrained``
  1    solvers             ``solvers/`` (inner), ``linear/`` (linear); of the inner, only Newton's and the estimate of the error use the linear
  0    ground              operators, tolerances, reports, errors, trees, systems, transforms
 ====  ==================  ==========================================================================
@@ -60,6 +60,7 @@ FLOORS = {
     "bilevel._proximal": 2,
     "bilevel._constrained": 2,
     "bilevel._constraints": 2,
+    "bilevel._constraint_structure": 2,
     "bilevel._choice": 3,
     "bilevel._run": 3,
     "bilevel._wording": 3,

@@ -14,16 +14,14 @@ from bilevel._factorisations import eigh
 from bilevel.solvers._kkt import solve_symmetric
 from bilevel.solvers._program import Answer, Program
 
-__all__ = ["Measures", "Polished", "measure", "polish", "recovered"]
+__all__ = ["Measures", "Polished", "choose", "measure", "polish", "recovered"]
 
 _MOST_ROUNDS, _MOST_STEPS = 12, 12
 # Signs and violations are wrong beyond this part of the sizes of forces and of x.
 _WRONG = 1e-9
-# What of the last iterate counts as on its boundary where no multipliers are known.
-_NEAR = 1e-5
 # Beyond this part of the size of x a polish is another solution than the one it began with.
 _FAR = 1e-2
-_UNBOUNDED = 1e8
+_UNBOUNDED = 1e6
 
 
 @dataclass(frozen=True, eq=False)
@@ -106,7 +104,7 @@ def polish(program: Program, answer: Answer, at: Measures | None = None) -> Poli
         point, wrong = _judged(program, point, at)
         far = (point.x - answer.x).abs().amax(-1) > _FAR * at.size
         good = point.good & ~far
-        best = _choose(good & ~best.good, point, best)
+        best = choose(good & ~best.good, point, best)
         if bool((best.good | far).all()):
             break
         lower, upper, active = wrong
@@ -114,16 +112,16 @@ def polish(program: Program, answer: Answer, at: Measures | None = None) -> Poli
     return best
 
 
-def recovered(program: Program, answer: Answer) -> Answer:
-    """Return the answer with multipliers by least squares on the constraints that are active at x."""
+def recovered(program: Program, answer: Answer, near: float) -> Answer:
+    """Return the answer with multipliers by least squares on the constraints that are active within ``near`` of the size of x."""
     x = program.inside(answer.x)
     zero = torch.zeros_like(answer.inequality)
     at = measure(program, x, torch.zeros_like(answer.equality), zero)
     gradient, jh, jc = program.split(at.rows)
     c = program.split(at.parts)[2]
-    near = _NEAR * at.size.unsqueeze(-1)
-    active = c / at.norms > -near
-    held = (x <= program.lower + near) | (x >= program.upper - near)
+    gap = near * at.size.unsqueeze(-1)
+    active = c / at.norms > -gap
+    held = (x <= program.lower + gap) | (x >= program.upper - gap)
     equality, inequality = answer.equality, zero
     for _ in range(1 + c.shape[-1]):
         free = (~held).to(x)
@@ -135,7 +133,7 @@ def recovered(program: Program, answer: Answer) -> Answer:
         tiny = _WRONG * at.force.unsqueeze(-1)
         worst = torch.where(active, inequality * at.norms, torch.zeros_like(inequality))
         drop = (worst < -tiny) & (worst <= worst.amin(-1, keepdim=True)) if c.shape[-1] else active
-        inward = ((x <= program.lower + near) & (slope < -tiny)) | ((x >= program.upper - near) & (slope > tiny))
+        inward = ((x <= program.lower + gap) & (slope < -tiny)) | ((x >= program.upper - gap) & (slope > tiny))
         inward = inward & held & ~program.fixed
         dropped = drop & active if c.shape[-1] else torch.zeros_like(active)
         if not bool(dropped.any()) and not bool(inward.any()):
@@ -168,7 +166,9 @@ def _point(
     lower, upper = lower | (program.fixed & ~upper), upper
     x = torch.where(lower, program.lower, torch.where(upper, program.upper, point.x))
     inequality = torch.where(active, point.inequality, torch.zeros_like(point.inequality))
-    return Polished(x, point.equality, inequality, point.slope, lower, upper, active, point.error, torch.zeros_like(point.good))
+    return Polished(
+        x, point.equality, inequality, point.slope, lower, upper, active, point.error, torch.zeros_like(point.good)
+    )
 
 
 def _newton(program: Program, point: Polished) -> tuple[Polished, Measures]:
@@ -235,7 +235,8 @@ def _judged(
     met = (h.abs() <= 1e-8 * size * jh.norm(dim=-1).clamp_min(1e-8)).all(-1)
     met = met & ((c.abs() / at.norms * point.active) <= 1e-8 * size).all(-1)
     # Multipliers without bound say that no constraint qualification holds.
-    bounded = at.force <= _UNBOUNDED * (gradient.abs().amax(-1) + at.hessian.abs().amax(-1).amax(-1) * at.size)
+    largest = torch.maximum(_largest(jh.norm(dim=-1) * point.equality), _largest(at.norms * point.inequality))
+    bounded = largest <= _UNBOUNDED * gradient.abs().amax(-1) + at.force / _UNBOUNDED
     good = ~wrong & stationary & met & bounded & torch.isfinite(slope).all(-1)
     x = torch.where(good.unsqueeze(-1), program.inside(point.x), point.x)
     # Of weakly active constraints rounding decides the sign: zero is what it stands for.
@@ -252,7 +253,8 @@ def _judged(
     return made, asked
 
 
-def _choose(these: torch.Tensor, one: Polished, other: Polished) -> Polished:
+def choose(these: torch.Tensor, one: Polished, other: Polished) -> Polished:
+    """Return ``one`` for ``these`` problems (K,) and ``other`` for the rest."""
     mask = these.unsqueeze(-1)
     made = {}
     for item in fields(one):

@@ -79,7 +79,12 @@ def by_callable(
         equality = [a.detach().to(init) if a is not None else init.new_zeros(0) for a, _ in given]
         inequality = [b.detach().to(init) if b is not None else init.new_zeros(0) for _, b in given]
         return Answer(
-            answer.x, torch.stack(equality), torch.stack(inequality), answer.status, answer.iterations, known=bool(sum(counts))
+            answer.x,
+            torch.stack(equality),
+            torch.stack(inequality),
+            answer.status,
+            answer.iterations,
+            known=bool(sum(counts)),
         )
 
     solve.__name__ = solver.name
@@ -91,7 +96,12 @@ def _unknown(x: torch.Tensor, program: Program, steps: list[int]) -> Answer:
     status = torch.where(torch.isfinite(x).all(-1), status, int(Status.NOT_FINITE))
     counted = torch.tensor(steps, dtype=torch.int64, device=x.device)
     return Answer(
-        x, x.new_zeros(len(x), program.equalities), x.new_zeros(len(x), program.inequalities), status, counted, known=False
+        x,
+        x.new_zeros(len(x), program.equalities),
+        x.new_zeros(len(x), program.inequalities),
+        status,
+        counted,
+        known=False,
     )
 
 
@@ -131,6 +141,10 @@ def _one(
         settings["maxfun" if method == "tnc" else "maxiter"] = solver.max_steps
     settings.update(solver.options or {})
     more: dict[str, Any] = {"constraints": constraints} if constraints else {}
+    if method == "trust-constr":
+        weights = torch.zeros_like(program.parts(start))
+        weights[:, 0] = 1.0
+        more["hess"] = lambda x: as_array(program.hessian(at(x), weights)[0])
     bounded = np.isfinite(lower).any() or np.isfinite(upper).any()
     inside = as_array(program.inside(start)[0])
     try:

@@ -9,7 +9,7 @@ import torch
 
 from bilevel.errors import ArgumentError
 from bilevel.reports import Status, Words
-from bilevel.solvers._active_set import measure, polish, recovered
+from bilevel.solvers._active_set import Polished, choose, measure, polish, recovered
 from bilevel.solvers._base import InnerSolver
 from bilevel.solvers._central_path import centred
 from bilevel.solvers._program import Answer, ConstrainedSolver, Program
@@ -22,6 +22,8 @@ __all__ = ["Found", "solve_constrained"]
 Name = Callable[[str, int], str]
 
 _UNSOLVED = (Status.MAX_STEPS, Status.STAGNATED, Status.NOT_CONVERGED, Status.LINE_SEARCH_FAILED)
+# What of x's size a constraint may be away from x to be tried as active, where no multipliers tell.
+_NEAR = (1e-5, 1e-7, 1e-3, 1e-2)
 _SMOOTHING = "perturb the arguments, or pass smoothing=1e-3 to bilevel.argmin, which takes value and derivative from the central path"
 
 
@@ -79,9 +81,7 @@ def solve_constrained(
     return _polished(program, answer, used, name)
 
 
-def _by_default(
-    program: Program, init: torch.Tensor, smoothing: float | None, where: str
-) -> tuple[Answer, str]:
+def _by_default(program: Program, init: torch.Tensor, smoothing: float | None, where: str) -> tuple[Answer, str]:
     if smoothing is not None or not program.only_bounds:
         if program.size + program.equalities > 4 * DENSE_LIMIT:
             raise ArgumentError(
@@ -118,8 +118,7 @@ def _without_contradictions(program: Program, answer: Answer) -> Answer:
 
 def _polished(program: Program, answer: Answer, used: str, name: Name) -> Found:
     usable = _is_one_of(answer.status, (Status.CONVERGED, *_UNSOLVED))
-    known = answer if answer.known else recovered(program, answer)
-    point = polish(program, known)
+    point = polish(program, answer) if answer.known else _without_multipliers(program, answer)
     good = usable & point.good
     status = torch.where(good, int(Status.CONVERGED), answer.status)
     at = measure(program, point.x, point.equality, point.inequality)
@@ -138,10 +137,20 @@ def _polished(program: Program, answer: Answer, used: str, name: Name) -> Found:
     return Found(x, equality, inequality, status, answer.iterations, alone, words, used)
 
 
+def _without_multipliers(program: Program, answer: Answer) -> Polished:
+    """Return the polished answer of a solver that gave no multipliers: constraints nearer and nearer to x count as active until one fits."""
+    point = polish(program, recovered(program, answer, _NEAR[0]))
+    for near in _NEAR[1:]:
+        if bool(point.good.all()):
+            break
+        point = choose(point.good, point, polish(program, recovered(program, answer, near)))
+    return point
+
+
 def _large(program: Program, answer: Answer, used: str, name: Name) -> Found:
     """Judge large problems with bounds alone by gradients; the linear solve of a derivative sees their curvature."""
     x = answer.x
-    parts, rows = program.jacobian(x)
+    _, rows = program.jacobian(x)
     slope = rows[:, 0]
     force = slope.abs().amax(-1, keepdim=True).clamp_min(1e-300)
     size = 1 + x.abs().amax(-1, keepdim=True)
@@ -226,5 +235,3 @@ def _is_one_of(codes: torch.Tensor, statuses: tuple[Status, ...]) -> torch.Tenso
     for status in statuses:
         found = found | (codes == status)
     return found
-
-

@@ -82,7 +82,9 @@ def newton_direction(
         d_lower = torch.where(there_low, mu / low - lower - lower / low * dx, zero)
         d_upper = torch.where(there_high, mu / high - upper + upper / high * dx, zero)
         slope = ((gradient - push) * dx).sum(-1) - (mu * ds / slack).sum(-1)
-        quadratic = (dx * ((hessian @ dx.unsqueeze(-1)).squeeze(-1) + (sigma_x + system.shift.unsqueeze(-1)) * dx)).sum(-1)
+        quadratic = (dx * ((hessian @ dx.unsqueeze(-1)).squeeze(-1) + (sigma_x + system.shift.unsqueeze(-1)) * dx)).sum(
+            -1
+        )
         quadratic = quadratic + (sigma_s * ds**2).sum(-1)
         return Direction(dx, ds, dy, dl, d_lower, d_upper, slope, quadratic, system.shift, direction)
 
@@ -160,8 +162,6 @@ def _inertia_is_right(matrix: torch.Tensor, rows: torch.Tensor, these: torch.Ten
     values = eigvalsh(whole[these])
     found[these] = ((values < 0).sum(-1) == p) & (values.abs().amin(-1) > 1e-12 * values.abs().amax(-1))
     return found
-
-
 
 
 def solve_symmetric(matrix: torch.Tensor, right: torch.Tensor) -> torch.Tensor:

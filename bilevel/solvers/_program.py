@@ -52,7 +52,7 @@ class Program:
 
     @property
     def size(self) -> int:
-        """n."""
+        """N."""
         return self.lower.shape[-1]
 
     @property

@@ -65,7 +65,9 @@ class Findings:
         p = self.members.shape[-1] - self.weak_inequality.shape[-1]
         places = self.members[number].nonzero().reshape(-1).tolist()
         names = [name("equality", i) if i < p else name("inequality", i - p) for i in places]
-        return f"the gradients of {_listed(names)} are linearly dependent, and the arguments move these constraints apart"
+        return (
+            f"the gradients of {_listed(names)} are linearly dependent, and the arguments move these constraints apart"
+        )
 
 
 def _listed(names: list[str]) -> str:
@@ -93,9 +95,7 @@ def examine(program: Program, point: Polished, at: Measures) -> Findings:
     return Findings(weak_inequality, weak_lower, weak_upper, dependent, members, flat, negative, irregular)
 
 
-def _dependence(
-    whole: torch.Tensor, rows: torch.Tensor, counted: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
+def _dependence(whole: torch.Tensor, rows: torch.Tensor, counted: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Return whether the ``counted`` (K, r) rows of (K, r, n) are linearly dependent, and which take part."""
     count, r = rows.shape[:2]
     members = torch.zeros_like(counted)

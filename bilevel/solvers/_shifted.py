@@ -27,9 +27,7 @@ def grown(shift: torch.Tensor, last: torch.Tensor) -> torch.Tensor:
     return torch.where(shift == 0, first, _FACTOR * shift)
 
 
-def shifted_cholesky(
-    matrix: torch.Tensor, last: torch.Tensor, unit: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
+def shifted_cholesky(matrix: torch.Tensor, last: torch.Tensor, unit: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the factors (K, n, n) and δ (K,) in ``unit`` (K,); ``last`` is the δ of the step before. Where none does, the identity."""
     eye = torch.eye(matrix.shape[-1], dtype=matrix.dtype, device=matrix.device)
     matrix = matrix.nan_to_num(0.0, 0.0, 0.0)

@@ -11,6 +11,18 @@ import torch
 from bilevel._checks import check_steps
 from bilevel.reports import Status
 from bilevel.solvers._filter import Filter
+from bilevel.solvers._interior_pieces import (
+    complementarity,
+    finite_gaps,
+    gaps,
+    largest,
+    least_squares,
+    longest_step,
+    pick,
+    pull,
+    pushed,
+    weights,
+)
 from bilevel.solvers._kkt import Direction, newton_direction
 from bilevel.solvers._program import Answer, ConstrainedSolver, Program
 from bilevel.solvers._restoration import restore
@@ -23,10 +35,6 @@ _MOST_TRIALS = 30
 _FIRST_BARRIER, _BARRIER_FACTOR, _BARRIER_POWER, _LAST_BARRIER = 0.1, 0.2, 1.5, 1e-9
 # A subproblem is solved when its error is this many barrier parameters.
 _SUBPROBLEM = 10.0
-# How far inside the bounds a start is moved, relative to its size and to the width.
-_PUSH = 1e-2
-# Gradients larger than this are scaled down to it, all below the least are scaled up to one.
-_LARGEST_GRADIENT, _LEAST_GRADIENT = 100.0, 1e-2
 # How small the objective may fall, and how far x may go, before the problem is called unbounded.
 _ENDLESS = 1e12
 # How far from its product μ a multiplier of a bound or slack may be.
@@ -45,9 +53,9 @@ class InteriorPoint(ConstrainedSolver):
         [ ∇h                           −δ_c ] [ dν ]
 
     in which δ makes the inertia that of a minimum. A fraction-to-the-boundary rule keeps s and the bounds' slacks positive. A step is
-    accepted where it lowers the barrier objective or the violation ‖(h, c + s)‖₁ enough. Second-order corrections are tried where the full step is refused, and a
-    restoration that minimises ½‖h‖² + ½‖max(c, 0)‖² within the bounds where no step is accepted. That restoration also detects infeasible
-    problems. Each problem of a batch has its own barrier parameter, filter, step length and status. The start need not be feasible.
+    accepted where it lowers the barrier objective or the violation ‖(h, c + s)‖₁ enough. Where the full step is refused, second-order
+    corrections are tried; where no step is accepted, a restoration. That minimises ½‖h‖² + ½‖max(c, 0)‖² within the bounds, and detects
+    infeasible problems. Each problem of a batch has its own barrier parameter, filter, step length and status. The start need not be feasible.
 
     A step costs one Jacobian, one Hessian of the Lagrangian and O((n + p)³) operations for each problem; memory is batch · (n + p + m) · n
     numbers.
@@ -115,8 +123,8 @@ class _Run:
         self.given = program
         contradictory = (program.lower > program.upper).any(-1)
         self.crossed = contradictory
-        x = _pushed(program, init)
-        self.weights = _weights(program, x)
+        x = pushed(program, init)
+        self.weights = weights(program, x)
         self.program = program.scaled(self.weights)
         count = len(x)
         self.status = torch.full((count,), int(Status.RUNNING), dtype=torch.int64, device=x.device)
@@ -145,12 +153,12 @@ class _Run:
         _, _, c = program.split(self.parts)
         slack = torch.maximum(-c, barrier.sqrt().clamp_max(1e-1))
         multiplier = barrier / slack
-        low, high = _gaps(program, x)
+        low, high = gaps(program, x)
         lower, upper = barrier / low, barrier / high
         gradient, jh, jc = program.split(self.rows)
-        slope = gradient + _pull(jc, multiplier) - lower + upper
+        slope = gradient + pull(jc, multiplier) - lower + upper
         slope = torch.where(program.fixed, torch.zeros_like(slope), slope)
-        equality = _least_squares(torch.where(program.fixed.unsqueeze(1), 0.0, jh), slope)
+        equality = least_squares(torch.where(program.fixed.unsqueeze(1), 0.0, jh), slope)
         # Large ones say that the linearised constraints are nearly dependent, and nothing of the solution.
         equality = torch.where(equality.abs().amax(-1, keepdim=True) > 1e3, 0.0, equality) if jh.shape[1] else equality
         return _State(x, slack, equality, multiplier, lower, upper)
@@ -163,7 +171,7 @@ class _Run:
         program, state = self.program, self.state
         weights = torch.cat([torch.ones_like(self.parts[:, :1]), state.equality, state.inequality], dim=-1)
         hessian = program.hessian(state.x, weights)
-        low, high = _gaps(program, state.x)
+        low, high = gaps(program, state.x)
         direction = newton_direction(
             program, self.parts, self.rows, hessian, low, high, state.slack, state.equality, state.inequality,
             state.lower, state.upper, self.barrier, self.shift,
@@ -191,16 +199,18 @@ class _Run:
         program, state = self.program, self.state
         gradient, jh, jc = program.split(self.rows)
         _, h, c = program.split(self.parts)
-        dual = gradient + _pull(jh, state.equality) + _pull(jc, state.inequality) - state.lower + state.upper
+        dual = gradient + pull(jh, state.equality) + pull(jc, state.inequality) - state.lower + state.upper
         dual = torch.where(program.fixed, torch.zeros_like(dual), dual)
-        low, high = _gaps(program, state.x)
-        products = torch.cat([state.slack * state.inequality, *_products(state, low, high)], dim=-1)
+        low, high = gaps(program, state.x)
+        products = torch.cat(
+            [state.slack * state.inequality, *complementarity(state.lower, state.upper, low, high)], dim=-1
+        )
         multipliers = torch.cat([state.equality, state.inequality, state.lower, state.upper], dim=-1).abs()
         size = (multipliers.sum(-1) / max(multipliers.shape[-1], 1)).clamp_min(100.0) / 100.0
-        primal = _largest(torch.cat([h, c + state.slack], dim=-1))
-        there = torch.cat([torch.ones_like(state.slack), *_finite_gaps(program)], dim=-1)
+        primal = largest(torch.cat([h, c + state.slack], dim=-1))
+        there = torch.cat([torch.ones_like(state.slack), *finite_gaps(program)], dim=-1)
         off = torch.where(there > 0, products - barrier.unsqueeze(-1), torch.zeros_like(products))
-        error = torch.maximum(torch.maximum(_largest(dual) / size, primal), _largest(off) / size)
+        error = torch.maximum(torch.maximum(largest(dual) / size, primal), largest(off) / size)
         return error, primal
 
     def _lower_barrier(self) -> None:
@@ -226,23 +236,27 @@ class _Run:
         """Return which problems have an acceptable step (K,), the states and their parts."""
         state = self.state
         keep = torch.clamp(1 - self.barrier, min=0.99).unsqueeze(-1)
-        dual = _longest(state.inequality, direction.inequality, keep)
-        dual = torch.minimum(dual, _longest(state.lower, direction.lower, keep))
-        dual = torch.minimum(dual, _longest(state.upper, direction.upper, keep))
+        dual = longest_step(state.inequality, direction.inequality, keep)
+        dual = torch.minimum(dual, longest_step(state.lower, direction.lower, keep))
+        dual = torch.minimum(dual, longest_step(state.upper, direction.upper, keep))
         old = self._pair(state.x, state.slack, self.parts)
         alpha = longest = self._longest_primal(direction, low, high, keep)
         accepted = augment = torch.zeros_like(self.running)
-        chosen = (state.x, state.slack, self.parts)
+        chosen: tuple[torch.Tensor, ...] = (state.x, state.slack, self.parts)
         for trial in range(_MOST_TRIALS):
             tried = self._moved(direction, alpha)
             good, enters = self.filter.accepts(alpha, direction.slope, old, self._pair(*tried))
             fresh = good & ~accepted
-            chosen, accepted, augment = _pick(fresh, tried, chosen), accepted | fresh, augment | (enters & fresh)
+            chosen, accepted, augment = pick(fresh, tried, chosen), accepted | fresh, augment | (enters & fresh)
             if trial == 0 and not self.program.only_bounds and bool((self.running & ~accepted).any()):
-                for tried in self._corrections(direction, alpha, tried, low, high, keep):
-                    good, enters = self.filter.accepts(alpha, direction.slope, old, self._pair(*tried))
+                for other in self._corrections(direction, alpha, tried, low, high, keep):
+                    good, enters = self.filter.accepts(alpha, direction.slope, old, self._pair(*other))
                     fresh = good & ~accepted
-                    chosen, accepted, augment = _pick(fresh, tried, chosen), accepted | fresh, augment | (enters & fresh)
+                    chosen, accepted, augment = (
+                        pick(fresh, other, chosen),
+                        accepted | fresh,
+                        augment | (enters & fresh),
+                    )
             if bool((accepted | ~self.running).all()):
                 break
             alpha = torch.where(accepted, alpha, 0.5 * alpha)
@@ -254,8 +268,10 @@ class _Run:
     def _longest_primal(
         self, direction: Direction, low: torch.Tensor, high: torch.Tensor, keep: torch.Tensor
     ) -> torch.Tensor:
-        longest = torch.minimum(_longest(self.state.slack, direction.slack, keep), _longest(low, direction.x, keep))
-        return torch.minimum(longest, _longest(high, -direction.x, keep))
+        longest = torch.minimum(
+            longest_step(self.state.slack, direction.slack, keep), longest_step(low, direction.x, keep)
+        )
+        return torch.minimum(longest, longest_step(high, -direction.x, keep))
 
     def _moved(self, direction: Direction, alpha: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """Return (x, slack, parts) at the step lengths ``alpha`` (K,); a slack smaller than −c would only add to both φ and θ."""
@@ -283,14 +299,12 @@ class _Run:
             tried = self._moved(step, length)
             yield tried
 
-    def _pair(
-        self, x: torch.Tensor, slack: torch.Tensor, parts: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def _pair(self, x: torch.Tensor, slack: torch.Tensor, parts: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the violation ‖(h, c + s)‖₁ and the barrier objective, (K,) each; inf outside the domain."""
         program = self.program
         f, h, c = program.split(parts)
-        low, high = _gaps(program, x)
-        there_low, there_high = _finite_gaps(program)
+        low, high = gaps(program, x)
+        there_low, there_high = finite_gaps(program)
         one = torch.ones_like(low)
         logs = slack.log().sum(-1) + torch.where(there_low > 0, low, one).log().sum(-1)
         logs = logs + torch.where(there_high > 0, high, one).log().sum(-1)
@@ -304,8 +318,8 @@ class _Run:
     ) -> _State:
         """Return the state at (x, s), its multipliers stepped and kept within a factor of their product with the slacks."""
         state, barrier = self.state, self.barrier.unsqueeze(-1)
-        low, high = _gaps(self.program, x)
-        there_low, there_high = _finite_gaps(self.program)
+        low, high = gaps(self.program, x)
+        there_low, there_high = finite_gaps(self.program)
 
         def near(multiplier: torch.Tensor, gap: torch.Tensor) -> torch.Tensor:
             least, most = barrier / (_DUAL_SPREAD * gap), _DUAL_SPREAD * barrier / gap
@@ -338,7 +352,9 @@ class _Run:
         self.status = torch.where(these & stationary, int(Status.INFEASIBLE), self.status)
         go_on = these & feasible
         self.status = torch.where(these & ~feasible & ~stationary, int(Status.STAGNATED), self.status)
-        x = torch.where(these.unsqueeze(-1), torch.where(go_on.unsqueeze(-1), _pushed(self.program, x, 1e-4), x), self.state.x)
+        x = torch.where(
+            these.unsqueeze(-1), torch.where(go_on.unsqueeze(-1), pushed(self.program, x, 1e-4), x), self.state.x
+        )
         self.parts, self.rows = self.program.jacobian(x)
         self.state = self._fresh(x).where(go_on, replace(self.state, x=x))
         self.shift = torch.where(go_on, torch.zeros_like(self.shift), self.shift)
@@ -365,10 +381,15 @@ class _Run:
         return Answer(x, equality, inequality, status, self.iterations)
 
     def _judge_feasibility(
-        self, status: torch.Tensor, short: torch.Tensor, x: torch.Tensor, equality: torch.Tensor, inequality: torch.Tensor
+        self,
+        status: torch.Tensor,
+        short: torch.Tensor,
+        x: torch.Tensor,
+        equality: torch.Tensor,
+        inequality: torch.Tensor,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
         """Tell infeasible problems from those that are only unsolved, and put the ray of the former into their multipliers."""
-        here, feasible, stationary = restore(self.given, x, short, 0.0)
+        here, _, stationary = restore(self.given, x, short, 0.0)
         infeasible = (short & stationary) | (status == Status.INFEASIBLE)
         x = torch.where((short & stationary).unsqueeze(-1), here, x)
         _, h, c = self.given.split(self.given.parts(x))
@@ -377,88 +398,3 @@ class _Run:
         mask, p = infeasible.unsqueeze(-1), h.shape[-1]
         status = torch.where(infeasible, int(Status.INFEASIBLE), status)
         return status, x, torch.where(mask, ray[:, :p], equality), torch.where(mask, ray[:, p:], inequality)
-
-
-def _pushed(program: Program, x: torch.Tensor, push: float = _PUSH) -> torch.Tensor:
-    """Return ``x`` moved to the inside of the bounds (Wächter & Biegler, section 3.6)."""
-    width = program.upper - program.lower
-    low = torch.minimum(push * program.lower.abs().clamp_min(1.0), push * width)
-    high = torch.minimum(push * program.upper.abs().clamp_min(1.0), push * width)
-    inner_low = torch.where(torch.isfinite(program.lower), program.lower + low, program.lower)
-    inner_high = torch.where(torch.isfinite(program.upper), program.upper - high, program.upper)
-    moved = torch.minimum(torch.maximum(x, inner_low), inner_high)
-    # A start on the far side of a box says nothing of where in the box the solution is.
-    outside = ((x < program.lower) | (x > program.upper)) & torch.isfinite(width)
-    moved = torch.where(outside, 0.5 * (program.lower + program.upper), moved)
-    return torch.where(program.lower >= program.upper, program.inside(x), moved)
-
-
-def _weights(program: Program, x: torch.Tensor) -> torch.Tensor:
-    """Return what the parts are multiplied by, (K, 1 + p + m), so that gradients are of moderate size at ``x``."""
-    _, rows = program.jacobian(x)
-    largest = rows.abs().amax(-1)  # (K, 1 + p + m)
-    flat = torch.zeros_like(largest)
-    flat[:, 0] = 1.0
-    curvature = program.hessian(x, flat).abs().amax(-1).amax(-1)
-    weights = (_LARGEST_GRADIENT / largest).clamp_max(1.0)
-    size = torch.maximum(largest[:, 0], curvature)
-    small = (size > 0) & (size < _LEAST_GRADIENT)
-    weights[:, 0] = torch.where(small, (1 / size).clamp_max(1e12), weights[:, 0])
-    return weights.nan_to_num(1.0, 1.0, 1.0)
-
-
-def _gaps(program: Program, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the distances to the lower and upper bounds, (K, n) each; one at a fixed unknown, which has no barrier."""
-    one = torch.ones_like(x)
-    none = program.lower >= program.upper
-    return torch.where(none, one, x - program.lower), torch.where(none, one, program.upper - x)
-
-
-def _finite_gaps(program: Program) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return, as numbers 0 and 1, where there is a barrier for the lower and the upper bound."""
-    free = program.lower < program.upper
-    like = program.lower
-    return (torch.isfinite(program.lower) & free).to(like), (torch.isfinite(program.upper) & free).to(like)
-
-
-def _products(state: _State, low: torch.Tensor, high: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    return (
-        torch.where(torch.isfinite(low), state.lower * low, torch.zeros_like(low)),
-        torch.where(torch.isfinite(high), state.upper * high, torch.zeros_like(high)),
-    )
-
-
-def _pull(rows: torch.Tensor, multipliers: torch.Tensor) -> torch.Tensor:
-    """Return Jᵀ λ (K, n)."""
-    return (rows.mT @ multipliers.unsqueeze(-1)).squeeze(-1)
-
-
-def _largest(numbers: torch.Tensor) -> torch.Tensor:
-    return numbers.abs().amax(-1) if numbers.shape[-1] else numbers.new_zeros(len(numbers))
-
-
-def _longest(numbers: torch.Tensor, step: torch.Tensor, keep: torch.Tensor) -> torch.Tensor:
-    """Return the longest step (K,) ≤ 1 that leaves ``numbers`` > 0 at least the part 1 − ``keep`` of themselves."""
-    if not numbers.shape[-1]:
-        return step.new_ones(len(step))
-    ratio = torch.where(step < 0, -keep * numbers / step.clamp_max(-1e-300), torch.full_like(step, math.inf))
-    return ratio.amin(-1).clamp_max(1.0)
-
-
-def _least_squares(rows: torch.Tensor, slope: torch.Tensor) -> torch.Tensor:
-    """Return ν (K, p) that makes slope + Jᵀν small."""
-    p = rows.shape[1]
-    if not p:
-        return slope.new_zeros(len(slope), 0)
-    gram = rows @ rows.mT
-    ridge = 1e-10 * gram.diagonal(dim1=-2, dim2=-1).amax(-1).clamp_min(1e-12)
-    eye = torch.eye(p, dtype=rows.dtype, device=rows.device)
-    factor, _ = torch.linalg.cholesky_ex(gram + ridge[:, None, None] * eye)
-    return -torch.cholesky_solve(rows @ slope.unsqueeze(-1), factor).squeeze(-1).nan_to_num(0.0, 0.0, 0.0)
-
-
-def _pick(
-    these: torch.Tensor, new: tuple[torch.Tensor, ...], old: tuple[torch.Tensor, ...]
-) -> tuple[torch.Tensor, ...]:
-    mask = these.unsqueeze(-1)
-    return tuple(torch.where(mask, a, b) for a, b in zip(new, old, strict=True))

@@ -175,7 +175,9 @@ def _conjugate_gradients(
             first_curvature = curvature.abs() / square.clamp_min(1e-300)
         convex = curvature > 1e-14 * (direction**2).sum(-1) * first_curvature
         if count == 0:
-            x = torch.where((open_ & ~convex).unsqueeze(-1), -gradient / first_curvature.clamp_min(1.0).unsqueeze(-1), x)
+            x = torch.where(
+                (open_ & ~convex).unsqueeze(-1), -gradient / first_curvature.clamp_min(1.0).unsqueeze(-1), x
+            )
         open_ = open_ & convex
         alpha = torch.where(open_, square / curvature.where(open_, torch.ones_like(curvature)), 0.0)
         x = x + alpha.unsqueeze(-1) * direction

@@ -85,6 +85,16 @@ def argmin(
     on_failure
         What to do about a solve that failed and about misuse that makes gradients wrong: ``"raise"``, ``"warn"``,
         ``"nan"`` (NaN for the problems concerned) or ``"ignore"``; forward and backward.
+    lower, upper
+        Bounds on x: a number, a tensor that can be broadcast to x, a pytree like x (None or ±inf: no bound), or a function of
+        ``(*args, **kwargs)`` that returns one, so that a bound can be θ.
+    equality, inequality
+        h and c: functions of ``(x, *args, **kwargs)`` that return a tensor or a pytree of tensors. The layer solves
+        min G subject to h = 0, c <= 0 and the bounds, by projected Newton (bounds alone) or an interior point; ``init`` need not be feasible.
+        ``solve`` returns ``multipliers`` and ``active``, each with fields ``equality``, ``inequality``, ``lower`` and ``upper``.
+    smoothing
+        τ: take value and derivative from the central path (λ_i c_i = −τ), where the derivative exists even if a constraint is
+        active with multiplier 0. Without it such a derivative is refused with ``Status.DEGENERATE``, which names the constraint.
 
     Returns
     -------
@@ -99,7 +109,8 @@ def argmin(
 
     References
     ----------
-    The implicit function theorem; as a layer, Amos & Kolter, "OptNet", ICML 2017; as a transform, Blondel et al.,
+    The implicit function theorem; with constraints, Fiacco, "Sensitivity analysis for nonlinear programming using penalty methods",
+    Mathematical Programming 10, 1976; as a layer, Amos & Kolter, "OptNet", ICML 2017; as a transform, Blondel et al.,
     "Efficient and Modular Implicit Differentiation", NeurIPS 2022.
 
     Examples
@@ -117,6 +128,16 @@ def argmin(
     >>> w.sum().backward()
     >>> strength.grad  # −1/(1+1)² − 4/(4+1)²
     tensor(-0.4100, dtype=torch.float64)
+
+    The nearest point of the simplex, which has no negative entries and the sum s:
+
+    >>> nearest = bilevel.argmin(lambda x, a, s: ((x - a) ** 2).sum(), lower=0.0, equality=lambda x, a, s: x.sum() - s)
+    >>> a, s = torch.tensor([0.5, 0.9, -2.0], dtype=torch.float64), torch.tensor(1.0, dtype=torch.float64)
+    >>> solution = nearest.solve(torch.zeros(3, dtype=torch.float64), a, s)
+    >>> solution.value, solution.active.lower.tolist()
+    (tensor([0.3000, 0.7000, 0.0000], dtype=torch.float64), [False, False, True])
+    >>> torch.func.jacrev(lambda s: nearest(torch.zeros(3, dtype=torch.float64), a, s))(s)
+    tensor([0.5000, 0.5000, -0.0000], dtype=torch.float64)
     """
     constraints = Constraints(lower=lower, upper=upper, equality=equality, inequality=inequality, smoothing=smoothing)
     structure = _structure(constraints)

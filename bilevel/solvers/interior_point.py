@@ -79,7 +79,7 @@ class InteriorPoint(ConstrainedSolver):
     --------
     >>> import torch, bilevel
     >>> layer = bilevel.argmin(lambda x, a: ((x - a) ** 2).sum(), inequality=lambda x, a: x.sum() - 1, solver=InteriorPoint())
-    >>> layer(torch.zeros(2, dtype=torch.float64), torch.tensor([1.0, 2.0], dtype=torch.float64))
+    >>> layer(torch.zeros(2, dtype=torch.float64), torch.tensor([1.0, 2.0], dtype=torch.float64)).round(decimals=9)
     tensor([0., 1.], dtype=torch.float64)
     """
 

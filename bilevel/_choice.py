@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from bilevel._problem import Problem
+from bilevel.equations.problem import Problem
 from bilevel.linear._base import LinearSolver
 from bilevel.linear.bicgstab import BiCGStab
 from bilevel.linear.cg import CG

@@ -24,10 +24,10 @@ from torch.func import vmap
 from torch.utils import _pytree as pytree
 
 from bilevel._constraints import Bounds, Constraints, PerConstraint
-from bilevel._problem import Problem
-from bilevel._reverse import grad, vjp
-from bilevel._structured import LocalModel, Parts, objective_of
-from bilevel._tree import Raveler
+from bilevel.equations.problem import Problem
+from bilevel._torch.reverse import grad, vjp
+from bilevel.equations.structured import LocalModel, Parts, objective_of
+from bilevel.pytree import Raveler
 from bilevel.errors import ArgumentError, BilevelError, ShapeError
 from bilevel.linear._base import LinearSolver
 from bilevel.linear.exact import Exact

@@ -10,9 +10,9 @@ import torch
 
 from bilevel._constrained import ConstrainedSystem
 from bilevel._constraints import Constraints, flatten_values
-from bilevel._structured import Structure, StructuredSystem, flat_raveler
-from bilevel._system import System
-from bilevel._tree import Raveler
+from bilevel.equations.structured import Structure, StructuredSystem, flat_raveler
+from bilevel.equations.system import System
+from bilevel.pytree import Raveler
 from bilevel.errors import ArgumentError, BilevelError, ShapeError
 
 __all__ = ["ConstraintStructure"]

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch.utils import _pytree as pytree
 
-from bilevel._tree import Raveler, moves
+from bilevel.pytree import Raveler, moves
 from bilevel.errors import ArgumentError, BilevelError, DtypeError, ShapeError
 
 __all__ = ["Bounds", "Constraints", "PerConstraint", "flatten_values"]

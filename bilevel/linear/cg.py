@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from bilevel._checks import check_steps
+from bilevel.setting_checks import check_steps
 from bilevel.linear._base import LinearSolution, LinearSolver, Preconditioner, begin, check_preconditioner, doubt
 from bilevel.linear._lone import Lone, run_alone
 from bilevel.linear._radau import RadauBound

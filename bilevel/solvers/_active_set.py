@@ -10,7 +10,7 @@ from dataclasses import dataclass, fields
 
 import torch
 
-from bilevel._factorisations import eigh
+from bilevel._torch.factorisations import eigh
 from bilevel.solvers._kkt import solve_symmetric
 from bilevel.solvers._program import Answer, Program
 

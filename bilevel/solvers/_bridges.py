@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from torch.utils import _pytree as pytree
 
-from bilevel._problem import Problem
-from bilevel._tree import ravel_like
+from bilevel.equations.problem import Problem
+from bilevel.pytree import ravel_like
 from bilevel.errors import ArgumentError
 from bilevel.reports import Status
 from bilevel.solvers._base import CallableSolver

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from bilevel._factorisations import eigh, eigvalsh, solve
+from bilevel._torch.factorisations import eigh, eigvalsh, solve
 from bilevel.solvers._program import Program
 from bilevel.solvers._shifted import grown, try_cholesky
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from bilevel._problem import Problem
+from bilevel.equations.problem import Problem
 from bilevel.errors import ArgumentError
 from bilevel.solvers._base import Goal, InnerSolution, InnerSolver
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from bilevel._factorisations import eigh, eigvalsh, svdvals
+from bilevel._torch.factorisations import eigh, eigvalsh, svdvals
 from bilevel.solvers._active_set import Measures, Polished
 from bilevel.solvers._program import Program
 from bilevel.solvers._shifted import try_cholesky

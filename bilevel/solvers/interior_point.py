@@ -8,7 +8,7 @@ from dataclasses import dataclass, fields, replace
 
 import torch
 
-from bilevel._checks import check_steps
+from bilevel.setting_checks import check_steps
 from bilevel.reports import Status
 from bilevel.solvers._filter import Filter
 from bilevel.solvers._interior_pieces import (

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from bilevel._checks import check_steps
+from bilevel.setting_checks import check_steps
 from bilevel.errors import ArgumentError
 from bilevel.reports import Status
 from bilevel.solvers._program import Answer, ConstrainedSolver, Program

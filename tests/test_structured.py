@@ -9,9 +9,9 @@ import pytest
 import torch
 
 import bilevel
-from bilevel.layers.layer import Layer
 from bilevel.equations.structured import LocalModel, Parts, Structure, flat_raveler, objective_of
 from bilevel.equations.system import ArgminSystem
+from bilevel.layers.layer import Layer
 from bilevel.reports import Basis
 from bilevel.solvers._judge import InnerOutcome
 

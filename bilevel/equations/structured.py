@@ -20,9 +20,9 @@ from torch.utils import _pytree as pytree
 
 from bilevel.equations.problem import Problem
 from bilevel.equations.system import ArgminSystem, Level, System
-from bilevel.pytree import Raveler
 from bilevel.linear._base import LinearSolver
 from bilevel.operators import LinearOperator
+from bilevel.pytree import Raveler
 from bilevel.solvers._base import InnerSolver
 from bilevel.solvers._judge import InnerOutcome
 from bilevel.tolerance import Target

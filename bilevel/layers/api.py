@@ -8,16 +8,16 @@ from typing import Any, overload
 
 import torch
 
-from bilevel._constraint_structure import ConstraintStructure
-from bilevel._constraints import Constraints
-from bilevel.layers.first_call import answered
-from bilevel.layers.layer import Layer, Solution
-from bilevel.layers.linear_layer import LinearLayer
 from bilevel.equations.structured import Structure
 from bilevel.equations.system import ArgminSystem, FixedPointSystem, RootSystem, System
 from bilevel.errors import ArgumentError
+from bilevel.layers.constraint_structure import ConstraintStructure
+from bilevel.layers.constraints import Constraints
+from bilevel.layers.first_call import explain_misuse
+from bilevel.layers.layer import Layer, Solution
+from bilevel.layers.linear_layer import LinearLayer
 from bilevel.linear._base import LinearSolverLike
-from bilevel.reports import OnFailure
+from bilevel.policy import OnFailure
 from bilevel.solvers._base import InnerSolverLike
 from bilevel.tolerance import Tolerance
 
@@ -54,7 +54,7 @@ def argmin(
     inequality: Callable[..., Any] | None = None,
     smoothing: float | None = None,
 ) -> Layer: ...
-@answered
+@explain_misuse
 def argmin(
     objective: Callable[..., torch.Tensor] | None = None,
     *,
@@ -162,7 +162,7 @@ def root(
     tolerance: Tolerance | None = None,
     on_failure: OnFailure = "raise",
 ) -> Layer: ...
-@answered
+@explain_misuse
 def root(
     residual: Callable[..., Any] | None = None,
     *,
@@ -221,7 +221,7 @@ def fixed_point(
     tolerance: Tolerance | None = None,
     on_failure: OnFailure = "raise",
 ) -> Layer: ...
-@answered
+@explain_misuse
 def fixed_point(
     mapping: Callable[..., Any] | None = None,
     *,
@@ -284,7 +284,7 @@ def linear_solve(
     tolerance: Tolerance | None = None,
     on_failure: OnFailure = "raise",
 ) -> LinearLayer: ...
-@answered
+@explain_misuse
 def linear_solve(
     matvec: Callable[..., Any] | None = None,
     *,

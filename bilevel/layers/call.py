@@ -10,29 +10,21 @@ from typing import Any, Generic, NamedTuple, TypeVar, overload
 import torch
 
 from bilevel._choice import default_linear_solver, default_solvers
-from bilevel.layers.checks import Look, look, on_trust, recall
 from bilevel.equations.problem import Problem
 from bilevel.equations.pullbacks import Pullback
-from bilevel.replay.cache import Tapes
-from bilevel.replay.purity import Memory
 from bilevel.equations.structured import StructuredSystem, objective_of
-from bilevel.layers.messages import words_of
 from bilevel.errors import ArgumentError, BilevelError
+from bilevel.layers.checks import Inspection, inspect_on_failure, inspect_once, reuse_inspection
+from bilevel.layers.messages import failure_messages
 from bilevel.linear._base import LinearOutcome, LinearSolver, as_linear_solver, solve_linear
-from bilevel.linear._free_directions import changes_free_directions, words_of_change
-from bilevel.linear.exact import lend
+from bilevel.linear._free_directions import changes_free_directions, free_direction_messages
+from bilevel.linear.exact import offer_factor
 from bilevel.operators import LinearOperator
-from bilevel.reports import (
-    OnFailure,
-    Pass,
-    SolveReport,
-    Status,
-    Words,
-    active_recordings,
-    check_policy,
-    enforce,
-    misuse,
-)
+from bilevel.policy import OnFailure, apply_policy, check_policy, handle_misuse
+from bilevel.recording import active_recordings
+from bilevel.replay.cache import ReplayCache
+from bilevel.replay.purity import InspectionCache
+from bilevel.reports import Pass, SolveReport, Status, StatusMessages
 from bilevel.solvers._base import InnerSolver, as_inner_solver
 from bilevel.solvers._judge import InnerOutcome, solve_inner
 from bilevel.tolerance import Tolerance, auto_relative
@@ -76,7 +68,7 @@ class SolveSettings:
         Whether to inspect the function first. A call just before, with the same function, may have done it.
     adjoint_start
         Where the linear solve of the first derivative begins, (batch, n). It is not used if it does not fit.
-    backward_words
+    backward_messages
         What an application says of the failures of its linear systems, in place of the general words.
     on_adjoint
         Is handed the adjoint of the first derivative. It may be called several times, if there are several backward passes.
@@ -93,7 +85,7 @@ class SolveSettings:
     on_failure: OnFailure
     inspect: bool = True
     adjoint_start: torch.Tensor | None = None
-    backward_words: Words = field(default_factory=dict)
+    backward_messages: StatusMessages = field(default_factory=dict)
     on_adjoint: Callable[[Adjoint], None] | None = None
 
     def __post_init__(self) -> None:
@@ -140,16 +132,20 @@ class Inspector:
     """Inspects the function of a layer, and remembers which inspections need no repetition. A copy remembers nothing."""
 
     def __init__(self) -> None:
-        self._inspected: Memory[Tapes] = Memory()
-        self._aside: Memory[Tapes] = Memory()
+        self._inspected: InspectionCache[ReplayCache] = InspectionCache()
+        self._aside: InspectionCache[ReplayCache] = InspectionCache()
 
-    def look(self, problem: Problem, x: torch.Tensor, written: Any, *, captures: bool, again: bool = False) -> Look:
+    def inspect_once(
+        self, problem: Problem, x: torch.Tensor, written: Any, *, captures: bool, again: bool = False
+    ) -> Inspection:
         """Inspect the user's function, ``written``, at ``x`` (batch, n), unless it was inspected before. ``again`` inspects it in any case."""
-        return look(problem, x, written, Memory() if again else self._inspected, captures=captures)
+        return inspect_once(problem, x, written, InspectionCache() if again else self._inspected, captures=captures)
 
-    def recall(self, problem: Problem, x: torch.Tensor, written: Any, *, captures: bool) -> Tapes | None:
+    def reuse_inspection(
+        self, problem: Problem, x: torch.Tensor, written: Any, *, captures: bool
+    ) -> ReplayCache | None:
         """Return what a call may be replayed from, if it is not to inspect."""
-        return recall(problem, x, written, self._inspected, self._aside, captures=captures)
+        return reuse_inspection(problem, x, written, self._inspected, self._aside, captures=captures)
 
 
 class SolveCall:
@@ -192,30 +188,32 @@ class SolveCall:
         self.functions = functions
         self.recordings = active_recordings()
         self.report: SolveReport | None = None
-        self.spoiled = False
-        self.lost: torch.Tensor | None = None  # (*batch,) bool: whose derivatives the policy wants to be NaN
+        self.poisoned = False
+        self.nan_mask: torch.Tensor | None = None  # (*batch,) bool: whose derivatives the policy wants to be NaN
         self.residual: torch.Tensor | None = None  # at the solution (batch, n), for who wants the adjoint
         self.factor: torch.Tensor | None = None
         self.last_rhs: torch.Tensor | None = None  # of this call's linear solves
         self.largest: torch.Tensor | None = None  # (batch,): the norm of the largest before that
         self.degenerate: torch.Tensor | None = None  # (*batch,) bool: whose derivative does not exist, or is one-sided
-        self.words: Words = {}  # of the forward solve
+        self.words: StatusMessages = {}  # of the forward solve
         self.system: StructuredSystem | None = None
         self.one_step = False  # whether that is of the Hessians at init, and a step with them was the last
 
-    def inspect(self, problem: Problem, init: torch.Tensor, written: Any = None, *, again: bool = False) -> Look | None:
+    def inspect(
+        self, problem: Problem, init: torch.Tensor, written: Any = None, *, again: bool = False
+    ) -> Inspection | None:
         """Look for what would make gradients wrong, at ``init`` (batch, n); return what came of it, if there was nothing."""
         if not problem.batch:
             return None
         try:
             if self.settings.inspect:
                 written = self.written if written is None else written
-                return self.inspector.look(problem, init, written, captures=self.watched, again=again)
+                return self.inspector.inspect_once(problem, init, written, captures=self.watched, again=again)
         except BilevelError as error:
             # Wrong shapes and dtypes, and tensors of a vmap outside, cannot be gone on with.
             if isinstance(error, (ValueError, TypeError)) or error.__cause__ is not None:
                 raise
-            self.spoiled = misuse(error, self.settings.on_failure)
+            self.poisoned = handle_misuse(error, self.settings.on_failure)
         return None
 
     def solve(self, problem: Problem, init: torch.Tensor) -> torch.Tensor:
@@ -225,15 +223,19 @@ class SolveCall:
         settings = self.settings
         seen = self.inspect(problem, init)
         trusted = seen is not None and seen.found is None
-        tapes = None if seen is None else seen.tapes
+        replays = None if seen is None else seen.replays
         if problem.batch and not settings.inspect:
-            tapes = self.inspector.recall(problem, init, self.written, captures=self.watched)
-        problem = problem.replayed_from(tapes)
+            replays = self.inspector.reuse_inspection(problem, init, self.written, captures=self.watched)
+        problem = problem.replayed_from(replays)
         solver, others = (settings.solver, ()) if settings.solver is not None else default_solvers(problem)
         target = settings.tolerance.inner(self.dtype)
-        with on_trust(init.device, lambda: self.inspect(problem, init, again=True)) if trusted else nullcontext():
+        with (
+            inspect_on_failure(init.device, lambda: self.inspect(problem, init, again=True))
+            if trusted
+            else nullcontext()
+        ):
             outcome = solve_inner(solver, problem, init, target, others)
-        return self._reported(problem, outcome, lambda: words_of(solver, problem, init, outcome))
+        return self._reported(problem, outcome, lambda: failure_messages(solver, problem, init, outcome))
 
     def _find(self, problem: Problem, system: StructuredSystem, init: torch.Tensor) -> torch.Tensor:
         """Do the same for a structured system, which finds its solution by itself."""
@@ -242,35 +244,37 @@ class SolveCall:
         x, everything = init[:, : objective.size], (self.written, *self.functions)
         looks = self.inspect(objective, x), self.inspect(problem, init, everything)
         trusted = any(seen is not None and seen.found is None for seen in looks)
-        tapes = [None if seen is None else seen.tapes for seen in looks]
+        replays = [None if seen is None else seen.replays for seen in looks]
         if problem.batch and not settings.inspect:
-            tapes = [
-                self.inspector.recall(objective, x, self.written, captures=self.watched),
-                self.inspector.recall(problem, init, everything, captures=self.watched),
+            replays = [
+                self.inspector.reuse_inspection(objective, x, self.written, captures=self.watched),
+                self.inspector.reuse_inspection(problem, init, everything, captures=self.watched),
             ]
-        problem = replace(problem.replayed_from(tapes[1]), objective=objective.replayed_from(tapes[0]))
+        problem = replace(problem.replayed_from(replays[1]), objective=objective.replayed_from(replays[0]))
 
         def again() -> None:
             self.inspect(objective, x, again=True)
             self.inspect(problem, init, everything, again=True)
 
         target = settings.tolerance.inner(self.dtype)
-        with on_trust(init.device, again) if trusted else nullcontext():
+        with inspect_on_failure(init.device, again) if trusted else nullcontext():
             outcome = system.find(problem, init, target, settings.solver)
         if outcome.degenerate is not None:
             self.degenerate = outcome.degenerate.reshape(system.batch_shape)
         self.words = outcome.words
         return self._reported(problem, outcome, lambda: outcome.words)
 
-    def _reported(self, problem: Problem, outcome: InnerOutcome, words: Callable[[], Words]) -> torch.Tensor:
+    def _reported(self, problem: Problem, outcome: InnerOutcome, words: Callable[[], StatusMessages]) -> torch.Tensor:
         settings, axes = self.settings, problem.system.batch_shape
         self.one_step = outcome.factor is not None and (outcome.exact or bool((outcome.iterations <= 1).all()))
         self.factor, self.residual = outcome.factor, None if settings.on_adjoint is None else outcome.residual
         self.report = _report(Pass.FORWARD, self.where, outcome.solver, outcome, axes, words())
-        self.lost = ~self.report.success if settings.on_failure == "nan" else _without_solution(self.report.status_code)
+        self.nan_mask = (
+            ~self.report.success if settings.on_failure == "nan" else _without_solution(self.report.status_code)
+        )
         x = outcome.x.reshape(*axes, problem.size)
         silent = settings.tolerance.inner(self.dtype).silent
-        return enforce(self.report, x, settings.on_failure, self.recordings, silent_budget=silent)
+        return apply_policy(self.report, x, settings.on_failure, self.recordings, silent_budget=silent)
 
     def solve_linear(
         self,
@@ -287,7 +291,7 @@ class SolveCall:
         """
         settings = self.settings
         if self.factor is not None:
-            lend(operator, self.factor, exact=self.one_step)
+            offer_factor(operator, self.factor, exact=self.one_step)
         on_adjoint = settings.on_adjoint if product is not None else None
         target, direction = settings.tolerance.linear(self.dtype), Pass.BACKWARD
         if self.report is None:  # a linear layer's own solve
@@ -298,21 +302,23 @@ class SolveCall:
         begun = None if product is None else settings.start(rhs)
         noise = self._noise(rhs)
         outcome = solve_linear(solver, operator, rhs, target, begun, product=product, seen=bool(reported), noise=noise)
-        outcome, words = _without_derivative(operator, outcome, pullbacks, settings.backward_words)
+        outcome, words = _without_derivative(operator, outcome, pullbacks, settings.backward_messages)
         outcome, words = self._one_sided(outcome, words, axes)
         report = _report(direction, self.where, solver.name, outcome, axes, words)
         self.report = self.report or report
         if on_adjoint is not None and self.residual is not None:
             on_adjoint(Adjoint(outcome.x, report, self.residual))
         shaped = outcome.x.reshape(*axes, operator.size)
-        shaped = enforce(report, shaped, settings.on_failure, self.recordings, silent_budget=target.silent)
-        if self.lost is None:
+        shaped = apply_policy(report, shaped, settings.on_failure, self.recordings, silent_budget=target.silent)
+        if self.nan_mask is None:
             return shaped
         # A quadratic's matrices are the same at a NaN: without this, what has failed would get a finite derivative.
         # Axes that a transform has added since stand in front of those of the forward pass.
-        return torch.where(self.lost.unsqueeze(-1), torch.full_like(shaped, float("nan")), shaped)
+        return torch.where(self.nan_mask.unsqueeze(-1), torch.full_like(shaped, float("nan")), shaped)
 
-    def _one_sided(self, outcome: LinearOutcome, words: Words, axes: tuple[int, ...]) -> tuple[LinearOutcome, Words]:
+    def _one_sided(
+        self, outcome: LinearOutcome, words: StatusMessages, axes: tuple[int, ...]
+    ) -> tuple[LinearOutcome, StatusMessages]:
         """Return ``outcome`` with ``Status.DEGENERATE`` where the derivative at the solution does not exist or is one-sided."""
         if self.degenerate is None or Status.DEGENERATE not in self.words:
             return outcome, words
@@ -348,8 +354,8 @@ def _without_solution(status: torch.Tensor) -> torch.Tensor | None:
 
 
 def _without_derivative(
-    operator: LinearOperator, outcome: LinearOutcome, pullbacks: Sequence[Pullback], words: Words
-) -> tuple[LinearOutcome, Words]:
+    operator: LinearOperator, outcome: LinearOutcome, pullbacks: Sequence[Pullback], words: StatusMessages
+) -> tuple[LinearOutcome, StatusMessages]:
     """Return ``outcome`` and ``words`` with ``Status.SINGULAR`` where an argument changes which directions of the solution are free."""
     if not pullbacks or not bool((outcome.status == Status.MINIMUM_NORM).any()):
         return outcome, words
@@ -359,7 +365,7 @@ def _without_derivative(
     status = torch.where(changed, int(Status.SINGULAR), outcome.status)
     first = (status == Status.SINGULAR).nonzero()[0]  # a report has one sentence for each status
     if bool(changed[first]):
-        words = {**words_of_change(symmetric=operator.symmetric), **words}
+        words = {**free_direction_messages(symmetric=operator.symmetric), **words}
     return replace(outcome, status=status), words
 
 
@@ -369,7 +375,7 @@ def _report(
     solver: str,
     outcome: InnerOutcome | LinearOutcome,
     axes: tuple[int, ...],
-    words: Words,
+    words: StatusMessages,
 ) -> SolveReport:
     def shaped(numbers: torch.Tensor) -> torch.Tensor:
         return numbers if numbers.shape == axes else numbers.reshape(axes)

@@ -11,8 +11,8 @@ import torch
 from torch.utils import _pytree as pytree
 
 from bilevel.equations.problem import Problem
-from bilevel.pytree import ravel_like
 from bilevel.errors import ArgumentError
+from bilevel.pytree import ravel_like
 from bilevel.reports import Status
 from bilevel.solvers._base import CallableSolver
 from bilevel.solvers._program import Answer, Program

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from bilevel.errors import ArgumentError
-from bilevel.reports import Status, Words
+from bilevel.reports import Status, StatusMessages
 from bilevel.solvers._active_set import Polished, choose, measure, polish, recovered
 from bilevel.solvers._base import InnerSolver
 from bilevel.solvers._central_path import centred
@@ -37,7 +37,7 @@ class Found:
     status: torch.Tensor
     iterations: torch.Tensor
     degenerate: torch.Tensor
-    words: Words
+    words: StatusMessages
     solver: str
 
 
@@ -189,14 +189,14 @@ def _on_the_path(program: Program, answer: Answer, smoothing: float, used: str, 
     )  # fmt: skip
 
 
-def _degenerate_words(findings: Findings, degenerate: torch.Tensor, name: Name) -> Words:
+def _degenerate_words(findings: Findings, degenerate: torch.Tensor, name: Name) -> StatusMessages:
     if not bool(degenerate.any()):
         return {}
     which = int(degenerate.nonzero()[0])
     return {Status.DEGENERATE: (f"met a solution where {findings.sentence(which, name)}", _SMOOTHING)}
 
 
-def _words(program: Program, x: torch.Tensor, status: torch.Tensor, name: Name) -> Words:
+def _words(program: Program, x: torch.Tensor, status: torch.Tensor, name: Name) -> StatusMessages:
     """Return what is said of the first infeasible problem, and of unbounded ones."""
     words: dict[Status, tuple[str, str]] = {}
     if bool((status == Status.INDEFINITE).any()):

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 import torch
 
 from bilevel.equations.problem import Problem
-from bilevel.reports import Basis, Status, Words
+from bilevel.reports import Basis, Status, StatusMessages
 from bilevel.solvers._base import Goal, InnerSolution, InnerSolver, all_finite, length
 from bilevel.solvers._error import (
     ErrorEstimate,
@@ -83,7 +83,7 @@ class InnerOutcome:
     exact: bool = False
     solver: str = ""
     degenerate: torch.Tensor | None = None
-    words: Words = field(default_factory=dict)
+    words: StatusMessages = field(default_factory=dict)
 
 
 def solve_inner(

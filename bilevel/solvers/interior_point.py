@@ -8,8 +8,8 @@ from dataclasses import dataclass, fields, replace
 
 import torch
 
-from bilevel.setting_checks import check_steps
 from bilevel.reports import Status
+from bilevel.setting_checks import check_steps
 from bilevel.solvers._filter import Filter
 from bilevel.solvers._interior_pieces import (
     complementarity,

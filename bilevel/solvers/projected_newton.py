@@ -8,9 +8,9 @@ from dataclasses import dataclass
 
 import torch
 
-from bilevel.setting_checks import check_steps
 from bilevel.errors import ArgumentError
 from bilevel.reports import Status
+from bilevel.setting_checks import check_steps
 from bilevel.solvers._program import Answer, ConstrainedSolver, Program
 from bilevel.solvers._shifted import shifted_cholesky
 
@@ -165,7 +165,7 @@ def _conjugate_gradients(
     x, residual = torch.zeros_like(gradient), -gradient
     direction, square = residual, (residual**2).sum(-1)
     first = square.sqrt()
-    wanted = first * torch.minimum(torch.full_like(first, 0.1), first.sqrt() * 1e-3).clamp_min(1e-12)
+    needs_grad = first * torch.minimum(torch.full_like(first, 0.1), first.sqrt() * 1e-3).clamp_min(1e-12)
     open_ = square > 0
     first_curvature = torch.ones_like(first)
     for count in range(_MOST_PRODUCTS):
@@ -183,7 +183,7 @@ def _conjugate_gradients(
         x = x + alpha.unsqueeze(-1) * direction
         residual = residual - alpha.unsqueeze(-1) * pushed
         fresh = (residual**2).sum(-1)
-        open_ = open_ & (fresh.sqrt() > wanted)
+        open_ = open_ & (fresh.sqrt() > needs_grad)
         if not bool(open_.any()):
             break
         ratio = fresh / square.clamp_min(math.ldexp(1.0, -1000))

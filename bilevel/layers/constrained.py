@@ -23,16 +23,16 @@ import torch
 from torch.func import vmap
 from torch.utils import _pytree as pytree
 
-from bilevel._constraints import Bounds, Constraints, PerConstraint
-from bilevel.equations.problem import Problem
 from bilevel._torch.reverse import grad, vjp
+from bilevel.equations.problem import Problem
 from bilevel.equations.structured import LocalModel, Parts, objective_of
-from bilevel.pytree import Raveler
 from bilevel.errors import ArgumentError, BilevelError, ShapeError
+from bilevel.layers.constraints import Bounds, Constraints, PerConstraint
 from bilevel.linear._base import LinearSolver
 from bilevel.linear.exact import Exact
 from bilevel.linear.gmres import GMRES
 from bilevel.operators import LinearOperator
+from bilevel.pytree import Raveler
 from bilevel.reports import Basis, Status
 from bilevel.solvers._base import CallableSolver, InnerSolver
 from bilevel.solvers._bridges import by_callable, by_scipy

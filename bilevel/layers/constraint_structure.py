@@ -8,12 +8,12 @@ from typing import Any
 
 import torch
 
-from bilevel._constrained import ConstrainedSystem
-from bilevel._constraints import Constraints, flatten_values
 from bilevel.equations.structured import Structure, StructuredSystem, flat_raveler
 from bilevel.equations.system import System
-from bilevel.pytree import Raveler
 from bilevel.errors import ArgumentError, BilevelError, ShapeError
+from bilevel.layers.constrained import ConstrainedSystem
+from bilevel.layers.constraints import Constraints, flatten_values
+from bilevel.pytree import Raveler
 
 __all__ = ["ConstraintStructure"]
 

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch.utils import _pytree as pytree
 
-from bilevel.pytree import Raveler, moves
 from bilevel.errors import ArgumentError, BilevelError, DtypeError, ShapeError
+from bilevel.pytree import Raveler, moves
 
 __all__ = ["Bounds", "Constraints", "PerConstraint", "flatten_values"]
 

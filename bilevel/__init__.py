@@ -3,7 +3,7 @@
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from bilevel import certificates, operators
+from bilevel import certificates, operators, prox
 from bilevel._version import __version__
 from bilevel.certificates.bound import Bound
 from bilevel.certificates.constants import Constants
@@ -54,6 +54,7 @@ from bilevel.solvers.interior_point import InteriorPoint
 from bilevel.solvers.lbfgs import LBFGS
 from bilevel.solvers.newton import Newton
 from bilevel.solvers.projected_newton import ProjectedNewton
+from bilevel.solvers.proximal_gradient import ProximalGradient
 from bilevel.solvers.scipy_minimize import ScipyMinimize
 from bilevel.solvers.scipy_root import ScipyRoot
 from bilevel.solvers.torch_optimizer import TorchOptimizer
@@ -117,6 +118,7 @@ __all__ = [
     "PerConstraint",
     "Problem",
     "ProjectedNewton",
+    "ProximalGradient",
     "QuadraticSchedule",
     "Recording",
     "ScipyLinear",
@@ -139,6 +141,7 @@ __all__ = [
     "linear_solve",
     "minimize",
     "operators",
+    "prox",
     "ravel",
     "record",
     "replaying",

@@ -66,9 +66,9 @@ class Status(_Named):
     DEGENERATE = 15
     """The solution was found, and its derivative does not exist there or is one-sided: a term or a constraint is at its threshold."""
     INFEASIBLE = 16
-    """No point satisfies the constraints."""
+    """No point fulfils the constraints."""
     UNBOUNDED = 17
-    """The objective falls without end on the feasible set."""
+    """The objective falls without end inside the constraints."""
 
     @property
     def meaning(self) -> str:
@@ -143,12 +143,12 @@ _TEXT: dict[Status, tuple[str, str]] = {
         "perturb the arguments, for example the strength by a relative 1e-3, or pass on_failure='ignore' to take the derivative of one side",
     ),
     Status.INFEASIBLE: (
-        "found no point that satisfies the constraints",
-        "look for constraints that contradict each other, or start elsewhere if the constraints are not convex",
+        "proved that no point fulfils the constraints",
+        "look at solution.certificate, whose nonzero multipliers name the constraints that contradict each other, and loosen one of them",
     ),
     Status.UNBOUNDED: (
-        "found that the objective falls without end on the feasible set",
-        "add a bound, or a term that grows with x such as a small ridge",
+        "proved that the objective falls without end inside the constraints",
+        "look at solution.certificate.direction, along which it falls, and add a bound or a quadratic term that stops it",
     ),
     Status.MINIMUM_NORM: (
         "met a singular matrix with the right-hand side in its range, and returned the solution of smallest Euclidean norm",

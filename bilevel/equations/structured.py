@@ -20,11 +20,8 @@ from torch.utils import _pytree as pytree
 
 from bilevel.equations.problem import Problem
 from bilevel.equations.system import ArgminSystem, Level, System
-from bilevel.linear._base import LinearSolver
 from bilevel.operators import LinearOperator
 from bilevel.pytree import Raveler
-from bilevel.solvers._base import InnerSolver
-from bilevel.solvers._judge import InnerOutcome
 from bilevel.tolerance import Target
 
 __all__ = ["LocalModel", "Parts", "Structure", "StructuredSystem", "flat_raveler", "objective_of"]
@@ -63,8 +60,8 @@ class StructuredSystem(System):
     ordinary: System
 
     @abstractmethod
-    def find(self, problem: Problem, init: torch.Tensor, target: Target, solver: InnerSolver | None) -> InnerOutcome:
-        """Return the solutions z (batch, N), judged.
+    def find(self, problem: Problem, init: torch.Tensor, target: Target, solver: Any) -> Any:
+        """Return the solutions z (batch, N), judged: an :class:`bilevel.solvers._judge.InnerOutcome`.
 
         Parameters
         ----------
@@ -75,14 +72,18 @@ class StructuredSystem(System):
         target
             The accuracy that is asked for.
         solver
-            What the user chose, or None.
+            The inner solver that the user chose, or None.
         """
 
     def parts(self, z: torch.Tensor, *tensors: torch.Tensor) -> Parts:
         """Return what one problem's solution ``z`` (N,) consists of; differentiable. By default x alone."""
         return Parts(z[: self.ordinary.raveler.size])
 
-    def linear_solver(self, operator: LinearOperator) -> LinearSolver | None:
+    def in_x(self) -> System:
+        """Return a system of the same solution whose unknown is x alone, for what is estimated of the errors of a hypergradient."""
+        return self
+
+    def linear_solver(self, operator: LinearOperator) -> Any:
         """Return the linear solver for derivatives where the user chose none; None for the usual choice."""
         return None
 

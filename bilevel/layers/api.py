@@ -16,6 +16,7 @@ from bilevel.layers.constraints import Constraints
 from bilevel.layers.first_call import explain_misuse
 from bilevel.layers.layer import Layer, Solution
 from bilevel.layers.linear_layer import LinearLayer
+from bilevel.layers.proximal import Proximal
 from bilevel.linear._base import LinearSolverLike
 from bilevel.policy import OnFailure
 from bilevel.solvers._base import InnerSolverLike
@@ -34,6 +35,7 @@ def argmin(
     linear_solver: LinearSolverLike | None = None,
     tolerance: Tolerance | None = None,
     on_failure: OnFailure = "raise",
+    prox: Any = None,
     lower: Any = None,
     upper: Any = None,
     equality: Callable[..., Any] | None = None,
@@ -48,6 +50,7 @@ def argmin(
     linear_solver: LinearSolverLike | None = None,
     tolerance: Tolerance | None = None,
     on_failure: OnFailure = "raise",
+    prox: Any = None,
     lower: Any = None,
     upper: Any = None,
     equality: Callable[..., Any] | None = None,
@@ -62,6 +65,7 @@ def argmin(
     linear_solver: LinearSolverLike | None = None,
     tolerance: Tolerance | None = None,
     on_failure: OnFailure = "raise",
+    prox: Any = None,
     lower: Any = None,
     upper: Any = None,
     equality: Callable[..., Any] | None = None,
@@ -85,6 +89,7 @@ def argmin(
     on_failure
         What to do about a solve that failed and about misuse that makes gradients wrong: ``"raise"``, ``"warn"``,
         ``"nan"`` (NaN for the problems concerned) or ``"ignore"``; forward and backward.
+
     lower, upper
         Bounds on x: a number, a tensor that can be broadcast to x, a pytree like x (None or ±inf: no bound), or a function of
         ``(*args, **kwargs)`` that returns one, so that a bound can be θ.
@@ -140,7 +145,7 @@ def argmin(
     tensor([0.5000, 0.5000, -0.0000], dtype=torch.float64)
     """
     constraints = Constraints(lower=lower, upper=upper, equality=equality, inequality=inequality, smoothing=smoothing)
-    structure = _structure(constraints)
+    structure = _structure(prox, constraints)
     return _layer(ArgminSystem, objective, solver, linear_solver, tolerance, on_failure, structure)
 
 
@@ -370,8 +375,13 @@ def _layer(
     return make if function is None else make(function)
 
 
-def _structure(constraints: Constraints) -> Structure | None:
+def _structure(prox: Any, constraints: Constraints) -> Structure | None:
     """Return what the layer has besides its objective, or None."""
+    if prox is not None and constraints.present:
+        raise ArgumentError(
+            f"argmin: expected prox or constraints, got prox beside {', '.join(constraints.present)}; write the set as a term of bilevel.prox, or "
+            "the term as constraints"
+        )
     if constraints.present:
         return ConstraintStructure(constraints=constraints)
     if constraints.smoothing is not None:
@@ -379,7 +389,7 @@ def _structure(constraints: Constraints) -> Structure | None:
             "argmin: expected lower, upper, equality or inequality with smoothing, which smooths what constraints do to the solution, got "
             "none; leave smoothing out"
         )
-    return None
+    return None if prox is None else Proximal(given=prox)
 
 
 def _refuse_goals(tolerance: Tolerance | None) -> None:

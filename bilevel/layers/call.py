@@ -9,7 +9,6 @@ from typing import Any, Generic, NamedTuple, TypeVar, overload
 
 import torch
 
-from bilevel._choice import default_linear_solver, default_solvers
 from bilevel.equations.problem import Problem
 from bilevel.equations.pullbacks import Pullback
 from bilevel.equations.structured import StructuredSystem, objective_of
@@ -18,6 +17,7 @@ from bilevel.layers.checks import Inspection, inspect_on_failure, inspect_once, 
 from bilevel.layers.messages import failure_messages
 from bilevel.linear._base import LinearOutcome, LinearSolver, as_linear_solver, solve_linear
 from bilevel.linear._free_directions import changes_free_directions, free_direction_messages
+from bilevel.linear.defaults import default_linear_solver
 from bilevel.linear.exact import offer_factor
 from bilevel.operators import LinearOperator
 from bilevel.policy import OnFailure, apply_policy, check_policy, handle_misuse
@@ -27,6 +27,7 @@ from bilevel.replay.purity import InspectionCache
 from bilevel.reports import Pass, SolveReport, Status, StatusMessages
 from bilevel.solvers._base import InnerSolver, as_inner_solver
 from bilevel.solvers._judge import InnerOutcome, solve_inner
+from bilevel.solvers.defaults import default_solvers
 from bilevel.tolerance import Tolerance, auto_relative
 
 __all__ = ["Adjoint", "Inspector", "Setting", "SolveCall", "SolveSettings"]
@@ -195,7 +196,8 @@ class SolveCall:
         self.last_rhs: torch.Tensor | None = None  # of this call's linear solves
         self.largest: torch.Tensor | None = None  # (batch,): the norm of the largest before that
         self.degenerate: torch.Tensor | None = None  # (*batch,) bool: whose derivative does not exist, or is one-sided
-        self.words: StatusMessages = {}  # of the forward solve
+        self.messages: StatusMessages = {}  # of the forward solve
+        self.reduced: LinearSolver | None = None  # made of what the forward solve has factorised
         self.system: StructuredSystem | None = None
         self.one_step = False  # whether that is of the Hessians at init, and a step with them was the last
 
@@ -261,17 +263,21 @@ class SolveCall:
             outcome = system.find(problem, init, target, settings.solver)
         if outcome.degenerate is not None:
             self.degenerate = outcome.degenerate.reshape(system.batch_shape)
-        self.words = outcome.words
-        return self._reported(problem, outcome, lambda: outcome.words)
+        self.messages, self.reduced = outcome.words, outcome.linear_solver
+        return self._reported(problem, outcome, lambda: self.messages)
 
-    def _reported(self, problem: Problem, outcome: InnerOutcome, words: Callable[[], StatusMessages]) -> torch.Tensor:
+    def _reported(
+        self, problem: Problem, outcome: InnerOutcome, messages: Callable[[], StatusMessages]
+    ) -> torch.Tensor:
         settings, axes = self.settings, problem.system.batch_shape
         self.one_step = outcome.factor is not None and (outcome.exact or bool((outcome.iterations <= 1).all()))
-        self.factor, self.residual = outcome.factor, None if settings.on_adjoint is None else outcome.residual
-        self.report = _report(Pass.FORWARD, self.where, outcome.solver, outcome, axes, words())
-        self.nan_mask = (
-            ~self.report.success if settings.on_failure == "nan" else _without_solution(self.report.status_code)
-        )
+        self.factor = outcome.factor
+        if settings.on_adjoint is not None:
+            system = problem.system
+            size = system.ordinary.raveler.size if isinstance(system, StructuredSystem) else problem.size
+            self.residual = outcome.residual[:, :size]
+        self.report = _report(Pass.FORWARD, self.where, outcome.solver, outcome, axes, messages())
+        self.nan_mask = ~self.report.success if settings.on_failure == "nan" else _without_solution(self.report)
         x = outcome.x.reshape(*axes, problem.size)
         silent = settings.tolerance.inner(self.dtype).silent
         return apply_policy(self.report, x, settings.on_failure, self.recordings, silent_budget=silent)
@@ -296,8 +302,7 @@ class SolveCall:
         target, direction = settings.tolerance.linear(self.dtype), Pass.BACKWARD
         if self.report is None:  # a linear layer's own solve
             target, direction = settings.tolerance.inner(self.dtype), Pass.FORWARD
-        own = None if self.system is None else self.system.linear_solver(operator)
-        solver = settings.linear_solver or own or default_linear_solver(operator)
+        solver = settings.linear_solver or self._own_solver(operator) or default_linear_solver(operator)
         reported = self.report is None or self.recordings or active_recordings() or on_adjoint is not None
         begun = None if product is None else settings.start(rhs)
         noise = self._noise(rhs)
@@ -307,7 +312,8 @@ class SolveCall:
         report = _report(direction, self.where, solver.name, outcome, axes, words)
         self.report = self.report or report
         if on_adjoint is not None and self.residual is not None:
-            on_adjoint(Adjoint(outcome.x, report, self.residual))
+            size = self.residual.shape[-1]  # of the unknown alone, without multipliers
+            on_adjoint(Adjoint(outcome.x[:, :size], report, self.residual))
         shaped = outcome.x.reshape(*axes, operator.size)
         shaped = apply_policy(report, shaped, settings.on_failure, self.recordings, silent_budget=target.silent)
         if self.nan_mask is None:
@@ -316,11 +322,19 @@ class SolveCall:
         # Axes that a transform has added since stand in front of those of the forward pass.
         return torch.where(self.nan_mask.unsqueeze(-1), torch.full_like(shaped, float("nan")), shaped)
 
+    def _own_solver(self, operator: LinearOperator) -> LinearSolver | None:
+        """Return what a structured system has for derivatives, or None."""
+        if self.system is None:
+            return None
+        kept = self.reduced
+        own: LinearSolver | None = kept if kept is not None and kept.serves(operator) else None
+        return own or self.system.linear_solver(operator)
+
     def _one_sided(
         self, outcome: LinearOutcome, words: StatusMessages, axes: tuple[int, ...]
     ) -> tuple[LinearOutcome, StatusMessages]:
         """Return ``outcome`` with ``Status.DEGENERATE`` where the derivative at the solution does not exist or is one-sided."""
-        if self.degenerate is None or Status.DEGENERATE not in self.words:
+        if self.degenerate is None or Status.DEGENERATE not in self.messages:
             return outcome, words
         these = self.degenerate.expand(axes).reshape(outcome.status.shape)
         # Constraints whose gradients depend on each other, and that an argument moves apart, make the matrix singular.
@@ -328,7 +342,7 @@ class SolveCall:
         if not bool(these.any()):
             return outcome, words
         status = torch.where(these, int(Status.DEGENERATE), outcome.status)
-        return replace(outcome, status=status), {**words, **self.words}
+        return replace(outcome, status=status), {**words, **self.messages}
 
     def _noise(self, rhs: torch.Tensor) -> torch.Tensor | None:
         """Return the rounding (batch,) that this right-hand side may hold of larger ones before it, of which it was made. None for the first."""
@@ -347,9 +361,9 @@ class SolveCall:
         return auto_relative(self.dtype) * self.largest.repeat(len(rhs) // len(self.largest))
 
 
-def _without_solution(status: torch.Tensor) -> torch.Tensor | None:
+def _without_solution(report: SolveReport) -> torch.Tensor | None:
     """Return which problems have no solution that a derivative could be of, or None if all have."""
-    none = (status == Status.INFEASIBLE) | (status == Status.UNBOUNDED)
+    none = (report.status_code == Status.INFEASIBLE) | (report.status_code == Status.UNBOUNDED)
     return none if bool(none.any()) else None
 
 

@@ -49,7 +49,12 @@ class Inspection(NamedTuple):
 
 
 def inspect_once(
-    problem: Problem, x: torch.Tensor, function: Any, memory: InspectionCache[ReplayCache], *, captures: bool
+    problem: Problem,
+    x: torch.Tensor,
+    function: Any,
+    memory: InspectionCache[ReplayCache],
+    *,
+    captures: bool,
 ) -> Inspection:
     """Inspect the problem at the first row of ``x`` (batch, n), unless ``memory`` has that nothing was wrong with the same.
 
@@ -201,7 +206,7 @@ def inspect_function(problem: Problem, x: torch.Tensor, *, captures: bool) -> tu
             "place; for batch norm use batch statistics (track_running_stats=False) or .eval()"
         )
     if x.numel():
-        problem.system.inspect(problem, x)
+        problem.system.inspect(problem.residual, x)
     return first
 
 

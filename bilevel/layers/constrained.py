@@ -26,6 +26,7 @@ from torch.utils import _pytree as pytree
 from bilevel._torch.reverse import grad, vjp
 from bilevel.equations.problem import Problem
 from bilevel.equations.structured import LocalModel, Parts, objective_of
+from bilevel.equations.system import RootSystem, System
 from bilevel.errors import ArgumentError, BilevelError, ShapeError
 from bilevel.layers.constraints import Bounds, Constraints, PerConstraint
 from bilevel.linear._base import LinearSolver
@@ -119,6 +120,7 @@ class ConstrainedSystem(LocalModel):
         return lower.vector(args, kwargs, x.dtype), upper.vector(args, kwargs, x.dtype)
 
     def model(self, z: torch.Tensor, *tensors: torch.Tensor) -> torch.Tensor:
+        """Return 𝓛 or 𝓛_τ () of one problem, see the module."""
         x, equality, inequality = self.split(z)
         lower, upper = self.bounds(x, *tensors)
         f, h, c = self._split(self.stack(y := self._on_bounds(x, lower, upper), *tensors))
@@ -159,6 +161,7 @@ class ConstrainedSystem(LocalModel):
         return x + to_lower + to_upper
 
     def parts(self, z: torch.Tensor, *tensors: torch.Tensor) -> Parts:
+        """Return x, the multipliers and the active set of one problem, in the user's structures."""
         x, equality, inequality = self.split(z)
         stated, unravel = self.stated(tensors), self.ordinary.raveler.unravel
         multipliers: dict[str, Any] = {}
@@ -203,11 +206,25 @@ class ConstrainedSystem(LocalModel):
         return low, high, at_lower, at_upper
 
     def linear_solver(self, operator: LinearOperator) -> LinearSolver | None:
+        """Return a solver that takes indefinite matrices; None for bounds alone, whose matrix is positive definite."""
         if sum(self.counts) == 0:
             return None
         distinct = operator.distinct
         fits = distinct.size <= _DENSE_ORDER and distinct.batch * distinct.size**2 <= 2**27
         return Exact() if fits else GMRES()
+
+    def in_x(self) -> System:
+        """Return equations in x alone, see :class:`ConstraintReach`."""
+        return ConstraintReach(
+            self.where,
+            self.function,
+            self.ordinary.raveler,
+            self.arguments,
+            self.levels,
+            self.autocast,
+            self.mode,
+            whole=self,
+        )
 
     def name(self, kind: str, index: int) -> str:
         """Return how a user would write the constraint of a ``kind`` at ``index`` of its flat vector."""
@@ -262,6 +279,7 @@ class ConstrainedSystem(LocalModel):
         )  # fmt: skip
 
     def find(self, problem: Problem, init: torch.Tensor, target: Target, solver: InnerSolver | None) -> InnerOutcome:
+        """Return the solutions z (batch, n + p + m), polished and judged by the KKT conditions."""
         wide = self._widened(problem)
         system = wide.system
         assert isinstance(system, ConstrainedSystem)
@@ -326,6 +344,20 @@ class ConstrainedSystem(LocalModel):
                 None if value is None or known is None else _ravelled(value, known, self.where, f"multipliers.{name}")
             )
         return made[0], made[1]
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class ConstraintReach(RootSystem):
+    """Equations in x alone that depend on what the constrained problem depends on, by which unused arguments are found. Their root means nothing."""
+
+    whole: ConstrainedSystem
+
+    def output(self, flat: torch.Tensor, *tensors: torch.Tensor) -> torch.Tensor:
+        """Return n numbers that depend on all that the objective, the bounds and the constraints depend on."""
+        lower, upper = self.whole.bounds(flat, *tensors)
+        zero = torch.zeros_like(flat)
+        bounds = sum(torch.where(torch.isfinite(bound), bound, zero) for bound in (lower, upper))
+        return flat + bounds + self.whole.stack(flat, *tensors).sum()
 
 
 def _ravelled(made: Any, known: Raveler, where: str, name: str) -> torch.Tensor:

@@ -26,19 +26,24 @@ class ConstraintStructure(Structure):
     ----------
     constraints
         The constraints, or a function of the layer's arguments that returns them.
+    written
+        Returns what the user wrote, where that is not what is given.
     """
 
     constraints: Constraints | Callable[..., Constraints | None]
+    written: Callable[[], Any] | None = None
 
     @property
     def functions(self) -> tuple[Any, ...]:
+        """The bounds and constraints that the user wrote."""
         if not isinstance(self.constraints, Constraints):
-            return (self.constraints,)
+            return (self.constraints if self.written is None else self.written(),)
         return tuple(getattr(self.constraints, name) for name in self.constraints.present)
 
     def attach(
         self, ordinary: System, init: torch.Tensor, tensors: Sequence[torch.Tensor]
     ) -> tuple[StructuredSystem, torch.Tensor]:
+        """Return the constrained system of a call and where its search begins, (n + p + m,); the multipliers begin at zero."""
         stated = self.constraints
         if not isinstance(stated, Constraints):
             args, kwargs = ordinary.arguments.rebuild(tensors)

@@ -78,17 +78,17 @@ def _children(solution: Solution[Any]) -> tuple[list[Any], SolveReport]:
     return [solution.value, *more], solution.report
 
 
+def _of_children(children: Iterable[Any], report: Any) -> Solution[Any]:
+    value, *more = children
+    return Solution(value, cast(SolveReport, report), *more)
+
+
 pytree.register_pytree_node(
     Solution,
     _children,
-    lambda children, report: Solution(*_valued(children, report)),
+    _of_children,
     serialized_type_name="bilevel.Solution",
 )
-
-
-def _valued(children: Iterable[Any], report: Any) -> tuple[Any, ...]:
-    value, *more = children
-    return (value, cast(SolveReport, report), *more)
 
 
 class Layer:
@@ -112,6 +112,8 @@ class Layer:
         linear_solver: LinearSolverLike | None,
         tolerance: Tolerance | None,
         on_failure: OnFailure,
+        where: str | None = None,
+        written: Callable[[], Callable[..., Any]] | None = None,
         structure: Structure | None = None,
     ) -> None:
         noun = kind.noun
@@ -125,11 +127,10 @@ class Layer:
         self.function = function
         self._settings = SolveSettings(tolerance=Tolerance() if tolerance is None else tolerance, on_failure=on_failure)
         self.solver, self.linear_solver = solver, linear_solver
-        # What the user wrote, where that is not the function itself.
-        self.written: Callable[[], Callable[..., Any]] | None = None
+        self.written = written  # what the user wrote, where that is not the function itself
         self.inspector = Inspector()
         functools.update_wrapper(self, function, updated=())
-        self.where = f"`{kind.label}` layer `{getattr(function, '__name__', type(function).__name__)}`"
+        self.where = where or f"`{kind.label}` layer `{getattr(function, '__name__', type(function).__name__)}`"
 
     @property
     def minimizes(self) -> bool:

@@ -13,7 +13,6 @@ from torch.utils import _pytree as pytree
 
 from bilevel.certificates._certificate import Certificate
 from bilevel.certificates._point import Point
-from bilevel.certificates._uncertified import Uncertified
 from bilevel.certificates.bound import Bound
 from bilevel.certificates.constants import Constants
 from bilevel.errors import ArgumentError, ConstantsError
@@ -154,7 +153,7 @@ class Hypergradient:
     inner: Any
     adjoint: Any
     report: HypergradientReport
-    _certificate: Certificate | Uncertified = field(repr=False)
+    _certificate: Certificate = field(repr=False)
     _rebuild: Callable[[Point, Hypergradient], Hypergradient] = field(repr=False)
     _restore: Callable[[torch.Tensor], Any] = field(repr=False)
 
@@ -222,8 +221,7 @@ class Hypergradient:
         φ⁺ = φ − H⁻¹∇G, and q⁺ solves the system there, started at q: two linear solves. The Lipschitz constants in its bounds
         multiply an ε of second order.
         """
-        refined: Any = self._certificate.refined
-        return self._rebuild(refined, self)
+        return self._rebuild(self._certificate.refined, self)
 
     def __str__(self) -> str:
         """Return value, gradient, solution and adjoint, each with its bound and what that rests on; the bounds are computed."""
@@ -265,7 +263,7 @@ def assemble(
     corrected: torch.Tensor,
     gradient: torch.Tensor,
     report: HypergradientReport,
-    certify: Callable[[Point, torch.Tensor, torch.Tensor], Certificate | Uncertified],
+    certify: Callable[[Point, torch.Tensor, torch.Tensor], Certificate],
     unravel: Callable[[torch.Tensor], Any],
 ) -> Hypergradient:
     """Return what was found at ``point`` in the terms of ``outer`` and of the inner variables.

@@ -13,8 +13,8 @@ from torch.utils import _pytree as pytree
 
 from bilevel._torch.transforms import transforms_active, unhooked
 from bilevel.certificates._certificate import Certificate
+from bilevel.certificates._local import LocalCertificate, NoCertificate
 from bilevel.certificates._point import Point
-from bilevel.certificates._uncertified import Uncertified
 from bilevel.certificates.bound import Bound
 from bilevel.certificates.constants import Constants
 from bilevel.equations.problem import Problem
@@ -25,6 +25,7 @@ from bilevel.layers.call import Adjoint, Setting, SolveSettings
 from bilevel.layers.constraint_structure import ConstraintStructure
 from bilevel.layers.constraints import Constraints
 from bilevel.layers.layer import Layer, Solution
+from bilevel.layers.proximal import Proximal
 from bilevel.linear._base import LinearSolver, LinearSolverLike
 from bilevel.policy import OnFailure
 from bilevel.problems.adaptive.driver import attach_gradient, needs_gradient, solve_to_goal
@@ -119,17 +120,29 @@ class BilevelProblem(torch.nn.Module, ABC):
         super().__init__()
         self.batch_dims = batch_dims
         self.warm_start = warm_start
+        self._structure: Structure | None = None
+        if type(self).inner_prox is not BilevelProblem.inner_prox:
+            self._structure = Proximal(given=self._inner_prox, written=lambda: self.inner_prox)
+        if type(self).inner_constraints is not BilevelProblem.inner_constraints:
+            if self._structure is not None:
+                raise ArgumentError(
+                    f"{self.where}: expected inner_prox or inner_constraints, got both; write the set as a term of bilevel.prox, or the term as "
+                    "constraints"
+                )
+            self._structure = ConstraintStructure(
+                constraints=self._inner_constraints, written=lambda: self.inner_constraints
+            )
         self._layer = Layer(
             ArgminSystem,
             self._inner_objective,
+            structure=self._structure,
             solver=solver,
             linear_solver=linear_solver,
             tolerance=tolerance,
             on_failure=on_failure,
-            structure=self._structure(),
+            where=self.where,
+            written=self._written,
         )
-        self._layer.where = self.where
-        self._layer.written = self._written
         self._warm = WarmStart()
         self._connected_for: frozenset[tuple[bool, ...]] = frozenset()
 
@@ -186,6 +199,22 @@ class BilevelProblem(torch.nn.Module, ABC):
     def outer_objective(self, inner: Any, outer: Any, data: Any) -> torch.Tensor:
         """Return F(φ, θ), a scalar tensor, for one problem."""
 
+    def inner_prox(self, outer: Any, data: Any) -> Any:
+        """Return the proximal term g of the inner problem, min_φ G(φ, θ) + g(φ; θ), or None; override it where there is one.
+
+        A term of :mod:`bilevel.prox`, or a pytree of terms like the inner variables, with None where there is none. It is made of ``outer`` and
+        ``data``, so that strengths and bounds are differentiated too. Errors of hypergradients are then estimated, and never certified.
+        """
+        return None
+
+    def inner_constraints(self, outer: Any, data: Any) -> Constraints | None:
+        """Return the bounds and constraints on φ, or None; override it where there are some.
+
+        ``equality`` and ``inequality`` of the :class:`~bilevel.Constraints` are functions of (inner, outer, data), bounds are values or functions of
+        (outer, data). All may be computed from ``outer``. Errors of hypergradients are then not known, and never certified.
+        """
+        return None
+
     def objective_arguments(self, outer: Any, data: Any) -> tuple[Any, Any]:
         """Return (outer, data) as the two objectives see them, of what a call of the problem is given.
 
@@ -199,27 +228,6 @@ class BilevelProblem(torch.nn.Module, ABC):
             f"{self._layer.where}: expected init to be given for the first solve, and it was not; pass init=..., or "
             "override initial(outer, data)"
         )
-
-    def inner_constraints(self, outer: Any, data: Any) -> Constraints | None:
-        """Return what φ is subject to; override it. By default None: nothing.
-
-        Parameters
-        ----------
-        outer, data
-            As in :meth:`inner_objective`, for one problem. Bounds and the strengths in them may be computed from ``outer``.
-
-        Returns
-        -------
-        Constraints
-            ``equality`` and ``inequality`` are functions of (inner, outer, data), bounds are values or functions of (outer, data). An error bound
-            of a hypergradient is then not known.
-        """
-        return None
-
-    def _structure(self) -> Structure | None:
-        if type(self).inner_constraints is BilevelProblem.inner_constraints:
-            return None
-        return ConstraintStructure(constraints=lambda outer, data: self.inner_constraints(outer, data))
 
     def tolerance_of(self, outer: Any, data: Any) -> Tolerance:
         """Return the accuracy that the solves of this call aim for.
@@ -267,6 +275,7 @@ class BilevelProblem(torch.nn.Module, ABC):
         """
         settings = self._settings_of(outer, data)
         tolerance, policy = settings.tolerance, settings.on_failure
+        self._refuse_goal(tolerance)
         if tolerance.has_goal and torch.is_grad_enabled() and needs_gradient(self.where, tolerance, outer, data):
             with unhooked():
                 result = self._to_goal(settings, outer, data, init)
@@ -365,6 +374,7 @@ class BilevelProblem(torch.nn.Module, ABC):
                 "differentiate with respect to"
             )
         settings = self._settings_of(outer, data)
+        self._refuse_goal(settings.tolerance)
         if settings.tolerance.has_goal:
             return self._to_goal(settings, outer, data, init)
         # Copies: what is computed from the result later is of θ as it is now.
@@ -394,10 +404,16 @@ class BilevelProblem(torch.nn.Module, ABC):
                 settings.on_adjoint(last)
             q, backward = last.value * lower.batch, last.report  # the mean's cotangents are 1/K of each problem's own
             corrected = corrected - (q * last.residual).sum(dim=-1).mean()
-            q = q[:, : x.shape[-1]]  # what is left out belongs to multipliers
         point = Point(lower, upper, x, q, _needs_grad(plain, lower))
         report = HypergradientReport(solution.report, backward)
         return self._assembled(settings, plain, data, inner, point, value.detach(), corrected, flat, report)
+
+    def _refuse_goal(self, tolerance: Tolerance) -> None:
+        if self._structure is not None and tolerance.has_goal:
+            raise ArgumentError(
+                f"{self.where}: expected Tolerance(rtol=...) or δ and δ′ with inner_prox or inner_constraints, got the goal {tolerance!r}; errors "
+                "of such a hypergradient are not bounded, and solves go as far as the tolerance says: leave the goal out"
+            )
 
     def reset(self) -> None:
         """Forget the last inner solution and adjoint."""
@@ -432,20 +448,16 @@ class BilevelProblem(torch.nn.Module, ABC):
                 )
             return self.constants(outer, data).with_mu(tolerance.strong_convexity)
 
-        def certify(at: Point, flat: torch.Tensor, corrected: torch.Tensor) -> Certificate | Uncertified:
-            if self._layer.structure is not None:
-                return Uncertified(self.where)
-            return Certificate(at, flat, corrected, constants, self.where, settings.on_failure, products)
+        def certify(at: Point, flat: torch.Tensor, corrected: torch.Tensor) -> Certificate:
+            kind = Certificate
+            if self._structure is not None:
+                kind = LocalCertificate if at.lower.system.symmetric else NoCertificate
+            return kind(at, flat, corrected, constants, self.where, settings.on_failure, products)
 
         return assemble(outer, point, value, corrected, flat, report, certify, lambda q: numbering.unravel(q, inner))
 
     def _to_goal(self, settings: SolveSettings, outer: Any, data: Any, init: Any) -> Hypergradient:
         """Return a hypergradient as accurate as the tolerance asks: both solves go as far as that needs."""
-        if self._layer.structure is not None:
-            raise ArgumentError(
-                f"{self.where}: expected Tolerance(delta=..., delta_prime=...) for a problem with inner constraints, got a goal for its "
-                "hypergradient, whose error is not known; leave the goal out"
-            )
         tolerance, policy = settings.tolerance, settings.on_failure
         given = (data, init)
         outer, data = pytree.tree_map(_copy, outer), pytree.tree_map(_cut, data)
@@ -509,8 +521,6 @@ class BilevelProblem(torch.nn.Module, ABC):
 
     def _disconnected(self, inner: Any, outer: Any, data: Any, among: Sequence[bool]) -> list[int]:
         """Return which floating-point tensors of ``outer``, of those ``among``, no objective's graph leads to."""
-        if self._layer.structure is not None:
-            return []  # a graph may lead there through the constraints
         plain, at = pytree.tree_map(_cut, outer), pytree.tree_map(_cut, inner)
         lower, upper = self._flat_problems(at, plain, data)
         return disconnected(lower, upper, self._numbering.ravel(at), _needs_grad(plain, lower), among)
@@ -518,13 +528,20 @@ class BilevelProblem(torch.nn.Module, ABC):
     def _flat_problems(self, inner: Any, outer: Any, data: Any) -> tuple[Problem, Problem]:
         """Return G and F as batches of flat problems."""
         flat = self._numbering.problem
-        return flat(self.inner_objective, inner, outer, data), flat(self.outer_objective, inner, outer, data)
+        lower = flat(self.inner_objective, inner, outer, data, self._structure)
+        return lower, flat(self.outer_objective, inner, outer, data)
 
     def _written(self) -> Callable[..., Any]:
         return self.inner_objective
 
     def _inner_objective(self, inner: Any, outer: Any, data: Any) -> torch.Tensor:
         return self.inner_objective(inner, outer, data)
+
+    def _inner_prox(self, outer: Any, data: Any) -> Any:
+        return self.inner_prox(outer, data)
+
+    def _inner_constraints(self, outer: Any, data: Any) -> Constraints | None:
+        return self.inner_constraints(outer, data)
 
     def _start(self, outer: Any, data: Any, count: int | None) -> Any:
         warm = self._warm if self.warm_start else WarmStart()

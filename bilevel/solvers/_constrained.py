@@ -206,7 +206,7 @@ def _words(program: Program, x: torch.Tensor, status: torch.Tensor, name: Name) 
         )
     if bool((status == Status.UNBOUNDED).any()):
         words[Status.UNBOUNDED] = (
-            Status.UNBOUNDED.meaning,
+            "found that the objective falls without end on the feasible set",
             "add a bound, or a term that grows with x, such as a small ridge",
         )
     infeasible = status == Status.INFEASIBLE

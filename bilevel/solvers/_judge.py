@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 
@@ -68,7 +69,8 @@ class InnerOutcome:
     """A judged inner solve; every tensor per problem, and the names of the solvers that took part.
 
     ``factor`` holds Cholesky factors of Hessians near x, ``exact`` says that they are those at x. ``degenerate`` (batch,) bool says where the
-    derivative at x does not exist or is one-sided, ``words`` what there is to say of the statuses of this solve.
+    derivative at x does not exist or is one-sided, ``words`` what there is to say of the statuses of this solve. ``linear_solver`` is one for
+    derivatives, made of what the solve has factorised.
     """
 
     x: torch.Tensor
@@ -84,6 +86,7 @@ class InnerOutcome:
     solver: str = ""
     degenerate: torch.Tensor | None = None
     words: StatusMessages = field(default_factory=dict)
+    linear_solver: Any = None
 
 
 def solve_inner(

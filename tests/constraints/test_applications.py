@@ -80,7 +80,7 @@ def test_a_problem_with_inner_constraints() -> None:
 def test_a_goal_for_a_problem_with_constraints_is_refused() -> None:
     problem = Capped(tolerance=bilevel.Tolerance(hypergradient=1e-3))
     outer = torch.tensor([1.0, 2.0], dtype=F64, requires_grad=True)
-    with pytest.raises(bilevel.ArgumentError, match="inner constraints, got a goal"):
+    with pytest.raises(bilevel.ArgumentError, match="inner_constraints, got the goal"):
         problem(outer, torch.zeros(3, dtype=F64), init=torch.zeros(3, dtype=F64))
 
 

@@ -302,9 +302,7 @@ def judge_singular(given: Draw, answer: Answer, note: Any) -> None:
 def run_calls(work: tuple[str, int, list[int], str | None]) -> Tally:
     """Solve the calls of one family that are numbered; what is solved hangs on their numbers alone."""
     name, seed, indices, only = work
-    command = f"python benchmarks/defaults.py --seed {seed} --family '{name}'" + (
-        f" --dtype {only}" if only else ""
-    )
+    command = f"python benchmarks/defaults.py --seed {seed} --family '{name}'" + (f" --dtype {only}" if only else "")
     torch.set_num_threads(1)
     family, tally = FAMILIES[name], Tally()
     layer = layer_of(family)

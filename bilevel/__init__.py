@@ -24,6 +24,7 @@ from bilevel.errors import (
     TransformError,
 )
 from bilevel.layers import Layer, LinearLayer, Solution, argmin, fixed_point, linear_solve, root
+from bilevel.layers.constraints import Constraints, PerConstraint
 from bilevel.layers.equilibrium import EquilibriumLayer, equilibrium
 from bilevel.layers.least_squares import FullHessian, GaussNewtonHessian, LeastSquaresLayer, least_squares
 from bilevel.linear._base import LinearSolver
@@ -54,9 +55,11 @@ from bilevel.solvers.anderson import Anderson
 from bilevel.solvers.fixed_point import FixedPointIteration
 from bilevel.solvers.gauss_newton import GaussNewton
 from bilevel.solvers.gradient_descent import GradientDescent
+from bilevel.solvers.interior_point import InteriorPoint
 from bilevel.solvers.lbfgs import LBFGS
 from bilevel.solvers.levenberg_marquardt import LevenbergMarquardt
 from bilevel.solvers.newton import Newton
+from bilevel.solvers.projected_newton import ProjectedNewton
 from bilevel.solvers.proximal_gradient import ProximalGradient
 from bilevel.solvers.scipy_minimize import ScipyMinimize
 from bilevel.solvers.scipy_root import ScipyRoot
@@ -88,6 +91,7 @@ __all__ = [
     "Certificate",
     "Constants",
     "ConstantsError",
+    "Constraints",
     "CubicSchedule",
     "Damped",
     "DtypeError",
@@ -108,6 +112,7 @@ __all__ = [
     "InitGradientError",
     "InnerSolution",
     "InnerSolver",
+    "InteriorPoint",
     "Layer",
     "LeastSquaresLayer",
     "LevenbergMarquardt",
@@ -124,8 +129,10 @@ __all__ = [
     "OuterStatus",
     "OuterStep",
     "Pass",
+    "PerConstraint",
     "Problem",
     "ProgramSolution",
+    "ProjectedNewton",
     "ProximalGradient",
     "QuadraticSchedule",
     "Recording",

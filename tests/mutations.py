@@ -68,6 +68,15 @@ def cells(row: str, *columns: str) -> tuple[str, ...]:
 
 MUTATIONS = (
     Mutation(
+        "an inequality that is active with multiplier zero is differentiated", "solvers/_regularity.py",
+        "return weak | self.flat | self.irregular", "return self.flat | self.irregular",
+        ("tests/constraints/test_degenerate.py", "-k", "multiplier_zero"),
+    ),
+    Mutation(
+        "a bound that moves does not carry x along", "layers/constrained.py", "return x + to_lower + to_upper", "return x + 0 * to_lower + 0 * to_upper",
+        ("tests/constraints/test_closed_forms.py", "-k", "carries_x_along"),
+    ),
+    Mutation(
         "IMAML's default descends by a fixed step", "meta/imaml.py", "line_search=paper)", "line_search=False)",
         (IMAML, "-k", "default_learns"),
     ),

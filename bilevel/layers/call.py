@@ -286,7 +286,7 @@ class SolveCall:
             size = system.ordinary.raveler.size if isinstance(system, StructuredSystem) else problem.size
             self.residual = outcome.residual[:, :size]
         self.report = _report(Pass.FORWARD, self.where, outcome.solver, outcome, axes, messages)
-        self.nan_mask = ~self.report.success if settings.on_failure == "nan" else None
+        self.nan_mask = ~self.report.success if settings.on_failure == "nan" else _without_solution(self.report)
         x = outcome.x.reshape(*axes, problem.size)
         silent = settings.tolerance.inner(self.dtype).silent
         return apply_policy(self.report, x, settings.on_failure, self.recordings, silent_budget=silent)
@@ -349,9 +349,13 @@ class SolveCall:
         self, outcome: LinearOutcome, words: StatusMessages, axes: tuple[int, ...]
     ) -> tuple[LinearOutcome, StatusMessages]:
         """Return ``outcome`` with ``Status.DEGENERATE`` where the derivative at the solution does not exist or is one-sided."""
-        if self.degenerate is None or not bool(self.degenerate.any()):
+        if self.degenerate is None or Status.DEGENERATE not in self.messages:
             return outcome, words
         these = self.degenerate.expand(axes).reshape(outcome.status.shape)
+        # Constraints whose gradients depend on each other, and that an argument moves apart, make the matrix singular.
+        these = these | (outcome.status == Status.SINGULAR)
+        if not bool(these.any()):
+            return outcome, words
         status = torch.where(these, int(Status.DEGENERATE), outcome.status)
         return replace(outcome, status=status), {**words, **self.messages}
 
@@ -370,6 +374,12 @@ class SolveCall:
         if not len(rhs) or len(rhs) % max(1, len(self.largest)):
             return None
         return auto_relative(self.dtype) * self.largest.repeat(len(rhs) // len(self.largest))
+
+
+def _without_solution(report: SolveReport) -> torch.Tensor | None:
+    """Return which problems have no solution that a derivative could be of, or None if all have."""
+    none = (report.status_code == Status.INFEASIBLE) | (report.status_code == Status.UNBOUNDED)
+    return none if bool(none.any()) else None
 
 
 def _without_derivative(

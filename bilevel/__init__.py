@@ -36,7 +36,11 @@ from bilevel.linear.cg import CG
 from bilevel.linear.damped import Damped
 from bilevel.linear.exact import Exact
 from bilevel.linear.gmres import GMRES
+from bilevel.linear.lsmr import LSMR
+from bilevel.linear.minres import MINRES
 from bilevel.linear.neumann import Neumann
+from bilevel.linear.nystrom import Nystrom
+from bilevel.linear.orthogonal import QR, SVD
 from bilevel.linear.scipy_bridge import ScipyLinear
 from bilevel.operators import LinearOperator
 from bilevel.outer.methods import HOAG, MAID, OuterMethod
@@ -70,7 +74,11 @@ __all__ = [
     "HOAG",
     "IMAML",
     "LBFGS",
+    "LSMR",
     "MAID",
+    "MINRES",
+    "QR",
+    "SVD",
     "Anderson",
     "ArgumentError",
     "Basis",
@@ -111,6 +119,7 @@ __all__ = [
     "LinearSolver",
     "Neumann",
     "Newton",
+    "Nystrom",
     "OuterMethod",
     "OuterResult",
     "OuterRun",

@@ -18,7 +18,7 @@ from bilevel.linear._base import LinearSolverLike
 from bilevel.reports import OnFailure
 from bilevel.tolerance import Tolerance
 
-__all__ = ["LinearLayer"]
+__all__ = ["LinearCall", "LinearLayer"]
 
 T = TypeVar("T")
 
@@ -100,11 +100,11 @@ class LinearLayer(Layer):
         assert call.report is not None
         return Solution(raveler.unravel(x), call.report)
 
-    def _call(self, settings: SolveSettings, system: System, watched: bool) -> _LinearCall:
-        return _LinearCall(settings, self.inspector, self.function, system.where, watched, system.raveler.coarsest)
+    def _call(self, settings: SolveSettings, system: System, watched: bool) -> LinearCall:
+        return LinearCall(settings, self.inspector, self.function, system.where, watched, system.raveler.coarsest)
 
 
-class _LinearCall(SolveCall):
+class LinearCall(SolveCall):
     """A call whose first linear solve is its own, and whose problem is looked at before it."""
 
     def look(self, problem: Problem) -> None:

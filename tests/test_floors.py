@@ -66,6 +66,8 @@ FLOORS = {
     "bilevel._layer": 3,
     "bilevel._least_squares_layer": 3,
     "bilevel._equilibrium_layer": 3,
+    "bilevel._rectangular_layer": 3,
+    "bilevel._rectangular": 1,
     "bilevel._linear_layer": 3,
     "bilevel.layers": 3,
     "bilevel.certificates": 4,

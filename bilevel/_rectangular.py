@@ -21,7 +21,7 @@ from bilevel._reverse import vjp
 from bilevel._system import LinearSystem
 from bilevel._tree import Raveler
 from bilevel.errors import ArgumentError, ShapeError
-from bilevel.linear._rectangular import Rectangular
+from bilevel.operators._rectangular import Rectangular
 
 __all__ = ["NormalSystem", "SquaredSystem", "WideSystem", "rectangular"]
 

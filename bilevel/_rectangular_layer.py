@@ -21,10 +21,11 @@ from bilevel._run import SolveSettings
 from bilevel._transforms import carries_gradient, innermost, transforms_active, without_gradient
 from bilevel._tree import Raveler, moves
 from bilevel.linear._base import LinearSolver, LinearSolverLike, solve_linear
-from bilevel.linear._rectangular import OnTheRange, rectangular_of
+from bilevel.linear._rectangular import OnTheRange
 from bilevel.linear.lsmr import LSMR
 from bilevel.linear.orthogonal import QR, SVD
 from bilevel.operators import LinearOperator
+from bilevel.operators._rectangular import rectangular_of
 from bilevel.reports import OnFailure, Pass, SolveReport, Status, enforce
 from bilevel.tolerance import Tolerance
 

@@ -9,8 +9,8 @@ import torch
 from bilevel._checks import check_steps
 from bilevel.linear._base import LinearSolution, LinearSolver, begin
 from bilevel.linear._lsmr import lsmr
-from bilevel.linear._rectangular import rectangular_of
 from bilevel.operators import LinearOperator
+from bilevel.operators._rectangular import rectangular_of
 from bilevel.reports import Status
 
 __all__ = ["LSMR"]

@@ -9,8 +9,8 @@ import torch
 from bilevel._factorisations import svd
 from bilevel.errors import ArgumentError
 from bilevel.linear._base import LinearSolution, LinearSolver, doubt
-from bilevel.linear._rectangular import rectangular_of
 from bilevel.operators import LinearOperator
+from bilevel.operators._rectangular import rectangular_of
 from bilevel.reports import Status
 
 __all__ = ["QR", "SVD"]

@@ -23,9 +23,9 @@ from torch.nn import functional as F
 from torch.utils import _pytree as pytree
 
 import bilevel
-from bilevel._problem import Problem
-from bilevel._system import ArgminSystem
-from bilevel._tree import Raveler, flatten_arguments
+from bilevel.equations.problem import Problem
+from bilevel.equations.system import ArgminSystem
+from bilevel.pytree import Raveler, flatten_arguments
 from bilevel.certificates import _point
 from bilevel.certificates._certificate import Certificate
 from bilevel.certificates._errors import errors_at, through

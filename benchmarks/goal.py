@@ -141,7 +141,7 @@ def cases() -> list[Case]:
 @contextmanager
 def counting() -> Iterator[list[int]]:
     """Count calls of torch.autograd.grad, and the rows of matrices formed by vmap."""
-    from bilevel._problem import Problem
+    from bilevel.equations.problem import Problem
     from bilevel.certificates._point import Point
 
     plain, dense, cross = torch.autograd.grad, Problem._dense, Point._cross_by_vmap

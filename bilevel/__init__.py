@@ -4,13 +4,13 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from bilevel import certificates, operators, robust
-from bilevel._equilibrium_layer import EquilibriumLayer, equilibrium
-from bilevel._hypergradient import Hypergradient, HypergradientReport
-from bilevel._knowledge import GoalReport
-from bilevel._least_squares_layer import FullHessian, GaussNewtonHessian, LeastSquaresLayer, least_squares
-from bilevel._problem import Problem
-from bilevel._replaying import replaying
-from bilevel._tree import ravel
+from bilevel.layers.equilibrium import EquilibriumLayer, equilibrium
+from bilevel.problems.hypergradient import Hypergradient, HypergradientReport
+from bilevel.problems.adaptive.state import GoalReport
+from bilevel.layers.least_squares import FullHessian, GaussNewtonHessian, LeastSquaresLayer, least_squares
+from bilevel.equations.problem import Problem
+from bilevel.replay.switch import replaying
+from bilevel.pytree import ravel
 from bilevel._version import __version__
 from bilevel.certificates.bound import Bound
 from bilevel.certificates.constants import Constants
@@ -46,7 +46,7 @@ from bilevel.operators import LinearOperator
 from bilevel.outer.methods import HOAG, MAID, OuterMethod
 from bilevel.outer.minimize import OuterRun, minimize
 from bilevel.outer.result import OuterResult, OuterStatus, OuterStep
-from bilevel.problem import BilevelProblem
+from bilevel.problems.problem import BilevelProblem
 from bilevel.reports import Basis, Pass, Recording, SolveReport, Status, record
 from bilevel.schedules import CubicSchedule, ExponentialSchedule, QuadraticSchedule
 from bilevel.solvers._base import Goal, InnerSolution, InnerSolver

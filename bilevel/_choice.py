@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from bilevel._least_squares import LeastSquaresSystem
-from bilevel._problem import Problem
+from bilevel.equations.least_squares import LeastSquaresSystem
+from bilevel.equations.problem import Problem
 from bilevel.linear._base import LinearSolver
 from bilevel.linear.bicgstab import BiCGStab
 from bilevel.linear.cg import CG

@@ -13,8 +13,8 @@ from typing import TypeAlias
 
 import torch
 
-from bilevel._checks import check_number
-from bilevel._reverse import grad
+from bilevel.setting_checks import check_number
+from bilevel._torch.reverse import grad
 
 __all__ = ["Cauchy", "Huber", "RobustLoss", "SoftL1"]
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
-from bilevel._checks import check_number
+from bilevel.setting_checks import check_number
 from bilevel.errors import ArgumentError
 from bilevel.tolerance import Tolerance
 

@@ -9,7 +9,7 @@ from typing import Final
 
 import torch
 
-from bilevel._checks import check_steps
+from bilevel.setting_checks import check_steps
 from bilevel.errors import ArgumentError
 
 __all__ = ["AUTO", "Auto", "Target", "Tolerance", "auto_relative"]

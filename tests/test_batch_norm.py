@@ -9,10 +9,10 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 import bilevel
-import bilevel._batch_norm as batch_norm
-from bilevel._batch_norm import QuickNorms
-from bilevel._norms import WrittenNorms
-from bilevel._products import QuickProducts
+import bilevel._torch.batch_norm as batch_norm
+from bilevel._torch.batch_norm import QuickNorms
+from bilevel._torch.norms import WrittenNorms
+from bilevel._torch.convolution import QuickProducts
 
 F64 = torch.float64
 

@@ -58,38 +58,38 @@ FLOORS = {
     **{f"bilevel.{name}": 0 for name in GROUND},
     "bilevel.solvers": 1,
     "bilevel.linear": 1,
-    "bilevel._implicit": 2,
+    "bilevel.implicit": 2,
     "bilevel._choice": 3,
-    "bilevel._run": 3,
-    "bilevel._wording": 3,
-    "bilevel._first_call": 3,
-    "bilevel._layer": 3,
-    "bilevel._least_squares_layer": 3,
-    "bilevel._equilibrium_layer": 3,
-    "bilevel._rectangular_layer": 3,
-    "bilevel._rectangular": 1,
-    "bilevel._linear_layer": 3,
+    "bilevel.layers.call": 3,
+    "bilevel.layers.messages": 3,
+    "bilevel.layers.first_call": 3,
+    "bilevel.layers.layer": 3,
+    "bilevel.layers.least_squares": 3,
+    "bilevel.layers.equilibrium": 3,
+    "bilevel.layers.rectangular": 3,
+    "bilevel.equations.rectangular": 1,
+    "bilevel.layers.linear_layer": 3,
     "bilevel.layers": 3,
     "bilevel.certificates": 4,
-    "bilevel._guards": 4,
-    "bilevel._secants": 4,
-    "bilevel._goal": 4,
-    "bilevel._error_model": 4,
-    "bilevel._knowledge": 4,
-    "bilevel._outer_loss": 4,
-    "bilevel._seek": 4,
-    "bilevel._warm_start": 4,
-    "bilevel.problem": 4,
-    "bilevel._hypergradient": 4,
-    "bilevel._numbering": 4,
+    "bilevel.problems.checks": 4,
+    "bilevel.problems.adaptive.quasi_newton": 4,
+    "bilevel.problems.adaptive.search": 4,
+    "bilevel.problems.adaptive.error_model": 4,
+    "bilevel.problems.adaptive.state": 4,
+    "bilevel.problems.outer_loss": 4,
+    "bilevel.problems.adaptive.driver": 4,
+    "bilevel.problems.warm_start": 4,
+    "bilevel.problems.problem": 4,
+    "bilevel.problems.hypergradient": 4,
+    "bilevel.problems.batching": 4,
     "bilevel.outer": 4,
     "bilevel.hyperopt": 5,
     "bilevel.meta": 5,
     "bilevel.testing": 5,
     "bilevel.cli": 5,
     "bilevel.display": 5,
-    "bilevel._output": 5,
-    "bilevel._allocator": 5,
+    "bilevel.cli.output": 5,
+    "bilevel.cli.allocator": 5,
 }
 MODULES = sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py")
 
@@ -135,7 +135,7 @@ def test_imports_go_down_only(path: Path) -> None:
             assert floor == 5, f"{module} imports the package itself, which only applications may"
             continue
         assert floor_of(imported) <= floor, f"{module} (floor {floor}) imports {imported} (floor {floor_of(imported)})"
-        if module == "bilevel._implicit":
+        if module == "bilevel.implicit":
             assert not imported.startswith(("bilevel.solvers", "bilevel.linear")), (
                 f"{module} imports {imported}: the rule knows no solver"
             )
@@ -174,10 +174,10 @@ _UNSAFE = {
 
 @pytest.mark.parametrize("path", [path for path in MODULES if floor_of(name_of(path)) < 5], ids=name_of)
 def test_no_factorisation_can_raise_for_a_batch(path: Path) -> None:
-    if name_of(path) == "bilevel._factorisations":
+    if name_of(path) == "bilevel._torch.factorisations":
         return
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Attribute):
             assert ast.unparse(node) not in _UNSAFE, (
-                f"{name_of(path)} calls {ast.unparse(node)}: take bilevel/_factorisations.py"
+                f"{name_of(path)} calls {ast.unparse(node)}: take bilevel/_torch/factorisations.py"
             )

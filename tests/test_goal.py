@@ -15,10 +15,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import bilevel
-import bilevel._goal
-from bilevel._error_model import ErrorModel
-from bilevel._knowledge import Knowledge
-from bilevel._secants import JointOperator, RecordedOperator, Secants
+import bilevel.problems.adaptive.search
+from bilevel.problems.adaptive.error_model import ErrorModel
+from bilevel.problems.adaptive.state import Knowledge
+from bilevel.problems.adaptive.quasi_newton import JointOperator, RecordedOperator, Secants
 from bilevel.operators import DenseOperator
 
 from . import oracles
@@ -65,7 +65,7 @@ class Passes:
 def passes() -> Iterator[Passes]:
     """Count reverse passes: gradients, Hessian products, cross products and slopes alike."""
     counted = Passes()
-    places = ((torch.autograd, "grad"), (bilevel._reverse, "_engine_run_backward"))
+    places = ((torch.autograd, "grad"), (bilevel._torch.reverse, "_engine_run_backward"))
     plain = [getattr(place, name) for place, name in places]
 
     def counting(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -587,8 +587,8 @@ def one_strength(n: int = 30) -> tuple[torch.Tensor, tuple[torch.Tensor, ...], t
 def test_one_outer_variable_takes_fewer_passes_where_it_is_followed(kind: type[Ridge], monkeypatch) -> None:
     outer, data, start = one_strength()
     true, counts = exact(kind(), outer, data), []
-    for few in (bilevel._goal._FEW, 0):
-        monkeypatch.setattr(bilevel._goal, "_FEW", few)
+    for few in (bilevel.problems.adaptive.search._FEW, 0):
+        monkeypatch.setattr(bilevel.problems.adaptive.search, "_FEW", few)
         with passes() as counted:
             for wanted in (1e-1, 1e-2, 1e-4):
                 problem = kind(**ITERATIVE, tolerance=asked(wanted, estimates=True))
@@ -646,14 +646,14 @@ def test_the_step_beyond_the_inner_solver_saves_passes_and_a_bad_one_costs_no_ac
     data = (X * scale, y, Xv * scale, yv)
     lr = 0.9 / float(torch.linalg.matrix_norm(data[0], 2) ** 2 + outer.exp().max())
     true, counts, sizes = exact(Ridge(), outer, data), [], []
-    plain, descended = Secants.fit, bilevel._goal.Search._begin
+    plain, descended = Secants.fit, bilevel.problems.adaptive.search.Search._begin
 
     def begun(self, x, q):
         here = descended(self, x, q)
         sizes.append(here.size / self.model.first)
         return here
 
-    monkeypatch.setattr(bilevel._goal.Search, "_begin", begun)
+    monkeypatch.setattr(bilevel.problems.adaptive.search.Search, "_begin", begun)
     for fit in (plain, lambda self, r: (torch.zeros_like(r), r), lambda self, r: (1e3 * r, 0 * r)):
         monkeypatch.setattr(Secants, "fit", fit)
         problem = Ridge(

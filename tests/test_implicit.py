@@ -146,7 +146,7 @@ def test_one_linearisation_serves_every_right_hand_side(monkeypatch: pytest.Monk
 
 
 def test_the_forward_factorisation_serves_the_adjoint(monkeypatch: pytest.MonkeyPatch) -> None:
-    from bilevel._problem import Problem
+    from bilevel.equations.problem import Problem
 
     formed = []
     original = Problem._dense
@@ -165,7 +165,7 @@ def test_the_forward_factorisation_serves_the_adjoint(monkeypatch: pytest.Monkey
 @pytest.mark.parametrize("solver", [bilevel.Newton(), bilevel.GradientDescent(lr=0.2, max_steps=30)])
 def test_the_solver_s_last_look_is_the_adjoint_s_linearisation(monkeypatch: pytest.MonkeyPatch, solver: object) -> None:
     """A quadratic is linearised nowhere but at its solution, once; without a derivative to come, no graph is made."""
-    from bilevel._problem import Problem
+    from bilevel.equations.problem import Problem
 
     made = []
     original = Problem.linearize
@@ -309,14 +309,14 @@ def test_after_a_single_newton_step_the_derivative_is_one_reverse_pass(monkeypat
         layer = bilevel.argmin(objective, solver=solver, tolerance=bilevel.Tolerance(delta=1e-10))
         inputs = (zero.clone().requires_grad_(), X.clone().requires_grad_(), y.clone().requires_grad_())
         w = vmap(layer, in_dims=(0, None, 0, 0))(start, *inputs)
-        passes, real = [], bilevel._reverse._engine_run_backward
+        passes, real = [], bilevel._torch.reverse._engine_run_backward
 
         def counted(*args, **kwargs):
             passes.append(1)
             return real(*args, **kwargs)
 
         with monkeypatch.context() as patch:
-            patch.setattr(bilevel._reverse, "_engine_run_backward", counted)
+            patch.setattr(bilevel._torch.reverse, "_engine_run_backward", counted)
             w.backward(w.detach() ** 2)
         return w.detach(), torch.cat([tensor.grad.reshape(-1) for tensor in inputs]), len(passes)
 

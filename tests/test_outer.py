@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import bilevel
-from bilevel._secants import Secants
+from bilevel.problems.adaptive.quasi_newton import Secants
 from bilevel.outer.methods import Evaluation
 from bilevel.outer.trail import Trail, combination
 from tests.states import edited

@@ -10,12 +10,12 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 import bilevel
-from bilevel._layer import Layer
-from bilevel._norms import WrittenNorms
-from bilevel._problem import Problem
-from bilevel._products import QuickProducts
-from bilevel._system import ArgminSystem
-from bilevel._tree import Raveler
+from bilevel.layers.layer import Layer
+from bilevel._torch.norms import WrittenNorms
+from bilevel.equations.problem import Problem
+from bilevel._torch.convolution import QuickProducts
+from bilevel.equations.system import ArgminSystem
+from bilevel.pytree import Raveler
 
 F64 = torch.float64
 
@@ -171,7 +171,7 @@ def test_a_network_s_hessian_is_torch_s_own() -> None:
     problem = Problem.of(system.lift(3, (True, True)), [x, y])
     at = torch.randn(3, raveler.size, dtype=F64)
     operator = problem.linearize(at).operator
-    # torch's own hessian of a batch norm is wrong under vmap (see bilevel/_norms.py).
+    # torch's own hessian of a batch norm is wrong under vmap (see bilevel/_torch/norms.py).
     with WrittenNorms():
         H = torch.stack([torch.func.hessian(lambda w, i=i: system.output(w, x[i], y[i]))(at[i]) for i in range(3)])
     u = torch.randn(4, 3, raveler.size, dtype=F64)

@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 import bilevel
 from bilevel import _straight
-from bilevel._replay import Tapes
+from bilevel.replay.cache import Tapes
 
 F64 = torch.float64
 SHIFT = torch.full((3,), 0.5, dtype=F64)

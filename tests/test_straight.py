@@ -18,10 +18,10 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import bilevel
-import bilevel._inspection as inspection
+import bilevel.layers.checks as inspection
 from bilevel import _straight
-from bilevel._straight import Memory, reached
-from bilevel._straight_steps import _BY_VERSION, is_known_step
+from bilevel.replay.purity import Memory, reached
+from bilevel.replay.opcodes import _BY_VERSION, is_known_step
 
 F64 = torch.float64
 SCALE, RATE = 2.0, 0.0

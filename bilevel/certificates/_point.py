@@ -16,9 +16,9 @@ from typing import Any
 import torch
 from torch.func import vmap
 
-from bilevel._factorisations import eigh, eigvalsh
-from bilevel._problem import Linearization, Problem
-from bilevel._reverse import grad, reverse_pass, vjp
+from bilevel._torch.factorisations import eigh, eigvalsh
+from bilevel.equations.problem import Linearization, Problem
+from bilevel._torch.reverse import grad, reverse_pass, vjp
 from bilevel.linear._base import solve_linear
 from bilevel.linear.cg import CG
 from bilevel.tolerance import Target

@@ -8,8 +8,8 @@ from dataclasses import replace
 
 import torch
 
-from bilevel._factorisations import norms
-from bilevel._problem import Problem
+from bilevel._torch.factorisations import norms
+from bilevel.equations.problem import Problem
 from bilevel.certificates._point import MOST_NUMBERS
 from bilevel.certificates._structure import degree_of
 from bilevel.certificates.constants import Constants

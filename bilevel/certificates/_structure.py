@@ -18,8 +18,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from bilevel._problem import Problem
-from bilevel._transforms import innermost
+from bilevel.equations.problem import Problem
+from bilevel._torch.transforms import innermost
 
 __all__ = ["Degree", "degree_of"]
 

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 import torch
 
-from bilevel._checks import check_number, check_steps
-from bilevel._factorisations import eigvalsh
+from bilevel.setting_checks import check_number, check_steps
+from bilevel._torch.factorisations import eigvalsh
 from bilevel.certificates._point import Point
 from bilevel.operators import LinearOperator
 

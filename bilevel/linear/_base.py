@@ -14,7 +14,7 @@ from typing import Protocol, TypeAlias, runtime_checkable
 
 import torch
 
-from bilevel._factorisations import LinAlgError
+from bilevel._torch.factorisations import LinAlgError
 from bilevel.errors import ArgumentError, DtypeError, ShapeError
 from bilevel.linear._judge import doubt, judge, refuted, rounding, rounding_floor
 from bilevel.operators import LinearOperator

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 import torch
 
-from bilevel._pullbacks import Pullback
+from bilevel.equations.pullbacks import Pullback
 from bilevel.linear._pseudo_inverse import PseudoInverse
 from bilevel.linear.exact import pseudo_inverse_of
 from bilevel.operators import LinearOperator

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from bilevel._factorisations import eigh, svd
+from bilevel._torch.factorisations import eigh, svd
 from bilevel.linear._base import doubt
 
 __all__ = ["PseudoInverse"]

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from bilevel._checks import check_steps
+from bilevel.setting_checks import check_steps
 from bilevel.linear._base import LinearSolution, LinearSolver, Preconditioner, begin, check_preconditioner
 from bilevel.operators import LinearOperator
 from bilevel.reports import Status

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from bilevel._checks import check_steps
+from bilevel.setting_checks import check_steps
 from bilevel.linear._base import (
     LinearSolution,
     LinearSolver,

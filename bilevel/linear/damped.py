@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from bilevel._checks import check_number
+from bilevel.setting_checks import check_number
 from bilevel.linear._base import LinearSolution, LinearSolver, LinearSolverLike, as_linear_solver
 from bilevel.linear.cg import CG
 from bilevel.operators import DampedOperator, LinearOperator

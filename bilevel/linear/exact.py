@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from bilevel._factorisations import eigvalsh, svdvals
+from bilevel._torch.factorisations import eigvalsh, svdvals
 from bilevel.errors import ArgumentError
 from bilevel.linear._base import LinearSolution, LinearSolver, doubt
 from bilevel.linear._pseudo_inverse import PseudoInverse

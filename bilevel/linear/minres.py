@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from bilevel._checks import check_steps
+from bilevel.setting_checks import check_steps
 from bilevel.errors import ArgumentError
 from bilevel.linear._base import LinearSolution, LinearSolver, begin
 from bilevel.linear._lsmr import Kept

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 import torch
 
-from bilevel._checks import check_number, check_steps
-from bilevel._factorisations import eigh
+from bilevel.setting_checks import check_number, check_steps
+from bilevel._torch.factorisations import eigh
 from bilevel.errors import ArgumentError
 from bilevel.linear._base import LinearSolution, LinearSolver, Preconditioner
 from bilevel.operators import LinearOperator

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from bilevel._factorisations import svd
+from bilevel._torch.factorisations import svd
 from bilevel.errors import ArgumentError
 from bilevel.linear._base import LinearSolution, LinearSolver, doubt
 from bilevel.operators import LinearOperator

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from bilevel._checks import FrozenOptions
+from bilevel.setting_checks import FrozenOptions
 from bilevel.errors import ArgumentError
 from bilevel.linear._base import LinearSolution, LinearSolver
 from bilevel.operators import LinearOperator

@@ -8,7 +8,7 @@ from functools import cached_property
 import torch
 from torch.func import vmap
 
-from bilevel._reverse import reverse_pass
+from bilevel._torch.reverse import reverse_pass
 from bilevel.operators._base import LinearOperator
 
 __all__ = [

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 import torch
 
-from bilevel._checks import check_number, check_steps
+from bilevel.setting_checks import check_number, check_steps
 from bilevel.errors import ArgumentError
 
 __all__ = ["HOAG", "MAID", "Evaluation", "Evaluator", "OuterMethod", "TorchOuter"]

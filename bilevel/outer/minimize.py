@@ -12,15 +12,15 @@ from typing import Any, Literal, TypeAlias
 import torch
 from torch.utils import _pytree as pytree
 
-from bilevel._checks import check_steps
-from bilevel._checksum import sealed, unsealed
-from bilevel._hypergradient import Hypergradient
-from bilevel._tree import as_real, moves, of_real
+from bilevel.setting_checks import check_steps
+from bilevel.checksum import sealed, unsealed
+from bilevel.problems.hypergradient import Hypergradient
+from bilevel.pytree import as_real, moves, of_real
 from bilevel.errors import ArgumentError, SolveError
 from bilevel.outer.methods import HOAG, Evaluation, OuterMethod, TorchOuter
 from bilevel.outer.result import OuterResult, OuterStatus, OuterStep
 from bilevel.outer.trail import Trail
-from bilevel.problem import BilevelProblem
+from bilevel.problems.problem import BilevelProblem
 from bilevel.reports import Basis
 from bilevel.tolerance import Tolerance
 

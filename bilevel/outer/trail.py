@@ -14,7 +14,7 @@ from typing import Any, TypeAlias
 import torch
 from torch.utils import _pytree as pytree
 
-from bilevel._factorisations import solve
+from bilevel._torch.factorisations import solve
 
 __all__ = ["Trail", "combination"]
 

@@ -12,8 +12,8 @@ from itertools import pairwise
 
 import torch
 
-from bilevel._factorisations import eigh, svd
-from bilevel._problem import Linearization, Problem
+from bilevel._torch.factorisations import eigh, svd
+from bilevel.equations.problem import Linearization, Problem
 from bilevel.linear.gmres import GMRES
 from bilevel.solvers._truncated_cg import truncated_cg
 

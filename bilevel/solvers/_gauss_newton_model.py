@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
-from bilevel._factorisations import svd
+from bilevel._torch.factorisations import svd
 
 __all__ = ["Model", "column_scale"]
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from bilevel._problem import Problem
+from bilevel.equations.problem import Problem
 
 __all__ = ["Searched", "line_search"]
 

@@ -11,8 +11,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from bilevel._checks import FrozenOptions
-from bilevel._problem import Problem
+from bilevel.setting_checks import FrozenOptions
+from bilevel.equations.problem import Problem
 from bilevel.errors import ArgumentError
 from bilevel.reports import Status
 from bilevel.solvers._base import Goal, InnerSolution

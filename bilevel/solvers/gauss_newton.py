@@ -6,9 +6,9 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from bilevel._checks import check_steps
-from bilevel._least_squares import refuse_objective, residual_count, weighted_jacobian
-from bilevel._problem import Linearization, Problem
+from bilevel.setting_checks import check_steps
+from bilevel.equations.least_squares import refuse_objective, residual_count, weighted_jacobian
+from bilevel.equations.problem import Linearization, Problem
 from bilevel.errors import ArgumentError
 from bilevel.operators import DenseOperator
 from bilevel.reports import Status

@@ -7,15 +7,15 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from bilevel._checks import check_number, check_steps
-from bilevel._least_squares import (
+from bilevel.setting_checks import check_number, check_steps
+from bilevel.equations.least_squares import (
     Products,
     refuse_objective,
     residual_count,
     residual_products,
     weighted_jacobian,
 )
-from bilevel._problem import Linearization, Problem
+from bilevel.equations.problem import Linearization, Problem
 from bilevel.linear._lsmr import lsmr
 from bilevel.operators import DenseOperator, FunctionOperator, LinearOperator
 from bilevel.reports import Status

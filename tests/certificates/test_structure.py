@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from bilevel._problem import Problem
-from bilevel._system import ArgminSystem
-from bilevel._tree import Raveler, flatten_arguments
+from bilevel.equations.problem import Problem
+from bilevel.equations.system import ArgminSystem
+from bilevel.pytree import Raveler, flatten_arguments
 from bilevel.certificates._structure import degree_of
 
 F64 = torch.float64

@@ -13,7 +13,7 @@ Two primitives are enough. :class:`Solve` is x*(θ). Its rules above call :class
 
 Everything else in a rule is ordinary differentiable torch code, so that a rule can itself be differentiated. The
 scalar ⟨left, J right⟩ = ⟨Jᵀ left, right⟩ is all that is ever needed of J's own derivatives: one reverse
-pass makes it. No solver is imported here; a :class:`Rule` brings the two that it was given.
+pass makes it. No solver is imported here; a :class:`ImplicitContext` brings the two that it was given.
 
 ``vmap`` is a lift: the system gains a level, its tensors an axis, and the same primitive is applied to the
 batch. A ``vmap`` over right-hand sides alone (as in ``jacrev``) does not repeat the matrices: it is counted in
@@ -34,75 +34,78 @@ import torch
 from torch.func import vmap
 
 from bilevel._torch.once_differentiable import refuse_once_only
-from bilevel.equations.problem import LastLook, Linearization, Problem
-from bilevel.equations.pullbacks import Pullback, is_final, pullbacks_of
-from bilevel.replay.cache import Tapes
-from bilevel.replay.switch import allowed
 from bilevel._torch.reverse import grad, vjp
-from bilevel.equations.system import System
 from bilevel._torch.transforms import (
+    batch_axis_first,
     eager,
-    front,
     grads_batched,
     is_differentiated_again,
     ordinary_mode,
     outside_autocast,
+    runs_plainly,
     signed,
     tangents_batched,
     transforms_active,
-    undisturbed,
     without_tangent,
 )
-from bilevel.pytree import moves
+from bilevel.equations.linearization import Linearization, LinearizationSlot
+from bilevel.equations.problem import Problem
+from bilevel.equations.pullbacks import Pullback, is_final, pullbacks_of
+from bilevel.equations.system import System
 from bilevel.operators import RepeatedOperator
+from bilevel.pytree import moves
+from bilevel.replay.cache import ReplayCache
+from bilevel.replay.switch import allowed
 
-__all__ = ["LinearSolve", "Rule", "Solve"]
+__all__ = ["ImplicitContext", "LinearSolve", "Solve"]
 
 Tensors = Sequence[torch.Tensor]
 
 
-class _Memo:
+class LinearizationCache:
     """The last linearisation of a call: at the same point it serves every order and every right-hand side."""
 
     def __init__(self) -> None:
         self._key: tuple[Any, ...] | None = None
         self._kept: tuple[Any, ...] = ()
-        self._offered: LastLook | None = None
-        self._tapes: Tapes | None = None
+        self._offered: LinearizationSlot | None = None
+        self._tapes: ReplayCache | None = None
 
-    def look(self, tensors: Tensors) -> LastLook | None:
+    def look(self, tensors: Tensors) -> LinearizationSlot | None:
         """Return where the solver may leave a linearisation, or None if no derivative can follow."""
         self._offered = (
-            LastLook(tuple(t.requires_grad for t in tensors)) if any(t.requires_grad for t in tensors) else None
+            LinearizationSlot(tuple(t.requires_grad for t in tensors))
+            if any(t.requires_grad for t in tensors)
+            else None
         )
         return self._offered
 
     def adopt(self, x: torch.Tensor, tensors: Tensors) -> None:
         """Keep what the solver left, if it is at just this solution x, as it comes back in a derivative."""
         look, self._offered = self._offered, None
-        self._tapes = None if look is None else look.tapes
+        self._tapes = None if look is None else look.replays
         if look is None or look.linearization is None or transforms_active():
             return
         at = look.linearization.point
         if at is not None and torch.equal(at, x.reshape(at.shape)):
             self._key = _key(x, tensors)
-            self._kept = (look.linearization, look.wanted, x.detach(), [t.detach() for t in tensors])
+            self._kept = (look.linearization, look.needs_grad, x.detach(), [t.detach() for t in tensors])
 
-    def linearize(self, system: System, x: torch.Tensor, tensors: Tensors, wanted: Sequence[bool]) -> Linearization:
+    def linearize(self, system: System, x: torch.Tensor, tensors: Tensors, needs_grad: Sequence[bool]) -> Linearization:
         key = _key(x, tensors)
         if self._key == key and len(key) == 1 + len(tensors):
             linearization, had = self._kept[:2]
-            if all(h or not w for h, w in zip(had, wanted, strict=True)):
+            if all(h or not w for h, w in zip(had, needs_grad, strict=True)):
                 return linearization
         problem = Problem.of(system, tensors)
-        if self._tapes is not None and allowed() and undisturbed((x, *problem.tensors)):
+        if self._tapes is not None and allowed() and runs_plainly((x, *problem.tensors)):
             problem = problem.replayed_from(self._tapes)
-        linearization = problem.linearize(x.reshape(problem.batch, problem.size), wanted)
-        self._key, self._kept = key, (linearization, tuple(wanted), x.detach(), [t.detach() for t in tensors])
+        linearization = problem.linearize(x.reshape(problem.batch, problem.size), needs_grad)
+        self._key, self._kept = key, (linearization, tuple(needs_grad), x.detach(), [t.detach() for t in tensors])
         return linearization
 
 
-class _Both:
+class JointProduct:
     """q ↦ Jᵀq, which pulls −q back through ∂_θ R in the same pass: if q proves to be the adjoint, that was the last one."""
 
     def __init__(self, linearization: Linearization) -> None:
@@ -129,7 +132,7 @@ def _key(x: torch.Tensor, tensors: Tensors) -> tuple[Any, ...]:
 
 
 @dataclass(frozen=True, eq=False)
-class Rule:
+class ImplicitContext:
     """What one call of a layer carries besides tensors.
 
     Parameters
@@ -162,11 +165,11 @@ class Rule:
     followed: bool = False
     checked: tuple[bool, ...] = ()
     arguments: tuple[torch.Tensor, ...] = ()
-    memo: _Memo = field(default_factory=_Memo)
+    memo: LinearizationCache = field(default_factory=LinearizationCache)
 
-    def lift(self, size: int, batched: Sequence[bool]) -> Rule:
+    def lift(self, size: int, batched: Sequence[bool]) -> ImplicitContext:
         """Return the rule for ``size`` problems at once."""
-        return replace(self, system=self.system.lift(size, tuple(batched)), memo=_Memo())
+        return replace(self, system=self.system.lift(size, tuple(batched)), memo=LinearizationCache())
 
 
 @signed
@@ -176,11 +179,11 @@ class Solve(torch.autograd.Function):
     @staticmethod
     @eager
     @outside_autocast
-    def forward(rule: Rule, init: torch.Tensor, *tensors: torch.Tensor) -> torch.Tensor:
+    def forward(rule: ImplicitContext, init: torch.Tensor, *tensors: torch.Tensor) -> torch.Tensor:
         with ordinary_mode():
             problem = Problem.of(rule.system, tensors)
             if rule.followed:
-                problem = replace(problem, last_look=rule.memo.look(tensors))
+                problem = replace(problem, linearization_slot=rule.memo.look(tensors))
             start = init.detach().clone().reshape(problem.batch, problem.size)
             return rule.solve(problem, start).reshape(init.shape).clone()
 
@@ -197,48 +200,50 @@ class Solve(torch.autograd.Function):
     @outside_autocast
     @grads_batched
     def backward(ctx: Any, cotangent: torch.Tensor) -> tuple[Any, ...]:
-        rule: Rule = ctx.rule
+        rule: ImplicitContext = ctx.rule
         x, *tensors = ctx.saved_tensors
-        wanted = ctx.needs_input_grad[2:]
-        if not any(wanted):
-            return (None,) * (2 + len(wanted))
+        needs_grad = ctx.needs_input_grad[2:]
+        if not any(needs_grad):
+            return (None,) * (2 + len(needs_grad))
         if not torch.is_grad_enabled() and not transforms_active():
             # A first derivative: one retained graph gives the adjoint's products and the pullback alike.
-            linearization = rule.memo.linearize(rule.system, x, tensors, wanted)
+            linearization = rule.memo.linearize(rule.system, x, tensors, needs_grad)
             rhs = cotangent.reshape(linearization.residual.shape)
-            both = _Both(linearization)
-            pullbacks = pullbacks_of(both.pullback, tensors, wanted)
+            both = JointProduct(linearization)
+            pullbacks = pullbacks_of(both.pullback, tensors, needs_grad)
             adjoint = rule.solve_linear(linearization.operator.T, rhs, rule.system.batch_shape, both, pullbacks)
             return (None, None, *both.pullback(-adjoint.reshape(rhs.shape)))
-        q = LinearSolve.apply(_checking(rule, tensors, wanted), True, cotangent, x, *tensors)
+        q = LinearSolve.apply(_checking(rule, tensors, needs_grad), True, cotangent, x, *tensors)
         again = _is_differentiated_again(rule.system, (x, cotangent, *tensors))
-        chosen, residual = _in_terms_of(rule.system, x, tensors, wanted, again=again)
+        chosen, residual = _residual_in(rule.system, x, tensors, needs_grad, again=again)
         pulled = iter(vjp(residual, *chosen)[1](-q))
-        return (None, None, *(next(pulled) if want else None for want in wanted))
+        return (None, None, *(next(pulled) if want else None for want in needs_grad))
 
     @staticmethod
     @eager
     @outside_autocast
     @tangents_batched
     def jvp(ctx: Any, *tangents: torch.Tensor | None) -> torch.Tensor:
-        rule: Rule = ctx.rule
+        rule: ImplicitContext = ctx.rule
         x, *tensors = map(without_tangent, ctx.saved_tensors)
         moving = [t is not None and moves(s) for t, s in zip(tangents[2:], tensors, strict=True)]
         if not any(moving):
             return torch.zeros_like(x)
         # A tangent is made of two reverse passes, and so goes twice through what is recorded.
-        chosen, residual = _in_terms_of(rule.system, x, tensors, moving, again=True)
+        chosen, residual = _residual_in(rule.system, x, tensors, moving, again=True)
         directions = tuple(t for t, move in zip(tangents[2:], moving, strict=True) if t is not None and move)
         pushed = _push(lambda u: vjp(residual, *chosen)[1](u), x, directions)
         return LinearSolve.apply(rule, False, -pushed, x, *tensors)
 
     @staticmethod
     @eager
-    def vmap(info: Any, in_dims: tuple[Any, ...], rule: Rule, init: torch.Tensor, *tensors: torch.Tensor) -> Any:
+    def vmap(
+        info: Any, in_dims: tuple[Any, ...], rule: ImplicitContext, init: torch.Tensor, *tensors: torch.Tensor
+    ) -> Any:
         dims = in_dims[2:]
         lifted = rule.lift(info.batch_size, [dim is not None for dim in dims])
-        start = front(init, in_dims[1], info.batch_size)
-        return Solve.apply(lifted, start, *(front(t, dim) for t, dim in zip(tensors, dims, strict=True))), 0
+        start = batch_axis_first(init, in_dims[1], info.batch_size)
+        return Solve.apply(lifted, start, *(batch_axis_first(t, dim) for t, dim in zip(tensors, dims, strict=True))), 0
 
 
 @signed
@@ -249,7 +254,7 @@ class LinearSolve(torch.autograd.Function):
     @eager
     @outside_autocast
     def forward(
-        rule: Rule, transposed: bool, rhs: torch.Tensor, x: torch.Tensor, *tensors: torch.Tensor
+        rule: ImplicitContext, transposed: bool, rhs: torch.Tensor, x: torch.Tensor, *tensors: torch.Tensor
     ) -> torch.Tensor:
         with ordinary_mode():
             if rule.inspect is not None:
@@ -278,24 +283,24 @@ class LinearSolve(torch.autograd.Function):
     @outside_autocast
     @grads_batched
     def backward(ctx: Any, cotangent: torch.Tensor) -> tuple[Any, ...]:
-        rule: Rule = ctx.rule
+        rule: ImplicitContext = ctx.rule
         z, x, *tensors = ctx.saved_tensors
         b_bar = LinearSolve.apply(rule, not ctx.transposed, cotangent, x, *tensors)
-        wanted = ctx.needs_input_grad[3:]
-        if not any(wanted):
-            return (None, None, b_bar, *(None for _ in wanted))
+        needs_grad = ctx.needs_input_grad[3:]
+        if not any(needs_grad):
+            return (None, None, b_bar, *(None for _ in needs_grad))
         left, right = (z, b_bar) if ctx.transposed else (b_bar, z)
         again = _is_differentiated_again(rule.system, (x, z, cotangent, *tensors))
-        chosen, pairing = _pairing(rule, x, tensors, wanted, again=again)
+        chosen, pairing = _pairing(rule, x, tensors, needs_grad, again=again)
         pulled = iter(grad(lambda *moved: -pairing(left, right, *moved), *chosen))
-        return (None, None, b_bar, *(next(pulled) if want else None for want in wanted))
+        return (None, None, b_bar, *(next(pulled) if want else None for want in needs_grad))
 
     @staticmethod
     @eager
     @outside_autocast
     @tangents_batched
     def jvp(ctx: Any, *tangents: torch.Tensor | None) -> torch.Tensor:
-        rule: Rule = ctx.rule
+        rule: ImplicitContext = ctx.rule
         z, x, *tensors = map(without_tangent, ctx.saved_tensors)
         rhs_tangent = tangents[2]
         moving = [t is not None and moves(s) for t, s in zip(tangents[3:], (x, *tensors), strict=True)]
@@ -316,7 +321,7 @@ class LinearSolve(torch.autograd.Function):
     def vmap(
         info: Any,
         in_dims: tuple[Any, ...],
-        rule: Rule,
+        rule: ImplicitContext,
         transposed: bool,
         rhs: torch.Tensor,
         x: torch.Tensor,
@@ -326,26 +331,26 @@ class LinearSolve(torch.autograd.Function):
         if all(dim is None for dim in in_dims[3:]):
             # Only right-hand sides are batched: the matrices stay as they are.
             repeated = replace(rule, repeats=(size, *rule.repeats))
-            return LinearSolve.apply(repeated, transposed, front(rhs, in_dims[2], size), x, *tensors), 0
+            return LinearSolve.apply(repeated, transposed, batch_axis_first(rhs, in_dims[2], size), x, *tensors), 0
         lifted = rule.lift(size, [dim is not None for dim in in_dims[4:]])
         at = len(rule.repeats)
-        moved = front(rhs, in_dims[2], size).movedim(0, at)
-        point = front(x, in_dims[3], size)
-        others = (front(t, dim) for t, dim in zip(tensors, in_dims[4:], strict=True))
+        moved = batch_axis_first(rhs, in_dims[2], size).movedim(0, at)
+        point = batch_axis_first(x, in_dims[3], size)
+        others = (batch_axis_first(t, dim) for t, dim in zip(tensors, in_dims[4:], strict=True))
         return LinearSolve.apply(lifted, transposed, moved, point, *others), at
 
 
-def _checking(rule: Rule, tensors: Tensors, wanted: Sequence[bool]) -> Rule:
+def _checking(rule: ImplicitContext, tensors: Tensors, needs_grad: Sequence[bool]) -> ImplicitContext:
     """Return the rule for an adjoint of :class:`LinearSolve`.
 
     A transform's graph cannot be walked from inside: there, only the tensors that the gradient ends at are looked at.
     """
     if not transforms_active():
-        return replace(rule, checked=tuple(wanted), arguments=tuple(tensors))
-    return replace(rule, checked=tuple(w and is_final(t) for t, w in zip(tensors, wanted, strict=True)))
+        return replace(rule, checked=tuple(needs_grad), arguments=tuple(tensors))
+    return replace(rule, checked=tuple(w and is_final(t) for t, w in zip(tensors, needs_grad, strict=True)))
 
 
-def _pullbacks_later(rule: Rule, x: torch.Tensor, tensors: Tensors) -> tuple[Pullback, ...]:
+def _pullbacks_later(rule: ImplicitContext, x: torch.Tensor, tensors: Tensors) -> tuple[Pullback, ...]:
     """Return :func:`~bilevel.equations.pullbacks.pullbacks_of` through a linearisation that is made only where one is called."""
     if not any(rule.checked):
         return ()
@@ -370,15 +375,15 @@ def _is_differentiated_again(system: System, tensors: Tensors) -> bool:
     return again
 
 
-def _in_terms_of(
-    system: System, x: torch.Tensor, tensors: Tensors, wanted: Sequence[bool], *, again: bool
+def _residual_in(
+    system: System, x: torch.Tensor, tensors: Tensors, needs_grad: Sequence[bool], *, again: bool
 ) -> tuple[tuple[torch.Tensor, ...], Callable[..., torch.Tensor]]:
     """Return the wanted tensors, and R as a function of them alone, whose derivative may be differentiated ``again``."""
-    chosen = tuple(t for t, want in zip(tensors, wanted, strict=True) if want)
+    chosen = tuple(t for t, want in zip(tensors, needs_grad, strict=True) if want)
 
     def residual(*moved: torch.Tensor) -> torch.Tensor:
         feed = iter(moved)
-        others = [next(feed) if want else t for t, want in zip(tensors, wanted, strict=True)]
+        others = [next(feed) if want else t for t, want in zip(tensors, needs_grad, strict=True)]
         made = system.residual(x, *others)
         if again:
             refuse_once_only(system.where, system.noun, made, (x, *others))
@@ -388,18 +393,18 @@ def _in_terms_of(
 
 
 def _pairing(
-    rule: Rule, x: torch.Tensor, tensors: Tensors, wanted: Sequence[bool], *, again: bool
+    rule: ImplicitContext, x: torch.Tensor, tensors: Tensors, needs_grad: Sequence[bool], *, again: bool
 ) -> tuple[tuple[torch.Tensor, ...], Callable[..., torch.Tensor]]:
     """Return the wanted of (x, *tensors), and (left, right, *wanted) ↦ Σ ⟨left, J right⟩ over repeats and batch.
 
     Its derivative may be differentiated ``again``.
     """
     everything = (x, *tensors)
-    chosen = tuple(t for t, want in zip(everything, wanted, strict=True) if want)
+    chosen = tuple(t for t, want in zip(everything, needs_grad, strict=True) if want)
 
     def pairing(left: torch.Tensor, right: torch.Tensor, *moved: torch.Tensor) -> torch.Tensor:
         feed = iter(moved)
-        point, *others = (next(feed) if want else t for t, want in zip(everything, wanted, strict=True))
+        point, *others = (next(feed) if want else t for t, want in zip(everything, needs_grad, strict=True))
 
         def residual(p: torch.Tensor) -> torch.Tensor:
             made = rule.system.residual(p, *others)

@@ -13,8 +13,8 @@ from typing import TypeAlias
 
 import torch
 
-from bilevel.setting_checks import check_number
 from bilevel._torch.reverse import grad
+from bilevel.setting_checks import check_number
 
 __all__ = ["Cauchy", "Huber", "RobustLoss", "SoftL1"]
 

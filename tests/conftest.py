@@ -47,7 +47,7 @@ def _replay_at_once() -> None:
     """Let a layer's first call note what its function does, and trust it without another look."""
     from bilevel import _inspection, _replay, _run
 
-    look, attempt = _inspection.look, _replay.Tapes._try
+    look, attempt = _inspection.look, _replay.ReplayCache._try
 
     def trusting(entry: Any, *args: Any) -> None:
         attempt(entry, *args)
@@ -57,10 +57,10 @@ def _replay_at_once() -> None:
         first = look(problem, x, function, memory, captures=captures)
         if first.found is None:
             return first
-        tapes = _inspection.recall(problem, x, function, memory, memory, captures=captures)
-        return first._replace(tapes=tapes)
+        replays = _inspection.recall(problem, x, function, memory, memory, captures=captures)
+        return first._replace(replays=replays)
 
-    _replay.Tapes._try = staticmethod(trusting)
+    _replay.ReplayCache._try = staticmethod(trusting)
     _inspection.look = _run.look = eager
 
 

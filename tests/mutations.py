@@ -124,7 +124,7 @@ MUTATIONS = (
     ),
     Mutation(
         "the adjoint's matrix not transposed, in second derivatives", "implicit.py",
-        "q = LinearSolve.apply(_checking(rule, tensors, wanted), True, cotangent,", "q = LinearSolve.apply(rule, False, cotangent,", GRADGRADCHECK,
+        "q = LinearSolve.apply(_checking(rule, tensors, needs_grad), True, cotangent,", "q = LinearSolve.apply(rule, False, cotangent,", GRADGRADCHECK,
     ),
     Mutation(
         "the adjoint's sign, in second derivatives", "implicit.py",
@@ -146,7 +146,7 @@ MUTATIONS = (
     ),
     Mutation(
         "a detached term: how the matrix changes with the solution", "implicit.py",
-        "wanted = ctx.needs_input_grad[3:]", "wanted = (False, *ctx.needs_input_grad[4:])", GRADGRADCHECK,
+        "needs_grad = ctx.needs_input_grad[3:]", "needs_grad = (False, *ctx.needs_input_grad[4:])", GRADGRADCHECK,
     ),
     Mutation(
         "a detached term: how the matrix changes with the solution, forward", "implicit.py",
@@ -154,7 +154,7 @@ MUTATIONS = (
     ),
     Mutation(
         "repeated right-hand sides not in front of a lifted batch", "implicit.py",
-        "front(rhs, in_dims[2], size).movedim(0, at)", "front(rhs, in_dims[2], size)",
+        "batch_axis_first(rhs, in_dims[2], size).movedim(0, at)", "batch_axis_first(rhs, in_dims[2], size)",
         cells("Two transforms, vmap of jacrev", "root, single, float64", "root, batch, float64"),
     ),
     Mutation(
@@ -178,7 +178,7 @@ MUTATIONS = (
     ),
     Mutation(
         "a Hessian's small error taken for a saddle", "linear/exact.py",
-        "& (negative <= doubt(n, matrix.dtype)) & definite", "& False", (MINIMUM_NORM, "-k", "within_the_accuracy"),
+        "& (negative <= eigenvalue_uncertainty(n, matrix.dtype)) & definite", "& False", (MINIMUM_NORM, "-k", "within_the_accuracy"),
     ),
     Mutation(
         "an argument that changes the free directions differentiated", "layers/call.py",
@@ -293,7 +293,7 @@ MUTATIONS = (
     ),
     Mutation(
         "a linearisation that holds itself", "equations/problem.py",
-        "plain = replace(self, last_look=None)\n", "plain = self\n", ("tests/test_memory.py", "-k", "let_go"),
+        "plain = replace(self, linearization_slot=None)\n", "plain = self\n", ("tests/test_memory.py", "-k", "let_go"),
     ),
     Mutation(
         "a hypergradient that holds itself", "problems/hypergradient.py",
@@ -603,12 +603,12 @@ MUTATIONS = (
     # Calls, policies, problems.
     Mutation(
         "a failed backward solve never looked at", "layers/call.py",
-        "shaped = enforce(report, shaped, settings.on_failure,", "shaped = shaped if report else enforce(report, shaped, settings.on_failure,",
+        "shaped = apply_policy(report, shaped, settings.on_failure,", "shaped = shaped if report else apply_policy(report, shaped, settings.on_failure,",
         ("tests/test_failures.py", "-k", "test_backward_failures"),
     ),
     Mutation(
         "a failed backward solve raised though it was asked not to be", "layers/call.py",
-        "shaped = enforce(report, shaped, settings.on_failure,", 'shaped = enforce(report, shaped, "raise",', ("tests/test_failures.py", "-k", "test_backward_failures"),
+        "shaped = apply_policy(report, shaped, settings.on_failure,", 'shaped = apply_policy(report, shaped, "raise",', ("tests/test_failures.py", "-k", "test_backward_failures"),
     ),
     Mutation(
         "one failed problem spoils its batch", "reports.py",
@@ -938,7 +938,7 @@ MUTATIONS = (
     ),
     Mutation(
         "a tensor in another layout put in a power's place", "replay/simplify.py",
-        " and self._layout(same).alike(self._layout(made))", "", (TAPES,),
+        " and self._layout(same).same_layout(self._layout(made))", "", (TAPES,),
     ),
     Mutation(
         "a check that makes nothing left out of a program", "replay/tape.py",
@@ -1106,7 +1106,7 @@ MUTATIONS = (
     ),
     Mutation(
         'sparse: what the arguments go through is not learned', 'equations/problem.py',
-        'learn(system.function, values)',
+        'record_graph_features(system.function, values)',
         'pass',
         ('tests/test_sparse.py', '-k', 'few_values'),
     ),

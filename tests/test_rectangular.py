@@ -123,8 +123,8 @@ def test_where_an_argument_changes_the_rank_there_is_no_derivative(name: str) ->
     torch.testing.assert_close(x.detach(), closed(b, A), rtol=1e-7, atol=1e-8)
     with pytest.raises(bilevel.SolveError, match=r"changes the rank.*append rows"):
         x.sum().backward()
-    spoiled = layer(4, linear_solver=SOLVERS[name], on_failure="nan")(b, given)
-    spoiled.sum().backward()
+    poisoned = layer(4, linear_solver=SOLVERS[name], on_failure="nan")(b, given)
+    poisoned.sum().backward()
     assert given.grad is not None and bool(torch.isnan(given.grad).all())
 
 

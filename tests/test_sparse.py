@@ -13,9 +13,9 @@ from torch.autograd.function import once_differentiable
 from torch.func import grad, jvp, vmap
 
 import bilevel
-from bilevel._torch.once_differentiable import once_only
 from bilevel._torch.double_backward import Repeatable
 from bilevel._torch.graph_features import nodes
+from bilevel._torch.once_differentiable import once_only
 
 F64 = torch.float64
 PLACES = torch.tensor([[0, 0, 1, 2, 3, 1], [0, 2, 1, 2, 3, 3]])

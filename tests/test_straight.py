@@ -20,8 +20,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 import bilevel
 import bilevel.layers.checks as inspection
 from bilevel import _straight
-from bilevel.replay.purity import Memory, reached
 from bilevel.replay.opcodes import _BY_VERSION, is_known_step
+from bilevel.replay.purity import Memory, reached
 
 F64 = torch.float64
 SCALE, RATE = 2.0, 0.0
@@ -481,6 +481,6 @@ def test_an_objective_that_a_problem_is_given_later_is_looked_at(looks):
 def test_problems_with_a_memory_are_copied_and_pickled():
     problem = Ridge()
     outer = torch.zeros((), dtype=F64, requires_grad=True)
-    wanted = problem.hypergradient(outer, given().detach(), init=start()).grad
+    needs_grad = problem.hypergradient(outer, given().detach(), init=start()).grad
     for other in (copy.deepcopy(problem), pickle.loads(pickle.dumps(problem))):
-        assert torch.equal(other.hypergradient(outer, given().detach(), init=start()).grad, wanted)
+        assert torch.equal(other.hypergradient(outer, given().detach(), init=start()).grad, needs_grad)

@@ -9,7 +9,7 @@ A run that could have gone another way for other numbers is not kept: one in whi
 a shape followed from values, an argument was changed, or a tensor came from nowhere.
 """
 
+from bilevel.replay.program import Program, StartedProgram
 from bilevel.replay.recorder import note
-from bilevel.replay.program import Begun, Program
 
-__all__ = ["Begun", "Program", "note"]
+__all__ = ["Program", "StartedProgram", "note"]

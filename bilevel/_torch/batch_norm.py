@@ -20,9 +20,9 @@ from torch.overrides import TorchFunctionMode
 
 from bilevel._torch.norms import affine, batch_norm_written, batch_norms
 from bilevel._torch.reverse import reverse_pass
-from bilevel._torch.transforms import differentiating, front, saving_hooked, signed, uncompiled
+from bilevel._torch.transforms import batch_axis_first, differentiating, saving_hooked, signed, uncompiled
 
-__all__ = ["QuickNorms"]
+__all__ = ["FastNorms"]
 
 Maybe = torch.Tensor | None
 # The fewest numbers of one problem for which this is used: its passes then take longer than its calls. Of one problem and not of the batch,
@@ -56,17 +56,17 @@ class _BatchNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, y_bar: torch.Tensor, *_: Any) -> tuple[Maybe, Maybe, Maybe, None]:
         x, gamma, beta, mean, r = ctx.saved_tensors
-        wanted = list(ctx.needs_input_grad[:3])
+        needs_grad = list(ctx.needs_input_grad[:3])
         if not torch.is_grad_enabled():
             found = torch.ops.aten.native_batch_norm_backward(
-                y_bar, x, gamma, None, None, mean, r, True, ctx.eps, wanted
+                y_bar, x, gamma, None, None, mean, r, True, ctx.eps, needs_grad
             )
-            x_bar, gamma_bar, beta_bar = (g if want else None for g, want in zip(found, wanted, strict=True))
+            x_bar, gamma_bar, beta_bar = (g if want else None for g, want in zip(found, needs_grad, strict=True))
             return x_bar, gamma_bar, beta_bar, None
         y = batch_norm_written(x, gamma, beta, ctx.eps)
-        some = [t for t, want in zip((x, gamma, beta), wanted, strict=True) if want]
+        some = [t for t, want in zip((x, gamma, beta), needs_grad, strict=True) if want]
         slopes = iter(reverse_pass([y], some, [y_bar], create_graph=True))
-        x_bar, gamma_bar, beta_bar = (next(slopes) if want else None for want in wanted)
+        x_bar, gamma_bar, beta_bar = (next(slopes) if want else None for want in needs_grad)
         return x_bar, gamma_bar, beta_bar, None
 
     @staticmethod
@@ -75,7 +75,9 @@ class _BatchNorm(torch.autograd.Function):
     ) -> Any:
         size = info.batch_size
         moved = x.unsqueeze(1).expand(-1, size, *x.shape[1:]) if dims[0] is None else x.movedim(dims[0], 1)
-        gamma, beta = (front(t, dim, size).flatten(0, 1) for t, dim in zip((gamma, beta), dims[1:3], strict=True))
+        gamma, beta = (
+            batch_axis_first(t, dim, size).flatten(0, 1) for t, dim in zip((gamma, beta), dims[1:3], strict=True)
+        )
         y, mean, r = _BatchNorm.apply(moved.flatten(1, 2), gamma, beta, eps)
         return (y.unflatten(1, (size, -1)), mean.unflatten(0, (size, -1)), r.unflatten(0, (size, -1))), (1, 0, 0)
 
@@ -103,7 +105,7 @@ def _suits(x: torch.Tensor, running: bool) -> bool:
 _QUICK = batch_norms(_batch_norm, _suits)
 
 
-class QuickNorms(TorchFunctionMode):
+class FastNorms(TorchFunctionMode):
     """Inside, batch norms by batch statistics are the above."""
 
     @uncompiled

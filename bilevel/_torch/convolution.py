@@ -25,11 +25,11 @@ import torch
 from torch.autograd import forward_ad
 from torch.overrides import TorchFunctionMode
 
+from bilevel._torch.graph_features import GraphFeature, has_graph_feature
 from bilevel._torch.norms import affine, batch_norms, standardised
-from bilevel._torch.graph_features import Held, seen
-from bilevel._torch.transforms import front, saving_hooked, signed, transforms_active, uncompiled
+from bilevel._torch.transforms import batch_axis_first, saving_hooked, signed, transforms_active, uncompiled
 
-__all__ = ["QuickProducts"]
+__all__ = ["FastHVP"]
 
 Maybe = torch.Tensor | None
 
@@ -89,7 +89,7 @@ class _Convolution(torch.autograd.Function):
             x = x.movedim(dims[0], 0)
             y = _Convolution.apply(x.flatten(0, 1), w, how)
             return y.unflatten(0, (size, -1)), 0
-        x, w = front(x, dims[0], size), front(w, dims[1], size)
+        x, w = batch_axis_first(x, dims[0], size), batch_axis_first(w, dims[1], size)
         y = _Convolution.apply(_grouped(x, size), w.flatten(0, 1), how._replace(groups=size * how.groups))
         return _ungrouped(y, size), 1
 
@@ -127,7 +127,7 @@ class _ToInput(torch.autograd.Function):
             y_bar = y_bar.movedim(dims[0], 0)
             x_bar = _ToInput.apply(y_bar.flatten(0, 1), w, (size * shape[0], *shape[1:]), how)
             return x_bar.unflatten(0, (size, -1)), 0
-        y_bar, w = front(y_bar, dims[0], size), front(w, dims[1], size)
+        y_bar, w = batch_axis_first(y_bar, dims[0], size), batch_axis_first(w, dims[1], size)
         shape = (shape[0], size * shape[1], *shape[2:])
         x_bar = _ToInput.apply(_grouped(y_bar, size), w.flatten(0, 1), shape, how._replace(groups=size * how.groups))
         return _ungrouped(x_bar, size), 1
@@ -162,7 +162,7 @@ class _ToWeight(torch.autograd.Function):
         info: Any, dims: tuple[Any, ...], y_bar: torch.Tensor, x: torch.Tensor, shape: tuple[int, ...], how: _Geometry
     ) -> Any:
         size = info.batch_size
-        y_bar, x = front(y_bar, dims[0], size), front(x, dims[1], size)
+        y_bar, x = batch_axis_first(y_bar, dims[0], size), batch_axis_first(x, dims[1], size)
         shape = (size * shape[0], *shape[1:])
         w_bar = _ToWeight.apply(_grouped(y_bar, size), _grouped(x, size), shape, how._replace(groups=size * how.groups))
         return w_bar.unflatten(0, (size, -1)), 0
@@ -205,7 +205,7 @@ class _BatchNorm(torch.autograd.Function):
         info: Any, dims: tuple[Any, ...], x: torch.Tensor, gamma: torch.Tensor, beta: torch.Tensor,
         axes: tuple[int, ...], eps: float,
     ) -> Any:  # fmt: skip
-        moved = [front(t, dim, info.batch_size) for t, dim in zip((x, gamma, beta), dims, strict=False)]
+        moved = [batch_axis_first(t, dim, info.batch_size) for t, dim in zip((x, gamma, beta), dims, strict=False)]
         return _BatchNorm.apply(*moved, tuple(axis + 1 for axis in axes), eps), (0, 0, 0)
 
 
@@ -248,7 +248,7 @@ class _BatchNormBackward(torch.autograd.Function):
     @staticmethod
     def vmap(info: Any, dims: tuple[Any, ...], *inputs: Any) -> Any:
         *tensors, axes, eps = inputs
-        moved = [front(t, dim, info.batch_size) for t, dim in zip(tensors, dims, strict=False)]
+        moved = [batch_axis_first(t, dim, info.batch_size) for t, dim in zip(tensors, dims, strict=False)]
         return _BatchNormBackward.apply(*moved, tuple(axis + 1 for axis in axes), eps), (0, 0, 0)
 
 
@@ -300,7 +300,7 @@ _QUICK: dict[Any, Callable[..., torch.Tensor]] = {
 }
 
 
-class QuickProducts(TorchFunctionMode):
+class FastHVP(TorchFunctionMode):
     """Inside, convolutions and batch norms by batch statistics are differentiated twice by the rules above."""
 
     @uncompiled
@@ -313,10 +313,14 @@ class QuickProducts(TorchFunctionMode):
     @staticmethod
     def around(function: Callable[..., Any]) -> AbstractContextManager[Any]:
         """Return the mode for a user's ``function`` that was seen to have a use for it, or a context that does nothing."""
-        useful = seen(function, Held.CONVOLUTION) or seen(function, Held.BATCH_NORM)
-        return QuickProducts() if useful else nullcontext()
+        useful = has_graph_feature(function, GraphFeature.CONVOLUTION) or has_graph_feature(
+            function, GraphFeature.BATCH_NORM
+        )
+        return FastHVP() if useful else nullcontext()
 
     @staticmethod
     def normalises(function: Callable[..., Any]) -> bool:
         """Return whether a batch norm was seen in ``function``, and nothing that is compiled, for which a mode means to compile again."""
-        return seen(function, Held.BATCH_NORM) and not seen(function, Held.COMPILED)
+        return has_graph_feature(function, GraphFeature.BATCH_NORM) and not has_graph_feature(
+            function, GraphFeature.COMPILED
+        )

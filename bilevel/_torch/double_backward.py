@@ -16,7 +16,7 @@ import torch
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from bilevel._torch.graph_features import Held, seen
+from bilevel._torch.graph_features import GraphFeature, has_graph_feature
 from bilevel._torch.sparse import SPARSE
 from bilevel._torch.transforms import uncompiled
 
@@ -46,10 +46,10 @@ def _attention(
 def _many_heads(*args: Any, **kwargs: Any) -> Any:
     # A mode does not see what is called inside; with weights asked for, that is no fused kernel.
     call = inspect.signature(F.multi_head_attention_forward).bind(*args, **kwargs)
-    wanted = call.arguments.get("need_weights", True)
+    needs_grad = call.arguments.get("need_weights", True)
     call.arguments["need_weights"] = True
     output, weights = F.multi_head_attention_forward(*call.args, **call.kwargs)
-    return output, weights if wanted else None
+    return output, weights if needs_grad else None
 
 
 _WRITTEN: dict[Any, Callable[..., Any]] = {
@@ -72,7 +72,7 @@ class Repeatable(TorchFunctionMode):
     @staticmethod
     def around(function: Callable[..., Any]) -> AbstractContextManager[Any]:
         """Return the mode for a user's ``function`` that was seen to need it, or a context that does nothing."""
-        return Repeatable() if seen(function, Held.ONCE_ONLY) else nullcontext()
+        return Repeatable() if has_graph_feature(function, GraphFeature.ONCE_ONLY) else nullcontext()
 
 
 def attention_kernels() -> tuple[bool, ...]:

@@ -14,10 +14,10 @@ from weakref import WeakValueDictionary
 
 import torch
 
-__all__ = ["Held", "learn", "nodes", "seen"]
+__all__ = ["GraphFeature", "has_graph_feature", "nodes", "record_graph_features"]
 
 
-class Held(Enum):
+class GraphFeature(Enum):
     """Kinds of nodes, by how their names begin."""
 
     CONVOLUTION = ("ConvolutionBackward",)
@@ -26,7 +26,9 @@ class Held(Enum):
     ONCE_ONLY = ("WeightNormInterface", "ScaledDotProduct", "SparseCooTensorWithDims")
 
 
-def learn(function: Callable[..., Any], values: torch.Tensor, known: Iterable[torch.Tensor] = ()) -> bool:
+def record_graph_features(
+    function: Callable[..., Any], values: torch.Tensor, known: Iterable[torch.Tensor] = ()
+) -> bool:
     """Remember what the graph of ``values``, which ``function`` returned, holds; return whether something is new.
 
     What one method of an object holds counts for them all. A function may hold something only for some of its arguments, another model or
@@ -63,7 +65,7 @@ def nodes(values: torch.Tensor, known: Iterable[torch.Tensor] = ()) -> Iterator[
             pending.extend(following for following, _ in node.next_functions)
 
 
-def seen(function: Callable[..., Any], kind: Held) -> bool:
+def has_graph_feature(function: Callable[..., Any], kind: GraphFeature) -> bool:
     """Return whether nodes of ``kind`` were seen in ``function``."""
     owner = _owner(function)
     return _seen[kind].get(id(owner)) is owner
@@ -77,4 +79,4 @@ def _owner(function: Callable[..., Any]) -> Any:
 
 
 # Weakly: a function is let go with what it closes over.
-_seen: dict[Held, WeakValueDictionary[int, Any]] = {kind: WeakValueDictionary() for kind in Held}
+_seen: dict[GraphFeature, WeakValueDictionary[int, Any]] = {kind: WeakValueDictionary() for kind in GraphFeature}

@@ -21,11 +21,11 @@ from torch.autograd import forward_ad
 __all__ = [
     "autocast_to",
     "autocasting",
+    "batch_axis_first",
     "carries_gradient",
     "differentiating",
     "eager",
     "forward_levels",
-    "front",
     "grads_batched",
     "innermost",
     "is_differentiated_again",
@@ -33,12 +33,12 @@ __all__ = [
     "layers",
     "ordinary_mode",
     "outside_autocast",
+    "runs_plainly",
     "saving_hooked",
     "signed",
     "tangents_batched",
     "transforms_active",
     "uncompiled",
-    "undisturbed",
     "unhooked",
     "without_gradient",
     "without_tangent",
@@ -50,7 +50,7 @@ def transforms_active() -> bool:
     return _functorch.peek_interpreter_stack() is not None
 
 
-def front(tensor: torch.Tensor, dim: int | None, size: int | None = None) -> torch.Tensor:
+def batch_axis_first(tensor: torch.Tensor, dim: int | None, size: int | None = None) -> torch.Tensor:
     """Return ``tensor`` with its vmapped axis first; an unbatched one is expanded if ``size`` is given."""
     if dim is not None:
         return tensor.movedim(dim, 0)
@@ -170,7 +170,7 @@ def is_plain(tensor: torch.Tensor) -> bool:
     return not _functorch.is_functorch_wrapped_tensor(tensor) and not carries_gradient(tensor)
 
 
-def undisturbed(tensors: Iterable[torch.Tensor]) -> bool:
+def runs_plainly(tensors: Iterable[torch.Tensor]) -> bool:
     """Return whether nothing around this call wants to see the function itself run, or sees tensors otherwise than they are."""
     return not (
         transforms_active()

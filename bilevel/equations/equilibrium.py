@@ -12,11 +12,11 @@ from typing import Any
 
 import torch
 
+from bilevel._torch.double_backward import Repeatable
 from bilevel._torch.factorisations import eigvalsh
 from bilevel._torch.norms import WrittenNorms
-from bilevel.equations.problem import Problem
-from bilevel._torch.double_backward import Repeatable
 from bilevel._torch.reverse import grad
+from bilevel.equations.problem import Problem
 from bilevel.equations.system import RootSystem
 from bilevel.errors import DtypeError, ShapeError
 

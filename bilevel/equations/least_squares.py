@@ -15,14 +15,14 @@ import torch
 from torch.func import jvp, vmap
 from torch.utils import _pytree as pytree
 
-from bilevel._torch.norms import WrittenNorms
-from bilevel.equations.problem import Problem
 from bilevel._torch.double_backward import Repeatable
+from bilevel._torch.norms import WrittenNorms
 from bilevel._torch.reverse import vjp
+from bilevel.equations.problem import Problem
 from bilevel.equations.system import ArgminSystem, RootSystem
-from bilevel.pytree import moves
 from bilevel.errors import ArgumentError, BilevelError, ShapeError
 from bilevel.operators import JacobianOperator
+from bilevel.pytree import moves
 from bilevel.robust import RobustLoss
 
 __all__ = [

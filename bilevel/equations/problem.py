@@ -10,119 +10,16 @@ from typing import Any
 
 import torch
 
-from bilevel.replay.cache import ReplayedOperator, Tapes
-from bilevel._torch.reverse import reverse_pass
-from bilevel._torch.graph_features import learn
+from bilevel._torch.graph_features import record_graph_features
+from bilevel.equations.linearization import PRODUCT, Linearization, LinearizationSlot, ReplayedLinearization
 from bilevel.equations.system import ArgminSystem, FixedPointSystem, System
-from bilevel.replay import Begun, Program
-from bilevel.pytree import moves
 from bilevel.errors import ArgumentError
 from bilevel.operators import DenseOperator, HessianOperator, JacobianOperator, LinearOperator
+from bilevel.pytree import moves
+from bilevel.replay import Program
+from bilevel.replay.cache import ReplayCache, ReplayedOperator
 
-__all__ = ["Case", "LastLook", "Linearization", "Problem"]
-
-
-@dataclass(frozen=True, eq=False)
-class Linearization:
-    """R at one point with its graph: the operator ∂_x R, and the pullback through ∂_θ R.
-
-    Parameters
-    ----------
-    residual
-        R (batch, n), with its graph.
-    operator
-        ∂_x R.
-    leaves
-        The tensors θ that R was computed from; those that require grad can be pulled back to.
-    value
-        The objectives (batch,) of an argmin, without a graph; None for equations.
-    point
-        x (batch, n).
-    replayed
-        Where it was made without the function: what pulls back in place of a graph.
-    """
-
-    residual: torch.Tensor
-    operator: LinearOperator
-    leaves: tuple[torch.Tensor, ...]
-    value: torch.Tensor | None = None
-    point: torch.Tensor | None = None
-    replayed: _Replayed | None = None
-
-    def pullback(self, q: torch.Tensor) -> list[torch.Tensor | None]:
-        """Return (∂_θ R)ᵀ q for ``q`` (batch, n), summed over the problems that share a tensor: one reverse pass."""
-        return self._pull(q)[1] if self.replayed is None else self.replayed.pull(q, point=False)[1]
-
-    def pull(self, q: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor | None]]:
-        """Return (∂_x R)ᵀ q (batch, n) and :meth:`pullback` of the same ``q``, all of one reverse pass."""
-        if self.replayed is not None:
-            products, pulled = self.replayed.pull(q, point=True)
-        else:
-            assert isinstance(self.operator, (HessianOperator, JacobianOperator))
-            products, pulled = self._pull(q, self.operator.point)
-        return products[0], pulled
-
-    def _pull(self, q: torch.Tensor, *point: torch.Tensor) -> tuple[list[torch.Tensor], list[torch.Tensor | None]]:
-        wanted = [*point, *(leaf for leaf in self.leaves if leaf.requires_grad)]
-        if not wanted or not self.residual.requires_grad:
-            found = [torch.zeros_like(leaf) for leaf in wanted]
-        else:
-            found = list(reverse_pass([self.residual], wanted, [q]))
-        gradients = iter(found)
-        products = [next(gradients) for _ in point]
-        return products, [next(gradients) if leaf.requires_grad else None for leaf in self.leaves]
-
-
-@dataclass(frozen=True, eq=False)
-class _Replayed:
-    """The second part of a linearisation's program: (q, v) ↦ Jᵀ q, the wanted of (∂_θ R)ᵀ q, and of equations J v, behind R and the values."""
-
-    begun: Begun
-    wanted: tuple[bool, ...]
-    symmetric: bool
-
-    def transposed(self, q: torch.Tensor) -> torch.Tensor:
-        """Return Jᵀ q."""
-        return self._finish((_PRODUCT,), q)[0]
-
-    def forward(self, v: torch.Tensor) -> torch.Tensor:
-        """Return J v."""
-        return self.transposed(v) if self.symmetric else self._finish((_PRODUCT + 1 + sum(self.wanted),), v)[0]
-
-    def pull(self, q: torch.Tensor, *, point: bool) -> tuple[list[torch.Tensor], list[torch.Tensor | None]]:
-        """Return [Jᵀ q] if ``point``, and (∂_θ R)ᵀ q."""
-        first = _PRODUCT if point else _PRODUCT + 1
-        found = list(self._finish(tuple(range(first, _PRODUCT + 1 + sum(self.wanted))), q))
-        products, pulled = found[: _PRODUCT + 1 - first], iter(found[_PRODUCT + 1 - first :])
-        return products, [next(pulled) if want else None for want in self.wanted]
-
-    def _finish(self, which: tuple[int, ...], q: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        with torch.no_grad():
-            q = q.contiguous()
-            return self.begun.finish(which, q, q)
-
-
-# Where Jᵀ q stands among what a linearisation's program returns.
-_PRODUCT = 2
-
-
-@dataclass(eq=False)
-class LastLook:
-    """Where a solver leaves the linearisation at its answer, which a derivative would otherwise begin with.
-
-    Parameters
-    ----------
-    wanted
-        Which of the problem's tensors derivatives will be asked for.
-    linearization
-        The latest that a solver took for the last, or None.
-    tapes
-        What evaluations of the problem may be replayed from, if a derivative has to begin with one.
-    """
-
-    wanted: tuple[bool, ...]
-    linearization: Linearization | None = None
-    tapes: Tapes | None = None
+__all__ = ["Case", "Problem"]
 
 
 @dataclass(frozen=True)
@@ -145,27 +42,27 @@ class Problem:
         The description.
     tensors
         θ, cut from any graph.
-    last_look
+    linearization_slot
         Where derivatives will follow: takes the linearisation at the answer.
-    tapes
+    replays
         What evaluations may be replayed from, if the function was found to be one that can do but one thing.
     """
 
     system: System
     tensors: list[torch.Tensor] = field(repr=False)
-    last_look: LastLook | None = field(default=None, repr=False)
-    tapes: Tapes | None = field(default=None, repr=False)
+    linearization_slot: LinearizationSlot | None = field(default=None, repr=False)
+    replays: ReplayCache | None = field(default=None, repr=False)
 
     @staticmethod
     def of(system: System, tensors: Sequence[torch.Tensor]) -> Problem:
         """Bind ``tensors``, cut from any graph."""
         return Problem(system, [_plain(tensor) for tensor in tensors])
 
-    def replayed_from(self, tapes: Tapes | None) -> Problem:
-        """Return the problem with ``tapes``, which it hands on to where the answer's linearisation is kept."""
-        if self.last_look is not None:
-            self.last_look.tapes = tapes
-        return replace(self, tapes=tapes)
+    def replayed_from(self, replays: ReplayCache | None) -> Problem:
+        """Return the problem with ``replays``, which it hands on to where the answer's linearisation is kept."""
+        if self.linearization_slot is not None:
+            self.linearization_slot.replays = replays
+        return replace(self, replays=replays)
 
     @property
     def where(self) -> str:
@@ -206,8 +103,8 @@ class Problem:
                 f"{self.where}: expected an argmin for a solver that minimises, got a {self.system.noun} equation; take "
                 "Newton(), Anderson(), FixedPointIteration() or ScipyRoot()"
             )
-        if last and self.last_look is not None:
-            self.last_look.linearization = linear = self.linearize(x, self.last_look.wanted)
+        if last and self.linearization_slot is not None:
+            self.linearization_slot.linearization = linear = self.linearize(x, self.linearization_slot.needs_grad)
             assert linear.value is not None
             return linear.value, linear.residual.detach()
         values, gradient = self._evaluated("gradient", self._gradient, x)
@@ -242,12 +139,12 @@ class Problem:
         x: torch.Tensor,
         late: Callable[[], Sequence[torch.Tensor]] = tuple,
     ) -> Program | None:
-        if self.tapes is None:
+        if self.replays is None:
             return None
-        return self.tapes.program(name, evaluation, lambda: (x.detach().contiguous(), *self.tensors), late)
+        return self.replays.program(name, evaluation, lambda: (x.detach().contiguous(), *self.tensors), late)
 
     def _captured(self) -> list[torch.Tensor]:
-        captured = None if self.tapes is None else self.tapes.captured()
+        captured = None if self.replays is None else self.replays.captured()
         assert captured is not None
         return captured
 
@@ -266,12 +163,12 @@ class Problem:
         """Return T(x) (batch, n) of a fixed point."""
         return x - self.residual(x)
 
-    def linearize(self, x: torch.Tensor, wanted: Sequence[bool] | None = None) -> Linearization:
-        """Return R at ``x`` (batch, n) with its graph, the operator ∂_x R and the pullback to ``wanted`` tensors.
+    def linearize(self, x: torch.Tensor, needs_grad: Sequence[bool] | None = None) -> Linearization:
+        """Return R at ``x`` (batch, n) with its graph, the operator ∂_x R and the pullback to ``needs_grad`` tensors.
 
         Where the function's evaluations are replayed there is no graph: R is cut from any, and products and the pullback are replayed too.
         """
-        chosen = tuple(wanted or [False] * len(self.tensors))
+        chosen = tuple(needs_grad or [False] * len(self.tensors))
         program = self._program(("linear", chosen), partial(self._linear, chosen), x, partial(_any_two, x))
         if program is not None:
             return self._replayed(program, chosen, x)
@@ -290,7 +187,7 @@ class Problem:
                 values = residual = system.plain_residual(self.shaped(point), leaves, graph=True)
             if any(chosen):
                 # A first derivative by θ is right as it is; those that follow have to know what θ goes through.
-                learn(system.function, values)
+                record_graph_features(system.function, values)
             residual = residual.reshape(x.shape)
         operator: LinearOperator
         if system.symmetric:
@@ -305,27 +202,27 @@ class Problem:
 
     def _materialize(self, at: torch.Tensor) -> Callable[[], torch.Tensor]:
         # Of a problem without a last look: what lies there would hold itself through its operator, graph and all, until a collection.
-        plain = replace(self, last_look=None)
+        plain = replace(self, linearization_slot=None)
         return lambda: plain._dense(at)[1]
 
-    def _replayed(self, program: Program, wanted: tuple[bool, ...], x: torch.Tensor) -> Linearization:
+    def _replayed(self, program: Program, needs_grad: tuple[bool, ...], x: torch.Tensor) -> Linearization:
         at = x.detach()
         with torch.no_grad():
             begun = program.begin(at.contiguous(), *self.tensors, *self._captured())
-        value, residual = begun.outputs[:_PRODUCT]
+        value, residual = begun.outputs[:PRODUCT]
         assert value is not None
         assert residual is not None
         symmetric = self.system.symmetric
-        replayed = _Replayed(begun, wanted, symmetric)
+        replayed = ReplayedLinearization(begun, needs_grad, symmetric)
         operator = ReplayedOperator(at, replayed.transposed, replayed.forward, symmetric=symmetric)
         operator.expect_definite = self.minimizes
         operator.materialize = self._materialize(at)
         return Linearization(residual, operator, (), value if self.minimizes else None, at, replayed)
 
-    def _linear(self, wanted: tuple[bool, ...], x: torch.Tensor, *others: torch.Tensor) -> list[torch.Tensor]:
+    def _linear(self, needs_grad: tuple[bool, ...], x: torch.Tensor, *others: torch.Tensor) -> list[torch.Tensor]:
         """Return all that a linearisation at ``x`` gives, for ``others``, the tensors and two vectors (batch, n)."""
         *tensors, q, v = others
-        linear = replace(self, tensors=tensors, last_look=None, tapes=None).linearize(x, wanted)
+        linear = replace(self, tensors=tensors, linearization_slot=None, replays=None).linearize(x, needs_grad)
         product, pulled = linear.pull(q)
         made = [linear.residual if linear.value is None else linear.value, linear.residual, product]
         made += [gradient for gradient in pulled if gradient is not None]
@@ -362,7 +259,7 @@ class Problem:
             made = system.lifted(system.rows)(self.shaped(x), *tensors)
         return [tensor.detach() for tensor in made]
 
-    def nudged(self, seed: int, *more: torch.Tensor) -> tuple[Problem, list[torch.Tensor]]:
+    def perturbed(self, seed: int, *more: torch.Tensor) -> tuple[Problem, list[torch.Tensor]]:
         """Return the problem with every number moved by a unit in its last place, by random signs, and ``more`` tensors likewise.
 
         What that changes in a result tells what rounding inside can change. Tensors of whole numbers stay: they are labels, counts and
@@ -370,13 +267,13 @@ class Problem:
         """
         generator = torch.Generator().manual_seed(seed)
 
-        def nudge(t: torch.Tensor) -> torch.Tensor:
+        def perturb(t: torch.Tensor) -> torch.Tensor:
             up = torch.empty(t.shape, dtype=torch.bool).bernoulli_(0.5, generator=generator).to(t.device)
             eps = torch.finfo(t.dtype).eps
             return torch.where(up, t * (1 + eps), t * (1 - eps))
 
-        tensors = [_over_entries(nudge, t) if _is_fractional(t) else t for t in self.tensors]
-        return Problem(self.system, tensors), [nudge(t) for t in more]
+        tensors = [_over_entries(perturb, t) if _is_fractional(t) else t for t in self.tensors]
+        return Problem(self.system, tensors), [perturb(t) for t in more]
 
     def to(self, dtype: torch.dtype) -> Problem:
         """Return the problem with its floating-point tensors in ``dtype``."""
@@ -385,7 +282,7 @@ class Problem:
         tensors = [t.to(wide[t.is_complex()]) if moves(t) else t for t in self.tensors]
         return Problem(replace(self.system, raveler=other), tensors)
 
-    def scattered(self, seed: int, draws: int, *more: torch.Tensor) -> tuple[Problem, list[torch.Tensor]]:
+    def perturbed_copies(self, seed: int, draws: int, *more: torch.Tensor) -> tuple[Problem, list[torch.Tensor]]:
         """Return ``draws`` copies beside this float64 problem as one batch, of numbers that float32 holds, and ``more`` (K, n) likewise.
 
         Evaluated in float32 and in float64, they differ by float32's rounding alone, intermediate results included, and that tells
@@ -394,17 +291,17 @@ class Problem:
         generator = torch.Generator().manual_seed(seed)
         unit = torch.finfo(torch.float32).eps
 
-        def scatter(t: torch.Tensor) -> torch.Tensor:
+        def perturb_copy(t: torch.Tensor) -> torch.Tensor:
             shift = torch.rand((draws, *t.shape), generator=generator, dtype=torch.float64).to(t)
             return (t * (1 + unit * (2 * shift - 1))).float().double()
 
         # Sparse tensors cannot be batched: all copies share what float32 holds of them.
         moves = [t.layout is torch.strided and _is_fractional(t) for t in self.tensors]
         tensors = [
-            scatter(t) if move else t.float().double() if _is_fractional(t) else t
+            perturb_copy(t) if move else t.float().double() if _is_fractional(t) else t
             for t, move in zip(self.tensors, moves, strict=True)
         ]
-        copies = [scatter(t).reshape(-1, t.shape[-1]) for t in more]
+        copies = [perturb_copy(t).reshape(-1, t.shape[-1]) for t in more]
         return Problem(self.system.lift(draws, tuple(moves)), tensors), copies
 
     def cases(self, x: torch.Tensor) -> Iterator[Case]:

@@ -24,13 +24,13 @@ Pullback: TypeAlias = Callable[[torch.Tensor], Sequence[tuple[torch.Tensor, torc
 def pullbacks_of(
     pullback: Callable[[torch.Tensor], list[torch.Tensor | None]],
     tensors: Sequence[torch.Tensor],
-    wanted: Sequence[bool],
+    needs_grad: Sequence[bool],
 ) -> tuple[Pullback, ...]:
     """Return v ↦ [(θ, (∂_θ R)ᵀ v), ...], and the same for the leaves of the graph that θ was computed in."""
-    chosen = [t for t, want in zip(tensors, wanted, strict=True) if want]
+    chosen = [t for t, want in zip(tensors, needs_grad, strict=True) if want]
 
     def to_arguments(v: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        slopes = (slope for slope, want in zip(pullback(v), wanted, strict=True) if want)
+        slopes = (slope for slope, want in zip(pullback(v), needs_grad, strict=True) if want)
         return [(t, slope) for t, slope in zip(chosen, slopes, strict=True) if slope is not None]
 
     def to_leaves(v: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor]]:

@@ -16,12 +16,12 @@ import torch
 from torch.func import vmap
 from torch.utils import _pytree as pytree
 
-from bilevel.equations.problem import Problem
 from bilevel._torch.reverse import vjp
+from bilevel.equations.problem import Problem
 from bilevel.equations.system import LinearSystem
-from bilevel.pytree import Raveler
 from bilevel.errors import ArgumentError, ShapeError
 from bilevel.operators._rectangular import Rectangular
+from bilevel.pytree import Raveler
 
 __all__ = ["NormalSystem", "SquaredSystem", "WideSystem", "rectangular"]
 

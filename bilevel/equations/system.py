@@ -19,13 +19,12 @@ import torch
 from torch.func import vmap
 from torch.utils import _pytree as pytree
 
-from bilevel._torch.batch_norm import QuickNorms
-from bilevel._torch.norms import WrittenNorms
-from bilevel._torch.convolution import QuickProducts
+from bilevel._torch.batch_norm import FastNorms
+from bilevel._torch.convolution import FastHVP
 from bilevel._torch.double_backward import Repeatable
+from bilevel._torch.norms import WrittenNorms
 from bilevel._torch.reverse import grad, grad_and_value, vjp
 from bilevel._torch.transforms import autocasting
-from bilevel.pytree import Arguments, Raveler, is_numpy, leaf_names, ravel_like, unravelled
 from bilevel.errors import (
     ArgumentError,
     BilevelError,
@@ -33,6 +32,7 @@ from bilevel.errors import (
     ShapeError,
     TransformError,
 )
+from bilevel.pytree import Arguments, Raveler, is_numpy, leaf_names, ravel_like, unravelled
 
 __all__ = [
     "ArgminSystem",
@@ -143,12 +143,12 @@ class System(ABC):
 
     def for_gradients(self) -> System:
         """Return the same with what is quicker for first derivatives alone."""
-        quick = self.autocast is None and QuickProducts.normalises(self.function)
-        return replace(self, mode=QuickNorms) if quick else self
+        quick = self.autocast is None and FastHVP.normalises(self.function)
+        return replace(self, mode=FastNorms) if quick else self
 
     def for_second_derivatives(self) -> System:
         """Return the same with norms written out, if there are any: torch's own are wrong in rare layouts."""
-        return replace(self, mode=WrittenNorms) if QuickProducts.normalises(self.function) else self
+        return replace(self, mode=WrittenNorms) if FastHVP.normalises(self.function) else self
 
     def rows(self, flat: torch.Tensor, *tensors: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Return one problem's R (n,), the rows of ∂_x R (n, n), and its value (), or R again where there is none."""
@@ -251,7 +251,7 @@ class ArgminSystem(System):
         self, x: torch.Tensor, tensors: Sequence[torch.Tensor], *, graph: bool
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Return (values, R) at a leaf ``x`` by ordinary autograd."""
-        quick = QuickProducts.around(self.function) if graph and self.autocast is None else nullcontext()
+        quick = FastHVP.around(self.function) if graph and self.autocast is None else nullcontext()
         with quick:
             values = (self if graph else self.for_gradients()).outputs(x, *tensors)
             if not values.requires_grad:

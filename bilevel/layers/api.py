@@ -8,14 +8,14 @@ from typing import Any, overload
 
 import torch
 
-from bilevel.layers.first_call import answered
+from bilevel.equations.system import ArgminSystem, FixedPointSystem, RootSystem, System
+from bilevel.errors import ArgumentError
+from bilevel.layers.first_call import explain_misuse
 from bilevel.layers.layer import Layer, Solution
 from bilevel.layers.linear_layer import LinearLayer
 from bilevel.layers.rectangular import RectangularLayer
-from bilevel.equations.system import ArgminSystem, FixedPointSystem, RootSystem, System
-from bilevel.errors import ArgumentError
 from bilevel.linear._base import LinearSolverLike
-from bilevel.reports import OnFailure
+from bilevel.policy import OnFailure
 from bilevel.solvers._base import InnerSolverLike
 from bilevel.tolerance import Tolerance
 
@@ -42,7 +42,7 @@ def argmin(
     tolerance: Tolerance | None = None,
     on_failure: OnFailure = "raise",
 ) -> Layer: ...
-@answered
+@explain_misuse
 def argmin(
     objective: Callable[..., torch.Tensor] | None = None,
     *,
@@ -122,7 +122,7 @@ def root(
     tolerance: Tolerance | None = None,
     on_failure: OnFailure = "raise",
 ) -> Layer: ...
-@answered
+@explain_misuse
 def root(
     residual: Callable[..., Any] | None = None,
     *,
@@ -181,7 +181,7 @@ def fixed_point(
     tolerance: Tolerance | None = None,
     on_failure: OnFailure = "raise",
 ) -> Layer: ...
-@answered
+@explain_misuse
 def fixed_point(
     mapping: Callable[..., Any] | None = None,
     *,
@@ -246,7 +246,7 @@ def linear_solve(
     tolerance: Tolerance | None = None,
     on_failure: OnFailure = "raise",
 ) -> LinearLayer: ...
-@answered
+@explain_misuse
 def linear_solve(
     matvec: Callable[..., Any] | None = None,
     *,

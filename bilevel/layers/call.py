@@ -10,28 +10,20 @@ from typing import Any, Generic, NamedTuple, TypeVar, overload
 import torch
 
 from bilevel._choice import default_linear_solver, default_solvers
-from bilevel.layers.checks import Look, look, on_trust, recall
 from bilevel.equations.problem import Problem
 from bilevel.equations.pullbacks import Pullback
-from bilevel.replay.cache import Tapes
-from bilevel.replay.purity import Memory
-from bilevel.layers.messages import words_of
 from bilevel.errors import ArgumentError, BilevelError
+from bilevel.layers.checks import Inspection, inspect_on_failure, inspect_once, reuse_inspection
+from bilevel.layers.messages import failure_messages
 from bilevel.linear._base import LinearOutcome, LinearSolver, as_linear_solver, solve_linear
-from bilevel.linear._free_directions import changes_free_directions, words_of_change
-from bilevel.linear.exact import lend
+from bilevel.linear._free_directions import changes_free_directions, free_direction_messages
+from bilevel.linear.exact import offer_factor
 from bilevel.operators import LinearOperator
-from bilevel.reports import (
-    OnFailure,
-    Pass,
-    SolveReport,
-    Status,
-    Words,
-    active_recordings,
-    check_policy,
-    enforce,
-    misuse,
-)
+from bilevel.policy import OnFailure, apply_policy, check_policy, handle_misuse
+from bilevel.recording import active_recordings
+from bilevel.replay.cache import ReplayCache
+from bilevel.replay.purity import InspectionCache
+from bilevel.reports import Pass, SolveReport, Status, StatusMessages
 from bilevel.solvers._base import InnerSolver, as_inner_solver
 from bilevel.solvers._judge import InnerOutcome, solve_inner
 from bilevel.tolerance import Tolerance, auto_relative
@@ -75,7 +67,7 @@ class SolveSettings:
         Whether to inspect the function first. A call just before, with the same function, may have done it.
     adjoint_start
         Where the linear solve of the first derivative begins, (batch, n). It is not used if it does not fit.
-    backward_words
+    backward_messages
         What an application says of the failures of its linear systems, in place of the general words.
     on_adjoint
         Is handed the adjoint of the first derivative. It may be called several times, if there are several backward passes.
@@ -92,7 +84,7 @@ class SolveSettings:
     on_failure: OnFailure
     inspect: bool = True
     adjoint_start: torch.Tensor | None = None
-    backward_words: Words = field(default_factory=dict)
+    backward_messages: StatusMessages = field(default_factory=dict)
     on_adjoint: Callable[[Adjoint], None] | None = None
 
     def __post_init__(self) -> None:
@@ -139,18 +131,20 @@ class Inspector:
     """Inspects the function of a layer, and remembers which inspections need no repetition. A copy remembers nothing."""
 
     def __init__(self) -> None:
-        self._inspected: Memory[Tapes] = Memory()
-        self._aside: Memory[Tapes] = Memory()
+        self._inspected: InspectionCache[ReplayCache] = InspectionCache()
+        self._aside: InspectionCache[ReplayCache] = InspectionCache()
 
-    def look(
+    def inspect_once(
         self, problem: Problem, x: torch.Tensor, written: Callable[..., Any], *, captures: bool, again: bool = False
-    ) -> Look:
+    ) -> Inspection:
         """Inspect the user's function, ``written``, at ``x`` (batch, n), unless it was inspected before. ``again`` inspects it in any case."""
-        return look(problem, x, written, Memory() if again else self._inspected, captures=captures)
+        return inspect_once(problem, x, written, InspectionCache() if again else self._inspected, captures=captures)
 
-    def recall(self, problem: Problem, x: torch.Tensor, written: Callable[..., Any], *, captures: bool) -> Tapes | None:
+    def reuse_inspection(
+        self, problem: Problem, x: torch.Tensor, written: Callable[..., Any], *, captures: bool
+    ) -> ReplayCache | None:
         """Return what a call may be replayed from, if it is not to inspect."""
-        return recall(problem, x, written, self._inspected, self._aside, captures=captures)
+        return reuse_inspection(problem, x, written, self._inspected, self._aside, captures=captures)
 
 
 class SolveCall:
@@ -189,26 +183,26 @@ class SolveCall:
         self.dtype = dtype
         self.recordings = active_recordings()
         self.report: SolveReport | None = None
-        self.spoiled = False
-        self.lost: torch.Tensor | None = None  # (*batch,) bool: whose derivatives the policy wants to be NaN
+        self.poisoned = False
+        self.nan_mask: torch.Tensor | None = None  # (*batch,) bool: whose derivatives the policy wants to be NaN
         self.residual: torch.Tensor | None = None  # at the solution (batch, n), for who wants the adjoint
         self.factor: torch.Tensor | None = None
         self.last_rhs: torch.Tensor | None = None  # of this call's linear solves
         self.largest: torch.Tensor | None = None  # (batch,): the norm of the largest before that
         self.one_step = False  # whether that is of the Hessians at init, and a step with them was the last
 
-    def inspect(self, problem: Problem, init: torch.Tensor, *, again: bool = False) -> Look | None:
+    def inspect(self, problem: Problem, init: torch.Tensor, *, again: bool = False) -> Inspection | None:
         """Look for what would make gradients wrong, at ``init`` (batch, n); return what came of it, if there was nothing."""
         if not problem.batch:
             return None
         try:
             if self.settings.inspect:
-                return self.inspector.look(problem, init, self.written, captures=self.watched, again=again)
+                return self.inspector.inspect_once(problem, init, self.written, captures=self.watched, again=again)
         except BilevelError as error:
             # Wrong shapes and dtypes, and tensors of a vmap outside, cannot be gone on with.
             if isinstance(error, (ValueError, TypeError)) or error.__cause__ is not None:
                 raise
-            self.spoiled = misuse(error, self.settings.on_failure)
+            self.poisoned = handle_misuse(error, self.settings.on_failure)
         return None
 
     def solve(self, problem: Problem, init: torch.Tensor) -> torch.Tensor:
@@ -216,28 +210,32 @@ class SolveCall:
         settings = self.settings
         seen = self.inspect(problem, init)
         trusted = seen is not None and seen.found is None
-        tapes = None if seen is None else seen.tapes
+        replays = None if seen is None else seen.replays
         if problem.batch and not settings.inspect:
-            tapes = self.inspector.recall(problem, init, self.written, captures=self.watched)
-        problem = problem.replayed_from(tapes)
+            replays = self.inspector.reuse_inspection(problem, init, self.written, captures=self.watched)
+        problem = problem.replayed_from(replays)
         solver, others = (settings.solver, ()) if settings.solver is not None else default_solvers(problem)
         target = settings.tolerance.inner(self.dtype)
-        with on_trust(init.device, lambda: self.inspect(problem, init, again=True)) if trusted else nullcontext():
+        with (
+            inspect_on_failure(init.device, lambda: self.inspect(problem, init, again=True))
+            if trusted
+            else nullcontext()
+        ):
             outcome = solve_inner(solver, problem, init, target, others)
         axes = problem.system.batch_shape
         self.one_step = outcome.factor is not None and (outcome.exact or bool((outcome.iterations <= 1).all()))
         self.factor, self.residual = outcome.factor, None if settings.on_adjoint is None else outcome.residual
         outcome, words = self.reviewed(solver, problem, init, outcome)
         self.report = _report(Pass.FORWARD, self.where, outcome.solver, outcome, axes, words)
-        self.lost = ~self.report.success if settings.on_failure == "nan" else None
+        self.nan_mask = ~self.report.success if settings.on_failure == "nan" else None
         x = outcome.x.reshape(*axes, problem.size)
-        return enforce(self.report, x, settings.on_failure, self.recordings, silent_budget=target.silent)
+        return apply_policy(self.report, x, settings.on_failure, self.recordings, silent_budget=target.silent)
 
     def reviewed(
         self, solver: InnerSolver, problem: Problem, init: torch.Tensor, outcome: InnerOutcome
-    ) -> tuple[InnerOutcome, Words]:
+    ) -> tuple[InnerOutcome, StatusMessages]:
         """Return the outcome of an inner solve, and its words; a kind of problem that can say more of an answer overrides this."""
-        return outcome, words_of(solver, problem, init, outcome)
+        return outcome, failure_messages(solver, problem, init, outcome)
 
     def solve_linear(
         self,
@@ -254,7 +252,7 @@ class SolveCall:
         """
         settings = self.settings
         if self.factor is not None:
-            lend(operator, self.factor, exact=self.one_step)
+            offer_factor(operator, self.factor, exact=self.one_step)
         on_adjoint = settings.on_adjoint if product is not None else None
         target, direction = settings.tolerance.linear(self.dtype), Pass.BACKWARD
         if self.report is None:  # a linear layer's own solve
@@ -264,18 +262,18 @@ class SolveCall:
         begun = None if product is None else settings.start(rhs)
         noise = self._noise(rhs)
         outcome = solve_linear(solver, operator, rhs, target, begun, product=product, seen=bool(reported), noise=noise)
-        outcome, words = _without_derivative(operator, outcome, pullbacks, settings.backward_words)
+        outcome, words = _without_derivative(operator, outcome, pullbacks, settings.backward_messages)
         report = _report(direction, self.where, solver.name, outcome, axes, words)
         self.report = self.report or report
         if on_adjoint is not None and self.residual is not None:
             on_adjoint(Adjoint(outcome.x, report, self.residual))
         shaped = outcome.x.reshape(*axes, operator.size)
-        shaped = enforce(report, shaped, settings.on_failure, self.recordings, silent_budget=target.silent)
-        if self.lost is None:
+        shaped = apply_policy(report, shaped, settings.on_failure, self.recordings, silent_budget=target.silent)
+        if self.nan_mask is None:
             return shaped
         # A quadratic's matrices are the same at a NaN: without this, what has failed would get a finite derivative.
         # Axes that a transform has added since stand in front of those of the forward pass.
-        return torch.where(self.lost.unsqueeze(-1), torch.full_like(shaped, float("nan")), shaped)
+        return torch.where(self.nan_mask.unsqueeze(-1), torch.full_like(shaped, float("nan")), shaped)
 
     def _noise(self, rhs: torch.Tensor) -> torch.Tensor | None:
         """Return the rounding (batch,) that this right-hand side may hold of larger ones before it, of which it was made. None for the first."""
@@ -295,8 +293,8 @@ class SolveCall:
 
 
 def _without_derivative(
-    operator: LinearOperator, outcome: LinearOutcome, pullbacks: Sequence[Pullback], words: Words
-) -> tuple[LinearOutcome, Words]:
+    operator: LinearOperator, outcome: LinearOutcome, pullbacks: Sequence[Pullback], words: StatusMessages
+) -> tuple[LinearOutcome, StatusMessages]:
     """Return ``outcome`` and ``words`` with ``Status.SINGULAR`` where an argument changes which directions of the solution are free."""
     if not pullbacks or not bool((outcome.status == Status.MINIMUM_NORM).any()):
         return outcome, words
@@ -306,7 +304,7 @@ def _without_derivative(
     status = torch.where(changed, int(Status.SINGULAR), outcome.status)
     first = (status == Status.SINGULAR).nonzero()[0]  # a report has one sentence for each status
     if bool(changed[first]):
-        words = {**words_of_change(symmetric=operator.symmetric), **words}
+        words = {**free_direction_messages(symmetric=operator.symmetric), **words}
     return replace(outcome, status=status), words
 
 
@@ -316,7 +314,7 @@ def _report(
     solver: str,
     outcome: InnerOutcome | LinearOutcome,
     axes: tuple[int, ...],
-    words: Words,
+    words: StatusMessages,
 ) -> SolveReport:
     def shaped(numbers: torch.Tensor) -> torch.Tensor:
         return numbers if numbers.shape == axes else numbers.reshape(axes)

@@ -12,27 +12,27 @@ from typing import Any, NamedTuple
 
 import torch
 
-from bilevel._torch.once_differentiable import refuse_once_only
-from bilevel.equations.problem import Problem
-from bilevel.layers.randomness import GeneratorStates, draws
 from bilevel._torch.double_backward import attention_kernels
-from bilevel.replay.cache import Tapes
-from bilevel.replay.switch import allowed
-from bilevel._torch.graph_features import learn, nodes
-from bilevel.replay.purity import Memory, ordinary, reached
+from bilevel._torch.graph_features import nodes, record_graph_features
+from bilevel._torch.once_differentiable import refuse_once_only
+from bilevel._torch.transforms import runs_plainly
+from bilevel.equations.problem import Problem
 from bilevel.equations.system import System, unconnected
-from bilevel._torch.transforms import undisturbed
 from bilevel.errors import BilevelError, CapturedTensorError, DtypeError, StochasticObjectiveError
+from bilevel.layers.randomness import GeneratorStates, draws
+from bilevel.replay.cache import ReplayCache
+from bilevel.replay.purity import InspectionCache, has_plain_structure, reachable_objects
+from bilevel.replay.switch import allowed
 
 __all__ = [
-    "Look",
+    "Inspection",
     "buffers_of",
     "captured_error",
     "inspect_function",
-    "look",
-    "on_trust",
+    "inspect_on_failure",
+    "inspect_once",
     "reaches_another_leaf",
-    "recall",
+    "reuse_inspection",
 ]
 
 # How many more pairs of evaluations have to agree where random numbers were drawn.
@@ -41,16 +41,21 @@ _MORE_PAIRS = 12
 _COMPRESSED = re.compile(r"Sparse ?(Csr|Csc|Bsr|Bsc)", re.IGNORECASE)
 
 
-class Look(NamedTuple):
+class Inspection(NamedTuple):
     """What was found at the problem's first row, or None if the function was known; and what it may be replayed from, if it may."""
 
     found: tuple[torch.Tensor, torch.Tensor] | None
-    tapes: Tapes | None = None
+    replays: ReplayCache | None = None
 
 
-def look(
-    problem: Problem, x: torch.Tensor, function: Callable[..., Any], memory: Memory[Tapes], *, captures: bool
-) -> Look:
+def inspect_once(
+    problem: Problem,
+    x: torch.Tensor,
+    function: Callable[..., Any],
+    memory: InspectionCache[ReplayCache],
+    *,
+    captures: bool,
+) -> Inspection:
     """Inspect the problem at the first row of ``x`` (batch, n), unless ``memory`` has that nothing was wrong with the same.
 
     What is looked for is a property of the function: one problem shows it as well as all of them, and where the user's ``function`` can do
@@ -58,27 +63,27 @@ def look(
     """
     known = _known(problem, x, function, captures)
     if known is None:
-        return Look(inspect_function(problem.single(0), x[:1], captures=captures))
-    tapes = memory.find(known.key, known.parts)
-    if tapes is not None:
-        return Look(None, _usable(tapes, problem, x, known))
+        return Inspection(inspect_function(problem.single(0), x[:1], captures=captures))
+    replays = memory.find(known.key, known.parts)
+    if replays is not None:
+        return Inspection(None, _usable(replays, problem, x, known))
     states, single = GeneratorStates(x.device), problem.single(0)
     found = inspect_function(single, x[:1], captures=captures)
     # What random numbers do may depend on tensors' values: a noise may be of size zero today.
     if not _drew(states, single, x[:1]):
-        memory.keep(known.key, known.parts, Tapes(known.captured))
-    return Look(found)
+        memory.keep(known.key, known.parts, ReplayCache(known.captured))
+    return Inspection(found)
 
 
-def recall(
+def reuse_inspection(
     problem: Problem,
     x: torch.Tensor,
     function: Callable[..., Any],
-    looked: Memory[Tapes],
-    aside: Memory[Tapes],
+    looked: InspectionCache[ReplayCache],
+    aside: InspectionCache[ReplayCache],
     *,
     captures: bool,
-) -> Tapes | None:
+) -> ReplayCache | None:
     """Return what a problem that need not be looked at may be replayed from, if it may.
 
     It was ``looked`` at before, or it is of other shapes than one that was, and kept ``aside``.
@@ -86,10 +91,10 @@ def recall(
     known = _known(problem, x, function, captures)
     if known is None:
         return None
-    tapes = looked.find(known.key, known.parts) or aside.find(known.key, known.parts)
-    if tapes is None:
-        aside.keep(known.key, known.parts, tapes := Tapes(known.captured))
-    return _usable(tapes, problem, x, known)
+    replays = looked.find(known.key, known.parts) or aside.find(known.key, known.parts)
+    if replays is None:
+        aside.keep(known.key, known.parts, replays := ReplayCache(known.captured))
+    return _usable(replays, problem, x, known)
 
 
 class _Known(NamedTuple):
@@ -108,14 +113,14 @@ def _known(problem: Problem, x: torch.Tensor, function: Callable[..., Any], capt
     return _Known((*_kinds(problem, captures), *map(_kind, captured)), parts, captured)
 
 
-def _usable(tapes: Tapes, problem: Problem, x: torch.Tensor, known: _Known) -> Tapes | None:
+def _usable(replays: ReplayCache, problem: Problem, x: torch.Tensor, known: _Known) -> ReplayCache | None:
     fits = allowed() and problem.system.autocast is None
-    fits = fits and undisturbed((x, *problem.tensors, *known.captured))
-    return tapes if fits else None
+    fits = fits and runs_plainly((x, *problem.tensors, *known.captured))
+    return replays if fits else None
 
 
 @contextmanager
-def on_trust(device: torch.device, inspect: Callable[[], object]) -> Iterator[None]:
+def inspect_on_failure(device: torch.device, inspect: Callable[[], object]) -> Iterator[None]:
     """Inspect after all where a solve without a look fails in torch's words, or draws random numbers: both can depend on tensors' values."""
     states = GeneratorStates(device)
     try:
@@ -133,9 +138,9 @@ def _lasting(problem: Problem, x: torch.Tensor, function: Callable[..., Any]) ->
     # Whether a matrix is symmetric is seen in its numbers.
     if type(system).inspect is not System.inspect or any(type(t) is not torch.Tensor for t in (x, *problem.tensors)):
         return None
-    if not (ordinary(system.raveler.structure) and ordinary(system.arguments.structure)):
+    if not (has_plain_structure(system.raveler.structure) and has_plain_structure(system.arguments.structure)):
         return None
-    return reached(function, *system.arguments.others)
+    return reachable_objects(function, *system.arguments.others)
 
 
 def _kinds(problem: Problem, captures: bool) -> tuple[Any, ...]:
@@ -224,7 +229,7 @@ def _probe(
         output = problem.system.lifted(problem.system.first_output)(problem.shaped(point), *problem.tensors)
         if not output.requires_grad and point.numel():
             raise unconnected(problem.system)
-        if first and learn(problem.system.function, output):
+        if first and record_graph_features(problem.system.function, output):
             return _probe(problem, x, captures=captures)
         if captures and problem.minimizes:
             refuse_once_only(problem.where, problem.system.noun, output)
@@ -263,11 +268,11 @@ def buffers_of(function: Callable[..., Any]) -> list[torch.Tensor]:
             pending.append((getattr(item, "__self__", None), depth))
             plain = inspect.unwrap(getattr(item, "__func__", item))
             cells = getattr(plain, "__closure__", None) or ()
-            reached = [cell.cell_contents for cell in cells if _filled(cell)]
+            reachable_objects = [cell.cell_contents for cell in cells if _filled(cell)]
             code = getattr(plain, "__code__", None)
             if code is not None:
-                reached += [plain.__globals__.get(name) for name in code.co_names]
-            pending += [(value, depth + 1) for value in reached]
+                reachable_objects += [plain.__globals__.get(name) for name in code.co_names]
+            pending += [(value, depth + 1) for value in reachable_objects]
     return list(found.values())
 
 

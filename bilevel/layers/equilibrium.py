@@ -9,13 +9,14 @@ from typing import Any, TypeVar
 import torch
 
 from bilevel.equations.equilibrium import EquilibriumSystem, Players, check_players, player_at_fault
-from bilevel.layers.layer import Layer, Solution
 from bilevel.equations.problem import Problem
-from bilevel.layers.call import SolveCall, SolveSettings
 from bilevel.equations.system import System
 from bilevel.errors import ArgumentError
+from bilevel.layers.call import SolveCall, SolveSettings
+from bilevel.layers.layer import Layer, Solution
 from bilevel.linear._base import LinearSolverLike
-from bilevel.reports import OnFailure, Status, Words
+from bilevel.policy import OnFailure
+from bilevel.reports import Status, StatusMessages
 from bilevel.solvers._base import InnerSolver, InnerSolverLike
 from bilevel.solvers._judge import InnerOutcome
 from bilevel.tolerance import Tolerance
@@ -143,7 +144,7 @@ class _EquilibriumCall(SolveCall):
 
     def reviewed(
         self, solver: InnerSolver, problem: Problem, init: torch.Tensor, outcome: InnerOutcome
-    ) -> tuple[InnerOutcome, Words]:
+    ) -> tuple[InnerOutcome, StatusMessages]:
         """Return the outcome with ``Status.INDEFINITE`` where a player could do better nearby, and the words that name the first such player."""
         player = player_at_fault(problem, outcome.x, outcome.status == Status.CONVERGED)
         fault = player >= 0

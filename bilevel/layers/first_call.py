@@ -13,7 +13,7 @@ from bilevel.linear._base import LinearSolver
 from bilevel.solvers._base import InnerSolver
 from bilevel.tolerance import Tolerance
 
-__all__ = ["answered"]
+__all__ = ["explain_misuse"]
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -27,7 +27,7 @@ _FIRST = {
 _STARTS = ("init", "x0", "x", "start", "rhs", "b", "args")
 
 
-def answered(factory: F) -> F:
+def explain_misuse(factory: F) -> F:
     """Return ``factory``, one of :mod:`bilevel.layers`, with a sentence for a call that confuses making a layer with calling it."""
     name = factory.__name__
     function = _FIRST[name]

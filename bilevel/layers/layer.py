@@ -13,11 +13,7 @@ from typing import Any, Generic, TypeVar, cast
 import torch
 from torch.utils import _pytree as pytree
 
-from bilevel.implicit import Rule, Solve
-from bilevel.layers.checks import captured_error
 from bilevel._torch.double_backward import Repeatable
-from bilevel.layers.call import Inspector, Setting, SolveCall, SolveSettings
-from bilevel.equations.system import FixedPointSystem, System
 from bilevel._torch.transforms import (
     autocast_to,
     carries_gradient,
@@ -27,7 +23,7 @@ from bilevel._torch.transforms import (
     transforms_active,
     without_gradient,
 )
-from bilevel.pytree import Raveler, flatten_arguments
+from bilevel.equations.system import FixedPointSystem, System
 from bilevel.errors import (
     ArgumentError,
     BilevelError,
@@ -36,13 +32,13 @@ from bilevel.errors import (
     StochasticObjectiveError,
     TransformError,
 )
+from bilevel.implicit import ImplicitContext, Solve
+from bilevel.layers.call import Inspector, Setting, SolveCall, SolveSettings
+from bilevel.layers.checks import captured_error
 from bilevel.linear._base import LinearSolver, LinearSolverLike
-from bilevel.reports import (
-    OnFailure,
-    SolveReport,
-    Words,
-    misuse,
-)
+from bilevel.policy import OnFailure, handle_misuse
+from bilevel.pytree import Raveler, flatten_arguments
+from bilevel.reports import SolveReport, StatusMessages
 from bilevel.solvers._base import InnerSolver, InnerSolverLike
 from bilevel.tolerance import Tolerance
 
@@ -88,7 +84,7 @@ class Layer:
     linear_solver = Setting[LinearSolver | None]()
     tolerance = Setting[Tolerance]()
     on_failure = Setting[OnFailure]()
-    backward_words = Setting[Words]()
+    backward_messages = Setting[StatusMessages]()
 
     def __init__(
         self,
@@ -170,15 +166,15 @@ class Layer:
         system, tensors = self._system(raveler, args, kwargs)
         self._refuse_forward_twice(tensors)
         watched = torch.is_grad_enabled()
-        spoiled = (
+        poisoned = (
             self._check_edge(settings.on_failure, init, system, tensors)
             if watched or differentiating() or transforms_active()
             else False
         )
         call = self._call(settings, system, watched)
         flat = raveler.ravel(init).detach()
-        x = Solve.apply(Rule(system, call.solve, call.solve_linear, followed=watched), flat, *tensors)
-        if spoiled or call.spoiled:
+        x = Solve.apply(ImplicitContext(system, call.solve, call.solve_linear, followed=watched), flat, *tensors)
+        if poisoned or call.poisoned:
             x = x * self._poison(init, system, tensors)
         assert call.report is not None
         return Solution(raveler.unravel(x), call.report)
@@ -218,15 +214,15 @@ class Layer:
 
     def _check_edge(self, on_failure: OnFailure, init: Any, system: System, tensors: list[torch.Tensor]) -> bool:
         """Find what the primitive cannot see from inside; return whether the policy asks for NaN."""
-        spoiled = False
+        poisoned = False
         leaves = pytree.tree_leaves(init)
         if any(carries_gradient(leaf) for leaf in leaves):
             error: BilevelError = InitGradientError(
                 f"{self.where}: expected init not to require grad, and it does: a solution does not depend on where the "
                 "search began, so that its gradient would be none; pass init.detach(), or pass the tensor as an argument"
             )
-            spoiled |= misuse(error, on_failure)
-        return spoiled | self._check_captures(on_failure, init, system, tensors)
+            poisoned |= handle_misuse(error, on_failure)
+        return poisoned | self._check_captures(on_failure, init, system, tensors)
 
     def _check_captures(self, on_failure: OnFailure, init: Any, system: System, tensors: list[torch.Tensor]) -> bool:
         """Find tensors of a transform outside that the function reaches; return whether the policy asks for NaN."""
@@ -246,7 +242,7 @@ class Layer:
                 ) from problem
             if carries_gradient(output):
                 error = captured_error(self.where, system.noun, "is being differentiated by a transform outside")
-                return misuse(error, on_failure)
+                return handle_misuse(error, on_failure)
         return False
 
     def _poison(self, init: Any, system: System, tensors: list[torch.Tensor]) -> torch.Tensor:

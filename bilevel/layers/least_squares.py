@@ -9,16 +9,16 @@ from typing import Any, overload
 
 import torch
 
-from bilevel.layers.first_call import answered
-from bilevel.layers.layer import Layer
 from bilevel.equations.least_squares import GaussNewtonSystem, LeastSquaresSystem, Loss
 from bilevel.equations.problem import Problem
-from bilevel.layers.call import SolveCall, SolveSettings
 from bilevel.equations.system import System
-from bilevel.pytree import Raveler
 from bilevel.errors import ArgumentError
+from bilevel.layers.call import SolveCall, SolveSettings
+from bilevel.layers.first_call import explain_misuse
+from bilevel.layers.layer import Layer
 from bilevel.linear._base import LinearSolverLike
-from bilevel.reports import OnFailure
+from bilevel.policy import OnFailure
+from bilevel.pytree import Raveler
 from bilevel.robust import Cauchy, Huber, RobustLoss, SoftL1
 from bilevel.solvers._base import InnerSolverLike
 from bilevel.tolerance import Tolerance
@@ -70,7 +70,7 @@ def least_squares(
     tolerance: Tolerance | None = None,
     on_failure: OnFailure = "raise",
 ) -> Layer: ...
-@answered
+@explain_misuse
 def least_squares(
     residual: Callable[..., Any] | None = None,
     *,
@@ -210,7 +210,7 @@ class _GaussNewtonCall(SolveCall):
     def solve(self, problem: Problem, init: torch.Tensor) -> torch.Tensor:
         assert isinstance(problem.system, GaussNewtonSystem)
         # What the solve leaves behind is of the other matrix.
-        x = super().solve(replace(problem, system=problem.system.full(), last_look=None), init)
+        x = super().solve(replace(problem, system=problem.system.full(), linearization_slot=None), init)
         self.factor = None
         return x
 

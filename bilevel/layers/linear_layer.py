@@ -7,15 +7,15 @@ from typing import Any, TypeVar
 
 import torch
 
-from bilevel.implicit import LinearSolve, Rule
-from bilevel.layers.layer import Layer, Solution
-from bilevel.equations.problem import Problem
-from bilevel.layers.call import SolveCall, SolveSettings
-from bilevel.equations.system import LinearSystem, SymmetricLinearSystem, System
 from bilevel._torch.transforms import eager, transforms_active
-from bilevel.pytree import Raveler
+from bilevel.equations.problem import Problem
+from bilevel.equations.system import LinearSystem, SymmetricLinearSystem, System
+from bilevel.implicit import ImplicitContext, LinearSolve
+from bilevel.layers.call import SolveCall, SolveSettings
+from bilevel.layers.layer import Layer, Solution
 from bilevel.linear._base import LinearSolverLike
-from bilevel.reports import OnFailure
+from bilevel.policy import OnFailure
+from bilevel.pytree import Raveler
 from bilevel.tolerance import Tolerance
 
 __all__ = ["LinearCall", "LinearLayer"]
@@ -92,10 +92,12 @@ class LinearLayer(Layer):
         point = torch.zeros(raveler.size, dtype=raveler.dtype, device=raveler.device)
         start = raveler.unravel(point)
         checked = watched or transforms_active()
-        spoiled = self._check_captures(settings.on_failure, start, system, tensors) if checked else False
+        poisoned = self._check_captures(settings.on_failure, start, system, tensors) if checked else False
         call = self._call(settings, system, watched)
-        x = LinearSolve.apply(Rule(system, call.solve, call.solve_linear, call.look), False, flat, point, *tensors)
-        if spoiled or call.spoiled:
+        x = LinearSolve.apply(
+            ImplicitContext(system, call.solve, call.solve_linear, call.look), False, flat, point, *tensors
+        )
+        if poisoned or call.poisoned:
             x = x * self._poison(start, system, tensors)
         assert call.report is not None
         return Solution(raveler.unravel(x), call.report)

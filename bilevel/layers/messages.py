@@ -9,13 +9,13 @@ from __future__ import annotations
 import torch
 
 from bilevel.equations.problem import Problem
-from bilevel.reports import Status, Words
+from bilevel.reports import Status, StatusMessages
 from bilevel.solvers._base import CallableSolver, InnerSolver
 from bilevel.solvers._judge import InnerOutcome
 from bilevel.solvers.gradient_descent import GradientDescent
 from bilevel.solvers.torch_optimizer import TorchOptimizer
 
-__all__ = ["words_of"]
+__all__ = ["failure_messages"]
 
 # How many times its size at the start x has to have grown before it counts as having run away.
 _FAR = 1e6
@@ -34,7 +34,9 @@ _NO_MINIMUM = (
 _DOMAIN = "look for a log, square root or division outside its domain, and check the inputs"
 
 
-def words_of(solver: InnerSolver, problem: Problem, init: torch.Tensor, outcome: InnerOutcome) -> Words:
+def failure_messages(
+    solver: InnerSolver, problem: Problem, init: torch.Tensor, outcome: InnerOutcome
+) -> StatusMessages:
     """Return (meaning, remedy) of statuses whose general words do not fit this solve; nothing is computed where all is well.
 
     Parameters
@@ -124,7 +126,7 @@ _ABOUT_ROOTS = (
 )
 _NO_LOWER_RESIDUAL = ("found no step that lowers the residual", _ABOUT_ROOTS)
 
-_ROOT: Words = {
+_ROOT: StatusMessages = {
     Status.LINE_SEARCH_FAILED: _NO_LOWER_RESIDUAL,
     Status.DIVERGED: (
         Status.DIVERGED.meaning,
@@ -138,7 +140,7 @@ _ROOT: Words = {
     Status.NOT_FINITE: (Status.NOT_FINITE.meaning, f"{_DOMAIN}, or start nearer the root"),
 }
 
-_FIXED_POINT: Words = {
+_FIXED_POINT: StatusMessages = {
     Status.MAX_STEPS: (
         Status.MAX_STEPS.meaning,
         "check that the mapping has a fixed point and is smooth near it; start nearer to it, loosen the tolerance, or raise max_steps",

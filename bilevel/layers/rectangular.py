@@ -10,23 +10,24 @@ from typing import Any, TypeVar
 import torch
 from torch.utils import _pytree as pytree
 
-from bilevel.implicit import LinearSolve, Rule
-from bilevel.layers.layer import Solution
-from bilevel.layers.linear_layer import LinearCall, LinearLayer
+from bilevel._torch.reverse import grad
+from bilevel._torch.transforms import carries_gradient, innermost, transforms_active, without_gradient
 from bilevel.equations.problem import Problem
 from bilevel.equations.pullbacks import Pullback, is_final, pullbacks_of
 from bilevel.equations.rectangular import NormalSystem, SquaredSystem, WideSystem, rectangular
-from bilevel._torch.reverse import grad
+from bilevel.implicit import ImplicitContext, LinearSolve
 from bilevel.layers.call import SolveSettings
-from bilevel._torch.transforms import carries_gradient, innermost, transforms_active, without_gradient
-from bilevel.pytree import Raveler, moves
+from bilevel.layers.layer import Solution
+from bilevel.layers.linear_layer import LinearCall, LinearLayer
 from bilevel.linear._base import LinearSolver, LinearSolverLike, solve_linear
 from bilevel.linear._rectangular import OnTheRange
 from bilevel.linear.lsmr import LSMR
 from bilevel.linear.orthogonal import QR, SVD
 from bilevel.operators import LinearOperator
 from bilevel.operators._rectangular import rectangular_of
-from bilevel.reports import OnFailure, Pass, SolveReport, Status, enforce
+from bilevel.policy import OnFailure, apply_policy
+from bilevel.pytree import Raveler, moves
+from bilevel.reports import Pass, SolveReport, Status
 from bilevel.tolerance import Tolerance
 
 __all__ = ["RectangularLayer"]
@@ -78,7 +79,7 @@ class RectangularLayer(LinearLayer):
         point = torch.zeros(raveler.size, dtype=raveler.dtype, device=raveler.device)
         checked = watched or transforms_active()
         start = raveler.unravel(point)
-        spoiled = self._check_captures(settings.on_failure, start, system, tensors) if checked else False
+        poisoned = self._check_captures(settings.on_failure, start, system, tensors) if checked else False
         call = _RectangularCall(settings, self.inspector, self.function, system.where, watched, raveler.coarsest)
         solve = _Solves(call, system, tensors)
         try:
@@ -96,7 +97,7 @@ class RectangularLayer(LinearLayer):
             call.refines = False
         if checked and call.may_be_deficient and any(carries_gradient(t) for t in (b, *tensors) if moves(t)):
             x = self._differentiable(solve, b, x)
-        if spoiled or call.spoiled:
+        if poisoned or call.poisoned:
             x = x * self._poison(start, system, tensors)
         assert call.report is not None
         return Solution(raveler.unravel(x), call.report)
@@ -135,29 +136,29 @@ class RectangularLayer(LinearLayer):
         z, g, v, u = vectors
         plain, doubt = [without_gradient(t) for t in tensors], 10 * torch.finfo(x.dtype).eps ** 0.5
         inside = transforms_active()
-        wanted = [
+        needs_grad = [
             move and (not inside or is_final(t))
             for t, move in zip(tensors, map(_is_differentiated, tensors), strict=True)
         ]
-        if not any(wanted):
+        if not any(needs_grad):
             return x
 
         def slopes(left: torch.Tensor, right: torch.Tensor) -> list[torch.Tensor | None]:
-            chosen = [t for t, want in zip(plain, wanted, strict=True) if want]
+            chosen = [t for t, want in zip(plain, needs_grad, strict=True) if want]
 
             def paired(*moved: torch.Tensor) -> torch.Tensor:
                 feed = iter(moved)
-                others = [next(feed) if want else t for t, want in zip(plain, wanted, strict=True)]
+                others = [next(feed) if want else t for t, want in zip(plain, needs_grad, strict=True)]
                 return (left * system.forward(right, *others)).sum()
 
             found = iter(grad(paired, *chosen))
-            return [next(found).detach() if want else None for want in wanted]
+            return [next(found).detach() if want else None for want in needs_grad]
 
         at_null, at_any = slopes(u, v), slopes(g, z)
 
         def changes() -> bool:
             kept = tensors if not inside else plain
-            every = pullbacks_of(lambda which: at_null if float(which) == 0 else at_any, kept, wanted)
+            every = pullbacks_of(lambda which: at_null if float(which) == 0 else at_any, kept, needs_grad)
             return not any(_vanishes(pull, doubt) for pull in every)
 
         if inside:
@@ -176,7 +177,7 @@ class _Solves:
     tensors: list[torch.Tensor]
 
     @cached_property
-    def _rule(self) -> Rule:
+    def _rule(self) -> ImplicitContext:
         return self._rule_of(self.system)
 
     def normal(self, d: torch.Tensor) -> torch.Tensor:
@@ -194,10 +195,10 @@ class _Solves:
         kept["raveler"], kept["image"] = self.system.image, self.system.raveler
         return self._solved(self._rule_of(WideSystem(**kept)), b)
 
-    def _rule_of(self, system: NormalSystem) -> Rule:
-        return Rule(system, self.call.solve, self.call.solve_linear, self.call.look)
+    def _rule_of(self, system: NormalSystem) -> ImplicitContext:
+        return ImplicitContext(system, self.call.solve, self.call.solve_linear, self.call.look)
 
-    def _solved(self, rule: Rule, d: torch.Tensor) -> torch.Tensor:
+    def _solved(self, rule: ImplicitContext, d: torch.Tensor) -> torch.Tensor:
         like = rule.system.raveler
         point = torch.zeros(like.size, dtype=like.dtype, device=like.device)
         made: torch.Tensor = LinearSolve.apply(rule, False, d, point, *self.tensors)
@@ -272,8 +273,8 @@ class _RectangularCall(LinearCall):
         report = SolveReport(
             Pass.BACKWARD, self.where, plain.solver, status, plain.iterations, nothing, nothing, nothing, plain.basis, nothing, _WORDS
         )  # fmt: skip
-        spoiled = enforce(report, nothing.unsqueeze(-1), self.settings.on_failure, self.recordings)
-        return x * float("nan") if self.settings.on_failure == "nan" and spoiled.numel() else x
+        poisoned = apply_policy(report, nothing.unsqueeze(-1), self.settings.on_failure, self.recordings)
+        return x * float("nan") if self.settings.on_failure == "nan" and poisoned.numel() else x
 
 
 _WORDS = {

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 
 import torch
 
-from bilevel.linear._base import LinearSolution, LinearSolver
+from bilevel.linear._base import LinearSolver
 from bilevel.linear._lsmr import lsmr
+from bilevel.linear._solution import LinearSolution
 from bilevel.operators import FunctionOperator, LinearOperator, RepeatedOperator
 from bilevel.operators._rectangular import Rectangular, rectangular_of
 from bilevel.reports import Status
@@ -82,13 +83,13 @@ class OnTheRange(LinearSolver):
             return torch.cat([product(part) for part in parts])
 
         # The part inside is Aᵀ s with the s that minimises ‖Aᵀ s − d‖.
-        wanted = torch.where(short, 0.0, torch.inf).to(rhs)
+        needs_grad = torch.where(short, 0.0, torch.inf).to(rhs)
         steps = 4 * min(A.rows, A.columns) + 20
         run = lsmr(
             lambda u: repeated(A.rmatvec, u),
             lambda v: repeated(A.matvec, v),
             repeated(A.matvec, torch.where(short.unsqueeze(-1), rhs, 0.0)),
-            wanted,
+            needs_grad,
             steps,
         )
         inside = torch.where(short.unsqueeze(-1), run.image, rhs)

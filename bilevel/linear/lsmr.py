@@ -6,12 +6,13 @@ from dataclasses import dataclass
 
 import torch
 
-from bilevel.setting_checks import check_steps
-from bilevel.linear._base import LinearSolution, LinearSolver, begin
+from bilevel.linear._base import LinearSolver, begin
 from bilevel.linear._lsmr import lsmr
+from bilevel.linear._solution import LinearSolution
 from bilevel.operators import LinearOperator
 from bilevel.operators._rectangular import rectangular_of
 from bilevel.reports import Status
+from bilevel.setting_checks import check_steps
 
 __all__ = ["LSMR"]
 

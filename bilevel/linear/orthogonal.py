@@ -8,7 +8,9 @@ import torch
 
 from bilevel._torch.factorisations import svd
 from bilevel.errors import ArgumentError
-from bilevel.linear._base import LinearSolution, LinearSolver, doubt
+from bilevel.linear._base import LinearSolver
+from bilevel.linear._judge import doubt
+from bilevel.linear._solution import LinearSolution
 from bilevel.operators import LinearOperator
 from bilevel.operators._rectangular import rectangular_of
 from bilevel.reports import Status
@@ -140,11 +142,11 @@ class _Factor:
 def _kept(solver: LinearSolver, operator: LinearOperator, most: int, make: object) -> _Factor:
     base, A = operator.distinct, rectangular_of(operator)
     rows, columns = (base.size, base.size) if A is None else (A.rows, A.columns)
-    wanted = base.batch * rows * columns * torch.finfo(base.dtype).bits // 8
-    if wanted > most:
+    needs_grad = base.batch * rows * columns * torch.finfo(base.dtype).bits // 8
+    if needs_grad > most:
         raise ArgumentError(
             f"{solver.name}: expected matrices of at most {most / 2**30:.3g} GiB, got {base.batch} of {rows} by {columns}, which take "
-            f"{wanted / 2**30:.3g} GiB; pass linear_solver=LSMR(), or raise max_bytes"
+            f"{needs_grad / 2**30:.3g} GiB; pass linear_solver=LSMR(), or raise max_bytes"
         )
     factor = base.memo.get(solver)
     if factor is None:

@@ -10,17 +10,17 @@ import torch
 from torch.func import vmap
 from torch.utils import _pytree as pytree
 
+from bilevel._torch.transforms import autocast_to
 from bilevel.equations.problem import Problem
 from bilevel.equations.system import ArgminSystem
-from bilevel._torch.transforms import autocast_to
-from bilevel.pytree import Raveler, flatten_arguments
 from bilevel.errors import ArgumentError, ShapeError
+from bilevel.pytree import Raveler, flatten_arguments
 
-__all__ = ["Numbering"]
+__all__ = ["BatchSpec"]
 
 
 @dataclass(frozen=True, eq=False)
-class Numbering:
+class BatchSpec:
     """The ``batch_dims`` of a problem: what is done for one inner problem is done for all that the data hold.
 
     Parameters

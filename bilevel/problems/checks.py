@@ -12,18 +12,18 @@ from typing import Any
 import torch
 from torch.utils import _pytree as pytree
 
-from bilevel.layers.checks import buffers_of, captured_error, reaches_another_leaf
-from bilevel.equations.problem import Problem
-from bilevel.layers.randomness import GeneratorStates, draws
-from bilevel._torch.graph_features import learn
+from bilevel._torch.graph_features import record_graph_features
 from bilevel._torch.transforms import carries_gradient, eager, innermost, unhooked
-from bilevel.pytree import moves
+from bilevel.equations.problem import Problem
 from bilevel.errors import ArgumentError, BilevelError, StochasticObjectiveError
-from bilevel.reports import OnFailure, misuse
+from bilevel.layers.checks import buffers_of, captured_error, reaches_another_leaf
+from bilevel.layers.randomness import GeneratorStates, draws
+from bilevel.policy import OnFailure, handle_misuse
+from bilevel.pytree import moves
 
 __all__ = [
-    "FirstLook",
-    "Watch",
+    "CheckedObjective",
+    "SideEffectCheck",
     "check_captures",
     "check_connection",
     "check_dependence",
@@ -32,7 +32,7 @@ __all__ = [
 ]
 
 
-class Watch:
+class SideEffectCheck:
     """Tells whether an evaluation of ``objective`` draws random numbers or changed a tensor in place since this was made.
 
     Parameters
@@ -73,7 +73,7 @@ class Watch:
                 f"{self._where}: expected outer_objective to leave its arguments and buffers as they are, and one was changed in "
                 "place; for batch norm use batch statistics (track_running_stats=False) or .eval()"
             )
-        return error is not None and misuse(error, on_failure)
+        return error is not None and handle_misuse(error, on_failure)
 
     def _draws(self) -> bool:
         if not self._states.changed():
@@ -82,7 +82,7 @@ class Watch:
             return draws(self._evaluation)
 
 
-class FirstLook:
+class CheckedObjective:
     """F of flat tensors, looked at where it is first evaluated: that tells whether it is a function of φ and θ alone.
 
     Parameters
@@ -98,7 +98,7 @@ class FirstLook:
     """
 
     def __init__(self, problem: Problem, objective: Callable[..., Any], given: Any, on_failure: OnFailure) -> None:
-        self.spoiled = False  # whether the gradient is to be NaN
+        self.poisoned = False  # whether the gradient is to be NaN
         self._problem, self._objective, self._given, self._policy = problem, objective, given, on_failure
         self._looked = False
 
@@ -108,14 +108,14 @@ class FirstLook:
         if self._looked:
             return outputs(point, *tensors)
         self._looked = True
-        watch = Watch(where, self._objective, (point, tensors), lambda: outputs(point, *tensors))
+        watch = SideEffectCheck(where, self._objective, (point, tensors), lambda: outputs(point, *tensors))
         values = outputs(point, *tensors)
-        if learn(self._objective, values):
+        if record_graph_features(self._objective, values):
             values = outputs(point, *tensors)
-        self.spoiled = watch.ended(self._policy)
+        self.poisoned = watch.ended(self._policy)
         if not values.requires_grad:
-            self.spoiled |= misuse(no_dependence(where), self._policy)
-        self.spoiled |= check_captures(where, values, (point, *tensors), self._given, self._policy)
+            self.poisoned |= handle_misuse(no_dependence(where), self._policy)
+        self.poisoned |= check_captures(where, values, (point, *tensors), self._given, self._policy)
         return values
 
 
@@ -123,7 +123,7 @@ def check_dependence(where: str, loss: torch.Tensor, outer: Iterable[torch.Tenso
     """Find a loss that nothing of ``outer`` is in, though it is being differentiated; return whether it is to be NaN."""
     if not torch.is_grad_enabled() or carries_gradient(loss) or not any(carries_gradient(leaf) for leaf in outer):
         return False
-    return misuse(no_dependence(where), on_failure)
+    return handle_misuse(no_dependence(where), on_failure)
 
 
 def no_dependence(where: str) -> ArgumentError:
@@ -151,7 +151,7 @@ def check_captures(
     known = [leaf for leaf in pytree.tree_leaves(given) if isinstance(leaf, torch.Tensor)]
     if not reaches_another_leaf(loss, (*outer, *known)):
         return False
-    return misuse(captured_error(where, "outer_objective", "requires grad"), on_failure)
+    return handle_misuse(captured_error(where, "outer_objective", "requires grad"), on_failure)
 
 
 def check_connection(where: str, outer: Any, cut: Sequence[int], on_failure: OnFailure) -> list[int]:
@@ -164,25 +164,27 @@ def check_connection(where: str, outer: Any, cut: Sequence[int], on_failure: OnF
         f"{', '.join(names[number] for number in cut)}, whose gradient is zero whatever the data; leave it out of outer, or look "
         "for .detach(), .item() or torch.no_grad on its way"
     )
-    return list(cut) if misuse(error, on_failure) else []
+    return list(cut) if handle_misuse(error, on_failure) else []
 
 
 def disconnected(
-    lower: Problem, upper: Problem, x: torch.Tensor, wanted: Sequence[bool], among: Sequence[bool]
+    lower: Problem, upper: Problem, x: torch.Tensor, needs_grad: Sequence[bool], among: Sequence[bool]
 ) -> list[int]:
-    """Return which of the ``among`` of the ``wanted`` tensors no graph of ∇_φ G or F leads to, numbered among the wanted."""
-    reached = [False] * sum(wanted)
+    """Return which of the ``among`` of the ``needs_grad`` tensors no graph of ∇_φ G or F leads to, numbered among the wanted."""
+    reached = [False] * sum(needs_grad)
     for problem in (lower, upper):
         with torch.enable_grad():
             point = x.detach().requires_grad_(True)
-            leaves = [t.detach().requires_grad_(True) if w else t for t, w in zip(problem.tensors, wanted, strict=True)]
+            leaves = [
+                t.detach().requires_grad_(True) if w else t for t, w in zip(problem.tensors, needs_grad, strict=True)
+            ]
             shaped = point.reshape(*problem.system.batch_shape, problem.size)
             if problem is lower:
                 made = problem.system.plain_residual(shaped, leaves, graph=True)
             else:
                 made = problem.system.outputs(shaped, *leaves)
         if made.requires_grad:
-            chosen = [leaf for leaf, want in zip(leaves, wanted, strict=True) if want]
+            chosen = [leaf for leaf, want in zip(leaves, needs_grad, strict=True) if want]
             slopes = torch.autograd.grad(made.sum(), chosen, allow_unused=True)
             reached = [seen or slope is not None for seen, slope in zip(reached, slopes, strict=True)]
     return [number for number, (seen, asked) in enumerate(zip(reached, among, strict=True)) if asked and not seen]

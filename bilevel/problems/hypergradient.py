@@ -11,13 +11,13 @@ from typing import Any
 import torch
 from torch.utils import _pytree as pytree
 
-from bilevel.problems.adaptive.state import GoalReport
-from bilevel.pytree import as_real, moves, of_real
 from bilevel.certificates._certificate import Certificate
 from bilevel.certificates._point import Point
 from bilevel.certificates.bound import Bound
 from bilevel.certificates.constants import Constants
 from bilevel.errors import ArgumentError, ConstantsError
+from bilevel.problems.adaptive.state import GoalReport
+from bilevel.pytree import as_real, moves, of_real
 from bilevel.reports import Basis, SolveReport
 
 __all__ = ["Hypergradient", "HypergradientReport", "assemble"]
@@ -103,19 +103,19 @@ def _worse(forward: SolveReport, backward: SolveReport) -> SolveReport:
 _TIED = ("_certificate", "_rebuild", "_restore")
 
 
-class _LeftBehind:
+class _MissingProblem:
     """Stands for the problem in a hypergradient that came from another process, and says so."""
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
             raise AttributeError(name)
-        raise _left_behind()
+        raise _missing_problem()
 
     def __call__(self, *args: Any) -> Any:
-        raise _left_behind()
+        raise _missing_problem()
 
 
-def _left_behind() -> ArgumentError:
+def _missing_problem() -> ArgumentError:
     return ArgumentError(
         "Hypergradient: expected the problem to be at hand for what is computed from it, and this result was pickled, which leaves the "
         "problem behind; look at its bounds, corrected_grad and the like before you pickle it, and they come along"
@@ -161,7 +161,7 @@ class Hypergradient:
         return {name: value for name, value in vars(self).items() if name not in _TIED}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        vars(self).update(state, **dict.fromkeys(_TIED, _LeftBehind()))
+        vars(self).update(state, **dict.fromkeys(_TIED, _MissingProblem()))
 
     def __copy__(self) -> Hypergradient:
         made = object.__new__(type(self))
@@ -299,7 +299,7 @@ def assemble(
 
     def rebuild(at: Point, before: Hypergradient) -> Hypergradient:
         # In the problem's dtype, as any other result; the certificate then measures what rounding made of it.
-        there = Point(point.lower, point.upper, at.x.to(point.x), at.q.to(point.x), point.wanted)
+        there = Point(point.lower, point.upper, at.x.to(point.x), at.q.to(point.x), point.needs_grad)
         worth, found = there.upper.value(there.x).mean().to(value), at.corrected_value.mean().to(value)
         flat = at.gradient.mean(0).to(gradient)
         # This function by its own name would be a circle, which holds all of the problem until a collection.

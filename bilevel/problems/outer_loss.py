@@ -8,23 +8,23 @@ from typing import Any
 import torch
 from torch.utils import _pytree as pytree
 
-from bilevel.problems.checks import Watch
-from bilevel.problems.batching import Numbering
-from bilevel._torch.once_differentiable import once_only, refuse_once_only
 from bilevel._torch.double_backward import Repeatable
-from bilevel._torch.graph_features import learn, nodes
-from bilevel.equations.system import mixes_numpy, numpy_refusal
+from bilevel._torch.graph_features import nodes, record_graph_features
+from bilevel._torch.once_differentiable import once_only, refuse_once_only
 from bilevel._torch.transforms import is_differentiated_again, saving_hooked, transforms_active, unhooked
-from bilevel.pytree import is_numpy
+from bilevel.equations.system import mixes_numpy, numpy_refusal
 from bilevel.errors import ShapeError
-from bilevel.reports import OnFailure
+from bilevel.policy import OnFailure
+from bilevel.problems.batching import BatchSpec
+from bilevel.problems.checks import SideEffectCheck
+from bilevel.pytree import is_numpy
 
 __all__ = ["outer_losses"]
 
 
 def outer_losses(
     objective: Callable[[Any, Any, Any], torch.Tensor],
-    numbering: Numbering,
+    numbering: BatchSpec,
     inner: Any,
     outer: Any,
     data: Any,
@@ -69,16 +69,16 @@ def outer_losses(
             losses: torch.Tensor = numbering.each(one, randomness="different")(inner, outer, data)
         return losses
 
-    watch = Watch(where, objective, (inner, outer, data), every)
+    watch = SideEffectCheck(where, objective, (inner, outer, data), every)
     given = [leaf for leaf in pytree.tree_leaves((inner, outer, data)) if isinstance(leaf, torch.Tensor)]
     if saving_hooked():
         # A checkpoint takes it for granted that what is computed again saves what was saved first.
         with unhooked():
-            learn(objective, every(), given)
+            record_graph_features(objective, every(), given)
         losses = every()
     else:
         losses = every()
-        if learn(objective, losses, given):
+        if record_graph_features(objective, losses, given):
             losses = every()
     _refuse_again(where, losses, given)
     return losses * float("nan") if watch.ended(on_failure) else losses

@@ -11,8 +11,22 @@ from typing import Any
 import torch
 from torch.utils import _pytree as pytree
 
+from bilevel._torch.transforms import transforms_active, unhooked
+from bilevel.certificates._certificate import Certificate
+from bilevel.certificates._point import Point
+from bilevel.certificates.bound import Bound
+from bilevel.certificates.constants import Constants
+from bilevel.equations.problem import Problem
+from bilevel.equations.system import ArgminSystem
+from bilevel.errors import ArgumentError, TransformError
+from bilevel.layers.call import Adjoint, Setting, SolveSettings
+from bilevel.layers.layer import Layer, Solution
+from bilevel.linear._base import LinearSolver, LinearSolverLike
+from bilevel.policy import OnFailure
+from bilevel.problems.adaptive.driver import attach_gradient, needs_gradient, solve_to_goal
+from bilevel.problems.batching import BatchSpec
 from bilevel.problems.checks import (
-    FirstLook,
+    CheckedObjective,
     check_captures,
     check_connection,
     check_dependence,
@@ -20,23 +34,10 @@ from bilevel.problems.checks import (
     no_dependence,
 )
 from bilevel.problems.hypergradient import Hypergradient, HypergradientReport, assemble
-from bilevel.layers.layer import Layer, Solution
-from bilevel.problems.batching import Numbering
 from bilevel.problems.outer_loss import outer_losses
-from bilevel.equations.problem import Problem
-from bilevel.layers.call import Adjoint, Setting, SolveSettings
-from bilevel.problems.adaptive.driver import promised, seek, wants_promise
-from bilevel.equations.system import ArgminSystem
-from bilevel._torch.transforms import transforms_active, unhooked
-from bilevel.pytree import as_real, moves
 from bilevel.problems.warm_start import WarmStart
-from bilevel.certificates._certificate import Certificate
-from bilevel.certificates._point import Point
-from bilevel.certificates.bound import Bound
-from bilevel.certificates.constants import Constants
-from bilevel.errors import ArgumentError, TransformError
-from bilevel.linear._base import LinearSolver, LinearSolverLike
-from bilevel.reports import Basis, OnFailure
+from bilevel.pytree import as_real, moves
+from bilevel.reports import Basis
 from bilevel.solvers._base import InnerSolver, InnerSolverLike
 from bilevel.tolerance import Tolerance
 
@@ -152,8 +153,8 @@ class BilevelProblem(torch.nn.Module, ABC):
         self._layer._settings = settings
 
     @property
-    def _numbering(self) -> Numbering:
-        return Numbering(self.batch_dims, self._layer.where)
+    def _numbering(self) -> BatchSpec:
+        return BatchSpec(self.batch_dims, self._layer.where)
 
     def memory(self) -> dict[str, Any]:
         """Return what the next call begins from: the last inner solution and adjoint, and what goals have learned.
@@ -240,23 +241,23 @@ class BilevelProblem(torch.nn.Module, ABC):
         """
         settings = self._settings_of(outer, data)
         tolerance, policy = settings.tolerance, settings.on_failure
-        if tolerance.has_goal and torch.is_grad_enabled() and wants_promise(self.where, tolerance, outer, data):
+        if tolerance.has_goal and torch.is_grad_enabled() and needs_gradient(self.where, tolerance, outer, data):
             with unhooked():
                 result = self._to_goal(settings, outer, data, init)
-            return promised(result, outer)
+            return attach_gradient(result, outer)
         solution = self._solve(settings, outer, data, init)
         loss = self._outer_losses(solution.value, outer, data, policy).mean()
         theta = [leaf for leaf in pytree.tree_leaves(outer) if isinstance(leaf, torch.Tensor)]
-        spoiled = check_dependence(self.where, loss, theta, policy)
+        poisoned = check_dependence(self.where, loss, theta, policy)
         among = tuple(leaf.requires_grad for leaf in theta if moves(leaf))
         if torch.is_grad_enabled() and any(among) and among not in self._connected_for and not transforms_active():
             with unhooked():
                 cut = self._disconnected(solution.value, outer, data, among)
-            spoiled |= bool(check_connection(self.where, outer, cut, policy))
+            poisoned |= bool(check_connection(self.where, outer, cut, policy))
             if not cut or policy in ("warn", "ignore"):
                 # Once: what leads to what is a property of the objectives, and costs an evaluation of both.
                 self._connected_for |= {among}
-        return loss * float("nan") if spoiled else loss
+        return loss * float("nan") if poisoned else loss
 
     def solve(
         self, outer: Any, data: Any, *, init: Any = None, inspect: bool = True, tolerance: Tolerance | None = None
@@ -347,15 +348,15 @@ class BilevelProblem(torch.nn.Module, ABC):
         with torch.enable_grad():
             solution = self._solve(replace(settings, on_adjoint=adjoints.append), theta, data, init)
             value = self._outer_losses(solution.value, theta, data, settings.on_failure).mean()
-            wanted = [leaf for leaf, move in zip(fresh, moving, strict=True) if move]
+            needs_grad = [leaf for leaf, move in zip(fresh, moving, strict=True) if move]
             if not value.requires_grad:
                 raise no_dependence(self.where)
-            spoiled = check_captures(self.where, value, wanted, (data, init), settings.on_failure)
-            found = torch.autograd.grad(value, wanted, allow_unused=True, materialize_grads=True)
+            poisoned = check_captures(self.where, value, needs_grad, (data, init), settings.on_failure)
+            found = torch.autograd.grad(value, needs_grad, allow_unused=True, materialize_grads=True)
         plain = pytree.tree_unflatten([_cut(leaf) for leaf in fresh], structure)
         inner = pytree.tree_map(_cut, solution.value)
         (lower, upper), x = self._flat_problems(inner, plain, data), self._numbering.ravel(inner)
-        if spoiled:
+        if poisoned:
             found = tuple(torch.full_like(gradient, float("nan")) for gradient in found)
         flat = torch.cat(
             [as_real(part).reshape(-1) for part in self._connected(found, inner, outer, data, settings.on_failure)]
@@ -367,7 +368,7 @@ class BilevelProblem(torch.nn.Module, ABC):
                 settings.on_adjoint(last)
             q, backward = last.value * lower.batch, last.report  # the mean's cotangents are 1/K of each problem's own
             corrected = corrected - (q * last.residual).sum(dim=-1).mean()
-        point = Point(lower, upper, x, q, _wanted(plain, lower))
+        point = Point(lower, upper, x, q, _needs_grad(plain, lower))
         report = HypergradientReport(solution.report, backward)
         return self._assembled(settings, plain, data, inner, point, value.detach(), corrected, flat, report)
 
@@ -417,14 +418,14 @@ class BilevelProblem(torch.nn.Module, ABC):
         start = self._start(outer, data, self._numbering.count(data)) if init is None else init
         start = pytree.tree_map(_cut, start)
         (lower, upper), x = self._flat_problems(start, outer, data), self._numbering.ravel(start)
-        wanted = _wanted(outer, lower)
+        needs_grad = _needs_grad(outer, lower)
 
         known: list[Constants] = []
 
         def certify(x: torch.Tensor, q: torch.Tensor, flat: torch.Tensor, corrected: torch.Tensor) -> Bound:
             if not known:
                 known.append(self.constants(outer, data).with_mu(tolerance.strong_convexity))
-            point = Point(lower, upper, x, q, wanted)
+            point = Point(lower, upper, x, q, needs_grad)
             certificate = Certificate(point, flat, corrected, lambda: known[0], self.where, policy)
             bound = certificate.bound
             known[0] = certificate.constants  # what quadratic objectives determine holds at every φ, and is found once
@@ -433,9 +434,9 @@ class BilevelProblem(torch.nn.Module, ABC):
         warm = self._warm if self.warm_start else WarmStart()
         begin = warm.adjoints(x)
         learned = warm.learned() if begin is not None else None
-        look = FirstLook(upper, self.outer_objective, given, policy)
-        inspect = partial(self._layer.inspector.look, lower, x, self.inner_objective, captures=True)
-        sought = seek(settings, inspect, lower, upper, x, begin, wanted, learned, certify, look)
+        inspect_once = CheckedObjective(upper, self.outer_objective, given, policy)
+        inspect = partial(self._layer.inspector.inspect_once, lower, x, self.inner_objective, captures=True)
+        sought = solve_to_goal(settings, inspect, lower, upper, x, begin, needs_grad, learned, certify, inspect_once)
         found = sought.found
         inner = self._numbering.unravel(found.x, start)
         if self.warm_start and sought.finite:
@@ -443,7 +444,7 @@ class BilevelProblem(torch.nn.Module, ABC):
         value = found.values.mean()
         corrected = value - torch.linalg.vecdot(found.q, found.residual).mean()
         report = HypergradientReport(sought.forward, sought.backward, found.report)
-        point = Point(lower, upper, found.x, found.q, wanted)
+        point = Point(lower, upper, found.x, found.q, needs_grad)
         parts = torch.split(
             found.gradient, [as_real(leaf).numel() for leaf in pytree.tree_leaves(outer) if moves(leaf)]
         )
@@ -476,7 +477,7 @@ class BilevelProblem(torch.nn.Module, ABC):
         """Return which floating-point tensors of ``outer``, of those ``among``, no objective's graph leads to."""
         plain, at = pytree.tree_map(_cut, outer), pytree.tree_map(_cut, inner)
         lower, upper = self._flat_problems(at, plain, data)
-        return disconnected(lower, upper, self._numbering.ravel(at), _wanted(plain, lower), among)
+        return disconnected(lower, upper, self._numbering.ravel(at), _needs_grad(plain, lower), among)
 
     def _flat_problems(self, inner: Any, outer: Any, data: Any) -> tuple[Problem, Problem]:
         """Return G and F as batches of flat problems."""
@@ -502,7 +503,7 @@ class BilevelProblem(torch.nn.Module, ABC):
         return outer_losses(self.outer_objective, self._numbering, inner, outer, data, policy)
 
 
-def _wanted(outer: Any, problem: Problem) -> tuple[bool, ...]:
+def _needs_grad(outer: Any, problem: Problem) -> tuple[bool, ...]:
     """Return which of the problem's tensors, those of ``outer`` first, are differentiated with respect to."""
     flags = [moves(leaf) for leaf in pytree.tree_leaves(outer) if isinstance(leaf, torch.Tensor)]
     return (*flags, *[False] * (len(problem.tensors) - len(flags)))

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch.utils import _pytree as pytree
 
-from bilevel.problems.adaptive.state import Knowledge
+from bilevel.problems.adaptive.state import SearchState
 
 __all__ = ["WarmStart"]
 
@@ -31,7 +31,7 @@ class WarmStart:
 
     inner: Any = None
     adjoint: torch.Tensor | None = None
-    known: Knowledge | None = None
+    known: SearchState | None = None
 
     def fits(self, count: int | None) -> bool:
         """Return whether there is an inner solution, of ``count`` problems if that is a number."""
@@ -52,9 +52,9 @@ class WarmStart:
             return None
         return self.adjoint.to(x) * len(x)
 
-    def learned(self) -> Knowledge | None:
+    def learned(self) -> SearchState | None:
         """Return a copy of what goals have learned, for a search to change."""
-        return None if self.known is None else Knowledge.of(self.known.state_dict())
+        return None if self.known is None else SearchState.of(self.known.state_dict())
 
     def state_dict(self) -> dict[str, Any]:
         """Return copies of everything, in types that can be loaded without running code."""
@@ -66,7 +66,7 @@ class WarmStart:
     def of(state: dict[str, Any]) -> WarmStart:
         """Return what :meth:`state_dict` described."""
         state = _copied(state)
-        known = None if state["known"] is None else Knowledge.of(state["known"])
+        known = None if state["known"] is None else SearchState.of(state["known"])
         return WarmStart(state["inner"], state["adjoint"], known)
 
 

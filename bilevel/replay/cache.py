@@ -13,10 +13,10 @@ from weakref import ReferenceType
 
 import torch
 
-from bilevel.replay import Program, note
 from bilevel.operators import LinearOperator
+from bilevel.replay import Program, note
 
-__all__ = ["ReplayedOperator", "Tapes"]
+__all__ = ["ReplayCache", "ReplayedOperator"]
 
 Evaluation = Callable[..., Sequence[torch.Tensor]]
 
@@ -30,7 +30,7 @@ class _Entry:
     given_up: bool = False
 
 
-class Tapes:
+class ReplayCache:
     """The programs of one function, for arguments of one kind.
 
     Parameters
@@ -115,8 +115,8 @@ def _repeats(
 
 
 def _same(a: torch.Tensor, b: torch.Tensor) -> bool:
-    alike = a.dtype == b.dtype and a.shape == b.shape and a.device == b.device
-    return alike and bool(((a == b) | ((a != a) & (b != b))).all())
+    same_layout = a.dtype == b.dtype and a.shape == b.shape and a.device == b.device
+    return same_layout and bool(((a == b) | ((a != a) & (b != b))).all())
 
 
 class ReplayedOperator(LinearOperator):

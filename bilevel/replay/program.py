@@ -8,10 +8,10 @@ from typing import Any, TypeAlias
 
 import torch
 
-from bilevel.replay.simplify import over_what_is_done_with
+from bilevel.replay.simplify import reuse_buffers
 from bilevel.replay.tape import Slot, Step, Tape
 
-__all__ = ["Begun", "Program", "Tensors"]
+__all__ = ["Program", "StartedProgram", "Tensors"]
 
 Tensors: TypeAlias = tuple[torch.Tensor, ...]
 Written: TypeAlias = Callable[..., Tensors]
@@ -20,7 +20,7 @@ _INLINE = (int, float, bool, str, type(None))
 
 
 @dataclass(frozen=True, eq=False)
-class Begun:
+class StartedProgram:
     """A program that has been run as far as its first arguments go.
 
     Parameters
@@ -73,13 +73,13 @@ class Program:
         """Return all results, of a program in one part."""
         return self._begin(*inputs)
 
-    def begin(self, *early: torch.Tensor) -> Begun:
+    def begin(self, *early: torch.Tensor) -> StartedProgram:
         """Run the first part."""
         made = self._begin(*early)
         known = iter(made)
         outputs = tuple(None if number in self._hanging else next(known) for number in self._tape.outputs)
         between = made[len(self._first) :]
-        return Begun(self, outputs, between, tuple(map(_version, between)))
+        return StartedProgram(self, outputs, between, tuple(map(_version, between)))
 
     def rest(self, which: tuple[int, ...]) -> tuple[Written, tuple[int, ...]]:
         """Return the second part for the results at the places ``which``, and which of the tensors between the parts it reads."""
@@ -99,7 +99,7 @@ class Program:
 
     def _part(self, given: Sequence[int], outputs: Sequence[int], here: Callable[[Step], bool]) -> Written:
         steps = self._tape.needed(outputs, given, here)
-        steps = over_what_is_done_with(self._tape, steps, given, outputs)
+        steps = reuse_buffers(self._tape, steps, given, outputs)
         return _written(steps, given, outputs, self._tape.constants)
 
     @property

@@ -20,7 +20,7 @@ from torch.nn.modules import module as _module
 
 from bilevel.replay.pure_names import ATTRIBUTES
 
-__all__ = ["Bound", "Shell", "emptied", "kept_under", "shell_parts"]
+__all__ = ["Bound", "StatelessModule", "emptied", "kept_under", "shell_parts"]
 
 # Their forward is a matter of settings and tensors alone.
 _KINDS = frozenset({
@@ -73,7 +73,7 @@ _KNOWN = {kind: _made_of(kind) for kind in _KINDS}
 
 
 @dataclass(frozen=True, eq=False)
-class Shell:
+class StatelessModule:
     """A module apart from those of its parameters and buffers that are given to it at each call.
 
     Parameters
@@ -105,7 +105,7 @@ class Bound:
     inside: bool = False
 
 
-def shell_parts(shell: Shell) -> tuple[list[Any], list[Any]] | None:
+def shell_parts(shell: StatelessModule) -> tuple[list[Any], list[Any]] | None:
     """Return the objects that tell calls of a module apart, and what else it goes by, which is to be straight itself.
 
     None if that cannot be told.
@@ -215,4 +215,4 @@ def kept_under(bound: Bound, names: Iterable[str], constants: frozenset[type]) -
 
 def emptied(value: Any) -> Any:
     """Return a module apart from all of its tensors, and anything else as it is."""
-    return Shell(value, empty=True) if isinstance(value, nn.Module) else value
+    return StatelessModule(value, empty=True) if isinstance(value, nn.Module) else value

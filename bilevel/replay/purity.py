@@ -21,12 +21,12 @@ from weakref import ReferenceType
 import torch
 from torch.utils import _pytree as pytree
 
-from bilevel.replay.pure_modules import Bound, Shell, emptied, kept_under, shell_parts
-from bilevel.replay.pure_names import MODULES, is_known, of_tensors, operators_are_torch_s
-from bilevel.replay.opcodes import is_known_step
 from bilevel._torch.transforms import is_plain
+from bilevel.replay.opcodes import is_known_step
+from bilevel.replay.pure_modules import Bound, StatelessModule, emptied, kept_under, shell_parts
+from bilevel.replay.pure_names import MODULES, is_known, of_tensors, operators_are_torch_s
 
-__all__ = ["Memory", "ordinary", "reached"]
+__all__ = ["InspectionCache", "has_plain_structure", "reachable_objects"]
 
 T = TypeVar("T")
 
@@ -48,14 +48,14 @@ _BUILTINS = {
 _MOST_KEPT = 16
 
 
-class Memory(Generic[T]):
+class InspectionCache(Generic[T]):
     """Remembers what was made of the last few that were looked at, by one caller; a copy of it, or a pickle, has forgotten."""
 
     def __init__(self) -> None:
         self._kept: list[tuple[tuple[Any, ...], tuple[Any, ...], T]] = []
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Memory, ()
+        return InspectionCache, ()
 
     def find(self, key: tuple[Any, ...], parts: tuple[Any, ...]) -> T | None:
         """Return what was kept with just this: an equal ``key``, and the same objects as ``parts``."""
@@ -94,7 +94,7 @@ class _Reading(NamedTuple):
     own: tuple[str, ...]
 
 
-def reached(*functions: Any) -> tuple[Any, ...] | None:
+def reachable_objects(*functions: Any) -> tuple[Any, ...] | None:
     """Return every object that ``functions``, or constants, reach if all are straight, and no gradient is; else None.
 
     An object stands there once for each place that it is reached from, in an order that the places determine and with the name that it is
@@ -120,8 +120,8 @@ def reached(*functions: Any) -> tuple[Any, ...] | None:
                 [item.func, *item.args, *item.keywords.values()],
             )
         elif isinstance(item, torch.nn.Module):
-            followed = shell_parts(Shell(item, empty=False))
-        elif type(item) is Shell:
+            followed = shell_parts(StatelessModule(item, empty=False))
+        elif type(item) is StatelessModule:
             followed = shell_parts(item)
         elif type(item) is tuple:
             # Who keeps the tuple itself would keep what is in it.
@@ -143,7 +143,7 @@ def _of_function(bound: Bound, expanded: set[tuple[int, int]]) -> tuple[list[Any
     if owner is not None:
         if not _uses_first(function.__code__):
             owner = None
-        elif (told := _told(owner, function)) is not None:
+        elif (told := _class_says(owner, function)) is not None:
             return [function], told
     # A function can be given another code, as interactive sessions do that load edited files anew.
     objects = [function, function.__code__]
@@ -158,20 +158,20 @@ def _of_function(bound: Bound, expanded: set[tuple[int, int]]) -> tuple[list[Any
     return None if own is None else (objects, [*named, *own])
 
 
-def _told(owner: Any, method: FunctionType) -> list[Any] | None:
+def _class_says(owner: Any, method: FunctionType) -> list[Any] | None:
     """Return what an object's class says that a ``method`` goes by, besides arguments; None if it says nothing."""
     says = getattr(type(owner), "_goes_by", None)
     told = None if says is None else says(owner, method)
     return None if told is None else [emptied(item) for item in told]
 
 
-def ordinary(structure: pytree.TreeSpec) -> bool:
+def has_plain_structure(structure: pytree.TreeSpec) -> bool:
     """Return whether a pytree has no nodes but tuples, lists and dicts: others, and odd keys, bring methods that are not looked for."""
     if structure.is_leaf():
         return True
     if structure.type not in _CONTAINERS or not all(type(key) in _KEYS for key in structure.context or ()):
         return False
-    return all(ordinary(child) for child in _children(structure))
+    return all(has_plain_structure(child) for child in _children(structure))
 
 
 def _children(structure: pytree.TreeSpec) -> Sequence[pytree.TreeSpec]:

@@ -12,7 +12,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from bilevel.replay.program import Program, Tensors
-from bilevel.replay.simplify import shorter
+from bilevel.replay.simplify import simplify
 from bilevel.replay.tape import Layout, Slot, Step, Tape, slots_in
 
 __all__ = ["note"]
@@ -54,14 +54,14 @@ def note(
     """
     # Arguments that share memory today may be apart tomorrow; what is captured is the same object every time.
     inputs, late = _apart(inputs, captured), _apart(late, ())
-    notes = _Notes((*inputs, *captured, *late))
+    notes = _Recorder((*inputs, *captured, *late))
     with notes, _Printed() as printed:
         outputs = tuple(function(*inputs, *late))
     tape = notes.tape(outputs)
     # Of what is changed in place it is not known which part needs it before, and which after.
     if tape is None or printed.any or (late and tape.in_place):
         return outputs, None
-    return outputs, Program(shorter(tape), len(late))
+    return outputs, Program(simplify(tape), len(late))
 
 
 def _apart(tensors: Sequence[torch.Tensor], others: Sequence[torch.Tensor]) -> Tensors:
@@ -91,7 +91,7 @@ class _Printed(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-class _Notes(TorchDispatchMode):
+class _Recorder(TorchDispatchMode):
     """Inside, each operation is noted.
 
     A tensor is known by its memory and layout, not as an object: the engine and the transforms make other objects of the same numbers. What gives

@@ -15,7 +15,7 @@ from torch.utils import _pytree as pytree
 
 from bilevel.replay.tape import Layout, Slot, Step, Tape, slots_in
 
-__all__ = ["over_what_is_done_with", "shorter"]
+__all__ = ["reuse_buffers", "simplify"]
 
 _aten = torch.ops.aten
 _POWER = _aten.pow.Tensor_Scalar
@@ -37,12 +37,12 @@ _IN_PLACE = {
 _FLOATING = (torch.float32, torch.float64)
 
 
-def shorter(tape: Tape) -> Tape:
+def simplify(tape: Tape) -> Tape:
     """Return a tape of the same function in fewer steps; the same one where something is changed in place."""
-    return tape if tape.in_place else _Shortening(tape).tape()
+    return tape if tape.in_place else _Simplifier(tape).tape()
 
 
-class _Shortening:
+class _Simplifier:
     """One walk along a tape: which slots hold what another holds, or nothing but ones."""
 
     def __init__(self, tape: Tape) -> None:
@@ -128,7 +128,7 @@ class _Shortening:
 
     def _may_stand_for(self, same: int, made: int) -> bool:
         # One that views of it are taken of lies as it would.
-        return self._is_inward(made) and self._layout(same).alike(self._layout(made))
+        return self._is_inward(made) and self._layout(same).same_layout(self._layout(made))
 
     def _layout(self, number: int) -> Layout:
         return self._tape.layouts[number]
@@ -143,9 +143,7 @@ def _frozen(value: Any) -> Any:
     return (type(value).__name__, repr(value))
 
 
-def over_what_is_done_with(
-    tape: Tape, steps: Sequence[Step], given: Iterable[int], outputs: Iterable[int]
-) -> list[Step]:
+def reuse_buffers(tape: Tape, steps: Sequence[Step], given: Iterable[int], outputs: Iterable[int]) -> list[Step]:
     """Return ``steps`` with operations that write over an argument of which nothing is read any more.
 
     Parameters
@@ -176,7 +174,7 @@ def over_what_is_done_with(
             others = [number for number in step.reads if number != over]
             if any(memory[number] == memory[over] for number in others):
                 continue
-            if not tape.layouts[over].alike(tape.layouts[made]) or not _is_solid(tape.layouts[over]):
+            if not tape.layouts[over].same_layout(tape.layouts[made]) or not _is_solid(tape.layouts[over]):
                 continue
             step = replace(step, operation=_IN_PLACE[step.operation], args=arguments)
             if memory[made] in kept:

@@ -45,7 +45,7 @@ class Layout(NamedTuple):
     stride: tuple[int, ...]
     dtype: torch.dtype
 
-    def alike(self, other: Layout) -> bool:
+    def same_layout(self, other: Layout) -> bool:
         """Return whether two tensors are of one shape, dtype and order in memory."""
         return self[2:] == other[2:]
 
@@ -94,11 +94,11 @@ class Tape:
         if self.in_place:
             return list(self.steps)
         there = set(given)
-        wanted, kept = set(outputs) - there, []
+        needs_grad, kept = set(outputs) - there, []
         for step in reversed(self.steps):
-            if not wanted.isdisjoint(step.makes) or (not step.makes and here(step)):
+            if not needs_grad.isdisjoint(step.makes) or (not step.makes and here(step)):
                 kept.append(step)
-                wanted.update(number for number in step.reads if number not in there)
+                needs_grad.update(number for number in step.reads if number not in there)
         return kept[::-1]
 
 

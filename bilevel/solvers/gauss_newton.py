@@ -6,12 +6,13 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from bilevel.setting_checks import check_steps
 from bilevel.equations.least_squares import refuse_objective, residual_count, weighted_jacobian
-from bilevel.equations.problem import Linearization, Problem
+from bilevel.equations.linearization import Linearization
+from bilevel.equations.problem import Problem
 from bilevel.errors import ArgumentError
 from bilevel.operators import DenseOperator
 from bilevel.reports import Status
+from bilevel.setting_checks import check_steps
 from bilevel.solvers._base import Goal, InnerSolution, InnerSolver, iterate
 from bilevel.solvers._gauss_newton_model import Model, column_scale
 

@@ -7,7 +7,6 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from bilevel.setting_checks import check_number, check_steps
 from bilevel.equations.least_squares import (
     Products,
     refuse_objective,
@@ -15,10 +14,12 @@ from bilevel.equations.least_squares import (
     residual_products,
     weighted_jacobian,
 )
-from bilevel.equations.problem import Linearization, Problem
+from bilevel.equations.linearization import Linearization
+from bilevel.equations.problem import Problem
 from bilevel.linear._lsmr import lsmr
 from bilevel.operators import DenseOperator, FunctionOperator, LinearOperator
 from bilevel.reports import Status
+from bilevel.setting_checks import check_number, check_steps
 from bilevel.solvers._base import Goal, InnerSolution, InnerSolver, iterate
 from bilevel.solvers._gauss_newton_model import Model, column_scale
 

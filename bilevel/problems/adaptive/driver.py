@@ -12,28 +12,29 @@ import torch
 from torch.utils import _pytree as pytree
 
 from bilevel._choice import default_linear_solver, default_solvers
-from bilevel.problems.adaptive.search import Search
-from bilevel.problems.checks import FirstLook
-from bilevel.problems.hypergradient import Hypergradient
-from bilevel.layers.checks import Look, on_trust
-from bilevel.problems.adaptive.state import GoalReport, Knowledge, Reached
-from bilevel.equations.problem import Problem
-from bilevel.layers.call import SolveSettings
 from bilevel._torch.transforms import transforms_active
-from bilevel.pytree import moves
 from bilevel.certificates.bound import Bound
+from bilevel.equations.problem import Problem
 from bilevel.errors import ArgumentError, BilevelError, SolveError, SolveWarning, TransformError
-from bilevel.reports import Basis, OnFailure, Pass, SolveReport, Status, enforce, misuse
+from bilevel.layers.call import SolveSettings
+from bilevel.layers.checks import Inspection, inspect_on_failure
+from bilevel.policy import OnFailure, apply_policy, handle_misuse
+from bilevel.problems.adaptive.search import Search
+from bilevel.problems.adaptive.state import GoalReport, SearchResult, SearchState
+from bilevel.problems.checks import CheckedObjective
+from bilevel.problems.hypergradient import Hypergradient
+from bilevel.pytree import moves
+from bilevel.reports import Basis, Pass, SolveReport, Status
 from bilevel.tolerance import Tolerance
 
-__all__ = ["Sought", "promised", "seek", "wants_promise"]
+__all__ = ["GoalResult", "attach_gradient", "needs_gradient", "solve_to_goal"]
 
 
 @dataclass(frozen=True, eq=False)
-class Sought:
+class GoalResult:
     """What a search found, and the two solves in the form of any solve's report."""
 
-    found: Reached
+    found: SearchResult
     forward: SolveReport
     backward: SolveReport
 
@@ -48,18 +49,18 @@ class Sought:
         return bool(torch.isfinite(self.found.x).all() & torch.isfinite(self.found.q).all())
 
 
-def seek(
+def solve_to_goal(
     settings: SolveSettings,
-    inspect: Callable[..., Look],
+    inspect: Callable[..., Inspection],
     lower: Problem,
     upper: Problem,
     x: torch.Tensor,
     q: torch.Tensor | None,
-    wanted: Sequence[bool],
-    known: Knowledge | None,
+    needs_grad: Sequence[bool],
+    known: SearchState | None,
     certify: Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], Bound],
-    look: FirstLook,
-) -> Sought:
+    look: CheckedObjective,
+) -> GoalResult:
     """Search from (x, q) with the solvers of ``settings`` for what its tolerance asks, and treat failure as its policy says.
 
     ``inspect`` inspects G, and with ``again=True`` even where it has before. ``look`` is F of ``upper``, which it looks at.
@@ -73,29 +74,29 @@ def seek(
     StochasticObjectiveError, CapturedTensorError, ArgumentError
         If an objective is no function of its arguments alone, or F depends on none of them (policy ``"raise"``).
     """
-    spoiled = False
+    poisoned = False
 
     def inspected(*, again: bool = False) -> tuple[torch.Tensor, torch.Tensor] | None:
-        nonlocal spoiled
+        nonlocal poisoned
         try:
             return inspect(again=again).found if lower.batch else None
         except BilevelError as error:
             if isinstance(error, ValueError) or error.__cause__ is not None:
                 raise
-            spoiled = misuse(error, settings.on_failure)
+            poisoned = handle_misuse(error, settings.on_failure)
             return None
 
     first = inspected()
-    trusted = first is None and not spoiled and lower.batch > 0
+    trusted = first is None and not poisoned and lower.batch > 0
     solver = settings.solver or default_solvers(lower)[0]
     linear = settings.linear_solver
     search = Search(
-        lower, upper, wanted, solver, (lambda operator: default_linear_solver(operator) if linear is None else linear),
+        lower, upper, needs_grad, solver, (lambda operator: default_linear_solver(operator) if linear is None else linear),
         settings.tolerance, known, certify, look,
     )  # fmt: skip
     if lower.batch == 1 and first is not None:
         search.lower.remember(x, first[0].reshape(1), first[1].reshape(x.shape))
-    with on_trust(x.device, lambda: inspected(again=True)) if trusted else nullcontext():
+    with inspect_on_failure(x.device, lambda: inspected(again=True)) if trusted else nullcontext():
         found = search.run(x, q)
     linear_name = "its default" if linear is None else linear.name
     # A batch's means hand each problem 1/K of its right-hand side: reports speak of that system, as everywhere.
@@ -103,14 +104,14 @@ def seek(
     backward = _report(
         Pass.BACKWARD, lower.where, linear_name, found, found.rho / max(1, lower.batch), found.linear_steps
     )
-    return _treated(settings.on_failure, Sought(found, forward, backward), spoiled or look.spoiled)
+    return _treated(settings.on_failure, GoalResult(found, forward, backward), poisoned or look.poisoned)
 
 
-def _treated(on_failure: OnFailure, sought: Sought, spoiled: bool) -> Sought:
+def _treated(on_failure: OnFailure, sought: GoalResult, poisoned: bool) -> GoalResult:
     """File the reports, and raise, warn or spoil the gradient where the goal was not met."""
     found, goal, where = sought.found, sought.goal, sought.forward.where
     for report in (sought.forward, sought.backward):
-        enforce(report, report.residual_norm.unsqueeze(-1), "ignore")
+        apply_policy(report, report.residual_norm.unsqueeze(-1), "ignore")
     if not goal.met:
         unproven = goal.basis is Basis.ESTIMATED and not goal.tolerance.estimates and goal.status is Status.STAGNATED
         sentence = f"{where}: {goal.message}"
@@ -124,13 +125,13 @@ def _treated(on_failure: OnFailure, sought: Sought, spoiled: bool) -> Sought:
             raise SolveError(sentence, sought.forward)
         if on_failure == "warn":
             warnings.warn(sentence, SolveWarning, stacklevel=2)
-    if spoiled or (not goal.met and on_failure == "nan"):
+    if poisoned or (not goal.met and on_failure == "nan"):
         found = replace(found, gradient=torch.full_like(found.gradient, float("nan")))
     return replace(sought, found=found)
 
 
 def _report(
-    direction: Pass, where: str, solver: str, found: Reached, residual: torch.Tensor, steps: torch.Tensor
+    direction: Pass, where: str, solver: str, found: SearchResult, residual: torch.Tensor, steps: torch.Tensor
 ) -> SolveReport:
     axes = found.axes
     norm = residual.norm(dim=-1).reshape(axes)
@@ -162,7 +163,7 @@ class _Promised(torch.autograd.Function):
         return (None, None, *(cotangent.to(gradient) * gradient for gradient in ctx.saved_tensors))
 
 
-def wants_promise(where: str, tolerance: Tolerance, outer: Any, data: Any) -> bool:
+def needs_gradient(where: str, tolerance: Tolerance, outer: Any, data: Any) -> bool:
     """Return whether a tensor of ``outer`` wants the gradient of a loss that is computed to ``tolerance``, which has a goal.
 
     Raises
@@ -184,7 +185,7 @@ def wants_promise(where: str, tolerance: Tolerance, outer: Any, data: Any) -> bo
     return any(leaf.requires_grad for leaf in pytree.tree_leaves(outer) if moves(leaf))
 
 
-def promised(result: Hypergradient, outer: Any) -> torch.Tensor:
+def attach_gradient(result: Hypergradient, outer: Any) -> torch.Tensor:
     """Return the outer loss of ``result``, with its gradients for the tensors of ``outer``."""
     gradients = [leaf for leaf in pytree.tree_leaves(result.grad) if leaf is not None]
     leaves = [leaf for leaf in pytree.tree_leaves(outer) if moves(leaf)]

@@ -19,15 +19,15 @@ from dataclasses import dataclass, field
 
 import torch
 
-from bilevel.problems.adaptive.state import Knowledge
-from bilevel.equations.problem import Linearization
-from bilevel.problems.adaptive.quasi_newton import JointOperator
 from bilevel.certificates.bound import Bound
+from bilevel.equations.linearization import Linearization
 from bilevel.operators import LinearOperator
+from bilevel.problems.adaptive.quasi_newton import JointOperator
+from bilevel.problems.adaptive.state import SearchState
 from bilevel.reports import Basis
 from bilevel.tolerance import Tolerance
 
-__all__ = ["ErrorModel", "Here"]
+__all__ = ["ErrorModel", "Iterate"]
 
 # The first adjoint, before anything is known of errors: relative residual. Where ĝ is followed, no guess is added at the end,
 # and the last changes of ĝ have to be as small.
@@ -43,7 +43,7 @@ _MOST_CORRECTIONS = 12
 
 
 @dataclass(eq=False)
-class Here:
+class Iterate:
     """G and F linearised at one φ, with the adjoint so far."""
 
     x: torch.Tensor
@@ -100,7 +100,7 @@ class ErrorModel:
     """
 
     tolerance: Tolerance
-    known: Knowledge
+    known: SearchState
     certify: Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], Bound]
     first: float = math.nan
     corrections: int = 0
@@ -111,19 +111,19 @@ class ErrorModel:
         """Whether the certificate has contradicted the model so often that rounding must be the cause."""
         return self.corrections > _MOST_CORRECTIONS
 
-    def allowed(self, here: Here) -> float:
+    def allowed(self, here: Iterate) -> float:
         """Return what ‖ĝ − g‖ may be."""
         return self.tolerance.allowed(float(here.gradient.norm()))
 
-    def seen(self, here: Here) -> bool:
+    def seen(self, here: Iterate) -> bool:
         """Whether it is known what ∇G's norm does to ĝ."""
         return self.known.slope > 0 or self.looked or here.size == 0
 
-    def spoiled(self, here: Here) -> bool:
+    def poisoned(self, here: Iterate) -> bool:
         """Whether φ has to move in any case, and ρ does not hide yet what that does to ĝ: the adjoint can wait."""
         return self.known.slope > 0 and self.inner_share(here) > max(self.allowed(here), self.linear_share(here))
 
-    def inner_share(self, here: Here) -> float:
+    def inner_share(self, here: Iterate) -> float:
         """Return the model's part of the inner residual; before S is known, the error is taken to be of the size of ĝ."""
         known = self.known
         # What a step leaves lies in softer directions than the step, where S may be larger: one look is not enough to trust.
@@ -134,7 +134,7 @@ class ErrorModel:
             return caution * float(here.gradient.norm()) * here.size / self.first if self.first else 0.0
         return caution * known.inner_doubt * known.slope * known.nu * here.size
 
-    def linear_share(self, here: Here) -> float:
+    def linear_share(self, here: Iterate) -> float:
         """Return the model's part of the adjoint's residual."""
         known = self.known
         norms = known.pull * known.nu
@@ -146,30 +146,30 @@ class ErrorModel:
             share = min(share, caution * max(here.changes[-_LAST:]) + slack)
         return known.linear_doubt * share
 
-    def caution(self, here: Here, numbers: int) -> float:
+    def caution(self, here: Iterate, numbers: int) -> float:
         """Return c for what was seen on so many ``numbers``."""
         return _SAFETY * (1 + _DOUBT / max(1, numbers, here.direct.numel()))
 
-    def adjoint_aim(self, here: Here) -> float:
+    def adjoint_aim(self, here: Iterate) -> float:
         """Return the ‖ρ‖ to reach: half of what is allowed, what the inner residual leaves of it, or would spoil anyway."""
         share = self.linear_share(here)
         if not share > 0:
             return _FIRST_ADJOINT * float(here.v.norm())
         return here.left * self.linear_allowed(here) / share
 
-    def linear_allowed(self, here: Here) -> float:
+    def linear_allowed(self, here: Iterate) -> float:
         """Return how large :meth:`linear_share` may be."""
         allowed, inner = self.allowed(here), self.inner_share(here)
         return max(0.5 * _MARGIN * allowed, _MARGIN * (allowed - inner), 0.3 * inner)
 
-    def followed_enough(self, here: Here, *, first: bool) -> bool:
+    def followed_enough(self, here: Iterate, *, first: bool) -> bool:
         """Return whether an adjoint that is followed need not go on; ``first`` while nothing is known of errors."""
         if first:
             small = len(here.changes) > 2 and max(here.changes[-2:]) <= _FIRST_FOLLOWED * float(here.gradient.norm())
             return small and here.left <= _FIRST_FOLLOWED * float(here.v.norm())
         return self.linear_share(here) <= self.linear_allowed(here)
 
-    def inner_aim(self, here: Here) -> float:
+    def inner_aim(self, here: Iterate) -> float:
         """Return the ‖∇G‖ that a step is to lead to."""
         known, size = self.known, here.size
         share = self.inner_share(here)
@@ -181,7 +181,7 @@ class ErrorModel:
         floor = _MOST_REDUCTION * size if known.slope else first * self.first
         return min(max(aim, bend, floor), 0.3 * size)
 
-    def judge(self, here: Here) -> Bound:
+    def judge(self, here: Iterate) -> Bound:
         """Return the bound that decides: the model's, or the certificate's where that has to and may be within the goal."""
         inner, linear = self.inner_share(here), self.linear_share(here)
         estimate = Bound(inner + linear if self.seen(here) else math.inf, Basis.ESTIMATED, inner, linear)
@@ -202,7 +202,7 @@ class ErrorModel:
             self.known.linear_doubt *= max(1.2, proven.linear_part / linear if linear else 1.2)
         return proven
 
-    def measure(self, here: Here, there: Here, length: float) -> None:
+    def measure(self, here: Iterate, there: Iterate, length: float) -> None:
         """Learn S from a step of the given length between two points whose adjoints are as good as they are going to be."""
         change = float((there.gradient - here.gradient).norm())
         if not math.isfinite(change):
@@ -212,7 +212,7 @@ class ErrorModel:
         self.known.numbers += here.direct.numel()
         self.known.looks += 1
 
-    def see_pull(self, here: Here) -> None:
+    def see_pull(self, here: Iterate) -> None:
         """Learn β from the adjoint at hand."""
         self.known.pulls += here.pulled.numel()
         self.known.pull = max(self.known.pull, float(here.pulled.norm()) / here.x.shape[0] / float(here.q.norm()))

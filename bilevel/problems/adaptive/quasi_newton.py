@@ -24,7 +24,7 @@ from bilevel._torch.factorisations import pinv
 from bilevel.equations.problem import Problem
 from bilevel.operators import LinearOperator
 
-__all__ = ["JointOperator", "RecordedOperator", "Secants", "WatchedProblem"]
+__all__ = ["JointOperator", "RecordedOperator", "RecordingProblem", "SecantPairs"]
 
 _MOST_PAIRS = 40
 _MOST_BYTES = 2**28
@@ -36,7 +36,7 @@ _MARGIN = 10.0
 _FEWEST_TO_TELL = 3
 
 
-class Secants:
+class SecantPairs:
     """Pairs (s, y) with y ≈ H s of a batch of K problems, the latest first to count; a function r ↦ M⁻¹ r."""
 
     def __init__(self, most: int = _MOST_PAIRS) -> None:
@@ -109,7 +109,7 @@ class Secants:
 
 
 class RecordedOperator(LinearOperator):
-    """A symmetric operator that keeps its products until :meth:`tell` gives them to a :class:`Secants`.
+    """A symmetric operator that keeps its products until :meth:`tell` gives them to a :class:`SecantPairs`.
 
     They are not given at once: a preconditioner that changed during a solve would spoil the conjugacy of its directions.
     """
@@ -137,7 +137,7 @@ class RecordedOperator(LinearOperator):
 
     rmatvec = matvec
 
-    def tell(self, secants: Secants) -> None:
+    def tell(self, secants: SecantPairs) -> None:
         """Give the products made since the last call to ``secants``."""
         for s, y in self._made[self._told :]:
             secants.add(s, y)
@@ -219,7 +219,7 @@ def _inverse_root(t: torch.Tensor) -> torch.Tensor:
 
 
 @dataclass(frozen=True, eq=False)
-class WatchedProblem(Problem):
+class RecordingProblem(Problem):
     """A problem that keeps the last points at which a solver took its gradient, and takes none twice in a row."""
 
     seen: deque[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = field(
@@ -238,7 +238,7 @@ class WatchedProblem(Problem):
         """Keep what G (K,) and ∇G (K, n) are at x (K, n)."""
         self.seen.append((x.detach().clone(), value, gradient))
 
-    def tell(self, secants: Secants) -> None:
+    def tell(self, secants: SecantPairs) -> None:
         """Give the differences of successive gradients to ``secants``."""
         for (x, _, g), (x_next, _, g_next) in zip(self.seen, list(self.seen)[1:], strict=False):
             secants.add(x_next - x, g_next - g)

@@ -24,14 +24,15 @@ from dataclasses import replace
 
 import torch
 
-from bilevel.problems.adaptive.error_model import ErrorModel, Here
-from bilevel.problems.adaptive.state import GoalReport, Knowledge, Reached
-from bilevel.equations.problem import Linearization, Problem
-from bilevel.problems.adaptive.quasi_newton import JointOperator, RecordedOperator, WatchedProblem
 from bilevel.certificates.bound import Bound
+from bilevel.equations.linearization import Linearization
+from bilevel.equations.problem import Problem
 from bilevel.linear._base import LinearOutcome, LinearSolver, solve_linear
 from bilevel.linear.cg import CG
 from bilevel.operators import HessianOperator, LinearOperator
+from bilevel.problems.adaptive.error_model import ErrorModel, Iterate
+from bilevel.problems.adaptive.quasi_newton import JointOperator, RecordedOperator, RecordingProblem
+from bilevel.problems.adaptive.state import GoalReport, SearchResult, SearchState
 from bilevel.reports import Basis, Status
 from bilevel.solvers._base import InnerSolver
 from bilevel.solvers._error import rounding
@@ -63,7 +64,7 @@ class Search:
     ----------
     lower, upper
         G and F.
-    wanted
+    needs_grad
         Which of the problems' tensors are θ.
     solver
         Makes the first stretch, and goes on where Newton's method does not work.
@@ -83,37 +84,37 @@ class Search:
         self,
         lower: Problem,
         upper: Problem,
-        wanted: Sequence[bool],
+        needs_grad: Sequence[bool],
         solver: InnerSolver,
         linear_solver: Callable[[LinearOperator], LinearSolver],
         tolerance: Tolerance,
-        known: Knowledge | None,
+        known: SearchState | None,
         certify: Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], Bound],
         outputs: Callable[..., torch.Tensor] | None = None,
     ) -> None:
-        self.lower = WatchedProblem(lower.system, lower.tensors)
-        self.upper, self.wanted = upper, list(wanted)
+        self.lower = RecordingProblem(lower.system, lower.tensors)
+        self.upper, self.needs_grad = upper, list(needs_grad)
         self.outputs = outputs or upper.system.outputs
         self.solver, self.choose = solver, linear_solver
         self.cold = known is None or known.slope == 0
-        self.known = Knowledge() if known is None else known
+        self.known = SearchState() if known is None else known
         self.model = ErrorModel(tolerance, self.known, certify)
         zeros = torch.zeros(lower.batch, dtype=torch.int64)
         self.inner_steps, self.linear_steps = zeros, zeros
         self._stretches = 0
         self._inner: Status | None = None  # how the inner solver ended, once it went to full accuracy
 
-    def run(self, x: torch.Tensor, q: torch.Tensor | None) -> Reached:
+    def run(self, x: torch.Tensor, q: torch.Tensor | None) -> SearchResult:
         """Begin at φ = x (K, n) and the adjoint q (K, n), or None."""
         before = replace(self.known)
-        self.known.fade()
+        self.known.discount()
         here = self._begin(x, q) if self.cold else self._enter(x, q)
         reason = self._impossible(here)
         rounds = 0
         bound = Bound(math.inf, Basis.ESTIMATED)
         while reason is None:
             rounds += 1
-            stuck = False if self.model.spoiled(here) else self._solve_adjoint(here)
+            stuck = False if self.model.poisoned(here) else self._solve_adjoint(here)
             if isinstance(stuck, Status):
                 there = self._hand_back(here, stuck)
                 if isinstance(there, Status):
@@ -149,7 +150,7 @@ class Search:
 
     # The rounds
 
-    def _begin(self, x: torch.Tensor, q: torch.Tensor | None) -> Here:
+    def _begin(self, x: torch.Tensor, q: torch.Tensor | None) -> Iterate:
         """Let the inner solver make its stretch, and take the step beyond it that its gradients point to: the next pass tells its worth."""
         end, residual = self._descend(x)
         step, rest = self.known.secants.fit(residual)
@@ -172,7 +173,7 @@ class Search:
         self.inner_steps = self.inner_steps + outcome.iterations.cpu()
         return outcome.x, outcome.residual
 
-    def _hand_back(self, here: Here, status: Status) -> Here | Status:
+    def _hand_back(self, here: Iterate, status: Status) -> Iterate | Status:
         """Let the inner solver go on where ``status`` stopped the other solves, at last to full accuracy; return ``status`` once it has.
 
         What was learned before belongs to another region, in which G need not even be convex.
@@ -180,7 +181,7 @@ class Search:
         if self._stretches >= _MOST_STRETCHES:
             return status
         self._stretches += 1
-        self.known.forget()
+        self.known.reset()
         if self._stretches < _MOST_STRETCHES:
             x, _ = self._descend(here.x, _STRETCH)
         else:
@@ -193,21 +194,21 @@ class Search:
         there = self._at(x)
         return status if self._impossible(there) else there
 
-    def _enter(self, x: torch.Tensor, q: torch.Tensor | None) -> Here:
+    def _enter(self, x: torch.Tensor, q: torch.Tensor | None) -> Iterate:
         here = self._at(x)
         if math.isnan(self.model.first):
             self.model.first = here.size
         return here if q is None else self._with(here, q)
 
-    def _follow(self, before: Here, x: torch.Tensor) -> Here:
+    def _follow(self, before: Iterate, x: torch.Tensor) -> Iterate:
         """Return the linearisation at x, with the adjoint from before and a guess of what ∇F's change makes of it."""
         here = self._at(x)
         return self._with(here, before.q + self.known.secants.guess(here.v - before.v + before.rho))
 
-    def _at(self, x: torch.Tensor) -> Here:
-        linear = self.lower.linearize(x, self.wanted)
+    def _at(self, x: torch.Tensor) -> Iterate:
+        linear = self.lower.linearize(x, self.needs_grad)
         values, v, direct = self._slopes(x)
-        return Here(
+        return Iterate(
             x, linear, self._recorded(linear, direct.numel()), linear.residual.detach(), values, v, direct,
             torch.zeros_like(x), v, torch.zeros_like(direct),
         )  # fmt: skip
@@ -227,7 +228,7 @@ class Search:
             return JointOperator(linear.operator, lambda v: self._joint(linear, v))
         return RecordedOperator(linear.operator)
 
-    def _with(self, here: Here, q: torch.Tensor) -> Here:
+    def _with(self, here: Iterate, q: torch.Tensor) -> Iterate:
         """Set q, and with it ρ and Bᵀq: one pass of ⟨∇G, q⟩ gives H q and Bᵀq both."""
         here.q, here.changes = q, []
         if not bool((q != 0).any()):
@@ -237,7 +238,7 @@ class Search:
         self.model.see_pull(here)
         return here
 
-    def _solve_adjoint(self, here: Here) -> Status | bool:
+    def _solve_adjoint(self, here: Iterate) -> Status | bool:
         """Bring ρ down to its share of the error; return what stopped that, or whether rounding keeps it above its share."""
         if self.known.slope and self.model.inner_share(here) + self.model.linear_share(here) <= self.model.allowed(
             here
@@ -267,7 +268,7 @@ class Search:
                 ahead = False
         return True
 
-    def _follow_changes(self, here: Here, operator: JointOperator) -> Status | bool | None:
+    def _follow_changes(self, here: Iterate, operator: JointOperator) -> Status | bool | None:
         """Go on with the adjoint product by product, as long as ĝ changes by more than its share; None where rounding ends that.
 
         A product more tells what ĝ is for the best q on the span of them all, and no pass is needed to verify it. The last
@@ -297,7 +298,7 @@ class Search:
         operator.tell(self.known.secants)
         return ended
 
-    def _refine(self, here: Here) -> Here | Status:
+    def _refine(self, here: Iterate) -> Iterate | Status:
         """Return the next φ, by a step of Newton's method solved for as far as it should be, or by the inner solver."""
         size = here.size
         outcome = self._linear(here, here.residual, self.model.inner_aim(here) / size)
@@ -331,7 +332,7 @@ class Search:
         self.known.value_bend = max(self.known.value_bend, change / (self.known.nu * size) ** 2)
         return there
 
-    def _linear(self, here: Here, rhs: torch.Tensor, reduction: float, most: int | None = None) -> LinearOutcome:
+    def _linear(self, here: Iterate, rhs: torch.Tensor, reduction: float, most: int | None = None) -> LinearOutcome:
         """Solve H x = ``rhs`` to ``reduction`` of it, or by the ``most`` steps of conjugate gradients, conjugate to all before."""
         solver, recorded, secants = self.choose(here.operator), here.operator, self.known.secants
         assert isinstance(recorded, RecordedOperator)
@@ -354,7 +355,7 @@ class Search:
             self.known.nu = max(self.known.nu, float(outcome.x.norm()) / size, self.known.secants.softest)
         return outcome
 
-    def _see_slope(self, here: Here, there: Here, length: float) -> None:
+    def _see_slope(self, here: Iterate, there: Iterate, length: float) -> None:
         """Measure S once the adjoint there is as good as it is going to be: the change of ĝ that the step made."""
         if not length > 0:
             return
@@ -363,7 +364,7 @@ class Search:
         if length > torch.finfo(here.x.dtype).eps ** 0.5 * (1 + float(here.x.norm())) or self.model.seen(here):
             self.model.measure(here, there, length)
 
-    def _look_aside(self, here: Here) -> bool:
+    def _look_aside(self, here: Iterate) -> bool:
         """Measure S by a step that leads nowhere, where φ came to the last digits before a step could show it."""
         generator = torch.Generator().manual_seed(0)
         signs = (torch.randint(0, 2, here.x.shape, generator=generator) * 2 - 1).to(here.x)
@@ -377,18 +378,18 @@ class Search:
         self.model.measure(here, there, float(step.norm()))
         return self.model.looked
 
-    def _impossible(self, here: Here) -> Status | None:
+    def _impossible(self, here: Iterate) -> Status | None:
         finite = torch.isfinite(here.residual).all() & torch.isfinite(here.v).all() & torch.isfinite(here.values).all()
         return None if bool(finite) else Status.NOT_FINITE
 
-    def _end(self, here: Here, bound: Bound, status: Status, rounds: int) -> Reached:
+    def _end(self, here: Iterate, bound: Bound, status: Status, rounds: int) -> SearchResult:
         report = GoalReport(
             self.model.tolerance, status, bound.value, self.model.allowed(here), bound.basis, rounds, here.gradient.dtype,
             self._inner,
         )  # fmt: skip
         distance = self.known.nu * here.size
         slack = self.known.value_bend * distance**2 + here.left * distance / max(1, here.x.shape[0])
-        return Reached(
+        return SearchResult(
             here.x, here.q, here.residual, here.v, here.rho, here.gradient, here.values, self.lower.system.batch_shape,
             self.inner_steps, self.linear_steps,
             bound, self.model.caution(here, self.known.numbers) * slack, report, self.known,
@@ -402,10 +403,10 @@ class Search:
         with torch.enable_grad():
             point = x.detach().requires_grad_(True)
             leaves = [
-                t.detach().requires_grad_(True) if w else t for t, w in zip(upper.tensors, self.wanted, strict=True)
+                t.detach().requires_grad_(True) if w else t for t, w in zip(upper.tensors, self.needs_grad, strict=True)
             ]
             values = self.outputs(point.reshape(*upper.system.batch_shape, upper.size), *leaves)
-            chosen = [leaf for leaf, w in zip(leaves, self.wanted, strict=True) if w]
+            chosen = [leaf for leaf, w in zip(leaves, self.needs_grad, strict=True) if w]
             if not values.requires_grad:
                 return (
                     values.detach().reshape(-1),

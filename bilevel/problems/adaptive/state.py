@@ -8,12 +8,12 @@ from typing import Any
 
 import torch
 
-from bilevel.problems.adaptive.quasi_newton import Secants
 from bilevel.certificates.bound import Bound
-from bilevel.reports import Basis, Status, fitting
+from bilevel.problems.adaptive.quasi_newton import SecantPairs
+from bilevel.reports import Basis, Status, remedy_for_dtype
 from bilevel.tolerance import Tolerance
 
-__all__ = ["GoalReport", "Knowledge", "Reached"]
+__all__ = ["GoalReport", "SearchResult", "SearchState"]
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ class GoalReport:
         head = f"the hypergradient's error is {reached} after {self.rounds} rounds, and {self.tolerance!r} allows {self.allowed:.2g}"
         if self.met:
             return f"{head}."
-        return f"{head}; remedy: {fitting(self._remedy, self.dtype)}."
+        return f"{head}; remedy: {remedy_for_dtype(self._remedy, self.dtype)}."
 
     @property
     def _remedy(self) -> str:
@@ -88,7 +88,7 @@ class GoalReport:
 
 
 @dataclass(eq=False)
-class Knowledge:
+class SearchState:
     """What the rounds have taught about the problem; kept from one hypergradient to the next near by.
 
     Parameters
@@ -119,7 +119,7 @@ class Knowledge:
     curvature: float = 0.0
     inner_doubt: float = 1.0
     linear_doubt: float = 1.0
-    secants: Secants = field(default_factory=Secants)
+    secants: SecantPairs = field(default_factory=SecantPairs)
 
     def state_dict(self) -> dict[str, Any]:
         """Return everything, in types that can be loaded without running code."""
@@ -127,29 +127,29 @@ class Knowledge:
         return {**numbers, "pairs": list(self.secants.pairs), "scale": self.secants.scale}
 
     @staticmethod
-    def of(state: dict[str, Any]) -> Knowledge:
+    def of(state: dict[str, Any]) -> SearchState:
         """Return what :meth:`state_dict` described."""
         numbers = {name: value for name, value in state.items() if name not in ("pairs", "scale")}
-        known = Knowledge(**numbers)
+        known = SearchState(**numbers)
         known.secants.pairs.extend(tuple(pair) for pair in state["pairs"])
         known.secants.scale = state["scale"]
         return known
 
-    def age(self, before: Knowledge, *, stepped: bool, solved: bool) -> None:
+    def age(self, before: SearchState, *, stepped: bool, solved: bool) -> None:
         """Expect more than ``before`` of what neither a step nor a solve has measured: nothing has raised again what faded."""
         if not stepped:
             self.slope, self.value_bend = 1.25 * before.slope, 1.25 * before.value_bend
             if not solved:
                 self.nu = 1.25 * before.nu
 
-    def forget(self) -> None:
+    def reset(self) -> None:
         """Forget everything: it was learned at other points, and does not hold at this one."""
         for item in fields(self):
             if item.name != "secants":
                 setattr(self, item.name, item.default)
-        self.secants = Secants()
+        self.secants = SecantPairs()
 
-    def fade(self) -> None:
+    def discount(self) -> None:
         """Trust what was seen elsewhere a little less; what is seen here raises it again."""
         self.nu, self.slope, self.pull = 0.8 * self.nu, 0.8 * self.slope, 0.8 * self.pull
         self.secants.softest = 0.0
@@ -159,7 +159,7 @@ class Knowledge:
 
 
 @dataclass(frozen=True, eq=False)
-class Reached:
+class SearchResult:
     """Where :func:`reach` ended; tensors per problem of the batch of K.
 
     Parameters
@@ -199,4 +199,4 @@ class Reached:
     bound: Bound
     value_error: float
     report: GoalReport
-    known: Knowledge
+    known: SearchState

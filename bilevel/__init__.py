@@ -47,6 +47,8 @@ from bilevel.problems.adaptive.state import GoalReport
 from bilevel.problems.hypergradient import Hypergradient, HypergradientReport
 from bilevel.problems.problem import BilevelProblem
 from bilevel.pytree import ravel
+from bilevel.quadratic_programs._solvers import Mehrotra
+from bilevel.quadratic_programs.quadratic_program import Certificate, ProgramSolution, quadratic_program
 from bilevel.recording import Recording, record
 from bilevel.replay.switch import replaying
 from bilevel.reports import Basis, Pass, SolveReport, Status
@@ -65,7 +67,7 @@ from bilevel.solvers.torch_optimizer import TorchOptimizer
 from bilevel.tolerance import AUTO, Tolerance
 
 if TYPE_CHECKING:
-    from bilevel import testing
+    from bilevel import stochastic, testing
     from bilevel.hyperopt.problem import HyperparameterOptimization
     from bilevel.meta.imaml import IMAML
 
@@ -90,6 +92,7 @@ __all__ = [
     "Bound",
     "BudgetWarning",
     "CapturedTensorError",
+    "Certificate",
     "Constants",
     "ConstantsError",
     "CubicSchedule",
@@ -119,6 +122,7 @@ __all__ = [
     "LinearOperator",
     "LinearSolution",
     "LinearSolver",
+    "Mehrotra",
     "Neumann",
     "Newton",
     "Nystrom",
@@ -129,6 +133,7 @@ __all__ = [
     "OuterStep",
     "Pass",
     "Problem",
+    "ProgramSolution",
     "QuadraticSchedule",
     "Recording",
     "ScipyLinear",
@@ -153,11 +158,13 @@ __all__ = [
     "linear_solve",
     "minimize",
     "operators",
+    "quadratic_program",
     "ravel",
     "record",
     "replaying",
     "robust",
     "root",
+    "stochastic",
     "testing",
 ]
 
@@ -165,6 +172,7 @@ __all__ = [
 _IMPORTED_WHEN_USED = {
     "HyperparameterOptimization": "bilevel.hyperopt.problem",
     "IMAML": "bilevel.meta.imaml",
+    "stochastic": "bilevel.stochastic",
     "testing": "bilevel.testing",
 }
 

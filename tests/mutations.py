@@ -159,6 +159,7 @@ MUTATIONS = (
     ),
     Mutation(
         "a mean for a sum over the problems that share a tensor", "equations/problem.py",
+        "a mean for a sum over the problems that share a tensor", "equations/linearization.py",
         "return self._pull(q)[1]", "return self._pull(q / len(q))[1]",
         cells("Plain autograd, .backward()", "argmin, batch, float64", "root, batch, float64"),
     ),
@@ -306,6 +307,7 @@ MUTATIONS = (
     Mutation(
         "two thirds of the curvature, as Gauss–Newton has of a quartic", "equations/problem.py",
         "operator = HessianOperator(residual, point)", "operator = HessianOperator(2 * residual / 3, point)",
+        "operator = HessianOperator(residual, point, expect", "operator = HessianOperator(2 * residual / 3, point, expect",
         ("tests/test_implicit.py", "-k", "quartic"),
     ),
     Mutation(
@@ -611,7 +613,7 @@ MUTATIONS = (
         "shaped = apply_policy(report, shaped, settings.on_failure,", 'shaped = apply_policy(report, shaped, "raise",', ("tests/test_failures.py", "-k", "test_backward_failures"),
     ),
     Mutation(
-        "one failed problem spoils its batch", "reports.py",
+        "one failed problem spoils its batch", "policy.py",
         'torch.where(failed.unsqueeze(-1), torch.full_like(x, float("nan")), x)', 'torch.full_like(x, float("nan"))',
         ("tests/test_failures.py", "-k", "one_failed_problem"),
     ),

@@ -17,9 +17,9 @@ OWN = {
     **dict.fromkeys((ROOT / "hyperopt").rglob("*.py"), ("bilevel.hyperopt", "bilevel.cli.output")),
     **dict.fromkeys((ROOT / "meta").rglob("*.py"), ("bilevel.meta", "bilevel.cli.output", "bilevel.checksum")),
     **dict.fromkeys((ROOT / "testing").rglob("*.py"), ("bilevel.testing",)),
-    ROOT / "cli.py": ("bilevel.hyperopt", "bilevel.meta", "bilevel.cli.output", "bilevel.cli.allocator"),
-    ROOT / "_output.py": (),
-    ROOT / "_allocator.py": (),
+    ROOT / "cli/main.py": ("bilevel.hyperopt", "bilevel.meta", "bilevel.cli.output", "bilevel.cli.allocator"),
+    ROOT / "cli/output.py": (),
+    ROOT / "cli/allocator.py": (),
     ROOT / "display.py": (),
 }
 

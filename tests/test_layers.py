@@ -13,8 +13,9 @@ import torch
 from torch.func import functional_call, hessian, jacrev, vmap
 
 import bilevel
-from bilevel._choice import default_linear_solver, default_solvers
+from bilevel.linear.defaults import default_linear_solver
 from bilevel.operators import HessianOperator
+from bilevel.solvers.defaults import default_solvers
 
 F64 = torch.float64
 

@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import bilevel
-from bilevel import _straight
+from bilevel.replay import purity
 from bilevel.replay.cache import ReplayCache
 
 F64 = torch.float64
@@ -225,7 +225,7 @@ def test_what_goes_by_numbers_is_evaluated_each_time(function):
 
 @pytest.mark.counts
 def test_a_function_that_gets_through_is_found_by_comparison(monkeypatch, replays):
-    monkeypatch.setattr(_straight, "of_tensors", lambda names: True)
+    monkeypatch.setattr(purity, "of_tensors", lambda names: True)
     layer, start = bilevel.argmin(by_list), torch.zeros(3, dtype=F64)
     for seed in range(6):
         args = (given(seed),)
@@ -851,8 +851,8 @@ def test_a_number_that_is_found_and_not_made_is_read_anew(monkeypatch):
     def found(x, a):
         return ((x - a) ** 2).sum() + (x * source).square().sum() * kept() * torch.tensor(0.5)
 
-    known = _straight.is_known
-    monkeypatch.setattr(_straight, "is_known", lambda item: item is kept or known(item))
+    known = purity.is_known
+    monkeypatch.setattr(purity, "is_known", lambda item: item is kept or known(item))
 
     def call(layer, seed):
         strength[0] = torch.tensor(1.0 if seed < 5 else 4.0, dtype=F64)

@@ -19,7 +19,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import bilevel
 import bilevel.layers.checks as inspection
-from bilevel import _straight
+from bilevel.replay import purity
 from bilevel.replay.opcodes import _BY_VERSION, is_known_step
 from bilevel.replay.purity import Memory, reached
 
@@ -209,8 +209,8 @@ def dropping_by_a_tensor(x, a, rate):
 @pytest.mark.parametrize("on_failure", ["raise", "nan"])
 def test_noise_that_a_tensor_brings_later_is_found(function, on_failure, monkeypatch):
     # No operation on the list draws random numbers; this is the net below it.
-    known = _straight.is_known
-    monkeypatch.setattr(_straight, "is_known", lambda item: item in (torch.randn_like, F.dropout) or known(item))
+    known = purity.is_known
+    monkeypatch.setattr(purity, "is_known", lambda item: item in (torch.randn_like, F.dropout) or known(item))
     few = bilevel.GradientDescent(0.1, max_steps=5)
     layer = bilevel.argmin(function, solver=few, tolerance=bilevel.Tolerance(delta=None), on_failure=on_failure)
     layer(start(), given(), torch.tensor(0.0))

@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from torch.func import grad, vjp, vmap
 from torch.nn import functional as F
 
-from bilevel.replay import Program, note
-from bilevel.replay.recorder import _Recorder
+from bilevel.replay.program import Program
+from bilevel.replay.recorder import _Recorder, note
 
 F64 = torch.float64
 AWKWARD = (0.0, -0.0, 1.0, -1.5, 3.0, 1e-320, 1e200, float("inf"), float("-inf"), float("nan"))

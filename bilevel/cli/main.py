@@ -124,7 +124,3 @@ def _app() -> Any:
 def _fail(message: str, code: int) -> NoReturn:
     print(f"bilevel: {' '.join(message.split())}", file=sys.stderr)
     sys.exit(code)
-
-
-if __name__ == "__main__":
-    main()

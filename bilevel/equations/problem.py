@@ -16,8 +16,8 @@ from bilevel.equations.system import ArgminSystem, FixedPointSystem, System
 from bilevel.errors import ArgumentError
 from bilevel.operators import DenseOperator, HessianOperator, JacobianOperator, LinearOperator
 from bilevel.pytree import moves
-from bilevel.replay import Program
 from bilevel.replay.cache import ReplayCache, ReplayedOperator
+from bilevel.replay.program import Program
 
 __all__ = ["Case", "Problem"]
 
@@ -69,12 +69,12 @@ class Problem:
         """The layer's name, for messages."""
         return self.system.where
 
-    @property
+    @cached_property
     def minimizes(self) -> bool:
         """Whether there is an objective, so that :meth:`value` can be called."""
         return self.system.minimizes
 
-    @property
+    @cached_property
     def is_fixed_point(self) -> bool:
         """Whether R = x − T(x), so that T(x) = x − R."""
         return isinstance(self.system, FixedPointSystem)
@@ -84,7 +84,7 @@ class Problem:
         """How many problems."""
         return math.prod(self.system.batch_shape)
 
-    @property
+    @cached_property
     def size(self) -> int:
         """n, the number of unknowns of each."""
         return self.system.raveler.size
@@ -189,15 +189,14 @@ class Problem:
                 # A first derivative by θ is right as it is; those that follow have to know what θ goes through.
                 record_graph_features(system.function, values)
             residual = residual.reshape(x.shape)
-        operator: LinearOperator
-        if system.symmetric:
-            operator = HessianOperator(residual, point)
-            operator.expect_definite = system.minimizes
-        else:
-            operator = JacobianOperator(residual, point)
         # Cut x off first: a saved output would close a circle through its own node that no collector can see.
         at = x.detach()
-        operator.materialize = self._materialize(at)
+        materialize = self._materialize(at)
+        operator: LinearOperator
+        if system.symmetric:
+            operator = HessianOperator(residual, point, expect_definite=system.minimizes, materialize=materialize)
+        else:
+            operator = JacobianOperator(residual, point, materialize=materialize)
         return Linearization(residual, operator, leaves, value, at)
 
     def _materialize(self, at: torch.Tensor) -> Callable[[], torch.Tensor]:
@@ -214,9 +213,10 @@ class Problem:
         assert residual is not None
         symmetric = self.system.symmetric
         replayed = ReplayedLinearization(begun, needs_grad, symmetric)
-        operator = ReplayedOperator(at, replayed.transposed, replayed.forward, symmetric=symmetric)
-        operator.expect_definite = self.minimizes
-        operator.materialize = self._materialize(at)
+        operator = ReplayedOperator(
+            at, replayed.transposed, replayed.forward, symmetric=symmetric,
+            expect_definite=self.minimizes, materialize=self._materialize(at),
+        )  # fmt: skip
         return Linearization(residual, operator, (), value if self.minimizes else None, at, replayed)
 
     def _linear(self, needs_grad: tuple[bool, ...], x: torch.Tensor, *others: torch.Tensor) -> list[torch.Tensor]:
@@ -242,8 +242,7 @@ class Problem:
             plain = self.linearize(x)
             plain.operator.materialize = None
             residual, matrix, value = plain.residual.detach(), plain.operator.dense(), plain.value
-        operator = DenseOperator(matrix, symmetric=self.system.symmetric)
-        operator.expect_definite = self.minimizes
+        operator = DenseOperator(matrix, symmetric=self.system.symmetric, expect_definite=self.minimizes)
         return Linearization(residual, operator, (), value)
 
     def _dense(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
@@ -326,7 +325,7 @@ class Problem:
         return tensors
 
     def shaped(self, x: torch.Tensor) -> torch.Tensor:
-        """Return ``x`` (batch, n) as (*batch, n), with an axis for each level."""
+        """Return ``x`` (batch, n) with an axis for each level of the batch in place of the first."""
         return x.reshape(*self.system.batch_shape, self.size)
 
 

@@ -19,7 +19,7 @@ from torch.utils import _pytree as pytree
 from bilevel._torch.reverse import vjp
 from bilevel.equations.problem import Problem
 from bilevel.equations.system import LinearSystem
-from bilevel.errors import ArgumentError, ShapeError
+from bilevel.errors import ShapeError
 from bilevel.operators._rectangular import Rectangular
 from bilevel.pytree import Raveler
 
@@ -68,23 +68,6 @@ class NormalSystem(LinearSystem):
 
     def output(self, flat: torch.Tensor, *tensors: torch.Tensor) -> torch.Tensor:
         return self.normal(flat, *tensors)
-
-    def inspect(self, problem: Problem, x: torch.Tensor) -> None:
-        places = torch.arange(1, self.raveler.size + 1, dtype=torch.float64, device=x.device)
-        u, v = (
-            torch.frac(places * irrational).sub(0.5).to(x).reshape(x.shape)
-            for irrational in (0.7548776662, 0.5698402910)
-        )
-        matrix = rectangular(problem)
-        nothing, Au, Av, both = (matrix.matvec(point) for point in (torch.zeros_like(x), u, v, 3 * u + v))
-        size = torch.maximum(Au.norm(), Av.norm())
-        doubt = torch.finfo(self.autocast or self.raveler.coarsest).eps ** 0.5
-        wrong = torch.maximum((both - 3 * Au - Av).norm(), nothing.norm())
-        if bool(wrong > doubt * size):
-            raise ArgumentError(
-                f"{self.where}: expected matvec to be linear in its first argument, and A(3u + v) − 3 A u − A v is {float(wrong / size):.1e} of A u "
-                "in size; leave constant terms to the right-hand side, or state the residual as bilevel.least_squares"
-            )
 
 
 class SquaredSystem(NormalSystem):

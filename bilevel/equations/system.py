@@ -13,7 +13,8 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, ClassVar
+from functools import cached_property
+from typing import Any, ClassVar
 
 import torch
 from torch.func import vmap
@@ -46,9 +47,6 @@ __all__ = [
     "numpy_refusal",
     "unconnected",
 ]
-
-if TYPE_CHECKING:
-    from bilevel.equations.problem import Problem
 
 # How torch speaks of operands that do not fit.
 _DTYPES = re.compile(r"dtype|scalar type", re.IGNORECASE)
@@ -99,7 +97,7 @@ class System(ABC):
     noun: ClassVar[str] = "residual"
     label: ClassVar[str] = "root"
 
-    @property
+    @cached_property
     def batch_shape(self) -> tuple[int, ...]:
         """The batch's axes, outermost first; () for a single problem."""
         return tuple(level.size for level in reversed(self.levels))
@@ -208,8 +206,10 @@ class System(ABC):
             function = vmap(function, in_dims=in_dims, randomness="different")
         return function
 
-    def inspect(self, problem: Problem, x: torch.Tensor) -> None:  # noqa: B027  # most kinds promise nothing more
-        """Raise where one problem's function is not of this kind; ``x`` (1, n) is a point of its domain."""
+    def inspect(  # noqa: B027  # most kinds promise nothing more
+        self, residual: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor
+    ) -> None:
+        """Raise where one problem's ``residual``, of points like ``x`` (1, n), is not that of an equation of this kind."""
 
 
 class ArgminSystem(System):
@@ -294,14 +294,14 @@ class LinearSystem(RootSystem):
     noun = "matvec"
     label = "linear_solve"
 
-    def inspect(self, problem: Problem, x: torch.Tensor) -> None:
+    def inspect(self, residual: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor) -> None:
         # Irregular, but drawn by no generator: torch's older vmap, which may surround this, knows none.
         places = torch.arange(1, self.raveler.size + 1, dtype=torch.float64, device=x.device)
         u, v = (
             torch.frac(places * irrational).sub(0.5).to(x).reshape(x.shape)
             for irrational in (0.7548776662, 0.5698402910)
         )
-        nothing, Au, Av, both = (problem.residual(point) for point in (torch.zeros_like(x), u, v, 3 * u + v))
+        nothing, Au, Av, both = (residual(point) for point in (torch.zeros_like(x), u, v, 3 * u + v))
         size = torch.maximum(Au.norm(), Av.norm())
         # Half the digits of what the function computes in: rounding is far below, and what is not linear far above.
         doubt = torch.finfo(self.autocast or self.raveler.coarsest).eps ** 0.5
@@ -351,6 +351,7 @@ def numpy_refusal(where: str, noun: str, arrays: Sequence[str]) -> DtypeError:
 
 
 def unconnected(system: System) -> ArgumentError:
+    """Return the error for a function whose result does not depend on its first argument."""
     return ArgumentError(
         f"{system.where}: expected what {system.noun} returns to depend on its first argument, and no graph leads "
         "there; look for .detach(), .item(), numpy or torch.no_grad inside it"

@@ -9,7 +9,6 @@ from typing import Any, Generic, NamedTuple, TypeVar, overload
 
 import torch
 
-from bilevel._choice import default_linear_solver, default_solvers
 from bilevel.equations.problem import Problem
 from bilevel.equations.pullbacks import Pullback
 from bilevel.errors import ArgumentError, BilevelError
@@ -17,6 +16,7 @@ from bilevel.layers.checks import Inspection, inspect_on_failure, inspect_once, 
 from bilevel.layers.messages import failure_messages
 from bilevel.linear._base import LinearOutcome, LinearSolver, as_linear_solver, solve_linear
 from bilevel.linear._free_directions import changes_free_directions, free_direction_messages
+from bilevel.linear.defaults import default_linear_solver
 from bilevel.linear.exact import offer_factor
 from bilevel.operators import LinearOperator
 from bilevel.policy import OnFailure, apply_policy, check_policy, handle_misuse
@@ -26,6 +26,7 @@ from bilevel.replay.purity import InspectionCache
 from bilevel.reports import Pass, SolveReport, Status, StatusMessages
 from bilevel.solvers._base import InnerSolver, as_inner_solver
 from bilevel.solvers._judge import InnerOutcome, solve_inner
+from bilevel.solvers.defaults import default_solvers
 from bilevel.tolerance import Tolerance, auto_relative
 
 __all__ = ["Adjoint", "Inspector", "Setting", "SolveCall", "SolveSettings"]

@@ -204,7 +204,7 @@ def inspect_function(problem: Problem, x: torch.Tensor, *, captures: bool) -> tu
             "place; for batch norm use batch statistics (track_running_stats=False) or .eval()"
         )
     if x.numel():
-        problem.system.inspect(problem, x)
+        problem.system.inspect(problem.residual, x)
     return first
 
 

@@ -95,6 +95,8 @@ class Layer:
         linear_solver: LinearSolverLike | None,
         tolerance: Tolerance | None,
         on_failure: OnFailure,
+        where: str | None = None,
+        written: Callable[[], Callable[..., Any]] | None = None,
     ) -> None:
         noun = kind.noun
         if not callable(function):
@@ -106,11 +108,10 @@ class Layer:
         self.function = function
         self._settings = SolveSettings(tolerance=Tolerance() if tolerance is None else tolerance, on_failure=on_failure)
         self.solver, self.linear_solver = solver, linear_solver
-        # What the user wrote, where that is not the function itself.
-        self.written: Callable[[], Callable[..., Any]] | None = None
+        self.written = written  # what the user wrote, where that is not the function itself
         self.inspector = Inspector()
         functools.update_wrapper(self, function, updated=())
-        self.where = f"`{kind.label}` layer `{getattr(function, '__name__', type(function).__name__)}`"
+        self.where = where or f"`{kind.label}` layer `{getattr(function, '__name__', type(function).__name__)}`"
 
     @property
     def minimizes(self) -> bool:

@@ -110,6 +110,7 @@ class LinearCall(SolveCall):
     """A call whose first linear solve is its own, and whose problem is looked at before it."""
 
     def look(self, problem: Problem) -> None:
+        """Inspect the function, before the first linear solve."""
         if self.report is None:
             like = problem.system.raveler
             start = torch.ones(problem.batch, like.size, dtype=like.dtype, device=like.device)

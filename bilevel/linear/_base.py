@@ -41,7 +41,7 @@ class LinearSolver(ABC):
 
     @property
     def has_budget(self) -> bool:
-        """Whether the caller chose a number of steps, which is then legitimate to spend (style: "5 CG steps")."""
+        """Whether the caller chose a number of steps, which is then legitimate to spend, as in "5 CG steps"."""
         return getattr(self, "max_steps", None) is not None
 
     @property

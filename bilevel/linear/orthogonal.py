@@ -9,7 +9,7 @@ import torch
 from bilevel._torch.factorisations import svd
 from bilevel.errors import ArgumentError
 from bilevel.linear._base import LinearSolver
-from bilevel.linear._judge import doubt
+from bilevel.linear._judge import eigenvalue_uncertainty
 from bilevel.linear._solution import LinearSolution
 from bilevel.operators import LinearOperator
 from bilevel.operators._rectangular import rectangular_of
@@ -176,7 +176,7 @@ def _singular(matrix: torch.Tensor, rtol: float | None) -> _Factor:
     zero = ~(values > least * values[..., :1]) if k else values > 0
     if rtol is None and k:
         # Once one singular value is zero to rounding, so are those that are not known from zero.
-        wide = ~(values > doubt(max(m, n), matrix.dtype) * values[..., :1])
+        wide = ~(values > eigenvalue_uncertainty(max(m, n), matrix.dtype) * values[..., :1])
         zero = torch.where(zero.any(dim=-1, keepdim=True), wide, zero)
     inverse = torch.where(zero, 0.0, 1 / torch.where(zero, 1.0, values))
     dependent = zero.any(dim=-1) | (m < n)

@@ -122,9 +122,9 @@ class BilevelProblem(torch.nn.Module, ABC):
             linear_solver=linear_solver,
             tolerance=tolerance,
             on_failure=on_failure,
+            where=self.where,
+            written=self._written,
         )
-        self._layer.where = self.where
-        self._layer.written = self._written
         self._warm = WarmStart()
         self._connected_for: frozenset[tuple[bool, ...]] = frozenset()
 

@@ -1,8 +1,8 @@
 """Which modules, and methods of other objects, do the same operations at every call, given their parameters and buffers.
 
 A module of torch's own kinds below is known by its settings. Of one of a user's, as of any object, the methods are read as functions are
-(:mod:`bilevel.replay.purity`), and so is what the object keeps under the names that they take from it, if it keeps that plainly: a name that the class
-has too, as a property or anything else that decides what is found, is not followed. Hooks, parametrisations and whatever changes how attributes
+(:mod:`bilevel.replay.purity`), and so is what the object keeps under the names that they take from it, if it keeps that plainly. A name that the
+class has too, as a property for example, is not followed. Hooks, parametrisations and whatever changes how attributes
 are found make a module one of which nothing is said.
 """
 

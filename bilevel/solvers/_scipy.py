@@ -19,7 +19,7 @@ from bilevel.solvers._base import Goal, InnerSolution
 
 __all__ = [
     "Array",
-    "SearchResult",
+    "ScipyResult",
     "as_array",
     "check_method",
     "frozen_options",
@@ -34,7 +34,7 @@ Array = npt.NDArray[np.float64]
 _CHECKED = ("array must not contain infs or NaNs",)
 
 
-class SearchResult(Exception):
+class ScipyResult(Exception):
     """Ends a run of scipy: the residual at :attr:`x` is at or below the goal's."""
 
     def __init__(self, x: Array) -> None:
@@ -99,7 +99,7 @@ def own_warnings(where: str, options: Mapping[str, Any] | None) -> Iterator[None
             ) from warning
         except Exception as error:
             # An option of a type or value that scipy cannot use; what its arithmetic met is for the caller to judge.
-            if not options or isinstance(error, SearchResult) or _is_numeric(error) or not _is_scipys(error):
+            if not options or isinstance(error, ScipyResult) or _is_numeric(error) or not _is_scipys(error):
                 raise
             said = " ".join(str(error).split())
             raise ArgumentError(

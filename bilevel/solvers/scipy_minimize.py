@@ -16,7 +16,7 @@ from bilevel.setting_checks import check_steps
 from bilevel.solvers._base import Goal, InnerSolution, InnerSolver
 from bilevel.solvers._scipy import (
     Array,
-    SearchResult,
+    ScipyResult,
     as_array,
     check_method,
     frozen_options,
@@ -138,7 +138,7 @@ class ScipyMinimize(InnerSolver):
                     callback=run.count,
                     options=self._settings(method, run.threshold / run.unit, start.size, run.steps),
                 )
-        except SearchResult as reached:
+        except ScipyResult as reached:
             run.best, run.best_norm = reached.x, 0.0
             return Status.CONVERGED
         except (ArithmeticError, ValueError) as error:
@@ -209,7 +209,7 @@ class _Run:
         norm, found, flat = float(gradient.norm()), float(value), as_array(gradient[0])
         if found <= self.highest:
             if norm <= self.threshold:
-                raise SearchResult(np.array(x))
+                raise ScipyResult(np.array(x))
             if norm < self.best_norm:
                 self.best, self.best_norm, self.best_gradient = np.array(x), norm, flat
         return found / self.unit, flat / self.unit

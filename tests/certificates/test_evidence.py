@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import bilevel
-from bilevel import _factorisations as safe
+from bilevel._torch import factorisations as safe
 from bilevel.certificates import _point
 from bilevel.reports import Basis
 

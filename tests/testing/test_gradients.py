@@ -249,10 +249,10 @@ def dropped_transpose(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def wrong_sign_forward(monkeypatch: pytest.MonkeyPatch) -> None:
-    from bilevel import _implicit
+    from bilevel import implicit
 
-    original = _implicit._push
-    monkeypatch.setattr(_implicit, "_push", lambda *args: -original(*args))
+    original = implicit._push
+    monkeypatch.setattr(implicit, "_push", lambda *args: -original(*args))
 
 
 def lost_batch_member(monkeypatch: pytest.MonkeyPatch) -> None:

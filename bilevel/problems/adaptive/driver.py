@@ -11,13 +11,13 @@ from typing import Any
 import torch
 from torch.utils import _pytree as pytree
 
-from bilevel._choice import default_linear_solver, default_solvers
 from bilevel._torch.transforms import transforms_active
 from bilevel.certificates.bound import Bound
 from bilevel.equations.problem import Problem
 from bilevel.errors import ArgumentError, BilevelError, SolveError, SolveWarning, TransformError
 from bilevel.layers.call import SolveSettings
 from bilevel.layers.checks import Inspection, inspect_on_failure
+from bilevel.linear.defaults import default_linear_solver
 from bilevel.policy import OnFailure, apply_policy, handle_misuse
 from bilevel.problems.adaptive.search import Search
 from bilevel.problems.adaptive.state import GoalReport, SearchResult, SearchState
@@ -25,6 +25,7 @@ from bilevel.problems.checks import CheckedObjective
 from bilevel.problems.hypergradient import Hypergradient
 from bilevel.pytree import moves
 from bilevel.reports import Basis, Pass, SolveReport, Status
+from bilevel.solvers.defaults import default_solvers
 from bilevel.tolerance import Tolerance
 
 __all__ = ["GoalResult", "attach_gradient", "needs_gradient", "solve_to_goal"]

@@ -10,8 +10,8 @@ One round, at φ with an adjoint q from the round before:
 The inner solver makes the first stretch alone, to where Newton's method can take over; from there the linear solver does both solves,
 which costs √κ where descent costs κ, and neither is ever begun again. Between the two lies a step to where the solver's gradients, all of them
 together, point for a quadratic G: the linearisation, which has to be made, may as well be made there. What one solve learns of H⁻¹
-preconditions the next (:mod:`bilevel.problems.adaptive.quasi_newton`). No solve verifies its residual by a product of its own: what is decided and reported
-rests on the joint passes and on the gradient at the next φ. As these come anyway, each also tries a step that the preconditioner guesses.
+preconditions the next (:mod:`bilevel.problems.adaptive.quasi_newton`). No solve verifies its residual by a product of its own. Decisions and reports
+rest on the joint passes and on the gradient at the next φ. Each of these passes also tries a step that the preconditioner guesses.
 
 How far is far enough a running model of the error tells (:mod:`bilevel.problems.adaptive.error_model`), and where it may not decide, the certificate.
 """

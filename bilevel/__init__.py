@@ -34,7 +34,11 @@ from bilevel.linear.cg import CG
 from bilevel.linear.damped import Damped
 from bilevel.linear.exact import Exact
 from bilevel.linear.gmres import GMRES
+from bilevel.linear.lsmr import LSMR
+from bilevel.linear.minres import MINRES
 from bilevel.linear.neumann import Neumann
+from bilevel.linear.nystrom import Nystrom
+from bilevel.linear.orthogonal import QR, SVD
 from bilevel.linear.scipy_bridge import ScipyLinear
 from bilevel.operators import LinearOperator
 from bilevel.outer.methods import HOAG, MAID, OuterMethod
@@ -78,7 +82,11 @@ __all__ = [
     "HOAG",
     "IMAML",
     "LBFGS",
+    "LSMR",
     "MAID",
+    "MINRES",
+    "QR",
+    "SVD",
     "Anderson",
     "ArgumentError",
     "Basis",
@@ -123,6 +131,7 @@ __all__ = [
     "Mehrotra",
     "Neumann",
     "Newton",
+    "Nystrom",
     "OuterMethod",
     "OuterResult",
     "OuterRun",

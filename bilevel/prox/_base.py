@@ -16,7 +16,7 @@ from typing import ClassVar, TypeAlias
 
 import torch
 
-from bilevel._transforms import layers, without_gradient
+from bilevel._torch.transforms import layers, without_gradient
 from bilevel.errors import ArgumentError, DtypeError, ShapeError
 
 __all__ = [
@@ -174,13 +174,13 @@ def _numbers(where: str, name: str, value: Parameter) -> torch.Tensor | None:
     return torch.as_tensor(value, dtype=torch.float64)
 
 
-def _check(where: str, name: str, value: Parameter, wanted: str, fits: Callable[[torch.Tensor], torch.Tensor]) -> None:
+def _check(where: str, name: str, value: Parameter, target: str, fits: Callable[[torch.Tensor], torch.Tensor]) -> None:
     numbers = _numbers(where, name, value)
     if numbers is None:
         return
     wrong = numbers[~fits(numbers)]
     if wrong.numel():
-        raise ArgumentError(f"{where}: expected {name} to be {wanted}, got {wrong.reshape(-1)[0].item():g}; pass one")
+        raise ArgumentError(f"{where}: expected {name} to be {target}, got {wrong.reshape(-1)[0].item():g}; pass one")
 
 
 def check_nonnegative(where: str, name: str, value: Parameter) -> None:

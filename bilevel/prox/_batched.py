@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from bilevel._transforms import front, signed, without_gradient
+from bilevel._torch.transforms import batch_axis_first, signed, without_gradient
 
 __all__ = ["batched"]
 
@@ -46,6 +46,8 @@ class _Batched(torch.autograd.Function):
     def vmap(
         info: Any, dims: tuple[int | None, ...], function: Function, *tensors: torch.Tensor
     ) -> tuple[tuple[torch.Tensor, ...], tuple[int, ...]]:
-        stacked = (front(tensor, dim, info.batch_size) for tensor, dim in zip(tensors, dims[1:], strict=True))
+        stacked = (
+            batch_axis_first(tensor, dim, info.batch_size) for tensor, dim in zip(tensors, dims[1:], strict=True)
+        )
         made = _Batched.apply(function, *stacked)
         return made, (0,) * len(made)

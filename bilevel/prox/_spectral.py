@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import torch
 
-from bilevel import _factorisations
+from bilevel._torch import factorisations
 from bilevel.prox._base import detached
 from bilevel.prox._batched import batched
 
@@ -20,13 +20,13 @@ ORDER = 5
 
 def eigh(matrix: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the eigenvalues (..., n), ascending, and eigenvectors (..., n, n), as constants, of symmetric matrices."""
-    values, vectors = batched(_factorisations.eigh, matrix)
+    values, vectors = batched(factorisations.eigh, matrix)
     return values, vectors
 
 
 def svd(matrix: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Return U (..., n, k), σ (..., k), descending, and V (..., m, k), as constants, of matrices (..., n, m), k = min(n, m)."""
-    left, values, right = batched(lambda a: _factorisations.svd(a, full_matrices=False), matrix)
+    left, values, right = batched(lambda a: factorisations.svd(a, full_matrices=False), matrix)
     return left, values, right.mT
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import torch
 
-from bilevel._factorisations import solve
+from bilevel._torch.factorisations import solve
 
 __all__ = ["SUM_ROUNDING", "least_cycle_mean", "support_of", "system_of"]
 

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 import torch
 
-from bilevel._factorisations import inverse
-from bilevel._transforms import carries_gradient
+from bilevel._torch.factorisations import inverse
+from bilevel._torch.transforms import carries_gradient
 from bilevel.errors import ShapeError
 from bilevel.prox._base import Manifold, Parameter, Term, as_parameter, detached, no_value
 from bilevel.prox._margins import least, relative, scale_of

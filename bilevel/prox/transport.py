@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from bilevel._factorisations import pinv
+from bilevel._torch.factorisations import pinv
 from bilevel.errors import ArgumentError, ShapeError
 from bilevel.prox._base import (
     Manifold,

@@ -111,15 +111,15 @@ def slopes_of_solutions(
     case: Case, Q: torch.Tensor, arguments: tuple[torch.Tensor, ...], index: int, x: torch.Tensor, size: float = 1e-5
 ) -> torch.Tensor:
     """Return the central differences of the solution along each entry of an argument, all problems in one batch."""
-    wanted = arguments[index]
-    moves = size * torch.eye(wanted.numel(), dtype=x.dtype).reshape(-1, *wanted.shape)
+    target = arguments[index]
+    moves = size * torch.eye(target.numel(), dtype=x.dtype).reshape(-1, *target.shape)
 
     def solved(changed: torch.Tensor) -> torch.Tensor:
         q, *parameters = (*arguments[:index], changed, *arguments[index + 1 :])
         return solution(case.build(*parameters), Q, q, x)
 
-    high, low = vmap(solved)(torch.cat([wanted + moves, wanted - moves])).split(len(moves))
-    return ((high - low) / (2 * size)).movedim(0, -1).reshape(*x.shape, *wanted.shape)
+    high, low = vmap(solved)(torch.cat([target + moves, target - moves])).split(len(moves))
+    return ((high - low) / (2 * size)).movedim(0, -1).reshape(*x.shape, *target.shape)
 
 
 @every

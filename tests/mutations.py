@@ -1213,6 +1213,39 @@ MUTATIONS = (
         "allowed = target.rtol * x.abs() + target.atol", "allowed = target.rtol * x.abs().amax(dim=-1, keepdim=True).expand_as(x)",
         ("tests/zoo/test_issue_inputs.py", "-k", "large_unknown"),
     ),
+    # Proximal terms.
+    Mutation(
+        "solutions on a bound do not move with it", "prox/box.py",
+        "return torch.where(below, lower, torch.where(above, upper, y))", "return torch.where(below | above, x, y)",
+        ("tests/prox/test_manifolds.py", "-k", "derivative_of_a_solution and Box"),
+    ),
+    Mutation(
+        "the curvature of a group's norm is left out", "prox/group.py",
+        "strength * _norms(y, labels, strength.numel()), 0.0)", "strength * _norms(detached(y), labels, strength.numel()), 0.0)",
+        ("tests/prox/test_manifolds.py", "-k", "derivative_of_a_solution and GroupL2"),
+    ),
+    Mutation(
+        "spectral functions have first derivatives only", "prox/_spectral.py",
+        "ORDER = 5", "ORDER = 1", ("tests/prox/test_proximal_points.py", "-k", "second_and_third"),
+    ),
+    Mutation(
+        "a segment's level does not know its neighbours", "prox/_taut_string.py",
+        "v + threshold * ends", "v + 0 * threshold * ends", ("tests/prox/test_proximal_points.py", "-k", "taut_string"),
+    ),
+    Mutation(
+        "a dual variable on its bound has a margin", "prox/l1.py",
+        "torch.where(x == 0, at_zero,", "torch.where(x == 0, at_zero + 1,", ("tests/prox/test_manifolds.py", "-k", "vanishes and L1"),
+    ),
+    Mutation(
+        "potentials of least norm for plans in several parts", "prox/transport.py",
+        "(dual,) = batched(least_cycle_mean, move - potentials, support)",
+        "dual = torch.where(support > 0, float('inf'), move - potentials)",
+        ("tests/prox/test_manifolds.py", "-k", "several_parts"),
+    ),
+    Mutation(
+        "large entries leave rounding in a projection", "prox/_support.py",
+        "for _ in range(2):", "for _ in range(1):", ("tests/prox/test_proximal_points.py", "-k", "far_away"),
+    ),
 )  # fmt: skip
 
 

@@ -34,6 +34,8 @@ class Composite:
         x ↦ bool (batch, n): the unknowns that are not fixed on the manifold of x.
     entries
         (x, places (batch, k)) ↦ the entries (batch, k, k) of the Hessian of Φ at these places.
+    separable
+        Whether there is one problem, and g is a sum of functions of one unknown each.
     """
 
     objective: Problem
@@ -44,6 +46,7 @@ class Composite:
     retract: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None
     free: Callable[[torch.Tensor], torch.Tensor] | None = None
     entries: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None
+    separable: bool = False
 
     def step(self, x: torch.Tensor, slope: torch.Tensor, step: torch.Tensor) -> torch.Tensor:
         """Return T(x) = prox_{step·g}(x − step · slope)."""

@@ -184,7 +184,7 @@ class ProximalSystem(_Termed, LocalModel):
             retract=lambda x, y: of_batch(lambda g, x, y, *_: g.manifold(x).retract(y), x, y),
             free=lambda x: of_batch(lambda g, x, *_: g.manifold(x).free, x),
             entries=lambda x, places: of_batch(entries, x, places.to(x.dtype)),
-            separable=known is not None and known.separable,
+            separable=known if known is not None and known.separable else None,
         )
 
 

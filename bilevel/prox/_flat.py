@@ -8,8 +8,12 @@ from dataclasses import dataclass
 import torch
 
 from bilevel.prox._base import Manifold, Term
+from bilevel.prox.box import Box, NonNegative
+from bilevel.prox.l1 import L1
 
 __all__ = ["FlatTerm"]
+
+_FLAT = (L1, NonNegative, Box)
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,6 +32,11 @@ class FlatTerm:
     def has_manifold(self) -> bool:
         """Whether all terms name their manifolds."""
         return all(term is None or term.has_manifold for term in self.terms)
+
+    @property
+    def is_flat(self) -> bool:
+        """Whether all terms are known to have no curvature on their manifolds."""
+        return all(term is None or type(term) in _FLAT for term in self.terms)
 
     def prox(self, v: torch.Tensor, step: torch.Tensor) -> torch.Tensor:
         """Return prox_{step·g}(v) (n,)."""

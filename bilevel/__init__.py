@@ -48,6 +48,7 @@ from bilevel.problems.adaptive.state import GoalReport
 from bilevel.problems.hypergradient import Hypergradient, HypergradientReport
 from bilevel.problems.problem import BilevelProblem
 from bilevel.pytree import ravel
+from bilevel.quadratic_programs._clarabel import Clarabel
 from bilevel.quadratic_programs._solvers import Mehrotra
 from bilevel.quadratic_programs.quadratic_program import Certificate, ProgramSolution, quadratic_program
 from bilevel.recording import Recording, record
@@ -97,6 +98,7 @@ __all__ = [
     "BudgetWarning",
     "CapturedTensorError",
     "Certificate",
+    "Clarabel",
     "Constants",
     "ConstantsError",
     "Constraints",

@@ -1245,6 +1245,25 @@ MUTATIONS = (
     Mutation(
         "large entries leave rounding in a projection", "prox/_support.py",
         "for _ in range(2):", "for _ in range(1):", ("tests/prox/test_proximal_points.py", "-k", "far_away"),
+    Mutation(
+        "weakly active constraints pass for inactive", "quadratic_programs/_dense.py",
+        "weak & good.unsqueeze(-1)", "weak & False", ("tests/quadratic_programs/test_failures.py", "-k", "weakly_active"),
+    ),
+    Mutation(
+        "an infeasible program is accepted for its large multipliers", "quadratic_programs/_dense.py",
+        "relative = torch.maximum(slope / dual, rest.amax(-1) / primal)",
+        "relative = torch.maximum(slope, rest.amax(-1)) / torch.maximum(dual, primal)",
+        ("tests/quadratic_programs/test_failures.py", "-k", "farkas"),
+    ),
+    Mutation(
+        "the derivative of an infeasible program is finite", "quadratic_programs/_call.py",
+        "if bool(lost.any()) else (None, None)", "if False else (None, None)",
+        ("tests/quadratic_programs/test_failures.py", "-k", "no_derivative_comes"),
+    ),
+    Mutation(
+        "second derivatives forget a half of the slope by G", "quadratic_programs/_rule.py",
+        "structure.G.outer(dlam, wx) + structure.G.outer(wlam, dx)", "structure.G.outer(wlam, dx)",
+        ("tests/quadratic_programs/test_derivatives.py", "-k", "gradgradcheck"),
     ),
 )  # fmt: skip
 

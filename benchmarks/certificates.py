@@ -23,9 +23,6 @@ from torch.nn import functional as F
 from torch.utils import _pytree as pytree
 
 import bilevel
-from bilevel._problem import Problem
-from bilevel._system import ArgminSystem
-from bilevel._tree import Raveler, flatten_arguments
 from bilevel.certificates import _point
 from bilevel.certificates._certificate import Certificate
 from bilevel.certificates._errors import errors_at, through
@@ -33,7 +30,10 @@ from bilevel.certificates._point import Point
 from bilevel.certificates.fixed_points import identify_support, newton_on_support, proximal_distance
 from bilevel.certificates.losses import logistic_constants, softmax_constants, squares_constants
 from bilevel.certificates.refuting import observed
+from bilevel.equations.problem import Problem
+from bilevel.equations.system import ArgminSystem
 from bilevel.linear._base import solve_linear
+from bilevel.pytree import Raveler, flatten_arguments
 from bilevel.reports import Basis
 from bilevel.solvers._base import solve_inner
 from bilevel.tolerance import Target

@@ -70,11 +70,11 @@ def rounded(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     return tensor.to(dtype).double()
 
 
-def draw(family: Family, seed: int, index: int, wanted: str | None) -> Draw:
+def draw(family: Family, seed: int, index: int, needs_grad: str | None) -> Draw:
     """Draw the call number ``index`` of a family; every combination of dtype and distance comes in turn."""
     source = Source(zlib.crc32(f"{seed}/{family.name}/{index}".encode()))
     place = index + zlib.crc32(family.name.encode()) % 30  # so that a short run begins with other pairs in each family
-    names = list(DTYPES) if wanted is None else [wanted]
+    names = list(DTYPES) if needs_grad is None else [needs_grad]
     dtype = DTYPES[names[place % len(names)]]
     distances = [d for d in DISTANCES if d <= family.farthest] or [family.farthest]
     distance = distances[place // len(names) % len(distances)]
@@ -285,9 +285,9 @@ def judge_singular(given: Draw, answer: Answer, note: Any) -> None:
     slope = given.weights
     if family.several:
         slope = implicit_gradient(kind, function, right, given.theta, *given.data, weights=given.weights)[0]
-    answered = known & (error <= limit)
+    explain_misuse = known & (error <= limit)
     if slope.shape == answer.gradient.shape:
-        answered &= (answer.gradient - slope).norm(dim=-1) <= 10 * limit * slope.norm(dim=-1)
+        explain_misuse &= (answer.gradient - slope).norm(dim=-1) <= 10 * limit * slope.norm(dim=-1)
     left = residual(kind, function, torch.nan_to_num(answer.z), *given.args).detach().norm(dim=-1)
     size = 1 + answer.z.norm(dim=-1) + given.theta.norm(dim=-1)
     for row in range(len(known)):
@@ -295,22 +295,22 @@ def judge_singular(given: Draw, answer: Answer, note: Any) -> None:
         if bool(answer.success[row]):
             said = "MINIMUM_NORM" in (answer.forward[row], answer.backward[row])
             solved = bool(left[row] <= limit * size[row])
-            found = ["right"] if bool(answered[row]) or (said and solved) else ["silent"]
+            found = ["right"] if bool(explain_misuse[row]) or (said and solved) else ["silent"]
         note(row, found, error=float(error[row]), right=right[row].tolist())
 
 
 def run_calls(work: tuple[str, int, list[int], str | None]) -> Tally:
     """Solve the calls of one family that are numbered; what is solved hangs on their numbers alone."""
-    name, seed, indices, wanted = work
+    name, seed, indices, needs_grad = work
     command = f"python benchmarks/defaults.py --seed {seed} --family '{name}'" + (
-        f" --dtype {wanted}" if wanted else ""
+        f" --dtype {needs_grad}" if needs_grad else ""
     )
     torch.set_num_threads(1)
     family, tally = FAMILIES[name], Tally()
     layer = layer_of(family)
     regular = name in REGULAR_NAMES
     for index in indices:
-        given = draw(family, seed, index, wanted)
+        given = draw(family, seed, index, needs_grad)
         begin = time.perf_counter()
         answer = ask(layer, given)
         tally.seconds[name] += time.perf_counter() - begin

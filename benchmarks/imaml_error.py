@@ -82,7 +82,7 @@ def main() -> None:
     if output is not None:
         from matplotlib.figure import Figure
 
-        from bilevel._output import save_figure
+        from bilevel.cli.output import save_figure
 
         output.mkdir(parents=True, exist_ok=True)
         figure = Figure(figsize=(6, 4), layout="constrained")

@@ -85,7 +85,7 @@ def main() -> None:
     if options.output is not None:
         from matplotlib.figure import Figure
 
-        from bilevel._output import save_figure
+        from bilevel.cli.output import save_figure
 
         options.output.mkdir(parents=True, exist_ok=True)
         figure = Figure(figsize=(6, 4), layout="constrained")

@@ -16,7 +16,7 @@ from torch import nn
 from torch.nn.functional import cross_entropy, mse_loss
 
 import bilevel
-from bilevel._allocator import keep_freed_memory
+from bilevel.cli.allocator import keep_freed_memory
 from bilevel.meta import FewShotSampler, SinusoidSampler, Tasks, conv_network, draw_glyphs, mlp
 
 Loss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]

@@ -4,14 +4,10 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from bilevel import certificates, operators
-from bilevel._hypergradient import Hypergradient, HypergradientReport
-from bilevel._knowledge import GoalReport
-from bilevel._problem import Problem
-from bilevel._replaying import replaying
-from bilevel._tree import ravel
 from bilevel._version import __version__
 from bilevel.certificates.bound import Bound
 from bilevel.certificates.constants import Constants
+from bilevel.equations.problem import Problem
 from bilevel.errors import (
     ArgumentError,
     BilevelError,
@@ -28,7 +24,8 @@ from bilevel.errors import (
     TransformError,
 )
 from bilevel.layers import Layer, LinearLayer, Solution, argmin, fixed_point, linear_solve, root
-from bilevel.linear._base import LinearSolution, LinearSolver
+from bilevel.linear._base import LinearSolver
+from bilevel.linear._solution import LinearSolution
 from bilevel.linear.bicgstab import BiCGStab
 from bilevel.linear.cg import CG
 from bilevel.linear.damped import Damped
@@ -40,8 +37,13 @@ from bilevel.operators import LinearOperator
 from bilevel.outer.methods import HOAG, MAID, OuterMethod
 from bilevel.outer.minimize import OuterRun, minimize
 from bilevel.outer.result import OuterResult, OuterStatus, OuterStep
-from bilevel.problem import BilevelProblem
-from bilevel.reports import Basis, Pass, Recording, SolveReport, Status, record
+from bilevel.problems.adaptive.state import GoalReport
+from bilevel.problems.hypergradient import Hypergradient, HypergradientReport
+from bilevel.problems.problem import BilevelProblem
+from bilevel.pytree import ravel
+from bilevel.recording import Recording, record
+from bilevel.replay.switch import replaying
+from bilevel.reports import Basis, Pass, SolveReport, Status
 from bilevel.schedules import CubicSchedule, ExponentialSchedule, QuadraticSchedule
 from bilevel.solvers._base import Goal, InnerSolution, InnerSolver
 from bilevel.solvers.anderson import Anderson

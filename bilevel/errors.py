@@ -6,10 +6,7 @@ never heard of this library would catch.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from bilevel.reports import SolveReport
+from bilevel.reports import SolveReport
 
 __all__ = [
     "ArgumentError",

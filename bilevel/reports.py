@@ -2,36 +2,22 @@
 
 from __future__ import annotations
 
-import contextlib
 import enum
 import math
-import threading
-import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 
-from bilevel.errors import ArgumentError, BilevelError, BudgetWarning, FailureWarning, SolveError, SolveWarning
-
 __all__ = [
     "Basis",
-    "OnFailure",
     "Pass",
-    "Recording",
     "SolveReport",
     "Status",
-    "Words",
-    "active_recordings",
-    "check_policy",
-    "enforce",
-    "fitting",
-    "misuse",
-    "record",
+    "StatusMessages",
+    "remedy_for_dtype",
 ]
-
-OnFailure = Literal["raise", "warn", "nan", "ignore"]
 
 
 class _Named(enum.IntEnum):
@@ -155,7 +141,7 @@ _TEXT: dict[Status, tuple[str, str]] = {
 }
 
 
-Words: TypeAlias = Mapping[Status, tuple[str, str]]
+StatusMessages: TypeAlias = Mapping[Status, tuple[str, str]]
 """(meaning, remedy) of statuses, in place of :attr:`Status.meaning` and :attr:`Status.remedy`."""
 
 _WIDER = "use float64, "
@@ -178,7 +164,7 @@ _NOT_INVARIANT = (
 _BACKWARD = {Status.INDEFINITE: _AT_A_SADDLE, Status.SINGULAR: _NOT_INVARIANT}
 
 
-def fitting(remedy: str, dtype: torch.dtype | None) -> str:
+def remedy_for_dtype(remedy: str, dtype: torch.dtype | None) -> str:
     """Return ``remedy`` as it fits a solve in ``dtype``: to who is in float64, float64 is no advice.
 
     Examples
@@ -251,7 +237,7 @@ class SolveReport:
     error_bound: torch.Tensor
     basis: Basis
     scale: torch.Tensor
-    words: Words = field(default_factory=dict)
+    words: StatusMessages = field(default_factory=dict)
 
     @property
     def status(self) -> Any:
@@ -312,7 +298,9 @@ class SolveReport:
             return _NOT_FINITE_GIVEN
         if self.direction is Pass.BACKWARD and status in _BACKWARD and status not in self.words:
             return _BACKWARD[status]
-        return fitting(self.words[status][1] if status in self.words else status.remedy, self.residual_norm.dtype)
+        return remedy_for_dtype(
+            self.words[status][1] if status in self.words else status.remedy, self.residual_norm.dtype
+        )
 
     def __str__(self) -> str:
         lines = [f"{self.where}: {self.direction.value} solve by {self.solver}"]
@@ -349,132 +337,3 @@ def _span(numbers: torch.Tensor) -> str:
 
 def _statuses(codes: int | list[Any]) -> Any:
     return Status(codes) if isinstance(codes, int) else tuple(_statuses(code) for code in codes)
-
-
-class Recording(list[SolveReport]):
-    """The reports collected by :func:`record`, in the order in which the solves ended."""
-
-    @property
-    def forward(self) -> list[SolveReport]:
-        """The reports of inner solves."""
-        return [report for report in self if report.direction is Pass.FORWARD]
-
-    @property
-    def backward(self) -> list[SolveReport]:
-        """The reports of linear solves."""
-        return [report for report in self if report.direction is Pass.BACKWARD]
-
-
-class _Active(threading.local):
-    def __init__(self) -> None:
-        self.stack: list[Recording] = []
-
-
-_ACTIVE = _Active()
-
-
-def active_recordings() -> tuple[Recording, ...]:
-    """Return the recordings open in this thread.
-
-    A layer keeps them from its forward pass, because a backward pass may run in a thread of autograd's.
-    """
-    return tuple(_ACTIVE.stack)
-
-
-@contextlib.contextmanager
-def record() -> Iterator[Recording]:
-    """Collect the reports of every forward and backward solve inside the ``with`` block.
-
-    A backward pass that runs after the block, of a layer called inside it, is collected too.
-
-    Yields
-    ------
-    Recording
-        A list of :class:`SolveReport`, with the views ``forward`` and ``backward``.
-
-    Examples
-    --------
-    >>> import torch, bilevel
-    >>> layer = bilevel.argmin(lambda x, a: ((x - a) ** 2).sum())
-    >>> with bilevel.record() as reports:
-    ...     x = layer(torch.zeros(2), torch.ones(2, requires_grad=True))
-    ...     x.sum().backward()
-    >>> [report.direction.value for report in reports]
-    ['forward', 'backward']
-    """
-    recording = Recording()
-    _ACTIVE.stack.append(recording)
-    try:
-        yield recording
-    finally:
-        _ACTIVE.stack[:] = [other for other in _ACTIVE.stack if other is not recording]
-
-
-def check_policy(on_failure: str) -> OnFailure:
-    """Return ``on_failure`` if it is one of the four policies, or raise :class:`ArgumentError`."""
-    if on_failure not in ("raise", "warn", "nan", "ignore"):
-        raise ArgumentError(f"expected on_failure to be 'raise', 'warn', 'nan' or 'ignore', got {on_failure!r}")
-    return on_failure  # type: ignore[return-value]  # mypy does not narrow str to a Literal
-
-
-def enforce(
-    report: SolveReport,
-    x: torch.Tensor,
-    on_failure: OnFailure,
-    recordings: Sequence[Recording] = (),
-    *,
-    silent_budget: bool = False,
-) -> torch.Tensor:
-    """File the report and treat failed problems as the policy says.
-
-    Parameters
-    ----------
-    report
-        The report, its tensors of shape ``batch``.
-    x
-        What the solver returned, ``(*batch, n)``.
-    on_failure
-        The policy.
-    recordings
-        Recordings to file the report with, besides those open in this thread.
-    silent_budget
-        Whether a spent budget passes without :class:`~bilevel.BudgetWarning`.
-
-    Returns
-    -------
-    torch.Tensor
-        ``x``, with the rows of failed problems set to NaN under ``"nan"``.
-
-    Raises
-    ------
-    SolveError
-        If a problem failed and the policy is ``"raise"``.
-    """
-    seen: list[Recording] = []
-    for recording in (*active_recordings(), *recordings):
-        if not any(recording is other for other in seen):
-            seen.append(recording)
-            recording.append(report)
-    if bool((report.status_code == Status.CONVERGED).all()):
-        return x
-    failed = ~report.success
-    if not bool(failed.any()):
-        if not silent_budget and on_failure != "ignore" and bool((report.status_code == Status.BUDGET_SPENT).any()):
-            warnings.warn(report.message, BudgetWarning, stacklevel=2)
-        return x
-    if on_failure == "raise":
-        raise SolveError(report.message, report)
-    if on_failure == "warn":
-        warnings.warn(report.message, SolveWarning, stacklevel=2)
-    if on_failure == "nan":
-        return torch.where(failed.unsqueeze(-1), torch.full_like(x, float("nan")), x)
-    return x
-
-
-def misuse(error: BilevelError, on_failure: OnFailure) -> bool:
-    """Treat a fault that makes gradients wrong as the policy says; return whether the result is to be NaN."""
-    if on_failure == "raise":
-        raise error
-    if on_failure == "warn":
-        warnings.warn(str(error), FailureWarning, stacklevel=2)
-    return on_failure == "nan"

@@ -9,8 +9,8 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
-from bilevel._checks import check_number
 from bilevel.errors import ArgumentError
+from bilevel.setting_checks import check_number
 from bilevel.tolerance import Tolerance
 
 __all__ = ["CubicSchedule", "ExponentialSchedule", "QuadraticSchedule"]

@@ -9,8 +9,8 @@ from typing import Final
 
 import torch
 
-from bilevel._checks import check_steps
 from bilevel.errors import ArgumentError
+from bilevel.setting_checks import check_steps
 
 __all__ = ["AUTO", "Auto", "Target", "Tolerance", "auto_relative"]
 
@@ -279,10 +279,10 @@ class Tolerance:
         """Return what the linear solve aims for in ``dtype``."""
         return self._target(self.delta_prime, dtype)
 
-    def _target(self, wanted: float | Auto | None, dtype: torch.dtype) -> Target:
+    def _target(self, needs_grad: float | Auto | None, dtype: torch.dtype) -> Target:
         mu = self.strong_convexity
-        if wanted is None:
+        if needs_grad is None:
             return Target(silent=True, strong_convexity=mu)
-        if isinstance(wanted, Auto):
+        if isinstance(needs_grad, Auto):
             return Target(relative=auto_relative(dtype), strong_convexity=mu)
-        return Target(absolute=wanted * (1.0 if mu is None else mu), asked=True, strong_convexity=mu)
+        return Target(absolute=needs_grad * (1.0 if mu is None else mu), asked=True, strong_convexity=mu)

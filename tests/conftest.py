@@ -45,23 +45,24 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 def _replay_at_once() -> None:
     """Let a layer's first call note what its function does, and trust it without another look."""
-    from bilevel import _inspection, _replay, _run
+    from bilevel.layers import call, checks
+    from bilevel.replay.cache import ReplayCache
 
-    look, attempt = _inspection.look, _replay.Tapes._try
+    inspect_once, attempt = checks.inspect_once, ReplayCache._try
 
     def trusting(entry: Any, *args: Any) -> None:
         attempt(entry, *args)
         entry.trusted = not entry.given_up
 
     def eager(problem: Any, x: Any, function: Any, memory: Any, *, captures: bool) -> Any:
-        first = look(problem, x, function, memory, captures=captures)
+        first = inspect_once(problem, x, function, memory, captures=captures)
         if first.found is None:
             return first
-        tapes = _inspection.recall(problem, x, function, memory, memory, captures=captures)
-        return first._replace(tapes=tapes)
+        replays = checks.reuse_inspection(problem, x, function, memory, memory, captures=captures)
+        return first._replace(replays=replays)
 
-    _replay.Tapes._try = staticmethod(trusting)
-    _inspection.look = _run.look = eager
+    ReplayCache._try = staticmethod(trusting)
+    checks.inspect_once = call.inspect_once = eager
 
 
 @pytest.fixture(autouse=True)

@@ -85,10 +85,10 @@ MUTATIONS = (
         (IMAML, "-k", "damped_alone"),
     ),
     Mutation(
-        "an edited state is taken", "_checksum.py", "kept != _digest(body)", "False", (OUTER, "-k", "no_edit"),
+        "an edited state is taken", "checksum.py", "kept != _digest(body)", "False", (OUTER, "-k", "no_edit"),
     ),
     Mutation(
-        "a checksum leaves out the numbers of tensors", "_checksum.py", "found.update(flat.view(torch.uint8).numpy().tobytes())", "pass",
+        "a checksum leaves out the numbers of tensors", "checksum.py", "found.update(flat.view(torch.uint8).numpy().tobytes())", "pass",
         (OUTER, "-k", "no_edit"),
     ),
     Mutation(
@@ -97,7 +97,7 @@ MUTATIONS = (
         ("tests/meta/test_training.py", "-k", "owed"),
     ),
     Mutation(
-        "a root is told of its objective", "_wording.py", "        return words\n    words = {", "        return {}\n    words = {",
+        "a root is told of its objective", "layers/messages.py", "        return words\n    words = {", "        return {}\n    words = {",
         ("tests/test_wording.py", "-k", "no_objective"),
     ),
     Mutation(
@@ -114,51 +114,51 @@ MUTATIONS = (
     ),
     # The differentiation rule.
     Mutation(
-        "the adjoint's sign", "_implicit.py",
+        "the adjoint's sign", "implicit.py",
         "both.pullback(-adjoint.reshape(rhs.shape))", "both.pullback(adjoint.reshape(rhs.shape))",
         GRADCHECK,
     ),
     Mutation(
-        "the adjoint's matrix not transposed", "_implicit.py",
+        "the adjoint's matrix not transposed", "implicit.py",
         "rule.solve_linear(linearization.operator.T, rhs,", "rule.solve_linear(linearization.operator, rhs,", GRADCHECK,
     ),
     Mutation(
-        "the adjoint's matrix not transposed, in second derivatives", "_implicit.py",
-        "q = LinearSolve.apply(_checking(rule, tensors, wanted), True, cotangent,", "q = LinearSolve.apply(rule, False, cotangent,", GRADGRADCHECK,
+        "the adjoint's matrix not transposed, in second derivatives", "implicit.py",
+        "q = LinearSolve.apply(_checking(rule, tensors, needs_grad), True, cotangent,", "q = LinearSolve.apply(rule, False, cotangent,", GRADGRADCHECK,
     ),
     Mutation(
-        "the adjoint's sign, in second derivatives", "_implicit.py",
+        "the adjoint's sign, in second derivatives", "implicit.py",
         "vjp(residual, *chosen)[1](-q)", "vjp(residual, *chosen)[1](q)", GRADGRADCHECK,
     ),
     Mutation(
-        "the tangent's sign", "_implicit.py",
+        "the tangent's sign", "implicit.py",
         "LinearSolve.apply(rule, False, -pushed,", "LinearSolve.apply(rule, False, pushed,", matrix("jvp-"),
     ),
     Mutation(
-        "the matrix not transposed in the linear solve's own adjoint", "_implicit.py",
+        "the matrix not transposed in the linear solve's own adjoint", "implicit.py",
         "LinearSolve.apply(rule, not ctx.transposed, cotangent,", "LinearSolve.apply(rule, ctx.transposed, cotangent,",
         GRADGRADCHECK,
     ),
     Mutation(
-        "left and right exchanged in the derivative of a matrix", "_implicit.py",
+        "left and right exchanged in the derivative of a matrix", "implicit.py",
         "left, right = (z, b_bar) if ctx.transposed else (b_bar, z)", "left, right = (b_bar, z) if ctx.transposed else (z, b_bar)",
         GRADGRADCHECK,
     ),
     Mutation(
-        "a detached term: how the matrix changes with the solution", "_implicit.py",
-        "wanted = ctx.needs_input_grad[3:]", "wanted = (False, *ctx.needs_input_grad[4:])", GRADGRADCHECK,
+        "a detached term: how the matrix changes with the solution", "implicit.py",
+        "needs_grad = ctx.needs_input_grad[3:]", "needs_grad = (False, *ctx.needs_input_grad[4:])", GRADGRADCHECK,
     ),
     Mutation(
-        "a detached term: how the matrix changes with the solution, forward", "_implicit.py",
+        "a detached term: how the matrix changes with the solution, forward", "implicit.py",
         "change = change - _push(pull, z, directions)", "_push(pull, z, directions)", matrix("jvp-", "hessian-"),
     ),
     Mutation(
-        "repeated right-hand sides not in front of a lifted batch", "_implicit.py",
-        "front(rhs, in_dims[2], size).movedim(0, at)", "front(rhs, in_dims[2], size)",
+        "repeated right-hand sides not in front of a lifted batch", "implicit.py",
+        "batch_axis_first(rhs, in_dims[2], size).movedim(0, at)", "batch_axis_first(rhs, in_dims[2], size)",
         cells("Two transforms, vmap of jacrev", "root, single, float64", "root, batch, float64"),
     ),
     Mutation(
-        "a mean for a sum over the problems that share a tensor", "_problem.py",
+        "a mean for a sum over the problems that share a tensor", "equations/linearization.py",
         "return self._pull(q)[1]", "return self._pull(q / len(q))[1]",
         cells("Plain autograd, .backward()", "argmin, batch, float64", "root, batch, float64"),
     ),
@@ -178,15 +178,15 @@ MUTATIONS = (
     ),
     Mutation(
         "a Hessian's small error taken for a saddle", "linear/exact.py",
-        "& (negative <= doubt(n, matrix.dtype)) & definite", "& False", (MINIMUM_NORM, "-k", "within_the_accuracy"),
+        "& (negative <= eigenvalue_uncertainty(n, matrix.dtype)) & definite", "& False", (MINIMUM_NORM, "-k", "within_the_accuracy"),
     ),
     Mutation(
-        "an argument that changes the free directions differentiated", "_run.py",
+        "an argument that changes the free directions differentiated", "layers/call.py",
         "changed = changes_free_directions(operator, outcome.status, pullbacks)", "changed = outcome.status < 0",
         ("tests/linear/test_free_directions.py", "-k", "dependent or duplicated"),
     ),
     Mutation(
-        "an argument judged by itself, not by what it was computed from", "_pullbacks.py",
+        "an argument judged by itself, not by what it was computed from", "equations/pullbacks.py",
         "else (to_arguments, to_leaves)", "else (to_arguments,)", ("tests/linear/test_free_directions.py", "-k", "outside"),
     ),
     Mutation(
@@ -215,44 +215,44 @@ MUTATIONS = (
         "if not bool((residual.norm(dim=-1) <= 16 * info.eps * rhs.norm(dim=-1)).all()):", "if False:", ("tests/test_implicit.py", "-k", "proposal"),
     ),
     Mutation(
-        "a proposal pulled back where it was not the adjoint", "_implicit.py",
+        "a proposal pulled back where it was not the adjoint", "implicit.py",
         "if self._pulled is not None and torch.equal(self._pulled[0], v):", "if self._pulled is not None:",
         ("tests/test_implicit.py", "-k", "single_newton"),
     ),
     Mutation(
-        "a linearisation kept that is not at the solution", "_implicit.py",
+        "a linearisation kept that is not at the solution", "implicit.py",
         "if at is not None and torch.equal(at, x.reshape(at.shape)):", "if at is not None:",
         ("tests/test_implicit.py", "-k", "last_look"),
     ),
     Mutation(
-        "nothing kept of the solver's last look", "_implicit.py",
+        "nothing kept of the solver's last look", "implicit.py",
         "        if look is None or look.linearization is None or transforms_active():", "        if True:",
         ("tests/test_implicit.py", "-k", "last_look"),
     ),
     Mutation(
-        "the variance held fixed in a batch norm's second derivative", "_products.py",
+        "the variance held fixed in a batch norm's second derivative", "_torch/convolution.py",
         "by_y * b + by_u * c + scale * D", "by_y * b + by_u * c", ("tests/test_products.py", "-k", "test_batch_norm"),
     ),
     Mutation(
-        "what the forward pass saved taken for constants, in a batch norm's third derivative", "_products.py",
+        "what the forward pass saved taken for constants, in a batch norm's third derivative", "_torch/convolution.py",
         "        if torch.is_grad_enabled():", "        if False:", ("tests/test_products.py", "-k", "third"),
     ),
     Mutation(
-        "a convolution's second derivative without what its weights do", "_products.py",
+        "a convolution's second derivative without what its weights do", "_torch/convolution.py",
         "_applied(_Convolution, x, v, ctx.how) if to_y", "0 * _applied(_Convolution, x, v, ctx.how) if to_y",
         ("tests/test_products.py", "-k", "test_convolution"),
     ),
     Mutation(
-        "what the forward pass saved taken for constants, where a quick batch norm is differentiated twice", "_batch_norm.py",
+        "what the forward pass saved taken for constants, where a quick batch norm is differentiated twice", "_torch/batch_norm.py",
         "        if not torch.is_grad_enabled():", "        if True:", ("tests/test_batch_norm.py", "-k", "every_order"),
     ),
     Mutation(
-        "the variance as a difference of squares", "_batch_norm.py",
+        "the variance as a difference of squares", "_torch/batch_norm.py",
         "var = (centred * centred).mean(axes)", "var = (x * x).mean(axes) - mean.reshape(-1) ** 2",
         ("tests/test_batch_norm.py", "-k", "single_precision"),
     ),
     Mutation(
-        "the product that verifies a budget left out where the residual is read", "_run.py",
+        "the product that verifies a budget left out where the residual is read", "layers/call.py",
         "seen=bool(reported)", "seen=False", ("tests/test_layers.py", "-k", "looks"),
     ),
     Mutation(
@@ -261,184 +261,184 @@ MUTATIONS = (
         ("tests/linear/test_base.py", "-k", "not_a_number"),
     ),
     Mutation(
-        "a product's rule without its graph where a graph is recorded", "_products.py",
+        "a product's rule without its graph where a graph is recorded", "_torch/convolution.py",
         "recorded = torch.is_grad_enabled() or transforms_active()", "recorded = transforms_active()",
         ("tests/test_products.py", "-k", "third"),
     ),
     Mutation(
-        "groups of a batch of convolutions not counted", "_products.py",
+        "groups of a batch of convolutions not counted", "_torch/convolution.py",
         "w.flatten(0, 1), how._replace(groups=size * how.groups))\n        return _ungrouped(y, size), 1",
         "w.flatten(0, 1), how._replace(groups=size))\n        return _ungrouped(y, size), 1",
         ("tests/test_products.py", "-k", "under_vmap"),
     ),
     Mutation(
-        "any tree taken for the unknown's vector", "_tree.py",
+        "any tree taken for the unknown's vector", "pytree.py",
         "all(a is b for a, b in zip(leaves", "all(a.shape == b.shape for a, b in zip(leaves",
         ("tests/test_tree.py", "-k", "ravel"),
     ),
     Mutation(
-        "a mean for a sum over the batch's objectives", "_system.py",
+        "a mean for a sum over the batch's objectives", "equations/system.py",
         "self.outputs(point, *tensors).sum(), x)[0]", "self.outputs(point, *tensors).mean(), x)[0]", matrix("jacrev-", "hessian-"),
     ),
     Mutation(
-        "batch norm through vmap of grad, which torch differentiates wrongly from outside", "_system.py",
+        "batch norm through vmap of grad, which torch differentiates wrongly from outside", "equations/system.py",
         "with WrittenNorms(), Repeatable():\n            return grad(lambda point: self.outputs(point, *tensors).sum(), x)[0]",
         "if True:\n            return self.lifted(lambda p, *t: grad(lambda at: self.output(at, *t), p)[0])(x, *tensors)",
         ("tests/test_implicit.py", "-k", "batch_norm"),
     ),
     Mutation(
-        "norms left to torch, whose third derivatives are wrong", "_norms.py",
+        "norms left to torch, whose third derivatives are wrong", "_torch/norms.py",
         "return _WRITTEN.get(func, func)(*args, **(kwargs or {}))", "return func(*args, **(kwargs or {}))",
         ("tests/test_implicit.py", "-k", "norm"),
     ),
     Mutation(
-        "a linearisation that holds itself", "_problem.py",
-        "plain = replace(self, last_look=None)\n", "plain = self\n", ("tests/test_memory.py", "-k", "let_go"),
+        "a linearisation that holds itself", "equations/problem.py",
+        "plain = replace(self, linearization_slot=None)\n", "plain = self\n", ("tests/test_memory.py", "-k", "let_go"),
     ),
     Mutation(
-        "a hypergradient that holds itself", "_hypergradient.py",
+        "a hypergradient that holds itself", "problems/hypergradient.py",
         "before.report.moved(at), before._rebuild)", "before.report.moved(at), rebuild)", ("tests/test_memory.py", "-k", "let_go"),
     ),
     Mutation(
-        "the Hessian taken at zero", "_problem.py",
+        "the Hessian taken at zero", "equations/problem.py",
         "lambda: plain._dense(at)[1]", "lambda: plain._dense(torch.zeros_like(at))[1]", ("tests/test_implicit.py", "-k", "test_gradcheck or quartic"),
     ),
     Mutation(
-        "two thirds of the curvature, as Gauss–Newton has of a quartic", "_problem.py",
-        "operator = HessianOperator(residual, point)", "operator = HessianOperator(2 * residual / 3, point)",
+        "two thirds of the curvature, as Gauss–Newton has of a quartic", "equations/problem.py",
+        "operator = HessianOperator(residual, point, expect", "operator = HessianOperator(2 * residual / 3, point, expect",
         ("tests/test_implicit.py", "-k", "quartic"),
     ),
     Mutation(
-        "only the diagonal blocks of a pytree", "_problem.py",
+        "only the diagonal blocks of a pytree", "equations/problem.py",
         "matrix = matrix.reshape(self.batch, self.size, self.size)",
         "matrix = matrix.reshape(self.batch, self.size, self.size) * torch.block_diag(*[matrix.new_ones(s.numel(), s.numel()) for s in self.system.raveler.shapes])",
         ("tests/test_acceptance.py", "-k", "coupled"),
     ),
     Mutation(
-        "the axes of nested batches in the wrong order", "_problem.py",
+        "the axes of nested batches in the wrong order", "equations/problem.py",
         "zip(reversed(self.system.levels), reversed(position), strict=True)", "zip(reversed(self.system.levels), position, strict=True)",
         ("tests/test_acceptance.py", "-k", "nested"),
     ),
     Mutation(
-        "float32 everywhere", "_tree.py",
+        "float32 everywhere", "pytree.py",
         "dtype = real_dtype(leaves[0].dtype)\n", "dtype = torch.float32\n", ("tests/test_implicit.py", "-k", "dtypes or float64_data"),
     ),
     Mutation(
-        "forward mode twice let through", "_layer.py",
+        "forward mode twice let through", "layers/layer.py",
         "if forward_levels(tensors) > 1:", "if forward_levels(tensors) > 9:", cells("Two transforms, jvp of jvp", "argmin, single, float64"),
     ),
     Mutation(
-        "the compiler let in", "_transforms.py",
+        "the compiler let in", "_torch/transforms.py",
         "    disabled: list[Callable[P, T]] = []", "    return function\n    disabled: list[Callable[P, T]] = []",
         matrix("compile", columns="float64 and argmin"),
     ),
     Mutation(
-        "the compiler starts in our function modes", "_transforms.py",
+        "the compiler starts in our function modes", "_torch/transforms.py",
         'if hasattr(eval_frame, "set_code_exec_strategy"):', "if False:",
         matrix("compile", columns="float64 and argmin"),
     ),
     Mutation(
-        "batched tangents of the older vmap unseen", "_transforms.py",
+        "batched tangents of the older vmap unseen", "_torch/transforms.py",
         "        if not some:\n            return jvp(ctx, *tangents)", "        if True:\n            return jvp(ctx, *tangents)",
         matrix("strategy"),
     ),
     Mutation(
-        "solvers under autocast", "_transforms.py",
+        "solvers under autocast", "_torch/transforms.py",
         "with autocasting(arg.device, None):", "with contextlib.nullcontext():", (GUARDS, "-k", "autocast"),
     ),
     # Guard rails.
     Mutation(
-        "captured tensors not looked for", "_inspection.py",
+        "captured tensors not looked for", "layers/checks.py",
         "if captures and reaches_another_leaf(output, (point,)):", "if False:", (GUARDS, "-k", "captures_in_layers"),
     ),
     Mutation(
-        "captured tensors of transforms not looked for", "_layer.py",
+        "captured tensors of transforms not looked for", "layers/layer.py",
         "            if carries_gradient(output):", "            if False:", (GUARDS, "-k", "captures_in_layers"),
     ),
     Mutation(
-        "captured dual numbers not looked for", "_transforms.py",
+        "captured dual numbers not looked for", "_torch/transforms.py",
         "    if forward_ad._current_level >= 0:\n        return True\n", "", (GUARDS, "-k", "captures_in_layers and dual"),
     ),
     Mutation(
-        "randomness not looked for", "_inspection.py",
+        "randomness not looked for", "layers/checks.py",
         "    if not agreed:\n", "    if False:\n", (GUARDS, "-k", "randomness_in_layers"),
     ),
     Mutation(
-        "randomness looked for with two draws", "_inspection.py", "_MORE_PAIRS = 12", "_MORE_PAIRS = 0",
+        "randomness looked for with two draws", "layers/checks.py", "_MORE_PAIRS = 12", "_MORE_PAIRS = 0",
         (GUARDS, "-k", "randomness_in_layers"),
     ),
     Mutation(
-        "changes in place not looked for", "_inspection.py",
+        "changes in place not looked for", "layers/checks.py",
         "if versions != [t._version for t in watched]:", "if False:", ("tests/test_failures.py", "-k", "running_statistics"),
     ),
     Mutation(
-        "an init that requires grad let through", "_layer.py",
+        "an init that requires grad let through", "layers/layer.py",
         "if any(carries_gradient(leaf) for leaf in leaves):", "if False:", ("tests/test_failures.py", "-k", "init_that"),
     ),
     Mutation(
-        "captures of the outer objective not looked for", "_guards.py",
+        "captures of the outer objective not looked for", "problems/checks.py",
         "    if not reaches_another_leaf(loss, (*outer, *known)):\n        return False\n", "    if True:\n        return False\n",
         (GUARDS, "-k", "outer_objective_get"),
     ),
     Mutation(
-        "an outer objective that draws let through", "_guards.py",
+        "an outer objective that draws let through", "problems/checks.py",
         "if self._draws():", "if False:", (GUARDS, "-k", "randomness_in_problems"),
     ),
     Mutation(
-        "a goal's residual made too small", "_goal.py", "here.rho = here.v - product\n", "here.rho = 0.3 * (here.v - product)\n",
+        "a goal's residual made too small", "problems/adaptive/search.py", "here.rho = here.v - product\n", "here.rho = 0.3 * (here.v - product)\n",
         ("tests/test_goal.py", "-k", "true_ones"),
     ),
     Mutation(
-        "a goal met on half of the error", "_error_model.py", "Bound(inner + linear if self.seen(here)", "Bound(linear if self.seen(here)",
+        "a goal met on half of the error", "problems/adaptive/error_model.py", "Bound(inner + linear if self.seen(here)", "Bound(linear if self.seen(here)",
         ("tests/test_goal.py", "-k", "estimated_goal"),
     ),
     Mutation(
-        "a goal's span solved for with another residual", "_secants.py",
+        "a goal's span solved for with another residual", "problems/adaptive/quasi_newton.py",
         "b - (shares @ W).squeeze(-2), shares", "b - 0.9 * (shares @ W).squeeze(-2), shares",
         ("tests/test_goal.py", "-k", "secants"),
     ),
     Mutation(
-        "a goal's pairs fitted though they contradict each other", "_secants.py",
+        "a goal's pairs fitted though they contradict each other", "problems/adaptive/quasi_newton.py",
         "least = (_MARGIN * doubt.nan_to_num(nan=1.0))", "least = (0 * doubt)", ("tests/test_goal.py", "-k", "contradicting"),
     ),
     Mutation(
-        "a goal's directions not conjugate", "_secants.py",
+        "a goal's directions not conjugate", "problems/adaptive/quasi_newton.py",
         "return p - (_shares(V", "return p - 0.5 * (_shares(V", ("tests/test_goal.py", "-k", "pullbacks"),
     ),
     Mutation(
-        "a goal's pullbacks of other products than are kept", "_secants.py",
+        "a goal's pullbacks of other products than are kept", "problems/adaptive/quasi_newton.py",
         "[*self._pulled, pulled][-_MOST_PAIRS:]", "[pulled, *self._pulled][-_MOST_PAIRS:]", ("tests/test_goal.py", "-k", "pullbacks"),
     ),
     Mutation(
-        "a goal met on changes that vanish by chance", "_error_model.py",
+        "a goal met on changes that vanish by chance", "problems/adaptive/error_model.py",
         "(_CHANCE * here.left", "(0 * here.left", ("tests/test_goal.py", "-k", "bound_by_norms"),
     ),
     Mutation(
-        "a goal's slopes measured in the last digits", "_goal.py",
+        "a goal's slopes measured in the last digits", "problems/adaptive/search.py",
         "        if length > torch.finfo(", "        if length > 0 * torch.finfo(", ("tests/test_goal.py", "-k", "stretch"),
     ),
     Mutation(
-        "a goal that keeps a bad step beyond the inner solver's", "_goal.py",
+        "a goal that keeps a bad step beyond the inner solver's", "problems/adaptive/search.py",
         "        if not here.size <= size:\n", "        if False:\n", ("tests/test_goal.py", "-k", "beyond"),
     ),
     Mutation(
-        "a goal that trusts any guess", "_goal.py", "                ahead = False\n", "                return here.left > 1.01 * want\n",
+        "a goal that trusts any guess", "problems/adaptive/search.py", "                ahead = False\n", "                return here.left > 1.01 * want\n",
         ("tests/test_goal.py", "-k", "no_good"),
     ),
     Mutation(
-        "a goal's outer objective not looked at", "_seek.py",
+        "a goal's outer objective not looked at", "problems/adaptive/driver.py",
         "settings.tolerance, known, certify, look,", "settings.tolerance, known, certify, None,", (GUARDS, "-k", "outer_objective_get"),
     ),
     Mutation(
-        "a goal's disconnected tensors not looked for", "problem.py",
+        "a goal's disconnected tensors not looked for", "problems/problem.py",
         "flat = torch.cat(self._connected(parts, inner, outer, data, policy))", "flat = found.gradient", (GUARDS, "-k", "disconnected"),
     ),
     Mutation(
-        "disconnected outer tensors not looked for", "_guards.py",
+        "disconnected outer tensors not looked for", "problems/checks.py",
         "if asked and not seen]", "if False]", (GUARDS, "-k", "disconnected"),
     ),
     Mutation(
-        "any function taken for a linear one", "_system.py", "if bool(wrong > doubt * size):", "if False:",
+        "any function taken for a linear one", "equations/system.py", "if bool(wrong > doubt * size):", "if False:",
         (LINEAR, "-k", "not_linear"),
     ),
     # Linear solvers.
@@ -602,38 +602,38 @@ MUTATIONS = (
     ),
     # Calls, policies, problems.
     Mutation(
-        "a failed backward solve never looked at", "_run.py",
-        "shaped = enforce(report, shaped, settings.on_failure,", "shaped = shaped if report else enforce(report, shaped, settings.on_failure,",
+        "a failed backward solve never looked at", "layers/call.py",
+        "shaped = apply_policy(report, shaped, settings.on_failure,", "shaped = shaped if report else apply_policy(report, shaped, settings.on_failure,",
         ("tests/test_failures.py", "-k", "test_backward_failures"),
     ),
     Mutation(
-        "a failed backward solve raised though it was asked not to be", "_run.py",
-        "shaped = enforce(report, shaped, settings.on_failure,", 'shaped = enforce(report, shaped, "raise",', ("tests/test_failures.py", "-k", "test_backward_failures"),
+        "a failed backward solve raised though it was asked not to be", "layers/call.py",
+        "shaped = apply_policy(report, shaped, settings.on_failure,", 'shaped = apply_policy(report, shaped, "raise",', ("tests/test_failures.py", "-k", "test_backward_failures"),
     ),
     Mutation(
-        "one failed problem spoils its batch", "reports.py",
+        "one failed problem spoils its batch", "policy.py",
         'torch.where(failed.unsqueeze(-1), torch.full_like(x, float("nan")), x)', 'torch.full_like(x, float("nan"))',
         ("tests/test_failures.py", "-k", "one_failed_problem"),
     ),
     Mutation(
-        "the adjoint's warm start lost", "_run.py",
+        "the adjoint's warm start lost", "layers/call.py",
         "begun = None if product is None else settings.start(rhs)", "begun = None", ("tests/test_problem.py", "-k", "warm_starts_of"),
     ),
     Mutation(
-        "the adjoint not kept", "_run.py",
+        "the adjoint not kept", "layers/call.py",
         "on_adjoint = settings.on_adjoint if product is not None else None", "on_adjoint = None", ("tests/test_problem.py", "-k", "closed_form"),
     ),
     Mutation(
-        "the inner warm start lost", "problem.py", "self._warm = replace(self._warm, inner=last)", "self._warm = replace(self._warm, inner=None)", ("tests/test_problem.py", "-k", "warm_starts_of"),
+        "the inner warm start lost", "problems/problem.py", "self._warm = replace(self._warm, inner=last)", "self._warm = replace(self._warm, inner=None)", ("tests/test_problem.py", "-k", "warm_starts_of"),
     ),
     Mutation(
-        "a sum for a mean over a batch of problems", "problem.py",
+        "a sum for a mean over a batch of problems", "problems/problem.py",
         "value = self._outer_losses(solution.value, theta, data, settings.on_failure).mean()",
         "value = self._outer_losses(solution.value, theta, data, settings.on_failure).sum()",
         ("tests/test_problem.py", "-k", "mean_of_its_members"),
     ),
     Mutation(
-        "the outer value corrected the wrong way", "problem.py",
+        "the outer value corrected the wrong way", "problems/problem.py",
         "corrected = corrected - (q", "corrected = corrected + (q", ("tests/test_problem.py", "-k", "certified_bound"),
     ),
     Mutation(
@@ -694,7 +694,7 @@ MUTATIONS = (
         ("tests/certificates/test_evidence.py", "-k", "run_away"),
     ),
     Mutation(
-        "one matrix's failure raised for its batch", "_factorisations.py",
+        "one matrix's failure raised for its batch", "_torch/factorisations.py",
         "    except LinAlgError:\n        made, failed", "    except ZeroDivisionError:\n        made, failed",
         ("tests/certificates/test_evidence.py", "-k", "one_by_one"),
     ),
@@ -727,16 +727,16 @@ MUTATIONS = (
         "        seen.replace(Defect.SINGULAR", "        _ = (Defect.SINGULAR", ("tests/testing/test_diagnose.py", "-k", "free_shift"),
     ),
     Mutation(
-        "matrices that are not finite", "_factorisations.py",
+        "matrices that are not finite", "_torch/factorisations.py",
         "safe = torch.where(finite[..., None, None], matrix, unit)", "safe = matrix",
         ("tests/certificates/test_evidence.py", "-k", "each_matrix or trouble"),
     ),
     Mutation(
-        "a goal given up at negative curvature", "_goal.py",
+        "a goal given up at negative curvature", "problems/adaptive/search.py",
         "        if self._stretches >= _MOST_STRETCHES:\n", "        if True:\n", ("tests/test_goal.py", "-k", "negative_curvature"),
     ),
     Mutation(
-        "a remedy that does not name the inner solver", "_knowledge.py",
+        "a remedy that does not name the inner solver", "problems/adaptive/state.py",
         "if self.inner is not None and not self.inner.success and self.inner is not Status.INDEFINITE:", "if False:", ("tests/test_goal.py", "-k", "remedy"),
     ),
     Mutation(
@@ -771,11 +771,11 @@ MUTATIONS = (
     ),
     # The fault after the linear layer.
     Mutation(
-        "the linear layer's right-hand side taken for a constant", "_linear_layer.py",
+        "the linear layer's right-hand side taken for a constant", "layers/linear_layer.py",
         "call.look), False, flat, point,", "call.look), False, flat.detach(), point,", (LINEAR, "-k", "gradcheck"),
     ),
     Mutation(
-        "the linear layer's matrix transposed", "_linear_layer.py",
+        "the linear layer's matrix transposed", "layers/linear_layer.py",
         "call.look), False, flat, point,", "call.look), True, flat, point,", (LINEAR, "-k", "test_the_grid and triangular and default"),
     ),
     Mutation(
@@ -783,20 +783,20 @@ MUTATIONS = (
         "weights[nearest] = 1.0 - weights.sum()", "weights[nearest] = 1.0", (OUTER, "-k", "trail"),
     ),
     Mutation(
-        "a setting that reaches the calls before it", "_run.py",
+        "a setting that reaches the calls before it", "layers/call.py",
         "owner._settings = replace(owner._settings, **{self._name: value})", "object.__setattr__(owner._settings, self._name, value)",
         ("tests/test_settings.py", "-k", "test_the_tolerance_of"),
     ),
     Mutation(
-        "a layer's own settings in place of the call's", "_layer.py",
+        "a layer's own settings in place of the call's", "layers/layer.py",
         "return SolveCall(settings,", "return SolveCall(self._settings,", ("tests/test_problem.py", "-k", "closed_form"),
     ),
     Mutation(
-        "what a result computes later at another theta", "problem.py",
+        "what a result computes later at another theta", "problems/problem.py",
         "fresh = [_copy(leaf).requires", "fresh = [_cut(leaf).requires", ("tests/test_settings.py", "-k", "computes_later"),
     ),
     Mutation(
-        "a bound of data that were changed in place", "problem.py",
+        "a bound of data that were changed in place", "problems/problem.py",
         "if any(tensor._version != version for", "if any(tensor._version < 0 for", ("tests/test_settings.py", "-k", "changed_in_place"),
     ),
     Mutation(
@@ -804,24 +804,24 @@ MUTATIONS = (
         "inspect=number == 0, tolerance=tolerance)", "inspect=number == 0)", ("tests/test_settings.py", "-k", "in_parts"),
     ),
     Mutation(
-        "a warm start that decides the dtype", "_warm_start.py",
+        "a warm start that decides the dtype", "problems/warm_start.py",
         "[a.to(b) for a, b in", "[a for a, b in", ("tests/test_settings.py", "-k", "decide_the_dtype"),
     ),
     Mutation(
-        "a tensor without a connection found in the first call alone", "problem.py",
+        "a tensor without a connection found in the first call alone", "problems/problem.py",
         "if not cut or policy in", "if policy or policy in", ("tests/test_settings.py", "-k", "found_in_every_call"),
     ),
     Mutation(
-        "a warm start that is not wanted", "problem.py",
+        "a warm start that is not wanted", "problems/problem.py",
         "warm = self._warm if self.warm_start else WarmStart()\n        fits", "warm = self._warm\n        fits",
         ("tests/test_settings.py", "-k", "without_warm_starts"),
     ),
     Mutation(
-        "a batch's adjoint begun from K times too large", "problem.py",
+        "a batch's adjoint begun from K times too large", "problems/problem.py",
         "adjoint=flat / max(1, len(flat))", "adjoint=flat", ("tests/test_problem.py", "-k", "told"),
     ),
     Mutation(
-        "errors of goals forgotten where nothing is measured", "_knowledge.py",
+        "errors of goals forgotten where nothing is measured", "problems/adaptive/state.py",
         "        if not stepped:\n", "        if False:\n", ("tests/test_goal.py", "-k", "trusted"),
     ),
     Mutation(
@@ -837,63 +837,63 @@ MUTATIONS = (
         "                    parameter.copy_(of_real(value, parameter))\n", "                    pass\n", (OUTER, "-k", "module"),
     ),
     Mutation(
-        "instructions that are not on the list passed over", "_straight.py",
+        "instructions that are not on the list passed over", "replay/purity.py",
         "if not is_known_step(step):", "if False:", ("tests/test_straight.py",),
     ),
     Mutation(
-        "a list of instructions for any version of Python", "_straight_steps.py",
+        "a list of instructions for any version of Python", "replay/opcodes.py",
         "_BY_VERSION.get(version, ())", "_BY_VERSION.get(version, _BY_VERSION[3, 11])", ("tests/test_straight.py", "-k", "instruction"),
     ),
     Mutation(
-        "other ways to call a module passed over", "_straight_modules.py",
+        "other ways to call a module passed over", "replay/pure_modules.py",
         "if any(getattr(kind, name, None) is not value for name, value in _CALL.items()):", "if False:", (STALE, "-k", "called"),
     ),
     Mutation(
-        "a call that one module keeps passed over", "_straight_modules.py",
+        "a call that one module keeps passed over", "replay/pure_modules.py",
         'if "forward" in own or any(own.get(name) is not None for name in _CALL):', 'if "forward" in own:', (STALE, "-k", "called"),
     ),
     Mutation(
-        "operators of a module passed over", "_straight_modules.py",
+        "operators of a module passed over", "replay/pure_modules.py",
         "return all(name in _SPECIAL or not _is_special(name) for base in ours for name in vars(base))", "return True", (STALE, "-k", "operators_of_a_module"),
     ),
     Mutation(
-        "functions below torch's own modules that are set anew passed over", "_straight_modules.py",
+        "functions below torch's own modules that are set anew passed over", "replay/pure_modules.py",
         "if any(getattr(holder, name, None) is not value for holder, name, value in _KNOWN[kind]):", "if False:", (STALE, "-k", "called"),
     ),
     Mutation(
-        "operators of tensors that are set anew passed over", "_straight.py",
+        "operators of tensors that are set anew passed over", "replay/purity.py",
         "if not operators_are_torch_s():", "if False:", (STALE, "-k", "operators_of_tensors"),
     ),
     Mutation(
-        "tensors that are printed passed over", "_tapes/_notes.py",
+        "tensors that are printed passed over", "replay/recorder.py",
         "if tape is None or printed.any or", "if tape is None or", (STALE, "-k", "print"),
     ),
     Mutation(
-        "random numbers of another thread taken for the call's own", "_randomness.py",
+        "random numbers of another thread taken for the call's own", "layers/randomness.py",
         "        evaluate()\n    return seen.any", "        evaluate()\n    return True", (GUARDS, "-k", "other_threads or counts"),
     ),
     Mutation(
-        "an operation with a generator of its own taken for a draw", "_randomness.py",
+        "an operation with a generator of its own taken for a draw", "layers/randomness.py",
         'given.get("generator") is None and ', "", (GUARDS, "-k", "counts"),
     ),
     Mutation(
-        "torch's compiler imported to note a run", "_tapes/_notes.py",
+        "torch's compiler imported to note a run", "replay/recorder.py",
         "        return False\n\n    def __init__(self, inputs", "        return True\n\n    def __init__(self, inputs", ("tests/test_import.py", "-k", "again"),
     ),
     Mutation(
-        "sympy imported for a product", "_reverse.py",
+        "sympy imported for a product", "_torch/reverse.py",
         "found = _engine_run_backward(", "import sympy\n        found = _engine_run_backward(", ("tests/test_import.py", "-k", "again"),
     ),
     Mutation(
-        "what a function reaches not compared", "_straight.py",
+        "what a function reaches not compared", "replay/purity.py",
         "and all(map(_is, objects, parts))", "", ("tests/test_straight.py",),
     ),
     Mutation(
-        "an object reached from two places taken for one", "_straight.py",
+        "an object reached from two places taken for one", "replay/purity.py",
         '        parts.extend(followed[0])', '        parts += [part for part in followed[0] if not any(part is p for p in parts)]', ("tests/test_straight.py",),
     ),
     Mutation(
-        "random numbers that a solve draws after a look passed over", "_inspection.py",
+        "random numbers that a solve draws after a look passed over", "layers/checks.py",
         "    if states.changed():  # by whomever: an inspection tells\n        inspect()", "    if False:\n        inspect()", ("tests/test_straight.py",),
     ),
     Mutation(
@@ -901,127 +901,127 @@ MUTATIONS = (
         "fall + doubt < promised or not doubt >", "fall + doubt < promised or not doubt > 0 *", (OUTER, "-k", "shortened"),
     ),
     Mutation(
-        "what a noted run reads from tensors passed over", "_tapes/_notes.py",
+        "what a noted run reads from tensors passed over", "replay/recorder.py",
         "    return not _OPEN.isdisjoint(func.tags)", "    return False", (TAPES,),
     ),
     Mutation(
-        "a mask taken for places", "_tapes/_notes.py",
+        "a mask taken for places", "replay/recorder.py",
         "        return any(index is not None and index.dtype not in _WHOLE for index in args[1])", "        return False", (TAPES,),
     ),
     Mutation(
-        "tensors from nowhere taken for constants", "_tapes/_notes.py",
+        "tensors from nowhere taken for constants", "replay/recorder.py",
         "self._open or tensor.ndim > 0 or", "self._open or", (TAPES,),
     ),
     Mutation(
-        "arguments in one memory taken for one", "_tapes/_notes.py",
+        "arguments in one memory taken for one", "replay/recorder.py",
         "        if _memory(tensor) in met:", "        if False:", (TAPES, "tests/test_replay.py"),
     ),
     Mutation(
-        "an argument that is written to passed over", "_tapes/_notes.py",
+        "an argument that is written to passed over", "replay/recorder.py",
         "any(_memory(t) in self._given for t in _changed(func, args, kwargs))", "False", (TAPES,),
     ),
     Mutation(
-        "views in place noted as they are", "_tapes/_notes.py",
+        "views in place noted as they are", "replay/recorder.py",
         "        operation = _VIEWS.get(func, func)", "        operation = func", (TAPES,),
     ),
     Mutation(
-        "what is kept for the second part written over in the first", "_tapes/_shorter.py",
+        "what is kept for the second part written over in the first", "replay/simplify.py",
         "for number in (*given, *outputs, *tape.constants)}", "for number in (*given, *outputs[:1], *tape.constants)}", (TAPES,),
     ),
     Mutation(
-        "arguments written over", "_tapes/_shorter.py",
+        "arguments written over", "replay/simplify.py",
         "for number in (*given, *outputs, *tape.constants)}", "for number in (*outputs, *tape.constants)}", (TAPES,),
     ),
     Mutation(
-        "what a view still needs written over", "_tapes/_shorter.py",
+        "what a view still needs written over", "replay/simplify.py",
         "            last[memory[number]] = place", "            last[memory[number]] = min(last.get(memory[number], place), place)", (TAPES,),
     ),
     Mutation(
-        "a tensor in another layout put in a power's place", "_tapes/_shorter.py",
-        " and self._layout(same).alike(self._layout(made))", "", (TAPES,),
+        "a tensor in another layout put in a power's place", "replay/simplify.py",
+        " and self._layout(same).same_layout(self._layout(made))", "", (TAPES,),
     ),
     Mutation(
-        "a check that makes nothing left out of a program", "_tapes/_tape.py",
+        "a check that makes nothing left out of a program", "replay/tape.py",
         " or (not step.makes and here(step))", "", (TAPES, "tests/test_replay.py"),
     ),
     Mutation(
-        "replays relied on without a comparison", "_replay.py",
+        "replays relied on without a comparison", "replay/cache.py",
         "    return all(map(_same, found, expected))", "    return True", ("tests/test_replay.py", TAPES),
     ),
     Mutation(
-        "attributes that are not on the list passed over", "_straight_names.py",
+        "attributes that are not on the list passed over", "replay/pure_names.py",
         'name in ATTRIBUTES and (', '(', ("tests/test_replay.py", "tests/test_replay_reading.py"),
     ),
     Mutation(
-        "what a problem keeps not told apart", "_straight.py",
+        "what a problem keeps not told apart", "replay/purity.py",
         '(objects, [*named, *own])', '(objects, named)', ("tests/test_replay.py",),
     ),
     Mutation(
-        "hooks of modules passed over", "_straight_modules.py",
+        "hooks of modules passed over", "replay/pure_modules.py",
         " or any(own[hooks] for hooks in _HOOKS)", "", ("tests/test_replay.py",),
     ),
     Mutation(
-        "a module's settings not told apart", "_straight_modules.py",
+        "a module's settings not told apart", "replay/pure_modules.py",
         'named += [name, tuple(value) if type(value) is list else value]', 'named += []', ("tests/test_replay_reading.py",),
     ),
     Mutation(
-        "replays where a debugger steps through", "_transforms.py",
+        "replays where a debugger steps through", "_torch/transforms.py",
         "        or sys.gettrace() is not None  # a debugger steps through it\n", "", ("tests/test_replay.py",),
     ),
     Mutation(
-        "dtypes that torch takes by default not told apart", "_inspection.py",
+        "dtypes that torch takes by default not told apart", "layers/checks.py",
         "torch.get_default_dtype(),", "", ("tests/test_replay.py",),
     ),
     Mutation(
-        "replays that cannot be switched off", "_inspection.py",
+        "replays that cannot be switched off", "layers/checks.py",
         "    fits = allowed() and problem", "    fits = problem", ("tests/test_replay.py",),
     ),
     Mutation(
-        "views of what is left out taken for tensors of their own", "_tapes/_shorter.py",
+        "views of what is left out taken for tensors of their own", "replay/simplify.py",
         "            self._moved[old] = new", "            pass", (TAPES,),
     ),
     Mutation(
-        "an output that shares memory with what stands for its base", "_tapes/_shorter.py",
+        "an output that shares memory with what stands for its base", "replay/simplify.py",
         "return self._layout(made).memory not in self._outward", "return made not in self._tape.outputs", (TAPES,),
     ),
     Mutation(
-        "sizes of batches not told apart", "_inspection.py",
+        "sizes of batches not told apart", "layers/checks.py",
         "tuple((level.size, level.batched) for level", "tuple(level.batched for level", ("tests/test_replay.py",),
     ),
     Mutation(
-        "what a run finds taken for what it makes", "_replay.py",
+        "what a run finds taken for what it makes", "replay/cache.py",
         "fits = again is not None and not entry.program.shares_constants(again)", "pass", ("tests/test_replay.py",),
     ),
     Mutation(
-        "tensors changed before a derivative passed over", "_tapes/_program.py",
+        "tensors changed before a derivative passed over", "replay/program.py",
         "        if changed:", "        if False:", ("tests/test_replay.py",),
     ),
     Mutation(
-        "an object that is handed on taken for its names", "_straight.py",
+        "an object that is handed on taken for its names", "replay/purity.py",
         '                if not taken or not _only_loads(step, first):\n                    return None\n', '                if not taken:\n                    continue\n', ("tests/test_replay.py",),
     ),
     Mutation(
-        "what a class makes of a name passed over", "_straight_modules.py",
+        "what a class makes of a name passed over", "replay/pure_modules.py",
         'if of_class is not _NOWHERE and type(of_class) not in constants:', 'if isinstance(of_class, FunctionType):', ("tests/test_replay_reading.py",),
     ),
     Mutation(
-        "keys that are more than names passed over", "_straight.py",
+        "keys that are more than names passed over", "replay/purity.py",
         ' or not all(type(key) in _KEYS for key in structure.context or ())', '', ("tests/test_replay_reading.py",),
     ),
     Mutation(
-        "variables around a function that it sets passed over", "_straight.py",
+        "variables around a function that it sets passed over", "replay/purity.py",
         'if step.opname in ("STORE_DEREF", "DELETE_DEREF") and', 'if False and', ("tests/test_replay_reading.py",),
     ),
     Mutation(
-        "operations on tensors that are set anew passed over", "_straight_names.py",
+        "operations on tensors that are set anew passed over", "replay/pure_names.py",
         'getattr(torch.Tensor, name) is _AS_IMPORTED[name]', 'True', ("tests/test_replay_reading.py",),
     ),
     Mutation(
-        "a model's numbers that are named like an operation passed over", "_straight_modules.py",
+        "a model's numbers that are named like an operation passed over", "replay/pure_modules.py",
         ' and not _looks_like_a_tensor(part)', '', ("tests/test_replay_reading.py",),
     ),
     Mutation(
-        "tuples that are kept with what is in them", "_straight.py",
+        "tuples that are kept with what is in them", "replay/purity.py",
         'followed = [tuple, len(item)], list(item)', 'followed = [item], list(item)', ("tests/test_replay.py",),
     ),
     # Anderson acceleration.
@@ -1051,103 +1051,103 @@ MUTATIONS = (
     ),
     # Dtypes and layouts.
     Mutation(
-        'dtypes: imaginary parts change their sign', '_tree.py',
+        'dtypes: imaginary parts change their sign', 'pytree.py',
         'torch.complex(pairs[..., 0], pairs[..., 1])',
         'torch.complex(pairs[..., 0], -pairs[..., 1])',
         ('tests/test_complex.py', '-k', 'follow'),
     ),
     Mutation(
-        'dtypes: a conjugate view is not resolved', '_tree.py',
+        'dtypes: a conjugate view is not resolved', 'pytree.py',
         'torch.view_as_real(tensor.resolve_conj())',
         'torch.view_as_real(tensor)',
         ('tests/test_complex.py', '-k', 'odd_places'),
     ),
     Mutation(
-        'dtypes: an imaginary part is dropped without a word', '_tree.py',
+        'dtypes: an imaginary part is dropped without a word', 'pytree.py',
         'if leaf.is_complex() and not dtype.is_complex:',
         'if False:',
         ('tests/test_complex.py', '-k', 'has_to_be'),
     ),
     Mutation(
-        'dtypes: replays take complex tensors for pairs', '_inspection.py',
+        'dtypes: replays take complex tensors for pairs', 'layers/checks.py',
         'given.is_tensor, given.is_complex,',
         'given.is_tensor,',
         ('tests/test_complex.py', '-k', 'from_pairs'),
     ),
     Mutation(
-        'dtypes: complex outer variables do not move', '_tree.py',
+        'dtypes: complex outer variables do not move', 'pytree.py',
         '(leaf.is_floating_point() or leaf.is_complex())',
         'leaf.is_floating_point()',
         ('tests/test_complex.py', '-k', 'hypergradients'),
     ),
     Mutation(
-        'dtypes: a misuse of dtypes is gone on with', '_run.py',
+        'dtypes: a misuse of dtypes is gone on with', 'layers/call.py',
         'isinstance(error, (ValueError, TypeError))',
         'isinstance(error, ValueError)',
         ('tests/test_failures.py', '-k', 'misfits and complex'),
     ),
     Mutation(
-        "sparse: the construction is torch's own", '_sparse.py',
+        "sparse: the construction is torch's own", '_torch/sparse.py',
         '    torch.sparse_coo_tensor: _sparse_coo_tensor,\n',
         '',
         ('tests/test_sparse.py', '-k', 'derivatives_by_the_values'),
     ),
     Mutation(
-        "sparse: products with a matrix of values are torch's own", '_sparse.py',
+        "sparse: products with a matrix of values are torch's own", '_torch/sparse.py',
         'return _entry_by_entry(*args) if _made_of_entries(*args) else theirs(*args)',
         'return theirs(*args)',
         ('tests/test_sparse.py', '-k', 'derivatives_by_the_values'),
     ),
     Mutation(
-        'sparse: a compressed constant stays so', '_sparse.py',
+        'sparse: a compressed constant stays so', '_torch/sparse.py',
         '        return item.to_sparse_coo()',
         '        return item',
         ('tests/test_sparse.py', '-k', 'compressed_constant'),
     ),
     Mutation(
-        'sparse: what the arguments go through is not learned', '_problem.py',
-        'learn(system.function, values)',
+        'sparse: what the arguments go through is not learned', 'equations/problem.py',
+        'record_graph_features(system.function, values)',
         'pass',
         ('tests/test_sparse.py', '-k', 'few_values'),
     ),
     Mutation(
-        'once: rewritten operations only where the unknown goes through them', '_system.py',
+        'once: rewritten operations only where the unknown goes through them', 'equations/system.py',
         'with WrittenNorms(), Repeatable():\n            return grad(',
         'with WrittenNorms():\n            return grad(',
         ('tests/test_sparse.py', '-k', 'fused_norm'),
     ),
     Mutation(
-        "once: a transform hides the user's Function", '_once.py',
+        "once: a transform hides the user's Function", '_torch/once_differentiable.py',
         'kind = closed.get("autograd_function")',
         'kind = None',
         ('tests/test_sparse.py', '-k', 'marked'),
     ),
     Mutation(
-        'once: a second derivative is not looked at', '_implicit.py',
+        'once: a second derivative is not looked at', 'implicit.py',
         '        if again:\n            refuse_once_only(system.where',
         '        if False:\n            refuse_once_only(system.where',
         ('tests/test_sparse.py', '-k', 'marked'),
     ),
     Mutation(
-        "once: a sparse argument's graph is not looked at", '_implicit.py',
+        "once: a sparse argument's graph is not looked at", 'implicit.py',
         'if again and tensor.layout is not torch.strided:',
         'if False:',
         ('tests/test_sparse.py', '-k', 'argument_made'),
     ),
     Mutation(
-        'once: products J v are not looked at', '_implicit.py',
+        'once: products J v are not looked at', 'implicit.py',
         'if not (transposed or rule.system.symmetric):',
         'if False:',
         ('tests/test_sparse.py', '-k', 'marked'),
     ),
     Mutation(
-        'once: an outer objective is not looked at', '_outer_loss.py',
+        'once: an outer objective is not looked at', 'problems/outer_loss.py',
         '    _refuse_again(where, losses, given)\n',
         '',
         ('tests/test_sparse.py', '-k', 'outer_objective'),
     ),
     Mutation(
-        "numpy is spoken of in torch's words", '_system.py',
+        "numpy is spoken of in torch's words", 'equations/system.py',
         'return "call numpy() on Tensor" in said or "numpy.ndarray" in said',
         'return False',
         ('tests/test_sparse.py', '-k', 'numpy'),

@@ -9,10 +9,10 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 import bilevel
-import bilevel._batch_norm as batch_norm
-from bilevel._batch_norm import QuickNorms
-from bilevel._norms import WrittenNorms
-from bilevel._products import QuickProducts
+import bilevel._torch.batch_norm as batch_norm
+from bilevel._torch.batch_norm import FastNorms
+from bilevel._torch.convolution import FastHVP
+from bilevel._torch.norms import WrittenNorms
 
 F64 = torch.float64
 
@@ -39,7 +39,7 @@ def uses(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 def agree(loss, *parameters: torch.Tensor, order: int = 1, tol: float = 1e-11) -> None:
     """Assert that derivatives up to ``order`` are torch's, or, from the second on, those of the norm written out."""
     found = []
-    for mode in (QuickNorms(), WrittenNorms()):
+    for mode in (FastNorms(), WrittenNorms()):
         leaves = [p.detach().clone().requires_grad_(True) for p in parameters]
         with mode:
             value = loss(*leaves)
@@ -96,7 +96,7 @@ def test_under_two_vmaps_and_beside_torch_s_own() -> None:
     x, gamma = torch.randn(2, 3, 4, 2, 3, dtype=F64), torch.randn(3, 2, dtype=F64)
     norm = vmap(vmap(lambda x, g: F.batch_norm(x, None, None, g, None, training=True)), in_dims=(0, None))
     agree(lambda x, g: norm(x, g).pow(3).sum(), x, gamma)
-    with QuickNorms():
+    with FastNorms():
         mine = norm(x, gamma)
     torch.testing.assert_close(mine, norm(x, gamma), atol=1e-12, rtol=1e-12)
     torch.testing.assert_close(
@@ -108,7 +108,7 @@ def test_far_from_zero_in_single_precision() -> None:
     """Variances are of what is left of the mean, and not differences of squares."""
     torch.manual_seed(0)
     x = 1000 + torch.randn(50, 3, 20)
-    with QuickNorms():
+    with FastNorms():
         mine = F.batch_norm(x, None, None, training=True)
     torch.testing.assert_close(mine.double(), F.batch_norm(x.double(), None, None, training=True), atol=2e-3, rtol=0)
 
@@ -121,7 +121,7 @@ def test_what_is_torch_s_own_stays_so(monkeypatch) -> None:
     def norm(x):
         return F.batch_norm(x, None, None, training=True).pow(3).sum()
 
-    with QuickNorms():
+    with FastNorms():
         F.batch_norm(x, mean, var, training=True)
         F.batch_norm(x, mean, var)
         with pytest.raises(ValueError, match="more than 1 value per channel"):
@@ -147,13 +147,13 @@ def test_a_solver_s_gradients_use_it_and_no_other_function_s_do(monkeypatch) -> 
     }  # fmt: skip
     layer = bilevel.argmin(objective, **settings)
     w = vmap(layer, in_dims=(None, 0, 0))(torch.eye(2, dtype=F64), x, a)
-    assert len(used) >= 30 and QuickProducts.normalises(objective)
+    assert len(used) >= 30 and FastHVP.normalises(objective)
     monkeypatch.setattr(batch_norm, "_MANY", 10**9)
     expected = vmap(bilevel.argmin(objective, **settings), in_dims=(None, 0, 0))(torch.eye(2, dtype=F64), x, a)
     torch.testing.assert_close(w, expected, atol=1e-10, rtol=1e-10)
     plain = bilevel.argmin(lambda w, a: ((w - a) ** 2).sum())
     plain(torch.zeros(2, dtype=F64), a[0])
-    assert not QuickProducts.normalises(plain.function)
+    assert not FastHVP.normalises(plain.function)
 
 
 def by_hand(z: torch.Tensor) -> torch.Tensor:

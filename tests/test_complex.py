@@ -15,7 +15,7 @@ from torch.func import grad, jacrev, jvp, vmap
 
 import bilevel
 import bilevel.testing
-from bilevel._tree import Raveler
+from bilevel.pytree import Raveler
 
 F64, C128 = torch.float64, torch.complex128
 N = 6

@@ -184,11 +184,11 @@ def test_one_failed_problem_among_64_is_reported_and_spoiled_alone() -> None:
     assert len(report.status) == 64
     assert [k for k, good in enumerate(report.converged.tolist()) if not good] == [17]
     assert "1 of 64 problems, first in number 17" in report.message
-    spoiled = torch.isnan(x).any(-1)
-    assert spoiled.nonzero().flatten().tolist() == [17]
+    poisoned = torch.isnan(x).any(-1)
+    assert poisoned.nonzero().flatten().tolist() == [17]
     solution = torch.stack([a[:, 0] / stiffness, a[:, 1]], -1)
-    torch.testing.assert_close(x[~spoiled], solution[~spoiled], atol=1e-7, rtol=0)
-    assert bool(torch.isfinite(a.grad[~spoiled]).all())
+    torch.testing.assert_close(x[~poisoned], solution[~poisoned], atol=1e-7, rtol=0)
+    assert bool(torch.isfinite(a.grad[~poisoned]).all())
 
 
 # Misuse: found at the edge, before a gradient can be wrong.

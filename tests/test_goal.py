@@ -15,11 +15,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import bilevel
-import bilevel._goal
-from bilevel._error_model import ErrorModel
-from bilevel._knowledge import Knowledge
-from bilevel._secants import JointOperator, RecordedOperator, Secants
+import bilevel.problems.adaptive.search
 from bilevel.operators import DenseOperator
+from bilevel.problems.adaptive.error_model import ErrorModel
+from bilevel.problems.adaptive.quasi_newton import JointOperator, RecordedOperator, SecantPairs
+from bilevel.problems.adaptive.state import SearchState
 
 from . import oracles
 
@@ -65,7 +65,7 @@ class Passes:
 def passes() -> Iterator[Passes]:
     """Count reverse passes: gradients, Hessian products, cross products and slopes alike."""
     counted = Passes()
-    places = ((torch.autograd, "grad"), (bilevel._reverse, "_engine_run_backward"))
+    places = ((torch.autograd, "grad"), (bilevel._torch.reverse, "_engine_run_backward"))
     plain = [getattr(place, name) for place, name in places]
 
     def counting(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -88,19 +88,19 @@ ITERATIVE = {"solver": bilevel.LBFGS(), "linear_solver": bilevel.CG()}
 START = torch.zeros(6, dtype=F64)
 
 
-def asked(wanted: float, **others: object) -> bilevel.Tolerance:
-    return bilevel.Tolerance(hypergradient=wanted, relative=True, **others)
+def asked(needs_grad: float, **others: object) -> bilevel.Tolerance:
+    return bilevel.Tolerance(hypergradient=needs_grad, relative=True, **others)
 
 
 @given(st.integers(0, 10_000), st.sampled_from([Ridge, Classifier]), st.integers(1, 8), st.booleans())
 def test_an_estimated_goal_is_met(seed: int, kind: type[Ridge], digits: int, descent: bool) -> None:
     data, outer = split(seed), torch.linspace(-2, 1, 6, dtype=F64)
     solver = bilevel.GradientDescent(0.01, 20_000) if descent else bilevel.LBFGS()
-    wanted = 10.0**-digits
-    problem = kind(solver=solver, linear_solver=bilevel.CG(), tolerance=asked(wanted, estimates=True))
+    needs_grad = 10.0**-digits
+    problem = kind(solver=solver, linear_solver=bilevel.CG(), tolerance=asked(needs_grad, estimates=True))
     result = problem.hypergradient(outer, data, init=START)
     true = exact(problem, outer, data)
-    assert float((result.grad - true).norm()) <= wanted * float(true.norm())
+    assert float((result.grad - true).norm()) <= needs_grad * float(true.norm())
     assert result.report.goal is not None and result.report.goal.met and bool(result.report.converged)
     assert result.bound.basis is bilevel.Basis.ESTIMATED and not result.certified
 
@@ -108,20 +108,20 @@ def test_an_estimated_goal_is_met(seed: int, kind: type[Ridge], digits: int, des
 @given(st.integers(0, 10_000), st.integers(1, 8))
 def test_a_certified_goal_is_met_and_proven(seed: int, digits: int) -> None:
     data, outer = split(seed), torch.linspace(-2, 1, 6, dtype=F64)
-    mu, wanted = 2 * float(outer.exp().min()), 10.0**-digits
-    problem = Ridge(**ITERATIVE, tolerance=asked(wanted, strong_convexity=mu))
+    mu, needs_grad = 2 * float(outer.exp().min()), 10.0**-digits
+    problem = Ridge(**ITERATIVE, tolerance=asked(needs_grad, strong_convexity=mu))
     result = problem.hypergradient(outer, data, init=START)
     true = exact(problem, outer, data)
     assert result.certified
-    assert float((result.grad - true).norm()) <= result.error_bound <= wanted * float(true.norm())
+    assert float((result.grad - true).norm()) <= result.error_bound <= needs_grad * float(true.norm())
 
 
 def test_an_absolute_goal() -> None:
     data, outer = split(3), torch.linspace(-1, 1, 6, dtype=F64)
-    for wanted in (1e-2, 1e-6):
-        problem = Classifier(**ITERATIVE, tolerance=bilevel.Tolerance(hypergradient=wanted, estimates=True))
+    for needs_grad in (1e-2, 1e-6):
+        problem = Classifier(**ITERATIVE, tolerance=bilevel.Tolerance(hypergradient=needs_grad, estimates=True))
         error = float((problem.hypergradient(outer, data, init=START).grad - exact(problem, outer, data)).norm())
-        assert error <= wanted
+        assert error <= needs_grad
 
 
 @given(st.integers(0, 10_000), st.sampled_from([0.1, 0.5, 0.9]))
@@ -142,9 +142,9 @@ def test_it_costs_far_less_than_a_tight_solve_and_more_accuracy_costs_more() -> 
         fixed = Classifier(**ITERATIVE, tolerance=bilevel.Tolerance(1e-10, 1e-10))
         fixed.hypergradient(outer, data, init=start)
     counts = []
-    for wanted in (1e-1, 1e-3, 1e-8):
+    for needs_grad in (1e-1, 1e-3, 1e-8):
         with passes() as counted:
-            Classifier(**ITERATIVE, tolerance=asked(wanted, estimates=True)).hypergradient(outer, data, init=start)
+            Classifier(**ITERATIVE, tolerance=asked(needs_grad, estimates=True)).hypergradient(outer, data, init=start)
         counts.append(counted.count)
     assert counts[0] < counts[1] < counts[2]
     assert counts[1] <= 0.6 * tight.count
@@ -153,8 +153,8 @@ def test_it_costs_far_less_than_a_tight_solve_and_more_accuracy_costs_more() -> 
 def test_the_residuals_that_are_reported_are_the_true_ones() -> None:
     # The solves end on recurrences: what is reported comes from passes at the end.
     data, outer = split(6, dtype=torch.float32), torch.linspace(-2, 1, 6)
-    for kind, wanted in ((Classifier, 1e-1), (Classifier, 1e-3), (Ridge, 1e-3)):
-        problem = kind(**ITERATIVE, tolerance=asked(wanted, estimates=True))
+    for kind, needs_grad in ((Classifier, 1e-1), (Classifier, 1e-3), (Ridge, 1e-3)):
+        problem = kind(**ITERATIVE, tolerance=asked(needs_grad, estimates=True))
         result = problem.hypergradient(outer, data, init=torch.zeros(6))
         inner, q, wide = result.inner.double(), result.adjoint.double(), tuple(part.double() for part in data)
         theta = outer.double()
@@ -173,11 +173,11 @@ def test_a_guess_that_is_no_good_costs_passes_and_not_accuracy(monkeypatch: pyte
     data = (X * scale, y, Xv * scale, yv)
     true = exact(Classifier(), outer, data)
     for factor in (-1.0, 1e3):
-        monkeypatch.setattr(Secants, "guess", lambda self, r, factor=factor: factor * r)
-        for wanted in (1e-1, 1e-4):
-            problem = Classifier(**ITERATIVE, tolerance=asked(wanted, estimates=True))
+        monkeypatch.setattr(SecantPairs, "guess", lambda self, r, factor=factor: factor * r)
+        for needs_grad in (1e-1, 1e-4):
+            problem = Classifier(**ITERATIVE, tolerance=asked(needs_grad, estimates=True))
             error = (problem.hypergradient(outer, data, init=torch.zeros(30, dtype=F64)).grad - true).norm()
-            assert float(error) <= wanted * float(true.norm())
+            assert float(error) <= needs_grad * float(true.norm())
 
 
 def test_the_default_solvers_and_functions_of_ones_own_reach_goals_too() -> None:
@@ -511,7 +511,7 @@ def test_secants_invert_a_matrix_on_the_span_of_its_products() -> None:
     generator = torch.Generator().manual_seed(0)
     root = torch.randn(2, 8, 8, generator=generator, dtype=F64)
     matrix = root @ root.mT + torch.eye(8, dtype=F64)
-    operator, secants = RecordedOperator(DenseOperator(matrix, symmetric=True)), Secants()
+    operator, secants = RecordedOperator(DenseOperator(matrix, symmetric=True)), SecantPairs()
     rhs = torch.randn(2, 8, generator=generator, dtype=F64)
     x = bilevel.CG()(operator, rhs, bilevel.Tolerance(1e-13, 1e-13))
     operator.tell(secants)
@@ -533,7 +533,7 @@ def test_secants_invert_a_matrix_on_the_span_of_its_products() -> None:
         torch.einsum("vkn,kn->vk", vectors, rest), torch.zeros(3, 2, dtype=F64), atol=1e-8, rtol=0
     )
     assert bool((rest.norm(dim=-1) > 0.1).all())
-    assert bool((Secants().guess(other) == 0).all())
+    assert bool((SecantPairs().guess(other) == 0).all())
     torch.testing.assert_close(secants.guess(rhs), x, atol=1e-9, rtol=1e-9)
     before = len(secants.pairs)
     secants.add(rhs, -rhs)  # negative curvature is no secant of a positive definite matrix
@@ -545,7 +545,7 @@ def test_pairs_of_one_matrix_serve_any_right_hand_side_and_contradicting_pairs_n
     root = torch.randn(2, 8, 8, generator=generator, dtype=F64)
     matrix = root @ root.mT + torch.eye(8, dtype=F64)
     steps, rhs = torch.randn(5, 2, 8, generator=generator, dtype=F64), torch.randn(2, 8, generator=generator, dtype=F64)
-    exact, bent = Secants(), Secants()
+    exact, bent = SecantPairs(), SecantPairs()
     for number, step in enumerate(steps):
         exact.add(step, torch.einsum("kij,kj->ki", matrix, step))
         bent.add(step, (1.0 + number) * torch.einsum("kij,kj->ki", matrix, step))
@@ -555,7 +555,7 @@ def test_pairs_of_one_matrix_serve_any_right_hand_side_and_contradicting_pairs_n
     least = torch.linalg.lstsq(images, rhs.unsqueeze(-1)).solution
     torch.testing.assert_close(rest, rhs - (images @ least).squeeze(-1), atol=1e-8, rtol=1e-8)
     assert bool((bent.fit(rhs)[0] == 0).all())
-    unknown, whole = Secants().fit(rhs)
+    unknown, whole = SecantPairs().fit(rhs)
     assert bool((unknown == 0).all()) and torch.equal(whole, rhs)
 
 
@@ -587,13 +587,13 @@ def one_strength(n: int = 30) -> tuple[torch.Tensor, tuple[torch.Tensor, ...], t
 def test_one_outer_variable_takes_fewer_passes_where_it_is_followed(kind: type[Ridge], monkeypatch) -> None:
     outer, data, start = one_strength()
     true, counts = exact(kind(), outer, data), []
-    for few in (bilevel._goal._FEW, 0):
-        monkeypatch.setattr(bilevel._goal, "_FEW", few)
+    for few in (bilevel.problems.adaptive.search._FEW, 0):
+        monkeypatch.setattr(bilevel.problems.adaptive.search, "_FEW", few)
         with passes() as counted:
-            for wanted in (1e-1, 1e-2, 1e-4):
-                problem = kind(**ITERATIVE, tolerance=asked(wanted, estimates=True))
+            for needs_grad in (1e-1, 1e-2, 1e-4):
+                problem = kind(**ITERATIVE, tolerance=asked(needs_grad, estimates=True))
                 result = problem.hypergradient(outer, data, init=start)
-                assert float((result.grad - true).abs()) <= wanted * float(true.abs())
+                assert float((result.grad - true).abs()) <= needs_grad * float(true.abs())
                 q = result.adjoint
                 v = torch.func.grad(problem.outer_objective)(result.inner, outer, data)
                 rho = v - torch.func.hessian(problem.inner_objective)(result.inner, outer, data) @ q
@@ -622,14 +622,14 @@ def test_changes_that_vanish_for_a_while_do_not_end_a_goal() -> None:
     unit = torch.eye(n, dtype=F64)[-1]
     inner = torch.linalg.solve(matrix, free[0] * unit + 0.1)
     (g,) = torch.autograd.grad(Chain().outer_objective(inner, free, None), free)
-    for wanted in (1e-1, 1e-3):
-        problem = Chain(**ITERATIVE, tolerance=asked(wanted, estimates=True))
+    for needs_grad in (1e-1, 1e-3):
+        problem = Chain(**ITERATIVE, tolerance=asked(needs_grad, estimates=True))
         error = problem.hypergradient(outer, None, init=start).grad - g
-        assert float(error.norm()) <= wanted * float(g.norm())
+        assert float(error.norm()) <= needs_grad * float(g.norm())
 
 
 def test_an_estimate_from_changes_keeps_a_part_of_the_bound_by_norms() -> None:
-    known = Knowledge(nu=2.0, pull=3.0, pulls=1)
+    known = SearchState(nu=2.0, pull=3.0, pulls=1)
     model = SimpleNamespace(known=known, caution=lambda here, numbers: 100.0 if numbers == 1 else 1.5)
     here = SimpleNamespace(x=START, v=START, direct=torch.zeros(1, dtype=F64), left=0.1, changes=[5.0, 0.0, 0.0, 0.0])
     vanished = ErrorModel.linear_share(model, here)
@@ -646,16 +646,16 @@ def test_the_step_beyond_the_inner_solver_saves_passes_and_a_bad_one_costs_no_ac
     data = (X * scale, y, Xv * scale, yv)
     lr = 0.9 / float(torch.linalg.matrix_norm(data[0], 2) ** 2 + outer.exp().max())
     true, counts, sizes = exact(Ridge(), outer, data), [], []
-    plain, descended = Secants.fit, bilevel._goal.Search._begin
+    plain, descended = SecantPairs.fit, bilevel.problems.adaptive.search.Search._begin
 
     def begun(self, x, q):
         here = descended(self, x, q)
         sizes.append(here.size / self.model.first)
         return here
 
-    monkeypatch.setattr(bilevel._goal.Search, "_begin", begun)
+    monkeypatch.setattr(bilevel.problems.adaptive.search.Search, "_begin", begun)
     for fit in (plain, lambda self, r: (torch.zeros_like(r), r), lambda self, r: (1e3 * r, 0 * r)):
-        monkeypatch.setattr(Secants, "fit", fit)
+        monkeypatch.setattr(SecantPairs, "fit", fit)
         problem = Ridge(
             solver=bilevel.GradientDescent(lr, 20_000),
             linear_solver=bilevel.CG(),
@@ -669,7 +669,7 @@ def test_the_step_beyond_the_inner_solver_saves_passes_and_a_bad_one_costs_no_ac
 
 
 @pytest.mark.parametrize("wanted", [1e-5, 1e-8])
-def test_a_stretch_that_determines_a_small_problem_meets_goals(wanted: float) -> None:
+def test_a_stretch_that_determines_a_small_problem_meets_goals(needs_grad: float) -> None:
     # Six gradients of a quadratic in five unknowns lead to its last digits, where no step shows what ĝ makes of it.
     for seed in range(6):
         data, outer = split(seed, n=5), torch.tensor(-1.0 - seed, dtype=F64)
@@ -677,15 +677,15 @@ def test_a_stretch_that_determines_a_small_problem_meets_goals(wanted: float) ->
         problem = Ridge(
             solver=bilevel.GradientDescent(lr, 20_000),
             linear_solver=bilevel.CG(),
-            tolerance=asked(wanted, estimates=True),
+            tolerance=asked(needs_grad, estimates=True),
         )
         found = problem.hypergradient(outer, data, init=torch.zeros(5, dtype=F64)).grad
         true = exact(problem, outer, data)
-        assert float((found - true).abs()) <= wanted * float(true.abs())
+        assert float((found - true).abs()) <= needs_grad * float(true.abs())
 
 
 @pytest.mark.parametrize("wanted", [1e-1, 1e-4])
-def test_a_goal_is_proven_for_a_model_that_declares_its_constants(wanted: float) -> None:
+def test_a_goal_is_proven_for_a_model_that_declares_its_constants(needs_grad: float) -> None:
     from bilevel.hyperopt.linear_models import Logistic, WeightedData
 
     model, (X, y, Xv, yv) = Logistic(6), split(8)
@@ -694,7 +694,7 @@ def test_a_goal_is_proven_for_a_model_that_declares_its_constants(wanted: float)
     data = WeightedData(rows, (torch.cat([y, yv]) > 0).double(), training, 1 - training)
     tuning = bilevel.HyperparameterOptimization(
         model.training_objective, model.validation_loss, torch.full((6,), -2.0, dtype=F64), model.initial(),
-        solver=bilevel.LBFGS(), linear_solver=bilevel.CG(), tolerance=asked(wanted),
+        solver=bilevel.LBFGS(), linear_solver=bilevel.CG(), tolerance=asked(needs_grad),
     )  # fmt: skip
     result = tuning.hypergradient(data)
     tuning.tolerance = bilevel.Tolerance(
@@ -702,4 +702,4 @@ def test_a_goal_is_proven_for_a_model_that_declares_its_constants(wanted: float)
     )  # the bound is within 1e-7 of the error: so has the reference to be
     true = tuning.hypergradient(data).grad
     assert result.certified and result.report.goal.met
-    assert float((result.grad - true).norm()) <= result.error_bound <= wanted * float(true.norm())
+    assert float((result.grad - true).norm()) <= result.error_bound <= needs_grad * float(true.norm())

@@ -16,7 +16,7 @@ from torch.func import grad, jacfwd, jvp, vmap
 
 import bilevel
 from bilevel import Status
-from bilevel._randomness import draws
+from bilevel.layers.randomness import draws
 
 F64 = torch.float64
 ZERO, ONE = torch.zeros(2, dtype=F64), torch.ones(2, dtype=F64)

@@ -146,7 +146,7 @@ def test_one_linearisation_serves_every_right_hand_side(monkeypatch: pytest.Monk
 
 
 def test_the_forward_factorisation_serves_the_adjoint(monkeypatch: pytest.MonkeyPatch) -> None:
-    from bilevel._problem import Problem
+    from bilevel.equations.problem import Problem
 
     formed = []
     original = Problem._dense
@@ -165,11 +165,13 @@ def test_the_forward_factorisation_serves_the_adjoint(monkeypatch: pytest.Monkey
 @pytest.mark.parametrize("solver", [bilevel.Newton(), bilevel.GradientDescent(lr=0.2, max_steps=30)])
 def test_the_solver_s_last_look_is_the_adjoint_s_linearisation(monkeypatch: pytest.MonkeyPatch, solver: object) -> None:
     """A quadratic is linearised nowhere but at its solution, once; without a derivative to come, no graph is made."""
-    from bilevel._problem import Problem
+    from bilevel.equations.problem import Problem
 
     made = []
     original = Problem.linearize
-    monkeypatch.setattr(Problem, "linearize", lambda self, x, wanted=None: made.append(x) or original(self, x, wanted))
+    monkeypatch.setattr(
+        Problem, "linearize", lambda self, x, needs_grad=None: made.append(x) or original(self, x, needs_grad)
+    )
     budget = bilevel.Tolerance(delta=None, delta_prime=None)
     layer = bilevel.argmin(
         lambda w, a: ((w - a) ** 2).sum() + 0.5 * (w**2).sum(), solver=solver, linear_solver=bilevel.CG(3),
@@ -226,7 +228,7 @@ def test_a_last_look_beside_the_solution_is_not_used() -> None:
 
 
 def test_a_borrowed_factorisation_that_does_not_fit_is_given_back() -> None:
-    from bilevel.linear.exact import Exact, lend
+    from bilevel.linear.exact import Exact, offer_factor
     from bilevel.operators import DenseOperator
 
     generator = torch.Generator().manual_seed(0)
@@ -235,14 +237,14 @@ def test_a_borrowed_factorisation_that_does_not_fit_is_given_back() -> None:
     b = torch.randn(2, 5, generator=generator, dtype=torch.float64)
     for wrong in (A + 1e-6 * torch.eye(5), 3 * A, torch.eye(5, dtype=torch.float64).expand(2, 5, 5)):
         operator = DenseOperator(A, symmetric=True)
-        lend(operator, torch.linalg.cholesky(wrong))
+        offer_factor(operator, torch.linalg.cholesky(wrong))
         torch.testing.assert_close(Exact()(operator, b), torch.linalg.solve(A, b), atol=1e-12, rtol=1e-11)
 
 
 def test_a_settled_proposal_was_as_accurate_as_asked() -> None:
     """What rounding leaves of a proposal may be more than was asked for, and is then judged like any other answer."""
     from bilevel.linear._base import solve_linear
-    from bilevel.linear.exact import Exact, lend
+    from bilevel.linear.exact import Exact, offer_factor
     from bilevel.operators import DenseOperator
     from bilevel.tolerance import Target
 
@@ -251,20 +253,20 @@ def test_a_settled_proposal_was_as_accurate_as_asked() -> None:
     A = A @ A.mT + torch.eye(6, dtype=torch.float64)
     b = torch.randn(3, 6, generator=generator, dtype=torch.float64)
     b[1] = 0.0  # nothing to solve for is no reason to refuse the others
-    for wanted, status in ((1e-10, bilevel.Status.CONVERGED), (1e-300, bilevel.Status.STAGNATED)):
+    for needs_grad, status in ((1e-10, bilevel.Status.CONVERGED), (1e-300, bilevel.Status.STAGNATED)):
         operator = DenseOperator(A, symmetric=True)
-        lend(operator, torch.linalg.cholesky(A), exact=True)
-        outcome = solve_linear(Exact(), operator, b, Target(absolute=wanted, asked=True), product=operator.matvec)
+        offer_factor(operator, torch.linalg.cholesky(A), exact=True)
+        outcome = solve_linear(Exact(), operator, b, Target(absolute=needs_grad, asked=True), product=operator.matvec)
         torch.testing.assert_close(outcome.x, torch.linalg.solve(A, b), atol=1e-13, rtol=1e-11)
         torch.testing.assert_close(outcome.residual_norm, (b - operator.matvec(outcome.x)).norm(dim=-1))
         torch.testing.assert_close(outcome.scale, b.norm(dim=-1))
-        torch.testing.assert_close(outcome.threshold, wanted * b.norm(dim=-1).clamp(max=1))
+        torch.testing.assert_close(outcome.threshold, needs_grad * b.norm(dim=-1).clamp(max=1))
         assert outcome.status.tolist() == [status, bilevel.Status.CONVERGED, status]
 
 
 def test_a_proposal_that_does_not_fit_is_not_taken() -> None:
     from bilevel.linear._base import solve_linear
-    from bilevel.linear.exact import Exact, lend
+    from bilevel.linear.exact import Exact, offer_factor
     from bilevel.operators import DenseOperator
     from bilevel.tolerance import Target
 
@@ -280,7 +282,7 @@ def test_a_proposal_that_does_not_fit_is_not_taken() -> None:
                 made.append(v)
                 return operator.matvec(v)
 
-            lend(operator, torch.linalg.cholesky(matrix), exact=True)
+            offer_factor(operator, torch.linalg.cholesky(matrix), exact=True)
             outcome = solve_linear(Exact(), operator, size * b, Target(), product=product)
             assert len(made) == (size == 1.0)  # of other sizes squares would be lost
             assert (bool(made) and torch.equal(outcome.x, made[0])) == (taken and size == 1.0)
@@ -309,14 +311,14 @@ def test_after_a_single_newton_step_the_derivative_is_one_reverse_pass(monkeypat
         layer = bilevel.argmin(objective, solver=solver, tolerance=bilevel.Tolerance(delta=1e-10))
         inputs = (zero.clone().requires_grad_(), X.clone().requires_grad_(), y.clone().requires_grad_())
         w = vmap(layer, in_dims=(0, None, 0, 0))(start, *inputs)
-        passes, real = [], bilevel._reverse._engine_run_backward
+        passes, real = [], bilevel._torch.reverse._engine_run_backward
 
         def counted(*args, **kwargs):
             passes.append(1)
             return real(*args, **kwargs)
 
         with monkeypatch.context() as patch:
-            patch.setattr(bilevel._reverse, "_engine_run_backward", counted)
+            patch.setattr(bilevel._torch.reverse, "_engine_run_backward", counted)
             w.backward(w.detach() ** 2)
         return w.detach(), torch.cat([tensor.grad.reshape(-1) for tensor in inputs]), len(passes)
 

@@ -13,8 +13,9 @@ import torch
 from torch.func import functional_call, hessian, jacrev, vmap
 
 import bilevel
-from bilevel._choice import default_linear_solver, default_solvers
+from bilevel.linear.defaults import default_linear_solver
 from bilevel.operators import HessianOperator
+from bilevel.solvers.defaults import default_solvers
 
 F64 = torch.float64
 
@@ -98,11 +99,11 @@ def test_sparse_tensors_of_coordinates_can_be_arguments() -> None:
 
     free = dense.clone().requires_grad_(True)
     A = free.mT @ free + log_strength.exp() * torch.eye(4, dtype=F64)
-    wanted = gradients(torch.linalg.solve(A, free.mT @ y), free, log_strength)
+    needs_grad = gradients(torch.linalg.solve(A, free.mT @ y), free, log_strength)
     for solver, linear_solver in ((None, None), (bilevel.LBFGS(), bilevel.CG())):
         layer = bilevel.argmin(ridge, solver=solver, linear_solver=linear_solver)
         got = gradients(layer(torch.zeros(4, dtype=F64), X, y, log_strength), X, log_strength)
-        torch.testing.assert_close(got, wanted, rtol=1e-8, atol=1e-10)
+        torch.testing.assert_close(got, needs_grad, rtol=1e-8, atol=1e-10)
     with pytest.raises(bilevel.DtypeError, match=r"args\[0\].*got sparse_csc.*to_sparse_coo"):
         layer(torch.zeros(4, dtype=F64), dense.to_sparse_csc(), y, log_strength)
     with pytest.raises(bilevel.DtypeError, match=r"init to be a dense tensor, got sparse_coo"):

@@ -11,9 +11,9 @@ import pytest
 import torch
 
 import bilevel
-from bilevel._secants import Secants
 from bilevel.outer.methods import Evaluation
-from bilevel.outer.trail import Trail, combination
+from bilevel.outer.trail import PointHistory, combination
+from bilevel.problems.adaptive.quasi_newton import SecantPairs
 from tests.states import edited
 
 F64 = torch.float64
@@ -84,7 +84,7 @@ def test_it_finds_the_minimum(optimizer: object, tolerance: object) -> None:
 
 def test_a_gradient_that_counts_as_zero_is_not_resolved(monkeypatch: pytest.MonkeyPatch) -> None:
     # Two gradients determine a quadratic in two unknowns; without the step that they point to there is work left to be spared.
-    monkeypatch.setattr(Secants, "fit", lambda self, r: (torch.zeros_like(r), r))
+    monkeypatch.setattr(SecantPairs, "fit", lambda self, r: (torch.zeros_like(r), r))
     near = {"log": BEST + 1e-6, "name": ""}
     spent = []
     for stationary in (None, 1e-2):
@@ -197,13 +197,13 @@ def test_the_trail_finds_what_is_linear_in_the_outer_variables() -> None:
     def solution(theta):
         return slope @ torch.cat(theta) + offset
 
-    trail = Trail()
+    trail = PointHistory()
     assert trail.start(thetas[0]) is None
     trail.add(thetas[0], {"x": torch.full((5,), torch.nan, dtype=F64)}, solution(thetas[0]))
     assert trail.start(thetas[0]) is None  # what is not finite is not begun from
     for theta in thetas[:4]:
         trail.add(theta, {"x": solution(theta)}, 2 * solution(theta))
-    for other in (trail, Trail.of(trail.state_dict())):
+    for other in (trail, PointHistory.of(trail.state_dict())):
         inner, adjoint = other.start(thetas[4])
         torch.testing.assert_close(inner["x"], solution(thetas[4]))
         torch.testing.assert_close(adjoint, 2 * inner["x"])
@@ -223,7 +223,7 @@ def test_the_trail_finds_what_is_linear_in_the_outer_variables() -> None:
 
 def test_the_trail_is_bounded_and_holds_only_what_a_solve_has_moved(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bilevel.outer.trail, "_MOST_BYTES", 3 * (1 + 10 + 10) * 8)
-    trail = Trail()
+    trail = PointHistory()
     for number in range(5):
         trail.add((torch.full((1,), float(number), dtype=F64),), torch.zeros(10, dtype=F64), torch.zeros(10, dtype=F64))
     assert [float(point[0][0]) for point in trail.points] == [2.0, 3.0, 4.0]

@@ -10,12 +10,12 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 import bilevel
-from bilevel._layer import Layer
-from bilevel._norms import WrittenNorms
-from bilevel._problem import Problem
-from bilevel._products import QuickProducts
-from bilevel._system import ArgminSystem
-from bilevel._tree import Raveler
+from bilevel._torch.convolution import FastHVP
+from bilevel._torch.norms import WrittenNorms
+from bilevel.equations.problem import Problem
+from bilevel.equations.system import ArgminSystem
+from bilevel.layers.layer import Layer
+from bilevel.pytree import Raveler
 
 F64 = torch.float64
 
@@ -25,7 +25,7 @@ def products(loss, parameters, quick: bool, seed: int = 1):
     leaves = [p.detach().clone().requires_grad_(True) for p in parameters]
     generator = torch.Generator().manual_seed(seed)
     if quick:
-        with QuickProducts():
+        with FastHVP():
             gradient = torch.autograd.grad(loss(*leaves), leaves, create_graph=True)
     else:
         gradient = torch.autograd.grad(loss(*leaves), leaves, create_graph=True)
@@ -108,7 +108,7 @@ def test_third_derivatives_of_a_batch_norm_are_right() -> None:
     torch.manual_seed(0)
     x, gamma = torch.randn(6, 2, dtype=F64), torch.randn(2, dtype=F64)
     found = []
-    for mode in (QuickProducts(), WrittenNorms()):
+    for mode in (FastHVP(), WrittenNorms()):
         leaves = [t.clone().requires_grad_(True) for t in (x, gamma)]
         with mode:
             value = F.batch_norm(leaves[0], None, None, leaves[1], training=True).pow(3).sum()
@@ -123,7 +123,7 @@ def test_third_derivatives_of_a_batch_norm_are_right() -> None:
 def test_what_is_not_written_out_is_torch_s_own() -> None:
     """Running statistics are updated, single images taken, integers refused, as outside."""
     x, mean, var = torch.randn(5, 3), torch.zeros(3), torch.ones(3)
-    with QuickProducts():
+    with FastHVP():
         F.batch_norm(x, mean, var, training=True)
         assert F.conv2d(torch.randn(1, 4, 4), torch.randn(2, 1, 3, 3)).shape == (2, 2, 2)
         with pytest.raises(ValueError, match="more than 1 value per channel"):
@@ -171,7 +171,7 @@ def test_a_network_s_hessian_is_torch_s_own() -> None:
     problem = Problem.of(system.lift(3, (True, True)), [x, y])
     at = torch.randn(3, raveler.size, dtype=F64)
     operator = problem.linearize(at).operator
-    # torch's own hessian of a batch norm is wrong under vmap (see bilevel/_norms.py).
+    # torch's own hessian of a batch norm is wrong under vmap (see bilevel/_torch/norms.py).
     with WrittenNorms():
         H = torch.stack([torch.func.hessian(lambda w, i=i: system.output(w, x[i], y[i]))(at[i]) for i in range(3)])
     u = torch.randn(4, 3, raveler.size, dtype=F64)
@@ -196,9 +196,9 @@ def test_a_layer_takes_the_rules_into_use_at_its_second_linearisation() -> None:
     for _ in range(3):
         w = layer(torch.ones(18, dtype=F64), a)
         found.append(torch.autograd.grad(w.sum(), a)[0])
-        with QuickProducts.around(layer.function) as mode:
+        with FastHVP.around(layer.function) as mode:
             nodes.append(mode is not None)
     assert nodes == [True] * 3
     torch.testing.assert_close(found[1:], [found[0]] * 2, atol=1e-9, rtol=1e-9)
-    with QuickProducts.around(lambda w, a: (w**2).sum()) as mode:
+    with FastHVP.around(lambda w, a: (w**2).sum()) as mode:
         assert mode is None

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 import bilevel
-from bilevel._repeatable import Repeatable
+from bilevel._torch.double_backward import Repeatable
 
 F64 = torch.float64
 

@@ -17,8 +17,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import bilevel
-from bilevel import _straight
-from bilevel._replay import Tapes
+from bilevel.replay import purity
+from bilevel.replay.cache import ReplayCache
 
 F64 = torch.float64
 SHIFT = torch.full((3,), 0.5, dtype=F64)
@@ -38,14 +38,14 @@ def given(seed: int, *shape: int, dtype=F64) -> torch.Tensor:
 def replays(monkeypatch):
     """Count evaluations that were replayed, in a list of one number."""
     count = [0]
-    made = Tapes.program
+    made = ReplayCache.program
 
     def program(self, *args, **kwargs):
         found = made(self, *args, **kwargs)
         count[0] += found is not None
         return found
 
-    monkeypatch.setattr(Tapes, "program", program)
+    monkeypatch.setattr(ReplayCache, "program", program)
     return count
 
 
@@ -57,8 +57,8 @@ def of_a_new_layer(make, start, *args):
 def differentiated(layer, start, *args):
     free = [a.detach().clone().requires_grad_(a.is_floating_point()) for a in args]
     x = layer(start, *free)
-    wanted = [a for a in free if a.requires_grad]
-    return [x.detach(), *torch.autograd.grad((x * torch.arange(1, x.numel() + 1).reshape(x.shape)).sum(), wanted)]
+    needs_grad = [a for a in free if a.requires_grad]
+    return [x.detach(), *torch.autograd.grad((x * torch.arange(1, x.numel() + 1).reshape(x.shape)).sum(), needs_grad)]
 
 
 def same(found, expected) -> bool:
@@ -225,7 +225,7 @@ def test_what_goes_by_numbers_is_evaluated_each_time(function):
 
 @pytest.mark.counts
 def test_a_function_that_gets_through_is_found_by_comparison(monkeypatch, replays):
-    monkeypatch.setattr(_straight, "of_tensors", lambda names: True)
+    monkeypatch.setattr(purity, "of_tensors", lambda names: True)
     layer, start = bilevel.argmin(by_list), torch.zeros(3, dtype=F64)
     for seed in range(6):
         args = (given(seed),)
@@ -601,7 +601,7 @@ def masked(w, a, mask):
     return torch.where(mask, (w - a) ** 2, (w + a) ** 2).sum() + w.masked_fill(mask, 0.0).square().sum()
 
 
-def scattered(w, a, places):
+def perturbed_copies(w, a, places):
     return ((torch.zeros(3, dtype=F64).scatter_add(0, places, w) - a) ** 2).sum() + (w**2).sum()
 
 
@@ -626,7 +626,7 @@ def solved(w, A, unused):
 CALLS = {
     labelled: lambda seed: (torch.zeros(6, dtype=F64), given(seed, 5, 2), whole(seed, 3, 5)),
     masked: lambda seed: (torch.zeros(3, dtype=F64), given(seed), given(seed + 1) > 0),
-    scattered: lambda seed: (torch.zeros(3, dtype=F64), given(seed), whole(seed, 3, 3)),
+    perturbed_copies: lambda seed: (torch.zeros(3, dtype=F64), given(seed), whole(seed, 3, 3)),
     repeated: lambda seed: (torch.zeros(3, dtype=F64), given(seed), 1 + whole(seed, 3, 3)),
     sliced: lambda seed: (torch.zeros(3, dtype=F64), given(seed), torch.tensor(seed % 3)),
     ordered: lambda seed: (torch.tensor([0.1, 0.2, 0.3], dtype=F64), given(seed), whole(seed, 3, 3)),
@@ -851,8 +851,8 @@ def test_a_number_that_is_found_and_not_made_is_read_anew(monkeypatch):
     def found(x, a):
         return ((x - a) ** 2).sum() + (x * source).square().sum() * kept() * torch.tensor(0.5)
 
-    known = _straight.is_known
-    monkeypatch.setattr(_straight, "is_known", lambda item: item is kept or known(item))
+    known = purity.is_known
+    monkeypatch.setattr(purity, "is_known", lambda item: item is kept or known(item))
 
     def call(layer, seed):
         strength[0] = torch.tensor(1.0 if seed < 5 else 4.0, dtype=F64)

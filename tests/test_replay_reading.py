@@ -14,7 +14,7 @@ from torch import tensor_split as cut
 from torch.nn import functional as F
 
 import bilevel
-from bilevel._straight import reached
+from bilevel.replay.purity import reached
 
 from .test_replay import F64, agree, differentiated, given
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import func
 
-from bilevel._reverse import grad, grad_and_value, reverse_pass, vjp
+from bilevel._torch.reverse import grad, grad_and_value, reverse_pass, vjp
 
 F64 = torch.float64
 X, Y = torch.tensor([0.3, -1.0, 2.0], dtype=F64), torch.tensor([1.5, 0.5, -0.2], dtype=F64)

@@ -70,33 +70,33 @@ def same_threshold(report: bilevel.SolveReport, other: bilevel.SolveReport) -> N
 @pytest.mark.parametrize("later", [2, 1, 1000])
 def test_a_call_with_fewer_tasks_does_not_loosen_an_earlier_one(later: int) -> None:
     theta = outer()
-    expected, undisturbed = backward(problem()(theta, tasks(100)), theta)
+    expected, runs_plainly = backward(problem()(theta, tasks(100)), theta)
     tuned = problem(warm_start=False)
     first = tuned(theta, tasks(100))
     tuned(theta, tasks(later))
     gradient, report = backward(first, theta)
-    same_threshold(report, undisturbed)
+    same_threshold(report, runs_plainly)
     torch.testing.assert_close(gradient, expected, rtol=1e-8, atol=1e-12)
 
 
 def test_a_hypergradient_with_fewer_tasks_does_not_loosen_an_earlier_call() -> None:
     theta = outer()
-    _, undisturbed = backward(problem()(theta, tasks(100)), theta)
+    _, runs_plainly = backward(problem()(theta, tasks(100)), theta)
     tuned = problem(warm_start=False)
     first = tuned(theta, tasks(100))
     tuned.hypergradient(theta, tasks(2))
-    same_threshold(backward(first, theta)[1], undisturbed)
+    same_threshold(backward(first, theta)[1], runs_plainly)
 
 
 def test_a_goal_that_is_met_in_between_is_not_the_tolerance_of_an_earlier_call() -> None:
     theta = outer()
     tuned = problem(warm_start=False)
     first = tuned(theta, tasks(3))
-    expected, undisturbed = backward(tuned(theta, tasks(3)), theta)
+    expected, runs_plainly = backward(tuned(theta, tasks(3)), theta)
     tuned.tolerance = bilevel.Tolerance(hypergradient=0.5, estimates=True)
     tuned.hypergradient(theta, tasks(3))
     gradient, report = backward(first, theta)
-    same_threshold(report, undisturbed)
+    same_threshold(report, runs_plainly)
     torch.testing.assert_close(gradient, expected)
 
 
@@ -105,23 +105,23 @@ def test_the_tolerance_of_a_layer_is_that_of_the_call(
     made_with: bilevel.Tolerance, set_later: bilevel.Tolerance
 ) -> None:
     theta = outer()
-    expected, undisturbed = backward(layer(tolerance=made_with)(torch.zeros(4, dtype=F64), theta).sum(), theta)
+    expected, runs_plainly = backward(layer(tolerance=made_with)(torch.zeros(4, dtype=F64), theta).sum(), theta)
     changed = layer(tolerance=made_with)
     x = changed(torch.zeros(4, dtype=F64), theta)
     changed.tolerance = set_later
     gradient, report = backward(x.sum(), theta)
-    assert int(report.iterations) == int(undisturbed.iterations)
-    same_threshold(report, undisturbed)
+    assert int(report.iterations) == int(runs_plainly.iterations)
+    same_threshold(report, runs_plainly)
     torch.testing.assert_close(gradient, expected)
 
 
 def test_the_tolerance_of_a_problem_is_that_of_the_call() -> None:
     theta, tuned = outer(), problem()
-    expected, undisturbed = backward(problem()(theta, tasks(3)), theta)
+    expected, runs_plainly = backward(problem()(theta, tasks(3)), theta)
     loss = tuned(theta, tasks(3))
     tuned.tolerance = LOOSE
     gradient, report = backward(loss, theta)
-    same_threshold(report, undisturbed)
+    same_threshold(report, runs_plainly)
     torch.testing.assert_close(gradient, expected)
     assert float(backward(tuned(theta, tasks(3)), theta)[1].threshold.min()) > 1.0  # the next call has what was set
 
@@ -448,14 +448,14 @@ def test_imaml_and_hyperparameters_go_by_the_settings_of_the_call() -> None:
             model, torch.nn.functional.mse_loss, solver=bilevel.Newton(), linear_solver=bilevel.CG(), tolerance=tight
         )
 
-    expected, undisturbed = backward(learner()(batch), model.weight)
+    expected, runs_plainly = backward(learner()(batch), model.weight)
     changed = learner()
     loss = changed(batch)
     changed(tuple(part[:1] for part in batch))
     changed.tolerance = bilevel.Tolerance(delta=1e3, delta_prime=1e3)
     changed.adapt(batch[:2])
     gradient, report = backward(loss, model.weight)
-    same_threshold(report, undisturbed)
+    same_threshold(report, runs_plainly)
     torch.testing.assert_close(gradient, expected)
 
     def tuning() -> bilevel.HyperparameterOptimization:

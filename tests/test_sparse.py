@@ -13,9 +13,9 @@ from torch.autograd.function import once_differentiable
 from torch.func import grad, jvp, vmap
 
 import bilevel
-from bilevel._once import once_only
-from bilevel._repeatable import Repeatable
-from bilevel._seen import nodes
+from bilevel._torch.double_backward import Repeatable
+from bilevel._torch.graph_features import nodes
+from bilevel._torch.once_differentiable import once_only
 
 F64 = torch.float64
 PLACES = torch.tensor([[0, 0, 1, 2, 3, 1], [0, 2, 1, 2, 3, 3]])
@@ -207,7 +207,7 @@ def test_other_types_and_options_of_the_construction() -> None:
 
 
 def test_torch_s_own_construction_still_has_no_second_derivative() -> None:
-    """When this fails torch has been mended, and :mod:`bilevel._sparse` can go."""
+    """When this fails torch has been mended, and :mod:`bilevel._torch.sparse` can go."""
     values = VALUES.clone().requires_grad_(True)
     (first,) = torch.autograd.grad(((sparse(values) @ X) ** 2).sum(), values, create_graph=True)
     assert not first.requires_grad

@@ -18,10 +18,10 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import bilevel
-import bilevel._inspection as inspection
-from bilevel import _straight
-from bilevel._straight import Memory, reached
-from bilevel._straight_steps import _BY_VERSION, is_known_step
+import bilevel.layers.checks as inspection
+from bilevel.replay import purity
+from bilevel.replay.opcodes import _BY_VERSION, is_known_step
+from bilevel.replay.purity import Memory, reached
 
 F64 = torch.float64
 SCALE, RATE = 2.0, 0.0
@@ -209,8 +209,8 @@ def dropping_by_a_tensor(x, a, rate):
 @pytest.mark.parametrize("on_failure", ["raise", "nan"])
 def test_noise_that_a_tensor_brings_later_is_found(function, on_failure, monkeypatch):
     # No operation on the list draws random numbers; this is the net below it.
-    known = _straight.is_known
-    monkeypatch.setattr(_straight, "is_known", lambda item: item in (torch.randn_like, F.dropout) or known(item))
+    known = purity.is_known
+    monkeypatch.setattr(purity, "is_known", lambda item: item in (torch.randn_like, F.dropout) or known(item))
     few = bilevel.GradientDescent(0.1, max_steps=5)
     layer = bilevel.argmin(function, solver=few, tolerance=bilevel.Tolerance(delta=None), on_failure=on_failure)
     layer(start(), given(), torch.tensor(0.0))
@@ -481,6 +481,6 @@ def test_an_objective_that_a_problem_is_given_later_is_looked_at(looks):
 def test_problems_with_a_memory_are_copied_and_pickled():
     problem = Ridge()
     outer = torch.zeros((), dtype=F64, requires_grad=True)
-    wanted = problem.hypergradient(outer, given().detach(), init=start()).grad
+    needs_grad = problem.hypergradient(outer, given().detach(), init=start()).grad
     for other in (copy.deepcopy(problem), pickle.loads(pickle.dumps(problem))):
-        assert torch.equal(other.hypergradient(outer, given().detach(), init=start()).grad, wanted)
+        assert torch.equal(other.hypergradient(outer, given().detach(), init=start()).grad, needs_grad)

@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from torch.func import grad, vjp, vmap
 from torch.nn import functional as F
 
-from bilevel._tapes import Program, note
-from bilevel._tapes._notes import _Notes
+from bilevel.replay.program import Program
+from bilevel.replay.recorder import _Recorder, note
 
 F64 = torch.float64
 AWKWARD = (0.0, -0.0, 1.0, -1.5, 3.0, 1e-320, 1e200, float("inf"), float("-inf"), float("nan"))
@@ -224,18 +224,18 @@ def test_the_room_of_what_was_noted_is_let_go():
         return [x.sum()]
 
     live: set[int] = set()
-    place = _Notes._place
+    place = _Recorder._place
 
     def placed(self, tensor):
         live.clear()
         live.update(ref.cdata for ref in self._memories.values() if not ref.expired())
         return place(self, tensor)
 
-    _Notes._place = placed
+    _Recorder._place = placed
     try:
         noted(large, (numbers(0, 1000),))
     finally:
-        _Notes._place = place
+        _Recorder._place = place
     assert held[0] <= 5
 
 

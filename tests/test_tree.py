@@ -7,7 +7,7 @@ import torch
 from torch.func import functional_call, grad, vmap
 
 import bilevel
-from bilevel._tree import Raveler, unravelled
+from bilevel.pytree import Raveler, unravelled
 
 F64 = torch.float64
 

@@ -19,7 +19,8 @@ from bilevel.certificates.constants import Constants
 from bilevel.certificates.lanczos import affordable, cross_norm, lanczos_spectrum
 from bilevel.certificates.refuting import contradicted, observed, refuted
 from bilevel.errors import ConstantsError
-from bilevel.reports import Basis, OnFailure, misuse
+from bilevel.policy import OnFailure, handle_misuse
+from bilevel.reports import Basis
 
 __all__ = ["Certificate"]
 
@@ -70,11 +71,11 @@ class Certificate:
         try:
             double = torch.float64
             wide = Point(
-                point.lower.to(double), point.upper.to(double), point.x.double(), point.q.double(), point.wanted
+                point.lower.to(double), point.upper.to(double), point.x.double(), point.q.double(), point.needs_grad
             )
             # What a certificate rests on, at numbers moved by a unit in float64's last place: where one of these does not move,
             # an objective rounds to another dtype inside.
-            other = wide.nudged(0)
+            other = wide.perturbed(0)
             pairs = ((wide.residual, other.residual), (wide.v, other.v), (wide.hq, other.hq))
             moved = all(bool((a != b).any()) or not bool((a != 0).any()) for a, b in pairs)
             moved = moved and wide.gradient.dtype == torch.float64
@@ -99,13 +100,13 @@ class Certificate:
             f"{self.where}: expected constants that hold near the solution, got {'; '.join(wrong.values())}; correct "
             "them, or leave out what is not known: the error is then estimated"
         )
-        return given.without(*wrong), misuse(error, self.on_failure)
+        return given.without(*wrong), handle_misuse(error, self.on_failure)
 
     @cached_property
     def constants(self) -> Constants:
         """What is known of the problem: given, or proven by the degrees of its objectives in φ."""
         exact = self.exact
-        return completed(exact.lower, exact.upper, exact.x, exact.wanted, self._believed[0])
+        return completed(exact.lower, exact.upper, exact.x, exact.needs_grad, self._believed[0])
 
     @cached_property
     def _curvature(self) -> torch.Tensor | None:
@@ -210,17 +211,17 @@ class Certificate:
 
     def _without_contradictions(self, best: Errors, wrong: torch.Tensor) -> tuple[Errors, bool]:
         """Return ``best`` without the bounds of problems in which two contradict each other, and whether the policy asks for NaN."""
-        spoiled = False
+        poisoned = False
         if not bool(wrong.any()):
-            return best, spoiled
+            return best, poisoned
         if _any(self._believed[0]):
             of = f" in problem {int(wrong.nonzero()[0, 0])}" if len(wrong) > 1 else ""
             error = ConstantsError(
                 f"{self.where}: expected constants that hold as far as the solution, got bounds by them at two points{of} that contradict each "
                 "other; correct the constants, or leave out what is not known: the error is then estimated"
             )
-            spoiled = misuse(error, self.on_failure)
-        return best.where(~wrong), spoiled
+            poisoned = handle_misuse(error, self.on_failure)
+        return best.where(~wrong), poisoned
 
     @cached_property
     def _others_checked(self) -> tuple[Errors, bool]:

@@ -16,9 +16,10 @@ from typing import Any
 import torch
 from torch.func import vmap
 
-from bilevel._factorisations import eigh, eigvalsh
-from bilevel._problem import Linearization, Problem
-from bilevel._reverse import grad, reverse_pass, vjp
+from bilevel._torch.factorisations import eigh, eigvalsh
+from bilevel._torch.reverse import grad, reverse_pass, vjp
+from bilevel.equations.linearization import Linearization
+from bilevel.equations.problem import Problem
 from bilevel.linear._base import solve_linear
 from bilevel.linear.cg import CG
 from bilevel.tolerance import Target
@@ -71,7 +72,7 @@ class Point:
         G and F as problems of one list of tensors.
     x, q
         φ and q (K, n).
-    wanted
+    needs_grad
         Which tensors make up θ, of p numbers together.
     """
 
@@ -79,7 +80,7 @@ class Point:
     upper: Problem
     x: torch.Tensor
     q: torch.Tensor
-    wanted: tuple[bool, ...]
+    needs_grad: tuple[bool, ...]
 
     @property
     def eps(self) -> float:
@@ -89,7 +90,7 @@ class Point:
     @cached_property
     def linear(self) -> Linearization:
         """∇_φ G with its graph."""
-        return self.lower.linearize(self.x, self.wanted)
+        return self.lower.linearize(self.x, self.needs_grad)
 
     @cached_property
     def residual(self) -> torch.Tensor:
@@ -128,7 +129,7 @@ class Point:
         """p: how many numbers θ has for one problem."""
         levels = self.lower.system.levels
         count = 0
-        for number, (tensor, want) in enumerate(zip(self.lower.tensors, self.wanted, strict=True)):
+        for number, (tensor, want) in enumerate(zip(self.lower.tensors, self.needs_grad, strict=True)):
             shared = tensor.numel()
             for level in levels:
                 shared //= level.size if level.batched[number] and level.size else 1
@@ -197,7 +198,7 @@ class Point:
         """Bᵀd and the dummy d with the graph between them, whose transpose is B."""
         with torch.enable_grad():
             dummy = torch.zeros_like(self.x, requires_grad=True)
-            leaves = [leaf for leaf, want in zip(self.linear.leaves, self.wanted, strict=True) if want]
+            leaves = [leaf for leaf, want in zip(self.linear.leaves, self.needs_grad, strict=True) if want]
             parts = reverse_pass([self.linear.residual], leaves, [dummy], create_graph=True)
             return [part + 0 * dummy.sum() for part in parts], dummy
 
@@ -230,9 +231,9 @@ class Point:
             eps * self.gradient.norm(dim=-1),
             eps * self.corrected_value.abs(),
         )
-        worst = sizes.larger(self._apart(self.nudged(0)))
+        worst = sizes.larger(self._apart(self.perturbed(0)))
         if self.x.dtype != torch.float64:
-            return worst.larger(self._apart(self.nudged(1))).times(_MARGIN)
+            return worst.larger(self._apart(self.perturbed(1))).times(_MARGIN)
         try:
             worst = worst.larger(self._float32_rounding())
         except (
@@ -240,7 +241,7 @@ class Point:
             TypeError,
             ValueError,
         ):  # no evaluation in float32, for a constant of another dtype inside, or no copies
-            worst = worst.larger(self._apart(self.nudged(1)))
+            worst = worst.larger(self._apart(self.perturbed(1)))
         return worst.times(_MARGIN)
 
     def _float32_rounding(self) -> Rounding:
@@ -248,11 +249,11 @@ class Point:
         numbers = sum(t.numel() for t in self.lower.tensors if t.dtype.is_floating_point)
         # Of few numbers one draw may be lucky, of many it cannot.
         draws = max(1, min(6, 64 // max(1, self.lower.size), _SCATTERED_NUMBERS // max(1, numbers)))
-        lower, (x, q) = self.lower.scattered(2, draws, self.x, self.q)
+        lower, (x, q) = self.lower.perturbed_copies(2, draws, self.x, self.q)
         upper = Problem(replace(self.upper.system, levels=lower.system.levels), lower.tensors)
-        wide = Point(lower, upper, x, q, self.wanted)
+        wide = Point(lower, upper, x, q, self.needs_grad)
         single = torch.float32
-        narrow = Point(lower.to(single), upper.to(single), x.to(single), q.to(single), self.wanted)
+        narrow = Point(lower.to(single), upper.to(single), x.to(single), q.to(single), self.needs_grad)
         apart = wide._apart(narrow).times(self.eps / torch.finfo(single).eps)
         return Rounding(
             *(
@@ -326,10 +327,10 @@ class Point:
         other.__dict__.update({name: self.__dict__[name] for name in _OF_Q if name in self.__dict__}, rounding=rounding)
         return other
 
-    def nudged(self, seed: int) -> Point:
+    def perturbed(self, seed: int) -> Point:
         """Return the point with every number in it moved by a unit in its last place, by random signs."""
-        lower, (x, q) = self.lower.nudged(seed, self.x, self.q)
-        return Point(lower, Problem(self.upper.system, lower.tensors), x, q, self.wanted)
+        lower, (x, q) = self.lower.perturbed(seed, self.x, self.q)
+        return Point(lower, Problem(self.upper.system, lower.tensors), x, q, self.needs_grad)
 
     def _chosen(
         self, tensors: Sequence[torch.Tensor]
@@ -338,9 +339,9 @@ class Point:
 
         def merged(*moved: torch.Tensor) -> list[torch.Tensor]:
             feed = iter(moved)
-            return [next(feed) if want else t for t, want in zip(tensors, self.wanted, strict=True)]
+            return [next(feed) if want else t for t, want in zip(tensors, self.needs_grad, strict=True)]
 
-        return tuple(t for t, want in zip(tensors, self.wanted, strict=True) if want), merged
+        return tuple(t for t, want in zip(tensors, self.needs_grad, strict=True) if want), merged
 
     # vmap is outermost in both: torch 2.13 differentiates vmap(grad(f)) wrongly from outside when f holds a batch norm.
     def _cross_by_vmap(self, rows: torch.Tensor, *tensors: torch.Tensor) -> torch.Tensor:
@@ -372,7 +373,7 @@ class Point:
         return grad(lambda v: torch.stack([(a * b).sum() for a, b in zip(fixed, made[1](v), strict=True)]).sum(), u)[0]
 
     def _cross_by_passes(self, single: Problem, rows: torch.Tensor) -> torch.Tensor:
-        linear = single.linearize(rows[:1], self.wanted)
+        linear = single.linearize(rows[:1], self.needs_grad)
         units = torch.eye(self.lower.size, dtype=rows.dtype, device=rows.device)
         return torch.stack([_joined(linear.pullback(unit[None])) for unit in units])
 
@@ -390,14 +391,14 @@ class Point:
         return torch.cat([part.reshape(-1) for part in parts])
 
     def _gradient_by_passes(self, single: Problem, rows: torch.Tensor) -> torch.Tensor:
-        pulled = _joined(single.linearize(rows[:1], self.wanted).pullback(rows[1:]))
+        pulled = _joined(single.linearize(rows[:1], self.needs_grad).pullback(rows[1:]))
         with torch.enable_grad():
             leaves = [
                 t.detach().requires_grad_(True) if want else t
-                for t, want in zip(single.tensors, self.wanted, strict=True)
+                for t, want in zip(single.tensors, self.needs_grad, strict=True)
             ]
             value = self.upper.system.output(rows[0], *leaves)
-            chosen = [leaf for leaf, want in zip(leaves, self.wanted, strict=True) if want]
+            chosen = [leaf for leaf, want in zip(leaves, self.needs_grad, strict=True) if want]
             if not value.requires_grad:
                 return -pulled
             slopes = torch.autograd.grad(value, chosen, allow_unused=True, materialize_grads=True)

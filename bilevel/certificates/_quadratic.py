@@ -8,11 +8,11 @@ from dataclasses import replace
 
 import torch
 
-from bilevel._factorisations import norms
-from bilevel._problem import Problem
+from bilevel._torch.factorisations import norms
 from bilevel.certificates._point import MOST_NUMBERS
 from bilevel.certificates._structure import degree_of
 from bilevel.certificates.constants import Constants
+from bilevel.equations.problem import Problem
 from bilevel.operators import LinearOperator, hessian
 
 __all__ = ["completed"]
@@ -23,7 +23,9 @@ _MOST_PASSES = 2**12
 _SLACK = 8
 
 
-def completed(lower: Problem, upper: Problem, x: torch.Tensor, wanted: Sequence[bool], known: Constants) -> Constants:
+def completed(
+    lower: Problem, upper: Problem, x: torch.Tensor, needs_grad: Sequence[bool], known: Constants
+) -> Constants:
     """Return ``known`` with what the degrees of G and F in φ prove filled in.
 
     G of degree 2 has L_H = 0, and F of degree 2 has L_F = ‖∇²F‖. Of what depends on θ, degree 1 in G makes L_B = 0, degree 2 makes B affine with
@@ -33,18 +35,20 @@ def completed(lower: Problem, upper: Problem, x: torch.Tensor, wanted: Sequence[
     asked = (known.hessian_lipschitz, known.outer_smoothness, known.cross_lipschitz, known.outer_cross_lipschitz)
     if None not in asked or batch * size * size > MOST_NUMBERS or not batch:
         return known
-    inner, outer = degree_of(lower, x, wanted), degree_of(upper, x, wanted)
+    inner, outer = degree_of(lower, x, needs_grad), degree_of(upper, x, needs_grad)
     if known.hessian_lipschitz is None and inner.whole <= 2:
         known = replace(known, hessian_lipschitz=0.0)
     if known.outer_smoothness is None and outer.whole <= 2:
         known = _with(known, "outer_smoothness", _smoothness(upper, x) if outer.whole > 1 else x.new_zeros(()))
     if known.outer_cross_lipschitz is None and outer.part <= 1:
         known = _with(
-            known, "outer_cross_lipschitz", _slope_lipschitz(upper, x, wanted) if outer.part > 0 else x.new_zeros(())
+            known,
+            "outer_cross_lipschitz",
+            _slope_lipschitz(upper, x, needs_grad) if outer.part > 0 else x.new_zeros(()),
         )
     if known.cross_lipschitz is None and inner.part <= 2:
         known = _with(
-            known, "cross_lipschitz", _cross_lipschitz(lower, x, wanted) if inner.part > 1 else x.new_zeros(())
+            known, "cross_lipschitz", _cross_lipschitz(lower, x, needs_grad) if inner.part > 1 else x.new_zeros(())
         )
     return known
 
@@ -75,25 +79,27 @@ def _objective_hessian(problem: Problem, x: torch.Tensor) -> LinearOperator:
     return hessian(values, x)
 
 
-def _slopes(problem: Problem, wanted: Sequence[bool], x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def _slopes(problem: Problem, needs_grad: Sequence[bool], x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the leaf φ and ∂_θ of the objectives' sum as one vector (p,) with its graph."""
     with torch.enable_grad():
         point = x.detach().requires_grad_(True)
-        leaves = [t.detach().requires_grad_(True) if w else t for t, w in zip(problem.tensors, wanted, strict=True)]
+        leaves = [t.detach().requires_grad_(True) if w else t for t, w in zip(problem.tensors, needs_grad, strict=True)]
         values = problem.system.outputs(point.reshape(*problem.system.batch_shape, problem.size), *leaves)
-        return point, _flat_gradient(values.sum(), [leaf for leaf, w in zip(leaves, wanted, strict=True) if w])
+        return point, _flat_gradient(values.sum(), [leaf for leaf, w in zip(leaves, needs_grad, strict=True) if w])
 
 
 def _pulled(
-    problem: Problem, wanted: Sequence[bool], v: torch.Tensor, x: torch.Tensor
+    problem: Problem, needs_grad: Sequence[bool], v: torch.Tensor, x: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the leaf φ and Bᵀv as one vector (p,) with its graph."""
     with torch.enable_grad():
         point = x.detach().requires_grad_(True)
-        leaves = [t.detach().requires_grad_(True) if w else t for t, w in zip(problem.tensors, wanted, strict=True)]
+        leaves = [t.detach().requires_grad_(True) if w else t for t, w in zip(problem.tensors, needs_grad, strict=True)]
         shaped = point.reshape(*problem.system.batch_shape, problem.size)
         residual = problem.system.plain_residual(shaped, leaves, graph=True).reshape(x.shape)
-        return point, _flat_gradient((residual * v).sum(), [leaf for leaf, w in zip(leaves, wanted, strict=True) if w])
+        return point, _flat_gradient(
+            (residual * v).sum(), [leaf for leaf, w in zip(leaves, needs_grad, strict=True) if w]
+        )
 
 
 def _flat_gradient(scalar: torch.Tensor, leaves: list[torch.Tensor]) -> torch.Tensor:
@@ -117,22 +123,22 @@ def _squared_norm(
     return total
 
 
-def _outer_numbers(problem: Problem, wanted: Sequence[bool]) -> int:
-    return sum(t.numel() for t, w in zip(problem.tensors, wanted, strict=True) if w)
+def _outer_numbers(problem: Problem, needs_grad: Sequence[bool]) -> int:
+    return sum(t.numel() for t, w in zip(problem.tensors, needs_grad, strict=True) if w)
 
 
-def _slope_lipschitz(problem: Problem, x: torch.Tensor, wanted: Sequence[bool]) -> torch.Tensor | None:
-    if _outer_numbers(problem, wanted) > _MOST_PASSES:
+def _slope_lipschitz(problem: Problem, x: torch.Tensor, needs_grad: Sequence[bool]) -> torch.Tensor | None:
+    if _outer_numbers(problem, needs_grad) > _MOST_PASSES:
         return None
-    return _squared_norm(functools.partial(_slopes, problem, wanted), x).sqrt()
+    return _squared_norm(functools.partial(_slopes, problem, needs_grad), x).sqrt()
 
 
-def _cross_lipschitz(problem: Problem, x: torch.Tensor, wanted: Sequence[bool]) -> torch.Tensor | None:
-    if problem.size * _outer_numbers(problem, wanted) > _MOST_PASSES:
+def _cross_lipschitz(problem: Problem, x: torch.Tensor, needs_grad: Sequence[bool]) -> torch.Tensor | None:
+    if problem.size * _outer_numbers(problem, needs_grad) > _MOST_PASSES:
         return None
     total = x.new_zeros(len(x))
     for i in range(problem.size):
         unit = torch.zeros_like(x)
         unit[:, i] = 1.0  # of every problem: the derivative by φ tells them apart
-        total = total + _squared_norm(functools.partial(_pulled, problem, wanted, unit), x)
+        total = total + _squared_norm(functools.partial(_pulled, problem, needs_grad, unit), x)
     return total.sqrt()

@@ -18,8 +18,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from bilevel._problem import Problem
-from bilevel._transforms import innermost
+from bilevel._torch.transforms import innermost
+from bilevel.equations.problem import Problem
 
 __all__ = ["Degree", "degree_of"]
 
@@ -97,7 +97,7 @@ class Degree:
 UNKNOWN = Degree(math.inf, math.inf)
 
 
-def degree_of(problem: Problem, x: torch.Tensor, wanted: Sequence[bool]) -> Degree:
+def degree_of(problem: Problem, x: torch.Tensor, needs_grad: Sequence[bool]) -> Degree:
     """Return the degree of the objectives of a batch in φ, and of their part in θ: the largest of any problem's.
 
     Parameters
@@ -106,22 +106,22 @@ def degree_of(problem: Problem, x: torch.Tensor, wanted: Sequence[bool]) -> Degr
         The objectives.
     x
         φ (K, n), where they are run.
-    wanted
+    needs_grad
         Which tensors are θ.
     """
     inputs = [x.detach().clone().requires_grad_(True)]
-    inputs += [t.detach().clone() if want else t.detach() for t, want in zip(problem.tensors, wanted, strict=True)]
-    for tensor, want in zip(inputs[1:], wanted, strict=True):
+    inputs += [t.detach().clone() if want else t.detach() for t, want in zip(problem.tensors, needs_grad, strict=True)]
+    for tensor, want in zip(inputs[1:], needs_grad, strict=True):
         tensor.requires_grad_(want)
     run = _Run()
     run.know(inputs[0], Degree(1.0))
-    for tensor, want in zip(inputs[1:], wanted, strict=True):
+    for tensor, want in zip(inputs[1:], needs_grad, strict=True):
         run.know(tensor, Degree(0.0, 0.0) if want else Degree())
     # Inside what the system has its function run in, so that only calls of the user's are seen.
     inside = problem.system.mode
 
     def mode() -> Any:
-        return _Both(inside(), _Reads(run))
+        return JointProduct(inside(), _Reads(run))
 
     system = replace(problem.system, mode=mode)
     with torch.enable_grad(), run:
@@ -131,7 +131,7 @@ def degree_of(problem: Problem, x: torch.Tensor, wanted: Sequence[bool]) -> Degr
     return UNKNOWN if run.open or cut or any(_differs(node) for node in _nodes(made)) else found
 
 
-class _Both:
+class JointProduct:
     """Two contexts, the first outside."""
 
     def __init__(self, outer: Any, inner: Any) -> None:

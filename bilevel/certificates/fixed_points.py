@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 import torch
 
-from bilevel._checks import check_number
-from bilevel._factorisations import solve
+from bilevel._torch.factorisations import solve
+from bilevel.setting_checks import check_number
 
 __all__ = ["Support", "contraction_distance", "identify_support", "newton_on_support", "proximal_distance"]
 

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 
 import torch
 
-from bilevel._checks import check_number, check_steps
-from bilevel._factorisations import eigvalsh
+from bilevel._torch.factorisations import eigvalsh
 from bilevel.certificates._point import Point
 from bilevel.operators import LinearOperator
+from bilevel.setting_checks import check_number, check_steps
 
 __all__ = ["Spectrum", "lanczos_spectrum"]
 

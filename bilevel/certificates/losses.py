@@ -25,7 +25,7 @@ from dataclasses import dataclass
 
 import torch
 
-from bilevel._factorisations import eigvalsh
+from bilevel._torch.factorisations import eigvalsh
 from bilevel.errors import ShapeError
 
 __all__ = ["LossConstants", "logistic_constants", "softmax_constants", "squares_constants"]

@@ -10,7 +10,7 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
-from bilevel._output import prepare_output, printing
+from bilevel.cli.output import prepare_output, printing
 from bilevel.hyperopt.data import BUNDLED, Task, load
 from bilevel.hyperopt.outcome import Outcome, OuterStep, Penalty, TuneSettings
 from bilevel.hyperopt.tune import tune as run

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
-from bilevel._output import save_figure
+from bilevel.cli.output import save_figure
 from bilevel.hyperopt.data import Task
 from bilevel.hyperopt.outcome import Outcome, OuterStep, Row
 

@@ -10,7 +10,7 @@ from typing import Any
 from rich.table import Table
 from rich.text import Text
 
-from bilevel._output import OutputError, finite, prepare_output, versions, write_document
+from bilevel.cli.output import OutputError, finite, prepare_output, versions, write_document
 from bilevel.hyperopt.data import Task
 from bilevel.hyperopt.outcome import Outcome, Row
 from bilevel.hyperopt.splits import Splits

@@ -14,9 +14,10 @@ from typing import TypeAlias
 
 import torch
 
-from bilevel._factorisations import LinAlgError
+from bilevel._torch.factorisations import LinAlgError
 from bilevel.errors import ArgumentError, DtypeError, ShapeError
-from bilevel.linear._judge import doubt, judge, refuted, rounding, rounding_floor
+from bilevel.linear._judge import judge, refuted, rounding
+from bilevel.linear._solution import LinearSolution
 from bilevel.operators import LinearOperator
 from bilevel.reports import Basis, Status
 from bilevel.tolerance import Target, Tolerance
@@ -24,50 +25,14 @@ from bilevel.tolerance import Target, Tolerance
 __all__ = [
     "CallableLinearSolver",
     "LinearOutcome",
-    "LinearSolution",
     "LinearSolver",
     "LinearSolverLike",
     "Preconditioner",
     "as_linear_solver",
     "begin",
     "check_preconditioner",
-    "doubt",
-    "rounding_floor",
     "solve_linear",
 ]
-
-
-@dataclass(frozen=True, eq=False)
-class LinearSolution:
-    """What a linear solver returns.
-
-    Parameters
-    ----------
-    x
-        (batch, n).
-    iterations
-        int64 (batch,): products with the matrix that the problem needed.
-    status
-        int64 (batch,): a failure that the solver *noticed* (indefinite, singular, breakdown, diverged, not finite),
-        or ``Status.CONVERGED`` / ``Status.MAX_STEPS`` / ``Status.STAGNATED`` as far as it can tell. ``Status.MINIMUM_NORM``: A is singular,
-        and x is what the minimum-norm solution is if there is a solution; the residual decides, and it is ``Status.SINGULAR`` if there is none.
-    residual
-        The true residual b − A x (batch, n), if the solver has recomputed it.
-    error_bound
-        A bound of ‖x − A⁻¹b‖ (batch,), if the solver was told μ and can prove one below ‖b − A x‖/μ; but for rounding.
-    refuted
-        Bool (batch,): where the solver has met a proof that A has an eigenvalue below the μ that it was told.
-    floor
-        The residual norm (batch,) that rounding accounts for, where the solver knows the entries of A and that it is not singular.
-    """
-
-    x: torch.Tensor
-    iterations: torch.Tensor
-    status: torch.Tensor
-    residual: torch.Tensor | None = None
-    error_bound: torch.Tensor | None = None
-    refuted: torch.Tensor | None = None
-    floor: torch.Tensor | None = None
 
 
 class LinearSolver(ABC):
@@ -314,13 +279,13 @@ def solve_linear(
         status = torch.full_like(solution.status, Status.BUDGET_SPENT)
     else:
         residual = unit - operator.matvec(x) if solution.residual is None else solution.residual
-        status = judge(solver, operator, unit, target, threshold, error, solution, residual.norm(dim=-1))
+        status = judge(solver.has_budget, operator, unit, target, threshold, error, solution, residual.norm(dim=-1))
         coarse = status == Status.SINGULAR
         if noise is not None and not target.asked and bool(coarse.any()):
             threshold = torch.where(coarse, torch.maximum(threshold, noise / size), threshold)
             solution = _again(solver, operator, unit, threshold, coarse, solution)
             x, residual = solution.x, unit - operator.matvec(solution.x)
-            status = judge(solver, operator, unit, target, threshold, error, solution, residual.norm(dim=-1))
+            status = judge(solver.has_budget, operator, unit, target, threshold, error, solution, residual.norm(dim=-1))
     residual_norm = residual.norm(dim=-1)
     bound = torch.full_like(residual_norm, float("nan"))
     if mu is not None:

@@ -10,13 +10,13 @@ from collections.abc import Sequence
 
 import torch
 
-from bilevel._pullbacks import Pullback
+from bilevel.equations.pullbacks import Pullback
 from bilevel.linear._pseudo_inverse import PseudoInverse
 from bilevel.linear.exact import pseudo_inverse_of
 from bilevel.operators import LinearOperator
-from bilevel.reports import Status, Words
+from bilevel.reports import Status, StatusMessages
 
-__all__ = ["changes_free_directions", "words_of_change"]
+__all__ = ["changes_free_directions", "free_direction_messages"]
 
 _IRRATIONAL = (0.7548776662466927, 0.5698402909980532, 0.8191725133961645)
 
@@ -108,7 +108,7 @@ def _norm(tensor: torch.Tensor) -> float:
     return float(torch.linalg.vector_norm(_entries(tensor)))
 
 
-def words_of_change(*, symmetric: bool) -> Words:
+def free_direction_messages(*, symmetric: bool) -> StatusMessages:
     """Return what a report says of ``Status.SINGULAR`` where an argument changes which directions are free."""
     meaning = "found no derivative: an argument changes which directions of the solution are free"
     if symmetric:

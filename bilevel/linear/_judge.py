@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 
 from bilevel.linear._range import outside_range
+from bilevel.linear._solution import LinearSolution
 from bilevel.operators import FunctionOperator, LinearOperator
 from bilevel.reports import Status
 from bilevel.tolerance import Target, auto_relative
 
-if TYPE_CHECKING:
-    from bilevel.linear._base import LinearSolution, LinearSolver
-
-__all__ = ["doubt", "judge", "refuted", "rounding", "rounding_floor"]
+__all__ = ["eigenvalue_uncertainty", "judge", "refuted", "rounding", "rounding_floor"]
 
 
-def doubt(size: int, dtype: torch.dtype) -> float:
+def eigenvalue_uncertainty(size: int, dtype: torch.dtype) -> float:
     """Return the part of its largest eigenvalue by which an eigenvalue of a Hessian of order ``size`` may be wrong.
 
     It is rounded, and taken at a solution that is known to about the accuracy asked by default: where the solution is unique up to a
@@ -104,12 +100,12 @@ def _singular(
     lost = ~(residual.norm(dim=-1) <= rhs.norm(dim=-1))
     residual = torch.where(lost.unsqueeze(-1), rhs, residual)
     least = torch.maximum(threshold, 64 * torch.finfo(rhs.dtype).eps * rhs.norm(dim=-1))
-    proven = outside_range(operator, residual, least, failed, doubt(operator.size, rhs.dtype))
+    proven = outside_range(operator, residual, least, failed, eigenvalue_uncertainty(operator.size, rhs.dtype))
     return torch.where(proven, int(Status.SINGULAR), status)
 
 
 def judge(
-    solver: LinearSolver,
+    has_budget: bool,
     operator: LinearOperator,
     rhs: torch.Tensor,
     target: Target,
@@ -145,7 +141,7 @@ def judge(
         # A solver that believes it has converged, and has not, has met the limit of its arithmetic.
         believed = noticed == Status.CONVERGED
         status = torch.where(short & believed, torch.full_like(status, Status.STAGNATED), status)
-        if not target.asked and (solver.has_budget or target.silent):
+        if not target.asked and (has_budget or target.silent):
             spent = short & ((noticed == Status.MAX_STEPS) | (target.silent & (noticed != Status.DIVERGED)))
             status = torch.where(spent, torch.full_like(status, Status.BUDGET_SPENT), status)
     status = torch.where(ended & reached, torch.full_like(status, Status.CONVERGED), status)
@@ -156,7 +152,7 @@ def judge(
         (status == Status.STAGNATED)
         | (status == Status.BREAKDOWN)
         | (status == Status.NOT_CONVERGED)
-        | ((status == Status.MAX_STEPS) & (not solver.has_budget))
+        | ((status == Status.MAX_STEPS) & (not has_budget))
     )
     if bool((failed & short).any()):
         status = _singular(operator, rhs, solution.x, threshold, status, failed & short)

@@ -13,11 +13,11 @@ import torch
 
 from bilevel.operators import LinearOperator
 
-__all__ = ["Lone", "run_alone"]
+__all__ = ["SingleProblemState", "run_single"]
 
 
 @dataclass(frozen=True, eq=False)
-class Lone:
+class SingleProblemState:
     """How far a run has come; vectors are (1, n).
 
     Parameters
@@ -44,7 +44,7 @@ class Lone:
     residual: torch.Tensor | None = None
 
 
-def run_alone(
+def run_single(
     operator: LinearOperator,
     rhs: torch.Tensor,
     x: torch.Tensor,
@@ -55,7 +55,7 @@ def run_alone(
     most: int,
     *,
     verify: bool,
-) -> Lone:
+) -> SingleProblemState:
     """Take steps from x with residual r, both (1, n), until something ends the run, or ``most`` of them.
 
     Parameters
@@ -88,11 +88,11 @@ def run_alone(
         if not fresh > goal:
             true = b - operator.matvec(_row(moved)).squeeze(0) if verify else rest
             if float(true.norm()) <= threshold:
-                return Lone(step + 1, _row(moved), _row(rest), _row(p), fresh, largest, None, _row(true))
+                return SingleProblemState(step + 1, _row(moved), _row(rest), _row(p), fresh, largest, None, _row(true))
             break
         x, r, p = moved, rest, torch.add(rest, p, alpha=fresh / rr)
         rr, product, step = fresh, None, step + 1
-    return Lone(step, _row(x), _row(r), _row(p), rr, largest, product)
+    return SingleProblemState(step, _row(x), _row(r), _row(p), rr, largest, product)
 
 
 def _row(v: torch.Tensor) -> torch.Tensor:

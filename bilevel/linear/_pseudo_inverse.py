@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 import torch
 
-from bilevel._factorisations import eigh, svd
-from bilevel.linear._base import doubt
+from bilevel._torch.factorisations import eigh, svd
+from bilevel.linear._judge import eigenvalue_uncertainty
 
 __all__ = ["PseudoInverse"]
 
@@ -55,7 +55,7 @@ class PseudoInverse:
             U, values, Vt = svd(S)
             U, values, V = U.flip(-1), values.flip(-1), Vt.mT.flip(-1)
         # Once one singular value is zero to rounding, so are those that are not known from zero.
-        cutoff = doubt(S.shape[-1], S.dtype)
+        cutoff = eigenvalue_uncertainty(S.shape[-1], S.dtype)
         zero = values.abs() <= cutoff * values.abs().amax(-1, keepdim=True)  # (k, n)
         inverse = torch.where(zero, 0.0, 1 / values)
         return cls(singular, C * V, inverse, R * U, _orthonormal(C, V, zero), _orthonormal(R, U, zero), cutoff)

@@ -6,10 +6,11 @@ from dataclasses import dataclass
 
 import torch
 
-from bilevel._checks import check_steps
-from bilevel.linear._base import LinearSolution, LinearSolver, Preconditioner, begin, check_preconditioner
+from bilevel.linear._base import LinearSolver, Preconditioner, begin, check_preconditioner
+from bilevel.linear._solution import LinearSolution
 from bilevel.operators import LinearOperator
 from bilevel.reports import Status
+from bilevel.setting_checks import check_steps
 
 __all__ = ["BiCGStab"]
 

@@ -6,12 +6,14 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from bilevel._checks import check_steps
-from bilevel.linear._base import LinearSolution, LinearSolver, Preconditioner, begin, check_preconditioner, doubt
-from bilevel.linear._lone import Lone, run_alone
+from bilevel.linear._base import LinearSolver, Preconditioner, begin, check_preconditioner
+from bilevel.linear._judge import eigenvalue_uncertainty
+from bilevel.linear._lone import SingleProblemState, run_single
 from bilevel.linear._radau import RadauBound
+from bilevel.linear._solution import LinearSolution
 from bilevel.operators import LinearOperator
 from bilevel.reports import Status
+from bilevel.setting_checks import check_steps
 
 __all__ = ["CG"]
 
@@ -134,10 +136,10 @@ class CG(LinearSolver):
         # A quotient below this part of the largest is rounding. A bound that grows with n would take a float32 matrix
         # of a million unknowns for singular at a condition number of ten.
         tiny = min(operator.size, 16) * eps
-        begun: Lone | None = None
+        begun: SingleProblemState | None = None
         if len(r) == 1 and r.device.type == "cpu" and basis is None and precondition is None and radau is None:
             reach, most = float(threshold), limit - 1 if bool(norm > threshold) else 0
-            begun = run_alone(operator, rhs, x, r, reach, float(goal), tiny, most, verify=verify)
+            begun = run_single(operator, rhs, x, r, reach, float(goal), tiny, most, verify=verify)
             if begun.residual is not None:
                 steps = torch.full(norm.shape, begun.steps, dtype=torch.int64)
                 return LinearSolution(begun.x, steps, torch.full_like(steps, Status.CONVERGED), begun.residual)
@@ -263,7 +265,7 @@ def _bent(quotient: torch.Tensor, bend: torch.Tensor, largest: torch.Tensor, ord
     order
         n.
     """
-    size, margin = torch.maximum(largest, bend), doubt(order, quotient.dtype)
+    size, margin = torch.maximum(largest, bend), eigenvalue_uncertainty(order, quotient.dtype)
     return (quotient < -margin * size) | (bend**2 > 64 * margin * size**2)
 
 

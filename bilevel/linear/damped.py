@@ -6,11 +6,12 @@ from dataclasses import dataclass, field
 
 import torch
 
-from bilevel._checks import check_number
-from bilevel.linear._base import LinearSolution, LinearSolver, LinearSolverLike, as_linear_solver
+from bilevel.linear._base import LinearSolver, LinearSolverLike, as_linear_solver
+from bilevel.linear._solution import LinearSolution
 from bilevel.linear.cg import CG
 from bilevel.operators import DampedOperator, LinearOperator
 from bilevel.reports import Status
+from bilevel.setting_checks import check_number
 
 __all__ = ["Damped"]
 

@@ -7,15 +7,17 @@ from dataclasses import dataclass
 
 import torch
 
-from bilevel._factorisations import eigvalsh, svdvals
+from bilevel._torch.factorisations import eigvalsh, svdvals
 from bilevel.errors import ArgumentError
-from bilevel.linear._base import LinearSolution, LinearSolver, doubt
+from bilevel.linear._base import LinearSolver
+from bilevel.linear._judge import eigenvalue_uncertainty
 from bilevel.linear._pseudo_inverse import PseudoInverse
+from bilevel.linear._solution import LinearSolution
 from bilevel.operators import LinearOperator
 from bilevel.reports import Status
 from bilevel.tolerance import auto_relative
 
-__all__ = ["Exact", "lend", "pseudo_inverse_of"]
+__all__ = ["Exact", "offer_factor", "pseudo_inverse_of"]
 
 
 @dataclass(frozen=True)
@@ -60,14 +62,14 @@ class Exact(LinearSolver):
     ) -> LinearSolution:
         base = operator.distinct
         n = base.size
-        wanted = base.batch * n * n * torch.finfo(base.dtype).bits // 8
-        if wanted > self.max_bytes:
+        needs_grad = base.batch * n * n * torch.finfo(base.dtype).bits // 8
+        if needs_grad > self.max_bytes:
             raise ArgumentError(
                 f"Exact: expected matrices of at most {self.max_bytes / 2**30:.3g} GiB, got {base.batch} of order {n}, "
-                f"which take {wanted / 2**30:.3g} GiB; pass linear_solver=CG() (or GMRES() where not symmetric), or "
+                f"which take {needs_grad / 2**30:.3g} GiB; pass linear_solver=CG() (or GMRES() where not symmetric), or "
                 "raise max_bytes"
             )
-        lent = base.memo.get(_LENT)
+        lent = base.memo.get(_OFFERED)
         if lent is not None and Exact not in base.memo:
             x, residual, good = _refine(lent.factor, operator, rhs, threshold, _LENT_STEPS)
             if good:
@@ -89,7 +91,7 @@ class Exact(LinearSolver):
         return LinearSolution(x, torch.full_like(status, n), status, residual, floor=floor)
 
     def propose(self, operator: LinearOperator, rhs: torch.Tensor) -> torch.Tensor | None:
-        lent = operator.distinct.memo.get(_LENT)
+        lent = operator.distinct.memo.get(_OFFERED)
         return _columnwise(lent.factor.solve, operator, rhs) if lent is not None and lent.exact else None
 
 
@@ -99,19 +101,19 @@ def pseudo_inverse_of(operator: LinearOperator) -> PseudoInverse | None:
     return None if factor is None else factor.pseudo
 
 
-_LENT = "factor of a matrix nearby"
+_OFFERED = "factor of a matrix nearby"
 _LENT_STEPS = 6
 
 
 @dataclass(frozen=True, eq=False)
-class _Loan:
+class _OfferedFactor:
     """A factorisation of matrices near an operator's, and whether they probably are the operator's."""
 
     factor: _Factor
     exact: bool
 
 
-def lend(operator: LinearOperator, factor: torch.Tensor, *, exact: bool = False) -> None:
+def offer_factor(operator: LinearOperator, factor: torch.Tensor, *, exact: bool = False) -> None:
     """Offer Cholesky factors (batch, n, n) of matrices near the symmetric ``operator``'s, such as Newton's last.
 
     :class:`Exact` then solves by iterative refinement with them, if that converges to rounding, and needs neither
@@ -127,7 +129,7 @@ def lend(operator: LinearOperator, factor: torch.Tensor, *, exact: bool = False)
         least = 4 * auto_relative(factor.dtype) ** 0.5
         if base.size and bool((pivots > least**0.5 * factor.norm(dim=-1)).all()):
             status = torch.zeros(base.batch, dtype=torch.int64, device=factor.device)
-            base.memo.setdefault(_LENT, _Loan(_Factor(status, cholesky=factor), exact))
+            base.memo.setdefault(_OFFERED, _OfferedFactor(_Factor(status, cholesky=factor), exact))
 
 
 def _refine(
@@ -251,7 +253,7 @@ def _factorize(matrix: torch.Tensor, symmetric: bool, definite: bool) -> _Factor
         largest = eigenvalues.abs().amax(-1)
         negative = -eigenvalues[..., 0] / largest
         # A Hessian's small negative eigenvalue at a minimum is an error of the matrix, and what it says of the size of errors.
-        wrong = (negative > smallest) & (negative <= doubt(n, matrix.dtype)) & definite
+        wrong = (negative > smallest) & (negative <= eigenvalue_uncertainty(n, matrix.dtype)) & definite
         singular = finite & ((eigenvalues.abs().amin(-1) <= smallest * largest) | wrong)
         # A matrix with a negative eigenvalue beyond rounding beside a zero one is both; indefinite says more.
         indefinite = finite & (negative > smallest) & ~wrong

@@ -6,10 +6,12 @@ from dataclasses import dataclass
 
 import torch
 
-from bilevel._checks import check_number, check_steps
-from bilevel.linear._base import LinearSolution, LinearSolver, begin, doubt
+from bilevel.linear._base import LinearSolver, begin
+from bilevel.linear._judge import eigenvalue_uncertainty
+from bilevel.linear._solution import LinearSolution
 from bilevel.operators import LinearOperator
 from bilevel.reports import Status
+from bilevel.setting_checks import check_number, check_steps
 
 __all__ = ["Neumann"]
 
@@ -86,7 +88,7 @@ class Neumann(LinearSolver):
             x = torch.where(moving, x + alpha * r, x)
             change = alpha * operator.matvec(r)
             if term == self.terms:
-                still = change.norm(dim=-1) <= doubt(operator.size, r.dtype) * norm
+                still = change.norm(dim=-1) <= eigenvalue_uncertainty(operator.size, r.dtype) * norm
             r = torch.where(moving, r - change, r)
             norm = r.norm(dim=-1)
             iterations = iterations + active

@@ -10,11 +10,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from bilevel._checks import FrozenOptions
 from bilevel.errors import ArgumentError
-from bilevel.linear._base import LinearSolution, LinearSolver
+from bilevel.linear._base import LinearSolver
+from bilevel.linear._solution import LinearSolution
 from bilevel.operators import LinearOperator
 from bilevel.reports import Status
+from bilevel.setting_checks import FrozenOptions
 
 __all__ = ["ScipyLinear"]
 

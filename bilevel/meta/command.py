@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 import bilevel
-from bilevel._output import prepare_output, versions, write_document
+from bilevel.cli.output import prepare_output, versions, write_document
 from bilevel.meta.processes import processes
 from bilevel.meta.recipe import GLYPHS, OMNIGLOT, Recipe, characters, set_up, unseen
 from bilevel.meta.seeds import check_seed

@@ -139,7 +139,7 @@ class IMAML(bilevel.BilevelProblem):
             batch_dims={"support": 0, "query": 0, "fixed": None},
             warm_start=False,  # tasks change from call to call, and adaptation begins at θ
         )
-        self.inner_layer.backward_words = _curvature_words(linear_solver)
+        self.inner_layer.backward_messages = _curvature_words(linear_solver)
         self.model = model
         self.loss = loss
         self.mode = mode

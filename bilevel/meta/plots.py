@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from matplotlib.figure import Figure
 
-from bilevel._output import save_figure
+from bilevel.cli.output import save_figure
 from bilevel.meta.training import Score, StepRecord
 
 __all__ = ["write_plots"]

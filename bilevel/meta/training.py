@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 import bilevel
-from bilevel._checksum import sealed, unsealed
+from bilevel.checksum import sealed, unsealed
 from bilevel.meta.imaml import IMAML
 from bilevel.meta.processes import Processes
 from bilevel.meta.recipe import Recipe, Setup, set_up

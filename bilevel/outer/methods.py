@@ -10,8 +10,8 @@ from typing import Any, Protocol
 
 import torch
 
-from bilevel._checks import check_number, check_steps
 from bilevel.errors import ArgumentError
+from bilevel.setting_checks import check_number, check_steps
 
 __all__ = ["HOAG", "MAID", "Evaluation", "Evaluator", "OuterMethod", "TorchOuter"]
 

@@ -12,16 +12,16 @@ from typing import Any, Literal, TypeAlias
 import torch
 from torch.utils import _pytree as pytree
 
-from bilevel._checks import check_steps
-from bilevel._checksum import sealed, unsealed
-from bilevel._hypergradient import Hypergradient
-from bilevel._tree import as_real, moves, of_real
+from bilevel.checksum import sealed, unsealed
 from bilevel.errors import ArgumentError, SolveError
 from bilevel.outer.methods import HOAG, Evaluation, OuterMethod, TorchOuter
 from bilevel.outer.result import OuterResult, OuterStatus, OuterStep
-from bilevel.outer.trail import Trail
-from bilevel.problem import BilevelProblem
+from bilevel.outer.trail import PointHistory
+from bilevel.problems.hypergradient import Hypergradient
+from bilevel.problems.problem import BilevelProblem
+from bilevel.pytree import as_real, moves, of_real
 from bilevel.reports import Basis
+from bilevel.setting_checks import check_steps
 from bilevel.tolerance import Tolerance
 
 __all__ = ["OuterRun", "minimize"]
@@ -161,7 +161,7 @@ class OuterRun:
         self._memory: dict[str, Any] = {}
         self._here: Evaluation | None = None
         self._warm: dict[str, Any] = {}
-        self._trail = Trail()
+        self._trail = PointHistory()
         self._spent = [0, 0]
         self._evaluations = 0
         self._seconds, self._began = 0.0, time.perf_counter()
@@ -242,7 +242,7 @@ class OuterRun:
             state["inner"], record,
         )  # fmt: skip
         self._memory, self._warm = state["method"], state["problem"]
-        self._trail = Trail.of(state["trail"])
+        self._trail = PointHistory.of(state["trail"])
         self._follow()
         self._spent, self._evaluations = list(state["spent"]), state["evaluations"]
         self._seconds = state["seconds"]

@@ -14,9 +14,9 @@ from typing import Any, TypeAlias
 import torch
 from torch.utils import _pytree as pytree
 
-from bilevel._factorisations import solve
+from bilevel._torch.factorisations import solve
 
-__all__ = ["Trail", "combination"]
+__all__ = ["PointHistory", "combination"]
 
 Outer: TypeAlias = tuple[torch.Tensor, ...]
 
@@ -26,7 +26,7 @@ _MOST_BYTES = 2**28
 _LEAST_NEW = 0.1
 
 
-class Trail:
+class PointHistory:
     """The last points of a run, with θ, φ and q of each; those that were tried and not taken know as much as any."""
 
     def __init__(self) -> None:
@@ -60,9 +60,9 @@ class Trail:
         return [[list(outer), inner, adjoint] for outer, inner, adjoint in self.points]
 
     @staticmethod
-    def of(state: list[list[Any]]) -> Trail:
+    def of(state: list[list[Any]]) -> PointHistory:
         """Return what :meth:`state_dict` described."""
-        trail = Trail()
+        trail = PointHistory()
         trail.points.extend((tuple(outer), inner, adjoint) for outer, inner, adjoint in state)
         return trail
 

@@ -1,6 +1,6 @@
 """The contract of inner solvers, and the one loop that owns masks and limits.
 
-A solver sees a :class:`~bilevel._problem.Problem` (a batch of flat problems), a start (batch, n) and a
+A solver sees a :class:`~bilevel.equations.problem.Problem` (a batch of flat problems), a start (batch, n) and a
 :class:`Goal`. A method made of steps hands its step function to :func:`iterate`. What comes back is judged by
 :mod:`bilevel.solvers._judge`, alike for all methods and for a user's function.
 """
@@ -16,9 +16,10 @@ from typing import Any, Protocol, TypeAlias, TypeVar
 
 import torch
 
-from bilevel._problem import Linearization, Problem
-from bilevel._tree import ravel_like
+from bilevel.equations.linearization import Linearization
+from bilevel.equations.problem import Problem
 from bilevel.errors import ArgumentError
+from bilevel.pytree import ravel_like
 from bilevel.reports import Status
 from bilevel.tolerance import Target
 

@@ -12,8 +12,9 @@ from itertools import pairwise
 
 import torch
 
-from bilevel._factorisations import eigh, svd
-from bilevel._problem import Linearization, Problem
+from bilevel._torch.factorisations import eigh, svd
+from bilevel.equations.linearization import Linearization
+from bilevel.equations.problem import Problem
 from bilevel.linear.gmres import GMRES
 from bilevel.solvers._truncated_cg import truncated_cg
 
@@ -240,12 +241,12 @@ def _by_products(
 
 def _linearization(problem: Problem, x: torch.Tensor) -> Linearization:
     """Return the linearisation at ``x``, kept for a derivative where one follows."""
-    slot = problem.last_look
+    slot = problem.linearization_slot
     if slot is None:
         return problem.linearize(x)
     known = slot.linearization
     if known is None or known.point is None or not torch.equal(known.point, x):
-        slot.linearization = known = problem.linearize(x, slot.wanted)
+        slot.linearization = known = problem.linearize(x, slot.needs_grad)
     return known
 
 
@@ -303,15 +304,15 @@ def rounding(problem: Problem, x: torch.Tensor, residual: torch.Tensor) -> torch
 
 def _differences(problem: Problem, x: torch.Tensor, residual: torch.Tensor) -> Iterator[torch.Tensor]:
     """Yield what R(x) changes by where every number is moved by its rounding, and where another precision is computed in."""
-    other, (beside,) = problem.nudged(1, x)
+    other, (beside,) = problem.perturbed(1, x)
     yield other.residual(beside) - residual
     try:
         if x.dtype != torch.float64:
             wide = (problem.to(torch.float64).residual(x.double()) - residual).to(residual)
         else:
-            scattered, (points,) = problem.scattered(2, 1, x)
+            perturbed_copies, (points,) = problem.perturbed_copies(2, 1, x)
             single = torch.float32
-            wide = scattered.residual(points) - scattered.to(single).residual(points.to(single))
+            wide = perturbed_copies.residual(points) - perturbed_copies.to(single).residual(points.to(single))
             wide = torch.nan_to_num(wide, nan=0.0, posinf=0.0, neginf=0.0)
             wide = wide * (torch.finfo(x.dtype).eps / torch.finfo(single).eps)
     except (RuntimeError, TypeError, ValueError):  # a constant of another dtype inside, or a device without float64

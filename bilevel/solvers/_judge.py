@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from bilevel._problem import Problem
+from bilevel.equations.problem import Problem
 from bilevel.reports import Basis, Status
 from bilevel.solvers._base import Goal, InnerSolution, InnerSolver, all_finite, length
 from bilevel.solvers._error import (

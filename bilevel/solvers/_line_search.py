@@ -6,9 +6,9 @@ from dataclasses import dataclass
 
 import torch
 
-from bilevel._problem import Problem
+from bilevel.equations.problem import Problem
 
-__all__ = ["Searched", "line_search"]
+__all__ = ["LineSearchResult", "line_search"]
 
 _DECREASE = 0.1  # δ of Hager & Zhang: the share of the promised decrease that is asked for
 _CURVATURE = 0.9  # σ: the share of the slope that may be left
@@ -16,7 +16,7 @@ _MOST_TRIALS = 40
 
 
 @dataclass(frozen=True, eq=False)
-class Searched:
+class LineSearchResult:
     """Where a line search ended: t (batch,), the objective, its gradient (batch, n), what failed (batch,) bool, and where G fell at every trial."""
 
     x: torch.Tensor
@@ -36,7 +36,7 @@ def line_search(
     noise: torch.Tensor,
     threshold: torch.Tensor,
     active: torch.Tensor,
-) -> Searched:
+) -> LineSearchResult:
     """Find, per problem, t with the strong Wolfe conditions or Hager & Zhang's approximate ones.
 
     With φ(t) = G(x + t d), a step is taken where
@@ -83,13 +83,13 @@ def line_search(
         wolfe = (found <= value + _DECREASE * t * slope) & (turned.abs() <= -_CURVATURE * slope)  # False for NaN
         pending = pending & ~wolfe
         if not bool(pending.any()):
-            return Searched(point, found, gradient, pending, pending)
+            return LineSearchResult(point, found, gradient, pending, pending)
         near = found <= value + noise
         approximate = near & (turned >= _CURVATURE * slope) & (turned <= (2 * _DECREASE - 1) * slope)
         ended = near & (gradient.norm(dim=-1) <= threshold)
         pending = pending & ~(approximate | ended)
         if not bool(pending.any()):
-            return Searched(point, found, gradient, pending, pending)
+            return LineSearchResult(point, found, gradient, pending, pending)
         descends = pending & near & (turned < 0)
         rises = pending & ~descends
         low, low_value = torch.where(descends, t, low), torch.where(descends, found, low_value)
@@ -105,7 +105,7 @@ def line_search(
     t = torch.where(rescued, low, t)
     point = torch.where(active.unsqueeze(-1), x + t.unsqueeze(-1) * d, x)
     found, gradient = problem.value_and_residual(point)
-    return Searched(point, found, gradient, pending & ~rescued, rescued & (high == torch.inf))
+    return LineSearchResult(point, found, gradient, pending & ~rescued, rescued & (high == torch.inf))
 
 
 def _inside(

@@ -11,15 +11,15 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from bilevel._checks import FrozenOptions
-from bilevel._problem import Problem
+from bilevel.equations.problem import Problem
 from bilevel.errors import ArgumentError
 from bilevel.reports import Status
+from bilevel.setting_checks import FrozenOptions
 from bilevel.solvers._base import Goal, InnerSolution
 
 __all__ = [
     "Array",
-    "Reached",
+    "ScipyResult",
     "as_array",
     "check_method",
     "frozen_options",
@@ -34,7 +34,7 @@ Array = npt.NDArray[np.float64]
 _CHECKED = ("array must not contain infs or NaNs",)
 
 
-class Reached(Exception):
+class ScipyResult(Exception):
     """Ends a run of scipy: the residual at :attr:`x` is at or below the goal's."""
 
     def __init__(self, x: Array) -> None:
@@ -99,7 +99,7 @@ def own_warnings(where: str, options: Mapping[str, Any] | None) -> Iterator[None
             ) from warning
         except Exception as error:
             # An option of a type or value that scipy cannot use; what its arithmetic met is for the caller to judge.
-            if not options or isinstance(error, Reached) or _is_numeric(error) or not _is_scipys(error):
+            if not options or isinstance(error, ScipyResult) or _is_numeric(error) or not _is_scipys(error):
                 raise
             said = " ".join(str(error).split())
             raise ArgumentError(

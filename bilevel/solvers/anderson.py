@@ -7,9 +7,9 @@ from itertools import accumulate
 
 import torch
 
-from bilevel._checks import check_number, check_steps
-from bilevel._problem import Problem
+from bilevel.equations.problem import Problem
 from bilevel.reports import Status
+from bilevel.setting_checks import check_number, check_steps
 from bilevel.solvers._base import Goal, InnerSolution, InnerSolver, iterate
 from bilevel.solvers.fixed_point import CHECK_EVERY, check_fixed_point, rounding_verdict
 

@@ -6,10 +6,10 @@ from dataclasses import dataclass
 
 import torch
 
-from bilevel._checks import check_number, check_steps
-from bilevel._problem import Problem
+from bilevel.equations.problem import Problem
 from bilevel.errors import ArgumentError
 from bilevel.reports import Status
+from bilevel.setting_checks import check_number, check_steps
 from bilevel.solvers._base import Goal, InnerSolution, InnerSolver, iterate
 
 __all__ = ["FixedPointIteration"]
@@ -37,8 +37,8 @@ def rounding_verdict(
     Rounding level is eight times what R changes by when every entry of ``x`` moves by one unit in its last place: one evaluation.
     """
     signs = 1 - 2 * (torch.arange(x.shape[-1], device=x.device) * 0.6180339887 % 1).round()
-    nudged = x * (1 + torch.finfo(x.dtype).eps * signs.to(x))
-    rounding = 8 * (problem.residual(nudged) - residual).norm(dim=-1)
+    perturbed = x * (1 + torch.finfo(x.dtype).eps * signs.to(x))
+    rounding = 8 * (problem.residual(perturbed) - residual).norm(dim=-1)
     ended = stalled & (residual.norm(dim=-1) <= rounding)
     if not bool(ended.any()):
         return None

@@ -6,10 +6,10 @@ from dataclasses import dataclass
 
 import torch
 
-from bilevel._checks import check_number, check_steps
-from bilevel._problem import Problem
+from bilevel.equations.problem import Problem
 from bilevel.errors import ArgumentError
 from bilevel.reports import Status
+from bilevel.setting_checks import check_number, check_steps
 from bilevel.solvers._base import Goal, InnerSolution, InnerSolver, iterate
 
 __all__ = ["GradientDescent"]

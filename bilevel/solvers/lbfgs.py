@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 import torch
 
-from bilevel._checks import check_steps
-from bilevel._problem import Problem
+from bilevel.equations.problem import Problem
 from bilevel.reports import Status
+from bilevel.setting_checks import check_steps
 from bilevel.solvers._base import Goal, InnerSolution, InnerSolver, iterate
 from bilevel.solvers._line_search import line_search
 

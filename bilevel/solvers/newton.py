@@ -6,13 +6,13 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from bilevel._checks import check_steps
-from bilevel._factorisations import eigh, eigvalsh, pinv, svdvals
-from bilevel._problem import Problem
+from bilevel._torch.factorisations import eigh, eigvalsh, pinv, svdvals
+from bilevel.equations.problem import Problem
 from bilevel.linear._base import LinearSolverLike, as_linear_solver
 from bilevel.linear.gmres import GMRES
 from bilevel.operators import DenseOperator, LinearOperator
 from bilevel.reports import Status
+from bilevel.setting_checks import check_steps
 from bilevel.solvers._base import Goal, InnerSolution, InnerSolver, iterate
 from bilevel.solvers._error import meets_negative_curvature
 from bilevel.solvers._truncated_cg import truncated_cg

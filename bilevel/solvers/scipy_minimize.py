@@ -9,14 +9,14 @@ from typing import Any
 import numpy as np
 import torch
 
-from bilevel._checks import check_steps
-from bilevel._problem import Problem
+from bilevel.equations.problem import Problem
 from bilevel.errors import ArgumentError
 from bilevel.reports import Status
+from bilevel.setting_checks import check_steps
 from bilevel.solvers._base import Goal, InnerSolution, InnerSolver
 from bilevel.solvers._scipy import (
     Array,
-    Reached,
+    ScipyResult,
     as_array,
     check_method,
     frozen_options,
@@ -138,7 +138,7 @@ class ScipyMinimize(InnerSolver):
                     callback=run.count,
                     options=self._settings(method, run.threshold / run.unit, start.size, run.steps),
                 )
-        except Reached as reached:
+        except ScipyResult as reached:
             run.best, run.best_norm = reached.x, 0.0
             return Status.CONVERGED
         except (ArithmeticError, ValueError) as error:
@@ -209,7 +209,7 @@ class _Run:
         norm, found, flat = float(gradient.norm()), float(value), as_array(gradient[0])
         if found <= self.highest:
             if norm <= self.threshold:
-                raise Reached(np.array(x))
+                raise ScipyResult(np.array(x))
             if norm < self.best_norm:
                 self.best, self.best_norm, self.best_gradient = np.array(x), norm, flat
         return found / self.unit, flat / self.unit

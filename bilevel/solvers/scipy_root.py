@@ -9,14 +9,14 @@ from typing import Any
 import numpy as np
 import torch
 
-from bilevel._checks import check_steps
-from bilevel._problem import Problem
+from bilevel.equations.problem import Problem
 from bilevel.errors import ArgumentError
 from bilevel.reports import Status
+from bilevel.setting_checks import check_steps
 from bilevel.solvers._base import Goal, InnerSolution, InnerSolver
 from bilevel.solvers._scipy import (
     Array,
-    Reached,
+    ScipyResult,
     as_array,
     check_method,
     frozen_options,
@@ -114,7 +114,7 @@ class ScipyRoot(InnerSolver):
             found = held[0].residual(torch_of(x))[0]
             norm = float(found.norm())
             if norm <= threshold:
-                raise Reached(np.array(x))
+                raise ScipyResult(np.array(x))
             if norm < least[0]:
                 best[0], least[0] = np.array(x), norm
             return as_array(found)
@@ -133,7 +133,7 @@ class ScipyRoot(InnerSolver):
                     jac=jacobian if exact else None,
                     options=self._settings(method, threshold, start.size),
                 )
-        except Reached as reached:
+        except ScipyResult as reached:
             return reached.x, evaluations[0], Status.CONVERGED
         except (ArithmeticError, ValueError) as error:
             if overflowed(error):

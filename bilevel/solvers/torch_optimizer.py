@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 
-from bilevel._checks import check_steps
-from bilevel._problem import Problem
+from bilevel.equations.problem import Problem
 from bilevel.errors import ArgumentError
+from bilevel.setting_checks import check_steps
 from bilevel.solvers._base import Goal, InnerSolution, InnerSolver, iterate
 
 __all__ = ["TorchOptimizer"]

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from bilevel._checks import check_number
+from bilevel.setting_checks import check_number
 from bilevel.stochastic._batches import BatchSource
 from bilevel.stochastic._lists import Tensors, add, scale, subtract
 from bilevel.stochastic._method import Auxiliary, Directions, Problem, StochasticMethod

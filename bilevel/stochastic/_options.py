@@ -7,9 +7,9 @@ from typing import Any, Literal
 
 import torch
 
-from bilevel._checks import check_number, check_steps
 from bilevel.errors import ArgumentError
 from bilevel.reports import Status
+from bilevel.setting_checks import check_number, check_steps
 
 __all__ = ["NonFinite", "StepOptions", "StepResult"]
 

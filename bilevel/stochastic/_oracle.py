@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import distributed
 
-from bilevel._reverse import reverse_pass
+from bilevel._torch.reverse import reverse_pass
 from bilevel.errors import ArgumentError, CapturedTensorError, ShapeError
 from bilevel.stochastic._batches import batch_parts
 from bilevel.stochastic._lists import Tensors

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from bilevel._checks import check_steps
 from bilevel.errors import ArgumentError
+from bilevel.setting_checks import check_steps
 from bilevel.stochastic._batches import BatchSource
 
 __all__ = ["Periodic"]

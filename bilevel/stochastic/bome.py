@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from bilevel._checks import check_number, check_steps
+from bilevel.setting_checks import check_number, check_steps
 from bilevel.stochastic._batches import BatchSource
 from bilevel.stochastic._lists import add, dot, norm, scale, subtract
 from bilevel.stochastic._method import Directions, Problem, StochasticMethod

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from bilevel._checks import check_number, check_steps
+from bilevel.setting_checks import check_number, check_steps
 from bilevel.stochastic._batches import BatchSource
 from bilevel.stochastic._lists import add, clone, norm, subtract
 from bilevel.stochastic._method import Auxiliary, Directions, Problem, StochasticMethod

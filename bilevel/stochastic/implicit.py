@@ -6,10 +6,10 @@ from typing import Any
 
 import torch
 
-from bilevel._checks import check_steps
 from bilevel.linear._base import LinearSolverLike, as_linear_solver, solve_linear
 from bilevel.operators import FunctionOperator
 from bilevel.reports import Status
+from bilevel.setting_checks import check_steps
 from bilevel.stochastic._adjoint import AdjointMethod
 from bilevel.stochastic._batches import BatchSource
 from bilevel.stochastic._lists import Tensors, norm, subtract

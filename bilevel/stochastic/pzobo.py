@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
-from bilevel._checks import check_number, check_steps
 from bilevel.errors import ArgumentError
+from bilevel.setting_checks import check_number, check_steps
 from bilevel.stochastic._batches import BatchSource
 from bilevel.stochastic._lists import Tensors, add, clone, dot, norm, subtract
 from bilevel.stochastic._method import Directions, Problem, StochasticMethod

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from bilevel._checks import check_number
+from bilevel.setting_checks import check_number
 from bilevel.stochastic._adjoint import AdjointMethod, single_loop_directions
 from bilevel.stochastic._batches import BatchSource
 from bilevel.stochastic._lists import Tensors, add, clone, norm, subtract
@@ -83,6 +83,7 @@ class SRBA(AdjointMethod):
         self._last_inner, self._last_outer = clone(self._inner.tensors), clone(self._outer.tensors)
         self._last_adjoint = clone(self.adjoint)
         n = len(self._last_inner)
+        estimate = clone(estimate)  # optimisers may change what they are given
         return Directions(
             inner=estimate[:n],
             adjoint=estimate[n : 2 * n],

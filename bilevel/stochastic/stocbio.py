@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from bilevel._checks import check_steps
+from bilevel.setting_checks import check_steps
 from bilevel.stochastic._adjoint import check_rate, sum_neumann
 from bilevel.stochastic._batches import BatchSource
 from bilevel.stochastic._lists import norm, subtract

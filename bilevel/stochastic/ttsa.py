@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from bilevel._checks import check_steps
+from bilevel.setting_checks import check_steps
 from bilevel.stochastic._adjoint import check_rate, sum_neumann
 from bilevel.stochastic._batches import BatchSource
 from bilevel.stochastic._lists import norm, scale, subtract

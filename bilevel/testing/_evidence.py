@@ -58,7 +58,7 @@ class Evidence:
         return unrolled(self.reference, self.exact, self.exact_adjoints)
 
     @functools.cached_property
-    def nudged(self) -> tuple[list[torch.Tensor], list[torch.Tensor], list[Adjoint]]:
+    def perturbed(self) -> tuple[list[torch.Tensor], list[torch.Tensor], list[Adjoint]]:
         """The solution returned with every entry moved by the share ``_NUDGE``, and the dense gradients and adjoints there."""
         generator = torch.Generator().manual_seed(0)
         signs = [torch.randint(0, 2, x.shape, generator=generator).to(x) * 2 - 1 for x in self.found]
@@ -72,7 +72,7 @@ class Evidence:
         To evaluate a function in floating point is to evaluate it exactly at arguments rounded a few times, so that this much of u
         is rounding; it matters where a gradient vanishes at the solution and its parts do not.
         """
-        return float((self.nudged[1][place] - self.at_found[place]).norm()) / _NUDGE
+        return float((self.perturbed[1][place] - self.at_found[place]).norm()) / _NUDGE
 
     def wobble(self, place: int) -> float:
         """Return how much a tensor's dense gradient moves by the rounding of the exact solution, which is found to u κ ‖x‖."""
@@ -127,7 +127,7 @@ class Evidence:
                 place, sum(float(a.rhs.norm() * x.norm()) for a, x in zip(self.found_adjoints, self.exact, strict=True))
             )
         else:
-            rows, _, adjoints = self.nudged
+            rows, _, adjoints = self.perturbed
             moved = torch.cat(self.reference.dense_tangents(rows, place, direction, adjoints))
             rounding = unit * float((moved - torch.cat(list(tangents))).norm()) / _NUDGE
             natural = self._elastic(place, sum(float(x.norm()) for x in self.exact))

@@ -108,8 +108,8 @@ def noise(reference: Reference, number: int, x: torch.Tensor) -> float:
     """Return how much R moves when every entry of ``x`` moves by one unit in its last place."""
     generator = torch.Generator().manual_seed(0)
     signs = (torch.randint(0, 2, x.shape, generator=generator) * 2 - 1).to(x)
-    nudged = x * (1 + torch.finfo(x.dtype).eps * signs)
-    here, there = (reference.residual(number, at, reference.points).detach() for at in (x, nudged))
+    perturbed = x * (1 + torch.finfo(x.dtype).eps * signs)
+    here, there = (reference.residual(number, at, reference.points).detach() for at in (x, perturbed))
     return float((here - there).norm())
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import bilevel
-from bilevel import _factorisations as safe
+from bilevel._torch import factorisations as safe
 from bilevel.certificates import _point
 from bilevel.reports import Basis
 
@@ -181,14 +181,14 @@ def test_a_refinement_does_not_run_away(seed):
 
 def test_one_problem_in_trouble_leaves_the_others_their_bounds():
     theta, (X, y, Xv, yv) = draw(0)
-    spoiled = torch.stack([X, X.clone(), -X])
-    spoiled[1, 0, 0] = float("nan")
+    poisoned = torch.stack([X, X.clone(), -X])
+    poisoned[1, 0, 0] = float("nan")
     problem = Ridge(
         solver=bilevel.GradientDescent(0.5, 20), linear_solver=bilevel.CG(max_steps=3), batch_dims=(0, None, None, None),
         tolerance=BUDGET, on_failure="ignore",
     )  # fmt: skip
     start = torch.zeros(3, 5, dtype=F64)
-    result = problem.hypergradient(theta, (spoiled, y, Xv, yv), init=start)
+    result = problem.hypergradient(theta, (poisoned, y, Xv, yv), init=start)
     assert str(result.bound) == str(result.inner_bound) == "not known"
     errors = result._certificate.errors
     for found in (errors.inner, errors.adjoint, errors.gradient, errors.value):

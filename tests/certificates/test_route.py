@@ -131,10 +131,10 @@ def test_one_problem_neither_lends_nor_borrows_a_bound():
         def constants(self, outer, data):
             return good.constants(outer, (X, y, Xv, yv))
 
-    spoiled = X.clone()
-    spoiled[1, 0, 0] = float("nan")
+    poisoned = X.clone()
+    poisoned[1, 0, 0] = float("nan")
     problem = Known(**settings, tolerance=BUDGET, batch_dims=(0, 0, None, None), on_failure="ignore")
-    partly = problem.hypergradient(theta, (spoiled, y, Xv, yv), init=torch.zeros(3, 5, dtype=F64))
+    partly = problem.hypergradient(theta, (poisoned, y, Xv, yv), init=torch.zeros(3, 5, dtype=F64))
     without = partly._certificate._others.inner.value
     torch.testing.assert_close(without[::2], bounds.inner.value[::2], rtol=0.1, atol=0)
     assert float(without[1]) == float("inf") and not partly.inner_bound.certified

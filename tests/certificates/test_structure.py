@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from bilevel._problem import Problem
-from bilevel._system import ArgminSystem
-from bilevel._tree import Raveler, flatten_arguments
 from bilevel.certificates._structure import degree_of
+from bilevel.equations.problem import Problem
+from bilevel.equations.system import ArgminSystem
+from bilevel.pytree import Raveler, flatten_arguments
 
 F64 = torch.float64
 X = torch.tensor([[1.0, -2.0, 0.5], [0.3, 1.0, 2.0], [-1.0, 0.2, 0.7], [2.0, 1.0, -1.0]], dtype=F64)

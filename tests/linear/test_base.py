@@ -11,7 +11,8 @@ import torch
 
 from bilevel import Status, Tolerance
 from bilevel.errors import ArgumentError, DtypeError, ShapeError
-from bilevel.linear._base import CallableLinearSolver, LinearSolution, LinearSolver, as_linear_solver, solve_linear
+from bilevel.linear._base import CallableLinearSolver, LinearSolver, as_linear_solver, solve_linear
+from bilevel.linear._solution import LinearSolution
 from bilevel.linear.bicgstab import BiCGStab
 from bilevel.linear.cg import CG
 from bilevel.linear.exact import Exact

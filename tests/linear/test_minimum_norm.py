@@ -10,9 +10,10 @@ import torch
 from torch.func import grad, hessian, jacfwd, jacrev, vmap
 
 import bilevel
-from bilevel import Status, Tolerance, _factorisations
+from bilevel import Status, Tolerance
+from bilevel._torch import factorisations
 from bilevel.linear._base import LinearOutcome, as_linear_solver, solve_linear
-from bilevel.linear._judge import doubt
+from bilevel.linear._judge import eigenvalue_uncertainty
 from bilevel.operators import DenseOperator, FunctionOperator, LinearOperator, RepeatedOperator
 
 F64, F32 = torch.float64, torch.float32
@@ -160,7 +161,7 @@ def test_a_saddle_beside_a_null_space_stays_indefinite(bend: float) -> None:
 def test_a_negative_eigenvalue_within_the_accuracy_of_the_solution_is_zero(dtype: torch.dtype) -> None:
     A, b, x = system(12, 3)
     null = torch.linalg.eigh(A[0])[1][:, :3]
-    wrong = torch.tensor([-0.9, 0.5, 0.7], dtype=F64) * doubt(12, dtype)
+    wrong = torch.tensor([-0.9, 0.5, 0.7], dtype=F64) * eigenvalue_uncertainty(12, dtype)
     A[0] = A[0] + null @ torch.diag(wrong) @ null.mT
     for solver in (bilevel.Exact(), bilevel.CG()):
         found = solve(solver, A.to(dtype), b.to(dtype))
@@ -366,7 +367,7 @@ def test_a_decomposition_that_fails_spoils_its_own_problem_alone(monkeypatch: py
     def failing(function: Callable[[torch.Tensor], object]) -> Callable[[torch.Tensor], object]:
         def decompose(matrix: torch.Tensor) -> object:
             if bool((matrix[..., 0, 1] == 0).any()) and not torch.equal(matrix, torch.eye(4, dtype=F64)):
-                raise _factorisations.LinAlgError("did not converge")
+                raise factorisations.LinAlgError("did not converge")
             return function(matrix)
 
         return decompose

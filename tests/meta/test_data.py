@@ -221,9 +221,9 @@ def test_omniglot_that_is_none(tmp_path: Path) -> None:
     text.write_text("no zip")
     with pytest.raises(bilevel.ArgumentError, match="neither a folder nor a zip file"):
         load_omniglot(text)
-    spoiled = unpacked(tmp_path / "s", {"images_background/A/b/1.png": b"no picture"})
+    poisoned = unpacked(tmp_path / "s", {"images_background/A/b/1.png": b"no picture"})
     with pytest.raises(bilevel.ArgumentError, match="not an image"):
-        load_omniglot(spoiled, cache=tmp_path / "cache")
+        load_omniglot(poisoned, cache=tmp_path / "cache")
 
 
 def test_a_download_is_verified(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,9 +10,9 @@ import scipy.optimize
 import torch
 from torch.func import vmap
 
-from bilevel._problem import Problem
-from bilevel._system import ArgminSystem, FixedPointSystem, RootSystem, System
-from bilevel._tree import Raveler, flatten_arguments
+from bilevel.equations.problem import Problem
+from bilevel.equations.system import ArgminSystem, FixedPointSystem, RootSystem, System
+from bilevel.pytree import Raveler, flatten_arguments
 from bilevel.reports import Status
 from bilevel.solvers._base import InnerSolver
 from bilevel.solvers._judge import InnerOutcome, solve_inner

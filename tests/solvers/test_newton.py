@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import bilevel
-from bilevel._problem import Problem
+from bilevel.equations.problem import Problem
 from bilevel.reports import Status
 from bilevel.tolerance import Tolerance
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import bilevel
-from bilevel._problem import Linearization
+from bilevel.equations.linearization import Linearization
 from bilevel.operators import JacobianOperator
 from bilevel.testing import GradientCheck, Verdict, assert_gradients, check_gradients, diagnose
 
@@ -249,10 +249,10 @@ def dropped_transpose(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def wrong_sign_forward(monkeypatch: pytest.MonkeyPatch) -> None:
-    from bilevel import _implicit
+    from bilevel import implicit
 
-    original = _implicit._push
-    monkeypatch.setattr(_implicit, "_push", lambda *args: -original(*args))
+    original = implicit._push
+    monkeypatch.setattr(implicit, "_push", lambda *args: -original(*args))
 
 
 def lost_batch_member(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -41,10 +41,10 @@ def outcome(row: Row, column: Column) -> str:
 def compare(row: Row, column: Column, made: Any) -> None:
     """Raise if what a cell's run ``made`` is not what the oracle gives."""
     found = pytree.tree_leaves(made)
-    wanted = pytree.tree_leaves(expected(row, column.kind.name, column.batched))
-    assert len(found) == len(wanted)
+    needs_grad = pytree.tree_leaves(expected(row, column.kind.name, column.batched))
+    assert len(found) == len(needs_grad)
     tolerance = MARGIN * torch.finfo(row.arithmetic or column.dtype).eps ** 0.75 * max(1, row.order)
-    for mine, reference in zip(found, wanted, strict=True):
+    for mine, reference in zip(found, needs_grad, strict=True):
         assert mine.shape == reference.shape and mine.dtype == column.dtype
         if not reference.numel():
             continue

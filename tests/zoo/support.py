@@ -101,7 +101,7 @@ def check(
     polished by Newton's method unless the Jacobian is singular there or ``differentiated`` is False. Of a function with ``several``
     minima near each other the one beside the answer is right.
     """
-    wanted = ACCURACY[dtype] if accuracy is None else accuracy
+    needs_grad = ACCURACY[dtype] if accuracy is None else accuracy
     init, args = as_dtype(init, dtype), as_dtype(args, dtype)
     wide = as_dtype(args, F64)
     exact = flat(as_dtype(solution, F64))
@@ -121,7 +121,9 @@ def check(
         assert float((x.detach().double() - exact).abs().max()) <= scale
         exact = polish(residual, x.detach(), *wide)
     error = (x.detach().double() - exact).abs() / torch.clamp(exact.abs(), min=torch.as_tensor(scale, dtype=F64))
-    assert float(error.max()) <= wanted, f"{x.tolist()} is off by {float(error.max()):.2g}, {exact.tolist()} is right"
+    assert float(error.max()) <= needs_grad, (
+        f"{x.tolist()} is off by {float(error.max()):.2g}, {exact.tolist()} is right"
+    )
     tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor) and leaf.requires_grad]
     if differentiated and tensors:
         weights = 1 + torch.arange(len(x), dtype=F64) / len(x) if weights is None else weights
@@ -135,7 +137,7 @@ def check(
             ):  # zero but for rounding, where x* is zero: measured by what an error of x makes of it
                 size = flow * float(torch.as_tensor(scale).max())
             off = float((mine - right).abs().max()) / size
-            assert off <= 10 * wanted, f"the gradient is off by {off:.2g}"
+            assert off <= 10 * needs_grad, f"the gradient is off by {off:.2g}"
     return found
 
 

@@ -1,0 +1,82 @@
+"""What the graph of a user's function was seen to hold, so that only functions with a use for a mode run in one.
+
+To look at every operation from the start would take its time, and make compiled functions compile again.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
+from enum import Enum
+from typing import Any
+from weakref import WeakValueDictionary
+
+import torch
+
+__all__ = ["GraphFeature", "has_graph_feature", "nodes", "record_graph_features"]
+
+
+class GraphFeature(Enum):
+    """Kinds of nodes, by how their names begin."""
+
+    CONVOLUTION = ("ConvolutionBackward",)
+    BATCH_NORM = ("NativeBatchNormBackward",)
+    COMPILED = ("CompiledFunction",)
+    ONCE_ONLY = ("WeightNormInterface", "ScaledDotProduct", "SparseCooTensorWithDims")
+
+
+def record_graph_features(
+    function: Callable[..., Any], values: torch.Tensor, known: Iterable[torch.Tensor] = ()
+) -> bool:
+    """Remember what the graph of ``values``, which ``function`` returned, holds; return whether something is new.
+
+    What one method of an object holds counts for them all. A function may hold something only for some of its arguments, another model or
+    another branch, and so each graph is looked at.
+
+    Parameters
+    ----------
+    function
+        A user's function.
+    values
+        What it returned.
+    known
+        What it was given: what lies behind in the graph is not its own.
+    """
+    names = {node.name() for node in nodes(values, known)}
+    new = False
+    with suppress(TypeError):  # not everything callable can be referred to weakly
+        owner = _owner(function)
+        for kind, owners in _seen.items():
+            if any(name.startswith(kind.value) for name in names) and owners.get(id(owner)) is not owner:
+                owners[id(owner)], new = owner, True
+    return new
+
+
+def nodes(values: torch.Tensor, known: Iterable[torch.Tensor] = ()) -> Iterator[Any]:
+    """Yield each node of the graph of ``values`` that does not lie behind one of the ``known`` tensors."""
+    pending = [values.grad_fn]
+    met = {tensor.grad_fn for tensor in known if tensor.grad_fn is not None}
+    while pending:
+        node = pending.pop()
+        if node is not None and node not in met:
+            met.add(node)
+            yield node
+            pending.extend(following for following, _ in node.next_functions)
+
+
+def has_graph_feature(function: Callable[..., Any], kind: GraphFeature) -> bool:
+    """Return whether nodes of ``kind`` were seen in ``function``."""
+    owner = _owner(function)
+    return _seen[kind].get(id(owner)) is owner
+
+
+def _owner(function: Callable[..., Any]) -> Any:
+    # A bound method is made anew each time that it is named: what stays is what it is bound to, if that can be referred to weakly.
+    if inspect.ismethod(function) and type(function.__self__).__weakrefoffset__:
+        return function.__self__
+    return function
+
+
+# Weakly: a function is let go with what it closes over.
+_seen: dict[GraphFeature, WeakValueDictionary[int, Any]] = {kind: WeakValueDictionary() for kind in GraphFeature}

@@ -1,0 +1,123 @@
+"""Normalisation layers written out, because torch's own have wrong third derivatives.
+
+The double backward of ``batch_norm`` and ``layer_norm`` (and of ``instance_norm``, which is made of the first) takes the mean and
+the deviation that the forward pass saved for constants: in torch 2.13 third derivatives are silently wrong, at times by a factor,
+in every mode and on plain tensors alike. A second derivative of an argmin needs the third ones of its objective. First
+and second ones are right, so that solvers keep the fast kernels. Reported as pytorch/pytorch#175754 and #186256.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+
+from bilevel._torch.transforms import uncompiled
+
+__all__ = ["WrittenNorms", "affine", "batch_norm_written", "batch_norms", "standardised"]
+
+Maybe = torch.Tensor | None
+
+
+def standardised(x: torch.Tensor, axes: Sequence[int], eps: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return x̂ = (x − mean) r over ``axes``, and r = (var + ε)^(−½)."""
+    centred = x - x.mean(tuple(axes), keepdim=True)
+    r = ((centred * centred).mean(tuple(axes), keepdim=True) + eps).rsqrt()
+    return centred * r, r
+
+
+def _along_channels(x: torch.Tensor, weight: Maybe, bias: Maybe) -> torch.Tensor:
+    shape = (1, -1, *[1] * (x.ndim - 2))
+    x = x if weight is None else x * weight.reshape(shape)
+    return x if bias is None else x + bias.reshape(shape)
+
+
+def batch_norm_written(x: torch.Tensor, weight: Maybe, bias: Maybe, eps: float) -> torch.Tensor:
+    """Return γ x̂ + β, standardised over all axes but 1, of operations that torch differentiates rightly any number of times."""
+    return _along_channels(standardised(x, (0, *range(2, x.ndim)), eps)[0], weight, bias)
+
+
+def _instance_norm(x: torch.Tensor, weight: Maybe, bias: Maybe, eps: float) -> torch.Tensor:
+    return _along_channels(standardised(x, range(2, x.ndim), eps)[0], weight, bias)
+
+
+# In the argument orders and names of torch and of torch.nn.functional. With running statistics for mean and deviation a norm is
+# linear, and torch's own is right.
+
+
+def batch_norms(
+    ours: Callable[[torch.Tensor, Maybe, Maybe, float], torch.Tensor], suits: Callable[[torch.Tensor, bool], bool]
+) -> dict[Any, Callable[..., torch.Tensor]]:
+    """Return what stands for torch's two batch norms: ``ours`` of (x, γ or None, β or None, ε) by batch statistics where it ``suits``.
+
+    ``suits`` is asked about x and whether running statistics are kept beside; anything else is torch's own.
+    """
+
+    def functional(
+        input: torch.Tensor, running_mean: Maybe, running_var: Maybe, weight: Maybe = None, bias: Maybe = None,
+        training: bool = False, momentum: float = 0.1, eps: float = 1e-5,
+    ) -> torch.Tensor:  # fmt: skip
+        if training and suits(input, running_mean is not None or running_var is not None):
+            return ours(input, weight, bias, eps)
+        return F.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
+
+    def plain(
+        input: torch.Tensor, weight: Maybe, bias: Maybe, running_mean: Maybe, running_var: Maybe, training: bool,
+        momentum: float, eps: float, cudnn_enabled: bool,
+    ) -> torch.Tensor:  # fmt: skip
+        return functional(input, running_mean, running_var, weight, bias, training, momentum, eps)
+
+    return {F.batch_norm: functional, torch.batch_norm: plain}
+
+
+def affine(x: torch.Tensor, weight: Maybe, bias: Maybe) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return γ and β (C,) of x (N, C, ...), ones and zeros where there are none."""
+    gamma = x.new_ones(x.shape[1]) if weight is None else weight.to(x.dtype)
+    return gamma, x.new_zeros(x.shape[1]) if bias is None else bias.to(x.dtype)
+
+
+def _functional_instance_norm(
+    input: torch.Tensor, running_mean: Maybe = None, running_var: Maybe = None, weight: Maybe = None, bias: Maybe = None,
+    use_input_stats: bool = True, momentum: float = 0.1, eps: float = 1e-5,
+) -> torch.Tensor:  # fmt: skip
+    if use_input_stats:
+        return _instance_norm(input, weight, bias, eps)
+    return F.instance_norm(input, running_mean, running_var, weight, bias, False, momentum, eps)
+
+
+def _torch_instance_norm(
+    input: torch.Tensor, weight: Maybe, bias: Maybe, running_mean: Maybe, running_var: Maybe, use_input_stats: bool,
+    momentum: float, eps: float, cudnn_enabled: bool,
+) -> torch.Tensor:  # fmt: skip
+    return _functional_instance_norm(input, running_mean, running_var, weight, bias, use_input_stats, momentum, eps)
+
+
+def _layer_norm(
+    input: torch.Tensor, normalized_shape: Sequence[int], weight: Maybe = None, bias: Maybe = None, eps: float = 1e-5,
+    cudnn_enable: bool = True,
+) -> torch.Tensor:  # fmt: skip
+    x, _ = standardised(input, range(input.ndim - len(normalized_shape), input.ndim), eps)
+    x = x if weight is None else x * weight
+    return x if bias is None else x + bias
+
+
+_WRITTEN: dict[Any, Callable[..., torch.Tensor]] = {
+    **batch_norms(batch_norm_written, lambda x, running: True),
+    F.instance_norm: _functional_instance_norm,
+    torch.instance_norm: _torch_instance_norm,
+    F.layer_norm: _layer_norm,
+    torch.layer_norm: _layer_norm,
+}
+
+
+class WrittenNorms(TorchFunctionMode):
+    """Inside, norms are made of operations that torch differentiates rightly any number of times."""
+
+    @uncompiled
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        return _WRITTEN.get(func, func)(*args, **(kwargs or {}))

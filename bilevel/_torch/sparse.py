@@ -1,0 +1,173 @@
+"""Sparse tensors with right derivatives of every order, where torch's own are wrong or missing.
+
+The backward of ``torch.sparse_coo_tensor`` records no graph: in torch 2.13 a second derivative by the values is silently wrong, zero where
+all of it leads through them, on plain tensors too. All that torch does with the sparse tensor itself is either right twice, or raises. Here
+the construction and its transpose, which takes the entries at the same places, are two linear maps, each the derivative of the other.
+
+A product with a sparse matrix that is differentiated is made of its entries, since torch cannot add its dense and sparse gradients up. A constant
+in compressed layout (CSR, CSC, BSR, BSC), of which torch.func can make nothing, is taken in coordinates.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from bilevel._torch.transforms import carries_gradient, signed
+
+__all__ = ["SPARSE"]
+
+
+@signed
+class _Placed(torch.autograd.Function):
+    """The sparse tensor of shape ``size`` with ``values`` (k, ...) at ``indices`` (d, k)."""
+
+    @staticmethod
+    def forward(values: torch.Tensor, indices: torch.Tensor, size: tuple[int, ...], options: dict[str, Any]) -> Any:
+        return torch.sparse_coo_tensor(indices, values, size, **options)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+        _, indices, ctx.size, ctx.options = inputs
+        ctx.save_for_backward(indices)
+        ctx.save_for_forward(indices)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:
+        (indices,) = ctx.saved_tensors
+        return _Taken.apply(grad, indices, ctx.size, ctx.options), None, None, None
+
+    @staticmethod
+    def jvp(ctx: Any, values: torch.Tensor, *_: Any) -> Any:
+        (indices,) = ctx.saved_tensors
+        return _Placed.apply(values, indices, ctx.size, ctx.options)
+
+    @staticmethod
+    def vmap(*_: Any) -> Any:
+        raise _no_batch()
+
+
+@signed
+class _Taken(torch.autograd.Function):
+    """The entries (k, ...) of ``grad``, a dense or sparse tensor of shape ``size``, at ``indices`` (d, k)."""
+
+    @staticmethod
+    def forward(grad: torch.Tensor, indices: torch.Tensor, size: tuple[int, ...], options: dict[str, Any]) -> Any:
+        if not grad.is_sparse:
+            return grad[tuple(indices)]
+        with torch.enable_grad():
+            shape = (indices.shape[1], *size[indices.shape[0] :])
+            values = grad.new_zeros(shape, layout=torch.strided).requires_grad_(True)
+            placed = torch.sparse_coo_tensor(indices, values, size, **options)
+            return torch.autograd.grad(placed, values, grad)[0]
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+        grad, indices, ctx.size, ctx.options = inputs
+        ctx.is_sparse = grad.is_sparse
+        ctx.save_for_backward(indices)
+        ctx.save_for_forward(indices)
+
+    @staticmethod
+    def backward(ctx: Any, values: torch.Tensor) -> tuple[Any, ...]:
+        (indices,) = ctx.saved_tensors
+        placed: torch.Tensor = _Placed.apply(values, indices, ctx.size, ctx.options)
+        return placed if ctx.is_sparse else placed.to_dense(), None, None, None
+
+    @staticmethod
+    def jvp(ctx: Any, grad: torch.Tensor, *_: Any) -> Any:
+        (indices,) = ctx.saved_tensors
+        return _Taken.apply(grad, indices, ctx.size, ctx.options)
+
+    @staticmethod
+    def vmap(*_: Any) -> Any:
+        raise _no_batch()
+
+
+def _sparse_coo_tensor(*args: Any, **kwargs: Any) -> torch.Tensor:
+    """Return what ``torch.sparse_coo_tensor`` does, differentiable any number of times."""
+    call = {**dict(zip(("indices", "values", "size"), args, strict=False)), **kwargs}
+    values = call.pop("values", None)
+    if not isinstance(values, torch.Tensor) or not carries_gradient(values) or call.get("requires_grad"):
+        return torch.sparse_coo_tensor(*args, **kwargs)
+    values = values.to(dtype=call.pop("dtype", None), device=call.pop("device", None))
+    indices = torch.as_tensor(call.pop("indices"), device=values.device)
+    size = call.pop("size", None)
+    if size is None:
+        size = torch.sparse_coo_tensor(indices, values.detach()).shape
+    placed: torch.Tensor = _Placed.apply(values, indices, tuple(size), call)
+    placed._entries = (indices, values)  # type: ignore[attr-defined]
+    return placed
+
+
+def _no_batch() -> RuntimeError:
+    return RuntimeError("Batching rule not implemented for a sparse tensor of batched values")
+
+
+# What torch calls a matrix with a layout of its own for rows, columns or blocks.
+_COMPRESSED = (torch.sparse_csr, torch.sparse_csc, torch.sparse_bsr, torch.sparse_bsc)
+
+
+def _in_coordinates(item: Any) -> Any:
+    """Return ``item``, or a compressed tensor that is not differentiated in coordinates."""
+    if not isinstance(item, torch.Tensor) or item.layout not in _COMPRESSED or item.requires_grad:
+        return item
+    with torch._C._DisableFuncTorch():
+        return item.to_sparse_coo()
+
+
+def _uncompressed(theirs: Callable[..., Any]) -> Callable[..., Any]:
+    def of_coordinates(*args: Any, **kwargs: Any) -> Any:
+        return theirs(*map(_in_coordinates, args), **kwargs)
+
+    return of_coordinates
+
+
+def _product(theirs: Callable[..., Any]) -> Callable[..., Any]:
+    def product(*args: Any, **kwargs: Any) -> Any:
+        args = tuple(map(_in_coordinates, args))
+        if kwargs or len(args) != 2 or not all(isinstance(arg, torch.Tensor) for arg in args):
+            return theirs(*args, **kwargs)
+        return _entry_by_entry(*args) if _made_of_entries(*args) else theirs(*args)
+
+    return product
+
+
+def _made_of_entries(matrix: torch.Tensor, x: torch.Tensor) -> bool:
+    """Return whether ``matrix`` is a sparse one made of values above, and ``x`` a dense matrix or vector that fits."""
+    if not hasattr(matrix, "_entries") or matrix.ndim != 2 or matrix.dense_dim() != 0 or matrix.dtype != x.dtype:
+        return False
+    return x.ndim in (1, 2) and x.layout is torch.strided and len(x) == matrix.shape[1]
+
+
+def _entry_by_entry(matrix: Any, x: torch.Tensor) -> torch.Tensor:
+    """Return ``matrix`` @ ``x``."""
+    (rows, columns), values = matrix._entries
+    entries = values.reshape(-1, *[1] * (x.ndim - 1)) * x[columns]
+    return x.new_zeros(matrix.shape[0], *x.shape[1:]).index_add(0, rows, entries)
+
+
+_Tensor: Any = torch.Tensor
+_PRODUCTS = (
+    torch.sparse.mm,
+    torch.mm,
+    torch.mv,
+    torch.matmul,
+    _Tensor.mm,
+    _Tensor.mv,
+    _Tensor.matmul,
+    _Tensor.__matmul__,
+)
+_OTHERS = (
+    torch.sparse.addmm, torch.addmm, torch.addmv, torch.t, torch.transpose, torch.mul, _Tensor.__rmatmul__, _Tensor.t, _Tensor.transpose,
+    _Tensor.mul, _Tensor.__mul__, _Tensor.__rmul__, _Tensor.to_dense, _Tensor.T.__get__, _Tensor.mT.__get__,
+)  # fmt: skip
+
+# What stands for torch's own functions.
+SPARSE: dict[Any, Callable[..., Any]] = {
+    torch.sparse_coo_tensor: _sparse_coo_tensor,
+    **{theirs: _product(theirs) for theirs in _PRODUCTS},
+    **{theirs: _uncompressed(theirs) for theirs in _OTHERS},
+}

@@ -1,0 +1,350 @@
+"""A system with its tensors bound, as solvers see it: in shapes (batch, n), without a graph, linearised once for many products."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property, partial
+from typing import Any
+
+import torch
+
+from bilevel._torch.graph_features import record_graph_features
+from bilevel.equations.linearization import PRODUCT, Linearization, LinearizationSlot, ReplayedLinearization
+from bilevel.equations.system import ArgminSystem, FixedPointSystem, System
+from bilevel.errors import ArgumentError
+from bilevel.operators import DenseOperator, HessianOperator, JacobianOperator, LinearOperator
+from bilevel.pytree import moves
+from bilevel.replay.cache import ReplayCache, ReplayedOperator
+from bilevel.replay.program import Program
+
+__all__ = ["Case", "Problem"]
+
+
+@dataclass(frozen=True)
+class Case:
+    """One problem in the user's own terms, for solvers that are not batched: ``function(init, *args, **kwargs)``."""
+
+    function: Callable[..., Any]
+    init: Any
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+
+@dataclass(frozen=True, eq=False)
+class Problem:
+    """A batch of flat problems, as solvers see it: every tensor is (batch, n) or (batch,), and no graph is kept.
+
+    Parameters
+    ----------
+    system
+        The description.
+    tensors
+        θ, cut from any graph.
+    linearization_slot
+        Where derivatives will follow: takes the linearisation at the answer.
+    replays
+        What evaluations may be replayed from, if the function was found to be one that can do but one thing.
+    """
+
+    system: System
+    tensors: list[torch.Tensor] = field(repr=False)
+    linearization_slot: LinearizationSlot | None = field(default=None, repr=False)
+    replays: ReplayCache | None = field(default=None, repr=False)
+
+    @staticmethod
+    def of(system: System, tensors: Sequence[torch.Tensor]) -> Problem:
+        """Bind ``tensors``, cut from any graph."""
+        return Problem(system, [_plain(tensor) for tensor in tensors])
+
+    def replayed_from(self, replays: ReplayCache | None) -> Problem:
+        """Return the problem with ``replays``, which it hands on to where the answer's linearisation is kept."""
+        if self.linearization_slot is not None:
+            self.linearization_slot.replays = replays
+        return replace(self, replays=replays)
+
+    @property
+    def where(self) -> str:
+        """The layer's name, for messages."""
+        return self.system.where
+
+    @cached_property
+    def minimizes(self) -> bool:
+        """Whether there is an objective, so that :meth:`value` can be called."""
+        return self.system.minimizes
+
+    @cached_property
+    def is_fixed_point(self) -> bool:
+        """Whether R = x − T(x), so that T(x) = x − R."""
+        return isinstance(self.system, FixedPointSystem)
+
+    @cached_property
+    def batch(self) -> int:
+        """How many problems."""
+        return math.prod(self.system.batch_shape)
+
+    @cached_property
+    def size(self) -> int:
+        """n, the number of unknowns of each."""
+        return self.system.raveler.size
+
+    def value(self, x: torch.Tensor) -> torch.Tensor:
+        """Return the objectives (batch,) at ``x`` (batch, n)."""
+        return self._evaluated("output", self._output, x)[0].reshape(self.batch)
+
+    def value_and_residual(self, x: torch.Tensor, *, last: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the objectives (batch,) and their gradients (batch, n).
+
+        ``last`` says that ``x`` is probably the answer: where a derivative follows, the graph is kept for it.
+        """
+        if not isinstance(self.system, ArgminSystem):
+            raise ArgumentError(
+                f"{self.where}: expected an argmin for a solver that minimises, got a {self.system.noun} equation; take "
+                "Newton(), Anderson(), FixedPointIteration() or ScipyRoot()"
+            )
+        if last and self.linearization_slot is not None:
+            self.linearization_slot.linearization = linear = self.linearize(x, self.linearization_slot.needs_grad)
+            assert linear.value is not None
+            return linear.value, linear.residual.detach()
+        values, gradient = self._evaluated("gradient", self._gradient, x)
+        return values, gradient
+
+    def residual(self, x: torch.Tensor) -> torch.Tensor:
+        """Return R (batch, n): ∇G, the residual, or x − T(x)."""
+        if not self.minimizes:
+            return self._evaluated("output", self._output, x)[0].reshape(x.shape)
+        return self.value_and_residual(x)[1]
+
+    def _evaluated(
+        self, name: str, evaluation: Callable[..., Sequence[torch.Tensor]], x: torch.Tensor
+    ) -> Sequence[torch.Tensor]:
+        """Return what ``evaluation`` makes of (x, *tensors), or a replay of it."""
+        program = self._program(name, evaluation, x)
+        if program is None:
+            return evaluation(x, *self.tensors)
+        with torch.no_grad():
+            return program(x.contiguous(), *self.tensors, *self._captured())
+
+    def _program(
+        self,
+        name: Hashable,
+        evaluation: Callable[..., Sequence[torch.Tensor]],
+        x: torch.Tensor,
+        late: Callable[[], Sequence[torch.Tensor]] = tuple,
+    ) -> Program | None:
+        if self.replays is None:
+            return None
+        return self.replays.program(name, evaluation, lambda: (x.detach().contiguous(), *self.tensors), late)
+
+    def _captured(self) -> list[torch.Tensor]:
+        captured = None if self.replays is None else self.replays.captured()
+        assert captured is not None
+        return captured
+
+    def _output(self, x: torch.Tensor, *tensors: torch.Tensor) -> tuple[torch.Tensor]:
+        with torch.no_grad():
+            return (self.system.outputs(self.shaped(x), *tensors),)
+
+    def _gradient(self, x: torch.Tensor, *tensors: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        assert isinstance(self.system, ArgminSystem)
+        with torch.enable_grad():
+            point = self.shaped(x).detach().requires_grad_(True)
+            values, gradient = self.system.plain_values(point, tensors, graph=False)
+        return values.detach().reshape(self.batch), gradient.reshape(x.shape)
+
+    def mapping(self, x: torch.Tensor) -> torch.Tensor:
+        """Return T(x) (batch, n) of a fixed point."""
+        return x - self.residual(x)
+
+    def linearize(self, x: torch.Tensor, needs_grad: Sequence[bool] | None = None) -> Linearization:
+        """Return R at ``x`` (batch, n) with its graph, the operator ∂_x R and the pullback to ``needs_grad`` tensors.
+
+        Where the function's evaluations are replayed there is no graph: R is cut from any, and products and the pullback are replayed too.
+        """
+        chosen = tuple(needs_grad or [False] * len(self.tensors))
+        program = self._program(("linear", chosen), partial(self._linear, chosen), x, partial(_any_two, x))
+        if program is not None:
+            return self._replayed(program, chosen, x)
+        system = self.system
+        with torch.enable_grad():
+            point = x.detach().requires_grad_(True)
+            leaves = tuple(
+                tensor.detach().requires_grad_(True) if want else tensor
+                for tensor, want in zip(self.tensors, chosen, strict=True)
+            )
+            value: torch.Tensor | None = None
+            if isinstance(system, ArgminSystem):
+                values, residual = system.plain_values(self.shaped(point), leaves, graph=True)
+                value = values.detach().reshape(self.batch)
+            else:
+                values = residual = system.plain_residual(self.shaped(point), leaves, graph=True)
+            if any(chosen):
+                # A first derivative by θ is right as it is; those that follow have to know what θ goes through.
+                record_graph_features(system.function, values)
+            residual = residual.reshape(x.shape)
+        # Cut x off first: a saved output would close a circle through its own node that no collector can see.
+        at = x.detach()
+        materialize = self._materialize(at)
+        operator: LinearOperator
+        if system.symmetric:
+            operator = HessianOperator(residual, point, expect_definite=system.minimizes, materialize=materialize)
+        else:
+            operator = JacobianOperator(residual, point, materialize=materialize)
+        return Linearization(residual, operator, leaves, value, at)
+
+    def _materialize(self, at: torch.Tensor) -> Callable[[], torch.Tensor]:
+        # Of a problem without a last look: what lies there would hold itself through its operator, graph and all, until a collection.
+        plain = replace(self, linearization_slot=None)
+        return lambda: plain._dense(at)[1]
+
+    def _replayed(self, program: Program, needs_grad: tuple[bool, ...], x: torch.Tensor) -> Linearization:
+        at = x.detach()
+        with torch.no_grad():
+            begun = program.begin(at.contiguous(), *self.tensors, *self._captured())
+        value, residual = begun.outputs[:PRODUCT]
+        assert value is not None
+        assert residual is not None
+        symmetric = self.system.symmetric
+        replayed = ReplayedLinearization(begun, needs_grad, symmetric)
+        operator = ReplayedOperator(
+            at, replayed.transposed, replayed.forward, symmetric=symmetric,
+            expect_definite=self.minimizes, materialize=self._materialize(at),
+        )  # fmt: skip
+        return Linearization(residual, operator, (), value if self.minimizes else None, at, replayed)
+
+    def _linear(self, needs_grad: tuple[bool, ...], x: torch.Tensor, *others: torch.Tensor) -> list[torch.Tensor]:
+        """Return all that a linearisation at ``x`` gives, for ``others``, the tensors and two vectors (batch, n)."""
+        *tensors, q, v = others
+        linear = replace(self, tensors=tensors, linearization_slot=None, replays=None).linearize(x, needs_grad)
+        product, pulled = linear.pull(q)
+        made = [linear.residual if linear.value is None else linear.value, linear.residual, product]
+        made += [gradient for gradient in pulled if gradient is not None]
+        made += [] if self.system.symmetric else [linear.operator.matvec(v)]
+        return [tensor.detach() for tensor in made]
+
+    def linearize_dense(self, x: torch.Tensor) -> Linearization:
+        """Return R and the objectives at ``x`` (batch, n) without a graph, and ∂_x R as matrices, all from one pass.
+
+        The directions are vmapped inside and the problems outside: the other way round, which a graph of the whole batch
+        imposes, every matrix in the objective is copied n times.
+        """
+        try:
+            residual, matrix, value = self._dense(x.detach())
+        except RuntimeError:
+            # Something in the function cannot be transformed, such as an operation without a batching rule.
+            plain = self.linearize(x)
+            plain.operator.materialize = None
+            residual, matrix, value = plain.residual.detach(), plain.operator.dense(), plain.value
+        operator = DenseOperator(matrix, symmetric=self.system.symmetric, expect_definite=self.minimizes)
+        return Linearization(residual, operator, (), value)
+
+    def _dense(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        residual, matrix, values = self._evaluated("dense", self._rows, x)
+        matrix = matrix.reshape(self.batch, self.size, self.size)
+        if self.system.symmetric:
+            matrix = (matrix + matrix.mT).mul_(0.5)
+        return residual.reshape(x.shape), matrix, values.reshape(self.batch) if self.minimizes else None
+
+    def _rows(self, x: torch.Tensor, *tensors: torch.Tensor) -> list[torch.Tensor]:
+        with torch.no_grad():
+            system = self.system.for_second_derivatives()
+            made = system.lifted(system.rows)(self.shaped(x), *tensors)
+        return [tensor.detach() for tensor in made]
+
+    def perturbed(self, seed: int, *more: torch.Tensor) -> tuple[Problem, list[torch.Tensor]]:
+        """Return the problem with every number moved by a unit in its last place, by random signs, and ``more`` tensors likewise.
+
+        What that changes in a result tells what rounding inside can change. Tensors of whole numbers stay: they are labels, counts and
+        masks, which are exact, and which a function may compare or convert.
+        """
+        generator = torch.Generator().manual_seed(seed)
+
+        def perturb(t: torch.Tensor) -> torch.Tensor:
+            up = torch.empty(t.shape, dtype=torch.bool).bernoulli_(0.5, generator=generator).to(t.device)
+            eps = torch.finfo(t.dtype).eps
+            return torch.where(up, t * (1 + eps), t * (1 - eps))
+
+        tensors = [_over_entries(perturb, t) if _is_fractional(t) else t for t in self.tensors]
+        return Problem(self.system, tensors), [perturb(t) for t in more]
+
+    def to(self, dtype: torch.dtype) -> Problem:
+        """Return the problem with its floating-point tensors in ``dtype``."""
+        other = self.system.raveler.in_dtype(dtype)
+        wide = {True: dtype.to_complex(), False: dtype}  # complex are sparse tensors alone
+        tensors = [t.to(wide[t.is_complex()]) if moves(t) else t for t in self.tensors]
+        return Problem(replace(self.system, raveler=other), tensors)
+
+    def perturbed_copies(self, seed: int, draws: int, *more: torch.Tensor) -> tuple[Problem, list[torch.Tensor]]:
+        """Return ``draws`` copies beside this float64 problem as one batch, of numbers that float32 holds, and ``more`` (K, n) likewise.
+
+        Evaluated in float32 and in float64, they differ by float32's rounding alone, intermediate results included, and that tells
+        float64's: it is smaller by the ratio of the two units.
+        """
+        generator = torch.Generator().manual_seed(seed)
+        unit = torch.finfo(torch.float32).eps
+
+        def perturb_copy(t: torch.Tensor) -> torch.Tensor:
+            shift = torch.rand((draws, *t.shape), generator=generator, dtype=torch.float64).to(t)
+            return (t * (1 + unit * (2 * shift - 1))).float().double()
+
+        # Sparse tensors cannot be batched: all copies share what float32 holds of them.
+        moves = [t.layout is torch.strided and _is_fractional(t) for t in self.tensors]
+        tensors = [
+            perturb_copy(t) if move else t.float().double() if _is_fractional(t) else t
+            for t, move in zip(self.tensors, moves, strict=True)
+        ]
+        copies = [perturb_copy(t).reshape(-1, t.shape[-1]) for t in more]
+        return Problem(self.system.lift(draws, tuple(moves)), tensors), copies
+
+    def cases(self, x: torch.Tensor) -> Iterator[Case]:
+        """Yield each problem in the user's terms, with its own slice of every tensor and of ``x`` (batch, n)."""
+        for number, row in enumerate(x.reshape(-1, self.size)):
+            args, kwargs = self.system.arguments.rebuild(self._slices(number))
+            yield Case(self.system.function, self.system.raveler.unravel(row), args, kwargs)
+
+    def single(self, number: int) -> Problem:
+        """Return the problem at ``number`` of the batch as a batch of one, with its own slice of every tensor."""
+        return Problem(replace(self.system, levels=()), self._slices(number))
+
+    def _slices(self, number: int) -> list[torch.Tensor]:
+        position = []  # innermost level first, as in system.levels
+        for level in self.system.levels:
+            number, at = divmod(number, level.size)
+            position.append(at)
+        tensors = list(self.tensors)
+        # Outermost axes come first in a tensor, so they are taken off first.
+        for level, at in zip(reversed(self.system.levels), reversed(position), strict=True):
+            tensors = [t[at] if flag else t for t, flag in zip(tensors, level.batched, strict=True)]
+        return tensors
+
+    def shaped(self, x: torch.Tensor) -> torch.Tensor:
+        """Return ``x`` (batch, n) as (*batch, n), with an axis for each level."""
+        return x.reshape(*self.system.batch_shape, self.size)
+
+
+def _plain(tensor: torch.Tensor) -> torch.Tensor:
+    # Tensors born under inference_mode cannot take part in autograd; a copy can.
+    return tensor.clone() if tensor.is_inference() else tensor.detach()
+
+
+def _any_two(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return two vectors like ``x``, of no particular direction."""
+    places = torch.arange(1, 1 + x.numel(), dtype=x.dtype, device=x.device).reshape(x.shape)
+    return torch.frac(places * 0.7548776662) - 0.5, torch.frac(places * 0.5698402910) - 0.5
+
+
+def _is_fractional(tensor: torch.Tensor) -> bool:
+    """Return whether some number of ``tensor`` is not whole."""
+    values = tensor.coalesce().values() if tensor.is_sparse else tensor
+    return tensor.dtype.is_floating_point and not bool((values == values.round()).all())
+
+
+def _over_entries(function: Callable[[torch.Tensor], torch.Tensor], tensor: torch.Tensor) -> torch.Tensor:
+    """Return ``function`` of ``tensor``, or of the entries that a sparse one has."""
+    if not tensor.is_sparse:
+        return function(tensor)
+    kept = tensor.coalesce()
+    return torch.sparse_coo_tensor(
+        kept.indices(), function(kept.values()), kept.shape, is_coalesced=True, check_invariants=False
+    )

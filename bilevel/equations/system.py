@@ -1,0 +1,358 @@
+"""A batch of flat problems R(x, θ) = 0, made from one user's function and lifted a level by each ``vmap``.
+
+An argmin, a root and a fixed point differ only here: in what R is, and in whether its Jacobian is symmetric.
+
+A :class:`System` is the description, without tensors. Its methods are differentiable under every transform. With its tensors bound it is what
+solvers see, a :class:`bilevel.equations.problem.Problem`.
+"""
+
+from __future__ import annotations
+
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any, ClassVar
+
+import torch
+from torch.func import vmap
+from torch.utils import _pytree as pytree
+
+from bilevel._torch.batch_norm import FastNorms
+from bilevel._torch.convolution import FastHVP
+from bilevel._torch.double_backward import Repeatable
+from bilevel._torch.norms import WrittenNorms
+from bilevel._torch.reverse import grad, grad_and_value, vjp
+from bilevel._torch.transforms import autocasting
+from bilevel.errors import (
+    ArgumentError,
+    BilevelError,
+    DtypeError,
+    ShapeError,
+    TransformError,
+)
+from bilevel.pytree import Arguments, Raveler, is_numpy, leaf_names, ravel_like, unravelled
+
+__all__ = [
+    "ArgminSystem",
+    "FixedPointSystem",
+    "Level",
+    "LinearSystem",
+    "RootSystem",
+    "SymmetricLinearSystem",
+    "System",
+    "mixes_numpy",
+    "numpy_refusal",
+    "unconnected",
+]
+
+# How torch speaks of operands that do not fit.
+_DTYPES = re.compile(r"dtype|scalar type", re.IGNORECASE)
+_MISFIT = re.compile(rf"\b(sizes?|shapes?|dimensions?|batch_size)\b|{_DTYPES.pattern}", re.IGNORECASE)
+_MOST_LISTED = 8
+# The most rows of a Jacobian made by one vmapped pass: bounds the memory of its intermediates.
+_MOST_ROWS = 64
+
+
+@dataclass(frozen=True)
+class Level:
+    """One ``vmap``: how many problems, and which of the call's tensors carry the axis (always axis 0)."""
+
+    size: int
+    batched: tuple[bool, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class System(ABC):
+    """R(x, θ) = 0, described by the user's function of (x, *args, **kwargs).
+
+    Parameters
+    ----------
+    where
+        The layer's name, for messages.
+    function
+        The objective, residual or mapping.
+    raveler, arguments
+        How to make the user's pytrees from a flat unknown and a list of tensors.
+    levels
+        The ``vmap`` levels, innermost first; a tensor batched in several has the outermost axis first.
+    autocast
+        The dtype that autocast casted to around the call, for the function to run under, in every derivative too; or None.
+    mode
+        What the function runs in.
+    """
+
+    where: str
+    function: Callable[..., Any]
+    raveler: Raveler
+    arguments: Arguments
+    levels: tuple[Level, ...] = ()
+    autocast: torch.dtype | None = None
+    mode: Callable[[], AbstractContextManager[Any]] = nullcontext
+
+    symmetric: ClassVar[bool] = False
+    minimizes: ClassVar[bool] = False
+    noun: ClassVar[str] = "residual"
+    label: ClassVar[str] = "root"
+
+    @cached_property
+    def batch_shape(self) -> tuple[int, ...]:
+        """The batch's axes, outermost first; () for a single problem."""
+        return tuple(level.size for level in reversed(self.levels))
+
+    def lift(self, size: int, batched: tuple[bool, ...]) -> System:
+        """Return the system of ``size`` such problems, whose tensors carry a new axis 0 where ``batched``."""
+        return replace(self, levels=(*self.levels, Level(size, batched)))
+
+    def call(self, flat: torch.Tensor, *tensors: torch.Tensor) -> Any:
+        """Call the user's function for one problem, ``flat`` being (n,)."""
+        args, kwargs = self.arguments.rebuild(tensors)
+        cast, rewritten = autocasting(self.raveler.device, self.autocast), Repeatable.around(self.function)
+        with cast, rewritten, self.mode(), unravelled(self.raveler, flat) as unknown:
+            return self.function(unknown, *args, **kwargs)
+
+    @abstractmethod
+    def output(self, flat: torch.Tensor, *tensors: torch.Tensor) -> torch.Tensor:
+        """Return one problem's value () or residual (n,)."""
+
+    @abstractmethod
+    def residual(self, x: torch.Tensor, *tensors: torch.Tensor) -> torch.Tensor:
+        """Return R (*batch, n), differentiable by any transform with respect to ``x`` and ``tensors``."""
+
+    @abstractmethod
+    def plain_residual(self, x: torch.Tensor, tensors: Sequence[torch.Tensor], *, graph: bool) -> torch.Tensor:
+        """Return R (*batch, n) at a leaf ``x`` by ordinary autograd, with its own graph kept if ``graph``."""
+
+    def outputs(self, x: torch.Tensor, *tensors: torch.Tensor) -> torch.Tensor:
+        """Return the whole batch's :meth:`output`: (*batch,) or (*batch, n)."""
+        try:
+            result: torch.Tensor = self.lifted(self.output)(x, *tensors)
+        except RuntimeError as error:
+            if isinstance(error, BilevelError) or "Batching rule not implemented" not in str(error):
+                raise
+            raise TransformError(
+                f"{self.where}: expected {self.noun} of operations that torch can batch, as several problems are solved as one, and it "
+                f"says: {' '.join(str(error).split())}; write that of others (such as torch.nn.LSTMCell in a loop for torch.nn.LSTM), or "
+                "solve the problems one by one"
+            ) from error
+        return result
+
+    def for_gradients(self) -> System:
+        """Return the same with what is quicker for first derivatives alone."""
+        quick = self.autocast is None and FastHVP.normalises(self.function)
+        return replace(self, mode=FastNorms) if quick else self
+
+    def for_second_derivatives(self) -> System:
+        """Return the same with norms written out, if there are any: torch's own are wrong in rare layouts."""
+        return replace(self, mode=WrittenNorms) if FastHVP.normalises(self.function) else self
+
+    def rows(self, flat: torch.Tensor, *tensors: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Return one problem's R (n,), the rows of ∂_x R (n, n), and its value (), or R again where there is none."""
+        made: Any = vjp(lambda point: self.residual_and_value(point, *tensors), flat, has_aux=True)
+        residual, pull, value = made
+        n = flat.shape[0]
+        units = torch.eye(n, dtype=residual.dtype, device=residual.device)
+        (matrix,) = vmap(pull, chunk_size=None if n <= _MOST_ROWS else _MOST_ROWS)(units)
+        return residual, matrix, value
+
+    def residual_and_value(self, flat: torch.Tensor, *tensors: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return one problem's R (n,) and its value (), or R again where there is none."""
+        residual = self.output(flat, *tensors)
+        return residual, residual
+
+    def first_output(self, flat: torch.Tensor, *tensors: torch.Tensor) -> torch.Tensor:
+        """Return :meth:`output`, or say which shapes or dtypes the user's function could not put together.
+
+        Raises
+        ------
+        ShapeError, DtypeError
+            Where torch refused an operation for a shape or a dtype.
+        """
+        try:
+            return self.output(flat, *tensors)
+        except (RuntimeError, ValueError, IndexError, TypeError) as error:
+            if isinstance(error, BilevelError):
+                raise
+            if mixes_numpy(error):
+                paths, _ = pytree.tree_flatten_with_path(self.arguments.rebuild(tensors))
+                arrays = leaf_names([(path, leaf) for path, leaf in paths if is_numpy(leaf)])
+                raise numpy_refusal(self.where, self.noun, arrays) from error
+            if isinstance(error, TypeError) or not _MISFIT.search(str(error)):
+                raise
+            raise self._misfit(flat, tensors, str(error)) from error
+
+    def _misfit(self, flat: torch.Tensor, tensors: Sequence[torch.Tensor], said: str) -> BilevelError:
+        paths, _ = pytree.tree_flatten_with_path(self.raveler.unravel(flat.detach()))
+        given = [("init" + pytree.keystr(path), leaf) for path, leaf in paths]
+        given += zip(self.arguments.names, self.arguments.given(tensors), strict=True)
+        listed = [f"{name} {tuple(t.shape)} {str(t.dtype).removeprefix('torch.')}" for name, t in given]
+        more = f" and {len(listed) - _MOST_LISTED} more" if len(listed) > _MOST_LISTED else ""
+        kind, what = (DtypeError, "dtypes") if _DTYPES.search(said) else (ShapeError, "shapes")
+        return kind(
+            f"{self.where}: expected init and the arguments to have {what} that fit together in {self.noun}, got "
+            f"{', '.join(listed[:_MOST_LISTED])}{more}, and torch says: {' '.join(said.split())}; give them {what} that fit"
+        )
+
+    def lifted(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """Return ``function`` of one problem's (x, *tensors) as one of the whole batch's."""
+        for level in self.levels:
+            if level.size == 1:
+                function = _alone(function, level.batched)
+                continue
+            in_dims = (0, *(0 if flag else None for flag in level.batched))
+            # Randomness would be refused by vmap in words about vmap; let it through to our own check.
+            function = vmap(function, in_dims=in_dims, randomness="different")
+        return function
+
+    def inspect(  # noqa: B027  # most kinds promise nothing more
+        self, residual: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor
+    ) -> None:
+        """Raise where one problem's ``residual``, of points like ``x`` (1, n), is not that of an equation of this kind."""
+
+
+class ArgminSystem(System):
+    """R = ∇_x G, symmetric Jacobian."""
+
+    symmetric = True
+    minimizes = True
+    noun = "objective"
+    label = "argmin"
+
+    def output(self, flat: torch.Tensor, *tensors: torch.Tensor) -> torch.Tensor:
+        value = self.call(flat, *tensors)
+        if not isinstance(value, torch.Tensor) or value.ndim != 0 or not value.dtype.is_floating_point:
+            got = f"{tuple(value.shape)} {value.dtype}" if isinstance(value, torch.Tensor) else type(value).__name__
+            expected = (
+                f"{self.where}: expected objective to return a floating-point scalar tensor of shape (), got {got}"
+            )
+            if isinstance(value, torch.Tensor) and value.is_complex():
+                raise DtypeError(
+                    f"{expected}; a minimum is one of real numbers: return .real of it, or (torch.view_as_real(z) ** 2).sum() of a complex z"
+                )
+            raise ShapeError(f"{expected}; reduce it, for example with .sum() or .mean()")
+        return value
+
+    def residual(self, x: torch.Tensor, *tensors: torch.Tensor) -> torch.Tensor:
+        # The gradient of the batch's sum, with vmap inside: torch 2.13 differentiates vmap(grad(f)) wrongly
+        # from outside when f holds a batch norm.
+        with WrittenNorms(), Repeatable():
+            return grad(lambda point: self.outputs(point, *tensors).sum(), x)[0]
+
+    def residual_and_value(self, flat: torch.Tensor, *tensors: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        (gradient,), value = grad_and_value(lambda point: self.output(point, *tensors), flat)
+        return gradient, value
+
+    def plain_residual(self, x: torch.Tensor, tensors: Sequence[torch.Tensor], *, graph: bool) -> torch.Tensor:
+        return self.plain_values(x, tensors, graph=graph)[1]
+
+    def plain_values(
+        self, x: torch.Tensor, tensors: Sequence[torch.Tensor], *, graph: bool
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return (values, R) at a leaf ``x`` by ordinary autograd."""
+        quick = FastHVP.around(self.function) if graph and self.autocast is None else nullcontext()
+        with quick:
+            values = (self if graph else self.for_gradients()).outputs(x, *tensors)
+            if not values.requires_grad:
+                raise unconnected(self)
+            total = values.sum() if values.ndim else values
+            (gradient,) = torch.autograd.grad(total, x, create_graph=graph, allow_unused=True, materialize_grads=True)
+        return values, gradient
+
+
+class RootSystem(System):
+    """R as the user wrote it."""
+
+    def output(self, flat: torch.Tensor, *tensors: torch.Tensor) -> torch.Tensor:
+        return ravel_like(self.call(flat, *tensors), self.raveler, self.where, self.noun)
+
+    def residual(self, x: torch.Tensor, *tensors: torch.Tensor) -> torch.Tensor:
+        with WrittenNorms(), Repeatable():
+            return self.outputs(x, *tensors)
+
+    def plain_residual(self, x: torch.Tensor, tensors: Sequence[torch.Tensor], *, graph: bool) -> torch.Tensor:
+        residual = self.for_gradients().outputs(x, *tensors)
+        if not residual.requires_grad and x.requires_grad:
+            raise unconnected(self)
+        return residual
+
+
+class FixedPointSystem(RootSystem):
+    """R = x − T(x)."""
+
+    noun = "mapping"
+    label = "fixed_point"
+
+    def output(self, flat: torch.Tensor, *tensors: torch.Tensor) -> torch.Tensor:
+        return flat - super().output(flat, *tensors)
+
+
+class LinearSystem(RootSystem):
+    """R = A x, for A x = b: the right-hand side is not in it, as the linear primitive takes that apart."""
+
+    noun = "matvec"
+    label = "linear_solve"
+
+    def inspect(self, residual: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor) -> None:
+        # Irregular, but drawn by no generator: torch's older vmap, which may surround this, knows none.
+        places = torch.arange(1, self.raveler.size + 1, dtype=torch.float64, device=x.device)
+        u, v = (
+            torch.frac(places * irrational).sub(0.5).to(x).reshape(x.shape)
+            for irrational in (0.7548776662, 0.5698402910)
+        )
+        nothing, Au, Av, both = (residual(point) for point in (torch.zeros_like(x), u, v, 3 * u + v))
+        size = torch.maximum(Au.norm(), Av.norm())
+        # Half the digits of what the function computes in: rounding is far below, and what is not linear far above.
+        doubt = torch.finfo(self.autocast or self.raveler.coarsest).eps ** 0.5
+        wrong = torch.maximum((both - 3 * Au - Av).norm(), nothing.norm())
+        if bool(wrong > doubt * size):
+            raise ArgumentError(
+                f"{self.where}: expected matvec to be linear in its first argument, and A(3u + v) − 3 A u − A v is "
+                f"{float(wrong / size):.1e} of A u in size; leave constant terms to the right-hand side, or state the equations "
+                "as bilevel.root"
+            )
+        if self.symmetric and bool(((u * Av).sum() - (v * Au).sum()).abs() > doubt * size * u.norm()):
+            raise ArgumentError(
+                f"{self.where}: expected a symmetric matrix, as symmetric=True says, and ⟨u, A v⟩ differs from ⟨v, A u⟩; leave "
+                "symmetric=True out"
+            )
+
+
+class SymmetricLinearSystem(LinearSystem):
+    """The same with A = Aᵀ."""
+
+    symmetric = True
+
+
+def _alone(function: Callable[..., Any], batched: tuple[bool, ...]) -> Callable[..., Any]:
+    """Return ``function`` as one of a batch of one: an axis taken off and put back costs less than ``vmap``."""
+
+    def alone(x: torch.Tensor, *tensors: torch.Tensor) -> Any:
+        made = function(x[0], *(t[0] if flag else t for t, flag in zip(tensors, batched, strict=True)))
+        return pytree.tree_map(lambda t: t.unsqueeze(0), made)
+
+    return alone
+
+
+def mixes_numpy(error: Exception) -> bool:
+    """Return whether ``error`` is that of an operation of torch on a numpy array, or of numpy on a tensor."""
+    said = str(error)
+    return "call numpy() on Tensor" in said or "numpy.ndarray" in said
+
+
+def numpy_refusal(where: str, noun: str, arrays: Sequence[str]) -> DtypeError:
+    """Return the error for numpy in a user's function, of whose arguments ``arrays`` are numpy's."""
+    return DtypeError(
+        f"{where}: expected {noun} to be of torch's operations on tensors, as numpy's cannot be differentiated, got a numpy array"
+        f"{' at ' + ', '.join(arrays) if arrays else ' or a function of numpy in it'}; convert arrays with torch.as_tensor(...), and use "
+        "torch's functions"
+    )
+
+
+def unconnected(system: System) -> ArgumentError:
+    """Return the error for a function whose result does not depend on its first argument."""
+    return ArgumentError(
+        f"{system.where}: expected what {system.noun} returns to depend on its first argument, and no graph leads "
+        "there; look for .detach(), .item(), numpy or torch.no_grad inside it"
+    )

@@ -1,0 +1,428 @@
+"""The differentiation rule: derivatives of x*(θ), defined by R(x*, θ) = 0, of every order and in both modes.
+
+The implicit function theorem, with J = ∂_x R at the solution, says::
+
+    reverse   θ̄ = −(∂_θ R)ᵀ q      where  Jᵀ q = x̄       (q is the adjoint)
+    forward   ẋ = −w               where  J w = ∂_θ R · θ̇
+
+Two primitives are enough. :class:`Solve` is x*(θ). Its rules above call :class:`LinearSolve`, z = J(x, θ)⁻¹ b
+(or with Jᵀ), whose own rules, from J z = b, call it again::
+
+    reverse   b̄ = J⁻ᵀ z̄,     (x̄, θ̄) = −∇_(x,θ) ⟨b̄, J z⟩  with b̄ and z held fixed
+    forward   ż = J⁻¹ (ḃ − J̇ z)
+
+Everything else in a rule is ordinary differentiable torch code, so that a rule can itself be differentiated. The
+scalar ⟨left, J right⟩ = ⟨Jᵀ left, right⟩ is all that is ever needed of J's own derivatives: one reverse
+pass makes it. No solver is imported here; a :class:`ImplicitContext` brings the two that it was given.
+
+``vmap`` is a lift: the system gains a level, its tensors an axis, and the same primitive is applied to the
+batch. A ``vmap`` over right-hand sides alone (as in ``jacrev``) does not repeat the matrices: it is counted in
+``repeats``, so that they are linearised and factorised once.
+
+Directional derivatives are made of two reverse passes (∂ of u ↦ Jᵀu is J), because torch's dual numbers do not
+nest inside a custom Function. For the same reason forward over forward is refused, at the layers' edge.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch.func import vmap
+
+from bilevel._torch.once_differentiable import refuse_once_only
+from bilevel._torch.reverse import grad, vjp
+from bilevel._torch.transforms import (
+    batch_axis_first,
+    eager,
+    grads_batched,
+    is_differentiated_again,
+    ordinary_mode,
+    outside_autocast,
+    runs_plainly,
+    signed,
+    tangents_batched,
+    transforms_active,
+    without_tangent,
+)
+from bilevel.equations.linearization import Linearization, LinearizationSlot
+from bilevel.equations.problem import Problem
+from bilevel.equations.pullbacks import Pullback, is_final, pullbacks_of
+from bilevel.equations.system import System
+from bilevel.operators import RepeatedOperator
+from bilevel.pytree import moves
+from bilevel.replay.cache import ReplayCache
+from bilevel.replay.switch import allowed
+
+__all__ = ["ImplicitContext", "LinearSolve", "Solve"]
+
+Tensors = Sequence[torch.Tensor]
+
+
+class LinearizationCache:
+    """The last linearisation of a call: at the same point it serves every order and every right-hand side."""
+
+    def __init__(self) -> None:
+        self._key: tuple[Any, ...] | None = None
+        self._kept: tuple[Any, ...] = ()
+        self._offered: LinearizationSlot | None = None
+        self._tapes: ReplayCache | None = None
+
+    def look(self, tensors: Tensors) -> LinearizationSlot | None:
+        """Return where the solver may leave a linearisation, or None if no derivative can follow."""
+        self._offered = (
+            LinearizationSlot(tuple(t.requires_grad for t in tensors))
+            if any(t.requires_grad for t in tensors)
+            else None
+        )
+        return self._offered
+
+    def adopt(self, x: torch.Tensor, tensors: Tensors) -> None:
+        """Keep what the solver left, if it is at just this solution x, as it comes back in a derivative."""
+        look, self._offered = self._offered, None
+        self._tapes = None if look is None else look.replays
+        if look is None or look.linearization is None or transforms_active():
+            return
+        at = look.linearization.point
+        if at is not None and torch.equal(at, x.reshape(at.shape)):
+            self._key = _key(x, tensors)
+            self._kept = (look.linearization, look.needs_grad, x.detach(), [t.detach() for t in tensors])
+
+    def linearize(self, system: System, x: torch.Tensor, tensors: Tensors, needs_grad: Sequence[bool]) -> Linearization:
+        key = _key(x, tensors)
+        if self._key == key and len(key) == 1 + len(tensors):
+            linearization, had = self._kept[:2]
+            if all(h or not w for h, w in zip(had, needs_grad, strict=True)):
+                return linearization
+        problem = Problem.of(system, tensors)
+        if self._tapes is not None and allowed() and runs_plainly((x, *problem.tensors)):
+            problem = problem.replayed_from(self._tapes)
+        linearization = problem.linearize(x.reshape(problem.batch, problem.size), needs_grad)
+        self._key, self._kept = key, (linearization, tuple(needs_grad), x.detach(), [t.detach() for t in tensors])
+        return linearization
+
+
+class JointProduct:
+    """q ↦ Jᵀq, which pulls −q back through ∂_θ R in the same pass: if q proves to be the adjoint, that was the last one."""
+
+    def __init__(self, linearization: Linearization) -> None:
+        self._linearization = linearization
+        self._pulled: tuple[torch.Tensor, list[torch.Tensor | None]] | None = None
+
+    def __call__(self, q: torch.Tensor) -> torch.Tensor:
+        product, pulled = self._linearization.pull(-q)
+        self._pulled = (-q, pulled)
+        return -product
+
+    def pullback(self, v: torch.Tensor) -> list[torch.Tensor | None]:
+        """Return (∂_θ R)ᵀ v, at no price if that is what a product has brought along."""
+        if self._pulled is not None and torch.equal(self._pulled[0], v):
+            return self._pulled[1]
+        return self._linearization.pullback(v)
+
+
+def _key(x: torch.Tensor, tensors: Tensors) -> tuple[Any, ...]:
+    # Saved tensors come back as new objects over the same memory; who keeps a key holds them, so that none is reused.
+    # A tensor that no key tells apart, such as a sparse one, is left out, and a key that is short fits nothing.
+    known = (t for t in (x, *tensors) if t.layout is torch.strided and not t.is_inference())
+    return tuple((t.data_ptr(), t.shape, t.stride(), t._version) for t in known)
+
+
+@dataclass(frozen=True, eq=False)
+class ImplicitContext:
+    """What one call of a layer carries besides tensors.
+
+    Parameters
+    ----------
+    system
+        R.
+    solve
+        (problem, init (batch, n)) ↦ x (batch, n): the inner solver, its judge and the failure policy.
+    solve_linear
+        (operator, rhs (batch, n), axes of the batch) ↦ (batch, n). For the adjoint of a first derivative also v ↦ A v, for an answer
+        that costs no product: what makes it pulls the answer back along the way. For any adjoint also pullbacks through ∂_θ R, which
+        tell whether the derivative exists where A is singular.
+    inspect
+        Looks at the problem before its first linear solve, where that comes without an inner solve.
+    repeats
+        Axes of right-hand sides that share the matrices, outermost first, in front of the system's own axes.
+    followed
+        Whether a derivative may follow, for which the solver's last linearisation is then kept.
+    checked
+        For an adjoint whose derivative is differentiated again: the tensors whose derivative is asked whether it exists.
+    arguments
+        The tensors in the graph that they were computed in, where that can be walked.
+    """
+
+    system: System
+    solve: Callable[[Problem, torch.Tensor], torch.Tensor]
+    solve_linear: Callable[..., torch.Tensor]
+    inspect: Callable[[Problem], None] | None = None
+    repeats: tuple[int, ...] = ()
+    followed: bool = False
+    checked: tuple[bool, ...] = ()
+    arguments: tuple[torch.Tensor, ...] = ()
+    memo: LinearizationCache = field(default_factory=LinearizationCache)
+
+    def lift(self, size: int, batched: Sequence[bool]) -> ImplicitContext:
+        """Return the rule for ``size`` problems at once."""
+        return replace(self, system=self.system.lift(size, tuple(batched)), memo=LinearizationCache())
+
+
+@signed
+class Solve(torch.autograd.Function):
+    """x*(θ) of shape (*batch, n)."""
+
+    @staticmethod
+    @eager
+    @outside_autocast
+    def forward(rule: ImplicitContext, init: torch.Tensor, *tensors: torch.Tensor) -> torch.Tensor:
+        with ordinary_mode():
+            problem = Problem.of(rule.system, tensors)
+            if rule.followed:
+                problem = replace(problem, linearization_slot=rule.memo.look(tensors))
+            start = init.detach().clone().reshape(problem.batch, problem.size)
+            return rule.solve(problem, start).reshape(init.shape).clone()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+        rule, _, *tensors = inputs
+        ctx.rule = rule
+        rule.memo.adopt(output, tensors)
+        ctx.save_for_backward(output, *tensors)
+        ctx.save_for_forward(output, *tensors)
+
+    @staticmethod
+    @eager
+    @outside_autocast
+    @grads_batched
+    def backward(ctx: Any, cotangent: torch.Tensor) -> tuple[Any, ...]:
+        rule: ImplicitContext = ctx.rule
+        x, *tensors = ctx.saved_tensors
+        needs_grad = ctx.needs_input_grad[2:]
+        if not any(needs_grad):
+            return (None,) * (2 + len(needs_grad))
+        if not torch.is_grad_enabled() and not transforms_active():
+            # A first derivative: one retained graph gives the adjoint's products and the pullback alike.
+            linearization = rule.memo.linearize(rule.system, x, tensors, needs_grad)
+            rhs = cotangent.reshape(linearization.residual.shape)
+            both = JointProduct(linearization)
+            pullbacks = pullbacks_of(both.pullback, tensors, needs_grad)
+            adjoint = rule.solve_linear(linearization.operator.T, rhs, rule.system.batch_shape, both, pullbacks)
+            return (None, None, *both.pullback(-adjoint.reshape(rhs.shape)))
+        q = LinearSolve.apply(_checking(rule, tensors, needs_grad), True, cotangent, x, *tensors)
+        again = _is_differentiated_again(rule.system, (x, cotangent, *tensors))
+        chosen, residual = _residual_in(rule.system, x, tensors, needs_grad, again=again)
+        pulled = iter(vjp(residual, *chosen)[1](-q))
+        return (None, None, *(next(pulled) if want else None for want in needs_grad))
+
+    @staticmethod
+    @eager
+    @outside_autocast
+    @tangents_batched
+    def jvp(ctx: Any, *tangents: torch.Tensor | None) -> torch.Tensor:
+        rule: ImplicitContext = ctx.rule
+        x, *tensors = map(without_tangent, ctx.saved_tensors)
+        moving = [t is not None and moves(s) for t, s in zip(tangents[2:], tensors, strict=True)]
+        if not any(moving):
+            return torch.zeros_like(x)
+        # A tangent is made of two reverse passes, and so goes twice through what is recorded.
+        chosen, residual = _residual_in(rule.system, x, tensors, moving, again=True)
+        directions = tuple(t for t, move in zip(tangents[2:], moving, strict=True) if t is not None and move)
+        pushed = _push(lambda u: vjp(residual, *chosen)[1](u), x, directions)
+        return LinearSolve.apply(rule, False, -pushed, x, *tensors)
+
+    @staticmethod
+    @eager
+    def vmap(
+        info: Any, in_dims: tuple[Any, ...], rule: ImplicitContext, init: torch.Tensor, *tensors: torch.Tensor
+    ) -> Any:
+        dims = in_dims[2:]
+        lifted = rule.lift(info.batch_size, [dim is not None for dim in dims])
+        start = batch_axis_first(init, in_dims[1], info.batch_size)
+        return Solve.apply(lifted, start, *(batch_axis_first(t, dim) for t, dim in zip(tensors, dims, strict=True))), 0
+
+
+@signed
+class LinearSolve(torch.autograd.Function):
+    """z = J(x, θ)⁻¹ b, or J⁻ᵀ b where ``transposed``; b and z are (*repeats, *batch, n)."""
+
+    @staticmethod
+    @eager
+    @outside_autocast
+    def forward(
+        rule: ImplicitContext, transposed: bool, rhs: torch.Tensor, x: torch.Tensor, *tensors: torch.Tensor
+    ) -> torch.Tensor:
+        with ordinary_mode():
+            if rule.inspect is not None:
+                rule.inspect(Problem.of(rule.system, tensors))
+            linearization = rule.memo.linearize(rule.system, _usable(x), tensors, [False] * len(tensors))
+            operator = linearization.operator.T if transposed else linearization.operator
+            if not (transposed or rule.system.symmetric):
+                # Its products J v are made of two reverse passes.
+                refuse_once_only(rule.system.where, rule.system.noun, linearization.residual)
+            if rule.repeats:
+                operator = RepeatedOperator(operator, math.prod(rule.repeats))
+            flat = _usable(rhs).detach().reshape(operator.batch, operator.size)
+            pullbacks = _pullbacks_later(rule, x, tensors)
+            solved = rule.solve_linear(operator, flat, rule.repeats + rule.system.batch_shape, pullbacks=pullbacks)
+            return solved.reshape(rhs.shape).clone()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+        rule, transposed, _, x, *tensors = inputs
+        ctx.rule, ctx.transposed = replace(rule, checked=(), arguments=()) if rule.checked else rule, transposed
+        ctx.save_for_backward(output, x, *tensors)
+        ctx.save_for_forward(output, x, *tensors)
+
+    @staticmethod
+    @eager
+    @outside_autocast
+    @grads_batched
+    def backward(ctx: Any, cotangent: torch.Tensor) -> tuple[Any, ...]:
+        rule: ImplicitContext = ctx.rule
+        z, x, *tensors = ctx.saved_tensors
+        b_bar = LinearSolve.apply(rule, not ctx.transposed, cotangent, x, *tensors)
+        needs_grad = ctx.needs_input_grad[3:]
+        if not any(needs_grad):
+            return (None, None, b_bar, *(None for _ in needs_grad))
+        left, right = (z, b_bar) if ctx.transposed else (b_bar, z)
+        again = _is_differentiated_again(rule.system, (x, z, cotangent, *tensors))
+        chosen, pairing = _pairing(rule, x, tensors, needs_grad, again=again)
+        pulled = iter(grad(lambda *moved: -pairing(left, right, *moved), *chosen))
+        return (None, None, b_bar, *(next(pulled) if want else None for want in needs_grad))
+
+    @staticmethod
+    @eager
+    @outside_autocast
+    @tangents_batched
+    def jvp(ctx: Any, *tangents: torch.Tensor | None) -> torch.Tensor:
+        rule: ImplicitContext = ctx.rule
+        z, x, *tensors = map(without_tangent, ctx.saved_tensors)
+        rhs_tangent = tangents[2]
+        moving = [t is not None and moves(s) for t, s in zip(tangents[3:], (x, *tensors), strict=True)]
+        change = torch.zeros_like(z) if rhs_tangent is None else rhs_tangent
+        if any(moving):
+            chosen, pairing = _pairing(rule, x, tensors, moving, again=True)
+            directions = tuple(t for t, move in zip(tangents[3:], moving, strict=True) if t is not None and move)
+
+            def pull(u: torch.Tensor) -> tuple[torch.Tensor, ...]:
+                left, right = (z, u) if ctx.transposed else (u, z)
+                return grad(lambda *moved: pairing(left, right, *moved), *chosen)
+
+            change = change - _push(pull, z, directions)
+        return LinearSolve.apply(rule, ctx.transposed, change, x, *tensors)
+
+    @staticmethod
+    @eager
+    def vmap(
+        info: Any,
+        in_dims: tuple[Any, ...],
+        rule: ImplicitContext,
+        transposed: bool,
+        rhs: torch.Tensor,
+        x: torch.Tensor,
+        *tensors: torch.Tensor,
+    ) -> Any:
+        size = info.batch_size
+        if all(dim is None for dim in in_dims[3:]):
+            # Only right-hand sides are batched: the matrices stay as they are.
+            repeated = replace(rule, repeats=(size, *rule.repeats))
+            return LinearSolve.apply(repeated, transposed, batch_axis_first(rhs, in_dims[2], size), x, *tensors), 0
+        lifted = rule.lift(size, [dim is not None for dim in in_dims[4:]])
+        at = len(rule.repeats)
+        moved = batch_axis_first(rhs, in_dims[2], size).movedim(0, at)
+        point = batch_axis_first(x, in_dims[3], size)
+        others = (batch_axis_first(t, dim) for t, dim in zip(tensors, in_dims[4:], strict=True))
+        return LinearSolve.apply(lifted, transposed, moved, point, *others), at
+
+
+def _checking(rule: ImplicitContext, tensors: Tensors, needs_grad: Sequence[bool]) -> ImplicitContext:
+    """Return the rule for an adjoint of :class:`LinearSolve`.
+
+    A transform's graph cannot be walked from inside: there, only the tensors that the gradient ends at are looked at.
+    """
+    if not transforms_active():
+        return replace(rule, checked=tuple(needs_grad), arguments=tuple(tensors))
+    return replace(rule, checked=tuple(w and is_final(t) for t, w in zip(tensors, needs_grad, strict=True)))
+
+
+def _pullbacks_later(rule: ImplicitContext, x: torch.Tensor, tensors: Tensors) -> tuple[Pullback, ...]:
+    """Return :func:`~bilevel.equations.pullbacks.pullbacks_of` through a linearisation that is made only where one is called."""
+    if not any(rule.checked):
+        return ()
+
+    def pullback(v: torch.Tensor) -> list[torch.Tensor | None]:
+        return rule.memo.linearize(rule.system, _usable(x), tensors, rule.checked).pullback(v)
+
+    return pullbacks_of(pullback, rule.arguments or tensors, rule.checked)
+
+
+def _usable(tensor: torch.Tensor) -> torch.Tensor:
+    """Return ``tensor`` as one that a graph can be built on: a copy, if it was born in inference mode."""
+    return tensor.clone() if tensor.is_inference() else tensor
+
+
+def _is_differentiated_again(system: System, tensors: Tensors) -> bool:
+    """Return whether another derivative may follow; if so, raise where a sparse tensor was made of values in a way that allows for one only."""
+    again = is_differentiated_again(tensors)
+    for tensor in tensors:
+        if again and tensor.layout is not torch.strided:
+            refuse_once_only(system.where, system.noun, tensor)
+    return again
+
+
+def _residual_in(
+    system: System, x: torch.Tensor, tensors: Tensors, needs_grad: Sequence[bool], *, again: bool
+) -> tuple[tuple[torch.Tensor, ...], Callable[..., torch.Tensor]]:
+    """Return the wanted tensors, and R as a function of them alone, whose derivative may be differentiated ``again``."""
+    chosen = tuple(t for t, want in zip(tensors, needs_grad, strict=True) if want)
+
+    def residual(*moved: torch.Tensor) -> torch.Tensor:
+        feed = iter(moved)
+        others = [next(feed) if want else t for t, want in zip(tensors, needs_grad, strict=True)]
+        made = system.residual(x, *others)
+        if again:
+            refuse_once_only(system.where, system.noun, made, (x, *others))
+        return made
+
+    return chosen, residual
+
+
+def _pairing(
+    rule: ImplicitContext, x: torch.Tensor, tensors: Tensors, needs_grad: Sequence[bool], *, again: bool
+) -> tuple[tuple[torch.Tensor, ...], Callable[..., torch.Tensor]]:
+    """Return the wanted of (x, *tensors), and (left, right, *wanted) ↦ Σ ⟨left, J right⟩ over repeats and batch.
+
+    Its derivative may be differentiated ``again``.
+    """
+    everything = (x, *tensors)
+    chosen = tuple(t for t, want in zip(everything, needs_grad, strict=True) if want)
+
+    def pairing(left: torch.Tensor, right: torch.Tensor, *moved: torch.Tensor) -> torch.Tensor:
+        feed = iter(moved)
+        point, *others = (next(feed) if want else t for t, want in zip(everything, needs_grad, strict=True))
+
+        def residual(p: torch.Tensor) -> torch.Tensor:
+            made = rule.system.residual(p, *others)
+            # J is made of a first derivative by x, and is itself differentiated here.
+            refuse_once_only(rule.system.where, rule.system.noun, made, (p, *others), innermost_only=not again)
+            return made
+
+        pull = vjp(residual, point)[1]
+        if not rule.repeats:
+            return (pull(left)[0] * right).sum()
+        lefts = left.reshape(math.prod(rule.repeats), *point.shape)  # (repeats, *batch, n)
+        return (vmap(lambda u: pull(u)[0])(lefts) * right.reshape(lefts.shape)).sum()
+
+    return chosen, pairing
+
+
+def _push(
+    pull: Callable[[torch.Tensor], tuple[torch.Tensor, ...]], like: torch.Tensor, directions: tuple[torch.Tensor, ...]
+) -> torch.Tensor:
+    """Return the transpose of the linear map ``pull`` at ``directions``: a forward product from two reverse passes."""
+    return vjp(pull, torch.zeros_like(like))[1](directions)[0]

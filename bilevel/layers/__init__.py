@@ -1,0 +1,9 @@
+"""Layers: ``argmin``, ``root``, ``fixed_point`` and ``linear_solve`` turn a function into a differentiable solve.
+
+``api`` holds the public functions; ``layer`` checks what a call is given; ``call`` makes its solves; ``checks`` inspects the user's function.
+Nothing here knows of bilevel problems.
+"""
+
+from bilevel.layers.api import Layer, LinearLayer, Solution, argmin, fixed_point, linear_solve, root
+
+__all__ = ["Layer", "LinearLayer", "Solution", "argmin", "fixed_point", "linear_solve", "root"]

@@ -1,0 +1,329 @@
+"""A call of a layer: the settings that it was made with, and its solves, forward and in every derivative."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field, replace
+from typing import Any, Generic, NamedTuple, TypeVar, overload
+
+import torch
+
+from bilevel.equations.problem import Problem
+from bilevel.equations.pullbacks import Pullback
+from bilevel.errors import ArgumentError, BilevelError
+from bilevel.layers.checks import Inspection, inspect_on_failure, inspect_once, reuse_inspection
+from bilevel.layers.messages import failure_messages
+from bilevel.linear._base import LinearOutcome, LinearSolver, as_linear_solver, solve_linear
+from bilevel.linear._free_directions import changes_free_directions, free_direction_messages
+from bilevel.linear.defaults import default_linear_solver
+from bilevel.linear.exact import offer_factor
+from bilevel.operators import LinearOperator
+from bilevel.policy import OnFailure, apply_policy, check_policy, handle_misuse
+from bilevel.recording import active_recordings
+from bilevel.replay.cache import ReplayCache
+from bilevel.replay.purity import InspectionCache
+from bilevel.reports import Pass, SolveReport, Status, StatusMessages
+from bilevel.solvers._base import InnerSolver, as_inner_solver
+from bilevel.solvers._judge import InnerOutcome, solve_inner
+from bilevel.solvers.defaults import default_solvers
+from bilevel.tolerance import Tolerance, auto_relative
+
+__all__ = ["Adjoint", "Inspector", "Setting", "SolveCall", "SolveSettings"]
+
+T = TypeVar("T")
+
+
+class Adjoint(NamedTuple):
+    """What the linear solve of a call's first derivative found.
+
+    Attributes
+    ----------
+    value
+        q (batch, n).
+    report
+        What the linear solve reported.
+    residual
+        ∇_x G (batch, n) at the solution of the call.
+    """
+
+    value: torch.Tensor
+    report: SolveReport
+    residual: torch.Tensor
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class SolveSettings:
+    """The settings of one call: its solves and all of its derivatives go by them, whatever is set later.
+
+    Parameters
+    ----------
+    solver, linear_solver
+        None to choose from the size; functions are wrapped.
+    tolerance
+        δ and δ′.
+    on_failure
+        The policy.
+    inspect
+        Whether to inspect the function first. A call just before, with the same function, may have done it.
+    adjoint_start
+        Where the linear solve of the first derivative begins, (batch, n). It is not used if it does not fit.
+    backward_messages
+        What an application says of the failures of its linear systems, in place of the general words.
+    on_adjoint
+        Is handed the adjoint of the first derivative. It may be called several times, if there are several backward passes.
+
+    Raises
+    ------
+    ArgumentError
+        If a setting cannot be used.
+    """
+
+    solver: InnerSolver | None = None
+    linear_solver: LinearSolver | None = None
+    tolerance: Tolerance
+    on_failure: OnFailure
+    inspect: bool = True
+    adjoint_start: torch.Tensor | None = None
+    backward_messages: StatusMessages = field(default_factory=dict)
+    on_adjoint: Callable[[Adjoint], None] | None = None
+
+    def __post_init__(self) -> None:
+        if self.solver is not None:
+            object.__setattr__(self, "solver", as_inner_solver(self.solver))
+        if self.linear_solver is not None:
+            object.__setattr__(self, "linear_solver", as_linear_solver(self.linear_solver))
+        if not isinstance(self.tolerance, Tolerance):
+            raise ArgumentError(f"expected tolerance to be a bilevel.Tolerance, got {self.tolerance!r}; wrap it in one")
+        check_policy(self.on_failure)
+
+    def start(self, rhs: torch.Tensor) -> torch.Tensor | None:
+        """Return where the linear solve for the right-hand side ``rhs`` (batch, n) begins, or None."""
+        kept = self.adjoint_start
+        if kept is None or kept.shape != rhs.shape or not bool(torch.isfinite(kept).all()):
+            return None
+        return kept.to(rhs)
+
+
+class Setting(Generic[T]):
+    """One of the :class:`SolveSettings` of a layer or a problem, as an attribute that may be set between calls.
+
+    A call takes the settings as they are when it is made. What is set later holds for later calls.
+    """
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self._name = name
+
+    @overload
+    def __get__(self, owner: None, kind: type) -> Setting[T]: ...
+    @overload
+    def __get__(self, owner: Any, kind: type) -> T: ...
+    def __get__(self, owner: Any, kind: type) -> Setting[T] | T:
+        if owner is None:
+            return self
+        value: T = getattr(owner._settings, self._name)
+        return value
+
+    def __set__(self, owner: Any, value: Any) -> None:
+        owner._settings = replace(owner._settings, **{self._name: value})
+
+
+class Inspector:
+    """Inspects the function of a layer, and remembers which inspections need no repetition. A copy remembers nothing."""
+
+    def __init__(self) -> None:
+        self._inspected: InspectionCache[ReplayCache] = InspectionCache()
+        self._aside: InspectionCache[ReplayCache] = InspectionCache()
+
+    def inspect_once(
+        self, problem: Problem, x: torch.Tensor, written: Callable[..., Any], *, captures: bool, again: bool = False
+    ) -> Inspection:
+        """Inspect the user's function, ``written``, at ``x`` (batch, n), unless it was inspected before. ``again`` inspects it in any case."""
+        return inspect_once(problem, x, written, InspectionCache() if again else self._inspected, captures=captures)
+
+    def reuse_inspection(
+        self, problem: Problem, x: torch.Tensor, written: Callable[..., Any], *, captures: bool
+    ) -> ReplayCache | None:
+        """Return what a call may be replayed from, if it is not to inspect."""
+        return reuse_inspection(problem, x, written, self._inspected, self._aside, captures=captures)
+
+
+class SolveCall:
+    """One call of a layer: solves, judges, reports and applies the policy, forward and in every derivative.
+
+    Parameters
+    ----------
+    settings
+        What the call was made with.
+    inspector
+        Inspects the function.
+    written
+        The function as the user wrote it.
+    where
+        The layer's name, for messages.
+    watched
+        Whether gradients are enabled.
+    dtype
+        What accuracies are of that nobody asked for.
+    """
+
+    def __init__(
+        self,
+        settings: SolveSettings,
+        inspector: Inspector,
+        written: Callable[..., Any],
+        where: str,
+        watched: bool,
+        dtype: torch.dtype,
+    ) -> None:
+        self.settings = settings
+        self.inspector = inspector
+        self.written = written
+        self.where = where
+        self.watched = watched
+        self.dtype = dtype
+        self.recordings = active_recordings()
+        self.report: SolveReport | None = None
+        self.poisoned = False
+        self.nan_mask: torch.Tensor | None = None  # (*batch,) bool: whose derivatives the policy wants to be NaN
+        self.residual: torch.Tensor | None = None  # at the solution (batch, n), for who wants the adjoint
+        self.factor: torch.Tensor | None = None
+        self.last_rhs: torch.Tensor | None = None  # of this call's linear solves
+        self.largest: torch.Tensor | None = None  # (batch,): the norm of the largest before that
+        self.one_step = False  # whether that is of the Hessians at init, and a step with them was the last
+
+    def inspect(self, problem: Problem, init: torch.Tensor, *, again: bool = False) -> Inspection | None:
+        """Look for what would make gradients wrong, at ``init`` (batch, n); return what came of it, if there was nothing."""
+        if not problem.batch:
+            return None
+        try:
+            if self.settings.inspect:
+                return self.inspector.inspect_once(problem, init, self.written, captures=self.watched, again=again)
+        except BilevelError as error:
+            # Wrong shapes and dtypes, and tensors of a vmap outside, cannot be gone on with.
+            if isinstance(error, (ValueError, TypeError)) or error.__cause__ is not None:
+                raise
+            self.poisoned = handle_misuse(error, self.settings.on_failure)
+        return None
+
+    def solve(self, problem: Problem, init: torch.Tensor) -> torch.Tensor:
+        """Return x (*batch, n), inspected, solved for, judged, reported and treated as the policy says."""
+        settings = self.settings
+        seen = self.inspect(problem, init)
+        trusted = seen is not None and seen.found is None
+        replays = None if seen is None else seen.replays
+        if problem.batch and not settings.inspect:
+            replays = self.inspector.reuse_inspection(problem, init, self.written, captures=self.watched)
+        problem = problem.replayed_from(replays)
+        solver, others = (settings.solver, ()) if settings.solver is not None else default_solvers(problem)
+        target = settings.tolerance.inner(self.dtype)
+        with (
+            inspect_on_failure(init.device, lambda: self.inspect(problem, init, again=True))
+            if trusted
+            else nullcontext()
+        ):
+            outcome = solve_inner(solver, problem, init, target, others)
+        axes = problem.system.batch_shape
+        self.one_step = outcome.factor is not None and (outcome.exact or bool((outcome.iterations <= 1).all()))
+        self.factor, self.residual = outcome.factor, None if settings.on_adjoint is None else outcome.residual
+        words = failure_messages(solver, problem, init, outcome)
+        self.report = _report(Pass.FORWARD, self.where, outcome.solver, outcome, axes, words)
+        self.nan_mask = ~self.report.success if settings.on_failure == "nan" else None
+        x = outcome.x.reshape(*axes, problem.size)
+        return apply_policy(self.report, x, settings.on_failure, self.recordings, silent_budget=target.silent)
+
+    def solve_linear(
+        self,
+        operator: LinearOperator,
+        rhs: torch.Tensor,
+        axes: tuple[int, ...],
+        product: Callable[[torch.Tensor], torch.Tensor] | None = None,
+        pullbacks: Sequence[Pullback] = (),
+    ) -> torch.Tensor:
+        """Return A⁻¹ rhs (*axes, n), solved for, judged, reported and treated as the policy says.
+
+        ``product``, v ↦ A v for the first answer, is there for the adjoint of a first derivative alone. ``pullbacks`` are there for any adjoint: if A
+        is singular, they tell whether the derivative exists.
+        """
+        settings = self.settings
+        if self.factor is not None:
+            offer_factor(operator, self.factor, exact=self.one_step)
+        on_adjoint = settings.on_adjoint if product is not None else None
+        target, direction = settings.tolerance.linear(self.dtype), Pass.BACKWARD
+        if self.report is None:  # a linear layer's own solve
+            target, direction = settings.tolerance.inner(self.dtype), Pass.FORWARD
+        solver = settings.linear_solver or default_linear_solver(operator)
+        reported = self.report is None or self.recordings or active_recordings() or on_adjoint is not None
+        begun = None if product is None else settings.start(rhs)
+        noise = self._noise(rhs)
+        outcome = solve_linear(solver, operator, rhs, target, begun, product=product, seen=bool(reported), noise=noise)
+        outcome, words = _without_derivative(operator, outcome, pullbacks, settings.backward_messages)
+        report = _report(direction, self.where, solver.name, outcome, axes, words)
+        self.report = self.report or report
+        if on_adjoint is not None and self.residual is not None:
+            on_adjoint(Adjoint(outcome.x, report, self.residual))
+        shaped = outcome.x.reshape(*axes, operator.size)
+        shaped = apply_policy(report, shaped, settings.on_failure, self.recordings, silent_budget=target.silent)
+        if self.nan_mask is None:
+            return shaped
+        # A quadratic's matrices are the same at a NaN: without this, what has failed would get a finite derivative.
+        # Axes that a transform has added since stand in front of those of the forward pass.
+        return torch.where(self.nan_mask.unsqueeze(-1), torch.full_like(shaped, float("nan")), shaped)
+
+    def _noise(self, rhs: torch.Tensor) -> torch.Tensor | None:
+        """Return the rounding (batch,) that this right-hand side may hold of larger ones before it, of which it was made. None for the first."""
+        last, self.last_rhs = self.last_rhs, rhs.detach()
+        if last is None:
+            return None
+        norm = last.norm(dim=-1).nan_to_num(0.0, 0.0)
+        # Axes that a transform has added stand in front of those of the problem.
+        fits = self.largest is not None and len(norm) % max(1, len(self.largest)) == 0
+        if self.largest is not None and fits and len(norm):
+            self.largest = torch.maximum(self.largest, norm.reshape(-1, len(self.largest)).amax(0))
+        else:
+            self.largest = norm
+        if not len(rhs) or len(rhs) % max(1, len(self.largest)):
+            return None
+        return auto_relative(self.dtype) * self.largest.repeat(len(rhs) // len(self.largest))
+
+
+def _without_derivative(
+    operator: LinearOperator, outcome: LinearOutcome, pullbacks: Sequence[Pullback], words: StatusMessages
+) -> tuple[LinearOutcome, StatusMessages]:
+    """Return ``outcome`` and ``words`` with ``Status.SINGULAR`` where an argument changes which directions of the solution are free."""
+    if not pullbacks or not bool((outcome.status == Status.MINIMUM_NORM).any()):
+        return outcome, words
+    changed = changes_free_directions(operator, outcome.status, pullbacks)
+    if not bool(changed.any()):
+        return outcome, words
+    status = torch.where(changed, int(Status.SINGULAR), outcome.status)
+    first = (status == Status.SINGULAR).nonzero()[0]  # a report has one sentence for each status
+    if bool(changed[first]):
+        words = {**free_direction_messages(symmetric=operator.symmetric), **words}
+    return replace(outcome, status=status), words
+
+
+def _report(
+    direction: Pass,
+    where: str,
+    solver: str,
+    outcome: InnerOutcome | LinearOutcome,
+    axes: tuple[int, ...],
+    words: StatusMessages,
+) -> SolveReport:
+    def shaped(numbers: torch.Tensor) -> torch.Tensor:
+        return numbers if numbers.shape == axes else numbers.reshape(axes)
+
+    return SolveReport(
+        direction,
+        where,
+        solver,
+        shaped(outcome.status),
+        shaped(outcome.iterations),
+        shaped(outcome.residual_norm),
+        shaped(outcome.threshold),
+        shaped(outcome.error_bound),
+        outcome.basis,
+        shaped(outcome.scale) if isinstance(outcome, LinearOutcome) else torch.full(axes, float("nan")),
+        words,
+    )

@@ -1,0 +1,312 @@
+"""A look at the user's function before it is differentiated, for what would make gradients wrong without a word."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import re
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from types import CellType
+from typing import Any, NamedTuple
+
+import torch
+
+from bilevel._torch.double_backward import attention_kernels
+from bilevel._torch.graph_features import nodes, record_graph_features
+from bilevel._torch.once_differentiable import refuse_once_only
+from bilevel._torch.transforms import runs_plainly
+from bilevel.equations.problem import Problem
+from bilevel.equations.system import System, unconnected
+from bilevel.errors import BilevelError, CapturedTensorError, DtypeError, StochasticObjectiveError
+from bilevel.layers.randomness import GeneratorStates, draws
+from bilevel.replay.cache import ReplayCache
+from bilevel.replay.purity import InspectionCache, has_plain_structure, reachable_objects
+from bilevel.replay.switch import allowed
+
+__all__ = [
+    "Inspection",
+    "buffers_of",
+    "captured_error",
+    "inspect_function",
+    "inspect_on_failure",
+    "inspect_once",
+    "reaches_another_leaf",
+    "reuse_inspection",
+]
+
+# How many more pairs of evaluations have to agree where random numbers were drawn.
+_MORE_PAIRS = 12
+# How torch speaks of compressed layouts.
+_COMPRESSED = re.compile(r"Sparse ?(Csr|Csc|Bsr|Bsc)", re.IGNORECASE)
+
+
+class Inspection(NamedTuple):
+    """What was found at the problem's first row, or None if the function was known; and what it may be replayed from, if it may."""
+
+    found: tuple[torch.Tensor, torch.Tensor] | None
+    replays: ReplayCache | None = None
+
+
+def inspect_once(
+    problem: Problem,
+    x: torch.Tensor,
+    function: Callable[..., Any],
+    memory: InspectionCache[ReplayCache],
+    *,
+    captures: bool,
+) -> Inspection:
+    """Inspect the problem at the first row of ``x`` (batch, n), unless ``memory`` has that nothing was wrong with the same.
+
+    What is looked for is a property of the function: one problem shows it as well as all of them, and where the user's ``function`` can do
+    but one thing, so does one call.
+    """
+    known = _known(problem, x, function, captures)
+    if known is None:
+        return Inspection(inspect_function(problem.single(0), x[:1], captures=captures))
+    replays = memory.find(known.key, known.parts)
+    if replays is not None:
+        return Inspection(None, _usable(replays, problem, x, known))
+    states, single = GeneratorStates(x.device), problem.single(0)
+    found = inspect_function(single, x[:1], captures=captures)
+    # What random numbers do may depend on tensors' values: a noise may be of size zero today.
+    if not _drew(states, single, x[:1]):
+        memory.keep(known.key, known.parts, ReplayCache(known.captured))
+    return Inspection(found)
+
+
+def reuse_inspection(
+    problem: Problem,
+    x: torch.Tensor,
+    function: Callable[..., Any],
+    looked: InspectionCache[ReplayCache],
+    aside: InspectionCache[ReplayCache],
+    *,
+    captures: bool,
+) -> ReplayCache | None:
+    """Return what a problem that need not be looked at may be replayed from, if it may.
+
+    It was ``looked`` at before, or it is of other shapes than one that was, and kept ``aside``.
+    """
+    known = _known(problem, x, function, captures)
+    if known is None:
+        return None
+    replays = looked.find(known.key, known.parts) or aside.find(known.key, known.parts)
+    if replays is None:
+        aside.keep(known.key, known.parts, replays := ReplayCache(known.captured))
+    return _usable(replays, problem, x, known)
+
+
+class _Known(NamedTuple):
+    """What tells a straight function's calls apart: kinds, objects by identity, and the tensors among these."""
+
+    key: tuple[Any, ...]
+    parts: tuple[Any, ...]
+    captured: list[torch.Tensor]
+
+
+def _known(problem: Problem, x: torch.Tensor, function: Callable[..., Any], captures: bool) -> _Known | None:
+    parts = _lasting(problem, x, function)
+    if parts is None:
+        return None
+    captured = list({id(part): part for part in parts if isinstance(part, torch.Tensor)}.values())
+    return _Known((*_kinds(problem, captures), *map(_kind, captured)), parts, captured)
+
+
+def _usable(replays: ReplayCache, problem: Problem, x: torch.Tensor, known: _Known) -> ReplayCache | None:
+    fits = allowed() and problem.system.autocast is None
+    fits = fits and runs_plainly((x, *problem.tensors, *known.captured))
+    return replays if fits else None
+
+
+@contextmanager
+def inspect_on_failure(device: torch.device, inspect: Callable[[], object]) -> Iterator[None]:
+    """Inspect after all where a solve without a look fails in torch's words, or draws random numbers: both can depend on tensors' values."""
+    states = GeneratorStates(device)
+    try:
+        yield
+    except Exception:
+        inspect()
+        raise
+    if states.changed():  # by whomever: an inspection tells
+        inspect()
+
+
+def _lasting(problem: Problem, x: torch.Tensor, function: Callable[..., Any]) -> tuple[Any, ...] | None:
+    """Return all that the user's ``function`` reaches, if an inspection of it holds for calls to come."""
+    system = problem.system
+    # Whether a matrix is symmetric is seen in its numbers.
+    if type(system).inspect is not System.inspect or any(type(t) is not torch.Tensor for t in (x, *problem.tensors)):
+        return None
+    if not (has_plain_structure(system.raveler.structure) and has_plain_structure(system.arguments.structure)):
+        return None
+    return reachable_objects(function, *system.arguments.others)
+
+
+def _kinds(problem: Problem, captures: bool) -> tuple[Any, ...]:
+    """Return all that a straight function may go by, besides the objects that it reaches and the numbers in tensors."""
+    system = problem.system
+    unknown, given = system.raveler, system.arguments
+    return (
+        captures, torch.get_default_dtype(), torch.get_default_device(), type(system),
+        unknown.structure, unknown.shapes, unknown.dtypes, unknown.device, system.autocast,
+        given.structure, given.is_tensor, given.is_complex, tuple((level.size, level.batched) for level in system.levels),
+        attention_kernels(),
+        *map(_kind, problem.tensors),
+    )  # fmt: skip
+
+
+def _kind(t: torch.Tensor) -> tuple[Any, ...]:
+    return (t.shape, t.dtype, t.layout, t.device, t.stride() if t.layout is torch.strided else ())
+
+
+def inspect_function(problem: Problem, x: torch.Tensor, *, captures: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """Evaluate twice at ``x``, with derivatives, and raise on what would make gradients wrong; return what was found there.
+
+    Raises
+    ------
+    CapturedTensorError
+        If a tensor reached through the closure requires grad (looked for if ``captures``), or belongs to
+        a ``vmap`` outside.
+    StochasticObjectiveError
+        If two evaluations differ, or an argument is changed in place.
+    ShapeError, ArgumentError
+        If the function returns the wrong shapes, or what it returns does not depend on its first argument; if an objective that may be
+        differentiated holds a custom Function that is marked once_differentiable.
+    """
+    noun = problem.system.noun
+    watched = [t for t in (*problem.tensors, *buffers_of(problem.system.function)) if not t.is_inference()]
+    versions, states = [t._version for t in watched], GeneratorStates(x.device)
+    try:
+        first = _probe(problem, x, captures=captures, first=True)
+    except RuntimeError as error:
+        if "escaped from inside a function being vmapped" in str(error):
+            raise captured_error(problem.where, noun, "belongs to a vmap outside") from error
+        if _COMPRESSED.search(str(error)) and not isinstance(error, BilevelError):
+            raise DtypeError(
+                f"{problem.where}: expected {noun} to be of dense tensors and sparse ones of coordinates, got one in compressed rows, columns "
+                f"or blocks, and torch says: {' '.join(str(error).split())}; convert it once, outside, with .to_sparse_coo() or .to_dense()"
+            ) from error
+        raise
+    # Dropout leaves a zero input zero: the slopes tell where the values do not.
+    agreed = _agree(first, _probe(problem, x, captures=False), 1e3) or _agrees_beside(problem, x)
+    if agreed and _drew(states, problem, x):
+        # Two draws of few random numbers may agree by chance; many do not.
+        agreed = all(_agrees_beside(problem, x) for _ in range(_MORE_PAIRS))
+    if not agreed:
+        raise StochasticObjectiveError(
+            f"{problem.where}: expected {noun} to be deterministic, and two evaluations at one point differ; switch "
+            "dropout off with .eval(), or draw the noise outside and pass it as an argument"
+        )
+    if versions != [t._version for t in watched]:
+        raise StochasticObjectiveError(
+            f"{problem.where}: expected {noun} to leave its arguments and buffers as they are, and one was changed in "
+            "place; for batch norm use batch statistics (track_running_stats=False) or .eval()"
+        )
+    if x.numel():
+        problem.system.inspect(problem.residual, x)
+    return first
+
+
+def _agrees_beside(problem: Problem, x: torch.Tensor) -> bool:
+    """Return whether two evaluations a little beside ``x`` agree to half the digits.
+
+    At a solution the slope is rounding, and sums of threads or of a GPU's atomics round as they come: such an
+    objective is not a random one.
+    """
+    generator = torch.Generator().manual_seed(0)
+    signs = (torch.randint(0, 2, (problem.size,), generator=generator) * 2 - 1).to(x)
+    beside = x + 1e-2 * (1 + x.abs()) * signs
+    pair = _probe(problem, beside, captures=False), _probe(problem, beside, captures=False)
+    return _agree(*pair, torch.finfo(x.dtype).eps ** -0.5)
+
+
+def _probe(
+    problem: Problem, x: torch.Tensor, *, captures: bool, first: bool = False
+) -> tuple[torch.Tensor, torch.Tensor]:
+    with torch.enable_grad():
+        point = x.detach().requires_grad_(True)
+        output = problem.system.lifted(problem.system.first_output)(problem.shaped(point), *problem.tensors)
+        if not output.requires_grad and point.numel():
+            raise unconnected(problem.system)
+        if first and record_graph_features(problem.system.function, output):
+            return _probe(problem, x, captures=captures)
+        if captures and problem.minimizes:
+            refuse_once_only(problem.where, problem.system.noun, output)
+        if not point.numel():
+            return output.detach(), point.detach()
+        if captures and reaches_another_leaf(output, (point,)):
+            raise captured_error(problem.where, problem.system.noun, "requires grad")
+        (slope,) = torch.autograd.grad(output.sum(), point, allow_unused=True, materialize_grads=True)
+    return output.detach(), slope
+
+
+def _drew(states: GeneratorStates, problem: Problem, x: torch.Tensor) -> bool:
+    """Return whether evaluations at ``x`` draw random numbers, given the states of the generators from before one."""
+    return states.changed() and draws(lambda: _probe(problem, x, captures=False))
+
+
+def buffers_of(function: Callable[..., Any]) -> list[torch.Tensor]:
+    """Return the buffers of modules that ``function`` is, is bound to, closes over or names as globals.
+
+    Looks into the functions that it closes over, or that the module it is bound to keeps, too.
+    """
+    found: dict[int, torch.Tensor] = {}
+    pending: list[tuple[Any, int]] = [(function, 0)]
+    seen: set[int] = set()
+    while pending:
+        item, depth = pending.pop()
+        if id(item) in seen or depth > 3:
+            continue
+        seen.add(id(item))
+        if isinstance(item, torch.nn.Module):
+            found.update((id(buffer), buffer) for buffer in item.buffers())
+            pending += [(value, depth + 1) for value in vars(item).values() if inspect.isroutine(value)]
+        elif isinstance(item, functools.partial):
+            pending += [(value, depth + 1) for value in (item.func, *item.args, *item.keywords.values())]
+        elif inspect.isroutine(item) or item is function:
+            pending.append((getattr(item, "__self__", None), depth))
+            plain = inspect.unwrap(getattr(item, "__func__", item))
+            cells = getattr(plain, "__closure__", None) or ()
+            reachable_objects = [cell.cell_contents for cell in cells if _filled(cell)]
+            code = getattr(plain, "__code__", None)
+            if code is not None:
+                reachable_objects += [plain.__globals__.get(name) for name in code.co_names]
+            pending += [(value, depth + 1) for value in reachable_objects]
+    return list(found.values())
+
+
+def _filled(cell: CellType) -> bool:
+    try:
+        cell.cell_contents  # noqa: B018  # an empty cell raises
+    except ValueError:
+        return False
+    return True
+
+
+def reaches_another_leaf(output: torch.Tensor, known: Sequence[torch.Tensor]) -> bool:
+    """Return whether the graph of ``output`` ends in a tensor that requires grad other than through one of ``known``."""
+    for node in nodes(output, known):
+        variable = getattr(node, "variable", None)
+        if variable is not None and not any(variable is tensor for tensor in known):
+            return True
+    return False
+
+
+def _agree(first: tuple[torch.Tensor, ...], second: tuple[torch.Tensor, ...], units: float) -> bool:
+    """Return whether two evaluations agree to ``units`` of the last place of their largest entry."""
+    for a, b in zip(first, second, strict=True):
+        if a.numel() and not torch.equal(a, b):
+            scale = torch.maximum(a.abs(), b.abs()).nan_to_num().max()
+            if not bool(((a - b).abs().nan_to_num() <= units * torch.finfo(a.dtype).eps * scale).all()):
+                return False
+    return True
+
+
+def captured_error(where: str, noun: str, how: str) -> CapturedTensorError:
+    """Return the error for a tensor that ``noun`` reaches through its closure."""
+    return CapturedTensorError(
+        f"{where}: expected every tensor to differentiate to be an argument, and {noun} reaches one through its "
+        f"closure that {how} and would silently receive no gradient; pass it as an argument (a module's "
+        "parameters as dict(module.named_parameters()) with torch.func.functional_call), or detach it"
+    )

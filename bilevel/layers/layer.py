@@ -1,0 +1,260 @@
+"""A layer: it checks what it is given, and applies the differentiation rule (:mod:`bilevel.implicit`) to the solves of a call.
+
+Those solves, with what becomes of their failures, are a :class:`~bilevel.layers.call.SolveCall`.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar, cast
+
+import torch
+from torch.utils import _pytree as pytree
+
+from bilevel._torch.double_backward import Repeatable
+from bilevel._torch.transforms import (
+    autocast_to,
+    carries_gradient,
+    differentiating,
+    eager,
+    forward_levels,
+    transforms_active,
+    without_gradient,
+)
+from bilevel.equations.system import FixedPointSystem, System
+from bilevel.errors import (
+    ArgumentError,
+    BilevelError,
+    DtypeError,
+    InitGradientError,
+    StochasticObjectiveError,
+    TransformError,
+)
+from bilevel.implicit import ImplicitContext, Solve
+from bilevel.layers.call import Inspector, Setting, SolveCall, SolveSettings
+from bilevel.layers.checks import captured_error
+from bilevel.linear._base import LinearSolver, LinearSolverLike
+from bilevel.policy import OnFailure, handle_misuse
+from bilevel.pytree import Raveler, flatten_arguments
+from bilevel.reports import SolveReport, StatusMessages
+from bilevel.solvers._base import InnerSolver, InnerSolverLike
+from bilevel.tolerance import Tolerance
+
+__all__ = ["Layer", "Solution"]
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, eq=False)
+class Solution(Generic[T]):
+    """A layer's result with its report.
+
+    It is a pytree node whose only child is :attr:`value`, so that ``torch.func.vmap(layer.solve)`` returns one, with
+    a report of the whole batch.
+
+    Parameters
+    ----------
+    value
+        x, the same pytree as init, differentiable as ``layer(...)`` is.
+    report
+        What the forward solve did, per problem.
+    """
+
+    value: T
+    report: SolveReport
+
+
+pytree.register_pytree_node(
+    Solution,
+    lambda solution: ([solution.value], solution.report),
+    lambda children, report: Solution(next(iter(children)), cast(SolveReport, report)),
+    serialized_type_name="bilevel.Solution",
+)
+
+
+class Layer:
+    """A differentiable solve: a function of ``(init, *args, **kwargs)``. Made by :func:`argmin`, :func:`root`, :func:`fixed_point`.
+
+    The settings may be set to others between calls. Each call, with all of its derivatives, goes by those that it was made with.
+    """
+
+    solver = Setting[InnerSolver | None]()
+    linear_solver = Setting[LinearSolver | None]()
+    tolerance = Setting[Tolerance]()
+    on_failure = Setting[OnFailure]()
+    backward_messages = Setting[StatusMessages]()
+
+    def __init__(
+        self,
+        kind: type[System],
+        function: Callable[..., Any],
+        *,
+        solver: InnerSolverLike | None,
+        linear_solver: LinearSolverLike | None,
+        tolerance: Tolerance | None,
+        on_failure: OnFailure,
+        where: str | None = None,
+        written: Callable[[], Callable[..., Any]] | None = None,
+    ) -> None:
+        noun = kind.noun
+        if not callable(function):
+            raise ArgumentError(
+                f"bilevel layer: expected {noun} to be a function of (x, *args, **kwargs), got {function!r}; pass one, as in "
+                f"bilevel.{kind.label}(f)(x, *args)"
+            )
+        self.kind = kind
+        self.function = function
+        self._settings = SolveSettings(tolerance=Tolerance() if tolerance is None else tolerance, on_failure=on_failure)
+        self.solver, self.linear_solver = solver, linear_solver
+        self.written = written  # what the user wrote, where that is not the function itself
+        self.inspector = Inspector()
+        functools.update_wrapper(self, function, updated=())
+        self.where = where or f"`{kind.label}` layer `{getattr(function, '__name__', type(function).__name__)}`"
+
+    @property
+    def minimizes(self) -> bool:
+        """Whether the function is an objective to minimise."""
+        return self.kind.minimizes
+
+    @property
+    def is_fixed_point(self) -> bool:
+        """Whether the function is a mapping whose fixed point is sought."""
+        return issubclass(self.kind, FixedPointSystem)
+
+    def __repr__(self) -> str:
+        return f"<{self.where}, solver={self.solver!r}, linear_solver={self.linear_solver!r}, {self.tolerance!r}>"
+
+    @eager
+    def __call__(self, init: T, *args: Any, **kwargs: Any) -> T:
+        r"""Return x, the same pytree as ``init``, differentiable with respect to every tensor in args and kwargs.
+
+        Parameters
+        ----------
+        init
+            Where the search begins: a tensor, or a pytree of tensors, of floating-point or complex dtype. No gradient flows to it. A complex
+            number counts as two unknowns, its real and its imaginary part.
+        args, kwargs
+            Passed on to the function, as pytrees. Every floating-point or complex tensor in them can be differentiated; gradients of complex
+            ones are in torch's convention, ∂L/∂Re z + i ∂L/∂Im z.
+
+        Raises
+        ------
+        SolveError
+            If the solve, or in a backward pass the linear solve, did not reach the tolerance (policy ``"raise"``).
+        DtypeError, ShapeError
+            If ``init`` cannot be an unknown, or the function returns the wrong shapes.
+        CapturedTensorError, InitGradientError, StochasticObjectiveError
+            If a gradient would silently be wrong or missing (policy ``"raise"``).
+        TransformError
+            If two nested forward-mode transforms meet here: torch would return zero.
+        """
+        return self._solution(self._settings, init, args, kwargs).value
+
+    @eager
+    def solve(self, init: T, *args: Any, **kwargs: Any) -> Solution[T]:
+        """Return a :class:`Solution`: what calling the layer returns, with the report of the forward solve."""
+        return self._solution(self._settings, init, args, kwargs)
+
+    @eager
+    def solve_with(self, settings: SolveSettings, init: T, *args: Any) -> Solution[T]:
+        """Return what :meth:`solve` does with other ``settings`` than the layer's own."""
+        return self._solution(settings, init, args, {})
+
+    def _solution(self, settings: SolveSettings, init: T, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Solution[T]:
+        raveler = Raveler.of(init, self.where)
+        system, tensors = self._system(raveler, args, kwargs)
+        self._refuse_forward_twice(tensors)
+        watched = torch.is_grad_enabled()
+        poisoned = (
+            self._check_edge(settings.on_failure, init, system, tensors)
+            if watched or differentiating() or transforms_active()
+            else False
+        )
+        call = self._call(settings, system, watched)
+        flat = raveler.ravel(init).detach()
+        x = Solve.apply(ImplicitContext(system, call.solve, call.solve_linear, followed=watched), flat, *tensors)
+        if poisoned or call.poisoned:
+            x = x * self._poison(init, system, tensors)
+        assert call.report is not None
+        return Solution(raveler.unravel(x), call.report)
+
+    def _call(self, settings: SolveSettings, system: System, watched: bool) -> SolveCall:
+        written = self.function if self.written is None else self.written()
+        return SolveCall(settings, self.inspector, written, system.where, watched, system.raveler.coarsest)
+
+    def _system(
+        self, raveler: Raveler, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[System, list[torch.Tensor]]:
+        """Return what is to be solved, and the tensors that it depends on, once they are found usable."""
+        tensors, arguments = flatten_arguments(args, kwargs)
+        for tensor, name in zip(tensors, arguments.names, strict=True):
+            if tensor.dtype.is_floating_point and tensor.device != raveler.device:
+                raise DtypeError(
+                    f"{self.where}: expected a tensor on init's device, {raveler.device}, at {name}, got {tensor.device}; move it, or init"
+                )
+            if tensor.layout not in (torch.strided, torch.sparse_coo):
+                raise DtypeError(
+                    f"{self.where}: expected a dense tensor or a sparse one of coordinates at {name}, as torch.func takes no other, got "
+                    f"{str(tensor.layout).removeprefix('torch.')}; convert it with .to_sparse_coo() or .to_dense()"
+                )
+        precision = autocast_to(raveler.device)
+        where = self.where
+        if precision is not None:
+            where += f" under autocast to {str(precision).removeprefix('torch.')}"
+        return self.kind(where, self.function, raveler, arguments, autocast=precision), tensors
+
+    def _refuse_forward_twice(self, tensors: list[torch.Tensor]) -> None:
+        if forward_levels(tensors) > 1:
+            raise TransformError(
+                f"{self.where}: expected at most one forward-mode transform around the layer, got two, for which torch "
+                "silently returns zero (pytorch/pytorch#197867); write jacfwd(jacrev(f)) or torch.func.hessian(f) "
+                "instead of jacfwd(jacfwd(f))"
+            )
+
+    def _check_edge(self, on_failure: OnFailure, init: Any, system: System, tensors: list[torch.Tensor]) -> bool:
+        """Find what the primitive cannot see from inside; return whether the policy asks for NaN."""
+        poisoned = False
+        leaves = pytree.tree_leaves(init)
+        if any(carries_gradient(leaf) for leaf in leaves):
+            error: BilevelError = InitGradientError(
+                f"{self.where}: expected init not to require grad, and it does: a solution does not depend on where the "
+                "search began, so that its gradient would be none; pass init.detach(), or pass the tensor as an argument"
+            )
+            poisoned |= handle_misuse(error, on_failure)
+        return poisoned | self._check_captures(on_failure, init, system, tensors)
+
+    def _check_captures(self, on_failure: OnFailure, init: Any, system: System, tensors: list[torch.Tensor]) -> bool:
+        """Find tensors of a transform outside that the function reaches; return whether the policy asks for NaN."""
+        if differentiating():
+            # Inside the primitive a captured tensor of a transform looks like a plain one: look at it here.
+            detached = [without_gradient(tensor) for tensor in tensors]
+            flat = system.raveler.ravel(pytree.tree_map(without_gradient, init))
+            try:
+                with torch.enable_grad(), Repeatable():
+                    output = system.first_output(flat, *detached)
+            except RuntimeError as problem:
+                if "randomness" not in str(problem):
+                    raise
+                raise StochasticObjectiveError(
+                    f"{self.where}: expected {system.noun} to be deterministic, and it draws random numbers inside vmap; "
+                    "switch dropout off with .eval(), or draw the noise outside and pass it as an argument"
+                ) from problem
+            if carries_gradient(output):
+                error = captured_error(self.where, system.noun, "is being differentiated by a transform outside")
+                return handle_misuse(error, on_failure)
+        return False
+
+    def _poison(self, init: Any, system: System, tensors: list[torch.Tensor]) -> torch.Tensor:
+        """Return a NaN whose derivatives are NaN too, for whatever the function reaches and for init."""
+        with torch.enable_grad():
+            flat = system.raveler.ravel(init)
+            try:
+                reached = system.output(flat.detach(), *(tensor.detach() for tensor in tensors)).sum()
+            except RuntimeError as problem:
+                # vmap refuses random numbers, which is what the function was found at fault for.
+                if "randomness" not in str(problem):
+                    raise
+                reached = torch.zeros_like(flat.sum())
+        return float("nan") * (reached + flat.sum())

@@ -1,0 +1,158 @@
+"""What a failed inner solve says, and what to do about it, as the kind of problem and the solver have it.
+
+:mod:`bilevel.reports` has general words for each status. A root has no objective, Newton's method no step size, and an objective that
+falls without end needs to be told so.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from bilevel.equations.problem import Problem
+from bilevel.reports import Status, StatusMessages
+from bilevel.solvers._base import CallableSolver, InnerSolver
+from bilevel.solvers._judge import InnerOutcome
+from bilevel.solvers.gradient_descent import GradientDescent
+from bilevel.solvers.torch_optimizer import TorchOptimizer
+
+__all__ = ["failure_messages"]
+
+# How many times its size at the start x has to have grown before it counts as having run away.
+_FAR = 1e6
+_SHORT_OF_IT = (
+    Status.MAX_STEPS,
+    Status.NOT_CONVERGED,
+    Status.STAGNATED,
+    Status.DIVERGED,
+    Status.NOT_FINITE,
+    Status.LINE_SEARCH_FAILED,
+)
+_NO_MINIMUM = (
+    "the point is a saddle or a maximum, and a minimum was asked for: start beside it, for example at init + 1e-3 * torch.randn_like(init), "
+    "or add regularisation; if any stationary point will do, take bilevel.root(torch.func.grad(objective))"
+)
+_DOMAIN = "look for a log, square root or division outside its domain, and check the inputs"
+
+
+def failure_messages(
+    solver: InnerSolver, problem: Problem, init: torch.Tensor, outcome: InnerOutcome
+) -> StatusMessages:
+    """Return (meaning, remedy) of statuses whose general words do not fit this solve; nothing is computed where all is well.
+
+    Parameters
+    ----------
+    solver
+        The solver that failed.
+    problem
+        The batch of problems.
+    init
+        Where they began (batch, n).
+    outcome
+        How they ended; the first that failed is looked at.
+    """
+    failed = outcome.status > int(Status.BUDGET_SPENT)
+    if not bool(failed.any()):
+        return {}
+    which = int(failed.nonzero()[0])
+    if not problem.minimizes:
+        words = dict(_FIXED_POINT if problem.is_fixed_point else _ROOT)
+        words[Status.SINGULAR] = _singular(problem, at_start=bool((outcome.x[which] == init[which]).all()))
+        return words
+    words = {
+        Status.INDEFINITE: (Status.INDEFINITE.meaning, _NO_MINIMUM),
+        Status.DIVERGED: (Status.DIVERGED.meaning, _steadier(solver)),
+        Status.NOT_FINITE: (Status.NOT_FINITE.meaning, f"{_DOMAIN}{_or_lower(solver)}"),
+    }
+    status = Status(int(outcome.status[which]))
+    if status not in _SHORT_OF_IT:
+        return words
+    try:
+        one, x, start = problem.single(which), outcome.x[which : which + 1], init[which : which + 1]
+        if _falls_without_end(one, x, start, status):
+            words[status] = (
+                f"{status.meaning}, and the objective fell all the way: it seems to have no minimum",
+                "add a term that grows with x, such as a small ridge, bound what x can become, or start elsewhere",
+            )
+    except RuntimeError:  # the sentence is about another error, which this one must not hide
+        pass
+    return words
+
+
+def _singular(problem: Problem, *, at_start: bool) -> tuple[str, str]:
+    """Return what is said of an equation's search that a singular matrix stopped."""
+    matrix = "I - ∂T" if problem.is_fixed_point else "Jacobian"
+    if at_start:
+        return (
+            f"could not leave the start, where the {matrix} is singular",
+            "this says nothing of the solution: start beside it, for example at init + 1e-3 * torch.randn_like(init)",
+        )
+    return (
+        f"ended where the {matrix} is singular, at a point that is no solution",
+        "start elsewhere; if that does not help, there may be no solution: look for equations that contradict each other",
+    )
+
+
+def _step_size(solver: InnerSolver) -> str | None:
+    """Return the name of the solver's step size; None if it has none that a caller could lower."""
+    if isinstance(solver, GradientDescent):
+        return None if solver.line_search else "lr"
+    if isinstance(solver, TorchOptimizer):
+        return "lr"
+    return "its step size" if isinstance(solver, CallableSolver) else None
+
+
+def _steadier(solver: InnerSolver) -> str:
+    step = _step_size(solver)
+    if step is None:
+        return "the objective may have no minimum: add a term that grows with x, such as a small ridge, or start nearer the solution"
+    if isinstance(solver, GradientDescent):
+        return f"lower {step}, which is {solver.lr:g}, pass line_search=True, or start nearer the solution"
+    return f"lower {step}, start nearer the solution, or take a solver with a line search, such as bilevel.LBFGS()"
+
+
+def _or_lower(solver: InnerSolver) -> str:
+    step = _step_size(solver)
+    return "" if step is None else f", or lower {step}"
+
+
+def _falls_without_end(problem: Problem, x: torch.Tensor, start: torch.Tensor, status: Status) -> bool:
+    away = float((x - start).norm()) > _FAR * (1 + float(start.norm()))
+    return (away or status is Status.DIVERGED) and float(problem.value(x)) < float(problem.value(start))
+
+
+_ABOUT_ROOTS = (
+    "the residual may have no root near the start: start elsewhere, check that it is smooth and finite there, use float64, or loosen "
+    "the tolerance"
+)
+_NO_LOWER_RESIDUAL = ("found no step that lowers the residual", _ABOUT_ROOTS)
+
+_ROOT: StatusMessages = {
+    Status.LINE_SEARCH_FAILED: _NO_LOWER_RESIDUAL,
+    Status.DIVERGED: (
+        Status.DIVERGED.meaning,
+        "the residual may have no root there: check that one exists, and start nearer to it",
+    ),
+    Status.STAGNATED: (
+        Status.STAGNATED.meaning,
+        "the residual may have no root near the start: start elsewhere; or rounding is the limit: use float64, rescale the equations, "
+        "or loosen the tolerance",
+    ),
+    Status.NOT_FINITE: (Status.NOT_FINITE.meaning, f"{_DOMAIN}, or start nearer the root"),
+}
+
+_FIXED_POINT: StatusMessages = {
+    Status.MAX_STEPS: (
+        Status.MAX_STEPS.meaning,
+        "check that the mapping has a fixed point and is smooth near it; start nearer to it, loosen the tolerance, or raise max_steps",
+    ),
+    Status.LINE_SEARCH_FAILED: (
+        "found no step that lowers the residual x - T(x)",
+        _ABOUT_ROOTS.replace("the residual may have no root", "the mapping may have no fixed point"),
+    ),
+    Status.DIVERGED: (
+        Status.DIVERGED.meaning,
+        "the mapping may not be a contraction there, or have no fixed point: start nearer to it, or take solver=bilevel.Newton(), "
+        "which needs no contraction",
+    ),
+    Status.NOT_FINITE: (Status.NOT_FINITE.meaning, f"{_DOMAIN}, or start nearer the fixed point"),
+}

@@ -1,0 +1,72 @@
+"""Whether a call of a user's function draws random numbers: that call, in its thread, and not the process meanwhile.
+
+The state of a generator belongs to all threads. Where it has not changed, nobody has drawn from it, which costs little to find out.
+Where it has, any thread may have drawn, such as one that loads data. The function is then called once more, under a mode that sees the operations
+of this thread alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+__all__ = ["GeneratorStates", "draws"]
+
+
+class GeneratorStates:
+    """The states of a device's own generator and of the CPU's, as they were when this was made."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._before = self._states()
+
+    def changed(self) -> bool:
+        """Return whether any thread has drawn random numbers since."""
+        return any(not torch.equal(a, b) for a, b in zip(self._before, self._states(), strict=True))
+
+    def _states(self) -> list[torch.Tensor]:
+        states = [torch.get_rng_state()]
+        if self._device.type == "cuda":
+            states.append(torch.cuda.get_rng_state(self._device))
+        return states
+
+
+def draws(evaluate: Callable[[], object]) -> bool:
+    """Return whether ``evaluate``, which is called once, draws random numbers that no generator of its own gives."""
+    with _Draws() as seen:
+        evaluate()
+    return seen.any
+
+
+class _Draws(TorchDispatchMode):
+    """Inside, each operation of this thread is looked at, below all transforms."""
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        # torch would import its compiler to keep out of here; the boundary around a call (:func:`bilevel._torch.transforms.eager`) does so already.
+        return False
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.any = False
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        self.any = self.any or (torch.Tag.nondeterministic_seeded in func.tags and _is_random(func, args, kwargs))
+        return func(*args, **kwargs)
+
+
+def _is_random(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Return whether an operation that torch marks as random draws numbers, given these arguments, from torch's global generator."""
+    arguments = func._schema.arguments
+    given = {argument.name: argument.default_value for argument in arguments}
+    given |= {argument.name: value for argument, value in zip(arguments, args, strict=False)} | kwargs
+    switched_off = (
+        given.get("dropout_p") == 0 or given.get("train", True) is False or given.get("training", True) is False
+    )
+    return given.get("generator") is None and not switched_off

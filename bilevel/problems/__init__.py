@@ -1,0 +1,5 @@
+"""Bilevel problems: the outer loss at the solution of an inner problem, and its hypergradient.
+
+``problem`` holds the class that users override, and ``hypergradient`` its result. ``batching`` lays K inner problems out as one batch.
+``adaptive/`` solves to a wanted accuracy of the hypergradient.
+"""

@@ -1,0 +1,190 @@
+"""Guards around the outer objective: what would make a hypergradient wrong, or silently none, is found and said.
+
+The inner objective is looked at by the layer (:func:`bilevel.layers.checks.inspect_function`). The outer one is ordinary torch code in
+the caller's graph: it may close over anything that an ordinary loss may, but it has to be one function of φ and θ.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+from torch.utils import _pytree as pytree
+
+from bilevel._torch.graph_features import record_graph_features
+from bilevel._torch.transforms import carries_gradient, eager, innermost, unhooked
+from bilevel.equations.problem import Problem
+from bilevel.errors import ArgumentError, BilevelError, StochasticObjectiveError
+from bilevel.layers.checks import buffers_of, captured_error, reaches_another_leaf
+from bilevel.layers.randomness import GeneratorStates, draws
+from bilevel.policy import OnFailure, handle_misuse
+from bilevel.pytree import moves
+
+__all__ = [
+    "CheckedObjective",
+    "SideEffectCheck",
+    "check_captures",
+    "check_connection",
+    "check_dependence",
+    "disconnected",
+    "no_dependence",
+]
+
+
+class SideEffectCheck:
+    """Tells whether an evaluation of ``objective`` draws random numbers or changed a tensor in place since this was made.
+
+    Parameters
+    ----------
+    where
+        Of which problem it is.
+    objective
+        The user's function.
+    trees
+        Its arguments.
+    evaluation
+        What is evaluated in between: where random numbers were drawn by somebody, it is done once more.
+    """
+
+    @eager
+    def __init__(self, where: str, objective: Callable[..., Any], trees: Any, evaluation: Callable[[], object]) -> None:
+        leaves = [leaf for leaf in pytree.tree_leaves(trees) if isinstance(leaf, torch.Tensor)]
+        # Versions are counted in the plain tensor that transforms wrap.
+        watched = [innermost(tensor) for tensor in (*leaves, *buffers_of(objective))]
+        self._where = where
+        self._tensors = [tensor for tensor in watched if not tensor.is_inference()]
+        self._versions = [tensor._version for tensor in self._tensors]
+        self._evaluation = evaluation
+        self._states = GeneratorStates(leaves[0].device if leaves else torch.device("cpu"))
+
+    @eager
+    def ended(self, on_failure: OnFailure) -> bool:
+        """Treat what was found as the policy says; return whether the result is to be NaN."""
+        error: BilevelError | None = None
+        changed = self._versions != [tensor._version for tensor in self._tensors]
+        if self._draws():
+            error = StochasticObjectiveError(
+                f"{self._where}: expected outer_objective to be deterministic, and it draws random numbers; switch dropout off "
+                "with .eval(), or draw outside and pass what was drawn in data"
+            )
+        elif changed:
+            error = StochasticObjectiveError(
+                f"{self._where}: expected outer_objective to leave its arguments and buffers as they are, and one was changed in "
+                "place; for batch norm use batch statistics (track_running_stats=False) or .eval()"
+            )
+        return error is not None and handle_misuse(error, on_failure)
+
+    def _draws(self) -> bool:
+        if not self._states.changed():
+            return False
+        with unhooked():  # a checkpoint is not to count what is saved here
+            return draws(self._evaluation)
+
+
+class CheckedObjective:
+    """F of flat tensors, looked at where it is first evaluated: that tells whether it is a function of φ and θ alone.
+
+    Parameters
+    ----------
+    problem
+        F as a batch of flat problems.
+    objective
+        The user's function in it.
+    given
+        What the caller passed to it: its tensors are no captures, whatever they require.
+    on_failure
+        What becomes of a finding.
+    """
+
+    def __init__(self, problem: Problem, objective: Callable[..., Any], given: Any, on_failure: OnFailure) -> None:
+        self.poisoned = False  # whether the gradient is to be NaN
+        self._problem, self._objective, self._given, self._policy = problem, objective, given, on_failure
+        self._looked = False
+
+    def __call__(self, point: torch.Tensor, *tensors: torch.Tensor) -> torch.Tensor:
+        """Return F of the batch, as :meth:`bilevel.equations.system.System.outputs` does."""
+        outputs, where = self._problem.system.outputs, self._problem.where
+        if self._looked:
+            return outputs(point, *tensors)
+        self._looked = True
+        watch = SideEffectCheck(where, self._objective, (point, tensors), lambda: outputs(point, *tensors))
+        values = outputs(point, *tensors)
+        if record_graph_features(self._objective, values):
+            values = outputs(point, *tensors)
+        self.poisoned = watch.ended(self._policy)
+        if not values.requires_grad:
+            self.poisoned |= handle_misuse(no_dependence(where), self._policy)
+        self.poisoned |= check_captures(where, values, (point, *tensors), self._given, self._policy)
+        return values
+
+
+def check_dependence(where: str, loss: torch.Tensor, outer: Iterable[torch.Tensor], on_failure: OnFailure) -> bool:
+    """Find a loss that nothing of ``outer`` is in, though it is being differentiated; return whether it is to be NaN."""
+    if not torch.is_grad_enabled() or carries_gradient(loss) or not any(carries_gradient(leaf) for leaf in outer):
+        return False
+    return handle_misuse(no_dependence(where), on_failure)
+
+
+def no_dependence(where: str) -> ArgumentError:
+    """Return the error for an outer loss without a graph to ``outer``."""
+    return ArgumentError(
+        f"{where}: expected the outer loss to depend on outer, directly or through the inner solution, and no graph leads "
+        "there; check that both objectives use their arguments"
+    )
+
+
+def check_captures(
+    where: str, loss: torch.Tensor, outer: Sequence[torch.Tensor], given: Any, on_failure: OnFailure
+) -> bool:
+    """Find tensors that require grad in the outer objective's closure; return whether the gradient is to be NaN.
+
+    Parameters
+    ----------
+    loss
+        F with its graph.
+    outer
+        The leaves that it is differentiated with respect to.
+    given
+        What else the objective was given: its tensors are no captures, whatever they require.
+    """
+    known = [leaf for leaf in pytree.tree_leaves(given) if isinstance(leaf, torch.Tensor)]
+    if not reaches_another_leaf(loss, (*outer, *known)):
+        return False
+    return handle_misuse(captured_error(where, "outer_objective", "requires grad"), on_failure)
+
+
+def check_connection(where: str, outer: Any, cut: Sequence[int], on_failure: OnFailure) -> list[int]:
+    """Find tensors of ``outer`` that no objective uses, numbered in ``cut``; return those whose gradient is to be NaN."""
+    if not cut:
+        return []
+    names = ["outer" + pytree.keystr(path) for path, leaf in pytree.tree_flatten_with_path(outer)[0] if moves(leaf)]
+    error = ArgumentError(
+        f"{where}: expected every tensor of outer to reach an objective, and no graph leads to "
+        f"{', '.join(names[number] for number in cut)}, whose gradient is zero whatever the data; leave it out of outer, or look "
+        "for .detach(), .item() or torch.no_grad on its way"
+    )
+    return list(cut) if handle_misuse(error, on_failure) else []
+
+
+def disconnected(
+    lower: Problem, upper: Problem, x: torch.Tensor, needs_grad: Sequence[bool], among: Sequence[bool]
+) -> list[int]:
+    """Return which of the ``among`` of the ``needs_grad`` tensors no graph of ∇_φ G or F leads to, numbered among the wanted."""
+    reached = [False] * sum(needs_grad)
+    for problem in (lower, upper):
+        with torch.enable_grad():
+            point = x.detach().requires_grad_(True)
+            leaves = [
+                t.detach().requires_grad_(True) if w else t for t, w in zip(problem.tensors, needs_grad, strict=True)
+            ]
+            shaped = point.reshape(*problem.system.batch_shape, problem.size)
+            if problem is lower:
+                made = problem.system.plain_residual(shaped, leaves, graph=True)
+            else:
+                made = problem.system.outputs(shaped, *leaves)
+        if made.requires_grad:
+            chosen = [leaf for leaf, want in zip(leaves, needs_grad, strict=True) if want]
+            slopes = torch.autograd.grad(made.sum(), chosen, allow_unused=True)
+            reached = [seen or slope is not None for seen, slope in zip(reached, slopes, strict=True)]
+    return [number for number, (seen, asked) in enumerate(zip(reached, among, strict=True)) if asked and not seen]

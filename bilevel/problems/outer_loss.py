@@ -1,0 +1,98 @@
+"""The outer losses at the inner solutions, as ordinary code in the caller's graph, and a look at whether they are a function of their arguments."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch.utils import _pytree as pytree
+
+from bilevel._torch.double_backward import Repeatable
+from bilevel._torch.graph_features import nodes, record_graph_features
+from bilevel._torch.once_differentiable import once_only, refuse_once_only
+from bilevel._torch.transforms import is_differentiated_again, saving_hooked, transforms_active, unhooked
+from bilevel.equations.system import mixes_numpy, numpy_refusal
+from bilevel.errors import ShapeError
+from bilevel.policy import OnFailure
+from bilevel.problems.batching import BatchSpec
+from bilevel.problems.checks import SideEffectCheck
+from bilevel.pytree import is_numpy
+
+__all__ = ["outer_losses"]
+
+
+def outer_losses(
+    objective: Callable[[Any, Any, Any], torch.Tensor],
+    numbering: BatchSpec,
+    inner: Any,
+    outer: Any,
+    data: Any,
+    on_failure: OnFailure,
+) -> torch.Tensor:
+    """Return F of every problem: of the axes that ``numbering`` has, differentiable.
+
+    Raises
+    ------
+    ShapeError
+        If F is no scalar.
+    StochasticObjectiveError
+        If it draws random numbers or changes a tensor in place, and the policy is ``"raise"``; NaN under ``"nan"``.
+    """
+    where = numbering.where
+
+    def one(inner: Any, outer: Any, data: Any) -> torch.Tensor:
+        try:
+            loss = objective(inner, outer, data)
+        except (RuntimeError, TypeError) as error:
+            if not mixes_numpy(error):
+                raise
+            trees = (("outer", outer), ("data", data))
+            paths = [
+                (name + pytree.keystr(path), leaf)
+                for name, tree in trees
+                for path, leaf in pytree.tree_flatten_with_path(tree)[0]
+            ]
+            arrays = [name for name, leaf in paths if is_numpy(leaf)]
+            raise numpy_refusal(where, "outer_objective", arrays) from error
+        if not isinstance(loss, torch.Tensor) or loss.ndim != 0:
+            got = tuple(loss.shape) if isinstance(loss, torch.Tensor) else type(loss).__name__
+            raise ShapeError(
+                f"{where}: expected outer_objective to return a scalar tensor of shape (), got {got}; "
+                "reduce it, for example with .mean()"
+            )
+        return loss
+
+    def every() -> torch.Tensor:
+        with Repeatable.around(objective):
+            # Randomness would be refused by vmap in words about vmap; let it through to our own check.
+            losses: torch.Tensor = numbering.each(one, randomness="different")(inner, outer, data)
+        return losses
+
+    watch = SideEffectCheck(where, objective, (inner, outer, data), every)
+    given = [leaf for leaf in pytree.tree_leaves((inner, outer, data)) if isinstance(leaf, torch.Tensor)]
+    if saving_hooked():
+        # A checkpoint takes it for granted that what is computed again saves what was saved first.
+        with unhooked():
+            record_graph_features(objective, every(), given)
+        losses = every()
+    else:
+        losses = every()
+        if record_graph_features(objective, losses, given):
+            losses = every()
+    _refuse_again(where, losses, given)
+    return losses * float("nan") if watch.ended(on_failure) else losses
+
+
+def _refuse_again(where: str, losses: torch.Tensor, given: Sequence[torch.Tensor]) -> None:
+    """Raise where the derivative of ``losses`` may be differentiated again, and they hold what torch differentiates once only."""
+
+    def refuse(slope: torch.Tensor | None = None) -> None:
+        if is_differentiated_again((losses,)):
+            refuse_once_only(where, "outer_objective", losses, given)
+
+    if any(once_only(node) for node in nodes(losses, given)):
+        if transforms_active():
+            refuse()
+        else:
+            losses.register_hook(refuse)

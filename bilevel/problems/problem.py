@@ -1,0 +1,517 @@
+"""Bilevel problems: an outer loss at the argmin of an inner objective, its hypergradient, and how wrong that is."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch.utils import _pytree as pytree
+
+from bilevel._torch.transforms import transforms_active, unhooked
+from bilevel.certificates._certificate import Certificate
+from bilevel.certificates._point import Point
+from bilevel.certificates.bound import Bound
+from bilevel.certificates.constants import Constants
+from bilevel.equations.problem import Problem
+from bilevel.equations.system import ArgminSystem
+from bilevel.errors import ArgumentError, TransformError
+from bilevel.layers.call import Adjoint, Setting, SolveSettings
+from bilevel.layers.layer import Layer, Solution
+from bilevel.linear._base import LinearSolver, LinearSolverLike
+from bilevel.policy import OnFailure
+from bilevel.problems.adaptive.driver import attach_gradient, needs_gradient, solve_to_goal
+from bilevel.problems.batching import BatchSpec
+from bilevel.problems.checks import (
+    CheckedObjective,
+    check_captures,
+    check_connection,
+    check_dependence,
+    disconnected,
+    no_dependence,
+)
+from bilevel.problems.hypergradient import Hypergradient, HypergradientReport, assemble
+from bilevel.problems.outer_loss import outer_losses
+from bilevel.problems.warm_start import WarmStart
+from bilevel.pytree import as_real, moves
+from bilevel.reports import Basis
+from bilevel.solvers._base import InnerSolver, InnerSolverLike
+from bilevel.tolerance import Tolerance
+
+__all__ = ["BilevelProblem"]
+
+
+class BilevelProblem(torch.nn.Module, ABC):
+    """min_θ F(φ*(θ), θ) with φ*(θ) = argmin_φ G(φ, θ): override the two objectives.
+
+    Calling the problem gives the outer loss, differentiable with respect to ``outer``. It is an ordinary module, and
+    remembers the last inner solution and adjoint, from which the next solves begin.
+
+    ``solver``, ``linear_solver``, ``tolerance``, ``on_failure`` and ``warm_start`` are attributes, and may be set to others between
+    calls. Each call, with all of its derivatives, goes by those that it was made with.
+
+    Parameters
+    ----------
+    solver
+        An inner solver, or a function (objective, init, outer, data) -> inner. By default chosen from the size.
+    linear_solver
+        A linear solver, or a function (operator, rhs) -> x. By default chosen from the size.
+    tolerance
+        δ and δ′.
+    on_failure
+        ``"raise"``, ``"warn"``, ``"nan"`` or ``"ignore"``, forward and backward.
+    batch_dims
+        None for one inner problem. Otherwise, in the manner of ``torch.func.vmap``'s ``in_dims``, which axis of each tensor
+        of ``data`` numbers K inner problems (None where all share one): they share ``outer``, are solved and differentiated
+        as one batch, and the outer loss is their mean. Inner variables then have a leading axis K.
+    warm_start
+        Begin from the last solution where no ``init`` is given, and the linear solve from the last adjoint. A start only
+        changes the work, not the accuracy.
+
+    Raises
+    ------
+    ArgumentError
+        If a setting cannot be used.
+
+    Examples
+    --------
+    >>> import torch, bilevel
+    >>> class Ridge(bilevel.BilevelProblem):
+    ...     def inner_objective(self, inner, outer, data):
+    ...         X, y, _, _ = data
+    ...         return ((X @ inner - y) ** 2).sum() + outer.exp() * (inner**2).sum()
+    ...     def outer_objective(self, inner, outer, data):
+    ...         _, _, X, y = data
+    ...         return ((X @ inner - y) ** 2).mean()
+    >>> t = lambda *rows: torch.tensor(rows, dtype=torch.float64)
+    >>> data = (t([1.0, 0.0], [0.0, 2.0]), t(1.0, 2.0), t([1.0, 1.0]), t(1.5))
+    >>> problem = Ridge(tolerance=bilevel.Tolerance(strong_convexity=2.0))
+    >>> result = problem.hypergradient(torch.tensor(0.0, dtype=torch.float64), data, init=t(0.0, 0.0))
+    >>> round(result.value.item(), 6), round(result.grad.item(), 6)
+    (0.04, 0.164)
+    >>> result.certified, result.error_bound < 1e-10
+    (True, True)
+    """
+
+    solver = Setting[InnerSolver | None]()
+    linear_solver = Setting[LinearSolver | None]()
+    on_failure = Setting[OnFailure]()
+    tolerance = Setting[Tolerance]()
+    """The accuracy asked for."""
+
+    def __init__(
+        self,
+        *,
+        solver: InnerSolverLike | None = None,
+        linear_solver: LinearSolverLike | None = None,
+        tolerance: Tolerance | None = None,
+        on_failure: OnFailure = "raise",
+        batch_dims: Any = None,
+        warm_start: bool = True,
+    ) -> None:
+        super().__init__()
+        self.batch_dims = batch_dims
+        self.warm_start = warm_start
+        self._layer = Layer(
+            ArgminSystem,
+            self._inner_objective,
+            solver=solver,
+            linear_solver=linear_solver,
+            tolerance=tolerance,
+            on_failure=on_failure,
+            where=self.where,
+            written=self._written,
+        )
+        self._warm = WarmStart()
+        self._connected_for: frozenset[tuple[bool, ...]] = frozenset()
+
+    @property
+    def where(self) -> str:
+        """The name used in messages."""
+        return f"`{type(self).__name__}`"
+
+    @property
+    def inner_layer(self) -> Layer:
+        """The inner problem as a layer of (init, outer, data), with the settings of this problem."""
+        return self._layer
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if isinstance(getattr(type(self), name, None), Setting):
+            object.__setattr__(self, name, value)  # a solver that is a module is a setting, and no part of this one
+        else:
+            super().__setattr__(name, value)
+
+    @property
+    def _settings(self) -> SolveSettings:
+        return self._layer._settings
+
+    @_settings.setter
+    def _settings(self, settings: SolveSettings) -> None:
+        self._layer._settings = settings
+
+    @property
+    def _numbering(self) -> BatchSpec:
+        return BatchSpec(self.batch_dims, self._layer.where)
+
+    def memory(self) -> dict[str, Any]:
+        """Return what the next call begins from: the last inner solution and adjoint, and what goals have learned.
+
+        With it a run can be resumed bit for bit; the tensors are copies, all of it can be loaded without running code.
+        """
+        return self._warm.state_dict()
+
+    def recall(self, state: dict[str, Any]) -> None:
+        """Begin the next call from :meth:`memory`."""
+        self._warm = WarmStart.of(state)
+
+    def begin_at(self, inner: Any, adjoint: Any) -> None:
+        """Begin the next call from ``inner`` and ``adjoint``, as a :class:`Hypergradient` holds them, in place of the last ones."""
+        flat = self._numbering.ravel(adjoint)
+        # As for the mean's cotangents.
+        self._warm = replace(self._warm, inner=inner, adjoint=flat / max(1, len(flat)))
+
+    @abstractmethod
+    def inner_objective(self, inner: Any, outer: Any, data: Any) -> torch.Tensor:
+        """Return G(φ, θ), a scalar tensor, for one problem."""
+
+    @abstractmethod
+    def outer_objective(self, inner: Any, outer: Any, data: Any) -> torch.Tensor:
+        """Return F(φ, θ), a scalar tensor, for one problem."""
+
+    def objective_arguments(self, outer: Any, data: Any) -> tuple[Any, Any]:
+        """Return (outer, data) as the two objectives see them, of what a call of the problem is given.
+
+        Override it, as :meth:`forward`, in a problem that owns its outer variables.
+        """
+        return outer, data
+
+    def initial(self, outer: Any, data: Any) -> Any:
+        """Return where the first inner solve begins; override it, or pass ``init``."""
+        raise ArgumentError(
+            f"{self._layer.where}: expected init to be given for the first solve, and it was not; pass init=..., or "
+            "override initial(outer, data)"
+        )
+
+    def tolerance_of(self, outer: Any, data: Any) -> Tolerance:
+        """Return the accuracy that the solves of this call aim for.
+
+        By default the tolerance given, with δ′ meant for each problem's own adjoint: the mean over K problems hands each
+        of them 1/K of its right-hand side. Override it where δ and δ′ are promises about something else than φ and q.
+        """
+        given, count = self.tolerance, self._numbering.count(data)
+        if isinstance(given.delta_prime, (int, float)) and count:
+            return replace(given, delta_prime=given.delta_prime / count)
+        return given
+
+    def constants(self, outer: Any, data: Any) -> Constants:
+        """Return what is known of G and F (see :class:`Constants`); override it to get certified bounds."""
+        return Constants()
+
+    def forward(self, outer: Any, data: Any, *, init: Any = None) -> torch.Tensor:
+        """Return the outer loss F(φ*(θ), θ), differentiable with respect to every tensor of ``outer``.
+
+        Parameters
+        ----------
+        outer
+            θ: a tensor or a pytree.
+        data
+            Passed on to the objectives; a pytree.
+        init
+            Where the inner solve begins. Without it, the last solution if there is one of the same
+            problem size, else :meth:`initial`.
+
+        Raises
+        ------
+        SolveError
+            If the inner solve failed and the policy is ``"raise"``.
+        StochasticObjectiveError, CapturedTensorError, ArgumentError
+            If an objective is random, changes its arguments, reaches a tensor that would receive no gradient, or nothing
+            leads to ``outer`` (policy ``"raise"``).
+        TransformError, ArgumentError
+            If the tolerance is a goal for the hypergradient, and more than one first ``backward`` to ``outer`` is wanted.
+
+        Notes
+        -----
+        A goal, ``Tolerance(hypergradient=...)``, is met here, in the forward pass, for the gradient that ``backward`` then hands to
+        ``outer``: once, and by ``backward`` or ``torch.autograd.grad`` alone. Without a gradient to promise anything of,
+        under ``torch.no_grad``, the inner solve goes as far as the dtype allows.
+        """
+        settings = self._settings_of(outer, data)
+        tolerance, policy = settings.tolerance, settings.on_failure
+        if tolerance.has_goal and torch.is_grad_enabled() and needs_gradient(self.where, tolerance, outer, data):
+            with unhooked():
+                result = self._to_goal(settings, outer, data, init)
+            return attach_gradient(result, outer)
+        solution = self._solve(settings, outer, data, init)
+        loss = self._outer_losses(solution.value, outer, data, policy).mean()
+        theta = [leaf for leaf in pytree.tree_leaves(outer) if isinstance(leaf, torch.Tensor)]
+        poisoned = check_dependence(self.where, loss, theta, policy)
+        among = tuple(leaf.requires_grad for leaf in theta if moves(leaf))
+        if torch.is_grad_enabled() and any(among) and among not in self._connected_for and not transforms_active():
+            with unhooked():
+                cut = self._disconnected(solution.value, outer, data, among)
+            poisoned |= bool(check_connection(self.where, outer, cut, policy))
+            if not cut or policy in ("warn", "ignore"):
+                # Once: what leads to what is a property of the objectives, and costs an evaluation of both.
+                self._connected_for |= {among}
+        return loss * float("nan") if poisoned else loss
+
+    def solve(
+        self, outer: Any, data: Any, *, init: Any = None, inspect: bool = True, tolerance: Tolerance | None = None
+    ) -> Solution[Any]:
+        """Return φ*(θ), differentiable, with the report of the inner solve.
+
+        Parameters
+        ----------
+        outer, data, init
+            See :meth:`forward`.
+        inspect
+            Look first for what would make gradients wrong (random numbers, captured tensors, wrong shapes), which costs two gradients of
+            one problem. One of several calls with the same objective tells it for all.
+        tolerance
+            What :meth:`tolerance_of` returns, by default for this ``outer`` and ``data``. Calls that are parts of one mean take that of the
+            whole: the mean hands each of its problems a share of its right-hand side.
+        """
+        return self._solve(self._settings_of(outer, data, tolerance, inspect=inspect), outer, data, init)
+
+    def _settings_of(
+        self, outer: Any, data: Any, tolerance: Tolerance | None = None, *, inspect: bool = True
+    ) -> SolveSettings:
+        """Return the settings of a call: what is set later does not change them."""
+        asked = self.tolerance_of(outer, data) if tolerance is None else tolerance
+        settings = replace(self._settings, tolerance=asked, inspect=inspect)
+        if not self.warm_start:
+            return settings
+        return replace(settings, adjoint_start=self._warm.adjoint, on_adjoint=self._keep_adjoint)
+
+    def _keep_adjoint(self, adjoint: Adjoint) -> None:
+        self._warm = replace(self._warm, adjoint=adjoint.value)
+
+    def _solve(self, settings: SolveSettings, outer: Any, data: Any, init: Any) -> Solution[Any]:
+        count = self._numbering.count(data)
+        start = self._start(outer, data, count) if init is None else init
+        if count is not None:
+            self._numbering.check_start(start, count)
+        solution = self._numbering.each(partial(self._layer.solve_with, settings))(start, outer, data)
+        if self.warm_start:
+            last = pytree.tree_map(_cut, solution.value)
+            # What a transform outside maps or differentiates is not this problem's own solution to go on from.
+            if not transforms_active() and all(bool(torch.isfinite(leaf).all()) for leaf in pytree.tree_leaves(last)):
+                self._warm = replace(self._warm, inner=last)
+        return solution
+
+    def hypergradient(self, outer: Any, data: Any, *, init: Any = None) -> Hypergradient:
+        """Return the outer value, its gradient with respect to ``outer``, and how they were come by.
+
+        Parameters
+        ----------
+        outer, data, init
+            See :meth:`forward`.
+
+        Returns
+        -------
+        Hypergradient
+            Everything in it is cut from any graph.
+
+        Raises
+        ------
+        SolveError
+            If a solve failed and the policy is ``"raise"``.
+        StochasticObjectiveError, CapturedTensorError, ArgumentError
+            As in :meth:`forward`, and if no graph leads to one of the tensors of ``outer`` (policy ``"raise"``).
+        TransformError
+            Inside a transform of ``torch.func``: there a call of the problem is to be differentiated.
+        """
+        if transforms_active():
+            raise TransformError(
+                f"{self._layer.where}: expected no transform of torch.func around hypergradient(...), whose result is cut from any "
+                "graph, and there is one; transform a call of the problem instead, as in torch.func.grad(problem)(outer, data) or "
+                "torch.func.vmap(torch.func.grad(problem))(outer, data), or by torch.func.functional_call where outer is the problem's own parameters"
+            )
+        leaves, structure = pytree.tree_flatten(outer)
+        moving = [moves(leaf) for leaf in leaves]
+        if not any(moving):
+            raise ArgumentError(
+                f"{self._layer.where}: expected outer to hold a floating-point or complex tensor, got {outer!r}; pass tensors to "
+                "differentiate with respect to"
+            )
+        settings = self._settings_of(outer, data)
+        if settings.tolerance.has_goal:
+            return self._to_goal(settings, outer, data, init)
+        # Copies: what is computed from the result later is of θ as it is now.
+        fresh = [_copy(leaf).requires_grad_(True) if move else leaf for leaf, move in zip(leaves, moving, strict=True)]
+        theta = pytree.tree_unflatten(fresh, structure)
+        adjoints: list[Adjoint] = []
+        with torch.enable_grad():
+            solution = self._solve(replace(settings, on_adjoint=adjoints.append), theta, data, init)
+            value = self._outer_losses(solution.value, theta, data, settings.on_failure).mean()
+            needs_grad = [leaf for leaf, move in zip(fresh, moving, strict=True) if move]
+            if not value.requires_grad:
+                raise no_dependence(self.where)
+            poisoned = check_captures(self.where, value, needs_grad, (data, init), settings.on_failure)
+            found = torch.autograd.grad(value, needs_grad, allow_unused=True, materialize_grads=True)
+        plain = pytree.tree_unflatten([_cut(leaf) for leaf in fresh], structure)
+        inner = pytree.tree_map(_cut, solution.value)
+        (lower, upper), x = self._flat_problems(inner, plain, data), self._numbering.ravel(inner)
+        if poisoned:
+            found = tuple(torch.full_like(gradient, float("nan")) for gradient in found)
+        flat = torch.cat(
+            [as_real(part).reshape(-1) for part in self._connected(found, inner, outer, data, settings.on_failure)]
+        )
+        q, backward, corrected = torch.zeros_like(x), solution.report, value.detach()
+        if adjoints:  # none where F does not depend on φ
+            last = adjoints[-1]
+            if settings.on_adjoint is not None:
+                settings.on_adjoint(last)
+            q, backward = last.value * lower.batch, last.report  # the mean's cotangents are 1/K of each problem's own
+            corrected = corrected - (q * last.residual).sum(dim=-1).mean()
+        point = Point(lower, upper, x, q, _needs_grad(plain, lower))
+        report = HypergradientReport(solution.report, backward)
+        return self._assembled(settings, plain, data, inner, point, value.detach(), corrected, flat, report)
+
+    def reset(self) -> None:
+        """Forget the last inner solution and adjoint."""
+        self._warm = WarmStart()
+
+    def extra_repr(self) -> str:
+        return f"solver={self.solver!r}, linear_solver={self.linear_solver!r}, tolerance={self.tolerance!r}"
+
+    def _assembled(
+        self,
+        settings: SolveSettings,
+        outer: Any,
+        data: Any,
+        inner: Any,
+        point: Point,
+        value: torch.Tensor,
+        corrected: torch.Tensor,
+        flat: torch.Tensor,
+        report: HypergradientReport,
+    ) -> Hypergradient:
+        """Return what was found at ``point``, ĝ being ``flat`` (p,), with what its bounds are computed from."""
+        tolerance, numbering = settings.tolerance, self._numbering
+        products = 0 if tolerance.has_goal else tolerance.bound_products
+        tensors = [leaf for leaf in pytree.tree_leaves(data) if isinstance(leaf, torch.Tensor)]
+        versions = [(tensor, tensor._version) for tensor in tensors if not tensor.is_inference()]
+
+        def constants() -> Constants:
+            if any(tensor._version != version for tensor, version in versions):
+                raise ArgumentError(
+                    f"{self.where}: expected data to be as they were when the hypergradient was computed, and a tensor in them was changed "
+                    "in place since, so that a bound would be that of another problem; look at the bound first, or pass a copy of data"
+                )
+            return self.constants(outer, data).with_mu(tolerance.strong_convexity)
+
+        def certify(at: Point, flat: torch.Tensor, corrected: torch.Tensor) -> Certificate:
+            return Certificate(at, flat, corrected, constants, self.where, settings.on_failure, products)
+
+        return assemble(outer, point, value, corrected, flat, report, certify, lambda q: numbering.unravel(q, inner))
+
+    def _to_goal(self, settings: SolveSettings, outer: Any, data: Any, init: Any) -> Hypergradient:
+        """Return a hypergradient as accurate as the tolerance asks: both solves go as far as that needs."""
+        tolerance, policy = settings.tolerance, settings.on_failure
+        given = (data, init)
+        outer, data = pytree.tree_map(_copy, outer), pytree.tree_map(_cut, data)
+        start = self._start(outer, data, self._numbering.count(data)) if init is None else init
+        start = pytree.tree_map(_cut, start)
+        (lower, upper), x = self._flat_problems(start, outer, data), self._numbering.ravel(start)
+        needs_grad = _needs_grad(outer, lower)
+
+        known: list[Constants] = []
+
+        def certify(x: torch.Tensor, q: torch.Tensor, flat: torch.Tensor, corrected: torch.Tensor) -> Bound:
+            if not known:
+                known.append(self.constants(outer, data).with_mu(tolerance.strong_convexity))
+            point = Point(lower, upper, x, q, needs_grad)
+            certificate = Certificate(point, flat, corrected, lambda: known[0], self.where, policy)
+            bound = certificate.bound
+            known[0] = certificate.constants  # what quadratic objectives determine holds at every φ, and is found once
+            return bound
+
+        warm = self._warm if self.warm_start else WarmStart()
+        begin = warm.adjoints(x)
+        learned = warm.learned() if begin is not None else None
+        inspect_once = CheckedObjective(upper, self.outer_objective, given, policy)
+        inspect = partial(self._layer.inspector.inspect_once, lower, x, self.inner_objective, captures=True)
+        sought = solve_to_goal(settings, inspect, lower, upper, x, begin, needs_grad, learned, certify, inspect_once)
+        found = sought.found
+        inner = self._numbering.unravel(found.x, start)
+        if self.warm_start and sought.finite:
+            self._warm = WarmStart(inner, found.q / lower.batch, found.known)  # as for the mean's cotangents
+        value = found.values.mean()
+        corrected = value - torch.linalg.vecdot(found.q, found.residual).mean()
+        report = HypergradientReport(sought.forward, sought.backward, found.report)
+        point = Point(lower, upper, found.x, found.q, needs_grad)
+        parts = torch.split(
+            found.gradient, [as_real(leaf).numel() for leaf in pytree.tree_leaves(outer) if moves(leaf)]
+        )
+        flat = torch.cat(self._connected(parts, inner, outer, data, policy))
+        result = self._assembled(settings, outer, data, inner, point, value, corrected, flat, report)
+        result.__dict__["bound"] = found.bound  # what decided, which asking for the bound shows
+        if tolerance.estimates:
+            result.__dict__["value_bound"] = Bound(found.value_error, Basis.ESTIMATED)
+        return result
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
+        # Called by .to(), .double() and their like: what the next solve begins from follows, as buffers do.
+        warm = self._warm
+        inner = None if warm.inner is None else pytree.tree_map(fn, warm.inner)
+        self._warm = WarmStart(inner, None if warm.adjoint is None else fn(warm.adjoint))
+        return super()._apply(fn, recurse)
+
+    def _connected(
+        self, parts: Sequence[torch.Tensor], inner: Any, outer: Any, data: Any, policy: OnFailure
+    ) -> list[torch.Tensor]:
+        """Return the gradients of the tensors of ``outer``; treat those that are zero because no objective uses the tensor."""
+        # A gradient that is not zero came from somewhere.
+        zero = [bool((part == 0).all()) and part.numel() > 0 for part in parts]
+        if not any(zero):
+            return list(parts)
+        cut = check_connection(self.where, outer, self._disconnected(inner, outer, data, zero), policy)
+        return [torch.full_like(part, float("nan")) if number in cut else part for number, part in enumerate(parts)]
+
+    def _disconnected(self, inner: Any, outer: Any, data: Any, among: Sequence[bool]) -> list[int]:
+        """Return which floating-point tensors of ``outer``, of those ``among``, no objective's graph leads to."""
+        plain, at = pytree.tree_map(_cut, outer), pytree.tree_map(_cut, inner)
+        lower, upper = self._flat_problems(at, plain, data)
+        return disconnected(lower, upper, self._numbering.ravel(at), _needs_grad(plain, lower), among)
+
+    def _flat_problems(self, inner: Any, outer: Any, data: Any) -> tuple[Problem, Problem]:
+        """Return G and F as batches of flat problems."""
+        flat = self._numbering.problem
+        return flat(self.inner_objective, inner, outer, data), flat(self.outer_objective, inner, outer, data)
+
+    def _written(self) -> Callable[..., Any]:
+        return self.inner_objective
+
+    def _inner_objective(self, inner: Any, outer: Any, data: Any) -> torch.Tensor:
+        return self.inner_objective(inner, outer, data)
+
+    def _start(self, outer: Any, data: Any, count: int | None) -> Any:
+        warm = self._warm if self.warm_start else WarmStart()
+        fits = warm.fits(count)
+        if fits and type(self).initial is BilevelProblem.initial:
+            return warm.inner
+        cold = pytree.tree_map(_cut, self.initial(outer, data))
+        last = warm.inner_like(cold) if fits else None
+        return cold if last is None else last
+
+    def _outer_losses(self, inner: Any, outer: Any, data: Any, policy: OnFailure) -> torch.Tensor:
+        return outer_losses(self.outer_objective, self._numbering, inner, outer, data, policy)
+
+
+def _needs_grad(outer: Any, problem: Problem) -> tuple[bool, ...]:
+    """Return which of the problem's tensors, those of ``outer`` first, are differentiated with respect to."""
+    flags = [moves(leaf) for leaf in pytree.tree_leaves(outer) if isinstance(leaf, torch.Tensor)]
+    return (*flags, *[False] * (len(problem.tensors) - len(flags)))
+
+
+def _cut(leaf: Any) -> Any:
+    return leaf.detach() if isinstance(leaf, torch.Tensor) else leaf
+
+
+def _copy(leaf: Any) -> Any:
+    return leaf.detach().clone() if isinstance(leaf, torch.Tensor) else leaf

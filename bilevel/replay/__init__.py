@@ -1,0 +1,14 @@
+"""Replays: evaluations of a user's function that are recorded once and repeated without the function.
+
+A derivative under ``vmap`` is some hundred small operations. On small problems most of the time goes into Python, the layers of the transforms and
+the autograd engine. A recording lies below all of them: it lists torch's operations on plain tensors. Repeating the list gives the same numbers, bit
+for bit.
+
+:mod:`~bilevel.replay.purity` decides which functions may be recorded (with :mod:`~bilevel.replay.pure_modules`, :mod:`~bilevel.replay.pure_names` and
+:mod:`~bilevel.replay.opcodes`). :mod:`~bilevel.replay.recorder` records one run as a :mod:`~bilevel.replay.tape`, :mod:`~bilevel.replay.simplify`
+shortens the tape, and :mod:`~bilevel.replay.program` compiles it. :mod:`~bilevel.replay.cache` compares a replay with a fresh evaluation before it
+trusts it. :mod:`~bilevel.replay.switch` turns replays off.
+
+A run is not recorded if it read a number from a tensor, drew random numbers, took a shape from values, changed an argument, or used a tensor of
+unknown origin.
+"""

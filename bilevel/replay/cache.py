@@ -1,0 +1,154 @@
+"""Replays of a problem's evaluations, once they have shown that they are what the user's function does.
+
+A function that can do but one thing (:mod:`bilevel.replay.purity`) is evaluated by itself at first. Then what it does is noted
+(:mod:`bilevel.replay`), compared with another evaluation at other numbers, and from then on done without it. Whatever speaks against that, an
+operation that looks at numbers, a result that differs in its last bit, or an error, leaves everything as it was: slower, and no less right.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass
+from weakref import ReferenceType
+
+import torch
+
+from bilevel.operators import LinearOperator
+from bilevel.replay.program import Program
+from bilevel.replay.recorder import note
+
+__all__ = ["ReplayCache", "ReplayedOperator"]
+
+Evaluation = Callable[..., Sequence[torch.Tensor]]
+
+
+@dataclass(eq=False)
+class _Entry:
+    """What is known of one kind of evaluation."""
+
+    program: Program | None = None
+    trusted: bool = False
+    given_up: bool = False
+
+
+class ReplayCache:
+    """The programs of one function, for arguments of one kind.
+
+    Parameters
+    ----------
+    captured
+        The tensors that the function reaches besides its arguments.
+    """
+
+    def __init__(self, captured: Sequence[torch.Tensor] = ()) -> None:
+        self._captured = tuple(ReferenceType(tensor) for tensor in captured)
+        self._entries: dict[Hashable, _Entry] = {}
+
+    def captured(self) -> list[torch.Tensor] | None:
+        """Return the tensors that the function reaches, or None if one is gone."""
+        found = [tensor for reference in self._captured if (tensor := reference()) is not None]
+        return found if len(found) == len(self._captured) else None
+
+    def program(
+        self,
+        name: Hashable,
+        evaluation: Evaluation,
+        inputs: Callable[[], Sequence[torch.Tensor]],
+        late: Callable[[], Sequence[torch.Tensor]] = tuple,
+    ) -> Program | None:
+        """Return the program of ``evaluation``, to be called with ``(*inputs, *captured)``, or None while there is none to be relied on.
+
+        Parameters
+        ----------
+        name
+            Tells the evaluations of a function apart.
+        evaluation
+            A function of ``(*inputs, *late)``.
+        inputs, late
+            Make its arguments of this time. For those of the second part (see :class:`bilevel.replay.Program`), any will do.
+        """
+        entry = self._entries.setdefault(name, _Entry())
+        captured = self.captured()
+        if captured is None or entry.given_up:
+            return None
+        if entry.trusted:
+            return entry.program
+        try:
+            self._try(entry, evaluation, inputs(), captured, late())
+        except Exception:  # whatever it is, the evaluation that follows says it in its own way
+            entry.given_up, entry.program = True, None
+        return entry.program if entry.trusted else None
+
+    @staticmethod
+    def _try(
+        entry: _Entry,
+        evaluation: Evaluation,
+        inputs: Sequence[torch.Tensor],
+        captured: Sequence[torch.Tensor],
+        late: Sequence[torch.Tensor],
+    ) -> None:
+        """Note the evaluation, or compare it with what was noted before."""
+        noted = entry.program is not None
+        if entry.program is not None:
+            expected = tuple(evaluation(*inputs, *late))
+        else:
+            expected, entry.program = note(evaluation, inputs, captured, late)
+        fits = entry.program is not None and _repeats(entry.program, (*inputs, *captured), late, expected)
+        if fits and not noted and entry.program is not None and entry.program.has_constants:
+            # What the code makes is made anew by another run; what a run finds somewhere may be another tensor, or number, tomorrow.
+            again = note(evaluation, inputs, captured, late)[1]
+            fits = again is not None and not entry.program.shares_constants(again)
+        entry.given_up, entry.trusted = not fits, noted and fits
+        if not fits:
+            entry.program = None
+
+
+def _repeats(
+    program: Program, inputs: Sequence[torch.Tensor], late: Sequence[torch.Tensor], expected: Sequence[torch.Tensor]
+) -> bool:
+    """Return whether ``program`` gives just the ``expected`` results."""
+    with torch.no_grad():
+        begun = program.begin(*inputs)
+        places = tuple(place for place, known in enumerate(begun.outputs) if known is None)
+        rest = iter(begun.finish(places, *late) if places else ())
+    found = [next(rest) if known is None else known for known in begun.outputs]
+    return all(map(_same, found, expected))
+
+
+def _same(a: torch.Tensor, b: torch.Tensor) -> bool:
+    same_layout = a.dtype == b.dtype and a.shape == b.shape and a.device == b.device
+    return same_layout and bool(((a == b) | ((a != a) & (b != b))).all())
+
+
+class ReplayedOperator(LinearOperator):
+    """∂R at one point, whose products are the second part of a program.
+
+    Parameters
+    ----------
+    like
+        (batch, n).
+    transposed, forward
+        v ↦ Jᵀ v and v ↦ J v.
+    """
+
+    def __init__(
+        self,
+        like: torch.Tensor,
+        transposed: Callable[[torch.Tensor], torch.Tensor],
+        forward: Callable[[torch.Tensor], torch.Tensor],
+        *,
+        symmetric: bool,
+        expect_definite: bool,
+        materialize: Callable[[], torch.Tensor],
+    ) -> None:
+        super().__init__(
+            like.shape[0], like.shape[1], like.dtype, like.device, symmetric=symmetric,
+            expect_definite=expect_definite, materialize=materialize,
+        )  # fmt: skip
+        self._transposed, self._forward = transposed, forward
+
+    def matvec(self, v: torch.Tensor) -> torch.Tensor:
+        return self._forward(v)
+
+    def rmatvec(self, v: torch.Tensor) -> torch.Tensor:
+        return self._transposed(v)

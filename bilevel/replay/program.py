@@ -1,0 +1,159 @@
+"""A tape as a function, written as one would by hand."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeAlias
+
+import torch
+
+from bilevel.replay.simplify import reuse_buffers
+from bilevel.replay.tape import Slot, Step, Tape
+
+__all__ = ["Program", "StartedProgram", "Tensors"]
+
+Tensors: TypeAlias = tuple[torch.Tensor, ...]
+Written: TypeAlias = Callable[..., Tensors]
+
+_INLINE = (int, float, bool, str, type(None))
+
+
+@dataclass(frozen=True, eq=False)
+class StartedProgram:
+    """A program that has been run as far as its first arguments go.
+
+    Parameters
+    ----------
+    outputs
+        The results that depend on these alone; None for the others.
+    """
+
+    program: Program
+    outputs: tuple[torch.Tensor | None, ...]
+    between: Tensors = field(repr=False)
+    versions: tuple[int, ...] = field(repr=False)
+
+    def finish(self, which: tuple[int, ...], *late: torch.Tensor) -> Tensors:
+        """Return the results at the places ``which`` for the ``late`` arguments, as often as one likes."""
+        written, read = self.program.rest(which)
+        changed = any(_version(self.between[place]) != self.versions[place] for place in read)
+        if changed:  # as a graph says of what it has saved
+            raise RuntimeError(
+                "one of the variables needed for gradient computation has been modified by an inplace operation: a tensor "
+                "that the function reaches was changed between the forward pass and the backward pass"
+            )
+        return written(*late, *self.between)
+
+
+class Program:
+    """A tape as a function, which may be run in two parts: what its first arguments determine, once, and the rest as often as one likes.
+
+    Parameters
+    ----------
+    tape
+        What was noted.
+    late
+        How many arguments, the last, belong to the second part.
+    """
+
+    def __init__(self, tape: Tape, late: int = 0) -> None:
+        early = len(tape.inputs) - late
+        self._tape, self._late = tape, tape.inputs[early:]
+        self._hanging = tape.after(self._late)
+        self._first = [number for number in tape.outputs if number not in self._hanging]
+        read = {n for step in tape.steps if not self._hanging.isdisjoint(step.makes) for n in step.reads}
+        between = {*read, *self._first} - self._hanging - set(tape.constants) if late else set()
+        self._between = tuple(sorted(between))
+        outputs = (*self._first, *self._between)
+        self._begin = self._part(tape.inputs[:early], outputs, lambda step: not self._hangs(step))
+        self._rests: dict[tuple[int, ...], tuple[Written, tuple[int, ...]]] = {}
+
+    def __call__(self, *inputs: torch.Tensor) -> Tensors:
+        """Return all results, of a program in one part."""
+        return self._begin(*inputs)
+
+    def begin(self, *early: torch.Tensor) -> StartedProgram:
+        """Run the first part."""
+        made = self._begin(*early)
+        known = iter(made)
+        outputs = tuple(None if number in self._hanging else next(known) for number in self._tape.outputs)
+        between = made[len(self._first) :]
+        return StartedProgram(self, outputs, between, tuple(map(_version, between)))
+
+    def rest(self, which: tuple[int, ...]) -> tuple[Written, tuple[int, ...]]:
+        """Return the second part for the results at the places ``which``, and which of the tensors between the parts it reads."""
+        if which not in self._rests:
+            outputs = [self._tape.outputs[place] for place in which]
+            written = self._part((*self._late, *self._between), outputs, self._hangs)
+            needed = self._tape.needed(outputs, self._between, self._hangs)
+            read = {number for step in needed for number in step.reads}.union(outputs)
+            places = tuple(place for place, number in enumerate(self._between) if number in read)
+            self._rests[which] = written, places
+        return self._rests[which]
+
+    def shares_constants(self, other: Program) -> bool:
+        """Return whether a constant here is in the memory of one there."""
+        mine = {constant.untyped_storage()._cdata for constant in self._tape.constants.values()}
+        return any(constant.untyped_storage()._cdata in mine for constant in other._tape.constants.values())
+
+    def _part(self, given: Sequence[int], outputs: Sequence[int], here: Callable[[Step], bool]) -> Written:
+        steps = self._tape.needed(outputs, given, here)
+        steps = reuse_buffers(self._tape, steps, given, outputs)
+        return _written(steps, given, outputs, self._tape.constants)
+
+    @property
+    def has_constants(self) -> bool:
+        """Whether there are tensors on the tape that no operation made."""
+        return bool(self._tape.constants)
+
+    def _hangs(self, step: Step) -> bool:
+        return not self._hanging.isdisjoint(step.reads)
+
+
+def _version(tensor: torch.Tensor) -> int:
+    """Return how often a tensor was changed in place, under whatever name."""
+    return -1 if tensor.is_inference() else tensor._version
+
+
+def _written(
+    steps: Sequence[Step], inputs: Sequence[int], outputs: Sequence[int], constants: dict[int, torch.Tensor]
+) -> Written:
+    """Return a function of ``steps``, written as one would by hand: each result is let go after its last use."""
+    last = {number: place for place, step in enumerate(steps) for number in (*step.reads, *step.makes)}
+    space: dict[str, Any] = {f"t{number}": constant for number, constant in constants.items()}
+    lines = [f"def program({', '.join(f't{number}' for number in inputs)}):"]
+    for place, step in enumerate(steps):
+        # The operation itself, without the layer of Python around it, where this version of torch has one.
+        space[f"f{place}"] = getattr(step.operation, "_op", step.operation)
+        args = [_term(arg, space) for arg in step.args]
+        args += [f"{name}={_term(value, space)}" for name, value in step.kwargs.items()]
+        lines.append(f"    {_target(step.results)} = f{place}({', '.join(args)})")
+        done = sorted({n for n in (*step.reads, *step.makes) if last[n] == place}.difference(outputs, constants))
+        lines += [f"    {' = '.join(f't{number}' for number in done)} = None"] if done else []
+    # What was given is not given back as the same object, which its owner may mark as one to differentiate.
+    own = {*inputs, *constants}
+    lines.append(f"    return ({' '.join(f't{n}.detach(),' if n in own else f't{n},' for n in outputs)})")
+    exec("\n".join(lines), space)  # of numbers and names made here
+    program: Written = space["program"]
+    return program
+
+
+def _target(results: Any) -> str:
+    """Return ``results`` as they are written to the left of an assignment."""
+    if isinstance(results, (list, tuple)):
+        return f"({' '.join(f'{_target(item)},' for item in results)})"
+    return f"t{results.number}" if isinstance(results, Slot) else "_"
+
+
+def _term(value: Any, space: dict[str, Any]) -> str:
+    """Return ``value`` as it is written in a call."""
+    if isinstance(value, Slot):
+        return f"t{value.number}"
+    if isinstance(value, (list, tuple)):
+        inner = " ".join(f"{_term(item, space)}," for item in value)
+        return f"[{inner}]" if isinstance(value, list) else f"({inner})"
+    if type(value) in _INLINE and repr(value) not in ("inf", "-inf", "nan"):
+        return repr(value)
+    space[name := f"k{len(space)}"] = value
+    return name

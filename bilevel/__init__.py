@@ -72,7 +72,7 @@ from bilevel.solvers.torch_optimizer import TorchOptimizer
 from bilevel.tolerance import AUTO, Tolerance
 
 if TYPE_CHECKING:
-    from bilevel import stochastic, testing
+    from bilevel import cleaning, stochastic, testing
     from bilevel.hyperopt.problem import HyperparameterOptimization
     from bilevel.meta.imaml import IMAML
 
@@ -163,6 +163,7 @@ __all__ = [
     "__version__",
     "argmin",
     "certificates",
+    "cleaning",
     "equilibrium",
     "fixed_point",
     "least_squares",
@@ -184,6 +185,7 @@ __all__ = [
 _IMPORTED_WHEN_USED = {
     "HyperparameterOptimization": "bilevel.hyperopt.problem",
     "IMAML": "bilevel.meta.imaml",
+    "cleaning": "bilevel.cleaning",
     "stochastic": "bilevel.stochastic",
     "testing": "bilevel.testing",
 }

@@ -1245,6 +1245,7 @@ MUTATIONS = (
     Mutation(
         "large entries leave rounding in a projection", "prox/_support.py",
         "for _ in range(2):", "for _ in range(1):", ("tests/prox/test_proximal_points.py", "-k", "far_away"),
+    ),
     Mutation(
         "weakly active constraints pass for inactive", "quadratic_programs/_dense.py",
         "weak & good.unsqueeze(-1)", "weak & False", ("tests/quadratic_programs/test_failures.py", "-k", "weakly_active"),

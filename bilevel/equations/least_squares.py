@@ -12,7 +12,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch.func import jvp, vmap
+from torch.func import vmap
 from torch.utils import _pytree as pytree
 
 from bilevel._torch.double_backward import Repeatable
@@ -158,12 +158,12 @@ def weighted_jacobian(
     x
         (batch, n).
     by_rows
-        Whether J is made of m reverse passes, and not of n forward ones, which are taken back where the function allows for none.
+        Whether J is made of m reverse passes, and not of n over the graph of one, which a function that can be differentiated once alone has not.
     """
     if not by_rows:
         try:
             return _jacobian(problem, x, by_rows=False)
-        except (RuntimeError, NotImplementedError) as error:  # an operation without forward mode
+        except (RuntimeError, NotImplementedError) as error:  # an operation that can be differentiated once alone
             if isinstance(error, BilevelError):
                 raise
     return _jacobian(problem, x, by_rows=True)
@@ -248,16 +248,14 @@ def _rows(system: Any, flat: torch.Tensor, *tensors: torch.Tensor) -> tuple[torc
 
 
 def _columns(system: Any, flat: torch.Tensor, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """Return the same by forward passes."""
+    """Return the same by n passes over a reverse pass, whose transpose is J."""
+    made: Any = vjp(lambda point: _one_residual(system, point, *tensors), flat)
+    residuals, pull = made
+    # Not by forward mode, of which evaluations cannot be replayed, and which not all of torch's operations have.
+    _, push = vjp(lambda u: pull(u)[0], torch.zeros_like(residuals))
     units = torch.eye(flat.shape[0], dtype=flat.dtype, device=flat.device)
-
-    def push(unit: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        made: Any = jvp(lambda point: _one_residual(system, point, *tensors), (flat,), (unit,))
-        return made[0], made[1]
-
-    # What does not depend on the direction may come with its axis all the same.
-    residuals, matrix = vmap(push, out_dims=(0, -1))(units)
-    return _weighted(system, residuals[0], matrix, tensors)
+    (columns,) = vmap(push)(units)  # (n, m)
+    return _weighted(system, residuals, columns.mT, tensors)
 
 
 def _weighted(

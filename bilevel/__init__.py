@@ -3,7 +3,7 @@
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from bilevel import certificates, operators, robust
+from bilevel import certificates, operators, prox, robust
 from bilevel._version import __version__
 from bilevel.certificates.bound import Bound
 from bilevel.certificates.constants import Constants
@@ -24,6 +24,7 @@ from bilevel.errors import (
     TransformError,
 )
 from bilevel.layers import Layer, LinearLayer, Solution, argmin, fixed_point, linear_solve, root
+from bilevel.layers.constraints import Constraints, PerConstraint
 from bilevel.layers.equilibrium import EquilibriumLayer, equilibrium
 from bilevel.layers.least_squares import FullHessian, GaussNewtonHessian, LeastSquaresLayer, least_squares
 from bilevel.linear._base import LinearSolver
@@ -48,6 +49,7 @@ from bilevel.problems.adaptive.state import GoalReport
 from bilevel.problems.hypergradient import Hypergradient, HypergradientReport
 from bilevel.problems.problem import BilevelProblem
 from bilevel.pytree import ravel
+from bilevel.quadratic_programs._clarabel import Clarabel
 from bilevel.quadratic_programs._solvers import Mehrotra
 from bilevel.quadratic_programs.quadratic_program import Certificate, ProgramSolution, quadratic_program
 from bilevel.recording import Recording, record
@@ -60,16 +62,19 @@ from bilevel.solvers.bracketing import Bisection, Brent
 from bilevel.solvers.fixed_point import FixedPointIteration
 from bilevel.solvers.gauss_newton import GaussNewton
 from bilevel.solvers.gradient_descent import GradientDescent
+from bilevel.solvers.interior_point import InteriorPoint
 from bilevel.solvers.lbfgs import LBFGS
 from bilevel.solvers.levenberg_marquardt import LevenbergMarquardt
 from bilevel.solvers.newton import Newton
+from bilevel.solvers.projected_newton import ProjectedNewton
+from bilevel.solvers.proximal_gradient import ProximalGradient
 from bilevel.solvers.scipy_minimize import ScipyMinimize
 from bilevel.solvers.scipy_root import ScipyRoot
 from bilevel.solvers.torch_optimizer import TorchOptimizer
 from bilevel.tolerance import AUTO, Tolerance
 
 if TYPE_CHECKING:
-    from bilevel import stochastic, testing
+    from bilevel import cleaning, stochastic, testing
     from bilevel.hyperopt.problem import HyperparameterOptimization
     from bilevel.meta.imaml import IMAML
 
@@ -97,8 +102,10 @@ __all__ = [
     "BudgetWarning",
     "CapturedTensorError",
     "Certificate",
+    "Clarabel",
     "Constants",
     "ConstantsError",
+    "Constraints",
     "CubicSchedule",
     "Damped",
     "Diagonal",
@@ -120,6 +127,7 @@ __all__ = [
     "InitGradientError",
     "InnerSolution",
     "InnerSolver",
+    "InteriorPoint",
     "Layer",
     "LeastSquaresLayer",
     "LevenbergMarquardt",
@@ -137,8 +145,11 @@ __all__ = [
     "OuterStatus",
     "OuterStep",
     "Pass",
+    "PerConstraint",
     "Problem",
     "ProgramSolution",
+    "ProjectedNewton",
+    "ProximalGradient",
     "QuadraticSchedule",
     "Recording",
     "ScipyLinear",
@@ -157,12 +168,14 @@ __all__ = [
     "__version__",
     "argmin",
     "certificates",
+    "cleaning",
     "equilibrium",
     "fixed_point",
     "least_squares",
     "linear_solve",
     "minimize",
     "operators",
+    "prox",
     "quadratic_program",
     "ravel",
     "record",
@@ -177,6 +190,7 @@ __all__ = [
 _IMPORTED_WHEN_USED = {
     "HyperparameterOptimization": "bilevel.hyperopt.problem",
     "IMAML": "bilevel.meta.imaml",
+    "cleaning": "bilevel.cleaning",
     "stochastic": "bilevel.stochastic",
     "testing": "bilevel.testing",
 }

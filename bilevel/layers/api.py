@@ -8,11 +8,15 @@ from typing import Any, overload
 
 import torch
 
+from bilevel.equations.structured import Structure
 from bilevel.equations.system import ArgminSystem, FixedPointSystem, RootSystem, System
 from bilevel.errors import ArgumentError
+from bilevel.layers.constraint_structure import ConstraintStructure
+from bilevel.layers.constraints import Constraints
 from bilevel.layers.first_call import explain_misuse
 from bilevel.layers.layer import Layer, Solution
 from bilevel.layers.linear_layer import LinearLayer
+from bilevel.layers.proximal import Proximal
 from bilevel.layers.rectangular import RectangularLayer
 from bilevel.linear._base import LinearSolverLike
 from bilevel.policy import OnFailure
@@ -32,6 +36,12 @@ def argmin(
     linear_solver: LinearSolverLike | None = None,
     tolerance: Tolerance | None = None,
     on_failure: OnFailure = "raise",
+    prox: Any = None,
+    lower: Any = None,
+    upper: Any = None,
+    equality: Callable[..., Any] | None = None,
+    inequality: Callable[..., Any] | None = None,
+    smoothing: float | None = None,
 ) -> Decorator: ...
 @overload
 def argmin(
@@ -41,6 +51,12 @@ def argmin(
     linear_solver: LinearSolverLike | None = None,
     tolerance: Tolerance | None = None,
     on_failure: OnFailure = "raise",
+    prox: Any = None,
+    lower: Any = None,
+    upper: Any = None,
+    equality: Callable[..., Any] | None = None,
+    inequality: Callable[..., Any] | None = None,
+    smoothing: float | None = None,
 ) -> Layer: ...
 @explain_misuse
 def argmin(
@@ -50,6 +66,12 @@ def argmin(
     linear_solver: LinearSolverLike | None = None,
     tolerance: Tolerance | None = None,
     on_failure: OnFailure = "raise",
+    prox: Any = None,
+    lower: Any = None,
+    upper: Any = None,
+    equality: Callable[..., Any] | None = None,
+    inequality: Callable[..., Any] | None = None,
+    smoothing: float | None = None,
 ) -> Layer | Decorator:
     """Turn an objective into the layer x*(θ) = argmin_x G(x, θ), with dx*/dθ = −H⁻¹ ∂_θ∇_x G.
 
@@ -69,6 +91,17 @@ def argmin(
         What to do about a solve that failed and about misuse that makes gradients wrong: ``"raise"``, ``"warn"``,
         ``"nan"`` (NaN for the problems concerned) or ``"ignore"``; forward and backward.
 
+    lower, upper
+        Bounds on x: a number, a tensor that can be broadcast to x, a pytree like x (None or ±inf: no bound), or a function of
+        ``(*args, **kwargs)`` that returns one, so that a bound can be θ.
+    equality, inequality
+        h and c: functions of ``(x, *args, **kwargs)`` that return a tensor or a pytree of tensors. The layer solves
+        min G subject to h = 0, c <= 0 and the bounds, by projected Newton (bounds alone) or an interior point; ``init`` need not be feasible.
+        ``solve`` returns ``multipliers`` and ``active``, each with fields ``equality``, ``inequality``, ``lower`` and ``upper``.
+    smoothing
+        τ: take value and derivative from the central path (λ_i c_i = −τ), where the derivative exists even if a constraint is
+        active with multiplier 0. Without it such a derivative is refused with ``Status.DEGENERATE``, which names the constraint.
+
     Returns
     -------
     Layer
@@ -82,7 +115,8 @@ def argmin(
 
     References
     ----------
-    The implicit function theorem; as a layer, Amos & Kolter, "OptNet", ICML 2017; as a transform, Blondel et al.,
+    The implicit function theorem; with constraints, Fiacco, "Sensitivity analysis for nonlinear programming using penalty methods",
+    Mathematical Programming 10, 1976; as a layer, Amos & Kolter, "OptNet", ICML 2017; as a transform, Blondel et al.,
     "Efficient and Modular Implicit Differentiation", NeurIPS 2022.
 
     Examples
@@ -100,8 +134,20 @@ def argmin(
     >>> w.sum().backward()
     >>> strength.grad  # −1/(1+1)² − 4/(4+1)²
     tensor(-0.4100, dtype=torch.float64)
+
+    The nearest point of the simplex, which has no negative entries and the sum s:
+
+    >>> nearest = bilevel.argmin(lambda x, a, s: ((x - a) ** 2).sum(), lower=0.0, equality=lambda x, a, s: x.sum() - s)
+    >>> a, s = torch.tensor([0.5, 0.9, -2.0], dtype=torch.float64), torch.tensor(1.0, dtype=torch.float64)
+    >>> solution = nearest.solve(torch.zeros(3, dtype=torch.float64), a, s)
+    >>> solution.value, solution.active.lower.tolist()
+    (tensor([0.3000, 0.7000, 0.0000], dtype=torch.float64), [False, False, True])
+    >>> torch.func.jacrev(lambda s: nearest(torch.zeros(3, dtype=torch.float64), a, s))(s)
+    tensor([0.5000, 0.5000, -0.0000], dtype=torch.float64)
     """
-    return _layer(ArgminSystem, objective, solver, linear_solver, tolerance, on_failure)
+    constraints = Constraints(lower=lower, upper=upper, equality=equality, inequality=inequality, smoothing=smoothing)
+    structure = _structure(prox, constraints)
+    return _layer(ArgminSystem, objective, solver, linear_solver, tolerance, on_failure, structure)
 
 
 @overload
@@ -344,12 +390,36 @@ def _layer(
     linear_solver: LinearSolverLike | None,
     tolerance: Tolerance | None,
     on_failure: OnFailure,
+    structure: Structure | None = None,
 ) -> Layer | Decorator:
     _refuse_goals(tolerance)
     make = functools.partial(
-        Layer, kind, solver=solver, linear_solver=linear_solver, tolerance=tolerance, on_failure=on_failure
+        Layer,
+        kind,
+        solver=solver,
+        linear_solver=linear_solver,
+        tolerance=tolerance,
+        on_failure=on_failure,
+        structure=structure,
     )
     return make if function is None else make(function)
+
+
+def _structure(prox: Any, constraints: Constraints) -> Structure | None:
+    """Return what the layer has besides its objective, or None."""
+    if prox is not None and constraints.present:
+        raise ArgumentError(
+            f"argmin: expected prox or constraints, got prox beside {', '.join(constraints.present)}; write the set as a term of bilevel.prox, or "
+            "the term as constraints"
+        )
+    if constraints.present:
+        return ConstraintStructure(constraints=constraints)
+    if constraints.smoothing is not None:
+        raise ArgumentError(
+            "argmin: expected lower, upper, equality or inequality with smoothing, which smooths what constraints do to the solution, got "
+            "none; leave smoothing out"
+        )
+    return None if prox is None else Proximal(given=prox)
 
 
 def _refuse_goals(tolerance: Tolerance | None) -> None:

@@ -98,6 +98,10 @@ class LinearSolver(ABC):
         """
         return None
 
+    def serves(self, operator: LinearOperator) -> bool:
+        """Return whether this can solve with ``operator``; of a solver that keeps factors, whether they are of its matrices."""
+        return True
+
     def __call__(self, operator: LinearOperator, rhs: torch.Tensor, tolerance: Tolerance | None = None) -> torch.Tensor:
         """Solve A x = b to ``tolerance`` and return x (batch, n), whatever became of it; see ``solve_linear``.
 

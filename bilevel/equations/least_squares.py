@@ -33,6 +33,7 @@ __all__ = [
     "has_residuals",
     "residual_count",
     "residual_products",
+    "residual_vector",
     "weighted_jacobian",
 ]
 
@@ -57,19 +58,7 @@ class LeastSquaresSystem(ArgminSystem):
 
     def residuals(self, flat: torch.Tensor, *tensors: torch.Tensor) -> torch.Tensor:
         """Return one problem's residuals (m,), differentiable; a complex one counts as two."""
-        leaves = pytree.tree_leaves(self.call(flat, *tensors))
-        wrong = next((leaf for leaf in leaves if not moves(leaf)), None)
-        if wrong is not None or not leaves:
-            got = f"{tuple(wrong.shape)} {wrong.dtype}" if isinstance(wrong, torch.Tensor) else type(wrong).__name__
-            raise ShapeError(
-                f"{self.where}: expected residual to return floating-point or complex tensors, got {got if leaves else 'none'}; return a tensor of "
-                "any shape, or a pytree of them, whose squares are summed"
-            )
-        # Not torch.view_as_real: its gradient has to begin at an even place in memory, and a part of a whole may not.
-        parts = [
-            torch.cat([t.real.reshape(-1), t.imag.reshape(-1)]) if t.is_complex() else t.reshape(-1) for t in leaves
-        ]
-        return parts[0] if len(parts) == 1 else torch.cat(parts)
+        return residual_vector(self.call(flat, *tensors), self.where)
 
     def output(self, flat: torch.Tensor, *tensors: torch.Tensor) -> torch.Tensor:
         residuals, loss = self.residuals(flat, *tensors), self.loss_of(tensors)
@@ -121,6 +110,21 @@ class GaussNewtonSystem(LeastSquaresSystem):
         self, x: torch.Tensor, tensors: Sequence[torch.Tensor], *, graph: bool
     ) -> tuple[torch.Tensor, torch.Tensor]:
         return self.outputs(x, *tensors), self.residual(x, *tensors)
+
+
+def residual_vector(made: Any, where: str) -> torch.Tensor:
+    """Return the tensors of the pytree ``made``, which a user's function returned, as one vector (m,); a complex number counts as two."""
+    leaves = pytree.tree_leaves(made)
+    wrong = next((leaf for leaf in leaves if not moves(leaf)), None)
+    if wrong is not None or not leaves:
+        got = f"{tuple(wrong.shape)} {wrong.dtype}" if isinstance(wrong, torch.Tensor) else type(wrong).__name__
+        raise ShapeError(
+            f"{where}: expected residual to return floating-point or complex tensors, got {got if leaves else 'none'}; return a tensor of "
+            "any shape, or a pytree of them, whose squares are summed"
+        )
+    # Not torch.view_as_real: its gradient has to begin at an even place in memory, and a part of a whole may not.
+    parts = [torch.cat([t.real.reshape(-1), t.imag.reshape(-1)]) if t.is_complex() else t.reshape(-1) for t in leaves]
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 def has_residuals(problem: Problem) -> bool:

@@ -68,6 +68,35 @@ def cells(row: str, *columns: str) -> tuple[str, ...]:
 
 MUTATIONS = (
     Mutation(
+        "Gauss–Newton's derivative in the place of the Hessian's", "layers/least_squares.py",
+        "isinstance(hessian, GaussNewtonHessian) else LeastSquaresSystem", "True else LeastSquaresSystem",
+        ("tests/test_least_squares.py", "-k", "biased_and_only_by_name"),
+    ),
+    Mutation(
+        "a player at a maximum goes unnamed", "layers/equilibrium.py", "fault = player >= 0", "fault = player >= 99",
+        ("tests/test_equilibrium.py", "-k", "maximum"),
+    ),
+    Mutation(
+        "the derivative of a minimum-norm solution leaves out the null space", "layers/rectangular.py",
+        "        if not deficient:\n", "        if not deficient or wide:\n",
+        ("tests/test_rectangular.py", "-k", "golub"),
+    ),
+    Mutation(
+        "an argument that changes the rank is not refused", "layers/rectangular.py",
+        "return not any(_vanishes(pull, doubt) for pull in every)", "return False",
+        ("tests/test_rectangular.py", "-k", "changes_the_rank"),
+    ),
+    Mutation(
+        "a bracket without a sign change is bisected", "solvers/bracketing.py",
+        "changes = f_low.sign() * f_high.sign() <= 0", "changes = f_low.sign() * f_high.sign() <= 1",
+        ("tests/solvers/test_bracketing.py", "-k", "sign_change"),
+    ),
+    Mutation(
+        "Nyström's approximation with twice the shift", "linear/nystrom.py",
+        "weights / (weights + self.rho)", "weights / (weights + 2 * self.rho)",
+        ("tests/linear/test_nystrom.py", "-k", "formula"),
+    ),
+    Mutation(
         "an inequality that is active with multiplier zero is differentiated", "solvers/_regularity.py",
         "return weak | self.flat | self.irregular", "return self.flat | self.irregular",
         ("tests/constraints/test_degenerate.py", "-k", "multiplier_zero"),

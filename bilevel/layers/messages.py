@@ -12,6 +12,7 @@ from bilevel.equations.problem import Problem
 from bilevel.reports import Status, StatusMessages
 from bilevel.solvers._base import CallableSolver, InnerSolver
 from bilevel.solvers._judge import InnerOutcome
+from bilevel.solvers.bracketing import Bracketing
 from bilevel.solvers.gradient_descent import GradientDescent
 from bilevel.solvers.torch_optimizer import TorchOptimizer
 
@@ -57,7 +58,7 @@ def failure_messages(
     if not problem.minimizes:
         words = dict(_FIXED_POINT if problem.is_fixed_point else _ROOT)
         words[Status.SINGULAR] = _singular(problem, at_start=bool((outcome.x[which] == init[which]).all()))
-        return words
+        return {**words, **_BRACKET} if isinstance(solver, Bracketing) else words
     words = {
         Status.INDEFINITE: (Status.INDEFINITE.meaning, _NO_MINIMUM),
         Status.DIVERGED: (Status.DIVERGED.meaning, _steadier(solver)),
@@ -138,6 +139,21 @@ _ROOT: StatusMessages = {
         "or loosen the tolerance",
     ),
     Status.NOT_FINITE: (Status.NOT_FINITE.meaning, f"{_DOMAIN}, or start nearer the root"),
+}
+
+_BRACKET: StatusMessages = {
+    Status.NOT_CONVERGED: (
+        "found residuals of one sign at lower and upper: the bracket may hold no root",
+        "widen the bracket until the residual changes its sign, or take Newton(), which needs none",
+    ),
+    Status.STAGNATED: (
+        "found the residual to jump across zero, or its equations to depend on each other",
+        "check that the residual is continuous between lower and upper, and that residual[i] depends on x[i] alone; else take Newton()",
+    ),
+    Status.NOT_FINITE: (
+        "found a pole or a NaN between lower and upper",
+        "choose a bracket in which the residual is continuous",
+    ),
 }
 
 _FIXED_POINT: StatusMessages = {

@@ -247,6 +247,7 @@ def test_transport_plans_of_any_size_have_their_marginals(scale: float, seed: in
     term = prox.TransportPolytope(row, column)
     x = term.prox(v)
     assert (x >= 0).all()
+    assert (x[row == 0] == 0).all()
     torch.testing.assert_close(x.sum(1), row, rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(x.sum(0), column, rtol=1e-12, atol=1e-12)
     # The plan minimises its linearisation, by another solver.

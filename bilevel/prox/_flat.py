@@ -44,7 +44,7 @@ class FlatTerm:
     def at(self, places: torch.Tensor) -> FlatTerm | None:
         """Return the term of the entries at ``places`` (k,) alone, of a vector (k,); None where it is not known how to make it."""
         term, shape = self.terms[0], self.shapes[0]
-        if len(self.terms) > 1 or type(term) not in _OF_ENTRIES:
+        if len(self.terms) > 1 or term is None or type(term) not in _OF_ENTRIES:
             return None
         values = {}
         for field in dataclasses.fields(term):  # type: ignore[arg-type]  # each term is a dataclass

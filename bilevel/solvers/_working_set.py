@@ -60,7 +60,9 @@ def solve_sparse(composite: Composite, x: torch.Tensor) -> Sparse | None:
             return None
         if more is not None:
             made = composite.objective.some_rows(around.x, more)
-            places, rows = (more, made) if rows is None else (torch.cat([places, more]), torch.cat([rows, made]))
+            known = places is not None and rows is not None
+            places = torch.cat([places, more]) if known and places is not None else more
+            rows = torch.cat([rows, made]) if known and rows is not None else made
         assert places is not None and rows is not None
         model = _Model.of(g, around, places, rows, step)
         if model is None or len(places) > min(_MOST, x.shape[-1]):

@@ -136,6 +136,12 @@ class Problem:
         with torch.no_grad():
             return program(x.contiguous(), *self.tensors, *self._captured())
 
+    def evaluate(
+        self, name: Hashable, evaluation: Callable[..., Sequence[torch.Tensor]], x: torch.Tensor
+    ) -> Sequence[torch.Tensor]:
+        """Return what ``evaluation``, which ``name`` tells from others, makes of (x, *tensors), or a replay of it."""
+        return self._evaluated(name, evaluation, x)
+
     def _program(
         self,
         name: Hashable,

@@ -237,7 +237,8 @@ class SolveCall:
             else nullcontext()
         ):
             outcome = solve_inner(solver, problem, init, target, others)
-        return self._reported(problem, outcome, lambda: failure_messages(solver, problem, init, outcome))
+        outcome, messages = self.reviewed(solver, problem, init, outcome)
+        return self._reported(problem, outcome, messages)
 
     def _find(self, problem: Problem, system: StructuredSystem, init: torch.Tensor) -> torch.Tensor:
         """Do the same for a structured system, which finds its solution by itself."""
@@ -264,11 +265,9 @@ class SolveCall:
         if outcome.degenerate is not None:
             self.degenerate = outcome.degenerate.reshape(system.batch_shape)
         self.messages, self.reduced = outcome.words, outcome.linear_solver
-        return self._reported(problem, outcome, lambda: self.messages)
+        return self._reported(problem, outcome, self.messages)
 
-    def _reported(
-        self, problem: Problem, outcome: InnerOutcome, messages: Callable[[], StatusMessages]
-    ) -> torch.Tensor:
+    def _reported(self, problem: Problem, outcome: InnerOutcome, messages: StatusMessages) -> torch.Tensor:
         settings, axes = self.settings, problem.system.batch_shape
         self.one_step = outcome.factor is not None and (outcome.exact or bool((outcome.iterations <= 1).all()))
         self.factor = outcome.factor
@@ -276,11 +275,17 @@ class SolveCall:
             system = problem.system
             size = system.ordinary.raveler.size if isinstance(system, StructuredSystem) else problem.size
             self.residual = outcome.residual[:, :size]
-        self.report = _report(Pass.FORWARD, self.where, outcome.solver, outcome, axes, messages())
+        self.report = _report(Pass.FORWARD, self.where, outcome.solver, outcome, axes, messages)
         self.nan_mask = ~self.report.success if settings.on_failure == "nan" else None
         x = outcome.x.reshape(*axes, problem.size)
         silent = settings.tolerance.inner(self.dtype).silent
         return apply_policy(self.report, x, settings.on_failure, self.recordings, silent_budget=silent)
+
+    def reviewed(
+        self, solver: InnerSolver, problem: Problem, init: torch.Tensor, outcome: InnerOutcome
+    ) -> tuple[InnerOutcome, StatusMessages]:
+        """Return the outcome of an inner solve, and its words; a kind of problem that can say more of an answer overrides this."""
+        return outcome, failure_messages(solver, problem, init, outcome)
 
     def solve_linear(
         self,

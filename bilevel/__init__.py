@@ -24,6 +24,7 @@ from bilevel.errors import (
     TransformError,
 )
 from bilevel.layers import Layer, LinearLayer, Solution, argmin, fixed_point, linear_solve, root
+from bilevel.layers.constraints import Constraints, PerConstraint
 from bilevel.layers.equilibrium import EquilibriumLayer, equilibrium
 from bilevel.layers.least_squares import FullHessian, GaussNewtonHessian, LeastSquaresLayer, least_squares
 from bilevel.linear._base import LinearSolver
@@ -33,7 +34,11 @@ from bilevel.linear.cg import CG
 from bilevel.linear.damped import Damped
 from bilevel.linear.exact import Exact
 from bilevel.linear.gmres import GMRES
+from bilevel.linear.lsmr import LSMR
+from bilevel.linear.minres import MINRES
 from bilevel.linear.neumann import Neumann
+from bilevel.linear.nystrom import Nystrom
+from bilevel.linear.orthogonal import QR, SVD
 from bilevel.linear.scipy_bridge import ScipyLinear
 from bilevel.operators import LinearOperator
 from bilevel.outer.methods import HOAG, MAID, OuterMethod
@@ -43,6 +48,7 @@ from bilevel.problems.adaptive.state import GoalReport
 from bilevel.problems.hypergradient import Hypergradient, HypergradientReport
 from bilevel.problems.problem import BilevelProblem
 from bilevel.pytree import ravel
+from bilevel.quadratic_programs._clarabel import Clarabel
 from bilevel.quadratic_programs._solvers import Mehrotra
 from bilevel.quadratic_programs.quadratic_program import Certificate, ProgramSolution, quadratic_program
 from bilevel.recording import Recording, record
@@ -54,9 +60,11 @@ from bilevel.solvers.anderson import Anderson
 from bilevel.solvers.fixed_point import FixedPointIteration
 from bilevel.solvers.gauss_newton import GaussNewton
 from bilevel.solvers.gradient_descent import GradientDescent
+from bilevel.solvers.interior_point import InteriorPoint
 from bilevel.solvers.lbfgs import LBFGS
 from bilevel.solvers.levenberg_marquardt import LevenbergMarquardt
 from bilevel.solvers.newton import Newton
+from bilevel.solvers.projected_newton import ProjectedNewton
 from bilevel.solvers.proximal_gradient import ProximalGradient
 from bilevel.solvers.scipy_minimize import ScipyMinimize
 from bilevel.solvers.scipy_root import ScipyRoot
@@ -64,7 +72,7 @@ from bilevel.solvers.torch_optimizer import TorchOptimizer
 from bilevel.tolerance import AUTO, Tolerance
 
 if TYPE_CHECKING:
-    from bilevel import stochastic, testing
+    from bilevel import cleaning, stochastic, testing
     from bilevel.hyperopt.problem import HyperparameterOptimization
     from bilevel.meta.imaml import IMAML
 
@@ -75,7 +83,11 @@ __all__ = [
     "HOAG",
     "IMAML",
     "LBFGS",
+    "LSMR",
     "MAID",
+    "MINRES",
+    "QR",
+    "SVD",
     "Anderson",
     "ArgumentError",
     "Basis",
@@ -86,8 +98,10 @@ __all__ = [
     "BudgetWarning",
     "CapturedTensorError",
     "Certificate",
+    "Clarabel",
     "Constants",
     "ConstantsError",
+    "Constraints",
     "CubicSchedule",
     "Damped",
     "DtypeError",
@@ -108,6 +122,7 @@ __all__ = [
     "InitGradientError",
     "InnerSolution",
     "InnerSolver",
+    "InteriorPoint",
     "Layer",
     "LeastSquaresLayer",
     "LevenbergMarquardt",
@@ -118,14 +133,17 @@ __all__ = [
     "Mehrotra",
     "Neumann",
     "Newton",
+    "Nystrom",
     "OuterMethod",
     "OuterResult",
     "OuterRun",
     "OuterStatus",
     "OuterStep",
     "Pass",
+    "PerConstraint",
     "Problem",
     "ProgramSolution",
+    "ProjectedNewton",
     "ProximalGradient",
     "QuadraticSchedule",
     "Recording",
@@ -145,6 +163,7 @@ __all__ = [
     "__version__",
     "argmin",
     "certificates",
+    "cleaning",
     "equilibrium",
     "fixed_point",
     "least_squares",
@@ -166,6 +185,7 @@ __all__ = [
 _IMPORTED_WHEN_USED = {
     "HyperparameterOptimization": "bilevel.hyperopt.problem",
     "IMAML": "bilevel.meta.imaml",
+    "cleaning": "bilevel.cleaning",
     "stochastic": "bilevel.stochastic",
     "testing": "bilevel.testing",
 }

@@ -14,7 +14,7 @@ from bilevel.solvers._mehrotra import DenseProgram, Iterate, Rows, interior_poin
 
 __all__ = ["solve_dense"]
 
-_EARLY = 1e-6  # relative residuals at which the active set is tried for the first time
+_EARLY = 1e-7  # relative residuals at which the active set is tried for the first time
 _LATE = 1e-10  # those at which it is tried again
 _ACCEPTED = 1e-8  # those that are enough where no active set fits
 _FLIPS = 4  # changes of the active set that are tried
@@ -240,7 +240,7 @@ def _on_active_set(program: Program, point: torch.Tensor, active: torch.Tensor) 
     factor = KKTFactor(sizes, program.Q, program.A, program.G, active)
     head = sizes.n + sizes.p
     z = torch.cat([point[:, :head], torch.where(active, point[:, head:], 0.0)], -1)
-    for _ in range(3):
+    for _ in range(2):
         step = factor.solve(program.residual(z, active))
         z = z - step
     x, nu, *weights = sizes.split(z)

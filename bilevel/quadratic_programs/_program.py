@@ -8,7 +8,7 @@ from functools import cached_property
 
 import torch
 
-from bilevel.quadratic_programs._kkt import KKTFactor, Sizes
+from bilevel.quadratic_programs._kkt import Factor, Sizes
 from bilevel.reports import Status
 from bilevel.solvers._mehrotra import mv, tmv
 
@@ -174,7 +174,7 @@ class Found:
     residual: torch.Tensor
     threshold: torch.Tensor
     certificate: torch.Tensor
-    factor: KKTFactor | None = None
+    factor: Factor | None = None
 
     @classmethod
     def blank(cls, program: Program) -> Found:

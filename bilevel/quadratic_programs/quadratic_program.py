@@ -14,6 +14,7 @@ from bilevel.layers.layer import Solution
 from bilevel.policy import OnFailure, check_policy
 from bilevel.quadratic_programs._arguments import Arguments, arguments_of
 from bilevel.quadratic_programs._call import Backend, ProgramCall
+from bilevel.quadratic_programs._clarabel import Clarabel
 from bilevel.quadratic_programs._rule import ProgramSolve, Rule, Structure
 from bilevel.quadratic_programs._solvers import Mehrotra
 from bilevel.reports import SolveReport
@@ -261,9 +262,13 @@ class _Settings:
 
     def backend(self, arguments: Arguments) -> Backend:
         """Return the solver for these arguments."""
+        if arguments.sparse and isinstance(self.solver, Mehrotra):
+            raise ArgumentError(
+                f"{_WHERE}: expected dense tensors with solver=Mehrotra(), got sparse ones; convert them with .to_dense()"
+            )
         if self.solver is not None:
             return self.solver
-        return Mehrotra()
+        return Clarabel() if arguments.sparse else Mehrotra()
 
 
 def _solution(settings: _Settings, **given: Any) -> ProgramSolution:
@@ -273,9 +278,14 @@ def _solution(settings: _Settings, **given: Any) -> ProgramSolution:
             f"{_WHERE}: expected at most one forward-mode transform around it, got two, for which torch silently returns zero "
             "(pytorch/pytorch#197867); write jacfwd(jacrev(f)) or torch.func.hessian(f) instead of jacfwd(jacfwd(f))"
         )
+    sparse = tuple(
+        given[name]
+        for name in ("Q", "A", "G")
+        if arguments.sparse and given[name] is not None and given[name].requires_grad
+    )
     structure = Structure(arguments.sizes, *arguments.patterns, settings.smoothing)
     call = ProgramCall(settings.backend(arguments), _WHERE, settings.on_failure, settings.delta, settings.delta_prime)
-    output = ProgramSolve.apply(Rule(structure, call), *arguments.tensors)
+    output = ProgramSolve.apply(Rule(structure, call, sparse), *arguments.tensors)
     assert call.report is not None and call.certificate is not None
     x, nu, lam, low, up = structure.sizes.split(output[..., : structure.length])
     marks = output[..., structure.length :].detach() % 2 > 0

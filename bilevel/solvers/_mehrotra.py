@@ -269,14 +269,14 @@ def _retire(
 
 def _largest(*parts: torch.Tensor) -> torch.Tensor:
     """Return the largest absolute value (B,) in tensors (B, k), 0 of none."""
-    found = [part.abs().amax(-1) for part in parts if part.shape[-1]]
+    found = [torch.linalg.vector_norm(part, float("inf"), dim=-1) for part in parts if part.shape[-1]]
     total = found[0] if found else parts[0].new_zeros(len(parts[0]))
     for other in found[1:]:
         total = torch.maximum(total, other)
     return total
 
 
-def _equilibrated(program: DenseProgram, passes: int = 3) -> tuple[DenseProgram, _Scales]:
+def _equilibrated(program: DenseProgram, passes: int = 2) -> tuple[DenseProgram, _Scales]:
     """Return the program whose KKT matrix has columns of norm near one, and the scales that lead back."""
     Q, A, G = program.Q, program.A, program.rows.general
     n, p, m = Q.shape[-1], A.shape[-2], G.shape[-2]

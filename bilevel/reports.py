@@ -136,7 +136,7 @@ _TEXT: dict[Status, tuple[str, str]] = {
     Status.KINK: (
         "ended at a kink of the objective: it is not smooth there, its gradient jumps",
         "start elsewhere if the point is no minimum; otherwise smooth the kink, as (x**2 + eps**2).sqrt() does for abs(x), softplus for relu "
-        "and logsumexp for max, or write the minimiser as the fixed point of a proximal step and take bilevel.fixed_point",
+        "and logsumexp for max, or pass the term that has the kink as prox=, for example bilevel.argmin(f, prox=bilevel.prox.L1(s))",
     ),
     Status.DEGENERATE: (
         "met a solution at which the derivative is one-sided: a term or a constraint is just at its threshold",

@@ -1293,6 +1293,16 @@ MUTATIONS = (
         "structure.G.outer(dlam, wx) + structure.G.outer(wlam, dx)", "structure.G.outer(wlam, dx)",
         ("tests/quadratic_programs/test_derivatives.py", "-k", "gradgradcheck"),
     ),
+    Mutation(
+        "a one-sided derivative is handed out", "layers/call.py",
+        "status = torch.where(these, int(Status.DEGENERATE), outcome.status)", "status = outcome.status",
+        ("tests/prox/test_layer.py", "-k", "degenerate"),
+    ),
+    Mutation(
+        "a distance to a proximal point forgets the change of the slope", "solvers/_manifold_newton.py",
+        "return new, (at.x - new.x) / at.step.unsqueeze(-1) - at.slope + new.slope", "return new, new.slope - at.slope",
+        ("tests/prox/test_layer.py", "-k", "proven"),
+    ),
 )  # fmt: skip
 
 

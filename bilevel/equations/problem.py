@@ -124,8 +124,14 @@ class Problem:
             return self._evaluated("output", self._output, x)[0].reshape(x.shape)
         return self.value_and_residual(x)[1]
 
+    def evaluated(
+        self, name: Hashable, evaluation: Callable[..., Sequence[torch.Tensor]], x: torch.Tensor
+    ) -> Sequence[torch.Tensor]:
+        """Return what ``evaluation`` makes of (x (batch, k), *tensors), replayed where that is allowed under ``name``."""
+        return self._evaluated(name, evaluation, x)
+
     def _evaluated(
-        self, name: str, evaluation: Callable[..., Sequence[torch.Tensor]], x: torch.Tensor
+        self, name: Hashable, evaluation: Callable[..., Sequence[torch.Tensor]], x: torch.Tensor
     ) -> Sequence[torch.Tensor]:
         """Return what ``evaluation`` makes of (x, *tensors), or a replay of it."""
         program = self._program(name, evaluation, x)

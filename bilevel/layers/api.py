@@ -17,6 +17,7 @@ from bilevel.layers.first_call import explain_misuse
 from bilevel.layers.layer import Layer, Solution
 from bilevel.layers.linear_layer import LinearLayer
 from bilevel.layers.proximal import Proximal
+from bilevel.layers.rectangular import RectangularLayer
 from bilevel.linear._base import LinearSolverLike
 from bilevel.policy import OnFailure
 from bilevel.solvers._base import InnerSolverLike
@@ -276,6 +277,7 @@ def linear_solve(
     matvec: None = None,
     *,
     symmetric: bool = False,
+    unknown: Any = None,
     linear_solver: LinearSolverLike | None = None,
     tolerance: Tolerance | None = None,
     on_failure: OnFailure = "raise",
@@ -285,6 +287,7 @@ def linear_solve(
     matvec: Callable[..., Any],
     *,
     symmetric: bool = False,
+    unknown: Any = None,
     linear_solver: LinearSolverLike | None = None,
     tolerance: Tolerance | None = None,
     on_failure: OnFailure = "raise",
@@ -294,6 +297,7 @@ def linear_solve(
     matvec: Callable[..., Any] | None = None,
     *,
     symmetric: bool = False,
+    unknown: Any = None,
     linear_solver: LinearSolverLike | None = None,
     tolerance: Tolerance | None = None,
     on_failure: OnFailure = "raise",
@@ -307,8 +311,13 @@ def linear_solve(
     symmetric
         Whether A = Aᵀ, or A = Aᴴ of complex vectors: then Cholesky and conjugate gradients can be used. A matrix that is symmetric and not positive
         definite can be solved by Exact, GMRES and BiCGStab.
+    unknown
+        For a rectangular A: a tensor or pytree of the shapes and dtypes of x, whose numbers do not count, or a function of ``(*args, **kwargs)`` that
+        returns one. x is then A⁺ b: of all x with the least ‖A x − b‖, that of minimum norm. ``matvec`` returns the pytree of b. The
+        derivative is that of Golub & Pereyra; it exists where no argument changes the rank of A, and is refused elsewhere.
     linear_solver
-        A linear solver, or a function (operator, rhs) -> x on tensors (batch, n). By default chosen from size and symmetry:
+        A linear solver, or a function (operator, rhs) -> x on tensors (batch, n). By default, for a rectangular A, QR if small, else LSMR; a solver
+        that does not know rectangular matrices solves AᵀA x = Aᵀ b. For a square A chosen from size and symmetry:
         a factorisation if small, else conjugate gradients, or GMRES where not symmetric.
     tolerance
         δ of the solution and δ′ of the adjoints; with ``strong_convexity`` the least singular value of A. By default what the
@@ -345,8 +354,29 @@ def linear_solve(
     >>> x[1].backward()
     >>> strength.grad  # x₁ = 3 (1 + s) / (1 + 3 s), of slope −6 / (1 + 3 s)²
     tensor(-0.3750, dtype=torch.float64)
+
+    A straight line through three points, and what each of them does to its slope:
+
+    >>> line = bilevel.linear_solve(lambda p, t: p[0] + p[1] * t, unknown=torch.zeros(2, dtype=torch.float64))
+    >>> t = torch.tensor([0.0, 1.0, 2.0], dtype=torch.float64)
+    >>> y = torch.tensor([1.0, 3.0, 6.0], dtype=torch.float64, requires_grad=True)
+    >>> p = line(y, t)
+    >>> p.detach()
+    tensor([0.8333, 2.5000], dtype=torch.float64)
+    >>> p[1].backward()
+    >>> y.grad.round(decimals=6) + 0
+    tensor([-0.5000,  0.0000,  0.5000], dtype=torch.float64)
     """
     _refuse_goals(tolerance)
+    if unknown is not None:
+        if symmetric:
+            raise ArgumentError(
+                "linear_solve: expected symmetric=True or unknown=, got both; leave symmetric=True out for a rectangular matrix"
+            )
+        rectangular = functools.partial(
+            RectangularLayer, unknown=unknown, linear_solver=linear_solver, tolerance=tolerance, on_failure=on_failure
+        )
+        return rectangular if matvec is None else rectangular(matvec)
     make = functools.partial(
         LinearLayer, symmetric=symmetric, linear_solver=linear_solver, tolerance=tolerance, on_failure=on_failure
     )

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Generic, TypeVar, cast
 
 import torch
@@ -36,11 +36,13 @@ from bilevel.errors import (
 from bilevel.implicit import ImplicitContext, Solve
 from bilevel.layers.call import Inspector, Setting, SolveCall, SolveSettings
 from bilevel.layers.checks import captured_error
+from bilevel.layers.differentiation import BySteps, Differentiation, solver_for, step_of
 from bilevel.linear._base import LinearSolver, LinearSolverLike
 from bilevel.policy import OnFailure, handle_misuse
 from bilevel.pytree import Raveler, flatten_arguments
 from bilevel.reports import SolveReport, StatusMessages
 from bilevel.solvers._base import InnerSolver, InnerSolverLike
+from bilevel.solvers._given import GivenAnswer
 from bilevel.tolerance import Tolerance
 
 __all__ = ["Layer", "Solution"]
@@ -91,6 +93,10 @@ pytree.register_pytree_node(
 )
 
 
+def _without_graph(leaf: Any) -> Any:
+    return without_gradient(leaf) if isinstance(leaf, torch.Tensor) else leaf
+
+
 class Layer:
     """A differentiable solve: a function of ``(init, *args, **kwargs)``. Made by :func:`argmin`, :func:`root`, :func:`fixed_point`.
 
@@ -102,6 +108,7 @@ class Layer:
     tolerance = Setting[Tolerance]()
     on_failure = Setting[OnFailure]()
     backward_messages = Setting[StatusMessages]()
+    differentiation = Setting[Differentiation]()
 
     def __init__(
         self,
@@ -115,6 +122,7 @@ class Layer:
         where: str | None = None,
         written: Callable[[], Callable[..., Any]] | None = None,
         structure: Structure | None = None,
+        differentiation: Differentiation | None = None,
     ) -> None:
         noun = kind.noun
         if not callable(function):
@@ -126,7 +134,7 @@ class Layer:
         self.structure = structure
         self.function = function
         self._settings = SolveSettings(tolerance=Tolerance() if tolerance is None else tolerance, on_failure=on_failure)
-        self.solver, self.linear_solver = solver, linear_solver
+        self.solver, self.linear_solver, self.differentiation = solver, linear_solver, differentiation
         self.written = written  # what the user wrote, where that is not the function itself
         self.inspector = Inspector()
         functools.update_wrapper(self, function, updated=())
@@ -177,6 +185,39 @@ class Layer:
         return self._solution(self._settings, init, args, kwargs)
 
     @eager
+    def at(self, x: T, *args: Any, **kwargs: Any) -> T:
+        """Return ``x``, a solution that you have already, differentiable as the layer's own solutions are.
+
+        It is checked by one residual. With no accuracy asked it may be about 1 % off; with ``Tolerance(delta=...)`` or ``rtol`` it has to be as
+        accurate as that. Derivatives are those of the implicit function at ``x`` as it is. With proxes, bounds or constraints the layer makes a few
+        steps from ``x`` on, as it needs the active set.
+
+        Parameters
+        ----------
+        x
+            The solution, a tensor or a pytree of tensors, from an optimiser of yours, scikit-learn or another program.
+        args, kwargs
+            As in a call of the layer.
+
+        Raises
+        ------
+        SolveError
+            If ``x`` is no solution (policy ``"raise"``).
+
+        Examples
+        --------
+        >>> import torch, bilevel
+        >>> layer = bilevel.argmin(lambda x, a: ((x - a) ** 4).sum() + ((x - a) ** 2).sum())
+        >>> a = torch.tensor([1.0, 2.0], requires_grad=True)
+        >>> x = layer.at(torch.tensor([1.0, 2.0]), a)
+        >>> x.sum().backward()
+        >>> a.grad
+        tensor([1., 1.])
+        """
+        settings = self._settings if self.structure is not None else replace(self._settings, solver=GivenAnswer())
+        return self._solution(settings, pytree.tree_map(_without_graph, x), args, kwargs).value
+
+    @eager
     def solve_with(self, settings: SolveSettings, init: T, *args: Any) -> Solution[T]:
         """Return what :meth:`solve` does with other ``settings`` than the layer's own."""
         return self._solution(settings, init, args, {})
@@ -204,7 +245,10 @@ class Layer:
             else False
         )
         call = self._call(settings, system, watched)
-        x = Solve.apply(ImplicitContext(system, call.solve, call.solve_linear, followed=watched), flat, *tensors)
+        if isinstance(settings.differentiation, BySteps):
+            x = self._by_steps(settings.differentiation, call, system, flat, tensors)
+        else:
+            x = Solve.apply(ImplicitContext(system, call.solve, call.solve_linear, followed=watched), flat, *tensors)
         if poisoned or call.poisoned:
             x = x * self._poison(init, ordinary, tensors)
         assert call.report is not None
@@ -214,6 +258,23 @@ class Layer:
             return Solution(raveler.unravel(x[: raveler.size]), call.report)
         parts = system.parts(x, *tensors)
         return Solution(raveler.unravel(parts.x), call.report, parts.multipliers, parts.active)
+
+    def _by_steps(
+        self, way: BySteps, call: SolveCall, system: System, flat: torch.Tensor, tensors: list[torch.Tensor]
+    ) -> torch.Tensor:
+        """Return x (n,), differentiable through steps of the solver; the search itself is not."""
+        if isinstance(system, StructuredSystem):
+            raise ArgumentError(
+                f"{self.where}: expected differentiation=bilevel.Implicit() with proximal terms, bounds or constraints, got {way}; leave it "
+                "out, or state the steps as bilevel.fixed_point"
+            )
+        solver = solver_for(way, self.kind, call.settings.solver, self.where)
+        call.settings = replace(call.settings, solver=solver)
+        cut = [without_gradient(tensor) for tensor in tensors]
+        answer = without_gradient(Solve.apply(ImplicitContext(system, call.solve, call.solve_linear), flat, *cut))
+        assert call.report is not None
+        taken = int(call.report.iterations.max()) if call.report.iterations.numel() else 0
+        return way.path(step_of(system, solver, tensors), flat, answer, taken)
 
     def _call(self, settings: SolveSettings, system: System, watched: bool) -> SolveCall:
         written = self.function if self.written is None else self.written()

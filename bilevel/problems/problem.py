@@ -44,6 +44,7 @@ from bilevel.problems.warm_start import WarmStart
 from bilevel.pytree import as_real, moves
 from bilevel.reports import Basis
 from bilevel.solvers._base import InnerSolver, InnerSolverLike
+from bilevel.solvers._given import GivenAnswer
 from bilevel.tolerance import Tolerance
 
 __all__ = ["BilevelProblem"]
@@ -338,13 +339,16 @@ class BilevelProblem(torch.nn.Module, ABC):
                 self._warm = replace(self._warm, inner=last)
         return solution
 
-    def hypergradient(self, outer: Any, data: Any, *, init: Any = None) -> Hypergradient:
+    def hypergradient(self, outer: Any, data: Any, *, init: Any = None, at: Any = None) -> Hypergradient:
         """Return the outer value, its gradient with respect to ``outer``, and how they were come by.
 
         Parameters
         ----------
         outer, data, init
             See :meth:`forward`.
+        at
+            An inner solution that you have already, of the structure of ``init``: it is checked by one residual, and nothing is solved for. See
+            :meth:`Layer.at`.
 
         Returns
         -------
@@ -375,6 +379,8 @@ class BilevelProblem(torch.nn.Module, ABC):
             )
         settings = self._settings_of(outer, data)
         self._refuse_goal(settings.tolerance)
+        if at is not None:
+            settings, init = self._settings_at(settings), pytree.tree_map(_cut, at)
         if settings.tolerance.has_goal:
             return self._to_goal(settings, outer, data, init)
         # Copies: what is computed from the result later is of θ as it is now.
@@ -407,6 +413,15 @@ class BilevelProblem(torch.nn.Module, ABC):
         point = Point(lower, upper, x, q, _needs_grad(plain, lower))
         report = HypergradientReport(solution.report, backward)
         return self._assembled(settings, plain, data, inner, point, value.detach(), corrected, flat, report)
+
+    def _settings_at(self, settings: SolveSettings) -> SolveSettings:
+        """Return the settings of a call that differentiates at an answer given."""
+        if settings.tolerance.has_goal:
+            raise ArgumentError(
+                f"{self.where}: expected Tolerance(delta=..., delta_prime=...) where the inner solution is given, got the goal "
+                f"{settings.tolerance!r}, which needs solves of its own; leave `at` out, or the goal"
+            )
+        return settings if self._structure is not None else replace(settings, solver=GivenAnswer())
 
     def _refuse_goal(self, tolerance: Tolerance) -> None:
         if self._structure is not None and tolerance.has_goal:

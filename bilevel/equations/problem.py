@@ -126,6 +126,12 @@ class Problem:
             return self._evaluated("output", self._output, x)[0].reshape(x.shape)
         return self.value_and_residual(x)[1]
 
+    def evaluated(
+        self, name: Hashable, evaluation: Callable[..., Sequence[torch.Tensor]], x: torch.Tensor
+    ) -> Sequence[torch.Tensor]:
+        """Return what ``evaluation`` makes of (x (batch, k), *tensors), replayed where that is allowed under ``name``."""
+        return self._evaluated(name, evaluation, x)
+
     def _evaluated(
         self, name: Hashable, evaluation: Callable[..., Sequence[torch.Tensor]], x: torch.Tensor
     ) -> Sequence[torch.Tensor]:

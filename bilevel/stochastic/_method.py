@@ -86,8 +86,6 @@ class StochasticMethod(ABC):
         As they were given.
     inner_optimizer, outer_optimizer
         Learning-rate schedulers of torch work on them.
-    passes
-        How many forward and reverse passes have been made, by each part of a minibatch.
 
     Raises
     ------
@@ -135,7 +133,7 @@ class StochasticMethod(ABC):
 
     @property
     def passes(self) -> dict[str, int]:
-        """How many forward and reverse passes have been made."""
+        """How many forward and reverse passes have been made, over each part of a minibatch."""
         return dict(self._oracle.passes)
 
     @abstractmethod
@@ -241,9 +239,9 @@ class StochasticMethod(ABC):
     # Updates.
 
     def _apply(self, found: Directions, inner: BatchSource, outer: BatchSource) -> dict[str, torch.Tensor]:
-        """Let the optimisers subtract the directions, and return their norms; a method that moves further batches afterwards overrides this."""
-        wanted = {"inner direction": found.inner, "adjoint direction": found.adjoint, "hypergradient": found.outer}
-        given = {what: direction for what, direction in wanted.items() if direction is not None}
+        """Let the optimisers subtract the directions, and return the norms; a method that then goes on overrides this."""
+        directions = {"inner direction": found.inner, "adjoint direction": found.adjoint, "hypergradient": found.outer}
+        given = {what: direction for what, direction in directions.items() if direction is not None}
         norms = {what: norm(direction) for what, direction in given.items()}
         self._check_totals(" and ".join(given), list(norms.values()), *given.values())
         options = self.options

@@ -13,12 +13,12 @@ from bilevel.stochastic._lists import Tensors
 
 __all__ = [
     "OptimizerLike",
-    "alike",
     "is_plain_sgd",
     "learning_rate",
     "made_optimizer",
     "mirrored_sgd",
     "preconditioner",
+    "same_layout",
     "tie_rates",
 ]
 
@@ -54,11 +54,11 @@ def made_optimizer(given: OptimizerLike | None, tensors: Tensors, what: str, whe
             "torch.optim.SGD or torch.optim.Adam"
         )
     held = {id(tensor) for group in made.param_groups for tensor in group["params"]}
-    wanted = {id(tensor) for tensor in tensors}
-    if held != wanted:
+    expected = {id(tensor) for tensor in tensors}
+    if held != expected:
         raise ArgumentError(
-            f"{where}: expected {name} to hold exactly the {len(wanted)} tensors of {what} that require grad, and it holds "
-            f"{len(held & wanted)} of them and {len(held - wanted)} others; make it over these tensors"
+            f"{where}: expected {name} to hold exactly the {len(expected)} tensors of {what} that require grad, and it holds "
+            f"{len(held & expected)} of them and {len(held - expected)} others; make it over these tensors"
         )
     for group in made.param_groups:
         if group.get("maximize"):
@@ -89,7 +89,7 @@ def tie_rates(follower: Optimizer, leader: Optimizer) -> None:
         mine["lr"] = theirs["lr"]
 
 
-def alike(optimizer: Optimizer, tensors: Tensors, mirror: Tensors) -> Optimizer:
+def same_layout(optimizer: Optimizer, tensors: Tensors, mirror: Tensors) -> Optimizer:
     """Return an optimiser of the same class and settings over ``mirror``."""
     twin = {id(tensor): other for tensor, other in zip(tensors, mirror, strict=True)}
     groups = [

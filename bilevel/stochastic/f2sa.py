@@ -8,7 +8,7 @@ from bilevel.setting_checks import check_number, check_steps
 from bilevel.stochastic._batches import BatchSource
 from bilevel.stochastic._lists import add, clone, norm, subtract
 from bilevel.stochastic._method import Auxiliary, Directions, Problem, StochasticMethod
-from bilevel.stochastic._optimizers import alike, tie_rates
+from bilevel.stochastic._optimizers import same_layout, tie_rates
 from bilevel.stochastic._variables import Point
 
 __all__ = ["F2SA"]
@@ -58,7 +58,7 @@ class F2SA(StochasticMethod):
         check_number(self.where, "penalty_increment", penalty_increment, closed=True)
         self.inner_steps, self.penalty, self.penalty_increment = inner_steps, penalty, penalty_increment
         penalized = clone(self._inner.tensors)
-        optimizer = alike(self.inner_optimizer, self._inner.tensors, penalized)
+        optimizer = same_layout(self.inner_optimizer, self._inner.tensors, penalized)
         self._auxiliary["penalized"] = Auxiliary(penalized, optimizer)
 
     @property

@@ -281,7 +281,7 @@ def test_clipping_and_averages() -> None:
         pass
 
 
-def spoiled(problem: Quadratic) -> tuple[Any, Any]:
+def poisoned(problem: Quadratic) -> tuple[Any, Any]:
     def lower(z: Any, x: Any, data: Any) -> torch.Tensor:
         return problem.inner_objective(z, x, data[0]) * (float("nan") if data[1] else 1.0)
 
@@ -296,7 +296,7 @@ def test_what_is_not_finite_is_an_error_or_left_out(name: str) -> None:
     def start(**options: Any) -> Any:
         z, x = torch.zeros(5, dtype=torch.float64), torch.zeros(3, dtype=torch.float64)
         return getattr(stochastic, name)(
-            spoiled(problem),
+            poisoned(problem),
             z,
             x,
             inner_optimizer=SGD,

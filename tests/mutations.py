@@ -97,6 +97,32 @@ MUTATIONS = (
         ("tests/linear/test_nystrom.py", "-k", "formula"),
     ),
     Mutation(
+        "stochastic: SABA forgets to subtract the remembered derivative", "stochastic/saba.py",
+        "change = subtract(new, old)", "change = subtract(new, [0 * tensor for tensor in old])",
+        ("tests/stochastic/test_engine.py", "-k", "saba_converges"),
+    ),
+    Mutation(
+        "stochastic: the adjoint enters the outer direction with the wrong sign", "stochastic/_adjoint.py",
+        "outer=subtract(upper.outer, lower.cross),", "outer=subtract(lower.cross, upper.outer),",
+        ("tests/stochastic/test_directions.py", "-k", "tends and SOBA"),
+    ),
+    Mutation(
+        "stochastic: an evaluation at an old point changes running statistics", "stochastic/_variables.py",
+        "b.clone() for name, b in", "b for name, b in", ("tests/stochastic/test_engine.py", "-k", "old_point"),
+    ),
+    Mutation(
+        "stochastic: a state has no memory", "stochastic/_state.py",
+        'setattr(method, name, state["memory"][name])', "pass", ("tests/stochastic/test_engine.py", "-k", "resumed"),
+    ),
+    Mutation(
+        "stochastic: the two products by two passes", "stochastic/_oracle.py",
+        "found = self._reverse(gradient, [*z, *x], q, retain_graph=False)",
+        "found = (*self._reverse(gradient, z, q), *self._reverse(gradient, x, q))",
+        ("tests/stochastic/test_engine.py", "-k", "passes"),
+    ),
+    Mutation(
+        "stochastic: processes are not averaged", "stochastic/_oracle.py",
+        "distributed.all_reduce(flat, group=group)", "pass", ("tests/stochastic/test_processes.py",),
         "an inequality that is active with multiplier zero is differentiated", "solvers/_regularity.py",
         "return weak | self.flat | self.irregular", "return self.flat | self.irregular",
         ("tests/constraints/test_degenerate.py", "-k", "multiplier_zero"),

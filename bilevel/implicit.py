@@ -48,6 +48,7 @@ from bilevel._torch.transforms import (
     transforms_active,
     without_tangent,
 )
+from bilevel.equations.domain import defined
 from bilevel.equations.problem import Linearization, LinearizationSlot, Problem
 from bilevel.equations.pullbacks import Pullback, is_final, pullbacks_of
 from bilevel.equations.system import System
@@ -383,7 +384,8 @@ def _residual_in(
     def residual(*moved: torch.Tensor) -> torch.Tensor:
         feed = iter(moved)
         others = [next(feed) if want else t for t, want in zip(tensors, needs_grad, strict=True)]
-        made = system.residual(x, *others)
+        with defined(system.where, system.noun):
+            made = system.residual(x, *others)
         if again:
             refuse_once_only(system.where, system.noun, made, (x, *others))
         return made
@@ -406,7 +408,8 @@ def _pairing(
         point, *others = (next(feed) if want else t for t, want in zip(everything, needs_grad, strict=True))
 
         def residual(p: torch.Tensor) -> torch.Tensor:
-            made = rule.system.residual(p, *others)
+            with defined(rule.system.where, rule.system.noun):
+                made = rule.system.residual(p, *others)
             # J is made of a first derivative by x, and is itself differentiated here.
             refuse_once_only(rule.system.where, rule.system.noun, made, (p, *others), innermost_only=not again)
             return made

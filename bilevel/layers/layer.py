@@ -23,6 +23,7 @@ from bilevel._torch.transforms import (
     transforms_active,
     without_gradient,
 )
+from bilevel.equations.domain import leaves_domain
 from bilevel.equations.system import FixedPointSystem, System
 from bilevel.errors import (
     ArgumentError,
@@ -233,7 +234,9 @@ class Layer:
             try:
                 with torch.enable_grad(), Repeatable():
                     output = system.first_output(flat, *detached)
-            except RuntimeError as problem:
+            except (RuntimeError, ValueError) as problem:
+                if leaves_domain(problem):  # the solve will say so
+                    return False
                 if "randomness" not in str(problem):
                     raise
                 raise StochasticObjectiveError(

@@ -16,6 +16,7 @@ import torch
 from bilevel.equations.problem import Problem
 from bilevel.reports import Basis, Status
 from bilevel.solvers._base import Goal, InnerSolution, InnerSolver, all_finite, length
+from bilevel.solvers._degenerate import falls_beside, is_slow
 from bilevel.solvers._error import (
     ErrorEstimate,
     estimate_error,
@@ -38,6 +39,8 @@ _FAR = 1e3
 _SOLVER_ROUNDING = 30.0
 # How large a part of x the Newton step that is left has to be for the search to be endless.
 _ENDLESS = 1e-3
+# How near, in parts of x, two searches end that found the same point.
+_SAME_POINT = 1e-3
 # What another solver is tried after.
 _WORTH_ANOTHER = (
     Status.MAX_STEPS,
@@ -112,6 +115,10 @@ def solve_inner(
         second = _attempt(other.solver, problem, replace(goal, init=start, given=threshold, origin=init), failed)
         # A kink is an answer too: it says why the search failed.
         latest, won = second.x, failed & _is_one_of(second.status, (Status.CONVERGED, Status.KINK))
+        # What comes to the same saddle, and does not see that it is one, has not left it.
+        size = torch.maximum(trial.x.abs(), (trial.x - init).abs())
+        same = ((second.x - trial.x).abs() <= _SAME_POINT * size).all(dim=-1)
+        won = won & ~(same & (trial.status == Status.INDEFINITE))
         tried.append(other.solver.name)
         steps = steps + torch.where(failed, second.iterations, torch.zeros_like(steps))
         if bool(won.any()):
@@ -181,10 +188,12 @@ def _with_residual(problem: Problem, solution: InnerSolution) -> InnerSolution:
 
 def _merged(these: torch.Tensor, new: InnerSolution, old: InnerSolution) -> InnerSolution:
     """Return ``new`` for the problems that went on, ``these`` (batch,), and the status of ``old`` for the others, which did not move."""
-    error = None
+    error = slow = None
     if new.error is not None and old.error is not None:
         error = torch.where(these.unsqueeze(-1), new.error, old.error)
-    return replace(new, status=torch.where(these, new.status, old.status), error=error)
+    if new.slow is not None and old.slow is not None:
+        slow = torch.where(these, new.slow, old.slow)
+    return replace(new, status=torch.where(these, new.status, old.status), error=error, slow=slow)
 
 
 def _resumed(solver: InnerSolver, taken: int) -> InnerSolver | None:
@@ -230,9 +239,22 @@ def _by_residual(solver: InnerSolver, problem: Problem, solution: InnerSolution,
         if problem.minimizes:
             still = (status == Status.CONVERGED) & (solution.x == goal.init).all(dim=-1)
             status = _name_kinks(problem, solution, status, still, _is_one_of(status, _MAYBE_KINKED))
+            status = _name_slow(problem, solution, status, goal.starting_point)
     return _Trial(
         solution.x, status, solution.iterations, solution.residual, norm, threshold, solution.value, solution.factor
     )
+
+
+def _name_slow(problem: Problem, solution: InnerSolution, status: torch.Tensor, start: torch.Tensor) -> torch.Tensor:
+    """Return ``status`` (batch,) with INDEFINITE for those that converged slowly to a point beside which the objective falls."""
+    if solution.slow is None or solution.error is None or solution.residual is None:
+        return status
+    slow = solution.slow & (status == Status.CONVERGED)
+    if not bool(slow.any()):
+        return status
+    direction = torch.where(slow.unsqueeze(-1), solution.error, 0.0)
+    saddle = slow & falls_beside(problem, solution.x, solution.residual, direction, start, [direction])
+    return torch.where(saddle, torch.full_like(status, Status.INDEFINITE), status)
 
 
 def _runaway(x: torch.Tensor, init: torch.Tensor) -> torch.Tensor:
@@ -274,12 +296,18 @@ def _by_error(
     good = open_ & (error.abs() <= allowed).all(dim=-1) if error is not None else again  # a NaN is none
     ratio = noise = torch.zeros_like(norm)
     endless = again
+    left = torch.zeros_like(x) if error is None else error.nan_to_num(0.0, 0.0, 0.0)
+    doubtful: list[torch.Tensor] = []  # directions along which a minimum may be none
+    if solution.slow is not None and error is not None and bool((good & solution.slow).any()):
+        doubtful.append(torch.where((good & solution.slow).unsqueeze(-1), error, 0.0))
     if not bool((good | ~open_).all()):
         found = estimate_error(problem, x, residual, open_ & ~good)
         judged = _weigh(problem, x, residual, found, allowed, target, goal, noticed, open_ & ~good)
         if found.factor is not None:
             factor, exact = found.factor, True
         fine = good | (open_ & judged.good)
+        left = torch.where((fine & ~good).unsqueeze(-1), found.error, left)
+        doubtful += _doubtful(problem, x, residual, found, fine & ~good)
         believed = noticed == Status.CONVERGED
         failed = torch.where(believed | (noticed == Status.MAX_STEPS) & judged.rounded, int(Status.STAGNATED), noticed)
         failed = torch.where(judged.status != Status.RUNNING, judged.status, failed)
@@ -289,16 +317,35 @@ def _by_error(
     status = torch.where(good, torch.full_like(status, Status.CONVERGED), status)
     if problem.minimizes:
         status = _name_stationary(problem, solution, status, goal.starting_point, meant)
+        if doubtful:
+            saddle = good & falls_beside(problem, x, residual, left, goal.starting_point, doubtful)
+            status = torch.where(saddle, torch.full_like(status, Status.INDEFINITE), status)
         good = good & (status == Status.CONVERGED)
     strict = torch.where(ratio > 0, norm / ratio, torch.zeros_like(norm))  # the norm of a residual that would do
     asked = torch.where(good, torch.maximum(threshold, norm), torch.minimum(threshold, strict))
     asked = torch.where(open_, asked, threshold)
     # Aim as far as the first goal does, so that the accuracy does not depend on the start; and never at less than a halving.
+    # What lies below the rounding of the largest unknowns is that of small ones: there no more than what is missing is asked for.
     closer = torch.maximum(norm * (target.relative / target.rtol) / ratio.clamp_min(1.0), 0.25 * noise)
+    closer = torch.where(norm <= noise, norm / (1.5 * ratio.clamp_min(1.0)), closer)
     closer = torch.minimum(0.5 * norm, closer)
     following = torch.where(again, closer, torch.full_like(norm, torch.inf))
     trial = _Trial(x, status, solution.iterations, residual, norm, asked, solution.value, factor, exact)
     return _Verdict(trial, again, following, endless)
+
+
+def _doubtful(
+    problem: Problem, x: torch.Tensor, residual: torch.Tensor, found: ErrorEstimate, these: torch.Tensor
+) -> list[torch.Tensor]:
+    """Return directions (batch, n) in which an argmin may fall, of ``these`` problems: those of a singular Hessian, and of slow convergence."""
+    if not problem.minimizes or not bool(these.any()):
+        return []
+    rows = these.unsqueeze(-1)
+    doubtful = [torch.where(rows, vector, 0.0) for vector in found.null]
+    error = torch.where(rows, found.error, 0.0).nan_to_num(0.0, 0.0, 0.0)
+    if bool((error != 0).any()) and bool((slow := is_slow(problem, x, residual, error)).any()):
+        doubtful.append(torch.where(slow.unsqueeze(-1), error, 0.0))
+    return doubtful
 
 
 @dataclass(frozen=True, eq=False)
@@ -358,7 +405,8 @@ def _weigh(
         status = torch.where(singular & _hidden(problem, x, residual, found), int(Status.DIVERGED), status)
     # The equations hold ever better, and the solution is as far away as ever: it lies at infinity.
     vanished = (norm := length(residual)) <= torch.finfo(x.dtype).eps * goal.scale
-    far_off = (norm > 0) & (error > _ENDLESS * x.abs()).any(dim=-1) & ~good
+    # Of an unknown that is as near to zero as asked, the error may be larger than the unknown.
+    far_off = (norm > 0) & ((error > _ENDLESS * x.abs()) & (error > allowed)).any(dim=-1) & ~good
     status = torch.where(
         vanished & far_off & (noticed != Status.CONVERGED), torch.full_like(status, Status.DIVERGED), status
     )

@@ -226,7 +226,7 @@ class Problem:
             )
         try:
             if last and self.linearization_slot is not None:
-                self.linearization_slot.linearization = linear = self._linearize(x, self.linearization_slot.needs_grad)
+                self.linearization_slot.linearization = linear = self.linearize(x, self.linearization_slot.needs_grad)
                 assert linear.value is not None
                 return linear.value, linear.residual.detach()
             values, gradient = self._evaluated("gradient", self._gradient, x)

@@ -11,7 +11,7 @@ import torch
 
 from bilevel.equations.problem import Problem
 from bilevel.equations.pullbacks import Pullback
-from bilevel.errors import ArgumentError, BilevelError
+from bilevel.errors import ArgumentError, BilevelError, StochasticObjectiveError
 from bilevel.layers.checks import Inspection, inspect_on_failure, inspect_once, reuse_inspection
 from bilevel.layers.messages import failure_messages
 from bilevel.linear._base import LinearOutcome, LinearSolver, as_linear_solver, solve_linear
@@ -25,6 +25,7 @@ from bilevel.replay.cache import ReplayCache
 from bilevel.replay.purity import InspectionCache
 from bilevel.reports import Pass, SolveReport, Status, StatusMessages
 from bilevel.solvers._base import InnerSolver, as_inner_solver
+from bilevel.solvers._error import rounding
 from bilevel.solvers._judge import InnerOutcome, solve_inner
 from bilevel.solvers.defaults import default_solvers
 from bilevel.tolerance import Tolerance, auto_relative
@@ -32,6 +33,10 @@ from bilevel.tolerance import Tolerance, auto_relative
 __all__ = ["Adjoint", "Inspector", "Setting", "SolveCall", "SolveSettings"]
 
 T = TypeVar("T")
+
+# How many times the rounding of R it may differ from one evaluation to another.
+_MORE_THAN_ROUNDING = 8.0
+_RESIDUALS = {True: "a gradient", False: "a residual"}
 
 
 class Adjoint(NamedTuple):
@@ -187,6 +192,9 @@ class SolveCall:
         self.poisoned = False
         self.nan_mask: torch.Tensor | None = None  # (*batch,) bool: whose derivatives the policy wants to be NaN
         self.residual: torch.Tensor | None = None  # at the solution (batch, n), for who wants the adjoint
+        self.found: tuple[torch.Tensor, torch.Tensor] | None = (
+            None  # R at the solution (batch, n), and its norm that was asked for
+        )
         self.factor: torch.Tensor | None = None
         self.last_rhs: torch.Tensor | None = None  # of this call's linear solves
         self.largest: torch.Tensor | None = None  # (batch,): the norm of the largest before that
@@ -225,12 +233,47 @@ class SolveCall:
             outcome = solve_inner(solver, problem, init, target, others)
         axes = problem.system.batch_shape
         self.one_step = outcome.factor is not None and (outcome.exact or bool((outcome.iterations <= 1).all()))
+        if self.watched:
+            self.found = outcome.residual, outcome.threshold
         self.factor, self.residual = outcome.factor, None if settings.on_adjoint is None else outcome.residual
         words = failure_messages(solver, problem, init, outcome)
         self.report = _report(Pass.FORWARD, self.where, outcome.solver, outcome, axes, words)
         self.nan_mask = ~self.report.success if settings.on_failure == "nan" else None
         x = outcome.x.reshape(*axes, problem.size)
         return apply_policy(self.report, x, settings.on_failure, self.recordings, silent_budget=target.silent)
+
+    def compare(self, problem: Problem, x: torch.Tensor, residual: torch.Tensor) -> None:
+        """Compare ``residual``, R(x) (batch, n) in a derivative, with R at the same x in the forward pass.
+
+        They differ by more than rounding where the function went by something that has changed in between, such as an attribute of an object.
+
+        Raises
+        ------
+        StochasticObjectiveError
+            If they do (policy ``"raise"``).
+        """
+        before, threshold = (None, None) if self.found is None else self.found
+        if before is None or threshold is None or before.shape != residual.shape or torch.equal(before, residual):
+            return
+        changed = (residual - before).norm(dim=-1)
+        eps = torch.finfo(x.dtype).eps
+        doubtful = (
+            changed > eps**0.5 * before.norm(dim=-1) + threshold
+        )  # a solution solves the other problem, too, if not
+        if bool(doubtful.any()):
+            doubtful = doubtful & (changed > _MORE_THAN_ROUNDING * rounding(problem, x, residual))
+        if not bool(doubtful.any()):
+            return
+        first = int(doubtful.nonzero()[0])
+        error = StochasticObjectiveError(
+            f"{self.where}: expected {problem.system.noun} to be the same function in a derivative as in the call, and at the solution "
+            f"{_RESIDUALS[problem.minimizes]} of norm {float(before[first].norm()):.3g} became one of {float(residual[first].norm()):.3g}; pass what "
+            "changes in between as an argument, or take the derivative before it changes"
+        )
+        if handle_misuse(error, self.settings.on_failure):
+            axes = problem.system.batch_shape
+            lost = doubtful.reshape(axes)
+            self.nan_mask = lost if self.nan_mask is None else self.nan_mask | lost
 
     def solve_linear(
         self,

@@ -174,7 +174,8 @@ class Layer:
         )
         call = self._call(settings, system, watched)
         flat = raveler.ravel(init).detach()
-        x = Solve.apply(ImplicitContext(system, call.solve, call.solve_linear, followed=watched), flat, *tensors)
+        context = ImplicitContext(system, call.solve, call.solve_linear, followed=watched, compare=call.compare)
+        x = Solve.apply(context, flat, *tensors)
         if poisoned or call.poisoned:
             x = x * self._poison(init, system, tensors)
         assert call.report is not None

@@ -13,7 +13,7 @@ import torch
 from bilevel.equations.problem import Problem
 from bilevel.solvers._error import residual_rounding
 
-__all__ = ["SLOW", "falls_beside", "is_slow"]
+__all__ = ["SLOW", "falls_beside", "is_slow", "slow_directions"]
 
 # A Newton step that leaves so much of the residual, or of the step before, is none of quadratic convergence.
 SLOW = 0.2
@@ -26,6 +26,15 @@ def is_slow(problem: Problem, x: torch.Tensor, residual: torch.Tensor, error: to
     left = problem.residual(x - error).norm(dim=-1)
     moved = (error.abs() > 8 * torch.finfo(x.dtype).eps * x.abs()).any(dim=-1)
     return moved & ~(left <= SLOW * residual.norm(dim=-1))
+
+
+def slow_directions(x: torch.Tensor, error: torch.Tensor, these: torch.Tensor) -> list[torch.Tensor]:
+    """Return directions (batch, n) in which ``these`` problems (batch,) converged slowly: the step that is left, and its signs in the units of x.
+
+    Along the step alone, the unknown that is farthest from its solution would hide the others.
+    """
+    error = torch.where(these.unsqueeze(-1), error, 0.0).nan_to_num(0.0, 0.0, 0.0)
+    return [error, error.sign() * x.abs().clamp_min(1e-5)]
 
 
 def falls_beside(

@@ -16,7 +16,7 @@ import torch
 from bilevel.equations.problem import Problem
 from bilevel.reports import Basis, Status
 from bilevel.solvers._base import Goal, InnerSolution, InnerSolver, all_finite, length
-from bilevel.solvers._degenerate import falls_beside, is_slow
+from bilevel.solvers._degenerate import falls_beside, is_slow, slow_directions
 from bilevel.solvers._error import (
     ErrorEstimate,
     estimate_error,
@@ -240,6 +240,8 @@ def _by_residual(solver: InnerSolver, problem: Problem, solution: InnerSolution,
             still = (status == Status.CONVERGED) & (solution.x == goal.init).all(dim=-1)
             status = _name_kinks(problem, solution, status, still, _is_one_of(status, _MAYBE_KINKED))
             status = _name_slow(problem, solution, status, goal.starting_point)
+            if bool(still.any()) and is_dense(problem):
+                status = _name_still(problem, solution, status, still)
     return _Trial(
         solution.x, status, solution.iterations, solution.residual, norm, threshold, solution.value, solution.factor
     )
@@ -252,8 +254,20 @@ def _name_slow(problem: Problem, solution: InnerSolution, status: torch.Tensor, 
     slow = solution.slow & (status == Status.CONVERGED)
     if not bool(slow.any()):
         return status
-    direction = torch.where(slow.unsqueeze(-1), solution.error, 0.0)
-    saddle = slow & falls_beside(problem, solution.x, solution.residual, direction, start, [direction])
+    directions = slow_directions(solution.x, solution.error, slow)
+    saddle = slow & falls_beside(problem, solution.x, solution.residual, directions[0], start, directions)
+    return torch.where(saddle, torch.full_like(status, Status.INDEFINITE), status)
+
+
+def _name_still(problem: Problem, solution: InnerSolution, status: torch.Tensor, still: torch.Tensor) -> torch.Tensor:
+    """Return ``status`` (batch,) with INDEFINITE for starts, of those ``still`` there, that are stationary and no minimum."""
+    assert solution.residual is not None
+    x, residual = solution.x, solution.residual
+    found = estimate_error(problem, x, residual, still)
+    directions = [torch.where(still.unsqueeze(-1), vector, 0.0) for vector in found.null]
+    saddle = still & found.indefinite
+    if directions:
+        saddle = saddle | (still & falls_beside(problem, x, residual, torch.zeros_like(x), x, directions))
     return torch.where(saddle, torch.full_like(status, Status.INDEFINITE), status)
 
 
@@ -299,7 +313,7 @@ def _by_error(
     left = torch.zeros_like(x) if error is None else error.nan_to_num(0.0, 0.0, 0.0)
     doubtful: list[torch.Tensor] = []  # directions along which a minimum may be none
     if solution.slow is not None and error is not None and bool((good & solution.slow).any()):
-        doubtful.append(torch.where((good & solution.slow).unsqueeze(-1), error, 0.0))
+        doubtful += slow_directions(x, error, good & solution.slow)
     if not bool((good | ~open_).all()):
         found = estimate_error(problem, x, residual, open_ & ~good)
         judged = _weigh(problem, x, residual, found, allowed, target, goal, noticed, open_ & ~good)
@@ -344,7 +358,7 @@ def _doubtful(
     doubtful = [torch.where(rows, vector, 0.0) for vector in found.null]
     error = torch.where(rows, found.error, 0.0).nan_to_num(0.0, 0.0, 0.0)
     if bool((error != 0).any()) and bool((slow := is_slow(problem, x, residual, error)).any()):
-        doubtful.append(torch.where(slow.unsqueeze(-1), error, 0.0))
+        doubtful += slow_directions(x, error, slow)
     return doubtful
 
 

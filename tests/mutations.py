@@ -1202,6 +1202,36 @@ MUTATIONS = (
         "allowed = target.rtol * x.abs() + target.atol", "allowed = target.rtol * x.abs().amax(dim=-1, keepdim=True).expand_as(x)",
         ("tests/zoo/test_issue_inputs.py", "-k", "large_unknown"),
     ),
+    Mutation(
+        "a degenerate saddle is a minimum", "solvers/_degenerate.py",
+        "found = found | (fell & (slope < -noise) & (slope < -here))", "pass",
+        ("tests/zoo/test_default_faults.py", "-k", "degenerate_saddle_is_named"),
+    ),
+    Mutation(
+        "a derivative is not compared with the call", "layers/call.py",
+        "changed = (residual - before).norm(dim=-1)", "changed = torch.zeros_like((residual - before).norm(dim=-1))",
+        ("tests/zoo/test_default_faults.py", "-k", "function_that_changed"),
+    ),
+    Mutation(
+        "a failed factorisation at a trial point ends the solve", "equations/domain.py",
+        "return isinstance(error, LinAlgError) or", "return",
+        ("tests/zoo/test_default_faults.py", "-k", "cholesky_fails"),
+    ),
+    Mutation(
+        "a bound above δ is no matter", "linear/_base.py",
+        "return bound > error * (1 + 16 * torch.finfo(bound.dtype).eps)", "return bound > torch.inf",
+        ("tests/linear/test_base.py", "-k", "bound_contradicts"),
+    ),
+    Mutation(
+        "steps are never lengthened", "solvers/anderson.py",
+        "stride = torch.where(still, 2 * self.stride, one)", "stride = one",
+        ("tests/zoo/test_default_faults.py", "-k", "named_early"),
+    ),
+    Mutation(
+        "an overflow is left by quarters", "solvers/newton.py",
+        "shorter = torch.where(beyond, torch.minimum(shorter, within), shorter)", "pass",
+        ("tests/zoo/test_default_faults.py", "-k", "exponential_from_where"),
+    ),
 )  # fmt: skip
 
 

@@ -3,7 +3,7 @@
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from bilevel import certificates, operators
+from bilevel import certificates, operators, prox, robust
 from bilevel._version import __version__
 from bilevel.certificates.bound import Bound
 from bilevel.certificates.constants import Constants
@@ -24,6 +24,9 @@ from bilevel.errors import (
     TransformError,
 )
 from bilevel.layers import Layer, LinearLayer, Solution, argmin, fixed_point, linear_solve, root
+from bilevel.layers.constraints import Constraints, PerConstraint
+from bilevel.layers.equilibrium import EquilibriumLayer, equilibrium
+from bilevel.layers.least_squares import FullHessian, GaussNewtonHessian, LeastSquaresLayer, least_squares
 from bilevel.linear._base import LinearSolver
 from bilevel.linear._solution import LinearSolution
 from bilevel.linear.bicgstab import BiCGStab
@@ -31,7 +34,11 @@ from bilevel.linear.cg import CG
 from bilevel.linear.damped import Damped
 from bilevel.linear.exact import Exact
 from bilevel.linear.gmres import GMRES
+from bilevel.linear.lsmr import LSMR
+from bilevel.linear.minres import MINRES
 from bilevel.linear.neumann import Neumann
+from bilevel.linear.nystrom import Nystrom
+from bilevel.linear.orthogonal import QR, SVD
 from bilevel.linear.scipy_bridge import ScipyLinear
 from bilevel.operators import LinearOperator
 from bilevel.outer.methods import HOAG, MAID, OuterMethod
@@ -41,6 +48,9 @@ from bilevel.problems.adaptive.state import GoalReport
 from bilevel.problems.hypergradient import Hypergradient, HypergradientReport
 from bilevel.problems.problem import BilevelProblem
 from bilevel.pytree import ravel
+from bilevel.quadratic_programs._clarabel import Clarabel
+from bilevel.quadratic_programs._solvers import Mehrotra
+from bilevel.quadratic_programs.quadratic_program import Certificate, ProgramSolution, quadratic_program
 from bilevel.recording import Recording, record
 from bilevel.replay.switch import replaying
 from bilevel.reports import Basis, Pass, SolveReport, Status
@@ -48,16 +58,21 @@ from bilevel.schedules import CubicSchedule, ExponentialSchedule, QuadraticSched
 from bilevel.solvers._base import Goal, InnerSolution, InnerSolver
 from bilevel.solvers.anderson import Anderson
 from bilevel.solvers.fixed_point import FixedPointIteration
+from bilevel.solvers.gauss_newton import GaussNewton
 from bilevel.solvers.gradient_descent import GradientDescent
+from bilevel.solvers.interior_point import InteriorPoint
 from bilevel.solvers.lbfgs import LBFGS
+from bilevel.solvers.levenberg_marquardt import LevenbergMarquardt
 from bilevel.solvers.newton import Newton
+from bilevel.solvers.projected_newton import ProjectedNewton
+from bilevel.solvers.proximal_gradient import ProximalGradient
 from bilevel.solvers.scipy_minimize import ScipyMinimize
 from bilevel.solvers.scipy_root import ScipyRoot
 from bilevel.solvers.torch_optimizer import TorchOptimizer
 from bilevel.tolerance import AUTO, Tolerance
 
 if TYPE_CHECKING:
-    from bilevel import testing
+    from bilevel import cleaning, stochastic, testing
     from bilevel.hyperopt.problem import HyperparameterOptimization
     from bilevel.meta.imaml import IMAML
 
@@ -68,7 +83,11 @@ __all__ = [
     "HOAG",
     "IMAML",
     "LBFGS",
+    "LSMR",
     "MAID",
+    "MINRES",
+    "QR",
+    "SVD",
     "Anderson",
     "ArgumentError",
     "Basis",
@@ -78,15 +97,22 @@ __all__ = [
     "Bound",
     "BudgetWarning",
     "CapturedTensorError",
+    "Certificate",
+    "Clarabel",
     "Constants",
     "ConstantsError",
+    "Constraints",
     "CubicSchedule",
     "Damped",
     "DtypeError",
+    "EquilibriumLayer",
     "Exact",
     "ExponentialSchedule",
     "FailureWarning",
     "FixedPointIteration",
+    "FullHessian",
+    "GaussNewton",
+    "GaussNewtonHessian",
     "Goal",
     "GoalReport",
     "GradientDescent",
@@ -96,20 +122,29 @@ __all__ = [
     "InitGradientError",
     "InnerSolution",
     "InnerSolver",
+    "InteriorPoint",
     "Layer",
+    "LeastSquaresLayer",
+    "LevenbergMarquardt",
     "LinearLayer",
     "LinearOperator",
     "LinearSolution",
     "LinearSolver",
+    "Mehrotra",
     "Neumann",
     "Newton",
+    "Nystrom",
     "OuterMethod",
     "OuterResult",
     "OuterRun",
     "OuterStatus",
     "OuterStep",
     "Pass",
+    "PerConstraint",
     "Problem",
+    "ProgramSolution",
+    "ProjectedNewton",
+    "ProximalGradient",
     "QuadraticSchedule",
     "Recording",
     "ScipyLinear",
@@ -128,14 +163,21 @@ __all__ = [
     "__version__",
     "argmin",
     "certificates",
+    "cleaning",
+    "equilibrium",
     "fixed_point",
+    "least_squares",
     "linear_solve",
     "minimize",
     "operators",
+    "prox",
+    "quadratic_program",
     "ravel",
     "record",
     "replaying",
+    "robust",
     "root",
+    "stochastic",
     "testing",
 ]
 
@@ -143,6 +185,8 @@ __all__ = [
 _IMPORTED_WHEN_USED = {
     "HyperparameterOptimization": "bilevel.hyperopt.problem",
     "IMAML": "bilevel.meta.imaml",
+    "cleaning": "bilevel.cleaning",
+    "stochastic": "bilevel.stochastic",
     "testing": "bilevel.testing",
 }
 

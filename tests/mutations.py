@@ -68,6 +68,15 @@ def cells(row: str, *columns: str) -> tuple[str, ...]:
 
 MUTATIONS = (
     Mutation(
+        "an inequality that is active with multiplier zero is differentiated", "solvers/_regularity.py",
+        "return weak | self.flat | self.irregular", "return self.flat | self.irregular",
+        ("tests/constraints/test_degenerate.py", "-k", "multiplier_zero"),
+    ),
+    Mutation(
+        "a bound that moves does not carry x along", "layers/constrained.py", "return x + to_lower + to_upper", "return x + 0 * to_lower + 0 * to_upper",
+        ("tests/constraints/test_closed_forms.py", "-k", "carries_x_along"),
+    ),
+    Mutation(
         "IMAML's default descends by a fixed step", "meta/imaml.py", "line_search=paper)", "line_search=False)",
         (IMAML, "-k", "default_learns"),
     ),
@@ -158,7 +167,7 @@ MUTATIONS = (
         cells("Two transforms, vmap of jacrev", "root, single, float64", "root, batch, float64"),
     ),
     Mutation(
-        "a mean for a sum over the problems that share a tensor", "equations/problem.py",
+        "a mean for a sum over the problems that share a tensor", "equations/linearization.py",
         "return self._pull(q)[1]", "return self._pull(q / len(q))[1]",
         cells("Plain autograd, .backward()", "argmin, batch, float64", "root, batch, float64"),
     ),
@@ -305,7 +314,7 @@ MUTATIONS = (
     ),
     Mutation(
         "two thirds of the curvature, as Gauss–Newton has of a quartic", "equations/problem.py",
-        "operator = HessianOperator(residual, point)", "operator = HessianOperator(2 * residual / 3, point)",
+        "operator = HessianOperator(residual, point, expect", "operator = HessianOperator(2 * residual / 3, point, expect",
         ("tests/test_implicit.py", "-k", "quartic"),
     ),
     Mutation(
@@ -522,7 +531,7 @@ MUTATIONS = (
     ),
     Mutation(
         "the preconditioner dropped", "linear/cg.py",
-        "precondition = self.preconditioner\n", "precondition = None\n", (CONFORMANCE, "-k", "preconditioner_is_used"),
+        "given = self.preconditioner\n", "given = None\n", (CONFORMANCE, "-k", "preconditioner_is_used"),
     ),
     Mutation(
         "GMRES's preconditioner not undone", "linear/gmres.py",
@@ -1201,6 +1210,59 @@ MUTATIONS = (
         "unknowns share one scale", "solvers/_judge.py",
         "allowed = target.rtol * x.abs() + target.atol", "allowed = target.rtol * x.abs().amax(dim=-1, keepdim=True).expand_as(x)",
         ("tests/zoo/test_issue_inputs.py", "-k", "large_unknown"),
+    ),
+    # Proximal terms.
+    Mutation(
+        "solutions on a bound do not move with it", "prox/box.py",
+        "return torch.where(below, lower, torch.where(above, upper, y))", "return torch.where(below | above, x, y)",
+        ("tests/prox/test_manifolds.py", "-k", "derivative_of_a_solution and Box"),
+    ),
+    Mutation(
+        "the curvature of a group's norm is left out", "prox/group.py",
+        "strength * _norms(y, labels, strength.numel()), 0.0)", "strength * _norms(detached(y), labels, strength.numel()), 0.0)",
+        ("tests/prox/test_manifolds.py", "-k", "derivative_of_a_solution and GroupL2"),
+    ),
+    Mutation(
+        "spectral functions have first derivatives only", "prox/_spectral.py",
+        "ORDER = 5", "ORDER = 1", ("tests/prox/test_proximal_points.py", "-k", "second_and_third"),
+    ),
+    Mutation(
+        "a segment's level does not know its neighbours", "prox/_taut_string.py",
+        "v + threshold * ends", "v + 0 * threshold * ends", ("tests/prox/test_proximal_points.py", "-k", "taut_string"),
+    ),
+    Mutation(
+        "a dual variable on its bound has a margin", "prox/l1.py",
+        "torch.where(x == 0, at_zero,", "torch.where(x == 0, at_zero + 1,", ("tests/prox/test_manifolds.py", "-k", "vanishes and L1"),
+    ),
+    Mutation(
+        "potentials of least norm for plans in several parts", "prox/transport.py",
+        "(dual,) = batched(least_cycle_mean, move - potentials, support)",
+        "dual = torch.where(support > 0, float('inf'), move - potentials)",
+        ("tests/prox/test_manifolds.py", "-k", "several_parts"),
+    ),
+    Mutation(
+        "large entries leave rounding in a projection", "prox/_support.py",
+        "for _ in range(2):", "for _ in range(1):", ("tests/prox/test_proximal_points.py", "-k", "far_away"),
+    ),
+    Mutation(
+        "weakly active constraints pass for inactive", "quadratic_programs/_dense.py",
+        "weak & good.unsqueeze(-1)", "weak & False", ("tests/quadratic_programs/test_failures.py", "-k", "weakly_active"),
+    ),
+    Mutation(
+        "an infeasible program is accepted for its large multipliers", "quadratic_programs/_dense.py",
+        "relative = torch.maximum(slope / dual, rest.amax(-1) / primal)",
+        "relative = torch.maximum(slope, rest.amax(-1)) / torch.maximum(dual, primal)",
+        ("tests/quadratic_programs/test_failures.py", "-k", "farkas"),
+    ),
+    Mutation(
+        "the derivative of an infeasible program is finite", "quadratic_programs/_call.py",
+        "if bool(lost.any()) else (None, None)", "if False else (None, None)",
+        ("tests/quadratic_programs/test_failures.py", "-k", "no_derivative_comes"),
+    ),
+    Mutation(
+        "second derivatives forget a half of the slope by G", "quadratic_programs/_rule.py",
+        "structure.G.outer(dlam, wx) + structure.G.outer(wlam, dx)", "structure.G.outer(wlam, dx)",
+        ("tests/quadratic_programs/test_derivatives.py", "-k", "gradgradcheck"),
     ),
     Mutation(
         "a degenerate saddle is a minimum", "solvers/_degenerate.py",

@@ -6,8 +6,8 @@ Those solves, with what becomes of their failures, are a :class:`~bilevel.layers
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
 from typing import Any, Generic, TypeVar, cast
 
 import torch
@@ -24,6 +24,7 @@ from bilevel._torch.transforms import (
     without_gradient,
 )
 from bilevel.equations.domain import leaves_domain
+from bilevel.equations.structured import Structure, StructuredSystem
 from bilevel.equations.system import FixedPointSystem, System
 from bilevel.errors import (
     ArgumentError,
@@ -36,11 +37,13 @@ from bilevel.errors import (
 from bilevel.implicit import ImplicitContext, Solve
 from bilevel.layers.call import Inspector, Setting, SolveCall, SolveSettings
 from bilevel.layers.checks import captured_error
+from bilevel.layers.differentiation import BySteps, Differentiation, solver_for, step_of
 from bilevel.linear._base import LinearSolver, LinearSolverLike
 from bilevel.policy import OnFailure, handle_misuse
 from bilevel.pytree import Raveler, flatten_arguments
 from bilevel.reports import SolveReport, StatusMessages
 from bilevel.solvers._base import InnerSolver, InnerSolverLike
+from bilevel.solvers._given import GivenAnswer
 from bilevel.tolerance import Tolerance
 
 __all__ = ["Layer", "Solution"]
@@ -52,8 +55,8 @@ T = TypeVar("T")
 class Solution(Generic[T]):
     """A layer's result with its report.
 
-    It is a pytree node whose only child is :attr:`value`, so that ``torch.func.vmap(layer.solve)`` returns one, with
-    a report of the whole batch.
+    It is a pytree node whose children are :attr:`value` and, where there are constraints, :attr:`multipliers` and :attr:`active`:
+    ``torch.func.vmap(layer.solve)`` returns one, with a report of the whole batch.
 
     Parameters
     ----------
@@ -61,18 +64,38 @@ class Solution(Generic[T]):
         x, the same pytree as init, differentiable as ``layer(...)`` is.
     report
         What the forward solve did, per problem.
+    multipliers
+        Of constraints: a pytree of tensors, differentiable as x is. None where there are none.
+    active
+        Which constraints are active: a pytree of boolean tensors. None where there are no constraints.
     """
 
     value: T
     report: SolveReport
+    multipliers: Any = None
+    active: Any = None
+
+
+def _children(solution: Solution[Any]) -> tuple[list[Any], SolveReport]:
+    more = [] if solution.multipliers is None else [solution.multipliers, solution.active]
+    return [solution.value, *more], solution.report
+
+
+def _of_children(children: Iterable[Any], report: Any) -> Solution[Any]:
+    value, *more = children
+    return Solution(value, cast(SolveReport, report), *more)
 
 
 pytree.register_pytree_node(
     Solution,
-    lambda solution: ([solution.value], solution.report),
-    lambda children, report: Solution(next(iter(children)), cast(SolveReport, report)),
+    _children,
+    _of_children,
     serialized_type_name="bilevel.Solution",
 )
+
+
+def _without_graph(leaf: Any) -> Any:
+    return without_gradient(leaf) if isinstance(leaf, torch.Tensor) else leaf
 
 
 class Layer:
@@ -86,6 +109,7 @@ class Layer:
     tolerance = Setting[Tolerance]()
     on_failure = Setting[OnFailure]()
     backward_messages = Setting[StatusMessages]()
+    differentiation = Setting[Differentiation]()
 
     def __init__(
         self,
@@ -96,6 +120,10 @@ class Layer:
         linear_solver: LinearSolverLike | None,
         tolerance: Tolerance | None,
         on_failure: OnFailure,
+        where: str | None = None,
+        written: Callable[[], Callable[..., Any]] | None = None,
+        structure: Structure | None = None,
+        differentiation: Differentiation | None = None,
     ) -> None:
         noun = kind.noun
         if not callable(function):
@@ -104,14 +132,14 @@ class Layer:
                 f"bilevel.{kind.label}(f)(x, *args)"
             )
         self.kind = kind
+        self.structure = structure
         self.function = function
         self._settings = SolveSettings(tolerance=Tolerance() if tolerance is None else tolerance, on_failure=on_failure)
-        self.solver, self.linear_solver = solver, linear_solver
-        # What the user wrote, where that is not the function itself.
-        self.written: Callable[[], Callable[..., Any]] | None = None
+        self.solver, self.linear_solver, self.differentiation = solver, linear_solver, differentiation
+        self.written = written  # what the user wrote, where that is not the function itself
         self.inspector = Inspector()
         functools.update_wrapper(self, function, updated=())
-        self.where = f"`{kind.label}` layer `{getattr(function, '__name__', type(function).__name__)}`"
+        self.where = where or f"`{kind.label}` layer `{getattr(function, '__name__', type(function).__name__)}`"
 
     @property
     def minimizes(self) -> bool:
@@ -158,32 +186,93 @@ class Layer:
         return self._solution(self._settings, init, args, kwargs)
 
     @eager
+    def at(self, x: T, *args: Any, **kwargs: Any) -> T:
+        """Return ``x``, a solution that you have already, differentiable as the layer's own solutions are.
+
+        It is checked by one residual. With no accuracy asked it may be about 1 % off; with ``Tolerance(delta=...)`` or ``rtol`` it has to be as
+        accurate as that. Derivatives are those of the implicit function at ``x`` as it is. With proxes, bounds or constraints the layer makes a few
+        steps from ``x`` on, as it needs the active set.
+
+        Parameters
+        ----------
+        x
+            The solution, a tensor or a pytree of tensors, from an optimiser of yours, scikit-learn or another program.
+        args, kwargs
+            As in a call of the layer.
+
+        Raises
+        ------
+        SolveError
+            If ``x`` is no solution (policy ``"raise"``).
+
+        Examples
+        --------
+        >>> import torch, bilevel
+        >>> layer = bilevel.argmin(lambda x, a: ((x - a) ** 4).sum() + ((x - a) ** 2).sum())
+        >>> a = torch.tensor([1.0, 2.0], requires_grad=True)
+        >>> x = layer.at(torch.tensor([1.0, 2.0]), a)
+        >>> x.sum().backward()
+        >>> a.grad
+        tensor([1., 1.])
+        """
+        settings = self._settings if self.structure is not None else replace(self._settings, solver=GivenAnswer())
+        return self._solution(settings, pytree.tree_map(_without_graph, x), args, kwargs).value
+
+    @eager
     def solve_with(self, settings: SolveSettings, init: T, *args: Any) -> Solution[T]:
         """Return what :meth:`solve` does with other ``settings`` than the layer's own."""
         return self._solution(settings, init, args, {})
 
     def _solution(self, settings: SolveSettings, init: T, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Solution[T]:
         raveler = Raveler.of(init, self.where)
-        system, tensors = self._system(raveler, args, kwargs)
+        ordinary, tensors = self._system(raveler, args, kwargs)
         self._refuse_forward_twice(tensors)
+        system, flat = ordinary, raveler.ravel(init).detach()
+        if self.structure is not None:
+            system, flat = self.structure.attach(ordinary, flat, tensors)
         watched = torch.is_grad_enabled()
         poisoned = (
-            self._check_edge(settings.on_failure, init, system, tensors)
+            self._check_edge(settings.on_failure, init, ordinary, tensors)
+            or (system is not ordinary and self._check_captures(settings.on_failure, flat, system, tensors))
             if watched or differentiating() or transforms_active()
             else False
         )
         call = self._call(settings, system, watched)
-        flat = raveler.ravel(init).detach()
-        context = ImplicitContext(system, call.solve, call.solve_linear, followed=watched, compare=call.compare)
-        x = Solve.apply(context, flat, *tensors)
+        if isinstance(settings.differentiation, BySteps):
+            x = self._by_steps(settings.differentiation, call, system, flat, tensors)
+        else:
+            context = ImplicitContext(system, call.solve, call.solve_linear, followed=watched, compare=call.compare)
+            x = Solve.apply(context, flat, *tensors)
         if poisoned or call.poisoned:
-            x = x * self._poison(init, system, tensors)
+            x = x * self._poison(init, ordinary, tensors)
         assert call.report is not None
-        return Solution(raveler.unravel(x), call.report)
+        if not isinstance(system, StructuredSystem):
+            return Solution(raveler.unravel(x), call.report)
+        parts = system.parts(x, *tensors)
+        return Solution(raveler.unravel(parts.x), call.report, parts.multipliers, parts.active)
+
+    def _by_steps(
+        self, way: BySteps, call: SolveCall, system: System, flat: torch.Tensor, tensors: list[torch.Tensor]
+    ) -> torch.Tensor:
+        """Return x (n,), differentiable through steps of the solver; the search itself is not."""
+        if isinstance(system, StructuredSystem):
+            raise ArgumentError(
+                f"{self.where}: expected differentiation=bilevel.Implicit() with proximal terms, bounds or constraints, got {way}; leave it "
+                "out, or state the steps as bilevel.fixed_point"
+            )
+        solver = solver_for(way, self.kind, call.settings.solver, self.where)
+        call.settings = replace(call.settings, solver=solver)
+        cut = [without_gradient(tensor) for tensor in tensors]
+        answer = without_gradient(Solve.apply(ImplicitContext(system, call.solve, call.solve_linear), flat, *cut))
+        assert call.report is not None
+        taken = int(call.report.iterations.max()) if call.report.iterations.numel() else 0
+        return way.path(step_of(system, solver, tensors), flat, answer, taken)
 
     def _call(self, settings: SolveSettings, system: System, watched: bool) -> SolveCall:
         written = self.function if self.written is None else self.written()
-        return SolveCall(settings, self.inspector, written, system.where, watched, system.raveler.coarsest)
+        functions = () if self.structure is None else self.structure.functions
+        dtype = (system.ordinary if isinstance(system, StructuredSystem) else system).raveler.coarsest
+        return SolveCall(settings, self.inspector, written, system.where, watched, dtype, functions)
 
     def _system(
         self, raveler: Raveler, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -224,14 +313,16 @@ class Layer:
                 "search began, so that its gradient would be none; pass init.detach(), or pass the tensor as an argument"
             )
             poisoned |= handle_misuse(error, on_failure)
-        return poisoned | self._check_captures(on_failure, init, system, tensors)
+        return poisoned | self._check_captures(on_failure, system.raveler.ravel(init), system, tensors)
 
-    def _check_captures(self, on_failure: OnFailure, init: Any, system: System, tensors: list[torch.Tensor]) -> bool:
+    def _check_captures(
+        self, on_failure: OnFailure, init: torch.Tensor, system: System, tensors: list[torch.Tensor]
+    ) -> bool:
         """Find tensors of a transform outside that the function reaches; return whether the policy asks for NaN."""
         if differentiating():
             # Inside the primitive a captured tensor of a transform looks like a plain one: look at it here.
             detached = [without_gradient(tensor) for tensor in tensors]
-            flat = system.raveler.ravel(pytree.tree_map(without_gradient, init))
+            flat = without_gradient(init)
             try:
                 with torch.enable_grad(), Repeatable():
                     output = system.first_output(flat, *detached)

@@ -10,7 +10,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import Protocol, TypeAlias, runtime_checkable
 
 import torch
 
@@ -27,6 +27,7 @@ __all__ = [
     "LinearOutcome",
     "LinearSolver",
     "LinearSolverLike",
+    "MakesPreconditioner",
     "Preconditioner",
     "as_linear_solver",
     "begin",
@@ -40,7 +41,7 @@ class LinearSolver(ABC):
 
     @property
     def has_budget(self) -> bool:
-        """Whether the caller chose a number of steps, which is then legitimate to spend (style: "5 CG steps")."""
+        """Whether the caller chose a number of steps, which is then legitimate to spend, as in "5 CG steps"."""
         return getattr(self, "max_steps", None) is not None
 
     @property
@@ -97,6 +98,10 @@ class LinearSolver(ABC):
         """
         return None
 
+    def serves(self, operator: LinearOperator) -> bool:
+        """Return whether this can solve with ``operator``; of a solver that keeps factors, whether they are of its matrices."""
+        return True
+
     def __call__(self, operator: LinearOperator, rhs: torch.Tensor, tolerance: Tolerance | None = None) -> torch.Tensor:
         """Solve A x = b to ``tolerance`` and return x (batch, n), whatever became of it; see ``solve_linear``.
 
@@ -124,9 +129,19 @@ Preconditioner: TypeAlias = Callable[[torch.Tensor], torch.Tensor]
 """r ↦ M⁻¹r on tensors (batch, n)."""
 
 
-def check_preconditioner(where: str, preconditioner: Preconditioner | None) -> None:
-    """Raise :class:`ArgumentError` unless ``preconditioner`` is a function or None."""
-    if preconditioner is not None and not callable(preconditioner):
+@runtime_checkable
+class MakesPreconditioner(Protocol):
+    """What makes a preconditioner of an operator, such as :class:`bilevel.Nystrom`."""
+
+    def preconditioner(self, operator: LinearOperator) -> Preconditioner:
+        """Return r ↦ M⁻¹r for the matrices of ``operator``."""
+
+
+def check_preconditioner(where: str, preconditioner: Preconditioner | MakesPreconditioner | None) -> None:
+    """Raise :class:`ArgumentError` unless ``preconditioner`` is a function, makes one, or is None."""
+    if isinstance(preconditioner, MakesPreconditioner) and not isinstance(preconditioner, type):
+        return
+    if preconditioner is not None and not (callable(preconditioner) and not isinstance(preconditioner, LinearSolver)):
         raise ArgumentError(
             f"{where}: expected preconditioner to be a function of r (batch, n), got {preconditioner!r}; pass one"
         )

@@ -13,14 +13,19 @@ from torch.utils import _pytree as pytree
 
 from bilevel._torch.transforms import transforms_active, unhooked
 from bilevel.certificates._certificate import Certificate
+from bilevel.certificates._local import LocalCertificate, NoCertificate
 from bilevel.certificates._point import Point
 from bilevel.certificates.bound import Bound
 from bilevel.certificates.constants import Constants
 from bilevel.equations.problem import Problem
+from bilevel.equations.structured import Structure
 from bilevel.equations.system import ArgminSystem
 from bilevel.errors import ArgumentError, TransformError
 from bilevel.layers.call import Adjoint, Setting, SolveSettings
+from bilevel.layers.constraint_structure import ConstraintStructure
+from bilevel.layers.constraints import Constraints
 from bilevel.layers.layer import Layer, Solution
+from bilevel.layers.proximal import Proximal
 from bilevel.linear._base import LinearSolver, LinearSolverLike
 from bilevel.policy import OnFailure
 from bilevel.problems.adaptive.driver import attach_gradient, needs_gradient, solve_to_goal
@@ -39,6 +44,7 @@ from bilevel.problems.warm_start import WarmStart
 from bilevel.pytree import as_real, moves
 from bilevel.reports import Basis
 from bilevel.solvers._base import InnerSolver, InnerSolverLike
+from bilevel.solvers._given import GivenAnswer
 from bilevel.tolerance import Tolerance
 
 __all__ = ["BilevelProblem"]
@@ -115,16 +121,29 @@ class BilevelProblem(torch.nn.Module, ABC):
         super().__init__()
         self.batch_dims = batch_dims
         self.warm_start = warm_start
+        self._structure: Structure | None = None
+        if type(self).inner_prox is not BilevelProblem.inner_prox:
+            self._structure = Proximal(given=self._inner_prox, written=lambda: self.inner_prox)
+        if type(self).inner_constraints is not BilevelProblem.inner_constraints:
+            if self._structure is not None:
+                raise ArgumentError(
+                    f"{self.where}: expected inner_prox or inner_constraints, got both; write the set as a term of bilevel.prox, or the term as "
+                    "constraints"
+                )
+            self._structure = ConstraintStructure(
+                constraints=self._inner_constraints, written=lambda: self.inner_constraints
+            )
         self._layer = Layer(
             ArgminSystem,
             self._inner_objective,
+            structure=self._structure,
             solver=solver,
             linear_solver=linear_solver,
             tolerance=tolerance,
             on_failure=on_failure,
+            where=self.where,
+            written=self._written,
         )
-        self._layer.where = self.where
-        self._layer.written = self._written
         self._warm = WarmStart()
         self._connected_for: frozenset[tuple[bool, ...]] = frozenset()
 
@@ -180,6 +199,22 @@ class BilevelProblem(torch.nn.Module, ABC):
     @abstractmethod
     def outer_objective(self, inner: Any, outer: Any, data: Any) -> torch.Tensor:
         """Return F(φ, θ), a scalar tensor, for one problem."""
+
+    def inner_prox(self, outer: Any, data: Any) -> Any:
+        """Return the proximal term g of the inner problem, min_φ G(φ, θ) + g(φ; θ), or None; override it where there is one.
+
+        A term of :mod:`bilevel.prox`, or a pytree of terms like the inner variables, with None where there is none. It is made of ``outer`` and
+        ``data``, so that strengths and bounds are differentiated too. Errors of hypergradients are then estimated, and never certified.
+        """
+        return None
+
+    def inner_constraints(self, outer: Any, data: Any) -> Constraints | None:
+        """Return the bounds and constraints on φ, or None; override it where there are some.
+
+        ``equality`` and ``inequality`` of the :class:`~bilevel.Constraints` are functions of (inner, outer, data), bounds are values or functions of
+        (outer, data). All may be computed from ``outer``. Errors of hypergradients are then not known, and never certified.
+        """
+        return None
 
     def objective_arguments(self, outer: Any, data: Any) -> tuple[Any, Any]:
         """Return (outer, data) as the two objectives see them, of what a call of the problem is given.
@@ -242,6 +277,7 @@ class BilevelProblem(torch.nn.Module, ABC):
         self._numbering.check_count(data)
         settings = self._settings_of(outer, data)
         tolerance, policy = settings.tolerance, settings.on_failure
+        self._refuse_goal(tolerance)
         if tolerance.has_goal and torch.is_grad_enabled() and needs_gradient(self.where, tolerance, outer, data):
             with unhooked():
                 result = self._to_goal(settings, outer, data, init)
@@ -304,13 +340,16 @@ class BilevelProblem(torch.nn.Module, ABC):
                 self._warm = replace(self._warm, inner=last)
         return solution
 
-    def hypergradient(self, outer: Any, data: Any, *, init: Any = None) -> Hypergradient:
+    def hypergradient(self, outer: Any, data: Any, *, init: Any = None, at: Any = None) -> Hypergradient:
         """Return the outer value, its gradient with respect to ``outer``, and how they were come by.
 
         Parameters
         ----------
         outer, data, init
             See :meth:`forward`.
+        at
+            An inner solution that you have already, of the structure of ``init``: it is checked by one residual, and nothing is solved for. See
+            :meth:`Layer.at`.
 
         Returns
         -------
@@ -341,6 +380,9 @@ class BilevelProblem(torch.nn.Module, ABC):
                 "differentiate with respect to"
             )
         settings = self._settings_of(outer, data)
+        self._refuse_goal(settings.tolerance)
+        if at is not None:
+            settings, init = self._settings_at(settings), pytree.tree_map(_cut, at)
         if settings.tolerance.has_goal:
             return self._to_goal(settings, outer, data, init)
         # Copies: what is computed from the result later is of θ as it is now.
@@ -373,6 +415,22 @@ class BilevelProblem(torch.nn.Module, ABC):
         point = Point(lower, upper, x, q, _needs_grad(plain, lower))
         report = HypergradientReport(solution.report, backward)
         return self._assembled(settings, plain, data, inner, point, value.detach(), corrected, flat, report)
+
+    def _settings_at(self, settings: SolveSettings) -> SolveSettings:
+        """Return the settings of a call that differentiates at an answer given."""
+        if settings.tolerance.has_goal:
+            raise ArgumentError(
+                f"{self.where}: expected Tolerance(delta=..., delta_prime=...) where the inner solution is given, got the goal "
+                f"{settings.tolerance!r}, which needs solves of its own; leave `at` out, or the goal"
+            )
+        return settings if self._structure is not None else replace(settings, solver=GivenAnswer())
+
+    def _refuse_goal(self, tolerance: Tolerance) -> None:
+        if self._structure is not None and tolerance.has_goal:
+            raise ArgumentError(
+                f"{self.where}: expected Tolerance(rtol=...) or δ and δ′ with inner_prox or inner_constraints, got the goal {tolerance!r}; errors "
+                "of such a hypergradient are not bounded, and solves go as far as the tolerance says: leave the goal out"
+            )
 
     def reset(self) -> None:
         """Forget the last inner solution and adjoint."""
@@ -408,7 +466,10 @@ class BilevelProblem(torch.nn.Module, ABC):
             return self.constants(outer, data).with_mu(tolerance.strong_convexity)
 
         def certify(at: Point, flat: torch.Tensor, corrected: torch.Tensor) -> Certificate:
-            return Certificate(at, flat, corrected, constants, self.where, settings.on_failure, products)
+            kind = Certificate
+            if self._structure is not None:
+                kind = LocalCertificate if at.lower.system.symmetric else NoCertificate
+            return kind(at, flat, corrected, constants, self.where, settings.on_failure, products)
 
         return assemble(outer, point, value, corrected, flat, report, certify, lambda q: numbering.unravel(q, inner))
 
@@ -484,13 +545,20 @@ class BilevelProblem(torch.nn.Module, ABC):
     def _flat_problems(self, inner: Any, outer: Any, data: Any) -> tuple[Problem, Problem]:
         """Return G and F as batches of flat problems."""
         flat = self._numbering.problem
-        return flat(self.inner_objective, inner, outer, data), flat(self.outer_objective, inner, outer, data)
+        lower = flat(self.inner_objective, inner, outer, data, self._structure)
+        return lower, flat(self.outer_objective, inner, outer, data)
 
     def _written(self) -> Callable[..., Any]:
         return self.inner_objective
 
     def _inner_objective(self, inner: Any, outer: Any, data: Any) -> torch.Tensor:
         return self.inner_objective(inner, outer, data)
+
+    def _inner_prox(self, outer: Any, data: Any) -> Any:
+        return self.inner_prox(outer, data)
+
+    def _inner_constraints(self, outer: Any, data: Any) -> Constraints | None:
+        return self.inner_constraints(outer, data)
 
     def _start(self, outer: Any, data: Any, count: int | None) -> Any:
         warm = self._warm if self.warm_start else WarmStart()

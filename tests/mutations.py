@@ -1328,6 +1328,34 @@ MUTATIONS = (
         "a distance to a proximal point forgets the change of the slope", "solvers/_manifold_newton.py",
         "return new, (at.x - new.x) / at.step.unsqueeze(-1) - at.slope + new.slope", "return new, new.slope - at.slope",
         ("tests/prox/test_layer.py", "-k", "proven"),
+        "a degenerate saddle is a minimum", "solvers/_degenerate.py",
+        "found = found | (fell & (slope < -noise) & (slope < -here))", "pass",
+        ("tests/zoo/test_default_faults.py", "-k", "degenerate_saddle_is_named"),
+    ),
+    Mutation(
+        "a derivative is not compared with the call", "layers/call.py",
+        "changed = (residual - before).norm(dim=-1)", "changed = torch.zeros_like((residual - before).norm(dim=-1))",
+        ("tests/zoo/test_default_faults.py", "-k", "function_that_changed"),
+    ),
+    Mutation(
+        "a failed factorisation at a trial point ends the solve", "equations/domain.py",
+        "return isinstance(error, LinAlgError) or", "return",
+        ("tests/zoo/test_default_faults.py", "-k", "cholesky_fails"),
+    ),
+    Mutation(
+        "a bound above δ is no matter", "linear/_base.py",
+        "return bound > error * (1 + 16 * torch.finfo(bound.dtype).eps)", "return bound > torch.inf",
+        ("tests/linear/test_base.py", "-k", "bound_contradicts"),
+    ),
+    Mutation(
+        "steps are never lengthened", "solvers/anderson.py",
+        "stride = torch.where(still, 2 * self.stride, one)", "stride = one",
+        ("tests/zoo/test_default_faults.py", "-k", "named_early"),
+    ),
+    Mutation(
+        "an overflow is left by quarters", "solvers/newton.py",
+        "shorter = torch.where(beyond, torch.minimum(shorter, within), shorter)", "pass",
+        ("tests/zoo/test_default_faults.py", "-k", "exponential_from_where"),
     ),
 )  # fmt: skip
 

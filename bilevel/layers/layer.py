@@ -23,6 +23,7 @@ from bilevel._torch.transforms import (
     transforms_active,
     without_gradient,
 )
+from bilevel.equations.domain import leaves_domain
 from bilevel.equations.structured import Structure, StructuredSystem
 from bilevel.equations.system import FixedPointSystem, System
 from bilevel.errors import (
@@ -319,7 +320,8 @@ class Layer:
         if isinstance(settings.differentiation, BySteps):
             x = self._by_steps(settings.differentiation, call, system, flat, tensors)
         else:
-            x = Solve.apply(ImplicitContext(system, call.solve, call.solve_linear, followed=watched), flat, *tensors)
+            context = ImplicitContext(system, call.solve, call.solve_linear, followed=watched, compare=call.compare)
+            x = Solve.apply(context, flat, *tensors)
         if poisoned or call.poisoned:
             x = x * self._poison(init, ordinary, tensors)
         assert call.report is not None
@@ -405,7 +407,9 @@ class Layer:
             try:
                 with torch.enable_grad(), Repeatable():
                     output = system.first_output(flat, *detached)
-            except RuntimeError as problem:
+            except (RuntimeError, ValueError) as problem:
+                if leaves_domain(problem):  # the solve will say so
+                    return False
                 if "randomness" not in str(problem):
                     raise
                 raise StochasticObjectiveError(

@@ -49,7 +49,11 @@ class Ridge(bilevel.BilevelProblem):
 
 def layer_calls() -> tuple[Callable[[], object], Callable[[], object]]:
     layer = bilevel.argmin(lambda w, X, y, s: ((X @ w - y) ** 2).sum() + s * (w**2).sum())
-    X, y, s = torch.randn(10, 3, dtype=F64), torch.randn(10, dtype=F64), torch.tensor(1.0, dtype=F64, requires_grad=True)
+    X, y, s = (
+        torch.randn(10, 3, dtype=F64),
+        torch.randn(10, dtype=F64),
+        torch.tensor(1.0, dtype=F64, requires_grad=True),
+    )
     start = torch.zeros(3, dtype=F64)
     for _ in range(4):
         layer(start, X, y, s).sum().backward()

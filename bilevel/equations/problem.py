@@ -46,12 +46,15 @@ class Problem:
         Where derivatives will follow: takes the linearisation at the answer.
     replays
         What evaluations may be replayed from, if the function was found to be one that can do but one thing.
+    objective
+        Of a structured system: the problem of its objective alone, with replays of its own.
     """
 
     system: System
     tensors: list[torch.Tensor] = field(repr=False)
     linearization_slot: LinearizationSlot | None = field(default=None, repr=False)
     replays: ReplayCache | None = field(default=None, repr=False)
+    objective: Problem | None = field(default=None, repr=False)
 
     @staticmethod
     def of(system: System, tensors: Sequence[torch.Tensor]) -> Problem:
@@ -73,6 +76,11 @@ class Problem:
     def minimizes(self) -> bool:
         """Whether there is an objective, so that :meth:`value` can be called."""
         return self.system.minimizes
+
+    @cached_property
+    def has_value(self) -> bool:
+        """Whether R is the gradient of a function, which need not have a minimum."""
+        return isinstance(self.system, ArgminSystem)
 
     @cached_property
     def is_fixed_point(self) -> bool:
@@ -112,12 +120,12 @@ class Problem:
 
     def residual(self, x: torch.Tensor) -> torch.Tensor:
         """Return R (batch, n): ∇G, the residual, or x − T(x)."""
-        if not self.minimizes:
+        if not self.has_value:
             return self._evaluated("output", self._output, x)[0].reshape(x.shape)
         return self.value_and_residual(x)[1]
 
     def _evaluated(
-        self, name: str, evaluation: Callable[..., Sequence[torch.Tensor]], x: torch.Tensor
+        self, name: Hashable, evaluation: Callable[..., Sequence[torch.Tensor]], x: torch.Tensor
     ) -> Sequence[torch.Tensor]:
         """Return what ``evaluation`` makes of (x, *tensors), or a replay of it."""
         program = self._program(name, evaluation, x)
@@ -125,6 +133,12 @@ class Problem:
             return evaluation(x, *self.tensors)
         with torch.no_grad():
             return program(x.contiguous(), *self.tensors, *self._captured())
+
+    def evaluate(
+        self, name: Hashable, evaluation: Callable[..., Sequence[torch.Tensor]], x: torch.Tensor
+    ) -> Sequence[torch.Tensor]:
+        """Return what ``evaluation``, which ``name`` tells from others, makes of (x, *tensors), or a replay of it."""
+        return self._evaluated(name, evaluation, x)
 
     def _program(
         self,
@@ -211,7 +225,7 @@ class Problem:
             at, replayed.transposed, replayed.forward, symmetric=symmetric,
             expect_definite=self.minimizes, materialize=self._materialize(at),
         )  # fmt: skip
-        return Linearization(residual, operator, (), value if self.minimizes else None, at, replayed)
+        return Linearization(residual, operator, (), value if self.has_value else None, at, replayed)
 
     def _linear(self, needs_grad: tuple[bool, ...], x: torch.Tensor, *others: torch.Tensor) -> list[torch.Tensor]:
         """Return all that a linearisation at ``x`` gives, for ``others``, the tensors and two vectors (batch, n)."""
@@ -244,7 +258,7 @@ class Problem:
         matrix = matrix.reshape(self.batch, self.size, self.size)
         if self.system.symmetric:
             matrix = (matrix + matrix.mT).mul_(0.5)
-        return residual.reshape(x.shape), matrix, values.reshape(self.batch) if self.minimizes else None
+        return residual.reshape(x.shape), matrix, values.reshape(self.batch) if self.has_value else None
 
     def _rows(self, x: torch.Tensor, *tensors: torch.Tensor) -> list[torch.Tensor]:
         with torch.no_grad():
@@ -270,10 +284,9 @@ class Problem:
 
     def to(self, dtype: torch.dtype) -> Problem:
         """Return the problem with its floating-point tensors in ``dtype``."""
-        other = self.system.raveler.in_dtype(dtype)
         wide = {True: dtype.to_complex(), False: dtype}  # complex are sparse tensors alone
         tensors = [t.to(wide[t.is_complex()]) if moves(t) else t for t in self.tensors]
-        return Problem(replace(self.system, raveler=other), tensors)
+        return Problem(self.system.in_dtype(dtype), tensors)
 
     def perturbed_copies(self, seed: int, draws: int, *more: torch.Tensor) -> tuple[Problem, list[torch.Tensor]]:
         """Return ``draws`` copies beside this float64 problem as one batch, of numbers that float32 holds, and ``more`` (K, n) likewise.
@@ -305,7 +318,7 @@ class Problem:
 
     def single(self, number: int) -> Problem:
         """Return the problem at ``number`` of the batch as a batch of one, with its own slice of every tensor."""
-        return Problem(replace(self.system, levels=()), self._slices(number))
+        return Problem(self.system.at_levels(()), self._slices(number))
 
     def _slices(self, number: int) -> list[torch.Tensor]:
         position = []  # innermost level first, as in system.levels
@@ -319,7 +332,7 @@ class Problem:
         return tensors
 
     def shaped(self, x: torch.Tensor) -> torch.Tensor:
-        """Return ``x`` (batch, n) as (*batch, n), with an axis for each level."""
+        """Return ``x`` (batch, n) with an axis for each level of the batch in place of the first."""
         return x.reshape(*self.system.batch_shape, self.size)
 
 

@@ -106,6 +106,14 @@ class System(ABC):
         """Return the system of ``size`` such problems, whose tensors carry a new axis 0 where ``batched``."""
         return replace(self, levels=(*self.levels, Level(size, batched)))
 
+    def at_levels(self, levels: tuple[Level, ...]) -> System:
+        """Return the system with other ``vmap`` levels."""
+        return replace(self, levels=levels)
+
+    def in_dtype(self, dtype: torch.dtype) -> System:
+        """Return the system of an unknown in the real ``dtype``, or in the complex one of its precision."""
+        return replace(self, raveler=self.raveler.in_dtype(dtype))
+
     def call(self, flat: torch.Tensor, *tensors: torch.Tensor) -> Any:
         """Call the user's function for one problem, ``flat`` being (n,)."""
         args, kwargs = self.arguments.rebuild(tensors)

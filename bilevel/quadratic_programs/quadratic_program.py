@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -86,9 +86,9 @@ class ProgramSolution(Solution[torch.Tensor]):
         Proofs for problems that have no solution, of the whole batch, as the report is.
     """
 
-    multipliers: Multipliers
-    active: ActiveSet
-    certificate: Certificate
+    multipliers: Multipliers = field()
+    active: ActiveSet = field()
+    certificate: Certificate = field()
 
 
 pytree.register_pytree_node(

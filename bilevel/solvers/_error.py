@@ -26,6 +26,7 @@ __all__ = [
     "meets_negative_curvature",
     "residual_rounding",
     "rounding",
+    "symmetric_error",
 ]
 
 # Up to these sizes matrices are factorised: by then a Krylov method needs as many products.
@@ -91,7 +92,7 @@ def estimate_error(problem: Problem, x: torch.Tensor, residual: torch.Tensor, do
         finite = torch.isfinite(matrix).all(dim=-1).all(dim=-1)
         matrix = torch.where(finite[:, None, None], matrix, torch.eye(n, dtype=x.dtype, device=x.device))
         residual = torch.nan_to_num(residual)
-        found = (_symmetric if symmetric else _general)(problem, matrix, x, residual)
+        found = (symmetric_error if symmetric else _general)(problem, matrix, x, residual)
         error = torch.where(finite.unsqueeze(-1), found.error, torch.full_like(x, torch.nan))
         return ErrorEstimate(
             error, found.rounding, found.size, found.singular & finite, found.indefinite & finite, found.null_part, found.solved,
@@ -109,7 +110,8 @@ def _drowned(problem: Problem, x: torch.Tensor, residual: torch.Tensor, doubtful
     return doubtful & (residual.norm(dim=-1) <= 8 * eps * moved)
 
 
-def _symmetric(problem: Problem, matrix: torch.Tensor, x: torch.Tensor, residual: torch.Tensor) -> ErrorEstimate:
+def symmetric_error(problem: Problem, matrix: torch.Tensor, x: torch.Tensor, residual: torch.Tensor) -> ErrorEstimate:
+    """Return the :class:`ErrorEstimate` of symmetric matrices (batch, n, n), those of ∂_x R at ``x``, with R = ``residual``."""
     n, eps = x.shape[-1], torch.finfo(x.dtype).eps
     diagonal = matrix.diagonal(dim1=-2, dim2=-1).abs()
     unit = torch.where(diagonal > 0, diagonal, diagonal.amax(dim=-1, keepdim=True)).rsqrt()

@@ -24,8 +24,11 @@ from bilevel.errors import (
     TransformError,
 )
 from bilevel.layers import Layer, LinearLayer, Solution, argmin, fixed_point, linear_solve, root
+from bilevel.layers.constraints import Constraints, PerConstraint
+from bilevel.layers.differentiation import Differentiation, Implicit, OneStep, PhantomGradient, Truncated, Unrolled
 from bilevel.layers.equilibrium import EquilibriumLayer, equilibrium
 from bilevel.layers.least_squares import FullHessian, GaussNewtonHessian, LeastSquaresLayer, least_squares
+from bilevel.layers.modules import FunctionalModule
 from bilevel.linear._base import LinearSolver
 from bilevel.linear._solution import LinearSolution
 from bilevel.linear.bicgstab import BiCGStab
@@ -33,7 +36,11 @@ from bilevel.linear.cg import CG
 from bilevel.linear.damped import Damped
 from bilevel.linear.exact import Exact
 from bilevel.linear.gmres import GMRES
+from bilevel.linear.lsmr import LSMR
+from bilevel.linear.minres import MINRES
 from bilevel.linear.neumann import Neumann
+from bilevel.linear.nystrom import Nystrom
+from bilevel.linear.orthogonal import QR, SVD
 from bilevel.linear.scipy_bridge import ScipyLinear
 from bilevel.operators import LinearOperator
 from bilevel.outer.methods import HOAG, MAID, OuterMethod
@@ -55,9 +62,11 @@ from bilevel.solvers.anderson import Anderson
 from bilevel.solvers.fixed_point import FixedPointIteration
 from bilevel.solvers.gauss_newton import GaussNewton
 from bilevel.solvers.gradient_descent import GradientDescent
+from bilevel.solvers.interior_point import InteriorPoint
 from bilevel.solvers.lbfgs import LBFGS
 from bilevel.solvers.levenberg_marquardt import LevenbergMarquardt
 from bilevel.solvers.newton import Newton
+from bilevel.solvers.projected_newton import ProjectedNewton
 from bilevel.solvers.proximal_gradient import ProximalGradient
 from bilevel.solvers.scipy_minimize import ScipyMinimize
 from bilevel.solvers.scipy_root import ScipyRoot
@@ -65,7 +74,7 @@ from bilevel.solvers.torch_optimizer import TorchOptimizer
 from bilevel.tolerance import AUTO, Tolerance
 
 if TYPE_CHECKING:
-    from bilevel import stochastic, testing
+    from bilevel import cleaning, stochastic, testing
     from bilevel.hyperopt.problem import HyperparameterOptimization
     from bilevel.meta.imaml import IMAML
 
@@ -76,7 +85,11 @@ __all__ = [
     "HOAG",
     "IMAML",
     "LBFGS",
+    "LSMR",
     "MAID",
+    "MINRES",
+    "QR",
+    "SVD",
     "Anderson",
     "ArgumentError",
     "Basis",
@@ -90,8 +103,10 @@ __all__ = [
     "Clarabel",
     "Constants",
     "ConstantsError",
+    "Constraints",
     "CubicSchedule",
     "Damped",
+    "Differentiation",
     "DtypeError",
     "EquilibriumLayer",
     "Exact",
@@ -99,6 +114,7 @@ __all__ = [
     "FailureWarning",
     "FixedPointIteration",
     "FullHessian",
+    "FunctionalModule",
     "GaussNewton",
     "GaussNewtonHessian",
     "Goal",
@@ -107,9 +123,11 @@ __all__ = [
     "Hypergradient",
     "HypergradientReport",
     "HyperparameterOptimization",
+    "Implicit",
     "InitGradientError",
     "InnerSolution",
     "InnerSolver",
+    "InteriorPoint",
     "Layer",
     "LeastSquaresLayer",
     "LevenbergMarquardt",
@@ -120,14 +138,19 @@ __all__ = [
     "Mehrotra",
     "Neumann",
     "Newton",
+    "Nystrom",
+    "OneStep",
     "OuterMethod",
     "OuterResult",
     "OuterRun",
     "OuterStatus",
     "OuterStep",
     "Pass",
+    "PerConstraint",
+    "PhantomGradient",
     "Problem",
     "ProgramSolution",
+    "ProjectedNewton",
     "ProximalGradient",
     "QuadraticSchedule",
     "Recording",
@@ -144,9 +167,12 @@ __all__ = [
     "Tolerance",
     "TorchOptimizer",
     "TransformError",
+    "Truncated",
+    "Unrolled",
     "__version__",
     "argmin",
     "certificates",
+    "cleaning",
     "equilibrium",
     "fixed_point",
     "least_squares",
@@ -168,6 +194,7 @@ __all__ = [
 _IMPORTED_WHEN_USED = {
     "HyperparameterOptimization": "bilevel.hyperopt.problem",
     "IMAML": "bilevel.meta.imaml",
+    "cleaning": "bilevel.cleaning",
     "stochastic": "bilevel.stochastic",
     "testing": "bilevel.testing",
 }

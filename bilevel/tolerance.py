@@ -279,10 +279,10 @@ class Tolerance:
         """Return what the linear solve aims for in ``dtype``."""
         return self._target(self.delta_prime, dtype)
 
-    def _target(self, needs_grad: float | Auto | None, dtype: torch.dtype) -> Target:
+    def _target(self, accuracy: float | Auto | None, dtype: torch.dtype) -> Target:
         mu = self.strong_convexity
-        if needs_grad is None:
+        if accuracy is None:
             return Target(silent=True, strong_convexity=mu)
-        if isinstance(needs_grad, Auto):
+        if isinstance(accuracy, Auto):
             return Target(relative=auto_relative(dtype), strong_convexity=mu)
-        return Target(absolute=needs_grad * (1.0 if mu is None else mu), asked=True, strong_convexity=mu)
+        return Target(absolute=accuracy * (1.0 if mu is None else mu), asked=True, strong_convexity=mu)

@@ -68,6 +68,15 @@ def cells(row: str, *columns: str) -> tuple[str, ...]:
 
 MUTATIONS = (
     Mutation(
+        "an inequality that is active with multiplier zero is differentiated", "solvers/_regularity.py",
+        "return weak | self.flat | self.irregular", "return self.flat | self.irregular",
+        ("tests/constraints/test_degenerate.py", "-k", "multiplier_zero"),
+    ),
+    Mutation(
+        "a bound that moves does not carry x along", "layers/constrained.py", "return x + to_lower + to_upper", "return x + 0 * to_lower + 0 * to_upper",
+        ("tests/constraints/test_closed_forms.py", "-k", "carries_x_along"),
+    ),
+    Mutation(
         "IMAML's default descends by a fixed step", "meta/imaml.py", "line_search=paper)", "line_search=False)",
         (IMAML, "-k", "default_learns"),
     ),
@@ -522,7 +531,7 @@ MUTATIONS = (
     ),
     Mutation(
         "the preconditioner dropped", "linear/cg.py",
-        "precondition = self.preconditioner\n", "precondition = None\n", (CONFORMANCE, "-k", "preconditioner_is_used"),
+        "given = self.preconditioner\n", "given = None\n", (CONFORMANCE, "-k", "preconditioner_is_used"),
     ),
     Mutation(
         "GMRES's preconditioner not undone", "linear/gmres.py",
@@ -1201,6 +1210,39 @@ MUTATIONS = (
         "unknowns share one scale", "solvers/_judge.py",
         "allowed = target.rtol * x.abs() + target.atol", "allowed = target.rtol * x.abs().amax(dim=-1, keepdim=True).expand_as(x)",
         ("tests/zoo/test_issue_inputs.py", "-k", "large_unknown"),
+    ),
+    # Proximal terms.
+    Mutation(
+        "solutions on a bound do not move with it", "prox/box.py",
+        "return torch.where(below, lower, torch.where(above, upper, y))", "return torch.where(below | above, x, y)",
+        ("tests/prox/test_manifolds.py", "-k", "derivative_of_a_solution and Box"),
+    ),
+    Mutation(
+        "the curvature of a group's norm is left out", "prox/group.py",
+        "strength * _norms(y, labels, strength.numel()), 0.0)", "strength * _norms(detached(y), labels, strength.numel()), 0.0)",
+        ("tests/prox/test_manifolds.py", "-k", "derivative_of_a_solution and GroupL2"),
+    ),
+    Mutation(
+        "spectral functions have first derivatives only", "prox/_spectral.py",
+        "ORDER = 5", "ORDER = 1", ("tests/prox/test_proximal_points.py", "-k", "second_and_third"),
+    ),
+    Mutation(
+        "a segment's level does not know its neighbours", "prox/_taut_string.py",
+        "v + threshold * ends", "v + 0 * threshold * ends", ("tests/prox/test_proximal_points.py", "-k", "taut_string"),
+    ),
+    Mutation(
+        "a dual variable on its bound has a margin", "prox/l1.py",
+        "torch.where(x == 0, at_zero,", "torch.where(x == 0, at_zero + 1,", ("tests/prox/test_manifolds.py", "-k", "vanishes and L1"),
+    ),
+    Mutation(
+        "potentials of least norm for plans in several parts", "prox/transport.py",
+        "(dual,) = batched(least_cycle_mean, move - potentials, support)",
+        "dual = torch.where(support > 0, float('inf'), move - potentials)",
+        ("tests/prox/test_manifolds.py", "-k", "several_parts"),
+    ),
+    Mutation(
+        "large entries leave rounding in a projection", "prox/_support.py",
+        "for _ in range(2):", "for _ in range(1):", ("tests/prox/test_proximal_points.py", "-k", "far_away"),
     ),
     Mutation(
         "weakly active constraints pass for inactive", "quadratic_programs/_dense.py",

@@ -9,8 +9,10 @@ from functools import cached_property, partial
 from typing import Any
 
 import torch
+from torch.func import vmap
 
 from bilevel._torch.graph_features import record_graph_features
+from bilevel._torch.reverse import vjp
 from bilevel.equations.linearization import PRODUCT, Linearization, LinearizationSlot, ReplayedLinearization
 from bilevel.equations.system import ArgminSystem, FixedPointSystem, System
 from bilevel.errors import ArgumentError
@@ -265,6 +267,22 @@ class Problem:
             system = self.system.for_second_derivatives()
             made = system.lifted(system.rows)(self.shaped(x), *tensors)
         return [tensor.detach() for tensor in made]
+
+    def some_rows(self, x: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
+        """Return the rows (k, n) of ∂_x R at ``x`` (1, n) for the ``places`` (k,), of a single problem without levels."""
+        k = len(places)
+        units = torch.zeros(1 + k, self.size, dtype=x.dtype, device=x.device)
+        units[0] = x[0]
+        units[torch.arange(1, 1 + k, device=x.device), places] = 1
+        return self._evaluated(("rows", k), self._some_rows, units)[0]
+
+    def _some_rows(self, packed: torch.Tensor, *tensors: torch.Tensor) -> list[torch.Tensor]:
+        """Return the rows at the point ``packed[0]`` for the vectors behind it."""
+        with torch.no_grad():
+            system = self.system.for_second_derivatives()
+            made: Any = vjp(lambda point: system.residual_and_value(point, *tensors)[0], packed[0])
+            (rows,) = vmap(made[1])(packed[1:])
+        return [rows.detach()]
 
     def perturbed(self, seed: int, *more: torch.Tensor) -> tuple[Problem, list[torch.Tensor]]:
         """Return the problem with every number moved by a unit in its last place, by random signs, and ``more`` tensors likewise.

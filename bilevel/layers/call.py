@@ -14,6 +14,7 @@ from bilevel.equations.pullbacks import Pullback
 from bilevel.equations.structured import StructuredSystem, objective_of
 from bilevel.errors import ArgumentError, BilevelError
 from bilevel.layers.checks import Inspection, inspect_on_failure, inspect_once, reuse_inspection
+from bilevel.layers.differentiation import Differentiation, Implicit, check_differentiation
 from bilevel.layers.messages import failure_messages
 from bilevel.linear._base import LinearOutcome, LinearSolver, as_linear_solver, solve_linear
 from bilevel.linear._free_directions import changes_free_directions, free_direction_messages
@@ -26,6 +27,7 @@ from bilevel.replay.cache import ReplayCache
 from bilevel.replay.purity import InspectionCache
 from bilevel.reports import Pass, SolveReport, Status, StatusMessages
 from bilevel.solvers._base import InnerSolver, as_inner_solver
+from bilevel.solvers._given import GivenAnswer, check_answer
 from bilevel.solvers._judge import InnerOutcome, solve_inner
 from bilevel.solvers.defaults import default_solvers
 from bilevel.tolerance import Tolerance, auto_relative
@@ -71,6 +73,8 @@ class SolveSettings:
         Where the linear solve of the first derivative begins, (batch, n). It is not used if it does not fit.
     backward_messages
         What an application says of the failures of its linear systems, in place of the general words.
+    differentiation
+        How the solution is differentiated.
     on_adjoint
         Is handed the adjoint of the first derivative. It may be called several times, if there are several backward passes.
 
@@ -87,6 +91,7 @@ class SolveSettings:
     inspect: bool = True
     adjoint_start: torch.Tensor | None = None
     backward_messages: StatusMessages = field(default_factory=dict)
+    differentiation: Differentiation = field(default_factory=Implicit)
     on_adjoint: Callable[[Adjoint], None] | None = None
 
     def __post_init__(self) -> None:
@@ -97,6 +102,7 @@ class SolveSettings:
         if not isinstance(self.tolerance, Tolerance):
             raise ArgumentError(f"expected tolerance to be a bilevel.Tolerance, got {self.tolerance!r}; wrap it in one")
         check_policy(self.on_failure)
+        object.__setattr__(self, "differentiation", check_differentiation(self.differentiation))
 
     def start(self, rhs: torch.Tensor) -> torch.Tensor | None:
         """Return where the linear solve for the right-hand side ``rhs`` (batch, n) begins, or None."""
@@ -236,8 +242,12 @@ class SolveCall:
             if trusted
             else nullcontext()
         ):
-            outcome = solve_inner(solver, problem, init, target, others)
+            if isinstance(solver, GivenAnswer):
+                outcome = check_answer(problem, init, target)
+            else:
+                outcome = solve_inner(solver, problem, init, target, others)
         outcome, messages = self.reviewed(solver, problem, init, outcome)
+        messages = {**messages, **outcome.words}
         return self._reported(problem, outcome, messages)
 
     def _find(self, problem: Problem, system: StructuredSystem, init: torch.Tensor) -> torch.Tensor:
@@ -276,7 +286,7 @@ class SolveCall:
             size = system.ordinary.raveler.size if isinstance(system, StructuredSystem) else problem.size
             self.residual = outcome.residual[:, :size]
         self.report = _report(Pass.FORWARD, self.where, outcome.solver, outcome, axes, messages)
-        self.nan_mask = ~self.report.success if settings.on_failure == "nan" else None
+        self.nan_mask = ~self.report.success if settings.on_failure == "nan" else _without_solution(self.report)
         x = outcome.x.reshape(*axes, problem.size)
         silent = settings.tolerance.inner(self.dtype).silent
         return apply_policy(self.report, x, settings.on_failure, self.recordings, silent_budget=silent)
@@ -339,9 +349,13 @@ class SolveCall:
         self, outcome: LinearOutcome, words: StatusMessages, axes: tuple[int, ...]
     ) -> tuple[LinearOutcome, StatusMessages]:
         """Return ``outcome`` with ``Status.DEGENERATE`` where the derivative at the solution does not exist or is one-sided."""
-        if self.degenerate is None or not bool(self.degenerate.any()):
+        if self.degenerate is None or Status.DEGENERATE not in self.messages:
             return outcome, words
         these = self.degenerate.expand(axes).reshape(outcome.status.shape)
+        # Constraints whose gradients depend on each other, and that an argument moves apart, make the matrix singular.
+        these = these | (outcome.status == Status.SINGULAR)
+        if not bool(these.any()):
+            return outcome, words
         status = torch.where(these, int(Status.DEGENERATE), outcome.status)
         return replace(outcome, status=status), {**words, **self.messages}
 
@@ -360,6 +374,12 @@ class SolveCall:
         if not len(rhs) or len(rhs) % max(1, len(self.largest)):
             return None
         return auto_relative(self.dtype) * self.largest.repeat(len(rhs) // len(self.largest))
+
+
+def _without_solution(report: SolveReport) -> torch.Tensor | None:
+    """Return which problems have no solution that a derivative could be of, or None if all have."""
+    none = (report.status_code == Status.INFEASIBLE) | (report.status_code == Status.UNBOUNDED)
+    return none if bool(none.any()) else None
 
 
 def _without_derivative(

@@ -18,7 +18,7 @@ from bilevel.policy import OnFailure
 from bilevel.pytree import Raveler
 from bilevel.tolerance import Tolerance
 
-__all__ = ["LinearLayer"]
+__all__ = ["LinearCall", "LinearLayer"]
 
 T = TypeVar("T")
 
@@ -102,14 +102,15 @@ class LinearLayer(Layer):
         assert call.report is not None
         return Solution(raveler.unravel(x), call.report)
 
-    def _call(self, settings: SolveSettings, system: System, watched: bool) -> _LinearCall:
-        return _LinearCall(settings, self.inspector, self.function, system.where, watched, system.raveler.coarsest)
+    def _call(self, settings: SolveSettings, system: System, watched: bool) -> LinearCall:
+        return LinearCall(settings, self.inspector, self.function, system.where, watched, system.raveler.coarsest)
 
 
-class _LinearCall(SolveCall):
+class LinearCall(SolveCall):
     """A call whose first linear solve is its own, and whose problem is looked at before it."""
 
     def look(self, problem: Problem) -> None:
+        """Inspect the function, before the first linear solve."""
         if self.report is None:
             like = problem.system.raveler
             start = torch.ones(problem.batch, like.size, dtype=like.dtype, device=like.device)

@@ -10,7 +10,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import Protocol, TypeAlias, runtime_checkable
 
 import torch
 
@@ -27,6 +27,7 @@ __all__ = [
     "LinearOutcome",
     "LinearSolver",
     "LinearSolverLike",
+    "MakesPreconditioner",
     "Preconditioner",
     "as_linear_solver",
     "begin",
@@ -128,9 +129,19 @@ Preconditioner: TypeAlias = Callable[[torch.Tensor], torch.Tensor]
 """r ↦ M⁻¹r on tensors (batch, n)."""
 
 
-def check_preconditioner(where: str, preconditioner: Preconditioner | None) -> None:
-    """Raise :class:`ArgumentError` unless ``preconditioner`` is a function or None."""
-    if preconditioner is not None and not callable(preconditioner):
+@runtime_checkable
+class MakesPreconditioner(Protocol):
+    """What makes a preconditioner of an operator, such as :class:`bilevel.Nystrom`."""
+
+    def preconditioner(self, operator: LinearOperator) -> Preconditioner:
+        """Return r ↦ M⁻¹r for the matrices of ``operator``."""
+
+
+def check_preconditioner(where: str, preconditioner: Preconditioner | MakesPreconditioner | None) -> None:
+    """Raise :class:`ArgumentError` unless ``preconditioner`` is a function, makes one, or is None."""
+    if isinstance(preconditioner, MakesPreconditioner) and not isinstance(preconditioner, type):
+        return
+    if preconditioner is not None and not (callable(preconditioner) and not isinstance(preconditioner, LinearSolver)):
         raise ArgumentError(
             f"{where}: expected preconditioner to be a function of r (batch, n), got {preconditioner!r}; pass one"
         )

@@ -31,8 +31,8 @@ class TransportPolytope(Term):
 
     The projection solves the dual problem by Newton's method, which takes some 10 to 30 factorisations of order n + m.
 
-    A plan whose positive entries do not connect all rows and columns is a special case: there, sums of some entries of ``row`` and of
-    ``column`` agree. The plan then has no derivative with respect to the marginals, but has one with respect to all else.
+    A plan whose positive entries do not connect all rows and columns is a special case: some entries of ``row`` and some of ``column``
+    have one sum. The derivative is then right only for changes of the marginals that keep these sums equal, and for changes of all else.
 
     Parameters
     ----------

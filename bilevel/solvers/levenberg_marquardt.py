@@ -164,10 +164,16 @@ class LevenbergMarquardt(InnerSolver):
 
         def step(state: _State, active: torch.Tensor) -> tuple[_State, torch.Tensor | None]:
             products = products_at(state.x)
-            damping = state.damping.sqrt() * state.scale[:, 0]
+            damping = (state.damping.sqrt() * state.scale[:, 0]).unsqueeze(-1)
             accuracy = torch.where(active, _FORCING * state.gradient.norm(dim=-1), torch.inf)
+            m = state.weighted.shape[-1]
+            # Damping is a second block of rows.
             d = lsmr(
-                products.matvec, products.rmatvec, -state.weighted, state.x, accuracy, self.linear_steps, damping
+                lambda v: torch.cat([products.matvec(v), damping * v], dim=-1),
+                lambda u: products.rmatvec(u[:, :m].contiguous()) + damping * u[:, m:],
+                -state.gradient,
+                accuracy,
+                self.linear_steps,
             ).x
             pushed = products.matvec(d)
             trial = state_at(torch.where(active.unsqueeze(-1), state.x + d, state.x), state)

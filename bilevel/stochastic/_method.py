@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -22,15 +21,13 @@ from bilevel.stochastic._optimizers import OptimizerLike, learning_rate, made_op
 from bilevel.stochastic._options import StepOptions, StepResult
 from bilevel.stochastic._oracle import Objective, Oracle
 from bilevel.stochastic._scaling import LossScale
+from bilevel.stochastic._state import load_method_state, method_state, overwrite
 from bilevel.stochastic._variables import Point, Variables
 
 __all__ = ["Auxiliary", "Directions", "Problem", "StochasticMethod"]
 
 Problem: TypeAlias = BilevelProblem | tuple[Objective, Objective]
 """A bilevel problem, or the pair (inner_objective, outer_objective) of functions (inner, outer, data) ↦ loss ()."""
-
-FORMAT = 1
-"""Version of the state's layout."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -235,8 +232,8 @@ class StochasticMethod(ABC):
 
     def _apply(self, found: Directions, inner: BatchSource, outer: BatchSource) -> None:
         """Let the optimisers subtract the directions; a method that moves further batches afterwards overrides this."""
-        needs_grad = {"inner direction": found.inner, "adjoint direction": found.adjoint, "hypergradient": found.outer}
-        for what, direction in needs_grad.items():
+        directions = {"inner direction": found.inner, "adjoint direction": found.adjoint, "hypergradient": found.outer}
+        for what, direction in directions.items():
             if direction is not None:
                 self._require_finite(what, direction)
         options = self.options
@@ -250,7 +247,9 @@ class StochasticMethod(ABC):
     def _result(self, found: Directions) -> StepResult:
         inner_norm = found.inner_gradient_norm
         if inner_norm is None:
-            inner_norm = norm(found.inner) if found.inner is not None else torch.full((), float("nan"))
+            inner_norm = (
+                norm(found.inner) if found.inner is not None else torch.full_like(found.inner_loss, float("nan"))
+            )
         residual = found.adjoint_residual_norm
         if residual is None and found.adjoint is not None:
             residual = norm(found.adjoint)
@@ -281,11 +280,11 @@ class StochasticMethod(ABC):
                 f"{self.where}.averaged: expected moving averages to be kept, and they are not; pass options=StepOptions(ema_decay=0.999)"
             )
         kept = clone(self._variables)
-        _overwrite(self._variables, self._average)
+        overwrite(self._variables, self._average)
         try:
             yield
         finally:
-            _overwrite(self._variables, kept)
+            overwrite(self._variables, kept)
 
     # State.
 
@@ -294,27 +293,7 @@ class StochasticMethod(ABC):
 
         It can be saved by ``torch.save`` and read with ``weights_only=True``. Schedulers and batches have their own states.
         """
-        state = {
-            "format": FORMAT,
-            "method": type(self).__name__,
-            "steps": self.steps,
-            "inner": clone(self._inner.tensors),
-            "outer": clone(self._outer.tensors),
-            "inner_buffers": {name: buffer.clone() for name, buffer in self._inner.buffers().items()},
-            "outer_buffers": {name: buffer.clone() for name, buffer in self._outer.buffers().items()},
-            "inner_optimizer": self.inner_optimizer.state_dict(),
-            "outer_optimizer": self.outer_optimizer.state_dict(),
-            "auxiliary": {
-                name: {"tensors": clone(one.tensors), "optimizer": one.optimizer.state_dict()}
-                for name, one in self._auxiliary.items()
-            },
-            "average": self._average,
-            "scale": self._scale.state(),
-            "generator": self._generator.get_state(),
-            "passes": self.passes,
-            "memory": {name: getattr(self, name) for name in self._STATE},
-        }
-        return copy.deepcopy(state)
+        return method_state(self)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from :meth:`state_dict` of the same method on the same problem, bit for bit.
@@ -322,47 +301,9 @@ class StochasticMethod(ABC):
         Raises
         ------
         ArgumentError
-            If the state is of another method, of other variables, or of another version.
+            If the state is of another method, of other variables or optimisers, or of another version.
         """
-        self._check_state(state)
-        state = copy.deepcopy(state)
-        _overwrite(self._inner.tensors, state["inner"])
-        _overwrite(self._outer.tensors, state["outer"])
-        for variables in (self._inner, self._outer):
-            saved = state[f"{variables.what}_buffers"]
-            _overwrite(list(variables.buffers().values()), [saved[name] for name in variables.buffers()])
-        self.inner_optimizer.load_state_dict(state["inner_optimizer"])
-        self.outer_optimizer.load_state_dict(state["outer_optimizer"])
-        for name, one in self._auxiliary.items():
-            _overwrite(one.tensors, state["auxiliary"][name]["tensors"])
-            one.optimizer.load_state_dict(state["auxiliary"][name]["optimizer"])
-        self._average = state["average"]
-        self._scale.load(state["scale"])
-        self._generator.set_state(state["generator"])
-        self._oracle.passes = dict(state["passes"])
-        self.steps = state["steps"]
-        for name in self._STATE:
-            setattr(self, name, state["memory"][name])
-
-    def _check_state(self, state: Any) -> None:
-        where = f"{self.where}.load_state_dict"
-        if not isinstance(state, dict) or state.get("format") != FORMAT:
-            raise ArgumentError(f"{where}: expected what state_dict() returns, got something else; pass that")
-        if state["method"] != type(self).__name__:
-            raise ArgumentError(
-                f"{where}: expected the state of {type(self).__name__}, got one of {state['method']}; load it into that method"
-            )
-        for what, tensors in (("inner", self._inner.tensors), ("outer", self._outer.tensors)):
-            mine, theirs = [tuple(t.shape) for t in tensors], [tuple(t.shape) for t in state[what]]
-            if mine != theirs:
-                raise ArgumentError(
-                    f"{where}: expected {what} variables of shapes {mine}, got {theirs}; load the state of the same variables"
-                )
-        if (state["average"] is None) != (self._average is None):
-            raise ArgumentError(
-                f"{where}: expected the same ema_decay setting as when the state was saved, and one has averages and the other has "
-                "none; pass the same StepOptions"
-            )
+        load_method_state(self, state)
 
     def __repr__(self) -> str:
         return (
@@ -399,9 +340,3 @@ def _descend(optimizer: Optimizer, tensors: Tensors, direction: Tensors, max_nor
         optimizer.step()
         for tensor in tensors:
             tensor.grad = None
-
-
-def _overwrite(tensors: Sequence[torch.Tensor], values: Sequence[torch.Tensor]) -> None:
-    with torch.no_grad():
-        for tensor, value in zip(tensors, values, strict=True):
-            tensor.copy_(value)

@@ -71,8 +71,10 @@ def argmin(
         What to do about a solve that failed and about misuse that makes gradients wrong: ``"raise"``, ``"warn"``,
         ``"nan"`` (NaN for the problems concerned) or ``"ignore"``; forward and backward.
     prox
-        A term g of :mod:`bilevel.prox`, a pytree of terms for a pytree x, or a function of ``(*args, **kwargs)`` that returns one: the layer
-        minimises G + g. Its strengths, bounds and radii are differentiated too.
+        A term g of :mod:`bilevel.prox`: the layer solves min G + g, where g need not be smooth. A pytree of terms for a pytree x (None for a tensor
+        without one), or a function of ``(*args, **kwargs)`` that returns a term, so that its strength can be θ. The derivative is that on the
+        manifold of the solution: its zeros, active bounds and ties. Where a term is just at its threshold, a derivative is refused with
+        ``Status.DEGENERATE``.
     lower, upper
         Bounds on x: a number, a tensor that can be broadcast to x, a pytree like x (None or ±inf: no bound), or a function of
         ``(*args, **kwargs)`` that returns one, so that a bound can be θ.
@@ -126,6 +128,19 @@ def argmin(
     >>> w.sum().backward()
     >>> strength.grad  # −1/(1+1)² − 4/(4+1)²
     tensor(-0.4100, dtype=torch.float64)
+
+    The Lasso: a term that is not smooth, with a strength that is differentiated.
+
+    >>> lasso = bilevel.argmin(
+    ...     lambda w, X, y, s: 0.5 * ((X @ w - y) ** 2).sum(), prox=lambda X, y, s: bilevel.prox.L1(s)
+    ... )
+    >>> s = torch.tensor(2.0, dtype=torch.float64, requires_grad=True)
+    >>> w = lasso(torch.zeros(2, dtype=torch.float64), X, y, s)
+    >>> w.detach()
+    tensor([0.0000, 0.5000], dtype=torch.float64)
+    >>> w.sum().backward()
+    >>> s.grad  # −1/2² of the one that is not zero
+    tensor(-0.2500, dtype=torch.float64)
 
     The nearest point of the simplex, which has no negative entries and the sum s:
 

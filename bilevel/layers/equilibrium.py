@@ -147,7 +147,15 @@ class EquilibriumLayer(Layer):
             slopes.append(torch.func.grad(own)(players[i]))
         return tuple(slopes)
 
-    def _solution(self, settings: SolveSettings, init: T, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Solution[T]:
+    def _solution(
+        self,
+        settings: SolveSettings,
+        init: T,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        *,
+        value_only: bool = False,
+    ) -> Solution[T]:
         assert isinstance(self.function, Players)
         check_players(self.where, self.function.objectives, init)
         return super()._solution(settings, init, args, kwargs)

@@ -32,7 +32,10 @@ _NO_MINIMUM = (
     "the point is a saddle or a maximum, and a minimum was asked for: start beside it, for example at init + 1e-3 * torch.randn_like(init), "
     "or add regularisation; if any stationary point will do, take bilevel.root(torch.func.grad(objective))"
 )
-_DOMAIN = "look for a log, square root or division outside its domain, and check the inputs"
+_DOMAIN = (
+    "look for a log, square root, division or factorisation (such as torch.linalg.cholesky) outside its domain at the start, "
+    "and check the inputs"
+)
 
 
 def failure_messages(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -9,11 +10,13 @@ import torch
 
 from bilevel.prox._base import Manifold, Term
 from bilevel.prox.box import Box, NonNegative
-from bilevel.prox.l1 import L1
+from bilevel.prox.l1 import L1, ElasticNet
 
 __all__ = ["FlatTerm"]
 
 _FLAT = (L1, NonNegative, Box)
+# Terms whose parameters are numbers, or one for each entry.
+_OF_ENTRIES = (L1, ElasticNet, NonNegative, Box)
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,6 +40,18 @@ class FlatTerm:
     def is_flat(self) -> bool:
         """Whether all terms are known to have no curvature on their manifolds."""
         return all(term is None or type(term) in _FLAT for term in self.terms)
+
+    def at(self, places: torch.Tensor) -> FlatTerm | None:
+        """Return the term of the entries at ``places`` (k,) alone, of a vector (k,); None where it is not known how to make it."""
+        term, shape = self.terms[0], self.shapes[0]
+        if len(self.terms) > 1 or term is None or type(term) not in _OF_ENTRIES:
+            return None
+        values = {}
+        for field in dataclasses.fields(term):  # type: ignore[arg-type]  # each term is a dataclass
+            value = getattr(term, field.name)
+            many = isinstance(value, torch.Tensor) and value.ndim > 0
+            values[field.name] = value.expand(shape).reshape(-1)[places] if many else value
+        return FlatTerm([type(term)(**values)], [torch.Size([len(places)])])
 
     def prox(self, v: torch.Tensor, step: torch.Tensor) -> torch.Tensor:
         """Return prox_{step·g}(v) (n,)."""

@@ -10,8 +10,7 @@ In the spirit of Johnson & Guestrin, "Blitz", ICML 2015, and of Massias, Gramfor
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from functools import cached_property
+from dataclasses import dataclass
 
 import torch
 
@@ -26,7 +25,7 @@ __all__ = ["Sparse", "solve_sparse"]
 _LEAST_UNKNOWNS, _JOIN, _MOST = 64, 32, 256
 _MOST_ROUNDS, _MOST_SWEEPS, _MOST_NEWTON = 16, 6, 8
 # Accelerated steps before Newton's method: in the first round, in later ones, and after Newton's method failed.
-_FIRST_STEPS, _STEPS, _MORE_STEPS = 6, 2, 15
+_FIRST_STEPS, _STEPS, _MORE_STEPS = 12, 5, 15
 # How many power steps estimate the largest eigenvalue, and what is added to the estimate.
 _POWER_STEPS, _MARGIN = 5, 1.1
 
@@ -52,104 +51,102 @@ def solve_sparse(composite: Composite, x: torch.Tensor) -> Sparse | None:
     at = composite.at(x, x.new_zeros(1))
     if not bool(torch.isfinite(at.value + at.slope.sum())):
         return None
-    model = _Model(g, x[0], at.slope[0], float("inf"))
-    total = at.value + g.value(x[0])
+    around, total, step = at, at.value + g.value(x[0]), float("inf")
+    places: torch.Tensor | None = None
+    rows: torch.Tensor | None = None
     for number in range(_MOST_ROUNDS):
-        grown = model.grown(composite, at)
-        if grown is None:
+        more = _moved_most(g, at, step, places)
+        if more is None and (places is None or rows is None):
             return None
-        model = grown
-        y = model.minimised(at.x[0], _STEPS if number else _FIRST_STEPS)
-        at = composite.at(y.unsqueeze(0), x.new_full((1,), model.step))
+        if more is not None:
+            made = composite.objective.some_rows(around.x, more)
+            known = places is not None and rows is not None
+            places = torch.cat([places, more]) if known and places is not None else more
+            rows = torch.cat([rows, made]) if known and rows is not None else made
+        assert places is not None and rows is not None
+        model = _Model.of(g, around, places, rows, step)
+        if model is None or len(places) > min(_MOST, x.shape[-1]):
+            return None
+        step = model.step
+        inner = model.minimised(at.x[0, places], _STEPS if number else _FIRST_STEPS)
+        y = at.x[0].index_copy(0, places, inner)
+        at = composite.at(y.unsqueeze(0), x.new_full((1,), step))
         before, total = total, at.value + g.value(y)
         if not bool(total <= before + 1e-9 * before.abs()):
             return None
-        slope, expected = at.slope[0], model.slope_at(y)
-        size = slope.norm() + model.slope.norm()
+        slope = at.slope[0]
         # No part of the prox step may be left, but what rounding and the model's own accuracy leave.
-        move = (g.prox(y - model.step * slope, at.step[0]) - y).abs().amax()
-        if bool(move <= 1e-7 * (y.abs().amax() + model.step * slope.abs().amax())):
-            return Sparse(at, model.reduced(y), length(at.x - model.x), number + 1)
-        if not bool((expected - slope).norm() <= 1e-10 * size):
-            model = _Model(g, y, slope, model.step)
+        move = (g.prox(torch.add(y, slope, alpha=-step), at.step[0]) - y).abs().amax()
+        if bool(move <= 1e-7 * (y.abs().amax() + step * slope.abs().amax())):
+            reduced = model.reduced(at.x, _free(g, y), inner)
+            return Sparse(at, reduced, length(at.x - around.x), number + 1)
+        expected = around.slope[0] + (inner - model.x) @ rows
+        if not bool((expected - slope).norm() <= 1e-10 * (slope.norm() + around.slope.norm())):
+            around, places, rows = at, None, None
     return None
+
+
+def _moved_most(g: FlatTerm, at: Iterate, step: float, known: torch.Tensor | None) -> torch.Tensor | None:
+    """Return the places of the unknowns, beside the ``known``, that a prox step moves most; None if it moves none."""
+    y, slope = at.x[0], at.slope[0]
+    if step == float("inf"):  # nothing is known of the curvature yet: the longest moves are the longest for any step
+        size = float(slope.abs().amax())
+        step = (1 + float(y.abs().amax())) / size if size > 0 else 1.0
+    scores = (g.prox(torch.add(y, slope, alpha=-step), y.new_tensor(step)) - y).abs()
+    scores = scores.masked_fill(_free(g, y), torch.inf)
+    if known is not None:
+        scores[known] = -1.0
+    best = scores.topk(_JOIN)  # always as many, so that one recorded program makes the rows
+    return best.indices if bool(best.values[0] > 0) else None
 
 
 @dataclass(frozen=True, eq=False)
 class _Model:
-    """f + g around x: ⟨∇f, y − x⟩ + ½ ⟨y − x, H (y − x)⟩ + g(y), for y that differ from x in W alone.
+    """f + g around x in the unknowns of W: ⟨∇f, y − x⟩ + ½ ⟨y − x, H (y − x)⟩ + g(y), all vectors (k,).
 
     Parameters
     ----------
     g
-        The term.
-    x, slope
-        x (n,) and ∇f(x).
-    step
-        s, below 1/L in W.
-    places, rows
-        W (k,), and the rows of H for it (k, n).
-    inside
-        Bool (n,): what is in W.
+        The term of these unknowns.
+    x, slope, hessian
+        x, ∇f(x) and H (k, k).
+    step, length
+        s, below 1/L in W, as a number and as a tensor.
+    places
+        W.
     """
 
     g: FlatTerm
     x: torch.Tensor
     slope: torch.Tensor
+    hessian: torch.Tensor
     step: float
-    places: torch.Tensor | None = None
-    rows: torch.Tensor | None = None
-    inside: torch.Tensor | None = None
+    length: torch.Tensor
+    places: torch.Tensor
 
-    @cached_property
-    def length(self) -> torch.Tensor:
-        """s, as a tensor."""
-        return self.x.new_tensor(self.step)
-
-    def slope_at(self, y: torch.Tensor) -> torch.Tensor:
-        """Return ∇f + H (y − x) (n,)."""
-        assert self.places is not None and self.rows is not None
-        return self.slope + (y - self.x)[self.places] @ self.rows
-
-    def grown(self, composite: Composite, at: Iterate) -> _Model | None:
-        """Return the model with more unknowns in W, those that a prox step moves most; None if W would be too large."""
-        y, slope = at.x[0], at.slope[0]
-        if self.step == float(
-            "inf"
-        ):  # nothing is known of the curvature yet: the longest moves are the longest for any step
-            size = float(slope.abs().amax())
-            step = (1 + float(y.abs().amax())) / size if size > 0 else 1.0
-        else:
-            step = self.step
-        scores = (self.g.prox(y - step * slope, y.new_tensor(step)) - y).abs()
-        scores = torch.where(_free(self.g, y), torch.inf, scores)
-        if self.inside is not None:
-            scores = torch.where(self.inside, -1.0, scores)
-        if not bool((scores > 0).any()):
-            return self if self.places is not None else None
-        new = scores.topk(_JOIN).indices  # always as many, so that one recorded program makes the rows
-        rows = composite.objective.some_rows(self.x.unsqueeze(0), new)
-        if self.places is not None and self.rows is not None:
-            new, rows = torch.cat([self.places, new]), torch.cat([self.rows, rows])
-        if len(new) > min(_MOST, len(y)):
+    @staticmethod
+    def of(g: FlatTerm, around: Iterate, places: torch.Tensor, rows: torch.Tensor, step: float) -> _Model | None:
+        """Return the model around an iterate; None where it has no curvature, or the term cannot be taken apart."""
+        part, hessian = g.at(places), rows[:, places]
+        hessian = 0.5 * (hessian + hessian.mT)
+        largest = _largest(hessian)
+        step = min(step, 1 / largest) if largest > 0 else step
+        if part is None or not step < float("inf"):
             return None
-        inside = torch.zeros_like(y, dtype=torch.bool)
-        inside[new] = True
-        largest = _largest(rows[:, new])
-        step = min(self.step, 1 / largest) if largest > 0 else self.step
-        return replace(self, places=new, rows=rows, inside=inside, step=step) if step < float("inf") else None
+        x, slope = around.x[0, places], around.slope[0, places]
+        return _Model(part, x, slope, hessian, step, x.new_tensor(step), places)
 
     def minimised(self, y: torch.Tensor, steps: int) -> torch.Tensor:
-        """Return the minimiser over W, found from ``y``."""
+        """Return the minimiser, found from ``y``."""
         for _ in range(_MOST_SWEEPS):
             y = self._descended(y, steps)
-            slope = self.slope_at(y)
+            slope = self._slope_at(y)
             value = self._value(y, slope)
             for _ in range(_MOST_NEWTON):
                 ahead, final = self._newton(y, slope)
                 if ahead is None:
                     break
-                after = self.slope_at(ahead)
+                after = self._slope_at(ahead)
                 new = self._value(ahead, after)
                 if not new <= value + 1e-12 * abs(value):
                     break
@@ -159,15 +156,18 @@ class _Model:
             steps = _MORE_STEPS
         return y
 
+    def _slope_at(self, y: torch.Tensor) -> torch.Tensor:
+        """Return ∇f + H (y − x)."""
+        return torch.addmv(self.slope, self.hessian, y - self.x)
+
     def _prox(self, y: torch.Tensor, slope: torch.Tensor) -> torch.Tensor:
-        assert self.inside is not None
-        return torch.where(self.inside, self.g.prox(torch.add(y, slope, alpha=-self.step), self.length), y)
+        return self.g.prox(torch.add(y, slope, alpha=-self.step), self.length)
 
     def _descended(self, y: torch.Tensor, steps: int) -> torch.Tensor:
         """Return ``y`` after accelerated proximal steps, with restarts."""
         x, t = y, 1.0
         for _ in range(steps):
-            new = self._prox(y, self.slope_at(y))
+            new = self._prox(y, self._slope_at(y))
             moved = new - x
             if float((y - new) @ moved) > 0:
                 t, y = 1.0, new
@@ -190,30 +190,26 @@ class _Model:
         if int(info):
             return None, False
         ahead = y.index_add(0, free, torch.cholesky_solve(residual.unsqueeze(-1), factor).squeeze(-1), alpha=-1)
-        new = self._prox(ahead, self.slope_at(ahead))
+        new = self._prox(ahead, self._slope_at(ahead))
         # The model is quadratic on its manifold: where the prox changes nothing any more, that was the solution.
         return new, bool((new - ahead).abs().amax() <= 1e-11 * ahead.abs().amax())
 
     def _manifold(self, y: torch.Tensor, slope: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the free unknowns of W, and the curvature K of g there (k,)."""
-        assert self.inside is not None
-        free = (_free(self.g, y) & self.inside).nonzero().squeeze(-1)
+        """Return the free unknowns, and the curvature K of g there."""
+        free = _free(self.g, y).nonzero().squeeze(-1)
         if self.g.is_flat:
             return free, y.new_zeros(len(free))
         # A separable term's prox has slopes 1 / (1 + s K): a difference tells them, exactly where it is piecewise linear.
-        u, step = y - self.step * slope, self.length
+        u = torch.add(y, slope, alpha=-self.step)
         h = torch.where(u < 0, -1.0, 1.0) * (1e-3 * u.abs() + 1e-6 * u.abs().amax())
-        shrink = ((self.g.prox(u + h, step) - self.g.prox(u, step)) / h)[free]
+        shrink = ((self.g.prox(u + h, self.length) - self.g.prox(u, self.length)) / h)[free]
         curvature = (1 / shrink - 1) / self.step
         return free, torch.where((curvature > 1e-9 / self.step) & torch.isfinite(curvature), curvature, 0.0)
 
     def _matrix(self, free: torch.Tensor, curvature: torch.Tensor) -> torch.Tensor:
-        assert self.places is not None and self.rows is not None
-        place = torch.empty(len(self.x), dtype=torch.int64, device=self.x.device)
-        place[self.places] = torch.arange(len(self.places), device=self.x.device)
-        matrix = self.rows[place[free]][:, free]
-        matrix = 0.5 * (matrix + matrix.mT)
-        matrix.diagonal().add_(curvature)
+        matrix = self.hessian[free][:, free]
+        if not self.g.is_flat:
+            matrix.diagonal().add_(curvature)
         return matrix
 
     def _value(self, y: torch.Tensor, slope: torch.Tensor) -> float:
@@ -221,12 +217,11 @@ class _Model:
         smooth = 0.5 * ((y - self.x) @ (self.slope + slope))
         return float(smooth + self.g.value(y))
 
-    def reduced(self, y: torch.Tensor) -> Reduced:
-        """Return the factorised Hessian of the local model at ``y``, a minimiser."""
-        free, curvature = self._manifold(y, self.slope_at(y))
-        everything = _free(self.g, y)
+    def reduced(self, x: torch.Tensor, everything: torch.Tensor, y: torch.Tensor) -> Reduced:
+        """Return the factorised Hessian of the local model at ``x`` (1, n), with free unknowns ``everything`` (n,), whose part in W is ``y``."""
+        free, curvature = self._manifold(y, self._slope_at(y))
         matrix = self._matrix(free, curvature).unsqueeze(0)
-        return factorised(y.unsqueeze(0), everything.unsqueeze(0), free.unsqueeze(0), None, matrix)
+        return factorised(x, everything.unsqueeze(0), self.places[free].unsqueeze(0), None, matrix)
 
 
 def _free(g: FlatTerm, y: torch.Tensor) -> torch.Tensor:

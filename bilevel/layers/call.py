@@ -69,6 +69,8 @@ class SolveSettings:
         The policy.
     inspect
         Whether to inspect the function first. A call just before, with the same function, may have done it.
+    value_only
+        Whether only the value is wanted of a problem with constraints, and not the multipliers.
     adjoint_start
         Where the linear solve of the first derivative begins, (batch, n). It is not used if it does not fit.
     backward_messages
@@ -89,6 +91,7 @@ class SolveSettings:
     tolerance: Tolerance
     on_failure: OnFailure
     inspect: bool = True
+    value_only: bool = False
     adjoint_start: torch.Tensor | None = None
     backward_messages: StatusMessages = field(default_factory=dict)
     differentiation: Differentiation = field(default_factory=Implicit)

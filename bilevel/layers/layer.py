@@ -177,7 +177,8 @@ class Layer:
         TransformError
             If two nested forward-mode transforms meet here: torch would return zero.
         """
-        return self._solution(self._settings, init, args, kwargs, value_only=True).value
+        settings = self._settings if self.structure is None else replace(self._settings, value_only=True)
+        return self._solution(settings, init, args, kwargs).value
 
     @eager
     def solve(self, init: T, *args: Any, **kwargs: Any) -> Solution[T]:
@@ -222,15 +223,7 @@ class Layer:
         """Return what :meth:`solve` does with other ``settings`` than the layer's own."""
         return self._solution(settings, init, args, {})
 
-    def _solution(
-        self,
-        settings: SolveSettings,
-        init: T,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-        *,
-        value_only: bool = False,
-    ) -> Solution[T]:
+    def _solution(self, settings: SolveSettings, init: T, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Solution[T]:
         raveler = Raveler.of(init, self.where)
         ordinary, tensors = self._system(raveler, args, kwargs)
         self._refuse_forward_twice(tensors)
@@ -254,7 +247,7 @@ class Layer:
         assert call.report is not None
         if not isinstance(system, StructuredSystem):
             return Solution(raveler.unravel(x), call.report)
-        if value_only:  # multipliers of bounds take a gradient
+        if settings.value_only:  # multipliers of bounds take a gradient
             return Solution(raveler.unravel(x[: raveler.size]), call.report)
         parts = system.parts(x, *tensors)
         return Solution(raveler.unravel(parts.x), call.report, parts.multipliers, parts.active)

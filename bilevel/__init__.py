@@ -25,13 +25,16 @@ from bilevel.errors import (
 )
 from bilevel.layers import Layer, LinearLayer, Solution, argmin, fixed_point, linear_solve, root
 from bilevel.layers.constraints import Constraints, PerConstraint
+from bilevel.layers.differentiation import Differentiation, Implicit, OneStep, PhantomGradient, Truncated, Unrolled
 from bilevel.layers.equilibrium import EquilibriumLayer, equilibrium
 from bilevel.layers.least_squares import FullHessian, GaussNewtonHessian, LeastSquaresLayer, least_squares
+from bilevel.layers.modules import FunctionalModule
 from bilevel.linear._base import LinearSolver
 from bilevel.linear._solution import LinearSolution
 from bilevel.linear.bicgstab import BiCGStab
 from bilevel.linear.cg import CG
 from bilevel.linear.damped import Damped
+from bilevel.linear.diagonal import Diagonal
 from bilevel.linear.exact import Exact
 from bilevel.linear.gmres import GMRES
 from bilevel.linear.lsmr import LSMR
@@ -57,6 +60,7 @@ from bilevel.reports import Basis, Pass, SolveReport, Status
 from bilevel.schedules import CubicSchedule, ExponentialSchedule, QuadraticSchedule
 from bilevel.solvers._base import Goal, InnerSolution, InnerSolver
 from bilevel.solvers.anderson import Anderson
+from bilevel.solvers.bracketing import Bisection, Brent
 from bilevel.solvers.fixed_point import FixedPointIteration
 from bilevel.solvers.gauss_newton import GaussNewton
 from bilevel.solvers.gradient_descent import GradientDescent
@@ -94,7 +98,9 @@ __all__ = [
     "BiCGStab",
     "BilevelError",
     "BilevelProblem",
+    "Bisection",
     "Bound",
+    "Brent",
     "BudgetWarning",
     "CapturedTensorError",
     "Certificate",
@@ -104,6 +110,8 @@ __all__ = [
     "Constraints",
     "CubicSchedule",
     "Damped",
+    "Diagonal",
+    "Differentiation",
     "DtypeError",
     "EquilibriumLayer",
     "Exact",
@@ -111,6 +119,7 @@ __all__ = [
     "FailureWarning",
     "FixedPointIteration",
     "FullHessian",
+    "FunctionalModule",
     "GaussNewton",
     "GaussNewtonHessian",
     "Goal",
@@ -119,6 +128,7 @@ __all__ = [
     "Hypergradient",
     "HypergradientReport",
     "HyperparameterOptimization",
+    "Implicit",
     "InitGradientError",
     "InnerSolution",
     "InnerSolver",
@@ -134,6 +144,7 @@ __all__ = [
     "Neumann",
     "Newton",
     "Nystrom",
+    "OneStep",
     "OuterMethod",
     "OuterResult",
     "OuterRun",
@@ -141,6 +152,7 @@ __all__ = [
     "OuterStep",
     "Pass",
     "PerConstraint",
+    "PhantomGradient",
     "Problem",
     "ProgramSolution",
     "ProjectedNewton",
@@ -160,6 +172,8 @@ __all__ = [
     "Tolerance",
     "TorchOptimizer",
     "TransformError",
+    "Truncated",
+    "Unrolled",
     "__version__",
     "argmin",
     "certificates",

@@ -6,6 +6,7 @@ itself what was to be found.
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -148,6 +149,11 @@ class Examination:
         if problem is not None:
             (outer, data), _ = self.subject.rebuild(self.subject.leaves)
             tolerance = problem.tolerance_of(outer, data)
+        if layer.structure is not None:
+            again = copy.copy(layer)
+            for name, value in {"tolerance": tolerance, **settings}.items():
+                setattr(again, name, value)
+            return again
         make = bilevel.argmin if layer.minimizes else bilevel.fixed_point if layer.is_fixed_point else bilevel.root
         given = {"solver": layer.solver, "linear_solver": layer.linear_solver, "tolerance": tolerance, **settings}
         return make(layer.function, **given)

@@ -25,8 +25,10 @@ from bilevel.errors import (
 )
 from bilevel.layers import Layer, LinearLayer, Solution, argmin, fixed_point, linear_solve, root
 from bilevel.layers.constraints import Constraints, PerConstraint
+from bilevel.layers.differentiation import Differentiation, Implicit, OneStep, PhantomGradient, Truncated, Unrolled
 from bilevel.layers.equilibrium import EquilibriumLayer, equilibrium
 from bilevel.layers.least_squares import FullHessian, GaussNewtonHessian, LeastSquaresLayer, least_squares
+from bilevel.layers.modules import FunctionalModule
 from bilevel.linear._base import LinearSolver
 from bilevel.linear._solution import LinearSolution
 from bilevel.linear.bicgstab import BiCGStab
@@ -104,6 +106,7 @@ __all__ = [
     "Constraints",
     "CubicSchedule",
     "Damped",
+    "Differentiation",
     "DtypeError",
     "EquilibriumLayer",
     "Exact",
@@ -111,6 +114,7 @@ __all__ = [
     "FailureWarning",
     "FixedPointIteration",
     "FullHessian",
+    "FunctionalModule",
     "GaussNewton",
     "GaussNewtonHessian",
     "Goal",
@@ -119,6 +123,7 @@ __all__ = [
     "Hypergradient",
     "HypergradientReport",
     "HyperparameterOptimization",
+    "Implicit",
     "InitGradientError",
     "InnerSolution",
     "InnerSolver",
@@ -134,6 +139,7 @@ __all__ = [
     "Neumann",
     "Newton",
     "Nystrom",
+    "OneStep",
     "OuterMethod",
     "OuterResult",
     "OuterRun",
@@ -141,6 +147,7 @@ __all__ = [
     "OuterStep",
     "Pass",
     "PerConstraint",
+    "PhantomGradient",
     "Problem",
     "ProgramSolution",
     "ProjectedNewton",
@@ -160,6 +167,8 @@ __all__ = [
     "Tolerance",
     "TorchOptimizer",
     "TransformError",
+    "Truncated",
+    "Unrolled",
     "__version__",
     "argmin",
     "certificates",

@@ -39,7 +39,7 @@ class LocalCertificate(Certificate):
 
 @dataclass(frozen=True, eq=False)
 class NoCertificate(Certificate):
-    """Of constraints, and of a term that is known by its prox alone: nothing is said of errors."""
+    """Of constraints, terms that are known by their prox alone, and derivatives that are not implicit: nothing is said of errors."""
 
     @property
     def bound(self) -> Bound:

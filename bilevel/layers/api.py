@@ -6,16 +6,18 @@ import functools
 from collections.abc import Callable
 from typing import Any, overload
 
-import torch
+from typing_extensions import Unpack
 
 from bilevel.equations.structured import Structure
 from bilevel.equations.system import ArgminSystem, FixedPointSystem, RootSystem, System
 from bilevel.errors import ArgumentError
 from bilevel.layers.constraint_structure import ConstraintStructure
 from bilevel.layers.constraints import Constraints
+from bilevel.layers.differentiation import Differentiation
 from bilevel.layers.first_call import explain_misuse
 from bilevel.layers.layer import Layer, Solution
 from bilevel.layers.linear_layer import LinearLayer
+from bilevel.layers.options import ArgminOptions, LayerOptions, LinearOptions
 from bilevel.layers.proximal import Proximal
 from bilevel.layers.rectangular import RectangularLayer
 from bilevel.linear._base import LinearSolverLike
@@ -29,38 +31,12 @@ Decorator = Callable[[Callable[..., Any]], Layer]
 
 
 @overload
-def argmin(
-    objective: None = None,
-    *,
-    solver: InnerSolverLike | None = None,
-    linear_solver: LinearSolverLike | None = None,
-    tolerance: Tolerance | None = None,
-    on_failure: OnFailure = "raise",
-    prox: Any = None,
-    lower: Any = None,
-    upper: Any = None,
-    equality: Callable[..., Any] | None = None,
-    inequality: Callable[..., Any] | None = None,
-    smoothing: float | None = None,
-) -> Decorator: ...
+def argmin(objective: None = None, **options: Unpack[ArgminOptions]) -> Decorator: ...
 @overload
-def argmin(
-    objective: Callable[..., torch.Tensor],
-    *,
-    solver: InnerSolverLike | None = None,
-    linear_solver: LinearSolverLike | None = None,
-    tolerance: Tolerance | None = None,
-    on_failure: OnFailure = "raise",
-    prox: Any = None,
-    lower: Any = None,
-    upper: Any = None,
-    equality: Callable[..., Any] | None = None,
-    inequality: Callable[..., Any] | None = None,
-    smoothing: float | None = None,
-) -> Layer: ...
+def argmin(objective: Callable[..., Any], **options: Unpack[ArgminOptions]) -> Layer: ...
 @explain_misuse
 def argmin(
-    objective: Callable[..., torch.Tensor] | None = None,
+    objective: Callable[..., Any] | None = None,
     *,
     solver: InnerSolverLike | None = None,
     linear_solver: LinearSolverLike | None = None,
@@ -72,14 +48,18 @@ def argmin(
     equality: Callable[..., Any] | None = None,
     inequality: Callable[..., Any] | None = None,
     smoothing: float | None = None,
+    differentiation: Differentiation | None = None,
+    has_aux: bool = False,
+    prepare: Callable[..., Any] | None = None,
+    warm_start: bool = False,
 ) -> Layer | Decorator:
     """Turn an objective into the layer x*(θ) = argmin_x G(x, θ), with dx*/dθ = −H⁻¹ ∂_θ∇_x G.
 
     Parameters
     ----------
     objective
-        G: a function of ``(x, *args, **kwargs)`` that returns a scalar tensor, twice differentiable. Left out, a decorator is
-        returned.
+        G: a function of ``(x, *args, **kwargs)`` that returns a scalar tensor, twice differentiable. A module is such a function, whose
+        parameters are differentiated too. Left out, a decorator is returned.
     solver
         An inner solver, or a function ``(objective, init, *args, **kwargs)`` -> x. By default chosen from the size.
     linear_solver
@@ -90,7 +70,9 @@ def argmin(
     on_failure
         What to do about a solve that failed and about misuse that makes gradients wrong: ``"raise"``, ``"warn"``,
         ``"nan"`` (NaN for the problems concerned) or ``"ignore"``; forward and backward.
-
+    prox
+        A term g of :mod:`bilevel.prox`, a pytree of terms for a pytree x, or a function of ``(*args, **kwargs)`` that returns one: the layer
+        minimises G + g. Its strengths, bounds and radii are differentiated too.
     lower, upper
         Bounds on x: a number, a tensor that can be broadcast to x, a pytree like x (None or ±inf: no bound), or a function of
         ``(*args, **kwargs)`` that returns one, so that a bound can be θ.
@@ -101,6 +83,16 @@ def argmin(
     smoothing
         τ: take value and derivative from the central path (λ_i c_i = −τ), where the derivative exists even if a constraint is
         active with multiplier 0. Without it such a derivative is refused with ``Status.DEGENERATE``, which names the constraint.
+    differentiation
+        How the solution is differentiated: :class:`bilevel.Implicit` by default, or :class:`bilevel.Unrolled`, :class:`bilevel.Truncated`,
+        :class:`bilevel.OneStep`, :class:`bilevel.PhantomGradient`.
+    has_aux
+        Whether ``objective`` returns a pair (value, aux). The layer then returns (x, aux), with aux evaluated at x and differentiable.
+    prepare
+        A function of ``(*args, **kwargs)``, called once a call, that returns the arguments for ``objective`` (a tuple, or a single one). A kernel
+        matrix, for example, is then made once, differentiably, and not at every evaluation.
+    warm_start
+        Whether a call begins at the last solution of this layer, if that has the shapes of ``init``.
 
     Returns
     -------
@@ -147,27 +139,16 @@ def argmin(
     """
     constraints = Constraints(lower=lower, upper=upper, equality=equality, inequality=inequality, smoothing=smoothing)
     structure = _structure(prox, constraints)
-    return _layer(ArgminSystem, objective, solver, linear_solver, tolerance, on_failure, structure)
+    return _layer(
+        ArgminSystem, objective, solver=solver, linear_solver=linear_solver, tolerance=tolerance, on_failure=on_failure, structure=structure,
+        differentiation=differentiation, has_aux=has_aux, prepare=prepare, warm_start=warm_start,
+    )  # fmt: skip
 
 
 @overload
-def root(
-    residual: None = None,
-    *,
-    solver: InnerSolverLike | None = None,
-    linear_solver: LinearSolverLike | None = None,
-    tolerance: Tolerance | None = None,
-    on_failure: OnFailure = "raise",
-) -> Decorator: ...
+def root(residual: None = None, **options: Unpack[LayerOptions]) -> Decorator: ...
 @overload
-def root(
-    residual: Callable[..., Any],
-    *,
-    solver: InnerSolverLike | None = None,
-    linear_solver: LinearSolverLike | None = None,
-    tolerance: Tolerance | None = None,
-    on_failure: OnFailure = "raise",
-) -> Layer: ...
+def root(residual: Callable[..., Any], **options: Unpack[LayerOptions]) -> Layer: ...
 @explain_misuse
 def root(
     residual: Callable[..., Any] | None = None,
@@ -176,6 +157,10 @@ def root(
     linear_solver: LinearSolverLike | None = None,
     tolerance: Tolerance | None = None,
     on_failure: OnFailure = "raise",
+    differentiation: Differentiation | None = None,
+    has_aux: bool = False,
+    prepare: Callable[..., Any] | None = None,
+    warm_start: bool = False,
 ) -> Layer | Decorator:
     """Turn a residual into the layer x*(θ) with R(x*, θ) = 0, and dx*/dθ = −(∂_x R)⁻¹ ∂_θ R.
 
@@ -183,7 +168,7 @@ def root(
     ----------
     residual
         R: a function of ``(x, *args, **kwargs)`` that returns the pytree of x, shape for shape.
-    solver, linear_solver, tolerance, on_failure
+    solver, linear_solver, tolerance, on_failure, differentiation, has_aux, prepare, warm_start
         See :func:`argmin`. The Jacobian need not be symmetric: Exact, GMRES and BiCGStab fit, CG does not.
 
     Returns
@@ -206,27 +191,16 @@ def root(
     >>> round(x.item(), 6), round(a.grad.item(), 6)  # 1 / (3 x²)
     (2.0, 0.083333)
     """
-    return _layer(RootSystem, residual, solver, linear_solver, tolerance, on_failure)
+    return _layer(
+        RootSystem, residual, solver=solver, linear_solver=linear_solver, tolerance=tolerance, on_failure=on_failure,
+        differentiation=differentiation, has_aux=has_aux, prepare=prepare, warm_start=warm_start,
+    )  # fmt: skip
 
 
 @overload
-def fixed_point(
-    mapping: None = None,
-    *,
-    solver: InnerSolverLike | None = None,
-    linear_solver: LinearSolverLike | None = None,
-    tolerance: Tolerance | None = None,
-    on_failure: OnFailure = "raise",
-) -> Decorator: ...
+def fixed_point(mapping: None = None, **options: Unpack[LayerOptions]) -> Decorator: ...
 @overload
-def fixed_point(
-    mapping: Callable[..., Any],
-    *,
-    solver: InnerSolverLike | None = None,
-    linear_solver: LinearSolverLike | None = None,
-    tolerance: Tolerance | None = None,
-    on_failure: OnFailure = "raise",
-) -> Layer: ...
+def fixed_point(mapping: Callable[..., Any], **options: Unpack[LayerOptions]) -> Layer: ...
 @explain_misuse
 def fixed_point(
     mapping: Callable[..., Any] | None = None,
@@ -235,6 +209,10 @@ def fixed_point(
     linear_solver: LinearSolverLike | None = None,
     tolerance: Tolerance | None = None,
     on_failure: OnFailure = "raise",
+    differentiation: Differentiation | None = None,
+    has_aux: bool = False,
+    prepare: Callable[..., Any] | None = None,
+    warm_start: bool = False,
 ) -> Layer | Decorator:
     """Turn a mapping into the layer x*(θ) with x* = T(x*, θ), and dx*/dθ = (I − ∂_x T)⁻¹ ∂_θ T.
 
@@ -242,7 +220,7 @@ def fixed_point(
     ----------
     mapping
         T: a function of ``(x, *args, **kwargs)`` that returns the pytree of x, shape for shape.
-    solver, linear_solver, tolerance, on_failure
+    solver, linear_solver, tolerance, on_failure, differentiation, has_aux, prepare, warm_start
         See :func:`argmin`; the residual is x − T(x). By default safeguarded Anderson acceleration: it converges
         wherever plain iteration does in 10,000 steps. Where T is no contraction near the solution, take Newton.
 
@@ -269,29 +247,18 @@ def fixed_point(
     >>> bool(torch.allclose(x, 0.5 * torch.cos(x) + a, atol=1e-10))
     True
     """
-    return _layer(FixedPointSystem, mapping, solver, linear_solver, tolerance, on_failure)
+    return _layer(
+        FixedPointSystem, mapping, solver=solver, linear_solver=linear_solver, tolerance=tolerance, on_failure=on_failure,
+        differentiation=differentiation, has_aux=has_aux, prepare=prepare, warm_start=warm_start,
+    )  # fmt: skip
 
 
 @overload
 def linear_solve(
-    matvec: None = None,
-    *,
-    symmetric: bool = False,
-    unknown: Any = None,
-    linear_solver: LinearSolverLike | None = None,
-    tolerance: Tolerance | None = None,
-    on_failure: OnFailure = "raise",
+    matvec: None = None, **options: Unpack[LinearOptions]
 ) -> Callable[[Callable[..., Any]], LinearLayer]: ...
 @overload
-def linear_solve(
-    matvec: Callable[..., Any],
-    *,
-    symmetric: bool = False,
-    unknown: Any = None,
-    linear_solver: LinearSolverLike | None = None,
-    tolerance: Tolerance | None = None,
-    on_failure: OnFailure = "raise",
-) -> LinearLayer: ...
+def linear_solve(matvec: Callable[..., Any], **options: Unpack[LinearOptions]) -> LinearLayer: ...
 @explain_misuse
 def linear_solve(
     matvec: Callable[..., Any] | None = None,
@@ -383,25 +350,12 @@ def linear_solve(
     return make if matvec is None else make(matvec)
 
 
-def _layer(
-    kind: type[System],
-    function: Callable[..., Any] | None,
-    solver: InnerSolverLike | None,
-    linear_solver: LinearSolverLike | None,
-    tolerance: Tolerance | None,
-    on_failure: OnFailure,
-    structure: Structure | None = None,
-) -> Layer | Decorator:
-    _refuse_goals(tolerance)
-    make = functools.partial(
-        Layer,
-        kind,
-        solver=solver,
-        linear_solver=linear_solver,
-        tolerance=tolerance,
-        on_failure=on_failure,
-        structure=structure,
-    )
+def _layer(kind: type[System], function: Callable[..., Any] | None, **settings: Any) -> Layer | Decorator:
+    _refuse_goals(settings["tolerance"])
+
+    def make(function: Callable[..., Any]) -> Layer:
+        return Layer(kind, function, **settings)
+
     return make if function is None else make(function)
 
 

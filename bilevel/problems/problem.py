@@ -24,6 +24,7 @@ from bilevel.errors import ArgumentError, TransformError
 from bilevel.layers.call import Adjoint, Setting, SolveSettings
 from bilevel.layers.constraint_structure import ConstraintStructure
 from bilevel.layers.constraints import Constraints
+from bilevel.layers.differentiation import Differentiation, Implicit
 from bilevel.layers.layer import Layer, Solution
 from bilevel.layers.proximal import Proximal
 from bilevel.linear._base import LinearSolver, LinearSolverLike
@@ -76,6 +77,8 @@ class BilevelProblem(torch.nn.Module, ABC):
     warm_start
         Begin from the last solution where no ``init`` is given, and the linear solve from the last adjoint. A start only
         changes the work, not the accuracy.
+    differentiation
+        How the inner solution is differentiated: :class:`bilevel.Implicit` by default. Of the others no error bound is known.
 
     Raises
     ------
@@ -117,6 +120,7 @@ class BilevelProblem(torch.nn.Module, ABC):
         on_failure: OnFailure = "raise",
         batch_dims: Any = None,
         warm_start: bool = True,
+        differentiation: Differentiation | None = None,
     ) -> None:
         super().__init__()
         self.batch_dims = batch_dims
@@ -143,6 +147,7 @@ class BilevelProblem(torch.nn.Module, ABC):
             on_failure=on_failure,
             where=self.where,
             written=self._written,
+            differentiation=differentiation,
         )
         self._warm = WarmStart()
         self._connected_for: frozenset[tuple[bool, ...]] = frozenset()
@@ -193,11 +198,11 @@ class BilevelProblem(torch.nn.Module, ABC):
         self._warm = replace(self._warm, inner=inner, adjoint=flat / max(1, len(flat)))
 
     @abstractmethod
-    def inner_objective(self, inner: Any, outer: Any, data: Any) -> torch.Tensor:
+    def inner_objective(self, inner: Any, outer: Any, data: Any, /) -> torch.Tensor:
         """Return G(φ, θ), a scalar tensor, for one problem."""
 
     @abstractmethod
-    def outer_objective(self, inner: Any, outer: Any, data: Any) -> torch.Tensor:
+    def outer_objective(self, inner: Any, outer: Any, data: Any, /) -> torch.Tensor:
         """Return F(φ, θ), a scalar tensor, for one problem."""
 
     def inner_prox(self, outer: Any, data: Any) -> Any:
@@ -222,6 +227,29 @@ class BilevelProblem(torch.nn.Module, ABC):
         Override it, as :meth:`forward`, in a problem that owns its outer variables.
         """
         return outer, data
+
+    def prepare(self, outer: Any, data: Any, /) -> Any:
+        """Return what the objectives are given in place of ``data``; by default ``data``.
+
+        It is called once a call, and not at every evaluation. What it makes of ``outer``, such as a kernel matrix, is differentiated too.
+        Bounds of errors are computed from the objectives and this together. It cannot be combined with ``batch_dims``.
+        """
+        return data
+
+    def _prepared(self, outer: Any, data: Any) -> Any:
+        if type(self).prepare is BilevelProblem.prepare:
+            return data
+        if self.batch_dims is not None:
+            raise ArgumentError(
+                f"{self.where}: expected prepare or batch_dims, got both; prepare each problem's data before the call, or in the objectives"
+            )
+        return self.prepare(outer, data)
+
+    def _inner_of_given(self, inner: Any, outer: Any, data: Any) -> torch.Tensor:
+        return self.inner_objective(inner, outer, self.prepare(outer, data))
+
+    def _outer_of_given(self, inner: Any, outer: Any, data: Any) -> torch.Tensor:
+        return self.outer_objective(inner, outer, self.prepare(outer, data))
 
     def initial(self, outer: Any, data: Any) -> Any:
         """Return where the first inner solve begins; override it, or pass ``init``."""
@@ -282,8 +310,9 @@ class BilevelProblem(torch.nn.Module, ABC):
             with unhooked():
                 result = self._to_goal(settings, outer, data, init)
             return attach_gradient(result, outer)
-        solution = self._solve(settings, outer, data, init)
-        loss = self._outer_losses(solution.value, outer, data, policy).mean()
+        prepared = self._prepared(outer, data)
+        solution = self._solve(settings, outer, prepared, init)
+        loss = self._outer_losses(solution.value, outer, prepared, policy).mean()
         theta = [leaf for leaf in pytree.tree_leaves(outer) if isinstance(leaf, torch.Tensor)]
         poisoned = check_dependence(self.where, loss, theta, policy)
         among = tuple(leaf.requires_grad for leaf in theta if moves(leaf))
@@ -312,7 +341,8 @@ class BilevelProblem(torch.nn.Module, ABC):
             What :meth:`tolerance_of` returns, by default for this ``outer`` and ``data``. Calls that are parts of one mean take that of the
             whole: the mean hands each of its problems a share of its right-hand side.
         """
-        return self._solve(self._settings_of(outer, data, tolerance, inspect=inspect), outer, data, init)
+        settings = self._settings_of(outer, data, tolerance, inspect=inspect)
+        return self._solve(settings, outer, self._prepared(outer, data), init)
 
     def _settings_of(
         self, outer: Any, data: Any, tolerance: Tolerance | None = None, *, inspect: bool = True
@@ -390,8 +420,9 @@ class BilevelProblem(torch.nn.Module, ABC):
         theta = pytree.tree_unflatten(fresh, structure)
         adjoints: list[Adjoint] = []
         with torch.enable_grad():
-            solution = self._solve(replace(settings, on_adjoint=adjoints.append), theta, data, init)
-            value = self._outer_losses(solution.value, theta, data, settings.on_failure).mean()
+            prepared = self._prepared(theta, data)
+            solution = self._solve(replace(settings, on_adjoint=adjoints.append), theta, prepared, init)
+            value = self._outer_losses(solution.value, theta, prepared, settings.on_failure).mean()
             needs_grad = [leaf for leaf, move in zip(fresh, moving, strict=True) if move]
             if not value.requires_grad:
                 raise no_dependence(self.where)
@@ -426,6 +457,11 @@ class BilevelProblem(torch.nn.Module, ABC):
         return settings if self._structure is not None else replace(settings, solver=GivenAnswer())
 
     def _refuse_goal(self, tolerance: Tolerance) -> None:
+        if tolerance.has_goal and not isinstance(self._layer.differentiation, Implicit):
+            raise ArgumentError(
+                f"{self.where}: expected differentiation=bilevel.Implicit() with a goal for the hypergradient, got {self._layer.differentiation}; "
+                "leave one of them out"
+            )
         if self._structure is not None and tolerance.has_goal:
             raise ArgumentError(
                 f"{self.where}: expected Tolerance(rtol=...) or δ and δ′ with inner_prox or inner_constraints, got the goal {tolerance!r}; errors "
@@ -467,7 +503,9 @@ class BilevelProblem(torch.nn.Module, ABC):
 
         def certify(at: Point, flat: torch.Tensor, corrected: torch.Tensor) -> Certificate:
             kind = Certificate
-            if self._structure is not None:
+            if not isinstance(settings.differentiation, Implicit):
+                kind = NoCertificate
+            elif self._structure is not None:
                 kind = LocalCertificate if at.lower.system.symmetric else NoCertificate
             return kind(at, flat, corrected, constants, self.where, settings.on_failure, products)
 
@@ -544,9 +582,11 @@ class BilevelProblem(torch.nn.Module, ABC):
 
     def _flat_problems(self, inner: Any, outer: Any, data: Any) -> tuple[Problem, Problem]:
         """Return G and F as batches of flat problems."""
-        flat = self._numbering.problem
-        lower = flat(self.inner_objective, inner, outer, data, self._structure)
-        return lower, flat(self.outer_objective, inner, outer, data)
+        flat, whole = self._numbering.problem, type(self).prepare is BilevelProblem.prepare
+        inner_objective = self.inner_objective if whole else self._inner_of_given
+        outer_objective = self.outer_objective if whole else self._outer_of_given
+        lower = flat(inner_objective, inner, outer, data, self._structure)
+        return lower, flat(outer_objective, inner, outer, data)
 
     def _written(self) -> Callable[..., Any]:
         return self.inner_objective

@@ -88,7 +88,7 @@ class ProgramSolution(Solution[torch.Tensor]):
 
     multipliers: Multipliers = field()
     active: ActiveSet = field()
-    certificate: Certificate = field()
+    certificate: Certificate = field(kw_only=True)
 
 
 pytree.register_pytree_node(
@@ -102,7 +102,7 @@ pytree.register_pytree_node(
 def _rebuilt(children: list[Any], context: Any) -> ProgramSolution:
     value, multipliers, active = children
     report, certificate = cast("tuple[SolveReport, Certificate]", context)
-    return ProgramSolution(value, report, multipliers, active, certificate)
+    return ProgramSolution(value, report, multipliers, active, certificate=certificate)
 
 
 class QuadraticProgram:
@@ -291,7 +291,7 @@ def _solution(settings: _Settings, **given: Any) -> ProgramSolution:
     marks = output[..., structure.length :].detach() % 2 > 0
     active = ActiveSet(*marks.split(structure.sizes.rows, -1))
     certificate = Certificate(*structure.sizes.split(call.certificate))
-    return ProgramSolution(x, call.report, Multipliers(nu, lam, low, up), active, certificate)
+    return ProgramSolution(x, call.report, Multipliers(nu, lam, low, up), active, certificate=certificate)
 
 
 quadratic_program = QuadraticProgram()

@@ -168,6 +168,11 @@ def of_call(
             f"bilevel.testing: expected a layer or a bilevel problem, got {target!r}; wrap the function with "
             "bilevel.argmin, bilevel.root or bilevel.fixed_point"
         )
+    if not isinstance(args, (tuple, list)):
+        raise bilevel.ArgumentError(
+            f"{target.where}: expected args to be a tuple (init, *args), got {type(args).__name__}; write for example "
+            "check_gradients(layer, (init, a))"
+        )
     if init is not None or not args:
         raise bilevel.ArgumentError(
             f"{target.where}: expected the start as the first of a layer's args and init=None, got {len(args)} args and "

@@ -34,6 +34,7 @@ from bilevel.linear._solution import LinearSolution
 from bilevel.linear.bicgstab import BiCGStab
 from bilevel.linear.cg import CG
 from bilevel.linear.damped import Damped
+from bilevel.linear.diagonal import Diagonal
 from bilevel.linear.exact import Exact
 from bilevel.linear.gmres import GMRES
 from bilevel.linear.lsmr import LSMR
@@ -59,6 +60,7 @@ from bilevel.reports import Basis, Pass, SolveReport, Status
 from bilevel.schedules import CubicSchedule, ExponentialSchedule, QuadraticSchedule
 from bilevel.solvers._base import Goal, InnerSolution, InnerSolver
 from bilevel.solvers.anderson import Anderson
+from bilevel.solvers.bracketing import Bisection, Brent
 from bilevel.solvers.fixed_point import FixedPointIteration
 from bilevel.solvers.gauss_newton import GaussNewton
 from bilevel.solvers.gradient_descent import GradientDescent
@@ -96,7 +98,9 @@ __all__ = [
     "BiCGStab",
     "BilevelError",
     "BilevelProblem",
+    "Bisection",
     "Bound",
+    "Brent",
     "BudgetWarning",
     "CapturedTensorError",
     "Certificate",
@@ -106,6 +110,7 @@ __all__ = [
     "Constraints",
     "CubicSchedule",
     "Damped",
+    "Diagonal",
     "Differentiation",
     "DtypeError",
     "EquilibriumLayer",

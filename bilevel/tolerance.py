@@ -179,7 +179,7 @@ class Tolerance:
             if not (math.isfinite(number) and number > 0):
                 raise ArgumentError(
                     f"Tolerance: expected {name} > 0 and finite, got {number}; pass a positive number, or None "
-                    "to ask for no accuracy and spend the solver's step budget"
+                    "to ask for no accuracy and spend the solver's iteration budget"
                 )
         if self.rtol is not None and not (self.delta is AUTO and not self.has_goal):
             raise ArgumentError(

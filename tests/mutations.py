@@ -68,6 +68,63 @@ def cells(row: str, *columns: str) -> tuple[str, ...]:
 
 MUTATIONS = (
     Mutation(
+        "Gauss–Newton's derivative in the place of the Hessian's", "layers/least_squares.py",
+        "isinstance(hessian, GaussNewtonHessian) else LeastSquaresSystem", "True else LeastSquaresSystem",
+        ("tests/test_least_squares.py", "-k", "biased_and_only_by_name"),
+    ),
+    Mutation(
+        "a player at a maximum goes unnamed", "layers/equilibrium.py", "fault = player >= 0", "fault = player >= 99",
+        ("tests/test_equilibrium.py", "-k", "maximum"),
+    ),
+    Mutation(
+        "the derivative of a minimum-norm solution leaves out the null space", "layers/rectangular.py",
+        "        if not deficient:\n", "        if not deficient or wide:\n",
+        ("tests/test_rectangular.py", "-k", "golub"),
+    ),
+    Mutation(
+        "an argument that changes the rank is not refused", "layers/rectangular.py",
+        "return not any(_vanishes(pull, doubt) for pull in every)", "return False",
+        ("tests/test_rectangular.py", "-k", "changes_the_rank"),
+    ),
+    Mutation(
+        "a bracket without a sign change is bisected", "solvers/bracketing.py",
+        "changes = f_low.sign() * f_high.sign() <= 0", "changes = f_low.sign() * f_high.sign() <= 1",
+        ("tests/solvers/test_bracketing.py", "-k", "sign_change"),
+    ),
+    Mutation(
+        "Nyström's approximation with twice the shift", "linear/nystrom.py",
+        "weights / (weights + self.rho)", "weights / (weights + 2 * self.rho)",
+        ("tests/linear/test_nystrom.py", "-k", "formula"),
+    ),
+    Mutation(
+        "stochastic: SABA forgets to subtract the remembered derivative", "stochastic/saba.py",
+        "change = subtract(new, old)", "change = subtract(new, [0 * tensor for tensor in old])",
+        ("tests/stochastic/test_engine.py", "-k", "saba_converges"),
+    ),
+    Mutation(
+        "stochastic: the adjoint enters the outer direction with the wrong sign", "stochastic/_adjoint.py",
+        "outer=subtract(upper.outer, lower.cross),", "outer=subtract(lower.cross, upper.outer),",
+        ("tests/stochastic/test_directions.py", "-k", "tends and SOBA"),
+    ),
+    Mutation(
+        "stochastic: an evaluation at an old point changes running statistics", "stochastic/_variables.py",
+        "b.clone() for name, b in", "b for name, b in", ("tests/stochastic/test_engine.py", "-k", "old_point"),
+    ),
+    Mutation(
+        "stochastic: a state has no memory", "stochastic/_state.py",
+        'setattr(method, name, state["memory"][name])', "pass", ("tests/stochastic/test_engine.py", "-k", "resumed"),
+    ),
+    Mutation(
+        "stochastic: the two products by two passes", "stochastic/_oracle.py",
+        "found = self._reverse(gradient, [*z, *x], q, retain_graph=False)",
+        "found = (*self._reverse(gradient, z, q), *self._reverse(gradient, x, q))",
+        ("tests/stochastic/test_engine.py", "-k", "passes"),
+    ),
+    Mutation(
+        "stochastic: processes are not averaged", "stochastic/_oracle.py",
+        "distributed.all_reduce(flat, group=group)", "pass", ("tests/stochastic/test_processes.py",),
+    ),
+    Mutation(
         "an inequality that is active with multiplier zero is differentiated", "solvers/_regularity.py",
         "return weak | self.flat | self.irregular", "return self.flat | self.irregular",
         ("tests/constraints/test_degenerate.py", "-k", "multiplier_zero"),
@@ -106,7 +163,7 @@ MUTATIONS = (
         ("tests/meta/test_training.py", "-k", "owed"),
     ),
     Mutation(
-        "a root is told of its objective", "layers/messages.py", "        return words\n    words = {", "        return {}\n    words = {",
+        "a root is told of its objective", "layers/messages.py", "        return {**words, **_BRACKET} if isinstance(solver, Bracketing) else words\n", "        return {}\n",
         ("tests/test_wording.py", "-k", "no_objective"),
     ),
     Mutation(
@@ -137,7 +194,7 @@ MUTATIONS = (
     ),
     Mutation(
         "the adjoint's sign, in second derivatives", "implicit.py",
-        "vjp(residual, *chosen)[1](-q)", "vjp(residual, *chosen)[1](q)", GRADGRADCHECK,
+        "pulled = iter(pull(-q))", "pulled = iter(pull(q))", GRADGRADCHECK,
     ),
     Mutation(
         "the tangent's sign", "implicit.py",
@@ -637,8 +694,8 @@ MUTATIONS = (
     ),
     Mutation(
         "a sum for a mean over a batch of problems", "problems/problem.py",
-        "value = self._outer_losses(solution.value, theta, data, settings.on_failure).mean()",
-        "value = self._outer_losses(solution.value, theta, data, settings.on_failure).sum()",
+        "value = self._outer_losses(solution.value, theta, prepared, settings.on_failure).mean()",
+        "value = self._outer_losses(solution.value, theta, prepared, settings.on_failure).sum()",
         ("tests/test_problem.py", "-k", "mean_of_its_members"),
     ),
     Mutation(
@@ -1056,7 +1113,7 @@ MUTATIONS = (
     ),
     Mutation(
         "a fixed point's run at rounding level goes on", "solvers/fixed_point.py",
-        "ended = stalled & (residual", "ended = ~stalled & stalled & (residual", (ANDERSON, "-k", "rounding_ends"),
+        "ended = stalled & ((residual", "ended = ~stalled & stalled & ((residual", (ANDERSON, "-k", "rounding_ends"),
     ),
     # Dtypes and layouts.
     Mutation(
@@ -1103,8 +1160,8 @@ MUTATIONS = (
     ),
     Mutation(
         "sparse: products with a matrix of values are torch's own", '_torch/sparse.py',
-        'return _entry_by_entry(*args) if _made_of_entries(*args) else theirs(*args)',
-        'return theirs(*args)',
+        '        if _made_of_entries(*args):\n            return _entry',
+        '        if False:\n            return _entry',
         ('tests/test_sparse.py', '-k', 'derivatives_by_the_values'),
     ),
     Mutation(
@@ -1273,6 +1330,36 @@ MUTATIONS = (
         "a distance to a proximal point forgets the change of the slope", "solvers/_manifold_newton.py",
         "return new, (at.x - new.x) / at.step.unsqueeze(-1) - at.slope + new.slope", "return new, new.slope - at.slope",
         ("tests/prox/test_layer.py", "-k", "proven"),
+    ),
+    Mutation(
+        "a degenerate saddle is a minimum", "solvers/_degenerate.py",
+        "found = found | (fell & (slope < -noise) & (slope < -here))", "pass",
+        ("tests/zoo/test_default_faults.py", "-k", "degenerate_saddle_is_named"),
+    ),
+    Mutation(
+        "a derivative is not compared with the call", "layers/call.py",
+        "changed = (residual - before).norm(dim=-1)", "changed = torch.zeros_like((residual - before).norm(dim=-1))",
+        ("tests/zoo/test_default_faults.py", "-k", "function_that_changed"),
+    ),
+    Mutation(
+        "a failed factorisation at a trial point ends the solve", "equations/domain.py",
+        "return isinstance(error, LinAlgError) or", "return",
+        ("tests/zoo/test_default_faults.py", "-k", "cholesky_fails"),
+    ),
+    Mutation(
+        "a bound above δ is no matter", "linear/_base.py",
+        "return bound > error * (1 + 16 * torch.finfo(bound.dtype).eps)", "return bound > torch.inf",
+        ("tests/linear/test_base.py", "-k", "bound_contradicts"),
+    ),
+    Mutation(
+        "steps are never lengthened", "solvers/anderson.py",
+        "stride = torch.where(still, 2 * self.stride, one)", "stride = one",
+        ("tests/zoo/test_default_faults.py", "-k", "named_early"),
+    ),
+    Mutation(
+        "an overflow is left by quarters", "solvers/newton.py",
+        "shorter = torch.where(beyond, torch.minimum(shorter, within), shorter)", "pass",
+        ("tests/zoo/test_default_faults.py", "-k", "exponential_from_where"),
     ),
 )  # fmt: skip
 

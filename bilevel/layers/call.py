@@ -12,7 +12,7 @@ import torch
 from bilevel.equations.problem import Problem
 from bilevel.equations.pullbacks import Pullback
 from bilevel.equations.structured import StructuredSystem, objective_of
-from bilevel.errors import ArgumentError, BilevelError
+from bilevel.errors import ArgumentError, BilevelError, StochasticObjectiveError
 from bilevel.layers.checks import Inspection, inspect_on_failure, inspect_once, reuse_inspection
 from bilevel.layers.differentiation import Differentiation, Implicit, check_differentiation
 from bilevel.layers.messages import failure_messages
@@ -27,6 +27,7 @@ from bilevel.replay.cache import ReplayCache
 from bilevel.replay.purity import InspectionCache
 from bilevel.reports import Pass, SolveReport, Status, StatusMessages
 from bilevel.solvers._base import InnerSolver, as_inner_solver
+from bilevel.solvers._error import rounding
 from bilevel.solvers._given import GivenAnswer, check_answer
 from bilevel.solvers._judge import InnerOutcome, solve_inner
 from bilevel.solvers.defaults import default_solvers
@@ -35,6 +36,10 @@ from bilevel.tolerance import Tolerance, auto_relative
 __all__ = ["Adjoint", "Inspector", "Setting", "SolveCall", "SolveSettings"]
 
 T = TypeVar("T")
+
+# How many times the rounding of R it may differ from one evaluation to another.
+_MORE_THAN_ROUNDING = 8.0
+_RESIDUALS = {True: "a gradient", False: "a residual"}
 
 
 class Adjoint(NamedTuple):
@@ -198,6 +203,9 @@ class SolveCall:
         self.poisoned = False
         self.nan_mask: torch.Tensor | None = None  # (*batch,) bool: whose derivatives the policy wants to be NaN
         self.residual: torch.Tensor | None = None  # at the solution (batch, n), for who wants the adjoint
+        self.found: tuple[torch.Tensor, torch.Tensor] | None = (
+            None  # R at the solution (batch, n), and its norm that was asked for
+        )
         self.factor: torch.Tensor | None = None
         self.last_rhs: torch.Tensor | None = None  # of this call's linear solves
         self.largest: torch.Tensor | None = None  # (batch,): the norm of the largest before that
@@ -280,9 +288,11 @@ class SolveCall:
     def _reported(self, problem: Problem, outcome: InnerOutcome, messages: StatusMessages) -> torch.Tensor:
         settings, axes = self.settings, problem.system.batch_shape
         self.one_step = outcome.factor is not None and (outcome.exact or bool((outcome.iterations <= 1).all()))
+        system = problem.system
+        if self.watched and not isinstance(system, StructuredSystem):
+            self.found = outcome.residual, outcome.threshold
         self.factor = outcome.factor
         if settings.on_adjoint is not None:
-            system = problem.system
             size = system.ordinary.raveler.size if isinstance(system, StructuredSystem) else problem.size
             self.residual = outcome.residual[:, :size]
         self.report = _report(Pass.FORWARD, self.where, outcome.solver, outcome, axes, messages)
@@ -296,6 +306,39 @@ class SolveCall:
     ) -> tuple[InnerOutcome, StatusMessages]:
         """Return the outcome of an inner solve, and its words; a kind of problem that can say more of an answer overrides this."""
         return outcome, failure_messages(solver, problem, init, outcome)
+
+    def compare(self, problem: Problem, x: torch.Tensor, residual: torch.Tensor) -> None:
+        """Compare ``residual``, R(x) (batch, n) in a derivative, with R at the same x in the forward pass.
+
+        They differ by more than rounding where the function went by something that has changed in between, such as an attribute of an object.
+
+        Raises
+        ------
+        StochasticObjectiveError
+            If they do (policy ``"raise"``).
+        """
+        before, threshold = (None, None) if self.found is None else self.found
+        if before is None or threshold is None or before.shape != residual.shape or torch.equal(before, residual):
+            return
+        changed = (residual - before).norm(dim=-1)
+        eps = torch.finfo(x.dtype).eps
+        doubtful = (
+            changed > eps**0.5 * before.norm(dim=-1) + threshold
+        )  # a solution solves the other problem, too, if not
+        if bool(doubtful.any()):
+            doubtful = doubtful & (changed > _MORE_THAN_ROUNDING * rounding(problem, x, residual))
+        if not bool(doubtful.any()):
+            return
+        first = int(doubtful.nonzero()[0])
+        error = StochasticObjectiveError(
+            f"{self.where}: expected {problem.system.noun} to be the same function in a derivative as in the call, and at the solution "
+            f"{_RESIDUALS[problem.minimizes]} of norm {float(before[first].norm()):.3g} became one of {float(residual[first].norm()):.3g}; pass what "
+            "changes in between as an argument, or take the derivative before it changes"
+        )
+        if handle_misuse(error, self.settings.on_failure):
+            axes = problem.system.batch_shape
+            lost = doubtful.reshape(axes)
+            self.nan_mask = lost if self.nan_mask is None else self.nan_mask | lost
 
     def solve_linear(
         self,

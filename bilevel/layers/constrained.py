@@ -240,18 +240,21 @@ class ConstrainedSystem(LocalModel):
         assert isinstance(system, ConstrainedSystem)
         n, (p, m) = self.unknowns, self.counts
 
-        def batched(one: Callable[..., Any], *vectors: torch.Tensor) -> list[torch.Tensor]:
+        def batched(name: str, one: Callable[..., Any], *vectors: torch.Tensor) -> list[torch.Tensor]:
             sizes = [vector.shape[-1] for vector in vectors]
 
             def packed(flat: torch.Tensor, *tensors: torch.Tensor) -> Any:
                 return one(*torch.split(flat, sizes), *tensors)
 
-            joined = torch.cat(vectors, dim=-1).reshape(*system.batch_shape, sum(sizes))
-            with torch.no_grad():
-                made = system.lifted(packed)(joined, *problem.tensors)
-            made = made if isinstance(made, tuple) else (made,)
+            def evaluation(joined: torch.Tensor, *tensors: torch.Tensor) -> list[torch.Tensor]:
+                with torch.no_grad():
+                    made = system.lifted(packed)(joined.reshape(*system.batch_shape, sum(sizes)), *tensors)
+                return [part.detach() for part in (made if isinstance(made, tuple) else (made,))]
+
+            joined = vectors[0] if len(vectors) == 1 else torch.cat(vectors, dim=-1)
             axes = len(system.batch_shape)
-            return [part.detach().reshape(problem.batch, *part.shape[axes:]) for part in made]
+            made = problem.evaluated(("constrained", name), evaluation, joined)
+            return [part.reshape(problem.batch, *part.shape[axes:]) for part in made]
 
         def rows(x: torch.Tensor, *tensors: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
             value, pull = vjp(lambda point: system.stack(point, *tensors), x)
@@ -268,26 +271,26 @@ class ConstrainedSystem(LocalModel):
 
         unknown = system.ordinary.raveler
         probe = torch.zeros(problem.batch, n, dtype=unknown.dtype, device=unknown.device)
-        lower, upper = batched(system.bounds, probe)
+        lower, upper = batched("bounds", system.bounds, probe)
         return Program(
             lower, upper, p, m,
-            parts=lambda x: batched(system.stack, x)[0],
-            jacobian=lambda x: tuple(batched(rows, x)),  # type: ignore[arg-type, return-value]
-            hessian=lambda x, weights: batched(curvature, x, weights)[0],
-            product=lambda x, v: batched(product, x, v)[0],
+            parts=lambda x: batched("parts", system.stack, x)[0],
+            jacobian=lambda x: tuple(batched("jacobian", rows, x)),  # type: ignore[arg-type, return-value]
+            hessian=lambda x, weights: batched("hessian", curvature, x, weights)[0],
+            product=lambda x, v: batched("product", product, x, v)[0],
             single=lambda number: self.program(problem.single(number)),
         )  # fmt: skip
 
     def find(self, problem: Problem, init: torch.Tensor, target: Target, solver: InnerSolver | None) -> InnerOutcome:
         """Return the solutions z (batch, n + p + m), polished and judged by the KKT conditions."""
+        if not problem.batch or not self.unknowns:
+            return _nothing(init)
         wide = self._widened(problem)
         system = wide.system
         assert isinstance(system, ConstrainedSystem)
         program = system.program(wide)
         start = self.split(init)[0].to(program.lower)
         chosen = self._chosen(problem, solver)
-        if not problem.batch or not self.unknowns:
-            return _nothing(init)
         found = solve_constrained(program, start, chosen, self.smoothing, self.name, self.where)
         z = torch.cat([found.x, found.equality, found.inequality], dim=-1).to(init)
         residual = problem.residual(z)

@@ -147,7 +147,7 @@ class Bounds:
                 ) from error
         unknown = self.unknown
         leaves = self._leaves(value)
-        parts = [self._part(leaf, shape, dtype) for leaf, shape in zip(leaves, unknown.shapes, strict=True)]
+        parts = [self._part(leaf, shape, dtype) for leaf, shape in zip(leaves, unknown.real_shapes, strict=True)]
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def _leaves(self, value: Any) -> list[Any]:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch.func import vmap
 
-from bilevel._torch.factorisations import solve
+from bilevel._torch.factorisations import inverse
 from bilevel._torch.reverse import vjp
 from bilevel.equations.system import FixedPointSystem, System
 from bilevel.errors import ArgumentError
@@ -269,7 +269,7 @@ def step_of(system: System, solver: InnerSolver | None, tensors: Sequence[torch.
 def _newton_step(system: System, x: torch.Tensor, tensors: Sequence[torch.Tensor]) -> torch.Tensor:
     residual, pull = vjp(lambda point: system.residual(point, *tensors), x)
     (matrix,) = vmap(pull)(torch.eye(x.shape[-1], dtype=x.dtype, device=x.device))
-    return x - solve(matrix.unsqueeze(0), residual.reshape(1, -1, 1)).reshape(x.shape)
+    return x - inverse(matrix) @ residual  # torch differentiates its own solve wrongly under vmap of a Hessian
 
 
 def _repeat(step: Step, x: torch.Tensor, times: int) -> torch.Tensor:

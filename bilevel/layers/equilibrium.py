@@ -129,7 +129,15 @@ class EquilibriumLayer(Layer):
         # Whoever decides whether evaluations may be replayed, or closures reach a gradient, looks at functions.
         self.written = lambda: _joined(players.objectives)
 
-    def _solution(self, settings: SolveSettings, init: T, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Solution[T]:
+    def _solution(
+        self,
+        settings: SolveSettings,
+        init: T,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        *,
+        value_only: bool = False,
+    ) -> Solution[T]:
         assert isinstance(self.function, Players)
         check_players(self.where, self.function.objectives, init)
         return super()._solution(settings, init, args, kwargs)

@@ -23,6 +23,7 @@ from bilevel._torch.transforms import (
     transforms_active,
     without_gradient,
 )
+from bilevel.equations.domain import leaves_domain
 from bilevel.equations.structured import Structure, StructuredSystem
 from bilevel.equations.system import FixedPointSystem, System
 from bilevel.errors import (
@@ -221,7 +222,7 @@ class Layer:
         TransformError
             If two nested forward-mode transforms meet here: torch would return zero.
         """
-        solution = self._around(self._settings, init, args, kwargs)
+        solution = self._around(self._settings, init, args, kwargs, value_only=True)
         return cast(T, (solution.value, solution.aux)) if self.has_aux else solution.value
 
     @eager
@@ -268,7 +269,13 @@ class Layer:
         return self._solution(settings, init, args, {})
 
     def _around(
-        self, settings: SolveSettings, init: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+        self,
+        settings: SolveSettings,
+        init: Any,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        *,
+        value_only: bool = False,
     ) -> Solution[Any]:
         """Prepare the arguments, choose where to begin, solve, and evaluate what else the function returns."""
         if self.prepare is not None:
@@ -280,14 +287,22 @@ class Layer:
             init = FunctionalModule.of(init, self.where)
         if self.warm_start and not transforms_active():
             init = _last_or(self.last, init)
-        solution = self._solution(settings, init, args, kwargs)
+        solution = self._solution(settings, init, args, kwargs, value_only=value_only)
         if self.warm_start and not transforms_active():
             self.last = pytree.tree_map(_without_graph, solution.value)
         if not self.has_aux:
             return solution
         return replace(solution, aux=self.whole(solution.value, *args, **kwargs)[1])
 
-    def _solution(self, settings: SolveSettings, init: T, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Solution[T]:
+    def _solution(
+        self,
+        settings: SolveSettings,
+        init: T,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        *,
+        value_only: bool = False,
+    ) -> Solution[T]:
         raveler = Raveler.of(init, self.where)
         ordinary, tensors = self._system(raveler, args, kwargs)
         self._refuse_forward_twice(tensors)
@@ -305,12 +320,15 @@ class Layer:
         if isinstance(settings.differentiation, BySteps):
             x = self._by_steps(settings.differentiation, call, system, flat, tensors)
         else:
-            x = Solve.apply(ImplicitContext(system, call.solve, call.solve_linear, followed=watched), flat, *tensors)
+            context = ImplicitContext(system, call.solve, call.solve_linear, followed=watched, compare=call.compare)
+            x = Solve.apply(context, flat, *tensors)
         if poisoned or call.poisoned:
             x = x * self._poison(init, ordinary, tensors)
         assert call.report is not None
         if not isinstance(system, StructuredSystem):
             return Solution(raveler.unravel(x), call.report)
+        if value_only:  # multipliers of bounds take a gradient
+            return Solution(raveler.unravel(x[: raveler.size]), call.report)
         parts = system.parts(x, *tensors)
         return Solution(raveler.unravel(parts.x), call.report, parts.multipliers, parts.active)
 
@@ -389,7 +407,9 @@ class Layer:
             try:
                 with torch.enable_grad(), Repeatable():
                     output = system.first_output(flat, *detached)
-            except RuntimeError as problem:
+            except (RuntimeError, ValueError) as problem:
+                if leaves_domain(problem):  # the solve will say so
+                    return False
                 if "randomness" not in str(problem):
                     raise
                 raise StochasticObjectiveError(

@@ -82,7 +82,15 @@ class LinearLayer(Layer):
         """Return a :class:`Solution`: what calling the layer returns, with the report of the forward solve."""
         return self._solution(self._settings, rhs, args, kwargs)
 
-    def _solution(self, settings: SolveSettings, init: T, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Solution[T]:
+    def _solution(
+        self,
+        settings: SolveSettings,
+        init: T,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        *,
+        value_only: bool = False,
+    ) -> Solution[T]:
         rhs = init
         raveler = Raveler.of(rhs, self.where, "rhs")
         system, tensors = self._system(raveler, args, kwargs)

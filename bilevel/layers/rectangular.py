@@ -67,7 +67,15 @@ class RectangularLayer(LinearLayer):
         made = self.unknown(*args, **kwargs) if callable(self.unknown) else self.unknown
         return pytree.tree_map(lambda leaf: without_gradient(leaf) if isinstance(leaf, torch.Tensor) else leaf, made)
 
-    def _solution(self, settings: SolveSettings, init: T, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Solution[T]:
+    def _solution(
+        self,
+        settings: SolveSettings,
+        init: T,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        *,
+        value_only: bool = False,
+    ) -> Solution[T]:
         image = Raveler.of(init, self.where, "rhs")
         raveler = Raveler.of(self._unknown(args, kwargs), self.where, "unknown")
         system, tensors = self._system(raveler, args, kwargs)

@@ -302,6 +302,7 @@ class BilevelProblem(torch.nn.Module, ABC):
         ``outer``: once, and by ``backward`` or ``torch.autograd.grad`` alone. Without a gradient to promise anything of,
         under ``torch.no_grad``, the inner solve goes as far as the dtype allows.
         """
+        self._numbering.check_count(data)
         settings = self._settings_of(outer, data)
         tolerance, policy = settings.tolerance, settings.on_failure
         self._refuse_goal(tolerance)
@@ -400,6 +401,7 @@ class BilevelProblem(torch.nn.Module, ABC):
                 "graph, and there is one; transform a call of the problem instead, as in torch.func.grad(problem)(outer, data) or "
                 "torch.func.vmap(torch.func.grad(problem))(outer, data), or by torch.func.functional_call where outer is the problem's own parameters"
             )
+        self._numbering.check_count(data)
         leaves, structure = pytree.tree_flatten(outer)
         moving = [moves(leaf) for leaf in leaves]
         if not any(moving):

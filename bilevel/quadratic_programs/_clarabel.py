@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from bilevel.errors import ArgumentError
+from bilevel.quadratic_programs._dense import solve_solvable
 from bilevel.quadratic_programs._kkt import Factor, Sizes
 from bilevel.quadratic_programs._matrices import Entries, Pattern
 from bilevel.quadratic_programs._program import Found, Program
@@ -199,7 +200,7 @@ def _refuted(program: SparseProgram, found: _Point) -> _Point:
     tensors = [torch.from_numpy(np.array(v)).unsqueeze(0) for v in (*arrays, program.lower, program.upper)]
     dense = Program.of(tensors, torch.float64)
     for rays_of, status in ((infeasibility_rays, Status.INFEASIBLE), (unboundedness_rays, Status.UNBOUNDED)):
-        ray, proven = rays_of(dense)
+        ray, proven = rays_of(dense, solve_solvable)
         if bool(proven[0]):
             found.certificate = ray[0].numpy()
             return found.ended(status)

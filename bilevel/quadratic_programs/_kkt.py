@@ -22,7 +22,7 @@ from typing import Protocol
 import torch
 
 from bilevel._torch.factorisations import eigh
-from bilevel.solvers._mehrotra import mv, tmv
+from bilevel.solvers._dense_program import mv, tmv
 
 __all__ = ["Factor", "KKTFactor", "Sizes"]
 

@@ -29,10 +29,7 @@ _WHERE = "`quadratic_program`"
 class Multipliers(NamedTuple):
     """The multipliers of a program: Qx + q + Aᵀν + Gᵀλ − μ_l + μ_u = 0. Those of inactive inequalities are exactly zero.
 
-    Attributes
-    ----------
-    equality, inequality, lower, upper
-        ν (*batch, p), and λ (*batch, m), μ_l and μ_u (*batch, n), which are not negative.
+    ``equality`` is ν (..., p), ``inequality`` λ (..., m), ``lower`` μ_l and ``upper`` μ_u (..., n). All but ν are not negative.
     """
 
     equality: torch.Tensor
@@ -42,7 +39,7 @@ class Multipliers(NamedTuple):
 
 
 class ActiveSet(NamedTuple):
-    """Which inequalities are active, bool: rows of G (*batch, m), lower and upper bounds (*batch, n)."""
+    """Which inequalities are active, bool: rows of G (..., m), lower and upper bounds (..., n)."""
 
     inequality: torch.Tensor
     lower: torch.Tensor
@@ -52,13 +49,10 @@ class ActiveSet(NamedTuple):
 class Certificate(NamedTuple):
     """Proofs that problems have no solution; zero for problems that have one.
 
-    Attributes
-    ----------
-    direction
-        d (*batch, n) of unbounded problems: qᵀd = −1, Qd = 0, Ad = 0, Gd ≤ 0 where h is finite, and no bound ends it.
-    equality, inequality, lower, upper
-        A Farkas ray of infeasible ones: Aᵀν + Gᵀλ − μ_l + μ_u = 0 with λ, μ_l, μ_u ≥ 0 and bᵀν + hᵀλ − lᵀμ_l + uᵀμ_u < 0, which no
-        feasible point allows.
+    ``direction`` is d (..., n) of an unbounded problem: qᵀd = −1, Qd = 0, Ad = 0, Gd ≤ 0 where h is finite, and no bound ends it.
+
+    ``equality``, ``inequality``, ``lower`` and ``upper`` are a Farkas ray (ν, λ, μ_l, μ_u) of an infeasible problem:
+    Aᵀν + Gᵀλ − μ_l + μ_u = 0 with λ, μ_l, μ_u ≥ 0 and bᵀν + hᵀλ − lᵀμ_l + uᵀμ_u < 0, which no feasible point allows.
     """
 
     direction: torch.Tensor
@@ -75,7 +69,7 @@ class ProgramSolution(Solution[torch.Tensor]):
     Parameters
     ----------
     value
-        x (*batch, n), differentiable.
+        x (..., n), differentiable.
     report
         What the solver did, per problem.
     multipliers
@@ -106,7 +100,7 @@ def _rebuilt(children: list[Any], context: Any) -> ProgramSolution:
 
 
 class QuadraticProgram:
-    """The type of :data:`bilevel.quadratic_program`, which is its only instance."""
+    """The type of ``bilevel.quadratic_program``, which is its only instance."""
 
     __name__ = "quadratic_program"
 

@@ -66,19 +66,28 @@ def solve_constrained(
     where
         The layer's name, for messages.
     """
+    unit = program.unit(init)
+    given, column = program, unit.unsqueeze(-1)
+    if bool((unit != 1).any()):
+        program = program.in_units(unit)
     if isinstance(solver, ConstrainedSolver):
-        answer, used = solver.solve_program(program, init, smoothing), solver.name
+        answer, used = solver.solve_program(program, init / column, smoothing), solver.name
     elif solver is None:
-        answer, used = _by_default(program, init, smoothing, where)
+        answer, used = _by_default(program, init / column, smoothing, where)
     else:
         assert not isinstance(solver, InnerSolver)
-        answer, used = solver(program, init), getattr(solver, "__name__", "solver")
+        answer, used = solver(given, init), getattr(solver, "__name__", "solver")
+        answer = replace(answer, x=answer.x / column)
     answer = _without_contradictions(program, answer)
     if smoothing is not None:
-        return _on_the_path(program, answer, smoothing, used, name)
-    if program.size > DENSE_LIMIT and program.only_bounds:
-        return _large(program, answer, used, name)
-    return _polished(program, answer, used, name)
+        found = _on_the_path(program, answer, smoothing, used)
+    elif program.size > DENSE_LIMIT and program.only_bounds:
+        found = _large(program, answer, used, name)
+    else:
+        found = _polished(program, answer, used, name)
+    # The unit is a power of two: x stays exactly on its bounds.
+    x = column * found.x
+    return replace(found, x=x, words={**_words(given, x, found.status, name), **found.words})
 
 
 def _by_default(program: Program, init: torch.Tensor, smoothing: float | None, where: str) -> tuple[Answer, str]:
@@ -132,7 +141,7 @@ def _polished(program: Program, answer: Answer, used: str, name: Name) -> Found:
     equality = torch.where(mask, point.equality, answer.equality)
     inequality = torch.where(mask, point.inequality, answer.inequality)
     degenerate = (findings.degenerate | findings.dependent) & (status == Status.CONVERGED)
-    words = {**_words(program, x, status, name), **_degenerate_words(findings, degenerate, name)}
+    words = _degenerate_words(findings, degenerate, name)
     alone = findings.degenerate & (status == Status.CONVERGED)
     return Found(x, equality, inequality, status, answer.iterations, alone, words, used)
 
@@ -171,11 +180,11 @@ def _large(program: Program, answer: Answer, used: str, name: Name) -> Found:
     failed = torch.where(answer.status == Status.CONVERGED, int(Status.STAGNATED), answer.status)
     status = torch.where(usable, torch.where(good, int(Status.CONVERGED), failed), answer.status)
     degenerate = findings.degenerate & (status == Status.CONVERGED)
-    words = {**_words(program, x, status, name), **_degenerate_words(findings, degenerate, name)}
+    words = _degenerate_words(findings, degenerate, name)
     return Found(x, answer.equality, answer.inequality, status, answer.iterations, degenerate, words, used)
 
 
-def _on_the_path(program: Program, answer: Answer, smoothing: float, used: str, name: Name) -> Found:
+def _on_the_path(program: Program, answer: Answer, smoothing: float, used: str) -> Found:
     moved, _, small = centred(program, answer, smoothing)
     usable = _is_one_of(answer.status, (Status.CONVERGED, *_UNSOLVED))
     good = usable & small
@@ -185,7 +194,7 @@ def _on_the_path(program: Program, answer: Answer, smoothing: float, used: str, 
         torch.where(mask, moved.x, answer.x),
         torch.where(mask, moved.equality, answer.equality),
         torch.where(mask, moved.inequality, answer.inequality),
-        status, answer.iterations, torch.zeros_like(good), _words(program, answer.x, status, name), used,
+        status, answer.iterations, torch.zeros_like(good), {}, used,
     )  # fmt: skip
 
 

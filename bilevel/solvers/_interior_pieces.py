@@ -51,7 +51,7 @@ def weights(program: Program, x: torch.Tensor) -> torch.Tensor:
     weights = (_LARGEST_GRADIENT / largest).clamp_max(1.0)
     size = torch.maximum(largest[:, 0], curvature)
     small = (size > 0) & (size < _LEAST_GRADIENT)
-    weights[:, 0] = torch.where(small, (1 / size).clamp_max(1e12), weights[:, 0])
+    weights[:, 0] = torch.where(small, (1 / size).clamp_max(1e30), weights[:, 0])
     return weights.nan_to_num(1.0, 1.0, 1.0)
 
 

@@ -17,6 +17,10 @@ from bilevel.solvers._base import Goal, InnerSolution, InnerSolver
 
 __all__ = ["Answer", "ConstrainedSolver", "Program"]
 
+# Unknowns larger than this need no other unit.
+_SMALL = 1e-2
+_DENSE_ORDER = 512
+
 
 @dataclass(frozen=True, eq=False)
 class Program:
@@ -93,6 +97,48 @@ class Program:
             hessian=lambda x, multipliers: self.hessian(x, weights * multipliers),
             product=lambda x, v: weights[:, :1] * self.product(x, v),
         )
+
+    def in_units(self, unit: torch.Tensor) -> Program:
+        """Return the program of x/unit, for ``unit`` (K,) > 0."""
+        column = unit.unsqueeze(-1)
+
+        def jacobian(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            parts, rows = self.jacobian(column * x)
+            return parts, column.unsqueeze(-1) * rows
+
+        single = self.single
+        return Program(
+            self.lower / column, self.upper / column, self.equalities, self.inequalities,
+            parts=lambda x: self.parts(column * x),
+            jacobian=jacobian,
+            hessian=lambda x, weights: column.unsqueeze(-1) ** 2 * self.hessian(column * x, weights),
+            product=lambda x, v: column**2 * self.product(column * x, v),
+            single=None if single is None else lambda number: single(number).in_units(unit[number : number + 1]),
+        )  # fmt: skip
+
+    def unit(self, x: torch.Tensor) -> torch.Tensor:
+        """Return a power of two (K,) in which unknowns are not small: one, unless all that tells of their size at ``x`` is small.
+
+        What tells: x itself, finite bounds, how far constraints are from x, and the length of a Newton step. Tolerances are relative to 1 + |x|,
+        which takes care of large unknowns.
+        """
+        parts, rows = self.jacobian(self.inside(x))
+        flat = torch.zeros_like(parts)
+        flat[:, 0] = 1.0
+        dense = self.size <= _DENSE_ORDER
+        slope = rows[:, 0]
+        bent = (
+            self.hessian(x, flat).abs().sum(-1).amax(-1)
+            if dense
+            else self.product(x, slope).norm(dim=-1) / slope.norm(dim=-1)
+        )
+        known = [x.abs().amax(-1), slope.abs().amax(-1) / bent]
+        known += [torch.where(torch.isfinite(bound), bound.abs(), 0.0).amax(-1) for bound in (self.lower, self.upper)]
+        if not self.only_bounds:
+            known.append((parts[:, 1:].abs() / rows[:, 1:].norm(dim=-1)).nan_to_num(0.0, 0.0, 0.0).amax(-1))
+        size = torch.stack(known).nan_to_num(0.0, 0.0, 0.0).amax(0)
+        small = (size > 0) & (size < _SMALL)
+        return torch.where(small, torch.exp2(torch.log2(size.clamp_min(1e-30)).round()), torch.ones_like(size))
 
 
 @dataclass(frozen=True, eq=False)

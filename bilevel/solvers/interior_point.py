@@ -35,8 +35,9 @@ _MOST_TRIALS = 30
 _FIRST_BARRIER, _BARRIER_FACTOR, _BARRIER_POWER, _LAST_BARRIER = 0.1, 0.2, 1.5, 1e-9
 # A subproblem is solved when its error is this many barrier parameters.
 _SUBPROBLEM = 10.0
-# How small the objective may fall, and how far x may go, before the problem is called unbounded.
-_ENDLESS = 1e12
+# A problem is unbounded if x is this many times its first size away, and the objective goes on falling, nearly feasible, at these multiples of
+# the way.
+_FAR, _NEARLY, _REACHES = 1e6, 1e-6, (10.0, 1e3)
 # How far from its product μ a multiplier of a bound or slack may be.
 _DUAL_SPREAD = 1e10
 _MOST_RESTORATIONS = 6
@@ -183,7 +184,7 @@ class _Run:
         stuck = self.running & ~accepted
         if bool(stuck.any()):
             self._help(stuck)
-        self._notice_unbounded(direction)
+        self._notice_unbounded()
 
     def _take(self, these: torch.Tensor, moved: _State, parts: torch.Tensor) -> None:
         if not bool(these.any()):
@@ -359,14 +360,21 @@ class _Run:
         self.state = self._fresh(x).where(go_on, replace(self.state, x=x))
         self.shift = torch.where(go_on, torch.zeros_like(self.shift), self.shift)
 
-    def _notice_unbounded(self, direction: Direction) -> None:
-        size = self.state.x.abs().amax(-1)
-        far = size > _ENDLESS * (1 + self.origin.abs().amax(-1))
-        fallen = self.parts[:, 0] < self.first_value - _ENDLESS * (1 + self.first_value.abs())
-        _, primal = self._error(self.barrier)
-        feasible = primal <= 1e-6 * (1 + size)
-        unbounded = self.running & feasible & (fallen | (far & (self.parts[:, 0] < self.first_value)))
-        self.status = torch.where(unbounded, int(Status.UNBOUNDED), self.status)
+    def _notice_unbounded(self) -> None:
+        x, program = self.state.x, self.program
+        size = x.abs().amax(-1)
+        far = self.running & (size > _FAR * (1 + self.origin.abs().amax(-1))) & (self.parts[:, 0] < self.first_value)
+        if not bool(far.any()):
+            return
+        far = far & (program.violation(self.parts) <= _NEARLY * (1 + size))
+        ray, fallen = x - self.origin, self.first_value - self.parts[:, 0]
+        for reach in _REACHES:
+            there = x + reach * ray
+            parts = program.parts(there)
+            outside = (there - program.inside(there)).abs().amax(-1)
+            far = far & (torch.maximum(program.violation(parts), outside) <= _NEARLY * (1 + reach * size))
+            far = far & (parts[:, 0] <= self.parts[:, 0] - 0.1 * reach * fallen)
+        self.status = torch.where(far, int(Status.UNBOUNDED), self.status)
 
     def answer(self) -> Answer:
         """Return the answer in the units of the problem as given."""
@@ -389,7 +397,7 @@ class _Run:
         inequality: torch.Tensor,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
         """Tell infeasible problems from those that are only unsolved, and put the ray of the former into their multipliers."""
-        here, _, stationary = restore(self.given, x, short, 0.0)
+        here, _, stationary = restore(self.given, self.origin, short, 0.0)
         infeasible = (short & stationary) | (status == Status.INFEASIBLE)
         x = torch.where((short & stationary).unsqueeze(-1), here, x)
         _, h, c = self.given.split(self.given.parts(x))

@@ -14,6 +14,7 @@ from bilevel.operators import DenseOperator, LinearOperator
 from bilevel.reports import Status
 from bilevel.setting_checks import check_steps
 from bilevel.solvers._base import Goal, InnerSolution, InnerSolver, iterate
+from bilevel.solvers._degenerate import SLOW
 from bilevel.solvers._error import meets_negative_curvature
 from bilevel.solvers._truncated_cg import truncated_cg
 
@@ -128,7 +129,8 @@ class Newton(InnerSolver):
         definite = dense and state.factor is not None and bool(state.definite.all())
         solution = replace(solution, value=state.merit, factor=state.factor if definite else None)
         if definite:
-            solution = replace(solution, error=_error_left(state))
+            error = _error_left(state)
+            solution = replace(solution, error=error, slow=_is_slow(state, error))
         # Where the last step was made with a positive definite Hessian, that is evidence enough for a
         # minimum.
         if definite and bool((solution.iterations > 0).all()):
@@ -193,6 +195,8 @@ class _State:
         Its Cholesky factor (batch, n, n), of a small argmin.
     modelled
         Whether the last step did what the quadratic model promised, or was small, so that the Hessian before it holds after it.
+    previous
+        x before the last step.
     """
 
     x: torch.Tensor
@@ -203,6 +207,7 @@ class _State:
     definite: torch.Tensor
     factor: torch.Tensor | None = None
     modelled: torch.Tensor | None = None
+    previous: torch.Tensor | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -267,11 +272,22 @@ def _dense_root(operator: LinearOperator, state: _State, active: torch.Tensor) -
         matrix, b = jacobian[bad], residual[bad]
         least = 1e3 * matrix.shape[-1] * torch.finfo(matrix.dtype).eps
         step = -torch.einsum("bij,bj->bi", pinv(matrix, rtol=least), b)
-        step = torch.where(torch.isfinite(step).all(dim=-1, keepdim=True), step, -b)
+        step = torch.where(torch.isfinite(step).all(dim=-1, keepdim=True), step, _unit_step(matrix, b, state.x[bad]))
         change = (b * torch.einsum("bij,bj->bi", matrix, step)).sum(dim=-1) / (b * b).sum(dim=-1)
         change = torch.where(torch.isfinite(change), change, -torch.ones_like(change))
         d, slope = d.index_put((bad,), step), slope.index_put((bad,), change)
     return _Direction(d, slope, ~bad)
+
+
+def _unit_step(matrix: torch.Tensor, b: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """Return a step as long as x along Newton's direction −J⁻¹b, for J so small that the direction itself overflows; −b where there is none."""
+    size = matrix.abs().amax(dim=(-2, -1), keepdim=True)
+    least = 1e3 * matrix.shape[-1] * torch.finfo(matrix.dtype).eps
+    inverse = pinv((matrix / size).nan_to_num(0.0, 0.0, 0.0), rtol=least)
+    largest = b.abs().amax(dim=-1, keepdim=True)
+    step = -torch.einsum("bij,bj->bi", inverse, b / largest)
+    step = step * (x.norm(dim=-1, keepdim=True).clamp_min(1.0) / step.norm(dim=-1, keepdim=True))
+    return torch.where(torch.isfinite(step).all(dim=-1, keepdim=True), step, -b)
 
 
 def _search(
@@ -330,7 +346,13 @@ def _search(
         if trial == _TRIALS_IN_ROUNDING and not bool((pending & ~tiny).any()):
             verdict = _verdict(operator, direction, pending, tiny)
             break
-        t = torch.where(pending, _shorter(t, merit, found, slope), t)
+        shorter = _shorter(t, merit, found, slope)
+        if not problem.minimizes:
+            # Where R overflows nothing is known but that the step was too long: come back to one as long as x is.
+            beyond = ~torch.isfinite(reached)
+            within = state.x.norm(dim=-1).clamp_min(1.0) / direction.d.norm(dim=-1)
+            shorter = torch.where(beyond, torch.minimum(shorter, within), shorter)
+        t = torch.where(pending, shorter, t)
     else:
         verdict = _verdict(operator, direction, pending, tiny)
     if not problem.minimizes:
@@ -338,7 +360,7 @@ def _search(
     modelled = (
         _modelled(state, x, found, slope, t, magnitude) if problem.minimizes and direction.factor is not None else None
     )
-    return _State(x, residual, found, magnitude, norm, direction.definite, direction.factor, modelled), verdict
+    return _State(x, residual, found, magnitude, norm, direction.definite, direction.factor, modelled, state.x), verdict
 
 
 def _modelled(
@@ -362,6 +384,13 @@ def _error_left(state: _State) -> torch.Tensor:
     known = state.modelled & state.definite & (pivots**2 > 1e3 * eps * state.x.shape[-1])
     error = torch.cholesky_solve(state.residual.unsqueeze(-1), state.factor).squeeze(-1)
     return torch.where(known.unsqueeze(-1), error, torch.full_like(error, torch.nan))
+
+
+def _is_slow(state: _State, error: torch.Tensor) -> torch.Tensor:
+    """Return where the step that is left is no small part of the last one, and no rounding, (batch,) bool."""
+    assert state.previous is not None
+    left, step = error.norm(dim=-1), (state.x - state.previous).norm(dim=-1)
+    return (left > SLOW * step) & (left > 8 * torch.finfo(left.dtype).eps * state.x.norm(dim=-1))
 
 
 def _comes_closer(

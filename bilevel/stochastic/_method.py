@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -85,8 +86,6 @@ class StochasticMethod(ABC):
         As they were given.
     inner_optimizer, outer_optimizer
         Learning-rate schedulers of torch work on them.
-    passes
-        How many forward and reverse passes have been made, by each part of a minibatch.
 
     Raises
     ------
@@ -134,7 +133,7 @@ class StochasticMethod(ABC):
 
     @property
     def passes(self) -> dict[str, int]:
-        """How many forward and reverse passes have been made."""
+        """How many forward and reverse passes have been made, over each part of a minibatch."""
         return dict(self._oracle.passes)
 
     @abstractmethod
@@ -170,7 +169,7 @@ class StochasticMethod(ABC):
         self._prepare()
         try:
             found = self._directions(*sources)
-            self._apply(found, *sources)
+            norms = self._apply(found, *sources)
         except _SkippedError:
             nan = torch.full((), float("nan"), device=self._inner.tensors[0].device)
             return StepResult(nan, nan, nan, nan, step=self.steps, skipped=True)
@@ -178,7 +177,7 @@ class StochasticMethod(ABC):
         self._update_average()
         self.steps += 1
         self._finish()
-        return self._result(found)
+        return self._result(found, norms)
 
     # What methods are written with.
 
@@ -207,8 +206,17 @@ class StochasticMethod(ABC):
         policy = self.options.on_nonfinite
         if policy == "ignore" and not self._scale.enabled:
             return
-        finite = [torch.isfinite(tensor).all() for tensors in lists for tensor in tensors]
-        if bool(torch.stack(finite).all()):
+        # A sum is one pass over memory, where torch.isfinite makes several. It can overflow, so that it is not the last word.
+        self._check_totals(what, [tensor.detach().sum() for tensors in lists for tensor in tensors], *lists)
+
+    def _check_totals(self, what: str, totals: Sequence[torch.Tensor], *lists: Sequence[torch.Tensor]) -> None:
+        """As :meth:`_require_finite`, of numbers that are finite only if all tensors are."""
+        policy = self.options.on_nonfinite
+        if policy == "ignore" and not self._scale.enabled:
+            return
+        if all(math.isfinite(total) for total in torch.stack([total.float() for total in totals]).tolist()):
+            return
+        if all(bool(torch.isfinite(tensor).all()) for tensors in lists for tensor in tensors):
             return
         if self._scale.enabled:
             self._scale.shrink()
@@ -230,31 +238,33 @@ class StochasticMethod(ABC):
 
     # Updates.
 
-    def _apply(self, found: Directions, inner: BatchSource, outer: BatchSource) -> None:
-        """Let the optimisers subtract the directions; a method that moves further batches afterwards overrides this."""
+    def _apply(self, found: Directions, inner: BatchSource, outer: BatchSource) -> dict[str, torch.Tensor]:
+        """Let the optimisers subtract the directions, and return the norms; a method that then goes on overrides this."""
         directions = {"inner direction": found.inner, "adjoint direction": found.adjoint, "hypergradient": found.outer}
-        for what, direction in directions.items():
-            if direction is not None:
-                self._require_finite(what, direction)
+        given = {what: direction for what, direction in directions.items() if direction is not None}
+        norms = {what: norm(direction) for what, direction in given.items()}
+        self._check_totals(" and ".join(given), list(norms.values()), *given.values())
         options = self.options
         if found.inner is not None:
-            _descend(self.inner_optimizer, self._inner.tensors, found.inner, options.inner_max_norm)
+            size = norms["inner direction"]
+            _descend(self.inner_optimizer, self._inner.tensors, found.inner, options.inner_max_norm, size)
         if found.adjoint is not None:
-            adjoint = self._auxiliary["adjoint"]
-            _descend(adjoint.optimizer, adjoint.tensors, found.adjoint, options.adjoint_max_norm)
-        _descend(self.outer_optimizer, self._outer.tensors, found.outer, options.max_norm)
+            adjoint, size = self._auxiliary["adjoint"], norms["adjoint direction"]
+            _descend(adjoint.optimizer, adjoint.tensors, found.adjoint, options.adjoint_max_norm, size)
+        _descend(self.outer_optimizer, self._outer.tensors, found.outer, options.max_norm, norms["hypergradient"])
+        return norms
 
-    def _result(self, found: Directions) -> StepResult:
-        inner_norm = found.inner_gradient_norm
-        if inner_norm is None:
-            inner_norm = (
-                norm(found.inner) if found.inner is not None else torch.full_like(found.inner_loss, float("nan"))
-            )
+    def _result(self, found: Directions, norms: dict[str, torch.Tensor]) -> StepResult:
+        inner = norms.get("inner direction", torch.full_like(found.inner_loss, float("nan")))
         residual = found.adjoint_residual_norm
-        if residual is None and found.adjoint is not None:
-            residual = norm(found.adjoint)
         return StepResult(
-            found.inner_loss, found.outer_loss, norm(found.outer), inner_norm, residual, found.linear_status, self.steps
+            inner_loss=found.inner_loss,
+            outer_loss=found.outer_loss,
+            hypergradient_norm=norms["hypergradient"],
+            inner_gradient_norm=inner if found.inner_gradient_norm is None else found.inner_gradient_norm,
+            adjoint_residual_norm=norms.get("adjoint direction") if residual is None else residual,
+            linear_status=found.linear_status,
+            step=self.steps,
         )
 
     # Averages.
@@ -329,10 +339,17 @@ def _objectives(problem: Any, where: str) -> tuple[Callable[..., torch.Tensor], 
     )
 
 
-def _descend(optimizer: Optimizer, tensors: Tensors, direction: Tensors, max_norm: float | None) -> None:
-    """Make one step of ``optimizer`` with ``direction`` for the gradient."""
+def _descend(
+    optimizer: Optimizer,
+    tensors: Tensors,
+    direction: Tensors,
+    max_norm: float | None,
+    size: torch.Tensor | None = None,
+) -> None:
+    """Make one step of ``optimizer`` with ``direction``, of norm ``size``, for the gradient."""
     if max_norm is not None:
-        factor = (max_norm / (norm(direction) + 1e-12)).clamp(max=1.0)
+        size = norm(direction) if size is None else size
+        factor = (max_norm / (size + 1e-12)).clamp(max=1.0)
         direction = [part * factor.to(part.dtype) for part in direction]
     with torch.no_grad():
         for tensor, part in zip(tensors, direction, strict=True):

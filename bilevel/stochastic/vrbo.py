@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
+
 from bilevel.setting_checks import check_steps
 from bilevel.stochastic._adjoint import check_rate, neumann_directions
 from bilevel.stochastic._batches import BatchSource
@@ -84,15 +86,16 @@ class VRBO(StochasticMethod):
             inner_gradient_norm=norm(self._estimate[:n]),
         )
 
-    def _apply(self, found: Directions, inner: BatchSource, outer: BatchSource) -> None:
+    def _apply(self, found: Directions, inner: BatchSource, outer: BatchSource) -> dict[str, torch.Tensor]:
         """Make the outer step, and then the inner steps at the new outer variables, as Algorithm 2 does."""
         before = self._here()
-        super()._apply(found, inner, outer)
+        norms = super()._apply(found, inner, outer)
         n = len(self._inner.tensors)
         for _ in range(self.inner_steps + 1):
             self._follow((inner.draw(), outer.draw()), before)
             before = self._here()
             self._move_inner(clone(self._estimate[:n]))
+        return norms
 
     def _follow(self, batches: tuple[Any, Any], before: Point | None) -> None:
         """Bring the estimates from the point ``before`` to the variables as they are; None: begin anew."""

@@ -213,3 +213,23 @@ def test_large_box() -> None:
     x = solution.value.detach()[free]
     assert s.grad is not None
     torch.testing.assert_close(s.grad, -2 * x @ torch.linalg.solve(H, x))
+
+
+@pytest.mark.parametrize("unit", [1e-8, 1e-4, 1e4, 1e8])
+def test_units_do_not_matter(unit: float) -> None:
+    solve = bilevel.argmin(lambda x, a, u: ((x - a * u) ** 2).sum(), lower=0.0, equality=lambda x, a, u: x.sum() - u)
+    a, u = tensor(1.0, 2.5, 3.0), torch.tensor(unit, dtype=F64)
+    torch.testing.assert_close(solve(zeros(3), a, u) / unit, tensor(0.0, 0.25, 0.75))
+    wanted = torch.tensor([[0.0, 0.0, 0.0], [0.0, 0.5, -0.5], [0.0, -0.5, 0.5]], dtype=F64)
+    torch.testing.assert_close(jacrev(lambda a: solve(zeros(3), a, u) / unit)(a), wanted)
+
+
+def test_bounds_that_are_far_away_do_not_matter() -> None:
+    solve = bilevel.argmin(
+        distance, lower=-1e7, upper=1e7, inequality=lambda x, a: torch.stack([x.sum() - 1e-3, -x.sum() - 1e6])
+    )
+    a = tensor(1.0, 2.0)
+    torch.testing.assert_close(solve(zeros(2), a), tensor(-0.4995, 0.5005))
+    torch.testing.assert_close(
+        jacrev(lambda a: solve(zeros(2), a))(a), torch.tensor([[0.5, -0.5], [-0.5, 0.5]], dtype=F64)
+    )

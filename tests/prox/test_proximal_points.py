@@ -247,6 +247,7 @@ def test_transport_plans_of_any_size_have_their_marginals(scale: float, seed: in
     term = prox.TransportPolytope(row, column)
     x = term.prox(v)
     assert (x >= 0).all()
+    assert (x[row == 0] == 0).all()
     torch.testing.assert_close(x.sum(1), row, rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(x.sum(0), column, rtol=1e-12, atol=1e-12)
     # The plan minimises its linearisation, by another solver.
@@ -282,3 +283,22 @@ def test_small_and_empty_unknowns() -> None:
         assert float(term.value(nothing)) == 0.0
         assert term.manifold(nothing).retract(nothing).shape == (0,)
         assert float(term.margin(nothing, nothing)) == 1.0
+
+
+@every
+def test_autocast_leaves_the_precision_alone(case: Case) -> None:
+    v, parameters = draws(case, 2)
+    term, v = case.build(*(parameter.float() for parameter in parameters)), v.float()
+
+    def everything() -> tuple[torch.Tensor, ...]:
+        x = term.prox(v)
+        manifold = term.manifold(x)
+        y = manifold.retract(x + 0.01 * v)
+        return x, y, manifold.value(y), term.value(x), term.margin(x, x - v)
+
+    plain = everything()
+    with torch.autocast("cpu", torch.bfloat16):
+        cast = everything()
+    for found, expected in zip(cast, plain, strict=True):
+        assert found.dtype == torch.float32
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)

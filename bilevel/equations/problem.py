@@ -118,11 +118,14 @@ class LinearizationSlot:
         The latest that a solver took for the last, or None.
     replays
         What evaluations of the problem may be replayed from, if a derivative has to begin with one.
+    matrix
+        A point (batch, n) and the matrices ∂_x R (batch, n, n) there, if the judge materialised them.
     """
 
     needs_grad: tuple[bool, ...]
     linearization: Linearization | None = None
     replays: ReplayCache | None = None
+    matrix: tuple[torch.Tensor, torch.Tensor] | None = None
 
 
 @dataclass(frozen=True)

@@ -9,9 +9,10 @@ from typing import Any, Generic, NamedTuple, TypeVar, overload
 
 import torch
 
-from bilevel.equations.problem import Problem
+from bilevel.equations.problem import Linearization, Problem
 from bilevel.equations.pullbacks import Pullback
 from bilevel.errors import ArgumentError, BilevelError
+from bilevel.implicit import JointProduct
 from bilevel.layers.checks import Inspection, inspect_on_failure, inspect_once, reuse_inspection
 from bilevel.layers.messages import failure_messages
 from bilevel.linear._base import LinearOutcome, LinearSolver, as_linear_solver, solve_linear
@@ -45,11 +46,14 @@ class Adjoint(NamedTuple):
         What the linear solve reported.
     residual
         ∇_x G (batch, n) at the solution of the call.
+    linearization
+        That of ∇_x G at the solution.
     """
 
     value: torch.Tensor
     report: SolveReport
     residual: torch.Tensor
+    linearization: Linearization
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -237,7 +241,7 @@ class SolveCall:
         operator: LinearOperator,
         rhs: torch.Tensor,
         axes: tuple[int, ...],
-        product: Callable[[torch.Tensor], torch.Tensor] | None = None,
+        product: JointProduct | None = None,
         pullbacks: Sequence[Pullback] = (),
     ) -> torch.Tensor:
         """Return A⁻¹ rhs (*axes, n), solved for, judged, reported and treated as the policy says.
@@ -261,7 +265,8 @@ class SolveCall:
         report = _report(direction, self.where, solver.name, outcome, axes, words)
         self.report = self.report or report
         if on_adjoint is not None and self.residual is not None:
-            on_adjoint(Adjoint(outcome.x, report, self.residual))
+            assert product is not None
+            on_adjoint(Adjoint(outcome.x, report, self.residual, product.linearization))
         shaped = outcome.x.reshape(*axes, operator.size)
         shaped = apply_policy(report, shaped, settings.on_failure, self.recordings, silent_budget=target.silent)
         if self.nan_mask is None:

@@ -16,6 +16,15 @@ from bilevel.solvers.newton import Newton
 __all__ = ["default_solvers"]
 
 
+# Made once: settings of small problems' solvers took a hundredth of a call.
+_NEWTON, _LBFGS, _ANDERSON, _HALF_NEWTON = Newton(), LBFGS(), Anderson(), Newton(linear_solver=BiCGStab())
+_POLISH = (Successor(_NEWTON, afresh=False),)
+_AFTER_NEWTON = (Successor(_LBFGS, afresh=True), *_POLISH)
+_AGAIN, _HALF_AGAIN = (
+    (Successor(newton, afresh=False), Successor(newton, afresh=True, beside=True)) for newton in (_NEWTON, _HALF_NEWTON)
+)
+
+
 def default_solvers(problem: Problem) -> tuple[InnerSolver, tuple[Successor, ...]]:
     """Return the inner solver used where none is given, and those that take over the problems at which it fails.
 
@@ -24,12 +33,11 @@ def default_solvers(problem: Problem) -> tuple[InnerSolver, tuple[Successor, ...
     begins again beside the start.
     """
     wide = torch.finfo(problem.system.raveler.dtype).bits >= 32
-    polish = (Successor(Newton(), afresh=False),) if wide else ()
+    polish = _POLISH if wide else ()
     if problem.is_fixed_point:
-        return Anderson(), polish
+        return _ANDERSON, polish
     if problem.minimizes:
         if dense_fits(problem.batch, problem.size, problem.system.raveler.dtype):
-            return Newton(), (Successor(LBFGS(), afresh=True), *polish)
-        return LBFGS(), polish
-    newton = Newton() if wide else Newton(linear_solver=BiCGStab())
-    return newton, (Successor(newton, afresh=False), Successor(newton, afresh=True, beside=True))
+            return _NEWTON, _AFTER_NEWTON
+        return _LBFGS, polish
+    return (_NEWTON, _AGAIN) if wide else (_HALF_NEWTON, _HALF_AGAIN)

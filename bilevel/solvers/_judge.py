@@ -32,7 +32,7 @@ from bilevel.tolerance import Target
 __all__ = ["InnerOutcome", "Successor", "solve_inner"]
 
 # How often a solver that stopped too early is told to go on.
-_MOST_ROUNDS = 8
+_MOST_ROUNDS = 12
 # An x this many times the size of the start, at which the equations say nothing any more, has run away.
 _FAR = 1e3
 # The rounding of one residual, in which a line search that compares sums of them may end.

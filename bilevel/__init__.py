@@ -3,7 +3,7 @@
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from bilevel import certificates, operators
+from bilevel import certificates, operators, prox, robust
 from bilevel._version import __version__
 from bilevel.certificates.bound import Bound
 from bilevel.certificates.constants import Constants
@@ -24,6 +24,8 @@ from bilevel.errors import (
     TransformError,
 )
 from bilevel.layers import Layer, LinearLayer, Solution, argmin, fixed_point, linear_solve, root
+from bilevel.layers.equilibrium import EquilibriumLayer, equilibrium
+from bilevel.layers.least_squares import FullHessian, GaussNewtonHessian, LeastSquaresLayer, least_squares
 from bilevel.linear._base import LinearSolver
 from bilevel.linear._solution import LinearSolution
 from bilevel.linear.bicgstab import BiCGStab
@@ -41,6 +43,8 @@ from bilevel.problems.adaptive.state import GoalReport
 from bilevel.problems.hypergradient import Hypergradient, HypergradientReport
 from bilevel.problems.problem import BilevelProblem
 from bilevel.pytree import ravel
+from bilevel.quadratic_programs._solvers import Mehrotra
+from bilevel.quadratic_programs.quadratic_program import Certificate, ProgramSolution, quadratic_program
 from bilevel.recording import Recording, record
 from bilevel.replay.switch import replaying
 from bilevel.reports import Basis, Pass, SolveReport, Status
@@ -48,16 +52,19 @@ from bilevel.schedules import CubicSchedule, ExponentialSchedule, QuadraticSched
 from bilevel.solvers._base import Goal, InnerSolution, InnerSolver
 from bilevel.solvers.anderson import Anderson
 from bilevel.solvers.fixed_point import FixedPointIteration
+from bilevel.solvers.gauss_newton import GaussNewton
 from bilevel.solvers.gradient_descent import GradientDescent
 from bilevel.solvers.lbfgs import LBFGS
+from bilevel.solvers.levenberg_marquardt import LevenbergMarquardt
 from bilevel.solvers.newton import Newton
+from bilevel.solvers.proximal_gradient import ProximalGradient
 from bilevel.solvers.scipy_minimize import ScipyMinimize
 from bilevel.solvers.scipy_root import ScipyRoot
 from bilevel.solvers.torch_optimizer import TorchOptimizer
 from bilevel.tolerance import AUTO, Tolerance
 
 if TYPE_CHECKING:
-    from bilevel import testing
+    from bilevel import stochastic, testing
     from bilevel.hyperopt.problem import HyperparameterOptimization
     from bilevel.meta.imaml import IMAML
 
@@ -78,15 +85,20 @@ __all__ = [
     "Bound",
     "BudgetWarning",
     "CapturedTensorError",
+    "Certificate",
     "Constants",
     "ConstantsError",
     "CubicSchedule",
     "Damped",
     "DtypeError",
+    "EquilibriumLayer",
     "Exact",
     "ExponentialSchedule",
     "FailureWarning",
     "FixedPointIteration",
+    "FullHessian",
+    "GaussNewton",
+    "GaussNewtonHessian",
     "Goal",
     "GoalReport",
     "GradientDescent",
@@ -97,10 +109,13 @@ __all__ = [
     "InnerSolution",
     "InnerSolver",
     "Layer",
+    "LeastSquaresLayer",
+    "LevenbergMarquardt",
     "LinearLayer",
     "LinearOperator",
     "LinearSolution",
     "LinearSolver",
+    "Mehrotra",
     "Neumann",
     "Newton",
     "OuterMethod",
@@ -110,6 +125,8 @@ __all__ = [
     "OuterStep",
     "Pass",
     "Problem",
+    "ProgramSolution",
+    "ProximalGradient",
     "QuadraticSchedule",
     "Recording",
     "ScipyLinear",
@@ -128,14 +145,20 @@ __all__ = [
     "__version__",
     "argmin",
     "certificates",
+    "equilibrium",
     "fixed_point",
+    "least_squares",
     "linear_solve",
     "minimize",
     "operators",
+    "prox",
+    "quadratic_program",
     "ravel",
     "record",
     "replaying",
+    "robust",
     "root",
+    "stochastic",
     "testing",
 ]
 
@@ -143,6 +166,7 @@ __all__ = [
 _IMPORTED_WHEN_USED = {
     "HyperparameterOptimization": "bilevel.hyperopt.problem",
     "IMAML": "bilevel.meta.imaml",
+    "stochastic": "bilevel.stochastic",
     "testing": "bilevel.testing",
 }
 

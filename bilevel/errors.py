@@ -17,6 +17,7 @@ __all__ = [
     "DtypeError",
     "FailureWarning",
     "InitGradientError",
+    "NonFiniteError",
     "ShapeError",
     "SolveError",
     "SolveWarning",
@@ -51,6 +52,10 @@ class InitGradientError(BilevelError, RuntimeError):
 
 class StochasticObjectiveError(BilevelError, RuntimeError):
     """Two evaluations at one point differ, so that no solution is defined."""
+
+
+class NonFiniteError(BilevelError, ArithmeticError):
+    """A direction of a stochastic method is infinite or not a number."""
 
 
 class ConstantsError(BilevelError, ValueError):

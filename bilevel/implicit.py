@@ -48,7 +48,8 @@ from bilevel._torch.transforms import (
     transforms_active,
     without_tangent,
 )
-from bilevel.equations.problem import Linearization, LinearizationSlot, Problem
+from bilevel.equations.linearization import Linearization, LinearizationSlot
+from bilevel.equations.problem import Problem
 from bilevel.equations.pullbacks import Pullback, is_final, pullbacks_of
 from bilevel.equations.system import System
 from bilevel.operators import RepeatedOperator

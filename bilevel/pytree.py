@@ -133,7 +133,7 @@ class Raveler:
             for shape, dtype in zip(self.shapes, self.dtypes, strict=True)
         )
 
-    @property
+    @cached_property
     def size(self) -> int:
         """The length n of the flat vector."""
         return sum(shape.numel() for shape in self.real_shapes)

@@ -63,6 +63,12 @@ class Status(_Named):
     """The matrix is singular and the right-hand side in its range: the solution of smallest norm was returned. A success."""
     KINK = 14
     """The search began or ended where the gradient jumps."""
+    DEGENERATE = 15
+    """The solution was found, and its derivative does not exist there or is one-sided: a term or a constraint is at its threshold."""
+    INFEASIBLE = 16
+    """No point fulfils the constraints."""
+    UNBOUNDED = 17
+    """The objective falls without end inside the constraints."""
 
     @property
     def meaning(self) -> str:
@@ -131,6 +137,18 @@ _TEXT: dict[Status, tuple[str, str]] = {
         "ended at a kink of the objective: it is not smooth there, its gradient jumps",
         "start elsewhere if the point is no minimum; otherwise smooth the kink, as (x**2 + eps**2).sqrt() does for abs(x), softplus for relu "
         "and logsumexp for max, or write the minimiser as the fixed point of a proximal step and take bilevel.fixed_point",
+    ),
+    Status.DEGENERATE: (
+        "met a solution at which the derivative is one-sided: a term or a constraint is just at its threshold",
+        "perturb the arguments, for example the strength by a relative 1e-3, or pass on_failure='ignore' to take the derivative of one side",
+    ),
+    Status.INFEASIBLE: (
+        "proved that no point fulfils the constraints",
+        "look at solution.certificate, whose nonzero multipliers name the constraints that contradict each other, and loosen one of them",
+    ),
+    Status.UNBOUNDED: (
+        "proved that the objective falls without end inside the constraints",
+        "look at solution.certificate.direction, along which it falls, and add a bound or a quadratic term that stops it",
     ),
     Status.MINIMUM_NORM: (
         "met a singular matrix with the right-hand side in its range, and returned the solution of smallest Euclidean norm",

@@ -1,13 +1,36 @@
 """Sphinx configuration. Needs no network: no intersphinx, and torch's types are named in nitpick_ignore instead."""
 
+import sys
+from pathlib import Path
+
 import bilevel
+
+sys.path.insert(0, str(Path(__file__).parent / "_ext"))
 
 project = "bilevel"
 copyright = "the bilevel authors"
 author = "the bilevel authors"
 version = release = bilevel.__version__
 
-extensions = ["sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.doctest", "sphinx.ext.mathjax"]
+extensions = [
+    "mathml",
+    "sphinx.ext.autodoc",
+    "sphinx.ext.autosummary",
+    "sphinx.ext.doctest",
+    "sphinx.ext.napoleon",
+    "sphinx.ext.viewcode",
+    "myst_parser",
+    "sphinx_copybutton",
+    "sphinx_design",
+]
+html_math_renderer = "mathml"
+myst_enable_extensions = ["colon_fence", "dollarmath"]
+copybutton_prompt_text = r">>> |\.\.\. |\$ "
+copybutton_prompt_is_regexp = True
+templates_path = ["_templates"]
+exclude_patterns = ["_build", "_templates"]
+autosummary_generate = True
+
 html_theme = "furo"
 html_title = f"bilevel {release}"
 
@@ -27,9 +50,12 @@ nitpick_ignore_regex = [
     (r"py:class", r".*[ \[\]|(,].*"),
     (r"py:obj", r".*"),
     # Type variables and a private type of ours in signatures; "Bool, per problem: ..." read by napoleon as a type.
-    (r"py:class", r"bilevel\.layers\.T|bilevel\.tolerance\.Target|Bool"),
+    (r"py:class", r"bilevel\.layers\..*\.T|bilevel\.tolerance\.Target|Bool|RadauBound|bilevel\.(equations|replay)\..*"),
     # Fields named from their own class's docstring, which its parameters document.
-    (r"py:attr", r"value|corrected_value|report|error_bound|distinct|bilevel\.reports\.Basis\..*"),
+    (
+        r"py:attr",
+        r"value|corrected_value|report|error_bound|distinct|threshold|meaning|remedy|Pass\..*|bilevel\.reports\.Basis\..*",
+    ),
 ]
 
 autodoc_member_order = "bysource"

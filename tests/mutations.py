@@ -158,7 +158,7 @@ MUTATIONS = (
         cells("Two transforms, vmap of jacrev", "root, single, float64", "root, batch, float64"),
     ),
     Mutation(
-        "a mean for a sum over the problems that share a tensor", "equations/problem.py",
+        "a mean for a sum over the problems that share a tensor", "equations/linearization.py",
         "return self._pull(q)[1]", "return self._pull(q / len(q))[1]",
         cells("Plain autograd, .backward()", "argmin, batch, float64", "root, batch, float64"),
     ),
@@ -305,7 +305,7 @@ MUTATIONS = (
     ),
     Mutation(
         "two thirds of the curvature, as Gauss–Newton has of a quartic", "equations/problem.py",
-        "operator = HessianOperator(residual, point)", "operator = HessianOperator(2 * residual / 3, point)",
+        "operator = HessianOperator(residual, point, expect", "operator = HessianOperator(2 * residual / 3, point, expect",
         ("tests/test_implicit.py", "-k", "quartic"),
     ),
     Mutation(

@@ -12,23 +12,19 @@ PACKAGE = Path(__file__).resolve().parents[1] / "bilevel"
 # From the top down. A module imports from the lines below its own, or from its own folder. Members of one line do not know each other.
 FLOORS = (
     # Applications, and what belongs to programs. They import the package itself, as users do.
-    ("hyperopt", "meta", "testing", "cli", "display"),
+    ("hyperopt", "meta", "stochastic", "cleaning", "testing", "cli", "display"),
     ("outer",),  # loops in θ
     ("problems",),  # bilevel problems and their hypergradients
+    ("quadratic_programs",),  # quadratic programs as differentiable functions
     ("layers", "certificates"),  # differentiable solves; error bounds
     ("implicit",),  # the two autograd Functions: the rule
     ("solvers",),  # inner solvers
     ("linear",),  # linear solvers
     ("equations",),  # the system R(x, θ) = 0 and its linearisation
     ("replay",),  # replayed evaluations
-    ("operators", "schedules"),  # linear maps known by their products
-    (
-        "policy",
-        "tolerance",
-        "pytree",
-        "checksum",
-        "_torch",
-    ),  # failure policies; accuracies; flat vectors; what torch gets wrong
+    ("operators", "schedules", "robust", "prox"),  # linear maps known by their products; robust losses; proximal terms
+    # Failure policies, accuracies, flat vectors, and what torch gets wrong.
+    ("policy", "tolerance", "pytree", "checksum", "_torch"),
     ("setting_checks", "recording"),
     ("errors",),
     ("reports", "_version"),
@@ -36,7 +32,7 @@ FLOORS = (
 HEIGHT = {name: len(FLOORS) - number for number, line in enumerate(FLOORS) for name in line}
 APPLICATIONS = FLOORS[0]
 # Inner solvers that use linear solvers; the others know none.
-USE_LINEAR_SOLVERS = ("newton", "_truncated_cg", "_error", "defaults")
+USE_LINEAR_SOLVERS = ("newton", "levenberg_marquardt", "_truncated_cg", "_error", "_reduced", "defaults")
 
 MODULES = sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py")
 

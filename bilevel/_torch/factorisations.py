@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-__all__ = ["LinAlgError", "eigh", "eigvalsh", "norms", "pinv", "solve", "svd", "svdvals"]
+__all__ = ["LinAlgError", "eigh", "eigvalsh", "inverse", "norms", "pinv", "solve", "svd", "svdvals"]
 
 LinAlgError: type[Exception] = torch.linalg.LinAlgError  # type: ignore[attr-defined]  # not in the stubs
 
@@ -25,6 +25,15 @@ def eigh(matrix: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 def eigvalsh(matrix: torch.Tensor) -> torch.Tensor:
     """Return the eigenvalues (K, n), ascending, of symmetric matrices (K, n, n)."""
     return _each(lambda a: (torch.linalg.eigvalsh(a),), matrix)[0]
+
+
+def inverse(matrix: torch.Tensor) -> torch.Tensor:
+    """Return A⁻¹ (.., n, n) of matrices (.., n, n); NaN where A is singular.
+
+    For use in differentiated functions: torch 2.13 differentiates ``solve`` wrongly in ``vmap(jacfwd)`` and ``vmap(hessian)``, without a message.
+    """
+    made, failed = torch.linalg.inv_ex(matrix)
+    return torch.where((failed != 0)[..., None, None], torch.full_like(made, float("nan")), made)
 
 
 def norms(matrix: torch.Tensor) -> torch.Tensor:
@@ -46,9 +55,12 @@ def solve(matrix: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
     return torch.where((failed != 0)[..., None, None], torch.full_like(made, float("nan")), made)
 
 
-def svd(matrix: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return U (K, n, n), the singular values (K, n), descending, and Vᵀ (K, n, n) of matrices (K, n, n)."""
-    left, values, right = _each(lambda a: tuple(torch.linalg.svd(a)), matrix)
+def svd(matrix: torch.Tensor, *, full_matrices: bool = True) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return U (K, n, n), the singular values (K, k), descending, and Vᵀ (K, m, m) of matrices (K, n, m), k = min(n, m).
+
+    Without ``full_matrices``, U is (K, n, k) and Vᵀ is (K, k, m).
+    """
+    left, values, right = _each(lambda a: tuple(torch.linalg.svd(a, full_matrices=full_matrices)), matrix)
     return left, values, right
 
 

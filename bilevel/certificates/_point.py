@@ -18,7 +18,8 @@ from torch.func import vmap
 
 from bilevel._torch.factorisations import eigh, eigvalsh
 from bilevel._torch.reverse import grad, reverse_pass, vjp
-from bilevel.equations.problem import Linearization, Problem
+from bilevel.equations.linearization import Linearization
+from bilevel.equations.problem import Problem
 from bilevel.linear._base import solve_linear
 from bilevel.linear.cg import CG
 from bilevel.tolerance import Target

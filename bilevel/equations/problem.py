@@ -11,121 +11,15 @@ from typing import Any
 import torch
 
 from bilevel._torch.graph_features import record_graph_features
-from bilevel._torch.reverse import reverse_pass
+from bilevel.equations.linearization import PRODUCT, Linearization, LinearizationSlot, ReplayedLinearization
 from bilevel.equations.system import ArgminSystem, FixedPointSystem, System
 from bilevel.errors import ArgumentError
 from bilevel.operators import DenseOperator, HessianOperator, JacobianOperator, LinearOperator
 from bilevel.pytree import moves
 from bilevel.replay.cache import ReplayCache, ReplayedOperator
-from bilevel.replay.program import Program, StartedProgram
+from bilevel.replay.program import Program
 
-__all__ = ["Case", "Linearization", "LinearizationSlot", "Problem"]
-
-
-@dataclass(frozen=True, eq=False)
-class Linearization:
-    """R at one point with its graph: the operator ∂_x R, and the pullback through ∂_θ R.
-
-    Parameters
-    ----------
-    residual
-        R (batch, n), with its graph.
-    operator
-        ∂_x R.
-    leaves
-        The tensors θ that R was computed from; those that require grad can be pulled back to.
-    value
-        The objectives (batch,) of an argmin, without a graph; None for equations.
-    point
-        x (batch, n).
-    replayed
-        Where it was made without the function: what pulls back in place of a graph.
-    """
-
-    residual: torch.Tensor
-    operator: LinearOperator
-    leaves: tuple[torch.Tensor, ...]
-    value: torch.Tensor | None = None
-    point: torch.Tensor | None = None
-    replayed: _Replayed | None = None
-
-    def pullback(self, q: torch.Tensor) -> list[torch.Tensor | None]:
-        """Return (∂_θ R)ᵀ q for ``q`` (batch, n), summed over the problems that share a tensor: one reverse pass."""
-        return self._pull(q)[1] if self.replayed is None else self.replayed.pull(q, point=False)[1]
-
-    def pull(self, q: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor | None]]:
-        """Return (∂_x R)ᵀ q (batch, n) and :meth:`pullback` of the same ``q``, all of one reverse pass."""
-        if self.replayed is not None:
-            products, pulled = self.replayed.pull(q, point=True)
-        else:
-            assert isinstance(self.operator, (HessianOperator, JacobianOperator))
-            products, pulled = self._pull(q, self.operator.point)
-        return products[0], pulled
-
-    def _pull(self, q: torch.Tensor, *point: torch.Tensor) -> tuple[list[torch.Tensor], list[torch.Tensor | None]]:
-        needs_grad = [*point, *(leaf for leaf in self.leaves if leaf.requires_grad)]
-        if not needs_grad or not self.residual.requires_grad:
-            found = [torch.zeros_like(leaf) for leaf in needs_grad]
-        else:
-            found = list(reverse_pass([self.residual], needs_grad, [q]))
-        gradients = iter(found)
-        products = [next(gradients) for _ in point]
-        return products, [next(gradients) if leaf.requires_grad else None for leaf in self.leaves]
-
-
-@dataclass(frozen=True, eq=False)
-class _Replayed:
-    """The second part of a linearisation's program: (q, v) ↦ Jᵀ q, the wanted of (∂_θ R)ᵀ q, and of equations J v, behind R and the values."""
-
-    begun: StartedProgram
-    needs_grad: tuple[bool, ...]
-    symmetric: bool
-
-    def transposed(self, q: torch.Tensor) -> torch.Tensor:
-        """Return Jᵀ q."""
-        return self._finish((_PRODUCT,), q)[0]
-
-    def forward(self, v: torch.Tensor) -> torch.Tensor:
-        """Return J v."""
-        return self.transposed(v) if self.symmetric else self._finish((_PRODUCT + 1 + sum(self.needs_grad),), v)[0]
-
-    def pull(self, q: torch.Tensor, *, point: bool) -> tuple[list[torch.Tensor], list[torch.Tensor | None]]:
-        """Return [Jᵀ q] if ``point``, and (∂_θ R)ᵀ q."""
-        first = _PRODUCT if point else _PRODUCT + 1
-        found = list(self._finish(tuple(range(first, _PRODUCT + 1 + sum(self.needs_grad))), q))
-        products, pulled = found[: _PRODUCT + 1 - first], iter(found[_PRODUCT + 1 - first :])
-        return products, [next(pulled) if want else None for want in self.needs_grad]
-
-    def _finish(self, which: tuple[int, ...], q: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        with torch.no_grad():
-            q = q.contiguous()
-            return self.begun.finish(which, q, q)
-
-
-# Where Jᵀ q stands among what a linearisation's program returns.
-_PRODUCT = 2
-
-
-@dataclass(eq=False)
-class LinearizationSlot:
-    """Where a solver leaves the linearisation at its answer, which a derivative would otherwise begin with.
-
-    Parameters
-    ----------
-    needs_grad
-        Which of the problem's tensors derivatives will be asked for.
-    linearization
-        The latest that a solver took for the last, or None.
-    replays
-        What evaluations of the problem may be replayed from, if a derivative has to begin with one.
-    matrix
-        A point (batch, n) and the matrices ∂_x R (batch, n, n) there, if the judge materialised them.
-    """
-
-    needs_grad: tuple[bool, ...]
-    linearization: Linearization | None = None
-    replays: ReplayCache | None = None
-    matrix: tuple[torch.Tensor, torch.Tensor] | None = None
+__all__ = ["Case", "Problem"]
 
 
 @dataclass(frozen=True)
@@ -152,12 +46,15 @@ class Problem:
         Where derivatives will follow: takes the linearisation at the answer.
     replays
         What evaluations may be replayed from, if the function was found to be one that can do but one thing.
+    objective
+        Of a structured system: the problem of its objective alone, with replays of its own.
     """
 
     system: System
     tensors: list[torch.Tensor] = field(repr=False)
     linearization_slot: LinearizationSlot | None = field(default=None, repr=False)
     replays: ReplayCache | None = field(default=None, repr=False)
+    objective: Problem | None = field(default=None, repr=False)
 
     @staticmethod
     def of(system: System, tensors: Sequence[torch.Tensor]) -> Problem:
@@ -175,12 +72,17 @@ class Problem:
         """The layer's name, for messages."""
         return self.system.where
 
-    @property
+    @cached_property
     def minimizes(self) -> bool:
         """Whether there is an objective, so that :meth:`value` can be called."""
         return self.system.minimizes
 
-    @property
+    @cached_property
+    def has_value(self) -> bool:
+        """Whether R is the gradient of a function, which need not have a minimum."""
+        return isinstance(self.system, ArgminSystem)
+
+    @cached_property
     def is_fixed_point(self) -> bool:
         """Whether R = x − T(x), so that T(x) = x − R."""
         return isinstance(self.system, FixedPointSystem)
@@ -190,7 +92,7 @@ class Problem:
         """How many problems."""
         return math.prod(self.system.batch_shape)
 
-    @property
+    @cached_property
     def size(self) -> int:
         """n, the number of unknowns of each."""
         return self.system.raveler.size
@@ -218,12 +120,12 @@ class Problem:
 
     def residual(self, x: torch.Tensor) -> torch.Tensor:
         """Return R (batch, n): ∇G, the residual, or x − T(x)."""
-        if not self.minimizes:
+        if not self.has_value:
             return self._evaluated("output", self._output, x)[0].reshape(x.shape)
         return self.value_and_residual(x)[1]
 
     def _evaluated(
-        self, name: str, evaluation: Callable[..., Sequence[torch.Tensor]], x: torch.Tensor
+        self, name: Hashable, evaluation: Callable[..., Sequence[torch.Tensor]], x: torch.Tensor
     ) -> Sequence[torch.Tensor]:
         """Return what ``evaluation`` makes of (x, *tensors), or a replay of it."""
         program = self._program(name, evaluation, x)
@@ -231,6 +133,12 @@ class Problem:
             return evaluation(x, *self.tensors)
         with torch.no_grad():
             return program(x.contiguous(), *self.tensors, *self._captured())
+
+    def evaluate(
+        self, name: Hashable, evaluation: Callable[..., Sequence[torch.Tensor]], x: torch.Tensor
+    ) -> Sequence[torch.Tensor]:
+        """Return what ``evaluation``, which ``name`` tells from others, makes of (x, *tensors), or a replay of it."""
+        return self._evaluated(name, evaluation, x)
 
     def _program(
         self,
@@ -289,15 +197,14 @@ class Problem:
                 # A first derivative by θ is right as it is; those that follow have to know what θ goes through.
                 record_graph_features(system.function, values)
             residual = residual.reshape(x.shape)
-        operator: LinearOperator
-        if system.symmetric:
-            operator = HessianOperator(residual, point)
-            operator.expect_definite = system.minimizes
-        else:
-            operator = JacobianOperator(residual, point)
         # Cut x off first: a saved output would close a circle through its own node that no collector can see.
         at = x.detach()
-        operator.materialize = self._materialize(at)
+        materialize = self._materialize(at)
+        operator: LinearOperator
+        if system.symmetric:
+            operator = HessianOperator(residual, point, expect_definite=system.minimizes, materialize=materialize)
+        else:
+            operator = JacobianOperator(residual, point, materialize=materialize)
         return Linearization(residual, operator, leaves, value, at)
 
     def _materialize(self, at: torch.Tensor) -> Callable[[], torch.Tensor]:
@@ -309,15 +216,16 @@ class Problem:
         at = x.detach()
         with torch.no_grad():
             begun = program.begin(at.contiguous(), *self.tensors, *self._captured())
-        value, residual = begun.outputs[:_PRODUCT]
+        value, residual = begun.outputs[:PRODUCT]
         assert value is not None
         assert residual is not None
         symmetric = self.system.symmetric
-        replayed = _Replayed(begun, needs_grad, symmetric)
-        operator = ReplayedOperator(at, replayed.transposed, replayed.forward, symmetric=symmetric)
-        operator.expect_definite = self.minimizes
-        operator.materialize = self._materialize(at)
-        return Linearization(residual, operator, (), value if self.minimizes else None, at, replayed)
+        replayed = ReplayedLinearization(begun, needs_grad, symmetric)
+        operator = ReplayedOperator(
+            at, replayed.transposed, replayed.forward, symmetric=symmetric,
+            expect_definite=self.minimizes, materialize=self._materialize(at),
+        )  # fmt: skip
+        return Linearization(residual, operator, (), value if self.has_value else None, at, replayed)
 
     def _linear(self, needs_grad: tuple[bool, ...], x: torch.Tensor, *others: torch.Tensor) -> list[torch.Tensor]:
         """Return all that a linearisation at ``x`` gives, for ``others``, the tensors and two vectors (batch, n)."""
@@ -342,8 +250,7 @@ class Problem:
             plain = self.linearize(x)
             plain.operator.materialize = None
             residual, matrix, value = plain.residual.detach(), plain.operator.dense(), plain.value
-        operator = DenseOperator(matrix, symmetric=self.system.symmetric)
-        operator.expect_definite = self.minimizes
+        operator = DenseOperator(matrix, symmetric=self.system.symmetric, expect_definite=self.minimizes)
         return Linearization(residual, operator, (), value)
 
     def _dense(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
@@ -351,7 +258,7 @@ class Problem:
         matrix = matrix.reshape(self.batch, self.size, self.size)
         if self.system.symmetric:
             matrix = (matrix + matrix.mT).mul_(0.5)
-        return residual.reshape(x.shape), matrix, values.reshape(self.batch) if self.minimizes else None
+        return residual.reshape(x.shape), matrix, values.reshape(self.batch) if self.has_value else None
 
     def _rows(self, x: torch.Tensor, *tensors: torch.Tensor) -> list[torch.Tensor]:
         with torch.no_grad():
@@ -377,10 +284,9 @@ class Problem:
 
     def to(self, dtype: torch.dtype) -> Problem:
         """Return the problem with its floating-point tensors in ``dtype``."""
-        other = self.system.raveler.in_dtype(dtype)
         wide = {True: dtype.to_complex(), False: dtype}  # complex are sparse tensors alone
         tensors = [t.to(wide[t.is_complex()]) if moves(t) else t for t in self.tensors]
-        return Problem(replace(self.system, raveler=other), tensors)
+        return Problem(self.system.in_dtype(dtype), tensors)
 
     def perturbed_copies(self, seed: int, draws: int, *more: torch.Tensor) -> tuple[Problem, list[torch.Tensor]]:
         """Return ``draws`` copies beside this float64 problem as one batch, of numbers that float32 holds, and ``more`` (K, n) likewise.
@@ -412,7 +318,7 @@ class Problem:
 
     def single(self, number: int) -> Problem:
         """Return the problem at ``number`` of the batch as a batch of one, with its own slice of every tensor."""
-        return Problem(replace(self.system, levels=()), self._slices(number))
+        return Problem(self.system.at_levels(()), self._slices(number))
 
     def _slices(self, number: int) -> list[torch.Tensor]:
         position = []  # innermost level first, as in system.levels
@@ -426,7 +332,7 @@ class Problem:
         return tensors
 
     def shaped(self, x: torch.Tensor) -> torch.Tensor:
-        """Return ``x`` (batch, n) as (*batch, n), with an axis for each level."""
+        """Return ``x`` (batch, n) with an axis for each level of the batch in place of the first."""
         return x.reshape(*self.system.batch_shape, self.size)
 
 

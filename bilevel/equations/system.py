@@ -13,6 +13,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any, ClassVar
 
 import torch
@@ -96,7 +97,7 @@ class System(ABC):
     noun: ClassVar[str] = "residual"
     label: ClassVar[str] = "root"
 
-    @property
+    @cached_property
     def batch_shape(self) -> tuple[int, ...]:
         """The batch's axes, outermost first; () for a single problem."""
         return tuple(level.size for level in reversed(self.levels))
@@ -104,6 +105,14 @@ class System(ABC):
     def lift(self, size: int, batched: tuple[bool, ...]) -> System:
         """Return the system of ``size`` such problems, whose tensors carry a new axis 0 where ``batched``."""
         return replace(self, levels=(*self.levels, Level(size, batched)))
+
+    def at_levels(self, levels: tuple[Level, ...]) -> System:
+        """Return the system with other ``vmap`` levels."""
+        return replace(self, levels=levels)
+
+    def in_dtype(self, dtype: torch.dtype) -> System:
+        """Return the system of an unknown in the real ``dtype``, or in the complex one of its precision."""
+        return replace(self, raveler=self.raveler.in_dtype(dtype))
 
     def call(self, flat: torch.Tensor, *tensors: torch.Tensor) -> Any:
         """Call the user's function for one problem, ``flat`` being (n,)."""

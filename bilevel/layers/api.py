@@ -8,11 +8,13 @@ from typing import Any, overload
 
 import torch
 
+from bilevel.equations.structured import Structure
 from bilevel.equations.system import ArgminSystem, FixedPointSystem, RootSystem, System
 from bilevel.errors import ArgumentError
 from bilevel.layers.first_call import explain_misuse
 from bilevel.layers.layer import Layer, Solution
 from bilevel.layers.linear_layer import LinearLayer
+from bilevel.layers.proximal import Proximal
 from bilevel.linear._base import LinearSolverLike
 from bilevel.policy import OnFailure
 from bilevel.solvers._base import InnerSolverLike
@@ -31,6 +33,7 @@ def argmin(
     linear_solver: LinearSolverLike | None = None,
     tolerance: Tolerance | None = None,
     on_failure: OnFailure = "raise",
+    prox: Any = None,
 ) -> Decorator: ...
 @overload
 def argmin(
@@ -40,6 +43,7 @@ def argmin(
     linear_solver: LinearSolverLike | None = None,
     tolerance: Tolerance | None = None,
     on_failure: OnFailure = "raise",
+    prox: Any = None,
 ) -> Layer: ...
 @explain_misuse
 def argmin(
@@ -49,6 +53,7 @@ def argmin(
     linear_solver: LinearSolverLike | None = None,
     tolerance: Tolerance | None = None,
     on_failure: OnFailure = "raise",
+    prox: Any = None,
 ) -> Layer | Decorator:
     """Turn an objective into the layer x*(θ) = argmin_x G(x, θ), with dx*/dθ = −H⁻¹ ∂_θ∇_x G.
 
@@ -100,7 +105,8 @@ def argmin(
     >>> strength.grad  # −1/(1+1)² − 4/(4+1)²
     tensor(-0.4100, dtype=torch.float64)
     """
-    return _layer(ArgminSystem, objective, solver, linear_solver, tolerance, on_failure)
+    structure = None if prox is None else Proximal(given=prox)
+    return _layer(ArgminSystem, objective, solver, linear_solver, tolerance, on_failure, structure)
 
 
 @overload
@@ -314,10 +320,17 @@ def _layer(
     linear_solver: LinearSolverLike | None,
     tolerance: Tolerance | None,
     on_failure: OnFailure,
+    structure: Structure | None = None,
 ) -> Layer | Decorator:
     _refuse_goals(tolerance)
     make = functools.partial(
-        Layer, kind, solver=solver, linear_solver=linear_solver, tolerance=tolerance, on_failure=on_failure
+        Layer,
+        kind,
+        solver=solver,
+        linear_solver=linear_solver,
+        tolerance=tolerance,
+        on_failure=on_failure,
+        structure=structure,
     )
     return make if function is None else make(function)
 

@@ -9,8 +9,10 @@ from typing import Any, Generic, NamedTuple, TypeVar, overload
 
 import torch
 
-from bilevel.equations.problem import Linearization, Problem
+from bilevel.equations.linearization import Linearization
+from bilevel.equations.problem import Problem
 from bilevel.equations.pullbacks import Pullback
+from bilevel.equations.structured import StructuredSystem, objective_of
 from bilevel.errors import ArgumentError, BilevelError
 from bilevel.implicit import JointProduct
 from bilevel.layers.checks import Inspection, inspect_on_failure, inspect_once, reuse_inspection
@@ -140,13 +142,13 @@ class Inspector:
         self._aside: InspectionCache[ReplayCache] = InspectionCache()
 
     def inspect_once(
-        self, problem: Problem, x: torch.Tensor, written: Callable[..., Any], *, captures: bool, again: bool = False
+        self, problem: Problem, x: torch.Tensor, written: Any, *, captures: bool, again: bool = False
     ) -> Inspection:
         """Inspect the user's function, ``written``, at ``x`` (batch, n), unless it was inspected before. ``again`` inspects it in any case."""
         return inspect_once(problem, x, written, InspectionCache() if again else self._inspected, captures=captures)
 
     def reuse_inspection(
-        self, problem: Problem, x: torch.Tensor, written: Callable[..., Any], *, captures: bool
+        self, problem: Problem, x: torch.Tensor, written: Any, *, captures: bool
     ) -> ReplayCache | None:
         """Return what a call may be replayed from, if it is not to inspect."""
         return reuse_inspection(problem, x, written, self._inspected, self._aside, captures=captures)
@@ -169,6 +171,8 @@ class SolveCall:
         Whether gradients are enabled.
     dtype
         What accuracies are of that nobody asked for.
+    functions
+        The user's functions besides ``written``: those of a structure.
     """
 
     def __init__(
@@ -179,6 +183,7 @@ class SolveCall:
         where: str,
         watched: bool,
         dtype: torch.dtype,
+        functions: tuple[Any, ...] = (),
     ) -> None:
         self.settings = settings
         self.inspector = inspector
@@ -186,6 +191,7 @@ class SolveCall:
         self.where = where
         self.watched = watched
         self.dtype = dtype
+        self.functions = functions
         self.recordings = active_recordings()
         self.report: SolveReport | None = None
         self.poisoned = False
@@ -194,15 +200,22 @@ class SolveCall:
         self.factor: torch.Tensor | None = None
         self.last_rhs: torch.Tensor | None = None  # of this call's linear solves
         self.largest: torch.Tensor | None = None  # (batch,): the norm of the largest before that
+        self.degenerate: torch.Tensor | None = None  # (*batch,) bool: whose derivative does not exist, or is one-sided
+        self.messages: StatusMessages = {}  # of the forward solve
+        self.reduced: LinearSolver | None = None  # made of what the forward solve has factorised
+        self.system: StructuredSystem | None = None
         self.one_step = False  # whether that is of the Hessians at init, and a step with them was the last
 
-    def inspect(self, problem: Problem, init: torch.Tensor, *, again: bool = False) -> Inspection | None:
+    def inspect(
+        self, problem: Problem, init: torch.Tensor, written: Any = None, *, again: bool = False
+    ) -> Inspection | None:
         """Look for what would make gradients wrong, at ``init`` (batch, n); return what came of it, if there was nothing."""
         if not problem.batch:
             return None
         try:
             if self.settings.inspect:
-                return self.inspector.inspect_once(problem, init, self.written, captures=self.watched, again=again)
+                written = self.written if written is None else written
+                return self.inspector.inspect_once(problem, init, written, captures=self.watched, again=again)
         except BilevelError as error:
             # Wrong shapes and dtypes, and tensors of a vmap outside, cannot be gone on with.
             if isinstance(error, (ValueError, TypeError)) or error.__cause__ is not None:
@@ -212,6 +225,8 @@ class SolveCall:
 
     def solve(self, problem: Problem, init: torch.Tensor) -> torch.Tensor:
         """Return x (*batch, n), inspected, solved for, judged, reported and treated as the policy says."""
+        if isinstance(problem.system, StructuredSystem):
+            return self._find(problem, problem.system, init)
         settings = self.settings
         seen = self.inspect(problem, init)
         trusted = seen is not None and seen.found is None
@@ -227,14 +242,55 @@ class SolveCall:
             else nullcontext()
         ):
             outcome = solve_inner(solver, problem, init, target, others)
-        axes = problem.system.batch_shape
+        outcome, messages = self.reviewed(solver, problem, init, outcome)
+        return self._reported(problem, outcome, messages)
+
+    def _find(self, problem: Problem, system: StructuredSystem, init: torch.Tensor) -> torch.Tensor:
+        """Do the same for a structured system, which finds its solution by itself."""
+        settings, self.system = self.settings, system
+        objective = objective_of(problem)
+        x, everything = init[:, : objective.size], (self.written, *self.functions)
+        looks = self.inspect(objective, x), self.inspect(problem, init, everything)
+        trusted = any(seen is not None and seen.found is None for seen in looks)
+        replays = [None if seen is None else seen.replays for seen in looks]
+        if problem.batch and not settings.inspect:
+            replays = [
+                self.inspector.reuse_inspection(objective, x, self.written, captures=self.watched),
+                self.inspector.reuse_inspection(problem, init, everything, captures=self.watched),
+            ]
+        problem = replace(problem.replayed_from(replays[1]), objective=objective.replayed_from(replays[0]))
+
+        def again() -> None:
+            self.inspect(objective, x, again=True)
+            self.inspect(problem, init, everything, again=True)
+
+        target = settings.tolerance.inner(self.dtype)
+        with inspect_on_failure(init.device, again) if trusted else nullcontext():
+            outcome = system.find(problem, init, target, settings.solver)
+        if outcome.degenerate is not None:
+            self.degenerate = outcome.degenerate.reshape(system.batch_shape)
+        self.messages, self.reduced = outcome.words, outcome.linear_solver
+        return self._reported(problem, outcome, self.messages)
+
+    def _reported(self, problem: Problem, outcome: InnerOutcome, messages: StatusMessages) -> torch.Tensor:
+        settings, axes = self.settings, problem.system.batch_shape
         self.one_step = outcome.factor is not None and (outcome.exact or bool((outcome.iterations <= 1).all()))
-        self.factor, self.residual = outcome.factor, None if settings.on_adjoint is None else outcome.residual
-        words = failure_messages(solver, problem, init, outcome)
-        self.report = _report(Pass.FORWARD, self.where, outcome.solver, outcome, axes, words)
+        self.factor = outcome.factor
+        if settings.on_adjoint is not None:
+            system = problem.system
+            size = system.ordinary.raveler.size if isinstance(system, StructuredSystem) else problem.size
+            self.residual = outcome.residual[:, :size]
+        self.report = _report(Pass.FORWARD, self.where, outcome.solver, outcome, axes, messages)
         self.nan_mask = ~self.report.success if settings.on_failure == "nan" else None
         x = outcome.x.reshape(*axes, problem.size)
-        return apply_policy(self.report, x, settings.on_failure, self.recordings, silent_budget=target.silent)
+        silent = settings.tolerance.inner(self.dtype).silent
+        return apply_policy(self.report, x, settings.on_failure, self.recordings, silent_budget=silent)
+
+    def reviewed(
+        self, solver: InnerSolver, problem: Problem, init: torch.Tensor, outcome: InnerOutcome
+    ) -> tuple[InnerOutcome, StatusMessages]:
+        """Return the outcome of an inner solve, and its words; a kind of problem that can say more of an answer overrides this."""
+        return outcome, failure_messages(solver, problem, init, outcome)
 
     def solve_linear(
         self,
@@ -256,17 +312,19 @@ class SolveCall:
         target, direction = settings.tolerance.linear(self.dtype), Pass.BACKWARD
         if self.report is None:  # a linear layer's own solve
             target, direction = settings.tolerance.inner(self.dtype), Pass.FORWARD
-        solver = settings.linear_solver or default_linear_solver(operator)
+        solver = settings.linear_solver or self._own_solver(operator) or default_linear_solver(operator)
         reported = self.report is None or self.recordings or active_recordings() or on_adjoint is not None
         begun = None if product is None else settings.start(rhs)
         noise = self._noise(rhs)
         outcome = solve_linear(solver, operator, rhs, target, begun, product=product, seen=bool(reported), noise=noise)
         outcome, words = _without_derivative(operator, outcome, pullbacks, settings.backward_messages)
+        outcome, words = self._one_sided(outcome, words, axes)
         report = _report(direction, self.where, solver.name, outcome, axes, words)
         self.report = self.report or report
         if on_adjoint is not None and self.residual is not None:
             assert product is not None
-            on_adjoint(Adjoint(outcome.x, report, self.residual, product.linearization))
+            size = self.residual.shape[-1]  # of the unknown alone, without multipliers
+            on_adjoint(Adjoint(outcome.x[:, :size], report, self.residual, product.linearization))
         shaped = outcome.x.reshape(*axes, operator.size)
         shaped = apply_policy(report, shaped, settings.on_failure, self.recordings, silent_budget=target.silent)
         if self.nan_mask is None:
@@ -274,6 +332,24 @@ class SolveCall:
         # A quadratic's matrices are the same at a NaN: without this, what has failed would get a finite derivative.
         # Axes that a transform has added since stand in front of those of the forward pass.
         return torch.where(self.nan_mask.unsqueeze(-1), torch.full_like(shaped, float("nan")), shaped)
+
+    def _own_solver(self, operator: LinearOperator) -> LinearSolver | None:
+        """Return what a structured system has for derivatives, or None."""
+        if self.system is None:
+            return None
+        kept = self.reduced
+        own: LinearSolver | None = kept if kept is not None and kept.serves(operator) else None
+        return own or self.system.linear_solver(operator)
+
+    def _one_sided(
+        self, outcome: LinearOutcome, words: StatusMessages, axes: tuple[int, ...]
+    ) -> tuple[LinearOutcome, StatusMessages]:
+        """Return ``outcome`` with ``Status.DEGENERATE`` where the derivative at the solution does not exist or is one-sided."""
+        if self.degenerate is None or not bool(self.degenerate.any()):
+            return outcome, words
+        these = self.degenerate.expand(axes).reshape(outcome.status.shape)
+        status = torch.where(these, int(Status.DEGENERATE), outcome.status)
+        return replace(outcome, status=status), {**words, **self.messages}
 
     def _noise(self, rhs: torch.Tensor) -> torch.Tensor | None:
         """Return the rounding (batch,) that this right-hand side may hold of larger ones before it, of which it was made. None for the first."""

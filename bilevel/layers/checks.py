@@ -51,12 +51,14 @@ class Inspection(NamedTuple):
 def inspect_once(
     problem: Problem,
     x: torch.Tensor,
-    function: Callable[..., Any],
+    function: Any,
     memory: InspectionCache[ReplayCache],
     *,
     captures: bool,
 ) -> Inspection:
     """Inspect the problem at the first row of ``x`` (batch, n), unless ``memory`` has that nothing was wrong with the same.
+
+    ``function`` is what the user wrote: a function, or a tuple of functions and constants.
 
     What is looked for is a property of the function: one problem shows it as well as all of them, and where the user's ``function`` can do
     but one thing, so does one call.
@@ -78,7 +80,7 @@ def inspect_once(
 def reuse_inspection(
     problem: Problem,
     x: torch.Tensor,
-    function: Callable[..., Any],
+    function: Any,
     looked: InspectionCache[ReplayCache],
     aside: InspectionCache[ReplayCache],
     *,
@@ -105,7 +107,7 @@ class _Known(NamedTuple):
     captured: list[torch.Tensor]
 
 
-def _known(problem: Problem, x: torch.Tensor, function: Callable[..., Any], captures: bool) -> _Known | None:
+def _known(problem: Problem, x: torch.Tensor, function: Any, captures: bool) -> _Known | None:
     parts = _lasting(problem, x, function)
     if parts is None:
         return None
@@ -132,7 +134,7 @@ def inspect_on_failure(device: torch.device, inspect: Callable[[], object]) -> I
         inspect()
 
 
-def _lasting(problem: Problem, x: torch.Tensor, function: Callable[..., Any]) -> tuple[Any, ...] | None:
+def _lasting(problem: Problem, x: torch.Tensor, function: Any) -> tuple[Any, ...] | None:
     """Return all that the user's ``function`` reaches, if an inspection of it holds for calls to come."""
     system = problem.system
     # Whether a matrix is symmetric is seen in its numbers.

@@ -17,7 +17,13 @@ __all__ = ["explain_misuse"]
 
 F = TypeVar("F", bound=Callable[..., Any])
 
-_FIRST = {"argmin": "objective", "root": "residual", "fixed_point": "mapping", "linear_solve": "matvec"}
+_FIRST = {
+    "argmin": "objective",
+    "root": "residual",
+    "fixed_point": "mapping",
+    "linear_solve": "matvec",
+    "least_squares": "residual",
+}
 _STARTS = ("init", "x0", "x", "start", "rhs", "b", "args")
 
 

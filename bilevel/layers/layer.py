@@ -6,7 +6,7 @@ Those solves, with what becomes of their failures, are a :class:`~bilevel.layers
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar, cast
 
@@ -23,6 +23,7 @@ from bilevel._torch.transforms import (
     transforms_active,
     without_gradient,
 )
+from bilevel.equations.structured import Structure, StructuredSystem
 from bilevel.equations.system import FixedPointSystem, System
 from bilevel.errors import (
     ArgumentError,
@@ -51,8 +52,8 @@ T = TypeVar("T")
 class Solution(Generic[T]):
     """A layer's result with its report.
 
-    It is a pytree node whose only child is :attr:`value`, so that ``torch.func.vmap(layer.solve)`` returns one, with
-    a report of the whole batch.
+    It is a pytree node whose children are :attr:`value` and, where there are constraints, :attr:`multipliers` and :attr:`active`:
+    ``torch.func.vmap(layer.solve)`` returns one, with a report of the whole batch.
 
     Parameters
     ----------
@@ -60,16 +61,32 @@ class Solution(Generic[T]):
         x, the same pytree as init, differentiable as ``layer(...)`` is.
     report
         What the forward solve did, per problem.
+    multipliers
+        Of constraints: a pytree of tensors, differentiable as x is. None where there are none.
+    active
+        Which constraints are active: a pytree of boolean tensors. None where there are no constraints.
     """
 
     value: T
     report: SolveReport
+    multipliers: Any = None
+    active: Any = None
+
+
+def _children(solution: Solution[Any]) -> tuple[list[Any], SolveReport]:
+    more = [] if solution.multipliers is None else [solution.multipliers, solution.active]
+    return [solution.value, *more], solution.report
+
+
+def _of_children(children: Iterable[Any], report: Any) -> Solution[Any]:
+    value, *more = children
+    return Solution(value, cast(SolveReport, report), *more)
 
 
 pytree.register_pytree_node(
     Solution,
-    lambda solution: ([solution.value], solution.report),
-    lambda children, report: Solution(next(iter(children)), cast(SolveReport, report)),
+    _children,
+    _of_children,
     serialized_type_name="bilevel.Solution",
 )
 
@@ -95,6 +112,9 @@ class Layer:
         linear_solver: LinearSolverLike | None,
         tolerance: Tolerance | None,
         on_failure: OnFailure,
+        where: str | None = None,
+        written: Callable[[], Callable[..., Any]] | None = None,
+        structure: Structure | None = None,
     ) -> None:
         noun = kind.noun
         if not callable(function):
@@ -103,14 +123,14 @@ class Layer:
                 f"bilevel.{kind.label}(f)(x, *args)"
             )
         self.kind = kind
+        self.structure = structure
         self.function = function
         self._settings = SolveSettings(tolerance=Tolerance() if tolerance is None else tolerance, on_failure=on_failure)
         self.solver, self.linear_solver = solver, linear_solver
-        # What the user wrote, where that is not the function itself.
-        self.written: Callable[[], Callable[..., Any]] | None = None
+        self.written = written  # what the user wrote, where that is not the function itself
         self.inspector = Inspector()
         functools.update_wrapper(self, function, updated=())
-        self.where = f"`{kind.label}` layer `{getattr(function, '__name__', type(function).__name__)}`"
+        self.where = where or f"`{kind.label}` layer `{getattr(function, '__name__', type(function).__name__)}`"
 
     @property
     def minimizes(self) -> bool:
@@ -163,25 +183,33 @@ class Layer:
 
     def _solution(self, settings: SolveSettings, init: T, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Solution[T]:
         raveler = Raveler.of(init, self.where)
-        system, tensors = self._system(raveler, args, kwargs)
+        ordinary, tensors = self._system(raveler, args, kwargs)
         self._refuse_forward_twice(tensors)
+        system, flat = ordinary, raveler.ravel(init).detach()
+        if self.structure is not None:
+            system, flat = self.structure.attach(ordinary, flat, tensors)
         watched = torch.is_grad_enabled()
         poisoned = (
-            self._check_edge(settings.on_failure, init, system, tensors)
+            self._check_edge(settings.on_failure, init, ordinary, tensors)
+            or (system is not ordinary and self._check_captures(settings.on_failure, flat, system, tensors))
             if watched or differentiating() or transforms_active()
             else False
         )
         call = self._call(settings, system, watched)
-        flat = raveler.ravel(init).detach()
         x = Solve.apply(ImplicitContext(system, call.solve, call.solve_linear, followed=watched), flat, *tensors)
         if poisoned or call.poisoned:
-            x = x * self._poison(init, system, tensors)
+            x = x * self._poison(init, ordinary, tensors)
         assert call.report is not None
-        return Solution(raveler.unravel(x), call.report)
+        if not isinstance(system, StructuredSystem):
+            return Solution(raveler.unravel(x), call.report)
+        parts = system.parts(x, *tensors)
+        return Solution(raveler.unravel(parts.x), call.report, parts.multipliers, parts.active)
 
     def _call(self, settings: SolveSettings, system: System, watched: bool) -> SolveCall:
         written = self.function if self.written is None else self.written()
-        return SolveCall(settings, self.inspector, written, system.where, watched, system.raveler.coarsest)
+        functions = () if self.structure is None else self.structure.functions
+        dtype = (system.ordinary if isinstance(system, StructuredSystem) else system).raveler.coarsest
+        return SolveCall(settings, self.inspector, written, system.where, watched, dtype, functions)
 
     def _system(
         self, raveler: Raveler, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -222,14 +250,16 @@ class Layer:
                 "search began, so that its gradient would be none; pass init.detach(), or pass the tensor as an argument"
             )
             poisoned |= handle_misuse(error, on_failure)
-        return poisoned | self._check_captures(on_failure, init, system, tensors)
+        return poisoned | self._check_captures(on_failure, system.raveler.ravel(init), system, tensors)
 
-    def _check_captures(self, on_failure: OnFailure, init: Any, system: System, tensors: list[torch.Tensor]) -> bool:
+    def _check_captures(
+        self, on_failure: OnFailure, init: torch.Tensor, system: System, tensors: list[torch.Tensor]
+    ) -> bool:
         """Find tensors of a transform outside that the function reaches; return whether the policy asks for NaN."""
         if differentiating():
             # Inside the primitive a captured tensor of a transform looks like a plain one: look at it here.
             detached = [without_gradient(tensor) for tensor in tensors]
-            flat = system.raveler.ravel(pytree.tree_map(without_gradient, init))
+            flat = without_gradient(init)
             try:
                 with torch.enable_grad(), Repeatable():
                     output = system.first_output(flat, *detached)

@@ -40,7 +40,7 @@ class LinearSolver(ABC):
 
     @property
     def has_budget(self) -> bool:
-        """Whether the caller chose a number of steps, which is then legitimate to spend (style: "5 CG steps")."""
+        """Whether the caller chose a number of steps, which is then legitimate to spend, as in "5 CG steps"."""
         return getattr(self, "max_steps", None) is not None
 
     @property
@@ -96,6 +96,10 @@ class LinearSolver(ABC):
         For a caller whose own pass over the graph makes A x along with something else: where the answer holds, that was all.
         """
         return None
+
+    def serves(self, operator: LinearOperator) -> bool:
+        """Return whether this can solve with ``operator``; of a solver that keeps factors, whether they are of its matrices."""
+        return True
 
     def __call__(self, operator: LinearOperator, rhs: torch.Tensor, tolerance: Tolerance | None = None) -> torch.Tensor:
         """Solve A x = b to ``tolerance`` and return x (batch, n), whatever became of it; see ``solve_linear``.

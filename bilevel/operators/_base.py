@@ -34,6 +34,10 @@ class LinearOperator(ABC):
         Whether each matrix equals its transpose.
     positive_definite
         Whether each matrix is *known* to be positive definite (False: not known).
+    expect_definite
+        Whether a matrix that is not positive definite is a failure. The Hessian at a minimum is positive definite; that at a saddle is not.
+    materialize
+        A faster way to the matrices (batch, n, n) than products with the unit vectors, if there is one.
     """
 
     def __init__(
@@ -45,6 +49,8 @@ class LinearOperator(ABC):
         *,
         symmetric: bool = False,
         positive_definite: bool = False,
+        expect_definite: bool = False,
+        materialize: Callable[[], torch.Tensor] | None = None,
     ) -> None:
         self.batch = batch
         self.size = size
@@ -52,11 +58,8 @@ class LinearOperator(ABC):
         self.device = device
         self.symmetric = symmetric
         self.positive_definite = positive_definite
-        # Whether anything but a positive definite matrix means that the problem is not what it claims to be:
-        # at a minimum the Hessian is; a saddle's or a maximum's is not.
-        self.expect_definite = False
-        # A faster way to the matrices than products with the unit vectors, if there is one.
-        self.materialize: Callable[[], torch.Tensor] | None = None
+        self.expect_definite = expect_definite
+        self.materialize = materialize
         # What a solver wants to keep with the matrices, such as a factorisation.
         self.memo: dict[Hashable, Any] = {}
 

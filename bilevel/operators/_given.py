@@ -26,7 +26,14 @@ class DenseOperator(LinearOperator):
     tensor([[2., 4.]])
     """
 
-    def __init__(self, matrix: torch.Tensor, *, symmetric: bool = False, positive_definite: bool = False) -> None:
+    def __init__(
+        self,
+        matrix: torch.Tensor,
+        *,
+        symmetric: bool = False,
+        positive_definite: bool = False,
+        expect_definite: bool = False,
+    ) -> None:
         matrix = matrix.unsqueeze(0) if matrix.ndim == 2 else matrix
         if matrix.ndim != 3 or matrix.shape[-1] != matrix.shape[-2]:
             raise ShapeError(
@@ -35,7 +42,7 @@ class DenseOperator(LinearOperator):
             )
         super().__init__(
             matrix.shape[0], matrix.shape[1], matrix.dtype, matrix.device,
-            symmetric=symmetric, positive_definite=positive_definite,
+            symmetric=symmetric, positive_definite=positive_definite, expect_definite=expect_definite,
         )  # fmt: skip
         self.matrix = matrix
 

@@ -50,10 +50,18 @@ class HessianOperator(LinearOperator):
         (batch, n), requires grad.
     """
 
-    def __init__(self, gradient: torch.Tensor, point: torch.Tensor, *, positive_definite: bool = False) -> None:
+    def __init__(
+        self,
+        gradient: torch.Tensor,
+        point: torch.Tensor,
+        *,
+        positive_definite: bool = False,
+        expect_definite: bool = False,
+        materialize: Callable[[], torch.Tensor] | None = None,
+    ) -> None:
         super().__init__(
-            point.shape[0], point.shape[1], point.dtype, point.device,
-            symmetric=True, positive_definite=positive_definite,
+            point.shape[0], point.shape[1], point.dtype, point.device, symmetric=True,
+            positive_definite=positive_definite, expect_definite=expect_definite, materialize=materialize,
         )  # fmt: skip
         self._gradient, self._point = gradient, point
 
@@ -80,8 +88,14 @@ class JacobianOperator(LinearOperator):
     the first product and kept: dual numbers do not nest inside a custom Function, reverse passes do.
     """
 
-    def __init__(self, residual: torch.Tensor, point: torch.Tensor) -> None:
-        super().__init__(point.shape[0], point.shape[1], point.dtype, point.device)
+    def __init__(
+        self,
+        residual: torch.Tensor,
+        point: torch.Tensor,
+        *,
+        materialize: Callable[[], torch.Tensor] | None = None,
+    ) -> None:
+        super().__init__(point.shape[0], point.shape[1], point.dtype, point.device, materialize=materialize)
         self._residual, self._point = residual, point
 
     @property

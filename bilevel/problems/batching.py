@@ -12,7 +12,8 @@ from torch.utils import _pytree as pytree
 
 from bilevel._torch.transforms import autocast_to
 from bilevel.equations.problem import Problem
-from bilevel.equations.system import ArgminSystem
+from bilevel.equations.structured import Structure
+from bilevel.equations.system import ArgminSystem, System
 from bilevel.errors import ArgumentError, ShapeError
 from bilevel.pytree import Raveler, flatten_arguments
 
@@ -82,19 +83,37 @@ class BatchSpec:
         raveler = self._raveler(inner)
         return raveler.unravel(flat[0]) if self.dims is None else vmap(raveler.unravel)(flat)
 
-    def problem(self, objective: Callable[..., torch.Tensor], inner: Any, outer: Any, data: Any) -> Problem:
-        """Return ``objective`` of (inner, outer, data) as a batch of flat problems; its tensors are those of ``outer``, then data's."""
+    def problem(
+        self,
+        objective: Callable[..., torch.Tensor],
+        inner: Any,
+        outer: Any,
+        data: Any,
+        structure: Structure | None = None,
+    ) -> Problem:
+        """Return ``objective`` of (inner, outer, data) as a batch of flat problems; its tensors are those of ``outer``, then data's.
+
+        With a ``structure``, it is the problem of the local model at ``inner``, a solution.
+        """
         tensors, arguments = flatten_arguments((outer, data), {})
         raveler = self._raveler(inner)
-        system = ArgminSystem(self.where, objective, raveler, arguments, autocast=autocast_to(raveler.device))
+        system: System = ArgminSystem(self.where, objective, raveler, arguments, autocast=autocast_to(raveler.device))
+
+        def structured(first: list[torch.Tensor]) -> System:
+            if structure is None:
+                return system
+            start = torch.zeros(raveler.size, dtype=raveler.dtype, device=raveler.device)
+            return structure.attach(system, start, first)[0].in_x()
+
         if self.dims is None:
-            return Problem.of(system, tensors)
+            return Problem.of(structured(tensors), tensors)
         # One dimension for each leaf of data, as vmap itself reads a prefix of in_dims.
         dims = [*[None] * len(pytree.tree_leaves(outer)), *self._of_leaves(data)]
         of_tensors = [dim for dim, flag in zip(dims, arguments.is_tensor, strict=True) if flag]
         moved = [t if dim is None else t.movedim(dim, 0) for t, dim in zip(tensors, of_tensors, strict=True)]
         count = len(pytree.tree_leaves(inner)[0])
-        return Problem.of(system.lift(count, tuple(dim is not None for dim in of_tensors)), moved)
+        first = [t if dim is None else t[0] for t, dim in zip(moved, of_tensors, strict=True)] if count else moved
+        return Problem.of(structured(first).lift(count, tuple(dim is not None for dim in of_tensors)), moved)
 
     def _raveler(self, inner: Any) -> Raveler:
         one = inner if self.dims is None else pytree.tree_map(lambda leaf: leaf[0], inner)

@@ -13,6 +13,7 @@ from torch.utils import _pytree as pytree
 
 from bilevel._torch.transforms import transforms_active, unhooked
 from bilevel.certificates._certificate import Certificate
+from bilevel.certificates._local import LocalCertificate, NoCertificate
 from bilevel.certificates._point import Point
 from bilevel.certificates.bound import Bound
 from bilevel.certificates.constants import Constants
@@ -21,6 +22,7 @@ from bilevel.equations.system import ArgminSystem
 from bilevel.errors import ArgumentError, TransformError
 from bilevel.layers.call import Adjoint, Setting, SolveSettings
 from bilevel.layers.layer import Layer, Solution
+from bilevel.layers.proximal import Proximal
 from bilevel.linear._base import LinearSolver, LinearSolverLike
 from bilevel.policy import OnFailure
 from bilevel.problems.adaptive.direct import decided, full_accuracy_is_cheap
@@ -116,16 +118,20 @@ class BilevelProblem(torch.nn.Module, ABC):
         super().__init__()
         self.batch_dims = batch_dims
         self.warm_start = warm_start
+        self._structure = None
+        if type(self).inner_prox is not BilevelProblem.inner_prox:
+            self._structure = Proximal(given=self._inner_prox, written=lambda: self.inner_prox)
         self._layer = Layer(
             ArgminSystem,
             self._inner_objective,
+            structure=self._structure,
             solver=solver,
             linear_solver=linear_solver,
             tolerance=tolerance,
             on_failure=on_failure,
+            where=self.where,
+            written=self._written,
         )
-        self._layer.where = self.where
-        self._layer.written = self._written
         self._warm = WarmStart()
         self._connected_for: frozenset[tuple[bool, ...]] = frozenset()
 
@@ -181,6 +187,14 @@ class BilevelProblem(torch.nn.Module, ABC):
     @abstractmethod
     def outer_objective(self, inner: Any, outer: Any, data: Any) -> torch.Tensor:
         """Return F(φ, θ), a scalar tensor, for one problem."""
+
+    def inner_prox(self, outer: Any, data: Any) -> Any:
+        """Return the proximal term g of the inner problem, min_φ G(φ, θ) + g(φ; θ), or None; override it where there is one.
+
+        A term of :mod:`bilevel.prox`, or a pytree of terms like the inner variables, with None where there is none. It is made of ``outer`` and
+        ``data``, so that strengths and bounds are differentiated too. Errors of hypergradients are then estimated, and never certified.
+        """
+        return None
 
     def objective_arguments(self, outer: Any, data: Any) -> tuple[Any, Any]:
         """Return (outer, data) as the two objectives see them, of what a call of the problem is given.
@@ -242,6 +256,7 @@ class BilevelProblem(torch.nn.Module, ABC):
         """
         settings = self._settings_of(outer, data)
         tolerance, policy = settings.tolerance, settings.on_failure
+        self._refuse_goal(tolerance)
         if tolerance.has_goal and torch.is_grad_enabled() and needs_gradient(self.where, tolerance, outer, data):
             with unhooked():
                 result = self._with_goal(settings, outer, data, init)
@@ -338,6 +353,7 @@ class BilevelProblem(torch.nn.Module, ABC):
                 "differentiate with respect to"
             )
         settings = self._settings_of(outer, data)
+        self._refuse_goal(settings.tolerance)
         if settings.tolerance.has_goal:
             return self._with_goal(settings, outer, data, init)
         return self._at_accuracy(settings, outer, data, init)[0]
@@ -395,6 +411,13 @@ class BilevelProblem(torch.nn.Module, ABC):
         replays = inspector.reuse_inspection(point.lower, point.x, self.inner_objective, captures=True)
         return decided(settings, result, point, adjoint, point.lower.replayed_from(replays))
 
+    def _refuse_goal(self, tolerance: Tolerance) -> None:
+        if self._structure is not None and tolerance.has_goal:
+            raise ArgumentError(
+                f"{self.where}: expected Tolerance(rtol=...) or δ and δ′ where inner_prox gives a proximal term, got the goal {tolerance!r}; errors "
+                "of such a hypergradient are estimated, and solves go as far as the tolerance says: leave the goal out"
+            )
+
     def reset(self) -> None:
         """Forget the last inner solution and adjoint."""
         self._warm = WarmStart()
@@ -429,7 +452,10 @@ class BilevelProblem(torch.nn.Module, ABC):
             return self.constants(outer, data).with_mu(tolerance.strong_convexity)
 
         def certify(at: Point, flat: torch.Tensor, corrected: torch.Tensor) -> Certificate:
-            return Certificate(at, flat, corrected, constants, self.where, settings.on_failure, products)
+            kind = Certificate
+            if self._structure is not None:
+                kind = LocalCertificate if at.lower.system.symmetric else NoCertificate
+            return kind(at, flat, corrected, constants, self.where, settings.on_failure, products)
 
         return assemble(outer, point, value, corrected, flat, report, certify, lambda q: numbering.unravel(q, inner))
 
@@ -504,13 +530,17 @@ class BilevelProblem(torch.nn.Module, ABC):
     def _flat_problems(self, inner: Any, outer: Any, data: Any) -> tuple[Problem, Problem]:
         """Return G and F as batches of flat problems."""
         flat = self._numbering.problem
-        return flat(self.inner_objective, inner, outer, data), flat(self.outer_objective, inner, outer, data)
+        lower = flat(self.inner_objective, inner, outer, data, self._structure)
+        return lower, flat(self.outer_objective, inner, outer, data)
 
     def _written(self) -> Callable[..., Any]:
         return self.inner_objective
 
     def _inner_objective(self, inner: Any, outer: Any, data: Any) -> torch.Tensor:
         return self.inner_objective(inner, outer, data)
+
+    def _inner_prox(self, outer: Any, data: Any) -> Any:
+        return self.inner_prox(outer, data)
 
     def _start(self, outer: Any, data: Any, count: int | None) -> Any:
         warm = self._warm if self.warm_start else WarmStart()

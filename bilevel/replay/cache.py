@@ -138,8 +138,13 @@ class ReplayedOperator(LinearOperator):
         forward: Callable[[torch.Tensor], torch.Tensor],
         *,
         symmetric: bool,
+        expect_definite: bool,
+        materialize: Callable[[], torch.Tensor],
     ) -> None:
-        super().__init__(like.shape[0], like.shape[1], like.dtype, like.device, symmetric=symmetric)
+        super().__init__(
+            like.shape[0], like.shape[1], like.dtype, like.device, symmetric=symmetric,
+            expect_definite=expect_definite, materialize=materialize,
+        )  # fmt: skip
         self._transposed, self._forward = transposed, forward
 
     def matvec(self, v: torch.Tensor) -> torch.Tensor:

@@ -16,7 +16,8 @@ from typing import Any, Protocol, TypeAlias, TypeVar
 
 import torch
 
-from bilevel.equations.problem import Linearization, Problem
+from bilevel.equations.linearization import Linearization
+from bilevel.equations.problem import Problem
 from bilevel.errors import ArgumentError
 from bilevel.pytree import ravel_like
 from bilevel.reports import Status

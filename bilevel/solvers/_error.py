@@ -13,7 +13,8 @@ from itertools import pairwise
 import torch
 
 from bilevel._torch.factorisations import eigh, svd
-from bilevel.equations.problem import Linearization, Problem
+from bilevel.equations.linearization import Linearization
+from bilevel.equations.problem import Problem
 from bilevel.linear.gmres import GMRES
 from bilevel.solvers._base import all_finite
 from bilevel.solvers._truncated_cg import truncated_cg
@@ -27,6 +28,7 @@ __all__ = [
     "meets_negative_curvature",
     "residual_rounding",
     "rounding",
+    "symmetric_error",
 ]
 
 # Up to these sizes matrices are factorised: by then a Krylov method needs as many products.
@@ -93,7 +95,7 @@ def estimate_error(problem: Problem, x: torch.Tensor, residual: torch.Tensor, do
         matrix = problem.linearize_dense(x).operator.dense()
         if problem.linearization_slot is not None and matrix.numel() <= _KEPT_NUMBERS:
             problem.linearization_slot.matrix = (x, matrix)
-        estimate = _symmetric if symmetric else _general
+        estimate = symmetric_error if symmetric else _general
         if bool(all_finite(matrix) & all_finite(residual)):
             return estimate(problem, matrix, x, residual)
         finite = torch.isfinite(matrix).all(dim=-1).all(dim=-1)
@@ -117,7 +119,8 @@ def _drowned(problem: Problem, x: torch.Tensor, residual: torch.Tensor, doubtful
     return doubtful & (residual.norm(dim=-1) <= 8 * eps * moved)
 
 
-def _symmetric(problem: Problem, matrix: torch.Tensor, x: torch.Tensor, residual: torch.Tensor) -> ErrorEstimate:
+def symmetric_error(problem: Problem, matrix: torch.Tensor, x: torch.Tensor, residual: torch.Tensor) -> ErrorEstimate:
+    """Return the :class:`ErrorEstimate` of symmetric matrices (batch, n, n), those of ∂_x R at ``x``, with R = ``residual``."""
     n, eps = x.shape[-1], torch.finfo(x.dtype).eps
     diagonal = matrix.diagonal(dim1=-2, dim2=-1).abs()
     unit = torch.where(diagonal > 0, diagonal, diagonal.amax(dim=-1, keepdim=True)).rsqrt()

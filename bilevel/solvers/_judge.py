@@ -10,12 +10,13 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 
 from bilevel.equations.problem import Problem
-from bilevel.reports import Basis, Status
+from bilevel.reports import Basis, Status, StatusMessages
 from bilevel.solvers._base import Goal, InnerSolution, InnerSolver, all_finite, is_lone, length
 from bilevel.solvers._error import (
     ErrorEstimate,
@@ -68,7 +69,9 @@ class Successor:
 class InnerOutcome:
     """A judged inner solve; every tensor per problem, and the names of the solvers that took part.
 
-    ``factor`` holds Cholesky factors of Hessians near x, ``exact`` says that they are those at x.
+    ``factor`` holds Cholesky factors of Hessians near x, ``exact`` says that they are those at x. ``degenerate`` (batch,) bool says where the
+    derivative at x does not exist or is one-sided, ``words`` what there is to say of the statuses of this solve. ``linear_solver`` is one for
+    derivatives, made of what the solve has factorised.
     """
 
     x: torch.Tensor
@@ -82,6 +85,9 @@ class InnerOutcome:
     factor: torch.Tensor | None = None
     exact: bool = False
     solver: str = ""
+    degenerate: torch.Tensor | None = None
+    words: StatusMessages = field(default_factory=dict)
+    linear_solver: Any = None
 
 
 def solve_inner(

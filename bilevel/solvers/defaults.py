@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from bilevel.equations.least_squares import LeastSquaresSystem
 from bilevel.equations.problem import Problem
 from bilevel.linear.bicgstab import BiCGStab
 from bilevel.linear.defaults import dense_fits
@@ -11,12 +12,14 @@ from bilevel.solvers._base import InnerSolver
 from bilevel.solvers._judge import Successor
 from bilevel.solvers.anderson import Anderson
 from bilevel.solvers.lbfgs import LBFGS
+from bilevel.solvers.levenberg_marquardt import LevenbergMarquardt
 from bilevel.solvers.newton import Newton
 
 __all__ = ["default_solvers"]
 
 
 # Made once: settings of small problems' solvers took a hundredth of a call.
+_LEAST_SQUARES = LevenbergMarquardt()
 _NEWTON, _LBFGS, _ANDERSON, _HALF_NEWTON = Newton(), LBFGS(), Anderson(), Newton(linear_solver=BiCGStab())
 _POLISH = (Successor(_NEWTON, afresh=False),)
 _AFTER_NEWTON = (Successor(_LBFGS, afresh=True), *_POLISH)
@@ -28,16 +31,20 @@ _AGAIN, _HALF_AGAIN = (
 def default_solvers(problem: Problem) -> tuple[InnerSolver, tuple[Successor, ...]]:
     """Return the inner solver used where none is given, and those that take over the problems at which it fails.
 
-    A small argmin: Newton's method, then L-BFGS. A large one: L-BFGS. A fixed point: Anderson acceleration, which has plain iteration
-    beneath it. Newton's method goes on from where the last of these ended. A root: Newton's method, which goes on once more, and then
-    begins again beside the start.
+    - Least squares: Levenberg–Marquardt, then as an argmin.
+    - A small argmin: Newton's method, then L-BFGS. A large one: L-BFGS.
+    - A fixed point: Anderson acceleration, which has plain iteration beneath it.
+    - A root: Newton's method, which goes on once more, and then begins again beside the start.
+
+    Newton's method goes on from where L-BFGS or Anderson acceleration ended.
     """
     wide = torch.finfo(problem.system.raveler.dtype).bits >= 32
     polish = _POLISH if wide else ()
     if problem.is_fixed_point:
         return _ANDERSON, polish
     if problem.minimizes:
-        if dense_fits(problem.batch, problem.size, problem.system.raveler.dtype):
-            return _NEWTON, _AFTER_NEWTON
-        return _LBFGS, polish
+        small = dense_fits(problem.batch, problem.size, problem.system.raveler.dtype)
+        if wide and isinstance(problem.system, LeastSquaresSystem):
+            return _LEAST_SQUARES, (*polish, Successor(_NEWTON if small else _LBFGS, afresh=True), *polish)
+        return (_NEWTON, _AFTER_NEWTON) if small else (_LBFGS, polish)
     return (_NEWTON, _AGAIN) if wide else (_HALF_NEWTON, _HALF_AGAIN)

@@ -396,15 +396,16 @@ def _modelled(state: _State) -> torch.Tensor | bool:
     """
     last, slope, t = state.last_merit, state.slope, state.t
     assert state.last_x is not None and last is not None and slope is not None and t is not None
-    eps = torch.finfo(t.dtype).eps
-    numbers = state.merit, last, slope, t, state.magnitude
-    kept = _fell_as_promised(*(map(float, numbers) if is_lone(t) else numbers), eps)
+    numbers: list[Any] = [state.merit, last, slope, t, state.magnitude]
+    if is_lone(t):
+        numbers = [float(number) for number in numbers]
+    kept = _fell_as_promised(torch.finfo(t.dtype).eps, *numbers)
     if kept is True or (kept is not False and bool(kept.all())):
         return kept
     return kept | ((state.x - state.last_x).abs() <= _SMALL_STEP * state.x.abs()).all(dim=-1)
 
 
-def _fell_as_promised(found: Any, last: Any, slope: Any, t: Any, magnitude: Any, eps: float) -> Any:
+def _fell_as_promised(eps: float, found: Any, last: Any, slope: Any, t: Any, magnitude: Any) -> Any:
     """Return whether the objective fell from ``last`` to ``found`` as the model says, of numbers or of tensors (batch,)."""
     promised = slope * (t - 0.5 * t * t)
     size, noise = abs(promised), 1e3 * eps

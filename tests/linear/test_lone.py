@@ -90,7 +90,7 @@ def test_a_step_takes_one_product(monkeypatch):
 
 def test_it_is_what_a_single_problem_is_solved_by(monkeypatch):
     called = []
-    monkeypatch.setattr("bilevel.linear.cg.run_alone", lambda *a, **k: called.append(1) or _lone.run_single(*a, **k))
+    monkeypatch.setattr("bilevel.linear.cg.run_single", lambda *a, **k: called.append(1) or _lone.run_single(*a, **k))
     A, b = matrix("easy", 5, 3), torch.ones(5, dtype=F64)
     for count in (1, 2):
         solved(A, b, count, bilevel.CG())

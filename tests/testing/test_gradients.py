@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import bilevel
-from bilevel.equations.problem import Linearization
+from bilevel.equations.linearization import Linearization
 from bilevel.operators import JacobianOperator
 from bilevel.testing import GradientCheck, Verdict, assert_gradients, check_gradients, diagnose
 

@@ -16,7 +16,7 @@ import torch
 from .problems import COLUMNS, Column
 from .rows import ROWS, Row
 
-PAGE = Path(__file__).resolve().parents[2] / "docs" / "transforms_table.inc"
+PAGE = Path(__file__).resolve().parents[2] / "docs" / "reference" / "transforms_table.inc"
 SIGNS = {"right": "right", "none": "–"}
 
 

@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 import torch
 
 from bilevel.certificates.bound import Bound
-from bilevel.equations.problem import Linearization
+from bilevel.equations.linearization import Linearization
 from bilevel.operators import LinearOperator
 from bilevel.problems.adaptive.quasi_newton import JointOperator
 from bilevel.problems.adaptive.state import SearchState

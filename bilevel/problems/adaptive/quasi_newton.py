@@ -115,9 +115,10 @@ class RecordedOperator(LinearOperator):
     """
 
     def __init__(self, operator: LinearOperator) -> None:
-        super().__init__(operator.batch, operator.size, operator.dtype, operator.device, symmetric=True)
-        self.expect_definite = operator.expect_definite
-        self.materialize = operator.dense
+        super().__init__(
+            operator.batch, operator.size, operator.dtype, operator.device, symmetric=True,
+            expect_definite=operator.expect_definite, materialize=operator.dense,
+        )  # fmt: skip
         self.memo = operator.memo
         self._operator = operator
         self._made: list[tuple[torch.Tensor, torch.Tensor]] = []

@@ -25,7 +25,8 @@ from dataclasses import replace
 import torch
 
 from bilevel.certificates.bound import Bound
-from bilevel.equations.problem import Linearization, Problem
+from bilevel.equations.linearization import Linearization
+from bilevel.equations.problem import Problem
 from bilevel.linear._base import LinearOutcome, LinearSolver, solve_linear
 from bilevel.linear.cg import CG
 from bilevel.operators import HessianOperator, LinearOperator

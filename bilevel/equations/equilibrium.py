@@ -1,0 +1,147 @@
+"""Equilibria: each player's x_i minimises its own objective f_i(x_1, …, x_N, θ), given the others.
+
+The first-order conditions ∇_{x_i} f_i = 0 are stacked to one residual R(x, θ) = 0 of as many equations as unknowns. ∂_x R is not symmetric. The
+blocks on its diagonal are the Hessians of the players, positive semi-definite at an equilibrium.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from bilevel._torch.double_backward import Repeatable
+from bilevel._torch.factorisations import eigvalsh
+from bilevel._torch.norms import WrittenNorms
+from bilevel._torch.reverse import grad
+from bilevel.equations.problem import Problem
+from bilevel.equations.system import RootSystem
+from bilevel.errors import DtypeError, ShapeError
+
+__all__ = ["EquilibriumSystem", "Players", "player_at_fault"]
+
+# Up to these sizes the players' Hessians are materialised.
+_DENSE_ORDER, _DENSE_NUMBERS = 512, 2**24
+# Products for each player's least curvature, where they are not.
+_PRODUCTS = 30
+
+
+@dataclass(frozen=True)
+class Players:
+    """The objectives, as one function (players, *args, **kwargs) ↦ tuple of values; ``players`` is the tuple of unknowns."""
+
+    objectives: tuple[Callable[..., torch.Tensor], ...]
+
+    def __call__(self, players: tuple[Any, ...], *args: Any, **kwargs: Any) -> tuple[torch.Tensor, ...]:
+        return tuple(objective(*players, *args, **kwargs) for objective in self.objectives)
+
+
+@dataclass(frozen=True, eq=False)
+class EquilibriumSystem(RootSystem):
+    """R = (∇_{x_1} f_1, …, ∇_{x_N} f_N)."""
+
+    noun = "objectives"
+    label = "equilibrium"
+
+    @property
+    def players(self) -> int:
+        """N."""
+        assert isinstance(self.function, Players)
+        return len(self.function.objectives)
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """How many unknowns each player has."""
+        shapes, sizes = iter(self.raveler.real_shapes), []
+        for part in self.raveler.structure.children():
+            sizes.append(sum(next(shapes).numel() for _ in range(part.num_leaves)))
+        return tuple(sizes)
+
+    def value(self, player: int, flat: torch.Tensor, *tensors: torch.Tensor) -> torch.Tensor:
+        """Return f_i () of one problem."""
+        assert isinstance(self.function, Players)
+        objective = self.function.objectives[player]
+
+        def own(players: tuple[Any, ...], *args: Any, **kwargs: Any) -> Any:
+            return objective(*players, *args, **kwargs)
+
+        found = replace(self, function=own).call(flat, *tensors)
+        if not isinstance(found, torch.Tensor) or found.ndim or not found.dtype.is_floating_point:
+            got = f"{tuple(found.shape)} {found.dtype}" if isinstance(found, torch.Tensor) else type(found).__name__
+            kind = DtypeError if isinstance(found, torch.Tensor) and found.is_complex() else ShapeError
+            raise kind(
+                f"{self.where}: expected the objective of player {player} to return a floating-point scalar tensor of shape (), got {got}; reduce "
+                "it, for example with .sum() or .mean()"
+            )
+        return found
+
+    def output(self, flat: torch.Tensor, *tensors: torch.Tensor) -> torch.Tensor:
+        parts = list(torch.split(flat, list(self.sizes)))
+        slopes = []
+        for player, part in enumerate(parts):
+
+            def own(moved: torch.Tensor, player: int = player) -> torch.Tensor:
+                return self.value(player, torch.cat([*parts[:player], moved, *parts[player + 1 :]]), *tensors)
+
+            # These are differentiated from outside again.
+            with WrittenNorms(), Repeatable():
+                slopes.append(grad(own, part)[0])
+        return torch.cat(slopes)
+
+
+def player_at_fault(problem: Problem, x: torch.Tensor, doubtful: torch.Tensor) -> torch.Tensor:
+    """Return, per problem, the first player whose own Hessian has a negative eigenvalue beyond rounding at ``x`` (batch, n), or −1.
+
+    Small Hessians are decomposed. Of large ones, the least Ritz value of a short Lanczos run, which can only overestimate the least eigenvalue.
+    """
+    system = problem.system
+    assert isinstance(system, EquilibriumSystem)
+    found = torch.full(doubtful.shape, -1, dtype=torch.int64, device=x.device)
+    if not bool(doubtful.any()):
+        return found
+    dense = problem.size <= _DENSE_ORDER and problem.batch * problem.size**2 <= _DENSE_NUMBERS
+    linear = (problem.linearize_dense if dense else problem.linearize)(x)
+    first = 0
+    for player, size in enumerate(system.sizes):
+        rows = slice(first, first + size)
+        first += size
+        if dense:
+            hessian = linear.operator.dense()[:, rows, rows]
+        else:
+            hessian = _projected(linear.operator.matvec, x, rows)
+        values = eigvalsh(0.5 * (hessian + hessian.mT))
+        doubt = 1e3 * size * torch.finfo(x.dtype).eps * values.abs().amax(dim=-1)
+        found = torch.where((found < 0) & doubtful & (values[:, 0] < -doubt), player, found)
+    return found
+
+
+def _projected(matvec: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor, rows: slice) -> torch.Tensor:
+    """Return a player's Hessian, projected on a Krylov space (batch, k, k)."""
+    basis: list[torch.Tensor] = []
+    products: list[torch.Tensor] = []
+    size = rows.stop - rows.start
+    places = torch.arange(1, size + 1, dtype=torch.float64, device=x.device)
+    v = (torch.frac(places * 0.7548776662466927) - 0.5).to(x).expand(len(x), size)
+    for _ in range(min(_PRODUCTS, size)):
+        for _ in range(2):
+            for known in basis:
+                v = v - torch.linalg.vecdot(v, known).unsqueeze(-1) * known
+        length = v.norm(dim=-1, keepdim=True)
+        v = v / torch.where(length > 0, length, 1.0)
+        whole = torch.zeros_like(x)
+        whole[:, rows] = v
+        basis.append(v)
+        v = matvec(whole)[:, rows]
+        products.append(v)
+    return torch.stack(basis, 1) @ torch.stack(products, 2)
+
+
+def check_players(where: str, objectives: Sequence[Any], init: Any) -> None:
+    """Raise unless ``init`` is a tuple or list with one part for each objective."""
+    if not isinstance(init, (tuple, list)) or len(init) != len(objectives):
+        got = f"{type(init).__name__} of {len(init)}" if isinstance(init, (tuple, list)) else type(init).__name__
+        raise ShapeError(
+            f"{where}: expected init to be a tuple of {len(objectives)}, one part for each player, got {got}; write layer((x_1, x_2), *args)"
+        )

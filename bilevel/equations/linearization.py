@@ -1,0 +1,120 @@
+"""R at one point with its graph: the operator ∂_x R and the pullback through ∂_θ R, for many products."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from bilevel._torch.reverse import reverse_pass
+from bilevel.operators import HessianOperator, JacobianOperator, LinearOperator
+from bilevel.replay.cache import ReplayCache
+from bilevel.replay.program import StartedProgram
+
+__all__ = ["PRODUCT", "Linearization", "LinearizationSlot", "ReplayedLinearization"]
+
+
+@dataclass(frozen=True, eq=False)
+class Linearization:
+    """R at one point with its graph: the operator ∂_x R, and the pullback through ∂_θ R.
+
+    Parameters
+    ----------
+    residual
+        R (batch, n), with its graph.
+    operator
+        ∂_x R.
+    leaves
+        The tensors θ that R was computed from; those that require grad can be pulled back to.
+    value
+        The objectives (batch,) of an argmin, without a graph; None for equations.
+    point
+        x (batch, n).
+    replayed
+        Where it was made without the function: what pulls back in place of a graph.
+    """
+
+    residual: torch.Tensor
+    operator: LinearOperator
+    leaves: tuple[torch.Tensor, ...]
+    value: torch.Tensor | None = None
+    point: torch.Tensor | None = None
+    replayed: ReplayedLinearization | None = None
+
+    def pullback(self, q: torch.Tensor) -> list[torch.Tensor | None]:
+        """Return (∂_θ R)ᵀ q for ``q`` (batch, n), summed over the problems that share a tensor: one reverse pass."""
+        return self._pull(q)[1] if self.replayed is None else self.replayed.pull(q, point=False)[1]
+
+    def pull(self, q: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor | None]]:
+        """Return (∂_x R)ᵀ q (batch, n) and :meth:`pullback` of the same ``q``, all of one reverse pass."""
+        if self.replayed is not None:
+            products, pulled = self.replayed.pull(q, point=True)
+        else:
+            assert isinstance(self.operator, (HessianOperator, JacobianOperator))
+            products, pulled = self._pull(q, self.operator.point)
+        return products[0], pulled
+
+    def _pull(self, q: torch.Tensor, *point: torch.Tensor) -> tuple[list[torch.Tensor], list[torch.Tensor | None]]:
+        needs_grad = [*point, *(leaf for leaf in self.leaves if leaf.requires_grad)]
+        if not needs_grad or not self.residual.requires_grad:
+            found = [torch.zeros_like(leaf) for leaf in needs_grad]
+        else:
+            found = list(reverse_pass([self.residual], needs_grad, [q]))
+        gradients = iter(found)
+        products = [next(gradients) for _ in point]
+        return products, [next(gradients) if leaf.requires_grad else None for leaf in self.leaves]
+
+
+@dataclass(frozen=True, eq=False)
+class ReplayedLinearization:
+    """The second part of a linearisation's program: (q, v) ↦ Jᵀ q, the wanted of (∂_θ R)ᵀ q, and of equations J v, behind R and the values."""
+
+    begun: StartedProgram
+    needs_grad: tuple[bool, ...]
+    symmetric: bool
+
+    def transposed(self, q: torch.Tensor) -> torch.Tensor:
+        """Return Jᵀ q."""
+        return self._finish((PRODUCT,), q)[0]
+
+    def forward(self, v: torch.Tensor) -> torch.Tensor:
+        """Return J v."""
+        return self.transposed(v) if self.symmetric else self._finish((PRODUCT + 1 + sum(self.needs_grad),), v)[0]
+
+    def pull(self, q: torch.Tensor, *, point: bool) -> tuple[list[torch.Tensor], list[torch.Tensor | None]]:
+        """Return [Jᵀ q] if ``point``, and (∂_θ R)ᵀ q."""
+        first = PRODUCT if point else PRODUCT + 1
+        found = list(self._finish(tuple(range(first, PRODUCT + 1 + sum(self.needs_grad))), q))
+        products, pulled = found[: PRODUCT + 1 - first], iter(found[PRODUCT + 1 - first :])
+        return products, [next(pulled) if want else None for want in self.needs_grad]
+
+    def _finish(self, which: tuple[int, ...], q: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        with torch.no_grad():
+            q = q.contiguous()
+            return self.begun.finish(which, q, q)
+
+
+# Where Jᵀ q stands among what a linearisation's program returns.
+PRODUCT = 2
+
+
+@dataclass(eq=False)
+class LinearizationSlot:
+    """Where a solver leaves the linearisation at its answer, which a derivative would otherwise begin with.
+
+    Parameters
+    ----------
+    needs_grad
+        Which of the problem's tensors derivatives will be asked for.
+    linearization
+        The latest that a solver took for the last, or None.
+    replays
+        What evaluations of the problem may be replayed from, if a derivative has to begin with one.
+    matrix
+        A point (batch, n) and the matrices ∂_x R (batch, n, n) there, if the judge materialised them.
+    """
+
+    needs_grad: tuple[bool, ...]
+    linearization: Linearization | None = None
+    replays: ReplayCache | None = None
+    matrix: tuple[torch.Tensor, torch.Tensor] | None = None

@@ -1,0 +1,168 @@
+"""Equilibria of games and saddle points as a differentiable layer: ``bilevel.equilibrium``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any, TypeVar
+
+import torch
+
+from bilevel.equations.equilibrium import EquilibriumSystem, Players, check_players, player_at_fault
+from bilevel.equations.problem import Problem
+from bilevel.equations.system import System
+from bilevel.errors import ArgumentError
+from bilevel.layers.call import SolveCall, SolveSettings
+from bilevel.layers.layer import Layer, Solution
+from bilevel.linear._base import LinearSolverLike
+from bilevel.policy import OnFailure
+from bilevel.reports import Status, StatusMessages
+from bilevel.solvers._base import InnerSolver, InnerSolverLike
+from bilevel.solvers._judge import InnerOutcome
+from bilevel.tolerance import Tolerance
+
+__all__ = ["EquilibriumLayer", "equilibrium"]
+
+T = TypeVar("T")
+
+
+def equilibrium(
+    objectives: Sequence[Callable[..., torch.Tensor]],
+    *,
+    solver: InnerSolverLike | None = None,
+    linear_solver: LinearSolverLike | None = None,
+    tolerance: Tolerance | None = None,
+    on_failure: OnFailure = "raise",
+) -> EquilibriumLayer:
+    """Turn objectives into the layer x*(θ) with x_i* = argmin_{x_i} f_i(x_1*, …, x_i, …, x_N*, θ) for each player i.
+
+    It solves the stacked first-order conditions ∇_{x_i} f_i = 0, and checks at the answer that each player's own Hessian is positive
+    semi-definite. Where one is not, the answer is no equilibrium: the status is ``INDEFINITE``, and the message names the player. A saddle point
+    min_x max_y f(x, y) is the equilibrium of the objectives f and −f.
+
+    Parameters
+    ----------
+    objectives
+        f_i: functions of ``(x_1, ..., x_N, *args, **kwargs)`` that return a scalar tensor, twice differentiable. The players are counted from 0.
+    solver
+        An inner solver for the residual, by default Newton's method; or a function ``(objectives, init, *args, **kwargs)`` -> x, where
+        ``objectives`` maps the tuple x to the tuple of values.
+    linear_solver, tolerance, on_failure
+        See :func:`bilevel.root`.
+
+    Returns
+    -------
+    EquilibriumLayer
+        A function of ``(init, *args, **kwargs)``; ``init`` is a tuple with a tensor, or a pytree of tensors, for each player. It returns the
+        same.
+
+    Raises
+    ------
+    ArgumentError
+        If a setting cannot be used.
+
+    References
+    ----------
+    Facchinei & Kanzow, "Generalized Nash equilibrium problems", Annals of Operations Research 175, 2010.
+
+    Examples
+    --------
+    Two firms choose their outputs at the price 1 − x − y, with unit costs c (Cournot); x = (1 − 2 c_0 + c_1) / 3:
+
+    >>> import torch, bilevel
+    >>> duopoly = bilevel.equilibrium([lambda x, y, c: -x * (1 - x - y - c[0]), lambda x, y, c: -y * (1 - x - y - c[1])])
+    >>> c = torch.tensor([0.1, 0.4], dtype=torch.float64, requires_grad=True)
+    >>> zero = torch.zeros((), dtype=torch.float64)
+    >>> x, y = duopoly((zero, zero), c)
+    >>> round(x.item(), 6), round(y.item(), 6)
+    (0.4, 0.1)
+    >>> x.backward()
+    >>> c.grad
+    tensor([-0.6667,  0.3333], dtype=torch.float64)
+    """
+    if callable(objectives) or not isinstance(objectives, (list, tuple)) or not objectives:
+        raise ArgumentError(
+            f"equilibrium: expected a list of objectives, one for each player, got {objectives!r}; write bilevel.equilibrium([f_1, f_2]), and "
+            "bilevel.argmin(f) for a single one"
+        )
+    wrong = next((f for f in objectives if not callable(f)), None)
+    if wrong is not None:
+        raise ArgumentError(
+            f"equilibrium: expected objectives to be functions of (x_1, ..., x_N, *args), got {wrong!r}; pass functions"
+        )
+    return EquilibriumLayer(
+        Players(tuple(objectives)),
+        solver=solver,
+        linear_solver=linear_solver,
+        tolerance=tolerance,
+        on_failure=on_failure,
+    )
+
+
+class EquilibriumLayer(Layer):
+    """A differentiable equilibrium: a function of ``(init, *args, **kwargs)``. Made by :func:`equilibrium`."""
+
+    def __init__(
+        self,
+        players: Players,
+        *,
+        solver: InnerSolverLike | None,
+        linear_solver: LinearSolverLike | None,
+        tolerance: Tolerance | None,
+        on_failure: OnFailure,
+    ) -> None:
+        if tolerance is not None and getattr(tolerance, "has_goal", False):
+            raise ArgumentError(
+                f"equilibrium: expected Tolerance(delta=..., delta_prime=...), got {tolerance!r}; a layer has no outer loss: write a "
+                "bilevel.BilevelProblem"
+            )
+        super().__init__(
+            EquilibriumSystem,
+            players,
+            solver=solver,
+            linear_solver=linear_solver,
+            tolerance=tolerance,
+            on_failure=on_failure,
+        )
+        names = ", ".join(getattr(f, "__name__", type(f).__name__) for f in players.objectives)
+        self.where = f"`equilibrium` layer `{names}`"
+        # Whoever decides whether evaluations may be replayed, or closures reach a gradient, looks at functions.
+        self.written = lambda: _joined(players.objectives)
+
+    def _solution(self, settings: SolveSettings, init: T, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Solution[T]:
+        assert isinstance(self.function, Players)
+        check_players(self.where, self.function.objectives, init)
+        return super()._solution(settings, init, args, kwargs)
+
+    def _call(self, settings: SolveSettings, system: System, watched: bool) -> SolveCall:
+        call = super()._call(settings, system, watched)
+        return _EquilibriumCall(settings, self.inspector, call.written, system.where, watched, call.dtype)
+
+
+class _EquilibriumCall(SolveCall):
+    """A call that checks the second-order conditions of each player at the answer."""
+
+    def reviewed(
+        self, solver: InnerSolver, problem: Problem, init: torch.Tensor, outcome: InnerOutcome
+    ) -> tuple[InnerOutcome, StatusMessages]:
+        """Return the outcome with ``Status.INDEFINITE`` where a player could do better nearby, and the words that name the first such player."""
+        player = player_at_fault(problem, outcome.x, outcome.status == Status.CONVERGED)
+        fault = player >= 0
+        if not bool(fault.any()):
+            return super().reviewed(solver, problem, init, outcome)
+        outcome = replace(outcome, status=torch.where(fault, int(Status.INDEFINITE), outcome.status))
+        words = dict(super().reviewed(solver, problem, init, outcome)[1])
+        first = int(player[int(fault.nonzero()[0])])
+        words[Status.INDEFINITE] = (
+            f"ended where the objective of player {first} has negative curvature in that player's own unknowns, which is no equilibrium",
+            "start elsewhere, or check the sign of that objective, as each player minimises; if any stationary point will do, state the "
+            "first-order conditions as a bilevel.root",
+        )
+        return outcome, words
+
+
+def _joined(objectives: tuple[Callable[..., Any], ...]) -> Callable[..., Any]:
+    def both() -> tuple[Any, ...]:
+        return objectives
+
+    return both

@@ -1,0 +1,237 @@
+"""Least squares as a differentiable layer: ``bilevel.least_squares``."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any, overload
+
+import torch
+
+from bilevel.equations.least_squares import GaussNewtonSystem, LeastSquaresSystem, Loss
+from bilevel.equations.problem import Problem
+from bilevel.equations.system import System
+from bilevel.errors import ArgumentError
+from bilevel.layers.call import SolveCall, SolveSettings
+from bilevel.layers.first_call import explain_misuse
+from bilevel.layers.layer import Layer
+from bilevel.linear._base import LinearSolverLike
+from bilevel.policy import OnFailure
+from bilevel.pytree import Raveler
+from bilevel.robust import Cauchy, Huber, RobustLoss, SoftL1
+from bilevel.solvers._base import InnerSolverLike
+from bilevel.tolerance import Tolerance
+
+__all__ = ["FullHessian", "GaussNewtonHessian", "LeastSquaresLayer", "least_squares"]
+
+
+@dataclass(frozen=True)
+class FullHessian:
+    """Differentiate with JᵀJ + Σ r_i ∇²r_i: the derivative of the solution."""
+
+
+@dataclass(frozen=True)
+class GaussNewtonHessian:
+    """Differentiate with JᵀJ alone, in the place of the Hessian: a biased derivative.
+
+    It is the derivative of the solution where the residuals vanish or are affine in x. Elsewhere its relative error is about the size of
+    (JᵀJ)⁻¹ Σ r_i ∇²r_i: d argmin (a − x)⁴/da is 1, and 1.5 by this. Second derivatives leave out more terms of the same size. Take it where the
+    full Hessian is not positive definite at the answer, or costs too much. With a robust loss c it is Jᵀ c″(r) J.
+    """
+
+
+HessianChoice = FullHessian | GaussNewtonHessian
+
+
+@overload
+def least_squares(
+    residual: None = None,
+    *,
+    solver: InnerSolverLike | None = None,
+    loss: Loss | None = None,
+    hessian: HessianChoice | None = None,
+    lower: Any = None,
+    upper: Any = None,
+    linear_solver: LinearSolverLike | None = None,
+    tolerance: Tolerance | None = None,
+    on_failure: OnFailure = "raise",
+) -> Callable[[Callable[..., Any]], Layer]: ...
+@overload
+def least_squares(
+    residual: Callable[..., Any],
+    *,
+    solver: InnerSolverLike | None = None,
+    loss: Loss | None = None,
+    hessian: HessianChoice | None = None,
+    lower: Any = None,
+    upper: Any = None,
+    linear_solver: LinearSolverLike | None = None,
+    tolerance: Tolerance | None = None,
+    on_failure: OnFailure = "raise",
+) -> Layer: ...
+@explain_misuse
+def least_squares(
+    residual: Callable[..., Any] | None = None,
+    *,
+    solver: InnerSolverLike | None = None,
+    loss: Loss | None = None,
+    hessian: HessianChoice | None = None,
+    lower: Any = None,
+    upper: Any = None,
+    linear_solver: LinearSolverLike | None = None,
+    tolerance: Tolerance | None = None,
+    on_failure: OnFailure = "raise",
+) -> Layer | Callable[[Callable[..., Any]], Layer]:
+    """Turn residuals into the layer x*(θ) = argmin_x ½‖r(x, θ)‖², with dx*/dθ = −H⁻¹ ∂_θ(Jᵀr) and H = JᵀJ + Σ r_i ∇²r_i.
+
+    Parameters
+    ----------
+    residual
+        r: a function of ``(x, *args, **kwargs)`` that returns a tensor of any shape, or a pytree of tensors. Their squares are summed. Left out,
+        a decorator is returned.
+    solver
+        An inner solver, or a function ``(residual, init, *args, **kwargs)`` -> x. By default :class:`bilevel.LevenbergMarquardt`, and where that
+        fails Newton's method on ½‖r‖², and L-BFGS.
+    loss
+        A robust loss c of each residual, such as ``bilevel.robust.Huber(1.0)``, for Σ c(r_i) in the place of ½‖r‖²; or a function of
+        ``(*args, **kwargs)`` that returns one, so that its scale can be differentiated.
+    hessian
+        The matrix that derivatives are computed with: :class:`bilevel.FullHessian` by default, or :class:`bilevel.GaussNewtonHessian`, whose
+        derivative is biased.
+    lower, upper
+        Bounds of x; none can be given here yet.
+    linear_solver, tolerance, on_failure
+        See :func:`bilevel.argmin`.
+
+    Returns
+    -------
+    Layer
+        A function of ``(init, *args, **kwargs)``. Where H is singular at the solution, one whose part in the null space is that of ``init`` is
+        returned: of minimum norm for a linear residual and ``init`` zero. Its derivative is reported as ``Status.MINIMUM_NORM``.
+
+    Raises
+    ------
+    ArgumentError
+        If a setting cannot be used.
+
+    References
+    ----------
+    Nocedal & Wright, "Numerical Optimization", 2006, chapter 10; for the derivative :func:`bilevel.argmin`.
+
+    Examples
+    --------
+    >>> import torch, bilevel
+    >>> @bilevel.least_squares
+    ... def decay(p, t, y):
+    ...     return p[0] * torch.exp(-p[1] * t) - y
+    >>> t = torch.linspace(0, 3, 7, dtype=torch.float64)
+    >>> y = (2 * torch.exp(-0.8 * t)).requires_grad_()
+    >>> p = decay(torch.ones(2, dtype=torch.float64), t, y)
+    >>> p.detach()
+    tensor([2.0000, 0.8000], dtype=torch.float64)
+    >>> p[1].backward()
+    >>> y.grad[:3]  # what each measurement does to the rate
+    tensor([ 0.3361, -0.0599, -0.2313], dtype=torch.float64)
+    """
+    _refuse_bounds(lower, upper)
+    make = functools.partial(
+        LeastSquaresLayer, solver=solver, loss=loss, hessian=hessian, linear_solver=linear_solver, tolerance=tolerance, on_failure=on_failure
+    )  # fmt: skip
+    return make if residual is None else make(residual)
+
+
+class LeastSquaresLayer(Layer):
+    """A differentiable least-squares solve: a function of ``(init, *args, **kwargs)``. Made by :func:`least_squares`.
+
+    Attributes
+    ----------
+    loss, hessian
+        See :func:`least_squares`.
+    """
+
+    def __init__(
+        self,
+        function: Callable[..., Any],
+        *,
+        solver: InnerSolverLike | None,
+        loss: Loss | None,
+        hessian: HessianChoice | None,
+        linear_solver: LinearSolverLike | None,
+        tolerance: Tolerance | None,
+        on_failure: OnFailure,
+    ) -> None:
+        if tolerance is not None and getattr(tolerance, "has_goal", False):
+            raise ArgumentError(
+                f"least_squares: expected Tolerance(delta=..., delta_prime=...), got {tolerance!r}; a layer has no outer loss: write a "
+                "bilevel.BilevelProblem"
+            )
+        if loss is not None and (isinstance(loss, type) or not (isinstance(loss, RobustLoss) or callable(loss))):
+            raise ArgumentError(
+                f"least_squares: expected loss to be a bilevel.robust.RobustLoss or a function of the arguments, got {loss!r}; for example "
+                "bilevel.robust.Huber(1.0)"
+            )
+        if hessian is not None and not isinstance(hessian, (FullHessian, GaussNewtonHessian)):
+            raise ArgumentError(
+                f"least_squares: expected hessian to be bilevel.FullHessian() or bilevel.GaussNewtonHessian(), got {hessian!r}; pass one of them"
+            )
+        self.loss = loss
+        self.hessian = FullHessian() if hessian is None else hessian
+        kind = GaussNewtonSystem if isinstance(hessian, GaussNewtonHessian) else LeastSquaresSystem
+        super().__init__(
+            kind,
+            function,
+            solver=solver,
+            linear_solver=linear_solver,
+            tolerance=tolerance,
+            on_failure=on_failure,
+        )
+        if not _is_fixed(loss):
+            # Whoever decides whether evaluations may be replayed has to see the loss as well.
+            self.written = lambda: _both(function, loss)
+
+    def _system(
+        self, raveler: Raveler, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[System, list[torch.Tensor]]:
+        system, tensors = super()._system(raveler, args, kwargs)
+        assert isinstance(system, LeastSquaresSystem)
+        return replace(system, loss=self.loss), tensors
+
+    def _call(self, settings: SolveSettings, system: System, watched: bool) -> SolveCall:
+        call = super()._call(settings, system, watched)
+        if not isinstance(system, GaussNewtonSystem):
+            return call
+        return _GaussNewtonCall(settings, self.inspector, call.written, system.where, watched, call.dtype)
+
+
+class _GaussNewtonCall(SolveCall):
+    """A call that solves with the Hessian and differentiates with the Gauss–Newton matrix."""
+
+    def solve(self, problem: Problem, init: torch.Tensor) -> torch.Tensor:
+        assert isinstance(problem.system, GaussNewtonSystem)
+        # What the solve leaves behind is of the other matrix.
+        x = super().solve(replace(problem, system=problem.system.full(), linearization_slot=None), init)
+        self.factor = None
+        return x
+
+
+def _is_fixed(loss: Loss | None) -> bool:
+    """Return whether nothing that ``loss`` computes can change between calls."""
+    if isinstance(loss, Huber):
+        return not isinstance(loss.delta, torch.Tensor)
+    return loss is None or (isinstance(loss, (Cauchy, SoftL1)) and not isinstance(loss.scale, torch.Tensor))
+
+
+def _both(function: Callable[..., Any], loss: Any) -> Callable[..., Any]:
+    def both() -> tuple[Any, Any]:
+        return function, loss
+
+    return both
+
+
+def _refuse_bounds(lower: Any, upper: Any) -> None:
+    if lower is not None or upper is not None:
+        raise ArgumentError(
+            "least_squares: expected no lower= or upper=, as bounds are not supported here yet, got one; write the unknown as a smooth function of "
+            "a free one in residual, such as torch.nn.functional.softplus(x) for a positive one"
+        )

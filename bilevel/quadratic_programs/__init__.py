@@ -1,0 +1,1 @@
+"""Quadratic programs as differentiable functions."""

@@ -1,0 +1,201 @@
+"""A batch of quadratic programs as it was given, the conditions of optimality, and what a solver found."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from functools import cached_property
+
+import torch
+
+from bilevel.quadratic_programs._kkt import KKTFactor, Sizes
+from bilevel.reports import Status
+from bilevel.solvers._mehrotra import mv, tmv
+
+__all__ = ["Found", "Limits", "Program"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Limits:
+    """How long to search, and what for.
+
+    Parameters
+    ----------
+    max_steps
+        Steps of the interior-point method.
+    smoothing
+        τ of the point of the central path that is wanted; 0 for the solution.
+    """
+
+    max_steps: int
+    smoothing: float = 0.0
+
+
+@dataclass(frozen=True, eq=False)
+class Program:
+    """min ½ xᵀQx + qᵀx  s.t.  Ax = b, Gx ≤ h, lower ≤ x ≤ upper, for a batch, in the dtype that is computed in.
+
+    Parameters
+    ----------
+    Q, q, A, b, G, h
+        (B, n, n), (B, n), (B, p, n), (B, p), (B, m, n), (B, m).
+    lower, upper
+        (B, n), infinite where there is no bound.
+    dtype
+        Of the data as given, whose rounding tells what is zero.
+    """
+
+    Q: torch.Tensor
+    q: torch.Tensor
+    A: torch.Tensor
+    b: torch.Tensor
+    G: torch.Tensor
+    h: torch.Tensor
+    lower: torch.Tensor
+    upper: torch.Tensor
+    dtype: torch.dtype
+
+    @classmethod
+    def of(cls, tensors: Sequence[torch.Tensor], dtype: torch.dtype) -> Program:
+        """Return the program of Q, q, A, b, G, h, lower and upper."""
+        Q, q, A, b, G, h, lower, upper = tensors
+        return cls(Q, q, A, b, G, h, lower, upper, dtype)
+
+    def at(self, index: torch.Tensor) -> Program:
+        """Return the problems at ``index``."""
+        return Program.of([getattr(self, entry.name)[index] for entry in fields(self)[:-1]], self.dtype)
+
+    @cached_property
+    def sizes(self) -> Sizes:
+        """n, p, m."""
+        return Sizes(self.q.shape[-1], self.b.shape[-1], self.h.shape[-1])
+
+    @cached_property
+    def fixed(self) -> torch.Tensor:
+        """(B, n) bool: unknowns with two equal bounds."""
+        return self.lower == self.upper
+
+    @cached_property
+    def present(self) -> torch.Tensor:
+        """(B, m + 2n) bool: inequalities that are not at infinity. Of two equal bounds the lower one."""
+        return torch.cat(
+            [torch.isfinite(self.h), torch.isfinite(self.lower), torch.isfinite(self.upper) & ~self.fixed], -1
+        )  # fmt: skip
+
+    @property
+    def rounding(self) -> float:
+        """The relative size of an eigenvalue of Q that may be rounding."""
+        return 1e-11 if self.dtype == torch.float64 else 1e-5
+
+    @property
+    def weakness(self) -> float:
+        """The relative size of a slack or a multiplier that counts as zero."""
+        return 1e-9 if self.dtype == torch.float64 else 2e-6
+
+    def residual(self, point: torch.Tensor, active: torch.Tensor, smoothing: float = 0.0) -> torch.Tensor:
+        """Return R (B, n + p + m + 2n), which vanishes at the solution with the active set, or on the central path."""
+        x, nu, lam, low, up = self.sizes.split(point)
+        general, below, above = active.split(self.sizes.rows, -1)
+        top = mv(self.Q, x) + self.q - low + up
+        equations = nu
+        if self.sizes.p:
+            top = top + tmv(self.A, nu)
+            equations = mv(self.A, x) - self.b
+        rows = lam
+        if self.sizes.m:
+            top = top + tmv(self.G, lam)
+            rows = torch.where(general, mv(self.G, x) - self.h, -lam)
+        below_rows = torch.where(below, self.lower - x, -low)
+        above_rows = torch.where(above, x - self.upper, -up)
+        lack = torch.cat([top, equations, rows, below_rows, above_rows], -1)
+        if smoothing:
+            weights = point[:, self.sizes.n + self.sizes.p :]
+            path = torch.where(active, smoothing / torch.where(active, weights, 1.0), 0.0)
+            lack = torch.cat(
+                [lack[:, : self.sizes.n + self.sizes.p], lack[:, self.sizes.n + self.sizes.p :] + path], -1
+            )
+        return lack
+
+    def slacks(self, point: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return d − Cx (B, m + 2n), and the sizes of the numbers of which each is the difference."""
+        x = point[:, : self.sizes.n]
+        reached = mv(self.G, x)
+        slack = torch.cat([self.h - reached, x - self.lower, self.upper - x], -1)
+        size = x.abs()
+        rows = torch.where(torch.isfinite(self.h), self.h.abs(), 0.0) + mv(self.G.abs(), size)
+        low = size + torch.where(torch.isfinite(self.lower), self.lower.abs(), 0.0)
+        up = size + torch.where(torch.isfinite(self.upper), self.upper.abs(), 0.0)
+        return slack, torch.cat([rows, low, up], -1)
+
+    def weights(self, point: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the multipliers (B, m + 2n) in units of a slope, and the size (B, 1) of the slopes of which they are made."""
+        x, nu, lam, low, up = self.sizes.split(point)
+        parts = [lam * self.G.abs().amax(-1) if self.sizes.m else lam, low, up]
+        weights = torch.cat(parts, -1)
+        size = torch.maximum(self.q.abs().amax(-1), mv(self.Q.abs(), x.abs()).amax(-1))
+        if self.sizes.p:
+            size = torch.maximum(size, tmv(self.A.abs(), nu.abs()).amax(-1))
+        return weights, torch.maximum(size, weights.abs().amax(-1)).unsqueeze(-1)
+
+    def scales(self, point: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return one plus the largest number (B,) in the constraints, and in the stationarity, for residuals to be compared with."""
+        _, size = self.weights(point)
+        _, rows = self.slacks(point)
+        primal = rows.amax(-1)
+        primal = torch.maximum(primal, self.b.abs().amax(-1)) if self.sizes.p else primal
+        return 1 + primal, 1 + size.squeeze(-1)
+
+
+@dataclass(eq=False)
+class Found:
+    """What a solver found.
+
+    Parameters
+    ----------
+    point
+        x, ν, λ, μ_l, μ_u (B, n + p + m + 2n).
+    active, weak
+        (B, m + 2n) bool: active inequalities, and those of which it is not clear.
+    status, iterations
+        (B,) int64.
+    residual, threshold
+        (B,).
+    certificate
+        (B, n + p + m + 2n): a ray of x that the objective falls along for ever, or of the multipliers that no feasible point allows; else zero.
+    factor
+        K, where it is at hand.
+    """
+
+    point: torch.Tensor
+    active: torch.Tensor
+    weak: torch.Tensor
+    status: torch.Tensor
+    iterations: torch.Tensor
+    residual: torch.Tensor
+    threshold: torch.Tensor
+    certificate: torch.Tensor
+    factor: KKTFactor | None = None
+
+    @classmethod
+    def blank(cls, program: Program) -> Found:
+        """Return that nothing was found."""
+        B, sizes, like = len(program.q), program.sizes, program.q
+        marks = torch.zeros(B, sum(sizes.rows), dtype=torch.bool, device=like.device)
+        numbers = torch.full((B,), int(Status.RUNNING), dtype=torch.int64, device=like.device)
+        point = like.new_full((B, sum(sizes.parts)), float("nan"))
+        residual, threshold = like.new_full((B,), float("nan")), like.new_full((B,), float("nan"))
+        return cls(
+            point,
+            marks,
+            marks.clone(),
+            numbers,
+            torch.zeros_like(numbers),
+            residual,
+            threshold,
+            torch.zeros_like(point),
+        )
+
+    def put(self, index: torch.Tensor, other: Found) -> None:
+        """Write the problems of ``other`` to ``index``."""
+        for entry in fields(self)[:-1]:
+            getattr(self, entry.name)[index] = getattr(other, entry.name)

@@ -1,0 +1,95 @@
+"""min f(x) + g(x) as its solvers see it: a batch of flat problems, a smooth objective and a proximal operator."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from bilevel.equations.problem import Problem
+
+__all__ = ["Composite", "Iterate"]
+
+
+@dataclass(frozen=True, eq=False)
+class Composite:
+    """f + g, all tensors (batch, n) or (batch,), without a graph.
+
+    Parameters
+    ----------
+    objective
+        f, smooth.
+    model
+        R = 0, whose derivatives are those of the solution: the gradient of the local model Φ, or the residual of the proximal fixed point.
+    prox
+        (v, step (batch,)) ↦ prox_{step·g}(v).
+    value
+        x ↦ g(x) (batch,). None, like all below, for terms that name no manifold.
+    margin
+        (x, ∇f(x), step) ↦ how far x is from degenerate (batch,).
+    retract
+        (x, y) ↦ Π(y), with the retraction of the manifold that x lies on.
+    free
+        x ↦ bool (batch, n): the unknowns that are not fixed on the manifold of x.
+    entries
+        (x, places (batch, k)) ↦ the entries (batch, k, k) of the Hessian of Φ at these places.
+    """
+
+    objective: Problem
+    model: Problem
+    prox: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+    value: Callable[[torch.Tensor], torch.Tensor] | None = None
+    margin: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor] | None = None
+    retract: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None
+    free: Callable[[torch.Tensor], torch.Tensor] | None = None
+    entries: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None
+
+    def step(self, x: torch.Tensor, slope: torch.Tensor, step: torch.Tensor) -> torch.Tensor:
+        """Return T(x) = prox_{step·g}(x − step · slope)."""
+        return self.prox(x - step.unsqueeze(-1) * slope, step)
+
+    def known_free(self, x: torch.Tensor) -> torch.Tensor:
+        """Return the unknowns that are not fixed on the manifold of x, bool (batch, n)."""
+        assert self.free is not None
+        return self.free(x)
+
+    def at(self, x: torch.Tensor, step: torch.Tensor) -> Iterate:
+        """Return the iterate at ``x``."""
+        value, slope = self.objective.value_and_residual(x)
+        return Iterate(x, value, slope, step)
+
+    def total(self, at: Iterate) -> torch.Tensor:
+        """Return f + g (batch,) at an iterate that lies in the domain of g."""
+        assert self.value is not None
+        return at.value + self.value(at.x)
+
+
+@dataclass(frozen=True, eq=False)
+class Iterate:
+    """A point with what f is there.
+
+    Parameters
+    ----------
+    x, value, slope
+        x (batch, n), f(x) (batch,) and ∇f(x) (batch, n).
+    step
+        A step s (batch,) that proximal gradient steps descend with, about 1/L.
+    """
+
+    x: torch.Tensor
+    value: torch.Tensor
+    slope: torch.Tensor
+    step: torch.Tensor
+
+    def where(self, these: torch.Tensor, other: Iterate) -> Iterate:
+        """Return this iterate for the problems of ``these`` (batch,), and ``other`` for the rest."""
+        if bool(these.all()):
+            return self
+        wide = these.unsqueeze(-1)
+        return Iterate(
+            torch.where(wide, self.x, other.x),
+            torch.where(these, self.value, other.value),
+            torch.where(wide, self.slope, other.slope),
+            torch.where(these, self.step, other.step),
+        )

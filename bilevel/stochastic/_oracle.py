@@ -1,0 +1,319 @@
+"""Evaluate the two objectives on minibatches: losses, gradients and second-order products, each with the fewest passes.
+
+One place handles what is the same for all methods: parts of a minibatch, autocast, scaled losses, averages over processes,
+modules at other parameters, and the count of passes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import distributed
+
+from bilevel._torch.reverse import reverse_pass
+from bilevel.errors import ArgumentError, CapturedTensorError, ShapeError
+from bilevel.stochastic._batches import batch_parts
+from bilevel.stochastic._lists import Tensors
+from bilevel.stochastic._options import StepOptions
+from bilevel.stochastic._variables import Point, Variables, call_at
+
+__all__ = ["Gradients", "Linearization", "Oracle", "Products"]
+
+Objective = Callable[[Any, Any, Any], torch.Tensor]
+
+
+@dataclass(frozen=True, eq=False)
+class Gradients:
+    """A loss (), and its gradients by the inner and outer variables."""
+
+    loss: torch.Tensor
+    inner: Tensors
+    outer: Tensors
+
+
+@dataclass(frozen=True, eq=False)
+class Products:
+    """G, ∇_φ G, H q and Bᵀ q at one point and one minibatch."""
+
+    loss: torch.Tensor
+    gradient: Tensors
+    hessian: Tensors
+    cross: Tensors
+
+
+class Oracle:
+    """The derivatives of G and F that methods are made of.
+
+    Parameters
+    ----------
+    inner_objective, outer_objective
+        (inner, outer, data) ↦ G or F, of shape ().
+    inner, outer
+        The variables.
+    options
+        Of the method.
+    where
+        The method's name, for messages.
+    """
+
+    def __init__(
+        self,
+        inner_objective: Objective,
+        outer_objective: Objective,
+        inner: Variables,
+        outer: Variables,
+        options: StepOptions,
+        where: str,
+    ) -> None:
+        self.inner, self.outer, self.options, self.where = inner, outer, options, where
+        self._objectives = {"inner_objective": inner_objective, "outer_objective": outer_objective}
+        self._unreached: set[int] | None = {id(tensor) for tensor in outer.tensors}
+        self._inspected: set[str] = set()
+        self.passes = {"forward": 0, "reverse": 0}
+        self.synchronize()
+
+    # Derivatives.
+
+    def inner_gradient(self, batch: Any, at: Point | None = None) -> tuple[torch.Tensor, Tensors]:
+        """Return G and ∇_φ G: one forward and one reverse pass."""
+        found = self._gradients("inner_objective", batch, at, (True, False))
+        return found.loss, found.inner
+
+    def inner_gradients(self, batch: Any, at: Point | None = None) -> Gradients:
+        """Return G, ∇_φ G and ∇_θ G: one forward and one reverse pass."""
+        return self._gradients("inner_objective", batch, at, (True, True))
+
+    def outer_gradients(self, batch: Any, at: Point | None = None) -> Gradients:
+        """Return F, ∇_φ F and ∇_θ F: one forward and one reverse pass."""
+        return self._gradients("outer_objective", batch, at, (True, True))
+
+    def products(self, batch: Any, q: Sequence[torch.Tensor], at: Point | None = None) -> Products:
+        """Return G, ∇_φ G, H q and Bᵀ q: one forward and two reverse passes.
+
+        The second reverse pass is of ⟨∇_φ G, q⟩ by φ and θ together. The graph of one part of a minibatch is freed before the next.
+        """
+        z, x = self._leaves(at)
+
+        def parts() -> Iterator[tuple[float, list[torch.Tensor]]]:
+            for weight, data in batch_parts(batch):
+                loss, gradient, scale = self._linearize(data, at, z)
+                found = self._reverse(gradient, [*z, *x], q, retain_graph=False)
+                yield weight, [loss, *_unscaled([*_detached(gradient), *found], scale)]
+
+        loss, *rest = self._mean(parts())
+        n = len(z)
+        return Products(loss, rest[:n], rest[n : 2 * n], rest[2 * n :])
+
+    def linearize(self, batch: Any, at: Point | None = None) -> Linearization:
+        """Return ∇_φ G with its graph: one forward and one reverse pass, and one more for each product asked of it."""
+        return Linearization(self, batch, at)
+
+    # What they are made of.
+
+    def value(self, name: str, data: Any, at: Point | None) -> torch.Tensor:
+        """Return an objective's loss () with its graph."""
+        self.passes["forward"] += 1
+        with torch.enable_grad(), self._autocast():
+            loss = call_at(self._objectives[name], self.inner, self.outer, data, at)
+        if not isinstance(loss, torch.Tensor) or loss.numel() != 1 or not loss.is_floating_point():
+            got = f"a tensor {tuple(loss.shape)} of {loss.dtype}" if isinstance(loss, torch.Tensor) else repr(loss)
+            raise ShapeError(
+                f"{self.where}: expected {name} to return a floating-point tensor of shape (), got {got}; return the mean of the losses"
+            )
+        if not loss.requires_grad:
+            raise ArgumentError(
+                f"{self.where}: expected {name} to depend on the variables through differentiable operations, and it does not; "
+                "compute it from `inner` and `outer` as they are passed, without .detach() or .item()"
+            )
+        loss = loss.reshape(())
+        if at is None and name not in self._inspected:
+            self._inspect(name, loss)
+        return loss
+
+    def _gradients(self, name: str, batch: Any, at: Point | None, by: tuple[bool, bool]) -> Gradients:
+        z, x = self._leaves(at)
+        leaves = [*(z if by[0] else []), *(x if by[1] else [])]
+
+        def parts() -> Iterator[tuple[float, list[torch.Tensor]]]:
+            for weight, data in batch_parts(batch):
+                loss = self.value(name, data, at)
+                scaled, scale = self._scaled(loss)
+                found = self._reverse([scaled], leaves, [torch.ones_like(scaled)], retain_graph=False)
+                yield weight, [loss.detach(), *_unscaled(found, scale)]
+
+        loss, *rest = self._mean(parts())
+        count = len(z) if by[0] else 0
+        return Gradients(loss, rest[:count], rest[count:])
+
+    def _linearize(self, data: Any, at: Point | None, z: Tensors) -> tuple[torch.Tensor, Tensors, torch.Tensor | None]:
+        """Return G, and ∇_φ G times the scale with its graph, for one part of a minibatch."""
+        loss = self.value("inner_objective", data, at)
+        scaled, scale = self._scaled(loss)
+        gradient = self._reverse([scaled], z, [torch.ones_like(scaled)], create_graph=True)
+        return loss.detach(), list(gradient), scale
+
+    def _reverse(
+        self,
+        outputs: Sequence[torch.Tensor],
+        leaves: Sequence[torch.Tensor],
+        cotangents: Sequence[torch.Tensor],
+        *,
+        retain_graph: bool = True,
+        create_graph: bool = False,
+    ) -> tuple[torch.Tensor, ...]:
+        self.passes["reverse"] += 1
+        return reverse_pass(outputs, leaves, cotangents, retain_graph=retain_graph, create_graph=create_graph)
+
+    def _leaves(self, at: Point | None) -> tuple[Tensors, Tensors]:
+        return (self.inner.tensors, self.outer.tensors) if at is None else (at.inner, at.outer)
+
+    def _autocast(self) -> AbstractContextManager[Any]:
+        dtype = self.options.autocast
+        if dtype is None:
+            return nullcontext()
+        # Weights cast for one evaluation must not be reused by the next: theirs would be another graph.
+        return torch.autocast(self.inner.tensors[0].device.type, dtype, cache_enabled=False)
+
+    def _scaled(self, loss: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        scaler = self.options.grad_scaler
+        if scaler is None or not scaler.is_enabled():
+            return loss, None
+        scale = scaler.scale(torch.ones((), device=loss.device))
+        return loss.float() * scale, scale
+
+    def _mean(self, parts: Iterator[tuple[float, list[torch.Tensor]]]) -> Tensors:
+        """Return the weighted sum over the parts of a minibatch, averaged over processes."""
+        total: Tensors = []
+        for weight, found in parts:
+            part = found if weight == 1.0 else [weight * tensor for tensor in found]
+            total = [a + b for a, b in zip(total, part, strict=True)] if total else part
+        return self.average(total)
+
+    # Processes.
+
+    @property
+    def is_distributed(self) -> bool:
+        """Whether there are other processes to average over."""
+        return (
+            distributed.is_available()
+            and distributed.is_initialized()
+            and distributed.get_world_size(self.options.process_group) > 1
+        )
+
+    def average(self, tensors: Tensors) -> Tensors:
+        """Return the mean over the processes, by one message for each dtype."""
+        if not self.is_distributed:
+            return tensors
+        group = self.options.process_group
+        result = list(tensors)
+        for dtype in {tensor.dtype for tensor in tensors}:
+            places = [place for place, tensor in enumerate(tensors) if tensor.dtype == dtype]
+            flat = torch.cat([tensors[place].reshape(-1) for place in places])
+            distributed.all_reduce(flat, group=group)
+            flat /= distributed.get_world_size(group)
+            sizes = [tensors[place].numel() for place in places]
+            for place, part in zip(places, flat.split(sizes), strict=True):
+                result[place] = part.reshape(tensors[place].shape)
+        return result
+
+    def synchronize(self) -> None:
+        """Give all processes the variables and buffers of the first."""
+        if not self.is_distributed:
+            return
+        group = self.options.process_group
+        first = distributed.get_global_rank(group, 0) if group is not None else 0
+        for variables in (self.inner, self.outer):
+            for tensor in (*variables.tensors, *variables.buffers().values()):
+                distributed.broadcast(tensor.detach(), first, group=group)
+
+    # Checks.
+
+    def _inspect(self, name: str, loss: torch.Tensor) -> None:
+        """Follow the graph of the first loss to its leaves: no pass, and no wrong gradient goes unseen."""
+        self._inspected.add(name)
+        reached = _leaves_of(loss)
+        inner = {id(tensor) for tensor in self.inner.tensors}
+        outer = {id(tensor) for tensor in self.outer.tensors}
+        for tensor in reached:
+            if id(tensor) not in inner | outer:
+                raise CapturedTensorError(
+                    f"{self.where}: expected {name} to reach no tensor that requires grad besides inner and outer, and it reaches one of "
+                    f"shape {tuple(tensor.shape)}; make it part of inner or outer, or call .requires_grad_(False) on it"
+                )
+        found = {id(tensor) for tensor in reached}
+        if name == "inner_objective" and not found & inner:
+            raise ArgumentError(
+                f"{self.where}: expected inner_objective to depend on inner, and no graph leads to it; compute the loss from `inner` as "
+                "it is passed"
+            )
+        if self._unreached is not None:
+            self._unreached -= found
+        if len(self._inspected) == 2 and self._unreached:
+            missing = [n for n, t in zip(self.outer.names, self.outer.tensors, strict=True) if id(t) in self._unreached]
+            raise ArgumentError(
+                f"{self.where}: expected an objective to depend on every tensor of outer, and no graph leads to {', '.join(missing)}; use "
+                "it in an objective, or call .requires_grad_(False) on it"
+            )
+
+
+class Linearization:
+    """∇_φ G at one point and one minibatch with its graph, for products with H and Bᵀ.
+
+    Parameters
+    ----------
+    oracle
+        Who counts and averages.
+    batch
+        The minibatch; the graphs of all its parts are kept.
+    at
+        Another point than the variables' own.
+    """
+
+    def __init__(self, oracle: Oracle, batch: Any, at: Point | None) -> None:
+        self._oracle = oracle
+        self._z, self._x = oracle._leaves(at)
+        self._parts = [(weight, *oracle._linearize(data, at, self._z)) for weight, data in batch_parts(batch)]
+        self.loss, *self.gradient = oracle._mean(
+            (weight, [loss, *_unscaled(_detached(gradient), scale)]) for weight, loss, gradient, scale in self._parts
+        )
+
+    def hessian(self, q: Sequence[torch.Tensor]) -> Tensors:
+        """Return H q: one reverse pass."""
+        return self._product(self._z, q)
+
+    def cross(self, q: Sequence[torch.Tensor]) -> Tensors:
+        """Return Bᵀ q: one reverse pass."""
+        return self._product(self._x, q)
+
+    def _product(self, leaves: Tensors, q: Sequence[torch.Tensor]) -> Tensors:
+        return self._oracle._mean(
+            (weight, _unscaled(self._oracle._reverse(gradient, leaves, q), scale))
+            for weight, _, gradient, scale in self._parts
+        )
+
+
+def _unscaled(tensors: Sequence[torch.Tensor], scale: torch.Tensor | None) -> Tensors:
+    return list(tensors) if scale is None else [tensor / scale for tensor in tensors]
+
+
+def _detached(tensors: Sequence[torch.Tensor]) -> Tensors:
+    return [tensor.detach() for tensor in tensors]
+
+
+def _leaves_of(loss: torch.Tensor) -> list[torch.Tensor]:
+    """Return the leaf tensors that a graph leads to."""
+    seen, found = set(), []
+    waiting: list[Any] = [loss.grad_fn]
+    while waiting:
+        node = waiting.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if hasattr(node, "variable"):
+            found.append(node.variable)
+        waiting += [parent for parent, _ in node.next_functions]
+    return found

@@ -1,0 +1,148 @@
+"""The variables of one level: the parameters of a module, or the tensors of a pytree, as one list of tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils import _pytree as pytree
+
+from bilevel.errors import ArgumentError, DtypeError
+from bilevel.stochastic._lists import Tensors
+
+__all__ = ["Point", "Variables", "call_at"]
+
+
+@dataclass(frozen=True, eq=False)
+class Point:
+    """Values of the inner and outer variables other than their own, as leaves that require grad."""
+
+    inner: Tensors
+    outer: Tensors
+
+    @staticmethod
+    def of(inner: Sequence[torch.Tensor], outer: Sequence[torch.Tensor]) -> Point:
+        """Return copies that share memory with ``inner`` and ``outer``."""
+        return Point([t.detach().requires_grad_() for t in inner], [t.detach().requires_grad_() for t in outer])
+
+
+class Variables:
+    """The variables of one level.
+
+    Parameters
+    ----------
+    given
+        A module, whose parameters that require grad are the variables; or a pytree, whose leaf tensors that require grad
+        are. Of a pytree in which no tensor requires grad, all floating-point tensors are variables, and are made to
+        require grad.
+    what
+        ``"inner"`` or ``"outer"``.
+    where
+        The method's name, for messages.
+    """
+
+    def __init__(self, given: Any, what: str, where: str) -> None:
+        if isinstance(given, nn.parallel.DistributedDataParallel):
+            given = given.module  # the engine averages what it computes; DDP's hooks would average something else
+        self.given, self.what, self.where = given, what, where
+        self.tensors: Tensors = []
+        self.names: list[str] = []
+        self.is_module = isinstance(given, nn.Module)
+        if self.is_module:
+            named = [(name, p) for name, p in given.named_parameters() if p.requires_grad]
+            if not named:
+                raise ArgumentError(
+                    f"{where}: expected the module {what} to have a parameter that requires grad, and it has none; unfreeze one"
+                )
+            self.names, self.tensors = [name for name, _ in named], [p for _, p in named]
+        else:
+            self._read_tree(given)
+        devices = {tensor.device for tensor in self.tensors}
+        if len(devices) > 1:
+            raise ArgumentError(
+                f"{where}: expected all of {what} on one device, got {sorted(map(str, devices))}; move them together"
+            )
+
+    def _read_tree(self, tree: Any) -> None:
+        paths, self._structure = pytree.tree_flatten_with_path(tree)
+        self._leaves = [leaf for _, leaf in paths]
+        tensors = [leaf for leaf in self._leaves if isinstance(leaf, torch.Tensor)]
+        if not tensors:
+            raise ArgumentError(
+                f"{self.where}: expected {self.what} to be a module or a pytree with a tensor, got {tree!r}; pass "
+                "torch.tensor(...) of it"
+            )
+        if not any(tensor.requires_grad for tensor in tensors):
+            moving = [tensor for tensor in tensors if tensor.is_floating_point()]
+            if not moving:
+                raise DtypeError(
+                    f"{self.where}: expected {self.what} to hold a floating-point tensor, got "
+                    f"{', '.join(str(tensor.dtype) for tensor in tensors)}; convert one with .float()"
+                )
+            for tensor in moving:
+                tensor.requires_grad_()
+        self._places = []
+        for place, (path, leaf) in enumerate(paths):
+            if not isinstance(leaf, torch.Tensor) or not leaf.requires_grad:
+                continue
+            name = self.what + pytree.keystr(path)
+            if not leaf.is_leaf:
+                raise ArgumentError(
+                    f"{self.where}: expected {name} to be a leaf tensor, which can be updated in place, got the result of an "
+                    "operation; pass .detach().requires_grad_() of it"
+                )
+            if leaf.is_complex():
+                raise DtypeError(
+                    f"{self.where}: expected {name} to be a real tensor, got {leaf.dtype}; pass torch.view_as_real(...) of it"
+                )
+            self._places.append(place)
+            self.tensors.append(leaf)
+            self.names.append(pytree.keystr(path) or self.what)
+
+    def tree_of(self, tensors: Sequence[torch.Tensor]) -> Any:
+        """Return the pytree given, with ``tensors`` in the places of the variables."""
+        leaves = list(self._leaves)
+        for place, tensor in zip(self._places, tensors, strict=True):
+            leaves[place] = tensor
+        return pytree.tree_unflatten(leaves, self._structure)
+
+    def buffers(self) -> dict[str, torch.Tensor]:
+        """Return the buffers of a module by name."""
+        return dict(self.given.named_buffers()) if self.is_module else {}
+
+
+class _Pair(nn.Module):
+    """Both levels under one roof, so that one functional call replaces the parameters of both."""
+
+    def __init__(self, inner: Variables, outer: Variables) -> None:
+        super().__init__()
+        self.inner = inner.given if inner.is_module else None
+        self.outer = outer.given if outer.is_module else None
+
+    def forward(self, objective: Callable[..., torch.Tensor], inner: Any, outer: Any, data: Any) -> torch.Tensor:
+        return objective(inner if self.inner is None else self.inner, outer if self.outer is None else self.outer, data)
+
+
+def call_at(
+    objective: Callable[..., torch.Tensor], inner: Variables, outer: Variables, data: Any, at: Point | None
+) -> torch.Tensor:
+    """Return the objective at the variables' own values, or at ``at``.
+
+    A module is handed to the objective as itself. Elsewhere than at its own values its parameters are replaced for the length
+    of the call, and its buffers by copies: an evaluation at an old point does not count twice in running statistics.
+    """
+    if at is None:
+        return objective(inner.given, outer.given, data)
+    replaced: dict[str, torch.Tensor] = {}
+    for variables, tensors in ((inner, at.inner), (outer, at.outer)):
+        if variables.is_module:
+            replaced |= {f"{variables.what}.{name}": t for name, t in zip(variables.names, tensors, strict=True)}
+            replaced |= {f"{variables.what}.{name}": b.clone() for name, b in variables.buffers().items()}
+    z = None if inner.is_module else inner.tree_of(at.inner)
+    x = None if outer.is_module else outer.tree_of(at.outer)
+    if not replaced:
+        return objective(z, x, data)
+    return torch.func.functional_call(_Pair(inner, outer), replaced, (objective, z, x, data))

@@ -1,0 +1,68 @@
+"""AmIGO: several inner steps, several steps on the linear system, one outer step, everything warm-started."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from bilevel.setting_checks import check_steps
+from bilevel.stochastic._adjoint import AdjointMethod
+from bilevel.stochastic._batches import BatchSource
+from bilevel.stochastic._lists import norm, subtract
+from bilevel.stochastic._method import Directions, Problem
+
+__all__ = ["AmIGO"]
+
+
+class AmIGO(AdjointMethod):
+    """T inner steps, N gradient steps on ½ qᵀH q − qᵀ∇_φ F from the last q, and one outer step along ∇_θ F − Bᵀ q.
+
+    T + 2 forward and T + N + 3 reverse passes with one batch for each level. From streams every inner step, adjoint step and the last
+    product draw their own minibatches.
+
+    Parameters
+    ----------
+    problem, inner, outer
+        See :class:`~bilevel.stochastic.AdjointMethod`.
+    inner_steps, adjoint_steps
+        T and N.
+    **settings
+        The optimisers and options of :class:`~bilevel.stochastic.AdjointMethod`.
+
+    References
+    ----------
+    Arbel, Mairal, "Amortized implicit differentiation for stochastic bilevel optimization", ICLR 2022, Algorithm 1.
+    """
+
+    def __init__(
+        self,
+        problem: Problem,
+        inner: Any,
+        outer: Any,
+        *,
+        inner_steps: int = 10,
+        adjoint_steps: int = 10,
+        **settings: Any,
+    ) -> None:
+        super().__init__(problem, inner, outer, **settings)
+        check_steps(self.where, "inner_steps", inner_steps, least=0)
+        check_steps(self.where, "adjoint_steps", adjoint_steps)
+        self.inner_steps, self.adjoint_steps = inner_steps, adjoint_steps
+
+    def _directions(self, inner: BatchSource, outer: BatchSource) -> Directions:
+        self._inner_steps(inner, self.inner_steps)
+        oracle = self._oracle
+        lower, upper = oracle.linearize(inner.draw()), oracle.outer_gradients(outer.draw())
+        for step in range(self.adjoint_steps):
+            if step and inner.is_stream:
+                lower = oracle.linearize(inner.draw())
+            if step and outer.is_stream:
+                upper = oracle.outer_gradients(outer.draw())
+            residual = subtract(lower.hessian(self.adjoint), upper.inner)
+            self._move("adjoint", residual)
+        return Directions(
+            outer=subtract(upper.outer, lower.cross(self.adjoint)),
+            inner_loss=lower.loss,
+            outer_loss=upper.loss,
+            inner_gradient_norm=norm(lower.gradient),
+            adjoint_residual_norm=norm(residual),
+        )

@@ -1,0 +1,66 @@
+"""stocBiO: several inner steps, and a Neumann series from cold for the linear system."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from bilevel.setting_checks import check_steps
+from bilevel.stochastic._adjoint import check_rate, sum_neumann
+from bilevel.stochastic._batches import BatchSource
+from bilevel.stochastic._lists import norm, subtract
+from bilevel.stochastic._method import Directions, Problem, StochasticMethod
+
+__all__ = ["StocBiO"]
+
+
+class StocBiO(StochasticMethod):
+    """T inner steps, q = η Σ_{k≤Q} Π_{j≤k} (I − η H_j) ∇_φ F, and one outer step along ∇_θ F − Bᵀ q.
+
+    T + 2 forward and T + Q + 3 reverse passes with one batch for each level. From a stream every factor has its own minibatch, with
+    one forward and one reverse pass more. η must be below 2 over the largest eigenvalue of H.
+
+    Parameters
+    ----------
+    problem, inner, outer
+        See :class:`~bilevel.stochastic.StochasticMethod`.
+    inner_steps, terms
+        T and Q.
+    neumann_rate
+        η; None: the learning rate of the inner optimiser.
+    **settings
+        The optimisers and options of :class:`~bilevel.stochastic.StochasticMethod`.
+
+    References
+    ----------
+    Ji, Yang, Liang, "Bilevel optimization: convergence analysis and enhanced design", ICML 2021, Algorithms 2 (stocBiO) and 3.
+    """
+
+    def __init__(
+        self,
+        problem: Problem,
+        inner: Any,
+        outer: Any,
+        *,
+        inner_steps: int = 10,
+        terms: int = 10,
+        neumann_rate: float | None = None,
+        **settings: Any,
+    ) -> None:
+        super().__init__(problem, inner, outer, **settings)
+        check_steps(self.where, "inner_steps", inner_steps, least=0)
+        check_steps(self.where, "terms", terms, least=0)
+        check_rate(self.where, "neumann_rate", neumann_rate)
+        self.inner_steps, self.terms, self.neumann_rate = inner_steps, terms, neumann_rate
+
+    def _directions(self, inner: BatchSource, outer: BatchSource) -> Directions:
+        self._inner_steps(inner, self.inner_steps)
+        lower = self._oracle.linearize(inner.draw())
+        upper = self._oracle.outer_gradients(outer.draw())
+        rate = self._rate if self.neumann_rate is None else self.neumann_rate
+        q, _ = sum_neumann(self._oracle, inner, upper.inner, lower.hessian, self.terms, rate)
+        return Directions(
+            outer=subtract(upper.outer, lower.cross(q)),
+            inner_loss=lower.loss,
+            outer_loss=upper.loss,
+            inner_gradient_norm=norm(lower.gradient),
+        )

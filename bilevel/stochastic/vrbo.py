@@ -1,0 +1,107 @@
+"""VRBO: recursive estimates (SPIDER) in a double loop."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from bilevel.setting_checks import check_steps
+from bilevel.stochastic._adjoint import check_rate, neumann_directions
+from bilevel.stochastic._batches import BatchSource
+from bilevel.stochastic._lists import Tensors, add, norm, subtract
+from bilevel.stochastic._method import Directions, Problem, StochasticMethod
+from bilevel.stochastic._recursive import Periodic, Reference
+from bilevel.stochastic._variables import Point
+
+__all__ = ["VRBO"]
+
+
+class VRBO(StochasticMethod):
+    """One outer step along a recursive estimate, then T + 1 inner steps, during which both estimates follow by differences.
+
+    Every ``period`` steps the estimates begin anew on a large batch. Each inner step costs 4 forward and 2Q + 6 reverse passes.
+
+    Parameters
+    ----------
+    problem, inner, outer
+        See :class:`~bilevel.stochastic.StochasticMethod`.
+    inner_steps
+        T ≥ 1.
+    terms
+        Q, of the Neumann series η Σ_{k≤Q} (I − ηH)ᵏ ∇_φ F.
+    neumann_rate
+        η; None: the learning rate of the inner optimiser.
+    period
+        Steps from one beginning to the next.
+    reference
+        A function without arguments that returns the large batches (inner, outer) of a beginning. None: the batches given to ``step``
+        are used; ``wants_large_batch`` says when they should be large.
+    **settings
+        The optimisers and options of :class:`~bilevel.stochastic.StochasticMethod`.
+
+    References
+    ----------
+    Yang, Ji, Liang, "Provably faster algorithms for bilevel optimization", NeurIPS 2021, Algorithm 2 (VRBO); Fang et al., "SPIDER",
+    NeurIPS 2018.
+    """
+
+    _STATE = ("_estimate", "_losses")
+
+    def __init__(
+        self,
+        problem: Problem,
+        inner: Any,
+        outer: Any,
+        *,
+        inner_steps: int = 3,
+        terms: int = 10,
+        neumann_rate: float | None = None,
+        period: int = 8,
+        reference: Reference | None = None,
+        **settings: Any,
+    ) -> None:
+        super().__init__(problem, inner, outer, **settings)
+        check_steps(self.where, "inner_steps", inner_steps)
+        check_steps(self.where, "terms", terms, least=0)
+        check_rate(self.where, "neumann_rate", neumann_rate)
+        self.inner_steps, self.terms, self.neumann_rate = inner_steps, terms, neumann_rate
+        self._periodic = Periodic(period, reference, self.where)
+        self._estimate: Tensors = []
+        self._losses: Tensors = []
+
+    @property
+    def wants_large_batch(self) -> bool:
+        """Whether the next step begins anew, and is best given a large batch."""
+        return self._periodic.begins(self.steps)
+
+    def _directions(self, inner: BatchSource, outer: BatchSource) -> Directions:
+        if self.wants_large_batch or not self._estimate:
+            self._follow(self._periodic.batches(inner, outer), None)
+        n = len(self._inner.tensors)
+        return Directions(
+            outer=self._estimate[n:],
+            inner_loss=self._losses[0],
+            outer_loss=self._losses[1],
+            inner_gradient_norm=norm(self._estimate[:n]),
+        )
+
+    def _apply(self, found: Directions, inner: BatchSource, outer: BatchSource) -> None:
+        """Make the outer step, and then the inner steps at the new outer variables, as Algorithm 2 does."""
+        before = self._here()
+        super()._apply(found, inner, outer)
+        n = len(self._inner.tensors)
+        for _ in range(self.inner_steps + 1):
+            self._follow((inner.draw(), outer.draw()), before)
+            before = self._here()
+            self._move_inner(self._estimate[:n])
+
+    def _follow(self, batches: tuple[Any, Any], before: Point | None) -> None:
+        """Bring the estimates from the point ``before`` to the variables as they are; None: begin anew."""
+        rate = self._rate if self.neumann_rate is None else self.neumann_rate
+        now = neumann_directions(self._oracle, *batches, self.terms, rate)
+        estimate = [*(now.inner or []), *now.outer]
+        if before is not None:
+            old = neumann_directions(self._oracle, *batches, self.terms, rate, before)
+            estimate = add(self._estimate, subtract(estimate, [*(old.inner or []), *old.outer]))
+        self._estimate = []  # a step that is left out half way begins anew: the point has moved
+        self._require_finite("recursive direction", estimate)
+        self._estimate, self._losses = estimate, [now.inner_loss, now.outer_loss]

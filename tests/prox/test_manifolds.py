@@ -1,0 +1,209 @@
+"""The manifold of each term: its retraction, the derivative of a solution that it gives, and how near a kink is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch.func import grad, hessian, jacfwd, jacrev, vmap
+
+from bilevel import prox
+from tests.prox.cases import CASES, Case, draws
+from tests.prox.test_proximal_points import differences, margin_at
+
+every = pytest.mark.parametrize("case", CASES, ids=str)
+SEEDS = st.integers(0, 10_000)
+STEP = 0.2
+
+
+@every
+@given(seed=SEEDS, scale=st.sampled_from([0.3, 1.0, 5.0]))
+def test_the_retraction_keeps_the_point_and_its_derivative_is_a_projector(case: Case, seed: int, scale: float) -> None:
+    v, parameters = draws(case, seed, scale)
+    term = case.build(*parameters)
+    x = term.prox(v)
+    manifold = term.manifold(x)
+    torch.testing.assert_close(manifold.retract(x), x, rtol=1e-11, atol=1e-11 * (1 + scale))
+    torch.testing.assert_close(manifold.value(x), term.value(x), rtol=1e-11, atol=1e-11 * (1 + scale))
+    n = x.numel()
+    slope = jacrev(manifold.retract)(x).reshape(n, n)
+    torch.testing.assert_close(slope, slope.mT, rtol=0, atol=1e-8)
+    torch.testing.assert_close(slope @ slope, slope, rtol=0, atol=1e-8)
+    if manifold.free is not None:
+        torch.testing.assert_close(slope, torch.diag(manifold.free.reshape(-1).to(x.dtype)))
+    near = manifold.retract(x + 1e-3 * v / scale)
+    torch.testing.assert_close(manifold.retract(near), near, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(manifold.value(near), term.value(near), rtol=1e-9, atol=1e-9)
+
+
+def quadratic(case: Case, seed: int) -> tuple[torch.Tensor, torch.Tensor, tuple[torch.Tensor, ...]]:
+    """Return Q and q of f(x) = ½ xᵀQx − qᵀx, and parameters of the term."""
+    q, parameters = draws(case, seed, 2.0)
+    n = q.numel()
+    root = torch.randn(n, n, generator=torch.Generator().manual_seed(seed + 100), dtype=q.dtype)
+    return torch.eye(n, dtype=q.dtype) + root @ root.mT / n, q, parameters
+
+
+def objective(Q: torch.Tensor, q: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    flat = x.reshape(-1)
+    return 0.5 * flat @ (Q @ flat) - (q * x).sum()
+
+
+def solution(term: prox.Term, Q: torch.Tensor, q: torch.Tensor, start: torch.Tensor | None = None) -> torch.Tensor:
+    """Return the minimiser of f + g to rounding, by the proximal gradient method with the momentum of a strong convexity of 1."""
+    x = y = torch.zeros_like(q) if start is None else start
+    root = STEP**0.5
+    for _ in range(100):
+        new = term.prox(y - STEP * ((Q @ y.reshape(-1)).reshape(q.shape) - q), STEP)
+        x, y = new, new + (1 - root) / (1 + root) * (new - x)
+    return term.prox(x - STEP * ((Q @ x.reshape(-1)).reshape(q.shape) - q), STEP)
+
+
+def implicit(
+    case: Case,
+    Q: torch.Tensor,
+    q: torch.Tensor,
+    parameters: tuple[torch.Tensor, ...],
+    jacobian: Callable[..., Callable],
+) -> list[torch.Tensor]:
+    """Return the derivatives of the solution in q and the parameters, from ∇Φ(y) = 0."""
+    x = solution(case.build(*parameters), Q, q)
+
+    def model(y: torch.Tensor, q: torch.Tensor, *parameters: torch.Tensor) -> torch.Tensor:
+        manifold = case.build(*parameters).manifold(x)
+        z = manifold.retract(y)
+        return objective(Q, q, z) + manifold.value(z) + 0.5 * (y - z).square().sum()
+
+    slope = grad(model)
+    assert slope(x, q, *parameters).abs().max() < 1e-9
+    n = x.numel()
+    H = jacobian(slope)(x, q, *parameters).reshape(n, n)
+    torch.testing.assert_close(H, H.mT, rtol=1e-8, atol=1e-8)
+    made = []
+    for index, parameter in enumerate((q, *parameters)):
+        B = jacobian(slope, argnums=index + 1)(x, q, *parameters).reshape(n, -1)
+        made.append(-torch.linalg.solve(H, B).reshape(*x.shape, *parameter.shape))
+    return made
+
+
+@every
+@pytest.mark.parametrize("seed", range(3))
+def test_the_derivative_of_a_solution_is_that_of_differences(case: Case, seed: int) -> None:
+    Q, q, parameters = quadratic(case, seed)
+    term = case.build(*parameters)
+    x = solution(term, Q, q)
+    slope = grad(lambda x: objective(Q, q, x))(x)
+    margin = float(term.margin(x, slope, STEP))
+    assert 1e-3 < margin <= 1, f"a draw near a kink ({margin}): take another seed"
+    found = implicit(case, Q, q, parameters, jacrev)
+    for forward, reverse in zip(implicit(case, Q, q, parameters, jacfwd), found, strict=True):
+        torch.testing.assert_close(forward, reverse, rtol=1e-8, atol=1e-9)
+    arguments = (q, *parameters)
+    for index, derivative in enumerate(found):
+        expected = slopes_of_solutions(case, Q, arguments, index, x)
+        torch.testing.assert_close(derivative, expected, rtol=1e-5, atol=1e-6)
+
+
+def slopes_of_solutions(
+    case: Case, Q: torch.Tensor, arguments: tuple[torch.Tensor, ...], index: int, x: torch.Tensor, size: float = 1e-5
+) -> torch.Tensor:
+    """Return the central differences of the solution along each entry of an argument, all problems in one batch."""
+    wanted = arguments[index]
+    moves = size * torch.eye(wanted.numel(), dtype=x.dtype).reshape(-1, *wanted.shape)
+
+    def solved(changed: torch.Tensor) -> torch.Tensor:
+        q, *parameters = (*arguments[:index], changed, *arguments[index + 1 :])
+        return solution(case.build(*parameters), Q, q, x)
+
+    high, low = vmap(solved)(torch.cat([wanted + moves, wanted - moves])).split(len(moves))
+    return ((high - low) / (2 * size)).movedim(0, -1).reshape(*x.shape, *wanted.shape)
+
+
+@every
+def test_the_model_is_differentiated_in_batches(case: Case) -> None:
+    problems = [quadratic(case, seed) for seed in range(3)]
+    points = torch.stack([solution(case.build(*parameters), Q, q) for Q, q, parameters in problems])
+    matrices, costs = (torch.stack([problem[i] for problem in problems]) for i in (0, 1))
+    parameters = [torch.stack(each) for each in zip(*(problem[2] for problem in problems), strict=True)]
+
+    def model(
+        y: torch.Tensor, x: torch.Tensor, Q: torch.Tensor, q: torch.Tensor, *parameters: torch.Tensor
+    ) -> torch.Tensor:
+        manifold = case.build(*parameters).manifold(x)
+        z = manifold.retract(y)
+        return objective(Q, q, z) + manifold.value(z) + 0.5 * (y - z).square().sum()
+
+    together = vmap(hessian(model))(points, points, matrices, costs, *parameters)
+    for k, (Q, q, own) in enumerate(problems):
+        alone = hessian(model)(points[k], points[k], Q, q, *own)
+        torch.testing.assert_close(together[k], alone, rtol=1e-8, atol=1e-9)
+    if case.curved:
+        third = jacrev(jacrev(grad(model)))(points[k], points[k], Q, q, *own)
+        close = differences(lambda y: hessian(model)(y, points[k], Q, q, *own), points[k], 1e-5)
+        torch.testing.assert_close(third, close, rtol=1e-4, atol=1e-5)
+
+
+KINKED = [case for case in CASES if case.name not in ("AffineSet", "Zero")]
+
+
+@pytest.mark.parametrize("case", KINKED, ids=str)
+@pytest.mark.parametrize("seed", range(3))
+def test_the_margin_vanishes_where_the_manifold_changes(case: Case, seed: int) -> None:
+    v, parameters = draws(case, seed)
+    term = case.build(*parameters)
+
+    def kind(v: torch.Tensor) -> list[bool]:
+        x = term.prox(v, 0.5)
+        slope = jacrev(term.manifold(x).retract)(x)
+        return [*(slope.abs() > 1e-9).reshape(-1).tolist(), round(float(slope.reshape(v.numel(), -1).trace()))]
+
+    low, high = 0.0, 1.0
+    first = kind(v)
+    ends = [draws(case, other, scale)[0] for other in range(50, 60) for scale in (3.0, 0.05)]
+    inside = 0.5 * (term.prox(v) + term.prox(-v))
+    w = next(w for w in (*ends, inside) if kind(w) != first)
+    for _ in range(60):
+        middle = 0.5 * (low + high)
+        low, high = (middle, high) if kind(v + middle * (w - v)) == first else (low, middle)
+    assert abs(margin_at(term, v + low * (w - v), 0.5)) < 1e-8
+    assert margin_at(term, v, 0.5) > 1e-4
+
+
+def test_the_margin_of_a_plan_with_several_parts_is_that_of_the_best_potentials() -> None:
+    halves = torch.full((2,), 0.5, dtype=torch.float64)
+    term = prox.TransportPolytope(halves, halves)
+    x = torch.eye(2, dtype=torch.float64) / 2
+    # Potentials: α = (1, 0), β = (0, −1) make the reduced costs off the diagonal 1 and 1; those of least norm make them 2 and 0.
+    cost = torch.tensor([[1.0, 3.0], [0.0, -1.0]], dtype=torch.float64)
+    assert float(term.margin(x, cost)) == pytest.approx(min(0.5, 1.5) / 3.5)
+    assert float(term.margin(x, cost.mT)) == pytest.approx(min(0.5, 1.5) / 3.5)
+    assert float(term.margin(x, torch.zeros_like(x))) == 0.0
+
+
+def test_a_strength_of_zero_is_smooth() -> None:
+    x = torch.tensor([[0.0, 0.0, 1.0], [1.0, 1.0, -1.0]], dtype=torch.float64)
+    for term in (
+        prox.L1(0.0),
+        prox.ElasticNet(0.0, 0.3),
+        prox.GroupL2(0.0),
+        prox.LInf(0.0),
+        prox.NuclearNorm(0.0),
+        prox.TotalVariation1D(0.0),
+    ):
+        assert float(term.margin(x, x)) == 1.0
+        torch.testing.assert_close(jacrev(term.manifold(x).retract)(x).reshape(6, 6), torch.eye(6, dtype=x.dtype))
+
+
+def test_the_scale_of_the_problem_leaves_the_margin_alone() -> None:
+    for case in CASES:
+        if case.name in ("TransportPolytope",):
+            continue
+        v, parameters = draws(case, 11)
+        if len(parameters) == 2 and case.name != "Box":
+            continue  # a matrix, a normal vector or a share without a unit is among them
+        small = tuple(1e-6 * p for p in parameters)
+        found = margin_at(case.build(*small), 1e-6 * v)
+        assert found == pytest.approx(margin_at(case.build(*parameters), v), rel=1e-6), case.name

@@ -54,8 +54,7 @@ from bilevel.equations.pullbacks import Pullback, is_final, pullbacks_of
 from bilevel.equations.system import System
 from bilevel.operators import RepeatedOperator
 from bilevel.pytree import moves
-from bilevel.replay.cache import ReplayCache
-from bilevel.replay.switch import allowed
+from bilevel.replay import ReplayCache, allowed
 
 __all__ = ["ImplicitContext", "LinearSolve", "Solve"]
 

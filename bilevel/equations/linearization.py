@@ -8,8 +8,7 @@ import torch
 
 from bilevel._torch.reverse import reverse_pass
 from bilevel.operators import HessianOperator, JacobianOperator, LinearOperator
-from bilevel.replay.cache import ReplayCache
-from bilevel.replay.program import StartedProgram
+from bilevel.replay import ReplayCache, StartedProgram
 
 __all__ = ["PRODUCT", "Linearization", "LinearizationSlot", "ReplayedLinearization"]
 

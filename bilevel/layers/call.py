@@ -24,8 +24,7 @@ from bilevel.linear.exact import offer_factor
 from bilevel.operators import LinearOperator
 from bilevel.policy import OnFailure, apply_policy, check_policy, handle_misuse
 from bilevel.recording import active_recordings
-from bilevel.replay.cache import ReplayCache
-from bilevel.replay.purity import InspectionCache
+from bilevel.replay import InspectionCache, ReplayCache
 from bilevel.reports import Pass, SolveReport, Status, StatusMessages
 from bilevel.solvers._base import InnerSolver, as_inner_solver
 from bilevel.solvers._judge import InnerOutcome, solve_inner

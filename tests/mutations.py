@@ -952,6 +952,14 @@ MUTATIONS = (
         "    fits = allowed() and problem", "    fits = problem", ("tests/test_replay.py",),
     ),
     Mutation(
+        "the error of a goal's hypergradient underestimated after full accuracy", "problems/adaptive/direct.py",
+        "return _SAFETY * (inner + outer)", "return 1e-6 * (inner + outer)", ("tests/test_goal.py", "-k", "sensitive"),
+    ),
+    Mutation(
+        "a root's error by factors of a Jacobian that changes", "solvers/newton.py",
+        "return error if bool(known.all() & state.definite.all()) else None", "return error", ("tests/zoo/test_issue_inputs.py", "tests/solvers"),
+    ),
+    Mutation(
         "sizes of batches not told apart", "layers/checks.py",
         "tuple((level.size, level.batched) for level", "tuple(level.batched for level", ("tests/test_replay.py",),
     ),

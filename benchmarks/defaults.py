@@ -70,11 +70,11 @@ def rounded(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     return tensor.to(dtype).double()
 
 
-def draw(family: Family, seed: int, index: int, needs_grad: str | None) -> Draw:
+def draw(family: Family, seed: int, index: int, only: str | None) -> Draw:
     """Draw the call number ``index`` of a family; every combination of dtype and distance comes in turn."""
     source = Source(zlib.crc32(f"{seed}/{family.name}/{index}".encode()))
     place = index + zlib.crc32(family.name.encode()) % 30  # so that a short run begins with other pairs in each family
-    names = list(DTYPES) if needs_grad is None else [needs_grad]
+    names = list(DTYPES) if only is None else [only]
     dtype = DTYPES[names[place % len(names)]]
     distances = [d for d in DISTANCES if d <= family.farthest] or [family.farthest]
     distance = distances[place // len(names) % len(distances)]
@@ -301,16 +301,14 @@ def judge_singular(given: Draw, answer: Answer, note: Any) -> None:
 
 def run_calls(work: tuple[str, int, list[int], str | None]) -> Tally:
     """Solve the calls of one family that are numbered; what is solved hangs on their numbers alone."""
-    name, seed, indices, needs_grad = work
-    command = f"python benchmarks/defaults.py --seed {seed} --family '{name}'" + (
-        f" --dtype {needs_grad}" if needs_grad else ""
-    )
+    name, seed, indices, only = work
+    command = f"python benchmarks/defaults.py --seed {seed} --family '{name}'" + (f" --dtype {only}" if only else "")
     torch.set_num_threads(1)
     family, tally = FAMILIES[name], Tally()
     layer = layer_of(family)
     regular = name in REGULAR_NAMES
     for index in indices:
-        given = draw(family, seed, index, needs_grad)
+        given = draw(family, seed, index, only)
         begin = time.perf_counter()
         answer = ask(layer, given)
         tally.seconds[name] += time.perf_counter() - begin

@@ -204,10 +204,10 @@ def search(
     return rows
 
 
-def cheapest(rows: list[tuple[int, int, int, float]], needs_grad: float, *, lasting: bool) -> float:
-    good = [row for row in rows if row[3] <= needs_grad]
+def cheapest(rows: list[tuple[int, int, int, float]], asked: float, *, lasting: bool) -> float:
+    good = [row for row in rows if row[3] <= asked]
     if lasting:
-        good = [a for a in good if all(b[3] <= needs_grad for b in rows if b[1] >= a[1] and b[2] >= a[2])]
+        good = [a for a in good if all(b[3] <= asked for b in rows if b[1] >= a[1] and b[2] >= a[2])]
     return min((row[0] for row in good), default=math.nan)
 
 
@@ -262,26 +262,26 @@ def main(report: Callable[[str], None] = print) -> None:
             report(
                 f"  {'asked':>7s} {'error':>9s} {'passes':>7s} {'of fixed':>9s} {'cheapest pair':>14s} {'ratio':>6s} {'lasting':>8s} {'ratio':>6s}"
             )
-            for needs_grad in ASKED:
+            for asked in ASKED:
                 goal = bilevel.Tolerance(
-                    hypergradient=needs_grad, relative=True, estimates=not options.certified,
+                    hypergradient=asked, relative=True, estimates=not options.certified,
                     strong_convexity=case.mu if options.certified else None,
                 )  # fmt: skip
                 try:
                     passes, result = spent(case, solver, goal)
                 except bilevel.BilevelError as error:
-                    report(f"  {needs_grad:7.0e} {error}")
+                    report(f"  {asked:7.0e} {error}")
                     continue
                 error = float((result.grad - truth).norm() / truth.norm())
-                best, kept = (cheapest(rows, needs_grad, lasting=flag) for flag in (False, True))
-                missed += error > needs_grad
+                best, kept = (cheapest(rows, asked, lasting=flag) for flag in (False, True))
+                missed += error > asked
                 ratios.append(passes / best)
                 lasting_ratios.append(passes / kept)
-                if needs_grad == 1e-3:
+                if asked == 1e-3:
                     halves.append(passes / fixed)
                 report(
-                    f"  {needs_grad:7.0e} {error:9.1e} {passes:7d} {passes / fixed:9.2f} {best:14.0f} {passes / best:6.2f} "
-                    f"{kept:8.0f} {passes / kept:6.2f}{'   MISSED' if error > needs_grad else ''}"
+                    f"  {asked:7.0e} {error:9.1e} {passes:7d} {passes / fixed:9.2f} {best:14.0f} {passes / best:6.2f} "
+                    f"{kept:8.0f} {passes / kept:6.2f}{'   MISSED' if error > asked else ''}"
                 )  # fmt: skip
     for name, found in (("cheapest pair", ratios), ("cheapest lasting pair", lasting_ratios)):
         known = [ratio for ratio in found if math.isfinite(ratio)]

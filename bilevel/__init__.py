@@ -24,16 +24,25 @@ from bilevel.errors import (
     TransformError,
 )
 from bilevel.layers import Layer, LinearLayer, Solution, argmin, fixed_point, linear_solve, root
+from bilevel.layers.constraints import Constraints, PerConstraint
+from bilevel.layers.differentiation import Differentiation, Implicit, OneStep, PhantomGradient, Truncated, Unrolled
 from bilevel.layers.equilibrium import EquilibriumLayer, equilibrium
 from bilevel.layers.least_squares import FullHessian, GaussNewtonHessian, LeastSquaresLayer, least_squares
+from bilevel.layers.modules import FunctionalModule
+from bilevel.layers.rectangular import RectangularLayer
 from bilevel.linear._base import LinearSolver
 from bilevel.linear._solution import LinearSolution
 from bilevel.linear.bicgstab import BiCGStab
 from bilevel.linear.cg import CG
 from bilevel.linear.damped import Damped
+from bilevel.linear.diagonal import Diagonal
 from bilevel.linear.exact import Exact
 from bilevel.linear.gmres import GMRES
+from bilevel.linear.lsmr import LSMR
+from bilevel.linear.minres import MINRES
 from bilevel.linear.neumann import Neumann
+from bilevel.linear.nystrom import Nystrom
+from bilevel.linear.orthogonal import QR, SVD
 from bilevel.linear.scipy_bridge import ScipyLinear
 from bilevel.operators import LinearOperator
 from bilevel.outer.methods import HOAG, MAID, OuterMethod
@@ -43,6 +52,7 @@ from bilevel.problems.adaptive.state import GoalReport
 from bilevel.problems.hypergradient import Hypergradient, HypergradientReport
 from bilevel.problems.problem import BilevelProblem
 from bilevel.pytree import ravel
+from bilevel.quadratic_programs._clarabel import Clarabel
 from bilevel.quadratic_programs._solvers import Mehrotra
 from bilevel.quadratic_programs.quadratic_program import Certificate, ProgramSolution, quadratic_program
 from bilevel.recording import Recording, record
@@ -51,12 +61,15 @@ from bilevel.reports import Basis, Pass, SolveReport, Status
 from bilevel.schedules import CubicSchedule, ExponentialSchedule, QuadraticSchedule
 from bilevel.solvers._base import Goal, InnerSolution, InnerSolver
 from bilevel.solvers.anderson import Anderson
+from bilevel.solvers.bracketing import Bisection, Brent
 from bilevel.solvers.fixed_point import FixedPointIteration
 from bilevel.solvers.gauss_newton import GaussNewton
 from bilevel.solvers.gradient_descent import GradientDescent
+from bilevel.solvers.interior_point import InteriorPoint
 from bilevel.solvers.lbfgs import LBFGS
 from bilevel.solvers.levenberg_marquardt import LevenbergMarquardt
 from bilevel.solvers.newton import Newton
+from bilevel.solvers.projected_newton import ProjectedNewton
 from bilevel.solvers.proximal_gradient import ProximalGradient
 from bilevel.solvers.scipy_minimize import ScipyMinimize
 from bilevel.solvers.scipy_root import ScipyRoot
@@ -64,7 +77,7 @@ from bilevel.solvers.torch_optimizer import TorchOptimizer
 from bilevel.tolerance import AUTO, Tolerance
 
 if TYPE_CHECKING:
-    from bilevel import stochastic, testing
+    from bilevel import cleaning, stochastic, testing
     from bilevel.hyperopt.problem import HyperparameterOptimization
     from bilevel.meta.imaml import IMAML
 
@@ -75,21 +88,31 @@ __all__ = [
     "HOAG",
     "IMAML",
     "LBFGS",
+    "LSMR",
     "MAID",
+    "MINRES",
+    "QR",
+    "SVD",
     "Anderson",
     "ArgumentError",
     "Basis",
     "BiCGStab",
     "BilevelError",
     "BilevelProblem",
+    "Bisection",
     "Bound",
+    "Brent",
     "BudgetWarning",
     "CapturedTensorError",
     "Certificate",
+    "Clarabel",
     "Constants",
     "ConstantsError",
+    "Constraints",
     "CubicSchedule",
     "Damped",
+    "Diagonal",
+    "Differentiation",
     "DtypeError",
     "EquilibriumLayer",
     "Exact",
@@ -97,6 +120,7 @@ __all__ = [
     "FailureWarning",
     "FixedPointIteration",
     "FullHessian",
+    "FunctionalModule",
     "GaussNewton",
     "GaussNewtonHessian",
     "Goal",
@@ -105,9 +129,11 @@ __all__ = [
     "Hypergradient",
     "HypergradientReport",
     "HyperparameterOptimization",
+    "Implicit",
     "InitGradientError",
     "InnerSolution",
     "InnerSolver",
+    "InteriorPoint",
     "Layer",
     "LeastSquaresLayer",
     "LevenbergMarquardt",
@@ -118,17 +144,23 @@ __all__ = [
     "Mehrotra",
     "Neumann",
     "Newton",
+    "Nystrom",
+    "OneStep",
     "OuterMethod",
     "OuterResult",
     "OuterRun",
     "OuterStatus",
     "OuterStep",
     "Pass",
+    "PerConstraint",
+    "PhantomGradient",
     "Problem",
     "ProgramSolution",
+    "ProjectedNewton",
     "ProximalGradient",
     "QuadraticSchedule",
     "Recording",
+    "RectangularLayer",
     "ScipyLinear",
     "ScipyMinimize",
     "ScipyRoot",
@@ -142,9 +174,12 @@ __all__ = [
     "Tolerance",
     "TorchOptimizer",
     "TransformError",
+    "Truncated",
+    "Unrolled",
     "__version__",
     "argmin",
     "certificates",
+    "cleaning",
     "equilibrium",
     "fixed_point",
     "least_squares",
@@ -166,6 +201,7 @@ __all__ = [
 _IMPORTED_WHEN_USED = {
     "HyperparameterOptimization": "bilevel.hyperopt.problem",
     "IMAML": "bilevel.meta.imaml",
+    "cleaning": "bilevel.cleaning",
     "stochastic": "bilevel.stochastic",
     "testing": "bilevel.testing",
 }

@@ -48,6 +48,7 @@ from bilevel._torch.transforms import (
     transforms_active,
     without_tangent,
 )
+from bilevel.equations.domain import defined
 from bilevel.equations.linearization import Linearization, LinearizationSlot
 from bilevel.equations.problem import Problem
 from bilevel.equations.pullbacks import Pullback, is_final, pullbacks_of
@@ -93,19 +94,25 @@ class LinearizationCache:
             self._key = _key(x, tensors)
             self._kept = (look.linearization, look.needs_grad, x.detach(), [t.detach() for t in tensors])
 
-    def linearize(self, system: System, x: torch.Tensor, tensors: Tensors, needs_grad: Sequence[bool]) -> Linearization:
+    def linearize(
+        self, rule: ImplicitContext, x: torch.Tensor, tensors: Tensors, needs_grad: Sequence[bool]
+    ) -> Linearization:
+        """Return the linearisation at the solution ``x``, which the rule's ``compare`` looks at where it is a new one."""
         key = _key(x, tensors)
         if self._key == key and len(key) == 1 + len(tensors):
             linearization, had = self._kept[:2]
             if all(h or not w for h, w in zip(had, needs_grad, strict=True)):
                 return linearization
-        problem = Problem.of(system, tensors)
+        problem = Problem.of(rule.system, tensors)
         # The solution comes back with the graph of this call, which no evaluation takes part in.
         point = x.detach()
         if self._tapes is not None and allowed() and runs_plainly((point, *problem.tensors)):
             problem = problem.replayed_from(self._tapes)
-        linearization = problem.linearize(point.reshape(problem.batch, problem.size), needs_grad)
+        flat = point.reshape(problem.batch, problem.size)
+        linearization = problem.linearize(flat, needs_grad)
         self._offer_matrix(linearization, point)
+        if rule.compare is not None and not transforms_active():
+            rule.compare(problem, flat, linearization.residual.detach())
         self._key, self._kept = key, (linearization, tuple(needs_grad), x.detach(), [t.detach() for t in tensors])
         return linearization
 
@@ -168,6 +175,8 @@ class ImplicitContext:
         For an adjoint whose derivative is differentiated again: the tensors whose derivative is asked whether it exists.
     arguments
         The tensors in the graph that they were computed in, where that can be walked.
+    compare
+        (problem, x (batch, n), R(x)) ↦ None: compares R in a derivative with R in the forward pass, at the same x.
     """
 
     system: System
@@ -178,6 +187,7 @@ class ImplicitContext:
     followed: bool = False
     checked: tuple[bool, ...] = ()
     arguments: tuple[torch.Tensor, ...] = ()
+    compare: Callable[[Problem, torch.Tensor, torch.Tensor], None] | None = None
     memo: LinearizationCache = field(default_factory=LinearizationCache)
 
     def lift(self, size: int, batched: Sequence[bool]) -> ImplicitContext:
@@ -220,7 +230,7 @@ class Solve(torch.autograd.Function):
             return (None,) * (2 + len(needs_grad))
         if not torch.is_grad_enabled() and not transforms_active():
             # A first derivative: one retained graph gives the adjoint's products and the pullback alike.
-            linearization = rule.memo.linearize(rule.system, x, tensors, needs_grad)
+            linearization = rule.memo.linearize(rule, x, tensors, needs_grad)
             rhs = cotangent.reshape(linearization.residual.shape)
             both = JointProduct(linearization)
             pullbacks = pullbacks_of(both.pullback, tensors, needs_grad)
@@ -229,7 +239,12 @@ class Solve(torch.autograd.Function):
         q = LinearSolve.apply(_checking(rule, tensors, needs_grad), True, cotangent, x, *tensors)
         again = _is_differentiated_again(rule.system, (x, cotangent, *tensors))
         chosen, residual = _residual_in(rule.system, x, tensors, needs_grad, again=again)
-        pulled = iter(vjp(residual, *chosen)[1](-q))
+        made, pull = vjp(residual, *chosen)
+        if rule.compare is not None and not transforms_active():
+            problem = Problem.of(rule.system, tensors)
+            shape = problem.batch, problem.size
+            rule.compare(problem, x.detach().reshape(shape), made.detach().reshape(shape))
+        pulled = iter(pull(-q))
         return (None, None, *(next(pulled) if want else None for want in needs_grad))
 
     @staticmethod
@@ -272,7 +287,7 @@ class LinearSolve(torch.autograd.Function):
         with ordinary_mode():
             if rule.inspect is not None:
                 rule.inspect(Problem.of(rule.system, tensors))
-            linearization = rule.memo.linearize(rule.system, _usable(x), tensors, [False] * len(tensors))
+            linearization = rule.memo.linearize(rule, _usable(x), tensors, [False] * len(tensors))
             operator = linearization.operator.T if transposed else linearization.operator
             if not (transposed or rule.system.symmetric):
                 # Its products J v are made of two reverse passes.
@@ -369,7 +384,7 @@ def _pullbacks_later(rule: ImplicitContext, x: torch.Tensor, tensors: Tensors) -
         return ()
 
     def pullback(v: torch.Tensor) -> list[torch.Tensor | None]:
-        return rule.memo.linearize(rule.system, _usable(x), tensors, rule.checked).pullback(v)
+        return rule.memo.linearize(rule, _usable(x), tensors, rule.checked).pullback(v)
 
     return pullbacks_of(pullback, rule.arguments or tensors, rule.checked)
 
@@ -397,7 +412,8 @@ def _residual_in(
     def residual(*moved: torch.Tensor) -> torch.Tensor:
         feed = iter(moved)
         others = [next(feed) if want else t for t, want in zip(tensors, needs_grad, strict=True)]
-        made = system.residual(x, *others)
+        with defined(system.where, system.noun):
+            made = system.residual(x, *others)
         if again:
             refuse_once_only(system.where, system.noun, made, (x, *others))
         return made
@@ -420,7 +436,8 @@ def _pairing(
         point, *others = (next(feed) if want else t for t, want in zip(everything, needs_grad, strict=True))
 
         def residual(p: torch.Tensor) -> torch.Tensor:
-            made = rule.system.residual(p, *others)
+            with defined(rule.system.where, rule.system.noun):
+                made = rule.system.residual(p, *others)
             # J is made of a first derivative by x, and is itself differentiated here.
             refuse_once_only(rule.system.where, rule.system.noun, made, (p, *others), innermost_only=not again)
             return made

@@ -36,9 +36,9 @@ class Status(_Named):
     CONVERGED = 0
     """The estimated error, or the residual where an accuracy was given, is as small as asked. A success."""
     BUDGET_SPENT = 1
-    """The step limit that you set is spent, and you asked for no accuracy. A success."""
+    """The iteration limit, ``max_steps``, that you set is spent, and you asked for no accuracy. A success."""
     MAX_STEPS = 2
-    """The step limit is spent, and the accuracy was not reached."""
+    """The iteration limit is spent, and the accuracy was not reached."""
     NOT_CONVERGED = 3
     """A solver of yours, or of scipy, returned a point that is not accurate enough."""
     STAGNATED = 4
@@ -89,11 +89,11 @@ class Status(_Named):
 _TEXT: dict[Status, tuple[str, str]] = {
     Status.CONVERGED: ("reached the tolerance", "nothing needs doing"),
     Status.BUDGET_SPENT: (
-        "spent the step budget, and no accuracy was asked for",
+        "spent the iteration budget, and no accuracy was asked for",
         "pass Tolerance(delta=..., delta_prime=...) to hold it to an accuracy",
     ),
     Status.MAX_STEPS: (
-        "ran out of steps before it reached the tolerance",
+        "ran out of iterations before it reached the tolerance",
         "raise max_steps, start nearer the solution, loosen the tolerance, or take a faster solver",
     ),
     Status.NOT_CONVERGED: (
@@ -136,7 +136,7 @@ _TEXT: dict[Status, tuple[str, str]] = {
     Status.KINK: (
         "ended at a kink of the objective: it is not smooth there, its gradient jumps",
         "start elsewhere if the point is no minimum; otherwise smooth the kink, as (x**2 + eps**2).sqrt() does for abs(x), softplus for relu "
-        "and logsumexp for max, or write the minimiser as the fixed point of a proximal step and take bilevel.fixed_point",
+        "and logsumexp for max, or pass the term that has the kink as prox=, for example bilevel.argmin(f, prox=bilevel.prox.L1(s))",
     ),
     Status.DEGENERATE: (
         "met a solution at which the derivative is one-sided: a term or a constraint is just at its threshold",
@@ -301,7 +301,7 @@ class SolveReport:
         steps = int(self.iterations.reshape(-1)[which])
         goal = f", asked {asked:.2g}" if asked > 0 else ""
         return (
-            f"{head} {self._meaning(status)}{of} (residual {residual:.2g}{goal}, after {steps} steps); "
+            f"{head} {self._meaning(status)}{of} (residual {residual:.2g}{goal}, after {steps} iterations); "
             f"remedy: {self._remedy(status, which)}."
         )
 

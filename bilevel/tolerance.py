@@ -179,7 +179,7 @@ class Tolerance:
             if not (math.isfinite(number) and number > 0):
                 raise ArgumentError(
                     f"Tolerance: expected {name} > 0 and finite, got {number}; pass a positive number, or None "
-                    "to ask for no accuracy and spend the solver's step budget"
+                    "to ask for no accuracy and spend the solver's iteration budget"
                 )
         if self.rtol is not None and not (self.delta is AUTO and not self.has_goal):
             raise ArgumentError(
@@ -279,10 +279,10 @@ class Tolerance:
         """Return what the linear solve aims for in ``dtype``."""
         return self._target(self.delta_prime, dtype)
 
-    def _target(self, needs_grad: float | Auto | None, dtype: torch.dtype) -> Target:
+    def _target(self, accuracy: float | Auto | None, dtype: torch.dtype) -> Target:
         mu = self.strong_convexity
-        if needs_grad is None:
+        if accuracy is None:
             return Target(silent=True, strong_convexity=mu)
-        if isinstance(needs_grad, Auto):
+        if isinstance(accuracy, Auto):
             return Target(relative=auto_relative(dtype), strong_convexity=mu)
-        return Target(absolute=needs_grad * (1.0 if mu is None else mu), asked=True, strong_convexity=mu)
+        return Target(absolute=accuracy * (1.0 if mu is None else mu), asked=True, strong_convexity=mu)

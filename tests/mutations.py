@@ -68,6 +68,72 @@ def cells(row: str, *columns: str) -> tuple[str, ...]:
 
 MUTATIONS = (
     Mutation(
+        "Gauss–Newton's derivative in the place of the Hessian's", "layers/least_squares.py",
+        "isinstance(hessian, GaussNewtonHessian) else LeastSquaresSystem", "True else LeastSquaresSystem",
+        ("tests/test_least_squares.py", "-k", "biased_and_only_by_name"),
+    ),
+    Mutation(
+        "a player at a maximum goes unnamed", "layers/equilibrium.py", "fault = player >= 0", "fault = player >= 99",
+        ("tests/test_equilibrium.py", "-k", "maximum"),
+    ),
+    Mutation(
+        "the derivative of a minimum-norm solution leaves out the null space", "layers/rectangular.py",
+        "        if not deficient:\n", "        if not deficient or wide:\n",
+        ("tests/test_rectangular.py", "-k", "golub"),
+    ),
+    Mutation(
+        "an argument that changes the rank is not refused", "layers/rectangular.py",
+        "return not any(_vanishes(pull, doubt) for pull in every)", "return False",
+        ("tests/test_rectangular.py", "-k", "changes_the_rank"),
+    ),
+    Mutation(
+        "a bracket without a sign change is bisected", "solvers/bracketing.py",
+        "changes = f_low.sign() * f_high.sign() <= 0", "changes = f_low.sign() * f_high.sign() <= 1",
+        ("tests/solvers/test_bracketing.py", "-k", "sign_change"),
+    ),
+    Mutation(
+        "Nyström's approximation with twice the shift", "linear/nystrom.py",
+        "weights / (weights + self.rho)", "weights / (weights + 2 * self.rho)",
+        ("tests/linear/test_nystrom.py", "-k", "formula"),
+    ),
+    Mutation(
+        "stochastic: SABA forgets to subtract the remembered derivative", "stochastic/saba.py",
+        "change = subtract(new, old)", "change = subtract(new, [0 * tensor for tensor in old])",
+        ("tests/stochastic/test_engine.py", "-k", "saba_converges"),
+    ),
+    Mutation(
+        "stochastic: the adjoint enters the outer direction with the wrong sign", "stochastic/_adjoint.py",
+        "outer=subtract(upper.outer, lower.cross),", "outer=subtract(lower.cross, upper.outer),",
+        ("tests/stochastic/test_directions.py", "-k", "tends and SOBA"),
+    ),
+    Mutation(
+        "stochastic: an evaluation at an old point changes running statistics", "stochastic/_variables.py",
+        "b.clone() for name, b in", "b for name, b in", ("tests/stochastic/test_engine.py", "-k", "old_point"),
+    ),
+    Mutation(
+        "stochastic: a state has no memory", "stochastic/_state.py",
+        'setattr(method, name, state["memory"][name])', "pass", ("tests/stochastic/test_engine.py", "-k", "resumed"),
+    ),
+    Mutation(
+        "stochastic: the two products by two passes", "stochastic/_oracle.py",
+        "found = self._reverse(gradient, [*z, *x], q, retain_graph=False)",
+        "found = (*self._reverse(gradient, z, q), *self._reverse(gradient, x, q))",
+        ("tests/stochastic/test_engine.py", "-k", "passes"),
+    ),
+    Mutation(
+        "stochastic: processes are not averaged", "stochastic/_oracle.py",
+        "distributed.all_reduce(flat, group=group)", "pass", ("tests/stochastic/test_processes.py",),
+    ),
+    Mutation(
+        "an inequality that is active with multiplier zero is differentiated", "solvers/_regularity.py",
+        "return weak | self.flat | self.irregular", "return self.flat | self.irregular",
+        ("tests/constraints/test_degenerate.py", "-k", "multiplier_zero"),
+    ),
+    Mutation(
+        "a bound that moves does not carry x along", "layers/constrained.py", "return x + to_lower + to_upper", "return x + 0 * to_lower + 0 * to_upper",
+        ("tests/constraints/test_closed_forms.py", "-k", "carries_x_along"),
+    ),
+    Mutation(
         "IMAML's default descends by a fixed step", "meta/imaml.py", "line_search=paper)", "line_search=False)",
         (IMAML, "-k", "default_learns"),
     ),
@@ -97,7 +163,7 @@ MUTATIONS = (
         ("tests/meta/test_training.py", "-k", "owed"),
     ),
     Mutation(
-        "a root is told of its objective", "layers/messages.py", "        return words\n    words = {", "        return {}\n    words = {",
+        "a root is told of its objective", "layers/messages.py", "        return {**words, **_BRACKET} if isinstance(solver, Bracketing) else words\n", "        return {}\n",
         ("tests/test_wording.py", "-k", "no_objective"),
     ),
     Mutation(
@@ -128,7 +194,7 @@ MUTATIONS = (
     ),
     Mutation(
         "the adjoint's sign, in second derivatives", "implicit.py",
-        "vjp(residual, *chosen)[1](-q)", "vjp(residual, *chosen)[1](q)", GRADGRADCHECK,
+        "pulled = iter(pull(-q))", "pulled = iter(pull(q))", GRADGRADCHECK,
     ),
     Mutation(
         "the tangent's sign", "implicit.py",
@@ -513,7 +579,7 @@ MUTATIONS = (
     ),
     Mutation(
         "the preconditioner dropped", "linear/cg.py",
-        "precondition = self.preconditioner\n", "precondition = None\n", (CONFORMANCE, "-k", "preconditioner_is_used"),
+        "given = self.preconditioner\n", "given = None\n", (CONFORMANCE, "-k", "preconditioner_is_used"),
     ),
     Mutation(
         "GMRES's preconditioner not undone", "linear/gmres.py",
@@ -619,8 +685,8 @@ MUTATIONS = (
     ),
     Mutation(
         "a sum for a mean over a batch of problems", "problems/problem.py",
-        "value = self._outer_losses(solution.value, theta, data, settings.on_failure).mean()",
-        "value = self._outer_losses(solution.value, theta, data, settings.on_failure).sum()",
+        "value = self._outer_losses(solution.value, theta, prepared, settings.on_failure).mean()",
+        "value = self._outer_losses(solution.value, theta, prepared, settings.on_failure).sum()",
         ("tests/test_problem.py", "-k", "mean_of_its_members"),
     ),
     Mutation(
@@ -1022,7 +1088,7 @@ MUTATIONS = (
     ),
     Mutation(
         "a fixed point's run at rounding level goes on", "solvers/fixed_point.py",
-        "ended = stalled & (residual", "ended = ~stalled & stalled & (residual", (ANDERSON, "-k", "rounding_ends"),
+        "ended = stalled & ((residual", "ended = ~stalled & stalled & ((residual", (ANDERSON, "-k", "rounding_ends"),
     ),
     # Dtypes and layouts.
     Mutation(
@@ -1069,8 +1135,8 @@ MUTATIONS = (
     ),
     Mutation(
         "sparse: products with a matrix of values are torch's own", '_torch/sparse.py',
-        'return _entry_by_entry(*args) if _made_of_entries(*args) else theirs(*args)',
-        'return theirs(*args)',
+        '        if _made_of_entries(*args):\n            return _entry',
+        '        if False:\n            return _entry',
         ('tests/test_sparse.py', '-k', 'derivatives_by_the_values'),
     ),
     Mutation(
@@ -1176,6 +1242,99 @@ MUTATIONS = (
         "unknowns share one scale", "solvers/_judge.py",
         "allowed = target.rtol * x.abs() + target.atol", "allowed = target.rtol * x.abs().amax(dim=-1, keepdim=True).expand_as(x)",
         ("tests/zoo/test_issue_inputs.py", "-k", "large_unknown"),
+    ),
+    # Proximal terms.
+    Mutation(
+        "solutions on a bound do not move with it", "prox/box.py",
+        "return torch.where(below, lower, torch.where(above, upper, y))", "return torch.where(below | above, x, y)",
+        ("tests/prox/test_manifolds.py", "-k", "derivative_of_a_solution and Box"),
+    ),
+    Mutation(
+        "the curvature of a group's norm is left out", "prox/group.py",
+        "strength * _norms(y, labels, strength.numel()), 0.0)", "strength * _norms(detached(y), labels, strength.numel()), 0.0)",
+        ("tests/prox/test_manifolds.py", "-k", "derivative_of_a_solution and GroupL2"),
+    ),
+    Mutation(
+        "spectral functions have first derivatives only", "prox/_spectral.py",
+        "ORDER = 5", "ORDER = 1", ("tests/prox/test_proximal_points.py", "-k", "second_and_third"),
+    ),
+    Mutation(
+        "a segment's level does not know its neighbours", "prox/_taut_string.py",
+        "v + threshold * ends", "v + 0 * threshold * ends", ("tests/prox/test_proximal_points.py", "-k", "taut_string"),
+    ),
+    Mutation(
+        "a dual variable on its bound has a margin", "prox/l1.py",
+        "torch.where(x == 0, at_zero,", "torch.where(x == 0, at_zero + 1,", ("tests/prox/test_manifolds.py", "-k", "vanishes and L1"),
+    ),
+    Mutation(
+        "potentials of least norm for plans in several parts", "prox/transport.py",
+        "(dual,) = batched(least_cycle_mean, move - potentials, support)",
+        "dual = torch.where(support > 0, float('inf'), move - potentials)",
+        ("tests/prox/test_manifolds.py", "-k", "several_parts"),
+    ),
+    Mutation(
+        "large entries leave rounding in a projection", "prox/_support.py",
+        "for _ in range(2):", "for _ in range(1):", ("tests/prox/test_proximal_points.py", "-k", "far_away"),
+    ),
+    Mutation(
+        "weakly active constraints pass for inactive", "quadratic_programs/_dense.py",
+        "weak & good.unsqueeze(-1)", "weak & False", ("tests/quadratic_programs/test_failures.py", "-k", "weakly_active"),
+    ),
+    Mutation(
+        "an infeasible program is accepted for its large multipliers", "quadratic_programs/_dense.py",
+        "relative = torch.maximum(slope / dual, rest.amax(-1) / primal)",
+        "relative = torch.maximum(slope, rest.amax(-1)) / torch.maximum(dual, primal)",
+        ("tests/quadratic_programs/test_failures.py", "-k", "farkas"),
+    ),
+    Mutation(
+        "the derivative of an infeasible program is finite", "quadratic_programs/_call.py",
+        "if bool(lost.any()) else (None, None)", "if False else (None, None)",
+        ("tests/quadratic_programs/test_failures.py", "-k", "no_derivative_comes"),
+    ),
+    Mutation(
+        "second derivatives forget a half of the slope by G", "quadratic_programs/_rule.py",
+        "structure.G.outer(dlam, wx) + structure.G.outer(wlam, dx)", "structure.G.outer(wlam, dx)",
+        ("tests/quadratic_programs/test_derivatives.py", "-k", "gradgradcheck"),
+    ),
+    Mutation(
+        "a one-sided derivative is handed out", "layers/call.py",
+        "status = torch.where(these, int(Status.DEGENERATE), outcome.status)", "status = outcome.status",
+        ("tests/prox/test_layer.py", "-k", "degenerate"),
+    ),
+    Mutation(
+        "a distance to a proximal point forgets the change of the slope", "solvers/_manifold_newton.py",
+        "return new, (at.x - new.x) / at.step.unsqueeze(-1) - at.slope + new.slope", "return new, new.slope - at.slope",
+        ("tests/prox/test_layer.py", "-k", "proven"),
+    ),
+    Mutation(
+        "a degenerate saddle is a minimum", "solvers/_degenerate.py",
+        "found = found | (fell & (slope < -noise) & (slope < -here))", "pass",
+        ("tests/zoo/test_default_faults.py", "-k", "degenerate_saddle_is_named"),
+    ),
+    Mutation(
+        "a derivative is not compared with the call", "layers/call.py",
+        "changed = (residual - before).norm(dim=-1)", "changed = torch.zeros_like((residual - before).norm(dim=-1))",
+        ("tests/zoo/test_default_faults.py", "-k", "function_that_changed"),
+    ),
+    Mutation(
+        "a failed factorisation at a trial point ends the solve", "equations/domain.py",
+        "return isinstance(error, LinAlgError) or", "return",
+        ("tests/zoo/test_default_faults.py", "-k", "cholesky_fails"),
+    ),
+    Mutation(
+        "a bound above δ is no matter", "linear/_base.py",
+        "return bound > error * (1 + 16 * torch.finfo(bound.dtype).eps)", "return bound > torch.inf",
+        ("tests/linear/test_base.py", "-k", "bound_contradicts"),
+    ),
+    Mutation(
+        "steps are never lengthened", "solvers/anderson.py",
+        "stride = torch.where(still, 2 * self.stride, one)", "stride = one",
+        ("tests/zoo/test_default_faults.py", "-k", "named_early"),
+    ),
+    Mutation(
+        "an overflow is left by quarters", "solvers/newton.py",
+        "shorter = torch.where(beyond, torch.minimum(shorter, within), shorter)", "pass",
+        ("tests/zoo/test_default_faults.py", "-k", "exponential_from_where"),
     ),
 )  # fmt: skip
 

@@ -179,12 +179,12 @@ def test_output_that_cannot_be_written_is_noticed_before_the_work(run: Any, tmp_
 
 def test_a_failed_solve_ends_in_a_sentence(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*args: Any, **options: Any) -> Any:
-        raise bilevel.SolveError("the inner solve\nran out of steps", None)  # type: ignore[arg-type]
+        raise bilevel.SolveError("the inner solve\nran out of iterations", None)  # type: ignore[arg-type]
 
     monkeypatch.setattr(bilevel.HyperparameterOptimization, "hypergradient", fail)
     ended = run("tune", "diabetes", "-q")
     ended.assert_one_sentence(1)
-    assert "ran out of steps" in ended.err
+    assert "ran out of iterations" in ended.err
 
 
 def test_an_interrupt_ends_in_a_sentence(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:

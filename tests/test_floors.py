@@ -12,7 +12,8 @@ PACKAGE = Path(__file__).resolve().parents[1] / "bilevel"
 # From the top down. A module imports from the lines below its own, or from its own folder. Members of one line do not know each other.
 FLOORS = (
     # Applications, and what belongs to programs. They import the package itself, as users do.
-    ("hyperopt", "meta", "stochastic", "cleaning", "testing", "cli", "display"),
+    ("hyperopt", "meta", "cleaning", "testing", "cli", "display"),
+    ("stochastic",),  # bilevel methods on minibatches, on the public API as well
     ("outer",),  # loops in θ
     ("problems",),  # bilevel problems and their hypergradients
     ("quadratic_programs",),  # quadratic programs as differentiable functions
@@ -30,7 +31,7 @@ FLOORS = (
     ("reports", "_version"),
 )
 HEIGHT = {name: len(FLOORS) - number for number, line in enumerate(FLOORS) for name in line}
-APPLICATIONS = FLOORS[0]
+APPLICATIONS = FLOORS[0] + FLOORS[1]
 # Inner solvers that use linear solvers; the others know none.
 USE_LINEAR_SOLVERS = ("newton", "levenberg_marquardt", "_truncated_cg", "_error", "_reduced", "defaults")
 

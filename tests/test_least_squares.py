@@ -306,13 +306,31 @@ def test_a_loss_that_changes_is_not_replayed() -> None:
     )
 
 
+@pytest.mark.parametrize("loss", ["linear", "cauchy"])
+def test_bounds_are_those_of_scipy(loss: str) -> None:
+    y = measured()
+    lower, upper = torch.tensor([0.0, 0.9, 0.0], dtype=F64), torch.tensor([1.8, 2.0, 1.0], dtype=F64)
+    robust = None if loss == "linear" else Cauchy(0.1)
+    fit = bilevel.least_squares(decay, lower=lower, upper=lambda t, y, *cap: upper, loss=robust)
+    t, data = T.numpy(), y.numpy()
+    expected = scipy.optimize.least_squares(
+        lambda p: p[0] * np.exp(-p[1] * t) + p[2] - data, np.array([1.0, 1.0, 0.5]), bounds=(lower.numpy(), upper.numpy()),
+        loss=loss, f_scale=0.1, xtol=1e-14, ftol=1e-14, gtol=1e-14,
+    ).x  # fmt: skip
+    found = fit(P0, T, y)
+    np.testing.assert_allclose(found.numpy(), expected, rtol=1e-5, atol=1e-7)
+    slope = jacrev(lambda y: fit(P0, T, y))(y)
+    torch.testing.assert_close(slope[:, :2], differences(lambda y: fit(P0, T, y), y, range(2)), rtol=1e-5, atol=1e-7)
+
+
 @pytest.mark.parametrize(
     ("make", "words"),
     [
         (lambda: bilevel.least_squares(decay, loss=Huber), "loss to be a bilevel.robust.RobustLoss"),
         (lambda: bilevel.least_squares(decay, loss=3.0), "loss to be a bilevel.robust.RobustLoss"),
         (lambda: bilevel.least_squares(decay, hessian=bilevel.GaussNewtonHessian), "expected hessian to be"),
-        (lambda: bilevel.least_squares(decay, lower=0.0), "bounds are not supported"),
+        (lambda: bilevel.least_squares(decay, lower=0.0, hessian=bilevel.GaussNewtonHessian()), "leave hessian out"),
+        (lambda: bilevel.least_squares(decay, lower=0.0, solver=bilevel.LevenbergMarquardt()), "leave solver out"),
         (lambda: bilevel.least_squares(decay, P0), "write bilevel.least_squares"),
         (lambda: Huber(-1.0), "expected delta"),
         (lambda: Cauchy(0.0), "expected scale"),

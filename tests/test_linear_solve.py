@@ -248,5 +248,5 @@ def test_a_budget_is_no_failure_and_an_accuracy_not_reached_is_one() -> None:
     with pytest.warns(bilevel.BudgetWarning):
         bilevel.linear_solve(lambda x: SPD @ x, symmetric=True, linear_solver=bilevel.CG(1))(b)
     asked = bilevel.Tolerance(delta=1e-8)
-    with pytest.raises(bilevel.SolveError, match="ran out of steps"):
+    with pytest.raises(bilevel.SolveError, match="ran out of iterations"):
         bilevel.linear_solve(lambda x: SPD @ x, symmetric=True, linear_solver=bilevel.CG(1), tolerance=asked)(b)

@@ -283,7 +283,7 @@ def test_a_run_resumes_bit_for_bit(optimizer: object, tolerance: object) -> None
 def test_failed_solves_shorten_the_step_or_are_said() -> None:
     broken = problem(solver=bilevel.GradientDescent(0.1, 1))
     settings = {"init": torch.zeros(2, dtype=F64), "tolerance": bilevel.Tolerance(1e-10, 1e-10)}
-    with pytest.raises(bilevel.SolveError, match="ran out of steps"):
+    with pytest.raises(bilevel.SolveError, match="ran out of iterations"):
         bilevel.minimize(broken, outer(), DATA, **settings)
 
     class Delicate(Shrunk):

@@ -46,10 +46,10 @@ def _attention(
 def _many_heads(*args: Any, **kwargs: Any) -> Any:
     # A mode does not see what is called inside; with weights asked for, that is no fused kernel.
     call = inspect.signature(F.multi_head_attention_forward).bind(*args, **kwargs)
-    needs_grad = call.arguments.get("need_weights", True)
+    with_weights = call.arguments.get("need_weights", True)
     call.arguments["need_weights"] = True
     output, weights = F.multi_head_attention_forward(*call.args, **call.kwargs)
-    return output, weights if needs_grad else None
+    return output, weights if with_weights else None
 
 
 _WRITTEN: dict[Any, Callable[..., Any]] = {

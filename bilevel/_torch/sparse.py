@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from bilevel._torch.transforms import carries_gradient, signed
+from bilevel._torch.transforms import carries_gradient, signed, transforms_active
 
 __all__ = ["SPARSE"]
 
@@ -130,21 +130,38 @@ def _product(theirs: Callable[..., Any]) -> Callable[..., Any]:
         args = tuple(map(_in_coordinates, args))
         if kwargs or len(args) != 2 or not all(isinstance(arg, torch.Tensor) for arg in args):
             return theirs(*args, **kwargs)
-        return _entry_by_entry(*args) if _made_of_entries(*args) else theirs(*args)
+        if _made_of_entries(*args):
+            return _entry_by_entry(*args, *args[0]._entries)
+        # torch cannot batch the backward of a product with a sparse constant, as torch.func.jacrev does.
+        if transforms_active() and _is_constant(*args):
+            with torch._C._DisableFuncTorch():
+                constant = args[0].detach().coalesce()
+                entries = constant.indices(), constant.values()
+            return _entry_by_entry(*args, *entries)
+        return theirs(*args)
 
     return product
 
 
 def _made_of_entries(matrix: torch.Tensor, x: torch.Tensor) -> bool:
     """Return whether ``matrix`` is a sparse one made of values above, and ``x`` a dense matrix or vector that fits."""
-    if not hasattr(matrix, "_entries") or matrix.ndim != 2 or matrix.dense_dim() != 0 or matrix.dtype != x.dtype:
+    return hasattr(matrix, "_entries") and _fits(matrix, x)
+
+
+def _is_constant(matrix: torch.Tensor, x: torch.Tensor) -> bool:
+    """Return whether ``matrix`` is a sparse one of coordinates that nothing is differentiated by, and ``x`` a dense matrix or vector that fits."""
+    return matrix.layout is torch.sparse_coo and not carries_gradient(matrix) and _fits(matrix, x)
+
+
+def _fits(matrix: torch.Tensor, x: torch.Tensor) -> bool:
+    if matrix.ndim != 2 or matrix.dense_dim() != 0 or matrix.dtype != x.dtype:
         return False
     return x.ndim in (1, 2) and x.layout is torch.strided and len(x) == matrix.shape[1]
 
 
-def _entry_by_entry(matrix: Any, x: torch.Tensor) -> torch.Tensor:
-    """Return ``matrix`` @ ``x``."""
-    (rows, columns), values = matrix._entries
+def _entry_by_entry(matrix: Any, x: torch.Tensor, places: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+    """Return ``matrix`` @ ``x``, of the ``values`` of the matrix at ``places`` (2, k)."""
+    rows, columns = places
     entries = values.reshape(-1, *[1] * (x.ndim - 1)) * x[columns]
     return x.new_zeros(matrix.shape[0], *x.shape[1:]).index_add(0, rows, entries)
 

@@ -13,6 +13,7 @@ from functools import cached_property
 import torch
 
 from bilevel.certificates._certificate import Certificate
+from bilevel.certificates._point import Point
 from bilevel.certificates.bound import Bound
 from bilevel.certificates.constants import Constants
 from bilevel.errors import ArgumentError
@@ -38,7 +39,7 @@ class LocalCertificate(Certificate):
 
 @dataclass(frozen=True, eq=False)
 class NoCertificate(Certificate):
-    """Of a term that is known by its prox alone: nothing is said of errors."""
+    """Of constraints, terms that are known by their prox alone, and derivatives that are not implicit: nothing is said of errors."""
 
     @property
     def bound(self) -> Bound:
@@ -48,7 +49,18 @@ class NoCertificate(Certificate):
 
     @property
     def corrected_gradient(self) -> torch.Tensor:
-        raise ArgumentError(
-            f"{self.where}: expected inner_prox to return a term that names its manifold, for a correction of the gradient, got one that is "
-            "known by its prox alone; take a term of bilevel.prox, or use grad"
+        raise self._unknown("a correction of the gradient")
+
+    @property
+    def refined(self) -> Point:
+        raise self._unknown("a refined point")
+
+    @property
+    def observed(self) -> Constants:
+        raise self._unknown("the constants that are observed")
+
+    def _unknown(self, what: str) -> ArgumentError:
+        return ArgumentError(
+            f"{self.where}: expected an inner problem without constraints, and an inner_prox that returns a term that names its manifold, for "
+            f"{what}; use grad, or take a term of bilevel.prox in place of one that is known by its prox alone"
         )

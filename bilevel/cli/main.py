@@ -103,8 +103,8 @@ def _app() -> Any:
 
     app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
-    def show_version(needs_grad: bool) -> None:
-        if needs_grad:
+    def show_version(asked: bool) -> None:
+        if asked:
             print(f"bilevel {bilevel.__version__}")
             raise typer.Exit
 

@@ -12,7 +12,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch.func import jvp, vmap
+from torch.func import vmap
 from torch.utils import _pytree as pytree
 
 from bilevel._torch.double_backward import Repeatable
@@ -33,6 +33,7 @@ __all__ = [
     "has_residuals",
     "residual_count",
     "residual_products",
+    "residual_vector",
     "weighted_jacobian",
 ]
 
@@ -57,19 +58,7 @@ class LeastSquaresSystem(ArgminSystem):
 
     def residuals(self, flat: torch.Tensor, *tensors: torch.Tensor) -> torch.Tensor:
         """Return one problem's residuals (m,), differentiable; a complex one counts as two."""
-        leaves = pytree.tree_leaves(self.call(flat, *tensors))
-        wrong = next((leaf for leaf in leaves if not moves(leaf)), None)
-        if wrong is not None or not leaves:
-            got = f"{tuple(wrong.shape)} {wrong.dtype}" if isinstance(wrong, torch.Tensor) else type(wrong).__name__
-            raise ShapeError(
-                f"{self.where}: expected residual to return floating-point or complex tensors, got {got if leaves else 'none'}; return a tensor of "
-                "any shape, or a pytree of them, whose squares are summed"
-            )
-        # Not torch.view_as_real: its gradient has to begin at an even place in memory, and a part of a whole may not.
-        parts = [
-            torch.cat([t.real.reshape(-1), t.imag.reshape(-1)]) if t.is_complex() else t.reshape(-1) for t in leaves
-        ]
-        return parts[0] if len(parts) == 1 else torch.cat(parts)
+        return residual_vector(self.call(flat, *tensors), self.where)
 
     def output(self, flat: torch.Tensor, *tensors: torch.Tensor) -> torch.Tensor:
         residuals, loss = self.residuals(flat, *tensors), self.loss_of(tensors)
@@ -123,6 +112,21 @@ class GaussNewtonSystem(LeastSquaresSystem):
         return self.outputs(x, *tensors), self.residual(x, *tensors)
 
 
+def residual_vector(made: Any, where: str) -> torch.Tensor:
+    """Return the tensors of the pytree ``made``, which a user's function returned, as one vector (m,); a complex number counts as two."""
+    leaves = pytree.tree_leaves(made)
+    wrong = next((leaf for leaf in leaves if not moves(leaf)), None)
+    if wrong is not None or not leaves:
+        got = f"{tuple(wrong.shape)} {wrong.dtype}" if isinstance(wrong, torch.Tensor) else type(wrong).__name__
+        raise ShapeError(
+            f"{where}: expected residual to return floating-point or complex tensors, got {got if leaves else 'none'}; return a tensor of "
+            "any shape, or a pytree of them, whose squares are summed"
+        )
+    # Not torch.view_as_real: its gradient has to begin at an even place in memory, and a part of a whole may not.
+    parts = [torch.cat([t.real.reshape(-1), t.imag.reshape(-1)]) if t.is_complex() else t.reshape(-1) for t in leaves]
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
 def has_residuals(problem: Problem) -> bool:
     """Return whether the problem is one of least squares, or of equations, whose least squares are those of their residual."""
     return isinstance(problem.system, (LeastSquaresSystem, RootSystem))
@@ -158,12 +162,12 @@ def weighted_jacobian(
     x
         (batch, n).
     by_rows
-        Whether J is made of m reverse passes, and not of n forward ones, which are taken back where the function allows for none.
+        Whether J is made of m reverse passes, and not of n over the graph of one, which a function that can be differentiated once alone has not.
     """
     if not by_rows:
         try:
             return _jacobian(problem, x, by_rows=False)
-        except (RuntimeError, NotImplementedError) as error:  # an operation without forward mode
+        except (RuntimeError, NotImplementedError) as error:  # an operation that can be differentiated once alone
             if isinstance(error, BilevelError):
                 raise
     return _jacobian(problem, x, by_rows=True)
@@ -248,16 +252,14 @@ def _rows(system: Any, flat: torch.Tensor, *tensors: torch.Tensor) -> tuple[torc
 
 
 def _columns(system: Any, flat: torch.Tensor, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """Return the same by forward passes."""
+    """Return the same by n passes over a reverse pass, whose transpose is J."""
+    made: Any = vjp(lambda point: _one_residual(system, point, *tensors), flat)
+    residuals, pull = made
+    # Not by forward mode, of which evaluations cannot be replayed, and which not all of torch's operations have.
+    _, push = vjp(lambda u: pull(u)[0], torch.zeros_like(residuals))
     units = torch.eye(flat.shape[0], dtype=flat.dtype, device=flat.device)
-
-    def push(unit: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        made: Any = jvp(lambda point: _one_residual(system, point, *tensors), (flat,), (unit,))
-        return made[0], made[1]
-
-    # What does not depend on the direction may come with its axis all the same.
-    residuals, matrix = vmap(push, out_dims=(0, -1))(units)
-    return _weighted(system, residuals[0], matrix, tensors)
+    (columns,) = vmap(push)(units)  # (n, m)
+    return _weighted(system, residuals, columns.mT, tensors)
 
 
 def _weighted(

@@ -7,10 +7,11 @@ from dataclasses import dataclass
 import torch
 
 from bilevel._torch.reverse import reverse_pass
+from bilevel.equations.domain import no_value
 from bilevel.operators import HessianOperator, JacobianOperator, LinearOperator
 from bilevel.replay import ReplayCache, StartedProgram
 
-__all__ = ["PRODUCT", "Linearization", "LinearizationSlot", "ReplayedLinearization"]
+__all__ = ["PRODUCT", "Linearization", "LinearizationSlot", "NoPullback", "ReplayedLinearization"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,7 +39,7 @@ class Linearization:
     leaves: tuple[torch.Tensor, ...]
     value: torch.Tensor | None = None
     point: torch.Tensor | None = None
-    replayed: ReplayedLinearization | None = None
+    replayed: ReplayedLinearization | NoPullback | None = None
 
     def pullback(self, q: torch.Tensor) -> list[torch.Tensor | None]:
         """Return (∂_θ R)ᵀ q for ``q`` (batch, n), summed over the problems that share a tensor: one reverse pass."""
@@ -95,6 +96,19 @@ class ReplayedLinearization:
 
 # Where Jᵀ q stands among what a linearisation's program returns.
 PRODUCT = 2
+
+
+@dataclass(frozen=True, eq=False)
+class NoPullback:
+    """Stands where the function has no value, and so no derivative, at the point of one of the problems."""
+
+    where: str
+    noun: str
+    error: Exception
+
+    def pull(self, q: torch.Tensor, *, point: bool) -> tuple[list[torch.Tensor], list[torch.Tensor | None]]:
+        """Raise: there is nothing to pull back through."""
+        raise no_value(self.where, self.noun, self.error)
 
 
 @dataclass(eq=False)

@@ -9,12 +9,15 @@ from functools import cached_property, partial
 from typing import Any
 
 import torch
+from torch.func import vmap
 
 from bilevel._torch.graph_features import record_graph_features
-from bilevel.equations.linearization import PRODUCT, Linearization, LinearizationSlot, ReplayedLinearization
+from bilevel._torch.reverse import vjp
+from bilevel.equations.domain import leaves_domain, row_by_row
+from bilevel.equations.linearization import PRODUCT, Linearization, LinearizationSlot, NoPullback, ReplayedLinearization
 from bilevel.equations.system import ArgminSystem, FixedPointSystem, System
 from bilevel.errors import ArgumentError
-from bilevel.operators import DenseOperator, HessianOperator, JacobianOperator, LinearOperator
+from bilevel.operators import DenseOperator, FunctionOperator, HessianOperator, JacobianOperator, LinearOperator
 from bilevel.pytree import moves
 from bilevel.replay import Program, ReplayCache, ReplayedOperator
 
@@ -98,7 +101,12 @@ class Problem:
 
     def value(self, x: torch.Tensor) -> torch.Tensor:
         """Return the objectives (batch,) at ``x`` (batch, n)."""
-        return self._evaluated("output", self._output, x)[0].reshape(self.batch)
+        try:
+            return self._evaluated("output", self._output, x)[0].reshape(self.batch)
+        except (RuntimeError, ValueError) as error:
+            if not leaves_domain(error):
+                raise
+            return row_by_row(self, x, lambda one, row: (one.value(row),), [()])[0]
 
     def value_and_residual(self, x: torch.Tensor, *, last: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the objectives (batch,) and their gradients (batch, n).
@@ -110,18 +118,34 @@ class Problem:
                 f"{self.where}: expected an argmin for a solver that minimises, got a {self.system.noun} equation; take "
                 "Newton(), Anderson(), FixedPointIteration() or ScipyRoot()"
             )
-        if last and self.linearization_slot is not None:
-            self.linearization_slot.linearization = linear = self.linearize(x, self.linearization_slot.needs_grad)
-            assert linear.value is not None
-            return linear.value, linear.residual.detach()
-        values, gradient = self._evaluated("gradient", self._gradient, x)
+        try:
+            if last and self.linearization_slot is not None:
+                self.linearization_slot.linearization = linear = self.linearize(x, self.linearization_slot.needs_grad)
+                assert linear.value is not None
+                return linear.value, linear.residual.detach()
+            values, gradient = self._evaluated("gradient", self._gradient, x)
+        except (RuntimeError, ValueError) as error:
+            if not leaves_domain(error):
+                raise
+            values, gradient = row_by_row(self, x, lambda one, row: one.value_and_residual(row), [(), x.shape[1:]])
         return values, gradient
 
     def residual(self, x: torch.Tensor) -> torch.Tensor:
         """Return R (batch, n): ∇G, the residual, or x − T(x)."""
-        if not self.has_value:
+        if self.has_value:
+            return self.value_and_residual(x)[1]
+        try:
             return self._evaluated("output", self._output, x)[0].reshape(x.shape)
-        return self.value_and_residual(x)[1]
+        except (RuntimeError, ValueError) as error:
+            if not leaves_domain(error):
+                raise
+            return row_by_row(self, x, lambda one, row: (one.residual(row),), [x.shape[1:]])[0]
+
+    def evaluated(
+        self, name: Hashable, evaluation: Callable[..., Sequence[torch.Tensor]], x: torch.Tensor
+    ) -> Sequence[torch.Tensor]:
+        """Return what ``evaluation`` makes of (x (batch, k), *tensors), replayed where that is allowed under ``name``."""
+        return self._evaluated(name, evaluation, x)
 
     def _evaluated(
         self, name: Hashable, evaluation: Callable[..., Sequence[torch.Tensor]], x: torch.Tensor
@@ -174,7 +198,44 @@ class Problem:
         """Return R at ``x`` (batch, n) with its graph, the operator ∂_x R and the pullback to ``needs_grad`` tensors.
 
         Where the function's evaluations are replayed there is no graph: R is cut from any, and products and the pullback are replayed too.
+        Of a problem whose function has no value at its x, all is NaN.
         """
+        try:
+            return self._linearize(x, needs_grad)
+        except (RuntimeError, ValueError) as error:
+            if not leaves_domain(error):
+                raise
+            return self._linearize_each(x, error)
+
+    def _linearize_each(self, x: torch.Tensor, error: Exception) -> Linearization:
+        """Return the linearisation at ``x`` (batch, n) of problems some of which leave their domain, as ``error`` says: it has no pullback."""
+        made: list[Linearization | None] = []
+
+        def linearized(one: Problem, row: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            made.append(None)
+            made[-1] = linear = one._linearize(row)
+            value = torch.zeros_like(row[:, 0]) if linear.value is None else linear.value
+            return linear.residual.detach(), value
+
+        residual, value = row_by_row(self, x, linearized, [x.shape[1:], ()])
+        operators = [None if one is None else one.operator for one in made] or [None]
+
+        def rows(v: torch.Tensor, *, transposed: bool = False) -> torch.Tensor:
+            products = []
+            for number, operator in enumerate(operators):
+                row = v[number : number + 1]
+                if operator is None:
+                    products.append(torch.full_like(row, float("nan")))
+                else:
+                    products.append(operator.rmatvec(row) if transposed else operator.matvec(row))
+            return torch.cat(products)
+
+        whole = FunctionOperator(rows, x, partial(rows, transposed=True), symmetric=self.system.symmetric)
+        whole.expect_definite = self.minimizes
+        none = NoPullback(self.where, self.system.noun, error)
+        return Linearization(residual, whole, (), value if self.has_value else None, x.detach(), none)
+
+    def _linearize(self, x: torch.Tensor, needs_grad: Sequence[bool] | None = None) -> Linearization:
         chosen = tuple(needs_grad or [False] * len(self.tensors))
         program = self._program(("linear", chosen), partial(self._linear, chosen), x, partial(_any_two, x))
         if program is not None:
@@ -244,9 +305,9 @@ class Problem:
         """
         try:
             residual, matrix, value = self._dense(x.detach())
-        except RuntimeError:
+        except (RuntimeError, ValueError) as error:
             # Something in the function cannot be transformed, such as an operation without a batching rule.
-            plain = self.linearize(x)
+            plain = self._linearize_each(x, error) if leaves_domain(error) else self.linearize(x)
             plain.operator.materialize = None
             residual, matrix, value = plain.residual.detach(), plain.operator.dense(), plain.value
         operator = DenseOperator(matrix, symmetric=self.system.symmetric, expect_definite=self.minimizes)
@@ -264,6 +325,22 @@ class Problem:
             system = self.system.for_second_derivatives()
             made = system.lifted(system.rows)(self.shaped(x), *tensors)
         return [tensor.detach() for tensor in made]
+
+    def some_rows(self, x: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
+        """Return the rows (k, n) of ∂_x R at ``x`` (1, n) for the ``places`` (k,), of a single problem without levels."""
+        k = len(places)
+        units = torch.zeros(1 + k, self.size, dtype=x.dtype, device=x.device)
+        units[0] = x[0]
+        units[torch.arange(1, 1 + k, device=x.device), places] = 1
+        return self._evaluated(("rows", k), self._some_rows, units)[0]
+
+    def _some_rows(self, packed: torch.Tensor, *tensors: torch.Tensor) -> list[torch.Tensor]:
+        """Return the rows at the point ``packed[0]`` for the vectors behind it."""
+        with torch.no_grad():
+            system = self.system.for_second_derivatives()
+            made: Any = vjp(lambda point: system.residual_and_value(point, *tensors)[0], packed[0])
+            (rows,) = vmap(made[1])(packed[1:])
+        return [rows.detach()]
 
     def perturbed(self, seed: int, *more: torch.Tensor) -> tuple[Problem, list[torch.Tensor]]:
         """Return the problem with every number moved by a unit in its last place, by random signs, and ``more`` tensors likewise.

@@ -25,6 +25,7 @@ from bilevel._torch.double_backward import Repeatable
 from bilevel._torch.norms import OneImageNorms, WrittenNorms
 from bilevel._torch.reverse import grad, grad_and_value, vjp
 from bilevel._torch.transforms import autocasting
+from bilevel.equations.domain import leaves_domain
 from bilevel.errors import (
     ArgumentError,
     BilevelError,
@@ -180,7 +181,7 @@ class System(ABC):
         try:
             return self.output(flat, *tensors)
         except (RuntimeError, ValueError, IndexError, TypeError) as error:
-            if isinstance(error, BilevelError):
+            if isinstance(error, BilevelError) or leaves_domain(error):
                 raise
             if mixes_numpy(error):
                 paths, _ = pytree.tree_flatten_with_path(self.arguments.rebuild(tensors))

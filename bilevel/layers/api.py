@@ -6,15 +6,20 @@ import functools
 from collections.abc import Callable
 from typing import Any, overload
 
-import torch
+from typing_extensions import Unpack
 
 from bilevel.equations.structured import Structure
 from bilevel.equations.system import ArgminSystem, FixedPointSystem, RootSystem, System
 from bilevel.errors import ArgumentError
+from bilevel.layers.constraint_structure import ConstraintStructure
+from bilevel.layers.constraints import Constraints
+from bilevel.layers.differentiation import Differentiation
 from bilevel.layers.first_call import explain_misuse
 from bilevel.layers.layer import Layer, Solution
 from bilevel.layers.linear_layer import LinearLayer
+from bilevel.layers.options import ArgminOptions, LayerOptions, LinearOptions
 from bilevel.layers.proximal import Proximal
+from bilevel.layers.rectangular import RectangularLayer
 from bilevel.linear._base import LinearSolverLike
 from bilevel.policy import OnFailure
 from bilevel.solvers._base import InnerSolverLike
@@ -26,42 +31,35 @@ Decorator = Callable[[Callable[..., Any]], Layer]
 
 
 @overload
-def argmin(
-    objective: None = None,
-    *,
-    solver: InnerSolverLike | None = None,
-    linear_solver: LinearSolverLike | None = None,
-    tolerance: Tolerance | None = None,
-    on_failure: OnFailure = "raise",
-    prox: Any = None,
-) -> Decorator: ...
+def argmin(objective: None = None, **options: Unpack[ArgminOptions]) -> Decorator: ...
 @overload
-def argmin(
-    objective: Callable[..., torch.Tensor],
-    *,
-    solver: InnerSolverLike | None = None,
-    linear_solver: LinearSolverLike | None = None,
-    tolerance: Tolerance | None = None,
-    on_failure: OnFailure = "raise",
-    prox: Any = None,
-) -> Layer: ...
+def argmin(objective: Callable[..., Any], **options: Unpack[ArgminOptions]) -> Layer: ...
 @explain_misuse
 def argmin(
-    objective: Callable[..., torch.Tensor] | None = None,
+    objective: Callable[..., Any] | None = None,
     *,
     solver: InnerSolverLike | None = None,
     linear_solver: LinearSolverLike | None = None,
     tolerance: Tolerance | None = None,
     on_failure: OnFailure = "raise",
     prox: Any = None,
+    lower: Any = None,
+    upper: Any = None,
+    equality: Callable[..., Any] | None = None,
+    inequality: Callable[..., Any] | None = None,
+    smoothing: float | None = None,
+    differentiation: Differentiation | None = None,
+    has_aux: bool = False,
+    prepare: Callable[..., Any] | None = None,
+    warm_start: bool = False,
 ) -> Layer | Decorator:
     """Turn an objective into the layer x*(θ) = argmin_x G(x, θ), with dx*/dθ = −H⁻¹ ∂_θ∇_x G.
 
     Parameters
     ----------
     objective
-        G: a function of ``(x, *args, **kwargs)`` that returns a scalar tensor, twice differentiable. Left out, a decorator is
-        returned.
+        G: a function of ``(x, *args, **kwargs)`` that returns a scalar tensor, twice differentiable. A module is such a function, whose
+        parameters are differentiated too. Left out, a decorator is returned.
     solver
         An inner solver, or a function ``(objective, init, *args, **kwargs)`` -> x. By default chosen from the size.
     linear_solver
@@ -72,6 +70,31 @@ def argmin(
     on_failure
         What to do about a solve that failed and about misuse that makes gradients wrong: ``"raise"``, ``"warn"``,
         ``"nan"`` (NaN for the problems concerned) or ``"ignore"``; forward and backward.
+    prox
+        A term g of :mod:`bilevel.prox`: the layer solves min G + g, where g need not be smooth. A pytree of terms for a pytree x (None for a tensor
+        without one), or a function of ``(*args, **kwargs)`` that returns a term, so that its strength can be θ. The derivative is that on the
+        manifold of the solution: its zeros, active bounds and ties. Where a term is just at its threshold, a derivative is refused with
+        ``Status.DEGENERATE``.
+    lower, upper
+        Bounds on x: a number, a tensor that can be broadcast to x, a pytree like x (None or ±inf: no bound), or a function of
+        ``(*args, **kwargs)`` that returns one, so that a bound can be θ.
+    equality, inequality
+        h and c: functions of ``(x, *args, **kwargs)`` that return a tensor or a pytree of tensors. The layer solves
+        min G subject to h = 0, c <= 0 and the bounds, by projected Newton (bounds alone) or an interior point; ``init`` need not be feasible.
+        ``solve`` returns ``multipliers`` and ``active``, each with fields ``equality``, ``inequality``, ``lower`` and ``upper``.
+    smoothing
+        τ: take value and derivative from the central path (λ_i c_i = −τ), where the derivative exists even if a constraint is
+        active with multiplier 0. Without it such a derivative is refused with ``Status.DEGENERATE``, which names the constraint.
+    differentiation
+        How the solution is differentiated: :class:`bilevel.Implicit` by default, or :class:`bilevel.Unrolled`, :class:`bilevel.Truncated`,
+        :class:`bilevel.OneStep`, :class:`bilevel.PhantomGradient`.
+    has_aux
+        Whether ``objective`` returns a pair (value, aux). The layer then returns (x, aux), with aux evaluated at x and differentiable.
+    prepare
+        A function of ``(*args, **kwargs)``, called once a call, that returns the arguments for ``objective`` (a tuple, or a single one). A kernel
+        matrix, for example, is then made once, differentiably, and not at every evaluation.
+    warm_start
+        Whether a call begins at the last solution of this layer, if that has the shapes of ``init``.
 
     Returns
     -------
@@ -86,7 +109,8 @@ def argmin(
 
     References
     ----------
-    The implicit function theorem; as a layer, Amos & Kolter, "OptNet", ICML 2017; as a transform, Blondel et al.,
+    The implicit function theorem; with constraints, Fiacco, "Sensitivity analysis for nonlinear programming using penalty methods",
+    Mathematical Programming 10, 1976; as a layer, Amos & Kolter, "OptNet", ICML 2017; as a transform, Blondel et al.,
     "Efficient and Modular Implicit Differentiation", NeurIPS 2022.
 
     Examples
@@ -104,29 +128,42 @@ def argmin(
     >>> w.sum().backward()
     >>> strength.grad  # −1/(1+1)² − 4/(4+1)²
     tensor(-0.4100, dtype=torch.float64)
+
+    The Lasso: a term that is not smooth, with a strength that is differentiated.
+
+    >>> lasso = bilevel.argmin(
+    ...     lambda w, X, y, s: 0.5 * ((X @ w - y) ** 2).sum(), prox=lambda X, y, s: bilevel.prox.L1(s)
+    ... )
+    >>> s = torch.tensor(2.0, dtype=torch.float64, requires_grad=True)
+    >>> w = lasso(torch.zeros(2, dtype=torch.float64), X, y, s)
+    >>> w.detach()
+    tensor([0.0000, 0.5000], dtype=torch.float64)
+    >>> w.sum().backward()
+    >>> s.grad  # −1/2² of the one that is not zero
+    tensor(-0.2500, dtype=torch.float64)
+
+    The nearest point of the simplex, which has no negative entries and the sum s:
+
+    >>> nearest = bilevel.argmin(lambda x, a, s: ((x - a) ** 2).sum(), lower=0.0, equality=lambda x, a, s: x.sum() - s)
+    >>> a, s = torch.tensor([0.5, 0.9, -2.0], dtype=torch.float64), torch.tensor(1.0, dtype=torch.float64)
+    >>> solution = nearest.solve(torch.zeros(3, dtype=torch.float64), a, s)
+    >>> solution.value, solution.active.lower.tolist()
+    (tensor([0.3000, 0.7000, 0.0000], dtype=torch.float64), [False, False, True])
+    >>> torch.func.jacrev(lambda s: nearest(torch.zeros(3, dtype=torch.float64), a, s))(s)
+    tensor([0.5000, 0.5000, -0.0000], dtype=torch.float64)
     """
-    structure = None if prox is None else Proximal(given=prox)
-    return _layer(ArgminSystem, objective, solver, linear_solver, tolerance, on_failure, structure)
+    constraints = Constraints(lower=lower, upper=upper, equality=equality, inequality=inequality, smoothing=smoothing)
+    structure = _structure(prox, constraints)
+    return _layer(
+        ArgminSystem, objective, solver=solver, linear_solver=linear_solver, tolerance=tolerance, on_failure=on_failure, structure=structure,
+        differentiation=differentiation, has_aux=has_aux, prepare=prepare, warm_start=warm_start,
+    )  # fmt: skip
 
 
 @overload
-def root(
-    residual: None = None,
-    *,
-    solver: InnerSolverLike | None = None,
-    linear_solver: LinearSolverLike | None = None,
-    tolerance: Tolerance | None = None,
-    on_failure: OnFailure = "raise",
-) -> Decorator: ...
+def root(residual: None = None, **options: Unpack[LayerOptions]) -> Decorator: ...
 @overload
-def root(
-    residual: Callable[..., Any],
-    *,
-    solver: InnerSolverLike | None = None,
-    linear_solver: LinearSolverLike | None = None,
-    tolerance: Tolerance | None = None,
-    on_failure: OnFailure = "raise",
-) -> Layer: ...
+def root(residual: Callable[..., Any], **options: Unpack[LayerOptions]) -> Layer: ...
 @explain_misuse
 def root(
     residual: Callable[..., Any] | None = None,
@@ -135,6 +172,10 @@ def root(
     linear_solver: LinearSolverLike | None = None,
     tolerance: Tolerance | None = None,
     on_failure: OnFailure = "raise",
+    differentiation: Differentiation | None = None,
+    has_aux: bool = False,
+    prepare: Callable[..., Any] | None = None,
+    warm_start: bool = False,
 ) -> Layer | Decorator:
     """Turn a residual into the layer x*(θ) with R(x*, θ) = 0, and dx*/dθ = −(∂_x R)⁻¹ ∂_θ R.
 
@@ -142,7 +183,7 @@ def root(
     ----------
     residual
         R: a function of ``(x, *args, **kwargs)`` that returns the pytree of x, shape for shape.
-    solver, linear_solver, tolerance, on_failure
+    solver, linear_solver, tolerance, on_failure, differentiation, has_aux, prepare, warm_start
         See :func:`argmin`. The Jacobian need not be symmetric: Exact, GMRES and BiCGStab fit, CG does not.
 
     Returns
@@ -165,27 +206,16 @@ def root(
     >>> round(x.item(), 6), round(a.grad.item(), 6)  # 1 / (3 x²)
     (2.0, 0.083333)
     """
-    return _layer(RootSystem, residual, solver, linear_solver, tolerance, on_failure)
+    return _layer(
+        RootSystem, residual, solver=solver, linear_solver=linear_solver, tolerance=tolerance, on_failure=on_failure,
+        differentiation=differentiation, has_aux=has_aux, prepare=prepare, warm_start=warm_start,
+    )  # fmt: skip
 
 
 @overload
-def fixed_point(
-    mapping: None = None,
-    *,
-    solver: InnerSolverLike | None = None,
-    linear_solver: LinearSolverLike | None = None,
-    tolerance: Tolerance | None = None,
-    on_failure: OnFailure = "raise",
-) -> Decorator: ...
+def fixed_point(mapping: None = None, **options: Unpack[LayerOptions]) -> Decorator: ...
 @overload
-def fixed_point(
-    mapping: Callable[..., Any],
-    *,
-    solver: InnerSolverLike | None = None,
-    linear_solver: LinearSolverLike | None = None,
-    tolerance: Tolerance | None = None,
-    on_failure: OnFailure = "raise",
-) -> Layer: ...
+def fixed_point(mapping: Callable[..., Any], **options: Unpack[LayerOptions]) -> Layer: ...
 @explain_misuse
 def fixed_point(
     mapping: Callable[..., Any] | None = None,
@@ -194,6 +224,10 @@ def fixed_point(
     linear_solver: LinearSolverLike | None = None,
     tolerance: Tolerance | None = None,
     on_failure: OnFailure = "raise",
+    differentiation: Differentiation | None = None,
+    has_aux: bool = False,
+    prepare: Callable[..., Any] | None = None,
+    warm_start: bool = False,
 ) -> Layer | Decorator:
     """Turn a mapping into the layer x*(θ) with x* = T(x*, θ), and dx*/dθ = (I − ∂_x T)⁻¹ ∂_θ T.
 
@@ -201,7 +235,7 @@ def fixed_point(
     ----------
     mapping
         T: a function of ``(x, *args, **kwargs)`` that returns the pytree of x, shape for shape.
-    solver, linear_solver, tolerance, on_failure
+    solver, linear_solver, tolerance, on_failure, differentiation, has_aux, prepare, warm_start
         See :func:`argmin`; the residual is x − T(x). By default safeguarded Anderson acceleration: it converges
         wherever plain iteration does in 10,000 steps. Where T is no contraction near the solution, take Newton.
 
@@ -228,32 +262,24 @@ def fixed_point(
     >>> bool(torch.allclose(x, 0.5 * torch.cos(x) + a, atol=1e-10))
     True
     """
-    return _layer(FixedPointSystem, mapping, solver, linear_solver, tolerance, on_failure)
+    return _layer(
+        FixedPointSystem, mapping, solver=solver, linear_solver=linear_solver, tolerance=tolerance, on_failure=on_failure,
+        differentiation=differentiation, has_aux=has_aux, prepare=prepare, warm_start=warm_start,
+    )  # fmt: skip
 
 
 @overload
 def linear_solve(
-    matvec: None = None,
-    *,
-    symmetric: bool = False,
-    linear_solver: LinearSolverLike | None = None,
-    tolerance: Tolerance | None = None,
-    on_failure: OnFailure = "raise",
+    matvec: None = None, **options: Unpack[LinearOptions]
 ) -> Callable[[Callable[..., Any]], LinearLayer]: ...
 @overload
-def linear_solve(
-    matvec: Callable[..., Any],
-    *,
-    symmetric: bool = False,
-    linear_solver: LinearSolverLike | None = None,
-    tolerance: Tolerance | None = None,
-    on_failure: OnFailure = "raise",
-) -> LinearLayer: ...
+def linear_solve(matvec: Callable[..., Any], **options: Unpack[LinearOptions]) -> LinearLayer: ...
 @explain_misuse
 def linear_solve(
     matvec: Callable[..., Any] | None = None,
     *,
     symmetric: bool = False,
+    unknown: Any = None,
     linear_solver: LinearSolverLike | None = None,
     tolerance: Tolerance | None = None,
     on_failure: OnFailure = "raise",
@@ -267,8 +293,13 @@ def linear_solve(
     symmetric
         Whether A = Aᵀ, or A = Aᴴ of complex vectors: then Cholesky and conjugate gradients can be used. A matrix that is symmetric and not positive
         definite can be solved by Exact, GMRES and BiCGStab.
+    unknown
+        For a rectangular A: a tensor or pytree of the shapes and dtypes of x, whose numbers do not count, or a function of ``(*args, **kwargs)`` that
+        returns one. x is then A⁺ b: of all x with the least ‖A x − b‖, that of minimum norm. ``matvec`` returns the pytree of b. The
+        derivative is that of Golub & Pereyra; it exists where no argument changes the rank of A, and is refused elsewhere.
     linear_solver
-        A linear solver, or a function (operator, rhs) -> x on tensors (batch, n). By default chosen from size and symmetry:
+        A linear solver, or a function (operator, rhs) -> x on tensors (batch, n). By default, for a rectangular A, QR if small, else LSMR; a solver
+        that does not know rectangular matrices solves AᵀA x = Aᵀ b. For a square A chosen from size and symmetry:
         a factorisation if small, else conjugate gradients, or GMRES where not symmetric.
     tolerance
         δ of the solution and δ′ of the adjoints; with ``strong_convexity`` the least singular value of A. By default what the
@@ -305,34 +336,59 @@ def linear_solve(
     >>> x[1].backward()
     >>> strength.grad  # x₁ = 3 (1 + s) / (1 + 3 s), of slope −6 / (1 + 3 s)²
     tensor(-0.3750, dtype=torch.float64)
+
+    A straight line through three points, and what each of them does to its slope:
+
+    >>> line = bilevel.linear_solve(lambda p, t: p[0] + p[1] * t, unknown=torch.zeros(2, dtype=torch.float64))
+    >>> t = torch.tensor([0.0, 1.0, 2.0], dtype=torch.float64)
+    >>> y = torch.tensor([1.0, 3.0, 6.0], dtype=torch.float64, requires_grad=True)
+    >>> p = line(y, t)
+    >>> p.detach()
+    tensor([0.8333, 2.5000], dtype=torch.float64)
+    >>> p[1].backward()
+    >>> y.grad.round(decimals=6) + 0
+    tensor([-0.5000,  0.0000,  0.5000], dtype=torch.float64)
     """
     _refuse_goals(tolerance)
+    if unknown is not None:
+        if symmetric:
+            raise ArgumentError(
+                "linear_solve: expected symmetric=True or unknown=, got both; leave symmetric=True out for a rectangular matrix"
+            )
+        rectangular = functools.partial(
+            RectangularLayer, unknown=unknown, linear_solver=linear_solver, tolerance=tolerance, on_failure=on_failure
+        )
+        return rectangular if matvec is None else rectangular(matvec)
     make = functools.partial(
         LinearLayer, symmetric=symmetric, linear_solver=linear_solver, tolerance=tolerance, on_failure=on_failure
     )
     return make if matvec is None else make(matvec)
 
 
-def _layer(
-    kind: type[System],
-    function: Callable[..., Any] | None,
-    solver: InnerSolverLike | None,
-    linear_solver: LinearSolverLike | None,
-    tolerance: Tolerance | None,
-    on_failure: OnFailure,
-    structure: Structure | None = None,
-) -> Layer | Decorator:
-    _refuse_goals(tolerance)
-    make = functools.partial(
-        Layer,
-        kind,
-        solver=solver,
-        linear_solver=linear_solver,
-        tolerance=tolerance,
-        on_failure=on_failure,
-        structure=structure,
-    )
+def _layer(kind: type[System], function: Callable[..., Any] | None, **settings: Any) -> Layer | Decorator:
+    _refuse_goals(settings["tolerance"])
+
+    def make(function: Callable[..., Any]) -> Layer:
+        return Layer(kind, function, **settings)
+
     return make if function is None else make(function)
+
+
+def _structure(prox: Any, constraints: Constraints) -> Structure | None:
+    """Return what the layer has besides its objective, or None."""
+    if prox is not None and constraints.present:
+        raise ArgumentError(
+            f"argmin: expected prox or constraints, got prox beside {', '.join(constraints.present)}; write the set as a term of bilevel.prox, or "
+            "the term as constraints"
+        )
+    if constraints.present:
+        return ConstraintStructure(constraints=constraints)
+    if constraints.smoothing is not None:
+        raise ArgumentError(
+            "argmin: expected lower, upper, equality or inequality with smoothing, which smooths what constraints do to the solution, got "
+            "none; leave smoothing out"
+        )
+    return None if prox is None else Proximal(given=prox)
 
 
 def _refuse_goals(tolerance: Tolerance | None) -> None:

@@ -13,9 +13,10 @@ from bilevel.equations.linearization import Linearization
 from bilevel.equations.problem import Problem
 from bilevel.equations.pullbacks import Pullback
 from bilevel.equations.structured import StructuredSystem, objective_of
-from bilevel.errors import ArgumentError, BilevelError
+from bilevel.errors import ArgumentError, BilevelError, StochasticObjectiveError
 from bilevel.implicit import JointProduct
 from bilevel.layers.checks import Inspection, inspect_on_failure, inspect_once, reuse_inspection
+from bilevel.layers.differentiation import Differentiation, Implicit, check_differentiation
 from bilevel.layers.messages import failure_messages
 from bilevel.linear._base import LinearOutcome, LinearSolver, as_linear_solver, solve_linear
 from bilevel.linear._free_directions import changes_free_directions, free_direction_messages
@@ -27,6 +28,8 @@ from bilevel.recording import active_recordings
 from bilevel.replay import InspectionCache, ReplayCache
 from bilevel.reports import Pass, SolveReport, Status, StatusMessages
 from bilevel.solvers._base import InnerSolver, as_inner_solver
+from bilevel.solvers._error import rounding
+from bilevel.solvers._given import GivenAnswer, check_answer
 from bilevel.solvers._judge import InnerOutcome, solve_inner
 from bilevel.solvers.defaults import default_solvers
 from bilevel.tolerance import Tolerance, auto_relative
@@ -34,6 +37,10 @@ from bilevel.tolerance import Tolerance, auto_relative
 __all__ = ["Adjoint", "Inspector", "Setting", "SolveCall", "SolveSettings"]
 
 T = TypeVar("T")
+
+# How many times the rounding of R it may differ from one evaluation to another.
+_MORE_THAN_ROUNDING = 8.0
+_RESIDUALS = {True: "a gradient", False: "a residual"}
 
 
 class Adjoint(NamedTuple):
@@ -48,13 +55,13 @@ class Adjoint(NamedTuple):
     residual
         ∇_x G (batch, n) at the solution of the call.
     linearization
-        That of ∇_x G at the solution.
+        That of ∇_x G at the solution, where there is one.
     """
 
     value: torch.Tensor
     report: SolveReport
     residual: torch.Tensor
-    linearization: Linearization
+    linearization: Linearization | None = None
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -75,6 +82,8 @@ class SolveSettings:
         Where the linear solve of the first derivative begins, (batch, n). It is not used if it does not fit.
     backward_messages
         What an application says of the failures of its linear systems, in place of the general words.
+    differentiation
+        How the solution is differentiated.
     on_adjoint
         Is handed the adjoint of the first derivative. It may be called several times, if there are several backward passes.
 
@@ -91,6 +100,7 @@ class SolveSettings:
     inspect: bool = True
     adjoint_start: torch.Tensor | None = None
     backward_messages: StatusMessages = field(default_factory=dict)
+    differentiation: Differentiation = field(default_factory=Implicit)
     on_adjoint: Callable[[Adjoint], None] | None = None
 
     def __post_init__(self) -> None:
@@ -101,6 +111,7 @@ class SolveSettings:
         if not isinstance(self.tolerance, Tolerance):
             raise ArgumentError(f"expected tolerance to be a bilevel.Tolerance, got {self.tolerance!r}; wrap it in one")
         check_policy(self.on_failure)
+        object.__setattr__(self, "differentiation", check_differentiation(self.differentiation))
 
     def start(self, rhs: torch.Tensor) -> torch.Tensor | None:
         """Return where the linear solve for the right-hand side ``rhs`` (batch, n) begins, or None."""
@@ -196,6 +207,9 @@ class SolveCall:
         self.poisoned = False
         self.nan_mask: torch.Tensor | None = None  # (*batch,) bool: whose derivatives the policy wants to be NaN
         self.residual: torch.Tensor | None = None  # at the solution (batch, n), for who wants the adjoint
+        self.found: tuple[torch.Tensor, torch.Tensor] | None = (
+            None  # R at the solution (batch, n), and its norm that was asked for
+        )
         self.factor: torch.Tensor | None = None
         self.last_rhs: torch.Tensor | None = None  # of this call's linear solves
         self.largest: torch.Tensor | None = None  # (batch,): the norm of the largest before that
@@ -240,8 +254,12 @@ class SolveCall:
             if trusted
             else nullcontext()
         ):
-            outcome = solve_inner(solver, problem, init, target, others)
+            if isinstance(solver, GivenAnswer):
+                outcome = check_answer(problem, init, target)
+            else:
+                outcome = solve_inner(solver, problem, init, target, others)
         outcome, messages = self.reviewed(solver, problem, init, outcome)
+        messages = {**messages, **outcome.words}
         return self._reported(problem, outcome, messages)
 
     def _find(self, problem: Problem, system: StructuredSystem, init: torch.Tensor) -> torch.Tensor:
@@ -274,13 +292,15 @@ class SolveCall:
     def _reported(self, problem: Problem, outcome: InnerOutcome, messages: StatusMessages) -> torch.Tensor:
         settings, axes = self.settings, problem.system.batch_shape
         self.one_step = outcome.factor is not None and (outcome.exact or bool((outcome.iterations <= 1).all()))
+        system = problem.system
+        if self.watched and not isinstance(system, StructuredSystem):
+            self.found = outcome.residual, outcome.threshold
         self.factor = outcome.factor
         if settings.on_adjoint is not None:
-            system = problem.system
             size = system.ordinary.raveler.size if isinstance(system, StructuredSystem) else problem.size
             self.residual = outcome.residual[:, :size]
         self.report = _report(Pass.FORWARD, self.where, outcome.solver, outcome, axes, messages)
-        self.nan_mask = ~self.report.success if settings.on_failure == "nan" else None
+        self.nan_mask = ~self.report.success if settings.on_failure == "nan" else _without_solution(self.report)
         x = outcome.x.reshape(*axes, problem.size)
         silent = settings.tolerance.inner(self.dtype).silent
         return apply_policy(self.report, x, settings.on_failure, self.recordings, silent_budget=silent)
@@ -291,12 +311,45 @@ class SolveCall:
         """Return the outcome of an inner solve, and its words; a kind of problem that can say more of an answer overrides this."""
         return outcome, failure_messages(solver, problem, init, outcome)
 
+    def compare(self, problem: Problem, x: torch.Tensor, residual: torch.Tensor) -> None:
+        """Compare ``residual``, R(x) (batch, n) in a derivative, with R at the same x in the forward pass.
+
+        They differ by more than rounding where the function went by something that has changed in between, such as an attribute of an object.
+
+        Raises
+        ------
+        StochasticObjectiveError
+            If they do (policy ``"raise"``).
+        """
+        before, threshold = (None, None) if self.found is None else self.found
+        if before is None or threshold is None or before.shape != residual.shape or torch.equal(before, residual):
+            return
+        changed = (residual - before).norm(dim=-1)
+        eps = torch.finfo(x.dtype).eps
+        doubtful = (
+            changed > eps**0.5 * before.norm(dim=-1) + threshold
+        )  # a solution solves the other problem, too, if not
+        if bool(doubtful.any()):
+            doubtful = doubtful & (changed > _MORE_THAN_ROUNDING * rounding(problem, x, residual))
+        if not bool(doubtful.any()):
+            return
+        first = int(doubtful.nonzero()[0])
+        error = StochasticObjectiveError(
+            f"{self.where}: expected {problem.system.noun} to be the same function in a derivative as in the call, and at the solution "
+            f"{_RESIDUALS[problem.minimizes]} of norm {float(before[first].norm()):.3g} became one of {float(residual[first].norm()):.3g}; pass what "
+            "changes in between as an argument, or take the derivative before it changes"
+        )
+        if handle_misuse(error, self.settings.on_failure):
+            axes = problem.system.batch_shape
+            lost = doubtful.reshape(axes)
+            self.nan_mask = lost if self.nan_mask is None else self.nan_mask | lost
+
     def solve_linear(
         self,
         operator: LinearOperator,
         rhs: torch.Tensor,
         axes: tuple[int, ...],
-        product: JointProduct | None = None,
+        product: Callable[[torch.Tensor], torch.Tensor] | None = None,
         pullbacks: Sequence[Pullback] = (),
     ) -> torch.Tensor:
         """Return A⁻¹ rhs (*axes, n), solved for, judged, reported and treated as the policy says.
@@ -321,9 +374,9 @@ class SolveCall:
         report = _report(direction, self.where, solver.name, outcome, axes, words)
         self.report = self.report or report
         if on_adjoint is not None and self.residual is not None:
-            assert product is not None
             size = self.residual.shape[-1]  # of the unknown alone, without multipliers
-            on_adjoint(Adjoint(outcome.x[:, :size], report, self.residual, product.linearization))
+            linearization = product.linearization if isinstance(product, JointProduct) else None
+            on_adjoint(Adjoint(outcome.x[:, :size], report, self.residual, linearization))
         shaped = outcome.x.reshape(*axes, operator.size)
         shaped = apply_policy(report, shaped, settings.on_failure, self.recordings, silent_budget=target.silent)
         if self.nan_mask is None:
@@ -344,9 +397,13 @@ class SolveCall:
         self, outcome: LinearOutcome, words: StatusMessages, axes: tuple[int, ...]
     ) -> tuple[LinearOutcome, StatusMessages]:
         """Return ``outcome`` with ``Status.DEGENERATE`` where the derivative at the solution does not exist or is one-sided."""
-        if self.degenerate is None or not bool(self.degenerate.any()):
+        if self.degenerate is None or Status.DEGENERATE not in self.messages:
             return outcome, words
         these = self.degenerate.expand(axes).reshape(outcome.status.shape)
+        # Constraints whose gradients depend on each other, and that an argument moves apart, make the matrix singular.
+        these = these | (outcome.status == Status.SINGULAR)
+        if not bool(these.any()):
+            return outcome, words
         status = torch.where(these, int(Status.DEGENERATE), outcome.status)
         return replace(outcome, status=status), {**words, **self.messages}
 
@@ -365,6 +422,12 @@ class SolveCall:
         if not len(rhs) or len(rhs) % max(1, len(self.largest)):
             return None
         return auto_relative(self.dtype) * self.largest.repeat(len(rhs) // len(self.largest))
+
+
+def _without_solution(report: SolveReport) -> torch.Tensor | None:
+    """Return which problems have no solution that a derivative could be of, or None if all have."""
+    none = (report.status_code == Status.INFEASIBLE) | (report.status_code == Status.UNBOUNDED)
+    return none if bool(none.any()) else None
 
 
 def _without_derivative(

@@ -16,6 +16,7 @@ from bilevel._torch.double_backward import attention_kernels
 from bilevel._torch.graph_features import nodes, record_graph_features
 from bilevel._torch.once_differentiable import refuse_once_only
 from bilevel._torch.transforms import runs_plainly
+from bilevel.equations.domain import leaves_domain
 from bilevel.equations.problem import Problem
 from bilevel.equations.system import System, unconnected
 from bilevel.errors import BilevelError, CapturedTensorError, DtypeError, StochasticObjectiveError
@@ -61,6 +62,23 @@ def inspect_once(
     What is looked for is a property of the function: one problem shows it as well as all of them, and where the user's ``function`` can do
     but one thing, so does one call.
     """
+    try:
+        return _inspect_once(problem, x, function, memory, captures=captures)
+    except (RuntimeError, ValueError) as error:
+        if not leaves_domain(error):
+            raise
+        # The start has no value: nothing is seen there, and the solve will say so.
+        return Inspection((x.new_full((), float("nan")), torch.full_like(x[0], float("nan"))))
+
+
+def _inspect_once(
+    problem: Problem,
+    x: torch.Tensor,
+    function: Callable[..., Any],
+    memory: InspectionCache[ReplayCache],
+    *,
+    captures: bool,
+) -> Inspection:
     known = _known(problem, x, function, captures)
     if known is None:
         return Inspection(inspect_function(problem.single(0), x[:1], captures=captures))

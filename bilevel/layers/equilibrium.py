@@ -129,7 +129,33 @@ class EquilibriumLayer(Layer):
         # Whoever decides whether evaluations may be replayed, or closures reach a gradient, looks at functions.
         self.written = lambda: _joined(players.objectives)
 
-    def _solution(self, settings: SolveSettings, init: T, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Solution[T]:
+    @property
+    def objectives(self) -> tuple[Callable[..., torch.Tensor], ...]:
+        """The players' objectives."""
+        assert isinstance(self.function, Players)
+        return self.function.objectives
+
+    def conditions(self, players: Any, *args: Any, **kwargs: Any) -> Any:
+        """Return the pytree (∇_{x_1} f_1, …, ∇_{x_N} f_N), which vanishes at an equilibrium."""
+        assert isinstance(self.function, Players)
+        slopes = []
+        for i, objective in enumerate(self.function.objectives):
+
+            def own(part: Any, i: int = i, objective: Callable[..., torch.Tensor] = objective) -> torch.Tensor:
+                return objective(*players[:i], part, *players[i + 1 :], *args, **kwargs)
+
+            slopes.append(torch.func.grad(own)(players[i]))
+        return tuple(slopes)
+
+    def _solution(
+        self,
+        settings: SolveSettings,
+        init: T,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        *,
+        value_only: bool = False,
+    ) -> Solution[T]:
         assert isinstance(self.function, Players)
         check_players(self.where, self.function.objectives, init)
         return super()._solution(settings, init, args, kwargs)

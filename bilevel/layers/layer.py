@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Generic, TypeVar, cast
 
 import torch
@@ -23,6 +23,7 @@ from bilevel._torch.transforms import (
     transforms_active,
     without_gradient,
 )
+from bilevel.equations.domain import leaves_domain
 from bilevel.equations.structured import Structure, StructuredSystem
 from bilevel.equations.system import FixedPointSystem, System
 from bilevel.errors import (
@@ -36,11 +37,14 @@ from bilevel.errors import (
 from bilevel.implicit import ImplicitContext, Solve
 from bilevel.layers.call import Inspector, Setting, SolveCall, SolveSettings
 from bilevel.layers.checks import captured_error
+from bilevel.layers.differentiation import BySteps, Differentiation, solver_for, step_of
+from bilevel.layers.modules import STATE, FunctionalModule, ModuleFunction
 from bilevel.linear._base import LinearSolver, LinearSolverLike
 from bilevel.policy import OnFailure, handle_misuse
 from bilevel.pytree import Raveler, flatten_arguments
 from bilevel.reports import SolveReport, StatusMessages
 from bilevel.solvers._base import InnerSolver, InnerSolverLike
+from bilevel.solvers._given import GivenAnswer
 from bilevel.tolerance import Tolerance
 
 __all__ = ["Layer", "Solution"]
@@ -65,22 +69,25 @@ class Solution(Generic[T]):
         Of constraints: a pytree of tensors, differentiable as x is. None where there are none.
     active
         Which constraints are active: a pytree of boolean tensors. None where there are no constraints.
+    aux
+        What the function returns beside its value, at the solution and differentiable, with ``has_aux``.
     """
 
     value: T
     report: SolveReport
     multipliers: Any = None
     active: Any = None
+    aux: Any = None
 
 
-def _children(solution: Solution[Any]) -> tuple[list[Any], SolveReport]:
-    more = [] if solution.multipliers is None else [solution.multipliers, solution.active]
-    return [solution.value, *more], solution.report
+def _children(solution: Solution[Any]) -> tuple[list[Any], tuple[SolveReport, tuple[str, ...]]]:
+    names = tuple(name for name in ("multipliers", "active", "aux") if getattr(solution, name) is not None)
+    return [solution.value, *(getattr(solution, name) for name in names)], (solution.report, names)
 
 
-def _of_children(children: Iterable[Any], report: Any) -> Solution[Any]:
-    value, *more = children
-    return Solution(value, cast(SolveReport, report), *more)
+def _of_children(children: Iterable[Any], context: Any) -> Solution[Any]:
+    (report, names), (value, *more) = context, children
+    return Solution(value, report, **dict(zip(names, more, strict=True)))
 
 
 pytree.register_pytree_node(
@@ -89,6 +96,39 @@ pytree.register_pytree_node(
     _of_children,
     serialized_type_name="bilevel.Solution",
 )
+
+
+def _without_graph(leaf: Any) -> Any:
+    return without_gradient(leaf) if isinstance(leaf, torch.Tensor) else leaf
+
+
+def _first_of(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Return ``function`` of two outputs, the second auxiliary, as one of the first."""
+
+    @functools.wraps(function, updated=())
+    def first(*args: Any, **kwargs: Any) -> Any:
+        made = function(*args, **kwargs)
+        if not isinstance(made, tuple) or len(made) != 2:
+            raise ArgumentError(
+                f"a layer with has_aux=True: expected the function to return a pair (value, aux), got {type(made).__name__}; return two things, or "
+                "leave has_aux out"
+            )
+        return made[0]
+
+    return first
+
+
+def _last_or(last: Any, init: Any) -> Any:
+    """Return the last solution, if it is of the structure and shapes of ``init`` and finite; else ``init``."""
+    if last is None:
+        return init
+    (old, structure), (new, wanted) = pytree.tree_flatten(last), pytree.tree_flatten(init)
+    if structure != wanted or any(not isinstance(b, torch.Tensor) for b in new):
+        return init
+    same = all(
+        a.shape == b.shape and a.dtype == b.dtype and a.device == b.device for a, b in zip(old, new, strict=True)
+    )
+    return last if same and all(bool(torch.isfinite(a).all()) for a in old) else init
 
 
 class Layer:
@@ -102,6 +142,7 @@ class Layer:
     tolerance = Setting[Tolerance]()
     on_failure = Setting[OnFailure]()
     backward_messages = Setting[StatusMessages]()
+    differentiation = Setting[Differentiation]()
 
     def __init__(
         self,
@@ -115,6 +156,10 @@ class Layer:
         where: str | None = None,
         written: Callable[[], Callable[..., Any]] | None = None,
         structure: Structure | None = None,
+        differentiation: Differentiation | None = None,
+        has_aux: bool = False,
+        prepare: Callable[..., Any] | None = None,
+        warm_start: bool = False,
     ) -> None:
         noun = kind.noun
         if not callable(function):
@@ -122,11 +167,19 @@ class Layer:
                 f"bilevel layer: expected {noun} to be a function of (x, *args, **kwargs), got {function!r}; pass one, as in "
                 f"bilevel.{kind.label}(f)(x, *args)"
             )
+        if prepare is not None and not callable(prepare):
+            raise ArgumentError(
+                f"bilevel layer: expected prepare to be a function of the arguments that returns those of {noun}, got {prepare!r}; pass one"
+            )
         self.kind = kind
         self.structure = structure
-        self.function = function
+        self.module = ModuleFunction(function) if isinstance(function, torch.nn.Module) else None
+        self.whole = self.module or function  # with auxiliary output
+        self.function = _first_of(self.whole) if has_aux else self.whole
+        self.has_aux, self.prepare, self.warm_start = has_aux, prepare, warm_start
+        self.last: Any = None  # the last solution, where the next search begins if warm_start
         self._settings = SolveSettings(tolerance=Tolerance() if tolerance is None else tolerance, on_failure=on_failure)
-        self.solver, self.linear_solver = solver, linear_solver
+        self.solver, self.linear_solver, self.differentiation = solver, linear_solver, differentiation
         self.written = written  # what the user wrote, where that is not the function itself
         self.inspector = Inspector()
         functools.update_wrapper(self, function, updated=())
@@ -169,19 +222,87 @@ class Layer:
         TransformError
             If two nested forward-mode transforms meet here: torch would return zero.
         """
-        return self._solution(self._settings, init, args, kwargs).value
+        solution = self._around(self._settings, init, args, kwargs, value_only=True)
+        return cast(T, (solution.value, solution.aux)) if self.has_aux else solution.value
 
     @eager
     def solve(self, init: T, *args: Any, **kwargs: Any) -> Solution[T]:
         """Return a :class:`Solution`: what calling the layer returns, with the report of the forward solve."""
-        return self._solution(self._settings, init, args, kwargs)
+        return self._around(self._settings, init, args, kwargs)
+
+    @eager
+    def at(self, x: T, *args: Any, **kwargs: Any) -> T:
+        """Return ``x``, a solution that you have already, differentiable as the layer's own solutions are.
+
+        It is checked by one residual. With no accuracy asked it may be about 1 % off; with ``Tolerance(delta=...)`` or ``rtol`` it has to be as
+        accurate as that. Derivatives are those of the implicit function at ``x`` as it is. With proxes, bounds or constraints the layer makes a few
+        steps from ``x`` on, as it needs the active set.
+
+        Parameters
+        ----------
+        x
+            The solution, a tensor or a pytree of tensors, from an optimiser of yours, scikit-learn or another program.
+        args, kwargs
+            As in a call of the layer.
+
+        Raises
+        ------
+        SolveError
+            If ``x`` is no solution (policy ``"raise"``).
+
+        Examples
+        --------
+        >>> import torch, bilevel
+        >>> layer = bilevel.argmin(lambda x, a: ((x - a) ** 4).sum() + ((x - a) ** 2).sum())
+        >>> a = torch.tensor([1.0, 2.0], requires_grad=True)
+        >>> x = layer.at(torch.tensor([1.0, 2.0]), a)
+        >>> x.sum().backward()
+        >>> a.grad
+        tensor([1., 1.])
+        """
+        settings = self._settings if self.structure is not None else replace(self._settings, solver=GivenAnswer())
+        return self._around(settings, pytree.tree_map(_without_graph, x), args, kwargs).value
 
     @eager
     def solve_with(self, settings: SolveSettings, init: T, *args: Any) -> Solution[T]:
         """Return what :meth:`solve` does with other ``settings`` than the layer's own."""
         return self._solution(settings, init, args, {})
 
-    def _solution(self, settings: SolveSettings, init: T, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Solution[T]:
+    def _around(
+        self,
+        settings: SolveSettings,
+        init: Any,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        *,
+        value_only: bool = False,
+    ) -> Solution[Any]:
+        """Prepare the arguments, choose where to begin, solve, and evaluate what else the function returns."""
+        if self.prepare is not None:
+            prepared = self.prepare(*args, **kwargs)
+            args, kwargs = prepared if isinstance(prepared, tuple) else (prepared,), {}
+        if self.module is not None:
+            kwargs = {**kwargs, STATE: self.module.state()}
+        if isinstance(init, torch.nn.Module):
+            init = FunctionalModule.of(init, self.where)
+        if self.warm_start and not transforms_active():
+            init = _last_or(self.last, init)
+        solution = self._solution(settings, init, args, kwargs, value_only=value_only)
+        if self.warm_start and not transforms_active():
+            self.last = pytree.tree_map(_without_graph, solution.value)
+        if not self.has_aux:
+            return solution
+        return replace(solution, aux=self.whole(solution.value, *args, **kwargs)[1])
+
+    def _solution(
+        self,
+        settings: SolveSettings,
+        init: T,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        *,
+        value_only: bool = False,
+    ) -> Solution[T]:
         raveler = Raveler.of(init, self.where)
         ordinary, tensors = self._system(raveler, args, kwargs)
         self._refuse_forward_twice(tensors)
@@ -196,14 +317,37 @@ class Layer:
             else False
         )
         call = self._call(settings, system, watched)
-        x = Solve.apply(ImplicitContext(system, call.solve, call.solve_linear, followed=watched), flat, *tensors)
+        if isinstance(settings.differentiation, BySteps):
+            x = self._by_steps(settings.differentiation, call, system, flat, tensors)
+        else:
+            context = ImplicitContext(system, call.solve, call.solve_linear, followed=watched, compare=call.compare)
+            x = Solve.apply(context, flat, *tensors)
         if poisoned or call.poisoned:
             x = x * self._poison(init, ordinary, tensors)
         assert call.report is not None
         if not isinstance(system, StructuredSystem):
             return Solution(raveler.unravel(x), call.report)
+        if value_only:  # multipliers of bounds take a gradient
+            return Solution(raveler.unravel(x[: raveler.size]), call.report)
         parts = system.parts(x, *tensors)
         return Solution(raveler.unravel(parts.x), call.report, parts.multipliers, parts.active)
+
+    def _by_steps(
+        self, way: BySteps, call: SolveCall, system: System, flat: torch.Tensor, tensors: list[torch.Tensor]
+    ) -> torch.Tensor:
+        """Return x (n,), differentiable through steps of the solver; the search itself is not."""
+        if isinstance(system, StructuredSystem):
+            raise ArgumentError(
+                f"{self.where}: expected differentiation=bilevel.Implicit() with proximal terms, bounds or constraints, got {way}; leave it "
+                "out, or state the steps as bilevel.fixed_point"
+            )
+        solver = solver_for(way, self.kind, call.settings.solver, self.where)
+        call.settings = replace(call.settings, solver=solver)
+        cut = [without_gradient(tensor) for tensor in tensors]
+        answer = without_gradient(Solve.apply(ImplicitContext(system, call.solve, call.solve_linear), flat, *cut))
+        assert call.report is not None
+        taken = int(call.report.iterations.max()) if call.report.iterations.numel() else 0
+        return way.path(step_of(system, solver, tensors), flat, answer, taken)
 
     def _call(self, settings: SolveSettings, system: System, watched: bool) -> SolveCall:
         written = self.function if self.written is None else self.written()
@@ -263,7 +407,9 @@ class Layer:
             try:
                 with torch.enable_grad(), Repeatable():
                     output = system.first_output(flat, *detached)
-            except RuntimeError as problem:
+            except (RuntimeError, ValueError) as problem:
+                if leaves_domain(problem):  # the solve will say so
+                    return False
                 if "randomness" not in str(problem):
                     raise
                 raise StochasticObjectiveError(

@@ -9,10 +9,11 @@ from typing import Any, overload
 
 import torch
 
-from bilevel.equations.least_squares import GaussNewtonSystem, LeastSquaresSystem, Loss
+from bilevel.equations.least_squares import GaussNewtonSystem, LeastSquaresSystem, Loss, residual_vector
 from bilevel.equations.problem import Problem
 from bilevel.equations.system import System
 from bilevel.errors import ArgumentError
+from bilevel.layers.api import argmin
 from bilevel.layers.call import SolveCall, SolveSettings
 from bilevel.layers.first_call import explain_misuse
 from bilevel.layers.layer import Layer
@@ -21,6 +22,8 @@ from bilevel.policy import OnFailure
 from bilevel.pytree import Raveler
 from bilevel.robust import Cauchy, Huber, RobustLoss, SoftL1
 from bilevel.solvers._base import InnerSolverLike
+from bilevel.solvers.gauss_newton import GaussNewton
+from bilevel.solvers.levenberg_marquardt import LevenbergMarquardt
 from bilevel.tolerance import Tolerance
 
 __all__ = ["FullHessian", "GaussNewtonHessian", "LeastSquaresLayer", "least_squares"]
@@ -100,7 +103,7 @@ def least_squares(
         The matrix that derivatives are computed with: :class:`bilevel.FullHessian` by default, or :class:`bilevel.GaussNewtonHessian`, whose
         derivative is biased.
     lower, upper
-        Bounds of x; none can be given here yet.
+        Bounds of x, as in :func:`bilevel.argmin`, whose solvers then take the problem, and whose layer is returned.
     linear_solver, tolerance, on_failure
         See :func:`bilevel.argmin`.
 
@@ -134,7 +137,13 @@ def least_squares(
     >>> y.grad[:3]  # what each measurement does to the rate
     tensor([ 0.3361, -0.0599, -0.2313], dtype=torch.float64)
     """
-    _refuse_bounds(lower, upper)
+    if lower is not None or upper is not None:
+        _check(loss, hessian, tolerance)
+        bounded = functools.partial(
+            _bounded, loss=loss, hessian=hessian, solver=solver, lower=lower, upper=upper, linear_solver=linear_solver,
+            tolerance=tolerance, on_failure=on_failure,
+        )  # fmt: skip
+        return bounded if residual is None else bounded(residual)
     make = functools.partial(
         LeastSquaresLayer, solver=solver, loss=loss, hessian=hessian, linear_solver=linear_solver, tolerance=tolerance, on_failure=on_failure
     )  # fmt: skip
@@ -161,20 +170,7 @@ class LeastSquaresLayer(Layer):
         tolerance: Tolerance | None,
         on_failure: OnFailure,
     ) -> None:
-        if tolerance is not None and getattr(tolerance, "has_goal", False):
-            raise ArgumentError(
-                f"least_squares: expected Tolerance(delta=..., delta_prime=...), got {tolerance!r}; a layer has no outer loss: write a "
-                "bilevel.BilevelProblem"
-            )
-        if loss is not None and (isinstance(loss, type) or not (isinstance(loss, RobustLoss) or callable(loss))):
-            raise ArgumentError(
-                f"least_squares: expected loss to be a bilevel.robust.RobustLoss or a function of the arguments, got {loss!r}; for example "
-                "bilevel.robust.Huber(1.0)"
-            )
-        if hessian is not None and not isinstance(hessian, (FullHessian, GaussNewtonHessian)):
-            raise ArgumentError(
-                f"least_squares: expected hessian to be bilevel.FullHessian() or bilevel.GaussNewtonHessian(), got {hessian!r}; pass one of them"
-            )
+        _check(loss, hessian, tolerance)
         self.loss = loss
         self.hessian = FullHessian() if hessian is None else hessian
         kind = GaussNewtonSystem if isinstance(hessian, GaussNewtonHessian) else LeastSquaresSystem
@@ -189,6 +185,10 @@ class LeastSquaresLayer(Layer):
         if not _is_fixed(loss):
             # Whoever decides whether evaluations may be replayed has to see the loss as well.
             self.written = lambda: _both(function, loss)
+
+    def objective(self, x: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """Return ½‖r(x, θ)‖² (), or Σ c(r_i) with a robust loss: what the layer minimises."""
+        return _objective(self.function, self.loss, x, args, kwargs)
 
     def _system(
         self, raveler: Raveler, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -215,6 +215,23 @@ class _GaussNewtonCall(SolveCall):
         return x
 
 
+def _check(loss: Any, hessian: Any, tolerance: Tolerance | None) -> None:
+    if tolerance is not None and getattr(tolerance, "has_goal", False):
+        raise ArgumentError(
+            f"least_squares: expected Tolerance(delta=..., delta_prime=...), got {tolerance!r}; a layer has no outer loss: write a "
+            "bilevel.BilevelProblem"
+        )
+    if loss is not None and (isinstance(loss, type) or not (isinstance(loss, RobustLoss) or callable(loss))):
+        raise ArgumentError(
+            f"least_squares: expected loss to be a bilevel.robust.RobustLoss or a function of the arguments, got {loss!r}; for example "
+            "bilevel.robust.Huber(1.0)"
+        )
+    if hessian is not None and not isinstance(hessian, (FullHessian, GaussNewtonHessian)):
+        raise ArgumentError(
+            f"least_squares: expected hessian to be bilevel.FullHessian() or bilevel.GaussNewtonHessian(), got {hessian!r}; pass one of them"
+        )
+
+
 def _is_fixed(loss: Loss | None) -> bool:
     """Return whether nothing that ``loss`` computes can change between calls."""
     if isinstance(loss, Huber):
@@ -229,9 +246,30 @@ def _both(function: Callable[..., Any], loss: Any) -> Callable[..., Any]:
     return both
 
 
-def _refuse_bounds(lower: Any, upper: Any) -> None:
-    if lower is not None or upper is not None:
+def _objective(
+    residual: Callable[..., Any], loss: Loss | None, x: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> torch.Tensor:
+    residuals = residual_vector(residual(x, *args, **kwargs), "least_squares")
+    chosen = loss if loss is None or isinstance(loss, RobustLoss) else loss(*args, **kwargs)
+    return 0.5 * (residuals * residuals).sum() if chosen is None else chosen.cost(residuals).sum()
+
+
+def _bounded(
+    residual: Callable[..., Any], *, loss: Loss | None, hessian: HessianChoice | None, **settings: Any
+) -> Layer:
+    """Return the layer of a least-squares problem with bounds: that of the objective, whose residuals its solvers do not know."""
+    if isinstance(hessian, GaussNewtonHessian):
         raise ArgumentError(
-            "least_squares: expected no lower= or upper=, as bounds are not supported here yet, got one; write the unknown as a smooth function of "
-            "a free one in residual, such as torch.nn.functional.softplus(x) for a positive one"
+            "least_squares: expected FullHessian() with bounds, got GaussNewtonHessian(); leave hessian out"
         )
+    if isinstance(settings["solver"], (LevenbergMarquardt, GaussNewton)):
+        raise ArgumentError(
+            f"least_squares: expected a solver that knows bounds, got {settings['solver']!r}; leave solver out, or pass "
+            "bilevel.ProjectedNewton()"
+        )
+
+    @functools.wraps(residual)
+    def objective(x: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
+        return _objective(residual, loss, x, args, kwargs)
+
+    return argmin(objective, **settings)

@@ -18,7 +18,7 @@ from bilevel.policy import OnFailure
 from bilevel.pytree import Raveler
 from bilevel.tolerance import Tolerance
 
-__all__ = ["LinearLayer"]
+__all__ = ["LinearCall", "LinearLayer"]
 
 T = TypeVar("T")
 
@@ -82,7 +82,15 @@ class LinearLayer(Layer):
         """Return a :class:`Solution`: what calling the layer returns, with the report of the forward solve."""
         return self._solution(self._settings, rhs, args, kwargs)
 
-    def _solution(self, settings: SolveSettings, init: T, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Solution[T]:
+    def _solution(
+        self,
+        settings: SolveSettings,
+        init: T,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        *,
+        value_only: bool = False,
+    ) -> Solution[T]:
         rhs = init
         raveler = Raveler.of(rhs, self.where, "rhs")
         system, tensors = self._system(raveler, args, kwargs)
@@ -102,14 +110,15 @@ class LinearLayer(Layer):
         assert call.report is not None
         return Solution(raveler.unravel(x), call.report)
 
-    def _call(self, settings: SolveSettings, system: System, watched: bool) -> _LinearCall:
-        return _LinearCall(settings, self.inspector, self.function, system.where, watched, system.raveler.coarsest)
+    def _call(self, settings: SolveSettings, system: System, watched: bool) -> LinearCall:
+        return LinearCall(settings, self.inspector, self.function, system.where, watched, system.raveler.coarsest)
 
 
-class _LinearCall(SolveCall):
+class LinearCall(SolveCall):
     """A call whose first linear solve is its own, and whose problem is looked at before it."""
 
     def look(self, problem: Problem) -> None:
+        """Inspect the function, before the first linear solve."""
         if self.report is None:
             like = problem.system.raveler
             start = torch.ones(problem.batch, like.size, dtype=like.dtype, device=like.device)

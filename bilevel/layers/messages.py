@@ -12,6 +12,7 @@ from bilevel.equations.problem import Problem
 from bilevel.reports import Status, StatusMessages
 from bilevel.solvers._base import CallableSolver, InnerSolver
 from bilevel.solvers._judge import InnerOutcome
+from bilevel.solvers.bracketing import Bracketing
 from bilevel.solvers.gradient_descent import GradientDescent
 from bilevel.solvers.torch_optimizer import TorchOptimizer
 
@@ -31,7 +32,10 @@ _NO_MINIMUM = (
     "the point is a saddle or a maximum, and a minimum was asked for: start beside it, for example at init + 1e-3 * torch.randn_like(init), "
     "or add regularisation; if any stationary point will do, take bilevel.root(torch.func.grad(objective))"
 )
-_DOMAIN = "look for a log, square root or division outside its domain, and check the inputs"
+_DOMAIN = (
+    "look for a log, square root, division or factorisation (such as torch.linalg.cholesky) outside its domain at the start, "
+    "and check the inputs"
+)
 
 
 def failure_messages(
@@ -57,7 +61,7 @@ def failure_messages(
     if not problem.minimizes:
         words = dict(_FIXED_POINT if problem.is_fixed_point else _ROOT)
         words[Status.SINGULAR] = _singular(problem, at_start=bool((outcome.x[which] == init[which]).all()))
-        return words
+        return {**words, **_BRACKET} if isinstance(solver, Bracketing) else words
     words = {
         Status.INDEFINITE: (Status.INDEFINITE.meaning, _NO_MINIMUM),
         Status.DIVERGED: (Status.DIVERGED.meaning, _steadier(solver)),
@@ -138,6 +142,21 @@ _ROOT: StatusMessages = {
         "or loosen the tolerance",
     ),
     Status.NOT_FINITE: (Status.NOT_FINITE.meaning, f"{_DOMAIN}, or start nearer the root"),
+}
+
+_BRACKET: StatusMessages = {
+    Status.NOT_CONVERGED: (
+        "found residuals of one sign at lower and upper: the bracket may hold no root",
+        "widen the bracket until the residual changes its sign, or take Newton(), which needs none",
+    ),
+    Status.STAGNATED: (
+        "found the residual to jump across zero, or its equations to depend on each other",
+        "check that the residual is continuous between lower and upper, and that residual[i] depends on x[i] alone; else take Newton()",
+    ),
+    Status.NOT_FINITE: (
+        "found a pole or a NaN between lower and upper",
+        "choose a bracket in which the residual is continuous",
+    ),
 }
 
 _FIXED_POINT: StatusMessages = {

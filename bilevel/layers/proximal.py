@@ -26,7 +26,8 @@ from bilevel.equations.problem import Problem
 from bilevel.equations.structured import LocalModel, Structure, StructuredSystem, flat_raveler, objective_of
 from bilevel.equations.system import RootSystem, System
 from bilevel.errors import ArgumentError, DtypeError
-from bilevel.prox._base import Manifold, Term
+from bilevel.prox._base import Term
+from bilevel.prox._flat import FlatTerm
 from bilevel.pytree import Raveler
 from bilevel.solvers._base import InnerSolver
 from bilevel.solvers._composite import Composite
@@ -88,14 +89,6 @@ class _Terms:
             )
         return list(terms)
 
-    def split(self, flat: torch.Tensor) -> list[torch.Tensor]:
-        """Return the leaves of a vector (n,), all in its dtype."""
-        shapes = self.raveler.shapes
-        if len(shapes) == 1:
-            return [flat.reshape(shapes[0])]
-        parts = torch.split(flat, [shape.numel() for shape in shapes])
-        return [part.reshape(shape) for part, shape in zip(parts, shapes, strict=True)]
-
 
 def _is_function(given: Any) -> bool:
     return callable(given) and not isinstance(given, Term)
@@ -111,119 +104,89 @@ def _fits(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str,
     return True
 
 
-def _joined(parts: Sequence[torch.Tensor]) -> torch.Tensor:
-    return parts[0].reshape(-1) if len(parts) == 1 else torch.cat([part.reshape(-1) for part in parts])
-
-
 @dataclass(frozen=True, eq=False, kw_only=True)
 class _Termed(StructuredSystem):
     """A system with proximal terms: what of it one problem needs, flat."""
 
     terms: _Terms
 
-    def terms_of(self, tensors: Sequence[torch.Tensor]) -> list[Term | None]:
-        """Return the terms, one for each leaf of x."""
-        return self.terms.of(*self.arguments.rebuild(tensors))
-
-    def prox(self, v: torch.Tensor, step: torch.Tensor, *tensors: torch.Tensor) -> torch.Tensor:
-        """Return prox_{step·g}(v) (n,)."""
-        made = [
-            part if term is None else term.prox(part, step)
-            for term, part in zip(self.terms_of(tensors), self.terms.split(v), strict=True)
-        ]
-        return _joined(made)
-
-    def of_batch(self, problem: Problem, one: Callable[..., torch.Tensor], *vectors: torch.Tensor) -> torch.Tensor:
-        """Return ``one`` of each problem, of its rows of ``vectors`` (batch, k) and its tensors, without a graph."""
-        sizes = [vector.shape[-1] for vector in vectors]
-        packed = vectors[0] if len(vectors) == 1 else torch.cat(vectors, dim=-1)
-
-        def single(flat: torch.Tensor, *tensors: torch.Tensor) -> torch.Tensor:
-            return one(*torch.split(flat, sizes), *tensors)
-
-        with torch.no_grad():
-            shaped = packed.reshape(*self.batch_shape, packed.shape[-1])
-            made: torch.Tensor = self.lifted(single)(shaped, *problem.tensors)
-        return made.reshape(problem.batch, *made.shape[len(self.batch_shape) :])
+    def term(self, tensors: Sequence[torch.Tensor]) -> FlatTerm:
+        """Return g."""
+        return FlatTerm(self.terms.of(*self.arguments.rebuild(tensors)), self.terms.raveler.shapes)
 
     def composite(self, problem: Problem) -> Composite:
         """Return what solvers see."""
+        known = None if self.levels else self.term(problem.tensors)
 
-        def prox(v: torch.Tensor, step: torch.Tensor) -> torch.Tensor:
-            return self.of_batch(problem, lambda v, s, *t: self.prox(v, s[0], *t), v, step.unsqueeze(-1))
+        def of_batch(one: Callable[..., torch.Tensor], *vectors: torch.Tensor) -> torch.Tensor:
+            """Return ``one`` of each problem, of its term, its rows of ``vectors`` (batch, k) and its tensors, without a graph."""
+            with torch.no_grad():
+                if known is not None:
+                    return one(known, *(vector[0] for vector in vectors), *problem.tensors).unsqueeze(0)
+                return self._of_levels(problem, one, vectors)
 
-        return Composite(objective_of(problem), problem, prox)
+        return self.composite_of(problem, of_batch, known)
+
+    def _of_levels(
+        self, problem: Problem, one: Callable[..., torch.Tensor], vectors: Sequence[torch.Tensor]
+    ) -> torch.Tensor:
+        sizes = [vector.shape[-1] for vector in vectors]
+        packed = vectors[0] if len(vectors) == 1 else torch.cat(list(vectors), dim=-1)
+
+        def single(flat: torch.Tensor, *tensors: torch.Tensor) -> torch.Tensor:
+            return one(self.term(tensors), *torch.split(flat, sizes), *tensors)
+
+        shaped = packed.reshape(*self.batch_shape, packed.shape[-1])
+        made: torch.Tensor = self.lifted(single)(shaped, *problem.tensors)
+        return made.reshape(problem.batch, *made.shape[len(self.batch_shape) :])
+
+    def composite_of(
+        self, problem: Problem, of_batch: Callable[..., torch.Tensor], known: FlatTerm | None
+    ) -> Composite:
+        """Return what solvers see, of a function that applies others to all problems; ``known`` is the term of a single one."""
+        return Composite(
+            objective_of(problem),
+            problem,
+            lambda v, step: of_batch(lambda g, v, s, *_: g.prox(v, s[0]), v, step.unsqueeze(-1)),
+        )
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class ProximalSystem(_Termed, LocalModel):
     """∇_y Φ = 0, whose local model Φ is f + g on the manifold that y lies on."""
 
-    def manifolds(self, y: torch.Tensor, tensors: Sequence[torch.Tensor]) -> list[tuple[torch.Tensor, Manifold | None]]:
-        """Return each leaf of ``y`` (n,) with the manifold that it lies on."""
-        return [
-            (part, None if term is None else term.manifold(part))
-            for term, part in zip(self.terms_of(tensors), self.terms.split(y), strict=True)
-        ]
-
     def model(self, z: torch.Tensor, *tensors: torch.Tensor) -> torch.Tensor:
-        points, values = [], []
-        for part, manifold in self.manifolds(z, tensors):
-            point = part if manifold is None else manifold.retract(part)
-            points.append(point)
-            if manifold is not None:
-                values.append(manifold.value(point))
-        x = _joined(points)
-        return self.ordinary.output(x, *tensors) + sum(values) + 0.5 * ((z - x) ** 2).sum()
+        manifold = self.term(tensors).manifold(z)
+        # A NaN, as on_failure="nan" puts it for an answer, stays one.
+        x = torch.where(z.isnan(), z, manifold.retract(z))
+        return self.ordinary.output(x, *tensors) + manifold.value(x) + 0.5 * ((z - x) ** 2).sum()
 
     def find(self, problem: Problem, init: torch.Tensor, target: Target, solver: InnerSolver | None) -> InnerOutcome:
         return solve_composite(self.composite(problem), init, target, solver)
 
-    def composite(self, problem: Problem) -> Composite:
-        def value(x: torch.Tensor, *tensors: torch.Tensor) -> torch.Tensor:
-            parts = zip(self.terms_of(tensors), self.terms.split(x), strict=True)
-            return torch.stack([part.new_zeros(()) if term is None else term.value(part) for term, part in parts]).sum()
-
-        def margin(x: torch.Tensor, slope: torch.Tensor, step: torch.Tensor, *tensors: torch.Tensor) -> torch.Tensor:
-            leaves = zip(self.terms_of(tensors), self.terms.split(x), self.terms.split(slope), strict=True)
-            return torch.stack(
-                [p.new_ones(()) if term is None else term.margin(p, s, step[0]) for term, p, s in leaves]
-            ).min()
-
-        def retract(x: torch.Tensor, y: torch.Tensor, *tensors: torch.Tensor) -> torch.Tensor:
-            found = zip(self.manifolds(x, tensors), self.terms.split(y), strict=True)
-            return _joined([part if m is None else m.retract(part) for (_, m), part in found])
-
-        def free(x: torch.Tensor, *tensors: torch.Tensor) -> torch.Tensor:
-            flags = [
-                torch.ones_like(part, dtype=torch.bool) if m is None else _free_of(m, part)
-                for part, m in self.manifolds(x, tensors)
-            ]
-            return _joined(flags)
-
+    def composite_of(
+        self, problem: Problem, of_batch: Callable[..., torch.Tensor], known: FlatTerm | None
+    ) -> Composite:
         n = self.raveler.size
 
-        def entries(x: torch.Tensor, places: torch.Tensor, *tensors: torch.Tensor) -> torch.Tensor:
+        def entries(g: FlatTerm, x: torch.Tensor, places: torch.Tensor, *tensors: torch.Tensor) -> torch.Tensor:
             numbers = places.long()  # whole numbers, packed as floats
             made: Any = vjp(lambda point: self.residual_and_value(point, *tensors)[0], x)
             units = (numbers.unsqueeze(-1) == torch.arange(n, device=x.device)).to(x.dtype)
             (rows,) = vmap(made[1])(units)
             return rows.gather(-1, numbers.expand(len(numbers), -1))
 
-        of = self.of_batch
         return replace(
-            super().composite(problem),
-            value=lambda x: of(problem, value, x),
-            margin=lambda x, slope, step: of(problem, margin, x, slope, step.unsqueeze(-1)),
-            retract=lambda x, y: of(problem, retract, x, y),
-            free=lambda x: of(problem, free, x),
-            entries=lambda x, places: of(problem, entries, x, places.to(x.dtype)),
+            super().composite_of(problem, of_batch, known),
+            value=lambda x: of_batch(lambda g, x, *_: g.value(x), x),
+            margin=lambda x, slope, step: of_batch(
+                lambda g, x, slope, s, *_: g.margin(x, slope, s[0]), x, slope, step.unsqueeze(-1)
+            ),
+            retract=lambda x, y: of_batch(lambda g, x, y, *_: g.manifold(x).retract(y), x, y),
+            free=lambda x: of_batch(lambda g, x, *_: g.manifold(x).free, x),
+            entries=lambda x, places: of_batch(entries, x, places.to(x.dtype)),
+            separable=known if known is not None and known.separable else None,
         )
-
-
-def _free_of(manifold: Manifold, part: torch.Tensor) -> torch.Tensor:
-    # All entries of a manifold that is not made of single entries move together.
-    return torch.ones_like(part, dtype=torch.bool) if manifold.free is None else manifold.free
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -233,10 +196,10 @@ class ProximalRoot(_Termed, RootSystem):
     def output(self, flat: torch.Tensor, *tensors: torch.Tensor) -> torch.Tensor:
         size = self.ordinary.raveler.size
         x, step = flat[:size], without_gradient(flat[-1]) if len(flat) > size else flat.new_ones(())
-        slope = self.ordinary.at_levels(()).residual(x, *tensors)
+        term, slope = self.term(tensors), self.ordinary.at_levels(()).residual(x, *tensors)
         if len(flat) == size:
-            return x - self.prox(x - slope, step, *tensors)
-        return torch.cat([x - self.prox(x - step * slope, step, *tensors), (flat[-1] - step)[None]])
+            return x - term.prox(x - slope, step)
+        return torch.cat([x - term.prox(x - step * slope, step), (flat[-1] - step)[None]])
 
     def in_x(self) -> System:
         return replace(self, raveler=flat_raveler(self.ordinary.raveler.size, self.raveler))
@@ -274,7 +237,7 @@ class Proximal(Structure):
                 "imaginary parts, as torch.view_as_real gives them"
             )
         terms = _Terms(ordinary.where, self.given, raveler)
-        smooth = all(term is None or term.has_manifold for term in terms.of(*ordinary.arguments.rebuild(tensors)))
+        smooth = FlatTerm(terms.of(*ordinary.arguments.rebuild(tensors)), raveler.shapes).has_manifold
         size = raveler.size if smooth else raveler.size + 1
         kind: Any = ProximalSystem if smooth else ProximalRoot
         system = kind(

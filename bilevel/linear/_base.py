@@ -10,7 +10,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import Protocol, TypeAlias, runtime_checkable
 
 import torch
 
@@ -27,6 +27,7 @@ __all__ = [
     "LinearOutcome",
     "LinearSolver",
     "LinearSolverLike",
+    "MakesPreconditioner",
     "Preconditioner",
     "as_linear_solver",
     "begin",
@@ -128,9 +129,19 @@ Preconditioner: TypeAlias = Callable[[torch.Tensor], torch.Tensor]
 """r ↦ M⁻¹r on tensors (batch, n)."""
 
 
-def check_preconditioner(where: str, preconditioner: Preconditioner | None) -> None:
-    """Raise :class:`ArgumentError` unless ``preconditioner`` is a function or None."""
-    if preconditioner is not None and not callable(preconditioner):
+@runtime_checkable
+class MakesPreconditioner(Protocol):
+    """What makes a preconditioner of an operator, such as :class:`bilevel.Nystrom`."""
+
+    def preconditioner(self, operator: LinearOperator) -> Preconditioner:
+        """Return r ↦ M⁻¹r for the matrices of ``operator``."""
+
+
+def check_preconditioner(where: str, preconditioner: Preconditioner | MakesPreconditioner | None) -> None:
+    """Raise :class:`ArgumentError` unless ``preconditioner`` is a function, makes one, or is None."""
+    if isinstance(preconditioner, MakesPreconditioner) and not isinstance(preconditioner, type):
+        return
+    if preconditioner is not None and not (callable(preconditioner) and not isinstance(preconditioner, LinearSolver)):
         raise ArgumentError(
             f"{where}: expected preconditioner to be a function of r (batch, n), got {preconditioner!r}; pass one"
         )
@@ -298,6 +309,13 @@ def solve_linear(
         if solution.error_bound is not None:
             bound = torch.fmin(bound, solution.error_bound)
         bound = bound + rounded / mu
+        if target.asked:
+            short = (status == Status.CONVERGED) & _exceeds(bound, error)
+            if bool(short.any()):
+                x, bound = _closer(solver, operator, unit, threshold, rounded, mu, short, x, bound)
+                residual = unit - operator.matvec(x)
+                residual_norm = residual.norm(dim=-1)
+                status = torch.where(short & _exceeds(bound, error), int(Status.STAGNATED), status)
         contradicted = refuted(operator, x, unit - residual, mu, size_of_a)
         if solution.refuted is not None:
             contradicted = contradicted | solution.refuted
@@ -339,6 +357,33 @@ def _again(
         found.iterations + torch.where(these, again.iterations, 0),
         torch.where(these, status, found.status),
     )
+
+
+def _exceeds(bound: torch.Tensor, error: torch.Tensor) -> torch.Tensor:
+    """Return where ``bound`` is above ``error``, and not by its own rounding, (batch,) bool."""
+    return bound > error * (1 + 16 * torch.finfo(bound.dtype).eps)
+
+
+def _closer(
+    solver: LinearSolver,
+    operator: LinearOperator,
+    rhs: torch.Tensor,
+    threshold: torch.Tensor,
+    rounded: torch.Tensor,
+    mu: float,
+    these: torch.Tensor,
+    x: torch.Tensor,
+    bound: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return x (batch, n) and bounds (batch,), of ``these`` problems with residuals so small that rounding does not lift the bound above δ′."""
+    stricter = threshold - 2 * rounded
+    within = these & (stricter > 0)
+    if not bool(within.any()):
+        return x, bound
+    again = solver.solve(operator, torch.where(within.unsqueeze(-1), rhs, 0.0), stricter.clamp_min(0.0)).x
+    fresh = ((rhs - operator.matvec(again)).norm(dim=-1) + rounded) / mu
+    lower = within & (fresh < bound)
+    return torch.where(lower.unsqueeze(-1), again, x), torch.where(lower, fresh, bound)
 
 
 def _proposed(

@@ -1,8 +1,9 @@
-"""LSMR for a batch: min ‖A x − b‖² + δ²‖x‖² by products with A and Aᵀ, with a mask for each problem.
+"""LSMR for a batch: AᵀA x = d, and A x = b with d = Aᵀ b, by products with A and Aᵀ, with a mask for each problem.
 
-Golub–Kahan bidiagonalisation with two QR factorisations updated at each step, after Fong & Saunders, "LSMR: an iterative algorithm for sparse
-least-squares problems", SIAM J. Sci. Comput. 33, 2011, algorithm LSMR with damping (section 4). ‖Aᵀ(b − A x) − δ² x‖ decreases at each step, and
-from zero x stays in the range of Aᵀ: it tends to the solution of minimum norm.
+Golub–Kahan bidiagonalisation begun with d (upper bidiagonal: "Bidiag 2" of Paige & Saunders, "LSQR", ACM TOMS 8, 1982), with the update of Fong
+& Saunders, "LSMR: an iterative algorithm for sparse least-squares problems", SIAM J. Sci. Comput. 33, 2011. The bidiagonal matrix is the
+triangular factor that LSMR makes of its own, so that the iterates are the same; beginning with d takes right-hand sides of the normal equations
+that are no Aᵀ b of a known b. ‖d − AᵀA x‖ decreases at each step, and x stays in the range of Aᵀ: it tends to the solution of minimum norm.
 """
 
 from __future__ import annotations
@@ -12,29 +13,30 @@ from typing import NamedTuple
 
 import torch
 
-__all__ = ["LeastSquaresRun", "lsmr"]
+__all__ = ["Kept", "NormalRun", "lsmr"]
 
 Product = Callable[[torch.Tensor], torch.Tensor]
 
 
-class LeastSquaresRun(NamedTuple):
-    """x (batch, n), steps int64 (batch,), and whether the recurrence says that the accuracy was reached, (batch,) bool."""
+class NormalRun(NamedTuple):
+    """x (batch, n), A x (batch, m) by the recurrence, ‖d − AᵀA x‖ (batch,) by the recurrence, and steps int64 (batch,)."""
 
     x: torch.Tensor
+    image: torch.Tensor
+    left: torch.Tensor
     steps: torch.Tensor
-    reached: torch.Tensor
 
 
 def lsmr(
     matvec: Product,
     rmatvec: Product,
-    rhs: torch.Tensor,
-    like: torch.Tensor,
+    normal_rhs: torch.Tensor,
     accuracy: torch.Tensor,
-    max_steps: int,
-    damping: torch.Tensor | None = None,
-) -> LeastSquaresRun:
-    """Minimise ‖A x − b‖² + δ²‖x‖² until ‖Aᵀ(b − A x) − δ² x‖ ≤ ``accuracy``.
+    max_steps: int | torch.Tensor,
+    rhs: torch.Tensor | None = None,
+    threshold: torch.Tensor | None = None,
+) -> NormalRun:
+    """Solve AᵀA x = d until ‖d − AᵀA x‖ ≤ ``accuracy``, or ‖b − A x‖ ≤ ``threshold``.
 
     Two products for each step; former right vectors are kept, up to 256 MiB, and each new one is made orthogonal to them.
 
@@ -42,65 +44,76 @@ def lsmr(
     ----------
     matvec, rmatvec
         v (batch, n) ↦ A v (batch, m), and u (batch, m) ↦ Aᵀ u (batch, n).
-    rhs
-        b (batch, m).
-    like
-        A tensor of the shape (batch, n) and dtype of x.
+    normal_rhs
+        d (batch, n).
     accuracy
-        (batch,): the norm of the normal equations' residual to reach; 0 to spend the steps, infinite for a problem to be left out.
+        (batch,): 0 to spend the steps, infinite for a problem to be left out.
     max_steps
-        The most steps.
-    damping
-        δ (batch,); zero if None.
+        The most steps, of all or of each (batch,).
+    rhs, threshold
+        b (batch, m) and (batch,), where b is known.
     """
-    delta = torch.zeros_like(accuracy) if damping is None else damping
-    tiny, eps = torch.finfo(rhs.dtype).tiny, torch.finfo(rhs.dtype).eps
+    tiny, eps = torch.finfo(normal_rhs.dtype).tiny, torch.finfo(normal_rhs.dtype).eps
 
     def unit(vector: torch.Tensor, norm: torch.Tensor) -> torch.Tensor:
         return vector / torch.where(norm > tiny, norm, torch.inf).unsqueeze(-1)
 
-    beta = rhs.norm(dim=-1)
-    u = unit(rhs, beta)
-    v = rmatvec(u)
-    alpha = v.norm(dim=-1)
-    v = unit(v, alpha)
-    kept = _Kept(v)
-    zeta_bar, alpha_bar = alpha * beta, alpha
-    rho = rho_bar = c_bar = torch.ones_like(alpha)
-    s_bar = torch.zeros_like(alpha)
-    x, h, h_bar = torch.zeros_like(like), v, torch.zeros_like(like)
-    left = zeta_bar
+    left = normal_rhs.norm(dim=-1)
+    zeta_bar = left
     goal = torch.maximum(accuracy, 0.01 * eps * left)
-    active = torch.isfinite(left) & (left > goal) & (left > tiny)
-    steps = torch.zeros(len(rhs), dtype=torch.int64, device=rhs.device)
-    for _ in range(max_steps):
+    limit = torch.as_tensor(max_steps, device=left.device).expand(left.shape)
+    steps = torch.zeros(left.shape, dtype=torch.int64, device=left.device)
+    active = torch.isfinite(left) & (left > goal) & (left > tiny) & (limit > 0)
+    v = unit(normal_rhs, left)
+    kept = Kept(v)
+    x, h, h_bar = torch.zeros_like(v), v, torch.zeros_like(v)
+    rho_before = rho_bar_before = c_bar = torch.ones_like(left)
+    s_bar = theta = size = torch.zeros_like(left)
+    p: torch.Tensor | None = None
+    image = image_h = image_h_bar = None
+    shrink = s_bar.unsqueeze(-1)  # θ/ρ of the last step
+    for _ in range(int(limit.max()) if len(left) else 0):
         if not bool(active.any()):
             break
         steps = steps + active
-        # The next vectors of the bidiagonalisation: β u = A v − α u, α v = Aᵀ u − β v.
-        u = matvec(v) - alpha.unsqueeze(-1) * u
-        beta = u.norm(dim=-1)
-        u = unit(u, beta)
-        v = kept.orthogonal(rmatvec(u) - beta.unsqueeze(-1) * v)
-        alpha = v.norm(dim=-1)
-        v = unit(v, alpha)
+        # ρ p = A v − θ p, and then θ v = Aᵀ p − ρ v.
+        product = matvec(v)
+        if p is None or image is None or image_h is None or image_h_bar is None:
+            p, image, image_h, image_h_bar = (torch.zeros_like(product) for _ in range(4))
+            image_h = product
+        else:
+            image_h = product - shrink * image_h
+        p = product - theta.unsqueeze(-1) * p
+        rho = p.norm(dim=-1)
+        size = torch.maximum(size, torch.where(active, rho, 0.0))
+        p = unit(p, rho)
+        v = kept.orthogonal(rmatvec(p) - rho.unsqueeze(-1) * v)
+        theta = v.norm(dim=-1)
+        theta = torch.where(theta > 8 * eps * size, theta, 0.0)  # below, the space is used up
+        v = unit(v, theta)
         kept.add(v)
-        # Rotations: of the damping, of the lower bidiagonal matrix, and of its triangular factor's transpose.
-        alpha_hat = torch.hypot(alpha_bar, delta)
-        rho_before, rho = rho, torch.hypot(alpha_hat, beta)
-        c, s = _quotient(alpha_hat, rho), _quotient(beta, rho)
-        theta, alpha_bar = s * alpha, c * alpha
-        rho_bar_before, theta_bar = rho_bar, s_bar * rho
+        theta_bar = s_bar * rho
         rho_bar = torch.hypot(c_bar * rho, theta)
         c_bar, s_bar = _quotient(c_bar * rho, rho_bar), _quotient(theta, rho_bar)
         zeta, zeta_bar = c_bar * zeta_bar, -s_bar * zeta_bar
-        h_bar = h - _quotient(theta_bar * rho, rho_before * rho_bar_before).unsqueeze(-1) * h_bar
-        moved = x + _quotient(zeta, rho * rho_bar).unsqueeze(-1) * h_bar
-        x = torch.where(active.unsqueeze(-1) & torch.isfinite(moved), moved, x)
-        h = v - _quotient(theta, rho).unsqueeze(-1) * h
-        left = torch.where(active, zeta_bar.abs(), left)
-        active = active & (left > goal) & (alpha > tiny) & torch.isfinite(left)
-    return LeastSquaresRun(x, steps, left <= goal)
+        back = _quotient(theta_bar * rho, rho_before * rho_bar_before).unsqueeze(-1)
+        h_bar, image_h_bar = h - back * h_bar, image_h - back * image_h_bar
+        step = _quotient(zeta, rho * rho_bar).unsqueeze(-1)
+        moved = x + step * h_bar
+        # A direction that A takes to zero adds nothing but rounding.
+        sound = active & torch.isfinite(moved).all(dim=-1) & (rho > 8 * eps * size)
+        x = torch.where(sound.unsqueeze(-1), moved, x)
+        image = torch.where(sound.unsqueeze(-1), image + step * image_h_bar, image)
+        shrink = _quotient(theta, rho).unsqueeze(-1)
+        h = v - shrink * h
+        rho_before, rho_bar_before = rho, rho_bar
+        left = torch.where(sound, zeta_bar.abs(), left)
+        active = sound & (left > goal) & (theta > tiny) & (steps < limit)
+        if rhs is not None and threshold is not None:
+            active = active & ((rhs - image).norm(dim=-1) > threshold)
+    if image is None:
+        image = torch.zeros_like(matvec(x))
+    return NormalRun(x, image, left, steps)
 
 
 def _quotient(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
@@ -110,8 +123,8 @@ def _quotient(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
 _BASIS_BYTES = 2**28
 
 
-class _Kept:
-    """The former right vectors, to which new ones are made orthogonal; the latest where memory is short."""
+class Kept:
+    """The former vectors of a run, to which new ones are made orthogonal; the latest where memory is short."""
 
     def __init__(self, first: torch.Tensor) -> None:
         self._room = max(2, _BASIS_BYTES // max(1, first.numel() * first.element_size()))
@@ -120,15 +133,18 @@ class _Kept:
         self.add(first)
 
     def add(self, vector: torch.Tensor) -> None:
+        """Keep ``vector`` (batch, n), of norm one or zero."""
         width = self._vectors.shape[1]
         if self._count == width and width < self._room:
             grown = self._vectors.new_zeros(len(vector), min(self._room, 2 * width), vector.shape[-1])
             grown[:, :width] = self._vectors
             self._vectors = grown
-        self._vectors[:, self._count % self._vectors.shape[1]] = vector
+        self._vectors[:, self._count % self._vectors.shape[1]] = torch.nan_to_num(vector)
         self._count += 1
 
     def orthogonal(self, vector: torch.Tensor) -> torch.Tensor:
+        """Return ``vector`` (batch, n) without its parts along those kept."""
         known = self._vectors[:, : self._count]
-        weights = known @ vector.unsqueeze(-1)  # (batch, kept, 1)
-        return torch.baddbmm(vector.unsqueeze(-1), known.mT, weights, alpha=-1).squeeze(-1)
+        # Row by row, so that the rounding of a problem does not depend on its place in the batch.
+        weights = (known * vector.unsqueeze(-2)).sum(-1, keepdim=True)  # (batch, kept, 1)
+        return vector - (weights * known).sum(-2)

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from bilevel.linear._base import LinearSolver, Preconditioner, begin, check_preconditioner
+from bilevel.linear._base import LinearSolver, MakesPreconditioner, Preconditioner, begin, check_preconditioner
 from bilevel.linear._judge import eigenvalue_uncertainty
 from bilevel.linear._lone import SingleProblemState, run_single
 from bilevel.linear._radau import RadauBound
@@ -45,7 +45,7 @@ class CG(LinearSolver):
         The most steps; by default enough for rounding to end it. A number is a budget: with no tolerance asked,
         spending it is no failure.
     preconditioner
-        r ↦ M⁻¹r on tensors (batch, n), symmetric positive definite.
+        r ↦ M⁻¹r on tensors (batch, n), symmetric positive definite; or what makes it of the operator, such as ``bilevel.Nystrom(rank, rho)``.
     reorthogonalize
         Keep residuals orthogonal: memory of one vector a step, up to 256 MiB, beyond which the latest are kept. By default where
         the dtype or the residuals call for it.
@@ -70,7 +70,7 @@ class CG(LinearSolver):
     """
 
     max_steps: int | None = None
-    preconditioner: Preconditioner | None = None
+    preconditioner: Preconditioner | MakesPreconditioner | None = None
     reorthogonalize: bool | None = None
 
     def __post_init__(self) -> None:
@@ -125,7 +125,8 @@ class CG(LinearSolver):
     ) -> LinearSolution:
         limit = self.max_steps if self.max_steps is not None else min(max(10 * operator.size, 100), 20_000)
         eps = torch.finfo(rhs.dtype).eps
-        precondition = self.preconditioner
+        given = self.preconditioner
+        precondition = given.preconditioner(operator) if isinstance(given, MakesPreconditioner) else given
         keep = self.reorthogonalize if self.reorthogonalize is not None else eps > 1e-12
         basis = _Basis(rhs, limit, precondition is not None) if keep else None
 

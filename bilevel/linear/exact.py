@@ -62,11 +62,11 @@ class Exact(LinearSolver):
     ) -> LinearSolution:
         base = operator.distinct
         n = base.size
-        needs_grad = base.batch * n * n * torch.finfo(base.dtype).bits // 8
-        if needs_grad > self.max_bytes:
+        memory = base.batch * n * n * torch.finfo(base.dtype).bits // 8
+        if memory > self.max_bytes:
             raise ArgumentError(
                 f"Exact: expected matrices of at most {self.max_bytes / 2**30:.3g} GiB, got {base.batch} of order {n}, "
-                f"which take {needs_grad / 2**30:.3g} GiB; pass linear_solver=CG() (or GMRES() where not symmetric), or "
+                f"which take {memory / 2**30:.3g} GiB; pass linear_solver=CG() (or GMRES() where not symmetric), or "
                 "raise max_bytes"
             )
         lent = base.memo.get(_OFFERED)

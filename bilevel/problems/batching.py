@@ -59,6 +59,14 @@ class BatchSpec:
             )
         return int(sizes.pop())
 
+    def check_count(self, data: Any) -> None:
+        """Raise where ``data`` hold no problem at all: there is no mean of no losses."""
+        if self.count(data) == 0:
+            raise ShapeError(
+                f"{self.where}: expected at least one problem along the axes that batch_dims={self.dims!r} names, got axes of length 0; "
+                "skip an empty batch"
+            )
+
     def check_start(self, start: Any, count: int) -> None:
         """Raise unless every tensor of ``start`` has a leading axis of ``count``."""
         for leaf in pytree.tree_leaves(start):
@@ -116,7 +124,8 @@ class BatchSpec:
         return Problem.of(structured(first).lift(count, tuple(dim is not None for dim in of_tensors)), moved)
 
     def _raveler(self, inner: Any) -> Raveler:
-        one = inner if self.dims is None else pytree.tree_map(lambda leaf: leaf[0], inner)
+        # Of no problems at all there is no first one.
+        one = inner if self.dims is None else pytree.tree_map(_first, inner)
         return Raveler.of(one, self.where)
 
     def _of_leaves(self, data: Any) -> list[int | None]:
@@ -129,3 +138,7 @@ class BatchSpec:
                 "give an axis or None for each part of data, as in torch.func.vmap's in_dims"
             )
         return flat
+
+
+def _first(leaf: torch.Tensor) -> torch.Tensor:
+    return leaf[0] if len(leaf) else leaf.new_empty(leaf.shape[1:])

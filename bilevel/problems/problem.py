@@ -18,9 +18,13 @@ from bilevel.certificates._point import Point
 from bilevel.certificates.bound import Bound
 from bilevel.certificates.constants import Constants
 from bilevel.equations.problem import Problem
+from bilevel.equations.structured import Structure
 from bilevel.equations.system import ArgminSystem
 from bilevel.errors import ArgumentError, TransformError
 from bilevel.layers.call import Adjoint, Setting, SolveSettings
+from bilevel.layers.constraint_structure import ConstraintStructure
+from bilevel.layers.constraints import Constraints
+from bilevel.layers.differentiation import Differentiation, Implicit
 from bilevel.layers.layer import Layer, Solution
 from bilevel.layers.proximal import Proximal
 from bilevel.linear._base import LinearSolver, LinearSolverLike
@@ -42,6 +46,7 @@ from bilevel.problems.warm_start import WarmStart
 from bilevel.pytree import as_real, moves
 from bilevel.reports import Basis
 from bilevel.solvers._base import InnerSolver, InnerSolverLike
+from bilevel.solvers._given import GivenAnswer
 from bilevel.tolerance import Tolerance
 
 __all__ = ["BilevelProblem"]
@@ -73,6 +78,8 @@ class BilevelProblem(torch.nn.Module, ABC):
     warm_start
         Begin from the last solution where no ``init`` is given, and the linear solve from the last adjoint. A start only
         changes the work, not the accuracy.
+    differentiation
+        How the inner solution is differentiated: :class:`bilevel.Implicit` by default. Of the others no error bound is known.
 
     Raises
     ------
@@ -114,13 +121,23 @@ class BilevelProblem(torch.nn.Module, ABC):
         on_failure: OnFailure = "raise",
         batch_dims: Any = None,
         warm_start: bool = True,
+        differentiation: Differentiation | None = None,
     ) -> None:
         super().__init__()
         self.batch_dims = batch_dims
         self.warm_start = warm_start
-        self._structure = None
+        self._structure: Structure | None = None
         if type(self).inner_prox is not BilevelProblem.inner_prox:
             self._structure = Proximal(given=self._inner_prox, written=lambda: self.inner_prox)
+        if type(self).inner_constraints is not BilevelProblem.inner_constraints:
+            if self._structure is not None:
+                raise ArgumentError(
+                    f"{self.where}: expected inner_prox or inner_constraints, got both; write the set as a term of bilevel.prox, or the term as "
+                    "constraints"
+                )
+            self._structure = ConstraintStructure(
+                constraints=self._inner_constraints, written=lambda: self.inner_constraints
+            )
         self._layer = Layer(
             ArgminSystem,
             self._inner_objective,
@@ -131,6 +148,7 @@ class BilevelProblem(torch.nn.Module, ABC):
             on_failure=on_failure,
             where=self.where,
             written=self._written,
+            differentiation=differentiation,
         )
         self._warm = WarmStart()
         self._connected_for: frozenset[tuple[bool, ...]] = frozenset()
@@ -181,11 +199,11 @@ class BilevelProblem(torch.nn.Module, ABC):
         self._warm = replace(self._warm, inner=inner, adjoint=flat / max(1, len(flat)))
 
     @abstractmethod
-    def inner_objective(self, inner: Any, outer: Any, data: Any) -> torch.Tensor:
+    def inner_objective(self, inner: Any, outer: Any, data: Any, /) -> torch.Tensor:
         """Return G(φ, θ), a scalar tensor, for one problem."""
 
     @abstractmethod
-    def outer_objective(self, inner: Any, outer: Any, data: Any) -> torch.Tensor:
+    def outer_objective(self, inner: Any, outer: Any, data: Any, /) -> torch.Tensor:
         """Return F(φ, θ), a scalar tensor, for one problem."""
 
     def inner_prox(self, outer: Any, data: Any) -> Any:
@@ -196,12 +214,43 @@ class BilevelProblem(torch.nn.Module, ABC):
         """
         return None
 
+    def inner_constraints(self, outer: Any, data: Any) -> Constraints | None:
+        """Return the bounds and constraints on φ, or None; override it where there are some.
+
+        ``equality`` and ``inequality`` of the :class:`~bilevel.Constraints` are functions of (inner, outer, data), bounds are values or functions of
+        (outer, data). All may be computed from ``outer``. Errors of hypergradients are then not known, and never certified.
+        """
+        return None
+
     def objective_arguments(self, outer: Any, data: Any) -> tuple[Any, Any]:
         """Return (outer, data) as the two objectives see them, of what a call of the problem is given.
 
         Override it, as :meth:`forward`, in a problem that owns its outer variables.
         """
         return outer, data
+
+    def prepare(self, outer: Any, data: Any, /) -> Any:
+        """Return what the objectives are given in place of ``data``; by default ``data``.
+
+        It is called once a call, and not at every evaluation. What it makes of ``outer``, such as a kernel matrix, is differentiated too.
+        Bounds of errors are computed from the objectives and this together. It cannot be combined with ``batch_dims``.
+        """
+        return data
+
+    def _prepared(self, outer: Any, data: Any) -> Any:
+        if type(self).prepare is BilevelProblem.prepare:
+            return data
+        if self.batch_dims is not None:
+            raise ArgumentError(
+                f"{self.where}: expected prepare or batch_dims, got both; prepare each problem's data before the call, or in the objectives"
+            )
+        return self.prepare(outer, data)
+
+    def _inner_of_given(self, inner: Any, outer: Any, data: Any) -> torch.Tensor:
+        return self.inner_objective(inner, outer, self.prepare(outer, data))
+
+    def _outer_of_given(self, inner: Any, outer: Any, data: Any) -> torch.Tensor:
+        return self.outer_objective(inner, outer, self.prepare(outer, data))
 
     def initial(self, outer: Any, data: Any) -> Any:
         """Return where the first inner solve begins; override it, or pass ``init``."""
@@ -254,6 +303,7 @@ class BilevelProblem(torch.nn.Module, ABC):
         ``outer``: once, and by ``backward`` or ``torch.autograd.grad`` alone. Without a gradient to promise anything of,
         under ``torch.no_grad``, the inner solve goes as far as the dtype allows.
         """
+        self._numbering.check_count(data)
         settings = self._settings_of(outer, data)
         tolerance, policy = settings.tolerance, settings.on_failure
         self._refuse_goal(tolerance)
@@ -261,8 +311,9 @@ class BilevelProblem(torch.nn.Module, ABC):
             with unhooked():
                 result = self._with_goal(settings, outer, data, init)
             return attach_gradient(result, outer)
-        solution = self._solve(settings, outer, data, init)
-        loss = self._outer_losses(solution.value, outer, data, policy).mean()
+        prepared = self._prepared(outer, data)
+        solution = self._solve(settings, outer, prepared, init)
+        loss = self._outer_losses(solution.value, outer, prepared, policy).mean()
         theta = [leaf for leaf in pytree.tree_leaves(outer) if isinstance(leaf, torch.Tensor)]
         poisoned = check_dependence(self.where, loss, theta, policy)
         among = tuple(leaf.requires_grad for leaf in theta if moves(leaf))
@@ -291,7 +342,8 @@ class BilevelProblem(torch.nn.Module, ABC):
             What :meth:`tolerance_of` returns, by default for this ``outer`` and ``data``. Calls that are parts of one mean take that of the
             whole: the mean hands each of its problems a share of its right-hand side.
         """
-        return self._solve(self._settings_of(outer, data, tolerance, inspect=inspect), outer, data, init)
+        settings = self._settings_of(outer, data, tolerance, inspect=inspect)
+        return self._solve(settings, outer, self._prepared(outer, data), init)
 
     def _settings_of(
         self, outer: Any, data: Any, tolerance: Tolerance | None = None, *, inspect: bool = True
@@ -319,13 +371,16 @@ class BilevelProblem(torch.nn.Module, ABC):
                 self._warm = replace(self._warm, inner=last)
         return solution
 
-    def hypergradient(self, outer: Any, data: Any, *, init: Any = None) -> Hypergradient:
+    def hypergradient(self, outer: Any, data: Any, *, init: Any = None, at: Any = None) -> Hypergradient:
         """Return the outer value, its gradient with respect to ``outer``, and how they were come by.
 
         Parameters
         ----------
         outer, data, init
             See :meth:`forward`.
+        at
+            An inner solution that you have already, of the structure of ``init``: it is checked by one residual, and nothing is solved for. See
+            :meth:`Layer.at`.
 
         Returns
         -------
@@ -347,6 +402,7 @@ class BilevelProblem(torch.nn.Module, ABC):
                 "graph, and there is one; transform a call of the problem instead, as in torch.func.grad(problem)(outer, data) or "
                 "torch.func.vmap(torch.func.grad(problem))(outer, data), or by torch.func.functional_call where outer is the problem's own parameters"
             )
+        self._numbering.check_count(data)
         if not any(moves(leaf) for leaf in pytree.tree_leaves(outer)):
             raise ArgumentError(
                 f"{self._layer.where}: expected outer to hold a floating-point or complex tensor, got {outer!r}; pass tensors to "
@@ -354,6 +410,8 @@ class BilevelProblem(torch.nn.Module, ABC):
             )
         settings = self._settings_of(outer, data)
         self._refuse_goal(settings.tolerance)
+        if at is not None:
+            settings, init = self._settings_at(settings), pytree.tree_map(_cut, at)
         if settings.tolerance.has_goal:
             return self._with_goal(settings, outer, data, init)
         return self._at_accuracy(settings, outer, data, init)[0]
@@ -372,8 +430,9 @@ class BilevelProblem(torch.nn.Module, ABC):
         theta = pytree.tree_unflatten(fresh, structure)
         adjoints: list[Adjoint] = []
         with torch.enable_grad():
-            solution = self._solve(replace(settings, on_adjoint=adjoints.append), theta, data, init)
-            value = self._outer_losses(solution.value, theta, data, settings.on_failure).mean()
+            prepared = self._prepared(theta, data)
+            solution = self._solve(replace(settings, on_adjoint=adjoints.append), theta, prepared, init)
+            value = self._outer_losses(solution.value, theta, prepared, settings.on_failure).mean()
             needs_grad = [leaf for leaf, move in zip(fresh, moving, strict=True) if move]
             if not value.requires_grad:
                 raise no_dependence(self.where)
@@ -411,11 +470,25 @@ class BilevelProblem(torch.nn.Module, ABC):
         replays = inspector.reuse_inspection(point.lower, point.x, self.inner_objective, captures=True)
         return decided(settings, result, point, adjoint, point.lower.replayed_from(replays))
 
+    def _settings_at(self, settings: SolveSettings) -> SolveSettings:
+        """Return the settings of a call that differentiates at an answer given."""
+        if settings.tolerance.has_goal:
+            raise ArgumentError(
+                f"{self.where}: expected Tolerance(delta=..., delta_prime=...) where the inner solution is given, got the goal "
+                f"{settings.tolerance!r}, which needs solves of its own; leave `at` out, or the goal"
+            )
+        return settings if self._structure is not None else replace(settings, solver=GivenAnswer())
+
     def _refuse_goal(self, tolerance: Tolerance) -> None:
+        if tolerance.has_goal and not isinstance(self._layer.differentiation, Implicit):
+            raise ArgumentError(
+                f"{self.where}: expected differentiation=bilevel.Implicit() with a goal for the hypergradient, got {self._layer.differentiation}; "
+                "leave one of them out"
+            )
         if self._structure is not None and tolerance.has_goal:
             raise ArgumentError(
-                f"{self.where}: expected Tolerance(rtol=...) or δ and δ′ where inner_prox gives a proximal term, got the goal {tolerance!r}; errors "
-                "of such a hypergradient are estimated, and solves go as far as the tolerance says: leave the goal out"
+                f"{self.where}: expected Tolerance(rtol=...) or δ and δ′ with inner_prox or inner_constraints, got the goal {tolerance!r}; errors "
+                "of such a hypergradient are not bounded, and solves go as far as the tolerance says: leave the goal out"
             )
 
     def reset(self) -> None:
@@ -453,7 +526,9 @@ class BilevelProblem(torch.nn.Module, ABC):
 
         def certify(at: Point, flat: torch.Tensor, corrected: torch.Tensor) -> Certificate:
             kind = Certificate
-            if self._structure is not None:
+            if not isinstance(settings.differentiation, Implicit):
+                kind = NoCertificate
+            elif self._structure is not None:
                 kind = LocalCertificate if at.lower.system.symmetric else NoCertificate
             return kind(at, flat, corrected, constants, self.where, settings.on_failure, products)
 
@@ -529,9 +604,11 @@ class BilevelProblem(torch.nn.Module, ABC):
 
     def _flat_problems(self, inner: Any, outer: Any, data: Any) -> tuple[Problem, Problem]:
         """Return G and F as batches of flat problems."""
-        flat = self._numbering.problem
-        lower = flat(self.inner_objective, inner, outer, data, self._structure)
-        return lower, flat(self.outer_objective, inner, outer, data)
+        flat, whole = self._numbering.problem, type(self).prepare is BilevelProblem.prepare
+        inner_objective = self.inner_objective if whole else self._inner_of_given
+        outer_objective = self.outer_objective if whole else self._outer_of_given
+        lower = flat(inner_objective, inner, outer, data, self._structure)
+        return lower, flat(outer_objective, inner, outer, data)
 
     def _written(self) -> Callable[..., Any]:
         return self.inner_objective
@@ -541,6 +618,9 @@ class BilevelProblem(torch.nn.Module, ABC):
 
     def _inner_prox(self, outer: Any, data: Any) -> Any:
         return self.inner_prox(outer, data)
+
+    def _inner_constraints(self, outer: Any, data: Any) -> Constraints | None:
+        return self.inner_constraints(outer, data)
 
     def _start(self, outer: Any, data: Any, count: int | None) -> Any:
         warm = self._warm if self.warm_start else WarmStart()

@@ -9,10 +9,12 @@ and has the same solution, so its gradient is the equation to differentiate.
 from __future__ import annotations
 
 import dataclasses
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar, TypeAlias
+from numbers import Real
+from typing import Any, ClassVar, TypeAlias
 
 import torch
 
@@ -163,45 +165,41 @@ def positive_of(
     return found if readable(found) else torch.where(found > 0, found, float("nan"))
 
 
-def _numbers(where: str, name: str, value: Parameter) -> torch.Tensor | None:
-    """Return the values of a parameter, None where they cannot be read, or raise for what is no parameter."""
+def _check(where: str, name: str, value: Parameter, kind: str, fits: Callable[[Any], Any]) -> None:
+    """Raise unless all values ``fit``; those of a batched tensor cannot be read."""
     if isinstance(value, torch.Tensor):
         if value.is_complex() or value.dtype == torch.bool:
             raise DtypeError(f"{where}: expected {name} to be real, got a tensor of {value.dtype}; convert it")
-        return detached(value) if readable(value) else None
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        if not readable(value):
+            return
+        numbers = detached(value)
+        if bool(fits(numbers).all()):
+            return
+        wrong = numbers[~fits(numbers)].reshape(-1)[0].item()
+    elif isinstance(value, bool) or not isinstance(value, Real):
         raise ArgumentError(f"{where}: expected {name} to be a number or a tensor, got {value!r}; pass one")
-    return torch.as_tensor(value, dtype=torch.float64)
-
-
-def _check(
-    where: str, name: str, value: Parameter, needs_grad: str, fits: Callable[[torch.Tensor], torch.Tensor]
-) -> None:
-    numbers = _numbers(where, name, value)
-    if numbers is None:
+    elif fits(value):
         return
-    wrong = numbers[~fits(numbers)]
-    if wrong.numel():
-        raise ArgumentError(
-            f"{where}: expected {name} to be {needs_grad}, got {wrong.reshape(-1)[0].item():g}; pass one"
-        )
+    else:
+        wrong = value
+    raise ArgumentError(f"{where}: expected {name} to be {kind}, got {wrong:g}; pass one")
 
 
 def check_nonnegative(where: str, name: str, value: Parameter) -> None:
     """Raise :class:`ArgumentError` unless all values, where they can be read, are finite and at least 0."""
-    _check(where, name, value, "finite and at least 0", lambda v: torch.isfinite(v) & (v >= 0))
+    _check(where, name, value, "finite and at least 0", lambda v: (v >= 0) & (v < math.inf))
 
 
 def check_positive(where: str, name: str, value: Parameter) -> None:
     """Raise :class:`ArgumentError` unless all values, where they can be read, are finite and above 0."""
-    _check(where, name, value, "finite and above 0", lambda v: torch.isfinite(v) & (v > 0))
+    _check(where, name, value, "finite and above 0", lambda v: (v > 0) & (v < math.inf))
 
 
 def check_finite(where: str, name: str, value: Parameter) -> None:
     """Raise :class:`ArgumentError` unless all values, where they can be read, are finite."""
-    _check(where, name, value, "finite", torch.isfinite)
+    _check(where, name, value, "finite", lambda v: (v > -math.inf) & (v < math.inf))
 
 
 def check_numbers(where: str, name: str, value: Parameter) -> None:
     """Raise :class:`ArgumentError` if a value, where they can be read, is NaN."""
-    _check(where, name, value, "a number", lambda v: ~torch.isnan(v))
+    _check(where, name, value, "a number", lambda v: v == v)

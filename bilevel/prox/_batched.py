@@ -7,13 +7,14 @@ from typing import Any
 
 import torch
 
-from bilevel._torch.transforms import batch_axis_first, signed, without_gradient
+from bilevel._torch.transforms import batch_axis_first, outside_autocast, signed, without_gradient
 
 __all__ = ["batched"]
 
 Function = Callable[..., tuple[torch.Tensor, ...]]
 
 
+@outside_autocast
 def batched(function: Function, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """Return ``function(*tensors)``, of which no derivative is taken.
 

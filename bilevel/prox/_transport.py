@@ -49,7 +49,10 @@ def support_of(v: torch.Tensor, row: torch.Tensor, column: torch.Tensor) -> tupl
         if not bool(moved.any()):
             break
     solved = fit & (slope.abs().amax(-1) <= _ACCEPTED * size)
-    support = (plan > 0).to(v.dtype).reshape(shape)
+    # The entries of a row without mass go to zero only in the limit.
+    mass = (sums > 0).double()
+    n = shape[-2]
+    support = (plan * mass[:, :n, None] * mass[:, None, n:] > 0).to(v.dtype).reshape(shape)
     return support, solved.reshape(*shape[:-2], 1, 1)
 
 

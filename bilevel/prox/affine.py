@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from bilevel._torch.factorisations import inverse, svdvals
+from bilevel._torch.transforms import outside_autocast
 from bilevel.errors import ArgumentError, ShapeError
 from bilevel.prox._base import (
     Manifold,
@@ -92,6 +93,7 @@ class AffineSet(Term):
     def value(self, x: torch.Tensor) -> torch.Tensor:
         return no_value(x)
 
+    @outside_autocast
     def prox(self, v: torch.Tensor, step: Parameter = 1.0) -> torch.Tensor:
         A, b = self._system(v)
         x, gram = v.reshape(-1), inverse(A @ A.mT)

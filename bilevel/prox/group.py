@@ -6,14 +6,17 @@ import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from bilevel.errors import ArgumentError, ShapeError
 from bilevel.prox._base import Manifold, Parameter, Term, as_parameter, check_nonnegative, detached, strength_of
 from bilevel.prox._margins import largest, least, relative
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray  # its import takes some milliseconds
 
 __all__ = ["GroupL2"]
 

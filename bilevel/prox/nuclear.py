@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from bilevel._torch.factorisations import inverse
-from bilevel._torch.transforms import carries_gradient
+from bilevel._torch.transforms import carries_gradient, outside_autocast
 from bilevel.errors import ShapeError
 from bilevel.prox._base import Manifold, Parameter, Term, as_parameter, check_nonnegative, detached, strength_of
 from bilevel.prox._margins import least, relative
@@ -62,6 +62,7 @@ class NuclearNorm(Term):
         strength = self._strength(x)
         return strength * _nuclear(x, rank_mask(svd(x)[1], max(x.shape)))
 
+    @outside_autocast
     def prox(self, v: torch.Tensor, step: Parameter = 1.0) -> torch.Tensor:
         threshold = as_parameter(step, v) * self._strength(v)
         left, values, right = svd(v)
@@ -77,6 +78,7 @@ class NuclearNorm(Term):
         left, right = left * kept, right * kept
         smooth = detached(strength) == 0
 
+        @outside_autocast
         def retract(y: torch.Tensor) -> torch.Tensor:
             """Return Y V (Uᵀ Y V)⁻¹ Uᵀ Y, which is Y where Y has the rank of x."""
             columns, inverse_rows = _factors(y, left, right, kept)
@@ -84,6 +86,7 @@ class NuclearNorm(Term):
 
         return Manifold(retract, lambda y: strength * _nuclear(y, kept))
 
+    @outside_autocast
     def margin(self, x: torch.Tensor, slope: torch.Tensor, step: Parameter = 1.0) -> torch.Tensor:
         strength = self._strength(x)
         left, values, right = svd(x)
@@ -136,6 +139,7 @@ def _factors(
     return columns, inverse(core) @ rows
 
 
+@outside_autocast
 def _nuclear(y: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
     """Return Σ σ_i(Y) for Y of the rank of x.
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from bilevel._torch.factorisations import inverse
-from bilevel._torch.transforms import carries_gradient
+from bilevel._torch.transforms import carries_gradient, outside_autocast
 from bilevel.errors import ShapeError
 from bilevel.prox._base import Manifold, Parameter, Term, as_parameter, detached, no_value
 from bilevel.prox._margins import least, relative, scale_of
@@ -52,6 +52,7 @@ class PSDCone(Term):
     def value(self, x: torch.Tensor) -> torch.Tensor:
         return no_value(x)
 
+    @outside_autocast
     def prox(self, v: torch.Tensor, step: Parameter = 1.0) -> torch.Tensor:
         matrix = self._matrix(v)
         values, vectors = eigh(matrix)
@@ -67,6 +68,7 @@ class PSDCone(Term):
         basis = vectors * kept.unsqueeze(-2)  # (..., n, n), zero columns beyond the rank
         rest = torch.diag_embed((~kept).to(x.dtype))
 
+        @outside_autocast
         def retract(y: torch.Tensor) -> torch.Tensor:
             """Return Y U (Uᵀ Y U)⁻¹ Uᵀ Y, which is Y where Y has the rank of x."""
             matrix = symmetric(y)
@@ -75,6 +77,7 @@ class PSDCone(Term):
 
         return Manifold(retract)
 
+    @outside_autocast
     def margin(self, x: torch.Tensor, slope: torch.Tensor, step: Parameter = 1.0) -> torch.Tensor:
         move = symmetric(as_parameter(step, x) * slope)
         values, vectors = eigh(self._matrix(x))

@@ -137,6 +137,8 @@ class L1Ball(Term):
         return no_value(x)
 
     def prox(self, v: torch.Tensor, step: Parameter = 1.0) -> torch.Tensor:
+        if not v.numel():
+            return v
         flat, radius = v.reshape(-1), self._radius(v)
         signs, sizes = detached(flat).sign(), flat.abs()
         outside = onto_sum(sizes, simplex_support(sizes, radius), radius).relu() * signs

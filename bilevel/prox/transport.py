@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from bilevel._torch.factorisations import pinv
+from bilevel._torch.transforms import outside_autocast
 from bilevel.errors import ArgumentError, ShapeError
 from bilevel.prox._base import (
     Manifold,
@@ -31,8 +32,8 @@ class TransportPolytope(Term):
 
     The projection solves the dual problem by Newton's method, which takes some 10 to 30 factorisations of order n + m.
 
-    A plan whose positive entries do not connect all rows and columns is a special case: there, sums of some entries of ``row`` and of
-    ``column`` agree. The plan then has no derivative with respect to the marginals, but has one with respect to all else.
+    A plan whose positive entries do not connect all rows and columns is a special case: some entries of ``row`` and some of ``column``
+    have one sum. The derivative is then right only for changes of the marginals that keep these sums equal, and for changes of all else.
 
     Parameters
     ----------
@@ -132,6 +133,7 @@ def _pseudo_inverse(support: torch.Tensor) -> tuple[torch.Tensor]:
     return (pinv(matrix, rtol=rtol, hermitian=True),)
 
 
+@outside_autocast
 def _potentials(y: torch.Tensor, support: torch.Tensor, inverse: torch.Tensor, *sums: torch.Tensor) -> torch.Tensor:
     """Return the α_i + β_j by which y has to be reduced on the support, for its sums to become ``sums`` (rows, columns), or 0."""
     rest = torch.cat([(support * y).sum(-1), (support * y).sum(-2)], -1)

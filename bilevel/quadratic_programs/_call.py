@@ -10,30 +10,18 @@ from typing import Any, Protocol
 import torch
 
 from bilevel.policy import OnFailure, apply_policy
+from bilevel.quadratic_programs._kkt import Factor
 from bilevel.quadratic_programs._program import Found
 from bilevel.quadratic_programs._rule import Asked, Structure
 from bilevel.quadratic_programs._wording import backward_words, forward_words
 from bilevel.recording import active_recordings
 from bilevel.reports import Basis, Pass, SolveReport, Status
 
-__all__ = ["Backend", "Factor", "ProgramCall"]
+__all__ = ["Backend", "ProgramCall"]
 
 _CONSISTENT = 1e-7  # the relative residual of K d = r up to which a singular system counts as consistent
 _MATTERS = 1e-8  # the relative size of a change of d that a weakly active constraint may make
 _NO_DERIVATIVE = (Status.INFEASIBLE, Status.UNBOUNDED, Status.NOT_FINITE, Status.INDEFINITE)
-
-
-class Factor(Protocol):
-    """A factorised K of a batch."""
-
-    singular: torch.Tensor
-    by_inequalities: torch.Tensor
-
-    def solve(self, right: torch.Tensor) -> torch.Tensor:
-        """Return K⁻¹ r (B, length)."""
-
-    def times(self, d: torch.Tensor) -> torch.Tensor:
-        """Return K d (B, length)."""
 
 
 class Backend(Protocol):
@@ -250,7 +238,7 @@ class ProgramCall:
         culprit: torch.Tensor,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the statuses, DEGENERATE where a weakly active row would change d if it were taken for the other kind, and that row."""
-        change, size = factor.changes(d)  # type: ignore[attr-defined]
+        change, size = factor.changes(d)
         matters = weak & (change > _MATTERS * size)
         some = matters.any(-1)
         status = torch.where(some, int(Status.DEGENERATE), status)

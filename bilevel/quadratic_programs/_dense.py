@@ -10,11 +10,12 @@ from bilevel.quadratic_programs._kkt import KKTFactor
 from bilevel.quadratic_programs._program import Found, Limits, Program
 from bilevel.quadratic_programs._rays import infeasibility_rays, unboundedness_rays
 from bilevel.reports import Status
-from bilevel.solvers._mehrotra import DenseProgram, Iterate, Rows, interior_point, mv, tmv
+from bilevel.solvers._dense_program import DenseProgram, Iterate, Rows, mv, tmv
+from bilevel.solvers._mehrotra import interior_point
 
-__all__ = ["solve_dense"]
+__all__ = ["solve_dense", "solve_solvable"]
 
-_EARLY = 1e-6  # relative residuals at which the active set is tried for the first time
+_EARLY = 1e-7  # relative residuals at which the active set is tried for the first time
 _LATE = 1e-10  # those at which it is tried again
 _ACCEPTED = 1e-8  # those that are enough where no active set fits
 _FLIPS = 4  # changes of the active set that are tried
@@ -63,8 +64,15 @@ def _refuse(program: Program, found: Found) -> torch.Tensor:
     return (found.status == Status.RUNNING).nonzero().squeeze(-1)
 
 
-def _search(program: Program, limits: Limits, found: Found) -> None:
-    """Fill ``found`` by searches."""
+def solve_solvable(program: Program) -> torch.Tensor:
+    """Return x (B, n) of programs that are known to have a solution."""
+    found = Found.blank(program)
+    _search(program, Limits(max_steps=100), found, certify=False)
+    return found.point[:, : program.sizes.n]
+
+
+def _search(program: Program, limits: Limits, found: Found, *, certify: bool = True) -> None:
+    """Fill ``found`` by searches; what fails is looked at for certificates if ``certify``."""
     form = _interior_form(program)
     smoothing = limits.smoothing
     early = _LATE if smoothing else _EARLY
@@ -80,7 +88,7 @@ def _search(program: Program, limits: Limits, found: Found) -> None:
     lost = (found.status != Status.CONVERGED).nonzero().squeeze(-1)
     if not len(lost):
         return
-    lost = _certify(program, found, lost)
+    lost = _certify(program, found, lost) if certify else lost
     again = lost[iterate.escaped[lost]]
     if len(again):
         part = form.at(again)
@@ -130,7 +138,7 @@ def _certify(program: Program, found: Found, lost: torch.Tensor) -> torch.Tensor
     for rays_of, status in ((infeasibility_rays, Status.INFEASIBLE), (unboundedness_rays, Status.UNBOUNDED)):
         if not len(lost):
             break
-        rays, proven = rays_of(part)
+        rays, proven = rays_of(part, solve_solvable)
         index = lost[proven]
         found.certificate[index], found.status[index] = rays[proven], int(status)
         left = (~proven).nonzero().squeeze(-1)
@@ -240,7 +248,7 @@ def _on_active_set(program: Program, point: torch.Tensor, active: torch.Tensor) 
     factor = KKTFactor(sizes, program.Q, program.A, program.G, active)
     head = sizes.n + sizes.p
     z = torch.cat([point[:, :head], torch.where(active, point[:, head:], 0.0)], -1)
-    for _ in range(3):
+    for _ in range(2):
         step = factor.solve(program.residual(z, active))
         z = z - step
     x, nu, *weights = sizes.split(z)

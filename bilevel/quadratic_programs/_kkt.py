@@ -17,13 +17,14 @@ precision, the pseudo-inverse by eigenvalues stands in its place, and the null v
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 
 from bilevel._torch.factorisations import eigh
-from bilevel.solvers._mehrotra import mv, tmv
+from bilevel.solvers._dense_program import mv, tmv
 
-__all__ = ["KKTFactor", "Marks", "Sizes"]
+__all__ = ["Factor", "KKTFactor", "Sizes"]
 
 _SUSPECT = 1e-9  # a ratio of pivots below which the eigenvalues are looked at
 _SINGULAR = 1e-11  # eigenvalues this small, relative to the largest, count as zero
@@ -52,12 +53,26 @@ class Sizes:
         return point.split(self.parts, -1)
 
 
-@dataclass(frozen=True, eq=False)
-class Marks:
-    """Which inequalities are active (B, m + 2n), and which of all are weakly active: at their bound with a multiplier of zero."""
+class Factor(Protocol):
+    """A factorised K of a batch.
 
-    active: torch.Tensor
-    weak: torch.Tensor
+    Attributes
+    ----------
+    singular, by_inequalities
+        (B,) bool: whether K is singular to working precision, and whether dependent inequalities are among the reasons.
+    """
+
+    singular: torch.Tensor
+    by_inequalities: torch.Tensor
+
+    def solve(self, right: torch.Tensor) -> torch.Tensor:
+        """Return K⁻¹ r (B, length)."""
+
+    def times(self, d: torch.Tensor) -> torch.Tensor:
+        """Return K d (B, length)."""
+
+    def changes(self, d: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return by how much d would be another if an inequality (B, m + 2n) were of the other kind, and the size of d (B, 1)."""
 
 
 class KKTFactor:
@@ -130,12 +145,9 @@ class KKTFactor:
         return matrix
 
     def _factorise(self, matrix: torch.Tensor) -> None:
-        scale = matrix.new_ones(matrix.shape[:2])
-        for _ in range(2):
-            norm = matrix.abs().amax(-1)
-            step = torch.where(norm > 0, norm.clamp_min(1e-300).rsqrt(), torch.ones_like(norm))
-            matrix, scale = matrix * step.unsqueeze(-1) * step.unsqueeze(-2), scale * step
-        self.scale = scale
+        norm = matrix.abs().amax(-1)
+        self.scale = torch.where(norm > 0, norm.clamp_min(1e-300).rsqrt(), 1.0)
+        matrix = matrix * self.scale.unsqueeze(-1) * self.scale.unsqueeze(-2)
         self.lu, self.pivots, failed = torch.linalg.lu_factor_ex(matrix)
         size = self.lu.diagonal(dim1=-2, dim2=-1).abs()
         suspect = (failed != 0) | ~torch.isfinite(size).all(-1)

@@ -8,11 +8,14 @@ from functools import cached_property
 
 import torch
 
-from bilevel.quadratic_programs._kkt import KKTFactor, Sizes
+from bilevel.quadratic_programs._kkt import Factor, Sizes
 from bilevel.reports import Status
-from bilevel.solvers._mehrotra import mv, tmv
+from bilevel.solvers._dense_program import mv, tmv
 
 __all__ = ["Found", "Limits", "Program"]
+
+
+_RUNAWAY = 1e4  # how many times the sides of the constraints the numbers may be that rounding is relative to
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -142,7 +145,12 @@ class Program:
         _, size = self.weights(point)
         _, rows = self.slacks(point)
         primal = rows.amax(-1)
-        primal = torch.maximum(primal, self.b.abs().amax(-1)) if self.sizes.p else primal
+        sides = [
+            torch.where(torch.isfinite(side), side.abs(), 0.0) for side in (self.b, self.h, self.lower, self.upper)
+        ]
+        given = torch.cat(sides, -1).amax(-1)
+        # An x that runs away must not make the violation of a contradiction look small.
+        primal = torch.minimum(torch.maximum(primal, given), _RUNAWAY * (1 + given))
         return 1 + primal, 1 + size.squeeze(-1)
 
 
@@ -174,7 +182,7 @@ class Found:
     residual: torch.Tensor
     threshold: torch.Tensor
     certificate: torch.Tensor
-    factor: KKTFactor | None = None
+    factor: Factor | None = None
 
     @classmethod
     def blank(cls, program: Program) -> Found:

@@ -8,26 +8,27 @@ Unbounded: the projection d of −q on {Qd = 0, Ad = 0, Gd ≤ 0, the signs that
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import TypeAlias
+
 import torch
 
 from bilevel.quadratic_programs._program import Program
-from bilevel.solvers._mehrotra import DenseProgram, Rows, interior_point, mv, tmv
+from bilevel.solvers._dense_program import mv, tmv
 
 __all__ = ["infeasibility_rays", "unboundedness_rays"]
 
 _PROOF = 1e-8  # what may be left of an equation that a ray has to fulfil, relative to its terms
-_STEPS = 60
 
-
-def _sides(bound: torch.Tensor) -> torch.Tensor:
-    return torch.isfinite(bound).to(bound.dtype)
+Solve: TypeAlias = Callable[[Program], torch.Tensor]
+"""Solves programs that have a solution: returns x (B, n)."""
 
 
 def _finite(bound: torch.Tensor, other: float = 0.0) -> torch.Tensor:
     return torch.where(torch.isfinite(bound), bound, other)
 
 
-def infeasibility_rays(program: Program) -> tuple[torch.Tensor, torch.Tensor]:
+def infeasibility_rays(program: Program, solve: Solve) -> tuple[torch.Tensor, torch.Tensor]:
     """Return rays (B, n + p + m + 2n), zero in x and with a value of −1, and whether each is a proof."""
     n, m = program.sizes.n, program.sizes.m
     B, like = len(program.q), program.q
@@ -48,14 +49,13 @@ def infeasibility_rays(program: Program) -> tuple[torch.Tensor, torch.Tensor]:
     G = torch.where(rows_of.unsqueeze(-1), program.G / length_G.unsqueeze(-1), 0.0)
     t = torch.diag_embed(rows_of.to(like.dtype))
     h = torch.where(rows_of, program.h / length_G, 1.0)
-    blank = like.new_zeros(B, m)
-    below, above = torch.cat([_sides(program.lower), blank], -1), torch.cat([_sides(program.upper), blank], -1)
-    d = torch.cat([h, -_finite(program.lower, -1.0), blank + 1, _finite(program.upper, 1.0), blank + 1], -1)
-    form = DenseProgram(
-        Q, q, like.new_zeros(B, 0, n + m), like.new_zeros(B, 0), Rows(torch.cat([G, -t], -1), below, above), d
-    )
-    found = interior_point(form, 1e-13, _STEPS, may_escape=False)
-    x, lam = found.x[:, :n], (mv(G, found.x[:, :n]) - torch.where(rows_of, h, 0.0)).clamp_min(0)
+    inf = like.new_full((B, m), float("inf"))
+    violation = Program(
+        Q, q, like.new_zeros(B, 0, n + m), like.new_zeros(B, 0), torch.cat([G, -t], -1), torch.where(rows_of, h, inf),
+        torch.cat([program.lower, -inf], -1), torch.cat([program.upper, inf], -1), torch.float64,
+    )  # fmt: skip
+    x = solve(violation)[:, :n]
+    lam = (mv(G, x) - torch.where(rows_of, h, 0.0)).clamp_min(0)
     nu = (mv(A, x) - b) / length_A
     # μ takes up what is left of the stationarity, as far as the bounds allow.
     lam = torch.where(rows_of, lam, 0.0) / length_G
@@ -74,7 +74,7 @@ def infeasibility_rays(program: Program) -> tuple[torch.Tensor, torch.Tensor]:
     return ray, proven
 
 
-def unboundedness_rays(program: Program) -> tuple[torch.Tensor, torch.Tensor]:
+def unboundedness_rays(program: Program, solve: Solve) -> tuple[torch.Tensor, torch.Tensor]:
     """Return directions (B, n + p + m + 2n), zero but in x and with qᵀd = −1, and whether each is a proof."""
     n, p, m = program.sizes.n, program.sizes.p, program.sizes.m
     B, like = len(program.q), program.q
@@ -85,12 +85,14 @@ def unboundedness_rays(program: Program) -> tuple[torch.Tensor, torch.Tensor]:
     A = A / A.norm(dim=-1, keepdim=True).clamp_min(1e-300)
     G = torch.where(rows_of.unsqueeze(-1), program.G, 0.0)
     G = G / G.norm(dim=-1, keepdim=True).clamp_min(1e-300)
-    below, above = _sides(program.lower), _sides(program.upper)
-    rows = Rows(G, below, above)
     eye = torch.eye(n, dtype=like.dtype, device=like.device).expand(B, n, n)
-    d = torch.cat([(~rows_of).to(like.dtype), 1 - _sides(program.lower), 1 - _sides(program.upper)], -1)
-    form = DenseProgram(eye, q, A, like.new_zeros(B, n + p), rows, d)
-    direction = interior_point(form, 1e-13, _STEPS, may_escape=False).x
+    inf = torch.full_like(program.q, float("inf"))
+    h = torch.where(rows_of, 0.0, float("inf")).to(like.dtype)
+    below, above = torch.isfinite(program.lower), torch.isfinite(program.upper)
+    projection = Program(
+        eye, q, A, like.new_zeros(B, n + p), G, h, torch.where(below, 0.0, -inf), torch.where(above, 0.0, inf), torch.float64
+    )  # fmt: skip
+    direction = solve(projection)
     norm = direction.abs().amax(-1)
     falls = (q * direction).sum(-1)
     left = mv(A, direction).abs().amax(-1)

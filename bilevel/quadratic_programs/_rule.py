@@ -20,16 +20,21 @@ from typing import Any, Protocol
 
 import torch
 
+from bilevel._torch.graph_features import nodes
+from bilevel._torch.once_differentiable import once_only
 from bilevel._torch.transforms import (
     batch_axis_first,
     eager,
     grads_batched,
+    is_differentiated_again,
+    layers,
     ordinary_mode,
     outside_autocast,
     signed,
     tangents_batched,
     without_tangent,
 )
+from bilevel.errors import ArgumentError
 from bilevel.quadratic_programs._kkt import Sizes
 from bilevel.quadratic_programs._matrices import Pattern
 
@@ -107,6 +112,7 @@ class Rule:
 
     structure: Structure
     calls: Calls
+    sparse: tuple[torch.Tensor, ...] = ()  # the sparse tensors that the values were taken from
     asked: Asked = field(default_factory=lambda: Asked(reverse=False, constraints=False))
 
 
@@ -114,6 +120,19 @@ def _over_repeats(made: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
     """Return ``made`` summed over the axes that ``values`` does not have: right-hand sides that share matrices."""
     more = made.ndim - values.ndim
     return made.sum(dim=tuple(range(more))) if more > 0 else made
+
+
+def _refuse_once_only(sparse: Tensors) -> None:
+    """Raise if a sparse tensor was made of values in a way that torch differentiates once only, and silently wrong a second time."""
+    for tensor in sparse:
+        for layer in layers(tensor):
+            for node in nodes(layer, ()):
+                name = once_only(node)
+                if name is not None:
+                    raise ArgumentError(
+                        f"`quadratic_program`: expected sparse tensors that can be differentiated twice, and {name} made one, whose second "
+                        "derivative torch takes for zero; pass dense matrices for second derivatives, or detach the sparse one"
+                    )
 
 
 @signed
@@ -144,6 +163,8 @@ class ProgramSolve(torch.autograd.Function):
             return (None,) * 9
         output, *matrices = ctx.saved_tensors
         structure: Structure = ctx.rule.structure
+        if ctx.rule.sparse and is_differentiated_again((output, cotangent, *matrices)):
+            _refuse_once_only(ctx.rule.sparse)
         rule = replace(ctx.rule, asked=Asked(reverse=True, constraints=any(wanted[2:])))
         marks = output[..., structure.length :].detach()
         damping = structure.damping(output, marks)

@@ -7,9 +7,8 @@ from dataclasses import dataclass
 
 import torch
 
-from bilevel.quadratic_programs._call import Factor
 from bilevel.quadratic_programs._dense import solve_dense
-from bilevel.quadratic_programs._kkt import KKTFactor
+from bilevel.quadratic_programs._kkt import Factor, KKTFactor
 from bilevel.quadratic_programs._program import Found, Limits, Program
 from bilevel.quadratic_programs._rule import Structure
 from bilevel.setting_checks import check_steps

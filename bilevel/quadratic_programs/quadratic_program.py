@@ -14,6 +14,7 @@ from bilevel.layers.layer import Solution
 from bilevel.policy import OnFailure, check_policy
 from bilevel.quadratic_programs._arguments import Arguments, arguments_of
 from bilevel.quadratic_programs._call import Backend, ProgramCall
+from bilevel.quadratic_programs._clarabel import Clarabel
 from bilevel.quadratic_programs._rule import ProgramSolve, Rule, Structure
 from bilevel.quadratic_programs._solvers import Mehrotra
 from bilevel.reports import SolveReport
@@ -28,10 +29,7 @@ _WHERE = "`quadratic_program`"
 class Multipliers(NamedTuple):
     """The multipliers of a program: Qx + q + Aᵀν + Gᵀλ − μ_l + μ_u = 0. Those of inactive inequalities are exactly zero.
 
-    Attributes
-    ----------
-    equality, inequality, lower, upper
-        ν (*batch, p), and λ (*batch, m), μ_l and μ_u (*batch, n), which are not negative.
+    ``equality`` is ν (..., p), ``inequality`` λ (..., m), ``lower`` μ_l and ``upper`` μ_u (..., n). All but ν are not negative.
     """
 
     equality: torch.Tensor
@@ -41,7 +39,7 @@ class Multipliers(NamedTuple):
 
 
 class ActiveSet(NamedTuple):
-    """Which inequalities are active, bool: rows of G (*batch, m), lower and upper bounds (*batch, n)."""
+    """Which inequalities are active, bool: rows of G (..., m), lower and upper bounds (..., n)."""
 
     inequality: torch.Tensor
     lower: torch.Tensor
@@ -51,13 +49,10 @@ class ActiveSet(NamedTuple):
 class Certificate(NamedTuple):
     """Proofs that problems have no solution; zero for problems that have one.
 
-    Attributes
-    ----------
-    direction
-        d (*batch, n) of unbounded problems: qᵀd = −1, Qd = 0, Ad = 0, Gd ≤ 0 where h is finite, and no bound ends it.
-    equality, inequality, lower, upper
-        A Farkas ray of infeasible ones: Aᵀν + Gᵀλ − μ_l + μ_u = 0 with λ, μ_l, μ_u ≥ 0 and bᵀν + hᵀλ − lᵀμ_l + uᵀμ_u < 0, which no
-        feasible point allows.
+    ``direction`` is d (..., n) of an unbounded problem: qᵀd = −1, Qd = 0, Ad = 0, Gd ≤ 0 where h is finite, and no bound ends it.
+
+    ``equality``, ``inequality``, ``lower`` and ``upper`` are a Farkas ray (ν, λ, μ_l, μ_u) of an infeasible problem:
+    Aᵀν + Gᵀλ − μ_l + μ_u = 0 with λ, μ_l, μ_u ≥ 0 and bᵀν + hᵀλ − lᵀμ_l + uᵀμ_u < 0, which no feasible point allows.
     """
 
     direction: torch.Tensor
@@ -74,7 +69,7 @@ class ProgramSolution(Solution[torch.Tensor]):
     Parameters
     ----------
     value
-        x (*batch, n), differentiable.
+        x (..., n), differentiable.
     report
         What the solver did, per problem.
     multipliers
@@ -87,7 +82,7 @@ class ProgramSolution(Solution[torch.Tensor]):
 
     multipliers: Multipliers = field()
     active: ActiveSet = field()
-    certificate: Certificate = field()
+    certificate: Certificate = field(kw_only=True)
 
 
 pytree.register_pytree_node(
@@ -101,11 +96,11 @@ pytree.register_pytree_node(
 def _rebuilt(children: list[Any], context: Any) -> ProgramSolution:
     value, multipliers, active = children
     report, certificate = cast("tuple[SolveReport, Certificate]", context)
-    return ProgramSolution(value, report, multipliers, active, certificate)
+    return ProgramSolution(value, report, multipliers, active, certificate=certificate)
 
 
 class QuadraticProgram:
-    """The type of :data:`bilevel.quadratic_program`, which is its only instance."""
+    """The type of ``bilevel.quadratic_program``, which is its only instance."""
 
     __name__ = "quadratic_program"
 
@@ -261,9 +256,13 @@ class _Settings:
 
     def backend(self, arguments: Arguments) -> Backend:
         """Return the solver for these arguments."""
+        if arguments.sparse and isinstance(self.solver, Mehrotra):
+            raise ArgumentError(
+                f"{_WHERE}: expected dense tensors with solver=Mehrotra(), got sparse ones; convert them with .to_dense()"
+            )
         if self.solver is not None:
             return self.solver
-        return Mehrotra()
+        return Clarabel() if arguments.sparse else Mehrotra()
 
 
 def _solution(settings: _Settings, **given: Any) -> ProgramSolution:
@@ -273,15 +272,20 @@ def _solution(settings: _Settings, **given: Any) -> ProgramSolution:
             f"{_WHERE}: expected at most one forward-mode transform around it, got two, for which torch silently returns zero "
             "(pytorch/pytorch#197867); write jacfwd(jacrev(f)) or torch.func.hessian(f) instead of jacfwd(jacfwd(f))"
         )
+    sparse = tuple(
+        given[name]
+        for name in ("Q", "A", "G")
+        if arguments.sparse and given[name] is not None and given[name].requires_grad
+    )
     structure = Structure(arguments.sizes, *arguments.patterns, settings.smoothing)
     call = ProgramCall(settings.backend(arguments), _WHERE, settings.on_failure, settings.delta, settings.delta_prime)
-    output = ProgramSolve.apply(Rule(structure, call), *arguments.tensors)
+    output = ProgramSolve.apply(Rule(structure, call, sparse), *arguments.tensors)
     assert call.report is not None and call.certificate is not None
     x, nu, lam, low, up = structure.sizes.split(output[..., : structure.length])
     marks = output[..., structure.length :].detach() % 2 > 0
     active = ActiveSet(*marks.split(structure.sizes.rows, -1))
     certificate = Certificate(*structure.sizes.split(call.certificate))
-    return ProgramSolution(x, call.report, Multipliers(nu, lam, low, up), active, certificate)
+    return ProgramSolution(x, call.report, Multipliers(nu, lam, low, up), active, certificate=certificate)
 
 
 quadratic_program = QuadraticProgram()

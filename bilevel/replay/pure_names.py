@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+import bilevel.prox
 import bilevel.pytree
 
 __all__ = ["ATTRIBUTES", "MODULES", "is_known", "of_tensors", "operators_are_torch_s"]
@@ -76,6 +77,12 @@ def _public(module: ModuleType) -> frozenset[str]:
     return frozenset(name for name in dir(module) if not name.startswith("_"))
 
 
+# Terms are values of their arguments.
+_PROX = _split(
+    "L1 AffineSet Box Custom ElasticNet GroupL2 HalfSpace L1Ball L2Ball LInf NonNegative NuclearNorm PSDCone SecondOrderCone Simplex "
+    "TotalVariation1D TransportPolytope Zero"
+)
+
 # A module, and what of it may be used.
 MODULES: dict[ModuleType, frozenset[str]] = {
     torch: _BOTH | _TORCH,
@@ -86,13 +93,15 @@ MODULES: dict[ModuleType, frozenset[str]] = {
     torch.fft: _public(torch.fft),
     torch.func: _FUNC,
     math: _public(math),
+    bilevel.prox: _PROX,
 }
 # By identity, as they were when this was imported: what takes the name of one later is a function like any other.
 _FOUND = {
     id(value): value
     for module, names in MODULES.items()
     for name in names
-    if callable(value := getattr(module, name, None)) and (not isinstance(value, type) or name in ("finfo", "iinfo"))
+    if callable(value := getattr(module, name, None))
+    and (not isinstance(value, type) or name in _PROX | {"finfo", "iinfo"})
 } | {id(bilevel.pytree.ravel): bilevel.pytree.ravel}
 
 

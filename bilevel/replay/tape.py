@@ -77,11 +77,11 @@ class Tape:
         if self.in_place:
             return list(self.steps)
         there = set(given)
-        needs_grad, kept = set(outputs) - there, []
+        needed, kept = set(outputs) - there, []
         for step in reversed(self.steps):
-            if not needs_grad.isdisjoint(step.makes) or (not step.makes and here(step)):
+            if not needed.isdisjoint(step.makes) or (not step.makes and here(step)):
                 kept.append(step)
-                needs_grad.update(number for number in step.reads if number not in there)
+                needed.update(number for number in step.reads if number not in there)
         return kept[::-1]
 
 

@@ -114,6 +114,8 @@ class InnerSolution:
         Cholesky factors (batch, n, n) of Hessians near ``x``, if the solver has them: a linear solve may begin with them.
     error
         x − x* (batch, n) to first order, if the solver knows it; NaN for problems of which it does not.
+    slow
+        (batch,) bool: where a method of quadratic convergence converged no faster than linearly, as it does at a degenerate solution.
     """
 
     x: torch.Tensor
@@ -123,6 +125,7 @@ class InnerSolution:
     value: torch.Tensor | None = None
     factor: torch.Tensor | None = None
     error: torch.Tensor | None = None
+    slow: torch.Tensor | None = None
 
 
 class InnerSolver(ABC):

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from bilevel.equations.problem import Problem
+from bilevel.prox._flat import FlatTerm
 
 __all__ = ["Composite", "Iterate"]
 
@@ -34,6 +35,8 @@ class Composite:
         x ↦ bool (batch, n): the unknowns that are not fixed on the manifold of x.
     entries
         (x, places (batch, k)) ↦ the entries (batch, k, k) of the Hessian of Φ at these places.
+    separable
+        The term of a single problem, if it is a sum of functions of one unknown each; else None.
     """
 
     objective: Problem
@@ -44,6 +47,7 @@ class Composite:
     retract: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None
     free: Callable[[torch.Tensor], torch.Tensor] | None = None
     entries: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None
+    separable: FlatTerm | None = None
 
     def step(self, x: torch.Tensor, slope: torch.Tensor, step: torch.Tensor) -> torch.Tensor:
         """Return T(x) = prox_{step·g}(x − step · slope)."""

@@ -17,8 +17,9 @@ from bilevel.solvers._base import CallableSolver, Goal, InnerSolver, length
 from bilevel.solvers._composite import Composite, Iterate
 from bilevel.solvers._error import residual_rounding, rounding
 from bilevel.solvers._judge import InnerOutcome, solve_inner
-from bilevel.solvers._manifold_newton import Polished, polish, prox_step
+from bilevel.solvers._manifold_newton import Known, Polished, polish, prox_step
 from bilevel.solvers._reduced import ReducedSolver
+from bilevel.solvers._working_set import solve_sparse
 from bilevel.solvers.newton import Newton
 from bilevel.solvers.proximal_gradient import MAX_STEPS, ProximalGradient, descend, first_step
 from bilevel.tolerance import Target, Tolerance
@@ -72,8 +73,28 @@ def solve_composite(
         run = run.judged(found, torch.where(found.done, int(Status.CONVERGED), int(Status.NOT_CONVERGED)))
         return run.outcome(chosen.name)
     assert isinstance(chosen, ProximalGradient)
+    if chosen == ProximalGradient() and not target.silent:
+        settled = _sparse(composite, init, target)
+        if settled is not None:
+            return settled.outcome(chosen.name)
     run = _Run.begin(composite, first_step(composite, _inside(composite, init)), target)
     return _alternate(run, chosen, target).outcome(chosen.name)
+
+
+def _sparse(composite: Composite, init: torch.Tensor, target: Target) -> _Run | None:
+    """Return the run of the working-set method, if it is one for this problem and solves it; None otherwise."""
+    if composite.separable is None:
+        return None
+    found = solve_sparse(composite, composite.prox(init, _least(init)))
+    if found is None:
+        return None
+    run = _Run.begin(composite, found.at, target)
+    at, subgradient = prox_step(composite, found.at)
+    everyone = run.pending
+    run = run.after(at, subgradient, everyone, torch.full_like(run.iterations, found.rounds))
+    known = Known(found.reduced, found.distance.unsqueeze(-1))
+    run = run.polished(polish(composite, at, subgradient, run.target, everyone, known=known))
+    return None if bool(run.pending.any()) else run
 
 
 def _alternate(run: _Run, solver: ProximalGradient, target: Target) -> _Run:
@@ -133,8 +154,13 @@ def _nothing(init: torch.Tensor, target: Target, solver: InnerSolver) -> InnerOu
 
 def _inside(composite: Composite, init: torch.Tensor) -> Iterate:
     """Return the iterate at the point of the domain of g that is nearest to ``init``."""
-    least = init.new_full(init.shape[:1], torch.finfo(init.dtype).tiny ** 0.5)
+    least = _least(init)
     return composite.at(composite.prox(init, least), torch.zeros_like(least))
+
+
+def _least(init: torch.Tensor) -> torch.Tensor:
+    """Return a step (batch,) that a prox does nothing with but to take ``init`` into the domain of g."""
+    return init.new_full(init.shape[:1], torch.finfo(init.dtype).tiny ** 0.5)
 
 
 def _basis(target: Target) -> Basis:

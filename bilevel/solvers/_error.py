@@ -65,6 +65,8 @@ class ErrorEstimate:
         (batch,) bool: whether ``error`` solves J error = R at least by half. Always where J was factorised.
     factor
         Cholesky factors (batch, n, n) of J, if all of them are positive definite.
+    null
+        Two vectors (batch, n) of the null space of a symmetric J, of no particular direction, and zero where J is regular; if some J is singular.
     """
 
     error: torch.Tensor
@@ -75,6 +77,7 @@ class ErrorEstimate:
     null_part: torch.Tensor
     solved: torch.Tensor
     factor: torch.Tensor | None = None
+    null: tuple[torch.Tensor, ...] = ()
 
 
 def is_dense(problem: Problem, most: int | None = None) -> bool:
@@ -105,7 +108,7 @@ def estimate_error(problem: Problem, x: torch.Tensor, residual: torch.Tensor, do
         error = torch.where(finite.unsqueeze(-1), found.error, torch.full_like(x, torch.nan))
         return ErrorEstimate(
             error, found.rounding, found.size, found.singular & finite, found.indefinite & finite, found.null_part, found.solved,
-            found.factor if bool(finite.all()) else None,
+            found.factor if bool(finite.all()) else None, found.null,
         )  # fmt: skip
     return _by_products(problem, x, torch.nan_to_num(residual), doubtful, drowned)
 
@@ -135,6 +138,7 @@ def symmetric_error(problem: Problem, matrix: torch.Tensor, x: torch.Tensor, res
     solved = unit.unsqueeze(-1) * torch.cholesky_solve(right, factor)
     flag = torch.zeros_like(sound)
     singular, indefinite, null_part = flag, flag, torch.zeros_like(x)
+    free: tuple[torch.Tensor, ...] = ()
     if not bool(sound.all()):
         rows = ~sound
         values, vectors = eigh(scaled[rows])
@@ -150,9 +154,12 @@ def symmetric_error(problem: Problem, matrix: torch.Tensor, x: torch.Tensor, res
         singular = singular.index_put((rows,), null.any(dim=-1))
         solved = solved.index_put((rows,), unit[rows].unsqueeze(-1) * spectral.solve(right[rows], eps))
         null_part = null_part.index_put((rows,), unit[rows] * spectral.null_part((x / unit)[rows]))
+        if bool(singular.any()):
+            irregular = (spectral.null_part(v.expand_as(x)[rows]) for v in _irregular(x))
+            free = tuple(torch.zeros_like(x).index_put((rows,), unit[rows] * v) for v in irregular)
     whole = factor / unit.unsqueeze(-1) if bool(sound.all()) else None
     size = (x.abs() / unit).amax(dim=-1, keepdim=True) * unit
-    return ErrorEstimate(solved[..., 0], solved[..., 1], size, singular, indefinite, null_part, ~flag, whole)
+    return ErrorEstimate(solved[..., 0], solved[..., 1], size, singular, indefinite, null_part, ~flag, whole, free)
 
 
 def _general(problem: Problem, matrix: torch.Tensor, x: torch.Tensor, residual: torch.Tensor) -> ErrorEstimate:
@@ -237,6 +244,12 @@ def irregular_signs(x: torch.Tensor) -> torch.Tensor:
 # Those of small problems, whose time goes into single operations.
 _SIGNS: dict[int, torch.Tensor] = {}
 _SIGNS.update({n: irregular_signs(torch.empty(n)).double() for n in range(1, 33)})
+
+
+def _irregular(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return two vectors (n,) of no particular direction."""
+    places = torch.arange(1, x.shape[-1] + 1, dtype=torch.float64, device=x.device)
+    return tuple(torch.frac(places * irrational).sub(0.5).to(x) for irrational in (0.5698402910, 0.8191725134))  # type: ignore[return-value]
 
 
 def _by_products(

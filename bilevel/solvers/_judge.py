@@ -18,6 +18,7 @@ import torch
 from bilevel.equations.problem import Problem
 from bilevel.reports import Basis, Status, StatusMessages
 from bilevel.solvers._base import Goal, InnerSolution, InnerSolver, all_finite, is_lone, length
+from bilevel.solvers._degenerate import falls_beside, is_slow, slow_directions
 from bilevel.solvers._error import (
     ErrorEstimate,
     estimate_error,
@@ -32,6 +33,8 @@ from bilevel.tolerance import Target
 
 __all__ = ["InnerOutcome", "Successor", "solve_inner"]
 
+# How much a bound may exceed δ by the rounding of the comparison.
+_BOUND_ROUNDING = 1 + 1e-5
 # How often a solver that stopped too early is told to go on.
 _MOST_ROUNDS = 12
 # An x this many times the size of the start, at which the equations say nothing any more, has run away.
@@ -40,6 +43,8 @@ _FAR = 1e3
 _SOLVER_ROUNDING = 30.0
 # How large a part of x the Newton step that is left has to be for the search to be endless.
 _ENDLESS = 1e-3
+# How near, in parts of x, two searches end that found the same point.
+_SAME_POINT = 1e-3
 # What another solver is tried after.
 _WORTH_ANOTHER = (
     Status.MAX_STEPS,
@@ -119,6 +124,10 @@ def solve_inner(
         second = _attempt(other.solver, problem, replace(goal, init=start, given=threshold, origin=init), failed)
         # A kink is an answer too: it says why the search failed.
         latest, won = second.x, failed & _is_one_of(second.status, (Status.CONVERGED, Status.KINK))
+        # What comes to the same saddle, and does not see that it is one, has not left it.
+        size = torch.maximum(trial.x.abs(), (trial.x - init).abs())
+        same = ((second.x - trial.x).abs() <= _SAME_POINT * size).all(dim=-1)
+        won = won & ~(same & (trial.status == Status.INDEFINITE))
         tried.append(other.solver.name)
         steps = steps + torch.where(failed, second.iterations, torch.zeros_like(steps))
         if bool(won.any()):
@@ -130,11 +139,37 @@ def solve_inner(
         status = torch.where(torch.isfinite(value), status, torch.full_like(status, Status.NOT_FINITE))
     bound = torch.full_like(trial.norm, float("nan"))
     if target.strong_convexity is not None:
-        bound = (trial.norm + rounding(problem, trial.x, trial.residual)) / target.strong_convexity
+        trial, bound = _bounded(solver, problem, goal, trial, status)
+        if target.asked and not target.rtol:
+            # Below what rounding hides there is no promise of δ.
+            contradicted = (status == Status.CONVERGED) & (bound > target.error * _BOUND_ROUNDING)
+            status = torch.where(contradicted, torch.full_like(status, Status.STAGNATED), status)
     return InnerOutcome(
         trial.x, status, steps, trial.norm, trial.threshold, bound, _basis(target), trial.residual,
         trial.factor, trial.exact, ", then ".join(names),
     )  # fmt: skip
+
+
+def _bounded(
+    solver: InnerSolver, problem: Problem, goal: Goal, trial: _Trial, status: torch.Tensor
+) -> tuple[_Trial, torch.Tensor]:
+    """Return the bounds (‖R‖ + rounding)/μ (batch,), and the trial that they are of: one that goes on where rounding alone lifts them above δ."""
+    target = goal.target
+    mu = target.strong_convexity
+    assert mu is not None
+    rounded = rounding(problem, trial.x, trial.residual)
+    bound = (trial.norm + rounded) / mu
+    stricter = goal.threshold - 2 * rounded
+    short = (status == Status.CONVERGED) & (bound > target.error * _BOUND_ROUNDING) & (stricter > 0)
+    if not target.asked or target.rtol or not bool(short.any()):
+        return trial, bound
+    begun = torch.where(short, stricter, torch.full_like(stricter, torch.inf))
+    further = _attempt(solver, problem, replace(goal, init=trial.x, given=begun, origin=goal.init), short)
+    fresh = (further.norm + rounding(problem, further.x, further.residual)) / mu
+    lower = short & (fresh < bound)
+    if not bool(lower.any()):
+        return trial, bound
+    return _choose(lower, further, trial), torch.where(lower, fresh, bound)
 
 
 @dataclass(frozen=True, eq=False)
@@ -194,10 +229,12 @@ def _with_residual(problem: Problem, solution: InnerSolution) -> InnerSolution:
 
 def _merged(these: torch.Tensor, new: InnerSolution, old: InnerSolution) -> InnerSolution:
     """Return ``new`` for the problems that went on, ``these`` (batch,), and the status of ``old`` for the others, which did not move."""
-    error = None
+    error = slow = None
     if new.error is not None and old.error is not None:
         error = torch.where(these.unsqueeze(-1), new.error, old.error)
-    return replace(new, status=torch.where(these, new.status, old.status), error=error)
+    if new.slow is not None and old.slow is not None:
+        slow = torch.where(these, new.slow, old.slow)
+    return replace(new, status=torch.where(these, new.status, old.status), error=error, slow=slow)
 
 
 def _resumed(solver: InnerSolver, taken: int) -> InnerSolver | None:
@@ -243,9 +280,36 @@ def _by_residual(solver: InnerSolver, problem: Problem, solution: InnerSolution,
         if problem.minimizes:
             still = (status == Status.CONVERGED) & (solution.x == goal.init).all(dim=-1)
             status = _name_kinks(problem, solution, status, still, _is_one_of(status, _MAYBE_KINKED))
+            status = _name_slow(problem, solution, status, goal.starting_point)
+            if bool(still.any()) and is_dense(problem):
+                status = _name_still(problem, solution, status, still)
     return _Trial(
         solution.x, status, solution.iterations, solution.residual, norm, threshold, solution.value, solution.factor
     )
+
+
+def _name_slow(problem: Problem, solution: InnerSolution, status: torch.Tensor, start: torch.Tensor) -> torch.Tensor:
+    """Return ``status`` (batch,) with INDEFINITE for those that converged slowly to a point beside which the objective falls."""
+    if solution.slow is None or solution.error is None or solution.residual is None:
+        return status
+    slow = solution.slow & (status == Status.CONVERGED)
+    if not bool(slow.any()):
+        return status
+    directions = slow_directions(solution.x, solution.error, slow)
+    saddle = slow & falls_beside(problem, solution.x, solution.residual, directions[0], start, directions)
+    return torch.where(saddle, torch.full_like(status, Status.INDEFINITE), status)
+
+
+def _name_still(problem: Problem, solution: InnerSolution, status: torch.Tensor, still: torch.Tensor) -> torch.Tensor:
+    """Return ``status`` (batch,) with INDEFINITE for starts, of those ``still`` there, that are stationary and no minimum."""
+    assert solution.residual is not None
+    x, residual = solution.x, solution.residual
+    found = estimate_error(problem, x, residual, still)
+    directions = [torch.where(still.unsqueeze(-1), vector, 0.0) for vector in found.null]
+    saddle = still & found.indefinite
+    if directions:
+        saddle = saddle | (still & falls_beside(problem, x, residual, torch.zeros_like(x), x, directions))
+    return torch.where(saddle, torch.full_like(status, Status.INDEFINITE), status)
 
 
 def _runaway(x: torch.Tensor, init: torch.Tensor) -> torch.Tensor:
@@ -271,6 +335,8 @@ def _at_once(
     if problem.minimizes and not bool((x != goal.starting_point).all()):
         return None, None
     norm, error, found = length(residual), solution.error, None
+    if error is not None and solution.slow is not None and bool(solution.slow.any()):
+        return None, None
     if error is None:
         if not bool(all_finite(norm)):
             return None, None
@@ -279,7 +345,7 @@ def _at_once(
     # A NaN is not within.
     if not float(torch.sub(error.abs(), x.abs(), alpha=target.rtol).amax()) <= target.atol:
         return None, found
-    if found is not None and not _is_plain(found, x, target):
+    if found is not None and (not _is_plain(found, x, target) or _doubtful(problem, x, residual, found, meant)):
         return None, found
     factor, exact = (solution.factor, False) if found is None or found.factor is None else (found.factor, True)
     threshold = torch.maximum(goal.threshold, norm)
@@ -336,6 +402,10 @@ def _by_error(
     good = open_ & (error.abs() <= allowed).all(dim=-1) if error is not None else again  # a NaN is none
     ratio = noise = torch.zeros_like(norm)
     endless = again
+    left = torch.zeros_like(x) if error is None else error.nan_to_num(0.0, 0.0, 0.0)
+    doubtful: list[torch.Tensor] = []  # directions along which a minimum may be none
+    if solution.slow is not None and error is not None and bool((good & solution.slow).any()):
+        doubtful += slow_directions(x, error, good & solution.slow)
     if not bool((good | ~open_).all()):
         if found is None:
             found = estimate_error(problem, x, residual, open_ & ~good)
@@ -343,6 +413,8 @@ def _by_error(
         if found.factor is not None:
             factor, exact = found.factor, True
         fine = good | (open_ & judged.good)
+        left = torch.where((fine & ~good).unsqueeze(-1), found.error, left)
+        doubtful += _doubtful(problem, x, residual, found, fine & ~good)
         believed = noticed == Status.CONVERGED
         failed = torch.where(believed | (noticed == Status.MAX_STEPS) & judged.rounded, int(Status.STAGNATED), noticed)
         failed = torch.where(judged.status != Status.RUNNING, judged.status, failed)
@@ -352,16 +424,35 @@ def _by_error(
     status = torch.where(good, torch.full_like(status, Status.CONVERGED), status)
     if problem.minimizes:
         status = _name_stationary(problem, solution, status, goal.starting_point, meant)
+        if doubtful:
+            saddle = good & falls_beside(problem, x, residual, left, goal.starting_point, doubtful)
+            status = torch.where(saddle, torch.full_like(status, Status.INDEFINITE), status)
         good = good & (status == Status.CONVERGED)
     strict = torch.where(ratio > 0, norm / ratio, torch.zeros_like(norm))  # the norm of a residual that would do
     asked = torch.where(good, torch.maximum(threshold, norm), torch.minimum(threshold, strict))
     asked = torch.where(open_, asked, threshold)
     # Aim as far as the first goal does, so that the accuracy does not depend on the start; and never at less than a halving.
+    # What lies below the rounding of the largest unknowns is that of small ones: there no more than what is missing is asked for.
     closer = torch.maximum(norm * (target.relative / target.rtol) / ratio.clamp_min(1.0), 0.25 * noise)
+    closer = torch.where(norm <= noise, norm / (1.5 * ratio.clamp_min(1.0)), closer)
     closer = torch.minimum(0.5 * norm, closer)
     following = torch.where(again, closer, torch.full_like(norm, torch.inf))
     trial = _Trial(x, status, solution.iterations, residual, norm, asked, solution.value, factor, exact)
     return _Verdict(trial, again, following, endless)
+
+
+def _doubtful(
+    problem: Problem, x: torch.Tensor, residual: torch.Tensor, found: ErrorEstimate, these: torch.Tensor
+) -> list[torch.Tensor]:
+    """Return directions (batch, n) in which an argmin may fall, of ``these`` problems: those of a singular Hessian, and of slow convergence."""
+    if not problem.minimizes or not bool(these.any()):
+        return []
+    rows = these.unsqueeze(-1)
+    doubtful = [torch.where(rows, vector, 0.0) for vector in found.null]
+    error = torch.where(rows, found.error, 0.0).nan_to_num(0.0, 0.0, 0.0)
+    if bool((error != 0).any()) and bool((slow := is_slow(problem, x, residual, error)).any()):
+        doubtful += slow_directions(x, error, slow)
+    return doubtful
 
 
 @dataclass(frozen=True, eq=False)
@@ -421,7 +512,8 @@ def _weigh(
         status = torch.where(singular & _hidden(problem, x, residual, found), int(Status.DIVERGED), status)
     # The equations hold ever better, and the solution is as far away as ever: it lies at infinity.
     vanished = (norm := length(residual)) <= torch.finfo(x.dtype).eps * goal.scale
-    far_off = (norm > 0) & (error > _ENDLESS * x.abs()).any(dim=-1) & ~good
+    # Of an unknown that is as near to zero as asked, the error may be larger than the unknown.
+    far_off = (norm > 0) & ((error > _ENDLESS * x.abs()) & (error > allowed)).any(dim=-1) & ~good
     status = torch.where(
         vanished & far_off & (noticed != Status.CONVERGED), torch.full_like(status, Status.DIVERGED), status
     )

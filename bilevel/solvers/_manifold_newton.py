@@ -18,13 +18,21 @@ from bilevel.solvers._reduced import Reduced, reduce
 from bilevel.solvers._truncated_cg import truncated_cg
 from bilevel.tolerance import Target
 
-__all__ = ["Assessment", "Polished", "allowed_error", "assess", "polish", "prox_step"]
+__all__ = ["Assessment", "Known", "Polished", "allowed_error", "assess", "polish", "prox_step"]
 
 _MOST_STEPS = 30
 _MOST_TRIALS = 4
 _KRYLOV_STEPS, _KRYLOV_ACCURACY = 500, 1e-2
 # How much shorter a Newton step has to be than the last one for the last Hessian to be believed.
 _CHORD = 0.1
+
+
+@dataclass(frozen=True, eq=False)
+class Known:
+    """A Hessian that was factorised near an iterate, and the Newton step (batch, n) before it."""
+
+    reduced: Reduced
+    newton: torch.Tensor
 
 
 @dataclass(frozen=True, eq=False)
@@ -79,7 +87,9 @@ def prox_step(composite: Composite, at: Iterate) -> tuple[Iterate, torch.Tensor]
     return new, (at.x - new.x) / at.step.unsqueeze(-1) - at.slope + new.slope
 
 
-def assess(composite: Composite, at: Iterate, active: torch.Tensor, last: Assessment | None = None) -> Assessment:
+def assess(
+    composite: Composite, at: Iterate, active: torch.Tensor, last: Assessment | Known | None = None
+) -> Assessment:
     """Return the :class:`Assessment` of the problems that are ``active`` (batch,); the factors of the ``last`` one are used if they serve."""
     linear = _linearization(composite, at.x)
     slope = linear.residual.detach()
@@ -88,7 +98,8 @@ def assess(composite: Composite, at: Iterate, active: torch.Tensor, last: Assess
     if last is not None and last.reduced is not None and last.reduced.fits(composite, at.x):
         newton = -last.reduced.solve(slope)
         if bool((~active | (length(newton) <= _CHORD * length(last.newton))).all()):
-            return Assessment(newton, move, slope, last.usable, last.indefinite, last.reduced, linear)
+            sound = last.reduced.sound
+            return Assessment(newton, move, slope, sound, ~sound, last.reduced, linear)
     reduced = reduce(composite, at.x, linear)
     if reduced is None:
         accuracy = torch.full_like(at.step, _KRYLOV_ACCURACY)
@@ -144,6 +155,7 @@ def polish(
     target: Target,
     active: torch.Tensor,
     most: int = _MOST_STEPS,
+    known: Known | None = None,
 ) -> Polished:
     """Take Newton steps on the manifold of x, each followed by a prox step that may change the manifold, while f + g falls.
 
@@ -157,9 +169,11 @@ def polish(
         The problems to solve, bool (batch,).
     most
         The most steps; 0 to assess the iterate alone.
+    known
+        A Hessian that may serve.
     """
     steps = torch.zeros(active.shape, dtype=torch.int64, device=active.device)
-    found = assess(composite, at, active)
+    found = assess(composite, at, active, known)
     total = composite.total(at)
     done = active & _reached(found, at, subgradient, target)
     pending = active & ~done & found.usable

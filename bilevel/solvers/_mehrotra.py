@@ -2,205 +2,31 @@
 
     min ½ xᵀQx + qᵀx   s.t.   Ax = b,   Cx ≤ d
 
-C stacks general rows G and the two sides of bounds (:class:`Rows`). The method is the infeasible primal–dual one of Mehrotra (1992) as
+C stacks general rows G and the two sides of bounds. The method is the infeasible primal–dual one of Mehrotra (1992) as
 Gertz and Wright (2003) give it for quadratic programs, with three additions:
 
 - Ruiz's equilibration (2001) of the KKT matrix, and a scale of the objective.
 - The Newton matrix is reduced to M = Q + CᵀWC + ρAᵀA + δI, W = diag(z/s). ρAᵀA changes no solution, because Ax = b, and makes M positive
   definite where Q is so on the null space of A alone. δ keeps the step near the iterate, as a proximal point does: it limits no accuracy.
-- A problem that has ended is taken out of the batch once half of the batch has, and its iterate is kept from the moment at which it ended.
+- A problem that has ended is taken out of the batch, so that its answer does not depend on the others.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
-from typing import TypeVar
 
 import torch
 
-__all__ = ["DenseProgram", "Iterate", "Rows", "interior_point", "mv", "tmv"]
+from bilevel.solvers._dense_program import DenseProgram, Iterate, ProgramBatch, largest, mv, tmv
+from bilevel.solvers._equilibration import equilibrated
+
+__all__ = ["interior_point"]
 
 _PROXIMAL = 1e-10  # δ, relative to a KKT matrix of norm one
 _AUGMENTED = 1.0  # ρ, likewise
 _ESCAPED = 1e-6  # how near to a certificate of infeasibility or unboundedness a search ends, for the certificate to be looked for
 _IDLE = 5  # steps without progress after which a search that is near its end has ended
 _LEAST_STEP = 1e-12
-
-T = TypeVar("T", bound="_Batch")
-
-
-def mv(matrix: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-    """Return the products (B, m) of matrices (B, m, n) and vectors (B, n)."""
-    return torch.bmm(matrix, x.unsqueeze(-1)).squeeze(-1)
-
-
-def tmv(matrix: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-    """Return the products (B, n) of transposed matrices (B, m, n) and vectors (B, m)."""
-    return torch.bmm(y.unsqueeze(1), matrix).squeeze(1)
-
-
-class _Batch:
-    """A dataclass of tensors whose first axis is the batch."""
-
-    def at(self: T, index: torch.Tensor) -> T:
-        """Return the problems at ``index``."""
-        chosen = {}
-        for entry in fields(self):  # type: ignore[arg-type]
-            value = getattr(self, entry.name)
-            chosen[entry.name] = (
-                None if value is None else value.at(index) if isinstance(value, _Batch) else value[index]
-            )
-        return replace(self, **chosen)  # type: ignore[type-var]
-
-    def put(self: T, index: torch.Tensor, other: T) -> None:
-        """Write the problems of ``other`` to ``index``."""
-        for entry in fields(self):  # type: ignore[arg-type]
-            value = getattr(self, entry.name)
-            if isinstance(value, _Batch):
-                value.put(index, getattr(other, entry.name))
-            elif value is not None:
-                value[index] = getattr(other, entry.name)
-
-
-@dataclass(frozen=True, eq=False)
-class Rows(_Batch):
-    """The rows C of Cx ≤ d: G, then −x on the side of lower bounds, then x on the side of upper bounds.
-
-    Parameters
-    ----------
-    general
-        G (B, m, n). A row of zeros stands for a constraint that is none.
-    below, above
-        (B, n): 1 where the variable has the bound, 0 where the row is zero. None where no problem has such bounds.
-    """
-
-    general: torch.Tensor
-    below: torch.Tensor | None
-    above: torch.Tensor | None
-
-    @property
-    def splits(self) -> list[int]:
-        """The numbers of rows of the three kinds."""
-        n = self.general.shape[-1]
-        return [self.general.shape[-2], 0 if self.below is None else n, 0 if self.above is None else n]
-
-    def present(self) -> torch.Tensor:
-        """Return which rows (B, rows) are not zero."""
-        general = self.general.ne(0).any(-1)
-        return torch.cat([general, *(side > 0 for side in (self.below, self.above) if side is not None)], -1)
-
-    def times(self, x: torch.Tensor) -> torch.Tensor:
-        """Return C x (B, rows)."""
-        parts = [mv(self.general, x)] if self.general.shape[-2] else []
-        if self.below is not None:
-            parts.append(-self.below * x)
-        if self.above is not None:
-            parts.append(self.above * x)
-        return torch.cat(parts, -1) if len(parts) > 1 else parts[0] if parts else x[:, :0]
-
-    def transposed(self, z: torch.Tensor) -> torch.Tensor:
-        """Return Cᵀ z (B, n)."""
-        general, below, above = z.split(self.splits, -1)
-        total = tmv(self.general, general) if self.general.shape[-2] else z.new_zeros(len(z), self.general.shape[-1])
-        if self.below is not None:
-            total = total - self.below * below
-        if self.above is not None:
-            total = total + self.above * above
-        return total
-
-    def gram(self, weights: torch.Tensor, onto: torch.Tensor) -> torch.Tensor:
-        """Return ``onto`` + Cᵀ diag(weights) C, in new memory."""
-        general, below, above = weights.split(self.splits, -1)
-        if self.general.shape[-2]:
-            made = torch.baddbmm(onto, self.general.mT, self.general * general.unsqueeze(-1))
-        else:
-            made = onto.clone()
-        diagonal = made.diagonal(dim1=-2, dim2=-1)
-        if self.below is not None:
-            diagonal += self.below * below
-        if self.above is not None:
-            diagonal += self.above * above
-        return made
-
-
-@dataclass(frozen=True, eq=False)
-class DenseProgram(_Batch):
-    """A batch of quadratic programs.
-
-    Parameters
-    ----------
-    Q, q
-        (B, n, n), symmetric positive semidefinite, and (B, n).
-    A, b
-        (B, p, n) and (B, p).
-    rows, d
-        C, and (B, rows) finite.
-    """
-
-    Q: torch.Tensor
-    q: torch.Tensor
-    A: torch.Tensor
-    b: torch.Tensor
-    rows: Rows
-    d: torch.Tensor
-
-
-@dataclass(frozen=True, eq=False)
-class Iterate(_Batch):
-    """Where a search stands.
-
-    Parameters
-    ----------
-    x, y, s, z
-        Unknowns (B, n), multipliers of the equations (B, p), slacks and multipliers of the rows (B, rows), both positive.
-    steps
-        (B,) int64.
-    error
-        (B,): the largest of the relative residuals of the optimality conditions.
-    escaped
-        (B,) bool: the iterate has run away along a ray that refutes the problem or its dual.
-    stuck
-        (B,) bool: no step was possible any more, or none made progress.
-    best, idle
-        (B,): the smallest error so far, and how many steps ago that was.
-    tight
-        (B, rows) bool: z > s in the scaled program, which are the rows that seem active.
-    """
-
-    x: torch.Tensor
-    y: torch.Tensor
-    s: torch.Tensor
-    z: torch.Tensor
-    steps: torch.Tensor
-    error: torch.Tensor
-    escaped: torch.Tensor
-    stuck: torch.Tensor
-    best: torch.Tensor
-    idle: torch.Tensor
-    tight: torch.Tensor
-
-
-@dataclass(frozen=True, eq=False)
-class _Scales(_Batch):
-    """The scales (B, ...) by which the parts of a scaled iterate are multiplied to have those of the given program.
-
-    s·z is that of the scaled program times ``product``.
-    """
-
-    x: torch.Tensor
-    y: torch.Tensor
-    s: torch.Tensor
-    z: torch.Tensor
-    product: torch.Tensor
-
-    def scaled(self, point: Iterate) -> Iterate:
-        return replace(point, x=point.x / self.x, y=point.y / self.y, s=point.s / self.s, z=point.z / self.z)
-
-    def unscaled(self, point: Iterate) -> Iterate:
-        tight = point.z > point.s
-        return replace(
-            point, x=point.x * self.x, y=point.y * self.y, s=point.s * self.s, z=point.z * self.z, tight=tight
-        )  # fmt: skip
 
 
 def interior_point(
@@ -217,7 +43,7 @@ def interior_point(
     ``smoothing`` τ > 0 aims at the point of the central path with s·z = τ in place of a solution. ``may_escape`` lets a search end
     where its iterate looks like a ray.
     """
-    scaled, scales = _equilibrated(program)
+    scaled, scales = equilibrated(program)
     target = smoothing / scales.product
     point = _start(scaled) if start is None else scales.scaled(start)
     found = replace(point, **{entry.name: getattr(point, entry.name).clone() for entry in fields(point)})
@@ -267,64 +93,8 @@ def _retire(
     return point.at(left), program.at(left), target[left], residuals.at(left), live[left]
 
 
-def _largest(*parts: torch.Tensor) -> torch.Tensor:
-    """Return the largest absolute value (B,) in tensors (B, k), 0 of none."""
-    found = [part.abs().amax(-1) for part in parts if part.shape[-1]]
-    total = found[0] if found else parts[0].new_zeros(len(parts[0]))
-    for other in found[1:]:
-        total = torch.maximum(total, other)
-    return total
-
-
-def _equilibrated(program: DenseProgram, passes: int = 3) -> tuple[DenseProgram, _Scales]:
-    """Return the program whose KKT matrix has columns of norm near one, and the scales that lead back."""
-    Q, A, G = program.Q, program.A, program.rows.general
-    n, p, m = Q.shape[-1], A.shape[-2], G.shape[-2]
-    columns, equations, general = Q.new_ones(len(Q), n), Q.new_ones(len(Q), p), Q.new_ones(len(Q), m)
-    for _ in range(passes):
-        height = Q.abs().amax(-2)
-        if p:
-            height = torch.maximum(height, A.abs().amax(-2))
-        if m:
-            height = torch.maximum(height, G.abs().amax(-2))
-        step = _inverse_root(height)
-        columns = columns * step
-        Q = Q * step.unsqueeze(-1) * step.unsqueeze(-2)
-        if p:
-            row = _inverse_root(A.abs().amax(-1))
-            A, equations = A * row.unsqueeze(-1) * step.unsqueeze(-2), equations * row
-        if m:
-            row = _inverse_root(G.abs().amax(-1))
-            G, general = G * row.unsqueeze(-1) * step.unsqueeze(-2), general * row
-    sides = [general]
-    sides += [1 / columns] * (program.rows.below is not None) + [1 / columns] * (program.rows.above is not None)
-    inequalities, rows = torch.cat(sides, -1), replace(program.rows, general=G)
-    q, b, d, there = program.q * columns, program.b * equations, program.d * inequalities, rows.present()
-    unit = _unit(Q, q, b, d, there)
-    q, b, d = q / unit, b / unit, torch.where(there | (d <= 0), d / unit, 1.0)
-    size = torch.maximum(Q.abs().amax(-1).mean(-1), q.abs().amax(-1)).unsqueeze(-1)
-    cost = torch.where(size > 0, 1 / size.clamp_min(1e-30), torch.ones_like(size))
-    scaled = DenseProgram(Q * cost.unsqueeze(-1), q * cost, A, b, rows, d)
-    weight = unit / cost
-    return scaled, _Scales(
-        columns * unit, equations * weight, unit / inequalities, inequalities * weight, unit * weight
-    )
-
-
-def _unit(Q: torch.Tensor, q: torch.Tensor, b: torch.Tensor, d: torch.Tensor, there: torch.Tensor) -> torch.Tensor:
-    """Return a size (B, 1) that the unknowns may have, if that is below one."""
-    curvature = Q.abs().flatten(1).amax(-1)
-    free = torch.where(curvature > 0, _largest(q) / curvature.clamp_min(1e-300), 0.0)
-    unit = torch.maximum(free, _largest(b, torch.where(there, d, 0.0)))
-    return torch.where(unit > 0, unit, torch.ones_like(unit)).clamp(1e-100, 1.0).unsqueeze(-1)
-
-
-def _inverse_root(norm: torch.Tensor) -> torch.Tensor:
-    return torch.where(norm > 0, norm.clamp_min(1e-30).rsqrt(), torch.ones_like(norm))
-
-
 @dataclass(frozen=True, eq=False)
-class _Residuals(_Batch):
+class _Residuals(ProgramBatch):
     """What the optimality conditions lack at an iterate: dual (B, n), of equations (B, p), of rows (B, rows), and their relative size."""
 
     dual: torch.Tensor
@@ -347,8 +117,8 @@ class _Residuals(_Batch):
         dual, rows = curved + program.q + held, reached + point.s - program.d
         products = point.s * point.z
         gap = products.mean(-1) if products.shape[-1] else point.x.new_zeros(len(point.x))
-        primal = _largest(equations, rows) / (1 + _largest(program.b, program.d, reached))
-        slope = _largest(dual) / (1 + _largest(program.q, curved, held))
+        primal = largest(equations, rows) / (1 + largest(program.b, program.d, reached))
+        slope = largest(dual) / (1 + largest(program.q, curved, held))
         value = (point.x * (0.5 * curved + program.q)).sum(-1).abs()
         distance = (products - target).abs().sum(-1) / (1 + value)
         return cls(
@@ -358,9 +128,9 @@ class _Residuals(_Batch):
     def escaped(self, program: DenseProgram, point: Iterate) -> torch.Tensor:
         """Return whether (y, z) or x is, up to its length, a ray that proves that there is no solution."""
         refuted = (program.b * point.y).sum(-1) + (program.d * point.z).sum(-1)
-        infeasible = (refuted < 0) & (_largest(self.held) < -_ESCAPED * refuted)
+        infeasible = (refuted < 0) & (largest(self.held) < -_ESCAPED * refuted)
         falls = (program.q * point.x).sum(-1)
-        along = torch.maximum(_largest(self.curved), _largest(self.equations + program.b))
+        along = torch.maximum(largest(self.curved), largest(self.equations + program.b))
         if self.reached.shape[-1]:
             along = torch.maximum(along, self.reached.amax(-1))
         return infeasible | ((falls < 0) & (along < -_ESCAPED * falls))

@@ -18,7 +18,7 @@ from bilevel.linear.exact import Exact
 from bilevel.operators import LinearOperator
 from bilevel.solvers._composite import Composite
 
-__all__ = ["Reduced", "ReducedSolver", "reduce"]
+__all__ = ["Reduced", "ReducedSolver", "factorised", "reduce"]
 
 _MOST_ORDER = 512
 _MOST_NUMBERS = 2**25
@@ -93,8 +93,17 @@ def reduce(composite: Composite, x: torch.Tensor, linear: Linearization) -> Redu
     else:
         index = free.to(torch.uint8).sort(dim=-1, descending=True, stable=True).indices[:, :k]
         valid = free.gather(-1, index)
-    matrix = _entries(composite, x, linear, index)
-    if batch > 1 and not bool(valid.all()):
+    return factorised(x, free, index, valid, _entries(composite, x, linear, index))
+
+
+def factorised(
+    x: torch.Tensor, free: torch.Tensor, index: torch.Tensor, valid: torch.Tensor | None, matrix: torch.Tensor
+) -> Reduced:
+    """Return the :class:`Reduced` of these entries (batch, k, k) of the Hessian; ``valid`` is None where all places are meant."""
+    k = index.shape[-1]
+    if valid is None:
+        valid = torch.ones_like(index, dtype=torch.bool)
+    elif not bool(valid.all()):
         both = valid.unsqueeze(-1) & valid.unsqueeze(-2)
         matrix = torch.where(both, matrix, torch.eye(k, dtype=x.dtype, device=x.device))
     matrix = 0.5 * (matrix + matrix.mT)

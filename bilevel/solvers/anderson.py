@@ -30,6 +30,10 @@ _POLISHES = 3
 _SHARE, _EXTRA_STEPS = 0.3, 20
 # A difference of residuals below this many eps ‖(R, x)‖ is rounding.
 _ROUNDING = 2.0
+# A residual has to be so many times that for a constant one to be a drift.
+_DRIFT = 4.0
+# A stride of so many steps that ends where x hides R has run away. So many plain steps with the same R after that say that plain iteration does, too.
+_FAR_STRIDE, _SAME_STEPS = 1000.0, 1000
 
 
 @dataclass(frozen=True)
@@ -52,6 +56,10 @@ class Anderson(InnerSolver):
     The answer is in the range of T: once a mixture z meets the threshold, T(z) is evaluated, and returned if it meets the
     threshold too. So probabilities stay probabilities, and the zeros of a proximal step stay zeros. (After three T(z) that
     do not meet it, which takes a mapping that expands, z is returned.)
+
+    Where the residual stands still, as that of a projection of x − c does until the face is reached, mixtures have nothing to learn from. Then
+    steps are 2, 4, 8, ... times as long while it stays, so that the face is reached after a few. If x runs away, plain iteration has 1,000 steps
+    to leave the same residual behind; if it does not, that is ``DIVERGED``.
 
     A plain iteration from the same start lies beneath: after 1,000 steps it takes 1,000 of its own, then the
     accelerated run continues, and so on, in stretches that double. It takes over at once if the accelerated run
@@ -157,6 +165,11 @@ class _Runs:
         self.alone = self.plain  # whether the other run has diverged
         self.whole = self.plain  # whether the next step is T itself
         self.mixing = False  # whether every active problem steps to a mixture
+        # How many plain steps the next one is long: 1 but where the residual stands still, of which 0 is not watched.
+        self.stride = torch.zeros_like(norm)
+        self.watched = False
+        # The length of the residual along which the accelerated run ran away, NaN where it did not, and at which step.
+        self.fled, self.fled_at = torch.full_like(norm, torch.nan), torch.zeros_like(self.waiting)
 
     def _both(self, x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
         return torch.cat((residual, torch.sub(x, residual, alpha=self.beta)), dim=-1)
@@ -179,10 +192,16 @@ class _Runs:
         if not self.mixing:
             mixed = ~(self.plain | (self.waiting > 0) | self.whole)
             x = torch.where(mixed.unsqueeze(1), x, self._unmixed())
+        striding: torch.Tensor | None = None
+        if self.watched:
+            striding = (self.stride > 1) & ~(self.plain | self.whole)
+            mixed = None if mixed is None else mixed | striding
+            further = (self.stride - 1).unsqueeze(1) * self.beta * self.both[:, : self.n]
+            x = torch.where(striding.unsqueeze(1), self.both[:, self.n :] - further, x)
         residual = self.problem.residual(x)
         norm = torch.linalg.vector_norm(residual, dim=-1)
         both = self._both(x, residual)
-        if self.mixing:
+        if self.mixing and striding is None:
             usual = (norm <= self.bound) & (norm > self.threshold)
             if not bool(usual.all()) and self.goal.target.rtol:
                 self._tighten(x, residual, norm)
@@ -199,17 +218,25 @@ class _Runs:
                     self.polished = True
                     return _State(mapped, left), verdict
             if bool(usual.all()) or bool((usual | ~active).all()):
+                if self.steps & (self.steps - 1) == 0:  # x may grow steadily, and its rounding with it
+                    self.memory.measure(both)
                 self.memory.learn(both, both - self.both)
                 self.both = both
                 self.bound = torch.minimum(self.bound, self.growth * norm)
                 return state, verdict
         mixed = torch.ones_like(self.plain) if mixed is None else mixed
         good = norm <= torch.where(mixed, self.bound, self.ceiling)  # not where it is NaN
+        failed = active & mixed & ~good
+        if striding is not None:
+            self._stride(both, norm, good, striding)
+            failed = failed & ~striding
         self._move(both, good)
         state = self._report(state, x, residual, norm, good, mixed)
         self._count(norm, good, mixed)
-        self._restart(active & mixed & ~good)
+        self._restart(failed)
         lost = active & ~mixed & ~good
+        if striding is not None:
+            lost = lost | self._flees(active & striding & good, norm)
         if bool(lost.any()):
             verdict = self._take_over(lost, norm, verdict)
         self.mixing = not bool((active & (self.plain | (self.waiting > 0) | self.whole)).any())
@@ -238,6 +265,23 @@ class _Runs:
             return damped
         mapped = torch.sub(damped, self.both[:, :n], alpha=1 - self.beta)
         return torch.where((self.plain | self.whole).unsqueeze(1), mapped, damped)
+
+    def _stride(self, both: torch.Tensor, norm: torch.Tensor, good: torch.Tensor, striding: torch.Tensor) -> None:
+        """Double the steps where the residual stands still from here to ``both``, and shorten those that were too long."""
+        changed = torch.linalg.vector_norm((both - self.both)[:, : self.n], dim=-1)
+        rounding = self.memory.rounding.squeeze(-1)
+        # A drift that has begun goes on until rounding has swallowed it: x has run away then.
+        still = good & (changed <= rounding) & ((norm > _DRIFT * rounding) | striding) & ~self.plain
+        one = self.stride.clamp(max=1.0)  # 0 where there is no watch
+        stride = torch.where(still, 2 * self.stride, one)
+        self.stride = torch.where(striding & ~good, torch.maximum(0.25 * self.stride, one), stride)
+
+    def _flees(self, moved: torch.Tensor, norm: torch.Tensor) -> torch.Tensor:
+        """Return which of the problems that ``moved`` have run away, (batch,) bool, and remember it."""
+        away = moved & (self.stride > _FAR_STRIDE) & (norm <= _DRIFT * self.memory.rounding.squeeze(-1))
+        self.fled = torch.where(away, norm, self.fled)
+        self.fled_at = torch.where(away, self.steps, self.fled_at)
+        return away
 
     def _move(self, both: torch.Tensor, good: torch.Tensor) -> None:
         """Move to the ``good`` points; let the accelerated runs learn from them."""
@@ -312,7 +356,13 @@ class _Runs:
         self.memory.measure(self.both)
         if not bool(stalled.any()):
             return None
+        norm = torch.linalg.vector_norm(self.both[:, : self.n], dim=-1)
+        same = (norm - self.fled).abs() <= 1e-3 * norm  # not where it is NaN
+        drifting = active & self.plain & same & (self.steps - self.fled_at >= _SAME_STEPS)
+        if bool(drifting.any()):
+            return torch.where(drifting, int(Status.DIVERGED), int(Status.RUNNING))
         self._restart(stalled)
+        self.stride, self.watched = torch.where(stalled, self.stride.clamp(min=1.0), self.stride), True
         return rounding_verdict(self.problem, state.x, state.residual, stalled)
 
 

@@ -34,12 +34,14 @@ def rounding_verdict(
 ) -> torch.Tensor | None:
     """Return ``STAGNATED`` for those ``stalled`` whose R at ``x`` is at rounding level, ``RUNNING`` for the others; None if all are.
 
-    Rounding level is eight times what R changes by when every entry of ``x`` moves by one unit in its last place: one evaluation.
+    Rounding level is eight times what R changes by when every entry of ``x`` moves by one unit in its last place: one evaluation. It is also one
+    such unit of each entry, as x − T(x) is a multiple of it.
     """
     signs = 1 - 2 * (torch.arange(x.shape[-1], device=x.device) * 0.6180339887 % 1).round()
     perturbed = x * (1 + torch.finfo(x.dtype).eps * signs.to(x))
     rounding = 8 * (problem.residual(perturbed) - residual).norm(dim=-1)
-    ended = stalled & (residual.norm(dim=-1) <= rounding)
+    absorbed = (residual.abs() <= torch.finfo(x.dtype).eps * x.abs()).all(dim=-1)
+    ended = stalled & ((residual.norm(dim=-1) <= rounding) | absorbed)
     if not bool(ended.any()):
         return None
     return torch.where(ended, int(Status.STAGNATED), int(Status.RUNNING))

@@ -31,6 +31,8 @@ _DENSE_NUMBERS = 2**25
 _ACCEPTED = 1e-4
 # Rejections in a row, at decreases that drown in rounding, after which there is no more progress.
 _LAST_GROWTH = 64.0
+# How much farther than to the first goal the iteration goes, where the accuracy of the unknowns decides.
+_FURTHER = 0.01
 # How accurately the large linear systems are solved, relative to the gradient.
 _FORCING = 0.1
 
@@ -45,7 +47,7 @@ class LevenbergMarquardt(InnerSolver):
     D is the same for all unknowns and steps have no part in the null space of J: a linear problem solved from zero ends at its solution of
     minimum norm.
 
-    *Small problems* (n ≤ ``dense_limit``): J is materialised, by n forward passes or m reverse ones, and factorised by QR.
+    *Small problems* (n ≤ ``dense_limit``): J is materialised, by n passes or m, and factorised by QR.
     *Large problems*: LSMR, by products with J and Jᵀ, to a tenth of the gradient, with D = σI and σ an estimate of ‖J‖.
 
     Convergence is quadratic where the residuals vanish at the solution, and linear otherwise, slow where they are large and curved. It takes
@@ -99,9 +101,14 @@ class LevenbergMarquardt(InnerSolver):
         refuse_objective(problem, "LevenbergMarquardt")
         m = residual_count(problem, init)
         dense = problem.size <= self.dense_limit and problem.batch * problem.size * m <= _DENSE_NUMBERS
+        # There are no factorisations in half precision.
+        dense = dense and torch.finfo(init.dtype).bits >= 32
         begin, step = self._dense_steps(problem, m) if dense else self._large_steps(problem)
         start, operator = begin(init)
         goal.linearize(lambda x: Linearization(start.residual, operator, (), start.value, x))
+        if goal.given is None and goal.target.rtol:
+            # A step costs less than the judge's second look at an answer that is not accurate enough yet.
+            goal = replace(goal, given=_FURTHER * goal.threshold)
         solution, _ = iterate(start, step, goal, self.max_steps or _MAX_STEPS, descends=True)
         if not problem.minimizes:
             return solution
@@ -164,10 +171,16 @@ class LevenbergMarquardt(InnerSolver):
 
         def step(state: _State, active: torch.Tensor) -> tuple[_State, torch.Tensor | None]:
             products = products_at(state.x)
-            damping = state.damping.sqrt() * state.scale[:, 0]
+            damping = (state.damping.sqrt() * state.scale[:, 0]).unsqueeze(-1)
             accuracy = torch.where(active, _FORCING * state.gradient.norm(dim=-1), torch.inf)
+            m = state.weighted.shape[-1]
+            # Damping is a second block of rows.
             d = lsmr(
-                products.matvec, products.rmatvec, -state.weighted, state.x, accuracy, self.linear_steps, damping
+                lambda v: torch.cat([products.matvec(v), damping * v], dim=-1),
+                lambda u: products.rmatvec(u[:, :m].contiguous()) + damping * u[:, m:],
+                -state.gradient,
+                accuracy,
+                self.linear_steps,
             ).x
             pushed = products.matvec(d)
             trial = state_at(torch.where(active.unsqueeze(-1), state.x + d, state.x), state)

@@ -15,6 +15,7 @@ from bilevel.operators import DenseOperator, LinearOperator
 from bilevel.reports import Status
 from bilevel.setting_checks import check_steps
 from bilevel.solvers._base import Goal, InnerSolution, InnerSolver, is_lone, iterate
+from bilevel.solvers._degenerate import SLOW
 from bilevel.solvers._error import irregular_signs, meets_negative_curvature
 from bilevel.solvers._truncated_cg import truncated_cg
 
@@ -133,7 +134,8 @@ class Newton(InnerSolver):
         definite = dense and state.factor is not None and bool(state.definite.all())
         solution = replace(solution, value=state.merit, factor=state.factor if definite else None)
         if definite:
-            solution = replace(solution, error=_error_left(state))
+            error = _error_left(state)
+            solution = replace(solution, error=error, slow=_is_slow(state, error))
         # Where the last step was made with a positive definite Hessian, that is evidence enough for a
         # minimum.
         if definite and bool((solution.iterations > 0).all()):
@@ -280,11 +282,22 @@ def _dense_root(operator: LinearOperator, state: _State, active: torch.Tensor) -
         matrix, b = jacobian[bad], residual[bad]
         least = 1e3 * matrix.shape[-1] * torch.finfo(matrix.dtype).eps
         step = -torch.einsum("bij,bj->bi", pinv(matrix, rtol=least), b)
-        step = torch.where(torch.isfinite(step).all(dim=-1, keepdim=True), step, -b)
+        step = torch.where(torch.isfinite(step).all(dim=-1, keepdim=True), step, _unit_step(matrix, b, state.x[bad]))
         change = (b * torch.einsum("bij,bj->bi", matrix, step)).sum(dim=-1) / (b * b).sum(dim=-1)
         change = torch.where(torch.isfinite(change), change, -torch.ones_like(change))
         d, slope = d.index_put((bad,), step), slope.index_put((bad,), change)
     return _Direction(d, slope, ~bad, lu, pivots if lu.numel() <= _KEPT_NUMBERS else None)
+
+
+def _unit_step(matrix: torch.Tensor, b: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """Return a step as long as x along Newton's direction −J⁻¹b, for J so small that the direction itself overflows; −b where there is none."""
+    size = matrix.abs().amax(dim=(-2, -1), keepdim=True)
+    least = 1e3 * matrix.shape[-1] * torch.finfo(matrix.dtype).eps
+    inverse = pinv((matrix / size).nan_to_num(0.0, 0.0, 0.0), rtol=least)
+    largest = b.abs().amax(dim=-1, keepdim=True)
+    step = -torch.einsum("bij,bj->bi", inverse, b / largest)
+    step = step * (x.norm(dim=-1, keepdim=True).clamp_min(1.0) / step.norm(dim=-1, keepdim=True))
+    return torch.where(torch.isfinite(step).all(dim=-1, keepdim=True), step, -b)
 
 
 def _search(
@@ -346,7 +359,13 @@ def _search(
         if trial == _TRIALS_IN_ROUNDING and not bool((pending & ~tiny).any()):
             verdict = _verdict(operator, direction, pending, tiny)
             break
-        t = torch.where(pending, _shorter(t, merit, found, slope), t)
+        shorter = _shorter(t, merit, found, slope)
+        if not problem.minimizes:
+            # Where R overflows nothing is known but that the step was too long: come back to one as long as x is.
+            beyond = ~torch.isfinite(reached)
+            within = state.x.norm(dim=-1).clamp_min(1.0) / direction.d.norm(dim=-1)
+            shorter = torch.where(beyond, torch.minimum(shorter, within), shorter)
+        t = torch.where(pending, shorter, t)
     else:
         verdict = _verdict(operator, direction, pending, tiny)
     if not problem.minimizes:
@@ -411,6 +430,13 @@ def _fell_as_promised(eps: float, found: Any, last: Any, slope: Any, t: Any, mag
     size, noise = abs(promised), 1e3 * eps
     seen = (size > noise * magnitude) & (size > noise * abs(found))
     return seen & (abs(found - last - promised) <= _MODEL_ERROR * size)
+
+
+def _is_slow(state: _State, error: torch.Tensor) -> torch.Tensor:
+    """Return where the step that is left is no small part of the last one, and no rounding, (batch,) bool."""
+    assert state.last_x is not None
+    left, step = error.norm(dim=-1), (state.x - state.last_x).norm(dim=-1)
+    return (left > SLOW * step) & (left > 8 * torch.finfo(left.dtype).eps * state.x.norm(dim=-1))
 
 
 def _comes_closer(

@@ -29,13 +29,6 @@ class AdjointMethod(StochasticMethod):
     adjoint_optimizer
         An optimiser over the adjoint, as for the other variables. By default plain gradient steps with the learning rates that the
         inner optimiser has at that moment, so that its schedulers drive both.
-
-    Attributes
-    ----------
-    adjoint
-        q, a list of tensors like the inner variables; zero at first.
-    adjoint_optimizer
-        Learning-rate schedulers of torch work on it, where it was given.
     """
 
     def __init__(
@@ -62,12 +55,12 @@ class AdjointMethod(StochasticMethod):
 
     @property
     def adjoint(self) -> Tensors:
-        """The adjoint q, a list of tensors like the inner variables."""
+        """The adjoint q, a list of tensors like the inner variables; zero at first."""
         return self._auxiliary["adjoint"].tensors
 
     @property
     def adjoint_optimizer(self) -> torch.optim.Optimizer:
-        """The optimiser of the adjoint."""
+        """The optimiser of the adjoint; learning-rate schedulers of torch work on it, where it was given."""
         return self._auxiliary["adjoint"].optimizer
 
     def _prepare(self) -> None:

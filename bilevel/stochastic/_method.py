@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import copy
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -22,15 +22,13 @@ from bilevel.stochastic._optimizers import OptimizerLike, learning_rate, made_op
 from bilevel.stochastic._options import StepOptions, StepResult
 from bilevel.stochastic._oracle import Objective, Oracle
 from bilevel.stochastic._scaling import LossScale
+from bilevel.stochastic._state import load_method_state, method_state, overwrite
 from bilevel.stochastic._variables import Point, Variables
 
 __all__ = ["Auxiliary", "Directions", "Problem", "StochasticMethod"]
 
 Problem: TypeAlias = BilevelProblem | tuple[Objective, Objective]
 """A bilevel problem, or the pair (inner_objective, outer_objective) of functions (inner, outer, data) ↦ loss ()."""
-
-FORMAT = 1
-"""Version of the state's layout."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -88,8 +86,6 @@ class StochasticMethod(ABC):
         As they were given.
     inner_optimizer, outer_optimizer
         Learning-rate schedulers of torch work on them.
-    passes
-        How many forward and reverse passes have been made, by each part of a minibatch.
 
     Raises
     ------
@@ -137,7 +133,7 @@ class StochasticMethod(ABC):
 
     @property
     def passes(self) -> dict[str, int]:
-        """How many forward and reverse passes have been made."""
+        """How many forward and reverse passes have been made, over each part of a minibatch."""
         return dict(self._oracle.passes)
 
     @abstractmethod
@@ -173,7 +169,7 @@ class StochasticMethod(ABC):
         self._prepare()
         try:
             found = self._directions(*sources)
-            self._apply(found, *sources)
+            norms = self._apply(found, *sources)
         except _SkippedError:
             nan = torch.full((), float("nan"), device=self._inner.tensors[0].device)
             return StepResult(nan, nan, nan, nan, step=self.steps, skipped=True)
@@ -181,7 +177,7 @@ class StochasticMethod(ABC):
         self._update_average()
         self.steps += 1
         self._finish()
-        return self._result(found)
+        return self._result(found, norms)
 
     # What methods are written with.
 
@@ -210,8 +206,17 @@ class StochasticMethod(ABC):
         policy = self.options.on_nonfinite
         if policy == "ignore" and not self._scale.enabled:
             return
-        finite = [torch.isfinite(tensor).all() for tensors in lists for tensor in tensors]
-        if bool(torch.stack(finite).all()):
+        # A sum is one pass over memory, where torch.isfinite makes several. It can overflow, so that it is not the last word.
+        self._check_totals(what, [tensor.detach().sum() for tensors in lists for tensor in tensors], *lists)
+
+    def _check_totals(self, what: str, totals: Sequence[torch.Tensor], *lists: Sequence[torch.Tensor]) -> None:
+        """As :meth:`_require_finite`, of numbers that are finite only if all tensors are."""
+        policy = self.options.on_nonfinite
+        if policy == "ignore" and not self._scale.enabled:
+            return
+        if all(math.isfinite(total) for total in torch.stack([total.float() for total in totals]).tolist()):
+            return
+        if all(bool(torch.isfinite(tensor).all()) for tensors in lists for tensor in tensors):
             return
         if self._scale.enabled:
             self._scale.shrink()
@@ -233,29 +238,33 @@ class StochasticMethod(ABC):
 
     # Updates.
 
-    def _apply(self, found: Directions, inner: BatchSource, outer: BatchSource) -> None:
-        """Let the optimisers subtract the directions; a method that moves further batches afterwards overrides this."""
-        needs_grad = {"inner direction": found.inner, "adjoint direction": found.adjoint, "hypergradient": found.outer}
-        for what, direction in needs_grad.items():
-            if direction is not None:
-                self._require_finite(what, direction)
+    def _apply(self, found: Directions, inner: BatchSource, outer: BatchSource) -> dict[str, torch.Tensor]:
+        """Let the optimisers subtract the directions, and return the norms; a method that then goes on overrides this."""
+        directions = {"inner direction": found.inner, "adjoint direction": found.adjoint, "hypergradient": found.outer}
+        given = {what: direction for what, direction in directions.items() if direction is not None}
+        norms = {what: norm(direction) for what, direction in given.items()}
+        self._check_totals(" and ".join(given), list(norms.values()), *given.values())
         options = self.options
         if found.inner is not None:
-            _descend(self.inner_optimizer, self._inner.tensors, found.inner, options.inner_max_norm)
+            size = norms["inner direction"]
+            _descend(self.inner_optimizer, self._inner.tensors, found.inner, options.inner_max_norm, size)
         if found.adjoint is not None:
-            adjoint = self._auxiliary["adjoint"]
-            _descend(adjoint.optimizer, adjoint.tensors, found.adjoint, options.adjoint_max_norm)
-        _descend(self.outer_optimizer, self._outer.tensors, found.outer, options.max_norm)
+            adjoint, size = self._auxiliary["adjoint"], norms["adjoint direction"]
+            _descend(adjoint.optimizer, adjoint.tensors, found.adjoint, options.adjoint_max_norm, size)
+        _descend(self.outer_optimizer, self._outer.tensors, found.outer, options.max_norm, norms["hypergradient"])
+        return norms
 
-    def _result(self, found: Directions) -> StepResult:
-        inner_norm = found.inner_gradient_norm
-        if inner_norm is None:
-            inner_norm = norm(found.inner) if found.inner is not None else torch.full((), float("nan"))
+    def _result(self, found: Directions, norms: dict[str, torch.Tensor]) -> StepResult:
+        inner = norms.get("inner direction", torch.full_like(found.inner_loss, float("nan")))
         residual = found.adjoint_residual_norm
-        if residual is None and found.adjoint is not None:
-            residual = norm(found.adjoint)
         return StepResult(
-            found.inner_loss, found.outer_loss, norm(found.outer), inner_norm, residual, found.linear_status, self.steps
+            inner_loss=found.inner_loss,
+            outer_loss=found.outer_loss,
+            hypergradient_norm=norms["hypergradient"],
+            inner_gradient_norm=inner if found.inner_gradient_norm is None else found.inner_gradient_norm,
+            adjoint_residual_norm=norms.get("adjoint direction") if residual is None else residual,
+            linear_status=found.linear_status,
+            step=self.steps,
         )
 
     # Averages.
@@ -281,11 +290,11 @@ class StochasticMethod(ABC):
                 f"{self.where}.averaged: expected moving averages to be kept, and they are not; pass options=StepOptions(ema_decay=0.999)"
             )
         kept = clone(self._variables)
-        _overwrite(self._variables, self._average)
+        overwrite(self._variables, self._average)
         try:
             yield
         finally:
-            _overwrite(self._variables, kept)
+            overwrite(self._variables, kept)
 
     # State.
 
@@ -294,27 +303,7 @@ class StochasticMethod(ABC):
 
         It can be saved by ``torch.save`` and read with ``weights_only=True``. Schedulers and batches have their own states.
         """
-        state = {
-            "format": FORMAT,
-            "method": type(self).__name__,
-            "steps": self.steps,
-            "inner": clone(self._inner.tensors),
-            "outer": clone(self._outer.tensors),
-            "inner_buffers": {name: buffer.clone() for name, buffer in self._inner.buffers().items()},
-            "outer_buffers": {name: buffer.clone() for name, buffer in self._outer.buffers().items()},
-            "inner_optimizer": self.inner_optimizer.state_dict(),
-            "outer_optimizer": self.outer_optimizer.state_dict(),
-            "auxiliary": {
-                name: {"tensors": clone(one.tensors), "optimizer": one.optimizer.state_dict()}
-                for name, one in self._auxiliary.items()
-            },
-            "average": self._average,
-            "scale": self._scale.state(),
-            "generator": self._generator.get_state(),
-            "passes": self.passes,
-            "memory": {name: getattr(self, name) for name in self._STATE},
-        }
-        return copy.deepcopy(state)
+        return method_state(self)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from :meth:`state_dict` of the same method on the same problem, bit for bit.
@@ -322,47 +311,9 @@ class StochasticMethod(ABC):
         Raises
         ------
         ArgumentError
-            If the state is of another method, of other variables, or of another version.
+            If the state is of another method, of other variables or optimisers, or of another version.
         """
-        self._check_state(state)
-        state = copy.deepcopy(state)
-        _overwrite(self._inner.tensors, state["inner"])
-        _overwrite(self._outer.tensors, state["outer"])
-        for variables in (self._inner, self._outer):
-            saved = state[f"{variables.what}_buffers"]
-            _overwrite(list(variables.buffers().values()), [saved[name] for name in variables.buffers()])
-        self.inner_optimizer.load_state_dict(state["inner_optimizer"])
-        self.outer_optimizer.load_state_dict(state["outer_optimizer"])
-        for name, one in self._auxiliary.items():
-            _overwrite(one.tensors, state["auxiliary"][name]["tensors"])
-            one.optimizer.load_state_dict(state["auxiliary"][name]["optimizer"])
-        self._average = state["average"]
-        self._scale.load(state["scale"])
-        self._generator.set_state(state["generator"])
-        self._oracle.passes = dict(state["passes"])
-        self.steps = state["steps"]
-        for name in self._STATE:
-            setattr(self, name, state["memory"][name])
-
-    def _check_state(self, state: Any) -> None:
-        where = f"{self.where}.load_state_dict"
-        if not isinstance(state, dict) or state.get("format") != FORMAT:
-            raise ArgumentError(f"{where}: expected what state_dict() returns, got something else; pass that")
-        if state["method"] != type(self).__name__:
-            raise ArgumentError(
-                f"{where}: expected the state of {type(self).__name__}, got one of {state['method']}; load it into that method"
-            )
-        for what, tensors in (("inner", self._inner.tensors), ("outer", self._outer.tensors)):
-            mine, theirs = [tuple(t.shape) for t in tensors], [tuple(t.shape) for t in state[what]]
-            if mine != theirs:
-                raise ArgumentError(
-                    f"{where}: expected {what} variables of shapes {mine}, got {theirs}; load the state of the same variables"
-                )
-        if (state["average"] is None) != (self._average is None):
-            raise ArgumentError(
-                f"{where}: expected the same ema_decay setting as when the state was saved, and one has averages and the other has "
-                "none; pass the same StepOptions"
-            )
+        load_method_state(self, state)
 
     def __repr__(self) -> str:
         return (
@@ -388,10 +339,17 @@ def _objectives(problem: Any, where: str) -> tuple[Callable[..., torch.Tensor], 
     )
 
 
-def _descend(optimizer: Optimizer, tensors: Tensors, direction: Tensors, max_norm: float | None) -> None:
-    """Make one step of ``optimizer`` with ``direction`` for the gradient."""
+def _descend(
+    optimizer: Optimizer,
+    tensors: Tensors,
+    direction: Tensors,
+    max_norm: float | None,
+    size: torch.Tensor | None = None,
+) -> None:
+    """Make one step of ``optimizer`` with ``direction``, of norm ``size``, for the gradient."""
     if max_norm is not None:
-        factor = (max_norm / (norm(direction) + 1e-12)).clamp(max=1.0)
+        size = norm(direction) if size is None else size
+        factor = (max_norm / (size + 1e-12)).clamp(max=1.0)
         direction = [part * factor.to(part.dtype) for part in direction]
     with torch.no_grad():
         for tensor, part in zip(tensors, direction, strict=True):
@@ -399,9 +357,3 @@ def _descend(optimizer: Optimizer, tensors: Tensors, direction: Tensors, max_nor
         optimizer.step()
         for tensor in tensors:
             tensor.grad = None
-
-
-def _overwrite(tensors: Sequence[torch.Tensor], values: Sequence[torch.Tensor]) -> None:
-    with torch.no_grad():
-        for tensor, value in zip(tensors, values, strict=True):
-            tensor.copy_(value)

@@ -54,11 +54,11 @@ def made_optimizer(given: OptimizerLike | None, tensors: Tensors, what: str, whe
             "torch.optim.SGD or torch.optim.Adam"
         )
     held = {id(tensor) for group in made.param_groups for tensor in group["params"]}
-    needs_grad = {id(tensor) for tensor in tensors}
-    if held != needs_grad:
+    expected = {id(tensor) for tensor in tensors}
+    if held != expected:
         raise ArgumentError(
-            f"{where}: expected {name} to hold exactly the {len(needs_grad)} tensors of {what} that require grad, and it holds "
-            f"{len(held & needs_grad)} of them and {len(held - needs_grad)} others; make it over these tensors"
+            f"{where}: expected {name} to hold exactly the {len(expected)} tensors of {what} that require grad, and it holds "
+            f"{len(held & expected)} of them and {len(held - expected)} others; make it over these tensors"
         )
     for group in made.param_groups:
         if group.get("maximize"):

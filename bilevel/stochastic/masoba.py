@@ -8,7 +8,7 @@ from typing import Any
 from bilevel.setting_checks import check_number
 from bilevel.stochastic._adjoint import AdjointMethod, single_loop_directions
 from bilevel.stochastic._batches import BatchSource
-from bilevel.stochastic._lists import Tensors, add, scale
+from bilevel.stochastic._lists import Tensors, add, clone, scale
 from bilevel.stochastic._method import Directions, Problem
 
 __all__ = ["MASOBA"]
@@ -51,4 +51,4 @@ class MASOBA(AdjointMethod):
             self._mean = add(scale(self._mean, 1 - self.weight), found.outer, self.weight)
         else:
             self._mean = found.outer
-        return replace(found, outer=list(self._mean))
+        return replace(found, outer=clone(self._mean))

@@ -82,6 +82,7 @@ class MRBO(StochasticMethod):
         self._require_finite("recursive direction", estimate)
         self._estimate = estimate
         self._last_inner, self._last_outer = clone(self._inner.tensors), clone(self._outer.tensors)
+        estimate = clone(estimate)  # optimisers may change what they are given
         return Directions(inner=estimate[:n], outer=estimate[n:], inner_loss=now.inner_loss, outer_loss=now.outer_loss)
 
 

@@ -8,7 +8,7 @@ from bilevel.errors import ArgumentError
 from bilevel.setting_checks import check_steps
 from bilevel.stochastic._adjoint import AdjointMethod
 from bilevel.stochastic._batches import BatchSource, batch_key
-from bilevel.stochastic._lists import Tensors, add, subtract
+from bilevel.stochastic._lists import Tensors, add, clone, subtract
 from bilevel.stochastic._method import Directions, Problem
 
 __all__ = ["SABA"]
@@ -84,7 +84,7 @@ class SABA(AdjointMethod):
         mean: Tensors = memory["mean"]
         if old is None:
             memory["mean"] = add(mean, subtract(new, mean), 1 / len(slots)) if mean else new
-            return list(memory["mean"])
+            return clone(memory["mean"])  # optimisers may change what they are given
         change = subtract(new, old)
         memory["mean"] = add(mean, change, 1 / len(slots))
         return add(mean, change)

@@ -35,11 +35,11 @@ class SOBA(AdjointMethod):
     ...     lambda inner, outer, data: 0.5 * ((inner - data) ** 2).sum(),
     ... )
     >>> method = bilevel.stochastic.SOBA(losses, w, theta, inner_optimizer=sgd, outer_optimizer=sgd)
-    >>> for _ in range(200):
+    >>> for _ in range(600):
     ...     result = method.step(None, torch.ones(2))
-    >>> theta.detach()
-    tensor([1.0000, 1.0000])
-    >>> method.passes["forward"] // 200, method.passes["reverse"] // 200
+    >>> [round(number, 3) for number in theta.tolist()]
+    [1.0, 1.0]
+    >>> method.passes["forward"] // 600, method.passes["reverse"] // 600
     (2, 3)
     """
 

@@ -83,6 +83,7 @@ class SRBA(AdjointMethod):
         self._last_inner, self._last_outer = clone(self._inner.tensors), clone(self._outer.tensors)
         self._last_adjoint = clone(self.adjoint)
         n = len(self._last_inner)
+        estimate = clone(estimate)  # optimisers may change what they are given
         return Directions(
             inner=estimate[:n],
             adjoint=estimate[n : 2 * n],

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
+
 from bilevel.setting_checks import check_steps
 from bilevel.stochastic._adjoint import check_rate, neumann_directions
 from bilevel.stochastic._batches import BatchSource
-from bilevel.stochastic._lists import Tensors, add, norm, subtract
+from bilevel.stochastic._lists import Tensors, add, clone, norm, subtract
 from bilevel.stochastic._method import Directions, Problem, StochasticMethod
 from bilevel.stochastic._recursive import Periodic, Reference
 from bilevel.stochastic._variables import Point
@@ -78,21 +80,22 @@ class VRBO(StochasticMethod):
             self._follow(self._periodic.batches(inner, outer), None)
         n = len(self._inner.tensors)
         return Directions(
-            outer=self._estimate[n:],
+            outer=clone(self._estimate[n:]),  # optimisers may change what they are given
             inner_loss=self._losses[0],
             outer_loss=self._losses[1],
             inner_gradient_norm=norm(self._estimate[:n]),
         )
 
-    def _apply(self, found: Directions, inner: BatchSource, outer: BatchSource) -> None:
+    def _apply(self, found: Directions, inner: BatchSource, outer: BatchSource) -> dict[str, torch.Tensor]:
         """Make the outer step, and then the inner steps at the new outer variables, as Algorithm 2 does."""
         before = self._here()
-        super()._apply(found, inner, outer)
+        norms = super()._apply(found, inner, outer)
         n = len(self._inner.tensors)
         for _ in range(self.inner_steps + 1):
             self._follow((inner.draw(), outer.draw()), before)
             before = self._here()
-            self._move_inner(self._estimate[:n])
+            self._move_inner(clone(self._estimate[:n]))
+        return norms
 
     def _follow(self, batches: tuple[Any, Any], before: Point | None) -> None:
         """Bring the estimates from the point ``before`` to the variables as they are; None: begin anew."""

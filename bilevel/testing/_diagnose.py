@@ -30,6 +30,13 @@ _STEPS = (
 )
 
 
+# With proximal terms or constraints, the derivatives of the objective alone say little of the solution.
+_STRUCTURED_STEPS = (
+    (_steps_solution.solve, "the inner solve"),
+    (_steps_gradient.one_sided, "the linear solve"),
+)
+
+
 def diagnose(
     target: bilevel.Layer | bilevel.BilevelProblem,
     *args: Any,
@@ -42,7 +49,8 @@ def diagnose(
     Looked at are: whether the function is finite, deterministic, differentiated rightly by autograd and free of captured
     tensors; how the inner solve ends with the settings given, and whether its point is stationary; the extreme eigenvalues of the
     Hessian (or singular values of a Jacobian), formed up to 512 unknowns and by Lanczos beyond; whether each outer tensor is
-    connected; how accurate the linear solve is; dtypes and scales. Of a batch the first 8 problems are examined.
+    connected; how accurate the linear solve is; dtypes and scales. Of a batch the first 8 problems are examined. With proximal terms or
+    constraints: how the inner solve ends, and whether the derivative at the solution is one-sided.
 
     It costs a solve, a gradient, and n reverse passes for each problem examined (60 products where n is large).
 
@@ -101,10 +109,13 @@ def diagnose(
 def _examined(seen: Examination) -> Diagnosis:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        for step, what in _STEPS:
+        structured = seen.subject.layer.structure is not None
+        for step, what in _STRUCTURED_STEPS if structured else _STEPS:
             seen.attempt(step, what)
             if seen.has(Defect.UNUSABLE, Defect.INNER_DISCONNECTED):
                 seen.unexamined.append("what depends on it")
                 break
+    if structured:
+        return seen.diagnosis(None)
     sound = seen.rows and not seen.has(Defect.UNUSABLE, Defect.NOT_FINITE)
     return seen.diagnosis(advise(seen) if sound else None)

@@ -6,6 +6,7 @@ itself what was to be found.
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -148,8 +149,17 @@ class Examination:
         if problem is not None:
             (outer, data), _ = self.subject.rebuild(self.subject.leaves)
             tolerance = problem.tolerance_of(outer, data)
+        if layer.structure is not None:
+            again = copy.copy(layer)
+            for name, value in {"tolerance": tolerance, **settings}.items():
+                setattr(again, name, value)
+            return again
         make = bilevel.argmin if layer.minimizes else bilevel.fixed_point if layer.is_fixed_point else bilevel.root
         given = {"solver": layer.solver, "linear_solver": layer.linear_solver, "tolerance": tolerance, **settings}
+        if isinstance(layer, bilevel.LeastSquaresLayer):
+            return bilevel.least_squares(layer.function, loss=layer.loss, hessian=layer.hessian, **given)
+        if isinstance(layer, bilevel.EquilibriumLayer):
+            return bilevel.equilibrium(layer.objectives, **given)
         return make(layer.function, **given)
 
     def _cotangents(self) -> tuple[torch.Tensor, ...]:

@@ -15,10 +15,30 @@ import bilevel
 from bilevel.testing._examination import Examination, widest, worst_of
 from bilevel.testing.diagnosis import Defect, LinearSolve, OuterTensor
 
-__all__ = ["linear_solve", "tensors"]
+__all__ = ["linear_solve", "one_sided", "tensors"]
 
 # What an inaccurate linear solve may leave of the right-hand side.
 _LEFT = 1e-2
+
+
+def one_sided(seen: Examination) -> None:
+    """Take a gradient of a problem with proximal terms or constraints, and see how its linear solve ends."""
+    layer = seen.layer(on_failure="ignore")
+    points = tuple(point.detach().clone().requires_grad_(point.is_floating_point()) for point in seen.subject.points)
+    with bilevel.record() as reports, torch.enable_grad():
+        leaves = [leaf for leaf in pytree.tree_leaves(seen.subject.solve(layer, points)) if leaf.requires_grad]
+        if not leaves:
+            return
+        wanted = [point for point in points if point.requires_grad]
+        torch.autograd.grad([leaf.sum() for leaf in leaves], wanted, allow_unused=True)
+    for report in reports.backward:
+        worst = worst_of(report)
+        status = bilevel.Status(int(report.status_code.reshape(-1)[worst]))
+        if status.success:
+            continue
+        meaning, remedy = report.words.get(status, (status.meaning, status.remedy))
+        defect = Defect.DEGENERATE if status is bilevel.Status.DEGENERATE else Defect.LINEAR_SOLVE
+        seen.find(defect, f"{report.solver} {meaning}{seen.of(worst)}", remedy)
 
 
 def tensors(seen: Examination) -> None:

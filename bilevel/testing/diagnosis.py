@@ -25,6 +25,7 @@ class Defect(enum.Enum):
     DIVERGED = "the inner solve runs away"
     SADDLE = "the inner point is not a minimum"
     KINK = "the inner point is at a kink"
+    DEGENERATE = "the derivative at the solution is one-sided"
     SINGULAR = "the solution is not unique"
     SINGULAR_SEARCH = "a singular matrix stopped the search"
     MINIMUM_NORM = "the solution is not unique, and the outcome does not depend on it"
@@ -57,7 +58,10 @@ _REMEDIES = {
     Defect.UNCONVERGED: "raise max_steps, take Newton() or LBFGS(), or start nearer the solution",
     Defect.DIVERGED: "lower the step size, or take a solver with a line search",
     Defect.SADDLE: "add regularisation or start elsewhere; if that is intended, linear_solver=Exact(indefinite=True) or GMRES()",
-    Defect.KINK: "start elsewhere if the point is no minimum; otherwise smooth the kink, or take bilevel.fixed_point of a proximal step",
+    Defect.KINK: "start elsewhere if the point is no minimum; otherwise smooth the kink, or pass the term that has it as prox=, for example "
+    "prox=bilevel.prox.L1(strength)",
+    Defect.DEGENERATE: "change the arguments a little, for example a strength by a relative 1e-3, or take the derivative of one side with "
+    "on_failure='ignore'",
     Defect.SINGULAR: "add a small ridge term, pin or remove redundant unknowns, or differentiate what does not depend on the free directions",
     Defect.SINGULAR_SEARCH: "start elsewhere, for example at init + 1e-3 * torch.randn_like(init), and look for equations that contradict each other",
     Defect.MINIMUM_NORM: "nothing needs doing: the gradient is that of the solution of smallest change, and right for this outcome; to make the "

@@ -201,7 +201,7 @@ def failing(monkeypatch: pytest.MonkeyPatch, fails: Any) -> None:
     def hypergradient(self: HyperparameterOptimization, data: Any, *, init: Any = None) -> Any:
         (theta,) = self.parameters()
         if fails(theta.detach()):
-            raise bilevel.SolveError("the inner solve ran out of steps", None)  # type: ignore[arg-type]
+            raise bilevel.SolveError("the inner solve ran out of iterations", None)  # type: ignore[arg-type]
         return original(self, data, init=init)
 
     monkeypatch.setattr(HyperparameterOptimization, "hypergradient", hypergradient)
@@ -211,7 +211,7 @@ def test_a_failed_probe_is_left_out_and_said(monkeypatch: pytest.MonkeyPatch) ->
     failing(monkeypatch, lambda theta: theta.ndim == 0 and theta < -9.5)
     outcome = tune(load_bundled("diabetes"))
     assert len(outcome.notes) == 2
-    assert "left out, because a solve failed: the inner solve ran out of steps" in outcome.notes[0]
+    assert "left out, because a solve failed: the inner solve ran out of iterations" in outcome.notes[0]
     tuned, grid = row(outcome, "tuned, shared"), row(outcome, "best of grid")
     assert tuned.cv_loss <= grid.cv_loss
     assert tuned.inner_solves == 5 * (len(outcome.history) + 2)  # failed solves cost, too

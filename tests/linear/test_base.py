@@ -191,3 +191,23 @@ def test_a_last_product_that_is_not_a_number_is_found_where_nobody_looks() -> No
     target = Tolerance(delta_prime=None).linear(F64)
     found = solve_linear(CG(3), FunctionOperator(apply, b, symmetric=True), b, target, seen=False)
     assert products >= 3 and found.status.tolist() == [Status.NOT_FINITE]
+
+
+@pytest.mark.parametrize("solver", [CG(), Exact()], ids=["CG", "Exact"])
+@pytest.mark.parametrize("seed", range(6))
+def test_no_delta_is_claimed_that_the_bound_contradicts(seed, solver):
+    """In single precision, rounding hides more of the residual than a strict δ′ allows."""
+    generator = torch.Generator().manual_seed(seed)
+    basis = torch.linalg.qr(torch.randn(6, 6, generator=generator, dtype=torch.float64))[0]
+    matrix = ((basis * torch.logspace(0, -3, 6, dtype=torch.float64)) @ basis.mT).float()
+    rhs = 100 * torch.randn(1, 6, generator=generator)
+    operator = DenseOperator((0.5 * (matrix + matrix.mT))[None], symmetric=True)
+    ended = set()
+    for delta in (1e4, 1e2, 1e-1, 1e-2, 1e-3, 1e-4):
+        target = Tolerance(delta_prime=delta, strong_convexity=9e-4).linear(torch.float32)
+        outcome = solve_linear(solver, operator, rhs, target)
+        status = Status(int(outcome.status))
+        ended.add(status)
+        assert status in (Status.CONVERGED, Status.STAGNATED)
+        assert status is Status.STAGNATED or float(outcome.error_bound) <= delta * (1 + 1e-5)
+    assert ended == {Status.CONVERGED, Status.STAGNATED}

@@ -16,7 +16,11 @@ from bilevel.linear.bicgstab import BiCGStab
 from bilevel.linear.cg import CG
 from bilevel.linear.exact import Exact
 from bilevel.linear.gmres import GMRES
+from bilevel.linear.lsmr import LSMR
+from bilevel.linear.minres import MINRES
 from bilevel.linear.neumann import Neumann
+from bilevel.linear.nystrom import Nystrom
+from bilevel.linear.orthogonal import QR, SVD
 from bilevel.linear.scipy_bridge import ScipyLinear
 from bilevel.operators import DenseOperator, FunctionOperator, RepeatedOperator
 
@@ -24,6 +28,11 @@ F64, F32 = torch.float64, torch.float32
 BATCHED: dict[str, LinearSolver] = {
     "cg": CG(),
     "cg, orthogonalised": CG(reorthogonalize=True),
+    "lsmr": LSMR(),
+    "qr": QR(),
+    "svd": SVD(),
+    "minres": MINRES(),
+    "cg, by Nystrom": CG(preconditioner=Nystrom(4, 0.1)),
     "cg, preconditioned": CG(preconditioner=lambda r: r / torch.linspace(1, 2, r.shape[-1], dtype=r.dtype)),
     "neumann": Neumann(4000),
     "exact": Exact(),
@@ -38,7 +47,15 @@ SOLVERS = {
     "scipy minres": ScipyLinear(scipy.sparse.linalg.minres),
     "a function": CallableLinearSolver(lambda operator, rhs: torch.linalg.solve(operator.dense(), rhs)),
 }
-NEEDS_SYMMETRY = {"cg", "cg, orthogonalised", "cg, preconditioned", "scipy cg", "scipy minres"}
+NEEDS_SYMMETRY = {
+    "minres",
+    "cg, by Nystrom",
+    "cg",
+    "cg, orthogonalised",
+    "cg, preconditioned",
+    "scipy cg",
+    "scipy minres",
+}
 GENERAL = {name: solver for name, solver in SOLVERS.items() if name not in NEEDS_SYMMETRY}
 solvers = pytest.mark.parametrize("name", SOLVERS)
 batched = pytest.mark.parametrize("name", BATCHED)
@@ -97,7 +114,18 @@ def test_not_symmetric(name: str, dtype: torch.dtype, transposed: bool) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "kappa"), [("cg", 1e6), ("cg, orthogonalised", 1e6), ("exact", 1e6), ("gmres", 1e6), ("bicgstab", 1e3)]
+    ("name", "kappa"),
+    [
+        ("qr", 1e6),
+        ("svd", 1e6),
+        ("minres", 1e6),
+        ("lsmr", 1e4),
+        ("cg", 1e6),
+        ("cg, orthogonalised", 1e6),
+        ("exact", 1e6),
+        ("gmres", 1e6),
+        ("bicgstab", 1e3),
+    ],
 )
 def test_ill_conditioned_to_what_the_arithmetic_allows(name: str, kappa: float) -> None:
     A, b = spd(3, 30, kappa), right(3, 30)
@@ -177,7 +205,15 @@ def test_a_batch_is_the_stack_of_its_members(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "limited"), [("cg", CG(6)), ("neumann", Neumann(40)), ("gmres", GMRES(6)), ("bicgstab", BiCGStab(4))]
+    ("name", "limited"),
+    [
+        ("cg", CG(6)),
+        ("lsmr", LSMR(6)),
+        ("minres", MINRES(6)),
+        ("neumann", Neumann(40)),
+        ("gmres", GMRES(6)),
+        ("bicgstab", BiCGStab(4)),
+    ],
 )
 def test_one_slow_problem_is_reported_alone(name: str, limited: LinearSolver) -> None:
     A = torch.cat([spd(2, 12, 1.2), spd(1, 12, 1e4), spd(2, 12, 1.2)])
@@ -187,7 +223,9 @@ def test_one_slow_problem_is_reported_alone(name: str, limited: LinearSolver) ->
     assert int(unasked.status[2]) == Status.BUDGET_SPENT
 
 
-@pytest.mark.parametrize("name", ["cg", "cg, orthogonalised", "exact", "gmres", "bicgstab"])
+@pytest.mark.parametrize(
+    "name", ["cg", "cg, orthogonalised", "exact", "gmres", "bicgstab", "lsmr", "qr", "svd", "minres"]
+)
 def test_a_singular_matrix_is_never_called_solved(name: str) -> None:
     A = spd(3, 6, 10.0)
     vector = torch.linalg.eigh(A[1])[1][:, 0]
@@ -246,7 +284,7 @@ def test_cg_wastes_no_product() -> None:
     assert int(found.iterations[0]) == 3 and len(products) == 4
 
 
-@pytest.mark.parametrize("name", ["cg", "gmres", "bicgstab", "neumann"])
+@pytest.mark.parametrize("name", ["cg", "gmres", "bicgstab", "neumann", "lsmr", "minres"])
 def test_a_good_start_is_used_and_a_bad_one_is_not(name: str) -> None:
     A, b = spd(2, 10, 50.0), right(2, 10)
     exact = torch.linalg.solve(A, b.unsqueeze(-1)).squeeze(-1)

@@ -333,7 +333,7 @@ def test_several_inputs_buffers_and_dicts(named: bool) -> None:
     a, b = torch.randn(3, 4, 2, dtype=torch.float64), torch.randn(3, 4, 3, dtype=torch.float64)
     x: Any = {"b": b, "a": a} if named else (a, b)
     y = {"out": torch.randn(3, 4, 1, dtype=torch.float64)}
-    learner = bilevel.IMAML(model, lambda made, needs_grad: mse_loss(made["out"], needs_grad["out"]), 1.0, **EXACT)
+    learner = bilevel.IMAML(model, lambda made, target: mse_loss(made["out"], target["out"]), 1.0, **EXACT)
     batch = {"support_x": x, "support_y": y, "query_x": x, "query_y": y}
     learner(batch).backward()
     joined = nn.Linear(5, 1).double()
@@ -392,12 +392,12 @@ def test_an_indefinite_task_is_reported_alone() -> None:
 
     x = torch.tensor([[0.0], [torch.pi]], dtype=torch.float64)
     batch = (x, torch.zeros_like(x), x + 1, torch.zeros_like(x))
-    learner = bilevel.IMAML(Scalar(), lambda made, needs_grad: (made - needs_grad).mean(), 0.5, on_failure="ignore")
+    learner = bilevel.IMAML(Scalar(), lambda made, target: (made - target).mean(), 0.5, on_failure="ignore")
     with bilevel.record() as reports:
         learner(batch).backward()
     assert reports.backward[0].status[0] is bilevel.Status.INDEFINITE
     assert reports.backward[0].status[1] is not bilevel.Status.INDEFINITE
-    strict = bilevel.IMAML(Scalar(), lambda made, needs_grad: (made - needs_grad).mean(), 0.5)
+    strict = bilevel.IMAML(Scalar(), lambda made, target: (made - target).mean(), 0.5)
     loss = strict(batch)
     with pytest.raises(bilevel.SolveError, match="not positive definite in 1 of 2"):
         loss.backward()

@@ -102,7 +102,7 @@ def test_a_step_that_is_not_finite_is_not_taken(folder: Path) -> None:
     trainer = Trainer(str(folder), SMALL, HERE)
     before = weights(trainer)
     trainer.setup.training._images[:] = 0
-    trainer.learner.loss = lambda made, needs_grad: torch.nn.functional.cross_entropy(made, needs_grad) * float("nan")
+    trainer.learner.loss = lambda made, target: torch.nn.functional.cross_entropy(made, target) * float("nan")
     record = trainer.train_step()
     assert torch.equal(weights(trainer), before)
     assert record.failed > 0

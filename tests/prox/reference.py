@@ -109,10 +109,10 @@ def nuclear(v: Array, step: float, strength: Array) -> Array:
     n, order = len(v), sum(v.shape)
     rows, columns, weights = triangle(order)
     inside = (rows < n) & (columns >= n)
-    wanted = np.where(inside, v[np.where(inside, rows, 0), np.where(inside, columns - n, 0)], 0.0)
+    target = np.where(inside, v[np.where(inside, rows, 0), np.where(inside, columns - n, 0)], 0.0)
     cost = np.where(rows == columns, 0.5 * step * float(strength), 0.0)
     found = solve(
-        inside / weights**2, -wanted / weights * inside + cost, [(clarabel.PSDTriangleConeT(order), np.eye(len(rows)), np.zeros(len(rows)))]
+        inside / weights**2, -target / weights * inside + cost, [(clarabel.PSDTriangleConeT(order), np.eye(len(rows)), np.zeros(len(rows)))]
     )  # fmt: skip
     made = np.zeros_like(v)
     made[rows[inside], columns[inside] - n] = (found / weights)[inside]

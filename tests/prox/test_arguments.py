@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import numpy as np
 import pytest
 import torch
 from torch.func import vmap
@@ -108,7 +109,7 @@ def test_a_row_that_is_not_finite_is_nan_and_leaves_the_others_alone() -> None:
 
 def test_numbers_and_tensors_of_another_dtype_are_converted() -> None:
     v = torch.tensor([1.0, -2.0, 3.0, 0.5], dtype=torch.float32)
-    for strength in (1, 1.0, torch.tensor(1), torch.tensor(1.0, dtype=torch.float64)):
+    for strength in (1, 1.0, np.float32(1.0), np.int64(1), torch.tensor(1), torch.tensor(1.0, dtype=torch.float64)):
         assert prox.L1(strength).prox(v).dtype == torch.float32
         assert prox.L1(strength).prox(v).tolist() == [0.0, -1.0, 2.0, 0.0]
     assert prox.L1(torch.tensor(1.0)).tensors() and not prox.L1(1.0).tensors()

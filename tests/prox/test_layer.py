@@ -392,3 +392,16 @@ class TestForms:
         X, y = data()
         layer = bilevel.argmin(least_squares, solver=bilevel.ProximalGradient())
         torch.testing.assert_close(layer(zeros(12), X, y), torch.linalg.lstsq(X, y).solution, rtol=1e-9, atol=1e-11)
+
+
+def test_what_failed_has_no_finite_derivative() -> None:
+    X, y = data()
+    layer = bilevel.argmin(
+        least_squares, prox=lambda X, y, s: prox.L1(s), solver=bilevel.ProximalGradient(max_steps=2, polish=False),
+        tolerance=bilevel.Tolerance(delta=1e-9), on_failure="nan",
+    )  # fmt: skip
+    s = torch.tensor(0.1, dtype=DOUBLE, requires_grad=True)
+    w = layer(zeros(12), X, y, s)
+    assert torch.isnan(w).all()
+    (slope,) = torch.autograd.grad(w.sum(), s)
+    assert torch.isnan(slope)

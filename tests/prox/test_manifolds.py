@@ -111,15 +111,89 @@ def slopes_of_solutions(
     case: Case, Q: torch.Tensor, arguments: tuple[torch.Tensor, ...], index: int, x: torch.Tensor, size: float = 1e-5
 ) -> torch.Tensor:
     """Return the central differences of the solution along each entry of an argument, all problems in one batch."""
-    wanted = arguments[index]
-    moves = size * torch.eye(wanted.numel(), dtype=x.dtype).reshape(-1, *wanted.shape)
+    target = arguments[index]
+    moves = size * torch.eye(target.numel(), dtype=x.dtype).reshape(-1, *target.shape)
 
     def solved(changed: torch.Tensor) -> torch.Tensor:
         q, *parameters = (*arguments[:index], changed, *arguments[index + 1 :])
         return solution(case.build(*parameters), Q, q, x)
 
-    high, low = vmap(solved)(torch.cat([wanted + moves, wanted - moves])).split(len(moves))
-    return ((high - low) / (2 * size)).movedim(0, -1).reshape(*x.shape, *wanted.shape)
+    high, low = vmap(solved)(torch.cat([target + moves, target - moves])).split(len(moves))
+    return ((high - low) / (2 * size)).movedim(0, -1).reshape(*x.shape, *target.shape)
+
+
+def full(*shape: int, value: float) -> torch.Tensor:
+    return torch.full(shape, value, dtype=torch.float64)
+
+
+def vector(*entries: float) -> torch.Tensor:
+    return torch.tensor(entries, dtype=torch.float64)
+
+
+MIXED = vector(1.0, -2.0, 0.3, 0.1, 1.5)
+SYMMETRIC = torch.tensor([[2.0, 0.5, 0.1], [0.5, 3.0, -0.4], [0.1, -0.4, 4.0]], dtype=torch.float64)
+FACES: dict[str, tuple[Callable[..., prox.Term], torch.Tensor, tuple[torch.Tensor, ...]]] = {
+    "L1 zero": (prox.L1, MIXED, (vector(9.0)[0],)),
+    "L1 smooth": (prox.L1, MIXED, (vector(0.0, 1.0, 0.0, 1.0, 0.2),)),
+    "GroupL2 zero": (prox.GroupL2, MIXED, (vector(9.0)[0],)),
+    "GroupL2 single": (prox.GroupL2, MIXED, (vector(0.1)[0],)),
+    "LInf zero": (prox.LInf, MIXED, (vector(9.0)[0],)),
+    "LInf one largest": (prox.LInf, MIXED, (vector(0.01)[0],)),
+    "NuclearNorm zero": (prox.NuclearNorm, SYMMETRIC, (vector(9.0)[0],)),
+    "NuclearNorm full rank": (prox.NuclearNorm, SYMMETRIC, (vector(0.1)[0],)),
+    "TotalVariation1D constant": (prox.TotalVariation1D, MIXED, (vector(9.0)[0],)),
+    "TotalVariation1D free": (prox.TotalVariation1D, MIXED, (vector(1e-3)[0],)),
+    "NonNegative zero": (prox.NonNegative, -MIXED.abs(), ()),
+    "Box of no width": (lambda c: prox.Box(c, c), MIXED, (vector(0.0, 0.1, 0.2, 0.3, 0.4),)),
+    "Box unbounded": (prox.Box, MIXED, (vector(-float("inf"), -0.1, -float("inf"), -9.0, -9.0), full(5, value=9.0))),
+    "Simplex corner": (prox.Simplex, vector(9.0, 0.0, -3.0), (vector(1.0)[0],)),
+    "Simplex inside": (prox.Simplex, vector(0.3, 0.0, 0.1), (vector(1.0)[0],)),
+    "L1Ball inside": (prox.L1Ball, MIXED, (vector(20.0)[0],)),
+    "L1Ball corner": (prox.L1Ball, vector(0.0, 9.0, 1.0), (vector(1.0)[0],)),
+    "L2Ball inside": (prox.L2Ball, MIXED, (vector(20.0)[0], full(5, value=0.1))),
+    "HalfSpace inside": (prox.HalfSpace, MIXED, (full(5, value=1.0), vector(20.0)[0])),
+    "HalfSpace boundary": (prox.HalfSpace, MIXED, (full(5, value=1.0), vector(-1.0)[0])),
+    "SecondOrderCone inside": (prox.SecondOrderCone, vector(9.0, 1.0, -1.0), ()),
+    "SecondOrderCone apex": (prox.SecondOrderCone, vector(-9.0, 1.0, -1.0), ()),
+    "SecondOrderCone boundary": (prox.SecondOrderCone, vector(1.0, 3.0, -2.0), ()),
+    "PSDCone inside": (prox.PSDCone, SYMMETRIC, ()),
+    "PSDCone zero": (prox.PSDCone, -SYMMETRIC, ()),
+    "TransportPolytope corner": (prox.TransportPolytope, 3 * SYMMETRIC, (vector(0.5, 0.2, 0.3), vector(0.1, 0.4, 0.5))),
+    "TransportPolytope empty row": (prox.TransportPolytope, SYMMETRIC, (vector(0.5, 0.0, 0.5), vector(0.2, 0.3, 0.5))),
+}
+
+
+@pytest.mark.parametrize("name", FACES)
+def test_the_derivative_on_each_kind_of_face(name: str) -> None:
+    build, q, parameters = FACES[name]
+    case = Case(name, build, lambda generator: parameters, q.shape, lambda v, step: v)
+    n = q.numel()
+    root = torch.randn(n, n, generator=torch.Generator().manual_seed(5), dtype=q.dtype)
+    Q = torch.eye(n, dtype=q.dtype) + 0.1 * root @ root.mT / n
+    x = solution(build(*parameters), Q, q)
+    margin = float(build(*parameters).margin(x, grad(lambda x: objective(Q, q, x))(x), STEP))
+    assert margin > 1e-3
+    found = implicit(case, Q, q, parameters, jacrev)
+    torch.testing.assert_close(found[0], slopes_of_solutions(case, Q, (q, *parameters), 0, x), rtol=1e-6, atol=1e-7)
+    if name.startswith("TransportPolytope") or name in ("L1 smooth", "Box unbounded"):
+        return  # a change of one marginal alone has no solution; a strength of zero, or an infinite bound, has no neighbours
+    for index, parameter in enumerate(parameters, start=1):
+        expected = slopes_of_solutions(case, Q, (q, *parameters), index, x)
+        torch.testing.assert_close(found[index], expected, rtol=1e-6, atol=1e-7), parameter
+
+
+@every
+@pytest.mark.parametrize("seed", range(2))
+def test_single_precision_names_the_same_manifold(case: Case, seed: int) -> None:
+    v, parameters = draws(case, seed)
+    term = case.build(*parameters)
+    single = case.build(*(parameter.float() for parameter in parameters))
+    x, y = term.prox(v, 0.5), single.prox(v.float(), 0.5)
+    found, expected = jacrev(single.manifold(y).retract)(y), jacrev(term.manifold(x).retract)(x)
+    torch.testing.assert_close(found.double(), expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(single.manifold(y).retract(y), y, rtol=1e-5, atol=1e-5)
+    margin = float(single.margin(y, (y - v.float()) / 0.5, 0.5))
+    assert margin == pytest.approx(margin_at(term, v, 0.5), rel=1e-3, abs=1e-4)
 
 
 @every

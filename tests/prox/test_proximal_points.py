@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from scipy.optimize import linprog
 from torch.func import hessian, jacfwd, jacrev, vmap
 
 from bilevel import prox
@@ -231,3 +232,73 @@ def test_total_variation_by_active_sets_and_by_the_taut_string(
         assert dual[:, -1].abs().max() < 1e-10
         assert (dual[:, :-1].abs() <= strength + 1e-10).all()
         torch.testing.assert_close((dual[:, :-1] * x.diff(dim=-1)).sum(), term.value(x), rtol=1e-10, atol=1e-9)
+
+
+@pytest.mark.parametrize("scale", [1e-3, 1.0, 1e4])
+@given(seed=SEEDS)
+def test_transport_plans_of_any_size_have_their_marginals(scale: float, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    n, m = (int(torch.randint(1, 8, (), generator=generator)) for _ in range(2))
+    row, column = (torch.rand(size, generator=generator, dtype=torch.float64) for size in (n, m))
+    row = row * (torch.rand(n, generator=generator) > 0.3)
+    row = row / row.sum() if row.sum() > 0 else torch.full_like(row, 1 / n)
+    column = column / column.sum()
+    v = (scale * torch.randn(n, m, generator=generator, dtype=torch.float64)).round(decimals=1)
+    term = prox.TransportPolytope(row, column)
+    x = term.prox(v)
+    assert (x >= 0).all()
+    assert (x[row == 0] == 0).all()
+    torch.testing.assert_close(x.sum(1), row, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(x.sum(0), column, rtol=1e-12, atol=1e-12)
+    # The plan minimises its linearisation, by another solver.
+    cost = (x - v).reshape(-1).numpy()
+    sums = np.concatenate([np.kron(np.eye(n), np.ones((1, m))), np.kron(np.ones((1, n)), np.eye(m))])
+    best = linprog(cost, A_eq=sums, b_eq=np.concatenate([row, column]), method="highs")
+    assert float(cost @ x.reshape(-1).numpy()) <= best.fun + 1e-6 * scale
+
+
+def test_small_and_empty_unknowns() -> None:
+    one = torch.tensor([2.0])
+    for term in (prox.L1(0.5), prox.GroupL2(0.5), prox.LInf(0.5)):
+        assert term.prox(one).tolist() == [1.5]
+        assert float(term.manifold(one).value(one)) == 1.0
+    assert prox.TotalVariation1D(0.5).prox(one).tolist() == [2.0]
+    assert prox.Simplex().prox(one).tolist() == [1.0]
+    assert prox.SecondOrderCone().prox(-one).tolist() == [0.0]
+    assert prox.PSDCone().prox(-one[None]).tolist() == [[0.0]]
+    assert prox.TransportPolytope(one, one).prox(one[None]).tolist() == [[2.0]]
+    number = torch.tensor(2.0)
+    for term in (prox.L1(0.5), prox.LInf(0.5), prox.Box(0.0, 1.5), prox.L1Ball(1.5), prox.L2Ball(1.5)):
+        assert float(term.prox(number)) == 1.5
+    nothing = torch.empty(0)
+    for term in (
+        prox.L1(0.5),
+        prox.ElasticNet(0.5, 0.5),
+        prox.LInf(0.5),
+        prox.Box(0.0, 1.0),
+        prox.L1Ball(1.0),
+        prox.L2Ball(1.0),
+    ):
+        assert term.prox(nothing).shape == (0,)
+        assert float(term.value(nothing)) == 0.0
+        assert term.manifold(nothing).retract(nothing).shape == (0,)
+        assert float(term.margin(nothing, nothing)) == 1.0
+
+
+@every
+def test_autocast_leaves_the_precision_alone(case: Case) -> None:
+    v, parameters = draws(case, 2)
+    term, v = case.build(*(parameter.float() for parameter in parameters)), v.float()
+
+    def everything() -> tuple[torch.Tensor, ...]:
+        x = term.prox(v)
+        manifold = term.manifold(x)
+        y = manifold.retract(x + 0.01 * v)
+        return x, y, manifold.value(y), term.value(x), term.margin(x, x - v)
+
+    plain = everything()
+    with torch.autocast("cpu", torch.bfloat16):
+        cast = everything()
+    for found, expected in zip(cast, plain, strict=True):
+        assert found.dtype == torch.float32
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)

@@ -5,13 +5,15 @@ from __future__ import annotations
 import pickle
 import warnings
 
+import numpy as np
 import pytest
 import torch
+from scipy.optimize import linprog
 from torch.func import vmap
 
 import bilevel
 from bilevel import Status, quadratic_program
-from tests.quadratic_programs.programs import F64, random_program
+from tests.quadratic_programs.programs import F64, random_program, tensor
 
 EYE = torch.eye(3, dtype=F64)
 NONE = torch.zeros(3, 3, dtype=F64)
@@ -220,3 +222,23 @@ def test_a_tolerance_that_is_not_reached_is_said() -> None:
 
 def test_it_can_be_pickled() -> None:
     assert pickle.loads(pickle.dumps(quadratic_program)) is quadratic_program
+
+
+@pytest.mark.parametrize("sizes", [(3, 5, 0), (4, 6, 1), (5, 8, 2)])
+def test_small_integer_linear_programs_have_the_status_of_highs(sizes: tuple[int, int, int]) -> None:
+    """Ties, empty interiors, infeasible and unbounded programs, all in one batch."""
+    n, m, p = sizes
+    rng = np.random.default_rng(n)
+    shapes = {"q": (60, n), "A": (60, p, n), "b": (60, p), "G": (60, m, n), "h": (60, m)}
+    data = {name: tensor(rng.integers(-2, 4, shape)) for name, shape in shapes.items()}
+    data["A"] = data["A"].clamp(-1, 1)
+    solution = quadratic_program.solve(torch.zeros(60, n, n, dtype=F64), **data, lower=-3.0, on_failure="ignore")
+    meant = {0: Status.CONVERGED, 2: Status.INFEASIBLE, 3: Status.UNBOUNDED}
+    for i in range(60):
+        one = {name: t[i].numpy() for name, t in data.items()}
+        theirs = linprog(
+            one["q"], one["G"], one["h"], one["A"] if p else None, one["b"] if p else None, bounds=(-3, None)
+        )  # fmt: skip
+        assert solution.report.status[i] is meant[theirs.status]
+        if theirs.status == 0:
+            assert float(data["q"][i] @ solution.value[i]) == pytest.approx(theirs.fun, rel=1e-9, abs=1e-9)

@@ -494,6 +494,20 @@ def test_the_peak_does_not_grow_with_inner_steps() -> None:
     assert peaks[0] == peaks[1] > 0, peaks
 
 
+@pytest.mark.parametrize("name", ["MASOBA", "SABA", "SRBA", "MRBO", "VRBO"])
+def test_optimisers_that_change_gradients_do_not_change_memories(name: str) -> None:
+    """SGD with nesterov and foreach adds the momentum to the gradient in place."""
+    problem, ends = Quadratic.random(), []
+    for foreach in (True, False):
+        nesterov = partial(torch.optim.SGD, lr=0.05, momentum=0.5, nesterov=True, foreach=foreach)
+        method = made(name, problem, inner_optimizer=nesterov, outer_optimizer=nesterov)
+        train = rows(seed=1)
+        for _ in range(9):
+            method.step(train, problem.all)
+        ends.append(method.outer.detach().clone())
+    torch.testing.assert_close(*ends)
+
+
 def test_a_problem_and_a_pair_of_functions_are_the_same() -> None:
     problem = Quadratic.random()
 
@@ -702,5 +716,9 @@ def test_bad_batches_and_states_are_named() -> None:
         method.load_state_dict({})
     with pytest.raises(ArgumentError, match=r"inner variables of shapes \[\(2,\)\]"):
         stochastic.SOBA(FIT.losses, torch.zeros(2), torch.zeros(3)).load_state_dict(method.state_dict())
+    with pytest.raises(ArgumentError, match="the optimisers that it had"):
+        made(
+            "SOBA", FIT, inner_optimizer=lambda z: torch.optim.SGD([{"params": z, "lr": 0.1}, {"params": []}])
+        ).load_state_dict(method.state_dict())
     with pytest.raises(ArgumentError, match="ema_decay"):
         made("SOBA", FIT, options=StepOptions(ema_decay=0.5)).load_state_dict(method.state_dict())

@@ -546,3 +546,11 @@ def test_warm_starts_are_forgotten_and_gradients_left_alone() -> None:
     assert outer["log_strength"].grad is None
     with pytest.raises(bilevel.ArgumentError, match="init"):
         problem(outer, data)
+
+
+def test_a_term_at_its_threshold_is_named_and_a_sound_lasso_is_sound() -> None:
+    layer = bilevel.argmin(lambda x, a: 0.5 * ((x - a) ** 2).sum(), prox=bilevel.prox.L1(1.0))
+    start = torch.zeros(2, dtype=torch.float64)
+    found = bilevel.testing.diagnose(layer, start, torch.tensor([1.0, 3.0], dtype=torch.float64))
+    assert [defect.name for defect in found.defects] == ["DEGENERATE"]
+    assert bilevel.testing.diagnose(layer, start, torch.tensor([0.5, 3.0], dtype=torch.float64)).healthy

@@ -13,6 +13,7 @@ from torch.utils import _pytree as pytree
 from bilevel._torch.reverse import reverse_pass
 from bilevel.certificates._point import Point
 from bilevel.certificates.bound import Bound
+from bilevel.equations.linearization import Linearization
 from bilevel.equations.problem import Problem
 from bilevel.layers.call import Adjoint, SolveSettings
 from bilevel.linear.defaults import dense_fits
@@ -58,8 +59,10 @@ def decided(
     norm = float(flat.norm())
     allowed, solved = tolerance.allowed(norm), bool(report.converged.all())
     bound = Bound(math.nan, Basis.RESIDUAL)
-    if solved and tolerance.estimates and adjoint is not None and math.isfinite(norm):
-        bound = Bound(_gradient_error(lower, point, adjoint, flat), Basis.ESTIMATED)
+    linear = None if adjoint is None else adjoint.linearization
+    if solved and tolerance.estimates and adjoint is not None and linear is not None and math.isfinite(norm):
+        error = _gradient_error(lower, point, linear, adjoint.report.residual_norm, flat)
+        bound = Bound(error, Basis.ESTIMATED)
     met = bound.value <= allowed
     if solved and not met:
         bound = result.bound  # the certificate's, which costs much more
@@ -79,13 +82,15 @@ def _failure(report: HypergradientReport) -> Status:
     return Status(int(codes[~report.converged].reshape(-1)[0]))
 
 
-def _gradient_error(lower: Problem, point: Point, adjoint: Adjoint, gradient: torch.Tensor) -> float:
+def _gradient_error(
+    lower: Problem, point: Point, linear: Linearization, residual_norm: torch.Tensor, gradient: torch.Tensor
+) -> float:
     """Return an estimate of ‖ĝ − g‖ where every unknown is as accurate as by default: |φ − φ*| ≤ rtol·|φ| + atol.
 
     All unknowns are moved at once, by random signs, and the hypergradient there is compared with ĝ (p,). That costs a gradient of F, a linearisation
     of ∇G, and a solve with the factors at hand. A direction in which ĝ changes most can exceed the one tried by √n; the estimate allows for it.
     """
-    x, q, linear, needs_grad = point.x, point.q, adjoint.linearization, point.needs_grad
+    x, q, needs_grad = point.x, point.q, point.needs_grad
     target, (count, n) = Tolerance().inner(x.dtype), x.shape
     eps = torch.finfo(x.dtype).eps
     share = eps ** (1 / 3)
@@ -100,7 +105,7 @@ def _gradient_error(lower: Problem, point: Point, adjoint: Adjoint, gradient: to
     # How long BᵀH⁻¹ρ is for a ρ of length one, as it was for this one.
     size = float(change.norm())
     longest = float(by_adjoint.norm()) / size if size > 0 else 0.0
-    outer = longest * count * math.sqrt(n) * float(adjoint.report.residual_norm.norm())
+    outer = longest * count * math.sqrt(n) * float(residual_norm.norm())
     return _SAFETY * (inner + outer) + _ROUNDING * eps * float(gradient.norm())
 
 

@@ -1,0 +1,142 @@
+"""Quadratic programs, forward and backward: 128 small dense ones, and a sparse one of 2,000 unknowns beside Clarabel alone.
+
+Run ``python -m benchmarks.quadratic_programs``. Peers are timed where they can be imported: qpth, cvxpylayers. Wall time and the time of the
+process on all cores are both printed: the first is noisy on a busy machine.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import statistics
+import time
+from collections.abc import Callable
+
+import numpy as np
+import scipy.sparse as sp
+import torch
+
+import bilevel
+
+F64 = torch.float64
+
+
+def timed(name: str, function: Callable[[], object], count: int) -> tuple[float, float]:
+    """Print and return the medians of wall time and of process time, in ms."""
+    wall, process = [], []
+    for turn in range(-2, count):
+        begin, cpu = time.perf_counter(), time.process_time()
+        function()
+        if turn >= 0:
+            wall.append(1e3 * (time.perf_counter() - begin))
+            process.append(1e3 * (time.process_time() - cpu))
+    middle = statistics.median(wall), statistics.median(process)
+    print(f"  {name:44s} {middle[0]:9.2f} ms wall {middle[1]:9.2f} ms process")
+    return middle
+
+
+def small_programs(batch: int, n: int, m: int) -> dict[str, torch.Tensor]:
+    """The programs of OptNet's benchmark: Q = LLᵀ + 1e-3 I, random inequalities with a feasible point."""
+    factor = torch.rand(batch, n, n, dtype=F64)
+    G = torch.randn(batch, m, n, dtype=F64)
+    inside, slack = torch.randn(batch, n, dtype=F64), torch.rand(batch, m, dtype=F64)
+    return {
+        "Q": factor @ factor.mT + 1e-3 * torch.eye(n, dtype=F64), "q": torch.randn(batch, n, dtype=F64), "G": G,
+        "h": (G @ inside.unsqueeze(-1)).squeeze(-1) + slack,
+    }  # fmt: skip
+
+
+def dense(batch: int, n: int, m: int, rounds: int) -> None:
+    """Time the dense batch."""
+    data = small_programs(batch, n, m)
+    leaves = {name: t.clone().requires_grad_() for name, t in data.items()}
+
+    def both() -> None:
+        bilevel.quadratic_program(**leaves).sum().backward()
+
+    print(
+        f"\n{batch} programs, n = {n}, m = {m}, forward and backward ({rounds} rounds, {torch.get_num_threads()} threads)"
+    )
+    solution = bilevel.quadratic_program.solve(**data)
+    print(
+        f"  largest relative residual {float(solution.report.residual_norm.max()):.1e}, steps {int(solution.report.iterations.max())}"
+    )
+    timed("bilevel, forward", lambda: bilevel.quadratic_program(**data), rounds)
+    timed("bilevel, forward and backward", both, rounds)
+    if importlib.util.find_spec("qpth"):
+        from qpth.qp import QPFunction
+
+        none = torch.zeros(0, dtype=F64)
+
+        def theirs() -> None:
+            QPFunction(verbose=-1)(leaves["Q"], leaves["q"], leaves["G"], leaves["h"], none, none).sum().backward()
+
+        timed("qpth, forward and backward", theirs, rounds)
+    if importlib.util.find_spec("cvxpylayers"):
+        layer = cvxpy_layer(n, m)
+        root = torch.linalg.cholesky(data["Q"]).mT.contiguous().requires_grad_()
+        timed(
+            "cvxpylayers, forward and backward",
+            lambda: layer(root, *list(leaves.values())[1:])[0].sum().backward(),
+            rounds,
+        )
+
+
+def cvxpy_layer(n: int, m: int) -> Callable[..., tuple[torch.Tensor, ...]]:
+    """The same programs for cvxpylayers, whose parameter is the root of Q."""
+    import cvxpy as cp
+    from cvxpylayers.torch import CvxpyLayer
+
+    x, root, q, G, h = cp.Variable(n), cp.Parameter((n, n)), cp.Parameter(n), cp.Parameter((m, n)), cp.Parameter(m)
+    problem = cp.Problem(cp.Minimize(0.5 * cp.sum_squares(root @ x) + q @ x), [G @ x <= h])
+    return CvxpyLayer(problem, parameters=[root, q, G, h], variables=[x])
+
+
+def sparse(n: int, rounds: int) -> None:
+    """Time a sparse program, derivative included, beside Clarabel alone."""
+    import clarabel
+
+    rng = np.random.default_rng(0)
+    m = n // 2
+    M = sp.random(n, n, density=3 / n, rng=rng, data_rvs=rng.standard_normal)
+    Q = (M @ M.T + 1e-1 * sp.eye(n)).tocoo()
+    G = sp.random(m, n, density=5 / n, rng=rng, data_rvs=rng.standard_normal).tocoo()
+    q, inside = rng.standard_normal(n), rng.standard_normal(n)
+    h = G @ inside + 0.1 * rng.uniform(size=m)
+    low, up = inside - 1, inside + 1
+    P, rows = sp.triu(Q).tocsc(), sp.vstack([G, -sp.eye(n), sp.eye(n)]).tocsc()
+    side = np.concatenate([h, -low, up])
+    settings = clarabel.DefaultSettings()
+    settings.verbose = False
+
+    def alone() -> object:
+        return clarabel.DefaultSolver(P, q, rows, side, [clarabel.NonnegativeConeT(len(side))], settings).solve()
+
+    def tensor(matrix: sp.coo_matrix) -> torch.Tensor:
+        places = torch.from_numpy(np.stack([matrix.row, matrix.col]).astype(np.int64))
+        return torch.sparse_coo_tensor(places, torch.from_numpy(matrix.data), matrix.shape).coalesce().requires_grad_()
+
+    leaves = [torch.from_numpy(v).requires_grad_() for v in (q, h, low, up)]
+    matrices = tensor(Q), tensor(G)
+
+    def both() -> None:
+        x = bilevel.quadratic_program(
+            matrices[0], leaves[0], G=matrices[1], h=leaves[1], lower=leaves[2], upper=leaves[3]
+        )
+        x.sum().backward()
+
+    print(f"\nA sparse program, n = {n}, m = {m} and bounds ({rounds} rounds)")
+    base = timed("Clarabel alone", alone, rounds)
+    mine = timed("bilevel, forward and backward", both, rounds)
+    print(f"  ratio {mine[0] / base[0]:.2f} of wall time, {mine[1] / base[1]:.2f} of process time")
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=2)
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    torch.manual_seed(0)
+    dense(128, 20, 20, options.rounds)
+    sparse(2000, options.rounds)

@@ -1,0 +1,46 @@
+"""Wrong labels on purpose, for demonstrations and tests."""
+
+from __future__ import annotations
+
+import torch
+
+from bilevel.errors import ArgumentError
+
+__all__ = ["corrupt"]
+
+
+def corrupt(labels: torch.Tensor, share: float, *, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    """Give a ``share`` of the examples another label, uniformly among the other classes.
+
+    Parameters
+    ----------
+    labels
+        (n,), int64 class numbers from 0.
+    share
+        In [0, 1); ⌊share · n⌋ labels become wrong.
+    seed
+        Of the choice.
+
+    Returns
+    -------
+    tuple
+        The labels (n,), and bool (n,): which of them are wrong.
+
+    Examples
+    --------
+    >>> import torch
+    >>> given, wrong = corrupt(torch.tensor([0, 1, 2, 0]), 0.5)
+    >>> int(wrong.sum()), bool((given != torch.tensor([0, 1, 2, 0])).equal(wrong))
+    (2, True)
+    """
+    if not 0.0 <= share < 1.0:
+        raise ArgumentError(f"corrupt: expected share to be a number in [0, 1), got {share!r}; pass one")
+    generator = torch.Generator().manual_seed(seed)
+    count, classes = int(share * len(labels)), int(labels.max()) + 1
+    rows = torch.randperm(len(labels), generator=generator)[:count]
+    wrong = torch.zeros(len(labels), dtype=torch.bool)
+    wrong[rows] = True
+    shift = torch.randint(1, max(classes, 2), (count,), generator=generator)
+    given = labels.clone()
+    given[rows] = (given[rows] + shift.to(given)) % classes
+    return given, wrong.to(labels.device)

@@ -1,0 +1,279 @@
+"""How a solution is differentiated: implicitly, or through steps of its solver.
+
+The search itself is never differentiated. What is differentiated are steps taken once more, as ordinary code in the graph of the caller, so that
+every transform and every order works as for any torch code. Second derivatives of a few steps are as biased as first ones.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch.func import vmap
+
+from bilevel._torch.factorisations import inverse
+from bilevel._torch.reverse import vjp
+from bilevel.equations.system import FixedPointSystem, System
+from bilevel.errors import ArgumentError
+from bilevel.setting_checks import check_number, check_steps
+from bilevel.solvers._base import InnerSolver
+from bilevel.solvers.anderson import Anderson
+from bilevel.solvers.fixed_point import FixedPointIteration
+from bilevel.solvers.gradient_descent import GradientDescent
+
+__all__ = [
+    "BySteps",
+    "Differentiation",
+    "Implicit",
+    "OneStep",
+    "PhantomGradient",
+    "Truncated",
+    "Unrolled",
+    "check_differentiation",
+    "solver_for",
+    "step_of",
+]
+
+# A step is (x, state) ↦ (x, state), on one problem's flat x (n,), under whatever transforms surround the call.
+Step = Callable[[torch.Tensor, "torch.Tensor | None"], "tuple[torch.Tensor, torch.Tensor | None]"]
+
+# Beyond this many unknowns a Newton step that is differentiated through would hold too large a matrix.
+_MOST_DENSE = 512
+
+
+class Differentiation:
+    """How the derivative of a solution is computed: a value of ``differentiation=`` of layers and problems."""
+
+
+@dataclass(frozen=True)
+class Implicit(Differentiation):
+    """Differentiate by the implicit function theorem: dx*/dθ = −(∂_x R)⁻¹ ∂_θ R. The default.
+
+    Unbiased at the solution. It costs one linear solve, and its memory does not depend on the number of steps.
+
+    References
+    ----------
+    Blondel et al., "Efficient and Modular Implicit Differentiation", NeurIPS 2022.
+    """
+
+
+class BySteps(Differentiation, ABC):
+    """Base of what differentiates steps of a solver."""
+
+    @abstractmethod
+    def path(self, step: Step, init: torch.Tensor, answer: torch.Tensor, taken: int) -> torch.Tensor:
+        """Return x (n,), differentiable through ``step``.
+
+        Parameters
+        ----------
+        step
+            One step of the solver.
+        init, answer
+            Where the search began and where it ended (n,), without a graph.
+        taken
+            The steps that it took, of a batch the most.
+        """
+
+
+@dataclass(frozen=True)
+class Unrolled(BySteps):
+    """Differentiate all steps of the solver: the derivative of the K-th iterate.
+
+    It is the derivative of what was computed, converged or not. Memory grows as O(K n) with the number of steps. The solver has to be
+    :class:`bilevel.GradientDescent` without a line search, or for a fixed point :class:`bilevel.FixedPointIteration`, which is also taken where
+    no solver was chosen.
+
+    References
+    ----------
+    Maclaurin, Duvenaud, Adams, "Gradient-based Hyperparameter Optimization through Reversible Learning", ICML 2015; Franceschi et al.,
+    "Forward and Reverse Gradient-Based Hyperparameter Optimization", ICML 2017.
+
+    Examples
+    --------
+    >>> import torch, bilevel
+    >>> layer = bilevel.argmin(
+    ...     lambda x, a: (x - a) ** 2,
+    ...     solver=bilevel.GradientDescent(lr=0.25, max_steps=3),
+    ...     differentiation=bilevel.Unrolled(),
+    ... )
+    >>> a = torch.tensor(1.0, dtype=torch.float64, requires_grad=True)
+    >>> layer(torch.tensor(0.0, dtype=torch.float64), a).backward()
+    >>> a.grad  # x₃ = (1 − 0.5³) a
+    tensor(0.8750, dtype=torch.float64)
+    """
+
+    def path(self, step: Step, init: torch.Tensor, answer: torch.Tensor, taken: int) -> torch.Tensor:  # noqa: D102
+        x = _repeat(step, init, taken)
+        return x + 0 * answer  # a failed problem's answer may be NaN, and stays so
+
+
+@dataclass(frozen=True)
+class Truncated(BySteps):
+    """Differentiate the last ``steps`` steps alone: taken from the solution on, which is held fixed.
+
+    For steps that contract at the rate ρ the bias is O(ρ^steps). Memory is O(steps · n). The step is that of the solver:
+    gradient descent's with its ``lr`` and momentum, a fixed point's mapping, and Newton's for any other solver. Newton's step has no bias at a
+    solution, and is taken up to 512 unknowns.
+
+    Parameters
+    ----------
+    steps
+        How many steps are differentiated.
+
+    References
+    ----------
+    Shaban, Cheng, Hatch, Boots, "Truncated Back-propagation for Bilevel Optimization", AISTATS 2019.
+
+    Examples
+    --------
+    >>> import torch, bilevel
+    >>> layer = bilevel.fixed_point(lambda x, a: 0.5 * x + a, differentiation=bilevel.Truncated(3))
+    >>> a = torch.tensor(1.0, dtype=torch.float64, requires_grad=True)
+    >>> layer(torch.tensor(0.0, dtype=torch.float64), a).backward()
+    >>> a.grad  # 1 + 0.5 + 0.25; implicit differentiation gives 2
+    tensor(1.7500, dtype=torch.float64)
+    """
+
+    steps: int
+
+    def __post_init__(self) -> None:
+        check_steps("Truncated", "steps", self.steps)
+
+    def path(self, step: Step, init: torch.Tensor, answer: torch.Tensor, taken: int) -> torch.Tensor:  # noqa: D102
+        return _repeat(step, answer, self.steps)
+
+
+@dataclass(frozen=True)
+class OneStep(BySteps):
+    """Differentiate one step at the solution, as if it began at a constant: no linear solve, and a bias of O(ρ) at the rate ρ.
+
+    Of a fixed point it is the Jacobian-free gradient ∂_θ T. It is good where steps contract fast; Newton's step has no bias at all. The step is
+    chosen as by :class:`Truncated`.
+
+    References
+    ----------
+    Bolte, Pauwels, Vaiter, "One-step differentiation of iterative algorithms", NeurIPS 2023; Fung et al., "JFB: Jacobian-Free Backpropagation for
+    Implicit Networks", AAAI 2022.
+
+    Examples
+    --------
+    >>> import torch, bilevel
+    >>> layer = bilevel.fixed_point(lambda x, a: 0.1 * torch.cos(x) + a, differentiation=bilevel.OneStep())
+    >>> a = torch.tensor(1.0, dtype=torch.float64, requires_grad=True)
+    >>> layer(torch.tensor(0.0, dtype=torch.float64), a).backward()
+    >>> a.grad  # implicit differentiation gives 1 / (1 + 0.1 sin x) = 0.9200
+    tensor(1., dtype=torch.float64)
+    """
+
+    def path(self, step: Step, init: torch.Tensor, answer: torch.Tensor, taken: int) -> torch.Tensor:  # noqa: D102
+        return _repeat(step, answer, 1)
+
+
+@dataclass(frozen=True)
+class PhantomGradient(BySteps):
+    """Differentiate ``steps`` damped steps at the solution: x ← (1 − λ) x + λ T(x), for equilibrium networks.
+
+    The bias lies between that of :class:`OneStep` and none: it falls with more steps. A small λ keeps the gradient tame where T is no contraction.
+
+    Parameters
+    ----------
+    steps
+        How many steps are differentiated.
+    damping
+        λ in (0, 1]: the share of T in a step.
+
+    References
+    ----------
+    Geng, Zhang, Bai, Wang, Lin, "On Training Implicit Models", NeurIPS 2021, equation 6.
+
+    Examples
+    --------
+    >>> import torch, bilevel
+    >>> layer = bilevel.fixed_point(lambda x, a: 0.5 * x + a, differentiation=bilevel.PhantomGradient(steps=5, damping=0.5))
+    >>> a = torch.tensor(1.0, dtype=torch.float64, requires_grad=True)
+    >>> layer(torch.tensor(0.0, dtype=torch.float64), a).backward()
+    >>> a.grad  # implicit differentiation gives 2
+    tensor(1.5254, dtype=torch.float64)
+    """
+
+    steps: int = 5
+    damping: float = 0.5
+
+    def __post_init__(self) -> None:
+        check_steps("PhantomGradient", "steps", self.steps)
+        check_number("PhantomGradient", "damping", self.damping, below=1.0 + 1e-12)
+
+    def path(self, step: Step, init: torch.Tensor, answer: torch.Tensor, taken: int) -> torch.Tensor:  # noqa: D102
+        x, state = answer, None
+        for _ in range(self.steps):
+            moved, state = step(x, state)
+            x = x + self.damping * (moved - x)
+        return x
+
+
+def check_differentiation(chosen: object) -> Differentiation:
+    """Return ``chosen``, or :class:`Implicit` for None; raise :class:`ArgumentError` for anything else."""
+    if chosen is None:
+        return Implicit()
+    if not isinstance(chosen, Differentiation):
+        raise ArgumentError(
+            f"expected differentiation to be bilevel.Implicit(), Unrolled(), Truncated(steps), OneStep() or PhantomGradient(), got {chosen!r}; "
+            "pass one of them"
+        )
+    return chosen
+
+
+def solver_for(
+    chosen: Differentiation, kind: type[System], solver: InnerSolver | None, where: str
+) -> InnerSolver | None:
+    """Return the solver whose steps can be differentiated as ``chosen`` says, or raise :class:`ArgumentError`."""
+    if not isinstance(chosen, Unrolled):
+        return solver
+    if solver is None and issubclass(kind, FixedPointSystem):
+        return FixedPointIteration()
+    plain = isinstance(solver, GradientDescent) and not solver.line_search
+    if plain or isinstance(solver, FixedPointIteration):
+        return solver
+    own = "FixedPointIteration()" if issubclass(kind, FixedPointSystem) else "GradientDescent(lr=..., max_steps=...)"
+    raise ArgumentError(
+        f"{where}: expected solver=bilevel.{own} for differentiation=Unrolled(), which differentiates each step of it, got "
+        f"{'none' if solver is None else solver.name}; choose that solver, or differentiate by Implicit() or Truncated(steps)"
+    )
+
+
+def step_of(system: System, solver: InnerSolver | None, tensors: Sequence[torch.Tensor]) -> Step:
+    """Return a step of ``solver`` as a differentiable function; Newton's, if its own steps cannot be differentiated."""
+    if isinstance(solver, GradientDescent):
+        lr, momentum = solver.lr, solver.momentum
+
+        def descend(x: torch.Tensor, state: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None]:
+            slope = system.residual(x, *tensors)
+            slope = slope if state is None or not momentum else momentum * state + slope
+            return x - lr * slope, slope
+
+        return descend
+    if isinstance(system, FixedPointSystem) and (solver is None or isinstance(solver, (FixedPointIteration, Anderson))):
+        share = 1.0 - solver.damping if isinstance(solver, FixedPointIteration) else 1.0
+        return lambda x, state: (x - share * system.residual(x, *tensors), state)
+    size = system.raveler.size
+    if size > _MOST_DENSE:
+        raise ArgumentError(
+            f"{system.where}: expected at most {_MOST_DENSE} unknowns for a differentiated step of Newton's method, got {size}; choose "
+            "solver=bilevel.GradientDescent(lr=..., max_steps=...), or differentiate by Implicit()"
+        )
+    return lambda x, state: (_newton_step(system, x, tensors), state)
+
+
+def _newton_step(system: System, x: torch.Tensor, tensors: Sequence[torch.Tensor]) -> torch.Tensor:
+    residual, pull = vjp(lambda point: system.residual(point, *tensors), x)
+    (matrix,) = vmap(pull)(torch.eye(x.shape[-1], dtype=x.dtype, device=x.device))
+    return x - inverse(matrix) @ residual  # torch differentiates its own solve wrongly under vmap of a Hessian
+
+
+def _repeat(step: Step, x: torch.Tensor, times: int) -> torch.Tensor:
+    state: torch.Tensor | None = None
+    for _ in range(times):
+        x, state = step(x, state)
+    return x

@@ -1,0 +1,90 @@
+"""Modules in layers: as the function, whose parameters are then θ, and as the unknown."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch.utils import _pytree as pytree
+
+from bilevel.errors import ArgumentError
+
+__all__ = ["STATE", "FunctionalModule", "ModuleFunction"]
+
+# The keyword under which a layer hands a module's tensors to its function.
+STATE = "module_state"
+
+
+class FunctionalModule:
+    """A module with other parameters than its own: what an objective sees, and a layer returns, where the unknown is a module.
+
+    It is called as the module is. It is a pytree whose leaves are the parameters, so that it may be differentiated, mapped and batched.
+
+    Parameters
+    ----------
+    module
+        The module, which is not changed.
+    parameters
+        A tensor for each of its parameters that require grad, by name.
+
+    Examples
+    --------
+    >>> import torch, bilevel
+    >>> model = torch.nn.Linear(1, 1, bias=False)
+    >>> fit = bilevel.argmin(lambda net, x, y, s: ((net(x) - y) ** 2).sum() + s * (net.parameters["weight"] ** 2).sum())
+    >>> s = torch.tensor(1.0, requires_grad=True)
+    >>> net = fit(model, torch.ones(1, 1), 2 * torch.ones(1, 1), s)
+    >>> net(torch.ones(1, 1)).item()  # 2 / (1 + s)
+    1.0
+    """
+
+    def __init__(self, module: torch.nn.Module, parameters: Mapping[str, torch.Tensor]) -> None:
+        self.module = module
+        self.parameters = dict(parameters)
+
+    @staticmethod
+    def of(module: torch.nn.Module, where: str) -> FunctionalModule:
+        """Return ``module`` at its own parameters, cut from any graph."""
+        own = {name: p.detach() for name, p in module.named_parameters() if p.requires_grad}
+        if not own:
+            raise ArgumentError(
+                f"{where}: expected the module given as init to have a parameter that requires grad, and it has none; unfreeze one"
+            )
+        return FunctionalModule(module, own)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Call the module with these parameters."""
+        return torch.func.functional_call(self.module, self.parameters, args, kwargs)
+
+    def __repr__(self) -> str:
+        return f"FunctionalModule({type(self.module).__name__}, {sorted(self.parameters)})"
+
+
+pytree.register_pytree_node(
+    FunctionalModule,
+    lambda made: (list(made.parameters.values()), (made.module, tuple(made.parameters))),
+    lambda leaves, context: FunctionalModule(context[0], dict(zip(context[1], leaves, strict=True))),
+    serialized_type_name="bilevel.FunctionalModule",
+    flatten_with_keys_fn=lambda made: (
+        [(pytree.MappingKey(name), leaf) for name, leaf in made.parameters.items()],
+        (made.module, tuple(made.parameters)),
+    ),
+)
+
+
+class ModuleFunction:
+    """A module's forward as a function of its tensors too, which a layer hands to it under :data:`STATE`."""
+
+    def __init__(self, module: torch.nn.Module) -> None:
+        self.module = module
+        self.__name__ = type(module).__name__
+
+    def state(self) -> dict[str, torch.Tensor]:
+        """Return the module's parameters and buffers, which derivatives go to."""
+        return {**dict(self.module.named_parameters()), **dict(self.module.named_buffers())}
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Call the module."""
+        state = kwargs.pop(STATE)
+        return torch.func.functional_call(self.module, state, args, kwargs)

@@ -1,0 +1,48 @@
+"""The options that layers take by name, for type checkers: each overload of a factory refers to one of these."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypedDict
+
+from bilevel.layers.differentiation import Differentiation
+from bilevel.linear._base import LinearSolverLike
+from bilevel.policy import OnFailure
+from bilevel.solvers._base import InnerSolverLike
+from bilevel.tolerance import Tolerance
+
+__all__ = ["ArgminOptions", "LayerOptions", "LinearOptions"]
+
+
+class _Options(TypedDict, total=False):
+    linear_solver: LinearSolverLike | None
+    tolerance: Tolerance | None
+    on_failure: OnFailure
+
+
+class LayerOptions(_Options, total=False):
+    """Options of ``root`` and ``fixed_point``."""
+
+    solver: InnerSolverLike | None
+    differentiation: Differentiation | None
+    has_aux: bool
+    prepare: Callable[..., Any] | None
+    warm_start: bool
+
+
+class ArgminOptions(LayerOptions, total=False):
+    """Options of ``argmin``."""
+
+    prox: Any
+    lower: Any
+    upper: Any
+    equality: Callable[..., Any] | None
+    inequality: Callable[..., Any] | None
+    smoothing: float | None
+
+
+class LinearOptions(_Options, total=False):
+    """Options of ``linear_solve``."""
+
+    symmetric: bool
+    unknown: Any

@@ -1,0 +1,106 @@
+"""The terms of one problem as one term of a flat vector: a sum of a term for each leaf of the unknown."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from bilevel.prox._base import Manifold, Term
+from bilevel.prox.box import Box, NonNegative
+from bilevel.prox.l1 import L1, ElasticNet
+
+__all__ = ["FlatTerm"]
+
+_FLAT = (L1, NonNegative, Box)
+# Terms whose parameters are numbers, or one for each entry.
+_OF_ENTRIES = (L1, ElasticNet, NonNegative, Box)
+
+
+@dataclass(frozen=True, eq=False)
+class FlatTerm:
+    """g(x) = Σ g_i(x_i) of a vector (n,), whose leaves x_i have ``shapes``; ``terms`` holds None for leaves without a term."""
+
+    terms: Sequence[Term | None]
+    shapes: Sequence[torch.Size]
+
+    @property
+    def separable(self) -> bool:
+        """Whether g is a sum of functions of one entry each."""
+        return all(term is None or term.separable for term in self.terms)
+
+    @property
+    def has_manifold(self) -> bool:
+        """Whether all terms name their manifolds."""
+        return all(term is None or term.has_manifold for term in self.terms)
+
+    @property
+    def is_flat(self) -> bool:
+        """Whether all terms are known to have no curvature on their manifolds."""
+        return all(term is None or type(term) in _FLAT for term in self.terms)
+
+    def at(self, places: torch.Tensor) -> FlatTerm | None:
+        """Return the term of the entries at ``places`` (k,) alone, of a vector (k,); None where it is not known how to make it."""
+        term, shape = self.terms[0], self.shapes[0]
+        if len(self.terms) > 1 or term is None or type(term) not in _OF_ENTRIES:
+            return None
+        values = {}
+        for field in dataclasses.fields(term):  # type: ignore[arg-type]  # each term is a dataclass
+            value = getattr(term, field.name)
+            many = isinstance(value, torch.Tensor) and value.ndim > 0
+            values[field.name] = value.expand(shape).reshape(-1)[places] if many else value
+        return FlatTerm([type(term)(**values)], [torch.Size([len(places)])])
+
+    def prox(self, v: torch.Tensor, step: torch.Tensor) -> torch.Tensor:
+        """Return prox_{step·g}(v) (n,)."""
+        return self._each(lambda term, part: part if term is None else term.prox(part, step), v)
+
+    def value(self, x: torch.Tensor) -> torch.Tensor:
+        """Return g(x) ()."""
+        values = [term.value(part) for term, part in zip(self.terms, self._split(x), strict=True) if term is not None]
+        return torch.stack(values).sum() if values else x.new_zeros(())
+
+    def margin(self, x: torch.Tensor, slope: torch.Tensor, step: torch.Tensor) -> torch.Tensor:
+        """Return the least margin of the terms, ()."""
+        leaves = zip(self.terms, self._split(x), self._split(slope), strict=True)
+        margins = [term.margin(part, s, step) for term, part, s in leaves if term is not None]
+        return torch.stack(margins).min() if margins else x.new_ones(())
+
+    def manifold(self, x: torch.Tensor) -> Manifold:
+        """Return the manifold of x; of its ``free`` entries, those of a leaf whose manifold fixes no single entries are all."""
+        found = [
+            None if term is None else term.manifold(part) for term, part in zip(self.terms, self._split(x), strict=True)
+        ]
+        if len(found) == 1 and found[0] is not None and len(self.shapes[0]) == 1 and found[0].free is not None:
+            return found[0]
+
+        def retract(y: torch.Tensor) -> torch.Tensor:
+            parts = zip(found, self._split(y), strict=True)
+            return _joined([part if m is None else m.retract(part) for m, part in parts])
+
+        def value(y: torch.Tensor) -> torch.Tensor:
+            parts = zip(found, self._split(y), strict=True)
+            values = [m.value(part) for m, part in parts if m is not None]
+            return torch.stack(values).sum() if values else y.new_zeros(())
+
+        flags = [
+            torch.ones_like(part, dtype=torch.bool) if m is None or m.free is None else m.free
+            for m, part in zip(found, self._split(x), strict=True)
+        ]
+        return Manifold(retract, value, _joined(flags))
+
+    def _split(self, flat: torch.Tensor) -> list[torch.Tensor]:
+        """Return the leaves of a vector (n,), all in its dtype."""
+        if len(self.shapes) == 1:
+            return [flat.reshape(self.shapes[0])]
+        parts = torch.split(flat, [shape.numel() for shape in self.shapes])
+        return [part.reshape(shape) for part, shape in zip(parts, self.shapes, strict=True)]
+
+    def _each(self, function: Callable[[Term | None, torch.Tensor], torch.Tensor], flat: torch.Tensor) -> torch.Tensor:
+        return _joined([function(term, part) for term, part in zip(self.terms, self._split(flat), strict=True)])
+
+
+def _joined(parts: Sequence[torch.Tensor]) -> torch.Tensor:
+    return parts[0].reshape(-1) if len(parts) == 1 else torch.cat([part.reshape(-1) for part in parts])

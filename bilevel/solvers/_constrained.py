@@ -1,0 +1,285 @@
+"""Solve a batch of constrained problems with whatever solver there is, polish the answers, and judge them by the KKT conditions."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+
+from bilevel.errors import ArgumentError
+from bilevel.reports import Status, StatusMessages
+from bilevel.solvers._active_set import Polished, choose, measure, polish, recovered
+from bilevel.solvers._base import InnerSolver
+from bilevel.solvers._central_path import centred
+from bilevel.solvers._program import Answer, ConstrainedSolver, Program
+from bilevel.solvers._regularity import Findings, examine
+from bilevel.solvers.interior_point import InteriorPoint
+from bilevel.solvers.projected_newton import DENSE_LIMIT, ProjectedNewton
+
+__all__ = ["Found", "solve_constrained"]
+
+Name = Callable[[str, int], str]
+
+_UNSOLVED = (Status.MAX_STEPS, Status.STAGNATED, Status.NOT_CONVERGED, Status.LINE_SEARCH_FAILED)
+# What of x's size a constraint may be away from x to be tried as active, where no multipliers tell.
+_NEAR = (1e-5, 1e-7, 1e-3, 1e-2)
+# A start is a solution nearly, if its violation and the slope that no multiplier accounts for are below this part of their sizes.
+_KNOWN, _MOST_RECOVERED = 1e-3, 256
+_SMOOTHING = "perturb the arguments, or pass smoothing=1e-3 to bilevel.argmin, which takes value and derivative from the central path"
+
+
+@dataclass(frozen=True, eq=False)
+class Found:
+    """Judged answers; every tensor has a leading batch axis."""
+
+    x: torch.Tensor
+    equality: torch.Tensor
+    inequality: torch.Tensor
+    status: torch.Tensor
+    iterations: torch.Tensor
+    degenerate: torch.Tensor
+    words: StatusMessages
+    solver: str
+
+
+def solve_constrained(
+    program: Program,
+    init: torch.Tensor,
+    solver: InnerSolver | Callable[[Program, torch.Tensor], Answer] | None,
+    smoothing: float | None,
+    name: Name,
+    where: str,
+) -> Found:
+    """Solve from ``init`` (K, n).
+
+    Parameters
+    ----------
+    program
+        The problems.
+    init
+        Where the search begins.
+    solver
+        A constrained solver, or a function (program, init) -> answer that stands for a solver of other origin, or None for the usual choice.
+    smoothing
+        τ of the central path, or None.
+    name
+        (kind, index) ↦ how a user would write that constraint.
+    where
+        The layer's name, for messages.
+    """
+    unit = program.unit(init)
+    given, column = program, unit.unsqueeze(-1)
+    if bool((unit != 1).any()):
+        program = program.in_units(unit)
+    if isinstance(solver, ConstrainedSolver):
+        answer, used = solver.solve_program(program, init / column, smoothing), solver.name
+    elif solver is None:
+        answer, used = _by_default(program, init / column, smoothing, where)
+    else:
+        assert not isinstance(solver, InnerSolver)
+        answer, used = solver(given, init), getattr(solver, "__name__", "solver")
+        answer = replace(answer, x=answer.x / column)
+    answer = _without_contradictions(program, answer)
+    if smoothing is not None:
+        found = _on_the_path(program, answer, smoothing, used)
+    elif program.size > DENSE_LIMIT and program.only_bounds:
+        found = _large(program, answer, used, name)
+    else:
+        found = _polished(program, answer, used, name)
+    # The unit is a power of two: x stays exactly on its bounds.
+    x = column * found.x
+    return replace(found, x=x, words={**_words(given, x, found.status, name), **found.words})
+
+
+def _by_default(program: Program, init: torch.Tensor, smoothing: float | None, where: str) -> tuple[Answer, str]:
+    if smoothing is not None or not program.only_bounds:
+        known = _known_already(program, init) if smoothing is None else None
+        if known is not None:
+            return known, "Newton on the active set of the start"
+        if program.size + program.equalities > 4 * DENSE_LIMIT:
+            raise ArgumentError(
+                f"{where}: expected at most {4 * DENSE_LIMIT} unknowns and equalities with constraints other than bounds, got "
+                f"{program.size + program.equalities}; pass solver=bilevel.InteriorPoint(), which takes dense matrices of that order, or "
+                "bounds alone"
+            )
+        solver = InteriorPoint()
+        return solver.solve_program(program, init, smoothing), solver.name
+    first = ProjectedNewton()
+    answer = first.solve_program(program, init, None)
+    failed = _is_one_of(answer.status, (*_UNSOLVED, Status.NOT_FINITE))
+    if program.size > DENSE_LIMIT or not bool(failed.any()):
+        return answer, first.name
+    second = InteriorPoint()
+    other = second.solve_program(program, init, None)
+    won = failed & (other.status == Status.CONVERGED)
+    x = torch.where(won.unsqueeze(-1), other.x, answer.x)
+    status = torch.where(won, other.status, answer.status)
+    steps = answer.iterations + torch.where(failed, other.iterations, torch.zeros_like(other.iterations))
+    return replace(answer, x=x, status=status, iterations=steps), f"{first.name}, then {second.name}"
+
+
+def _known_already(program: Program, init: torch.Tensor) -> Answer | None:
+    """Return the starts as an answer, with multipliers recovered, if all are solutions nearly; the polish then is all that is left."""
+    none, nothing = (init.new_zeros(len(init), count) for count in (program.equalities, program.inequalities))
+    status = torch.full((len(init),), int(Status.NOT_CONVERGED), dtype=torch.int64, device=init.device)
+    answer = Answer(init, none, nothing, status, torch.zeros_like(status))
+    x = program.inside(init)
+    at = measure(program, x, none, nothing)
+    size = _KNOWN * at.size
+    outside = torch.maximum(
+        (init - x).abs().amax(-1), program.violation(at.parts) / at.rows.norm(dim=-1).amax(-1).clamp_min(1e-300)
+    )
+    if not bool((outside <= size).all()) or program.equalities + program.inequalities > _MOST_RECOVERED:
+        return None
+    answer = recovered(program, answer, _KNOWN)
+    at = measure(program, x, answer.equality, answer.inequality)
+    _, jh, jc = program.split(at.rows)
+    slope = at.rows[:, 0] + (jh.mT @ answer.equality.unsqueeze(-1) + jc.mT @ answer.inequality.unsqueeze(-1)).squeeze(
+        -1
+    )
+    at_lower, at_upper = x <= program.lower + size.unsqueeze(-1), x >= program.upper - size.unsqueeze(-1)
+    off = torch.where((at_lower & (slope > 0)) | (at_upper & (slope < 0)) | program.fixed, 0.0, slope).abs().amax(-1)
+    if not bool((off <= _KNOWN * at.rows[:, 0].abs().amax(-1)).all()):
+        return None
+    point = polish(program, answer, at)
+    if not bool(point.good.all()):
+        return None
+    findings = examine(program, point, measure(program, point.x, point.equality, point.inequality))
+    if bool((findings.negative | findings.degenerate).any()):
+        return None
+    return Answer(
+        point.x, point.equality, point.inequality, torch.full_like(status, int(Status.CONVERGED)), answer.iterations + 1
+    )
+
+
+def _without_contradictions(program: Program, answer: Answer) -> Answer:
+    """Return the answer with statuses of its own for bounds that contradict each other or are not numbers."""
+    crossed = (program.lower > program.upper).any(-1)
+    unknown = torch.isnan(program.lower).any(-1) | torch.isnan(program.upper).any(-1)
+    status = torch.where(crossed, int(Status.INFEASIBLE), answer.status)
+    status = torch.where(unknown, int(Status.NOT_FINITE), status)
+    # A multiplier of inf or NaN would spoil what is computed for the other problems.
+    tidy = [t.nan_to_num(0.0, 0.0, 0.0) for t in (answer.x, answer.equality, answer.inequality)]
+    return replace(answer, x=tidy[0], equality=tidy[1], inequality=tidy[2], status=status)
+
+
+def _polished(program: Program, answer: Answer, used: str, name: Name) -> Found:
+    usable = _is_one_of(answer.status, (Status.CONVERGED, *_UNSOLVED))
+    point = polish(program, answer) if answer.known else _without_multipliers(program, answer)
+    good = usable & point.good
+    status = torch.where(good, int(Status.CONVERGED), answer.status)
+    at = measure(program, point.x, point.equality, point.inequality)
+    findings = examine(program, point, at)
+    # Interior points converge, slowly, to solutions at which no multipliers exist; solvers of other origin prove nothing.
+    if not answer.known:
+        status = torch.where(usable & ~good, int(Status.NOT_CONVERGED), status)
+    status = torch.where(good & findings.negative, int(Status.INDEFINITE), status)
+    mask = good.unsqueeze(-1)
+    x = torch.where(mask, point.x, answer.x)
+    equality = torch.where(mask, point.equality, answer.equality)
+    inequality = torch.where(mask, point.inequality, answer.inequality)
+    degenerate = (findings.degenerate | findings.dependent) & (status == Status.CONVERGED)
+    words = _degenerate_words(findings, degenerate, name)
+    alone = findings.degenerate & (status == Status.CONVERGED)
+    return Found(x, equality, inequality, status, answer.iterations, alone, words, used)
+
+
+def _without_multipliers(program: Program, answer: Answer) -> Polished:
+    """Return the polished answer of a solver that gave no multipliers: constraints nearer and nearer to x count as active until one fits."""
+    point = polish(program, recovered(program, answer, _NEAR[0]))
+    for near in _NEAR[1:]:
+        if bool(point.good.all()):
+            break
+        point = choose(point.good, point, polish(program, recovered(program, answer, near)))
+    return point
+
+
+def _large(program: Program, answer: Answer, used: str, name: Name) -> Found:
+    """Judge large problems with bounds alone by gradients; the linear solve of a derivative sees their curvature."""
+    x = answer.x
+    _, rows = program.jacobian(x)
+    slope = rows[:, 0]
+    force = slope.abs().amax(-1, keepdim=True).clamp_min(1e-300)
+    size = 1 + x.abs().amax(-1, keepdim=True)
+    at_lower, at_upper = (x <= program.lower) & (slope >= 0), (x >= program.upper) & (slope <= 0)
+    weak = 2e-8 * force
+    loose = ~program.fixed
+    no = torch.zeros(len(x), dtype=torch.bool, device=x.device)
+    findings = Findings(
+        x.new_zeros(len(x), 0, dtype=torch.bool),
+        loose & (x - program.lower <= 2e-8 * size) & (slope <= weak),
+        loose & (program.upper - x <= 2e-8 * size) & (-slope <= weak),
+        no, x.new_zeros(len(x), 0, dtype=torch.bool), no, no, no,
+    )  # fmt: skip
+    first = program.jacobian(program.inside(torch.zeros_like(x)))[1][:, 0].abs().amax(-1, keepdim=True)
+    small = slope.abs() <= 1e-9 * torch.maximum(first, force)
+    good = (small | at_lower | at_upper | program.fixed).all(-1)
+    usable = _is_one_of(answer.status, (Status.CONVERGED, *_UNSOLVED))
+    failed = torch.where(answer.status == Status.CONVERGED, int(Status.STAGNATED), answer.status)
+    status = torch.where(usable, torch.where(good, int(Status.CONVERGED), failed), answer.status)
+    degenerate = findings.degenerate & (status == Status.CONVERGED)
+    words = _degenerate_words(findings, degenerate, name)
+    return Found(x, answer.equality, answer.inequality, status, answer.iterations, degenerate, words, used)
+
+
+def _on_the_path(program: Program, answer: Answer, smoothing: float, used: str) -> Found:
+    moved, _, small = centred(program, answer, smoothing)
+    usable = _is_one_of(answer.status, (Status.CONVERGED, *_UNSOLVED))
+    good = usable & small
+    status = torch.where(good, int(Status.CONVERGED), torch.where(usable, int(Status.STAGNATED), answer.status))
+    mask = good.unsqueeze(-1)
+    return Found(
+        torch.where(mask, moved.x, answer.x),
+        torch.where(mask, moved.equality, answer.equality),
+        torch.where(mask, moved.inequality, answer.inequality),
+        status, answer.iterations, torch.zeros_like(good), {}, used,
+    )  # fmt: skip
+
+
+def _degenerate_words(findings: Findings, degenerate: torch.Tensor, name: Name) -> StatusMessages:
+    if not bool(degenerate.any()):
+        return {}
+    which = int(degenerate.nonzero()[0])
+    return {Status.DEGENERATE: (f"met a solution where {findings.sentence(which, name)}", _SMOOTHING)}
+
+
+def _words(program: Program, x: torch.Tensor, status: torch.Tensor, name: Name) -> StatusMessages:
+    """Return what is said of the first infeasible problem, and of unbounded ones."""
+    words: dict[Status, tuple[str, str]] = {}
+    if bool((status == Status.INDEFINITE).any()):
+        words[Status.INDEFINITE] = (
+            "ended at a saddle or a maximum of the objective on the constraints",
+            "start elsewhere, or add regularisation",
+        )
+    if bool((status == Status.UNBOUNDED).any()):
+        words[Status.UNBOUNDED] = (
+            "found that the objective falls without end on the feasible set",
+            "add a bound, or a term that grows with x, such as a small ridge",
+        )
+    infeasible = status == Status.INFEASIBLE
+    if not bool(infeasible.any()):
+        return words
+    which = int(infeasible.nonzero()[0])
+    crossed = (program.lower[which] > program.upper[which]).nonzero().reshape(-1)
+    if len(crossed):
+        i = int(crossed[0])
+        found = f"{name('lower', i)} is {float(program.lower[which, i]):.6g}, above the upper bound {float(program.upper[which, i]):.6g}"
+        words[Status.INFEASIBLE] = (f"found no feasible point: {found}", "give bounds with lower <= upper")
+        return words
+    _, h, c = program.split(program.parts(x))
+    violation = torch.cat([h[which].abs(), c[which].clamp_min(0)])
+    place, p = int(violation.argmax()), h.shape[-1]
+    worst = name("equality", place) if place < p else name("inequality", place - p)
+    words[Status.INFEASIBLE] = (
+        f"found no point that satisfies the constraints: where they are violated least, {worst} is still violated by {float(violation[place]):.3g}",
+        "loosen the constraints with nonzero solution.multipliers (on_failure='ignore' returns them), or start elsewhere if they are not convex",
+    )
+    return words
+
+
+def _is_one_of(codes: torch.Tensor, statuses: tuple[Status, ...]) -> torch.Tensor:
+    found = torch.zeros_like(codes, dtype=torch.bool)
+    for status in statuses:
+        found = found | (codes == status)
+    return found

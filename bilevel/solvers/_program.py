@@ -1,0 +1,179 @@
+"""A batch of constrained problems as their solvers see it: min f(x) subject to h(x) = 0, c(x) ≤ 0, lower ≤ x ≤ upper.
+
+Every tensor has a leading batch axis and no graph. The functions come stacked: ``parts`` is (f, h, c), of length 1 + p + m.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+
+from bilevel.equations.problem import Problem
+from bilevel.errors import ArgumentError
+from bilevel.solvers._base import Goal, InnerSolution, InnerSolver
+
+__all__ = ["Answer", "ConstrainedSolver", "Program"]
+
+# Unknowns larger than this need no other unit.
+_SMALL = 1e-2
+_DENSE_ORDER = 512
+
+
+@dataclass(frozen=True, eq=False)
+class Program:
+    """A batch of K problems in n unknowns, with p equalities and m inequalities.
+
+    Parameters
+    ----------
+    lower, upper
+        (K, n), ±inf where there is no bound.
+    equalities, inequalities
+        p and m.
+    parts
+        x (K, n) ↦ (f, h, c) (K, 1 + p + m).
+    jacobian
+        x ↦ (parts, their Jacobian (K, 1 + p + m, n)).
+    hessian
+        (x, weights (K, 1 + p + m)) ↦ Σ weights · ∇² of the parts (K, n, n).
+    product
+        (x, v (K, n)) ↦ ∇²f v (K, n).
+    single
+        number ↦ that problem as a batch of one.
+    """
+
+    lower: torch.Tensor
+    upper: torch.Tensor
+    equalities: int
+    inequalities: int
+    parts: Callable[[torch.Tensor], torch.Tensor]
+    jacobian: Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
+    hessian: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+    product: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+    single: Callable[[int], Program] | None = None
+
+    @property
+    def size(self) -> int:
+        """N."""
+        return self.lower.shape[-1]
+
+    @property
+    def fixed(self) -> torch.Tensor:
+        """Where lower = upper, (K, n)."""
+        return self.lower == self.upper
+
+    @property
+    def only_bounds(self) -> bool:
+        """Whether there is neither an equality nor an inequality."""
+        return self.equalities == self.inequalities == 0
+
+    def split(self, parts: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Return f (K, ...), h (K, p, ...), c (K, m, ...) of ``parts`` (K, 1 + p + m, ...)."""
+        p = self.equalities
+        return parts[:, 0], parts[:, 1 : 1 + p], parts[:, 1 + p :]
+
+    def violation(self, parts: torch.Tensor) -> torch.Tensor:
+        """Return the largest violation of h = 0 and c ≤ 0, (K,)."""
+        _, h, c = self.split(parts)
+        return torch.cat([h.abs(), c.clamp_min(0), torch.zeros_like(parts[:, :1])], dim=-1).amax(-1)
+
+    def inside(self, x: torch.Tensor) -> torch.Tensor:
+        """Return the nearest point to ``x`` (K, n) within the bounds. Where lower > upper that is the upper bound."""
+        return torch.minimum(torch.maximum(x, self.lower), self.upper)
+
+    def scaled(self, weights: torch.Tensor) -> Program:
+        """Return the program with its parts multiplied by ``weights`` (K, 1 + p + m) > 0."""
+
+        def jacobian(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            parts, rows = self.jacobian(x)
+            return weights * parts, weights.unsqueeze(-1) * rows
+
+        return replace(
+            self,
+            parts=lambda x: weights * self.parts(x),
+            jacobian=jacobian,
+            hessian=lambda x, multipliers: self.hessian(x, weights * multipliers),
+            product=lambda x, v: weights[:, :1] * self.product(x, v),
+        )
+
+    def in_units(self, unit: torch.Tensor) -> Program:
+        """Return the program of x/unit, for ``unit`` (K,) > 0."""
+        column = unit.unsqueeze(-1)
+
+        def jacobian(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            parts, rows = self.jacobian(column * x)
+            return parts, column.unsqueeze(-1) * rows
+
+        single = self.single
+        return Program(
+            self.lower / column, self.upper / column, self.equalities, self.inequalities,
+            parts=lambda x: self.parts(column * x),
+            jacobian=jacobian,
+            hessian=lambda x, weights: column.unsqueeze(-1) ** 2 * self.hessian(column * x, weights),
+            product=lambda x, v: column**2 * self.product(column * x, v),
+            single=None if single is None else lambda number: single(number).in_units(unit[number : number + 1]),
+        )  # fmt: skip
+
+    def unit(self, x: torch.Tensor) -> torch.Tensor:
+        """Return a power of two (K,) in which unknowns are not small: one, unless all that tells of their size at ``x`` is small.
+
+        What tells: x itself, finite bounds, how far constraints are from x, and the length of a Newton step. Tolerances are relative to 1 + |x|,
+        which takes care of large unknowns.
+        """
+        parts, rows = self.jacobian(self.inside(x))
+        flat = torch.zeros_like(parts)
+        flat[:, 0] = 1.0
+        dense = self.size <= _DENSE_ORDER
+        slope = rows[:, 0]
+        bent = (
+            self.hessian(x, flat).abs().sum(-1).amax(-1)
+            if dense
+            else self.product(x, slope).norm(dim=-1) / slope.norm(dim=-1)
+        )
+        known = [x.abs().amax(-1), slope.abs().amax(-1) / bent]
+        known += [torch.where(torch.isfinite(bound), bound.abs(), 0.0).amax(-1) for bound in (self.lower, self.upper)]
+        if not self.only_bounds:
+            known.append((parts[:, 1:].abs() / rows[:, 1:].norm(dim=-1)).nan_to_num(0.0, 0.0, 0.0).amax(-1))
+        size = torch.stack(known).nan_to_num(0.0, 0.0, 0.0).amax(0)
+        small = (size > 0) & (size < _SMALL)
+        return torch.where(small, torch.exp2(torch.log2(size.clamp_min(1e-30)).round()), torch.ones_like(size))
+
+
+@dataclass(frozen=True, eq=False)
+class Answer:
+    """What a constrained solver returns.
+
+    Parameters
+    ----------
+    x
+        (K, n).
+    equality, inequality
+        Multipliers ν (K, p) and λ (K, m). For an infeasible problem: weights of the constraints whose combination cannot be met.
+    status, iterations
+        int64 (K,); ``Status.NOT_CONVERGED`` if the solver cannot tell.
+    known
+        Whether the multipliers are given; otherwise they are recovered from x.
+    """
+
+    x: torch.Tensor
+    equality: torch.Tensor
+    inequality: torch.Tensor
+    status: torch.Tensor
+    iterations: torch.Tensor
+    known: bool = True
+
+
+class ConstrainedSolver(InnerSolver):
+    """Solves a batch of constrained problems. Subclasses are frozen dataclasses of settings with one method, ``solve_program``."""
+
+    @abstractmethod
+    def solve_program(self, program: Program, init: torch.Tensor, smoothing: float | None) -> Answer:
+        """Solve from ``init`` (K, n). ``smoothing`` is the barrier parameter τ of the central path to end on, or None for the solution."""
+
+    def solve(self, problem: Problem, init: torch.Tensor, goal: Goal) -> InnerSolution:
+        raise ArgumentError(
+            f"{problem.where}: expected bounds or constraints for {self.name}, got none; pass lower, upper, equality or inequality to "
+            "bilevel.argmin, or take bilevel.Newton() or bilevel.LBFGS()"
+        )

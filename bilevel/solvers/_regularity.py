@@ -1,0 +1,149 @@
+"""What a derivative needs of a constrained solution: strict complementarity, independent gradients, and curvature on the tangent space."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from bilevel._torch.factorisations import eigh, eigvalsh, svdvals
+from bilevel.solvers._active_set import Measures, Polished
+from bilevel.solvers._program import Program
+from bilevel.solvers._shifted import try_cholesky
+
+__all__ = ["Findings", "examine"]
+
+# Multipliers and distances below this part of the sizes of forces and of x are zero for all that the accuracy can tell.
+_WEAK, _WEAK_UNPOLISHED = 2e-8, 1e-4
+# Singular values of normalised gradients, and eigenvalues of the scaled reduced Hessian, relative to the largest.
+_DEPENDENT, _FLAT = 1e-10, 1e-10
+_MOST_NAMES = 3
+
+
+@dataclass(frozen=True, eq=False)
+class Findings:
+    """What was found at a batch of solutions; every tensor has a leading batch axis.
+
+    Parameters
+    ----------
+    weak_inequality, weak_lower, weak_upper
+        Active, or nearly, with multiplier zero: (K, m), (K, n), (K, n).
+    dependent
+        Whether the gradients of active constraints are linearly dependent (K,), and which take part (K, p + m).
+    flat, negative
+        Whether the reduced Hessian is singular, or has a negative eigenvalue (K,).
+    irregular
+        Whether no multipliers satisfy the KKT conditions to rounding (K,).
+    """
+
+    weak_inequality: torch.Tensor
+    weak_lower: torch.Tensor
+    weak_upper: torch.Tensor
+    dependent: torch.Tensor
+    members: torch.Tensor
+    flat: torch.Tensor
+    negative: torch.Tensor
+    irregular: torch.Tensor
+
+    @property
+    def degenerate(self) -> torch.Tensor:
+        """Where the derivative does not exist or is one-sided (K,). Dependent gradients alone may leave it."""
+        weak = self.weak_inequality.any(-1) | self.weak_lower.any(-1) | self.weak_upper.any(-1)
+        return weak | self.flat | self.irregular
+
+    def sentence(self, number: int, name: Callable[[str, int], str]) -> str:
+        """Return what is degenerate about the problem at ``number``; ``name`` turns a kind and an index into the user's terms."""
+        weak = [("inequality", self.weak_inequality), ("lower", self.weak_lower), ("upper", self.weak_upper)]
+        names = [name(kind, int(i)) for kind, flags in weak for i in flags[number].nonzero().reshape(-1)]
+        if names:
+            return f"{_listed(names)} {'is' if len(names) == 1 else 'are'} active with multiplier 0, so that the derivative is one-sided"
+        if bool(self.irregular[number]):
+            return "no finite multipliers satisfy the optimality conditions, as no constraint qualification holds there"
+        if bool(self.flat[number]):
+            return "the second-order condition fails: the Lagrangian is flat along a direction that the active constraints leave free"
+        p = self.members.shape[-1] - self.weak_inequality.shape[-1]
+        places = self.members[number].nonzero().reshape(-1).tolist()
+        names = [name("equality", i) if i < p else name("inequality", i - p) for i in places]
+        return (
+            f"the gradients of {_listed(names)} are linearly dependent, and the arguments move these constraints apart"
+        )
+
+
+def _listed(names: list[str]) -> str:
+    more = f" and {len(names) - _MOST_NAMES} more" if len(names) > _MOST_NAMES else ""
+    return ", ".join(names[:_MOST_NAMES]) + more
+
+
+def examine(program: Program, point: Polished, at: Measures) -> Findings:
+    """Examine the solutions ``point``, measured as ``at`` there."""
+    gradient, jh, jc = program.split(at.rows)
+    c = program.split(at.parts)[2]
+    weak = torch.where(point.good, _WEAK, _WEAK_UNPOLISHED).to(point.x).unsqueeze(-1)
+    no_force, no_gap = weak * at.force.unsqueeze(-1), weak * at.size.unsqueeze(-1)
+    weak_inequality = (c / at.norms > -no_gap) & (point.inequality * at.norms <= no_force)
+    slope, loose = point.slope, ~program.fixed
+    weak_lower = loose & (point.x - program.lower <= no_gap) & (slope <= no_force)
+    weak_upper = loose & (program.upper - point.x <= no_gap) & (-slope <= no_force)
+    free = (~(point.at_lower | point.at_upper)).to(point.x)
+    rows = torch.cat([jh, jc * point.active.unsqueeze(-1)], dim=1) * free.unsqueeze(1)
+    counted = torch.cat([torch.ones_like(jh[..., 0], dtype=torch.bool), point.active], dim=-1)
+    dependent, members = _dependence(torch.cat([jh, jc], dim=1), rows, counted)
+    flat, negative = _curvature(at.hessian, rows, free)
+    irregular = ~point.good
+    del gradient
+    return Findings(weak_inequality, weak_lower, weak_upper, dependent, members, flat, negative, irregular)
+
+
+def _dependence(whole: torch.Tensor, rows: torch.Tensor, counted: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return whether the ``counted`` (K, r) rows of (K, r, n) are linearly dependent, and which take part."""
+    count, r = rows.shape[:2]
+    members = torch.zeros_like(counted)
+    if not r:
+        return torch.zeros(count, dtype=torch.bool, device=rows.device), members
+    norms = whole.norm(dim=-1, keepdim=True)
+    unit = rows / torch.where(norms > 0, norms, torch.ones_like(norms))
+    gram = unit @ unit.mT + torch.diag_embed((~counted).to(rows))
+    factor, failed = try_cholesky(gram)
+    doubtful = failed | (factor.diagonal(dim1=-2, dim2=-1).amin(-1) < 1e-4)
+    if not bool(doubtful.any()):
+        return doubtful, members
+    # Inactive rows count as units in dimensions of their own.
+    extended = torch.cat([unit, torch.diag_embed((~counted).to(rows))], dim=-1)
+    values = svdvals(extended)
+    dependent = doubtful & ~(values[..., r - 1] > _DEPENDENT * values[..., 0])
+    null = eigh(gram)[1][..., 0]
+    members = counted & (null.abs() > 1e-6) & dependent.unsqueeze(-1)
+    return dependent, members
+
+
+def _curvature(hessian: torch.Tensor, rows: torch.Tensor, free: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return whether the Hessian reduced to the null space of the rows is singular, or has a negative eigenvalue (K,)."""
+    masked = hessian * free.unsqueeze(1) * free.unsqueeze(2)
+    held = torch.diag_embed(1 - free)
+    size = masked.abs().amax(-1)
+    scale = torch.where(size > 1e-14 * size.amax(-1, keepdim=True), size, torch.ones_like(size)).rsqrt()
+    scaled = scale.unsqueeze(-1) * masked * scale.unsqueeze(-2)
+    jacobian = rows * scale.unsqueeze(1)
+    if not rows.shape[1]:
+        _, failed = try_cholesky(scaled + held)
+        return _signs(scaled + held, failed)
+    gram = jacobian.mT @ jacobian
+    weight = 1e3 / gram.diagonal(dim1=-2, dim2=-1).amax(-1).clamp_min(1e-300)
+    augmented = scaled + weight[:, None, None] * gram + held
+    _, failed = try_cholesky(augmented)
+    if not bool(failed.any()):
+        return failed, failed
+    values, vectors = eigh(gram + held * gram.diagonal(dim1=-2, dim2=-1).amax(-1)[:, None, None])
+    normal = (values > 1e-14 * values.amax(-1, keepdim=True)).to(scaled)
+    tangent = vectors @ torch.diag_embed(1 - normal) @ vectors.mT
+    reduced = tangent @ scaled @ tangent + vectors @ torch.diag_embed(normal) @ vectors.mT
+    return _signs(reduced, failed)
+
+
+def _signs(matrix: torch.Tensor, failed: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    if not bool(failed.any()):
+        return failed, failed
+    least = eigvalsh(0.5 * (matrix + matrix.mT))[..., 0]
+    negative = failed & (least < -1e-7)
+    return failed & ~negative & ~(least > _FLAT), negative

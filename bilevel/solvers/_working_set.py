@@ -1,0 +1,239 @@
+"""A working-set proximal Newton method for one problem with a separable term: few unknowns of many are free at the solution.
+
+Around x, f is taken for its quadratic model. Rows of the Hessian are made for a working set W alone, the unknowns that a prox step moves most.
+They give the model's whole gradient for any change in W, so that the model is minimised by small vectors and matrices, without f: accelerated
+proximal steps find the manifold, and Newton's method ends on it. Where f is a quadratic, that is all. Otherwise the model is made again at the
+new x.
+
+In the spirit of Johnson & Guestrin, "Blitz", ICML 2015, and of Massias, Gramfort, Salmon, "Celer", ICML 2018, with Newton's method inside.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from bilevel.prox._flat import FlatTerm
+from bilevel.solvers._base import length
+from bilevel.solvers._composite import Composite, Iterate
+from bilevel.solvers._reduced import Reduced, factorised
+
+__all__ = ["Sparse", "solve_sparse"]
+
+# How many unknowns there have to be, how many join the working set at once, and how many it may hold.
+_LEAST_UNKNOWNS, _JOIN, _MOST = 64, 32, 640
+_MOST_ROUNDS, _MOST_SWEEPS, _MOST_NEWTON = 16, 6, 8
+# Accelerated steps before Newton's method: in the first round, in later ones, and after Newton's method failed.
+_FIRST_STEPS, _STEPS, _MORE_STEPS = 12, 5, 15
+# How many power steps estimate the largest eigenvalue, and what is added to the estimate.
+_POWER_STEPS, _MARGIN = 5, 1.1
+
+
+@dataclass(frozen=True, eq=False)
+class Sparse:
+    """Where the method ended: an iterate, the factorised Hessian, how far (1,) it was made from there, and the rounds taken."""
+
+    at: Iterate
+    reduced: Reduced
+    distance: torch.Tensor
+    rounds: int
+
+
+@torch.no_grad()
+def solve_sparse(composite: Composite, x: torch.Tensor) -> Sparse | None:
+    """Minimise f + g from ``x`` (1, n); None where the method has nothing to gain, or no decrease was found."""
+    g = composite.separable
+    if g is None or x.shape[-1] < _LEAST_UNKNOWNS or torch.finfo(x.dtype).bits < 32:
+        return None
+    if int(_free(g, x[0]).sum()) > _JOIN:
+        return None
+    at = composite.at(x, x.new_zeros(1))
+    if not bool(torch.isfinite(at.value + at.slope.sum())):
+        return None
+    around, total, step = at, at.value + g.value(x[0]), float("inf")
+    places: torch.Tensor | None = None
+    rows: torch.Tensor | None = None
+    for number in range(_MOST_ROUNDS):
+        more = _moved_most(g, at, step, places, _JOIN << max(0, number - 2))
+        if more is None and (places is None or rows is None):
+            return None
+        if more is not None:
+            made = composite.objective.some_rows(around.x, more)
+            known = places is not None and rows is not None
+            places = torch.cat([places, more]) if known and places is not None else more
+            rows = torch.cat([rows, made]) if known and rows is not None else made
+        assert places is not None and rows is not None
+        model = _Model.of(g, around, places, rows, step)
+        if model is None or len(places) > min(_MOST, x.shape[-1]):
+            return None
+        step = model.step
+        inner = model.minimised(at.x[0, places], _STEPS if number else _FIRST_STEPS)
+        y = at.x[0].index_copy(0, places, inner)
+        at = composite.at(y.unsqueeze(0), x.new_full((1,), step))
+        before, total = total, at.value + g.value(y)
+        if not bool(total <= before + 1e-9 * before.abs()):
+            return None
+        slope = at.slope[0]
+        # No part of the prox step may be left, but what rounding and the model's own accuracy leave.
+        move = (g.prox(torch.add(y, slope, alpha=-step), at.step[0]) - y).abs().amax()
+        if bool(move <= 1e-7 * (y.abs().amax() + step * slope.abs().amax())):
+            reduced = model.reduced(at.x, _free(g, y), inner)
+            return Sparse(at, reduced, length(at.x - around.x), number + 1)
+        expected = around.slope[0] + (inner - model.x) @ rows
+        if not bool((expected - slope).norm() <= 1e-10 * (slope.norm() + around.slope.norm())):
+            around, places, rows = at, None, None
+    return None
+
+
+def _moved_most(g: FlatTerm, at: Iterate, step: float, known: torch.Tensor | None, many: int) -> torch.Tensor | None:
+    """Return the places of so ``many`` unknowns, beside the ``known``, that a prox step moves most; None if it moves none."""
+    y, slope = at.x[0], at.slope[0]
+    if step == float("inf"):  # nothing is known of the curvature yet: the longest moves are the longest for any step
+        size = float(slope.abs().amax())
+        step = (1 + float(y.abs().amax())) / size if size > 0 else 1.0
+    scores = (g.prox(torch.add(y, slope, alpha=-step), y.new_tensor(step)) - y).abs()
+    scores = scores.masked_fill(_free(g, y), torch.inf)
+    if known is not None:
+        scores[known] = -1.0
+    # Always as many in a round, so that one recorded program makes the rows.
+    best = scores.topk(min(many, len(y) - (0 if known is None else len(known))))
+    return best.indices if len(best.values) and bool(best.values[0] > 0) else None
+
+
+@dataclass(frozen=True, eq=False)
+class _Model:
+    """f + g around x in the unknowns of W: ⟨∇f, y − x⟩ + ½ ⟨y − x, H (y − x)⟩ + g(y), all vectors (k,).
+
+    Parameters
+    ----------
+    g
+        The term of these unknowns.
+    x, slope, hessian
+        x, ∇f(x) and H (k, k).
+    step, length
+        s, below 1/L in W, as a number and as a tensor.
+    places
+        W.
+    """
+
+    g: FlatTerm
+    x: torch.Tensor
+    slope: torch.Tensor
+    hessian: torch.Tensor
+    step: float
+    length: torch.Tensor
+    places: torch.Tensor
+
+    @staticmethod
+    def of(g: FlatTerm, around: Iterate, places: torch.Tensor, rows: torch.Tensor, step: float) -> _Model | None:
+        """Return the model around an iterate; None where it has no curvature, or the term cannot be taken apart."""
+        part, hessian = g.at(places), rows[:, places]
+        hessian = 0.5 * (hessian + hessian.mT)
+        largest = _largest(hessian)
+        step = min(step, 1 / largest) if largest > 0 else step
+        if part is None or not step < float("inf"):
+            return None
+        x, slope = around.x[0, places], around.slope[0, places]
+        return _Model(part, x, slope, hessian, step, x.new_tensor(step), places)
+
+    def minimised(self, y: torch.Tensor, steps: int) -> torch.Tensor:
+        """Return the minimiser, found from ``y``."""
+        for _ in range(_MOST_SWEEPS):
+            y = self._descended(y, steps)
+            slope = self._slope_at(y)
+            value = self._value(y, slope)
+            for _ in range(_MOST_NEWTON):
+                ahead, final = self._newton(y, slope)
+                if ahead is None:
+                    break
+                after = self._slope_at(ahead)
+                new = self._value(ahead, after)
+                if not new <= value + 1e-12 * abs(value):
+                    break
+                y, slope, value = ahead, after, new
+                if final:
+                    return y
+            steps = _MORE_STEPS
+        return y
+
+    def _slope_at(self, y: torch.Tensor) -> torch.Tensor:
+        """Return ∇f + H (y − x)."""
+        return torch.addmv(self.slope, self.hessian, y - self.x)
+
+    def _prox(self, y: torch.Tensor, slope: torch.Tensor) -> torch.Tensor:
+        return self.g.prox(torch.add(y, slope, alpha=-self.step), self.length)
+
+    def _descended(self, y: torch.Tensor, steps: int) -> torch.Tensor:
+        """Return ``y`` after accelerated proximal steps, with restarts."""
+        x, t = y, 1.0
+        for _ in range(steps):
+            new = self._prox(y, self._slope_at(y))
+            moved = new - x
+            if float((y - new) @ moved) > 0:
+                t, y = 1.0, new
+            else:
+                following = 0.5 * (1 + (1 + 4 * t * t) ** 0.5)
+                y = torch.add(new, moved, alpha=(t - 1) / following)
+                t = following
+            x = new
+        return x
+
+    def _newton(self, y: torch.Tensor, slope: torch.Tensor) -> tuple[torch.Tensor | None, bool]:
+        """Return the prox step from Newton's on the manifold of ``y``, and whether that is the minimiser; None where H is not positive definite."""
+        back = self._prox(y, slope)
+        free, curvature = self._manifold(y, slope)
+        if free.numel() == 0:
+            return back, bool((back == y).all())
+        # R, as the prox step from y tells it: T(y) − y = −s R / (1 + s K).
+        residual = (y - back)[free] * (1 / self.step + curvature)
+        factor, info = torch.linalg.cholesky_ex(self._matrix(free, curvature))
+        if int(info):
+            return None, False
+        ahead = y.index_add(0, free, torch.cholesky_solve(residual.unsqueeze(-1), factor).squeeze(-1), alpha=-1)
+        new = self._prox(ahead, self._slope_at(ahead))
+        # The model is quadratic on its manifold: where the prox changes nothing any more, that was the solution.
+        return new, bool((new - ahead).abs().amax() <= 1e-11 * ahead.abs().amax())
+
+    def _manifold(self, y: torch.Tensor, slope: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the free unknowns, and the curvature K of g there."""
+        free = _free(self.g, y).nonzero().squeeze(-1)
+        if self.g.is_flat:
+            return free, y.new_zeros(len(free))
+        # A separable term's prox has slopes 1 / (1 + s K): a difference tells them, exactly where it is piecewise linear.
+        u = torch.add(y, slope, alpha=-self.step)
+        h = torch.where(u < 0, -1.0, 1.0) * (1e-3 * u.abs() + 1e-6 * u.abs().amax())
+        shrink = ((self.g.prox(u + h, self.length) - self.g.prox(u, self.length)) / h)[free]
+        curvature = (1 / shrink - 1) / self.step
+        return free, torch.where((curvature > 1e-9 / self.step) & torch.isfinite(curvature), curvature, 0.0)
+
+    def _matrix(self, free: torch.Tensor, curvature: torch.Tensor) -> torch.Tensor:
+        matrix = self.hessian[free][:, free]
+        if not self.g.is_flat:
+            matrix.diagonal().add_(curvature)
+        return matrix
+
+    def _value(self, y: torch.Tensor, slope: torch.Tensor) -> float:
+        """Return the model, but for a constant; ``slope`` is its gradient at ``y``."""
+        smooth = 0.5 * ((y - self.x) @ (self.slope + slope))
+        return float(smooth + self.g.value(y))
+
+    def reduced(self, x: torch.Tensor, everything: torch.Tensor, y: torch.Tensor) -> Reduced:
+        """Return the factorised Hessian of the local model at ``x`` (1, n), with free unknowns ``everything`` (n,), whose part in W is ``y``."""
+        free, curvature = self._manifold(y, self._slope_at(y))
+        matrix = self._matrix(free, curvature).unsqueeze(0)
+        return factorised(x, everything.unsqueeze(0), self.places[free].unsqueeze(0), None, matrix)
+
+
+def _free(g: FlatTerm, y: torch.Tensor) -> torch.Tensor:
+    free = g.manifold(y).free
+    assert free is not None
+    return free
+
+
+def _largest(matrix: torch.Tensor) -> float:
+    """Return a number that is probably above the largest eigenvalue of a positive semidefinite matrix."""
+    v = matrix.sum(dim=-1) + matrix.diagonal()
+    for _ in range(_POWER_STEPS):
+        v = matrix @ (v / v.norm())
+    return _MARGIN * float(v.norm())

@@ -1,0 +1,408 @@
+"""A primal–dual interior-point method for batches of small and medium nonlinear programs."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, fields, replace
+
+import torch
+
+from bilevel.reports import Status
+from bilevel.setting_checks import check_steps
+from bilevel.solvers._filter import Filter
+from bilevel.solvers._interior_pieces import (
+    complementarity,
+    finite_gaps,
+    gaps,
+    largest,
+    least_squares,
+    longest_step,
+    pick,
+    pull,
+    pushed,
+    weights,
+)
+from bilevel.solvers._kkt import Direction, newton_direction
+from bilevel.solvers._program import Answer, ConstrainedSolver, Program
+from bilevel.solvers._restoration import restore
+
+__all__ = ["InteriorPoint"]
+
+_MAX_STEPS = 300
+_MOST_TRIALS = 30
+# The barrier parameter: first, by what factor and to what power it falls, and last (in units of the scaled problem).
+_FIRST_BARRIER, _BARRIER_FACTOR, _BARRIER_POWER, _LAST_BARRIER = 0.1, 0.2, 1.5, 1e-9
+# A subproblem is solved when its error is this many barrier parameters.
+_SUBPROBLEM = 10.0
+# A problem is unbounded if x is this many times its first size away, and the objective goes on falling, nearly feasible, at these multiples of
+# the way.
+_FAR, _NEARLY, _REACHES = 1e6, 1e-6, (10.0, 1e3)
+# How far from its product μ a multiplier of a bound or slack may be.
+_DUAL_SPREAD = 1e10
+_MOST_RESTORATIONS = 6
+_MOST_CORRECTIONS = 4
+
+
+@dataclass(frozen=True)
+class InteriorPoint(ConstrainedSolver):
+    """Follow the central path: Newton on the KKT system with slacks, step lengths by a filter.
+
+    Inequalities get slacks, c(x) + s = 0, s > 0. Each step solves the symmetric KKT system of the barrier problem
+
+        [ W + Σ_x + ∇cᵀ Σ_s ∇c + δ I    ∇hᵀ ] [ dx ]
+        [ ∇h                           −δ_c ] [ dν ]
+
+    in which δ makes the inertia that of a minimum. A fraction-to-the-boundary rule keeps s and the bounds' slacks positive. A step is
+    accepted where it lowers the barrier objective or the violation ‖(h, c + s)‖₁ enough. Where the full step is refused, second-order
+    corrections are tried; where no step is accepted, a restoration. That minimises ½‖h‖² + ½‖max(c, 0)‖² within the bounds, and detects
+    infeasible problems. Each problem of a batch has its own barrier parameter, filter, step length and status. The start need not be feasible.
+
+    A step costs one Jacobian, one Hessian of the Lagrangian and O((n + p)³) operations for each problem; memory is batch · (n + p + m) · n
+    numbers.
+
+    Parameters
+    ----------
+    max_steps
+        The most steps; None for 300.
+
+    Raises
+    ------
+    ArgumentError
+        If ``max_steps`` is not a positive integer.
+
+    References
+    ----------
+    Wächter & Biegler, "On the implementation of an interior-point filter line-search algorithm for large-scale nonlinear programming",
+    Mathematical Programming 106, 2006; Nocedal & Wright, "Numerical Optimization", chapter 19.
+
+    Examples
+    --------
+    >>> import torch, bilevel
+    >>> layer = bilevel.argmin(lambda x, a: ((x - a) ** 2).sum(), inequality=lambda x, a: x.sum() - 1, solver=InteriorPoint())
+    >>> layer(torch.zeros(2, dtype=torch.float64), torch.tensor([1.0, 2.0], dtype=torch.float64)).round(decimals=9)
+    tensor([0., 1.], dtype=torch.float64)
+    """
+
+    max_steps: int | None = None
+
+    def __post_init__(self) -> None:
+        check_steps("InteriorPoint", "max_steps", self.max_steps, optional=True)
+
+    def solve_program(self, program: Program, init: torch.Tensor, smoothing: float | None) -> Answer:
+        run = _Run(program, init, smoothing)
+        for _ in range(_MAX_STEPS if self.max_steps is None else self.max_steps):
+            if not bool(run.running.any()):
+                break
+            run.step()
+        return run.answer()
+
+
+@dataclass(frozen=True, eq=False)
+class _State:
+    """An iterate of every problem: x (K, n), slacks (K, m), multipliers ν (K, p), λ (K, m) and those of the bounds (K, n)."""
+
+    x: torch.Tensor
+    slack: torch.Tensor
+    equality: torch.Tensor
+    inequality: torch.Tensor
+    lower: torch.Tensor
+    upper: torch.Tensor
+
+    def where(self, these: torch.Tensor, other: _State) -> _State:
+        """Return this state for ``these`` problems (K,) and ``other`` for the rest."""
+        mask = these.unsqueeze(-1)
+        made = {f.name: torch.where(mask, getattr(self, f.name), getattr(other, f.name)) for f in fields(self)}
+        return _State(**made)
+
+
+class _Run:
+    """The loop's state; one :meth:`step` moves every problem that is running."""
+
+    def __init__(self, program: Program, init: torch.Tensor, smoothing: float | None) -> None:
+        self.smoothing = smoothing
+        self.given = program
+        contradictory = (program.lower > program.upper).any(-1)
+        self.crossed = contradictory
+        x = pushed(program, init)
+        self.weights = weights(program, x)
+        self.program = program.scaled(self.weights)
+        count = len(x)
+        self.status = torch.full((count,), int(Status.RUNNING), dtype=torch.int64, device=x.device)
+        self.status = torch.where(contradictory, int(Status.INFEASIBLE), self.status)
+        self.iterations = torch.zeros_like(self.status)
+        # With smoothing the central path ends at τ, in the problem's own units.
+        self.last = x.new_full((count,), _LAST_BARRIER) if smoothing is None else smoothing * self.weights[:, 0]
+        self.barrier = torch.maximum(x.new_full((count,), _FIRST_BARRIER), self.last)
+        self.shift = torch.zeros_like(self.barrier)  # δ of the last step
+        self.restorations = torch.zeros_like(self.status)
+        self.parts, self.rows = self.program.jacobian(x)
+        self.first_value = self.parts[:, 0]
+        broken = ~torch.isfinite(self.parts).all(-1) | ~torch.isfinite(self.rows).all(-1).all(-1)
+        self.status = torch.where(broken & self.running, int(Status.NOT_FINITE), self.status)
+        self.state = self._fresh(x)
+        self.filter = Filter(self._pair(x, self.state.slack, self.parts)[0])
+        self.origin = x
+
+    @property
+    def running(self) -> torch.Tensor:
+        return self.status == Status.RUNNING
+
+    def _fresh(self, x: torch.Tensor) -> _State:
+        """Return a state at ``x`` with slacks and multipliers of the current barrier parameter, ν by least squares."""
+        program, barrier = self.program, self.barrier.unsqueeze(-1)
+        _, _, c = program.split(self.parts)
+        slack = torch.maximum(-c, barrier.sqrt().clamp_max(1e-1))
+        multiplier = barrier / slack
+        low, high = gaps(program, x)
+        lower, upper = barrier / low, barrier / high
+        gradient, jh, jc = program.split(self.rows)
+        slope = gradient + pull(jc, multiplier) - lower + upper
+        slope = torch.where(program.fixed, torch.zeros_like(slope), slope)
+        equality = least_squares(torch.where(program.fixed.unsqueeze(1), 0.0, jh), slope)
+        # Large ones say that the linearised constraints are nearly dependent, and nothing of the solution.
+        equality = torch.where(equality.abs().amax(-1, keepdim=True) > 1e3, 0.0, equality) if jh.shape[1] else equality
+        return _State(x, slack, equality, multiplier, lower, upper)
+
+    def step(self) -> None:
+        """Move the problems that are running by one step."""
+        self._lower_barrier()
+        if not bool(self.running.any()):
+            return
+        program, state = self.program, self.state
+        weights = torch.cat([torch.ones_like(self.parts[:, :1]), state.equality, state.inequality], dim=-1)
+        hessian = program.hessian(state.x, weights)
+        low, high = gaps(program, state.x)
+        direction = newton_direction(
+            program, self.parts, self.rows, hessian, low, high, state.slack, state.equality, state.inequality,
+            state.lower, state.upper, self.barrier, self.shift,
+        )  # fmt: skip
+        self.shift = torch.where(self.running, direction.shift, self.shift)
+        accepted, moved, parts = self._search(direction, low, high)
+        self.iterations = self.iterations + self.running
+        self._take(accepted & self.running, moved, parts)
+        stuck = self.running & ~accepted
+        if bool(stuck.any()):
+            self._help(stuck)
+        self._notice_unbounded()
+
+    def _take(self, these: torch.Tensor, moved: _State, parts: torch.Tensor) -> None:
+        if not bool(these.any()):
+            return
+        self.state = moved.where(these, self.state)
+        fresh, rows = self.program.jacobian(self.state.x)
+        whole = torch.isfinite(rows).all(-1).all(-1) & torch.isfinite(fresh).all(-1)
+        self.status = torch.where(these & ~whole, int(Status.NOT_FINITE), self.status)
+        self.parts, self.rows = fresh, rows.nan_to_num(0.0, 0.0, 0.0)
+
+    def _error(self, barrier: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the scaled error of the KKT conditions at ``barrier`` (K,), and the violation of the constraints."""
+        program, state = self.program, self.state
+        gradient, jh, jc = program.split(self.rows)
+        _, h, c = program.split(self.parts)
+        dual = gradient + pull(jh, state.equality) + pull(jc, state.inequality) - state.lower + state.upper
+        dual = torch.where(program.fixed, torch.zeros_like(dual), dual)
+        low, high = gaps(program, state.x)
+        products = torch.cat(
+            [state.slack * state.inequality, *complementarity(state.lower, state.upper, low, high)], dim=-1
+        )
+        multipliers = torch.cat([state.equality, state.inequality, state.lower, state.upper], dim=-1).abs()
+        size = (multipliers.sum(-1) / max(multipliers.shape[-1], 1)).clamp_min(100.0) / 100.0
+        primal = largest(torch.cat([h, c + state.slack], dim=-1))
+        there = torch.cat([torch.ones_like(state.slack), *finite_gaps(program)], dim=-1)
+        off = torch.where(there > 0, products - barrier.unsqueeze(-1), torch.zeros_like(products))
+        error = torch.maximum(torch.maximum(largest(dual) / size, primal), largest(off) / size)
+        return error, primal
+
+    def _lower_barrier(self) -> None:
+        for _ in range(8):
+            error, _ = self._error(self.barrier)
+            solved = self.running & (error <= _SUBPROBLEM * self.barrier)
+            if not bool(solved.any()):
+                return
+            # The smoothed path is wanted exactly: a bias of the path's own size would be no answer.
+            exact = error <= (1e-9 if self.smoothing is not None else math.inf)
+            done = solved & (self.barrier <= self.last) & exact
+            self.status = torch.where(done, int(Status.CONVERGED), self.status)
+            lower = solved & (self.barrier > self.last)
+            if not bool(lower.any()):
+                return
+            fallen = torch.minimum(_BARRIER_FACTOR * self.barrier, self.barrier**_BARRIER_POWER)
+            self.barrier = torch.where(lower, torch.maximum(fallen, self.last), self.barrier)
+            self.filter.clear(lower)
+
+    def _search(
+        self, direction: Direction, low: torch.Tensor, high: torch.Tensor
+    ) -> tuple[torch.Tensor, _State, torch.Tensor]:
+        """Return which problems have an acceptable step (K,), the states and their parts."""
+        state = self.state
+        keep = torch.clamp(1 - self.barrier, min=0.99).unsqueeze(-1)
+        dual = longest_step(state.inequality, direction.inequality, keep)
+        dual = torch.minimum(dual, longest_step(state.lower, direction.lower, keep))
+        dual = torch.minimum(dual, longest_step(state.upper, direction.upper, keep))
+        old = self._pair(state.x, state.slack, self.parts)
+        alpha = longest = self._longest_primal(direction, low, high, keep)
+        accepted = augment = torch.zeros_like(self.running)
+        chosen: tuple[torch.Tensor, ...] = (state.x, state.slack, self.parts)
+        for trial in range(_MOST_TRIALS):
+            tried = self._moved(direction, alpha)
+            good, enters = self.filter.accepts(alpha, direction.slope, old, self._pair(*tried))
+            fresh = good & ~accepted
+            chosen, accepted, augment = pick(fresh, tried, chosen), accepted | fresh, augment | (enters & fresh)
+            if trial == 0 and not self.program.only_bounds and bool((self.running & ~accepted).any()):
+                for other in self._corrections(direction, alpha, tried, low, high, keep):
+                    good, enters = self.filter.accepts(alpha, direction.slope, old, self._pair(*other))
+                    fresh = good & ~accepted
+                    chosen, accepted, augment = (
+                        pick(fresh, other, chosen),
+                        accepted | fresh,
+                        augment | (enters & fresh),
+                    )
+            if bool((accepted | ~self.running).all()):
+                break
+            alpha = torch.where(accepted, alpha, 0.5 * alpha)
+        self.filter.add(self.running & augment, *old)
+        # A step length that the trials never shortened is that of the multipliers of equalities, too.
+        length = torch.where(accepted, alpha, longest)
+        return accepted, self._with_duals(chosen[0], chosen[1], direction, length, dual), chosen[2]
+
+    def _longest_primal(
+        self, direction: Direction, low: torch.Tensor, high: torch.Tensor, keep: torch.Tensor
+    ) -> torch.Tensor:
+        longest = torch.minimum(
+            longest_step(self.state.slack, direction.slack, keep), longest_step(low, direction.x, keep)
+        )
+        return torch.minimum(longest, longest_step(high, -direction.x, keep))
+
+    def _moved(self, direction: Direction, alpha: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Return (x, slack, parts) at the step lengths ``alpha`` (K,); a slack smaller than −c would only add to both φ and θ."""
+        x = self.program.inside(self.state.x + alpha.unsqueeze(-1) * direction.x)
+        x = torch.where(self.program.fixed, self.state.x, x)
+        parts = self.program.parts(x)
+        slack = self.state.slack + alpha.unsqueeze(-1) * direction.slack
+        return x, torch.maximum(slack, -self.program.split(parts)[2]), parts
+
+    def _corrections(
+        self, direction: Direction, alpha: torch.Tensor, tried: tuple[torch.Tensor, ...], low: torch.Tensor,
+        high: torch.Tensor, keep: torch.Tensor,
+    ) -> Iterator[tuple[torch.Tensor, ...]]:  # fmt: skip
+        """Yield second-order corrections: steps that also meet the constraints as they are at the end of the last one."""
+        program, slack = self.program, self.state.slack
+        _, h, c = program.split(self.parts)
+        c = c + slack
+        length, step = alpha, direction
+        for _ in range(_MOST_CORRECTIONS):
+            _, h_there, c_there = program.split(tried[2])
+            h = length.unsqueeze(-1) * h + h_there
+            c = length.unsqueeze(-1) * c + c_there + slack + length.unsqueeze(-1) * step.slack
+            step = direction.again(h, c)
+            length = self._longest_primal(step, low, high, keep)
+            tried = self._moved(step, length)
+            yield tried
+
+    def _pair(self, x: torch.Tensor, slack: torch.Tensor, parts: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the violation ‖(h, c + s)‖₁ and the barrier objective, (K,) each; inf outside the domain."""
+        program = self.program
+        f, h, c = program.split(parts)
+        low, high = gaps(program, x)
+        there_low, there_high = finite_gaps(program)
+        one = torch.ones_like(low)
+        logs = slack.log().sum(-1) + torch.where(there_low > 0, low, one).log().sum(-1)
+        logs = logs + torch.where(there_high > 0, high, one).log().sum(-1)
+        violation = h.abs().sum(-1) + (c + slack).abs().sum(-1)
+        value = f - self.barrier * logs
+        broken = ~torch.isfinite(value) | ~torch.isfinite(violation)
+        return torch.where(broken, math.inf, violation), torch.where(broken, math.inf, value)
+
+    def _with_duals(
+        self, x: torch.Tensor, slack: torch.Tensor, direction: Direction, alpha: torch.Tensor, dual: torch.Tensor
+    ) -> _State:
+        """Return the state at (x, s), its multipliers stepped and kept within a factor of their product with the slacks."""
+        state, barrier = self.state, self.barrier.unsqueeze(-1)
+        low, high = gaps(self.program, x)
+        there_low, there_high = finite_gaps(self.program)
+
+        def near(multiplier: torch.Tensor, gap: torch.Tensor) -> torch.Tensor:
+            least, most = barrier / (_DUAL_SPREAD * gap), _DUAL_SPREAD * barrier / gap
+            return torch.minimum(torch.maximum(multiplier, least), most)
+
+        step = dual.unsqueeze(-1)
+        return _State(
+            x,
+            slack,
+            state.equality + alpha.unsqueeze(-1) * direction.equality,
+            near(state.inequality + step * direction.inequality, slack),
+            there_low * near(state.lower + step * direction.lower, low),
+            there_high * near(state.upper + step * direction.upper, high),
+        )
+
+    def _help(self, stuck: torch.Tensor) -> None:
+        """End or restore the problems that found no step: at rounding, in need of feasibility, or infeasible."""
+        error, primal = self._error(torch.zeros_like(self.barrier))
+        ended = stuck & (error <= 1e-6)
+        spent = stuck & ~ended & ((self.restorations >= _MOST_RESTORATIONS) | (primal <= 1e-10))
+        # Rounding may hold a problem near its solution: the polish that follows decides.
+        self.status = torch.where(ended, int(Status.CONVERGED), self.status)
+        self.status = torch.where(spent, int(Status.STAGNATED), self.status)
+        these = stuck & ~ended & ~spent
+        if not bool(these.any()):
+            return
+        self.restorations = self.restorations + these
+        self.filter.add(these, *self._pair(self.state.x, self.state.slack, self.parts))
+        x, feasible, stationary = restore(self.program, self.state.x, these, 0.1)
+        self.status = torch.where(these & stationary, int(Status.INFEASIBLE), self.status)
+        go_on = these & feasible
+        self.status = torch.where(these & ~feasible & ~stationary, int(Status.STAGNATED), self.status)
+        x = torch.where(
+            these.unsqueeze(-1), torch.where(go_on.unsqueeze(-1), pushed(self.program, x, 1e-4), x), self.state.x
+        )
+        self.parts, self.rows = self.program.jacobian(x)
+        self.state = self._fresh(x).where(go_on, replace(self.state, x=x))
+        self.shift = torch.where(go_on, torch.zeros_like(self.shift), self.shift)
+
+    def _notice_unbounded(self) -> None:
+        x, program = self.state.x, self.program
+        size = x.abs().amax(-1)
+        far = self.running & (size > _FAR * (1 + self.origin.abs().amax(-1))) & (self.parts[:, 0] < self.first_value)
+        if not bool(far.any()):
+            return
+        far = far & (program.violation(self.parts) <= _NEARLY * (1 + size))
+        ray, fallen = x - self.origin, self.first_value - self.parts[:, 0]
+        for reach in _REACHES:
+            there = x + reach * ray
+            parts = program.parts(there)
+            outside = (there - program.inside(there)).abs().amax(-1)
+            far = far & (torch.maximum(program.violation(parts), outside) <= _NEARLY * (1 + reach * size))
+            far = far & (parts[:, 0] <= self.parts[:, 0] - 0.1 * reach * fallen)
+        self.status = torch.where(far, int(Status.UNBOUNDED), self.status)
+
+    def answer(self) -> Answer:
+        """Return the answer in the units of the problem as given."""
+        status = torch.where(self.running, int(Status.MAX_STEPS), self.status)
+        f, h, c = self.program.split(self.weights)
+        state = self.state
+        x = torch.where(self.given.fixed, self.given.lower, state.x)
+        equality, inequality = state.equality * h / f.unsqueeze(-1), state.inequality * c / f.unsqueeze(-1)
+        short = (status == Status.STAGNATED) | (status == Status.MAX_STEPS)
+        if bool((short | (status == Status.INFEASIBLE)).any()):
+            status, x, equality, inequality = self._judge_feasibility(status, short, x, equality, inequality)
+        return Answer(x, equality, inequality, status, self.iterations)
+
+    def _judge_feasibility(
+        self,
+        status: torch.Tensor,
+        short: torch.Tensor,
+        x: torch.Tensor,
+        equality: torch.Tensor,
+        inequality: torch.Tensor,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Tell infeasible problems from those that are only unsolved, and put the ray of the former into their multipliers."""
+        here, _, stationary = restore(self.given, self.origin, short, 0.0)
+        infeasible = (short & stationary) | (status == Status.INFEASIBLE)
+        x = torch.where((short & stationary).unsqueeze(-1), here, x)
+        _, h, c = self.given.split(self.given.parts(x))
+        ray = torch.cat([h, c.clamp_min(0)], dim=-1)
+        ray = ray / ray.norm(dim=-1, keepdim=True).clamp_min(torch.finfo(ray.dtype).tiny)
+        mask, p = infeasible.unsqueeze(-1), h.shape[-1]
+        status = torch.where(infeasible, int(Status.INFEASIBLE), status)
+        return status, x, torch.where(mask, ray[:, :p], equality), torch.where(mask, ray[:, p:], inequality)

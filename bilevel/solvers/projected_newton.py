@@ -1,0 +1,191 @@
+"""Projected Newton for bounds: dense where the matrices are small, by conjugate gradients where they are large."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from bilevel.errors import ArgumentError
+from bilevel.reports import Status
+from bilevel.setting_checks import check_steps
+from bilevel.solvers._program import Answer, ConstrainedSolver, Program
+from bilevel.solvers._shifted import shifted_cholesky
+
+__all__ = ["DENSE_LIMIT", "ProjectedNewton"]
+
+DENSE_LIMIT = 512
+_MAX_STEPS = 250
+_ARMIJO, _MOST_TRIALS = 1e-4, 40
+# How near a bound counts as on it, at most, relative to the size of x (Bertsekas' ε).
+_NEAR = 1e-3
+# When the step that is left is this small a part of x, the search has converged.
+_SMALL_STEP = 1e-11
+_ENDLESS = 1e12
+_MOST_PRODUCTS = 500
+
+
+@dataclass(frozen=True)
+class ProjectedNewton(ConstrainedSolver):
+    """Newton's method on the unknowns that are free, with a search along the projection of the step onto the bounds.
+
+    An unknown is held where it is at (or within ε of) a bound and the gradient points outwards; held ones move along the negative
+    gradient, free ones along the Newton step of their own Hessian. The step is x(α) = P(x + α d), with α halved until the objective falls
+    enough. The active set is identified in finitely many steps near a nondegenerate solution.
+
+    *Small problems* (n ≤ 512): the Hessians are factorised by Cholesky, shifted where not positive definite. *Large problems*: conjugate
+    gradients that stop early, or at negative curvature. Cost: a gradient and n (small) or some (large) Hessian products a step.
+
+    Parameters
+    ----------
+    max_steps
+        The most steps; None for 250.
+
+    Raises
+    ------
+    ArgumentError
+        If ``max_steps`` is not a positive integer; on use, if there are constraints other than bounds.
+
+    References
+    ----------
+    Bertsekas, "Projected Newton methods for optimization problems with simple constraints", SIAM Journal on Control and Optimization 20, 1982;
+    Lin & Moré, "Newton's method for large bound-constrained optimization problems", SIAM Journal on Optimization 9, 1999.
+
+    Examples
+    --------
+    >>> import torch, bilevel
+    >>> layer = bilevel.argmin(lambda x, a: ((x - a) ** 2).sum(), lower=0.0, solver=ProjectedNewton())
+    >>> layer(torch.zeros(2, dtype=torch.float64), torch.tensor([-1.0, 2.0], dtype=torch.float64))
+    tensor([0., 2.], dtype=torch.float64)
+    """
+
+    max_steps: int | None = None
+
+    def __post_init__(self) -> None:
+        check_steps("ProjectedNewton", "max_steps", self.max_steps, optional=True)
+
+    def solve_program(self, program: Program, init: torch.Tensor, smoothing: float | None) -> Answer:
+        if not program.only_bounds or smoothing is not None:
+            raise ArgumentError(
+                "ProjectedNewton: expected bounds alone, got equality, inequality or smoothing; take bilevel.InteriorPoint()"
+            )
+        run = _Run(program, init)
+        for _ in range(_MAX_STEPS if self.max_steps is None else self.max_steps):
+            if not bool((run.status == Status.RUNNING).any()):
+                break
+            run.step()
+        none = init.new_zeros(len(init), 0)
+        status = torch.where(run.status == Status.RUNNING, int(Status.MAX_STEPS), run.status)
+        return Answer(run.x, none, none, status, run.iterations)
+
+
+class _Run:
+    def __init__(self, program: Program, init: torch.Tensor) -> None:
+        self.program = program
+        self.x = self.origin = program.inside(init)
+        self.value, self.gradient = _evaluated(program, self.x)
+        self.first_value = self.value
+        status = torch.full((len(init),), int(Status.RUNNING), dtype=torch.int64, device=init.device)
+        status = torch.where((program.lower > program.upper).any(-1), int(Status.INFEASIBLE), status)
+        finite = torch.isfinite(self.value) & torch.isfinite(self.gradient).all(-1)
+        self.status = torch.where(finite | (status != Status.RUNNING), status, int(Status.NOT_FINITE))
+        self.iterations = torch.zeros_like(self.status)
+        self.shift = torch.zeros_like(self.value)
+
+    def step(self) -> None:
+        program, x, gradient = self.program, self.x, self.gradient
+        running = self.status == Status.RUNNING
+        size = 1 + x.abs().amax(-1)
+        optimality = (x - program.inside(x - gradient)).abs().amax(-1)
+        near = torch.minimum(_NEAR * size, optimality).unsqueeze(-1)
+        held = ((x <= program.lower + near) & (gradient > 0)) | ((x >= program.upper - near) & (gradient < 0))
+        held = held | program.fixed
+        direction = self._direction(held)
+        # Held unknowns go along the gradient in the unit of the others' curvature.
+        trial, alpha, accepted = x, torch.ones_like(self.value), torch.zeros_like(running)
+        promised = -(gradient * direction * ~held).sum(-1)
+        noise = 10 * torch.finfo(x.dtype).eps * self.value.abs()
+        for _ in range(_MOST_TRIALS):
+            moved = program.inside(x + alpha.unsqueeze(-1) * direction)
+            value = program.parts(moved)[:, 0]
+            decrease = alpha * promised + (gradient * (x - moved) * held).sum(-1)
+            fresh = (value <= self.value - _ARMIJO * decrease + noise) & ~accepted
+            trial = torch.where(fresh.unsqueeze(-1), moved, trial)
+            accepted = accepted | fresh
+            if bool((accepted | ~running).all()):
+                break
+            alpha = torch.where(accepted, alpha, 0.5 * alpha)
+        self._end(running, accepted, trial, size)
+
+    def _end(self, running: torch.Tensor, accepted: torch.Tensor, trial: torch.Tensor, size: torch.Tensor) -> None:
+        step = (trial - self.x).abs().amax(-1)
+        small = (step <= _SMALL_STEP * size) | ~accepted
+        self.iterations = self.iterations + running
+        moved = running & accepted
+        self.x = torch.where(moved.unsqueeze(-1), trial, self.x)
+        self.value, self.gradient = _evaluated(self.program, self.x)
+        broken = ~torch.isfinite(self.value) | ~torch.isfinite(self.gradient).all(-1)
+        self.status = torch.where(running & small, int(Status.CONVERGED), self.status)
+        self.status = torch.where(running & broken, int(Status.NOT_FINITE), self.status)
+        fallen = self.value < self.first_value - _ENDLESS * (1 + self.first_value.abs())
+        far = self.x.abs().amax(-1) > _ENDLESS * (1 + self.origin.abs().amax(-1))
+        endless = (fallen | far) & (self.value < self.first_value)
+        self.status = torch.where(running & endless, int(Status.UNBOUNDED), self.status)
+
+    def _direction(self, held: torch.Tensor) -> torch.Tensor:
+        program, x, gradient = self.program, self.x, self.gradient
+        free = (~held).to(x)
+        if program.size <= DENSE_LIMIT:
+            hessian = program.hessian(x, torch.ones_like(x[:, :1]))
+            diagonal = hessian.diagonal(dim1=-2, dim2=-1).abs()
+            masked = 0.5 * (hessian + hessian.mT) * free.unsqueeze(1) * free.unsqueeze(2)
+            # A flat objective has no unit of curvature: its slope makes one, in which a step is long and not endless.
+            unit = torch.maximum(diagonal.amax(-1), gradient.abs().amax(-1) / (1e3 * (1 + x.abs().amax(-1))))
+            factor, self.shift = shifted_cholesky(masked + torch.diag_embed(1 - free), self.shift, unit)
+            step = -torch.cholesky_solve((gradient * free).unsqueeze(-1), factor).squeeze(-1)
+            scale = diagonal.clamp_min(1e-12 * diagonal.amax(-1, keepdim=True)).clamp_min(1e-300)
+        else:
+            step, curvature = _conjugate_gradients(lambda v: free * program.product(x, free * v), gradient * free)
+            scale = curvature.unsqueeze(-1).clamp_min(1e-300)
+        outwards = torch.where(program.fixed, torch.zeros_like(x), -gradient / scale)
+        return torch.where(held, outwards, step * free)
+
+
+def _evaluated(program: Program, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    parts, rows = program.jacobian(x)
+    return parts[:, 0], rows[:, 0]
+
+
+def _conjugate_gradients(
+    product: Callable[[torch.Tensor], torch.Tensor], gradient: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return −H⁻¹g (K, n), truncated, and the curvature along −g (K,). Where curvature is not positive the last iterate stands."""
+    x, residual = torch.zeros_like(gradient), -gradient
+    direction, square = residual, (residual**2).sum(-1)
+    first = square.sqrt()
+    needs_grad = first * torch.minimum(torch.full_like(first, 0.1), first.sqrt() * 1e-3).clamp_min(1e-12)
+    open_ = square > 0
+    first_curvature = torch.ones_like(first)
+    for count in range(_MOST_PRODUCTS):
+        pushed = product(direction)
+        curvature = (direction * pushed).sum(-1)
+        if count == 0:
+            first_curvature = curvature.abs() / square.clamp_min(1e-300)
+        convex = curvature > 1e-14 * (direction**2).sum(-1) * first_curvature
+        if count == 0:
+            x = torch.where(
+                (open_ & ~convex).unsqueeze(-1), -gradient / first_curvature.clamp_min(1.0).unsqueeze(-1), x
+            )
+        open_ = open_ & convex
+        alpha = torch.where(open_, square / curvature.where(open_, torch.ones_like(curvature)), 0.0)
+        x = x + alpha.unsqueeze(-1) * direction
+        residual = residual - alpha.unsqueeze(-1) * pushed
+        fresh = (residual**2).sum(-1)
+        open_ = open_ & (fresh.sqrt() > needs_grad)
+        if not bool(open_.any()):
+            break
+        ratio = fresh / square.clamp_min(math.ldexp(1.0, -1000))
+        direction, square = residual + ratio.unsqueeze(-1) * direction, fresh
+    return x, first_curvature

@@ -1,0 +1,196 @@
+"""Where no derivative exists it is refused and named; problems without a solution have statuses of their own."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch.func import jacrev, vmap
+
+import bilevel
+from bilevel import Status
+
+F64 = torch.float64
+
+
+def tensor(*numbers: float) -> torch.Tensor:
+    return torch.tensor(numbers, dtype=F64)
+
+
+def zeros(n: int) -> torch.Tensor:
+    return torch.zeros(n, dtype=F64)
+
+
+def distance(x: torch.Tensor, a: torch.Tensor) -> torch.Tensor:
+    return ((x - a) ** 2).sum()
+
+
+def refused(layer: bilevel.Layer, a: torch.Tensor, sentence: str) -> torch.Tensor:
+    """Return x, of which the derivative is refused with ``sentence``."""
+    a = a.clone().requires_grad_(True)
+    solution = layer.solve(zeros(len(a)), a)
+    assert bool(solution.report.converged)
+    with pytest.raises(bilevel.SolveError, match=sentence) as caught:
+        solution.value.sum().backward()
+    assert caught.value.report.status is Status.DEGENERATE
+    assert "smoothing=" in str(caught.value)
+    return solution.value.detach()
+
+
+def test_a_bound_with_multiplier_zero_is_named() -> None:
+    x = refused(
+        bilevel.argmin(distance, lower=0.0), tensor(0.0, 2.0), r"lower bound of x\[0\] is active with multiplier 0"
+    )
+    torch.testing.assert_close(x, tensor(0.0, 2.0))
+
+
+def test_an_inequality_with_multiplier_zero_is_named() -> None:
+    layer = bilevel.argmin(distance, inequality=lambda x, a: torch.stack([x[0] - 9, x.sum() - 1]))
+    refused(layer, tensor(0.25, 0.75), r"inequality\[1\] is active with multiplier 0")
+
+
+def test_smoothing_is_a_remedy() -> None:
+    tau = 1e-4
+    layer = bilevel.argmin(distance, lower=0.0, smoothing=tau)
+    a = tensor(0.0, 2.0)
+    solution = layer.solve(zeros(2), a)
+    # 2 (x - a) = τ/x
+    needs_grad = 0.5 * (a + (a**2 + 2 * tau).sqrt())
+    torch.testing.assert_close(solution.value, needs_grad)
+    torch.testing.assert_close(solution.multipliers.lower, tau / needs_grad)
+    found = jacrev(lambda a: layer(zeros(2), a))(a)
+    torch.testing.assert_close(found, torch.diag(0.5 * (1 + a / (a**2 + 2 * tau).sqrt())))
+
+
+def test_smoothing_of_inequalities_is_the_central_path() -> None:
+    layer = bilevel.argmin(
+        distance, inequality=lambda x, a: x.sum() - 1, equality=lambda x, a: x[0] - x[2], smoothing=1e-3
+    )
+    a = tensor(0.5, 0.2, 0.9)
+    solution = layer.solve(zeros(3), a)
+    product = solution.multipliers.inequality * (solution.value.sum() - 1)
+    torch.testing.assert_close(product, torch.tensor(-1e-3, dtype=F64))
+    found = jacrev(lambda a: layer(zeros(3), a))(a)
+    columns = [(layer(zeros(3), a + 1e-5 * e) - layer(zeros(3), a - 1e-5 * e)) / 2e-5 for e in torch.eye(3, dtype=F64)]
+    torch.testing.assert_close(found, torch.stack(columns, -1), rtol=1e-6, atol=1e-8)
+
+
+def test_a_duplicated_constraint_leaves_the_derivative() -> None:
+    layer = bilevel.argmin(distance, inequality=lambda x, a: torch.stack([x.sum() - 1, x.sum() - 1]))
+    a = tensor(1.0, 2.0).requires_grad_(True)
+    with bilevel.record() as reports:
+        x = layer(zeros(2), a)
+        x[0].backward()
+    torch.testing.assert_close(x.detach(), tensor(0.0, 1.0))
+    assert a.grad is not None
+    torch.testing.assert_close(a.grad, tensor(0.5, -0.5))
+    assert reports.backward[0].status is Status.MINIMUM_NORM
+
+
+def test_constraints_that_an_argument_moves_apart_are_named() -> None:
+    largest = bilevel.argmin(lambda t, a: t.sum(), inequality=lambda t, a: a - t)
+    a = tensor(2.0, 2.0).requires_grad_(True)
+    x = largest(zeros(1), a)
+    assert x.item() == pytest.approx(2.0)
+    with pytest.raises(bilevel.SolveError, match=r"inequality\[0\], inequality\[1\] are linearly dependent") as caught:
+        x.sum().backward()
+    assert caught.value.report.status is Status.DEGENERATE
+
+
+def test_a_linear_program_without_a_unique_solution_is_named() -> None:
+    layer = bilevel.argmin(lambda x, a: a @ x, lower=0.0, equality=lambda x, a: x.sum() - 1)
+    refused(layer, tensor(1.0, 1.0, 3.0), "second-order condition fails")
+
+
+def test_degenerate_problems_of_a_batch_are_told_apart() -> None:
+    layer = bilevel.argmin(distance, lower=0.0, on_failure="nan")
+    points = torch.stack([tensor(-1.0, 2.0), tensor(0.0, 2.0), tensor(1.0, 2.0)])
+    with bilevel.record() as reports:
+        found = vmap(jacrev(lambda a: layer(zeros(2), a)))(points)
+    torch.testing.assert_close(found[0], torch.diag(tensor(0.0, 1.0)))
+    torch.testing.assert_close(found[2], torch.eye(2, dtype=F64))
+    assert bool(torch.isnan(found[1]).all())
+    assert bool(reports.forward[0].converged.all())
+
+
+def test_infeasible() -> None:
+    layer = bilevel.argmin(distance, inequality=lambda x, a: torch.stack([x.sum() - 1, 2 - x.sum()]))
+    with pytest.raises(bilevel.SolveError, match=r"inequality\[[01]\] is still violated by 0.5") as caught:
+        layer(zeros(2), tensor(1.0, 1.0))
+    assert caught.value.report.status is Status.INFEASIBLE
+
+
+def test_the_multipliers_of_an_infeasible_problem_are_a_farkas_ray() -> None:
+    G = torch.tensor([[1.0, 1.0], [-1.0, 0.0], [0.0, -1.0]], dtype=F64)
+    h = tensor(1.0, -1.0, -1.0)
+    layer = bilevel.argmin(distance, inequality=lambda x, a: G @ x - h, on_failure="ignore")
+    solution = layer.solve(zeros(2), tensor(0.0, 0.0))
+    ray = solution.multipliers.inequality
+    assert solution.report.status is Status.INFEASIBLE
+    assert bool((ray >= 0).all())
+    torch.testing.assert_close(G.T @ ray, zeros(2), atol=1e-6, rtol=0)
+    assert float(h @ ray) < -0.1
+
+
+def test_unbounded() -> None:
+    for layer in (
+        bilevel.argmin(lambda x, a: a @ x, lower=0.0),
+        bilevel.argmin(lambda x, a: a @ x, lower=0.0, inequality=lambda x, a: x[0] - 3),
+        bilevel.argmin(lambda x, a: a @ x, equality=lambda x, a: x[0] - 3),
+    ):
+        with pytest.raises(bilevel.SolveError) as caught:
+            layer(zeros(2), tensor(1.0, -1.0))
+        assert caught.value.report.status is Status.UNBOUNDED
+
+
+def test_no_derivative_comes_of_an_infeasible_problem() -> None:
+    layer = bilevel.argmin(distance, lower=lambda a: a, upper=1.0, on_failure="ignore")
+    points = torch.stack([tensor(2.0, 0.0), tensor(0.5, 0.0), tensor(1.0, 1.0), tensor(-math.inf, 0.5)])
+    target = torch.tensor(3.0, dtype=F64)
+    bounded = bilevel.argmin(
+        lambda x, lower, t: ((x - t) ** 2).sum(), lower=lambda lower, t: lower, upper=1.0, on_failure="ignore"
+    )
+    del layer
+    solution = vmap(bounded.solve, (None, 0, None))(zeros(2), points, target)
+    codes = list(solution.report.status)
+    assert codes == [Status.INFEASIBLE, Status.CONVERGED, Status.CONVERGED, Status.CONVERGED]
+    torch.testing.assert_close(solution.value[1:], torch.ones(3, 2, dtype=F64))
+    found = vmap(jacrev(lambda low: bounded(zeros(2), low, target).sum()))(points)
+    assert bool(torch.isnan(found[0]).all())
+    assert not bool(torch.isnan(found[1:]).any())
+
+
+def test_crossed_bounds_are_named() -> None:
+    with pytest.raises(bilevel.SolveError, match=r"lower bound of x\[1\] is 2, above the upper bound 1"):
+        bilevel.argmin(distance, lower=tensor(0.0, 2.0), upper=1.0)(zeros(2), tensor(0.0, 0.0))
+
+
+def test_a_batch_that_mixes_all_of_these() -> None:
+    """Empty active set, all active, zero width, infeasible and unbounded beside each other, with infinite bounds."""
+    layer = bilevel.argmin(
+        lambda x, data: data["q"] * ((x - data["a"]) ** 2).sum() + data["c"] @ x,
+        lower=lambda data: data["lower"],
+        upper=lambda data: data["upper"],
+        inequality=lambda x, data: x.sum() - data["cap"],
+        on_failure="ignore",
+    )
+    inf = math.inf
+    rows = [
+        # q, a, c, lower, upper, cap
+        (1.0, (0.1, 0.2), (0.0, 0.0), (-inf, -inf), (inf, inf), 5.0),  # nothing active
+        (1.0, (5.0, 5.0), (0.0, 0.0), (-inf, -inf), (1.0, 0.5), 9.0),  # all bounds active
+        (1.0, (5.0, 5.0), (0.0, 0.0), (0.5, -inf), (0.5, inf), 1.0),  # zero width, and the cap
+        (1.0, (0.0, 0.0), (0.0, 0.0), (2.0, 2.0), (inf, inf), 1.0),  # infeasible
+        (0.0, (0.0, 0.0), (1.0, 0.0), (-inf, 0.0), (inf, 1.0), 1.0),  # unbounded
+    ]
+    names = ("q", "a", "c", "lower", "upper", "cap")
+    data = {name: torch.tensor([row[i] for row in rows], dtype=F64) for i, name in enumerate(names)}
+    solution = vmap(layer.solve, (None, 0))(zeros(2), data)
+    assert list(solution.report.status) == [Status.CONVERGED] * 3 + [Status.INFEASIBLE, Status.UNBOUNDED]
+    needs_grad = torch.tensor([[0.1, 0.2], [1.0, 0.5], [0.5, 0.5]], dtype=F64)
+    torch.testing.assert_close(solution.value[:3], needs_grad)
+    assert solution.active.inequality.tolist()[:3] == [False, False, True]
+    found = vmap(jacrev(lambda d: layer(zeros(2), d).sum()))(data)["cap"]
+    torch.testing.assert_close(found[:3], tensor(0.0, 0.0, 1.0))
+    assert bool(torch.isnan(found[3:]).all())

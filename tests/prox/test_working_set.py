@@ -1,0 +1,105 @@
+"""The working-set method: problems of many unknowns, few of them free, against scikit-learn, scipy and the general method."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import scipy.optimize
+import torch
+from sklearn import linear_model
+
+import bilevel
+from bilevel import prox
+from bilevel.solvers import _composite_judge
+from tests.prox.test_layer import data, least_squares, zeros
+
+DOUBLE = torch.float64
+D = 150
+
+
+def general(**settings: Any) -> Any:
+    """Return a layer that takes the general method: any solver but the default one does."""
+    return bilevel.argmin(solver=bilevel.ProximalGradient(max_steps=19_999), **settings)
+
+
+@pytest.fixture
+def taken(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+    """Return a list that each call of the working-set method adds to whether it solved the problem."""
+    found: list[bool] = []
+    method = _composite_judge.solve_sparse
+
+    def watched(*args: Any) -> Any:
+        made = method(*args)
+        found.append(made is not None)
+        return made
+
+    monkeypatch.setattr(_composite_judge, "solve_sparse", watched)
+    return found
+
+
+def logistic(w: torch.Tensor, X: torch.Tensor, y: torch.Tensor, *strengths: torch.Tensor) -> torch.Tensor:
+    return torch.nn.functional.softplus(-y.sign() * (X @ w)).mean()
+
+
+@pytest.mark.parametrize("loss", [least_squares, logistic])
+@pytest.mark.parametrize(
+    "term",
+    [
+        lambda X, y, s: prox.L1(s),
+        lambda X, y, s: prox.L1(s * torch.linspace(0.5, 2, D, dtype=DOUBLE)),
+        lambda X, y, s: prox.ElasticNet(s, 3 * s),
+        lambda X, y, s: prox.NonNegative(),
+        lambda X, y, s: prox.Box(0.0, s),
+    ],
+)
+@pytest.mark.parametrize("strength", [0.03, 0.2])
+def test_it_agrees_with_the_general_method(loss: Any, term: Any, strength: float) -> None:
+    X, y = data(100, D, seed=5)
+    ridge = lambda w, *args: loss(w, *args) + 0.01 * (w**2).sum()
+    s = torch.tensor(strength, dtype=DOUBLE)
+    fast, slow = bilevel.argmin(ridge, prox=term), general(prox=term)(ridge)
+    w, reference = fast(zeros(D), X, y, s), slow(zeros(D), X, y, s)
+    torch.testing.assert_close(w, reference, rtol=1e-8, atol=1e-10)
+    outer = lambda layer: lambda s: ((layer(zeros(D), X, y, s) - 0.1) ** 2).sum()
+    torch.testing.assert_close(torch.func.grad(outer(fast))(s), torch.func.grad(outer(slow))(s), rtol=1e-7, atol=1e-9)
+    leaf = s.clone().requires_grad_()
+    (slope,) = torch.autograd.grad(outer(fast)(leaf), leaf)
+    torch.testing.assert_close(slope, torch.func.grad(outer(slow))(s), rtol=1e-7, atol=1e-9)
+
+
+@pytest.mark.parametrize("strength", [0.02, 0.1, 1.0, 100.0])
+def test_lasso_is_that_of_scikit_learn(strength: float, taken: list[bool]) -> None:
+    X, y = data(60, D, seed=6)
+    s = torch.tensor(strength, dtype=DOUBLE, requires_grad=True)
+    layer = bilevel.argmin(least_squares, prox=lambda X, y, s: prox.L1(s))
+    w = layer(zeros(D), X, y, s)
+    model = linear_model.Lasso(alpha=strength, fit_intercept=False, tol=1e-14, max_iter=10**6).fit(X, y)
+    torch.testing.assert_close(w.detach(), torch.as_tensor(model.coef_), rtol=1e-7, atol=1e-9)
+    S = w.detach() != 0
+    (slope,) = torch.autograd.grad(w.sum(), s)
+    want = -len(y) * torch.linalg.solve(X[:, S].T @ X[:, S], w.detach()[S].sign()).sum()
+    torch.testing.assert_close(slope, want)
+    assert taken
+
+
+def test_it_is_the_method_of_a_sparse_lasso(taken: list[bool]) -> None:
+    X, y = data(60, D, seed=6)
+    bilevel.argmin(least_squares, prox=prox.L1(0.5))(zeros(D), X, y)
+    assert taken == [True]
+
+
+def test_non_negative_least_squares_is_that_of_scipy() -> None:
+    X, y = data(100, D, seed=7)
+    w = bilevel.argmin(least_squares, prox=prox.NonNegative())(zeros(D), X, y)
+    torch.testing.assert_close(w, torch.as_tensor(scipy.optimize.nnls(X.numpy(), y.numpy())[0]), rtol=1e-8, atol=1e-10)
+
+
+def test_single_precision_and_a_warm_start() -> None:
+    X, y = data(60, D, seed=6)
+    s = torch.tensor(0.3, dtype=DOUBLE)
+    layer = bilevel.argmin(least_squares, prox=lambda X, y, s: prox.L1(s))
+    w = layer(zeros(D), X, y, s)
+    torch.testing.assert_close(layer(w, X, y, s), w, rtol=1e-12, atol=1e-13)
+    single = layer(zeros(D, torch.float32), X.float(), y.float(), s.float())
+    torch.testing.assert_close(single, w.float(), rtol=1e-4, atol=1e-5)

@@ -1,0 +1,305 @@
+"""How a solution is differentiated, and answers that are there already."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import bilevel
+
+F64 = torch.float64
+A = torch.tensor([0.3, 1.2], dtype=F64)
+START = torch.zeros(2, dtype=F64)
+
+
+def mapping(x: torch.Tensor, a: torch.Tensor) -> torch.Tensor:
+    return 0.5 * torch.cos(x) + a
+
+
+def objective(x: torch.Tensor, a: torch.Tensor) -> torch.Tensor:
+    return ((x - a) ** 4).sum() / 4 + (x**2).sum()
+
+
+def slope(layer, a: torch.Tensor) -> torch.Tensor:
+    return torch.func.jacrev(lambda a: layer(START, a))(a).diagonal()
+
+
+def unrolled_by_hand(step, x: torch.Tensor, a: torch.Tensor, times: int) -> torch.Tensor:
+    a = a.clone().requires_grad_()
+    for _ in range(times):
+        x = step(x, a)
+    return torch.autograd.grad(x.sum(), a)[0]
+
+
+@pytest.mark.parametrize("steps", [1, 3, 7])
+def test_truncated_is_the_derivative_of_the_last_steps(steps: int) -> None:
+    layer = bilevel.fixed_point(mapping, differentiation=bilevel.Truncated(steps))
+    answer = layer(START, A).detach()
+    assert torch.allclose(slope(layer, A), unrolled_by_hand(mapping, answer, A, steps), rtol=1e-9)
+
+
+def test_one_step_is_the_jacobian_free_gradient() -> None:
+    layer = bilevel.fixed_point(mapping, differentiation=bilevel.OneStep())
+    assert torch.equal(slope(layer, A), torch.ones(2, dtype=F64))
+
+
+@pytest.mark.parametrize(("steps", "damping"), [(1, 0.5), (5, 0.5), (4, 1.0)])
+def test_phantom_gradients_are_those_of_damped_steps(steps: int, damping: float) -> None:
+    layer = bilevel.fixed_point(mapping, differentiation=bilevel.PhantomGradient(steps=steps, damping=damping))
+    answer = bilevel.fixed_point(mapping)(START, A).detach()
+    expected = unrolled_by_hand(lambda x, a: x + damping * (mapping(x, a) - x), answer, A, steps)
+    assert torch.allclose(slope(layer, A), expected, rtol=1e-8)
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.6])
+def test_unrolled_is_the_derivative_of_every_iterate(momentum: float) -> None:
+    solver = bilevel.GradientDescent(lr=0.1, max_steps=6, momentum=momentum)
+    layer = bilevel.argmin(
+        objective, solver=solver, differentiation=bilevel.Unrolled(), tolerance=bilevel.Tolerance(delta=None)
+    )
+
+    def run(a: torch.Tensor) -> torch.Tensor:
+        x, still = START, torch.zeros_like(START)
+        for _ in range(6):
+            still = momentum * still + (x - a) ** 3 + 2 * x
+            x = x - 0.1 * still
+        return x
+
+    assert torch.allclose(layer(START, A), run(A), rtol=1e-12)
+    assert torch.allclose(slope(layer, A), torch.func.jacrev(run)(A).diagonal(), rtol=1e-10)
+
+
+@pytest.mark.parametrize(
+    "way", [bilevel.Unrolled(), bilevel.Truncated(40), bilevel.PhantomGradient(steps=80, damping=0.9)], ids=str
+)
+def test_many_steps_of_a_contraction_agree_with_implicit_derivatives_of_both_orders_and_modes(way) -> None:
+    implicit, layer = bilevel.fixed_point(mapping), bilevel.fixed_point(mapping, differentiation=way)
+    batch = torch.stack([A, 2 * A])
+    for transform in (torch.func.jacrev, torch.func.jacfwd, torch.func.hessian):
+        ours, theirs = (transform(lambda a, f=f: f(START, a).sum()) for f in (layer, implicit))
+        assert torch.allclose(ours(A), theirs(A), rtol=1e-6, atol=1e-9)
+        assert torch.allclose(torch.func.vmap(ours)(batch), torch.func.vmap(theirs)(batch), rtol=1e-6, atol=1e-9)
+
+
+def test_a_newton_step_at_the_solution_has_no_bias_in_first_derivatives() -> None:
+    for solver in (None, bilevel.LBFGS(), bilevel.Newton()):
+        layer = bilevel.argmin(objective, solver=solver, differentiation=bilevel.OneStep())
+        assert torch.allclose(slope(layer, A), slope(bilevel.argmin(objective), A), rtol=1e-6)
+
+
+def test_what_cannot_be_unrolled_is_refused_with_a_remedy_that_works() -> None:
+    layer = bilevel.argmin(objective, differentiation=bilevel.Unrolled())
+    with pytest.raises(bilevel.ArgumentError, match=r"GradientDescent\(lr=..., max_steps=...\)"):
+        layer(START, A)
+    layer.solver = bilevel.GradientDescent(lr=0.1, max_steps=200)
+    assert torch.allclose(slope(layer, A), slope(bilevel.argmin(objective), A), rtol=1e-6)
+    with pytest.raises(bilevel.ArgumentError, match="Implicit"):
+        bilevel.argmin(objective, differentiation="unrolled")
+    big = bilevel.argmin(lambda x: (x**2).sum(), differentiation=bilevel.OneStep())
+    with pytest.raises(bilevel.ArgumentError, match="at most 512 unknowns"):
+        big(torch.ones(513, dtype=F64))
+    with pytest.raises(bilevel.ArgumentError, match="proximal terms"):
+        bilevel.argmin(objective, prox=bilevel.prox.L1(0.1), differentiation=bilevel.OneStep())(START, A)
+
+
+def test_a_failed_problem_is_nan_under_that_policy_and_spoils_no_other() -> None:
+    layer = bilevel.fixed_point(
+        lambda x, a: a * x + 1,
+        solver=bilevel.FixedPointIteration(),
+        differentiation=bilevel.Unrolled(),
+        on_failure="nan",
+    )
+    found = torch.func.vmap(layer, in_dims=(None, 0))(torch.zeros((), dtype=F64), torch.tensor([0.5, 3.0], dtype=F64))
+    assert found[0].isfinite() and found[1].isnan()
+
+
+def test_the_gradient_check_sees_the_bias_of_one_step_and_none_of_unrolling() -> None:
+    one, all_of_them = (
+        bilevel.fixed_point(mapping, differentiation=way) for way in (bilevel.OneStep(), bilevel.Unrolled())
+    )
+    assert not bilevel.testing.check_gradients(one, (START, A)).passed
+    assert bilevel.testing.check_gradients(all_of_them, (START, A), rtol=1e-9).passed
+
+
+class Ridge(bilevel.BilevelProblem):
+    def inner_objective(self, inner, outer, data):
+        return ((data[0] @ inner - data[1]) ** 2).mean() + outer.exp() * (inner**2).sum()
+
+    def outer_objective(self, inner, outer, data):
+        return ((data[2] @ inner - data[3]) ** 2).mean()
+
+
+def ridge_data() -> tuple[torch.Tensor, ...]:
+    torch.manual_seed(0)
+    return tuple(torch.randn(*shape, dtype=F64) for shape in ((12, 2), (12,), (12, 2), (12,)))
+
+
+def test_problems_take_it_too_and_claim_no_bound() -> None:
+    data, outer = ridge_data(), torch.tensor(-1.0, dtype=F64)
+    exact = Ridge().hypergradient(outer, data, init=START)
+    problem = Ridge(solver=bilevel.GradientDescent(lr=0.2, max_steps=300), differentiation=bilevel.Unrolled())
+    found = problem.hypergradient(outer, data, init=START)
+    assert torch.allclose(found.grad, exact.grad, rtol=1e-8)
+    assert not found.certified and found.error_bound != found.error_bound
+    with pytest.raises(bilevel.ArgumentError, match="goal"):
+        problem.tolerance = bilevel.Tolerance(hypergradient=1e-3)
+        problem.hypergradient(outer, data, init=START)
+
+
+# Answers that are there already.
+
+
+@pytest.mark.parametrize("dtype", [F64, torch.float32])
+def test_an_answer_is_differentiated_as_the_layer_s_own(dtype: torch.dtype) -> None:
+    layer, a = bilevel.argmin(objective), A.to(dtype)
+    answer = layer(START.to(dtype), a).detach()
+    at = lambda a: layer.at(answer, a)
+    own = lambda a: layer(START.to(dtype), a)
+    assert torch.equal(at(a), answer)
+    rtol = 1e-8 if dtype == F64 else 1e-4
+    for transform in (torch.func.jacrev, torch.func.jacfwd):
+        assert torch.allclose(transform(at)(a), transform(own)(a), rtol=rtol)
+    assert torch.allclose(
+        torch.func.hessian(lambda a: at(a).sum())(a),
+        torch.func.hessian(lambda a: own(a).sum())(a),
+        rtol=rtol,
+        atol=rtol,
+    )
+
+
+def test_answers_in_a_batch_are_judged_one_by_one() -> None:
+    layer = bilevel.argmin(objective, on_failure="nan")
+    batch = torch.stack([A, 2 * A])
+    answers = torch.func.vmap(lambda a: bilevel.argmin(objective)(START, a))(batch)
+    wrong = answers.clone()
+    wrong[1] += 1
+    found = torch.func.vmap(layer.at)(wrong, batch)
+    assert torch.equal(found[0], answers[0]) and bool(found[1].isnan().all())
+
+
+def test_an_answer_that_is_none_is_refused_and_the_remedy_works() -> None:
+    layer = bilevel.argmin(objective)
+    with pytest.raises(bilevel.SolveError, match="is no solution") as refused:
+        layer.at(START, A)
+    assert "init" in str(refused.value)
+    with pytest.raises(bilevel.SolveError):
+        bilevel.argmin(objective, tolerance=bilevel.Tolerance(delta=1e-8)).at(layer(START, A) + 1e-4, A)
+    rough = layer(START, A).detach() + 1e-4
+    assert torch.equal(layer.at(rough, A), rough)
+    assert torch.allclose(bilevel.argmin(objective, tolerance=bilevel.Tolerance(delta=1.0)).at(rough, A), rough)
+
+
+def test_a_hypergradient_at_an_answer() -> None:
+    data, outer = ridge_data(), torch.tensor(-1.0, dtype=F64)
+    exact = Ridge().hypergradient(outer, data, init=START)
+    solves: list[int] = []
+    problem = Ridge(solver=lambda *args: solves.append(1))
+    found = problem.hypergradient(outer, data, at=exact.inner)
+    assert not solves and torch.allclose(found.grad, exact.grad, rtol=1e-10)
+    with pytest.raises(bilevel.SolveError, match="is no solution"):
+        problem.hypergradient(outer, data, at=exact.inner + 1)
+
+
+# What is done around a call.
+
+
+def test_auxiliary_output_is_evaluated_at_the_solution_and_differentiable() -> None:
+    layer = bilevel.argmin(lambda x, a: (objective(x, a), {"residual": x - a}), has_aux=True)
+    a = A.clone().requires_grad_()
+    x, aux = layer(START, a)
+    assert torch.equal(aux["residual"], x - a)
+    (found,) = torch.autograd.grad(aux["residual"].sum(), a)
+    assert torch.allclose(found, slope(bilevel.argmin(objective), A) - 1)
+    mapped = torch.func.vmap(lambda a: layer.solve(START, a))(torch.stack([A, A]))
+    assert mapped.aux["residual"].shape == (2, 2)
+    with pytest.raises(bilevel.ArgumentError, match="pair"):
+        bilevel.argmin(objective, has_aux=True)(START, A)
+
+
+def test_prepared_arguments_are_made_once_and_differentiated() -> None:
+    calls = []
+
+    def gram(X: torch.Tensor, s: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        calls.append(1)
+        return X.T @ X, s
+
+    layer = bilevel.argmin(lambda w, K, s: w @ K @ w + s * (w**2).sum() - w.sum(), prepare=gram)
+    X = torch.randn(5, 3, dtype=F64, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    s = torch.tensor(0.5, dtype=F64, requires_grad=True)
+    layer(torch.zeros(3, dtype=F64), X, s)
+    assert calls == [1]
+    assert torch.autograd.gradcheck(lambda X, s: layer(torch.zeros(3, dtype=F64), X, s), (X, s))
+
+
+def test_a_problem_prepares_once_a_call_with_derivatives_and_bounds() -> None:
+    class Kernel(bilevel.BilevelProblem):
+        made = 0
+
+        def prepare(self, outer, data):
+            self.made += 1
+            distance = (data[0][:, None] - data[0][None]) ** 2
+            return torch.exp(-outer.exp() * distance.sum(-1)), data[1]
+
+        def inner_objective(self, inner, outer, data):
+            return ((data[0] @ inner - data[1]) ** 2).sum() + 0.1 * (inner**2).sum()
+
+        def outer_objective(self, inner, outer, data):
+            return (data[0] @ inner).square().sum()
+
+    data, outer, start = ridge_data()[:2], torch.tensor(-1.0, dtype=F64), torch.zeros(12, dtype=F64)
+    problem = Kernel()
+    found = problem.hypergradient(outer, data, init=start)
+    assert problem.made == 1
+    h = 1e-5
+    values = [float(problem(outer + step, data, init=start)) for step in (h, -h)]
+    assert float(found.grad) == pytest.approx((values[0] - values[1]) / (2 * h), rel=1e-6)
+    assert found.error_bound < 1e-6
+    with pytest.raises(bilevel.ArgumentError, match="batch_dims"):
+        Kernel(batch_dims=0)(outer, data, init=start)
+
+
+def test_a_module_is_an_objective_whose_parameters_are_differentiated() -> None:
+    class Spring(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stiffness = torch.nn.Parameter(torch.tensor(2.0, dtype=F64))
+            self.register_buffer("rest", torch.tensor(0.5, dtype=F64))
+
+        def forward(self, x: torch.Tensor, load: torch.Tensor) -> torch.Tensor:
+            return (0.5 * self.stiffness * (x - self.rest) ** 2 - load * x).sum()
+
+    spring = Spring()
+    layer = bilevel.argmin(spring)
+    x = layer(torch.zeros((), dtype=F64), torch.tensor(1.0, dtype=F64))
+    x.backward()
+    assert x.item() == pytest.approx(1.0) and spring.stiffness.grad.item() == pytest.approx(-0.25)  # −load / k²
+    loads = torch.tensor([1.0, 3.0], dtype=F64)
+    assert torch.allclose(torch.func.vmap(layer, in_dims=(None, 0))(torch.zeros((), dtype=F64), loads), 0.5 + loads / 2)
+
+
+def test_a_module_is_an_unknown_and_comes_back_solved() -> None:
+    torch.manual_seed(0)
+    net = torch.nn.Linear(2, 1, dtype=F64)
+    before = net.weight.detach().clone()
+    X, y = torch.randn(10, 2, dtype=F64), torch.randn(10, 1, dtype=F64)
+    fit = bilevel.argmin(
+        lambda net, X, y, s: ((net(X) - y) ** 2).sum() + s * sum((p**2).sum() for p in net.parameters.values())
+    )
+    s = torch.tensor(0.7, dtype=F64, requires_grad=True)
+    solved = fit(net, X, y, s)
+    assert torch.equal(net.weight, before)
+    with_one = torch.cat([X, torch.ones(10, 1, dtype=F64)], 1)
+    expected = torch.linalg.solve(with_one.T @ with_one + s * torch.eye(3, dtype=F64), with_one.T @ y)
+    assert torch.allclose(solved.parameters["weight"][0], expected[:2, 0])
+    found, reference = (torch.autograd.grad(made, s)[0] for made in (solved(X).sum(), (with_one @ expected).sum()))
+    assert torch.allclose(found, reference)
+    with pytest.raises(bilevel.ArgumentError, match="unfreeze"):
+        fit(net.requires_grad_(False), X, y, s)
+
+
+def test_a_warm_start_begins_at_the_last_solution() -> None:
+    layer = bilevel.argmin(objective, solver=bilevel.LBFGS(), warm_start=True)
+    far = torch.full((2,), 9.0, dtype=F64)
+    first, second = (int(layer.solve(far, A).report.iterations) for _ in range(2))
+    assert second < first
+    assert layer(torch.zeros(3, dtype=F64), torch.zeros(3, dtype=F64)).shape == (3,)

@@ -1,0 +1,305 @@
+"""More inputs that once gave a wrong answer without a word, a raw error or a false failure at the default settings."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.func import hessian, jacrev, vmap
+
+import bilevel
+from bilevel import Status
+
+from .support import ACCURACY, DTYPES, F64, check, refused
+
+
+def tensor(*numbers: float, dtype: torch.dtype = F64) -> torch.Tensor:
+    return torch.tensor(numbers, dtype=dtype)
+
+
+# --- A stationary point with a singular Hessian is a minimum, or is named ---
+
+
+def power(exponent: int) -> Any:
+    return lambda x, a: ((x - a) ** exponent).sum()
+
+
+SADDLES = {
+    "cubic": (power(3), tensor(5.0), tensor(3.0)),
+    "cubic at zero": (power(3), tensor(5.0), tensor(0.0)),
+    "cubic, two unknowns": (power(3), tensor(5.0, 4.0), tensor(3.0, 1.0)),
+    "quintic": (power(5), tensor(2.0), tensor(1.0)),
+    "cubic beside a parabola": (lambda x, a: (x[0] - a[0]) ** 3 + (x[1] - 1) ** 2, tensor(5.0, 0.0), tensor(3.0)),
+    "quartic of two signs": (lambda x, a: (x[0] - 1) ** 4 - (x[1] - a[0]) ** 4, tensor(2.0, 2.0), tensor(2.0)),
+    "with a constant": (lambda x, a: 100 + (x[0] - 1) ** 4 + (x[1] - a[0]) ** 3, tensor(2.0, 3.0), tensor(2.0)),
+}
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", SADDLES)
+def test_a_degenerate_saddle_is_named(name: str, dtype: torch.dtype) -> None:
+    function, start, a = SADDLES[name]
+    found = bilevel.argmin(function, on_failure="ignore").solve(start.to(dtype), a.to(dtype))
+    assert not bool(found.report.success), found.value
+    assert found.report.status in (Status.INDEFINITE, Status.DIVERGED, Status.NOT_FINITE)
+
+
+@pytest.mark.parametrize("how", [{}, {"tolerance": bilevel.Tolerance(delta=1e-6)}], ids=["default", "delta"])
+def test_a_cubic_is_named_from_the_start_and_at_the_saddle(how: Any) -> None:
+    for start in (5.0, 3.0, 3.001):
+        refused(lambda start=start: bilevel.argmin(power(3), **how)(tensor(start), tensor(3.0)))
+
+
+@pytest.mark.parametrize(
+    ("exponent", "solver"), [(4, None), (6, None), (4, bilevel.LBFGS())], ids=["4", "6", "4, L-BFGS"]
+)
+def test_a_degenerate_minimum_stays_one(exponent: int, solver: Any) -> None:
+    layer = bilevel.argmin(power(exponent), solver=solver, on_failure="ignore")
+    for start, a in ((tensor(5.0), tensor(3.0)), (tensor(2.0, 7.0), tensor(1.0, 1.0)), (tensor(5.0), tensor(0.0))):
+        found = layer.solve(start, a)
+        assert found.report.status is Status.CONVERGED
+        assert torch.allclose(found.value, a, atol=0.02)
+
+
+@settings(max_examples=5)
+@given(st.floats(-2, 2), st.floats(0.1, 3), st.floats(0.1, 4))
+def test_no_success_of_a_cubic_anywhere(a: float, scale: float, beyond: float) -> None:
+    function = lambda x, a: (scale * (x - a) ** 3).sum()
+    found = bilevel.argmin(function, on_failure="ignore").solve(tensor(a + beyond), tensor(a))
+    assert not bool(found.report.success)
+
+
+def test_saddles_of_a_batch_leave_the_minima_alone() -> None:
+    function = lambda x, a, k: torch.where(k > 0, ((x - a) ** 3).sum(), ((x - a) ** 2).sum())
+    layer = bilevel.argmin(function, on_failure="ignore")
+    kinds = torch.tensor([1.0, -1.0, 1.0], dtype=F64)
+    found = vmap(layer.solve)(torch.full((3, 2), 5.0, dtype=F64), tensor(1.0, 2.0, 3.0), kinds)
+    assert found.report.success.tolist() == [False, True, False]
+    assert torch.allclose(found.value[1], torch.full((2,), 2.0, dtype=F64))
+
+
+# --- A function that changes between the call and the derivative ---
+
+
+class Stateful:
+    def __init__(self) -> None:
+        self.factor = 2.0
+
+    def objective(self, x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        return ((x - self.factor * t) ** 2).sum()
+
+    def residual(self, x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        return x - self.factor * t
+
+    def mapping(self, x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        return 0.5 * (x + self.factor * t)
+
+
+KINDS = {
+    "argmin": lambda s, **how: bilevel.argmin(s.objective, **how),
+    "argmin by L-BFGS": lambda s, **how: bilevel.argmin(s.objective, solver=bilevel.LBFGS(), **how),
+    "argmin by descent": lambda s, **how: bilevel.argmin(
+        s.objective, solver=bilevel.GradientDescent(lr=0.1, max_steps=300), **how
+    ),
+    "root": lambda s, **how: bilevel.root(s.residual, **how),
+    "fixed point": lambda s, **how: bilevel.fixed_point(s.mapping, **how),
+}
+
+
+@pytest.mark.parametrize("again", [False, True], ids=["backward", "create_graph"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_function_that_changed_gives_no_gradient_of_another_problem(kind: str, again: bool) -> None:
+    owner, t = Stateful(), torch.tensor(1.0, dtype=F64, requires_grad=True)
+    x = KINDS[kind](owner)(tensor(0.0), t)
+    owner.factor = 5.0
+    try:
+        (slope,) = torch.autograd.grad(x.sum(), t, create_graph=again)
+    except bilevel.StochasticObjectiveError:
+        return
+    # The linearisation of the call was at hand.
+    assert float(slope.detach()) == pytest.approx(2.0)
+
+
+def test_a_function_that_changed_follows_the_policy() -> None:
+    owner, t = Stateful(), torch.tensor(1.0, dtype=F64, requires_grad=True)
+    x = KINDS["root"](owner, on_failure="nan")(tensor(0.0), t)
+    owner.factor = 5.0
+    (slope,) = torch.autograd.grad(x.sum(), t)
+    assert bool(slope.isnan())
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_function_that_did_not_change_is_not_refused(kind: str, dtype: torch.dtype) -> None:
+    owner, t = Stateful(), torch.tensor([1.0, 1e3, 1e-3], dtype=dtype, requires_grad=True)
+    x = KINDS[kind](owner)(torch.zeros(3, dtype=dtype), t)
+    for again in (True, False):
+        (slope,) = torch.autograd.grad(x.sum(), t, create_graph=again, retain_graph=True)
+        assert torch.allclose(slope.detach(), torch.full_like(t, 2.0), rtol=10 * ACCURACY[dtype])
+
+
+# --- Trial points outside the domain of an operation that raises ---
+
+
+def log_determinant(x: torch.Tensor, a: torch.Tensor) -> torch.Tensor:
+    """−log det(diag(x)) + a·x, whose minimum is 1/a."""
+    return -2 * torch.linalg.cholesky(torch.diag(x)).diagonal().log().sum() + (a * x).sum()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("solver", [None, bilevel.LBFGS(), bilevel.Newton()], ids=["default", "LBFGS", "Newton"])
+def test_a_line_search_comes_back_from_where_cholesky_fails(solver: Any, dtype: torch.dtype) -> None:
+    start, a = tensor(30.0, 2.0, dtype=dtype), torch.tensor([1.0, 0.5], dtype=dtype, requires_grad=True)
+    x = bilevel.argmin(log_determinant, solver=solver)(start, a)
+    assert torch.allclose(x, 1 / a, rtol=ACCURACY[dtype])
+    (slope,) = torch.autograd.grad(x.sum(), a)
+    assert torch.allclose(slope, -1 / a.detach() ** 2, rtol=10 * ACCURACY[dtype])
+
+
+def test_a_start_outside_the_domain_is_named() -> None:
+    layer = bilevel.argmin(log_determinant)
+    for _ in range(2):
+        with pytest.raises(bilevel.SolveError, match="cholesky") as caught:
+            layer(tensor(-1.0, 2.0), tensor(1.0, 1.0))
+        assert caught.value.report.status is Status.NOT_FINITE
+    with pytest.raises(bilevel.SolveError, match="cholesky"):
+        torch.func.grad(lambda a: layer(tensor(-1.0, 2.0), a).sum())(tensor(1.0, 1.0))
+
+
+@pytest.mark.parametrize("solver", [None, bilevel.LBFGS()], ids=["default", "LBFGS"])
+def test_a_start_outside_the_domain_fails_alone_in_its_batch(solver: Any) -> None:
+    starts = torch.tensor([[30.0, 2.0], [-1.0, 2.0], [1e-3, 1.0]], dtype=F64)
+    a = torch.tensor([1.0, 2.0], dtype=F64)
+    layer = bilevel.argmin(log_determinant, solver=solver, on_failure="ignore")
+    found = vmap(layer.solve, in_dims=(0, None))(starts, a)
+    assert found.report.success.tolist() == [True, False, True]
+    assert int(found.report.status_code[1]) == Status.NOT_FINITE
+    assert torch.allclose(found.value[[0, 2]], (1 / a).expand(2, 2), rtol=1e-6)
+
+
+def test_a_derivative_outside_the_domain_is_refused() -> None:
+    starts = torch.tensor([[30.0], [-1.0]], dtype=F64)
+    a = torch.tensor([1.0], dtype=F64, requires_grad=True)
+    x = vmap(bilevel.argmin(log_determinant, on_failure="ignore"), in_dims=(0, None))(starts, a)
+    with pytest.raises(bilevel.ArgumentError, match="leave the problem"):
+        torch.autograd.grad(x[0].sum(), a)
+
+
+def test_a_parameter_that_a_distribution_refuses_is_outside_the_domain() -> None:
+    y = torch.linspace(0.05, 0.95, 40, dtype=F64) ** 1.5
+    likelihood = lambda p, y: -torch.distributions.Beta(p[0], p[1]).log_prob(y).mean()
+    found = bilevel.argmin(likelihood).solve(tensor(50.0, 50.0), y)
+    slope = torch.func.grad(lambda p: likelihood(p, y))(found.value)
+    assert bool(found.report.success)
+    assert float(slope.norm()) < 1e-9
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_marginal_likelihood_of_a_gaussian_process_in_single_precision(seed: int) -> None:
+    """Rounding inside the Hessian's products, through a Cholesky factor, is more than that of the products."""
+    X = torch.linspace(0, 5, 30, dtype=F64)
+    y = torch.sin(2 * X) + 0.1 * torch.randn(30, generator=torch.Generator().manual_seed(seed), dtype=F64)
+
+    def evidence(h: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        x = X.to(h)
+        K = (2 * h[1]).exp() * torch.exp(-0.5 * (x[:, None] - x) ** 2 * (-2 * h[0]).exp())
+        L = torch.linalg.cholesky(K + (2 * h[2]).exp() * torch.eye(30, dtype=h.dtype))
+        return 0.5 * (y * torch.cholesky_solve(y[:, None], L)[:, 0]).sum() + L.diagonal().log().sum()
+
+    found = []
+    for dtype in (F64, torch.float32):
+        given = y.to(dtype).requires_grad_()
+        x = bilevel.argmin(evidence)(tensor(0.0, 0.0, -1.0, dtype=dtype), given)
+        found.append((x.detach().double(), torch.autograd.grad(x.sum(), given)[0].double()))
+    (right, slope), (single, its_slope) = found
+    assert torch.allclose(single, right, atol=2e-3)
+    assert float((its_slope - slope).norm()) <= 2e-2 * float(slope.norm())
+
+
+# --- Newton on equations, and maps that stand still ---
+
+
+@pytest.mark.parametrize("start", [-100.0, -30.0, 10.0])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_an_exponential_from_where_it_is_flat(start: float, dtype: torch.dtype) -> None:
+    check(
+        bilevel.root,
+        lambda x, a: torch.exp(x) - a,
+        tensor(start),
+        torch.tensor(2.0, dtype=F64),
+        solution=tensor(2.0).log(),
+        dtype=dtype,
+    )
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("start", [(5.0, 3e4, 2.0), (1e5, 1.0, 7e3)])
+def test_relu_of_a_shift_from_far_away(start: tuple[float, ...], dtype: torch.dtype) -> None:
+    mapping = lambda x, c: torch.relu(x - c)
+    check(
+        bilevel.fixed_point,
+        mapping,
+        tensor(*start),
+        torch.tensor(1.0, dtype=F64),
+        solution=torch.zeros(3, dtype=F64),
+        dtype=dtype,
+    )
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_linear_cost_over_a_box_from_far_away(dtype: torch.dtype) -> None:
+    cost = torch.logspace(-2, 0, 12, dtype=F64) * tensor(1.0, -1.0).repeat(6)
+    start = 5e3 * torch.randn(12, generator=torch.Generator().manual_seed(0), dtype=F64)
+    mapping = lambda x, cost: torch.clamp(x - cost, -1.0, 1.0)
+    check(bilevel.fixed_point, mapping, start, cost, solution=-torch.sign(cost), dtype=dtype)
+
+
+MAPS = {
+    "shift": lambda x: x + 1.0,
+    "shift of a relu": lambda x: torch.relu(x) + 1.0,
+    "softplus": lambda x: torch.nn.functional.softplus(x) + 0.5,
+    "vanishing": lambda x: x + 1 / (1 + x * x),
+}
+
+
+@pytest.mark.parametrize("name", MAPS)
+def test_a_map_without_fixed_point_is_named_early(name: str) -> None:
+    start = torch.tensor([1.0, 2.0], dtype=F64)
+    found = bilevel.fixed_point(MAPS[name], on_failure="ignore").solve(start)
+    assert found.report.status is Status.DIVERGED
+    assert int(found.report.iterations) < 2500
+
+
+# --- Sparse constants, and empty batches ---
+
+
+@pytest.mark.filterwarnings("ignore:Sparse CS. tensor support")
+@pytest.mark.parametrize("layout", ["to_sparse_csr", "to_sparse_csc", "to_sparse_coo"])
+def test_second_derivatives_through_a_sparse_constant(layout: str) -> None:
+    dense = torch.randn(4, 4, generator=torch.Generator().manual_seed(0), dtype=F64)
+    found = []
+    for matrix in (dense, getattr(dense, layout)()):
+        layer = bilevel.argmin(lambda x, t, A=matrix: ((A @ x - t) ** 2).sum() + 0.1 * (x**4).sum())
+        outcome = lambda t, layer=layer: layer(torch.zeros(4, dtype=F64), t).pow(2).sum()
+        t = torch.ones(4, dtype=F64)
+        found.append(torch.stack([jacrev(jacrev(outcome))(t), hessian(outcome)(t)]))
+    torch.testing.assert_close(found[0], found[1], atol=1e-12, rtol=1e-9)
+
+
+class Ridge(bilevel.BilevelProblem):
+    def inner_objective(self, inner: Any, outer: Any, data: Any) -> torch.Tensor:
+        return ((inner - outer * data) ** 2).sum()
+
+    def outer_objective(self, inner: Any, outer: Any, data: Any) -> torch.Tensor:
+        return (inner**2).sum()
+
+
+def test_an_empty_batch_of_a_problem_is_refused() -> None:
+    problem, nothing = Ridge(batch_dims=0), torch.zeros(0, 2, dtype=F64)
+    outer = torch.ones((), dtype=F64)
+    for call in (problem, problem.hypergradient):
+        with pytest.raises(bilevel.ShapeError, match="at least one problem"):
+            call(outer, nothing, init=nothing)

@@ -55,8 +55,7 @@ from bilevel.equations.pullbacks import Pullback, is_final, pullbacks_of
 from bilevel.equations.system import System
 from bilevel.operators import RepeatedOperator
 from bilevel.pytree import moves
-from bilevel.replay.cache import ReplayCache
-from bilevel.replay.switch import allowed
+from bilevel.replay import ReplayCache, allowed
 
 __all__ = ["ImplicitContext", "LinearSolve", "Solve"]
 
@@ -71,6 +70,7 @@ class LinearizationCache:
         self._kept: tuple[Any, ...] = ()
         self._offered: LinearizationSlot | None = None
         self._tapes: ReplayCache | None = None
+        self._matrix: tuple[torch.Tensor, torch.Tensor] | None = None
 
     def look(self, tensors: Tensors) -> LinearizationSlot | None:
         """Return where the solver may leave a linearisation, or None if no derivative can follow."""
@@ -85,10 +85,12 @@ class LinearizationCache:
         """Keep what the solver left, if it is at just this solution x, as it comes back in a derivative."""
         look, self._offered = self._offered, None
         self._tapes = None if look is None else look.replays
+        self._matrix = None if look is None or transforms_active() else look.matrix
         if look is None or look.linearization is None or transforms_active():
             return
         at = look.linearization.point
         if at is not None and torch.equal(at, x.reshape(at.shape)):
+            self._offer_matrix(look.linearization, at)
             self._key = _key(x, tensors)
             self._kept = (look.linearization, look.needs_grad, x.detach(), [t.detach() for t in tensors])
 
@@ -102,25 +104,36 @@ class LinearizationCache:
             if all(h or not w for h, w in zip(had, needs_grad, strict=True)):
                 return linearization
         problem = Problem.of(rule.system, tensors)
-        if self._tapes is not None and allowed() and runs_plainly((x, *problem.tensors)):
+        # The solution comes back with the graph of this call, which no evaluation takes part in.
+        point = x.detach()
+        if self._tapes is not None and allowed() and runs_plainly((point, *problem.tensors)):
             problem = problem.replayed_from(self._tapes)
-        flat = x.reshape(problem.batch, problem.size)
+        flat = point.reshape(problem.batch, problem.size)
         linearization = problem.linearize(flat, needs_grad)
+        self._offer_matrix(linearization, point)
         if rule.compare is not None and not transforms_active():
             rule.compare(problem, flat, linearization.residual.detach())
         self._key, self._kept = key, (linearization, tuple(needs_grad), x.detach(), [t.detach() for t in tensors])
         return linearization
+
+    def _offer_matrix(self, linearization: Linearization, point: torch.Tensor) -> None:
+        """Spare a dense linear solver the matrices that the judge of convergence has materialised at ``point``."""
+        if self._matrix is None or transforms_active():
+            return
+        at, matrix = self._matrix
+        if at.numel() == point.numel() and torch.equal(at, point.reshape(at.shape)):
+            linearization.operator.materialize = lambda: matrix
 
 
 class JointProduct:
     """q ↦ Jᵀq, which pulls −q back through ∂_θ R in the same pass: if q proves to be the adjoint, that was the last one."""
 
     def __init__(self, linearization: Linearization) -> None:
-        self._linearization = linearization
+        self.linearization = linearization
         self._pulled: tuple[torch.Tensor, list[torch.Tensor | None]] | None = None
 
     def __call__(self, q: torch.Tensor) -> torch.Tensor:
-        product, pulled = self._linearization.pull(-q)
+        product, pulled = self.linearization.pull(-q)
         self._pulled = (-q, pulled)
         return -product
 
@@ -128,7 +141,7 @@ class JointProduct:
         """Return (∂_θ R)ᵀ v, at no price if that is what a product has brought along."""
         if self._pulled is not None and torch.equal(self._pulled[0], v):
             return self._pulled[1]
-        return self._linearization.pullback(v)
+        return self.linearization.pullback(v)
 
 
 def _key(x: torch.Tensor, tensors: Tensors) -> tuple[Any, ...]:

@@ -15,9 +15,9 @@ import torch
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from bilevel._torch.transforms import uncompiled
+from bilevel._torch.transforms import differentiating, saving_hooked, uncompiled
 
-__all__ = ["WrittenNorms", "affine", "batch_norm_written", "batch_norms", "standardised"]
+__all__ = ["OneImageNorms", "WrittenNorms", "affine", "batch_norm_written", "batch_norms", "standardised"]
 
 Maybe = torch.Tensor | None
 
@@ -121,3 +121,28 @@ class WrittenNorms(TorchFunctionMode):
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         return _WRITTEN.get(func, func)(*args, **(kwargs or {}))
+
+
+def _one_image(x: torch.Tensor, running: bool) -> bool:
+    suits = (
+        not running and x.ndim >= 2 and x.shape[0] == 1 and x.numel() >= 2 * x.shape[1]
+    )  # of fewer torch has something to say
+    # Derivatives that the user's own function takes, and what is computed again for them (checkpoints), are left to torch.
+    return suits and x.dtype in (torch.float32, torch.float64) and not differentiating() and not saving_hooked()
+
+
+_OF_ONE_IMAGE = batch_norms(batch_norm_written, _one_image)
+
+
+class OneImageNorms(TorchFunctionMode):
+    """Inside, batch norms of one image are written out.
+
+    torch 2.13 takes the memory of one image for the other of its two layouts where strides allow for both, as after a convolution of several
+    problems. Its first derivatives are wrong then, by any factor.
+    """
+
+    @uncompiled
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        return _OF_ONE_IMAGE.get(func, func)(*args, **(kwargs or {}))

@@ -9,8 +9,7 @@ import torch
 from bilevel._torch.reverse import reverse_pass
 from bilevel.equations.domain import no_value
 from bilevel.operators import HessianOperator, JacobianOperator, LinearOperator
-from bilevel.replay.cache import ReplayCache
-from bilevel.replay.program import StartedProgram
+from bilevel.replay import ReplayCache, StartedProgram
 
 __all__ = ["PRODUCT", "Linearization", "LinearizationSlot", "NoPullback", "ReplayedLinearization"]
 
@@ -124,8 +123,11 @@ class LinearizationSlot:
         The latest that a solver took for the last, or None.
     replays
         What evaluations of the problem may be replayed from, if a derivative has to begin with one.
+    matrix
+        A point (batch, n) and the matrices ∂_x R (batch, n, n) there, if the judge materialised them.
     """
 
     needs_grad: tuple[bool, ...]
     linearization: Linearization | None = None
     replays: ReplayCache | None = None
+    matrix: tuple[torch.Tensor, torch.Tensor] | None = None

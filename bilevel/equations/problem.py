@@ -19,8 +19,7 @@ from bilevel.equations.system import ArgminSystem, FixedPointSystem, System
 from bilevel.errors import ArgumentError
 from bilevel.operators import DenseOperator, FunctionOperator, HessianOperator, JacobianOperator, LinearOperator
 from bilevel.pytree import moves
-from bilevel.replay.cache import ReplayCache, ReplayedOperator
-from bilevel.replay.program import Program
+from bilevel.replay import Program, ReplayCache, ReplayedOperator
 
 __all__ = ["Case", "Problem"]
 

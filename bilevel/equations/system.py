@@ -20,10 +20,9 @@ import torch
 from torch.func import vmap
 from torch.utils import _pytree as pytree
 
-from bilevel._torch.batch_norm import FastNorms
 from bilevel._torch.convolution import FastHVP
 from bilevel._torch.double_backward import Repeatable
-from bilevel._torch.norms import WrittenNorms
+from bilevel._torch.norms import OneImageNorms, WrittenNorms
 from bilevel._torch.reverse import grad, grad_and_value, vjp
 from bilevel._torch.transforms import autocasting
 from bilevel.equations.domain import leaves_domain
@@ -149,9 +148,9 @@ class System(ABC):
         return result
 
     def for_gradients(self) -> System:
-        """Return the same with what is quicker for first derivatives alone."""
-        quick = self.autocast is None and FastHVP.normalises(self.function)
-        return replace(self, mode=FastNorms) if quick else self
+        """Return the same with norms of one image written out, if there may be any: torch's own first derivatives are wrong in one layout."""
+        norms = self.autocast is None and FastHVP.normalises(self.function)
+        return replace(self, mode=OneImageNorms) if norms else self
 
     def for_second_derivatives(self) -> System:
         """Return the same with norms written out, if there are any: torch's own are wrong in rare layouts."""

@@ -9,10 +9,12 @@ from typing import Any, Generic, NamedTuple, TypeVar, overload
 
 import torch
 
+from bilevel.equations.linearization import Linearization
 from bilevel.equations.problem import Problem
 from bilevel.equations.pullbacks import Pullback
 from bilevel.equations.structured import StructuredSystem, objective_of
 from bilevel.errors import ArgumentError, BilevelError, StochasticObjectiveError
+from bilevel.implicit import JointProduct
 from bilevel.layers.checks import Inspection, inspect_on_failure, inspect_once, reuse_inspection
 from bilevel.layers.differentiation import Differentiation, Implicit, check_differentiation
 from bilevel.layers.messages import failure_messages
@@ -23,8 +25,7 @@ from bilevel.linear.exact import offer_factor
 from bilevel.operators import LinearOperator
 from bilevel.policy import OnFailure, apply_policy, check_policy, handle_misuse
 from bilevel.recording import active_recordings
-from bilevel.replay.cache import ReplayCache
-from bilevel.replay.purity import InspectionCache
+from bilevel.replay import InspectionCache, ReplayCache
 from bilevel.reports import Pass, SolveReport, Status, StatusMessages
 from bilevel.solvers._base import InnerSolver, as_inner_solver
 from bilevel.solvers._error import rounding
@@ -53,11 +54,14 @@ class Adjoint(NamedTuple):
         What the linear solve reported.
     residual
         ∇_x G (batch, n) at the solution of the call.
+    linearization
+        That of ∇_x G at the solution, where there is one.
     """
 
     value: torch.Tensor
     report: SolveReport
     residual: torch.Tensor
+    linearization: Linearization | None = None
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -371,7 +375,8 @@ class SolveCall:
         self.report = self.report or report
         if on_adjoint is not None and self.residual is not None:
             size = self.residual.shape[-1]  # of the unknown alone, without multipliers
-            on_adjoint(Adjoint(outcome.x[:, :size], report, self.residual))
+            linearization = product.linearization if isinstance(product, JointProduct) else None
+            on_adjoint(Adjoint(outcome.x[:, :size], report, self.residual, linearization))
         shaped = outcome.x.reshape(*axes, operator.size)
         shaped = apply_policy(report, shaped, settings.on_failure, self.recordings, silent_budget=target.silent)
         if self.nan_mask is None:

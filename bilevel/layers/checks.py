@@ -21,9 +21,7 @@ from bilevel.equations.problem import Problem
 from bilevel.equations.system import System, unconnected
 from bilevel.errors import BilevelError, CapturedTensorError, DtypeError, StochasticObjectiveError
 from bilevel.layers.randomness import GeneratorStates, draws
-from bilevel.replay.cache import ReplayCache
-from bilevel.replay.purity import InspectionCache, has_plain_structure, reachable_objects
-from bilevel.replay.switch import allowed
+from bilevel.replay import InspectionCache, ReplayCache, allowed, has_plain_structure, reachable_objects
 
 __all__ = [
     "Inspection",

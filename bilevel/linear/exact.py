@@ -17,7 +17,7 @@ from bilevel.operators import LinearOperator
 from bilevel.reports import Status
 from bilevel.tolerance import auto_relative
 
-__all__ = ["Exact", "offer_factor", "pseudo_inverse_of"]
+__all__ = ["Exact", "offer_factor", "pseudo_inverse_of", "solve_nearby"]
 
 
 @dataclass(frozen=True)
@@ -130,6 +130,14 @@ def offer_factor(operator: LinearOperator, factor: torch.Tensor, *, exact: bool 
         if base.size and bool((pivots > least**0.5 * factor.norm(dim=-1)).all()):
             status = torch.zeros(base.batch, dtype=torch.int64, device=factor.device)
             base.memo.setdefault(_OFFERED, _OfferedFactor(_Factor(status, cholesky=factor), exact))
+
+
+def solve_nearby(operator: LinearOperator, rhs: torch.Tensor) -> torch.Tensor:
+    """Return A⁻¹ ``rhs`` (batch, n) to some digits, by the factors of a matrix nearby if they are at hand."""
+    offered = operator.distinct.memo.get(_OFFERED)
+    if offered is not None:
+        return _columnwise(offered.factor.solve, operator, rhs)
+    return Exact().solve(operator, rhs, 1e-3 * rhs.norm(dim=-1)).x
 
 
 def _refine(
@@ -290,7 +298,10 @@ def _scales(matrix: torch.Tensor, symmetric: bool) -> tuple[torch.Tensor, torch.
     columns = rows
     for _ in range(_ROUNDS):
         sizes = (rows.unsqueeze(-1) * matrix * columns.unsqueeze(-2)).abs()
-        rows, columns = rows * _half_way(sizes.amax(-1)), columns * _half_way(sizes.amax(-2))
+        more_rows, more_columns = _half_way(sizes.amax(-1)), _half_way(sizes.amax(-2))
+        if bool((more_rows == 1).all() & (more_columns == 1).all()):
+            break
+        rows, columns = rows * more_rows, columns * more_columns
     return rows, rows if symmetric else columns
 
 

@@ -156,6 +156,7 @@ class Hypergradient:
     _certificate: Certificate = field(repr=False)
     _rebuild: Callable[[Point, Hypergradient], Hypergradient] = field(repr=False)
     _restore: Callable[[torch.Tensor], Any] = field(repr=False)
+    _decided: Bound | None = field(default=None, repr=False)
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in vars(self).items() if name not in _TIED}
@@ -180,9 +181,9 @@ class Hypergradient:
         """Of ‖ĝ − g‖ (C3); computed when first asked for.
 
         It costs about as much as the gradient, and where H is too large to be factorised the products that
-        ``Tolerance(bound_products=...)`` allows, as far as they tighten it.
+        ``Tolerance(bound_products=...)`` allows, as far as they tighten it. With a goal, it is the bound or the estimate that decided.
         """
-        return self._certificate.bound
+        return self._certificate.bound if self._decided is None else self._decided
 
     @cached_property
     def inner_bound(self) -> Bound:

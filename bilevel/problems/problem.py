@@ -29,6 +29,7 @@ from bilevel.layers.layer import Layer, Solution
 from bilevel.layers.proximal import Proximal
 from bilevel.linear._base import LinearSolver, LinearSolverLike
 from bilevel.policy import OnFailure
+from bilevel.problems.adaptive.direct import decided, full_accuracy_is_cheap
 from bilevel.problems.adaptive.driver import attach_gradient, needs_gradient, solve_to_goal
 from bilevel.problems.batching import BatchSpec
 from bilevel.problems.checks import (
@@ -308,7 +309,7 @@ class BilevelProblem(torch.nn.Module, ABC):
         self._refuse_goal(tolerance)
         if tolerance.has_goal and torch.is_grad_enabled() and needs_gradient(self.where, tolerance, outer, data):
             with unhooked():
-                result = self._to_goal(settings, outer, data, init)
+                result = self._with_goal(settings, outer, data, init)
             return attach_gradient(result, outer)
         prepared = self._prepared(outer, data)
         solution = self._solve(settings, outer, prepared, init)
@@ -402,9 +403,7 @@ class BilevelProblem(torch.nn.Module, ABC):
                 "torch.func.vmap(torch.func.grad(problem))(outer, data), or by torch.func.functional_call where outer is the problem's own parameters"
             )
         self._numbering.check_count(data)
-        leaves, structure = pytree.tree_flatten(outer)
-        moving = [moves(leaf) for leaf in leaves]
-        if not any(moving):
+        if not any(moves(leaf) for leaf in pytree.tree_leaves(outer)):
             raise ArgumentError(
                 f"{self._layer.where}: expected outer to hold a floating-point or complex tensor, got {outer!r}; pass tensors to "
                 "differentiate with respect to"
@@ -414,7 +413,18 @@ class BilevelProblem(torch.nn.Module, ABC):
         if at is not None:
             settings, init = self._settings_at(settings), pytree.tree_map(_cut, at)
         if settings.tolerance.has_goal:
-            return self._to_goal(settings, outer, data, init)
+            return self._with_goal(settings, outer, data, init)
+        return self._at_accuracy(settings, outer, data, init)[0]
+
+    def _at_accuracy(
+        self, settings: SolveSettings, outer: Any, data: Any, init: Any
+    ) -> tuple[Hypergradient, Point, Adjoint | None]:
+        """Return the hypergradient of solves to the accuracies δ and δ′, where it is of, and what the linear solve found.
+
+        The latter is None where F does not depend on φ.
+        """
+        leaves, structure = pytree.tree_flatten(outer)
+        moving = [moves(leaf) for leaf in leaves]
         # Copies: what is computed from the result later is of θ as it is now.
         fresh = [_copy(leaf).requires_grad_(True) if move else leaf for leaf, move in zip(leaves, moving, strict=True)]
         theta = pytree.tree_unflatten(fresh, structure)
@@ -437,15 +447,28 @@ class BilevelProblem(torch.nn.Module, ABC):
             [as_real(part).reshape(-1) for part in self._connected(found, inner, outer, data, settings.on_failure)]
         )
         q, backward, corrected = torch.zeros_like(x), solution.report, value.detach()
-        if adjoints:  # none where F does not depend on φ
-            last = adjoints[-1]
+        last = adjoints[-1] if adjoints else None
+        if last is not None:
             if settings.on_adjoint is not None:
                 settings.on_adjoint(last)
             q, backward = last.value * lower.batch, last.report  # the mean's cotangents are 1/K of each problem's own
             corrected = corrected - (q * last.residual).sum(dim=-1).mean()
         point = Point(lower, upper, x, q, _needs_grad(plain, lower))
         report = HypergradientReport(solution.report, backward)
-        return self._assembled(settings, plain, data, inner, point, value.detach(), corrected, flat, report)
+        result = self._assembled(settings, plain, data, inner, point, value.detach(), corrected, flat, report)
+        return result, point, last
+
+    def _with_goal(self, settings: SolveSettings, outer: Any, data: Any, init: Any) -> Hypergradient:
+        """Return a hypergradient as accurate as the goal asks: by solves to full accuracy where these cost less than to look for less."""
+        count = self._numbering.count(data)
+        start = self._start(outer, data, count) if init is None else init
+        if not full_accuracy_is_cheap(settings, start, count):
+            return self._to_goal(settings, outer, data, start)
+        full = replace(settings, tolerance=Tolerance(strong_convexity=settings.tolerance.strong_convexity))
+        result, point, adjoint = self._at_accuracy(full, outer, data, start)
+        inspector = self._layer.inspector
+        replays = inspector.reuse_inspection(point.lower, point.x, self.inner_objective, captures=True)
+        return decided(settings, result, point, adjoint, point.lower.replayed_from(replays))
 
     def _settings_at(self, settings: SolveSettings) -> SolveSettings:
         """Return the settings of a call that differentiates at an answer given."""
@@ -516,8 +539,7 @@ class BilevelProblem(torch.nn.Module, ABC):
         tolerance, policy = settings.tolerance, settings.on_failure
         given = (data, init)
         outer, data = pytree.tree_map(_copy, outer), pytree.tree_map(_cut, data)
-        start = self._start(outer, data, self._numbering.count(data)) if init is None else init
-        start = pytree.tree_map(_cut, start)
+        start = pytree.tree_map(_cut, init)
         (lower, upper), x = self._flat_problems(start, outer, data), self._numbering.ravel(start)
         needs_grad = _needs_grad(outer, lower)
 
@@ -551,7 +573,7 @@ class BilevelProblem(torch.nn.Module, ABC):
         )
         flat = torch.cat(self._connected(parts, inner, outer, data, policy))
         result = self._assembled(settings, outer, data, inner, point, value, corrected, flat, report)
-        result.__dict__["bound"] = found.bound  # what decided, which asking for the bound shows
+        result = replace(result, _decided=found.bound)
         if tolerance.estimates:
             result.__dict__["value_bound"] = Bound(found.value_error, Basis.ESTIMATED)
         return result

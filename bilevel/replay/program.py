@@ -8,7 +8,6 @@ from typing import Any, TypeAlias
 
 import torch
 
-from bilevel.replay.simplify import reuse_buffers
 from bilevel.replay.tape import Slot, Step, Tape
 
 __all__ = ["Program", "StartedProgram", "Tensors"]
@@ -99,7 +98,6 @@ class Program:
 
     def _part(self, given: Sequence[int], outputs: Sequence[int], here: Callable[[Step], bool]) -> Written:
         steps = self._tape.needed(outputs, given, here)
-        steps = reuse_buffers(self._tape, steps, given, outputs)
         return _written(steps, given, outputs, self._tape.constants)
 
     @property

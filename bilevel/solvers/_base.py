@@ -31,6 +31,7 @@ __all__ = [
     "InnerSolverLike",
     "all_finite",
     "as_inner_solver",
+    "is_lone",
     "iterate",
     "length",
 ]
@@ -248,7 +249,7 @@ def iterate(
     iterations = torch.zeros_like(status)
     together = 0  # steps that all of the batch took
     # A single problem's usual step is told by two numbers of Python's, which cost less than tensors of one number.
-    lone = anyone and len(norm) == 1 and norm.device.type == "cpu"
+    lone = anyone and is_lone(norm)
     least, most = (float(threshold), float(limit)) if lone else (0.0, 0.0)
     for _ in range(max_steps):
         if not anyone:
@@ -310,12 +311,19 @@ def length(v: torch.Tensor) -> torch.Tensor:
     """Return ‖v‖ (batch,) of v (batch, n), also where the squares of its entries would vanish or overflow."""
     plain = v.norm(dim=-1)
     least = 1e3 * torch.finfo(v.dtype).tiny ** 0.5
+    if is_lone(plain) and least <= float(plain) < math.inf:
+        return plain
     if not v.shape[-1] or bool(((plain >= least) & (plain < torch.inf)).all()):
         return plain
     largest = v.abs().amax(dim=-1, keepdim=True)
     scaled = largest.squeeze(-1) * (v / largest).norm(dim=-1)
     beyond = ((plain < least) | (plain == torch.inf)) & (largest.squeeze(-1) > 0) & (largest.squeeze(-1) < torch.inf)
     return torch.where(beyond, scaled, plain)
+
+
+def is_lone(numbers: torch.Tensor) -> bool:
+    """Return whether ``numbers`` (batch,) are of a single problem on the CPU, whose numbers cost less in Python than as tensors."""
+    return len(numbers) == 1 and numbers.device.type == "cpu"
 
 
 def all_finite(numbers: torch.Tensor) -> torch.Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate
 
 import torch
@@ -10,7 +10,7 @@ import torch
 from bilevel.equations.problem import Problem
 from bilevel.reports import Status
 from bilevel.setting_checks import check_number, check_steps
-from bilevel.solvers._base import Goal, InnerSolution, InnerSolver, iterate
+from bilevel.solvers._base import Goal, InnerSolution, InnerSolver, is_lone, iterate
 from bilevel.solvers.fixed_point import CHECK_EVERY, check_fixed_point, rounding_verdict
 
 __all__ = ["Anderson"]
@@ -26,6 +26,8 @@ _PLAIN_STEPS = 16
 _DIVERGED = 1e10
 # So often is T(z) tried as the answer in place of a mixture z that meets the threshold, before z itself is returned.
 _POLISHES = 3
+# So much of the error that is allowed in an unknown may be left, and so many steps more may be taken to get there.
+_SHARE, _EXTRA_STEPS = 0.3, 20
 # A difference of residuals below this many eps ‖(R, x)‖ is rounding.
 _ROUNDING = 2.0
 # A residual has to be so many times that for a constant one to be a drift.
@@ -113,7 +115,8 @@ class Anderson(InnerSolver):
     def solve(self, problem: Problem, init: torch.Tensor, goal: Goal) -> InnerSolution:
         check_fixed_point(problem, "Anderson")
         runs = _Runs(self, problem, init, goal)
-        return iterate(runs.start, runs.step, goal, runs.budget)[0]
+        solution = iterate(runs.start, runs.step, goal, runs.budget)[0]
+        return replace(solution, iterations=solution.iterations + 1) if runs.polished else solution
 
 
 @dataclass(frozen=True, eq=False)
@@ -135,6 +138,7 @@ class _Runs:
     def __init__(self, settings: Anderson, problem: Problem, init: torch.Tensor, goal: Goal) -> None:
         n = init.shape[-1]
         self.problem, self.threshold, self.n, self.beta = problem, goal.threshold, n, settings.mixing
+        self.goal = goal
         self.budget = settings.max_steps or sum(_STRETCHES)
         self.steps = 0
         self.turns = {end + 1 for end in accumulate(_STRETCHES)}
@@ -154,6 +158,9 @@ class _Runs:
         self.waiting = torch.ones_like(norm, dtype=torch.int64)  # plain steps to come before the next mixture
         self.penalty = torch.ones_like(self.waiting)  # plain steps after the next rejection
         self.polishes = torch.zeros_like(self.waiting)
+        self.met = torch.zeros_like(self.waiting)  # the step at which the goal's threshold was met
+        self.deadlines: set[int] = set()
+        self.polished = False  # whether the last step of a single problem was two: to the mixture, and to T of it
         self.plain = torch.zeros_like(norm, dtype=torch.bool)  # whether it is the plain run that steps
         self.alone = self.plain  # whether the other run has diverged
         self.whole = self.plain  # whether the next step is T itself
@@ -177,6 +184,9 @@ class _Runs:
             verdict = self._check(state, active)
         if self.steps == self.budget:
             self.whole, self.mixing = torch.ones_like(self.whole), False
+        if self.steps in self.deadlines:
+            late = (self.met > 0) & (self.steps >= self.met + _EXTRA_STEPS)
+            self.threshold = torch.where(late, self.goal.threshold, self.threshold)
         x = self.memory.mixture(self.both[:, self.n :])
         mixed: torch.Tensor | None = None  # all
         if not self.mixing:
@@ -193,6 +203,20 @@ class _Runs:
         both = self._both(x, residual)
         if self.mixing and striding is None:
             usual = (norm <= self.bound) & (norm > self.threshold)
+            if not bool(usual.all()) and self.goal.target.rtol:
+                self._tighten(x, residual, norm)
+                usual = (norm <= self.bound) & (norm > self.threshold)
+            if (
+                is_lone(norm)
+                and float(norm) <= float(torch.minimum(self.threshold, self.bound))
+                and self.steps < self.budget
+            ):
+                # The answer is T(z). Where it meets the threshold too, there is nothing more to keep books of.
+                mapped = torch.sub(x, residual)
+                left = self.problem.residual(mapped)
+                if float(left.norm()) <= float(self.threshold):
+                    self.polished = True
+                    return _State(mapped, left), verdict
             if bool(usual.all()) or bool((usual | ~active).all()):
                 if self.steps & (self.steps - 1) == 0:  # x may grow steadily, and its rounding with it
                     self.memory.measure(both)
@@ -217,6 +241,21 @@ class _Runs:
             verdict = self._take_over(lost, norm, verdict)
         self.mixing = not bool((active & (self.plain | (self.waiting > 0) | self.whole)).any())
         return state, verdict
+
+    def _tighten(self, x: torch.Tensor, residual: torch.Tensor, norm: torch.Tensor) -> None:
+        """Lower the thresholds where single unknowns are not as accurate as wanted, though R as a whole is small enough.
+
+        ‖x − x₀‖ / ‖R(x₀)‖ tells how much larger errors are than residuals. Who ends here and is resumed begins without a history.
+        """
+        target, base = self.goal.target, self.goal.threshold
+        larger = (x - self.start.x).norm(dim=-1) / self.start.residual.norm(dim=-1)
+        allowed = _SHARE * (target.rtol * x.abs() + target.atol)
+        excess = larger.nan_to_num(1.0).clamp(min=1.0) * (residual.abs() / allowed).amax(dim=-1)
+        closer = torch.maximum(norm / excess, 8 * torch.finfo(x.dtype).eps * x.norm(dim=-1))
+        self.met = torch.where((self.met == 0) & (norm <= base), self.steps, self.met)
+        on = (norm <= self.threshold) & (excess > 1) & (self.steps < self.met + _EXTRA_STEPS)
+        self.threshold = torch.where(on, torch.minimum(closer, base), self.threshold)
+        self.deadlines.add(self.steps + _EXTRA_STEPS)
 
     def _unmixed(self) -> torch.Tensor:
         """Return x − βR, or x − R for the problems whose next step is T itself."""

@@ -30,6 +30,8 @@ __all__ = ["MOST_NUMBERS", "Point"]
 MOST_NUMBERS = 2**20
 # What a measured change is multiplied by, and the most numbers that copies of a problem may have to measure it on.
 _MARGIN = 8.0
+# The share of ‖q‖ ‖rounding of ∇G‖ that the rounding of a value has at least: the product is reached if all of it points along q.
+_VALUE_SHARE = 0.25
 _SCATTERED_NUMBERS = 2**22
 # The relative residual of solves for a refinement where there is no factorisation.
 _KRYLOV_RELATIVE = 1e-6
@@ -233,7 +235,7 @@ class Point:
         )
         worst = sizes.larger(self._apart(self.perturbed(0)))
         if self.x.dtype != torch.float64:
-            return worst.larger(self._apart(self.perturbed(1))).times(_MARGIN)
+            return self._least(worst.larger(self._apart(self.perturbed(1))))
         try:
             worst = worst.larger(self._float32_rounding())
         except (
@@ -242,12 +244,18 @@ class Point:
             ValueError,
         ):  # no evaluation in float32, for a constant of another dtype inside, or no copies
             worst = worst.larger(self._apart(self.perturbed(1)))
-        return worst.times(_MARGIN)
+        return self._least(worst)
+
+    def _least(self, worst: Rounding) -> Rounding:
+        """Return the rounding to count with, where the draws showed ``worst``."""
+        # A value is one number, and few draws of one number may all be small. It holds qᵀ∇G, and with it the rounding of ∇G.
+        least = _VALUE_SHARE * self.q.norm(dim=-1) * worst.residual
+        return replace(worst, value=torch.maximum(worst.value, least)).times(_MARGIN)
 
     def _float32_rounding(self) -> Rounding:
         """Return what float32 makes of the results, in proportion to float64's unit."""
         numbers = sum(t.numel() for t in self.lower.tensors if t.dtype.is_floating_point)
-        # Of few numbers one draw may be lucky, of many it cannot.
+        # Few numbers may all be small in one draw; many cannot.
         draws = max(1, min(6, 64 // max(1, self.lower.size), _SCATTERED_NUMBERS // max(1, numbers)))
         lower, (x, q) = self.lower.perturbed_copies(2, draws, self.x, self.q)
         upper = Problem(replace(self.upper.system, levels=lower.system.levels), lower.tensors)

@@ -108,7 +108,9 @@ def residuals_and_hessian(x: torch.Tensor, t: torch.Tensor, X: torch.Tensor) -> 
 
 def game(function: Callable[..., torch.Tensor], **settings: Any) -> Solve:
     """Two players, of whom each has half of the objective beside what the other's move costs him."""
-    layer = bilevel.equilibrium([lambda x, y, t, X, i=i: function(torch.stack([x, y]), t, X)[i] for i in (0, 1)], **settings)
+    layer = bilevel.equilibrium(
+        [lambda x, y, t, X, i=i: function(torch.stack([x, y]), t, X)[i] for i in (0, 1)], **settings
+    )
     return lambda start, t, X: torch.stack(layer((start[0], start[1]), t, X))
 
 
@@ -251,6 +253,6 @@ class Column:
         return torch.stack([self.kind.oracle(start, t, one) for one in X])
 
 
-COLUMNS = tuple(Column(kind, batched, dtype) for kind in KINDS for batched in (False, True) for dtype in (F64, F32)) + tuple(
-    Column(kind, batched, F64) for kind in STRUCTURED for batched in (False, True)
-)
+COLUMNS = tuple(
+    Column(kind, batched, dtype) for kind in KINDS for batched in (False, True) for dtype in (F64, F32)
+) + tuple(Column(kind, batched, F64) for kind in STRUCTURED for batched in (False, True))

@@ -9,7 +9,9 @@ from bilevel.errors import ArgumentError
 __all__ = ["corrupt"]
 
 
-def corrupt(labels: torch.Tensor, share: float, *, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+def corrupt(
+    labels: torch.Tensor, share: float, *, seed: int = 0, classes: int | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Give a ``share`` of the examples another label, uniformly among the other classes.
 
     Parameters
@@ -20,6 +22,8 @@ def corrupt(labels: torch.Tensor, share: float, *, seed: int = 0) -> tuple[torch
         In [0, 1); ⌊share · n⌋ labels become wrong.
     seed
         Of the choice.
+    classes
+        How many classes there are; None: as many as the largest label says.
 
     Returns
     -------
@@ -36,7 +40,7 @@ def corrupt(labels: torch.Tensor, share: float, *, seed: int = 0) -> tuple[torch
     if not 0.0 <= share < 1.0:
         raise ArgumentError(f"corrupt: expected share to be a number in [0, 1), got {share!r}; pass one")
     generator = torch.Generator().manual_seed(seed)
-    count, classes = int(share * len(labels)), int(labels.max()) + 1
+    count, classes = int(share * len(labels)), int(labels.max()) + 1 if classes is None else classes
     rows = torch.randperm(len(labels), generator=generator)[:count]
     wrong = torch.zeros(len(labels), dtype=torch.bool)
     wrong[rows] = True

@@ -13,6 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from bilevel.cleaning.data import DIGITS, IMAGE_SIZE, DataError, LabelledData, load
 from bilevel.cleaning.experiment import run_cleaning
 from bilevel.cleaning.model_choice import MODELS
+from bilevel.cleaning.noise import Noise
 from bilevel.cleaning.outcome import CleanRunSettings, Outcome, StepPoint
 from bilevel.cli.output import console, prepare_output, printing
 
@@ -24,7 +25,6 @@ DIGITS_CORRUPTED = 0.345
 """The share of wrong labels in ``digits``, unless another is asked."""
 
 DIGITS_TRAINING = 400
-DIGITS_TRUSTED = 200
 
 
 def clean(
@@ -37,7 +37,7 @@ def clean(
     target: Annotated[str | None, typer.Option(help="The label column of a CSV file.", show_default=False)] = None,
     model: Annotated[
         str, typer.Option(help=f"{', '.join(MODELS)}, or module:function, called with input shape and classes.")
-    ] = "mlp",
+    ] = "linear",
     corrupt: Annotated[
         float | None,
         typer.Option(
@@ -45,6 +45,9 @@ def clean(
             show_default=False,
         ),
     ] = None,
+    noise: Annotated[
+        Noise, typer.Option(help="What a corrupted label becomes: the next class, as if by a habit, or any other one.")
+    ] = _DEFAULT.noise,
     seeds: Annotated[int, typer.Option(help="Runs, each with other parts and another start.")] = _DEFAULT.seeds,
     steps: Annotated[int, typer.Option(help="Outer steps of the weights.")] = _DEFAULT.steps,
     training_steps: Annotated[
@@ -59,8 +62,7 @@ def clean(
     trusted_size: Annotated[
         int | None,
         typer.Option(
-            help=f"Rows of DATA to trust, without --trusted; {DIGITS_TRUSTED} for {DIGITS}, else {_DEFAULT.trusted_size}.",
-            show_default=False,
+            help=f"Rows of DATA to trust, without --trusted; default: {_DEFAULT.trusted_size}.", show_default=False
         ),
     ] = None,
     training_size: Annotated[
@@ -91,11 +93,12 @@ def clean(
         training_size = DIGITS_TRAINING
     settings = CleanRunSettings(
         corrupt=(DIGITS_CORRUPTED if bundled else 0.0) if corrupt is None else corrupt,
+        noise=noise,
         seeds=seeds,
         steps=steps,
         training_steps=training_steps,
         batch_size=batch_size,
-        trusted_size=(DIGITS_TRUSTED if bundled else _DEFAULT.trusted_size) if trusted_size is None else trusted_size,
+        trusted_size=_DEFAULT.trusted_size if trusted_size is None else trusted_size,
         training_size=training_size,
         test_size=test_size,
         compare=compare,

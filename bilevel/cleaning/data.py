@@ -221,7 +221,7 @@ def _numbered(labels: Sequence[str], where: str) -> tuple[torch.Tensor, tuple[st
     names, numbers = np.unique(np.array(labels, dtype=np.str_), return_inverse=True)
     if len(names) < 2:
         raise DataError(f"{where} has one value only, {names[0]}; there is nothing to predict")
-    if len(names) > len(labels) / 3:
+    if len(names) > max(len(labels) / 3, 2):
         raise DataError(
             f"{where} has {len(names)} different values in {len(labels)} rows, too many for classes; pass data with a few classes"
         )

@@ -162,7 +162,9 @@ class _SingleRun:
         labels = self.data.labels[rows]
         self.wrong: torch.Tensor | None = None
         if self.settings.corrupt > 0:
-            labels, self.wrong = corrupt(labels, self.settings.corrupt, seed=self.seed, classes=len(self.data.classes))
+            labels, self.wrong = corrupt(
+                labels, self.settings.corrupt, seed=self.seed, classes=len(self.data.classes), noise=self.settings.noise
+            )
         self.training: Examples = scale(self.data.inputs[rows]), labels
         if self.given_trusted is not None:
             self.trusted: Examples = scale(self.given_trusted.inputs), self.given_trusted.labels

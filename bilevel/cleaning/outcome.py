@@ -12,6 +12,7 @@ import torch
 import bilevel
 from bilevel.cleaning.clean import Cleaned
 from bilevel.cleaning.data import LabelledData
+from bilevel.cleaning.noise import Noise
 from bilevel.cleaning.splits import Split
 
 __all__ = [
@@ -32,6 +33,8 @@ class CleanRunSettings:
     ----------
     corrupt
         The share of the training labels that is made wrong on the spot, in [0, 1).
+    noise
+        Which other label they get.
     seeds
         How many runs, each with other parts, wrong labels and initial parameters.
     steps
@@ -54,6 +57,7 @@ class CleanRunSettings:
     """
 
     corrupt: float = 0.0
+    noise: Noise = Noise.NEXT
     seeds: int = 3
     steps: int = 150
     training_steps: int = 300

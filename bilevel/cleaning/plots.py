@@ -115,11 +115,11 @@ def plot_accuracy(outcome: Outcome) -> Figure:
     if measured:
         lowest = min(_later_accuracies(outcome)) * 100
         given = 100 * interval(outcome.values(GIVEN, "accuracy")).mean
-        accuracies.set_ylim(bottom=max(min(lowest, given) - 5, 0), top=101)
+        accuracies.set_ylim(bottom=max(min(lowest, given) - 5, 0), top=100.5)
         accuracies.legend(loc="lower right")
     else:
         accuracies.text(0.5, 0.5, "no test rows", ha="center", transform=accuracies.transAxes)
-    losses.set(yscale="log", xlabel="outer step", ylabel="trusted loss")
+    losses.set(ylim=(0, None), xlabel="outer step", ylabel="trusted loss")
     return figure
 
 

@@ -34,7 +34,11 @@ SCHEMA = 1
 def table(outcome: Outcome) -> Table:
     """Return the final table: one row for each choice of training examples, means over the runs with intervals."""
     settings = outcome.settings
-    corrupted = f", {settings.corrupt:.1%} of the training labels made wrong" if settings.corrupt > 0 else ""
+    corrupted = (
+        f", {settings.corrupt:.1%} of the training labels made wrong ({settings.noise.value})"
+        if settings.corrupt > 0
+        else ""
+    )
     # Text and not a string, in which rich would read square brackets as markup.
     title = Text(f"{outcome.data.name}: {outcome.model} model{corrupted}, {_count(settings.seeds, 'run')}")
     drawn = Table(title=title, title_justify="left")
@@ -165,7 +169,7 @@ def as_json(outcome: Outcome) -> dict[str, Any]:
     document = {
         "schema": SCHEMA,
         "versions": versions("torch", "numpy", "scipy", "scikit-learn"),
-        "settings": asdict(outcome.settings) | {"model": outcome.model},
+        "settings": asdict(outcome.settings) | {"noise": outcome.settings.noise.value, "model": outcome.model},
         "data": {
             "name": outcome.data.name,
             "rows": len(outcome.data.labels),

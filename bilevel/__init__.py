@@ -29,6 +29,7 @@ from bilevel.layers.differentiation import Differentiation, Implicit, OneStep, P
 from bilevel.layers.equilibrium import EquilibriumLayer, equilibrium
 from bilevel.layers.least_squares import FullHessian, GaussNewtonHessian, LeastSquaresLayer, least_squares
 from bilevel.layers.modules import FunctionalModule
+from bilevel.layers.rectangular import RectangularLayer
 from bilevel.linear._base import LinearSolver
 from bilevel.linear._solution import LinearSolution
 from bilevel.linear.bicgstab import BiCGStab
@@ -159,6 +160,7 @@ __all__ = [
     "ProximalGradient",
     "QuadraticSchedule",
     "Recording",
+    "RectangularLayer",
     "ScipyLinear",
     "ScipyMinimize",
     "ScipyRoot",

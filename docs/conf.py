@@ -44,7 +44,7 @@ nitpick_ignore_regex = [
     ),
     (
         r"py:.*",
-        r"(InnerSolverLike|LinearSolverLike|OnFailure|Decorator|Auto|Hyperparameters|TreeSpec|PyTree|Table|Console|Policy|Figure)",
+        r"(InnerSolverLike|LinearSolverLike|OnFailure|Decorator|Auto|Hyperparameters|TreeSpec|PyTree|Table|Console|Policy|Figure|OptimizerLike|Reference)",
     ),
     (r"py:.*", r"(InnerSolverLike|LinearSolverLike|OnFailure|bilevel\..*\._.*|bilevel\._.*|bilevel\.tolerance\.Auto)"),
     (r"py:class", r".*[ \[\]|(,].*"),

@@ -156,6 +156,15 @@ def test_another_solver() -> None:
     torch.testing.assert_close(torch.stack(game((ZERO, ZERO), c)), cournot(c))
 
 
+def test_the_check_of_gradients_knows_games_and_least_squares() -> None:
+    c = torch.tensor([0.1, 0.3], dtype=F64)
+    assert bilevel.testing.check_gradients(bilevel.equilibrium([firm(0), firm(1)]), ((ZERO, ZERO), c)).passed
+    fit = bilevel.least_squares(lambda x, c: torch.stack([x**2 - c[0], x - c[1], x * c[0]]))
+    assert bilevel.testing.check_gradients(fit, (ZERO + 1, c)).passed
+    for layer, start in ((fit, ZERO + 1), (bilevel.equilibrium([firm(0), firm(1)]), (ZERO, ZERO))):
+        assert "no finding" in str(bilevel.testing.diagnose(layer, start, c))
+
+
 def test_a_captured_tensor_is_found() -> None:
     captured = torch.tensor(0.1, dtype=F64, requires_grad=True)
     game = bilevel.equilibrium([lambda x, y: (x - captured) ** 2, lambda x, y: (y - x) ** 2])

@@ -129,6 +129,24 @@ class EquilibriumLayer(Layer):
         # Whoever decides whether evaluations may be replayed, or closures reach a gradient, looks at functions.
         self.written = lambda: _joined(players.objectives)
 
+    @property
+    def objectives(self) -> tuple[Callable[..., torch.Tensor], ...]:
+        """The players' objectives."""
+        assert isinstance(self.function, Players)
+        return self.function.objectives
+
+    def conditions(self, players: Any, *args: Any, **kwargs: Any) -> Any:
+        """Return the pytree (∇_{x_1} f_1, …, ∇_{x_N} f_N), which vanishes at an equilibrium."""
+        assert isinstance(self.function, Players)
+        slopes = []
+        for i, objective in enumerate(self.function.objectives):
+
+            def own(part: Any, i: int = i, objective: Callable[..., torch.Tensor] = objective) -> torch.Tensor:
+                return objective(*players[:i], part, *players[i + 1 :], *args, **kwargs)
+
+            slopes.append(torch.func.grad(own)(players[i]))
+        return tuple(slopes)
+
     def _solution(
         self,
         settings: SolveSettings,

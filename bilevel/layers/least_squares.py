@@ -186,6 +186,10 @@ class LeastSquaresLayer(Layer):
             # Whoever decides whether evaluations may be replayed has to see the loss as well.
             self.written = lambda: _both(function, loss)
 
+    def objective(self, x: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """Return ½‖r(x, θ)‖² (), or Σ c(r_i) with a robust loss: what the layer minimises."""
+        return _objective(self.function, self.loss, x, args, kwargs)
+
     def _system(
         self, raveler: Raveler, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[System, list[torch.Tensor]]:
@@ -242,6 +246,14 @@ def _both(function: Callable[..., Any], loss: Any) -> Callable[..., Any]:
     return both
 
 
+def _objective(
+    residual: Callable[..., Any], loss: Loss | None, x: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> torch.Tensor:
+    residuals = residual_vector(residual(x, *args, **kwargs), "least_squares")
+    chosen = loss if loss is None or isinstance(loss, RobustLoss) else loss(*args, **kwargs)
+    return 0.5 * (residuals * residuals).sum() if chosen is None else chosen.cost(residuals).sum()
+
+
 def _bounded(
     residual: Callable[..., Any], *, loss: Loss | None, hessian: HessianChoice | None, **settings: Any
 ) -> Layer:
@@ -258,8 +270,6 @@ def _bounded(
 
     @functools.wraps(residual)
     def objective(x: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
-        residuals = residual_vector(residual(x, *args, **kwargs), "least_squares")
-        chosen = loss if loss is None or isinstance(loss, RobustLoss) else loss(*args, **kwargs)
-        return 0.5 * (residuals * residuals).sum() if chosen is None else chosen.cost(residuals).sum()
+        return _objective(residual, loss, x, args, kwargs)
 
     return argmin(objective, **settings)

@@ -157,7 +157,8 @@ class ProximalSystem(_Termed, LocalModel):
 
     def model(self, z: torch.Tensor, *tensors: torch.Tensor) -> torch.Tensor:
         manifold = self.term(tensors).manifold(z)
-        x = manifold.retract(z)
+        # A NaN, as on_failure="nan" puts it for an answer, stays one.
+        x = torch.where(z.isnan(), z, manifold.retract(z))
         return self.ordinary.output(x, *tensors) + manifold.value(x) + 0.5 * ((z - x) ** 2).sum()
 
     def find(self, problem: Problem, init: torch.Tensor, target: Target, solver: InnerSolver | None) -> InnerOutcome:

@@ -46,7 +46,7 @@ class LSMR(LinearSolver):
     >>> import torch
     >>> from bilevel.operators import DenseOperator
     >>> A = DenseOperator(torch.tensor([[4.0, 1.0], [-1.0, 3.0]]))
-    >>> LSMR()(A, torch.tensor([[5.0, 2.0]]))
+    >>> LSMR()(A, torch.tensor([[5.0, 2.0]])).round(decimals=4)
     tensor([[1., 1.]])
     """
 

@@ -52,7 +52,7 @@ class Nystrom(LinearSolver):
     >>> from bilevel.operators import DenseOperator
     >>> H = DenseOperator(torch.diag(torch.tensor([4.0, 1.0], dtype=torch.float64)), symmetric=True)
     >>> silent = bilevel.Tolerance(delta_prime=None)
-    >>> Nystrom(rank=2, rho=1.0)(H, torch.tensor([[5.0, 4.0]], dtype=torch.float64), silent)
+    >>> Nystrom(rank=2, rho=1.0)(H, torch.tensor([[5.0, 4.0]], dtype=torch.float64), silent).round(decimals=4)
     tensor([[1., 2.]], dtype=torch.float64)
     """
 

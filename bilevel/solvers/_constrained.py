@@ -24,6 +24,8 @@ Name = Callable[[str, int], str]
 _UNSOLVED = (Status.MAX_STEPS, Status.STAGNATED, Status.NOT_CONVERGED, Status.LINE_SEARCH_FAILED)
 # What of x's size a constraint may be away from x to be tried as active, where no multipliers tell.
 _NEAR = (1e-5, 1e-7, 1e-3, 1e-2)
+# A start is a solution nearly, if its violation and the slope that no multiplier accounts for are below this part of their sizes.
+_KNOWN, _MOST_RECOVERED = 1e-3, 256
 _SMOOTHING = "perturb the arguments, or pass smoothing=1e-3 to bilevel.argmin, which takes value and derivative from the central path"
 
 
@@ -92,6 +94,9 @@ def solve_constrained(
 
 def _by_default(program: Program, init: torch.Tensor, smoothing: float | None, where: str) -> tuple[Answer, str]:
     if smoothing is not None or not program.only_bounds:
+        known = _known_already(program, init) if smoothing is None else None
+        if known is not None:
+            return known, "Newton on the active set of the start"
         if program.size + program.equalities > 4 * DENSE_LIMIT:
             raise ArgumentError(
                 f"{where}: expected at most {4 * DENSE_LIMIT} unknowns and equalities with constraints other than bounds, got "
@@ -112,6 +117,40 @@ def _by_default(program: Program, init: torch.Tensor, smoothing: float | None, w
     status = torch.where(won, other.status, answer.status)
     steps = answer.iterations + torch.where(failed, other.iterations, torch.zeros_like(other.iterations))
     return replace(answer, x=x, status=status, iterations=steps), f"{first.name}, then {second.name}"
+
+
+def _known_already(program: Program, init: torch.Tensor) -> Answer | None:
+    """Return the starts as an answer, with multipliers recovered, if all are solutions nearly; the polish then is all that is left."""
+    none, nothing = (init.new_zeros(len(init), count) for count in (program.equalities, program.inequalities))
+    status = torch.full((len(init),), int(Status.NOT_CONVERGED), dtype=torch.int64, device=init.device)
+    answer = Answer(init, none, nothing, status, torch.zeros_like(status))
+    x = program.inside(init)
+    at = measure(program, x, none, nothing)
+    size = _KNOWN * at.size
+    outside = torch.maximum(
+        (init - x).abs().amax(-1), program.violation(at.parts) / at.rows.norm(dim=-1).amax(-1).clamp_min(1e-300)
+    )
+    if not bool((outside <= size).all()) or program.equalities + program.inequalities > _MOST_RECOVERED:
+        return None
+    answer = recovered(program, answer, _KNOWN)
+    at = measure(program, x, answer.equality, answer.inequality)
+    _, jh, jc = program.split(at.rows)
+    slope = at.rows[:, 0] + (jh.mT @ answer.equality.unsqueeze(-1) + jc.mT @ answer.inequality.unsqueeze(-1)).squeeze(
+        -1
+    )
+    at_lower, at_upper = x <= program.lower + size.unsqueeze(-1), x >= program.upper - size.unsqueeze(-1)
+    off = torch.where((at_lower & (slope > 0)) | (at_upper & (slope < 0)) | program.fixed, 0.0, slope).abs().amax(-1)
+    if not bool((off <= _KNOWN * at.rows[:, 0].abs().amax(-1)).all()):
+        return None
+    point = polish(program, answer, at)
+    if not bool(point.good.all()):
+        return None
+    findings = examine(program, point, measure(program, point.x, point.equality, point.inequality))
+    if bool((findings.negative | findings.degenerate).any()):
+        return None
+    return Answer(
+        point.x, point.equality, point.inequality, torch.full_like(status, int(Status.CONVERGED)), answer.iterations + 1
+    )
 
 
 def _without_contradictions(program: Program, answer: Answer) -> Answer:

@@ -22,7 +22,7 @@ from bilevel.solvers._reduced import Reduced, factorised
 __all__ = ["Sparse", "solve_sparse"]
 
 # How many unknowns there have to be, how many join the working set at once, and how many it may hold.
-_LEAST_UNKNOWNS, _JOIN, _MOST = 64, 32, 256
+_LEAST_UNKNOWNS, _JOIN, _MOST = 64, 32, 640
 _MOST_ROUNDS, _MOST_SWEEPS, _MOST_NEWTON = 16, 6, 8
 # Accelerated steps before Newton's method: in the first round, in later ones, and after Newton's method failed.
 _FIRST_STEPS, _STEPS, _MORE_STEPS = 12, 5, 15
@@ -55,7 +55,7 @@ def solve_sparse(composite: Composite, x: torch.Tensor) -> Sparse | None:
     places: torch.Tensor | None = None
     rows: torch.Tensor | None = None
     for number in range(_MOST_ROUNDS):
-        more = _moved_most(g, at, step, places)
+        more = _moved_most(g, at, step, places, _JOIN << max(0, number - 2))
         if more is None and (places is None or rows is None):
             return None
         if more is not None:
@@ -86,8 +86,8 @@ def solve_sparse(composite: Composite, x: torch.Tensor) -> Sparse | None:
     return None
 
 
-def _moved_most(g: FlatTerm, at: Iterate, step: float, known: torch.Tensor | None) -> torch.Tensor | None:
-    """Return the places of the unknowns, beside the ``known``, that a prox step moves most; None if it moves none."""
+def _moved_most(g: FlatTerm, at: Iterate, step: float, known: torch.Tensor | None, many: int) -> torch.Tensor | None:
+    """Return the places of so ``many`` unknowns, beside the ``known``, that a prox step moves most; None if it moves none."""
     y, slope = at.x[0], at.slope[0]
     if step == float("inf"):  # nothing is known of the curvature yet: the longest moves are the longest for any step
         size = float(slope.abs().amax())
@@ -96,8 +96,9 @@ def _moved_most(g: FlatTerm, at: Iterate, step: float, known: torch.Tensor | Non
     scores = scores.masked_fill(_free(g, y), torch.inf)
     if known is not None:
         scores[known] = -1.0
-    best = scores.topk(_JOIN)  # always as many, so that one recorded program makes the rows
-    return best.indices if bool(best.values[0] > 0) else None
+    # Always as many in a round, so that one recorded program makes the rows.
+    best = scores.topk(min(many, len(y) - (0 if known is None else len(known))))
+    return best.indices if len(best.values) and bool(best.values[0] > 0) else None
 
 
 @dataclass(frozen=True, eq=False)

@@ -70,6 +70,11 @@ class GaussNewton(InnerSolver):
                 f"{problem.where}: expected Jacobians of at most {_MOST_NUMBERS} numbers for GaussNewton, got {problem.batch} of {m} by "
                 f"{problem.size}; take LevenbergMarquardt(), which needs products alone"
             )
+        if torch.finfo(init.dtype).bits < 32:
+            raise ArgumentError(
+                f"{problem.where}: expected float32 or float64 for GaussNewton, got {str(init.dtype).removeprefix('torch.')}, which has no "
+                "factorisations; take LevenbergMarquardt(), or convert init with .float()"
+            )
         by_rows = m <= problem.size
 
         def state_at(x: torch.Tensor) -> _State:

@@ -101,6 +101,8 @@ class LevenbergMarquardt(InnerSolver):
         refuse_objective(problem, "LevenbergMarquardt")
         m = residual_count(problem, init)
         dense = problem.size <= self.dense_limit and problem.batch * problem.size * m <= _DENSE_NUMBERS
+        # There are no factorisations in half precision.
+        dense = dense and torch.finfo(init.dtype).bits >= 32
         begin, step = self._dense_steps(problem, m) if dense else self._large_steps(problem)
         start, operator = begin(init)
         goal.linearize(lambda x: Linearization(start.residual, operator, (), start.value, x))

@@ -3,24 +3,24 @@
 What lives here: methods that move the inner variables, an adjoint and the outer variables by one minibatch after the other. What does
 not: problems whose inner solution is found to a tolerance (:class:`bilevel.BilevelProblem`), and applications.
 
-=====================  =======================================================================  ===============================
-method                 outer direction                                                        passes of a step (forward, reverse)
-=====================  =======================================================================  ===============================
-:class:`SOBA`          single loop, adjoint by one gradient step                               2, 3
-:class:`MASOBA`        and a moving average of the outer direction                             2, 3
-:class:`SABA`          and SAGA's variance reduction; memories for each minibatch              2, 3
-:class:`SRBA`          and SARAH's variance reduction; a large batch every ``period`` steps    4, 6
-:class:`AmIGO`         T inner steps, N adjoint steps, warm-started                            T + 2, T + N + 3
+=====================  ====================================================================  ===================================
+method                 outer direction                                                       passes of a step (forward, reverse)
+=====================  ====================================================================  ===================================
+:class:`SOBA`          single loop, adjoint by one gradient step                             2, 3
+:class:`MASOBA`        and a moving average of the outer direction                           2, 3
+:class:`SABA`          and SAGA's variance reduction; memories for each minibatch            2, 3
+:class:`SRBA`          and SARAH's variance reduction; a large batch every ``period`` steps  4, 6
+:class:`AmIGO`         T inner steps, N adjoint steps, warm-started                          T + 2, T + N + 3
 :class:`ImplicitStep`  T steps of any optimiser, any linear solver, warm-started             T + 2, T + products + 3
-:class:`StocBiO`       T inner steps, Neumann series of Q terms from cold                      T + 2, T + Q + 3
-:class:`TTSA`          one inner step, one random Neumann term                                 3, p + 4
-:class:`ALSET`         T inner steps, one random Neumann term                                  T + 2, T + p + 3
-:class:`MRBO`          Neumann series with recursive momentum                                  4, 2Q + 6
-:class:`VRBO`          Neumann series with SPIDER's recursion in a double loop                 (T + 1)·4, (T + 1)(2Q + 6)
-:class:`F2SA`          penalty λ, first order; bias O(1/λ)                                     3T + 3, 3T + 3
-:class:`BOME`          value-function gap with a dynamic barrier, first order                  T + 2, T + 2
-:class:`PZOBO`         differences of Q trajectories, first order                              (1 + Q)T + 1, (1 + Q)T + 1
-=====================  =======================================================================  ===============================
+:class:`StocBiO`       T inner steps, Neumann series of Q terms from cold                    T + 2, T + Q + 3
+:class:`TTSA`          one inner step, one random Neumann term                               3, p + 4
+:class:`ALSET`         T inner steps, one random Neumann term                                T + 2, T + p + 3
+:class:`MRBO`          Neumann series with recursive momentum                                4, 2Q + 6
+:class:`VRBO`          Neumann series with SPIDER's recursion in a double loop               (T + 1)·4, (T + 1)(2Q + 6)
+:class:`F2SA`          penalty λ, first order; bias O(1/λ)                                   3T + 3, 3T + 3
+:class:`BOME`          value-function gap with a dynamic barrier, first order                T + 2, T + 2
+:class:`PZOBO`         differences of Q trajectories, first order                            (1 + Q)T + 1, (1 + Q)T + 1
+=====================  ====================================================================  ===================================
 """
 
 from bilevel.errors import NonFiniteError

@@ -156,6 +156,10 @@ class Examination:
             return again
         make = bilevel.argmin if layer.minimizes else bilevel.fixed_point if layer.is_fixed_point else bilevel.root
         given = {"solver": layer.solver, "linear_solver": layer.linear_solver, "tolerance": tolerance, **settings}
+        if isinstance(layer, bilevel.LeastSquaresLayer):
+            return bilevel.least_squares(layer.function, loss=layer.loss, hessian=layer.hessian, **given)
+        if isinstance(layer, bilevel.EquilibriumLayer):
+            return bilevel.equilibrium(layer.objectives, **given)
         return make(layer.function, **given)
 
     def _cotangents(self) -> tuple[torch.Tensor, ...]:

@@ -68,7 +68,11 @@ class Subject:
     @property
     def function(self) -> Callable[..., Any]:
         """The objective, residual or mapping of one problem: (x, *args, **kwargs) ↦ …."""
-        return self.layer.function if self.problem is None else self.problem.inner_objective
+        if self.problem is not None:
+            return self.problem.inner_objective
+        if isinstance(self.layer, bilevel.LeastSquaresLayer):
+            return self.layer.objective
+        return self.layer.conditions if isinstance(self.layer, bilevel.EquilibriumLayer) else self.layer.function
 
     @property
     def eps(self) -> float:
@@ -167,6 +171,11 @@ def of_call(
         raise bilevel.ArgumentError(
             f"bilevel.testing: expected a layer or a bilevel problem, got {target!r}; wrap the function with "
             "bilevel.argmin, bilevel.root or bilevel.fixed_point"
+        )
+    if isinstance(target, bilevel.RectangularLayer):
+        raise bilevel.ArgumentError(
+            f"{target.where}: expected a layer with an objective, a residual or a mapping, got a rectangular linear system; check "
+            "bilevel.least_squares(lambda x, b, *args: matvec(x, *args) - b), which has the same solution"
         )
     if not isinstance(args, (tuple, list)):
         raise bilevel.ArgumentError(

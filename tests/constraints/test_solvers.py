@@ -56,7 +56,7 @@ def with_multipliers(
         perturbed,
         with_multipliers,
     ],
-    ids=str,
+    ids=lambda solver: getattr(solver, "__name__", str(solver)),
 )
 def test_solvers_agree(solver: Any, reference: tuple[torch.Tensor, torch.Tensor]) -> None:
     layer = bilevel.argmin(objective, solver=solver, **STATED)
@@ -137,3 +137,19 @@ def test_a_tensor_that_a_constraint_captures_is_found() -> None:
     for given in ({"inequality": lambda x, a: x.sum() - limit}, {"upper": limit}, {"upper": lambda a: limit}):
         with pytest.raises(bilevel.CapturedTensorError):
             bilevel.argmin(objective, **given)(torch.zeros(3, dtype=F64), A)  # type: ignore[arg-type]
+
+
+def test_a_start_that_is_the_solution_takes_one_step() -> None:
+    layer = bilevel.argmin(objective, **STATED)
+    x = layer(torch.zeros(3, dtype=F64), A)
+    solution = layer.solve(x + 1e-6, A)
+    torch.testing.assert_close(solution.value, x)
+    assert solution.report.iterations.item() == 1
+    torch.testing.assert_close(
+        jacrev(lambda a: layer.at(x, a))(A), jacrev(lambda a: layer(torch.zeros(3, dtype=F64), a))(A)
+    )
+
+
+def test_a_start_that_is_a_maximum_is_left() -> None:
+    layer = bilevel.argmin(lambda x: 0.1 * (x**4).sum() - (x * x).sum(), inequality=lambda x: x.sum() - 100)
+    torch.testing.assert_close(layer(torch.zeros(3, dtype=F64)).abs(), torch.full((3,), 5**0.5, dtype=F64))

@@ -203,7 +203,7 @@ def test_no_delta_is_claimed_that_the_bound_contradicts(seed, solver):
     rhs = 100 * torch.randn(1, 6, generator=generator)
     operator = DenseOperator((0.5 * (matrix + matrix.mT))[None], symmetric=True)
     ended = set()
-    for delta in (1e2, 1e-1, 1e-2, 1e-3, 1e-4):
+    for delta in (1e4, 1e2, 1e-1, 1e-2, 1e-3, 1e-4):
         target = Tolerance(delta_prime=delta, strong_convexity=9e-4).linear(torch.float32)
         outcome = solve_linear(solver, operator, rhs, target)
         status = Status(int(outcome.status))

@@ -9,7 +9,7 @@ export OMP_NUM_THREADS ?= 1
 .PHONY: help venv demo test test-replay test-long test-versions lint format types doctest docs transforms mutations bench dist clean
 
 help:
-	@echo "make demo     install, then tune a model on real data and draw what happened"
+	@echo "make demo     install, then find wrong labels of a data set and draw what happened"
 	@echo "make test     install, then run the tests"
 	@echo "make venv     make $(VENV) with everything that developing needs"
 	@echo "make lint | format | types | doctest | docs | transforms | mutations | bench | dist | test-replay | test-long | test-versions | clean"
@@ -36,8 +36,8 @@ $(VENV)/.dev: $(VENV)/.base pyproject.toml
 venv: $(VENV)/.dev
 
 demo: $(VENV)/.demo
-	$(BIN)/bilevel tune breast_cancer --penalty feature --output demo-output
-	@echo "The pictures and a JSON of everything are in demo-output/"
+	$(BIN)/bilevel clean digits --output demo-output
+	@echo "The pictures, the suspicious rows, the cleaned data and a JSON of everything are in demo-output/"
 
 # One process for each core, each with one thread.
 test: $(VENV)/.test

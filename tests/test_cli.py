@@ -237,6 +237,14 @@ def test_help_lists_the_commands(run: Any, arguments: list[str]) -> None:
     ended = run(*arguments)
     assert ended.code == 0
     assert "tune" in ended.out
+    assert "clean" in ended.out
+
+
+def test_help_of_clean_lists_the_options(run: Any) -> None:
+    ended = run("clean", "--help")
+    assert ended.code == 0
+    for option in ("--target", "--model", "--corrupt", "--seeds", "--trusted", "--output"):
+        assert option in ended.out
 
 
 def test_help_of_tune_lists_the_options(run: Any) -> None:

@@ -98,6 +98,7 @@ def _run(arguments: list[str]) -> int:
 def _app() -> Any:
     import typer
 
+    from bilevel.cleaning.command import clean
     from bilevel.hyperopt.command import tune
     from bilevel.meta.command import imaml
 
@@ -116,6 +117,7 @@ def _app() -> Any:
         """Bilevel optimisation from the command line."""
 
     app.callback()(root)
+    app.command("clean")(clean)
     app.command("tune")(tune)
     app.add_typer(imaml, name="imaml")
     return app

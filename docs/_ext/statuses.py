@@ -1,0 +1,44 @@
+"""The directive ``statuses``: every status of a solve with its meaning and remedy, read from ``bilevel.Status``."""
+
+from __future__ import annotations
+
+from docutils import nodes
+from docutils.parsers.rst import Directive
+from docutils.statemachine import StringList
+from sphinx.application import Sphinx
+
+from bilevel import Status
+
+
+def status_entries() -> list[str]:
+    """Return the lines of a definition list in reStructuredText, with a label for each status."""
+    lines: list[str] = []
+    for status in Status:
+        if status is Status.RUNNING:
+            continue  # no report shows it
+        kind = "A success. " if status.success else ""
+        meaning = f"{kind}The solve {_escaped(status.meaning)}."
+        lines += [f".. _status-{status.name}:", "", f"``{status.name}``", f"   {meaning}", ""]
+        lines += [f"   *Remedy:* {_escaped(status.remedy)}.", ""]
+    return lines
+
+
+def _escaped(text: str) -> str:
+    return text.replace("\\", "\\\\").replace("*", "\\*").replace("`", "\\`").replace("|", "\\|")
+
+
+class Statuses(Directive):
+    """``.. statuses::`` without arguments."""
+
+    def run(self) -> list[nodes.Node]:
+        """Parse the entries as if they stood on the page."""
+        node = nodes.section()
+        node.document = self.state.document
+        self.state.nested_parse(StringList(status_entries(), source="bilevel.Status"), self.content_offset, node)
+        return list(node.children)
+
+
+def setup(app: Sphinx) -> dict[str, bool]:
+    """Register the directive."""
+    app.add_directive("statuses", Statuses)
+    return {"parallel_read_safe": True, "parallel_write_safe": True}

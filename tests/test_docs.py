@@ -93,7 +93,11 @@ def test_the_page_debug_lists_every_error_and_warning(name: str) -> None:
     assert "*Remedy:*" in entry.group(1) or "Base" in entry.group(1)
 
 
-@pytest.mark.parametrize("path", [*DOCS.rglob("*.rst"), *DOCS.rglob("*.md"), DOCS.parent / "README.md"], ids=str)
+PAGES = [*DOCS.rglob("*.rst"), *DOCS.rglob("*.md"), DOCS.parent / "README.md"]
+MODULES = (DOCS.parent / "bilevel").rglob("*.py")
+
+
+@pytest.mark.parametrize("path", [*PAGES, *MODULES], ids=lambda path: str(path.relative_to(DOCS.parent)))
 def test_nothing_is_installed_from_an_index_by_our_name(path: Path) -> None:
     # The name may be a stranger's there: install lines are those of a clone, `pip install .`.
     assert not re.search(r"pip install (-\S+ )*['\"]?bilevel", path.read_text())

@@ -82,7 +82,7 @@ def test_the_page_debug_lists_every_status() -> None:
         if status is bilevel.Status.RUNNING:  # no report shows it
             continue
         assert f"``{status.name}``" in entries
-        assert status.remedy.replace("*", "\\*") in entries
+        assert status.remedy in entries.replace("``", "")
 
 
 @pytest.mark.parametrize("name", bilevel.errors.__all__)

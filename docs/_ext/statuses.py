@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import re
+
 from docutils import nodes
 from docutils.parsers.rst import Directive
 from docutils.statemachine import StringList
 from sphinx.application import Sphinx
 
 from bilevel import Status
+
+# Code inside a sentence, which is set as such: calls, keyword arguments, names with dots or underscores.
+_CODE = re.compile(
+    r"1e-3 \* \(\(x - x0\) \*\* 2\)\.sum\(\)|\(x\*\*2 \+ eps\*\*2\)\.sqrt\(\)"
+    r"|(?:\w+=)?[\w.]*\w\((?:[^()]|\([^()]*\))*\)|\w+='\w+'|\w+(?:\.\w+)+|[a-z]+_[a-z_]+|prox="
+)
 
 
 def status_entries() -> list[str]:
@@ -17,14 +25,14 @@ def status_entries() -> list[str]:
         if status is Status.RUNNING:
             continue  # no report shows it
         kind = "A success. " if status.success else ""
-        meaning = f"{kind}The solve {_escaped(status.meaning)}."
+        meaning = f"{kind}The solve {_marked(status.meaning)}."
         lines += [f".. _status-{status.name}:", "", f"``{status.name}``", f"   {meaning}", ""]
-        lines += [f"   *Remedy:* {_escaped(status.remedy)}.", ""]
+        lines += [f"   *Remedy:* {_marked(status.remedy)}.", ""]
     return lines
 
 
-def _escaped(text: str) -> str:
-    return text.replace("\\", "\\\\").replace("*", "\\*").replace("`", "\\`").replace("|", "\\|")
+def _marked(text: str) -> str:
+    return _CODE.sub(lambda code: f"``{code.group()}``", text)
 
 
 class Statuses(Directive):

@@ -187,7 +187,7 @@ def remedy_for_dtype(remedy: str, dtype: torch.dtype | None) -> str:
 
     Examples
     --------
-    >>> fitting("use float64, rescale the problem or ask for less", torch.float64)
+    >>> remedy_for_dtype("use float64, rescale the problem or ask for less", torch.float64)
     'rescale the problem or ask for less'
     """
     return remedy.replace(_WIDER, "") if dtype == torch.float64 else remedy

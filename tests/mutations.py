@@ -68,6 +68,11 @@ def cells(row: str, *columns: str) -> tuple[str, ...]:
 
 MUTATIONS = (
     Mutation(
+        "check_gradients accuses a constrained layer", "testing/gradients.py",
+        "if subject.layer.structure is not None:", "if False:",
+        ("tests/testing/test_gradients.py", "-k", "references_do_not_know"),
+    ),
+    Mutation(
         "Gauss–Newton's derivative in the place of the Hessian's", "layers/least_squares.py",
         "isinstance(hessian, GaussNewtonHessian) else LeastSquaresSystem", "True else LeastSquaresSystem",
         ("tests/test_least_squares.py", "-k", "biased_and_only_by_name"),

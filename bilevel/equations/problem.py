@@ -144,13 +144,13 @@ class Problem:
     def evaluated(
         self, name: Hashable, evaluation: Callable[..., Sequence[torch.Tensor]], x: torch.Tensor
     ) -> Sequence[torch.Tensor]:
-        """Return what ``evaluation`` makes of (x (batch, k), *tensors), replayed where that is allowed under ``name``."""
+        """Return what ``evaluation`` makes of ``(x (batch, k), *tensors)``, replayed where that is allowed under ``name``."""
         return self._evaluated(name, evaluation, x)
 
     def _evaluated(
         self, name: Hashable, evaluation: Callable[..., Sequence[torch.Tensor]], x: torch.Tensor
     ) -> Sequence[torch.Tensor]:
-        """Return what ``evaluation`` makes of (x, *tensors), or a replay of it."""
+        """Return what ``evaluation`` makes of ``(x, *tensors)``, or a replay of it."""
         program = self._program(name, evaluation, x)
         if program is None:
             return evaluation(x, *self.tensors)
@@ -160,7 +160,7 @@ class Problem:
     def evaluate(
         self, name: Hashable, evaluation: Callable[..., Sequence[torch.Tensor]], x: torch.Tensor
     ) -> Sequence[torch.Tensor]:
-        """Return what ``evaluation``, which ``name`` tells from others, makes of (x, *tensors), or a replay of it."""
+        """Return what ``evaluation``, which ``name`` tells from others, makes of ``(x, *tensors)``, or a replay of it."""
         return self._evaluated(name, evaluation, x)
 
     def _program(

@@ -2,7 +2,7 @@
 
 :class:`HyperparameterOptimization` and the linear models need nothing but torch. The modules ``data``, ``table``,
 ``splits``, ``grid``, ``folds``, ``outcome``, ``tune``, ``report``, ``plots`` and ``command`` make up ``bilevel tune``;
-they need the packages of ``pip install "bilevel[cli]"`` and are imported by name.
+they need the packages of ``pip install ".[cli]"``, in a clone, and are imported by name.
 """
 
 from bilevel.hyperopt.linear_models import FOLD_DIMS, LinearModel, Logistic, Ridge, Softmax, WeightedData, fold_weights

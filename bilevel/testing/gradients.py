@@ -86,8 +86,9 @@ def check_gradients(
     SolveError
         If a solve fails and the target's policy is ``"raise"``; likewise its other errors.
     ArgumentError
-        If the arguments do not fit, or one problem has more than 512 unknowns, for which dense references are no check
-        but a calculation of their own: check a smaller instance of the same problem.
+        If the arguments do not fit; if there are proximal terms, bounds or constraints, which the references do not know; or if one
+        problem has more than 512 unknowns, for which dense references are no check but a calculation of their own: check a smaller
+        instance of the same problem.
 
     Examples
     --------
@@ -100,6 +101,11 @@ def check_gradients(
     (True, 12, True)
     """
     subject = of_call(target, args, {} if kwargs is None else kwargs, init, in_dims)
+    if subject.layer.structure is not None:
+        raise bilevel.ArgumentError(
+            f"check_gradients: expected a layer or problem without proximal terms, bounds or constraints, which its references do not know, got "
+            f"{subject.where}; compare by torch.autograd.gradcheck(lambda *args: layer(init, *args), args) in float64 instead"
+        )
     if rtol is not None and not (math.isfinite(rtol) and rtol > 0):
         raise bilevel.ArgumentError(f"check_gradients: expected rtol > 0 or None, got {rtol!r}; pass a number")
     if step is not None and not 0 < step < 1:

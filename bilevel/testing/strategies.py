@@ -4,7 +4,7 @@ Every strategy draws a :class:`RandomProblem`: a layer's function with a start, 
 solution that torch can differentiate. Numbers come from a seeded generator and sizes from hypothesis,
 so that drawing is quick and a failing example shrinks to a small one.
 
-This module needs ``hypothesis``, which ``pip install "bilevel[test]"`` brings.
+This module needs ``hypothesis``, which ``pip install ".[test]"`` in a clone brings.
 """
 
 from __future__ import annotations

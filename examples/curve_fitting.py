@@ -43,8 +43,10 @@ jacobian = torch.func.jacrev(lambda v: fit(start, c, v))(v)  # (2, 12)
 scatter = ((law(c, *p) - v) ** 2).sum() / (len(v) - 2)
 errors = (scatter * (jacobian @ jacobian.T).diagonal()).sqrt()
 print(f"standard errors by dp/dv: V ± {errors[0]:.2f}, K ± {errors[1]:.5f}")
-print(f"by scipy (J only):        V ± {scipy_covariance[0, 0] ** 0.5:.2f}, "
-      f"K ± {scipy_covariance[1, 1] ** 0.5:.5f}")  # fmt: skip
+print(
+    f"by scipy (J only):        V ± {scipy_covariance[0, 0] ** 0.5:.2f}, "
+    f"K ± {scipy_covariance[1, 1] ** 0.5:.5f}"
+)
 
 # %%
 figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.8), layout="constrained")

@@ -58,8 +58,10 @@ for step in range(1, 121):
     if step % 20 == 0:
         steps.append(step)
         accuracies.append(accuracy())
-print(f"accuracy on 60 tasks of unseen characters: {accuracies[0]:.1%} before, "
-      f"{accuracies[-1]:.1%} after {steps[-1]} steps (chance: 20 %)")  # fmt: skip
+print(
+    f"accuracy on 60 tasks of unseen characters: {accuracies[0]:.1%} before, "
+    f"{accuracies[-1]:.1%} after {steps[-1]} steps (chance: 20 %)"
+)
 
 # %%
 figure, axes = plt.subplots(figsize=(6, 3.4), layout="constrained")

@@ -72,8 +72,10 @@ for _ in range(80):
     optimizer.step()
     losses.append(loss.item())
 found = theta.detach().exp()
-print(f"distance from the observed knots: {1e3 * losses[0] ** 0.5:.1f} mm before, "
-      f"{1e3 * losses[-1] ** 0.5:.1f} mm after")  # fmt: skip
+print(
+    f"distance from the observed knots: {1e3 * losses[0] ** 0.5:.1f} mm before, "
+    f"{1e3 * losses[-1] ** 0.5:.1f} mm after"
+)
 print(f"stiffness of the soft link:      {found[3]:.1f} N/m (true 20.0)")
 others = torch.cat([found[:3], found[4:]])
 print(f"stiffness of the others, median: {others.median():.1f} N/m (true 60.0)")

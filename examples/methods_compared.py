@@ -123,7 +123,8 @@ print("method     number  relative error  milliseconds  peak (MB)")
 for name, rows in table.items():
     for count, error, milliseconds, megabytes in rows:
         print(
-            f"{name:9s} {count:7d}  {error:14.1e}  {milliseconds:12.1f}  {megabytes:10.1f}"
+            f"{name:9s} {count:7d}  {error:14.1e}  {milliseconds:12.1f}  "
+            f"{megabytes:10.1f}"
         )
 
 # %%

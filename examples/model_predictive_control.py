@@ -29,7 +29,7 @@ for t in range(STEPS):
 
 
 def plan(starts, log_costs):
-    """Return the inputs (batch, 20) that bring the cart from ``starts`` (batch, 2) to 0."""
+    """Return the inputs (batch, 20) for the states ``starts`` (batch, 2)."""
     position, speed, effort = log_costs.exp()
     cost = torch.stack([position, speed])
     Q = torch.einsum("tsi,s,tsj->ij", forced, cost, forced)
@@ -61,12 +61,9 @@ for _ in range(80):
 print(
     f"mean squared difference of inputs: {losses[0]:.3f} before, {losses[-1]:.1e} after"
 )
-print(
-    f"costs of speed and effort: expert  {[round(c, 3) for c in expert[1:].exp().tolist()]}"
-)
-print(
-    f"                           learned {[round(c, 3) for c in learned.exp().tolist()]}"
-)
+print("costs of speed and effort:")
+for name, costs in (("expert", expert[1:]), ("learned", learned)):
+    print(f"  {name:8s}", [round(cost, 3) for cost in costs.exp().tolist()])
 
 # %%
 figure, panels = plt.subplots(2, 1, figsize=(7, 5), layout="constrained", sharex=True)

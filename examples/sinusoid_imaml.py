@@ -53,7 +53,8 @@ def error(learner):
 
 before, after = error(untrained), error(learner)
 print(
-    f"mean squared error on 200 unseen tasks: {before:.2f} untrained, {after:.2f} trained"
+    f"mean squared error on 200 unseen tasks: {before:.2f} untrained, "
+    f"{after:.2f} trained"
 )
 
 # %%

@@ -80,8 +80,10 @@ def accuracy(theta):
 theta = theta.detach()
 print(f"validation loss: {losses[0]:.3f} before, {losses[-1]:.3f} after")
 print(f"test accuracy:   {accuracy(start):.1%} before, {accuracy(theta):.1%} after")
-print(f"gamma {start[0].exp():.1f} -> {theta[0].exp():.3f}, "
-      f"C {start[1].exp():.1f} -> {theta[1].exp():.2f}")  # fmt: skip
+print(
+    f"gamma {start[0].exp():.1f} -> {theta[0].exp():.3f}, "
+    f"C {start[1].exp():.1f} -> {theta[1].exp():.2f}"
+)
 
 # %%
 line = torch.linspace(-2.5, 4.5, 80, dtype=X.dtype)

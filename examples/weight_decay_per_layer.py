@@ -82,10 +82,13 @@ def run(learn, steps=250):
 fixed, _, fixed_accuracy = run(learn=False)
 learned, decays, learned_accuracy = run(learn=True)
 print(
-    f"validation loss at the end: fixed decay {fixed[-1]:.3f}, learned {learned[-1]:.3f}"
+    f"validation loss at the end: fixed decay {fixed[-1]:.3f}, "
+    f"learned {learned[-1]:.3f}"
 )
-print(f"test accuracy:              fixed decay {fixed_accuracy:.1%}, "
-      f"learned {learned_accuracy:.1%}")  # fmt: skip
+print(
+    f"test accuracy:              fixed decay {fixed_accuracy:.1%}, "
+    f"learned {learned_accuracy:.1%}"
+)
 names = [name for name, _ in network().named_parameters()]
 for name, decay in zip(names, decays[-1].tolist(), strict=True):
     print(f"decay of {name:9s} {decay:.1e}")

@@ -34,6 +34,7 @@ def test_an_example_has_the_form_of_a_page(script: Path) -> None:
     assert ("set_xlabel" in text and "set_ylabel" in text) or "set_axis_off" in text
 
 
+@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # matplotlib asks torch for an array
 @pytest.mark.parametrize("name", FASTEST)
 def test_an_example_runs(name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     matplotlib = pytest.importorskip("matplotlib")

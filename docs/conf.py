@@ -1,5 +1,6 @@
 """Sphinx configuration. Needs no network: no intersphinx, and torch's types are named in nitpick_ignore instead."""
 
+import os
 import sys
 from pathlib import Path
 
@@ -23,7 +24,22 @@ extensions = [
     "myst_parser",
     "sphinx_copybutton",
     "sphinx_design",
+    "sphinx_gallery.gen_gallery",
 ]
+# The gallery's pages are made of the scripts in examples/. They are run, and their figures drawn, by `make gallery` alone.
+sphinx_gallery_conf = {
+    "examples_dirs": "../examples",
+    "gallery_dirs": "gallery",
+    "filename_pattern": r"\.py$",
+    "plot_gallery": os.environ.get("BILEVEL_GALLERY", "0") == "1",
+    "abort_on_example_error": True,
+    "download_all_examples": False,
+    "show_signature": False,
+    "show_memory": False,
+    "write_computation_times": False,
+    "reference_url": {"bilevel": None},
+    "within_subsection_order": "FileNameSortKey",
+}
 html_math_renderer = "mathml"
 myst_enable_extensions = ["colon_fence", "dollarmath"]
 copybutton_prompt_text = r">>> |\.\.\. |\$ "

@@ -1255,6 +1255,10 @@ MUTATIONS = (
         ("tests/prox/test_manifolds.py", "-k", "derivative_of_a_solution and Box"),
     ),
     Mutation(
+        "traces of rounding in a transport plan count as mass", "prox/transport.py",
+        "_NO_MASS = 8.0", "_NO_MASS = 0.0", ("tests/prox/test_manifolds.py", "-k", "rounding_moved"),
+    ),
+    Mutation(
         "the curvature of a group's norm is left out", "prox/group.py",
         "strength * _norms(y, labels, strength.numel()), 0.0)", "strength * _norms(detached(y), labels, strength.numel()), 0.0)",
         ("tests/prox/test_manifolds.py", "-k", "derivative_of_a_solution and GroupL2"),

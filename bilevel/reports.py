@@ -187,7 +187,7 @@ def remedy_for_dtype(remedy: str, dtype: torch.dtype | None) -> str:
 
     Examples
     --------
-    >>> fitting("use float64, rescale the problem or ask for less", torch.float64)
+    >>> remedy_for_dtype("use float64, rescale the problem or ask for less", torch.float64)
     'rescale the problem or ask for less'
     """
     return remedy.replace(_WIDER, "") if dtype == torch.float64 else remedy
@@ -215,7 +215,7 @@ class Pass(enum.Enum):
 
 @dataclass(frozen=True, eq=False)
 class SolveReport:
-    """What one call of a solver did, per problem.
+    """The record of one call of a solver, per problem.
 
     Every tensor has the shape of the batch: ``()`` for a single problem, ``(64,)`` under one ``vmap`` of 64.
 
@@ -234,7 +234,7 @@ class SolveReport:
     residual_norm
         The true residual, recomputed at what was returned: ‖∇_φ G‖, ‖R‖ or ‖x − T(x)‖ forward, ‖b − A x‖ backward.
     threshold
-        The residual norm that was asked for.
+        The residual norm that was asked for, in the dtype of the unknown.
     error_bound
         Bound on ‖x − x*‖ (on ‖q − q*‖ at fixed φ backward), in the units of x; NaN where none is known.
     basis

@@ -134,6 +134,8 @@ class Tolerance:
     estimates
         Whether an *estimate* of ‖ĝ − g‖ may decide that a goal is met. Otherwise it takes a bound that is proven, and
         so constants that are known (see :class:`Constants`).
+    bound_products
+        The largest number of Hessian-vector products that a bound of the hypergradient's error may cost.
 
     Raises
     ------

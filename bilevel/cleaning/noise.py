@@ -26,6 +26,11 @@ def corrupt(labels: torch.Tensor, share: float, *, seed: int = 0) -> tuple[torch
     tuple
         The labels (n,), and bool (n,): which of them are wrong.
 
+    Raises
+    ------
+    DtypeError, ShapeError, ArgumentError
+        If the labels or the share cannot be used.
+
     Examples
     --------
     >>> import torch

@@ -37,18 +37,18 @@ class Case:
 
 @dataclass(frozen=True, eq=False)
 class Problem:
-    """A batch of flat problems, as solvers see it: every tensor is (batch, n) or (batch,), and no graph is kept.
+    """A batch of flat problems, as solvers see them: every tensor is (batch, n) or (batch,), and no graph is kept.
 
     Parameters
     ----------
     system
-        The description.
+        The description of the equations.
     tensors
-        θ, cut from any graph.
+        θ, tensors of any shape and dtype, detached.
     linearization_slot
-        Where derivatives will follow: takes the linearisation at the answer.
+        Receives the linearisation at the solution, if derivatives will follow.
     replays
-        What evaluations may be replayed from, if the function was found to be one that can do but one thing.
+        The recorded evaluations of the function, if it is branch-free and depends on its arguments alone.
     objective
         Of a structured system: the problem of its objective alone, with replays of its own.
     """

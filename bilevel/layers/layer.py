@@ -134,7 +134,7 @@ def _last_or(last: Any, init: Any) -> Any:
 class Layer:
     """A differentiable solve: a function of ``(init, *args, **kwargs)``. Made by :func:`argmin`, :func:`root`, :func:`fixed_point`.
 
-    The settings may be set to others between calls. Each call, with all of its derivatives, goes by those that it was made with.
+    Settings may be changed between calls. All derivatives of a call use the settings that the call was made with.
     """
 
     solver = Setting[InnerSolver | None]()

@@ -37,7 +37,20 @@ __all__ = [
 
 
 class LinearSolver(ABC):
-    """Solves A x = b for a batch. Subclasses are frozen dataclasses of settings with one method, ``solve``."""
+    """Solves A x = b for a batch. Subclasses are frozen dataclasses of settings with one method, ``solve``.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from bilevel.operators import DenseOperator
+    >>> from bilevel import LinearSolution, LinearSolver, Status
+    >>> class Halving(LinearSolver):  # for A = 2 I
+    ...     def solve(self, operator, rhs, threshold, start=None):
+    ...         steps = torch.ones(len(rhs), dtype=torch.int64)
+    ...         return LinearSolution(rhs / 2, steps, torch.full_like(steps, int(Status.CONVERGED)))
+    >>> Halving()(DenseOperator(2 * torch.eye(2)), torch.tensor([[1.0, 3.0]]))
+    tensor([[0.5000, 1.5000]])
+    """
 
     @property
     def has_budget(self) -> bool:

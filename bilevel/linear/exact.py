@@ -45,6 +45,10 @@ class Exact(LinearSolver):
     ArgumentError
         On use, if the matrices would take more than ``max_bytes``.
 
+    References
+    ----------
+    Golub, Van Loan, "Matrix Computations", 4th ed., 2013, sections 3.4 (LU), 3.5 (iterative refinement) and 4.2 (Cholesky).
+
     Examples
     --------
     >>> import torch

@@ -65,7 +65,22 @@ class Evaluator(Protocol):
 
 
 class OuterMethod(ABC):
-    """A frozen dataclass of settings; what changes from step to step is in a dict of its own, which a checkpoint holds."""
+    """The choice of the next outer variables. Subclasses are frozen dataclasses of settings.
+
+    The state that changes from step to step is a dict, which a checkpoint holds.
+
+    Examples
+    --------
+    >>> import torch, bilevel
+    >>> class Halving(bilevel.OuterMethod):
+    ...     def begin(self, here):
+    ...         return {"step": 1.0}
+    ...     def advance(self, here, memory, evaluate):
+    ...         memory["step"] /= 2
+    ...         return evaluate(here.outer - memory["step"] * here.gradient)
+    >>> Halving().begin(None)
+    {'step': 1.0}
+    """
 
     def begin(self, here: Evaluation) -> dict[str, Any]:
         """Return what the method remembers, at the first point."""
@@ -100,6 +115,11 @@ class HOAG(OuterMethod):
         The share of the decrease promised by the slope that is asked for.
     max_trials
         How many steps are tried before the loop ends.
+
+    Raises
+    ------
+    ArgumentError
+        If a setting is out of its range.
 
     References
     ----------
@@ -162,6 +182,11 @@ class MAID(OuterMethod):
         What the errors allowed are divided by where they leave the question open.
     max_trials
         How many evaluations are made for one step before the loop ends.
+
+    Raises
+    ------
+    ArgumentError
+        If a setting is out of its range.
 
     References
     ----------

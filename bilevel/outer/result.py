@@ -35,30 +35,29 @@ class OuterStep:
     Parameters
     ----------
     number
-        From 1.
+        The number of the point, from 1.
     value
-        F at the inner solution found.
+        F at the computed inner solution.
     corrected_value
-        F − qᵀ∇_φ G, the outer value up to second order.
+        F − qᵀ∇_φ G: the outer value up to second order in the inner error.
     value_error
-        Bound, or estimate, of the corrected value's error: what a line search allows for.
+        The bound, or estimate, of the error of the corrected value. A line search allows for it.
     gradient_norm
         ‖ĝ‖.
     error_bound
-        Bound, or estimate, of ‖ĝ − g‖; NaN where it was not asked for.
+        The bound, or estimate, of ‖ĝ − g‖; NaN if it was not asked for.
     basis
-        What ``error_bound`` rests on.
+        Why ``error_bound`` holds.
     delta, delta_prime
-        δ and δ′: those asked for as numbers; else, as a goal chose them, the residuals that were reached, as δ and δ′ are
-        read where μ is not given.
+        δ and δ′. If a goal chose them: the residuals that were reached, read as δ and δ′ with μ unknown.
     inner_iterations, linear_iterations
-        Of all problems of a batch together, trial points that were not taken included.
+        The sums over all problems of a batch, rejected trial points included.
     step_size
-        Of the step that led here; NaN for the first point, and where an optimiser of torch made it.
+        The size of the step that led here; NaN for the first point, and for a step of a torch optimiser.
     evaluations
-        Hypergradients computed so far.
+        The number of hypergradients so far.
     seconds
-        Spent so far.
+        The time so far.
     """
 
     number: int
@@ -79,24 +78,24 @@ class OuterStep:
 
 @dataclass(frozen=True, eq=False)
 class OuterResult:
-    """What :func:`bilevel.minimize` returns.
+    """The result of :func:`bilevel.minimize`.
 
     Parameters
     ----------
     outer
         θ, the pytree that was given.
     inner
-        φ there.
+        φ at ``outer``, the pytree of the problem's init.
     value
-        The corrected outer value there.
+        The corrected outer value at ``outer``.
     history
-        Every point, the last of which is ``outer``.
+        Every point; the last one is ``outer``.
     status
-        Why it ended.
+        Why the run ended.
     message
-        The same in one sentence.
+        The status in one sentence.
     state
-        What ``resume`` takes to go on from here.
+        The state that ``resume`` takes to continue the run.
     """
 
     outer: Any

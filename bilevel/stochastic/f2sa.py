@@ -34,9 +34,29 @@ class F2SA(StochasticMethod):
     **settings
         The optimisers and options of :class:`~bilevel.stochastic.StochasticMethod`.
 
+    Raises
+    ------
+    ArgumentError
+        If a setting is out of its range, or a variable or an optimiser cannot be used.
+
     References
     ----------
     Kwon, Kwon, Wright, Nowak, "A fully first-order method for stochastic bilevel optimization", ICML 2023, Algorithm 1 (F2SA).
+
+    Examples
+    --------
+    >>> import functools, torch
+    >>> from bilevel.stochastic import F2SA
+    >>> losses = (  # the minimiser of the inner loss is w = θ; the outer loss is least at w = 1
+    ...     lambda w, theta, data: 0.5 * ((w - theta) ** 2).sum(),
+    ...     lambda w, theta, data: 0.5 * ((w - data) ** 2).sum(),
+    ... )
+    >>> sgd, w, theta = functools.partial(torch.optim.SGD, lr=0.2), torch.zeros(2), torch.zeros(2)
+    >>> method = F2SA(losses, w, theta, inner_optimizer=sgd, outer_optimizer=sgd)
+    >>> for _ in range(600):
+    ...     result = method.step(None, torch.ones(2))
+    >>> [round(number, 2) for number in theta.tolist()]
+    [1.0, 1.0]
     """
 
     _STATE = ("penalty",)

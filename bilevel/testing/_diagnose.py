@@ -79,11 +79,8 @@ def diagnose(
     >>> import torch, bilevel
     >>> saddle = bilevel.argmin(lambda x, a: (x[0] - a) ** 2 - (x[1] - a) ** 2)
     >>> found = bilevel.testing.diagnose(saddle, torch.ones(2, dtype=torch.float64), torch.tensor(1.0, dtype=torch.float64))
-    >>> [defect.name for defect in found.defects]
-    ['SADDLE']
-    >>> healthy = bilevel.argmin(lambda x, a: ((x - a) ** 2).sum())
-    >>> bilevel.testing.diagnose(healthy, torch.ones(2, dtype=torch.float64), torch.tensor(1.0, dtype=torch.float64)).healthy
-    True
+    >>> [defect.name for defect in found.defects], found.curvature.smallest
+    (['SADDLE'], -2.0)
     """
     if not isinstance(target, (bilevel.Layer, bilevel.BilevelProblem)):
         raise bilevel.ArgumentError(

@@ -175,7 +175,17 @@ class OuterTensor:
 
 @dataclass(frozen=True)
 class LinearSolve:
-    """How the linear solve of the derivative ended; over a batch, the worst problem."""
+    """How the linear solve of the derivative ended; over a batch, the worst problem.
+
+    Parameters
+    ----------
+    solver, status
+        Names.
+    products, seconds
+        The number of products with the matrix, and the time.
+    relative_residual
+        ‖b − A q‖ / ‖b‖.
+    """
 
     solver: str
     status: str
@@ -206,7 +216,15 @@ class Cost:
 
 @dataclass(frozen=True)
 class Advice:
-    """What to choose, as one would write it, and what that costs."""
+    """The recommended solvers and tolerance, as code, with their cost.
+
+    Parameters
+    ----------
+    solver, linear_solver, tolerance
+        Python expressions, such as ``"Newton()"``.
+    cost
+        One sentence on what they cost.
+    """
 
     solver: str
     linear_solver: str

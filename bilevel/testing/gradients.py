@@ -130,8 +130,14 @@ def assert_gradients(
     Examples
     --------
     >>> import torch, bilevel
-    >>> layer = bilevel.root(lambda x, a: x**3 + x - a)
-    >>> bilevel.testing.assert_gradients(layer, (torch.ones(2, dtype=torch.float64), torch.tensor([1.0, 3.0], dtype=torch.float64)))
+    >>> layer = bilevel.argmin(lambda x, a: ((x - a) ** 2).sum() + 0.0 * (x * a.detach()).sum())
+    >>> args = torch.zeros(2, dtype=torch.float64), torch.tensor([1.0, 3.0], dtype=torch.float64)
+    >>> bilevel.testing.assert_gradients(layer, args)
+    >>> cut = bilevel.argmin(lambda x, a: ((x - a.detach()) ** 2).sum() + (x * a).sum())  # a.detach() loses a part
+    >>> bilevel.testing.assert_gradients(cut, args)
+    Traceback (most recent call last):
+        ...
+    AssertionError: ...
     """
     check = check_gradients(target, args, kwargs, **settings)
     if not check.passed:

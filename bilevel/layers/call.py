@@ -43,7 +43,7 @@ _RESIDUALS = {True: "a gradient", False: "a residual"}
 
 
 class Adjoint(NamedTuple):
-    """What the linear solve of a call's first derivative found.
+    """The result of the linear solve of a call's first derivative.
 
     Attributes
     ----------
@@ -62,26 +62,26 @@ class Adjoint(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class SolveSettings:
-    """The settings of one call: its solves and all of its derivatives go by them, whatever is set later.
+    """The settings of one call. Its solves and all of its derivatives use them, even if the layer's settings change later.
 
     Parameters
     ----------
     solver, linear_solver
-        None to choose from the size; functions are wrapped.
+        None: chosen from the size. Functions are wrapped.
     tolerance
         δ and δ′.
     on_failure
         The policy.
     inspect
-        Whether to inspect the function first. A call just before, with the same function, may have done it.
+        Whether the function is checked first. An earlier call with the same function may have done it.
     adjoint_start
-        Where the linear solve of the first derivative begins, (batch, n). It is not used if it does not fit.
+        The initial guess of the linear solve of the first derivative, (batch, n). It is ignored if its shape does not fit.
     backward_messages
-        What an application says of the failures of its linear systems, in place of the general words.
+        An application's messages for the failures of its linear systems, in place of the general ones.
     differentiation
         How the solution is differentiated.
     on_adjoint
-        Is handed the adjoint of the first derivative. It may be called several times, if there are several backward passes.
+        Receives the adjoint of the first derivative. Several backward passes call it several times.
 
     Raises
     ------
@@ -110,7 +110,7 @@ class SolveSettings:
         object.__setattr__(self, "differentiation", check_differentiation(self.differentiation))
 
     def start(self, rhs: torch.Tensor) -> torch.Tensor | None:
-        """Return where the linear solve for the right-hand side ``rhs`` (batch, n) begins, or None."""
+        """Return the initial guess of the linear solve for the right-hand side ``rhs`` (batch, n), or None."""
         kept = self.adjoint_start
         if kept is None or kept.shape != rhs.shape or not bool(torch.isfinite(kept).all()):
             return None
@@ -120,7 +120,7 @@ class SolveSettings:
 class Setting(Generic[T]):
     """One of the :class:`SolveSettings` of a layer or a problem, as an attribute that may be set between calls.
 
-    A call takes the settings as they are when it is made. What is set later holds for later calls.
+    A call uses the settings that are in force when it is made.
     """
 
     def __set_name__(self, owner: type, name: str) -> None:
@@ -141,7 +141,7 @@ class Setting(Generic[T]):
 
 
 class Inspector:
-    """Inspects the function of a layer, and remembers which inspections need no repetition. A copy remembers nothing."""
+    """Check the function of a layer, and remember which functions need no second check. A copy remembers nothing."""
 
     def __init__(self) -> None:
         self._inspected: InspectionCache[ReplayCache] = InspectionCache()
@@ -150,13 +150,13 @@ class Inspector:
     def inspect_once(
         self, problem: Problem, x: torch.Tensor, written: Any, *, captures: bool, again: bool = False
     ) -> Inspection:
-        """Inspect the user's function, ``written``, at ``x`` (batch, n), unless it was inspected before. ``again`` inspects it in any case."""
+        """Check the user's function, ``written``, at ``x`` (batch, n), unless it was checked before; ``again`` forces the check."""
         return inspect_once(problem, x, written, InspectionCache() if again else self._inspected, captures=captures)
 
     def reuse_inspection(
         self, problem: Problem, x: torch.Tensor, written: Any, *, captures: bool
     ) -> ReplayCache | None:
-        """Return what a call may be replayed from, if it is not to inspect."""
+        """Return the replays that a call may use, for a call that makes no check."""
         return reuse_inspection(problem, x, written, self._inspected, self._aside, captures=captures)
 
 
@@ -166,9 +166,9 @@ class SolveCall:
     Parameters
     ----------
     settings
-        What the call was made with.
+        The settings of the call.
     inspector
-        Inspects the function.
+        Checks the function.
     written
         The function as the user wrote it.
     where
@@ -176,7 +176,7 @@ class SolveCall:
     watched
         Whether gradients are enabled.
     dtype
-        What accuracies are of that nobody asked for.
+        The dtype that default accuracies refer to.
     functions
         The user's functions besides ``written``: those of a structure.
     """
@@ -218,7 +218,7 @@ class SolveCall:
     def inspect(
         self, problem: Problem, init: torch.Tensor, written: Any = None, *, again: bool = False
     ) -> Inspection | None:
-        """Look for what would make gradients wrong, at ``init`` (batch, n); return what came of it, if there was nothing."""
+        """Check for faults that make gradients wrong, at ``init`` (batch, n); return the result, or None after a fault."""
         if not problem.batch:
             return None
         try:
@@ -233,7 +233,7 @@ class SolveCall:
         return None
 
     def solve(self, problem: Problem, init: torch.Tensor) -> torch.Tensor:
-        """Return x (*batch, n), inspected, solved for, judged, reported and treated as the policy says."""
+        """Return x (*batch, n): check the function, solve, judge, report and apply the policy."""
         if isinstance(problem.system, StructuredSystem):
             return self._find(problem, problem.system, init)
         settings = self.settings
@@ -259,7 +259,7 @@ class SolveCall:
         return self._reported(problem, outcome, messages)
 
     def _find(self, problem: Problem, system: StructuredSystem, init: torch.Tensor) -> torch.Tensor:
-        """Do the same for a structured system, which finds its solution by itself."""
+        """Do the same for a structured system, which has its own solution method."""
         settings, self.system = self.settings, system
         objective = objective_of(problem)
         x, everything = init[:, : objective.size], (self.written, *self.functions)
@@ -304,7 +304,7 @@ class SolveCall:
     def reviewed(
         self, solver: InnerSolver, problem: Problem, init: torch.Tensor, outcome: InnerOutcome
     ) -> tuple[InnerOutcome, StatusMessages]:
-        """Return the outcome of an inner solve, and its words; a kind of problem that can say more of an answer overrides this."""
+        """Return the outcome of an inner solve and its messages. Override it for a kind of problem that can tell more about a solution."""
         return outcome, failure_messages(solver, problem, init, outcome)
 
     def compare(self, problem: Problem, x: torch.Tensor, residual: torch.Tensor) -> None:

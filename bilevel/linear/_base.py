@@ -91,8 +91,9 @@ class LinearSolver(ABC):
     ) -> LinearSolution:
         """Solve A x = b for a symmetric A whose eigenvalues are known to be at least ``mu``; by default as :meth:`solve` does.
 
-        A method that can do more with μ than divide a residual by it overrides this: it may stop a problem as soon as
-        ‖x − A⁻¹b‖ ≤ ``error`` (batch,) is proven (0: stop by the residual alone), returns the bound, and says where μ is refuted.
+        Override it in a method that can use μ beyond dividing a residual by it. The method may stop a problem as soon as ‖x −
+        A⁻¹b‖ ≤ ``error`` (batch,) is proven; 0 means that the residual alone decides. It returns the bound, and reports where μ
+        is refuted.
         """
         return self.solve(operator, rhs, threshold, start)
 

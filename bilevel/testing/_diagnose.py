@@ -46,11 +46,12 @@ def diagnose(
 ) -> Diagnosis:
     """Examine a problem and say what is the matter with it, which solvers and tolerances suit it, and what they cost.
 
-    Looked at are: whether the function is finite, deterministic, differentiated rightly by autograd and free of captured
-    tensors; how the inner solve ends with the settings given, and whether its point is stationary; the extreme eigenvalues of the
-    Hessian (or singular values of a Jacobian), formed up to 512 unknowns and by Lanczos beyond; whether each outer tensor is
-    connected; how accurate the linear solve is; dtypes and scales. Of a batch the first 8 problems are examined. With proximal terms or
-    constraints: how the inner solve ends, and whether the derivative at the solution is one-sided.
+    It examines the function: whether it is finite, deterministic, differentiated rightly by autograd and free of captured
+    tensors. It examines the inner solve: how it ends, and whether its point is stationary. It computes the extreme
+    eigenvalues of the Hessian, or singular values of a Jacobian, from the matrix up to 512 unknowns and by Lanczos beyond.
+    It checks the connection of each outer tensor, the accuracy of the linear solve, dtypes and scales. Of a batch the first
+    8 problems are examined. With proximal terms or constraints it examines how the inner solve ends, and whether the
+    derivative at the solution is one-sided.
 
     It costs a solve, a gradient, and n reverse passes for each problem examined (60 products where n is large).
 

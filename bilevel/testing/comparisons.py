@@ -27,8 +27,8 @@ class Verdict(enum.Enum):
 class Allowance:
     """A tolerance and what it is made of; each part bounds ‖difference‖ in the Euclidean norm.
 
-    With J = ∂_x R, B = ∂_θ R, q = J⁻ᵀ v the dense adjoint, all of them measured in the reference's arithmetic, and
-    u = 64 eps of the coarsest dtype in the call:
+    In these, J = ∂_x R, B = ∂_θ R, and q = J⁻ᵀ v is the dense adjoint, all in the reference's arithmetic. u is 64 eps of
+    the coarsest dtype in the call.
 
     Parameters
     ----------
@@ -37,8 +37,9 @@ class Allowance:
     linear
         ‖Bᵀ J⁻ᵀ‖ times the residual that the library's linear solve reported.
     inner
-        Twice the change of the dense gradient from the solution returned to the exact one, which is what the residual of the
-        inner solve accounts for, and its change when the exact one is rounded. Zero where both sides are evaluated at the solution returned.
+        Twice the change of the dense gradient from the computed solution to the exact one, which the residual of the inner
+        solve causes. Also its change when the exact solution is rounded. Zero if both sides are evaluated at the computed
+        solution.
     step
         For differences: the change by extrapolation from two steps, their rounding and the remains of their solves. For an
         unrolled iteration: what is cut off.

@@ -258,7 +258,7 @@ class SolveReport:
     words: StatusMessages = field(default_factory=dict)
 
     @property
-    def status(self) -> Any:
+    def status(self) -> Status | tuple[Any, ...]:
         """The :class:`Status` of a single problem, or a (nested) tuple of them for a batch."""
         return _statuses(self.status_code.tolist())
 
@@ -353,5 +353,5 @@ def _span(numbers: torch.Tensor) -> str:
     return short[0] if short[0] == short[1] else " to ".join(short)
 
 
-def _statuses(codes: int | list[Any]) -> Any:
+def _statuses(codes: int | list[Any]) -> Status | tuple[Any, ...]:
     return Status(codes) if isinstance(codes, int) else tuple(_statuses(code) for code in codes)

@@ -1,4 +1,7 @@
-"""A call of a layer: the settings that it was made with, and its solves, forward and in every derivative."""
+"""A call of a layer: its settings, and its solves, forward and in every derivative.
+
+The module is above 400 lines because a call is one sequence (check, solve, judge, report, policy) that the forward pass and every derivative share.
+"""
 
 from __future__ import annotations
 
@@ -37,7 +40,7 @@ __all__ = ["Adjoint", "Inspector", "Setting", "SolveCall", "SolveSettings"]
 
 T = TypeVar("T")
 
-# How many times the rounding of R it may differ from one evaluation to another.
+# Two evaluations of R may differ by this many times its rounding.
 _MORE_THAN_ROUNDING = 8.0
 _RESIDUALS = {True: "a gradient", False: "a residual"}
 
@@ -310,7 +313,8 @@ class SolveCall:
     def compare(self, problem: Problem, x: torch.Tensor, residual: torch.Tensor) -> None:
         """Compare ``residual``, R(x) (batch, n) in a derivative, with R at the same x in the forward pass.
 
-        They differ by more than rounding where the function went by something that has changed in between, such as an attribute of an object.
+        They differ by more than rounding if the function depends on a thing that has changed since, such as an attribute of an
+        object.
 
         Raises
         ------
@@ -348,10 +352,10 @@ class SolveCall:
         product: Callable[[torch.Tensor], torch.Tensor] | None = None,
         pullbacks: Sequence[Pullback] = (),
     ) -> torch.Tensor:
-        """Return A⁻¹ rhs (*axes, n), solved for, judged, reported and treated as the policy says.
+        """Return A⁻¹ rhs (*axes, n): solve, judge, report and apply the policy.
 
-        ``product``, v ↦ A v for the first answer, is there for the adjoint of a first derivative alone. ``pullbacks`` are there for any adjoint: if A
-        is singular, they tell whether the derivative exists.
+        ``product``, v ↦ A v, is passed for the adjoint of a first derivative only. ``pullbacks`` are passed for any adjoint: if
+        A is singular, they tell whether the derivative exists.
         """
         settings = self.settings
         if self.factor is not None:
@@ -376,12 +380,12 @@ class SolveCall:
         shaped = apply_policy(report, shaped, settings.on_failure, self.recordings, silent_budget=target.silent)
         if self.nan_mask is None:
             return shaped
-        # A quadratic's matrices are the same at a NaN: without this, what has failed would get a finite derivative.
-        # Axes that a transform has added since stand in front of those of the forward pass.
+        # A quadratic has the same matrix at a NaN. Without this, a failed problem would get a finite derivative.
+        # Axes that a transform has added since precede those of the forward pass.
         return torch.where(self.nan_mask.unsqueeze(-1), torch.full_like(shaped, float("nan")), shaped)
 
     def _own_solver(self, operator: LinearOperator) -> LinearSolver | None:
-        """Return what a structured system has for derivatives, or None."""
+        """Return a structured system's own linear solver for derivatives, or None."""
         if self.system is None:
             return None
         kept = self.reduced
@@ -391,11 +395,11 @@ class SolveCall:
     def _one_sided(
         self, outcome: LinearOutcome, words: StatusMessages, axes: tuple[int, ...]
     ) -> tuple[LinearOutcome, StatusMessages]:
-        """Return ``outcome`` with ``Status.DEGENERATE`` where the derivative at the solution does not exist or is one-sided."""
+        """Return ``outcome`` with ``Status.DEGENERATE`` for problems whose derivative does not exist or is one-sided."""
         if self.degenerate is None or Status.DEGENERATE not in self.messages:
             return outcome, words
         these = self.degenerate.expand(axes).reshape(outcome.status.shape)
-        # Constraints whose gradients depend on each other, and that an argument moves apart, make the matrix singular.
+        # Constraints with dependent gradients make the matrix singular if an argument moves them apart.
         these = these | (outcome.status == Status.SINGULAR)
         if not bool(these.any()):
             return outcome, words
@@ -403,7 +407,7 @@ class SolveCall:
         return replace(outcome, status=status), {**words, **self.messages}
 
     def _noise(self, rhs: torch.Tensor) -> torch.Tensor | None:
-        """Return the rounding (batch,) that this right-hand side may hold of larger ones before it, of which it was made. None for the first."""
+        """Return the rounding (batch,) that earlier, larger right-hand sides have left in this one; None for the first."""
         last, self.last_rhs = self.last_rhs, rhs.detach()
         if last is None:
             return None
@@ -420,7 +424,7 @@ class SolveCall:
 
 
 def _without_solution(report: SolveReport) -> torch.Tensor | None:
-    """Return which problems have no solution that a derivative could be of, or None if all have."""
+    """Return which problems have no solution to differentiate, or None if all have one."""
     none = (report.status_code == Status.INFEASIBLE) | (report.status_code == Status.UNBOUNDED)
     return none if bool(none.any()) else None
 
@@ -428,14 +432,14 @@ def _without_solution(report: SolveReport) -> torch.Tensor | None:
 def _without_derivative(
     operator: LinearOperator, outcome: LinearOutcome, pullbacks: Sequence[Pullback], words: StatusMessages
 ) -> tuple[LinearOutcome, StatusMessages]:
-    """Return ``outcome`` and ``words`` with ``Status.SINGULAR`` where an argument changes which directions of the solution are free."""
+    """Return ``outcome`` and ``words`` with ``Status.SINGULAR`` for problems in which an argument changes the free directions of the solution."""
     if not pullbacks or not bool((outcome.status == Status.MINIMUM_NORM).any()):
         return outcome, words
     changed = changes_free_directions(operator, outcome.status, pullbacks)
     if not bool(changed.any()):
         return outcome, words
     status = torch.where(changed, int(Status.SINGULAR), outcome.status)
-    first = (status == Status.SINGULAR).nonzero()[0]  # a report has one sentence for each status
+    first = (status == Status.SINGULAR).nonzero()[0]  # a report has one message for each status
     if bool(changed[first]):
         words = {**free_direction_messages(symmetric=operator.symmetric), **words}
     return replace(outcome, status=status), words

@@ -1,14 +1,18 @@
-"""What an outer loop did: a record for each step, why it ended, and where."""
+"""The result of an outer loop: a record of each step, the status, and the last point."""
 
 from __future__ import annotations
 
 import enum
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Generic
+
+from typing_extensions import TypeVar
 
 from bilevel.reports import Basis
 
 __all__ = ["OuterResult", "OuterStatus", "OuterStep"]
+
+T = TypeVar("T", default=Any)  # the pytree of the outer variables
 
 
 class OuterStatus(enum.Enum):
@@ -77,7 +81,7 @@ class OuterStep:
 
 
 @dataclass(frozen=True, eq=False)
-class OuterResult:
+class OuterResult(Generic[T]):
     """The result of :func:`bilevel.minimize`.
 
     Parameters
@@ -98,7 +102,7 @@ class OuterResult:
         The state that ``resume`` takes to continue the run.
     """
 
-    outer: Any
+    outer: T
     inner: Any
     value: float
     history: tuple[OuterStep, ...]

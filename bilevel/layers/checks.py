@@ -65,8 +65,8 @@ def inspect_once(
 
     ``function`` is what the user wrote: a function, or a tuple of functions and constants.
 
-    The faults are properties of the function, so one problem shows them as well as all of them. If the user's ``function`` is branch-free and depends on
-    its arguments alone, one call is enough too.
+    The faults are properties of the function, so one problem shows them as well as all of them. If the user's ``function`` is
+    branch-free and depends on its arguments alone, one call is enough too.
     """
     try:
         return _inspect_once(problem, x, function, memory, captures=captures)

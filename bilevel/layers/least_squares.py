@@ -111,19 +111,19 @@ def least_squares(
     Parameters
     ----------
     residual
-        r: a function of ``(x, *args, **kwargs)`` that returns a tensor of any shape, or a pytree of tensors. Their squares are summed. Left out,
-        a decorator is returned.
+        r: a function of ``(x, *args, **kwargs)`` that returns a tensor of any shape, or a pytree of tensors. Their squares
+        are summed. None: return a decorator.
     solver
-        An inner solver, or a function ``(residual, init, *args, **kwargs)`` -> x. By default :class:`bilevel.LevenbergMarquardt`, and where that
-        fails Newton's method on ½‖r‖², and L-BFGS.
+        An inner solver, or a function ``(residual, init, *args, **kwargs)`` -> x. None:
+        :class:`bilevel.LevenbergMarquardt`; if it fails, Newton's method on ½‖r‖², then L-BFGS.
     loss
-        A robust loss c of each residual, such as ``bilevel.robust.Huber(1.0)``, for Σ c(r_i) in the place of ½‖r‖²; or a function of
-        ``(*args, **kwargs)`` that returns one, so that its scale can be differentiated.
+        A robust loss c of each residual, such as ``bilevel.robust.Huber(1.0)``: Σ c(r_i) replaces ½‖r‖². A function of
+        ``(*args, **kwargs)`` may return one, so that its scale is differentiated.
     hessian
-        The matrix that derivatives are computed with: :class:`bilevel.FullHessian` by default, or :class:`bilevel.GaussNewtonHessian`, whose
-        derivative is biased.
+        The matrix of the derivatives: :class:`bilevel.FullHessian` by default. :class:`bilevel.GaussNewtonHessian` gives a
+        biased derivative.
     lower, upper
-        Bounds of x, as in :func:`bilevel.argmin`, whose solvers then take the problem, and whose layer is returned.
+        Bounds on x, as in :func:`bilevel.argmin`, whose solvers and layer are then used.
     linear_solver, tolerance, on_failure
         See :func:`bilevel.argmin`.
 

@@ -100,8 +100,8 @@ class LinearSolver(ABC):
     def solve_unverified(self, operator: LinearOperator, rhs: torch.Tensor, threshold: torch.Tensor) -> LinearSolution:
         """Solve A x = b for a caller that computes b − A x himself, with something else beside it; by default as :meth:`solve` does.
 
-        A method that knows its residual by a recurrence overrides this, ends on that, and returns it as it is: the product that
-        would verify it is the caller's to make.
+        Override it in a method that knows its residual by a recurrence. It ends on that residual, and returns it. The caller
+        makes the product that verifies it.
         """
         return self.solve(operator, rhs, threshold)
 

@@ -96,8 +96,8 @@ class HessianOperator(LinearOperator):
 class JacobianOperator(LinearOperator):
     """J = ∂residual/∂point of a residual that still has its graph.
 
-    Jᵀv is one reverse pass. J v is a reverse pass over the (linear) reverse pass, whose graph is built at
-    the first product and kept: dual numbers do not nest inside a custom Function, reverse passes do.
+    Jᵀv is one reverse pass. J v is a reverse pass over that (linear) reverse pass. Its graph is built at the first product
+    and kept. Dual numbers would not nest inside a custom Function.
 
     Parameters
     ----------
@@ -159,8 +159,8 @@ class JacobianOperator(LinearOperator):
 class GaussNewtonOperator(LinearOperator):
     """Jᵀ L J, with J = ∂outputs/∂point and L the Hessian of the loss with respect to the outputs.
 
-    It is positive semi-definite for a convex loss, and equals the Hessian only where the residuals vanish or
-    the outputs are linear: an approximation, to be named so.
+    It is positive semi-definite for a convex loss. It equals the Hessian only if the residuals vanish or the outputs are
+    linear in ``point``; otherwise it is an approximation.
 
     Parameters
     ----------

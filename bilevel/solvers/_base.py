@@ -71,8 +71,8 @@ class Goal:
     def scale(self) -> torch.Tensor:
         """Return max(‖R(init)‖, ‖∂R · init‖), (batch,).
 
-        The second term is what R(init) would be for a start at zero, so that a warm start, whose first
-        residual is already small, asks for no more accuracy than a cold one.
+        The second term estimates R(init) for an initial guess of zero. With it a warm start, whose first residual is already
+        small, asks for the same accuracy as a cold start.
         """
         return self._measure(self.problem.linearize(self.init))
 

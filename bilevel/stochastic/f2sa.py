@@ -17,9 +17,10 @@ __all__ = ["F2SA"]
 class F2SA(StochasticMethod):
     """Follow z ≈ argmin G and y ≈ argmin F + λG, and step θ by ∇_θ F(y) + λ (∇_θ G(y) − ∇_θ G(z)): no second derivative.
 
-    The bias of the outer direction at exact z and y is O(1/λ). ``inner`` is z; ``penalized`` is y, with an optimiser of the same class
-    and settings as the inner one, and the direction ∇G + ∇F/λ, so that both move at the same rate. 3T + 3 forward and reverse passes.
-    Models that cannot be differentiated twice, such as those compiled by ``torch.compile`` with inductor, can be trained.
+    At exact z and y the bias of the outer direction is O(1/λ). ``inner`` is z, and ``penalized`` is y. y has an optimiser
+    of the same class and settings as the inner one, and the direction ∇G + ∇F/λ, so that both move at the same rate. A step
+    makes 3T + 3 forward and reverse passes. Models that cannot be differentiated twice can be trained, such as those
+    compiled by ``torch.compile`` with inductor.
 
     Parameters
     ----------

@@ -148,13 +148,13 @@ class Problem:
     def evaluated(
         self, name: Hashable, evaluation: Callable[..., Sequence[torch.Tensor]], x: torch.Tensor
     ) -> Sequence[torch.Tensor]:
-        """Return ``evaluation`` of (x (batch, k), *tensors), or its replay under ``name``."""
+        """Return ``evaluation`` at ``x`` (batch, k) and the tensors, or its replay under ``name``."""
         return self._evaluated(name, evaluation, x)
 
     def _evaluated(
         self, name: Hashable, evaluation: Callable[..., Sequence[torch.Tensor]], x: torch.Tensor
     ) -> Sequence[torch.Tensor]:
-        """Return ``evaluation`` of (x, *tensors), or its replay."""
+        """Return ``evaluation`` at ``x`` and the tensors, or its replay."""
         program = self._program(name, evaluation, x)
         if program is None:
             return evaluation(x, *self.tensors)
@@ -164,7 +164,7 @@ class Problem:
     def evaluate(
         self, name: Hashable, evaluation: Callable[..., Sequence[torch.Tensor]], x: torch.Tensor
     ) -> Sequence[torch.Tensor]:
-        """Return ``evaluation`` of (x, *tensors), or its replay. ``name`` identifies the evaluation."""
+        """Return ``evaluation`` at ``x`` and the tensors, or its replay. ``name`` identifies the evaluation."""
         return self._evaluated(name, evaluation, x)
 
     def _program(

@@ -362,6 +362,6 @@ def numpy_refusal(where: str, noun: str, arrays: Sequence[str]) -> DtypeError:
 def unconnected(system: System) -> ArgumentError:
     """Return the error for a function whose result does not depend on its first argument."""
     return ArgumentError(
-        f"{system.where}: expected what {system.noun} returns to depend on its first argument, and no graph leads "
+        f"{system.where}: expected the result of {system.noun} to depend on its first argument, and no graph leads "
         "there; look for .detach(), .item(), numpy or torch.no_grad inside it"
     )

@@ -336,8 +336,8 @@ class SolveCall:
         first = int(doubtful.nonzero()[0])
         error = StochasticObjectiveError(
             f"{self.where}: expected {problem.system.noun} to be the same function in a derivative as in the call, and at the solution "
-            f"{_RESIDUALS[problem.minimizes]} of norm {float(before[first].norm()):.3g} became one of {float(residual[first].norm()):.3g}; pass what "
-            "changes in between as an argument, or take the derivative before it changes"
+            f"{_RESIDUALS[problem.minimizes]} of norm {float(before[first].norm()):.3g} became one of {float(residual[first].norm()):.3g}; the "
+            "function uses an object that has changed: pass that object as an argument, or take the derivative before it changes"
         )
         if handle_misuse(error, self.settings.on_failure):
             axes = problem.system.batch_shape

@@ -390,8 +390,8 @@ class Layer:
         leaves = pytree.tree_leaves(init)
         if any(carries_gradient(leaf) for leaf in leaves):
             error: BilevelError = InitGradientError(
-                f"{self.where}: expected init not to require grad, and it does: a solution does not depend on where the "
-                "search began, so that its gradient would be none; pass init.detach(), or pass the tensor as an argument"
+                f"{self.where}: expected init not to require grad, and it does: a solution does not depend on the initial "
+                "guess, which would receive no gradient; pass init.detach(), or pass the tensor as an argument"
             )
             poisoned |= handle_misuse(error, on_failure)
         return poisoned | self._check_captures(on_failure, system.raveler.ravel(init), system, tensors)

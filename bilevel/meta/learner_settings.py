@@ -42,7 +42,7 @@ def register_lam(learner: nn.Module, parameters: Mapping[str, torch.Tensor], lam
             got = f"shape {tuple(number.shape)}" if not fits else f"{value!r}"
             raise bilevel.ArgumentError(
                 f"IMAML: expected {what} to be a positive finite number{'' if name == SHARED else f' or a tensor {tuple(shape)}'}"
-                f", got {got}; the proximal term pulls towards the initialisation"
+                f", got {got}; pass a positive number"
             )
         keys[name] = name.replace(".", "/")
         if learned:

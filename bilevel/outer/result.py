@@ -18,10 +18,10 @@ T = TypeVar("T", default=Any)  # the pytree of the outer variables
 class OuterStatus(enum.Enum):
     """Why :func:`bilevel.minimize` ended."""
 
-    CONVERGED = "the norm of the hypergradient, with its error where that is known, is at or below gradient_tolerance"
-    MAX_STEPS = "max_steps outer steps are made"
-    NO_DECREASE = "no step was found whose decrease is beyond the errors of the values"
-    SOLVE_FAILED = "a solve failed, and nothing is left to go on from"
+    CONVERGED = "the norm of the hypergradient, plus its error if that is known, is at or below gradient_tolerance"
+    MAX_STEPS = "max_steps outer steps were made"
+    NO_DECREASE = "no step was found whose decrease exceeds the errors of the values"
+    SOLVE_FAILED = "a solve failed, and no other trial point is left"
     NOT_FINITE = "the outer value or its gradient is not finite"
     STOPPED = "a callback asked to stop"
     INTERRUPTED = "it was interrupted from the keyboard"

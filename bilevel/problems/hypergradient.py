@@ -120,8 +120,8 @@ class _MissingProblem:
 
 def _missing_problem() -> ArgumentError:
     return ArgumentError(
-        "Hypergradient: expected the problem to be at hand for what is computed from it, and this result was pickled, which leaves the "
-        "problem behind; look at its bounds, corrected_grad and the like before you pickle it, and they come along"
+        "Hypergradient: expected the problem, which this property is computed from, and the result was pickled without it; read "
+        "bounds, corrected_grad and the like before you pickle the result: they are then pickled too"
     )
 
 

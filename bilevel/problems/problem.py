@@ -501,8 +501,8 @@ class BilevelProblem(torch.nn.Module, ABC):
         def constants() -> Constants:
             if any(tensor._version != version for tensor, version in versions):
                 raise ArgumentError(
-                    f"{self.where}: expected data to be as they were when the hypergradient was computed, and a tensor in them was changed "
-                    "in place since, so that a bound would be that of another problem; look at the bound first, or pass a copy of data"
+                    f"{self.where}: expected data to be unchanged since the hypergradient was computed, and a tensor in them was changed "
+                    "in place, so that no bound can be computed; read the bound before you change data, or pass a copy of data"
                 )
             return self.constants(outer, data).with_mu(tolerance.strong_convexity)
 

@@ -1,4 +1,4 @@
-"""What is the matter with this problem? One call that examines it, and never fails by what it is to find."""
+"""The diagnosis of a problem in one call. A defect of the problem never makes the call fail."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def diagnose(
     init: Any = None,
     in_dims: Any = None,
 ) -> Diagnosis:
-    """Examine a problem and say what is the matter with it, which solvers and tolerances suit it, and what they cost.
+    """Examine a problem: find its defects, and recommend solvers and tolerances with their costs.
 
     It examines the function: whether it is finite, deterministic, differentiated rightly by autograd and free of captured
     tensors. It examines the inner solve: how it ends, and whether its point is stationary. It computes the extreme
@@ -58,9 +58,9 @@ def diagnose(
     Parameters
     ----------
     target
-        A layer, or a bilevel problem. Its warm starts are forgotten.
+        A layer, or a bilevel problem. Its warm starts are cleared.
     args
-        What it is called with: ``init, *args`` for a layer, ``outer, data`` for a problem, ``data`` for
+        The arguments of the call: ``init, *args`` for a layer, ``outer, data`` for a problem, ``data`` for
         :class:`~bilevel.HyperparameterOptimization`, a batch of tasks for :class:`~bilevel.IMAML`.
     kwargs, init, in_dims
         See :func:`~bilevel.testing.check_gradients`.

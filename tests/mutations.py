@@ -956,7 +956,7 @@ MUTATIONS = (
     ),
     Mutation(
         "random numbers that a solve draws after a look passed over", "layers/checks.py",
-        "    if states.changed():  # by whomever: an inspection tells\n        inspect()", "    if False:\n        inspect()", ("tests/test_straight.py",),
+        "    if states.changed():  # the check finds out by whom\n        inspect()", "    if False:\n        inspect()", ("tests/test_straight.py",),
     ),
     Mutation(
         "MAID's doubts settled by exacter values alone", "outer/methods.py",

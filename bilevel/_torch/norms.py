@@ -1,9 +1,10 @@
 """Normalisation layers written out, because torch's own have wrong third derivatives.
 
-The double backward of ``batch_norm`` and ``layer_norm`` (and of ``instance_norm``, which is made of the first) takes the mean and
-the deviation that the forward pass saved for constants: in torch 2.13 third derivatives are silently wrong, at times by a factor,
-in every mode and on plain tensors alike. A second derivative of an argmin needs the third ones of its objective. First
-and second ones are right, so that solvers keep the fast kernels. Reported as pytorch/pytorch#175754 and #186256.
+The double backward of ``batch_norm`` and ``layer_norm`` treats the mean and the deviation that the forward pass saved
+as constants. ``instance_norm`` uses the first. In torch 2.13 third derivatives are therefore silently wrong, at times
+by a factor, in every mode and on plain tensors alike. A second derivative of an argmin needs third derivatives of its
+objective. First and second derivatives are right, so solvers keep the fast kernels. Reported as pytorch/pytorch#175754
+and #186256.
 """
 
 from __future__ import annotations
@@ -51,9 +52,9 @@ def _instance_norm(x: torch.Tensor, weight: Maybe, bias: Maybe, eps: float) -> t
 def batch_norms(
     ours: Callable[[torch.Tensor, Maybe, Maybe, float], torch.Tensor], suits: Callable[[torch.Tensor, bool], bool]
 ) -> dict[Any, Callable[..., torch.Tensor]]:
-    """Return what stands for torch's two batch norms: ``ours`` of (x, γ or None, β or None, ε) by batch statistics where it ``suits``.
+    """Return replacements of torch's two batch norms: ``ours`` of (x, γ or None, β or None, ε) by batch statistics if it ``suits``.
 
-    ``suits`` is asked about x and whether running statistics are kept beside; anything else is torch's own.
+    ``suits`` receives x and whether running statistics are kept. If it returns False, torch's own norm is used.
     """
 
     def functional(
@@ -74,7 +75,7 @@ def batch_norms(
 
 
 def affine(x: torch.Tensor, weight: Maybe, bias: Maybe) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return γ and β (C,) of x (N, C, ...), ones and zeros where there are none."""
+    """Return γ and β (C,) of x (N, C, ...); ones and zeros if there are none."""
     gamma = x.new_ones(x.shape[1]) if weight is None else weight.to(x.dtype)
     return gamma, x.new_zeros(x.shape[1]) if bias is None else bias.to(x.dtype)
 
@@ -114,7 +115,7 @@ _WRITTEN: dict[Any, Callable[..., torch.Tensor]] = {
 
 
 class WrittenNorms(TorchFunctionMode):
-    """Inside, norms are made of operations that torch differentiates rightly any number of times."""
+    """A mode in which norms consist of operations that torch differentiates rightly any number of times."""
 
     @uncompiled
     def __torch_function__(

@@ -1,4 +1,4 @@
-"""Hyperparameter optimisation: tune what training leaves open, by the gradient of a validation loss.
+"""Hyperparameter optimisation: tune the settings of a training by the gradient of a validation loss.
 
 :class:`HyperparameterOptimization` and the linear models need nothing but torch. The modules ``data``, ``table``,
 ``splits``, ``grid``, ``folds``, ``outcome``, ``tune``, ``report``, ``plots`` and ``command`` make up ``bilevel tune``;

@@ -1,4 +1,7 @@
-"""A call of a layer: the settings that it was made with, and its solves, forward and in every derivative."""
+"""A call of a layer: its settings, and its solves, forward and in every derivative.
+
+The module is above 400 lines because a call is one sequence (check, solve, judge, report, policy) that the forward pass and every derivative share.
+"""
 
 from __future__ import annotations
 
@@ -38,13 +41,13 @@ __all__ = ["Adjoint", "Inspector", "Setting", "SolveCall", "SolveSettings"]
 
 T = TypeVar("T")
 
-# How many times the rounding of R it may differ from one evaluation to another.
+# Two evaluations of R may differ by this many times its rounding.
 _MORE_THAN_ROUNDING = 8.0
 _RESIDUALS = {True: "a gradient", False: "a residual"}
 
 
 class Adjoint(NamedTuple):
-    """What the linear solve of a call's first derivative found.
+    """The result of the linear solve of a call's first derivative.
 
     Attributes
     ----------
@@ -66,26 +69,26 @@ class Adjoint(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class SolveSettings:
-    """The settings of one call: its solves and all of its derivatives go by them, whatever is set later.
+    """The settings of one call. Its solves and all of its derivatives use them, even if the layer's settings change later.
 
     Parameters
     ----------
     solver, linear_solver
-        None to choose from the size; functions are wrapped.
+        None: chosen from the size. Functions are wrapped.
     tolerance
         δ and δ′.
     on_failure
         The policy.
     inspect
-        Whether to inspect the function first. A call just before, with the same function, may have done it.
+        Whether the function is checked first. An earlier call with the same function may have done it.
     adjoint_start
-        Where the linear solve of the first derivative begins, (batch, n). It is not used if it does not fit.
+        The initial guess of the linear solve of the first derivative, (batch, n). It is ignored if its shape does not fit.
     backward_messages
-        What an application says of the failures of its linear systems, in place of the general words.
+        An application's messages for the failures of its linear systems, in place of the general ones.
     differentiation
         How the solution is differentiated.
     on_adjoint
-        Is handed the adjoint of the first derivative. It may be called several times, if there are several backward passes.
+        Receives the adjoint of the first derivative. Several backward passes call it several times.
 
     Raises
     ------
@@ -114,7 +117,7 @@ class SolveSettings:
         object.__setattr__(self, "differentiation", check_differentiation(self.differentiation))
 
     def start(self, rhs: torch.Tensor) -> torch.Tensor | None:
-        """Return where the linear solve for the right-hand side ``rhs`` (batch, n) begins, or None."""
+        """Return the initial guess of the linear solve for the right-hand side ``rhs`` (batch, n), or None."""
         kept = self.adjoint_start
         if kept is None or kept.shape != rhs.shape or not bool(torch.isfinite(kept).all()):
             return None
@@ -124,7 +127,7 @@ class SolveSettings:
 class Setting(Generic[T]):
     """One of the :class:`SolveSettings` of a layer or a problem, as an attribute that may be set between calls.
 
-    A call takes the settings as they are when it is made. What is set later holds for later calls.
+    A call uses the settings that are in force when it is made.
     """
 
     def __set_name__(self, owner: type, name: str) -> None:
@@ -145,7 +148,7 @@ class Setting(Generic[T]):
 
 
 class Inspector:
-    """Inspects the function of a layer, and remembers which inspections need no repetition. A copy remembers nothing."""
+    """Check the function of a layer, and remember which functions need no second check. A copy remembers nothing."""
 
     def __init__(self) -> None:
         self._inspected: InspectionCache[ReplayCache] = InspectionCache()
@@ -154,13 +157,13 @@ class Inspector:
     def inspect_once(
         self, problem: Problem, x: torch.Tensor, written: Any, *, captures: bool, again: bool = False
     ) -> Inspection:
-        """Inspect the user's function, ``written``, at ``x`` (batch, n), unless it was inspected before. ``again`` inspects it in any case."""
+        """Check the user's function, ``written``, at ``x`` (batch, n), unless it was checked before; ``again`` forces the check."""
         return inspect_once(problem, x, written, InspectionCache() if again else self._inspected, captures=captures)
 
     def reuse_inspection(
         self, problem: Problem, x: torch.Tensor, written: Any, *, captures: bool
     ) -> ReplayCache | None:
-        """Return what a call may be replayed from, if it is not to inspect."""
+        """Return the replays that a call may use, for a call that makes no check."""
         return reuse_inspection(problem, x, written, self._inspected, self._aside, captures=captures)
 
 
@@ -170,9 +173,9 @@ class SolveCall:
     Parameters
     ----------
     settings
-        What the call was made with.
+        The settings of the call.
     inspector
-        Inspects the function.
+        Checks the function.
     written
         The function as the user wrote it.
     where
@@ -180,7 +183,7 @@ class SolveCall:
     watched
         Whether gradients are enabled.
     dtype
-        What accuracies are of that nobody asked for.
+        The dtype that default accuracies refer to.
     functions
         The user's functions besides ``written``: those of a structure.
     """
@@ -222,7 +225,7 @@ class SolveCall:
     def inspect(
         self, problem: Problem, init: torch.Tensor, written: Any = None, *, again: bool = False
     ) -> Inspection | None:
-        """Look for what would make gradients wrong, at ``init`` (batch, n); return what came of it, if there was nothing."""
+        """Check for faults that make gradients wrong, at ``init`` (batch, n); return the result, or None after a fault."""
         if not problem.batch:
             return None
         try:
@@ -237,7 +240,7 @@ class SolveCall:
         return None
 
     def solve(self, problem: Problem, init: torch.Tensor) -> torch.Tensor:
-        """Return x (*batch, n), inspected, solved for, judged, reported and treated as the policy says."""
+        """Return x (*batch, n): check the function, solve, judge, report and apply the policy."""
         if isinstance(problem.system, StructuredSystem):
             return self._find(problem, problem.system, init)
         settings = self.settings
@@ -263,7 +266,7 @@ class SolveCall:
         return self._reported(problem, outcome, messages)
 
     def _find(self, problem: Problem, system: StructuredSystem, init: torch.Tensor) -> torch.Tensor:
-        """Do the same for a structured system, which finds its solution by itself."""
+        """Do the same for a structured system, which has its own solution method."""
         settings, self.system = self.settings, system
         objective = objective_of(problem)
         x, everything = init[:, : objective.size], (self.written, *self.functions)
@@ -308,13 +311,14 @@ class SolveCall:
     def reviewed(
         self, solver: InnerSolver, problem: Problem, init: torch.Tensor, outcome: InnerOutcome
     ) -> tuple[InnerOutcome, StatusMessages]:
-        """Return the outcome of an inner solve, and its words; a kind of problem that can say more of an answer overrides this."""
+        """Return the outcome of an inner solve and its messages. Override it for a kind of problem that can tell more about a solution."""
         return outcome, failure_messages(solver, problem, init, outcome)
 
     def compare(self, problem: Problem, x: torch.Tensor, residual: torch.Tensor) -> None:
         """Compare ``residual``, R(x) (batch, n) in a derivative, with R at the same x in the forward pass.
 
-        They differ by more than rounding where the function went by something that has changed in between, such as an attribute of an object.
+        They differ by more than rounding if the function depends on a thing that has changed since, such as an attribute of an
+        object.
 
         Raises
         ------
@@ -336,8 +340,8 @@ class SolveCall:
         first = int(doubtful.nonzero()[0])
         error = StochasticObjectiveError(
             f"{self.where}: expected {problem.system.noun} to be the same function in a derivative as in the call, and at the solution "
-            f"{_RESIDUALS[problem.minimizes]} of norm {float(before[first].norm()):.3g} became one of {float(residual[first].norm()):.3g}; pass what "
-            "changes in between as an argument, or take the derivative before it changes"
+            f"{_RESIDUALS[problem.minimizes]} of norm {float(before[first].norm()):.3g} became one of {float(residual[first].norm()):.3g}; the "
+            "function uses an object that has changed: pass that object as an argument, or take the derivative before it changes"
         )
         if handle_misuse(error, self.settings.on_failure):
             axes = problem.system.batch_shape
@@ -352,10 +356,10 @@ class SolveCall:
         product: Callable[[torch.Tensor], torch.Tensor] | None = None,
         pullbacks: Sequence[Pullback] = (),
     ) -> torch.Tensor:
-        """Return A⁻¹ rhs (*axes, n), solved for, judged, reported and treated as the policy says.
+        """Return A⁻¹ rhs (*axes, n): solve, judge, report and apply the policy.
 
-        ``product``, v ↦ A v for the first answer, is there for the adjoint of a first derivative alone. ``pullbacks`` are there for any adjoint: if A
-        is singular, they tell whether the derivative exists.
+        ``product``, v ↦ A v, is passed for the adjoint of a first derivative only. ``pullbacks`` are passed for any adjoint: if
+        A is singular, they tell whether the derivative exists.
         """
         settings = self.settings
         if self.factor is not None:
@@ -381,12 +385,12 @@ class SolveCall:
         shaped = apply_policy(report, shaped, settings.on_failure, self.recordings, silent_budget=target.silent)
         if self.nan_mask is None:
             return shaped
-        # A quadratic's matrices are the same at a NaN: without this, what has failed would get a finite derivative.
-        # Axes that a transform has added since stand in front of those of the forward pass.
+        # A quadratic has the same matrix at a NaN. Without this, a failed problem would get a finite derivative.
+        # Axes that a transform has added since precede those of the forward pass.
         return torch.where(self.nan_mask.unsqueeze(-1), torch.full_like(shaped, float("nan")), shaped)
 
     def _own_solver(self, operator: LinearOperator) -> LinearSolver | None:
-        """Return what a structured system has for derivatives, or None."""
+        """Return a structured system's own linear solver for derivatives, or None."""
         if self.system is None:
             return None
         kept = self.reduced
@@ -396,11 +400,11 @@ class SolveCall:
     def _one_sided(
         self, outcome: LinearOutcome, words: StatusMessages, axes: tuple[int, ...]
     ) -> tuple[LinearOutcome, StatusMessages]:
-        """Return ``outcome`` with ``Status.DEGENERATE`` where the derivative at the solution does not exist or is one-sided."""
+        """Return ``outcome`` with ``Status.DEGENERATE`` for problems whose derivative does not exist or is one-sided."""
         if self.degenerate is None or Status.DEGENERATE not in self.messages:
             return outcome, words
         these = self.degenerate.expand(axes).reshape(outcome.status.shape)
-        # Constraints whose gradients depend on each other, and that an argument moves apart, make the matrix singular.
+        # Constraints with dependent gradients make the matrix singular if an argument moves them apart.
         these = these | (outcome.status == Status.SINGULAR)
         if not bool(these.any()):
             return outcome, words
@@ -408,7 +412,7 @@ class SolveCall:
         return replace(outcome, status=status), {**words, **self.messages}
 
     def _noise(self, rhs: torch.Tensor) -> torch.Tensor | None:
-        """Return the rounding (batch,) that this right-hand side may hold of larger ones before it, of which it was made. None for the first."""
+        """Return the rounding (batch,) that earlier, larger right-hand sides have left in this one; None for the first."""
         last, self.last_rhs = self.last_rhs, rhs.detach()
         if last is None:
             return None
@@ -425,7 +429,7 @@ class SolveCall:
 
 
 def _without_solution(report: SolveReport) -> torch.Tensor | None:
-    """Return which problems have no solution that a derivative could be of, or None if all have."""
+    """Return which problems have no solution to differentiate, or None if all have one."""
     none = (report.status_code == Status.INFEASIBLE) | (report.status_code == Status.UNBOUNDED)
     return none if bool(none.any()) else None
 
@@ -433,14 +437,14 @@ def _without_solution(report: SolveReport) -> torch.Tensor | None:
 def _without_derivative(
     operator: LinearOperator, outcome: LinearOutcome, pullbacks: Sequence[Pullback], words: StatusMessages
 ) -> tuple[LinearOutcome, StatusMessages]:
-    """Return ``outcome`` and ``words`` with ``Status.SINGULAR`` where an argument changes which directions of the solution are free."""
+    """Return ``outcome`` and ``words`` with ``Status.SINGULAR`` for problems in which an argument changes the free directions of the solution."""
     if not pullbacks or not bool((outcome.status == Status.MINIMUM_NORM).any()):
         return outcome, words
     changed = changes_free_directions(operator, outcome.status, pullbacks)
     if not bool(changed.any()):
         return outcome, words
     status = torch.where(changed, int(Status.SINGULAR), outcome.status)
-    first = (status == Status.SINGULAR).nonzero()[0]  # a report has one sentence for each status
+    first = (status == Status.SINGULAR).nonzero()[0]  # a report has one message for each status
     if bool(changed[first]):
         words = {**free_direction_messages(symmetric=operator.symmetric), **words}
     return replace(outcome, status=status), words

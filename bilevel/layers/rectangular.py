@@ -41,7 +41,7 @@ _DENSE_COLUMNS = 512
 class RectangularLayer(LinearLayer):
     """A differentiable least-squares solve of a rectangular linear system. Made by :func:`linear_solve` with ``unknown``.
 
-    The solution is x = A⁺ b: of the x that minimise ‖A x − b‖, that of minimum norm.
+    The solution is x = A⁺ b: the minimiser of ‖A x − b‖ that has the smallest norm.
     """
 
     def __init__(

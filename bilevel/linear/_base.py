@@ -37,7 +37,20 @@ __all__ = [
 
 
 class LinearSolver(ABC):
-    """Solves A x = b for a batch. Subclasses are frozen dataclasses of settings with one method, ``solve``."""
+    """Solves A x = b for a batch. Subclasses are frozen dataclasses of settings with one method, ``solve``.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from bilevel.operators import DenseOperator
+    >>> from bilevel import LinearSolution, LinearSolver, Status
+    >>> class Halving(LinearSolver):  # for A = 2 I
+    ...     def solve(self, operator, rhs, threshold, start=None):
+    ...         steps = torch.ones(len(rhs), dtype=torch.int64)
+    ...         return LinearSolution(rhs / 2, steps, torch.full_like(steps, int(Status.CONVERGED)))
+    >>> Halving()(DenseOperator(2 * torch.eye(2)), torch.tensor([[1.0, 3.0]]))
+    tensor([[0.5000, 1.5000]])
+    """
 
     @property
     def has_budget(self) -> bool:
@@ -78,16 +91,17 @@ class LinearSolver(ABC):
     ) -> LinearSolution:
         """Solve A x = b for a symmetric A whose eigenvalues are known to be at least ``mu``; by default as :meth:`solve` does.
 
-        A method that can do more with μ than divide a residual by it overrides this: it may stop a problem as soon as
-        ‖x − A⁻¹b‖ ≤ ``error`` (batch,) is proven (0: stop by the residual alone), returns the bound, and says where μ is refuted.
+        Override it in a method that can use μ beyond dividing a residual by it. The method may stop a problem as soon as ‖x −
+        A⁻¹b‖ ≤ ``error`` (batch,) is proven; 0 means that the residual alone decides. It returns the bound, and reports where μ
+        is refuted.
         """
         return self.solve(operator, rhs, threshold, start)
 
     def solve_unverified(self, operator: LinearOperator, rhs: torch.Tensor, threshold: torch.Tensor) -> LinearSolution:
         """Solve A x = b for a caller that computes b − A x himself, with something else beside it; by default as :meth:`solve` does.
 
-        A method that knows its residual by a recurrence overrides this, ends on that, and returns it as it is: the product that
-        would verify it is the caller's to make.
+        Override it in a method that knows its residual by a recurrence. It ends on that residual, and returns it. The caller
+        makes the product that verifies it.
         """
         return self.solve(operator, rhs, threshold)
 

@@ -24,19 +24,20 @@ __all__ = ["Exact", "offer_factor", "pseudo_inverse_of", "solve_nearby"]
 class Exact(LinearSolver):
     """Materialise the matrix and factorise it: Cholesky, or LU where it is not positive definite.
 
-    The factorisation is kept with the operator and serves every further right-hand side; each solution is refined once where
-    its residual is above what was asked. Where Newton's method has just factorised a matrix nearby, that one is used, with
-    as many refinements as bring the residual down to rounding, and if they do not, the matrix itself. A symmetric matrix that
-    is not positive definite is diagnosed by its eigenvalues, any other by its singular values: a reciprocal
-    condition number below n·eps is reported as singular, once rows and columns are scaled alike, so that unknowns in units of
-    very different sizes are no matter.
+    The factorisation is kept with the operator and serves every further right-hand side. A solution is refined once if its
+    residual is above the threshold. If Newton's method has just factorised a nearby matrix, those factors are used, with
+    refinements until the residual is down to rounding. If this fails, the matrix itself is factorised.
+
+    A symmetric matrix that is not positive definite is diagnosed by its eigenvalues, any other matrix by its singular
+    values. It is reported as singular if the reciprocal condition number is below n·eps. Rows and columns are scaled alike
+    first, so that the units of the unknowns do not matter.
 
     Costs n products to materialise, n³/3 (Cholesky) to 2n³/3 (LU) operations and batch · n² numbers of memory.
 
     Parameters
     ----------
     max_bytes
-        The largest memory for the matrices that is attempted, in bytes (default 2 GiB).
+        The largest memory for the matrices, in bytes (default 2 GiB).
     indefinite
         Accept a Hessian that is not positive definite, to differentiate a saddle or a maximum on purpose.
 
@@ -44,6 +45,10 @@ class Exact(LinearSolver):
     ------
     ArgumentError
         On use, if the matrices would take more than ``max_bytes``.
+
+    References
+    ----------
+    Golub, Van Loan, "Matrix Computations", 4th ed., 2013, sections 3.4 (LU), 3.5 (iterative refinement) and 4.2 (Cholesky).
 
     Examples
     --------

@@ -49,6 +49,11 @@ class Clarabel:
     tolerance
         Clarabel's absolute and relative tolerances of feasibility and of the gap.
 
+    Raises
+    ------
+    ArgumentError
+        If a setting is out of its range.
+
     References
     ----------
     P. J. Goulart, Y. Chen, "Clarabel: An interior-point solver for conic programs with quadratic objectives", 2024.

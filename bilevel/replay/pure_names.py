@@ -1,6 +1,6 @@
-"""What straight code may use of torch: operations on tensors, by name, that torch's dispatcher sees and that go by nothing but their arguments.
+"""The torch names that branch-free code may use: operations on tensors that torch's dispatcher sees and that depend on their arguments alone.
 
-This is a list of what is known to be so, not of what is known not to be: a name that is missing costs time, one too many could cost a right answer.
+The list holds what is known to be safe. A missing name costs time; a wrong name could cost a right answer.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""A tape: the operations of one run, and where each finds its arguments."""
+"""A tape: the operations of one run, and the places of their arguments."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ class Tape:
         return found
 
     def needed(self, outputs: Iterable[int], given: Iterable[int], here: Callable[[Step], bool]) -> list[Step]:
-        """Return the steps that make ``outputs`` where the slots ``given`` are there.
+        """Return the steps that compute ``outputs`` from the slots ``given``.
 
         Of those that make nothing but may raise, as one that checks a factorisation does, those are among them of which ``here`` is true; and
         all are, once some step works in place.

@@ -39,16 +39,22 @@ __all__ = [
 
 @dataclass(frozen=True, eq=False)
 class Goal:
-    """When a solver may stop: ‖R(x)‖ ≤ :attr:`threshold`. The judge may find that too early, and ask for more.
+    """The rule by which a solver stops: ‖R(x)‖ ≤ :attr:`threshold`.
+
+    The judge checks the answer. It may ask for a smaller threshold.
 
     Parameters
     ----------
-    problem, init, target
-        What is solved, from where (batch, n), and how accurately.
+    problem
+        The problem that is solved.
+    init
+        The initial guess (batch, n).
+    target
+        The accuracy that is asked for.
     given
-        The threshold (batch,) that the judge asks for; None for the first one, which is measured at ``init``.
+        The threshold (batch,) that the judge asks for; None: the first one, which is measured at ``init``.
     origin
-        Where the whole search began, if not at ``init``.
+        The initial guess (batch, n) of the whole search; None: ``init``.
     """
 
     problem: Problem
@@ -66,8 +72,8 @@ class Goal:
     def scale(self) -> torch.Tensor:
         """Return max(‖R(init)‖, ‖∂R · init‖), (batch,).
 
-        The second term is what R(init) would be for a start at zero, so that a warm start, whose first
-        residual is already small, asks for no more accuracy than a cold one.
+        The second term estimates R(init) for an initial guess of zero. With it a warm start, whose first residual is already
+        small, asks for the same accuracy as a cold start.
         """
         return self._measure(self.problem.linearize(self.init))
 
@@ -96,7 +102,7 @@ class Goal:
 
 @dataclass(frozen=True, eq=False)
 class InnerSolution:
-    """What an inner solver returns.
+    """The result of an inner solver.
 
     Parameters
     ----------
@@ -107,15 +113,15 @@ class InnerSolution:
     status
         int64 (batch,): what the solver noticed; ``Status.NOT_CONVERGED`` if it cannot tell.
     residual
-        R(x) (batch, n), if the solver has it at just this ``x``.
+        R(x) (batch, n), if the solver knows it at exactly this ``x``.
     value
-        G(x) (batch,) of an argmin, likewise.
+        G(x) (batch,) of an argmin, if the solver knows it at exactly this ``x``.
     factor
-        Cholesky factors (batch, n, n) of Hessians near ``x``, if the solver has them: a linear solve may begin with them.
+        Cholesky factors (batch, n, n) of Hessians near ``x``, if the solver has them. A linear solve may begin with them.
     error
-        x − x* (batch, n) to first order, if the solver knows it; NaN for problems of which it does not.
+        x − x* (batch, n) to first order, if the solver knows it; NaN for problems without an estimate.
     slow
-        (batch,) bool: where a method of quadratic convergence converged no faster than linearly, as it does at a degenerate solution.
+        Bool (batch,): a method of quadratic convergence converged only linearly, as it does at a degenerate solution.
     """
 
     x: torch.Tensor
@@ -129,7 +135,21 @@ class InnerSolution:
 
 
 class InnerSolver(ABC):
-    """Solves a batch of problems. Subclasses are frozen dataclasses of settings with one method, ``solve``."""
+    """Solves a batch of problems. Subclasses are frozen dataclasses of settings with one method, ``solve``.
+
+    Examples
+    --------
+    >>> import torch, bilevel
+    >>> class Gradient(bilevel.InnerSolver):
+    ...     def solve(self, problem, init, goal):
+    ...         x, steps = init, torch.full((len(init),), 100)
+    ...         for _ in range(100):
+    ...             x = x - 0.25 * problem.residual(x)
+    ...         return bilevel.InnerSolution(x, steps, torch.full_like(steps, int(bilevel.Status.NOT_CONVERGED)))
+    >>> layer = bilevel.argmin(lambda x, a: ((x - a) ** 2).sum(), solver=Gradient())
+    >>> layer(torch.zeros(2), torch.tensor([1.0, 3.0]))
+    tensor([1., 3.])
+    """
 
     @property
     def has_budget(self) -> bool:

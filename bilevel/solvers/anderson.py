@@ -38,32 +38,31 @@ _FAR_STRIDE, _SAME_STEPS = 1000.0, 1000
 
 @dataclass(frozen=True)
 class Anderson(InnerSolver):
-    """Step to the mixture of the last iterates whose residuals, to first order, cancel best; keep only steps that pay.
+    """Step to the mixture of the last iterates whose residuals cancel best to first order; keep only steps that reduce the residual.
 
     With R = x − T(x) and the last differences ΔR, ΔX as columns,
 
         γ = argmin ‖R − ΔR γ‖²,   z = x − β R − (ΔX − β ΔR) γ.
 
-    The differences are kept orthonormal, each new one by Gram–Schmidt against those remembered, so that γ =
-    ΔRᵀ R takes no matrix to be solved, does not square a condition number, and remembers, for a symmetric
-    linear mapping, everything that was ever learned. Each difference is damped by a Tikhonov term relative to
-    its own size. Differences at rounding level are not used.
+    Gram–Schmidt keeps the differences orthonormal. Then γ = ΔRᵀ R: no matrix is solved, and no condition number is squared.
+    For a symmetric linear mapping nothing that was learned is lost. A Tikhonov term damps each difference relative to its
+    own size. Differences at rounding level are not used.
 
     A mixture is rejected if its residual is not finite, or exceeds the least one since the last restart tenfold (1.5-fold after the
     first rejection). Then the history is dropped, and 1, 2, 4, ..., 16 plain steps x ← x − β R follow. The same happens if 64
     steps bring no lower residual.
 
-    The answer is in the range of T: once a mixture z meets the threshold, T(z) is evaluated, and returned if it meets the
-    threshold too. So probabilities stay probabilities, and the zeros of a proximal step stay zeros. (After three T(z) that
-    do not meet it, which takes a mapping that expands, z is returned.)
+    The answer is in the range of T. Once a mixture z meets the threshold, T(z) is evaluated, and returned if it meets the
+    threshold too. Probabilities stay probabilities, and the zeros of a proximal step stay zeros. If three T(z) do not meet
+    it, z is returned; this needs a mapping that expands.
 
-    Where the residual stands still, as that of a projection of x − c does until the face is reached, mixtures have nothing to learn from. Then
-    steps are 2, 4, 8, ... times as long while it stays, so that the face is reached after a few. If x runs away, plain iteration has 1,000 steps
-    to leave the same residual behind; if it does not, that is ``DIVERGED``.
+    Sometimes the residual is constant, as for a projection of x − c until the face is reached. Mixtures then learn nothing.
+    Steps are 2, 4, 8, ... times as long while it stays constant, so that a few reach the face. If x runs away, plain
+    iteration has 1,000 steps to change the residual. If it does not, the status is ``DIVERGED``.
 
-    A plain iteration from the same start lies beneath: after 1,000 steps it takes 1,000 of its own, then the
-    accelerated run continues, and so on, in stretches that double. It takes over at once if the accelerated run
-    diverges or meets a NaN. So wherever plain iteration converges in 10,000 steps, this solver converges.
+    A plain iteration from the same initial guess is the safeguard. After 1,000 steps it takes 1,000 of its own, then the
+    accelerated run continues, and so on, in stretches that double. It takes over at once if the accelerated run diverges or
+    meets a NaN. The solver therefore converges wherever plain iteration converges in 10,000 steps.
 
     One evaluation of T for each step, 8 · ``history`` · n operations and 2 · ``history`` · n numbers of
     memory for each problem.
@@ -71,12 +70,12 @@ class Anderson(InnerSolver):
     Parameters
     ----------
     max_steps
-        The most steps; None for 20,000, half of them plain, spending which is a failure, where spending a given budget with
-        no tolerance asked is none. The last step of a budget is T itself.
+        The largest number of steps; None: 20,000, half of them plain, and spending them all is a failure. A number is a
+        budget: spending it without a tolerance is a success. The last step of a budget is T itself.
     history
-        How many differences are remembered (at most n).
+        The number of differences that are kept (at most n).
     mixing
-        β in (0, 1]: how far along the residual a step goes.
+        β in (0, 1]: the step along the residual.
     regularization
         λ ≥ 0: a difference of which orthogonalisation leaves the share s counts s²/(s² + λ²); None for 100 eps of the dtype.
 

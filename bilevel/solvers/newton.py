@@ -49,19 +49,19 @@ class Newton(InnerSolver):
     curvature; a root or a fixed point by GMRES. The linear systems are solved only as accurately as the
     progress of the outer iteration deserves.
 
-    A quadratic, or a linear system, takes one step. A point that is stationary but whose Hessian has a
-    negative eigenvalue beyond rounding is reported as ``Status.INDEFINITE`` (when large: as far as the
-    products made there can tell). A flat valley, as of least squares with redundant variables, is a solution.
+    A quadratic, or a linear system, takes one step. A stationary point whose Hessian has a negative eigenvalue beyond
+    rounding is reported as ``Status.INDEFINITE``. For large problems the products that were made decide this. A flat
+    valley, as of least squares with redundant variables, is a solution.
 
-    Each step costs one gradient, n products (small) or as many as the linear solver makes (large), and one
-    gradient for each shortening. Memory is batch · n² numbers (small) or some vectors (large), and does not
-    depend on the number of steps.
+    Each step costs one gradient, and one more for each shortening. It also costs n products (small), or as many as the
+    linear solver makes (large). Memory is batch · n² numbers (small) or some vectors (large), and does not depend on the
+    number of steps.
 
     Parameters
     ----------
     max_steps
-        The most steps; None for 250, spending which is a failure, where spending a given budget with no
-        tolerance asked is none.
+        The largest number of steps; None: 250, and spending them all is a failure. A number is a budget: spending it
+        without a tolerance is a success.
     dense_limit
         The largest n for which matrices are materialised (if those of the batch also take fewer than 2²⁵
         numbers).

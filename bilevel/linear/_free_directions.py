@@ -170,7 +170,10 @@ def free_direction_messages(*, symmetric: bool) -> StatusMessages:
 
 def unsure_derivative_messages() -> StatusMessages:
     """Return what a report says of ``Status.MINIMUM_NORM`` where a computed argument may change which directions are free."""
-    meaning = "found the solution of smallest Euclidean norm; by an argument that the transform computes, the derivative may not exist, which was not checked"
+    meaning = (
+        "found the solution of smallest Euclidean norm; by an argument that the transform computes, "
+        "the derivative may not exist, which was not checked"
+    )
     remedy = (
         "differentiate by torch.autograd.grad, which checks what the argument was computed from, or pin one unknown"
     )

@@ -28,7 +28,7 @@ class GMRES(LinearSolver):
     Each step lengthens an orthonormal basis of the Krylov space (orthogonalised again where digits were lost), and the
     residual norm follows from the left null vector of the Hessenberg matrix at one inner product a step; the least-squares problem is solved once
     a cycle. Cycles end in the true residual. Where A is singular and b in its range, the answer from zero lies in the range of A, if one is found
-    there: it is of smallest norm where A is symmetric, and need not be otherwise.
+    there: it is of smallest norm where A is symmetric. Otherwise a layer that examines A takes its part in the null space away.
 
     Parameters
     ----------

@@ -32,7 +32,7 @@ class CG(LinearSolver):
     on 20,000 unknowns in float32 lose a third of the answer.
 
     A positive semidefinite A is no failure where b lies in its range: from zero, iterates stay in the range too, and tend to the solution of
-    smallest Euclidean norm. The status is ``MINIMUM_NORM`` if a direction without curvature was met, ``CONVERGED`` if none was (a layer examines A then);
+    smallest Euclidean norm. The status is ``MINIMUM_NORM`` if a direction without curvature was met, ``CONVERGED`` if none was;
     ``SINGULAR`` if the residual's part along such a direction is too large. A start or a preconditioner brings a part in the null space
     with it; where that is noticed, the system is solved again without.
 

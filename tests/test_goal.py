@@ -668,7 +668,7 @@ def test_the_step_beyond_the_inner_solver_saves_passes_and_a_bad_one_costs_no_ac
     assert counts[0] < counts[1] and sizes[0] < 0.5 and sizes[1:] == [1.0, 1.0]
 
 
-@pytest.mark.parametrize("wanted", [1e-5, 1e-8])
+@pytest.mark.parametrize("goal", [1e-5, 1e-8])
 def test_a_stretch_that_determines_a_small_problem_meets_goals(goal: float) -> None:
     # Six gradients of a quadratic in five unknowns lead to its last digits, where no step shows what ĝ makes of it.
     for seed in range(6):
@@ -684,7 +684,7 @@ def test_a_stretch_that_determines_a_small_problem_meets_goals(goal: float) -> N
         assert float((found - true).abs()) <= goal * float(true.abs())
 
 
-@pytest.mark.parametrize("wanted", [1e-1, 1e-4])
+@pytest.mark.parametrize("goal", [1e-1, 1e-4])
 def test_a_goal_is_proven_for_a_model_that_declares_its_constants(goal: float) -> None:
     from bilevel.hyperopt.linear_models import Logistic, WeightedData
 

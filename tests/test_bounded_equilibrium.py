@@ -111,6 +111,12 @@ def test_the_curvature_counts_on_free_unknowns_alone() -> None:
     held = bilevel.equilibrium([concave, other], lower=[0.0, None], upper=[1.0, None])
     x, y = held((ZERO, ZERO), torch.tensor(2.0, dtype=F64))
     assert float(x) == 0.0 and abs(float(y)) < 1e-12
+    # The mixed derivative of a free unknown and a held one is no curvature either.
+    mixed = lambda x, y, a: 0.5 * x[0] ** 2 + 10 * x[0] * x[1] + a * x[1]
+    lower = torch.tensor([-torch.inf, 0.0], dtype=F64)
+    twisted = bilevel.equilibrium([mixed, lambda x, y, a: 0.5 * (y - x[0]) ** 2], lower=[lower, None])
+    x, _ = twisted((torch.ones(2, dtype=F64), ZERO), torch.tensor(200.0, dtype=F64))
+    torch.testing.assert_close(x, torch.zeros(2, dtype=F64))
     with pytest.raises(bilevel.SolveError, match="objective of player 0 has negative curvature"):
         held((ZERO + 0.5, ZERO), torch.tensor(0.5, dtype=F64))
 

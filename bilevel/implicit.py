@@ -175,8 +175,10 @@ class ImplicitContext:
     followed
         Whether a derivative may follow. If so, the solver's last linearisation is kept.
     checked
-        For an adjoint whose derivative is differentiated again: the tensors whose derivative is checked for existence.
-    arguments
+            For an adjoint whose derivative is differentiated again: the tensors whose derivative is asked whether it exists.
+    unsure
+        Likewise, but computed from others in a graph that cannot be walked: their derivative may exist by those others alone.
+        arguments
         The tensors in the graph that computed them, if that graph can be walked.
     compare
         (problem, x (batch, n), R(x)) ↦ None: compares R in a derivative with R in the forward pass, at the same x.
@@ -189,6 +191,7 @@ class ImplicitContext:
     repeats: tuple[int, ...] = ()
     followed: bool = False
     checked: tuple[bool, ...] = ()
+    unsure: tuple[bool, ...] = ()
     arguments: tuple[torch.Tensor, ...] = ()
     compare: Callable[[Problem, torch.Tensor, torch.Tensor], None] | None = None
     memo: LinearizationCache = field(default_factory=LinearizationCache)
@@ -298,14 +301,16 @@ class LinearSolve(torch.autograd.Function):
             if rule.repeats:
                 operator = RepeatedOperator(operator, math.prod(rule.repeats))
             flat = _usable(rhs).detach().reshape(operator.batch, operator.size)
-            pullbacks = _pullbacks_later(rule, x, tensors)
-            solved = rule.solve_linear(operator, flat, rule.repeats + rule.system.batch_shape, pullbacks=pullbacks)
+            axes = rule.repeats + rule.system.batch_shape
+            pullbacks, unsure = _pullbacks_later(rule, x, tensors), _unsure_pullbacks_later(rule, x, tensors)
+            solved = rule.solve_linear(operator, flat, axes, pullbacks=pullbacks, unsure=unsure)
             return solved.reshape(rhs.shape).clone()
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
         rule, transposed, _, x, *tensors = inputs
-        ctx.rule, ctx.transposed = replace(rule, checked=(), arguments=()) if rule.checked else rule, transposed
+        once = rule.checked or rule.unsure
+        ctx.rule, ctx.transposed = replace(rule, checked=(), unsure=(), arguments=()) if once else rule, transposed
         ctx.save_for_backward(output, x, *tensors)
         ctx.save_for_forward(output, x, *tensors)
 
@@ -374,11 +379,15 @@ class LinearSolve(torch.autograd.Function):
 def _checking(rule: ImplicitContext, tensors: Tensors, needs_grad: Sequence[bool]) -> ImplicitContext:
     """Return the rule for an adjoint of :class:`LinearSolve`.
 
-    Inside a transform the graph cannot be walked. There, only tensors at which the gradient ends are checked.
+        A transform's graph cannot be walked from inside: there, only the tensors that the gradient ends at decide. Of computed ones it is said where
+    the derivative may not exist.
     """
     if not transforms_active():
         return replace(rule, checked=tuple(needs_grad), arguments=tuple(tensors))
-    return replace(rule, checked=tuple(w and is_final(t) for t, w in zip(tensors, needs_grad, strict=True)))
+    final = [is_final(t) for t in tensors]
+    checked = tuple(want and ends for want, ends in zip(needs_grad, final, strict=True))
+    unsure = tuple(want and not ends for want, ends in zip(needs_grad, final, strict=True))
+    return replace(rule, checked=checked, unsure=unsure)
 
 
 def _pullbacks_later(rule: ImplicitContext, x: torch.Tensor, tensors: Tensors) -> tuple[Pullback, ...]:
@@ -390,6 +399,18 @@ def _pullbacks_later(rule: ImplicitContext, x: torch.Tensor, tensors: Tensors) -
         return rule.memo.linearize(rule, _usable(x), tensors, rule.checked).pullback(v)
 
     return pullbacks_of(pullback, rule.arguments or tensors, rule.checked)
+
+
+def _unsure_pullbacks_later(rule: ImplicitContext, x: torch.Tensor, tensors: Tensors) -> tuple[Pullback, ...]:
+    """Return the pullback to the ``unsure`` tensors alone."""
+    if not any(rule.unsure):
+        return ()
+
+    def pullback(v: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        slopes = rule.memo.linearize(rule, _usable(x), tensors, rule.unsure).pullback(v)
+        return [(t, s) for t, s, want in zip(tensors, slopes, rule.unsure, strict=True) if want and s is not None]
+
+    return (pullback,)
 
 
 def _usable(tensor: torch.Tensor) -> torch.Tensor:

@@ -257,6 +257,27 @@ MUTATIONS = (
         ("tests/linear/test_free_directions.py", "-k", "dependent or duplicated"),
     ),
     Mutation(
+        "a converged solve not examined for free directions", "layers/call.py",
+        "noise=noise, examine=examine", "noise=noise", ("tests/linear/test_null_space.py", "-k", "shift or minimum_norm"),
+    ),
+    Mutation(
+        "a null vector searched without a new beginning from the true product", "linear/_null_space.py",
+        "            run = _Run(gradient(r))\n    return u", "            break\n    return u",
+        ("tests/linear/test_minimum_norm.py", "-k", "refused_alike"),
+    ),
+    Mutation(
+        "the part in the null space left in an answer", "linear/_null_space.py",
+        "torch.where(these.unsqueeze(-1), x - part, x), these", "x, these", ("tests/linear/test_null_space.py", "-k", "minimum_norm"),
+    ),
+    Mutation(
+        "an active bound with a zero slope differentiated", "equations/equilibrium.py",
+        "(at_lower | at_upper) & flat & ~pinned", "(at_lower | at_upper) & flat & pinned", ("tests/test_bounded_equilibrium.py", "-k", "zero_slope"),
+    ),
+    Mutation(
+        "the curvature along an active bound counted", "layers/equilibrium.py",
+        "active = None if state is None else state.active", "active = None", ("tests/test_bounded_equilibrium.py", "-k", "curvature"),
+    ),
+    Mutation(
         "an argument judged by itself, not by what it was computed from", "equations/pullbacks.py",
         "else (to_arguments, to_leaves)", "else (to_arguments,)", ("tests/linear/test_free_directions.py", "-k", "outside"),
     ),

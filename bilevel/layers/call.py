@@ -20,9 +20,14 @@ from bilevel.errors import ArgumentError, BilevelError, StochasticObjectiveError
 from bilevel.implicit import JointProduct
 from bilevel.layers.checks import Inspection, inspect_on_failure, inspect_once, reuse_inspection
 from bilevel.layers.differentiation import Differentiation, Implicit, check_differentiation
+from bilevel.layers.examinations import Examinations
 from bilevel.layers.messages import failure_messages
 from bilevel.linear._base import LinearOutcome, LinearSolver, as_linear_solver, solve_linear
-from bilevel.linear._free_directions import changes_free_directions, free_direction_messages
+from bilevel.linear._free_directions import (
+    changes_free_directions,
+    free_direction_messages,
+    unsure_derivative_messages,
+)
 from bilevel.linear.defaults import default_linear_solver
 from bilevel.linear.exact import offer_factor
 from bilevel.operators import LinearOperator
@@ -153,6 +158,7 @@ class Inspector:
     def __init__(self) -> None:
         self._inspected: InspectionCache[ReplayCache] = InspectionCache()
         self._aside: InspectionCache[ReplayCache] = InspectionCache()
+        self.examinations = Examinations()
 
     def inspect_once(
         self, problem: Problem, x: torch.Tensor, written: Any, *, captures: bool, again: bool = False
@@ -355,11 +361,13 @@ class SolveCall:
         axes: tuple[int, ...],
         product: Callable[[torch.Tensor], torch.Tensor] | None = None,
         pullbacks: Sequence[Pullback] = (),
+        unsure: Sequence[Pullback] = (),
     ) -> torch.Tensor:
         """Return A⁻¹ rhs (*axes, n): solve, judge, report and apply the policy.
 
-        ``product``, v ↦ A v, is passed for the adjoint of a first derivative only. ``pullbacks`` are passed for any adjoint: if
-        A is singular, they tell whether the derivative exists.
+                ``product``, v ↦ A v for the first answer, is there for the adjoint of a first derivative alone. ``pullbacks`` are there for any adjoint: if A
+        is singular, they tell whether the derivative exists. ``unsure`` are pullbacks to arguments that a transform computes: where one does not
+        vanish, the report says that the derivative may not exist.
         """
         settings = self.settings
         if self.factor is not None:
@@ -372,8 +380,15 @@ class SolveCall:
         reported = self.report is None or self.recordings or active_recordings() or on_adjoint is not None
         begun = None if product is None else settings.start(rhs)
         noise = self._noise(rhs)
-        outcome = solve_linear(solver, operator, rhs, target, begun, product=product, seen=bool(reported), noise=noise)
+        examinations = self.inspector.examinations
+        examine = not target.silent and target.strong_convexity is None and examinations.is_due(operator, solver)
+        outcome = solve_linear(
+            solver, operator, rhs, target, begun, product=product, seen=bool(reported), noise=noise, examine=examine
+        )
+        examinations.learn(operator, outcome.status)
         outcome, words = _without_derivative(operator, outcome, pullbacks, settings.backward_messages)
+        if unsure and bool(changes_free_directions(operator, outcome.status, unsure).any()):
+            words = {**unsure_derivative_messages(), **words}
         outcome, words = self._one_sided(outcome, words, axes)
         report = _report(direction, self.where, solver.name, outcome, axes, words)
         self.report = self.report or report

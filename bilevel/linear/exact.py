@@ -62,6 +62,10 @@ class Exact(LinearSolver):
     max_bytes: int = 2**31
     indefinite: bool = False
 
+    @property
+    def knows_null_space(self) -> bool:
+        return True
+
     def solve(
         self, operator: LinearOperator, rhs: torch.Tensor, threshold: torch.Tensor, start: torch.Tensor | None = None
     ) -> LinearSolution:

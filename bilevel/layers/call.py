@@ -365,9 +365,9 @@ class SolveCall:
     ) -> torch.Tensor:
         """Return A⁻¹ rhs (*axes, n): solve, judge, report and apply the policy.
 
-                ``product``, v ↦ A v for the first answer, is there for the adjoint of a first derivative alone. ``pullbacks`` are there for any adjoint: if A
-        is singular, they tell whether the derivative exists. ``unsure`` are pullbacks to arguments that a transform computes: where one does not
-        vanish, the report says that the derivative may not exist.
+                ``product``, v ↦ A v, is passed for the adjoint of a first derivative only. ``pullbacks`` are passed for any adjoint: if
+        A is singular, they tell whether the derivative exists. ``unsure`` are pullbacks to arguments that a transform computes: if
+        one of them does not vanish, the report says that the derivative may not exist.
         """
         settings = self.settings
         if self.factor is not None:

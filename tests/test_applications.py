@@ -14,10 +14,16 @@ import bilevel
 ROOT = Path(bilevel.__file__).parent
 # What an application may import beside public names: itself, the module in which applications write files, and the checksum of a saved state.
 OWN = {
-    **dict.fromkeys((ROOT / "hyperopt").rglob("*.py"), ("bilevel.hyperopt", "bilevel.cli.output")),
+    **dict.fromkeys((ROOT / "hyperopt").rglob("*.py"), ("bilevel.hyperopt", "bilevel.cli.output", "bilevel.cli.table")),
     **dict.fromkeys((ROOT / "meta").rglob("*.py"), ("bilevel.meta", "bilevel.cli.output", "bilevel.checksum")),
     **dict.fromkeys((ROOT / "testing").rglob("*.py"), ("bilevel.testing",)),
-    ROOT / "cli/main.py": ("bilevel.hyperopt", "bilevel.meta", "bilevel.cli.output", "bilevel.cli.allocator"),
+    ROOT / "cli/main.py": (
+        "bilevel.hyperopt",
+        "bilevel.meta",
+        "bilevel.cleaning",
+        "bilevel.cli.output",
+        "bilevel.cli.allocator",
+    ),
     ROOT / "cli/output.py": (),
     ROOT / "cli/allocator.py": (),
     ROOT / "display.py": (),

@@ -316,7 +316,7 @@ def test_at_a_minimum_no_step_is_certain_and_that_is_said() -> None:
     result = bilevel.minimize(
         tuned, best, DATA, init=DATA, optimizer=bilevel.MAID(step=1e12), tolerance=bilevel.Tolerance(), bounds=True, max_steps=3
     )  # fmt: skip
-    assert result.status is bilevel.OuterStatus.NO_DECREASE and "beyond the errors" in result.message
+    assert result.status is bilevel.OuterStatus.NO_DECREASE and "exceeds the errors" in result.message
 
 
 def test_a_value_that_is_not_finite_is_not_gone_on_from() -> None:

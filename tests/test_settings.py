@@ -372,7 +372,7 @@ def test_a_bound_of_data_that_were_changed_in_place_is_refused() -> None:
     tuned = problem(warm_start=False)
     result = tuned.hypergradient(outer(), data)
     data.mul_(2)
-    with pytest.raises(bilevel.ArgumentError, match=r"look at the bound first, or pass a copy of data"):
+    with pytest.raises(bilevel.ArgumentError, match=r"read the bound before you change data, or pass a copy of data"):
         result.bound  # noqa: B018  # computed when it is asked for
     result = tuned.hypergradient(outer(), data.clone())
     data.mul_(2)

@@ -100,7 +100,7 @@ def run_cleaning(
     notes = []
     if settings.compare and not confident:
         notes.append(
-            'Confident learning is left out, because cleanlab is not installed; pip install "bilevel[clean]" adds the row.'
+            'Confident learning is left out, because cleanlab is not installed; pip install ".[clean]" in a clone adds the row.'
         )
     sizes = Sizes(
         trusted=0 if trusted is not None else settings.trusted_size,

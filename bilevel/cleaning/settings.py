@@ -60,6 +60,12 @@ class CleaningSettings:
     ------
     ArgumentError
         If a setting is out of its range.
+
+    Examples
+    --------
+    >>> from bilevel.cleaning import CleaningSettings
+    >>> CleaningSettings(steps=20, threshold=0.9).steps
+    20
     """
 
     weights: ExampleWeights = field(default_factory=SigmoidWeights)

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from typing import Any
 
+import numpy as np
 import torch
 from torch.func import vmap
 
@@ -351,10 +352,12 @@ class Problem:
         The change of a result shows the effect of rounding. Tensors of whole numbers stay: they are labels, counts and masks,
         which are exact and may be compared or converted.
         """
-        generator = torch.Generator().manual_seed(seed)
+        generator = np.random.default_rng(
+            seed
+        )  # numpy's: torch's older vmap, which may surround this, refuses torch's own
 
         def perturb(t: torch.Tensor) -> torch.Tensor:
-            up = torch.empty(t.shape, dtype=torch.bool).bernoulli_(0.5, generator=generator).to(t.device)
+            up = torch.from_numpy(np.asarray(generator.random(tuple(t.shape)) < 0.5)).to(t.device)
             eps = torch.finfo(t.dtype).eps
             return torch.where(up, t * (1 + eps), t * (1 - eps))
 
@@ -373,11 +376,11 @@ class Problem:
         Evaluate them in float32 and in float64. The difference is the rounding of float32, intermediate results included. That
         of float64 is smaller by the ratio of the two units.
         """
-        generator = torch.Generator().manual_seed(seed)
+        generator = np.random.default_rng(seed)
         unit = torch.finfo(torch.float32).eps
 
         def perturb_copy(t: torch.Tensor) -> torch.Tensor:
-            shift = torch.rand((draws, *t.shape), generator=generator, dtype=torch.float64).to(t)
+            shift = torch.from_numpy(generator.random((draws, *t.shape))).to(t)
             return (t * (1 + unit * (2 * shift - 1))).float().double()
 
         # Sparse tensors cannot be batched: all copies share what float32 holds of them.

@@ -100,7 +100,7 @@ class LinearLayer(Layer):
         point = torch.zeros(raveler.size, dtype=raveler.dtype, device=raveler.device)
         start = raveler.unravel(point)
         checked = watched or transforms_active()
-        poisoned = self._check_captures(settings.on_failure, start, system, tensors) if checked else False
+        poisoned = self._check_captures(settings.on_failure, point, system, tensors) if checked else False
         call = self._call(settings, system, watched)
         x = LinearSolve.apply(
             ImplicitContext(system, call.solve, call.solve_linear, call.look), False, flat, point, *tensors

@@ -16,10 +16,11 @@ __all__ = ["STATE", "FunctionalModule", "ModuleFunction"]
 STATE = "module_state"
 
 
-class FunctionalModule:
+class FunctionalModule(dict[str, torch.Tensor]):
     """A module with other parameters than its own. Objectives receive it and layers return it where the unknown is a module.
 
-    It is called like the module. It is a pytree whose leaves are the parameters, so that it can be differentiated, mapped and batched.
+    It is called like the module, and it is the dict of its parameters. As a pytree its leaves are the parameters, so that it can be
+    differentiated, mapped and batched.
 
     Parameters
     ----------
@@ -40,8 +41,13 @@ class FunctionalModule:
     """
 
     def __init__(self, module: torch.nn.Module, parameters: Mapping[str, torch.Tensor]) -> None:
+        super().__init__(parameters)
         self.module = module
-        self.parameters = dict(parameters)
+
+    @property
+    def parameters(self) -> dict[str, torch.Tensor]:
+        """The parameters by name."""
+        return dict(self)
 
     @staticmethod
     def of(module: torch.nn.Module, where: str) -> FunctionalModule:

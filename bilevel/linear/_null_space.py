@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from bilevel.operators import LinearOperator
@@ -60,7 +61,7 @@ def find_null_space(operator: LinearOperator, max_steps: int) -> NullSpace:
     if known is not None:
         return known
     base = operator.distinct
-    start = torch.randn(base.size, generator=torch.Generator().manual_seed(20), dtype=torch.float64).to(base.device)
+    start = _normal(20, base.size).to(base.device)
     start = start.to(base.dtype).expand(base.batch, base.size)
     every = torch.ones(base.batch, dtype=torch.bool, device=base.device)
     least = _SHARE / base.size**0.5
@@ -206,13 +207,18 @@ def _null_part_of(
     return torch.where(these.unsqueeze(-1), rest, u), found | more
 
 
+def _normal(seed: int, size: int) -> torch.Tensor:
+    """Return normal random numbers (size,) in float64. They are numpy's: torch's older vmap, which may surround this, refuses torch's own."""
+    return torch.from_numpy(np.random.default_rng(seed).standard_normal(size))
+
+
 def _has_cancelled(operator: LinearOperator, u: torch.Tensor) -> torch.Tensor:
     """Return where A u is small because terms cancel, and not because the unknowns that u moves have small units: at most two products.
 
     With the entries of u multiplied by random numbers, the terms do not cancel. A column of zeros has nothing to cancel: A u is then exactly zero.
     """
     eps = torch.finfo(u.dtype).eps
-    factors = torch.randn(u.shape[-1], generator=torch.Generator().manual_seed(21), dtype=torch.float64).to(u)
+    factors = _normal(21, u.shape[-1]).to(u)
     cancelled = operator.matvec(u).norm(dim=-1) <= eps**0.5 * operator.matvec(factors * u).norm(dim=-1)
     if bool(cancelled.all()):
         return cancelled

@@ -25,10 +25,12 @@ _CANCELLED = 0.1
 class GMRES(LinearSolver):
     """Generalised minimal residuals: any regular A, one product for each step.
 
-        Each step lengthens an orthonormal basis of the Krylov space (orthogonalised again where digits were lost), and the
-    residual norm follows from the left null vector of the Hessenberg matrix at one inner product a step; the least-squares problem is solved once
-    a cycle. Cycles end in the true residual. Where A is singular and b in its range, the answer from zero lies in the range of A, if one is found
-    there: it is of smallest norm where A is symmetric. Otherwise a layer that examines A takes its part in the null space away.
+    Each step adds a vector to an orthonormal basis of the Krylov space, and orthogonalises it again where digits were lost.
+    The residual norm follows from the left null vector of the Hessenberg matrix, at one inner product a step. The
+    least-squares problem is solved once a cycle. A cycle ends with the true residual.
+
+    If A is singular and b is in its range, the solution found from zero lies in the range of A. For a symmetric A it has
+    the smallest norm. For another A, a layer that examines A removes the part in the null space.
 
     Parameters
     ----------

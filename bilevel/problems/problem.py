@@ -467,9 +467,12 @@ class BilevelProblem(torch.nn.Module, ABC):
         """Return a hypergradient as accurate as the goal asks: by solves to full accuracy where these cost less than to look for less."""
         count = self._numbering.count(data)
         start = self._start(outer, data, count) if init is None else init
-        if not full_accuracy_is_cheap(settings, start, count):
+        prepares = type(self).prepare is not BilevelProblem.prepare
+        if prepares or not full_accuracy_is_cheap(settings, start, count):
             return self._to_goal(settings, outer, data, start)
-        full = replace(settings, tolerance=Tolerance(strong_convexity=settings.tolerance.strong_convexity))
+        full = replace(
+            settings, tolerance=Tolerance(strong_convexity=settings.tolerance.strong_convexity, bound_products=0)
+        )
         result, point, adjoint = self._at_accuracy(full, outer, data, start)
         inspector = self._layer.inspector
         replays = inspector.reuse_inspection(point.lower, point.x, self.inner_objective, captures=True)

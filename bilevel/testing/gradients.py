@@ -86,9 +86,8 @@ def check_gradients(
     SolveError
         If a solve fails and the target's policy is ``"raise"``; likewise its other errors.
     ArgumentError
-        If the arguments do not fit; if there are proximal terms, bounds or constraints, which the references do not know; or if one
-        problem has more than 512 unknowns, for which dense references are no check but a calculation of their own: check a smaller
-        instance of the same problem.
+        If the arguments do not fit. If there are proximal terms, bounds or constraints, which the references do not know. If one
+        problem has more than 512 unknowns, too many for dense references: check a smaller instance of the same problem.
 
     Examples
     --------

@@ -193,7 +193,7 @@ def test_softmax_with_a_free_shift(n: int, dtype: torch.dtype) -> None:
     right = grad(mean_class)(t)
     assert (found - right).norm() <= (1e-8 if dtype == F64 else 1e-3) * right.norm()
     assert bool(reports.backward[-1].success.all())
-    with pytest.raises(bilevel.SolveError, match=r"singular to working precision .* depends on a direction in which"):
+    with pytest.raises(bilevel.SolveError, match=r"singular to working precision .* depends on a free direction"):
         grad(lambda t: layer(torch.zeros(n, dtype=dtype), t)[0])(t)
 
 
@@ -323,7 +323,7 @@ def test_rank_deficient_least_squares() -> None:
     torch.testing.assert_close(jacfwd(lambda y: layer(start, y))(y), torch.linalg.pinv(X), atol=1e-10, rtol=0)
     fitted = jacrev(lambda y: X @ layer(start, y))(y)
     torch.testing.assert_close(fitted, X @ torch.linalg.pinv(X), atol=1e-10, rtol=0)
-    with pytest.raises(bilevel.SolveError, match="depends on a direction in which the solution is not unique"):
+    with pytest.raises(bilevel.SolveError, match="depends on a free direction"):
         jacrev(lambda y: layer(start, y))(y)
 
 

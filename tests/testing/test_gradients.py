@@ -13,6 +13,7 @@ import torch
 import bilevel
 from bilevel.equations.linearization import Linearization
 from bilevel.operators import JacobianOperator
+from bilevel.replay import ReplayedOperator
 from bilevel.testing import GradientCheck, Verdict, assert_gradients, check_gradients, diagnose
 
 from .. import oracles
@@ -245,7 +246,8 @@ def scaled_pullback(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def dropped_transpose(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(JacobianOperator, "T", property(lambda self: self))
+    for kind in (JacobianOperator, ReplayedOperator):
+        monkeypatch.setattr(kind, "T", property(lambda self: self))
 
 
 def wrong_sign_forward(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -99,7 +99,9 @@ def _gradient_error(
     product, pulled = lower.linearize(moved, needs_grad).pull(q)
     change = slope - product
     step = solve_nearby(linear.operator, change)
-    by_adjoint = _flat(linear.pullback(step), gradient) / count
+    # A call differentiates with respect to data that require grad, too.
+    pulled_back = [slope for slope, want in zip(linear.pullback(step), needs_grad, strict=True) if want]
+    by_adjoint = _flat(pulled_back, gradient) / count
     found = (_flat(direct, gradient) - _flat(pulled, gradient)) / count - by_adjoint
     inner = (target.rtol / share) * math.sqrt(n) * float((found - gradient).norm())
     # How long BᵀH⁻¹ρ is for a ρ of length one, as it was for this one.

@@ -6,13 +6,13 @@ BIN := $(VENV)/bin
 # One thread: the tests are many small problems, which more threads only slow down.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: help venv demo test test-replay test-long test-versions lint format types doctest docs transforms mutations bench dist clean
+.PHONY: help venv demo test test-replay test-long test-versions lint format types doctest docs gallery transforms mutations bench dist clean
 
 help:
 	@echo "make demo     install, then find wrong labels of a data set and draw what happened"
 	@echo "make test     install, then run the tests"
 	@echo "make venv     make $(VENV) with everything that developing needs"
-	@echo "make lint | format | types | doctest | docs | transforms | mutations | bench | dist | test-replay | test-long | test-versions | clean"
+	@echo "make lint | format | types | doctest | docs | gallery | transforms | mutations | bench | dist | test-replay | test-long | test-versions | clean"
 
 # Torch comes first and alone, at the pinned version: a looser request may bring gigabytes of CUDA packages.
 $(VENV)/.base: constraints.txt
@@ -74,6 +74,10 @@ docs: $(VENV)/.dev
 	$(BIN)/sphinx-build -q -n -W --keep-going -b html docs docs/_build/html
 	$(BIN)/sphinx-build -q -W --keep-going -b doctest docs docs/_build/doctest
 
+# Runs all scripts of examples/, and builds the documentation with their figures. The figures stay in docs/gallery/ for a later `make docs`.
+gallery: $(VENV)/.dev
+	BILEVEL_GALLERY=1 $(BIN)/sphinx-build -q -n -W --keep-going -b html docs docs/_build/html
+
 # Runs every cell of the transform matrix and writes the documentation's table from what happened.
 transforms: $(VENV)/.test
 	$(BIN)/python -m tests.transforms.table
@@ -93,4 +97,4 @@ dist: $(VENV)/.dev
 	$(BIN)/python -m twine check --strict dist/*
 
 clean:
-	rm -rf $(VENV) .venv-versions build dist *.egg-info docs/_build demo-output .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .venv-versions build dist *.egg-info docs/_build docs/gallery demo-output .pytest_cache .mypy_cache .ruff_cache .hypothesis

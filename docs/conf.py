@@ -1,5 +1,6 @@
 """Sphinx configuration. Needs no network: no intersphinx, and torch's types are named in nitpick_ignore instead."""
 
+import os
 import sys
 from pathlib import Path
 
@@ -14,6 +15,7 @@ version = release = bilevel.__version__
 
 extensions = [
     "mathml",
+    "statuses",
     "sphinx.ext.autodoc",
     "sphinx.ext.autosummary",
     "sphinx.ext.doctest",
@@ -22,7 +24,22 @@ extensions = [
     "myst_parser",
     "sphinx_copybutton",
     "sphinx_design",
+    "sphinx_gallery.gen_gallery",
 ]
+# The gallery's pages are made of the scripts in examples/. They are run, and their figures drawn, by `make gallery` alone.
+sphinx_gallery_conf = {
+    "examples_dirs": "../examples",
+    "gallery_dirs": "gallery",
+    "filename_pattern": r"\.py$",
+    "plot_gallery": os.environ.get("BILEVEL_GALLERY", "0") == "1",
+    "abort_on_example_error": True,
+    "download_all_examples": False,
+    "show_signature": False,
+    "show_memory": False,
+    "write_computation_times": False,
+    "reference_url": {"bilevel": None},
+    "within_subsection_order": "FileNameSortKey",
+}
 html_math_renderer = "mathml"
 myst_enable_extensions = ["colon_fence", "dollarmath"]
 copybutton_prompt_text = r">>> |\.\.\. |\$ "
@@ -49,12 +66,15 @@ nitpick_ignore_regex = [
     (r"py:.*", r"(InnerSolverLike|LinearSolverLike|OnFailure|bilevel\..*\._.*|bilevel\._.*|bilevel\.tolerance\.Auto)"),
     (r"py:class", r".*[ \[\]|(,].*"),
     (r"py:obj", r".*"),
+    # Aliases of types, bases that are not public, and option dictionaries of signatures: they have no page.
+    (r"py:class", r"(OptimizerLike|Reference|Loss|HessianChoice|ArgminOptions|LayerOptions|LinearOptions)"),
+    (r"py:class", r"bilevel\.solvers\.bracketing\.Bracketing|bilevel\.layers\.differentiation\.BySteps"),
     # Type variables and a private type of ours in signatures; "Bool, per problem: ..." read by napoleon as a type.
     (r"py:class", r"bilevel\.layers\..*\.T|bilevel\.tolerance\.Target|Bool|RadauBound|bilevel\.(equations|replay)\..*"),
     # Fields named from their own class's docstring, which its parameters document.
     (
         r"py:attr",
-        r"value|corrected_value|report|error_bound|distinct|threshold|meaning|remedy|Pass\..*|bilevel\.reports\.Basis\..*",
+        r"value|corrected_value|multipliers|active|report|error_bound|distinct|threshold|meaning|remedy|Pass\..*|bilevel\.reports\.Basis\..*",
     ),
 ]
 

@@ -215,7 +215,7 @@ def test_a_missing_package_is_named_with_the_remedy(
     ended = run("tune", "diabetes", "-q", "--steps", 1, "--output", tmp_path)
     ended.assert_one_sentence(1)
     assert f"needs {package}" in ended.err
-    assert 'pip install "bilevel[cli]"' in ended.err
+    assert 'pip install ".[cli]"' in ended.err
 
 
 def test_faults_of_our_own_are_not_hidden(monkeypatch: pytest.MonkeyPatch) -> None:

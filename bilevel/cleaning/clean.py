@@ -112,6 +112,18 @@ def clean(
     ------
     ShapeError, DtypeError, ArgumentError
         If examples or settings cannot be used.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from bilevel.cleaning import CleaningSettings, clean, corrupt
+    >>> inputs = torch.randn(60, 2, generator=torch.Generator().manual_seed(0))
+    >>> labels = (inputs[:, 0] > 0).long()
+    >>> given, wrong = corrupt(labels[:40], 0.2)
+    >>> settings = CleaningSettings(steps=100, training_steps=50)
+    >>> found = clean((inputs[:40], given), (inputs[40:], labels[40:]), settings=settings)
+    >>> int(found.flagged.sum()), int(wrong.sum())
+    (9, 8)
     """
     settings = CleaningSettings() if settings is None else settings
     for name, examples in (("training", training), ("trusted", trusted), ("test", test)):

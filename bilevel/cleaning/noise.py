@@ -43,6 +43,11 @@ def corrupt(
     tuple
         The labels (n,), and bool (n,): which of them are wrong.
 
+    Raises
+    ------
+    DtypeError, ShapeError, ArgumentError
+        If the labels or the share cannot be used.
+
     Examples
     --------
     >>> import torch

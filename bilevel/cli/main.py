@@ -55,7 +55,7 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
         if (error.name or "").partition(".")[0] not in EXTRA:
             raise
         _fail(
-            f'the command line needs {error.name}, which is not installed; pip install "bilevel[cli]"',
+            f'the command line needs {error.name}, which is not installed; run pip install ".[cli]" in a clone of bilevel',
             FAILURE,
         )
     except bilevel.SolveError as error:

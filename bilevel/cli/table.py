@@ -1,6 +1,6 @@
 """Read a CSV file: its header, and rows of text that turn into numbers one cell at a time.
 
-Whatever cannot be used is said in one sentence, as a :class:`DataError`, with the line where it is.
+A file that cannot be used raises a :class:`DataError` of one sentence, with the line number.
 """
 
 from __future__ import annotations
@@ -188,7 +188,7 @@ def _check_labels(table: Table, target: str, cells: list[str]) -> None:
 
 
 def _text(path: Path) -> str:
-    """Return what the file says, unpacked if need be."""
+    """Return the text of the file, unpacked if necessary."""
     try:
         content = path.read_bytes()
     except FileNotFoundError:
@@ -233,10 +233,10 @@ def _check_header(path: Path, header: list[str]) -> None:
 
 
 def _is_data(header: list[str]) -> bool:
-    """Whether the first line is a row like any other: mostly numbers, and not such as number columns.
+    """Whether the first line is a row of data and not a header: mostly numbers, and not like the names of columns.
 
-    Names that are numbers exist: pandas counts columns, tables have one for each year, and spectra one for each wavelength. These
-    only rise or only fall, where few are not whole.
+    Some names are numbers: pandas counts columns, tables have one per year, and spectra one per wavelength. Such names only
+    rise or only fall, and few are not whole.
     """
     numbers = [number for number in map(parse, header) if number is not None]
     if len(numbers) <= len(header) / 2:

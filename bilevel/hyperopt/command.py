@@ -1,4 +1,4 @@
-"""``bilevel tune``: options, progress bar, and where results go."""
+"""``bilevel tune``: options, progress bar, and output files."""
 
 # No `from __future__ import annotations` here: typer reads the annotations when the command is registered.
 

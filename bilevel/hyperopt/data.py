@@ -1,6 +1,6 @@
 """Read a data set for tuning: bundled with scikit-learn, or a CSV file with a target column.
 
-Whatever cannot be used is said in one sentence, as a :class:`DataError`.
+A data set that cannot be used raises a :class:`DataError` of one sentence.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ BUNDLED = ("breast_cancer", "diabetes", "digits", "wine")
 
 
 class Task(enum.Enum):
-    """What is predicted."""
+    """The kind of target."""
 
     REGRESSION = "regression"
     BINARY = "binary"
@@ -48,7 +48,7 @@ class Dataset:
     classes
         Class labels in the order of their numbers; empty for regression.
     task
-        What is predicted.
+        The kind of target.
     """
 
     name: str
@@ -74,7 +74,7 @@ def load(source: str, *, target: str | None = None, task: Task | None = None) ->
     target
         The target column of a CSV file.
     task
-        What is predicted; inferred from the targets if None, see :func:`infer_task`.
+        The kind of target; None: inferred from the targets, see :func:`infer_task`.
 
     Raises
     ------
@@ -156,7 +156,7 @@ def read_csv(path: Path, *, target: str | None, task: Task | None = None) -> Dat
 
 
 def infer_task(column: NDArray[Any]) -> Task:
-    """Guess what is predicted from a target column; ``--task`` overrides it.
+    """Infer the kind of target from a target column; ``--task`` overrides it.
 
     Text is classes. Numbers are classes if they are whole and at most :data:`MOST_CLASSES` different ones
     occur, otherwise a regression target. Two classes are binary.

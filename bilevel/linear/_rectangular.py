@@ -42,6 +42,10 @@ class OnTheRange(LinearSolver):
     def name(self) -> str:
         return self.solver.name
 
+    @property
+    def knows_null_space(self) -> bool:
+        return True
+
     def solve(
         self, operator: LinearOperator, rhs: torch.Tensor, threshold: torch.Tensor, start: torch.Tensor | None = None
     ) -> LinearSolution:

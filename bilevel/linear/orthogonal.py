@@ -55,6 +55,10 @@ class SVD(LinearSolver):
     rtol: float | None = None
     max_bytes: int = 2**31
 
+    @property
+    def knows_null_space(self) -> bool:
+        return True
+
     def solve(
         self, operator: LinearOperator, rhs: torch.Tensor, threshold: torch.Tensor, start: torch.Tensor | None = None
     ) -> LinearSolution:
@@ -92,6 +96,10 @@ class QR(LinearSolver):
     """
 
     max_bytes: int = 2**31
+
+    @property
+    def knows_null_space(self) -> bool:
+        return True
 
     def solve(
         self, operator: LinearOperator, rhs: torch.Tensor, threshold: torch.Tensor, start: torch.Tensor | None = None

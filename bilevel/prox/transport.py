@@ -25,6 +25,9 @@ from bilevel.prox._transport import SUM_ROUNDING, least_cycle_mean, support_of, 
 
 __all__ = ["TransportPolytope"]
 
+# In units of rounding of a sum.
+_NO_MASS = 8.0
+
 
 @dataclass(frozen=True, eq=False)
 class TransportPolytope(Term):
@@ -101,24 +104,31 @@ class TransportPolytope(Term):
     def prox(self, v: torch.Tensor, step: Parameter = 1.0) -> torch.Tensor:
         row, column = self._marginals(v)
         support, solved = batched(support_of, v, row, column)
-        plan = _with_support(v, support, _inverse(support), row, column).relu()
+        plan = _with_support(v, support, _inverse(support), row, column)
+        plan = torch.where(_carrying(plan, row, column), plan, 0.0)
         return torch.where(solved, plan, float("nan"))
 
     def manifold(self, x: torch.Tensor) -> Manifold:
         row, column = self._marginals(x)
-        support = (detached(x) > 0).to(x.dtype)
+        support = _carrying(x, row, column).to(x.dtype)
         inverse = _inverse(support)
         return Manifold(lambda y: _with_support(y, support, inverse, row, column))
 
     def margin(self, x: torch.Tensor, slope: torch.Tensor, step: Parameter = 1.0) -> torch.Tensor:
-        self._marginals(x)
+        row, column = self._marginals(x)
         move = detached(as_parameter(step, x) * slope)
-        support = (detached(x) > 0).to(x.dtype)
+        support = _carrying(x, row, column).to(x.dtype)
         potentials = _potentials(move, support, _inverse(support))
         # Positive costs off the support prove the plan; only the cycles that leave the support count.
         (dual,) = batched(least_cycle_mean, move - potentials, support)
         primal = torch.where(support > 0, x, float("inf"))
         return least(relative(torch.cat([primal.reshape(-1), dual.reshape(-1)]), scale_of(x, move)))
+
+
+def _carrying(plan: torch.Tensor, row: torch.Tensor, column: torch.Tensor) -> torch.Tensor:
+    """Return which entries carry mass, bool: an entry below the rounding of its row's and its column's sum is a zero that rounding moved."""
+    sums = torch.minimum(detached(row).unsqueeze(-1), detached(column).unsqueeze(-2))
+    return detached(plan) > _NO_MASS * torch.finfo(plan.dtype).eps * sums
 
 
 def _inverse(support: torch.Tensor) -> torch.Tensor:

@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.func import grad, hessian, jacfwd, jacrev, vmap
 
+import bilevel
 from bilevel import prox
 from tests.prox.cases import CASES, Case, draws
 from tests.prox.test_proximal_points import differences, margin_at
@@ -255,6 +256,35 @@ def test_the_margin_of_a_plan_with_several_parts_is_that_of_the_best_potentials(
     assert float(term.margin(x, cost)) == pytest.approx(min(0.5, 1.5) / 3.5)
     assert float(term.margin(x, cost.mT)) == pytest.approx(min(0.5, 1.5) / 3.5)
     assert float(term.margin(x, torch.zeros_like(x))) == 0.0
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_an_entry_that_rounding_moved_from_zero_is_zero(dtype: torch.dtype) -> None:
+    # The plan has the blocks {0, 1} and {2}, each with equal sums. Rounding may leave a trace of mass between them.
+    thirds = torch.full((3,), 1 / 3, dtype=dtype)
+    term = prox.TransportPolytope(thirds, thirds)
+    generator = torch.Generator().manual_seed(14)
+    cost = torch.rand(3, 3, generator=generator, dtype=torch.float64).to(dtype)
+    plan = term.prox(thirds[:, None] * thirds - 2 * cost)
+    assert float(plan[plan > 0].min()) > 1e-3
+    rounded = plan + torch.finfo(dtype).tiny * 100
+    assert torch.equal(term.manifold(rounded).retract(rounded) > 0, plan > 0)
+    assert float(term.margin(rounded, cost + 0.5 * plan)) > 1e-3
+
+
+def test_a_plan_of_uniform_marginals_has_a_derivative() -> None:
+    thirds = torch.full((3,), 1 / 3, dtype=torch.float64)
+    layer = bilevel.argmin(
+        lambda plan, cost: (cost * plan).sum() + 0.25 * (plan**2).sum(), prox=prox.TransportPolytope(thirds, thirds)
+    )
+
+    def value(cost: torch.Tensor) -> torch.Tensor:
+        return (cost * layer(thirds[:, None] * thirds, cost)).sum()
+
+    cost = torch.rand(3, 3, generator=torch.Generator().manual_seed(14), dtype=torch.float64)
+    step = 1e-6 * torch.eye(9, dtype=torch.float64).reshape(9, 3, 3)
+    central = torch.stack([(value(cost + e) - value(cost - e)) / 2e-6 for e in step]).reshape(3, 3)
+    torch.testing.assert_close(grad(value)(cost), central, rtol=1e-6, atol=1e-7)
 
 
 def test_a_strength_of_zero_is_smooth() -> None:

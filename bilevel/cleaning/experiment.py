@@ -158,7 +158,7 @@ class _SingleRun:
     def _divide(self) -> None:
         self.split = split(self.data, self.sizes, run=self.number, seed=self.settings.seed)
         rows = self.split.training
-        scale = (lambda inputs: inputs) if self.data.images else _standardiser(self.data.inputs[rows])
+        scale = _scaler(self.data.inputs[rows], images=self.data.images)
         labels = self.data.labels[rows]
         self.wrong: torch.Tensor | None = None
         if self.settings.corrupt > 0:
@@ -247,10 +247,21 @@ class _SingleRun:
         return work(), time.perf_counter() - began
 
 
-def _standardiser(seen: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
-    """Return the map to zero mean and unit deviation of the columns of ``seen``; a constant column becomes zero."""
+_NORM = 8.0
+"""Root mean square of ‖x‖ above which inputs are scaled down: Adam's steps change scores by up to its learning rate times ‖x‖₁."""
+
+
+def _scaler(seen: torch.Tensor, *, images: bool) -> Callable[[torch.Tensor], torch.Tensor]:
+    """Return a map that standardises columns by ``seen`` (a constant column becomes zero) and limits the norm of inputs.
+
+    Images are not standardised: their values lie in [0, 1] already.
+    """
     double = seen.double()
     mean, deviation = double.mean(0), double.std(0, correction=0)
     constant = deviation <= 1e-6 * double.abs().amax(0).clamp(min=torch.finfo(torch.float32).tiny)
     deviation = torch.where(constant, torch.inf, deviation)
-    return lambda inputs: ((inputs.double() - mean) / deviation).float()
+    if images:
+        mean, deviation = torch.zeros_like(mean), torch.ones_like(deviation)
+    norm = ((double - mean) / deviation).square().flatten(1).sum(1).mean().sqrt()
+    factor = _NORM / norm.clamp(min=_NORM)
+    return lambda inputs: ((inputs.double() - mean) / deviation * factor).float()

@@ -58,7 +58,7 @@ class CleanRunSettings:
 
     corrupt: float = 0.0
     noise: Noise = Noise.NEXT
-    seeds: int = 3
+    seeds: int = 5
     steps: int = 150
     training_steps: int = 300
     batch_size: int | None = None

@@ -16,6 +16,11 @@ from bilevel.cli.output import save_figure
 __all__ = ["plot_accuracy", "plot_flagged", "plot_weights", "write_plots"]
 
 _RIGHT, _WRONG, _PLAIN = "C0", "C3", "0.4"
+_COLOURS = (
+    "blue: the given label is wrong and the suggested one right",
+    "grey: both are wrong",
+    "red: the given label was right",
+)
 
 
 def write_plots(outcome: Outcome, directory: Path) -> list[Path]:
@@ -43,20 +48,25 @@ def plot_flagged(outcome: Outcome, most: int = 32) -> Figure:
     shown = flagged[:most]
     columns = min(8, len(shown))
     lines = math.ceil(len(shown) / columns)
-    figure = Figure(figsize=(max(1.15 * columns, 4.0), 1.45 * lines + 1.0), layout="constrained")
+    figure = Figure(figsize=(max(1.15 * columns, 5.6), 1.45 * lines + 1.2), layout="constrained")
     panels = figure.subplots(lines, columns, squeeze=False).flat
     for panel in panels:
         panel.set_axis_off()
+    size = 8 if max(map(len, outcome.data.classes)) <= 6 else 6
     for panel, each in zip(figure.axes, shown, strict=False):
         _draw_image(panel, outcome.data.inputs[each.row])
         given, suggested = (_short(outcome.data.classes[label]) for label in (each.given, each.suggested))
-        panel.set_title(f"given {given}\nsuggested {suggested}", fontsize=8, color=_colour(each))
-    known = shown[0].true is not None
-    legend = (
-        "blue: the given label is wrong and the suggested one right; grey: both wrong; red: the given label was right"
+        panel.set_title(f"given {given}\nsuggested {suggested}", fontsize=size, color=_colour(each))
+    which = (
+        f"{len(shown)} flagged images"
+        if len(shown) == len(flagged)
+        else f"{len(shown)} most suspicious of {len(flagged)} flagged images"
     )
-    title = f"{_literal(outcome.data.name)}: the {len(shown)} most suspicious of {len(flagged)} flagged images"
-    figure.suptitle(title + (f"\n{legend}" if known and columns == 8 else ""), fontsize=10)
+    title = f"{_literal(outcome.data.name)}: the {which}"
+    if shown[0].true is not None:
+        between = "; " if columns == 8 else "\n"
+        title += "\n" + between.join(_COLOURS)
+    figure.suptitle(title, fontsize=10)
     return figure
 
 
@@ -96,9 +106,13 @@ def plot_weights(outcome: Outcome) -> Figure:
 
 def plot_accuracy(outcome: Outcome) -> Figure:
     """Draw the test accuracy of the classifier and the trusted loss over the outer steps, a line for each run."""
-    figure = Figure(figsize=(6.4, 5.6), layout="constrained")
     measured = not math.isnan(outcome.runs[0].points[0].test_accuracy)
+    figure = Figure(figsize=(6.4, 5.6 if measured else 3.4), layout="constrained")
+    if not measured:
+        _plot_losses(figure.add_subplot(), outcome).set(title=_title(outcome))
+        return figure
     accuracies, losses = figure.subplots(2, 1, sharex=True, height_ratios=[2, 1])
+    _plot_losses(losses, outcome)
     for number, run in enumerate(outcome.runs):
         points = [point for point in run.points if not math.isnan(point.test_accuracy)]
         label = "while weights are learned" + (", each run" if len(outcome.runs) > 1 else "")
@@ -106,21 +120,25 @@ def plot_accuracy(outcome: Outcome) -> Figure:
             [point.step for point in points], [100 * point.test_accuracy for point in points],
             color=_RIGHT, lw=1, alpha=0.8, label=None if number else label,
         )  # fmt: skip
-        losses.plot([p.step for p in run.points], [p.trusted_loss for p in run.points], color="C2", lw=1, alpha=0.8)
     for name, style in ((GIVEN, "--"), (TRUE, ":")):
-        if measured and name in outcome.names:
+        if name in outcome.names:
             mean = 100 * interval(outcome.values(name, "accuracy")).mean
             accuracies.axhline(mean, color="black", lw=1, ls=style, label=f"trained on {name}: {mean:.1f} %")
-    accuracies.set(ylabel="test accuracy, %", title=f"{_literal(outcome.data.name)}: {_literal(outcome.model)} model")
-    if measured:
-        lowest = min(_later_accuracies(outcome)) * 100
-        given = 100 * interval(outcome.values(GIVEN, "accuracy")).mean
-        accuracies.set_ylim(bottom=max(min(lowest, given) - 5, 0), top=100.5)
-        accuracies.legend(loc="lower right")
-    else:
-        accuracies.text(0.5, 0.5, "no test rows", ha="center", transform=accuracies.transAxes)
-    losses.set(ylim=(0, None), xlabel="outer step", ylabel="trusted loss")
+    lowest = min(*_later_accuracies(outcome), interval(outcome.values(GIVEN, "accuracy")).mean)
+    accuracies.set(ylabel="test accuracy, %", title=_title(outcome), ylim=(max(100 * lowest - 9, 0), 100.5))
+    accuracies.legend(loc="lower right")
     return figure
+
+
+def _plot_losses(axes: Any, outcome: Outcome) -> Any:
+    for run in outcome.runs:
+        axes.plot([p.step for p in run.points], [p.trusted_loss for p in run.points], color="C2", lw=1, alpha=0.8)
+    axes.set(ylim=(0, None), xlabel="outer step", ylabel="trusted loss")
+    return axes
+
+
+def _title(outcome: Outcome) -> str:
+    return f"{_literal(outcome.data.name)}: {_literal(outcome.model)} model"
 
 
 def _later_accuracies(outcome: Outcome) -> list[float]:
@@ -131,7 +149,7 @@ def _later_accuracies(outcome: Outcome) -> list[float]:
         for point in run.points
         if point.step > outcome.settings.steps / 5 and not math.isnan(point.test_accuracy)
     ]
-    return found or [0.0]
+    return found or [0.0, 0.0]
 
 
 def _short(name: str, most: int = 10) -> str:

@@ -62,6 +62,7 @@ def _shown(outcome: Outcome, name: str, quantity: str, scale: float, digits: int
     if any(map(math.isnan, values)):
         return "-"
     found = interval(values)
+    digits = 1 if abs(found.mean) < 10 else digits
     error = "" if math.isnan(found.half_width) else f" ± {found.half_width:.{digits}f}"
     return f"{found.mean:.{digits}f}{error}"
 

@@ -6,13 +6,13 @@ BIN := $(VENV)/bin
 # One thread: the tests are many small problems, which more threads only slow down.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: help venv demo test test-replay test-long test-versions lint format types doctest docs gallery transforms mutations bench clean
+.PHONY: help venv demo test test-replay test-long test-versions lint format types doctest docs gallery transforms mutations bench dist clean
 
 help:
-	@echo "make demo     install, then tune a model on real data and draw what happened"
+	@echo "make demo     install, then find wrong labels of a data set and draw what happened"
 	@echo "make test     install, then run the tests"
 	@echo "make venv     make $(VENV) with everything that developing needs"
-	@echo "make lint | format | types | doctest | docs | gallery | transforms | mutations | bench | test-replay | test-long | test-versions | clean"
+	@echo "make lint | format | types | doctest | docs | gallery | transforms | mutations | bench | dist | test-replay | test-long | test-versions | clean"
 
 # Torch comes first and alone, at the pinned version: a looser request may bring gigabytes of CUDA packages.
 $(VENV)/.base: constraints.txt
@@ -36,8 +36,8 @@ $(VENV)/.dev: $(VENV)/.base pyproject.toml
 venv: $(VENV)/.dev
 
 demo: $(VENV)/.demo
-	$(BIN)/bilevel tune breast_cancer --penalty feature --output demo-output
-	@echo "The pictures and a JSON of everything are in demo-output/"
+	$(BIN)/bilevel clean digits --output demo-output
+	@echo "The pictures, the suspicious rows, the cleaned data and a JSON of everything are in demo-output/"
 
 # One process for each core, each with one thread.
 test: $(VENV)/.test
@@ -88,6 +88,13 @@ mutations: $(VENV)/.test
 
 bench: $(VENV)/.dev
 	for script in startup hypergradient batched_ridge vmap_or_loop fixed_point imaml_speed imaml_error imaml_memory goal outer_work; do $(BIN)/python benchmarks/$$script.py; done
+
+# A wheel and a source archive from which the tests run, both checked.
+dist: $(VENV)/.dev
+	rm -rf dist
+	$(BIN)/python -m pip install --quiet -c constraints.txt build twine
+	$(BIN)/python -m build --quiet
+	$(BIN)/python -m twine check --strict dist/*
 
 clean:
 	rm -rf $(VENV) .venv-versions build dist *.egg-info docs/_build docs/gallery demo-output .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -56,7 +56,7 @@ from bilevel.quadratic_programs._clarabel import Clarabel
 from bilevel.quadratic_programs._solvers import Mehrotra
 from bilevel.quadratic_programs.quadratic_program import Certificate, ProgramSolution, quadratic_program
 from bilevel.recording import Recording, record
-from bilevel.replay.switch import replaying
+from bilevel.replay import replaying
 from bilevel.reports import Basis, Pass, SolveReport, Status
 from bilevel.schedules import CubicSchedule, ExponentialSchedule, QuadraticSchedule
 from bilevel.solvers._base import Goal, InnerSolution, InnerSolver

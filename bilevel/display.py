@@ -128,4 +128,6 @@ def _with_errors(
 
 
 def _missing(package: str, what: str) -> bilevel.ArgumentError:
-    return bilevel.ArgumentError(f'{what} needs {package}, which is not installed; pip install "bilevel[cli]"')
+    return bilevel.ArgumentError(
+        f'{what} needs {package}, which is not installed; run pip install ".[cli]" in a clone of bilevel'
+    )

@@ -1,7 +1,7 @@
-"""Errors and warnings: each says where it happened, what came, what was expected and what to do.
+"""Errors and warnings. Each message says where, what was expected, what came, and what to do.
 
-Every class inherits twice, from :class:`BilevelError` and from the built-in that a caller who has
-never heard of this library would catch.
+Every class inherits twice: from :class:`BilevelError`, and from the built-in class that a caller
+without knowledge of this library would catch.
 """
 
 from __future__ import annotations
@@ -43,11 +43,11 @@ class ShapeError(BilevelError, ValueError):
 
 
 class CapturedTensorError(BilevelError, RuntimeError):
-    """A tensor reached through the closure requires grad and would receive none."""
+    """A tensor that the function captures requires grad, and would receive no gradient."""
 
 
 class InitGradientError(BilevelError, RuntimeError):
-    """The starting point requires grad, but a solution does not depend on where the search began."""
+    """The initial guess requires grad, but a solution does not depend on it."""
 
 
 class StochasticObjectiveError(BilevelError, RuntimeError):
@@ -91,4 +91,4 @@ class SolveWarning(FailureWarning):
 
 
 class BudgetWarning(UserWarning):
-    """A step budget was spent short of the default accuracy, and no accuracy had been asked for."""
+    """A step budget ended short of the default accuracy, and no accuracy was asked for."""

@@ -1,4 +1,4 @@
-"""The differentiation rule: derivatives of x*(θ), defined by R(x*, θ) = 0, of every order and in both modes.
+"""The differentiation rule: derivatives of x*(θ) with R(x*, θ) = 0, of every order and in both modes.
 
 The implicit function theorem, with J = ∂_x R at the solution, says::
 
@@ -11,16 +11,16 @@ Two primitives are enough. :class:`Solve` is x*(θ). Its rules above call :class
     reverse   b̄ = J⁻ᵀ z̄,     (x̄, θ̄) = −∇_(x,θ) ⟨b̄, J z⟩  with b̄ and z held fixed
     forward   ż = J⁻¹ (ḃ − J̇ z)
 
-Everything else in a rule is ordinary differentiable torch code, so that a rule can itself be differentiated. The
-scalar ⟨left, J right⟩ = ⟨Jᵀ left, right⟩ is all that is ever needed of J's own derivatives: one reverse
-pass makes it. No solver is imported here; a :class:`ImplicitContext` brings the two that it was given.
+Everything else in a rule is ordinary differentiable torch code, so that a rule can itself be differentiated. Derivatives
+of J enter only through the scalar ⟨left, J right⟩ = ⟨Jᵀ left, right⟩, which one reverse pass computes. This module
+imports no solver: an :class:`ImplicitContext` carries the inner solver and the linear solver.
 
-``vmap`` is a lift: the system gains a level, its tensors an axis, and the same primitive is applied to the
-batch. A ``vmap`` over right-hand sides alone (as in ``jacrev``) does not repeat the matrices: it is counted in
-``repeats``, so that they are linearised and factorised once.
+``vmap`` lifts the system: its tensors gain an axis, and the same primitive is applied to the batch. A ``vmap`` over
+right-hand sides alone (as in ``jacrev``) does not repeat the matrices. ``repeats`` counts such axes, so that each
+matrix is linearised and factorised once.
 
-Directional derivatives are made of two reverse passes (∂ of u ↦ Jᵀu is J), because torch's dual numbers do not
-nest inside a custom Function. For the same reason forward over forward is refused, at the layers' edge.
+A directional derivative takes two reverse passes (the derivative of u ↦ Jᵀu is J), because torch's dual numbers do
+not nest inside a custom Function. For the same reason the layers refuse forward mode over forward mode.
 """
 
 from __future__ import annotations
@@ -55,8 +55,7 @@ from bilevel.equations.pullbacks import Pullback, is_final, pullbacks_of
 from bilevel.equations.system import System
 from bilevel.operators import RepeatedOperator
 from bilevel.pytree import moves
-from bilevel.replay.cache import ReplayCache
-from bilevel.replay.switch import allowed
+from bilevel.replay import ReplayCache, allowed
 
 __all__ = ["ImplicitContext", "LinearSolve", "Solve"]
 
@@ -64,16 +63,17 @@ Tensors = Sequence[torch.Tensor]
 
 
 class LinearizationCache:
-    """The last linearisation of a call: at the same point it serves every order and every right-hand side."""
+    """The last linearisation of a call. At the same point it serves derivatives of every order and every right-hand side."""
 
     def __init__(self) -> None:
         self._key: tuple[Any, ...] | None = None
         self._kept: tuple[Any, ...] = ()
         self._offered: LinearizationSlot | None = None
         self._tapes: ReplayCache | None = None
+        self._matrix: tuple[torch.Tensor, torch.Tensor] | None = None
 
     def look(self, tensors: Tensors) -> LinearizationSlot | None:
-        """Return where the solver may leave a linearisation, or None if no derivative can follow."""
+        """Return the slot in which the solver may leave a linearisation, or None if no derivative can follow."""
         self._offered = (
             LinearizationSlot(tuple(t.requires_grad for t in tensors))
             if any(t.requires_grad for t in tensors)
@@ -82,65 +82,81 @@ class LinearizationCache:
         return self._offered
 
     def adopt(self, x: torch.Tensor, tensors: Tensors) -> None:
-        """Keep what the solver left, if it is at just this solution x, as it comes back in a derivative."""
+        """Keep the linearisation that the solver left, if it was made at the solution x."""
         look, self._offered = self._offered, None
         self._tapes = None if look is None else look.replays
+        self._matrix = None if look is None or transforms_active() else look.matrix
         if look is None or look.linearization is None or transforms_active():
             return
         at = look.linearization.point
         if at is not None and torch.equal(at, x.reshape(at.shape)):
+            self._offer_matrix(look.linearization, at)
             self._key = _key(x, tensors)
             self._kept = (look.linearization, look.needs_grad, x.detach(), [t.detach() for t in tensors])
 
     def linearize(
         self, rule: ImplicitContext, x: torch.Tensor, tensors: Tensors, needs_grad: Sequence[bool]
     ) -> Linearization:
-        """Return the linearisation at the solution ``x``, which the rule's ``compare`` looks at where it is a new one."""
+        """Return the linearisation at the solution ``x``; a new one is passed to the rule's ``compare``."""
         key = _key(x, tensors)
         if self._key == key and len(key) == 1 + len(tensors):
             linearization, had = self._kept[:2]
             if all(h or not w for h, w in zip(had, needs_grad, strict=True)):
                 return linearization
         problem = Problem.of(rule.system, tensors)
-        if self._tapes is not None and allowed() and runs_plainly((x, *problem.tensors)):
+        # The solution comes back with the graph of this call, which no evaluation takes part in.
+        point = x.detach()
+        if self._tapes is not None and allowed() and runs_plainly((point, *problem.tensors)):
             problem = problem.replayed_from(self._tapes)
-        flat = x.reshape(problem.batch, problem.size)
+        flat = point.reshape(problem.batch, problem.size)
         linearization = problem.linearize(flat, needs_grad)
+        self._offer_matrix(linearization, point)
         if rule.compare is not None and not transforms_active():
             rule.compare(problem, flat, linearization.residual.detach())
         self._key, self._kept = key, (linearization, tuple(needs_grad), x.detach(), [t.detach() for t in tensors])
         return linearization
 
+    def _offer_matrix(self, linearization: Linearization, point: torch.Tensor) -> None:
+        """Spare a dense linear solver the matrices that the judge of convergence has materialised at ``point``."""
+        if self._matrix is None or transforms_active():
+            return
+        at, matrix = self._matrix
+        if at.numel() == point.numel() and torch.equal(at, point.reshape(at.shape)):
+            linearization.operator.materialize = lambda: matrix
+
 
 class JointProduct:
-    """q ↦ Jᵀq, which pulls −q back through ∂_θ R in the same pass: if q proves to be the adjoint, that was the last one."""
+    """The product q ↦ Jᵀq, which pulls −q back through ∂_θ R in the same reverse pass.
+
+    If q is the adjoint, the derivative is then already computed.
+    """
 
     def __init__(self, linearization: Linearization) -> None:
-        self._linearization = linearization
+        self.linearization = linearization
         self._pulled: tuple[torch.Tensor, list[torch.Tensor | None]] | None = None
 
     def __call__(self, q: torch.Tensor) -> torch.Tensor:
-        product, pulled = self._linearization.pull(-q)
+        product, pulled = self.linearization.pull(-q)
         self._pulled = (-q, pulled)
         return -product
 
     def pullback(self, v: torch.Tensor) -> list[torch.Tensor | None]:
-        """Return (∂_θ R)ᵀ v, at no price if that is what a product has brought along."""
+        """Return (∂_θ R)ᵀ v; the last product has computed it already if its q was −v."""
         if self._pulled is not None and torch.equal(self._pulled[0], v):
             return self._pulled[1]
-        return self._linearization.pullback(v)
+        return self.linearization.pullback(v)
 
 
 def _key(x: torch.Tensor, tensors: Tensors) -> tuple[Any, ...]:
-    # Saved tensors come back as new objects over the same memory; who keeps a key holds them, so that none is reused.
-    # A tensor that no key tells apart, such as a sparse one, is left out, and a key that is short fits nothing.
+    # Saved tensors come back as new objects over the same memory. The cache holds them, so that their memory is not reused.
+    # A tensor without a data pointer, such as a sparse one, is left out. A key that is too short never matches.
     known = (t for t in (x, *tensors) if t.layout is torch.strided and not t.is_inference())
     return tuple((t.data_ptr(), t.shape, t.stride(), t._version) for t in known)
 
 
 @dataclass(frozen=True, eq=False)
 class ImplicitContext:
-    """What one call of a layer carries besides tensors.
+    """The parts of a layer's call that are not tensors.
 
     Parameters
     ----------
@@ -149,19 +165,21 @@ class ImplicitContext:
     solve
         (problem, init (batch, n)) ↦ x (batch, n): the inner solver, its judge and the failure policy.
     solve_linear
-        (operator, rhs (batch, n), axes of the batch) ↦ (batch, n). For the adjoint of a first derivative also v ↦ A v, for an answer
-        that costs no product: what makes it pulls the answer back along the way. For any adjoint also pullbacks through ∂_θ R, which
-        tell whether the derivative exists where A is singular.
+        (operator, rhs (batch, n), axes of the batch) ↦ (batch, n). For the adjoint of a first derivative it also receives
+        the product v ↦ A v as a :class:`JointProduct`. For any adjoint it receives pullbacks through ∂_θ R, which tell
+        whether the derivative exists where A is singular.
     inspect
-        Looks at the problem before its first linear solve, where that comes without an inner solve.
+        Checks the problem before its first linear solve, if there was no inner solve.
     repeats
-        Axes of right-hand sides that share the matrices, outermost first, in front of the system's own axes.
+        Axes of right-hand sides that share the matrices, outermost first. They precede the system's own axes.
     followed
-        Whether a derivative may follow, for which the solver's last linearisation is then kept.
+        Whether a derivative may follow. If so, the solver's last linearisation is kept.
     checked
-        For an adjoint whose derivative is differentiated again: the tensors whose derivative is asked whether it exists.
-    arguments
-        The tensors in the graph that they were computed in, where that can be walked.
+            For an adjoint whose derivative is differentiated again: the tensors whose derivative is asked whether it exists.
+    unsure
+        Likewise, but computed from others in a graph that cannot be walked: their derivative may exist by those others alone.
+        arguments
+        The tensors in the graph that computed them, if that graph can be walked.
     compare
         (problem, x (batch, n), R(x)) ↦ None: compares R in a derivative with R in the forward pass, at the same x.
     """
@@ -173,6 +191,7 @@ class ImplicitContext:
     repeats: tuple[int, ...] = ()
     followed: bool = False
     checked: tuple[bool, ...] = ()
+    unsure: tuple[bool, ...] = ()
     arguments: tuple[torch.Tensor, ...] = ()
     compare: Callable[[Problem, torch.Tensor, torch.Tensor], None] | None = None
     memo: LinearizationCache = field(default_factory=LinearizationCache)
@@ -216,7 +235,7 @@ class Solve(torch.autograd.Function):
         if not any(needs_grad):
             return (None,) * (2 + len(needs_grad))
         if not torch.is_grad_enabled() and not transforms_active():
-            # A first derivative: one retained graph gives the adjoint's products and the pullback alike.
+            # A first derivative: one retained graph serves the adjoint's products and the pullback.
             linearization = rule.memo.linearize(rule, x, tensors, needs_grad)
             rhs = cotangent.reshape(linearization.residual.shape)
             both = JointProduct(linearization)
@@ -244,7 +263,7 @@ class Solve(torch.autograd.Function):
         moving = [t is not None and moves(s) for t, s in zip(tangents[2:], tensors, strict=True)]
         if not any(moving):
             return torch.zeros_like(x)
-        # A tangent is made of two reverse passes, and so goes twice through what is recorded.
+        # A tangent takes two reverse passes, so the recorded graph is differentiated twice.
         chosen, residual = _residual_in(rule.system, x, tensors, moving, again=True)
         directions = tuple(t for t, move in zip(tangents[2:], moving, strict=True) if t is not None and move)
         pushed = _push(lambda u: vjp(residual, *chosen)[1](u), x, directions)
@@ -277,19 +296,21 @@ class LinearSolve(torch.autograd.Function):
             linearization = rule.memo.linearize(rule, _usable(x), tensors, [False] * len(tensors))
             operator = linearization.operator.T if transposed else linearization.operator
             if not (transposed or rule.system.symmetric):
-                # Its products J v are made of two reverse passes.
+                # A product J v takes two reverse passes.
                 refuse_once_only(rule.system.where, rule.system.noun, linearization.residual)
             if rule.repeats:
                 operator = RepeatedOperator(operator, math.prod(rule.repeats))
             flat = _usable(rhs).detach().reshape(operator.batch, operator.size)
-            pullbacks = _pullbacks_later(rule, x, tensors)
-            solved = rule.solve_linear(operator, flat, rule.repeats + rule.system.batch_shape, pullbacks=pullbacks)
+            axes = rule.repeats + rule.system.batch_shape
+            pullbacks, unsure = _pullbacks_later(rule, x, tensors), _unsure_pullbacks_later(rule, x, tensors)
+            solved = rule.solve_linear(operator, flat, axes, pullbacks=pullbacks, unsure=unsure)
             return solved.reshape(rhs.shape).clone()
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
         rule, transposed, _, x, *tensors = inputs
-        ctx.rule, ctx.transposed = replace(rule, checked=(), arguments=()) if rule.checked else rule, transposed
+        once = rule.checked or rule.unsure
+        ctx.rule, ctx.transposed = replace(rule, checked=(), unsure=(), arguments=()) if once else rule, transposed
         ctx.save_for_backward(output, x, *tensors)
         ctx.save_for_forward(output, x, *tensors)
 
@@ -358,15 +379,19 @@ class LinearSolve(torch.autograd.Function):
 def _checking(rule: ImplicitContext, tensors: Tensors, needs_grad: Sequence[bool]) -> ImplicitContext:
     """Return the rule for an adjoint of :class:`LinearSolve`.
 
-    A transform's graph cannot be walked from inside: there, only the tensors that the gradient ends at are looked at.
+        A transform's graph cannot be walked from inside: there, only the tensors that the gradient ends at decide. Of computed ones it is said where
+    the derivative may not exist.
     """
     if not transforms_active():
         return replace(rule, checked=tuple(needs_grad), arguments=tuple(tensors))
-    return replace(rule, checked=tuple(w and is_final(t) for t, w in zip(tensors, needs_grad, strict=True)))
+    final = [is_final(t) for t in tensors]
+    checked = tuple(want and ends for want, ends in zip(needs_grad, final, strict=True))
+    unsure = tuple(want and not ends for want, ends in zip(needs_grad, final, strict=True))
+    return replace(rule, checked=checked, unsure=unsure)
 
 
 def _pullbacks_later(rule: ImplicitContext, x: torch.Tensor, tensors: Tensors) -> tuple[Pullback, ...]:
-    """Return :func:`~bilevel.equations.pullbacks.pullbacks_of` through a linearisation that is made only where one is called."""
+    """Return :func:`~bilevel.equations.pullbacks.pullbacks_of` through a linearisation that is made when one is first called."""
     if not any(rule.checked):
         return ()
 
@@ -376,13 +401,28 @@ def _pullbacks_later(rule: ImplicitContext, x: torch.Tensor, tensors: Tensors) -
     return pullbacks_of(pullback, rule.arguments or tensors, rule.checked)
 
 
+def _unsure_pullbacks_later(rule: ImplicitContext, x: torch.Tensor, tensors: Tensors) -> tuple[Pullback, ...]:
+    """Return the pullback to the ``unsure`` tensors alone."""
+    if not any(rule.unsure):
+        return ()
+
+    def pullback(v: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        slopes = rule.memo.linearize(rule, _usable(x), tensors, rule.unsure).pullback(v)
+        return [(t, s) for t, s, want in zip(tensors, slopes, rule.unsure, strict=True) if want and s is not None]
+
+    return (pullback,)
+
+
 def _usable(tensor: torch.Tensor) -> torch.Tensor:
-    """Return ``tensor`` as one that a graph can be built on: a copy, if it was born in inference mode."""
+    """Return ``tensor``, or a copy of a tensor that was made in inference mode, which no graph can use."""
     return tensor.clone() if tensor.is_inference() else tensor
 
 
 def _is_differentiated_again(system: System, tensors: Tensors) -> bool:
-    """Return whether another derivative may follow; if so, raise where a sparse tensor was made of values in a way that allows for one only."""
+    """Return whether another derivative may follow.
+
+    If so, raise for a sparse tensor that was made from its values by an operation that is differentiable once only.
+    """
     again = is_differentiated_again(tensors)
     for tensor in tensors:
         if again and tensor.layout is not torch.strided:
@@ -393,7 +433,7 @@ def _is_differentiated_again(system: System, tensors: Tensors) -> bool:
 def _residual_in(
     system: System, x: torch.Tensor, tensors: Tensors, needs_grad: Sequence[bool], *, again: bool
 ) -> tuple[tuple[torch.Tensor, ...], Callable[..., torch.Tensor]]:
-    """Return the wanted tensors, and R as a function of them alone, whose derivative may be differentiated ``again``."""
+    """Return the tensors that need a gradient, and R as a function of them. ``again``: whether its derivative may be differentiated again."""
     chosen = tuple(t for t, want in zip(tensors, needs_grad, strict=True) if want)
 
     def residual(*moved: torch.Tensor) -> torch.Tensor:
@@ -425,7 +465,7 @@ def _pairing(
         def residual(p: torch.Tensor) -> torch.Tensor:
             with defined(rule.system.where, rule.system.noun):
                 made = rule.system.residual(p, *others)
-            # J is made of a first derivative by x, and is itself differentiated here.
+            # J is a first derivative with respect to x, and is differentiated again here.
             refuse_once_only(rule.system.where, rule.system.noun, made, (p, *others), innermost_only=not again)
             return made
 
@@ -441,5 +481,5 @@ def _pairing(
 def _push(
     pull: Callable[[torch.Tensor], tuple[torch.Tensor, ...]], like: torch.Tensor, directions: tuple[torch.Tensor, ...]
 ) -> torch.Tensor:
-    """Return the transpose of the linear map ``pull`` at ``directions``: a forward product from two reverse passes."""
+    """Return the transpose of the linear map ``pull`` at ``directions``: a forward product by two reverse passes."""
     return vjp(pull, torch.zeros_like(like))[1](directions)[0]

@@ -1,4 +1,4 @@
-"""What becomes of a failed solve, and of misuse that makes gradients wrong: raise, warn, NaN or ignore."""
+"""The failure policy, for failed solves and for misuse that makes gradients wrong: raise, warn, NaN or ignore."""
 
 from __future__ import annotations
 
@@ -32,14 +32,14 @@ def apply_policy(
     *,
     silent_budget: bool = False,
 ) -> torch.Tensor:
-    """File the report and treat failed problems as the policy says.
+    """File the report and apply the policy to failed problems.
 
     Parameters
     ----------
     report
         The report, its tensors of shape ``batch``.
     x
-        What the solver returned, ``(*batch, n)``.
+        The solver's result, ``(*batch, n)``.
     on_failure
         The policy.
     recordings
@@ -79,7 +79,7 @@ def apply_policy(
 
 
 def handle_misuse(error: BilevelError, on_failure: OnFailure) -> bool:
-    """Treat a fault that makes gradients wrong as the policy says; return whether the result is to be NaN."""
+    """Apply the policy to a fault that makes gradients wrong; return whether the result is to be NaN."""
     if on_failure == "raise":
         raise error
     if on_failure == "warn":

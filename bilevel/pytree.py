@@ -213,8 +213,8 @@ def unravelled(raveler: Raveler, flat: torch.Tensor) -> Iterator[Any]:
 def ravel(tree: Any) -> torch.Tensor:
     """Return the tensors of ``tree`` as one vector (n,), in the order of ``torch.utils._pytree``.
 
-    Inside an objective, residual or mapping, the unknown itself is one vector already, of which its tensors are views: of it this makes no
-    copy, and derivatives pass through in one piece. A penalty on all of a network's parameters costs a tenth, so written.
+    Inside an objective, residual or mapping, the unknown is stored as one vector, and its tensors are views of it. Then no copy is
+    made, and derivatives pass through in one piece. A penalty on all parameters of a network costs a tenth, so written.
 
     Parameters
     ----------

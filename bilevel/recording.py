@@ -59,8 +59,8 @@ def record() -> Iterator[Recording]:
     >>> with bilevel.record() as reports:
     ...     x = layer(torch.zeros(2), torch.ones(2, requires_grad=True))
     ...     x.sum().backward()
-    >>> [report.direction.value for report in reports]
-    ['forward', 'backward']
+    >>> [(report.direction.value, report.iterations.item()) for report in reports]
+    [('forward', 1), ('backward', 2)]
     """
     recording = Recording()
     _ACTIVE.stack.append(recording)

@@ -1,4 +1,4 @@
-"""What a solve says of itself: per problem a status, iterations, a residual, a bound and what the bound rests on."""
+"""The report of a solve: per problem a status, iterations, a residual, a bound and the basis of the bound."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class _Named(enum.IntEnum):
 
 
 class Status(_Named):
-    """How one problem's solve ended; :attr:`meaning` says it in words and :attr:`remedy` what to do."""
+    """How one problem's solve ended. :attr:`meaning` describes it, and :attr:`remedy` says what to do."""
 
     CONVERGED = 0
     """The estimated error, or the residual where an accuracy was given, is as small as asked. A success."""
@@ -114,8 +114,7 @@ _TEXT: dict[Status, tuple[str, str]] = {
     ),
     Status.INDEFINITE: (
         "met negative curvature: the matrix is not positive definite",
-        "add regularisation, or pass linear_solver=bilevel.Exact(indefinite=True) or bilevel.GMRES(), which take matrices that are not "
-        "positive definite",
+        "add regularisation, or pass linear_solver=bilevel.Exact(indefinite=True) or bilevel.GMRES(), which accept indefinite matrices",
     ),
     Status.SINGULAR: (
         "met a right-hand side outside the range of a matrix that is singular to working precision",
@@ -131,12 +130,12 @@ _TEXT: dict[Status, tuple[str, str]] = {
     ),
     Status.REFUTED: (
         "reached a point that refutes the strong convexity it was told: curvature below μ was met",
-        "every bound that rests on this μ is void; pass a smaller strong_convexity, or None if it is not known",
+        "the bounds that use this μ do not hold; pass a smaller strong_convexity, or None if it is not known",
     ),
     Status.KINK: (
         "ended at a kink of the objective: it is not smooth there, its gradient jumps",
-        "start elsewhere if the point is no minimum; otherwise smooth the kink, as (x**2 + eps**2).sqrt() does for abs(x), softplus for relu "
-        "and logsumexp for max, or pass the term that has the kink as prox=, for example bilevel.argmin(f, prox=bilevel.prox.L1(s))",
+        "start elsewhere if the point is no minimum; otherwise smooth the kink: (x**2 + eps**2).sqrt() for abs(x), softplus for relu, "
+        "logsumexp for max; or pass the nonsmooth term as prox=, for example bilevel.argmin(f, prox=bilevel.prox.L1(s))",
     ),
     Status.DEGENERATE: (
         "met a solution at which the derivative is one-sided: a term or a constraint is just at its threshold",
@@ -152,7 +151,7 @@ _TEXT: dict[Status, tuple[str, str]] = {
     ),
     Status.MINIMUM_NORM: (
         "met a singular matrix with the right-hand side in its range, and returned the solution of smallest Euclidean norm",
-        "nothing needs doing if the solution is unique up to a symmetry, or what you compute does not depend on the free directions; "
+        "nothing needs doing if the solution is unique up to a symmetry, or your loss does not depend on the free directions; "
         "to make the solution unique, pin one unknown or add a small ridge term such as 1e-3 * ((x - x0) ** 2).sum() with a fixed x0",
     ),
     Status.RUNNING: ("has not ended", "this is a fault of the library; please report it"),
@@ -164,18 +163,18 @@ StatusMessages: TypeAlias = Mapping[Status, tuple[str, str]]
 
 _WIDER = "use float64, "
 _NOT_FINITE_GIVEN = (
-    "the right-hand side, in reverse mode the gradient with respect to the solution, was not finite already: look for a log, square root or "
-    "division outside its domain in what was computed from the solution, and in forward mode at the tangents and the objective's arguments"
+    "the right-hand side is not finite; in reverse mode it is the gradient with respect to the solution: look for a log, square root or "
+    "division outside its domain in the loss, or in forward mode in the tangents and the objective's arguments"
 )
 
 _AT_A_SADDLE = (
-    "the point that was found may be a saddle or a maximum: start elsewhere, or add regularisation; if it is the point that you want, pass "
+    "the solution may be a saddle or a maximum: start elsewhere, or add regularisation; to differentiate it all the same, pass "
     "linear_solver=bilevel.Exact(indefinite=True) or bilevel.GMRES()"
 )
 
 _NOT_INVARIANT = (
-    "what is differentiated depends on a direction in which the solution is not unique: pin one unknown, add a small ridge term such as "
-    "1e-3 * ((x - x0) ** 2).sum() with a fixed x0 to the objective, or make the outcome invariant along that direction"
+    "the solution is not unique, and its derivative depends on a free direction: pin one unknown, add a small ridge term such as "
+    "1e-3 * ((x - x0) ** 2).sum() with a fixed x0 to the objective, or make the loss invariant along that direction"
 )
 
 
@@ -183,11 +182,11 @@ _BACKWARD = {Status.INDEFINITE: _AT_A_SADDLE, Status.SINGULAR: _NOT_INVARIANT}
 
 
 def remedy_for_dtype(remedy: str, dtype: torch.dtype | None) -> str:
-    """Return ``remedy`` as it fits a solve in ``dtype``: to who is in float64, float64 is no advice.
+    """Return ``remedy`` without the advice to use float64 if the solve is in float64 already.
 
     Examples
     --------
-    >>> fitting("use float64, rescale the problem or ask for less", torch.float64)
+    >>> remedy_for_dtype("use float64, rescale the problem or ask for less", torch.float64)
     'rescale the problem or ask for less'
     """
     return remedy.replace(_WIDER, "") if dtype == torch.float64 else remedy
@@ -215,7 +214,7 @@ class Pass(enum.Enum):
 
 @dataclass(frozen=True, eq=False)
 class SolveReport:
-    """What one call of a solver did, per problem.
+    """The record of one call of a solver, per problem.
 
     Every tensor has the shape of the batch: ``()`` for a single problem, ``(64,)`` under one ``vmap`` of 64.
 
@@ -234,7 +233,7 @@ class SolveReport:
     residual_norm
         The true residual, recomputed at what was returned: ‖∇_φ G‖, ‖R‖ or ‖x − T(x)‖ forward, ‖b − A x‖ backward.
     threshold
-        The residual norm that was asked for.
+        The residual norm that was asked for, in the dtype of the unknown.
     error_bound
         Bound on ‖x − x*‖ (on ‖q − q*‖ at fixed φ backward), in the units of x; NaN where none is known.
     basis
@@ -258,7 +257,7 @@ class SolveReport:
     words: StatusMessages = field(default_factory=dict)
 
     @property
-    def status(self) -> Any:
+    def status(self) -> Status | tuple[Any, ...]:
         """The :class:`Status` of a single problem, or a (nested) tuple of them for a batch."""
         return _statuses(self.status_code.tolist())
 
@@ -353,5 +352,5 @@ def _span(numbers: torch.Tensor) -> str:
     return short[0] if short[0] == short[1] else " to ".join(short)
 
 
-def _statuses(codes: int | list[Any]) -> Any:
+def _statuses(codes: int | list[Any]) -> Status | tuple[Any, ...]:
     return Status(codes) if isinstance(codes, int) else tuple(_statuses(code) for code in codes)

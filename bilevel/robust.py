@@ -25,7 +25,20 @@ _LEAST_CURVATURE = 0.01
 
 
 class RobustLoss(ABC):
-    """A loss c(r) of each residual. Subclasses are frozen dataclasses with one method, ``cost``."""
+    """A loss c(r) of each residual. Subclasses are frozen dataclasses with one method, ``cost``.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from dataclasses import dataclass
+    >>> from bilevel.robust import RobustLoss
+    >>> @dataclass(frozen=True)
+    ... class LogCosh(RobustLoss):
+    ...     def cost(self, residual):
+    ...         return residual.cosh().log()
+    >>> LogCosh().slope(torch.tensor([0.0, 1.0]))  # tanh
+    tensor([0.0000, 0.7616])
+    """
 
     @abstractmethod
     def cost(self, residual: torch.Tensor) -> torch.Tensor:
@@ -57,7 +70,7 @@ class Huber(RobustLoss):
     Parameters
     ----------
     delta
-        δ > 0: where the quadratic ends, in units of the residual.
+        δ > 0: where the quadratic part ends, in units of the residual. A number, or a tensor () or (m,).
 
     Raises
     ------
@@ -99,7 +112,7 @@ class SoftL1(RobustLoss):
     Parameters
     ----------
     scale
-        s > 0: where the quadratic turns into a line, in units of the residual.
+        s > 0: the size of residual near which the quadratic turns into a line. A number, or a tensor () or (m,).
 
     Raises
     ------
@@ -138,7 +151,7 @@ class Cauchy(RobustLoss):
     Parameters
     ----------
     scale
-        s > 0: the residual with the largest influence.
+        s > 0: the size of the residual with the largest influence. A number, or a tensor () or (m,).
 
     Raises
     ------

@@ -63,6 +63,11 @@ class QuadraticSchedule(_Schedule):
     strong_convexity
         μ, as in :class:`Tolerance`.
 
+    Raises
+    ------
+    ArgumentError
+        If a setting is out of its range.
+
     References
     ----------
     Pedregosa, "Hyperparameter optimization with approximate gradient", ICML 2016, section 4.
@@ -90,6 +95,11 @@ class CubicSchedule(_Schedule):
         Where tightening ends, by default 1e-10, which float64 still reaches.
     strong_convexity
         μ, as in :class:`Tolerance`.
+
+    Raises
+    ------
+    ArgumentError
+        If a setting is out of its range.
 
     References
     ----------
@@ -120,6 +130,11 @@ class ExponentialSchedule(_Schedule):
         Where tightening ends, by default 1e-10, which float64 still reaches.
     strong_convexity
         μ, as in :class:`Tolerance`.
+
+    Raises
+    ------
+    ArgumentError
+        If a setting is out of its range.
 
     References
     ----------

@@ -95,45 +95,48 @@ class Target:
 
 @dataclass(frozen=True)
 class Tolerance:
-    """The accuracy wanted of the inner solution (δ) and of the linear solve (δ′).
+    """The accuracy of the inner solution (δ) and of the linear solve (δ′).
 
-    With μ (``strong_convexity``) known, the solves stop when ‖∇_φ G‖ ≤ μ δ and ‖v − H q‖ ≤ μ δ′, which proves
-    ‖φ − φ*‖ ≤ δ and, at that φ, ‖q − H⁻¹v‖ ≤ δ′ (theory: C1, C2). With μ unknown the same is done with
-    μ = 1, and reports say that the accuracy is only residual-based.
+    If μ (``strong_convexity``) is known, the solves stop when ‖∇_φ G‖ ≤ μ δ and ‖v − H q‖ ≤ μ δ′. This proves ‖φ − φ*‖ ≤ δ
+    and, at that φ, ‖q − H⁻¹v‖ ≤ δ′ (theory: C1, C2). If μ is unknown, μ = 1 is used, and reports say that the accuracy is
+    only residual-based.
 
     Parameters
     ----------
     delta
-        δ, in the units of the inner variable: a positive number; :data:`AUTO`: the estimated error of each unknown has
-        to be at most rtol·abs(x) + atol, or as small as rounding allows; or None: no accuracy is asked, the solver's
-        step budget is what is meant.
+        δ, in the units of the inner variable: a positive number. :data:`AUTO`: the estimated error of each unknown has to
+        be at most rtol·abs(x) + atol, or as small as rounding allows. None: run for ``max_steps``; no accuracy check, no
+        warning.
     delta_prime
-        δ′, in the units of the adjoint, likewise. A right-hand side smaller than one is solved to
-        δ′ *relative* to its norm, so that a small incoming gradient is never mistaken for zero.
+        δ′, in the units of the adjoint, with the same choices. A right-hand side smaller than one is solved to δ′
+        *relative* to its norm, so that a small incoming gradient is never taken for zero.
     strong_convexity
-        μ > 0: a lower bound on the eigenvalues of the inner Hessian near the solution. For a root, a bound on the
-        least singular value of the Jacobian; for a fixed point of a contraction with factor c, 1 − c. It is
-        taken at its word: bounds derived from it are reported as certified.
+        μ > 0: a lower bound on the eigenvalues of the inner Hessian near the solution. For a root, a lower bound on the
+        smallest singular value of the Jacobian; for a fixed point of a contraction with factor c, 1 − c. The library does
+        not verify it: bounds derived from it are reported as certified.
     hypergradient
-        A goal in place of δ and δ′, for :meth:`BilevelProblem.hypergradient` and the loss of a :class:`BilevelProblem`:
-        both solves are taken as far as ‖ĝ − g‖ ≤ ``hypergradient`` needs, and no further.
+        A goal in place of δ and δ′, for :meth:`BilevelProblem.hypergradient` and the loss of a :class:`BilevelProblem`.
+        Both solves continue until ‖ĝ − g‖ ≤ ``hypergradient``, and no further.
     relative
-        The goal is relative to the true hypergradient: ‖ĝ − g‖ ≤ ``hypergradient`` · ‖g‖.
+        Whether the goal is relative to the true hypergradient: ‖ĝ − g‖ ≤ ``hypergradient`` · ‖g‖.
     descent
         Another goal, η in (0, 1): ‖ĝ − g‖ ≤ (1 − η) ‖ĝ‖, which makes −ĝ a descent direction, ⟨ĝ, g⟩ ≥ η ‖ĝ‖².
     stationary
-        Beside ``descent``, or a ``hypergradient`` that is relative: a norm that counts as zero. The goal is met as well where
-        ‖ĝ‖ + ‖ĝ − g‖ ≤ ``stationary``, which shows that ‖g‖ is at or below it; a gradient that small need not be known to its
-        first digit. :func:`bilevel.minimize` sets it to its ``gradient_tolerance``.
+        A norm that counts as zero, beside ``descent`` or a relative ``hypergradient``. The goal is also met if ‖ĝ‖ + ‖ĝ −
+        g‖ ≤ ``stationary``, which proves ‖g‖ ≤ ``stationary``. :func:`bilevel.minimize` sets it to its
+        ``gradient_tolerance``.
     rtol
-        The accuracy of the inner solution relative to each unknown, in place of δ where the size of x is not known beforehand: the estimated
-        error of every unknown has to be at most rtol · abs(x) + atol, or, where the residual is down to its rounding, rtol times the size that the
-        equations give the unknown. The estimate is the Newton step that is left. atol is 1e-5 · rtol. None stands for two thirds of the digits of
-        the dtype, eps**(2/3): 3.7e-11 in float64, 2.4e-5 in float32, of which no promise is made: where rounding is the limit up to
-        0.1 · eps**(1/3) is accepted. In half precision the residual decides.
+        The accuracy of the inner solution relative to each unknown, in place of δ if the size of x is not known beforehand.
+        The estimated error of every unknown has to be at most rtol · abs(x) + atol, with atol = 1e-5 · rtol. The estimate
+        is the next Newton step. If the residual is down to its rounding, the error has to be at most rtol times the size
+        that the equations give the unknown. None: two thirds of the digits of the dtype, eps**(2/3), which is 3.7e-11 in
+        float64 and 2.4e-5 in float32. This default is not a promise: where rounding is the limit, up to 0.1 · eps**(1/3) is
+        accepted. In half precision the residual decides.
     estimates
-        Whether an *estimate* of ‖ĝ − g‖ may decide that a goal is met. Otherwise it takes a bound that is proven, and
-        so constants that are known (see :class:`Constants`).
+        Whether an *estimate* of ‖ĝ − g‖ may decide that a goal is met. If not, a proven bound has to, which needs known
+        constants (see :class:`Constants`).
+    bound_products
+        The largest number of Hessian-vector products that a bound of the hypergradient's error may cost.
 
     Raises
     ------

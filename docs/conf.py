@@ -15,6 +15,7 @@ version = release = bilevel.__version__
 
 extensions = [
     "mathml",
+    "statuses",
     "sphinx.ext.autodoc",
     "sphinx.ext.autosummary",
     "sphinx.ext.doctest",
@@ -65,12 +66,15 @@ nitpick_ignore_regex = [
     (r"py:.*", r"(InnerSolverLike|LinearSolverLike|OnFailure|bilevel\..*\._.*|bilevel\._.*|bilevel\.tolerance\.Auto)"),
     (r"py:class", r".*[ \[\]|(,].*"),
     (r"py:obj", r".*"),
+    # Aliases of types, bases that are not public, and option dictionaries of signatures: they have no page.
+    (r"py:class", r"(OptimizerLike|Reference|Loss|HessianChoice|ArgminOptions|LayerOptions|LinearOptions)"),
+    (r"py:class", r"bilevel\.solvers\.bracketing\.Bracketing|bilevel\.layers\.differentiation\.BySteps"),
     # Type variables and a private type of ours in signatures; "Bool, per problem: ..." read by napoleon as a type.
     (r"py:class", r"bilevel\.layers\..*\.T|bilevel\.tolerance\.Target|Bool|RadauBound|bilevel\.(equations|replay)\..*"),
     # Fields named from their own class's docstring, which its parameters document.
     (
         r"py:attr",
-        r"value|corrected_value|report|error_bound|distinct|threshold|meaning|remedy|Pass\..*|bilevel\.reports\.Basis\..*",
+        r"value|corrected_value|multipliers|active|report|error_bound|distinct|threshold|meaning|remedy|Pass\..*|bilevel\.reports\.Basis\..*",
     ),
 ]
 

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 import bilevel
-from bilevel.cli import main
+from bilevel.cli.main import main
 
 
 class Ended:
@@ -215,7 +215,7 @@ def test_a_missing_package_is_named_with_the_remedy(
     ended = run("tune", "diabetes", "-q", "--steps", 1, "--output", tmp_path)
     ended.assert_one_sentence(1)
     assert f"needs {package}" in ended.err
-    assert 'pip install "bilevel[cli]"' in ended.err
+    assert 'pip install ".[cli]"' in ended.err
 
 
 def test_faults_of_our_own_are_not_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -237,6 +237,14 @@ def test_help_lists_the_commands(run: Any, arguments: list[str]) -> None:
     ended = run(*arguments)
     assert ended.code == 0
     assert "tune" in ended.out
+    assert "clean" in ended.out
+
+
+def test_help_of_clean_lists_the_options(run: Any) -> None:
+    ended = run("clean", "--help")
+    assert ended.code == 0
+    for option in ("--target", "--model", "--corrupt", "--seeds", "--trusted", "--output"):
+        assert option in ended.out
 
 
 def test_help_of_tune_lists_the_options(run: Any) -> None:
@@ -248,7 +256,7 @@ def test_help_of_tune_lists_the_options(run: Any) -> None:
 
 def in_a_process(*arguments: object, **options: Any) -> subprocess.CompletedProcess[str]:
     """Run the program as a shell does; standard output goes where ``options`` say."""
-    command = [sys.executable, "-c", "from bilevel.cli import main; main()", "tune", *map(str, arguments)]
+    command = [sys.executable, "-c", "from bilevel.cli.main import main; main()", "tune", *map(str, arguments)]
     return subprocess.run(
         command, **{"stdout": subprocess.PIPE, **options}, stderr=subprocess.PIPE, text=True, timeout=120, check=False
     )
@@ -280,7 +288,7 @@ def test_an_encoding_without_the_signs_is_no_error(write: Any) -> None:
 
 
 def test_a_real_interrupt_of_a_real_process(tmp_path: Path) -> None:
-    command = "from bilevel.cli import main; print('ready', flush=True); main(['tune', 'digits', '-q'])"
+    command = "from bilevel.cli.main import main; print('ready', flush=True); main(['tune', 'digits', '-q'])"
     process = subprocess.Popen(
         [sys.executable, "-c", command], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )

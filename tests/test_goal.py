@@ -13,6 +13,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import Tensor
 
 import bilevel
 import bilevel.problems.adaptive.search
@@ -668,7 +669,7 @@ def test_the_step_beyond_the_inner_solver_saves_passes_and_a_bad_one_costs_no_ac
     assert counts[0] < counts[1] and sizes[0] < 0.5 and sizes[1:] == [1.0, 1.0]
 
 
-@pytest.mark.parametrize("wanted", [1e-5, 1e-8])
+@pytest.mark.parametrize("goal", [1e-5, 1e-8])
 def test_a_stretch_that_determines_a_small_problem_meets_goals(goal: float) -> None:
     # Six gradients of a quadratic in five unknowns lead to its last digits, where no step shows what ĝ makes of it.
     for seed in range(6):
@@ -684,7 +685,7 @@ def test_a_stretch_that_determines_a_small_problem_meets_goals(goal: float) -> N
         assert float((found - true).abs()) <= goal * float(true.abs())
 
 
-@pytest.mark.parametrize("wanted", [1e-1, 1e-4])
+@pytest.mark.parametrize("goal", [1e-1, 1e-4])
 def test_a_goal_is_proven_for_a_model_that_declares_its_constants(goal: float) -> None:
     from bilevel.hyperopt.linear_models import Logistic, WeightedData
 
@@ -703,3 +704,65 @@ def test_a_goal_is_proven_for_a_model_that_declares_its_constants(goal: float) -
     true = tuning.hypergradient(data).grad
     assert result.certified and result.report.goal.met
     assert float((result.grad - true).norm()) <= result.error_bound <= goal * float(true.norm())
+
+
+@given(
+    st.integers(0, 10_000), st.sampled_from([Ridge, Classifier]), st.sampled_from([torch.float32, F64]), st.booleans()
+)
+def test_a_goal_of_a_small_problem_is_estimated_after_full_accuracy(
+    seed: int, kind: type[Ridge], dtype: torch.dtype, batched: bool
+) -> None:
+    data, outer = split(seed, dtype=dtype), torch.linspace(-2, 1, 6, dtype=dtype)
+    settings = {"batch_dims": 0} if batched else {}
+    if batched:
+        data = tuple(torch.stack([part, other]) for part, other in zip(data, split(seed + 1, dtype=dtype), strict=True))
+    start = torch.zeros((2, 6) if batched else 6, dtype=dtype)
+    goal = kind(**settings, tolerance=asked(1e-2, estimates=True)).hypergradient(outer, data, init=start)
+    plain = kind(**settings).hypergradient(outer, data, init=start)
+    assert torch.equal(goal.grad, plain.grad) and goal.report.goal is not None and goal.report.goal.met
+    members = (
+        [tuple(part[k].double() for part in data) for k in range(2)] if batched else [tuple(map(Tensor.double, data))]
+    )
+    true = torch.stack([exact(kind(), outer.double(), member) for member in members]).mean(0)
+    assert float((goal.grad.double() - true).norm()) <= goal.error_bound <= goal.report.goal.allowed
+
+
+def test_the_error_of_a_sensitive_hypergradient_is_not_underestimated() -> None:
+    class Steep(Classifier):
+        def outer_objective(self, inner, outer, data):
+            return torch.tanh(3000 * (inner - 0.01)).sum() + (outer**2).sum()
+
+    data, outer = split(1, dtype=torch.float32), torch.linspace(-2, 1, 6)
+    result = Steep(tolerance=bilevel.Tolerance(hypergradient=1e9, estimates=True)).hypergradient(
+        outer, data, init=torch.zeros(6)
+    )
+    true = exact(Steep(), outer.double(), tuple(part.double() for part in data))
+    assert float((result.grad.double() - true).norm()) <= result.error_bound
+
+
+@pytest.mark.counts
+def test_a_goal_of_a_small_problem_costs_no_more_than_full_accuracy_and_an_estimate() -> None:
+    data, outer = split(1), torch.linspace(-2, 1, 6, dtype=F64)
+    counts = []
+    for tolerance in (bilevel.Tolerance(), asked(1e-6, estimates=True)):
+        with passes() as counted:
+            Classifier(tolerance=tolerance).hypergradient(outer, data, init=START)
+        counts.append(counted.count)
+    assert counts[1] <= counts[0] + 8
+
+
+def test_a_goal_of_a_small_problem_fails_as_the_policy_says() -> None:
+    data, outer = split(0), torch.linspace(-2, 1, 6, dtype=F64)
+
+    def problem(policy: str, **others: object) -> Classifier:
+        return Classifier(tolerance=asked(1e-25, **others), on_failure=policy)
+
+    with pytest.raises(bilevel.SolveError, match="this dtype permits: rescale the problem"):
+        problem("raise", estimates=True).hypergradient(outer, data, init=START)
+    with pytest.raises(bilevel.ArgumentError, match="estimates=True"):
+        problem("raise").hypergradient(outer, data, init=START)
+    assert bool(problem("nan", estimates=True).hypergradient(outer, data, init=START).grad.isnan().all())
+    result = problem("ignore", estimates=True).hypergradient(outer, data, init=START)
+    assert result.report.goal is not None and not result.report.goal.met
+    proven = Ridge(tolerance=asked(1e-6, strong_convexity=2 * float(outer.exp().min())))
+    assert proven.hypergradient(outer, data, init=START).certified

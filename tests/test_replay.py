@@ -266,7 +266,7 @@ def test_a_function_that_fails_fails_in_a_replay(replays):
     for _ in range(4):
         layer(start, good, b)
     assert replays[0] > 0
-    with pytest.raises(torch.linalg.LinAlgError, match="cholesky"):
+    with pytest.raises(bilevel.SolveError, match=r"torch\.linalg\.cholesky"):
         layer(start, -good, b)
     assert torch.allclose(layer(start, 4 * good, b), b / 2)
 

@@ -14,7 +14,7 @@ from torch import tensor_split as cut
 from torch.nn import functional as F
 
 import bilevel
-from bilevel.replay.purity import reached
+from bilevel.replay.purity import reachable_objects
 
 from .test_replay import F64, agree, differentiated, given
 
@@ -333,12 +333,12 @@ def test_many_right_hand_sides_go_by_the_function_as_it_was(settings):
 
 
 def test_what_is_on_the_list_and_what_is_not():
-    assert reached(lambda x: F.softplus(torch.linalg.vector_norm(x)) + x.sum()) is not None
-    assert reached(lambda x: torch.finfo(x.dtype).eps * torch.func.vmap(torch.exp)(x)) is not None
-    assert reached(lambda x: x.nonexistent) is None
-    assert reached(lambda x: torch.nn.modules) is None
-    assert reached(lambda x: torch.are_deterministic_algorithms_enabled()) is None
-    assert reached(lambda x: F) is None
-    assert reached(lambda x: torch.Tensor(x)) is None
-    assert reached(torch.set_default_dtype) is None
-    assert reached(F, torch) is None
+    assert reachable_objects(lambda x: F.softplus(torch.linalg.vector_norm(x)) + x.sum()) is not None
+    assert reachable_objects(lambda x: torch.finfo(x.dtype).eps * torch.func.vmap(torch.exp)(x)) is not None
+    assert reachable_objects(lambda x: x.nonexistent) is None
+    assert reachable_objects(lambda x: torch.nn.modules) is None
+    assert reachable_objects(lambda x: torch.are_deterministic_algorithms_enabled()) is None
+    assert reachable_objects(lambda x: F) is None
+    assert reachable_objects(lambda x: torch.Tensor(x)) is None
+    assert reachable_objects(torch.set_default_dtype) is None
+    assert reachable_objects(F, torch) is None

@@ -21,7 +21,7 @@ import bilevel
 import bilevel.layers.checks as inspection
 from bilevel.replay import purity
 from bilevel.replay.opcodes import _BY_VERSION, is_known_step
-from bilevel.replay.purity import Memory, reached
+from bilevel.replay.purity import InspectionCache, reachable_objects
 
 F64 = torch.float64
 SCALE, RATE = 2.0, 0.0
@@ -392,7 +392,7 @@ def defaults(x, table=[]):  # noqa: B006
     [imports, writes, tries, sets, unknown, defaults, branching, tabled, print, len, torch.nn.LSTM(2, 2), "text".upper, SHIFT.mul],
 )  # fmt: skip
 def test_what_is_not_straight(function):
-    assert (reached(function) is None) == (function is not len)
+    assert (reachable_objects(function) is None) == (function is not len)
 
 
 def test_instructions_are_listed_by_version():
@@ -404,21 +404,21 @@ def test_instructions_are_listed_by_version():
 
 
 def test_what_is_reached():
-    parts = reached(plain)
+    parts = reachable_objects(plain)
     assert parts is not None
     for part in (plain, square, math.e, SCALE):
         assert any(part is found for found in parts)
-    assert reached(lambda x: F.softplus(torch.linalg.vector_norm(x))) is not None
-    assert reached(lambda x: bilevel.ravel(x).sum()) is not None
-    assert reached(lambda x: x, 1, ("a", (None, 2.0)), torch.float64, square) is not None
-    assert reached(lambda x: x, [1]) is None
-    assert reached(lambda x: x, given()) is None
-    assert reached(torch.func.grad(branching)) is None
-    assert reached((plain, plain), 1, 1, 2) != reached((plain, plain), 1, 2, 2)
+    assert reachable_objects(lambda x: F.softplus(torch.linalg.vector_norm(x))) is not None
+    assert reachable_objects(lambda x: bilevel.ravel(x).sum()) is not None
+    assert reachable_objects(lambda x: x, 1, ("a", (None, 2.0)), torch.float64, square) is not None
+    assert reachable_objects(lambda x: x, [1]) is None
+    assert reachable_objects(lambda x: x, given()) is None
+    assert reachable_objects(torch.func.grad(branching)) is None
+    assert reachable_objects((plain, plain), 1, 1, 2) != reachable_objects((plain, plain), 1, 2, 2)
 
 
 def test_a_memory_keeps_a_few_things_and_a_copy_none():
-    memory: Memory[str] = Memory()
+    memory: InspectionCache[str] = InspectionCache()
     parts = (plain, SHIFT)
     assert memory.find((1,), parts) is None
     memory.keep((1,), parts, "made")

@@ -114,43 +114,6 @@ def test_in_two_parts_the_second_as_often_as_one_likes(function, seed):
     assert same([begun.outputs[place] for place in early], before)
 
 
-def test_idle_operations_are_left_out():
-    x, y = numbers(0, 4, 4), numbers(1, 4, 4)
-    assert operations(noted(lambda x, y: [(x**1 * y**0).exp()], (x, y)))[-2:] == [
-        "pow",
-        "exp",
-    ]  # the power of y is made by none
-    program = noted(lambda x, y: [((x * y) + (x * y)).exp()], (x, y))
-    assert operations(program).count("mul") == 1
-    # What lies otherwise in memory is not the tensor itself.
-    program = noted(lambda x: [(x[:, :1].expand(4, 4) ** 1).view(-1).exp()], (x,))
-    assert same(program(y), [y[:, :1].expand(4, 4).reshape(-1).exp()])
-
-
-def test_results_are_written_over_what_is_done_with(monkeypatch):
-    # A chain of passes over one large tensor takes the room of one.
-    def chain(x):
-        a = x * 3
-        for _ in range(5):
-            a = (a + 1) * 0.5
-        return [a]
-
-    x = numbers(0, 100, 100)
-    program = noted(chain, (x,))
-    made = []
-    rooms = torch.Tensor.untyped_storage
-
-    class Rooms(torch.utils._python_dispatch.TorchDispatchMode):
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            out = func(*args, **(kwargs or {}))
-            made.append(rooms(out).data_ptr())
-            return out
-
-    with Rooms():
-        (found,) = program(x)
-    assert same([found], chain(x)) and len(set(made)) == 1 and x.data_ptr() not in made
-
-
 def test_what_is_given_comes_back_as_another_object():
     x = numbers(0, 3)
     program = noted(lambda x: [x, x.detach(), x + 0], (x,))
@@ -241,13 +204,13 @@ def test_the_room_of_what_was_noted_is_let_go():
 
 def seen_otherwise(x, y):
     a = x * 2
-    b = (a**1).reshape(-1).exp()  # the power is left out: what views it views a
-    c = (x * 2).reshape(-1).exp()  # computed twice: likewise
+    b = (a**1).reshape(-1).exp()
+    c = (x * 2).reshape(-1).exp()
     return [b, c, a + y, (x**1).reshape(-1).exp(), (y**0 * x).mT.exp(), x + y]
 
 
 @given(seed=st.integers(0, 2**20))
-def test_what_is_left_out_is_viewed_in_what_stands_for_it(seed):
+def test_views_are_of_what_they_view(seed):
     program = noted(seen_otherwise, (numbers(0, 3, 3), numbers(1, 3, 3)))
     inputs = numbers(seed, 3, 3), numbers(seed + 1, 3, 3)
     kept = [t.clone() for t in inputs]

@@ -1,8 +1,9 @@
-"""Operations that torch differentiates once only, made of ones that it differentiates any number of times.
+"""Operations that torch differentiates only once, replaced by ones that it differentiates any number of times.
 
-In torch 2.13 the second derivative of the fused weight norm (``torch.nn.utils.weight_norm``, and that of ``parametrizations``) is silently
-wrong, on plain tensors too, and ``gradgradcheck`` says so; fused kernels of attention have none. A hypergradient is a second
-derivative. A function is rewritten only once its graph was seen to hold one of them: to look at every operation would take its time.
+A hypergradient is a second derivative. In torch 2.13 the second derivative of the fused weight norm
+(``torch.nn.utils.weight_norm`` and the one in ``parametrizations``) is silently wrong, on plain tensors too;
+``gradgradcheck`` shows it. Fused attention kernels have no second derivative. A function is rewritten only after its
+graph has shown such an operation, because intercepting every operation takes time.
 """
 
 from __future__ import annotations

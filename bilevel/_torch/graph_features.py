@@ -1,6 +1,6 @@
-"""What the graph of a user's function was seen to hold, so that only functions with a use for a mode run in one.
+"""The special operations that the graph of a user's function has shown, so that only functions that need a mode run in it.
 
-To look at every operation from the start would take its time, and make compiled functions compile again.
+Intercepting every operation from the start would take time, and compiled functions would be compiled again.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ __all__ = ["GraphFeature", "has_graph_feature", "nodes", "record_graph_features"
 
 
 class GraphFeature(Enum):
-    """Kinds of nodes, by how their names begin."""
+    """Kinds of nodes, by the beginnings of their names."""
 
     CONVOLUTION = ("ConvolutionBackward",)
     BATCH_NORM = ("NativeBatchNormBackward",)
@@ -29,7 +29,7 @@ class GraphFeature(Enum):
 def record_graph_features(
     function: Callable[..., Any], values: torch.Tensor, known: Iterable[torch.Tensor] = ()
 ) -> bool:
-    """Remember what the graph of ``values``, which ``function`` returned, holds; return whether something is new.
+    """Record the special operations in the graph of ``values``, the result of ``function``; return whether one is new.
 
     What one method of an object holds counts for them all. A function may hold something only for some of its arguments, another model or
     another branch, and so each graph is looked at.
@@ -54,7 +54,7 @@ def record_graph_features(
 
 
 def nodes(values: torch.Tensor, known: Iterable[torch.Tensor] = ()) -> Iterator[Any]:
-    """Yield each node of the graph of ``values`` that does not lie behind one of the ``known`` tensors."""
+    """Yield each node of the graph of ``values`` that is not behind one of the ``known`` tensors."""
     pending = [values.grad_fn]
     met = {tensor.grad_fn for tensor in known if tensor.grad_fn is not None}
     while pending:

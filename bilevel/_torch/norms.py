@@ -1,9 +1,10 @@
 """Normalisation layers written out, because torch's own have wrong third derivatives.
 
-The double backward of ``batch_norm`` and ``layer_norm`` (and of ``instance_norm``, which is made of the first) takes the mean and
-the deviation that the forward pass saved for constants: in torch 2.13 third derivatives are silently wrong, at times by a factor,
-in every mode and on plain tensors alike. A second derivative of an argmin needs the third ones of its objective. First
-and second ones are right, so that solvers keep the fast kernels. Reported as pytorch/pytorch#175754 and #186256.
+The double backward of ``batch_norm`` and ``layer_norm`` treats the mean and the deviation that the forward pass saved
+as constants. ``instance_norm`` uses the first. In torch 2.13 third derivatives are therefore silently wrong, at times
+by a factor, in every mode and on plain tensors alike. A second derivative of an argmin needs third derivatives of its
+objective. First and second derivatives are right, so solvers keep the fast kernels. Reported as pytorch/pytorch#175754
+and #186256.
 """
 
 from __future__ import annotations
@@ -15,9 +16,9 @@ import torch
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from bilevel._torch.transforms import uncompiled
+from bilevel._torch.transforms import differentiating, saving_hooked, uncompiled
 
-__all__ = ["WrittenNorms", "affine", "batch_norm_written", "batch_norms", "standardised"]
+__all__ = ["OneImageNorms", "WrittenNorms", "affine", "batch_norm_written", "batch_norms", "standardised"]
 
 Maybe = torch.Tensor | None
 
@@ -51,9 +52,9 @@ def _instance_norm(x: torch.Tensor, weight: Maybe, bias: Maybe, eps: float) -> t
 def batch_norms(
     ours: Callable[[torch.Tensor, Maybe, Maybe, float], torch.Tensor], suits: Callable[[torch.Tensor, bool], bool]
 ) -> dict[Any, Callable[..., torch.Tensor]]:
-    """Return what stands for torch's two batch norms: ``ours`` of (x, γ or None, β or None, ε) by batch statistics where it ``suits``.
+    """Return replacements of torch's two batch norms: ``ours`` of (x, γ or None, β or None, ε) by batch statistics if it ``suits``.
 
-    ``suits`` is asked about x and whether running statistics are kept beside; anything else is torch's own.
+    ``suits`` receives x and whether running statistics are kept. If it returns False, torch's own norm is used.
     """
 
     def functional(
@@ -74,7 +75,7 @@ def batch_norms(
 
 
 def affine(x: torch.Tensor, weight: Maybe, bias: Maybe) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return γ and β (C,) of x (N, C, ...), ones and zeros where there are none."""
+    """Return γ and β (C,) of x (N, C, ...); ones and zeros if there are none."""
     gamma = x.new_ones(x.shape[1]) if weight is None else weight.to(x.dtype)
     return gamma, x.new_zeros(x.shape[1]) if bias is None else bias.to(x.dtype)
 
@@ -114,10 +115,35 @@ _WRITTEN: dict[Any, Callable[..., torch.Tensor]] = {
 
 
 class WrittenNorms(TorchFunctionMode):
-    """Inside, norms are made of operations that torch differentiates rightly any number of times."""
+    """A mode in which norms consist of operations that torch differentiates rightly any number of times."""
 
     @uncompiled
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         return _WRITTEN.get(func, func)(*args, **(kwargs or {}))
+
+
+def _one_image(x: torch.Tensor, running: bool) -> bool:
+    suits = (
+        not running and x.ndim >= 2 and x.shape[0] == 1 and x.numel() >= 2 * x.shape[1]
+    )  # of fewer torch has something to say
+    # Derivatives that the user's own function takes, and what is computed again for them (checkpoints), are left to torch.
+    return suits and x.dtype in (torch.float32, torch.float64) and not differentiating() and not saving_hooked()
+
+
+_OF_ONE_IMAGE = batch_norms(batch_norm_written, _one_image)
+
+
+class OneImageNorms(TorchFunctionMode):
+    """Inside, batch norms of one image are written out.
+
+    torch 2.13 takes the memory of one image for the other of its two layouts where strides allow for both, as after a convolution of several
+    problems. Its first derivatives are wrong then, by any factor.
+    """
+
+    @uncompiled
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        return _OF_ONE_IMAGE.get(func, func)(*args, **(kwargs or {}))

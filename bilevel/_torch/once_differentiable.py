@@ -1,7 +1,8 @@
-"""What torch differentiates once only, found in a recorded graph, and refused where a derivative of it is differentiated again.
+"""Operations that torch differentiates only once, found in a recorded graph, and refused in a derivative that is differentiated again.
 
-torch says nothing there: the slope passes for a constant. The list of torch's own such operations is as long as what was found by comparing
-second derivatives with those of dense tensors; what :mod:`bilevel._torch.double_backward` rewrites is not met here.
+torch gives no error there: it treats the first derivative as a constant. The list of torch's own operations was found
+by comparing second derivatives with those of dense tensors. Operations that :mod:`bilevel._torch.double_backward`
+rewrites do not occur here.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ _NODES = {"SparseCooTensorWithDimsAndTensorsBackward0": "torch.sparse_coo_tensor
 
 
 def once_only(node: Any) -> str | None:
-    """Return the name of what ``node`` was recorded for, if torch differentiates it once only."""
+    """Return the name of the operation of ``node`` if torch differentiates it only once."""
     kind: Any = getattr(node, "_forward_cls", None)
     if kind is None:
         return _NODES.get(node.name())
@@ -43,7 +44,7 @@ def once_only(node: Any) -> str | None:
 def refuse_once_only(
     where: str, noun: str, values: torch.Tensor, known: Iterable[torch.Tensor] = (), *, innermost_only: bool = False
 ) -> None:
-    """Raise if a graph of ``values`` holds what torch differentiates once only.
+    """Raise if a graph of ``values`` holds an operation that torch differentiates only once.
 
     Parameters
     ----------

@@ -1,8 +1,8 @@
 """Reverse mode as a transform: ``grad``, ``grad_and_value`` and ``vjp`` of functions of tensors, as in ``torch.func``.
 
-torch's own three import its compiler and sympy, some 800 modules and a second, at the first call of a process: they switch compiled autograd off
-for the length of a reverse pass. Compiled autograd cannot be on before the compiler is imported, so that there is nothing to switch off until then.
-Everything else is as in ``torch/_functorch/eager_transforms.py``, on the same bindings.
+At their first call torch's own three import its compiler and sympy, some 800 modules in a second. They do so to switch
+compiled autograd off during a reverse pass. Before the compiler is imported there is nothing to switch off. Everything
+else is as in ``torch/_functorch/eager_transforms.py``, on the same bindings.
 """
 
 from __future__ import annotations

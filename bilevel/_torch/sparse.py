@@ -1,11 +1,12 @@
 """Sparse tensors with right derivatives of every order, where torch's own are wrong or missing.
 
-The backward of ``torch.sparse_coo_tensor`` records no graph: in torch 2.13 a second derivative by the values is silently wrong, zero where
-all of it leads through them, on plain tensors too. All that torch does with the sparse tensor itself is either right twice, or raises. Here
-the construction and its transpose, which takes the entries at the same places, are two linear maps, each the derivative of the other.
+The backward of ``torch.sparse_coo_tensor`` records no graph. In torch 2.13 a second derivative with respect to the
+values is silently wrong, on plain tensors too; it is zero if all of it leads through them. Other operations on the
+sparse tensor are either right twice, or raise. Here the construction, and its transpose, which takes the entries at the
+same places, are two linear maps, each the derivative of the other.
 
-A product with a sparse matrix that is differentiated is made of its entries, since torch cannot add its dense and sparse gradients up. A constant
-in compressed layout (CSR, CSC, BSR, BSC), of which torch.func can make nothing, is taken in coordinates.
+A product with a sparse matrix that is differentiated is computed from its entries, because torch cannot add dense and sparse gradients. A constant in
+compressed layout (CSR, CSC, BSR, BSC), which torch.func does not support, is converted to coordinates.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""What torch.func transforms surround a call, and which tensors are being differentiated in them.
+"""The torch.func transforms around a call, and the tensors that they differentiate.
 
-The only place that touches torch's private bindings. torch has no public way to ask whether a tensor is
-differentiated by a transform outside the innermost one, which is what a silent zero gradient depends on.
+This is the only module that uses torch's private bindings. torch has no public way to ask whether an outer transform
+differentiates a tensor. A silent zero gradient depends on that.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def batch_axis_first(tensor: torch.Tensor, dim: int | None, size: int | None = N
 
 
 def saving_hooked() -> bool:
-    """Return whether hooks of the caller's, such as those of a checkpoint, see every tensor that a graph saves here."""
+    """Return whether the caller's hooks, such as those of a checkpoint, see every tensor that a graph saves here."""
     # A function of torch's own without a public name; where it should be missing, nothing is known of hooks.
     top = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
     return top is not None and top(False) is not None
@@ -70,7 +70,7 @@ def _as_it_is(tensor: torch.Tensor) -> torch.Tensor:
 
 @contextlib.contextmanager
 def unhooked() -> Iterator[None]:
-    """Keep from the caller's hooks what graphs save that are our own: a checkpoint counts it, and computes it again."""
+    """Hide tensors saved by our own graphs from the caller's hooks. A checkpoint would count and recompute them."""
     with contextlib.ExitStack() as stack:
         if saving_hooked():
             stack.enter_context(torch.autograd.graph.saved_tensors_hooks(_as_it_is, _as_it_is))
@@ -79,9 +79,10 @@ def unhooked() -> Iterator[None]:
 
 @contextlib.contextmanager
 def ordinary_mode() -> Iterator[None]:
-    """Leave inference mode, in which no graph can be built, and record no graph of what is not asked for.
+    """Leave inference mode, in which no graph can be built, and hide our own graphs from the caller's hooks.
 
-    A solver's own graphs are not the caller's: a checkpoint around a layer would else compute all of the solve again for each of its steps.
+    A solver's graphs are not the caller's. A checkpoint around a layer would otherwise repeat the whole solve for each of
+    its steps.
     """
     with contextlib.ExitStack() as stack:
         stack.enter_context(unhooked())
@@ -105,7 +106,7 @@ def autocasting(device: torch.device, dtype: torch.dtype | None) -> contextlib.A
 
 
 def differentiating() -> bool:
-    """Return whether something that differentiates, grad, jvp or a dual level and not only vmap, surrounds this call."""
+    """Return whether a transform that differentiates (grad, jvp or a dual level, not vmap alone) surrounds this call."""
     if forward_ad._current_level >= 0:
         return True
     stack = _functorch.get_interpreter_stack() or []

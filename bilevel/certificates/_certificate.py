@@ -1,4 +1,4 @@
-"""What is proven, or estimated, of one returned hypergradient; computed when first asked for."""
+"""Error bounds, proven or estimated, of one returned hypergradient. They are computed when they are first read."""
 
 from __future__ import annotations
 
@@ -24,34 +24,34 @@ from bilevel.reports import Basis
 
 __all__ = ["Certificate"]
 
-# Newton steps that a bound by way of a better point may take, and what is left beside it when that is enough.
+# The largest number of Newton steps to a better point for a bound, and the relative remainder at which they stop.
 _MOST_REFINEMENTS = 6
 _SMALL = 0.05
-# What Newton's method may leave of a step for the point reached to stand for the solution in an estimate, and how many it may take.
+# In an estimate a point stands for the solution if Newton's next step is this much shorter; and the largest number of steps.
 _CONTRACTION, _MOST_STEPS = 0.1, 30
-# Products for a bound of a spectrum, and the probability that it is wrong, of each problem.
+# The largest number of products for a bound of a spectrum, and the probability that the bound is wrong, for each problem.
 _MOST_PRODUCTS = 200
 _PROBABILITY = 1e-6
 
 
 @dataclass(frozen=True, eq=False)
 class Certificate:
-    """Bounds of the errors of (φ, q, ĝ, corrected value) as they were returned.
+    """Bounds of the errors of the returned (φ, q, ĝ, corrected value).
 
     Parameters
     ----------
     point
         The objectives at (φ, q), in the dtype of the problem.
     gradient
-        ĝ (p,), the mean over the problems of a batch, as it was returned.
+        The returned ĝ (p,), the mean over the problems of a batch.
     corrected_value
-        As it was returned.
+        The returned corrected value.
     given
-        What is known of the problem; called when it is needed.
+        Returns the constants that the user gave; called when they are needed.
     where, on_failure
-        The problem's name, and what becomes of a constant that is refuted.
+        The problem's name, and the policy for a constant that is refuted.
     products
-        How many products with an H that is too large to be factorised a tight bound may take.
+        The largest number of products for a tight bound, if H is too large to be factorised.
     """
 
     point: Point
@@ -64,7 +64,7 @@ class Certificate:
 
     @cached_property
     def exact(self) -> Point:
-        """The point in float64, in which the certificate is computed; as it is where that cannot be had."""
+        """The point in float64, in which the certificate is computed; the point itself if float64 is not possible."""
         point = self.point
         if point.x.dtype == torch.float64:
             return point
@@ -73,8 +73,8 @@ class Certificate:
             wide = Point(
                 point.lower.to(double), point.upper.to(double), point.x.double(), point.q.double(), point.needs_grad
             )
-            # What a certificate rests on, at numbers moved by a unit in float64's last place: where one of these does not move,
-            # an objective rounds to another dtype inside.
+            # Move every number by a unit in float64's last place. If a result does not change, the objective rounds to another
+            # dtype inside, and float64 is not possible.
             other = wide.perturbed(0)
             pairs = ((wide.residual, other.residual), (wide.v, other.v), (wide.hq, other.hq))
             moved = all(bool((a != b).any()) or not bool((a != 0).any()) for a, b in pairs)
@@ -85,13 +85,13 @@ class Certificate:
 
     @cached_property
     def observed(self) -> Constants:
-        """What is seen of each constant on the way from φ to a better point: a bound from the other side."""
+        """The observed value of each constant on the way from φ to a better point: a bound from the other side."""
         exact = self.exact
         return observed(exact, self.refined if exact.factorable else exact.probe())
 
     @cached_property
     def _believed(self) -> tuple[Constants, bool]:
-        """What was given but for what is refuted, and whether the policy asks for NaN."""
+        """The given constants without the refuted ones, and whether the policy asks for NaN."""
         given = self.given()
         wrong = refuted(given, self.observed) if _any(given) else {}
         if not wrong:
@@ -104,13 +104,13 @@ class Certificate:
 
     @cached_property
     def constants(self) -> Constants:
-        """What is known of the problem: given, or proven by the degrees of its objectives in φ."""
+        """The known constants: given, or proven by the degrees of the objectives in φ."""
         exact = self.exact
         return completed(exact.lower, exact.upper, exact.x, exact.needs_grad, self._believed[0])
 
     @cached_property
     def _curvature(self) -> torch.Tensor | None:
-        """A lower bound (K,) of H's eigenvalues by Lanczos, where it is needed and there is no other."""
+        """A lower bound (K,) of H's eigenvalues by Lanczos, if it is needed and no other is known."""
         exact, known = self.exact, self._believed[0]
         if exact.factorable or known.hessian_lipschitz is None or known.strong_convexity is not None:
             return None
@@ -122,7 +122,7 @@ class Certificate:
 
     @cached_property
     def _measured_cross_norm(self) -> torch.Tensor | None:
-        """An upper bound (K,) of ‖B‖ by Lanczos, where it is needed and there is no other."""
+        """An upper bound (K,) of ‖B‖ by Lanczos, if it is needed and no other is known."""
         known, others = self.constants, self._without_cross_norm.adjoint
         needed = None not in (known.cross_lipschitz, known.outer_cross_lipschitz) and _finite(others)
         if not needed or known.cross_norm is not None or self.exact.cross_norm is not None:
@@ -131,7 +131,7 @@ class Certificate:
 
     @cached_property
     def _spectral(self) -> Spectral:
-        """What is known of H and B at φ beside the constants, ‖B‖ included where H is not formed."""
+        """The known norms of H and B at φ beside the constants, including ‖B‖ if H is not formed."""
         known, norm_b = self.constants.cross_norm, self._measured_cross_norm
         if not self.exact.factorable:
             if known is not None:

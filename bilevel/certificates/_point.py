@@ -1,9 +1,12 @@
-"""Both objectives linearised at a returned (φ, q), in float64, with what rounding makes of each number.
+"""Both objectives linearised at a returned (φ, q), in float64, with the rounding error of each result.
 
-A certificate of a float32 solve is worth nothing if it is itself computed in float32: the problem's tensors are exact numbers,
-and are converted. How far rounding moves a result is measured, in two ways: the same numbers are evaluated in float32 and in float64, whose
-difference is float32's rounding and, in proportion, tells float64's; and every number is moved by a unit in its last place. The larger change,
-times a margin, is taken for what evaluating can change.
+The certificate of a float32 solve is computed in float64: the problem's tensors are exact numbers, and are converted.
+
+The rounding error of a result is measured in two ways. First, the same numbers are evaluated in float32 and in float64. The difference is float32's
+rounding, and float64's in proportion. Second, every number is moved by a unit in its last place. The larger change, times a margin, counts as the
+rounding error.
+
+The module is above 400 lines because it is one derivation: every quantity of the bounds C1 to C7 at one point, each computed once from the others.
 """
 
 from __future__ import annotations
@@ -26,24 +29,26 @@ from bilevel.tolerance import Target
 
 __all__ = ["MOST_NUMBERS", "Point"]
 
-# Matrices up to this many numbers are formed and factorised; beyond, products have to do.
+# Matrices up to this many numbers are formed and factorised. For larger ones only products are used.
 MOST_NUMBERS = 2**20
-# What a measured change is multiplied by, and the most numbers that copies of a problem may have to measure it on.
+# The margin of a measured change, and the largest number of numbers in the copies of a problem that measure it.
 _MARGIN = 8.0
+# The share of ‖q‖ ‖rounding of ∇G‖ that the rounding of a value has at least: the product is reached if all of it points along q.
+_VALUE_SHARE = 0.25
 _SCATTERED_NUMBERS = 2**22
 # The relative residual of solves for a refinement where there is no factorisation.
 _KRYLOV_RELATIVE = 1e-6
-# How often a step that makes ‖∇G‖ larger is halved.
+# The largest number of halvings of a step that makes ‖∇G‖ larger.
 _MOST_HALVINGS = 30
-# What does not depend on q.
+# The properties that do not depend on q.
 _OF_X = ("linear", "residual", "v", "_eigen", "least", "cross", "cross_norm", "sensitivity", "sensitivity_norm")
-# What does.
+# The properties that depend on q.
 _OF_Q = ("hq", "rho", "corrected_value", "gradient")
 
 
 @dataclass(frozen=True, eq=False)
 class Rounding:
-    """How far rounding moves the results of a :class:`Point`, per problem (K,)."""
+    """The rounding errors of the results of a :class:`Point`, per problem (K,)."""
 
     residual: torch.Tensor
     rho: torch.Tensor
@@ -58,7 +63,7 @@ class Rounding:
         )  # fmt: skip
 
     def times(self, factor: float) -> Rounding:
-        """Return each, ``factor`` times over."""
+        """Return each error times ``factor``."""
         return Rounding(factor * self.residual, factor * self.rho, factor * self.gradient, factor * self.value)
 
 
@@ -69,11 +74,11 @@ class Point:
     Parameters
     ----------
     lower, upper
-        G and F as problems of one list of tensors.
+        The inner objective G and the outer objective F, as problems of one list of tensors.
     x, q
         φ and q (K, n).
     needs_grad
-        Which tensors make up θ, of p numbers together.
+        Which tensors make up θ, with p numbers in all.
     """
 
     lower: Problem
@@ -126,7 +131,7 @@ class Point:
 
     @property
     def outer_size(self) -> int:
-        """p: how many numbers θ has for one problem."""
+        """p: the number of outer variables of one problem."""
         levels = self.lower.system.levels
         count = 0
         for number, (tensor, want) in enumerate(zip(self.lower.tensors, self.needs_grad, strict=True)):
@@ -143,7 +148,7 @@ class Point:
 
     @property
     def eigenvalues(self) -> torch.Tensor:
-        """The eigenvalues of H (K, n), ascending, as computed; of an H that is formed."""
+        """The computed eigenvalues of H (K, n), ascending, if H is formed."""
         return self._eigen[0]
 
     @cached_property
@@ -152,7 +157,7 @@ class Point:
 
     @cached_property
     def least(self) -> torch.Tensor:
-        """A lower bound of the eigenvalues of H (K,), rounding allowed for."""
+        """A lower bound of the eigenvalues of H (K,), with a margin for rounding."""
         values = self._eigen[0]
         slack = (16 + self.lower.size) * self.eps * values.abs().amax(-1)
         return values[:, 0] - slack
@@ -177,7 +182,7 @@ class Point:
 
     @cached_property
     def gradient(self) -> torch.Tensor:
-        """ĝ = ∇_θ F − Bᵀ q, each problem's own (K, p)."""
+        """ĝ = ∇_θ F − Bᵀ q of each problem (K, p)."""
         return _each(self.lower, torch.stack([self.x, self.q], 1), self._gradient_by_vmap, self._gradient_by_passes)
 
     @cached_property
@@ -186,7 +191,7 @@ class Point:
         return None if self.cross is None else _spectral_norm(self.cross)
 
     def cross_square(self, u: torch.Tensor) -> torch.Tensor:
-        """Return B Bᵀ u for u (K, n), each problem's own."""
+        """Return B Bᵀ u for u (K, n), problem by problem."""
         if self.lower.batch > 1:
             return _each(self.lower, torch.stack([self.x, u], 1), self._square_by_vmap, None)
         pulled = [part for part in self.linear.pullback(u) if part is not None]
@@ -195,7 +200,7 @@ class Point:
 
     @cached_property
     def _pulled_graph(self) -> tuple[list[torch.Tensor], torch.Tensor]:
-        """Bᵀd and the dummy d with the graph between them, whose transpose is B."""
+        """Bᵀd and the auxiliary vector d with the graph between them, whose transpose is B."""
         with torch.enable_grad():
             dummy = torch.zeros_like(self.x, requires_grad=True)
             leaves = [leaf for leaf, want in zip(self.linear.leaves, self.needs_grad, strict=True) if want]
@@ -204,7 +209,7 @@ class Point:
 
     @cached_property
     def sensitivity(self) -> torch.Tensor | None:
-        """B ᵀH⁻¹ (K, p, n), the derivative of φ* but for its sign, or None if it is too large."""
+        """BᵀH⁻¹ (K, p, n), the negative derivative of φ*, or None if it is too large."""
         if not self.factorable or self.cross is None:
             return None
         values, vectors = self._eigen
@@ -216,14 +221,14 @@ class Point:
         return None if self.sensitivity is None else _spectral_norm(self.sensitivity)
 
     def pulled(self, u: torch.Tensor) -> torch.Tensor:
-        """Return Bᵀu (K, p) for u (K, n), each problem's own."""
+        """Return Bᵀu (K, p) for u (K, n), problem by problem."""
         if self.factorable and self.cross is not None:
             return torch.einsum("kn,knp->kp", u, self.cross)
         return self.with_q(torch.zeros_like(u)).gradient - self.with_q(u).gradient
 
     @cached_property
     def rounding(self) -> Rounding:
-        """What evaluating each result in this dtype can change it by, measured."""
+        """The measured rounding error of each result in this dtype."""
         eps = self.eps
         sizes = Rounding(
             eps * (self.linear.operator.matvec(self.x).norm(dim=-1) + self.residual.norm(dim=-1)),
@@ -233,7 +238,7 @@ class Point:
         )
         worst = sizes.larger(self._apart(self.perturbed(0)))
         if self.x.dtype != torch.float64:
-            return worst.larger(self._apart(self.perturbed(1))).times(_MARGIN)
+            return self._least(worst.larger(self._apart(self.perturbed(1))))
         try:
             worst = worst.larger(self._float32_rounding())
         except (
@@ -242,12 +247,18 @@ class Point:
             ValueError,
         ):  # no evaluation in float32, for a constant of another dtype inside, or no copies
             worst = worst.larger(self._apart(self.perturbed(1)))
-        return worst.times(_MARGIN)
+        return self._least(worst)
+
+    def _least(self, worst: Rounding) -> Rounding:
+        """Return the rounding to count with, where the draws showed ``worst``."""
+        # A value is one number, and few draws of one number may all be small. It holds qᵀ∇G, and with it the rounding of ∇G.
+        least = _VALUE_SHARE * self.q.norm(dim=-1) * worst.residual
+        return replace(worst, value=torch.maximum(worst.value, least)).times(_MARGIN)
 
     def _float32_rounding(self) -> Rounding:
-        """Return what float32 makes of the results, in proportion to float64's unit."""
+        """Return the rounding errors in float32, scaled to float64's unit."""
         numbers = sum(t.numel() for t in self.lower.tensors if t.dtype.is_floating_point)
-        # Of few numbers one draw may be lucky, of many it cannot.
+        # With few numbers a single draw may happen to change little, so several are made.
         draws = max(1, min(6, 64 // max(1, self.lower.size), _SCATTERED_NUMBERS // max(1, numbers)))
         lower, (x, q) = self.lower.perturbed_copies(2, draws, self.x, self.q)
         upper = Problem(replace(self.upper.system, levels=lower.system.levels), lower.tensors)
@@ -273,7 +284,7 @@ class Point:
         )
 
     def probe(self) -> Point:
-        """Return the point one steepest-descent step further, with the same q: a second one to compare with, for one product."""
+        """Return the point after one steepest-descent step, with the same q: a second point to compare with, for one product."""
         product = torch.linalg.vecdot(self.residual, self.linear.operator.matvec(self.residual))
         length = torch.linalg.vecdot(self.residual, self.residual) / product
         length = torch.where(torch.isfinite(length) & (product > 0), length, torch.zeros_like(length))
@@ -282,14 +293,14 @@ class Point:
     def refined(self, noise: torch.Tensor | None = None) -> Point:
         """Return φ⁺ = φ − H⁻¹∇G with the adjoint there, q⁺ = q + H(φ⁺)⁻¹ρ(φ⁺): two solves.
 
-        Of a problem whose ∇G that makes larger it is as much of the step as makes it smaller, or φ. ``noise`` (K,) is what rounding makes of ∇G, if
-        it is known.
+        If the step makes ‖∇G‖ larger, it is halved until it does not; φ is kept if no halving helps. ``noise`` (K,) is the
+        rounding error of ∇G, if it is known.
         """
         moved = self.stepped(self.solve(self.residual), self.rounding.residual if noise is None else noise)
         return moved.with_q(self.q + moved.solve(moved.rho).nan_to_num(nan=0.0, posinf=0.0, neginf=0.0))
 
     def stepped(self, step: torch.Tensor, noise: torch.Tensor) -> Point:
-        """Return the point a ``step`` (K, n) back, of each problem as much of it as makes ‖∇G‖ smaller, or no more than ``noise`` (K,)."""
+        """Return the point minus ``step`` (K, n), shortened per problem until ‖∇G‖ is smaller, or at most ``noise`` (K,)."""
         length = torch.isfinite(step).all(-1).to(self.x)
         step = torch.where((length > 0).unsqueeze(-1), step, torch.zeros_like(step))
         r = self.residual.norm(dim=-1)
@@ -303,9 +314,10 @@ class Point:
         return replace(self, x=self.x - torch.where(longer, 0.0, length).unsqueeze(-1) * step)
 
     def newton_contraction(self, before: Point, noise: torch.Tensor) -> torch.Tensor:
-        """Return ‖H⁻¹∇G(φ⁺)‖/‖φ⁺ − φ‖ (K,) with H at φ: how much of Newton's step from ``before`` there is left to go.
+        """Return ‖H⁻¹∇G(φ⁺)‖/‖φ⁺ − φ‖ (K,) with H at φ: the length of the next Newton step relative to the step from ``before``.
 
-        It is half of L_H ‖φ⁺ − φ‖/λ as seen along the step, in a way that no scaling of φ changes; zero where ∇G is ``noise`` (K,).
+        It is half of L_H ‖φ⁺ − φ‖/λ as observed along the step, and does not depend on the scale of φ. It is zero where ‖∇G‖ is
+        at most ``noise`` (K,).
 
         References
         ----------
@@ -316,19 +328,19 @@ class Point:
         return torch.where(self.residual.norm(dim=-1) <= noise, torch.zeros_like(step), again / step)
 
     def with_q(self, q: torch.Tensor) -> Point:
-        """Return this φ with another adjoint; what is known of φ alone is kept."""
+        """Return the point with another adjoint. Properties of φ alone are kept."""
         other = replace(self, q=q)
         other.__dict__.update({name: self.__dict__[name] for name in _OF_X if name in self.__dict__})
         return other
 
     def with_rounding(self, rounding: Rounding) -> Point:
-        """Return this point with what rounding can do to it known already, from one near by."""
+        """Return the point with the rounding errors of a nearby one."""
         other = self.with_q(self.q)
         other.__dict__.update({name: self.__dict__[name] for name in _OF_Q if name in self.__dict__}, rounding=rounding)
         return other
 
     def perturbed(self, seed: int) -> Point:
-        """Return the point with every number in it moved by a unit in its last place, by random signs."""
+        """Return the point with every number moved by a unit in its last place, with random signs."""
         lower, (x, q) = self.lower.perturbed(seed, self.x, self.q)
         return Point(lower, Problem(self.upper.system, lower.tensors), x, q, self.needs_grad)
 

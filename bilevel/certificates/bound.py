@@ -12,19 +12,19 @@ __all__ = ["Bound"]
 
 @dataclass(frozen=True)
 class Bound:
-    """An error bound, what it rests on, and which of the two solves it comes from.
+    """An error bound, why it holds, and the parts that the two solves contribute.
 
     Parameters
     ----------
     value
-        Bound on a norm of the error, or an estimate of it; NaN where nothing is known.
+        A bound on a norm of the error, or an estimate of it; NaN if it is unknown.
     basis
-        What :attr:`value` rests on.
+        Why :attr:`value` holds: proven, probable, or estimated.
     inner_part
         The part that shrinks with the inner residual ‖∇_φ G‖.
     linear_part
-        The part that shrinks with the residual of the linear solve, ‖v − H q‖. What is left of the value is rounding; the two
-        parts are bounds of their own, whose sum may exceed it.
+        The part that shrinks with the residual of the linear solve, ‖v − H q‖. The rest of the value is rounding. The two parts
+        are bounds of their own, and their sum may exceed the value.
     failure_probability
         For :attr:`~bilevel.reports.Basis.PROBABILISTIC`, the probability that the bound is too small.
 

@@ -18,10 +18,10 @@ Constant: TypeAlias = "float | torch.Tensor | None"
 
 @dataclass(frozen=True, kw_only=True)
 class Constants:
-    """What is known of a bilevel problem; None where it is not. For a batch, a number that holds for all, or a tensor (K,).
+    """The known constants of a bilevel problem; None if unknown. For a batch, a number that holds for all, or a tensor (K,).
 
-    They hold in φ, in Euclidean and spectral norms, on a convex set that holds the returned φ, the true φ* and the better points by way
-    of which bounds are made tight: those that Newton's method meets from φ.
+    They hold in φ, in Euclidean and spectral norms, on a convex set. The set contains the returned φ, the true φ*, and the
+    iterates of Newton's method from φ, which make the bounds tight.
 
     Parameters
     ----------

@@ -24,6 +24,11 @@ def contraction_distance(residual_norm: torch.Tensor, factor: float) -> torch.Te
     factor
         c in [0, 1), in the norm that the residual is measured in.
 
+    Returns
+    -------
+    torch.Tensor
+        The bound, in the shape of ``residual_norm``.
+
     Raises
     ------
     ArgumentError
@@ -48,17 +53,28 @@ def proximal_distance(
 ) -> torch.Tensor:
     r"""Return ‖x − T(x)‖/(μ step) ≥ ‖x − x*‖ for the proximal gradient map T(x) = prox(x − step ∇f(x)).
 
-    A proximal map is not expansive, and x ↦ x − step ∇f(x) contracts by 1 − step μ for a step ≤ 2/(L + μ), so that
-    :func:`contraction_distance` holds with that factor. With step 1/L it is (L/μ)‖x − T(x)‖.
+    A proximal map is nonexpansive. The map x ↦ x − step ∇f(x) contracts by 1 − step μ for a step ≤ 2/(L + μ). T therefore has this factor, and
+    :func:`contraction_distance` applies. With step 1/L the bound is (L/μ)‖x − T(x)‖.
 
     Parameters
     ----------
     residual_norm
         ‖x − T(x)‖, any shape, or an upper bound of it.
     step
-        The step of the map, ≤ 2/(L + μ) with L a Lipschitz constant of ∇f; ≤ 1/L will do.
+        The step of the map: at most 2/(L + μ), with L a Lipschitz constant of ∇f. A step of at most 1/L is allowed too. A number, or a tensor in
+        the shape of ``residual_norm``.
     strong_convexity
-        μ > 0 of f, the smooth part.
+        μ > 0 of f, the smooth part: a number, or a tensor in the shape of ``residual_norm``.
+
+    Returns
+    -------
+    torch.Tensor
+        The bound, in the shape of ``residual_norm``.
+
+    References
+    ----------
+    Bauschke, Combettes, "Convex Analysis and Monotone Operator Theory in Hilbert Spaces", 2nd ed., Springer 2017, Proposition 12.28 (proximal maps
+    are nonexpansive).
 
     Examples
     --------
@@ -76,9 +92,9 @@ class Support:
     Parameters
     ----------
     inside
-        Bool, as x: proven to be nonzero, with the sign that x has.
+        Bool, in the shape of x: proven to be nonzero, with the sign of x.
     outside
-        Bool, as x: proven to be zero.
+        Bool, in the shape of x: proven to be zero.
     """
 
     inside: torch.Tensor
@@ -102,9 +118,8 @@ def identify_support(
 ) -> Support:
     """Return what a distance to the solution of min f(x) + λ‖x‖₁ proves of its support.
 
-    An entry of x larger than e proves that of x* nonzero, with x's sign. A partial derivative whose size, plus L_j e, is below λ proves that of f at
-    x* to be below λ, and with it x*_j = 0. If every entry is
-    decided, and x vanishes where x* does, the two are on one smooth piece.
+    If abs(x_j) > e, then x*_j is not zero and has the sign of x_j. If abs(∇_j f(x)) + L_j e < λ, then x*_j = 0. If every entry is decided, and x
+    vanishes where x* does, x and x* lie on one smooth piece.
 
     Parameters
     ----------
@@ -113,19 +128,29 @@ def identify_support(
     gradient
         ∇f(x) (..., n).
     strength
-        λ, broadcast against x.
+        λ, of a shape that broadcasts against x.
     distance
         e ≥ ‖x − x*‖ (...,), as :func:`proximal_distance` gives it.
     lipschitz
-        L_j: Lipschitz constant of ∇_j f, broadcast against x; the norm of a row of ∇²f for a quadratic.
+        L_j, of a shape that broadcasts against x: the Lipschitz constant of ∇_j f. For a quadratic, the norm of a row of ∇²f.
+
+    Returns
+    -------
+    Support
+        The entries that are proven to be nonzero, and those that are proven to be zero.
+
+    References
+    ----------
+    Ndiaye, Fercoq, Gramfort, Salmon, "Gap Safe screening rules for sparsity enforcing penalties", JMLR 18, 2017, for bounds that prove zeros from a
+    distance to the solution.
 
     Examples
     --------
     >>> import torch
     >>> x, gradient = torch.tensor([1.0, 0.0, 0.0]), torch.tensor([-0.5, 0.1, 0.499])
     >>> support = identify_support(x, gradient, torch.tensor(0.5), torch.tensor(0.01), torch.ones(3))
-    >>> support.inside.tolist(), support.outside.tolist(), support.decided.item()
-    ([True, False, False], [False, True, False], False)
+    >>> support.inside.nonzero().tolist(), support.outside.nonzero().tolist()  # entry 2 is not decided
+    ([[0]], [[1]])
     """
     e = distance.unsqueeze(-1)
     inside = x.abs() > e
@@ -138,8 +163,8 @@ def newton_on_support(
 ) -> torch.Tensor:
     """Return the minimiser of the quadratic model of f(x) + λ‖x‖₁ on the support and signs of ``x``.
 
-    Refine and recheck for sparse solutions: if the support is right, and f quadratic, what comes back is the solution, its own
-    :func:`proximal_distance` is rounding, and the distance of ``x`` is at most ‖x − x⁺‖ plus that.
+    If f is quadratic and the support is right, the result x⁺ is the solution, up to rounding. The distance of ``x`` to the solution is
+    then at most ‖x − x⁺‖ plus the :func:`proximal_distance` of x⁺.
 
     Parameters
     ----------
@@ -148,7 +173,17 @@ def newton_on_support(
     gradient, hessian
         ∇f(x) (..., n) and ∇²f(x) (..., n, n), the latter positive definite on the support.
     strength
-        λ, broadcast against x.
+        λ, of a shape that broadcasts against x.
+
+    Returns
+    -------
+    torch.Tensor
+        x⁺ (..., n).
+
+    References
+    ----------
+    Lee, Sun, Saunders, "Proximal Newton-type methods for minimizing composite functions", SIAM J. Optim. 24, 2014: a proximal Newton step
+    with the support held fixed.
 
     Examples
     --------

@@ -82,8 +82,8 @@ def lanczos_spectrum(
     >>> import torch
     >>> from bilevel.operators import DenseOperator
     >>> spectrum = lanczos_spectrum(DenseOperator(torch.diag(torch.tensor([1.0, 2.0, 5.0])), symmetric=True))
-    >>> 0.99 < spectrum.least.item() <= 1.0, 5.0 <= spectrum.largest.item() < 5.01
-    (True, True)
+    >>> round(spectrum.least.item(), 1), round(spectrum.largest.item(), 1)
+    (1.0, 5.0)
     """
     check_number("lanczos_spectrum", "failure_probability", failure_probability, below=1.0)
     check_steps("lanczos_spectrum", "max_steps", max_steps)

@@ -38,9 +38,9 @@ class LossConstants:
     Parameters
     ----------
     smoothness
-        Of the gradient: L_F, if the loss is the outer one.
+        () or (K,): the Lipschitz constant of the gradient. It is L_F if the loss is the outer one.
     hessian_lipschitz
-        Of the Hessian: L_H, if it is the inner one; a ridge term adds nothing to it.
+        () or (K,): the Lipschitz constant of the Hessian. It is L_H if the loss is the inner one; a ridge term does not change it.
     """
 
     smoothness: torch.Tensor
@@ -83,7 +83,21 @@ def squares_constants(
 def logistic_constants(
     inputs: torch.Tensor, weights: torch.Tensor | None = None, *, intercept: bool = False
 ) -> LossConstants:
-    """Return the constants of the mean log loss of a logistic model; see :func:`squares_constants`.
+    """Return the constants of the mean log loss of a logistic model.
+
+    Parameters
+    ----------
+    inputs
+        The design matrix (rows, p), or (K, rows, p) for K problems.
+    weights
+        (rows,), or (K, rows) for K problems that weigh the rows differently; None: all one.
+    intercept
+        Whether the model has an intercept.
+
+    Returns
+    -------
+    LossConstants
+        Scalars (), or (K,).
 
     Examples
     --------
@@ -99,8 +113,21 @@ def softmax_constants(
 ) -> LossConstants:
     """Return the constants of the mean log loss of a softmax model, in an orthonormal parametrisation of its class scores.
 
-    See :func:`squares_constants`; the parameters are the classes' weights and intercepts, or their coordinates in the subspace of
-    those that sum to zero.
+    The parameters are the weights and intercepts of the classes, or their coordinates in the subspace where they sum to zero.
+
+    Parameters
+    ----------
+    inputs
+        The design matrix (rows, p), or (K, rows, p) for K problems.
+    weights
+        (rows,), or (K, rows) for K problems that weigh the rows differently; None: all one.
+    intercept
+        Whether the model has an intercept.
+
+    Returns
+    -------
+    LossConstants
+        Scalars (), or (K,).
 
     Examples
     --------

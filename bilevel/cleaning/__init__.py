@@ -4,10 +4,11 @@
 the bilevel problem behind it, for loops of one's own with :mod:`bilevel.stochastic`.
 """
 
-from bilevel.cleaning.clean import Accuracies, Cleaned, CleaningSettings, clean
+from bilevel.cleaning.clean import Accuracies, Cleaned, clean
 from bilevel.cleaning.models import convolutional, linear, mlp
-from bilevel.cleaning.noise import corrupt
+from bilevel.cleaning.noise import Noise, corrupt
 from bilevel.cleaning.problem import ExampleWeighting
+from bilevel.cleaning.settings import CleaningSettings
 from bilevel.cleaning.weights import ExampleWeights, SigmoidWeights, SimplexWeights
 
 __all__ = [
@@ -16,6 +17,7 @@ __all__ = [
     "CleaningSettings",
     "ExampleWeighting",
     "ExampleWeights",
+    "Noise",
     "SigmoidWeights",
     "SimplexWeights",
     "clean",

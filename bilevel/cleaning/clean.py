@@ -4,89 +4,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
 from torch import nn
 
-from bilevel import CG, stochastic
+from bilevel import stochastic
 from bilevel.cleaning.models import linear
 from bilevel.cleaning.problem import ExampleWeighting
-from bilevel.cleaning.weights import ExampleWeights, SigmoidWeights
+from bilevel.cleaning.settings import CleaningSettings
+from bilevel.cleaning.training import Examples, accuracy, initial_model, predict, train_classifier
 from bilevel.errors import ArgumentError, DtypeError, ShapeError
-from bilevel.setting_checks import check_number, check_steps
 
-__all__ = ["Accuracies", "Cleaned", "CleaningSettings", "clean"]
-
-Examples: TypeAlias = tuple[torch.Tensor, torch.Tensor]
-"""Inputs (n, ...) and int64 labels (n,)."""
-
-MethodMaker: TypeAlias = Callable[[Any, nn.Module, torch.Tensor], stochastic.StochasticMethod]
-
-_INNER = partial(torch.optim.Adam, lr=0.02)
-
-
-def default_method(problem: Any, inner: nn.Module, outer: torch.Tensor) -> stochastic.StochasticMethod:
-    """Return the method that ``clean`` uses: one Adam step, five steps of conjugate gradients from the last adjoint, one Adam step."""
-    return stochastic.ImplicitStep(
-        problem, inner, outer, inner_steps=1, linear_solver=CG(max_steps=5), inner_optimizer=_INNER,
-        outer_optimizer=partial(torch.optim.Adam, lr=0.1),
-    )  # fmt: skip
-
-
-@dataclass(frozen=True, kw_only=True)
-class CleaningSettings:
-    """How weights are learned and models are trained.
-
-    Parameters
-    ----------
-    weights
-        How the outer variables become weights.
-    steps
-        Outer steps.
-    batch_size
-        Examples in a minibatch of each level; None: all.
-    weight_decay
-        λ of ½ λ‖φ‖² in the training loss.
-    training_steps
-        Adam steps of the classifiers that accuracies are measured with, on the whole training set.
-    threshold
-        An example is flagged where its weight is below this share of what it was at first.
-    include_trusted
-        Train the classifiers that accuracies are measured with on the trusted examples too.
-    make_method
-        (problem, model, outer variables) ↦ a method of :mod:`bilevel.stochastic`.
-    seed
-        Of the initial parameters and of minibatches.
-
-    Raises
-    ------
-    ArgumentError
-        If a setting is out of its range.
-    """
-
-    weights: ExampleWeights = field(default_factory=SigmoidWeights)
-    steps: int = 150
-    batch_size: int | None = None
-    weight_decay: float = 5e-3
-    training_steps: int = 300
-    threshold: float = 1.0
-    include_trusted: bool = False
-    make_method: MethodMaker = default_method
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        check_steps("CleaningSettings", "steps", self.steps)
-        check_steps("CleaningSettings", "batch_size", self.batch_size, optional=True)
-        check_steps("CleaningSettings", "training_steps", self.training_steps)
-        check_number("CleaningSettings", "weight_decay", self.weight_decay, closed=True)
-        check_number("CleaningSettings", "threshold", self.threshold)
-        if not isinstance(self.weights, ExampleWeights):
-            raise ArgumentError(
-                f"CleaningSettings: expected weights to be ExampleWeights, got {self.weights!r}; pass SigmoidWeights() or SimplexWeights()"
-            )
+__all__ = ["Accuracies", "Cleaned", "clean"]
 
 
 @dataclass(frozen=True)
@@ -180,6 +112,18 @@ def clean(
     ------
     ShapeError, DtypeError, ArgumentError
         If examples or settings cannot be used.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from bilevel.cleaning import CleaningSettings, clean, corrupt
+    >>> inputs = torch.randn(60, 2, generator=torch.Generator().manual_seed(0))
+    >>> labels = (inputs[:, 0] > 0).long()
+    >>> given, wrong = corrupt(labels[:40], 0.2)
+    >>> settings = CleaningSettings(steps=100, training_steps=50)
+    >>> found = clean((inputs[:40], given), (inputs[40:], labels[40:]), settings=settings)
+    >>> int(found.flagged.sum()), int(wrong.sum())
+    (9, 8)
     """
     settings = CleaningSettings() if settings is None else settings
     for name, examples in (("training", training), ("trusted", trusted), ("test", test)):
@@ -191,25 +135,18 @@ def clean(
     losses = _learn(logits, training, trusted, make, settings, on_step)
     rows = torch.arange(len(logits), device=logits.device)
     weights = settings.weights.weights(logits.detach(), rows)
-    ones = torch.full_like(weights, settings.weights.neutral)
     flagged = weights < settings.threshold * settings.weights.neutral
-    model = _trained(make, training, torch.where(flagged, torch.zeros_like(weights), weights), trusted, settings)
+    train = partial(train_classifier, make, settings=settings)
+    model = train(training, trusted=trusted, weights=torch.where(flagged, torch.zeros_like(weights), weights))
     accuracies = Accuracies(math.nan, math.nan, math.nan)
     if test is not None:
-        untrusted = _trained(make, training, ones, trusted, settings)
-        alone = _trained(
-            make,
-            trusted,
-            torch.full_like(trusted[0].new_empty(len(trusted[1])), settings.weights.neutral),
-            None,
-            settings,
-        )
-        accuracies = Accuracies(*(_accuracy(each, test) for each in (untrusted, model, alone)))
+        models = train(training, trusted=trusted), model, train(trusted)
+        accuracies = Accuracies(*(accuracy(each, test) for each in models))
     return Cleaned(
         weights=weights,
         flagged=flagged,
         order=weights.argsort(),
-        suggested=_predicted(model, training[0]),
+        suggested=predict(model, training[0]),
         accuracies=accuracies,
         model=model,
         outer_losses=losses,
@@ -226,7 +163,7 @@ def _learn(
 ) -> torch.Tensor:
     """Move ``logits`` in place, and return the trusted losses on the way."""
     problem = ExampleWeighting(settings.weights, settings.weight_decay)
-    method = settings.make_method(problem, _made(make, settings, training[0]), logits)
+    method = settings.make_method(problem, initial_model(make, settings, training[0]), logits)
     rows = torch.arange(len(logits), device=logits.device)
     lower: Any = (*training, rows)
     upper: Any = trusted
@@ -240,47 +177,6 @@ def _learn(
         if on_step is not None:
             on_step(step + 1, result)
     return torch.stack(losses)
-
-
-def _made(make: Callable[[], nn.Module], settings: CleaningSettings, inputs: torch.Tensor) -> nn.Module:
-    """Return a new model, the same at every call, without touching the generator of others."""
-    with torch.random.fork_rng():
-        torch.manual_seed(settings.seed)
-        model = make()
-    return model.to(inputs.device, inputs.dtype)
-
-
-def _trained(
-    make: Callable[[], nn.Module],
-    examples: Examples,
-    weights: torch.Tensor,
-    trusted: Examples | None,
-    settings: CleaningSettings,
-) -> nn.Module:
-    """Return a new model trained on weighted examples, and on the trusted ones if they are included."""
-    model = _made(make, settings, examples[0])
-    inputs, labels = examples
-    if settings.include_trusted and trusted is not None:
-        inputs, labels = torch.cat([inputs, trusted[0]]), torch.cat([labels, trusted[1]])
-        weights = torch.cat([weights, weights.new_full((len(trusted[1]),), settings.weights.neutral)])
-    share = weights / weights.mean().clamp(min=torch.finfo(weights.dtype).tiny)  # all may be flagged
-    optimizer = _INNER(model.parameters())
-    for _ in range(settings.training_steps):
-        optimizer.zero_grad()
-        losses = nn.functional.cross_entropy(model(inputs), labels, reduction="none")
-        squares = torch.stack([(parameter**2).sum() for parameter in model.parameters()]).sum()
-        ((share * losses).mean() + 0.5 * settings.weight_decay * squares).backward()
-        optimizer.step()
-    return model.eval()
-
-
-def _predicted(model: nn.Module, inputs: torch.Tensor) -> torch.Tensor:
-    with torch.no_grad():
-        return model(inputs).argmax(-1)
-
-
-def _accuracy(model: nn.Module, examples: Examples) -> float:
-    return float((_predicted(model, examples[0]) == examples[1]).double().mean())
 
 
 def _flat_linear(inputs: torch.Tensor, classes: int) -> nn.Module:

@@ -2,15 +2,28 @@
 
 from __future__ import annotations
 
+import enum
+
 import torch
 
 from bilevel.errors import ArgumentError
 
-__all__ = ["corrupt"]
+__all__ = ["Noise", "corrupt"]
 
 
-def corrupt(labels: torch.Tensor, share: float, *, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
-    """Give a ``share`` of the examples another label, uniformly among the other classes.
+class Noise(enum.Enum):
+    """Which other label a corrupted example gets."""
+
+    UNIFORM = "uniform"
+    """Any other class, each as likely."""
+    NEXT = "next"
+    """The next class, and the first class for the last: one class is systematically taken for another."""
+
+
+def corrupt(
+    labels: torch.Tensor, share: float, *, seed: int = 0, classes: int | None = None, noise: Noise = Noise.UNIFORM
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Give a ``share`` of the examples another label.
 
     Parameters
     ----------
@@ -20,11 +33,20 @@ def corrupt(labels: torch.Tensor, share: float, *, seed: int = 0) -> tuple[torch
         In [0, 1); ⌊share · n⌋ labels become wrong.
     seed
         Of the choice.
+    classes
+        How many classes there are; None: as many as the largest label says.
+    noise
+        Which other label.
 
     Returns
     -------
     tuple
         The labels (n,), and bool (n,): which of them are wrong.
+
+    Raises
+    ------
+    DtypeError, ShapeError, ArgumentError
+        If the labels or the share cannot be used.
 
     Examples
     --------
@@ -35,12 +57,16 @@ def corrupt(labels: torch.Tensor, share: float, *, seed: int = 0) -> tuple[torch
     """
     if not 0.0 <= share < 1.0:
         raise ArgumentError(f"corrupt: expected share to be a number in [0, 1), got {share!r}; pass one")
+    if not isinstance(noise, Noise):
+        raise ArgumentError(
+            f"corrupt: expected noise to be a bilevel.cleaning.Noise, got {noise!r}; pass Noise.UNIFORM or Noise.NEXT"
+        )
     generator = torch.Generator().manual_seed(seed)
-    count, classes = int(share * len(labels)), int(labels.max()) + 1
+    count, classes = int(share * len(labels)), int(labels.max()) + 1 if classes is None else classes
     rows = torch.randperm(len(labels), generator=generator)[:count]
     wrong = torch.zeros(len(labels), dtype=torch.bool)
     wrong[rows] = True
-    shift = torch.randint(1, max(classes, 2), (count,), generator=generator)
+    shift = torch.randint(1, max(classes, 2) if noise is Noise.UNIFORM else 2, (count,), generator=generator)
     given = labels.clone()
     given[rows] = (given[rows] + shift.to(given)) % classes
     return given, wrong.to(labels.device)

@@ -27,10 +27,27 @@ class ExampleWeighting(bilevel.BilevelProblem):
     weight_decay
         λ ≥ 0.
 
+    Raises
+    ------
+    ArgumentError
+        If ``weight_decay`` is negative.
+
     References
     ----------
     Franceschi, Donini, Frasconi, Pontil, "Forward and reverse gradient-based hyperparameter optimization", ICML 2017, Section 5.1
     (data hyper-cleaning); Ren, Zeng, Yang, Urtasun, "Learning to reweight examples for robust deep learning", ICML 2018.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from bilevel.cleaning import ExampleWeighting
+    >>> model, logits = torch.nn.Linear(2, 2), torch.zeros(3)
+    >>> data = (torch.zeros(3, 2), torch.tensor([0, 1, 0]), torch.arange(3))
+    >>> with torch.no_grad():
+    ...     _ = model.bias.zero_()
+    ...     # each weight is 1/2 at first, and the loss of each example is ln 2
+    ...     ExampleWeighting(weight_decay=0.0).inner_objective(model, logits, data)
+    tensor(0.3466)
     """
 
     def __init__(self, weights: ExampleWeights | None = None, weight_decay: float = 5e-3) -> None:

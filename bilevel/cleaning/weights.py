@@ -11,7 +11,21 @@ __all__ = ["ExampleWeights", "SigmoidWeights", "SimplexWeights"]
 
 
 class ExampleWeights(ABC):
-    """Weights of the training examples as a function of the outer variables."""
+    """Weights of the training examples as a function of the outer variables.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from bilevel.cleaning import ExampleWeights
+    >>> class SoftplusWeights(ExampleWeights):
+    ...     def weights(self, logits, rows):
+    ...         return torch.nn.functional.softplus(logits[rows])
+    ...     @property
+    ...     def neutral(self):
+    ...         return 0.6931
+    >>> SoftplusWeights().weights(torch.zeros(3), torch.tensor([0, 2]))
+    tensor([0.6931, 0.6931])
+    """
 
     @abstractmethod
     def weights(self, logits: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:

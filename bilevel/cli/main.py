@@ -55,7 +55,7 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
         if (error.name or "").partition(".")[0] not in EXTRA:
             raise
         _fail(
-            f'the command line needs {error.name}, which is not installed; pip install "bilevel[cli]"',
+            f'the command line needs {error.name}, which is not installed; run pip install ".[cli]" in a clone of bilevel',
             FAILURE,
         )
     except bilevel.SolveError as error:
@@ -98,6 +98,7 @@ def _run(arguments: list[str]) -> int:
 def _app() -> Any:
     import typer
 
+    from bilevel.cleaning.command import clean
     from bilevel.hyperopt.command import tune
     from bilevel.meta.command import imaml
 
@@ -116,6 +117,7 @@ def _app() -> Any:
         """Bilevel optimisation from the command line."""
 
     app.callback()(root)
+    app.command("clean")(clean)
     app.command("tune")(tune)
     app.add_typer(imaml, name="imaml")
     return app

@@ -18,12 +18,35 @@ import bilevel
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+    from rich.console import Console
 
-__all__ = ["OutputError", "finite", "prepare_output", "printing", "save_figure", "versions", "write_document"]
+__all__ = [
+    "OutputError",
+    "console",
+    "finite",
+    "prepare_output",
+    "printing",
+    "save_figure",
+    "versions",
+    "write_document",
+    "write_text",
+]
 
 
 class OutputError(bilevel.BilevelError, OSError):
     """The output directory cannot be written to."""
+
+
+_WIDTH = 140
+"""Columns where the output is not a terminal, whose width would be unknown."""
+
+
+def console(*, stderr: bool) -> Console:
+    """Return a console on standard output or standard error, of a fixed width where that is not a terminal."""
+    from rich.console import Console
+
+    made = Console(stderr=stderr, highlight=False)
+    return made if made.is_terminal else Console(stderr=stderr, highlight=False, width=_WIDTH)
 
 
 @contextlib.contextmanager
@@ -99,8 +122,19 @@ def write_document(document: dict[str, Any], path: Path) -> None:
     OutputError
         If the file cannot be written.
     """
+    write_text(json.dumps(finite(document), indent=1, allow_nan=False) + "\n", path)
+
+
+def write_text(text: str, path: Path) -> None:
+    """Write ``text`` in UTF-8.
+
+    Raises
+    ------
+    OutputError
+        If the file cannot be written.
+    """
     try:
-        path.write_text(json.dumps(finite(document), indent=1, allow_nan=False) + "\n", encoding="utf-8")
+        path.write_text(text, encoding="utf-8")
     except OSError as error:
         raise _unwritable(path, error) from None
 

@@ -1,4 +1,4 @@
-"""Points at which a user's function has no value, because an operation of torch raises there: NaN for that problem, and for it alone.
+"""Points at which a user's function has no value because a torch operation raises there. Only that problem becomes NaN.
 
 A line search tries points outside the domain of an objective. A logarithm answers NaN there, and a shorter step follows. A Cholesky
 factorisation raises instead, for the whole batch.
@@ -27,12 +27,12 @@ class Batch(Protocol):
     def single(self, number: int) -> Any: ...
 
 
-# How the distributions of torch refuse a parameter or a value.
+# The words with which torch's distributions refuse a parameter or a value.
 _CONSTRAINT = "to satisfy the constraint"
 
 
 def leaves_domain(error: BaseException) -> bool:
-    """Return whether ``error`` says that a function has no value at a point: a failed factorisation, or a refused parameter of a distribution."""
+    """Return whether ``error`` means that a function has no value: a failed factorisation, or a refused parameter of a distribution."""
     if isinstance(error, BilevelError):
         return False
     return isinstance(error, LinAlgError) or (isinstance(error, ValueError) and _CONSTRAINT in str(error))
@@ -48,7 +48,7 @@ def no_value(where: str, noun: str, error: Exception) -> ArgumentError:
 
 @contextmanager
 def defined(where: str, noun: str) -> Iterator[None]:
-    """Raise the error of :func:`no_value` where a function has no value at a point that is differentiated at."""
+    """Raise the error of :func:`no_value` if a function has no value at a point of a derivative."""
     try:
         yield
     except (RuntimeError, ValueError) as error:
@@ -63,7 +63,7 @@ def row_by_row(
     evaluate: Callable[[Any, torch.Tensor], Sequence[torch.Tensor]],
     shapes: Sequence[tuple[int, ...]],
 ) -> list[torch.Tensor]:
-    """Return what ``evaluate`` makes of each problem by itself, as a batch: NaN where it leaves the domain.
+    """Return ``evaluate`` of each problem as a batch, with NaN for a problem that leaves the domain.
 
     Parameters
     ----------

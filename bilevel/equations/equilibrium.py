@@ -2,12 +2,19 @@
 
 The first-order conditions ∇_{x_i} f_i = 0 are stacked to one residual R(x, θ) = 0 of as many equations as unknowns. ∂_x R is not symmetric. The
 blocks on its diagonal are the Hessians of the players, positive semi-definite at an equilibrium.
+
+With bounds l ≤ x ≤ u and F = (∇_{x_i} f_i), the conditions are a variational inequality. The natural map vanishes at its solutions::
+
+    R(x, θ) = x − Π(Π x − F(Π x)),      Π the projection onto the box [l, u]
+
+Newton's method on it is the semismooth one. Near a solution where no bound is active with a zero slope, R is smooth, and ∂_x R is regular where the
+Jacobian of F on the free unknowns is: the usual rule gives derivatives of every order, also by the bounds.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -16,11 +23,12 @@ from bilevel._torch.double_backward import Repeatable
 from bilevel._torch.factorisations import eigvalsh
 from bilevel._torch.norms import WrittenNorms
 from bilevel._torch.reverse import grad
+from bilevel.equations.player_bounds import PlayerBounds
 from bilevel.equations.problem import Problem
 from bilevel.equations.system import RootSystem
 from bilevel.errors import DtypeError, ShapeError
 
-__all__ = ["EquilibriumSystem", "Players", "player_at_fault"]
+__all__ = ["BoundState", "EquilibriumSystem", "Players", "bound_state", "check_players", "player_at_fault"]
 
 # Up to these sizes the players' Hessians are materialised.
 _DENSE_ORDER, _DENSE_NUMBERS = 512, 2**24
@@ -33,6 +41,13 @@ class Players:
     """The objectives, as one function (players, *args, **kwargs) ↦ tuple of values; ``players`` is the tuple of unknowns."""
 
     objectives: tuple[Callable[..., torch.Tensor], ...]
+    lower: PlayerBounds | None = None
+    upper: PlayerBounds | None = None
+
+    @property
+    def bounded(self) -> bool:
+        """Whether a player has a bound."""
+        return self.lower is not None or self.upper is not None
 
     def __call__(self, players: tuple[Any, ...], *args: Any, **kwargs: Any) -> tuple[torch.Tensor, ...]:
         return tuple(objective(*players, *args, **kwargs) for objective in self.objectives)
@@ -40,7 +55,7 @@ class Players:
 
 @dataclass(frozen=True, eq=False)
 class EquilibriumSystem(RootSystem):
-    """R = (∇_{x_1} f_1, …, ∇_{x_N} f_N)."""
+    """R = (∇_{x_1} f_1, …, ∇_{x_N} f_N), or with bounds the natural map of these."""
 
     noun = "objectives"
     label = "equilibrium"
@@ -78,6 +93,31 @@ class EquilibriumSystem(RootSystem):
         return found
 
     def output(self, flat: torch.Tensor, *tensors: torch.Tensor) -> torch.Tensor:
+        """Return R (n,) of one problem."""
+        assert isinstance(self.function, Players)
+        if not self.function.bounded:
+            return self.slopes(flat, *tensors)
+        lower, upper = self.bounds(flat, *tensors)
+        inside = torch.minimum(torch.maximum(flat, lower), upper)
+        moved = inside - self.slopes(inside, *tensors)
+        return flat - torch.minimum(torch.maximum(moved, lower), upper)
+
+    def bounds(self, flat: torch.Tensor, *tensors: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the lower and upper bounds (n,) of one problem."""
+        game = self.function
+        assert isinstance(game, Players)
+
+        def own(players: tuple[Any, ...], *args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor]:
+            infinite = torch.full_like(flat, torch.inf)
+            low = -infinite if game.lower is None else game.lower(self.where, players, args, kwargs)
+            high = infinite if game.upper is None else game.upper(self.where, players, args, kwargs)
+            return low, high
+
+        found: tuple[torch.Tensor, torch.Tensor] = replace(self, function=own).call(flat, *tensors)
+        return found
+
+    def slopes(self, flat: torch.Tensor, *tensors: torch.Tensor) -> torch.Tensor:
+        """Return F (n,) of one problem."""
         parts = list(torch.split(flat, list(self.sizes)))
         slopes = []
         for player, part in enumerate(parts):
@@ -91,8 +131,57 @@ class EquilibriumSystem(RootSystem):
         return torch.cat(slopes)
 
 
-def player_at_fault(problem: Problem, x: torch.Tensor, doubtful: torch.Tensor) -> torch.Tensor:
+@dataclass(frozen=True, eq=False)
+class BoundState:
+    """How ``x`` stands to its bounds; every tensor (batch, n)."""
+
+    lower: torch.Tensor
+    upper: torch.Tensor
+    active: torch.Tensor
+    degenerate: torch.Tensor
+
+
+def bound_state(problem: Problem, x: torch.Tensor) -> BoundState | None:
+    """Return which bounds are active at the solution ``x`` (batch, n), and where x is on a bound with a zero slope, to half of the digits.
+
+    None without bounds.
+    """
+    system = problem.system
+    assert isinstance(system, EquilibriumSystem) and isinstance(system.function, Players)
+    if not system.function.bounded:
+        return None
+    lower, upper, slopes = _pieces_of(system, x, problem)
+    tiny = torch.finfo(x.dtype).eps ** 0.5
+    close = tiny * (1 + x.abs())
+    at_lower, at_upper = x - lower <= close, upper - x <= close
+    flat = slopes.abs() <= tiny * (1 + slopes.abs().amax(-1, keepdim=True))
+    pinned = upper - lower <= close  # a slope of any sign is right there
+    active = (at_lower & (slopes > 0)) | (at_upper & (slopes < 0)) | pinned
+    return BoundState(lower, upper, active, (at_lower | at_upper) & flat & ~pinned)
+
+
+def _pieces_of(system: EquilibriumSystem, x: torch.Tensor, problem: Problem) -> tuple[torch.Tensor, ...]:
+    """Return the lower bounds, the upper bounds and F at ``x`` (each (batch, n))."""
+    pieces = _Pieces(**{field.name: getattr(system, field.name) for field in fields(system)})
+    made = pieces.outputs(problem.shaped(x), *problem.tensors).detach()  # (*batch, 3, n)
+    lower, upper, slopes = made.reshape(len(x), 3, x.shape[-1]).unbind(1)
+    return lower, upper, slopes
+
+
+@dataclass(frozen=True, eq=False)
+class _Pieces(EquilibriumSystem):
+    """What R is made of, in place of R."""
+
+    def output(self, flat: torch.Tensor, *tensors: torch.Tensor) -> torch.Tensor:
+        return torch.stack([*self.bounds(flat, *tensors), self.slopes(flat, *tensors)])
+
+
+def player_at_fault(
+    problem: Problem, x: torch.Tensor, doubtful: torch.Tensor, active: torch.Tensor | None = None
+) -> torch.Tensor:
     """Return, per problem, the first player whose own Hessian has a negative eigenvalue beyond rounding at ``x`` (batch, n), or −1.
+
+    Unknowns on an ``active`` bound (batch, n) cannot move, and are left out.
 
     Small Hessians are decomposed. Of large ones, the least Ritz value of a short Lanczos run, which can only overestimate the least eigenvalue.
     """
@@ -107,23 +196,26 @@ def player_at_fault(problem: Problem, x: torch.Tensor, doubtful: torch.Tensor) -
     for player, size in enumerate(system.sizes):
         rows = slice(first, first + size)
         first += size
+        free = torch.ones_like(x[:, rows]) if active is None else (~active[:, rows]).to(x)
         if dense:
-            hessian = linear.operator.dense()[:, rows, rows]
+            hessian = linear.operator.dense()[:, rows, rows] * free.unsqueeze(-1) * free.unsqueeze(-2)
         else:
-            hessian = _projected(linear.operator.matvec, x, rows)
+            hessian = _projected(linear.operator.matvec, x, rows, free)
         values = eigvalsh(0.5 * (hessian + hessian.mT))
         doubt = 1e3 * size * torch.finfo(x.dtype).eps * values.abs().amax(dim=-1)
         found = torch.where((found < 0) & doubtful & (values[:, 0] < -doubt), player, found)
     return found
 
 
-def _projected(matvec: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor, rows: slice) -> torch.Tensor:
+def _projected(
+    matvec: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor, rows: slice, free: torch.Tensor
+) -> torch.Tensor:
     """Return a player's Hessian, projected on a Krylov space (batch, k, k)."""
     basis: list[torch.Tensor] = []
     products: list[torch.Tensor] = []
     size = rows.stop - rows.start
     places = torch.arange(1, size + 1, dtype=torch.float64, device=x.device)
-    v = (torch.frac(places * 0.7548776662466927) - 0.5).to(x).expand(len(x), size)
+    v = (torch.frac(places * 0.7548776662466927) - 0.5).to(x).expand(len(x), size) * free
     for _ in range(min(_PRODUCTS, size)):
         for _ in range(2):
             for known in basis:
@@ -133,7 +225,7 @@ def _projected(matvec: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor, 
         whole = torch.zeros_like(x)
         whole[:, rows] = v
         basis.append(v)
-        v = matvec(whole)[:, rows]
+        v = matvec(whole)[:, rows] * free
         products.append(v)
     return torch.stack(basis, 1) @ torch.stack(products, 2)
 

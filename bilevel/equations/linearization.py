@@ -9,8 +9,7 @@ import torch
 from bilevel._torch.reverse import reverse_pass
 from bilevel.equations.domain import no_value
 from bilevel.operators import HessianOperator, JacobianOperator, LinearOperator
-from bilevel.replay.cache import ReplayCache
-from bilevel.replay.program import StartedProgram
+from bilevel.replay import ReplayCache, StartedProgram
 
 __all__ = ["PRODUCT", "Linearization", "LinearizationSlot", "NoPullback", "ReplayedLinearization"]
 
@@ -26,13 +25,13 @@ class Linearization:
     operator
         ∂_x R.
     leaves
-        The tensors θ that R was computed from; those that require grad can be pulled back to.
+        The tensors θ from which R was computed. Those that require grad receive pullbacks.
     value
         The objectives (batch,) of an argmin, without a graph; None for equations.
     point
         x (batch, n).
     replayed
-        Where it was made without the function: what pulls back in place of a graph.
+        The replay that computes pullbacks in place of a graph; None if there is a graph.
     """
 
     residual: torch.Tensor
@@ -47,7 +46,7 @@ class Linearization:
         return self._pull(q)[1] if self.replayed is None else self.replayed.pull(q, point=False)[1]
 
     def pull(self, q: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor | None]]:
-        """Return (∂_x R)ᵀ q (batch, n) and :meth:`pullback` of the same ``q``, all of one reverse pass."""
+        """Return (∂_x R)ᵀ q (batch, n) and :meth:`pullback` of the same ``q``, from one reverse pass."""
         if self.replayed is not None:
             products, pulled = self.replayed.pull(q, point=True)
         else:
@@ -68,7 +67,10 @@ class Linearization:
 
 @dataclass(frozen=True, eq=False)
 class ReplayedLinearization:
-    """The second part of a linearisation's program: (q, v) ↦ Jᵀ q, the wanted of (∂_θ R)ᵀ q, and of equations J v, behind R and the values."""
+    """The second part of a linearisation's program: (q, v) ↦ Jᵀ q, (∂_θ R)ᵀ q, and for equations J v.
+
+    The first part computes R and the values.
+    """
 
     begun: StartedProgram
     needs_grad: tuple[bool, ...]
@@ -95,37 +97,40 @@ class ReplayedLinearization:
             return self.begun.finish(which, q, q)
 
 
-# Where Jᵀ q stands among what a linearisation's program returns.
+# The position of Jᵀ q in the outputs of a linearisation's program.
 PRODUCT = 2
 
 
 @dataclass(frozen=True, eq=False)
 class NoPullback:
-    """Stands where the function has no value, and so no derivative, at the point of one of the problems."""
+    """The missing pullback of a problem whose function has no value, and so no derivative, at its point."""
 
     where: str
     noun: str
     error: Exception
 
     def pull(self, q: torch.Tensor, *, point: bool) -> tuple[list[torch.Tensor], list[torch.Tensor | None]]:
-        """Raise: there is nothing to pull back through."""
+        """Raise the error for a point outside the domain."""
         raise no_value(self.where, self.noun, self.error)
 
 
 @dataclass(eq=False)
 class LinearizationSlot:
-    """Where a solver leaves the linearisation at its answer, which a derivative would otherwise begin with.
+    """The slot in which a solver leaves the linearisation at its solution, for a derivative that follows.
 
     Parameters
     ----------
     needs_grad
-        Which of the problem's tensors derivatives will be asked for.
+        Which of the problem's tensors need a gradient.
     linearization
-        The latest that a solver took for the last, or None.
+        The linearisation at the solver's presumed final iterate, or None.
     replays
-        What evaluations of the problem may be replayed from, if a derivative has to begin with one.
+        The recorded evaluations of the problem, for a derivative that evaluates R first.
+    matrix
+        A point (batch, n) and the matrices ∂_x R (batch, n, n) there, if the judge materialised them.
     """
 
     needs_grad: tuple[bool, ...]
     linearization: Linearization | None = None
     replays: ReplayCache | None = None
+    matrix: tuple[torch.Tensor, torch.Tensor] | None = None

@@ -1,4 +1,7 @@
-"""A system with its tensors bound, as solvers see it: in shapes (batch, n), without a graph, linearised once for many products."""
+"""A system with its tensors, as solvers see it: in shapes (batch, n), without a graph, linearised once for many products.
+
+The module is above 400 lines because it is one idea: every evaluation of a batch of problems, each with its replay and its error handling.
+"""
 
 from __future__ import annotations
 
@@ -19,8 +22,7 @@ from bilevel.equations.system import ArgminSystem, FixedPointSystem, System
 from bilevel.errors import ArgumentError
 from bilevel.operators import DenseOperator, FunctionOperator, HessianOperator, JacobianOperator, LinearOperator
 from bilevel.pytree import moves
-from bilevel.replay.cache import ReplayCache, ReplayedOperator
-from bilevel.replay.program import Program
+from bilevel.replay import Program, ReplayCache, ReplayedOperator
 
 __all__ = ["Case", "Problem"]
 
@@ -37,18 +39,18 @@ class Case:
 
 @dataclass(frozen=True, eq=False)
 class Problem:
-    """A batch of flat problems, as solvers see it: every tensor is (batch, n) or (batch,), and no graph is kept.
+    """A batch of flat problems, as solvers see them: every tensor is (batch, n) or (batch,), and no graph is kept.
 
     Parameters
     ----------
     system
-        The description.
+        The description of the equations.
     tensors
-        θ, cut from any graph.
+        θ, tensors of any shape and dtype, detached.
     linearization_slot
-        Where derivatives will follow: takes the linearisation at the answer.
+        Receives the linearisation at the solution, if derivatives will follow.
     replays
-        What evaluations may be replayed from, if the function was found to be one that can do but one thing.
+        The recorded evaluations of the function, if it is branch-free and depends on its arguments alone.
     objective
         Of a structured system: the problem of its objective alone, with replays of its own.
     """
@@ -61,11 +63,11 @@ class Problem:
 
     @staticmethod
     def of(system: System, tensors: Sequence[torch.Tensor]) -> Problem:
-        """Bind ``tensors``, cut from any graph."""
+        """Bind ``tensors``, detached."""
         return Problem(system, [_plain(tensor) for tensor in tensors])
 
     def replayed_from(self, replays: ReplayCache | None) -> Problem:
-        """Return the problem with ``replays``, which it hands on to where the answer's linearisation is kept."""
+        """Return the problem with ``replays``, which the linearisation slot receives too."""
         if self.linearization_slot is not None:
             self.linearization_slot.replays = replays
         return replace(self, replays=replays)
@@ -82,7 +84,7 @@ class Problem:
 
     @cached_property
     def has_value(self) -> bool:
-        """Whether R is the gradient of a function, which need not have a minimum."""
+        """Whether R is the gradient of a function. The function need not have a minimum."""
         return isinstance(self.system, ArgminSystem)
 
     @cached_property
@@ -92,12 +94,12 @@ class Problem:
 
     @cached_property
     def batch(self) -> int:
-        """How many problems."""
+        """The number of problems."""
         return math.prod(self.system.batch_shape)
 
     @cached_property
     def size(self) -> int:
-        """n, the number of unknowns of each."""
+        """n, the number of unknowns of each problem."""
         return self.system.raveler.size
 
     def value(self, x: torch.Tensor) -> torch.Tensor:
@@ -112,7 +114,7 @@ class Problem:
     def value_and_residual(self, x: torch.Tensor, *, last: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the objectives (batch,) and their gradients (batch, n).
 
-        ``last`` says that ``x`` is probably the answer: where a derivative follows, the graph is kept for it.
+        ``last``: ``x`` is probably the final iterate. If a derivative follows, the graph is kept for it.
         """
         if not isinstance(self.system, ArgminSystem):
             raise ArgumentError(
@@ -145,13 +147,13 @@ class Problem:
     def evaluated(
         self, name: Hashable, evaluation: Callable[..., Sequence[torch.Tensor]], x: torch.Tensor
     ) -> Sequence[torch.Tensor]:
-        """Return what ``evaluation`` makes of (x (batch, k), *tensors), replayed where that is allowed under ``name``."""
+        """Return ``evaluation`` at ``x`` (batch, k) and the tensors, or its replay under ``name``."""
         return self._evaluated(name, evaluation, x)
 
     def _evaluated(
         self, name: Hashable, evaluation: Callable[..., Sequence[torch.Tensor]], x: torch.Tensor
     ) -> Sequence[torch.Tensor]:
-        """Return what ``evaluation`` makes of (x, *tensors), or a replay of it."""
+        """Return ``evaluation`` at ``x`` and the tensors, or its replay."""
         program = self._program(name, evaluation, x)
         if program is None:
             return evaluation(x, *self.tensors)
@@ -161,7 +163,7 @@ class Problem:
     def evaluate(
         self, name: Hashable, evaluation: Callable[..., Sequence[torch.Tensor]], x: torch.Tensor
     ) -> Sequence[torch.Tensor]:
-        """Return what ``evaluation``, which ``name`` tells from others, makes of (x, *tensors), or a replay of it."""
+        """Return ``evaluation`` at ``x`` and the tensors, or its replay. ``name`` identifies the evaluation."""
         return self._evaluated(name, evaluation, x)
 
     def _program(
@@ -198,8 +200,8 @@ class Problem:
     def linearize(self, x: torch.Tensor, needs_grad: Sequence[bool] | None = None) -> Linearization:
         """Return R at ``x`` (batch, n) with its graph, the operator ∂_x R and the pullback to ``needs_grad`` tensors.
 
-        Where the function's evaluations are replayed there is no graph: R is cut from any, and products and the pullback are replayed too.
-        Of a problem whose function has no value at its x, all is NaN.
+        With replays there is no graph: R is detached, and products and the pullback are replayed too. For a problem whose
+        function has no value at its x, all results are NaN.
         """
         try:
             return self._linearize(x, needs_grad)
@@ -209,7 +211,7 @@ class Problem:
             return self._linearize_each(x, error)
 
     def _linearize_each(self, x: torch.Tensor, error: Exception) -> Linearization:
-        """Return the linearisation at ``x`` (batch, n) of problems some of which leave their domain, as ``error`` says: it has no pullback."""
+        """Return the linearisation at ``x`` (batch, n) problem by problem, if some leave their domain, as ``error`` says. It has no pullback."""
         made: list[Linearization | None] = []
 
         def linearized(one: Problem, row: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -255,10 +257,10 @@ class Problem:
             else:
                 values = residual = system.plain_residual(self.shaped(point), leaves, graph=True)
             if any(chosen):
-                # A first derivative by θ is right as it is; those that follow have to know what θ goes through.
+                # Later derivatives need to know which operations θ passes through.
                 record_graph_features(system.function, values)
             residual = residual.reshape(x.shape)
-        # Cut x off first: a saved output would close a circle through its own node that no collector can see.
+        # Detach x first: a saved output would make a reference cycle through its own node, which is never collected.
         at = x.detach()
         materialize = self._materialize(at)
         operator: LinearOperator
@@ -269,7 +271,7 @@ class Problem:
         return Linearization(residual, operator, leaves, value, at)
 
     def _materialize(self, at: torch.Tensor) -> Callable[[], torch.Tensor]:
-        # Of a problem without a last look: what lies there would hold itself through its operator, graph and all, until a collection.
+        # Without the slot: its linearisation would refer to itself through the operator, and keep the graph until a collection.
         plain = replace(self, linearization_slot=None)
         return lambda: plain._dense(at)[1]
 
@@ -289,7 +291,7 @@ class Problem:
         return Linearization(residual, operator, (), value if self.has_value else None, at, replayed)
 
     def _linear(self, needs_grad: tuple[bool, ...], x: torch.Tensor, *others: torch.Tensor) -> list[torch.Tensor]:
-        """Return all that a linearisation at ``x`` gives, for ``others``, the tensors and two vectors (batch, n)."""
+        """Return the results of a linearisation at ``x``; ``others`` are the tensors and two vectors (batch, n)."""
         *tensors, q, v = others
         linear = replace(self, tensors=tensors, linearization_slot=None, replays=None).linearize(x, needs_grad)
         product, pulled = linear.pull(q)
@@ -299,15 +301,15 @@ class Problem:
         return [tensor.detach() for tensor in made]
 
     def linearize_dense(self, x: torch.Tensor) -> Linearization:
-        """Return R and the objectives at ``x`` (batch, n) without a graph, and ∂_x R as matrices, all from one pass.
+        """Return R and the objectives at ``x`` (batch, n) without a graph, and ∂_x R as matrices, from one pass.
 
-        The directions are vmapped inside and the problems outside: the other way round, which a graph of the whole batch
-        imposes, every matrix in the objective is copied n times.
+        The directions are vmapped inside, and the problems outside. The other order, which a graph of the whole batch needs,
+        would copy every matrix of the objective n times.
         """
         try:
             residual, matrix, value = self._dense(x.detach())
         except (RuntimeError, ValueError) as error:
-            # Something in the function cannot be transformed, such as an operation without a batching rule.
+            # An operation in the function cannot be transformed, for example because it has no batching rule.
             plain = self._linearize_each(x, error) if leaves_domain(error) else self.linearize(x)
             plain.operator.materialize = None
             residual, matrix, value = plain.residual.detach(), plain.operator.dense(), plain.value
@@ -336,7 +338,7 @@ class Problem:
         return self._evaluated(("rows", k), self._some_rows, units)[0]
 
     def _some_rows(self, packed: torch.Tensor, *tensors: torch.Tensor) -> list[torch.Tensor]:
-        """Return the rows at the point ``packed[0]`` for the vectors behind it."""
+        """Return the rows at the point ``packed[0]`` for the unit vectors that follow it."""
         with torch.no_grad():
             system = self.system.for_second_derivatives()
             made: Any = vjp(lambda point: system.residual_and_value(point, *tensors)[0], packed[0])
@@ -344,10 +346,10 @@ class Problem:
         return [rows.detach()]
 
     def perturbed(self, seed: int, *more: torch.Tensor) -> tuple[Problem, list[torch.Tensor]]:
-        """Return the problem with every number moved by a unit in its last place, by random signs, and ``more`` tensors likewise.
+        """Return the problem with every number moved by a unit in its last place, with random signs, and ``more`` tensors alike.
 
-        What that changes in a result tells what rounding inside can change. Tensors of whole numbers stay: they are labels, counts and
-        masks, which are exact, and which a function may compare or convert.
+        The change of a result shows the effect of rounding. Tensors of whole numbers stay: they are labels, counts and masks,
+        which are exact and may be compared or converted.
         """
         generator = torch.Generator().manual_seed(seed)
 
@@ -366,10 +368,10 @@ class Problem:
         return Problem(self.system.in_dtype(dtype), tensors)
 
     def perturbed_copies(self, seed: int, draws: int, *more: torch.Tensor) -> tuple[Problem, list[torch.Tensor]]:
-        """Return ``draws`` copies beside this float64 problem as one batch, of numbers that float32 holds, and ``more`` (K, n) likewise.
+        """Return ``draws`` copies near this float64 problem as one batch, with numbers that float32 holds exactly, and ``more`` (K, n) alike.
 
-        Evaluated in float32 and in float64, they differ by float32's rounding alone, intermediate results included, and that tells
-        float64's: it is smaller by the ratio of the two units.
+        Evaluate them in float32 and in float64. The difference is the rounding of float32, intermediate results included. That
+        of float64 is smaller by the ratio of the two units.
         """
         generator = torch.Generator().manual_seed(seed)
         unit = torch.finfo(torch.float32).eps
@@ -419,19 +421,19 @@ def _plain(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _any_two(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return two vectors like ``x``, of no particular direction."""
+    """Return two vectors like ``x`` of irregular numbers."""
     places = torch.arange(1, 1 + x.numel(), dtype=x.dtype, device=x.device).reshape(x.shape)
     return torch.frac(places * 0.7548776662) - 0.5, torch.frac(places * 0.5698402910) - 0.5
 
 
 def _is_fractional(tensor: torch.Tensor) -> bool:
-    """Return whether some number of ``tensor`` is not whole."""
+    """Return whether some number of ``tensor`` is not a whole number."""
     values = tensor.coalesce().values() if tensor.is_sparse else tensor
     return tensor.dtype.is_floating_point and not bool((values == values.round()).all())
 
 
 def _over_entries(function: Callable[[torch.Tensor], torch.Tensor], tensor: torch.Tensor) -> torch.Tensor:
-    """Return ``function`` of ``tensor``, or of the entries that a sparse one has."""
+    """Return ``function`` of ``tensor``; of a sparse tensor, of its stored entries."""
     if not tensor.is_sparse:
         return function(tensor)
     kept = tensor.coalesce()

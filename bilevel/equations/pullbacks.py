@@ -1,8 +1,8 @@
-"""Pullbacks through ∂_θ R, to the arguments θ of a call and to what the caller computed them from.
+"""Pullbacks through ∂_θ R, to the arguments θ of a call and to the tensors from which the caller computed them.
 
-Where the solution is not unique, a derivative by θ exists only if these vanish for some vectors (:mod:`bilevel.linear._free_directions`).
-They may vanish for what θ was computed from, and not for θ: a target that is normalised outside of the layer has a fixed sum, which the
-layer does not know.
+If the solution is not unique, a derivative with respect to θ exists only if these vanish for some vectors
+(:mod:`bilevel.linear._free_directions`). They may vanish for the tensors behind θ, and not for θ. For example, a target that is
+normalised outside the layer has a fixed sum, which the layer does not know.
 """
 
 from __future__ import annotations
@@ -43,9 +43,9 @@ def pullbacks_of(
 
 
 def is_final(tensor: torch.Tensor) -> bool:
-    """Return whether no level that differentiates ``tensor`` has computed it from something else.
+    """Return whether no level that differentiates ``tensor`` has computed it from another tensor.
 
-    A complex argument is looked at as pairs of real numbers.
+    A complex argument counts as pairs of real numbers.
     """
     for layer in layers(tensor):
         node = layer.grad_fn

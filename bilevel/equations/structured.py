@@ -1,8 +1,8 @@
-"""Problems with more than an objective: proximal terms, bounds and constraints, brought under the one differentiation rule.
+"""Problems with proximal terms, bounds and constraints, for the one differentiation rule.
 
 The rule (:mod:`bilevel.implicit`) needs a smooth system R(z, θ) = 0 near the solution z. A :class:`StructuredSystem` is such a system: the
-gradient of a smooth local model at z, whose derivatives are those of the solution. The local model tells nothing about other points, so a
-structured system finds its solution by itself (:meth:`StructuredSystem.find`), and judges it by optimality conditions of the whole problem.
+gradient of a smooth local model at z, whose derivatives are those of the solution. The local model holds near z only. A structured system
+therefore has its own solution method (:meth:`StructuredSystem.find`), and judges the result by the optimality conditions of the whole problem.
 
 A layer carries a :class:`Structure`. In each call it turns the system of the objective alone into a structured system, whose unknown z may
 be longer than x: x comes first, multipliers follow.
@@ -28,7 +28,7 @@ __all__ = ["LocalModel", "Parts", "Structure", "StructuredSystem", "flat_raveler
 
 
 class Parts(NamedTuple):
-    """What a solution z consists of.
+    """The parts of a solution z.
 
     Attributes
     ----------
@@ -47,7 +47,7 @@ class Parts(NamedTuple):
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class StructuredSystem(System):
-    """R(z, θ) = 0, smooth near the solution z, which :meth:`find` looks for without the help of R.
+    """R(z, θ) = 0, smooth near the solution z, which :meth:`find` computes without R.
 
     ``raveler`` describes z. ``function`` is the user's objective, as in ``ordinary``.
 

@@ -1,9 +1,9 @@
 """A batch of flat problems R(x, θ) = 0, made from one user's function and lifted a level by each ``vmap``.
 
-An argmin, a root and a fixed point differ only here: in what R is, and in whether its Jacobian is symmetric.
+An argmin, a root and a fixed point differ only here: in R, and in whether its Jacobian is symmetric.
 
-A :class:`System` is the description, without tensors. Its methods are differentiable under every transform. With its tensors bound it is what
-solvers see, a :class:`bilevel.equations.problem.Problem`.
+A :class:`System` is the description, without tensors. Its methods are differentiable under every transform. Solvers see it with its
+tensors, as a :class:`bilevel.equations.problem.Problem`.
 """
 
 from __future__ import annotations
@@ -20,10 +20,9 @@ import torch
 from torch.func import vmap
 from torch.utils import _pytree as pytree
 
-from bilevel._torch.batch_norm import FastNorms
 from bilevel._torch.convolution import FastHVP
 from bilevel._torch.double_backward import Repeatable
-from bilevel._torch.norms import WrittenNorms
+from bilevel._torch.norms import OneImageNorms, WrittenNorms
 from bilevel._torch.reverse import grad, grad_and_value, vjp
 from bilevel._torch.transforms import autocasting
 from bilevel.equations.domain import leaves_domain
@@ -49,17 +48,17 @@ __all__ = [
     "unconnected",
 ]
 
-# How torch speaks of operands that do not fit.
+# The words of torch's errors about operands that do not fit.
 _DTYPES = re.compile(r"dtype|scalar type", re.IGNORECASE)
 _MISFIT = re.compile(rf"\b(sizes?|shapes?|dimensions?|batch_size)\b|{_DTYPES.pattern}", re.IGNORECASE)
 _MOST_LISTED = 8
-# The most rows of a Jacobian made by one vmapped pass: bounds the memory of its intermediates.
+# The largest number of rows of a Jacobian in one vmapped pass, which limits the memory of its intermediate results.
 _MOST_ROWS = 64
 
 
 @dataclass(frozen=True)
 class Level:
-    """One ``vmap``: how many problems, and which of the call's tensors carry the axis (always axis 0)."""
+    """One ``vmap``: the number of problems, and which of the call's tensors carry the axis (always axis 0)."""
 
     size: int
     batched: tuple[bool, ...]
@@ -76,13 +75,13 @@ class System(ABC):
     function
         The objective, residual or mapping.
     raveler, arguments
-        How to make the user's pytrees from a flat unknown and a list of tensors.
+        Rebuild the user's pytrees from a flat unknown and a list of tensors.
     levels
         The ``vmap`` levels, innermost first; a tensor batched in several has the outermost axis first.
     autocast
-        The dtype that autocast casted to around the call, for the function to run under, in every derivative too; or None.
+        The dtype of autocast around the call, or None. The function runs under it in every derivative too.
     mode
-        What the function runs in.
+        The context in which the function runs.
     """
 
     where: str
@@ -104,7 +103,7 @@ class System(ABC):
         return tuple(level.size for level in reversed(self.levels))
 
     def lift(self, size: int, batched: tuple[bool, ...]) -> System:
-        """Return the system of ``size`` such problems, whose tensors carry a new axis 0 where ``batched``."""
+        """Return the system of ``size`` such problems. Tensors with ``batched`` carry a new axis 0."""
         return replace(self, levels=(*self.levels, Level(size, batched)))
 
     def at_levels(self, levels: tuple[Level, ...]) -> System:
@@ -112,11 +111,11 @@ class System(ABC):
         return replace(self, levels=levels)
 
     def in_dtype(self, dtype: torch.dtype) -> System:
-        """Return the system of an unknown in the real ``dtype``, or in the complex one of its precision."""
+        """Return the system with the unknown in the real ``dtype``, or in the complex dtype of the same precision."""
         return replace(self, raveler=self.raveler.in_dtype(dtype))
 
     def call(self, flat: torch.Tensor, *tensors: torch.Tensor) -> Any:
-        """Call the user's function for one problem, ``flat`` being (n,)."""
+        """Call the user's function for one problem with the unknown ``flat`` (n,)."""
         args, kwargs = self.arguments.rebuild(tensors)
         cast, rewritten = autocasting(self.raveler.device, self.autocast), Repeatable.around(self.function)
         with cast, rewritten, self.mode(), unravelled(self.raveler, flat) as unknown:
@@ -135,7 +134,7 @@ class System(ABC):
         """Return R (*batch, n) at a leaf ``x`` by ordinary autograd, with its own graph kept if ``graph``."""
 
     def outputs(self, x: torch.Tensor, *tensors: torch.Tensor) -> torch.Tensor:
-        """Return the whole batch's :meth:`output`: (*batch,) or (*batch, n)."""
+        """Return :meth:`output` of the whole batch: (*batch,) or (*batch, n)."""
         try:
             result: torch.Tensor = self.lifted(self.output)(x, *tensors)
         except RuntimeError as error:
@@ -149,16 +148,16 @@ class System(ABC):
         return result
 
     def for_gradients(self) -> System:
-        """Return the same with what is quicker for first derivatives alone."""
-        quick = self.autocast is None and FastHVP.normalises(self.function)
-        return replace(self, mode=FastNorms) if quick else self
+        """Return the same with norms of one image written out, if there may be any: torch's own first derivatives are wrong in one layout."""
+        norms = self.autocast is None and FastHVP.normalises(self.function)
+        return replace(self, mode=OneImageNorms) if norms else self
 
     def for_second_derivatives(self) -> System:
-        """Return the same with norms written out, if there are any: torch's own are wrong in rare layouts."""
+        """Return the system with norms written out, if it has any: torch's own are wrong in rare layouts."""
         return replace(self, mode=WrittenNorms) if FastHVP.normalises(self.function) else self
 
     def rows(self, flat: torch.Tensor, *tensors: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Return one problem's R (n,), the rows of ∂_x R (n, n), and its value (), or R again where there is none."""
+        """Return one problem's R (n,), the rows of ∂_x R (n, n), and its value (), or R again if it has no value."""
         made: Any = vjp(lambda point: self.residual_and_value(point, *tensors), flat, has_aux=True)
         residual, pull, value = made
         n = flat.shape[0]
@@ -167,12 +166,12 @@ class System(ABC):
         return residual, matrix, value
 
     def residual_and_value(self, flat: torch.Tensor, *tensors: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return one problem's R (n,) and its value (), or R again where there is none."""
+        """Return one problem's R (n,) and its value (), or R again if it has no value."""
         residual = self.output(flat, *tensors)
         return residual, residual
 
     def first_output(self, flat: torch.Tensor, *tensors: torch.Tensor) -> torch.Tensor:
-        """Return :meth:`output`, or say which shapes or dtypes the user's function could not put together.
+        """Return :meth:`output`; name the shapes or dtypes of the user's tensors if they do not fit together.
 
         Raises
         ------
@@ -205,20 +204,20 @@ class System(ABC):
         )
 
     def lifted(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        """Return ``function`` of one problem's (x, *tensors) as one of the whole batch's."""
+        """Return ``function`` of one problem's (x, *tensors) as a function of the whole batch."""
         for level in self.levels:
             if level.size == 1:
                 function = _alone(function, level.batched)
                 continue
             in_dims = (0, *(0 if flag else None for flag in level.batched))
-            # Randomness would be refused by vmap in words about vmap; let it through to our own check.
+            # vmap would refuse random numbers with a message about vmap. Our own check has a better message.
             function = vmap(function, in_dims=in_dims, randomness="different")
         return function
 
     def inspect(  # noqa: B027  # most kinds promise nothing more
         self, residual: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor
     ) -> None:
-        """Raise where one problem's ``residual``, of points like ``x`` (1, n), is not that of an equation of this kind."""
+        """Raise if ``residual`` at points like ``x`` (1, n) does not fit an equation of this kind."""
 
 
 class ArgminSystem(System):
@@ -298,13 +297,13 @@ class FixedPointSystem(RootSystem):
 
 
 class LinearSystem(RootSystem):
-    """R = A x, for A x = b: the right-hand side is not in it, as the linear primitive takes that apart."""
+    """R = A x, for A x = b. The linear primitive receives the right-hand side separately."""
 
     noun = "matvec"
     label = "linear_solve"
 
     def inspect(self, residual: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor) -> None:
-        # Irregular, but drawn by no generator: torch's older vmap, which may surround this, knows none.
+        # Irregular numbers without a generator: an outer vmap of older torch does not support generators.
         places = torch.arange(1, self.raveler.size + 1, dtype=torch.float64, device=x.device)
         u, v = (
             torch.frac(places * irrational).sub(0.5).to(x).reshape(x.shape)
@@ -312,7 +311,7 @@ class LinearSystem(RootSystem):
         )
         nothing, Au, Av, both = (residual(point) for point in (torch.zeros_like(x), u, v, 3 * u + v))
         size = torch.maximum(Au.norm(), Av.norm())
-        # Half the digits of what the function computes in: rounding is far below, and what is not linear far above.
+        # Half the digits of the function's dtype: rounding is far below, and a nonlinear function far above.
         doubt = torch.finfo(self.autocast or self.raveler.coarsest).eps ** 0.5
         wrong = torch.maximum((both - 3 * Au - Av).norm(), nothing.norm())
         if bool(wrong > doubt * size):
@@ -335,7 +334,7 @@ class SymmetricLinearSystem(LinearSystem):
 
 
 def _alone(function: Callable[..., Any], batched: tuple[bool, ...]) -> Callable[..., Any]:
-    """Return ``function`` as one of a batch of one: an axis taken off and put back costs less than ``vmap``."""
+    """Return ``function`` for a batch of one: removing and restoring an axis costs less than ``vmap``."""
 
     def alone(x: torch.Tensor, *tensors: torch.Tensor) -> Any:
         made = function(x[0], *(t[0] if flag else t for t, flag in zip(tensors, batched, strict=True)))
@@ -345,13 +344,13 @@ def _alone(function: Callable[..., Any], batched: tuple[bool, ...]) -> Callable[
 
 
 def mixes_numpy(error: Exception) -> bool:
-    """Return whether ``error`` is that of an operation of torch on a numpy array, or of numpy on a tensor."""
+    """Return whether ``error`` comes from a torch operation on a numpy array, or a numpy operation on a tensor."""
     said = str(error)
     return "call numpy() on Tensor" in said or "numpy.ndarray" in said
 
 
 def numpy_refusal(where: str, noun: str, arrays: Sequence[str]) -> DtypeError:
-    """Return the error for numpy in a user's function, of whose arguments ``arrays`` are numpy's."""
+    """Return the error for numpy in a user's function; ``arrays`` names its numpy arguments."""
     return DtypeError(
         f"{where}: expected {noun} to be of torch's operations on tensors, as numpy's cannot be differentiated, got a numpy array"
         f"{' at ' + ', '.join(arrays) if arrays else ' or a function of numpy in it'}; convert arrays with torch.as_tensor(...), and use "
@@ -362,6 +361,6 @@ def numpy_refusal(where: str, noun: str, arrays: Sequence[str]) -> DtypeError:
 def unconnected(system: System) -> ArgumentError:
     """Return the error for a function whose result does not depend on its first argument."""
     return ArgumentError(
-        f"{system.where}: expected what {system.noun} returns to depend on its first argument, and no graph leads "
+        f"{system.where}: expected the result of {system.noun} to depend on its first argument, and no graph leads "
         "there; look for .detach(), .item(), numpy or torch.no_grad inside it"
     )

@@ -1,4 +1,4 @@
-"""``bilevel tune``: options, progress bar, and where results go."""
+"""``bilevel tune``: options, progress bar, and output files."""
 
 # No `from __future__ import annotations` here: typer reads the annotations when the command is registered.
 
@@ -7,10 +7,9 @@ from types import TracebackType
 from typing import Annotated, ClassVar
 
 import typer
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
-from bilevel.cli.output import prepare_output, printing
+from bilevel.cli.output import console, prepare_output, printing
 from bilevel.hyperopt.data import BUNDLED, Task, load
 from bilevel.hyperopt.outcome import Outcome, OuterStep, Penalty, TuneSettings
 from bilevel.hyperopt.tune import tune as run
@@ -18,8 +17,6 @@ from bilevel.hyperopt.tune import tune as run
 __all__ = ["tune"]
 
 _DEFAULT = TuneSettings()
-_WIDTH = 140
-"""Columns where the output is not a terminal, whose width would be unknown."""
 
 
 def tune(
@@ -85,18 +82,13 @@ def tune(
             print(f"Written: {', '.join(str(path) for path in written)}")
 
 
-def _console(*, stderr: bool) -> Console:
-    console = Console(stderr=stderr, highlight=False)
-    return console if console.is_terminal else Console(stderr=stderr, highlight=False, width=_WIDTH)
-
-
 def _show(outcome: Outcome) -> None:
     from bilevel.hyperopt.report import remarks, table
 
-    console = _console(stderr=False)
-    console.print(table(outcome))
+    screen = console(stderr=False)
+    screen.print(table(outcome))
     for line in remarks(outcome):
-        console.print(line, markup=False)
+        screen.print(line, markup=False)
 
 
 def _save(outcome: Outcome, output: Path) -> list[Path]:
@@ -124,7 +116,7 @@ class _Bar:
             MofNCompleteColumn(),
             TimeElapsedColumn(),
             TextColumn("{task.fields[losses]}"),
-            console=_console(stderr=True),
+            console=console(stderr=True),
             disable=not shown,
         )
         self._current: TaskID | None = None

@@ -1,6 +1,6 @@
 """Read a data set for tuning: bundled with scikit-learn, or a CSV file with a target column.
 
-Whatever cannot be used is said in one sentence, as a :class:`DataError`.
+A data set that cannot be used raises a :class:`DataError` of one sentence.
 """
 
 from __future__ import annotations
@@ -15,19 +15,16 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from bilevel.hyperopt.table import MISSING, DataError, Table, listed, parse, read_table
+from bilevel.cli.table import MOST_CLASSES, DataError, parse, read_table, split_target
 
 __all__ = ["BUNDLED", "DataError", "Dataset", "Task", "infer_task", "load", "load_bundled", "read_csv"]
 
 BUNDLED = ("breast_cancer", "diabetes", "digits", "wine")
 """Names of the bundled data sets: real data that scikit-learn carries."""
 
-MOST_CLASSES = 20
-"""A numeric target column of whole numbers with at most so many different ones is read as classes."""
-
 
 class Task(enum.Enum):
-    """What is predicted."""
+    """The kind of target."""
 
     REGRESSION = "regression"
     BINARY = "binary"
@@ -51,7 +48,7 @@ class Dataset:
     classes
         Class labels in the order of their numbers; empty for regression.
     task
-        What is predicted.
+        The kind of target.
     """
 
     name: str
@@ -77,7 +74,7 @@ def load(source: str, *, target: str | None = None, task: Task | None = None) ->
     target
         The target column of a CSV file.
     task
-        What is predicted; inferred from the targets if None, see :func:`infer_task`.
+        The kind of target; None: inferred from the targets, see :func:`infer_task`.
 
     Raises
     ------
@@ -146,25 +143,8 @@ def read_csv(path: Path, *, target: str | None, task: Task | None = None) -> Dat
         empty or not finite, or the target has but one value.
     """
     table = read_table(path)
-    header = table.header
-    if target is None:
-        raise DataError(f"{path}: which column is the target? Pass --target, one of: {listed(header)}")
-    if target not in header:
-        row = (
-            "; if that is a row, put a line of names above it"
-            if any(parse(name) is not None for name in header)
-            else ""
-        )
-        raise DataError(f"{path}: there is no column {target!r}; there are: {listed(header)}{row}")
-    if len(header) == 1:
-        raise DataError(f"{path}: there is no column besides the target {target!r}; at least one feature is needed")
-    at = header.index(target)
-    features = tuple(name for name in header if name != target)
-    inputs = np.array(
-        [[table.number(row, j) for j in range(len(header)) if j != at] for row in table.rows], dtype=np.float64
-    )
-    cells = [table.cell(row, at) for row in table.rows]
-    _check_labels(table, target, cells)
+    features, inputs, cells = split_target(table, target)
+    assert target is not None  # or split_target had raised
     column = _column(cells)
     if column.dtype.kind == "f" and not np.isfinite(column).all():
         line = table.rows[int(np.flatnonzero(~np.isfinite(column))[0])].line
@@ -175,19 +155,8 @@ def read_csv(path: Path, *, target: str | None, task: Task | None = None) -> Dat
     return Dataset(Path(path.name.removesuffix(".gz")).stem, inputs, targets, features, classes, task)
 
 
-def _check_labels(table: Table, target: str, cells: list[str]) -> None:
-    """Refuse the odd cell that would turn a column of numbers into text, or missing values into a class."""
-    numbers = {number for number in map(parse, cells) if number is not None}
-    for row, cell in zip(table.rows, cells, strict=True):
-        where = f"{table.path}: line {row.line}: target {target!r} holds {cell!r}"
-        if cell.lower() in MISSING:
-            raise DataError(f"{where}, which is no value; remove the row or fill it in")
-        if len(numbers) > MOST_CLASSES and parse(cell) is None:
-            raise DataError(f"{where}, which is not a number as others are; correct it or remove the row")
-
-
 def infer_task(column: NDArray[Any]) -> Task:
-    """Guess what is predicted from a target column; ``--task`` overrides it.
+    """Infer the kind of target from a target column; ``--task`` overrides it.
 
     Text is classes. Numbers are classes if they are whole and at most :data:`MOST_CLASSES` different ones
     occur, otherwise a regression target. Two classes are binary.

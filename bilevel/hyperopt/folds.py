@@ -22,11 +22,12 @@ that float64 holds, is at times out of reach."""
 
 
 def tolerance_at(log_strength: float) -> bilevel.Tolerance:
-    """Return :data:`TOLERANCE`, or what float64 holds where the weakest strength is ``log_strength``.
+    """Return :data:`TOLERANCE`, or the accuracy that float64 allows if the weakest log-strength is ``log_strength``.
 
-    With more features than rows, validation rows have a part that no training row sees, along which the penalty e^θ is all
-    curvature there is, and the adjoint as long as e^−θ. Rounding in H q then leaves a residual of some eps ‖H‖ e^−θ. It does no
-    harm: it lies where the training rows are and curvature is, so that q moves little, and Bᵀq with B = diag(e^θ β) less.
+    With more features than rows, validation rows have a part outside the span of the training rows. There the penalty e^θ
+    is the only curvature, and the adjoint has length e^−θ. Rounding in H q then leaves a residual of some eps ‖H‖ e^−θ. It
+    lies in the span of the training rows, where the curvature is large. Its effect on q is small, and on Bᵀq, with B =
+    diag(e^θ β), smaller still.
 
     Examples
     --------
@@ -38,7 +39,7 @@ def tolerance_at(log_strength: float) -> bilevel.Tolerance:
 
 
 class Folds:
-    """The cross-validation loss as a function of θ, its hypergradient, and what they cost."""
+    """The cross-validation loss as a function of θ, with its hypergradient and its cost."""
 
     def __init__(self, model: LinearModel, splits: Splits, theta: torch.Tensor, stage: str) -> None:
         self.model, self.stage, self.folds = model, stage, len(splits.folds)
@@ -103,7 +104,7 @@ class Folds:
         return step, gradient
 
     def bounded(self, step: OuterStep) -> OuterStep:
-        """Return ``step`` with the bound of its hypergradient's error, which costs as much as several steps."""
+        """Return ``step`` with the bound of its hypergradient's error. It costs as much as several steps."""
         with torch.no_grad():
             self.theta.copy_(torch.tensor(step.log_strengths, dtype=torch.float64).reshape(self.theta.shape))
         self.problem.tolerance = tolerance_at(min(step.log_strengths))

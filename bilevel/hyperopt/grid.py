@@ -1,4 +1,4 @@
-"""The grid that tuning is compared with: scikit-learn's own estimator, for each strength and fold."""
+"""The grid search that tuning is compared with: scikit-learn's own estimator, for each strength and fold."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class GridCurve:
     solves
         Estimators fitted: grid points times folds.
     warnings
-        What scikit-learn warned of, each once.
+        scikit-learn's warnings, each once.
     """
 
     log_strengths: tuple[float, ...]
@@ -86,7 +86,7 @@ def estimator(task: Task, log_strength: float, rows: float) -> Any:
 
 
 def scores_of(task: Task, fitted: Any, inputs: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Return predictions for regression, and otherwise the scores that go into the (soft)max."""
+    """Return predictions for regression, and otherwise the scores before the (soft)max."""
     scores: NDArray[np.float64] = (
         fitted.predict(inputs) if task is Task.REGRESSION else fitted.decision_function(inputs)
     )

@@ -43,7 +43,7 @@ Parameters: TypeAlias = dict[str, torch.Tensor]
 
 
 class WeightedData(NamedTuple):
-    """A data set, and how much each row counts for training and for validation.
+    """A data set, with the weight of each row in training and in validation.
 
     Parameters
     ----------
@@ -71,7 +71,7 @@ FOLD_DIMS: Any = WeightedData(None, None, 0, 0)  # type: ignore[arg-type]  # axe
 def fold_weights(
     folds: Iterable[tuple[Any, Any]], rows: int, *, dtype: torch.dtype = torch.float64
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return weights of the rows for K folds of any sizes: 1 for a row that a fold trains, or validates, on, else 0.
+    """Return row weights for K folds of any sizes: 1 for a row that a fold trains on, or validates on, else 0.
 
     The folds then share the data and differ in their weights alone, so that all of them are one batch: ``batch_dims`` has an axis 0 for
     the two results and None for the data. An objective is to be a weighted mean, ``(weight * losses).sum() / weight.sum()``; the mean
@@ -82,9 +82,9 @@ def fold_weights(
     folds
         Pairs of row numbers, or of masks, to train and to validate on, as ``KFold(...).split(X)`` yields them.
     rows
-        How many rows there are.
+        The number of rows.
     dtype
-        Of the weights.
+        The dtype of the weights.
 
     Returns
     -------
@@ -197,10 +197,10 @@ class LinearModel(ABC):
         """Return the Lipschitz constants of the weighted mean of ℓ, from the rows' ``inputs`` and ``weights``."""
 
     def constants(self, log_strengths: torch.Tensor, data: WeightedData) -> bilevel.Constants:
-        """Return what is known of G and F at these strengths, each of K folds by itself.
+        """Return the known constants of G and F at these strengths, for each of K folds.
 
-        μ is not: the intercept is not penalised, and G flattens where it leaves the data. Bounds then rest on the curvature at the
-        solution found.
+        μ is unknown: the intercept is not penalised, and G is flat far from the data. Bounds then use the curvature at the
+        computed solution.
         """
         training = self.loss_constants(data.inputs, data.training)
         validation = self.loss_constants(data.inputs, data.validation)
@@ -214,7 +214,7 @@ class LinearModel(ABC):
 
     @property
     def metric_scale(self) -> float:
-        """What turns the training loss ℓ into the customary metric: 2 for half squares, else 1."""
+        """The factor from the training loss ℓ to the usual metric: 2 for half squares, else 1."""
         return 1.0
 
 

@@ -1,4 +1,4 @@
-"""What a tuning run is asked and what it found: settings, steps, rows of the table, and who hears of them."""
+"""The settings of a tuning run and its results: steps, rows of the table, and the progress interface."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ __all__ = ["Outcome", "OuterStep", "Penalty", "Progress", "Row", "TuneSettings",
 
 
 class Penalty(enum.Enum):
-    """How many strengths there are."""
+    """The number of strengths."""
 
     SHARED = "shared"
     FEATURE = "feature"
@@ -33,18 +33,18 @@ class TuneSettings:
     folds
         K.
     test_size
-        The part of all rows that is held out and tested on once.
+        The share of all rows that is held out, and tested on once.
     watch_size
-        The part of the other rows that is held back from the folds.
+        The share of the other rows that is kept out of the folds.
     steps
-        The most outer steps: after the probes for a shared strength (where 15 is the limit), and of Adam for
-        one per feature.
+        The largest number of outer steps: after the probes for a shared strength (at most 15), and of Adam for one per
+        feature.
     patience
-        Per-feature tuning stops when the watch loss has not improved for so many steps.
+        Per-feature tuning stops after this many steps without a lower watch loss.
     learning_rate
-        Of Adam, in units of the log-strengths.
+        The learning rate of Adam, in units of the log-strengths.
     seed
-        Of the splits; nothing else is random.
+        The seed of the splits. Nothing else is random.
     """
 
     penalty: Penalty = Penalty.SHARED
@@ -119,12 +119,12 @@ class OuterStep:
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the final table: a choice of strengths and what became of it.
+    """One line of the final table: a choice of strengths and its results.
 
     Parameters
     ----------
     name
-        What the strengths are.
+        The name of the choice.
     log_strengths
         θ: one value, or one per feature.
     cv_loss, watch_loss
@@ -133,7 +133,7 @@ class Row:
         Of one model fitted to all development rows: loss, and accuracy or R², on the test rows. NaN if that fit
         failed.
     inner_solves, seconds
-        Spent to arrive at the choice, from nothing: fits of one model to one fold, and wall time of whatever that took.
+        The cost of the choice from the beginning: fits of one model to one fold, and the wall time.
     """
 
     name: str

@@ -36,8 +36,8 @@ class HyperparameterOptimization(bilevel.BilevelProblem):
     validation_loss
         F(parameters, data) → scalar; or F(parameters, hyperparameters, data), if it has three arguments without a default.
     hyperparameters
-        Where tuning begins: a floating-point tensor, or a dict of them, by any names, such as those of ``named_parameters()``.
-        Nothing keeps them in bounds: pass logarithms of what has to be positive. They are copied.
+        The initial values: a floating-point tensor of any shape, or a dict of such tensors by name. They are copied.
+        Nothing keeps them in bounds: for a positive hyperparameter pass its logarithm.
     init
         Where training begins: a tensor or a pytree of them, structured as the parameters φ; with
         ``batch_dims``, every tensor has a leading axis K.
@@ -91,8 +91,8 @@ class HyperparameterOptimization(bilevel.BilevelProblem):
     ...     return loss
     >>> before = tuning((inputs, targets)).item()
     >>> _ = optimizer.step(closure)
-    >>> tuning((inputs, targets)).item() < before
-    True
+    >>> round(before, 4), round(tuning((inputs, targets)).item(), 4)
+    (0.1543, 0.005)
     >>> sorted(tuning.state_dict())
     ['hyperparameters']
     """

@@ -1,6 +1,6 @@
 """Tune the strengths of a linear model's penalty by the gradient of its cross-validation loss.
 
-The steps of :func:`tune`, and what each may look at:
+The steps of :func:`tune`, and the data that each uses:
 
 1. *Grid.* scikit-learn's estimators on :data:`~bilevel.hyperopt.grid.GRID_POINTS` values of one shared
    strength: the comparison.

@@ -1,4 +1,7 @@
-"""A call of a layer: the settings that it was made with, and its solves, forward and in every derivative."""
+"""A call of a layer: its settings, and its solves, forward and in every derivative.
+
+The module is above 400 lines because a call is one sequence (check, solve, judge, report, policy) that the forward pass and every derivative share.
+"""
 
 from __future__ import annotations
 
@@ -9,22 +12,28 @@ from typing import Any, Generic, NamedTuple, TypeVar, overload
 
 import torch
 
+from bilevel.equations.linearization import Linearization
 from bilevel.equations.problem import Problem
 from bilevel.equations.pullbacks import Pullback
 from bilevel.equations.structured import StructuredSystem, objective_of
 from bilevel.errors import ArgumentError, BilevelError, StochasticObjectiveError
+from bilevel.implicit import JointProduct
 from bilevel.layers.checks import Inspection, inspect_on_failure, inspect_once, reuse_inspection
 from bilevel.layers.differentiation import Differentiation, Implicit, check_differentiation
+from bilevel.layers.examinations import Examinations
 from bilevel.layers.messages import failure_messages
 from bilevel.linear._base import LinearOutcome, LinearSolver, as_linear_solver, solve_linear
-from bilevel.linear._free_directions import changes_free_directions, free_direction_messages
+from bilevel.linear._free_directions import (
+    changes_free_directions,
+    free_direction_messages,
+    unsure_derivative_messages,
+)
 from bilevel.linear.defaults import default_linear_solver
 from bilevel.linear.exact import offer_factor
 from bilevel.operators import LinearOperator
 from bilevel.policy import OnFailure, apply_policy, check_policy, handle_misuse
 from bilevel.recording import active_recordings
-from bilevel.replay.cache import ReplayCache
-from bilevel.replay.purity import InspectionCache
+from bilevel.replay import InspectionCache, ReplayCache
 from bilevel.reports import Pass, SolveReport, Status, StatusMessages
 from bilevel.solvers._base import InnerSolver, as_inner_solver
 from bilevel.solvers._error import rounding
@@ -37,13 +46,13 @@ __all__ = ["Adjoint", "Inspector", "Setting", "SolveCall", "SolveSettings"]
 
 T = TypeVar("T")
 
-# How many times the rounding of R it may differ from one evaluation to another.
+# Two evaluations of R may differ by this many times its rounding.
 _MORE_THAN_ROUNDING = 8.0
 _RESIDUALS = {True: "a gradient", False: "a residual"}
 
 
 class Adjoint(NamedTuple):
-    """What the linear solve of a call's first derivative found.
+    """The result of the linear solve of a call's first derivative.
 
     Attributes
     ----------
@@ -53,35 +62,38 @@ class Adjoint(NamedTuple):
         What the linear solve reported.
     residual
         ∇_x G (batch, n) at the solution of the call.
+    linearization
+        That of ∇_x G at the solution, where there is one.
     """
 
     value: torch.Tensor
     report: SolveReport
     residual: torch.Tensor
+    linearization: Linearization | None = None
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class SolveSettings:
-    """The settings of one call: its solves and all of its derivatives go by them, whatever is set later.
+    """The settings of one call. Its solves and all of its derivatives use them, even if the layer's settings change later.
 
     Parameters
     ----------
     solver, linear_solver
-        None to choose from the size; functions are wrapped.
+        None: chosen from the size. Functions are wrapped.
     tolerance
         δ and δ′.
     on_failure
         The policy.
     inspect
-        Whether to inspect the function first. A call just before, with the same function, may have done it.
+        Whether the function is checked first. An earlier call with the same function may have done it.
     adjoint_start
-        Where the linear solve of the first derivative begins, (batch, n). It is not used if it does not fit.
+        The initial guess of the linear solve of the first derivative, (batch, n). It is ignored if its shape does not fit.
     backward_messages
-        What an application says of the failures of its linear systems, in place of the general words.
+        An application's messages for the failures of its linear systems, in place of the general ones.
     differentiation
         How the solution is differentiated.
     on_adjoint
-        Is handed the adjoint of the first derivative. It may be called several times, if there are several backward passes.
+        Receives the adjoint of the first derivative. Several backward passes call it several times.
 
     Raises
     ------
@@ -110,7 +122,7 @@ class SolveSettings:
         object.__setattr__(self, "differentiation", check_differentiation(self.differentiation))
 
     def start(self, rhs: torch.Tensor) -> torch.Tensor | None:
-        """Return where the linear solve for the right-hand side ``rhs`` (batch, n) begins, or None."""
+        """Return the initial guess of the linear solve for the right-hand side ``rhs`` (batch, n), or None."""
         kept = self.adjoint_start
         if kept is None or kept.shape != rhs.shape or not bool(torch.isfinite(kept).all()):
             return None
@@ -120,7 +132,7 @@ class SolveSettings:
 class Setting(Generic[T]):
     """One of the :class:`SolveSettings` of a layer or a problem, as an attribute that may be set between calls.
 
-    A call takes the settings as they are when it is made. What is set later holds for later calls.
+    A call uses the settings that are in force when it is made.
     """
 
     def __set_name__(self, owner: type, name: str) -> None:
@@ -141,22 +153,23 @@ class Setting(Generic[T]):
 
 
 class Inspector:
-    """Inspects the function of a layer, and remembers which inspections need no repetition. A copy remembers nothing."""
+    """Check the function of a layer, and remember which functions need no second check. A copy remembers nothing."""
 
     def __init__(self) -> None:
         self._inspected: InspectionCache[ReplayCache] = InspectionCache()
         self._aside: InspectionCache[ReplayCache] = InspectionCache()
+        self.examinations = Examinations()
 
     def inspect_once(
         self, problem: Problem, x: torch.Tensor, written: Any, *, captures: bool, again: bool = False
     ) -> Inspection:
-        """Inspect the user's function, ``written``, at ``x`` (batch, n), unless it was inspected before. ``again`` inspects it in any case."""
+        """Check the user's function, ``written``, at ``x`` (batch, n), unless it was checked before; ``again`` forces the check."""
         return inspect_once(problem, x, written, InspectionCache() if again else self._inspected, captures=captures)
 
     def reuse_inspection(
         self, problem: Problem, x: torch.Tensor, written: Any, *, captures: bool
     ) -> ReplayCache | None:
-        """Return what a call may be replayed from, if it is not to inspect."""
+        """Return the replays that a call may use, for a call that makes no check."""
         return reuse_inspection(problem, x, written, self._inspected, self._aside, captures=captures)
 
 
@@ -166,9 +179,9 @@ class SolveCall:
     Parameters
     ----------
     settings
-        What the call was made with.
+        The settings of the call.
     inspector
-        Inspects the function.
+        Checks the function.
     written
         The function as the user wrote it.
     where
@@ -176,7 +189,7 @@ class SolveCall:
     watched
         Whether gradients are enabled.
     dtype
-        What accuracies are of that nobody asked for.
+        The dtype that default accuracies refer to.
     functions
         The user's functions besides ``written``: those of a structure.
     """
@@ -218,7 +231,7 @@ class SolveCall:
     def inspect(
         self, problem: Problem, init: torch.Tensor, written: Any = None, *, again: bool = False
     ) -> Inspection | None:
-        """Look for what would make gradients wrong, at ``init`` (batch, n); return what came of it, if there was nothing."""
+        """Check for faults that make gradients wrong, at ``init`` (batch, n); return the result, or None after a fault."""
         if not problem.batch:
             return None
         try:
@@ -233,7 +246,7 @@ class SolveCall:
         return None
 
     def solve(self, problem: Problem, init: torch.Tensor) -> torch.Tensor:
-        """Return x (*batch, n), inspected, solved for, judged, reported and treated as the policy says."""
+        """Return x (*batch, n): check the function, solve, judge, report and apply the policy."""
         if isinstance(problem.system, StructuredSystem):
             return self._find(problem, problem.system, init)
         settings = self.settings
@@ -259,7 +272,7 @@ class SolveCall:
         return self._reported(problem, outcome, messages)
 
     def _find(self, problem: Problem, system: StructuredSystem, init: torch.Tensor) -> torch.Tensor:
-        """Do the same for a structured system, which finds its solution by itself."""
+        """Do the same for a structured system, which has its own solution method."""
         settings, self.system = self.settings, system
         objective = objective_of(problem)
         x, everything = init[:, : objective.size], (self.written, *self.functions)
@@ -304,13 +317,14 @@ class SolveCall:
     def reviewed(
         self, solver: InnerSolver, problem: Problem, init: torch.Tensor, outcome: InnerOutcome
     ) -> tuple[InnerOutcome, StatusMessages]:
-        """Return the outcome of an inner solve, and its words; a kind of problem that can say more of an answer overrides this."""
+        """Return the outcome of an inner solve and its messages. Override it for a kind of problem that can tell more about a solution."""
         return outcome, failure_messages(solver, problem, init, outcome)
 
     def compare(self, problem: Problem, x: torch.Tensor, residual: torch.Tensor) -> None:
         """Compare ``residual``, R(x) (batch, n) in a derivative, with R at the same x in the forward pass.
 
-        They differ by more than rounding where the function went by something that has changed in between, such as an attribute of an object.
+        They differ by more than rounding if the function depends on a thing that has changed since, such as an attribute of an
+        object.
 
         Raises
         ------
@@ -332,8 +346,8 @@ class SolveCall:
         first = int(doubtful.nonzero()[0])
         error = StochasticObjectiveError(
             f"{self.where}: expected {problem.system.noun} to be the same function in a derivative as in the call, and at the solution "
-            f"{_RESIDUALS[problem.minimizes]} of norm {float(before[first].norm()):.3g} became one of {float(residual[first].norm()):.3g}; pass what "
-            "changes in between as an argument, or take the derivative before it changes"
+            f"{_RESIDUALS[problem.minimizes]} of norm {float(before[first].norm()):.3g} became one of {float(residual[first].norm()):.3g}; the "
+            "function uses an object that has changed: pass that object as an argument, or take the derivative before it changes"
         )
         if handle_misuse(error, self.settings.on_failure):
             axes = problem.system.batch_shape
@@ -347,11 +361,13 @@ class SolveCall:
         axes: tuple[int, ...],
         product: Callable[[torch.Tensor], torch.Tensor] | None = None,
         pullbacks: Sequence[Pullback] = (),
+        unsure: Sequence[Pullback] = (),
     ) -> torch.Tensor:
-        """Return A⁻¹ rhs (*axes, n), solved for, judged, reported and treated as the policy says.
+        """Return A⁻¹ rhs (*axes, n): solve, judge, report and apply the policy.
 
-        ``product``, v ↦ A v for the first answer, is there for the adjoint of a first derivative alone. ``pullbacks`` are there for any adjoint: if A
-        is singular, they tell whether the derivative exists.
+                ``product``, v ↦ A v, is passed for the adjoint of a first derivative only. ``pullbacks`` are passed for any adjoint: if
+        A is singular, they tell whether the derivative exists. ``unsure`` are pullbacks to arguments that a transform computes: if
+        one of them does not vanish, the report says that the derivative may not exist.
         """
         settings = self.settings
         if self.factor is not None:
@@ -364,24 +380,32 @@ class SolveCall:
         reported = self.report is None or self.recordings or active_recordings() or on_adjoint is not None
         begun = None if product is None else settings.start(rhs)
         noise = self._noise(rhs)
-        outcome = solve_linear(solver, operator, rhs, target, begun, product=product, seen=bool(reported), noise=noise)
+        examinations = self.inspector.examinations
+        examine = not target.silent and target.strong_convexity is None and examinations.is_due(operator, solver)
+        outcome = solve_linear(
+            solver, operator, rhs, target, begun, product=product, seen=bool(reported), noise=noise, examine=examine
+        )
+        examinations.learn(operator, outcome.status)
         outcome, words = _without_derivative(operator, outcome, pullbacks, settings.backward_messages)
+        if unsure and bool(changes_free_directions(operator, outcome.status, unsure).any()):
+            words = {**unsure_derivative_messages(), **words}
         outcome, words = self._one_sided(outcome, words, axes)
         report = _report(direction, self.where, solver.name, outcome, axes, words)
         self.report = self.report or report
         if on_adjoint is not None and self.residual is not None:
             size = self.residual.shape[-1]  # of the unknown alone, without multipliers
-            on_adjoint(Adjoint(outcome.x[:, :size], report, self.residual))
+            linearization = product.linearization if isinstance(product, JointProduct) else None
+            on_adjoint(Adjoint(outcome.x[:, :size], report, self.residual, linearization))
         shaped = outcome.x.reshape(*axes, operator.size)
         shaped = apply_policy(report, shaped, settings.on_failure, self.recordings, silent_budget=target.silent)
         if self.nan_mask is None:
             return shaped
-        # A quadratic's matrices are the same at a NaN: without this, what has failed would get a finite derivative.
-        # Axes that a transform has added since stand in front of those of the forward pass.
+        # A quadratic has the same matrix at a NaN. Without this, a failed problem would get a finite derivative.
+        # Axes that a transform has added since precede those of the forward pass.
         return torch.where(self.nan_mask.unsqueeze(-1), torch.full_like(shaped, float("nan")), shaped)
 
     def _own_solver(self, operator: LinearOperator) -> LinearSolver | None:
-        """Return what a structured system has for derivatives, or None."""
+        """Return a structured system's own linear solver for derivatives, or None."""
         if self.system is None:
             return None
         kept = self.reduced
@@ -391,11 +415,11 @@ class SolveCall:
     def _one_sided(
         self, outcome: LinearOutcome, words: StatusMessages, axes: tuple[int, ...]
     ) -> tuple[LinearOutcome, StatusMessages]:
-        """Return ``outcome`` with ``Status.DEGENERATE`` where the derivative at the solution does not exist or is one-sided."""
+        """Return ``outcome`` with ``Status.DEGENERATE`` for problems whose derivative does not exist or is one-sided."""
         if self.degenerate is None or Status.DEGENERATE not in self.messages:
             return outcome, words
         these = self.degenerate.expand(axes).reshape(outcome.status.shape)
-        # Constraints whose gradients depend on each other, and that an argument moves apart, make the matrix singular.
+        # Constraints with dependent gradients make the matrix singular if an argument moves them apart.
         these = these | (outcome.status == Status.SINGULAR)
         if not bool(these.any()):
             return outcome, words
@@ -403,7 +427,7 @@ class SolveCall:
         return replace(outcome, status=status), {**words, **self.messages}
 
     def _noise(self, rhs: torch.Tensor) -> torch.Tensor | None:
-        """Return the rounding (batch,) that this right-hand side may hold of larger ones before it, of which it was made. None for the first."""
+        """Return the rounding (batch,) that earlier, larger right-hand sides have left in this one; None for the first."""
         last, self.last_rhs = self.last_rhs, rhs.detach()
         if last is None:
             return None
@@ -420,7 +444,7 @@ class SolveCall:
 
 
 def _without_solution(report: SolveReport) -> torch.Tensor | None:
-    """Return which problems have no solution that a derivative could be of, or None if all have."""
+    """Return which problems have no solution to differentiate, or None if all have one."""
     none = (report.status_code == Status.INFEASIBLE) | (report.status_code == Status.UNBOUNDED)
     return none if bool(none.any()) else None
 
@@ -428,14 +452,14 @@ def _without_solution(report: SolveReport) -> torch.Tensor | None:
 def _without_derivative(
     operator: LinearOperator, outcome: LinearOutcome, pullbacks: Sequence[Pullback], words: StatusMessages
 ) -> tuple[LinearOutcome, StatusMessages]:
-    """Return ``outcome`` and ``words`` with ``Status.SINGULAR`` where an argument changes which directions of the solution are free."""
+    """Return ``outcome`` and ``words`` with ``Status.SINGULAR`` for problems in which an argument changes the free directions of the solution."""
     if not pullbacks or not bool((outcome.status == Status.MINIMUM_NORM).any()):
         return outcome, words
     changed = changes_free_directions(operator, outcome.status, pullbacks)
     if not bool(changed.any()):
         return outcome, words
     status = torch.where(changed, int(Status.SINGULAR), outcome.status)
-    first = (status == Status.SINGULAR).nonzero()[0]  # a report has one sentence for each status
+    first = (status == Status.SINGULAR).nonzero()[0]  # a report has one message for each status
     if bool(changed[first]):
         words = {**free_direction_messages(symmetric=operator.symmetric), **words}
     return replace(outcome, status=status), words

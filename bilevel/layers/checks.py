@@ -1,4 +1,4 @@
-"""A look at the user's function before it is differentiated, for what would make gradients wrong without a word."""
+"""Checks of the user's function before it is differentiated: faults that would make gradients silently wrong."""
 
 from __future__ import annotations
 
@@ -21,9 +21,7 @@ from bilevel.equations.problem import Problem
 from bilevel.equations.system import System, unconnected
 from bilevel.errors import BilevelError, CapturedTensorError, DtypeError, StochasticObjectiveError
 from bilevel.layers.randomness import GeneratorStates, draws
-from bilevel.replay.cache import ReplayCache
-from bilevel.replay.purity import InspectionCache, has_plain_structure, reachable_objects
-from bilevel.replay.switch import allowed
+from bilevel.replay import InspectionCache, ReplayCache, allowed, has_plain_structure, reachable_objects
 
 __all__ = [
     "Inspection",
@@ -36,14 +34,18 @@ __all__ = [
     "reuse_inspection",
 ]
 
-# How many more pairs of evaluations have to agree where random numbers were drawn.
+# The number of further pairs of evaluations that have to agree if random numbers were drawn.
 _MORE_PAIRS = 12
-# How torch speaks of compressed layouts.
+# The words of torch's errors about compressed layouts.
 _COMPRESSED = re.compile(r"Sparse ?(Csr|Csc|Bsr|Bsc)", re.IGNORECASE)
 
 
 class Inspection(NamedTuple):
-    """What was found at the problem's first row, or None if the function was known; and what it may be replayed from, if it may."""
+    """The result of a check.
+
+    ``found`` is the value and the slope at the problem's first row; None if the function was checked before. ``replays`` are the
+    recorded evaluations that the call may use, or None.
+    """
 
     found: tuple[torch.Tensor, torch.Tensor] | None
     replays: ReplayCache | None = None
@@ -57,19 +59,19 @@ def inspect_once(
     *,
     captures: bool,
 ) -> Inspection:
-    """Inspect the problem at the first row of ``x`` (batch, n), unless ``memory`` has that nothing was wrong with the same.
+    """Check the problem at the first row of ``x`` (batch, n), unless ``memory`` holds the same check without a fault.
 
     ``function`` is what the user wrote: a function, or a tuple of functions and constants.
 
-    What is looked for is a property of the function: one problem shows it as well as all of them, and where the user's ``function`` can do
-    but one thing, so does one call.
+    The faults are properties of the function, so one problem shows them as well as all of them. If the user's ``function`` is
+    branch-free and depends on its arguments alone, one call is enough too.
     """
     try:
         return _inspect_once(problem, x, function, memory, captures=captures)
     except (RuntimeError, ValueError) as error:
         if not leaves_domain(error):
             raise
-        # The start has no value: nothing is seen there, and the solve will say so.
+        # The function has no value at the initial guess. The check sees nothing, and the solve reports it.
         return Inspection((x.new_full((), float("nan")), torch.full_like(x[0], float("nan"))))
 
 
@@ -89,7 +91,7 @@ def _inspect_once(
         return Inspection(None, _usable(replays, problem, x, known))
     states, single = GeneratorStates(x.device), problem.single(0)
     found = inspect_function(single, x[:1], captures=captures)
-    # What random numbers do may depend on tensors' values: a noise may be of size zero today.
+    # The effect of random numbers may depend on tensors' values: the noise may have size zero in this call.
     if not _drew(states, single, x[:1]):
         memory.keep(known.key, known.parts, ReplayCache(known.captured))
     return Inspection(found)
@@ -104,9 +106,9 @@ def reuse_inspection(
     *,
     captures: bool,
 ) -> ReplayCache | None:
-    """Return what a problem that need not be looked at may be replayed from, if it may.
+    """Return the replays of a problem that needs no check, or None.
 
-    It was ``looked`` at before, or it is of other shapes than one that was, and kept ``aside``.
+    It was checked before (``looked``), or it differs from a checked one only in its shapes; then its replays are kept in ``aside``.
     """
     known = _known(problem, x, function, captures)
     if known is None:
@@ -118,7 +120,7 @@ def reuse_inspection(
 
 
 class _Known(NamedTuple):
-    """What tells a straight function's calls apart: kinds, objects by identity, and the tensors among these."""
+    """The key of a branch-free function's calls: kinds, objects by identity, and the tensors among these."""
 
     key: tuple[Any, ...]
     parts: tuple[Any, ...]
@@ -141,21 +143,21 @@ def _usable(replays: ReplayCache, problem: Problem, x: torch.Tensor, known: _Kno
 
 @contextmanager
 def inspect_on_failure(device: torch.device, inspect: Callable[[], object]) -> Iterator[None]:
-    """Inspect after all where a solve without a look fails in torch's words, or draws random numbers: both can depend on tensors' values."""
+    """Check after all if a solve without a check raises or draws random numbers. Both can depend on tensors' values."""
     states = GeneratorStates(device)
     try:
         yield
     except Exception:
         inspect()
         raise
-    if states.changed():  # by whomever: an inspection tells
+    if states.changed():  # the check finds out by whom
         inspect()
 
 
 def _lasting(problem: Problem, x: torch.Tensor, function: Any) -> tuple[Any, ...] | None:
-    """Return all that the user's ``function`` reaches, if an inspection of it holds for calls to come."""
+    """Return all objects that the user's ``function`` reaches, if a check of it holds for later calls."""
     system = problem.system
-    # Whether a matrix is symmetric is seen in its numbers.
+    # Whether a matrix is symmetric depends on its numbers.
     if type(system).inspect is not System.inspect or any(type(t) is not torch.Tensor for t in (x, *problem.tensors)):
         return None
     if not (has_plain_structure(system.raveler.structure) and has_plain_structure(system.arguments.structure)):
@@ -164,7 +166,7 @@ def _lasting(problem: Problem, x: torch.Tensor, function: Any) -> tuple[Any, ...
 
 
 def _kinds(problem: Problem, captures: bool) -> tuple[Any, ...]:
-    """Return all that a straight function may go by, besides the objects that it reaches and the numbers in tensors."""
+    """Return everything that a branch-free function may depend on, besides the objects that it reaches and the numbers in tensors."""
     system = problem.system
     unknown, given = system.raveler, system.arguments
     return (
@@ -181,7 +183,7 @@ def _kind(t: torch.Tensor) -> tuple[Any, ...]:
 
 
 def inspect_function(problem: Problem, x: torch.Tensor, *, captures: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    """Evaluate twice at ``x``, with derivatives, and raise on what would make gradients wrong; return what was found there.
+    """Evaluate twice at ``x``, with derivatives; raise on faults that make gradients wrong; return the value and the slope.
 
     Raises
     ------
@@ -208,10 +210,10 @@ def inspect_function(problem: Problem, x: torch.Tensor, *, captures: bool) -> tu
                 f"or blocks, and torch says: {' '.join(str(error).split())}; convert it once, outside, with .to_sparse_coo() or .to_dense()"
             ) from error
         raise
-    # Dropout leaves a zero input zero: the slopes tell where the values do not.
+    # Dropout leaves a zero input zero. Then the slopes differ, and the values do not.
     agreed = _agree(first, _probe(problem, x, captures=False), 1e3) or _agrees_beside(problem, x)
     if agreed and _drew(states, problem, x):
-        # Two draws of few random numbers may agree by chance; many do not.
+        # Two draws of few random numbers may agree by chance, so more pairs are drawn.
         agreed = all(_agrees_beside(problem, x) for _ in range(_MORE_PAIRS))
     if not agreed:
         raise StochasticObjectiveError(

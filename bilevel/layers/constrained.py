@@ -1,7 +1,7 @@
 """Bounds and constraints as a structure: minimise f(x, θ) subject to h(x, θ) = 0, c(x, θ) ≤ 0, lower(θ) ≤ x ≤ upper(θ).
 
 The unknown is z = (x, ν, λ). At a polished solution λ_i = 0 exactly where c_i is inactive, and x is exactly on its active bounds. Near it the
-local model is the Lagrangian of what is active,
+local model is the Lagrangian of the active set,
 
     𝓛(z, θ) = f(Π(x)) + νᵀh(Π(x)) + Σ_A λ_i c_i(Π(x)) − ½ Σ_{not A} λ_i² + ½‖x − Π(x)‖²,     A = {λ_i > 0},
 
@@ -9,6 +9,8 @@ where Π puts x on its active bounds, which may depend on θ. ∇_z 𝓛 = 0 is 
 usual rule gives the derivatives of x, ν and λ, of every order (Fiacco 1976). With smoothing τ the model is that of the central path,
 
     𝓛_τ(z, θ) = f(x) + νᵀh(x) + λᵀc(x) + τ Σ log λ_i − τ Σ log(x_j − lower_j) − τ Σ log(upper_j − x_j).
+
+The module is above 400 lines because the local model, its solution and its reports are one derivation from this Lagrangian.
 """
 
 from __future__ import annotations

@@ -18,17 +18,16 @@ __all__ = ["Bounds", "Constraints", "PerConstraint", "flatten_values"]
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Constraints:
-    """lower ≤ x ≤ upper, equality(x, ...) = 0 and inequality(x, ...) ≤ 0; what is None is absent.
+    """The constraints lower ≤ x ≤ upper, equality(x, ...) = 0 and inequality(x, ...) ≤ 0; None: no such constraint.
 
     Parameters
     ----------
     lower, upper
-        A number, a tensor that can be broadcast to x, or a pytree of such as x is one (None or ±inf where there is no bound); or a function
-        of the arguments that returns one.
+        A number, a tensor that broadcasts to x, or a pytree like x (None or ±inf: no bound). A function of the arguments may return one.
     equality, inequality
         Functions of x and the arguments that return a tensor, or a pytree of tensors.
     smoothing
-        τ > 0: take value and derivative from the central path, on which λ_i c_i = −τ for every inequality and bound. The solution is off by
+        τ > 0: take the value and the derivative from the central path, on which λ_i c_i = −τ for every inequality and bound. The solution is off by
         O(τ), and its derivative exists everywhere. None: take them from the solution itself.
 
     Raises

@@ -44,7 +44,14 @@ _MOST_DENSE = 512
 
 
 class Differentiation:
-    """How the derivative of a solution is computed: a value of ``differentiation=`` of layers and problems."""
+    """How the derivative of a solution is computed: a value of ``differentiation=`` of layers and problems.
+
+    Examples
+    --------
+    >>> import bilevel
+    >>> bilevel.fixed_point(lambda x, a: 0.5 * x + a, differentiation=bilevel.Truncated(3)).differentiation
+    Truncated(steps=3)
+    """
 
 
 @dataclass(frozen=True)
@@ -56,6 +63,15 @@ class Implicit(Differentiation):
     References
     ----------
     Blondel et al., "Efficient and Modular Implicit Differentiation", NeurIPS 2022.
+
+    Examples
+    --------
+    >>> import torch, bilevel
+    >>> layer = bilevel.fixed_point(lambda x, a: 0.5 * x + a, differentiation=bilevel.Implicit())
+    >>> a = torch.tensor(1.0, dtype=torch.float64, requires_grad=True)
+    >>> layer(torch.tensor(0.0, dtype=torch.float64), a).backward()
+    >>> round(a.grad.item(), 6)  # x* = 2 a
+    2.0
     """
 
 
@@ -81,9 +97,8 @@ class BySteps(Differentiation, ABC):
 class Unrolled(BySteps):
     """Differentiate all steps of the solver: the derivative of the K-th iterate.
 
-    It is the derivative of what was computed, converged or not. Memory grows as O(K n) with the number of steps. The solver has to be
-    :class:`bilevel.GradientDescent` without a line search, or for a fixed point :class:`bilevel.FixedPointIteration`, which is also taken where
-    no solver was chosen.
+    The derivative belongs to the computed iterate, converged or not. Memory grows as O(K n) with the number of steps. The solver has to be
+    :class:`bilevel.GradientDescent` without a line search. For a fixed point it has to be :class:`bilevel.FixedPointIteration`, the default.
 
     References
     ----------
@@ -96,6 +111,7 @@ class Unrolled(BySteps):
     >>> layer = bilevel.argmin(
     ...     lambda x, a: (x - a) ** 2,
     ...     solver=bilevel.GradientDescent(lr=0.25, max_steps=3),
+    ...     tolerance=bilevel.Tolerance(delta=None),
     ...     differentiation=bilevel.Unrolled(),
     ... )
     >>> a = torch.tensor(1.0, dtype=torch.float64, requires_grad=True)
@@ -121,6 +137,11 @@ class Truncated(BySteps):
     ----------
     steps
         How many steps are differentiated.
+
+    Raises
+    ------
+    ArgumentError
+        If a setting is out of its range.
 
     References
     ----------
@@ -183,6 +204,11 @@ class PhantomGradient(BySteps):
         How many steps are differentiated.
     damping
         λ in (0, 1]: the share of T in a step.
+
+    Raises
+    ------
+    ArgumentError
+        If a setting is out of its range.
 
     References
     ----------

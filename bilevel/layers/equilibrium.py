@@ -8,7 +8,15 @@ from typing import Any, TypeVar
 
 import torch
 
-from bilevel.equations.equilibrium import EquilibriumSystem, Players, check_players, player_at_fault
+from bilevel.equations.equilibrium import (
+    BoundState,
+    EquilibriumSystem,
+    Players,
+    bound_state,
+    check_players,
+    player_at_fault,
+)
+from bilevel.equations.player_bounds import PlayerBounds
 from bilevel.equations.problem import Problem
 from bilevel.equations.system import System
 from bilevel.errors import ArgumentError
@@ -29,6 +37,8 @@ T = TypeVar("T")
 def equilibrium(
     objectives: Sequence[Callable[..., torch.Tensor]],
     *,
+    lower: Sequence[Any] | None = None,
+    upper: Sequence[Any] | None = None,
     solver: InnerSolverLike | None = None,
     linear_solver: LinearSolverLike | None = None,
     tolerance: Tolerance | None = None,
@@ -44,6 +54,10 @@ def equilibrium(
     ----------
     objectives
         f_i: functions of ``(x_1, ..., x_N, *args, **kwargs)`` that return a scalar tensor, twice differentiable. The players are counted from 0.
+    lower, upper
+        Bounds: a list with an entry for each player, each None, a number, a tensor, a pytree of tensors like x_i, or a function of the
+        arguments that returns one. The conditions are then those of a variational inequality, which semismooth Newton solves. Where an unknown
+        is on its bound and its slope ∂f_i/∂x_i is zero, the derivative is one-sided, and refused as ``DEGENERATE``.
     solver
         An inner solver for the residual, by default Newton's method; or a function ``(objectives, init, *args, **kwargs)`` -> x, where
         ``objectives`` maps the tuple x to the tuple of values.
@@ -79,6 +93,13 @@ def equilibrium(
     >>> x.backward()
     >>> c.grad
     tensor([-0.6667,  0.3333], dtype=torch.float64)
+
+    The first firm can make 0.25 at most:
+
+    >>> capped = bilevel.equilibrium(duopoly.objectives, lower=[0.0, 0.0], upper=[lambda c: 0.25, None])
+    >>> x, y = capped((zero, zero), c)
+    >>> round(x.item(), 6), round(y.item(), 6)
+    (0.25, 0.175)
     """
     if callable(objectives) or not isinstance(objectives, (list, tuple)) or not objectives:
         raise ArgumentError(
@@ -90,8 +111,9 @@ def equilibrium(
         raise ArgumentError(
             f"equilibrium: expected objectives to be functions of (x_1, ..., x_N, *args), got {wrong!r}; pass functions"
         )
+    bounds = (PlayerBounds.of(name, given, len(objectives)) for name, given in (("lower", lower), ("upper", upper)))
     return EquilibriumLayer(
-        Players(tuple(objectives)),
+        Players(tuple(objectives), *bounds),
         solver=solver,
         linear_solver=linear_solver,
         tolerance=tolerance,
@@ -127,7 +149,8 @@ class EquilibriumLayer(Layer):
         names = ", ".join(getattr(f, "__name__", type(f).__name__) for f in players.objectives)
         self.where = f"`equilibrium` layer `{names}`"
         # Whoever decides whether evaluations may be replayed, or closures reach a gradient, looks at functions.
-        self.written = lambda: _joined(players.objectives)
+        bounds = [side.functions for side in (players.lower, players.upper) if side is not None]
+        self.written = lambda: _joined((*players.objectives, *(f for functions in bounds for f in functions)))
 
     @property
     def objectives(self) -> tuple[Callable[..., torch.Tensor], ...]:
@@ -172,7 +195,11 @@ class _EquilibriumCall(SolveCall):
         self, solver: InnerSolver, problem: Problem, init: torch.Tensor, outcome: InnerOutcome
     ) -> tuple[InnerOutcome, StatusMessages]:
         """Return the outcome with ``Status.INDEFINITE`` where a player could do better nearby, and the words that name the first such player."""
-        player = player_at_fault(problem, outcome.x, outcome.status == Status.CONVERGED)
+        state = bound_state(problem, outcome.x)
+        if state is not None:
+            outcome = self._within(problem, outcome, state)
+        active = None if state is None else state.active
+        player = player_at_fault(problem, outcome.x, outcome.status == Status.CONVERGED, active)
         fault = player >= 0
         if not bool(fault.any()):
             return super().reviewed(solver, problem, init, outcome)
@@ -185,6 +212,31 @@ class _EquilibriumCall(SolveCall):
             "first-order conditions as a bilevel.root",
         )
         return outcome, words
+
+    def _within(self, problem: Problem, outcome: InnerOutcome, state: BoundState) -> InnerOutcome:
+        """Return the outcome with x exactly within its bounds, and note where no derivative exists."""
+        flags = state.degenerate.any(-1)
+        if bool(flags.any()):
+            first = int(flags.nonzero()[0])
+            place = int(state.degenerate[first].nonzero()[0])
+            self.degenerate = flags.reshape(problem.system.batch_shape)
+            self.messages = {
+                Status.DEGENERATE: (
+                    f"found no derivative: unknown {place} is on its bound with a zero slope, where the derivative is one-sided",
+                    "move the bound, or differentiate at arguments where the unknown is clearly on the bound or off it",
+                )
+            }
+        crossed = (state.lower > state.upper).any(-1)
+        status = torch.where(crossed, int(Status.INFEASIBLE), outcome.status)
+        inside = torch.minimum(torch.maximum(outcome.x, state.lower), state.upper)
+        x = torch.where((outcome.status == Status.CONVERGED).unsqueeze(-1), inside, outcome.x)
+        words = dict(outcome.words)
+        if bool(crossed.any()):
+            words[Status.INFEASIBLE] = (
+                "got a lower bound above the upper bound of the same unknown",
+                "check lower and upper, which are to be in order for every unknown",
+            )
+        return replace(outcome, x=x, status=status, words=words)
 
 
 def _joined(objectives: tuple[Callable[..., Any], ...]) -> Callable[..., Any]:

@@ -56,7 +56,7 @@ T = TypeVar("T")
 class Solution(Generic[T]):
     """A layer's result with its report.
 
-    It is a pytree node whose children are :attr:`value` and, where there are constraints, :attr:`multipliers` and :attr:`active`:
+    It is a pytree node. Its children are :attr:`value` and, with constraints, :attr:`multipliers` and :attr:`active`.
     ``torch.func.vmap(layer.solve)`` returns one, with a report of the whole batch.
 
     Parameters
@@ -66,11 +66,11 @@ class Solution(Generic[T]):
     report
         What the forward solve did, per problem.
     multipliers
-        Of constraints: a pytree of tensors, differentiable as x is. None where there are none.
+        A pytree of tensors, differentiable like x. None if there are no constraints.
     active
-        Which constraints are active: a pytree of boolean tensors. None where there are no constraints.
+        The active set: a pytree of bool tensors. None if there are no constraints.
     aux
-        What the function returns beside its value, at the solution and differentiable, with ``has_aux``.
+        With ``has_aux``, the second output of the function at the solution, differentiable.
     """
 
     value: T
@@ -134,7 +134,7 @@ def _last_or(last: Any, init: Any) -> Any:
 class Layer:
     """A differentiable solve: a function of ``(init, *args, **kwargs)``. Made by :func:`argmin`, :func:`root`, :func:`fixed_point`.
 
-    The settings may be set to others between calls. Each call, with all of its derivatives, goes by those that it was made with.
+    Settings may be changed between calls. All derivatives of a call use the settings that the call was made with.
     """
 
     solver = Setting[InnerSolver | None]()
@@ -177,10 +177,10 @@ class Layer:
         self.whole = self.module or function  # with auxiliary output
         self.function = _first_of(self.whole) if has_aux else self.whole
         self.has_aux, self.prepare, self.warm_start = has_aux, prepare, warm_start
-        self.last: Any = None  # the last solution, where the next search begins if warm_start
+        self.last: Any = None  # the last solution: the next initial guess, if warm_start
         self._settings = SolveSettings(tolerance=Tolerance() if tolerance is None else tolerance, on_failure=on_failure)
         self.solver, self.linear_solver, self.differentiation = solver, linear_solver, differentiation
-        self.written = written  # what the user wrote, where that is not the function itself
+        self.written = written  # the user's function, if ``function`` wraps it
         self.inspector = Inspector()
         functools.update_wrapper(self, function, updated=())
         self.where = where or f"`{kind.label}` layer `{getattr(function, '__name__', type(function).__name__)}`"
@@ -205,11 +205,11 @@ class Layer:
         Parameters
         ----------
         init
-            Where the search begins: a tensor, or a pytree of tensors, of floating-point or complex dtype. No gradient flows to it. A complex
-            number counts as two unknowns, its real and its imaginary part.
+            The initial guess: a tensor, or a pytree of tensors, of floating-point or complex dtype. No gradient flows to it. A
+            complex number counts as two unknowns, its real and its imaginary part.
         args, kwargs
-            Passed on to the function, as pytrees. Every floating-point or complex tensor in them can be differentiated; gradients of complex
-            ones are in torch's convention, ∂L/∂Re z + i ∂L/∂Im z.
+            The pytrees that the function receives. Every floating-point or complex tensor in them can be differentiated.
+            Gradients of complex tensors follow torch's convention, ∂L/∂Re z + i ∂L/∂Im z.
 
         Raises
         ------
@@ -227,21 +227,21 @@ class Layer:
 
     @eager
     def solve(self, init: T, *args: Any, **kwargs: Any) -> Solution[T]:
-        """Return a :class:`Solution`: what calling the layer returns, with the report of the forward solve."""
+        """Return a :class:`Solution`: the result of calling the layer, with the report of the forward solve."""
         return self._around(self._settings, init, args, kwargs)
 
     @eager
     def at(self, x: T, *args: Any, **kwargs: Any) -> T:
-        """Return ``x``, a solution that you have already, differentiable as the layer's own solutions are.
+        """Return ``x``, a solution that you already have, differentiable like the layer's own solutions.
 
-        It is checked by one residual. With no accuracy asked it may be about 1 % off; with ``Tolerance(delta=...)`` or ``rtol`` it has to be as
-        accurate as that. Derivatives are those of the implicit function at ``x`` as it is. With proxes, bounds or constraints the layer makes a few
-        steps from ``x`` on, as it needs the active set.
+        One residual checks ``x``. With no accuracy asked it may be off by about 1 %; with ``Tolerance(delta=...)`` or ``rtol``
+        it has to meet that accuracy. Derivatives are those of the implicit function at ``x``. With proximal terms, bounds or
+        constraints the layer makes a few steps from ``x``, because it needs the active set.
 
         Parameters
         ----------
         x
-            The solution, a tensor or a pytree of tensors, from an optimiser of yours, scikit-learn or another program.
+            The solution, a tensor or a pytree of tensors, from your own optimiser, scikit-learn or another program.
         args, kwargs
             As in a call of the layer.
 
@@ -265,7 +265,7 @@ class Layer:
 
     @eager
     def solve_with(self, settings: SolveSettings, init: T, *args: Any) -> Solution[T]:
-        """Return what :meth:`solve` does with other ``settings`` than the layer's own."""
+        """Return the result of :meth:`solve` with ``settings`` in place of the layer's own."""
         return self._solution(settings, init, args, {})
 
     def _around(
@@ -277,7 +277,7 @@ class Layer:
         *,
         value_only: bool = False,
     ) -> Solution[Any]:
-        """Prepare the arguments, choose where to begin, solve, and evaluate what else the function returns."""
+        """Prepare the arguments, choose the initial guess, solve, and evaluate the auxiliary output."""
         if self.prepare is not None:
             prepared = self.prepare(*args, **kwargs)
             args, kwargs = prepared if isinstance(prepared, tuple) else (prepared,), {}
@@ -335,7 +335,7 @@ class Layer:
     def _by_steps(
         self, way: BySteps, call: SolveCall, system: System, flat: torch.Tensor, tensors: list[torch.Tensor]
     ) -> torch.Tensor:
-        """Return x (n,), differentiable through steps of the solver; the search itself is not."""
+        """Return x (n,), differentiable through steps of the solver. The solve itself is not differentiated."""
         if isinstance(system, StructuredSystem):
             raise ArgumentError(
                 f"{self.where}: expected differentiation=bilevel.Implicit() with proximal terms, bounds or constraints, got {way}; leave it "
@@ -358,7 +358,7 @@ class Layer:
     def _system(
         self, raveler: Raveler, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[System, list[torch.Tensor]]:
-        """Return what is to be solved, and the tensors that it depends on, once they are found usable."""
+        """Return the system to solve, and the tensors that it depends on, after checks."""
         tensors, arguments = flatten_arguments(args, kwargs)
         for tensor, name in zip(tensors, arguments.names, strict=True):
             if tensor.dtype.is_floating_point and tensor.device != raveler.device:
@@ -385,13 +385,13 @@ class Layer:
             )
 
     def _check_edge(self, on_failure: OnFailure, init: Any, system: System, tensors: list[torch.Tensor]) -> bool:
-        """Find what the primitive cannot see from inside; return whether the policy asks for NaN."""
+        """Find the misuse that the primitive cannot see from inside; return whether the policy asks for NaN."""
         poisoned = False
         leaves = pytree.tree_leaves(init)
         if any(carries_gradient(leaf) for leaf in leaves):
             error: BilevelError = InitGradientError(
-                f"{self.where}: expected init not to require grad, and it does: a solution does not depend on where the "
-                "search began, so that its gradient would be none; pass init.detach(), or pass the tensor as an argument"
+                f"{self.where}: expected init not to require grad, and it does: a solution does not depend on the initial "
+                "guess, which would receive no gradient; pass init.detach(), or pass the tensor as an argument"
             )
             poisoned |= handle_misuse(error, on_failure)
         return poisoned | self._check_captures(on_failure, system.raveler.ravel(init), system, tensors)
@@ -399,16 +399,16 @@ class Layer:
     def _check_captures(
         self, on_failure: OnFailure, init: torch.Tensor, system: System, tensors: list[torch.Tensor]
     ) -> bool:
-        """Find tensors of a transform outside that the function reaches; return whether the policy asks for NaN."""
+        """Find tensors of an outer transform that the function captures; return whether the policy asks for NaN."""
         if differentiating():
-            # Inside the primitive a captured tensor of a transform looks like a plain one: look at it here.
+            # Inside the primitive, a captured tensor of a transform looks like a plain tensor. The check has to be here.
             detached = [without_gradient(tensor) for tensor in tensors]
             flat = without_gradient(init)
             try:
                 with torch.enable_grad(), Repeatable():
                     output = system.first_output(flat, *detached)
             except (RuntimeError, ValueError) as problem:
-                if leaves_domain(problem):  # the solve will say so
+                if leaves_domain(problem):  # the solve reports it
                     return False
                 if "randomness" not in str(problem):
                     raise
@@ -422,13 +422,13 @@ class Layer:
         return False
 
     def _poison(self, init: Any, system: System, tensors: list[torch.Tensor]) -> torch.Tensor:
-        """Return a NaN whose derivatives are NaN too, for whatever the function reaches and for init."""
+        """Return a NaN whose derivatives are NaN too, for every tensor that the function captures and for init."""
         with torch.enable_grad():
             flat = system.raveler.ravel(init)
             try:
                 reached = system.output(flat.detach(), *(tensor.detach() for tensor in tensors)).sum()
             except RuntimeError as problem:
-                # vmap refuses random numbers, which is what the function was found at fault for.
+                # vmap refuses random numbers. They are the fault that was found, so the error is expected.
                 if "randomness" not in str(problem):
                     raise
                 reached = torch.zeros_like(flat.sum())

@@ -31,16 +31,36 @@ __all__ = ["FullHessian", "GaussNewtonHessian", "LeastSquaresLayer", "least_squa
 
 @dataclass(frozen=True)
 class FullHessian:
-    """Differentiate with JᵀJ + Σ r_i ∇²r_i: the derivative of the solution."""
+    """Differentiate with JᵀJ + Σ r_i ∇²r_i: the derivative of the solution.
+
+    Examples
+    --------
+    >>> import torch, bilevel
+    >>> layer = bilevel.least_squares(lambda x, a: (x**2 - a, x - 1.0), hessian=bilevel.FullHessian())
+    >>> a = torch.tensor(2.0, dtype=torch.float64, requires_grad=True)
+    >>> layer(torch.tensor(1.0, dtype=torch.float64), a).backward()
+    >>> round(a.grad.item(), 3)
+    0.333
+    """
 
 
 @dataclass(frozen=True)
 class GaussNewtonHessian:
-    """Differentiate with JᵀJ alone, in the place of the Hessian: a biased derivative.
+    """Differentiate with JᵀJ in place of the Hessian: a biased derivative.
 
-    It is the derivative of the solution where the residuals vanish or are affine in x. Elsewhere its relative error is about the size of
-    (JᵀJ)⁻¹ Σ r_i ∇²r_i: d argmin (a − x)⁴/da is 1, and 1.5 by this. Second derivatives leave out more terms of the same size. Take it where the
-    full Hessian is not positive definite at the answer, or costs too much. With a robust loss c it is Jᵀ c″(r) J.
+    The derivative is exact where the residuals vanish or are affine in x. Elsewhere its relative error is about the size of
+    (JᵀJ)⁻¹ Σ r_i ∇²r_i. For example, the derivative of argmin (a − x)⁴ with respect to a is 1, and this choice gives 1.5. Second
+    derivatives omit more terms of the same size. Use it where the full Hessian is not positive definite at the solution, or costs too
+    much. With a robust loss c the matrix is Jᵀ c″(r) J.
+
+    Examples
+    --------
+    >>> import torch, bilevel
+    >>> layer = bilevel.least_squares(lambda x, a: (x**2 - a, x - 1.0), hessian=bilevel.GaussNewtonHessian())
+    >>> a = torch.tensor(2.0, dtype=torch.float64, requires_grad=True)
+    >>> layer(torch.tensor(1.0, dtype=torch.float64), a).backward()
+    >>> round(a.grad.item(), 3)  # the full Hessian gives another number
+    0.323
     """
 
 
@@ -91,19 +111,19 @@ def least_squares(
     Parameters
     ----------
     residual
-        r: a function of ``(x, *args, **kwargs)`` that returns a tensor of any shape, or a pytree of tensors. Their squares are summed. Left out,
-        a decorator is returned.
+        r: a function of ``(x, *args, **kwargs)`` that returns a tensor of any shape, or a pytree of tensors. Their squares
+        are summed. None: return a decorator.
     solver
-        An inner solver, or a function ``(residual, init, *args, **kwargs)`` -> x. By default :class:`bilevel.LevenbergMarquardt`, and where that
-        fails Newton's method on ½‖r‖², and L-BFGS.
+        An inner solver, or a function ``(residual, init, *args, **kwargs)`` -> x. None:
+        :class:`bilevel.LevenbergMarquardt`; if it fails, Newton's method on ½‖r‖², then L-BFGS.
     loss
-        A robust loss c of each residual, such as ``bilevel.robust.Huber(1.0)``, for Σ c(r_i) in the place of ½‖r‖²; or a function of
-        ``(*args, **kwargs)`` that returns one, so that its scale can be differentiated.
+        A robust loss c of each residual, such as ``bilevel.robust.Huber(1.0)``: Σ c(r_i) replaces ½‖r‖². A function of
+        ``(*args, **kwargs)`` may return one, so that its scale is differentiated.
     hessian
-        The matrix that derivatives are computed with: :class:`bilevel.FullHessian` by default, or :class:`bilevel.GaussNewtonHessian`, whose
-        derivative is biased.
+        The matrix of the derivatives: :class:`bilevel.FullHessian` by default. :class:`bilevel.GaussNewtonHessian` gives a
+        biased derivative.
     lower, upper
-        Bounds of x, as in :func:`bilevel.argmin`, whose solvers then take the problem, and whose layer is returned.
+        Bounds on x, as in :func:`bilevel.argmin`, whose solvers and layer are then used.
     linear_solver, tolerance, on_failure
         See :func:`bilevel.argmin`.
 

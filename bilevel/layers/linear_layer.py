@@ -26,8 +26,8 @@ T = TypeVar("T")
 class LinearLayer(Layer):
     """A differentiable linear solve: a function of ``(rhs, *args, **kwargs)``. Made by :func:`linear_solve`.
 
-    There is no start and no inner solver. The matrix is linearised once a call, and a factorisation of it serves the solution
-    and all derivatives; right-hand sides that a ``vmap`` batches alone share it.
+    There is no initial guess and no inner solver. Each call linearises the matrix once. One factorisation serves the solution and all derivatives;
+    right-hand sides that only ``vmap`` batches share it.
     """
 
     def __init__(

@@ -1,7 +1,7 @@
-"""What a failed inner solve says, and what to do about it, as the kind of problem and the solver have it.
+"""The meaning and the remedy of a failed inner solve, adapted to the kind of problem and to the solver.
 
-:mod:`bilevel.reports` has general words for each status. A root has no objective, Newton's method no step size, and an objective that
-falls without end needs to be told so.
+:mod:`bilevel.reports` has general words for each status. They do not fit every case. A root has no objective, and Newton's
+method has no step size. An objective without a minimum needs a message of its own.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from bilevel.solvers.torch_optimizer import TorchOptimizer
 
 __all__ = ["failure_messages"]
 
-# How many times its size at the start x has to have grown before it counts as having run away.
+# x counts as diverging once it is this many times as large as the initial guess.
 _FAR = 1e6
 _SHORT_OF_IT = (
     Status.MAX_STEPS,
@@ -41,7 +41,7 @@ _DOMAIN = (
 def failure_messages(
     solver: InnerSolver, problem: Problem, init: torch.Tensor, outcome: InnerOutcome
 ) -> StatusMessages:
-    """Return (meaning, remedy) of statuses whose general words do not fit this solve; nothing is computed where all is well.
+    """Return (meaning, remedy) of statuses whose general words do not fit this solve. Nothing is computed if all problems succeeded.
 
     Parameters
     ----------
@@ -50,9 +50,9 @@ def failure_messages(
     problem
         The batch of problems.
     init
-        Where they began (batch, n).
+        Their initial guesses (batch, n).
     outcome
-        How they ended; the first that failed is looked at.
+        The outcome of the solve; the first problem that failed is examined.
     """
     failed = outcome.status > int(Status.BUDGET_SPENT)
     if not bool(failed.any()):
@@ -77,13 +77,13 @@ def failure_messages(
                 f"{status.meaning}, and the objective fell all the way: it seems to have no minimum",
                 "add a term that grows with x, such as a small ridge, bound what x can become, or start elsewhere",
             )
-    except RuntimeError:  # the sentence is about another error, which this one must not hide
+    except RuntimeError:  # do not hide the error that the message is about
         pass
     return words
 
 
 def _singular(problem: Problem, *, at_start: bool) -> tuple[str, str]:
-    """Return what is said of an equation's search that a singular matrix stopped."""
+    """Return the words for a singular matrix that stopped the solve of an equation."""
     matrix = "I - ∂T" if problem.is_fixed_point else "Jacobian"
     if at_start:
         return (

@@ -17,16 +17,16 @@ STATE = "module_state"
 
 
 class FunctionalModule:
-    """A module with other parameters than its own: what an objective sees, and a layer returns, where the unknown is a module.
+    """A module with other parameters than its own. Objectives receive it and layers return it where the unknown is a module.
 
-    It is called as the module is. It is a pytree whose leaves are the parameters, so that it may be differentiated, mapped and batched.
+    It is called like the module. It is a pytree whose leaves are the parameters, so that it can be differentiated, mapped and batched.
 
     Parameters
     ----------
     module
-        The module, which is not changed.
+        The module. It is not changed.
     parameters
-        A tensor for each of its parameters that require grad, by name.
+        A floating-point tensor for each parameter that requires grad, by name, in the shape of the parameter.
 
     Examples
     --------
@@ -35,7 +35,7 @@ class FunctionalModule:
     >>> fit = bilevel.argmin(lambda net, x, y, s: ((net(x) - y) ** 2).sum() + s * (net.parameters["weight"] ** 2).sum())
     >>> s = torch.tensor(1.0, requires_grad=True)
     >>> net = fit(model, torch.ones(1, 1), 2 * torch.ones(1, 1), s)
-    >>> net(torch.ones(1, 1)).item()  # 2 / (1 + s)
+    >>> round(net(torch.ones(1, 1)).item(), 4)  # 2 / (1 + s)
     1.0
     """
 

@@ -41,7 +41,7 @@ _DENSE_COLUMNS = 512
 class RectangularLayer(LinearLayer):
     """A differentiable least-squares solve of a rectangular linear system. Made by :func:`linear_solve` with ``unknown``.
 
-    The solution is x = A⁺ b: of the x that minimise ‖A x − b‖, that of minimum norm.
+    The solution is x = A⁺ b: the minimiser of ‖A x − b‖ that has the smallest norm.
     """
 
     def __init__(
@@ -253,6 +253,7 @@ class _RectangularCall(LinearCall):
         axes: tuple[int, ...],
         product: Callable[[torch.Tensor], torch.Tensor] | None = None,
         pullbacks: Sequence[Pullback] = (),
+        unsure: Sequence[Pullback] = (),
     ) -> torch.Tensor:
         assert self.problem is not None
         A = rectangular_of(operator)
@@ -270,7 +271,7 @@ class _RectangularCall(LinearCall):
             return solve_linear(self.solver, operator, rhs, target).x.reshape(*axes, operator.size)
         squared = isinstance(self.problem.system, SquaredSystem)
         self.settings = replace(self.settings, linear_solver=OnTheRange(self.solver, squared))
-        return super().solve_linear(operator, rhs, axes, product, pullbacks)
+        return super().solve_linear(operator, rhs, axes, product, pullbacks, unsure)
 
     def refused(self, x: torch.Tensor) -> torch.Tensor:
         """Treat a derivative that does not exist as the policy says."""

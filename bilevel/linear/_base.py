@@ -17,6 +17,7 @@ import torch
 from bilevel._torch.factorisations import LinAlgError
 from bilevel.errors import ArgumentError, DtypeError, ShapeError
 from bilevel.linear._judge import judge, refuted, rounding
+from bilevel.linear._null_space import find_null_space, known_null_space, without_null_part
 from bilevel.linear._solution import LinearSolution
 from bilevel.operators import LinearOperator
 from bilevel.reports import Basis, Status
@@ -37,7 +38,20 @@ __all__ = [
 
 
 class LinearSolver(ABC):
-    """Solves A x = b for a batch. Subclasses are frozen dataclasses of settings with one method, ``solve``."""
+    """Solves A x = b for a batch. Subclasses are frozen dataclasses of settings with one method, ``solve``.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from bilevel.operators import DenseOperator
+    >>> from bilevel import LinearSolution, LinearSolver, Status
+    >>> class Halving(LinearSolver):  # for A = 2 I
+    ...     def solve(self, operator, rhs, threshold, start=None):
+    ...         steps = torch.ones(len(rhs), dtype=torch.int64)
+    ...         return LinearSolution(rhs / 2, steps, torch.full_like(steps, int(Status.CONVERGED)))
+    >>> Halving()(DenseOperator(2 * torch.eye(2)), torch.tensor([[1.0, 3.0]]))
+    tensor([[0.5000, 1.5000]])
+    """
 
     @property
     def has_budget(self) -> bool:
@@ -48,6 +62,11 @@ class LinearSolver(ABC):
     def name(self) -> str:
         """The name used in messages and reports."""
         return type(self).__name__
+
+    @property
+    def knows_null_space(self) -> bool:
+        """Whether the method itself tells singular matrices from regular ones, as a factorisation does."""
+        return False
 
     @abstractmethod
     def solve(
@@ -78,16 +97,17 @@ class LinearSolver(ABC):
     ) -> LinearSolution:
         """Solve A x = b for a symmetric A whose eigenvalues are known to be at least ``mu``; by default as :meth:`solve` does.
 
-        A method that can do more with μ than divide a residual by it overrides this: it may stop a problem as soon as
-        ‖x − A⁻¹b‖ ≤ ``error`` (batch,) is proven (0: stop by the residual alone), returns the bound, and says where μ is refuted.
+        Override it in a method that can use μ beyond dividing a residual by it. The method may stop a problem as soon as ‖x −
+        A⁻¹b‖ ≤ ``error`` (batch,) is proven; 0 means that the residual alone decides. It returns the bound, and reports where μ
+        is refuted.
         """
         return self.solve(operator, rhs, threshold, start)
 
     def solve_unverified(self, operator: LinearOperator, rhs: torch.Tensor, threshold: torch.Tensor) -> LinearSolution:
         """Solve A x = b for a caller that computes b − A x himself, with something else beside it; by default as :meth:`solve` does.
 
-        A method that knows its residual by a recurrence overrides this, ends on that, and returns it as it is: the product that
-        would verify it is the caller's to make.
+        Override it in a method that knows its residual by a recurrence. It ends on that residual, and returns it. The caller
+        makes the product that verifies it.
         """
         return self.solve(operator, rhs, threshold)
 
@@ -230,6 +250,7 @@ def solve_linear(
     product: Callable[[torch.Tensor], torch.Tensor] | None = None,
     seen: bool = True,
     noise: torch.Tensor | None = None,
+    examine: bool = False,
 ) -> LinearOutcome:
     """Solve A x = b and judge the answer by its true residual.
 
@@ -257,6 +278,9 @@ def solve_linear(
     noise
         (batch,): the norm of a part of b outside the range of A that is known to be rounding, where no accuracy was asked. In a second
         derivative, b may be the rounding of a sum that is zero.
+    examine
+        Whether to look for free directions where a solver has converged that would not notice them, at the price of about as many products again.
+        Where there are some, the answer is the one of minimum norm, and its status says so.
     """
     solution: LinearSolution | None = None
     if product is not None:
@@ -301,6 +325,8 @@ def solve_linear(
             solution = _again(solver, operator, unit, threshold, coarse, solution)
             x, residual = solution.x, unit - operator.matvec(solution.x)
             status = judge(solver.has_budget, operator, unit, target, threshold, error, solution, residual.norm(dim=-1))
+        if (examine or known_null_space(operator) is not None) and mu is None and not target.silent:
+            x, residual, status = _examined(operator, unit, threshold, solution, residual, status)
     residual_norm = residual.norm(dim=-1)
     bound = torch.full_like(residual_norm, float("nan"))
     if mu is not None:
@@ -339,6 +365,39 @@ def solve_linear(
         x, status, solution.iterations, residual * scale, residual_norm, threshold * size, bound * size,
         Basis.RESIDUAL if mu is None else Basis.CERTIFIED, norm * size,
     )  # fmt: skip
+
+
+_LEAST_EXAMINATION = 50
+
+
+def _examined(
+    operator: LinearOperator,
+    rhs: torch.Tensor,
+    threshold: torch.Tensor,
+    solution: LinearSolution,
+    residual: torch.Tensor,
+    status: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return x, its residual and its status with the minimum-norm answers of converged problems whose matrices prove to be singular."""
+    x, converged = solution.x, status == Status.CONVERGED
+    if not bool(converged.any()) or not operator.size:
+        return x, residual, status
+    taken = int(solution.iterations.amax()) or operator.size  # of a user's function it is not known
+    most = 2 * taken + _LEAST_EXAMINATION
+    free = converged & find_null_space(operator, most).singular.repeat(operator.repeats)
+    if not bool(free.any()):
+        return x, residual, status
+    moved, changed = without_null_part(operator, x, free, most)
+    status = torch.where(free, int(Status.MINIMUM_NORM), status)
+    if not bool(changed.any()):
+        return x, residual, status
+    left = rhs - operator.matvec(moved)
+    norm, before = left.norm(dim=-1), residual.norm(dim=-1)
+    # A projection that was not finished in time is a solution to the tolerance, or is not used.
+    good = changed & (norm <= torch.maximum(threshold, 2 * before))
+    status = torch.where(changed & ~good, int(Status.STAGNATED), status)
+    good = good.unsqueeze(-1)
+    return torch.where(good, moved, x), torch.where(good, left, residual), status
 
 
 def _again(

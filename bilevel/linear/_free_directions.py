@@ -6,17 +6,19 @@ uᵀ ∂_θR dθ = 0 for every u with uᵀ J = 0. Reverse mode solves Jᵀ q = x
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 
 from bilevel.equations.pullbacks import Pullback
+from bilevel.linear._null_space import NullSpace, known_null_space
 from bilevel.linear._pseudo_inverse import PseudoInverse
 from bilevel.linear.exact import pseudo_inverse_of
 from bilevel.operators import LinearOperator
 from bilevel.reports import Status, StatusMessages
 
-__all__ = ["changes_free_directions", "free_direction_messages"]
+__all__ = ["changes_free_directions", "free_direction_messages", "unsure_derivative_messages"]
 
 _IRRATIONAL = (0.7548776662466927, 0.5698402909980532, 0.8191725133961645)
 
@@ -31,33 +33,85 @@ def changes_free_directions(
     operator
         Jᵀ (batch, n, n), as the adjoint was solved with.
     status
-        How that ended (batch,). Problems with ``Status.MINIMUM_NORM`` are looked at, if :class:`~bilevel.Exact` solved them.
+        How that ended (batch,). Problems with ``Status.MINIMUM_NORM`` are looked at, if a factorisation or an examination has found a null vector.
     pullbacks
         To the arguments, and then to what the arguments were computed from, if that is known. A problem has no derivative if (∂_θR)ᵀ u vanishes
         in none of them.
     """
     found = torch.zeros_like(status, dtype=torch.bool)
-    pseudo = pseudo_inverse_of(operator)
     singular = status == Status.MINIMUM_NORM
-    if pseudo is None or not pullbacks or not bool(singular.any()):
+    if not pullbacks or not bool(singular.any()):
         return found
-    base = operator.distinct
-    suspects = singular.reshape(operator.repeats, base.batch).any(0) & pseudo.singular  # (batch,)
-    vectors = _vectors(pseudo, base.batch)
+    base, pseudo, null = operator.distinct, pseudo_inverse_of(operator), known_null_space(operator)
+    probe = None if null is None else _probe_of_products(null)
+    if pseudo is not None:
+        probe = _probe_of_factors(pseudo, base.batch)
+    if probe is None:
+        return found
+    suspects = singular.reshape(operator.repeats, base.batch).any(0) & probe.singular  # (batch,)
     # All problems at once, and one by one only where that does not vanish: they may share an argument.
     for pullback in pullbacks:
-        if _vanishes(pullback, vectors, suspects, pseudo):
+        if _vanishes(pullback, suspects, probe):
             return found
         numbers = suspects.nonzero().reshape(-1)
         if len(numbers) > 1:
             each = torch.nn.functional.one_hot(numbers, len(suspects)).bool()
-            kept = [not _vanishes(pullback, vectors, this, pseudo) for this in each]
+            kept = [not _vanishes(pullback, this, probe) for this in each]
             suspects = suspects.index_put((numbers,), torch.tensor(kept, device=suspects.device))
     return suspects.repeat(operator.repeats) & singular
 
 
+@dataclass(frozen=True, eq=False)
+class _Probe:
+    """Null vectors of the singular matrices of a batch, and what (∂_θR)ᵀ u is compared with.
+
+    Parameters
+    ----------
+    singular
+        Bool (batch,).
+    vectors
+        A null vector u of each singular matrix, u with irregular signs, and an irregular vector of the same scaled norm (each (batch, n)).
+    doubt
+        Problems (batch,) ↦ the part of u that may be an error.
+    scale
+        The largest scale of a row.
+    """
+
+    singular: torch.Tensor
+    vectors: tuple[torch.Tensor, ...]
+    doubt: Callable[[torch.Tensor], float]
+    scale: float
+
+
+def _probe_of_products(null: NullSpace) -> _Probe:
+    """Return the probe for null vectors found by products: the gap to the other singular values is not known."""
+    u = null.vector
+    places = torch.arange(1, u.shape[-1] + 1, dtype=torch.float64, device=u.device)
+    v, w = (torch.frac(places * irrational).sub(0.5).to(u) for irrational in _IRRATIONAL[1:])
+    other = (w / w.norm()).expand_as(u)
+    doubt = torch.finfo(u.dtype).eps ** 0.25
+    return _Probe(null.singular, (u, torch.sign(v) * u, other), lambda _: doubt, 1.0)
+
+
+def _probe_of_factors(pseudo: PseudoInverse, batch: int) -> _Probe:
+    """Return the probe for null vectors of a decomposition.
+
+    A null vector is that of a matrix known to about the cutoff of its rank, which the gap to the other singular values divides. At least half of the
+    digits are left to its error, and at most all but one.
+    """
+    eps = torch.finfo(pseudo.left.dtype).eps
+
+    def doubt(these: torch.Tensor) -> float:
+        kept = pseudo.inverse[these[pseudo.singular]].abs()  # 1 / σ, and zero for a σ that counts as zero
+        spread = torch.where(kept > 0, kept.amax(-1, keepdim=True) / kept, 0.0)
+        return min(max(eps**0.5, pseudo.cutoff * float(spread.amax())), 0.1)
+
+    scale = float(pseudo.right.norm(dim=-1).amax())
+    return _Probe(pseudo.singular, _vectors(pseudo, batch), doubt, scale)
+
+
 def _vectors(pseudo: PseudoInverse, batch: int) -> tuple[torch.Tensor, ...]:
-    """Return a null vector u of each singular matrix, u with irregular signs, and an irregular vector of the same scaled norm (each (batch, n))."""
+    """Return the vectors of a :class:`_Probe`."""
     left = pseudo.left  # (k, n, n): the scale of each row times an orthogonal matrix
     # Drawn by no generator: a transform that surrounds this may refuse random numbers.
     places = torch.arange(1, left.shape[-1] * len(left) + 1, dtype=torch.float64, device=left.device)
@@ -75,22 +129,18 @@ def _vectors(pseudo: PseudoInverse, batch: int) -> tuple[torch.Tensor, ...]:
     return tuple(made)
 
 
-def _vanishes(pullback: Pullback, vectors: Sequence[torch.Tensor], these: torch.Tensor, pseudo: PseudoInverse) -> bool:
+def _vanishes(pullback: Pullback, these: torch.Tensor, probe: _Probe) -> bool:
     """Return whether (∂_θR)ᵀ u of ``these`` problems (batch,) is zero but for the errors of u and of rounding, for each argument θ by itself.
 
-    The null vector is that of a matrix known to about the cutoff of its rank, which the gap to the other singular values divides. At least
-    half of the digits are left to its error, and at most all but one. Where all of ∂_θR is rounding, as of a θ that shifts x along a free
-    direction, no ratio tells. R depends on x + θ at most as strongly as on x there, and 64 eps of that counts as zero.
+    Where all of ∂_θR is rounding, as of a θ that shifts x along a free direction, no ratio tells. R depends on x + θ at most as strongly as on x
+    there, and 64 eps of that counts as zero.
     """
+    vectors = probe.vectors
     found = pullback(torch.where(these.unsqueeze(-1), vectors[0], 0.0))
     if not any(bool((_entries(slope) != 0).any()) for _, slope in found):
         return True
     sizes = [pullback(torch.where(these.unsqueeze(-1), v, 0.0)) for v in vectors[1:]]
-    eps = torch.finfo(vectors[0].dtype).eps
-    kept = pseudo.inverse[these[pseudo.singular]].abs()  # 1 / σ, and zero for a σ that counts as zero
-    spread = torch.where(kept > 0, kept.amax(-1, keepdim=True) / kept, 0.0)
-    doubt = min(max(eps**0.5, pseudo.cutoff * float(spread.amax())), 0.1)
-    unit = 64 * eps / float(pseudo.right.norm(dim=-1).amax())
+    doubt, unit = probe.doubt(these), 64 * torch.finfo(vectors[0].dtype).eps / probe.scale
     for (theta, slope), *others in zip(found, *sizes, strict=True):
         size = max(_norm(other) for _, other in others)
         values = _entries(theta.detach())
@@ -116,3 +166,15 @@ def free_direction_messages(*, symmetric: bool) -> StatusMessages:
     else:
         remedy = "put an equation that pins one unknown, such as x[0] - c, in the place of an equation that follows from the others"
     return {Status.SINGULAR: (meaning, f"{remedy}, or pass that argument detached if its gradient is not wanted")}
+
+
+def unsure_derivative_messages() -> StatusMessages:
+    """Return what a report says of ``Status.MINIMUM_NORM`` where a computed argument may change which directions are free."""
+    meaning = (
+        "found the solution of smallest Euclidean norm; by an argument that the transform computes, "
+        "the derivative may not exist, which was not checked"
+    )
+    remedy = (
+        "differentiate by torch.autograd.grad, which checks what the argument was computed from, or pin one unknown"
+    )
+    return {Status.MINIMUM_NORM: (meaning, remedy)}

@@ -42,6 +42,10 @@ class OnTheRange(LinearSolver):
     def name(self) -> str:
         return self.solver.name
 
+    @property
+    def knows_null_space(self) -> bool:
+        return True
+
     def solve(
         self, operator: LinearOperator, rhs: torch.Tensor, threshold: torch.Tensor, start: torch.Tensor | None = None
     ) -> LinearSolution:
@@ -83,13 +87,13 @@ class OnTheRange(LinearSolver):
             return torch.cat([product(part) for part in parts])
 
         # The part inside is Aᵀ s with the s that minimises ‖Aᵀ s − d‖.
-        needs_grad = torch.where(short, 0.0, torch.inf).to(rhs)
+        threshold = torch.where(short, 0.0, torch.inf).to(rhs)
         steps = 4 * min(A.rows, A.columns) + 20
         run = lsmr(
             lambda u: repeated(A.rmatvec, u),
             lambda v: repeated(A.matvec, v),
             repeated(A.matvec, torch.where(short.unsqueeze(-1), rhs, 0.0)),
-            needs_grad,
+            threshold,
             steps,
         )
         inside = torch.where(short.unsqueeze(-1), run.image, rhs)

@@ -11,7 +11,7 @@ __all__ = ["LinearSolution"]
 
 @dataclass(frozen=True, eq=False)
 class LinearSolution:
-    """What a linear solver returns.
+    """The result of a linear solver.
 
     Parameters
     ----------

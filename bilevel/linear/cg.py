@@ -25,30 +25,32 @@ _MOST_REPLACEMENTS = 8
 class CG(LinearSolver):
     """Conjugate gradients: A symmetric positive definite, one product for each step.
 
-    Differs from the textbook where that goes wrong. A problem ends on its *true* residual, recomputed when the
-    recursive one says so, and goes on from the true one where they part. Negative curvature, pᵀAp < 0, proves that A is
-    not positive definite: the problem ends there as indefinite, at its last iterate. In dtypes below float64, and in
-    float64 once the two residuals have parted, residuals are kept orthogonal to all former ones, without which 20 steps
-    on 20,000 unknowns in float32 lose a third of the answer.
+    The textbook method is changed where it goes wrong. A problem ends on its *true* residual. It is recomputed when the
+    recursive residual meets the threshold, and the iteration continues from the true one where the two differ. Negative
+    curvature, pᵀAp < 0, proves that A is not positive definite: the problem ends there as indefinite, at its last iterate.
+    Residuals are kept orthogonal to all former ones in dtypes below float64, and in float64 once the two residuals differ.
+    Without this, 20 steps on 20,000 unknowns in float32 lose a third of the answer.
 
-    A positive semidefinite A is no failure where b lies in its range: from zero, iterates stay in the range too, and tend to the solution of
-    smallest Euclidean norm. The status is ``MINIMUM_NORM`` if a direction without curvature was met, ``CONVERGED`` if none was;
-    ``SINGULAR`` if the residual's part along such a direction is too large. A start or a preconditioner brings a part in the null space
-    with it; where that is noticed, the system is solved again without.
+    A positive semidefinite A is not a failure if b lies in its range. From zero, the iterates stay in the range and tend to
+    the solution of smallest Euclidean norm. The status is ``MINIMUM_NORM`` if a direction without curvature was met, and
+    ``CONVERGED`` if none was. It is ``SINGULAR`` if the residual has too large a part along such a direction. An initial
+    guess or a preconditioner can bring in a part of the null space. If this is noticed, the system is solved again without
+    them.
 
-    Where μ is known, Gauss–Radau quadrature bounds the error at each step, and a problem whose δ′ was asked for ends as soon as that
-    bound, with the drift of the residual added, is below it: earlier than ‖b − A x‖ ≤ μ δ′ would have it, by up to √κ.
+    If μ is known, Gauss–Radau quadrature bounds the error at each step. With δ′ asked for, a problem ends as soon as this
+    bound, plus the drift of the residual, is below δ′. The test ‖b − A x‖ ≤ μ δ′ would end it later, by up to a factor √κ.
 
     Parameters
     ----------
     max_steps
-        The most steps; by default enough for rounding to end it. A number is a budget: with no tolerance asked,
-        spending it is no failure.
+        The largest number of steps; None: enough for rounding to end the iteration. A number is a budget: spending it
+        without a tolerance is a success.
     preconditioner
-        r ↦ M⁻¹r on tensors (batch, n), symmetric positive definite; or what makes it of the operator, such as ``bilevel.Nystrom(rank, rho)``.
+        r ↦ M⁻¹r on tensors (batch, n), symmetric positive definite; or a factory that makes it from the operator, such as
+        ``bilevel.Nystrom(rank, rho)``.
     reorthogonalize
-        Keep residuals orthogonal: memory of one vector a step, up to 256 MiB, beyond which the latest are kept. By default where
-        the dtype or the residuals call for it.
+        Whether residuals are kept orthogonal. It costs the memory of one vector a step, up to 256 MiB; beyond that the
+        latest are kept. None: where the dtype or the residuals call for it.
 
     Raises
     ------

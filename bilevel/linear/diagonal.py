@@ -16,9 +16,13 @@ __all__ = ["Diagonal"]
 
 @dataclass(frozen=True)
 class Diagonal(LinearSolver):
-    """x = b / (A 1): for A that is diagonal, of any size, by two products.
+    """Solve x = b / (A 1) with two products, for a diagonal matrix A of any size.
 
-    The Jacobian of independent scalar equations is diagonal. One that is not leaves a residual, which is reported like that of any solver.
+    The Jacobian of independent scalar equations is diagonal. If the matrix is not diagonal, a residual remains and is reported, as for any solver.
+
+    References
+    ----------
+    The row sums of a diagonal matrix are its entries; no published method.
 
     Examples
     --------
@@ -28,6 +32,10 @@ class Diagonal(LinearSolver):
     >>> Diagonal()(A, torch.tensor([[1.0, 1.0]]))
     tensor([[0.5000, 0.2500]])
     """
+
+    @property
+    def knows_null_space(self) -> bool:
+        return True
 
     def solve(
         self, operator: LinearOperator, rhs: torch.Tensor, threshold: torch.Tensor, start: torch.Tensor | None = None

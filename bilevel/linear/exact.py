@@ -17,26 +17,27 @@ from bilevel.operators import LinearOperator
 from bilevel.reports import Status
 from bilevel.tolerance import auto_relative
 
-__all__ = ["Exact", "offer_factor", "pseudo_inverse_of"]
+__all__ = ["Exact", "offer_factor", "pseudo_inverse_of", "solve_nearby"]
 
 
 @dataclass(frozen=True)
 class Exact(LinearSolver):
     """Materialise the matrix and factorise it: Cholesky, or LU where it is not positive definite.
 
-    The factorisation is kept with the operator and serves every further right-hand side; each solution is refined once where
-    its residual is above what was asked. Where Newton's method has just factorised a matrix nearby, that one is used, with
-    as many refinements as bring the residual down to rounding, and if they do not, the matrix itself. A symmetric matrix that
-    is not positive definite is diagnosed by its eigenvalues, any other by its singular values: a reciprocal
-    condition number below n·eps is reported as singular, once rows and columns are scaled alike, so that unknowns in units of
-    very different sizes are no matter.
+    The factorisation is kept with the operator and serves every further right-hand side. A solution is refined once if its
+    residual is above the threshold. If Newton's method has just factorised a nearby matrix, those factors are used, with
+    refinements until the residual is down to rounding. If this fails, the matrix itself is factorised.
+
+    A symmetric matrix that is not positive definite is diagnosed by its eigenvalues, any other matrix by its singular
+    values. It is reported as singular if the reciprocal condition number is below n·eps. Rows and columns are scaled alike
+    first, so that the units of the unknowns do not matter.
 
     Costs n products to materialise, n³/3 (Cholesky) to 2n³/3 (LU) operations and batch · n² numbers of memory.
 
     Parameters
     ----------
     max_bytes
-        The largest memory for the matrices that is attempted, in bytes (default 2 GiB).
+        The largest memory for the matrices, in bytes (default 2 GiB).
     indefinite
         Accept a Hessian that is not positive definite, to differentiate a saddle or a maximum on purpose.
 
@@ -44,6 +45,10 @@ class Exact(LinearSolver):
     ------
     ArgumentError
         On use, if the matrices would take more than ``max_bytes``.
+
+    References
+    ----------
+    Golub, Van Loan, "Matrix Computations", 4th ed., 2013, sections 3.4 (LU), 3.5 (iterative refinement) and 4.2 (Cholesky).
 
     Examples
     --------
@@ -56,6 +61,10 @@ class Exact(LinearSolver):
 
     max_bytes: int = 2**31
     indefinite: bool = False
+
+    @property
+    def knows_null_space(self) -> bool:
+        return True
 
     def solve(
         self, operator: LinearOperator, rhs: torch.Tensor, threshold: torch.Tensor, start: torch.Tensor | None = None
@@ -130,6 +139,14 @@ def offer_factor(operator: LinearOperator, factor: torch.Tensor, *, exact: bool 
         if base.size and bool((pivots > least**0.5 * factor.norm(dim=-1)).all()):
             status = torch.zeros(base.batch, dtype=torch.int64, device=factor.device)
             base.memo.setdefault(_OFFERED, _OfferedFactor(_Factor(status, cholesky=factor), exact))
+
+
+def solve_nearby(operator: LinearOperator, rhs: torch.Tensor) -> torch.Tensor:
+    """Return A⁻¹ ``rhs`` (batch, n) to some digits, by the factors of a matrix nearby if they are at hand."""
+    offered = operator.distinct.memo.get(_OFFERED)
+    if offered is not None:
+        return _columnwise(offered.factor.solve, operator, rhs)
+    return Exact().solve(operator, rhs, 1e-3 * rhs.norm(dim=-1)).x
 
 
 def _refine(
@@ -290,7 +307,10 @@ def _scales(matrix: torch.Tensor, symmetric: bool) -> tuple[torch.Tensor, torch.
     columns = rows
     for _ in range(_ROUNDS):
         sizes = (rows.unsqueeze(-1) * matrix * columns.unsqueeze(-2)).abs()
-        rows, columns = rows * _half_way(sizes.amax(-1)), columns * _half_way(sizes.amax(-2))
+        more_rows, more_columns = _half_way(sizes.amax(-1)), _half_way(sizes.amax(-2))
+        if bool((more_rows == 1).all() & (more_columns == 1).all()):
+            break
+        rows, columns = rows * more_rows, columns * more_columns
     return rows, rows if symmetric else columns
 
 

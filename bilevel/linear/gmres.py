@@ -25,15 +25,15 @@ _CANCELLED = 0.1
 class GMRES(LinearSolver):
     """Generalised minimal residuals: any regular A, one product for each step.
 
-    Each step lengthens an orthonormal basis of the Krylov space (orthogonalised again where digits were lost), and the
+        Each step lengthens an orthonormal basis of the Krylov space (orthogonalised again where digits were lost), and the
     residual norm follows from the left null vector of the Hessenberg matrix at one inner product a step; the least-squares problem is solved once
     a cycle. Cycles end in the true residual. Where A is singular and b in its range, the answer from zero lies in the range of A, if one is found
-    there: it is of smallest norm where A is symmetric, and need not be otherwise.
+    there: it is of smallest norm where A is symmetric. Otherwise a layer that examines A takes its part in the null space away.
 
     Parameters
     ----------
     max_steps
-        The most steps over all cycles; by default enough for n steps twice. A number is a budget.
+        The largest number of steps over all cycles; None: enough for n steps twice. A number is a budget.
     restart
         Steps in a cycle: memory of that many vectors. By default n, as far as 500 steps and 512 MiB go: a restart can stagnate
         where the whole cycle would solve.

@@ -30,7 +30,8 @@ class LSMR(LinearSolver):
     Parameters
     ----------
     max_steps
-        The most steps; by default enough for rounding to end it. A number is a budget: with no tolerance asked, spending it is no failure.
+        The largest number of steps; None: enough for rounding to end the iteration. A number is a budget: spending it
+        without a tolerance is a success.
 
     Raises
     ------

@@ -31,12 +31,11 @@ class Neumann(LinearSolver):
     Parameters
     ----------
     terms
-        K ≥ 0, the most powers summed; one product each. A number chosen is a budget: with no tolerance asked, spending it is
-        no failure.
+        K ≥ 0, the largest power; one product each. A number is a budget: spending it without a tolerance is a success.
     step
-        α > 0. By default chosen for each problem: 1/λ for a symmetric matrix, with λ an estimate from above of its largest
-        eigenvalue by twelve power iterations; for any other matrix 1, as for a contraction's I − ∂T, where that
-        converges, else 1/‖A‖, for which products with the transpose are needed. The estimates cost twelve products, or
+        α > 0; None: chosen for each problem. For a symmetric matrix it is 1/λ, where λ is an upper estimate of the largest
+        eigenvalue by twelve power iterations. For any other matrix it is 1, which suits I − ∂T of a contraction. If that
+        does not converge it is 1/‖A‖, which needs products with the transpose. The estimates cost twelve products, or
         thirty-six.
 
     Raises

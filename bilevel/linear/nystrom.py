@@ -21,9 +21,9 @@ __all__ = ["Nystrom"]
 class Nystrom(LinearSolver):
     r"""(H_k + ρI)⁻¹ b in the place of H⁻¹ b, with H_k = H[:, K] H[K, K]⁺ H[K, :] of k random columns: k products, and none for more right-hand sides.
 
-    By Woodbury's identity (H_k + ρI)⁻¹ b = b/ρ − ρ⁻² C (W + CᵀC/ρ)⁻¹ Cᵀ b with C = H[:, K] and W = H[K, K]. It is accurate where the spectrum of H
-    falls fast, up to the bias of ρ. The report has the residual in H x = b. With no accuracy asked the bias is no failure: the status is
-    ``BUDGET_SPENT``.
+    Woodbury's identity gives (H_k + ρI)⁻¹ b = b/ρ − ρ⁻² C (W + CᵀC/ρ)⁻¹ Cᵀ b with C = H[:, K] and W = H[K, K]. The result
+    is accurate, up to the bias of ρ, if the eigenvalues of H fall fast. The report has the residual of H x = b. With no
+    accuracy asked, the bias is not a failure: the status is ``BUDGET_SPENT``.
 
     ``CG(preconditioner=Nystrom(...))`` uses it as a preconditioner and has no bias.
 

@@ -55,6 +55,10 @@ class SVD(LinearSolver):
     rtol: float | None = None
     max_bytes: int = 2**31
 
+    @property
+    def knows_null_space(self) -> bool:
+        return True
+
     def solve(
         self, operator: LinearOperator, rhs: torch.Tensor, threshold: torch.Tensor, start: torch.Tensor | None = None
     ) -> LinearSolution:
@@ -92,6 +96,10 @@ class QR(LinearSolver):
     """
 
     max_bytes: int = 2**31
+
+    @property
+    def knows_null_space(self) -> bool:
+        return True
 
     def solve(
         self, operator: LinearOperator, rhs: torch.Tensor, threshold: torch.Tensor, start: torch.Tensor | None = None
@@ -142,11 +150,11 @@ class _Factor:
 def _kept(solver: LinearSolver, operator: LinearOperator, most: int, make: object) -> _Factor:
     base, A = operator.distinct, rectangular_of(operator)
     rows, columns = (base.size, base.size) if A is None else (A.rows, A.columns)
-    needs_grad = base.batch * rows * columns * torch.finfo(base.dtype).bits // 8
-    if needs_grad > most:
+    memory = base.batch * rows * columns * torch.finfo(base.dtype).bits // 8
+    if memory > most:
         raise ArgumentError(
             f"{solver.name}: expected matrices of at most {most / 2**30:.3g} GiB, got {base.batch} of {rows} by {columns}, which take "
-            f"{needs_grad / 2**30:.3g} GiB; pass linear_solver=LSMR(), or raise max_bytes"
+            f"{memory / 2**30:.3g} GiB; pass linear_solver=LSMR(), or raise max_bytes"
         )
     factor = base.memo.get(solver)
     if factor is None:

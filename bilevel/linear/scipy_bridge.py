@@ -37,6 +37,10 @@ class ScipyLinear(LinearSolver):
     ArgumentError
         If ``function`` is not a function.
 
+    References
+    ----------
+    Virtanen et al., "SciPy 1.0", Nature Methods 17, 2020.
+
     Examples
     --------
     >>> import scipy.sparse.linalg, torch

@@ -1,7 +1,7 @@
 """Meta-learning with implicit gradients: :class:`bilevel.IMAML`, tasks for it, and what ``bilevel imaml`` runs.
 
 ``IMAML``, the task containers, samplers and networks need torch and numpy alone. ``omniglot`` and the modules of the command
-(``training``, ``report``, ``command``) need the packages of ``pip install "bilevel[cli]"`` when they are used.
+(``training``, ``report``, ``command``) need the packages of ``pip install ".[cli]"``, in a clone, when they are used.
 """
 
 from bilevel.meta.glyphs import draw_glyphs

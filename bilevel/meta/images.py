@@ -34,6 +34,14 @@ class LabelledImages:
     ------
     bilevel.ShapeError
         If there are not as many labels as images, or a label has no name.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from bilevel.meta import LabelledImages
+    >>> data = LabelledImages(torch.zeros(3, 28, 28), torch.tensor([0, 0, 1]), ("alpha", "beta"), ("Greek", "Greek"))
+    >>> data.classes
+    2
     """
 
     images: torch.Tensor
@@ -115,6 +123,11 @@ def split_classes(
         Of the choice.
     by_group
         Hold out whole groups: alphabets, for Omniglot.
+
+    Returns
+    -------
+    tuple
+        The data without the held-out classes, and the data of the held-out classes.
 
     Raises
     ------

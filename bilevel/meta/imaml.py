@@ -1,30 +1,27 @@
-"""iMAML: the initialisation from which proximal adaptation does well, learned by implicit gradients."""
+"""iMAML: learn the initialisation of proximal adaptation by implicit gradients."""
 
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 from torch.func import functional_call, vmap
-from torch.nn.modules.batchnorm import _NormBase
 from torch.utils import _pytree as pytree
 
 import bilevel
+from bilevel.meta.convexity import is_convex
+from bilevel.meta.learner_settings import SHARED, refuse_running_statistics, register_lam, released_solvers
 from bilevel.meta.proximal import half_square
-from bilevel.meta.released import ReleasedDescent, ReleasedLinearSolve
 from bilevel.meta.safeguarded import SafeguardedCG
 from bilevel.meta.tasks import Tasks, as_support, as_tasks
 
 __all__ = ["IMAML"]
 
-_SHARED = "all"
-# The most numbers of input for one set of kernels on the CPU: a convolutional network makes some hundred times as many of them.
+# The largest number of input numbers for one set of kernels on the CPU. A convolutional network makes about a hundred times as many.
 _NUMBERS_AT_ONCE = 2**16
 
 
@@ -35,40 +32,42 @@ class IMAML(bilevel.BilevelProblem):
         \min_θ \frac1T \sum_i L_i(φ_i^*(θ)), \qquad
         φ_i^*(θ) = \arg\min_φ \hat L_i(φ) + \tfrac{λ}{2} \|φ - θ\|^2
 
-    An ordinary module: θ are the model's own parameters, calling it adapts all tasks of a batch together and returns the
-    mean query loss, and ``loss.backward()`` fills their ``grad`` with the mean of gᵢ = (I + ∇²L̂ᵢ/λ)⁻¹ ∇Lᵢ(φᵢ).
+    The learner is an ordinary module, and θ are the model's own parameters. Calling it adapts all tasks of a batch
+    together, and returns the mean query loss. ``loss.backward()`` fills their ``grad`` with the mean of gᵢ = (I +
+    ∇²L̂ᵢ/λ)⁻¹ ∇Lᵢ(φᵢ).
 
     Parameters
     ----------
     model
-        A module whose trainable parameters are learned and adapted; frozen ones and buffers are used as they are.
+        A module. Its trainable parameters are learned and adapted; frozen parameters and buffers are used as they are.
         Batch norm has to use batch statistics (``track_running_stats=False``).
     loss
         (prediction, target) ↦ scalar, the mean over a task's examples.
     lam
-        λ > 0: a number, or a dict with a number, or a tensor of the parameter's shape, for each of the model's trainable
-        parameters by name.
+        λ > 0: a number, or a dict with a number or a tensor (of the parameter's shape) for each trainable parameter by
+        name.
     solver
-        The inner solver; by default 16 steps of gradient descent with a line search that begins at step 0.1. It begins at θ.
-        ``bilevel.GradientDescent(lr=0.1, max_steps=16)`` is the paper's, whose fixed step is too long for some tasks;
+        The inner solver, which begins at θ. None: 16 steps of gradient descent with a line search that begins at step 0.1.
+        ``bilevel.GradientDescent(lr=0.1, max_steps=16)`` is the paper's; its fixed step is too long for some tasks.
         ``bilevel.Newton(max_steps=..., dense_limit=0)`` is the paper's Hessian-free variant.
     linear_solver
-        By default 5 steps of conjugate gradients, on the damped system for a task where H + λI is not positive definite.
+        The linear solver. None: 5 steps of conjugate gradients, damped for a task in which H + λI is not positive definite.
         ``bilevel.CG(max_steps=5)`` is the paper's, which fails on such a task.
     tolerance
-        By default no accuracy is asked and the step counts are meant, as is the paper's practice. Otherwise δ bounds
-        ‖φᵢ − φᵢ*‖, and δ′ the error of gᵢ itself at that φᵢ, as in Algorithm 2, with ``strong_convexity`` the least
-        eigenvalue of ∇²L̂ᵢ + λI: λ if L̂ᵢ is convex, λ − β if it is only β-smooth.
+        None: run for the given numbers of steps, as in the paper. No accuracy check, no warning. Otherwise δ bounds ‖φᵢ −
+        φᵢ*‖, and δ′ bounds the error of gᵢ at that φᵢ, as in Algorithm 2. ``strong_convexity`` is the least eigenvalue of
+        ∇²L̂ᵢ + λI: λ if L̂ᵢ is convex, λ − β if it is only β-smooth.
     on_failure
         ``"raise"``, ``"warn"``, ``"nan"`` or ``"ignore"``, forward and backward.
     mode
-        ``"paper"``, or ``"released"`` for what the authors' code does instead: descent without the proximal term and one step
-        on it at the end, and ((1 + c) I + H/(λ + d)) g = ∇L with c = 1, d = 10. Takes ``GradientDescent``, ``CG`` and one
-        number λ.
+        ``"paper"``, or ``"released"`` for the procedure of the authors' code. That code descends without the proximal term
+        and takes one step on the term at the end. It solves ((1 + c) I + H/(λ + d)) g = ∇L with c = 1, d = 10. It needs
+        ``GradientDescent``, ``CG`` and one number λ.
     learn_lam
-        Learn λ too: its logarithm becomes a parameter, so that it stays positive.
+        Whether λ is learned too. Its logarithm is then a parameter, so that λ stays positive.
     tasks_per_pass
-        The most tasks adapted as one set of kernels; None for all of the batch. What is computed does not depend on it.
+        The largest number of tasks adapted as one set of kernels; None: all tasks of the batch. It does not change the
+        results.
 
     Raises
     ------
@@ -128,7 +127,7 @@ class IMAML(bilevel.BilevelProblem):
         if linear_solver is None:
             linear_solver = SafeguardedCG(max_steps=5) if paper else bilevel.CG(max_steps=5)
         if mode == "released":
-            solver, linear_solver = _released(solver, linear_solver, lam, learn_lam)
+            solver, linear_solver = released_solvers(solver, linear_solver, lam, learn_lam)
         elif mode != "paper":
             raise bilevel.ArgumentError(f'IMAML: expected mode to be "paper" or "released", got {mode!r}')
         super().__init__(
@@ -144,9 +143,9 @@ class IMAML(bilevel.BilevelProblem):
         self.loss = loss
         self.mode = mode
         self.tasks_per_pass = tasks_per_pass
-        self._lam_names = _register_lam(self, _trainable(model), lam, learn_lam)
+        self._lam_names = register_lam(self, _trainable(model), lam, learn_lam)
         self._loss_is_a_mean = False
-        _refuse_running_statistics(model)
+        refuse_running_statistics(model)
 
     @property
     def lam(self) -> torch.Tensor | dict[str, torch.Tensor]:
@@ -155,7 +154,7 @@ class IMAML(bilevel.BilevelProblem):
             name: getattr(self, f"log_lam_{key}").exp() if self.learns_lam else getattr(self, f"lam_{key}")
             for name, key in self._lam_names.items()
         }
-        return values.get(_SHARED, values)
+        return values.get(SHARED, values)
 
     @property
     def learns_lam(self) -> bool:
@@ -242,7 +241,7 @@ class IMAML(bilevel.BilevelProblem):
         return self._judge(data["fixed"], inner, data["query"])[0]
 
     def objective_arguments(self, batch: Any) -> tuple[Any, Any]:  # type: ignore[override]  # θ is the module's own
-        """Return θ and λ, and the batch's support and query, as the objectives see them."""
+        """Return θ and λ, and the batch's support and query, for the objectives."""
         return self.outer, self._data(self._checked(as_tasks(batch, self.where)))
 
     def initial(self, outer: Any, data: Any) -> Any:
@@ -259,20 +258,20 @@ class IMAML(bilevel.BilevelProblem):
         return replace(tolerance, delta_prime=tolerance.delta_prime / largest)
 
     def constants(self, outer: Any, data: Any) -> bilevel.Constants:
-        """Return what holds of every learner, and of convex ones μ = λ.
+        """Return the constants that hold for every learner, and μ = λ for a convex loss.
 
-        B consists of −λ for θ and of φ − θ for λ, the query loss depends on neither. Whether L̂ is convex is known of a model with one
-        linear layer and nothing else, and a loss of torch's that is convex in the prediction.
+        B consists of −λ for θ and of φ − θ for λ; the query loss depends on neither. L̂ is known to be convex for a model with
+        one linear layer and nothing else, and a torch loss that is convex in the prediction.
         """
         least = min(float(value.detach().min()) for value in pytree.tree_leaves(outer["lam"]))
-        convex = _is_convex(self.model, self.loss) and self.mode == "paper"
+        convex = is_convex(self.model, self.loss) and self.mode == "paper"
         return bilevel.Constants(
             strong_convexity=least if convex else None, convex=convex, cross_lipschitz=1.0, outer_cross_lipschitz=0.0
         )
 
     @property
     def outer(self) -> dict[str, Any]:
-        """θ and λ as the objectives see them."""
+        """θ and λ, for the objectives."""
         return {"parameters": _trainable(self.model), "lam": self.lam}
 
     def extra_repr(self) -> str:
@@ -283,7 +282,7 @@ class IMAML(bilevel.BilevelProblem):
         return f"lam={shown}{learned}, mode={self.mode!r}, {super().extra_repr()}"
 
     def _goes_by(self, method: Any) -> tuple[Any, ...] | None:
-        """Return what :meth:`inner_objective` goes by besides its arguments, the model's tensors among these; None if that is not known."""
+        """Return the objects on which :meth:`inner_objective` depends besides its arguments, the model's tensors included; None if unknown."""
         loss: Any = self.loss
         own = isinstance(loss, nn.Module) and any(True for _ in (*loss.parameters(), *loss.buffers()))
         return None if own or type(self) is not IMAML or method is not IMAML.inner_objective else (self.model, loss)
@@ -332,7 +331,7 @@ class IMAML(bilevel.BilevelProblem):
 
     def _checked(self, tasks: Tasks) -> Tasks:
         """Raise on what the model cannot do with these tasks."""
-        _refuse_running_statistics(self.model)
+        refuse_running_statistics(self.model)
         if tasks.support_weight is None and tasks.query_weight is None:
             return tasks
         for name, module in self.model.named_modules():
@@ -367,7 +366,7 @@ class IMAML(bilevel.BilevelProblem):
 
 
 def _curvature_words(linear_solver: Any) -> dict[bilevel.Status, tuple[str, str]]:
-    """Return what a linear solve says that met negative curvature, in the terms of these problems."""
+    """Return the message for negative curvature in the linear solve of these problems."""
     plain = (
         ""
         if isinstance(linear_solver, SafeguardedCG)
@@ -383,41 +382,19 @@ def _curvature_words(linear_solver: Any) -> dict[bilevel.Status, tuple[str, str]
 
 
 def _by_parts(judge: Callable[..., Any], adapted: Any, query: tuple[Any, ...]) -> Any:
-    """Return ``judge`` of every task, as many at once as keep what a kernel reads and writes near the processor."""
+    """Return ``judge`` of every task, in parts whose data fit into the processor's cache."""
     leaves, structure = pytree.tree_flatten((adapted, query))
     count, numbers = len(leaves[0]), sum(leaf.numel() for leaf in pytree.tree_leaves(query))
     together = count if leaves[0].device.type != "cpu" else max(1, _NUMBERS_AT_ONCE * count // max(1, numbers))
     if together >= count:
         return vmap(judge)(adapted, query)
     alone = together == 1
-    # Cut once for all: the gradient of each slice would be zeros of the whole size with a part filled in, and all of them added up.
+    # Split once: the gradient of each separate slice would be a tensor of the whole size, and all of them would be added.
     cuts = zip(*(leaf.unbind() if alone else leaf.split(together) for leaf in leaves), strict=True)
     parts = [pytree.tree_unflatten(list(cut), structure) for cut in cuts]
     made = [judge(*part) if alone else vmap(judge)(*part) for part in parts]
     join = torch.stack if alone else torch.cat
     return pytree.tree_map(lambda *leaves: join(leaves), *made)
-
-
-def _is_convex(model: nn.Module, loss: Any) -> bool:
-    """Return whether the loss of ``model`` is known to be convex in its parameters: linear in them, then a convex loss."""
-    # A layer that stands in two places is met twice: linear in its parameters once, it is not in their product.
-    parts = [part for _, part in model.named_modules(remove_duplicate=False)]
-    linear = [part for part in parts if type(part) is nn.Linear]
-    plain = all(type(part) in (nn.Sequential, nn.Linear, nn.Flatten, nn.Identity) for part in parts)
-    own = [*parts, loss] if isinstance(loss, nn.Module) else parts
-    given = type(loss) if isinstance(loss, nn.Module) else loss
-    return plain and len(linear) == 1 and given in _CONVEX_LOSSES and not any(_is_altered(part) for part in own)
-
-
-def _is_altered(module: nn.Module) -> bool:
-    """Return whether something takes part in calls of this module beside its class, such as a hook or the older weight norm."""
-    return bool(module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module))
-
-
-_CONVEX_LOSSES = (
-    nn.MSELoss, nn.CrossEntropyLoss, nn.BCEWithLogitsLoss, nn.HuberLoss, nn.SmoothL1Loss, F.mse_loss, F.cross_entropy,
-    F.binary_cross_entropy_with_logits, F.huber_loss, F.smooth_l1_loss,
-)  # fmt: skip
 
 
 def _present(weight: torch.Tensor | None) -> tuple[torch.Tensor, ...]:
@@ -426,66 +403,3 @@ def _present(weight: torch.Tensor | None) -> tuple[torch.Tensor, ...]:
 
 def _trainable(model: nn.Module) -> dict[str, torch.Tensor]:
     return {name: value for name, value in model.named_parameters() if value.requires_grad}
-
-
-def _register_lam(
-    learner: nn.Module, parameters: Mapping[str, torch.Tensor], lam: Any, learned: bool
-) -> dict[str, str]:
-    """Register λ, or log λ if it is learned, beside the model; return the name of each under its parameter's name."""
-    if not parameters:
-        raise bilevel.ArgumentError(
-            "IMAML: expected model to have parameters that require grad, and it has none; they are what is learned"
-        )
-    given: dict[str, Any] = dict(lam) if isinstance(lam, Mapping) else {_SHARED: lam}
-    if isinstance(lam, Mapping) and set(given) != set(parameters):
-        raise bilevel.ArgumentError(
-            f"IMAML: expected lam to name the model's trainable parameters, {sorted(parameters)}, got {sorted(given)}; give "
-            "each of them a number or a tensor"
-        )
-    like = next(iter(parameters.values()))
-    keys = {}
-    for name, value in given.items():
-        number = torch.as_tensor(value, dtype=like.dtype, device=like.device).detach()
-        shape = parameters[name].shape if name != _SHARED else torch.Size()
-        fits = number.ndim == 0 or (name != _SHARED and number.shape == shape)
-        if not fits or not bool(((number > 0) & torch.isfinite(number)).all()):
-            what = "lam" if name == _SHARED else f"lam[{name!r}]"
-            got = f"shape {tuple(number.shape)}" if not fits else f"{value!r}"
-            raise bilevel.ArgumentError(
-                f"IMAML: expected {what} to be a positive finite number{'' if name == _SHARED else f' or a tensor {tuple(shape)}'}"
-                f", got {got}; the proximal term pulls towards the initialisation"
-            )
-        keys[name] = name.replace(".", "/")
-        if learned:
-            learner.register_parameter(f"log_lam_{keys[name]}", nn.Parameter(number.log().clone()))
-        else:
-            learner.register_buffer(f"lam_{keys[name]}", number.clone())
-    return keys
-
-
-def _refuse_running_statistics(model: nn.Module) -> None:
-    for name, module in model.named_modules():
-        if isinstance(module, _NormBase) and module.training and module.running_mean is not None:
-            raise bilevel.ArgumentError(
-                f"IMAML: expected normalisation by batch statistics, and {name or 'model'} ({type(module).__name__}) keeps running "
-                "ones, which every step of every task would change in place, so that one task's adaptation would depend "
-                "on another's; construct it with track_running_stats=False, or put it in .eval() to use them as constants"
-            )
-
-
-def _released(solver: Any, linear_solver: Any, lam: Any, learned: bool) -> tuple[Any, Any]:
-    plain = isinstance(solver, bilevel.GradientDescent) and not solver.momentum and not solver.line_search
-    if not plain or not isinstance(linear_solver, bilevel.CG) or linear_solver.max_steps is None:
-        raise bilevel.ArgumentError(
-            "IMAML: expected mode='released' with solver=GradientDescent(lr, max_steps) and linear_solver=CG(max_steps), got "
-            f"{solver!r} and {linear_solver!r}; the released code has no others"
-        )
-    if learned or isinstance(lam, Mapping) or not math.isfinite(float(lam)) or float(lam) <= 0:
-        raise bilevel.ArgumentError(
-            f"IMAML: expected one positive number as lam in mode='released', got {lam!r}{', learned' if learned else ''}; the "
-            "released code's linear system is not that of a λ for each tensor, nor its derivative λ's"
-        )
-    return (
-        ReleasedDescent(solver.lr, solver.max_steps, float(lam)),
-        ReleasedLinearSolve(linear_solver.max_steps, float(lam)),
-    )

@@ -22,6 +22,11 @@ def conv_network(ways: int, *, filters: int = 64, channels: int = 1, size: int =
     channels, size
         Of the square images that come in: (batch, channels, size, size).
 
+    Returns
+    -------
+    torch.nn.Sequential
+        Maps images (batch, channels, size, size) to scores (batch, ways).
+
     References
     ----------
     The network for Omniglot of Finn, Abbeel, Levine, ICML 2017, section A.1, which the iMAML paper takes over.
@@ -44,7 +49,19 @@ def conv_network(ways: int, *, filters: int = 64, channels: int = 1, size: int =
 
 
 def mlp(inputs: int = 1, outputs: int = 1, hidden: Sequence[int] = (40, 40)) -> nn.Sequential:
-    """Return a network of linear layers with ReLU between them: by default that of sinusoid regression.
+    """Return a network of linear layers with ReLU between them; the default is the network of sinusoid regression.
+
+    Parameters
+    ----------
+    inputs, outputs
+        The sizes of an input and of an output.
+    hidden
+        The sizes of the hidden layers.
+
+    Returns
+    -------
+    torch.nn.Sequential
+        Maps (batch, inputs) to (batch, outputs).
 
     Examples
     --------

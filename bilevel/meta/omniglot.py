@@ -72,7 +72,9 @@ def load_omniglot(path: str | Path, *, size: int = 28, cache: str | Path | None 
 
 
 def download_omniglot(part: str = "images_background", *, folder: str | Path | None = None) -> Path:
-    """Download one of the official zip files, verify its checksum and return its path; at once if it is there already.
+    """Download an official zip file, verify its checksum and return its path.
+
+    A file that is there already is not downloaded again.
 
     Parameters
     ----------
@@ -80,6 +82,11 @@ def download_omniglot(part: str = "images_background", *, folder: str | Path | N
         ``"images_background"`` (964 characters) or ``"images_evaluation"`` (659).
     folder
         Where to keep it; by default the user's cache folder.
+
+    Returns
+    -------
+    pathlib.Path
+        The zip file.
 
     Raises
     ------

@@ -25,6 +25,14 @@ class Tasks(NamedTuple):
         What the adapted parameters are judged on.
     support_weight, query_weight
         (T, examples) float, 1 for an example and 0 for padding, or None where no task is padded.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from bilevel.meta import Tasks
+    >>> tasks = Tasks(torch.zeros(4, 10, 1), torch.zeros(4, 10, 1), torch.zeros(4, 5, 1), torch.zeros(4, 5, 1))
+    >>> tasks.query_x.shape
+    torch.Size([4, 5, 1])
     """
 
     support_x: Any

@@ -13,7 +13,22 @@ __all__ = [
 
 
 class DampedOperator(LinearOperator):
-    """A + γI, for γ a number or one per matrix (batch,)."""
+    """A + γI, for γ a number or one per matrix (batch,).
+
+    Parameters
+    ----------
+    base
+        A, a batch of matrices (batch, n, n).
+    damping
+        γ: a number, or a tensor (batch,).
+
+    Examples
+    --------
+    >>> import torch
+    >>> from bilevel.operators import DampedOperator, DenseOperator
+    >>> DampedOperator(DenseOperator(torch.eye(2)), 0.5) @ torch.ones(1, 2)
+    tensor([[1.5000, 1.5000]])
+    """
 
     def __init__(self, base: LinearOperator, damping: float | torch.Tensor) -> None:
         nonnegative = bool(torch.as_tensor(damping >= 0).all())
@@ -46,6 +61,20 @@ class RepeatedOperator(LinearOperator):
 
     The batch is repeats · base.batch, with the repeats outermost, so that problem k · base.batch + i
     has matrix i. A factorisation is made once, of :attr:`distinct`.
+
+    Parameters
+    ----------
+    base
+        A batch of matrices (batch, n, n).
+    repeats
+        The number of right-hand sides for each matrix.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from bilevel.operators import DenseOperator, RepeatedOperator
+    >>> RepeatedOperator(DenseOperator(2 * torch.eye(2)), 3).shape
+    (3, 2, 2)
     """
 
     def __init__(self, base: LinearOperator, repeats: int) -> None:

@@ -38,6 +38,18 @@ class LinearOperator(ABC):
         Whether a matrix that is not positive definite is a failure. The Hessian at a minimum is positive definite; that at a saddle is not.
     materialize
         A faster way to the matrices (batch, n, n) than products with the unit vectors, if there is one.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from bilevel.operators import LinearOperator
+    >>> class Doubling(LinearOperator):
+    ...     def matvec(self, v):
+    ...         return 2 * v
+    ...     def rmatvec(self, v):
+    ...         return 2 * v
+    >>> Doubling(1, 2, torch.float32, torch.device("cpu"), symmetric=True) @ torch.ones(1, 2)
+    tensor([[2., 2.]])
     """
 
     def __init__(
@@ -141,7 +153,20 @@ class LinearOperator(ABC):
 
 
 class TransposedOperator(LinearOperator):
-    """Aᵀ."""
+    """Aᵀ.
+
+    Parameters
+    ----------
+    base
+        A, a batch of matrices (batch, n, n).
+
+    Examples
+    --------
+    >>> import torch
+    >>> from bilevel.operators import DenseOperator, TransposedOperator
+    >>> TransposedOperator(DenseOperator(torch.tensor([[1.0, 2.0], [0.0, 1.0]]))) @ torch.ones(1, 2)
+    tensor([[1., 3.]])
+    """
 
     def __init__(self, base: LinearOperator) -> None:
         super().__init__(base.batch, base.size, base.dtype, base.device)
@@ -168,7 +193,22 @@ class TransposedOperator(LinearOperator):
 
 
 class ScaledOperator(LinearOperator):
-    """c A, for a number c."""
+    """c A, for a number c.
+
+    Parameters
+    ----------
+    base
+        A, a batch of matrices (batch, n, n).
+    factor
+        c.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from bilevel.operators import DenseOperator, ScaledOperator
+    >>> ScaledOperator(DenseOperator(torch.eye(2)), 2.0) @ torch.ones(1, 2)
+    tensor([[2., 2.]])
+    """
 
     def __init__(self, base: LinearOperator, factor: float) -> None:
         super().__init__(
@@ -194,7 +234,25 @@ class ScaledOperator(LinearOperator):
 
 
 class SumOperator(LinearOperator):
-    """A + B + …, all of one shape."""
+    """A + B + …, all of one shape.
+
+    Parameters
+    ----------
+    terms
+        Batches of matrices, all (batch, n, n) and of one dtype.
+
+    Raises
+    ------
+    ShapeError
+        If the shapes or the dtypes differ.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from bilevel.operators import DenseOperator, SumOperator
+    >>> SumOperator([DenseOperator(torch.eye(2)), DenseOperator(torch.eye(2))]) @ torch.ones(1, 2)
+    tensor([[2., 2.]])
+    """
 
     def __init__(self, terms: Sequence[LinearOperator]) -> None:
         first = terms[0]

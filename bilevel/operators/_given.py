@@ -18,6 +18,18 @@ __all__ = [
 class DenseOperator(LinearOperator):
     """Matrices given as a tensor (batch, n, n), or (n, n) for a batch of one.
 
+    Parameters
+    ----------
+    matrix
+        (batch, n, n), or (n, n) for a batch of one; floating-point.
+    symmetric, positive_definite, expect_definite
+        See :class:`LinearOperator`.
+
+    Raises
+    ------
+    ShapeError
+        If the matrices are not square.
+
     Examples
     --------
     >>> import torch
@@ -68,13 +80,20 @@ class FunctionOperator(LinearOperator):
     Parameters
     ----------
     matvec
-        v ↦ A v.
+        v ↦ A v, from (batch, n) to (batch, n).
     like
         A tensor (batch, n) with the shape, dtype and device of the vectors.
     rmatvec
-        v ↦ Aᵀ v; may be left out when ``symmetric``.
+        v ↦ Aᵀ v, from (batch, n) to (batch, n). It may be left out when ``symmetric``.
     symmetric, positive_definite
         See :class:`LinearOperator`.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from bilevel.operators import FunctionOperator
+    >>> FunctionOperator(lambda v: 3 * v, torch.zeros(1, 2), symmetric=True) @ torch.ones(1, 2)
+    tensor([[3., 3.]])
     """
 
     def __init__(

@@ -48,6 +48,18 @@ class HessianOperator(LinearOperator):
         ∇G (batch, n), computed from ``point`` with ``create_graph=True``, each row from its own row.
     point
         (batch, n), requires grad.
+    positive_definite, expect_definite
+        See :class:`LinearOperator`.
+    materialize
+        Returns the matrices (batch, n, n), faster than products with the unit vectors; None if there is no such way.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from bilevel.operators import HessianOperator
+    >>> point = torch.tensor([[1.0, 2.0]], requires_grad=True)
+    >>> HessianOperator(4 * point**3, point) @ torch.ones(1, 2)
+    tensor([[12., 48.]])
     """
 
     def __init__(
@@ -84,8 +96,25 @@ class HessianOperator(LinearOperator):
 class JacobianOperator(LinearOperator):
     """J = ∂residual/∂point of a residual that still has its graph.
 
-    Jᵀv is one reverse pass. J v is a reverse pass over the (linear) reverse pass, whose graph is built at
-    the first product and kept: dual numbers do not nest inside a custom Function, reverse passes do.
+    Jᵀv is one reverse pass. J v is a reverse pass over that (linear) reverse pass. Its graph is built at the first product
+    and kept. Dual numbers would not nest inside a custom Function.
+
+    Parameters
+    ----------
+    residual
+        (batch, n), computed from ``point`` with a graph, each row from its own row.
+    point
+        (batch, n), requires grad.
+    materialize
+        Returns the matrices (batch, n, n), faster than products with the unit vectors; None if there is no such way.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from bilevel.operators import JacobianOperator
+    >>> point = torch.tensor([[1.0, 2.0]], requires_grad=True)
+    >>> JacobianOperator(point.flip(-1) * 3, point) @ torch.tensor([[1.0, 0.0]])
+    tensor([[0., 3.]])
     """
 
     def __init__(
@@ -130,8 +159,29 @@ class JacobianOperator(LinearOperator):
 class GaussNewtonOperator(LinearOperator):
     """Jᵀ L J, with J = ∂outputs/∂point and L the Hessian of the loss with respect to the outputs.
 
-    It is positive semi-definite for a convex loss, and equals the Hessian only where the residuals vanish or
-    the outputs are linear: an approximation, to be named so.
+    It is positive semi-definite for a convex loss. It equals the Hessian only if the residuals vanish or the outputs are
+    linear in ``point``; otherwise it is an approximation.
+
+    Parameters
+    ----------
+    outputs
+        (batch, m), computed from ``point`` with a graph.
+    loss_gradient
+        The gradient of the loss with respect to the outputs (batch, m), computed from ``at`` with a graph.
+    at
+        (batch, m): the outputs as a leaf that requires grad.
+    point
+        (batch, n), requires grad.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from bilevel.operators import GaussNewtonOperator
+    >>> point = torch.tensor([[3.0]], requires_grad=True)
+    >>> outputs = point**2
+    >>> at = outputs.detach().requires_grad_()
+    >>> GaussNewtonOperator(outputs, 2 * at, at, point) @ torch.ones(1, 1)  # (2x)² · 2
+    tensor([[72.]])
     """
 
     def __init__(
@@ -165,6 +215,11 @@ def hessian(objective: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor) 
     x
         (batch, n).
 
+    Returns
+    -------
+    HessianOperator
+        H, (batch, n, n).
+
     Examples
     --------
     >>> import torch
@@ -184,7 +239,19 @@ def hessian(objective: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor) 
 
 
 def jacobian(residual: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor) -> JacobianOperator:
-    """Return the Jacobian of a batch of residuals (batch, n) ↦ (batch, n) at ``x``, linearised once.
+    """Return the Jacobian of a batch of residuals at ``x``, linearised once.
+
+    Parameters
+    ----------
+    residual
+        (batch, n) ↦ (batch, n), each row a function of its own row.
+    x
+        (batch, n).
+
+    Returns
+    -------
+    JacobianOperator
+        J, (batch, n, n).
 
     Examples
     --------
@@ -214,6 +281,11 @@ def gauss_newton(
         (batch, m) ↦ (batch,), convex for a positive semi-definite result.
     x
         (batch, n).
+
+    Returns
+    -------
+    GaussNewtonOperator
+        Jᵀ L J, (batch, n, n).
 
     References
     ----------

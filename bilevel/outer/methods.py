@@ -1,4 +1,4 @@
-"""Ways to step in θ: HOAG, MAID, and any optimiser of torch."""
+"""Outer methods: HOAG, MAID, and any optimiser of torch."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ class Evaluation:
     Parameters
     ----------
     outer
-        θ: its floating-point tensors.
+        The floating-point tensors of θ.
     value, corrected, slack
-        F, its corrected value, and a bound or an estimate of that one's error.
+        F, its corrected value, and a bound or an estimate of the error of the corrected value.
     gradient
         ĝ, one tensor for each of ``outer``.
     inner
         φ.
     record
-        What the history takes besides.
+        Other entries of the history.
     """
 
     outer: tuple[torch.Tensor, ...]
@@ -58,22 +58,37 @@ class Evaluation:
 
 
 class Evaluator(Protocol):
-    """What a method may ask for while it looks for the next θ."""
+    """The evaluation that a method calls at a trial θ."""
 
     def __call__(self, outer: tuple[torch.Tensor, ...], *, tighter: float = 1.0) -> Evaluation | None:
-        """Return the evaluation there, None if a solve failed; errors allowed are divided by ``tighter``."""
+        """Return the evaluation at ``outer``, or None if a solve failed. The errors allowed are divided by ``tighter``."""
 
 
 class OuterMethod(ABC):
-    """A frozen dataclass of settings; what changes from step to step is in a dict of its own, which a checkpoint holds."""
+    """The choice of the next outer variables. Subclasses are frozen dataclasses of settings.
+
+    The state that changes from step to step is a dict, which a checkpoint holds.
+
+    Examples
+    --------
+    >>> import torch, bilevel
+    >>> class Halving(bilevel.OuterMethod):
+    ...     def begin(self, here):
+    ...         return {"step": 1.0}
+    ...     def advance(self, here, memory, evaluate):
+    ...         memory["step"] /= 2
+    ...         return evaluate(here.outer - memory["step"] * here.gradient)
+    >>> Halving().begin(None)
+    {'step': 1.0}
+    """
 
     def begin(self, here: Evaluation) -> dict[str, Any]:
-        """Return what the method remembers, at the first point."""
+        """Return the initial state of the method, given the first point."""
         return {}
 
     @abstractmethod
     def advance(self, here: Evaluation, memory: dict[str, Any], evaluate: Evaluator) -> Evaluation | None:
-        """Return the next point, and change ``memory``; None if there is none."""
+        """Return the next point and update ``memory``; None if there is no next point."""
 
 
 def _first_step(here: Evaluation, step: float | None) -> float:
@@ -84,22 +99,27 @@ def _first_step(here: Evaluation, step: float | None) -> float:
 
 @dataclass(frozen=True, kw_only=True)
 class HOAG(OuterMethod):
-    """Descent along −ĝ with an adaptive step; a step counts if the value did not rise beyond the errors of the two values.
+    """Descend along −ĝ with an adaptive step. A step is accepted if the value does not rise beyond the errors of the two values.
 
-    F(θ⁺) ≤ F(θ) − ``decrease`` · α ‖ĝ‖² + e + e⁺, with corrected values F and their errors e; otherwise α is multiplied by ``shrink``
-    and the step is tried again *from θ*. (The released code steps once more from the point that it has accepted
-    already; this does not.) After a step that counts, α is multiplied by ``grow``.
+    The test is F(θ⁺) ≤ F(θ) − ``decrease`` · α ‖ĝ‖² + e + e⁺, with corrected values F and their errors e. If it fails, α is
+    multiplied by ``shrink`` and the step is tried again *from θ*. (The released code steps again from the rejected point.)
+    After an accepted step α is multiplied by ``grow``.
 
     Parameters
     ----------
     step
-        The first α; by default √p/‖ĝ‖, so that the p outer variables move by about one.
+        The first α; None: √p/‖ĝ‖, which moves the p outer variables by about one.
     grow, shrink
-        What α is multiplied by after a step that counts, and after one that does not.
+        The factors of α after an accepted and after a rejected step.
     decrease
-        The share of the decrease promised by the slope that is asked for.
+        The required share of the decrease that the slope predicts.
     max_trials
-        How many steps are tried before the loop ends.
+        The largest number of trial steps before the loop ends.
+
+    Raises
+    ------
+    ArgumentError
+        If a setting is out of its range.
 
     References
     ----------
@@ -143,25 +163,30 @@ class HOAG(OuterMethod):
 
 @dataclass(frozen=True, kw_only=True)
 class MAID(OuterMethod):
-    """Adaptive accuracy with a line search that takes only decrease that is beyond the errors of the values.
+    """Descend along −ĝ with adaptive accuracy. A step is accepted only if the decrease exceeds the errors of the values.
 
-    A step counts if F(θ⁺) + e⁺ ≤ F(θ) − e − ``decrease`` · α ‖ĝ‖², with corrected values, whose errors e are of second order (C4).
-    Otherwise α is multiplied by ``shrink``; but where the errors exceed the fall that the slope gives, (1 − ``decrease``) α ‖ĝ‖², so that
-    a shorter step would not be certain either, both ends are solved for more accurately. It is meant for
-    ``Tolerance(descent=0.5)``, which makes −ĝ a descent direction: then a step that counts exists.
+    The test is F(θ⁺) + e⁺ ≤ F(θ) − e − ``decrease`` · α ‖ĝ‖², with corrected values, whose errors e are of second order
+    (C4). If it fails, α is usually multiplied by ``shrink``. If the errors exceed the predicted fall (1 − ``decrease``) α
+    ‖ĝ‖², a shorter step cannot decide either, and both points are solved more accurately. Use it with
+    ``Tolerance(descent=0.5)``, which makes −ĝ a descent direction: then an acceptable step exists.
 
     Parameters
     ----------
     step
-        The first α; by default √p/‖ĝ‖, so that the p outer variables move by about one.
+        The first α; None: √p/‖ĝ‖, which moves the p outer variables by about one.
     grow, shrink
-        What α is multiplied by after a step that counts, and after one that does not.
+        The factors of α after an accepted and after a rejected step.
     decrease
-        The share of the decrease promised by the slope that is asked for.
+        The required share of the decrease that the slope predicts.
     tighten
-        What the errors allowed are divided by where they leave the question open.
+        The divisor of the allowed errors if they are too large to decide.
     max_trials
-        How many evaluations are made for one step before the loop ends.
+        The largest number of evaluations for one step before the loop ends.
+
+    Raises
+    ------
+    ArgumentError
+        If a setting is out of its range.
 
     References
     ----------

@@ -1,4 +1,7 @@
-"""The outer loop: θ moves, both solves start from their last answers, and their accuracy follows a policy."""
+"""The outer loop: it moves θ, warm-starts both solves, and sets their accuracy by a policy.
+
+The loop, its state and its checkpoints are one idea: a run. The methods that choose a step are in :mod:`bilevel.outer.methods`.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, replace
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, TypeAlias, TypeVar
 
 import torch
 from torch.utils import _pytree as pytree
@@ -28,11 +31,12 @@ __all__ = ["OuterRun", "minimize"]
 
 Policy: TypeAlias = "Tolerance | Callable[[int], Tolerance]"
 FORMAT = 2
+T = TypeVar("T")
 
 
 def minimize(
     problem: BilevelProblem,
-    outer: Any,
+    outer: T,
     data: Any,
     *,
     optimizer: OuterMethod | Callable[..., torch.optim.Optimizer] | None = None,
@@ -44,47 +48,49 @@ def minimize(
     bounds: bool = False,
     on_failure: Literal["raise", "stop"] = "raise",
     resume: dict[str, Any] | None = None,
-) -> OuterResult:
+) -> OuterResult[T]:
     """Minimise F(φ*(θ), θ) over θ.
 
     Parameters
     ----------
     problem
-        The problem; its warm starts are used.
+        The problem. Its warm starts are used.
     outer
-        Where θ begins: a tensor or a pytree. Leaves that are neither floating-point nor complex tensors stay as they are. Parameters of the problem
-        itself, as ``tuning.outer`` of a :class:`HyperparameterOptimization`, follow the run, as they would an optimiser: they are
-        set to each point reached, and hold the last one at the end. Other tensors are not changed.
+        The initial θ: a tensor or a pytree. Leaves that are neither floating-point nor complex tensors stay as they are.
+        Parameters of the problem itself, such as ``tuning.outer`` of a :class:`HyperparameterOptimization`, are set to each
+        point, and hold the last one at the end. Other tensors are not changed.
     data
         As for :meth:`BilevelProblem.hypergradient`.
     optimizer
-        How to step: :class:`HOAG` (the default), :class:`MAID`, or a function of a list of parameters that returns a ``torch.optim``
-        optimiser, such as ``lambda parameters: torch.optim.Adam(parameters, lr=0.1)``.
+        The outer method: :class:`HOAG` (the default), :class:`MAID`, or a function of a list of parameters that returns a
+        ``torch.optim`` optimiser, such as ``lambda parameters: torch.optim.Adam(parameters, lr=0.1)``.
     tolerance
-        A :class:`Tolerance` for all steps, a function of the number of the step, counted from 1, such as
-        :class:`ExponentialSchedule`, or None for the problem's own. ``Tolerance(descent=0.5)`` spends what a descent
-        direction needs.
+        A :class:`Tolerance` for all steps, or a function of the number of the step, counted from 1, such as
+        :class:`ExponentialSchedule`. None: the problem's own. ``Tolerance(descent=0.5)`` asks for a descent direction, and
+        no more.
     max_steps
-        The most steps in θ.
+        The largest number of steps in θ.
     gradient_tolerance
-        The loop ends when ‖ĝ‖, plus its error bound where there is one, is at or below. Goals that are relative to the gradient need
-        not be stricter than showing that: see ``stationary`` of :class:`Tolerance`.
+        The loop ends when ‖ĝ‖, plus its error bound if one is known, is at most this. Goals relative to the gradient stop
+        there too: see ``stationary`` of :class:`Tolerance`.
     init
-        Where the first inner solve begins.
+        The initial guess of the first inner solve.
     callback
-        Called with the :class:`OuterRun` at every point; several in a sequence. One that returns True ends the loop.
+        A function of the :class:`OuterRun`, or a sequence of them, called at every point. The loop ends if one returns
+        True.
     bounds
-        Compute the error bound of every hypergradient, where a goal has not done so already.
+        Whether the error bound of every hypergradient is computed. A goal computes it in any case.
     on_failure
-        What becomes of a failed solve, or of a value that is not finite, where no shorter step helps: raise, or end
-        with a status that says so. Steps of HOAG and MAID on which a solve fails are shortened.
+        The policy for a failed solve and for a value that is not finite, if a shorter step does not help: ``"raise"``, or
+        ``"stop"`` with a status. HOAG and MAID shorten a step on which a solve fails.
     resume
-        The ``state`` of a result or of a run seen by a callback: the loop goes on from there, bit for bit as if it had not stopped.
+        The ``state`` of a result, or of a run in a callback. The loop continues from it, bit for bit as if it had not
+        stopped.
 
     Returns
     -------
     OuterResult
-        With ``KeyboardInterrupt``, what was reached, and the status ``INTERRUPTED``.
+        The last point. After ``KeyboardInterrupt`` its status is ``INTERRUPTED``.
 
     Raises
     ------
@@ -121,12 +127,12 @@ def minimize(
 
 
 class OuterRun:
-    """A run of :func:`bilevel.minimize`, as its callbacks see it.
+    """A run of :func:`bilevel.minimize`, for its callbacks.
 
     Attributes
     ----------
     history
-        The points so far; the last is the present one.
+        The points so far; the last one is the current point.
     """
 
     def __init__(
@@ -175,13 +181,13 @@ class OuterRun:
 
     @property
     def inner(self) -> Any:
-        """φ there."""
+        """φ at ``outer``."""
         assert self._here is not None
         return self._here.inner
 
     @property
     def gradient(self) -> Any:
-        """ĝ there, the pytree of ``outer``; None at leaves that do not move."""
+        """ĝ at ``outer``, in the same pytree; None at leaves that do not move."""
         assert self._here is not None
         parts = iter(self._here.gradient)
         filled = [of_real(next(parts), leaf) if moves(leaf) else None for leaf in self._leaves]
@@ -189,12 +195,12 @@ class OuterRun:
 
     @property
     def value(self) -> float:
-        """The corrected outer value there."""
+        """The corrected outer value at ``outer``."""
         assert self._here is not None
         return self._here.corrected
 
     def state_dict(self) -> dict[str, Any]:
-        """Return everything that going on from here needs, in types that ``torch.load(..., weights_only=True)`` reads."""
+        """Return the state that resumes the run, in types that ``torch.load(..., weights_only=True)`` reads."""
         here = self._here
         assert here is not None
         record = {**here.record, "basis": int(here.record["basis"])}
@@ -376,7 +382,7 @@ def _loop(
             assert here is not None
             if not here.finite:
                 return _failed(run, OuterStatus.NOT_FINITE, on_failure)
-            # The point that a run is resumed at was seen before. Every callback hears of a point, whichever asks to stop.
+            # Callbacks saw the point of a resumed run before. Every callback is called, even if an earlier one asks to stop.
             answers = [] if seen else [call(run) for call in callbacks]
             seen = False
             if any(bool(answer) for answer in answers):

@@ -1,23 +1,27 @@
-"""What an outer loop did: a record for each step, why it ended, and where."""
+"""The result of an outer loop: a record of each step, the status, and the last point."""
 
 from __future__ import annotations
 
 import enum
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Generic
+
+from typing_extensions import TypeVar
 
 from bilevel.reports import Basis
 
 __all__ = ["OuterResult", "OuterStatus", "OuterStep"]
 
+T = TypeVar("T", default=Any)  # the pytree of the outer variables
+
 
 class OuterStatus(enum.Enum):
     """Why :func:`bilevel.minimize` ended."""
 
-    CONVERGED = "the norm of the hypergradient, with its error where that is known, is at or below gradient_tolerance"
-    MAX_STEPS = "max_steps outer steps are made"
-    NO_DECREASE = "no step was found whose decrease is beyond the errors of the values"
-    SOLVE_FAILED = "a solve failed, and nothing is left to go on from"
+    CONVERGED = "the norm of the hypergradient, plus its error if that is known, is at or below gradient_tolerance"
+    MAX_STEPS = "max_steps outer steps were made"
+    NO_DECREASE = "no step was found whose decrease exceeds the errors of the values"
+    SOLVE_FAILED = "a solve failed, and no other trial point is left"
     NOT_FINITE = "the outer value or its gradient is not finite"
     STOPPED = "a callback asked to stop"
     INTERRUPTED = "it was interrupted from the keyboard"
@@ -35,30 +39,29 @@ class OuterStep:
     Parameters
     ----------
     number
-        From 1.
+        The number of the point, from 1.
     value
-        F at the inner solution found.
+        F at the computed inner solution.
     corrected_value
-        F − qᵀ∇_φ G, the outer value up to second order.
+        F − qᵀ∇_φ G: the outer value up to second order in the inner error.
     value_error
-        Bound, or estimate, of the corrected value's error: what a line search allows for.
+        The bound, or estimate, of the error of the corrected value. A line search allows for it.
     gradient_norm
         ‖ĝ‖.
     error_bound
-        Bound, or estimate, of ‖ĝ − g‖; NaN where it was not asked for.
+        The bound, or estimate, of ‖ĝ − g‖; NaN if it was not asked for.
     basis
-        What ``error_bound`` rests on.
+        Why ``error_bound`` holds.
     delta, delta_prime
-        δ and δ′: those asked for as numbers; else, as a goal chose them, the residuals that were reached, as δ and δ′ are
-        read where μ is not given.
+        δ and δ′. If a goal chose them: the residuals that were reached, read as δ and δ′ with μ unknown.
     inner_iterations, linear_iterations
-        Of all problems of a batch together, trial points that were not taken included.
+        The sums over all problems of a batch, rejected trial points included.
     step_size
-        Of the step that led here; NaN for the first point, and where an optimiser of torch made it.
+        The size of the step that led here; NaN for the first point, and for a step of a torch optimiser.
     evaluations
-        Hypergradients computed so far.
+        The number of hypergradients so far.
     seconds
-        Spent so far.
+        The time so far.
     """
 
     number: int
@@ -78,28 +81,28 @@ class OuterStep:
 
 
 @dataclass(frozen=True, eq=False)
-class OuterResult:
-    """What :func:`bilevel.minimize` returns.
+class OuterResult(Generic[T]):
+    """The result of :func:`bilevel.minimize`.
 
     Parameters
     ----------
     outer
         θ, the pytree that was given.
     inner
-        φ there.
+        φ at ``outer``, the pytree of the problem's init.
     value
-        The corrected outer value there.
+        The corrected outer value at ``outer``.
     history
-        Every point, the last of which is ``outer``.
+        Every point; the last one is ``outer``.
     status
-        Why it ended.
+        Why the run ended.
     message
-        The same in one sentence.
+        The status in one sentence.
     state
-        What ``resume`` takes to go on from here.
+        The state that ``resume`` takes to continue the run.
     """
 
-    outer: Any
+    outer: T
     inner: Any
     value: float
     history: tuple[OuterStep, ...]

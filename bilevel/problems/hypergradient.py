@@ -6,10 +6,11 @@ import copy
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, Generic
 
 import torch
 from torch.utils import _pytree as pytree
+from typing_extensions import TypeVar
 
 from bilevel.certificates._certificate import Certificate
 from bilevel.certificates._point import Point
@@ -18,14 +19,16 @@ from bilevel.certificates.constants import Constants
 from bilevel.errors import ArgumentError, ConstantsError
 from bilevel.problems.adaptive.state import GoalReport
 from bilevel.pytree import as_real, moves, of_real
-from bilevel.reports import Basis, SolveReport
+from bilevel.reports import Basis, SolveReport, Status
 
 __all__ = ["Hypergradient", "HypergradientReport", "assemble"]
+
+T = TypeVar("T", default=Any)  # the pytree of the outer variables
 
 
 @dataclass(frozen=True, eq=False)
 class HypergradientReport:
-    """The two solves behind a hypergradient.
+    """The reports of the two solves behind a hypergradient.
 
     Parameters
     ----------
@@ -34,7 +37,7 @@ class HypergradientReport:
     backward
         The linear solve's report.
     goal
-        What became of ``Tolerance(hypergradient=...)`` or ``Tolerance(descent=...)``; None without such a goal.
+        The outcome of ``Tolerance(hypergradient=...)`` or ``Tolerance(descent=...)``; None without such a goal.
     """
 
     forward: SolveReport
@@ -47,7 +50,7 @@ class HypergradientReport:
         return self.forward.converged & self.backward.converged
 
     @property
-    def status(self) -> Any:
+    def status(self) -> Status | tuple[Any, ...]:
         """Per problem, the status of the inner solve if that failed, else of the linear solve."""
         return _worse(self.forward, self.backward).status
 
@@ -117,19 +120,19 @@ class _MissingProblem:
 
 def _missing_problem() -> ArgumentError:
     return ArgumentError(
-        "Hypergradient: expected the problem to be at hand for what is computed from it, and this result was pickled, which leaves the "
-        "problem behind; look at its bounds, corrected_grad and the like before you pickle it, and they come along"
+        "Hypergradient: expected the problem, which this property is computed from, and the result was pickled without it; read "
+        "bounds, corrected_grad and the like before you pickle the result: they are then pickled too"
     )
 
 
 @dataclass(frozen=True, eq=False)
-class Hypergradient:
-    """What :meth:`BilevelProblem.hypergradient` returns.
+class Hypergradient(Generic[T]):
+    """The result of :meth:`BilevelProblem.hypergradient`.
 
     Parameters
     ----------
     value
-        F at the inner solution found, a scalar (the mean over a batch).
+        F at the computed inner solution, a scalar (the mean over a batch).
     corrected_value
         F − qᵀ∇_φ G: the outer value at φ* up to second order in the inner error (C4).
     grad
@@ -139,23 +142,24 @@ class Hypergradient:
     adjoint
         q ≈ H⁻¹ ∇_φ F, the same pytree; for a batch, each problem's own.
     report
-        The two solves.
+        The reports of the two solves.
 
     Notes
     -----
-    A pickled one keeps all of these, and the bounds that had been looked at; what is computed from the problem when it is first
-    asked for stays with the process that has the problem.
+    A pickled result keeps all of these fields, and the bounds that were computed before. It cannot compute others: they need the
+    problem, which stays in its process.
     """
 
     value: torch.Tensor
     corrected_value: torch.Tensor
-    grad: Any
+    grad: T
     inner: Any
     adjoint: Any
     report: HypergradientReport
     _certificate: Certificate = field(repr=False)
     _rebuild: Callable[[Point, Hypergradient], Hypergradient] = field(repr=False)
     _restore: Callable[[torch.Tensor], Any] = field(repr=False)
+    _decided: Bound | None = field(default=None, repr=False)
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in vars(self).items() if name not in _TIED}
@@ -163,12 +167,12 @@ class Hypergradient:
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state, **dict.fromkeys(_TIED, _MissingProblem()))
 
-    def __copy__(self) -> Hypergradient:
+    def __copy__(self) -> Hypergradient[T]:
         made = object.__new__(type(self))
         vars(made).update(vars(self))
         return made
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Hypergradient:
+    def __deepcopy__(self, memo: dict[int, Any]) -> Hypergradient[T]:
         made = object.__new__(type(self))
         memo[id(self)] = made
         # What it has of the problem changes no more, and is shared.
@@ -177,54 +181,55 @@ class Hypergradient:
 
     @cached_property
     def bound(self) -> Bound:
-        """Of ‖ĝ − g‖ (C3); computed when first asked for.
+        """The bound of ‖ĝ − g‖ (C3); computed when it is first read.
 
         It costs about as much as the gradient, and where H is too large to be factorised the products that
-        ``Tolerance(bound_products=...)`` allows, as far as they tighten it.
+        ``Tolerance(bound_products=...)`` allows, as far as they tighten it. With a goal, it is the bound or the estimate that decided.
         """
-        return self._certificate.bound
+        return self._certificate.bound if self._decided is None else self._decided
 
     @cached_property
     def inner_bound(self) -> Bound:
-        """Of ‖φ − φ*‖ (C1, C7); of a batch, the largest."""
+        """The bound of ‖φ − φ*‖ (C1, C7); for a batch, the largest."""
         return self._certificate.inner_bound
 
     @cached_property
     def adjoint_bound(self) -> Bound:
-        """Of ‖q − q*‖, q* being the adjoint at φ* (C2); of a batch, the largest."""
+        """The bound of ‖q − q*‖, with q* the adjoint at φ* (C2); for a batch, the largest."""
         return self._certificate.adjoint_bound
 
     @cached_property
     def value_bound(self) -> Bound:
-        """Of the difference between F(φ*) and ``corrected_value`` (C4)."""
+        """The bound of the difference between F(φ*) and ``corrected_value`` (C4)."""
         return self._certificate.value_bound
 
     @cached_property
-    def corrected_grad(self) -> Any:
-        """g̃, a hypergradient with an error of second order (C5), as the pytree of ``outer``: two linear solves more.
+    def corrected_grad(self) -> T:
+        """g̃, a hypergradient with an error of second order (C5), as the pytree of ``outer``. It costs two more linear solves.
 
-        It is the hypergradient at φ⁺ = φ − H⁻¹∇G with an adjoint solved for there; ‖ĝ − g̃‖ estimates ‖ĝ − g‖.
+        It is the hypergradient at φ⁺ = φ − H⁻¹∇G, with the adjoint solved there. ‖ĝ − g̃‖ estimates ‖ĝ − g‖.
         """
-        return self._restore(self._certificate.corrected_gradient)
+        grad: T = self._restore(self._certificate.corrected_gradient)
+        return grad
 
     @cached_property
     def observed_constants(self) -> Constants:
-        """What is seen of each constant between φ and a better point, per problem: no true L is smaller, no true μ larger.
+        """The observed value of each constant between φ and a better point, per problem. No true L is smaller, and no true μ larger.
 
-        Not a bound: a place to begin when constants are to be guessed. With it a bound would be an estimate.
+        They are not bounds: use them as a first guess of the constants. Bounds that use them are estimates.
         """
         return self._certificate.observed
 
-    def refined(self) -> Hypergradient:
+    def refined(self) -> Hypergradient[T]:
         """Return the hypergradient one Newton step further, with bounds of its own (C6: refine and recheck).
 
-        φ⁺ = φ − H⁻¹∇G, and q⁺ solves the system there, started at q: two linear solves. The Lipschitz constants in its bounds
-        multiply an ε of second order.
+        Two linear solves give φ⁺ = φ − H⁻¹∇G, and q⁺, which solves the system there, started at q. The Lipschitz constants in
+        its bounds multiply an ε of second order.
         """
         return self._rebuild(self._certificate.refined, self)
 
     def __str__(self) -> str:
-        """Return value, gradient, solution and adjoint, each with its bound and what that rests on; the bounds are computed."""
+        """Return value, gradient, solution and adjoint, each with its bound and its basis. This computes the bounds."""
         flat = [as_real(leaf).reshape(-1) for leaf in pytree.tree_leaves(self.grad) if leaf is not None]
         inner = [as_real(leaf).reshape(-1) for leaf in pytree.tree_leaves(self.inner)]
         adjoint = [as_real(leaf).reshape(-1) for leaf in pytree.tree_leaves(self.adjoint)]

@@ -1,4 +1,4 @@
-"""Bilevel problems: an outer loss at the argmin of an inner objective, its hypergradient, and how wrong that is."""
+"""Bilevel problems: an outer loss at the argmin of an inner objective, its hypergradient, and the error of that."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch.utils import _pytree as pytree
@@ -29,6 +29,7 @@ from bilevel.layers.layer import Layer, Solution
 from bilevel.layers.proximal import Proximal
 from bilevel.linear._base import LinearSolver, LinearSolverLike
 from bilevel.policy import OnFailure
+from bilevel.problems.adaptive.direct import decided, full_accuracy_is_cheap
 from bilevel.problems.adaptive.driver import attach_gradient, needs_gradient, solve_to_goal
 from bilevel.problems.batching import BatchSpec
 from bilevel.problems.checks import (
@@ -50,35 +51,38 @@ from bilevel.tolerance import Tolerance
 
 __all__ = ["BilevelProblem"]
 
+T = TypeVar("T")
+
 
 class BilevelProblem(torch.nn.Module, ABC):
     """min_θ F(φ*(θ), θ) with φ*(θ) = argmin_φ G(φ, θ): override the two objectives.
 
-    Calling the problem gives the outer loss, differentiable with respect to ``outer``. It is an ordinary module, and
-    remembers the last inner solution and adjoint, from which the next solves begin.
+    Calling the problem gives the outer loss, differentiable with respect to ``outer``. The problem is an ordinary module.
+    It keeps the last inner solution and adjoint as the initial guesses of the next solves.
 
-    ``solver``, ``linear_solver``, ``tolerance``, ``on_failure`` and ``warm_start`` are attributes, and may be set to others between
-    calls. Each call, with all of its derivatives, goes by those that it was made with.
+    ``solver``, ``linear_solver``, ``tolerance``, ``on_failure`` and ``warm_start`` are attributes, and may be set between
+    calls. A call and all of its derivatives use the settings that were in force when it was made.
 
     Parameters
     ----------
     solver
-        An inner solver, or a function (objective, init, outer, data) -> inner. By default chosen from the size.
+        An inner solver, or a function (objective, init, outer, data) -> inner. None: chosen from the size.
     linear_solver
-        A linear solver, or a function (operator, rhs) -> x. By default chosen from the size.
+        A linear solver, or a function (operator, rhs) -> x. None: chosen from the size.
     tolerance
         δ and δ′.
     on_failure
         ``"raise"``, ``"warn"``, ``"nan"`` or ``"ignore"``, forward and backward.
     batch_dims
-        None for one inner problem. Otherwise, in the manner of ``torch.func.vmap``'s ``in_dims``, which axis of each tensor
-        of ``data`` numbers K inner problems (None where all share one): they share ``outer``, are solved and differentiated
-        as one batch, and the outer loss is their mean. Inner variables then have a leading axis K.
+        None: one inner problem. Otherwise the axis of each tensor of ``data`` that numbers K inner problems, as ``in_dims``
+        of ``torch.func.vmap``; None for a tensor that all share. The K problems share ``outer``, and are solved and
+        differentiated as one batch. The outer loss is their mean. Inner variables then have a leading axis K.
     warm_start
-        Begin from the last solution where no ``init`` is given, and the linear solve from the last adjoint. A start only
-        changes the work, not the accuracy.
+        Whether a call without ``init`` begins at the last solution, and the linear solve at the last adjoint. The initial
+        guess changes the work, not the accuracy.
     differentiation
-        How the inner solution is differentiated: :class:`bilevel.Implicit` by default. Of the others no error bound is known.
+        The way the inner solution is differentiated: :class:`bilevel.Implicit` by default. The others have no known error
+        bound.
 
     Raises
     ------
@@ -110,6 +114,9 @@ class BilevelProblem(torch.nn.Module, ABC):
     on_failure = Setting[OnFailure]()
     tolerance = Setting[Tolerance]()
     """The accuracy asked for."""
+
+    if TYPE_CHECKING:
+        __call__: Callable[..., torch.Tensor]  # torch says that a module returns Any
 
     def __init__(
         self,
@@ -181,18 +188,18 @@ class BilevelProblem(torch.nn.Module, ABC):
         return BatchSpec(self.batch_dims, self._layer.where)
 
     def memory(self) -> dict[str, Any]:
-        """Return what the next call begins from: the last inner solution and adjoint, and what goals have learned.
+        """Return the state of the warm starts: the last inner solution and adjoint, and the search state of goals.
 
-        With it a run can be resumed bit for bit; the tensors are copies, all of it can be loaded without running code.
+        With it a run can be resumed bit for bit. The tensors are copies, and all of it can be loaded without running code.
         """
         return self._warm.state_dict()
 
     def recall(self, state: dict[str, Any]) -> None:
-        """Begin the next call from :meth:`memory`."""
+        """Restore the state that :meth:`memory` returned."""
         self._warm = WarmStart.of(state)
 
     def begin_at(self, inner: Any, adjoint: Any) -> None:
-        """Begin the next call from ``inner`` and ``adjoint``, as a :class:`Hypergradient` holds them, in place of the last ones."""
+        """Warm-start the next call from ``inner`` and ``adjoint``, as a :class:`Hypergradient` holds them."""
         flat = self._numbering.ravel(adjoint)
         # As for the mean's cotangents.
         self._warm = replace(self._warm, inner=inner, adjoint=flat / max(1, len(flat)))
@@ -206,33 +213,34 @@ class BilevelProblem(torch.nn.Module, ABC):
         """Return F(φ, θ), a scalar tensor, for one problem."""
 
     def inner_prox(self, outer: Any, data: Any) -> Any:
-        """Return the proximal term g of the inner problem, min_φ G(φ, θ) + g(φ; θ), or None; override it where there is one.
+        """Return the proximal term g of the inner problem min_φ G(φ, θ) + g(φ; θ), or None. Override it for a problem with a term.
 
-        A term of :mod:`bilevel.prox`, or a pytree of terms like the inner variables, with None where there is none. It is made of ``outer`` and
-        ``data``, so that strengths and bounds are differentiated too. Errors of hypergradients are then estimated, and never certified.
+        Return a term of :mod:`bilevel.prox`, or a pytree of terms like the inner variables, with None for a tensor without one.
+        It may depend on ``outer`` and ``data``: strengths and bounds are differentiated too. Errors of hypergradients are then
+        estimated, and never certified.
         """
         return None
 
     def inner_constraints(self, outer: Any, data: Any) -> Constraints | None:
-        """Return the bounds and constraints on φ, or None; override it where there are some.
+        """Return the bounds and constraints on φ, or None. Override it for a problem with constraints.
 
-        ``equality`` and ``inequality`` of the :class:`~bilevel.Constraints` are functions of (inner, outer, data), bounds are values or functions of
-        (outer, data). All may be computed from ``outer``. Errors of hypergradients are then not known, and never certified.
+        ``equality`` and ``inequality`` of the :class:`~bilevel.Constraints` are functions of (inner, outer, data). Bounds are
+        values, or functions of (outer, data). All may depend on ``outer``. Errors of hypergradients are then unknown.
         """
         return None
 
     def objective_arguments(self, outer: Any, data: Any) -> tuple[Any, Any]:
-        """Return (outer, data) as the two objectives see them, of what a call of the problem is given.
+        """Return (outer, data) for the two objectives, given the arguments of a call of the problem.
 
-        Override it, as :meth:`forward`, in a problem that owns its outer variables.
+        Override it together with :meth:`forward` in a problem that owns its outer variables.
         """
         return outer, data
 
     def prepare(self, outer: Any, data: Any, /) -> Any:
-        """Return what the objectives are given in place of ``data``; by default ``data``.
+        """Return the data that the objectives receive in place of ``data``; by default ``data``.
 
-        It is called once a call, and not at every evaluation. What it makes of ``outer``, such as a kernel matrix, is differentiated too.
-        Bounds of errors are computed from the objectives and this together. It cannot be combined with ``batch_dims``.
+        It is called once a call, and not at every evaluation. A result that depends on ``outer``, such as a kernel matrix, is
+        differentiated too. Error bounds include it. It cannot be combined with ``batch_dims``.
         """
         return data
 
@@ -252,17 +260,17 @@ class BilevelProblem(torch.nn.Module, ABC):
         return self.outer_objective(inner, outer, self.prepare(outer, data))
 
     def initial(self, outer: Any, data: Any) -> Any:
-        """Return where the first inner solve begins; override it, or pass ``init``."""
+        """Return the initial guess of the first inner solve. Override it, or pass ``init``."""
         raise ArgumentError(
             f"{self._layer.where}: expected init to be given for the first solve, and it was not; pass init=..., or "
             "override initial(outer, data)"
         )
 
     def tolerance_of(self, outer: Any, data: Any) -> Tolerance:
-        """Return the accuracy that the solves of this call aim for.
+        """Return the accuracy that this call asks for.
 
-        By default the tolerance given, with δ′ meant for each problem's own adjoint: the mean over K problems hands each
-        of them 1/K of its right-hand side. Override it where δ and δ′ are promises about something else than φ and q.
+        The default is the problem's tolerance, with δ′ meant for each problem's own adjoint. The mean over K problems gives
+        each problem 1/K of its right-hand side. Override it if δ and δ′ are meant for other quantities than φ and q.
         """
         given, count = self.tolerance, self._numbering.count(data)
         if isinstance(given.delta_prime, (int, float)) and count:
@@ -270,7 +278,7 @@ class BilevelProblem(torch.nn.Module, ABC):
         return given
 
     def constants(self, outer: Any, data: Any) -> Constants:
-        """Return what is known of G and F (see :class:`Constants`); override it to get certified bounds."""
+        """Return the known constants of G and F (see :class:`Constants`). Override it to get certified bounds."""
         return Constants()
 
     def forward(self, outer: Any, data: Any, *, init: Any = None) -> torch.Tensor:
@@ -281,26 +289,24 @@ class BilevelProblem(torch.nn.Module, ABC):
         outer
             θ: a tensor or a pytree.
         data
-            Passed on to the objectives; a pytree.
+            The pytree that the objectives receive.
         init
-            Where the inner solve begins. Without it, the last solution if there is one of the same
-            problem size, else :meth:`initial`.
+            The initial guess of the inner solve. None: the last solution if its shapes fit, else :meth:`initial`.
 
         Raises
         ------
         SolveError
             If the inner solve failed and the policy is ``"raise"``.
         StochasticObjectiveError, CapturedTensorError, ArgumentError
-            If an objective is random, changes its arguments, reaches a tensor that would receive no gradient, or nothing
-            leads to ``outer`` (policy ``"raise"``).
+            If an objective is random, changes its arguments, captures a tensor that would receive no gradient, or does not
+            depend on ``outer`` (policy ``"raise"``).
         TransformError, ArgumentError
-            If the tolerance is a goal for the hypergradient, and more than one first ``backward`` to ``outer`` is wanted.
+            If the tolerance is a goal for the hypergradient, and more than one first ``backward`` to ``outer`` is asked for.
 
         Notes
         -----
-        A goal, ``Tolerance(hypergradient=...)``, is met here, in the forward pass, for the gradient that ``backward`` then hands to
-        ``outer``: once, and by ``backward`` or ``torch.autograd.grad`` alone. Without a gradient to promise anything of,
-        under ``torch.no_grad``, the inner solve goes as far as the dtype allows.
+        A goal, ``Tolerance(hypergradient=...)``, is met in this forward pass, for the gradient that ``backward`` then returns. This holds for one
+        ``backward`` or ``torch.autograd.grad``. Under ``torch.no_grad`` there is no gradient, and the inner solve goes as far as the dtype allows.
         """
         self._numbering.check_count(data)
         settings = self._settings_of(outer, data)
@@ -308,7 +314,7 @@ class BilevelProblem(torch.nn.Module, ABC):
         self._refuse_goal(tolerance)
         if tolerance.has_goal and torch.is_grad_enabled() and needs_gradient(self.where, tolerance, outer, data):
             with unhooked():
-                result = self._to_goal(settings, outer, data, init)
+                result = self._with_goal(settings, outer, data, init)
             return attach_gradient(result, outer)
         prepared = self._prepared(outer, data)
         solution = self._solve(settings, outer, prepared, init)
@@ -335,11 +341,11 @@ class BilevelProblem(torch.nn.Module, ABC):
         outer, data, init
             See :meth:`forward`.
         inspect
-            Look first for what would make gradients wrong (random numbers, captured tensors, wrong shapes), which costs two gradients of
-            one problem. One of several calls with the same objective tells it for all.
+            Whether the objective is first checked for faults that make gradients wrong: random numbers, captured tensors, wrong
+            shapes. This costs two gradients of one problem. Of several calls with the same objective, one check is enough.
         tolerance
-            What :meth:`tolerance_of` returns, by default for this ``outer`` and ``data``. Calls that are parts of one mean take that of the
-            whole: the mean hands each of its problems a share of its right-hand side.
+            The accuracy; None: :meth:`tolerance_of` for this ``outer`` and ``data``. A call that is a part of a mean takes that
+            of the whole mean.
         """
         settings = self._settings_of(outer, data, tolerance, inspect=inspect)
         return self._solve(settings, outer, self._prepared(outer, data), init)
@@ -370,21 +376,21 @@ class BilevelProblem(torch.nn.Module, ABC):
                 self._warm = replace(self._warm, inner=last)
         return solution
 
-    def hypergradient(self, outer: Any, data: Any, *, init: Any = None, at: Any = None) -> Hypergradient:
-        """Return the outer value, its gradient with respect to ``outer``, and how they were come by.
+    def hypergradient(self, outer: T, data: Any, *, init: Any = None, at: Any = None) -> Hypergradient[T]:
+        """Return the outer value, its gradient with respect to ``outer``, the adjoint, and the reports of both solves.
 
         Parameters
         ----------
         outer, data, init
             See :meth:`forward`.
         at
-            An inner solution that you have already, of the structure of ``init``: it is checked by one residual, and nothing is solved for. See
-            :meth:`Layer.at`.
+            An inner solution that you already have, in the structure of ``init``. One residual checks it, and no inner solve is
+            made. See :meth:`Layer.at`.
 
         Returns
         -------
         Hypergradient
-            Everything in it is cut from any graph.
+            Detached tensors.
 
         Raises
         ------
@@ -402,9 +408,7 @@ class BilevelProblem(torch.nn.Module, ABC):
                 "torch.func.vmap(torch.func.grad(problem))(outer, data), or by torch.func.functional_call where outer is the problem's own parameters"
             )
         self._numbering.check_count(data)
-        leaves, structure = pytree.tree_flatten(outer)
-        moving = [moves(leaf) for leaf in leaves]
-        if not any(moving):
+        if not any(moves(leaf) for leaf in pytree.tree_leaves(outer)):
             raise ArgumentError(
                 f"{self._layer.where}: expected outer to hold a floating-point or complex tensor, got {outer!r}; pass tensors to "
                 "differentiate with respect to"
@@ -414,7 +418,18 @@ class BilevelProblem(torch.nn.Module, ABC):
         if at is not None:
             settings, init = self._settings_at(settings), pytree.tree_map(_cut, at)
         if settings.tolerance.has_goal:
-            return self._to_goal(settings, outer, data, init)
+            return self._with_goal(settings, outer, data, init)
+        return self._at_accuracy(settings, outer, data, init)[0]
+
+    def _at_accuracy(
+        self, settings: SolveSettings, outer: Any, data: Any, init: Any
+    ) -> tuple[Hypergradient, Point, Adjoint | None]:
+        """Return the hypergradient of solves to the accuracies δ and δ′, where it is of, and what the linear solve found.
+
+        The latter is None where F does not depend on φ.
+        """
+        leaves, structure = pytree.tree_flatten(outer)
+        moving = [moves(leaf) for leaf in leaves]
         # Copies: what is computed from the result later is of θ as it is now.
         fresh = [_copy(leaf).requires_grad_(True) if move else leaf for leaf, move in zip(leaves, moving, strict=True)]
         theta = pytree.tree_unflatten(fresh, structure)
@@ -437,15 +452,28 @@ class BilevelProblem(torch.nn.Module, ABC):
             [as_real(part).reshape(-1) for part in self._connected(found, inner, outer, data, settings.on_failure)]
         )
         q, backward, corrected = torch.zeros_like(x), solution.report, value.detach()
-        if adjoints:  # none where F does not depend on φ
-            last = adjoints[-1]
+        last = adjoints[-1] if adjoints else None
+        if last is not None:
             if settings.on_adjoint is not None:
                 settings.on_adjoint(last)
             q, backward = last.value * lower.batch, last.report  # the mean's cotangents are 1/K of each problem's own
             corrected = corrected - (q * last.residual).sum(dim=-1).mean()
         point = Point(lower, upper, x, q, _needs_grad(plain, lower))
         report = HypergradientReport(solution.report, backward)
-        return self._assembled(settings, plain, data, inner, point, value.detach(), corrected, flat, report)
+        result = self._assembled(settings, plain, data, inner, point, value.detach(), corrected, flat, report)
+        return result, point, last
+
+    def _with_goal(self, settings: SolveSettings, outer: Any, data: Any, init: Any) -> Hypergradient:
+        """Return a hypergradient as accurate as the goal asks: by solves to full accuracy where these cost less than to look for less."""
+        count = self._numbering.count(data)
+        start = self._start(outer, data, count) if init is None else init
+        if not full_accuracy_is_cheap(settings, start, count):
+            return self._to_goal(settings, outer, data, start)
+        full = replace(settings, tolerance=Tolerance(strong_convexity=settings.tolerance.strong_convexity))
+        result, point, adjoint = self._at_accuracy(full, outer, data, start)
+        inspector = self._layer.inspector
+        replays = inspector.reuse_inspection(point.lower, point.x, self.inner_objective, captures=True)
+        return decided(settings, result, point, adjoint, point.lower.replayed_from(replays))
 
     def _settings_at(self, settings: SolveSettings) -> SolveSettings:
         """Return the settings of a call that differentiates at an answer given."""
@@ -496,8 +524,8 @@ class BilevelProblem(torch.nn.Module, ABC):
         def constants() -> Constants:
             if any(tensor._version != version for tensor, version in versions):
                 raise ArgumentError(
-                    f"{self.where}: expected data to be as they were when the hypergradient was computed, and a tensor in them was changed "
-                    "in place since, so that a bound would be that of another problem; look at the bound first, or pass a copy of data"
+                    f"{self.where}: expected data to be unchanged since the hypergradient was computed, and a tensor in them was changed "
+                    "in place, so that no bound can be computed; read the bound before you change data, or pass a copy of data"
                 )
             return self.constants(outer, data).with_mu(tolerance.strong_convexity)
 
@@ -516,8 +544,7 @@ class BilevelProblem(torch.nn.Module, ABC):
         tolerance, policy = settings.tolerance, settings.on_failure
         given = (data, init)
         outer, data = pytree.tree_map(_copy, outer), pytree.tree_map(_cut, data)
-        start = self._start(outer, data, self._numbering.count(data)) if init is None else init
-        start = pytree.tree_map(_cut, start)
+        start = pytree.tree_map(_cut, init)
         (lower, upper), x = self._flat_problems(start, outer, data), self._numbering.ravel(start)
         needs_grad = _needs_grad(outer, lower)
 
@@ -551,7 +578,7 @@ class BilevelProblem(torch.nn.Module, ABC):
         )
         flat = torch.cat(self._connected(parts, inner, outer, data, policy))
         result = self._assembled(settings, outer, data, inner, point, value, corrected, flat, report)
-        result.__dict__["bound"] = found.bound  # what decided, which asking for the bound shows
+        result = replace(result, _decided=found.bound)
         if tolerance.estimates:
             result.__dict__["value_bound"] = Bound(found.value_error, Basis.ESTIMATED)
         return result

@@ -62,6 +62,14 @@ class Manifold:
         g(y) of shape () for y on M, smooth near x, in y and in the parameters. 0 for indicator functions.
     free
         Where M is a set of vectors some of whose entries are fixed: which entries are not (bool, of the shape of x). None for any other manifold.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from bilevel import prox
+    >>> manifold = prox.L1(1.0).manifold(torch.tensor([2.0, 0.0]))  # the first entry is free, the second is zero
+    >>> manifold.retract(torch.tensor([3.0, 0.1]))
+    tensor([3., 0.])
     """
 
     retract: Callable[[torch.Tensor], torch.Tensor]
@@ -74,6 +82,14 @@ class Term(ABC):
 
     The methods consist of tensor operations that ``torch.func.vmap`` can batch, over x and over the parameters of the term.
     Parameters are numbers or tensors. They are converted to the dtype and device of x when they are used.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from bilevel import prox
+    >>> term = prox.L1(1.0)
+    >>> term.value(torch.tensor([1.0, -2.0])), term.prox(torch.tensor([3.0, -0.5]))
+    (tensor(3.), tensor([2., 0.]))
     """
 
     has_manifold: ClassVar[bool] = (

@@ -126,6 +126,10 @@ class HalfSpace(Term):
     ShapeError
         If ``b`` is not one number; on use, if ``a`` has not the shape of x.
 
+    References
+    ----------
+    Parikh, Boyd, "Proximal Algorithms", Foundations and Trends in Optimization 1, 2014, section 6.2.2 (projection on a half-space).
+
     Examples
     --------
     >>> import torch

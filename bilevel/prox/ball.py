@@ -43,6 +43,10 @@ class L2Ball(Term):
     ShapeError
         On use, if the centre does not expand to the shape of x.
 
+    References
+    ----------
+    Parikh, Boyd, "Proximal Algorithms", Foundations and Trends in Optimization 1, 2014, section 6.5.1 (projection on the ball of a norm).
+
     Examples
     --------
     >>> import torch

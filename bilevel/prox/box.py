@@ -27,6 +27,10 @@ __all__ = ["Box", "NonNegative"]
 class NonNegative(Term):
     """The indicator function of x ≥ 0; its prox is max(x, 0).
 
+    References
+    ----------
+    Parikh, Boyd, "Proximal Algorithms", Foundations and Trends in Optimization 1, 2014, section 6.2.4 (projection on a box).
+
     Examples
     --------
     >>> import torch
@@ -69,6 +73,10 @@ class Box(Term):
         If a lower bound is above its upper bound, or if a bound is NaN.
     ShapeError
         On use, if the bounds do not expand to the shape of x.
+
+    References
+    ----------
+    Parikh, Boyd, "Proximal Algorithms", Foundations and Trends in Optimization 1, 2014, section 6.2.4 (projection on a box).
 
     Examples
     --------

@@ -37,7 +37,7 @@ _LET_PASS = 1e-6  # the relative residual of a point without polish that counts 
 
 @dataclass(frozen=True, kw_only=True)
 class Clarabel:
-    """Clarabel (Goulart and Chen 2024), for large sparse programs: one problem after another. Needs ``pip install bilevel[qp]``.
+    """Clarabel (Goulart and Chen 2024), for large sparse programs: one problem after another. Needs ``pip install '.[qp]'`` in a clone.
 
     A polish on the active set follows, with the factors that the derivative uses. Where the active set is not clear, the answer is
     Clarabel's own.
@@ -48,6 +48,11 @@ class Clarabel:
         Interior-point steps.
     tolerance
         Clarabel's absolute and relative tolerances of feasibility and of the gap.
+
+    Raises
+    ------
+    ArgumentError
+        If a setting is out of its range.
 
     References
     ----------
@@ -138,7 +143,8 @@ def _clarabel() -> Any:
         import clarabel
     except ImportError as missing:
         raise ArgumentError(
-            "`quadratic_program`: expected Clarabel to be installed for sparse programs; run pip install 'bilevel[qp]', or pass dense tensors"
+            "`quadratic_program`: expected Clarabel to be installed for sparse programs; run pip install '.[qp]' in a clone of bilevel, or pass "
+            "dense tensors"
         ) from missing
     return clarabel
 

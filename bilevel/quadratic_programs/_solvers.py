@@ -27,6 +27,11 @@ class Mehrotra:
     max_steps
         Steps of the interior-point method. Ten are usual.
 
+    Raises
+    ------
+    ArgumentError
+        If a setting is out of its range.
+
     References
     ----------
     S. Mehrotra, "On the implementation of a primal-dual interior point method", SIAM J. Optim. 2 (1992). E. M. Gertz, S. J. Wright,

@@ -64,7 +64,7 @@ class Certificate(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class ProgramSolution(Solution[torch.Tensor]):
-    """The solution of a program with all that was found.
+    """The solution of a program, with its multipliers, its active set and its certificate.
 
     Parameters
     ----------
@@ -76,8 +76,10 @@ class ProgramSolution(Solution[torch.Tensor]):
         Differentiable as ``value`` is.
     active
         The active set.
+    aux
+        None: a program has no other output.
     certificate
-        Proofs for problems that have no solution, of the whole batch, as the report is.
+        Proofs that problems have no solution, for the whole batch, as the report.
     """
 
     multipliers: Multipliers = field()

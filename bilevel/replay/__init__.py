@@ -5,10 +5,29 @@ the autograd engine. A recording lies below all of them: it lists torch's operat
 for bit.
 
 :mod:`~bilevel.replay.purity` decides which functions may be recorded (with :mod:`~bilevel.replay.pure_modules`, :mod:`~bilevel.replay.pure_names` and
-:mod:`~bilevel.replay.opcodes`). :mod:`~bilevel.replay.recorder` records one run as a :mod:`~bilevel.replay.tape`, :mod:`~bilevel.replay.simplify`
-shortens the tape, and :mod:`~bilevel.replay.program` compiles it. :mod:`~bilevel.replay.cache` compares a replay with a fresh evaluation before it
-trusts it. :mod:`~bilevel.replay.switch` turns replays off.
+:mod:`~bilevel.replay.opcodes`). :mod:`~bilevel.replay.recorder` records one run as a :mod:`~bilevel.replay.tape`, and
+:mod:`~bilevel.replay.program` compiles it. :mod:`~bilevel.replay.cache` compares a replay with a fresh evaluation before it trusts it.
+:mod:`~bilevel.replay.switch` turns replays off. The rest of the library imports the names below, and none of these modules.
 
 A run is not recorded if it read a number from a tensor, drew random numbers, took a shape from values, changed an argument, or used a tensor of
 unknown origin.
 """
+
+from bilevel.replay.cache import ReplayCache, ReplayedOperator
+from bilevel.replay.program import Program, StartedProgram
+from bilevel.replay.purity import InspectionCache, has_plain_structure, reachable_objects
+from bilevel.replay.recorder import note
+from bilevel.replay.switch import allowed, replaying
+
+__all__ = [
+    "InspectionCache",
+    "Program",
+    "ReplayCache",
+    "ReplayedOperator",
+    "StartedProgram",
+    "allowed",
+    "has_plain_structure",
+    "note",
+    "reachable_objects",
+    "replaying",
+]

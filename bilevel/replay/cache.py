@@ -1,8 +1,9 @@
-"""Replays of a problem's evaluations, once they have shown that they are what the user's function does.
+"""Replays of a problem's evaluations, after they have been compared with the user's function.
 
-A function that can do but one thing (:mod:`bilevel.replay.purity`) is evaluated by itself at first. Then what it does is noted
-(:mod:`bilevel.replay`), compared with another evaluation at other numbers, and from then on done without it. Whatever speaks against that, an
-operation that looks at numbers, a result that differs in its last bit, or an error, leaves everything as it was: slower, and no less right.
+A branch-free function that depends on its arguments alone (:mod:`bilevel.replay.purity`) is first evaluated as usual.
+Then its operations are recorded (:mod:`bilevel.replay`), compared with another evaluation at other numbers, and
+replayed from then on. Three things end the replays: an operation that reads numbers, a result that differs in its last
+bit, and an error. The function is then evaluated as usual: slower, with the same results.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ Evaluation = Callable[..., Sequence[torch.Tensor]]
 
 @dataclass(eq=False)
 class _Entry:
-    """What is known of one kind of evaluation."""
+    """The state of one kind of evaluation."""
 
     program: Program | None = None
     trusted: bool = False
@@ -45,7 +46,7 @@ class ReplayCache:
         self._entries: dict[Hashable, _Entry] = {}
 
     def captured(self) -> list[torch.Tensor] | None:
-        """Return the tensors that the function reaches, or None if one is gone."""
+        """Return the tensors that the function captures, or None if one no longer exists."""
         found = [tensor for reference in self._captured if (tensor := reference()) is not None]
         return found if len(found) == len(self._captured) else None
 
@@ -56,7 +57,7 @@ class ReplayCache:
         inputs: Callable[[], Sequence[torch.Tensor]],
         late: Callable[[], Sequence[torch.Tensor]] = tuple,
     ) -> Program | None:
-        """Return the program of ``evaluation``, to be called with ``(*inputs, *captured)``, or None while there is none to be relied on.
+        """Return the program of ``evaluation``, to be called with ``(*inputs, *captured)``, or None if there is no verified one.
 
         Parameters
         ----------
@@ -106,7 +107,7 @@ class ReplayCache:
 def _repeats(
     program: Program, inputs: Sequence[torch.Tensor], late: Sequence[torch.Tensor], expected: Sequence[torch.Tensor]
 ) -> bool:
-    """Return whether ``program`` gives just the ``expected`` results."""
+    """Return whether ``program`` gives exactly the ``expected`` results."""
     with torch.no_grad():
         begun = program.begin(*inputs)
         places = tuple(place for place, known in enumerate(begun.outputs) if known is None)

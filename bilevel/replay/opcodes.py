@@ -1,8 +1,8 @@
-"""The instructions of Python's interpreter that straight code may consist of, by version.
+"""The instructions of Python's interpreter that branch-free code may consist of, by version.
 
-This is a list of what is known, as :mod:`bilevel.replay.pure_names` is. A function with an instruction that is missing is evaluated at each step, and
-so is every function in a version of Python without a list. Each of those below moves objects, makes containers, runs a loop, or calls what the
-code names.
+The list holds what is known, as in :mod:`bilevel.replay.pure_names`. A function with a missing instruction is evaluated
+at each step, and so is every function in a Python version without a list. The instructions below move objects, make
+containers, run a loop, or call what the code names.
 """
 
 from __future__ import annotations

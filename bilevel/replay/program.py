@@ -1,4 +1,4 @@
-"""A tape as a function, written as one would by hand."""
+"""A tape as a Python function."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from typing import Any, TypeAlias
 
 import torch
 
-from bilevel.replay.simplify import reuse_buffers
 from bilevel.replay.tape import Slot, Step, Tape
 
 __all__ = ["Program", "StartedProgram", "Tensors"]
@@ -21,7 +20,7 @@ _INLINE = (int, float, bool, str, type(None))
 
 @dataclass(frozen=True, eq=False)
 class StartedProgram:
-    """A program that has been run as far as its first arguments go.
+    """A program whose first part has run.
 
     Parameters
     ----------
@@ -47,14 +46,14 @@ class StartedProgram:
 
 
 class Program:
-    """A tape as a function, which may be run in two parts: what its first arguments determine, once, and the rest as often as one likes.
+    """A tape as a function in two parts: the part that does not depend on the deferred inputs runs once, the rest any number of times.
 
     Parameters
     ----------
     tape
-        What was noted.
+        The recorded operations.
     late
-        How many arguments, the last, belong to the second part.
+        The number of deferred inputs, which come last.
     """
 
     def __init__(self, tape: Tape, late: int = 0) -> None:
@@ -99,7 +98,6 @@ class Program:
 
     def _part(self, given: Sequence[int], outputs: Sequence[int], here: Callable[[Step], bool]) -> Written:
         steps = self._tape.needed(outputs, given, here)
-        steps = reuse_buffers(self._tape, steps, given, outputs)
         return _written(steps, given, outputs, self._tape.constants)
 
     @property
@@ -112,14 +110,14 @@ class Program:
 
 
 def _version(tensor: torch.Tensor) -> int:
-    """Return how often a tensor was changed in place, under whatever name."""
+    """Return the number of in-place changes of a tensor."""
     return -1 if tensor.is_inference() else tensor._version
 
 
 def _written(
     steps: Sequence[Step], inputs: Sequence[int], outputs: Sequence[int], constants: dict[int, torch.Tensor]
 ) -> Written:
-    """Return a function of ``steps``, written as one would by hand: each result is let go after its last use."""
+    """Return a Python function of ``steps``. Each result is released after its last use."""
     last = {number: place for place, step in enumerate(steps) for number in (*step.reads, *step.makes)}
     space: dict[str, Any] = {f"t{number}": constant for number, constant in constants.items()}
     lines = [f"def program({', '.join(f't{number}' for number in inputs)}):"]

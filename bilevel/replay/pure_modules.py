@@ -1,9 +1,9 @@
 """Which modules, and methods of other objects, do the same operations at every call, given their parameters and buffers.
 
-A module of torch's own kinds below is known by its settings. Of one of a user's, as of any object, the methods are read as functions are
-(:mod:`bilevel.replay.purity`), and so is what the object keeps under the names that they take from it, if it keeps that plainly. A name that the
-class has too, as a property for example, is not followed. Hooks, parametrisations and whatever changes how attributes
-are found make a module one of which nothing is said.
+A module of the torch kinds below is known by its settings. The methods of a user's module, as of any object, are read
+like functions (:mod:`bilevel.replay.purity`), together with the attributes that they use, if these are plain
+attributes. A name that the class defines too, for example as a property, is not followed. A module with hooks,
+parametrisations or its own attribute access counts as unknown.
 """
 
 from __future__ import annotations
@@ -74,14 +74,14 @@ _KNOWN = {kind: _made_of(kind) for kind in _KINDS}
 
 @dataclass(frozen=True, eq=False)
 class StatelessModule:
-    """A module apart from those of its parameters and buffers that are given to it at each call.
+    """A module without its parameters and buffers, which each call passes.
 
     Parameters
     ----------
     module
         The module.
     empty
-        Whether all of them are; otherwise those that require grad, as they can be used in no other way.
+        Whether all of them are passed; otherwise only those that require grad.
     """
 
     module: nn.Module
@@ -106,9 +106,9 @@ class Bound:
 
 
 def shell_parts(shell: StatelessModule) -> tuple[list[Any], list[Any]] | None:
-    """Return the objects that tell calls of a module apart, and what else it goes by, which is to be straight itself.
+    """Return the objects that identify calls of a module, and the functions on which it depends.
 
-    None if that cannot be told.
+    None if they cannot be determined.
     """
     if _module._has_any_global_hook():
         return None
@@ -143,7 +143,7 @@ def shell_parts(shell: StatelessModule) -> tuple[list[Any], list[Any]] | None:
 
 
 def _is_called_plainly(part: nn.Module) -> bool:
-    """Return whether a call of a module is one of its forward, and its parts are what it keeps in torch's tables."""
+    """Return whether a call of a module is a call of its ``forward``, and its parts are in torch's tables."""
     own, kind = vars(part), type(part)
     if any(name not in own for name in (*_TABLES, *_HOOKS, "training")) or any(own[hooks] for hooks in _HOOKS):
         return False
@@ -160,7 +160,7 @@ def _is_special(name: str) -> bool:
 
 
 def _within(module: nn.Module) -> Iterator[nn.Module]:
-    """Yield ``module`` and all in it, each in front of what is in it; what stands in two places twice."""
+    """Yield ``module`` and all modules in it, each before its parts. A module in two places comes twice."""
     yield module
     for part in vars(module)["_modules"].values():
         if part is not None:
@@ -214,5 +214,5 @@ def kept_under(bound: Bound, names: Iterable[str], constants: frozenset[type]) -
 
 
 def emptied(value: Any) -> Any:
-    """Return a module apart from all of its tensors, and anything else as it is."""
+    """Return a module without its tensors; any other object unchanged."""
     return StatelessModule(value, empty=True) if isinstance(value, nn.Module) else value

@@ -1,9 +1,10 @@
-"""Which of a user's functions do the same operations at every call, so that one look at them is as good as many.
+"""Which user functions do the same operations at every call, so that one check of them is enough.
 
-A function of straight code, without branches, that reaches nothing but its arguments, constants, plain tensors, operations of torch that are on a
-list (:mod:`bilevel.replay.pure_names`) and other such functions has no state and no choice: what was found in it at one call, with arguments of the
-same kinds, holds for the next. So it is of a method, with what its object keeps under the names in its code, and of modules
-(:mod:`bilevel.replay.pure_modules`). Of any other function nothing is said: whatever is not known to be harmless is not.
+Such a function has no branches. It reaches only its arguments, constants, plain tensors, listed torch operations
+(:mod:`bilevel.replay.pure_names`), and other such functions. It therefore has no state and no choice: a check at one
+call holds for every call with arguments of the same kinds. The same holds for a method, given the attributes that it
+reads from its object, and for modules (:mod:`bilevel.replay.pure_modules`). Any other function counts as unknown: only
+what is known to be harmless is accepted.
 """
 
 from __future__ import annotations
@@ -49,7 +50,7 @@ _MOST_KEPT = 16
 
 
 class InspectionCache(Generic[T]):
-    """Remembers what was made of the last few that were looked at, by one caller; a copy of it, or a pickle, has forgotten."""
+    """The results of the last few checks of one caller. A copy or a pickle of it is empty."""
 
     def __init__(self) -> None:
         self._kept: list[tuple[tuple[Any, ...], tuple[Any, ...], T]] = []
@@ -58,14 +59,14 @@ class InspectionCache(Generic[T]):
         return InspectionCache, ()
 
     def find(self, key: tuple[Any, ...], parts: tuple[Any, ...]) -> T | None:
-        """Return what was kept with just this: an equal ``key``, and the same objects as ``parts``."""
+        """Return the result for an equal ``key`` and the same objects ``parts``."""
         for known, objects, made in self._kept:
             if known == key and len(objects) == len(parts) and all(map(_is, objects, parts)):
                 return made
         return None
 
     def keep(self, key: tuple[Any, ...], parts: tuple[Any, ...], made: T) -> None:
-        """Remember this, and forget what came long before."""
+        """Keep the result, and drop the oldest."""
         # Weakly what may hold much: a function that came as an argument is let go when its caller does so.
         holding = (FunctionType, torch.Tensor, torch.nn.Module)
         weak = (ReferenceType(part) if isinstance(part, holding) else part for part in parts)
@@ -95,10 +96,10 @@ class _Reading(NamedTuple):
 
 
 def reachable_objects(*functions: Any) -> tuple[Any, ...] | None:
-    """Return every object that ``functions``, or constants, reach if all are straight, and no gradient is; else None.
+    """Return every object that ``functions`` or constants reach; None if one is not branch-free or needs a gradient.
 
-    An object stands there once for each place that it is reached from, in an order that the places determine and with the name that it is
-    reached by, so that no two of them can exchange what they hold without a trace.
+    An object appears once for each place from which it is reached, with the name there, in an order that the places
+    determine. Two objects therefore cannot exchange their contents unnoticed.
     """
     if not operators_are_torch_s():
         return None
@@ -136,7 +137,7 @@ def reachable_objects(*functions: Any) -> tuple[Any, ...] | None:
 
 
 def _of_function(bound: Bound, expanded: set[tuple[int, int]]) -> tuple[list[Any], list[Any]] | None:
-    """Return the objects that tell a function or method apart, and what it reaches; None if it is not straight."""
+    """Return the objects that identify a function or method, and the objects that it reaches; None if it is not branch-free."""
     function, owner = bound.function, bound.owner
     if not isinstance(function, FunctionType):
         return None
@@ -159,14 +160,14 @@ def _of_function(bound: Bound, expanded: set[tuple[int, int]]) -> tuple[list[Any
 
 
 def _class_says(owner: Any, method: FunctionType) -> list[Any] | None:
-    """Return what an object's class says that a ``method`` goes by, besides arguments; None if it says nothing."""
+    """Return the objects on which a ``method`` depends besides its arguments, as its class declares them; None without a declaration."""
     says = getattr(type(owner), "_goes_by", None)
     told = None if says is None else says(owner, method)
     return None if told is None else [emptied(item) for item in told]
 
 
 def has_plain_structure(structure: pytree.TreeSpec) -> bool:
-    """Return whether a pytree has no nodes but tuples, lists and dicts: others, and odd keys, bring methods that are not looked for."""
+    """Return whether a pytree has only tuples, lists and dicts as nodes. Other nodes and keys may have methods."""
     if structure.is_leaf():
         return True
     if structure.type not in _CONTAINERS or not all(type(key) in _KEYS for key in structure.context or ()):
@@ -186,12 +187,12 @@ def _harmless(item: Any) -> bool:
 
 
 def _is_alone(tensor: torch.Tensor) -> bool:
-    """Return whether no other tensor is reached from this one: as its gradient, or what it is a view of."""
+    """Return whether no other tensor is reached from this one, as its gradient or its base."""
     return is_plain(tensor) and not vars(tensor) and tensor.grad is None
 
 
 def _named(function: FunctionType, reading: _Reading) -> list[Any] | None:
-    """Return what ``function`` names as globals, closes over, has as defaults or was given as attributes.
+    """Return the globals, closure variables, defaults and attributes of ``function``.
 
     None if an attribute is not known to be harmless, a cell is empty, or a module is used for more than what is in it.
     """
@@ -226,7 +227,7 @@ def _named(function: FunctionType, reading: _Reading) -> list[Any] | None:
 
 @lru_cache(maxsize=1024)
 def _read(code: CodeType, method: bool) -> _Reading | None:
-    """Return what ``code`` names, or None if any of it is not straight; ``method`` says that its first argument is an object to be followed."""
+    """Return the names in ``code``; None if it is not branch-free. ``method``: its first argument is an object to be followed."""
     parts = list(_nested(code))
     local = {name for part in parts for name in part.co_cellvars}
     first = code.co_varnames[0] if method else None

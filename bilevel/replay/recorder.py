@@ -12,8 +12,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from bilevel.replay.program import Program, Tensors
-from bilevel.replay.simplify import simplify
-from bilevel.replay.tape import Layout, Slot, Step, Tape, slots_in
+from bilevel.replay.tape import Slot, Step, Tape, slots_in
 
 __all__ = ["note"]
 
@@ -61,7 +60,7 @@ def note(
     # Of what is changed in place it is not known which part needs it before, and which after.
     if tape is None or printed.any or (late and tape.in_place):
         return outputs, None
-    return outputs, Program(simplify(tape), len(late))
+    return outputs, Program(tape, len(late))
 
 
 def _apart(tensors: Sequence[torch.Tensor], others: Sequence[torch.Tensor]) -> Tensors:
@@ -148,8 +147,7 @@ class _Recorder(TorchDispatchMode):
         found = () if self._open else tuple(self._slot(t).number for t in outputs)
         if self._open:
             return None
-        layouts = {slot.number: Layout(*geometry) for geometry, slot in self._slots.items()}
-        return Tape(tuple(self._steps), self._inputs, found, self._constants, layouts)
+        return Tape(tuple(self._steps), self._inputs, found, self._constants)
 
     def _place(self, tensor: torch.Tensor) -> Slot:
         """Return where ``tensor``, which is there now, stands."""

@@ -1,15 +1,15 @@
-"""A tape: the operations of one run, and where each finds its arguments."""
+"""A tape: the operations of one run, and the places of their arguments."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch.utils import _pytree as pytree
 
-__all__ = ["Layout", "Slot", "Step", "Tape", "slots_in"]
+__all__ = ["Slot", "Step", "Tape", "slots_in"]
 
 
 @dataclass(frozen=True)
@@ -36,20 +36,6 @@ class Step:
         return bool(self.operation._schema.is_mutable)
 
 
-class Layout(NamedTuple):
-    """What a tensor is like: the memory that it is in, by a number of its own, and how it lies there."""
-
-    memory: int
-    offset: int
-    shape: torch.Size
-    stride: tuple[int, ...]
-    dtype: torch.dtype
-
-    def same_layout(self, other: Layout) -> bool:
-        """Return whether two tensors are of one shape, dtype and order in memory."""
-        return self[2:] == other[2:]
-
-
 @dataclass(frozen=True, eq=False)
 class Tape:
     """The operations of one run in order.
@@ -62,15 +48,12 @@ class Tape:
         The slots of the function's arguments and results.
     constants
         Small tensors made of its code alone, by slot.
-    layouts
-        What the tensor in each slot is like.
     """
 
     steps: tuple[Step, ...]
     inputs: tuple[int, ...]
     outputs: tuple[int, ...]
     constants: dict[int, torch.Tensor] = field(repr=False)
-    layouts: dict[int, Layout] = field(repr=False)
 
     @property
     def in_place(self) -> bool:
@@ -86,7 +69,7 @@ class Tape:
         return found
 
     def needed(self, outputs: Iterable[int], given: Iterable[int], here: Callable[[Step], bool]) -> list[Step]:
-        """Return the steps that make ``outputs`` where the slots ``given`` are there.
+        """Return the steps that compute ``outputs`` from the slots ``given``.
 
         Of those that make nothing but may raise, as one that checks a factorisation does, those are among them of which ``here`` is true; and
         all are, once some step works in place.

@@ -31,6 +31,7 @@ __all__ = [
     "InnerSolverLike",
     "all_finite",
     "as_inner_solver",
+    "is_lone",
     "iterate",
     "length",
 ]
@@ -38,16 +39,22 @@ __all__ = [
 
 @dataclass(frozen=True, eq=False)
 class Goal:
-    """When a solver may stop: ‖R(x)‖ ≤ :attr:`threshold`. The judge may find that too early, and ask for more.
+    """The rule by which a solver stops: ‖R(x)‖ ≤ :attr:`threshold`.
+
+    The judge checks the answer. It may ask for a smaller threshold.
 
     Parameters
     ----------
-    problem, init, target
-        What is solved, from where (batch, n), and how accurately.
+    problem
+        The problem that is solved.
+    init
+        The initial guess (batch, n).
+    target
+        The accuracy that is asked for.
     given
-        The threshold (batch,) that the judge asks for; None for the first one, which is measured at ``init``.
+        The threshold (batch,) that the judge asks for; None: the first one, which is measured at ``init``.
     origin
-        Where the whole search began, if not at ``init``.
+        The initial guess (batch, n) of the whole search; None: ``init``.
     """
 
     problem: Problem
@@ -65,8 +72,8 @@ class Goal:
     def scale(self) -> torch.Tensor:
         """Return max(‖R(init)‖, ‖∂R · init‖), (batch,).
 
-        The second term is what R(init) would be for a start at zero, so that a warm start, whose first
-        residual is already small, asks for no more accuracy than a cold one.
+        The second term estimates R(init) for an initial guess of zero. With it a warm start, whose first residual is already
+        small, asks for the same accuracy as a cold start.
         """
         return self._measure(self.problem.linearize(self.init))
 
@@ -95,7 +102,7 @@ class Goal:
 
 @dataclass(frozen=True, eq=False)
 class InnerSolution:
-    """What an inner solver returns.
+    """The result of an inner solver.
 
     Parameters
     ----------
@@ -106,15 +113,15 @@ class InnerSolution:
     status
         int64 (batch,): what the solver noticed; ``Status.NOT_CONVERGED`` if it cannot tell.
     residual
-        R(x) (batch, n), if the solver has it at just this ``x``.
+        R(x) (batch, n), if the solver knows it at exactly this ``x``.
     value
-        G(x) (batch,) of an argmin, likewise.
+        G(x) (batch,) of an argmin, if the solver knows it at exactly this ``x``.
     factor
-        Cholesky factors (batch, n, n) of Hessians near ``x``, if the solver has them: a linear solve may begin with them.
+        Cholesky factors (batch, n, n) of Hessians near ``x``, if the solver has them. A linear solve may begin with them.
     error
-        x − x* (batch, n) to first order, if the solver knows it; NaN for problems of which it does not.
+        x − x* (batch, n) to first order, if the solver knows it; NaN for problems without an estimate.
     slow
-        (batch,) bool: where a method of quadratic convergence converged no faster than linearly, as it does at a degenerate solution.
+        Bool (batch,): a method of quadratic convergence converged only linearly, as it does at a degenerate solution.
     """
 
     x: torch.Tensor
@@ -128,7 +135,21 @@ class InnerSolution:
 
 
 class InnerSolver(ABC):
-    """Solves a batch of problems. Subclasses are frozen dataclasses of settings with one method, ``solve``."""
+    """Solves a batch of problems. Subclasses are frozen dataclasses of settings with one method, ``solve``.
+
+    Examples
+    --------
+    >>> import torch, bilevel
+    >>> class Gradient(bilevel.InnerSolver):
+    ...     def solve(self, problem, init, goal):
+    ...         x, steps = init, torch.full((len(init),), 100)
+    ...         for _ in range(100):
+    ...             x = x - 0.25 * problem.residual(x)
+    ...         return bilevel.InnerSolution(x, steps, torch.full_like(steps, int(bilevel.Status.NOT_CONVERGED)))
+    >>> layer = bilevel.argmin(lambda x, a: ((x - a) ** 2).sum(), solver=Gradient())
+    >>> layer(torch.zeros(2), torch.tensor([1.0, 3.0]))
+    tensor([1., 3.])
+    """
 
     @property
     def has_budget(self) -> bool:
@@ -248,7 +269,7 @@ def iterate(
     iterations = torch.zeros_like(status)
     together = 0  # steps that all of the batch took
     # A single problem's usual step is told by two numbers of Python's, which cost less than tensors of one number.
-    lone = anyone and len(norm) == 1 and norm.device.type == "cpu"
+    lone = anyone and is_lone(norm)
     least, most = (float(threshold), float(limit)) if lone else (0.0, 0.0)
     for _ in range(max_steps):
         if not anyone:
@@ -310,12 +331,19 @@ def length(v: torch.Tensor) -> torch.Tensor:
     """Return ‖v‖ (batch,) of v (batch, n), also where the squares of its entries would vanish or overflow."""
     plain = v.norm(dim=-1)
     least = 1e3 * torch.finfo(v.dtype).tiny ** 0.5
+    if is_lone(plain) and least <= float(plain) < math.inf:
+        return plain
     if not v.shape[-1] or bool(((plain >= least) & (plain < torch.inf)).all()):
         return plain
     largest = v.abs().amax(dim=-1, keepdim=True)
     scaled = largest.squeeze(-1) * (v / largest).norm(dim=-1)
     beyond = ((plain < least) | (plain == torch.inf)) & (largest.squeeze(-1) > 0) & (largest.squeeze(-1) < torch.inf)
     return torch.where(beyond, scaled, plain)
+
+
+def is_lone(numbers: torch.Tensor) -> bool:
+    """Return whether ``numbers`` (batch,) are of a single problem on the CPU, whose numbers cost less in Python than as tensors."""
+    return len(numbers) == 1 and numbers.device.type == "cpu"
 
 
 def all_finite(numbers: torch.Tensor) -> torch.Tensor:

@@ -31,8 +31,8 @@ _FIRST_STEPS = 4
 # For fixed points, whose Newton's method cannot tell a bad start.
 _FIRST_FIXED_STEPS = 64
 _MOST_ROUNDS = 8
-# A margin at most this many times the error of x is none.
-_DEGENERATE = 10.0
+# A margin at most this many times the error of x, relative and at least so many roundings, is none.
+_DEGENERATE, _LEAST_ERROR = 10.0, 16.0
 
 _MESSAGES: StatusMessages = {
     Status.DIVERGED: (
@@ -249,9 +249,10 @@ class _Run:
             return self
         noise = residual_rounding(self.composite.objective, self.at.x, self.at.slope)
         x, step = self.at.x, self.at.step.unsqueeze(-1)
-        most = x.abs().amax(dim=-1, keepdim=True)
+        # A solution that is nearly zero is a small difference of x and s ∇f, and known to their rounding.
+        most = torch.maximum(x.abs(), step * self.at.slope.abs()).amax(dim=-1, keepdim=True)
         coarse = found.assessment.newton.abs() <= self.target.coarse_rtol * most + self.target.atol
-        still = found.assessment.move.abs() <= step * noise + 16 * torch.finfo(x.dtype).eps * x.abs()
+        still = found.assessment.move.abs() <= step * noise + 16 * torch.finfo(x.dtype).eps * most
         rounded = (found.assessment.slope.abs() <= 30 * noise).all(dim=-1)
         fine = found.assessment.usable & rounded & coarse.all(dim=-1) & still.all(dim=-1)
         status = torch.where(fine, int(Status.CONVERGED), int(Status.STAGNATED))
@@ -294,10 +295,13 @@ class _Run:
         """Return where x is as near to a point without a derivative as its error is large."""
         if self.composite.margin is None:
             return None
-        x, rtol = self.at.x, self.target.rtol or torch.finfo(self.at.x.dtype).eps ** (2 / 3)
+        x, eps = self.at.x, torch.finfo(self.at.x.dtype).eps
         size = x.abs().amax(dim=-1).clamp_min(torch.finfo(x.dtype).tiny)
-        error = (self.error.abs().amax(dim=-1) / size).nan_to_num(0.0, 0.0)
-        return self.composite.margin(x, self.at.slope, self.at.step) <= _DEGENERATE * error.clamp_min(rtol)
+        # Where no Newton step tells the error, it is taken for what was asked.
+        error = (self.error.abs().amax(dim=-1) / size).nan_to_num(self.target.rtol or eps ** (2 / 3), 0.0)
+        return self.composite.margin(x, self.at.slope, self.at.step) <= _DEGENERATE * error.clamp_min(
+            _LEAST_ERROR * eps
+        )
 
 
 def solve_fixed_point(

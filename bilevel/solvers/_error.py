@@ -16,12 +16,14 @@ from bilevel._torch.factorisations import eigh, svd
 from bilevel.equations.linearization import Linearization
 from bilevel.equations.problem import Problem
 from bilevel.linear.gmres import GMRES
+from bilevel.solvers._base import all_finite
 from bilevel.solvers._truncated_cg import truncated_cg
 
 __all__ = [
     "ErrorEstimate",
     "estimate_error",
     "has_kink",
+    "irregular_signs",
     "is_dense",
     "meets_negative_curvature",
     "residual_rounding",
@@ -34,6 +36,8 @@ _DENSE_SYMMETRIC, _DENSE_JACOBIAN = 128, 32
 _DENSE_NUMBERS = 2**22
 # Up to this size they are factorised where the residual is down to the rounding of x: R alone says nothing of the error there.
 _DENSE_DROWNED = 512
+# Matrices of up to so many numbers are kept for the derivative.
+_KEPT_NUMBERS = 2**20
 _KRYLOV_STEPS, _KRYLOV_ACCURACY = 500, 0.1
 _EXAMINATION_STEPS = 20
 
@@ -92,10 +96,15 @@ def estimate_error(problem: Problem, x: torch.Tensor, residual: torch.Tensor, do
     drowned = doubtful if dense else _drowned(problem, x, residual, doubtful)
     if dense or (is_dense(problem, _DENSE_DROWNED) and bool(drowned.any())):
         matrix = problem.linearize_dense(x).operator.dense()
+        if problem.linearization_slot is not None and matrix.numel() <= _KEPT_NUMBERS:
+            problem.linearization_slot.matrix = (x, matrix)
+        estimate = symmetric_error if symmetric else _general
+        if bool(all_finite(matrix) & all_finite(residual)):
+            return estimate(problem, matrix, x, residual)
         finite = torch.isfinite(matrix).all(dim=-1).all(dim=-1)
         matrix = torch.where(finite[:, None, None], matrix, torch.eye(n, dtype=x.dtype, device=x.device))
         residual = torch.nan_to_num(residual)
-        found = (symmetric_error if symmetric else _general)(problem, matrix, x, residual)
+        found = estimate(problem, matrix, x, residual)
         error = torch.where(finite.unsqueeze(-1), found.error, torch.full_like(x, torch.nan))
         return ErrorEstimate(
             error, found.rounding, found.size, found.singular & finite, found.indefinite & finite, found.null_part, found.solved,
@@ -158,8 +167,9 @@ def _general(problem: Problem, matrix: torch.Tensor, x: torch.Tensor, residual: 
     noise = eps * (matrix.abs() @ x.abs().unsqueeze(-1)).squeeze(-1)
     if problem.is_fixed_point:
         # 1 − ∂T of a slope that is one but for rounding is zero, and x − T(x) is rounded as x is.
-        diagonal = torch.eye(n, dtype=torch.bool, device=x.device)
-        matrix = torch.where(diagonal & (matrix.abs() <= 8 * eps), torch.zeros_like(matrix), matrix)
+        lost = matrix.diagonal(dim1=-2, dim2=-1).abs() <= 8 * eps
+        if bool(lost.any()):
+            matrix = torch.where(torch.diag_embed(lost), torch.zeros_like(matrix), matrix)
         noise = noise + eps * x.abs()
     columns = _usable(matrix.abs().amax(dim=-2))
     rows_scale = _usable((matrix * columns.unsqueeze(-2)).abs().amax(dim=-1))
@@ -168,11 +178,13 @@ def _general(problem: Problem, matrix: torch.Tensor, x: torch.Tensor, residual: 
     lu, pivots, info = torch.linalg.lu_factor_ex(scaled)
     steps = lu.diagonal(dim1=-2, dim2=-1).abs()
     sound = (info == 0) & (steps.amin(dim=-1) > 1e3 * n * eps * steps.amax(dim=-1))
-    safe = torch.where(sound[:, None, None], lu, torch.eye(n, dtype=x.dtype, device=x.device))
-    solved = columns.unsqueeze(-1) * torch.linalg.lu_solve(safe, pivots, right)
+    every = bool(sound.all())
+    if not every:
+        lu = torch.where(sound[:, None, None], lu, torch.eye(n, dtype=x.dtype, device=x.device))
+    solved = columns.unsqueeze(-1) * torch.linalg.lu_solve(lu, pivots, right)
     flag = torch.zeros_like(sound)
     singular, null_part = flag, torch.zeros_like(x)
-    if not bool(sound.all()):
+    if not every:
         rows = ~sound
         left, values, righth = svd(scaled[rows])
         null = values <= 10 * n * eps * values[:, :1]
@@ -221,8 +233,17 @@ def _usable(size: torch.Tensor) -> torch.Tensor:
 
 def irregular_signs(x: torch.Tensor) -> torch.Tensor:
     """Return signs like ``x`` (batch, n), the same in each row, in no order; drawn by no generator, which torch's older vmap would refuse."""
-    places = torch.arange(1, x.shape[-1] + 1, dtype=torch.float64, device=x.device)
+    n = x.shape[-1]
+    known = _SIGNS.get(n) if x.device.type == "cpu" and type(x) is torch.Tensor else None
+    if known is not None:
+        return known.to(x.dtype).expand_as(x)
+    places = torch.arange(1, n + 1, dtype=torch.float64, device=x.device)
     return torch.where(torch.frac(places * 0.7548776662) < 0.5, -1.0, 1.0).to(x).expand_as(x)
+
+
+# Those of small problems, whose time goes into single operations.
+_SIGNS: dict[int, torch.Tensor] = {}
+_SIGNS.update({n: irregular_signs(torch.empty(n)).double() for n in range(1, 33)})
 
 
 def _irregular(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

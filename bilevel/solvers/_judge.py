@@ -8,6 +8,7 @@ the units of the objective count. With δ asked, the residual decides: ‖R‖ �
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -16,7 +17,7 @@ import torch
 
 from bilevel.equations.problem import Problem
 from bilevel.reports import Basis, Status, StatusMessages
-from bilevel.solvers._base import Goal, InnerSolution, InnerSolver, all_finite, length
+from bilevel.solvers._base import Goal, InnerSolution, InnerSolver, all_finite, is_lone, length
 from bilevel.solvers._degenerate import falls_beside, is_slow, slow_directions
 from bilevel.solvers._error import (
     ErrorEstimate,
@@ -35,7 +36,7 @@ __all__ = ["InnerOutcome", "Successor", "solve_inner"]
 # How much a bound may exceed δ by the rounding of the comparison.
 _BOUND_ROUNDING = 1 + 1e-5
 # How often a solver that stopped too early is told to go on.
-_MOST_ROUNDS = 8
+_MOST_ROUNDS = 12
 # An x this many times the size of the start, at which the equations say nothing any more, has run away.
 _FAR = 1e3
 # The rounding of one residual, in which a line search that compares sums of them may end.
@@ -107,7 +108,7 @@ def solve_inner(
     goal = Goal(problem, init, target)
     trial = _attempt(solver, problem, goal)
     names, tried, latest, steps = [solver.name], [solver.name], trial.x, trial.iterations
-    for other in others:
+    for other in () if trial.settled else others:
         # Another search may not go to the saddle or kink that this one went to. One that it began at stays one.
         left = _is_one_of(trial.status, (Status.INDEFINITE, Status.KINK)) & (trial.x != init).any(dim=-1)
         failed = (left | _is_one_of(trial.status, _WORTH_ANOTHER)) & torch.isfinite(
@@ -133,8 +134,9 @@ def solve_inner(
             trial, names = _choose(won, second, trial), list(tried)
     status = trial.status
     # A NaN that is added to an objective does not show in its gradient.
-    if trial.value is not None and not bool(all_finite(trial.value)):
-        status = torch.where(torch.isfinite(trial.value), status, torch.full_like(status, Status.NOT_FINITE))
+    value = trial.value
+    if value is not None and not (math.isfinite(float(value)) if is_lone(value) else bool(all_finite(value))):
+        status = torch.where(torch.isfinite(value), status, torch.full_like(status, Status.NOT_FINITE))
     bound = torch.full_like(trial.norm, float("nan"))
     if target.strong_convexity is not None:
         trial, bound = _bounded(solver, problem, goal, trial, status)
@@ -183,6 +185,7 @@ class _Trial:
     value: torch.Tensor | None
     factor: torch.Tensor | None
     exact: bool = False
+    settled: bool = False  # whether all are known to have converged
 
 
 def _attempt(solver: InnerSolver, problem: Problem, goal: Goal, meant: torch.Tensor | None = None) -> _Trial:
@@ -190,10 +193,14 @@ def _attempt(solver: InnerSolver, problem: Problem, goal: Goal, meant: torch.Ten
     solution = _with_residual(problem, solver.solve(problem, goal.init, goal))
     if not goal.target.rtol:
         return _by_residual(solver, problem, solution, goal)
+    every = meant is None
     meant = torch.ones_like(solution.status, dtype=torch.bool) if meant is None else meant
     steps = solution.iterations
     for count in range(_MOST_ROUNDS):
-        verdict = _by_error(solver, problem, solution, goal, meant)
+        known, found = _at_once(problem, solution, goal, meant) if every else (None, None)
+        if known is not None:
+            return replace(known, iterations=steps)
+        verdict = _by_error(solver, problem, solution, goal, meant, found)
         if not bool(verdict.again.any()):
             break
         further = _resumed(solver, int(steps.max()))
@@ -312,6 +319,52 @@ def _runaway(x: torch.Tensor, init: torch.Tensor) -> torch.Tensor:
     return torch.where(far, torch.full_like(codes, Status.DIVERGED), codes)
 
 
+def _at_once(
+    problem: Problem, solution: InnerSolution, goal: Goal, meant: torch.Tensor
+) -> tuple[_Trial | None, ErrorEstimate | None]:
+    """Return what :func:`_by_error` would, where all have plainly converged, else None; and the estimates that were made.
+
+    This is how most calls end, and small problems feel each operation.
+    """
+    x, residual, target = solution.x, solution.residual, goal.target
+    assert residual is not None
+    # An unknown that stayed at the start may be stationary by convention only.
+    status, lone = solution.status, is_lone(solution.status)
+    if int(status) != Status.CONVERGED if lone else not bool((status == Status.CONVERGED).all()):
+        return None, None
+    if problem.minimizes and not bool((x != goal.starting_point).all()):
+        return None, None
+    norm, error, found = length(residual), solution.error, None
+    if error is not None and solution.slow is not None and bool(solution.slow.any()):
+        return None, None
+    if error is None:
+        if not bool(all_finite(norm)):
+            return None, None
+        found = estimate_error(problem, x, residual, meant)
+        error = found.error
+    # A NaN is not within.
+    if not float(torch.sub(error.abs(), x.abs(), alpha=target.rtol).amax()) <= target.atol:
+        return None, found
+    if found is not None and (not _is_plain(found, x, target) or _doubtful(problem, x, residual, found, meant)):
+        return None, found
+    factor, exact = (solution.factor, False) if found is None or found.factor is None else (found.factor, True)
+    threshold = torch.maximum(goal.threshold, norm)
+    return _Trial(
+        x, solution.status, solution.iterations, residual, norm, threshold, solution.value, factor, exact, settled=True
+    ), found
+
+
+def _is_plain(found: ErrorEstimate, x: torch.Tensor, target: Target) -> bool:
+    """Return whether nothing but the size of the errors is left to judge: no matrix is singular, and rounding hides nothing."""
+    if bool((found.singular | found.indefinite | ~found.solved).any()):
+        return False
+    if found.rounding is None:
+        return True
+    size = torch.maximum(x.abs(), found.size)
+    least = target.blind_rtol * target.atol / target.rtol
+    return float(torch.sub(found.rounding.abs(), size, alpha=target.blind_rtol).amax()) <= least
+
+
 @dataclass(frozen=True, eq=False)
 class _Verdict:
     """A judged trial, which problems are to go on (batch,), the residual norms that they are to reach, and which may be endless."""
@@ -327,9 +380,14 @@ class _Verdict:
 
 
 def _by_error(
-    solver: InnerSolver, problem: Problem, solution: InnerSolution, goal: Goal, meant: torch.Tensor
+    solver: InnerSolver,
+    problem: Problem,
+    solution: InnerSolution,
+    goal: Goal,
+    meant: torch.Tensor,
+    found: ErrorEstimate | None = None,
 ) -> _Verdict:
-    """Judge by the error of each unknown."""
+    """Judge by the error of each unknown; ``found`` estimates those of the whole batch."""
     assert solution.residual is not None
     x, residual, noticed, target = solution.x, solution.residual, solution.status, goal.target
     norm, threshold = length(residual), goal.threshold
@@ -349,7 +407,8 @@ def _by_error(
     if solution.slow is not None and error is not None and bool((good & solution.slow).any()):
         doubtful += slow_directions(x, error, good & solution.slow)
     if not bool((good | ~open_).all()):
-        found = estimate_error(problem, x, residual, open_ & ~good)
+        if found is None:
+            found = estimate_error(problem, x, residual, open_ & ~good)
         judged = _weigh(problem, x, residual, found, allowed, target, goal, noticed, open_ & ~good)
         if found.factor is not None:
             factor, exact = found.factor, True

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate
 
 import torch
@@ -10,7 +10,7 @@ import torch
 from bilevel.equations.problem import Problem
 from bilevel.reports import Status
 from bilevel.setting_checks import check_number, check_steps
-from bilevel.solvers._base import Goal, InnerSolution, InnerSolver, iterate
+from bilevel.solvers._base import Goal, InnerSolution, InnerSolver, is_lone, iterate
 from bilevel.solvers.fixed_point import CHECK_EVERY, check_fixed_point, rounding_verdict
 
 __all__ = ["Anderson"]
@@ -26,6 +26,8 @@ _PLAIN_STEPS = 16
 _DIVERGED = 1e10
 # So often is T(z) tried as the answer in place of a mixture z that meets the threshold, before z itself is returned.
 _POLISHES = 3
+# So much of the error that is allowed in an unknown may be left, and so many steps more may be taken to get there.
+_SHARE, _EXTRA_STEPS = 0.3, 20
 # A difference of residuals below this many eps ‖(R, x)‖ is rounding.
 _ROUNDING = 2.0
 # A residual has to be so many times that for a constant one to be a drift.
@@ -36,32 +38,31 @@ _FAR_STRIDE, _SAME_STEPS = 1000.0, 1000
 
 @dataclass(frozen=True)
 class Anderson(InnerSolver):
-    """Step to the mixture of the last iterates whose residuals, to first order, cancel best; keep only steps that pay.
+    """Step to the mixture of the last iterates whose residuals cancel best to first order; keep only steps that reduce the residual.
 
     With R = x − T(x) and the last differences ΔR, ΔX as columns,
 
         γ = argmin ‖R − ΔR γ‖²,   z = x − β R − (ΔX − β ΔR) γ.
 
-    The differences are kept orthonormal, each new one by Gram–Schmidt against those remembered, so that γ =
-    ΔRᵀ R takes no matrix to be solved, does not square a condition number, and remembers, for a symmetric
-    linear mapping, everything that was ever learned. Each difference is damped by a Tikhonov term relative to
-    its own size. Differences at rounding level are not used.
+    Gram–Schmidt keeps the differences orthonormal. Then γ = ΔRᵀ R: no matrix is solved, and no condition number is squared.
+    For a symmetric linear mapping nothing that was learned is lost. A Tikhonov term damps each difference relative to its
+    own size. Differences at rounding level are not used.
 
     A mixture is rejected if its residual is not finite, or exceeds the least one since the last restart tenfold (1.5-fold after the
     first rejection). Then the history is dropped, and 1, 2, 4, ..., 16 plain steps x ← x − β R follow. The same happens if 64
     steps bring no lower residual.
 
-    The answer is in the range of T: once a mixture z meets the threshold, T(z) is evaluated, and returned if it meets the
-    threshold too. So probabilities stay probabilities, and the zeros of a proximal step stay zeros. (After three T(z) that
-    do not meet it, which takes a mapping that expands, z is returned.)
+    The answer is in the range of T. Once a mixture z meets the threshold, T(z) is evaluated, and returned if it meets the
+    threshold too. Probabilities stay probabilities, and the zeros of a proximal step stay zeros. If three T(z) do not meet
+    it, z is returned; this needs a mapping that expands.
 
-    Where the residual stands still, as that of a projection of x − c does until the face is reached, mixtures have nothing to learn from. Then
-    steps are 2, 4, 8, ... times as long while it stays, so that the face is reached after a few. If x runs away, plain iteration has 1,000 steps
-    to leave the same residual behind; if it does not, that is ``DIVERGED``.
+    Sometimes the residual is constant, as for a projection of x − c until the face is reached. Mixtures then learn nothing.
+    Steps are 2, 4, 8, ... times as long while it stays constant, so that a few reach the face. If x runs away, plain
+    iteration has 1,000 steps to change the residual. If it does not, the status is ``DIVERGED``.
 
-    A plain iteration from the same start lies beneath: after 1,000 steps it takes 1,000 of its own, then the
-    accelerated run continues, and so on, in stretches that double. It takes over at once if the accelerated run
-    diverges or meets a NaN. So wherever plain iteration converges in 10,000 steps, this solver converges.
+    A plain iteration from the same initial guess is the safeguard. After 1,000 steps it takes 1,000 of its own, then the
+    accelerated run continues, and so on, in stretches that double. It takes over at once if the accelerated run diverges or
+    meets a NaN. The solver therefore converges wherever plain iteration converges in 10,000 steps.
 
     One evaluation of T for each step, 8 · ``history`` · n operations and 2 · ``history`` · n numbers of
     memory for each problem.
@@ -69,12 +70,12 @@ class Anderson(InnerSolver):
     Parameters
     ----------
     max_steps
-        The most steps; None for 20,000, half of them plain, spending which is a failure, where spending a given budget with
-        no tolerance asked is none. The last step of a budget is T itself.
+        The largest number of steps; None: 20,000, half of them plain, and spending them all is a failure. A number is a
+        budget: spending it without a tolerance is a success. The last step of a budget is T itself.
     history
-        How many differences are remembered (at most n).
+        The number of differences that are kept (at most n).
     mixing
-        β in (0, 1]: how far along the residual a step goes.
+        β in (0, 1]: the step along the residual.
     regularization
         λ ≥ 0: a difference of which orthogonalisation leaves the share s counts s²/(s² + λ²); None for 100 eps of the dtype.
 
@@ -113,7 +114,8 @@ class Anderson(InnerSolver):
     def solve(self, problem: Problem, init: torch.Tensor, goal: Goal) -> InnerSolution:
         check_fixed_point(problem, "Anderson")
         runs = _Runs(self, problem, init, goal)
-        return iterate(runs.start, runs.step, goal, runs.budget)[0]
+        solution = iterate(runs.start, runs.step, goal, runs.budget)[0]
+        return replace(solution, iterations=solution.iterations + 1) if runs.polished else solution
 
 
 @dataclass(frozen=True, eq=False)
@@ -135,6 +137,7 @@ class _Runs:
     def __init__(self, settings: Anderson, problem: Problem, init: torch.Tensor, goal: Goal) -> None:
         n = init.shape[-1]
         self.problem, self.threshold, self.n, self.beta = problem, goal.threshold, n, settings.mixing
+        self.goal = goal
         self.budget = settings.max_steps or sum(_STRETCHES)
         self.steps = 0
         self.turns = {end + 1 for end in accumulate(_STRETCHES)}
@@ -154,6 +157,9 @@ class _Runs:
         self.waiting = torch.ones_like(norm, dtype=torch.int64)  # plain steps to come before the next mixture
         self.penalty = torch.ones_like(self.waiting)  # plain steps after the next rejection
         self.polishes = torch.zeros_like(self.waiting)
+        self.met = torch.zeros_like(self.waiting)  # the step at which the goal's threshold was met
+        self.deadlines: set[int] = set()
+        self.polished = False  # whether the last step of a single problem was two: to the mixture, and to T of it
         self.plain = torch.zeros_like(norm, dtype=torch.bool)  # whether it is the plain run that steps
         self.alone = self.plain  # whether the other run has diverged
         self.whole = self.plain  # whether the next step is T itself
@@ -177,6 +183,9 @@ class _Runs:
             verdict = self._check(state, active)
         if self.steps == self.budget:
             self.whole, self.mixing = torch.ones_like(self.whole), False
+        if self.steps in self.deadlines:
+            late = (self.met > 0) & (self.steps >= self.met + _EXTRA_STEPS)
+            self.threshold = torch.where(late, self.goal.threshold, self.threshold)
         x = self.memory.mixture(self.both[:, self.n :])
         mixed: torch.Tensor | None = None  # all
         if not self.mixing:
@@ -193,6 +202,20 @@ class _Runs:
         both = self._both(x, residual)
         if self.mixing and striding is None:
             usual = (norm <= self.bound) & (norm > self.threshold)
+            if not bool(usual.all()) and self.goal.target.rtol:
+                self._tighten(x, residual, norm)
+                usual = (norm <= self.bound) & (norm > self.threshold)
+            if (
+                is_lone(norm)
+                and float(norm) <= float(torch.minimum(self.threshold, self.bound))
+                and self.steps < self.budget
+            ):
+                # The answer is T(z). Where it meets the threshold too, there is nothing more to keep books of.
+                mapped = torch.sub(x, residual)
+                left = self.problem.residual(mapped)
+                if float(left.norm()) <= float(self.threshold):
+                    self.polished = True
+                    return _State(mapped, left), verdict
             if bool(usual.all()) or bool((usual | ~active).all()):
                 if self.steps & (self.steps - 1) == 0:  # x may grow steadily, and its rounding with it
                     self.memory.measure(both)
@@ -217,6 +240,21 @@ class _Runs:
             verdict = self._take_over(lost, norm, verdict)
         self.mixing = not bool((active & (self.plain | (self.waiting > 0) | self.whole)).any())
         return state, verdict
+
+    def _tighten(self, x: torch.Tensor, residual: torch.Tensor, norm: torch.Tensor) -> None:
+        """Lower the thresholds where single unknowns are not as accurate as wanted, though R as a whole is small enough.
+
+        ‖x − x₀‖ / ‖R(x₀)‖ tells how much larger errors are than residuals. Who ends here and is resumed begins without a history.
+        """
+        target, base = self.goal.target, self.goal.threshold
+        larger = (x - self.start.x).norm(dim=-1) / self.start.residual.norm(dim=-1)
+        allowed = _SHARE * (target.rtol * x.abs() + target.atol)
+        excess = larger.nan_to_num(1.0).clamp(min=1.0) * (residual.abs() / allowed).amax(dim=-1)
+        closer = torch.maximum(norm / excess, 8 * torch.finfo(x.dtype).eps * x.norm(dim=-1))
+        self.met = torch.where((self.met == 0) & (norm <= base), self.steps, self.met)
+        on = (norm <= self.threshold) & (excess > 1) & (self.steps < self.met + _EXTRA_STEPS)
+        self.threshold = torch.where(on, torch.minimum(closer, base), self.threshold)
+        self.deadlines.add(self.steps + _EXTRA_STEPS)
 
     def _unmixed(self) -> torch.Tensor:
         """Return x − βR, or x − R for the problems whose next step is T itself."""

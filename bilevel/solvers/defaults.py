@@ -18,6 +18,16 @@ from bilevel.solvers.newton import Newton
 __all__ = ["default_solvers"]
 
 
+# Made once: settings of small problems' solvers took a hundredth of a call.
+_LEAST_SQUARES = LevenbergMarquardt()
+_NEWTON, _LBFGS, _ANDERSON, _HALF_NEWTON = Newton(), LBFGS(), Anderson(), Newton(linear_solver=BiCGStab())
+_POLISH = (Successor(_NEWTON, afresh=False),)
+_AFTER_NEWTON = (Successor(_LBFGS, afresh=True), *_POLISH)
+_AGAIN, _HALF_AGAIN = (
+    (Successor(newton, afresh=False), Successor(newton, afresh=True, beside=True)) for newton in (_NEWTON, _HALF_NEWTON)
+)
+
+
 def default_solvers(problem: Problem) -> tuple[InnerSolver, tuple[Successor, ...]]:
     """Return the inner solver used where none is given, and those that take over the problems at which it fails.
 
@@ -29,15 +39,12 @@ def default_solvers(problem: Problem) -> tuple[InnerSolver, tuple[Successor, ...
     Newton's method goes on from where L-BFGS or Anderson acceleration ended.
     """
     wide = torch.finfo(problem.system.raveler.dtype).bits >= 32
-    polish = (Successor(Newton(), afresh=False),) if wide else ()
+    polish = _POLISH if wide else ()
     if problem.is_fixed_point:
-        return Anderson(), polish
+        return _ANDERSON, polish
     if problem.minimizes:
         small = dense_fits(problem.batch, problem.size, problem.system.raveler.dtype)
         if wide and isinstance(problem.system, LeastSquaresSystem):
-            return LevenbergMarquardt(), (*polish, Successor(Newton() if small else LBFGS(), afresh=True), *polish)
-        if small:
-            return Newton(), (Successor(LBFGS(), afresh=True), *polish)
-        return LBFGS(), polish
-    newton = Newton() if wide else Newton(linear_solver=BiCGStab())
-    return newton, (Successor(newton, afresh=False), Successor(newton, afresh=True, beside=True))
+            return _LEAST_SQUARES, (*polish, Successor(_NEWTON if small else _LBFGS, afresh=True), *polish)
+        return (_NEWTON, _AFTER_NEWTON) if small else (_LBFGS, polish)
+    return (_NEWTON, _AGAIN) if wide else (_HALF_NEWTON, _HALF_AGAIN)

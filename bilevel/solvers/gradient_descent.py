@@ -31,7 +31,7 @@ class GradientDescent(InnerSolver):
         α > 0, in units of x per unit of gradient: below 2/L for an L-smooth objective. With ``line_search`` only
         the first step tried.
     max_steps
-        The most steps taken. With no tolerance asked it is a budget, and spending it is no failure.
+        The number of steps. Without a tolerance it is a budget, and spending it is a success.
     momentum
         β in [0, 1), the heavy ball's.
     line_search

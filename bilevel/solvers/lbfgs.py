@@ -26,13 +26,12 @@ _DECAY = 0.7
 class LBFGS(InnerSolver):
     """Step along −Bₖ ∇G(x), Bₖ the inverse Hessian approximated from the last ``history`` steps.
 
-    Every problem of a batch has its own history, line search and end. A pair of step and gradient change is
-    stored only where their product is positive beyond rounding; where the direction does not descend, or no
-    step along it is found, that problem forgets its history and starts again from steepest descent.
+    Every problem of a batch has its own history, line search and end. A pair of step and gradient change is stored only if
+    their product is positive beyond rounding. If the direction does not descend, or no step along it is found, the problem
+    drops its history and restarts from steepest descent.
 
-    The line search (strong Wolfe, or Hager and Zhang's approximate Wolfe conditions) goes by slopes where
-    differences of the objective drown in its rounding, so that gradients as small as the dtype allows are
-    reached.
+    The line search uses the strong Wolfe conditions, or the approximate Wolfe conditions of Hager and Zhang. Where rounding
+    hides differences of the objective it uses slopes. Gradients as small as the dtype allows are reached.
 
     Each step costs one gradient, sometimes two or three, and 4 · ``history`` · n operations; memory is
     2 · ``history`` · n numbers for each problem and does not depend on the number of steps.
@@ -40,10 +39,10 @@ class LBFGS(InnerSolver):
     Parameters
     ----------
     max_steps
-        The most steps; None for 2,000, spending which is a failure, where spending a given budget with no
-        tolerance asked is none.
+        The largest number of steps; None: 2,000, and spending them all is a failure. A number is a budget: spending it
+        without a tolerance is a success.
     history
-        How many pairs are remembered.
+        The number of pairs that are kept.
 
     Raises
     ------

@@ -41,11 +41,11 @@ _FORCING = 0.1
 class LevenbergMarquardt(InnerSolver):
     """Step to the minimiser of ½‖r + J d‖² + ½ λ‖D d‖², and adapt λ by how well that model predicts the decrease.
 
-    D holds the largest lengths so far of J's columns, so that the steps do not depend on the units of the unknowns, nor on those of r. λ follows
-    Nielsen's rule: after a step that decreases the objective by the share ρ of what the model promised, λ is multiplied by
-    max(1/3, 1 − (2ρ − 1)³); a step that does not decrease it is not taken, and λ is multiplied by 2, 4, 8, …. Where J has not full column rank,
-    D is the same for all unknowns and steps have no part in the null space of J: a linear problem solved from zero ends at its solution of
-    minimum norm.
+    D holds the largest column lengths of J so far. The steps then do not depend on the units of the unknowns or of r. λ
+    follows Nielsen's rule. A step that decreases the objective by the share ρ of the predicted decrease multiplies λ by
+    max(1/3, 1 − (2ρ − 1)³). A step that does not decrease it is rejected, and λ is multiplied by 2, 4, 8, …. If J does not
+    have full column rank, D is the same for all unknowns, and steps have no part in the null space of J. A linear problem
+    solved from zero then ends at its solution of minimum norm.
 
     *Small problems* (n ≤ ``dense_limit``): J is materialised, by n passes or m, and factorised by QR.
     *Large problems*: LSMR, by products with J and Jᵀ, to a tenth of the gradient, with D = σI and σ an estimate of ‖J‖.
@@ -58,8 +58,8 @@ class LevenbergMarquardt(InnerSolver):
     Parameters
     ----------
     max_steps
-        The most steps, those not taken included; None for 250, spending which is a failure, where spending a given budget with no tolerance
-        asked is none.
+        The largest number of steps, rejected ones included; None: 250, and spending them all is a failure. A number is a
+        budget: spending it without a tolerance is a success.
     damping
         The first λ, relative to the squared column lengths of J.
     dense_limit

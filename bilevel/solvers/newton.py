@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
@@ -13,9 +14,9 @@ from bilevel.linear.gmres import GMRES
 from bilevel.operators import DenseOperator, LinearOperator
 from bilevel.reports import Status
 from bilevel.setting_checks import check_steps
-from bilevel.solvers._base import Goal, InnerSolution, InnerSolver, iterate
+from bilevel.solvers._base import Goal, InnerSolution, InnerSolver, is_lone, iterate
 from bilevel.solvers._degenerate import SLOW
-from bilevel.solvers._error import meets_negative_curvature
+from bilevel.solvers._error import irregular_signs, meets_negative_curvature
 from bilevel.solvers._truncated_cg import truncated_cg
 
 __all__ = ["Newton"]
@@ -26,6 +27,10 @@ _ARMIJO = 1e-4
 _MOST_TRIALS = 40
 # How far the objective may be off the quadratic model, and how small a step is, for the Hessian before it to hold after it.
 _MODEL_ERROR, _SMALL_STEP = 0.1, 0.01
+# Up to this size the Jacobians of a batch of roots are kept for a look at what is left.
+_KEPT_NUMBERS = 2**20
+# How much shorter a full step of Newton's makes the next one, for the Jacobian before it to hold after it.
+_SHRINKS = 0.05
 # How often a step is shortened where the decrease that it promises is below the rounding of the objective.
 _TRIALS_IN_ROUNDING = 4
 _LEAST_FORCING, _MOST_FORCING = 0.1, 0.5
@@ -44,19 +49,19 @@ class Newton(InnerSolver):
     curvature; a root or a fixed point by GMRES. The linear systems are solved only as accurately as the
     progress of the outer iteration deserves.
 
-    A quadratic, or a linear system, takes one step. A point that is stationary but whose Hessian has a
-    negative eigenvalue beyond rounding is reported as ``Status.INDEFINITE`` (when large: as far as the
-    products made there can tell). A flat valley, as of least squares with redundant variables, is a solution.
+    A quadratic, or a linear system, takes one step. A stationary point whose Hessian has a negative eigenvalue beyond
+    rounding is reported as ``Status.INDEFINITE``. For large problems the products that were made decide this. A flat
+    valley, as of least squares with redundant variables, is a solution.
 
-    Each step costs one gradient, n products (small) or as many as the linear solver makes (large), and one
-    gradient for each shortening. Memory is batch · n² numbers (small) or some vectors (large), and does not
-    depend on the number of steps.
+    Each step costs one gradient, and one more for each shortening. It also costs n products (small), or as many as the
+    linear solver makes (large). Memory is batch · n² numbers (small) or some vectors (large), and does not depend on the
+    number of steps.
 
     Parameters
     ----------
     max_steps
-        The most steps; None for 250, spending which is a failure, where spending a given budget with no
-        tolerance asked is none.
+        The largest number of steps; None: 250, and spending them all is a failure. A number is a budget: spending it
+        without a tolerance is a success.
     dense_limit
         The largest n for which matrices are materialised (if those of the batch also take fewer than 2²⁵
         numbers).
@@ -125,7 +130,7 @@ class Newton(InnerSolver):
 
         solution, state = iterate(start, step, goal, self.max_steps or _MAX_STEPS, descends=True)
         if not problem.minimizes:
-            return solution
+            return replace(solution, error=_root_error_left(state)) if dense else solution
         definite = dense and state.factor is not None and bool(state.definite.all())
         solution = replace(solution, value=state.merit, factor=state.factor if definite else None)
         if definite:
@@ -192,11 +197,11 @@ class _State:
     definite
         Whether the Hessian of the last step was positive definite.
     factor
-        Its Cholesky factor (batch, n, n), of a small argmin.
-    modelled
-        Whether the last step did what the quadratic model promised, or was small, so that the Hessian before it holds after it.
-    previous
-        x before the last step.
+        Its Cholesky factor (batch, n, n), of a small argmin; the LU factors of a small root's Jacobian.
+    last_x, last_merit, slope, t
+        Of the last step, of a small problem: where it began, the merit and its slope there, and how far along the direction it went.
+    jacobian, pivots
+        Of the last step, of a small root: the matrices, and the order of pivots of its LU factors, which ``factor`` is then.
     """
 
     x: torch.Tensor
@@ -206,8 +211,12 @@ class _State:
     last_norm: torch.Tensor
     definite: torch.Tensor
     factor: torch.Tensor | None = None
-    modelled: torch.Tensor | None = None
-    previous: torch.Tensor | None = None
+    last_x: torch.Tensor | None = None
+    last_merit: torch.Tensor | None = None
+    slope: torch.Tensor | None = None
+    t: torch.Tensor | None = None
+    jacobian: torch.Tensor | None = None
+    pivots: torch.Tensor | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -218,6 +227,7 @@ class _Direction:
     slope: torch.Tensor
     definite: torch.Tensor
     factor: torch.Tensor | None = None
+    pivots: torch.Tensor | None = None
 
 
 def _descending(
@@ -276,7 +286,7 @@ def _dense_root(operator: LinearOperator, state: _State, active: torch.Tensor) -
         change = (b * torch.einsum("bij,bj->bi", matrix, step)).sum(dim=-1) / (b * b).sum(dim=-1)
         change = torch.where(torch.isfinite(change), change, -torch.ones_like(change))
         d, slope = d.index_put((bad,), step), slope.index_put((bad,), change)
-    return _Direction(d, slope, ~bad)
+    return _Direction(d, slope, ~bad, lu, pivots if lu.numel() <= _KEPT_NUMBERS else None)
 
 
 def _unit_step(matrix: torch.Tensor, b: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
@@ -319,16 +329,19 @@ def _search(
             found, residual = problem.value_and_residual(x, last=last and trial == 0)
             reached = residual.norm(dim=-1)
             small = reached <= threshold
-            if bool((small & (found > merit)).any()):
-                small = small & ~_overshoots(found, merit, slope, magnitude)
-            if bool(small.all()):
-                break
+            if bool(small.any()):
+                if bool((small & (found > merit)).any()):
+                    small = small & ~_overshoots(found, merit, slope, magnitude)
+                if bool(small.all()):
+                    break
             held = found <= merit + _ARMIJO * t * slope - 4 * eps * merit.abs()
-            # Sums of many terms round by more than their last place: there gradients tell what values cannot.
-            level = (found - merit <= eps**0.5 * magnitude) & pending & ~held
-            if bool(level.any()):
-                steady = found <= merit + 64 * eps * magnitude
-                held = held | (level & _comes_closer(direction, residual, state, x, steady & (reached < norm), steady))
+            if not bool(held.all()):
+                # Sums of many terms round by more than their last place: there gradients tell what values cannot.
+                level = (found - merit <= eps**0.5 * magnitude) & pending & ~held
+                if bool(level.any()):
+                    steady = found <= merit + 64 * eps * magnitude
+                    shorter = steady & (reached < norm)
+                    held = held | (level & _comes_closer(direction, residual, state, x, shorter, steady))
         else:
             residual = problem.residual(x)
             reached = residual.norm(dim=-1)
@@ -357,39 +370,72 @@ def _search(
         verdict = _verdict(operator, direction, pending, tiny)
     if not problem.minimizes:
         found = merit
-    modelled = (
-        _modelled(state, x, found, slope, t, magnitude) if problem.minimizes and direction.factor is not None else None
-    )
-    return _State(x, residual, found, magnitude, norm, direction.definite, direction.factor, modelled, state.x), verdict
-
-
-def _modelled(
-    state: _State, x: torch.Tensor, found: torch.Tensor, slope: torch.Tensor, t: torch.Tensor, magnitude: torch.Tensor
-) -> torch.Tensor:
-    """Return where the objective fell as t gᵀd + ½ t² dᵀHd says, with dᵀHd = −gᵀd, or where the step was small, (batch,) bool."""
-    promised = slope * (t - 0.5 * t * t)
-    seen = promised.abs() > 1e3 * torch.finfo(found.dtype).eps * torch.maximum(magnitude, found.abs())
-    kept = seen & ((found - state.merit - promised).abs() <= _MODEL_ERROR * promised.abs())
-    if bool(kept.all()):
-        return kept
-    return kept | ((x - state.x).abs() <= _SMALL_STEP * x.abs()).all(dim=-1)
+    jacobian = operator.dense() if direction.pivots is not None else None
+    return _State(
+        x, residual, found, magnitude, norm, direction.definite, direction.factor, state.x, merit, slope, t,
+        jacobian, direction.pivots,
+    ), verdict  # fmt: skip
 
 
 def _error_left(state: _State) -> torch.Tensor:
     """Return H⁻¹ R (batch, n) by the factors of the last step's Hessian: NaN where these may say nothing of x."""
-    assert state.factor is not None and state.modelled is not None
+    assert state.factor is not None
     # With the rows of the factor scaled to unit length, its least pivot bounds how near to singular the matrix is.
     pivots = (state.factor.diagonal(dim1=-2, dim2=-1) / state.factor.norm(dim=-1)).amin(dim=-1)
-    eps = torch.finfo(pivots.dtype).eps
-    known = state.modelled & state.definite & (pivots**2 > 1e3 * eps * state.x.shape[-1])
+    least = 1e3 * torch.finfo(pivots.dtype).eps * state.x.shape[-1]
     error = torch.cholesky_solve(state.residual.unsqueeze(-1), state.factor).squeeze(-1)
+    if is_lone(pivots) and float(pivots) ** 2 > least and bool(_modelled(state)):
+        return error
+    known = _modelled(state) & state.definite & (pivots**2 > least)
     return torch.where(known.unsqueeze(-1), error, torch.full_like(error, torch.nan))
+
+
+def _root_error_left(state: _State) -> torch.Tensor | None:
+    """Return J⁻¹ R (batch, n) by the last step's factors, or None where these may say nothing of x for some problem.
+
+    Newton's steps d shrink quadratically where the Jacobian hardly changes: J⁻¹ R after a full step is ½ J⁻¹J′[d, d], so that J⁻¹ changed by about
+    2 |J⁻¹R| / |d| (the simplified Newton correction of Deuflhard, "Newton methods for nonlinear problems", 2004). What rounding of x
+    makes of R must not matter either.
+    """
+    if state.factor is None or state.pivots is None or state.jacobian is None or state.last_x is None:
+        return None
+    eps, x = torch.finfo(state.x.dtype).eps, state.x
+    noise = eps * (state.jacobian.abs() @ x.abs().unsqueeze(-1))
+    right = torch.cat([state.residual.unsqueeze(-1), irregular_signs(x).unsqueeze(-1) * noise], dim=-1)
+    error, rounding = torch.linalg.lu_solve(state.factor, state.pivots, right).unbind(dim=-1)
+    size = x.abs()
+    known = (error.abs() <= _SHRINKS * (x - state.last_x).abs() + 4 * eps * size) & (rounding.abs() <= eps**0.5 * size)
+    return error if bool(known.all() & state.definite.all()) else None
+
+
+def _modelled(state: _State) -> torch.Tensor | bool:
+    """Return where the last step shows that the Hessian before it holds after it, (batch,) bool or a bool.
+
+    The objective fell as t gᵀd + ½ t² dᵀHd says, with dᵀHd = −gᵀd, or the step was small.
+    """
+    last, slope, t = state.last_merit, state.slope, state.t
+    assert state.last_x is not None and last is not None and slope is not None and t is not None
+    numbers: list[Any] = [state.merit, last, slope, t, state.magnitude]
+    if is_lone(t):
+        numbers = [float(number) for number in numbers]
+    kept = _fell_as_promised(torch.finfo(t.dtype).eps, *numbers)
+    if kept is True or (kept is not False and bool(kept.all())):
+        return kept
+    return kept | ((state.x - state.last_x).abs() <= _SMALL_STEP * state.x.abs()).all(dim=-1)
+
+
+def _fell_as_promised(eps: float, found: Any, last: Any, slope: Any, t: Any, magnitude: Any) -> Any:
+    """Return whether the objective fell from ``last`` to ``found`` as the model says, of numbers or of tensors (batch,)."""
+    promised = slope * (t - 0.5 * t * t)
+    size, noise = abs(promised), 1e3 * eps
+    seen = (size > noise * magnitude) & (size > noise * abs(found))
+    return seen & (abs(found - last - promised) <= _MODEL_ERROR * size)
 
 
 def _is_slow(state: _State, error: torch.Tensor) -> torch.Tensor:
     """Return where the step that is left is no small part of the last one, and no rounding, (batch,) bool."""
-    assert state.previous is not None
-    left, step = error.norm(dim=-1), (state.x - state.previous).norm(dim=-1)
+    assert state.last_x is not None
+    left, step = error.norm(dim=-1), (state.x - state.last_x).norm(dim=-1)
     return (left > SLOW * step) & (left > 8 * torch.finfo(left.dtype).eps * state.x.norm(dim=-1))
 
 

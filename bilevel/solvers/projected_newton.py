@@ -31,9 +31,10 @@ _MOST_PRODUCTS = 500
 class ProjectedNewton(ConstrainedSolver):
     """Newton's method on the unknowns that are free, with a search along the projection of the step onto the bounds.
 
-    An unknown is held where it is at (or within ε of) a bound and the gradient points outwards; held ones move along the negative
-    gradient, free ones along the Newton step of their own Hessian. The step is x(α) = P(x + α d), with α halved until the objective falls
-    enough. The active set is identified in finitely many steps near a nondegenerate solution.
+    An unknown is fixed if it is at a bound (or within ε of it) and the gradient points outwards. Fixed unknowns move along
+    the negative gradient, free ones along the Newton step of their own Hessian. The step is x(α) = P(x + α d), with α
+    halved until the objective falls enough. Near a nondegenerate solution the active set is identified in finitely many
+    steps.
 
     *Small problems* (n ≤ 512): the Hessians are factorised by Cholesky, shifted where not positive definite. *Large problems*: conjugate
     gradients that stop early, or at negative curvature. Cost: a gradient and n (small) or some (large) Hessian products a step.

@@ -28,21 +28,21 @@ _ELEMENTWISE = frozenset(
 class TorchOptimizer(InnerSolver):
     """Let an optimizer of ``torch.optim`` take the steps.
 
-    An optimizer that treats every entry by itself (SGD, Adam, AdamW, RMSprop, Adagrad, Adadelta, Adamax,
-    NAdam, RAdam, Rprop, ASGD) moves a whole batch at once, and each problem stops by itself. Any other, such
-    as ``torch.optim.LBFGS``, ``Muon`` or ``Adafactor``, would mix the problems of a batch: it is given one
-    problem, with parameters in the shapes of the unknown and a closure.
+    An optimizer that treats every entry by itself moves a whole batch at once, and each problem stops by itself. These are
+    SGD, Adam, AdamW, RMSprop, Adagrad, Adadelta, Adamax, NAdam, RAdam, Rprop and ASGD. Any other, such as
+    ``torch.optim.LBFGS``, ``Muon`` or ``Adafactor``, would mix the problems of a batch. It takes one problem only, with
+    parameters in the shapes of the unknown and a closure.
 
-    One gradient for each step (an optimizer that calls its closure again makes more); the memory is the
-    optimizer's and does not depend on the number of steps. Weight decay is no part of the objective: the
-    point that it leads to is not stationary, and is reported as not converged.
+    Each step costs one gradient; an optimizer that calls its closure again costs more. Memory is the optimizer's, and does
+    not depend on the number of steps. Weight decay is not a part of the objective. It leads to a point that is not
+    stationary, which is reported as not converged.
 
     Parameters
     ----------
     optimizer_class
         A subclass of ``torch.optim.Optimizer``.
     max_steps
-        The most steps taken. With no tolerance asked it is a budget, and spending it is no failure.
+        The number of steps. Without a tolerance it is a budget, and spending it is a success.
     elementwise
         Whether ``optimizer_class`` treats every entry by itself, for a class that is not of torch; None: only
         if it is one of those named above.
@@ -52,9 +52,8 @@ class TorchOptimizer(InnerSolver):
     Raises
     ------
     ArgumentError
-        If the class is not an optimizer, refuses its options, maximises, or would keep a graph; on use, for a
-        batch with an optimizer that is not element-wise, and for a root or a fixed point, which have no
-        objective.
+        If the class is not an optimizer, refuses its options, maximises, or would keep a graph.
+        On use, for a batch with an optimizer that is not element-wise, and for a root or a fixed point, which have no objective.
 
     References
     ----------

@@ -22,9 +22,9 @@ class Batch:
     Parameters
     ----------
     data
-        What the objectives receive: any pytree.
+        The pytree that the objectives receive.
     index
-        Which minibatch of a fixed partition of the data set this is: an integer, or an integer tensor of the samples in it.
+        The number of the minibatch in a fixed partition of the data set: an int, or an int64 tensor with the rows of its samples.
 
     Examples
     --------
@@ -45,17 +45,25 @@ class Microbatches:
     Parameters
     ----------
     parts
-        What the objectives receive, one after the other.
+        The batches that the objectives receive, one after the other.
     weights
-        The share of each part in the mean; equal shares if None. Objectives are means over examples, so that parts of
-        different sizes need their shares.
+        The share of each part in the mean; None: equal shares. Objectives are means over examples, so parts of different sizes
+        need their shares.
     index
-        As in :class:`Batch`, of the whole minibatch.
+        The number of the whole minibatch, as in :class:`Batch`: an int, or an int64 tensor.
 
     Raises
     ------
     ArgumentError
         If there is no part, or not one weight for each part.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from bilevel.stochastic import Microbatches
+    >>> batch = Microbatches([torch.zeros(3, 2), torch.zeros(1, 2)], weights=[0.75, 0.25])
+    >>> len(batch.parts)
+    2
     """
 
     parts: Sequence[Any]

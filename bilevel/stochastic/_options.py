@@ -46,6 +46,12 @@ class StepOptions:
     ------
     ArgumentError
         If a setting is out of its range.
+
+    Examples
+    --------
+    >>> from bilevel.stochastic import StepOptions
+    >>> StepOptions(max_norm=1.0, accumulate=4).accumulate
+    4
     """
 
     max_norm: float | None = None

@@ -75,7 +75,7 @@ def load_method_state(method: Any, state: dict[str, Any]) -> None:
 
 def _check(method: Any, state: Any, where: str) -> None:
     if not isinstance(state, dict) or state.get("format") != FORMAT:
-        raise ArgumentError(f"{where}: expected what state_dict() returns, got something else; pass that")
+        raise ArgumentError(f"{where}: expected the dict that state_dict() returns, got another object; pass that dict")
     if state["method"] != type(method).__name__:
         raise ArgumentError(
             f"{where}: expected the state of {type(method).__name__}, got one of {state['method']}; load it into that method"

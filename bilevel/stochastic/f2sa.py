@@ -17,9 +17,10 @@ __all__ = ["F2SA"]
 class F2SA(StochasticMethod):
     """Follow z ≈ argmin G and y ≈ argmin F + λG, and step θ by ∇_θ F(y) + λ (∇_θ G(y) − ∇_θ G(z)): no second derivative.
 
-    The bias of the outer direction at exact z and y is O(1/λ). ``inner`` is z; ``penalized`` is y, with an optimiser of the same class
-    and settings as the inner one, and the direction ∇G + ∇F/λ, so that both move at the same rate. 3T + 3 forward and reverse passes.
-    Models that cannot be differentiated twice, such as those compiled by ``torch.compile`` with inductor, can be trained.
+    At exact z and y the bias of the outer direction is O(1/λ). ``inner`` is z, and ``penalized`` is y. y has an optimiser
+    of the same class and settings as the inner one, and the direction ∇G + ∇F/λ, so that both move at the same rate. A step
+    makes 3T + 3 forward and reverse passes. Models that cannot be differentiated twice can be trained, such as those
+    compiled by ``torch.compile`` with inductor.
 
     Parameters
     ----------
@@ -34,9 +35,29 @@ class F2SA(StochasticMethod):
     **settings
         The optimisers and options of :class:`~bilevel.stochastic.StochasticMethod`.
 
+    Raises
+    ------
+    ArgumentError
+        If a setting is out of its range, or a variable or an optimiser cannot be used.
+
     References
     ----------
     Kwon, Kwon, Wright, Nowak, "A fully first-order method for stochastic bilevel optimization", ICML 2023, Algorithm 1 (F2SA).
+
+    Examples
+    --------
+    >>> import functools, torch
+    >>> from bilevel.stochastic import F2SA
+    >>> losses = (  # the minimiser of the inner loss is w = θ; the outer loss is least at w = 1
+    ...     lambda w, theta, data: 0.5 * ((w - theta) ** 2).sum(),
+    ...     lambda w, theta, data: 0.5 * ((w - data) ** 2).sum(),
+    ... )
+    >>> sgd, w, theta = functools.partial(torch.optim.SGD, lr=0.2), torch.zeros(2), torch.zeros(2)
+    >>> method = F2SA(losses, w, theta, inner_optimizer=sgd, outer_optimizer=sgd)
+    >>> for _ in range(600):
+    ...     result = method.step(None, torch.ones(2))
+    >>> [round(number, 2) for number in theta.tolist()]
+    [1.0, 1.0]
     """
 
     _STATE = ("penalty",)

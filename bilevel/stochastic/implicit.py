@@ -51,13 +51,28 @@ class ImplicitStep(AdjointMethod):
     Raises
     ------
     ArgumentError
-        If ``preconditioned`` and the inner optimiser has no diagonal preconditioner.
+        If a setting is out of its range, or with ``preconditioned`` if the inner optimiser has no diagonal preconditioner.
 
     References
     ----------
     Pedregosa, "Hyperparameter optimization with approximate gradient", ICML 2016; Lorraine, Vicol, Duvenaud, "Optimizing millions of
     hyperparameters by implicit differentiation", AISTATS 2020; Choe, Mehta, Ahn, Neiswanger, Xie, Strubell, Xing, "Making scalable
     meta learning practical" (SAMA), NeurIPS 2023, Section 3.
+
+    Examples
+    --------
+    >>> import functools, torch
+    >>> from bilevel.stochastic import ImplicitStep
+    >>> losses = (  # the minimiser of the inner loss is w = θ; the outer loss is least at w = 1
+    ...     lambda w, theta, data: 0.5 * ((w - theta) ** 2).sum(),
+    ...     lambda w, theta, data: 0.5 * ((w - data) ** 2).sum(),
+    ... )
+    >>> sgd, w, theta = functools.partial(torch.optim.SGD, lr=0.2), torch.zeros(2), torch.zeros(2)
+    >>> method = ImplicitStep(losses, w, theta, inner_optimizer=sgd, outer_optimizer=sgd)
+    >>> for _ in range(200):
+    ...     result = method.step(None, torch.ones(2))
+    >>> [round(number, 2) for number in theta.tolist()]
+    [1.0, 1.0]
     """
 
     def __init__(

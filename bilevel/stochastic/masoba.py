@@ -29,10 +29,30 @@ class MASOBA(AdjointMethod):
     **settings
         The optimisers and options of :class:`~bilevel.stochastic.AdjointMethod`.
 
+    Raises
+    ------
+    ArgumentError
+        If a setting is out of its range, or a variable or an optimiser cannot be used.
+
     References
     ----------
     Chen, Xiao, Balasubramanian, "Optimal algorithms for stochastic bilevel optimization under relaxed smoothness conditions",
     arXiv:2306.12067, 2023 (JMLR 2024), Algorithm 1 (MA-SOBA).
+
+    Examples
+    --------
+    >>> import functools, torch
+    >>> from bilevel.stochastic import MASOBA
+    >>> losses = (  # the minimiser of the inner loss is w = θ; the outer loss is least at w = 1
+    ...     lambda w, theta, data: 0.5 * ((w - theta) ** 2).sum(),
+    ...     lambda w, theta, data: 0.5 * ((w - data) ** 2).sum(),
+    ... )
+    >>> sgd, w, theta = functools.partial(torch.optim.SGD, lr=0.1), torch.zeros(2), torch.zeros(2)
+    >>> method = MASOBA(losses, w, theta, inner_optimizer=sgd, outer_optimizer=sgd, weight=0.5)
+    >>> for _ in range(1000):
+    ...     result = method.step(None, torch.ones(2))
+    >>> [round(number, 2) for number in theta.tolist()]
+    [1.0, 1.0]
     """
 
     _STATE = ("_mean",)

@@ -42,12 +42,27 @@ class PZOBO(StochasticMethod):
     Raises
     ------
     ArgumentError
-        If the inner optimiser is not plain SGD, or Q > p with ``orthogonal``.
+        If the inner optimiser is not plain SGD, if Q > p with ``orthogonal``, or if a setting is out of its range.
 
     References
     ----------
     Sow, Ji, Liang, "On the convergence theory for Hessian-free bilevel algorithms", NeurIPS 2022, Algorithm 1 (PZOBO), and its
     stochastic form (PZOBO-S).
+
+    Examples
+    --------
+    >>> import functools, torch
+    >>> from bilevel.stochastic import PZOBO
+    >>> losses = (  # the minimiser of the inner loss is w = θ; the outer loss is least at w = 1
+    ...     lambda w, theta, data: 0.5 * ((w - theta) ** 2).sum(),
+    ...     lambda w, theta, data: 0.5 * ((w - data) ** 2).sum(),
+    ... )
+    >>> sgd, w, theta = functools.partial(torch.optim.SGD, lr=0.2), torch.zeros(2), torch.zeros(2)
+    >>> method = PZOBO(losses, w, theta, inner_optimizer=sgd, outer_optimizer=sgd, directions=2, orthogonal=True)
+    >>> for _ in range(600):
+    ...     result = method.step(None, torch.ones(2))
+    >>> [round(number, 2) for number in theta.tolist()]
+    [1.0, 1.0]
     """
 
     def __init__(

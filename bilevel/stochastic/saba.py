@@ -36,12 +36,27 @@ class SABA(AdjointMethod):
     Raises
     ------
     ArgumentError
-        In ``step``, if more than ``max_batches`` different minibatches came.
+        If a setting is out of its range; in ``step``, if more than ``max_batches`` different minibatches came.
 
     References
     ----------
     Dagréou, Ablin, Vaiter, Moreau, "A framework for bilevel optimization that enables stochastic and global variance reduction
     algorithms", NeurIPS 2022, Algorithm 1 with the SABA directions; Defazio, Bach, Lacoste-Julien, "SAGA", NeurIPS 2014.
+
+    Examples
+    --------
+    >>> import functools, torch
+    >>> from bilevel.stochastic import SABA
+    >>> losses = (  # the minimiser of the inner loss is w = θ; the outer loss is least at w = 1
+    ...     lambda w, theta, data: 0.5 * ((w - theta) ** 2).sum(),
+    ...     lambda w, theta, data: 0.5 * ((w - data) ** 2).sum(),
+    ... )
+    >>> sgd, w, theta = functools.partial(torch.optim.SGD, lr=0.2), torch.zeros(2), torch.zeros(2)
+    >>> method = SABA(losses, w, theta, inner_optimizer=sgd, outer_optimizer=sgd)
+    >>> for _ in range(600):
+    ...     result = method.step(None, torch.ones(2))
+    >>> [round(number, 2) for number in theta.tolist()]
+    [1.0, 1.0]
     """
 
     _STATE = ("_lower", "_upper")

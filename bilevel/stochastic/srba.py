@@ -35,10 +35,30 @@ class SRBA(AdjointMethod):
     **settings
         The optimisers and options of :class:`~bilevel.stochastic.AdjointMethod`.
 
+    Raises
+    ------
+    ArgumentError
+        If a setting is out of its range, or a variable or an optimiser cannot be used.
+
     References
     ----------
     Dagréou, Moreau, Vaiter, Ablin, "A lower bound and a near-optimal algorithm for bilevel empirical risk minimization",
     arXiv:2302.08766, 2023 (AISTATS 2024), Algorithm 1 (SRBA); Nguyen et al., "SARAH", ICML 2017.
+
+    Examples
+    --------
+    >>> import functools, torch
+    >>> from bilevel.stochastic import SRBA
+    >>> losses = (  # the minimiser of the inner loss is w = θ; the outer loss is least at w = 1
+    ...     lambda w, theta, data: 0.5 * ((w - theta) ** 2).sum(),
+    ...     lambda w, theta, data: 0.5 * ((w - data) ** 2).sum(),
+    ... )
+    >>> sgd, w, theta = functools.partial(torch.optim.SGD, lr=0.2), torch.zeros(2), torch.zeros(2)
+    >>> method = SRBA(losses, w, theta, inner_optimizer=sgd, outer_optimizer=sgd)
+    >>> for _ in range(600):
+    ...     result = method.step(None, torch.ones(2))
+    >>> [round(number, 2) for number in theta.tolist()]
+    [1.0, 1.0]
     """
 
     _STATE = ("_last_inner", "_last_outer", "_last_adjoint", "_estimate")

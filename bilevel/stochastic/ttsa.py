@@ -32,11 +32,31 @@ class TTSA(StochasticMethod):
     **settings
         The optimisers and options of :class:`~bilevel.stochastic.StochasticMethod`.
 
+    Raises
+    ------
+    ArgumentError
+        If a setting is out of its range, or a variable or an optimiser cannot be used.
+
     References
     ----------
     Hong, Wai, Wang, Yang, "A two-timescale stochastic algorithm framework for bilevel optimization: complexity analysis and
     application to actor-critic", arXiv:2007.05170, 2020 (SIAM Journal on Optimization 2023), Algorithm 1. The random term is that of
     Ghadimi, Wang, "Approximation methods for bilevel programming", arXiv:1802.02246, 2018.
+
+    Examples
+    --------
+    >>> import functools, torch
+    >>> from bilevel.stochastic import TTSA
+    >>> losses = (  # the minimiser of the inner loss is w = θ; the outer loss is least at w = 1
+    ...     lambda w, theta, data: 0.5 * ((w - theta) ** 2).sum(),
+    ...     lambda w, theta, data: 0.5 * ((w - data) ** 2).sum(),
+    ... )
+    >>> sgd, w, theta = functools.partial(torch.optim.SGD, lr=0.2), torch.zeros(2), torch.zeros(2)
+    >>> method = TTSA(losses, w, theta, inner_optimizer=sgd, outer_optimizer=sgd)
+    >>> for _ in range(600):
+    ...     result = method.step(None, torch.ones(2))
+    >>> [round(number, 2) for number in theta.tolist()]
+    [1.0, 1.0]
     """
 
     inner_steps = 1
@@ -84,10 +104,30 @@ class ALSET(TTSA):
     **settings
         Those of :class:`TTSA`.
 
+    Raises
+    ------
+    ArgumentError
+        If a setting is out of its range, or a variable or an optimiser cannot be used.
+
     References
     ----------
     Chen, Sun, Yin, "Closing the gap: tighter analysis of alternating stochastic gradient methods for bilevel problems", NeurIPS
     2021, Algorithm 1 (ALSET).
+
+    Examples
+    --------
+    >>> import functools, torch
+    >>> from bilevel.stochastic import ALSET
+    >>> losses = (  # the minimiser of the inner loss is w = θ; the outer loss is least at w = 1
+    ...     lambda w, theta, data: 0.5 * ((w - theta) ** 2).sum(),
+    ...     lambda w, theta, data: 0.5 * ((w - data) ** 2).sum(),
+    ... )
+    >>> sgd, w, theta = functools.partial(torch.optim.SGD, lr=0.2), torch.zeros(2), torch.zeros(2)
+    >>> method = ALSET(losses, w, theta, inner_optimizer=sgd, outer_optimizer=sgd)
+    >>> for _ in range(600):
+    ...     result = method.step(None, torch.ones(2))
+    >>> [round(number, 2) for number in theta.tolist()]
+    [1.0, 1.0]
     """
 
     def __init__(self, problem: Problem, inner: Any, outer: Any, *, inner_steps: int = 5, **settings: Any) -> None:

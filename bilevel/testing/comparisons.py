@@ -13,7 +13,7 @@ __all__ = ["Allowance", "Comparison", "GradientCheck", "Verdict"]
 
 
 class Verdict(enum.Enum):
-    """What a comparison says."""
+    """The verdict of a comparison."""
 
     PASSED = "ok"
     """The two agree within the tolerance."""
@@ -25,10 +25,10 @@ class Verdict(enum.Enum):
 
 @dataclass(frozen=True)
 class Allowance:
-    """A tolerance and what it is made of; each part bounds ‖difference‖ in the Euclidean norm.
+    """The tolerance of a comparison and its parts; each part bounds ‖difference‖ in the Euclidean norm.
 
-    With J = ∂_x R, B = ∂_θ R, q = J⁻ᵀ v the dense adjoint, all of them measured in the reference's arithmetic, and
-    u = 64 eps of the coarsest dtype in the call:
+    In these, J = ∂_x R, B = ∂_θ R, and q = J⁻ᵀ v is the dense adjoint, all in the reference's arithmetic. u is 64 eps of
+    the coarsest dtype in the call.
 
     Parameters
     ----------
@@ -37,11 +37,12 @@ class Allowance:
     linear
         ‖Bᵀ J⁻ᵀ‖ times the residual that the library's linear solve reported.
     inner
-        Twice the change of the dense gradient from the solution returned to the exact one, which is what the residual of the
-        inner solve accounts for, and its change when the exact one is rounded. Zero where both sides are evaluated at the solution returned.
+        Twice the change of the dense gradient from the computed solution to the exact one, which the residual of the inner
+        solve causes. Also its change when the exact solution is rounded. Zero if both sides are evaluated at the computed
+        solution.
     step
-        For differences: the change by extrapolation from two steps, their rounding and the remains of their solves. For an
-        unrolled iteration: what is cut off.
+        For differences: the change by extrapolation from two steps, their rounding, and the remaining errors of their
+        solves. For an unrolled iteration: the truncated part.
     """
 
     rounding: float = 0.0
@@ -56,7 +57,7 @@ class Allowance:
 
     @property
     def largest(self) -> str:
-        """The name of the part that the tolerance is mostly made of."""
+        """The name of the largest part."""
         return max(("rounding", "linear", "inner", "step"), key=lambda name: float(getattr(self, name)))
 
     def scaled(self, factor: float, *, inner: float | None = None, step: float = 0.0) -> Allowance:
@@ -76,17 +77,17 @@ class Comparison:
     derivative
         ``"reverse"`` (a vector-Jacobian product by ``torch.autograd.grad``) or ``"forward"`` (``torch.func.jvp``).
     reference
-        What it is compared with.
+        The reference: dense, unrolled or differences.
     error
         ‖difference‖.
     size
         ‖reference‖.
     allowance
-        What ``error`` may come from.
+        The possible sources of ``error``.
     held_to
-        The tolerance: ``allowance.total``, unless the caller gave one.
+        The tolerance: ``allowance.total``, unless the caller gave another.
     verdict
-        What follows.
+        The verdict: passed, failed or inconclusive.
     """
 
     argument: str
@@ -106,22 +107,22 @@ class Comparison:
 
 @dataclass(frozen=True, eq=False)
 class GradientCheck:
-    """What :func:`check_gradients` found; ``print`` it for the table.
+    """The result of :func:`check_gradients`; ``print`` it for the table.
 
     Parameters
     ----------
     where
         The layer or problem.
     comparisons
-        One for each tensor, derivative and reference.
+        One comparison for each tensor, derivative and reference.
     solution_error
         ‖x − x*‖ / ‖x*‖ of the inner solution, the largest over a batch.
     dtypes
-        Of the coarsest tensor of the call, and of the references.
+        The coarsest dtype of the call, and the dtype of the references.
     gradients
         By method (``"reverse"``, ``"dense"``, ``"unrolled"``) and argument.
     notes
-        Sentences on how the references were made.
+        Sentences on the references.
     """
 
     where: str

@@ -11,7 +11,7 @@ __all__ = ["Advice", "Cost", "Curvature", "Defect", "Diagnosis", "Finding", "Inn
 
 
 class Defect(enum.Enum):
-    """What can be the matter with a problem; the value says it in words, :attr:`remedy` what to do."""
+    """A defect of a problem. The value describes it, and :attr:`remedy` says what to do."""
 
     UNUSABLE = "cannot be evaluated"
     NOT_FINITE = "meets NaN or infinity"
@@ -42,7 +42,7 @@ class Defect(enum.Enum):
 
     @property
     def remedy(self) -> str:
-        """What to do about it, as half a sentence."""
+        """The remedy, as half a sentence."""
         return _REMEDIES[self]
 
 
@@ -81,16 +81,16 @@ _REMEDIES = {
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that is the matter.
+    """One defect that was found, with the evidence.
 
     Parameters
     ----------
     defect
-        Its name.
+        The kind of defect.
     sentence
-        What was seen, with figures.
+        The evidence, with figures.
     remedy
-        What to do.
+        The remedy.
     """
 
     defect: Defect
@@ -103,14 +103,14 @@ class Finding:
 
 @dataclass(frozen=True)
 class InnerSolve:
-    """How the inner solve ended; over a batch, the worst problem.
+    """The end of the inner solve; for a batch, of the worst problem.
 
     Parameters
     ----------
     solver, status
         Names.
     iterations, seconds
-        What it took.
+        The number of iterations, and the time.
     residual, asked
         ‖R‖ and its threshold.
     newton_step
@@ -128,20 +128,21 @@ class InnerSolve:
 
 @dataclass(frozen=True)
 class Curvature:
-    """The Hessian's eigenvalues, or a Jacobian's singular values; over a batch, the worst problem.
+    """The extreme eigenvalues of the Hessian, or singular values of a Jacobian; for a batch, of the worst problem.
 
     Parameters
     ----------
     smallest, largest
-        Extreme values.
+        The extreme values.
     condition
-        The largest size of a value by the smallest.
+        The ratio of the largest to the smallest absolute value.
     condition_scaled
-        The same once every unknown is scaled to unit diagonal; None if not formed.
+        The same ratio after every unknown is scaled to unit diagonal; None if the matrix was not formed.
     asymmetry
         ‖J − Jᵀ‖ / ‖J‖.
     exact
-        Whether the matrix was formed. Otherwise the values are Lanczos's: the largest at least, the smallest at most as said.
+        Whether the matrix was formed. Otherwise the values come from Lanczos: the true largest is at least ``largest``, the
+        true smallest at most ``smallest``.
     """
 
     smallest: float
@@ -154,14 +155,14 @@ class Curvature:
 
 @dataclass(frozen=True)
 class OuterTensor:
-    """One tensor that is differentiated.
+    """One tensor with respect to which is differentiated.
 
     Parameters
     ----------
     name, shape
-        Which.
+        The name and the shape of the tensor.
     in_inner, in_outer
-        Whether the inner residual, and the outer loss directly, depend on it.
+        Whether the inner residual depends on it, and whether the outer loss depends on it directly.
     gradient
         The norm of its gradient; None if it was not computed.
     """
@@ -175,7 +176,17 @@ class OuterTensor:
 
 @dataclass(frozen=True)
 class LinearSolve:
-    """How the linear solve of the derivative ended; over a batch, the worst problem."""
+    """The end of the linear solve of the derivative; for a batch, of the worst problem.
+
+    Parameters
+    ----------
+    solver, status
+        Names.
+    products, seconds
+        The number of products with the matrix, and the time.
+    relative_residual
+        ‖b − A q‖ / ‖b‖.
+    """
 
     solver: str
     status: str
@@ -186,16 +197,16 @@ class LinearSolve:
 
 @dataclass(frozen=True)
 class Cost:
-    """What one problem's pieces cost, measured.
+    """The measured cost of one problem's parts.
 
     Parameters
     ----------
     gradient_seconds, product_seconds
-        One residual, and one product with J over a retained graph.
+        The time of one residual, and of one product with J over a retained graph.
     dense_numbers
-        K n², the numbers of the matrices.
+        K n², the number of entries of the matrices.
     cg_products
-        Products that conjugate gradients need for 6 digits, ½ √κ ln(2e6), at most n.
+        The number of products in which conjugate gradients gain 6 digits: ½ √κ ln(2e6), at most n.
     """
 
     gradient_seconds: float
@@ -206,7 +217,15 @@ class Cost:
 
 @dataclass(frozen=True)
 class Advice:
-    """What to choose, as one would write it, and what that costs."""
+    """The recommended solvers and tolerance, as code, with their cost.
+
+    Parameters
+    ----------
+    solver, linear_solver, tolerance
+        Python expressions, such as ``"Newton()"``.
+    cost
+        One sentence on what they cost.
+    """
 
     solver: str
     linear_solver: str
@@ -216,7 +235,7 @@ class Advice:
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """What :func:`diagnose` found; ``print`` it for one page of text.
+    """The result of :func:`diagnose`; ``print`` it for one page of text.
 
     Parameters
     ----------
@@ -225,17 +244,17 @@ class Diagnosis:
     kind
         ``"argmin"``, ``"root"`` or ``"fixed_point"``.
     unknowns, problems
-        n of each, and how many.
+        The number n of unknowns of each problem, and the number of problems.
     dtype
-        Of the unknown.
+        The dtype of the unknown.
     findings
-        What is the matter; empty for a healthy problem.
+        The defects; empty for a healthy problem.
     inner, curvature, outer, linear, cost, advice
-        The facts; None where they could not be had.
+        The measurements; None for one that failed.
     deterministic
-        Whether two evaluations agreed; None if there were none.
+        Whether two evaluations agreed; None if there was no evaluation.
     unexamined
-        What could not be examined, and why.
+        The parts that could not be examined, with the reasons.
     """
 
     where: str

@@ -37,8 +37,8 @@ def check_gradients(
 ) -> GradientCheck:
     r"""Compare the library's gradients on your own problem with dense, unrolled and finite-difference ones.
 
-    For each tensor θ of the call, with c the outer loss of a problem, or for a layer ⟨cotangent, x⟩ with seeded random
-    cotangents, dc/dθ by ``torch.autograd.grad`` is compared with
+    Let c be the outer loss of a problem, or for a layer ⟨cotangent, x⟩ with seeded random cotangents. For each tensor θ of
+    the call, dc/dθ by ``torch.autograd.grad`` is compared with
 
     dense
         ∂_θ c − (∂_θ R)ᵀ J⁻ᵀ ∂_x c at the solution returned, J formed row by row and solved by a factorisation;
@@ -47,12 +47,12 @@ def check_gradients(
         mapping itself for contractions, Newton's iteration elsewhere;
     differences
         central differences, extrapolated, of c at solutions for displaced θ; entry by entry, or in random directions
-        where there are more than 12 entries,
+        where there are more than 12 entries.
 
-    and the derivative by ``torch.func.jvp`` along a random direction with the dense one. The references are computed
-    in float64 whatever the dtype of the call, from the user's functions alone, one problem of a batch at a time. What each
-    comparison is held to is derived, not chosen: see :class:`Allowance`. A comparison whose tolerance would let an error of a tenth
-    pass is :attr:`Verdict.INCONCLUSIVE`, which does not count as passed.
+    The derivative by ``torch.func.jvp`` along a random direction is compared with the dense one. The references are
+    computed in float64 whatever the dtype of the call, from the user's functions alone, one problem of a batch at a time.
+    The tolerance of each comparison is derived, not chosen: see :class:`Allowance`. A comparison whose tolerance would
+    accept an error of a tenth is :attr:`Verdict.INCONCLUSIVE`, and does not count as passed.
 
     Parameters
     ----------
@@ -86,8 +86,9 @@ def check_gradients(
     SolveError
         If a solve fails and the target's policy is ``"raise"``; likewise its other errors.
     ArgumentError
-        If the arguments do not fit, or one problem has more than 512 unknowns, for which dense references are no check
-        but a calculation of their own: check a smaller instance of the same problem.
+        If the arguments do not fit; if there are proximal terms, bounds or constraints, which the references do not know; or if one
+        problem has more than 512 unknowns, for which dense references are no check but a calculation of their own: check a smaller
+        instance of the same problem.
 
     Examples
     --------
@@ -100,6 +101,11 @@ def check_gradients(
     (True, 12, True)
     """
     subject = of_call(target, args, {} if kwargs is None else kwargs, init, in_dims)
+    if subject.layer.structure is not None:
+        raise bilevel.ArgumentError(
+            f"check_gradients: expected a layer or problem without proximal terms, bounds or constraints, which its references do not know, got "
+            f"{subject.where}; compare by torch.autograd.gradcheck(lambda *args: layer(init, *args), args) in float64 instead"
+        )
     if rtol is not None and not (math.isfinite(rtol) and rtol > 0):
         raise bilevel.ArgumentError(f"check_gradients: expected rtol > 0 or None, got {rtol!r}; pass a number")
     if step is not None and not 0 < step < 1:
@@ -130,8 +136,14 @@ def assert_gradients(
     Examples
     --------
     >>> import torch, bilevel
-    >>> layer = bilevel.root(lambda x, a: x**3 + x - a)
-    >>> bilevel.testing.assert_gradients(layer, (torch.ones(2, dtype=torch.float64), torch.tensor([1.0, 3.0], dtype=torch.float64)))
+    >>> layer = bilevel.argmin(lambda x, a: ((x - a) ** 2).sum() + 0.0 * (x * a.detach()).sum())
+    >>> args = torch.zeros(2, dtype=torch.float64), torch.tensor([1.0, 3.0], dtype=torch.float64)
+    >>> bilevel.testing.assert_gradients(layer, args)
+    >>> cut = bilevel.argmin(lambda x, a: ((x - a.detach()) ** 2).sum() + (x * a).sum())  # a.detach() loses a part
+    >>> bilevel.testing.assert_gradients(cut, args)
+    Traceback (most recent call last):
+        ...
+    AssertionError: ...
     """
     check = check_gradients(target, args, kwargs, **settings)
     if not check.passed:

@@ -4,14 +4,14 @@ Every strategy draws a :class:`RandomProblem`: a layer's function with a start, 
 solution that torch can differentiate. Numbers come from a seeded generator and sizes from hypothesis,
 so that drawing is quick and a failing example shrinks to a small one.
 
-This module needs ``hypothesis``, which ``pip install "bilevel[test]"`` brings.
+This module needs ``hypothesis``, which ``pip install ".[test]"`` in a clone brings.
 """
 
 from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 from torch.utils import _pytree as pytree
 
 import bilevel
+from bilevel.testing._input_strategies import batch_sizes, dtypes, generators, shapes, tensors, trees
 
 __all__ = [
     "RandomBatch",
@@ -54,9 +55,9 @@ class RandomProblem:
     make
         :func:`bilevel.argmin`, :func:`bilevel.root` or :func:`bilevel.fixed_point`.
     function
-        What ``make`` takes: a function of ``(x, *args)``.
+        The function for ``make``, of ``(x, *args)``.
     init
-        A start from which default solvers reach the solution.
+        An initial guess from which default solvers reach the solution.
     args
         The arguments: floating-point tensors.
     solution
@@ -145,92 +146,6 @@ class RandomProblem:
         )
 
 
-def dtypes() -> st.SearchStrategy[torch.dtype]:
-    """Draw float64 or float32."""
-    return st.sampled_from([torch.float64, torch.float32])
-
-
-def batch_sizes(most: int = 4) -> st.SearchStrategy[int]:
-    """Draw how many problems: 1 to ``most``."""
-    return st.integers(1, most)
-
-
-def shapes(*, most_axes: int = 3, longest: int = 3, empty: bool = True) -> st.SearchStrategy[tuple[int, ...]]:
-    """Draw shapes: (), empty ones, axes of length one, and others.
-
-    Parameters
-    ----------
-    most_axes, longest
-        Bounds.
-    empty
-        Whether an axis may have length 0.
-    """
-    return st.lists(st.integers(0 if empty else 1, longest), max_size=most_axes).map(tuple)
-
-
-@st.composite
-def tensors(
-    draw: st.DrawFn,
-    shape: Sequence[int] | st.SearchStrategy[tuple[int, ...]],
-    *,
-    dtype: torch.dtype = _F64,
-    scale: float = 1.0,
-) -> torch.Tensor:
-    """Draw a tensor of normal numbers times ``scale``."""
-    drawn = draw(shape) if isinstance(shape, st.SearchStrategy) else tuple(shape)
-    return scale * torch.randn(drawn, generator=draw(_generators()), dtype=_F64).to(dtype)
-
-
-@st.composite
-def trees(draw: st.DrawFn, *, size: int | None = None, most_leaves: int = 4, dtype: torch.dtype = _F64) -> Any:
-    """Draw a pytree of tensors: dicts, lists and tuples, nested, whose leaves may be 0-d, empty, or have axes of length one.
-
-    Parameters
-    ----------
-    size
-        How many numbers in all; any if None.
-    most_leaves
-        How many tensors.
-    dtype
-        Of all.
-    """
-    if size is None:
-        shaped = draw(st.lists(shapes(), min_size=1, max_size=most_leaves))
-    else:
-        cuts = sorted(draw(st.lists(st.integers(0, size), max_size=most_leaves - 1)))
-        lengths = [b - a for a, b in zip([0, *cuts], [*cuts, size], strict=True)]
-        shaped = [draw(_shape_of(length)) for length in lengths]
-    generator = draw(_generators())
-    leaves = [torch.randn(shape, generator=generator, dtype=_F64).to(dtype) for shape in shaped]
-    return draw(_nested(leaves))
-
-
-def _shape_of(length: int) -> st.SearchStrategy[tuple[int, ...]]:
-    """Draw a shape of ``length`` entries."""
-    flat: list[tuple[int, ...]] = [(length,), (1, length), (length, 1)]
-    flat += [()] if length == 1 else [(2, length // 2)] if length and length % 2 == 0 else []
-    flat += [(0, 3)] if length == 0 else []
-    return st.sampled_from(flat)
-
-
-@st.composite
-def _nested(draw: st.DrawFn, leaves: list[torch.Tensor]) -> Any:
-    if len(leaves) == 1 and draw(st.booleans()):
-        return leaves[0]
-    parts: list[Any] = list(leaves)
-    if len(leaves) > 1 and draw(st.booleans()):
-        cut = draw(st.integers(1, len(leaves) - 1))
-        parts = [draw(_nested(leaves[:cut])), draw(_nested(leaves[cut:]))]
-    kind = draw(st.sampled_from([list, tuple, dict]))
-    if kind is dict:
-        return {f"part{number}": part for number, part in enumerate(parts)}
-    return kind(parts)
-
-
-def _generators() -> st.SearchStrategy[torch.Generator]:
-    return st.integers(0, 2**31 - 1).map(lambda seed: torch.Generator().manual_seed(seed))
-
-
 def _normal(generator: torch.Generator, *shape: int) -> torch.Tensor:
     return torch.randn(shape, generator=generator, dtype=_F64)
 
@@ -303,7 +218,7 @@ def strongly_convex(draw: st.DrawFn, *, most: int = 6, digits: float = 2.0, leas
     digits
         The condition number is at most 10^digits (squared for the family that is not quadratic).
     """
-    n, generator = draw(st.integers(least, most)), draw(_generators())
+    n, generator = draw(st.integers(least, most)), draw(generators())
     spread = draw(st.floats(0, digits)) if n > 1 else 0.0
     A, b, c = _symmetric(generator, n, spread), _normal(generator, n), 0.5 * _normal(generator, n)
     start = torch.zeros(n, dtype=_F64)
@@ -319,7 +234,7 @@ def strongly_convex(draw: st.DrawFn, *, most: int = 6, digits: float = 2.0, leas
 @st.composite
 def merely_convex(draw: st.DrawFn, *, most: int = 5) -> RandomProblem:
     """Draw an argmin that is convex with no modulus: its curvature vanishes far away, and is regular at the solution."""
-    n, generator = draw(st.integers(1, most)), draw(_generators())
+    n, generator = draw(st.integers(1, most)), draw(generators())
     A, b, c = _rotation(generator, n), _normal(generator, n), 0.5 * _normal(generator, n)
     scales = 0.5 + torch.rand(n, generator=generator, dtype=_F64)
     start = torch.zeros(n, dtype=_F64)
@@ -331,7 +246,7 @@ def merely_convex(draw: st.DrawFn, *, most: int = 5) -> RandomProblem:
 @st.composite
 def nonconvex(draw: st.DrawFn, *, most: int = 5) -> RandomProblem:
     """Draw an argmin with 2^n minima, and a start near one at which the Hessian is positive definite."""
-    n, generator = draw(st.integers(1, most)), draw(_generators())
+    n, generator = draw(st.integers(1, most)), draw(generators())
     Q = _rotation(generator, n)
     a = 0.7 + torch.rand(n, generator=generator, dtype=_F64)
     signs = torch.where(_normal(generator, n) > 0, 1.0, -1.0).to(_F64)
@@ -346,7 +261,7 @@ def nonconvex(draw: st.DrawFn, *, most: int = 5) -> RandomProblem:
 @st.composite
 def ill_conditioned(draw: st.DrawFn, *, most: int = 6, least_digits: float = 4.0, digits: float = 8.0) -> RandomProblem:
     """Draw a quadratic whose condition number is 10^least_digits to 10^digits."""
-    n, generator = draw(st.integers(2, most)), draw(_generators())
+    n, generator = draw(st.integers(2, most)), draw(generators())
     spread = draw(st.floats(least_digits, digits))
     A = _symmetric(generator, n, spread)
     # A right-hand side for which x is of size one, not as large as the inverse.
@@ -360,7 +275,7 @@ def ill_conditioned(draw: st.DrawFn, *, most: int = 6, least_digits: float = 4.0
 @st.composite
 def badly_scaled(draw: st.DrawFn, *, most: int = 5, digits: float = 3.0) -> RandomProblem:
     """Draw a well-conditioned quadratic in units that differ by up to 10^(2 digits) between the unknowns."""
-    n, generator = draw(st.integers(2, most)), draw(_generators())
+    n, generator = draw(st.integers(2, most)), draw(generators())
     units = 10 ** ((2 * torch.rand(n, generator=generator, dtype=_F64) - 1) * draw(st.floats(1.0, digits)))
     A = _symmetric(generator, n, 0.5)
     A = units.unsqueeze(-1) * A * units
@@ -375,7 +290,7 @@ def badly_scaled(draw: st.DrawFn, *, most: int = 5, digits: float = 3.0) -> Rand
 @st.composite
 def roots(draw: st.DrawFn, *, most: int = 5, digits: float = 1.0) -> RandomProblem:
     """Draw a root of a monotone function whose Jacobian is far from symmetric, of condition up to 10^digits."""
-    n, generator = draw(st.integers(1, most)), draw(_generators())
+    n, generator = draw(st.integers(1, most)), draw(generators())
     spread = draw(st.floats(0, digits)) if n > 1 else 0.0
     A = _rotation(generator, n) @ torch.diag(torch.logspace(0, -spread, n, dtype=_F64)) @ _rotation(generator, n)
     b, c = _normal(generator, n), 0.5 * _normal(generator, n)
@@ -389,7 +304,7 @@ def roots(draw: st.DrawFn, *, most: int = 5, digits: float = 1.0) -> RandomProbl
 @st.composite
 def contractions(draw: st.DrawFn, *, most: int = 5, factor: float = 0.9) -> RandomProblem:
     """Draw a fixed point of a mapping with a Lipschitz constant of at most ``factor``, and no symmetry."""
-    n, generator = draw(st.integers(1, most)), draw(_generators())
+    n, generator = draw(st.integers(1, most)), draw(generators())
     M = _normal(generator, n, n)
     lipschitz = draw(st.floats(0.05, factor))
     M = lipschitz * M / torch.linalg.matrix_norm(M, 2).clamp_min(1e-12)
@@ -446,7 +361,7 @@ class RandomBatch:
 @st.composite
 def batches(draw: st.DrawFn, of: st.SearchStrategy[RandomProblem], *, most: int = 4) -> RandomBatch:
     """Draw up to ``most`` problems like one that ``of`` draws: some arguments differ, along any of their axes, others are shared."""
-    problem, size, generator = draw(of), draw(batch_sizes(most)), draw(_generators())
+    problem, size, generator = draw(of), draw(batch_sizes(most)), draw(generators())
     flags = draw(st.lists(st.booleans(), min_size=len(problem.args), max_size=len(problem.args)).filter(any))
     args: list[torch.Tensor] = []
     dims: list[int | None] = []

@@ -36,9 +36,9 @@ def test_support_vector_machine_is_scikit_learns() -> None:
     solution = dual.solve(torch.zeros(30, dtype=F64), X, y, C)
     K = (X @ X.T + 1e-3 * torch.eye(30, dtype=F64)).numpy()
     reference = svm.SVC(C=0.7, kernel="precomputed", tol=1e-10).fit(K, y.numpy())
-    needs_grad = np.zeros(30)
-    needs_grad[reference.support_] = np.abs(reference.dual_coef_[0])
-    np.testing.assert_allclose(solution.value.numpy(), needs_grad, atol=1e-6)
+    expected = np.zeros(30)
+    expected[reference.support_] = np.abs(reference.dual_coef_[0])
+    np.testing.assert_allclose(solution.value.numpy(), expected, atol=1e-6)
     np.testing.assert_allclose(abs(solution.multipliers.equality.item()), abs(reference.intercept_[0]), atol=1e-6)
     call = lambda C: dual(torch.zeros(30, dtype=F64), X, y, C)
     differences = (call(C + 1e-6) - call(C - 1e-6)) / 2e-6

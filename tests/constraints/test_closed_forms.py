@@ -44,9 +44,9 @@ def test_ball_all_orders() -> None:
     solve = lambda a, r: ball(zeros(3), a, r)
     torch.testing.assert_close(solve(a, r), onto_ball(a, r))
     for argument in (0, 1):
-        needs_grad = jacrev(onto_ball, argument)(a, r)
-        torch.testing.assert_close(jacrev(solve, argument)(a, r), needs_grad)
-        torch.testing.assert_close(jacfwd(solve, argument)(a, r), needs_grad)
+        expected = jacrev(onto_ball, argument)(a, r)
+        torch.testing.assert_close(jacrev(solve, argument)(a, r), expected)
+        torch.testing.assert_close(jacfwd(solve, argument)(a, r), expected)
     weights = tensor(1.0, -2.0, 0.5)
     second = hessian(lambda a: weights @ solve(a, r))(a)
     torch.testing.assert_close(second, hessian(lambda a: weights @ onto_ball(a, r))(a))
@@ -77,8 +77,8 @@ def test_simplex() -> None:
     assert solution.active.lower.tolist() == [False, False, True]
     torch.testing.assert_close(solution.multipliers.equality, torch.tensor(0.2, dtype=F64))
     torch.testing.assert_close(solution.multipliers.lower, tensor(0.0, 0.0, 2.2))
-    needs_grad = torch.tensor([[0.5, -0.5, 0.0], [-0.5, 0.5, 0.0], [0.0, 0.0, 0.0]], dtype=F64)
-    torch.testing.assert_close(jacrev(lambda a: simplex(zeros(3), a))(a), needs_grad)
+    expected = torch.tensor([[0.5, -0.5, 0.0], [-0.5, 0.5, 0.0], [0.0, 0.0, 0.0]], dtype=F64)
+    torch.testing.assert_close(jacrev(lambda a: simplex(zeros(3), a))(a), expected)
 
 
 def test_a_bound_that_moves_carries_x_along() -> None:
@@ -113,9 +113,9 @@ def test_non_negative_least_squares_is_scipys() -> None:
     X, y = torch.randn(30, 8, dtype=F64, generator=generator), torch.randn(30, dtype=F64, generator=generator)
     nnls = bilevel.argmin(lambda w, X, y: ((X @ w - y) ** 2).sum(), lower=0.0)
     w = nnls(zeros(8), X, y)
-    needs_grad = scipy.optimize.nnls(X.numpy(), y.numpy())[0]
-    np.testing.assert_allclose(w.numpy(), needs_grad, atol=1e-12)
-    support = torch.as_tensor(needs_grad > 0)
+    expected = scipy.optimize.nnls(X.numpy(), y.numpy())[0]
+    np.testing.assert_allclose(w.numpy(), expected, atol=1e-12)
+    support = torch.as_tensor(expected > 0)
     assert 0 < int(support.sum()) < 8
     found = jacrev(lambda y: nnls(zeros(8), X, y))(y)
     torch.testing.assert_close(found[support], torch.linalg.pinv(X[:, support]))
@@ -165,9 +165,9 @@ def test_float32() -> None:
     x = simplex(zeros(3, torch.float32), a)
     assert x.dtype == torch.float32
     torch.testing.assert_close(x, torch.tensor([0.3, 0.7, 0.0]))
-    needs_grad = torch.tensor([[0.5, -0.5, 0.0], [-0.5, 0.5, 0.0], [0.0, 0.0, 0.0]])
-    torch.testing.assert_close(jacrev(lambda a: simplex(zeros(3, torch.float32), a))(a), needs_grad)
-    torch.testing.assert_close(jacfwd(lambda a: simplex(zeros(3, torch.float32), a))(a), needs_grad)
+    expected = torch.tensor([[0.5, -0.5, 0.0], [-0.5, 0.5, 0.0], [0.0, 0.0, 0.0]])
+    torch.testing.assert_close(jacrev(lambda a: simplex(zeros(3, torch.float32), a))(a), expected)
+    torch.testing.assert_close(jacfwd(lambda a: simplex(zeros(3, torch.float32), a))(a), expected)
 
 
 def test_float32_with_a_captured_tensor_of_that_dtype() -> None:

@@ -56,9 +56,9 @@ def test_smoothing_is_a_remedy() -> None:
     a = tensor(0.0, 2.0)
     solution = layer.solve(zeros(2), a)
     # 2 (x - a) = τ/x
-    needs_grad = 0.5 * (a + (a**2 + 2 * tau).sqrt())
-    torch.testing.assert_close(solution.value, needs_grad)
-    torch.testing.assert_close(solution.multipliers.lower, tau / needs_grad)
+    expected = 0.5 * (a + (a**2 + 2 * tau).sqrt())
+    torch.testing.assert_close(solution.value, expected)
+    torch.testing.assert_close(solution.multipliers.lower, tau / expected)
     found = jacrev(lambda a: layer(zeros(2), a))(a)
     torch.testing.assert_close(found, torch.diag(0.5 * (1 + a / (a**2 + 2 * tau).sqrt())))
 
@@ -188,8 +188,8 @@ def test_a_batch_that_mixes_all_of_these() -> None:
     data = {name: torch.tensor([row[i] for row in rows], dtype=F64) for i, name in enumerate(names)}
     solution = vmap(layer.solve, (None, 0))(zeros(2), data)
     assert list(solution.report.status) == [Status.CONVERGED] * 3 + [Status.INFEASIBLE, Status.UNBOUNDED]
-    needs_grad = torch.tensor([[0.1, 0.2], [1.0, 0.5], [0.5, 0.5]], dtype=F64)
-    torch.testing.assert_close(solution.value[:3], needs_grad)
+    expected = torch.tensor([[0.1, 0.2], [1.0, 0.5], [0.5, 0.5]], dtype=F64)
+    torch.testing.assert_close(solution.value[:3], expected)
     assert solution.active.inequality.tolist()[:3] == [False, False, True]
     found = vmap(jacrev(lambda d: layer(zeros(2), d).sum()))(data)["cap"]
     torch.testing.assert_close(found[:3], tensor(0.0, 0.0, 1.0))

@@ -40,9 +40,9 @@ def test_minimum(number: int) -> None:
     solution = layer(problem).solve(x0, torch.zeros_like(x0))
     assert bool(solution.report.converged)
     value = float(problem.f(solution.value))
-    needs_grad = OTHER_MINIMUM.get(number, problem.minimum)
+    expected = OTHER_MINIMUM.get(number, problem.minimum)
     # No multipliers exist at the solution of problem 13, which interior points approach like a root of their barrier parameter.
-    assert value == pytest.approx(needs_grad, rel=1e-7, abs=1e-4 if number == 13 else 1e-7)
+    assert value == pytest.approx(expected, rel=1e-7, abs=1e-4 if number == 13 else 1e-7)
 
 
 @pytest.mark.parametrize("number", [1, 5, 7, 10, 12, 14, 18, 19, 22, 23, 28, 29])

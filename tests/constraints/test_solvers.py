@@ -56,7 +56,7 @@ def with_multipliers(
         perturbed,
         with_multipliers,
     ],
-    ids=str,
+    ids=lambda solver: getattr(solver, "__name__", str(solver)),
 )
 def test_solvers_agree(solver: Any, reference: tuple[torch.Tensor, torch.Tensor]) -> None:
     layer = bilevel.argmin(objective, solver=solver, **STATED)

@@ -364,11 +364,11 @@ def test_a_decomposition_that_fails_spoils_its_own_problem_alone(monkeypatch: py
     A, b, x = system(4, 1)
     A[2] = torch.diag(torch.tensor([1.0, 0.0, -0.0625, 0.5], dtype=F64))  # the only one with a zero in its first row
 
-    def failing(function: Callable[[torch.Tensor], object]) -> Callable[[torch.Tensor], object]:
-        def decompose(matrix: torch.Tensor) -> object:
+    def failing(function: Callable[..., object]) -> Callable[..., object]:
+        def decompose(matrix: torch.Tensor, **settings: object) -> object:
             if bool((matrix[..., 0, 1] == 0).any()) and not torch.equal(matrix, torch.eye(4, dtype=F64)):
                 raise factorisations.LinAlgError("did not converge")
-            return function(matrix)
+            return function(matrix, **settings)
 
         return decompose
 

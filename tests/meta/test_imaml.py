@@ -175,7 +175,7 @@ def test_delta_prime_is_a_promise_about_g() -> None:
     model, lam = nn.Linear(4, 1).double(), 0.01
     batch = linear_tasks(5, 6, 4)
     for delta_prime in (1e-2, 1e-5):
-        tolerance = bilevel.Tolerance(delta=1e-12, delta_prime=delta_prime, strong_convexity=lam)
+        tolerance = bilevel.Tolerance(delta=1e-10, delta_prime=delta_prime, strong_convexity=lam)
         learner = bilevel.IMAML(model, mse_loss, lam, bilevel.Newton(), bilevel.CG(), tolerance)
         with bilevel.record() as reports:
             model.zero_grad()

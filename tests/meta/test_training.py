@@ -20,7 +20,7 @@ import torch
 from PIL import Image
 
 import bilevel
-from bilevel.cli import main
+from bilevel.cli.main import main
 from bilevel.meta import draw_glyphs
 from bilevel.meta.processes import Processes, _contexts, _contexts_dropped, processes
 from bilevel.meta.recipe import Recipe, set_up

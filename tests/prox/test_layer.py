@@ -227,6 +227,19 @@ class TestFailures:
             torch.func.vmap(lambda a: layer(zeros(3), a))(many).sum().backward()
         assert [status.name for status in reports.backward[0].status] == ["DEGENERATE", "CONVERGED"]
 
+    @pytest.mark.parametrize("dtype", [DOUBLE, torch.float32])
+    def test_the_largest_strength_with_a_nonzero_lasso_is_degenerate(self, dtype: torch.dtype) -> None:
+        X, y = data(dtype=dtype)
+        largest = (X.T @ y).abs().max() / len(y)
+        for factor, fine in ((1.0, False), (0.999, True), (1.001, True)):
+            s = (factor * largest).requires_grad_()
+            w = lasso(zeros(12, dtype), X, y, s)
+            if fine:
+                torch.autograd.grad(w.sum(), s)
+                continue
+            with pytest.raises(bilevel.SolveError, match="just at its threshold"):
+                torch.autograd.grad(w.sum(), s)
+
     def test_an_objective_without_minimum_diverges(self) -> None:
         for term in (prox.L1(0.1), prox.NonNegative()):
             layer = bilevel.argmin(lambda x: -2 * x.sum(), prox=term)
@@ -253,7 +266,7 @@ class TestFailures:
             least_squares, prox=lambda X, y, s: prox.L1(s), solver=bilevel.ProximalGradient(max_steps=3, polish=False),
             tolerance=bilevel.Tolerance(delta=1e-9),
         )  # fmt: skip
-        with pytest.raises(bilevel.SolveError, match="ran out of steps"):
+        with pytest.raises(bilevel.SolveError, match="ran out of"):
             strict(zeros(12), X, y, s)
 
     def test_what_would_make_gradients_wrong_is_found(self) -> None:

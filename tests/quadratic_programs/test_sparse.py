@@ -162,5 +162,5 @@ def test_without_clarabel_it_says_what_to_install(monkeypatch: pytest.MonkeyPatc
         return original(name, *args, **kwargs)
 
     monkeypatch.setattr(builtins, "__import__", refuse)
-    with pytest.raises(bilevel.ArgumentError, match=r"pip install 'bilevel\[qp\]'"):
+    with pytest.raises(bilevel.ArgumentError, match=r"pip install '\.\[qp\]'"):
         quadratic_program(torch.eye(3, dtype=F64).to_sparse(), torch.ones(3, dtype=F64))

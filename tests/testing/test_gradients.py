@@ -354,3 +354,14 @@ def test_what_torch_differentiates_once_only_does_not_accuse_a_layer(kind):
     check = check_gradients(Problem(), (outer, None), init=init)
     assert check.passed, str(check)
     assert diagnose(Problem(), outer, None, init=init).healthy
+
+
+@pytest.mark.parametrize(
+    "settings", [{"prox": bilevel.prox.L1(0.5)}, {"lower": 0.0}, {"equality": lambda x, a: x.sum() - 1}]
+)
+def test_structure_that_the_references_do_not_know_is_refused(settings: dict[str, Any]) -> None:
+    layer = bilevel.argmin(lambda x, a: ((x - a) ** 2).sum(), **settings)
+    init, a = draw(3), draw(3, seed=1)
+    with pytest.raises(bilevel.ArgumentError, match="without proximal terms, bounds or constraints"):
+        check_gradients(layer, (init, a))
+    assert torch.autograd.gradcheck(lambda a: layer(init, a), a.requires_grad_())  # the remedy

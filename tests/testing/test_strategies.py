@@ -87,8 +87,8 @@ def test_trees_hold_as_many_numbers_as_asked(size: int, data: st.DataObject) -> 
         (draw.batches(draw.roots()), lambda b: b.size > 1 and None in b.in_dims and b.in_dims[0] == 2),
     ],
 )  # fmt: skip
-def test_corners_are_drawn(strategy: st.SearchStrategy, needs_grad) -> None:
-    find(strategy, needs_grad, settings=settings(max_examples=3000, suppress_health_check=list(HealthCheck)))
+def test_corners_are_drawn(strategy: st.SearchStrategy, wanted) -> None:
+    find(strategy, wanted, settings=settings(max_examples=3000, suppress_health_check=list(HealthCheck)))
 
 
 @given(draw.batches(draw.problems(regular=True)))

@@ -84,6 +84,95 @@ def newton(made: Callable[..., tuple[torch.Tensor, torch.Tensor]]) -> Solve:
     return solve
 
 
+def shrunk(function: Callable[..., torch.Tensor], **settings: Any) -> Solve:
+    return bilevel.argmin(function, prox=lambda t, X: bilevel.prox.L1(t.exp() / 4), **settings)
+
+
+def bounded(function: Callable[..., torch.Tensor], **settings: Any) -> Solve:
+    return bilevel.argmin(function, lower=lambda t, X: t.sin() / 2, **settings)
+
+
+def constrained(function: Callable[..., torch.Tensor], **settings: Any) -> Solve:
+    return bilevel.argmin(function, equality=lambda x, t, X: (x * t.exp()).sum() - X.sum() / 2, **settings)
+
+
+def residuals(x: torch.Tensor, t: torch.Tensor, X: torch.Tensor) -> torch.Tensor:
+    return torch.cat([X @ x - t, t[0].exp() * x.sin(), x**2 / 2])
+
+
+def residuals_and_hessian(x: torch.Tensor, t: torch.Tensor, X: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    square = (2 * t[0]).exp()
+    slope = X.mT @ (X @ x - t) + square * x.sin() * x.cos() + x**3 / 2
+    return slope, X.mT @ X + (square * (2 * x).cos() + 3 * x**2 / 2) * EYE
+
+
+def game(function: Callable[..., torch.Tensor], **settings: Any) -> Solve:
+    """Two players, of whom each has half of the objective beside what the other's move costs him."""
+    layer = bilevel.equilibrium(
+        [lambda x, y, t, X, i=i: function(torch.stack([x, y]), t, X)[i] for i in (0, 1)], **settings
+    )
+    return lambda start, t, X: torch.stack(layer((start[0], start[1]), t, X))
+
+
+def payoffs(x: torch.Tensor, t: torch.Tensor, X: torch.Tensor) -> torch.Tensor:
+    return t[0].exp() * x**2 + x**4 / 4 + x * (X @ x.flip(0)) - x * t.cos()
+
+
+def payoffs_and_jacobian(x: torch.Tensor, t: torch.Tensor, X: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    (a, b), (c, d) = X
+    slope = 2 * t[0].exp() * x + x**3 + torch.stack([a * x[1] + 2 * b * x[0], 2 * c * x[1] + d * x[0]]) - t.cos()
+    zero = torch.zeros_like(a)
+    cross = torch.stack([torch.stack([2 * b, a]), torch.stack([d, 2 * c])])
+    return slope, (2 * t[0].exp() + 3 * x**2) * EYE + cross + zero
+
+
+def program(function: Callable[..., torch.Tensor], **settings: Any) -> Solve:
+    """A quadratic program with one row that is active and one that is not."""
+
+    def solve(start: torch.Tensor, t: torch.Tensor, X: torch.Tensor) -> torch.Tensor:
+        Q, q, G, h = function(t, X)
+        return bilevel.quadratic_program(Q, q, G=G, h=h, **settings)
+
+    return solve
+
+
+def program_data(t: torch.Tensor, X: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    Q = X.mT @ X + t[0].exp() * EYE.to(X)
+    return Q, -t.exp(), torch.stack([t.cos(), -torch.ones_like(t)]), torch.stack([t[1] / 2, 5 + t[0]])
+
+
+def program_oracle(start: torch.Tensor, t: torch.Tensor, X: torch.Tensor) -> torch.Tensor:
+    Q, q, G, h = program_data(t, X)
+    x = solved(Q, -q)
+    direction = solved(Q, G[0])
+    return x - direction * ((G[0] @ x - h[0]) / (G[0] @ direction))
+
+
+def with_signs(x: torch.Tensor, t: torch.Tensor, X: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the residual where the second unknown is zero and the first positive."""
+    slope, hessian = slope_and_hessian(x, t, X)
+    return _fixed(slope + t.exp() / 4, hessian, x[1])
+
+
+def at_the_bound(x: torch.Tensor, t: torch.Tensor, X: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the residual where the second unknown is at its bound."""
+    slope, hessian = slope_and_hessian(x, t, X)
+    return _fixed(slope, hessian, x[1] - t[1].sin() / 2)
+
+
+def _fixed(slope: torch.Tensor, hessian: torch.Tensor, second: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    zero = torch.zeros_like(second)
+    rows = [torch.stack([hessian[0, 0], hessian[0, 1]]), torch.stack([zero, zero + 1])]
+    return torch.stack([slope[0], second]), torch.stack(rows)
+
+
+def on_the_plane(x: torch.Tensor, t: torch.Tensor, X: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the residual on the plane ⟨a, x⟩ = b: what a lacks of orthogonality to the slope, and ⟨a, x⟩ − b."""
+    a, across = t.exp(), torch.stack([-t[1].exp(), t[0].exp()])
+    slope, hessian = slope_and_hessian(x, t, X)
+    return torch.stack([(a * x).sum() - X.sum() / 2, (across * slope).sum()]), torch.stack([a, across @ hessian])
+
+
 @dataclass(frozen=True)
 class Kind:
     """A kind of problem.
@@ -118,6 +207,15 @@ KINDS = (
         lambda start, t, X: solved(X + t.exp() * EYE, right_hand_side(t, X)), has_start=False,
     ),
 )  # fmt: skip
+# One dtype of each suffices: the rule that differentiates them is that of the kinds above.
+STRUCTURED = (
+    Kind("argmin with prox", objective, shrunk, newton(with_signs)),
+    Kind("argmin with bounds", objective, bounded, newton(at_the_bound)),
+    Kind("argmin with equality", objective, constrained, newton(on_the_plane)),
+    Kind("least_squares", residuals, bilevel.least_squares, newton(residuals_and_hessian)),
+    Kind("equilibrium", payoffs, game, newton(payoffs_and_jacobian)),
+    Kind("quadratic_program", program_data, program, program_oracle, has_start=False),
+)
 
 
 @dataclass(frozen=True)
@@ -155,4 +253,6 @@ class Column:
         return torch.stack([self.kind.oracle(start, t, one) for one in X])
 
 
-COLUMNS = tuple(Column(kind, batched, dtype) for kind in KINDS for batched in (False, True) for dtype in (F64, F32))
+COLUMNS = tuple(
+    Column(kind, batched, dtype) for kind in KINDS for batched in (False, True) for dtype in (F64, F32)
+) + tuple(Column(kind, batched, F64) for kind in STRUCTURED for batched in (False, True))

@@ -17,6 +17,7 @@ from .problems import COLUMNS, Column
 from .rows import ROWS, Row
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "reference" / "transforms_table.inc"
+EXCEPTIONS = PAGE.with_name("transforms_exceptions.inc")
 SIGNS = {"right": "right", "none": "–"}
 
 
@@ -44,6 +45,33 @@ def rendered(verdict: Callable[[Row, Column], str] = declared) -> str:
     return "\n".join(lines)
 
 
+def rendered_exceptions() -> str:
+    """Return a table of the ways of use that are refused for some kind of problem, by the registry."""
+    lines = [".. written by python -m tests.transforms.table; do not edit", ""]
+    lines += [".. list-table::", "   :header-rows: 1", "   :widths: 22 38 22 18", ""]
+    lines += _line(["group", "way of use", "refused for", "with"])
+    for row in ROWS:
+        verdicts = [(column, declared(row, column)) for column in COLUMNS]
+        refused = [column for column, verdict in verdicts if verdict not in SIGNS]
+        if not refused:
+            continue
+        possible = [column for column, verdict in verdicts if verdict != "none"]
+        names = dict.fromkeys(verdict for _, verdict in verdicts if verdict not in SIGNS)
+        errors = " or ".join(f"``{name}``" for name in names)
+        lines += _line([row.group, f"``{row.name}``", _where(refused, possible), errors])
+    return "\n".join([*lines, ""])
+
+
+def _where(refused: list[Column], possible: list[Column]) -> str:
+    """Return which of the kinds of problem that there can be are refused: all, all in one dtype, or their names."""
+    if refused == possible:
+        return "all"
+    for dtype in (torch.float64, torch.float32):
+        if refused == [column for column in possible if column.dtype == dtype]:
+            return f"all in {str(dtype).removeprefix('torch.')}"
+    return "; ".join(column.name for column in refused)
+
+
 def _line(entries: list[str]) -> list[str]:
     return [f"   {'*' if number == 0 else ' '} - {entry}" for number, entry in enumerate(entries)]
 
@@ -59,6 +87,7 @@ def main() -> None:
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore")
     PAGE.write_text(rendered(outcome))
+    EXCEPTIONS.write_text(rendered_exceptions())
     print(f"wrote {PAGE}")
 
 

@@ -11,7 +11,7 @@ from torch.utils import _pytree as pytree
 
 from .problems import COLUMNS, F64, Column
 from .rows import ROWS, Row
-from .table import PAGE, declared, rendered
+from .table import EXCEPTIONS, PAGE, declared, rendered, rendered_exceptions
 
 # What a residual at the default tolerance, eps^(3/4), leaves of digits: each derivative is one more solve with it.
 MARGIN = 20.0
@@ -78,6 +78,9 @@ def test_cell(row: Row, column: Column) -> None:
 
 def test_the_page_shows_these_outcomes() -> None:
     assert PAGE.read_text() == rendered(), "the table of the documentation is stale: `make transforms` writes it anew"
+    assert EXCEPTIONS.read_text() == rendered_exceptions(), (
+        "the list of exceptions is stale: `make transforms` writes it anew"
+    )
 
 
 def test_names_are_told_apart() -> None:

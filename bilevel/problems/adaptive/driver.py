@@ -28,7 +28,7 @@ from bilevel.reports import Basis, Pass, SolveReport, Status
 from bilevel.solvers.defaults import default_solvers
 from bilevel.tolerance import Tolerance
 
-__all__ = ["GoalResult", "attach_gradient", "needs_gradient", "solve_to_goal"]
+__all__ = ["GoalResult", "attach_gradient", "needs_gradient", "solve_to_goal", "treat_goal"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -110,25 +110,30 @@ def solve_to_goal(
 
 def _treated(on_failure: OnFailure, sought: GoalResult, poisoned: bool) -> GoalResult:
     """File the reports, and raise, warn or spoil the gradient where the goal was not met."""
-    found, goal, where = sought.found, sought.goal, sought.forward.where
     for report in (sought.forward, sought.backward):
         apply_policy(report, report.residual_norm.unsqueeze(-1), "ignore")
-    if not goal.met:
-        unproven = goal.basis is Basis.ESTIMATED and not goal.tolerance.estimates and goal.status is Status.STAGNATED
-        sentence = f"{where}: {goal.message}"
-        if unproven:
-            raise ArgumentError(
-                f"{where}: expected constants that prove an error bound for {goal.tolerance!r}, and none is known; "
-                "override constants(outer, data) (strong_convexity at least, and Lipschitz constants unless the objectives "
-                "are quadratic in inner), or let an estimate decide with estimates=True"
-            )
-        if on_failure == "raise":
-            raise SolveError(sentence, sought.forward)
-        if on_failure == "warn":
-            warnings.warn(sentence, SolveWarning, stacklevel=2)
-    if poisoned or (not goal.met and on_failure == "nan"):
+    found = sought.found
+    if treat_goal(sought.goal, sought.forward, on_failure) or poisoned:
         found = replace(found, gradient=torch.full_like(found.gradient, float("nan")))
     return replace(sought, found=found)
+
+
+def treat_goal(goal: GoalReport, forward: SolveReport, on_failure: OnFailure) -> bool:
+    """Raise or warn where ``goal`` was not met, as the policy says; return whether the gradient is to be NaN."""
+    if goal.met:
+        return False
+    if goal.basis is Basis.ESTIMATED and not goal.tolerance.estimates and goal.status is Status.STAGNATED:
+        raise ArgumentError(
+            f"{forward.where}: expected constants that prove an error bound for {goal.tolerance!r}, and none is known; "
+            "override constants(outer, data) (strong_convexity at least, and Lipschitz constants unless the objectives "
+            "are quadratic in inner), or let an estimate decide with estimates=True"
+        )
+    sentence = f"{forward.where}: {goal.message}"
+    if on_failure == "raise":
+        raise SolveError(sentence, forward)
+    if on_failure == "warn":
+        warnings.warn(sentence, SolveWarning, stacklevel=2)
+    return on_failure == "nan"
 
 
 def _report(

@@ -18,26 +18,26 @@ __all__ = ["GoalReport", "SearchResult", "SearchState"]
 
 @dataclass(frozen=True)
 class GoalReport:
-    """What became of a goal for the hypergradient, ``Tolerance(hypergradient=...)`` or ``Tolerance(descent=...)``.
+    """The outcome of a goal for the hypergradient, ``Tolerance(hypergradient=...)`` or ``Tolerance(descent=...)``.
 
     Parameters
     ----------
     tolerance
         The goal.
     status
-        ``Status.CONVERGED`` if it was met, ``Status.STAGNATED`` where the dtype permits no more, or what stopped the solves.
+        ``Status.CONVERGED`` if it was met, ``Status.STAGNATED`` if the dtype permits no more, or the status that stopped the solves.
     error
         The bound, or the estimate, of ‖ĝ − g‖ at the end.
     allowed
-        What the goal allows it to be, for this ĝ.
+        The largest error that the goal allows for this ĝ.
     basis
-        What ``error`` rests on.
+        Why ``error`` holds.
     rounds
-        How often the two solves were gone on with.
+        The number of times that the two solves were continued.
     dtype
-        That of ĝ, which says what can be reached; None where it is not known.
+        The dtype of ĝ, which limits the accuracy; None if it is not known.
     inner
-        How the inner solver ended where it was left to go to full accuracy; None where it was not.
+        The status of the inner solve if it ran to full accuracy; None otherwise.
     """
 
     tolerance: Tolerance

@@ -1,6 +1,6 @@
 """Read a CSV file: its header, and rows of text that turn into numbers one cell at a time.
 
-Whatever cannot be used is said in one sentence, as a :class:`DataError`, with the line where it is.
+A file that cannot be used raises a :class:`DataError` of one sentence, with the line number.
 """
 
 from __future__ import annotations
@@ -18,9 +18,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+from numpy.typing import NDArray
+
 import bilevel
 
-__all__ = ["MISSING", "DataError", "Row", "Table", "listed", "parse", "read_table"]
+__all__ = ["MISSING", "MOST_CLASSES", "DataError", "Row", "Table", "listed", "parse", "read_table", "split_target"]
+
+
+MOST_CLASSES = 20
+"""A numeric target column of whole numbers with at most so many different ones is read as classes."""
 
 
 MISSING = frozenset({"na", "n/a", "nan", "null", "?"})
@@ -127,8 +134,61 @@ def read_table(path: Path) -> Table:
     return Table(path, header, rows)
 
 
+def split_target(table: Table, target: str | None) -> tuple[tuple[str, ...], NDArray[np.float64], list[str]]:
+    """Return the feature columns of ``table`` as numbers, and the target column as text.
+
+    Parameters
+    ----------
+    table
+        Of :func:`read_table`.
+    target
+        The target column.
+
+    Returns
+    -------
+    tuple
+        The features' names, their values (rows, features) in float64, and the target's cells.
+
+    Raises
+    ------
+    DataError
+        If there is no target column or no other one, or a cell cannot be used.
+    """
+    path, header = table.path, table.header
+    if target is None:
+        raise DataError(f"{path}: which column is the target? Pass --target, one of: {listed(header)}")
+    if target not in header:
+        row = (
+            "; if that is a row, put a line of names above it"
+            if any(parse(name) is not None for name in header)
+            else ""
+        )
+        raise DataError(f"{path}: there is no column {target!r}; there are: {listed(header)}{row}")
+    if len(header) == 1:
+        raise DataError(f"{path}: there is no column besides the target {target!r}; at least one feature is needed")
+    at = header.index(target)
+    features = tuple(name for name in header if name != target)
+    inputs = np.array(
+        [[table.number(row, j) for j in range(len(header)) if j != at] for row in table.rows], dtype=np.float64
+    )
+    cells = [table.cell(row, at) for row in table.rows]
+    _check_labels(table, target, cells)
+    return features, inputs, cells
+
+
+def _check_labels(table: Table, target: str, cells: list[str]) -> None:
+    """Refuse the odd cell that would turn a column of numbers into text, or missing values into a class."""
+    numbers = {number for number in map(parse, cells) if number is not None}
+    for row, cell in zip(table.rows, cells, strict=True):
+        where = f"{table.path}: line {row.line}: target {target!r} holds {cell!r}"
+        if cell.lower() in MISSING:
+            raise DataError(f"{where}, which is no value; remove the row or fill it in")
+        if len(numbers) > MOST_CLASSES and parse(cell) is None:
+            raise DataError(f"{where}, which is not a number as others are; correct it or remove the row")
+
+
 def _text(path: Path) -> str:
-    """Return what the file says, unpacked if need be."""
+    """Return the text of the file, unpacked if necessary."""
     try:
         content = path.read_bytes()
     except FileNotFoundError:
@@ -173,10 +233,10 @@ def _check_header(path: Path, header: list[str]) -> None:
 
 
 def _is_data(header: list[str]) -> bool:
-    """Whether the first line is a row like any other: mostly numbers, and not such as number columns.
+    """Whether the first line is a row of data and not a header: mostly numbers, and not like the names of columns.
 
-    Names that are numbers exist: pandas counts columns, tables have one for each year, and spectra one for each wavelength. These
-    only rise or only fall, where few are not whole.
+    Some names are numbers: pandas counts columns, tables have one per year, and spectra one per wavelength. Such names only
+    rise or only fall, and few are not whole.
     """
     numbers = [number for number in map(parse, header) if number is not None]
     if len(numbers) <= len(header) / 2:

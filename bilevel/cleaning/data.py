@@ -1,0 +1,228 @@
+"""Read data to clean: scikit-learn's digits, a CSV file with a target column, or a folder of images by class.
+
+Input that cannot be used raises :class:`DataError` in one sentence.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from bilevel.cli.table import DataError, read_table, split_target
+
+__all__ = ["DIGITS", "IMAGE_SIZE", "DataError", "LabelledData", "load", "numbered_like"]
+
+DIGITS = "digits"
+"""The name of the bundled data set."""
+
+IMAGE_SIZE = 28
+"""Images of a folder are resized to so many pixels on a side."""
+
+_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp")
+
+
+@dataclass(frozen=True, eq=False)
+class LabelledData:
+    """Examples with the labels that are to be examined.
+
+    Parameters
+    ----------
+    name
+        For tables and files.
+    inputs
+        float32 (n, features), or (n, channels, size, size) with values in [0, 1] for images.
+    labels
+        int64 (n,): class numbers.
+    classes
+        Class names in the order of their numbers.
+    rows
+        What to call each example: its line in the file, its number, or its image file.
+    header, cells
+        The table in which cleaned data are written: column names, and the text of each row.
+    target
+        The column of the label in that table.
+    """
+
+    name: str
+    inputs: torch.Tensor
+    labels: torch.Tensor
+    classes: tuple[str, ...]
+    rows: tuple[str, ...]
+    header: tuple[str, ...]
+    cells: tuple[tuple[str, ...], ...]
+    target: int
+
+    @property
+    def images(self) -> bool:
+        """Whether the inputs are images."""
+        return self.inputs.ndim == 4
+
+
+def load(source: str, *, target: str | None = None, image_size: int = IMAGE_SIZE) -> LabelledData:
+    """Load ``digits``, a CSV file or a folder of images.
+
+    Parameters
+    ----------
+    source
+        ``"digits"``, or the path of a CSV file (plain or packed by gzip) or of a folder ``class/image.png``.
+    target
+        The column of the labels in a CSV file.
+    image_size
+        Pixels on a side that the images of a folder are resized to.
+
+    Raises
+    ------
+    DataError
+        If there is no such data set, or it cannot be used.
+    """
+    if source != DIGITS and os.path.isfile(source):
+        return _read_csv(Path(source), target)
+    if target is not None:
+        if source != DIGITS and not os.path.isdir(source):
+            return _read_csv(Path(source), target)  # which says that there is no such file
+        raise DataError(f"{source} has its labels already; leave --target out, or pass a CSV file")
+    if source == DIGITS:
+        return _digits()
+    if os.path.isdir(source):
+        return _read_folder(Path(source), image_size)
+    if Path(source).suffix:
+        return _read_csv(Path(source), target)
+    raise DataError(
+        f"there is no data set, file or folder called {source!r}; pass {DIGITS}, a CSV file or a folder of images by class"
+    )
+
+
+def numbered_like(trusted: LabelledData, data: LabelledData) -> LabelledData:
+    """Return ``trusted`` with the class numbers of ``data``.
+
+    Raises
+    ------
+    DataError
+        If its inputs have another form, or it has a class that ``data`` has not.
+    """
+    if trusted.inputs.shape[1:] != data.inputs.shape[1:] or (not data.images and trusted.header != data.header):
+        raise DataError(
+            f"the trusted set {trusted.name} has other columns or images than {data.name}; give both the same form"
+        )
+    unknown = [name for name in trusted.classes if name not in data.classes]
+    if unknown:
+        raise DataError(
+            f"the trusted set {trusted.name} has the class {unknown[0]!r}, which {data.name} has not; correct the label"
+        )
+    number = torch.tensor([data.classes.index(name) for name in trusted.classes])
+    return LabelledData(
+        trusted.name, trusted.inputs, number[trusted.labels], data.classes, trusted.rows, trusted.header, trusted.cells,
+        trusted.target,
+    )  # fmt: skip
+
+
+def _digits() -> LabelledData:
+    from sklearn.datasets import load_digits
+
+    bunch = load_digits()
+    labels = torch.tensor(bunch.target, dtype=torch.int64)
+    pixels = np.asarray(bunch.data)
+    cells = tuple(
+        (*(f"{pixel:g}" for pixel in row), str(label)) for row, label in zip(pixels, bunch.target, strict=True)
+    )
+    return LabelledData(
+        DIGITS,
+        torch.tensor(pixels / 16, dtype=torch.float32).reshape(-1, 1, 8, 8),
+        labels,
+        tuple(map(str, range(10))),
+        tuple(map(str, range(len(labels)))),
+        (*(f"pixel_{i}_{j}" for i in range(8) for j in range(8)), "label"),
+        cells,
+        64,
+    )
+
+
+def _read_csv(path: Path, target: str | None) -> LabelledData:
+    table = read_table(path)
+    _, inputs, cells = split_target(table, target)
+    assert target is not None  # or split_target had raised
+    numbers, classes = _numbered(cells, f"{path}: target {target!r}")
+    with np.errstate(over="ignore"):
+        single = inputs.astype(np.float32)
+    if not np.isfinite(single).all():
+        i, j = np.argwhere(~np.isfinite(single))[0]
+        raise DataError(
+            f"{path}: line {table.rows[i].line} holds {inputs[i, j]:g}, beyond single precision; rescale the column"
+        )
+    return LabelledData(
+        Path(path.name.removesuffix(".gz")).stem,
+        torch.from_numpy(single),
+        numbers,
+        classes,
+        tuple(f"line {row.line}" for row in table.rows),
+        tuple(table.header),
+        tuple(tuple(row.cells) for row in table.rows),
+        table.header.index(target),
+    )
+
+
+def _read_folder(folder: Path, size: int) -> LabelledData:
+    if size < 2:
+        raise DataError(f"expected an image size of at least 2, got {size}; pass for example --image-size {IMAGE_SIZE}")
+    try:
+        files = sorted(
+            file
+            for kind in folder.iterdir()
+            if kind.is_dir() and not kind.name.startswith(".")
+            for file in kind.iterdir()
+            if file.suffix.lower() in _SUFFIXES and not file.name.startswith(".")
+        )
+    except OSError as error:
+        raise DataError(f"{folder} cannot be read ({error.strerror}); pass a folder that can") from None
+    if not files:
+        raise DataError(f"{folder} holds no images in folders by class; arrange them as {folder}/CLASS/IMAGE.png")
+    numbers, classes = _numbered([file.parent.name for file in files], str(folder))
+    names = tuple(str(file.relative_to(folder)) for file in files)
+    return LabelledData(
+        folder.resolve().name,
+        _images(files, size),
+        numbers,
+        classes,
+        names,
+        ("file", "label"),
+        tuple((name, file.parent.name) for name, file in zip(names, files, strict=True)),
+        1,
+    )
+
+
+def _images(files: Sequence[Path], size: int) -> torch.Tensor:
+    """Return the images (n, channels, size, size) in [0, 1]: one channel if all are grey, else three."""
+    from PIL import Image, UnidentifiedImageError
+
+    pictures = []
+    for file in files:
+        try:
+            with Image.open(file) as image:
+                grey = image.mode in ("1", "L", "LA", "I", "I;16", "F")
+                resized = image.convert("L" if grey else "RGB").resize((size, size), Image.Resampling.LANCZOS)
+        except (UnidentifiedImageError, OSError, SyntaxError, Image.DecompressionBombError):
+            raise DataError(f"{file} is not an image that can be read; repair or remove it") from None
+        pictures.append(np.asarray(resized, dtype=np.float32) / 255)
+    colour = any(picture.ndim == 3 for picture in pictures)
+    stacked = [
+        np.repeat(picture[None], 3 if colour else 1, axis=0) if picture.ndim == 2 else picture.transpose(2, 0, 1)
+        for picture in pictures
+    ]
+    return torch.from_numpy(np.ascontiguousarray(np.stack(stacked)))
+
+
+def _numbered(labels: Sequence[str], where: str) -> tuple[torch.Tensor, tuple[str, ...]]:
+    """Return the class numbers of ``labels``, and the names of the classes."""
+    names, numbers = np.unique(np.array(labels, dtype=np.str_), return_inverse=True)
+    if len(names) < 2:
+        raise DataError(f"{where} has one value only, {names[0]}; there is nothing to predict")
+    if len(names) > max(len(labels) / 3, 2):
+        raise DataError(
+            f"{where} has {len(names)} different values in {len(labels)} rows, too many for classes; pass data with a few classes"
+        )
+    return torch.from_numpy(numbers.astype(np.int64)), tuple(str(name) for name in names)

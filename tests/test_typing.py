@@ -1,0 +1,34 @@
+"""The types that users see: ``mypy --strict`` on a sample project has nothing to say."""
+
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SAMPLE = Path(__file__).parent / "typing" / "sample.py"
+
+
+@pytest.mark.slow
+def test_strict_mypy_accepts_the_sample(tmp_path: Path) -> None:
+    pytest.importorskip("mypy")
+    settings = tmp_path / "mypy.ini"
+    settings.write_text("[mypy]\nstrict = true\nuntyped_calls_exclude = torch\n")  # Tensor.backward has no types
+    command = [
+        sys.executable,
+        "-m",
+        "mypy",
+        "--config-file",
+        str(settings),
+        "--cache-dir",
+        str(tmp_path / "cache"),
+        str(SAMPLE),
+    ]
+    checked = subprocess.run(command, capture_output=True, text=True, cwd=SAMPLE.parents[2], check=False)
+    assert checked.returncode == 0, checked.stdout + checked.stderr
+
+
+def test_sample_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    runpy.run_path(str(SAMPLE), run_name="__main__")
+    assert "torch.Size([2])" in capsys.readouterr().out

@@ -48,7 +48,7 @@ for _ in range(200):
 unseen = 4 * torch.rand(200, 2, generator=generator, dtype=torch.float64) - 2
 gap = project(unseen, angles, offsets) - project(unseen, true_angles, true_offsets)
 print(f"mean squared error: {losses[0]:.4f} before, {losses[-1]:.1e} after 200 steps")
-print(f"mean distance on 200 unseen points: {gap.detach().norm(dim=1).mean():.4f}")
+print(f"mean distance on 200 unseen points: {gap.detach().norm(dim=1).mean():.1e}")
 
 
 # %%

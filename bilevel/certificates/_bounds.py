@@ -24,7 +24,7 @@ __all__ = [
 
 @dataclass(frozen=True, eq=False)
 class Split:
-    """A bound (K,), with the part that the inner residual accounts for and the part of the linear residual."""
+    """A bound (K,), with the parts due to the inner residual and to the linear residual."""
 
     value: torch.Tensor
     inner: torch.Tensor
@@ -32,16 +32,16 @@ class Split:
 
     @staticmethod
     def of(inner: torch.Tensor, linear: torch.Tensor) -> Split:
-        """Return the sum of two parts; what is not a number (0 · ∞) is not known, and so infinite."""
+        """Return the sum of two parts. NaN (0 · ∞) counts as unknown, and so as infinite."""
         inner, linear = _known(inner), _known(linear)
         return Split(inner + linear, inner, linear)
 
     def plus(self, more: torch.Tensor) -> Split:
-        """Return the bound raised by ``more`` (K,), which belongs to neither solve."""
+        """Return the bound plus ``more`` (K,), which belongs to neither solve."""
         return Split(self.value + more, self.inner, self.linear)
 
     def better(self, other: Split) -> Split:
-        """Return the smaller bound of each problem, with its parts; what is not a number is no bound."""
+        """Return the smaller bound of each problem, with its parts. NaN is not a bound."""
         mine = ~(other.value < self.value)
         return Split(
             torch.where(mine, self.value, other.value),
@@ -60,7 +60,7 @@ def _known(bound: torch.Tensor) -> torch.Tensor:
 
 
 def least(*bounds: torch.Tensor) -> torch.Tensor:
-    """Return the smallest of several bounds of one error, those that are not numbers left out."""
+    """Return the smallest of several bounds of one error, NaN ignored."""
     return torch.stack([_known(bound) for bound in bounds]).amin(0)
 
 
@@ -99,7 +99,7 @@ def inner_error_with_curvature(
 
 
 def curvature_there(curvature: torch.Tensor, l_h: torch.Tensor, epsilon: torch.Tensor) -> torch.Tensor:
-    """Return λ_min(H(φ)) − L_H ε ≤ λ_min(H(φ*)), or 0 where that says nothing."""
+    """Return λ_min(H(φ)) − L_H ε ≤ λ_min(H(φ*)), or 0 if that is negative."""
     return torch.nan_to_num(curvature - l_h * epsilon, nan=0.0, neginf=0.0).clamp_min(0)
 
 

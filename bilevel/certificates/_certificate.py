@@ -171,7 +171,7 @@ class Certificate:
 
     def _at(self, better: Point) -> Errors:
         """Return the bounds at a better point."""
-        known, spectral = self._spectral.there(self.constants, self.exact, better)
+        known, spectral = self._spectral.at_point(self.constants, self.exact, better)
         return errors_at(better, known, spectral)
 
     @cached_property

@@ -1,4 +1,4 @@
-"""Every bound that holds at a point, per problem, the smallest of those that are rigorous taken."""
+"""The bounds at a point, per problem: the smallest of all rigorous ones."""
 
 from __future__ import annotations
 
@@ -31,12 +31,12 @@ class Errors:
         )  # fmt: skip
 
     def where(self, usable: torch.Tensor) -> Errors:
-        """Return the bounds of the problems that are ``usable`` (K,); those of the others are infinite."""
+        """Return the bounds of the ``usable`` problems (K,); infinity for the others."""
         return Errors(*(part.where(usable) for part in (self.inner, self.adjoint, self.gradient, self.value)))
 
 
 def number(constant: Constant, like: torch.Tensor) -> torch.Tensor:
-    """Return a constant per problem (K,), as ``like``; infinite where it is not known."""
+    """Return a constant per problem (K,), like ``like``; infinite if it is unknown."""
     if constant is None:
         return torch.full_like(like, float("inf"))
     return torch.as_tensor(constant, dtype=like.dtype, device=like.device).detach().expand_as(like)
@@ -44,15 +44,15 @@ def number(constant: Constant, like: torch.Tensor) -> torch.Tensor:
 
 @dataclass(frozen=True, eq=False)
 class Spectral:
-    """What is known of H and B at a point that are too large to be formed: bounds (K,), None where nothing is."""
+    """The known bounds (K,) of H and B at a point, if these are too large to be formed; None if unknown."""
 
     curvature: torch.Tensor | None = None
     cross_norm: torch.Tensor | None = None
 
-    def there(self, known: Constants, here: Point, there: Point) -> tuple[Constants, Spectral]:
-        """Return the constants and these bounds as they hold at another point: H and B change by L_H and L_B times the distance.
+    def at_point(self, known: Constants, here: Point, there: Point) -> tuple[Constants, Spectral]:
+        """Return the constants and these bounds at another point: H and B change by L_H and L_B times the distance.
 
-        A ‖B‖ that was given holds ``here``, and is among the bounds.
+        A given ‖B‖ holds at ``here``, and counts as one of the bounds.
         """
         step = (here.x - there.x).norm(dim=-1)
         l_h, l_b = number(known.hessian_lipschitz, step), number(known.cross_lipschitz, step)
@@ -66,7 +66,7 @@ class Spectral:
 
 
 def errors_at(point: Point, known: Constants, spectral: Spectral | None = None) -> Errors:
-    """Return the bounds at ``point`` that follow from its residuals and from ``known``; rounding is part of each."""
+    """Return the bounds at ``point`` that follow from its residuals and from ``known``, with rounding included."""
     spectral = Spectral() if spectral is None else spectral
     rounding = point.rounding
     r_in = point.residual.norm(dim=-1) + rounding.residual
@@ -123,11 +123,11 @@ def _solved(point: Point, b: torch.Tensor, noise: torch.Tensor, curvature: torch
 
 
 def through(point: Point, refined: Point, errors: Errors, turned: torch.Tensor | None = None) -> Errors:
-    """Return bounds at ``point`` by way of a better one whose ``errors`` are bounded: ‖a − a*‖ ≤ ‖a − a⁺‖ + ‖a⁺ − a*‖.
+    """Return bounds at ``point`` from a better point with bounded ``errors``: ‖a − a*‖ ≤ ‖a − a⁺‖ + ‖a⁺ − a*‖.
 
-    As tight as a bound can be, where the refined point's are of second order (C6). Of the distance between the two
-    hypergradients, what the linear residual accounts for is BᵀH⁻¹ρ; the rest is the inner solve's. ``turned`` is H⁻¹ρ, if it is
-    there already; only the parts rest on it.
+    The bounds are as tight as possible if those of the refined point are of second order (C6). The linear residual accounts
+    for BᵀH⁻¹ρ of the distance between the two hypergradients, the inner solve for the rest. ``turned`` is H⁻¹ρ, if it is
+    known; it only affects the parts.
     """
     zero = torch.zeros_like(errors.inner.value)
     step = (point.x - refined.x).norm(dim=-1)

@@ -1,7 +1,7 @@
-"""What is said of the error of a hypergradient whose inner problem has proximal terms: estimates, and no bounds.
+"""Error estimates, without bounds, of a hypergradient whose inner problem has proximal terms.
 
-The local model of such a problem is smooth, and its Newton steps estimate errors as they do of any other. But it does not see other
-manifolds, so that no constant of it, given or proven by its structure, bounds the distance to the solution.
+The local model of such a problem is smooth, and its Newton steps estimate errors as for any smooth problem. It does not know other
+manifolds. Its constants, given or proven, therefore do not bound the distance to the solution.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class LocalCertificate(Certificate):
 
 @dataclass(frozen=True, eq=False)
 class NoCertificate(Certificate):
-    """Of constraints, terms that are known by their prox alone, and derivatives that are not implicit: nothing is said of errors."""
+    """No error estimate: for constraints, terms that are known by their prox alone, and derivatives that are not implicit."""
 
     @property
     def bound(self) -> Bound:

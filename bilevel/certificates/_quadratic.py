@@ -26,10 +26,11 @@ _SLACK = 8
 def completed(
     lower: Problem, upper: Problem, x: torch.Tensor, needs_grad: Sequence[bool], known: Constants
 ) -> Constants:
-    """Return ``known`` with what the degrees of G and F in φ prove filled in.
+    """Return ``known`` with the constants that the degrees of G and F in φ prove.
 
-    G of degree 2 has L_H = 0, and F of degree 2 has L_F = ‖∇²F‖. Of what depends on θ, degree 1 in G makes L_B = 0, degree 2 makes B affine with
-    L_B at most the Frobenius norm of its derivative, and degree 1 in F does so for L_θF. Such derivatives are the same at every φ.
+    G of degree 2 has L_H = 0, and F of degree 2 has L_F = ‖∇²F‖. Consider the parts that depend on θ. Degree 1 in G gives
+    L_B = 0. Degree 2 makes B affine, and L_B is at most the Frobenius norm of its derivative. Degree 1 in F does the same
+    for L_θF. Such derivatives are the same at every φ.
     """
     size, batch = lower.size, lower.batch
     asked = (known.hessian_lipschitz, known.outer_smoothness, known.cross_lipschitz, known.outer_cross_lipschitz)
@@ -54,7 +55,7 @@ def completed(
 
 
 def _with(known: Constants, name: str, value: torch.Tensor | None) -> Constants:
-    """Return ``known`` with a constant that was computed, if it was; of a problem in which it is not finite it is infinite."""
+    """Return ``known`` with a computed constant; infinite for a problem in which it is not finite."""
     if value is None:
         return known
     value = value.detach() * (1 + _SLACK * torch.finfo(value.dtype).eps)

@@ -1,9 +1,8 @@
 """Tight bounds where H is known by its products alone: refine, recheck, and add the distance (C6).
 
-From the returned (φ, q) conjugate gradients lead to better and better points (φ⁺, q⁺). At each the formulas hold as they do anywhere, and
-with the distance to it they bound the errors at (φ, q): ‖φ − φ*‖ ≤ ‖φ − φ⁺‖ + ‖∇G(φ⁺)‖/μ, and so on. The proof lies in the recheck alone. How
-accurate the solves are, and whether a step helps, only decides how tight the bound becomes, so that each solve goes
-no further than brings what the formulas leave at φ⁺ down to a tenth of the bound.
+From the returned (φ, q) conjugate gradients lead to better points (φ⁺, q⁺). The formulas hold at each of them. With the distance they bound the
+errors at (φ, q): ‖φ − φ*‖ ≤ ‖φ − φ⁺‖ + ‖∇G(φ⁺)‖/μ, and so on. Only the recheck matters for the proof. The accuracy of the solves decides how tight
+the bound is. Each solve therefore stops when the remainder at φ⁺ is a tenth of the bound.
 """
 
 from __future__ import annotations
@@ -38,18 +37,18 @@ _SAME_ROUNDING = 0.1
 
 
 class Route:
-    """Points better than ``exact`` and what follows from them; :meth:`follow` goes on.
+    """Points better than ``exact`` and the bounds that follow from them; :meth:`follow` continues.
 
     Parameters
     ----------
     exact
-        Where the errors are to be bounded.
+        The point whose errors are bounded.
     known
         The problem's constants.
     spectral
-        What Lanczos runs have found at ``exact``.
+        The results of Lanczos runs at ``exact``.
     products
-        How many products may be spent.
+        The largest number of products.
     """
 
     def __init__(self, exact: Point, known: Constants, spectral: Spectral, products: int) -> None:
@@ -64,16 +63,16 @@ class Route:
         self.contradicted = torch.zeros_like(self._like, dtype=torch.bool)
 
     def follow(self, direct: Errors, spectral: Spectral, gradient: bool) -> Errors:
-        """Return the bounds once those of φ and q, and of ĝ if ``gradient``, are tight, or the products are spent.
+        """Return the bounds of φ and q, and of ĝ if ``gradient``, once they are tight or the products are spent.
 
-        ``direct`` are the bounds at ``exact`` that there are already, with all that ``spectral`` knows.
+        ``direct`` are the bounds at ``exact`` that are already known, with everything in ``spectral``.
         """
         self._best = direct if self._best is None else self._best.better(direct)
         if spectral is not self.spectral:
             self.spectral = spectral
             if self.there is not None:
                 self._recheck()
-        names = self._hopes(gradient)
+        names = self._attainable(gradient)
         for _ in range(_MOST_PASSES):
             loose = self._loose(names)
             if self.left <= 0 or not bool(loose.any()):
@@ -84,8 +83,8 @@ class Route:
                 break
         return self._best
 
-    def _hopes(self, gradient: bool) -> list[str]:
-        """Return which bounds can be had at all from what is known."""
+    def _attainable(self, gradient: bool) -> list[str]:
+        """Return which bounds can be computed from the known constants."""
         known, names = self.known, []
         if known.strong_convexity is not None or self.spectral.curvature is not None:
             names.append("inner")
@@ -127,7 +126,7 @@ class Route:
             want_r = _FIRST * r
             want_rho = torch.zeros_like(r)
         else:
-            want_r, want_rho = self._wants(mu, gradient)
+            want_r, want_rho = self._targets(mu, gradient)
             want_r = torch.where(l_h == 0, want_r, torch.maximum(want_r, _FORCING * r))
         want = torch.maximum(want_r, at.rounding.residual)
         step = self._solve(at.linear.operator, at.residual, loose, want, _SHARES[1])
@@ -149,13 +148,13 @@ class Route:
         self._recheck()
 
     def _recheck(self) -> None:
-        """Bound the errors at the point reached, and those at ``exact`` by way of it."""
+        """Bound the errors at the current point, and through it those at ``exact``."""
         exact, at = self.exact, self.at
         if self._near(at.x, self._measured.x) and self._near(at.q, self._measured.q):
             self.at = at = at.with_rounding(self._measured.rounding.times(1 + _SAME_ROUNDING))
         else:
             self._measured = at
-        known, spectral = self.spectral.there(self.known, exact, at)
+        known, spectral = self.spectral.at_point(self.known, exact, at)
         self.there = errors_at(at, known, spectral)
         assert self._best is not None
         self.contradicted = self.contradicted | contradicted(exact, at, self._best, self.there)
@@ -167,13 +166,13 @@ class Route:
     def _near(a: torch.Tensor, b: torch.Tensor) -> bool:
         return bool(((a - b).norm(dim=-1) <= _SAME_ROUNDING * b.norm(dim=-1)).all())
 
-    def _wants(self, mu: torch.Tensor, gradient: bool) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the norms of ∇G and of ρ (K,) at which the formulas would leave a tenth of each bound."""
+    def _targets(self, mu: torch.Tensor, gradient: bool) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the norms of ∇G and of ρ (K,) at which the formulas leave a tenth of each bound."""
         best, known = self._best, self.known
         assert best is not None
         size = self.at.q.norm(dim=-1)
         bend = number(known.outer_smoothness, mu) + number(known.hessian_lipschitz, mu) * size
-        norm_b = number(self.spectral.there(known, self.exact, self.at)[1].cross_norm, mu)
+        norm_b = number(self.spectral.at_point(known, self.exact, self.at)[1].cross_norm, mu)
         turn = norm_b * bend / mu + number(known.cross_lipschitz, mu) * size + number(known.outer_cross_lipschitz, mu)
 
         # The formulas leave more than this plan says where ‖q‖ grows, or the bounds are not tight yet.
@@ -192,8 +191,8 @@ class Route:
         return mu * epsilon, rho
 
     def _curvature_at(self, at: Point) -> torch.Tensor:
-        """Return the lower bound of H's eigenvalues that the formulas divide by, as far as there is one (K,)."""
-        _, spectral = self.spectral.there(self.known, self.exact, at)
+        """Return the lower bound of H's eigenvalues in the formulas' denominators, if there is one (K,)."""
+        _, spectral = self.spectral.at_point(self.known, self.exact, at)
         mu = number(self.known.strong_convexity, self._like)
         mu = torch.zeros_like(mu) if self.known.strong_convexity is None else mu
         if spectral.curvature is not None:

@@ -1,9 +1,10 @@
 """The degree of an objective as a polynomial in φ, proven from the operations that it consists of.
 
-Each value of a run has a degree in φ: constants 0, φ itself 1. Linear operations keep it, products add it, and everything else makes it infinite.
-Degrees hold at every φ if the run does the same operations at every φ. So a run proves nothing that draws random numbers, or in which a number of φ
-decides a shape or is read by Python: a branch, ``.item()``, numpy. It also proves nothing where autograd differentiates another function than the
-one that was run: in a custom ``Function``, behind ``.detach()`` or ``no_grad``, by a hook, in compiled code.
+Each value of a run has a degree in φ: constants 0, φ itself 1. Linear operations keep it, products add it, and all
+other operations make it infinite. Degrees hold at every φ if the run does the same operations at every φ. A run that
+draws random numbers proves nothing. Nor does a run in which a number of φ decides a shape or is read by Python: a
+branch, ``.item()``, numpy. Nor does a run in which autograd differentiates another function than the executed one: a
+custom ``Function``, ``.detach()`` or ``no_grad``, a hook, compiled code.
 """
 
 from __future__ import annotations
@@ -63,16 +64,17 @@ _OPEN_TAGS = frozenset({torch.Tag.dynamic_output_shape, torch.Tag.data_dependent
 
 @dataclass(frozen=True)
 class Degree:
-    """How a value depends on φ.
+    """The dependence of a value on φ.
 
     Parameters
     ----------
     whole
-        Its degree as a polynomial in φ; ∞ where it is none, or not known to be one.
+        The degree as a polynomial in φ; ∞ if the value is not known to be a polynomial.
     part
-        The degree in φ of what depends on θ in it; −∞ if nothing does.
+        The degree in φ of the part that depends on θ; −∞ if no part does.
     square
-        The degree of its square, where that is known to be less than twice ``whole``: a norm is no polynomial, and its square is one.
+        The degree of the square, if it is known to be less than twice ``whole``. A norm is not a polynomial, and its square
+        is one.
     """
 
     whole: float = 0.0
@@ -80,16 +82,16 @@ class Degree:
     square: float = math.inf
 
     def plus(self, other: Degree) -> Degree:
-        """Return that of a sum."""
+        """Return the degree of a sum."""
         return Degree(max(self.whole, other.whole), max(self.part, other.part))
 
     def times(self, other: Degree) -> Degree:
-        """Return that of a product: (A + D)(A′ + D′) with D, D′ what depends on θ."""
+        """Return the degree of a product (A + D)(A′ + D′), where D and D′ depend on θ."""
         parts = [a.whole + b.part for a, b in ((self, other), (other, self)) if b.part > NONE]
         return Degree(self.whole + other.whole, max(parts, default=NONE))
 
     def unknown(self) -> Degree:
-        """Return that of any function of such a value."""
+        """Return the degree of an arbitrary function of such a value."""
         beyond = math.inf if self.whole > 0 else 0.0
         return Degree(beyond, beyond if self.part > NONE else NONE)
 
@@ -105,23 +107,23 @@ def degree_of(problem: Problem, x: torch.Tensor, needs_grad: Sequence[bool]) -> 
     problem
         The objectives.
     x
-        φ (K, n), where they are run.
+        φ (K, n), the point of the run.
     needs_grad
-        Which tensors are θ.
+        Which tensors make up θ.
     """
     inputs = [x.detach().clone().requires_grad_(True)]
     inputs += [t.detach().clone() if want else t.detach() for t, want in zip(problem.tensors, needs_grad, strict=True)]
     for tensor, want in zip(inputs[1:], needs_grad, strict=True):
         tensor.requires_grad_(want)
-    run = _Run()
-    run.know(inputs[0], Degree(1.0))
+    run = DegreeMode()
+    run.set_degree(inputs[0], Degree(1.0))
     for tensor, want in zip(inputs[1:], needs_grad, strict=True):
-        run.know(tensor, Degree(0.0, 0.0) if want else Degree())
+        run.set_degree(tensor, Degree(0.0, 0.0) if want else Degree())
     # Inside what the system has its function run in, so that only calls of the user's are seen.
     inside = problem.system.mode
 
     def mode() -> Any:
-        return JointProduct(inside(), _Reads(run))
+        return NestedModes(inside(), ReadWatch(run))
 
     system = replace(problem.system, mode=mode)
     with torch.enable_grad(), run:
@@ -131,8 +133,8 @@ def degree_of(problem: Problem, x: torch.Tensor, needs_grad: Sequence[bool]) -> 
     return UNKNOWN if run.open or cut or any(_differs(node) for node in _nodes(made)) else found
 
 
-class JointProduct:
-    """Two contexts, the first outside."""
+class NestedModes:
+    """Two contexts, the first outside the second."""
 
     def __init__(self, outer: Any, inner: Any) -> None:
         self._contexts = (outer, inner)
@@ -146,10 +148,11 @@ class JointProduct:
             context.__exit__(*raised)
 
 
-class _Run(TorchDispatchMode):
-    """Inside, the degree of each operation's result follows from the degrees of its arguments. :attr:`open` is true if the run proves nothing.
+class DegreeMode(TorchDispatchMode):
+    """A mode that computes the degree of each operation's result from its arguments. :attr:`open` is true if the run proves nothing.
 
-    A degree belongs to a piece of memory, and is the largest of what was ever written there: views and operations in place need no care then.
+    A degree belongs to a piece of memory, and is the largest degree ever written there. Views and in-place operations then
+    need no special treatment.
     """
 
     def __init__(self) -> None:
@@ -159,8 +162,8 @@ class _Run(TorchDispatchMode):
         self._made: set[int] = set()
         self._kept: list[torch.Tensor] = []  # memory that is let go could be given to another tensor
 
-    def know(self, tensor: torch.Tensor, degree: Degree) -> None:
-        """Set the degree of a tensor that is given."""
+    def set_degree(self, tensor: torch.Tensor, degree: Degree) -> None:
+        """Set the degree of a tensor."""
         if tensor.layout is torch.strided:
             key = _memory(tensor)
             known = self._degrees.get(key)
@@ -168,7 +171,7 @@ class _Run(TorchDispatchMode):
             self._kept.append(tensor)
 
     def degree(self, tensor: torch.Tensor) -> Degree:
-        """Return the degree of a tensor that is read; one that no operation made is a constant."""
+        """Return the degree of a tensor that is read. A tensor that no operation made is a constant."""
         if tensor.layout is not torch.strided:
             return Degree(0.0, 0.0)  # results of φ are never of such a layout here; θ may be
         known = self._degrees.get(_memory(tensor))
@@ -278,10 +281,10 @@ def _power(base: Degree, exponent: float) -> Degree:
     return made
 
 
-class _Reads(TorchFunctionMode):
-    """Inside, the run is open once Python is told of a number that depends on φ, or interferes with autograd."""
+class ReadWatch(TorchFunctionMode):
+    """A mode that marks the run as open if Python reads a number that depends on φ, or interferes with autograd."""
 
-    def __init__(self, run: _Run) -> None:
+    def __init__(self, run: DegreeMode) -> None:
         super().__init__()
         self._run = run
 
@@ -324,5 +327,5 @@ def _nodes(tensor: torch.Tensor) -> Iterator[Any]:
 
 
 def _differs(node: Any) -> bool:
-    """Return whether a node's derivative was written by somebody, or compiled."""
+    """Return whether a node's derivative is user-defined or compiled."""
     return isinstance(node, torch.autograd.function.BackwardCFunction) or "Graph" in type(node).__name__

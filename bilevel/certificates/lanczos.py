@@ -20,14 +20,14 @@ _BASIS_NUMBERS = 2**25
 
 @dataclass(frozen=True, eq=False)
 class Spectrum:
-    """Bounds of the eigenvalues of each matrix of a batch, which hold but for a stated probability.
+    """Bounds of the eigenvalues of each matrix of a batch. They hold except with a stated probability.
 
     Parameters
     ----------
     least, largest
-        (batch,): no eigenvalue is below, or above.
+        (batch,): the lower and the upper bound of the eigenvalues.
     steps
-        Products that were made.
+        The number of products.
     failure_probability
         The probability, over the random start, that one of the two bounds of one matrix is wrong.
     """
@@ -92,7 +92,7 @@ def lanczos_spectrum(
 
 
 def affordable(batch: int, size: int, most: int) -> int:
-    """Return how many steps, up to ``most``, keep their basis within 256 MiB."""
+    """Return the number of steps, up to ``most``, whose basis fits into 256 MiB."""
     return min(most, _BASIS_NUMBERS // max(1, batch * size))
 
 

@@ -1,4 +1,4 @@
-"""Evidence against constants: what was computed anyway may prove that a claim cannot be true."""
+"""Evidence against constants: quantities that were computed for other purposes may prove that a constant is wrong."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _MARGIN = 1e-4
 
 
 def observed(point: Point, other: Point) -> Constants:
-    """Return what two points show of each constant, per problem (K,): no Lipschitz constant is smaller, no μ larger.
+    """Return the observed value of each constant at two points, per problem (K,): no Lipschitz constant is smaller, no μ larger.
 
     Curvature is the least eigenvalue at ``point`` if H is factorised, else the least Rayleigh quotient met. Lipschitz quotients are
     those of ∇_φF, H q, Bᵀq and ∇_θF between the two points. Where H is factorised, what ∇G does beside H along the step counts too:
@@ -56,9 +56,9 @@ def observed(point: Point, other: Point) -> Constants:
 
 
 def contradicted(point: Point, other: Point, here: Errors, there: Errors) -> torch.Tensor:
-    """Return where (K,) two points lie further apart, in φ, q, ĝ or the corrected value, than the sum of their bounds allows.
+    """Return where (K,) two points differ by more than the sum of their bounds, in φ, q, ĝ or the corrected value.
 
-    Both bounds speak of one solution, so that such points refute what the bounds rest on.
+    Both bounds are about one solution. Such points therefore refute the assumptions of the bounds.
     """
     pairs = (
         ((point.x - other.x).norm(dim=-1), here.inner, there.inner),
@@ -94,7 +94,7 @@ def _rayleigh(u: torch.Tensor, product: torch.Tensor, noise: torch.Tensor) -> to
 
 
 def refuted(claimed: Constants, evidence: Constants) -> dict[str, str]:
-    """Return, by the name of each constant that the evidence refutes, half a sentence that says how."""
+    """Return half a sentence of evidence for each constant that is refuted, by its name."""
     found = {}
     for item in fields(Constants):
         claim, shown = getattr(claimed, item.name), getattr(evidence, item.name)

@@ -1,4 +1,4 @@
-"""Answers to the calls that people try first, such as ``argmin(f, x0)`` and ``linear_solve(A, b)``: what to write."""
+"""Messages for common first calls, such as ``argmin(f, x0)`` and ``linear_solve(A, b)``: they show the right call."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _STARTS = ("init", "x0", "x", "start", "rhs", "b", "args")
 
 
 def explain_misuse(factory: F) -> F:
-    """Return ``factory``, one of :mod:`bilevel.layers`, with a sentence for a call that confuses making a layer with calling it."""
+    """Return ``factory``, one of :mod:`bilevel.layers`, with a message for a call that confuses making a layer with calling it."""
     name = factory.__name__
     function = _FIRST[name]
 
@@ -43,7 +43,7 @@ def explain_misuse(factory: F) -> F:
 
 
 def _mistake(name: str, function: str, given: tuple[Any, ...], settings: dict[str, Any]) -> str | None:
-    """Return what is wrong and what to write, or None."""
+    """Return the mistake and the right call, or None."""
     first = given[0] if given else settings.get(function)
     if name == "linear_solve" and (_is_matrix(first)):
         return f"expected {function} to be the function x -> A x, got the matrix itself, {_described(first)}; write {_with_matrix(first)}"
@@ -68,7 +68,7 @@ def _mistake(name: str, function: str, given: tuple[Any, ...], settings: dict[st
 
 
 def _setting(value: Any) -> str | None:
-    """Return the name of the setting that ``value`` is meant for, if it can be nothing else."""
+    """Return the name of the only setting that ``value`` can be meant for, or None."""
     kinds = {"solver": InnerSolver, "linear_solver": LinearSolver, "tolerance": Tolerance}
     return next((name for name, kind in kinds.items() if isinstance(value, kind)), None)
 

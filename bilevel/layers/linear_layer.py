@@ -79,7 +79,7 @@ class LinearLayer(Layer):
 
     @eager
     def solve(self, rhs: T, *args: Any, **kwargs: Any) -> Solution[T]:  # type: ignore[override]  # likewise
-        """Return a :class:`Solution`: what calling the layer returns, with the report of the forward solve."""
+        """Return a :class:`Solution`: the result of calling the layer, with the report of the forward solve."""
         return self._solution(self._settings, rhs, args, kwargs)
 
     def _solution(
@@ -115,10 +115,10 @@ class LinearLayer(Layer):
 
 
 class LinearCall(SolveCall):
-    """A call whose first linear solve is its own, and whose problem is looked at before it."""
+    """A call whose first linear solve is its own, and whose function is checked before it."""
 
     def look(self, problem: Problem) -> None:
-        """Inspect the function, before the first linear solve."""
+        """Check the function before the first linear solve."""
         if self.report is None:
             like = problem.system.raveler
             start = torch.ones(problem.batch, like.size, dtype=like.dtype, device=like.device)

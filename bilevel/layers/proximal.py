@@ -1,11 +1,11 @@
 """Proximal terms as a structure: minimise f(x, θ) + g(x; θ), where g has a proximal operator and need not be smooth.
 
-Near a solution that is not degenerate, x moves on a smooth manifold M, on which g is smooth. With the retraction Π of M, the local model
+Near a nondegenerate solution, x moves on a smooth manifold M, and g is smooth on M. With the retraction Π of M, the local model
 
     Φ(y, θ) = f(Π(y), θ) + g(Π(y), θ) + ½‖y − Π(y)‖²
 
-is smooth, has the same solution, and its Hessian there is P (H + K) P + (I − P): P projects on the tangent space of M, H is the Hessian of f, and K
-is the curvature of g along M. So the usual rule gives derivatives of every order. A term without a manifold is differentiated by autograd, through
+is smooth and has the same solution. Its Hessian there is P (H + K) P + (I − P): P projects on the tangent space of M, H is the Hessian of f, and K
+is the curvature of g along M. The usual rule then gives derivatives of every order. A term without a manifold is differentiated by autograd, through
 the root of x − prox(x − s ∇f(x)).
 """
 
@@ -49,7 +49,7 @@ class _Terms:
     where
         The layer's name, for messages.
     given
-        What the user gave: a term, a pytree of terms, or a function that returns one.
+        The user's argument: a term, a pytree of terms, or a function that returns one.
     """
 
     where: str
@@ -153,7 +153,7 @@ class _Termed(StructuredSystem):
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class ProximalSystem(_Termed, LocalModel):
-    """∇_y Φ = 0, whose local model Φ is f + g on the manifold that y lies on."""
+    """∇_y Φ = 0, with the local model Φ of f + g on the manifold that contains y."""
 
     def model(self, z: torch.Tensor, *tensors: torch.Tensor) -> torch.Tensor:
         manifold = self.term(tensors).manifold(z)
@@ -217,7 +217,7 @@ class Proximal(Structure):
     given
         A term, a pytree of terms, or a function of the layer's arguments that returns one.
     written
-        Returns what the user wrote, where that is not what is given.
+        Returns the user's function, if ``given`` wraps it.
     """
 
     given: Any

@@ -1,8 +1,7 @@
-"""Whether a call of a user's function draws random numbers: that call, in its thread, and not the process meanwhile.
+"""Whether a call of a user's function draws random numbers, whatever other threads do meanwhile.
 
-The state of a generator belongs to all threads. Where it has not changed, nobody has drawn from it, which costs little to find out.
-Where it has, any thread may have drawn, such as one that loads data. The function is then called once more, under a mode that sees the operations
-of this thread alone.
+All threads share a generator. If its state has not changed, no thread has drawn from it; this check is cheap. If it has changed, any thread
+may have drawn, for example one that loads data. The function is then called once more, under a mode that sees only the operations of this thread.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ __all__ = ["GeneratorStates", "draws"]
 
 
 class GeneratorStates:
-    """The states of a device's own generator and of the CPU's, as they were when this was made."""
+    """The states of a device's own generator and of the CPU's, recorded when the object was made."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -35,14 +34,14 @@ class GeneratorStates:
 
 
 def draws(evaluate: Callable[[], object]) -> bool:
-    """Return whether ``evaluate``, which is called once, draws random numbers that no generator of its own gives."""
+    """Return whether ``evaluate``, which is called once, draws random numbers from a global generator."""
     with _Draws() as seen:
         evaluate()
     return seen.any
 
 
 class _Draws(TorchDispatchMode):
-    """Inside, each operation of this thread is looked at, below all transforms."""
+    """A mode that sees each operation of this thread, below all transforms."""
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:

@@ -1,4 +1,4 @@
-"""What an operator is, and what operators make of one another by ``T``, ``+`` and ``*``."""
+"""Linear operators, and their combinations by ``T``, ``+`` and ``*``."""
 
 from __future__ import annotations
 
@@ -29,15 +29,16 @@ class LinearOperator(ABC):
     size
         Order n of each.
     dtype, device
-        Of the vectors it acts on.
+        The dtype and the device of the vectors.
     symmetric
         Whether each matrix equals its transpose.
     positive_definite
         Whether each matrix is *known* to be positive definite (False: not known).
     expect_definite
-        Whether a matrix that is not positive definite is a failure. The Hessian at a minimum is positive definite; that at a saddle is not.
+        Whether a matrix that is not positive definite is a failure. The Hessian at a minimum is positive definite; the
+        Hessian at a saddle is not.
     materialize
-        A faster way to the matrices (batch, n, n) than products with the unit vectors, if there is one.
+        Returns the matrices (batch, n, n), faster than products with the unit vectors; None if there is no such way.
 
     Examples
     --------
@@ -112,7 +113,7 @@ class LinearOperator(ABC):
         return self.rmatmat(units).movedim(0, -2)  # (batch, n, n)
 
     def dense(self) -> torch.Tensor:
-        """Return the matrices as one tensor (batch, n, n); n products, kept for the next call."""
+        """Return the matrices as one tensor (batch, n, n). It costs n products, and is kept."""
         return self._dense
 
     @property
@@ -122,7 +123,7 @@ class LinearOperator(ABC):
 
     @property
     def repeats(self) -> int:
-        """How many right-hand sides in a row share each distinct matrix (see :class:`RepeatedOperator`)."""
+        """The number of right-hand sides in a row that share each distinct matrix (see :class:`RepeatedOperator`)."""
         return 1
 
     @property

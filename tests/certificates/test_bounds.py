@@ -343,7 +343,7 @@ def test_a_norm_of_b_that_was_given_is_moved_with_the_point(monkeypatch):
     phi, _, g, _ = truth(problem, theta, (), start)
     certificate = result._certificate
     assert certificate.exact.factorable and certificate.exact.cross is None
-    known, there = Spectral().there(certificate.constants, certificate.exact, certificate.refined)
+    known, there = Spectral().at_point(certificate.constants, certificate.exact, certificate.refined)
     exact = 0.2 * float(phi.sum()) * 10**0.5  # B = 0.2 (φ₁ + φ₂) 11ᵀ
     assert known.cross_norm is None and exact <= float(there.cross_norm) <= 2 * exact
     assert result.certified and float((result.grad - g).norm()) <= result.error_bound

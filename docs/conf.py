@@ -70,7 +70,7 @@ nitpick_ignore_regex = [
     (r"py:class", r"(OptimizerLike|Reference|Loss|HessianChoice|ArgminOptions|LayerOptions|LinearOptions)"),
     (r"py:class", r"bilevel\.solvers\.bracketing\.Bracketing|bilevel\.layers\.differentiation\.BySteps"),
     # Type variables and a private type of ours in signatures; "Bool, per problem: ..." read by napoleon as a type.
-    (r"py:class", r"bilevel\.layers\..*\.T|bilevel\.tolerance\.Target|Bool|RadauBound|bilevel\.(equations|replay)\..*"),
+    (r"py:class", r"bilevel\..*\.T|T|bilevel\.tolerance\.Target|Bool|RadauBound|bilevel\.(equations|replay)\..*"),
     # Fields named from their own class's docstring, which its parameters document.
     (
         r"py:attr",

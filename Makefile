@@ -6,13 +6,13 @@ BIN := $(VENV)/bin
 # One thread: the tests are many small problems, which more threads only slow down.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: help venv demo test test-replay test-long test-versions lint format types doctest docs gallery transforms mutations bench dist clean
+.PHONY: help venv demo test test-replay test-replay-all test-long test-versions lint format types doctest docs gallery transforms mutations bench dist clean
 
 help:
 	@echo "make demo     install, then find wrong labels of a data set and draw what happened"
 	@echo "make test     install, then run the tests"
 	@echo "make venv     make $(VENV) with everything that developing needs"
-	@echo "make lint | format | types | doctest | docs | gallery | transforms | mutations | bench | dist | test-replay | test-long | test-versions | clean"
+	@echo "make lint | format | types | doctest | docs | gallery | transforms | mutations | bench | dist | test-replay | test-replay-all | test-long | test-versions | clean"
 
 # Torch comes first and alone, at the pinned version: a looser request may bring gigabytes of CUDA packages.
 $(VENV)/.base: constraints.txt
@@ -43,8 +43,13 @@ demo: $(VENV)/.demo
 test: $(VENV)/.test
 	$(BIN)/python -m pytest -q -n auto
 
-# Every test once more, with all that can be replayed replayed at once.
+# The tests of layers and problems once more, with all that can be replayed replayed at once; test-replay-all: every test.
+REPLAYED := tests/test_implicit.py tests/test_layers.py tests/test_problem.py tests/test_failures.py tests/test_settings.py tests/test_memory.py \
+	tests/test_acceptance.py tests/test_differentiation.py tests/test_least_squares.py tests/test_goal.py tests/solvers tests/properties tests/prox/test_layer.py
 test-replay: $(VENV)/.test
+	$(BIN)/python -m pytest -q -n auto --replay $(REPLAYED)
+
+test-replay-all: $(VENV)/.test
 	$(BIN)/python -m pytest -q -n auto --replay
 
 test-long: $(VENV)/.test

@@ -113,7 +113,7 @@ def test_digits_end_in_a_table_and_files(run: Any, tmp_path: Path) -> None:
         TRUE,
         "±",
         "400 training rows (138 with wrong labels)",
-        'pip install "bilevel[clean]"',
+        'pip install ".[clean]"',
     ):
         assert words in " ".join(ended.out.split()), words
     assert CONFIDENT not in ended.out

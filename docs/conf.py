@@ -57,7 +57,7 @@ nitpick_ignore_regex = [
     (r"py:.*", r"(torch|nn|np|numpy|scipy|sklearn|collections|abc|typing|pathlib|enum|optim|rich|hypothesis)(\..*)?"),
     (
         r"py:.*",
-        r"(Tensor|Module|Any|Callable|Sequence|Mapping|Iterator|T|S|Path|optional|callable|SystemExit|Literal|Self)",
+        r"(Tensor|Module|Any|Callable|Sequence|Mapping|Iterator|T|S|OuterTree|Path|optional|callable|SystemExit|Literal|Self)",
     ),
     (
         r"py:.*",

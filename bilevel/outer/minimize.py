@@ -31,12 +31,12 @@ __all__ = ["OuterRun", "minimize"]
 
 Policy: TypeAlias = "Tolerance | Callable[[int], Tolerance]"
 FORMAT = 2
-T = TypeVar("T")
+OuterTree = TypeVar("OuterTree")
 
 
 def minimize(
     problem: BilevelProblem,
-    outer: T,
+    outer: OuterTree,
     data: Any,
     *,
     optimizer: OuterMethod | Callable[..., torch.optim.Optimizer] | None = None,
@@ -48,7 +48,7 @@ def minimize(
     bounds: bool = False,
     on_failure: Literal["raise", "stop"] = "raise",
     resume: dict[str, Any] | None = None,
-) -> OuterResult[T]:
+) -> OuterResult[OuterTree]:
     """Minimise F(φ*(θ), θ) over θ.
 
     Parameters

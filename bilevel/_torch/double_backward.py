@@ -1,4 +1,4 @@
-"""Operations that torch differentiates only once, replaced by ones that it differentiates any number of times.
+"""Operations whose second derivatives torch does not have, or has wrong, replaced by ones that it differentiates any number of times.
 
 A hypergradient is a second derivative. In torch 2.13 the second derivative of the fused weight norm
 (``torch.nn.utils.weight_norm`` and the one in ``parametrizations``) is silently wrong, on plain tensors too;
@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from bilevel._torch.graph_features import GraphFeature, has_graph_feature
+from bilevel._torch.products import PRODUCTS
 from bilevel._torch.sparse import SPARSE
 from bilevel._torch.transforms import uncompiled
 
@@ -58,6 +59,7 @@ _WRITTEN: dict[Any, Callable[..., Any]] = {
     F.scaled_dot_product_attention: _attention,
     F.multi_head_attention_forward: _many_heads,
     **SPARSE,
+    **PRODUCTS,
 }
 
 
@@ -73,7 +75,7 @@ class Repeatable(TorchFunctionMode):
     @staticmethod
     def around(function: Callable[..., Any]) -> AbstractContextManager[Any]:
         """Return the mode for a user's ``function`` that was seen to need it, or a context that does nothing."""
-        return Repeatable() if has_graph_feature(function, GraphFeature.ONCE_ONLY) else nullcontext()
+        return Repeatable() if has_graph_feature(function, GraphFeature.REWRITTEN) else nullcontext()
 
 
 def attention_kernels() -> tuple[bool, ...]:

@@ -23,7 +23,7 @@ class GraphFeature(Enum):
     CONVOLUTION = ("ConvolutionBackward",)
     BATCH_NORM = ("NativeBatchNormBackward",)
     COMPILED = ("CompiledFunction",)
-    ONCE_ONLY = ("WeightNormInterface", "ScaledDotProduct", "SparseCooTensorWithDims")
+    REWRITTEN = ("WeightNormInterface", "ScaledDotProduct", "SparseCooTensorWithDims", "ProdBackward", "CumprodBackward")
 
 
 def record_graph_features(

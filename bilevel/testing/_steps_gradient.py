@@ -87,8 +87,8 @@ def _judge_tensors(seen: Examination, totals: Sequence[torch.Tensor | None], lea
         for tensor, total, leaf in zip(seen.outer, totals, leaves, strict=True)
         if tensor.name not in lost and total is not None and leaf.numel() and not bool((total != 0).any())
     ]
-    # At a stationary point by symmetry or by convention the gradient means nothing.
-    if zero and not seen.has(Defect.OUTER_IGNORES_INNER, Defect.KINK, Defect.SADDLE):
+    # At a stationary point by symmetry or by convention, or with a singular matrix, the gradient means nothing.
+    if zero and not seen.has(Defect.OUTER_IGNORES_INNER, Defect.KINK, Defect.SADDLE, Defect.SINGULAR):
         seen.find(Defect.ZERO_GRADIENT, f"the gradient of {', '.join(zero)} is exactly zero")
 
 

@@ -269,7 +269,7 @@ DEFECTS: dict[Callable[[], Call], set[Defect]] = {
     one_equation_twice: {Defect.SINGULAR},
     free_shift: {Defect.MINIMUM_NORM},
     free_shift_by_products: {Defect.MINIMUM_NORM},
-    free_shift_that_matters: {Defect.SINGULAR, Defect.ZERO_GRADIENT},
+    free_shift_that_matters: {Defect.SINGULAR},
     unconverged: {Defect.UNCONVERGED},
     undefined: {Defect.NOT_FINITE},
     dropout: {Defect.STOCHASTIC},

@@ -188,7 +188,6 @@ def test_a_derivative_outside_the_domain_is_refused() -> None:
         torch.autograd.grad(x[0].sum(), a)
 
 
-@pytest.mark.skip(reason="known gap: depends on the tests that ran before it")
 def test_a_parameter_that_a_distribution_refuses_is_outside_the_domain() -> None:
     y = torch.linspace(0.05, 0.95, 40, dtype=F64) ** 1.5
     likelihood = lambda p, y: -torch.distributions.Beta(p[0], p[1]).log_prob(y).mean()

@@ -370,6 +370,18 @@ MUTATIONS = (
         ("tests/test_implicit.py", "-k", "batch_norm"),
     ),
     Mutation(
+        "products left to torch, which divides by factors", "_torch/double_backward.py",
+        "    **PRODUCTS,\n", "", ("tests/test_products_of_factors.py", "-k", "test_a_minimum"),
+    ),
+    Mutation(
+        "determinants left to torch, which divides by differences of singular values", "_torch/double_backward.py",
+        "    **DETERMINANTS,\n", "", ("tests/test_determinants.py", "-k", "test_a_minimum"),
+    ),
+    Mutation(
+        "a bracketed search that is said to have run away", "solvers/_judge.py",
+        "verdict.endless & (not solver.is_confined)", "verdict.endless", ("tests/solvers/test_bracketing.py", "-k", "jumps"),
+    ),
+    Mutation(
         "norms left to torch, whose third derivatives are wrong", "_torch/norms.py",
         "return _WRITTEN.get(func, func)(*args, **(kwargs or {}))", "return func(*args, **(kwargs or {}))",
         ("tests/test_implicit.py", "-k", "norm"),

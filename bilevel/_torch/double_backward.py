@@ -17,6 +17,7 @@ import torch
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
+from bilevel._torch.determinants import DETERMINANTS
 from bilevel._torch.graph_features import GraphFeature, has_graph_feature
 from bilevel._torch.products import PRODUCTS
 from bilevel._torch.sparse import SPARSE
@@ -60,6 +61,7 @@ _WRITTEN: dict[Any, Callable[..., Any]] = {
     F.multi_head_attention_forward: _many_heads,
     **SPARSE,
     **PRODUCTS,
+    **DETERMINANTS,
 }
 
 

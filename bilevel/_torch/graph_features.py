@@ -23,7 +23,14 @@ class GraphFeature(Enum):
     CONVOLUTION = ("ConvolutionBackward",)
     BATCH_NORM = ("NativeBatchNormBackward",)
     COMPILED = ("CompiledFunction",)
-    REWRITTEN = ("WeightNormInterface", "ScaledDotProduct", "SparseCooTensorWithDims", "ProdBackward", "CumprodBackward")
+    REWRITTEN = (
+        "WeightNormInterface",
+        "ScaledDotProduct",
+        "SparseCooTensorWithDims",
+        "ProdBackward",
+        "CumprodBackward",
+        "LinalgDetBackward",
+    )
 
 
 def record_graph_features(

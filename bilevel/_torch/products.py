@@ -1,8 +1,9 @@
 """Products of many factors, of multiplications alone, because torch's own ``prod`` and ``cumprod`` are differentiated by division.
 
-torch computes ∂(Π x)/∂x_i as (Π x)/x_i. A second derivative divides by x_i twice. In torch 2.13 its digits are lost where a factor is small, and
-near 1e-17 nothing is left of them: ∂²(x₀ x₁)/∂x₀² comes out as 0.5 or 2 and not as 0. Third derivatives are lost earlier. Exactly at zero torch
-has another formula, which is right. Nested forward mode of ``cumprod`` is wrong at zero (pytorch/pytorch#196701). No issue was found for small factors.
+torch computes ∂(Π x)/∂x_i as (Π x)/x_i. A second derivative divides by x_i twice. In torch 2.13 its digits are lost where
+a factor is small, and near 1e-17 nothing is left of them: ∂²(x₀ x₁)/∂x₀² comes out as 0.5 or 2 and not as 0. Third derivatives
+are lost earlier. Exactly at zero torch has another formula, which is right. Nested forward mode of ``cumprod`` is wrong
+at zero (pytorch/pytorch#196701). No issue was found for small factors.
 """
 
 from __future__ import annotations

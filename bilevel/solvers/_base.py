@@ -152,6 +152,11 @@ class InnerSolver(ABC):
     """
 
     @property
+    def is_confined(self) -> bool:
+        """Whether the search stays between bounds: it may find no solution, and cannot run away."""
+        return False
+
+    @property
     def has_budget(self) -> bool:
         """Whether the caller chose a number of steps, which is then legitimate to spend."""
         return getattr(self, "max_steps", None) is not None

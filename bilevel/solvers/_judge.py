@@ -207,7 +207,9 @@ def _attempt(solver: InnerSolver, problem: Problem, goal: Goal, meant: torch.Ten
         if further is None or count == _MOST_ROUNDS - 1:
             spent = further is None and solver.has_budget and not goal.target.asked
             short = torch.where(
-                verdict.endless, int(Status.DIVERGED), int(Status.BUDGET_SPENT if spent else Status.STAGNATED)
+                verdict.endless & (not solver.is_confined),
+                int(Status.DIVERGED),
+                int(Status.BUDGET_SPENT if spent else Status.STAGNATED),
             )
             verdict = verdict.ended(short)
             break

@@ -29,6 +29,10 @@ class Bracketing(InnerSolver):
     upper: Any
     max_steps: int | None = None
 
+    @property
+    def is_confined(self) -> bool:
+        return True
+
     def __post_init__(self) -> None:
         check_steps(self.name, "max_steps", self.max_steps, optional=True)
         both = (self.lower, self.upper)

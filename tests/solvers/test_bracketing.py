@@ -106,7 +106,7 @@ def test_a_bracket_without_a_sign_change_is_named_alone(name: str) -> None:
 def test_poles_and_jumps_are_no_roots(name: str) -> None:
     with pytest.raises(bilevel.SolveError, match="a pole or a NaN"):
         layer(name, lambda x: 1 / (x - 0.3), 0.0, 1.0)(zeros())
-    with pytest.raises(bilevel.SolveError, match=r"jump across zero|moved away"):
+    with pytest.raises(bilevel.SolveError, match="jump across zero"):
         layer(name, lambda x: torch.where(x < 0.3, x - 1.0, x + 1.0), 0.0, 1.0)(zeros())
 
 

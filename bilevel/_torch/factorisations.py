@@ -30,7 +30,8 @@ def eigvalsh(matrix: torch.Tensor) -> torch.Tensor:
 def inverse(matrix: torch.Tensor) -> torch.Tensor:
     """Return A⁻¹ (.., n, n) of matrices (.., n, n); NaN where A is singular.
 
-    For use in differentiated functions: torch 2.13 differentiates ``solve`` wrongly in ``vmap(jacfwd)`` and ``vmap(hessian)``, without a message (pytorch/pytorch#192540).
+    For use in differentiated functions: torch 2.13 differentiates ``solve`` wrongly in ``vmap(jacfwd)`` and ``vmap(hessian)``,
+    without a message (pytorch/pytorch#192540).
     """
     made, failed = torch.linalg.inv_ex(matrix)
     return torch.where((failed != 0)[..., None, None], torch.full_like(made, float("nan")), made)

@@ -1,6 +1,7 @@
 """Operations that torch differentiates only once, found in a recorded graph, and refused in a derivative that is differentiated again.
 
-torch gives no error there: it treats the first derivative as a constant, on purpose (pytorch/pytorch#90224). The list of torch's own operations was found
+torch gives no error there: it treats the first derivative as a constant, on purpose (pytorch/pytorch#90224).
+The list of torch's own operations was found
 by comparing second derivatives with those of dense tensors. Operations that :mod:`bilevel._torch.double_backward`
 rewrites do not occur here.
 """

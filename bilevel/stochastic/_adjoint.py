@@ -9,7 +9,7 @@ import torch
 
 from bilevel.setting_checks import check_number
 from bilevel.stochastic._batches import BatchSource
-from bilevel.stochastic._lists import Tensors, add, scale, subtract
+from bilevel.stochastic._lists import Tensors, add, scale, subtract, subtract_from
 from bilevel.stochastic._method import Auxiliary, Directions, Problem, StochasticMethod
 from bilevel.stochastic._optimizers import OptimizerLike, made_optimizer, mirrored_sgd, tie_rates
 from bilevel.stochastic._options import StepOptions
@@ -79,8 +79,8 @@ def single_loop_directions(
     upper = oracle.outer_gradients(outer_batch, at)
     return Directions(
         inner=lower.gradient,
-        adjoint=subtract(lower.hessian, upper.inner),
-        outer=subtract(upper.outer, lower.cross),
+        adjoint=subtract_from(lower.hessian, upper.inner),
+        outer=subtract_from(upper.outer, lower.cross),
         inner_loss=lower.loss,
         outer_loss=upper.loss,
     )

@@ -7,7 +7,9 @@ from typing import TypeAlias
 
 import torch
 
-__all__ = ["Tensors", "add", "clone", "dot", "norm", "scale", "subtract", "zeros_like"]
+from bilevel._torch.ownership import owned
+
+__all__ = ["Tensors", "add", "add_into", "clone", "dot", "norm", "scale", "subtract", "subtract_from", "zeros_like"]
 
 Tensors: TypeAlias = list[torch.Tensor]
 
@@ -15,6 +17,25 @@ Tensors: TypeAlias = list[torch.Tensor]
 def add(left: Sequence[torch.Tensor], right: Sequence[torch.Tensor], factor: float | torch.Tensor = 1.0) -> Tensors:
     """Return left + factor · right."""
     return [a + factor * b for a, b in zip(left, right, strict=True)]
+
+
+def add_into(left: Tensors, right: Sequence[torch.Tensor], factor: float | torch.Tensor = 1.0) -> Tensors:
+    """Return left + factor · right, in the memory of ``left`` where nothing else refers to it: ``left`` is given up."""
+    free = [mine and a.dtype == b.dtype for mine, a, b in zip(owned(left), left, right, strict=True)]
+    if isinstance(factor, torch.Tensor):
+        return [
+            a.addcmul_(b, factor.to(b.dtype)) if mine else a + factor * b
+            for mine, a, b in zip(free, left, right, strict=True)
+        ]
+    return [
+        a.add_(b, alpha=factor) if mine else torch.add(a, b, alpha=factor)
+        for mine, a, b in zip(free, left, right, strict=True)
+    ]
+
+
+def subtract_from(left: Tensors, right: Sequence[torch.Tensor]) -> Tensors:
+    """Return left − right, in the memory of ``left`` where nothing else refers to it: ``left`` is given up."""
+    return add_into(left, right, -1.0)
 
 
 def subtract(left: Sequence[torch.Tensor], right: Sequence[torch.Tensor]) -> Tensors:

@@ -60,6 +60,13 @@ class Variables:
             self.names, self.tensors = [name for name, _ in named], [p for _, p in named]
         else:
             self._read_tree(given)
+        for name, tensor in zip(self.names, self.tensors, strict=True):
+            if hasattr(tensor, "device_mesh"):
+                raise ArgumentError(
+                    f"{where}: expected {what} to hold whole tensors, and {name} is sharded over processes (a DTensor, as fully_shard and "
+                    "distribute_tensor make); leave the module as it is, or wrap it in DistributedDataParallel: each process has its own "
+                    "batch, and derivatives are averaged"
+                )
         devices = {tensor.device for tensor in self.tensors}
         if len(devices) > 1:
             raise ArgumentError(

@@ -7,7 +7,7 @@ from typing import Any
 from bilevel.setting_checks import check_steps
 from bilevel.stochastic._adjoint import AdjointMethod
 from bilevel.stochastic._batches import BatchSource
-from bilevel.stochastic._lists import norm, subtract
+from bilevel.stochastic._lists import norm, subtract, subtract_from
 from bilevel.stochastic._method import Directions, Problem
 
 __all__ = ["AmIGO"]
@@ -77,7 +77,7 @@ class AmIGO(AdjointMethod):
                 lower = oracle.linearize(inner.draw())
             if step and outer.is_stream:
                 upper = oracle.outer_gradients(outer.draw())
-            residual = subtract(lower.hessian(self.adjoint), upper.inner)
+            residual = subtract_from(lower.hessian(self.adjoint), upper.inner)
             self._move("adjoint", residual)
         return Directions(
             outer=subtract(upper.outer, lower.cross(self.adjoint)),

@@ -6,7 +6,7 @@ from typing import Any
 
 from bilevel.setting_checks import check_number, check_steps
 from bilevel.stochastic._batches import BatchSource
-from bilevel.stochastic._lists import add, clone, norm, subtract
+from bilevel.stochastic._lists import add, add_into, clone, norm, subtract
 from bilevel.stochastic._method import Auxiliary, Directions, Problem, StochasticMethod
 from bilevel.stochastic._optimizers import same_layout, tie_rates
 from bilevel.stochastic._variables import Point
@@ -101,7 +101,7 @@ class F2SA(StochasticMethod):
             at = self._there()
             lower = oracle.inner_gradient(batch, at)[1]
             upper = oracle.outer_gradients(outer.draw(), at)
-            self._move("penalized", add(lower, upper.inner, 1 / lam))
+            self._move("penalized", add_into(lower, upper.inner, 1 / lam))
         batch = inner.draw()  # the same for both, so that their noise cancels where λ is large
         at = self._there()
         here, there = oracle.inner_gradients(batch), oracle.inner_gradients(batch, at)

@@ -12,7 +12,7 @@ from bilevel.reports import Status
 from bilevel.setting_checks import check_steps
 from bilevel.stochastic._adjoint import AdjointMethod
 from bilevel.stochastic._batches import BatchSource
-from bilevel.stochastic._lists import Tensors, norm, subtract
+from bilevel.stochastic._lists import Tensors, norm, subtract, subtract_from
 from bilevel.stochastic._method import Directions, Problem
 from bilevel.stochastic._optimizers import preconditioner
 from bilevel.stochastic._oracle import Linearization
@@ -122,7 +122,7 @@ class ImplicitStep(AdjointMethod):
         diagonal = self._preconditioner() if self.preconditioned else None
         for step in range(self.adjoint_steps):
             known = step == 0 and not self.warm_start  # H 0 needs no pass
-            residual = [-b for b in rhs] if known else subtract(lower.hessian(self.adjoint), rhs)
+            residual = [-b for b in rhs] if known else subtract_from(lower.hessian(self.adjoint), rhs)
             if diagonal is None:
                 self._move("adjoint", residual)
             else:

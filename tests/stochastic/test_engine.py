@@ -398,6 +398,7 @@ def test_autocast_and_scaled_losses() -> None:
     for options in (
         StepOptions(autocast=torch.bfloat16),
         StepOptions(grad_scaler=torch.amp.GradScaler("cpu", init_scale=1024.0)),
+        StepOptions(autocast=torch.float16, grad_scaler=torch.amp.GradScaler("cpu", init_scale=1024.0)),
     ):
         directions = []
         for given in (StepOptions(), options):

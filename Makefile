@@ -6,13 +6,13 @@ BIN := $(VENV)/bin
 # One thread: the tests are many small problems, which more threads only slow down.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: help venv demo test test-replay test-replay-all test-long test-versions lint format types doctest docs gallery transforms mutations bench dist clean
+.PHONY: help venv demo test test-replay test-replay-all test-long test-versions lint format types doctest docs docs-check gallery transforms mutations bench dist clean
 
 help:
 	@echo "make demo     install, then find wrong labels of a data set and draw what happened"
 	@echo "make test     install, then run the tests"
 	@echo "make venv     make $(VENV) with everything that developing needs"
-	@echo "make lint | format | types | doctest | docs | gallery | transforms | mutations | bench | dist | test-replay | test-replay-all | test-long | test-versions | clean"
+	@echo "make lint | format | types | doctest | docs | docs-check | gallery | transforms | mutations | bench | dist | test-replay | test-replay-all | test-long | test-versions | clean"
 
 # Torch comes first and alone, at the pinned version: a looser request may bring gigabytes of CUDA packages.
 $(VENV)/.base: constraints.txt
@@ -78,6 +78,11 @@ doctest: $(VENV)/.dev
 docs: $(VENV)/.dev
 	$(BIN)/sphinx-build -q -n -W --keep-going -b html docs docs/_build/html
 	$(BIN)/sphinx-build -q -W --keep-going -b doctest docs docs/_build/doctest
+
+# Opens every page of the site that `make docs` or `make gallery` built in headless Chromium, without a network, at two widths,
+# light and dark. Needs Debian's packages chromium and chromium-driver, or their like.
+docs-check:
+	$(PYTHON) docs/check_site.py docs/_build/html
 
 # Runs all scripts of examples/, and builds the documentation with their figures. The figures stay in docs/gallery/ for a later `make docs`.
 gallery: $(VENV)/.dev

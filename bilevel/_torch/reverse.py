@@ -90,8 +90,11 @@ def _hooks_hidden() -> AbstractContextManager[Any]:
 
 
 def _inside(tensors: Sequence[torch.Tensor], level: int) -> tuple[torch.Tensor, ...]:
-    """Return ``tensors`` as leaves of a level."""
-    wrapped = [_functorch._wrap_for_grad(tensor, level) for tensor in tensors]
+    """Return ``tensors`` as leaves of a level.
+
+    What a rule saved may still have the wrapper of a level that has ended. torch takes off one such wrapper, and not two, one in the other.
+    """
+    wrapped = [_functorch._wrap_for_grad(_functorch.unwrap_if_dead(tensor), level) for tensor in tensors]
     before = _functorch.get_inplace_requires_grad_allowed()
     _functorch.set_inplace_requires_grad_allowed(True)
     try:

@@ -20,6 +20,7 @@ OPEN = (
     ("a batch of no problems", "argmin with equality"),
     ("a batch of no problems", "quadratic_program"),
     ("of torch.func.grad", "equilibrium"),
+    ("of the function, second derivative", "equilibrium"),
 )
 # The version of torch that the page is of. How far torch's compiler gets differs from one to the next.
 SHOWN = "2.13"

@@ -17,6 +17,8 @@ from torch._C import _functorch
 from torch.autograd.graph import _engine_run_backward
 from torch.utils import _pytree as pytree
 
+from bilevel._torch.transforms import saving_hooked, unhooked
+
 __all__ = ["grad", "grad_and_value", "reverse_pass", "vjp"]
 
 _HOOKS_REFUSED = "torch.func.{grad, vjp, jacrev, hessian} don't yet support saved tensor hooks."
@@ -70,7 +72,7 @@ def grad(function: Callable[..., torch.Tensor], *primals: torch.Tensor) -> tuple
 @contextmanager
 def _level() -> Iterator[int]:
     """Enter a level of reverse mode, and yield its number."""
-    with torch.autograd.graph.disable_saved_tensors_hooks(_HOOKS_REFUSED):
+    with _hooks_hidden():
         level = _functorch._grad_increment_nesting()
         try:
             with torch.enable_grad():
@@ -79,9 +81,20 @@ def _level() -> Iterator[int]:
             _functorch._grad_decrement_nesting()
 
 
+def _hooks_hidden() -> AbstractContextManager[Any]:
+    """Return a context in which no hook sees the tensors that a level saves: they are wrapped, and no hook is made for that.
+
+    torch refuses hooks instead, also those around a caller, such as a checkpoint's. Ours hide those, for a level is not the caller's graph.
+    """
+    return unhooked() if saving_hooked() else torch.autograd.graph.disable_saved_tensors_hooks(_HOOKS_REFUSED)
+
+
 def _inside(tensors: Sequence[torch.Tensor], level: int) -> tuple[torch.Tensor, ...]:
-    """Return ``tensors`` as leaves of a level."""
-    wrapped = [_functorch._wrap_for_grad(tensor, level) for tensor in tensors]
+    """Return ``tensors`` as leaves of a level.
+
+    What a rule saved may still have the wrapper of a level that has ended. torch takes off one such wrapper, and not two, one in the other.
+    """
+    wrapped = [_functorch._wrap_for_grad(_functorch.unwrap_if_dead(tensor), level) for tensor in tensors]
     before = _functorch.get_inplace_requires_grad_allowed()
     _functorch.set_inplace_requires_grad_allowed(True)
     try:

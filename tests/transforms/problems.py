@@ -170,7 +170,9 @@ def on_the_plane(x: torch.Tensor, t: torch.Tensor, X: torch.Tensor) -> tuple[tor
     """Return the residual on the plane ⟨a, x⟩ = b: what a lacks of orthogonality to the slope, and ⟨a, x⟩ − b."""
     a, across = t.exp(), torch.stack([-t[1].exp(), t[0].exp()])
     slope, hessian = slope_and_hessian(x, t, X)
-    return torch.stack([(a * x).sum() - X.sum() / 2, (across * slope).sum()]), torch.stack([a, across @ hessian])
+    return torch.stack([(a * x).sum() - X.sum() / 2, (across * slope).sum()]), torch.stack(
+        [a, (across.unsqueeze(-1) * hessian).sum(0)]
+    )
 
 
 @dataclass(frozen=True)

@@ -61,6 +61,7 @@ from bilevel.reports import Basis, Pass, SolveReport, Status
 from bilevel.schedules import CubicSchedule, ExponentialSchedule, QuadraticSchedule
 from bilevel.solvers._base import Goal, InnerSolution, InnerSolver
 from bilevel.solvers.anderson import Anderson
+from bilevel.solvers.batched import BatchedSolver
 from bilevel.solvers.bracketing import Bisection, Brent
 from bilevel.solvers.fixed_point import FixedPointIteration
 from bilevel.solvers.gauss_newton import GaussNewton
@@ -96,6 +97,7 @@ __all__ = [
     "Anderson",
     "ArgumentError",
     "Basis",
+    "BatchedSolver",
     "BiCGStab",
     "BilevelError",
     "BilevelProblem",

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch.func import vmap
+from torch.utils import _pytree as pytree
 
 from bilevel._torch.graph_features import record_graph_features
 from bilevel._torch.reverse import vjp
@@ -398,6 +399,23 @@ class Problem:
             args, kwargs = self.system.arguments.rebuild(self._slices(number))
             yield Case(self.system.function, self.system.raveler.unravel(row), args, kwargs)
 
+    def whole(self, x: torch.Tensor) -> Case:
+        """Return all problems as one case, in the user's terms, for ``x`` (batch, n).
+
+        The unknown and every dense tensor have one batch axis in front; the function takes and returns such tensors.
+        """
+        shape, tensors = self.system.batch_shape, []
+        for place, tensor in enumerate(self.tensors):
+            if tensor.layout is torch.strided:  # a sparse tensor cannot be batched: all problems share it
+                for axis, level in enumerate(reversed(self.system.levels)):
+                    tensor = tensor if level.batched[place] else tensor.unsqueeze(axis)
+                rest = tensor.shape[len(shape) :]
+                tensor = tensor.expand((*shape, *rest)).reshape(len(x), *rest)
+            tensors.append(tensor)
+        args, kwargs = self.system.arguments.rebuild(tensors)
+        unknown = vmap(self.system.raveler.unravel)(x)
+        return Case(_batched(self.system.function), unknown, args, kwargs)
+
     def single(self, number: int) -> Problem:
         """Return the problem at ``number`` of the batch as a batch of one, with its own slice of every tensor."""
         return Problem(self.system.at_levels(()), self._slices(number))
@@ -416,6 +434,22 @@ class Problem:
     def shaped(self, x: torch.Tensor) -> torch.Tensor:
         """Return ``x`` (batch, n) with an axis for each level of the batch in place of the first."""
         return x.reshape(*self.system.batch_shape, self.size)
+
+
+def _batched(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Return ``function`` for arguments whose dense tensors have a batch axis in front."""
+
+    def batched(*args: Any, **kwargs: Any) -> Any:
+        leaves, structure = pytree.tree_flatten((args, kwargs))
+        dims = tuple(0 if isinstance(leaf, torch.Tensor) and leaf.layout is torch.strided else None for leaf in leaves)
+
+        def one(*single: Any) -> Any:
+            args, kwargs = pytree.tree_unflatten(single, structure)
+            return function(*args, **kwargs)
+
+        return vmap(one, in_dims=dims)(*leaves)
+
+    return batched
 
 
 def _plain(tensor: torch.Tensor) -> torch.Tensor:

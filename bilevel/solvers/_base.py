@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from typing import Any, Protocol, TypeAlias, TypeVar
@@ -181,13 +181,16 @@ class CallableSolver(InnerSolver):
     def name(self) -> str:
         return getattr(self.function, "__name__", type(self.function).__name__)
 
-    def solve(self, problem: Problem, init: torch.Tensor, goal: Goal) -> InnerSolution:
-        raveler = problem.system.raveler
-        rows = []
+    def answers(self, problem: Problem, init: torch.Tensor) -> Iterator[Any]:
+        """Yield what the function returns for each problem."""
         for case in problem.cases(init):
             with torch.enable_grad():  # a user's solver may call backward
                 found = self.function(case.function, case.init, *case.args, **case.kwargs)
-            rows.append(ravel_like(found, raveler, problem.where, f"solver {self.name}").detach())
+            yield found
+
+    def solve(self, problem: Problem, init: torch.Tensor, goal: Goal) -> InnerSolution:
+        raveler, what = problem.system.raveler, f"solver {self.name}"
+        rows = [ravel_like(found, raveler, problem.where, what).detach() for found in self.answers(problem, init)]
         x = torch.stack(rows).to(init) if rows else init
         unknown = torch.zeros(init.shape[0], dtype=torch.int64, device=init.device)
         return InnerSolution(x, unknown, torch.full_like(unknown, Status.NOT_CONVERGED))

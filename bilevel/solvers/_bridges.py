@@ -65,9 +65,7 @@ def by_callable(
     def solve(program: Program, init: torch.Tensor) -> Answer:
         raveler = problem.system.raveler
         rows, given = [], []
-        for case in problem.cases(init.to(raveler.dtype)):
-            with torch.enable_grad():  # a user's solver may call backward
-                found = solver.function(case.function, case.init, *case.args, **case.kwargs)
+        for found in solver.answers(problem, init.to(raveler.dtype)):
             multipliers: Any = None
             if isinstance(found, tuple) and len(found) == 2 and pytree.tree_structure(found) != raveler.structure:
                 found, multipliers = found

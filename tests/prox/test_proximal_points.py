@@ -302,3 +302,14 @@ def test_autocast_leaves_the_precision_alone(case: Case) -> None:
     for found, expected in zip(cast, plain, strict=True):
         assert found.dtype == torch.float32
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_a_transport_plan_far_from_its_matrix_meets_its_sums_or_is_nan():
+    row = torch.tensor([0.5, 0.5], dtype=torch.float64)
+    column = torch.tensor([0.2, 0.3, 0.5], dtype=torch.float64)
+    term, draws = prox.TransportPolytope(row, column), torch.Generator().manual_seed(0)
+    for _ in range(20):
+        plan = term.prox(1e8 * torch.randn(2, 3, dtype=torch.float64, generator=draws))
+        if not bool(plan.isnan().all()):
+            torch.testing.assert_close(plan.sum(1), row)
+            torch.testing.assert_close(plan.sum(0), column)

@@ -51,6 +51,7 @@ METHOD_FUNCTIONS = {
 
 # Methods without a paper, and why.
 NO_REFERENCES = {
+    "BatchedSolver": "it has no method of its own",
     "Custom": "the user's own term",
     "Zero": "the identity",
 }

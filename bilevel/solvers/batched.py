@@ -18,14 +18,14 @@ __all__ = ["BatchedSolver"]
 
 @dataclass(frozen=True)
 class BatchedSolver(CallableSolver):
-    """Call a function (objective, init, *args, **kwargs) -> x once for the whole batch, where a plain function is called for each problem.
+    """Call a user's function once for the whole batch, where a plain function is called for each problem.
 
     Usable as a decorator. Several levels of ``vmap`` are one batch axis; a call without ``vmap`` is a batch of one.
 
     Parameters
     ----------
     function
-        Its ``init`` and every dense tensor of its arguments have the shape (batch, ...), also those that all problems share. Sparse
+        Called as ``function(objective, init, *args, **kwargs)``; returns x. Its ``init`` and every dense tensor of its arguments have the shape (batch, ...), also those that all problems share. Sparse
         tensors and other values come as they are. ``objective`` (a residual or mapping for the other layers) takes such
         arguments, and returns (batch,) or (batch, ...). The answer has the pytree of ``init``, with leaves (batch, ...). With constraints it may be
         (x, multipliers), batched alike.
@@ -36,10 +36,6 @@ class BatchedSolver(CallableSolver):
         If ``function`` is not callable.
     ShapeError
         In a call, if the answer has no batch axis of the right size.
-
-    References
-    ----------
-    A batch of problems is solved as one; see :doc:`/explanation/design`.
 
     Examples
     --------

@@ -167,6 +167,10 @@ MUTATIONS = (
         (OUTER, "-k", "no_edit"),
     ),
     Mutation(
+        "averaged parameters are lost when a run goes on", "meta/training.py", 'self.averaged.load_state_dict(state["averaged"])', "pass",
+        ("tests/meta/test_training.py", "-k", "bit_for_bit"),
+    ),
+    Mutation(
         "a validation that a killed run owed is lost", "meta/training.py", "return self.step > validated and",
         "return bool(self.history) and self.history[-1].step == validated + 1 and",
         ("tests/meta/test_training.py", "-k", "owed"),

@@ -59,16 +59,25 @@ def train(
     hessian_free: Annotated[
         bool, typer.Option("--hessian-free", help="Adapt by Newton-CG with a line search.")
     ] = _DEFAULT.hessian_free,
+    line_search: Annotated[
+        bool, typer.Option("--line-search/--no-line-search", help="Shorten a step that does not descend.")
+    ] = _DEFAULT.line_search,
     cg_steps: Annotated[int, typer.Option(help="Steps of conjugate gradients.")] = _DEFAULT.cg_steps,
     damping: Annotated[
         float, typer.Option(help="Added to the linear system's eigenvalues; 0 for the paper's.")
     ] = _DEFAULT.damping,
+    safeguard: Annotated[
+        bool, typer.Option("--safeguard/--no-safeguard", help="Damp the tasks whose curvature is negative.")
+    ] = _DEFAULT.safeguard,
     lam: Annotated[float, typer.Option(help="Strength of the proximal term.")] = _DEFAULT.lam,
     learn_lam: Annotated[bool, typer.Option("--learn-lam", help="Learn it too.")] = _DEFAULT.learn_lam,
     mode: Annotated[Mode, typer.Option(help="The paper's procedure, or the released code's.")] = Mode.PAPER,
     tasks_per_step: Annotated[int, typer.Option(help="Tasks of a meta-step.")] = _DEFAULT.tasks_per_step,
     outer_lr: Annotated[float, typer.Option(help="Step size of Adam.")] = _DEFAULT.outer_lr,
     clip: Annotated[float, typer.Option(help="Norm that the meta-gradient is clipped to.")] = _DEFAULT.clip,
+    average: Annotated[
+        float, typer.Option(help="Decay of the running mean of the parameters that is measured; 0 for none.")
+    ] = _DEFAULT.average,
     rotations: Annotated[
         bool, typer.Option("--rotations/--no-rotations", help="Turned characters as classes of their own.")
     ] = _DEFAULT.rotations,
@@ -145,7 +154,7 @@ def measure(
     with processes(device) as here:
         setup = set_up(state["data"], recipe, here.device)
         learner = recipe.learner(setup.model, setup.loss).to(here.device)
-        learner.load_state_dict(state["learner"])
+        learner.load_state_dict(state["averaged"])
         sampler = setup.validation()
         if data is not None:
             sampler = unseen(characters(data), recipe, here.device, seed=seed)
@@ -216,7 +225,7 @@ def _run(
         bar.begin("measuring", test_tasks)
         sampler = trainer.setup.validation()
         sampler.generator.manual_seed(trainer.recipe.seed + 2)  # not the tasks that were validated on
-        score = evaluate(trainer.learner, sampler, test_tasks, bar.reach)
+        score = evaluate(trainer.averaged, sampler, test_tasks, bar.reach)
     if leads:
         _write(trainer, output, score)
         print(

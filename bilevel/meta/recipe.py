@@ -17,6 +17,7 @@ from bilevel.meta.images import LabelledImages, split_classes
 from bilevel.meta.imaml import IMAML
 from bilevel.meta.models import conv_network
 from bilevel.meta.omniglot import download_omniglot, load_omniglot
+from bilevel.meta.safeguarded import SafeguardedCG
 from bilevel.meta.sampler import FewShotSampler
 from bilevel.meta.seeds import check_seed
 
@@ -37,17 +38,25 @@ class Recipe:
         Classes of a task, and support and query images of each class in training.
     inner_steps, inner_lr
         Of gradient descent from θ; for the Hessian-free solver the steps of Newton's method.
+    line_search
+        Halve an inner step of gradient descent, for each task by itself, until the inner objective falls. A fixed step is too
+        long once training has raised the curvature, and adaptation then ends nowhere near a minimum.
     hessian_free
         Adapt by Newton's method with conjugate gradients and a line search, the paper's second variant.
     cg_steps, damping
         Of the linear solve: steps, and γ added to ∇²L̂ + λI, which keeps it positive definite where adaptation stops short
         of a minimum. The paper has none.
+    safeguard
+        Where ``damping`` is 0, damp a task whose ∇²L̂ + λI has negative curvature, and no other. Otherwise its direction is
+        that of conjugate gradients cut off there.
     lam, learn_lam
         λ, and whether it is learned.
     mode
         ``"paper"`` or ``"released"``, see :class:`bilevel.IMAML`.
     tasks_per_step, outer_lr, clip
         Tasks of a meta-step, the step of Adam, and the norm that the meta-gradient is clipped to.
+    average
+        Decay of the running mean of the learned parameters, which is what is measured and saved as ``averaged``; 0: none.
     rotations
         Take each class turned by quarters as classes of their own, in training.
     hold_out
@@ -70,15 +79,18 @@ class Recipe:
     queries: int = 5
     inner_steps: int = 8
     inner_lr: float = 0.05
+    line_search: bool = False
     hessian_free: bool = False
     cg_steps: int = 3
     damping: float = 0.0
+    safeguard: bool = False
     lam: float = 1.0
     learn_lam: bool = False
     mode: Literal["paper", "released"] = "paper"
     tasks_per_step: int = 8
     outer_lr: float = 2e-3
     clip: float = 1.0
+    average: float = 0.0
     rotations: bool = True
     hold_out: int = 5
     validation_tasks: int = 200
@@ -92,7 +104,7 @@ class Recipe:
             value = getattr(self, item.name)
             if isinstance(item.default, bool) or item.name in ("seed", "mode"):
                 continue
-            least = 2 if item.name == "ways" else 0 if item.name == "damping" else 1
+            least = 2 if item.name == "ways" else 0 if item.name in ("damping", "average") else 1
             whole = isinstance(item.default, int)
             fits = (
                 isinstance(value, int) and value <= _MOST
@@ -104,15 +116,22 @@ class Recipe:
                 raise bilevel.ArgumentError(
                     f"expected {item.name.replace('_', '-')} to be a {'whole ' if whole else ''}number {bound}, got {value!r}"
                 )
+        if self.average >= 1:
+            raise bilevel.ArgumentError(
+                f"expected average to be a number >= 0 and < 1, got {self.average!r}; 0 takes no mean"
+            )
 
     def learner(self, model: nn.Module, loss: Callable[[Any, Any], torch.Tensor]) -> IMAML:
         """Return the :class:`bilevel.IMAML` that this recipe describes."""
-        solver: Any = bilevel.GradientDescent(lr=self.inner_lr, max_steps=self.inner_steps)
+        search = self.line_search and self.mode == "paper"  # the released code has none
+        solver: Any = bilevel.GradientDescent(lr=self.inner_lr, max_steps=self.inner_steps, line_search=search)
         if self.hessian_free:
             solver = bilevel.Newton(max_steps=self.inner_steps, dense_limit=0, linear_steps=self.cg_steps)
         linear: Any = bilevel.CG(max_steps=self.cg_steps)
         if self.damping and self.mode == "paper":
             linear = bilevel.Damped(linear, damping=self.damping)
+        elif self.safeguard and self.mode == "paper":
+            linear = SafeguardedCG(max_steps=self.cg_steps)
         # Training goes on over a task whose linear solve fails; the report of each step counts them.
         return IMAML(
             model, loss, self.lam, solver, linear, on_failure="ignore", mode=self.mode, learn_lam=self.learn_lam

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import math
 import os
 import time
@@ -25,7 +26,7 @@ from bilevel.meta.tasks import Tasks
 
 __all__ = ["Score", "StepRecord", "Trainer", "evaluate", "read_checkpoint"]
 
-FORMAT = 1
+FORMAT = 2
 """Version of the checkpoint's layout."""
 
 _TASKS_AT_ONCE = 25
@@ -120,6 +121,10 @@ class Trainer:
         if here.world > 1:
             self._module = nn.parallel.DistributedDataParallel(self.learner)
         self.optimizer = torch.optim.Adam(self.learner.parameters(), lr=recipe.outer_lr)
+        # What is measured: the learner itself, or one whose parameters are the running mean of its own.
+        self.averaged: IMAML = self.learner
+        if recipe.average:
+            self.averaged = recipe.learner(copy.deepcopy(self.setup.model), self.setup.loss).to(here.device)
         self.step = 0
         self.seconds = 0.0
         self.history: list[StepRecord] = []
@@ -166,6 +171,7 @@ class Trainer:
         if finite:  # a step to NaN would end the run; the record counts it as failed
             self.optimizer.step()
         self.step += 1
+        self._average()
         taken = time.perf_counter() - begun
         self.seconds += taken
         forward = [r for r in reports if r.direction is bilevel.Pass.FORWARD]
@@ -188,9 +194,18 @@ class Trainer:
         self.history.append(record)
         return record
 
+    @torch.no_grad()
+    def _average(self) -> None:
+        """Move the averaged parameters towards the learner's; the first steps average over all steps so far."""
+        if self.averaged is self.learner:
+            return
+        share = max(1 - self.recipe.average, 1 / self.step)
+        for mean, value in zip(self.averaged.parameters(), self.learner.parameters(), strict=True):
+            mean.lerp_(value, share)
+
     def validate(self) -> Score:
         """Return the score on the same unseen tasks each time, and keep it."""
-        score = evaluate(self.learner, self.setup.validation(), self.recipe.validation_tasks)
+        score = evaluate(self.averaged, self.setup.validation(), self.recipe.validation_tasks)
         self.validations.append((self.step, score))
         return score
 
@@ -202,6 +217,7 @@ class Trainer:
                 "data": self.data,
                 "recipe": asdict(self.recipe),
                 "learner": self.learner.state_dict(),
+                "averaged": self.averaged.state_dict(),
                 "optimizer": self.optimizer.state_dict(),
                 "generator": self.setup.training.generator.get_state(),
                 "random": torch.get_rng_state(),
@@ -215,6 +231,7 @@ class Trainer:
     def load(self, state: dict[str, Any]) -> None:
         """Go on from :meth:`state`."""
         self.learner.load_state_dict(state["learner"])
+        self.averaged.load_state_dict(state["averaged"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.setup.training.generator.set_state(state["generator"].cpu())
         torch.set_rng_state(state["random"].cpu())

@@ -12,6 +12,7 @@ import sys
 import textwrap
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from bilevel.cli.main import main
 from bilevel.meta import draw_glyphs
 from bilevel.meta.processes import Processes, _contexts, _contexts_dropped, processes
 from bilevel.meta.recipe import Recipe, set_up
+from bilevel.meta.safeguarded import SafeguardedCG
 from bilevel.meta.training import Score, Trainer, read_checkpoint
 from tests.states import damaged, edited, same
 
@@ -73,11 +75,16 @@ def test_training_lowers_the_loss(folder: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "changes", [{}, {"learn_lam": True, "amp": True}, {"mode": "released"}, {"hessian_free": True}]
+    "changes",
+    [
+        {},
+        {"learn_lam": True, "amp": True},
+        {"mode": "released"},
+        {"hessian_free": True},
+        {"average": 0.9, "line_search": True, "safeguard": True},
+    ],
 )
 def test_going_on_is_bit_for_bit(folder: Path, tmp_path: Path, changes: dict[str, Any]) -> None:
-    from dataclasses import replace
-
     recipe = replace(SMALL, **changes)
     whole = Trainer(str(folder), recipe, HERE)
     whole.train(steps=6)
@@ -96,6 +103,8 @@ def test_going_on_is_bit_for_bit(folder: Path, tmp_path: Path, changes: dict[str
             k: v for k, v in vars(b).items() if k not in unlike
         }
     assert whole.validations == second.validations
+    for a, b in zip(whole.averaged.parameters(), second.averaged.parameters(), strict=True):
+        assert torch.equal(a, b)
 
 
 def test_a_step_that_is_not_finite_is_not_taken(folder: Path) -> None:
@@ -115,11 +124,64 @@ def test_a_score_has_an_interval() -> None:
 
 @pytest.mark.parametrize(
     "settings",
-    [{"ways": 1}, {"lam": 0.0}, {"inner_lr": float("inf")}, {"cg_steps": 0}, {"damping": -1.0}, {"shots": 1.5}],
+    [
+        {"ways": 1},
+        {"lam": 0.0},
+        {"inner_lr": float("inf")},
+        {"cg_steps": 0},
+        {"damping": -1.0},
+        {"average": 1.0},
+        {"shots": 1.5},
+    ],
 )
 def test_recipes_that_are_none(settings: dict[str, Any]) -> None:
     with pytest.raises(bilevel.ArgumentError, match="expected"):
         Recipe(**settings)
+
+
+def test_the_first_averages_are_plain_means() -> None:
+    trainer, seen = Trainer("glyphs", replace(SMALL, average=0.99), HERE), []
+    for _ in range(3):
+        trainer.train_step()
+        seen.append(weights(trainer))
+    mean = torch.cat([p.detach().reshape(-1) for p in trainer.averaged.parameters()])
+    torch.testing.assert_close(mean, torch.stack(seen).mean(0))
+    assert not torch.equal(mean, seen[-1])
+
+
+def test_an_average_decays() -> None:
+    trainer = Trainer("glyphs", replace(SMALL, average=0.5), HERE)
+    seen = []
+    for _ in range(4):
+        trainer.train_step()
+        seen.append(weights(trainer))
+    expected = (seen[0] + seen[1]) / 2  # shares 1, 1/2, then 1/2 for good
+    for value in seen[2:]:
+        expected = (expected + value) / 2
+    mean = torch.cat([p.detach().reshape(-1) for p in trainer.averaged.parameters()])
+    torch.testing.assert_close(mean, expected)
+
+
+def test_without_an_average_the_learner_is_measured() -> None:
+    trainer = Trainer("glyphs", SMALL, HERE)
+    assert trainer.averaged is trainer.learner
+
+
+def test_a_line_search_shortens_steps_that_are_too_long() -> None:
+    def residual(line_search: bool) -> float:
+        recipe = replace(SMALL, inner_lr=20.0, inner_steps=8, line_search=line_search)
+        return Trainer("glyphs", recipe, HERE).train_step().inner_residual
+
+    assert residual(True) < 0.5 < residual(False)
+
+
+def test_a_recipe_chooses_the_linear_solver() -> None:
+    def solver(**settings: Any) -> Any:
+        return replace(SMALL, **settings).learner(torch.nn.Linear(2, 1), torch.nn.functional.mse_loss).linear_solver
+
+    assert solver(safeguard=True) == SafeguardedCG(max_steps=2)
+    assert solver() == bilevel.CG(max_steps=2)
+    assert solver(damping=0.5) == bilevel.Damped(bilevel.CG(max_steps=2), damping=0.5)
 
 
 def test_tasks_are_shared_evenly() -> None:

@@ -25,9 +25,10 @@ class BatchedSolver(CallableSolver):
     Parameters
     ----------
     function
-        Called as ``function(objective, init, *args, **kwargs)``; returns x. Its ``init`` and every dense tensor of its arguments have the shape (batch, ...), also those that all problems share. Sparse
-        tensors and other values come as they are. ``objective`` (a residual or mapping for the other layers) takes such
-        arguments, and returns (batch,) or (batch, ...). The answer has the pytree of ``init``, with leaves (batch, ...). With constraints it may be
+        Called as ``function(objective, init, *args, **kwargs)``; returns x. Its ``init`` and every dense tensor of its
+        arguments have the shape (batch, ...), also those that all problems share. Sparse tensors and other values come as
+        they are. ``objective`` (a residual or mapping for the other layers) takes such arguments, and returns (batch,) or
+        (batch, ...). The answer has the pytree of ``init``, with leaves (batch, ...). With constraints it may be
         (x, multipliers), batched alike.
 
     Raises

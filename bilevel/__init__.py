@@ -78,7 +78,7 @@ from bilevel.solvers.torch_optimizer import TorchOptimizer
 from bilevel.tolerance import AUTO, Tolerance
 
 if TYPE_CHECKING:
-    from bilevel import cleaning, stochastic, testing
+    from bilevel import cleaning, display, loggers, stochastic, testing
     from bilevel.hyperopt.problem import HyperparameterOptimization
     from bilevel.meta.imaml import IMAML
 
@@ -182,10 +182,12 @@ __all__ = [
     "argmin",
     "certificates",
     "cleaning",
+    "display",
     "equilibrium",
     "fixed_point",
     "least_squares",
     "linear_solve",
+    "loggers",
     "minimize",
     "operators",
     "prox",
@@ -204,6 +206,8 @@ _IMPORTED_WHEN_USED = {
     "HyperparameterOptimization": "bilevel.hyperopt.problem",
     "IMAML": "bilevel.meta.imaml",
     "cleaning": "bilevel.cleaning",
+    "display": "bilevel.display",
+    "loggers": "bilevel.loggers",
     "stochastic": "bilevel.stochastic",
     "testing": "bilevel.testing",
 }

@@ -1,26 +1,33 @@
-"""Watching an outer loop: a progress bar, and a picture of its history with error bars."""
+"""Watching a run: a progress bar, and pictures of its history."""
 
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import bilevel
+from bilevel.stochastic import StepResult
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["ProgressBar", "plot_history"]
+__all__ = ["ProgressBar", "plot_history", "plot_steps"]
+
+_SECONDS_BETWEEN = 0.1  # between two readings of a device
 
 
 class ProgressBar:
-    """A callback of :func:`bilevel.minimize` that draws a bar with the value, ‖ĝ‖ and its error; a context manager.
+    """A callback that draws a bar with the values, the norm of the hypergradient and what is known of its error; a context manager.
+
+    For :func:`bilevel.minimize` the error is the bound of ‖ĝ − g‖. For ``bilevel.stochastic.StepOptions(callback=bar)`` the bar has both
+    losses, and the residual ‖H q − ∇_φ F‖ where the method has an adjoint q. Numbers are read from the device ten times a second at most.
 
     Parameters
     ----------
     max_steps
-        What was given to ``minimize``.
+        What was given to ``minimize``, or the number of steps of your loop.
 
     Raises
     ------
@@ -41,22 +48,30 @@ class ProgressBar:
         self._bar: Any = Progress(
             TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
         )  # fmt: skip
-        self._task = self._bar.add_task("outer value", total=max_steps)
+        self._task = self._bar.add_task("", total=max_steps)
+        self._last: StepResult | bilevel.OuterStep | None = None
+        self._read = -math.inf
 
     def __enter__(self) -> ProgressBar:
         self._bar.start()
         return self
 
     def __exit__(self, *error: Any) -> None:
+        if self._last is not None:
+            self._bar.update(self._task, description=describe(self._last))
         self._bar.stop()
 
-    def __call__(self, run: bilevel.OuterRun) -> None:
-        """Show the present point of ``run``."""
-        self._bar.update(self._task, completed=run.history[-1].number - 1, description=describe(run.history[-1]))
+    def __call__(self, run: bilevel.OuterRun | StepResult) -> None:
+        """Show the present point of a run, or what a step found."""
+        last = self._last = run if isinstance(run, StepResult) else run.history[-1]
+        self._bar.update(self._task, completed=last.step if isinstance(last, StepResult) else last.number - 1)
+        if time.perf_counter() - self._read >= _SECONDS_BETWEEN:
+            self._bar.update(self._task, description=describe(last))
+            self._read = time.perf_counter()
 
 
-def describe(step: bilevel.OuterStep) -> str:
-    """Return a point of an outer loop in a few words.
+def describe(step: bilevel.OuterStep | StepResult) -> str:
+    """Return a point of an outer loop, or a step of a stochastic method, in a few words.
 
     Examples
     --------
@@ -64,6 +79,15 @@ def describe(step: bilevel.OuterStep) -> str:
     >>> describe(bilevel.OuterStep(1, 0.5, 0.5, 0.0, 0.2, 0.01, basis, 1e-3, 1e-3, 9, 5, math.nan, 1, 0.1))
     'outer value 0.5, gradient 0.2 ± 0.01'
     """
+    if isinstance(step, StepResult):
+        if step.skipped:
+            return "skipped: a direction is not finite"
+        residual = step.adjoint_residual_norm
+        return (
+            f"inner loss {float(step.inner_loss):.4g}, outer loss {float(step.outer_loss):.4g}, hypergradient "
+            f"{float(step.hypergradient_norm):.3g}"
+            + ("" if residual is None else f", adjoint residual {float(residual):.2g}")
+        )
     error = f" ± {step.error_bound:.2g}" if math.isfinite(step.error_bound) else ""
     return f"outer value {step.corrected_value:.6g}, gradient {step.gradient_norm:.3g}{error}"
 
@@ -114,6 +138,59 @@ def plot_history(history: Sequence[bilevel.OuterStep], title: str = "") -> Figur
     accuracies.semilogy(numbers, [step.delta_prime for step in history], ".-", label="δ′, linear solve")
     accuracies.set(xlabel="outer step", ylabel="asked, or residual reached")
     accuracies.legend()
+    return figure
+
+
+def plot_steps(results: Sequence[StepResult], title: str = "") -> Figure:
+    """Draw a run of a stochastic method: both losses, the norms of its gradients, and the residual of its adjoint.
+
+    Parameters
+    ----------
+    results
+        What ``method.step`` returned; ``StepOptions(callback=results.append)`` gathers it in a list. Skipped steps are marked.
+    title
+        Above the picture.
+
+    Returns
+    -------
+    matplotlib.figure.Figure
+        With a canvas of its own: ``figure.savefig("run.png")`` writes it.
+
+    Raises
+    ------
+    bilevel.ArgumentError
+        If no step was made, or matplotlib, of the extra ``cli``, is not installed.
+    """
+    made = [result for result in results if not result.skipped]
+    if not made:
+        raise bilevel.ArgumentError(
+            f"plot_steps: expected at least one step that was not skipped, got {len(results)} steps, all skipped; pass the results of "
+            "method.step"
+        )
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise _missing("matplotlib", "a picture") from error
+    figure = Figure(figsize=(6.4, 6.4), layout="constrained")
+    losses, norms = figure.subplots(2, 1, sharex=True)
+    lines = (
+        (losses, "outer_loss", "outer loss"), (losses, "inner_loss", "inner loss"), (norms, "hypergradient_norm", "hypergradient"),
+        (norms, "inner_gradient_norm", "inner gradient"), (norms, "adjoint_residual_norm", "residual of the adjoint"),
+    )  # fmt: skip
+    for axes, name, label in lines:
+        known = [(result.step, float(getattr(result, name))) for result in made if getattr(result, name) is not None]
+        if any(math.isfinite(number) for _, number in known):
+            axes.plot(*zip(*known, strict=True), ".-", ms=3, lw=1, label=label)
+    skipped = [result.step + 0.5 for result in results if result.skipped]
+    if skipped:
+        low = [0.0] * len(skipped)
+        losses.plot(skipped, low, "|", ms=12, color="C3", transform=losses.get_xaxis_transform(), label="skipped")
+    losses.set(ylabel="loss", title=title.replace("$", r"\$"))
+    norms.set(ylabel="norm", xlabel="step")
+    if any(y > 0 for line in norms.lines for y in line.get_ydata()):
+        norms.set_yscale("log")
+    losses.legend()
+    norms.legend()
     return figure
 
 

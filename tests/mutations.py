@@ -68,6 +68,14 @@ def cells(row: str, *columns: str) -> tuple[str, ...]:
 
 MUTATIONS = (
     Mutation(
+        "every process of a run writes to the logger", "loggers.py", "number % self.every == 0 and _is_first_process()",
+        "number % self.every == 0", ("tests/test_loggers.py", "-k", "first_process"),
+    ),
+    Mutation(
+        "MLflow begins a run of its own", "loggers.py", "if self._mlflow.active_run() is None:", "if False:",
+        ("tests/test_loggers.py", "-k", "mlflow"),
+    ),
+    Mutation(
         "check_gradients accuses a constrained layer", "testing/gradients.py",
         "if subject.layer.structure is not None:", "if False:",
         ("tests/testing/test_gradients.py", "-k", "references_do_not_know"),

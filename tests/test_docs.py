@@ -16,7 +16,18 @@ import bilevel
 import bilevel.errors
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
-SUBMODULES = ("prox", "robust", "stochastic", "cleaning", "testing", "meta", "operators", "certificates")
+SUBMODULES = (
+    "prox",
+    "robust",
+    "stochastic",
+    "cleaning",
+    "testing",
+    "display",
+    "loggers",
+    "meta",
+    "operators",
+    "certificates",
+)
 # These are explained by the pages of what they belong to: the version, and the submodules themselves.
 WITHOUT_A_PAGE = {"__version__", *SUBMODULES}
 

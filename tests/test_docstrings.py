@@ -33,7 +33,7 @@ from bilevel.robust import RobustLoss
 from bilevel.solvers._base import InnerSolver
 from bilevel.stochastic import StochasticMethod
 
-SUBMODULES = ("prox", "robust", "stochastic", "cleaning", "testing", "operators", "certificates", "meta")
+SUBMODULES = ("prox", "robust", "stochastic", "cleaning", "testing", "loggers", "operators", "certificates", "meta")
 
 # A class below one of these is a published method: its docstring names the paper.
 METHODS = (InnerSolver, LinearSolver, StochasticMethod, Term, RobustLoss, Differentiation, OuterMethod)
@@ -76,8 +76,9 @@ CONTAINERS = {
     "StepResult", "Support",
 }  # fmt: skip
 
-# Abstract bases whose example is that of a subclass.
+# Abstract bases whose example is that of a subclass, and what needs a package that is not here.
 NO_EXAMPLE = {
+    "MLflowLogger": "needs MLflow, which is not installed here",
     "AdjointMethod": "see SOBA, a method with an adjoint",
     "StochasticMethod": "see SOBA",
     "assert_gradients": "it prints nothing: the example shows the error",

@@ -166,6 +166,13 @@ class StochasticMethod(ABC):
             BatchSource(inner_batch, f"{self.where}.step, inner_batch", self.options.accumulate),
             BatchSource(outer_batch, f"{self.where}.step, outer_batch", self.options.accumulate),
         )
+        result = self._step(*sources)
+        callback = self.options.callback
+        for call in (callback,) if callable(callback) else callback:
+            call(result)
+        return result
+
+    def _step(self, *sources: BatchSource) -> StepResult:
         self._prepare()
         try:
             found = self._directions(*sources)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -41,6 +42,8 @@ class StepOptions:
         default group, where ``torch.distributed`` is initialised.
     seed
         Of the method's own random numbers. The same in every process.
+    callback
+        A function of the :class:`StepResult`, or several, called at the end of each step, skipped ones included. It is called in every process.
 
     Raises
     ------
@@ -64,6 +67,7 @@ class StepOptions:
     accumulate: int = 1
     process_group: Any = None
     seed: int = 0
+    callback: Callable[[StepResult], Any] | Sequence[Callable[[StepResult], Any]] = ()
 
     def __post_init__(self) -> None:
         for name in ("max_norm", "inner_max_norm", "adjoint_max_norm"):
@@ -80,6 +84,12 @@ class StepOptions:
                 f"StepOptions: expected autocast to be torch.bfloat16, torch.float16 or None, got {self.autocast!r}; pass one of them"
             )
         check_steps("StepOptions", "accumulate", self.accumulate)
+        if not callable(self.callback) and not (
+            isinstance(self.callback, Sequence) and all(callable(call) for call in self.callback)
+        ):
+            raise ArgumentError(
+                f"StepOptions: expected callback to be a function of a StepResult, or a list of functions, got {self.callback!r}; pass that"
+            )
 
 
 @dataclass(frozen=True, eq=False)

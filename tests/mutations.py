@@ -1394,6 +1394,16 @@ MUTATIONS = (
         "shorter = torch.where(beyond, torch.minimum(shorter, within), shorter)", "pass",
         ("tests/zoo/test_default_faults.py", "-k", "exponential_from_where"),
     ),
+    Mutation(
+        "large units hide small ones", "solvers/fixed_point.py",
+        "ended = ended & (absorbed | (size <= floor).all(dim=-1))", "pass",
+        ("tests/zoo/test_default_faults.py", "-k", "large_units"),
+    ),
+    Mutation(
+        "no second search along what rounding leaves", "solvers/newton.py",
+        "return _again(problem, operator, state, direction, threshold, active, found, verdict)", "pass",
+        ("tests/zoo/test_default_faults.py", "-k", "direction_of_others"),
+    ),
 )  # fmt: skip
 
 

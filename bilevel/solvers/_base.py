@@ -34,6 +34,7 @@ __all__ = [
     "is_lone",
     "iterate",
     "length",
+    "merge",
 ]
 
 
@@ -294,7 +295,7 @@ def iterate(
         whole = all_finite(new.x)
         if verdict is None and bool(usual.all() & whole):
             # Nothing ends here, which one look at the batch has told: the statuses need no work.
-            state = new if everyone else _merge(active, new, state)
+            state = new if everyone else merge(active, new, state)
         elif everyone and verdict is None and bool((norm <= threshold).all() & whole):
             state, status, anyone = new, torch.full_like(running, Status.CONVERGED), False
             together += 1
@@ -308,7 +309,7 @@ def iterate(
             lost = broken & (outcome != Status.DIVERGED)
             outcome = torch.where(lost, torch.full_like(running, Status.NOT_FINITE), outcome)
             ended_badly = broken if verdict is None else broken | (verdict != Status.RUNNING)
-            state = _merge(active & ~ended_badly, new, state)
+            state = merge(active & ~ended_badly, new, state)
             status = torch.where(active, outcome, status)
         if everyone:
             together += 1
@@ -323,7 +324,7 @@ def iterate(
     return InnerSolution(state.x, iterations, status, state.residual, getattr(state, "value", None)), state
 
 
-def _merge(moved: torch.Tensor, new: S, old: S) -> S:
+def merge(moved: torch.Tensor, new: S, old: S) -> S:
     """Return ``new`` for the problems that moved and ``old`` for the others."""
     if bool(moved.all()):
         return new

@@ -516,9 +516,12 @@ def _weigh(
     vanished = (norm := length(residual)) <= torch.finfo(x.dtype).eps * goal.scale
     # Of an unknown that is as near to zero as asked, the error may be larger than the unknown.
     far_off = (norm > 0) & ((error > _ENDLESS * x.abs()) & (error > allowed)).any(dim=-1) & ~good
-    status = torch.where(
-        vanished & far_off & (noticed != Status.CONVERGED), torch.full_like(status, Status.DIVERGED), status
-    )
+    endless = vanished & far_off & (noticed != Status.CONVERGED)
+    if bool(endless.any()):
+        # Each equation by itself: the first residual of an unknown in large units may exceed all that one in small units ever has.
+        first = problem.residual(start).abs().nan_to_num(posinf=torch.finfo(x.dtype).max)
+        endless = endless & (residual.abs() <= torch.finfo(x.dtype).eps * first).all(dim=-1)
+        status = torch.where(endless, torch.full_like(status, Status.DIVERGED), status)
     status = torch.where(found.indefinite & (good | rounded), torch.full_like(status, Status.INDEFINITE), status)
     return _Weighed(good & (status == Status.RUNNING), ratio, rounded, length(noise), far_off, status)
 

@@ -362,7 +362,7 @@ class _Runs:
             return torch.where(drifting, int(Status.DIVERGED), int(Status.RUNNING))
         self._restart(stalled)
         self.stride, self.watched = torch.where(stalled, self.stride.clamp(min=1.0), self.stride), True
-        return rounding_verdict(self.problem, state.x, state.residual, stalled)
+        return rounding_verdict(self.problem, state.x, state.residual, stalled, self.threshold)
 
 
 class _Memory:

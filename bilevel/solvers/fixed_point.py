@@ -30,20 +30,36 @@ def check_fixed_point(problem: Problem, solver: str) -> None:
 
 
 def rounding_verdict(
-    problem: Problem, x: torch.Tensor, residual: torch.Tensor, stalled: torch.Tensor
+    problem: Problem, x: torch.Tensor, residual: torch.Tensor, stalled: torch.Tensor, threshold: torch.Tensor
 ) -> torch.Tensor | None:
     """Return ``STAGNATED`` for those ``stalled`` whose R at ``x`` is at rounding level, ``RUNNING`` for the others; None if all are.
 
-    Rounding level is eight times what R changes by when every entry of ``x`` moves by one unit in its last place: one evaluation. It is also one
-    such unit of each entry, as x − T(x) is a multiple of it.
+    Rounding level is eight times what R changes by when every entry of ``x`` moves by one unit in its last place, as a norm: one evaluation.
+    It is also one such unit of each entry, as x − T(x) is a multiple of it. Each entry has to be at its own rounding, or so small that the
+    others keep ‖R‖ above ``threshold``: the rounding of an unknown in large units hides the progress of one in small units. Two more
+    evaluations measure that.
     """
-    signs = 1 - 2 * (torch.arange(x.shape[-1], device=x.device) * 0.6180339887 % 1).round()
-    perturbed = x * (1 + torch.finfo(x.dtype).eps * signs.to(x))
-    rounding = 8 * (problem.residual(perturbed) - residual).norm(dim=-1)
-    absorbed = (residual.abs() <= torch.finfo(x.dtype).eps * x.abs()).all(dim=-1)
-    ended = stalled & ((residual.norm(dim=-1) <= rounding) | absorbed)
+    eps, n = torch.finfo(x.dtype).eps, x.shape[-1]
+
+    def moved(irrational: float) -> torch.Tensor:
+        signs = 1 - 2 * (torch.arange(n, device=x.device) * irrational % 1).round()
+        return problem.residual(x * (1 + eps * signs.to(x))) - residual
+
+    size = residual.abs()
+    change = moved(0.6180339887)
+    absorbed = (size <= eps * x.abs()).all(dim=-1)
+    ended = stalled & ((residual.norm(dim=-1) <= 8 * change.norm(dim=-1)) | absorbed)
     if not bool(ended.any()):
         return None
+    if not bool((absorbed | ~ended).all()):
+        # An entry may change little by chance, not three times.
+        own = torch.stack([change.abs(), moved(0.7548776662).abs(), moved(0.5698402910).abs(), eps * x.abs()]).amax(
+            dim=0
+        )
+        floor = torch.maximum(8 * own, threshold.unsqueeze(-1) / n**0.5)
+        ended = ended & (absorbed | (size <= floor).all(dim=-1))
+        if not bool(ended.any()):
+            return None
     return torch.where(ended, int(Status.STAGNATED), int(Status.RUNNING))
 
 
@@ -102,7 +118,7 @@ class FixedPointIteration(InnerSolver):
                 stalled = active & ~(norm < seen)
                 seen = torch.minimum(norm, seen)
                 if bool(stalled.any()):
-                    verdict = rounding_verdict(problem, state.x, state.residual, stalled)
+                    verdict = rounding_verdict(problem, state.x, state.residual, stalled, goal.threshold)
             x = torch.sub(state.x, state.residual, alpha=share)
             return _State(x, problem.residual(x)), verdict
 

@@ -14,7 +14,7 @@ from bilevel.linear.gmres import GMRES
 from bilevel.operators import DenseOperator, LinearOperator
 from bilevel.reports import Status
 from bilevel.setting_checks import check_steps
-from bilevel.solvers._base import Goal, InnerSolution, InnerSolver, is_lone, iterate
+from bilevel.solvers._base import Goal, InnerSolution, InnerSolver, is_lone, iterate, merge
 from bilevel.solvers._degenerate import SLOW
 from bilevel.solvers._error import irregular_signs, meets_negative_curvature
 from bilevel.solvers._truncated_cg import truncated_cg
@@ -33,6 +33,8 @@ _KEPT_NUMBERS = 2**20
 _SHRINKS = 0.05
 # How often a step is shortened where the decrease that it promises is below the rounding of the objective.
 _TRIALS_IN_ROUNDING = 4
+# The slope of ½(‖R‖ / ‖R(x)‖)² along a part of Newton's direction that is worth a second search; along the whole it is −1.
+_WORTH_TRYING = -0.1
 _LEAST_FORCING, _MOST_FORCING = 0.1, 0.5
 
 
@@ -126,7 +128,10 @@ class Newton(InnerSolver):
                 direction = (_dense_descent if problem.minimizes else _dense_root)(operator, state, active)
             else:
                 direction = self._inexact(problem, operator, state, threshold, active)
-            return _search(problem, operator, state, direction, threshold, active)
+            found, verdict = _search(problem, operator, state, direction, threshold, active)
+            if dense and verdict is not None and not problem.minimizes:
+                return _again(problem, operator, state, direction, threshold, active, found, verdict)
+            return found, verdict
 
         solution, state = iterate(start, step, goal, self.max_steps or _MAX_STEPS, descends=True)
         if not problem.minimizes:
@@ -377,6 +382,52 @@ def _search(
     ), verdict  # fmt: skip
 
 
+def _again(
+    problem: Problem,
+    operator: LinearOperator,
+    state: _State,
+    direction: _Direction,
+    threshold: torch.Tensor,
+    active: torch.Tensor,
+    found: _State,
+    verdict: torch.Tensor,
+) -> tuple[_State, torch.Tensor]:
+    """Search anew where Newton's direction led nowhere, along the part of it that rounding leaves.
+
+    Where some unknowns make residuals 1/eps times as large as others do, as exponentials far from the solution, rounding of the first is the
+    direction of the others.
+    """
+    failed = active & ((verdict == Status.LINE_SEARCH_FAILED) | (verdict == Status.SINGULAR))
+    if not bool(failed.any()):
+        return found, verdict
+    matrix, b = operator.dense()[failed], state.residual[failed]
+    unit = state.x[failed].abs()
+    unit = torch.where(unit > 0, unit, torch.ones_like(unit)).unsqueeze(-2)
+    least = 1e3 * matrix.shape[-1] * torch.finfo(matrix.dtype).eps
+    scaled = matrix * unit
+    finite = torch.isfinite(scaled).all(dim=-1).all(dim=-1)
+    inverse = pinv(torch.where(finite[:, None, None], scaled, 0.0), rtol=least)
+    step = -unit.squeeze(-2) * torch.einsum("bij,bj->bi", inverse, b)
+    change = (b * torch.einsum("bij,bj->bi", matrix, step)).sum(dim=-1) / (b * b).sum(
+        dim=-1
+    )  # NaN where the squares overflow
+    other = ((step - direction.d[failed]).abs() > 1e-3 * step.abs()).any(dim=-1)  # not where nothing was left out
+    usable = torch.isfinite(step).all(dim=-1) & (change < _WORTH_TRYING) & other
+    rows = failed.index_put((failed,), usable)
+    if not bool(rows.any()):
+        return found, verdict
+    retried = replace(
+        direction,
+        d=direction.d.index_put((rows,), step[usable]),
+        slope=direction.slope.index_put((rows,), change[usable]),
+        definite=direction.definite & ~rows,
+    )
+    second, ended = _search(problem, operator, state, retried, threshold, rows)
+    moved = rows if ended is None else rows & (ended == Status.RUNNING)
+    verdict = torch.where(moved, torch.full_like(verdict, Status.RUNNING), verdict)
+    return merge(moved, second, found), verdict
+
+
 def _error_left(state: _State) -> torch.Tensor:
     """Return H⁻¹ R (batch, n) by the factors of the last step's Hessian: NaN where these may say nothing of x."""
     assert state.factor is not None
@@ -486,10 +537,17 @@ def _verdict(operator: LinearOperator, direction: _Direction, failed: torch.Tens
         verdict = torch.where(failed & none, torch.full_like(verdict, Status.SINGULAR), verdict)
     if isinstance(operator, DenseOperator) and not operator.symmetric:
         matrix = operator.dense()
+        # Whether it is singular does not depend on the units.
+        matrix = matrix / _positive(matrix.abs().amax(dim=-2, keepdim=True))
+        matrix = matrix / _positive(matrix.abs().amax(dim=-1, keepdim=True))
         values = svdvals(matrix)
         singular = values[..., -1] <= matrix.shape[-1] * torch.finfo(matrix.dtype).eps * values[..., 0]
         verdict = torch.where(failed & singular, torch.full_like(verdict, Status.SINGULAR), verdict)
     return verdict
+
+
+def _positive(size: torch.Tensor) -> torch.Tensor:
+    return torch.where((size > 0) & torch.isfinite(size), size, torch.ones_like(size))
 
 
 def _has_negative_eigenvalue(operator: LinearOperator, doubtful: torch.Tensor) -> torch.Tensor:

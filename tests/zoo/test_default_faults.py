@@ -257,6 +257,24 @@ def test_a_linear_cost_over_a_box_from_far_away(dtype: torch.dtype) -> None:
     check(bilevel.fixed_point, mapping, start, cost, solution=-torch.sign(cost), dtype=dtype)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_an_unknown_in_large_units_hides_no_other(dtype: torch.dtype) -> None:
+    units = torch.tensor([0.33, 4e4, 1e3], dtype=F64)
+    cost = units * tensor(0.01, 0.07, -0.07)
+    mapping = lambda x, cost, units: torch.clamp(x - cost, -units, units)
+    start, solution = 700 * units * tensor(1.0, -1.0, 1.0), units * tensor(-1.0, -1.0, 1.0)
+    check(bilevel.fixed_point, mapping, start, cost, units, solution=solution, dtype=dtype, scale=0.33)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_exponentials_whose_rounding_is_the_direction_of_others(dtype: torch.dtype) -> None:
+    matrix = torch.tensor([[1.0, 0.5, -0.2], [0.3, 0.8, 0.4], [-0.5, 0.2, 1.1]], dtype=F64)
+    solution = tensor(1.0, -1.0, 0.5)
+    target = matrix @ (solution.exp() + 0.3 * solution)
+    residual = lambda z, target, matrix: matrix @ (z.exp() + 0.3 * z) - target
+    check(bilevel.root, residual, tensor(40.0, -40.0, 5.0), target, matrix, solution=solution, dtype=dtype)
+
+
 MAPS = {
     "shift": lambda x: x + 1.0,
     "shift of a relu": lambda x: torch.relu(x) + 1.0,

@@ -1355,6 +1355,10 @@ MUTATIONS = (
         ("tests/quadratic_programs/test_derivatives.py", "-k", "gradgradcheck"),
     ),
     Mutation(
+        "a prox of many points shrinks negative entries twice", "prox/l1.py", "least = -threshold", "least = -2 * threshold",
+        ("tests/prox/test_working_set.py", "-k", "method_of_a_sparse_lasso"),
+    ),
+    Mutation(
         "a one-sided derivative is handed out", "layers/call.py",
         "status = torch.where(these, int(Status.DEGENERATE), outcome.status)", "status = outcome.status",
         ("tests/prox/test_layer.py", "-k", "degenerate"),

@@ -26,7 +26,7 @@ from bilevel.equations.problem import Problem
 from bilevel.equations.structured import LocalModel, Structure, StructuredSystem, flat_raveler, objective_of
 from bilevel.equations.system import RootSystem, System
 from bilevel.errors import ArgumentError, DtypeError
-from bilevel.prox._base import Term
+from bilevel.prox._base import Term, already_checked
 from bilevel.prox._flat import FlatTerm
 from bilevel.pytree import Raveler
 from bilevel.solvers._base import InnerSolver
@@ -111,8 +111,9 @@ class _Termed(StructuredSystem):
     terms: _Terms
 
     def term(self, tensors: Sequence[torch.Tensor]) -> FlatTerm:
-        """Return g."""
-        return FlatTerm(self.terms.of(*self.arguments.rebuild(tensors)), self.terms.raveler.shapes)
+        """Return g of tensors that :meth:`Proximal.attach` has checked."""
+        with already_checked():
+            return FlatTerm(self.terms.of(*self.arguments.rebuild(tensors)), self.terms.raveler.shapes)
 
     def composite(self, problem: Problem) -> Composite:
         """Return what solvers see."""

@@ -11,7 +11,9 @@ from __future__ import annotations
 import dataclasses
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from numbers import Real
 from typing import Any, ClassVar, TypeAlias
@@ -25,6 +27,7 @@ __all__ = [
     "Manifold",
     "Parameter",
     "Term",
+    "already_checked",
     "as_parameter",
     "broadcast_to",
     "check_finite",
@@ -105,6 +108,10 @@ class Term(ABC):
     def prox(self, v: torch.Tensor, step: Parameter = 1.0) -> torch.Tensor:
         """Return argmin_x ½‖x − v‖² + step · g(x), of the shape of v, with exact zeros, bounds and ties."""
 
+    def _prox_with(self, step: Parameter, like: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
+        """Return v ↦ prox(v, step) for many v of the shape of ``like``; override it to compute once what depends on the step alone."""
+        return lambda v: self.prox(v, step)
+
     @abstractmethod
     def manifold(self, x: torch.Tensor) -> Manifold:
         """Return the manifold that x, made by :meth:`prox`, lies on; only the values of x count, not its derivatives."""
@@ -137,9 +144,22 @@ class Term(ABC):
         return [value for field in fields if isinstance(value := getattr(self, field.name), torch.Tensor)]
 
 
+_checked: ContextVar[bool] = ContextVar("checked", default=False)
+
+
+@contextmanager
+def already_checked() -> Iterator[None]:
+    """Inside, terms are made of parameters that were checked before: their values are not read, so that what uses them can be recorded."""
+    token = _checked.set(True)
+    try:
+        yield
+    finally:
+        _checked.reset(token)
+
+
 def readable(tensor: torch.Tensor) -> bool:
     """Return whether the values of a tensor can be read: not those that ``vmap`` batches."""
-    return not any(torch._C._functorch.is_batchedtensor(layer) for layer in layers(tensor))
+    return not _checked.get() and not any(torch._C._functorch.is_batchedtensor(layer) for layer in layers(tensor))
 
 
 def rounding(x: torch.Tensor, factor: float = 16.0) -> float:

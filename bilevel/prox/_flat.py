@@ -57,10 +57,16 @@ class FlatTerm:
         """Return prox_{step·g}(v) (n,)."""
         return self._each(lambda term, part: part if term is None else term.prox(part, step), v)
 
+    def prox_with(self, step: torch.Tensor, like: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
+        """Return v ↦ :meth:`prox` (v, step), for many v like ``like`` (n,)."""
+        term, shape = self.terms[0], self.shapes[0]
+        if len(self.terms) > 1 or len(shape) != 1 or term is None:
+            return lambda v: self.prox(v, step)
+        return term._prox_with(step, like)
+
     def value(self, x: torch.Tensor) -> torch.Tensor:
         """Return g(x) ()."""
-        values = [term.value(part) for term, part in zip(self.terms, self._split(x), strict=True) if term is not None]
-        return torch.stack(values).sum() if values else x.new_zeros(())
+        return _sum_of([t.value(part) for t, part in zip(self.terms, self._split(x), strict=True) if t is not None], x)
 
     def margin(self, x: torch.Tensor, slope: torch.Tensor, step: torch.Tensor) -> torch.Tensor:
         """Return the least margin of the terms, ()."""
@@ -82,8 +88,7 @@ class FlatTerm:
 
         def value(y: torch.Tensor) -> torch.Tensor:
             parts = zip(found, self._split(y), strict=True)
-            values = [m.value(part) for m, part in parts if m is not None]
-            return torch.stack(values).sum() if values else y.new_zeros(())
+            return _sum_of([m.value(part) for m, part in parts if m is not None], y)
 
         flags = [
             torch.ones_like(part, dtype=torch.bool) if m is None or m.free is None else m.free
@@ -100,6 +105,12 @@ class FlatTerm:
 
     def _each(self, function: Callable[[Term | None, torch.Tensor], torch.Tensor], flat: torch.Tensor) -> torch.Tensor:
         return _joined([function(term, part) for term, part in zip(self.terms, self._split(flat), strict=True)])
+
+
+def _sum_of(values: Sequence[torch.Tensor], like: torch.Tensor) -> torch.Tensor:
+    if len(values) == 1:
+        return values[0]
+    return torch.stack(list(values)).sum() if values else like.new_zeros(())
 
 
 def _joined(parts: Sequence[torch.Tensor]) -> torch.Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -54,6 +55,11 @@ class L1(Term):
 
     def prox(self, v: torch.Tensor, step: Parameter = 1.0) -> torch.Tensor:
         return _shrink(v, as_parameter(step, v) * self._strength(v))
+
+    def _prox_with(self, step: Parameter, like: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
+        threshold = as_parameter(step, like) * self._strength(like)
+        least = -threshold
+        return lambda v: v - v.clamp(least, threshold)
 
     def manifold(self, x: torch.Tensor) -> Manifold:
         return _same_signs(x, self._strength(x))
@@ -130,11 +136,11 @@ def _shrink(v: torch.Tensor, threshold: torch.Tensor) -> torch.Tensor:
 
 def _same_signs(x: torch.Tensor, strength: torch.Tensor) -> Manifold:
     """Return the manifold of the vectors with the zeros and the signs of x, and Σ s|x| on it."""
-    signs = detached(x).sign()
-    free = (signs != 0) | (detached(strength) == 0)
+    x = detached(x)
+    free = (x != 0) | (detached(strength) == 0)
 
     def value(y: torch.Tensor) -> torch.Tensor:
-        return (strength * signs * y).sum()
+        return (strength * x.sign() * y).sum()
 
     return Manifold(lambda y: torch.where(free, y, 0.0), value, free)
 

@@ -17,7 +17,7 @@ from bilevel.solvers._base import CallableSolver, Goal, InnerSolver, length
 from bilevel.solvers._composite import Composite, Iterate
 from bilevel.solvers._error import residual_rounding, rounding
 from bilevel.solvers._judge import InnerOutcome, solve_inner
-from bilevel.solvers._manifold_newton import Known, Polished, polish, prox_step
+from bilevel.solvers._manifold_newton import Known, Polished, assess, polish, prox_step, reached
 from bilevel.solvers._reduced import ReducedSolver
 from bilevel.solvers._working_set import solve_sparse
 from bilevel.solvers.newton import Newton
@@ -88,11 +88,16 @@ def _sparse(composite: Composite, init: torch.Tensor, target: Target) -> _Run | 
     found = solve_sparse(composite, composite.prox(init, _least(init)))
     if found is None:
         return None
-    run = _Run.begin(composite, found.at, target)
-    at, subgradient = prox_step(composite, found.at)
-    everyone = run.pending
-    run = run.after(at, subgradient, everyone, torch.full_like(run.iterations, found.rounds))
-    known = Known(found.reduced, found.distance.unsqueeze(-1))
+    at, known = found.at, Known(found.reduced, found.distance.unsqueeze(-1))
+    seen = assess(composite, at, torch.ones_like(at.value, dtype=torch.bool), known)
+    run = _Run.begin(composite, at, target, seen.move)
+    everyone, rounds = run.pending, torch.full_like(run.iterations, found.rounds)
+    # Where a prox step leaves the fixed unknowns of a separable term where they are, −∇f lies in ∂g there: the gradient on the manifold is an
+    # element of ∂(f + g).
+    if bool(((seen.move == 0) | found.reduced.free).all()) and bool(reached(seen, at, seen.slope, run.target)):
+        return run.after(at, seen.slope, everyone).polished(Polished(at, seen.slope, seen, everyone, rounds))
+    at, subgradient = prox_step(composite, at)
+    run = run.after(at, subgradient, everyone, rounds)
     run = run.polished(polish(composite, at, subgradient, run.target, everyone, known=known))
     return None if bool(run.pending.any()) else run
 
@@ -196,11 +201,12 @@ class _Run:
     found: Polished | None = None
 
     @staticmethod
-    def begin(composite: Composite, start: Iterate, target: Target) -> _Run:
+    def begin(composite: Composite, start: Iterate, target: Target, move: torch.Tensor | None = None) -> _Run:
+        """Return a run at ``start``; ``move``: the prox step from there, if known."""
         if target.silent:
             silent = Tolerance(strong_convexity=target.strong_convexity).inner(start.x.dtype)
             target = replace(silent, silent=True)
-        move = composite.step(start.x, start.slope, start.step) - start.x
+        move = composite.step(start.x, start.slope, start.step) - start.x if move is None else move
         scale = torch.maximum(length(start.slope), length(move) / start.step).nan_to_num()
         threshold = target.threshold(scale)
         if not target.rtol and target.relative:  # half precision: the residual decides
@@ -279,9 +285,7 @@ class _Run:
         good = self.status == Status.CONVERGED
         threshold = torch.where(good & (target.rtol > 0), torch.maximum(self.threshold, norm), self.threshold)
         reduced = None if self.found is None else self.found.assessment.reduced
-        serves = (
-            reduced is not None and bool(reduced.sound.all()) and torch.equal(composite.known_free(at.x), reduced.free)
-        )
+        serves = reduced is not None and bool(reduced.sound.all()) and reduced.same_free(composite, at.x)
         # Of the local model, as all that is computed from a residual takes it.
         known = self.found is not None and torch.equal(self.found.at.x, at.x)
         slope = self.found.assessment.slope if known and self.found is not None else torch.zeros_like(at.x)

@@ -18,7 +18,7 @@ from bilevel.solvers._reduced import Reduced, reduce
 from bilevel.solvers._truncated_cg import truncated_cg
 from bilevel.tolerance import Target
 
-__all__ = ["Assessment", "Known", "Polished", "allowed_error", "assess", "polish", "prox_step"]
+__all__ = ["Assessment", "Known", "Polished", "allowed_error", "assess", "polish", "prox_step", "reached"]
 
 _MOST_STEPS = 30
 _MOST_TRIALS = 4
@@ -175,7 +175,7 @@ def polish(
     steps = torch.zeros(active.shape, dtype=torch.int64, device=active.device)
     found = assess(composite, at, active, known)
     total = composite.total(at)
-    done = active & _reached(found, at, subgradient, target)
+    done = active & reached(found, at, subgradient, target)
     pending = active & ~done & found.usable
     for _ in range(most):
         if not bool(pending.any()):
@@ -188,12 +188,13 @@ def polish(
         at, total = new.where(accepted, at), torch.where(accepted, new_total, total)
         subgradient = torch.where(accepted.unsqueeze(-1), new_subgradient, subgradient)
         found = assess(composite, at, pending, found)
-        done = done | (pending & _reached(found, at, subgradient, target))
+        done = done | (pending & reached(found, at, subgradient, target))
         pending = pending & ~done & found.usable
     return Polished(at, subgradient, found, done, steps)
 
 
-def _reached(found: Assessment, at: Iterate, subgradient: torch.Tensor, target: Target) -> torch.Tensor:
+def reached(found: Assessment, at: Iterate, subgradient: torch.Tensor, target: Target) -> torch.Tensor:
+    """Return where an iterate with this element of ∂(f + g) is as accurate as asked, bool (batch,)."""
     if target.rtol:
         return found.good(at, allowed_error(at.x, target))
     return length(subgradient) <= target.absolute

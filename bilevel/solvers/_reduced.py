@@ -69,11 +69,17 @@ class Reduced:
         part = torch.cholesky_solve(self.gather(v).unsqueeze(-1), self.factor).squeeze(-1)
         return self.insert(part, v)
 
+    def same_free(self, composite: Composite, x: torch.Tensor) -> bool:
+        """Return whether the same unknowns are free on the manifolds of ``x``."""
+        return x is self.x or torch.equal(composite.known_free(x), self.free)
+
     def fits(self, composite: Composite, x: torch.Tensor) -> bool:
         """Return whether ``x`` lies on the manifolds that this was made on."""
-        assert composite.free is not None and composite.retract is not None
-        if not bool(self.sound.all()) or not torch.equal(composite.free(x), self.free):
+        assert composite.retract is not None
+        if not bool(self.sound.all()) or not self.same_free(composite, x):
             return False
+        if x is self.x:
+            return True
         near = 64 * torch.finfo(x.dtype).eps * x.abs().amax(dim=-1, keepdim=True)
         return bool(((composite.retract(self.x, x) - x).abs() <= near).all())
 

@@ -10,6 +10,7 @@ In the spirit of Johnson & Guestrin, "Blitz", ICML 2015, and of Massias, Gramfor
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -21,8 +22,8 @@ from bilevel.solvers._reduced import Reduced, factorised
 
 __all__ = ["Sparse", "solve_sparse"]
 
-# How many unknowns there have to be, how many join the working set at once, and how many it may hold.
-_LEAST_UNKNOWNS, _JOIN, _MOST = 64, 32, 640
+# How many unknowns there have to be, how many join the working set at once at least and at first, and how many it may hold.
+_LEAST_UNKNOWNS, _LEAST_JOIN, _JOIN, _MOST = 64, 8, 32, 640
 _MOST_ROUNDS, _MOST_SWEEPS, _MOST_NEWTON = 16, 6, 8
 # Accelerated steps before Newton's method: in the first round, in later ones, and after Newton's method failed.
 _FIRST_STEPS, _STEPS, _MORE_STEPS = 12, 5, 15
@@ -96,9 +97,10 @@ def _moved_most(g: FlatTerm, at: Iterate, step: float, known: torch.Tensor | Non
     scores = scores.masked_fill(_free(g, y), torch.inf)
     if known is not None:
         scores[known] = -1.0
-    # Always as many in a round, so that one recorded program makes the rows.
     best = scores.topk(min(many, len(y) - (0 if known is None else len(known))))
-    return best.indices if len(best.values) and bool(best.values[0] > 0) else None
+    moved = int((best.values > 0).sum())
+    # Powers of two, so that few recorded programs make the rows.
+    return best.indices[: max(_LEAST_JOIN, 1 << (moved - 1).bit_length())] if moved else None
 
 
 @dataclass(frozen=True, eq=False)
@@ -111,8 +113,10 @@ class _Model:
         The term of these unknowns.
     x, slope, hessian
         x, ∇f(x) and H (k, k).
-    step, length
-        s, below 1/L in W, as a number and as a tensor.
+    step
+        s, below 1/L in W.
+    prox
+        v ↦ prox_{sg}(v).
     places
         W.
     """
@@ -122,7 +126,7 @@ class _Model:
     slope: torch.Tensor
     hessian: torch.Tensor
     step: float
-    length: torch.Tensor
+    prox: Callable[[torch.Tensor], torch.Tensor]
     places: torch.Tensor
 
     @staticmethod
@@ -135,7 +139,7 @@ class _Model:
         if part is None or not step < float("inf"):
             return None
         x, slope = around.x[0, places], around.slope[0, places]
-        return _Model(part, x, slope, hessian, step, x.new_tensor(step), places)
+        return _Model(part, x, slope, hessian, step, part.prox_with(x.new_tensor(step), x), places)
 
     def minimised(self, y: torch.Tensor, steps: int) -> torch.Tensor:
         """Return the minimiser, found from ``y``."""
@@ -147,13 +151,13 @@ class _Model:
                 ahead, final = self._newton(y, slope)
                 if ahead is None:
                     break
+                if final:
+                    return ahead
                 after = self._slope_at(ahead)
                 new = self._value(ahead, after)
                 if not new <= value + 1e-12 * abs(value):
                     break
                 y, slope, value = ahead, after, new
-                if final:
-                    return y
             steps = _MORE_STEPS
         return y
 
@@ -162,13 +166,17 @@ class _Model:
         return torch.addmv(self.slope, self.hessian, y - self.x)
 
     def _prox(self, y: torch.Tensor, slope: torch.Tensor) -> torch.Tensor:
-        return self.g.prox(torch.add(y, slope, alpha=-self.step), self.length)
+        return self.prox(torch.add(y, slope, alpha=-self.step))
 
     def _descended(self, y: torch.Tensor, steps: int) -> torch.Tensor:
         """Return ``y`` after accelerated proximal steps, with restarts."""
         x, t = y, 1.0
+        # y − s (∇f + H (y − x)) as one product.
+        matrix = torch.mul(self.hessian, -self.step)
+        matrix.diagonal().add_(1.0)
+        shift = self.x - matrix @ self.x - self.step * self.slope
         for _ in range(steps):
-            new = self._prox(y, self._slope_at(y))
+            new = self.prox(torch.addmv(shift, matrix, y))
             moved = new - x
             if float((y - new) @ moved) > 0:
                 t, y = 1.0, new
@@ -186,7 +194,8 @@ class _Model:
         if free.numel() == 0:
             return back, bool((back == y).all())
         # R, as the prox step from y tells it: T(y) − y = −s R / (1 + s K).
-        residual = (y - back)[free] * (1 / self.step + curvature)
+        gap = (y - back)[free]
+        residual = gap / self.step if curvature is None else gap * (1 / self.step + curvature)
         factor, info = torch.linalg.cholesky_ex(self._matrix(free, curvature))
         if int(info):
             return None, False
@@ -195,21 +204,21 @@ class _Model:
         # The model is quadratic on its manifold: where the prox changes nothing any more, that was the solution.
         return new, bool((new - ahead).abs().amax() <= 1e-11 * ahead.abs().amax())
 
-    def _manifold(self, y: torch.Tensor, slope: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the free unknowns, and the curvature K of g there."""
+    def _manifold(self, y: torch.Tensor, slope: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Return the free unknowns, and the curvature K of g there; None where it has none."""
         free = _free(self.g, y).nonzero().squeeze(-1)
         if self.g.is_flat:
-            return free, y.new_zeros(len(free))
+            return free, None
         # A separable term's prox has slopes 1 / (1 + s K): a difference tells them, exactly where it is piecewise linear.
         u = torch.add(y, slope, alpha=-self.step)
         h = torch.where(u < 0, -1.0, 1.0) * (1e-3 * u.abs() + 1e-6 * u.abs().amax())
-        shrink = ((self.g.prox(u + h, self.length) - self.g.prox(u, self.length)) / h)[free]
+        shrink = ((self.prox(u + h) - self.prox(u)) / h)[free]
         curvature = (1 / shrink - 1) / self.step
         return free, torch.where((curvature > 1e-9 / self.step) & torch.isfinite(curvature), curvature, 0.0)
 
-    def _matrix(self, free: torch.Tensor, curvature: torch.Tensor) -> torch.Tensor:
+    def _matrix(self, free: torch.Tensor, curvature: torch.Tensor | None) -> torch.Tensor:
         matrix = self.hessian[free][:, free]
-        if not self.g.is_flat:
+        if curvature is not None:
             matrix.diagonal().add_(curvature)
         return matrix
 
@@ -233,7 +242,10 @@ def _free(g: FlatTerm, y: torch.Tensor) -> torch.Tensor:
 
 def _largest(matrix: torch.Tensor) -> float:
     """Return a number that is probably above the largest eigenvalue of a positive semidefinite matrix."""
-    v = matrix.sum(dim=-1) + matrix.diagonal()
-    for _ in range(_POWER_STEPS):
-        v = matrix @ (v / v.norm())
-    return _MARGIN * float(v.norm())
+    size = matrix.abs().amax()
+    scaled = matrix / size
+    v = scaled.sum(dim=-1) + scaled.diagonal()
+    for _ in range(_POWER_STEPS - 1):
+        v = scaled @ v
+    norm = torch.linalg.vector_norm
+    return _MARGIN * float(size * norm(scaled @ v) / norm(v))

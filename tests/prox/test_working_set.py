@@ -11,6 +11,8 @@ from sklearn import linear_model
 
 import bilevel
 from bilevel import prox
+from bilevel.equations.problem import Problem
+from bilevel.layers.proximal import ProximalSystem
 from bilevel.solvers import _composite_judge
 from tests.prox.test_layer import data, least_squares, zeros
 
@@ -103,3 +105,45 @@ def test_single_precision_and_a_warm_start() -> None:
     torch.testing.assert_close(layer(w, X, y, s), w, rtol=1e-12, atol=1e-13)
     single = layer(zeros(D, torch.float32), X.float(), y.float(), s.float())
     torch.testing.assert_close(single, w.float(), rtol=1e-4, atol=1e-5)
+
+
+def test_it_evaluates_the_gradient_once_a_round(monkeypatch: pytest.MonkeyPatch, taken: list[bool]) -> None:
+    X, y = data(60, D, seed=6)
+    layer, counted = bilevel.argmin(least_squares, prox=prox.L1(0.1)), []
+    plain = Problem.value_and_residual
+    monkeypatch.setattr(Problem, "value_and_residual", lambda *a, **k: counted.append(1) or plain(*a, **k))
+    with bilevel.record() as reports:
+        layer(zeros(D), X, y)
+    assert taken == [True]
+    assert len(counted) == 1 + int(reports[0].iterations)
+
+
+def test_its_local_model_is_replayed(monkeypatch: pytest.MonkeyPatch) -> None:
+    X, y = data(60, D, seed=6)
+    layer, called = bilevel.argmin(least_squares, prox=lambda X, y, s: prox.L1(s)), []
+    plain = ProximalSystem.model
+    monkeypatch.setattr(ProximalSystem, "model", lambda *a: called.append(1) or plain(*a))
+    for strength in (0.1, 0.2, 0.3, 0.4):  # other supports, other signs
+        called.clear()
+        s = torch.tensor(strength, dtype=DOUBLE, requires_grad=True)
+        w = layer(zeros(D), X, -y if strength > 0.3 else y, s)
+        (slope,) = torch.autograd.grad(w.square().sum(), s)
+        w, S = w.detach(), w.detach() != 0
+        want = -2 * len(y) * w[S] @ torch.linalg.solve(X[:, S].T @ X[:, S], w[S].sign())
+        torch.testing.assert_close(slope, want)
+    assert not called
+    with pytest.raises(bilevel.ArgumentError, match="strength to be finite and at least 0"):
+        layer(zeros(D), X, y, torch.tensor(-0.1, dtype=DOUBLE))
+
+
+@pytest.mark.parametrize("error", [1e-3, 1e-9])
+def test_a_bound_from_strong_convexity_holds(error: float, taken: list[bool]) -> None:
+    X, y = data(60, D, seed=6)
+    ridge = lambda w, *args: least_squares(w, *args) + 0.1 * (w**2).sum()
+    asked = bilevel.Tolerance(delta=error, strong_convexity=0.2)
+    with bilevel.record() as reports:
+        w = bilevel.argmin(ridge, prox=prox.L1(0.1), tolerance=asked)(zeros(D), X, y)
+    exact = general(prox=prox.L1(0.1))(ridge)(zeros(D), X, y)
+    assert taken == [True]
+    assert (w - exact).norm() <= reports[0].error_bound + 1e-12
+    assert reports[0].error_bound <= error

@@ -18,7 +18,7 @@ __all__ = ["BatchedSolver"]
 
 @dataclass(frozen=True)
 class BatchedSolver(CallableSolver):
-    """Call a function (objective, init, *args, **kwargs) -> x once for the whole batch, where a plain function is called for each problem.
+    """Call a function ``(objective, init, *args, **kwargs) -> x`` once for a whole batch; a plain function is called for each problem.
 
     Usable as a decorator. Several levels of ``vmap`` are one batch axis; a call without ``vmap`` is a batch of one.
 

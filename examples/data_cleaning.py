@@ -39,25 +39,24 @@ print(f"test accuracy, cleaned:            {result.accuracies.cleaned:.1%}")
 print(f"test accuracy, trusted data alone: {result.accuracies.trusted_only:.1%}")
 
 # %%
-figure, axes = plt.subplots(figsize=(6.4, 3.6), layout="constrained")
-bins = torch.linspace(0, 1, 31).tolist()
+# Above are the eight digits with the smallest weights, below are all weights.
+figure = plt.figure(figsize=(7.2, 4.4), layout="constrained")
+above, below = figure.subfigures(2, 1, height_ratios=[1, 2.2])
+above.suptitle("The eight smallest weights", fontsize=11)
+for tile, row in zip(
+    above.subplots(1, 8), result.weights.argsort()[:8].tolist(), strict=True
+):
+    tile.imshow(x[train][row].reshape(8, 8), cmap="gray_r")
+    tile.set_title(f"given {given[row]}\ntrue {y[train][row]}", fontsize=10)
+    tile.set_axis_off()
+axes = below.subplots()
 axes.hist(
     [result.weights[~wrong].tolist(), result.weights[wrong].tolist()],
-    bins=bins,
+    bins=torch.linspace(0, 1, 31).tolist(),
     stacked=True,
     label=["right label", "wrong label"],
 )
 axes.set_xlabel("weight learned (0: ignored, 1: full)")
 axes.set_ylabel("training digits (count)")
-axes.set_title("Weights tell wrong labels from right ones")
-axes.legend()
-plt.show()
-
-# %%
-# These are the eight digits with the smallest weights.
-figure, tiles = plt.subplots(1, 8, figsize=(9, 1.9), layout="constrained")
-for tile, row in zip(tiles, result.weights.argsort()[:8].tolist(), strict=True):
-    tile.imshow(x[train][row].reshape(8, 8), cmap="gray_r")
-    tile.set_title(f"given {given[row]}\ntrue {y[train][row]}", fontsize=10)
-    tile.set_axis_off()
+axes.legend(loc="upper center")
 plt.show()

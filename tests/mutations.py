@@ -1335,6 +1335,11 @@ MUTATIONS = (
         "for _ in range(2):", "for _ in range(1):", ("tests/prox/test_proximal_points.py", "-k", "far_away"),
     ),
     Mutation(
+        "a smoothed quadratic program steps up to the boundary", "solvers/_mehrotra.py",
+        "torch.where(target > 0, 0.9, 1 - mean.clamp(1e-3, 1e-2))", "1 - mean.clamp(1e-3, 1e-2)",
+        ("tests/quadratic_programs/test_derivatives.py", "-k", "many_rows"),
+    ),
+    Mutation(
         "weakly active constraints pass for inactive", "quadratic_programs/_dense.py",
         "weak & good.unsqueeze(-1)", "weak & False", ("tests/quadratic_programs/test_failures.py", "-k", "weakly_active"),
     ),

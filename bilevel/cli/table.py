@@ -86,7 +86,7 @@ class Table:
                 + (
                     "write it with a point for decimals, and nothing for thousands"
                     if _GROUPED.fullmatch(cell)
-                    else "encode the column in numbers or remove it"
+                    else "encode the column in numbers, or remove it from the file (as names and identifiers of rows)"
                 )
             )
         return number
@@ -156,7 +156,9 @@ def split_target(table: Table, target: str | None) -> tuple[tuple[str, ...], NDA
     """
     path, header = table.path, table.header
     if target is None:
-        raise DataError(f"{path}: which column is the target? Pass --target, one of: {listed(header)}")
+        raise DataError(
+            f"{path}: which column is the target? Pass --target, one of: {listed([header[-1], *header[:-1]])}"
+        )
     if target not in header:
         row = (
             "; if that is a row, put a line of names above it"

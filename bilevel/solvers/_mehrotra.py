@@ -228,8 +228,9 @@ def _step(program: DenseProgram, point: Iterate, now: _Residuals, target: torch.
     after = ((s + reach * ds) * (z + reach * dz)).mean(-1, keepdim=True)
     centre = torch.maximum((after / mean) ** 3 * mean, target)
     dx, dy, ds, dz = newton.solve(now.dual, now.equations, now.rows, products + ds * dz - centre, point)
-    # The nearer to the solution, the nearer to the boundary a step may go.
-    share = 1 - mean.clamp(1e-3, 1e-2)
+    # The nearer to the solution, the nearer to the boundary a step may go. A point of the central path is not near the boundary:
+    # a product s·z far below its target would end all further steps.
+    share = torch.where(target > 0, 0.9, 1 - mean.clamp(1e-3, 1e-2))
     reach = (share * torch.minimum(_longest(s, ds), _longest(z, dz))).clamp_max(1.0)
     stuck = ~(reach.squeeze(-1) > _LEAST_STEP)
     reach = torch.where(stuck.unsqueeze(-1), torch.zeros_like(reach), reach)

@@ -121,7 +121,7 @@ MUTATIONS = (
     ),
     Mutation(
         "a tensor that is seen elsewhere is written in place", "_torch/ownership.py",
-        "counts in least and not", "not", ("tests/test_ownership.py",),
+        "counts in least\n        and not tensor.requires_grad", "not tensor.requires_grad", ("tests/test_ownership.py",),
     ),
     Mutation(
         "stochastic: an evaluation at an old point changes running statistics", "stochastic/_variables.py",
@@ -670,7 +670,7 @@ MUTATIONS = (
     # Inner solvers.
     Mutation(
         "a batch mask dropped: what has ended goes on", "solvers/_base.py",
-        "_merge(active & ~ended_badly, new, state)", "_merge(~ended_badly, new, state)", ("tests/solvers/test_base.py",),
+        " merge(active & ~ended_badly, new, state)", " merge(~ended_badly, new, state)", ("tests/solvers/test_base.py",),
     ),
     Mutation(
         "a stopping rule of the batch's largest residual", "solvers/_base.py",

@@ -97,7 +97,7 @@ mutations: $(VENV)/.test
 	$(BIN)/python -m tests.mutations
 
 bench: $(VENV)/.dev
-	for script in startup hypergradient batched_ridge vmap_or_loop fixed_point imaml_speed imaml_error imaml_memory goal outer_work; do $(BIN)/python benchmarks/$$script.py; done
+	for script in startup hypergradient batched_ridge vmap_or_loop fixed_point lasso imaml_speed imaml_error imaml_memory goal outer_work; do $(BIN)/python benchmarks/$$script.py; done
 
 # A wheel and a source archive from which the tests run, both checked.
 dist: $(VENV)/.dev

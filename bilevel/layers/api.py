@@ -379,8 +379,8 @@ def _structure(prox: Any, constraints: Constraints) -> Structure | None:
     """Return what the layer has besides its objective, or None."""
     if prox is not None and constraints.present:
         raise ArgumentError(
-            f"argmin: expected prox or constraints, got prox beside {', '.join(constraints.present)}; write the set as a term of bilevel.prox, or "
-            "the term as constraints"
+            f"argmin: expected prox or constraints, got prox beside {', '.join(constraints.present)}; write both "
+            "as one term, bilevel.prox.Custom, or the term as constraints: an L1 norm is s * (p + q).sum() for x = p - q, with lower=0"
         )
     if constraints.present:
         return ConstraintStructure(constraints=constraints)

@@ -339,7 +339,8 @@ class Layer:
         if isinstance(system, StructuredSystem):
             raise ArgumentError(
                 f"{self.where}: expected differentiation=bilevel.Implicit() with proximal terms, bounds or constraints, got {way}; leave it "
-                "out, or state the steps as bilevel.fixed_point"
+                "out, or pass the step to bilevel.fixed_point: with a term g, x -> g.prox(x - s * slope(x), s), where slope is the gradient of "
+                "the objective and s is small"
             )
         solver = solver_for(way, self.kind, call.settings.solver, self.where)
         call.settings = replace(call.settings, solver=solver)

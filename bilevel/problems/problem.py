@@ -138,8 +138,8 @@ class BilevelProblem(torch.nn.Module, ABC):
         if type(self).inner_constraints is not BilevelProblem.inner_constraints:
             if self._structure is not None:
                 raise ArgumentError(
-                    f"{self.where}: expected inner_prox or inner_constraints, got both; write the set as a term of bilevel.prox, or the term as "
-                    "constraints"
+                    f"{self.where}: expected inner_prox or inner_constraints, got both; write both as one term, "
+                    "bilevel.prox.Custom, or the term as constraints: an L1 norm is s * (p + q).sum() for x = p - q, with lower=0"
                 )
             self._structure = ConstraintStructure(
                 constraints=self._inner_constraints, written=lambda: self.inner_constraints

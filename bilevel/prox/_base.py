@@ -159,7 +159,11 @@ def already_checked() -> Iterator[None]:
 
 def readable(tensor: torch.Tensor) -> bool:
     """Return whether the values of a tensor can be read: not those that ``vmap`` batches."""
-    return not _checked.get() and not any(torch._C._functorch.is_batchedtensor(layer) for layer in layers(tensor))
+    if _checked.get():
+        return False
+    if not torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+        return True
+    return not any(torch._C._functorch.is_batchedtensor(layer) for layer in layers(tensor))
 
 
 def rounding(x: torch.Tensor, factor: float = 16.0) -> float:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from bilevel.prox._base import Manifold, Term
+from bilevel.prox._base import Manifold, Term, already_checked
 from bilevel.prox.box import Box, NonNegative
 from bilevel.prox.l1 import L1, ElasticNet
 
@@ -51,7 +51,8 @@ class FlatTerm:
             value = getattr(term, field.name)
             many = isinstance(value, torch.Tensor) and value.ndim > 0
             values[field.name] = value.expand(shape).reshape(-1)[places] if many else value
-        return FlatTerm([type(term)(**values)], [torch.Size([len(places)])])
+        with already_checked():
+            return FlatTerm([type(term)(**values)], [torch.Size([len(places)])])
 
     def prox(self, v: torch.Tensor, step: torch.Tensor) -> torch.Tensor:
         """Return prox_{step·g}(v) (n,)."""

@@ -505,3 +505,21 @@ def test_a_tangent_that_came_in_as_nan_is_not_called_a_gradient() -> None:
     a = torch.ones(2, dtype=F64)
     with pytest.raises(bilevel.SolveError, match=r"right-hand side is not finite.*in forward mode in the tangents"):
         jvp(lambda a: bilevel.argmin(bowl)(ZERO, a), (a,), (a * math.nan,))
+
+
+@pytest.mark.parametrize(
+    ("layer", "args", "said"),
+    [
+        (bilevel.argmin(lambda x, a, b: ((x - a * b) ** 2).sum()), 2, r"got an initial guess and 1 more.*'b'"),
+        (bilevel.argmin(lambda x, a: ((x - a) ** 2).sum()), 3, r"got an initial guess and 2 more.*too many"),
+        (bilevel.root(lambda x, a: x - a), 1, r"got an initial guess and 0 more.*'a'"),
+    ],
+)
+def test_a_missing_initial_guess_is_named(layer, args, said) -> None:
+    with pytest.raises(bilevel.ArgumentError, match=said + ".*pass the initial guess first"):
+        layer(*[torch.ones(2)] * args)
+
+
+def test_a_type_error_of_the_users_own_stays() -> None:
+    with pytest.raises(TypeError, match="unsupported operand"):
+        bilevel.argmin(lambda x, a: x.sum() + "a")(torch.ones(2), torch.ones(2))

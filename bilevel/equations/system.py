@@ -8,6 +8,7 @@ tensors, as a :class:`bilevel.equations.problem.Problem`.
 
 from __future__ import annotations
 
+import inspect
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
@@ -175,6 +176,8 @@ class System(ABC):
 
         Raises
         ------
+        ArgumentError
+            If the user's function takes another number of arguments.
         ShapeError, DtypeError
             Where torch refused an operation for a shape or a dtype.
         """
@@ -187,9 +190,23 @@ class System(ABC):
                 paths, _ = pytree.tree_flatten_with_path(self.arguments.rebuild(tensors))
                 arrays = leaf_names([(path, leaf) for path, leaf in paths if is_numpy(leaf)])
                 raise numpy_refusal(self.where, self.noun, arrays) from error
+            self._check_count(tensors, error)
             if isinstance(error, TypeError) or not _MISFIT.search(str(error)):
                 raise
             raise self._misfit(flat, tensors, str(error)) from error
+
+    def _check_count(self, tensors: Sequence[torch.Tensor], error: Exception) -> None:
+        """Raise if the user's function cannot take as many arguments as it is given."""
+        args, kwargs = self.arguments.rebuild(tensors)
+        try:
+            inspect.signature(self.function).bind(None, *args, **kwargs)
+        except TypeError as refused:
+            raise ArgumentError(
+                f"{self.where}: expected an initial guess and then the other arguments of {self.noun}, got an initial guess and "
+                f"{len(args)} more, {len(kwargs)} by name, and Python says: {refused}; pass the initial guess first, then the others"
+            ) from error
+        except ValueError:
+            return  # the function has no signature, as some of C have none
 
     def _misfit(self, flat: torch.Tensor, tensors: Sequence[torch.Tensor], said: str) -> BilevelError:
         paths, _ = pytree.tree_flatten_with_path(self.raveler.unravel(flat.detach()))

@@ -160,7 +160,7 @@ class Raveler:
             return leaves[0].reshape(self.size)
         # A real value of a complex unknown's equation has the imaginary part zero.
         whole = [leaf.to(dtype) if dtype.is_complex else leaf for leaf, dtype in zip(leaves, self.dtypes, strict=True)]
-        return torch.cat([as_real(leaf).reshape(-1).to(self.dtype) for leaf in whole])
+        return torch.cat([real.reshape(real.numel()).to(self.dtype) for real in map(as_real, whole)])
 
     def unravel(self, flat: torch.Tensor) -> Any:
         """Return the vector ``flat`` (n,) as the user's pytree."""

@@ -992,6 +992,19 @@ MUTATIONS = (
         "        return False\n\n    def __init__(self, inputs", "        return True\n\n    def __init__(self, inputs", ("tests/test_import.py", "-k", "again"),
     ),
     Mutation(
+        "dead wrappers left on what a rule saved", "_torch/reverse.py",
+        "_functorch.unwrap_if_dead(tensor)", "tensor", cells("Two transforms, grad of vjp", "argmin with bounds, single, float64"),
+    ),
+    Mutation(
+        "a checkpoint inside a function let in", "_torch/transforms.py",
+        "control._saved_tensors_hooks_disable(_HOOKS_REFUSED, False)  # False", "pass  # False",
+        ("tests/test_checkpoints.py", "-k", "inside_a_function_a_second and single"),
+    ),
+    Mutation(
+        "functions called with a batch of no problems", "_torch/transforms.py",
+        "return transforms_active() and any(tensor.numel()", "return False and any(tensor.numel()", ("tests/test_empty_batches.py",),
+    ),
+    Mutation(
         "sympy imported for a product", "_torch/reverse.py",
         "found = _engine_run_backward(", "import sympy\n        found = _engine_run_backward(", ("tests/test_import.py", "-k", "again"),
     ),

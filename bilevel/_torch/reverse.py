@@ -17,11 +17,9 @@ from torch._C import _functorch
 from torch.autograd.graph import _engine_run_backward
 from torch.utils import _pytree as pytree
 
-from bilevel._torch.transforms import saving_hooked, unhooked
+from bilevel._torch.transforms import hooks_refused
 
 __all__ = ["grad", "grad_and_value", "reverse_pass", "vjp"]
-
-_HOOKS_REFUSED = "torch.func.{grad, vjp, jacrev, hessian} don't yet support saved tensor hooks."
 
 
 def vjp(function: Callable[..., Any], *primals: torch.Tensor, has_aux: bool = False) -> Any:
@@ -72,21 +70,13 @@ def grad(function: Callable[..., torch.Tensor], *primals: torch.Tensor) -> tuple
 @contextmanager
 def _level() -> Iterator[int]:
     """Enter a level of reverse mode, and yield its number."""
-    with _hooks_hidden():
+    with hooks_refused():
         level = _functorch._grad_increment_nesting()
         try:
             with torch.enable_grad():
                 yield level
         finally:
             _functorch._grad_decrement_nesting()
-
-
-def _hooks_hidden() -> AbstractContextManager[Any]:
-    """Return a context in which no hook sees the tensors that a level saves: they are wrapped, and no hook is made for that.
-
-    torch refuses hooks instead, also those around a caller, such as a checkpoint's. Ours hide those, for a level is not the caller's graph.
-    """
-    return unhooked() if saving_hooked() else torch.autograd.graph.disable_saved_tensors_hooks(_HOOKS_REFUSED)
 
 
 def _inside(tensors: Sequence[torch.Tensor], level: int) -> tuple[torch.Tensor, ...]:

@@ -18,6 +18,8 @@ from torch._C import _functorch
 from torch._C._dynamo import eval_frame
 from torch.autograd import forward_ad
 
+from bilevel.errors import TransformError
+
 __all__ = [
     "autocast_to",
     "autocasting",
@@ -27,10 +29,13 @@ __all__ = [
     "eager",
     "forward_levels",
     "grads_batched",
+    "hooks_refused",
     "innermost",
     "is_differentiated_again",
     "is_plain",
     "layers",
+    "maps_nothing",
+    "ones_for_nothing",
     "ordinary_mode",
     "outside_autocast",
     "runs_plainly",
@@ -40,9 +45,16 @@ __all__ = [
     "transforms_active",
     "uncompiled",
     "unhooked",
+    "with_zero_derivatives",
     "without_gradient",
     "without_tangent",
 ]
+
+
+_HOOKS_REFUSED = (
+    "bilevel: expected a function without saved-tensor hooks of its own, such as those of torch.utils.checkpoint, and it opens some, which PyTorch "
+    "cannot differentiate by transforms; leave them out of the function, and put the checkpoint around the call of the layer"
+)
 
 
 def transforms_active() -> bool:
@@ -57,11 +69,16 @@ def batch_axis_first(tensor: torch.Tensor, dim: int | None, size: int | None = N
     return tensor if size is None else tensor.unsqueeze(0).expand(size, *tensor.shape)
 
 
-def saving_hooked() -> bool:
-    """Return whether the caller's hooks, such as those of a checkpoint, see every tensor that a graph saves here."""
+def _hooks() -> tuple[Any, Any] | None:
+    """Return the innermost pair of saved-tensor hooks around this call."""
     # A function of torch's own without a public name; where it should be missing, nothing is known of hooks.
     top = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
-    return top is not None and top(False) is not None
+    return None if top is None else top(False)
+
+
+def saving_hooked() -> bool:
+    """Return whether the caller's hooks, such as those of a checkpoint, see every tensor that a graph saves here."""
+    return _hooks() is not None
 
 
 def _as_it_is(tensor: torch.Tensor) -> torch.Tensor:
@@ -72,9 +89,40 @@ def _as_it_is(tensor: torch.Tensor) -> torch.Tensor:
 def unhooked() -> Iterator[None]:
     """Hide tensors saved by our own graphs from the caller's hooks. A checkpoint would count and recompute them."""
     with contextlib.ExitStack() as stack:
-        if saving_hooked():
+        hooks = _hooks()
+        if hooks is not None and hooks[0] is not _as_it_is:
             stack.enter_context(torch.autograd.graph.saved_tensors_hooks(_as_it_is, _as_it_is))
         yield
+
+
+@contextlib.contextmanager
+def hooks_refused() -> Iterator[None]:
+    """Hide what is saved from the caller's hooks, and refuse hooks that are opened inside, such as those of a checkpoint.
+
+    A transform wraps the tensors that are saved in it, and no hook is made for that. torch refuses hooks, also those around a caller. Ours hide
+    those, for our graphs are not the caller's. Hooks that a function opens inside would make a second derivative zero, or unpack outside of a
+    batch what was saved inside.
+
+    Raises
+    ------
+    TransformError
+        If hooks are opened inside, in place of torch's RuntimeError.
+    """
+    control: Any = torch._C._autograd
+    with unhooked():
+        before = control._saved_tensors_hooks_get_disabled_error_message()
+        control._saved_tensors_hooks_disable(_HOOKS_REFUSED, False)  # False: those that there are stay
+        try:
+            yield
+        except RuntimeError as error:
+            if str(error) != _HOOKS_REFUSED or isinstance(error, TransformError):
+                raise
+            raise TransformError(_HOOKS_REFUSED) from error
+        finally:
+            if before is None:
+                control._saved_tensors_hooks_enable()
+            else:
+                control._saved_tensors_hooks_disable(before, False)
 
 
 @contextlib.contextmanager
@@ -125,6 +173,25 @@ def innermost(tensor: torch.Tensor) -> torch.Tensor:
     """Return the plain tensor that transforms have wrapped."""
     *_, plain = layers(tensor)
     return plain
+
+
+def maps_nothing(tensors: Iterable[torch.Tensor]) -> bool:
+    """Return whether a ``vmap`` over a batch of no problems surrounds this call: one of ``tensors`` has entries, and none in memory."""
+    return transforms_active() and any(tensor.numel() and not innermost(tensor).numel() for tensor in tensors)
+
+
+def ones_for_nothing(tensor: torch.Tensor) -> torch.Tensor:
+    """Return ones for a tensor of an empty batch, in the shape that one problem has, and any other tensor as it is."""
+    return torch.ones(tensor.shape, dtype=tensor.dtype, device=tensor.device) if maps_nothing((tensor,)) else tensor
+
+
+def with_zero_derivatives(made: torch.Tensor, tensors: Iterable[torch.Tensor]) -> torch.Tensor:
+    """Return ``made`` (n,) of an empty batch, as a function of ``tensors`` whose derivatives are zero."""
+    for tensor in tensors:
+        if tensor.is_floating_point() and tensor.layout is torch.strided:
+            # No operation of two numbers, nor a reshape to -1: torch fails in those of an empty batch.
+            made = made + 0.0 * tensor.reshape(tensor.numel()).sum(0, keepdim=True).to(made.dtype)
+    return made
 
 
 def without_gradient(tensor: torch.Tensor) -> torch.Tensor:

@@ -25,7 +25,7 @@ from bilevel._torch.convolution import FastHVP
 from bilevel._torch.double_backward import Repeatable
 from bilevel._torch.norms import OneImageNorms, WrittenNorms
 from bilevel._torch.reverse import grad, grad_and_value, vjp
-from bilevel._torch.transforms import autocasting
+from bilevel._torch.transforms import autocasting, hooks_refused
 from bilevel.equations.domain import leaves_domain
 from bilevel.errors import (
     ArgumentError,
@@ -228,7 +228,7 @@ class System(ABC):
                 continue
             in_dims = (0, *(0 if flag else None for flag in level.batched))
             # vmap would refuse random numbers with a message about vmap. Our own check has a better message.
-            function = vmap(function, in_dims=in_dims, randomness="different")
+            function = _without_hooks(vmap(function, in_dims=in_dims, randomness="different"))
         return function
 
     def inspect(  # noqa: B027  # most kinds promise nothing more
@@ -348,6 +348,16 @@ class SymmetricLinearSystem(LinearSystem):
     """The same with A = Aᵀ."""
 
     symmetric = True
+
+
+def _without_hooks(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Return ``function`` of a batch, in which hooks are refused: a checkpoint's would unpack outside of the batch what was saved inside."""
+
+    def refusing(*inputs: torch.Tensor) -> Any:
+        with hooks_refused():
+            return function(*inputs)
+
+    return refusing
 
 
 def _alone(function: Callable[..., Any], batched: tuple[bool, ...]) -> Callable[..., Any]:

@@ -26,6 +26,7 @@ from torch.func import vmap
 from torch.utils import _pytree as pytree
 
 from bilevel._torch.reverse import grad, vjp
+from bilevel._torch.transforms import maps_nothing
 from bilevel.equations.problem import Problem
 from bilevel.equations.structured import LocalModel, Parts, objective_of
 from bilevel.equations.system import RootSystem, System
@@ -174,7 +175,7 @@ class ConstrainedSystem(LocalModel):
         if self.inequality is not None:
             multipliers["inequality"] = self.inequality.unravel(inequality)
             on = inequality > 0
-            if self.smoothing is not None:
+            if self.smoothing is not None and not maps_nothing((z, *tensors)):
                 on = inequality > -self._split(self.stack(x, *tensors))[2]
             active["inequality"] = _flags(self.inequality, on)
         if stated.lower is not None or stated.upper is not None:
@@ -187,9 +188,11 @@ class ConstrainedSystem(LocalModel):
     def _bound_multipliers(
         self, x: torch.Tensor, equality: torch.Tensor, inequality: torch.Tensor, tensors: Sequence[torch.Tensor]
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        zero = torch.zeros_like(x)
+        if maps_nothing((x, *tensors)):
+            return zero, zero, zero > 0, zero > 0
         lower, upper = self.bounds(x, *tensors)
         at_lower, at_upper = self._active(x, lower, upper)
-        zero = torch.zeros_like(x)
         if self.smoothing is not None:
             there_low, there_high = torch.isfinite(lower) & ~at_lower, torch.isfinite(upper) & ~at_upper
             low = torch.where(there_low, self.smoothing / torch.where(there_low, x - lower, zero + 1), zero)

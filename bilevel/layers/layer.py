@@ -20,7 +20,9 @@ from bilevel._torch.transforms import (
     differentiating,
     eager,
     forward_levels,
+    maps_nothing,
     transforms_active,
+    with_zero_derivatives,
     without_gradient,
 )
 from bilevel.equations.domain import leaves_domain
@@ -317,7 +319,11 @@ class Layer:
             else False
         )
         call = self._call(settings, system, watched)
-        if isinstance(settings.differentiation, BySteps):
+        if maps_nothing((flat, *tensors)):
+            # The derivatives are empty, or zero. torch fails in some operations of an empty batch: the function is not called.
+            context = ImplicitContext(system, call.solve, call.solve_linear)
+            x = with_zero_derivatives(Solve.apply(context, flat, *map(without_gradient, tensors)), tensors)
+        elif isinstance(settings.differentiation, BySteps):
             x = self._by_steps(settings.differentiation, call, system, flat, tensors)
         else:
             context = ImplicitContext(system, call.solve, call.solve_linear, followed=watched, compare=call.compare)
@@ -401,7 +407,7 @@ class Layer:
         self, on_failure: OnFailure, init: torch.Tensor, system: System, tensors: list[torch.Tensor]
     ) -> bool:
         """Find tensors of an outer transform that the function captures; return whether the policy asks for NaN."""
-        if differentiating():
+        if differentiating() and not maps_nothing((init, *tensors)):
             # Inside the primitive, a captured tensor of a transform looks like a plain tensor. The check has to be here.
             detached = [without_gradient(tensor) for tensor in tensors]
             flat = without_gradient(init)

@@ -137,8 +137,11 @@ def program(function: Callable[..., torch.Tensor], **settings: Any) -> Solve:
 
 
 def program_data(t: torch.Tensor, X: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    Q = X.mT @ X + t[0].exp() * EYE.to(X)
-    return Q, -t.exp(), torch.stack([t.cos(), -torch.ones_like(t)]), torch.stack([t[1] / 2, 5 + t[0]])
+    # Sums of vectors, and no operation of two numbers: torch fails in those of an empty batch.
+    first, second = EYE.to(X)
+    Q = X.mT @ X + (t * first).sum(0, keepdim=True).exp() * EYE.to(X)
+    h = torch.stack([second / 2, first]) @ t + 5 * second
+    return Q, -t.exp(), torch.stack([t.cos(), -torch.ones_like(t)]), h
 
 
 def program_oracle(start: torch.Tensor, t: torch.Tensor, X: torch.Tensor) -> torch.Tensor:

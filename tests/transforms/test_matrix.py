@@ -15,13 +15,6 @@ from .table import EXCEPTIONS, PAGE, declared, rendered, rendered_exceptions
 
 # What a residual at the default tolerance, eps^(3/4), leaves of digits: each derivative is one more solve with it.
 MARGIN = 20.0
-# Cells that end in an error of torch's, in its own words.
-OPEN = (
-    ("a batch of no problems", "argmin with equality"),
-    ("a batch of no problems", "quadratic_program"),
-    ("of torch.func.grad", "equilibrium"),
-    ("of the function, second derivative", "equilibrium"),
-)
 # The version of torch that the page is of. How far torch's compiler gets differs from one to the next.
 SHOWN = "2.13"
 
@@ -80,8 +73,6 @@ def test_cell(row: Row, column: Column) -> None:
     if row.group.startswith("torch.compile") and not torch.__version__.startswith(SHOWN):
         elsewhere(row, column)
         return
-    if (row.name, column.kind.name) in OPEN:
-        pytest.skip("known gap: ends in an error of torch's or is not supported for this kind of problem yet")
     assert outcome(row, column) == declared(row, column)
 
 

@@ -1426,6 +1426,11 @@ MUTATIONS = (
         "return _again(problem, operator, state, direction, threshold, active, found, verdict)", "pass",
         ("tests/zoo/test_default_faults.py", "-k", "direction_of_others"),
     ),
+    Mutation(
+        "the rounding of x - T(x) is not counted in the error left", "solvers/newton.py",
+        "noise = noise + eps * x.abs().unsqueeze(-1)", "pass",
+        ("tests/zoo/test_default_faults.py", "-k", "rounding_absorbs"),
+    ),
 )  # fmt: skip
 
 

@@ -138,16 +138,31 @@ def solve_inner(
     if value is not None and not (math.isfinite(float(value)) if is_lone(value) else bool(all_finite(value))):
         status = torch.where(torch.isfinite(value), status, torch.full_like(status, Status.NOT_FINITE))
     bound = torch.full_like(trial.norm, float("nan"))
+    words: StatusMessages = {}
     if target.strong_convexity is not None:
         trial, bound = _bounded(solver, problem, goal, trial, status)
         if target.asked and not target.rtol:
             # Below what rounding hides there is no promise of δ.
             contradicted = (status == Status.CONVERGED) & (bound > target.error * _BOUND_ROUNDING)
             status = torch.where(contradicted, torch.full_like(status, Status.STAGNATED), status)
+            words = _words_of_rounding(status, bound)
     return InnerOutcome(
         trial.x, status, steps, trial.norm, trial.threshold, bound, _basis(target), trial.residual,
-        trial.factor, trial.exact, ", then ".join(names),
+        trial.factor, trial.exact, ", then ".join(names), words=words,
     )  # fmt: skip
+
+
+def _words_of_rounding(status: torch.Tensor, bound: torch.Tensor) -> StatusMessages:
+    """Return what to say where δ was not reached, by the largest error bound (batch,) of these problems: twice that can be had."""
+    short = (status == Status.STAGNATED) & torch.isfinite(bound)
+    if not bool(short.any()):
+        return {}
+    largest = float(bound[short].max())
+    meaning = f"cannot prove the error asked for: residual and its rounding bound the error by {largest:.1e}"
+    remedy = (
+        f"ask for {2 * largest:.1e} (delta= of bilevel.Tolerance), use float64, rescale the problem or regularise it"
+    )
+    return {Status.STAGNATED: (meaning, remedy)}
 
 
 def _bounded(

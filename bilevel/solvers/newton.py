@@ -135,7 +135,7 @@ class Newton(InnerSolver):
 
         solution, state = iterate(start, step, goal, self.max_steps or _MAX_STEPS, descends=True)
         if not problem.minimizes:
-            return replace(solution, error=_root_error_left(state)) if dense else solution
+            return replace(solution, error=_root_error_left(problem, state)) if dense else solution
         definite = dense and state.factor is not None and bool(state.definite.all())
         solution = replace(solution, value=state.merit, factor=state.factor if definite else None)
         if definite:
@@ -441,17 +441,19 @@ def _error_left(state: _State) -> torch.Tensor:
     return torch.where(known.unsqueeze(-1), error, torch.full_like(error, torch.nan))
 
 
-def _root_error_left(state: _State) -> torch.Tensor | None:
+def _root_error_left(problem: Problem, state: _State) -> torch.Tensor | None:
     """Return J⁻¹ R (batch, n) by the last step's factors, or None where these may say nothing of x for some problem.
 
     Newton's steps d shrink quadratically where the Jacobian hardly changes: J⁻¹ R after a full step is ½ J⁻¹J′[d, d], so that J⁻¹ changed by about
     2 |J⁻¹R| / |d| (the simplified Newton correction of Deuflhard, "Newton methods for nonlinear problems", 2004). What rounding of x
-    makes of R must not matter either.
+    makes of R must not matter either; x − T(x) is rounded as x is, however small J.
     """
     if state.factor is None or state.pivots is None or state.jacobian is None or state.last_x is None:
         return None
     eps, x = torch.finfo(state.x.dtype).eps, state.x
     noise = eps * (state.jacobian.abs() @ x.abs().unsqueeze(-1))
+    if problem.is_fixed_point:
+        noise = noise + eps * x.abs().unsqueeze(-1)
     right = torch.cat([state.residual.unsqueeze(-1), irregular_signs(x).unsqueeze(-1) * noise], dim=-1)
     error, rounding = torch.linalg.lu_solve(state.factor, state.pivots, right).unbind(dim=-1)
     size = x.abs()

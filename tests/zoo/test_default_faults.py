@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import pytest
@@ -289,6 +290,40 @@ def test_a_map_without_fixed_point_is_named_early(name: str) -> None:
     found = bilevel.fixed_point(MAPS[name], on_failure="ignore").solve(start)
     assert found.report.status is Status.DIVERGED
     assert int(found.report.iterations) < 2500
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("start", [(0.5,), (1.0,)])
+def test_steps_that_rounding_absorbs_are_no_fixed_point(start: tuple[float, ...], dtype: torch.dtype) -> None:
+    """From one unknown, the last Newton step took the rounding of 1 − T′ for a slope."""
+    found = bilevel.fixed_point(MAPS["vanishing"], on_failure="ignore").solve(tensor(*start, dtype=dtype))
+    assert found.report.status is Status.DIVERGED
+
+
+@pytest.mark.parametrize("size", [1.0, 100.0])
+@pytest.mark.parametrize("delta", [1e-12, 1e-13])
+def test_an_error_below_rounding_is_refused_with_one_that_works(delta: float, size: float) -> None:
+    generator = torch.Generator().manual_seed(0)
+    data, target = torch.randn(30, 4, generator=generator, dtype=F64), torch.randn(30, generator=generator, dtype=F64)
+    objective = lambda w, ridge: size**2 * ((data @ w - target) ** 2).sum() / 2 + ridge * (w**2).sum() / 2
+    strength, init = tensor(0.01)[0].requires_grad_(), torch.zeros(4, dtype=F64)
+
+    def solve(delta: float) -> Any:
+        accuracy = bilevel.Tolerance(delta=delta, strong_convexity=0.01)
+        return bilevel.argmin(objective, tolerance=accuracy, on_failure="ignore").solve(init, strength)
+
+    found = solve(delta)
+    assert found.report.status is Status.STAGNATED
+    assert "rounding" in found.report.message
+    named = float(re.search(r"ask for (\S+) ", found.report.message)[1])  # type: ignore[index]
+    followed = solve(named)
+    assert followed.report.status is Status.CONVERGED
+    assert float(followed.report.error_bound) <= named
+    hessian_there = size**2 * data.mT @ data + 0.01 * torch.eye(4, dtype=F64)
+    right = torch.linalg.solve(hessian_there, size**2 * data.mT @ target)
+    assert float((followed.value.detach() - right).norm()) <= named
+    followed.value.sum().backward()
+    assert bool(torch.isfinite(strength.grad))
 
 
 # --- Sparse constants, and empty batches ---

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import pytest
 import torch
 from torch import func
 
+import bilevel
 from bilevel._torch.reverse import grad, grad_and_value, reverse_pass, vjp
 
 F64 = torch.float64
@@ -82,12 +85,22 @@ def test_under_no_grad_inference_mode_and_the_caller_s_graph() -> None:
     close(y.grad, func.grad(lambda y: func.grad(scalar)(X, y).sum())(Y))
 
 
-def test_hooks_of_the_caller_s_are_refused_as_torch_refuses_them() -> None:
-    with (
-        torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t),
-        pytest.raises(RuntimeError, match="saved tensor hooks"),
-    ):
-        grad(scalar, X, Y)
+def test_hooks_of_the_caller_s_are_hidden_and_those_of_the_function_refused() -> None:
+    seen: list[torch.Tensor] = []
+    expected = func.jacrev(func.grad(scalar))(X, Y).sum(0)
+
+    def hooked(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t):
+            return scalar(x, y)
+
+    hooks = torch.autograd.graph.saved_tensors_hooks(lambda t: (seen.append(t), t)[1], lambda t: t)
+    for around in (contextlib.nullcontext(), hooks):
+        with around:
+            close(grad(lambda x: grad(scalar, x, Y)[0].sum(), X)[0], expected)
+            with pytest.raises(bilevel.TransformError, match="saved-tensor hooks"):
+                grad(hooked, X, Y)
+    assert not seen
+    hooked(X.clone().requires_grad_(True), Y).backward()  # and hooks are as before
 
 
 def test_a_pass_over_a_graph() -> None:

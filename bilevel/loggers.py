@@ -162,7 +162,7 @@ class TensorBoardLogger(Logger):
     3 bilevel/outer_loss 0.5
     """
 
-    def __init__(self, writer: str | PathLike[str] | Any, *, prefix: str = "bilevel/", every: int = 1) -> None:
+    def __init__(self, writer: Any, *, prefix: str = "bilevel/", every: int = 1) -> None:
         super().__init__(prefix=prefix, every=every)
         if isinstance(writer, (str, PathLike)):
             made = _imported(

@@ -195,7 +195,7 @@ def test_paths_that_cannot_be_used(tmp_path: Path) -> None:
 
 
 def test_targets_are_asked_for_where_they_are_needed(write) -> None:
-    with pytest.raises(DataError, match="Pass --target, one of: x, y"):
+    with pytest.raises(DataError, match="Pass --target, one of: y, x"):
         load(str(write("x,y\n1,2\n")))
     with pytest.raises(DataError, match="leave --target out"):
         load("wine", target="y")

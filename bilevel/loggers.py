@@ -110,10 +110,10 @@ class Logger(ABC):
     ...         return ((inner - outer) ** 2).sum()
     ...
     ...     def outer_objective(self, inner, outer, data):
-    ...         return ((inner - data) ** 2).sum()
+    ...         return ((inner - data) ** 2).sum() + 1
     >>> zero, one = torch.zeros(1, dtype=torch.float64), torch.ones(1, dtype=torch.float64)
     >>> result = bilevel.minimize(Nearest(), zero, one, init=zero, max_steps=2, callback=Printing(every=2, prefix="run/"))
-    2 {'run/value': 0.0, 'run/corrected_value': 0.0}
+    2 {'run/value': 1.0, 'run/corrected_value': 1.0}
     """
 
     def __init__(self, *, prefix: str = "bilevel/", every: int = 1) -> None:

@@ -114,12 +114,8 @@ def plot_history(history: Sequence[bilevel.OuterStep], title: str = "") -> Figur
     """
     if not history:
         raise bilevel.ArgumentError("plot_history: expected at least one point, got none; pass result.history")
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise _missing("matplotlib", "a picture") from error
     numbers = [step.number for step in history]
-    figure = Figure(figsize=(6.4, 8.0), layout="constrained")
+    figure = _figure(8.0)
     values, gradients, accuracies = figure.subplots(3, 1, sharex=True)
     _with_errors(values, numbers, [s.corrected_value for s in history], [s.value_error for s in history], "C0", None)
     values.plot(numbers, [step.value for step in history], "x", ms=4, color="0.6", label="as solved")
@@ -167,11 +163,7 @@ def plot_steps(results: Sequence[StepResult], title: str = "") -> Figure:
             f"plot_steps: expected at least one step that was not skipped, got {len(results)} steps, all skipped; pass the results of "
             "method.step"
         )
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise _missing("matplotlib", "a picture") from error
-    figure = Figure(figsize=(6.4, 6.4), layout="constrained")
+    figure = _figure(6.4)
     losses, norms = figure.subplots(2, 1, sharex=True)
     lines = (
         (losses, "outer_loss", "outer loss"), (losses, "inner_loss", "inner loss"), (norms, "hypergradient_norm", "hypergradient"),
@@ -192,6 +184,15 @@ def plot_steps(results: Sequence[StepResult], title: str = "") -> Figure:
     losses.legend()
     norms.legend()
     return figure
+
+
+def _figure(height: float) -> Figure:
+    """Return an empty picture, so high in inches."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise _missing("matplotlib", "a picture") from error
+    return Figure(figsize=(6.4, height), layout="constrained")
 
 
 _BASES = {"RESIDUAL": "no error bound", "ESTIMATED": "± error, estimated", "CERTIFIED": "± error, certified"}

@@ -401,16 +401,14 @@ def _again(
     if not bool(failed.any()):
         return found, verdict
     matrix, b = operator.dense()[failed], state.residual[failed]
-    unit = state.x[failed].abs()
-    unit = torch.where(unit > 0, unit, torch.ones_like(unit)).unsqueeze(-2)
+    unit = _units(state.x[failed].abs()).unsqueeze(-2)
     least = 1e3 * matrix.shape[-1] * torch.finfo(matrix.dtype).eps
     scaled = matrix * unit
     finite = torch.isfinite(scaled).all(dim=-1).all(dim=-1)
     inverse = pinv(torch.where(finite[:, None, None], scaled, 0.0), rtol=least)
     step = -unit.squeeze(-2) * torch.einsum("bij,bj->bi", inverse, b)
-    change = (b * torch.einsum("bij,bj->bi", matrix, step)).sum(dim=-1) / (b * b).sum(
-        dim=-1
-    )  # NaN where the squares overflow
+    # NaN where the squares overflow.
+    change = (b * torch.einsum("bij,bj->bi", matrix, step)).sum(dim=-1) / (b * b).sum(dim=-1)
     other = ((step - direction.d[failed]).abs() > 1e-3 * step.abs()).any(dim=-1)  # not where nothing was left out
     usable = torch.isfinite(step).all(dim=-1) & (change < _WORTH_TRYING) & other
     rows = failed.index_put((failed,), usable)
@@ -540,15 +538,16 @@ def _verdict(operator: LinearOperator, direction: _Direction, failed: torch.Tens
     if isinstance(operator, DenseOperator) and not operator.symmetric:
         matrix = operator.dense()
         # Whether it is singular does not depend on the units.
-        matrix = matrix / _positive(matrix.abs().amax(dim=-2, keepdim=True))
-        matrix = matrix / _positive(matrix.abs().amax(dim=-1, keepdim=True))
+        matrix = matrix / _units(matrix.abs().amax(dim=-2, keepdim=True))
+        matrix = matrix / _units(matrix.abs().amax(dim=-1, keepdim=True))
         values = svdvals(matrix)
         singular = values[..., -1] <= matrix.shape[-1] * torch.finfo(matrix.dtype).eps * values[..., 0]
         verdict = torch.where(failed & singular, torch.full_like(verdict, Status.SINGULAR), verdict)
     return verdict
 
 
-def _positive(size: torch.Tensor) -> torch.Tensor:
+def _units(size: torch.Tensor) -> torch.Tensor:
+    """Return ``size`` as units to divide by: one where it is zero or not finite."""
     return torch.where((size > 0) & torch.isfinite(size), size, torch.ones_like(size))
 
 

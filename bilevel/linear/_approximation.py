@@ -22,6 +22,9 @@ class Factor(Protocol):
     def solve(self, r: torch.Tensor) -> torch.Tensor:
         """Return M⁻¹ r for ``r`` (repeats, batch, n)."""
 
+    def state(self) -> list[torch.Tensor | None]:
+        """Return the tensors that :meth:`Approximation.restored` makes this factor of."""
+
 
 class Approximation(LinearSolver):
     """A symmetric matrix M near H that is easy to invert. ``factor`` makes it from products with H."""
@@ -37,6 +40,10 @@ class Approximation(LinearSolver):
     @abstractmethod
     def products(self, size: int) -> int:
         """Return how many products the factor of matrices of order ``size`` costs."""
+
+    @abstractmethod
+    def restored(self, state: list[torch.Tensor | None]) -> Factor:
+        """Return the factor with this ``state``."""
 
     def solve(
         self, operator: LinearOperator, rhs: torch.Tensor, threshold: torch.Tensor, start: torch.Tensor | None = None

@@ -66,7 +66,7 @@ class Kept:
         return as_preconditioner(base.memo[self], operator)
 
     def _for(self, base: LinearOperator) -> Factor:
-        fits = (base.batch, base.size, base.dtype, base.device)
+        fits = (base.batch, base.size, base.dtype, str(base.device))
         if self._factor is None or self._uses >= self.refresh or self._fits != fits:
             made = self.approximation.checked_factor(base)
             ones = torch.ones(1, base.batch, base.size, dtype=base.dtype, device=base.device)
@@ -75,6 +75,23 @@ class Kept:
             self._factor, self._fits, self._uses = made, fits, 0
         self._uses += 1
         return self._factor
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what a resumed run needs to go on bit for bit. The methods of ``bilevel.stochastic`` save it with their own state."""
+        if self._factor is None:
+            return {}
+        return {"factor": self._factor.state(), "fits": list(self._fits), "uses": self._uses}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from :meth:`state_dict` of the same approximation.
+
+        Parameters
+        ----------
+        state
+            What :meth:`state_dict` returned.
+        """
+        self._factor = self.approximation.restored(state["factor"]) if state else None
+        self._fits, self._uses = (tuple(state["fits"]), state["uses"]) if state else ((), 0)
 
     def __repr__(self) -> str:
         return f"Kept({self.approximation!r}, refresh={self.refresh})"

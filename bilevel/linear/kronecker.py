@@ -119,8 +119,19 @@ class Kronecker(Approximation):
     def products(self, size: int) -> int:
         return self.probes
 
+    @property
+    def _sizes(self) -> list[int]:
+        return [prod(shape) for shape in self.shapes]
+
+    def restored(self, state: list[torch.Tensor | None]) -> BlockFactor:
+        blocks = []
+        for left, right, values in zip(state[::3], state[1::3], state[2::3], strict=True):
+            assert values is not None
+            blocks.append(Block(left, right, values))
+        return BlockFactor(blocks, self._sizes, self.rho)
+
     def factor(self, base: LinearOperator) -> BlockFactor:
-        sizes = [prod(shape) for shape in self.shapes]
+        sizes = self._sizes
         if sum(sizes) != base.size:
             raise ShapeError(
                 f"Kronecker: expected shapes with {base.size} numbers, those of the unknown, got {list(self.shapes)} with {sum(sizes)}; "
@@ -220,3 +231,6 @@ class BlockFactor:
     def solve(self, r: torch.Tensor) -> torch.Tensor:
         parts = zip(self.blocks, r.split(self.sizes, dim=-1), strict=True)
         return torch.cat([block.solve(part, self.rho) for block, part in parts], dim=-1)
+
+    def state(self) -> list[torch.Tensor | None]:
+        return [tensor for block in self.blocks for tensor in (block.left, block.right, block.values)]

@@ -84,6 +84,11 @@ class Nystrom(Approximation):
         weights = torch.where(finite.unsqueeze(-1), sizes.clamp_min(0.0), torch.nan)
         return LowRank(Q @ turned, weights / (weights + self.rho), self.rho)
 
+    def restored(self, state: list[torch.Tensor | None]) -> LowRank:
+        basis, weights = state
+        assert basis is not None and weights is not None
+        return LowRank(basis, weights, self.rho)
+
 
 @dataclass(frozen=True, eq=False)
 class LowRank:
@@ -105,3 +110,6 @@ class LowRank:
         columns = r.permute(1, 2, 0)  # (batch, n, repeats)
         along = self.weights.unsqueeze(-1) * (self.basis.mT @ columns)
         return ((columns - self.basis @ along) / self.rho).permute(2, 0, 1)
+
+    def state(self) -> list[torch.Tensor | None]:
+        return [self.basis, self.weights]

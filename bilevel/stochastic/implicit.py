@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from bilevel.linear._base import LinearSolverLike, as_linear_solver, solve_linear
+from bilevel.linear.kept import Kept
 from bilevel.operators import FunctionOperator
 from bilevel.reports import Status
 from bilevel.setting_checks import check_steps
@@ -34,7 +35,8 @@ class ImplicitStep(AdjointMethod):
         T.
     linear_solver
         A linear solver of the library, such as ``bilevel.CG(max_steps=10)`` or ``bilevel.Neumann(terms=10, step=0.1)``, or a function
-        (operator, rhs) ↦ x on vectors (1, n). None: ``adjoint_steps`` gradient steps on ½ qᵀH q − qᵀ∇_φ F.
+        (operator, rhs) ↦ x on vectors (1, n). ``bilevel.CG(max_steps=5, preconditioner=bilevel.Kept(bilevel.Kronecker.like(model)))`` keeps
+        a preconditioner from step to step. None: ``adjoint_steps`` gradient steps on ½ qᵀH q − qᵀ∇_φ F.
     adjoint_steps
         Only without ``linear_solver``.
     warm_start
@@ -74,6 +76,8 @@ class ImplicitStep(AdjointMethod):
     >>> [round(number, 2) for number in theta.tolist()]
     [1.0, 1.0]
     """
+
+    _STATE = ("_preconditioner_state",)
 
     def __init__(
         self,
@@ -156,6 +160,17 @@ class ImplicitStep(AdjointMethod):
         for q, part in zip(self.adjoint, found, strict=True):
             q.copy_(part)
         return outcome.residual_norm.squeeze(0), Status(int(outcome.status))
+
+    @property
+    def _preconditioner_state(self) -> dict[str, Any]:
+        kept = getattr(self.linear_solver, "preconditioner", None)
+        return kept.state_dict() if isinstance(kept, Kept) else {}
+
+    @_preconditioner_state.setter
+    def _preconditioner_state(self, state: dict[str, Any] | None) -> None:
+        kept = getattr(self.linear_solver, "preconditioner", None)
+        if isinstance(kept, Kept):
+            kept.load_state_dict(state or {})
 
     def _preconditioner(self) -> Tensors:
         return preconditioner(self.inner_optimizer, self._inner.tensors, self.where)

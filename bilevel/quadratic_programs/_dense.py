@@ -196,6 +196,9 @@ def _point_of(program: Program, iterate: Iterate) -> tuple[torch.Tensor, torch.T
     return torch.cat([x, iterate.y, *parts], -1), active
 
 
+_PARTS = ("point", "active", "weak", "good", "residual", "threshold")
+
+
 @dataclass(eq=False)
 class _Trial:
     """Points that an active set led to, and whether they fulfil all conditions to rounding."""
@@ -208,6 +211,21 @@ class _Trial:
     threshold: torch.Tensor
     factor: KKTFactor | None
 
+    def put(self, index: torch.Tensor, other: _Trial, chosen: torch.Tensor | slice = slice(None)) -> _Trial:
+        """Return these trials with those of ``other`` that are ``chosen`` at ``index``, and without a factorisation."""
+        made = {name: getattr(self, name).clone() for name in _PARTS}
+        for name, mine in made.items():
+            mine[index] = getattr(other, name)[chosen]
+        return _Trial(**made, factor=None)
+
+    def clipped(self, program: Program) -> _Trial:
+        """Return the trials with what is negative by rounding alone set to zero."""
+        n, head = program.sizes.n, program.sizes.n + program.sizes.p
+        x, rows = self.point[:, :n], self.point[:, head:]
+        x = torch.minimum(torch.maximum(x, program.lower), program.upper)
+        rows = torch.where(program.fixed_rows, rows, rows.clamp_min(0))
+        return replace(self, point=torch.cat([x, self.point[:, n:head], rows], -1))
+
     def write(self, found: Found, where: torch.Tensor | None, steps: torch.Tensor) -> None:
         """Write the good ones into ``found``, whose problems ``where`` these are, and of the others the steps alone."""
         good = self.good.nonzero().squeeze(-1)
@@ -219,8 +237,9 @@ class _Trial:
             return
         found.iterations[slice(None) if where is None else where] = steps
         found.status[index] = int(Status.CONVERGED)
-        for name in ("point", "active", "weak", "residual", "threshold"):
-            getattr(found, name)[index] = getattr(self, name)[good]
+        for name in _PARTS:
+            if name != "good":
+                getattr(found, name)[index] = getattr(self, name)[good]
 
 
 def _polished(program: Program, iterate: Iterate, limits: Limits) -> _Trial:
@@ -228,18 +247,19 @@ def _polished(program: Program, iterate: Iterate, limits: Limits) -> _Trial:
     point, active = _point_of(program, iterate)
     if limits.smoothing:
         return _on_path(program, point, limits.smoothing)
-    trial = _on_active_set(program, point, active)
+    trial = tried = _on_active_set(program, point, active)
     for _ in range(_FLIPS):
         wrong = (~trial.good).nonzero().squeeze(-1)
         if not len(wrong):
             break
         part = program.at(wrong)
-        flipped = _flipped(part, trial.point[wrong], trial.active[wrong])
-        better = _on_active_set(part, point[wrong], flipped)
-        trial.factor = None
-        for name in ("point", "active", "weak", "good", "residual", "threshold"):
-            getattr(trial, name)[wrong] = getattr(better, name)
-    return trial
+        flipped = _flipped(part, tried.point[wrong], tried.active[wrong])
+        tried = tried.put(wrong, _on_active_set(part, point[wrong], flipped))
+        # Where ties send the active sets round in a circle, one of them may fulfil all conditions but for rounding.
+        better = (~trial.good & (tried.good | (tried.residual < trial.residual))).nonzero().squeeze(-1)
+        trial = trial.put(better, tried, better)
+    trial.good = trial.residual <= 1e-3 * trial.threshold
+    return trial.clipped(program)
 
 
 def _on_active_set(program: Program, point: torch.Tensor, active: torch.Tensor) -> _Trial:
@@ -258,22 +278,20 @@ def _on_active_set(program: Program, point: torch.Tensor, active: torch.Tensor) 
     z = torch.cat([x, nu, rows], -1)
     weight, size = program.weights(z)
     slack, scale = program.slacks(z)
-    fixed = torch.cat([torch.zeros_like(program.h, dtype=torch.bool), program.fixed, program.fixed], -1)
-    negative = active & (weight < -_EXACT * size) & ~fixed
+    negative = active & (weight < -_EXACT * size) & ~program.fixed_rows
     violated = ~active & (slack < -_EXACT * scale)
     residual, threshold = residual_norm(program, z, active, 0.0)
     good = ~(negative | violated).any(-1) & (residual <= 1e-3 * threshold)
-    # A multiplier that is negative by rounding alone is zero.
-    z = torch.cat([z[:, :head], torch.where(fixed, rows, rows.clamp_min(0))], -1)
-    weak = torch.where(active, weight <= program.weakness * size, slack <= program.weakness * scale) & ~fixed
-    return _Trial(z, active, weak & good.unsqueeze(-1), good, residual, threshold, factor)
+    weak = torch.where(active, weight <= program.weakness * size, slack <= program.weakness * scale)
+    weak &= ~program.fixed_rows
+    return _Trial(z, active, weak, good, residual, threshold, factor)
 
 
 def _flipped(program: Program, point: torch.Tensor, active: torch.Tensor) -> torch.Tensor:
     """Return the active set of the primal–dual method: less what has a negative multiplier, plus what is violated."""
     weight, size = program.weights(point)
     slack, scale = program.slacks(point)
-    fixed = torch.cat([torch.zeros_like(program.h, dtype=torch.bool), program.fixed, program.fixed], -1)
+    fixed = program.fixed_rows
     kept = torch.where(active, (weight >= -_EXACT * size) | fixed, (slack < -_EXACT * scale) & ~fixed)
     general, low, up = kept.split(program.sizes.rows, -1)
     return torch.cat([general, low, up & ~low], -1)

@@ -12,10 +12,11 @@ from bilevel.quadratic_programs._kkt import Factor, Sizes
 from bilevel.reports import Status
 from bilevel.solvers._dense_program import mv, tmv
 
-__all__ = ["Found", "Limits", "Program"]
+__all__ = ["BESIDE", "Found", "Limits", "Program"]
 
 
 _RUNAWAY = 1e4  # how many times the sides of the constraints the numbers may be that rounding is relative to
+BESIDE = 1e-4  # the part of the largest unknown that counts as the size of a smaller one
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,6 +80,17 @@ class Program:
         return self.lower == self.upper
 
     @cached_property
+    def fixed_rows(self) -> torch.Tensor:
+        """(B, m + 2n) bool: the bounds of these unknowns, whose multipliers may have either sign."""
+        return torch.cat([torch.zeros_like(self.h, dtype=torch.bool), self.fixed, self.fixed], -1)
+
+    @cached_property
+    def unit(self) -> torch.Tensor:
+        """(B, 1): the length of an unknown at which Q weighs as much as q, zero where Q is."""
+        slope, curvature = self.q.abs().amax(-1), self.Q.abs().flatten(1).amax(-1)
+        return torch.where(curvature > 0, slope / curvature, 0.0).unsqueeze(-1)
+
+    @cached_property
     def present(self) -> torch.Tensor:
         """(B, m + 2n) bool: inequalities that are not at infinity. Of two equal bounds the lower one."""
         return torch.cat(
@@ -124,7 +136,9 @@ class Program:
         x = point[:, : self.sizes.n]
         reached = mv(self.G, x)
         slack = torch.cat([self.h - reached, x - self.lower, self.upper - x], -1)
+        # The rounding of one unknown is relative to the others too: a difference from zero is not known to be one.
         size = x.abs()
+        size = torch.maximum(size, BESIDE * torch.maximum(size.amax(-1, keepdim=True), self.unit))
         rows = torch.where(torch.isfinite(self.h), self.h.abs(), 0.0) + mv(self.G.abs(), size)
         low = size + torch.where(torch.isfinite(self.lower), self.lower.abs(), 0.0)
         up = size + torch.where(torch.isfinite(self.upper), self.upper.abs(), 0.0)

@@ -26,6 +26,7 @@ _PROXIMAL = 1e-10  # δ, relative to a KKT matrix of norm one
 _AUGMENTED = 1.0  # ρ, likewise
 _ESCAPED = 1e-6  # how near to a certificate of infeasibility or unboundedness a search ends, for the certificate to be looked for
 _IDLE = 5  # steps without progress after which a search that is near its end has ended
+_CIRCLING = 3  # steps without progress after which the corrector is trusted no further than the predictor's step
 _LEAST_STEP = 1e-12
 
 
@@ -227,7 +228,9 @@ def _step(program: DenseProgram, point: Iterate, now: _Residuals, target: torch.
     reach = torch.minimum(_longest(s, ds), _longest(z, dz)).clamp_max(1.0)
     after = ((s + reach * ds) * (z + reach * dz)).mean(-1, keepdim=True)
     centre = torch.maximum((after / mean) ** 3 * mean, target)
-    dx, dy, ds, dz = newton.solve(now.dual, now.equations, now.rows, products + ds * dz - centre, point)
+    # The corrector stands for the whole predictor, of which a part is taken. Iterates may go round in a circle for that (Cartis 2009).
+    trust = torch.where(point.idle.unsqueeze(-1) >= _CIRCLING, reach.square(), 1.0)
+    dx, dy, ds, dz = newton.solve(now.dual, now.equations, now.rows, products + trust * ds * dz - centre, point)
     # The nearer to the solution, the nearer to the boundary a step may go. A point of the central path is not near the boundary:
     # a product s·z far below its target would end all further steps.
     share = torch.where(target > 0, 0.9, 1 - mean.clamp(1e-3, 1e-2))

@@ -40,17 +40,14 @@ def solve_dense(program: Program, limits: Limits) -> Found:
 
 def _refuse(program: Program, found: Found) -> torch.Tensor:
     """Give a status to the problems that need no search; return the numbers of the others."""
-    given = (program.Q, program.A, program.G)
-    finite = torch.isfinite(program.q).all(-1) & torch.isfinite(program.b).all(-1)
-    for matrix in given:
-        finite &= torch.isfinite(matrix).flatten(1).all(-1)
-    for side in (program.h, program.lower, program.upper):
-        finite &= ~torch.isnan(side).any(-1)
+    finite = program.finite
     size = program.Q.diagonal(dim1=-2, dim2=-1).abs().amax(-1, keepdim=True)
     lifted = program.Q.clone()
     lifted.diagonal(dim1=-2, dim2=-1).add_(program.rounding * size + 1e-300)
-    eye = torch.eye(lifted.shape[-1], dtype=lifted.dtype, device=lifted.device)
-    convex = torch.linalg.cholesky_ex(torch.where(finite[:, None, None], lifted, eye))[1] == 0
+    if not bool(finite.all()):
+        eye = torch.eye(lifted.shape[-1], dtype=lifted.dtype, device=lifted.device)
+        lifted = torch.where(finite[:, None, None], lifted, eye)
+    convex = torch.linalg.cholesky_ex(lifted)[1] == 0
     rays = program.sizes.split(found.certificate)
     infinity = float("inf")
     crossed = program.lower > program.upper
@@ -118,7 +115,9 @@ def _conclude(program: Program, iterate: Iterate, limits: Limits, found: Found, 
     enough = best.best <= _ACCEPTED
     ended = torch.where(best.steps >= limits.max_steps, int(Status.MAX_STEPS), int(Status.STAGNATED))
     status = torch.where(enough & (best.error <= 10 * _ACCEPTED), int(Status.CONVERGED), ended)
-    residual, threshold = residual_norm(part, point, tight, limits.smoothing)
+    residual, threshold = residual_norm(
+        part, point, tight, limits.smoothing, part.weights(point)[1], part.slacks(point)
+    )
     index = where[unclear]
     found.point[index], found.active[index], found.status[index] = point, tight, status
     found.residual[index], found.threshold[index], found.iterations[index] = residual, threshold, best.steps
@@ -280,7 +279,7 @@ def _on_active_set(program: Program, point: torch.Tensor, active: torch.Tensor) 
     slack, scale = program.slacks(z)
     negative = active & (weight < -_EXACT * size) & ~program.fixed_rows
     violated = ~active & (slack < -_EXACT * scale)
-    residual, threshold = residual_norm(program, z, active, 0.0)
+    residual, threshold = residual_norm(program, z, active, 0.0, size, (slack, scale))
     good = ~(negative | violated).any(-1) & (residual <= 1e-3 * threshold)
     weak = torch.where(active, weight <= program.weakness * size, slack <= program.weakness * scale)
     weak &= ~program.fixed_rows
@@ -309,23 +308,32 @@ def _on_path(program: Program, point: torch.Tensor, smoothing: float) -> _Trial:
         moved = point - factor.solve(program.residual(point, active, smoothing))
         moved_rows = torch.where(active, moved[:, head:].maximum(0.1 * rows), 0.0)
         point = torch.cat([moved[:, :head], moved_rows], -1)
-    residual, threshold = residual_norm(program, point, active, smoothing)
+    size, slacks = program.weights(point)[1], program.slacks(point)
+    residual, threshold = residual_norm(program, point, active, smoothing, size, slacks)
     good = residual <= threshold
     return _Trial(point, active, torch.zeros_like(active), good, residual, threshold, None)
 
 
 def residual_norm(
-    program: Program, point: torch.Tensor, active: torch.Tensor, smoothing: float
+    program: Program,
+    point: torch.Tensor,
+    active: torch.Tensor,
+    smoothing: float,
+    size: torch.Tensor,
+    slacks: tuple[torch.Tensor, torch.Tensor],
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the largest relative lack of an optimality condition, violations included, and what of it is small enough (B,)."""
+    """Return the largest relative lack of an optimality condition, violations included, and what of it is small enough (B,).
+
+    ``size`` and ``slacks`` are what the program's ``weights`` and ``slacks`` say of the point.
+    """
     lack = program.residual(point, active, smoothing).abs()
     n, head = program.sizes.n, program.sizes.n + program.sizes.p
-    primal, dual = program.scales(point)
+    slack, rows = slacks
+    primal, dual = program.scales(size, rows)
     slope, rest = lack[:, :n].amax(-1), lack[:, n:]
     if not smoothing:
-        slack, _ = program.slacks(point)
-        rest = torch.maximum(rest[:, program.sizes.p :], torch.where(active, 0.0, (-slack).clamp_min(0)))
-        rest = torch.cat([lack[:, n:head], rest], -1)
-        slope = torch.maximum(slope, torch.where(active, (-point[:, head:]).clamp_min(0), 0.0).amax(-1))
+        outside = torch.maximum(lack[:, head:], torch.where(active, 0.0, -slack))
+        rest = torch.cat([lack[:, n:head], outside], -1)
+        slope = torch.maximum(slope, torch.where(active, -point[:, head:], 0.0).amax(-1))
     relative = torch.maximum(slope / dual, rest.amax(-1) / primal)
     return relative, torch.full_like(relative, _ACCEPTED)

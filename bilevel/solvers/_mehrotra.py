@@ -218,9 +218,7 @@ def _longest(pair: torch.Tensor, change: torch.Tensor, share: torch.Tensor | flo
     return 1 / (-(change / pair).amin(-1, keepdim=True) / share).clamp_min(1.0)
 
 
-def _step(
-    program: DenseProgram, point: Iterate, now: _Residuals, target: torch.Tensor, ended: torch.Tensor
-) -> Iterate:
+def _step(program: DenseProgram, point: Iterate, now: _Residuals, target: torch.Tensor, ended: torch.Tensor) -> Iterate:
     """Return the iterate after one predictor–corrector step of the problems that have not ``ended``."""
     newton = _Newton(program, point.z / point.s)
     steps = point.steps + ~ended

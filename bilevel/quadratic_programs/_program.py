@@ -154,18 +154,6 @@ class Program:
         sides = torch.cat([self.h, self.lower, self.upper], -1).abs()
         return torch.where(torch.isfinite(sides), sides, 0.0)
 
-    @cached_property
-    def sizes_of_matrices(self) -> tuple[torch.Tensor, ...]:
-        """|Q|, |A|, |G|, and the largest entries (B, m) of the rows of G."""
-        G = self.G.abs()
-        return self.Q.abs(), self.A.abs(), G, G.amax(-1)
-
-    @cached_property
-    def sizes_of_sides(self) -> torch.Tensor:
-        """(B, m + 2n): the sides of the inequalities without their signs, zero where they are infinite."""
-        sides = torch.cat([self.h, self.lower, self.upper], -1).abs()
-        return torch.where(torch.isfinite(sides), sides, 0.0)
-
     def slacks(self, point: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Return d − Cx (B, m + 2n), and the sizes of the numbers of which each is the difference."""
         x = point[:, : self.sizes.n]

@@ -1382,7 +1382,21 @@ MUTATIONS = (
     ),
     Mutation(
         "weakly active constraints pass for inactive", "quadratic_programs/_dense.py",
-        "weak & good.unsqueeze(-1)", "weak & False", ("tests/quadratic_programs/test_failures.py", "-k", "weakly_active"),
+        "weak &= ~program.fixed_rows", "weak &= False", ("tests/quadratic_programs/test_failures.py", "-k", "weakly_active"),
+    ),
+    Mutation(
+        "a slack at zero is compared with its own rounding", "quadratic_programs/_program.py",
+        "BESIDE * torch.maximum(size.amax(-1, keepdim=True), self.unit)", "0 * self.unit",
+        ("tests/quadratic_programs/test_failures.py", "-k", "constraint_at_zero"),
+    ),
+    Mutation(
+        "Mehrotra's iterates go round in a circle", "solvers/_mehrotra.py", "_CIRCLING = 3", "_CIRCLING = 10**6",
+        ("tests/quadratic_programs/test_solutions.py", "-k", "degenerate_integer"),
+    ),
+    Mutation(
+        "an active set never loses a constraint", "quadratic_programs/_dense.py",
+        "(weight >= -_EXACT * size) | fixed", "weight == weight",
+        ("tests/quadratic_programs/test_solutions.py", "-k", "solved_to_rounding"),
     ),
     Mutation(
         "an infeasible program is accepted for its large multipliers", "quadratic_programs/_dense.py",

@@ -1098,7 +1098,23 @@ MUTATIONS = (
     ),
     Mutation(
         "what a run finds taken for what it makes", "replay/cache.py",
-        "fits = again is not None and not entry.program.shares_constants(again)", "pass", ("tests/test_replay.py",),
+        "return not program.shares_constants(again)", "return True", ("tests/test_replay.py",),
+    ),
+    Mutation(
+        "arrays that a vouched function makes outside of torch taken for tensors that last", "replay/cache.py",
+        "return program.finds_what_lasts(again)", "return True", ("tests/test_replay.py", "-k", "wrong_promise"),
+    ),
+    Mutation(
+        "a tensor that a vouched function reaches comes to require grad unseen", "layers/checks.py",
+        "if replays is not None and not _needs_grad(replays):", "if replays is not None:", ("tests/test_replay.py", "-k", "vouched"),
+    ),
+    Mutation(
+        "functions that can be followed taken on trust", "replay/purity.py",
+        "        parts = reachable_objects(function)\n", "        parts = None if static else reachable_objects(function)\n", ("tests/test_replay.py", "-k", "on_trust"),
+    ),
+    Mutation(
+        "functions that the user vouches for passed over", "layers/layer.py",
+        "Inspector(static=static)", "Inspector()", ("tests/test_replay.py", "-k", "vouch"),
     ),
     Mutation(
         "tensors changed before a derivative passed over", "replay/program.py",

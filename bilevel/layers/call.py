@@ -153,9 +153,13 @@ class Setting(Generic[T]):
 
 
 class Inspector:
-    """Check the function of a layer, and remember which functions need no second check. A copy remembers nothing."""
+    """Check the function of a layer, and remember which functions need no second check. A copy remembers nothing.
 
-    def __init__(self) -> None:
+    ``static``: the user vouches for functions whose code cannot be followed.
+    """
+
+    def __init__(self, *, static: bool = False) -> None:
+        self._static = static
         self._inspected: InspectionCache[ReplayCache] = InspectionCache()
         self._aside: InspectionCache[ReplayCache] = InspectionCache()
         self.examinations = Examinations()
@@ -164,13 +168,16 @@ class Inspector:
         self, problem: Problem, x: torch.Tensor, written: Any, *, captures: bool, again: bool = False
     ) -> Inspection:
         """Check the user's function, ``written``, at ``x`` (batch, n), unless it was checked before; ``again`` forces the check."""
-        return inspect_once(problem, x, written, InspectionCache() if again else self._inspected, captures=captures)
+        memory = InspectionCache() if again else self._inspected
+        return inspect_once(problem, x, written, memory, captures=captures, static=self._static)
 
     def reuse_inspection(
         self, problem: Problem, x: torch.Tensor, written: Any, *, captures: bool
     ) -> ReplayCache | None:
         """Return the replays that a call may use, for a call that makes no check."""
-        return reuse_inspection(problem, x, written, self._inspected, self._aside, captures=captures)
+        return reuse_inspection(
+            problem, x, written, self._inspected, self._aside, captures=captures, static=self._static
+        )
 
 
 class SolveCall:

@@ -162,6 +162,7 @@ class Layer:
         has_aux: bool = False,
         prepare: Callable[..., Any] | None = None,
         warm_start: bool = False,
+        static: bool = False,
     ) -> None:
         noun = kind.noun
         if not callable(function):
@@ -183,7 +184,7 @@ class Layer:
         self._settings = SolveSettings(tolerance=Tolerance() if tolerance is None else tolerance, on_failure=on_failure)
         self.solver, self.linear_solver, self.differentiation = solver, linear_solver, differentiation
         self.written = written  # the user's function, if ``function`` wraps it
-        self.inspector = Inspector()
+        self.inspector = Inspector(static=static)
         functools.update_wrapper(self, function, updated=())
         self.where = where or f"`{kind.label}` layer `{getattr(function, '__name__', type(function).__name__)}`"
 

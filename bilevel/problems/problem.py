@@ -83,6 +83,8 @@ class BilevelProblem(torch.nn.Module, ABC):
     differentiation
         The way the inner solution is differentiated: :class:`bilevel.Implicit` by default. The others have no known error
         bound.
+    static
+        Whether you vouch for the inner objective, and for ``inner_prox`` or ``inner_constraints``: see :func:`bilevel.argmin`.
 
     Raises
     ------
@@ -128,6 +130,7 @@ class BilevelProblem(torch.nn.Module, ABC):
         batch_dims: Any = None,
         warm_start: bool = True,
         differentiation: Differentiation | None = None,
+        static: bool = False,
     ) -> None:
         super().__init__()
         self.batch_dims = batch_dims
@@ -155,6 +158,7 @@ class BilevelProblem(torch.nn.Module, ABC):
             where=self.where,
             written=self._written,
             differentiation=differentiation,
+            static=static,
         )
         self._warm = WarmStart()
         self._connected_for: frozenset[tuple[bool, ...]] = frozenset()

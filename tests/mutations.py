@@ -800,7 +800,7 @@ MUTATIONS = (
         "wrong = wrong | (distance", "wrong = wrong & (distance", ("tests/certificates/test_evidence.py", "-k", "agree"),
     ),
     Mutation(
-        "a refinement that runs away", "certificates/_point.py",
+        "a refinement that runs away", "certificates/_inner_point.py",
         "longer = ~((left < r) | (left <= noise)) & (length > 0)", "longer = torch.zeros_like(left, dtype=torch.bool)",
         ("tests/certificates/test_evidence.py", "-k", "run_away"),
     ),
@@ -1034,7 +1034,7 @@ MUTATIONS = (
     ),
     Mutation(
         "tensors from nowhere taken for constants", "replay/recorder.py",
-        "self._open or tensor.ndim > 0 or", "self._open or", (TAPES,),
+        'known = self._found or (tensor.ndim == 0 and tensor.device.type == "cpu")', "known = True", (TAPES,),
     ),
     Mutation(
         "arguments in one memory taken for one", "replay/recorder.py",

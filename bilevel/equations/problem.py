@@ -107,7 +107,7 @@ class Problem:
     def value(self, x: torch.Tensor) -> torch.Tensor:
         """Return the objectives (batch,) at ``x`` (batch, n)."""
         try:
-            return self._evaluated("output", self._output, x)[0].reshape(self.batch)
+            return self.evaluate("output", self._output, x)[0].reshape(self.batch)
         except (RuntimeError, ValueError) as error:
             if not leaves_domain(error):
                 raise
@@ -128,7 +128,7 @@ class Problem:
                 self.linearization_slot.linearization = linear = self.linearize(x, self.linearization_slot.needs_grad)
                 assert linear.value is not None
                 return linear.value, linear.residual.detach()
-            values, gradient = self._evaluated("gradient", self._gradient, x)
+            values, gradient = self.evaluate("gradient", self._gradient, x)
         except (RuntimeError, ValueError) as error:
             if not leaves_domain(error):
                 raise
@@ -140,33 +140,21 @@ class Problem:
         if self.has_value:
             return self.value_and_residual(x)[1]
         try:
-            return self._evaluated("output", self._output, x)[0].reshape(x.shape)
+            return self.evaluate("output", self._output, x)[0].reshape(x.shape)
         except (RuntimeError, ValueError) as error:
             if not leaves_domain(error):
                 raise
             return row_by_row(self, x, lambda one, row: (one.residual(row),), [x.shape[1:]])[0]
 
-    def evaluated(
+    def evaluate(
         self, name: Hashable, evaluation: Callable[..., Sequence[torch.Tensor]], x: torch.Tensor
     ) -> Sequence[torch.Tensor]:
-        """Return ``evaluation`` at ``x`` (batch, k) and the tensors, or its replay under ``name``."""
-        return self._evaluated(name, evaluation, x)
-
-    def _evaluated(
-        self, name: Hashable, evaluation: Callable[..., Sequence[torch.Tensor]], x: torch.Tensor
-    ) -> Sequence[torch.Tensor]:
-        """Return ``evaluation`` at ``x`` and the tensors, or its replay."""
+        """Return ``evaluation`` at ``x`` (batch, k) and the tensors, or its replay. ``name`` identifies the evaluation."""
         program = self._program(name, evaluation, x)
         if program is None:
             return evaluation(x, *self.tensors)
         with torch.no_grad():
             return program(x.contiguous(), *self.tensors, *self._captured())
-
-    def evaluate(
-        self, name: Hashable, evaluation: Callable[..., Sequence[torch.Tensor]], x: torch.Tensor
-    ) -> Sequence[torch.Tensor]:
-        """Return ``evaluation`` at ``x`` and the tensors, or its replay. ``name`` identifies the evaluation."""
-        return self._evaluated(name, evaluation, x)
 
     def _program(
         self,
@@ -319,7 +307,7 @@ class Problem:
         return Linearization(residual, operator, (), value)
 
     def _dense(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-        residual, matrix, values = self._evaluated("dense", self._rows, x)
+        residual, matrix, values = self.evaluate("dense", self._rows, x)
         matrix = matrix.reshape(self.batch, self.size, self.size)
         if self.system.symmetric:
             matrix = (matrix + matrix.mT).mul_(0.5)
@@ -337,7 +325,7 @@ class Problem:
         units = torch.zeros(1 + k, self.size, dtype=x.dtype, device=x.device)
         units[0] = x[0]
         units[torch.arange(1, 1 + k, device=x.device), places] = 1
-        return self._evaluated(("rows", k), self._some_rows, units)[0]
+        return self.evaluate(("rows", k), self._some_rows, units)[0]
 
     def _some_rows(self, packed: torch.Tensor, *tensors: torch.Tensor) -> list[torch.Tensor]:
         """Return the rows at the point ``packed[0]`` for the unit vectors that follow it."""

@@ -258,7 +258,7 @@ class ConstrainedSystem(LocalModel):
 
             joined = vectors[0] if len(vectors) == 1 else torch.cat(vectors, dim=-1)
             axes = len(system.batch_shape)
-            made = problem.evaluated(("constrained", name), evaluation, joined)
+            made = problem.evaluate(("constrained", name), evaluation, joined)
             return [part.reshape(problem.batch, *part.shape[axes:]) for part in made]
 
         def rows(x: torch.Tensor, *tensors: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

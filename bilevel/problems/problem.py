@@ -462,7 +462,7 @@ class BilevelProblem(torch.nn.Module, ABC):
                 settings.on_adjoint(last)
             q, backward = last.value * lower.batch, last.report  # the mean's cotangents are 1/K of each problem's own
             corrected = corrected - (q * last.residual).sum(dim=-1).mean()
-        point = Point(lower, upper, x, q, _needs_grad(plain, lower))
+        point = Point.at(lower, upper, x, q, _needs_grad(plain, lower))
         report = HypergradientReport(solution.report, backward)
         result = self._assembled(settings, plain, data, inner, point, value.detach(), corrected, flat, report)
         return result, point, last
@@ -560,7 +560,7 @@ class BilevelProblem(torch.nn.Module, ABC):
         def certify(x: torch.Tensor, q: torch.Tensor, flat: torch.Tensor, corrected: torch.Tensor) -> Bound:
             if not known:
                 known.append(self.constants(outer, data).with_mu(tolerance.strong_convexity))
-            point = Point(lower, upper, x, q, needs_grad)
+            point = Point.at(lower, upper, x, q, needs_grad)
             certificate = Certificate(point, flat, corrected, lambda: known[0], self.where, policy)
             bound = certificate.bound
             known[0] = certificate.constants  # what quadratic objectives determine holds at every φ, and is found once
@@ -579,16 +579,14 @@ class BilevelProblem(torch.nn.Module, ABC):
         value = found.values.mean()
         corrected = value - torch.linalg.vecdot(found.q, found.residual).mean()
         report = HypergradientReport(sought.forward, sought.backward, found.report)
-        point = Point(lower, upper, found.x, found.q, needs_grad)
+        point = Point.at(lower, upper, found.x, found.q, needs_grad)
         parts = torch.split(
             found.gradient, [as_real(leaf).numel() for leaf in pytree.tree_leaves(outer) if moves(leaf)]
         )
         flat = torch.cat(self._connected(parts, inner, outer, data, policy))
         result = self._assembled(settings, outer, data, inner, point, value, corrected, flat, report)
-        result = replace(result, _decided=found.bound)
-        if tolerance.estimates:
-            result.__dict__["value_bound"] = Bound(found.value_error, Basis.ESTIMATED)
-        return result
+        of_value = Bound(found.value_error, Basis.ESTIMATED) if tolerance.estimates else None
+        return replace(result, _decided=found.bound, _decided_value=of_value)
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
         # Called by .to(), .double() and their like: what the next solve begins from follows, as buffers do.

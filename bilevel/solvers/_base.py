@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from typing import Any, Protocol, TypeAlias, TypeVar
 
@@ -63,20 +63,24 @@ class Goal:
     target: Target
     given: torch.Tensor | None = None
     origin: torch.Tensor | None = None
+    # The scale at init, once it was measured.
+    _measured: list[torch.Tensor] = field(default_factory=list, init=False, repr=False)
 
     @property
     def starting_point(self) -> torch.Tensor:
         """Where the whole search began (batch, n)."""
         return self.init if self.origin is None else self.origin
 
-    @cached_property
+    @property
     def scale(self) -> torch.Tensor:
         """Return max(‖R(init)‖, ‖∂R · init‖), (batch,).
 
         The second term estimates R(init) for an initial guess of zero. With it a warm start, whose first residual is already
         small, asks for the same accuracy as a cold start.
         """
-        return self._measure(self.problem.linearize(self.init))
+        if not self._measured:
+            self._measured.append(self._scale_of(self.problem.linearize(self.init)))
+        return self._measured[0]
 
     @cached_property
     def threshold(self) -> torch.Tensor:
@@ -87,14 +91,12 @@ class Goal:
             return self.init.new_full((self.init.shape[0],), self.target.absolute)
         return self.target.threshold(self.scale)
 
-    def linearize(self, how: Callable[[torch.Tensor], Linearization]) -> Linearization:
-        """Return ``how(init)``, and measure :attr:`scale` from it: one linearisation for the two."""
-        linearization = how(self.init)
-        if self.target.relative and self.given is None and "scale" not in self.__dict__:
-            self.__dict__["scale"] = self._measure(linearization)
-        return linearization
+    def measure(self, linearization: Linearization) -> None:
+        """Measure :attr:`scale` from a linearisation at ``init``, where it is needed: a solver that has one saves another."""
+        if self.target.relative and self.given is None and not self._measured:
+            self._measured.append(self._scale_of(linearization))
 
-    def _measure(self, linearization: Linearization) -> torch.Tensor:
+    def _scale_of(self, linearization: Linearization) -> torch.Tensor:
         first = length(linearization.residual.detach())
         if not bool((self.init == 0).all()):
             first = torch.maximum(first, length(linearization.operator.matvec(self.init)))

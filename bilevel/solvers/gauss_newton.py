@@ -85,7 +85,7 @@ class GaussNewton(InnerSolver):
         start = state_at(init)
         matrix = start.jacobian.mT @ start.jacobian if problem.minimizes else start.jacobian
         operator = DenseOperator(matrix, symmetric=problem.minimizes)
-        goal.linearize(lambda x: Linearization(start.residual, operator, (), start.value, x))
+        goal.measure(Linearization(start.residual, operator, (), start.value, init))
 
         def step(state: _State, active: torch.Tensor) -> tuple[_State, torch.Tensor | None]:
             model = Model.of(state.jacobian, state.weighted, column_scale(state.jacobian))

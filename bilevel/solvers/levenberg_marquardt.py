@@ -105,7 +105,7 @@ class LevenbergMarquardt(InnerSolver):
         dense = dense and torch.finfo(init.dtype).bits >= 32
         begin, step = self._dense_steps(problem, m) if dense else self._large_steps(problem)
         start, operator = begin(init)
-        goal.linearize(lambda x: Linearization(start.residual, operator, (), start.value, x))
+        goal.measure(Linearization(start.residual, operator, (), start.value, init))
         if goal.given is None and goal.target.rtol:
             # A step costs less than the judge's second look at an answer that is not accurate enough yet.
             goal = replace(goal, given=_FURTHER * goal.threshold)

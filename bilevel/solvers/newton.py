@@ -109,7 +109,8 @@ class Newton(InnerSolver):
         dense = self.linear_solver is None and problem.size <= self.dense_limit
         dense = dense and problem.batch * problem.size**2 <= _DENSE_NUMBERS
         linearize = problem.linearize_dense if dense else problem.linearize
-        first = goal.linearize(linearize)
+        first = linearize(init)
+        goal.measure(first)
         threshold = goal.threshold
         residual = first.residual.detach()
         norm = residual.norm(dim=-1)

@@ -1001,7 +1001,7 @@ MUTATIONS = (
         ("tests/test_checkpoints.py", "-k", "inside_a_function_a_second and single"),
     ),
     Mutation(
-        "functions called with a batch of no problems", "_torch/transforms.py",
+        "functions called with a batch of no problems", "_torch/empty_batches.py",
         "return transforms_active() and any(tensor.numel()", "return False and any(tensor.numel()", ("tests/test_empty_batches.py",),
     ),
     Mutation(

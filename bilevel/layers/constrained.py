@@ -26,7 +26,6 @@ from torch.func import vmap
 from torch.utils import _pytree as pytree
 
 from bilevel._torch.reverse import grad, vjp
-from bilevel._torch.transforms import maps_nothing
 from bilevel.equations.problem import Problem
 from bilevel.equations.structured import LocalModel, Parts, objective_of
 from bilevel.equations.system import RootSystem, System
@@ -175,7 +174,7 @@ class ConstrainedSystem(LocalModel):
         if self.inequality is not None:
             multipliers["inequality"] = self.inequality.unravel(inequality)
             on = inequality > 0
-            if self.smoothing is not None and not maps_nothing((z, *tensors)):
+            if self.smoothing is not None:
                 on = inequality > -self._split(self.stack(x, *tensors))[2]
             active["inequality"] = _flags(self.inequality, on)
         if stated.lower is not None or stated.upper is not None:
@@ -189,8 +188,6 @@ class ConstrainedSystem(LocalModel):
         self, x: torch.Tensor, equality: torch.Tensor, inequality: torch.Tensor, tensors: Sequence[torch.Tensor]
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
         zero = torch.zeros_like(x)
-        if maps_nothing((x, *tensors)):
-            return zero, zero, zero > 0, zero > 0
         lower, upper = self.bounds(x, *tensors)
         at_lower, at_upper = self._active(x, lower, upper)
         if self.smoothing is not None:

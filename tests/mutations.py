@@ -587,12 +587,12 @@ MUTATIONS = (
         (CONFORMANCE, "-k", "wastes_no_product or ill_conditioned"),
     ),
     Mutation(
-        "a wasted first product", "linear/_base.py",
+        "a wasted first product", "linear/_preconditioner.py",
         "return torch.zeros_like(rhs), rhs\n", "return torch.zeros_like(rhs), rhs - operator.matvec(torch.zeros_like(rhs))\n",
         (CONFORMANCE, "-k", "wastes_no_product"),
     ),
     Mutation(
-        "a start used however bad", "linear/_base.py",
+        "a start used however bad", "linear/_preconditioner.py",
         "better = (residual.norm(dim=-1) < rhs.norm(dim=-1)).unsqueeze(-1)", "better = torch.ones_like(rhs[:, :1], dtype=torch.bool)",
         (CONFORMANCE, "-k", "a_good_start"),
     ),
@@ -944,7 +944,7 @@ MUTATIONS = (
         "if row[j] > _LEAST_NEW**2 * gram[j, j] > 0:", "if row[j] > 1e-14 * gram[j, j] > 0:", (OUTER, "-k", "trail"),
     ),
     Mutation(
-        "a module's hyperparameters left behind by minimize", "outer/minimize.py",
+        "a module's hyperparameters left behind by minimize", "outer/run.py",
         "                    parameter.copy_(of_real(value, parameter))\n", "                    pass\n", (OUTER, "-k", "module"),
     ),
     Mutation(
@@ -1418,7 +1418,7 @@ MUTATIONS = (
         ("tests/zoo/test_default_faults.py", "-k", "cholesky_fails"),
     ),
     Mutation(
-        "a bound above δ is no matter", "linear/_base.py",
+        "a bound above δ is no matter", "linear/_second_solves.py",
         "return bound > error * (1 + 16 * torch.finfo(bound.dtype).eps)", "return bound > torch.inf",
         ("tests/linear/test_base.py", "-k", "bound_contradicts"),
     ),

@@ -15,6 +15,7 @@ from functools import cached_property
 import torch
 
 from bilevel.certificates._inner_point import InnerPoint
+from bilevel.equations.perturbation import perturbed, perturbed_copies
 from bilevel.equations.problem import Problem
 
 __all__ = ["Point", "Rounding"]
@@ -128,7 +129,7 @@ class Point:
 
     def perturbed(self, seed: int) -> Point:
         """Return the point with every number moved by a unit in its last place, with random signs."""
-        lower, (x, q) = self.lower.perturbed(seed, self.x, self.q)
+        lower, (x, q) = perturbed(self.lower, seed, self.x, self.q)
         return Point.at(lower, Problem(self.upper.system, lower.tensors), x, q, self.needs_grad)
 
     @cached_property
@@ -162,7 +163,7 @@ class Point:
         numbers = sum(t.numel() for t in self.lower.tensors if t.dtype.is_floating_point)
         # With few numbers a single draw may happen to change little, so several are made.
         draws = max(1, min(6, 64 // max(1, self.lower.size), _SCATTERED_NUMBERS // max(1, numbers)))
-        lower, (x, q) = self.lower.perturbed_copies(2, draws, self.x, self.q)
+        lower, (x, q) = perturbed_copies(self.lower, 2, draws, self.x, self.q)
         upper = Problem(replace(self.upper.system, levels=lower.system.levels), lower.tensors)
         wide = Point.at(lower, upper, x, q, self.needs_grad)
         single = torch.float32

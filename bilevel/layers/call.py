@@ -22,12 +22,13 @@ from bilevel.layers.checks import Inspection, inspect_on_failure, inspect_once, 
 from bilevel.layers.differentiation import Differentiation, Implicit, check_differentiation
 from bilevel.layers.examinations import Examinations
 from bilevel.layers.messages import failure_messages
-from bilevel.linear._base import LinearOutcome, LinearSolver, as_linear_solver, solve_linear
+from bilevel.linear._base import LinearSolver, as_linear_solver, solve_linear
 from bilevel.linear._free_directions import (
     changes_free_directions,
     free_direction_messages,
     unsure_derivative_messages,
 )
+from bilevel.linear._solution import LinearOutcome
 from bilevel.linear.defaults import default_linear_solver
 from bilevel.linear.exact import offer_factor
 from bilevel.operators import LinearOperator

@@ -10,29 +10,25 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol, TypeAlias, runtime_checkable
+from typing import TypeAlias
 
 import torch
 
 from bilevel._torch.factorisations import LinAlgError
 from bilevel.errors import ArgumentError, DtypeError, ShapeError
 from bilevel.linear._judge import judge, refuted, rounding
-from bilevel.linear._null_space import find_null_space, known_null_space, without_null_part
-from bilevel.linear._solution import LinearSolution
+from bilevel.linear._null_space import known_null_space
+from bilevel.linear._second_solves import exceeds, minimum_norm, solve_again, solve_closer
+from bilevel.linear._solution import LinearOutcome, LinearSolution
 from bilevel.operators import LinearOperator
 from bilevel.reports import Basis, Status
 from bilevel.tolerance import Target, Tolerance
 
 __all__ = [
     "CallableLinearSolver",
-    "LinearOutcome",
     "LinearSolver",
     "LinearSolverLike",
-    "MakesPreconditioner",
-    "Preconditioner",
     "as_linear_solver",
-    "begin",
-    "check_preconditioner",
     "solve_linear",
 ]
 
@@ -145,37 +141,6 @@ class LinearSolver(ABC):
         return solve_linear(self, operator, rhs, target).x
 
 
-Preconditioner: TypeAlias = Callable[[torch.Tensor], torch.Tensor]
-"""r ↦ M⁻¹r on tensors (batch, n)."""
-
-
-@runtime_checkable
-class MakesPreconditioner(Protocol):
-    """What makes a preconditioner of an operator, such as :class:`bilevel.Nystrom`."""
-
-    def preconditioner(self, operator: LinearOperator) -> Preconditioner:
-        """Return r ↦ M⁻¹r for the matrices of ``operator``."""
-
-
-def check_preconditioner(where: str, preconditioner: Preconditioner | MakesPreconditioner | None) -> None:
-    """Raise :class:`ArgumentError` unless ``preconditioner`` is a function, makes one, or is None."""
-    if isinstance(preconditioner, MakesPreconditioner) and not isinstance(preconditioner, type):
-        return
-    if preconditioner is not None and not (callable(preconditioner) and not isinstance(preconditioner, LinearSolver)):
-        raise ArgumentError(
-            f"{where}: expected preconditioner to be a function of r (batch, n), got {preconditioner!r}; pass one"
-        )
-
-
-def begin(operator: LinearOperator, rhs: torch.Tensor, start: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return x and b − A x to begin with: ``start`` where it is better than zero, and no product where there is none."""
-    if start is None:
-        return torch.zeros_like(rhs), rhs
-    residual = rhs - operator.matvec(start)
-    better = (residual.norm(dim=-1) < rhs.norm(dim=-1)).unsqueeze(-1)
-    return torch.where(better, start, torch.zeros_like(start)), torch.where(better, residual, rhs)
-
-
 @dataclass(frozen=True)
 class CallableLinearSolver(LinearSolver):
     """A user's function (operator, rhs) ↦ x as a linear solver; its answer is judged by its true residual."""
@@ -222,21 +187,6 @@ def as_linear_solver(solver: LinearSolverLike) -> LinearSolver:
         f"expected linear_solver to be a LinearSolver or a function (operator, rhs) -> x, got {solver!r}; "
         "for example bilevel.CG()"
     )
-
-
-@dataclass(frozen=True, eq=False)
-class LinearOutcome:
-    """A judged linear solve; every tensor per problem."""
-
-    x: torch.Tensor
-    status: torch.Tensor
-    iterations: torch.Tensor
-    residual: torch.Tensor
-    residual_norm: torch.Tensor
-    threshold: torch.Tensor
-    error_bound: torch.Tensor
-    basis: Basis
-    scale: torch.Tensor
 
 
 def solve_linear(
@@ -322,11 +272,11 @@ def solve_linear(
         coarse = status == Status.SINGULAR
         if noise is not None and not target.asked and bool(coarse.any()):
             threshold = torch.where(coarse, torch.maximum(threshold, noise / size), threshold)
-            solution = _again(solver, operator, unit, threshold, coarse, solution)
+            solution = solve_again(solver.solve, operator, unit, threshold, coarse, solution)
             x, residual = solution.x, unit - operator.matvec(solution.x)
             status = judge(solver.has_budget, operator, unit, target, threshold, error, solution, residual.norm(dim=-1))
         if (examine or known_null_space(operator) is not None) and mu is None and not target.silent:
-            x, residual, status = _examined(operator, unit, threshold, solution, residual, status)
+            x, residual, status = minimum_norm(operator, unit, threshold, solution, residual, status)
     residual_norm = residual.norm(dim=-1)
     bound = torch.full_like(residual_norm, float("nan"))
     if mu is not None:
@@ -336,12 +286,12 @@ def solve_linear(
             bound = torch.fmin(bound, solution.error_bound)
         bound = bound + rounded / mu
         if target.asked:
-            short = (status == Status.CONVERGED) & _exceeds(bound, error)
+            short = (status == Status.CONVERGED) & exceeds(bound, error)
             if bool(short.any()):
-                x, bound = _closer(solver, operator, unit, threshold, rounded, mu, short, x, bound)
+                x, bound = solve_closer(solver.solve, operator, unit, threshold, rounded, mu, short, x, bound)
                 residual = unit - operator.matvec(x)
                 residual_norm = residual.norm(dim=-1)
-                status = torch.where(short & _exceeds(bound, error), int(Status.STAGNATED), status)
+                status = torch.where(short & exceeds(bound, error), int(Status.STAGNATED), status)
         contradicted = refuted(operator, x, unit - residual, mu, size_of_a)
         if solution.refuted is not None:
             contradicted = contradicted | solution.refuted
@@ -365,84 +315,6 @@ def solve_linear(
         x, status, solution.iterations, residual * scale, residual_norm, threshold * size, bound * size,
         Basis.RESIDUAL if mu is None else Basis.CERTIFIED, norm * size,
     )  # fmt: skip
-
-
-_LEAST_EXAMINATION = 50
-
-
-def _examined(
-    operator: LinearOperator,
-    rhs: torch.Tensor,
-    threshold: torch.Tensor,
-    solution: LinearSolution,
-    residual: torch.Tensor,
-    status: torch.Tensor,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return x, its residual and its status with the minimum-norm answers of converged problems whose matrices prove to be singular."""
-    x, converged = solution.x, status == Status.CONVERGED
-    if not bool(converged.any()) or not operator.size:
-        return x, residual, status
-    taken = int(solution.iterations.amax()) or operator.size  # of a user's function it is not known
-    most = 2 * taken + _LEAST_EXAMINATION
-    free = converged & find_null_space(operator, most).singular.repeat(operator.repeats)
-    if not bool(free.any()):
-        return x, residual, status
-    moved, changed = without_null_part(operator, x, free, most)
-    status = torch.where(free, int(Status.MINIMUM_NORM), status)
-    if not bool(changed.any()):
-        return x, residual, status
-    left = rhs - operator.matvec(moved)
-    norm, before = left.norm(dim=-1), residual.norm(dim=-1)
-    # A projection that was not finished in time is a solution to the tolerance, or is not used.
-    good = changed & (norm <= torch.maximum(threshold, 2 * before))
-    status = torch.where(changed & ~good, int(Status.STAGNATED), status)
-    good = good.unsqueeze(-1)
-    return torch.where(good, moved, x), torch.where(good, left, residual), status
-
-
-def _again(
-    solver: LinearSolver,
-    operator: LinearOperator,
-    rhs: torch.Tensor,
-    threshold: torch.Tensor,
-    these: torch.Tensor,
-    found: LinearSolution,
-) -> LinearSolution:
-    """Solve ``these`` singular systems (batch,) again, to another threshold: an iterate that went beyond it has run away along null vectors."""
-    again = solver.solve(operator, torch.where(these.unsqueeze(-1), rhs, 0.0), threshold)
-    status = torch.where(again.status == Status.CONVERGED, int(Status.MINIMUM_NORM), again.status)
-    return LinearSolution(
-        torch.where(these.unsqueeze(-1), again.x, found.x),
-        found.iterations + torch.where(these, again.iterations, 0),
-        torch.where(these, status, found.status),
-    )
-
-
-def _exceeds(bound: torch.Tensor, error: torch.Tensor) -> torch.Tensor:
-    """Return where ``bound`` is above ``error``, and not by its own rounding, (batch,) bool."""
-    return bound > error * (1 + 16 * torch.finfo(bound.dtype).eps)
-
-
-def _closer(
-    solver: LinearSolver,
-    operator: LinearOperator,
-    rhs: torch.Tensor,
-    threshold: torch.Tensor,
-    rounded: torch.Tensor,
-    mu: float,
-    these: torch.Tensor,
-    x: torch.Tensor,
-    bound: torch.Tensor,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return x (batch, n) and bounds (batch,), of ``these`` problems with residuals so small that rounding does not lift the bound above δ′."""
-    stricter = threshold - 2 * rounded
-    within = these & (stricter > 0)
-    if not bool(within.any()):
-        return x, bound
-    again = solver.solve(operator, torch.where(within.unsqueeze(-1), rhs, 0.0), stricter.clamp_min(0.0)).x
-    fresh = ((rhs - operator.matvec(again)).norm(dim=-1) + rounded) / mu
-    lower = within & (fresh < bound)
-    return torch.where(lower.unsqueeze(-1), again, x), torch.where(lower, fresh, bound)
 
 
 def _proposed(

@@ -1,4 +1,4 @@
-"""What a linear solver returns."""
+"""What a linear solver returns, and what becomes of it once it is judged."""
 
 from __future__ import annotations
 
@@ -6,7 +6,9 @@ from dataclasses import dataclass
 
 import torch
 
-__all__ = ["LinearSolution"]
+from bilevel.reports import Basis
+
+__all__ = ["LinearOutcome", "LinearSolution"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,3 +42,18 @@ class LinearSolution:
     error_bound: torch.Tensor | None = None
     refuted: torch.Tensor | None = None
     floor: torch.Tensor | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class LinearOutcome:
+    """A judged linear solve; every tensor per problem."""
+
+    x: torch.Tensor
+    status: torch.Tensor
+    iterations: torch.Tensor
+    residual: torch.Tensor
+    residual_norm: torch.Tensor
+    threshold: torch.Tensor
+    error_bound: torch.Tensor
+    basis: Basis
+    scale: torch.Tensor

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 import torch
 
-from bilevel.linear._base import LinearSolver, Preconditioner, begin, check_preconditioner
+from bilevel.linear._base import LinearSolver
+from bilevel.linear._preconditioner import Preconditioner, begin, check_preconditioner
 from bilevel.linear._solution import LinearSolution
 from bilevel.operators import LinearOperator
 from bilevel.reports import Status

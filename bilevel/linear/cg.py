@@ -6,9 +6,10 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from bilevel.linear._base import LinearSolver, MakesPreconditioner, Preconditioner, begin, check_preconditioner
+from bilevel.linear._base import LinearSolver
 from bilevel.linear._judge import eigenvalue_uncertainty
 from bilevel.linear._lone import SingleProblemState, run_single
+from bilevel.linear._preconditioner import MakesPreconditioner, Preconditioner, begin, check_preconditioner
 from bilevel.linear._radau import RadauBound
 from bilevel.linear._solution import LinearSolution
 from bilevel.operators import LinearOperator

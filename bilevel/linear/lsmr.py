@@ -6,8 +6,9 @@ from dataclasses import dataclass
 
 import torch
 
-from bilevel.linear._base import LinearSolver, begin
+from bilevel.linear._base import LinearSolver
 from bilevel.linear._lsmr import lsmr
+from bilevel.linear._preconditioner import begin
 from bilevel.linear._solution import LinearSolution
 from bilevel.operators import LinearOperator
 from bilevel.operators._rectangular import rectangular_of

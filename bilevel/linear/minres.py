@@ -7,8 +7,9 @@ from dataclasses import dataclass
 import torch
 
 from bilevel.errors import ArgumentError
-from bilevel.linear._base import LinearSolver, begin
+from bilevel.linear._base import LinearSolver
 from bilevel.linear._lsmr import Kept
+from bilevel.linear._preconditioner import begin
 from bilevel.linear._solution import LinearSolution
 from bilevel.operators import LinearOperator
 from bilevel.reports import Status

@@ -16,6 +16,7 @@ from typing import Any, Protocol, TypeAlias, TypeVar
 
 import torch
 
+from bilevel.equations.cases import cases_of
 from bilevel.equations.linearization import Linearization
 from bilevel.equations.problem import Problem
 from bilevel.errors import ArgumentError
@@ -186,7 +187,7 @@ class CallableSolver(InnerSolver):
 
     def answers(self, problem: Problem, init: torch.Tensor) -> Iterator[Any]:
         """Yield what the function returns for each problem."""
-        for case in problem.cases(init):
+        for case in cases_of(problem, init):
             with torch.enable_grad():  # a user's solver may call backward
                 found = self.function(case.function, case.init, *case.args, **case.kwargs)
             yield found

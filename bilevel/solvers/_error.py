@@ -14,6 +14,7 @@ import torch
 
 from bilevel._torch.factorisations import eigh, svd
 from bilevel.equations.linearization import Linearization
+from bilevel.equations.perturbation import perturbed, perturbed_copies
 from bilevel.equations.problem import Problem
 from bilevel.linear.gmres import GMRES
 from bilevel.solvers._base import all_finite
@@ -340,15 +341,15 @@ def rounding(problem: Problem, x: torch.Tensor, residual: torch.Tensor) -> torch
 
 def _differences(problem: Problem, x: torch.Tensor, residual: torch.Tensor) -> Iterator[torch.Tensor]:
     """Yield what R(x) changes by where every number is moved by its rounding, and where another precision is computed in."""
-    other, (beside,) = problem.perturbed(1, x)
+    other, (beside,) = perturbed(problem, 1, x)
     yield other.residual(beside) - residual
     try:
         if x.dtype != torch.float64:
             wide = (problem.to(torch.float64).residual(x.double()) - residual).to(residual)
         else:
-            perturbed_copies, (points,) = problem.perturbed_copies(2, 1, x)
+            copies, (points,) = perturbed_copies(problem, 2, 1, x)
             single = torch.float32
-            wide = perturbed_copies.residual(points) - perturbed_copies.to(single).residual(points.to(single))
+            wide = copies.residual(points) - copies.to(single).residual(points.to(single))
             wide = torch.nan_to_num(wide, nan=0.0, posinf=0.0, neginf=0.0)
             wide = wide * (torch.finfo(x.dtype).eps / torch.finfo(single).eps)
     except (RuntimeError, TypeError, ValueError):  # a constant of another dtype inside, or a device without float64

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch.utils import _pytree as pytree
 
+from bilevel.equations.cases import whole_case
 from bilevel.equations.problem import Problem
 from bilevel.errors import ArgumentError, ShapeError
 from bilevel.solvers._base import CallableSolver
@@ -60,7 +61,7 @@ class BatchedSolver(CallableSolver):
         count = len(init)
         if not count:
             return
-        case = problem.whole(init)
+        case = whole_case(problem, init)
         with torch.enable_grad():  # a user's solver may call backward
             found = self.function(case.function, case.init, *case.args, **case.kwargs)
         unlike = pytree.tree_structure(found) != problem.system.raveler.structure

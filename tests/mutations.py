@@ -869,7 +869,7 @@ MUTATIONS = (
     ),
     Mutation(
         "the query's loss on the support", "meta/imaml.py",
-        '_by_parts(functools.partial(self._judge, data["fixed"]), adapted, data["query"])', '_by_parts(functools.partial(self._judge, data["fixed"]), adapted, data["support"])',
+        'by_parts(functools.partial(self._judge, data["fixed"]), adapted, data["query"])', 'by_parts(functools.partial(self._judge, data["fixed"]), adapted, data["support"])',
         (IMAML, "-k", "quadratic_tasks"),
     ),
     Mutation(

@@ -1,4 +1,4 @@
-"""Preconditioners, and where iterations begin."""
+"""Preconditioners and initial residuals of iterative methods."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ Preconditioner: TypeAlias = Callable[[torch.Tensor], torch.Tensor]
 
 @runtime_checkable
 class MakesPreconditioner(Protocol):
-    """What makes a preconditioner of an operator, such as :class:`bilevel.Nystrom`."""
+    """A factory that makes a preconditioner from an operator, such as :class:`bilevel.Nystrom`."""
 
     def preconditioner(self, operator: LinearOperator) -> Preconditioner:
         """Return r ↦ M⁻¹r for the matrices of ``operator``."""
 
 
 def check_preconditioner(where: str, preconditioner: Preconditioner | MakesPreconditioner | None) -> None:
-    """Raise :class:`ArgumentError` unless ``preconditioner`` is a function, makes one, or is None."""
+    """Raise :class:`ArgumentError` unless ``preconditioner`` is a function, a factory, or None."""
     if isinstance(preconditioner, MakesPreconditioner) and not isinstance(preconditioner, type):
         return
     if preconditioner is not None and not (callable(preconditioner) and not isinstance(preconditioner, LinearSolver)):
@@ -37,7 +37,7 @@ def check_preconditioner(where: str, preconditioner: Preconditioner | MakesPreco
 
 
 def begin(operator: LinearOperator, rhs: torch.Tensor, start: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return x and b − A x to begin with: ``start`` where it is better than zero, and no product where there is none."""
+    """Return the initial x and b − A x: ``start`` if its residual is smaller than that of zero, else zero. Without ``start`` there is no product."""
     if start is None:
         return torch.zeros_like(rhs), rhs
     residual = rhs - operator.matvec(start)

@@ -1,4 +1,4 @@
-"""Second looks at the answer of a linear solve: another answer of a singular system, or a more accurate one where a bound asks for it."""
+"""Further solves of a linear system: a minimum-norm solution of a singular one, or a smaller residual for an error bound."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from bilevel.reports import Status
 __all__ = ["exceeds", "minimum_norm", "solve_again", "solve_closer"]
 
 Solve: TypeAlias = Callable[[LinearOperator, torch.Tensor, torch.Tensor], LinearSolution]
-"""(operator, rhs, threshold) ↦ what a linear solver returns."""
+"""(operator, rhs, threshold) ↦ the result of a linear solver."""
 
 _LEAST_EXAMINATION = 50
 
@@ -28,11 +28,11 @@ def minimum_norm(
     residual: torch.Tensor,
     status: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return x, its residual and its status with the minimum-norm answers of converged problems whose matrices prove to be singular."""
+    """Return x, its residual and its status, with minimum-norm solutions for converged problems whose matrices are found to be singular."""
     x, converged = solution.x, status == Status.CONVERGED
     if not bool(converged.any()) or not operator.size:
         return x, residual, status
-    taken = int(solution.iterations.amax()) or operator.size  # of a user's function it is not known
+    taken = int(solution.iterations.amax()) or operator.size  # unknown for a user's function
     most = 2 * taken + _LEAST_EXAMINATION
     free = converged & find_null_space(operator, most).singular.repeat(operator.repeats)
     if not bool(free.any()):
@@ -43,7 +43,7 @@ def minimum_norm(
         return x, residual, status
     left = rhs - operator.matvec(moved)
     norm, before = left.norm(dim=-1), residual.norm(dim=-1)
-    # A projection that was not finished in time is a solution to the tolerance, or is not used.
+    # An unfinished projection is used only if it solves the system to the tolerance.
     good = changed & (norm <= torch.maximum(threshold, 2 * before))
     status = torch.where(changed & ~good, int(Status.STAGNATED), status)
     good = good.unsqueeze(-1)
@@ -58,7 +58,7 @@ def solve_again(
     these: torch.Tensor,
     found: LinearSolution,
 ) -> LinearSolution:
-    """Solve ``these`` singular systems (batch,) again, to another threshold: an iterate that went beyond it has run away along null vectors."""
+    """Solve ``these`` singular systems (batch,) again to a looser threshold: with the old one, the iterate has moved far along null vectors."""
     again = solve(operator, torch.where(these.unsqueeze(-1), rhs, 0.0), threshold)
     status = torch.where(again.status == Status.CONVERGED, int(Status.MINIMUM_NORM), again.status)
     return LinearSolution(
@@ -69,7 +69,7 @@ def solve_again(
 
 
 def exceeds(bound: torch.Tensor, error: torch.Tensor) -> torch.Tensor:
-    """Return where ``bound`` is above ``error``, and not by its own rounding, (batch,) bool."""
+    """Return where ``bound`` exceeds ``error`` by more than rounding, (batch,) bool."""
     return bound > error * (1 + 16 * torch.finfo(bound.dtype).eps)
 
 
@@ -84,7 +84,7 @@ def solve_closer(
     x: torch.Tensor,
     bound: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return x (batch, n) and bounds (batch,), of ``these`` problems with residuals so small that rounding does not lift the bound above δ′."""
+    """Return x (batch, n) and bounds (batch,) of ``these`` problems, with residuals so small that their bounds are below δ′ despite rounding."""
     stricter = threshold - 2 * rounded
     within = these & (stricter > 0)
     if not bool(within.any()):

@@ -6,12 +6,12 @@ import torch
 
 __all__ = ["History"]
 
-# A difference of residuals below this many eps ‖(R, x)‖ is rounding.
+# A difference of residuals below this many eps ‖(R, x)‖ counts as rounding.
 _ROUNDING = 2.0
 
 
 class History:
-    """The last differences (ΔR, ΔX − βΔR), (batch, history, 2n), ΔR orthonormal; zero where there is none."""
+    """The last differences (ΔR, ΔX − βΔR), (batch, history, 2n), with orthonormal ΔR. Unused rows are zero."""
 
     def __init__(self, like: torch.Tensor, history: int, share: float) -> None:
         batch, n = like.shape
@@ -24,7 +24,7 @@ class History:
         self.next = 0
 
     def measure(self, both: torch.Tensor) -> None:
-        """Take from ``both`` how long a difference of residuals is that rounding alone makes."""
+        """Measure at ``both`` the length of a difference of residuals that rounding alone can cause."""
         eps = torch.finfo(both.dtype).eps
         self.rounding = _ROUNDING * eps * torch.linalg.vector_norm(both, dim=-1, keepdim=True)
 
@@ -33,11 +33,11 @@ class History:
         return torch.baddbmm(plain.unsqueeze(1), self.gamma, self.moves, alpha=-1).squeeze(1)
 
     def learn(self, both: torch.Tensor, difference: torch.Tensor) -> None:
-        """Put ``difference`` (batch, 2n), made orthogonal to the others, in the place of the oldest; update γ = ΔRᵀR.
+        """Replace the oldest difference by ``difference`` (batch, 2n), made orthogonal to the others; update γ = ΔRᵀR.
 
-        The products of the others with R serve twice: less those of the step before, they are the products with
-        the new difference. Its length ℓ becomes ℓ/√(ℓ² + ν²), ν a share of what it was: as it enters γ and the step alike,
-        that is the minimum of ‖R − ΔR γ‖² + ν² γ² over its γ.
+        The products of the others with R serve twice: their changes since the last step are the products with the new
+        difference. The length ℓ of the new difference becomes ℓ/√(ℓ² + ν²), where ν is a share of its length before
+        orthogonalisation. It enters γ and the step alike, so this gives the minimum of ‖R − ΔR γ‖² + ν² γ² over its γ.
         """
         n, at = self.n, self.next
         residual, place = both[:, :n], self.pairs[:, at]
@@ -54,6 +54,6 @@ class History:
         self.next = (at + 1) % self.pairs.shape[1]
 
     def forget(self, which: torch.Tensor) -> None:
-        """Drop what the problems of ``which`` have learned."""
+        """Drop the history of the problems ``which`` (batch,)."""
         self.pairs.masked_fill_(which.reshape(-1, 1, 1), 0.0)
         self.gamma.masked_fill_(which.reshape(-1, 1, 1), 0.0)

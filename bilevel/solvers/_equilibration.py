@@ -13,7 +13,7 @@ __all__ = ["Scales", "equilibrated"]
 
 @dataclass(frozen=True, eq=False)
 class Scales(ProgramBatch):
-    """The scales (B, ...) by which the parts of a scaled iterate are multiplied to have those of the given program.
+    """The scales (B, ...) that convert a scaled iterate to one of the given program.
 
     s·z is that of the scaled program times ``product``.
     """
@@ -35,7 +35,7 @@ class Scales(ProgramBatch):
 
 
 def equilibrated(program: DenseProgram, passes: int = 2) -> tuple[DenseProgram, Scales]:
-    """Return the program whose KKT matrix has columns of norm near one, and the scales that lead back."""
+    """Return the program scaled so that the columns of its KKT matrix have norm near one, and the scales that convert back."""
     Q, A, G = program.Q, program.A, program.rows.general
     n, p, m = Q.shape[-1], A.shape[-2], G.shape[-2]
     columns, equations, general = Q.new_ones(len(Q), n), Q.new_ones(len(Q), p), Q.new_ones(len(Q), m)
@@ -68,7 +68,7 @@ def equilibrated(program: DenseProgram, passes: int = 2) -> tuple[DenseProgram, 
 
 
 def _unit(Q: torch.Tensor, q: torch.Tensor, b: torch.Tensor, d: torch.Tensor, there: torch.Tensor) -> torch.Tensor:
-    """Return a size (B, 1) that the unknowns may have, if that is below one."""
+    """Return a possible size (B, 1) of the unknowns if it is below one."""
     curvature = Q.abs().flatten(1).amax(-1)
     free = torch.where(curvature > 0, largest(q) / curvature.clamp_min(1e-300), 0.0)
     unit = torch.maximum(free, largest(b, torch.where(there, d, 0.0)))

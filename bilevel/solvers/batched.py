@@ -19,7 +19,7 @@ __all__ = ["BatchedSolver"]
 
 @dataclass(frozen=True)
 class BatchedSolver(CallableSolver):
-    """Call a user's function once for the whole batch, where a plain function is called for each problem.
+    """Call a user's function once for the whole batch. A plain function is called for each problem.
 
     Usable as a decorator. Several levels of ``vmap`` are one batch axis; a call without ``vmap`` is a batch of one.
 
@@ -57,7 +57,7 @@ class BatchedSolver(CallableSolver):
             )
 
     def answers(self, problem: Problem, init: torch.Tensor) -> Iterator[Any]:
-        """Yield each problem's part of what the function returns."""
+        """Yield each problem's part of the function's result."""
         count = len(init)
         if not count:
             return

@@ -8,7 +8,8 @@ from typing import Protocol
 import torch
 
 from bilevel.errors import ArgumentError
-from bilevel.linear._base import LinearSolver, Preconditioner
+from bilevel.linear._base import LinearSolver
+from bilevel.linear._preconditioner import Preconditioner
 from bilevel.linear._solution import LinearSolution
 from bilevel.operators import LinearOperator
 from bilevel.reports import Status

@@ -8,7 +8,7 @@ import torch
 
 from bilevel.errors import ArgumentError
 from bilevel.linear._approximation import Approximation, Factor, as_preconditioner
-from bilevel.linear._base import Preconditioner
+from bilevel.linear._preconditioner import Preconditioner
 from bilevel.operators import LinearOperator
 from bilevel.setting_checks import check_steps
 

@@ -16,7 +16,7 @@ __all__ = ["Nystrom"]
 
 @dataclass(frozen=True)
 class Nystrom(Approximation):
-    r"""(H_k + ρI)⁻¹ b in the place of H⁻¹ b, with H_k = H[:, K] H[K, K]⁺ H[K, :] of k random columns: k products, and none for more right-hand sides.
+    r"""(H_k + ρI)⁻¹ b in place of H⁻¹ b, with H_k = H[:, K] H[K, K]⁺ H[K, :] for k random columns. It costs k products in all.
 
     Woodbury's identity gives (H_k + ρI)⁻¹ b = b/ρ − ρ⁻² C (W + CᵀC/ρ)⁻¹ Cᵀ b with C = H[:, K] and W = H[K, K]. The result
     is accurate, up to the bias of ρ, if the eigenvalues of H fall fast. The report has the residual of H x = b. With no
@@ -27,11 +27,11 @@ class Nystrom(Approximation):
     Parameters
     ----------
     rank
-        k, the number of columns; n at most is taken.
+        k, the number of columns; at most n are used.
     rho
         ρ > 0, in the units of H's eigenvalues.
     seed
-        Of the choice of columns.
+        The seed of the choice of columns.
 
     Raises
     ------
@@ -74,9 +74,9 @@ class Nystrom(Approximation):
         columns = base.matmat(units).movedim(0, -1)  # C (batch, n, k)
         Q, R = torch.linalg.qr(torch.nan_to_num(columns))
         W = columns[:, chosen]
-        values, vectors = eigh(0.5 * (W + W.mT))  # the core may be singular: its pseudo-inverse is taken
+        values, vectors = eigh(0.5 * (W + W.mT))  # the core may be singular, so its pseudo-inverse is used
         least = n * torch.finfo(base.dtype).eps * values.abs().amax(dim=-1, keepdim=True)
-        kept = values > least  # of a matrix that is not semi-definite, what bends down is left out
+        kept = values > least  # negative eigenvalues are left out
         inverse = torch.where(kept, 1 / torch.where(kept, values, 1.0), 0.0)
         half = R @ vectors * inverse.sqrt().unsqueeze(-2)
         sizes, turned = eigh(half @ half.mT)

@@ -150,7 +150,7 @@ def test_a_model_without_a_penalty_and_a_pytree() -> None:
 
 def test_mistakes_are_named() -> None:
     case = Case()
-    with pytest.raises(ArgumentError, match="expected inner_objective to be a bilevel.stochastic.OutputLoss"):
+    with pytest.raises(ArgumentError, match=r"expected inner_objective to be a bilevel\.stochastic\.OutputLoss"):
         case.method(objective=lambda inner, outer, rows: case.objective(inner, outer, rows))
     with pytest.raises(ArgumentError, match="expected hessian to be"):
         case.method(hessian="gauss-newton")

@@ -26,7 +26,7 @@ __all__ = ["Conditions", "Numbers"]
 
 @dataclass(frozen=True, eq=False)
 class Conditions:
-    """R of one problem as a function of (z, P, q, A, b).
+    """R as a function of (z, P, q, A, b), of one problem or of as many as the tensors' leading axes say.
 
     Parameters
     ----------
@@ -51,10 +51,10 @@ class Conditions:
     def __call__(
         self, z: torch.Tensor, P: torch.Tensor, q: torch.Tensor, A: torch.Tensor, b: torch.Tensor
     ) -> torch.Tensor:
-        x, v = z[: self.unknowns], z[self.unknowns :]
+        x, v = z[..., : self.unknowns], z[..., self.unknowns :]
         s = self.product.project(v)
         top = self.of_P.times(P, x) + q + self.of_A.transposed(A, s - v)
-        return torch.cat([top, self.of_A.times(A, x) + s - b])
+        return torch.cat([top, self.of_A.times(A, x) + s - b], -1)
 
     def numbers(self, tensors: Sequence[torch.Tensor]) -> Numbers:
         """Return one problem in numpy and scipy."""

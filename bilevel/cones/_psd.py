@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
+import numpy as np
 import torch
 
 from bilevel.cones._cone import Cone, Nonnegative
@@ -73,9 +74,8 @@ class PSDTriangle(Cone):
                 f"cones.PSDTriangle: expected a matrix of shape (..., {self.side}, {self.side}), got {tuple(matrix.shape)}; pass square ones"
             )
         lines, columns, _ = _places(self.side)
-        entries = symmetric(matrix)[..., torch.tensor(lines), torch.tensor(columns)]
-        off = torch.tensor([i != j for i, j in zip(lines, columns, strict=True)], device=matrix.device)
-        return entries * torch.where(off, 2**0.5, 1.0).to(matrix.dtype)
+        entries = symmetric(matrix)[..., torch.from_numpy(lines), torch.from_numpy(columns)]
+        return entries * torch.from_numpy(np.where(lines == columns, 1.0, 2**0.5)).to(entries)
 
     def matrix(self, vector: torch.Tensor) -> torch.Tensor:
         """Return the symmetric matrices (..., k, k) of vectors (..., k (k + 1) / 2).
@@ -90,9 +90,8 @@ class PSDTriangle(Cone):
                 f"cones.PSDTriangle: expected a vector of shape (..., {self.rows}), got {tuple(vector.shape)}; pass the upper triangle"
             )
         *_, index = _places(self.side)
-        spread = vector[..., torch.tensor(index)].unflatten(-1, (self.side, self.side))
-        diagonal = torch.eye(self.side, dtype=torch.bool, device=vector.device)
-        return spread * torch.where(diagonal, 1.0, 0.5**0.5).to(vector.dtype)
+        spread = vector[..., torch.from_numpy(index)].unflatten(-1, (self.side, self.side))
+        return spread * torch.from_numpy(np.where(np.eye(self.side), 1.0, 0.5**0.5)).to(spread)
 
     def project(self, v: torch.Tensor) -> torch.Tensor:
         return self.vector(PSDCone().prox(self.matrix(v)))
@@ -115,9 +114,8 @@ class PSDTriangle(Cone):
 
 
 @lru_cache(maxsize=64)
-def _places(side: int) -> tuple[list[int], list[int], list[int]]:
+def _places(side: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Return the rows and columns of the entries of a vector, and for each entry of the matrix, row by row, its place in the vector."""
-    places = [(i, j) for j in range(side) for i in range(j + 1)]
-    at = {place: number for number, place in enumerate(places)}
-    index = [at[min(i, j), max(i, j)] for i in range(side) for j in range(side)]
-    return [i for i, _ in places], [j for _, j in places], index
+    columns, lines = np.tril_indices(side)
+    small, large = np.minimum(*np.indices((side, side))), np.maximum(*np.indices((side, side)))
+    return lines, columns, (large * (large + 1) // 2 + small).reshape(-1)

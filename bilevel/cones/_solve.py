@@ -32,7 +32,7 @@ _POLISHED = 1e-8  # the relative lack of the conditions of optimality of a point
 _EXACT = 1e-15
 _STEPS = 25  # Newton steps of a polish
 _PATH_STEPS = 200  # and of the way from the solution to a point of the central path
-_HALVINGS = 30
+_HALVINGS, _PATH_HALVINGS = 4, 30
 _KINK = 1e-9  # the relative size of an edge that counts as zero
 
 
@@ -81,15 +81,16 @@ class _Point:
 def solve_cones(conditions: Conditions, problem: Problem, solver: Clarabel) -> Found:
     """Return what was found of the batch ``problem`` of ``conditions``."""
     clarabel = _module()
-    numbers = [conditions.numbers(problem.single(i).tensors) for i in range(problem.batch)]
+    each = [problem.single(i).tensors for i in range(problem.batch)]
+    numbers = [conditions.numbers(tensors) for tensors in each]
     points = [_answer(clarabel, conditions, one, solver) for one in numbers]
     status = torch.tensor([int(point.status) for point in points])
     first = torch.from_numpy(np.stack([point.z for point in points]))
     solvable = torch.isfinite(first).all(-1)
     start = torch.where(solvable.unsqueeze(-1), first, 0.0)
-    jacobian = _Jacobian(conditions, problem, numbers)
-    z, residual = _polished(jacobian, start)
-    lack, scales = _lack(conditions, numbers, z, residual)
+    equations = _Equations(conditions, numbers, each)
+    z, residual = _polished(equations, start)
+    lack, scales = _lack(equations, z, residual)
     # What has no exact solution of the equations, as at a kink where R is not regular, keeps Clarabel's answer.
     exact = lack <= _POLISHED
     trusted = (status == Status.CONVERGED) & (conditions.product.smoothing == 0)
@@ -101,7 +102,8 @@ def solve_cones(conditions: Conditions, problem: Problem, solver: Clarabel) -> F
     kink = _kinks(conditions, z, lack, scales) if not conditions.product.smoothing else torch.full_like(status, -1)
     steps = torch.tensor([point.steps for point in points])
     certificate = torch.from_numpy(np.stack([point.certificate for point in points]))
-    return Found(z, status, steps, residual, lack, kink, certificate)
+    factors = equations.sparse(z.nan_to_num()) if conditions.sparse else None
+    return Found(z, status, steps, residual, lack, kink, certificate, factors)
 
 
 def _module() -> Any:
@@ -161,34 +163,37 @@ def _ray(
     return np.concatenate([x, y]), bool(lack <= _PROVEN * size * max(1.0, abs(numbers.A).max()))
 
 
-class _Jacobian:
-    """Newton's steps J⁻¹ R for a batch at z, dense or sparse."""
+class _Equations:
+    """R of a batch, and Newton's steps J⁻¹ R, dense or sparse."""
 
-    def __init__(self, conditions: Conditions, problem: Problem, numbers: list[Numbers]) -> None:
-        self.conditions, self.problem, self.numbers = conditions, problem, numbers
-        if not conditions.sparse:
-            dense = [[torch.from_numpy(matrix.toarray()) for matrix in (one.P, one.A)] for one in numbers]
-            self.P, self.A = (torch.stack(matrices) for matrices in zip(*dense, strict=True))
+    def __init__(self, conditions: Conditions, numbers: list[Numbers], each: list[list[torch.Tensor]]) -> None:
+        self.conditions, self.numbers = conditions, numbers
+        self.tensors = [torch.stack(values) for values in zip(*each, strict=True)]
 
     def residual(self, z: torch.Tensor) -> torch.Tensor:
-        return self.problem.residual(z)
+        """Return R (B, n + m)."""
+        return self.conditions(z, *self.tensors)
+
+    def sparse(self, z: torch.Tensor) -> list[SparseJacobian]:
+        """Return the factorised J of each problem."""
+        blocks = list(self.conditions.product.jacobian(z[:, self.conditions.unknowns :]))
+        return [
+            SparseJacobian(one, [(block[i], rows) for block, rows in blocks]) for i, one in enumerate(self.numbers)
+        ]
 
     def step(self, z: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
         """Return J⁻¹ R (B, n + m), of minimum norm where J is singular."""
         n = self.conditions.unknowns
-        blocks = list(self.conditions.product.jacobian(z[:, n:]))
         if self.conditions.sparse:
-            each = [
-                SparseJacobian(one, [(block[i], rows) for block, rows in blocks]).solve(residual[i].numpy())
-                for i, one in enumerate(self.numbers)
-            ]
+            each = [one.solve(left.numpy()) for one, left in zip(self.sparse(z), residual, strict=True)]
             return torch.from_numpy(np.stack(each))
+        P, _, A, _ = self.tensors
         m = self.conditions.product.size
         D = z.new_zeros(len(z), m, m)
-        for block, rows in blocks:
+        for block, rows in self.conditions.product.jacobian(z[:, n:]):
             D[:, rows.unsqueeze(-1), rows.unsqueeze(-2)] = block
         eye = torch.eye(m, dtype=z.dtype)
-        upper, lower = torch.cat([self.P, self.A.mT @ (D - eye)], -1), torch.cat([self.A, D], -1)
+        upper, lower = torch.cat([P, A.mT @ (D - eye)], -1), torch.cat([A, D], -1)
         J = torch.cat([upper, lower], -2)
         step = solve(J, residual.unsqueeze(-1)).squeeze(-1)
         lost = ~(step.abs().amax(-1) < 1e8 * (1 + z.abs().amax(-1)))
@@ -198,39 +203,39 @@ class _Jacobian:
         return step
 
 
-def _polished(jacobian: _Jacobian, z: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def _polished(equations: _Equations, z: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Return z (B, n + m) and R after Newton's steps, each as long as it lowers ‖R‖."""
-    residual = jacobian.residual(z)
-    path = jacobian.conditions.product.smoothing > 0
+    residual = equations.residual(z)
+    path = equations.conditions.product.smoothing > 0
     for _ in range(_PATH_STEPS if path else _STEPS):
         norm = residual.norm(dim=-1)
-        step = jacobian.step(z, residual)
-        open_ = torch.isfinite(step).all(-1) & (norm > _EXACT * (1 + z.abs().amax(-1)))
-        moved = torch.zeros_like(open_)
+        open_ = norm > _EXACT * (1 + _lack(equations, z, residual)[1].amax(-1))
+        if not bool(open_.any()):
+            break
+        step = equations.step(z, residual)
+        open_ = open_ & torch.isfinite(step).all(-1)
         length = 1.0
-        for _ in range(_HALVINGS):
+        for _ in range(_PATH_HALVINGS if path else _HALVINGS):
             trial = z - length * step
-            there = jacobian.residual(trial)
-            better = open_ & ~moved & (there.norm(dim=-1) < (1 - 0.1 * length) * norm)
+            there = equations.residual(trial)
+            better = open_ & (there.norm(dim=-1) < (1 - 0.1 * length) * norm)
             z, residual = torch.where(better.unsqueeze(-1), trial, z), torch.where(better.unsqueeze(-1), there, residual)
-            moved = moved | better
-            if bool((moved | ~open_).all()):
+            open_ = open_ & ~better
+            if not bool(open_.any()):
                 break
             length *= 0.5
-        if not bool(moved.any()):
+        if bool((residual.norm(dim=-1) == norm).all()):
             break
     return z, residual
 
 
-def _lack(
-    conditions: Conditions, numbers: list[Numbers], z: torch.Tensor, residual: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
+def _lack(equations: _Equations, z: torch.Tensor, residual: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the largest relative lack of a condition (B,), and the scales (B, 2) of multipliers and of slacks."""
-    n = conditions.unknowns
-    s = conditions.product.project(z[:, n:])
+    n = equations.conditions.unknowns
+    s = equations.conditions.product.project(z[:, n:])
     y = s - z[:, n:]
     scales = torch.tensor(
-        [one.scales(*(part[i].numpy() for part in (z[:, :n], s, y))) for i, one in enumerate(numbers)], dtype=z.dtype
+        [one.scales(*(part[i].numpy() for part in (z[:, :n], s, y))) for i, one in enumerate(equations.numbers)], dtype=z.dtype
     )
     below = residual[:, n:].abs().amax(-1) if residual.shape[-1] > n else torch.zeros(len(z), dtype=z.dtype)
     left = torch.stack([residual[:, :n].abs().amax(-1), below], -1)

@@ -42,7 +42,9 @@ def arguments_of(where: str, given: dict[str, Any]) -> Arguments:
     """Return the arguments of a program, or raise what says which of them cannot be used."""
     for name in ("q", "A", "b"):
         if given[name] is None:
-            raise ArgumentError(f"{where}: expected {name} to be a tensor, got None; only P may be None, for a linear objective")
+            raise ArgumentError(
+                f"{where}: expected {name} to be a tensor, got None; only P may be None, for a linear objective"
+            )
     tensors = tensors_of(where, given, ("P", "q", "A"))
     q, A = tensors["q"], tensors["A"]
     if q.ndim < 1 or q.shape[-1] < 1:
@@ -85,7 +87,9 @@ def _batched(
         batch = torch.broadcast_shapes(*leading.values())
     except RuntimeError as problem:
         shapes = ", ".join(f"{name}: {tuple(shape)}" for name, shape in leading.items() if shape)
-        raise ShapeError(f"{where}: expected batch axes that broadcast, got {shapes}; give all the same, or none") from problem
+        raise ShapeError(
+            f"{where}: expected batch axes that broadcast, got {shapes}; give all the same, or none"
+        ) from problem
     carried = {name: [1] * (len(batch) - len(leading[name])) + list(leading[name]) for name in _NAMES}
     made = []
     for name in _NAMES:

@@ -39,7 +39,9 @@ class ConeCall(SolveCall):
         if not problem.batch:
             self.certificate = init.reshape(*axes, problem.size)
             zeros, codes = init.new_zeros(0), torch.zeros(0, dtype=torch.int64)
-            nothing = InnerOutcome(init, codes, codes, zeros, zeros, zeros, Basis.RESIDUAL, init, solver=self.solver.name)
+            nothing = InnerOutcome(
+                init, codes, codes, zeros, zeros, zeros, Basis.RESIDUAL, init, solver=self.solver.name
+            )
             return self._reported(problem, nothing, {})
         found = solve_cones(self.conditions, problem, self.solver)
         self.certificate = found.certificate.reshape(*axes, problem.size)

@@ -160,7 +160,8 @@ def _ray(
     size = max(np.abs(x).max(), np.abs(y).max(initial=0.0))
     held = numbers.A.T @ y if infeasible else numbers.P @ x
     lack = max(np.abs(held).max(), float(outside.abs().max()) if outside.numel() else 0.0)
-    return np.concatenate([x, y]), bool(lack <= _PROVEN * size * max(1.0, abs(numbers.A).max()))
+    entries = max(np.abs(matrix.data).max(initial=1.0) for matrix in (numbers.P, numbers.A))
+    return np.concatenate([x, y]), bool(lack <= _PROVEN * size * entries)
 
 
 class _Equations:
@@ -177,9 +178,7 @@ class _Equations:
     def sparse(self, z: torch.Tensor) -> list[SparseJacobian]:
         """Return the factorised J of each problem."""
         blocks = list(self.conditions.product.jacobian(z[:, self.conditions.unknowns :]))
-        return [
-            SparseJacobian(one, [(block[i], rows) for block, rows in blocks]) for i, one in enumerate(self.numbers)
-        ]
+        return [SparseJacobian(one, [(block[i], rows) for block, rows in blocks]) for i, one in enumerate(self.numbers)]
 
     def step(self, z: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
         """Return J⁻¹ R (B, n + m), of minimum norm where J is singular."""
@@ -219,7 +218,10 @@ def _polished(equations: _Equations, z: torch.Tensor) -> tuple[torch.Tensor, tor
             trial = z - length * step
             there = equations.residual(trial)
             better = open_ & (there.norm(dim=-1) < (1 - 0.1 * length) * norm)
-            z, residual = torch.where(better.unsqueeze(-1), trial, z), torch.where(better.unsqueeze(-1), there, residual)
+            z, residual = (
+                torch.where(better.unsqueeze(-1), trial, z),
+                torch.where(better.unsqueeze(-1), there, residual),
+            )
             open_ = open_ & ~better
             if not bool(open_.any()):
                 break
@@ -235,7 +237,8 @@ def _lack(equations: _Equations, z: torch.Tensor, residual: torch.Tensor) -> tup
     s = equations.conditions.product.project(z[:, n:])
     y = s - z[:, n:]
     scales = torch.tensor(
-        [one.scales(*(part[i].numpy() for part in (z[:, :n], s, y))) for i, one in enumerate(equations.numbers)], dtype=z.dtype
+        [one.scales(*(part[i].numpy() for part in (z[:, :n], s, y))) for i, one in enumerate(equations.numbers)],
+        dtype=z.dtype,
     )
     below = residual[:, n:].abs().amax(-1) if residual.shape[-1] > n else torch.zeros(len(z), dtype=z.dtype)
     left = torch.stack([residual[:, :n].abs().amax(-1), below], -1)

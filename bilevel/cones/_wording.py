@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import torch
-
 from bilevel.cones._product import Product
 from bilevel.cones._solve import Found
 from bilevel.reports import Status, StatusMessages

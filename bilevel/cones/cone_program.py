@@ -12,8 +12,8 @@ from torch.utils import _pytree as pytree
 from bilevel._torch.transforms import eager, forward_levels, maps_nothing, with_zero_derivatives, without_gradient
 from bilevel.cones._arguments import Arguments, arguments_of
 from bilevel.cones._call import ConeCall
-from bilevel.cones._cone import Cone
 from bilevel.cones._conditions import Conditions
+from bilevel.cones._cone import Cone
 from bilevel.cones._product import Product, cones_of
 from bilevel.cones._wording import backward_words
 from bilevel.equations.structured import flat_raveler
@@ -225,7 +225,9 @@ class _Settings:
                 f"{_WHERE}: expected tolerance to be a bilevel.Tolerance, got {tolerance!r}; wrap it in one"
             )
         if solver is not None and not isinstance(solver, Clarabel):
-            raise ArgumentError(f"{_WHERE}: expected solver to be bilevel.Clarabel(...), got {solver!r}; pass one, or leave it out")
+            raise ArgumentError(
+                f"{_WHERE}: expected solver to be bilevel.Clarabel(...), got {solver!r}; pass one, or leave it out"
+            )
         self.smoothing = 0.0 if smoothing is None else float(smoothing)
         self.solver = Clarabel() if solver is None else solver
         self.of_call = SolveSettings(

@@ -51,7 +51,9 @@ def test_a_batch_is_solved_as_each_problem_by_itself() -> None:
     torch.testing.assert_close(mapped(data["P"][0], data["q"][0]), x[0], rtol=1e-10, atol=1e-10)
 
 
-@pytest.mark.parametrize("point", [(0.0, 3.0, 4.0), (9.0, 3.0, 4.0), (-9.0, 3.0, 4.0), (1.0, 1.0, 2.0), (-2.0, 1.0, 2.0)])
+@pytest.mark.parametrize(
+    "point", [(0.0, 3.0, 4.0), (9.0, 3.0, 4.0), (-9.0, 3.0, 4.0), (1.0, 1.0, 2.0), (-2.0, 1.0, 2.0)]
+)
 def test_the_projection_on_a_second_order_cone(point: tuple[float, ...]) -> None:
     v, one = torch.tensor(point, dtype=F64, requires_grad=True), torch.eye(3, dtype=F64)
     project = lambda v: cone_program(one, -v, -one, 0.0, [cones.SecondOrder(3)])
@@ -123,7 +125,10 @@ def test_linear_and_quadratic_programs_agree_with_quadratic_program(linear: bool
     factors = [cones.Zero(2), cones.Nonnegative(6)]
     data = random_program(4, factors, seed=5, depth=1.0)
     P, q, A, b = (t.requires_grad_() for t in data.values())
-    G, h = torch.cat([A[2:], torch.eye(4, dtype=F64), -torch.eye(4, dtype=F64)]), torch.cat([b[2:], 20 + 0 * q, 20 + 0 * q])
+    G, h = (
+        torch.cat([A[2:], torch.eye(4, dtype=F64), -torch.eye(4, dtype=F64)]),
+        torch.cat([b[2:], 20 + 0 * q, 20 + 0 * q]),
+    )
     P = 0 * P if linear else P
     ours = torch.cat([A[:2], G]), torch.cat([b[:2], h])
     matrices = (P.to_sparse(), ours[0].to_sparse()) if sparse else (P, ours[0])
@@ -198,6 +203,11 @@ def test_smoothing_gives_a_point_of_the_central_path(smoothing: float) -> None:
     assert zero[0].abs().max() == 0
     torch.testing.assert_close(plain[0] * plain[1], torch.full((3,), smoothing, dtype=F64))
     (t, u), (r, w) = ((part[0], part[1:]) for part in second)
-    torch.testing.assert_close(torch.cat([(t * r + u @ w).reshape(1), t * w + r * u]), smoothing * torch.eye(3, dtype=F64)[0], atol=1e-9, rtol=1e-9)
+    torch.testing.assert_close(
+        torch.cat([(t * r + u @ w).reshape(1), t * w + r * u]),
+        smoothing * torch.eye(3, dtype=F64)[0],
+        atol=1e-9,
+        rtol=1e-9,
+    )
     S, Y = (CONES[3].matrix(part) for part in semi)  # type: ignore[attr-defined]
     torch.testing.assert_close(S @ Y, smoothing * torch.eye(3, dtype=F64), atol=1e-9, rtol=1e-9)

@@ -82,7 +82,8 @@ MADE_BY = {
 # Results and requests that only the library makes: their fields are described, and the function that returns them has the example.
 CONTAINERS = {
     "Accuracies", "Advice", "Allowance", "Certificate", "Cleaned", "Comparison", "ConeCertificate", "ConeSolution", "Cost",
-    "Curvature", "Diagnosis", "Finding", "Goal", "GoalReport", "GradientCheck", "HypergradientReport", "InnerSolution", "InnerSolve", "LinearSolution", "LinearSolve", "LossConstants",
+    "Curvature", "Diagnosis", "Finding", "Goal", "GoalReport", "GradientCheck",
+    "HypergradientReport", "InnerSolution", "InnerSolve", "LinearSolution", "LinearSolve", "LossConstants",
     "OuterResult", "OuterStep", "OuterTensor", "PerConstraint", "Problem", "ProgramSolution", "Solution", "SolveReport", "Spectrum",
     "StepResult", "Support",
 }  # fmt: skip

@@ -29,7 +29,7 @@ from bilevel.layers.layer import Layer, Solution
 from bilevel.layers.proximal import Proximal
 from bilevel.linear._base import LinearSolver, LinearSolverLike
 from bilevel.policy import OnFailure
-from bilevel.problems.adaptive.direct import decided, full_accuracy_is_cheap
+from bilevel.problems.adaptive.direct import decided, full_accuracy, full_accuracy_is_cheap
 from bilevel.problems.adaptive.driver import attach_gradient, needs_gradient, solve_to_goal
 from bilevel.problems.batching import BatchSpec
 from bilevel.problems.checks import (
@@ -470,13 +470,12 @@ class BilevelProblem(torch.nn.Module, ABC):
         prepares = type(self).prepare is not BilevelProblem.prepare
         if prepares or not full_accuracy_is_cheap(settings, start, count):
             return self._to_goal(settings, outer, data, start)
-        full = replace(
-            settings, tolerance=Tolerance(strong_convexity=settings.tolerance.strong_convexity, bound_products=0)
-        )
-        result, point, adjoint = self._at_accuracy(full, outer, data, start)
-        inspector = self._layer.inspector
-        replays = inspector.reuse_inspection(point.lower, point.x, self.inner_objective, captures=True)
-        return decided(settings, result, point, adjoint, point.lower.replayed_from(replays))
+        warm = self._warm if self.warm_start else WarmStart()
+        result, point, adjoint = self._at_accuracy(full_accuracy(settings), outer, data, start)
+        result, known = decided(settings, result, point, adjoint, warm.adjoints(point.x), warm.known)
+        if self.warm_start:
+            self._warm = replace(self._warm, known=known)
+        return result
 
     def _settings_at(self, settings: SolveSettings) -> SolveSettings:
         """Return the settings of a call that differentiates at an answer given."""

@@ -77,26 +77,28 @@ def solve_to_goal(
     """
     poisoned = False
 
-    def inspected(*, again: bool = False) -> tuple[torch.Tensor, torch.Tensor] | None:
+    def inspected(*, again: bool = False) -> Inspection | None:
         nonlocal poisoned
         try:
-            return inspect(again=again).found if lower.batch else None
+            return inspect(again=again) if lower.batch else None
         except BilevelError as error:
             if isinstance(error, ValueError) or error.__cause__ is not None:
                 raise
             poisoned = handle_misuse(error, settings.on_failure)
             return None
 
-    first = inspected()
-    trusted = first is None and not poisoned and lower.batch > 0
+    seen = inspected()
+    trusted = seen is not None and seen.found is None
+    lower = lower.replayed_from(None if seen is None else seen.replays)
     solver = settings.solver or default_solvers(lower)[0]
     linear = settings.linear_solver
     search = Search(
         lower, upper, needs_grad, solver, (lambda operator: default_linear_solver(operator) if linear is None else linear),
         settings.tolerance, known, certify, look,
     )  # fmt: skip
-    if lower.batch == 1 and first is not None:
-        search.lower.remember(x, first[0].reshape(1), first[1].reshape(x.shape))
+    if lower.batch == 1 and seen is not None and seen.found is not None:
+        value, slope = seen.found
+        search.lower.remember(x, value.reshape(1), slope.reshape(x.shape))
     with inspect_on_failure(x.device, lambda: inspected(again=True)) if trusted else nullcontext():
         found = search.run(x, q)
     linear_name = "its default" if linear is None else linear.name

@@ -15,19 +15,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 
 from bilevel.certificates.bound import Bound
-from bilevel.equations.linearization import Linearization
-from bilevel.operators import LinearOperator
+from bilevel.problems.adaptive.iterate import Iterate, Objectives
 from bilevel.problems.adaptive.quasi_newton import JointOperator
 from bilevel.problems.adaptive.state import SearchState
 from bilevel.reports import Basis
 from bilevel.tolerance import Tolerance
 
-__all__ = ["ErrorModel", "Iterate"]
+__all__ = ["ErrorModel"]
 
 # The first adjoint, before anything is known of errors: relative residual. Where ĝ is followed, no guess is added at the end,
 # and the last changes of ĝ have to be as small.
@@ -43,43 +42,6 @@ _MOST_CORRECTIONS = 12
 
 
 @dataclass(eq=False)
-class Iterate:
-    """G and F linearised at one φ, with the adjoint so far."""
-
-    x: torch.Tensor
-    linear: Linearization
-    operator: LinearOperator
-    residual: torch.Tensor
-    values: torch.Tensor
-    v: torch.Tensor
-    direct: torch.Tensor
-    q: torch.Tensor
-    rho: torch.Tensor
-    pulled: torch.Tensor
-    changes: list[float] = field(default_factory=list)  # of ĝ, by each of the last products, where it was followed
-
-    @property
-    def size(self) -> float:
-        """‖∇G‖ of the whole batch."""
-        return float(self.residual.norm())
-
-    @property
-    def left(self) -> float:
-        """‖ρ‖ of the whole batch."""
-        return float(self.rho.norm())
-
-    @property
-    def corrected(self) -> torch.Tensor:
-        """F − qᵀ∇G, the mean over the problems."""
-        return self.values.mean() - torch.linalg.vecdot(self.q, self.residual).mean()
-
-    @property
-    def gradient(self) -> torch.Tensor:
-        """ĝ, the mean over the problems (p,)."""
-        return (self.direct - self.pulled) / self.x.shape[0]
-
-
-@dataclass(eq=False)
 class ErrorModel:
     """What ‖ĝ − g‖ is taken for at a point.
 
@@ -90,7 +52,7 @@ class ErrorModel:
     known
         ν, S, β and how far they are trusted; it is changed.
     certify
-        (φ, q, ĝ, corrected value) ↦ the certificate's bound.
+        (φ, q, ĝ, corrected value) ↦ the certificate's bound. None: estimates decide.
     first
         ‖∇G‖ where the inner solver ended, or the first round begins: the error there is taken for ‖g‖ until S is known.
     corrections
@@ -101,7 +63,7 @@ class ErrorModel:
 
     tolerance: Tolerance
     known: SearchState
-    certify: Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], Bound]
+    certify: Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], Bound] | None = None
     first: float = math.nan
     corrections: int = 0
     looked: bool = False
@@ -132,7 +94,8 @@ class ErrorModel:
             if self.looked:
                 return 0.0
             return caution * float(here.gradient.norm()) * here.size / self.first if self.first else 0.0
-        return caution * known.inner_doubt * known.slope * known.nu * here.size
+        error = known.nu * here.size if here.inner_error is None else here.inner_error
+        return caution * known.inner_doubt * known.slope * error
 
     def linear_share(self, here: Iterate) -> float:
         """Return the model's part of the adjoint's residual."""
@@ -181,12 +144,17 @@ class ErrorModel:
         floor = _MOST_REDUCTION * size if known.slope else first * self.first
         return min(max(aim, bend, floor), 0.3 * size)
 
+    def estimate(self, here: Iterate) -> Bound:
+        """Return the estimate of ‖ĝ − g‖, infinite while S is unknown."""
+        inner, linear = self.inner_share(here), self.linear_share(here)
+        return Bound(inner + linear if self.seen(here) else math.inf, Basis.ESTIMATED, inner, linear)
+
     def judge(self, here: Iterate) -> Bound:
         """Return the bound that decides: the model's, or the certificate's where that has to and may be within the goal."""
-        inner, linear = self.inner_share(here), self.linear_share(here)
-        estimate = Bound(inner + linear if self.seen(here) else math.inf, Basis.ESTIMATED, inner, linear)
+        estimate = self.estimate(here)
+        inner, linear = estimate.inner_part, estimate.linear_part
         allowed = self.allowed(here)
-        if self.tolerance.estimates or estimate.value > allowed:
+        if self.certify is None or self.tolerance.estimates or estimate.value > allowed:
             return estimate
         self.corrections += 1
         proven = self.certify(here.x, here.q, here.gradient, here.corrected)
@@ -212,7 +180,25 @@ class ErrorModel:
         self.known.numbers += here.direct.numel()
         self.known.looks += 1
 
+    def look_aside(
+        self,
+        here: Iterate,
+        there: Iterate,
+        objectives: Objectives,
+        solve: Callable[[Iterate, torch.Tensor], torch.Tensor],
+    ) -> None:
+        """Learn S and β from ``there``, a point beside ``here``; ``solve`` returns H⁻¹ of a vector to some digits."""
+        objectives.set_adjoint(there, here.q)
+        turn = there.rho - here.rho  # with as much of ρ left as here, the difference is the step's alone
+        if bool((turn != 0).any()):
+            objectives.set_adjoint(there, here.q + solve(there, turn))
+        self.see_pull(there)
+        self.measure(here, there, float((there.x - here.x).norm()))
+
     def see_pull(self, here: Iterate) -> None:
         """Learn β from the adjoint at hand."""
+        length = float(here.q.norm())
+        if not length:
+            return
         self.known.pulls += here.pulled.numel()
-        self.known.pull = max(self.known.pull, float(here.pulled.norm()) / here.x.shape[0] / float(here.q.norm()))
+        self.known.pull = max(self.known.pull, float(here.pulled.norm()) / here.x.shape[0] / length)

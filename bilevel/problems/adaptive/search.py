@@ -30,12 +30,13 @@ from bilevel.equations.problem import Problem
 from bilevel.linear._base import LinearOutcome, LinearSolver, solve_linear
 from bilevel.linear.cg import CG
 from bilevel.operators import HessianOperator, LinearOperator
-from bilevel.problems.adaptive.error_model import ErrorModel, Iterate
+from bilevel.problems.adaptive.error_model import ErrorModel
+from bilevel.problems.adaptive.iterate import Iterate, Objectives
 from bilevel.problems.adaptive.quasi_newton import JointOperator, RecordedOperator, RecordingProblem
 from bilevel.problems.adaptive.state import GoalReport, SearchResult, SearchState
 from bilevel.reports import Basis, Status
 from bilevel.solvers._base import InnerSolver
-from bilevel.solvers._error import rounding
+from bilevel.solvers._error import irregular_signs, rounding
 from bilevel.solvers._judge import solve_inner
 from bilevel.tolerance import Target, Tolerance
 
@@ -92,9 +93,8 @@ class Search:
         certify: Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], Bound],
         outputs: Callable[..., torch.Tensor] | None = None,
     ) -> None:
-        self.lower = RecordingProblem(lower.system, lower.tensors)
-        self.upper, self.needs_grad = upper, list(needs_grad)
-        self.outputs = outputs or upper.system.outputs
+        self.lower = RecordingProblem(lower.system, lower.tensors, replays=lower.replays)
+        self.objectives = Objectives(self.lower, upper, tuple(needs_grad), outputs or upper.system.outputs)
         self.solver, self.choose = solver, linear_solver
         self.cold = known is None or known.slope == 0
         self.known = SearchState() if known is None else known
@@ -206,12 +206,9 @@ class Search:
         return self._with(here, before.q + self.known.secants.guess(here.v - before.v + before.rho))
 
     def _at(self, x: torch.Tensor) -> Iterate:
-        linear = self.lower.linearize(x, self.needs_grad)
-        values, v, direct = self._slopes(x)
-        return Iterate(
-            x, linear, self._recorded(linear, direct.numel()), linear.residual.detach(), values, v, direct,
-            torch.zeros_like(x), v, torch.zeros_like(direct),
-        )  # fmt: skip
+        here = self.objectives.at(x)
+        here.operator = self._recorded(here.linear, here.direct.numel())
+        return here
 
     def _recorded(self, linear: Linearization, outer: int) -> RecordedOperator:
         """Return H, which makes Bᵀp too beside its products where θ is ``outer`` numbers, and they are few, and H looks constant.
@@ -224,18 +221,15 @@ class Search:
             and linear.operator.batch == 1
             and isinstance(self.choose(linear.operator), CG)
         )
-        if few and isinstance(linear.operator, HessianOperator):
-            return JointOperator(linear.operator, lambda v: self._joint(linear, v))
+        if few and (linear.replayed is not None or isinstance(linear.operator, HessianOperator)):
+            return JointOperator(linear.operator, lambda v: self.objectives.joint(linear, v))
         return RecordedOperator(linear.operator)
 
     def _with(self, here: Iterate, q: torch.Tensor) -> Iterate:
-        """Set q, and with it ρ and Bᵀq: one pass of ⟨∇G, q⟩ gives H q and Bᵀq both."""
-        here.q, here.changes = q, []
-        if not bool((q != 0).any()):
-            return here
-        product, here.pulled = self._joint(here.linear, q)
-        here.rho = here.v - product
-        self.model.see_pull(here)
+        """Set q, and with it ρ and Bᵀq."""
+        if bool((q != 0).any()):
+            self.objectives.set_adjoint(here, q)
+            self.model.see_pull(here)
         return here
 
     def _solve_adjoint(self, here: Iterate) -> Status | bool:
@@ -366,16 +360,14 @@ class Search:
 
     def _look_aside(self, here: Iterate) -> bool:
         """Measure S by a step that leads nowhere, where φ came to the last digits before a step could show it."""
-        generator = torch.Generator().manual_seed(0)
-        signs = (torch.randint(0, 2, here.x.shape, generator=generator) * 2 - 1).to(here.x)
-        step = torch.finfo(here.x.dtype).eps ** (1 / 3) * (1 + here.x.abs()) * signs
-        there = self._with(self._at(here.x + step), here.q)
-        turn = there.rho - here.rho  # with as much of ρ left as here, the difference is the step's alone
-        if bool((turn != 0).any()):
-            outcome = self._linear(there, turn, _ASIDE)
+        step = torch.finfo(here.x.dtype).eps ** (1 / 3) * (1 + here.x.abs()) * irregular_signs(here.x)
+
+        def solve(there: Iterate, rhs: torch.Tensor) -> torch.Tensor:
+            outcome = self._linear(there, rhs, _ASIDE)
             self.linear_steps = self.linear_steps + outcome.iterations.cpu()
-            self._with(there, here.q + outcome.x)
-        self.model.measure(here, there, float(step.norm()))
+            return outcome.x
+
+        self.model.look_aside(here, self._at(here.x + step), self.objectives, solve)
         return self.model.looked
 
     def _impossible(self, here: Iterate) -> Status | None:
@@ -394,35 +386,6 @@ class Search:
             self.inner_steps, self.linear_steps,
             bound, self.model.caution(here, self.known.numbers) * slack, report, self.known,
         )  # fmt: skip
-
-    # Passes
-
-    def _slopes(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Return F (K,), ∇_φF (K, n) and the sum of the problems' ∇_θF (p,): one pass."""
-        upper = self.upper
-        with torch.enable_grad():
-            point = x.detach().requires_grad_(True)
-            leaves = [
-                t.detach().requires_grad_(True) if w else t for t, w in zip(upper.tensors, self.needs_grad, strict=True)
-            ]
-            values = self.outputs(point.reshape(*upper.system.batch_shape, upper.size), *leaves)
-            chosen = [leaf for leaf, w in zip(leaves, self.needs_grad, strict=True) if w]
-            if not values.requires_grad:
-                return (
-                    values.detach().reshape(-1),
-                    torch.zeros_like(x),
-                    torch.cat([c.detach().reshape(-1) for c in chosen]) * 0,
-                )
-            slopes = torch.autograd.grad(values.sum(), [point, *chosen], allow_unused=True, materialize_grads=True)
-        return values.detach().reshape(-1), slopes[0], torch.cat([part.reshape(-1) for part in slopes[1:]]).to(x)
-
-    def _joint(self, linear: Linearization, q: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return H q (K, n) and the sum of the problems' Bᵀq (p,): one pass."""
-        product, parts = linear.pull(q)
-        return product, self._flat(parts)
-
-    def _flat(self, parts: Sequence[torch.Tensor | None]) -> torch.Tensor:
-        return torch.cat([part.reshape(-1) for part in parts if part is not None])
 
 
 def _worst(status: torch.Tensor) -> Status | None:

@@ -21,7 +21,7 @@ from bilevel.equations.problem import Problem
 from bilevel.equations.structured import Structure
 from bilevel.equations.system import ArgminSystem
 from bilevel.errors import ArgumentError, TransformError
-from bilevel.layers.call import Adjoint, Setting, SolveSettings
+from bilevel.layers.call import Adjoint, Setting, SolveCall, SolveSettings
 from bilevel.layers.constraint_structure import ConstraintStructure
 from bilevel.layers.constraints import Constraints
 from bilevel.layers.differentiation import Differentiation, Implicit
@@ -564,16 +564,14 @@ class BilevelProblem(torch.nn.Module, ABC):
         warm = self._warm if self.warm_start else WarmStart()
         begin = warm.adjoints(x)
         learned = warm.learned() if begin is not None else None
-        inspect_once = CheckedObjective(upper, self.outer_objective, given, policy)
-        inspect = partial(self._layer.inspector.inspect_once, lower, x, self.inner_objective, captures=True)
-        sought = solve_to_goal(settings, inspect, lower, upper, x, begin, needs_grad, learned, certify, inspect_once)
-        found = sought.found
+        checked = CheckedObjective(upper, self.outer_objective, given, policy)
+        call = SolveCall(settings, self._layer.inspector, self.inner_objective, self._layer.where, True, x.dtype)
+        found, report = solve_to_goal(call, lower, upper, x, begin, needs_grad, learned, certify, checked)
         inner = self._numbering.unravel(found.x, start)
-        if self.warm_start and sought.finite:
+        if self.warm_start and found.finite:
             self._warm = WarmStart(inner, found.q / lower.batch, found.known)  # as for the mean's cotangents
         value = found.values.mean()
         corrected = value - torch.linalg.vecdot(found.q, found.residual).mean()
-        report = HypergradientReport(sought.forward, sought.backward, found.report)
         point = Point(lower, upper, found.x, found.q, needs_grad)
         parts = torch.split(
             found.gradient, [as_real(leaf).numel() for leaf in pytree.tree_leaves(outer) if moves(leaf)]

@@ -200,3 +200,8 @@ class SearchResult:
     value_error: float
     report: GoalReport
     known: SearchState
+
+    @property
+    def finite(self) -> bool:
+        """Whether φ and q are finite, so that the next call can begin there."""
+        return bool(torch.isfinite(self.x).all() & torch.isfinite(self.q).all())

@@ -538,7 +538,7 @@ MUTATIONS = (
     ),
     Mutation(
         "a goal's outer objective not looked at", "problems/adaptive/driver.py",
-        "settings.tolerance, known, certify, checked,", "settings.tolerance, known, certify, None,", (GUARDS, "-k", "outer_objective_get"),
+        "settings.tolerance, known, certify, checked,", "settings.tolerance, known, certify, upper.system.outputs,", (GUARDS, "-k", "outer_objective_get"),
     ),
     Mutation(
         "a goal's disconnected tensors not looked for", "problems/problem.py",

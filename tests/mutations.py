@@ -1106,6 +1106,10 @@ MUTATIONS = (
         ("tests/test_goal.py", "-k", "records_nothing"),
     ),
     Mutation(
+        "an error measured without the preparation of the data", "problems/problem.py",
+        "adjoint = adjoint._replace(replays=None)", "pass", ("tests/test_goal.py", "-k", "prepares"),
+    ),
+    Mutation(
         "searches for goals not replayed", "problems/adaptive/search.py",
         "lower.tensors, replays=lower.replays)", "lower.tensors)", ("tests/test_goal.py", "-k", "records_nothing"),
     ),

@@ -728,6 +728,26 @@ def test_a_goal_of_a_small_problem_is_estimated_after_full_accuracy(
     assert float((goal.grad.double() - true).norm()) <= goal.error_bound <= goal.report.goal.allowed
 
 
+def test_a_goal_of_a_problem_that_prepares_its_data_is_met_and_estimated() -> None:
+    class Prepared(Classifier):
+        def prepare(self, outer, data):
+            return (data[0] * outer.exp(), *data[1:])
+
+    data, outer = split(3), torch.linspace(-0.5, 0.5, 6, dtype=F64)
+    free = outer.clone().requires_grad_(True)
+    plain = Classifier()
+    inner = oracles.newton_argmin(plain.inner_objective, START, free, (data[0] * free.exp(), *data[1:]), steps=12)
+    (true,) = torch.autograd.grad(plain.outer_objective(inner, free, (data[0] * free.exp(), *data[1:])), free)
+    problem, bounds = Prepared(tolerance=asked(1e-6, estimates=True)), []
+    for _ in range(3):
+        result = problem.hypergradient(outer, data, init=START)
+        assert float((result.grad - true).norm()) <= result.error_bound <= 1e-6 * float(true.norm())
+        problem.reset()
+        bounds.append(result.error_bound)
+    assert result.report.forward.solver == "Newton"
+    assert bounds[2] == pytest.approx(bounds[0], rel=1e-3)  # replayed evaluations of G know nothing of the preparation
+
+
 def test_the_error_of_a_sensitive_hypergradient_is_not_underestimated() -> None:
     class Steep(Classifier):
         def outer_objective(self, inner, outer, data):

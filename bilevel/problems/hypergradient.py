@@ -160,6 +160,7 @@ class Hypergradient(Generic[T]):
     _rebuild: Callable[[Point, Hypergradient], Hypergradient] = field(repr=False)
     _restore: Callable[[torch.Tensor], Any] = field(repr=False)
     _decided: Bound | None = field(default=None, repr=False)
+    _decided_of_value: Bound | None = field(default=None, repr=False)
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in vars(self).items() if name not in _TIED}
@@ -201,7 +202,7 @@ class Hypergradient(Generic[T]):
     @cached_property
     def value_bound(self) -> Bound:
         """The bound of the difference between F(φ*) and ``corrected_value`` (C4)."""
-        return self._certificate.value_bound
+        return self._certificate.value_bound if self._decided_of_value is None else self._decided_of_value
 
     @cached_property
     def corrected_grad(self) -> T:

@@ -467,11 +467,14 @@ class BilevelProblem(torch.nn.Module, ABC):
         """Return a hypergradient as accurate as the goal asks: by solves to full accuracy where these cost less than to look for less."""
         count = self._numbering.count(data)
         start = self._start(outer, data, count) if init is None else init
-        prepares = type(self).prepare is not BilevelProblem.prepare
-        if prepares or not full_accuracy_is_cheap(settings, start, count):
+        if not full_accuracy_is_cheap(settings, start, count):
             return self._to_goal(settings, outer, data, start)
         warm = self._warm if self.warm_start else WarmStart()
         result, point, adjoint = self._at_accuracy(full_accuracy(settings), outer, data, start)
+        if adjoint is not None and type(self).prepare is not BilevelProblem.prepare:
+            adjoint = adjoint._replace(
+                replays=None
+            )  # they are of G after the preparation, and G of `point` contains it
         result, known = decided(settings, result, point, adjoint, warm.adjoints(point.x), warm.known)
         if self.warm_start:
             self._warm = replace(self._warm, known=known)
@@ -567,21 +570,19 @@ class BilevelProblem(torch.nn.Module, ABC):
         checked = CheckedObjective(upper, self.outer_objective, given, policy)
         call = SolveCall(settings, self._layer.inspector, self.inner_objective, self._layer.where, True, x.dtype)
         found, report = solve_to_goal(call, lower, upper, x, begin, needs_grad, learned, certify, checked)
-        inner = self._numbering.unravel(found.x, start)
+        here = found.here
+        inner = self._numbering.unravel(here.x, start)
         if self.warm_start and found.finite:
-            self._warm = WarmStart(inner, found.q / lower.batch, found.known)  # as for the mean's cotangents
-        value = found.values.mean()
-        corrected = value - torch.linalg.vecdot(found.q, found.residual).mean()
-        point = Point(lower, upper, found.x, found.q, needs_grad)
+            self._warm = WarmStart(inner, here.q / lower.batch, found.known)  # as for the mean's cotangents
+        value = here.values.mean()
+        point = Point(lower, upper, here.x, here.q, needs_grad)
         parts = torch.split(
             found.gradient, [as_real(leaf).numel() for leaf in pytree.tree_leaves(outer) if moves(leaf)]
         )
         flat = torch.cat(self._connected(parts, inner, outer, data, policy))
-        result = self._assembled(settings, outer, data, inner, point, value, corrected, flat, report)
-        result = replace(result, _decided=found.bound)
-        if tolerance.estimates:
-            result.__dict__["value_bound"] = Bound(found.value_error, Basis.ESTIMATED)
-        return result
+        result = self._assembled(settings, outer, data, inner, point, value, here.corrected, flat, report)
+        of_value = Bound(found.value_error, Basis.ESTIMATED) if tolerance.estimates else None
+        return replace(result, _decided=found.bound, _decided_of_value=of_value)
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
         # Called by .to(), .double() and their like: what the next solve begins from follows, as buffers do.

@@ -78,10 +78,10 @@ def solve_to_goal(
     trusted = seen is not None and seen.found is None
     with inspect_on_failure(x.device, lambda: call.inspect(lower, x, again=True)) if trusted else nullcontext():
         found = search.run(x, q)
-    forward = _report(Pass.FORWARD, lower.where, solver.name, found, found.residual, found.inner_steps)
+    forward = _report(Pass.FORWARD, lower, solver.name, found, found.here.residual, found.inner_steps)
     # The mean over a batch hands each problem 1/K of its right-hand side. The report is of that system.
-    name, rho = "its default" if linear is None else linear.name, found.rho / max(1, lower.batch)
-    backward = _report(Pass.BACKWARD, lower.where, name, found, rho, found.linear_steps)
+    name, rho = "its default" if linear is None else linear.name, found.here.rho / max(1, lower.batch)
+    backward = _report(Pass.BACKWARD, lower, name, found, rho, found.linear_steps)
     for report in (forward, backward):
         apply_policy(report, report.residual_norm.unsqueeze(-1), "ignore", call.recordings)
     if treat_goal(found.report, forward, settings.on_failure) or call.poisoned or checked.poisoned:
@@ -108,15 +108,15 @@ def treat_goal(goal: GoalReport, forward: SolveReport, on_failure: OnFailure) ->
 
 
 def _report(
-    direction: Pass, where: str, solver: str, found: SearchResult, residual: torch.Tensor, steps: torch.Tensor
+    direction: Pass, lower: Problem, solver: str, found: SearchResult, residual: torch.Tensor, steps: torch.Tensor
 ) -> SolveReport:
-    axes = found.axes
+    axes = lower.system.batch_shape
     norm = residual.norm(dim=-1).reshape(axes)
     unknown = torch.full_like(norm, float("nan"))
     status = torch.full(axes, int(found.report.status), dtype=torch.int64)
     return SolveReport(
-        direction, where, solver, status, steps.reshape(axes), norm, torch.zeros_like(norm), unknown,
-        Basis.RESIDUAL, found.v.norm(dim=-1).reshape(axes) if direction is Pass.BACKWARD else unknown,
+        direction, lower.where, solver, status, steps.reshape(axes), norm, torch.zeros_like(norm), unknown,
+        Basis.RESIDUAL, found.here.v.norm(dim=-1).reshape(axes) if direction is Pass.BACKWARD else unknown,
     )  # fmt: skip
 
 

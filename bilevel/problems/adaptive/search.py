@@ -384,11 +384,8 @@ class Search:
         )  # fmt: skip
         distance = self.known.nu * here.size
         slack = self.known.value_bend * distance**2 + here.left * distance / max(1, here.x.shape[0])
-        return SearchResult(
-            here.x, here.q, here.residual, here.v, here.rho, here.gradient, here.values, self.lower.system.batch_shape,
-            self.inner_steps, self.linear_steps,
-            bound, self.model.caution(here, self.known.numbers) * slack, report, self.known,
-        )  # fmt: skip
+        error = self.model.caution(here, self.known.numbers) * slack
+        return SearchResult(here, here.gradient, self.inner_steps, self.linear_steps, bound, error, report, self.known)
 
 
 def _worst(status: torch.Tensor) -> Status | None:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from bilevel.certificates.bound import Bound
+from bilevel.problems.adaptive.iterate import Iterate
 from bilevel.problems.adaptive.quasi_newton import SecantPairs
 from bilevel.reports import Basis, Status, remedy_for_dtype
 from bilevel.tolerance import Tolerance
@@ -160,20 +161,14 @@ class SearchState:
 
 @dataclass(frozen=True, eq=False)
 class SearchResult:
-    """The last iterate of a search; tensors per problem of the batch of K.
+    """The end of a search over a batch of K problems.
 
     Parameters
     ----------
-    x, q
-        φ and the adjoint (K, n).
-    residual, v, rho
-        ∇G, ∇F and ∇F − H q there (K, n).
+    here
+        The last iterate.
     gradient
-        ĝ (p,), the mean over the problems.
-    values
-        F (K,).
-    axes
-        The shape of the batch; () for a single problem.
+        ĝ (p,), the mean over the problems, or NaN if the policy wants that.
     inner_steps, linear_steps
         int64 (K,): steps of the inner solver and products for H s = ∇G; products for the adjoint.
     bound
@@ -186,14 +181,8 @@ class SearchResult:
         The state for the next call.
     """
 
-    x: torch.Tensor
-    q: torch.Tensor
-    residual: torch.Tensor
-    v: torch.Tensor
-    rho: torch.Tensor
+    here: Iterate
     gradient: torch.Tensor
-    values: torch.Tensor
-    axes: tuple[int, ...]
     inner_steps: torch.Tensor
     linear_steps: torch.Tensor
     bound: Bound
@@ -204,4 +193,4 @@ class SearchResult:
     @property
     def finite(self) -> bool:
         """Whether φ and q are finite, so that the next call can begin there."""
-        return bool(torch.isfinite(self.x).all() & torch.isfinite(self.q).all())
+        return bool(torch.isfinite(self.here.x).all() & torch.isfinite(self.here.q).all())

@@ -464,7 +464,7 @@ class BilevelProblem(torch.nn.Module, ABC):
         return result, point, last
 
     def _with_goal(self, settings: SolveSettings, outer: Any, data: Any, init: Any) -> Hypergradient:
-        """Return a hypergradient as accurate as the goal asks: by solves to full accuracy where these cost less than to look for less."""
+        """Return a hypergradient as accurate as the goal asks: by solves to full accuracy where these cost less than a search."""
         count = self._numbering.count(data)
         start = self._start(outer, data, count) if init is None else init
         if not full_accuracy_is_cheap(settings, start, count):
@@ -472,9 +472,8 @@ class BilevelProblem(torch.nn.Module, ABC):
         warm = self._warm if self.warm_start else WarmStart()
         result, point, adjoint = self._at_accuracy(full_accuracy(settings), outer, data, start)
         if adjoint is not None and type(self).prepare is not BilevelProblem.prepare:
-            adjoint = adjoint._replace(
-                replays=None
-            )  # they are of G after the preparation, and G of `point` contains it
+            # The replays are of G after the preparation, which G of `point` contains.
+            adjoint = adjoint._replace(replays=None)
         result, known = decided(settings, result, point, adjoint, warm.adjoints(point.x), warm.known)
         if self.warm_start:
             self._warm = replace(self._warm, known=known)

@@ -146,11 +146,11 @@ def cases() -> list[Case]:
 def counting() -> Iterator[list[int]]:
     """Count reverse passes, and the rows of matrices formed by vmap."""
     from bilevel._torch import reverse
-    from bilevel.certificates._point import Point
+    from bilevel.certificates._second_derivatives import SecondDerivatives
     from bilevel.equations.problem import Problem
 
     plain, engine = torch.autograd.grad, reverse._engine_run_backward
-    dense, cross = Problem._dense, Point._cross_by_vmap
+    dense, cross = Problem._dense, SecondDerivatives._cross_by_vmap
     count = [0]
 
     def counted(function):
@@ -169,12 +169,12 @@ def counting() -> Iterator[list[int]]:
         return cross(self, *args)
 
     torch.autograd.grad, reverse._engine_run_backward = counted(plain), counted(engine)
-    Problem._dense, Point._cross_by_vmap = rows, cross_rows
+    Problem._dense, SecondDerivatives._cross_by_vmap = rows, cross_rows
     try:
         yield count
     finally:
         torch.autograd.grad, reverse._engine_run_backward = plain, engine
-        Problem._dense, Point._cross_by_vmap = dense, cross
+        Problem._dense, SecondDerivatives._cross_by_vmap = dense, cross
 
 
 def spent(case: Case, solver: bilevel.InnerSolver, tolerance: bilevel.Tolerance, start=None):

@@ -104,7 +104,15 @@ def test_the_page_debug_lists_every_error_and_warning(name: str) -> None:
     assert "*Remedy:*" in entry.group(1) or "Base" in entry.group(1)
 
 
-PAGES = [*DOCS.rglob("*.rst"), *DOCS.rglob("*.md"), DOCS.parent / "README.md"]
+def test_each_release_has_each_heading_of_the_changelog_once() -> None:
+    releases = re.split(r"^## ", (DOCS.parent / "CHANGELOG.md").read_text(), flags=re.MULTILINE)[1:]
+    for release in releases:
+        headings = re.findall(r"^### (.*)$", release, re.MULTILINE)
+        order = ["Added", "Changed", "Deprecated", "Removed", "Fixed", "Security"]
+        assert headings == [name for name in order if name in headings], release.splitlines()[0]
+
+
+PAGES = [*DOCS.rglob("*.rst"), *DOCS.rglob("*.md"), *DOCS.parent.glob("*.md")]
 MODULES = (DOCS.parent / "bilevel").rglob("*.py")
 
 

@@ -139,7 +139,8 @@ _TEXT: dict[Status, tuple[str, str]] = {
     ),
     Status.DEGENERATE: (
         "met a solution at which the derivative is one-sided: a term or a constraint is just at its threshold",
-        "perturb the arguments, for example the strength by a relative 1e-3, or pass on_failure='ignore' to take the derivative of one side",
+        "perturb the arguments, for example a strength or a cost by a relative 1e-3, leave out an equation that follows from the others, or pass "
+        "on_failure='ignore' to take the derivative of one side",
     ),
     Status.INFEASIBLE: (
         "proved that no point fulfils the constraints",

@@ -1427,6 +1427,11 @@ MUTATIONS = (
         ("tests/zoo/test_default_faults.py", "-k", "direction_of_others"),
     ),
     Mutation(
+        "equations that repeat each other are advised to be smoothed", "solvers/_regularity.py",
+        "repeated = _dependence(jh, jh, torch.ones_like(repeated))[1]", "pass",
+        ("tests/constraints/test_degenerate.py", "-k", "repeat_each_other"),
+    ),
+    Mutation(
         "an ignored column is a feature all the same", "cli/table.py", "name != target and name not in ignore", "name != target",
         ("tests/hyperopt/test_data.py", "-k", "ignored_columns"),
     ),

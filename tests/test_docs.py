@@ -158,7 +158,15 @@ def test_python_on_a_page_is_run_or_says_why_not(page: Path) -> None:
 
 @pytest.mark.parametrize("page", WRITTEN, ids=lambda page: str(page.relative_to(DOCS)))
 def test_code_on_a_page_is_narrow(page: Path) -> None:
-    wide = [line for _, _, text, _ in blocks(page) for line in text.splitlines() if len(line) > WIDEST]
+    """What is printed may be wider: it is what the library prints, and its box scrolls."""
+    code = {"testcode": "", "doctest": r">>> |\.\.\. ", "code-block python": "", "code-block console": ""}
+    wide = [
+        line
+        for kind, language, text, _ in blocks(page)
+        if (begin := code.get(f"{kind} {language}".strip())) is not None
+        for line in text.splitlines()
+        if len(line) > WIDEST and re.match(begin, line)
+    ]
     assert wide == []
 
 

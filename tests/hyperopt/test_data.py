@@ -203,7 +203,7 @@ def test_targets_are_asked_for_where_they_are_needed(write) -> None:
 
 def test_ignored_columns_are_no_features(write) -> None:
     path = write("id,x,note,y\na1,1,late,0\na2,2,,1\na3,4,?,0\n")
-    with pytest.raises(DataError, match="holds 'a1', which is not a number; .*or leave it out by --ignore id$"):
+    with pytest.raises(DataError, match=r"holds 'a1', which is not a number; .*or leave it out by --ignore id$"):
         load(str(path), target="y")
     dataset = load(str(path), target="y", ignore=["note", "id"])
     assert dataset.features == ("x",)

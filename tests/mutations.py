@@ -1427,6 +1427,11 @@ MUTATIONS = (
         ("tests/zoo/test_default_faults.py", "-k", "direction_of_others"),
     ),
     Mutation(
+        "the default's threshold is shown as if it were asked for", "reports.py",
+        'word = "the default asks" if status is Status.BUDGET_SPENT else "asked"', 'word = "asked"',
+        ("tests/test_failures.py", "-k", "without_a_tolerance"),
+    ),
+    Mutation(
         "equations that repeat each other are advised to be smoothed", "solvers/_regularity.py",
         "repeated = _dependence(jh, jh, torch.ones_like(repeated))[1]", "pass",
         ("tests/constraints/test_degenerate.py", "-k", "repeat_each_other"),

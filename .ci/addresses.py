@@ -38,6 +38,7 @@ Issues = "{address}/issues"
 
 
 def main() -> None:
+    """Change the two files in place."""
     address, tag = sys.argv[1].rstrip("/"), sys.argv[2]
     for name, change in (("README.md", absolute), ("pyproject.toml", with_urls)):
         path = ROOT / name

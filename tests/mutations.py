@@ -1539,6 +1539,24 @@ MUTATIONS = (
         ("tests/zoo/test_default_faults.py", "-k", "direction_of_others"),
     ),
     Mutation(
+        "the default's threshold is shown as if it were asked for", "reports.py",
+        'word = "the default asks" if status is Status.BUDGET_SPENT else "asked"', 'word = "asked"',
+        ("tests/test_failures.py", "-k", "without_a_tolerance"),
+    ),
+    Mutation(
+        "equations that repeat each other are advised to be smoothed", "solvers/_regularity.py",
+        "repeated = _dependence(jh, jh, torch.ones_like(repeated))[1]", "pass",
+        ("tests/constraints/test_degenerate.py", "-k", "repeat_each_other"),
+    ),
+    Mutation(
+        "an ignored column is a feature all the same", "cli/table.py", "name != target and name not in ignore", "name != target",
+        ("tests/hyperopt/test_data.py", "-k", "ignored_columns"),
+    ),
+    Mutation(
+        "a misspelled column is ignored in silence", "cli/table.py", "if name not in header:\n            raise", "if False:\n            raise",
+        ("tests/cleaning/test_command.py", "-k", "one_sentence"),
+    ),
+    Mutation(
         "the rounding of x - T(x) is not counted in the error left", "solvers/newton.py",
         "noise = noise + eps * x.abs().unsqueeze(-1)", "pass",
         ("tests/zoo/test_default_faults.py", "-k", "rounding_absorbs"),

@@ -49,8 +49,8 @@ _MESSAGES: StatusMessages = {
     ),
     Status.DEGENERATE: (
         "met a solution at which a proximal term is just at its threshold: its derivative is one-sided",
-        "change the strength or the bound of the term a little, for example by a relative 1e-3, or pass on_failure='ignore' to take the derivative "
-        "of one side",
+        "change the arguments a little, each by another amount, for example a strength, a bound or the costs of a transport plan by a relative "
+        "1e-3, or pass on_failure='ignore' to take the derivative of one side",
     ),
 }
 

@@ -26,7 +26,6 @@ _UNSOLVED = (Status.MAX_STEPS, Status.STAGNATED, Status.NOT_CONVERGED, Status.LI
 _NEAR = (1e-5, 1e-7, 1e-3, 1e-2)
 # An initial guess is nearly a solution if its violation and its projected gradient are below this share of their sizes.
 _KNOWN, _MOST_RECOVERED = 1e-3, 256
-_SMOOTHING = "perturb the arguments, or pass smoothing=1e-3 to bilevel.argmin, which takes value and derivative from the central path"
 
 
 @dataclass(frozen=True, eq=False)
@@ -210,7 +209,7 @@ def _large(program: Program, answer: Answer, used: str, name: Name) -> Found:
         x.new_zeros(len(x), 0, dtype=torch.bool),
         loose & (x - program.lower <= 2e-8 * size) & (slope <= weak),
         loose & (program.upper - x <= 2e-8 * size) & (-slope <= weak),
-        no, x.new_zeros(len(x), 0, dtype=torch.bool), no, no, no,
+        no, x.new_zeros(len(x), 0, dtype=torch.bool), no, no, no, x.new_zeros(len(x), 0, dtype=torch.bool),
     )  # fmt: skip
     first = program.jacobian(program.inside(torch.zeros_like(x)))[1][:, 0].abs().amax(-1, keepdim=True)
     small = slope.abs() <= 1e-9 * torch.maximum(first, force)
@@ -241,7 +240,8 @@ def _degenerate_words(findings: Findings, degenerate: torch.Tensor, name: Name) 
     if not bool(degenerate.any()):
         return {}
     which = int(degenerate.nonzero()[0])
-    return {Status.DEGENERATE: (f"met a solution where {findings.sentence(which, name)}", _SMOOTHING)}
+    meaning, remedy = findings.words(which, name)
+    return {Status.DEGENERATE: (f"met a solution where {meaning}", remedy)}
 
 
 def _words(program: Program, x: torch.Tensor, status: torch.Tensor, name: Name) -> StatusMessages:

@@ -23,12 +23,20 @@ Watched: TypeAlias = StepResult | bilevel.OuterRun | bilevel.OuterStep
 """What a callback receives, or a point of a history."""
 
 _INSTALL = "install it as its own documentation says,"
-_OF_STEP = ("inner_loss", "outer_loss", "hypergradient_norm", "inner_gradient_norm", "adjoint_residual_norm", "skipped")
+_OF_STEP = (
+    "inner_loss",
+    "outer_loss",
+    "hypergradient_norm",
+    "inner_gradient_norm",
+    "adjoint_residual_norm",
+    "exact_residual_norm",
+    "skipped",
+)
 _OF_POINT = (
     "value", "corrected_value", "value_error", "gradient_norm", "error_bound", "delta", "delta_prime", "inner_iterations",
     "linear_iterations", "step_size", "evaluations", "seconds",
 )  # fmt: skip
-_MAY_BE_UNKNOWN = ("error_bound", "step_size", "inner_gradient_norm", "adjoint_residual_norm")
+_MAY_BE_UNKNOWN = ("error_bound", "step_size", "inner_gradient_norm", "adjoint_residual_norm", "exact_residual_norm")
 
 
 def numbers_of(watched: Watched) -> tuple[int, dict[str, float]]:

@@ -110,6 +110,34 @@ MUTATIONS = (
         ("tests/linear/test_nystrom.py", "-k", "formula"),
     ),
     Mutation(
+        "stochastic: a state has no kept preconditioner", "stochastic/implicit.py",
+        '_STATE = ("_preconditioner_state",)', "_STATE = ()", ("tests/stochastic/test_engine.py", "-k", "kept"),
+    ),
+    Mutation(
+        "stochastic: the Gauss-Newton matrix forgets the penalty", "stochastic/_gauss_newton.py",
+        "if penalty is not None and penalty.requires_grad:", "if False:",
+        ("tests/stochastic/test_gauss_newton.py", "-k", "dense"),
+    ),
+    Mutation(
+        "stochastic: the Gauss-Newton matrix has no curvature of the loss", "stochastic/_gauss_newton.py",
+        "(curved,) = reverse_pass([self.slope], [self.outputs], [pushed])", "curved = pushed",
+        ("tests/stochastic/test_gauss_newton.py", "-k", "dense"),
+    ),
+    Mutation(
+        "Kronecker: the block has the wrong scale", "linear/kronecker.py",
+        "torch.where(trace == 0, 1.0, trace)", "torch.where(trace == 0, 1.0, trace * trace)",
+        ("tests/linear/test_kronecker.py", "-k", "formula"),
+    ),
+    Mutation(
+        "Kept: a factor that is not finite is kept", "linear/kept.py",
+        "if not bool(torch.isfinite(made.solve(ones)).all()):", "if False:",
+        ("tests/linear/test_kronecker.py", "-k", "not_keep"),
+    ),
+    Mutation(
+        "Kept: a preconditioner is never made anew", "linear/kept.py",
+        "self._uses >= self.refresh or ", "", ("tests/linear/test_kronecker.py", "-k", "kept_makes"),
+    ),
+    Mutation(
         "stochastic: SABA forgets to subtract the remembered derivative", "stochastic/saba.py",
         "change = subtract(new, old)", "change = subtract(new, [0 * tensor for tensor in old])",
         ("tests/stochastic/test_engine.py", "-k", "saba_converges"),
@@ -129,7 +157,7 @@ MUTATIONS = (
     ),
     Mutation(
         "stochastic: a state has no memory", "stochastic/_state.py",
-        'setattr(method, name, state["memory"][name])', "pass", ("tests/stochastic/test_engine.py", "-k", "resumed"),
+        'setattr(method, name, state["memory"].get(name))', "pass", ("tests/stochastic/test_engine.py", "-k", "resumed"),
     ),
     Mutation(
         "stochastic: the two products by two passes", "stochastic/_oracle.py",
@@ -1370,7 +1398,21 @@ MUTATIONS = (
     ),
     Mutation(
         "weakly active constraints pass for inactive", "quadratic_programs/_dense.py",
-        "weak & good.unsqueeze(-1)", "weak & False", ("tests/quadratic_programs/test_failures.py", "-k", "weakly_active"),
+        "weak &= ~program.fixed_rows", "weak &= False", ("tests/quadratic_programs/test_failures.py", "-k", "weakly_active"),
+    ),
+    Mutation(
+        "a slack at zero is compared with its own rounding", "quadratic_programs/_program.py",
+        "BESIDE * torch.maximum(size.amax(-1, keepdim=True), self.unit)", "0 * self.unit",
+        ("tests/quadratic_programs/test_failures.py", "-k", "constraint_at_zero"),
+    ),
+    Mutation(
+        "Mehrotra's iterates go round in a circle", "solvers/_mehrotra.py", "_CIRCLING = 3", "_CIRCLING = 10**6",
+        ("tests/quadratic_programs/test_solutions.py", "-k", "degenerate_integer"),
+    ),
+    Mutation(
+        "an active set never loses a constraint", "quadratic_programs/_dense.py",
+        "(weight >= -_EXACT * size) | fixed", "weight == weight",
+        ("tests/quadratic_programs/test_solutions.py", "-k", "solved_to_rounding"),
     ),
     Mutation(
         "an infeasible program is accepted for its large multipliers", "quadratic_programs/_dense.py",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
+from functools import cached_property
 from typing import TypeVar
 
 import torch
@@ -14,7 +15,8 @@ T = TypeVar("T", bound="ProgramBatch")
 
 def mv(matrix: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     """Return the products (B, m) of matrices (B, m, n) and vectors (B, n)."""
-    return torch.bmm(matrix, x.unsqueeze(-1)).squeeze(-1)
+    # A row times a matrix: torch's product of many small matrices with a column takes three times as long.
+    return torch.bmm(x.unsqueeze(1), matrix.mT).squeeze(1)
 
 
 def tmv(matrix: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
@@ -127,6 +129,16 @@ class DenseProgram(ProgramBatch):
     rows: Rows
     d: torch.Tensor
 
+    @cached_property
+    def slope(self) -> torch.Tensor:
+        """The largest entry (B,) of q."""
+        return largest(self.q)
+
+    @cached_property
+    def sides(self) -> torch.Tensor:
+        """The largest entry (B,) of b and d."""
+        return largest(self.b, self.d)
+
 
 @dataclass(frozen=True, eq=False)
 class Iterate(ProgramBatch):
@@ -165,7 +177,7 @@ class Iterate(ProgramBatch):
 
 def largest(*parts: torch.Tensor) -> torch.Tensor:
     """Return the largest absolute value (B,) in tensors (B, k), 0 of none."""
-    found = [torch.linalg.vector_norm(part, float("inf"), dim=-1) for part in parts if part.shape[-1]]
+    found = [part.abs().amax(-1) for part in parts if part.shape[-1]]
     total = found[0] if found else parts[0].new_zeros(len(parts[0]))
     for other in found[1:]:
         total = torch.maximum(total, other)

@@ -1,8 +1,8 @@
-"""The one judge of inner solvers: it measures the error of what they return, lets them go on where it is too large, and decides the status.
+"""The judge of inner solvers. It measures the errors of their results, resumes them if errors are too large, and decides the status.
 
-With nothing chosen, a problem has converged when the estimated error of every unknown is at most rtol·|x| + atol, or as small as the rounding
-of the residual allows. The estimate is the Newton step J⁻¹R that is left (:mod:`bilevel.solvers._error`), so that neither a far start nor
-the units of the objective count. With δ asked, the residual decides: ‖R‖ ≤ μ δ.
+By default, a problem has converged when the estimated error of every unknown is at most rtol·|x| + atol, or as small as
+the rounding of the residual allows. The estimate is the next Newton step J⁻¹R (:mod:`bilevel.solvers._error`). It
+depends neither on the initial guess nor on the units of the objective. With δ asked, the residual decides: ‖R‖ ≤ μ δ.
 """
 
 from __future__ import annotations
@@ -40,13 +40,13 @@ from bilevel.tolerance import Target
 
 __all__ = ["InnerOutcome", "Successor", "solve_inner"]
 
-# How much a bound may exceed δ by the rounding of the comparison.
+# The factor by which a bound may exceed δ, for the rounding of the comparison.
 _BOUND_ROUNDING = 1 + 1e-5
-# How often a solver that stopped too early is told to go on.
+# The largest number of times that a solver is resumed.
 _MOST_ROUNDS = 12
-# How near, in parts of x, two searches end that found the same point.
+# Two searches found the same point if their results differ by at most this share of x.
 _SAME_POINT = 1e-3
-# What another solver is tried after.
+# The statuses after which another solver is tried.
 _WORTH_ANOTHER = (
     Status.MAX_STEPS,
     Status.STAGNATED,
@@ -60,9 +60,9 @@ _WORTH_ANOTHER = (
 
 @dataclass(frozen=True)
 class Successor:
-    """A solver that takes over where another failed: from the start if ``afresh``, else from where the last one ended.
+    """A solver that takes over the problems at which another failed. It begins at the initial guess if ``afresh``, else at the last iterate.
 
-    ``beside`` moves that by a thousandth, out of a place where the Jacobian happens to be singular.
+    ``beside`` moves this point by a thousandth, in case the Jacobian happens to be singular there.
     """
 
     solver: InnerSolver
@@ -72,7 +72,7 @@ class Successor:
 
 @dataclass(frozen=True, eq=False)
 class InnerOutcome:
-    """A judged inner solve; every tensor per problem, and the names of the solvers that took part.
+    """A judged inner solve: tensors per problem, and the names of the solvers that took part.
 
     ``factor`` holds Cholesky factors of Hessians near x, ``exact`` says that they are those at x. ``degenerate`` (batch,) bool says where the
     derivative at x does not exist or is one-sided, ``words`` what there is to say of the statuses of this solve. ``linear_solver`` is one for
@@ -98,7 +98,7 @@ class InnerOutcome:
 def solve_inner(
     solver: InnerSolver, problem: Problem, init: torch.Tensor, target: Target, others: Sequence[Successor] = ()
 ) -> InnerOutcome:
-    """Solve from ``init`` (batch, n) and judge the answer; ``others`` take over, in turn, the problems that failed."""
+    """Solve from ``init`` (batch, n) and judge the result. ``others`` take over, in turn, the problems that failed."""
     if problem.size == 0 or problem.batch == 0:
         zeros = init.new_zeros(problem.batch)
         codes = torch.zeros(problem.batch, dtype=torch.int64, device=init.device)
@@ -109,20 +109,21 @@ def solve_inner(
     trial = _attempt(solver, problem, goal)
     names, tried, latest, steps = [solver.name], [solver.name], trial.x, trial.iterations
     for other in () if trial.settled else others:
-        # Another search may not go to the saddle or kink that this one went to. One that it began at stays one.
+        # Another search may avoid the saddle or kink at which this one ended. If the search began there, nothing else
+        # is tried.
         left = is_one_of(trial.status, (Status.INDEFINITE, Status.KINK)) & (trial.x != init).any(dim=-1)
         failed = (left | is_one_of(trial.status, _WORTH_ANOTHER)) & torch.isfinite(
             goal.scale if target.relative else trial.norm
         )
         if not bool(failed.any()):
             break
-        # What has been solved stays where it is: no residual is too large for it.
+        # Solved problems do not move: their threshold is infinite.
         begun = init if other.afresh else latest
         begun = begun + 1e-3 * (1 + begun.abs()) * irregular_signs(begun) if other.beside else begun
         start = torch.where(failed.unsqueeze(-1), begun, trial.x)
         threshold = torch.where(failed, goal.threshold, torch.full_like(goal.threshold, torch.inf))
         second = _attempt(other.solver, problem, replace(goal, init=start, given=threshold, origin=init), failed)
-        # A kink is an answer too: it says why the search failed.
+        # A kink is a result too: it says why the search failed.
         latest, won = second.x, failed & is_one_of(second.status, (Status.CONVERGED, Status.KINK))
         # What comes to the same saddle, and does not see that it is one, has not left it.
         size = torch.maximum(trial.x.abs(), (trial.x - init).abs())
@@ -133,7 +134,7 @@ def solve_inner(
         if bool(won.any()):
             trial, names = choose(won, second, trial), list(tried)
     status = trial.status
-    # A NaN that is added to an objective does not show in its gradient.
+    # A NaN added to an objective does not appear in its gradient.
     value = trial.value
     if value is not None and not (math.isfinite(float(value)) if is_lone(value) else bool(all_finite(value))):
         status = torch.where(torch.isfinite(value), status, torch.full_like(status, Status.NOT_FINITE))
@@ -142,7 +143,7 @@ def solve_inner(
     if target.strong_convexity is not None:
         trial, bound = _bounded(solver, problem, goal, trial, status)
         if target.asked and not target.rtol:
-            # Below what rounding hides there is no promise of δ.
+            # A δ below the rounding error cannot be promised.
             contradicted = (status == Status.CONVERGED) & (bound > target.error * _BOUND_ROUNDING)
             status = torch.where(contradicted, torch.full_like(status, Status.STAGNATED), status)
             words = _words_of_rounding(status, bound)
@@ -153,7 +154,7 @@ def solve_inner(
 
 
 def _words_of_rounding(status: torch.Tensor, bound: torch.Tensor) -> StatusMessages:
-    """Return what to say where δ was not reached, by the largest error bound (batch,) of these problems: twice that can be had."""
+    """Return the message for a δ that was not reached. It names the largest error bound (batch,), and twice that as a δ that works."""
     short = (status == Status.STAGNATED) & torch.isfinite(bound)
     if not bool(short.any()):
         return {}
@@ -168,7 +169,7 @@ def _words_of_rounding(status: torch.Tensor, bound: torch.Tensor) -> StatusMessa
 def _bounded(
     solver: InnerSolver, problem: Problem, goal: Goal, trial: Trial, status: torch.Tensor
 ) -> tuple[Trial, torch.Tensor]:
-    """Return the bounds (‖R‖ + rounding)/μ (batch,), and the trial that they are of: one that goes on where rounding alone lifts them above δ."""
+    """Return the bounds (‖R‖ + rounding)/μ (batch,), and their trial. Problems are resumed if only rounding raises the bound above δ."""
     target = goal.target
     mu = target.strong_convexity
     assert mu is not None
@@ -188,7 +189,7 @@ def _bounded(
 
 
 def _attempt(solver: InnerSolver, problem: Problem, goal: Goal, meant: torch.Tensor | None = None) -> Trial:
-    """Run ``solver``, again and again, until the problems that are ``meant`` (batch,) have converged or it gets no further."""
+    """Run ``solver`` and resume it until the problems ``meant`` (batch,) have converged or make no progress."""
     solution = with_residual(problem, solver.solve(problem, goal.init, goal))
     if not goal.target.rtol:
         return _by_residual(solver, problem, solution, goal)
@@ -220,14 +221,14 @@ def _attempt(solver: InnerSolver, problem: Problem, goal: Goal, meant: torch.Ten
 
 
 def _by_residual(solver: InnerSolver, problem: Problem, solution: InnerSolution, goal: Goal) -> Trial:
-    """Judge by ‖R‖ ≤ μ δ, or by nothing where a budget alone was meant."""
+    """Judge by ‖R‖ ≤ μ δ, or accept a spent budget if no accuracy is asked."""
     assert solution.residual is not None
     target, noticed, threshold = goal.target, solution.status, goal.threshold
     norm = length(solution.residual)
     status = noticed
     reached = norm <= threshold
     if not bool(((noticed == Status.CONVERGED) & reached).all()):
-        # Whether a budget that alone was meant ended within rounding is not worth two gradients.
+        # With no accuracy asked, two gradients to find the rounding error are not worth their cost.
         spent_as_meant = (noticed == Status.MAX_STEPS) & target.silent
         if not target.asked and not bool((reached | spent_as_meant).all()):
             reached = reached | (norm <= length(residual_rounding(problem, solution.x, solution.residual)))
@@ -242,7 +243,7 @@ def _by_residual(solver: InnerSolver, problem: Problem, solution: InnerSolution,
         status = torch.where(reached & ~final, torch.full_like(status, Status.CONVERGED), status)
         status = torch.where(torch.isfinite(norm), status, torch.full_like(status, Status.NOT_FINITE))
     if target.asked:
-        # An x whose own last place is larger than δ cannot be known to δ, however small the residual.
+        # If the last place of x is larger than δ, x cannot have the error δ, for any residual.
         largest = solution.x.abs().amax(dim=-1)
         blind = (status == Status.CONVERGED) & (torch.finfo(norm.dtype).eps * largest > target.error)
         if bool(blind.any()):
@@ -261,13 +262,13 @@ def _by_residual(solver: InnerSolver, problem: Problem, solution: InnerSolution,
 def _at_once(
     problem: Problem, solution: InnerSolution, goal: Goal, meant: torch.Tensor
 ) -> tuple[Trial | None, ErrorEstimate | None]:
-    """Return what :func:`_by_error` would, where all have plainly converged, else None; and the estimates that were made.
+    """Return the result of :func:`_by_error` if all problems have clearly converged, else None; and the estimates made for it.
 
-    This is how most calls end, and small problems feel each operation.
+    Most calls end here, and small problems are sensitive to every operation.
     """
     x, residual, target = solution.x, solution.residual, goal.target
     assert residual is not None
-    # An unknown that stayed at the start may be stationary by convention only.
+    # An unknown that did not move may be stationary only by convention.
     status, lone = solution.status, is_lone(solution.status)
     if int(status) != Status.CONVERGED if lone else not bool((status == Status.CONVERGED).all()):
         return None, None
@@ -281,7 +282,7 @@ def _at_once(
             return None, None
         found = estimate_error(problem, x, residual, meant)
         error = found.error
-    # A NaN is not within.
+    # A NaN fails this test.
     if not float(torch.sub(error.abs(), x.abs(), alpha=target.rtol).amax()) <= target.atol:
         return None, found
     if found is not None and (
@@ -297,7 +298,7 @@ def _at_once(
 
 @dataclass(frozen=True, eq=False)
 class _Verdict:
-    """A judged trial, which problems are to go on (batch,), the residual norms that they are to reach, and which may be endless."""
+    """A judged trial, the problems to resume (batch,), the residual norms that they have to reach, and which searches may be endless."""
 
     trial: Trial
     again: torch.Tensor
@@ -305,7 +306,7 @@ class _Verdict:
     endless: torch.Tensor
 
     def ended(self, status: torch.Tensor) -> _Verdict:
-        """Return the verdict with ``status`` (batch,) for the problems that were to go on and cannot."""
+        """Return the verdict with ``status`` (batch,) for the problems that should be resumed and cannot be."""
         return replace(self, trial=replace(self.trial, status=torch.where(self.again, status, self.trial.status)))
 
 
@@ -317,7 +318,7 @@ def _by_error(
     meant: torch.Tensor,
     found: ErrorEstimate | None = None,
 ) -> _Verdict:
-    """Judge by the error of each unknown; ``found`` estimates those of the whole batch."""
+    """Judge by the error of each unknown. ``found``: the estimates of the whole batch, if they are known."""
     assert solution.residual is not None
     x, residual, noticed, target = solution.x, solution.residual, solution.status, goal.target
     norm, threshold = length(residual), goal.threshold
@@ -333,7 +334,7 @@ def _by_error(
     ratio = noise = torch.zeros_like(norm)
     endless = again
     left = torch.zeros_like(x) if error is None else error.nan_to_num(0.0, 0.0, 0.0)
-    doubtful: list[torch.Tensor] = []  # directions along which a minimum may be none
+    doubtful: list[torch.Tensor] = []  # directions along which the point may not be a minimum
     if solution.slow is not None and error is not None and bool((good & solution.slow).any()):
         doubtful += slow_directions(x, error, good & solution.slow)
     if not bool((good | ~open_).all()):
@@ -358,11 +359,14 @@ def _by_error(
             saddle = good & falls_beside(problem, x, residual, left, goal.starting_point, doubtful)
             status = torch.where(saddle, torch.full_like(status, Status.INDEFINITE), status)
         good = good & (status == Status.CONVERGED)
-    strict = torch.where(ratio > 0, norm / ratio, torch.zeros_like(norm))  # the norm of a residual that would do
+    strict = torch.where(
+        ratio > 0, norm / ratio, torch.zeros_like(norm)
+    )  # the largest residual norm that is small enough
     asked = torch.where(good, torch.maximum(threshold, norm), torch.minimum(threshold, strict))
     asked = torch.where(open_, asked, threshold)
-    # Aim as far as the first goal does, so that the accuracy does not depend on the start; and never at less than a halving.
-    # What lies below the rounding of the largest unknowns is that of small ones: there no more than what is missing is asked for.
+    # The threshold is as strict as the first one, so that the accuracy does not depend on the initial guess, and at
+    # most half of the current norm. Below the rounding of the largest unknowns, only small ones are still inaccurate:
+    # the threshold then asks for no more than what is missing.
     closer = torch.maximum(norm * (target.relative / target.rtol) / ratio.clamp_min(1.0), 0.25 * noise)
     closer = torch.where(norm <= noise, norm / (1.5 * ratio.clamp_min(1.0)), closer)
     closer = torch.minimum(0.5 * norm, closer)

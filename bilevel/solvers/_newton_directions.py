@@ -1,4 +1,4 @@
-"""Directions of Newton's method from matrices: of descent for a minimum, and for a root; whatever the matrices are like."""
+"""Directions of Newton's method by matrices: descent directions for a minimum, and directions for a root, also for singular matrices."""
 
 from __future__ import annotations
 
@@ -43,14 +43,14 @@ def _absolute_newton(hessian: torch.Tensor, gradient: torch.Tensor, size: torch.
     n = hessian.shape[-1]
     diagonal = hessian.diagonal(dim1=-2, dim2=-1).abs()
     eps = torch.finfo(hessian.dtype).eps
-    # However small a diagonal entry is: it may be that of an unknown in large units.
+    # Small diagonal entries count too: they may belong to an unknown in large units.
     scale = torch.where(diagonal > 0, diagonal, diagonal.amax(dim=-1, keepdim=True)).sqrt()
     scale = torch.where((scale > 0) & torch.isfinite(scale), scale, torch.ones_like(scale))
-    # What cannot be decomposed leaves NaN, in whose place comes the slope.
+    # A failed decomposition gives NaN, which the gradient replaces later.
     eigenvalues, vectors = eigh(hessian / (scale.unsqueeze(-1) * scale.unsqueeze(-2)))
     sizes = eigenvalues.abs()
     floor = 1e3 * n * eps * sizes.amax(dim=-1)
-    # No curvature at all, as of a linear objective: a step as long as x is.
+    # Without curvature, as for a linear objective, the step is as long as x.
     floor = torch.where(floor > 0, floor, gradient.norm(dim=-1) / size)
     along = torch.einsum("bji,bj->bi", vectors, gradient / scale) / torch.maximum(sizes, floor.unsqueeze(-1))
     return -torch.einsum("bij,bj->bi", vectors, along) / scale
@@ -84,7 +84,7 @@ def slope_along(step: torch.Tensor, matrix: torch.Tensor, b: torch.Tensor) -> to
 
 
 def _unit_step(matrix: torch.Tensor, b: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-    """Return a step as long as x along Newton's direction −J⁻¹b, for J so small that the direction itself overflows; −b where there is none."""
+    """Return a step as long as x along Newton's direction −J⁻¹b, for a J so small that the direction overflows; −b if there is none."""
     size = matrix.abs().amax(dim=(-2, -1), keepdim=True)
     largest = b.abs().amax(dim=-1, keepdim=True)
     step = truncated_direction((matrix / size).nan_to_num(0.0, 0.0, 0.0), b / largest)

@@ -1,4 +1,4 @@
-"""The error of Newton's last iterate, by the factors of its last step: an estimate at no further cost."""
+"""The error of Newton's last iterate, estimated by the factors of its last step at no further cost."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ __all__ = ["error_left", "is_slow", "root_error_left"]
 
 # How far the objective may be off the quadratic model, and how small a step is, for the Hessian before it to hold after it.
 _MODEL_ERROR, _SMALL_STEP = 0.1, 0.01
-# How much shorter a full step of Newton's makes the next one, for the Jacobian before it to hold after it.
+# The old Jacobian is still valid if a full Newton step makes the next one shorter by this factor.
 _SHRINKS = 0.05
 
 
 def error_left(state: NewtonState) -> torch.Tensor:
-    """Return H⁻¹ R (batch, n) by the factors of the last step's Hessian: NaN where these may say nothing of x."""
+    """Return H⁻¹ R (batch, n) by the factors of the last step's Hessian; NaN where they may not be valid at x."""
     assert state.factor is not None
-    # With the rows of the factor scaled to unit length, its least pivot bounds how near to singular the matrix is.
+    # With rows of unit length, the smallest pivot of the factor bounds the distance to a singular matrix.
     pivots = (state.factor.diagonal(dim1=-2, dim2=-1) / state.factor.norm(dim=-1)).amin(dim=-1)
     least = 1e3 * torch.finfo(pivots.dtype).eps * state.x.shape[-1]
     error = torch.cholesky_solve(state.residual.unsqueeze(-1), state.factor).squeeze(-1)
@@ -34,7 +34,7 @@ def error_left(state: NewtonState) -> torch.Tensor:
 
 
 def root_error_left(problem: Problem, state: NewtonState) -> torch.Tensor | None:
-    """Return J⁻¹ R (batch, n) by the last step's factors, or None where these may say nothing of x for some problem.
+    """Return J⁻¹ R (batch, n) by the last step's factors, or None if they may not be valid at x for some problem.
 
     Newton's steps d shrink quadratically where the Jacobian hardly changes: J⁻¹ R after a full step is ½ J⁻¹J′[d, d], so that J⁻¹ changed by about
     2 |J⁻¹R| / |d| (the simplified Newton correction of Deuflhard, "Newton methods for nonlinear problems", 2004). What rounding of x
@@ -54,9 +54,9 @@ def root_error_left(problem: Problem, state: NewtonState) -> torch.Tensor | None
 
 
 def _modelled(state: NewtonState) -> torch.Tensor | bool:
-    """Return where the last step shows that the Hessian before it holds after it, (batch,) bool or a bool.
+    """Return where the last step shows that the old Hessian is still valid, (batch,) bool or a bool.
 
-    The objective fell as t gᵀd + ½ t² dᵀHd says, with dᵀHd = −gᵀd, or the step was small.
+    The objective changed by about t gᵀd + ½ t² dᵀHd, with dᵀHd = −gᵀd, or the step was small.
     """
     last, slope, t = state.last_merit, state.slope, state.t
     assert state.last_x is not None and last is not None and slope is not None and t is not None
@@ -70,7 +70,7 @@ def _modelled(state: NewtonState) -> torch.Tensor | bool:
 
 
 def _fell_as_promised(eps: float, found: Any, last: Any, slope: Any, t: Any, magnitude: Any) -> Any:
-    """Return whether the objective fell from ``last`` to ``found`` as the model says, of numbers or of tensors (batch,)."""
+    """Return whether the objective fell from ``last`` to ``found`` as the model predicts, for numbers or tensors (batch,)."""
     promised = slope * (t - 0.5 * t * t)
     size, noise = abs(promised), 1e3 * eps
     seen = (size > noise * magnitude) & (size > noise * abs(found))
@@ -78,7 +78,7 @@ def _fell_as_promised(eps: float, found: Any, last: Any, slope: Any, t: Any, mag
 
 
 def is_slow(state: NewtonState, error: torch.Tensor) -> torch.Tensor:
-    """Return where the step that is left is no small part of the last one, and no rounding, (batch,) bool."""
+    """Return where the next step is neither small beside the last one nor rounding, (batch,) bool."""
     assert state.last_x is not None
     left, step = error.norm(dim=-1), (state.x - state.last_x).norm(dim=-1)
     return (left > SLOW * step) & (left > 8 * torch.finfo(left.dtype).eps * state.x.norm(dim=-1))

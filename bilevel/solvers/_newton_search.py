@@ -1,4 +1,4 @@
-"""The line search of Newton's method, and a second one along the part of a direction that rounding leaves."""
+"""The line search of Newton's method, and a second search along the part of a direction that is not rounding."""
 
 from __future__ import annotations
 
@@ -32,12 +32,11 @@ def search(
     threshold: torch.Tensor,
     active: torch.Tensor,
 ) -> tuple[NewtonState, torch.Tensor | None]:
-    """Try the full step, then shorter ones, each problem by itself, until the merit has decreased enough.
+    """Try the full step, then shorter ones, until the merit has decreased enough. Each problem has its own step length.
 
     The merit φ is the objective, or ½(‖R‖ / ‖R(x)‖)² for equations, whose slope along Newton's direction is
-    −1. Where the objective's differences drown in its rounding, a step that shortens the gradient is accepted
-    (in the spirit of Hager & Zhang's approximate Wolfe condition), so that convergence is quadratic to the
-    end.
+    −1. If rounding hides differences of the objective, a step that shortens the gradient is accepted (similar to Hager
+    & Zhang's approximate Wolfe condition). Convergence is then quadratic to the end.
     """
     norm = state.residual.norm(dim=-1)
     eps = torch.finfo(norm.dtype).eps
@@ -45,7 +44,7 @@ def search(
     magnitude = torch.maximum(state.magnitude, merit.abs())
     pending, t = active, torch.ones_like(norm)
     verdict: torch.Tensor | None = None
-    # What quadratic convergence promises of this step. The first may be all that a quadratic needs.
+    # With quadratic convergence this step is the last one. For a quadratic the first step is.
     last = bool(((norm**3 <= 10 * threshold * state.last_norm**2) | ~active).all())
     for trial in range(_MOST_TRIALS):
         x = torch.where(active.unsqueeze(-1), state.x + t.unsqueeze(-1) * direction.d, state.x)
@@ -60,7 +59,7 @@ def search(
                     break
             held = found <= merit + _ARMIJO * t * slope - 4 * eps * merit.abs()
             if not bool(held.all()):
-                # Sums of many terms round by more than their last place: there gradients tell what values cannot.
+                # Sums of many terms have rounding errors above their last place. Gradients then decide.
                 level = (found - merit <= eps**0.5 * magnitude) & pending & ~held
                 if bool(level.any()):
                     steady = found <= merit + 64 * eps * magnitude
@@ -79,13 +78,13 @@ def search(
             tiny = direction.d.norm(dim=-1) <= 64 * eps * state.x.norm(dim=-1)
             if problem.minimizes:
                 tiny = tiny | (-slope <= 64 * eps * magnitude)
-        # A decrease within rounding is not worth many trials.
+        # If the predicted decrease is below rounding, few trials are made.
         if trial == _TRIALS_IN_ROUNDING and not bool((pending & ~tiny).any()):
             verdict = _verdict(operator, direction, pending, tiny)
             break
         shorter = _shorter(t, merit, found, slope)
         if not problem.minimizes:
-            # Where R overflows nothing is known but that the step was too long: come back to one as long as x is.
+            # If R overflows, the step was too long: return to one as long as x.
             beyond = ~torch.isfinite(reached)
             within = state.x.norm(dim=-1).clamp_min(1.0) / direction.d.norm(dim=-1)
             shorter = torch.where(beyond, torch.minimum(shorter, within), shorter)
@@ -111,10 +110,10 @@ def search_again(
     found: NewtonState,
     verdict: torch.Tensor,
 ) -> tuple[NewtonState, torch.Tensor]:
-    """Search anew where Newton's direction led nowhere, along the part of it that rounding leaves.
+    """Search again where Newton's direction failed, along the part of it that is not rounding.
 
-    Where some unknowns make residuals 1/eps times as large as others do, as exponentials far from the solution, rounding of the first is the
-    direction of the others.
+    If some unknowns cause residuals 1/eps times as large as others, for example by exponentials far from the solution,
+    rounding in the former determines the direction of the latter.
     """
     failed = active & ((verdict == Status.LINE_SEARCH_FAILED) | (verdict == Status.SINGULAR))
     if not bool(failed.any()):
@@ -125,7 +124,7 @@ def search_again(
     finite = torch.isfinite(scaled).all(dim=-1).all(dim=-1)
     step = unit.squeeze(-2) * truncated_direction(torch.where(finite[:, None, None], scaled, 0.0), b)
     change = slope_along(step, matrix, b)
-    other = ((step - direction.d[failed]).abs() > 1e-3 * step.abs()).any(dim=-1)  # not where nothing was left out
+    other = ((step - direction.d[failed]).abs() > 1e-3 * step.abs()).any(dim=-1)  # false where nothing was left out
     usable = torch.isfinite(step).all(dim=-1) & (change < _WORTH_TRYING) & other
     rows = failed.index_put((failed,), usable)
     if not bool(rows.any()):
@@ -150,7 +149,7 @@ def _comes_closer(
     shorter: torch.Tensor,
     steady: torch.Tensor,
 ) -> torch.Tensor:
-    """Return where the Newton step that is left is shorter than the one before, relative to each unknown, (batch,) bool.
+    """Return where the next Newton step is shorter than the last one, relative to each unknown, (batch,) bool.
 
     It has to be half as long, and the gradients have to say that the objective fell, where values are not ``steady`` to their last places.
     A norm of gradients would compare unknowns of different units. Without factors there is only that, ``shorter``.
@@ -166,16 +165,16 @@ def _comes_closer(
 
 
 def _overshoots(found: torch.Tensor, merit: torch.Tensor, slope: torch.Tensor, magnitude: torch.Tensor) -> torch.Tensor:
-    """Return where an objective has risen, and not by rounding, over a step that promised to lower it: no NaN has.
+    """Return where the objective has risen beyond rounding over a step that should lower it; false for a NaN.
 
-    Beyond the minimum lie plateaus, of sigmoids and robust losses, on which every gradient vanishes.
+    Sigmoids and robust losses have plateaus beyond the minimum, on which gradients vanish.
     """
     least = torch.finfo(merit.dtype).eps ** 0.5 * torch.maximum(magnitude, found.abs())
     return (found - merit > least) & (-slope > least)
 
 
 def _shorter(t: torch.Tensor, merit: torch.Tensor, found: torch.Tensor, slope: torch.Tensor) -> torch.Tensor:
-    """Return the minimiser of the parabola through what is known, between a tenth and a half of ``t``."""
+    """Return the minimiser of the interpolating parabola, between a tenth and a half of ``t``."""
     parabola = -slope * t * t / (2 * (found - merit - slope * t))
     return torch.where(torch.isfinite(parabola), torch.clamp(parabola, min=0.1 * t, max=0.5 * t), 0.25 * t)
 
@@ -185,11 +184,11 @@ def _verdict(operator: LinearOperator, direction: Direction, failed: torch.Tenso
     verdict = torch.where(failed, torch.full_like(verdict, Status.LINE_SEARCH_FAILED), verdict)
     verdict = torch.where(failed & tiny, torch.full_like(verdict, Status.STAGNATED), verdict)
     if not operator.symmetric:
-        none = (direction.d == 0).all(dim=-1)  # of a Krylov method, that the Jacobian makes nothing of the residual
+        none = (direction.d == 0).all(dim=-1)  # a Krylov method returns zero if the Jacobian maps the residual to zero
         verdict = torch.where(failed & none, torch.full_like(verdict, Status.SINGULAR), verdict)
     if isinstance(operator, DenseOperator) and not operator.symmetric:
         matrix = operator.dense()
-        # Whether it is singular does not depend on the units.
+        # The units must not decide whether it is singular.
         matrix = matrix / _units(matrix.abs().amax(dim=-2, keepdim=True))
         matrix = matrix / _units(matrix.abs().amax(dim=-1, keepdim=True))
         values = svdvals(matrix)

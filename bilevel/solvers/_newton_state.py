@@ -20,7 +20,7 @@ class NewtonState:
     merit
         The objective; ½ for equations, whose merit is relative to the residual before the step.
     magnitude
-        The largest |merit| met, which its rounding is measured by.
+        The largest |merit| so far. It measures the rounding of the merit.
     last_norm
         ‖R‖ before the last step.
     definite
@@ -28,9 +28,10 @@ class NewtonState:
     factor
         Its Cholesky factor (batch, n, n), of a small argmin; the LU factors of a small root's Jacobian.
     last_x, last_merit, slope, t
-        Of the last step, of a small problem: where it began, the merit and its slope there, and how far along the direction it went.
+        Of the last step of a small problem: its initial point, the merit and slope there, and the step length.
     jacobian, pivots
-        Of the last step, of a small root: the matrices, and the order of pivots of its LU factors, which ``factor`` is then.
+        Of the last step of a small root: the matrices, and the pivots of their LU factors. ``factor`` then holds these
+        factors.
     """
 
     x: torch.Tensor

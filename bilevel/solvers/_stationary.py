@@ -1,4 +1,4 @@
-"""Stationary points that are no minima: saddles, kinks, and points beside which the objective falls."""
+"""Stationary points that are not minima: saddles, kinks, and points near which the objective falls."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ MAYBE_KINKED = (Status.MAX_STEPS, Status.STAGNATED, Status.LINE_SEARCH_FAILED)
 
 
 def name_slow(problem: Problem, solution: InnerSolution, status: torch.Tensor, start: torch.Tensor) -> torch.Tensor:
-    """Return ``status`` (batch,) with INDEFINITE for those that converged slowly to a point beside which the objective falls."""
+    """Return ``status`` (batch,) with INDEFINITE for problems that converged slowly to a point near which the objective falls."""
     if solution.slow is None or solution.error is None or solution.residual is None:
         return status
     slow = solution.slow & (status == Status.CONVERGED)
@@ -28,7 +28,7 @@ def name_slow(problem: Problem, solution: InnerSolution, status: torch.Tensor, s
 
 
 def name_still(problem: Problem, solution: InnerSolution, status: torch.Tensor, still: torch.Tensor) -> torch.Tensor:
-    """Return ``status`` (batch,) with INDEFINITE for starts, of those ``still`` there, that are stationary and no minimum."""
+    """Return ``status`` (batch,) with INDEFINITE for problems ``still`` at their initial guess if that is stationary but not a minimum."""
     assert solution.residual is not None
     x, residual = solution.x, solution.residual
     found = estimate_error(problem, x, residual, still)
@@ -42,7 +42,7 @@ def name_still(problem: Problem, solution: InnerSolution, status: torch.Tensor, 
 def doubtful_directions(
     problem: Problem, x: torch.Tensor, residual: torch.Tensor, found: ErrorEstimate, these: torch.Tensor
 ) -> list[torch.Tensor]:
-    """Return directions (batch, n) in which an argmin may fall, of ``these`` problems: those of a singular Hessian, and of slow convergence."""
+    """Return directions (batch, n) in which the objective of ``these`` problems may fall: those of a singular Hessian, and of slow convergence."""
     if not problem.minimizes or not bool(these.any()):
         return []
     rows = these.unsqueeze(-1)
@@ -56,11 +56,11 @@ def doubtful_directions(
 def name_stationary(
     problem: Problem, solution: InnerSolution, status: torch.Tensor, start: torch.Tensor, meant: torch.Tensor
 ) -> torch.Tensor:
-    """Name a start that is stationary but no minimum, and a search that ended at a kink."""
+    """Return ``status`` (batch,) with names for a stationary initial guess that is not a minimum, and for a search that ended at a kink."""
     assert solution.residual is not None
     x = solution.x
     converged = meant & (status == Status.CONVERGED)
-    # An unknown whose slope is exactly zero at the start stays there while the others move.
+    # An unknown whose slope is exactly zero at the initial guess stays there while the others move.
     unmoved = converged & ((x == start) & (solution.residual == 0)).any(dim=-1)
     still = unmoved | (converged & (x == start).all(dim=-1))
     if bool(still.any()) and not is_dense(problem):
@@ -72,9 +72,9 @@ def name_stationary(
 def name_kinks(
     problem: Problem, solution: InnerSolution, status: torch.Tensor, unmoved: torch.Tensor, failed: torch.Tensor
 ) -> torch.Tensor:
-    """Return ``status`` (batch,) with the kinks named of those with unknowns that did not move from the start, ``unmoved``, or ``failed``."""
+    """Return ``status`` (batch,) with KINK for problems with a kink, among those that ``failed`` or have ``unmoved`` unknowns."""
     assert solution.residual is not None
-    # By convention torch's slope at a kink is zero, as that of |x| at 0: such a zero is exact.
+    # By convention torch's slope at a kink is exactly zero, for example that of |x| at 0.
     doubtful = failed | unmoved
     if bool(doubtful.any()):
         kinked = doubtful & has_kink(problem, solution.x, solution.residual)

@@ -1,4 +1,4 @@
-"""The results of solvers on the way to a judged one: completed, and put together problem by problem."""
+"""Intermediate results of solvers: completed by residuals, and combined problem by problem."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ __all__ = ["Trial", "choose", "merged", "with_residual"]
 
 @dataclass(frozen=True, eq=False)
 class Trial:
-    """What one solver made of the problems, once judged."""
+    """The judged result of one solver."""
 
     x: torch.Tensor
     status: torch.Tensor
@@ -25,7 +25,7 @@ class Trial:
     value: torch.Tensor | None
     factor: torch.Tensor | None
     exact: bool = False
-    settled: bool = False  # whether all are known to have converged
+    settled: bool = False  # all are known to have converged
 
 
 def with_residual(problem: Problem, solution: InnerSolution) -> InnerSolution:
@@ -38,7 +38,7 @@ def with_residual(problem: Problem, solution: InnerSolution) -> InnerSolution:
 
 
 def merged(these: torch.Tensor, new: InnerSolution, old: InnerSolution) -> InnerSolution:
-    """Return ``new`` for the problems that went on, ``these`` (batch,), and the status of ``old`` for the others, which did not move."""
+    """Return ``new`` for ``these`` problems (batch,), which were resumed, and the status of ``old`` for the others, which did not move."""
     error = slow = None
     if new.error is not None and old.error is not None:
         error = torch.where(these.unsqueeze(-1), new.error, old.error)

@@ -14,23 +14,23 @@ from bilevel.tolerance import Target
 
 __all__ = ["Weighed", "only_sizes_matter", "runaway_status", "weigh"]
 
-# An x this many times the size of the start, at which the equations say nothing any more, has run away.
+# x has diverged if it is this many times larger than the initial guess, and the equations no longer determine it.
 _FAR = 1e3
-# The rounding of one residual, in which a line search that compares sums of them may end.
+# A line search may end at this multiple of the rounding of one residual.
 _SOLVER_ROUNDING = 30.0
-# How large a part of x the Newton step that is left has to be for the search to be endless.
+# A search may be endless if the next Newton step is more than this share of x.
 _ENDLESS = 1e-3
 
 
 def runaway_status(x: torch.Tensor, init: torch.Tensor) -> torch.Tensor:
-    """Return DIVERGED where x has run away from the start, else STAGNATED, as statuses (batch,)."""
+    """Return DIVERGED where x is far from the initial guess, else STAGNATED, as statuses (batch,)."""
     far = x.abs().amax(dim=-1) > _FAR * init.abs().amax(dim=-1).clamp_min(1.0)
     codes = torch.full(far.shape, int(Status.STAGNATED), dtype=torch.int64, device=x.device)
     return torch.where(far, torch.full_like(codes, Status.DIVERGED), codes)
 
 
 def only_sizes_matter(found: ErrorEstimate, x: torch.Tensor, target: Target) -> bool:
-    """Return whether nothing but the size of the errors is left to judge: no matrix is singular, and rounding hides nothing."""
+    """Return whether only the sizes of the errors matter: no matrix is singular, and rounding hides nothing."""
     if bool((found.singular | found.indefinite | ~found.solved).any()):
         return False
     if found.rounding is None:
@@ -42,7 +42,7 @@ def only_sizes_matter(found: ErrorEstimate, x: torch.Tensor, target: Target) -> 
 
 @dataclass(frozen=True, eq=False)
 class Weighed:
-    """Which errors are small enough, the largest as a multiple of what is allowed, which residuals are at rounding, its norm, and what is amiss."""
+    """The comparison of errors with the allowed ones: which are small enough, their ratio, and what rounding and other faults explain."""
 
     good: torch.Tensor
     ratio: torch.Tensor
@@ -63,27 +63,28 @@ def weigh(
     noticed: torch.Tensor,
     open_: torch.Tensor,
 ) -> Weighed:
-    # Where the Jacobian is not finite, there is no estimate: the residual has to do, and the derivative will say so.
+    # If the Jacobian is not finite, there is no estimate. The residual decides, and the derivative reports the fault.
     unknown = torch.isnan(found.error).any(dim=-1)
     error = torch.where((unknown & (length(residual) <= goal.threshold)).unsqueeze(-1), 0.0, found.error.abs())
     within = (error <= allowed).all(dim=-1) & (found.solved | unknown)
     ratio = torch.nan_to_num(error / allowed, nan=torch.inf).amax(dim=-1)
-    # Where rounding is the limit, an unknown is measured in the units that the equations give it.
+    # If rounding is the limit, an unknown is measured in the units that the equations give it.
     size = torch.maximum(x.abs(), found.size) + target.atol / target.rtol
     coarse = target.coarse_rtol * size
     rounded = settled = torch.zeros_like(within)
     noise = torch.zeros_like(residual)
     if bool((open_ & ~within).any()):
         noise = residual_rounding(problem, x, residual)
-        # A solver that gets no further is at its rounding, which may be more than that of one residual.
+        # A solver without progress is at its rounding level, which may exceed that of one residual.
         ended = is_one_of(noticed, (Status.STAGNATED, Status.LINE_SEARCH_FAILED)).unsqueeze(-1)
         floor = torch.where(ended, _SOLVER_ROUNDING * noise, noise)
         rounded = (residual.abs() <= floor).all(dim=-1)
-        # It compares norms: of unknowns in small units it may get no further though their own rounding is not reached.
+        # Such a solver compares norms. It may stop before unknowns in small units reach their own rounding level.
         settled = ended.squeeze(-1) & (length(residual) <= length(noise))
         settled = settled & (error <= target.coarse_rtol * x.abs() + target.atol).all(dim=-1)
         if found.rounding is None:
-            # A Krylov method solves for rounding what rounding made, and a null direction makes any error of that: no more can be said.
+            # If R is rounding, so is the solution by a Krylov method, and a null direction makes its error arbitrary.
+            # No more is known.
             rounded = rounded | (length(residual) <= 0.1 * length(noise))
             settled = settled | (rounded & (runaway_status(x, goal.starting_point) != Status.DIVERGED))
     good = within | settled | (rounded & (error <= coarse).all(dim=-1))
@@ -95,13 +96,13 @@ def weigh(
     singular = good & found.singular
     if bool(singular.any()):
         status = torch.where(singular & _hidden(problem, x, residual, found), int(Status.DIVERGED), status)
-    # The equations hold ever better, and the solution is as far away as ever: it lies at infinity.
+    # If the residual vanishes and the next step remains large, the solution is at infinity.
     vanished = (norm := length(residual)) <= torch.finfo(x.dtype).eps * goal.scale
-    # Of an unknown that is as near to zero as asked, the error may be larger than the unknown.
+    # If an unknown is near enough to zero, its error may be larger than the unknown.
     far_off = (norm > 0) & ((error > _ENDLESS * x.abs()) & (error > allowed)).any(dim=-1) & ~good
     endless = vanished & far_off & (noticed != Status.CONVERGED)
     if bool(endless.any()):
-        # Each equation by itself: the first residual of an unknown in large units may exceed all that one in small units ever has.
+        # Each equation is compared with its own first residual, because units may differ.
         first = problem.residual(start).abs().nan_to_num(posinf=torch.finfo(x.dtype).max)
         endless = endless & (residual.abs() <= torch.finfo(x.dtype).eps * first).all(dim=-1)
         status = torch.where(endless, torch.full_like(status, Status.DIVERGED), status)
@@ -110,10 +111,11 @@ def weigh(
 
 
 def _hidden(problem: Problem, x: torch.Tensor, residual: torch.Tensor, found: ErrorEstimate) -> torch.Tensor:
-    """Return where a singular Jacobian only tells how far x has gone, (batch,) bool.
+    """Return where the Jacobian is singular only because x is far away, (batch,) bool.
 
-    Where the solution is not unique, x solves the equations without its part in the null space as well. A search that ran away, as that of
-    x = x + 1/(1 + x²) does, has left equations behind that are not solved, and finds them solved from where it is on, since rounding hides them.
+    If the solution is not unique, x without its part in the null space is a solution too. If a search has diverged, as
+    for x = x + 1/(1 + x²), that point is no solution, and all points beyond x seem to be, because rounding hides the
+    residual.
     """
 
     def solved(point: torch.Tensor) -> torch.Tensor:

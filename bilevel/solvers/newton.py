@@ -132,8 +132,7 @@ class Newton(InnerSolver):
         if definite:
             error = error_left(state)
             solution = replace(solution, error=error, slow=is_slow(state, error))
-        # Where the last step was made with a positive definite Hessian, that is evidence enough for a
-        # minimum.
+        # If the last step used a positive definite Hessian, the point counts as a minimum.
         if definite and bool((solution.iterations > 0).all()):
             return solution
         doubtful = solution.status == Status.CONVERGED
@@ -161,7 +160,7 @@ class Newton(InnerSolver):
         """Solve for the direction as accurately as Eisenstat & Walker's choice 2, (‖R_k‖ / ‖R_{k−1}‖)²."""
         norm = state.residual.norm(dim=-1)
         progress = torch.clamp((norm / state.last_norm) ** 2, max=_LEAST_FORCING)
-        # No more accuracy than the goal has use for, so that the last step is not solved for nothing.
+        # Ask for no more accuracy than the threshold needs, so that the last step is not solved too accurately.
         forcing = torch.maximum(progress, torch.clamp(0.3 * threshold / norm, max=_MOST_FORCING))
         if self.linear_solver is None and problem.minimizes:
             d, definite = truncated_cg(operator, state.residual, forcing, self.linear_steps, active)

@@ -1431,6 +1431,35 @@ MUTATIONS = (
         ("tests/quadratic_programs/test_derivatives.py", "-k", "gradgradcheck"),
     ),
     Mutation(
+        "a central path of matrices has the slope of the absolute value", "cones/_psd.py",
+        "abs_change(matrix, values, vectors, 4 * smoothing)", "abs_change(matrix, values, vectors)",
+        ("tests/cones/test_derivatives.py", "-k", "gradcheck and semidefinite"),
+    ),
+    Mutation(
+        "a kink of a cone is not looked for", "cones/_product.py",
+        "near = ((edges >= low) & (edges <= high)).any(-1)", "near = (edges > edges).any(-1)",
+        ("tests/cones/test_failures.py", "-k", "kink_is_named"),
+    ),
+    Mutation(
+        "a proof that a cone program has no solution has any length", "cones/_solve.py",
+        "(0 * x, y / -value) if infeasible", "(0 * x, y) if infeasible",
+        ("tests/cones/test_failures.py", "-k", "have_a_ray"),
+    ),
+    Mutation(
+        "cone programs are not polished", "cones/_solve.py", "_STEPS = 25 ", "_STEPS = 0 ",
+        ("tests/cones/test_solutions.py", "-k", "solved_to_rounding"),
+    ),
+    Mutation(
+        "the vector of a matrix has √2 in single precision", "cones/_psd.py",
+        "np.where(lines == columns, 1.0, 2**0.5)", "np.where(lines == columns, 1.0, float(np.float32(2**0.5)))",
+        ("tests/cones/test_solutions.py", "-k", "matrix_and_its_vector or solved_to_rounding"),
+    ),
+    Mutation(
+        "a batch of cone programs shares the first matrix", "cones/_arguments.py",
+        "size == whole != 1]", "size == whole != 1][:0]",
+        ("tests/cones/test_solutions.py", "-k", "batch"),
+    ),
+    Mutation(
         "a prox of many points shrinks negative entries twice", "prox/l1.py", "least = -threshold", "least = -2 * threshold",
         ("tests/prox/test_working_set.py", "-k", "method_of_a_sparse_lasso"),
     ),

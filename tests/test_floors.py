@@ -16,6 +16,7 @@ FLOORS = (
     ("stochastic",),  # bilevel methods on minibatches, on the public API as well
     ("outer",),  # loops in θ
     ("problems",),  # bilevel problems and their hypergradients
+    ("cones",),  # cones, and cone programs as differentiable functions
     ("quadratic_programs",),  # quadratic programs as differentiable functions
     ("layers", "certificates"),  # differentiable solves; error bounds
     ("implicit",),  # the two autograd Functions: the rule

@@ -11,7 +11,7 @@ import numpy as np
 from bilevel.quadratic_programs._kkt import Sizes
 from bilevel.quadratic_programs._program import BESIDE
 
-__all__ = ["SparseProgram"]
+__all__ = ["SparseProgram", "is_convex"]
 
 _EXACT = 1e-10
 _WEAK = 1e-9
@@ -19,6 +19,27 @@ _WEAK = 1e-9
 
 def _finite(values: np.ndarray) -> np.ndarray:
     return np.where(np.isfinite(values), values, 0.0)
+
+
+def is_convex(Q: Any) -> bool:
+    """Return whether the sparse symmetric matrix Q is positive semidefinite to rounding, by the signs of its pivots."""
+    import scipy.sparse as sp
+    from scipy.sparse.linalg import splu
+
+    diagonal = Q.diagonal()
+    size = np.abs(diagonal).max(initial=0.0)
+    beside = np.asarray(abs(Q).sum(axis=1)).ravel() - np.abs(diagonal)
+    if (diagonal >= beside).all():  # diagonally dominant
+        return True
+    if (diagonal < 0).any():
+        return False
+    shifted = (Q + (1e-10 * size + 1e-300) * sp.eye(Q.shape[0])).tocsc()
+    options = {"SymmetricMode": True, "Equil": False}
+    try:
+        pivots = splu(shifted, permc_spec="MMD_AT_PLUS_A", diag_pivot_thresh=0.0, options=options).U.diagonal()
+    except RuntimeError:  # an exact zero for a pivot
+        return False
+    return bool((pivots > 0).all())
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,24 +66,8 @@ class SparseProgram:
 
     @cached_property
     def convex(self) -> bool:
-        """Whether Q is positive semidefinite to rounding, by the signs of its pivots."""
-        import scipy.sparse as sp
-        from scipy.sparse.linalg import splu
-
-        diagonal = self.Q.diagonal()
-        size = np.abs(diagonal).max(initial=0.0)
-        beside = np.asarray(abs(self.Q).sum(axis=1)).ravel() - np.abs(diagonal)
-        if (diagonal >= beside).all():  # diagonally dominant
-            return True
-        if (diagonal < 0).any():
-            return False
-        shifted = (self.Q + (1e-10 * size + 1e-300) * sp.eye(self.sizes.n)).tocsc()
-        options = {"SymmetricMode": True, "Equil": False}
-        try:
-            pivots = splu(shifted, permc_spec="MMD_AT_PLUS_A", diag_pivot_thresh=0.0, options=options).U.diagonal()
-        except RuntimeError:  # an exact zero for a pivot
-            return False
-        return bool((pivots > 0).all())
+        """Whether Q is positive semidefinite to rounding."""
+        return is_convex(self.Q)
 
     @cached_property
     def fixed(self) -> np.ndarray:

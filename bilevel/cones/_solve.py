@@ -12,7 +12,7 @@ from bilevel._torch.factorisations import pinv, solve
 from bilevel.cones._conditions import Conditions, Numbers
 from bilevel.cones._sparse import SparseJacobian
 from bilevel.equations.problem import Problem
-from bilevel.errors import ArgumentError
+from bilevel.optional_packages import import_optional
 from bilevel.quadratic_programs._clarabel import Clarabel
 from bilevel.quadratic_programs._sparse_program import is_convex
 from bilevel.reports import Status
@@ -107,13 +107,7 @@ def solve_cones(conditions: Conditions, problem: Problem, solver: Clarabel) -> F
 
 
 def _module() -> Any:
-    try:
-        import clarabel
-    except ImportError as missing:
-        raise ArgumentError(
-            "`cone_program`: expected Clarabel to be installed; run pip install '.[qp]' in a clone of bilevel"
-        ) from missing
-    return clarabel
+    return import_optional("clarabel", "`cone_program`", "run pip install '.[qp]' in a clone of bilevel")
 
 
 def _answer(clarabel: Any, conditions: Conditions, numbers: Numbers, solver: Clarabel) -> _Point:

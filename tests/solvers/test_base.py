@@ -116,7 +116,7 @@ def test_scale_is_measured_from_the_linearisation_that_a_solver_makes():
     problem, x = support.build(support.ArgminSystem, lambda x: (x**2).sum(), torch.ones(2, dtype=F64))
     plain = Goal(problem, x, Target(relative=1e-6))
     shared = Goal(problem, x, Target(relative=1e-6))
-    shared.linearize(problem.linearize_dense)
+    shared.measure(problem.linearize_dense(x))
     assert "scale" in shared.__dict__
     torch.testing.assert_close(shared.threshold, plain.threshold)
 

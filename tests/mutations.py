@@ -524,7 +524,7 @@ MUTATIONS = (
         "if self._draws():", "if False:", (GUARDS, "-k", "randomness_in_problems"),
     ),
     Mutation(
-        "a goal's residual made too small", "problems/adaptive/search.py", "here.rho = here.v - product\n", "here.rho = 0.3 * (here.v - product)\n",
+        "a goal's residual made too small", "problems/adaptive/iterate.py", "here.rho = here.v - product\n", "here.rho = 0.3 * (here.v - product)\n",
         ("tests/test_goal.py", "-k", "true_ones"),
     ),
     Mutation(
@@ -566,7 +566,7 @@ MUTATIONS = (
     ),
     Mutation(
         "a goal's outer objective not looked at", "problems/adaptive/driver.py",
-        "settings.tolerance, known, certify, look,", "settings.tolerance, known, certify, None,", (GUARDS, "-k", "outer_objective_get"),
+        "settings.tolerance, known, certify, checked,", "settings.tolerance, known, certify, upper.system.outputs,", (GUARDS, "-k", "outer_objective_get"),
     ),
     Mutation(
         "a goal's disconnected tensors not looked for", "problems/problem.py",
@@ -1114,7 +1114,32 @@ MUTATIONS = (
     ),
     Mutation(
         "the error of a goal's hypergradient underestimated after full accuracy", "problems/adaptive/direct.py",
-        "return _SAFETY * (inner + outer)", "return 1e-6 * (inner + outer)", ("tests/test_goal.py", "-k", "sensitive"),
+        "error = math.sqrt(x.shape[1]) * float(", "error = 1e-6 * float(", ("tests/test_goal.py", "-k", "sensitive"),
+    ),
+    Mutation(
+        "the error of a goal's hypergradient measured in each call", "problems/adaptive/direct.py",
+        "    if known is not None and known.slope:\n", "    if False:\n", ("tests/test_goal.py", "-k", "measured_once"),
+    ),
+    Mutation(
+        "the error of a goal's hypergradient trusted for ever", "problems/adaptive/direct.py",
+        "known.age(older, stepped=False, solved=False)", "known.age(older, stepped=True, solved=True)", ("tests/test_goal.py", "-k", "measured_once"),
+    ),
+    Mutation(
+        "the error of a goal's hypergradient trusted anywhere", "problems/adaptive/direct.py",
+        "<= _NEAR * float(", "<= 1e9 * float(", ("tests/test_goal.py", "-k", "far_away"),
+    ),
+    Mutation(
+        "goals of small problems recorded in a first call", "problems/adaptive/direct.py",
+        "point.lower.replayed_from(adjoint.replays)", "point.lower.replayed_from(__import__('bilevel.replay').replay.ReplayCache())",
+        ("tests/test_goal.py", "-k", "records_nothing"),
+    ),
+    Mutation(
+        "an error measured without the preparation of the data", "problems/problem.py",
+        "adjoint = adjoint._replace(replays=None)", "pass", ("tests/test_goal.py", "-k", "prepares"),
+    ),
+    Mutation(
+        "searches for goals not replayed", "problems/adaptive/search.py",
+        "lower.tensors, replays=lower.replays)", "lower.tensors)", ("tests/test_goal.py", "-k", "records_nothing"),
     ),
     Mutation(
         "a root's error by factors of a Jacobian that changes", "solvers/_newton_error.py",

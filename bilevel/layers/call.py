@@ -65,12 +65,18 @@ class Adjoint(NamedTuple):
         ∇_x G (batch, n) at the solution of the call.
     linearization
         That of ∇_x G at the solution, where there is one.
+    rho
+        The residual of the linear solve (batch, n).
+    replays
+        The recorded evaluations that the call used, or None.
     """
 
     value: torch.Tensor
     report: SolveReport
     residual: torch.Tensor
-    linearization: Linearization | None = None
+    linearization: Linearization | None
+    rho: torch.Tensor
+    replays: ReplayCache | None
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -221,6 +227,7 @@ class SolveCall:
         self.functions = functions
         self.recordings = active_recordings()
         self.report: SolveReport | None = None
+        self.replays: ReplayCache | None = None
         self.poisoned = False
         self.nan_mask: torch.Tensor | None = None  # (*batch,) bool: whose derivatives the policy wants to be NaN
         self.residual: torch.Tensor | None = None  # at the solution (batch, n), for who wants the adjoint
@@ -263,6 +270,7 @@ class SolveCall:
         replays = None if seen is None else seen.replays
         if problem.batch and not settings.inspect:
             replays = self.inspector.reuse_inspection(problem, init, self.written, captures=self.watched)
+        self.replays = replays
         problem = problem.replayed_from(replays)
         solver, others = (settings.solver, ()) if settings.solver is not None else default_solvers(problem)
         target = settings.tolerance.inner(self.dtype)
@@ -403,7 +411,8 @@ class SolveCall:
         if on_adjoint is not None and self.residual is not None:
             size = self.residual.shape[-1]  # of the unknown alone, without multipliers
             linearization = product.linearization if isinstance(product, JointProduct) else None
-            on_adjoint(Adjoint(outcome.x[:, :size], report, self.residual, linearization))
+            rho = outcome.residual[:, :size]
+            on_adjoint(Adjoint(outcome.x[:, :size], report, self.residual, linearization, rho, self.replays))
         shaped = outcome.x.reshape(*axes, operator.size)
         shaped = apply_policy(report, shaped, settings.on_failure, self.recordings, silent_budget=target.silent)
         if self.nan_mask is None:

@@ -25,6 +25,7 @@ Watched: TypeAlias = StepResult | bilevel.OuterRun | bilevel.OuterStep
 _INSTALL = "install it as its own documentation says,"
 _INSTALL = "install it as its own documentation says,"
 _INSTALL = "install it as its own documentation says,"
+_INSTALL = "install it as its own documentation says,"
 _OF_STEP = (
     "inner_loss",
     "outer_loss",

@@ -59,13 +59,8 @@ class Findings:
         weak = self.weak_inequality.any(-1) | self.weak_lower.any(-1) | self.weak_upper.any(-1)
         return weak | self.flat | self.irregular
 
-<<<<<<< HEAD
-    def sentence(self, number: int, name: Callable[[str, int], str]) -> str:
-        """Return the degeneracy of the problem at ``number`` in words. ``name`` converts a kind and an index to the user's terms."""
-=======
     def words(self, number: int, name: Callable[[str, int], str]) -> tuple[str, str]:
-        """Return what is degenerate about the problem at ``number``, and the remedy; ``name`` turns a kind and an index into the user's terms."""
->>>>>>> docs
+        """Return what is degenerate about the problem at ``number``, and the remedy; ``name`` converts a kind and an index to the user's terms."""
         weak = [("inequality", self.weak_inequality), ("lower", self.weak_lower), ("upper", self.weak_upper)]
         names = [name(kind, int(i)) for kind, flags in weak for i in flags[number].nonzero().reshape(-1)]
         if names:

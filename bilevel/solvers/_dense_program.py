@@ -54,7 +54,7 @@ class Rows(ProgramBatch):
     Parameters
     ----------
     general
-        G (B, m, n). A row of zeros stands for a constraint that is none.
+        G (B, m, n). A row of zeros stands for no constraint.
     below, above
         (B, n): 1 where the variable has the bound, 0 where the row is zero. None where no problem has such bounds.
     """
@@ -142,7 +142,7 @@ class DenseProgram(ProgramBatch):
 
 @dataclass(frozen=True, eq=False)
 class Iterate(ProgramBatch):
-    """Where a search stands.
+    """An iterate of a search.
 
     Parameters
     ----------
@@ -153,13 +153,13 @@ class Iterate(ProgramBatch):
     error
         (B,): the largest of the relative residuals of the optimality conditions.
     escaped
-        (B,) bool: the iterate has run away along a ray that refutes the problem or its dual.
+        (B,) bool: the iterate diverges along a ray that proves the problem or its dual infeasible.
     stuck
-        (B,) bool: no step was possible any more, or none made progress.
+        (B,) bool: no step is possible, or none makes progress.
     best, idle
-        (B,): the smallest error so far, and how many steps ago that was.
+        (B,): the smallest error so far, and the number of steps since.
     tight
-        (B, rows) bool: z > s in the scaled program, which are the rows that seem active.
+        (B, rows) bool: z > s in the scaled program. These rows seem active.
     """
 
     x: torch.Tensor

@@ -13,7 +13,7 @@ __all__ = ["Scales", "equilibrated"]
 
 @dataclass(frozen=True, eq=False)
 class Scales(ProgramBatch):
-    """The scales (B, ...) by which the parts of a scaled iterate are multiplied to have those of the given program.
+    """The scales (B, ...) that convert a scaled iterate to one of the given program.
 
     s·z is that of the scaled program times ``product``.
     """

@@ -1,4 +1,4 @@
-"""Mehrotra's predictor–corrector for batches of dense convex quadratic programs, each problem its own iteration.
+"""Mehrotra's predictor–corrector method for batches of dense convex quadratic programs. Each problem has its own iteration.
 
     min ½ xᵀQx + qᵀx   s.t.   Ax = b,   Cx ≤ d
 
@@ -24,8 +24,8 @@ __all__ = ["interior_point"]
 
 _PROXIMAL = 1e-10  # δ, relative to a KKT matrix of norm one
 _AUGMENTED = 1.0  # ρ, likewise
-_ESCAPED = 1e-6  # how near to a certificate of infeasibility or unboundedness a search ends, for the certificate to be looked for
-_IDLE = 5  # steps without progress after which a search that is near its end has ended
+_ESCAPED = 1e-6  # a certificate of infeasibility or unboundedness is computed if a search ends this near to one
+_IDLE = 5  # a search near its end ends after this many steps without progress
 _CIRCLING = 3  # steps without progress after which the corrector is trusted no further than the predictor's step
 _LEAST_STEP = 1e-12
 
@@ -39,10 +39,10 @@ def interior_point(
     smoothing: float = 0.0,
     may_escape: bool = True,
 ) -> Iterate:
-    """Return where the search ends: relative residuals of at most ``tolerance``, or a reason in the :class:`Iterate`.
+    """Return the last iterate: its relative residuals are at most ``tolerance``, or the :class:`Iterate` says why not.
 
-    ``smoothing`` τ > 0 aims at the point of the central path with s·z = τ in place of a solution. ``may_escape`` lets a search end
-    where its iterate looks like a ray.
+    ``smoothing`` τ > 0: find the point of the central path with s·z = τ in place of a solution. ``may_escape``: end a
+    search whose iterate looks like a ray.
     """
     scaled, scales = equilibrated(program)
     target = smoothing / scales.product
@@ -69,7 +69,7 @@ def interior_point(
 
 
 def _judged(point: Iterate, error: torch.Tensor, escaped: torch.Tensor) -> Iterate:
-    """Return ``point`` with what its residuals say of it."""
+    """Return ``point`` with its error and the flags that follow from its residuals."""
     better = error < 0.9 * point.best
     idle = torch.where(better, 0, point.idle + 1)
     stuck = point.stuck | ((idle >= _IDLE) & (point.best < 1e-4))
@@ -87,7 +87,7 @@ def _retire(
     target: torch.Tensor,
     residuals: _Residuals,
 ) -> tuple[Iterate, DenseProgram, torch.Tensor, _Residuals, torch.Tensor]:
-    """Keep the iterates that have ended and are new, and leave them out of the batch."""
+    """Store the iterates that have just ended, and remove them from the batch."""
     gone = ended.nonzero().squeeze(-1)
     found.put(live[gone], point.at(gone))
     left = (~ended).nonzero().squeeze(-1)
@@ -96,7 +96,7 @@ def _retire(
 
 @dataclass(frozen=True, eq=False)
 class _Residuals(ProgramBatch):
-    """What the optimality conditions lack at an iterate: dual (B, n), of equations (B, p), of rows (B, rows), and their relative size."""
+    """The residuals of the optimality conditions at an iterate: dual (B, n), of equations (B, p), of rows (B, rows), and their relative size."""
 
     dual: torch.Tensor
     equations: torch.Tensor
@@ -128,7 +128,7 @@ class _Residuals(ProgramBatch):
         return cls(dual, equations, rows, products, error, falls, *sizes, reached)
 
     def escaped(self, program: DenseProgram, point: Iterate) -> torch.Tensor:
-        """Return whether (y, z) or x is, up to its length, a ray that proves that there is no solution."""
+        """Return whether (y, z) or x, normalised, is a ray that proves that there is no solution."""
         refuted = (program.d * point.z).sum(-1)
         along = self.curved
         if point.y.shape[-1]:
@@ -159,7 +159,7 @@ class _Newton:
     def solve(
         self, dual: torch.Tensor, equations: torch.Tensor, rows: torch.Tensor, products: torch.Tensor, point: Iterate
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Return the step (dx, dy, ds, dz) that takes the residuals to zero; ``products`` is what s·z exceeds its aim by."""
+        """Return the step (dx, dy, ds, dz) that makes the residuals zero. ``products``: s·z minus its target."""
         C, A = self.program.rows, self.program.A
         shift = self.weights * rows - products / point.s
         right = -dual - C.transposed(shift)
@@ -177,7 +177,7 @@ class _Newton:
 
 
 def _cholesky(matrix: torch.Tensor, regularisation: float) -> torch.Tensor:
-    """Return the Cholesky factors of ``matrix`` (B, n, n) + δ·size·I, with δ raised where that is not positive definite."""
+    """Return the Cholesky factors of ``matrix`` (B, n, n) + δ·size·I. δ grows until this is positive definite."""
     diagonal = matrix.diagonal(dim1=-2, dim2=-1)
     size = diagonal.abs().amax(-1, keepdim=True).clamp_min(1e-30)
     # δ is relative to a matrix of norm one, but not below the rounding of a large entry.
@@ -192,7 +192,7 @@ def _cholesky(matrix: torch.Tensor, regularisation: float) -> torch.Tensor:
 
 
 def _start(program: DenseProgram) -> Iterate:
-    """Return the start of Mehrotra's method: the solution with all slacks weighed alike, shifted to where they are positive."""
+    """Return the initial point of Mehrotra's method: the solution with equal weights of all slacks, shifted until they are positive."""
     B, n = program.q.shape
     zeros, one = program.q.new_zeros, torch.ones_like(program.d)
     blank = torch.zeros(B, dtype=torch.bool, device=program.q.device)
@@ -201,7 +201,7 @@ def _start(program: DenseProgram) -> Iterate:
         zeros(B, n), zeros(B, program.A.shape[-2]), one, one, steps, error, blank, blank, error, steps, one > 1
     )
     newton = _Newton(program, one)
-    # At x = 0, y = 0 with s + z = 0 asked for: products make ds = −dz.
+    # At x = 0, y = 0 with the condition s + z = 0, the products lead to ds = −dz.
     dx, dy, _, dz = newton.solve(program.q, -program.b, -program.d, torch.zeros_like(one), origin)
     if not program.d.shape[-1]:
         return replace(origin, x=dx, y=dy)

@@ -64,9 +64,9 @@ class Exponential(Cone):
         near = torch.where(slack[..., 0] < 0, torch.minimum(size, slack[..., 1]), size)
         on_boundary = torch.stack([near, -multiplier, near], -1)
         y, u = torch.where(s > 0, s, 1.0), torch.where(r > 0, r, 1.0)
-        within = torch.minimum(s, t - y * torch.exp(torch.where(inside, r / y, 0.0)))
-        beyond = -t - u * torch.exp(torch.where(polar & (r > 0), s / u - 1, 0.0)) * (r > 0)
-        beyond = torch.minimum(beyond, torch.where(r > 0, beyond, -s))
+        # On the lines s = 0 of the cone and r = 0 of the polar cone they end at faces.
+        within = torch.minimum(s, t - torch.where(inside & (s > 0), y * torch.exp(r / y), 0.0))
+        beyond = torch.minimum(r, -t - torch.where(polar & (r > 0), u * torch.exp(s / u - 1), 0.0))
         made = torch.where(face.unsqueeze(-1), torch.stack([-r, s, t], -1), on_boundary)
         made = torch.where(polar.unsqueeze(-1), -beyond.unsqueeze(-1), made)
         return torch.where(inside.unsqueeze(-1), within.unsqueeze(-1), made)

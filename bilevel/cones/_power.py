@@ -124,7 +124,9 @@ class Power(Cone):
         (u,) = batched(self._root, v)
         for _ in range(_NEWTON):
             *_, value, slope = self._parts(u, v)
-            u = u - value / slope
+            step = value / slope
+            # Beside the cone, as near as rounding, the equation is flat and its value noise.
+            u = u - torch.where(step.abs() < 1, step, 0.0)
         x, y, r, *_ = self._parts(u, v)
         return torch.stack([x, y, torch.where(v[..., 2] < 0, -r, r)], -1)
 

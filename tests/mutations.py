@@ -1489,6 +1489,18 @@ MUTATIONS = (
         ("tests/cones/test_solutions.py", "-k", "matrix_and_its_vector or solved_to_rounding"),
     ),
     Mutation(
+        "a power cone steps into noise beside its boundary", "cones/_power.py",
+        "torch.where(step.abs() < 1, step, 0.0)", "step", ("tests/cones/test_projections.py", "-k", "moreau and Power"),
+    ),
+    Mutation(
+        "the exponential cone has derivatives of first order only", "cones/_exponential.py", "_NEWTON = 3 ", "_NEWTON = 1 ",
+        ("tests/cones/test_projections.py", "-k", "where_there_is_no_kink and Exponential"),
+    ),
+    Mutation(
+        "second derivatives of a cone program forget how a sparse matrix was made", "cones/cone_program.py",
+        "given=arguments.sparse", "given=()", ("tests/cones/test_derivatives.py", "-k", "sparse_derivatives"),
+    ),
+    Mutation(
         "a batch of cone programs shares the first matrix", "cones/_arguments.py",
         "size == whole != 1]", "size == whole != 1][:0]",
         ("tests/cones/test_solutions.py", "-k", "batch"),

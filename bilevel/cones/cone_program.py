@@ -262,11 +262,30 @@ def _solution(settings: _Settings, cones: Any, **given: Any) -> ConeSolution:
     return ConeSolution(x, call.report, y, slacks=s, certificate=certificate)
 
 
-def _system(arguments: Arguments, conditions: Conditions) -> RootSystem:
+@dataclass(frozen=True, eq=False)
+class ConeSystem(RootSystem):
+    """The conditions of optimality of a batch of programs.
+
+    Parameters
+    ----------
+    given
+        The sparse matrices that the tensors have the entries of.
+    """
+
+    given: tuple[torch.Tensor, ...] = ()
+
+    noun = "the matrices"
+
+    def sparse(self, tensors: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
+        """Return the matrices that the user gave."""
+        return self.given
+
+
+def _system(arguments: Arguments, conditions: Conditions) -> ConeSystem:
     n, m = arguments.unknowns, arguments.rows
     _, places = flatten_arguments(arguments.tensors, {})
     unknown = flat_raveler(n + m, Raveler.of(torch.zeros(1, dtype=torch.float64), _WHERE))
-    return RootSystem(_WHERE, conditions, unknown, places, arguments.levels)
+    return ConeSystem(_WHERE, conditions, unknown, places, arguments.levels, given=arguments.sparse)
 
 
 cone_program = ConeProgram()

@@ -56,6 +56,9 @@ def train(
     queries: Annotated[int, typer.Option(help="Query images of each class, in training.")] = _DEFAULT.queries,
     inner_steps: Annotated[int, typer.Option(help="Steps of adaptation.")] = _DEFAULT.inner_steps,
     inner_lr: Annotated[float, typer.Option(help="Step size of adaptation.")] = _DEFAULT.inner_lr,
+    inner_momentum: Annotated[
+        float, typer.Option(help="Momentum of adaptation; none with --line-search or the released code.")
+    ] = _DEFAULT.inner_momentum,
     hessian_free: Annotated[
         bool, typer.Option("--hessian-free", help="Adapt by Newton-CG with a line search.")
     ] = _DEFAULT.hessian_free,

@@ -26,7 +26,7 @@ from bilevel.meta.tasks import Tasks
 
 __all__ = ["Score", "StepRecord", "Trainer", "evaluate", "read_checkpoint"]
 
-FORMAT = 2
+FORMAT = 3
 """Version of the checkpoint's layout."""
 
 _TASKS_AT_ONCE = 25

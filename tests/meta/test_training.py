@@ -131,6 +131,7 @@ def test_a_score_has_an_interval() -> None:
         {"cg_steps": 0},
         {"damping": -1.0},
         {"average": 1.0},
+        {"inner_momentum": 1.0},
         {"shots": 1.5},
     ],
 )

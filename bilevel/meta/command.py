@@ -78,6 +78,9 @@ def train(
     tasks_per_step: Annotated[int, typer.Option(help="Tasks of a meta-step.")] = _DEFAULT.tasks_per_step,
     outer_lr: Annotated[float, typer.Option(help="Step size of Adam.")] = _DEFAULT.outer_lr,
     clip: Annotated[float, typer.Option(help="Norm that the meta-gradient is clipped to.")] = _DEFAULT.clip,
+    decay_steps: Annotated[
+        int, typer.Option(help="Meta-steps over which Adam's step falls to 0, where training ends; 0: it stays.")
+    ] = _DEFAULT.decay_steps,
     average: Annotated[
         float, typer.Option(help="Decay of the running mean of the parameters that is measured; 0 for none.")
     ] = _DEFAULT.average,

@@ -57,6 +57,9 @@ class Recipe:
         ``"paper"`` or ``"released"``, see :class:`bilevel.IMAML`.
     tasks_per_step, outer_lr, clip
         Tasks of a meta-step, the step of Adam, and the norm that the meta-gradient is clipped to.
+    decay_steps
+        Meta-steps over which the step of Adam falls to 0 along half a cosine, where training ends; 0: it stays, and training
+        goes on.
     average
         Decay of the running mean of the learned parameters, which is what is measured and saved as ``averaged``; 0: none.
     rotations
@@ -93,6 +96,7 @@ class Recipe:
     tasks_per_step: int = 8
     outer_lr: float = 2e-3
     clip: float = 1.0
+    decay_steps: int = 0
     average: float = 0.0
     rotations: bool = True
     hold_out: int = 5
@@ -107,7 +111,7 @@ class Recipe:
             value = getattr(self, item.name)
             if isinstance(item.default, bool) or item.name in ("seed", "mode"):
                 continue
-            least = 2 if item.name == "ways" else 0 if item.name in ("damping", *_BELOW_ONE) else 1
+            least = 2 if item.name == "ways" else 0 if item.name in ("damping", "decay_steps", *_BELOW_ONE) else 1
             whole = isinstance(item.default, int)
             fits = (
                 isinstance(value, int) and value <= _MOST
@@ -124,6 +128,12 @@ class Recipe:
                 raise bilevel.ArgumentError(
                     f"expected {name.replace('_', '-')} to be a number >= 0 and < 1, got {getattr(self, name)!r}; 0 takes none"
                 )
+
+    def outer_step(self, step: int) -> float:
+        """Return the step size of Adam after ``step`` meta-steps."""
+        if not self.decay_steps:
+            return self.outer_lr
+        return self.outer_lr * 0.5 * (1 + math.cos(math.pi * min(step / self.decay_steps, 1.0)))
 
     def learner(self, model: nn.Module, loss: Callable[[Any, Any], torch.Tensor]) -> IMAML:
         """Return the :class:`bilevel.IMAML` that this recipe describes."""

@@ -82,6 +82,7 @@ def test_training_lowers_the_loss(folder: Path) -> None:
         {"mode": "released"},
         {"hessian_free": True},
         {"average": 0.9, "line_search": True, "safeguard": True},
+        {"average": 0.9, "inner_momentum": 0.5, "decay_steps": 8},
     ],
 )
 def test_going_on_is_bit_for_bit(folder: Path, tmp_path: Path, changes: dict[str, Any]) -> None:
@@ -132,6 +133,7 @@ def test_a_score_has_an_interval() -> None:
         {"damping": -1.0},
         {"average": 1.0},
         {"inner_momentum": 1.0},
+        {"decay_steps": -1},
         {"shots": 1.5},
     ],
 )
@@ -183,6 +185,27 @@ def test_a_recipe_chooses_the_linear_solver() -> None:
     assert solver(safeguard=True) == SafeguardedCG(max_steps=2)
     assert solver() == bilevel.CG(max_steps=2)
     assert solver(damping=0.5) == bilevel.Damped(bilevel.CG(max_steps=2), damping=0.5)
+
+
+def test_a_recipe_chooses_the_momentum() -> None:
+    def solver(**settings: Any) -> Any:
+        recipe = replace(SMALL, inner_momentum=0.5, **settings)
+        return recipe.learner(torch.nn.Linear(2, 1), torch.nn.functional.mse_loss).solver
+
+    assert solver() == bilevel.GradientDescent(SMALL.inner_lr, 2, momentum=0.5)
+    assert solver(line_search=True) == bilevel.GradientDescent(SMALL.inner_lr, 2, line_search=True)
+    assert replace(SMALL, inner_momentum=0.5, mode="released").learner(
+        torch.nn.Linear(2, 1), torch.nn.functional.mse_loss
+    )  # whose descent is refused with a momentum
+
+
+def test_the_step_of_adam_decays_to_the_end_of_training(monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer, taken = Trainer("glyphs", replace(SMALL, outer_lr=0.4, decay_steps=4), HERE), []
+    monkeypatch.setattr(trainer.optimizer, "step", lambda: taken.append(trainer.optimizer.param_groups[0]["lr"]))
+    trainer.train(steps=9)
+    half = 0.5**0.5  # cos(π/4)
+    assert taken == pytest.approx([0.4, 0.2 * (1 + half), 0.2, 0.2 * (1 - half)]) and trainer.step == 4
+    assert SMALL.decay_steps == 0 and SMALL.outer_step(5000) == SMALL.outer_lr
 
 
 def test_tasks_are_shared_evenly() -> None:

@@ -175,6 +175,18 @@ MUTATIONS = (
         (OUTER, "-k", "no_edit"),
     ),
     Mutation(
+        "bilevel imaml adapts without its momentum", "meta/recipe.py", "momentum=momentum, line_search", "momentum=0.0, line_search",
+        ("tests/meta/test_training.py", "-k", "chooses_the_momentum"),
+    ),
+    Mutation(
+        "the step of Adam stays", "meta/training.py", 'group["lr"] = recipe.outer_step(self.step)', "pass",
+        ("tests/meta/test_training.py", "-k", "decays_to_the_end"),
+    ),
+    Mutation(
+        "training goes on with steps of 0", "meta/training.py", "decayed = self.recipe.decay_steps or math.inf", "decayed = math.inf",
+        ("tests/meta/test_training.py", "-k", "decays_to_the_end"),
+    ),
+    Mutation(
         "averaged parameters are lost when a run goes on", "meta/training.py", 'self.averaged.load_state_dict(state["averaged"])', "pass",
         ("tests/meta/test_training.py", "-k", "bit_for_bit"),
     ),

@@ -59,6 +59,9 @@ def train(
     inner_momentum: Annotated[
         float, typer.Option(help="Momentum of adaptation; none with --line-search or the released code.")
     ] = _DEFAULT.inner_momentum,
+    adaptive: Annotated[
+        bool, typer.Option("--adaptive/--no-adaptive", help="Shorten inner steps by the curvature that they meet.")
+    ] = _DEFAULT.adaptive,
     hessian_free: Annotated[
         bool, typer.Option("--hessian-free", help="Adapt by Newton-CG with a line search.")
     ] = _DEFAULT.hessian_free,

@@ -203,6 +203,28 @@ MUTATIONS = (
         (OUTER, "-k", "no_edit"),
     ),
     Mutation(
+        "bilevel imaml adapts without its momentum", "meta/recipe.py", ", momentum=self.inner_momentum", "",
+        ("tests/meta/test_training.py", "-k", "chooses_the_inner_solver"),
+    ),
+    Mutation(
+        "inner steps are not shortened where the curvature is large", "meta/measured_descent.py",
+        "alpha = ((1 + self.momentum) / curvature).clamp(max=self.lr)", "alpha = torch.full_like(alpha, self.lr)",
+        ("tests/meta/test_measured_descent.py",),
+    ),
+    Mutation(
+        "one task's curvature shortens the steps of all", "meta/measured_descent.py",
+        "curvature = torch.fmax(_FORGET * curvature, ratio)", "curvature = torch.fmax(_FORGET * curvature, ratio).max().expand_as(ratio)",
+        ("tests/meta/test_measured_descent.py", "-k", "loop"),
+    ),
+    Mutation(
+        "the step of Adam stays", "meta/training.py", 'group["lr"] = recipe.outer_step(self.step)', "pass",
+        ("tests/meta/test_training.py", "-k", "decays_to_the_end"),
+    ),
+    Mutation(
+        "training goes on with steps of 0", "meta/training.py", "decayed = self.recipe.decay_steps or math.inf", "decayed = math.inf",
+        ("tests/meta/test_training.py", "-k", "decays_to_the_end"),
+    ),
+    Mutation(
         "averaged parameters are lost when a run goes on", "meta/training.py", 'self.averaged.load_state_dict(state["averaged"])', "pass",
         ("tests/meta/test_training.py", "-k", "bit_for_bit"),
     ),

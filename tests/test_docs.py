@@ -23,6 +23,7 @@ import bilevel.errors
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 SUBMODULES = (
     "prox",
+    "cones",
     "robust",
     "stochastic",
     "cleaning",
@@ -58,8 +59,9 @@ LISTED = listed()
 
 @pytest.mark.parametrize("name", sorted(set(bilevel.__all__) - WITHOUT_A_PAGE))
 def test_every_public_name_has_a_reference_page(name: str) -> None:
-    module = type(getattr(bilevel, name)).__module__ if name == "quadratic_program" else ""
-    wanted = f"{module}.QuadraticProgram" if module else f"bilevel.{name}"
+    instance = name in ("quadratic_program", "cone_program")  # of a class that nothing else is of, which has the page
+    kind = type(getattr(bilevel, name))
+    wanted = f"{kind.__module__}.{kind.__name__}" if instance else f"bilevel.{name}"
     homes = {wanted, f"bilevel.operators.{name}"}  # LinearOperator is described with the other operators
     assert homes & LISTED, f"{wanted} stands on no page of docs/reference"
 

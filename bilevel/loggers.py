@@ -23,6 +23,9 @@ Watched: TypeAlias = StepResult | bilevel.OuterRun | bilevel.OuterStep
 """What a callback receives, or a point of a history."""
 
 _INSTALL = "install it as its own documentation says,"
+_INSTALL = "install it as its own documentation says,"
+_INSTALL = "install it as its own documentation says,"
+_INSTALL = "install it as its own documentation says,"
 _OF_STEP = (
     "inner_loss",
     "outer_loss",

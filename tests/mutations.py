@@ -709,7 +709,7 @@ MUTATIONS = (
         "believed = (noticed == Status.CONVERGED) & ~reached", "believed = (noticed == Status.CONVERGED) & False", ("tests/solvers/test_base.py",),
     ),
     Mutation(
-        "equations that are not finite taken for solved", "solvers/_judge.py",
+        "equations that are not finite taken for solved", "solvers/_weighing.py",
         "torch.isfinite(size) & (size <= 30", "(size <= 30", ("tests/solvers/test_judge.py", "-k", "not_finite"),
     ),
     Mutation(
@@ -718,7 +718,7 @@ MUTATIONS = (
         ("tests/solvers/test_judge.py", "-k", "lost_in_the_rounding or plateau"),
     ),
     Mutation(
-        "a kink looked for only where no unknown has moved", "solvers/_judge.py",
+        "a kink looked for only where no unknown has moved", "solvers/_stationary.py",
         "unmoved = converged & ((x == start) & (solution.residual == 0)).any(dim=-1)", "unmoved = converged & (x == start).all(dim=-1)",
         ("tests/solvers/test_judge.py", "-k", "kink"),
     ),
@@ -838,7 +838,7 @@ MUTATIONS = (
         ("tests/certificates/test_evidence.py", "-k", "one_by_one"),
     ),
     Mutation(
-        "Newton's method calls a factorisation that raises", "solvers/newton.py",
+        "Newton's method calls a factorisation that raises", "solvers/_newton_directions.py",
         "    eigenvalues, vectors = eigh(", "    eigenvalues, vectors = torch.linalg.eigh(",
         ("tests/solvers/test_newton.py", "-k", "spoils_its_own"),
     ),
@@ -848,7 +848,7 @@ MUTATIONS = (
     ),
     Mutation(
         "a kink that another solver found is forgotten", "solvers/_judge.py",
-        "_is_one_of(second.status, (Status.CONVERGED, Status.KINK))", "(second.status == Status.CONVERGED)",
+        "is_one_of(second.status, (Status.CONVERGED, Status.KINK))", "(second.status == Status.CONVERGED)",
         ("tests/test_wording.py", "-k", "whichever_side"),
     ),
     Mutation(
@@ -1142,7 +1142,7 @@ MUTATIONS = (
         "lower.tensors, replays=lower.replays)", "lower.tensors)", ("tests/test_goal.py", "-k", "records_nothing"),
     ),
     Mutation(
-        "a root's error by factors of a Jacobian that changes", "solvers/newton.py",
+        "a root's error by factors of a Jacobian that changes", "solvers/_newton_error.py",
         "return error if bool(known.all() & state.definite.all()) else None", "return error", ("tests/zoo/test_issue_inputs.py", "tests/solvers"),
     ),
     Mutation(
@@ -1331,16 +1331,16 @@ MUTATIONS = (
     ),
     # The judge of convergence.
     Mutation(
-        "no error in x is too large", "solvers/_judge.py",
+        "no error in x is too large", "solvers/_weighing.py",
         "within = (error <= allowed).all(dim=-1) & (found.solved | unknown)", "within = (error <= allowed * 1e9).all(dim=-1)",
         ("tests/solvers/test_error.py", "-k", "hang_on"),
     ),
     Mutation(
-        "an estimate believed that solves nothing", "solvers/_judge.py",
+        "an estimate believed that solves nothing", "solvers/_weighing.py",
         "& (found.solved | unknown)", "", ("tests/zoo/test_issue_inputs.py", "-k", "singular_at_the_start"),
     ),
     Mutation(
-        "a runaway taken for a solution that is not unique", "solvers/_judge.py",
+        "a runaway taken for a solution that is not unique", "solvers/_weighing.py",
         "return ~solved(x - found.null_part) & solved", "return solved(x) & ~solved(x) & solved",
         ("tests/solvers/test_error.py", "-k", "ran_away"),
     ),
@@ -1349,12 +1349,12 @@ MUTATIONS = (
         "if bool(blind.any()):\n            status", "if False:\n            status", ("tests/solvers/test_error.py", "-k", "rounds_by"),
     ),
     Mutation(
-        "kinks are passed over", "solvers/_judge.py",
+        "kinks are passed over", "solvers/_stationary.py",
         "kinked = doubtful & has_kink(problem, solution.x, solution.residual)", "kinked = doubtful & False",
         ("tests/zoo/test_issue_inputs.py", "-k", "local_maximum_at_a_kink"),
     ),
     Mutation(
-        "a large maximum at the start passed over", "solvers/_judge.py",
+        "a large maximum at the start passed over", "solvers/_stationary.py",
         "curved = still & meets_negative_curvature(problem, x, still)", "curved = still & False",
         ("tests/zoo/test_issue_inputs.py", "-k", "maxim"),
     ),
@@ -1363,7 +1363,7 @@ MUTATIONS = (
         "for other in () if trial.settled else others:", "for other in ():", ("tests/solvers/test_error.py", "-k", "hands_over"),
     ),
     Mutation(
-        "values that round decide Newton's last steps", "solvers/newton.py",
+        "values that round decide Newton's last steps", "solvers/_newton_search.py",
         "(ratio < 0.5) & falls | steady", "steady", ("tests/zoo/test_issue_inputs.py", "-k", "rounding_inside"),
     ),
     Mutation(
@@ -1415,6 +1415,15 @@ MUTATIONS = (
     Mutation(
         "large entries leave rounding in a projection", "prox/_support.py",
         "for _ in range(2):", "for _ in range(1):", ("tests/prox/test_proximal_points.py", "-k", "far_away"),
+    ),
+    Mutation(
+        "a large matrix is projected on the transport plans at once", "prox/_transport.py", "_MOST_STAGES = 20", "_MOST_STAGES = 0",
+        ("tests/prox/test_proximal_points.py", "-k", "solves_the_linear_program"),
+    ),
+    Mutation(
+        "a step of the transport dual ends where the first entry changes", "prox/_transport.py",
+        "found = ends.to(torch.int8).argmax(-1, keepdim=True)", "found = 0 * ends.to(torch.int64).argmax(-1, keepdim=True)",
+        ("tests/prox/test_proximal_points.py", "-k", "solves_the_linear_program"),
     ),
     Mutation(
         "a smoothed quadratic program steps up to the boundary", "solvers/_mehrotra.py",
@@ -1480,6 +1489,18 @@ MUTATIONS = (
         ("tests/cones/test_solutions.py", "-k", "matrix_and_its_vector or solved_to_rounding"),
     ),
     Mutation(
+        "a power cone steps into noise beside its boundary", "cones/_power.py",
+        "torch.where(step.abs() < 1, step, 0.0)", "step", ("tests/cones/test_projections.py", "-k", "moreau and Power"),
+    ),
+    Mutation(
+        "the exponential cone has derivatives of first order only", "cones/_exponential.py", "_NEWTON = 3 ", "_NEWTON = 1 ",
+        ("tests/cones/test_projections.py", "-k", "where_there_is_no_kink and Exponential"),
+    ),
+    Mutation(
+        "second derivatives of a cone program forget how a sparse matrix was made", "cones/cone_program.py",
+        "given=arguments.sparse", "given=()", ("tests/cones/test_derivatives.py", "-k", "sparse_derivatives"),
+    ),
+    Mutation(
         "a batch of cone programs shares the first matrix", "cones/_arguments.py",
         "size == whole != 1]", "size == whole != 1][:0]",
         ("tests/cones/test_solutions.py", "-k", "batch"),
@@ -1524,7 +1545,7 @@ MUTATIONS = (
         ("tests/zoo/test_default_faults.py", "-k", "named_early"),
     ),
     Mutation(
-        "an overflow is left by quarters", "solvers/newton.py",
+        "an overflow is left by quarters", "solvers/_newton_search.py",
         "shorter = torch.where(beyond, torch.minimum(shorter, within), shorter)", "pass",
         ("tests/zoo/test_default_faults.py", "-k", "exponential_from_where"),
     ),
@@ -1535,7 +1556,7 @@ MUTATIONS = (
     ),
     Mutation(
         "no second search along what rounding leaves", "solvers/newton.py",
-        "return _again(problem, operator, state, direction, threshold, active, found, verdict)", "pass",
+        "return search_again(problem, operator, state, direction, threshold, active, found, verdict)", "pass",
         ("tests/zoo/test_default_faults.py", "-k", "direction_of_others"),
     ),
     Mutation(
@@ -1558,6 +1579,7 @@ MUTATIONS = (
     ),
     Mutation(
         "the rounding of x - T(x) is not counted in the error left", "solvers/newton.py",
+        "the rounding of x - T(x) is not counted in the error left", "solvers/_newton_error.py",
         "noise = noise + eps * x.abs().unsqueeze(-1)", "pass",
         ("tests/zoo/test_default_faults.py", "-k", "rounding_absorbs"),
     ),

@@ -4,6 +4,8 @@
 linear programs               :class:`Zero` (equations), :class:`Nonnegative` (inequalities)
 norms, quadratic constraints  :class:`SecondOrder`
 semidefinite programs         :class:`PSDTriangle`
+exponentials, entropies       :class:`Exponential`
+powers, geometric means       :class:`Power`
 ============================  =========================================
 
 A call goes from ``cone_program`` (checks, ``_arguments``) to the rule of :mod:`bilevel.implicit` for the equations of ``_conditions``. Its
@@ -11,6 +13,8 @@ A call goes from ``cone_program`` (checks, ``_arguments``) to the rule of :mod:`
 """
 
 from bilevel.cones._cone import Cone, Nonnegative, SecondOrder, Zero
+from bilevel.cones._exponential import Exponential
+from bilevel.cones._power import Power
 from bilevel.cones._psd import PSDTriangle
 
-__all__ = ["Cone", "Nonnegative", "PSDTriangle", "SecondOrder", "Zero"]
+__all__ = ["Cone", "Exponential", "Nonnegative", "PSDTriangle", "Power", "SecondOrder", "Zero"]

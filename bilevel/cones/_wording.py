@@ -26,6 +26,8 @@ _NOT_UNIQUE = (
 
 def forward_words(product: Product, found: Found) -> StatusMessages:
     """Return the words for the statuses of a solve, and for derivatives at a kink."""
+    if bool((found.status == Status.CONVERGED).all()) and not bool((found.kink >= 0).any()):
+        return {}
     words = {
         Status.INDEFINITE: _NONCONVEX,
         Status.NOT_FINITE: _NOT_FINITE,

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, NamedTuple, cast
 
 import torch
 from torch.utils import _pytree as pytree
 
-from bilevel._torch.transforms import eager, forward_levels, maps_nothing, with_zero_derivatives, without_gradient
+from bilevel._torch.empty_batches import apply_rule
+from bilevel._torch.transforms import eager, forward_levels
 from bilevel.cones._arguments import Arguments, arguments_of
 from bilevel.cones._call import ConeCall
 from bilevel.cones._conditions import Conditions
@@ -251,12 +253,7 @@ def _solution(settings: _Settings, cones: Any, **given: Any) -> ConeSolution:
     call = ConeCall(settings.of_call, conditions, settings.solver, _WHERE)
     context = ImplicitContext(system, call.solve, call.solve_linear)
     init = torch.zeros(*arguments.batch, n + arguments.rows, dtype=torch.float64)
-    tensors = arguments.tensors
-    if maps_nothing((init, *tensors)):
-        # torch fails in some operations of an empty batch, and the derivatives are empty, or zero.
-        z = with_zero_derivatives(Solve.apply(context, init, *map(without_gradient, tensors)), tensors)
-    else:
-        z = Solve.apply(context, init, *tensors)
+    z = apply_rule(partial(Solve.apply, context), init, *arguments.tensors)
     assert call.report is not None and call.certificate is not None
     x, v = z[..., :n], z[..., n:]
     s = product.project(v)
@@ -265,11 +262,30 @@ def _solution(settings: _Settings, cones: Any, **given: Any) -> ConeSolution:
     return ConeSolution(x, call.report, y, slacks=s, certificate=certificate)
 
 
-def _system(arguments: Arguments, conditions: Conditions) -> RootSystem:
+@dataclass(frozen=True, eq=False)
+class ConeSystem(RootSystem):
+    """The conditions of optimality of a batch of programs.
+
+    Parameters
+    ----------
+    given
+        The sparse matrices that the tensors have the entries of.
+    """
+
+    given: tuple[torch.Tensor, ...] = ()
+
+    noun = "the matrices"
+
+    def sparse(self, tensors: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
+        """Return the matrices that the user gave."""
+        return self.given
+
+
+def _system(arguments: Arguments, conditions: Conditions) -> ConeSystem:
     n, m = arguments.unknowns, arguments.rows
     _, places = flatten_arguments(arguments.tensors, {})
     unknown = flat_raveler(n + m, Raveler.of(torch.zeros(1, dtype=torch.float64), _WHERE))
-    return RootSystem(_WHERE, conditions, unknown, places, arguments.levels)
+    return ConeSystem(_WHERE, conditions, unknown, places, arguments.levels, given=arguments.sparse)
 
 
 cone_program = ConeProgram()

@@ -65,7 +65,7 @@ class Approximation(LinearSolver):
         """Return :meth:`factor`, or raise :class:`ArgumentError` for a matrix that is not known to be symmetric."""
         if not base.symmetric:
             raise ArgumentError(
-                f"{self.name}: expected a symmetric matrix, got one that is not known to be; pass symmetric=True if it is, or take GMRES()"
+                f"{self.name}: expected a symmetric matrix, got one that is not declared symmetric; pass symmetric=True if it is, or take GMRES()"
             )
         return self.factor(base)
 

@@ -64,7 +64,7 @@ class MINRES(LinearSolver):
     ) -> LinearSolution:
         if not operator.symmetric:
             raise ArgumentError(
-                "MINRES: expected a symmetric matrix, got one that is not known to be; pass symmetric=True if it is, or take GMRES() or LSMR()"
+                "MINRES: expected a symmetric matrix, got one that is not declared symmetric; pass symmetric=True if it is, or take GMRES() or LSMR()"
             )
         limit = self.max_steps if self.max_steps is not None else min(max(4 * operator.size, 100), 20_000)
         x, r = begin(operator, rhs, start)

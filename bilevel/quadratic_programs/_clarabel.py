@@ -38,7 +38,9 @@ _LET_PASS = 1e-6  # the relative residual of a point without polish that counts 
 
 @dataclass(frozen=True, kw_only=True)
 class Clarabel:
-    """Clarabel (Goulart and Chen 2024), for large sparse programs: one problem after another. Needs ``pip install '.[qp]'`` in a clone.
+    """Clarabel (Goulart and Chen 2024), for large sparse programs and cone programs: one problem after another.
+
+    It needs ``pip install '.[qp]'`` in a clone.
 
     A polish on the active set follows, with the factors that the derivative uses. Where the active set is not clear, the answer is
     Clarabel's own.

@@ -7,12 +7,13 @@ results of all methods, and of a user's function, in the same way.
 
 from __future__ import annotations
 
+import copy
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, fields, replace
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from functools import cached_property
-from typing import Any, Protocol, TypeAlias, TypeVar
+from typing import Any, Protocol, TypeAlias, TypeVar, cast
 
 import torch
 
@@ -33,6 +34,7 @@ __all__ = [
     "all_finite",
     "as_inner_solver",
     "is_lone",
+    "is_one_of",
     "iterate",
     "length",
     "merge",
@@ -170,6 +172,21 @@ class InnerSolver(ABC):
     def name(self) -> str:
         """The name used in messages and reports."""
         return type(self).__name__
+
+    def resumed(self, taken: int) -> InnerSolver | None:
+        """Return the solver with the rest of its budget after ``taken`` steps; None if nothing is left."""
+        budget: int | None = getattr(self, "max_steps", None)
+        if budget is None:
+            return self
+        return self.with_max_steps(budget - taken) if budget > taken else None
+
+    def with_max_steps(self, max_steps: int) -> InnerSolver:
+        """Return the same solver with another budget."""
+        if is_dataclass(self) and any(item.name == "max_steps" for item in fields(self)):
+            return replace(self, max_steps=max_steps)
+        made: Any = copy.copy(self)
+        made.max_steps = max_steps
+        return cast("InnerSolver", made)
 
     @abstractmethod
     def solve(self, problem: Problem, init: torch.Tensor, goal: Goal) -> InnerSolution:
@@ -363,3 +380,11 @@ def all_finite(numbers: torch.Tensor) -> torch.Tensor:
     """Return whether all numbers and their sum are finite, () bool. It takes fewer operations than ``isfinite``."""
     total = numbers.sum()
     return total - total == 0
+
+
+def is_one_of(codes: torch.Tensor, statuses: Iterable[Status]) -> torch.Tensor:
+    """Return where ``codes`` are among ``statuses``, bool of the same shape."""
+    found = torch.zeros_like(codes, dtype=torch.bool)
+    for status in statuses:
+        found = found | (codes == status)
+    return found

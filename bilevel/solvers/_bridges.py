@@ -39,7 +39,7 @@ def by_scipy(solver: ScipyMinimize, where: str) -> Callable[[Program, torch.Tens
         allowed = _TAKES_BOUNDS if program.only_bounds else _TAKES_CONSTRAINTS
         if method not in allowed:
             raise ArgumentError(
-                f"{where}: expected a method of scipy's that takes {'bounds' if program.only_bounds else 'constraints'}, got {solver.method}; "
+                f"{where}: expected a scipy method that takes {'bounds' if program.only_bounds else 'constraints'}, got {solver.method}; "
                 "pass ScipyMinimize('SLSQP') or ScipyMinimize('trust-constr')"
             )
         assert program.single is not None

@@ -10,7 +10,7 @@ import torch
 from bilevel.errors import ArgumentError
 from bilevel.reports import Status, StatusMessages
 from bilevel.solvers._active_set import Polished, choose, measure, polish, recovered
-from bilevel.solvers._base import InnerSolver
+from bilevel.solvers._base import InnerSolver, is_one_of
 from bilevel.solvers._central_path import centred
 from bilevel.solvers._program import Answer, ConstrainedSolver, Program
 from bilevel.solvers._regularity import Findings, examine
@@ -106,7 +106,7 @@ def _by_default(program: Program, init: torch.Tensor, smoothing: float | None, w
         return solver.solve_program(program, init, smoothing), solver.name
     first = ProjectedNewton()
     answer = first.solve_program(program, init, None)
-    failed = _is_one_of(answer.status, (*_UNSOLVED, Status.NOT_FINITE))
+    failed = is_one_of(answer.status, (*_UNSOLVED, Status.NOT_FINITE))
     if program.size > DENSE_LIMIT or not bool(failed.any()):
         return answer, first.name
     second = InteriorPoint()
@@ -164,7 +164,7 @@ def _without_contradictions(program: Program, answer: Answer) -> Answer:
 
 
 def _polished(program: Program, answer: Answer, used: str, name: Name) -> Found:
-    usable = _is_one_of(answer.status, (Status.CONVERGED, *_UNSOLVED))
+    usable = is_one_of(answer.status, (Status.CONVERGED, *_UNSOLVED))
     point = polish(program, answer) if answer.known else _without_multipliers(program, answer)
     good = usable & point.good
     status = torch.where(good, int(Status.CONVERGED), answer.status)
@@ -214,7 +214,7 @@ def _large(program: Program, answer: Answer, used: str, name: Name) -> Found:
     first = program.jacobian(program.inside(torch.zeros_like(x)))[1][:, 0].abs().amax(-1, keepdim=True)
     small = slope.abs() <= 1e-9 * torch.maximum(first, force)
     good = (small | at_lower | at_upper | program.fixed).all(-1)
-    usable = _is_one_of(answer.status, (Status.CONVERGED, *_UNSOLVED))
+    usable = is_one_of(answer.status, (Status.CONVERGED, *_UNSOLVED))
     failed = torch.where(answer.status == Status.CONVERGED, int(Status.STAGNATED), answer.status)
     status = torch.where(usable, torch.where(good, int(Status.CONVERGED), failed), answer.status)
     degenerate = findings.degenerate & (status == Status.CONVERGED)
@@ -224,7 +224,7 @@ def _large(program: Program, answer: Answer, used: str, name: Name) -> Found:
 
 def _on_the_path(program: Program, answer: Answer, smoothing: float, used: str) -> Found:
     moved, _, small = centred(program, answer, smoothing)
-    usable = _is_one_of(answer.status, (Status.CONVERGED, *_UNSOLVED))
+    usable = is_one_of(answer.status, (Status.CONVERGED, *_UNSOLVED))
     good = usable & small
     status = torch.where(good, int(Status.CONVERGED), torch.where(usable, int(Status.STAGNATED), answer.status))
     mask = good.unsqueeze(-1)
@@ -276,10 +276,3 @@ def _words(program: Program, x: torch.Tensor, status: torch.Tensor, name: Name) 
         "loosen the constraints with nonzero solution.multipliers (on_failure='ignore' returns them), or start elsewhere if they are not convex",
     )
     return words
-
-
-def _is_one_of(codes: torch.Tensor, statuses: tuple[Status, ...]) -> torch.Tensor:
-    found = torch.zeros_like(codes, dtype=torch.bool)
-    for status in statuses:
-        found = found | (codes == status)
-    return found

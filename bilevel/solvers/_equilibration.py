@@ -35,7 +35,7 @@ class Scales(ProgramBatch):
 
 
 def equilibrated(program: DenseProgram, passes: int = 2) -> tuple[DenseProgram, Scales]:
-    """Return the program whose KKT matrix has columns of norm near one, and the scales that lead back."""
+    """Return the program scaled so that the columns of its KKT matrix have norm near one, and the scales that convert back."""
     Q, rows = program.Q, torch.cat([program.A, program.rows.general], -2)
     n, p, m = Q.shape[-1], program.A.shape[-2], program.rows.general.shape[-2]
     columns, lengths = Q.new_ones(len(Q), n), Q.new_ones(len(Q), p + m)
@@ -71,7 +71,7 @@ def equilibrated(program: DenseProgram, passes: int = 2) -> tuple[DenseProgram, 
 def _unit(
     curvature: torch.Tensor, q: torch.Tensor, b: torch.Tensor, d: torch.Tensor, there: torch.Tensor
 ) -> torch.Tensor:
-    """Return a size (B, 1) that the unknowns may have, if that is below one."""
+    """Return a possible size (B, 1) of the unknowns if it is below one."""
     free = torch.where(curvature > 0, largest(q) / curvature.clamp_min(1e-300), 0.0)
     unit = torch.maximum(free, largest(b, torch.where(there, d, 0.0)))
     return torch.where(unit > 0, unit, torch.ones_like(unit)).clamp(1e-100, 1.0).unsqueeze(-1)

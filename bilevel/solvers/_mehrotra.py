@@ -228,7 +228,7 @@ def _step(program: DenseProgram, point: Iterate, now: _Residuals, target: torch.
         return replace(point, x=point.x + free * dx, y=point.y + free * dy, steps=steps)
     pair, products = torch.cat([point.s, point.z], -1), now.products
     mean = products.mean(-1, keepdim=True)
-    # On the central path the predictor aims at the target: what it corrects for vanishes there.
+    # With smoothing the predictor aims at the target, where the correction vanishes.
     _, _, ds, dz = newton.solve(now.dual, now.equations, now.rows, products - target, point)
     change = torch.cat([ds, dz], -1)
     reach = _longest(pair, change)
@@ -237,8 +237,8 @@ def _step(program: DenseProgram, point: Iterate, now: _Residuals, target: torch.
     # The corrector stands for the whole predictor, of which a part is taken. Iterates may go round in a circle for that (Cartis 2009).
     trust = torch.where(point.idle.unsqueeze(-1) >= _CIRCLING, reach.square(), 1.0)
     dx, dy, ds, dz = newton.solve(now.dual, now.equations, now.rows, products + trust * ds * dz - centre, point)
-    # The nearer to the solution, the nearer to the boundary a step may go. A point of the central path is not near the boundary:
-    # a product s·z far below its target would end all further steps.
+    # Near the solution, a step may end nearer to the boundary. A point of the central path is not near the boundary,
+    # and a product s·z far below its target would prevent all further steps.
     share = torch.where(target > 0, 0.9, 1 - mean.clamp(1e-3, 1e-2))
     change = torch.cat([ds, dz], -1)
     reach = _longest(pair, change, share)

@@ -60,7 +60,7 @@ class Findings:
         return weak | self.flat | self.irregular
 
     def words(self, number: int, name: Callable[[str, int], str]) -> tuple[str, str]:
-        """Return the degeneracy of the problem at ``number`` and its remedy. ``name`` converts a kind and an index to the user's terms."""
+        """Return what is degenerate about the problem at ``number``, and the remedy; ``name`` converts a kind and an index to the user's terms."""
         weak = [("inequality", self.weak_inequality), ("lower", self.weak_lower), ("upper", self.weak_upper)]
         names = [name(kind, int(i)) for kind, flags in weak for i in flags[number].nonzero().reshape(-1)]
         if names:

@@ -57,7 +57,7 @@ def frozen_options(where: str, options: Mapping[str, Any] | None) -> Mapping[str
     for name in options or {}:
         if name in _ARGUMENTS:
             raise ArgumentError(
-                f"{where}: expected options of scipy's method, got {name!r}, which is an argument of scipy.optimize's own; "
+                f"{where}: expected options of the scipy method, got {name!r}, which is an argument of scipy.optimize itself; "
                 f"{_ARGUMENTS[name]}"
             )
     return FrozenOptions(options or {})

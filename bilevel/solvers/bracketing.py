@@ -50,7 +50,7 @@ class Bracketing(InnerSolver):
         low, high = (self._bound(problem, init, which) for which in ("lower", "upper"))
         if not bool((low < high).all()):
             raise ArgumentError(
-                f"{problem.where}: expected lower < upper of {self.name} for every unknown, got a bracket that is empty; exchange them"
+                f"{problem.where}: expected lower < upper of {self.name} for every unknown, got an empty bracket; exchange them"
             )
         f_low, f_high = problem.residual(low), problem.residual(high)
         first = torch.where((init > low) & (init < high), init, low + 0.5 * (high - low))

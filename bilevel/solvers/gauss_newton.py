@@ -71,7 +71,7 @@ class GaussNewton(InnerSolver):
         if problem.batch * problem.size * m > _MOST_NUMBERS:
             raise ArgumentError(
                 f"{problem.where}: expected Jacobians of at most {_MOST_NUMBERS} numbers for GaussNewton, got {problem.batch} of {m} by "
-                f"{problem.size}; take LevenbergMarquardt(), which needs products alone"
+                f"{problem.size}; take LevenbergMarquardt(), which needs only products"
             )
         if torch.finfo(init.dtype).bits < 32:
             raise ArgumentError(

@@ -70,7 +70,7 @@ class GradientDescent(InnerSolver):
         check_number("GradientDescent", "momentum", self.momentum, below=1.0, closed=True)
         if self.line_search and self.momentum:
             raise ArgumentError(
-                "GradientDescent: expected line_search or momentum, got both; a heavy ball's steps need not descend, "
+                "GradientDescent: expected line_search or momentum, got both; momentum steps need not descend, "
                 "so that a line search would reject them"
             )
 

@@ -90,7 +90,7 @@ class ScipyRoot(InnerSolver):
         if problem.minimizes:
             raise ArgumentError(
                 f"{problem.where}: expected a root or a fixed point for ScipyRoot, got an argmin; take ScipyMinimize() "
-                "or Newton(), which tell a minimum from a saddle"
+                "or Newton(), which distinguish a minimum from a saddle"
             )
         return solve_each(problem, init, goal, lambda one, x, threshold: self._solve_one(one, init, x, threshold))
 

@@ -117,6 +117,11 @@ class TorchOptimizer(InnerSolver):
         )
         return f"TorchOptimizer({self.optimizer_class.__name__}, max_steps={self.max_steps}{declared}{options})"
 
+    def with_max_steps(self, max_steps: int) -> TorchOptimizer:
+        return TorchOptimizer(
+            self.optimizer_class, max_steps=max_steps, elementwise=self.elementwise, **dict(self.options)
+        )
+
     def solve(self, problem: Problem, init: torch.Tensor, goal: Goal) -> InnerSolution:
         if not self.elementwise and problem.batch > 1:
             name = self.optimizer_class.__name__

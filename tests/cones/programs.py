@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
 from bilevel import cones
 from bilevel.cones import Cone
+
+pytest.importorskip("clarabel", reason="Clarabel is an extra, and is not installed")
 
 F64 = torch.float64
 CONES: list[Cone] = [cones.Zero(1), cones.Nonnegative(3), cones.SecondOrder(3), cones.PSDTriangle(3)]

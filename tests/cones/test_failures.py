@@ -185,7 +185,7 @@ def test_misuse_is_told_in_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None
     with pytest.raises(bilevel.TransformError, match="forward-mode"):
         jacfwd(jacfwd(lambda q: solve(q=q).sum()))(data["q"])
     monkeypatch.setitem(sys.modules, "clarabel", None)
-    with pytest.raises(bilevel.ArgumentError, match="Clarabel to be installed"):
+    with pytest.raises(bilevel.ArgumentError, match="clarabel to be installed"):
         solve()
 
 

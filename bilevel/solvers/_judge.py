@@ -43,6 +43,8 @@ _FAR = 1e3
 _SOLVER_ROUNDING = 30.0
 # How large a part of x the Newton step that is left has to be for the search to be endless.
 _ENDLESS = 1e-3
+# How large a part of an unknown that has run away it is where rounding hides the residual.
+_GONE = 0.1
 # How near, in parts of x, two searches end that found the same point.
 _SAME_POINT = 1e-3
 # What another solver is tried after.
@@ -293,7 +295,7 @@ def _by_residual(solver: InnerSolver, problem: Problem, solution: InnerSolution,
         largest = solution.x.abs().amax(dim=-1)
         blind = (status == Status.CONVERGED) & (torch.finfo(norm.dtype).eps * largest > target.error)
         if bool(blind.any()):
-            status = torch.where(blind, _runaway(solution.x, goal.init), status)
+            status = torch.where(blind, _blind(problem, solution.x, solution.residual, goal.init), status)
         if problem.minimizes:
             still = (status == Status.CONVERGED) & (solution.x == goal.init).all(dim=-1)
             status = _name_kinks(problem, solution, status, still, _is_one_of(status, _MAYBE_KINKED))
@@ -334,6 +336,21 @@ def _runaway(x: torch.Tensor, init: torch.Tensor) -> torch.Tensor:
     far = x.abs().amax(dim=-1) > _FAR * init.abs().amax(dim=-1).clamp_min(1.0)
     codes = torch.full(far.shape, int(Status.STAGNATED), dtype=torch.int64, device=x.device)
     return torch.where(far, torch.full_like(codes, Status.DIVERGED), codes)
+
+
+def _blind(problem: Problem, x: torch.Tensor, residual: torch.Tensor, init: torch.Tensor) -> torch.Tensor:
+    """Return DIVERGED where x went from where R can be seen to where rounding hides it, as it does ever after; else as :func:`_runaway`."""
+    path = x - init
+    swallowed = ~_is_solved(problem, init + path / 4, residual) & _is_solved(problem, x + 2 * path, residual)
+    return torch.where(swallowed, int(Status.DIVERGED), _runaway(x, init))
+
+
+def _is_solved(problem: Problem, point: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
+    """Return where R at ``point`` (batch, n) is at rounding level, or not much larger than ``residual``, (batch,) bool."""
+    there = problem.residual(point)
+    noise = residual_rounding(problem, point, there)
+    size = length(there)
+    return torch.isfinite(size) & (size <= 30 * length(noise) + 2 * length(residual))
 
 
 def _at_once(
@@ -434,7 +451,8 @@ def _by_error(
         doubtful += _doubtful(problem, x, residual, found, fine & ~good)
         believed = noticed == Status.CONVERGED
         failed = torch.where(believed | (noticed == Status.MAX_STEPS) & judged.rounded, int(Status.STAGNATED), noticed)
-        failed = torch.where(judged.status != Status.RUNNING, judged.status, failed)
+        named = (judged.status != Status.RUNNING) & ((judged.status != Status.STAGNATED) | (noticed != Status.DIVERGED))
+        failed = torch.where(named, judged.status, failed)
         status = torch.where(open_ & ~fine, failed, status)
         again = believed & open_ & ~fine & ~judged.rounded & (judged.status == Status.RUNNING)
         good, ratio, noise, endless = fine, judged.ratio, judged.noise, judged.far_off
@@ -523,7 +541,8 @@ def _weigh(
     start = goal.starting_point
     if found.rounding is not None:
         blind = good & ~unknown & ~(found.rounding.abs() <= target.blind_rtol * size).all(dim=-1)
-        status = torch.where(blind, _runaway(x, start), status)
+        if bool(blind.any()):
+            status = torch.where(blind, _blind(problem, x, residual, start), status)
     singular = good & found.singular
     if bool(singular.any()):
         status = torch.where(singular & _hidden(problem, x, residual, found), int(Status.DIVERGED), status)
@@ -537,6 +556,9 @@ def _weigh(
         first = problem.residual(start).abs().nan_to_num(posinf=torch.finfo(x.dtype).max)
         endless = endless & (residual.abs() <= torch.finfo(x.dtype).eps * first).all(dim=-1)
         status = torch.where(endless, torch.full_like(status, Status.DIVERGED), status)
+    # Rounding hides R, and the solution is as far away as x has come.
+    gone = rounded & ~good & ((x.abs() > _FAR * start.abs().clamp_min(1.0)) & (error > _GONE * x.abs())).any(dim=-1)
+    status = torch.where(gone, torch.full_like(status, Status.DIVERGED), status)
     status = torch.where(found.indefinite & (good | rounded), torch.full_like(status, Status.INDEFINITE), status)
     return _Weighed(good & (status == Status.RUNNING), ratio, rounded, length(noise), far_off, status)
 
@@ -547,14 +569,7 @@ def _hidden(problem: Problem, x: torch.Tensor, residual: torch.Tensor, found: Er
     Where the solution is not unique, x solves the equations without its part in the null space as well. A search that ran away, as that of
     x = x + 1/(1 + x²) does, has left equations behind that are not solved, and finds them solved from where it is on, since rounding hides them.
     """
-
-    def solved(point: torch.Tensor) -> torch.Tensor:
-        there = problem.residual(point)
-        noise = residual_rounding(problem, point, there)
-        size = length(there)
-        return torch.isfinite(size) & (size <= 30 * length(noise) + 2 * length(residual))
-
-    return ~solved(x - found.null_part) & solved(x + 2 * found.null_part)
+    return ~_is_solved(problem, x - found.null_part, residual) & _is_solved(problem, x + 2 * found.null_part, residual)
 
 
 def _name_stationary(

@@ -14,7 +14,7 @@ from bilevel.linear.gmres import GMRES
 from bilevel.operators import DenseOperator, LinearOperator
 from bilevel.reports import Status
 from bilevel.setting_checks import check_steps
-from bilevel.solvers._base import Goal, InnerSolution, InnerSolver, is_lone, iterate, merge
+from bilevel.solvers._base import Goal, InnerSolution, InnerSolver, is_lone, iterate, length, merge
 from bilevel.solvers._degenerate import SLOW
 from bilevel.solvers._error import irregular_signs, meets_negative_curvature
 from bilevel.solvers._truncated_cg import truncated_cg
@@ -112,7 +112,7 @@ class Newton(InnerSolver):
         first = goal.linearize(linearize)
         threshold = goal.threshold
         residual = first.residual.detach()
-        norm = residual.norm(dim=-1)
+        norm = length(residual)
         start = _State(
             x=init,
             residual=residual,
@@ -168,7 +168,7 @@ class Newton(InnerSolver):
         active: torch.Tensor,
     ) -> _Direction:
         """Solve for the direction as accurately as Eisenstat & Walker's choice 2, (‖R_k‖ / ‖R_{k−1}‖)²."""
-        norm = state.residual.norm(dim=-1)
+        norm = length(state.residual)
         progress = torch.clamp((norm / state.last_norm) ** 2, max=_LEAST_FORCING)
         # No more accuracy than the goal has use for, so that the last step is not solved for nothing.
         forcing = torch.maximum(progress, torch.clamp(0.3 * threshold / norm, max=_MOST_FORCING))
@@ -320,7 +320,7 @@ def _search(
     (in the spirit of Hager & Zhang's approximate Wolfe condition), so that convergence is quadratic to the
     end.
     """
-    norm = state.residual.norm(dim=-1)
+    norm = length(state.residual)
     eps = torch.finfo(norm.dtype).eps
     merit, slope = state.merit, direction.slope
     magnitude = torch.maximum(state.magnitude, merit.abs())
@@ -349,7 +349,7 @@ def _search(
                     held = held | (level & _comes_closer(direction, residual, state, x, shorter, steady))
         else:
             residual = problem.residual(x)
-            reached = residual.norm(dim=-1)
+            reached = length(residual)
             small = reached <= threshold
             found = 0.5 * (reached / norm) ** 2
             held = found <= merit + _ARMIJO * t * slope - 4 * eps * merit

@@ -43,7 +43,7 @@ _FAR = 1e3
 _SOLVER_ROUNDING = 30.0
 # How large a part of x the Newton step that is left has to be for the search to be endless.
 _ENDLESS = 1e-3
-# How large a part of an unknown that has run away it is where rounding hides the residual.
+# How large a part of an unknown that has run away the Newton step has to be that is left.
 _GONE = 0.1
 # How near, in parts of x, two searches end that found the same point.
 _SAME_POINT = 1e-3
@@ -556,8 +556,9 @@ def _weigh(
         first = problem.residual(start).abs().nan_to_num(posinf=torch.finfo(x.dtype).max)
         endless = endless & (residual.abs() <= torch.finfo(x.dtype).eps * first).all(dim=-1)
         status = torch.where(endless, torch.full_like(status, Status.DIVERGED), status)
-    # Rounding hides R, and the solution is as far away as x has come.
-    gone = rounded & ~good & ((x.abs() > _FAR * start.abs().clamp_min(1.0)) & (error > _GONE * x.abs())).any(dim=-1)
+    # Little more than rounding is left of R, and the solution is as far away as x has come.
+    gone = ((x.abs() > _FAR * start.abs().clamp_min(1.0)) & (error > _GONE * x.abs())).any(dim=-1)
+    gone = gone & (rounded | (norm <= torch.finfo(x.dtype).eps ** 0.75 * goal.scale)) & ~good & (noticed != Status.CONVERGED)
     status = torch.where(gone, torch.full_like(status, Status.DIVERGED), status)
     status = torch.where(found.indefinite & (good | rounded), torch.full_like(status, Status.INDEFINITE), status)
     return _Weighed(good & (status == Status.RUNNING), ratio, rounded, length(noise), far_off, status)

@@ -120,7 +120,7 @@ def finite(
     data: tuple[Tensor, ...],
     dtype: torch.dtype,
 ) -> Tensor:
-    """Return, per problem, whether objective and residual are finite at the start in ``dtype``, and the squares of these too."""
+    """Return, per problem, whether objective and residual are finite at the start in ``dtype``, the squares of these too, and no slope underflows."""
     z, level = start.to(dtype), level.to(dtype)
     args = (theta.to(dtype), *(d.to(dtype) for d in data))
     value = residual(family.kind, family.function, z, *args).detach()
@@ -129,6 +129,9 @@ def finite(
     else:
         value = value * level[:, None] / (scale.to(dtype) if family.kind == "argmin" else 1.0)
     fine = torch.isfinite((value * value).sum(-1))
+    # Of a slope that the dtype cannot represent nothing is known there.
+    exact = residual(family.kind, family.function, start, theta, *data).detach()
+    fine &= ((value.abs() >= torch.finfo(dtype).tiny) | (exact == 0)).all(-1)
     if family.kind == "argmin":
         fine &= torch.isfinite(level * family.function(z, *args))
     return fine

@@ -64,7 +64,7 @@ _MAYBE_KINKED = (Status.MAX_STEPS, Status.STAGNATED, Status.LINE_SEARCH_FAILED)
 class Successor:
     """A solver that takes over where another failed: from the start if ``afresh``, else from where the last one ended.
 
-    ``beside`` moves that by a thousandth, out of a place where the Jacobian happens to be singular.
+    ``beside`` moves that by a thousandth, out of a place where the Jacobian happens to be singular, or off the saddle at which an argmin ended.
     """
 
     solver: InnerSolver
@@ -113,9 +113,10 @@ def solve_inner(
     for other in () if trial.settled else others:
         # Another search may not go to the saddle or kink that this one went to. One that it began at stays one.
         left = _is_one_of(trial.status, (Status.INDEFINITE, Status.KINK)) & (trial.x != init).any(dim=-1)
-        failed = (left | _is_one_of(trial.status, _WORTH_ANOTHER)) & torch.isfinite(
-            goal.scale if target.relative else trial.norm
-        )
+        worth = left | _is_one_of(trial.status, _WORTH_ANOTHER)
+        if other.beside and problem.minimizes:
+            worth = left & (trial.status == Status.INDEFINITE)
+        failed = worth & torch.isfinite(goal.scale if target.relative else trial.norm)
         if not bool(failed.any()):
             break
         # What has been solved stays where it is: no residual is too large for it.
@@ -129,7 +130,9 @@ def solve_inner(
         # What comes to the same saddle, and does not see that it is one, has not left it.
         size = torch.maximum(trial.x.abs(), (trial.x - init).abs())
         same = ((second.x - trial.x).abs() <= _SAME_POINT * size).all(dim=-1)
-        won = won & ~(same & (trial.status == Status.INDEFINITE))
+        stayed = won & same & (trial.status == Status.INDEFINITE)
+        if bool(stayed.any()):
+            won = won & ~(stayed & ~_fell_from(problem, trial, second, init))
         tried.append(other.solver.name)
         steps = steps + torch.where(failed, second.iterations, torch.zeros_like(steps))
         if bool(won.any()):
@@ -152,6 +155,14 @@ def solve_inner(
         trial.x, status, steps, trial.norm, trial.threshold, bound, _basis(target), trial.residual,
         trial.factor, trial.exact, ", then ".join(names), words=words,
     )  # fmt: skip
+
+
+def _fell_from(problem: Problem, saddle: _Trial, other: _Trial, init: torch.Tensor) -> torch.Tensor:
+    """Return where the objective is clearly lower than at the saddle, (batch,) bool: from a far start, two points look like one."""
+    if saddle.value is None or other.value is None:
+        return torch.zeros_like(saddle.norm, dtype=torch.bool)
+    fallen = (problem.value(init) - saddle.value).clamp_min(0.0)
+    return saddle.value - other.value > _SAME_POINT * fallen
 
 
 def _words_of_rounding(status: torch.Tensor, bound: torch.Tensor) -> StatusMessages:

@@ -501,16 +501,19 @@ def _comes_closer(
     """Return where the Newton step that is left is shorter than the one before, relative to each unknown, (batch,) bool.
 
     It has to be half as long, and the gradients have to say that the objective fell, where values are not ``steady`` to their last places.
-    A norm of gradients would compare unknowns of different units. Without factors there is only that, ``shorter``.
+    A norm of gradients would compare unknowns of different units. Without factors there is only that, ``shorter``. A step from where the
+    Hessian is not positive definite has to end where the objective still falls along it.
     (Deuflhard, "Newton methods for nonlinear problems", 2004: the natural monotonicity test.)
     """
     if direction.factor is None:
         return shorter
+    # Where the curvature is negative, gradients grow on the way down.
+    still_down = steady & ~direction.definite & ((residual * direction.d).sum(dim=-1) < 0)
     left = torch.cholesky_solve(residual.unsqueeze(-1), direction.factor).squeeze(-1)
     size = torch.maximum(state.x.abs(), x.abs()) + torch.finfo(x.dtype).tiny
     ratio = (left.abs() / size).amax(dim=-1) / (direction.d.abs() / size).amax(dim=-1)
     falls = ((state.residual + residual) * (x - state.x)).sum(dim=-1) < 0  # by the trapezoidal rule
-    return torch.where(direction.definite, (ratio < 0.5) & falls | steady & (ratio < 1) | shorter, shorter)
+    return torch.where(direction.definite, (ratio < 0.5) & falls | steady & (ratio < 1) | shorter, shorter | still_down)
 
 
 def _overshoots(found: torch.Tensor, merit: torch.Tensor, slope: torch.Tensor, magnitude: torch.Tensor) -> torch.Tensor:

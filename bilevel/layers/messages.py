@@ -125,15 +125,10 @@ def _falls_without_end(problem: Problem, x: torch.Tensor, start: torch.Tensor, s
 
 
 def derivative_messages(status: torch.Tensor, rhs: torch.Tensor, *, symmetric: bool) -> StatusMessages:
-    """Return (meaning, remedy) of a derivative's ``NOT_FINITE``, by the first right-hand side (batch, n) that met it; {} if none did."""
+    """Return (meaning, remedy) of a derivative's ``NOT_FINITE``; {} where none is, or the first has such a right-hand side (batch, n)."""
     met = status == Status.NOT_FINITE
-    if not bool(met.any()):
+    if not bool(met.any()) or not bool(torch.isfinite(rhs[int(met.nonzero()[0])]).all()):
         return {}
-    if not bool(torch.isfinite(rhs[int(met.nonzero()[0])]).all()):
-        remedy = "look for a division by zero, a log or an overflow in what is computed from the layer's solution"
-        return {
-            Status.NOT_FINITE: ("was given a NaN or an infinity, from the gradient that comes into the layer", remedy)
-        }
     what = "a second derivative of the objective" if symmetric else "a derivative of the function"
     remedy = (
         "smooth the function there, as |d|**1.5, whose second derivative is infinite at d = 0, becomes (d**2 + 1e-6)**0.75; or state "

@@ -568,13 +568,9 @@ def _weigh(
         endless = endless & (residual.abs() <= torch.finfo(x.dtype).eps * first).all(dim=-1)
         status = torch.where(endless, torch.full_like(status, Status.DIVERGED), status)
     # Little more than rounding is left of R, and the solution is as far away as x has come.
-    gone = ((x.abs() > _FAR * start.abs().clamp_min(1.0)) & (error > _GONE * x.abs())).any(dim=-1)
-    gone = (
-        gone
-        & (rounded | (norm <= torch.finfo(x.dtype).eps ** 0.75 * goal.scale))
-        & ~good
-        & (noticed != Status.CONVERGED)
-    )
+    gone = ((x.abs() > _FAR * start.abs().clamp_min(1.0)) & (error > _GONE * x.abs())).any(dim=-1) & ~good
+    little = (norm <= torch.finfo(x.dtype).eps ** 0.75 * goal.scale) & (noticed != Status.CONVERGED)
+    gone = gone & (rounded | little)
     status = torch.where(gone, torch.full_like(status, Status.DIVERGED), status)
     status = torch.where(found.indefinite & (good | rounded), torch.full_like(status, Status.INDEFINITE), status)
     return _Weighed(good & (status == Status.RUNNING), ratio, rounded, length(noise), far_off, status)

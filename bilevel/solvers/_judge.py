@@ -239,7 +239,8 @@ def _attempt(solver: InnerSolver, problem: Problem, goal: Goal, meant: torch.Ten
                 int(Status.DIVERGED),
                 int(Status.BUDGET_SPENT if spent else Status.STAGNATED),
             )
-            verdict = verdict.ended(short)
+            kept = solution.status == Status.INDEFINITE
+            verdict = verdict.ended(torch.where(kept, int(Status.INDEFINITE), short))
             break
         following = replace(goal, init=solution.x, given=verdict.next_threshold, origin=goal.starting_point)
         resumed = _with_residual(problem, further.solve(problem, solution.x, following))
@@ -438,7 +439,8 @@ def _by_error(
     norm, threshold = length(residual), goal.threshold
     finite = torch.isfinite(norm)
     spent = (noticed == Status.MAX_STEPS) & (norm > threshold) & (solver.has_budget and not target.asked)
-    open_ = meant & finite & ~spent & ~_is_one_of(noticed, (Status.INDEFINITE, Status.NOT_FINITE))
+    open_ = meant & finite & ~spent & (noticed != Status.NOT_FINITE)
+    saddle = open_ & (noticed == Status.INDEFINITE)
     allowed = target.rtol * x.abs() + target.atol  # (batch, n)
     error, factor, exact = solution.error, solution.factor, False
     status = torch.where(finite, noticed, torch.full_like(noticed, Status.NOT_FINITE))
@@ -460,7 +462,8 @@ def _by_error(
         fine = good | (open_ & judged.good)
         left = torch.where((fine & ~good).unsqueeze(-1), found.error, left)
         doubtful += _doubtful(problem, x, residual, found, fine & ~good)
-        believed = noticed == Status.CONVERGED
+        # A saddle that is far away may be no stationary point: the first goal is that of a far start.
+        believed = (noticed == Status.CONVERGED) | (saddle & judged.far_off)
         failed = torch.where(believed | (noticed == Status.MAX_STEPS) & judged.rounded, int(Status.STAGNATED), noticed)
         named = (judged.status != Status.RUNNING) & ((judged.status != Status.STAGNATED) | (noticed != Status.DIVERGED))
         failed = torch.where(named, judged.status, failed)
@@ -468,6 +471,7 @@ def _by_error(
         again = believed & open_ & ~fine & ~judged.rounded & (judged.status == Status.RUNNING)
         good, ratio, noise, endless = fine, judged.ratio, judged.noise, judged.far_off
     status = torch.where(good, torch.full_like(status, Status.CONVERGED), status)
+    status = torch.where(saddle & ~again, torch.full_like(status, Status.INDEFINITE), status)
     if problem.minimizes:
         status = _name_stationary(problem, solution, status, goal.starting_point, meant)
         if doubtful:

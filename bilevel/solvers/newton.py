@@ -335,7 +335,7 @@ def _search(
             reached = residual.norm(dim=-1)
             small = reached <= threshold
             if bool(small.any()):
-                if bool((small & (found > merit)).any()):
+                if bool((small & ~(found <= merit)).any()):
                     small = small & ~_overshoots(found, merit, slope, magnitude)
                 if bool(small.all()):
                     break
@@ -517,12 +517,14 @@ def _comes_closer(
 
 
 def _overshoots(found: torch.Tensor, merit: torch.Tensor, slope: torch.Tensor, magnitude: torch.Tensor) -> torch.Tensor:
-    """Return where an objective has risen, and not by rounding, over a step that promised to lower it: no NaN has.
+    """Return where an objective has risen, and not by rounding, over a step that promised to lower it, or has left its domain.
 
-    Beyond the minimum lie plateaus, of sigmoids and robust losses, on which every gradient vanishes.
+    Beyond the minimum lie plateaus, of sigmoids and robust losses, on which every gradient vanishes. Beyond the domain of a logarithm its
+    gradient goes on.
     """
     least = torch.finfo(merit.dtype).eps ** 0.5 * torch.maximum(magnitude, found.abs())
-    return (found - merit > least) & (-slope > least)
+    outside = ~torch.isfinite(found) & torch.isfinite(merit)
+    return ((found - merit > least) & (-slope > least)) | outside
 
 
 def _shorter(t: torch.Tensor, merit: torch.Tensor, found: torch.Tensor, slope: torch.Tensor) -> torch.Tensor:

@@ -361,6 +361,8 @@ def _is_solved(problem: Problem, point: torch.Tensor, residual: torch.Tensor) ->
     """Return where R at ``point`` (batch, n) is at rounding level, or not much larger than ``residual``, (batch,) bool."""
     there = problem.residual(point)
     noise = residual_rounding(problem, point, there)
+    if problem.is_fixed_point:  # x − T(x) is rounded as x is
+        noise = torch.maximum(noise, torch.finfo(point.dtype).eps * point.abs())
     size = length(there)
     return torch.isfinite(size) & (size <= 30 * length(noise) + 2 * length(residual))
 

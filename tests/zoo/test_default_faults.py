@@ -374,6 +374,16 @@ def test_atoms_in_a_row_are_left(start: tuple[float, ...], dtype: torch.dtype) -
     assert torch.allclose(sides, torch.full((3,), 2 ** (1 / 6), dtype=F64), rtol=1e-4)
 
 
+def test_a_minimum_is_not_taken_outside_the_domain() -> None:
+    """Beyond zero the logarithm has no value, and its gradient goes on: from so far it is below the first goal."""
+    a, q = tensor(0.4, 0.9, dtype=torch.float32), tensor(0.1, 0.05, dtype=torch.float32)
+    barrier = lambda x, a: (0.5 * q * x * x + a * x - torch.log(x)).sum()
+    for start in ((3e5, 1.4e6), (9e5, 2e3), (1e6, 1e6), (2e6, 40.0)):
+        x = bilevel.argmin(barrier)(tensor(*start, dtype=torch.float32), a).double()
+        right = (-a.double() + (a.double() ** 2 + 4 * q.double()).sqrt()) / (2 * q.double())
+        assert torch.allclose(x, right, rtol=2e-3)
+
+
 def test_a_far_pair_is_found_below_the_rounding_of_a_near_one() -> None:
     energy = lambda x, e: (4 * e * (x**-12 - x**-6)).sum()
     x = bilevel.argmin(energy)(tensor(1542.0, 31.35, 989.6, dtype=torch.float32), tensor(0.7, dtype=torch.float32)[0])

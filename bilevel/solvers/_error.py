@@ -297,10 +297,10 @@ def meets_negative_curvature(problem: Problem, x: torch.Tensor, doubtful: torch.
 
 
 def has_kink(problem: Problem, x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
-    """Return where the gradient jumps at or beside ``x``, per problem: six gradients and one product.
+    """Return where the gradient of an objective jumps at or beside ``x``, per problem: six gradients and one product.
 
     From x − h s to x + h s, with signs s, ∇G changes by 2 h H s + O(h³) where G is smooth. What is left of the change after 2 h H s shrinks
-    with h then; at a kink it does not.
+    with h then; at a kink it does not. Where a point has no value, as beyond zero for a logarithm, gradients tell nothing.
     """
     eps = torch.finfo(x.dtype).eps
     signs, reach = irregular_signs(x), eps ** (1 / 3) * x.abs().clamp_min(1.0)
@@ -308,7 +308,10 @@ def has_kink(problem: Problem, x: torch.Tensor, residual: torch.Tensor) -> torch
     left = []
     for share in (64.0, 1.0, 1 / 64):
         step = share * reach * signs
-        left.append((problem.residual(x + step) - problem.residual(x - step) - 2 * share * bend).abs())
+        (above, slope_above), (below, slope_below) = (problem.value_and_residual(x + s * step) for s in (1, -1))
+        change = (slope_above - slope_below - 2 * share * bend).abs()
+        inside = torch.isfinite(above) & torch.isfinite(below)
+        left.append(torch.where(inside.unsqueeze(-1), change, torch.inf))
     found = torch.zeros_like(x, dtype=torch.bool)
     for wide, near in pairwise(left):
         size = residual.abs().amax(dim=-1, keepdim=True) + wide

@@ -191,9 +191,8 @@ class System(ABC):
             if mixes_numpy(error):
                 raise numpy_refusal(self.where, self.noun, arrays) from error
             self._check_count(tensors, error)
-            if arrays and isinstance(
-                error, (TypeError, AttributeError)
-            ):  # such as "'int' object is not callable", of array.size()
+            # Such as "'int' object is not callable", of array.size().
+            if arrays and isinstance(error, (TypeError, AttributeError)):
                 raise numpy_refusal(self.where, self.noun, arrays) from error
             if isinstance(error, (TypeError, AttributeError)) or not _MISFIT.search(str(error)):
                 raise

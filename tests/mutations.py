@@ -1341,13 +1341,12 @@ MUTATIONS = (
     ),
     Mutation(
         "a runaway taken for a solution that is not unique", "solvers/_weighing.py",
-        "a runaway taken for a solution that is not unique", "solvers/_judge.py",
         "return ~_is_solved(problem, x - found.null_part, residual) & ", "return torch.zeros_like(residual[:, 0], dtype=torch.bool) & ",
         ("tests/solvers/test_error.py", "-k", "ran_away"),
     ),
     Mutation(
         "an x whose last place is larger than delta", "solvers/_judge.py",
-        "if bool(blind.any()):\n            status = torch.where(blind, _blind(problem, solution", "if False:\n            status = torch.where(blind, _blind(problem, solution", ("tests/solvers/test_error.py", "-k", "rounds_by"),
+        "if bool(blind.any()):\n            status = torch.where(blind, blind_status(problem, solution", "if False:\n            status = torch.where(blind, blind_status(problem, solution", ("tests/solvers/test_error.py", "-k", "rounds_by"),
     ),
     Mutation(
         "kinks are passed over", "solvers/_stationary.py",

@@ -1363,12 +1363,12 @@ MUTATIONS = (
     ),
     Mutation(
         "a runaway taken for a solution that is not unique", "solvers/_weighing.py",
-        "return ~solved(x - found.null_part) & solved", "return solved(x) & ~solved(x) & solved",
+        "return ~_is_solved(problem, x - found.null_part, residual) & ", "return torch.zeros_like(residual[:, 0], dtype=torch.bool) & ",
         ("tests/solvers/test_error.py", "-k", "ran_away"),
     ),
     Mutation(
         "an x whose last place is larger than delta", "solvers/_judge.py",
-        "if bool(blind.any()):\n            status", "if False:\n            status", ("tests/solvers/test_error.py", "-k", "rounds_by"),
+        "if bool(blind.any()):\n            status = torch.where(blind, blind_status(problem, solution", "if False:\n            status = torch.where(blind, blind_status(problem, solution", ("tests/solvers/test_error.py", "-k", "rounds_by"),
     ),
     Mutation(
         "kinks are passed over", "solvers/_stationary.py",
@@ -1560,6 +1560,62 @@ MUTATIONS = (
         "a bound above δ is no matter", "linear/_second_solves.py",
         "return bound > error * (1 + 16 * torch.finfo(bound.dtype).eps)", "return bound > torch.inf",
         ("tests/linear/test_base.py", "-k", "bound_contradicts"),
+    ),
+    Mutation(
+        "a plain run that drifts ever slower is no drift", "solvers/anderson.py",
+        "_EARLY_STEPS, _LONGER, _SHARE_LEFT = 256, 4, 0.22", "_EARLY_STEPS, _LONGER, _SHARE_LEFT = 256, 4, 0.999",
+        ("tests/zoo/test_default_faults.py", "-k", "named_early or named_from_elsewhere"),
+    ),
+    Mutation(
+        "an accelerated run that drifts in rounding goes on", "solvers/anderson.py",
+        "drifts = (norm > _DRIFT * rounding) | striding | self.drifts", "drifts = (norm > _DRIFT * rounding) | striding",
+        ("tests/zoo/test_default_faults.py", "-k", "named_early or named_from_elsewhere"),
+    ),
+    Mutation(
+        "a root at infinity is stagnation", "solvers/_weighing.py",
+        "gone = gone & (rounded | little)", "gone = gone & ~gone",
+        ("tests/zoo/test_default_faults.py", "-k", "root_at_infinity"),
+    ),
+    Mutation(
+        "squares of residuals overflow in Newton's search", "solvers/_newton_search.py",
+        "            residual = problem.residual(x)\n            reached = length(residual)",
+        "            residual = problem.residual(x)\n            reached = residual.norm(dim=-1)",
+        ("tests/zoo/test_default_faults.py", "-k", "squared_residual_overflows"),
+    ),
+    Mutation(
+        "no search begins beside a saddle", "solvers/defaults.py",
+        "*_POLISH, Successor(_NEWTON, afresh=False, beside=True))", "*_POLISH)",
+        ("tests/zoo/test_default_faults.py", "-k", "atoms_in_a_row"),
+    ),
+    Mutation(
+        "negative curvature is not followed in rounding", "solvers/_newton_search.py",
+        "steady & (ratio < 1) | shorter, shorter | still_down)", "steady & (ratio < 1) | shorter, shorter)",
+        ("tests/zoo/test_default_faults.py", "-k", "far_pair"),
+    ),
+    Mutation(
+        "a point outside the domain is a minimum", "solvers/_newton_search.py",
+        "(-slope > least)) | outside", "(-slope > least)) | (outside & ~outside)",
+        ("tests/zoo/test_default_faults.py", "-k", "outside_the_domain"),
+    ),
+    Mutation(
+        "a batched strength is never asked for its range", "layers/proximal.py",
+        "if not self.levels or not bool(met.any()):", "if True:",
+        ("tests/zoo/test_default_faults.py", "-k", "out_of_range"),
+    ),
+    Mutation(
+        "what a constraint captures is the objective's", "equations/structured.py",
+        "return self.besides", "return self.noun",
+        ("tests/zoo/test_default_faults.py", "-k", "captures_a_tensor"),
+    ),
+    Mutation(
+        "a method that numpy lacks is a raw error", "equations/system.py",
+        "if arrays and isinstance(error, (TypeError, AttributeError)):", "if False:",
+        ("tests/zoo/test_default_faults.py", "-k", "array_of_numpy"),
+    ),
+    Mutation(
+        "a second derivative that is infinite has general words", "layers/messages.py",
+        "    what = \"a second derivative", "    return {}\n    what = \"a second derivative",
+        ("tests/zoo/test_default_faults.py", "-k", "infinite_is_named"),
     ),
     Mutation(
         "steps are never lengthened", "solvers/anderson.py",

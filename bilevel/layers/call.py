@@ -21,7 +21,7 @@ from bilevel.implicit import JointProduct
 from bilevel.layers.checks import Inspection, inspect_on_failure, inspect_once, reuse_inspection
 from bilevel.layers.differentiation import Differentiation, Implicit, check_differentiation
 from bilevel.layers.examinations import Examinations
-from bilevel.layers.messages import failure_messages
+from bilevel.layers.messages import derivative_messages, failure_messages
 from bilevel.linear._base import LinearSolver, as_linear_solver, solve_linear
 from bilevel.linear._free_directions import (
     changes_free_directions,
@@ -405,6 +405,8 @@ class SolveCall:
         outcome, words = _without_derivative(operator, outcome, pullbacks, settings.backward_messages)
         if unsure and bool(changes_free_directions(operator, outcome.status, unsure).any()):
             words = {**unsure_derivative_messages(), **words}
+        if direction is Pass.BACKWARD:
+            words = {**derivative_messages(outcome.status, rhs, symmetric=operator.symmetric), **words}
         outcome, words = self._one_sided(outcome, words, axes)
         report = _report(direction, self.where, solver.name, outcome, axes, words)
         self.report = self.report or report

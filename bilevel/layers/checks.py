@@ -210,7 +210,7 @@ def inspect_function(problem: Problem, x: torch.Tensor, *, captures: bool) -> tu
         If the function returns the wrong shapes, or what it returns does not depend on its first argument; if an objective that may be
         differentiated holds a custom Function that is marked once_differentiable.
     """
-    noun = problem.system.noun
+    noun = problem.system.examined
     watched = [t for t in (*problem.tensors, *buffers_of(problem.system.function)) if not t.is_inference()]
     versions, states = [t._version for t in watched], GeneratorStates(x.device)
     try:
@@ -272,7 +272,7 @@ def _probe(
         if not point.numel():
             return output.detach(), point.detach()
         if captures and reaches_another_leaf(output, (point,)):
-            raise captured_error(problem.where, problem.system.noun, "requires grad")
+            raise captured_error(problem.where, problem.system.examined, "requires grad")
         (slope,) = torch.autograd.grad(output.sum(), point, allow_unused=True, materialize_grads=True)
     return output.detach(), slope
 

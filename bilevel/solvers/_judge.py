@@ -35,7 +35,7 @@ from bilevel.solvers._stationary import (
     name_still,
 )
 from bilevel.solvers._trials import Trial, choose, merged, with_residual
-from bilevel.solvers._weighing import only_sizes_matter, runaway_status, weigh
+from bilevel.solvers._weighing import blind_status, only_sizes_matter, weigh
 from bilevel.tolerance import Target
 
 __all__ = ["InnerOutcome", "Successor", "solve_inner"]
@@ -62,7 +62,7 @@ _WORTH_ANOTHER = (
 class Successor:
     """A solver that takes over the problems at which another failed. It begins at the initial guess if ``afresh``, else at the last iterate.
 
-    ``beside`` moves this point by a thousandth, in case the Jacobian happens to be singular there.
+    ``beside`` moves that by a thousandth, out of a place where the Jacobian happens to be singular, or off the saddle at which an argmin ended.
     """
 
     solver: InnerSolver
@@ -112,9 +112,10 @@ def solve_inner(
         # Another search may avoid the saddle or kink at which this one ended. If the search began there, nothing else
         # is tried.
         left = is_one_of(trial.status, (Status.INDEFINITE, Status.KINK)) & (trial.x != init).any(dim=-1)
-        failed = (left | is_one_of(trial.status, _WORTH_ANOTHER)) & torch.isfinite(
-            goal.scale if target.relative else trial.norm
-        )
+        worth = left | is_one_of(trial.status, _WORTH_ANOTHER)
+        if other.beside and problem.minimizes:
+            worth = left & (trial.status == Status.INDEFINITE)
+        failed = worth & torch.isfinite(goal.scale if target.relative else trial.norm)
         if not bool(failed.any()):
             break
         # Solved problems do not move: their threshold is infinite.
@@ -128,7 +129,9 @@ def solve_inner(
         # What comes to the same saddle, and does not see that it is one, has not left it.
         size = torch.maximum(trial.x.abs(), (trial.x - init).abs())
         same = ((second.x - trial.x).abs() <= _SAME_POINT * size).all(dim=-1)
-        won = won & ~(same & (trial.status == Status.INDEFINITE))
+        stayed = won & same & (trial.status == Status.INDEFINITE)
+        if bool(stayed.any()):
+            won = won & ~(stayed & ~_fell_from(problem, trial, second, init))
         tried.append(other.solver.name)
         steps = steps + torch.where(failed, second.iterations, torch.zeros_like(steps))
         if bool(won.any()):
@@ -151,6 +154,14 @@ def solve_inner(
         trial.x, status, steps, trial.norm, trial.threshold, bound, _basis(target), trial.residual,
         trial.factor, trial.exact, ", then ".join(names), words=words,
     )  # fmt: skip
+
+
+def _fell_from(problem: Problem, saddle: Trial, other: Trial, init: torch.Tensor) -> torch.Tensor:
+    """Return where the objective is clearly lower than at the saddle, (batch,) bool: from a far start, two points look like one."""
+    if saddle.value is None or other.value is None:
+        return torch.zeros_like(saddle.norm, dtype=torch.bool)
+    fallen = (problem.value(init) - saddle.value).clamp_min(0.0)
+    return saddle.value - other.value > _SAME_POINT * fallen
 
 
 def _words_of_rounding(status: torch.Tensor, bound: torch.Tensor) -> StatusMessages:
@@ -211,7 +222,8 @@ def _attempt(solver: InnerSolver, problem: Problem, goal: Goal, meant: torch.Ten
                 int(Status.DIVERGED),
                 int(Status.BUDGET_SPENT if spent else Status.STAGNATED),
             )
-            verdict = verdict.ended(short)
+            kept = solution.status == Status.INDEFINITE
+            verdict = verdict.ended(torch.where(kept, int(Status.INDEFINITE), short))
             break
         following = replace(goal, init=solution.x, given=verdict.next_threshold, origin=goal.starting_point)
         resumed = with_residual(problem, further.solve(problem, solution.x, following))
@@ -247,7 +259,7 @@ def _by_residual(solver: InnerSolver, problem: Problem, solution: InnerSolution,
         largest = solution.x.abs().amax(dim=-1)
         blind = (status == Status.CONVERGED) & (torch.finfo(norm.dtype).eps * largest > target.error)
         if bool(blind.any()):
-            status = torch.where(blind, runaway_status(solution.x, goal.init), status)
+            status = torch.where(blind, blind_status(problem, solution.x, solution.residual, goal.init), status)
         if problem.minimizes:
             still = (status == Status.CONVERGED) & (solution.x == goal.init).all(dim=-1)
             status = name_kinks(problem, solution, status, still, is_one_of(status, MAYBE_KINKED))
@@ -324,7 +336,8 @@ def _by_error(
     norm, threshold = length(residual), goal.threshold
     finite = torch.isfinite(norm)
     spent = (noticed == Status.MAX_STEPS) & (norm > threshold) & (solver.has_budget and not target.asked)
-    open_ = meant & finite & ~spent & ~is_one_of(noticed, (Status.INDEFINITE, Status.NOT_FINITE))
+    open_ = meant & finite & ~spent & (noticed != Status.NOT_FINITE)
+    saddle = open_ & (noticed == Status.INDEFINITE)
     allowed = target.rtol * x.abs() + target.atol  # (batch, n)
     error, factor, exact = solution.error, solution.factor, False
     status = torch.where(finite, noticed, torch.full_like(noticed, Status.NOT_FINITE))
@@ -346,13 +359,16 @@ def _by_error(
         fine = good | (open_ & judged.good)
         left = torch.where((fine & ~good).unsqueeze(-1), found.error, left)
         doubtful += doubtful_directions(problem, x, residual, found, fine & ~good)
-        believed = noticed == Status.CONVERGED
+        # A saddle that is far away may be no stationary point: the first goal is that of a far start.
+        believed = (noticed == Status.CONVERGED) | (saddle & judged.far_off)
         failed = torch.where(believed | (noticed == Status.MAX_STEPS) & judged.rounded, int(Status.STAGNATED), noticed)
-        failed = torch.where(judged.status != Status.RUNNING, judged.status, failed)
+        named = (judged.status != Status.RUNNING) & ((judged.status != Status.STAGNATED) | (noticed != Status.DIVERGED))
+        failed = torch.where(named, judged.status, failed)
         status = torch.where(open_ & ~fine, failed, status)
         again = believed & open_ & ~fine & ~judged.rounded & (judged.status == Status.RUNNING)
         good, ratio, noise, endless = fine, judged.ratio, judged.noise, judged.far_off
     status = torch.where(good, torch.full_like(status, Status.CONVERGED), status)
+    status = torch.where(saddle & ~again, torch.full_like(status, Status.INDEFINITE), status)
     if problem.minimizes:
         status = name_stationary(problem, solution, status, goal.starting_point, meant)
         if doubtful:

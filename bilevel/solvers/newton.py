@@ -13,7 +13,7 @@ from bilevel.linear.gmres import GMRES
 from bilevel.operators import LinearOperator
 from bilevel.reports import Status
 from bilevel.setting_checks import check_steps
-from bilevel.solvers._base import Goal, InnerSolution, InnerSolver, iterate
+from bilevel.solvers._base import Goal, InnerSolution, InnerSolver, iterate, length
 from bilevel.solvers._error import meets_negative_curvature
 from bilevel.solvers._newton_directions import dense_descent, dense_root, descending
 from bilevel.solvers._newton_error import error_left, is_slow, root_error_left
@@ -103,7 +103,7 @@ class Newton(InnerSolver):
         goal.measure(first)
         threshold = goal.threshold
         residual = first.residual.detach()
-        norm = residual.norm(dim=-1)
+        norm = length(residual)
         start = NewtonState(
             x=init,
             residual=residual,
@@ -158,7 +158,7 @@ class Newton(InnerSolver):
         active: torch.Tensor,
     ) -> Direction:
         """Solve for the direction as accurately as Eisenstat & Walker's choice 2, (‖R_k‖ / ‖R_{k−1}‖)²."""
-        norm = state.residual.norm(dim=-1)
+        norm = length(state.residual)
         progress = torch.clamp((norm / state.last_norm) ** 2, max=_LEAST_FORCING)
         # Ask for no more accuracy than the threshold needs, so that the last step is not solved too accurately.
         forcing = torch.maximum(progress, torch.clamp(0.3 * threshold / norm, max=_MOST_FORCING))

@@ -866,7 +866,7 @@ MUTATIONS = (
     ),
     Mutation(
         "a kink looked for on one side of it", "solvers/_error.py",
-        "problem.residual(x + step) - problem.residual(x - step) - 2", "problem.residual(x + step) - residual - 1", ("tests/test_wording.py", "-k", "whichever_side"),
+        "(slope_above - slope_below - 2 *", "(slope_above - residual - 1 *", ("tests/test_wording.py", "-k", "whichever_side"),
     ),
     Mutation(
         "a kink that another solver found is forgotten", "solvers/_judge.py",

@@ -114,7 +114,7 @@ def solve_inner(
         left = is_one_of(trial.status, (Status.INDEFINITE, Status.KINK)) & (trial.x != init).any(dim=-1)
         worth = left | is_one_of(trial.status, _WORTH_ANOTHER)
         if other.beside and problem.minimizes:
-            worth = left & (trial.status == Status.INDEFINITE)
+            worth = left & (trial.status == Status.INDEFINITE) & (trial.x != init).all(dim=-1)
         failed = worth & torch.isfinite(goal.scale if target.relative else trial.norm)
         if not bool(failed.any()):
             break

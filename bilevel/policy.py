@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 
 from bilevel.errors import ArgumentError, BilevelError, BudgetWarning, FailureWarning, SolveError, SolveWarning
-from bilevel.recording import Recording, active_recordings
+from bilevel.recording import ACTIVE, Recording
 from bilevel.reports import SolveReport, Status
 
 __all__ = ["OnFailure", "apply_policy", "check_policy", "handle_misuse"]
@@ -58,7 +58,7 @@ def apply_policy(
         If a problem failed and the policy is ``"raise"``.
     """
     seen: list[Recording] = []
-    for recording in (*active_recordings(), *recordings):
+    for recording in (*ACTIVE.stack, *recordings):
         if not any(recording is other for other in seen):
             seen.append(recording)
             recording.append(report)

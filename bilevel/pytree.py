@@ -84,6 +84,8 @@ class Raveler:
     @staticmethod
     def of(tree: Any, where: str, what: str = "init") -> Raveler:
         """Read the structure of ``tree``, called ``what`` in messages, or say what cannot be an unknown about it."""
+        if isinstance(tree, torch.Tensor) and moves(tree) and tree.layout is torch.strided:
+            return _of_tensor(tree.shape, tree.dtype, tree.device)
         paths, structure = pytree.tree_flatten_with_path(tree)
         if not paths:
             raise ShapeError(
@@ -155,7 +157,7 @@ class Raveler:
 
     def ravel(self, tree: Any) -> torch.Tensor:
         """Return ``tree``, of this structure, as one vector (n,)."""
-        leaves = pytree.tree_leaves(tree)
+        leaves = [tree] if self.is_tensor else pytree.tree_leaves(tree)
         if len(leaves) == 1 and leaves[0].dtype == self.dtype == self.dtypes[0]:
             return leaves[0].reshape(self.size)
         # A real value of a complex unknown's equation has the imaginary part zero.
@@ -174,6 +176,14 @@ class Raveler:
     def _leaf(self, part: torch.Tensor, place: int) -> torch.Tensor:
         """Return the leaf at ``place``, of its ``part`` of the flat vector."""
         return _complete(part.reshape(self.real_shapes[place]), self.dtypes[place])
+
+
+@lru_cache(maxsize=64)
+def _of_tensor(shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Raveler:
+    return Raveler(_LEAF, (shape,), (dtype,), real_dtype(dtype), device)
+
+
+_LEAF = pytree.tree_structure(0)
 
 
 def _made_a_tensor(leaf: Any) -> str:

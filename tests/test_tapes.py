@@ -93,7 +93,7 @@ def test_the_same_on_other_numbers(function, seed, awkward):
     program = noted(function, (numbers(0, 3, 3), numbers(1, 3, 3)))
     inputs = numbers(seed, 3, 3, awkward=awkward), numbers(seed + 1, 3, 3, awkward=awkward)
     kept = [t.clone() for t in inputs]
-    assert same(program(*inputs), function(*inputs))
+    assert same(program.run(*inputs), function(*inputs))
     assert same(inputs, kept)
 
 
@@ -117,7 +117,7 @@ def test_in_two_parts_the_second_as_often_as_one_likes(function, seed):
 def test_what_is_given_comes_back_as_another_object():
     x = numbers(0, 3)
     program = noted(lambda x: [x, x.detach(), x + 0], (x,))
-    for found in program(x):
+    for found in program.run(x):
         assert torch.equal(found, x) and found is not x
 
 
@@ -214,7 +214,7 @@ def test_views_are_of_what_they_view(seed):
     program = noted(seen_otherwise, (numbers(0, 3, 3), numbers(1, 3, 3)))
     inputs = numbers(seed, 3, 3), numbers(seed + 1, 3, 3)
     kept = [t.clone() for t in inputs]
-    assert same(program(*inputs), seen_otherwise(*inputs))
+    assert same(program.run(*inputs), seen_otherwise(*inputs))
     assert same(inputs, kept)
 
 

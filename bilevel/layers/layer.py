@@ -30,7 +30,6 @@ from bilevel.equations.structured import Structure, StructuredSystem
 from bilevel.equations.system import FixedPointSystem, System
 from bilevel.errors import (
     ArgumentError,
-    BilevelError,
     DtypeError,
     InitGradientError,
     StochasticObjectiveError,
@@ -306,20 +305,22 @@ class Layer:
         value_only: bool = False,
     ) -> Solution[T]:
         raveler = Raveler.of(init, self.where)
+        given = raveler.ravel(init)
         ordinary, tensors = self._system(raveler, args, kwargs)
-        self._refuse_forward_twice(tensors)
-        system, flat = ordinary, raveler.ravel(init).detach()
+        watched, inside, poisoned = torch.is_grad_enabled(), differentiating(), False
+        if inside:
+            self._refuse_forward_twice(tensors)
+        system, flat = ordinary, given.detach()
         if self.structure is not None:
             system, flat = self.structure.attach(ordinary, flat, tensors)
-        watched = torch.is_grad_enabled()
-        poisoned = (
-            self._check_edge(settings.on_failure, init, ordinary, tensors)
-            or (system is not ordinary and self._check_captures(settings.on_failure, flat, system, tensors))
-            if watched or differentiating() or transforms_active()
-            else False
-        )
+        if watched or inside or transforms_active():
+            poisoned = self._check_init(settings.on_failure, given)
+        if inside:
+            poisoned |= self._check_captures(settings.on_failure, given, ordinary, tensors)
+            if system is not ordinary and not poisoned:
+                poisoned = self._check_captures(settings.on_failure, flat, system, tensors)
         call = self._call(settings, system, watched)
-        if maps_nothing((flat, *tensors)):
+        if transforms_active() and maps_nothing((flat, *tensors)):
             # The derivatives are empty, or zero. torch fails in some operations of an empty batch: the function is not called.
             context = ImplicitContext(system, call.solve, call.solve_linear)
             x = with_zero_derivatives(Solve.apply(context, flat, *map(without_gradient, tensors)), tensors)
@@ -391,23 +392,24 @@ class Layer:
                 "instead of jacfwd(jacfwd(f))"
             )
 
-    def _check_edge(self, on_failure: OnFailure, init: Any, system: System, tensors: list[torch.Tensor]) -> bool:
-        """Find the misuse that the primitive cannot see from inside; return whether the policy asks for NaN."""
-        poisoned = False
-        leaves = pytree.tree_leaves(init)
-        if any(carries_gradient(leaf) for leaf in leaves):
-            error: BilevelError = InitGradientError(
-                f"{self.where}: expected init not to require grad, and it does: a solution does not depend on the initial "
-                "guess, which would receive no gradient; pass init.detach(), or pass the tensor as an argument"
-            )
-            poisoned |= handle_misuse(error, on_failure)
-        return poisoned | self._check_captures(on_failure, system.raveler.ravel(init), system, tensors)
+    def _check_init(self, on_failure: OnFailure, init: torch.Tensor) -> bool:
+        """Find a flat initial guess that something differentiates; return whether the policy asks for NaN."""
+        if not carries_gradient(init):
+            return False
+        error = InitGradientError(
+            f"{self.where}: expected init not to require grad, and it does: a solution does not depend on the initial "
+            "guess, which would receive no gradient; pass init.detach(), or pass the tensor as an argument"
+        )
+        return handle_misuse(error, on_failure)
 
     def _check_captures(
         self, on_failure: OnFailure, init: torch.Tensor, system: System, tensors: list[torch.Tensor]
     ) -> bool:
-        """Find tensors of an outer transform that the function captures; return whether the policy asks for NaN."""
-        if differentiating() and not maps_nothing((init, *tensors)):
+        """Find tensors of an outer transform that the function captures; return whether the policy asks for NaN.
+
+        Inside a transform that differentiates.
+        """
+        if not maps_nothing((init, *tensors)):
             # Inside the primitive, a captured tensor of a transform looks like a plain tensor. The check has to be here.
             detached = [without_gradient(tensor) for tensor in tensors]
             flat = without_gradient(init)

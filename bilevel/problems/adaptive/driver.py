@@ -16,7 +16,8 @@ from bilevel.certificates.bound import Bound
 from bilevel.equations.problem import Problem
 from bilevel.errors import ArgumentError, BilevelError, SolveError, SolveWarning, TransformError
 from bilevel.layers.call import SolveSettings
-from bilevel.layers.checks import Inspection, inspect_on_failure
+from bilevel.layers.checks import Inspection
+from bilevel.layers.randomness import CheckAfter
 from bilevel.linear.defaults import default_linear_solver
 from bilevel.policy import OnFailure, apply_policy, handle_misuse
 from bilevel.problems.adaptive.search import Search
@@ -97,7 +98,7 @@ def solve_to_goal(
     )  # fmt: skip
     if lower.batch == 1 and first is not None:
         search.lower.remember(x, first[0].reshape(1), first[1].reshape(x.shape))
-    with inspect_on_failure(x.device, lambda: inspected(again=True)) if trusted else nullcontext():
+    with CheckAfter(x.device, lambda: inspected(again=True)) if trusted else nullcontext():
         found = search.run(x, q)
     linear_name = "its default" if linear is None else linear.name
     # A batch's means hand each problem 1/K of its right-hand side: reports speak of that system, as everywhere.

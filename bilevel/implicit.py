@@ -239,7 +239,7 @@ class Solve(torch.autograd.Function):
             adjoint = rule.solve_linear(
                 linearization.operator.T,
                 rhs,
-                rule.system.batch_shape,
+                cotangent.shape[:-1],
                 both,
                 lambda: pullbacks_of(both.pullback, tensors, needs_grad),
             )

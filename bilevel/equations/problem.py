@@ -58,8 +58,8 @@ class Problem:
 
     Attributes
     ----------
-    batch, size
-        The number of problems, and n, the number of unknowns of each.
+    batch_shape, batch, size
+        The batch's axes, outermost first; the number of problems; and n, the number of unknowns of each.
     minimizes
         Whether there is an objective, so that :meth:`value` can be called.
     has_value
@@ -75,6 +75,7 @@ class Problem:
     linearization_slot: LinearizationSlot | None = field(default=None, repr=False)
     replays: ReplayCache | None = field(default=None, repr=False)
     objective: Problem | None = field(default=None, repr=False)
+    batch_shape: tuple[int, ...] = field(init=False, repr=False)
     batch: int = field(init=False, repr=False)
     size: int = field(init=False, repr=False)
     minimizes: bool = field(init=False, repr=False)
@@ -84,9 +85,10 @@ class Problem:
 
     def __post_init__(self) -> None:
         system, raveler = self.system, self.system.raveler
-        batch = math.prod(system.batch_shape)
+        shape = tuple([level.size for level in reversed(system.levels)])
+        batch = math.prod(shape)
         vars(self).update(
-            batch=batch, size=raveler.size, minimizes=system.minimizes, has_value=system.has_value,
+            batch_shape=shape, batch=batch, size=raveler.size, minimizes=system.minimizes, has_value=system.has_value,
             is_fixed_point=system.is_fixed_point, is_lone=batch == 1 and raveler.device.type == "cpu",
         )  # fmt: skip
 
@@ -407,7 +409,7 @@ class Problem:
 
         The unknown and every dense tensor have one batch axis in front; the function takes and returns such tensors.
         """
-        shape, tensors = self.system.batch_shape, []
+        shape, tensors = self.batch_shape, []
         for place, tensor in enumerate(self.tensors):
             if tensor.layout is torch.strided:  # a sparse tensor cannot be batched: all problems share it
                 for axis, level in enumerate(reversed(self.system.levels)):
@@ -436,7 +438,7 @@ class Problem:
 
     def shaped(self, x: torch.Tensor) -> torch.Tensor:
         """Return ``x`` (batch, n) with an axis for each level of the batch in place of the first."""
-        return x.reshape(*self.system.batch_shape, self.size)
+        return x.reshape(*self.batch_shape, self.size)
 
 
 def _batched(function: Callable[..., Any]) -> Callable[..., Any]:

@@ -32,7 +32,7 @@ from bilevel.linear._free_directions import (
 from bilevel.linear.defaults import default_linear_solver
 from bilevel.linear.exact import offer_factor
 from bilevel.operators import LinearOperator
-from bilevel.policy import OnFailure, apply_policy, check_policy, handle_misuse
+from bilevel.policy import POLICIES, OnFailure, apply_policy, check_policy, handle_misuse
 from bilevel.recording import ACTIVE
 from bilevel.replay import InspectionCache, ReplayCache
 from bilevel.reports import Pass, SolveReport, Status, StatusMessages
@@ -113,14 +113,17 @@ class SolveSettings:
     on_adjoint: Callable[[Adjoint], None] | None = None
 
     def __post_init__(self) -> None:
-        if self.solver is not None:
+        # A call makes its settings of the layer's by replacement: what is already checked is not checked again.
+        if self.solver is not None and not isinstance(self.solver, InnerSolver):
             object.__setattr__(self, "solver", as_inner_solver(self.solver))
-        if self.linear_solver is not None:
+        if self.linear_solver is not None and not isinstance(self.linear_solver, LinearSolver):
             object.__setattr__(self, "linear_solver", as_linear_solver(self.linear_solver))
         if not isinstance(self.tolerance, Tolerance):
             raise ArgumentError(f"expected tolerance to be a bilevel.Tolerance, got {self.tolerance!r}; wrap it in one")
-        check_policy(self.on_failure)
-        object.__setattr__(self, "differentiation", check_differentiation(self.differentiation))
+        if self.on_failure not in POLICIES:
+            check_policy(self.on_failure)
+        if not isinstance(self.differentiation, Differentiation):
+            object.__setattr__(self, "differentiation", check_differentiation(self.differentiation))
 
     def start(self, rhs: torch.Tensor) -> torch.Tensor | None:
         """Return the initial guess of the linear solve for the right-hand side ``rhs`` (batch, n), or None."""
@@ -297,7 +300,7 @@ class SolveCall:
     def _reported(
         self, problem: Problem, outcome: InnerOutcome, messages: StatusMessages, *, silent: bool
     ) -> torch.Tensor:
-        settings, system, axes = self.settings, problem.system, problem.system.batch_shape
+        settings, system, axes = self.settings, problem.system, problem.batch_shape
         self.one_step = outcome.factor is not None and (outcome.exact or bool((outcome.iterations <= 1).all()))
         if self.watched and not isinstance(system, StructuredSystem):
             self.found = outcome.residual, outcome.threshold
@@ -353,7 +356,7 @@ class SolveCall:
             "function uses an object that has changed: pass that object as an argument, or take the derivative before it changes"
         )
         if handle_misuse(error, self.settings.on_failure):
-            axes = problem.system.batch_shape
+            axes = problem.batch_shape
             lost = doubtful.reshape(axes)
             self.nan_mask = lost if self.nan_mask is None else self.nan_mask | lost
 
@@ -385,7 +388,8 @@ class SolveCall:
         begun = None if product is None else settings.start(rhs)
         noise = self._noise(rhs)
         examinations = self.inspector.examinations
-        examine = not target.silent and target.strong_convexity is None and examinations.is_due(operator, solver)
+        examine = not (target.silent or target.strong_convexity is not None or solver.knows_null_space)
+        examine = examine and examinations.is_due(operator)
         outcome = solve_linear(
             solver, operator, rhs, target, begun, product=product, seen=bool(reported), noise=noise, examine=examine
         )

@@ -10,7 +10,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol, TypeAlias, runtime_checkable
+from typing import ClassVar, Protocol, TypeAlias, runtime_checkable
 
 import torch
 
@@ -53,6 +53,9 @@ class LinearSolver(ABC):
     tensor([[0.5000, 1.5000]])
     """
 
+    knows_null_space: ClassVar[bool] = False
+    """Whether the method itself tells singular matrices from regular ones, as a factorisation does."""
+
     @property
     def has_budget(self) -> bool:
         """Whether the caller chose a number of steps, which is then legitimate to spend, as in "5 CG steps"."""
@@ -62,11 +65,6 @@ class LinearSolver(ABC):
     def name(self) -> str:
         """The name used in messages and reports."""
         return type(self).__name__
-
-    @property
-    def knows_null_space(self) -> bool:
-        """Whether the method itself tells singular matrices from regular ones, as a factorisation does."""
-        return False
 
     @abstractmethod
     def solve(

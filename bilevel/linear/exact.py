@@ -62,9 +62,7 @@ class Exact(LinearSolver):
     max_bytes: int = 2**31
     indefinite: bool = False
 
-    @property
-    def knows_null_space(self) -> bool:
-        return True
+    knows_null_space = True
 
     def solve(
         self, operator: LinearOperator, rhs: torch.Tensor, threshold: torch.Tensor, start: torch.Tensor | None = None

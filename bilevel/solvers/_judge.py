@@ -17,7 +17,7 @@ import torch
 
 from bilevel.equations.problem import Problem
 from bilevel.reports import Basis, Status, StatusMessages
-from bilevel.solvers._base import Goal, InnerSolution, InnerSolver, all_finite, is_lone, length
+from bilevel.solvers._base import Goal, InnerSolution, InnerSolver, all_finite, length
 from bilevel.solvers._degenerate import falls_beside, is_slow, slow_directions
 from bilevel.solvers._error import (
     ErrorEstimate,
@@ -107,7 +107,8 @@ def solve_inner(
         )
     goal = Goal(problem, init, target)
     trial = _attempt(solver, problem, goal)
-    names, tried, latest, steps = [solver.name], [solver.name], trial.x, trial.iterations
+    names, latest, steps = [solver.name], trial.x, trial.iterations
+    tried, basis = list(names), _basis(target)
     for other in () if trial.settled else others:
         # Another search may not go to the saddle or kink that this one went to. One that it began at stays one.
         left = _is_one_of(trial.status, (Status.INDEFINITE, Status.KINK)) & (trial.x != init).any(dim=-1)
@@ -135,7 +136,7 @@ def solve_inner(
     status = trial.status
     # A NaN that is added to an objective does not show in its gradient.
     value = trial.value
-    if value is not None and not (math.isfinite(float(value)) if is_lone(value) else bool(all_finite(value))):
+    if value is not None and not (math.isfinite(float(value)) if problem.is_lone else bool(all_finite(value))):
         status = torch.where(torch.isfinite(value), status, torch.full_like(status, Status.NOT_FINITE))
     bound = torch.full_like(trial.norm, float("nan"))
     words: StatusMessages = {}
@@ -147,7 +148,7 @@ def solve_inner(
             status = torch.where(contradicted, torch.full_like(status, Status.STAGNATED), status)
             words = _words_of_rounding(status, bound)
     return InnerOutcome(
-        trial.x, status, steps, trial.norm, trial.threshold, bound, _basis(target), trial.residual,
+        trial.x, status, steps, trial.norm, trial.threshold, bound, basis, trial.residual,
         trial.factor, trial.exact, ", then ".join(names), words=words,
     )  # fmt: skip
 
@@ -209,12 +210,12 @@ def _attempt(solver: InnerSolver, problem: Problem, goal: Goal, meant: torch.Ten
     if not goal.target.rtol:
         return _by_residual(solver, problem, solution, goal)
     every = meant is None
-    meant = torch.ones_like(solution.status, dtype=torch.bool) if meant is None else meant
     steps = solution.iterations
     for count in range(_MOST_ROUNDS):
-        known, found = _at_once(problem, solution, goal, meant) if every else (None, None)
+        known, found = _at_once(problem, solution, goal, steps) if every else (None, None)
         if known is not None:
-            return replace(known, iterations=steps)
+            return known
+        meant = torch.ones_like(solution.status, dtype=torch.bool) if meant is None else meant
         verdict = _by_error(solver, problem, solution, goal, meant, found)
         if not bool(verdict.again.any()):
             break
@@ -337,17 +338,16 @@ def _runaway(x: torch.Tensor, init: torch.Tensor) -> torch.Tensor:
 
 
 def _at_once(
-    problem: Problem, solution: InnerSolution, goal: Goal, meant: torch.Tensor
+    problem: Problem, solution: InnerSolution, goal: Goal, steps: torch.Tensor
 ) -> tuple[_Trial | None, ErrorEstimate | None]:
-    """Return what :func:`_by_error` would, where all have plainly converged, else None; and the estimates that were made.
+    """Return what :func:`_by_error` would, where all have plainly converged, after ``steps``, else None; and the estimates that were made.
 
     This is how most calls end, and small problems feel each operation.
     """
     x, residual, target = solution.x, solution.residual, goal.target
     assert residual is not None
     # An unknown that stayed at the start may be stationary by convention only.
-    status, lone = solution.status, is_lone(solution.status)
-    if int(status) != Status.CONVERGED if lone else not bool((status == Status.CONVERGED).all()):
+    if bool(solution.status.any()):  # Status.CONVERGED is 0
         return None, None
     if problem.minimizes and not bool((x != goal.starting_point).all()):
         return None, None
@@ -357,6 +357,7 @@ def _at_once(
     if error is None:
         if not bool(all_finite(norm)):
             return None, None
+        meant = torch.ones_like(solution.status, dtype=torch.bool)
         found = estimate_error(problem, x, residual, meant)
         error = found.error
     # A NaN is not within.
@@ -367,7 +368,7 @@ def _at_once(
     factor, exact = (solution.factor, False) if found is None or found.factor is None else (found.factor, True)
     threshold = torch.maximum(goal.threshold, norm)
     return _Trial(
-        x, solution.status, solution.iterations, residual, norm, threshold, solution.value, factor, exact, settled=True
+        x, solution.status, steps, residual, norm, threshold, solution.value, factor, exact, settled=True
     ), found
 
 

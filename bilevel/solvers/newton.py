@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from torch.linalg import vector_norm
 
 from bilevel._torch.factorisations import eigh, eigvalsh, pinv, svdvals
 from bilevel.equations.problem import Problem
@@ -14,7 +15,7 @@ from bilevel.linear.gmres import GMRES
 from bilevel.operators import DenseOperator, LinearOperator
 from bilevel.reports import Status
 from bilevel.setting_checks import check_steps
-from bilevel.solvers._base import Goal, InnerSolution, InnerSolver, is_lone, iterate, merge
+from bilevel.solvers._base import Goal, InnerSolution, InnerSolver, iterate, merge
 from bilevel.solvers._degenerate import SLOW
 from bilevel.solvers._error import irregular_signs, meets_negative_curvature
 from bilevel.solvers._truncated_cg import truncated_cg
@@ -111,15 +112,13 @@ class Newton(InnerSolver):
         linearize = problem.linearize_dense if dense else problem.linearize
         first = goal.linearize(linearize)
         threshold = goal.threshold
-        residual = first.residual.detach()
-        norm = residual.norm(dim=-1)
         start = _State(
             x=init,
-            residual=residual,
-            merit=torch.full_like(norm, 0.5) if first.value is None else first.value,
-            magnitude=torch.zeros_like(norm),
-            last_norm=torch.full_like(norm, float("inf")),
-            definite=torch.ones_like(norm, dtype=torch.bool),
+            residual=first.residual.detach(),
+            merit=torch.full_like(threshold, 0.5) if first.value is None else first.value,
+            magnitude=torch.zeros_like(threshold),
+            last_norm=torch.full_like(threshold, float("inf")),
+            definite=torch.ones_like(threshold, dtype=torch.bool),
         )
 
         def step(state: _State, active: torch.Tensor) -> tuple[_State, torch.Tensor | None]:
@@ -137,10 +136,12 @@ class Newton(InnerSolver):
         if not problem.minimizes:
             return replace(solution, error=_root_error_left(problem, state)) if dense else solution
         definite = dense and state.factor is not None and bool(state.definite.all())
-        solution = replace(solution, value=state.merit, factor=state.factor if definite else None)
         if definite:
-            error = _error_left(state)
-            solution = replace(solution, error=error, slow=_is_slow(state, error))
+            error = _error_left(state, lone=problem.is_lone)
+            slow = _is_slow(state, error)
+            solution = replace(solution, value=state.merit, factor=state.factor, error=error, slow=slow)
+        else:
+            solution = replace(solution, value=state.merit)
         # Where the last step was made with a positive definite Hessian, that is evidence enough for a
         # minimum.
         if definite and bool((solution.iterations > 0).all()):
@@ -252,8 +253,7 @@ def _dense_descent(operator: LinearOperator, state: _State, active: torch.Tensor
     factor, info = torch.linalg.cholesky_ex(hessian)
     d = -torch.cholesky_solve(gradient.unsqueeze(-1), factor).squeeze(-1)
     definite = info == 0
-    bad = active & ~definite
-    if bool(bad.any()):
+    if not bool(definite.all()) and bool((bad := active & ~definite).any()):
         size = torch.clamp(state.x[bad].norm(dim=-1), min=1.0)
         d = d.index_put((bad,), _absolute_newton(hessian[bad], gradient[bad], size))
     return _descending(d, gradient, definite, factor)
@@ -320,7 +320,7 @@ def _search(
     (in the spirit of Hager & Zhang's approximate Wolfe condition), so that convergence is quadratic to the
     end.
     """
-    norm = state.residual.norm(dim=-1)
+    norm = vector_norm(state.residual, dim=-1)
     eps = torch.finfo(norm.dtype).eps
     merit, slope = state.merit, direction.slope
     magnitude = torch.maximum(state.magnitude, merit.abs())
@@ -332,7 +332,7 @@ def _search(
         x = torch.where(active.unsqueeze(-1), state.x + t.unsqueeze(-1) * direction.d, state.x)
         if problem.minimizes:
             found, residual = problem.value_and_residual(x, last=last and trial == 0)
-            reached = residual.norm(dim=-1)
+            reached = vector_norm(residual, dim=-1)
             small = reached <= threshold
             if bool(small.any()):
                 if bool((small & (found > merit)).any()):
@@ -349,7 +349,7 @@ def _search(
                     held = held | (level & _comes_closer(direction, residual, state, x, shorter, steady))
         else:
             residual = problem.residual(x)
-            reached = residual.norm(dim=-1)
+            reached = vector_norm(residual, dim=-1)
             small = reached <= threshold
             found = 0.5 * (reached / norm) ** 2
             held = found <= merit + _ARMIJO * t * slope - 4 * eps * merit
@@ -426,16 +426,17 @@ def _again(
     return merge(moved, second, found), verdict
 
 
-def _error_left(state: _State) -> torch.Tensor:
+def _error_left(state: _State, *, lone: bool) -> torch.Tensor:
     """Return H⁻¹ R (batch, n) by the factors of the last step's Hessian: NaN where these may say nothing of x."""
     assert state.factor is not None
     # With the rows of the factor scaled to unit length, its least pivot bounds how near to singular the matrix is.
-    pivots = (state.factor.diagonal(dim1=-2, dim2=-1) / state.factor.norm(dim=-1)).amin(dim=-1)
+    pivots = (state.factor.diagonal(dim1=-2, dim2=-1) / vector_norm(state.factor, dim=-1)).amin(dim=-1)
     least = 1e3 * torch.finfo(pivots.dtype).eps * state.x.shape[-1]
     error = torch.cholesky_solve(state.residual.unsqueeze(-1), state.factor).squeeze(-1)
-    if is_lone(pivots) and float(pivots) ** 2 > least and bool(_modelled(state)):
+    modelled = _modelled(state, lone=lone)
+    if lone and float(pivots) ** 2 > least and bool(modelled):
         return error
-    known = _modelled(state) & state.definite & (pivots**2 > least)
+    known = modelled & state.definite & (pivots**2 > least)
     return torch.where(known.unsqueeze(-1), error, torch.full_like(error, torch.nan))
 
 
@@ -459,7 +460,7 @@ def _root_error_left(problem: Problem, state: _State) -> torch.Tensor | None:
     return error if bool(known.all() & state.definite.all()) else None
 
 
-def _modelled(state: _State) -> torch.Tensor | bool:
+def _modelled(state: _State, *, lone: bool) -> torch.Tensor | bool:
     """Return where the last step shows that the Hessian before it holds after it, (batch,) bool or a bool.
 
     The objective fell as t gᵀd + ½ t² dᵀHd says, with dᵀHd = −gᵀd, or the step was small.
@@ -467,7 +468,7 @@ def _modelled(state: _State) -> torch.Tensor | bool:
     last, slope, t = state.last_merit, state.slope, state.t
     assert state.last_x is not None and last is not None and slope is not None and t is not None
     numbers: list[Any] = [state.merit, last, slope, t, state.magnitude]
-    if is_lone(t):
+    if lone:
         numbers = [float(number) for number in numbers]
     kept = _fell_as_promised(torch.finfo(t.dtype).eps, *numbers)
     if kept is True or (kept is not False and bool(kept.all())):
@@ -486,8 +487,9 @@ def _fell_as_promised(eps: float, found: Any, last: Any, slope: Any, t: Any, mag
 def _is_slow(state: _State, error: torch.Tensor) -> torch.Tensor:
     """Return where the step that is left is no small part of the last one, and no rounding, (batch,) bool."""
     assert state.last_x is not None
-    left, step = error.norm(dim=-1), (state.x - state.last_x).norm(dim=-1)
-    return (left > SLOW * step) & (left > 8 * torch.finfo(left.dtype).eps * state.x.norm(dim=-1))
+    left = vector_norm(error, dim=-1)
+    more = left > 8 * torch.finfo(left.dtype).eps * vector_norm(state.x, dim=-1)
+    return more & (left > SLOW * vector_norm(state.x - state.last_x, dim=-1)) if bool(more.any()) else more
 
 
 def _comes_closer(

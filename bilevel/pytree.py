@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
@@ -20,9 +20,12 @@ __all__ = [
     "as_real",
     "flatten_arguments",
     "is_numpy",
+    "joined",
     "leaf_names",
     "moves",
+    "moving",
     "of_real",
+    "parted",
     "ravel",
     "ravel_like",
     "real_dtype",
@@ -352,6 +355,23 @@ def is_numpy(item: Any) -> bool:
 def moves(leaf: Any) -> bool:
     """Return whether ``leaf`` is a tensor that derivatives can be taken with respect to."""
     return isinstance(leaf, torch.Tensor) and (leaf.is_floating_point() or leaf.is_complex())
+
+
+def moving(tree: Any) -> list[bool]:
+    """Return :func:`moves` of each leaf of ``tree``."""
+    return [moves(leaf) for leaf in pytree.tree_leaves(tree)]
+
+
+def joined(tensors: Iterable[torch.Tensor]) -> torch.Tensor:
+    """Return the real numbers of ``tensors`` as one vector (p,)."""
+    return torch.cat([as_real(tensor).reshape(-1) for tensor in tensors])
+
+
+def parted(flat: torch.Tensor, like: Any) -> Any:
+    """Return ``flat`` (p,) as the pytree ``like``, whose differentiable tensors hold p real numbers; None in place of its other leaves."""
+    leaves, structure = pytree.tree_flatten(like)
+    parts = iter(torch.split(flat, [as_real(leaf).numel() for leaf in leaves if moves(leaf)]))
+    return pytree.tree_unflatten([of_real(next(parts), leaf) if moves(leaf) else None for leaf in leaves], structure)
 
 
 def leaf_names(paths: Sequence[tuple[Any, Any]]) -> list[str]:

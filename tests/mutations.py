@@ -1002,7 +1002,7 @@ MUTATIONS = (
     ),
     Mutation(
         "functions called with a batch of no problems", "_torch/transforms.py",
-        "return transforms_active() and any(tensor.numel()", "return False and any(tensor.numel()", ("tests/test_empty_batches.py",),
+        "return transforms_active() is not None and any(tensor.numel()", "return False and any(tensor.numel()", ("tests/test_empty_batches.py",),
     ),
     Mutation(
         "sympy imported for a product", "_torch/reverse.py",

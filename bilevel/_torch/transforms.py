@@ -155,13 +155,16 @@ def layers(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
 
 def innermost(tensor: torch.Tensor) -> torch.Tensor:
     """Return the plain tensor that transforms have wrapped."""
-    *_, plain = layers(tensor)
-    return plain
+    while _functorch.is_functorch_wrapped_tensor(tensor):
+        tensor = _functorch.get_unwrapped(tensor)
+    return tensor
 
 
 def maps_nothing(tensors: Iterable[torch.Tensor]) -> bool:
     """Return whether a ``vmap`` over a batch of no problems surrounds this call: one of ``tensors`` has entries, and none in memory."""
-    return transforms_active() and any(tensor.numel() and not innermost(tensor).numel() for tensor in tensors)
+    return transforms_active() is not None and any(
+        tensor.numel() and not innermost(tensor).numel() for tensor in tensors
+    )
 
 
 def ones_for_nothing(tensor: torch.Tensor) -> torch.Tensor:

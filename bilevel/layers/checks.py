@@ -65,7 +65,7 @@ def inspect_once(
     """
     known = _known(problem, x, function, captures)
     replays = None if known is None else memory.find(known.key, known.parts)
-    if replays is not None:
+    if known is not None and replays is not None:
         return Inspection(None, _usable(replays, problem, x, known))
     try:
         states, single = GeneratorStates(x.device), problem.single(0)
@@ -282,11 +282,8 @@ def _filled(cell: CellType) -> bool:
 
 def reaches_another_leaf(output: torch.Tensor, known: Sequence[torch.Tensor]) -> bool:
     """Return whether the graph of ``output`` ends in a tensor that requires grad other than through one of ``known``."""
-    for node in nodes(output, known):
-        variable = getattr(node, "variable", None)
-        if variable is not None and not any(variable is tensor for tensor in known):
-            return True
-    return False
+    found = {getattr(node, "variable", None) for node in list(nodes(output, known))}
+    return not found <= {None, *known}
 
 
 def _agree(first: tuple[torch.Tensor, ...], second: tuple[torch.Tensor, ...], units: float) -> bool:

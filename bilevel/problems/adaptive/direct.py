@@ -21,7 +21,7 @@ from bilevel.linear.exact import Exact, solve_nearby
 from bilevel.problems.adaptive.driver import treat_goal
 from bilevel.problems.adaptive.state import GoalReport
 from bilevel.problems.hypergradient import Hypergradient, HypergradientReport
-from bilevel.pytree import as_real
+from bilevel.pytree import joined
 from bilevel.reports import Basis, Status
 from bilevel.solvers._error import irregular_signs
 from bilevel.solvers.newton import Newton
@@ -55,7 +55,7 @@ def decided(
     ``lower`` is G of ``point``, replayed if it may be.
     """
     tolerance, report = settings.tolerance, result.report
-    flat = torch.cat([as_real(leaf).reshape(-1) for leaf in pytree.tree_leaves(result.grad) if leaf is not None])
+    flat = joined(leaf for leaf in pytree.tree_leaves(result.grad) if leaf is not None)
     norm = float(flat.norm())
     allowed, solved = tolerance.allowed(norm), bool(report.converged.all())
     bound = Bound(math.nan, Basis.RESIDUAL)
@@ -126,5 +126,5 @@ def _slopes(upper: Problem, x: torch.Tensor, needs_grad: Sequence[bool]) -> tupl
 
 
 def _flat(parts: Sequence[torch.Tensor | None], like: torch.Tensor) -> torch.Tensor:
-    found = [as_real(part).reshape(-1) for part in parts if part is not None]
-    return torch.cat(found).to(like) if found else torch.zeros_like(like)
+    found = [part for part in parts if part is not None]
+    return joined(found).to(like) if found else torch.zeros_like(like)

@@ -145,10 +145,10 @@ def cases() -> list[Case]:
 @contextmanager
 def counting() -> Iterator[list[int]]:
     """Count calls of torch.autograd.grad, and the rows of matrices formed by vmap."""
-    from bilevel.certificates._point import Point
+    from bilevel.certificates._second_derivatives import SecondDerivatives
     from bilevel.equations.problem import Problem
 
-    plain, dense, cross = torch.autograd.grad, Problem._dense, Point._cross_by_vmap
+    plain, dense, cross = torch.autograd.grad, Problem._dense, SecondDerivatives._cross_by_vmap
     count = [0]
 
     def one(*args, **kwargs):
@@ -163,11 +163,11 @@ def counting() -> Iterator[list[int]]:
         count[0] += self.lower.size
         return cross(self, *args)
 
-    torch.autograd.grad, Problem._dense, Point._cross_by_vmap = one, rows, cross_rows
+    torch.autograd.grad, Problem._dense, SecondDerivatives._cross_by_vmap = one, rows, cross_rows
     try:
         yield count
     finally:
-        torch.autograd.grad, Problem._dense, Point._cross_by_vmap = plain, dense, cross
+        torch.autograd.grad, Problem._dense, SecondDerivatives._cross_by_vmap = plain, dense, cross
 
 
 def spent(case: Case, solver: bilevel.InnerSolver, tolerance: bilevel.Tolerance, start=None):

@@ -38,6 +38,8 @@ from bilevel.linear.damped import Damped
 from bilevel.linear.diagonal import Diagonal
 from bilevel.linear.exact import Exact
 from bilevel.linear.gmres import GMRES
+from bilevel.linear.kept import Kept
+from bilevel.linear.kronecker import Kronecker
 from bilevel.linear.lsmr import LSMR
 from bilevel.linear.minres import MINRES
 from bilevel.linear.neumann import Neumann
@@ -136,6 +138,8 @@ __all__ = [
     "InnerSolution",
     "InnerSolver",
     "InteriorPoint",
+    "Kept",
+    "Kronecker",
     "Layer",
     "LeastSquaresLayer",
     "LevenbergMarquardt",

@@ -236,12 +236,9 @@ class Solve(torch.autograd.Function):
             linearization = rule.memo.linearize(rule, x, tensors, needs_grad)
             rhs = cotangent.reshape(linearization.residual.shape)
             both = JointProduct(linearization)
+            operator, axes = linearization.operator.T, cotangent.shape[:-1]
             adjoint = rule.solve_linear(
-                linearization.operator.T,
-                rhs,
-                cotangent.shape[:-1],
-                both,
-                lambda: pullbacks_of(both.pullback, tensors, needs_grad),
+                operator, rhs, axes, both, lambda: pullbacks_of(both.pullback, tensors, needs_grad)
             )
             return (None, None, *both.pullback(-adjoint.reshape(rhs.shape)))
         q = LinearSolve.apply(_checking(rule, tensors, needs_grad), True, cotangent, x, *tensors)

@@ -26,7 +26,7 @@ FLOORS = (
     ("operators", "schedules", "robust", "prox"),  # linear maps known by their products; robust losses; proximal terms
     # Failure policies, accuracies, flat vectors, and what torch gets wrong.
     ("policy", "tolerance", "pytree", "checksum", "_torch"),
-    ("setting_checks", "recording"),
+    ("setting_checks", "recording", "optional_packages"),
     ("errors",),
     ("reports", "_version"),
 )

@@ -23,12 +23,13 @@ from bilevel.layers.differentiation import Differentiation, Implicit, check_diff
 from bilevel.layers.examinations import Examinations
 from bilevel.layers.messages import failure_messages
 from bilevel.layers.randomness import CheckAfter
-from bilevel.linear._base import LinearOutcome, LinearSolver, as_linear_solver, solve_linear
+from bilevel.linear._base import LinearSolver, as_linear_solver, solve_linear
 from bilevel.linear._free_directions import (
     changes_free_directions,
     free_direction_messages,
     unsure_derivative_messages,
 )
+from bilevel.linear._solution import LinearOutcome
 from bilevel.linear.defaults import default_linear_solver
 from bilevel.linear.exact import offer_factor
 from bilevel.operators import LinearOperator
@@ -157,9 +158,13 @@ class Setting(Generic[T]):
 
 
 class Inspector:
-    """Check the function of a layer, and remember which functions need no second check. A copy remembers nothing."""
+    """Check the function of a layer, and remember which functions need no second check. A copy remembers nothing.
 
-    def __init__(self) -> None:
+    ``static``: the user vouches for functions whose code cannot be followed.
+    """
+
+    def __init__(self, *, static: bool = False) -> None:
+        self._static = static
         self._inspected: InspectionCache[ReplayCache] = InspectionCache()
         self._aside: InspectionCache[ReplayCache] = InspectionCache()
         self.examinations = Examinations()
@@ -168,13 +173,16 @@ class Inspector:
         self, problem: Problem, x: torch.Tensor, written: Any, *, captures: bool, again: bool = False
     ) -> Inspection:
         """Check the user's function, ``written``, at ``x`` (batch, n), unless it was checked before; ``again`` forces the check."""
-        return inspect_once(problem, x, written, InspectionCache() if again else self._inspected, captures=captures)
+        memory = InspectionCache() if again else self._inspected
+        return inspect_once(problem, x, written, memory, captures=captures, static=self._static)
 
     def reuse_inspection(
         self, problem: Problem, x: torch.Tensor, written: Any, *, captures: bool
     ) -> ReplayCache | None:
         """Return the replays that a call may use, for a call that makes no check."""
-        return reuse_inspection(problem, x, written, self._inspected, self._aside, captures=captures)
+        return reuse_inspection(
+            problem, x, written, self._inspected, self._aside, captures=captures, static=self._static
+        )
 
 
 class SolveCall:

@@ -19,7 +19,7 @@ from bilevel.equations.problem import Problem
 from bilevel.equations.system import System, unconnected
 from bilevel.errors import BilevelError, CapturedTensorError, DtypeError, StochasticObjectiveError
 from bilevel.layers.randomness import GeneratorStates, draws
-from bilevel.replay import InspectionCache, ReplayCache, allowed, has_plain_structure, reachable_objects
+from bilevel.replay import InspectionCache, Reach, ReplayCache, allowed, has_plain_structure, reach, reachable_objects
 
 __all__ = [
     "Inspection",
@@ -55,24 +55,25 @@ def inspect_once(
     memory: InspectionCache[ReplayCache],
     *,
     captures: bool,
+    static: bool = False,
 ) -> Inspection:
     """Check the problem at the first row of ``x`` (batch, n), unless ``memory`` holds the same check without a fault.
 
     ``function`` is what the user wrote: a function, or a tuple of functions and constants.
 
     The faults are properties of the function, so one problem shows them as well as all of them. If the user's ``function`` is
-    branch-free and depends on its arguments alone, one call is enough too.
+    branch-free and depends on its arguments alone, or the user vouches for it (``static``), one call is enough too.
     """
-    known = _known(problem, x, function, captures)
+    known = _known(problem, x, function, captures, static)
     replays = None if known is None else memory.find(known.key, known.parts)
-    if known is not None and replays is not None:
+    if known is not None and replays is not None and not replays.needs_grad:
         return Inspection(None, _usable(replays, problem, x, known))
     try:
         states, single = GeneratorStates(x.device), problem.single(0)
         found = inspect_function(single, x[:1], captures=captures)
         # The effect of random numbers may depend on tensors' values: the noise may have size zero in this call.
         if known is not None and not _drew(states, single, x[:1]):
-            memory.keep(known.key, known.parts, ReplayCache(known.captured))
+            memory.keep(known.key, known.parts, known.new_replays())
         return Inspection(found)
     except (RuntimeError, ValueError) as error:
         if not leaves_domain(error):
@@ -89,18 +90,19 @@ def reuse_inspection(
     aside: InspectionCache[ReplayCache],
     *,
     captures: bool,
+    static: bool = False,
 ) -> ReplayCache | None:
     """Return the replays of a problem that needs no check, or None.
 
     It was checked before (``looked``), or it differs from a checked one only in its shapes; then its replays are kept in ``aside``.
     """
-    known = _known(problem, x, function, captures)
+    known = _known(problem, x, function, captures, static)
     if known is None:
         return None
     replays = looked.find(known.key, known.parts) or aside.find(known.key, known.parts)
     if replays is None:
-        aside.keep(known.key, known.parts, replays := ReplayCache(known.captured))
-    return _usable(replays, problem, x, known)
+        aside.keep(known.key, known.parts, replays := known.new_replays())
+    return None if replays.needs_grad else _usable(replays, problem, x, known)
 
 
 class _Known(NamedTuple):
@@ -109,14 +111,18 @@ class _Known(NamedTuple):
     key: tuple[Any, ...]
     parts: tuple[Any, ...]
     captured: list[torch.Tensor]
+    vouched: bool
+
+    def new_replays(self) -> ReplayCache:
+        return ReplayCache(self.captured, vouched=self.vouched)
 
 
-def _known(problem: Problem, x: torch.Tensor, function: Any, captures: bool) -> _Known | None:
-    kinds, parts = _kinds(problem, captures), _lasting(problem, x, function)
-    if parts is None:
+def _known(problem: Problem, x: torch.Tensor, function: Any, captures: bool, static: bool) -> _Known | None:
+    kinds, found = _kinds(problem, captures), _lasting(problem, x, function, static)
+    if found is None:
         return None
-    captured = list(dict.fromkeys(filter(torch.is_tensor, parts)))  # a tensor is equal to none but itself
-    return _Known((*kinds, *map(_kind, captured)), parts, captured)
+    captured = list(dict.fromkeys(filter(torch.is_tensor, found.parts)))  # a tensor is equal to none but itself
+    return _Known((*kinds, *map(_kind, captured)), found.parts, captured, found.vouched)
 
 
 def _usable(replays: ReplayCache, problem: Problem, x: torch.Tensor, known: _Known) -> ReplayCache | None:
@@ -125,7 +131,7 @@ def _usable(replays: ReplayCache, problem: Problem, x: torch.Tensor, known: _Kno
     return replays if fits else None
 
 
-def _lasting(problem: Problem, x: torch.Tensor, function: Any) -> tuple[Any, ...] | None:
+def _lasting(problem: Problem, x: torch.Tensor, function: Any, static: bool) -> Reach | None:
     """Return all objects that the user's ``function`` reaches, if a check of it holds for later calls."""
     system, unknown, given = problem.system, problem.system.raveler, problem.system.arguments
     # Whether a matrix is symmetric depends on its numbers.
@@ -135,7 +141,9 @@ def _lasting(problem: Problem, x: torch.Tensor, function: Any) -> tuple[Any, ...
         return None
     if not (given.positional or has_plain_structure(given.structure)):
         return None
-    return reachable_objects(function, *given.others)
+    others = reachable_objects(*given.others)
+    found = reach(function if type(function) is tuple else (function,), static=static)
+    return None if others is None or found is None else found._replace(parts=(*found.parts, len(others), *others))
 
 
 def _kinds(problem: Problem, captures: bool) -> tuple[Any, ...]:

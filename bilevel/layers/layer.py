@@ -14,15 +14,14 @@ import torch
 from torch.utils import _pytree as pytree
 
 from bilevel._torch.double_backward import Repeatable
+from bilevel._torch.empty_batches import EmptyBatch, apply_rule
 from bilevel._torch.transforms import (
     autocast_to,
     carries_gradient,
     differentiating,
     eager,
     forward_levels,
-    maps_nothing,
     transforms_active,
-    with_zero_derivatives,
     without_gradient,
 )
 from bilevel.equations.domain import leaves_domain
@@ -161,6 +160,7 @@ class Layer:
         has_aux: bool = False,
         prepare: Callable[..., Any] | None = None,
         warm_start: bool = False,
+        static: bool = False,
     ) -> None:
         noun = kind.noun
         if not callable(function):
@@ -182,7 +182,7 @@ class Layer:
         self._settings = SolveSettings(tolerance=Tolerance() if tolerance is None else tolerance, on_failure=on_failure)
         self.solver, self.linear_solver, self.differentiation = solver, linear_solver, differentiation
         self.written = written  # the user's function, if ``function`` wraps it
-        self.inspector = Inspector()
+        self.inspector = Inspector(static=static)
         functools.update_wrapper(self, function, updated=())
         self.where = where or f"`{kind.label}` layer `{getattr(function, '__name__', type(function).__name__)}`"
 
@@ -311,6 +311,9 @@ class Layer:
         if inside:
             self._refuse_forward_twice(tensors)
         system, flat = ordinary, given.detach()
+        empty = EmptyBatch.around((flat, *tensors)) if transforms_active() else None
+        if empty is not None:
+            return self._solution_of_none(settings, ordinary, raveler, empty, tensors)
         if self.structure is not None:
             system, flat = self.structure.attach(ordinary, flat, tensors)
         if watched or inside or transforms_active():
@@ -320,11 +323,7 @@ class Layer:
             if system is not ordinary and not poisoned:
                 poisoned = self._check_captures(settings.on_failure, flat, system, tensors)
         call = self._call(settings, system, watched)
-        if transforms_active() and maps_nothing((flat, *tensors)):
-            # The derivatives are empty, or zero. torch fails in some operations of an empty batch: the function is not called.
-            context = ImplicitContext(system, call.solve, call.solve_linear)
-            x = with_zero_derivatives(Solve.apply(context, flat, *map(without_gradient, tensors)), tensors)
-        elif isinstance(settings.differentiation, BySteps):
+        if isinstance(settings.differentiation, BySteps):
             x = self._by_steps(settings.differentiation, call, system, flat, tensors)
         else:
             context = ImplicitContext(system, call.solve, call.solve_linear, followed=watched, compare=call.compare)
@@ -338,6 +337,28 @@ class Layer:
             return Solution(raveler.unravel(x[: raveler.size]), call.report)
         parts = system.parts(x, *tensors)
         return Solution(raveler.unravel(parts.x), call.report, parts.multipliers, parts.active)
+
+    def _solution_of_none(
+        self,
+        settings: SolveSettings,
+        ordinary: System,
+        raveler: Raveler,
+        empty: EmptyBatch,
+        tensors: list[torch.Tensor],
+    ) -> Solution[Any]:
+        """Return the solutions of a batch of no problems. Their derivatives are empty, or zero."""
+        system, (flat, *ones) = ordinary, empty.ones()
+        if self.structure is not None:
+            system, flat = self.structure.attach(ordinary, flat, ones)
+        call = self._call(settings, system, watched=False)
+        context = ImplicitContext(system, call.solve, call.solve_linear)
+        x = apply_rule(functools.partial(Solve.apply, context), empty.without_problems(flat), *tensors)
+        assert call.report is not None
+        solution = Solution(raveler.unravel(x[: raveler.size]), call.report)
+        if not isinstance(system, StructuredSystem):
+            return solution
+        multipliers, active = empty.without_problems(system.parts(flat, *ones)[1:])
+        return replace(solution, multipliers=multipliers, active=active)
 
     def _by_steps(
         self, way: BySteps, call: SolveCall, system: System, flat: torch.Tensor, tensors: list[torch.Tensor]
@@ -405,29 +426,25 @@ class Layer:
     def _check_captures(
         self, on_failure: OnFailure, init: torch.Tensor, system: System, tensors: list[torch.Tensor]
     ) -> bool:
-        """Find tensors of an outer transform that the function captures; return whether the policy asks for NaN.
-
-        Inside a transform that differentiates.
-        """
-        if not maps_nothing((init, *tensors)):
-            # Inside the primitive, a captured tensor of a transform looks like a plain tensor. The check has to be here.
-            detached = [without_gradient(tensor) for tensor in tensors]
-            flat = without_gradient(init)
-            try:
-                with torch.enable_grad(), Repeatable():
-                    output = system.first_output(flat, *detached)
-            except (RuntimeError, ValueError) as problem:
-                if leaves_domain(problem):  # the solve reports it
-                    return False
-                if "randomness" not in str(problem):
-                    raise
-                raise StochasticObjectiveError(
-                    f"{self.where}: expected {system.noun} to be deterministic, and it draws random numbers inside vmap; "
-                    "switch dropout off with .eval(), or draw the noise outside and pass it as an argument"
-                ) from problem
-            if carries_gradient(output):
-                error = captured_error(self.where, system.noun, "is being differentiated by a transform outside")
-                return handle_misuse(error, on_failure)
+        """Find tensors of an outer transform, which differentiates, that the function captures; return whether the policy asks for NaN."""
+        # Inside the primitive, a captured tensor of a transform looks like a plain tensor. The check has to be here.
+        detached = [without_gradient(tensor) for tensor in tensors]
+        flat = without_gradient(init)
+        try:
+            with torch.enable_grad(), Repeatable():
+                output = system.first_output(flat, *detached)
+        except (RuntimeError, ValueError) as problem:
+            if leaves_domain(problem):  # the solve reports it
+                return False
+            if "randomness" not in str(problem):
+                raise
+            raise StochasticObjectiveError(
+                f"{self.where}: expected {system.noun} to be deterministic, and it draws random numbers inside vmap; "
+                "switch dropout off with .eval(), or draw the noise outside and pass it as an argument"
+            ) from problem
+        if carries_gradient(output):
+            error = captured_error(self.where, system.noun, "is being differentiated by a transform outside")
+            return handle_misuse(error, on_failure)
         return False
 
     def _poison(self, init: Any, system: System, tensors: list[torch.Tensor]) -> torch.Tensor:

@@ -83,6 +83,8 @@ class BilevelProblem(torch.nn.Module, ABC):
     differentiation
         The way the inner solution is differentiated: :class:`bilevel.Implicit` by default. The others have no known error
         bound.
+    static
+        Whether you vouch for the inner objective, and for ``inner_prox`` or ``inner_constraints``: see :func:`bilevel.argmin`.
 
     Raises
     ------
@@ -128,6 +130,7 @@ class BilevelProblem(torch.nn.Module, ABC):
         batch_dims: Any = None,
         warm_start: bool = True,
         differentiation: Differentiation | None = None,
+        static: bool = False,
     ) -> None:
         super().__init__()
         self.batch_dims = batch_dims
@@ -155,6 +158,7 @@ class BilevelProblem(torch.nn.Module, ABC):
             where=self.where,
             written=self._written,
             differentiation=differentiation,
+            static=static,
         )
         self._warm = WarmStart()
         self._connected_for: frozenset[tuple[bool, ...]] = frozenset()
@@ -455,7 +459,7 @@ class BilevelProblem(torch.nn.Module, ABC):
                 settings.on_adjoint(last)
             q, backward = last.value * lower.batch, last.report  # the mean's cotangents are 1/K of each problem's own
             corrected = corrected - (q * last.residual).sum(dim=-1).mean()
-        point = Point(lower, upper, x, q, _needs_grad(plain, lower))
+        point = Point.at(lower, upper, x, q, _needs_grad(plain, lower))
         report = HypergradientReport(solution.report, backward)
         result = self._assembled(settings, plain, data, point, value.detach(), corrected, flat, report)
         return result, point, last
@@ -553,7 +557,7 @@ class BilevelProblem(torch.nn.Module, ABC):
         def certify(x: torch.Tensor, q: torch.Tensor, flat: torch.Tensor, corrected: torch.Tensor) -> Bound:
             if not known:
                 known.append(self.constants(outer, data).with_mu(tolerance.strong_convexity))
-            point = Point(lower, upper, x, q, needs_grad)
+            point = Point.at(lower, upper, x, q, needs_grad)
             certificate = Certificate(point, flat, corrected, lambda: known[0], self.where, policy)
             bound = certificate.bound
             known[0] = certificate.constants  # what quadratic objectives determine holds at every φ, and is found once
@@ -572,16 +576,14 @@ class BilevelProblem(torch.nn.Module, ABC):
         value = found.values.mean()
         corrected = value - torch.linalg.vecdot(found.q, found.residual).mean()
         report = HypergradientReport(sought.forward, sought.backward, found.report)
-        point = Point(lower, upper, found.x, found.q, needs_grad)
+        point = Point.at(lower, upper, found.x, found.q, needs_grad)
         parts = torch.split(
             found.gradient, [as_real(leaf).numel() for leaf in pytree.tree_leaves(outer) if moves(leaf)]
         )
         flat = torch.cat(self._connected(parts, inner, outer, data, policy))
         result = self._assembled(settings, outer, data, point, value, corrected, flat, report)
-        result = replace(result, _decided=found.bound)
-        if tolerance.estimates:
-            result.__dict__["value_bound"] = Bound(found.value_error, Basis.ESTIMATED)
-        return result
+        of_value = Bound(found.value_error, Basis.ESTIMATED) if tolerance.estimates else None
+        return replace(result, _decided=found.bound, _decided_value=of_value)
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
         # Called by .to(), .double() and their like: what the next solve begins from follows, as buffers do.

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from bilevel.errors import ArgumentError
+from bilevel.optional_packages import import_optional
 from bilevel.quadratic_programs._dense import solve_solvable
 from bilevel.quadratic_programs._kkt import Factor, Sizes
 from bilevel.quadratic_programs._matrices import Entries, Pattern
@@ -139,14 +140,8 @@ class Clarabel:
 
 
 def _clarabel() -> Any:
-    try:
-        import clarabel
-    except ImportError as missing:
-        raise ArgumentError(
-            "`quadratic_program`: expected Clarabel to be installed for sparse programs; run pip install '.[qp]' in a clone of bilevel, or pass "
-            "dense tensors"
-        ) from missing
-    return clarabel
+    remedy = "run pip install '.[qp]' in a clone of bilevel, or pass dense tensors"
+    return import_optional("clarabel", "`quadratic_program` of sparse tensors", remedy)
 
 
 def _csr(pattern: Pattern, values: torch.Tensor, sizes: Sizes) -> Any:

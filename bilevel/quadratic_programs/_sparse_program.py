@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from bilevel.quadratic_programs._kkt import Sizes
+from bilevel.quadratic_programs._program import BESIDE
 
 __all__ = ["SparseProgram"]
 
@@ -73,6 +74,12 @@ class SparseProgram:
         """(m + 2n,) bool: inequalities that nothing fulfils, alone or two bounds together."""
         crossed = self.lower > self.upper
         return np.concatenate([self.h == -np.inf, crossed | (self.lower == np.inf), crossed | (self.upper == -np.inf)])
+
+    @cached_property
+    def unit(self) -> float:
+        """The length of an unknown at which Q weighs as much as q, zero where Q is."""
+        curvature = np.abs(self.Q.data).max(initial=0.0)
+        return float(np.abs(self.q).max() / curvature) if curvature > 0 else 0.0
 
     @property
     def equations(self) -> int:
@@ -143,6 +150,7 @@ class SparseProgram:
         """Return d − Cx (m + 2n,), and the sizes of the numbers of which each is the difference."""
         x = point[: self.sizes.n]
         size = np.abs(x)
+        size = np.maximum(size, BESIDE * max(size.max(), self.unit))
         slack = np.concatenate([self.h - self.G @ x, x - self.lower, self.upper - x])
         rows = np.abs(_finite(self.h)) + abs(self.G) @ size
         return slack, np.concatenate([rows, size + np.abs(_finite(self.lower)), size + np.abs(_finite(self.upper))])

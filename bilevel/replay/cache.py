@@ -39,13 +39,23 @@ class ReplayCache:
     ----------
     captured
         The tensors that the function reaches besides its arguments.
+    vouched
+        Whether the user says that the function reaches the same tensors at every call. Those that a recording finds are then
+        constants of its program.
     """
 
-    def __init__(self, captured: Sequence[torch.Tensor] = ()) -> None:
+    def __init__(self, captured: Sequence[torch.Tensor] = (), *, vouched: bool = False) -> None:
+        self._vouched = vouched
         self._captured = tuple(ReferenceType(tensor) for tensor in captured)
         self._entries: dict[Hashable, _Entry] = {}
 
-    def trusted(
+    @property
+    def needs_grad(self) -> bool:
+        """Whether a tensor of unknown origin in its programs requires grad by now."""
+        programs = [entry.program for entry in self._entries.values() if entry.program is not None]
+        return True in [tensor.requires_grad for program in programs for tensor in program.constants]
+
+    def program(
         self,
         name: Hashable,
         evaluation: Evaluation,
@@ -76,8 +86,8 @@ class ReplayCache:
                 entry.given_up, entry.program = True, None
         return (entry.program, captured) if entry.trusted and entry.program is not None else None
 
-    @staticmethod
     def _try(
+        self,
         entry: _Entry,
         evaluation: Evaluation,
         inputs: Sequence[torch.Tensor],
@@ -89,15 +99,21 @@ class ReplayCache:
         if entry.program is not None:
             expected = tuple(evaluation(*inputs, *late))
         else:
-            expected, entry.program = note(evaluation, inputs, captured, late)
+            expected, entry.program = note(evaluation, inputs, captured, late, found=self._vouched)
         fits = entry.program is not None and _repeats(entry.program, (*inputs, *captured), late, expected)
-        if fits and not noted and entry.program is not None and entry.program.has_constants:
-            # What the code makes is made anew by another run; what a run finds somewhere may be another tensor, or number, tomorrow.
-            again = note(evaluation, inputs, captured, late)[1]
-            fits = again is not None and not entry.program.shares_constants(again)
+        if fits and not noted and entry.program is not None and entry.program.constants:
+            again = note(evaluation, inputs, captured, late, found=self._vouched)[1]
+            fits = again is not None and self._same_constants(entry.program, again)
         entry.given_up, entry.trusted = not fits, noted and fits
         if not fits:
             entry.program = None
+
+    def _same_constants(self, program: Program, again: Program) -> bool:
+        """Return whether the constants of two recordings of one function hold for later calls."""
+        if self._vouched:
+            return program.finds_what_lasts(again)
+        # What the code makes is made anew by another run; what a run finds somewhere may be another tensor, or number, tomorrow.
+        return not program.shares_constants(again)
 
 
 def _repeats(

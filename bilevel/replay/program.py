@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
@@ -66,6 +66,8 @@ class Program:
         between = {*read, *self._first} - self._hanging - set(tape.constants) if late else set()
         self._between = tuple(sorted(between))
         outputs = (*self._first, *self._between)
+        # The tensors on the tape that no operation made.
+        self.constants: Tensors = tuple(tape.constants.values())
         # Of a program in one part, this returns all results.
         self.run = self._part(tape.inputs[:early], outputs, lambda step: not self._hangs(step))
         self._rests: dict[tuple[int, ...], tuple[Written, tuple[int, ...]]] = {}
@@ -91,20 +93,23 @@ class Program:
 
     def shares_constants(self, other: Program) -> bool:
         """Return whether a constant here is in the memory of one there."""
-        mine = {constant.untyped_storage()._cdata for constant in self._tape.constants.values()}
-        return any(constant.untyped_storage()._cdata in mine for constant in other._tape.constants.values())
+        return not _memories(self.constants).isdisjoint(_memories(other.constants))
+
+    def finds_what_lasts(self, other: Program) -> bool:
+        """Return whether the constants with axes are in the same memory here and there. A run finds such tensors, and does not make them."""
+        ours, theirs = ([t for t in program.constants if t.ndim] for program in (self, other))
+        return _memories(ours) == _memories(theirs)
 
     def _part(self, given: Sequence[int], outputs: Sequence[int], here: Callable[[Step], bool]) -> Written:
         steps = self._tape.needed(outputs, given, here)
         return _written(steps, given, outputs, self._tape.constants)
 
-    @property
-    def has_constants(self) -> bool:
-        """Whether there are tensors on the tape that no operation made."""
-        return bool(self._tape.constants)
-
     def _hangs(self, step: Step) -> bool:
         return not self._hanging.isdisjoint(step.reads)
+
+
+def _memories(tensors: Iterable[torch.Tensor]) -> set[int]:
+    return {tensor.untyped_storage()._cdata for tensor in tensors}
 
 
 def _versions(tensors: Tensors) -> list[int]:

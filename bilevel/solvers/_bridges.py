@@ -1,4 +1,4 @@
-"""Constrained problems handed to scipy, and to functions of the user's."""
+"""Bridges for constrained problems to scipy and to a user's functions."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
 
 
 def by_scipy(solver: ScipyMinimize, where: str) -> Callable[[Program, torch.Tensor], Answer]:
-    """Return the solver as a function of a program; its multipliers are to be recovered."""
+    """Return the solver as a function of a program. Its multipliers have to be recovered."""
     method = solver.method.lower()
 
     def solve(program: Program, init: torch.Tensor) -> Answer:
@@ -106,7 +106,7 @@ def _unknown(x: torch.Tensor, program: Program, steps: list[int]) -> Answer:
 def _one(
     solver: ScipyMinimize, method: str, where: str, program: Program, start: torch.Tensor
 ) -> tuple[torch.Tensor, int]:
-    """Return x (1, n) as scipy finds it, and its iterations."""
+    """Return scipy's x (1, n) and its number of iterations."""
     import scipy.optimize
 
     lower, upper = as_array(program.lower[0]), as_array(program.upper[0])

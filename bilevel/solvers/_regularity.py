@@ -1,4 +1,4 @@
-"""What a derivative needs of a constrained solution: strict complementarity, independent gradients, and curvature on the tangent space."""
+"""The conditions for a derivative of a constrained solution: strict complementarity, independent gradients, and curvature on the tangent space."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from bilevel.solvers._shifted import try_cholesky
 
 __all__ = ["Findings", "examine"]
 
-# Multipliers and distances below this part of the sizes of forces and of x are zero for all that the accuracy can tell.
+# Multipliers and distances below this share of the sizes of forces and of x count as zero.
 _WEAK, _WEAK_UNPOLISHED = 2e-8, 1e-4
 # Singular values of normalised gradients, and eigenvalues of the scaled reduced Hessian, relative to the largest.
 _DEPENDENT, _FLAT = 1e-10, 1e-10
@@ -23,7 +23,7 @@ _MOST_NAMES = 3
 
 @dataclass(frozen=True, eq=False)
 class Findings:
-    """What was found at a batch of solutions; every tensor has a leading batch axis.
+    """The findings at a batch of solutions. Every tensor has a leading batch axis.
 
     Parameters
     ----------
@@ -48,12 +48,12 @@ class Findings:
 
     @property
     def degenerate(self) -> torch.Tensor:
-        """Where the derivative does not exist or is one-sided (K,). Dependent gradients alone may leave it."""
+        """Where the derivative does not exist or is one-sided (K,). With dependent gradients alone it may exist."""
         weak = self.weak_inequality.any(-1) | self.weak_lower.any(-1) | self.weak_upper.any(-1)
         return weak | self.flat | self.irregular
 
     def sentence(self, number: int, name: Callable[[str, int], str]) -> str:
-        """Return what is degenerate about the problem at ``number``; ``name`` turns a kind and an index into the user's terms."""
+        """Return the degeneracy of the problem at ``number`` in words. ``name`` converts a kind and an index to the user's terms."""
         weak = [("inequality", self.weak_inequality), ("lower", self.weak_lower), ("upper", self.weak_upper)]
         names = [name(kind, int(i)) for kind, flags in weak for i in flags[number].nonzero().reshape(-1)]
         if names:
@@ -108,7 +108,7 @@ def _dependence(whole: torch.Tensor, rows: torch.Tensor, counted: torch.Tensor) 
     doubtful = failed | (factor.diagonal(dim1=-2, dim2=-1).amin(-1) < 1e-4)
     if not bool(doubtful.any()):
         return doubtful, members
-    # Inactive rows count as units in dimensions of their own.
+    # Inactive rows become unit vectors in extra dimensions.
     extended = torch.cat([unit, torch.diag_embed((~counted).to(rows))], dim=-1)
     values = svdvals(extended)
     dependent = doubtful & ~(values[..., r - 1] > _DEPENDENT * values[..., 0])

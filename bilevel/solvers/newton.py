@@ -110,7 +110,8 @@ class Newton(InnerSolver):
         dense = self.linear_solver is None and problem.size <= self.dense_limit
         dense = dense and problem.batch * problem.size**2 <= _DENSE_NUMBERS
         linearize = problem.linearize_dense if dense else problem.linearize
-        first = goal.linearize(linearize)
+        first = linearize(init)
+        goal.measure(first)
         threshold = goal.threshold
         start = _State(
             x=init,
@@ -285,22 +286,30 @@ def _dense_root(operator: LinearOperator, state: _State, active: torch.Tensor) -
     bad = active & ((info != 0) | ~torch.isfinite(d).all(dim=-1))
     if bool(bad.any()):
         matrix, b = jacobian[bad], residual[bad]
-        least = 1e3 * matrix.shape[-1] * torch.finfo(matrix.dtype).eps
-        step = -torch.einsum("bij,bj->bi", pinv(matrix, rtol=least), b)
+        step = _truncated_direction(matrix, b)
         step = torch.where(torch.isfinite(step).all(dim=-1, keepdim=True), step, _unit_step(matrix, b, state.x[bad]))
-        change = (b * torch.einsum("bij,bj->bi", matrix, step)).sum(dim=-1) / (b * b).sum(dim=-1)
+        change = _slope_along(step, matrix, b)
         change = torch.where(torch.isfinite(change), change, -torch.ones_like(change))
         d, slope = d.index_put((bad,), step), slope.index_put((bad,), change)
     return _Direction(d, slope, ~bad, lu, pivots if lu.numel() <= _KEPT_NUMBERS else None)
 
 
+def _truncated_direction(matrix: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """Return −J⁺b, with the pseudo-inverse that leaves out the singular values which may be rounding."""
+    least = 1e3 * matrix.shape[-1] * torch.finfo(matrix.dtype).eps
+    return -torch.einsum("bij,bj->bi", pinv(matrix, rtol=least), b)
+
+
+def _slope_along(step: torch.Tensor, matrix: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """Return the slope (batch,) of ½(‖R‖ / ‖b‖)² along ``step``, from R = b; NaN where the squares overflow."""
+    return (b * torch.einsum("bij,bj->bi", matrix, step)).sum(dim=-1) / (b * b).sum(dim=-1)
+
+
 def _unit_step(matrix: torch.Tensor, b: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     """Return a step as long as x along Newton's direction −J⁻¹b, for J so small that the direction itself overflows; −b where there is none."""
     size = matrix.abs().amax(dim=(-2, -1), keepdim=True)
-    least = 1e3 * matrix.shape[-1] * torch.finfo(matrix.dtype).eps
-    inverse = pinv((matrix / size).nan_to_num(0.0, 0.0, 0.0), rtol=least)
     largest = b.abs().amax(dim=-1, keepdim=True)
-    step = -torch.einsum("bij,bj->bi", inverse, b / largest)
+    step = _truncated_direction((matrix / size).nan_to_num(0.0, 0.0, 0.0), b / largest)
     step = step * (x.norm(dim=-1, keepdim=True).clamp_min(1.0) / step.norm(dim=-1, keepdim=True))
     return torch.where(torch.isfinite(step).all(dim=-1, keepdim=True), step, -b)
 
@@ -402,13 +411,10 @@ def _again(
         return found, verdict
     matrix, b = operator.dense()[failed], state.residual[failed]
     unit = _units(state.x[failed].abs()).unsqueeze(-2)
-    least = 1e3 * matrix.shape[-1] * torch.finfo(matrix.dtype).eps
     scaled = matrix * unit
     finite = torch.isfinite(scaled).all(dim=-1).all(dim=-1)
-    inverse = pinv(torch.where(finite[:, None, None], scaled, 0.0), rtol=least)
-    step = -unit.squeeze(-2) * torch.einsum("bij,bj->bi", inverse, b)
-    # NaN where the squares overflow.
-    change = (b * torch.einsum("bij,bj->bi", matrix, step)).sum(dim=-1) / (b * b).sum(dim=-1)
+    step = unit.squeeze(-2) * _truncated_direction(torch.where(finite[:, None, None], scaled, 0.0), b)
+    change = _slope_along(step, matrix, b)
     other = ((step - direction.d[failed]).abs() > 1e-3 * step.abs()).any(dim=-1)  # not where nothing was left out
     usable = torch.isfinite(step).all(dim=-1) & (change < _WORTH_TRYING) & other
     rows = failed.index_put((failed,), usable)

@@ -27,7 +27,8 @@ import torch
 from bilevel.certificates.bound import Bound
 from bilevel.equations.linearization import Linearization
 from bilevel.equations.problem import Problem
-from bilevel.linear._base import LinearOutcome, LinearSolver, solve_linear
+from bilevel.linear._base import LinearSolver, solve_linear
+from bilevel.linear._solution import LinearOutcome
 from bilevel.linear.cg import CG
 from bilevel.operators import HessianOperator, LinearOperator
 from bilevel.problems.adaptive.error_model import ErrorModel, Iterate

@@ -1001,7 +1001,7 @@ MUTATIONS = (
     ),
     Mutation(
         "operators of tensors that are set anew passed over", "replay/purity.py",
-        "if not _operators_are_torch_s():", "if False:", (STALE, "-k", "operators_of_tensors"),
+        "if not operators_are_torch_s():", "if False:", (STALE, "-k", "operators_of_tensors"),
     ),
     Mutation(
         "tensors that are printed passed over", "replay/recorder.py",

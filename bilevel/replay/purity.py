@@ -126,7 +126,7 @@ def reachable_objects(*functions: Any) -> tuple[Any, ...] | None:
     An object appears once for each place from which it is reached, with the name there, in an order that the places
     determine. Two objects therefore cannot exchange their contents unnoticed.
     """
-    if not _operators_are_torch_s():
+    if not operators_are_torch_s():
         return None
     parts: list[Any] = []
     pending: list[Any] = list(functions)
@@ -135,7 +135,7 @@ def reachable_objects(*functions: Any) -> tuple[Any, ...] | None:
         item = pending.pop()
         if isinstance(item, MethodType):
             item = Bound(item.__func__, item.__self__)
-        elif isinstance(item, FunctionType) and not _is_known(item):
+        elif isinstance(item, FunctionType) and not is_known(item):
             item = Bound(item, None)
         if type(item) is Bound:
             followed = _of_function(item, expanded)
@@ -208,15 +208,15 @@ def _children(structure: pytree.TreeSpec) -> Sequence[pytree.TreeSpec]:
 def _harmless(item: Any) -> bool:
     if isinstance(item, torch.Tensor):
         return type(item) in (torch.Tensor, torch.nn.Parameter) and _is_alone(item)
-    return type(item) in _CONSTANTS or _is_known(item) or _BUILTINS.get(id(item)) is item is not None
+    return type(item) in _CONSTANTS or is_known(item) or _BUILTINS.get(id(item)) is item is not None
 
 
-def _is_known(item: Any) -> bool:
+def is_known(item: Any) -> bool:
     """Return whether ``item`` is an operation on the list."""
     return KNOWN.get(id(item)) is item
 
 
-def _operators_are_torch_s() -> bool:
+def operators_are_torch_s() -> bool:
     """Return whether the operators of tensors are those that torch came with."""
     try:
         found = operators_of(torch.Tensor)
@@ -226,7 +226,7 @@ def _operators_are_torch_s() -> bool:
     return found == OPERATORS_AS_IMPORTED
 
 
-def _of_tensors(names: Any) -> bool:
+def of_tensors(names: Any) -> bool:
     """Return whether the attributes ``names`` are on the list, and still what they were."""
     return all(
         name in ATTRIBUTES and (name not in AS_IMPORTED or getattr(torch.Tensor, name) is AS_IMPORTED[name])
@@ -267,10 +267,10 @@ def _named(function: FunctionType, reading: _Reading) -> list[Any] | None:
             if place == len(attributes) or not (ours or value in MODULES) or not hasattr(value, attributes[place]):
                 return None
             value, place = getattr(value, attributes[place]), place + 1
-        if not _of_tensors(attributes[place:]):
+        if not of_tensors(attributes[place:]):
             return None
         found.append(value)
-    return found if _of_tensors(reading.attributes) else None
+    return found if of_tensors(reading.attributes) else None
 
 
 @lru_cache(maxsize=1024)

@@ -272,7 +272,7 @@ def iterate(
     # If the first residual is already below the threshold, it says nothing about scales.
     limit = torch.full_like(norm, torch.inf) if descends else _DIVERGED * torch.maximum(norm, threshold)
     # A single problem's usual step is told by two numbers of Python's, which cost less than tensors of one number.
-    lone = goal.problem.is_lone
+    lone = is_lone(norm)
     least, most = (float(threshold), float(limit)) if lone else (0.0, 0.0)
     largest = torch.finfo(norm.dtype).max ** 0.5  # the squares of larger ones overflow
     huge = float(norm) > largest if lone else bool((norm > largest).any())

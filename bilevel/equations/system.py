@@ -95,6 +95,8 @@ class System(ABC):
 
     symmetric: ClassVar[bool] = False
     minimizes: ClassVar[bool] = False
+    has_value: ClassVar[bool] = False
+    is_fixed_point: ClassVar[bool] = False
     noun: ClassVar[str] = "residual"
     label: ClassVar[str] = "root"
 
@@ -254,6 +256,7 @@ class ArgminSystem(System):
 
     symmetric = True
     minimizes = True
+    has_value = True
     noun = "objective"
     label = "argmin"
 
@@ -318,6 +321,7 @@ class RootSystem(System):
 class FixedPointSystem(RootSystem):
     """R = x − T(x)."""
 
+    is_fixed_point = True
     noun = "mapping"
     label = "fixed_point"
 

@@ -16,7 +16,7 @@ import torch
 
 from bilevel.equations.problem import Problem
 from bilevel.reports import Basis, Status, StatusMessages
-from bilevel.solvers._base import Goal, InnerSolution, InnerSolver, all_finite, is_lone, is_one_of, length
+from bilevel.solvers._base import Goal, InnerSolution, InnerSolver, all_finite, is_one_of, length
 from bilevel.solvers._degenerate import falls_beside, slow_directions
 from bilevel.solvers._error import (
     ErrorEstimate,
@@ -107,7 +107,8 @@ def solve_inner(
         )
     goal = Goal(problem, init, target)
     trial = _attempt(solver, problem, goal)
-    names, tried, latest, steps = [solver.name], [solver.name], trial.x, trial.iterations
+    names, latest, steps = [solver.name], trial.x, trial.iterations
+    tried, basis = list(names), _basis(target)
     for other in () if trial.settled else others:
         # Another search may avoid the saddle or kink at which this one ended. If the search began there, nothing else
         # is tried.
@@ -139,7 +140,7 @@ def solve_inner(
     status = trial.status
     # A NaN added to an objective does not appear in its gradient.
     value = trial.value
-    if value is not None and not (math.isfinite(float(value)) if is_lone(value) else bool(all_finite(value))):
+    if value is not None and not (math.isfinite(float(value)) if problem.is_lone else bool(all_finite(value))):
         status = torch.where(torch.isfinite(value), status, torch.full_like(status, Status.NOT_FINITE))
     bound = torch.full_like(trial.norm, float("nan"))
     words: StatusMessages = {}
@@ -151,7 +152,7 @@ def solve_inner(
             status = torch.where(contradicted, torch.full_like(status, Status.STAGNATED), status)
             words = _words_of_rounding(status, bound)
     return InnerOutcome(
-        trial.x, status, steps, trial.norm, trial.threshold, bound, _basis(target), trial.residual,
+        trial.x, status, steps, trial.norm, trial.threshold, bound, basis, trial.residual,
         trial.factor, trial.exact, ", then ".join(names), words=words,
     )  # fmt: skip
 
@@ -205,12 +206,12 @@ def _attempt(solver: InnerSolver, problem: Problem, goal: Goal, meant: torch.Ten
     if not goal.target.rtol:
         return _by_residual(solver, problem, solution, goal)
     every = meant is None
-    meant = torch.ones_like(solution.status, dtype=torch.bool) if meant is None else meant
     steps = solution.iterations
     for count in range(_MOST_ROUNDS):
-        known, found = _at_once(problem, solution, goal, meant) if every else (None, None)
+        known, found = _at_once(problem, solution, goal, steps) if every else (None, None)
         if known is not None:
-            return replace(known, iterations=steps)
+            return known
+        meant = torch.ones_like(solution.status, dtype=torch.bool) if meant is None else meant
         verdict = _by_error(solver, problem, solution, goal, meant, found)
         if not bool(verdict.again.any()):
             break
@@ -272,17 +273,16 @@ def _by_residual(solver: InnerSolver, problem: Problem, solution: InnerSolution,
 
 
 def _at_once(
-    problem: Problem, solution: InnerSolution, goal: Goal, meant: torch.Tensor
+    problem: Problem, solution: InnerSolution, goal: Goal, steps: torch.Tensor
 ) -> tuple[Trial | None, ErrorEstimate | None]:
-    """Return the result of :func:`_by_error` if all problems have clearly converged, else None; and the estimates made for it.
+    """Return the result of :func:`_by_error` if all problems have clearly converged, after ``steps``, else None; and the estimates made for it.
 
     Most calls end here, and small problems are sensitive to every operation.
     """
     x, residual, target = solution.x, solution.residual, goal.target
     assert residual is not None
     # An unknown that did not move may be stationary only by convention.
-    status, lone = solution.status, is_lone(solution.status)
-    if int(status) != Status.CONVERGED if lone else not bool((status == Status.CONVERGED).all()):
+    if bool(solution.status.any()):  # Status.CONVERGED is 0
         return None, None
     if problem.minimizes and not bool((x != goal.starting_point).all()):
         return None, None
@@ -292,6 +292,7 @@ def _at_once(
     if error is None:
         if not bool(all_finite(norm)):
             return None, None
+        meant = torch.ones_like(solution.status, dtype=torch.bool)
         found = estimate_error(problem, x, residual, meant)
         error = found.error
     # A NaN fails this test.
@@ -304,7 +305,7 @@ def _at_once(
     factor, exact = (solution.factor, False) if found is None or found.factor is None else (found.factor, True)
     threshold = torch.maximum(goal.threshold, norm)
     return Trial(
-        x, solution.status, solution.iterations, residual, norm, threshold, solution.value, factor, exact, settled=True
+        x, solution.status, steps, residual, norm, threshold, solution.value, factor, exact, settled=True
     ), found
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import torch
+from torch.linalg import vector_norm
 
 from bilevel._torch.factorisations import svdvals
 from bilevel.equations.problem import Problem
@@ -50,7 +51,7 @@ def search(
         x = torch.where(active.unsqueeze(-1), state.x + t.unsqueeze(-1) * direction.d, state.x)
         if problem.minimizes:
             found, residual = problem.value_and_residual(x, last=last and trial == 0)
-            reached = residual.norm(dim=-1)
+            reached = vector_norm(residual, dim=-1)
             small = reached <= threshold
             if bool(small.any()):
                 if bool((small & ~(found <= merit)).any()):

@@ -20,9 +20,9 @@ _NEWTON = 3  # each step doubles the order up to which derivatives are exact: 1,
 
 @dataclass(frozen=True)
 class Power(Cone):
-    """{(x, y, z): x^α y^{1−α} ≥ |z|, x ≥ 0, y ≥ 0}: powers, p-norms and geometric means.
+    """{(x, y, z): x^α y^{1−α} ≥ abs(z), x ≥ 0, y ≥ 0}: powers, p-norms and geometric means.
 
-    Its dual is {(u, v, w): (u/α)^α (v/(1−α))^{1−α} ≥ |w|, u ≥ 0, v ≥ 0}. Derivatives are exact up to the seventh order.
+    Its dual is {(u, v, w): (u/α)^α (v/(1−α))^{1−α} ≥ abs(w), u ≥ 0, v ≥ 0}. Derivatives are exact up to the seventh order.
 
     Parameters
     ----------

@@ -1578,7 +1578,6 @@ MUTATIONS = (
         ("tests/cleaning/test_command.py", "-k", "one_sentence"),
     ),
     Mutation(
-        "the rounding of x - T(x) is not counted in the error left", "solvers/newton.py",
         "the rounding of x - T(x) is not counted in the error left", "solvers/_newton_error.py",
         "noise = noise + eps * x.abs().unsqueeze(-1)", "pass",
         ("tests/zoo/test_default_faults.py", "-k", "rounding_absorbs"),

@@ -7,6 +7,9 @@ singular one, and have to be named. Most are solved in batches under ``vmap``, a
 
 x is judged per unknown, in its own scale; the gradient of a random linear outcome against the implicit function theorem in float64.
 References are in ``default_references.py`` and import nothing of the library.
+
+``--parts FILE`` appends what every twenty calls gave to a file of JSON lines, and skips what the file has: a run that was stopped goes on, and
+runs of other seeds and families add up. The tables are then those of all that the file holds, and ``--rst`` prints that of the docs.
 """
 
 from __future__ import annotations
@@ -38,6 +41,7 @@ CONDITION = {torch.float64: 8.0, torch.float32: 4.0}  # log10 of the largest con
 ACCURACY = {torch.float64: 1e-5, torch.float32: 2e-3}  # of x; of a gradient ten times that
 BATCH = (8, 16)
 PLAIN_STEPS = 20_000
+PART = 20  # calls
 FAMILIES = {family.name: family for family in (*REGULAR, *SINGULAR)}
 REGULAR_NAMES = frozenset(family.name for family in REGULAR)
 
@@ -116,7 +120,7 @@ def finite(
     data: tuple[Tensor, ...],
     dtype: torch.dtype,
 ) -> Tensor:
-    """Return, per problem, whether objective and residual are finite at the start in ``dtype``, and the squares of these too."""
+    """Return, per problem, whether objective and residual are finite at the start in ``dtype``, the squares of these too, and no slope underflows."""
     z, level = start.to(dtype), level.to(dtype)
     args = (theta.to(dtype), *(d.to(dtype) for d in data))
     value = residual(family.kind, family.function, z, *args).detach()
@@ -125,6 +129,9 @@ def finite(
     else:
         value = value * level[:, None] / (scale.to(dtype) if family.kind == "argmin" else 1.0)
     fine = torch.isfinite((value * value).sum(-1))
+    # Of a slope that the dtype cannot represent nothing is known there.
+    exact = residual(family.kind, family.function, start, theta, *data).detach()
+    fine &= ((value.abs() >= torch.finfo(dtype).tiny) | (exact == 0)).all(-1)
     if family.kind == "argmin":
         fine &= torch.isfinite(level * family.function(z, *args))
     return fine
@@ -227,6 +234,23 @@ class Tally:
     seconds: Counter[str] = field(default_factory=Counter)
     failures: list[dict[str, Any]] = field(default_factory=list)
 
+    def to_line(self, key: list[Any]) -> str:
+        """Return the tally as a line of JSON that begins with ``key``."""
+        counts = [[*of, dict(counter)] for of, counter in self.counts.items()]
+        statuses = {name: dict(counter) for name, counter in self.statuses.items()}
+        return json.dumps([key, counts, statuses, dict(self.seconds), self.failures])
+
+    @classmethod
+    def of_line(cls, line: str) -> tuple[str, Tally]:
+        """Return the key of a line, as JSON, and its tally."""
+        key, counts, statuses, seconds, failures = json.loads(line)
+        tally = cls(seconds=Counter(seconds), failures=failures)
+        for *of, counter in counts:
+            tally.counts[of[0], of[1], of[2]].update(counter)
+        for name, counter in statuses.items():
+            tally.statuses[name].update(counter)
+        return json.dumps(key), tally
+
     def merge(self, other: Tally) -> None:
         for key, counter in other.counts.items():
             self.counts[key].update(counter)
@@ -299,7 +323,7 @@ def judge_singular(given: Draw, answer: Answer, note: Any) -> None:
         note(row, found, error=float(error[row]), right=right[row].tolist())
 
 
-def run_calls(work: tuple[str, int, list[int], str | None]) -> Tally:
+def run_calls(work: Work) -> Tally:
     """Solve the calls of one family that are numbered; what is solved hangs on their numbers alone."""
     name, seed, indices, only = work
     command = f"python benchmarks/defaults.py --seed {seed} --family '{name}'" + (f" --dtype {only}" if only else "")
@@ -346,6 +370,32 @@ def calls(count: int, families: list[Family]) -> Iterable[tuple[str, list[int]]]
     shares = [1.0 if family.name in REGULAR_NAMES else 1 / 3 for family in families]
     for family, share in zip(families, shares, strict=True):
         yield family.name, list(range(math.ceil(1.05 * count * share / sum(shares) / mean)))
+
+
+Work = tuple[str, int, list[int], str | None]
+
+
+def run_parts(work: list[Work], file: Path) -> Tally:
+    """Solve what ``file`` does not hold yet, family by family in turn, and return the tally of all that it holds then."""
+    lines = file.read_text(encoding="utf-8").splitlines() if file.exists() else []
+    parts = dict(Tally.of_line(line) for line in lines)
+    chunks = [
+        (start, (name, seed, list(range(start, start + PART)), dtype))
+        for name, seed, numbers, dtype in work
+        for start in range(0, len(numbers), PART)
+    ]
+    for _, chunk in sorted(chunks, key=lambda pair: pair[0]):
+        name, seed, numbers, dtype = chunk
+        key = [name, seed, numbers[0], dtype]
+        if json.dumps(key) in parts:
+            continue
+        parts[json.dumps(key)] = part = run_calls(chunk)
+        with file.open("a", encoding="utf-8") as out:
+            out.write(part.to_line(key) + "\n")
+    tally = Tally()
+    for part in parts.values():
+        tally.merge(part)
+    return tally
 
 
 def percent(part: int, whole: int) -> str:
@@ -411,6 +461,39 @@ def summary(tally: Tally) -> None:
     table(["family", "ended", "seconds"], [[name, said[name], f"{tally.seconds[name]:.1f}"] for name in names])
 
 
+def rst(tally: Tally) -> None:
+    """Print the table of the docs, in reStructuredText, and the figures of the text below it."""
+    regular = {key: counter for key, counter in tally.counts.items() if key[0] in REGULAR_NAMES}
+    total = sum(regular.values(), Counter())
+    print(
+        f".. list-table:: Regular problems: {total['problems']:,}, of which {total['out of reach']} are out of reach of the references too"
+    )
+    print("   :header-rows: 1\n")
+    cells = ["distance of the start"]
+    for dtype in DTYPES:
+        cells += [f"{dtype}: problems", "wrong", "lost", "solved"]
+    rows = [cells]
+    for distance in DISTANCES:
+        cells = [
+            f"{distance:g}".replace("e-0", "e-").replace("e+0", "e").replace("0.001", "1e-3").replace("1000", "1e3")
+        ]
+        for dtype in DTYPES:
+            counter = sum((c for key, c in regular.items() if key[1:] == (dtype, distance)), Counter())
+            wrong = counter["wrong x"] + counter["wrong gradient"]
+            share = percent(counter["success"] - wrong, counter["success"] + counter["lost"])
+            cells += [str(counter["problems"]), str(wrong), str(counter["lost"]), share]
+        rows.append(cells)
+    for cells in rows:
+        print("\n".join(f"   {'* -' if not place else '  -'} {cell}" for place, cell in enumerate(cells)))
+    singular = sum((c for key, c in tally.counts.items() if key[0] not in REGULAR_NAMES), Counter())
+    solved = total["success"] - total["wrong x"] - total["wrong gradient"]
+    print(f"\nWithin reach: {percent(solved, total['success'] + total['lost'])} solved, {total['lost']} lost.")
+    print(
+        f"Singular: {singular['problems']:,}, {singular['named']:,} named, {singular['right']} right, {singular['silent']} silent."
+    )
+    print(f"Raw errors: {total['raw'] + singular['raw']}.")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seed", type=int, default=0)
@@ -419,14 +502,22 @@ def main() -> None:
     parser.add_argument("--dtype", choices=sorted(DTYPES), help="this dtype alone")
     parser.add_argument("--call", type=int, help="this call of each family alone: the one that a failure names")
     parser.add_argument("--jobs", type=int, default=1)
+    parser.add_argument(
+        "--parts", type=Path, help="go on with this file of JSON lines, one for twenty calls; one process"
+    )
+    parser.add_argument("--rst", action="store_true", help="print the table of the docs instead")
     parser.add_argument("--output", type=Path, help="a JSON file of all failures")
     options = parser.parse_args()
     families = [family for name, family in FAMILIES.items() if not options.family or name in options.family]
-    work = [(name, options.seed, numbers, options.dtype) for name, numbers in calls(options.count, families)]
+    work: list[Work] = [
+        (name, options.seed, numbers, options.dtype) for name, numbers in calls(options.count, families)
+    ]
     if options.call is not None:
         work = [(name, seed, [options.call], dtype) for name, seed, _, dtype in work]
     begin, tally = time.perf_counter(), Tally()
-    if options.jobs > 1:
+    if options.parts:
+        tally = run_parts(work, options.parts)
+    elif options.jobs > 1:
         with multiprocessing.get_context("spawn").Pool(options.jobs) as pool:
             for part in pool.imap(run_calls, work, chunksize=1):
                 tally.merge(part)
@@ -437,7 +528,7 @@ def main() -> None:
     print(
         f"{problems} problems of seed {options.seed} in {time.perf_counter() - begin:.0f} s, {options.jobs} process(es)"
     )
-    summary(tally)
+    (rst if options.rst else summary)(tally)
     if options.output:
         options.output.write_text(json.dumps(tally.failures, indent=1), encoding="utf-8")
         print(f"{len(tally.failures)} failures are in {options.output}")

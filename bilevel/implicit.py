@@ -40,7 +40,7 @@ from bilevel._torch.transforms import (
     eager,
     grads_batched,
     is_differentiated_again,
-    ordinary_mode,
+    isolated,
     outside_autocast,
     runs_plainly,
     signed,
@@ -66,7 +66,7 @@ class LinearizationCache:
     """The last linearisation of a call. At the same point it serves derivatives of every order and every right-hand side."""
 
     def __init__(self) -> None:
-        self._key: tuple[Any, ...] | None = None
+        self._key: list[tuple[Any, ...]] | None = None
         self._kept: tuple[Any, ...] = ()
         self._offered: LinearizationSlot | None = None
         self._tapes: ReplayCache | None = None
@@ -74,11 +74,8 @@ class LinearizationCache:
 
     def look(self, tensors: Tensors) -> LinearizationSlot | None:
         """Return the slot in which the solver may leave a linearisation, or None if no derivative can follow."""
-        self._offered = (
-            LinearizationSlot(tuple(t.requires_grad for t in tensors))
-            if any(t.requires_grad for t in tensors)
-            else None
-        )
+        needs_grad = tuple([t.requires_grad for t in tensors])
+        self._offered = LinearizationSlot(needs_grad) if True in needs_grad else None
         return self._offered
 
     def adopt(self, x: torch.Tensor, tensors: Tensors) -> None:
@@ -147,11 +144,14 @@ class JointProduct:
         return self.linearization.pullback(v)
 
 
-def _key(x: torch.Tensor, tensors: Tensors) -> tuple[Any, ...]:
+def _key(x: torch.Tensor, tensors: Tensors) -> list[tuple[Any, ...]]:
     # Saved tensors come back as new objects over the same memory. The cache holds them, so that their memory is not reused.
     # A tensor without a data pointer, such as a sparse one, is left out. A key that is too short never matches.
-    known = (t for t in (x, *tensors) if t.layout is torch.strided and not t.is_inference())
-    return tuple((t.data_ptr(), t.shape, t.stride(), t._version) for t in known)
+    return [
+        (t.data_ptr(), t.shape, t.stride(), t._version)
+        for t in (x, *tensors)
+        if t.layout is torch.strided and not t.is_inference()
+    ]
 
 
 @dataclass(frozen=True, eq=False)
@@ -207,14 +207,11 @@ class Solve(torch.autograd.Function):
 
     @staticmethod
     @eager
-    @outside_autocast
+    @isolated
     def forward(rule: ImplicitContext, init: torch.Tensor, *tensors: torch.Tensor) -> torch.Tensor:
-        with ordinary_mode():
-            problem = Problem.of(rule.system, tensors)
-            if rule.followed:
-                problem = replace(problem, linearization_slot=rule.memo.look(tensors))
-            start = init.detach().clone().reshape(problem.batch, problem.size)
-            return rule.solve(problem, start).reshape(init.shape).clone()
+        problem = Problem.of(rule.system, tensors, rule.memo.look(tensors) if rule.followed else None)
+        start = init.detach().clone().reshape(problem.batch, problem.size)
+        return rule.solve(problem, start).reshape(init.shape).clone()
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
@@ -239,8 +236,10 @@ class Solve(torch.autograd.Function):
             linearization = rule.memo.linearize(rule, x, tensors, needs_grad)
             rhs = cotangent.reshape(linearization.residual.shape)
             both = JointProduct(linearization)
-            pullbacks = pullbacks_of(both.pullback, tensors, needs_grad)
-            adjoint = rule.solve_linear(linearization.operator.T, rhs, rule.system.batch_shape, both, pullbacks)
+            operator, axes = linearization.operator.T, cotangent.shape[:-1]
+            adjoint = rule.solve_linear(
+                operator, rhs, axes, both, lambda: pullbacks_of(both.pullback, tensors, needs_grad)
+            )
             return (None, None, *both.pullback(-adjoint.reshape(rhs.shape)))
         q = LinearSolve.apply(_checking(rule, tensors, needs_grad), True, cotangent, x, *tensors)
         again = _is_differentiated_again(rule.system, (x, cotangent, *tensors))
@@ -286,25 +285,26 @@ class LinearSolve(torch.autograd.Function):
 
     @staticmethod
     @eager
-    @outside_autocast
+    @isolated
     def forward(
         rule: ImplicitContext, transposed: bool, rhs: torch.Tensor, x: torch.Tensor, *tensors: torch.Tensor
     ) -> torch.Tensor:
-        with ordinary_mode():
-            if rule.inspect is not None:
-                rule.inspect(Problem.of(rule.system, tensors))
-            linearization = rule.memo.linearize(rule, _usable(x), tensors, [False] * len(tensors))
-            operator = linearization.operator.T if transposed else linearization.operator
-            if not (transposed or rule.system.symmetric):
-                # A product J v takes two reverse passes.
-                refuse_once_only(rule.system.where, rule.system.noun, linearization.residual)
-            if rule.repeats:
-                operator = RepeatedOperator(operator, math.prod(rule.repeats))
-            flat = _usable(rhs).detach().reshape(operator.batch, operator.size)
-            axes = rule.repeats + rule.system.batch_shape
-            pullbacks, unsure = _pullbacks_later(rule, x, tensors), _unsure_pullbacks_later(rule, x, tensors)
-            solved = rule.solve_linear(operator, flat, axes, pullbacks=pullbacks, unsure=unsure)
-            return solved.reshape(rhs.shape).clone()
+        if rule.inspect is not None:
+            rule.inspect(Problem.of(rule.system, tensors))
+        linearization = rule.memo.linearize(rule, _usable(x), tensors, [False] * len(tensors))
+        operator = linearization.operator.T if transposed else linearization.operator
+        if not (transposed or rule.system.symmetric):
+            # A product J v takes two reverse passes.
+            refuse_once_only(rule.system.where, rule.system.noun, linearization.residual)
+        if rule.repeats:
+            operator = RepeatedOperator(operator, math.prod(rule.repeats))
+        flat = _usable(rhs).detach().reshape(operator.batch, operator.size)
+        axes = rule.repeats + rule.system.batch_shape
+        unsure = _unsure_pullbacks_later(rule, x, tensors)
+        solved = rule.solve_linear(
+            operator, flat, axes, pullbacks=lambda: _pullbacks_later(rule, x, tensors), unsure=unsure
+        )
+        return solved.reshape(rhs.shape).clone()
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:

@@ -4,22 +4,23 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 
 from bilevel.errors import ArgumentError, BilevelError, BudgetWarning, FailureWarning, SolveError, SolveWarning
-from bilevel.recording import Recording, active_recordings
+from bilevel.recording import ACTIVE, Recording
 from bilevel.reports import SolveReport, Status
 
-__all__ = ["OnFailure", "apply_policy", "check_policy", "handle_misuse"]
+__all__ = ["POLICIES", "OnFailure", "apply_policy", "check_policy", "handle_misuse"]
 
 OnFailure = Literal["raise", "warn", "nan", "ignore"]
+POLICIES: tuple[str, ...] = get_args(OnFailure)
 
 
 def check_policy(on_failure: str) -> OnFailure:
     """Return ``on_failure`` if it is one of the four policies, or raise :class:`ArgumentError`."""
-    if on_failure not in ("raise", "warn", "nan", "ignore"):
+    if on_failure not in POLICIES:
         raise ArgumentError(f"expected on_failure to be 'raise', 'warn', 'nan' or 'ignore', got {on_failure!r}")
     return on_failure  # type: ignore[return-value]  # mypy does not narrow str to a Literal
 
@@ -58,7 +59,7 @@ def apply_policy(
         If a problem failed and the policy is ``"raise"``.
     """
     seen: list[Recording] = []
-    for recording in (*active_recordings(), *recordings):
+    for recording in (*ACTIVE.stack, *recordings):
         if not any(recording is other for other in seen):
             seen.append(recording)
             recording.append(report)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
@@ -20,9 +20,12 @@ __all__ = [
     "as_real",
     "flatten_arguments",
     "is_numpy",
+    "joined",
     "leaf_names",
     "moves",
+    "moving",
     "of_real",
+    "parted",
     "ravel",
     "ravel_like",
     "real_dtype",
@@ -84,6 +87,8 @@ class Raveler:
     @staticmethod
     def of(tree: Any, where: str, what: str = "init") -> Raveler:
         """Read the structure of ``tree``, called ``what`` in messages, or say what cannot be an unknown about it."""
+        if isinstance(tree, torch.Tensor) and moves(tree) and tree.layout is torch.strided:
+            return _of_tensor(tree.shape, tree.dtype, tree.device)
         paths, structure = pytree.tree_flatten_with_path(tree)
         if not paths:
             raise ShapeError(
@@ -155,7 +160,7 @@ class Raveler:
 
     def ravel(self, tree: Any) -> torch.Tensor:
         """Return ``tree``, of this structure, as one vector (n,)."""
-        leaves = pytree.tree_leaves(tree)
+        leaves = [tree] if self.is_tensor else pytree.tree_leaves(tree)
         if len(leaves) == 1 and leaves[0].dtype == self.dtype == self.dtypes[0]:
             return leaves[0].reshape(self.size)
         # A real value of a complex unknown's equation has the imaginary part zero.
@@ -174,6 +179,14 @@ class Raveler:
     def _leaf(self, part: torch.Tensor, place: int) -> torch.Tensor:
         """Return the leaf at ``place``, of its ``part`` of the flat vector."""
         return _complete(part.reshape(self.real_shapes[place]), self.dtypes[place])
+
+
+@lru_cache(maxsize=64)
+def _of_tensor(shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Raveler:
+    return Raveler(_LEAF, (shape,), (dtype,), real_dtype(dtype), device)
+
+
+_LEAF = pytree.tree_structure(0)
 
 
 def _made_a_tensor(leaf: Any) -> str:
@@ -342,6 +355,23 @@ def is_numpy(item: Any) -> bool:
 def moves(leaf: Any) -> bool:
     """Return whether ``leaf`` is a tensor that derivatives can be taken with respect to."""
     return isinstance(leaf, torch.Tensor) and (leaf.is_floating_point() or leaf.is_complex())
+
+
+def moving(tree: Any) -> list[bool]:
+    """Return :func:`moves` of each leaf of ``tree``."""
+    return [moves(leaf) for leaf in pytree.tree_leaves(tree)]
+
+
+def joined(tensors: Iterable[torch.Tensor]) -> torch.Tensor:
+    """Return the real numbers of ``tensors`` as one vector (p,)."""
+    return torch.cat([as_real(tensor).reshape(-1) for tensor in tensors])
+
+
+def parted(flat: torch.Tensor, like: Any) -> Any:
+    """Return ``flat`` (p,) as the pytree ``like``, whose differentiable tensors hold p real numbers; None in place of its other leaves."""
+    leaves, structure = pytree.tree_flatten(like)
+    parts = iter(torch.split(flat, [as_real(leaf).numel() for leaf in leaves if moves(leaf)]))
+    return pytree.tree_unflatten([of_real(next(parts), leaf) if moves(leaf) else None for leaf in leaves], structure)
 
 
 def leaf_names(paths: Sequence[tuple[Any, Any]]) -> list[str]:

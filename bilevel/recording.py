@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 from bilevel.reports import Pass, SolveReport
 
-__all__ = ["Recording", "active_recordings", "record"]
+__all__ = ["ACTIVE", "Recording", "record"]
 
 
 class Recording(list[SolveReport]):
@@ -30,15 +30,8 @@ class _Active(threading.local):
         self.stack: list[Recording] = []
 
 
-_ACTIVE = _Active()
-
-
-def active_recordings() -> tuple[Recording, ...]:
-    """Return the recordings open in this thread.
-
-    A layer keeps them from its forward pass, because a backward pass may run in a thread of autograd's.
-    """
-    return tuple(_ACTIVE.stack)
+# The recordings open in this thread. A layer keeps them from its forward pass, because a backward pass may run in a thread of autograd's.
+ACTIVE = _Active()
 
 
 @contextlib.contextmanager
@@ -63,8 +56,8 @@ def record() -> Iterator[Recording]:
     [('forward', 1), ('backward', 2)]
     """
     recording = Recording()
-    _ACTIVE.stack.append(recording)
+    ACTIVE.stack.append(recording)
     try:
         yield recording
     finally:
-        _ACTIVE.stack[:] = [other for other in _ACTIVE.stack if other is not recording]
+        ACTIVE.stack[:] = [other for other in ACTIVE.stack if other is not recording]

@@ -50,18 +50,18 @@ def _replay_at_once() -> None:
 
     inspect_once, attempt = checks.inspect_once, ReplayCache._try
 
-    def trusting(entry: Any, *args: Any) -> None:
-        attempt(entry, *args)
+    def trusting(cache: Any, entry: Any, *args: Any) -> None:
+        attempt(cache, entry, *args)
         entry.trusted = not entry.given_up
 
-    def eager(problem: Any, x: Any, function: Any, memory: Any, *, captures: bool) -> Any:
-        first = inspect_once(problem, x, function, memory, captures=captures)
+    def eager(problem: Any, x: Any, function: Any, memory: Any, **kinds: bool) -> Any:
+        first = inspect_once(problem, x, function, memory, **kinds)
         if first.found is None:
             return first
-        replays = checks.reuse_inspection(problem, x, function, memory, memory, captures=captures)
+        replays = checks.reuse_inspection(problem, x, function, memory, memory, **kinds)
         return first._replace(replays=replays)
 
-    ReplayCache._try = staticmethod(trusting)
+    ReplayCache._try = trusting
     checks.inspect_once = call.inspect_once = eager
 
 

@@ -731,13 +731,10 @@ def test_a_goal_of_a_small_problem_is_estimated_after_full_accuracy(
 def test_a_goal_of_a_problem_that_prepares_its_data_is_met_and_estimated() -> None:
     class Prepared(Classifier):
         def prepare(self, outer, data):
-            return (data[0] * outer.exp(), *data[1:])
+            return (3 * data[0], *data[1:])
 
     data, outer = split(3), torch.linspace(-0.5, 0.5, 6, dtype=F64)
-    free = outer.clone().requires_grad_(True)
-    plain = Classifier()
-    inner = oracles.newton_argmin(plain.inner_objective, START, free, (data[0] * free.exp(), *data[1:]), steps=12)
-    (true,) = torch.autograd.grad(plain.outer_objective(inner, free, (data[0] * free.exp(), *data[1:])), free)
+    true = exact(Classifier(), outer, (3 * data[0], *data[1:]))
     problem, bounds = Prepared(tolerance=asked(1e-6, estimates=True)), []
     for _ in range(3):
         result = problem.hypergradient(outer, data, init=START)
@@ -751,7 +748,7 @@ def test_a_goal_of_a_problem_that_prepares_its_data_is_met_and_estimated() -> No
 def test_the_error_of_a_sensitive_hypergradient_is_not_underestimated() -> None:
     class Steep(Classifier):
         def outer_objective(self, inner, outer, data):
-            return torch.tanh(3000 * (inner - 0.01)).sum() + (outer**2).sum()
+            return torch.sin(3000 * inner).sum() + (outer**2).sum()
 
     data, outer = split(1, dtype=torch.float32), torch.linspace(-2, 1, 6)
     result = Steep(tolerance=bilevel.Tolerance(hypergradient=1e9, estimates=True)).hypergradient(

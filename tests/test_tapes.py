@@ -93,7 +93,7 @@ def test_the_same_on_other_numbers(function, seed, awkward):
     program = noted(function, (numbers(0, 3, 3), numbers(1, 3, 3)))
     inputs = numbers(seed, 3, 3, awkward=awkward), numbers(seed + 1, 3, 3, awkward=awkward)
     kept = [t.clone() for t in inputs]
-    assert same(program(*inputs), function(*inputs))
+    assert same(program.run(*inputs), function(*inputs))
     assert same(inputs, kept)
 
 
@@ -117,7 +117,7 @@ def test_in_two_parts_the_second_as_often_as_one_likes(function, seed):
 def test_what_is_given_comes_back_as_another_object():
     x = numbers(0, 3)
     program = noted(lambda x: [x, x.detach(), x + 0], (x,))
-    for found in program(x):
+    for found in program.run(x):
         assert torch.equal(found, x) and found is not x
 
 
@@ -164,7 +164,7 @@ def test_what_could_do_otherwise_has_no_tape(function):
 def test_a_captured_tensor_is_an_input():
     program = noted(lambda x: [x + OUTSIDE, x * OUTSIDE[0]], (numbers(0, 3),), captured=(OUTSIDE,))
     x, other = numbers(5, 3), numbers(6, 3)
-    assert same(program(x, other), [x + other, x * other[0]])
+    assert same(program.run(x, other), [x + other, x * other[0]])
     # Two of them in one memory may be apart when they are looked at next.
     assert note(lambda x: [x + OUTSIDE], (numbers(0, 3),), captured=(OUTSIDE, OUTSIDE[:2]))[1] is None
 
@@ -174,7 +174,7 @@ def test_arguments_in_one_memory_are_told_apart():
     wide = numbers(1, 3).expand(3, 3)
     program = noted(lambda a, b, c, d: [a @ b + c, d * a], (base, base, base.mT, wide), captured=(wide,))
     a, b, c, d = (numbers(10 + place, 3, 3) for place in range(4))
-    assert same(program(a, b, c, d, wide), [a @ b + c, d * a])
+    assert same(program.run(a, b, c, d, wide), [a @ b + c, d * a])
 
 
 def test_the_room_of_what_was_noted_is_let_go():
@@ -214,14 +214,14 @@ def test_views_are_of_what_they_view(seed):
     program = noted(seen_otherwise, (numbers(0, 3, 3), numbers(1, 3, 3)))
     inputs = numbers(seed, 3, 3), numbers(seed + 1, 3, 3)
     kept = [t.clone() for t in inputs]
-    assert same(program(*inputs), seen_otherwise(*inputs))
+    assert same(program.run(*inputs), seen_otherwise(*inputs))
     assert same(inputs, kept)
 
 
 def test_a_view_that_is_returned_is_of_a_tensor_of_its_own():
     x = numbers(0, 3, 3)
     program = noted(lambda x: [(x**1).reshape(-1), (x * 2).mT, (x * 2).reshape(-1)], (x,))
-    found = program(x)
+    found = program.run(x)
     rooms = [t.untyped_storage().data_ptr() for t in (x, *found)]
     assert len(set(rooms)) == 4
     found[0].zero_()
@@ -265,7 +265,7 @@ def test_functions_made_at_random(function, seed):
     kept = [t.clone() for t in (x, y, z)]
     program = noted(function, (numbers(7, 3, 3), numbers(8, 3, 3)))
     for other in (y, z, y):
-        found, expected = program(x, other), function(x, other)
+        found, expected = program.run(x, other), function(x, other)
         assert same(found, expected)
     begun = noted(function, (numbers(7, 3, 3),), late=(numbers(8, 3, 3),)).begin(x)
     for other in (y, z, y):

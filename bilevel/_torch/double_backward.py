@@ -23,7 +23,7 @@ from bilevel._torch.products import PRODUCTS
 from bilevel._torch.sparse import SPARSE
 from bilevel._torch.transforms import uncompiled
 
-__all__ = ["Repeatable", "attention_kernels"]
+__all__ = ["Repeatable"]
 
 
 def _weight_norm(v: torch.Tensor, g: torch.Tensor, dim: int = 0) -> torch.Tensor:
@@ -78,11 +78,3 @@ class Repeatable(TorchFunctionMode):
     def around(function: Callable[..., Any]) -> AbstractContextManager[Any]:
         """Return the mode for a user's ``function`` that was seen to need it, or a context that does nothing."""
         return Repeatable() if has_graph_feature(function, GraphFeature.REWRITTEN) else nullcontext()
-
-
-def attention_kernels() -> tuple[bool, ...]:
-    """Return which kernels torch may choose among for attention here: what a graph is seen to hold depends on that."""
-    backends = torch.backends.cuda
-    return (
-        backends.math_sdp_enabled(), backends.flash_sdp_enabled(), backends.mem_efficient_sdp_enabled(), backends.cudnn_sdp_enabled(),
-    )  # fmt: skip

@@ -69,4 +69,6 @@ def apply_rule(rule: Callable[..., torch.Tensor], *tensors: torch.Tensor) -> tor
 
 def _maps_nothing(tensors: Iterable[torch.Tensor]) -> bool:
     """Return whether one of ``tensors`` has entries, and none in memory."""
-    return transforms_active() and any(tensor.numel() and not innermost(tensor).numel() for tensor in tensors)
+    return transforms_active() is not None and any(
+        tensor.numel() and not innermost(tensor).numel() for tensor in tensors
+    )

@@ -33,8 +33,8 @@ __all__ = [
     "innermost",
     "is_differentiated_again",
     "is_plain",
+    "isolated",
     "layers",
-    "ordinary_mode",
     "outside_autocast",
     "runs_plainly",
     "saving_hooked",
@@ -54,9 +54,8 @@ _HOOKS_REFUSED = (
 )
 
 
-def transforms_active() -> bool:
-    """Return whether a torch.func transform surrounds this call."""
-    return _functorch.peek_interpreter_stack() is not None
+# The innermost torch.func transform around this call, or None. torch's own function: every call of a layer asks it several times.
+transforms_active: Callable[[], object] = _functorch.peek_interpreter_stack
 
 
 def batch_axis_first(tensor: torch.Tensor, dim: int | None, size: int | None = None) -> torch.Tensor:
@@ -122,21 +121,6 @@ def hooks_refused() -> Iterator[None]:
                 control._saved_tensors_hooks_disable(before, False)
 
 
-@contextlib.contextmanager
-def ordinary_mode() -> Iterator[None]:
-    """Leave inference mode, in which no graph can be built, and hide our own graphs from the caller's hooks.
-
-    A solver's graphs are not the caller's. A checkpoint around a layer would otherwise repeat the whole solve for each of
-    its steps.
-    """
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(unhooked())
-        if torch.is_inference_mode_enabled():
-            stack.enter_context(torch.inference_mode(False))
-            stack.enter_context(torch.no_grad())
-        yield
-
-
 def autocast_to(device: torch.device) -> torch.dtype | None:
     """Return the dtype that autocast casts to on ``device`` around this call, or None."""
     return torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
@@ -168,8 +152,9 @@ def layers(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
 
 def innermost(tensor: torch.Tensor) -> torch.Tensor:
     """Return the plain tensor that transforms have wrapped."""
-    *_, plain = layers(tensor)
-    return plain
+    while _functorch.is_functorch_wrapped_tensor(tensor):
+        tensor = _functorch.get_unwrapped(tensor)
+    return tensor
 
 
 def without_gradient(tensor: torch.Tensor) -> torch.Tensor:
@@ -189,16 +174,18 @@ def without_tangent(tensor: torch.Tensor) -> torch.Tensor:
 
 def carries_gradient(tensor: torch.Tensor) -> bool:
     """Return whether any level, ordinary autograd included, differentiates ``tensor`` in either mode."""
-    for layer in layers(tensor):
-        if _functorch.is_batchedtensor(layer):
-            continue
-        if layer.requires_grad:
-            return True
-        # torch has no tangents of sparse tensors, nor of whole numbers.
-        dual = layer.layout is torch.strided and (layer.is_floating_point() or layer.is_complex())
-        if dual and forward_ad.unpack_dual(layer).tangent is not None:
-            return True
-    return False
+    while True:
+        if not _functorch.is_batchedtensor(tensor):
+            if tensor.requires_grad:
+                return True
+            # torch has no tangents of sparse tensors, nor of whole numbers, nor outside of a dual level.
+            dual = forward_ad._current_level >= 0 and tensor.layout is torch.strided
+            dual = dual and (tensor.is_floating_point() or tensor.is_complex())
+            if dual and forward_ad.unpack_dual(tensor).tangent is not None:
+                return True
+        if not _functorch.is_functorch_wrapped_tensor(tensor):
+            return False
+        tensor = _functorch.get_unwrapped(tensor)
 
 
 def is_differentiated_again(tensors: Iterable[torch.Tensor]) -> bool:
@@ -300,11 +287,36 @@ def outside_autocast(function: Callable[P, T]) -> Callable[P, T]:
     def plain(*args: P.args, **kwargs: P.kwargs) -> T:
         for arg in args:
             if isinstance(arg, torch.Tensor):
+                if not torch.is_autocast_enabled(arg.device.type):
+                    break
                 with autocasting(arg.device, None):
                     return function(*args, **kwargs)
         return function(*args, **kwargs)
 
     return plain
+
+
+def isolated(function: Callable[P, T]) -> Callable[P, T]:
+    """Run ``function`` outside autocast and outside inference mode, in which no graph can be built, and hide its graphs from the caller's hooks.
+
+    A solver's graphs are not the caller's. A checkpoint around a layer would otherwise repeat the whole solve for each of
+    its steps.
+    """
+
+    @outside_autocast
+    @functools.wraps(function)
+    def alone(*args: P.args, **kwargs: P.kwargs) -> T:
+        inference = torch.is_inference_mode_enabled()
+        if not inference and not saving_hooked():
+            return function(*args, **kwargs)
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(unhooked())
+            if inference:
+                stack.enter_context(torch.inference_mode(False))
+                stack.enter_context(torch.no_grad())
+            return function(*args, **kwargs)
+
+    return alone
 
 
 def signed(function: type[T]) -> type[T]:

@@ -42,7 +42,7 @@ class ConeCall(SolveCall):
             nothing = InnerOutcome(
                 init, codes, codes, zeros, zeros, zeros, Basis.RESIDUAL, init, solver=self.solver.name
             )
-            return self._reported(problem, nothing, {})
+            return self._reported(problem, nothing, {}, silent=False)
         found = solve_cones(self.conditions, problem, self.solver)
         self.certificate = found.certificate.reshape(*axes, problem.size)
         words = forward_words(self.conditions.product, found)
@@ -60,7 +60,7 @@ class ConeCall(SolveCall):
             found.z, status, found.iterations, found.lack, torch.full_like(found.lack, threshold),
             torch.full_like(found.lack, float("nan")), Basis.RESIDUAL, found.residual, solver=self.solver.name,
         )  # fmt: skip
-        z = self._reported(problem, outcome, words)
+        z = self._reported(problem, outcome, words, silent=asked.silent)
         lost = torch.stack([status == one for one in _NO_DERIVATIVE]).any(0).reshape(axes)
         if bool(lost.any()):
             self.nan_mask = lost if self.nan_mask is None else self.nan_mask | lost

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property, partial
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ from bilevel._torch.graph_features import record_graph_features
 from bilevel._torch.reverse import vjp
 from bilevel.equations.domain import leaves_domain, row_by_row
 from bilevel.equations.linearization import PRODUCT, Linearization, LinearizationSlot, NoPullback, ReplayedLinearization
-from bilevel.equations.system import ArgminSystem, FixedPointSystem, System
+from bilevel.equations.system import ArgminSystem, System
 from bilevel.errors import ArgumentError
 from bilevel.operators import DenseOperator, FunctionOperator, HessianOperator, JacobianOperator, LinearOperator
 from bilevel.pytree import moves
@@ -40,6 +40,19 @@ class Problem:
         The recorded evaluations of the function, if it is branch-free and depends on its arguments alone.
     objective
         Of a structured system: the problem of its objective alone, with replays of its own.
+
+    Attributes
+    ----------
+    batch_shape, batch, size
+        The batch's axes, outermost first; the number of problems; and n, the number of unknowns of each.
+    minimizes
+        Whether there is an objective, so that :meth:`value` can be called.
+    has_value
+        Whether R is the gradient of a function. The function need not have a minimum.
+    is_fixed_point
+        Whether R = x − T(x), so that T(x) = x − R.
+    is_lone
+        Whether this is a single problem on the CPU, whose numbers cost less in Python than as tensors.
     """
 
     system: System
@@ -47,14 +60,33 @@ class Problem:
     linearization_slot: LinearizationSlot | None = field(default=None, repr=False)
     replays: ReplayCache | None = field(default=None, repr=False)
     objective: Problem | None = field(default=None, repr=False)
+    batch_shape: tuple[int, ...] = field(init=False, repr=False)
+    batch: int = field(init=False, repr=False)
+    size: int = field(init=False, repr=False)
+    minimizes: bool = field(init=False, repr=False)
+    has_value: bool = field(init=False, repr=False)
+    is_fixed_point: bool = field(init=False, repr=False)
+    is_lone: bool = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        system, raveler = self.system, self.system.raveler
+        shape = tuple([level.size for level in reversed(system.levels)])
+        batch = math.prod(shape)
+        vars(self).update(
+            batch_shape=shape, batch=batch, size=raveler.size, minimizes=system.minimizes, has_value=system.has_value,
+            is_fixed_point=system.is_fixed_point, is_lone=batch == 1 and raveler.device.type == "cpu",
+        )  # fmt: skip
 
     @staticmethod
-    def of(system: System, tensors: Sequence[torch.Tensor]) -> Problem:
+    def of(system: System, tensors: Sequence[torch.Tensor], slot: LinearizationSlot | None = None) -> Problem:
         """Bind ``tensors``, detached."""
-        return Problem(system, [_plain(tensor) for tensor in tensors])
+        # Tensors born under inference_mode cannot take part in autograd; a copy can.
+        return Problem(system, [t.clone() if t.is_inference() else t.detach() for t in tensors], slot)
 
     def replayed_from(self, replays: ReplayCache | None) -> Problem:
         """Return the problem with ``replays``, which the linearisation slot receives too."""
+        if replays is self.replays:
+            return self
         if self.linearization_slot is not None:
             self.linearization_slot.replays = replays
         return replace(self, replays=replays)
@@ -63,31 +95,6 @@ class Problem:
     def where(self) -> str:
         """The layer's name, for messages."""
         return self.system.where
-
-    @cached_property
-    def minimizes(self) -> bool:
-        """Whether there is an objective, so that :meth:`value` can be called."""
-        return self.system.minimizes
-
-    @cached_property
-    def has_value(self) -> bool:
-        """Whether R is the gradient of a function. The function need not have a minimum."""
-        return isinstance(self.system, ArgminSystem)
-
-    @cached_property
-    def is_fixed_point(self) -> bool:
-        """Whether R = x − T(x), so that T(x) = x − R."""
-        return isinstance(self.system, FixedPointSystem)
-
-    @cached_property
-    def batch(self) -> int:
-        """The number of problems."""
-        return math.prod(self.system.batch_shape)
-
-    @cached_property
-    def size(self) -> int:
-        """n, the number of unknowns of each problem."""
-        return self.system.raveler.size
 
     def value(self, x: torch.Tensor) -> torch.Tensor:
         """Return the objectives (batch,) at ``x`` (batch, n)."""
@@ -103,7 +110,7 @@ class Problem:
 
         ``last``: ``x`` is probably the final iterate. If a derivative follows, the graph is kept for it.
         """
-        if not isinstance(self.system, ArgminSystem):
+        if not self.has_value:
             raise ArgumentError(
                 f"{self.where}: expected an argmin for a solver that minimises, got a {self.system.noun} equation; take "
                 "Newton(), Anderson(), FixedPointIteration() or ScipyRoot()"
@@ -135,27 +142,23 @@ class Problem:
         self, name: Hashable, evaluation: Callable[..., Sequence[torch.Tensor]], x: torch.Tensor
     ) -> Sequence[torch.Tensor]:
         """Return ``evaluation`` at ``x`` (batch, k) and the tensors, or its replay. ``name`` identifies the evaluation."""
-        program = self._program(name, evaluation, x)
-        if program is None:
+        known = self._trusted(name, evaluation, x)
+        if known is None:
             return evaluation(x, *self.tensors)
+        program, captured = known
         with torch.no_grad():
-            return program(x.contiguous(), *self.tensors, *self._captured())
+            return program.run(x.contiguous(), *self.tensors, *captured)
 
-    def _program(
+    def _trusted(
         self,
         name: Hashable,
         evaluation: Callable[..., Sequence[torch.Tensor]],
         x: torch.Tensor,
         late: Callable[[], Sequence[torch.Tensor]] = tuple,
-    ) -> Program | None:
+    ) -> tuple[Program, list[torch.Tensor]] | None:
         if self.replays is None:
             return None
         return self.replays.program(name, evaluation, lambda: (x.detach().contiguous(), *self.tensors), late)
-
-    def _captured(self) -> list[torch.Tensor]:
-        captured = None if self.replays is None else self.replays.captured()
-        assert captured is not None
-        return captured
 
     def _output(self, x: torch.Tensor, *tensors: torch.Tensor) -> tuple[torch.Tensor]:
         with torch.no_grad():
@@ -215,9 +218,9 @@ class Problem:
 
     def _linearize(self, x: torch.Tensor, needs_grad: Sequence[bool] | None = None) -> Linearization:
         chosen = tuple(needs_grad or [False] * len(self.tensors))
-        program = self._program(("linear", chosen), partial(self._linear, chosen), x, partial(_any_two, x))
-        if program is not None:
-            return self._replayed(program, chosen, x)
+        known = self._trusted(("linear", chosen), partial(self._linear, chosen), x, partial(_any_two, x))
+        if known is not None:
+            return self._replayed(*known, chosen, x)
         system = self.system
         with torch.enable_grad():
             point = x.detach().requires_grad_(True)
@@ -247,13 +250,15 @@ class Problem:
 
     def _materialize(self, at: torch.Tensor) -> Callable[[], torch.Tensor]:
         # Without the slot: its linearisation would refer to itself through the operator, and keep the graph until a collection.
-        plain = replace(self, linearization_slot=None)
+        plain = Problem(self.system, self.tensors, None, self.replays)
         return lambda: plain._dense(at)[1]
 
-    def _replayed(self, program: Program, needs_grad: tuple[bool, ...], x: torch.Tensor) -> Linearization:
+    def _replayed(
+        self, program: Program, captured: list[torch.Tensor], needs_grad: tuple[bool, ...], x: torch.Tensor
+    ) -> Linearization:
         at = x.detach()
         with torch.no_grad():
-            begun = program.begin(at.contiguous(), *self.tensors, *self._captured())
+            begun = program.begin(at.contiguous(), *self.tensors, *captured)
         value, residual = begun.outputs[:PRODUCT]
         assert value is not None
         assert residual is not None
@@ -344,12 +349,7 @@ class Problem:
 
     def shaped(self, x: torch.Tensor) -> torch.Tensor:
         """Return ``x`` (batch, n) with an axis for each level of the batch in place of the first."""
-        return x.reshape(*self.system.batch_shape, self.size)
-
-
-def _plain(tensor: torch.Tensor) -> torch.Tensor:
-    # Tensors born under inference_mode cannot take part in autograd; a copy can.
-    return tensor.clone() if tensor.is_inference() else tensor.detach()
+        return x.reshape(*self.batch_shape, self.size)
 
 
 def _any_two(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -13,7 +13,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch.utils import _pytree as pytree
@@ -57,7 +57,14 @@ class StructuredSystem(System):
         The system of the objective alone, in x. It has the same levels and mode.
     """
 
+    #: What the user gave besides the objective. An examination of the whole comes after that of the objective, and finds fault with this.
+    besides: ClassVar[str] = "the structure"
+
     ordinary: System
+
+    @property
+    def examined(self) -> str:
+        return self.besides
 
     @abstractmethod
     def find(self, problem: Problem, init: torch.Tensor, target: Target, solver: Any) -> Any:

@@ -95,6 +95,8 @@ class System(ABC):
 
     symmetric: ClassVar[bool] = False
     minimizes: ClassVar[bool] = False
+    has_value: ClassVar[bool] = False
+    is_fixed_point: ClassVar[bool] = False
     noun: ClassVar[str] = "residual"
     label: ClassVar[str] = "root"
 
@@ -187,15 +189,18 @@ class System(ABC):
         """
         try:
             return self.output(flat, *tensors)
-        except (RuntimeError, ValueError, IndexError, TypeError) as error:
+        except (RuntimeError, ValueError, IndexError, TypeError, AttributeError) as error:
             if isinstance(error, BilevelError) or leaves_domain(error):
                 raise
+            paths, _ = pytree.tree_flatten_with_path(self.arguments.rebuild(tensors))
+            arrays = leaf_names([(path, leaf) for path, leaf in paths if is_numpy(leaf)])
             if mixes_numpy(error):
-                paths, _ = pytree.tree_flatten_with_path(self.arguments.rebuild(tensors))
-                arrays = leaf_names([(path, leaf) for path, leaf in paths if is_numpy(leaf)])
                 raise numpy_refusal(self.where, self.noun, arrays) from error
             self._check_count(tensors, error)
-            if isinstance(error, TypeError) or not _MISFIT.search(str(error)):
+            # Such as "'int' object is not callable", of array.size().
+            if arrays and isinstance(error, (TypeError, AttributeError)):
+                raise numpy_refusal(self.where, self.noun, arrays) from error
+            if isinstance(error, (TypeError, AttributeError)) or not _MISFIT.search(str(error)):
                 raise
             raise self._misfit(flat, tensors, str(error)) from error
 
@@ -235,6 +240,11 @@ class System(ABC):
             function = _without_hooks(vmap(function, in_dims=in_dims, randomness="different"))
         return function
 
+    @property
+    def examined(self) -> str:
+        """How messages name what an examination of this system finds at fault."""
+        return self.noun
+
     def inspect(  # noqa: B027  # most kinds promise nothing more
         self, residual: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor
     ) -> None:
@@ -246,6 +256,7 @@ class ArgminSystem(System):
 
     symmetric = True
     minimizes = True
+    has_value = True
     noun = "objective"
     label = "argmin"
 
@@ -310,6 +321,7 @@ class RootSystem(System):
 class FixedPointSystem(RootSystem):
     """R = x − T(x)."""
 
+    is_fixed_point = True
     noun = "mapping"
     label = "fixed_point"
 
@@ -382,10 +394,14 @@ def mixes_numpy(error: Exception) -> bool:
 
 def numpy_refusal(where: str, noun: str, arrays: Sequence[str]) -> DtypeError:
     """Return the error for numpy in a user's function; ``arrays`` names its numpy arguments."""
+    got = (
+        f"an array or a number of numpy at {', '.join(arrays)}"
+        if arrays
+        else "a numpy array or a function of numpy in it"
+    )
     return DtypeError(
-        f"{where}: expected {noun} to be of torch's operations on tensors, as numpy's cannot be differentiated, got a numpy array"
-        f"{' at ' + ', '.join(arrays) if arrays else ' or a function of numpy in it'}; convert arrays with torch.as_tensor(...), and use "
-        "torch's functions"
+        f"{where}: expected {noun} to be of torch's operations on tensors, as numpy's cannot be differentiated, got {got}; convert it with "
+        "torch.as_tensor(...), and use torch's functions"
     )
 
 

@@ -18,10 +18,11 @@ from bilevel.equations.pullbacks import Pullback
 from bilevel.equations.structured import StructuredSystem, objective_of
 from bilevel.errors import ArgumentError, BilevelError, StochasticObjectiveError
 from bilevel.implicit import JointProduct
-from bilevel.layers.checks import Inspection, inspect_on_failure, inspect_once, reuse_inspection
+from bilevel.layers.checks import Inspection, inspect_once, reuse_inspection
 from bilevel.layers.differentiation import Differentiation, Implicit, check_differentiation
 from bilevel.layers.examinations import Examinations
-from bilevel.layers.messages import failure_messages
+from bilevel.layers.messages import derivative_messages, failure_messages
+from bilevel.layers.randomness import CheckAfter
 from bilevel.linear._base import LinearSolver, as_linear_solver, solve_linear
 from bilevel.linear._free_directions import (
     changes_free_directions,
@@ -32,8 +33,8 @@ from bilevel.linear._solution import LinearOutcome
 from bilevel.linear.defaults import default_linear_solver
 from bilevel.linear.exact import offer_factor
 from bilevel.operators import LinearOperator
-from bilevel.policy import OnFailure, apply_policy, check_policy, handle_misuse
-from bilevel.recording import active_recordings
+from bilevel.policy import POLICIES, OnFailure, apply_policy, check_policy, handle_misuse
+from bilevel.recording import ACTIVE
 from bilevel.replay import InspectionCache, ReplayCache
 from bilevel.reports import Pass, SolveReport, Status, StatusMessages
 from bilevel.solvers._base import InnerSolver, as_inner_solver
@@ -119,14 +120,17 @@ class SolveSettings:
     on_adjoint: Callable[[Adjoint], None] | None = None
 
     def __post_init__(self) -> None:
-        if self.solver is not None:
+        # A call makes its settings of the layer's by replacement: what is already checked is not checked again.
+        if self.solver is not None and not isinstance(self.solver, InnerSolver):
             object.__setattr__(self, "solver", as_inner_solver(self.solver))
-        if self.linear_solver is not None:
+        if self.linear_solver is not None and not isinstance(self.linear_solver, LinearSolver):
             object.__setattr__(self, "linear_solver", as_linear_solver(self.linear_solver))
         if not isinstance(self.tolerance, Tolerance):
             raise ArgumentError(f"expected tolerance to be a bilevel.Tolerance, got {self.tolerance!r}; wrap it in one")
-        check_policy(self.on_failure)
-        object.__setattr__(self, "differentiation", check_differentiation(self.differentiation))
+        if self.on_failure not in POLICIES:
+            check_policy(self.on_failure)
+        if not isinstance(self.differentiation, Differentiation):
+            object.__setattr__(self, "differentiation", check_differentiation(self.differentiation))
 
     def start(self, rhs: torch.Tensor) -> torch.Tensor | None:
         """Return the initial guess of the linear solve for the right-hand side ``rhs`` (batch, n), or None."""
@@ -225,7 +229,7 @@ class SolveCall:
         self.watched = watched
         self.dtype = dtype
         self.functions = functions
-        self.recordings = active_recordings()
+        self.recordings = tuple(ACTIVE.stack)
         self.report: SolveReport | None = None
         self.replays: ReplayCache | None = None
         self.poisoned = False
@@ -274,18 +278,13 @@ class SolveCall:
         problem = problem.replayed_from(replays)
         solver, others = (settings.solver, ()) if settings.solver is not None else default_solvers(problem)
         target = settings.tolerance.inner(self.dtype)
-        with (
-            inspect_on_failure(init.device, lambda: self.inspect(problem, init, again=True))
-            if trusted
-            else nullcontext()
-        ):
+        with CheckAfter(init.device, lambda: self.inspect(problem, init, again=True)) if trusted else nullcontext():
             if isinstance(solver, GivenAnswer):
                 outcome = check_answer(problem, init, target)
             else:
                 outcome = solve_inner(solver, problem, init, target, others)
         outcome, messages = self.reviewed(solver, problem, init, outcome)
-        messages = {**messages, **outcome.words}
-        return self._reported(problem, outcome, messages)
+        return self._reported(problem, outcome, {**messages, **outcome.words}, silent=target.silent)
 
     def _find(self, problem: Problem, system: StructuredSystem, init: torch.Tensor) -> torch.Tensor:
         """Do the same for a structured system, which has its own solution method."""
@@ -307,17 +306,18 @@ class SolveCall:
             self.inspect(problem, init, everything, again=True)
 
         target = settings.tolerance.inner(self.dtype)
-        with inspect_on_failure(init.device, again) if trusted else nullcontext():
+        with CheckAfter(init.device, again) if trusted else nullcontext():
             outcome = system.find(problem, init, target, settings.solver)
         if outcome.degenerate is not None:
             self.degenerate = outcome.degenerate.reshape(system.batch_shape)
         self.messages, self.reduced = outcome.words, outcome.linear_solver
-        return self._reported(problem, outcome, self.messages)
+        return self._reported(problem, outcome, self.messages, silent=target.silent)
 
-    def _reported(self, problem: Problem, outcome: InnerOutcome, messages: StatusMessages) -> torch.Tensor:
-        settings, axes = self.settings, problem.system.batch_shape
+    def _reported(
+        self, problem: Problem, outcome: InnerOutcome, messages: StatusMessages, *, silent: bool
+    ) -> torch.Tensor:
+        settings, system, axes = self.settings, problem.system, problem.batch_shape
         self.one_step = outcome.factor is not None and (outcome.exact or bool((outcome.iterations <= 1).all()))
-        system = problem.system
         if self.watched and not isinstance(system, StructuredSystem):
             self.found = outcome.residual, outcome.threshold
         self.factor = outcome.factor
@@ -325,16 +325,22 @@ class SolveCall:
             size = system.ordinary.raveler.size if isinstance(system, StructuredSystem) else problem.size
             self.residual = outcome.residual[:, :size]
         self.report = _report(Pass.FORWARD, self.where, outcome.solver, outcome, axes, messages)
-        self.nan_mask = ~self.report.success if settings.on_failure == "nan" else _without_solution(self.report)
         x = outcome.x.reshape(*axes, problem.size)
-        silent = settings.tolerance.inner(self.dtype).silent
+        if _all_converged(outcome):
+            return self._filed(self.report, x)
+        self.nan_mask = ~self.report.success if settings.on_failure == "nan" else _without_solution(self.report)
         return apply_policy(self.report, x, settings.on_failure, self.recordings, silent_budget=silent)
+
+    def _filed(self, report: SolveReport, x: torch.Tensor) -> torch.Tensor:
+        """Return ``x`` of a solve in which all problems converged: for who records, the report is filed."""
+        recorded = self.recordings or ACTIVE.stack
+        return apply_policy(report, x, self.settings.on_failure, self.recordings) if recorded else x
 
     def reviewed(
         self, solver: InnerSolver, problem: Problem, init: torch.Tensor, outcome: InnerOutcome
     ) -> tuple[InnerOutcome, StatusMessages]:
         """Return the outcome of an inner solve and its messages. Override it for a kind of problem that can tell more about a solution."""
-        return outcome, failure_messages(solver, problem, init, outcome)
+        return outcome, {} if _all_converged(outcome) else failure_messages(solver, problem, init, outcome)
 
     def compare(self, problem: Problem, x: torch.Tensor, residual: torch.Tensor) -> None:
         """Compare ``residual``, R(x) (batch, n) in a derivative, with R at the same x in the forward pass.
@@ -366,7 +372,7 @@ class SolveCall:
             "function uses an object that has changed: pass that object as an argument, or take the derivative before it changes"
         )
         if handle_misuse(error, self.settings.on_failure):
-            axes = problem.system.batch_shape
+            axes = problem.batch_shape
             lost = doubtful.reshape(axes)
             self.nan_mask = lost if self.nan_mask is None else self.nan_mask | lost
 
@@ -376,13 +382,13 @@ class SolveCall:
         rhs: torch.Tensor,
         axes: tuple[int, ...],
         product: Callable[[torch.Tensor], torch.Tensor] | None = None,
-        pullbacks: Sequence[Pullback] = (),
+        pullbacks: Callable[[], Sequence[Pullback]] = tuple,
         unsure: Sequence[Pullback] = (),
     ) -> torch.Tensor:
         """Return A⁻¹ rhs (*axes, n): solve, judge, report and apply the policy.
 
-                ``product``, v ↦ A v, is passed for the adjoint of a first derivative only. ``pullbacks`` are passed for any adjoint: if
-        A is singular, they tell whether the derivative exists. ``unsure`` are pullbacks to arguments that a transform computes: if
+        ``product``, v ↦ A v, is passed for the adjoint of a first derivative only. ``pullbacks`` are made for any adjoint with a
+        singular A: they tell whether the derivative exists. ``unsure`` are pullbacks to arguments that a transform computes: if
         one of them does not vanish, the report says that the derivative may not exist.
         """
         settings = self.settings
@@ -393,19 +399,25 @@ class SolveCall:
         if self.report is None:  # a linear layer's own solve
             target, direction = settings.tolerance.inner(self.dtype), Pass.FORWARD
         solver = settings.linear_solver or self._own_solver(operator) or default_linear_solver(operator)
-        reported = self.report is None or self.recordings or active_recordings() or on_adjoint is not None
+        reported = self.report is None or self.recordings or ACTIVE.stack or on_adjoint is not None
         begun = None if product is None else settings.start(rhs)
         noise = self._noise(rhs)
         examinations = self.inspector.examinations
-        examine = not target.silent and target.strong_convexity is None and examinations.is_due(operator, solver)
+        examine = not (target.silent or target.strong_convexity is not None or solver.knows_null_space)
+        examine = examine and examinations.is_due(operator)
         outcome = solve_linear(
             solver, operator, rhs, target, begun, product=product, seen=bool(reported), noise=noise, examine=examine
         )
-        examinations.learn(operator, outcome.status)
-        outcome, words = _without_derivative(operator, outcome, pullbacks, settings.backward_messages)
-        if unsure and bool(changes_free_directions(operator, outcome.status, unsure).any()):
-            words = {**unsure_derivative_messages(), **words}
-        outcome, words = self._one_sided(outcome, words, axes)
+        words = settings.backward_messages
+        if not _all_converged(outcome):
+            examinations.learn(operator, outcome.status)
+            outcome, words = _without_derivative(operator, outcome, pullbacks, words)
+            if unsure and bool(changes_free_directions(operator, outcome.status, unsure).any()):
+                words = {**unsure_derivative_messages(), **words}
+            if direction is Pass.BACKWARD:
+                words = {**derivative_messages(outcome.status, rhs, symmetric=operator.symmetric), **words}
+        if self.degenerate is not None:
+            outcome, words = self._one_sided(self.degenerate, outcome, words, axes)
         report = _report(direction, self.where, solver.name, outcome, axes, words)
         self.report = self.report or report
         if on_adjoint is not None and self.residual is not None:
@@ -414,7 +426,10 @@ class SolveCall:
             rho = outcome.residual[:, :size]
             on_adjoint(Adjoint(outcome.x[:, :size], report, self.residual, linearization, rho, self.replays))
         shaped = outcome.x.reshape(*axes, operator.size)
-        shaped = apply_policy(report, shaped, settings.on_failure, self.recordings, silent_budget=target.silent)
+        if _all_converged(outcome):
+            shaped = self._filed(report, shaped)
+        else:
+            shaped = apply_policy(report, shaped, settings.on_failure, self.recordings, silent_budget=target.silent)
         if self.nan_mask is None:
             return shaped
         # A quadratic has the same matrix at a NaN. Without this, a failed problem would get a finite derivative.
@@ -430,12 +445,12 @@ class SolveCall:
         return own or self.system.linear_solver(operator)
 
     def _one_sided(
-        self, outcome: LinearOutcome, words: StatusMessages, axes: tuple[int, ...]
+        self, degenerate: torch.Tensor, outcome: LinearOutcome, words: StatusMessages, axes: tuple[int, ...]
     ) -> tuple[LinearOutcome, StatusMessages]:
-        """Return ``outcome`` with ``Status.DEGENERATE`` for problems whose derivative does not exist or is one-sided."""
-        if self.degenerate is None or Status.DEGENERATE not in self.messages:
+        """Return ``outcome`` with ``Status.DEGENERATE`` for the ``degenerate`` problems, whose derivative does not exist or is one-sided."""
+        if Status.DEGENERATE not in self.messages:
             return outcome, words
-        these = self.degenerate.expand(axes).reshape(outcome.status.shape)
+        these = degenerate.expand(axes).reshape(outcome.status.shape)
         # Constraints with dependent gradients make the matrix singular if an argument moves them apart.
         these = these | (outcome.status == Status.SINGULAR)
         if not bool(these.any()):
@@ -467,12 +482,15 @@ def _without_solution(report: SolveReport) -> torch.Tensor | None:
 
 
 def _without_derivative(
-    operator: LinearOperator, outcome: LinearOutcome, pullbacks: Sequence[Pullback], words: StatusMessages
+    operator: LinearOperator,
+    outcome: LinearOutcome,
+    pullbacks: Callable[[], Sequence[Pullback]],
+    words: StatusMessages,
 ) -> tuple[LinearOutcome, StatusMessages]:
     """Return ``outcome`` and ``words`` with ``Status.SINGULAR`` for problems in which an argument changes the free directions of the solution."""
-    if not pullbacks or not bool((outcome.status == Status.MINIMUM_NORM).any()):
+    if not bool((outcome.status == Status.MINIMUM_NORM).any()):
         return outcome, words
-    changed = changes_free_directions(operator, outcome.status, pullbacks)
+    changed = changes_free_directions(operator, outcome.status, pullbacks())
     if not bool(changed.any()):
         return outcome, words
     status = torch.where(changed, int(Status.SINGULAR), outcome.status)
@@ -490,19 +508,16 @@ def _report(
     axes: tuple[int, ...],
     words: StatusMessages,
 ) -> SolveReport:
-    def shaped(numbers: torch.Tensor) -> torch.Tensor:
-        return numbers if numbers.shape == axes else numbers.reshape(axes)
-
+    status, iterations, norm = outcome.status, outcome.iterations, outcome.residual_norm
+    threshold, bound = outcome.threshold, outcome.error_bound
+    scale = outcome.scale if isinstance(outcome, LinearOutcome) else torch.full(status.shape, float("nan"))
+    if status.shape != axes:
+        status, iterations, norm = status.reshape(axes), iterations.reshape(axes), norm.reshape(axes)
+        threshold, bound, scale = threshold.reshape(axes), bound.reshape(axes), scale.reshape(axes)
     return SolveReport(
-        direction,
-        where,
-        solver,
-        shaped(outcome.status),
-        shaped(outcome.iterations),
-        shaped(outcome.residual_norm),
-        shaped(outcome.threshold),
-        shaped(outcome.error_bound),
-        outcome.basis,
-        shaped(outcome.scale) if isinstance(outcome, LinearOutcome) else torch.full(axes, float("nan")),
-        words,
+        direction, where, solver, status, iterations, norm, threshold, bound, outcome.basis, scale, words
     )
+
+
+def _all_converged(outcome: InnerOutcome | LinearOutcome) -> bool:
+    return not bool(outcome.status.any())  # Status.CONVERGED is 0

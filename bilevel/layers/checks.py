@@ -5,14 +5,12 @@ from __future__ import annotations
 import functools
 import inspect
 import re
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from types import CellType
 from typing import Any, NamedTuple
 
 import torch
 
-from bilevel._torch.double_backward import attention_kernels
 from bilevel._torch.graph_features import nodes, record_graph_features
 from bilevel._torch.once_differentiable import refuse_once_only
 from bilevel._torch.transforms import runs_plainly
@@ -28,7 +26,6 @@ __all__ = [
     "buffers_of",
     "captured_error",
     "inspect_function",
-    "inspect_on_failure",
     "inspect_once",
     "reaches_another_leaf",
     "reuse_inspection",
@@ -67,36 +64,22 @@ def inspect_once(
     The faults are properties of the function, so one problem shows them as well as all of them. If the user's ``function`` is
     branch-free and depends on its arguments alone, or the user vouches for it (``static``), one call is enough too.
     """
+    known = _known(problem, x, function, captures, static)
+    replays = None if known is None else memory.find(known.key, known.parts)
+    if known is not None and replays is not None and not replays.needs_grad:
+        return Inspection(None, _usable(replays, problem, x, known))
     try:
-        return _inspect_once(problem, x, function, memory, captures=captures, static=static)
+        states, single = GeneratorStates(x.device), problem.single(0)
+        found = inspect_function(single, x[:1], captures=captures)
+        # The effect of random numbers may depend on tensors' values: the noise may have size zero in this call.
+        if known is not None and not _drew(states, single, x[:1]):
+            memory.keep(known.key, known.parts, known.new_replays())
+        return Inspection(found)
     except (RuntimeError, ValueError) as error:
         if not leaves_domain(error):
             raise
         # The function has no value at the initial guess. The check sees nothing, and the solve reports it.
         return Inspection((x.new_full((), float("nan")), torch.full_like(x[0], float("nan"))))
-
-
-def _inspect_once(
-    problem: Problem,
-    x: torch.Tensor,
-    function: Callable[..., Any],
-    memory: InspectionCache[ReplayCache],
-    *,
-    captures: bool,
-    static: bool,
-) -> Inspection:
-    known = _known(problem, x, function, captures, static)
-    if known is None:
-        return Inspection(inspect_function(problem.single(0), x[:1], captures=captures))
-    replays = memory.find(known.key, known.parts)
-    if replays is not None and not _needs_grad(replays):
-        return Inspection(None, _usable(replays, problem, x, known))
-    states, single = GeneratorStates(x.device), problem.single(0)
-    found = inspect_function(single, x[:1], captures=captures)
-    # The effect of random numbers may depend on tensors' values: the noise may have size zero in this call.
-    if not _drew(states, single, x[:1]):
-        memory.keep(known.key, known.parts, known.new_replays())
-    return Inspection(found)
 
 
 def reuse_inspection(
@@ -119,7 +102,7 @@ def reuse_inspection(
     replays = looked.find(known.key, known.parts) or aside.find(known.key, known.parts)
     if replays is None:
         aside.keep(known.key, known.parts, replays := known.new_replays())
-    return _usable(replays, problem, x, known)
+    return None if replays.needs_grad else _usable(replays, problem, x, known)
 
 
 class _Known(NamedTuple):
@@ -135,59 +118,44 @@ class _Known(NamedTuple):
 
 
 def _known(problem: Problem, x: torch.Tensor, function: Any, captures: bool, static: bool) -> _Known | None:
-    found = _lasting(problem, x, function, static)
+    kinds, found = _kinds(problem, captures), _lasting(problem, x, function, static)
     if found is None:
         return None
-    captured = list({id(part): part for part in found.parts if isinstance(part, torch.Tensor)}.values())
-    return _Known((*_kinds(problem, captures), *map(_kind, captured)), found.parts, captured, found.vouched)
+    captured = list(dict.fromkeys(filter(torch.is_tensor, found.parts)))  # a tensor is equal to none but itself
+    return _Known((*kinds, *map(_kind, captured)), found.parts, captured, found.vouched)
 
 
 def _usable(replays: ReplayCache, problem: Problem, x: torch.Tensor, known: _Known) -> ReplayCache | None:
     fits = allowed() and problem.system.autocast is None
-    fits = fits and not _needs_grad(replays) and runs_plainly((x, *problem.tensors, *known.captured))
+    fits = fits and runs_plainly((x, *problem.tensors, *known.captured))
     return replays if fits else None
-
-
-def _needs_grad(replays: ReplayCache) -> bool:
-    """Return whether a tensor that a recording found requires grad by now."""
-    return any(tensor.requires_grad for tensor in replays.constants)
-
-
-@contextmanager
-def inspect_on_failure(device: torch.device, inspect: Callable[[], object]) -> Iterator[None]:
-    """Check after all if a solve without a check raises or draws random numbers. Both can depend on tensors' values."""
-    states = GeneratorStates(device)
-    try:
-        yield
-    except Exception:
-        inspect()
-        raise
-    if states.changed():  # the check finds out by whom
-        inspect()
 
 
 def _lasting(problem: Problem, x: torch.Tensor, function: Any, static: bool) -> Reach | None:
     """Return all objects that the user's ``function`` reaches, if a check of it holds for later calls."""
-    system = problem.system
+    system, unknown, given = problem.system, problem.system.raveler, problem.system.arguments
     # Whether a matrix is symmetric depends on its numbers.
-    if type(system).inspect is not System.inspect or any(type(t) is not torch.Tensor for t in (x, *problem.tensors)):
+    if type(system).inspect is not System.inspect or {*map(type, (x, *problem.tensors))} != {torch.Tensor}:
         return None
-    if not (has_plain_structure(system.raveler.structure) and has_plain_structure(system.arguments.structure)):
+    if not (unknown.is_tensor or has_plain_structure(unknown.structure)):
         return None
-    others = reachable_objects(*system.arguments.others)
+    if not (given.positional or has_plain_structure(given.structure)):
+        return None
+    others = reachable_objects(*given.others)
     found = reach(function if type(function) is tuple else (function,), static=static)
     return None if others is None or found is None else found._replace(parts=(*found.parts, len(others), *others))
 
 
 def _kinds(problem: Problem, captures: bool) -> tuple[Any, ...]:
     """Return everything that a branch-free function may depend on, besides the objects that it reaches and the numbers in tensors."""
-    system = problem.system
+    system, cuda = problem.system, torch.backends.cuda
     unknown, given = system.raveler, system.arguments
     return (
         captures, torch.get_default_dtype(), torch.get_default_device(), type(system),
         unknown.structure, unknown.shapes, unknown.dtypes, unknown.device, system.autocast,
-        given.structure, given.is_tensor, given.is_complex, tuple((level.size, level.batched) for level in system.levels),
-        attention_kernels(),
+        given.structure, given.is_tensor, given.is_complex, tuple([(level.size, level.batched) for level in system.levels]),
+        # Which kernels torch may choose among for attention: what a graph holds depends on that.
+        cuda.math_sdp_enabled(), cuda.flash_sdp_enabled(), cuda.mem_efficient_sdp_enabled(), cuda.cudnn_sdp_enabled(),
         *map(_kind, problem.tensors),
     )  # fmt: skip
 
@@ -210,7 +178,7 @@ def inspect_function(problem: Problem, x: torch.Tensor, *, captures: bool) -> tu
         If the function returns the wrong shapes, or what it returns does not depend on its first argument; if an objective that may be
         differentiated holds a custom Function that is marked once_differentiable.
     """
-    noun = problem.system.noun
+    noun = problem.system.examined
     watched = [t for t in (*problem.tensors, *buffers_of(problem.system.function)) if not t.is_inference()]
     versions, states = [t._version for t in watched], GeneratorStates(x.device)
     try:
@@ -272,7 +240,7 @@ def _probe(
         if not point.numel():
             return output.detach(), point.detach()
         if captures and reaches_another_leaf(output, (point,)):
-            raise captured_error(problem.where, problem.system.noun, "requires grad")
+            raise captured_error(problem.where, problem.system.examined, "requires grad")
         (slope,) = torch.autograd.grad(output.sum(), point, allow_unused=True, materialize_grads=True)
     return output.detach(), slope
 
@@ -322,11 +290,8 @@ def _filled(cell: CellType) -> bool:
 
 def reaches_another_leaf(output: torch.Tensor, known: Sequence[torch.Tensor]) -> bool:
     """Return whether the graph of ``output`` ends in a tensor that requires grad other than through one of ``known``."""
-    for node in nodes(output, known):
-        variable = getattr(node, "variable", None)
-        if variable is not None and not any(variable is tensor for tensor in known):
-            return True
-    return False
+    found = {getattr(node, "variable", None) for node in list(nodes(output, known))}
+    return not found <= {None, *known}
 
 
 def _agree(first: tuple[torch.Tensor, ...], second: tuple[torch.Tensor, ...], units: float) -> bool:

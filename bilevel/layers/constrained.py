@@ -17,7 +17,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch.func import vmap
@@ -70,6 +70,8 @@ class ConstrainedSystem(LocalModel):
     smoothing
         τ, or None.
     """
+
+    besides: ClassVar[str] = "a constraint or bound"
 
     constraints: Constraints | Callable[..., Constraints | None]
     equality: Raveler | None = None

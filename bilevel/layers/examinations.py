@@ -6,7 +6,6 @@ from collections.abc import Hashable
 
 import torch
 
-from bilevel.linear._base import LinearSolver
 from bilevel.operators import LinearOperator
 from bilevel.reports import Status
 
@@ -24,9 +23,9 @@ class Examinations:
         self._counts: dict[Hashable, int] = {}
         self._singular: set[Hashable] = set()
 
-    def is_due(self, operator: LinearOperator, solver: LinearSolver) -> bool:
+    def is_due(self, operator: LinearOperator) -> bool:
         """Count one solve, and return whether it is to examine its matrices."""
-        if solver.knows_null_space or operator.distinct.positive_definite:
+        if operator.positive_definite:
             return False
         key = _key(operator)
         count = self._counts[key] = self._counts.get(key, 0) + 1

@@ -29,7 +29,6 @@ from bilevel.equations.structured import Structure, StructuredSystem
 from bilevel.equations.system import FixedPointSystem, System
 from bilevel.errors import (
     ArgumentError,
-    BilevelError,
     DtypeError,
     InitGradientError,
     StochasticObjectiveError,
@@ -306,20 +305,23 @@ class Layer:
         value_only: bool = False,
     ) -> Solution[T]:
         raveler = Raveler.of(init, self.where)
+        given = raveler.ravel(init)
         ordinary, tensors = self._system(raveler, args, kwargs)
-        self._refuse_forward_twice(tensors)
-        system, flat, watched = ordinary, raveler.ravel(init).detach(), torch.is_grad_enabled()
-        empty = EmptyBatch.around((flat, *tensors))
+        watched, inside, poisoned = torch.is_grad_enabled(), differentiating(), False
+        if inside:
+            self._refuse_forward_twice(tensors)
+        system, flat = ordinary, given.detach()
+        empty = EmptyBatch.around((flat, *tensors)) if transforms_active() else None
         if empty is not None:
             return self._solution_of_none(settings, ordinary, raveler, empty, tensors)
         if self.structure is not None:
             system, flat = self.structure.attach(ordinary, flat, tensors)
-        poisoned = (
-            self._check_edge(settings.on_failure, init, ordinary, tensors)
-            or (system is not ordinary and self._check_captures(settings.on_failure, flat, system, tensors))
-            if watched or differentiating() or transforms_active()
-            else False
-        )
+        if watched or inside or transforms_active():
+            poisoned = self._check_init(settings.on_failure, given)
+        if inside:
+            poisoned |= self._check_captures(settings.on_failure, given, ordinary, tensors)
+            if system is not ordinary and not poisoned:
+                poisoned = self._check_captures(settings.on_failure, flat, system, tensors)
         call = self._call(settings, system, watched)
         if isinstance(settings.differentiation, BySteps):
             x = self._by_steps(settings.differentiation, call, system, flat, tensors)
@@ -411,41 +413,38 @@ class Layer:
                 "instead of jacfwd(jacfwd(f))"
             )
 
-    def _check_edge(self, on_failure: OnFailure, init: Any, system: System, tensors: list[torch.Tensor]) -> bool:
-        """Find the misuse that the primitive cannot see from inside; return whether the policy asks for NaN."""
-        poisoned = False
-        leaves = pytree.tree_leaves(init)
-        if any(carries_gradient(leaf) for leaf in leaves):
-            error: BilevelError = InitGradientError(
-                f"{self.where}: expected init not to require grad, and it does: a solution does not depend on the initial "
-                "guess, which would receive no gradient; pass init.detach(), or pass the tensor as an argument"
-            )
-            poisoned |= handle_misuse(error, on_failure)
-        return poisoned | self._check_captures(on_failure, system.raveler.ravel(init), system, tensors)
+    def _check_init(self, on_failure: OnFailure, init: torch.Tensor) -> bool:
+        """Find a flat initial guess that something differentiates; return whether the policy asks for NaN."""
+        if not carries_gradient(init):
+            return False
+        error = InitGradientError(
+            f"{self.where}: expected init not to require grad, and it does: a solution does not depend on the initial "
+            "guess, which would receive no gradient; pass init.detach(), or pass the tensor as an argument"
+        )
+        return handle_misuse(error, on_failure)
 
     def _check_captures(
         self, on_failure: OnFailure, init: torch.Tensor, system: System, tensors: list[torch.Tensor]
     ) -> bool:
-        """Find tensors of an outer transform that the function captures; return whether the policy asks for NaN."""
-        if differentiating():
-            # Inside the primitive, a captured tensor of a transform looks like a plain tensor. The check has to be here.
-            detached = [without_gradient(tensor) for tensor in tensors]
-            flat = without_gradient(init)
-            try:
-                with torch.enable_grad(), Repeatable():
-                    output = system.first_output(flat, *detached)
-            except (RuntimeError, ValueError) as problem:
-                if leaves_domain(problem):  # the solve reports it
-                    return False
-                if "randomness" not in str(problem):
-                    raise
-                raise StochasticObjectiveError(
-                    f"{self.where}: expected {system.noun} to be deterministic, and it draws random numbers inside vmap; "
-                    "switch dropout off with .eval(), or draw the noise outside and pass it as an argument"
-                ) from problem
-            if carries_gradient(output):
-                error = captured_error(self.where, system.noun, "is being differentiated by a transform outside")
-                return handle_misuse(error, on_failure)
+        """Find tensors of an outer transform, which differentiates, that the function captures; return whether the policy asks for NaN."""
+        # Inside the primitive, a captured tensor of a transform looks like a plain tensor. The check has to be here.
+        detached = [without_gradient(tensor) for tensor in tensors]
+        flat = without_gradient(init)
+        try:
+            with torch.enable_grad(), Repeatable():
+                output = system.first_output(flat, *detached)
+        except (RuntimeError, ValueError) as problem:
+            if leaves_domain(problem):  # the solve reports it
+                return False
+            if "randomness" not in str(problem):
+                raise
+            raise StochasticObjectiveError(
+                f"{self.where}: expected {system.noun} to be deterministic, and it draws random numbers inside vmap; "
+                "switch dropout off with .eval(), or draw the noise outside and pass it as an argument"
+            ) from problem
+        if carries_gradient(output):
+            error = captured_error(self.where, system.noun, "is being differentiated by a transform outside")
+            return handle_misuse(error, on_failure)
         return False
 
     def _poison(self, init: Any, system: System, tensors: list[torch.Tensor]) -> torch.Tensor:

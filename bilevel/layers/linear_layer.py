@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from bilevel._torch.transforms import eager, transforms_active
+from bilevel._torch.transforms import differentiating, eager
 from bilevel.equations.problem import Problem
 from bilevel.equations.system import LinearSystem, SymmetricLinearSystem, System
 from bilevel.implicit import ImplicitContext, LinearSolve
@@ -95,12 +95,13 @@ class LinearLayer(Layer):
         raveler = Raveler.of(rhs, self.where, "rhs")
         system, tensors = self._system(raveler, args, kwargs)
         flat = raveler.ravel(rhs)
-        self._refuse_forward_twice([flat, *tensors])
+        inside = differentiating()
+        if inside:
+            self._refuse_forward_twice([flat, *tensors])
         watched = torch.is_grad_enabled()
         point = torch.zeros(raveler.size, dtype=raveler.dtype, device=raveler.device)
         start = raveler.unravel(point)
-        checked = watched or transforms_active()
-        poisoned = self._check_captures(settings.on_failure, point, system, tensors) if checked else False
+        poisoned = self._check_captures(settings.on_failure, point, system, tensors) if inside else False
         call = self._call(settings, system, watched)
         x = LinearSolve.apply(
             ImplicitContext(system, call.solve, call.solve_linear, call.look), False, flat, point, *tensors

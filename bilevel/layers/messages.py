@@ -16,7 +16,7 @@ from bilevel.solvers.bracketing import Bracketing
 from bilevel.solvers.gradient_descent import GradientDescent
 from bilevel.solvers.torch_optimizer import TorchOptimizer
 
-__all__ = ["failure_messages"]
+__all__ = ["derivative_messages", "failure_messages"]
 
 # x counts as diverging once it is this many times as large as the initial guess.
 _FAR = 1e6
@@ -122,6 +122,19 @@ def _or_lower(solver: InnerSolver) -> str:
 def _falls_without_end(problem: Problem, x: torch.Tensor, start: torch.Tensor, status: Status) -> bool:
     away = float((x - start).norm()) > _FAR * (1 + float(start.norm()))
     return (away or status is Status.DIVERGED) and float(problem.value(x)) < float(problem.value(start))
+
+
+def derivative_messages(status: torch.Tensor, rhs: torch.Tensor, *, symmetric: bool) -> StatusMessages:
+    """Return (meaning, remedy) of a derivative's ``NOT_FINITE``; {} where none is, or the first has such a right-hand side (batch, n)."""
+    met = status == Status.NOT_FINITE
+    if not bool(met.any()) or not bool(torch.isfinite(rhs[int(met.nonzero()[0])]).all()):
+        return {}
+    what = "a second derivative of the objective" if symmetric else "a derivative of the function"
+    remedy = (
+        "smooth the function there, as |d|**1.5, whose second derivative is infinite at d = 0, becomes (d**2 + 1e-6)**0.75; or state "
+        "what is not smooth by prox= or by constraints"
+    )
+    return {Status.NOT_FINITE: (f"found {what} to be infinite or NaN at the solution", remedy)}
 
 
 _ABOUT_ROOTS = (

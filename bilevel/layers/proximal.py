@@ -14,7 +14,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch.func import vmap
@@ -26,9 +26,10 @@ from bilevel.equations.problem import Problem
 from bilevel.equations.structured import LocalModel, Structure, StructuredSystem, flat_raveler, objective_of
 from bilevel.equations.system import RootSystem, System
 from bilevel.errors import ArgumentError, DtypeError
-from bilevel.prox._base import Term, already_checked
+from bilevel.prox._base import Demand, Term, already_checked, postponed_checks
 from bilevel.prox._flat import FlatTerm
 from bilevel.pytree import Raveler
+from bilevel.reports import Status
 from bilevel.solvers._base import InnerSolver
 from bilevel.solvers._composite import Composite
 from bilevel.solvers._composite_judge import solve_composite, solve_fixed_point
@@ -108,6 +109,8 @@ def _fits(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str,
 class _Termed(StructuredSystem):
     """A system with proximal terms: what of it one problem needs, flat."""
 
+    besides: ClassVar[str] = "prox"
+
     terms: _Terms
 
     def term(self, tensors: Sequence[torch.Tensor]) -> FlatTerm:
@@ -127,6 +130,30 @@ class _Termed(StructuredSystem):
                 return self._of_levels(problem, one, vectors)
 
         return self.composite_of(problem, of_batch, known)
+
+    def named(self, problem: Problem, outcome: InnerOutcome) -> InnerOutcome:
+        """Return ``outcome`` with words for ``NOT_FINITE`` if a term of a problem that met a NaN has a parameter out of its range."""
+        met = outcome.status == Status.NOT_FINITE
+        if not self.levels or not bool(met.any()):
+            return outcome
+        demands: list[Demand] = []
+
+        def met_all(_: FlatTerm, flat: torch.Tensor, *tensors: torch.Tensor) -> torch.Tensor:
+            with postponed_checks() as asked:
+                self.terms.of(*self.arguments.rebuild(tensors))
+            demands[:] = asked
+            return torch.stack([flat.new_zeros(()), *(demand.broken.to(flat) for demand in demands)])
+
+        broken = self._of_levels(problem, met_all, [outcome.x])[int(met.nonzero()[0]), 1:] > 0
+        names = [
+            f"{demand.name} of {demand.where}" for demand, bad in zip(demands, broken.tolist(), strict=True) if bad
+        ]
+        if not names:
+            return outcome
+        kinds = {demand.kind for demand, bad in zip(demands, broken.tolist(), strict=True) if bad}
+        meaning = f"was given {', '.join(names)} that has to be {' or '.join(sorted(kinds))} and is not"
+        words = {Status.NOT_FINITE: (meaning, "pass one that is; a positive one is exp of a free one")}
+        return replace(outcome, words={**outcome.words, **words})
 
     def _of_levels(
         self, problem: Problem, one: Callable[..., torch.Tensor], vectors: Sequence[torch.Tensor]
@@ -163,7 +190,7 @@ class ProximalSystem(_Termed, LocalModel):
         return self.ordinary.output(x, *tensors) + manifold.value(x) + 0.5 * ((z - x) ** 2).sum()
 
     def find(self, problem: Problem, init: torch.Tensor, target: Target, solver: InnerSolver | None) -> InnerOutcome:
-        return solve_composite(self.composite(problem), init, target, solver)
+        return self.named(problem, solve_composite(self.composite(problem), init, target, solver))
 
     def composite_of(
         self, problem: Problem, of_batch: Callable[..., torch.Tensor], known: FlatTerm | None
@@ -206,7 +233,7 @@ class ProximalRoot(_Termed, RootSystem):
         return replace(self, raveler=flat_raveler(self.ordinary.raveler.size, self.raveler))
 
     def find(self, problem: Problem, init: torch.Tensor, target: Target, solver: InnerSolver | None) -> InnerOutcome:
-        return solve_fixed_point(self.composite(problem), init, target, solver)
+        return self.named(problem, solve_fixed_point(self.composite(problem), init, target, solver))
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)

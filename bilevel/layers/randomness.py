@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-__all__ = ["GeneratorStates", "draws"]
+__all__ = ["CheckAfter", "GeneratorStates", "draws"]
 
 
 class GeneratorStates:
@@ -24,13 +24,31 @@ class GeneratorStates:
 
     def changed(self) -> bool:
         """Return whether any thread has drawn random numbers since."""
-        return any(not torch.equal(a, b) for a, b in zip(self._before, self._states(), strict=True))
+        return not all(map(torch.equal, self._before, self._states()))
 
     def _states(self) -> list[torch.Tensor]:
-        states = [torch.get_rng_state()]
+        states = [torch.default_generator.get_state()]
         if self._device.type == "cuda":
             states.append(torch.cuda.get_rng_state(self._device))
         return states
+
+
+class CheckAfter(GeneratorStates):
+    """Call ``check`` after all if the ``with`` block, a solve without a check, raises or draws random numbers.
+
+    Both can depend on tensors' values.
+    """
+
+    def __init__(self, device: torch.device, check: Callable[[], object]) -> None:
+        super().__init__(device)
+        self._check = check
+
+    def __enter__(self) -> None:
+        """Do nothing more."""
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if isinstance(error, Exception) or (error is None and self.changed()):
+            self._check()  # finds out by whom
 
 
 def draws(evaluate: Callable[[], object]) -> bool:

@@ -11,7 +11,7 @@ import torch
 from torch.utils import _pytree as pytree
 
 from bilevel._torch.reverse import grad
-from bilevel._torch.transforms import carries_gradient, innermost, transforms_active, without_gradient
+from bilevel._torch.transforms import carries_gradient, differentiating, innermost, transforms_active, without_gradient
 from bilevel.equations.problem import Problem
 from bilevel.equations.pullbacks import Pullback, is_final, pullbacks_of
 from bilevel.equations.rectangular import NormalSystem, SquaredSystem, WideSystem, rectangular
@@ -82,12 +82,14 @@ class RectangularLayer(LinearLayer):
         assert isinstance(system, NormalSystem)
         system = replace(system, image=image)
         b = image.ravel(init)
-        self._refuse_forward_twice([b, *tensors])
+        inside = differentiating()
+        if inside:
+            self._refuse_forward_twice([b, *tensors])
         watched = torch.is_grad_enabled()
         point = torch.zeros(raveler.size, dtype=raveler.dtype, device=raveler.device)
         checked = watched or transforms_active()
         start = raveler.unravel(point)
-        poisoned = self._check_captures(settings.on_failure, start, system, tensors) if checked else False
+        poisoned = self._check_captures(settings.on_failure, start, system, tensors) if inside else False
         call = _RectangularCall(settings, self.inspector, self.function, system.where, watched, raveler.coarsest)
         solve = _Solves(call, system, tensors)
         try:
@@ -252,7 +254,7 @@ class _RectangularCall(LinearCall):
         rhs: torch.Tensor,
         axes: tuple[int, ...],
         product: Callable[[torch.Tensor], torch.Tensor] | None = None,
-        pullbacks: Sequence[Pullback] = (),
+        pullbacks: Callable[[], Sequence[Pullback]] = tuple,
         unsure: Sequence[Pullback] = (),
     ) -> torch.Tensor:
         assert self.problem is not None

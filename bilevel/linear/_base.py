@@ -10,7 +10,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import ClassVar, TypeAlias
 
 import torch
 
@@ -49,6 +49,9 @@ class LinearSolver(ABC):
     tensor([[0.5000, 1.5000]])
     """
 
+    knows_null_space: ClassVar[bool] = False
+    """Whether the method itself tells singular matrices from regular ones, as a factorisation does."""
+
     @property
     def has_budget(self) -> bool:
         """Whether the caller chose a number of steps. Spending it is then no failure, as in "5 CG steps"."""
@@ -58,11 +61,6 @@ class LinearSolver(ABC):
     def name(self) -> str:
         """The name used in messages and reports."""
         return type(self).__name__
-
-    @property
-    def knows_null_space(self) -> bool:
-        """Whether the method itself distinguishes singular matrices from regular ones, as a factorisation does."""
-        return False
 
     @abstractmethod
     def solve(
@@ -235,8 +233,7 @@ def solve_linear(
     """
     solution: LinearSolution | None = None
     if product is not None:
-        solution = _proposed(solver, operator, rhs, product)
-        settled = None if solution is None else _settled(solution, rhs, target)
+        solution, settled = _proposed(solver, operator, rhs, product, target)
         if settled is not None:
             return settled
     scale = rhs.abs().amax(dim=-1, keepdim=True) if rhs.shape[-1] else rhs.new_ones(rhs.shape[0], 1)
@@ -324,46 +321,38 @@ def _proposed(
     operator: LinearOperator,
     rhs: torch.Tensor,
     product: Callable[[torch.Tensor], torch.Tensor],
-) -> LinearSolution | None:
-    """Return the solver's proposal if its true residual is at rounding level, else None."""
+    target: Target,
+) -> tuple[LinearSolution | None, LinearOutcome | None]:
+    """Return the solver's proposal, if it has one whose true residual is down to rounding, or None.
+
+    If nothing is left to judge, because the proposal is accurate enough and no bound is to be had, the outcome is returned too.
+    """
     x = solver.propose(operator, rhs)
     if x is None:
-        return None
-    scale, info = rhs.abs().amax(dim=-1), torch.finfo(rhs.dtype)
-    # Outside this range squares underflow or overflow. A NaN is outside too.
-    if not bool((((scale > info.tiny**0.25) & (scale < info.max**0.25)) | (scale == 0)).all()):
-        return None
+        return None, None
+    norm, info = torch.linalg.vector_norm(rhs, dim=-1), torch.finfo(rhs.dtype)
+    # Squares of what is beyond these would be lost, and a NaN is beyond them too.
+    safe = (norm > info.tiny**0.25) & (norm < info.max**0.25)
+    if not bool(safe.all()) and not bool((safe | (rhs == 0).all(dim=-1)).all()):
+        return None, None
     residual = rhs - product(x)
-    if not bool((residual.norm(dim=-1) <= 16 * info.eps * rhs.norm(dim=-1)).all()):
-        return None
+    left = torch.linalg.vector_norm(residual, dim=-1)
+    if not bool((left <= 16 * info.eps * norm).all()):
+        return None, None
     done = torch.zeros(operator.batch, dtype=torch.int64, device=rhs.device)
-    return LinearSolution(x, torch.full_like(done, operator.size), done, residual)
+    solution = LinearSolution(x, torch.full_like(done, operator.size), done, residual)
+    threshold = _threshold(target, norm, torch.ones_like(norm))
+    if target.strong_convexity is not None or not bool((left <= threshold).all()):
+        return solution, None
+    unknown = torch.full_like(norm, float("nan"))
+    return solution, LinearOutcome(
+        x, done, solution.iterations, residual, left, threshold, unknown, Basis.RESIDUAL, norm
+    )
 
 
 def _threshold(target: Target, norm: torch.Tensor, size: torch.Tensor) -> torch.Tensor:
     """Return the residual to reach (batch,), in units of the problem whose right-hand side was divided by ``size``."""
     return torch.maximum(target.relative * norm, target.absolute * torch.minimum(norm, 1 / size))
-
-
-def _settled(solution: LinearSolution, rhs: torch.Tensor, target: Target) -> LinearOutcome | None:
-    """Return the outcome of a proposal that is accurate enough and needs no error bound, else None."""
-    assert solution.residual is not None
-    norm, left = rhs.norm(dim=-1), solution.residual.norm(dim=-1)
-    threshold = _threshold(target, norm, torch.ones_like(norm))
-    if target.strong_convexity is not None or not bool((left <= threshold).all()):
-        return None
-    unknown = torch.full_like(norm, float("nan"))
-    return LinearOutcome(
-        solution.x,
-        solution.status,
-        solution.iterations,
-        solution.residual,
-        left,
-        threshold,
-        unknown,
-        Basis.RESIDUAL,
-        norm,
-    )
 
 
 def _as_meant(solution: LinearSolution, target: Target) -> bool:

@@ -42,9 +42,7 @@ class OnTheRange(LinearSolver):
     def name(self) -> str:
         return self.solver.name
 
-    @property
-    def knows_null_space(self) -> bool:
-        return True
+    knows_null_space = True
 
     def solve(
         self, operator: LinearOperator, rhs: torch.Tensor, threshold: torch.Tensor, start: torch.Tensor | None = None

@@ -29,10 +29,10 @@ def dense_fits(batch: int, size: int, dtype: torch.dtype) -> bool:
 
 def default_linear_solver(operator: LinearOperator) -> LinearSolver:
     """Return the default linear solver: a factorisation for small matrices, else CG, or GMRES without symmetry."""
-    distinct = operator.distinct
-    fits = dense_fits(distinct.batch, distinct.size, operator.dtype)
+    batch = operator.batch // operator.repeats
+    fits = dense_fits(batch, operator.size, operator.dtype)
     if operator.symmetric:
         return Exact() if fits else CG()
     if torch.finfo(operator.dtype).bits < 32:
         return BiCGStab()
-    return Exact() if fits and distinct.batch * distinct.size**2 <= _DENSE_JACOBIAN_NUMBERS else GMRES()
+    return Exact() if fits and batch * operator.size**2 <= _DENSE_JACOBIAN_NUMBERS else GMRES()

@@ -33,9 +33,7 @@ class Diagonal(LinearSolver):
     tensor([[0.5000, 0.2500]])
     """
 
-    @property
-    def knows_null_space(self) -> bool:
-        return True
+    knows_null_space = True
 
     def solve(
         self, operator: LinearOperator, rhs: torch.Tensor, threshold: torch.Tensor, start: torch.Tensor | None = None

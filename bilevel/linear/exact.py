@@ -62,9 +62,7 @@ class Exact(LinearSolver):
     max_bytes: int = 2**31
     indefinite: bool = False
 
-    @property
-    def knows_null_space(self) -> bool:
-        return True
+    knows_null_space = True
 
     def solve(
         self, operator: LinearOperator, rhs: torch.Tensor, threshold: torch.Tensor, start: torch.Tensor | None = None
@@ -78,16 +76,16 @@ class Exact(LinearSolver):
                 f"which take {memory / 2**30:.3g} GiB; pass linear_solver=CG() (or GMRES() where not symmetric), or "
                 "raise max_bytes"
             )
-        lent = base.memo.get(_OFFERED)
-        if lent is not None and Exact not in base.memo:
+        lent = operator.memo.get(_OFFERED)
+        if lent is not None and Exact not in operator.memo:
             x, residual, good = _refine(lent.factor, operator, rhs, threshold, _LENT_STEPS)
             if good:
                 done = torch.zeros(operator.batch, dtype=torch.int64, device=rhs.device)
                 return LinearSolution(x, torch.full_like(done, n), done, residual)
-        factor = base.memo.get(Exact)
+        factor = operator.memo.get(Exact)
         if factor is None:
             factor = _factorize(base.dense(), base.symmetric, base.expect_definite)
-            base.memo[Exact] = factor
+            operator.memo[Exact] = factor
         x, residual, _ = _refine(factor, operator, rhs, threshold, 1)
         status = factor.status
         if self.indefinite or not base.expect_definite:
@@ -100,13 +98,13 @@ class Exact(LinearSolver):
         return LinearSolution(x, torch.full_like(status, n), status, residual, floor=floor)
 
     def propose(self, operator: LinearOperator, rhs: torch.Tensor) -> torch.Tensor | None:
-        lent = operator.distinct.memo.get(_OFFERED)
+        lent = operator.memo.get(_OFFERED)
         return _columnwise(lent.factor.solve, operator, rhs) if lent is not None and lent.exact else None
 
 
 def pseudo_inverse_of(operator: LinearOperator) -> PseudoInverse | None:
     """Return the pseudo-inverse of the singular matrices of ``operator``, if :class:`Exact` has factorised it and found some."""
-    factor = operator.distinct.memo.get(Exact)
+    factor = operator.memo.get(Exact)
     return None if factor is None else factor.pseudo
 
 
@@ -129,21 +127,21 @@ def offer_factor(operator: LinearOperator, factor: torch.Tensor, *, exact: bool 
     matrices and no factorisation of its own. Factors of other sizes are ignored. ``exact``: they probably belong to the
     operator's own matrices, as after a single step of Newton's method.
     """
-    base = operator.distinct
-    if base.symmetric and factor.shape == base.shape:
+    n, batch = operator.size, operator.batch // operator.repeats
+    if operator.symmetric and n and factor.shape == (batch, n, n):
         pivots = factor.diagonal(dim1=-2, dim2=-1)
         # A matrix that may be singular is factorised itself, so that the status is right. The two matrices differ by
         # about the last Newton step, the square root of the accuracy, and so may their eigenvalues. The ratio of a
         # pivot to its diagonal entry does not depend on units.
         least = 4 * auto_relative(factor.dtype) ** 0.5
-        if base.size and bool((pivots > least**0.5 * factor.norm(dim=-1)).all()):
-            status = torch.zeros(base.batch, dtype=torch.int64, device=factor.device)
-            base.memo.setdefault(_OFFERED, _OfferedFactor(_Factor(status, cholesky=factor), exact))
+        if bool((pivots > least**0.5 * torch.linalg.vector_norm(factor, dim=-1)).all()):
+            status = torch.zeros(batch, dtype=torch.int64, device=factor.device)
+            operator.memo.setdefault(_OFFERED, _OfferedFactor(_Factor(status, cholesky=factor), exact))
 
 
 def solve_nearby(operator: LinearOperator, rhs: torch.Tensor) -> torch.Tensor:
     """Return A⁻¹ ``rhs`` (batch, n) to some digits, if factors of a nearby matrix are available."""
-    offered = operator.distinct.memo.get(_OFFERED)
+    offered = operator.memo.get(_OFFERED)
     if offered is not None:
         return _columnwise(offered.factor.solve, operator, rhs)
     return Exact().solve(operator, rhs, 1e-3 * rhs.norm(dim=-1)).x
@@ -200,8 +198,9 @@ def _columnwise(
     function: Callable[[torch.Tensor], torch.Tensor], operator: LinearOperator, rhs: torch.Tensor
 ) -> torch.Tensor:
     """Return ``function`` (batch, n, k) ↦ (batch, n, k) for vectors (k · batch, n). Vectors that share a matrix become columns."""
-    batch, n = operator.distinct.batch, operator.size
-    columns = rhs.reshape(operator.repeats, batch, n).permute(1, 2, 0)  # (batch, n, repeats)
+    if operator.repeats == 1:
+        return function(rhs.unsqueeze(-1)).squeeze(-1)
+    columns = rhs.reshape(operator.repeats, -1, operator.size).permute(1, 2, 0)  # (batch, n, repeats)
     return function(columns).permute(2, 0, 1).reshape(rhs.shape)
 
 

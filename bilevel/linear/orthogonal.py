@@ -55,9 +55,7 @@ class SVD(LinearSolver):
     rtol: float | None = None
     max_bytes: int = 2**31
 
-    @property
-    def knows_null_space(self) -> bool:
-        return True
+    knows_null_space = True
 
     def solve(
         self, operator: LinearOperator, rhs: torch.Tensor, threshold: torch.Tensor, start: torch.Tensor | None = None
@@ -97,9 +95,7 @@ class QR(LinearSolver):
 
     max_bytes: int = 2**31
 
-    @property
-    def knows_null_space(self) -> bool:
-        return True
+    knows_null_space = True
 
     def solve(
         self, operator: LinearOperator, rhs: torch.Tensor, threshold: torch.Tensor, start: torch.Tensor | None = None

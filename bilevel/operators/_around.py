@@ -82,23 +82,19 @@ class RepeatedOperator(LinearOperator):
             base.batch * repeats, base.size, base.dtype, base.device,
             symmetric=base.symmetric, positive_definite=base.positive_definite,
         )  # fmt: skip
-        self._base, self._repeats = base, repeats
-
-    @property
-    def repeats(self) -> int:
-        return self._repeats
+        self._base, self.repeats, self.memo = base, repeats, base.memo
 
     @property
     def distinct(self) -> LinearOperator:
         return self._base
 
     def matvec(self, v: torch.Tensor) -> torch.Tensor:
-        grouped = v.reshape(self._repeats, self._base.batch, self.size)
+        grouped = v.reshape(self.repeats, self._base.batch, self.size)
         return self._base.matmat(grouped).reshape(self.batch, self.size)
 
     def rmatvec(self, v: torch.Tensor) -> torch.Tensor:
-        grouped = v.reshape(self._repeats, self._base.batch, self.size)
+        grouped = v.reshape(self.repeats, self._base.batch, self.size)
         return self._base.rmatmat(grouped).reshape(self.batch, self.size)
 
     def dense(self) -> torch.Tensor:
-        return self._base.dense().repeat(self._repeats, 1, 1)
+        return self._base.dense().repeat(self.repeats, 1, 1)

@@ -73,7 +73,9 @@ class LinearOperator(ABC):
         self.positive_definite = positive_definite
         self.expect_definite = expect_definite
         self.materialize = materialize
-        # What a solver wants to keep with the matrices, such as a factorisation.
+        # The number of right-hand sides in a row that share each distinct matrix (see RepeatedOperator).
+        self.repeats = 1
+        # What a solver wants to keep with the distinct matrices, such as a factorisation.
         self.memo: dict[Hashable, Any] = {}
 
     @property
@@ -120,11 +122,6 @@ class LinearOperator(ABC):
     def T(self) -> LinearOperator:
         """The transpose."""
         return self if self.symmetric else TransposedOperator(self)
-
-    @property
-    def repeats(self) -> int:
-        """The number of right-hand sides in a row that share each distinct matrix (see :class:`RepeatedOperator`)."""
-        return 1
 
     @property
     def distinct(self) -> LinearOperator:

@@ -59,13 +59,15 @@ class BatchSpec:
             )
         return int(sizes.pop())
 
-    def check_count(self, data: Any) -> None:
-        """Raise where ``data`` hold no problem at all: there is no mean of no losses."""
-        if self.count(data) == 0:
+    def checked_count(self, data: Any) -> int | None:
+        """Return :meth:`count`; raise where ``data`` hold no problem at all: there is no mean of no losses."""
+        count = self.count(data)
+        if count == 0:
             raise ShapeError(
                 f"{self.where}: expected at least one problem along the axes that batch_dims={self.dims!r} names, got axes of length 0; "
                 "skip an empty batch"
             )
+        return count
 
     def check_start(self, start: Any, count: int) -> None:
         """Raise unless every tensor of ``start`` has a leading axis of ``count``."""
@@ -81,31 +83,35 @@ class BatchSpec:
         """Return ``function`` of one problem's (inner, outer, data) as one of all of them, which share ``outer``."""
         return function if self.dims is None else vmap(function, in_dims=(0, None, self.dims), randomness=randomness)
 
-    def ravel(self, inner: Any) -> torch.Tensor:
+    def ravel(self, inner: Any, raveler: Raveler | None = None) -> torch.Tensor:
         """Return ``inner`` as one vector for each problem, (K, n), with K = 1 for a single one."""
-        raveler = self._raveler(inner)
+        raveler = self._raveler(inner) if raveler is None else raveler
         return raveler.ravel(inner)[None] if self.dims is None else vmap(raveler.ravel)(inner)
 
-    def unravel(self, flat: torch.Tensor, inner: Any) -> Any:
-        """Return ``flat`` (K, n) in the structure of ``inner``."""
-        raveler = self._raveler(inner)
+    def unravel(self, raveler: Raveler, flat: torch.Tensor) -> Any:
+        """Return ``flat`` (K, n) in the structure of the inner variables, that of one problem's ``raveler``."""
         return raveler.unravel(flat[0]) if self.dims is None else vmap(raveler.unravel)(flat)
 
-    def problem(
+    def problems(
         self,
-        objective: Callable[..., torch.Tensor],
+        lower: Callable[..., torch.Tensor],
+        upper: Callable[..., torch.Tensor],
         inner: Any,
         outer: Any,
         data: Any,
         structure: Structure | None = None,
-    ) -> Problem:
-        """Return ``objective`` of (inner, outer, data) as a batch of flat problems; its tensors are those of ``outer``, then data's.
+    ) -> tuple[Problem, Problem, torch.Tensor]:
+        """Return two objectives of (inner, outer, data) as batches of flat problems, and ``inner`` (K, n).
 
-        With a ``structure``, it is the problem of the local model at ``inner``, a solution.
+        The problems' tensors are those of ``outer``, then data's. With a ``structure``, the first is the problem of the local model at
+        ``inner``, a solution.
         """
-        tensors, arguments = flatten_arguments((outer, data), {})
         raveler = self._raveler(inner)
-        system: System = ArgminSystem(self.where, objective, raveler, arguments, autocast=autocast_to(raveler.device))
+        x = self.ravel(inner, raveler)
+        tensors, arguments = flatten_arguments((outer, data), {})
+        autocast = autocast_to(raveler.device)
+        system: System = ArgminSystem(self.where, lower, raveler, arguments, autocast=autocast)
+        other = ArgminSystem(self.where, upper, raveler, arguments, autocast=autocast)
 
         def structured(first: list[torch.Tensor]) -> System:
             if structure is None:
@@ -114,14 +120,17 @@ class BatchSpec:
             return structure.attach(system, start, first)[0].in_x()
 
         if self.dims is None:
-            return Problem.of(structured(tensors), tensors)
+            problem = Problem.of(structured(tensors), tensors)
+            return problem, Problem(other, problem.tensors), x
         # One dimension for each leaf of data, as vmap itself reads a prefix of in_dims.
         dims = [*[None] * len(pytree.tree_leaves(outer)), *self._of_leaves(data)]
         of_tensors = [dim for dim, flag in zip(dims, arguments.is_tensor, strict=True) if flag]
         moved = [t if dim is None else t.movedim(dim, 0) for t, dim in zip(tensors, of_tensors, strict=True)]
         count = len(pytree.tree_leaves(inner)[0])
         first = [t if dim is None else t[0] for t, dim in zip(moved, of_tensors, strict=True)] if count else moved
-        return Problem.of(structured(first).lift(count, tuple(dim is not None for dim in of_tensors)), moved)
+        batched = tuple(dim is not None for dim in of_tensors)
+        problem = Problem.of(structured(first).lift(count, batched), moved)
+        return problem, Problem(other.lift(count, batched), problem.tensors), x
 
     def _raveler(self, inner: Any) -> Raveler:
         # Of no problems at all there is no first one.

@@ -50,13 +50,13 @@ class SideEffectCheck:
     @eager
     def __init__(self, where: str, objective: Callable[..., Any], trees: Any, evaluation: Callable[[], object]) -> None:
         leaves = [leaf for leaf in pytree.tree_leaves(trees) if isinstance(leaf, torch.Tensor)]
+        self._states = GeneratorStates(leaves[0].device if leaves else torch.device("cpu"))
         # Versions are counted in the plain tensor that transforms wrap.
-        watched = [innermost(tensor) for tensor in (*leaves, *buffers_of(objective))]
+        watched = map(innermost, (*leaves, *buffers_of(objective)))
         self._where = where
-        self._tensors = [tensor for tensor in watched if not tensor.is_inference()]
+        self._tensors = [tensor for tensor in list(watched) if not tensor.is_inference()]
         self._versions = [tensor._version for tensor in self._tensors]
         self._evaluation = evaluation
-        self._states = GeneratorStates(leaves[0].device if leaves else torch.device("cpu"))
 
     @eager
     def ended(self, on_failure: OnFailure) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, Generic
 
 import torch
@@ -18,7 +18,7 @@ from bilevel.certificates.bound import Bound
 from bilevel.certificates.constants import Constants
 from bilevel.errors import ArgumentError, ConstantsError
 from bilevel.problems.adaptive.state import GoalReport
-from bilevel.pytree import as_real, moves, of_real
+from bilevel.pytree import joined, parted
 from bilevel.reports import Basis, SolveReport, Status
 
 __all__ = ["Hypergradient", "HypergradientReport", "assemble"]
@@ -231,15 +231,14 @@ class Hypergradient(Generic[T]):
 
     def __str__(self) -> str:
         """Return value, gradient, solution and adjoint, each with its bound and its basis. This computes the bounds."""
-        flat = [as_real(leaf).reshape(-1) for leaf in pytree.tree_leaves(self.grad) if leaf is not None]
-        inner = [as_real(leaf).reshape(-1) for leaf in pytree.tree_leaves(self.inner)]
-        adjoint = [as_real(leaf).reshape(-1) for leaf in pytree.tree_leaves(self.adjoint)]
+        flat = joined(leaf for leaf in pytree.tree_leaves(self.grad) if leaf is not None)
+        inner, adjoint = joined(pytree.tree_leaves(self.inner)), joined(pytree.tree_leaves(self.adjoint))
         forward, backward = self.report.forward, self.report.backward
         rows = (
             ("value", f"{float(self.corrected_value):.6g}", "value_bound"),
-            ("gradient", f"norm {float(torch.cat(flat).norm()):.4g}", "bound"),
-            ("solution", f"norm {float(torch.cat(inner).norm()):.4g}", "inner_bound"),
-            ("adjoint", f"norm {float(torch.cat(adjoint).norm()):.4g}", "adjoint_bound"),
+            ("gradient", f"norm {float(flat.norm()):.4g}", "bound"),
+            ("solution", f"norm {float(inner.norm()):.4g}", "inner_bound"),
+            ("adjoint", f"norm {float(adjoint.norm()):.4g}", "adjoint_bound"),
         )
         lines = [f"{forward.where}: hypergradient, after {forward.solver} and {backward.solver}"]
         notes = [report.message for report in (forward, backward) if not bool(report.converged.all())]
@@ -285,12 +284,7 @@ def assemble(
     unravel
         (K, n) ↦ the pytree of the inner variables.
     """
-    leaves, structure = pytree.tree_flatten(outer)
-
-    def restore(flat: torch.Tensor) -> Any:
-        parts = iter(torch.split(flat, [as_real(leaf).numel() for leaf in leaves if moves(leaf)]))
-        filled = [of_real(next(parts), leaf) if moves(leaf) else None for leaf in leaves]
-        return pytree.tree_unflatten(filled, structure)
+    restore = partial(parted, like=outer)
 
     def made(
         at: Point,

@@ -91,7 +91,7 @@ def _refuse_again(where: str, losses: torch.Tensor, given: Sequence[torch.Tensor
         if is_differentiated_again((losses,)):
             refuse_once_only(where, "outer_objective", losses, given)
 
-    if any(once_only(node) for node in nodes(losses, given)):
+    if any(map(once_only, list(nodes(losses, given)))):
         if transforms_active():
             refuse()
         else:

@@ -43,7 +43,7 @@ from bilevel.problems.checks import (
 from bilevel.problems.hypergradient import Hypergradient, HypergradientReport, assemble
 from bilevel.problems.outer_loss import outer_losses
 from bilevel.problems.warm_start import WarmStart
-from bilevel.pytree import as_real, moves
+from bilevel.pytree import as_real, joined, moves, moving
 from bilevel.reports import Basis
 from bilevel.solvers._base import InnerSolver, InnerSolverLike
 from bilevel.solvers._given import GivenAnswer
@@ -276,8 +276,8 @@ class BilevelProblem(torch.nn.Module, ABC):
         The default is the problem's tolerance, with δ′ meant for each problem's own adjoint. The mean over K problems gives
         each problem 1/K of its right-hand side. Override it if δ and δ′ are meant for other quantities than φ and q.
         """
-        given, count = self.tolerance, self._numbering.count(data)
-        if isinstance(given.delta_prime, (int, float)) and count:
+        given = self._settings.tolerance
+        if isinstance(given.delta_prime, (int, float)) and (count := self._numbering.count(data)):
             return replace(given, delta_prime=given.delta_prime / count)
         return given
 
@@ -312,7 +312,7 @@ class BilevelProblem(torch.nn.Module, ABC):
         A goal, ``Tolerance(hypergradient=...)``, is met in this forward pass, for the gradient that ``backward`` then returns. This holds for one
         ``backward`` or ``torch.autograd.grad``. Under ``torch.no_grad`` there is no gradient, and the inner solve goes as far as the dtype allows.
         """
-        self._numbering.check_count(data)
+        self._numbering.checked_count(data)
         settings = self._settings_of(outer, data)
         tolerance, policy = settings.tolerance, settings.on_failure
         self._refuse_goal(tolerance)
@@ -359,20 +359,19 @@ class BilevelProblem(torch.nn.Module, ABC):
     ) -> SolveSettings:
         """Return the settings of a call: what is set later does not change them."""
         asked = self.tolerance_of(outer, data) if tolerance is None else tolerance
-        settings = replace(self._settings, tolerance=asked, inspect=inspect)
-        if not self.warm_start:
-            return settings
-        return replace(settings, adjoint_start=self._warm.adjoint, on_adjoint=self._keep_adjoint)
+        begin, keep = (self._warm.adjoint, self._keep_adjoint) if self.warm_start else (None, None)
+        return replace(self._settings, tolerance=asked, inspect=inspect, adjoint_start=begin, on_adjoint=keep)
 
     def _keep_adjoint(self, adjoint: Adjoint) -> None:
         self._warm = replace(self._warm, adjoint=adjoint.value)
 
     def _solve(self, settings: SolveSettings, outer: Any, data: Any, init: Any) -> Solution[Any]:
-        count = self._numbering.count(data)
+        numbering = self._numbering
+        count = numbering.count(data)
         start = self._start(outer, data, count) if init is None else init
         if count is not None:
-            self._numbering.check_start(start, count)
-        solution = self._numbering.each(partial(self._layer.solve_with, settings))(start, outer, data)
+            numbering.check_start(start, count)
+        solution = numbering.each(partial(self._layer.solve_with, settings))(start, outer, data)
         if self.warm_start:
             last = pytree.tree_map(_cut, solution.value)
             # What a transform outside maps or differentiates is not this problem's own solution to go on from.
@@ -411,8 +410,8 @@ class BilevelProblem(torch.nn.Module, ABC):
                 "graph, and there is one; transform a call of the problem instead, as in torch.func.grad(problem)(outer, data) or "
                 "torch.func.vmap(torch.func.grad(problem))(outer, data), or by torch.func.functional_call where outer is the problem's own parameters"
             )
-        self._numbering.check_count(data)
-        if not any(moves(leaf) for leaf in pytree.tree_leaves(outer)):
+        self._numbering.checked_count(data)
+        if not any(moving(outer)):
             raise ArgumentError(
                 f"{self._layer.where}: expected outer to hold a floating-point or complex tensor, got {outer!r}; pass tensors to "
                 "differentiate with respect to"
@@ -433,28 +432,26 @@ class BilevelProblem(torch.nn.Module, ABC):
         The latter is None where F does not depend on φ.
         """
         leaves, structure = pytree.tree_flatten(outer)
-        moving = [moves(leaf) for leaf in leaves]
+        moved = moving(leaves)
         # Copies: what is computed from the result later is of θ as it is now.
-        fresh = [_copy(leaf).requires_grad_(True) if move else leaf for leaf, move in zip(leaves, moving, strict=True)]
+        fresh = [_copy(leaf).requires_grad_(True) if move else leaf for leaf, move in zip(leaves, moved, strict=True)]
         theta = pytree.tree_unflatten(fresh, structure)
         adjoints: list[Adjoint] = []
         with torch.enable_grad():
             prepared = self._prepared(theta, data)
             solution = self._solve(replace(settings, on_adjoint=adjoints.append), theta, prepared, init)
             value = self._outer_losses(solution.value, theta, prepared, settings.on_failure).mean()
-            needs_grad = [leaf for leaf, move in zip(fresh, moving, strict=True) if move]
+            needs_grad = [leaf for leaf, move in zip(fresh, moved, strict=True) if move]
             if not value.requires_grad:
                 raise no_dependence(self.where)
             poisoned = check_captures(self.where, value, needs_grad, (data, init), settings.on_failure)
             found = torch.autograd.grad(value, needs_grad, allow_unused=True, materialize_grads=True)
         plain = pytree.tree_unflatten([_cut(leaf) for leaf in fresh], structure)
         inner = pytree.tree_map(_cut, solution.value)
-        (lower, upper), x = self._flat_problems(inner, plain, data), self._numbering.ravel(inner)
+        lower, upper, x = self._flat_problems(inner, plain, data)
         if poisoned:
             found = tuple(torch.full_like(gradient, float("nan")) for gradient in found)
-        flat = torch.cat(
-            [as_real(part).reshape(-1) for part in self._connected(found, inner, outer, data, settings.on_failure)]
-        )
+        flat = joined(self._connected(found, inner, outer, data, settings.on_failure))
         q, backward, corrected = torch.zeros_like(x), solution.report, value.detach()
         last = adjoints[-1] if adjoints else None
         if last is not None:
@@ -464,7 +461,7 @@ class BilevelProblem(torch.nn.Module, ABC):
             corrected = corrected - (q * last.residual).sum(dim=-1).mean()
         point = Point.at(lower, upper, x, q, _needs_grad(plain, lower))
         report = HypergradientReport(solution.report, backward)
-        result = self._assembled(settings, plain, data, inner, point, value.detach(), corrected, flat, report)
+        result = self._assembled(settings, plain, data, point, value.detach(), corrected, flat, report)
         return result, point, last
 
     def _with_goal(self, settings: SolveSettings, outer: Any, data: Any, init: Any) -> Hypergradient:
@@ -516,7 +513,6 @@ class BilevelProblem(torch.nn.Module, ABC):
         settings: SolveSettings,
         outer: Any,
         data: Any,
-        inner: Any,
         point: Point,
         value: torch.Tensor,
         corrected: torch.Tensor,
@@ -524,7 +520,7 @@ class BilevelProblem(torch.nn.Module, ABC):
         report: HypergradientReport,
     ) -> Hypergradient:
         """Return what was found at ``point``, ĝ being ``flat`` (p,), with what its bounds are computed from."""
-        tolerance, numbering = settings.tolerance, self._numbering
+        tolerance = settings.tolerance
         products = 0 if tolerance.has_goal else tolerance.bound_products
         tensors = [leaf for leaf in pytree.tree_leaves(data) if isinstance(leaf, torch.Tensor)]
         versions = [(tensor, tensor._version) for tensor in tensors if not tensor.is_inference()]
@@ -545,7 +541,8 @@ class BilevelProblem(torch.nn.Module, ABC):
                 kind = LocalCertificate if at.lower.system.symmetric else NoCertificate
             return kind(at, flat, corrected, constants, self.where, settings.on_failure, products)
 
-        return assemble(outer, point, value, corrected, flat, report, certify, lambda q: numbering.unravel(q, inner))
+        unravel = partial(self._numbering.unravel, point.upper.system.raveler)
+        return assemble(outer, point, value, corrected, flat, report, certify, unravel)
 
     def _to_goal(self, settings: SolveSettings, outer: Any, data: Any, init: Any) -> Hypergradient:
         """Return a hypergradient as accurate as the tolerance asks: both solves go as far as that needs."""
@@ -553,7 +550,7 @@ class BilevelProblem(torch.nn.Module, ABC):
         given = (data, init)
         outer, data = pytree.tree_map(_copy, outer), pytree.tree_map(_cut, data)
         start = pytree.tree_map(_cut, init)
-        (lower, upper), x = self._flat_problems(start, outer, data), self._numbering.ravel(start)
+        lower, upper, x = self._flat_problems(start, outer, data)
         needs_grad = _needs_grad(outer, lower)
 
         known: list[Constants] = []
@@ -574,7 +571,7 @@ class BilevelProblem(torch.nn.Module, ABC):
         call = SolveCall(settings, self._layer.inspector, self.inner_objective, self._layer.where, True, x.dtype)
         found, report = solve_to_goal(call, lower, upper, x, begin, needs_grad, learned, certify, checked)
         here = found.here
-        inner = self._numbering.unravel(here.x, start)
+        inner = self._numbering.unravel(upper.system.raveler, here.x)
         if self.warm_start and found.finite:
             self._warm = WarmStart(inner, here.q / lower.batch, found.known)  # as for the mean's cotangents
         value = here.values.mean()
@@ -583,7 +580,7 @@ class BilevelProblem(torch.nn.Module, ABC):
             found.gradient, [as_real(leaf).numel() for leaf in pytree.tree_leaves(outer) if moves(leaf)]
         )
         flat = torch.cat(self._connected(parts, inner, outer, data, policy))
-        result = self._assembled(settings, outer, data, inner, point, value, here.corrected, flat, report)
+        result = self._assembled(settings, outer, data, point, value, here.corrected, flat, report)
         of_value = Bound(found.value_error, Basis.ESTIMATED) if tolerance.estimates else None
         return replace(result, _decided=found.bound, _decided_value=of_value)
 
@@ -608,16 +605,15 @@ class BilevelProblem(torch.nn.Module, ABC):
     def _disconnected(self, inner: Any, outer: Any, data: Any, among: Sequence[bool]) -> list[int]:
         """Return which floating-point tensors of ``outer``, of those ``among``, no objective's graph leads to."""
         plain, at = pytree.tree_map(_cut, outer), pytree.tree_map(_cut, inner)
-        lower, upper = self._flat_problems(at, plain, data)
-        return disconnected(lower, upper, self._numbering.ravel(at), _needs_grad(plain, lower), among)
+        lower, upper, x = self._flat_problems(at, plain, data)
+        return disconnected(lower, upper, x, _needs_grad(plain, lower), among)
 
-    def _flat_problems(self, inner: Any, outer: Any, data: Any) -> tuple[Problem, Problem]:
-        """Return G and F as batches of flat problems."""
-        flat, whole = self._numbering.problem, type(self).prepare is BilevelProblem.prepare
+    def _flat_problems(self, inner: Any, outer: Any, data: Any) -> tuple[Problem, Problem, torch.Tensor]:
+        """Return G and F as batches of flat problems, and ``inner`` (K, n)."""
+        whole = type(self).prepare is BilevelProblem.prepare
         inner_objective = self.inner_objective if whole else self._inner_of_given
         outer_objective = self.outer_objective if whole else self._outer_of_given
-        lower = flat(inner_objective, inner, outer, data, self._structure)
-        return lower, flat(outer_objective, inner, outer, data)
+        return self._numbering.problems(inner_objective, outer_objective, inner, outer, data, self._structure)
 
     def _written(self) -> Callable[..., Any]:
         return self.inner_objective
@@ -646,7 +642,8 @@ class BilevelProblem(torch.nn.Module, ABC):
 
 def _needs_grad(outer: Any, problem: Problem) -> tuple[bool, ...]:
     """Return which of the problem's tensors, those of ``outer`` first, are differentiated with respect to."""
-    flags = [moves(leaf) for leaf in pytree.tree_leaves(outer) if isinstance(leaf, torch.Tensor)]
+    leaves = pytree.tree_leaves(outer)
+    flags = [move for leaf, move in zip(leaves, moving(leaves), strict=True) if isinstance(leaf, torch.Tensor)]
     return (*flags, *[False] * (len(problem.tensors) - len(flags)))
 
 

@@ -24,6 +24,7 @@ from bilevel._torch.transforms import layers, without_gradient
 from bilevel.errors import ArgumentError, DtypeError, ShapeError
 
 __all__ = [
+    "Demand",
     "Manifold",
     "Parameter",
     "Term",
@@ -34,9 +35,11 @@ __all__ = [
     "check_nonnegative",
     "check_numbers",
     "check_positive",
+    "demand",
     "detached",
     "no_value",
     "positive_of",
+    "postponed_checks",
     "readable",
     "rounding",
     "strength_of",
@@ -161,6 +164,37 @@ def already_checked() -> Iterator[None]:
         _checked.reset(token)
 
 
+@dataclass(frozen=True, eq=False)
+class Demand:
+    """What a term asks of a parameter that ``vmap`` batches: it has to be ``kind``, and where it is ``broken``, () bool, it is not."""
+
+    where: str
+    name: str
+    kind: str
+    broken: torch.Tensor
+
+
+_demands: ContextVar[list[Demand] | None] = ContextVar("demands", default=None)
+
+
+@contextmanager
+def postponed_checks() -> Iterator[list[Demand]]:
+    """Inside, terms list what they ask of parameters whose values cannot be read."""
+    asked: list[Demand] = []
+    token = _demands.set(asked)
+    try:
+        yield asked
+    finally:
+        _demands.reset(token)
+
+
+def demand(where: str, name: str, kind: str, broken: torch.Tensor) -> None:
+    """Add to the list of :func:`postponed_checks`, if there is one."""
+    asked = _demands.get()
+    if asked is not None:
+        asked.append(Demand(where, name, kind, broken))
+
+
 def readable(tensor: torch.Tensor) -> bool:
     """Return whether the values of a tensor can be read: not those that ``vmap`` batches."""
     if _checked.get():
@@ -215,6 +249,7 @@ def _check(where: str, name: str, value: Parameter, kind: str, fits: Callable[[A
         if value.is_complex() or value.dtype == torch.bool:
             raise DtypeError(f"{where}: expected {name} to be real, got a tensor of {value.dtype}; convert it")
         if not readable(value):
+            demand(where, name, kind, ~fits(value).all())
             return
         numbers = detached(value)
         if bool(fits(numbers).all()):

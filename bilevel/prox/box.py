@@ -14,6 +14,7 @@ from bilevel.prox._base import (
     as_parameter,
     broadcast_to,
     check_numbers,
+    demand,
     detached,
     no_value,
     readable,
@@ -96,7 +97,7 @@ class Box(Term):
         for name, side in given.items():
             check_numbers(self.where, name, side)
         sides = [as_parameter(side, like) for side in given.values()]
-        if len(sides) < 2 or not all(readable(side) for side in sides):
+        if len(sides) < 2:
             return
         try:
             lower, upper = torch.broadcast_tensors(*sides)
@@ -105,7 +106,10 @@ class Box(Term):
                 f"{self.where}: expected bounds of one shape, got {tuple(sides[0].shape)} and {tuple(sides[1].shape)}; "
                 "pass a number or one bound for each unknown"
             ) from None
-        if bool((crossed := lower > upper).any()):
+        crossed = lower > upper
+        if not (readable(lower) and readable(upper)):
+            demand(self.where, "lower", "at most upper", crossed.any())
+        elif bool(crossed.any()):
             low, high = lower[crossed].reshape(-1)[0].item(), upper[crossed].reshape(-1)[0].item()
             raise ArgumentError(f"{self.where}: expected lower <= upper, got {low:g} above {high:g}; exchange them")
 

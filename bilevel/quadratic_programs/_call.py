@@ -14,7 +14,7 @@ from bilevel.quadratic_programs._kkt import Factor
 from bilevel.quadratic_programs._program import Found
 from bilevel.quadratic_programs._rule import Asked, Structure
 from bilevel.quadratic_programs._wording import backward_words, forward_words
-from bilevel.recording import active_recordings
+from bilevel.recording import ACTIVE
 from bilevel.reports import Basis, Pass, SolveReport, Status
 
 __all__ = ["Backend", "ProgramCall"]
@@ -89,7 +89,7 @@ class ProgramCall:
     ) -> None:
         self.backend, self.where, self.on_failure = backend, where, on_failure
         self.threshold, self.threshold_prime = threshold, threshold_prime
-        self.recordings = active_recordings()
+        self.recordings = tuple(ACTIVE.stack)
         self.report: SolveReport | None = None
         self.certificate: torch.Tensor | None = None
         self.lost: torch.Tensor | None = None  # (B,): problems that have no derivative, if there are any
@@ -177,7 +177,7 @@ class ProgramCall:
         repeats = right.shape[: right.ndim - 1 - len(batch)]
         axes = (*repeats, *batch)
         d, status, residual, scale, culprit = (torch.stack(part) for part in zip(*parts, strict=True))
-        reported = self.recordings or active_recordings() or bool((status != Status.CONVERGED).any())
+        reported = self.recordings or ACTIVE.stack or bool((status != Status.CONVERGED).any())
         d = d.to(right.dtype).reshape(right.shape)
         if reported:
             threshold = torch.full_like(residual, self.threshold_prime or _CONSISTENT) * scale

@@ -27,8 +27,8 @@ from bilevel._torch.transforms import (
     eager,
     grads_batched,
     is_differentiated_again,
+    isolated,
     layers,
-    ordinary_mode,
     outside_autocast,
     signed,
     tangents_batched,
@@ -141,10 +141,9 @@ class ProgramSolve(torch.autograd.Function):
 
     @staticmethod
     @eager
-    @outside_autocast
+    @isolated
     def forward(rule: Rule, *tensors: torch.Tensor) -> torch.Tensor:
-        with ordinary_mode():
-            return torch.cat(rule.calls.solve(rule.structure, tensors), -1)
+        return torch.cat(rule.calls.solve(rule.structure, tensors), -1)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
@@ -229,7 +228,7 @@ class KKTSolve(torch.autograd.Function):
 
     @staticmethod
     @eager
-    @outside_autocast
+    @isolated
     def forward(
         rule: Rule,
         right: torch.Tensor,
@@ -239,8 +238,7 @@ class KKTSolve(torch.autograd.Function):
         damping: torch.Tensor | None,
         marks: torch.Tensor,
     ) -> torch.Tensor:
-        with ordinary_mode():
-            return rule.calls.solve_kkt(rule.structure, right, (Q, A, G), damping, marks, rule.asked)
+        return rule.calls.solve_kkt(rule.structure, right, (Q, A, G), damping, marks, rule.asked)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:

@@ -49,16 +49,11 @@ class ReplayCache:
         self._captured = tuple(ReferenceType(tensor) for tensor in captured)
         self._entries: dict[Hashable, _Entry] = {}
 
-    def captured(self) -> list[torch.Tensor] | None:
-        """Return the tensors that the function captures, or None if one no longer exists."""
-        found = [tensor for reference in self._captured if (tensor := reference()) is not None]
-        return found if len(found) == len(self._captured) else None
-
     @property
-    def constants(self) -> list[torch.Tensor]:
-        """The tensors of unknown origin in its programs."""
-        programs = (entry.program for entry in self._entries.values())
-        return [tensor for program in programs if program is not None for tensor in program.constants]
+    def needs_grad(self) -> bool:
+        """Whether a tensor of unknown origin in its programs requires grad by now."""
+        programs = [entry.program for entry in self._entries.values() if entry.program is not None]
+        return True in [tensor.requires_grad for program in programs for tensor in program.constants]
 
     def program(
         self,
@@ -66,8 +61,8 @@ class ReplayCache:
         evaluation: Evaluation,
         inputs: Callable[[], Sequence[torch.Tensor]],
         late: Callable[[], Sequence[torch.Tensor]] = tuple,
-    ) -> Program | None:
-        """Return the program of ``evaluation``, to be called with ``(*inputs, *captured)``, or None if there is no verified one.
+    ) -> tuple[Program, list[torch.Tensor]] | None:
+        """Return the program of ``evaluation``, to be called with ``(*inputs, *captured)``, and the captured tensors, or None if none is verified.
 
         Parameters
         ----------
@@ -78,17 +73,18 @@ class ReplayCache:
         inputs, late
             Make its arguments of this time. For those of the second part (see :class:`bilevel.replay.Program`), any will do.
         """
-        entry = self._entries.setdefault(name, _Entry())
-        captured = self.captured()
-        if captured is None or entry.given_up:
+        entry = self._entries.get(name)
+        if entry is None:
+            entry = self._entries.setdefault(name, _Entry())
+        captured = [tensor for reference in self._captured if (tensor := reference()) is not None]
+        if entry.given_up or len(captured) < len(self._captured):  # a captured tensor no longer exists
             return None
-        if entry.trusted:
-            return entry.program
-        try:
-            self._try(entry, evaluation, inputs(), captured, late())
-        except Exception:  # whatever it is, the evaluation that follows says it in its own way
-            entry.given_up, entry.program = True, None
-        return entry.program if entry.trusted else None
+        if not entry.trusted:
+            try:
+                self._try(entry, evaluation, inputs(), captured, late())
+            except Exception:  # whatever it is, the evaluation that follows says it in its own way
+                entry.given_up, entry.program = True, None
+        return (entry.program, captured) if entry.trusted and entry.program is not None else None
 
     def _try(
         self,

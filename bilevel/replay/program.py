@@ -31,13 +31,14 @@ class StartedProgram:
     program: Program
     outputs: tuple[torch.Tensor | None, ...]
     between: Tensors = field(repr=False)
-    versions: tuple[int, ...] = field(repr=False)
+    versions: list[int] = field(repr=False)
 
     def finish(self, which: tuple[int, ...], *late: torch.Tensor) -> Tensors:
         """Return the results at the places ``which`` for the ``late`` arguments, as often as one likes."""
         written, read = self.program.rest(which)
-        changed = any(_version(self.between[place]) != self.versions[place] for place in read)
-        if changed:  # as a graph says of what it has saved
+        now = _versions(self.between)
+        if now != self.versions and any(now[place] != self.versions[place] for place in read):
+            # as a graph says of what it has saved
             raise RuntimeError(
                 "one of the variables needed for gradient computation has been modified by an inplace operation: a tensor "
                 "that the function reaches was changed between the forward pass and the backward pass"
@@ -65,20 +66,19 @@ class Program:
         between = {*read, *self._first} - self._hanging - set(tape.constants) if late else set()
         self._between = tuple(sorted(between))
         outputs = (*self._first, *self._between)
-        self._begin = self._part(tape.inputs[:early], outputs, lambda step: not self._hangs(step))
+        # The tensors on the tape that no operation made.
+        self.constants: Tensors = tuple(tape.constants.values())
+        # Of a program in one part, this returns all results.
+        self.run = self._part(tape.inputs[:early], outputs, lambda step: not self._hangs(step))
         self._rests: dict[tuple[int, ...], tuple[Written, tuple[int, ...]]] = {}
-
-    def __call__(self, *inputs: torch.Tensor) -> Tensors:
-        """Return all results, of a program in one part."""
-        return self._begin(*inputs)
 
     def begin(self, *early: torch.Tensor) -> StartedProgram:
         """Run the first part."""
-        made = self._begin(*early)
+        made = self.run(*early)
         known = iter(made)
-        outputs = tuple(None if number in self._hanging else next(known) for number in self._tape.outputs)
+        outputs = tuple([None if number in self._hanging else next(known) for number in self._tape.outputs])
         between = made[len(self._first) :]
-        return StartedProgram(self, outputs, between, tuple(map(_version, between)))
+        return StartedProgram(self, outputs, between, _versions(between))
 
     def rest(self, which: tuple[int, ...]) -> tuple[Written, tuple[int, ...]]:
         """Return the second part for the results at the places ``which``, and which of the tensors between the parts it reads."""
@@ -104,11 +104,6 @@ class Program:
         steps = self._tape.needed(outputs, given, here)
         return _written(steps, given, outputs, self._tape.constants)
 
-    @property
-    def constants(self) -> Tensors:
-        """The tensors on the tape that no operation made."""
-        return tuple(self._tape.constants.values())
-
     def _hangs(self, step: Step) -> bool:
         return not self._hanging.isdisjoint(step.reads)
 
@@ -117,9 +112,12 @@ def _memories(tensors: Iterable[torch.Tensor]) -> set[int]:
     return {tensor.untyped_storage()._cdata for tensor in tensors}
 
 
-def _version(tensor: torch.Tensor) -> int:
-    """Return the number of in-place changes of a tensor."""
-    return -1 if tensor.is_inference() else tensor._version
+def _versions(tensors: Tensors) -> list[int]:
+    """Return the number of in-place changes of each tensor. Those born in inference mode do not count them."""
+    try:
+        return [tensor._version for tensor in tensors]
+    except RuntimeError:
+        return [-1 if tensor.is_inference() else tensor._version for tensor in tensors]
 
 
 def _written(

@@ -8,14 +8,13 @@ from __future__ import annotations
 import math
 from operator import attrgetter
 from types import ModuleType
-from typing import Any
 
 import torch
 
 import bilevel.prox
 import bilevel.pytree
 
-__all__ = ["ATTRIBUTES", "MODULES", "is_known", "of_tensors", "operators_are_torch_s"]
+__all__ = ["AS_IMPORTED", "ATTRIBUTES", "KNOWN", "MODULES", "OPERATORS_AS_IMPORTED", "operators_of"]
 
 
 def _split(names: str) -> frozenset[str]:
@@ -96,7 +95,7 @@ MODULES: dict[ModuleType, frozenset[str]] = {
     bilevel.prox: _PROX,
 }
 # By identity, as they were when this was imported: what takes the name of one later is a function like any other.
-_FOUND = {
+KNOWN = {
     id(value): value
     for module, names in MODULES.items()
     for name in names
@@ -110,7 +109,7 @@ def _in_place(name: str) -> frozenset[str]:
 
 
 ATTRIBUTES = _BOTH | _METHODS | _OTHERS | frozenset().union(*map(_in_place, _BOTH))
-_AS_IMPORTED = {name: getattr(torch.Tensor, name) for name in ATTRIBUTES if hasattr(torch.Tensor, name)}
+AS_IMPORTED = {name: getattr(torch.Tensor, name) for name in ATTRIBUTES if hasattr(torch.Tensor, name)}
 # What operators, len() and the like do to a tensor, which no code names.
 _OPERATORS = {
     name: value
@@ -118,28 +117,5 @@ _OPERATORS = {
     for name in vars(base)
     if name.startswith("__") and callable(value := getattr(torch.Tensor, name)) and getattr(torch.Tensor, name) is value
 }
-_operators_of = attrgetter(*_OPERATORS)
-_OPERATORS_AS_IMPORTED = tuple(_OPERATORS.values())
-
-
-def is_known(item: Any) -> bool:
-    """Return whether ``item`` is an operation on the list."""
-    return _FOUND.get(id(item)) is item
-
-
-def operators_are_torch_s() -> bool:
-    """Return whether the operators of tensors are those that torch came with."""
-    try:
-        found = _operators_of(torch.Tensor)
-    except AttributeError:  # one was deleted
-        return False
-    # Every call of a layer asks this: tuples compare their items by identity first.
-    return found == _OPERATORS_AS_IMPORTED
-
-
-def of_tensors(names: Any) -> bool:
-    """Return whether the attributes ``names`` are on the list, and still what they were."""
-    return all(
-        name in ATTRIBUTES and (name not in _AS_IMPORTED or getattr(torch.Tensor, name) is _AS_IMPORTED[name])
-        for name in names
-    )
+operators_of = attrgetter(*_OPERATORS)
+OPERATORS_AS_IMPORTED = tuple(_OPERATORS.values())

@@ -25,7 +25,7 @@ from torch.utils import _pytree as pytree
 from bilevel._torch.transforms import is_plain
 from bilevel.replay.opcodes import is_known_step
 from bilevel.replay.pure_modules import Bound, StatelessModule, emptied, kept_under, shell_parts
-from bilevel.replay.pure_names import MODULES, is_known, of_tensors, operators_are_torch_s
+from bilevel.replay.pure_names import AS_IMPORTED, ATTRIBUTES, KNOWN, MODULES, OPERATORS_AS_IMPORTED, operators_of
 
 __all__ = ["InspectionCache", "Reach", "has_plain_structure", "reach", "reachable_objects"]
 
@@ -209,6 +209,29 @@ def _harmless(item: Any) -> bool:
     if isinstance(item, torch.Tensor):
         return type(item) in (torch.Tensor, torch.nn.Parameter) and _is_alone(item)
     return type(item) in _CONSTANTS or is_known(item) or _BUILTINS.get(id(item)) is item is not None
+
+
+def is_known(item: Any) -> bool:
+    """Return whether ``item`` is an operation on the list."""
+    return KNOWN.get(id(item)) is item
+
+
+def operators_are_torch_s() -> bool:
+    """Return whether the operators of tensors are those that torch came with."""
+    try:
+        found = operators_of(torch.Tensor)
+    except AttributeError:  # one was deleted
+        return False
+    # Every call of a layer asks this: tuples compare their items by identity first.
+    return found == OPERATORS_AS_IMPORTED
+
+
+def of_tensors(names: Any) -> bool:
+    """Return whether the attributes ``names`` are on the list, and still what they were."""
+    return all(
+        name in ATTRIBUTES and (name not in AS_IMPORTED or getattr(torch.Tensor, name) is AS_IMPORTED[name])
+        for name in names
+    )
 
 
 def _is_alone(tensor: torch.Tensor) -> bool:

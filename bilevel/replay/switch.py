@@ -9,11 +9,8 @@ from contextvars import ContextVar
 __all__ = ["allowed", "replaying"]
 
 _allowed: ContextVar[bool] = ContextVar("bilevel.replaying", default=True)
-
-
-def allowed() -> bool:
-    """Return whether evaluations may be replayed here."""
-    return _allowed.get()
+# Whether evaluations may be replayed here.
+allowed = _allowed.get
 
 
 @contextmanager

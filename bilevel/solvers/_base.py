@@ -16,6 +16,7 @@ from functools import cached_property
 from typing import Any, Protocol, TypeAlias, TypeVar, cast
 
 import torch
+from torch.linalg import vector_norm
 
 from bilevel.equations.cases import cases_of
 from bilevel.equations.linearization import Linearization
@@ -287,7 +288,11 @@ def iterate(
     norm = length(state.residual)
     # If the first residual is already below the threshold, it says nothing about scales.
     limit = torch.full_like(norm, torch.inf) if descends else _DIVERGED * torch.maximum(norm, threshold)
-    huge = bool((norm > torch.finfo(norm.dtype).max ** 0.5).any())  # squares of the first residuals overflow
+    # A single problem's usual step is told by two numbers of Python's, which cost less than tensors of one number.
+    lone = is_lone(norm)
+    least, most = (float(threshold), float(limit)) if lone else (0.0, 0.0)
+    largest = torch.finfo(norm.dtype).max ** 0.5  # the squares of larger ones overflow
+    huge = float(norm) > largest if lone else bool((norm > largest).any())
     running = torch.full(norm.shape, int(Status.RUNNING), dtype=torch.int64, device=norm.device)
     status, active = running, (norm > threshold) & (norm < torch.inf)
     everyone = anyone = bool(active.all())
@@ -298,15 +303,12 @@ def iterate(
         anyone = bool(active.any())
     iterations = torch.zeros_like(status)
     together = 0  # steps that all of the batch took
-    # For a single problem, two Python numbers describe the usual step. They cost less than one-element tensors.
-    lone = anyone and is_lone(norm)
-    least, most = (float(threshold), float(limit)) if lone else (0.0, 0.0)
     for _ in range(max_steps):
         if not anyone:
             break
         before = status
         new, verdict = step(state, active)
-        norm = length(new.residual) if huge else new.residual.norm(dim=-1)
+        norm = length(new.residual) if huge else vector_norm(new.residual, dim=-1)
         if lone and verdict is None and least < float(norm) <= most and math.isfinite(float(new.x.sum())):
             state = new
             together += 1
@@ -359,7 +361,7 @@ def merge(moved: torch.Tensor, new: S, old: S) -> S:
 
 def length(v: torch.Tensor) -> torch.Tensor:
     """Return ‖v‖ (batch,) of v (batch, n), even if the squares of entries underflow or overflow."""
-    plain = v.norm(dim=-1)
+    plain = vector_norm(v, dim=-1)
     least = 1e3 * torch.finfo(v.dtype).tiny ** 0.5
     if is_lone(plain) and least <= float(plain) < math.inf:
         return plain

@@ -301,10 +301,10 @@ def meets_negative_curvature(problem: Problem, x: torch.Tensor, doubtful: torch.
 
 
 def has_kink(problem: Problem, x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
-    """Return where the gradient jumps at or near ``x``, per problem. It costs six gradients and one product.
+    """Return where an objective's gradient jumps at or near ``x``, per problem. It costs six gradients and one product.
 
     If G is smooth, ∇G changes by 2 h H s + O(h³) from x − h s to x + h s, with signs s. The change minus 2 h H s then
-    shrinks with h. At a kink it does not.
+    shrinks with h. At a kink it does not. If G has no value at one of the points, gradients decide nothing.
     """
     eps = torch.finfo(x.dtype).eps
     signs, reach = irregular_signs(x), eps ** (1 / 3) * x.abs().clamp_min(1.0)
@@ -312,7 +312,10 @@ def has_kink(problem: Problem, x: torch.Tensor, residual: torch.Tensor) -> torch
     left = []
     for share in (64.0, 1.0, 1 / 64):
         step = share * reach * signs
-        left.append((problem.residual(x + step) - problem.residual(x - step) - 2 * share * bend).abs())
+        (above, slope_above), (below, slope_below) = (problem.value_and_residual(x + s * step) for s in (1, -1))
+        change = (slope_above - slope_below - 2 * share * bend).abs()
+        inside = torch.isfinite(above) & torch.isfinite(below)
+        left.append(torch.where(inside.unsqueeze(-1), change, torch.inf))
     found = torch.zeros_like(x, dtype=torch.bool)
     for wide, near in pairwise(left):
         size = residual.abs().amax(dim=-1, keepdim=True) + wide

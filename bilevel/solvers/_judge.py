@@ -16,7 +16,7 @@ import torch
 
 from bilevel.equations.problem import Problem
 from bilevel.reports import Basis, Status, StatusMessages
-from bilevel.solvers._base import Goal, InnerSolution, InnerSolver, all_finite, is_lone, is_one_of, length
+from bilevel.solvers._base import Goal, InnerSolution, InnerSolver, all_finite, is_one_of, length
 from bilevel.solvers._degenerate import falls_beside, slow_directions
 from bilevel.solvers._error import (
     ErrorEstimate,
@@ -35,7 +35,7 @@ from bilevel.solvers._stationary import (
     name_still,
 )
 from bilevel.solvers._trials import Trial, choose, merged, with_residual
-from bilevel.solvers._weighing import only_sizes_matter, runaway_status, weigh
+from bilevel.solvers._weighing import blind_status, only_sizes_matter, weigh
 from bilevel.tolerance import Target
 
 __all__ = ["InnerOutcome", "Successor", "solve_inner"]
@@ -62,7 +62,7 @@ _WORTH_ANOTHER = (
 class Successor:
     """A solver that takes over the problems at which another failed. It begins at the initial guess if ``afresh``, else at the last iterate.
 
-    ``beside`` moves this point by a thousandth, in case the Jacobian happens to be singular there.
+    ``beside`` moves that by a thousandth, out of a place where the Jacobian happens to be singular, or off the saddle at which an argmin ended.
     """
 
     solver: InnerSolver
@@ -107,14 +107,16 @@ def solve_inner(
         )
     goal = Goal(problem, init, target)
     trial = _attempt(solver, problem, goal)
-    names, tried, latest, steps = [solver.name], [solver.name], trial.x, trial.iterations
+    names, latest, steps = [solver.name], trial.x, trial.iterations
+    tried, basis = list(names), _basis(target)
     for other in () if trial.settled else others:
         # Another search may avoid the saddle or kink at which this one ended. If the search began there, nothing else
         # is tried.
         left = is_one_of(trial.status, (Status.INDEFINITE, Status.KINK)) & (trial.x != init).any(dim=-1)
-        failed = (left | is_one_of(trial.status, _WORTH_ANOTHER)) & torch.isfinite(
-            goal.scale if target.relative else trial.norm
-        )
+        worth = left | is_one_of(trial.status, _WORTH_ANOTHER)
+        if other.beside and problem.minimizes:
+            worth = left & (trial.status == Status.INDEFINITE) & (trial.x != init).all(dim=-1)
+        failed = worth & torch.isfinite(goal.scale if target.relative else trial.norm)
         if not bool(failed.any()):
             break
         # Solved problems do not move: their threshold is infinite.
@@ -128,7 +130,9 @@ def solve_inner(
         # What comes to the same saddle, and does not see that it is one, has not left it.
         size = torch.maximum(trial.x.abs(), (trial.x - init).abs())
         same = ((second.x - trial.x).abs() <= _SAME_POINT * size).all(dim=-1)
-        won = won & ~(same & (trial.status == Status.INDEFINITE))
+        stayed = won & same & (trial.status == Status.INDEFINITE)
+        if bool(stayed.any()):
+            won = won & ~(stayed & ~_fell_from(problem, trial, second, init))
         tried.append(other.solver.name)
         steps = steps + torch.where(failed, second.iterations, torch.zeros_like(steps))
         if bool(won.any()):
@@ -136,7 +140,7 @@ def solve_inner(
     status = trial.status
     # A NaN added to an objective does not appear in its gradient.
     value = trial.value
-    if value is not None and not (math.isfinite(float(value)) if is_lone(value) else bool(all_finite(value))):
+    if value is not None and not (math.isfinite(float(value)) if problem.is_lone else bool(all_finite(value))):
         status = torch.where(torch.isfinite(value), status, torch.full_like(status, Status.NOT_FINITE))
     bound = torch.full_like(trial.norm, float("nan"))
     words: StatusMessages = {}
@@ -148,9 +152,17 @@ def solve_inner(
             status = torch.where(contradicted, torch.full_like(status, Status.STAGNATED), status)
             words = _words_of_rounding(status, bound)
     return InnerOutcome(
-        trial.x, status, steps, trial.norm, trial.threshold, bound, _basis(target), trial.residual,
+        trial.x, status, steps, trial.norm, trial.threshold, bound, basis, trial.residual,
         trial.factor, trial.exact, ", then ".join(names), words=words,
     )  # fmt: skip
+
+
+def _fell_from(problem: Problem, saddle: Trial, other: Trial, init: torch.Tensor) -> torch.Tensor:
+    """Return where the objective is clearly lower than at the saddle, (batch,) bool: from a far start, two points look like one."""
+    if saddle.value is None or other.value is None:
+        return torch.zeros_like(saddle.norm, dtype=torch.bool)
+    fallen = (problem.value(init) - saddle.value).clamp_min(0.0)
+    return saddle.value - other.value > _SAME_POINT * fallen
 
 
 def _words_of_rounding(status: torch.Tensor, bound: torch.Tensor) -> StatusMessages:
@@ -194,12 +206,12 @@ def _attempt(solver: InnerSolver, problem: Problem, goal: Goal, meant: torch.Ten
     if not goal.target.rtol:
         return _by_residual(solver, problem, solution, goal)
     every = meant is None
-    meant = torch.ones_like(solution.status, dtype=torch.bool) if meant is None else meant
     steps = solution.iterations
     for count in range(_MOST_ROUNDS):
-        known, found = _at_once(problem, solution, goal, meant) if every else (None, None)
+        known, found = _at_once(problem, solution, goal, steps) if every else (None, None)
         if known is not None:
-            return replace(known, iterations=steps)
+            return known
+        meant = torch.ones_like(solution.status, dtype=torch.bool) if meant is None else meant
         verdict = _by_error(solver, problem, solution, goal, meant, found)
         if not bool(verdict.again.any()):
             break
@@ -211,7 +223,8 @@ def _attempt(solver: InnerSolver, problem: Problem, goal: Goal, meant: torch.Ten
                 int(Status.DIVERGED),
                 int(Status.BUDGET_SPENT if spent else Status.STAGNATED),
             )
-            verdict = verdict.ended(short)
+            kept = solution.status == Status.INDEFINITE
+            verdict = verdict.ended(torch.where(kept, int(Status.INDEFINITE), short))
             break
         following = replace(goal, init=solution.x, given=verdict.next_threshold, origin=goal.starting_point)
         resumed = with_residual(problem, further.solve(problem, solution.x, following))
@@ -247,7 +260,7 @@ def _by_residual(solver: InnerSolver, problem: Problem, solution: InnerSolution,
         largest = solution.x.abs().amax(dim=-1)
         blind = (status == Status.CONVERGED) & (torch.finfo(norm.dtype).eps * largest > target.error)
         if bool(blind.any()):
-            status = torch.where(blind, runaway_status(solution.x, goal.init), status)
+            status = torch.where(blind, blind_status(problem, solution.x, solution.residual, goal.init), status)
         if problem.minimizes:
             still = (status == Status.CONVERGED) & (solution.x == goal.init).all(dim=-1)
             status = name_kinks(problem, solution, status, still, is_one_of(status, MAYBE_KINKED))
@@ -260,17 +273,16 @@ def _by_residual(solver: InnerSolver, problem: Problem, solution: InnerSolution,
 
 
 def _at_once(
-    problem: Problem, solution: InnerSolution, goal: Goal, meant: torch.Tensor
+    problem: Problem, solution: InnerSolution, goal: Goal, steps: torch.Tensor
 ) -> tuple[Trial | None, ErrorEstimate | None]:
-    """Return the result of :func:`_by_error` if all problems have clearly converged, else None; and the estimates made for it.
+    """Return the result of :func:`_by_error` if all problems have clearly converged, after ``steps``, else None; and the estimates made for it.
 
     Most calls end here, and small problems are sensitive to every operation.
     """
     x, residual, target = solution.x, solution.residual, goal.target
     assert residual is not None
     # An unknown that did not move may be stationary only by convention.
-    status, lone = solution.status, is_lone(solution.status)
-    if int(status) != Status.CONVERGED if lone else not bool((status == Status.CONVERGED).all()):
+    if bool(solution.status.any()):  # Status.CONVERGED is 0
         return None, None
     if problem.minimizes and not bool((x != goal.starting_point).all()):
         return None, None
@@ -280,6 +292,7 @@ def _at_once(
     if error is None:
         if not bool(all_finite(norm)):
             return None, None
+        meant = torch.ones_like(solution.status, dtype=torch.bool)
         found = estimate_error(problem, x, residual, meant)
         error = found.error
     # A NaN fails this test.
@@ -292,7 +305,7 @@ def _at_once(
     factor, exact = (solution.factor, False) if found is None or found.factor is None else (found.factor, True)
     threshold = torch.maximum(goal.threshold, norm)
     return Trial(
-        x, solution.status, solution.iterations, residual, norm, threshold, solution.value, factor, exact, settled=True
+        x, solution.status, steps, residual, norm, threshold, solution.value, factor, exact, settled=True
     ), found
 
 
@@ -324,7 +337,8 @@ def _by_error(
     norm, threshold = length(residual), goal.threshold
     finite = torch.isfinite(norm)
     spent = (noticed == Status.MAX_STEPS) & (norm > threshold) & (solver.has_budget and not target.asked)
-    open_ = meant & finite & ~spent & ~is_one_of(noticed, (Status.INDEFINITE, Status.NOT_FINITE))
+    open_ = meant & finite & ~spent & (noticed != Status.NOT_FINITE)
+    saddle = open_ & (noticed == Status.INDEFINITE)
     allowed = target.rtol * x.abs() + target.atol  # (batch, n)
     error, factor, exact = solution.error, solution.factor, False
     status = torch.where(finite, noticed, torch.full_like(noticed, Status.NOT_FINITE))
@@ -346,13 +360,16 @@ def _by_error(
         fine = good | (open_ & judged.good)
         left = torch.where((fine & ~good).unsqueeze(-1), found.error, left)
         doubtful += doubtful_directions(problem, x, residual, found, fine & ~good)
-        believed = noticed == Status.CONVERGED
+        # A saddle that is far away may be no stationary point: the first goal is that of a far start.
+        believed = (noticed == Status.CONVERGED) | (saddle & judged.far_off)
         failed = torch.where(believed | (noticed == Status.MAX_STEPS) & judged.rounded, int(Status.STAGNATED), noticed)
-        failed = torch.where(judged.status != Status.RUNNING, judged.status, failed)
+        named = (judged.status != Status.RUNNING) & ((judged.status != Status.STAGNATED) | (noticed != Status.DIVERGED))
+        failed = torch.where(named, judged.status, failed)
         status = torch.where(open_ & ~fine, failed, status)
         again = believed & open_ & ~fine & ~judged.rounded & (judged.status == Status.RUNNING)
         good, ratio, noise, endless = fine, judged.ratio, judged.noise, judged.far_off
     status = torch.where(good, torch.full_like(status, Status.CONVERGED), status)
+    status = torch.where(saddle & ~again, torch.full_like(status, Status.INDEFINITE), status)
     if problem.minimizes:
         status = name_stationary(problem, solution, status, goal.starting_point, meant)
         if doubtful:

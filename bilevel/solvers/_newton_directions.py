@@ -31,8 +31,7 @@ def dense_descent(operator: LinearOperator, state: NewtonState, active: torch.Te
     factor, info = torch.linalg.cholesky_ex(hessian)
     d = -torch.cholesky_solve(gradient.unsqueeze(-1), factor).squeeze(-1)
     definite = info == 0
-    bad = active & ~definite
-    if bool(bad.any()):
+    if not bool(definite.all()) and bool((bad := active & ~definite).any()):
         size = torch.clamp(state.x[bad].norm(dim=-1), min=1.0)
         d = d.index_put((bad,), _absolute_newton(hessian[bad], gradient[bad], size))
     return descending(d, gradient, definite, factor)

@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch.linalg import vector_norm
 
 from bilevel.equations.problem import Problem
-from bilevel.solvers._base import is_lone
 from bilevel.solvers._degenerate import SLOW
 from bilevel.solvers._error import irregular_signs
 from bilevel.solvers._newton_state import NewtonState
@@ -20,16 +20,17 @@ _MODEL_ERROR, _SMALL_STEP = 0.1, 0.01
 _SHRINKS = 0.05
 
 
-def error_left(state: NewtonState) -> torch.Tensor:
+def error_left(state: NewtonState, *, lone: bool) -> torch.Tensor:
     """Return H⁻¹ R (batch, n) by the factors of the last step's Hessian; NaN where they may not be valid at x."""
     assert state.factor is not None
     # With rows of unit length, the smallest pivot of the factor bounds the distance to a singular matrix.
-    pivots = (state.factor.diagonal(dim1=-2, dim2=-1) / state.factor.norm(dim=-1)).amin(dim=-1)
+    pivots = (state.factor.diagonal(dim1=-2, dim2=-1) / vector_norm(state.factor, dim=-1)).amin(dim=-1)
     least = 1e3 * torch.finfo(pivots.dtype).eps * state.x.shape[-1]
     error = torch.cholesky_solve(state.residual.unsqueeze(-1), state.factor).squeeze(-1)
-    if is_lone(pivots) and float(pivots) ** 2 > least and bool(_modelled(state)):
+    modelled = _modelled(state, lone=lone)
+    if lone and float(pivots) ** 2 > least and bool(modelled):
         return error
-    known = _modelled(state) & state.definite & (pivots**2 > least)
+    known = modelled & state.definite & (pivots**2 > least)
     return torch.where(known.unsqueeze(-1), error, torch.full_like(error, torch.nan))
 
 
@@ -53,7 +54,7 @@ def root_error_left(problem: Problem, state: NewtonState) -> torch.Tensor | None
     return error if bool(known.all() & state.definite.all()) else None
 
 
-def _modelled(state: NewtonState) -> torch.Tensor | bool:
+def _modelled(state: NewtonState, *, lone: bool) -> torch.Tensor | bool:
     """Return where the last step shows that the old Hessian is still valid, (batch,) bool or a bool.
 
     The objective changed by about t gᵀd + ½ t² dᵀHd, with dᵀHd = −gᵀd, or the step was small.
@@ -61,7 +62,7 @@ def _modelled(state: NewtonState) -> torch.Tensor | bool:
     last, slope, t = state.last_merit, state.slope, state.t
     assert state.last_x is not None and last is not None and slope is not None and t is not None
     numbers: list[Any] = [state.merit, last, slope, t, state.magnitude]
-    if is_lone(t):
+    if lone:
         numbers = [float(number) for number in numbers]
     kept = _fell_as_promised(torch.finfo(t.dtype).eps, *numbers)
     if kept is True or (kept is not False and bool(kept.all())):
@@ -80,5 +81,6 @@ def _fell_as_promised(eps: float, found: Any, last: Any, slope: Any, t: Any, mag
 def is_slow(state: NewtonState, error: torch.Tensor) -> torch.Tensor:
     """Return where the next step is neither small beside the last one nor rounding, (batch,) bool."""
     assert state.last_x is not None
-    left, step = error.norm(dim=-1), (state.x - state.last_x).norm(dim=-1)
-    return (left > SLOW * step) & (left > 8 * torch.finfo(left.dtype).eps * state.x.norm(dim=-1))
+    left = vector_norm(error, dim=-1)
+    more = left > 8 * torch.finfo(left.dtype).eps * vector_norm(state.x, dim=-1)
+    return more & (left > SLOW * vector_norm(state.x - state.last_x, dim=-1)) if bool(more.any()) else more

@@ -5,12 +5,13 @@ from __future__ import annotations
 from dataclasses import replace
 
 import torch
+from torch.linalg import vector_norm
 
 from bilevel._torch.factorisations import svdvals
 from bilevel.equations.problem import Problem
 from bilevel.operators import DenseOperator, LinearOperator
 from bilevel.reports import Status
-from bilevel.solvers._base import merge
+from bilevel.solvers._base import length, merge
 from bilevel.solvers._newton_directions import slope_along, truncated_direction
 from bilevel.solvers._newton_state import Direction, NewtonState
 
@@ -38,7 +39,7 @@ def search(
     −1. If rounding hides differences of the objective, a step that shortens the gradient is accepted (similar to Hager
     & Zhang's approximate Wolfe condition). Convergence is then quadratic to the end.
     """
-    norm = state.residual.norm(dim=-1)
+    norm = length(state.residual)
     eps = torch.finfo(norm.dtype).eps
     merit, slope = state.merit, direction.slope
     magnitude = torch.maximum(state.magnitude, merit.abs())
@@ -50,10 +51,10 @@ def search(
         x = torch.where(active.unsqueeze(-1), state.x + t.unsqueeze(-1) * direction.d, state.x)
         if problem.minimizes:
             found, residual = problem.value_and_residual(x, last=last and trial == 0)
-            reached = residual.norm(dim=-1)
+            reached = vector_norm(residual, dim=-1)
             small = reached <= threshold
             if bool(small.any()):
-                if bool((small & (found > merit)).any()):
+                if bool((small & ~(found <= merit)).any()):
                     small = small & ~_overshoots(found, merit, slope, magnitude)
                 if bool(small.all()):
                     break
@@ -67,7 +68,7 @@ def search(
                     held = held | (level & _comes_closer(direction, residual, state, x, shorter, steady))
         else:
             residual = problem.residual(x)
-            reached = residual.norm(dim=-1)
+            reached = length(residual)
             small = reached <= threshold
             found = 0.5 * (reached / norm) ** 2
             held = found <= merit + _ARMIJO * t * slope - 4 * eps * merit
@@ -152,25 +153,30 @@ def _comes_closer(
     """Return where the next Newton step is shorter than the last one, relative to each unknown, (batch,) bool.
 
     It has to be half as long, and the gradients have to say that the objective fell, where values are not ``steady`` to their last places.
-    A norm of gradients would compare unknowns of different units. Without factors there is only that, ``shorter``.
+    A norm of gradients would compare unknowns of different units. Without factors there is only that, ``shorter``. A step from where the
+    Hessian is not positive definite has to end where the objective still falls along it.
     (Deuflhard, "Newton methods for nonlinear problems", 2004: the natural monotonicity test.)
     """
     if direction.factor is None:
         return shorter
+    # Where the curvature is negative, gradients grow on the way down.
+    still_down = steady & ~direction.definite & ((residual * direction.d).sum(dim=-1) < 0)
     left = torch.cholesky_solve(residual.unsqueeze(-1), direction.factor).squeeze(-1)
     size = torch.maximum(state.x.abs(), x.abs()) + torch.finfo(x.dtype).tiny
     ratio = (left.abs() / size).amax(dim=-1) / (direction.d.abs() / size).amax(dim=-1)
     falls = ((state.residual + residual) * (x - state.x)).sum(dim=-1) < 0  # by the trapezoidal rule
-    return torch.where(direction.definite, (ratio < 0.5) & falls | steady & (ratio < 1) | shorter, shorter)
+    return torch.where(direction.definite, (ratio < 0.5) & falls | steady & (ratio < 1) | shorter, shorter | still_down)
 
 
 def _overshoots(found: torch.Tensor, merit: torch.Tensor, slope: torch.Tensor, magnitude: torch.Tensor) -> torch.Tensor:
-    """Return where the objective has risen beyond rounding over a step that should lower it; false for a NaN.
+    """Return where an objective has risen, and not by rounding, over a step that promised to lower it, or has left its domain.
 
-    Sigmoids and robust losses have plateaus beyond the minimum, on which gradients vanish.
+    Sigmoids and robust losses have plateaus beyond the minimum, on which gradients vanish. Beyond the domain of a
+    logarithm its gradient goes on.
     """
     least = torch.finfo(merit.dtype).eps ** 0.5 * torch.maximum(magnitude, found.abs())
-    return (found - merit > least) & (-slope > least)
+    outside = ~torch.isfinite(found) & torch.isfinite(merit)
+    return ((found - merit > least) & (-slope > least)) | outside
 
 
 def _shorter(t: torch.Tensor, merit: torch.Tensor, found: torch.Tensor, slope: torch.Tensor) -> torch.Tensor:

@@ -12,7 +12,7 @@ from bilevel.solvers._base import Goal, is_one_of, length
 from bilevel.solvers._error import ErrorEstimate, residual_rounding
 from bilevel.tolerance import Target
 
-__all__ = ["Weighed", "only_sizes_matter", "runaway_status", "weigh"]
+__all__ = ["Weighed", "blind_status", "only_sizes_matter", "weigh"]
 
 # x has diverged if it is this many times larger than the initial guess, and the equations no longer determine it.
 _FAR = 1e3
@@ -20,6 +20,8 @@ _FAR = 1e3
 _SOLVER_ROUNDING = 30.0
 # A search may be endless if the next Newton step is more than this share of x.
 _ENDLESS = 1e-3
+# How large a part of an unknown that has run away the Newton step has to be that is left.
+_GONE = 0.1
 
 
 def runaway_status(x: torch.Tensor, init: torch.Tensor) -> torch.Tensor:
@@ -27,6 +29,23 @@ def runaway_status(x: torch.Tensor, init: torch.Tensor) -> torch.Tensor:
     far = x.abs().amax(dim=-1) > _FAR * init.abs().amax(dim=-1).clamp_min(1.0)
     codes = torch.full(far.shape, int(Status.STAGNATED), dtype=torch.int64, device=x.device)
     return torch.where(far, torch.full_like(codes, Status.DIVERGED), codes)
+
+
+def blind_status(problem: Problem, x: torch.Tensor, residual: torch.Tensor, init: torch.Tensor) -> torch.Tensor:
+    """Return DIVERGED where x went from where R can be seen to where rounding hides it, as it does ever after; else as :func:`runaway_status`."""
+    path = x - init
+    swallowed = ~_is_solved(problem, init + path / 4, residual) & _is_solved(problem, x + 2 * path, residual)
+    return torch.where(swallowed, int(Status.DIVERGED), runaway_status(x, init))
+
+
+def _is_solved(problem: Problem, point: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
+    """Return where R at ``point`` (batch, n) is at rounding level, or not much larger than ``residual``, (batch,) bool."""
+    there = problem.residual(point)
+    noise = residual_rounding(problem, point, there)
+    if problem.is_fixed_point:  # x − T(x) is rounded as x is
+        noise = torch.maximum(noise, torch.finfo(point.dtype).eps * point.abs())
+    size = length(there)
+    return torch.isfinite(size) & (size <= 30 * length(noise) + 2 * length(residual))
 
 
 def only_sizes_matter(found: ErrorEstimate, x: torch.Tensor, target: Target) -> bool:
@@ -92,7 +111,8 @@ def weigh(
     start = goal.starting_point
     if found.rounding is not None:
         blind = good & ~unknown & ~(found.rounding.abs() <= target.blind_rtol * size).all(dim=-1)
-        status = torch.where(blind, runaway_status(x, start), status)
+        if bool(blind.any()):
+            status = torch.where(blind, blind_status(problem, x, residual, start), status)
     singular = good & found.singular
     if bool(singular.any()):
         status = torch.where(singular & _hidden(problem, x, residual, found), int(Status.DIVERGED), status)
@@ -106,6 +126,11 @@ def weigh(
         first = problem.residual(start).abs().nan_to_num(posinf=torch.finfo(x.dtype).max)
         endless = endless & (residual.abs() <= torch.finfo(x.dtype).eps * first).all(dim=-1)
         status = torch.where(endless, torch.full_like(status, Status.DIVERGED), status)
+    # Little more than rounding is left of R, and the solution is as far away as x has come.
+    gone = ((x.abs() > _FAR * start.abs().clamp_min(1.0)) & (error > _GONE * x.abs())).any(dim=-1) & ~good
+    little = (norm <= torch.finfo(x.dtype).eps ** 0.75 * goal.scale) & (noticed != Status.CONVERGED)
+    gone = gone & (rounded | little)
+    status = torch.where(gone, torch.full_like(status, Status.DIVERGED), status)
     status = torch.where(found.indefinite & (good | rounded), torch.full_like(status, Status.INDEFINITE), status)
     return Weighed(good & (status == Status.RUNNING), ratio, rounded, length(noise), far_off, status)
 
@@ -117,11 +142,4 @@ def _hidden(problem: Problem, x: torch.Tensor, residual: torch.Tensor, found: Er
     for x = x + 1/(1 + x²), that point is no solution, and all points beyond x seem to be, because rounding hides the
     residual.
     """
-
-    def solved(point: torch.Tensor) -> torch.Tensor:
-        there = problem.residual(point)
-        noise = residual_rounding(problem, point, there)
-        size = length(there)
-        return torch.isfinite(size) & (size <= 30 * length(noise) + 2 * length(residual))
-
-    return ~solved(x - found.null_part) & solved(x + 2 * found.null_part)
+    return ~_is_solved(problem, x - found.null_part, residual) & _is_solved(problem, x + 2 * found.null_part, residual)

@@ -32,9 +32,11 @@ _POLISHES = 3
 _SHARE, _EXTRA_STEPS = 0.3, 20
 # A constant residual counts as a drift if it is this many times the rounding.
 _DRIFT = 4.0
-# If rounding of x hides R after a stride of this many steps, the run diverges. If this many plain steps then have the
-# same R, plain iteration diverges too.
-_FAR_STRIDE, _SAME_STEPS = 1000.0, 1000
+# A stride of so many steps that ends where x hides R has run away.
+_FAR_STRIDE = 1000.0
+# Plain iteration runs away, too, if an unknown goes on one way from step 256 to 1,024, or from any step to four times that, and its R shrinks
+# no faster than 1/steps: such steps have an infinite sum. The share that is left is a little less than a quarter.
+_EARLY_STEPS, _LONGER, _SHARE_LEFT = 256, 4, 0.22
 
 
 @dataclass(frozen=True)
@@ -58,8 +60,9 @@ class Anderson(InnerSolver):
     it, z is returned; this needs a mapping that expands.
 
     Sometimes the residual is constant, as for a projection of x − c until the face is reached. Mixtures then learn nothing.
-    Steps are 2, 4, 8, ... times as long while it stays constant, so that a few reach the face. If x runs away, plain
-    iteration has 1,000 steps to change the residual. If it does not, the status is ``DIVERGED``.
+    Steps are 2, 4, 8, ... times as long while it stays constant, so that a few reach the face. x runs away if they end where its
+    rounding hides the residual. Plain iteration then takes 1,000 steps. The status is ``DIVERGED`` if these go one way and shrink so
+    slowly that their sum is infinite.
 
     A plain iteration from the same initial guess is the safeguard. After 1,000 steps it takes 1,000 of its own, then the
     accelerated run continues, and so on, in stretches that double. It takes over at once if the accelerated run diverges or
@@ -168,8 +171,10 @@ class _Runs:
         # The length of the next step in plain steps: 1 unless the residual is constant; 0 if that is not watched.
         self.stride = torch.zeros_like(norm)
         self.watched = False
-        # The norm of the residual along which the accelerated run diverged (NaN if it did not), and the step.
-        self.fled, self.fled_at = torch.full_like(norm, torch.nan), torch.zeros_like(self.waiting)
+        self.fled = self.drifts = self.plain  # whether the accelerated run ran away; whether it drifts in rounding
+        # Where the run was at the last check; where the plain run was after so many steps, and how many it has taken.
+        self.anchor = self.early = self.both
+        self.early_at, self.walked = torch.full_like(self.waiting, _EARLY_STEPS), torch.zeros_like(self.waiting)
 
     def _both(self, x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
         return torch.cat((residual, torch.sub(x, residual, alpha=self.beta)), dim=-1)
@@ -236,7 +241,9 @@ class _Runs:
         self._restart(failed)
         lost = active & ~mixed & ~good
         if striding is not None:
-            lost = lost | self._flees(active & striding & good, norm)
+            fled = active & striding & good & (self.stride > _FAR_STRIDE)
+            fled = fled & (norm <= _DRIFT * self.memory.rounding.squeeze(-1))
+            self.fled, lost = self.fled | fled, lost | fled
         if bool(lost.any()):
             verdict = self._take_over(lost, norm, verdict)
         self.mixing = not bool((active & (self.plain | (self.waiting > 0) | self.whole)).any())
@@ -272,17 +279,20 @@ class _Runs:
         changed = torch.linalg.vector_norm((both - self.both)[:, : self.n], dim=-1)
         rounding = self.memory.rounding.squeeze(-1)
         # A drift continues until rounding of x hides it: x has then diverged.
-        still = good & (changed <= rounding) & ((norm > _DRIFT * rounding) | striding) & ~self.plain
+        drifts = (norm > _DRIFT * rounding) | striding | self.drifts
+        still = good & (changed <= rounding) & drifts & ~self.plain
         one = self.stride.clamp(max=1.0)  # 0 if it is not watched
         stride = torch.where(still, 2 * self.stride, one)
         self.stride = torch.where(striding & ~good, torch.maximum(0.25 * self.stride, one), stride)
 
-    def _flees(self, moved: torch.Tensor, norm: torch.Tensor) -> torch.Tensor:
-        """Return which of the problems that ``moved`` have diverged, (batch,) bool, and store it."""
-        away = moved & (self.stride > _FAR_STRIDE) & (norm <= _DRIFT * self.memory.rounding.squeeze(-1))
-        self.fled = torch.where(away, norm, self.fled)
-        self.fled_at = torch.where(away, self.steps, self.fled_at)
-        return away
+    def _drifted(self, since: torch.Tensor, steps: torch.Tensor) -> torch.Tensor:
+        """Return where some unknown went on one way from ``since`` (batch, 2n), ``steps`` (batch,) plain steps ago, (batch,) bool."""
+        n, eps = self.n, torch.finfo(since.dtype).eps
+        residual, before, x = self.both[:, :n], since[:, :n], self.both[:, n:]
+        along = (since[:, n:] - x) * residual.sign()
+        steady = (residual != 0) & (residual * before.sign() >= _SHARE_LEFT * before.abs())
+        moved = (along >= 0.5 * steps.unsqueeze(1) * residual.abs()) & (along > 16 * eps * x.abs())
+        return (steady & moved).any(dim=-1)
 
     def _move(self, both: torch.Tensor, good: torch.Tensor) -> None:
         """Move to the ``good`` points, and add them to the history of the accelerated runs."""
@@ -336,6 +346,7 @@ class _Runs:
         self.memory.forget(which)
         self.waiting = torch.where(which, torch.ones_like(self.waiting), self.waiting)
         self.whole = self.whole & ~which
+        self.anchor = torch.where(column, self.both, self.anchor)
         self.mixing = False
 
     def _take_over(self, lost: torch.Tensor, norm: torch.Tensor, verdict: torch.Tensor | None) -> torch.Tensor | None:
@@ -355,13 +366,26 @@ class _Runs:
         stalled = active & ~(measure < self.seen)
         self.seen = measure
         self.memory.measure(self.both)
+        anchor, self.anchor = self.anchor, self.both
+        drifting = self._walk(stalled)
         if not bool(stalled.any()):
             return None
-        norm = torch.linalg.vector_norm(self.both[:, : self.n], dim=-1)
-        same = (norm - self.fled).abs() <= 1e-3 * norm  # not where it is NaN
-        drifting = active & self.plain & same & (self.steps - self.fled_at >= _SAME_STEPS)
-        if bool(drifting.any()):
+        if drifting is not None:
             return torch.where(drifting, int(Status.DIVERGED), int(Status.RUNNING))
+        every = torch.full_like(self.walked, CHECK_EVERY)
+        self.drifts = stalled & ~self.plain & self._drifted(anchor, every)
         self._restart(stalled)
         self.stride, self.watched = torch.where(stalled, self.stride.clamp(min=1.0), self.stride), True
         return rounding_verdict(self.problem, state.x, state.residual, stalled, self.threshold)
+
+    def _walk(self, stalled: torch.Tensor) -> torch.Tensor | None:
+        """Count the plain run's steps; return which problems run away in it as in the accelerated run, (batch,) bool; None for none."""
+        self.walked = self.walked + CHECK_EVERY * self.plain
+        late = self.plain & (self.walked >= _LONGER * self.early_at)
+        drifting = stalled & late & self.fled
+        if bool(drifting.any()):
+            drifting = drifting & self._drifted(self.early, self.walked - self.early_at)
+        self.early_at = torch.where(late, self.walked, self.early_at)
+        early = self.plain & (self.walked <= self.early_at)
+        self.early = torch.where(early.unsqueeze(1), self.both, self.early)
+        return drifting if bool(drifting.any()) else None

@@ -13,7 +13,7 @@ from bilevel.linear.gmres import GMRES
 from bilevel.operators import LinearOperator
 from bilevel.reports import Status
 from bilevel.setting_checks import check_steps
-from bilevel.solvers._base import Goal, InnerSolution, InnerSolver, iterate
+from bilevel.solvers._base import Goal, InnerSolution, InnerSolver, iterate, length
 from bilevel.solvers._error import meets_negative_curvature
 from bilevel.solvers._newton_directions import dense_descent, dense_root, descending
 from bilevel.solvers._newton_error import error_left, is_slow, root_error_left
@@ -102,15 +102,13 @@ class Newton(InnerSolver):
         first = linearize(init)
         goal.measure(first)
         threshold = goal.threshold
-        residual = first.residual.detach()
-        norm = residual.norm(dim=-1)
         start = NewtonState(
             x=init,
-            residual=residual,
-            merit=torch.full_like(norm, 0.5) if first.value is None else first.value,
-            magnitude=torch.zeros_like(norm),
-            last_norm=torch.full_like(norm, float("inf")),
-            definite=torch.ones_like(norm, dtype=torch.bool),
+            residual=first.residual.detach(),
+            merit=torch.full_like(threshold, 0.5) if first.value is None else first.value,
+            magnitude=torch.zeros_like(threshold),
+            last_norm=torch.full_like(threshold, float("inf")),
+            definite=torch.ones_like(threshold, dtype=torch.bool),
         )
 
         def step(state: NewtonState, active: torch.Tensor) -> tuple[NewtonState, torch.Tensor | None]:
@@ -128,10 +126,12 @@ class Newton(InnerSolver):
         if not problem.minimizes:
             return replace(solution, error=root_error_left(problem, state)) if dense else solution
         definite = dense and state.factor is not None and bool(state.definite.all())
-        solution = replace(solution, value=state.merit, factor=state.factor if definite else None)
         if definite:
-            error = error_left(state)
-            solution = replace(solution, error=error, slow=is_slow(state, error))
+            error = error_left(state, lone=problem.is_lone)
+            slow = is_slow(state, error)
+            solution = replace(solution, value=state.merit, factor=state.factor, error=error, slow=slow)
+        else:
+            solution = replace(solution, value=state.merit)
         # If the last step used a positive definite Hessian, the point counts as a minimum.
         if definite and bool((solution.iterations > 0).all()):
             return solution
@@ -158,7 +158,7 @@ class Newton(InnerSolver):
         active: torch.Tensor,
     ) -> Direction:
         """Solve for the direction as accurately as Eisenstat & Walker's choice 2, (‖R_k‖ / ‖R_{k−1}‖)²."""
-        norm = state.residual.norm(dim=-1)
+        norm = length(state.residual)
         progress = torch.clamp((norm / state.last_norm) ** 2, max=_LEAST_FORCING)
         # Ask for no more accuracy than the threshold needs, so that the last step is not solved too accurately.
         forcing = torch.maximum(progress, torch.clamp(0.3 * threshold / norm, max=_MOST_FORCING))

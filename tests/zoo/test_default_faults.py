@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -282,15 +283,167 @@ MAPS = {
     "shift of a relu": lambda x: torch.relu(x) + 1.0,
     "softplus": lambda x: torch.nn.functional.softplus(x) + 0.5,
     "vanishing": lambda x: x + 1 / (1 + x * x),
+    "vanishing faster": lambda x: x + 1 / (1 + x**4),
+    "vanishing exponentially": lambda x: x + torch.exp(-x),
+    "one of two": lambda x: torch.stack([x[0] + 1 / (1 + x[0] ** 2), torch.cos(x[1])]),
 }
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", MAPS)
-def test_a_map_without_fixed_point_is_named_early(name: str) -> None:
-    start = torch.tensor([1.0, 2.0], dtype=F64)
+def test_a_map_without_fixed_point_is_named_early(name: str, dtype: torch.dtype) -> None:
+    start = torch.tensor([1.0, 2.0], dtype=dtype)
     found = bilevel.fixed_point(MAPS[name], on_failure="ignore").solve(start)
     assert found.report.status is Status.DIVERGED
     assert int(found.report.iterations) < 2500
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("start", [(0.0, 0.0), (100.0, -3.0)])
+@pytest.mark.parametrize("name", ["vanishing", "vanishing exponentially"])
+def test_a_map_without_fixed_point_is_named_from_elsewhere(
+    name: str, start: tuple[float, ...], dtype: torch.dtype
+) -> None:
+    found = bilevel.fixed_point(MAPS[name], on_failure="ignore").solve(tensor(*start, dtype=dtype))
+    assert found.report.status is Status.DIVERGED
+    assert int(found.report.iterations) < 4000
+
+
+def test_one_of_a_batch_runs_away() -> None:
+    """x + a/(1 + x²) has no fixed point, and x + 0.1·(2 − x) converges slowly to 2."""
+    function = lambda x, k: torch.where(k > 0, x + 1 / (1 + x * x), x + 0.1 * (2 - x))
+    layer = bilevel.fixed_point(function, on_failure="ignore")
+    found = vmap(layer.solve)(torch.ones(3, 2, dtype=F64), tensor(-1.0, 1.0, -1.0))
+    assert found.report.success.tolist() == [True, False, True]
+    assert Status(int(found.report.status_code[1])) is Status.DIVERGED
+    assert torch.allclose(found.value[[0, 2]], torch.full((2, 2), 2.0, dtype=F64))
+
+
+def test_a_long_way_to_a_fixed_point_is_gone() -> None:
+    """Plain iteration takes 2,000 equal steps and then contracts."""
+    found = bilevel.fixed_point(
+        lambda x: torch.where(x < 2000.5, x + 1, 2001 + 0.5 * (x - 2001)), on_failure="ignore"
+    ).solve(tensor(0.0))
+    assert found.report.status is Status.CONVERGED
+    assert float(found.value) == pytest.approx(2001)
+
+
+ROOTS_AT_INFINITY = {
+    "arc tangent": lambda x: torch.atan(x) - torch.pi / 2,
+    "quotient": lambda x: x.abs() / (1 + x.abs()) - 1,
+}
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("start", [1.0, 100.0])
+@pytest.mark.parametrize("name", ROOTS_AT_INFINITY)
+def test_a_root_at_infinity_is_named(name: str, start: float, dtype: torch.dtype) -> None:
+    found = bilevel.root(ROOTS_AT_INFINITY[name], on_failure="ignore").solve(tensor(start, dtype=dtype))
+    assert found.report.status is Status.DIVERGED
+
+
+def test_a_far_root_is_found() -> None:
+    found = bilevel.root(lambda x, a: torch.atan(x) - a).solve(tensor(1.0), torch.tan(tensor(1.57)).atan())
+    assert float(found.value) == pytest.approx(float(torch.tan(tensor(1.57))), rel=1e-6)
+
+
+@pytest.mark.parametrize("batched", [False, True])
+def test_a_root_whose_squared_residual_overflows(batched: bool) -> None:
+    layer = bilevel.root(lambda x, a: 1e15 * (x**3 - a))
+    start, a = torch.full((2,), 1e3, dtype=torch.float32), torch.tensor([8.0, 27.0])
+    x = vmap(layer)(torch.stack([start, -start]), torch.stack([a, a]))[0] if batched else layer(start, a)
+    assert torch.allclose(x, torch.tensor([2.0, 3.0]), rtol=1e-5)
+
+
+# --- A search that ended at a saddle leaves it ---
+
+
+def atoms(x: torch.Tensor, e: torch.Tensor) -> torch.Tensor:
+    """Lennard-Jones energy of three atoms at (0, 0), (u, 0) and (v, w), 2^(1/6) apart in the minimum."""
+    u, v, w = x.unbind(-1)
+    cubes = torch.stack([u * u, v * v + w * w, (u - v) ** 2 + w * w], -1) ** -3
+    return (4 * e * (cubes * cubes - cubes)).sum()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("start", [(31.72, 777.7, 337.3), (24.69, 467.0, 7.638), (55.7, 475.6, 5.859)])
+def test_atoms_in_a_row_are_left(start: tuple[float, ...], dtype: torch.dtype) -> None:
+    x = bilevel.argmin(atoms)(tensor(*start, dtype=dtype), tensor(1.0, dtype=dtype)[0])
+    u, v, w = x.double()
+    sides = torch.stack([u.abs(), torch.hypot(v, w), torch.hypot(u - v, w)])
+    assert torch.allclose(sides, torch.full((3,), 2 ** (1 / 6), dtype=F64), rtol=1e-4)
+
+
+def test_a_minimum_is_not_taken_outside_the_domain() -> None:
+    """Beyond zero the logarithm has no value, and its gradient goes on: from so far it is below the first goal."""
+    a, q = tensor(0.4, 0.9, dtype=torch.float32), tensor(0.1, 0.05, dtype=torch.float32)
+    barrier = lambda x, a: (0.5 * q * x * x + a * x - torch.log(x)).sum()
+    for start in ((3e5, 1.4e6), (9e5, 2e3), (1e6, 1e6), (2e6, 40.0)):
+        x = bilevel.argmin(barrier)(tensor(*start, dtype=torch.float32), a).double()
+        right = (-a.double() + (a.double() ** 2 + 4 * q.double()).sqrt()) / (2 * q.double())
+        assert torch.allclose(x, right, rtol=2e-3)
+
+
+def test_a_far_pair_is_found_below_the_rounding_of_a_near_one() -> None:
+    energy = lambda x, e: (4 * e * (x**-12 - x**-6)).sum()
+    x = bilevel.argmin(energy)(tensor(1542.0, 31.35, 989.6, dtype=torch.float32), tensor(0.7, dtype=torch.float32)[0])
+    assert torch.allclose(x, torch.full((3,), 2 ** (1 / 6)), rtol=2e-3)
+
+
+# --- What is amiss is named ---
+
+
+def squares(x: torch.Tensor, a: torch.Tensor, *more: Any) -> torch.Tensor:
+    return ((x - a) ** 2).sum()
+
+
+@pytest.mark.parametrize(
+    ("prox", "name"),
+    [
+        (lambda a, s: bilevel.prox.L1(s), "strength of prox.L1 that has to be finite and at least 0"),
+        (lambda a, s: bilevel.prox.Box(-s, s), "lower of prox.Box that has to be at most upper"),
+    ],
+)
+def test_a_parameter_of_one_problem_that_is_out_of_range_is_named(prox: Any, name: str) -> None:
+    layer = bilevel.argmin(squares, prox=prox, on_failure="nan")
+    a = torch.tensor([[1.0, 2.0], [3.0, 4.0]], dtype=F64)
+    given = torch.zeros(2, 2, dtype=F64), a, tensor(1.0, -1.0)
+    assert vmap(layer)(*given).isnan().any(-1).tolist() == [False, True]
+    with pytest.raises(bilevel.SolveError, match=name):
+        vmap(bilevel.argmin(squares, prox=prox))(*given)
+
+
+@pytest.mark.parametrize(
+    ("how", "name"),
+    [
+        (lambda c: {"inequality": lambda x, a: x.sum() - c}, "a constraint or bound reaches"),
+        (lambda c: {"equality": lambda x, a: x.sum() - c}, "a constraint or bound reaches"),
+        (lambda c: {"lower": lambda a: c}, "a constraint or bound reaches"),
+        (lambda c: {"prox": lambda a: bilevel.prox.L1(c)}, "prox reaches"),
+    ],
+)
+def test_the_function_that_captures_a_tensor_is_named(how: Any, name: str) -> None:
+    c = tensor(1.0).requires_grad_()[0]
+    with pytest.raises(bilevel.CapturedTensorError, match=name):
+        bilevel.argmin(squares, **how(c))(torch.zeros(2, dtype=F64), tensor(1.0, 2.0))
+
+
+@pytest.mark.parametrize("use", [lambda n: n.size(0), lambda n: n.float().mean()])
+def test_an_integer_array_of_numpy_is_named(use: Any) -> None:
+    layer = bilevel.argmin(lambda x, a, n: ((x - a) ** 2).sum() / use(n))
+    with pytest.raises(bilevel.DtypeError, match=re.escape("numpy at args[1]")):
+        layer(torch.zeros(2, dtype=F64), tensor(1.0, 2.0), np.array([0, 1]))
+
+
+def test_a_second_derivative_that_is_infinite_is_named_with_a_remedy_that_works() -> None:
+    a = tensor(1.0, 2.0).requires_grad_()
+    x = bilevel.argmin(lambda x, a: ((x - a).abs() ** 1.5).sum())(torch.zeros(2, dtype=F64), a)
+    with pytest.raises(
+        bilevel.SolveError, match=r"second derivative of the objective to be infinite .*\(d\*\*2 \+ 1e-6\)\*\*0\.75"
+    ):
+        torch.autograd.grad(x.sum(), a)
+    x = bilevel.argmin(lambda x, a: (((x - a) ** 2 + 1e-6) ** 0.75).sum())(torch.zeros(2, dtype=F64), a)
+    assert torch.allclose(torch.autograd.grad(x.sum(), a)[0], torch.ones(2, dtype=F64))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

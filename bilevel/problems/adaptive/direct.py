@@ -23,7 +23,7 @@ from bilevel.problems.adaptive.error_model import ErrorModel
 from bilevel.problems.adaptive.iterate import Iterate, Objectives
 from bilevel.problems.adaptive.state import GoalReport, SearchState
 from bilevel.problems.hypergradient import Hypergradient, HypergradientReport
-from bilevel.pytree import as_real
+from bilevel.pytree import joined
 from bilevel.reports import Basis, Status
 from bilevel.solvers._error import irregular_signs
 from bilevel.solvers.newton import Newton
@@ -69,7 +69,7 @@ def decided(
     ``before`` is the adjoint (K, n) of the last call, and ``known`` what was measured until then. The second result is what is known now.
     """
     tolerance, report = settings.tolerance, result.report
-    flat = torch.cat([as_real(leaf).reshape(-1) for leaf in pytree.tree_leaves(result.grad) if leaf is not None])
+    flat = joined(leaf for leaf in pytree.tree_leaves(result.grad) if leaf is not None)
     norm = float(flat.norm())
     allowed, solved = tolerance.allowed(norm), bool(report.converged.all())
     bound = Bound(math.nan, Basis.RESIDUAL)

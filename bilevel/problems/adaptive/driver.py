@@ -16,7 +16,7 @@ from bilevel.certificates.bound import Bound
 from bilevel.equations.problem import Problem
 from bilevel.errors import ArgumentError, SolveError, SolveWarning, TransformError
 from bilevel.layers.call import SolveCall
-from bilevel.layers.checks import inspect_on_failure
+from bilevel.layers.randomness import CheckAfter
 from bilevel.linear.defaults import default_linear_solver
 from bilevel.policy import OnFailure, apply_policy
 from bilevel.problems.adaptive.search import Search
@@ -76,7 +76,7 @@ def solve_to_goal(
         value, slope = seen.found
         search.lower.remember(x, value.reshape(1), slope.reshape(x.shape))
     trusted = seen is not None and seen.found is None
-    with inspect_on_failure(x.device, lambda: call.inspect(lower, x, again=True)) if trusted else nullcontext():
+    with CheckAfter(x.device, lambda: call.inspect(lower, x, again=True)) if trusted else nullcontext():
         found = search.run(x, q)
     forward = _report(Pass.FORWARD, lower, solver.name, found, found.here.residual, found.inner_steps)
     # The mean over a batch hands each problem 1/K of its right-hand side. The report is of that system.

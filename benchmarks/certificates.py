@@ -23,7 +23,7 @@ from torch.nn import functional as F
 from torch.utils import _pytree as pytree
 
 import bilevel
-from bilevel.certificates import _point
+from bilevel.certificates import _inner_point
 from bilevel.certificates._certificate import Certificate
 from bilevel.certificates._errors import errors_at, through
 from bilevel.certificates._point import Point
@@ -419,7 +419,7 @@ class Tally:
 def allowance_used(case: Case, point: Point) -> dict[str, float]:
     """Return the largest part, over the problems, of the rounding allowed for that ∇G, ρ, ĝ and the corrected value really have."""
     x, q, residual, rho, gradient, value = extended(
-        point.x, point.q, point.residual, point.rho, point.gradient, point.corrected_value
+        point.x, point.q, point.inner.residual, point.rho, point.gradient, point.corrected_value
     )
     slope = case.gradient(x)
     true = {
@@ -465,9 +465,9 @@ def run_batch(family: str, generator: torch.Generator, k: int, dtype: torch.dtyp
         x = solve_inner(solver, lower, case.start, target()).x if steps else x
     elif family != "lasso":
         x = solve_inner(solver, lower, case.start, target()).x
-    point = Point(lower, upper, x, torch.zeros_like(x), (True, *[False] * (len(lower.tensors) - 1)))
+    point = Point.at(lower, upper, x, torch.zeros_like(x), (True, *[False] * (len(lower.tensors) - 1)))
     linear = (bilevel.CG(), bilevel.Exact())[int(torch.rand((), generator=generator) < 0.3)]
-    q = solve_linear(linear, point.linear.operator, point.v, target()).x
+    q = solve_linear(linear, point.inner.linear.operator, point.inner.v, target()).x
     point = point.with_q(q)
     found = point.gradient.detach()
     corrected = point.corrected_value.detach()
@@ -562,7 +562,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     if options.by_products:
-        _point.MOST_NUMBERS = 0
+        _inner_point.MOST_NUMBERS = 0
     families = options.families
     each = math.ceil(options.problems / options.batch / len(families) / 2)
     began, total, violated = time.perf_counter(), 0, 0

@@ -10,7 +10,7 @@ misuse. ``--certified`` lets the certificate decide instead of the estimate; the
 products that would form them.
 
 ``--seconds`` compares processor time instead: a goal, with the default solvers, beside the default's full accuracy, on small and large
-problems.
+problems, in the first call of a problem and in later calls. Calls with and without a goal alternate.
 """
 
 from __future__ import annotations
@@ -144,16 +144,21 @@ def cases() -> list[Case]:
 
 @contextmanager
 def counting() -> Iterator[list[int]]:
-    """Count calls of torch.autograd.grad, and the rows of matrices formed by vmap."""
-    from bilevel.certificates._point import Point
+    """Count reverse passes, and the rows of matrices formed by vmap."""
+    from bilevel._torch import reverse
+    from bilevel.certificates._second_derivatives import SecondDerivatives
     from bilevel.equations.problem import Problem
 
-    plain, dense, cross = torch.autograd.grad, Problem._dense, Point._cross_by_vmap
+    plain, engine = torch.autograd.grad, reverse._engine_run_backward
+    dense, cross = Problem._dense, SecondDerivatives._cross_by_vmap
     count = [0]
 
-    def one(*args, **kwargs):
-        count[0] += 1
-        return plain(*args, **kwargs)
+    def counted(function):
+        def one(*args, **kwargs):
+            count[0] += 1
+            return function(*args, **kwargs)
+
+        return one
 
     def rows(self, x):
         count[0] += self.size
@@ -163,11 +168,13 @@ def counting() -> Iterator[list[int]]:
         count[0] += self.lower.size
         return cross(self, *args)
 
-    torch.autograd.grad, Problem._dense, Point._cross_by_vmap = one, rows, cross_rows
+    torch.autograd.grad, reverse._engine_run_backward = counted(plain), counted(engine)
+    Problem._dense, SecondDerivatives._cross_by_vmap = rows, cross_rows
     try:
         yield count
     finally:
-        torch.autograd.grad, Problem._dense, Point._cross_by_vmap = plain, dense, cross
+        torch.autograd.grad, reverse._engine_run_backward = plain, engine
+        Problem._dense, SecondDerivatives._cross_by_vmap = dense, cross
 
 
 def spent(case: Case, solver: bilevel.InnerSolver, tolerance: bilevel.Tolerance, start=None):
@@ -211,32 +218,41 @@ def cheapest(rows: list[tuple[int, int, int, float]], asked: float, *, lasting: 
     return min((row[0] for row in good), default=math.nan)
 
 
-def milliseconds(case: Case, tolerance: bilevel.Tolerance | None, count: int = 12) -> float:
-    """Return the least processor time of a cold hypergradient by the default solvers."""
-    problem = case.kind(tolerance=tolerance, warm_start=False)
-    found = []
-    for _ in range(4 + count):
-        begun = time.process_time()
-        problem.hypergradient(case.outer, case.data, init=case.start)
-        found.append(time.process_time() - begun)
-    return 1e3 * min(found[4:])
+def timed(problem: Ridge, case: Case) -> float:
+    begun = time.process_time()
+    problem.hypergradient(case.outer, case.data, init=case.start)
+    return time.process_time() - begun
+
+
+def compared(case: Case, tolerance: bilevel.Tolerance, count: int, *, first: bool) -> tuple[float, float]:
+    """Return the milliseconds of full accuracy, and the median ratio of a goal's time to it, in calls by the default solvers."""
+    problems: list[Ridge] = []
+    for _ in range(4 + count if first else 1):
+        problems += [case.kind(), case.kind(tolerance=tolerance)]
+    pairs = [(timed(problems[0], case), timed(problems[1], case)) for _ in range(0 if first else 4 + count)]
+    if first:
+        pairs = [
+            (timed(plain, case), timed(goal, case)) for plain, goal in zip(problems[::2], problems[1::2], strict=True)
+        ]
+    pairs = pairs[4:]
+    return 1e3 * statistics.median(full for full, _ in pairs), statistics.median(goal / full for full, goal in pairs)
 
 
 def seconds(report: Callable[[str], None] = print) -> None:
     """Print what goals cost beside full accuracy."""
     asked = (1e-1, 1e-3, 1e-6)
-    report("| problem | n | full accuracy | " + " | ".join(f"goal {t:.0e}" for t in asked) + " |")
-    report("|" + "---|" * (3 + len(asked)))
+    report("| problem | n | calls | full accuracy | " + " | ".join(f"goal {t:.0e}" for t in asked) + " |")
+    report("|" + "---|" * (4 + len(asked)))
     small = [case for case in cases() if "weak" not in case.name]
     large = [regression(f"{kind.__name__.lower()}, large", kind, 1e-2, n=800, m=1000) for kind in (Ridge, Logistic)]
     for case in small + large:
-        count = 12 if case in small else 3
-        full = milliseconds(case, None, count)
-        goals = [
-            milliseconds(case, bilevel.Tolerance(hypergradient=t, relative=True, estimates=True), count) for t in asked
-        ]
-        cells = " | ".join(f"{goal:.1f} ms ({goal / full:.2f})" for goal in goals)
-        report(f"| {case.name} | {len(case.start)} | {full:.1f} ms | {cells} |")
+        for first in (True, False):
+            count = 20 if case in small else 3
+            goals = (bilevel.Tolerance(hypergradient=t, relative=True, estimates=True) for t in asked)
+            found = [compared(case, goal, count, first=first) for goal in goals]
+            name = "first" if first else "later"
+            cells = " | ".join(f"{ratio:.2f}" for _, ratio in found)
+            report(f"| {case.name} | {len(case.start)} | {name} | {found[0][0]:.1f} ms | {cells} |")
 
 
 def main(report: Callable[[str], None] = print) -> None:

@@ -61,13 +61,20 @@ def layer_calls() -> tuple[Callable[[], object], Callable[[], object]]:
     return lambda: layer(start, X, y, s), made.backward
 
 
-def problem_calls() -> tuple[Callable[[], object], Callable[[], object]]:
+def problem_calls() -> dict[str, Callable[[], object]]:
     data = tuple(torch.randn(*shape, dtype=F64) for shape in ((10, 3), (10,), (10, 3), (10,)))
     outer, start = torch.tensor(0.0, dtype=F64), torch.zeros(3, dtype=F64)
-    plain, asked = Ridge(), Ridge(tolerance=bilevel.Tolerance(hypergradient=1e-6))
+    goals = [bilevel.Tolerance(hypergradient=1e-6, estimates=flag) for flag in (True, True, False)]
+    plain, again, first, proven = Ridge(), *(Ridge(tolerance=goal) for goal in goals)
     for _ in range(4):
         plain.hypergradient(outer, data, init=start)
-    return lambda: plain.hypergradient(outer, data, init=start), lambda: asked.hypergradient(outer, data, init=start)
+        again.hypergradient(outer, data, init=start)
+    return {
+        "hypergradient(), again": lambda: plain.hypergradient(outer, data, init=start),
+        "  with an estimated goal, again": lambda: again.hypergradient(outer, data, init=start),
+        "  with an estimated goal, first call": lambda: first.hypergradient(outer, data, init=start),
+        "  with a proven goal, first call": lambda: proven.hypergradient(outer, data, init=start),
+    }
 
 
 def meta_call() -> Callable[[], object]:
@@ -83,12 +90,10 @@ def main() -> None:
     argparse.ArgumentParser(description=__doc__).parse_args()
     torch.manual_seed(0)
     call, backward = layer_calls()
-    hypergradient, goal = problem_calls()
     ways = {
         "a layer's call, warm": call,
         "its backward": backward,
-        "hypergradient(), again": hypergradient,
-        "hypergradient() with a goal, first call": goal,
+        **problem_calls(),
         "IMAML, a step": meta_call(),
     }
     print(f"{'':42s}{'files':>6s}{'hops':>6s}")

@@ -3,10 +3,11 @@
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from bilevel import certificates, operators, prox, robust
+from bilevel import certificates, cones, operators, prox, robust
 from bilevel._version import __version__
 from bilevel.certificates.bound import Bound
 from bilevel.certificates.constants import Constants
+from bilevel.cones.cone_program import ConeCertificate, ConeSolution, cone_program
 from bilevel.equations.problem import Problem
 from bilevel.errors import (
     ArgumentError,
@@ -38,6 +39,8 @@ from bilevel.linear.damped import Damped
 from bilevel.linear.diagonal import Diagonal
 from bilevel.linear.exact import Exact
 from bilevel.linear.gmres import GMRES
+from bilevel.linear.kept import Kept
+from bilevel.linear.kronecker import Kronecker
 from bilevel.linear.lsmr import LSMR
 from bilevel.linear.minres import MINRES
 from bilevel.linear.neumann import Neumann
@@ -108,6 +111,8 @@ __all__ = [
     "CapturedTensorError",
     "Certificate",
     "Clarabel",
+    "ConeCertificate",
+    "ConeSolution",
     "Constants",
     "ConstantsError",
     "Constraints",
@@ -136,6 +141,8 @@ __all__ = [
     "InnerSolution",
     "InnerSolver",
     "InteriorPoint",
+    "Kept",
+    "Kronecker",
     "Layer",
     "LeastSquaresLayer",
     "LevenbergMarquardt",
@@ -182,6 +189,8 @@ __all__ = [
     "argmin",
     "certificates",
     "cleaning",
+    "cone_program",
+    "cones",
     "display",
     "equilibrium",
     "fixed_point",

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import bilevel
+from bilevel.optional_packages import import_optional
 from bilevel.stochastic import StepResult
 
 if TYPE_CHECKING:
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
 
 __all__ = ["ProgressBar", "plot_history", "plot_steps"]
 
+_REMEDY = 'run pip install ".[cli]" in a clone of bilevel'
 _SECONDS_BETWEEN = 0.1  # between two readings of a device
 
 
@@ -41,13 +43,9 @@ class ProgressBar:
     """
 
     def __init__(self, max_steps: int) -> None:
-        try:
-            from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-        except ImportError as error:
-            raise _missing("rich", "a progress bar") from error
-        self._bar: Any = Progress(
-            TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
-        )  # fmt: skip
+        rich = import_optional("rich.progress", "ProgressBar", _REMEDY)
+        columns = rich.TextColumn("{task.description}"), rich.BarColumn(), rich.MofNCompleteColumn()
+        self._bar: Any = rich.Progress(*columns, rich.TimeElapsedColumn())
         self._task = self._bar.add_task("", total=max_steps)
         self._last: StepResult | bilevel.OuterStep | None = None
         self._read = -math.inf
@@ -188,11 +186,10 @@ def plot_steps(results: Sequence[StepResult], title: str = "") -> Figure:
 
 def _figure(height: float) -> Figure:
     """Return an empty picture, so high in inches."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise _missing("matplotlib", "a picture") from error
-    return Figure(figsize=(6.4, height), layout="constrained")
+    figure: Figure = import_optional("matplotlib.figure", "a picture", _REMEDY).Figure(
+        figsize=(6.4, height), layout="constrained"
+    )
+    return figure
 
 
 _BASES = {"RESIDUAL": "no error bound", "ESTIMATED": "± error, estimated", "CERTIFIED": "± error, certified"}
@@ -203,9 +200,3 @@ def _with_errors(
 ) -> None:
     known = [error if math.isfinite(error) else 0.0 for error in errors]
     axes.errorbar(numbers, values, known, fmt=".", color=colour, capsize=2, lw=1, label=label)
-
-
-def _missing(package: str, what: str) -> bilevel.ArgumentError:
-    return bilevel.ArgumentError(
-        f'{what} needs {package}, which is not installed; run pip install ".[cli]" in a clone of bilevel'
-    )

@@ -424,9 +424,8 @@ def _is_differentiated_again(system: System, tensors: Tensors) -> bool:
     If so, raise for a sparse tensor that was made from its values by an operation that is differentiable once only.
     """
     again = is_differentiated_again(tensors)
-    for tensor in tensors:
-        if again and tensor.layout is not torch.strided:
-            refuse_once_only(system.where, system.noun, tensor)
+    for tensor in system.sparse(tensors) if again else ():
+        refuse_once_only(system.where, system.noun, tensor)
     return again
 
 

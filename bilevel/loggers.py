@@ -6,7 +6,6 @@ imported when a logger is made, not before. A function of your own on :func:`num
 
 from __future__ import annotations
 
-import importlib
 import math
 from abc import ABC, abstractmethod
 from os import PathLike, fspath
@@ -15,6 +14,7 @@ from typing import Any, TypeAlias
 import torch
 
 import bilevel
+from bilevel.optional_packages import import_optional
 from bilevel.stochastic import StepResult
 
 __all__ = ["Logger", "MLflowLogger", "TensorBoardLogger", "WandbLogger", "numbers_of"]
@@ -22,12 +22,24 @@ __all__ = ["Logger", "MLflowLogger", "TensorBoardLogger", "WandbLogger", "number
 Watched: TypeAlias = StepResult | bilevel.OuterRun | bilevel.OuterStep
 """What a callback receives, or a point of a history."""
 
-_OF_STEP = ("inner_loss", "outer_loss", "hypergradient_norm", "inner_gradient_norm", "adjoint_residual_norm", "skipped")
+_INSTALL = "install it as its own documentation says,"
+_INSTALL = "install it as its own documentation says,"
+_INSTALL = "install it as its own documentation says,"
+_INSTALL = "install it as its own documentation says,"
+_OF_STEP = (
+    "inner_loss",
+    "outer_loss",
+    "hypergradient_norm",
+    "inner_gradient_norm",
+    "adjoint_residual_norm",
+    "exact_residual_norm",
+    "skipped",
+)
 _OF_POINT = (
     "value", "corrected_value", "value_error", "gradient_norm", "error_bound", "delta", "delta_prime", "inner_iterations",
     "linear_iterations", "step_size", "evaluations", "seconds",
 )  # fmt: skip
-_MAY_BE_UNKNOWN = ("error_bound", "step_size", "inner_gradient_norm", "adjoint_residual_norm")
+_MAY_BE_UNKNOWN = ("error_bound", "step_size", "inner_gradient_norm", "adjoint_residual_norm", "exact_residual_norm")
 
 
 def numbers_of(watched: Watched) -> tuple[int, dict[str, float]]:
@@ -165,9 +177,8 @@ class TensorBoardLogger(Logger):
     def __init__(self, writer: Any, *, prefix: str = "bilevel/", every: int = 1) -> None:
         super().__init__(prefix=prefix, every=every)
         if isinstance(writer, (str, PathLike)):
-            made = _imported(
-                "torch.utils.tensorboard", "TensorBoard", self, "pass a writer with add_scalar(name, number, step)"
-            )
+            remedy = f"{_INSTALL} or pass a writer with add_scalar(name, number, step)"
+            made = import_optional("torch.utils.tensorboard", "TensorBoardLogger", remedy)
             # Of several processes only the first writes; the others would leave empty files.
             writer = made.SummaryWriter(fspath(writer)) if _is_first_process() else None
         elif not callable(getattr(writer, "add_scalar", None)):
@@ -214,7 +225,7 @@ class WandbLogger(Logger):
 
     def __init__(self, run: Any = None, *, prefix: str = "bilevel/", every: int = 1) -> None:
         super().__init__(prefix=prefix, every=every)
-        self._wandb = _imported("wandb", "Weights & Biases", self, "pass run=") if run is None else None
+        self._wandb = None if run is not None else import_optional("wandb", "WandbLogger", f"{_INSTALL} or pass run=")
         if run is not None and not callable(getattr(run, "log", None)):
             raise bilevel.ArgumentError(
                 f"WandbLogger: expected what wandb.init(...) returned, got {run!r}; pass that, or None"
@@ -260,7 +271,9 @@ class MLflowLogger(Logger):
 
     def __init__(self, *, prefix: str = "bilevel/", every: int = 1) -> None:
         super().__init__(prefix=prefix, every=every)
-        self._mlflow = _imported("mlflow", "MLflow", self, "write with a function of bilevel.loggers.numbers_of")
+        self._mlflow = import_optional(
+            "mlflow", "MLflowLogger", f"{_INSTALL} or write with a function of bilevel.loggers.numbers_of"
+        )
 
     def write(self, numbers: dict[str, float], step: int) -> None:
         """Write the numbers of one step as metrics of the active run."""
@@ -274,12 +287,3 @@ class MLflowLogger(Logger):
 def _is_first_process() -> bool:
     distributed = torch.distributed
     return not (distributed.is_available() and distributed.is_initialized()) or distributed.get_rank() == 0
-
-
-def _imported(module: str, service: str, logger: Logger, otherwise: str) -> Any:
-    try:
-        return importlib.import_module(module)
-    except ImportError as error:
-        raise bilevel.ArgumentError(
-            f"{type(logger).__name__}: {service} cannot be imported ({error}); install it as its own documentation says, or {otherwise}"
-        ) from error

@@ -90,7 +90,7 @@ _TEXT: dict[Status, tuple[str, str]] = {
     Status.CONVERGED: ("reached the tolerance", "nothing needs doing"),
     Status.BUDGET_SPENT: (
         "spent the iteration budget, and no accuracy was asked for",
-        "pass Tolerance(delta=..., delta_prime=...) to hold it to an accuracy",
+        "pass Tolerance(delta=None) to say that the steps alone are meant, or Tolerance(delta=1e-6, delta_prime=1e-6) to hold it to an accuracy",
     ),
     Status.MAX_STEPS: (
         "ran out of iterations before it reached the tolerance",
@@ -139,7 +139,8 @@ _TEXT: dict[Status, tuple[str, str]] = {
     ),
     Status.DEGENERATE: (
         "met a solution at which the derivative is one-sided: a term or a constraint is just at its threshold",
-        "perturb the arguments, for example the strength by a relative 1e-3, or pass on_failure='ignore' to take the derivative of one side",
+        "perturb the arguments, for example a strength or a cost by a relative 1e-3, leave out an equation that follows from the others, or pass "
+        "on_failure='ignore' to take the derivative of one side",
     ),
     Status.INFEASIBLE: (
         "proved that no point fulfils the constraints",
@@ -298,7 +299,9 @@ class SolveReport:
         residual = float(self.residual_norm.reshape(-1)[which])
         asked = float(self.threshold.reshape(-1)[which])
         steps = int(self.iterations.reshape(-1)[which])
-        goal = f", asked {asked:.2g}" if asked > 0 else ""
+        # Where no accuracy was asked for, the threshold is that of the default.
+        word = "the default asks" if status is Status.BUDGET_SPENT else "asked"
+        goal = f", {word} {asked:.2g}" if asked > 0 else ""
         return (
             f"{head} {self._meaning(status)}{of} (residual {residual:.2g}{goal}, after {steps} iterations); "
             f"remedy: {self._remedy(status, which)}."

@@ -1,4 +1,4 @@
-"""Sphinx configuration. Needs no network: no intersphinx, and torch's types are named in nitpick_ignore instead."""
+"""Sphinx configuration. Needs no network: links to torch and Python are made where BILEVEL_INTERSPHINX=1 allows one."""
 
 import os
 import sys
@@ -17,6 +17,7 @@ extensions = [
     "mathml",
     "statuses",
     "backlinks",
+    "sitemap",
     "sphinx.ext.autodoc",
     "sphinx.ext.autosummary",
     "sphinx.ext.doctest",
@@ -41,6 +42,15 @@ sphinx_gallery_conf = {
     "reference_url": {"bilevel": None},
     "within_subsection_order": "FileNameSortKey",
 }
+# Elsewhere the types of others have no link, and nitpick_ignore_regex names them.
+if os.environ.get("BILEVEL_INTERSPHINX", "0") == "1":
+    extensions.append("sphinx.ext.intersphinx")
+    intersphinx_mapping = {
+        "python": ("https://docs.python.org/3", None),
+        "torch": ("https://docs.pytorch.org/docs/stable", None),
+        "numpy": ("https://numpy.org/doc/stable", None),
+        "scipy": ("https://docs.scipy.org/doc/scipy", None),
+    }
 html_math_renderer = "mathml"
 myst_enable_extensions = ["colon_fence", "dollarmath"]
 copybutton_prompt_text = r">>> |\.\.\. |\$ "
@@ -52,6 +62,7 @@ autosummary_generate = True
 html_theme = "furo"
 html_static_path = ["_static"]
 html_css_files = ["site.css"]
+html_baseurl = os.environ.get("BILEVEL_DOCS_URL", "")  # for the sitemap
 html_title = f"bilevel {release}"
 
 nitpicky = True

@@ -273,6 +273,7 @@ def test_a_module_is_an_objective_whose_parameters_are_differentiated() -> None:
     x = layer(torch.zeros((), dtype=F64), torch.tensor(1.0, dtype=F64))
     x.backward()
     assert x.item() == pytest.approx(1.0) and spring.stiffness.grad.item() == pytest.approx(-0.25)  # −load / k²
+    assert [id(parameter) for parameter in layer.function.parameters()] == [id(spring.stiffness)]
     loads = torch.tensor([1.0, 3.0], dtype=F64)
     assert torch.allclose(torch.func.vmap(layer, in_dims=(None, 0))(torch.zeros((), dtype=F64), loads), 0.5 + loads / 2)
 

@@ -33,7 +33,18 @@ from bilevel.robust import RobustLoss
 from bilevel.solvers._base import InnerSolver
 from bilevel.stochastic import StochasticMethod
 
-SUBMODULES = ("prox", "robust", "stochastic", "cleaning", "testing", "loggers", "operators", "certificates", "meta")
+SUBMODULES = (
+    "prox",
+    "cones",
+    "robust",
+    "stochastic",
+    "cleaning",
+    "testing",
+    "loggers",
+    "operators",
+    "certificates",
+    "meta",
+)
 
 # A class below one of these is a published method: its docstring names the paper.
 METHODS = (InnerSolver, LinearSolver, StochasticMethod, Term, RobustLoss, Differentiation, OuterMethod)
@@ -70,8 +81,9 @@ MADE_BY = {
 
 # Results and requests that only the library makes: their fields are described, and the function that returns them has the example.
 CONTAINERS = {
-    "Accuracies", "Advice", "Allowance", "Certificate", "Cleaned", "Comparison", "Cost", "Curvature", "Diagnosis", "Finding", "Goal",
-    "GoalReport", "GradientCheck", "HypergradientReport", "InnerSolution", "InnerSolve", "LinearSolution", "LinearSolve", "LossConstants",
+    "Accuracies", "Advice", "Allowance", "Certificate", "Cleaned", "Comparison", "ConeCertificate", "ConeSolution", "Cost",
+    "Curvature", "Diagnosis", "Finding", "Goal", "GoalReport", "GradientCheck",
+    "HypergradientReport", "InnerSolution", "InnerSolve", "LinearSolution", "LinearSolve", "LossConstants",
     "OuterResult", "OuterStep", "OuterTensor", "PerConstraint", "Problem", "ProgramSolution", "Solution", "SolveReport", "Spectrum",
     "StepResult", "Support",
 }  # fmt: skip

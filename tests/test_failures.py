@@ -436,7 +436,9 @@ def test_who_is_in_float64_is_not_told_to_use_it(dtype: torch.dtype, told: bool)
 def test_a_budget_without_a_tolerance_succeeds_and_warns() -> None:
     a = torch.ones(2, dtype=F64)
     layer = bilevel.argmin(bowl, solver=bilevel.GradientDescent(0.1, 5))
-    with pytest.warns(bilevel.BudgetWarning, match="no accuracy was asked"):
+    with pytest.warns(
+        bilevel.BudgetWarning, match=r"no accuracy was asked .*, the default asks .* Tolerance\(delta=None\)"
+    ):
         solution = layer.solve(ZERO, a)
     assert solution.report.status is Status.BUDGET_SPENT
     assert not bool(solution.report.converged) and bool(solution.report.success)

@@ -16,6 +16,7 @@ FLOORS = (
     ("stochastic",),  # bilevel methods on minibatches, on the public API as well
     ("outer",),  # loops in θ
     ("problems",),  # bilevel problems and their hypergradients
+    ("cones",),  # cones, and cone programs as differentiable functions
     ("quadratic_programs",),  # quadratic programs as differentiable functions
     ("layers", "certificates"),  # differentiable solves; error bounds
     ("implicit",),  # the two autograd Functions: the rule
@@ -26,7 +27,7 @@ FLOORS = (
     ("operators", "schedules", "robust", "prox"),  # linear maps known by their products; robust losses; proximal terms
     # Failure policies, accuracies, flat vectors, and what torch gets wrong.
     ("policy", "tolerance", "pytree", "checksum", "_torch"),
-    ("setting_checks", "recording"),
+    ("setting_checks", "recording", "optional_packages"),
     ("errors",),
     ("reports", "_version"),
 )

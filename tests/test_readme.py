@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import re
+import runpy
 from pathlib import Path
 
 import torch
@@ -35,3 +36,16 @@ def test_a_users_solver_takes_fewer_than_twenty_lines() -> None:
 
 def test_it_is_short() -> None:
     assert len(README.read_text().splitlines()) < 150
+
+
+def test_a_release_has_absolute_links_and_addresses() -> None:
+    tools = runpy.run_path(str(README.parent / ".ci" / "addresses.py"))
+    text = tools["absolute"](README.read_text(), "https://example.org/o/bilevel", "v1")
+    assert "](https://example.org/o/bilevel/raw/v1/docs/figures/wrong_labels.png)" in text
+    assert "[`CONTRIBUTING.md`](https://example.org/o/bilevel/blob/v1/CONTRIBUTING.md)" in text
+    links = re.findall(r"\]\(([^)]+)\)", text)
+    assert len(links) >= 4 and all(link.startswith("https://") for link in links)
+    for target in re.findall(r"\]\((?!http)([^)]+)\)", README.read_text()):
+        assert (README.parent / target).exists(), target
+    project = tools["with_urls"]((README.parent / "pyproject.toml").read_text(), "https://example.org/o/bilevel", "v1")
+    assert 'Issues = "https://example.org/o/bilevel/issues"\n\n[project.scripts]' in project

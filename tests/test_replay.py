@@ -917,3 +917,152 @@ def test_what_is_in_a_tuple_is_let_go():
     refs = [call(layer, seed) for seed in range(5)]
     gc.collect()
     assert [ref() for ref in refs] == [None] * 5
+
+
+class Oven:
+    """An object of a user's own, which the reader does not follow: it has a cache, and methods that choose."""
+
+    def __init__(self, weights: torch.Tensor) -> None:
+        self.weights, self.seen, self.calls = weights, {}, 0
+
+    def __call__(self, x):
+        self.calls += 1
+        self.seen[len(self.seen) % 3] = x.shape
+        return (self.weights @ x).sin() if self.seen else x
+
+    def objective(self, x, a):
+        return ((x - a) ** 2).sum() + 0.1 * (x**4).sum() + 0.2 * (self(x) * a).sum()
+
+    def residual(self, x, a):
+        return x - 0.3 * self(x) - a
+
+    def mapping(self, x, a):
+        return 0.3 * self(x) + a
+
+    def capped(self, x, a):
+        return x.sum() + 0.1 * self(x).sum() - 0.5
+
+
+VOUCHED = {
+    "argmin": lambda oven, **settings: bilevel.argmin(oven.objective, **settings),
+    "root": lambda oven, **settings: bilevel.root(oven.residual, **settings),
+    "fixed point": lambda oven, **settings: bilevel.fixed_point(oven.mapping, **settings),
+    "constraint": lambda oven, **settings: bilevel.argmin(oven.objective, inequality=oven.capped, **settings),
+}
+
+
+def oven(dtype=F64) -> Oven:
+    return Oven(given(1, 3, 3, dtype=dtype))
+
+
+@pytest.mark.parametrize(
+    ("make", "dtype"),
+    [
+        pytest.param(make, dtype, id=f"{name}, {dtype}")
+        for name, make in VOUCHED.items()
+        for dtype in (F64, torch.float32)
+        if dtype == F64 or name != "constraint"
+    ],
+)
+def test_what_the_user_vouches_for_is_replayed(make, dtype, replays):
+    start = torch.zeros(3, dtype=dtype)
+    plain = make(oven(dtype))
+    expected = [differentiated(plain, start, given(seed, dtype=dtype)) for seed in range(6)]
+    assert not replays[0]
+    vouched = oven(dtype)
+    layer = make(vouched, static=True)
+    for seed in range(6):
+        before = vouched.calls
+        assert same(differentiated(layer, start, given(seed, dtype=dtype)), expected[seed])
+    assert replays[0] > 4
+    # The derivative of a constrained solution evaluates the function itself.
+    assert vouched.calls - before <= 3
+
+
+def test_a_vouched_function_under_vmap(replays):
+    layer, start = bilevel.argmin(oven().objective, static=True), torch.zeros(3, dtype=F64)
+
+    def call(layer, seed):
+        a = given(seed, 4, 3).requires_grad_(True)
+        x = vmap(lambda a: layer(start, a))(a)
+        return [x.detach(), *torch.autograd.grad(x.square().sum(), a)]
+
+    for seed in range(5):
+        assert same(call(layer, seed), call(bilevel.argmin(oven().objective), seed))
+    assert replays[0] > 4
+
+
+def test_a_vouched_tensor_that_is_changed_in_place(replays):
+    vouched = oven()
+    layer, start = bilevel.argmin(vouched.objective, static=True), torch.zeros(3, dtype=F64)
+    for seed in range(6):
+        vouched.weights.mul_(1.1)
+        expected = differentiated(bilevel.argmin(Oven(vouched.weights).objective), start, given(seed))
+        assert same(differentiated(layer, start, given(seed)), expected)
+    assert replays[0] > 4
+
+
+def test_a_vouched_tensor_that_comes_to_require_grad(replays):
+    vouched = oven()
+    layer, start = bilevel.argmin(vouched.objective, static=True), torch.zeros(3, dtype=F64)
+    for seed in range(5):
+        differentiated(layer, start, given(seed))
+    assert replays[0]
+    vouched.weights.requires_grad_(True)
+    with pytest.raises(bilevel.CapturedTensorError, match="closure"):
+        layer(start, given(5))
+
+
+class Wrong:
+    """What a user vouches for in error, and a recording shows at once."""
+
+    def __init__(self) -> None:
+        self.noted: dict[int, float] = {}
+
+    def reads(self, x, a):
+        return ((x - a) ** 2).sum() * (2.0 if float(x.detach().sum()) > 0.3 else 1.0 + len(self.noted))
+
+    def outside_of_torch(self, x, a):
+        weights = torch.from_numpy(a.detach().numpy() ** 2 + 1) if a.is_floating_point() else self.noted
+        return ((x - a) ** 2 * weights).sum()
+
+
+@pytest.mark.parametrize("name", ["reads", "outside_of_torch"])
+def test_a_wrong_promise_that_a_recording_shows(name, replays):
+    layer, start = bilevel.argmin(getattr(Wrong(), name), static=True), torch.zeros(3, dtype=F64)
+    for seed in range(6):
+        a = given(seed)
+        found = layer(start, a)
+        assert torch.allclose(found, a, atol=1e-8)
+    assert not replays[0]
+
+
+def test_what_the_reader_can_follow_is_not_taken_on_trust(replays):
+    layer, start = bilevel.argmin(lambda x, a: ((x - a * FACTOR) ** 2).sum(), static=True), torch.zeros(3, dtype=F64)
+    global FACTOR
+    try:
+        for FACTOR in (1.0, 1.0, 1.0, 1.0, 2.0):
+            assert torch.allclose(layer(start, SHIFT), SHIFT * FACTOR)
+    finally:
+        FACTOR = 1.0
+    assert replays[0]
+
+
+def test_a_problem_that_is_vouched_for(replays):
+    class Baked(bilevel.BilevelProblem):
+        def __init__(self, **settings):
+            super().__init__(warm_start=False, **settings)
+            self.oven = oven()
+
+        def inner_objective(self, inner, outer, data, /):
+            return self.oven.objective(inner, outer * data)
+
+        def outer_objective(self, inner, outer, data, /):
+            return (inner**2).sum()
+
+    start, plain, problem = torch.zeros(3, dtype=F64), Baked(), Baked(static=True)
+    expected = [plain.hypergradient(given(seed), given(7), init=start).grad for seed in range(6)]
+    assert not replays[0]
+    found = [problem.hypergradient(given(seed), given(7), init=start).grad for seed in range(6)]
+    assert replays[0] > 4
+    assert same(found, expected)

@@ -77,9 +77,9 @@ def test_under_no_grad_inference_mode_and_the_caller_s_graph() -> None:
     expected = func.grad(scalar)(X, Y)
     with torch.no_grad():
         close(grad(scalar, X, Y)[0], expected)
-    pull = vjp(vector, X, Y)[1]
+    pull, pulled = vjp(vector, X, Y)[1], func.vjp(vector, X, Y)[1](X)  # torch 2.9's own gives zeros in inference mode
     with torch.inference_mode():
-        close(pull(X), func.vjp(vector, X, Y)[1](X))
+        close(pull(X), pulled)
     y = Y.clone().requires_grad_()
     grad(scalar, X, y)[0].sum().backward()
     close(y.grad, func.grad(lambda y: func.grad(scalar)(X, y).sum())(Y))

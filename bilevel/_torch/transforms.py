@@ -34,8 +34,6 @@ __all__ = [
     "is_differentiated_again",
     "is_plain",
     "layers",
-    "maps_nothing",
-    "ones_for_nothing",
     "ordinary_mode",
     "outside_autocast",
     "runs_plainly",
@@ -45,7 +43,6 @@ __all__ = [
     "transforms_active",
     "uncompiled",
     "unhooked",
-    "with_zero_derivatives",
     "without_gradient",
     "without_tangent",
 ]
@@ -173,25 +170,6 @@ def innermost(tensor: torch.Tensor) -> torch.Tensor:
     """Return the plain tensor that transforms have wrapped."""
     *_, plain = layers(tensor)
     return plain
-
-
-def maps_nothing(tensors: Iterable[torch.Tensor]) -> bool:
-    """Return whether a ``vmap`` over a batch of no problems surrounds this call: one of ``tensors`` has entries, and none in memory."""
-    return transforms_active() and any(tensor.numel() and not innermost(tensor).numel() for tensor in tensors)
-
-
-def ones_for_nothing(tensor: torch.Tensor) -> torch.Tensor:
-    """Return ones for a tensor of an empty batch, in the shape that one problem has, and any other tensor as it is."""
-    return torch.ones(tensor.shape, dtype=tensor.dtype, device=tensor.device) if maps_nothing((tensor,)) else tensor
-
-
-def with_zero_derivatives(made: torch.Tensor, tensors: Iterable[torch.Tensor]) -> torch.Tensor:
-    """Return ``made`` (n,) of an empty batch, as a function of ``tensors`` whose derivatives are zero."""
-    for tensor in tensors:
-        if tensor.is_floating_point() and tensor.layout is torch.strided:
-            # No operation of two numbers, nor a reshape to -1: torch fails in those of an empty batch.
-            made = made + 0.0 * tensor.reshape(tensor.numel()).sum(0, keepdim=True).to(made.dtype)
-    return made
 
 
 def without_gradient(tensor: torch.Tensor) -> torch.Tensor:

@@ -70,13 +70,13 @@ class Certificate:
             return point
         try:
             double = torch.float64
-            wide = Point(
+            wide = Point.at(
                 point.lower.to(double), point.upper.to(double), point.x.double(), point.q.double(), point.needs_grad
             )
             # Move every number by a unit in float64's last place. If a result does not change, the objective rounds to another
             # dtype inside, and float64 is not possible.
             other = wide.perturbed(0)
-            pairs = ((wide.residual, other.residual), (wide.v, other.v), (wide.hq, other.hq))
+            pairs = ((wide.inner.residual, other.inner.residual), (wide.inner.v, other.inner.v), (wide.hq, other.hq))
             moved = all(bool((a != b).any()) or not bool((a != 0).any()) for a, b in pairs)
             moved = moved and wide.gradient.dtype == torch.float64
         except (RuntimeError, TypeError):  # a constant of another dtype inside, or a device without float64
@@ -87,7 +87,7 @@ class Certificate:
     def observed(self) -> Constants:
         """The observed value of each constant on the way from φ to a better point: a bound from the other side."""
         exact = self.exact
-        return observed(exact, self.refined if exact.factorable else exact.probe())
+        return observed(exact, self.refined.inner if exact.inner.factorable else exact.inner.descended())
 
     @cached_property
     def _believed(self) -> tuple[Constants, bool]:
@@ -112,9 +112,9 @@ class Certificate:
     def _curvature(self) -> torch.Tensor | None:
         """A lower bound (K,) of H's eigenvalues by Lanczos, if it is needed and no other is known."""
         exact, known = self.exact, self._believed[0]
-        if exact.factorable or known.hessian_lipschitz is None or known.strong_convexity is not None:
+        if exact.inner.factorable or known.hessian_lipschitz is None or known.strong_convexity is not None:
             return None
-        operator = exact.linear.operator
+        operator = exact.inner.linear.operator
         steps = affordable(operator.batch, operator.size, _MOST_PRODUCTS)
         if steps < 2:
             return None
@@ -125,19 +125,19 @@ class Certificate:
         """An upper bound (K,) of ‖B‖ by Lanczos, if it is needed and no other is known."""
         known, others = self.constants, self._without_cross_norm.adjoint
         needed = None not in (known.cross_lipschitz, known.outer_cross_lipschitz) and _finite(others)
-        if not needed or known.cross_norm is not None or self.exact.cross_norm is not None:
+        if not needed or known.cross_norm is not None or self.exact.inner.cross_norm is not None:
             return None
-        return cross_norm(self.exact, _PROBABILITY)
+        return cross_norm(self.exact.inner, _PROBABILITY)
 
     @cached_property
     def _spectral(self) -> Spectral:
         """The known norms of H and B at φ beside the constants, including ‖B‖ if H is not formed."""
         known, norm_b = self.constants.cross_norm, self._measured_cross_norm
-        if not self.exact.factorable:
+        if not self.exact.inner.factorable:
             if known is not None:
                 norm_b = number(known, self.exact.x[:, 0])
             elif norm_b is None:
-                norm_b = self.exact.cross_norm
+                norm_b = self.exact.inner.cross_norm
         return replace(self._without_b, cross_norm=norm_b)
 
     @cached_property
@@ -181,7 +181,7 @@ class Certificate:
     @cached_property
     def _found(self) -> tuple[Errors, torch.Tensor]:
         """Every bound of each problem (K,), the smaller of the direct one and that by way of better points, and where two contradict each other."""
-        if not self.exact.factorable:
+        if not self.exact.inner.factorable:
             best = self._route.follow(self.direct, self._spectral, gradient=True)
             return best, self._route.contradicted
         best, at = self.direct, self.refined
@@ -226,7 +226,7 @@ class Certificate:
     @cached_property
     def _others_checked(self) -> tuple[Errors, bool]:
         """The bounds of all but the hypergradient, for which ‖B‖ need not be found."""
-        if self.exact.factorable:
+        if self.exact.inner.factorable:
             return self._checked
         best = self._route.follow(self._without_cross_norm, self._without_b, gradient=False)
         return self._without_contradictions(best, self._route.contradicted)
@@ -238,7 +238,7 @@ class Certificate:
     @property
     def _better(self) -> tuple[Point, Errors] | None:
         """A point whose hypergradient is better, with the bounds there, once :attr:`errors` are known."""
-        if self.exact.factorable:
+        if self.exact.inner.factorable:
             return self.refined, self._refined_errors
         return None if self._route.there is None else (self._route.at, self._route.there)
 
@@ -251,7 +251,7 @@ class Certificate:
         at, better = self.exact, self.refined
         noise = at.rounding.residual
         for _ in range(_MOST_STEPS):
-            near = better.newton_contraction(at, noise) <= _CONTRACTION
+            near = better.inner.newton_contraction(at.inner, noise) <= _CONTRACTION
             if not bool((~near & (better.x != at.x).any(-1)).any()):
                 break  # those that are left no longer move
             at, better = better, better.refined(noise)

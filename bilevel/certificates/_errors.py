@@ -8,7 +8,8 @@ import torch
 
 from bilevel.certificates import _bounds as bounds
 from bilevel.certificates._bounds import Split
-from bilevel.certificates._point import Point
+from bilevel.certificates._inner_point import InnerPoint
+from bilevel.certificates._point import Point, Rounding
 from bilevel.certificates.constants import Constant, Constants
 
 __all__ = ["Errors", "Spectral", "errors_at", "number", "through"]
@@ -65,11 +66,14 @@ class Spectral:
         )
 
 
-def errors_at(point: Point, known: Constants, spectral: Spectral | None = None) -> Errors:
-    """Return the bounds at ``point`` that follow from its residuals and from ``known``, with rounding included."""
+def errors_at(
+    point: Point, known: Constants, spectral: Spectral | None = None, rounding: Rounding | None = None
+) -> Errors:
+    """Return the bounds at ``point`` that follow from its residuals and from ``known``, with ``rounding`` included; None: the measured one."""
     spectral = Spectral() if spectral is None else spectral
-    rounding = point.rounding
-    r_in = point.residual.norm(dim=-1) + rounding.residual
+    rounding = point.rounding if rounding is None else rounding
+    inner = point.inner
+    r_in = inner.residual.norm(dim=-1) + rounding.residual
     r_lin = point.rho.norm(dim=-1) + rounding.rho
     size = point.q.norm(dim=-1)
     l_f, l_h = number(known.outer_smoothness, r_in), number(known.hessian_lipschitz, r_in)
@@ -77,15 +81,15 @@ def errors_at(point: Point, known: Constants, spectral: Spectral | None = None) 
     mu = torch.zeros_like(r_in) if known.strong_convexity is None else number(known.strong_convexity, r_in)
     # C1; of μ = 0, which stands for unknown, nothing follows.
     epsilon = bounds.least(bounds.inner_error(r_in, mu))
-    curvature = point.least if point.factorable else spectral.curvature
+    curvature = inner.least if inner.factorable else spectral.curvature
     there = mu
     adjoint: Split | None = None
     if curvature is not None:
         positive = curvature.clamp_min(torch.finfo(r_in.dtype).tiny)
         eta, solved = r_in / positive, r_lin / positive
-        if point.factorable:
-            eta = torch.minimum(eta, _solved(point, point.residual, rounding.residual, positive))
-            solved = torch.minimum(solved, _solved(point, point.rho, rounding.rho, positive))
+        if inner.factorable:
+            eta = torch.minimum(eta, _solved(inner, inner.residual, rounding.residual, positive))
+            solved = torch.minimum(solved, _solved(inner, point.rho, rounding.rho, positive))
         epsilon = bounds.least(epsilon, bounds.kantorovich(eta, curvature, l_h))
         epsilon = bounds.least(epsilon, bounds.inner_error_with_curvature(eta, curvature, l_h, epsilon))
         # Strong convexity at φ*, from what is known of it everywhere or from the curvature here.
@@ -95,14 +99,14 @@ def errors_at(point: Point, known: Constants, spectral: Spectral | None = None) 
     adjoint = plain if adjoint is None else plain.better(adjoint)
     norm_b = bounds.least(
         number(spectral.cross_norm, r_in), number(known.cross_norm, r_in),
-        number(point.cross_norm if point.factorable else None, r_in),
+        number(inner.cross_norm if inner.factorable else None, r_in),
     )  # fmt: skip
     gradient = bounds.gradient_error(norm_b, size, epsilon, adjoint, l_b, l_tf)
-    if curvature is not None and point.sensitivity is not None and point.sensitivity_norm is not None:
-        exact = torch.einsum("kpn,kn->kp", point.sensitivity, point.rho).norm(dim=-1)
-        pulled = exact + point.sensitivity_norm * (rounding.rho + 64 * point.eps * point.rho.norm(dim=-1))
+    if curvature is not None and inner.sensitivity is not None and inner.sensitivity_norm is not None:
+        exact = torch.einsum("kpn,kn->kp", inner.sensitivity, point.rho).norm(dim=-1)
+        pulled = exact + inner.sensitivity_norm * (rounding.rho + 64 * inner.eps * point.rho.norm(dim=-1))
         tighter = bounds.gradient_error_here(
-            point.sensitivity_norm, pulled, size, epsilon, adjoint, l_f, l_h, l_b, l_tf
+            inner.sensitivity_norm, pulled, size, epsilon, adjoint, l_f, l_h, l_b, l_tf
         )
         gradient = gradient.better(tighter.where(curvature > 0))
     value = bounds.value_error(r_lin, size, epsilon, l_f, l_h)
@@ -114,7 +118,7 @@ def errors_at(point: Point, known: Constants, spectral: Spectral | None = None) 
     )
 
 
-def _solved(point: Point, b: torch.Tensor, noise: torch.Tensor, curvature: torch.Tensor) -> torch.Tensor:
+def _solved(point: InnerPoint, b: torch.Tensor, noise: torch.Tensor, curvature: torch.Tensor) -> torch.Tensor:
     """Return an upper bound of ‖H⁻¹b‖ (K,) for a b known up to ``noise``, the solve's own residual included."""
     x = point.solve(b)
     product = point.linear.operator.matvec(x)
@@ -131,13 +135,13 @@ def through(point: Point, refined: Point, errors: Errors, turned: torch.Tensor |
     """
     zero = torch.zeros_like(errors.inner.value)
     step = (point.x - refined.x).norm(dim=-1)
-    turned = point.solve(point.rho) if turned is None else turned
+    turned = point.inner.solve(point.rho) if turned is None else turned
     change = point.q - refined.q
     moved = point.gradient - refined.gradient
     value = (point.corrected_value - refined.corrected_value).abs()
-    pulled = point.pulled(turned)
+    pulled = point.inner.pulled(turned)
     explained = (point.rho * (point.x - refined.x)).sum(-1).abs()
-    slack = 64 * point.eps
+    slack = 64 * point.inner.eps
 
     def add(distance: torch.Tensor, remainder: Split, inner: torch.Tensor, linear: torch.Tensor) -> Split:
         total = distance * (1 + slack) + remainder.value

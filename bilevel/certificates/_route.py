@@ -13,7 +13,7 @@ import torch
 
 from bilevel.certificates._bounds import Split
 from bilevel.certificates._errors import Errors, Spectral, errors_at, number, through
-from bilevel.certificates._point import Point
+from bilevel.certificates._point import Point, Rounding
 from bilevel.certificates.constants import Constants
 from bilevel.certificates.refuting import contradicted
 from bilevel.linear.cg import CG
@@ -115,33 +115,31 @@ class Route:
 
     def _advance(self, loose: torch.Tensor, gradient: bool) -> None:
         """Take the ``loose`` problems an inexact Newton step and an adjoint further, and recheck."""
-        at, first = self.at, self.there is None
-        r, rho = at.residual.norm(dim=-1), at.rho.norm(dim=-1)
+        at, first, rounding = self.at, self.there is None, self._rounding
+        r, rho = at.inner.residual.norm(dim=-1), at.rho.norm(dim=-1)
         l_f, l_h = number(self.known.outer_smoothness, r), number(self.known.hessian_lipschitz, r)
         mu = self._curvature_at(at)
         if first:
             # What ρ accounts for; as well a good begin for the adjoint.
-            want = torch.maximum(_ADJOINT * rho, at.rounding.rho)
-            self._turned = self._solve(at.linear.operator, at.rho, loose, want, _SHARES[0])
+            want = torch.maximum(_ADJOINT * rho, rounding.rho)
+            self._turned = self._solve(at.inner.linear.operator, at.rho, loose, want, _SHARES[0])
             want_r = _FIRST * r
             want_rho = torch.zeros_like(r)
         else:
             want_r, want_rho = self._targets(mu, gradient)
             want_r = torch.where(l_h == 0, want_r, torch.maximum(want_r, _FORCING * r))
-        want = torch.maximum(want_r, at.rounding.residual)
-        step = self._solve(at.linear.operator, at.residual, loose, want, _SHARES[1])
-        self.at = at.stepped(step, torch.zeros_like(r)) if bool((step != 0).any()) else at
-        if first:
-            self.at = self.at.with_q(at.q + self._turned)
-        at = self.at
+        want = torch.maximum(want_r, rounding.residual)
+        step = self._solve(at.inner.linear.operator, at.inner.residual, loose, want, _SHARES[1])
+        inner = at.inner.stepped(step, torch.zeros_like(r)) if bool((step != 0).any()) else at.inner
+        at = Point(inner, at.q + self._turned if first else at.q)
         rho = at.rho.norm(dim=-1)
         # No more of ρ need go than what φ's own error adds to it.
-        beside = (l_f + l_h * at.q.norm(dim=-1)) * at.residual.norm(dim=-1) / mu
+        beside = (l_f + l_h * at.q.norm(dim=-1)) * at.inner.residual.norm(dim=-1) / mu
         enough = (
             _ADJOINT * rho if first else torch.minimum(_ADJOINT * rho, _SMALL * beside.nan_to_num(nan=float("inf")))
         )
         threshold = torch.maximum(torch.maximum(want_rho, enough), self.exact.rounding.rho)
-        change = self._solve(at.linear.operator, at.rho, loose, threshold, _SHARES[2] if first else 1.0)
+        change = self._solve(at.inner.linear.operator, at.rho, loose, threshold, _SHARES[2] if first else 1.0)
         further = at.with_q(at.q + change)
         closer = further.rho.norm(dim=-1) < rho
         self.at = further if bool(closer.all()) else at.with_q(torch.where(closer.unsqueeze(-1), further.q, at.q))
@@ -150,17 +148,21 @@ class Route:
     def _recheck(self) -> None:
         """Bound the errors at the current point, and through it those at ``exact``."""
         exact, at = self.exact, self.at
-        if self._near(at.x, self._measured.x) and self._near(at.q, self._measured.q):
-            self.at = at = at.with_rounding(self._measured.rounding.times(1 + _SAME_ROUNDING))
-        else:
+        if not (self._near(at.x, self._measured.x) and self._near(at.q, self._measured.q)):
             self._measured = at
         known, spectral = self.spectral.at_point(self.known, exact, at)
-        self.there = errors_at(at, known, spectral)
+        self.there = errors_at(at, known, spectral, self._rounding)
         assert self._best is not None
         self.contradicted = self.contradicted | contradicted(exact, at, self._best, self.there)
         # Without convexity the bounds there are finite only where L_H ‖φ − φ⁺‖, and the radius there, leave λ_min(H(φ)) positive: G is
         # convex as far as that, and the minimum near φ⁺ the one near φ.
         self._best = self._best.better(through(exact, at, self.there, self._turned))
+
+    @property
+    def _rounding(self) -> Rounding:
+        """The rounding errors at the current point: measured there, or at a nearby point and taken for a little larger."""
+        measured = self._measured.rounding
+        return measured if self.at is self._measured else measured.times(1 + _SAME_ROUNDING)
 
     @staticmethod
     def _near(a: torch.Tensor, b: torch.Tensor) -> bool:

@@ -10,7 +10,7 @@ import torch
 
 from bilevel.errors import ArgumentError
 
-__all__ = ["Constant", "Constants"]
+__all__ = ["Constant", "Constants", "ObservedConstants"]
 
 Constant: TypeAlias = "float | torch.Tensor | None"
 """A number, one for each problem of a batch (K,), or None where it is not known."""
@@ -78,14 +78,6 @@ class Constants:
                     f"Constants: expected {item.name} {sign} and finite, got {value!r}; leave out what is not known"
                 )
 
-    @staticmethod
-    def unchecked(**numbers: torch.Tensor) -> Constants:
-        """Return constants that were measured, and so may be what no true constant can be, such as a negative curvature."""
-        made = object.__new__(Constants)
-        for item in fields(Constants):
-            object.__setattr__(made, item.name, numbers.get(item.name, item.default))
-        return made
-
     def without(self, *names: str) -> Constants:
         """Return these constants with those of the ``names`` unknown."""
         return replace(self, **dict.fromkeys(names))  # type: ignore[arg-type]
@@ -93,3 +85,11 @@ class Constants:
     def with_mu(self, mu: float | None) -> Constants:
         """Return these constants with μ filled in where it is missing."""
         return self if self.strong_convexity is not None else replace(self, strong_convexity=mu)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ObservedConstants(Constants):
+    """Constants that were measured. They are not checked: they may be what no true constant can be, such as a negative curvature."""
+
+    def __post_init__(self) -> None:
+        pass

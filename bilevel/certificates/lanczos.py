@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from bilevel._torch.factorisations import eigvalsh
-from bilevel.certificates._point import Point
+from bilevel.certificates._inner_point import InnerPoint
 from bilevel.operators import LinearOperator
 from bilevel.setting_checks import check_number, check_steps
 
@@ -96,7 +96,7 @@ def affordable(batch: int, size: int, most: int) -> int:
     return min(most, _BASIS_NUMBERS // max(1, batch * size))
 
 
-def cross_norm(point: Point, failure_probability: float, max_steps: int = 24) -> torch.Tensor | None:
+def cross_norm(point: InnerPoint, failure_probability: float, max_steps: int = 24) -> torch.Tensor | None:
     """Return an upper bound (K,) of ‖B‖ at ``point``, from a run on B Bᵀ; None if B's products cannot be transformed."""
 
     def tight(least: torch.Tensor, largest: torch.Tensor) -> torch.Tensor:

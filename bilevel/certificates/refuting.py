@@ -7,8 +7,9 @@ from dataclasses import fields
 import torch
 
 from bilevel.certificates._errors import Errors
+from bilevel.certificates._inner_point import InnerPoint
 from bilevel.certificates._point import Point
-from bilevel.certificates.constants import Constant, Constants
+from bilevel.certificates.constants import Constant, Constants, ObservedConstants
 
 __all__ = ["contradicted", "observed", "refuted"]
 
@@ -16,7 +17,7 @@ __all__ = ["contradicted", "observed", "refuted"]
 _MARGIN = 1e-4
 
 
-def observed(point: Point, other: Point) -> Constants:
+def observed(point: Point, other: InnerPoint) -> Constants:
     """Return the observed value of each constant at two points, per problem (K,): no Lipschitz constant is smaller, no μ larger.
 
     Curvature is the least eigenvalue at ``point`` if H is factorised, else the least Rayleigh quotient met. Lipschitz quotients are
@@ -25,9 +26,9 @@ def observed(point: Point, other: Point) -> Constants:
     """
     step = (point.x - other.x).norm(dim=-1)
     size = point.q.norm(dim=-1)
-    there = other.with_q(point.q)
+    inner, there = point.inner, Point(other, point.q)
     zero = torch.zeros_like(point.q)
-    slope, slope_there = point.with_q(zero).gradient, there.with_q(zero).gradient
+    slope, slope_there = inner.gradient(zero), other.gradient(zero)
     pulled, pulled_there = slope - point.gradient, slope_there - there.gradient
     rounding = point.rounding
 
@@ -35,19 +36,19 @@ def observed(point: Point, other: Point) -> Constants:
         certain = (change.norm(dim=-1) - 2 * noise).clamp_min(0).nan_to_num(nan=0.0)  # which is no evidence
         return torch.where(length > 0, certain / length, torch.zeros_like(length))
 
-    if point.factorable:
-        curvature = 2 * point.eigenvalues[:, 0] - point.least  # rounded up by what `least` is rounded down
+    if inner.factorable:
+        curvature = 2 * inner.eigenvalues[:, 0] - inner.least  # rounded up by what `least` is rounded down
     else:
         curvature = _rayleigh(point.q, point.hq, rounding.rho)
     # To form B for evidence alone is too much where it cannot be shared with H.
-    norm_b = point.cross_norm if point.factorable else None
+    norm_b = inner.cross_norm if inner.factorable else None
     norm_b = quotient(pulled, rounding.gradient, size) if norm_b is None else norm_b
-    return Constants.unchecked(
+    return ObservedConstants(
         strong_convexity=curvature,
-        outer_smoothness=quotient(there.v - point.v, rounding.rho, step),
+        outer_smoothness=quotient(other.v - inner.v, rounding.rho, step),
         hessian_lipschitz=torch.maximum(
             quotient(there.hq - point.hq, rounding.rho, step * size),
-            _bend(point, other) if point.factorable else zero[:, 0],
+            _bend(point, there) if inner.factorable else zero[:, 0],
         ),
         cross_lipschitz=quotient(pulled_there - pulled, rounding.gradient, step * size),
         outer_cross_lipschitz=quotient(slope_there - slope, rounding.gradient, step),
@@ -76,11 +77,11 @@ def _bend(point: Point, other: Point) -> torch.Tensor:
     """Return 2 ‖∇G(φ⁺) − ∇G(φ) − H (φ⁺ − φ)‖/‖φ⁺ − φ‖² (K,), rounded down; H is at φ."""
     move = other.x - point.x
     length = move.norm(dim=-1)
-    product = point.linear.operator.matvec(move)
-    beside = (other.residual - point.residual - product).norm(dim=-1)
+    product = point.inner.linear.operator.matvec(move)
+    beside = (other.inner.residual - point.inner.residual - product).norm(dim=-1)
     # φ⁺ itself is rounded, and H stretches that as well as the rounding of its products.
-    stretch = point.eigenvalues.abs().amax(-1) * (point.x.norm(dim=-1) + other.x.norm(dim=-1))
-    noise = point.rounding.residual + other.rounding.residual + 64 * point.eps * stretch
+    stretch = point.inner.eigenvalues.abs().amax(-1) * (point.x.norm(dim=-1) + other.x.norm(dim=-1))
+    noise = point.rounding.residual + other.rounding.residual + 64 * point.inner.eps * stretch
     return torch.where(
         length > 0, 2 * (beside - 2 * noise).clamp_min(0).nan_to_num(nan=0.0) / length**2, torch.zeros_like(length)
     )

@@ -2,6 +2,7 @@
 
 # No `from __future__ import annotations` here: typer reads the annotations when the command is registered.
 
+import functools
 import math
 from pathlib import Path
 from types import TracebackType
@@ -35,6 +36,10 @@ def clean(
         ),
     ] = DIGITS,
     target: Annotated[str | None, typer.Option(help="The label column of a CSV file.", show_default=False)] = None,
+    ignore: Annotated[
+        list[str] | None,
+        typer.Option(help="A column of a CSV file that is no feature, as an id; may be repeated.", show_default=False),
+    ] = None,
     model: Annotated[
         str, typer.Option(help=f"{', '.join(MODELS)}, or module:function, called with input shape and classes.")
     ] = "linear",
@@ -106,8 +111,8 @@ def clean(
     )
     if trusted is not None and trusted_size is not None:
         raise DataError("a trusted set is given and another is to be split off; pass --trusted or --trusted-size")
-    dataset = load(data, target=target, image_size=image_size)
-    right = None if trusted is None else load(trusted, target=target, image_size=image_size)
+    read = functools.partial(load, target=target, ignore=ignore or (), image_size=image_size)
+    dataset, right = read(data), None if trusted is None else read(trusted)
     if output is not None:
         prepare_output(output)
     outcome = _run(dataset, settings, right, model, shown=not quiet)

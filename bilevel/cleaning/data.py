@@ -63,7 +63,9 @@ class LabelledData:
         return self.inputs.ndim == 4
 
 
-def load(source: str, *, target: str | None = None, image_size: int = IMAGE_SIZE) -> LabelledData:
+def load(
+    source: str, *, target: str | None = None, ignore: Sequence[str] = (), image_size: int = IMAGE_SIZE
+) -> LabelledData:
     """Load ``digits``, a CSV file or a folder of images.
 
     Parameters
@@ -72,6 +74,8 @@ def load(source: str, *, target: str | None = None, image_size: int = IMAGE_SIZE
         ``"digits"``, or the path of a CSV file (plain or packed by gzip) or of a folder ``class/image.png``.
     target
         The column of the labels in a CSV file.
+    ignore
+        Columns of a CSV file that are no features, such as names of the rows. Cleaned data hold them all the same.
     image_size
         Pixels on a side that the images of a folder are resized to.
 
@@ -81,17 +85,18 @@ def load(source: str, *, target: str | None = None, image_size: int = IMAGE_SIZE
         If there is no such data set, or it cannot be used.
     """
     if source != DIGITS and os.path.isfile(source):
-        return _read_csv(Path(source), target)
-    if target is not None:
+        return _read_csv(Path(source), target, ignore)
+    if target is not None or ignore:
         if source != DIGITS and not os.path.isdir(source):
-            return _read_csv(Path(source), target)  # which says that there is no such file
-        raise DataError(f"{source} has its labels already; leave --target out, or pass a CSV file")
+            return _read_csv(Path(source), target, ignore)  # which says that there is no such file
+        option, why = ("--ignore", "no columns") if target is None else ("--target", "its labels already")
+        raise DataError(f"{source} has {why}; leave {option} out, or pass a CSV file")
     if source == DIGITS:
         return _digits()
     if os.path.isdir(source):
         return _read_folder(Path(source), image_size)
     if Path(source).suffix:
-        return _read_csv(Path(source), target)
+        return _read_csv(Path(source), target, ignore)
     raise DataError(
         f"there is no data set, file or folder called {source!r}; pass {DIGITS}, a CSV file or a folder of images by class"
     )
@@ -142,9 +147,9 @@ def _digits() -> LabelledData:
     )
 
 
-def _read_csv(path: Path, target: str | None) -> LabelledData:
+def _read_csv(path: Path, target: str | None, ignore: Sequence[str]) -> LabelledData:
     table = read_table(path)
-    _, inputs, cells = split_target(table, target)
+    _, inputs, cells = split_target(table, target, ignore)
     assert target is not None  # or split_target had raised
     numbers, classes = _numbered(cells, f"{path}: target {target!r}")
     with np.errstate(over="ignore"):

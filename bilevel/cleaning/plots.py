@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 
 from bilevel.cleaning.outcome import GIVEN, TRUE, Outcome, interval
 from bilevel.cleaning.suspects import Suspect, suspects
-from bilevel.cli.output import save_figure
+from bilevel.cli.output import save_figures
 
 __all__ = ["plot_accuracy", "plot_flagged", "plot_weights", "write_plots"]
 
@@ -34,12 +34,7 @@ def write_plots(outcome: Outcome, directory: Path) -> list[Path]:
     figures = {"weights.png": plot_weights(outcome), "accuracy.png": plot_accuracy(outcome)}
     if outcome.data.images and any(each.flagged for each in suspects(outcome)):
         figures["flagged.png"] = plot_flagged(outcome)
-    paths = []
-    for name, figure in figures.items():
-        path = directory / name
-        save_figure(figure, path)
-        paths.append(path)
-    return paths
+    return save_figures(figures, directory)
 
 
 def plot_flagged(outcome: Outcome, most: int = 32) -> Figure:

@@ -9,7 +9,7 @@ import os
 import platform
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,6 +27,7 @@ __all__ = [
     "prepare_output",
     "printing",
     "save_figure",
+    "save_figures",
     "versions",
     "write_document",
     "write_text",
@@ -137,6 +138,21 @@ def write_text(text: str, path: Path) -> None:
         path.write_text(text, encoding="utf-8")
     except OSError as error:
         raise _unwritable(path, error) from None
+
+
+def save_figures(figures: Mapping[str, Figure], directory: Path) -> list[Path]:
+    """Draw each figure to a file of its name in ``directory``, and return their paths.
+
+    Raises
+    ------
+    OutputError
+        If a file cannot be written.
+    """
+    paths = []
+    for name, figure in figures.items():
+        paths.append(path := directory / name)
+        save_figure(figure, path)
+    return paths
 
 
 def save_figure(figure: Figure, path: Path) -> None:

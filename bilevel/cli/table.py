@@ -12,6 +12,7 @@ import io
 import itertools
 import math
 import re
+import shlex
 import zlib
 from collections import Counter
 from collections.abc import Sequence
@@ -86,7 +87,7 @@ class Table:
                 + (
                     "write it with a point for decimals, and nothing for thousands"
                     if _GROUPED.fullmatch(cell)
-                    else "encode the column in numbers, or remove it from the file (as names and identifiers of rows)"
+                    else f"encode the column in numbers, or leave it out by --ignore {shlex.quote(self.header[at])}"
                 )
             )
         return number
@@ -134,7 +135,9 @@ def read_table(path: Path) -> Table:
     return Table(path, header, rows)
 
 
-def split_target(table: Table, target: str | None) -> tuple[tuple[str, ...], NDArray[np.float64], list[str]]:
+def split_target(
+    table: Table, target: str | None, ignore: Sequence[str] = ()
+) -> tuple[tuple[str, ...], NDArray[np.float64], list[str]]:
     """Return the feature columns of ``table`` as numbers, and the target column as text.
 
     Parameters
@@ -143,6 +146,8 @@ def split_target(table: Table, target: str | None) -> tuple[tuple[str, ...], NDA
         Of :func:`read_table`.
     target
         The target column.
+    ignore
+        Columns that are no features, such as names or numbers of the rows. Their cells may hold anything.
 
     Returns
     -------
@@ -152,7 +157,7 @@ def split_target(table: Table, target: str | None) -> tuple[tuple[str, ...], NDA
     Raises
     ------
     DataError
-        If there is no target column or no other one, or a cell cannot be used.
+        If there is no target column, no column of this name to ignore or no feature, or a cell cannot be used.
     """
     path, header = table.path, table.header
     if target is None:
@@ -166,14 +171,20 @@ def split_target(table: Table, target: str | None) -> tuple[tuple[str, ...], NDA
             else ""
         )
         raise DataError(f"{path}: there is no column {target!r}; there are: {listed(header)}{row}")
-    if len(header) == 1:
-        raise DataError(f"{path}: there is no column besides the target {target!r}; at least one feature is needed")
-    at = header.index(target)
-    features = tuple(name for name in header if name != target)
-    inputs = np.array(
-        [[table.number(row, j) for j in range(len(header)) if j != at] for row in table.rows], dtype=np.float64
-    )
-    cells = [table.cell(row, at) for row in table.rows]
+    for name in ignore:
+        if name == target:
+            raise DataError(f"{path}: {name!r} is the target and cannot be ignored; leave --ignore {name} out")
+        if name not in header:
+            raise DataError(f"{path}: there is no column {name!r} to ignore; there are: {listed(header)}")
+    used = [j for j, name in enumerate(header) if name != target and name not in ignore]
+    if not used:
+        besides = " and the ignored ones" if ignore else ""
+        raise DataError(
+            f"{path}: there is no column besides the target {target!r}{besides}; at least one feature is needed"
+        )
+    features = tuple(header[j] for j in used)
+    inputs = np.array([[table.number(row, j) for j in used] for row in table.rows], dtype=np.float64)
+    cells = [table.cell(row, header.index(target)) for row in table.rows]
     _check_labels(table, target, cells)
     return features, inputs, cells
 

@@ -1,20 +1,15 @@
-"""A system with its tensors, as solvers see it: in shapes (batch, n), without a graph, linearised once for many products.
-
-The module is above 400 lines because it is one idea: every evaluation of a batch of problems, each with its replay and its error handling.
-"""
+"""A system with its tensors, as solvers see it: in shapes (batch, n), without a graph, linearised once for many products."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from typing import Any
 
-import numpy as np
 import torch
 from torch.func import vmap
-from torch.utils import _pytree as pytree
 
 from bilevel._torch.graph_features import record_graph_features
 from bilevel._torch.reverse import vjp
@@ -26,17 +21,7 @@ from bilevel.operators import DenseOperator, FunctionOperator, HessianOperator, 
 from bilevel.pytree import moves
 from bilevel.replay import Program, ReplayCache, ReplayedOperator
 
-__all__ = ["Case", "Problem"]
-
-
-@dataclass(frozen=True)
-class Case:
-    """One problem in the user's own terms, for solvers that are not batched: ``function(init, *args, **kwargs)``."""
-
-    function: Callable[..., Any]
-    init: Any
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
+__all__ = ["Problem"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -107,7 +92,7 @@ class Problem:
     def value(self, x: torch.Tensor) -> torch.Tensor:
         """Return the objectives (batch,) at ``x`` (batch, n)."""
         try:
-            return self._evaluated("output", self._output, x)[0].reshape(self.batch)
+            return self.evaluate("output", self._output, x)[0].reshape(self.batch)
         except (RuntimeError, ValueError) as error:
             if not leaves_domain(error):
                 raise
@@ -128,7 +113,7 @@ class Problem:
                 self.linearization_slot.linearization = linear = self.linearize(x, self.linearization_slot.needs_grad)
                 assert linear.value is not None
                 return linear.value, linear.residual.detach()
-            values, gradient = self._evaluated("gradient", self._gradient, x)
+            values, gradient = self.evaluate("gradient", self._gradient, x)
         except (RuntimeError, ValueError) as error:
             if not leaves_domain(error):
                 raise
@@ -140,33 +125,21 @@ class Problem:
         if self.has_value:
             return self.value_and_residual(x)[1]
         try:
-            return self._evaluated("output", self._output, x)[0].reshape(x.shape)
+            return self.evaluate("output", self._output, x)[0].reshape(x.shape)
         except (RuntimeError, ValueError) as error:
             if not leaves_domain(error):
                 raise
             return row_by_row(self, x, lambda one, row: (one.residual(row),), [x.shape[1:]])[0]
 
-    def evaluated(
+    def evaluate(
         self, name: Hashable, evaluation: Callable[..., Sequence[torch.Tensor]], x: torch.Tensor
     ) -> Sequence[torch.Tensor]:
-        """Return ``evaluation`` at ``x`` (batch, k) and the tensors, or its replay under ``name``."""
-        return self._evaluated(name, evaluation, x)
-
-    def _evaluated(
-        self, name: Hashable, evaluation: Callable[..., Sequence[torch.Tensor]], x: torch.Tensor
-    ) -> Sequence[torch.Tensor]:
-        """Return ``evaluation`` at ``x`` and the tensors, or its replay."""
+        """Return ``evaluation`` at ``x`` (batch, k) and the tensors, or its replay. ``name`` identifies the evaluation."""
         program = self._program(name, evaluation, x)
         if program is None:
             return evaluation(x, *self.tensors)
         with torch.no_grad():
             return program(x.contiguous(), *self.tensors, *self._captured())
-
-    def evaluate(
-        self, name: Hashable, evaluation: Callable[..., Sequence[torch.Tensor]], x: torch.Tensor
-    ) -> Sequence[torch.Tensor]:
-        """Return ``evaluation`` at ``x`` and the tensors, or its replay. ``name`` identifies the evaluation."""
-        return self._evaluated(name, evaluation, x)
 
     def _program(
         self,
@@ -319,7 +292,7 @@ class Problem:
         return Linearization(residual, operator, (), value)
 
     def _dense(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-        residual, matrix, values = self._evaluated("dense", self._rows, x)
+        residual, matrix, values = self.evaluate("dense", self._rows, x)
         matrix = matrix.reshape(self.batch, self.size, self.size)
         if self.system.symmetric:
             matrix = (matrix + matrix.mT).mul_(0.5)
@@ -337,7 +310,7 @@ class Problem:
         units = torch.zeros(1 + k, self.size, dtype=x.dtype, device=x.device)
         units[0] = x[0]
         units[torch.arange(1, 1 + k, device=x.device), places] = 1
-        return self._evaluated(("rows", k), self._some_rows, units)[0]
+        return self.evaluate(("rows", k), self._some_rows, units)[0]
 
     def _some_rows(self, packed: torch.Tensor, *tensors: torch.Tensor) -> list[torch.Tensor]:
         """Return the rows at the point ``packed[0]`` for the unit vectors that follow it."""
@@ -347,80 +320,18 @@ class Problem:
             (rows,) = vmap(made[1])(packed[1:])
         return [rows.detach()]
 
-    def perturbed(self, seed: int, *more: torch.Tensor) -> tuple[Problem, list[torch.Tensor]]:
-        """Return the problem with every number moved by a unit in its last place, with random signs, and ``more`` tensors alike.
-
-        The change of a result shows the effect of rounding. Tensors of whole numbers stay: they are labels, counts and masks,
-        which are exact and may be compared or converted.
-        """
-        generator = np.random.default_rng(
-            seed
-        )  # numpy's: torch's older vmap, which may surround this, refuses torch's own
-
-        def perturb(t: torch.Tensor) -> torch.Tensor:
-            up = torch.from_numpy(np.asarray(generator.random(tuple(t.shape)) < 0.5)).to(t.device)
-            eps = torch.finfo(t.dtype).eps
-            return torch.where(up, t * (1 + eps), t * (1 - eps))
-
-        tensors = [_over_entries(perturb, t) if _is_fractional(t) else t for t in self.tensors]
-        return Problem(self.system, tensors), [perturb(t) for t in more]
-
     def to(self, dtype: torch.dtype) -> Problem:
         """Return the problem with its floating-point tensors in ``dtype``."""
         wide = {True: dtype.to_complex(), False: dtype}  # complex are sparse tensors alone
         tensors = [t.to(wide[t.is_complex()]) if moves(t) else t for t in self.tensors]
         return Problem(self.system.in_dtype(dtype), tensors)
 
-    def perturbed_copies(self, seed: int, draws: int, *more: torch.Tensor) -> tuple[Problem, list[torch.Tensor]]:
-        """Return ``draws`` copies near this float64 problem as one batch, with numbers that float32 holds exactly, and ``more`` (K, n) alike.
-
-        Evaluate them in float32 and in float64. The difference is the rounding of float32, intermediate results included. That
-        of float64 is smaller by the ratio of the two units.
-        """
-        generator = np.random.default_rng(seed)
-        unit = torch.finfo(torch.float32).eps
-
-        def perturb_copy(t: torch.Tensor) -> torch.Tensor:
-            shift = torch.from_numpy(generator.random((draws, *t.shape))).to(t)
-            return (t * (1 + unit * (2 * shift - 1))).float().double()
-
-        # Sparse tensors cannot be batched: all copies share what float32 holds of them.
-        moves = [t.layout is torch.strided and _is_fractional(t) for t in self.tensors]
-        tensors = [
-            perturb_copy(t) if move else t.float().double() if _is_fractional(t) else t
-            for t, move in zip(self.tensors, moves, strict=True)
-        ]
-        copies = [perturb_copy(t).reshape(-1, t.shape[-1]) for t in more]
-        return Problem(self.system.lift(draws, tuple(moves)), tensors), copies
-
-    def cases(self, x: torch.Tensor) -> Iterator[Case]:
-        """Yield each problem in the user's terms, with its own slice of every tensor and of ``x`` (batch, n)."""
-        for number, row in enumerate(x.reshape(-1, self.size)):
-            args, kwargs = self.system.arguments.rebuild(self._slices(number))
-            yield Case(self.system.function, self.system.raveler.unravel(row), args, kwargs)
-
-    def whole(self, x: torch.Tensor) -> Case:
-        """Return all problems as one case, in the user's terms, for ``x`` (batch, n).
-
-        The unknown and every dense tensor have one batch axis in front; the function takes and returns such tensors.
-        """
-        shape, tensors = self.system.batch_shape, []
-        for place, tensor in enumerate(self.tensors):
-            if tensor.layout is torch.strided:  # a sparse tensor cannot be batched: all problems share it
-                for axis, level in enumerate(reversed(self.system.levels)):
-                    tensor = tensor if level.batched[place] else tensor.unsqueeze(axis)
-                rest = tensor.shape[len(shape) :]
-                tensor = tensor.expand((*shape, *rest)).reshape(len(x), *rest)
-            tensors.append(tensor)
-        args, kwargs = self.system.arguments.rebuild(tensors)
-        unknown = vmap(self.system.raveler.unravel)(x)
-        return Case(_batched(self.system.function), unknown, args, kwargs)
-
     def single(self, number: int) -> Problem:
         """Return the problem at ``number`` of the batch as a batch of one, with its own slice of every tensor."""
-        return Problem(self.system.at_levels(()), self._slices(number))
+        return Problem(self.system.at_levels(()), self.slices(number))
 
-    def _slices(self, number: int) -> list[torch.Tensor]:
+    def slices(self, number: int) -> list[torch.Tensor]:
+        """Return the tensors of the problem at ``number`` of the batch."""
         position = []  # innermost level first, as in system.levels
         for level in self.system.levels:
             number, at = divmod(number, level.size)
@@ -436,22 +347,6 @@ class Problem:
         return x.reshape(*self.system.batch_shape, self.size)
 
 
-def _batched(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Return ``function`` for arguments whose dense tensors have a batch axis in front."""
-
-    def batched(*args: Any, **kwargs: Any) -> Any:
-        leaves, structure = pytree.tree_flatten((args, kwargs))
-        dims = tuple(0 if isinstance(leaf, torch.Tensor) and leaf.layout is torch.strided else None for leaf in leaves)
-
-        def one(*single: Any) -> Any:
-            args, kwargs = pytree.tree_unflatten(single, structure)
-            return function(*args, **kwargs)
-
-        return vmap(one, in_dims=dims)(*leaves)
-
-    return batched
-
-
 def _plain(tensor: torch.Tensor) -> torch.Tensor:
     # Tensors born under inference_mode cannot take part in autograd; a copy can.
     return tensor.clone() if tensor.is_inference() else tensor.detach()
@@ -461,19 +356,3 @@ def _any_two(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Return two vectors like ``x`` of irregular numbers."""
     places = torch.arange(1, 1 + x.numel(), dtype=x.dtype, device=x.device).reshape(x.shape)
     return torch.frac(places * 0.7548776662) - 0.5, torch.frac(places * 0.5698402910) - 0.5
-
-
-def _is_fractional(tensor: torch.Tensor) -> bool:
-    """Return whether some number of ``tensor`` is not a whole number."""
-    values = tensor.coalesce().values() if tensor.is_sparse else tensor
-    return tensor.dtype.is_floating_point and not bool((values == values.round()).all())
-
-
-def _over_entries(function: Callable[[torch.Tensor], torch.Tensor], tensor: torch.Tensor) -> torch.Tensor:
-    """Return ``function`` of ``tensor``; of a sparse tensor, of its stored entries."""
-    if not tensor.is_sparse:
-        return function(tensor)
-    kept = tensor.coalesce()
-    return torch.sparse_coo_tensor(
-        kept.indices(), function(kept.values()), kept.shape, is_coalesced=True, check_invariants=False
-    )

@@ -115,6 +115,10 @@ class System(ABC):
         """Return the system with the unknown in the real ``dtype``, or in the complex dtype of the same precision."""
         return replace(self, raveler=self.raveler.in_dtype(dtype))
 
+    def sparse(self, tensors: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
+        """Return the sparse tensors among ``tensors``, or those that they are the entries of."""
+        return [tensor for tensor in tensors if tensor.layout is not torch.strided]
+
     def call(self, flat: torch.Tensor, *tensors: torch.Tensor) -> Any:
         """Call the user's function for one problem with the unknown ``flat`` (n,)."""
         args, kwargs = self.arguments.rebuild(tensors)

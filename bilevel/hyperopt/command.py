@@ -27,6 +27,10 @@ def tune(
         ),
     ],
     target: Annotated[str | None, typer.Option(help="The target column of a CSV file.", show_default=False)] = None,
+    ignore: Annotated[
+        list[str] | None,
+        typer.Option(help="A column of a CSV file that is no feature, as an id; may be repeated.", show_default=False),
+    ] = None,
     penalty: Annotated[
         Penalty, typer.Option(help="Tune one strength shared by all features, or one per feature.")
     ] = _DEFAULT.penalty,
@@ -69,7 +73,7 @@ def tune(
         learning_rate=learning_rate,
         seed=seed,
     )
-    dataset = load(data, target=target, task=task)
+    dataset = load(data, target=target, task=task, ignore=ignore or ())
     if output is not None:
         prepare_output(output)
     with _Bar(shown=not quiet) as bar:

@@ -64,7 +64,7 @@ class Dataset:
         return int(self.inputs.shape[0])
 
 
-def load(source: str, *, target: str | None = None, task: Task | None = None) -> Dataset:
+def load(source: str, *, target: str | None = None, task: Task | None = None, ignore: Sequence[str] = ()) -> Dataset:
     """Load a bundled data set by name, or a CSV file by path.
 
     Parameters
@@ -75,6 +75,8 @@ def load(source: str, *, target: str | None = None, task: Task | None = None) ->
         The target column of a CSV file.
     task
         The kind of target; None: inferred from the targets, see :func:`infer_task`.
+    ignore
+        Columns of a CSV file that are no features, such as names of the rows.
 
     Raises
     ------
@@ -86,12 +88,16 @@ def load(source: str, *, target: str | None = None, task: Task | None = None) ->
             raise DataError(
                 f"{source} is a bundled data set, whose target is fixed; leave --target out, or pass a CSV file"
             )
+        if ignore:
+            raise DataError(
+                f"{source} is a bundled data set, whose features are fixed; leave --ignore out, or pass a CSV file"
+            )
         return load_bundled(source, task=task)
     if Path(source).suffix == "" and not os.path.exists(source):  # which says False of a name too long for a file, too
         raise DataError(
             f"there is no data set and no file called {source!r}; the bundled data sets are {', '.join(BUNDLED)}"
         )
-    return read_csv(Path(source), target=target, task=task)
+    return read_csv(Path(source), target=target, task=task, ignore=ignore)
 
 
 def load_bundled(name: str, *, task: Task | None = None) -> Dataset:
@@ -124,8 +130,8 @@ def load_bundled(name: str, *, task: Task | None = None) -> Dataset:
     return Dataset(name, np.ascontiguousarray(bunch.data, dtype=np.float64), targets, features, classes, task)
 
 
-def read_csv(path: Path, *, target: str | None, task: Task | None = None) -> Dataset:
-    """Read a comma-separated file with a header line; every column but the target must be numeric.
+def read_csv(path: Path, *, target: str | None, task: Task | None = None, ignore: Sequence[str] = ()) -> Dataset:
+    """Read a comma-separated file with a header line; every column but the target and the ignored ones must be numeric.
 
     Parameters
     ----------
@@ -135,6 +141,8 @@ def read_csv(path: Path, *, target: str | None, task: Task | None = None) -> Dat
         The target column: numbers, or text for classes.
     task
         What is predicted; inferred if None.
+    ignore
+        Columns that are no features, such as names of the rows.
 
     Raises
     ------
@@ -143,7 +151,7 @@ def read_csv(path: Path, *, target: str | None, task: Task | None = None) -> Dat
         empty or not finite, or the target has but one value.
     """
     table = read_table(path)
-    features, inputs, cells = split_target(table, target)
+    features, inputs, cells = split_target(table, target, ignore)
     assert target is not None  # or split_target had raised
     column = _column(cells)
     if column.dtype.kind == "f" and not np.isfinite(column).all():

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
-from bilevel.cli.output import save_figure
+from bilevel.cli.output import save_figures
 from bilevel.hyperopt.data import Task
 from bilevel.hyperopt.outcome import Outcome, OuterStep, Row
 
@@ -26,12 +26,7 @@ def write_plots(outcome: Outcome, directory: Path) -> list[Path]:
     figures = {"cv_curve.png": plot_curve(outcome), "losses.png": plot_losses(outcome)}
     if len(outcome.rows[-1].log_strengths) > 1:
         figures["strengths.png"] = plot_strengths(outcome)
-    paths = []
-    for name, figure in figures.items():
-        path = directory / name
-        save_figure(figure, path)
-        paths.append(path)
-    return paths
+    return save_figures(figures, directory)
 
 
 def plot_curve(outcome: Outcome) -> Figure:

@@ -4,6 +4,8 @@
 Nothing here knows of bilevel problems.
 """
 
-from bilevel.layers.api import Layer, LinearLayer, Solution, argmin, fixed_point, linear_solve, root
+from bilevel.layers.api import Layer, Solution, argmin, fixed_point, root
+from bilevel.layers.linear_layer import LinearLayer
+from bilevel.layers.linear_solve import linear_solve
 
 __all__ = ["Layer", "LinearLayer", "Solution", "argmin", "fixed_point", "linear_solve", "root"]

@@ -1,8 +1,7 @@
-"""Any argmin, root, fixed point or linear system as a differentiable layer: what most people import."""
+"""Any argmin, root or fixed point as a differentiable layer: what most people import."""
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from typing import Any, overload
 
@@ -16,16 +15,14 @@ from bilevel.layers.constraints import Constraints
 from bilevel.layers.differentiation import Differentiation
 from bilevel.layers.first_call import explain_misuse
 from bilevel.layers.layer import Layer, Solution
-from bilevel.layers.linear_layer import LinearLayer
-from bilevel.layers.options import ArgminOptions, LayerOptions, LinearOptions
+from bilevel.layers.options import ArgminOptions, LayerOptions, refuse_goals
 from bilevel.layers.proximal import Proximal
-from bilevel.layers.rectangular import RectangularLayer
 from bilevel.linear._base import LinearSolverLike
 from bilevel.policy import OnFailure
 from bilevel.solvers._base import InnerSolverLike
 from bilevel.tolerance import Tolerance
 
-__all__ = ["Layer", "LinearLayer", "Solution", "argmin", "fixed_point", "linear_solve", "root"]
+__all__ = ["Layer", "Solution", "argmin", "fixed_point", "root"]
 
 Decorator = Callable[[Callable[..., Any]], Layer]
 
@@ -52,6 +49,7 @@ def argmin(
     has_aux: bool = False,
     prepare: Callable[..., Any] | None = None,
     warm_start: bool = False,
+    static: bool = False,
 ) -> Layer | Decorator:
     """Turn an objective into the layer x*(θ) = argmin_x G(x, θ), with dx*/dθ = −H⁻¹ ∂_θ∇_x G.
 
@@ -96,6 +94,10 @@ def argmin(
         called once a call, and is differentiated. For example, it makes a kernel matrix once, and not at every evaluation.
     warm_start
         Whether a call begins at the last solution of this layer. The shapes of that solution have to be those of ``init``.
+    static
+        Whether you vouch for the functions of this layer: each does the same torch operations in every call with arguments of
+        the same shapes and dtypes, and depends on nothing else that changes. The layer then replays functions whose code it
+        cannot follow, such as one that calls an object of your own. The documentation's page on replays says what you promise.
 
     Returns
     -------
@@ -157,7 +159,7 @@ def argmin(
     structure = _structure(prox, constraints)
     return _layer(
         ArgminSystem, objective, solver=solver, linear_solver=linear_solver, tolerance=tolerance, on_failure=on_failure, structure=structure,
-        differentiation=differentiation, has_aux=has_aux, prepare=prepare, warm_start=warm_start,
+        differentiation=differentiation, has_aux=has_aux, prepare=prepare, warm_start=warm_start, static=static,
     )  # fmt: skip
 
 
@@ -177,6 +179,7 @@ def root(
     has_aux: bool = False,
     prepare: Callable[..., Any] | None = None,
     warm_start: bool = False,
+    static: bool = False,
 ) -> Layer | Decorator:
     """Turn a residual into the layer x*(θ) with R(x*, θ) = 0, and dx*/dθ = −(∂_x R)⁻¹ ∂_θ R.
 
@@ -184,7 +187,7 @@ def root(
     ----------
     residual
         R: a function of ``(x, *args, **kwargs)`` that returns the pytree of x, shape for shape.
-    solver, linear_solver, tolerance, on_failure, differentiation, has_aux, prepare, warm_start
+    solver, linear_solver, tolerance, on_failure, differentiation, has_aux, prepare, warm_start, static
         See :func:`argmin`. The Jacobian need not be symmetric: Exact, GMRES and BiCGStab fit, CG does not.
 
     Returns
@@ -209,7 +212,7 @@ def root(
     """
     return _layer(
         RootSystem, residual, solver=solver, linear_solver=linear_solver, tolerance=tolerance, on_failure=on_failure,
-        differentiation=differentiation, has_aux=has_aux, prepare=prepare, warm_start=warm_start,
+        differentiation=differentiation, has_aux=has_aux, prepare=prepare, warm_start=warm_start, static=static,
     )  # fmt: skip
 
 
@@ -229,6 +232,7 @@ def fixed_point(
     has_aux: bool = False,
     prepare: Callable[..., Any] | None = None,
     warm_start: bool = False,
+    static: bool = False,
 ) -> Layer | Decorator:
     """Turn a mapping into the layer x*(θ) with x* = T(x*, θ), and dx*/dθ = (I − ∂_x T)⁻¹ ∂_θ T.
 
@@ -236,7 +240,7 @@ def fixed_point(
     ----------
     mapping
         T: a function of ``(x, *args, **kwargs)`` that returns the pytree of x, shape for shape.
-    solver, linear_solver, tolerance, on_failure, differentiation, has_aux, prepare, warm_start
+    solver, linear_solver, tolerance, on_failure, differentiation, has_aux, prepare, warm_start, static
         See :func:`argmin`; the residual is x − T(x). The default solver is safeguarded Anderson acceleration: it converges
         wherever plain iteration does in 10,000 steps. If T is not a contraction near the solution, pass Newton.
 
@@ -264,110 +268,12 @@ def fixed_point(
     """
     return _layer(
         FixedPointSystem, mapping, solver=solver, linear_solver=linear_solver, tolerance=tolerance, on_failure=on_failure,
-        differentiation=differentiation, has_aux=has_aux, prepare=prepare, warm_start=warm_start,
+        differentiation=differentiation, has_aux=has_aux, prepare=prepare, warm_start=warm_start, static=static,
     )  # fmt: skip
 
 
-@overload
-def linear_solve(
-    matvec: None = None, **options: Unpack[LinearOptions]
-) -> Callable[[Callable[..., Any]], LinearLayer]: ...
-@overload
-def linear_solve(matvec: Callable[..., Any], **options: Unpack[LinearOptions]) -> LinearLayer: ...
-@explain_misuse
-def linear_solve(
-    matvec: Callable[..., Any] | None = None,
-    *,
-    symmetric: bool = False,
-    unknown: Any = None,
-    linear_solver: LinearSolverLike | None = None,
-    tolerance: Tolerance | None = None,
-    on_failure: OnFailure = "raise",
-) -> LinearLayer | Callable[[Callable[..., Any]], LinearLayer]:
-    """Turn a linear map into the layer x(b, θ) with A(θ) x = b, and dx = A⁻¹ (db − dA x).
-
-    Parameters
-    ----------
-    matvec
-        x ↦ A(θ) x: a function of ``(x, *args, **kwargs)``, linear in x, that returns the pytree of x, shape for shape.
-    symmetric
-        Whether A = Aᵀ, or A = Aᴴ for complex vectors. Cholesky and conjugate gradients need it. A symmetric matrix that is
-        not positive definite can be solved by Exact, GMRES and BiCGStab.
-    unknown
-        For a rectangular A: a tensor or pytree with the shapes and dtypes of x (its numbers are not used), or a function of
-        ``(*args, **kwargs)`` that returns one. The solution is x = A⁺ b: the minimiser of ‖A x − b‖ of minimum norm.
-        ``matvec`` returns the pytree of b. The derivative is that of Golub & Pereyra. It exists where no argument changes
-        the rank of A, and is refused elsewhere.
-    linear_solver
-        A linear solver, or a function (operator, rhs) -> x on tensors (batch, n). None, for a rectangular A: QR if small,
-        else LSMR. None, for a square A: a factorisation if small, else conjugate gradients if symmetric, else GMRES. A
-        solver that does not support rectangular matrices solves AᵀA x = Aᵀ b.
-    tolerance
-        δ of the solution and δ′ of the adjoints. ``strong_convexity`` is the least singular value of A. None: the accuracy
-        that the dtype allows.
-    on_failure
-        See :func:`argmin`.
-
-    Returns
-    -------
-    LinearLayer
-        A function of ``(rhs, *args, **kwargs)``, differentiable with respect to both, with ``.solve`` that also returns a
-        report.
-
-    Raises
-    ------
-    ArgumentError
-        If a setting cannot be used.
-
-    References
-    ----------
-    The derivative of an inverse; as a transform, ``jax.lax.custom_linear_solve``.
-
-    Examples
-    --------
-    >>> import torch, bilevel
-    >>> @bilevel.linear_solve(symmetric=True)
-    ... def smooth(x, strength):  # (I + s DᵀD) x, D the differences of neighbours
-    ...     d = torch.diff(x)
-    ...     return x + strength * (torch.nn.functional.pad(d, (1, 0)) - torch.nn.functional.pad(d, (0, 1)))
-    >>> strength = torch.tensor(1.0, dtype=torch.float64, requires_grad=True)
-    >>> x = smooth(torch.tensor([0.0, 3.0, 0.0], dtype=torch.float64), strength)
-    >>> x.detach()
-    tensor([0.7500, 1.5000, 0.7500], dtype=torch.float64)
-    >>> x[1].backward()
-    >>> strength.grad  # x₁ = 3 (1 + s) / (1 + 3 s), of slope −6 / (1 + 3 s)²
-    tensor(-0.3750, dtype=torch.float64)
-
-    A straight line through three points, and what each of them does to its slope:
-
-    >>> line = bilevel.linear_solve(lambda p, t: p[0] + p[1] * t, unknown=torch.zeros(2, dtype=torch.float64))
-    >>> t = torch.tensor([0.0, 1.0, 2.0], dtype=torch.float64)
-    >>> y = torch.tensor([1.0, 3.0, 6.0], dtype=torch.float64, requires_grad=True)
-    >>> p = line(y, t)
-    >>> p.detach()
-    tensor([0.8333, 2.5000], dtype=torch.float64)
-    >>> p[1].backward()
-    >>> y.grad.round(decimals=6) + 0
-    tensor([-0.5000,  0.0000,  0.5000], dtype=torch.float64)
-    """
-    _refuse_goals(tolerance)
-    if unknown is not None:
-        if symmetric:
-            raise ArgumentError(
-                "linear_solve: expected symmetric=True or unknown=, got both; leave symmetric=True out for a rectangular matrix"
-            )
-        rectangular = functools.partial(
-            RectangularLayer, unknown=unknown, linear_solver=linear_solver, tolerance=tolerance, on_failure=on_failure
-        )
-        return rectangular if matvec is None else rectangular(matvec)
-    make = functools.partial(
-        LinearLayer, symmetric=symmetric, linear_solver=linear_solver, tolerance=tolerance, on_failure=on_failure
-    )
-    return make if matvec is None else make(matvec)
-
-
 def _layer(kind: type[System], function: Callable[..., Any] | None, **settings: Any) -> Layer | Decorator:
-    _refuse_goals(settings["tolerance"])
+    refuse_goals(settings["tolerance"])
 
     def make(function: Callable[..., Any]) -> Layer:
         return Layer(kind, function, **settings)
@@ -390,11 +296,3 @@ def _structure(prox: Any, constraints: Constraints) -> Structure | None:
             "none; leave smoothing out"
         )
     return None if prox is None else Proximal(given=prox)
-
-
-def _refuse_goals(tolerance: Tolerance | None) -> None:
-    if tolerance is not None and getattr(tolerance, "has_goal", False):
-        raise ArgumentError(
-            f"a layer: expected Tolerance(delta=..., delta_prime=...), got {tolerance!r}; a layer has no outer loss whose gradient "
-            "that could speak of: write a bilevel.BilevelProblem"
-        )

@@ -22,12 +22,13 @@ from bilevel.layers.checks import Inspection, inspect_on_failure, inspect_once, 
 from bilevel.layers.differentiation import Differentiation, Implicit, check_differentiation
 from bilevel.layers.examinations import Examinations
 from bilevel.layers.messages import derivative_messages, failure_messages
-from bilevel.linear._base import LinearOutcome, LinearSolver, as_linear_solver, solve_linear
+from bilevel.linear._base import LinearSolver, as_linear_solver, solve_linear
 from bilevel.linear._free_directions import (
     changes_free_directions,
     free_direction_messages,
     unsure_derivative_messages,
 )
+from bilevel.linear._solution import LinearOutcome
 from bilevel.linear.defaults import default_linear_solver
 from bilevel.linear.exact import offer_factor
 from bilevel.operators import LinearOperator
@@ -64,12 +65,18 @@ class Adjoint(NamedTuple):
         ∇_x G (batch, n) at the solution of the call.
     linearization
         That of ∇_x G at the solution, where there is one.
+    rho
+        The residual of the linear solve (batch, n).
+    replays
+        The recorded evaluations that the call used, or None.
     """
 
     value: torch.Tensor
     report: SolveReport
     residual: torch.Tensor
-    linearization: Linearization | None = None
+    linearization: Linearization | None
+    rho: torch.Tensor
+    replays: ReplayCache | None
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -153,9 +160,13 @@ class Setting(Generic[T]):
 
 
 class Inspector:
-    """Check the function of a layer, and remember which functions need no second check. A copy remembers nothing."""
+    """Check the function of a layer, and remember which functions need no second check. A copy remembers nothing.
 
-    def __init__(self) -> None:
+    ``static``: the user vouches for functions whose code cannot be followed.
+    """
+
+    def __init__(self, *, static: bool = False) -> None:
+        self._static = static
         self._inspected: InspectionCache[ReplayCache] = InspectionCache()
         self._aside: InspectionCache[ReplayCache] = InspectionCache()
         self.examinations = Examinations()
@@ -164,13 +175,16 @@ class Inspector:
         self, problem: Problem, x: torch.Tensor, written: Any, *, captures: bool, again: bool = False
     ) -> Inspection:
         """Check the user's function, ``written``, at ``x`` (batch, n), unless it was checked before; ``again`` forces the check."""
-        return inspect_once(problem, x, written, InspectionCache() if again else self._inspected, captures=captures)
+        memory = InspectionCache() if again else self._inspected
+        return inspect_once(problem, x, written, memory, captures=captures, static=self._static)
 
     def reuse_inspection(
         self, problem: Problem, x: torch.Tensor, written: Any, *, captures: bool
     ) -> ReplayCache | None:
         """Return the replays that a call may use, for a call that makes no check."""
-        return reuse_inspection(problem, x, written, self._inspected, self._aside, captures=captures)
+        return reuse_inspection(
+            problem, x, written, self._inspected, self._aside, captures=captures, static=self._static
+        )
 
 
 class SolveCall:
@@ -213,6 +227,7 @@ class SolveCall:
         self.functions = functions
         self.recordings = active_recordings()
         self.report: SolveReport | None = None
+        self.replays: ReplayCache | None = None
         self.poisoned = False
         self.nan_mask: torch.Tensor | None = None  # (*batch,) bool: whose derivatives the policy wants to be NaN
         self.residual: torch.Tensor | None = None  # at the solution (batch, n), for who wants the adjoint
@@ -255,6 +270,7 @@ class SolveCall:
         replays = None if seen is None else seen.replays
         if problem.batch and not settings.inspect:
             replays = self.inspector.reuse_inspection(problem, init, self.written, captures=self.watched)
+        self.replays = replays
         problem = problem.replayed_from(replays)
         solver, others = (settings.solver, ()) if settings.solver is not None else default_solvers(problem)
         target = settings.tolerance.inner(self.dtype)
@@ -397,7 +413,8 @@ class SolveCall:
         if on_adjoint is not None and self.residual is not None:
             size = self.residual.shape[-1]  # of the unknown alone, without multipliers
             linearization = product.linearization if isinstance(product, JointProduct) else None
-            on_adjoint(Adjoint(outcome.x[:, :size], report, self.residual, linearization))
+            rho = outcome.residual[:, :size]
+            on_adjoint(Adjoint(outcome.x[:, :size], report, self.residual, linearization, rho, self.replays))
         shaped = outcome.x.reshape(*axes, operator.size)
         shaped = apply_policy(report, shaped, settings.on_failure, self.recordings, silent_budget=target.silent)
         if self.nan_mask is None:

@@ -21,7 +21,7 @@ from bilevel.equations.problem import Problem
 from bilevel.equations.system import System, unconnected
 from bilevel.errors import BilevelError, CapturedTensorError, DtypeError, StochasticObjectiveError
 from bilevel.layers.randomness import GeneratorStates, draws
-from bilevel.replay import InspectionCache, ReplayCache, allowed, has_plain_structure, reachable_objects
+from bilevel.replay import InspectionCache, Reach, ReplayCache, allowed, has_plain_structure, reach, reachable_objects
 
 __all__ = [
     "Inspection",
@@ -58,16 +58,17 @@ def inspect_once(
     memory: InspectionCache[ReplayCache],
     *,
     captures: bool,
+    static: bool = False,
 ) -> Inspection:
     """Check the problem at the first row of ``x`` (batch, n), unless ``memory`` holds the same check without a fault.
 
     ``function`` is what the user wrote: a function, or a tuple of functions and constants.
 
     The faults are properties of the function, so one problem shows them as well as all of them. If the user's ``function`` is
-    branch-free and depends on its arguments alone, one call is enough too.
+    branch-free and depends on its arguments alone, or the user vouches for it (``static``), one call is enough too.
     """
     try:
-        return _inspect_once(problem, x, function, memory, captures=captures)
+        return _inspect_once(problem, x, function, memory, captures=captures, static=static)
     except (RuntimeError, ValueError) as error:
         if not leaves_domain(error):
             raise
@@ -82,18 +83,19 @@ def _inspect_once(
     memory: InspectionCache[ReplayCache],
     *,
     captures: bool,
+    static: bool,
 ) -> Inspection:
-    known = _known(problem, x, function, captures)
+    known = _known(problem, x, function, captures, static)
     if known is None:
         return Inspection(inspect_function(problem.single(0), x[:1], captures=captures))
     replays = memory.find(known.key, known.parts)
-    if replays is not None:
+    if replays is not None and not _needs_grad(replays):
         return Inspection(None, _usable(replays, problem, x, known))
     states, single = GeneratorStates(x.device), problem.single(0)
     found = inspect_function(single, x[:1], captures=captures)
     # The effect of random numbers may depend on tensors' values: the noise may have size zero in this call.
     if not _drew(states, single, x[:1]):
-        memory.keep(known.key, known.parts, ReplayCache(known.captured))
+        memory.keep(known.key, known.parts, known.new_replays())
     return Inspection(found)
 
 
@@ -105,17 +107,18 @@ def reuse_inspection(
     aside: InspectionCache[ReplayCache],
     *,
     captures: bool,
+    static: bool = False,
 ) -> ReplayCache | None:
     """Return the replays of a problem that needs no check, or None.
 
     It was checked before (``looked``), or it differs from a checked one only in its shapes; then its replays are kept in ``aside``.
     """
-    known = _known(problem, x, function, captures)
+    known = _known(problem, x, function, captures, static)
     if known is None:
         return None
     replays = looked.find(known.key, known.parts) or aside.find(known.key, known.parts)
     if replays is None:
-        aside.keep(known.key, known.parts, replays := ReplayCache(known.captured))
+        aside.keep(known.key, known.parts, replays := known.new_replays())
     return _usable(replays, problem, x, known)
 
 
@@ -125,20 +128,29 @@ class _Known(NamedTuple):
     key: tuple[Any, ...]
     parts: tuple[Any, ...]
     captured: list[torch.Tensor]
+    vouched: bool
+
+    def new_replays(self) -> ReplayCache:
+        return ReplayCache(self.captured, vouched=self.vouched)
 
 
-def _known(problem: Problem, x: torch.Tensor, function: Any, captures: bool) -> _Known | None:
-    parts = _lasting(problem, x, function)
-    if parts is None:
+def _known(problem: Problem, x: torch.Tensor, function: Any, captures: bool, static: bool) -> _Known | None:
+    found = _lasting(problem, x, function, static)
+    if found is None:
         return None
-    captured = list({id(part): part for part in parts if isinstance(part, torch.Tensor)}.values())
-    return _Known((*_kinds(problem, captures), *map(_kind, captured)), parts, captured)
+    captured = list({id(part): part for part in found.parts if isinstance(part, torch.Tensor)}.values())
+    return _Known((*_kinds(problem, captures), *map(_kind, captured)), found.parts, captured, found.vouched)
 
 
 def _usable(replays: ReplayCache, problem: Problem, x: torch.Tensor, known: _Known) -> ReplayCache | None:
     fits = allowed() and problem.system.autocast is None
-    fits = fits and runs_plainly((x, *problem.tensors, *known.captured))
+    fits = fits and not _needs_grad(replays) and runs_plainly((x, *problem.tensors, *known.captured))
     return replays if fits else None
+
+
+def _needs_grad(replays: ReplayCache) -> bool:
+    """Return whether a tensor that a recording found requires grad by now."""
+    return any(tensor.requires_grad for tensor in replays.constants)
 
 
 @contextmanager
@@ -154,7 +166,7 @@ def inspect_on_failure(device: torch.device, inspect: Callable[[], object]) -> I
         inspect()
 
 
-def _lasting(problem: Problem, x: torch.Tensor, function: Any) -> tuple[Any, ...] | None:
+def _lasting(problem: Problem, x: torch.Tensor, function: Any, static: bool) -> Reach | None:
     """Return all objects that the user's ``function`` reaches, if a check of it holds for later calls."""
     system = problem.system
     # Whether a matrix is symmetric depends on its numbers.
@@ -162,7 +174,9 @@ def _lasting(problem: Problem, x: torch.Tensor, function: Any) -> tuple[Any, ...
         return None
     if not (has_plain_structure(system.raveler.structure) and has_plain_structure(system.arguments.structure)):
         return None
-    return reachable_objects(function, *system.arguments.others)
+    others = reachable_objects(*system.arguments.others)
+    found = reach(function if type(function) is tuple else (function,), static=static)
+    return None if others is None or found is None else found._replace(parts=(*found.parts, len(others), *others))
 
 
 def _kinds(problem: Problem, captures: bool) -> tuple[Any, ...]:

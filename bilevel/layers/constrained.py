@@ -9,8 +9,6 @@ where Π puts x on its active bounds, which may depend on θ. ∇_z 𝓛 = 0 is 
 usual rule gives the derivatives of x, ν and λ, of every order (Fiacco 1976). With smoothing τ the model is that of the central path,
 
     𝓛_τ(z, θ) = f(x) + νᵀh(x) + λᵀc(x) + τ Σ log λ_i − τ Σ log(x_j − lower_j) − τ Σ log(upper_j − x_j).
-
-The module is above 400 lines because the local model, its solution and its reports are one derivation from this Lagrangian.
 """
 
 from __future__ import annotations
@@ -23,15 +21,20 @@ from typing import Any, ClassVar
 
 import torch
 from torch.func import vmap
-from torch.utils import _pytree as pytree
 
 from bilevel._torch.reverse import grad, vjp
-from bilevel._torch.transforms import maps_nothing
 from bilevel.equations.problem import Problem
 from bilevel.equations.structured import LocalModel, Parts, objective_of
 from bilevel.equations.system import RootSystem, System
-from bilevel.errors import ArgumentError, BilevelError, ShapeError
-from bilevel.layers.constraints import Bounds, Constraints, PerConstraint
+from bilevel.errors import ArgumentError, BilevelError
+from bilevel.layers.constraints import (
+    Bounds,
+    Constraints,
+    PerConstraint,
+    place_of,
+    ravel_values,
+    unravel_flags,
+)
 from bilevel.linear._base import LinearSolver
 from bilevel.linear.exact import Exact
 from bilevel.linear.gmres import GMRES
@@ -110,9 +113,9 @@ class ConstrainedSystem(LocalModel):
             if known is not None:
                 assert function is not None
                 parts.append(
-                    _ravelled(replace(self.ordinary, function=function).call(x, *tensors), known, self.where, name).to(
-                        x.dtype
-                    )
+                    ravel_values(
+                        replace(self.ordinary, function=function).call(x, *tensors), known, self.where, name
+                    ).to(x.dtype)
                 )
         return torch.cat(parts)
 
@@ -173,26 +176,24 @@ class ConstrainedSystem(LocalModel):
         active: dict[str, Any] = {}
         if self.equality is not None:
             multipliers["equality"] = self.equality.unravel(equality)
-            active["equality"] = _flags(self.equality, torch.ones_like(equality, dtype=torch.bool))
+            active["equality"] = unravel_flags(self.equality, torch.ones_like(equality, dtype=torch.bool))
         if self.inequality is not None:
             multipliers["inequality"] = self.inequality.unravel(inequality)
             on = inequality > 0
-            if self.smoothing is not None and not maps_nothing((z, *tensors)):
+            if self.smoothing is not None:
                 on = inequality > -self._split(self.stack(x, *tensors))[2]
-            active["inequality"] = _flags(self.inequality, on)
+            active["inequality"] = unravel_flags(self.inequality, on)
         if stated.lower is not None or stated.upper is not None:
             of_lower, of_upper, at_lower, at_upper = self._bound_multipliers(x, equality, inequality, tensors)
             for name, values, on in (("lower", of_lower, at_lower), ("upper", of_upper, at_upper)):
                 if getattr(stated, name) is not None:
-                    multipliers[name], active[name] = unravel(values), _flags(self.ordinary.raveler, on)
+                    multipliers[name], active[name] = unravel(values), unravel_flags(self.ordinary.raveler, on)
         return Parts(x, PerConstraint(**multipliers), PerConstraint(**active))
 
     def _bound_multipliers(
         self, x: torch.Tensor, equality: torch.Tensor, inequality: torch.Tensor, tensors: Sequence[torch.Tensor]
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
         zero = torch.zeros_like(x)
-        if maps_nothing((x, *tensors)):
-            return zero, zero, zero > 0, zero > 0
         lower, upper = self.bounds(x, *tensors)
         at_lower, at_upper = self._active(x, lower, upper)
         if self.smoothing is not None:
@@ -236,10 +237,10 @@ class ConstrainedSystem(LocalModel):
     def name(self, kind: str, index: int) -> str:
         """Return how a user would write the constraint of a ``kind`` at ``index`` of its flat vector."""
         if kind in ("lower", "upper"):
-            return f"the {kind} bound of {_place(self.ordinary.raveler, 'x', index)}"
+            return f"the {kind} bound of {place_of(self.ordinary.raveler, 'x', index)}"
         known = self.equality if kind == "equality" else self.inequality
         assert known is not None
-        return _place(known, kind, index)
+        return place_of(known, kind, index)
 
     def program(self, problem: Problem) -> Program:
         """Return the batch ``problem``, of this system or of the same at other levels, as solvers of constrained problems see it."""
@@ -260,7 +261,7 @@ class ConstrainedSystem(LocalModel):
 
             joined = vectors[0] if len(vectors) == 1 else torch.cat(vectors, dim=-1)
             axes = len(system.batch_shape)
-            made = problem.evaluated(("constrained", name), evaluation, joined)
+            made = problem.evaluate(("constrained", name), evaluation, joined)
             return [part.reshape(problem.batch, *part.shape[axes:]) for part in made]
 
         def rows(x: torch.Tensor, *tensors: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -351,7 +352,9 @@ class ConstrainedSystem(LocalModel):
         for name, known in (("equality", self.equality), ("inequality", self.inequality)):
             value = given.get(name) if isinstance(given, dict) else getattr(given, name, None)
             made.append(
-                None if value is None or known is None else _ravelled(value, known, self.where, f"multipliers.{name}")
+                None
+                if value is None or known is None
+                else ravel_values(value, known, self.where, f"multipliers.{name}")
             )
         return made[0], made[1]
 
@@ -368,40 +371,6 @@ class ConstraintReach(RootSystem):
         zero = torch.zeros_like(flat)
         bounds = sum(torch.where(torch.isfinite(bound), bound, zero) for bound in (lower, upper))
         return flat + bounds + self.whole.stack(flat, *tensors).sum()
-
-
-def _ravelled(made: Any, known: Raveler, where: str, name: str) -> torch.Tensor:
-    """Return the values of a constraint as one vector, or say that their structure has changed."""
-    leaves, structure = pytree.tree_flatten(made)
-    fits = structure == known.structure and all(isinstance(leaf, torch.Tensor) for leaf in leaves)
-    if not fits or [leaf.shape for leaf in leaves] != list(known.shapes):
-        raise ShapeError(
-            f"{where}: expected {name} to have the structure and shapes {[tuple(shape) for shape in known.shapes]} that it has at init, got "
-            f"{[tuple(getattr(leaf, 'shape', ())) for leaf in leaves]}; give it one shape for all x"
-        )
-    return torch.cat([leaf.reshape(-1) for leaf in leaves]) if len(leaves) != 1 else leaves[0].reshape(-1)
-
-
-def _flags(known: Raveler, flags: torch.Tensor) -> Any:
-    """Return boolean ``flags`` in the structure that ``known`` describes."""
-    parts = torch.split(flags, [shape.numel() for shape in known.shapes])
-    return pytree.tree_unflatten(
-        [part.reshape(shape) for part, shape in zip(parts, known.shapes, strict=True)], known.structure
-    )
-
-
-def _place(known: Raveler, name: str, index: int) -> str:
-    """Return how the entry at ``index`` of the flat vector is written, such as ``inequality['capacity'][0, 2]``."""
-    numbered = pytree.tree_unflatten(list(range(len(known.shapes))), known.structure)
-    for (path, _), shape in zip(pytree.tree_flatten_with_path(numbered)[0], known.shapes, strict=True):
-        if index < shape.numel():
-            position: list[str] = []
-            for length in reversed(shape):
-                index, at = divmod(index, length)
-                position.insert(0, str(at))
-            return f"{name}{pytree.keystr(path)}" + (f"[{', '.join(position)}]" if position else "")
-        index -= shape.numel()
-    raise AssertionError("no such constraint")
 
 
 def _pulled(pull: Callable[..., Any], like: torch.Tensor) -> torch.Tensor:

@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 
-from bilevel._torch.transforms import maps_nothing, ones_for_nothing
 from bilevel.equations.structured import Structure, StructuredSystem, flat_raveler
 from bilevel.equations.system import System
 from bilevel.errors import ArgumentError, BilevelError, ShapeError
@@ -74,9 +73,8 @@ class ConstraintStructure(Structure):
         # Multipliers of zero are inactive; those of the central path are positive.
         first = 0.0 if stated.smoothing is None else 1.0
         start = torch.cat([init, torch.full((more,), first, dtype=init.dtype, device=init.device)]) if more else init
-        if not maps_nothing((init, *tensors)):
-            with torch.no_grad():
-                system.bounds(init, *tensors)  # so that what is wrong with them is said outside of the solve
+        with torch.no_grad():
+            system.bounds(init, *tensors)  # so that what is wrong with them is said outside of the solve
         return system, start
 
 
@@ -91,8 +89,6 @@ def _structure_of(
     if function is None:
         return None
     system = replace(ordinary, function=function)
-    # torch fails in some operations of an empty batch. The structure does not depend on the values.
-    init, *tensors = map(ones_for_nothing, (init, *tensors))
     try:
         with torch.no_grad():
             made = system.call(init, *tensors)

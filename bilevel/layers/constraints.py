@@ -13,7 +13,7 @@ from torch.utils import _pytree as pytree
 from bilevel.errors import ArgumentError, BilevelError, DtypeError, ShapeError
 from bilevel.pytree import Raveler, moves
 
-__all__ = ["Bounds", "Constraints", "PerConstraint", "flatten_values"]
+__all__ = ["Bounds", "Constraints", "PerConstraint", "flatten_values", "place_of", "ravel_values", "unravel_flags"]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -190,3 +190,37 @@ class Bounds:
             ) from error
         assert moves(leaf) or not leaf.is_floating_point()
         return whole.reshape(shape.numel()).to(dtype)
+
+
+def ravel_values(made: Any, known: Raveler, where: str, name: str) -> torch.Tensor:
+    """Return the values of a constraint as one vector, or say that their structure has changed."""
+    leaves, structure = pytree.tree_flatten(made)
+    fits = structure == known.structure and all(isinstance(leaf, torch.Tensor) for leaf in leaves)
+    if not fits or [leaf.shape for leaf in leaves] != list(known.shapes):
+        raise ShapeError(
+            f"{where}: expected {name} to have the structure and shapes {[tuple(shape) for shape in known.shapes]} that it has at init, got "
+            f"{[tuple(getattr(leaf, 'shape', ())) for leaf in leaves]}; give it one shape for all x"
+        )
+    return torch.cat([leaf.reshape(-1) for leaf in leaves]) if len(leaves) != 1 else leaves[0].reshape(-1)
+
+
+def unravel_flags(known: Raveler, flags: torch.Tensor) -> Any:
+    """Return boolean ``flags`` in the structure that ``known`` describes."""
+    parts = torch.split(flags, [shape.numel() for shape in known.shapes])
+    return pytree.tree_unflatten(
+        [part.reshape(shape) for part, shape in zip(parts, known.shapes, strict=True)], known.structure
+    )
+
+
+def place_of(known: Raveler, name: str, index: int) -> str:
+    """Return how the entry at ``index`` of the flat vector is written, such as ``inequality['capacity'][0, 2]``."""
+    numbered = pytree.tree_unflatten(list(range(len(known.shapes))), known.structure)
+    for (path, _), shape in zip(pytree.tree_flatten_with_path(numbered)[0], known.shapes, strict=True):
+        if index < shape.numel():
+            position: list[str] = []
+            for length in reversed(shape):
+                index, at = divmod(index, length)
+                position.insert(0, str(at))
+            return f"{name}{pytree.keystr(path)}" + (f"[{', '.join(position)}]" if position else "")
+        index -= shape.numel()
+    raise AssertionError("no such constraint")

@@ -14,15 +14,14 @@ import torch
 from torch.utils import _pytree as pytree
 
 from bilevel._torch.double_backward import Repeatable
+from bilevel._torch.empty_batches import EmptyBatch, apply_rule
 from bilevel._torch.transforms import (
     autocast_to,
     carries_gradient,
     differentiating,
     eager,
     forward_levels,
-    maps_nothing,
     transforms_active,
-    with_zero_derivatives,
     without_gradient,
 )
 from bilevel.equations.domain import leaves_domain
@@ -162,6 +161,7 @@ class Layer:
         has_aux: bool = False,
         prepare: Callable[..., Any] | None = None,
         warm_start: bool = False,
+        static: bool = False,
     ) -> None:
         noun = kind.noun
         if not callable(function):
@@ -183,7 +183,7 @@ class Layer:
         self._settings = SolveSettings(tolerance=Tolerance() if tolerance is None else tolerance, on_failure=on_failure)
         self.solver, self.linear_solver, self.differentiation = solver, linear_solver, differentiation
         self.written = written  # the user's function, if ``function`` wraps it
-        self.inspector = Inspector()
+        self.inspector = Inspector(static=static)
         functools.update_wrapper(self, function, updated=())
         self.where = where or f"`{kind.label}` layer `{getattr(function, '__name__', type(function).__name__)}`"
 
@@ -308,10 +308,12 @@ class Layer:
         raveler = Raveler.of(init, self.where)
         ordinary, tensors = self._system(raveler, args, kwargs)
         self._refuse_forward_twice(tensors)
-        system, flat = ordinary, raveler.ravel(init).detach()
+        system, flat, watched = ordinary, raveler.ravel(init).detach(), torch.is_grad_enabled()
+        empty = EmptyBatch.around((flat, *tensors))
+        if empty is not None:
+            return self._solution_of_none(settings, ordinary, raveler, empty, tensors)
         if self.structure is not None:
             system, flat = self.structure.attach(ordinary, flat, tensors)
-        watched = torch.is_grad_enabled()
         poisoned = (
             self._check_edge(settings.on_failure, init, ordinary, tensors)
             or (system is not ordinary and self._check_captures(settings.on_failure, flat, system, tensors))
@@ -319,11 +321,7 @@ class Layer:
             else False
         )
         call = self._call(settings, system, watched)
-        if maps_nothing((flat, *tensors)):
-            # The derivatives are empty, or zero. torch fails in some operations of an empty batch: the function is not called.
-            context = ImplicitContext(system, call.solve, call.solve_linear)
-            x = with_zero_derivatives(Solve.apply(context, flat, *map(without_gradient, tensors)), tensors)
-        elif isinstance(settings.differentiation, BySteps):
+        if isinstance(settings.differentiation, BySteps):
             x = self._by_steps(settings.differentiation, call, system, flat, tensors)
         else:
             context = ImplicitContext(system, call.solve, call.solve_linear, followed=watched, compare=call.compare)
@@ -337,6 +335,28 @@ class Layer:
             return Solution(raveler.unravel(x[: raveler.size]), call.report)
         parts = system.parts(x, *tensors)
         return Solution(raveler.unravel(parts.x), call.report, parts.multipliers, parts.active)
+
+    def _solution_of_none(
+        self,
+        settings: SolveSettings,
+        ordinary: System,
+        raveler: Raveler,
+        empty: EmptyBatch,
+        tensors: list[torch.Tensor],
+    ) -> Solution[Any]:
+        """Return the solutions of a batch of no problems. Their derivatives are empty, or zero."""
+        system, (flat, *ones) = ordinary, empty.ones()
+        if self.structure is not None:
+            system, flat = self.structure.attach(ordinary, flat, ones)
+        call = self._call(settings, system, watched=False)
+        context = ImplicitContext(system, call.solve, call.solve_linear)
+        x = apply_rule(functools.partial(Solve.apply, context), empty.without_problems(flat), *tensors)
+        assert call.report is not None
+        solution = Solution(raveler.unravel(x[: raveler.size]), call.report)
+        if not isinstance(system, StructuredSystem):
+            return solution
+        multipliers, active = empty.without_problems(system.parts(flat, *ones)[1:])
+        return replace(solution, multipliers=multipliers, active=active)
 
     def _by_steps(
         self, way: BySteps, call: SolveCall, system: System, flat: torch.Tensor, tensors: list[torch.Tensor]
@@ -407,7 +427,7 @@ class Layer:
         self, on_failure: OnFailure, init: torch.Tensor, system: System, tensors: list[torch.Tensor]
     ) -> bool:
         """Find tensors of an outer transform that the function captures; return whether the policy asks for NaN."""
-        if differentiating() and not maps_nothing((init, *tensors)):
+        if differentiating():
             # Inside the primitive, a captured tensor of a transform looks like a plain tensor. The check has to be here.
             detached = [without_gradient(tensor) for tensor in tensors]
             flat = without_gradient(init)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -89,6 +89,10 @@ class ModuleFunction:
     def state(self) -> dict[str, torch.Tensor]:
         """Return the module's parameters and buffers, which derivatives go to."""
         return {**dict(self.module.named_parameters()), **dict(self.module.named_buffers())}
+
+    def parameters(self) -> Iterator[torch.nn.Parameter]:
+        """Return the module's parameters, for an optimiser: ``torch.optim.Adam(layer.function.parameters())``."""
+        return self.module.parameters()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Call the module."""

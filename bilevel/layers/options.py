@@ -1,17 +1,18 @@
-"""The options that layers take by name, for type checkers: each overload of a factory refers to one of these."""
+"""The options that layers take by name: their types, to which the overloads of the factories refer, and a check of one."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any, TypedDict
 
+from bilevel.errors import ArgumentError
 from bilevel.layers.differentiation import Differentiation
 from bilevel.linear._base import LinearSolverLike
 from bilevel.policy import OnFailure
 from bilevel.solvers._base import InnerSolverLike
 from bilevel.tolerance import Tolerance
 
-__all__ = ["ArgminOptions", "LayerOptions", "LinearOptions"]
+__all__ = ["ArgminOptions", "LayerOptions", "LinearOptions", "refuse_goals"]
 
 
 class _Options(TypedDict, total=False):
@@ -28,6 +29,7 @@ class LayerOptions(_Options, total=False):
     has_aux: bool
     prepare: Callable[..., Any] | None
     warm_start: bool
+    static: bool
 
 
 class ArgminOptions(LayerOptions, total=False):
@@ -46,3 +48,12 @@ class LinearOptions(_Options, total=False):
 
     symmetric: bool
     unknown: Any
+
+
+def refuse_goals(tolerance: Tolerance | None) -> None:
+    """Raise if ``tolerance`` is a goal for a hypergradient, of which a layer knows nothing."""
+    if tolerance is not None and getattr(tolerance, "has_goal", False):
+        raise ArgumentError(
+            f"a layer: expected Tolerance(delta=..., delta_prime=...), got {tolerance!r}; a layer has no outer loss, "
+            "whose gradient this is about; write a bilevel.BilevelProblem"
+        )

@@ -21,7 +21,7 @@ from torch.func import vmap
 from torch.utils import _pytree as pytree
 
 from bilevel._torch.reverse import vjp
-from bilevel._torch.transforms import ones_for_nothing, without_gradient
+from bilevel._torch.transforms import without_gradient
 from bilevel.equations.problem import Problem
 from bilevel.equations.structured import LocalModel, Structure, StructuredSystem, flat_raveler, objective_of
 from bilevel.equations.system import RootSystem, System
@@ -265,8 +265,7 @@ class Proximal(Structure):
                 "imaginary parts, as torch.view_as_real gives them"
             )
         terms = _Terms(ordinary.where, self.given, raveler)
-        # torch fails in some operations of an empty batch. What kind of term there is does not depend on the values.
-        made = terms.of(*ordinary.arguments.rebuild([ones_for_nothing(tensor) for tensor in tensors]))
+        made = terms.of(*ordinary.arguments.rebuild(tensors))
         smooth = FlatTerm(made, raveler.shapes).has_manifold
         size = raveler.size if smooth else raveler.size + 1
         kind: Any = ProximalSystem if smooth else ProximalRoot

@@ -1,8 +1,8 @@
-"""The contract of linear solvers, and the one place that judges what they return.
+"""The contract of linear solvers, and the function that judges their results.
 
 A solver sees an operator of shape (batch, n, n), right-hand sides (batch, n) and, per problem, the norm that the
-residual is to reach. It returns iterates, steps and what it noticed. :func:`solve_linear` scales the
-problem, recomputes the true residual and decides the status, alike for all methods and for a user's function.
+residual is to reach. It returns solutions, step counts and statuses. :func:`solve_linear` scales the problem, computes
+the true residual and decides the status. It treats all methods, and a user's function, alike.
 """
 
 from __future__ import annotations
@@ -10,35 +10,31 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol, TypeAlias, runtime_checkable
+from typing import TypeAlias
 
 import torch
 
 from bilevel._torch.factorisations import LinAlgError
 from bilevel.errors import ArgumentError, DtypeError, ShapeError
 from bilevel.linear._judge import judge, refuted, rounding
-from bilevel.linear._null_space import find_null_space, known_null_space, without_null_part
-from bilevel.linear._solution import LinearSolution
+from bilevel.linear._null_space import known_null_space
+from bilevel.linear._second_solves import exceeds, minimum_norm, solve_again, solve_closer
+from bilevel.linear._solution import LinearOutcome, LinearSolution
 from bilevel.operators import LinearOperator
 from bilevel.reports import Basis, Status
 from bilevel.tolerance import Target, Tolerance
 
 __all__ = [
     "CallableLinearSolver",
-    "LinearOutcome",
     "LinearSolver",
     "LinearSolverLike",
-    "MakesPreconditioner",
-    "Preconditioner",
     "as_linear_solver",
-    "begin",
-    "check_preconditioner",
     "solve_linear",
 ]
 
 
 class LinearSolver(ABC):
-    """Solves A x = b for a batch. Subclasses are frozen dataclasses of settings with one method, ``solve``.
+    """A solver of A x = b for a batch. Subclasses are frozen dataclasses of settings with one method, ``solve``.
 
     Examples
     --------
@@ -55,7 +51,7 @@ class LinearSolver(ABC):
 
     @property
     def has_budget(self) -> bool:
-        """Whether the caller chose a number of steps, which is then legitimate to spend, as in "5 CG steps"."""
+        """Whether the caller chose a number of steps. Spending it is then no failure, as in "5 CG steps"."""
         return getattr(self, "max_steps", None) is not None
 
     @property
@@ -65,7 +61,7 @@ class LinearSolver(ABC):
 
     @property
     def knows_null_space(self) -> bool:
-        """Whether the method itself tells singular matrices from regular ones, as a factorisation does."""
+        """Whether the method itself distinguishes singular matrices from regular ones, as a factorisation does."""
         return False
 
     @abstractmethod
@@ -81,7 +77,7 @@ class LinearSolver(ABC):
         rhs
             b (batch, n), finite.
         threshold
-            (batch,): stop a problem when ‖b − A x‖ is at or below; 0 to spend the budget.
+            (batch,): a problem ends when ‖b − A x‖ is at most this. 0: spend the budget.
         start
             (batch, n) to begin from; zero if None.
         """
@@ -95,35 +91,36 @@ class LinearSolver(ABC):
         mu: float,
         error: torch.Tensor,
     ) -> LinearSolution:
-        """Solve A x = b for a symmetric A whose eigenvalues are known to be at least ``mu``; by default as :meth:`solve` does.
+        """Solve A x = b for a symmetric A whose eigenvalues are at least ``mu``. The default calls :meth:`solve`.
 
-        Override it in a method that can use μ beyond dividing a residual by it. The method may stop a problem as soon as ‖x −
-        A⁻¹b‖ ≤ ``error`` (batch,) is proven; 0 means that the residual alone decides. It returns the bound, and reports where μ
-        is refuted.
+        Override it in a method that has a better error bound than ‖b − A x‖/μ. The method may end a problem when it has
+        proven ‖x − A⁻¹b‖ ≤ ``error`` (batch,). With ``error`` 0 the residual alone decides. The method returns the
+        bound, and marks the problems that refute μ.
         """
         return self.solve(operator, rhs, threshold, start)
 
     def solve_unverified(self, operator: LinearOperator, rhs: torch.Tensor, threshold: torch.Tensor) -> LinearSolution:
-        """Solve A x = b for a caller that computes b − A x himself, with something else beside it; by default as :meth:`solve` does.
+        """Solve A x = b for a caller that computes b − A x itself. The default calls :meth:`solve`.
 
-        Override it in a method that knows its residual by a recurrence. It ends on that residual, and returns it. The caller
-        makes the product that verifies it.
+        Override it in a method that updates its residual by a recurrence. The method ends on the recursive residual and
+        returns it. The caller verifies it by a product.
         """
         return self.solve(operator, rhs, threshold)
 
     def propose(self, operator: LinearOperator, rhs: torch.Tensor) -> torch.Tensor | None:
-        """Return what is probably A⁻¹ b at the price of no product, or None; by default None.
+        """Return a probable A⁻¹ b without any product, or None. The default is None.
 
-        For a caller whose own pass over the graph makes A x along with something else: where the answer holds, that was all.
+        The caller verifies it with a product that it needs anyway. If the residual is small enough, the solve is
+        finished.
         """
         return None
 
     def serves(self, operator: LinearOperator) -> bool:
-        """Return whether this can solve with ``operator``; of a solver that keeps factors, whether they are of its matrices."""
+        """Return whether this can solve with ``operator``. A solver that keeps factors can only if they are those of its matrices."""
         return True
 
     def __call__(self, operator: LinearOperator, rhs: torch.Tensor, tolerance: Tolerance | None = None) -> torch.Tensor:
-        """Solve A x = b to ``tolerance`` and return x (batch, n), whatever became of it; see ``solve_linear``.
+        """Solve A x = b to ``tolerance`` and return x (batch, n), even if the solve failed; see ``solve_linear``.
 
         Raises
         ------
@@ -145,40 +142,9 @@ class LinearSolver(ABC):
         return solve_linear(self, operator, rhs, target).x
 
 
-Preconditioner: TypeAlias = Callable[[torch.Tensor], torch.Tensor]
-"""r ↦ M⁻¹r on tensors (batch, n)."""
-
-
-@runtime_checkable
-class MakesPreconditioner(Protocol):
-    """What makes a preconditioner of an operator, such as :class:`bilevel.Nystrom`."""
-
-    def preconditioner(self, operator: LinearOperator) -> Preconditioner:
-        """Return r ↦ M⁻¹r for the matrices of ``operator``."""
-
-
-def check_preconditioner(where: str, preconditioner: Preconditioner | MakesPreconditioner | None) -> None:
-    """Raise :class:`ArgumentError` unless ``preconditioner`` is a function, makes one, or is None."""
-    if isinstance(preconditioner, MakesPreconditioner) and not isinstance(preconditioner, type):
-        return
-    if preconditioner is not None and not (callable(preconditioner) and not isinstance(preconditioner, LinearSolver)):
-        raise ArgumentError(
-            f"{where}: expected preconditioner to be a function of r (batch, n), got {preconditioner!r}; pass one"
-        )
-
-
-def begin(operator: LinearOperator, rhs: torch.Tensor, start: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return x and b − A x to begin with: ``start`` where it is better than zero, and no product where there is none."""
-    if start is None:
-        return torch.zeros_like(rhs), rhs
-    residual = rhs - operator.matvec(start)
-    better = (residual.norm(dim=-1) < rhs.norm(dim=-1)).unsqueeze(-1)
-    return torch.where(better, start, torch.zeros_like(start)), torch.where(better, residual, rhs)
-
-
 @dataclass(frozen=True)
 class CallableLinearSolver(LinearSolver):
-    """A user's function (operator, rhs) ↦ x as a linear solver; its answer is judged by its true residual."""
+    """A user's function (operator, rhs) ↦ x as a linear solver. Its solution is judged by the true residual."""
 
     function: Callable[[LinearOperator, torch.Tensor], torch.Tensor]
 
@@ -193,7 +159,7 @@ class CallableLinearSolver(LinearSolver):
         try:
             with torch.no_grad():
                 x = self.function(operator, rhs)
-        except LinAlgError:  # of one matrix, and the whole batch is without an answer
+        except LinAlgError:  # one matrix failed, and the whole batch has no solution
             return LinearSolution(torch.zeros_like(rhs), unknown, torch.full_like(unknown, Status.BREAKDOWN))
         if not isinstance(x, torch.Tensor) or x.shape != rhs.shape:
             got = tuple(x.shape) if isinstance(x, torch.Tensor) else type(x).__name__
@@ -224,21 +190,6 @@ def as_linear_solver(solver: LinearSolverLike) -> LinearSolver:
     )
 
 
-@dataclass(frozen=True, eq=False)
-class LinearOutcome:
-    """A judged linear solve; every tensor per problem."""
-
-    x: torch.Tensor
-    status: torch.Tensor
-    iterations: torch.Tensor
-    residual: torch.Tensor
-    residual_norm: torch.Tensor
-    threshold: torch.Tensor
-    error_bound: torch.Tensor
-    basis: Basis
-    scale: torch.Tensor
-
-
 def solve_linear(
     solver: LinearSolver,
     operator: LinearOperator,
@@ -261,26 +212,26 @@ def solve_linear(
     operator
         A, (batch, n, n).
     rhs
-        b (batch, n). Each is scaled to unit size first, so that neither 1e-30 nor 1e30 is lost.
+        b (batch, n). Each row is scaled to unit size first, so that squares neither underflow nor overflow.
     target
-        The accuracy asked: the absolute bound holds for right-hand sides of norm one and above, and relative to
-        ‖b‖ below.
+        The accuracy. The absolute tolerance holds for right-hand sides of norm one and above. For smaller ones it is
+        relative to ‖b‖.
     start
-        (batch, n) to begin from; used for a problem only where it is better than zero.
+        The initial guess (batch, n). A problem uses it only if its residual is smaller than that of zero.
     verify
-        False to judge by the residual that the method has, however it came by it: for a caller that computes b − A x himself
-        before anything rests on it. Not with μ, nor with ``start``.
+        False: judge by the method's own residual, because the caller computes b − A x itself. It cannot be combined
+        with μ or ``start``.
     product
-        v ↦ A v as the caller makes it, with something else beside it, for an answer that the solver has before any product.
+        The caller's own v ↦ A v, which verifies a solution that the solver proposes before any product.
     seen
-        False where nobody will look at the residual: where budgets alone were meant, and all of them were spent, it is then NaN, and the
-        product for it is not made. The answers and their success do not depend on it.
+        False if nobody reads the residual. If no accuracy is asked and all problems spent their budgets, the residual
+        is then NaN, and its product is saved. Solutions and statuses do not depend on it.
     noise
-        (batch,): the norm of a part of b outside the range of A that is known to be rounding, where no accuracy was asked. In a second
-        derivative, b may be the rounding of a sum that is zero.
+        (batch,): the norm of the rounding error in b, which may lie outside the range of A. It counts if no accuracy is
+        asked. In a second derivative, b may be the rounding error of a sum that is zero.
     examine
-        Whether to look for free directions where a solver has converged that would not notice them, at the price of about as many products again.
-        Where there are some, the answer is the one of minimum norm, and its status says so.
+        Whether to look for null vectors of A if the solver cannot notice them itself. This about doubles the products.
+        If A is singular, the result is the minimum-norm solution, and the status says so.
     """
     solution: LinearSolution | None = None
     if product is not None:
@@ -292,9 +243,9 @@ def solve_linear(
     finite = torch.isfinite(scale)
     usable = finite & (scale > 0)
     scale = torch.where(usable, scale, torch.ones_like(scale))
-    if solution is not None:  # left as it is, for whoever has made its product
+    if solution is not None:  # not scaled: the caller has verified it as it is
         scale = torch.ones_like(scale)
-    # A problem with a NaN on the right is solved with zero instead and marked, so that it cannot spoil the others.
+    # A right-hand side with a NaN is replaced by zero and marked, so that it cannot affect the other problems.
     unit, sound = rhs / scale, bool(usable.all())
     unit = unit if sound else torch.where(usable, unit, torch.zeros_like(rhs))
     norm = unit.norm(dim=-1)
@@ -302,7 +253,7 @@ def solve_linear(
     threshold = _threshold(target, norm, size)
     begun = None if start is None else _safe(start / scale)
     mu = target.strong_convexity
-    # The error that the threshold stands for; one that nobody asked for is meant as a residual.
+    # The error that the threshold implies. A default threshold concerns the residual alone.
     error = threshold / mu if mu is not None and target.asked else torch.zeros_like(threshold)
     if solution is None and not verify:
         assert mu is None and start is None
@@ -322,11 +273,11 @@ def solve_linear(
         coarse = status == Status.SINGULAR
         if noise is not None and not target.asked and bool(coarse.any()):
             threshold = torch.where(coarse, torch.maximum(threshold, noise / size), threshold)
-            solution = _again(solver, operator, unit, threshold, coarse, solution)
+            solution = solve_again(solver.solve, operator, unit, threshold, coarse, solution)
             x, residual = solution.x, unit - operator.matvec(solution.x)
             status = judge(solver.has_budget, operator, unit, target, threshold, error, solution, residual.norm(dim=-1))
         if (examine or known_null_space(operator) is not None) and mu is None and not target.silent:
-            x, residual, status = _examined(operator, unit, threshold, solution, residual, status)
+            x, residual, status = minimum_norm(operator, unit, threshold, solution, residual, status)
     residual_norm = residual.norm(dim=-1)
     bound = torch.full_like(residual_norm, float("nan"))
     if mu is not None:
@@ -336,19 +287,20 @@ def solve_linear(
             bound = torch.fmin(bound, solution.error_bound)
         bound = bound + rounded / mu
         if target.asked:
-            short = (status == Status.CONVERGED) & _exceeds(bound, error)
+            short = (status == Status.CONVERGED) & exceeds(bound, error)
             if bool(short.any()):
-                x, bound = _closer(solver, operator, unit, threshold, rounded, mu, short, x, bound)
+                x, bound = solve_closer(solver.solve, operator, unit, threshold, rounded, mu, short, x, bound)
                 residual = unit - operator.matvec(x)
                 residual_norm = residual.norm(dim=-1)
-                status = torch.where(short & _exceeds(bound, error), int(Status.STAGNATED), status)
+                status = torch.where(short & exceeds(bound, error), int(Status.STAGNATED), status)
         contradicted = refuted(operator, x, unit - residual, mu, size_of_a)
         if solution.refuted is not None:
             contradicted = contradicted | solution.refuted
-        # It is said of whatever ended for want of steps or digits, too: it is the graver fault.
+        # A wrong μ is the more serious fault: it replaces the statuses of problems that ran out of steps or digits,
+        # too.
         contradicted = contradicted & (status <= Status.STAGNATED) | (
             status == Status.MINIMUM_NORM
-        )  # with an eigenvalue 0
+        )  # A then has the eigenvalue 0
         status = torch.where(contradicted, torch.full_like(status, Status.REFUTED), status)
         bound = torch.where(contradicted, torch.full_like(bound, float("nan")), bound)
     x, residual_norm = x * scale, residual_norm * size
@@ -358,7 +310,7 @@ def solve_linear(
         unknown = torch.full_like(size, float("nan"))
         residual_norm, norm = (torch.where(finite.squeeze(-1), length, unknown) for length in (residual_norm, norm))
     if not bool(torch.isfinite(x.sum())):
-        # The answer to a scaled problem may lie beyond the largest number of its dtype.
+        # The solution may overflow when it is scaled back.
         beyond = ((status == Status.CONVERGED) | (status == Status.MINIMUM_NORM)) & ~torch.isfinite(x).all(dim=-1)
         status = torch.where(beyond, torch.full_like(status, Status.NOT_FINITE), status)
     return LinearOutcome(
@@ -367,96 +319,18 @@ def solve_linear(
     )  # fmt: skip
 
 
-_LEAST_EXAMINATION = 50
-
-
-def _examined(
-    operator: LinearOperator,
-    rhs: torch.Tensor,
-    threshold: torch.Tensor,
-    solution: LinearSolution,
-    residual: torch.Tensor,
-    status: torch.Tensor,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return x, its residual and its status with the minimum-norm answers of converged problems whose matrices prove to be singular."""
-    x, converged = solution.x, status == Status.CONVERGED
-    if not bool(converged.any()) or not operator.size:
-        return x, residual, status
-    taken = int(solution.iterations.amax()) or operator.size  # of a user's function it is not known
-    most = 2 * taken + _LEAST_EXAMINATION
-    free = converged & find_null_space(operator, most).singular.repeat(operator.repeats)
-    if not bool(free.any()):
-        return x, residual, status
-    moved, changed = without_null_part(operator, x, free, most)
-    status = torch.where(free, int(Status.MINIMUM_NORM), status)
-    if not bool(changed.any()):
-        return x, residual, status
-    left = rhs - operator.matvec(moved)
-    norm, before = left.norm(dim=-1), residual.norm(dim=-1)
-    # A projection that was not finished in time is a solution to the tolerance, or is not used.
-    good = changed & (norm <= torch.maximum(threshold, 2 * before))
-    status = torch.where(changed & ~good, int(Status.STAGNATED), status)
-    good = good.unsqueeze(-1)
-    return torch.where(good, moved, x), torch.where(good, left, residual), status
-
-
-def _again(
-    solver: LinearSolver,
-    operator: LinearOperator,
-    rhs: torch.Tensor,
-    threshold: torch.Tensor,
-    these: torch.Tensor,
-    found: LinearSolution,
-) -> LinearSolution:
-    """Solve ``these`` singular systems (batch,) again, to another threshold: an iterate that went beyond it has run away along null vectors."""
-    again = solver.solve(operator, torch.where(these.unsqueeze(-1), rhs, 0.0), threshold)
-    status = torch.where(again.status == Status.CONVERGED, int(Status.MINIMUM_NORM), again.status)
-    return LinearSolution(
-        torch.where(these.unsqueeze(-1), again.x, found.x),
-        found.iterations + torch.where(these, again.iterations, 0),
-        torch.where(these, status, found.status),
-    )
-
-
-def _exceeds(bound: torch.Tensor, error: torch.Tensor) -> torch.Tensor:
-    """Return where ``bound`` is above ``error``, and not by its own rounding, (batch,) bool."""
-    return bound > error * (1 + 16 * torch.finfo(bound.dtype).eps)
-
-
-def _closer(
-    solver: LinearSolver,
-    operator: LinearOperator,
-    rhs: torch.Tensor,
-    threshold: torch.Tensor,
-    rounded: torch.Tensor,
-    mu: float,
-    these: torch.Tensor,
-    x: torch.Tensor,
-    bound: torch.Tensor,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return x (batch, n) and bounds (batch,), of ``these`` problems with residuals so small that rounding does not lift the bound above δ′."""
-    stricter = threshold - 2 * rounded
-    within = these & (stricter > 0)
-    if not bool(within.any()):
-        return x, bound
-    again = solver.solve(operator, torch.where(within.unsqueeze(-1), rhs, 0.0), stricter.clamp_min(0.0)).x
-    fresh = ((rhs - operator.matvec(again)).norm(dim=-1) + rounded) / mu
-    lower = within & (fresh < bound)
-    return torch.where(lower.unsqueeze(-1), again, x), torch.where(lower, fresh, bound)
-
-
 def _proposed(
     solver: LinearSolver,
     operator: LinearOperator,
     rhs: torch.Tensor,
     product: Callable[[torch.Tensor], torch.Tensor],
 ) -> LinearSolution | None:
-    """Return the solver's proposal, if it has one whose true residual is down to rounding, or None."""
+    """Return the solver's proposal if its true residual is at rounding level, else None."""
     x = solver.propose(operator, rhs)
     if x is None:
         return None
     scale, info = rhs.abs().amax(dim=-1), torch.finfo(rhs.dtype)
-    # Squares of what is beyond these would be lost, and a NaN is beyond them too.
+    # Outside this range squares underflow or overflow. A NaN is outside too.
     if not bool((((scale > info.tiny**0.25) & (scale < info.max**0.25)) | (scale == 0)).all()):
         return None
     residual = rhs - product(x)
@@ -472,7 +346,7 @@ def _threshold(target: Target, norm: torch.Tensor, size: torch.Tensor) -> torch.
 
 
 def _settled(solution: LinearSolution, rhs: torch.Tensor, target: Target) -> LinearOutcome | None:
-    """Return the outcome of a proposal where nothing is left to judge, or None: it was accurate enough and no bound is to be had."""
+    """Return the outcome of a proposal that is accurate enough and needs no error bound, else None."""
     assert solution.residual is not None
     norm, left = rhs.norm(dim=-1), solution.residual.norm(dim=-1)
     threshold = _threshold(target, norm, torch.ones_like(norm))
@@ -493,7 +367,7 @@ def _settled(solution: LinearSolution, rhs: torch.Tensor, target: Target) -> Lin
 
 
 def _as_meant(solution: LinearSolution, target: Target) -> bool:
-    """Whether every problem spent a budget that alone was meant, so that its residual decides nothing."""
+    """Return whether no accuracy was asked and every problem spent its budget. The residual then decides nothing."""
     meant = target.silent and target.strong_convexity is None and solution.residual is None
     return meant and bool((solution.status == Status.MAX_STEPS).all()) and bool(torch.isfinite(solution.x.sum()))
 

@@ -1,7 +1,8 @@
-"""Whether an argument changes which directions of a solution are free, so that it has no derivative there.
+"""Whether an argument changes the free directions of a solution. The solution then has no derivative.
 
 Where J = ∂_x R is singular at the solution, a small change dθ moves the solution by a small dx only if J dx = −∂_θR dθ has a solution, that is if
-uᵀ ∂_θR dθ = 0 for every u with uᵀ J = 0. Reverse mode solves Jᵀ q = x̄ and never meets ∂_θR dθ. It looks at (∂_θR)ᵀ u here instead.
+uᵀ ∂_θR dθ = 0 for every u with uᵀ J = 0. Reverse mode solves Jᵀ q = x̄ and does not see ∂_θR dθ. This module computes
+(∂_θR)ᵀ u instead.
 """
 
 from __future__ import annotations
@@ -26,17 +27,17 @@ _IRRATIONAL = (0.7548776662466927, 0.5698402909980532, 0.8191725133961645)
 def changes_free_directions(
     operator: LinearOperator, status: torch.Tensor, pullbacks: Sequence[Pullback]
 ) -> torch.Tensor:
-    """Return, per problem, whether an argument changes which directions are free: up to three pullbacks, and none without a singular matrix.
+    """Return, per problem, whether an argument changes the free directions. It costs up to three pullbacks if a matrix is singular, else none.
 
     Parameters
     ----------
     operator
-        Jᵀ (batch, n, n), as the adjoint was solved with.
+        Jᵀ (batch, n, n), the operator of the adjoint's solve.
     status
-        How that ended (batch,). Problems with ``Status.MINIMUM_NORM`` are looked at, if a factorisation or an examination has found a null vector.
+        The status of that solve (batch,). Problems with ``Status.MINIMUM_NORM`` are examined if a null vector is known.
     pullbacks
-        To the arguments, and then to what the arguments were computed from, if that is known. A problem has no derivative if (∂_θR)ᵀ u vanishes
-        in none of them.
+        The pullbacks to the arguments, and to the tensors that these were computed from, if known. A problem has no
+        derivative if (∂_θR)ᵀ u vanishes in none of them.
     """
     found = torch.zeros_like(status, dtype=torch.bool)
     singular = status == Status.MINIMUM_NORM
@@ -49,7 +50,7 @@ def changes_free_directions(
     if probe is None:
         return found
     suspects = singular.reshape(operator.repeats, base.batch).any(0) & probe.singular  # (batch,)
-    # All problems at once, and one by one only where that does not vanish: they may share an argument.
+    # First all problems at once. If the sum does not vanish, one by one, because they may share an argument.
     for pullback in pullbacks:
         if _vanishes(pullback, suspects, probe):
             return found
@@ -63,7 +64,7 @@ def changes_free_directions(
 
 @dataclass(frozen=True, eq=False)
 class _Probe:
-    """Null vectors of the singular matrices of a batch, and what (∂_θR)ᵀ u is compared with.
+    """Null vectors of the singular matrices of a batch, and the vectors that (∂_θR)ᵀ u is compared with.
 
     Parameters
     ----------
@@ -72,7 +73,7 @@ class _Probe:
     vectors
         A null vector u of each singular matrix, u with irregular signs, and an irregular vector of the same scaled norm (each (batch, n)).
     doubt
-        Problems (batch,) ↦ the part of u that may be an error.
+        Problems (batch,) ↦ the relative error of u.
     scale
         The largest scale of a row.
     """
@@ -84,7 +85,7 @@ class _Probe:
 
 
 def _probe_of_products(null: NullSpace) -> _Probe:
-    """Return the probe for null vectors found by products: the gap to the other singular values is not known."""
+    """Return the probe of null vectors that were found by products. The gap to the other singular values is unknown."""
     u = null.vector
     places = torch.arange(1, u.shape[-1] + 1, dtype=torch.float64, device=u.device)
     v, w = (torch.frac(places * irrational).sub(0.5).to(u) for irrational in _IRRATIONAL[1:])
@@ -94,15 +95,15 @@ def _probe_of_products(null: NullSpace) -> _Probe:
 
 
 def _probe_of_factors(pseudo: PseudoInverse, batch: int) -> _Probe:
-    """Return the probe for null vectors of a decomposition.
+    """Return the probe of null vectors from a decomposition.
 
-    A null vector is that of a matrix known to about the cutoff of its rank, which the gap to the other singular values divides. At least half of the
-    digits are left to its error, and at most all but one.
+    The relative error of a null vector is about the cutoff of the rank, divided by the gap to the other singular
+    values. It is limited to the range from the square root of eps to 0.1.
     """
     eps = torch.finfo(pseudo.left.dtype).eps
 
     def doubt(these: torch.Tensor) -> float:
-        kept = pseudo.inverse[these[pseudo.singular]].abs()  # 1 / σ, and zero for a σ that counts as zero
+        kept = pseudo.inverse[these[pseudo.singular]].abs()  # 1 / σ; zero if σ counts as zero
         spread = torch.where(kept > 0, kept.amax(-1, keepdim=True) / kept, 0.0)
         return min(max(eps**0.5, pseudo.cutoff * float(spread.amax())), 0.1)
 
@@ -113,7 +114,7 @@ def _probe_of_factors(pseudo: PseudoInverse, batch: int) -> _Probe:
 def _vectors(pseudo: PseudoInverse, batch: int) -> tuple[torch.Tensor, ...]:
     """Return the vectors of a :class:`_Probe`."""
     left = pseudo.left  # (k, n, n): the scale of each row times an orthogonal matrix
-    # Drawn by no generator: a transform that surrounds this may refuse random numbers.
+    # No random generator is used: a transform around this call may refuse random numbers.
     places = torch.arange(1, left.shape[-1] * len(left) + 1, dtype=torch.float64, device=left.device)
     u, v, w = (torch.frac(places * irrational).sub(0.5).to(left).reshape(left.shape[:2]) for irrational in _IRRATIONAL)
 
@@ -130,10 +131,10 @@ def _vectors(pseudo: PseudoInverse, batch: int) -> tuple[torch.Tensor, ...]:
 
 
 def _vanishes(pullback: Pullback, these: torch.Tensor, probe: _Probe) -> bool:
-    """Return whether (∂_θR)ᵀ u of ``these`` problems (batch,) is zero but for the errors of u and of rounding, for each argument θ by itself.
+    """Return, for each argument θ, whether (∂_θR)ᵀ u of ``these`` problems (batch,) is zero up to the error of u and rounding.
 
-    Where all of ∂_θR is rounding, as of a θ that shifts x along a free direction, no ratio tells. R depends on x + θ at most as strongly as on x
-    there, and 64 eps of that counts as zero.
+    If all of ∂_θR is rounding, ratios say nothing. An example is a θ that shifts x along a free direction. There ∂_θR
+    is at most as large as ∂_x R, and 64 eps of that counts as zero.
     """
     vectors = probe.vectors
     found = pullback(torch.where(these.unsqueeze(-1), vectors[0], 0.0))
@@ -159,7 +160,7 @@ def _norm(tensor: torch.Tensor) -> float:
 
 
 def free_direction_messages(*, symmetric: bool) -> StatusMessages:
-    """Return what a report says of ``Status.SINGULAR`` where an argument changes which directions are free."""
+    """Return the message for ``Status.SINGULAR`` if an argument changes the free directions."""
     meaning = "found no derivative: an argument changes which directions of the solution are free"
     if symmetric:
         remedy = "pin one unknown, add a small ridge term such as 1e-3 * ((x - x0) ** 2).sum() with a fixed x0 to the objective"
@@ -169,7 +170,7 @@ def free_direction_messages(*, symmetric: bool) -> StatusMessages:
 
 
 def unsure_derivative_messages() -> StatusMessages:
-    """Return what a report says of ``Status.MINIMUM_NORM`` where a computed argument may change which directions are free."""
+    """Return the message for ``Status.MINIMUM_NORM`` if a computed argument may change the free directions."""
     meaning = (
         "found the solution of smallest Euclidean norm; by an argument that the transform computes, "
         "the derivative may not exist, which was not checked"

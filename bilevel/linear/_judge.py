@@ -1,4 +1,4 @@
-"""How a linear solve ended, decided by the true residual, alike for all methods."""
+"""The status of a linear solve, decided by the true residual, in the same way for all methods."""
 
 from __future__ import annotations
 
@@ -14,20 +14,21 @@ __all__ = ["eigenvalue_uncertainty", "judge", "refuted", "rounding", "rounding_f
 
 
 def eigenvalue_uncertainty(size: int, dtype: torch.dtype) -> float:
-    """Return the part of its largest eigenvalue by which an eigenvalue of a Hessian of order ``size`` may be wrong.
+    """Return the possible error of an eigenvalue of a Hessian of order ``size``, relative to its largest eigenvalue.
 
-    It is rounded, and taken at a solution that is known to about the accuracy asked by default: where the solution is unique up to a
-    symmetry only, an eigenvalue that is zero at the solution is of either sign beside it.
+    The Hessian is rounded, and it is computed at a point whose error is about the default accuracy. If the solution is
+    unique only up to a symmetry, an eigenvalue that is zero at the solution can have either sign at a nearby point.
     """
     return min(max(size * torch.finfo(dtype).eps, 4 * auto_relative(dtype)), 1e-3)
 
 
 def rounding_floor(operator: LinearOperator, x: torch.Tensor, rhs: torch.Tensor) -> torch.Tensor:
-    """Return, per problem, the residual norm that rounding alone accounts for: five products.
+    """Return, per problem, the residual norm that rounding alone can cause. It costs five products.
 
-    Moving every entry of x by one unit in its last place moves A x by about eps ‖A (s∘x)‖ for signs s. They are first drawn, and of a
-    symmetric A then chosen along A A (s∘x), as drawn ones may all but cancel. No solver can answer for less. Inside a product, as of a
-    Hessian through a factorisation, larger numbers may cancel: what such a move does change in A x is the floor there.
+    Moving every entry of x by one unit in its last place moves A x by about eps ‖A (s∘x)‖ for signs s. The signs are
+    drawn first. For a symmetric A they are then chosen along A A (s∘x), because random ones may nearly cancel. No
+    solver can reach a smaller residual. Larger numbers may cancel inside a product, for example in a Hessian through a
+    factorisation. The measured change of A x is the floor there.
     """
     generator = torch.Generator().manual_seed(0)
     signs = (torch.randint(0, 2, (x.shape[-1],), generator=generator) * 2 - 1).to(x)
@@ -37,14 +38,14 @@ def rounding_floor(operator: LinearOperator, x: torch.Tensor, rhs: torch.Tensor)
     if operator.symmetric:
         moved = torch.maximum(moved, operator.matvec(x.abs() * operator.matvec(product).sign()).norm(dim=-1))
     noise = (operator.matvec(x + eps * signs * x) - operator.matvec(x)).norm(dim=-1)
-    # An x that has run away along a null vector must not excuse its own residual.
+    # A huge x along a null vector must not raise its own floor.
     return torch.minimum(torch.maximum(32 * eps * (moved + size), 8 * noise), eps**0.5 * size)
 
 
 def rounding(operator: LinearOperator, x: torch.Tensor, rhs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return, per problem, what rounding can hide in b − A x, and an estimate of ‖A‖; one product.
+    """Return, per problem, the rounding error of b − A x, and an estimate of ‖A‖. It costs one product.
 
-    As :func:`rounding_floor`, without the clause for an x that has run away: its bound is to be as large as it is.
+    It differs from :func:`rounding_floor` for a huge x along a null vector: the bound then grows with x.
     """
     generator = torch.Generator().manual_seed(1)
     signs = (torch.randint(0, 2, (x.shape[-1],), generator=generator) * 2 - 1).to(x)
@@ -61,7 +62,7 @@ def refuted(
     square = torch.linalg.vecdot(x, x)
     measured = torch.linalg.vecdot(x, product) if operator.symmetric else product.norm(dim=-1) * square.sqrt()
     eps = torch.finfo(x.dtype).eps
-    # The margin: μ may have been computed in another way, and the product is rounded.
+    # The margin allows for rounding in the product, and for a μ that was computed in another way.
     least = mu * (1 - 1e-4) - 64 * eps * (size_of_a + product.norm(dim=-1) / square.sqrt())
     return (square > torch.finfo(x.dtype).tiny) & (measured < least * square)
 
@@ -74,11 +75,11 @@ def _consistent(
     residual_norm: torch.Tensor,
     reached: torch.Tensor,
 ) -> torch.Tensor:
-    """Return what became of systems with a singular matrix: whether b lies in its range, to the tolerance, or to the dtype's where none is."""
+    """Return the statuses of systems with a singular matrix, by whether b lies in its range to the tolerance, or to the dtype's default."""
     status = torch.full(reached.shape, int(Status.SINGULAR), dtype=torch.int64, device=rhs.device)
     if target.asked and not bool(
         reached.all()
-    ):  # the accuracy asked may be beyond the dtype, and b in the range for all that
+    ):  # b may lie in the range although the dtype cannot reach the accuracy asked
         rounded = residual_norm <= rounding_floor(operator, x, rhs)
         status = torch.where(rounded, int(Status.STAGNATED), status)
     if target.silent:
@@ -97,7 +98,7 @@ def _singular(
     """Return ``status`` with ``Status.SINGULAR`` for those of the ``failed`` problems (batch,) whose b is proven to lie outside the range of A."""
     if isinstance(operator, FunctionOperator) and not operator.transposes:
         return status
-    # Of an x that has run away, the residual is lost in rounding.
+    # If x is huge, rounding hides the residual.
     residual = rhs - operator.matvec(x)
     lost = ~(residual.norm(dim=-1) <= rhs.norm(dim=-1))
     residual = torch.where(lost.unsqueeze(-1), rhs, residual)
@@ -124,7 +125,7 @@ def judge(
         | (noticed == Status.MAX_STEPS)
         | (noticed == Status.STAGNATED)
         | (noticed == Status.NOT_CONVERGED)
-        | (noticed == Status.BREAKDOWN)  # a breakdown at the solution is a solution
+        | (noticed == Status.BREAKDOWN)  # a breakdown at the solution is a success
         | (noticed == Status.DIVERGED)
         | (noticed == Status.MINIMUM_NORM)
     )
@@ -133,14 +134,14 @@ def judge(
         reached = reached | (solution.error_bound <= error)
     if solution.floor is not None and not target.asked:
         reached = reached | (residual_norm <= solution.floor)
-    # Whether a budget that alone was meant ended within rounding is not worth a product.
+    # With no accuracy asked, a product to find the rounding error is not worth its cost.
     spent_as_meant = (noticed == Status.MAX_STEPS) & target.silent
     if not bool((reached | ~ended | spent_as_meant).all()) and not target.asked:
         reached = reached | (residual_norm <= rounding_floor(operator, solution.x, rhs))
     status = noticed
     short = ended & ~reached
     if bool(short.any()):
-        # A solver that believes it has converged, and has not, has met the limit of its arithmetic.
+        # A solver that reports convergence above the threshold has reached the limit of its arithmetic.
         believed = noticed == Status.CONVERGED
         status = torch.where(short & believed, torch.full_like(status, Status.STAGNATED), status)
         if not target.asked and (has_budget or target.silent):
@@ -158,6 +159,6 @@ def judge(
     )
     if bool((failed & short).any()):
         status = _singular(operator, rhs, solution.x, threshold, status, failed & short)
-    # A singular matrix makes infinities; that it is singular says more.
+    # A singular matrix leads to infinities. SINGULAR is then the more informative status.
     bad = ~torch.isfinite(residual_norm) & ended
     return torch.where(bad, torch.full_like(status, Status.NOT_FINITE), status)

@@ -1,7 +1,7 @@
-"""Conjugate gradients of one problem, with numbers of Python's in place of tensors of one number.
+"""Conjugate gradients for a single problem, with Python numbers in place of one-element tensors.
 
-Those take as long as vectors do, and are most of a step's time where products are quick. The steps are those of :class:`bilevel.CG`; whatever is
-not a step like any other, or the usual end, is left to it.
+Operations on one-element tensors cost as much as those on short vectors, and dominate a step if products are cheap. The
+steps are those of :class:`bilevel.CG`, which handles everything but ordinary steps and convergence.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ __all__ = ["SingleProblemState", "run_single"]
 
 @dataclass(frozen=True, eq=False)
 class SingleProblemState:
-    """How far a run has come; vectors are (1, n).
+    """The state of a run. Vectors are (1, n).
 
     Parameters
     ----------
     steps
-        How many were taken.
+        The number of steps taken.
     x, r
         The iterate and its recursive residual.
     p, rr, largest
@@ -31,7 +31,7 @@ class SingleProblemState:
     product
         A p, if it was made.
     residual
-        The true residual where the problem is solved; else None, and all of the above is what the next step begins with.
+        The true residual if the problem is solved. None: the run continues from the state above.
     """
 
     steps: int
@@ -56,18 +56,18 @@ def run_single(
     *,
     verify: bool,
 ) -> SingleProblemState:
-    """Take steps from x with residual r, both (1, n), until something ends the run, or ``most`` of them.
+    """Take at most ``most`` steps from x with residual r, both (1, n), until something ends the run.
 
     Parameters
     ----------
     operator, rhs
         A and b (1, n).
     threshold, goal
-        The norm of the true residual to reach, and the square of the recursive one at which to look at it.
+        The norm of the true residual to reach, and the squared norm of the recursive residual at which it is computed.
     tiny
-        The part of the largest quotient that is rounding.
+        The share of the largest quotient that counts as rounding.
     verify
-        False to take the recursive residual for the true one.
+        False: trust the recursive residual.
     """
     b, x, r = rhs.squeeze(0), x.squeeze(0), r.squeeze(0)
     p, rr, largest, step = r, float(torch.dot(r, r)), 0.0, 0

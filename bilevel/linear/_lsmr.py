@@ -38,7 +38,8 @@ def lsmr(
 ) -> NormalRun:
     """Solve AᵀA x = d until ‖d − AᵀA x‖ ≤ ``accuracy``, or ‖b − A x‖ ≤ ``threshold``.
 
-    Two products for each step; former right vectors are kept, up to 256 MiB, and each new one is made orthogonal to them.
+    A step costs two products. Former right vectors are kept, up to 256 MiB, and each new one is made orthogonal to
+    them.
 
     Parameters
     ----------
@@ -47,9 +48,9 @@ def lsmr(
     normal_rhs
         d (batch, n).
     accuracy
-        (batch,): 0 to spend the steps, infinite for a problem to be left out.
+        (batch,). 0: spend the steps. Infinite: leave the problem out.
     max_steps
-        The most steps, of all or of each (batch,).
+        The largest number of steps: one number, or one per problem (batch,).
     rhs, threshold
         b (batch, m) and (batch,), where b is known.
     """
@@ -89,7 +90,7 @@ def lsmr(
         p = unit(p, rho)
         v = kept.orthogonal(rmatvec(p) - rho.unsqueeze(-1) * v)
         theta = v.norm(dim=-1)
-        theta = torch.where(theta > 8 * eps * size, theta, 0.0)  # below, the space is used up
+        theta = torch.where(theta > 8 * eps * size, theta, 0.0)  # below this, the Krylov space is exhausted
         v = unit(v, theta)
         kept.add(v)
         theta_bar = s_bar * rho
@@ -100,7 +101,7 @@ def lsmr(
         h_bar, image_h_bar = h - back * h_bar, image_h - back * image_h_bar
         step = _quotient(zeta, rho * rho_bar).unsqueeze(-1)
         moved = x + step * h_bar
-        # A direction that A takes to zero adds nothing but rounding.
+        # A direction that A maps to zero adds only rounding.
         sound = active & torch.isfinite(moved).all(dim=-1) & (rho > 8 * eps * size)
         x = torch.where(sound.unsqueeze(-1), moved, x)
         image = torch.where(sound.unsqueeze(-1), image + step * image_h_bar, image)
@@ -124,7 +125,7 @@ _BASIS_BYTES = 2**28
 
 
 class Kept:
-    """The former vectors of a run, to which new ones are made orthogonal; the latest where memory is short."""
+    """The former vectors of a run, to which new ones are made orthogonal. If memory is short, only the latest."""
 
     def __init__(self, first: torch.Tensor) -> None:
         self._room = max(2, _BASIS_BYTES // max(1, first.numel() * first.element_size()))

@@ -1,11 +1,12 @@
 """Null vectors of matrices known by their products, found by conjugate gradients.
 
-A y = A g is solved for a random g. What stays of g is its projection onto the null space of A::
+Solve A y = A g for a random g. Then g − y tends to the projection of g onto the null space of A::
 
     u₀ = g,   u_k = g − y_k with y_k in the range of Aᵀ,   u_k → P g
 
-‖u_k‖ falls monotonically, and the residual is A u_k. So ‖A u_k‖ / (‖A‖ ‖u_k‖) bounds the smallest singular value of A at every step, and
-costs no product of its own. The run ends where that bound is rounding (A is singular), or where hardly anything is left of g (A is regular).
+‖u_k‖ falls monotonically, and the residual is A u_k. So ‖A u_k‖ / (‖A‖ ‖u_k‖) bounds the smallest singular value of A
+at every step, without another product. The run ends when the bound is at rounding level (A is singular), or when u_k
+has nearly vanished (A is regular).
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ __all__ = ["NullSpace", "find_null_space", "known_null_space", "null_part", "wit
 
 _BASIS_NUMBERS = 2**25
 _MOST_RESTARTS = 4
-# A random g has less than this part of its expected share along a given direction in one of a hundred cases.
+# In one of a hundred cases, the part of a random g along a given direction is below this share of its expectation.
 _SHARE = 0.01
 _MEMO = "null space"
 
@@ -31,7 +32,7 @@ Product = Callable[[torch.Tensor], torch.Tensor]
 
 @dataclass(frozen=True, eq=False)
 class NullSpace:
-    """Which matrices of a batch are singular to working precision, and a null vector of each.
+    """The matrices of a batch that are singular to working precision, with a null vector of each.
 
     Parameters
     ----------
@@ -46,16 +47,16 @@ class NullSpace:
 
 
 def known_null_space(operator: LinearOperator) -> NullSpace | None:
-    """Return what :func:`find_null_space` has found for the matrices of ``operator``, or None."""
+    """Return the earlier result of :func:`find_null_space` for ``operator``, or None."""
     found: NullSpace | None = operator.distinct.memo.get(_MEMO)
     return found
 
 
 def find_null_space(operator: LinearOperator, max_steps: int) -> NullSpace:
-    """Return which matrices of ``operator`` are singular; the result is kept with the operator.
+    """Return which matrices of ``operator`` are singular. The operator keeps the result.
 
-    One product for each step where A is positive semidefinite, else two. A matrix that ``max_steps`` do not decide counts as regular. A matrix of
-    condition number below 1e10 (float64), or 1e4 (float32), is never called singular.
+    A step costs one product if A is positive semidefinite, else two. A matrix that is undecided after ``max_steps``
+    counts as regular. A matrix of condition number below 1e10 (float64), or 1e4 (float32), is never called singular.
     """
     known = known_null_space(operator)
     if known is not None:
@@ -79,14 +80,14 @@ def find_null_space(operator: LinearOperator, max_steps: int) -> NullSpace:
 def without_null_part(
     operator: LinearOperator, x: torch.Tensor, these: torch.Tensor, max_steps: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return x (batch, n) of ``these`` problems (batch,) without its part in the null space of A, and where x has changed.
+    """Return x (batch, n) without its part in the null space of A, for ``these`` problems (batch,), and where x has changed.
 
-    What is returned lies in the range of Aᵀ. For a solution x that is the solution of minimum norm.
+    The result lies in the range of Aᵀ. If x is a solution, the result is the minimum-norm solution.
     """
     found = known_null_space(operator)
     assert found is not None
     eps, vector = torch.finfo(x.dtype).eps, found.vector.repeat(operator.repeats, 1)
-    # The null vector is random: an x that is orthogonal to it is orthogonal to the null space.
+    # The null vector is random. An x orthogonal to it is therefore orthogonal to the null space.
     along = torch.linalg.vecdot(vector, x).abs()
     these = these & (along > eps**0.5 * x.norm(dim=-1) / x.shape[-1] ** 0.5)
     if not bool(these.any()):
@@ -96,7 +97,7 @@ def without_null_part(
 
 
 def rounded_zero(size: int, dtype: torch.dtype) -> float:
-    """Return the part of ‖A‖ up to which a singular value of a matrix of order ``size`` counts as zero."""
+    """Return the share of ‖A‖ up to which a singular value of a matrix of order ``size`` counts as zero."""
     eps = torch.finfo(dtype).eps
     return min(max(size, 32) * eps, eps**0.7)
 
@@ -110,16 +111,17 @@ def null_part(
     doubt: float,
     least: float = 0.0,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return u (batch, n), which tends to the projection of ``start`` onto the null space of A, and where u is a null vector.
+    """Return u (batch, n), an approximate projection of ``start`` onto the null space of A, and where u is a null vector.
 
     Parameters
     ----------
     matvec, rmatvec
-        Products with A and Aᵀ. Without Aᵀ, A is taken for symmetric positive semidefinite; a problem ends undecided where it is not.
+        Products with A and Aᵀ. Without Aᵀ, A is assumed to be symmetric positive semidefinite. A problem ends undecided
+        if it is not.
     start
         (batch, n).
     these
-        Bool (batch,): the problems that are meant.
+        Bool (batch,): the problems to examine.
     max_steps
         The most steps.
     doubt
@@ -157,7 +159,7 @@ def null_part(
         claimed = active & (r.norm(dim=-1) <= doubt * size * length)
         lost = run.step(gradient(r), sound)
         if bool((claimed | (active & (lost | ~sound))).any()):
-            # The recurrence has drifted from A u, or has run out of directions: the true product decides, and the run begins again from there.
+            # The recurrence has drifted from A u, or has no directions left. The run restarts from the true product.
             r = matvec(u)
             proven = active & (r.norm(dim=-1) <= doubt * size * length)
             found, active = found | proven, active & ~proven
@@ -169,7 +171,7 @@ def null_part(
 
 
 class _Run:
-    """The directions p of conjugate gradients, whose gradients s are kept orthogonal to all former ones as far as memory goes."""
+    """The directions p of conjugate gradients. Their gradients s are kept orthogonal to all former ones that memory holds."""
 
     def __init__(self, s: torch.Tensor) -> None:
         self.p, self.square = s, torch.linalg.vecdot(s, s)
@@ -177,7 +179,7 @@ class _Run:
         self._s = s
 
     def step(self, s: torch.Tensor, sound: torch.Tensor) -> torch.Tensor:
-        """Go on to the gradient ``s`` (batch, n), and return where it is not orthogonal to the former ones: rounding is all of it."""
+        """Continue with the gradient ``s`` (batch, n), and return where it is not orthogonal to the former ones because it is only rounding."""
         length = self.square.sqrt().unsqueeze(-1)
         if (len(self._basis) + 1) * s.numel() < _BASIS_NUMBERS:
             self._basis.append(torch.where(sound.unsqueeze(-1) & (length > 0), self._s / length, 0.0))
@@ -193,7 +195,7 @@ class _Run:
 def _null_part_of(
     operator: LinearOperator, start: torch.Tensor, these: torch.Tensor, max_steps: int, least: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return :func:`null_part` by the products that suit the matrix: a symmetric one is taken for semidefinite first."""
+    """Return :func:`null_part` with the products that suit the matrix. A symmetric matrix is first assumed to be semidefinite."""
     doubt = rounded_zero(operator.size, operator.dtype)
     u, found = start, torch.zeros_like(these)
     if operator.symmetric:
@@ -208,14 +210,15 @@ def _null_part_of(
 
 
 def _normal(seed: int, size: int) -> torch.Tensor:
-    """Return normal random numbers (size,) in float64. They are numpy's: torch's older vmap, which may surround this, refuses torch's own."""
+    """Return normal random numbers (size,) in float64. numpy draws them, because an older vmap around this call refuses torch's generator."""
     return torch.from_numpy(np.random.default_rng(seed).standard_normal(size))
 
 
 def _has_cancelled(operator: LinearOperator, u: torch.Tensor) -> torch.Tensor:
-    """Return where A u is small because terms cancel, and not because the unknowns that u moves have small units: at most two products.
+    """Return where A u is small because terms cancel, and not because of the units of the unknowns. It costs at most two products.
 
-    With the entries of u multiplied by random numbers, the terms do not cancel. A column of zeros has nothing to cancel: A u is then exactly zero.
+    If the entries of u are multiplied by random numbers, the terms no longer cancel. A column of zeros is a null vector
+    too: A u is then exactly zero.
     """
     eps = torch.finfo(u.dtype).eps
     factors = _normal(21, u.shape[-1]).to(u)

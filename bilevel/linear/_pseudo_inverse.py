@@ -1,4 +1,4 @@
-"""Moore–Penrose inverses of singular matrices whose rows and columns come in units of very different sizes."""
+"""Moore–Penrose inverses of singular matrices whose rows and columns have very different units."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ __all__ = ["PseudoInverse"]
 
 @dataclass(frozen=True, eq=False)
 class PseudoInverse:
-    """A⁺ of the singular matrices A = R⁻¹ S C⁻¹ of a batch: the rank decided on the scaled S, the norms those of A's own coordinates.
+    """A⁺ of the singular matrices A = R⁻¹ S C⁻¹ of a batch. The scaled S decides the rank; norms are those of A's own coordinates.
 
     With S = U Σ Vᵀ, the null space of A is spanned by the columns of C V that belong to zeros of Σ, that of Aᵀ by those of R U. The
     generalised inverse C V Σ⁺ Uᵀ R solves A x = b where b is in the range; projections orthogonal to the null spaces, in coordinates that are
@@ -23,13 +23,13 @@ class PseudoInverse:
     Parameters
     ----------
     singular
-        Bool (batch,): which matrices of the batch are meant.
+        Bool (batch,): which matrices of the batch these are.
     left, inverse, right
         C V, Σ⁺ and R U of those: (k, n, n), (k, n) and (k, n, n).
     null, conull
         Orthonormal bases of the null spaces of A and Aᵀ, in the columns of (k, n, n) that are not zero.
     cutoff
-        The part of the largest singular value of S up to which one counts as zero.
+        The share of the largest singular value of S up to which a singular value counts as zero.
     """
 
     singular: torch.Tensor
@@ -44,7 +44,7 @@ class PseudoInverse:
     def of(
         cls, scaled: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor, singular: torch.Tensor, symmetric: bool
     ) -> PseudoInverse:
-        """Decompose those of the matrices ``scaled``, S (batch, n, n), that are ``singular``; ``rows`` and ``columns`` are diagonals (batch, n)."""
+        """Decompose the ``singular`` ones of the matrices ``scaled``, S (batch, n, n); ``rows`` and ``columns`` are diagonals (batch, n)."""
         S, R, C = scaled[singular], rows[singular].unsqueeze(-1), columns[singular].unsqueeze(-1)
         if symmetric:
             eigenvalues, U = eigh(S)
@@ -54,7 +54,7 @@ class PseudoInverse:
         else:
             U, values, Vt = svd(S)
             U, values, V = U.flip(-1), values.flip(-1), Vt.mT.flip(-1)
-        # Once one singular value is zero to rounding, so are those that are not known from zero.
+        # If one singular value is zero to rounding, all that cannot be distinguished from zero count as zero.
         cutoff = eigenvalue_uncertainty(S.shape[-1], S.dtype)
         zero = values.abs() <= cutoff * values.abs().amax(-1, keepdim=True)  # (k, n)
         inverse = torch.where(zero, 0.0, 1 / values)
@@ -72,7 +72,7 @@ def _without(basis: torch.Tensor, vectors: torch.Tensor) -> torch.Tensor:
 
 def _orthonormal(scale: torch.Tensor, basis: torch.Tensor, these: torch.Tensor) -> torch.Tensor:
     """Return an orthonormal basis (k, n, n) of the span of ``scale`` times the first columns of ``basis``, which ``these`` (k, n) are; else zeros."""
-    # Entries that are rounding would be blown up by the scale.
+    # The scale would amplify entries that are only rounding.
     noise = 4 * basis.shape[-1] * torch.finfo(basis.dtype).eps
     chosen = scale * torch.where(these.unsqueeze(-2) & (basis.abs() > noise), basis, 0.0)
     size = chosen.norm(dim=-2, keepdim=True)

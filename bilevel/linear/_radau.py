@@ -1,4 +1,4 @@
-"""An upper bound of the error of conjugate gradients, at a handful of operations a step: Gauss–Radau quadrature."""
+"""An upper bound of the error of conjugate gradients by Gauss–Radau quadrature, for a few operations a step."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ class RadauBound:
 
         γ₀^(μ) = 1/μ,    γ_{j+1}^(μ) = (γ_j^(μ) − γ_j) / (μ (γ_j^(μ) − γ_j) + δ_{j+1})
 
-    As γ^(μ) ≤ 1/μ, the bound on ‖x − A⁻¹b‖ that follows, √(γ^(μ)/μ) ‖r‖, is never above ‖r‖/μ. γ_j^(μ) > γ_j as long as μ is
-    below the least Ritz value; γ_j^(μ) < γ_j thus proves that A has an eigenvalue below μ.
+    As γ^(μ) ≤ 1/μ, the bound on ‖x − A⁻¹b‖ that follows, √(γ^(μ)/μ) ‖r‖, is never above ‖r‖/μ. γ_j^(μ) > γ_j holds
+    while μ is below the least Ritz value. γ_j^(μ) < γ_j therefore proves that A has an eigenvalue below μ.
 
-    Differs from the literature in what it makes of rounding: the difference γ_j^(μ) − γ_j, in which digits cancel once a Ritz value
-    is near μ, is rounded up by what γ_j, a quotient with pᵀAp, can be off, and the distance between the recursive and the
-    true residual is part of the bound.
+    It differs from the literature in its treatment of rounding. Digits cancel in γ_j^(μ) − γ_j once a Ritz value is
+    near μ. The difference is therefore increased by the rounding error of γ_j, which is a quotient with pᵀAp. The bound
+    also includes the distance between the recursive and the true residual.
 
     Parameters
     ----------
@@ -56,7 +56,7 @@ class RadauBound:
     ) -> RadauBound:  # fmt: skip
         """Return the bound after a step γ_j = ``step``, from ‖r_j‖² = ``before`` to ‖r_{j+1}‖² = ``now``; all (batch,).
 
-        ``quotient`` is pᵀAp/pᵀp and ``largest`` the largest so far. Problems that are not ``active`` stay.
+        ``quotient`` is pᵀAp/pᵀp and ``largest`` the largest so far. Problems that are not ``active`` do not change.
         """
         eps = torch.finfo(step.dtype).eps
         doubt = 16 * eps * (step * largest / quotient + self.gamma)
@@ -65,7 +65,7 @@ class RadauBound:
         difference = (difference + doubt).clamp_min(0)
         gamma = difference / (self.mu * difference + now / before)
         gamma = torch.where(torch.isfinite(gamma), gamma.clamp_max(1 / self.mu), 1 / self.mu)
-        # Once μ is refuted nothing is known but that the bound is not one.
+        # Once μ is refuted, the bound is invalid.
         return replace(self, gamma=torch.where(active, gamma, self.gamma), refuted=self.refuted | wrong)
 
     def again(self, these: torch.Tensor) -> RadauBound:

@@ -1,4 +1,4 @@
-"""Whether a right-hand side that was not solved for lies outside the range of its matrix."""
+"""Whether an unsolved right-hand side lies outside the range of its matrix."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ _MOST_STEPS = 1000
 def outside_range(
     operator: LinearOperator, residual: torch.Tensor, threshold: torch.Tensor, these: torch.Tensor, doubt: float
 ) -> torch.Tensor:
-    """Return where the part of b outside the range of A is proven to be above ``threshold``, of the problems ``these``.
+    """Return for which of ``these`` problems the part of b outside the range of A is proven to exceed ``threshold``.
 
-    Least squares by conjugate gradients (CGLS) take what lies in the range away from r = b − A x, whatever x is. Where Aᵀr
-    vanishes beside ‖A‖ ‖r‖ for an r that is left, r is a null vector of Aᵀ, and A is singular.
+    Conjugate gradients for least squares (CGLS) remove the part of r = b − A x in the range, for any x. If Aᵀr is
+    negligible beside ‖A‖ ‖r‖ for the remaining r, then r is a null vector of Aᵀ, and A is singular.
 
     Parameters
     ----------
@@ -29,7 +29,7 @@ def outside_range(
     these
         Bool (batch,).
     doubt
-        The part of ‖A‖ that is not told from zero.
+        The share of ‖A‖ that cannot be distinguished from zero.
 
     References
     ----------

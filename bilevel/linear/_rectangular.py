@@ -1,4 +1,4 @@
-"""Solving the normal equations of rectangular matrices for right-hand sides outside of their range."""
+"""Normal equations of rectangular matrices with right-hand sides outside of their range."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ __all__ = ["OnTheRange"]
 
 @dataclass(frozen=True)
 class OnTheRange(LinearSolver):
-    """(AᵀA)⁺ d by another solver, for d that may lie outside of the range of Aᵀ: the part outside is left out, and counts as no residual.
+    """(AᵀA)⁺ d by another solver. The part of d outside the range of Aᵀ is left out, and does not count as residual.
 
     Derivatives of a solution of minimum norm have such right-hand sides.
 
     Parameters
     ----------
     solver
-        The other solver.
+        The solver to use.
     squared
-        Whether the operator is (AᵀA)², which is then solved with twice.
+        Whether the operator is (AᵀA)². It then takes two solves.
     """
 
     solver: LinearSolver
@@ -86,7 +86,7 @@ class OnTheRange(LinearSolver):
             parts = vectors.reshape(k, -1, vectors.shape[-1])
             return torch.cat([product(part) for part in parts])
 
-        # The part inside is Aᵀ s with the s that minimises ‖Aᵀ s − d‖.
+        # The part inside the range is Aᵀ s for the minimiser s of ‖Aᵀ s − d‖.
         threshold = torch.where(short, 0.0, torch.inf).to(rhs)
         steps = 4 * min(A.rows, A.columns) + 20
         run = lsmr(

@@ -1,4 +1,4 @@
-"""What a linear solver returns."""
+"""The result of a linear solver, before and after it is judged."""
 
 from __future__ import annotations
 
@@ -6,7 +6,9 @@ from dataclasses import dataclass
 
 import torch
 
-__all__ = ["LinearSolution"]
+from bilevel.reports import Basis
+
+__all__ = ["LinearOutcome", "LinearSolution"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -18,19 +20,20 @@ class LinearSolution:
     x
         (batch, n).
     iterations
-        int64 (batch,): products with the matrix that the problem needed.
+        int64 (batch,): the number of products that the problem needed.
     status
         int64 (batch,): a failure that the solver *noticed* (indefinite, singular, breakdown, diverged, not finite),
-        or ``Status.CONVERGED`` / ``Status.MAX_STEPS`` / ``Status.STAGNATED`` as far as it can tell. ``Status.MINIMUM_NORM``: A is singular,
-        and x is what the minimum-norm solution is if there is a solution; the residual decides, and it is ``Status.SINGULAR`` if there is none.
+        or ``Status.CONVERGED`` / ``Status.MAX_STEPS`` / ``Status.STAGNATED`` as far as it knows.
+        ``Status.MINIMUM_NORM``: A is singular, and x is the minimum-norm solution if there is a solution. If the
+        residual shows that there is none, the status becomes ``Status.SINGULAR``.
     residual
         The true residual b − A x (batch, n), if the solver has recomputed it.
     error_bound
-        A bound of ‖x − A⁻¹b‖ (batch,), if the solver was told μ and can prove one below ‖b − A x‖/μ; but for rounding.
+        A bound of ‖x − A⁻¹b‖ (batch,) up to rounding, if the solver was given μ and can prove one below ‖b − A x‖/μ.
     refuted
-        Bool (batch,): where the solver has met a proof that A has an eigenvalue below the μ that it was told.
+        Bool (batch,): where the solver has proven that A has an eigenvalue below the given μ.
     floor
-        The residual norm (batch,) that rounding accounts for, where the solver knows the entries of A and that it is not singular.
+        The residual norm (batch,) that rounding can cause, if the solver knows the entries of A and that A is regular.
     """
 
     x: torch.Tensor
@@ -40,3 +43,18 @@ class LinearSolution:
     error_bound: torch.Tensor | None = None
     refuted: torch.Tensor | None = None
     floor: torch.Tensor | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class LinearOutcome:
+    """A judged linear solve; every tensor per problem."""
+
+    x: torch.Tensor
+    status: torch.Tensor
+    iterations: torch.Tensor
+    residual: torch.Tensor
+    residual_norm: torch.Tensor
+    threshold: torch.Tensor
+    error_bound: torch.Tensor
+    basis: Basis
+    scale: torch.Tensor

@@ -1,4 +1,4 @@
-"""BiCGStab for matrices without symmetry, at a memory that does not grow with the steps."""
+"""BiCGStab for matrices without symmetry, with a memory that does not grow with the steps."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 import torch
 
-from bilevel.linear._base import LinearSolver, Preconditioner, begin, check_preconditioner
+from bilevel.linear._base import LinearSolver
+from bilevel.linear._preconditioner import Preconditioner, begin, check_preconditioner
 from bilevel.linear._solution import LinearSolution
 from bilevel.operators import LinearOperator
 from bilevel.reports import Status
@@ -21,13 +22,14 @@ _MOST_RESTARTS = 10
 class BiCGStab(LinearSolver):
     """Stabilised bi-conjugate gradients: any regular A, two products for each step and seven vectors of memory.
 
-    A recurrence that divides by zero starts again from the true residual with a new shadow, up to ten times, and ends as
-    breakdown. Problems end on their true residual. Of a singular A, as :class:`GMRES`.
+    If the recurrence would divide by zero, it restarts from the true residual with a new shadow vector. After ten
+    restarts it ends as a breakdown. Problems end on their true residual. A singular A is treated as by :class:`GMRES`.
 
     Parameters
     ----------
     max_steps
-        The most steps; by default enough for n products several times over. A number is a budget.
+        The largest number of steps; None: several times n products. A number is a budget: spending it without a
+        tolerance is a success.
     preconditioner
         r ↦ M⁻¹r on tensors (batch, n), applied on the right.
 
@@ -110,7 +112,7 @@ class BiCGStab(LinearSolver):
             status = torch.where(over, torch.where(degenerate, int(Status.BREAKDOWN), int(Status.STAGNATED)), status)
             again = event & (status == Status.RUNNING)
             restarts = restarts + again
-            # Start again from the best point known, with another shadow.
+            # Restart from the best point, with another shadow vector.
             turn = again.unsqueeze(-1)
             x = torch.where(turn, best, x)
             r = torch.where(turn, rhs - operator.matvec(x), r)

@@ -6,9 +6,10 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from bilevel.linear._base import LinearSolver, MakesPreconditioner, Preconditioner, begin, check_preconditioner
+from bilevel.linear._base import LinearSolver
 from bilevel.linear._judge import eigenvalue_uncertainty
 from bilevel.linear._lone import SingleProblemState, run_single
+from bilevel.linear._preconditioner import MakesPreconditioner, Preconditioner, begin, check_preconditioner
 from bilevel.linear._radau import RadauBound
 from bilevel.linear._solution import LinearSolution
 from bilevel.operators import LinearOperator
@@ -25,11 +26,11 @@ _MOST_REPLACEMENTS = 8
 class CG(LinearSolver):
     """Conjugate gradients: A symmetric positive definite, one product for each step.
 
-    The textbook method is changed where it goes wrong. A problem ends on its *true* residual. It is recomputed when the
-    recursive residual meets the threshold, and the iteration continues from the true one where the two differ. Negative
-    curvature, pᵀAp < 0, proves that A is not positive definite: the problem ends there as indefinite, at its last iterate.
-    Residuals are kept orthogonal to all former ones in dtypes below float64, and in float64 once the two residuals differ.
-    Without this, 20 steps on 20,000 unknowns in float32 lose a third of the answer.
+    It differs from the textbook method in three points. A problem ends on its *true* residual. It is recomputed when
+    the recursive residual meets the threshold, and the iteration continues from the true one where the two differ.
+    Negative curvature, pᵀAp < 0, proves that A is not positive definite: the problem ends there as indefinite, at its
+    last iterate. Residuals are kept orthogonal to all former ones in dtypes below float64, and in float64 once the two
+    residuals differ. Without this, 20 steps on 20,000 unknowns in float32 lose a third of the answer.
 
     A positive semidefinite A is not a failure if b lies in its range. From zero, the iterates stay in the range and tend to
     the solution of smallest Euclidean norm. The status is ``MINIMUM_NORM`` if a direction without curvature was met, and
@@ -49,8 +50,8 @@ class CG(LinearSolver):
         r ↦ M⁻¹r on tensors (batch, n), symmetric positive definite; or a factory that makes it from the operator, such as
         ``bilevel.Nystrom(rank, rho)``.
     reorthogonalize
-        Whether residuals are kept orthogonal. It costs the memory of one vector a step, up to 256 MiB; beyond that the
-        latest are kept. None: where the dtype or the residuals call for it.
+        Whether residuals are kept orthogonal. It costs the memory of one vector a step. Beyond 256 MiB the latest
+        vectors are kept. None: if the dtype or the residuals require it.
 
     Raises
     ------
@@ -105,13 +106,13 @@ class CG(LinearSolver):
         mu: float,
         error: torch.Tensor,
     ) -> LinearSolution:
-        """Stop a problem as soon as Gauss–Radau quadrature proves ‖x − A⁻¹b‖ ≤ ``error``; see :class:`RadauBound`."""
-        if self.preconditioner is not None:  # μ is a bound for A, and quadrature would need one for M⁻¹A
+        """End a problem when Gauss–Radau quadrature proves ‖x − A⁻¹b‖ ≤ ``error``; see :class:`RadauBound`."""
+        if self.preconditioner is not None:  # μ bounds A, and quadrature would need a bound of M⁻¹A
             return self.solve(operator, rhs, threshold, start)
         return self._run(operator, rhs, threshold, start, RadauBound.begin(mu, rhs), error)
 
     def solve_unverified(self, operator: LinearOperator, rhs: torch.Tensor, threshold: torch.Tensor) -> LinearSolution:
-        """End on the recursive residual, and return it: one product less, for a caller that computes the true one himself."""
+        """End on the recursive residual and return it. This saves one product if the caller computes the true residual itself."""
         return self._run(operator, rhs, threshold, None, None, threshold, verify=False)
 
     def _run(
@@ -134,10 +135,10 @@ class CG(LinearSolver):
 
         x, r = begin(operator, rhs, start)
         norm = r.norm(dim=-1)
-        # Below this the recursive residual says nothing any more, whatever was asked.
+        # Below this size the recursive residual has no meaning, whatever accuracy was asked.
         goal = torch.maximum(threshold, 0.1 * eps * rhs.norm(dim=-1)) ** 2
-        # A quotient below this part of the largest is rounding. A bound that grows with n would take a float32 matrix
-        # of a million unknowns for singular at a condition number of ten.
+        # A quotient below this share of the largest counts as rounding. The share must not grow with n: a float32
+        # matrix with a million unknowns would then count as singular at a condition number of ten.
         tiny = min(operator.size, 16) * eps
         begun: SingleProblemState | None = None
         if len(r) == 1 and r.device.type == "cpu" and basis is None and precondition is None and radau is None:
@@ -152,36 +153,36 @@ class CG(LinearSolver):
         iterations = torch.zeros_like(status)
         active = status == Status.RUNNING
         everyone, anyone = bool(active.all()), bool(active.any())
-        largest, confirmed = zero, norm  # confirmed: the true residual norm when last known
+        largest, confirmed = zero, norm  # confirmed: the last true residual norm
         replacements = torch.zeros_like(status)
         true: torch.Tensor | None = None
         z = r if precondition is None else precondition(r)
         p, rz = z, torch.linalg.vecdot(r, z)
         taken, held = 0, None  # steps, and the product of the next
-        met = torch.zeros_like(active)  # where a direction without curvature was
+        met = torch.zeros_like(active)  # whether a direction without curvature was met
         if begun is not None:
             x, r, p, held, taken = begun.x, begun.r, begun.p, begun.product, begun.steps
             z, rz, largest = r, torch.full_like(norm, begun.rr), torch.full_like(norm, begun.largest)
-        # The fewest operations that keep the problems apart: a step has one product and, on the CPU, one look at a flag.
+        # A step has one product and, on the CPU, reads one flag. The other operations only keep the problems separate.
         for step in range(taken, limit if anyone else 0):
             if basis is not None and step < limit - 1:
                 basis.add(r, z, rz, active, everyone)
             Ap, held = operator.matvec(p) if held is None else held, None
             curvature = torch.linalg.vecdot(p, Ap)
             quotient = curvature / torch.linalg.vecdot(p, p)
-            # The first direction has no former ones to compare with: what its product weighs stands in for them.
+            # The first direction has no former ones to compare with. The norm of its product replaces them.
             largest = torch.maximum(largest, quotient) if step else Ap.norm(dim=-1) / p.norm(dim=-1)
             curved = active & (quotient > tiny * largest)
             alpha = torch.where(curved, rz / curvature, zero).unsqueeze(-1)
             x, true = torch.addcmul(x, alpha, p), None
             if step == limit - 1 and self.max_steps is not None and radau is None and verify:
-                # The budget is spent: what would lead on from here is not needed, and the true residual will judge.
+                # The budget is spent. The next direction is not needed, and the true residual decides the status.
                 iterations = torch.where(active, limit, iterations)
                 flat = active & ~curved & torch.isfinite(quotient)
                 indefinite = _bent(quotient, Ap.norm(dim=-1) / p.norm(dim=-1), largest, operator.size)
                 verdict = torch.where(indefinite, int(Status.INDEFINITE), int(Status.MINIMUM_NORM))
                 status = torch.where(flat, verdict, status)
-                # The step that a NaN has kept from being taken leaves no trace in x.
+                # A step that was not taken because of a NaN does not change x.
                 status = torch.where(active & torch.isnan(quotient), int(Status.NOT_FINITE), status)
                 break
             r = torch.addcmul(r, alpha, Ap, value=-1)
@@ -194,20 +195,21 @@ class CG(LinearSolver):
             if radau is not None:
                 radau = radau.after(alpha.squeeze(-1), quotient, largest, rz, fresh, curved)
                 going = going & ~(radau.error(square) <= error)
-            beta = torch.where(active, fresh / rz, zero)  # what has ended stands still, at finite numbers
+            beta = torch.where(active, fresh / rz, zero)  # problems that have ended keep finite numbers
             if not torch.equal(going, active):
                 event = active & ~going
                 iterations = torch.where(event, step + 1, iterations)
                 flat = event & ~curved & torch.isfinite(quotient)
                 indefinite = _bent(quotient, Ap.norm(dim=-1) / p.norm(dim=-1), largest, operator.size)
                 first, met = flat & ~met, met | (flat & ~indefinite)
-                # Rounding leads into the null space too. That b is not in the range takes a part of the residual in there that is too
-                # large, and is not the part of p that is outside it: ‖Ap‖² ≤ ‖A‖ pᵀAp says how much that is.
+                # Rounding leads into the null space too. b is outside the range only if the part of the residual in the
+                # null space is large enough. The part of p outside of the null space does not count: ‖Ap‖² ≤ ‖A‖ pᵀAp
+                # bounds it.
                 inside = torch.linalg.vecdot(r, p) / p.norm(dim=-1)
                 outside = (inside > 2 * threshold) & (inside > 16 * tiny**0.5 * r.norm(dim=-1))
                 verdict = torch.where(indefinite, int(Status.INDEFINITE), int(Status.MINIMUM_NORM))
                 status = torch.where(flat & (indefinite | outside), verdict, status)
-                seeming = event & (status == Status.RUNNING)  # the true residual of these has to be looked at
+                seeming = event & (status == Status.RUNNING)  # the true residual of these problems is needed
                 again = seeming & False
                 if bool(seeming.any()):
                     true = rhs - operator.matvec(x) if verify else r
@@ -216,7 +218,7 @@ class CG(LinearSolver):
                     if radau is not None:
                         done = done | (seeming & (radau.error(square, (true - r).norm(dim=-1)) <= error))
                     broken = seeming & ~torch.isfinite(actual + square)
-                    # The residuals have parted: go on from the true one while that still gains a digit each time.
+                    # The two residuals differ: continue from the true one while each restart still gains a digit.
                     parted = seeming & ~(done | broken)
                     stuck = parted & (
                         (actual > torch.where(first, 1.0, 0.1) * confirmed) | (replacements >= _MOST_REPLACEMENTS)
@@ -254,17 +256,17 @@ class CG(LinearSolver):
 
 
 def _bent(quotient: torch.Tensor, bend: torch.Tensor, largest: torch.Tensor, order: int) -> torch.Tensor:
-    """Return where a direction without positive curvature proves that A is indefinite, and not merely singular.
+    """Return where a direction without positive curvature proves that A is indefinite, and not only singular.
 
-    pᵀAp < 0 is the proof. So is pᵀAp = 0 with Ap ≠ 0: for a semi-definite matrix ‖Ap‖² ≤ ‖A‖ pᵀAp. Both are only as good
-    as the matrix is known, so that a proof needs a margin over that: what lies within is called singular.
+    pᵀAp < 0 is the proof. So is pᵀAp = 0 with Ap ≠ 0: for a semi-definite matrix ‖Ap‖² ≤ ‖A‖ pᵀAp. The matrix itself
+    has an error, so a proof needs a margin. Within the margin the matrix counts as singular.
 
     Parameters
     ----------
     quotient, bend
         pᵀAp / pᵀp and ‖Ap‖ / ‖p‖ (batch,).
     largest
-        The largest quotient so far (batch,), below ‖A‖.
+        The largest quotient so far (batch,), at most ‖A‖.
     order
         n.
     """
@@ -273,10 +275,10 @@ def _bent(quotient: torch.Tensor, bend: torch.Tensor, largest: torch.Tensor, ord
 
 
 class _Basis:
-    """The former residuals of a run, by which the present one is kept orthogonal; the latest where memory is short.
+    """The former residuals of a run, to which the current one is made orthogonal. If memory is short, only the latest.
 
-    ``members`` (batch,) says whose residuals are kept; the rows of others are zero, and what is taken from them too, so that
-    one problem's loss of accuracy changes no other's steps. All problems by default.
+    ``members`` (batch,): the problems whose residuals are kept; by default all. The rows of the others are zero, so
+    that one problem's loss of accuracy does not change the steps of another.
     """
 
     def __init__(
@@ -288,10 +290,10 @@ class _Basis:
         self.count = 0
         self._preconditioned = preconditioned
         self._r: torch.Tensor | None = None
-        self._z: torch.Tensor | None = None  # M⁻¹ of each; the same tensor without a preconditioner
+        self._z: torch.Tensor | None = None  # M⁻¹ times each; without a preconditioner the same tensor
 
     def add(self, r: torch.Tensor, z: torch.Tensor, rz: torch.Tensor, active: torch.Tensor, everyone: bool) -> None:
-        """Keep r of the problems that are ``active``; ``everyone`` says, without a look at the batch, that all of them are."""
+        """Keep r of the problems that are ``active``. ``everyone``: all of them are, which saves reading the flags."""
         if self._r is None or (self.count >= self._r.shape[1] and self._r.shape[1] < self.room):
             self._r = self._grown(self._r, r)
             self._z = self._grown(self._z, r) if self._preconditioned else self._r
@@ -299,11 +301,11 @@ class _Basis:
         at = self.count % self._r.shape[1]
         self.count += 1
         if everyone and self.members is None and not self._preconditioned:
-            # As long as all go on, which rᵀr > 0 says of each, there is nothing to choose.
+            # If rᵀr > 0 for all problems, all continue, and no mask is needed.
             torch.mul(r, rz.rsqrt().unsqueeze(-1), out=self._r[:, at])
             return
-        # A problem that has ended stands still: its residual, kept step after step, would no longer be one of an orthonormal
-        # set, and to take such a set away from a vector makes the vector grow.
+        # The residual of a problem that has ended no longer changes. Kept at every step, it would spoil the orthonormal
+        # set, and a projection by such a set lets vectors grow.
         kept = (active & (rz > 0)) if self.members is None else (active & (rz > 0) & self.members)
         kept, scale = kept.unsqueeze(-1), rz.rsqrt().unsqueeze(-1)
         self._r[:, at] = torch.where(kept, r * scale, torch.zeros_like(r))
@@ -315,18 +317,18 @@ class _Basis:
             return r
         used = min(self.count, self._r.shape[1])
         left, right = self._r[:, :used], self._z[:, :used]
-        # Once is enough: what comes is orthogonal already but for the rounding of one step.
+        # One pass is enough: the new vector is orthogonal up to the rounding of one step.
         if len(r) == 1:
             return torch.baddbmm(r.unsqueeze(-1), left.mT, right @ r.unsqueeze(-1), alpha=-1).squeeze(-1)
-        # Of several problems, products of matrices with one column each take four times as long as reading them; and where both are rows,
-        # the rounding of a problem depends on its place in the batch.
+        # For several problems, products of matrices with single columns take four times as long as reading the
+        # matrices. With rows, the rounding of a problem would depend on its place in the batch.
         weights = [torch.linalg.vecdot(r, right[:, k]).unsqueeze(-1) for k in range(used)]
         for k, weight in enumerate(weights):
             r = torch.addcmul(r, weight, left[:, k], value=-1)
         return r
 
     def begin_again(self, these: torch.Tensor) -> None:
-        """Forget the residuals of ``these`` problems (batch,), whose next ones are of a new run, and keep those from now on."""
+        """Forget the residuals of ``these`` problems (batch,), which begin a new run, and keep their new ones."""
         self.members = None if self.members is None else self.members | these
         if self._r is not None and self._z is not None:
             self._r[these] = 0.0
@@ -334,7 +336,7 @@ class _Basis:
 
     def _grown(self, old: torch.Tensor | None, like: torch.Tensor) -> torch.Tensor:
         width = min(self.room, 16 if old is None else 2 * old.shape[1])
-        fresh = like.new_empty(like.shape[0], width, like.shape[1])  # rows are written before they are read
+        fresh = like.new_empty(like.shape[0], width, like.shape[1])  # every row is written before it is read
         if old is not None:
             fresh[:, : old.shape[1]] = old
         return fresh

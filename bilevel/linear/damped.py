@@ -1,4 +1,4 @@
-"""Damping: (A + γI) x = b in place of A x = b, for matrices that are not positive definite, or nearly singular."""
+"""Damping: solve (A + γI) x = b in place of A x = b if A is not positive definite, or nearly singular."""
 
 from __future__ import annotations
 
@@ -18,16 +18,17 @@ __all__ = ["Damped"]
 
 @dataclass(frozen=True)
 class Damped(LinearSolver):
-    r"""Solve (A + γI) x = b by another solver; the answer is judged by its residual in A x = b, which is γ‖x‖ at best.
+    r"""Solve (A + γI) x = b by another solver. The status refers to the residual of A x = b, which is γ‖x‖ at best.
 
-    Where an inner solve stops short of a minimum, A may have negative eigenvalues, and methods for positive definite
-    matrices break down. With γ above the size of those, the damped system is sound, at the price of a bias towards
-    x = b/γ, which the residual tells. With no accuracy asked that bias is no failure: the report says ``BUDGET_SPENT``, and the residual.
+    If an inner solve ends before a minimum, A may have negative eigenvalues, and methods for positive definite matrices
+    fail. With γ above the size of these eigenvalues, the damped system is positive definite. Its solution is biased
+    towards b/γ, and the residual shows the bias. With no accuracy asked, the bias is not a failure: the report has
+    ``BUDGET_SPENT`` and the residual.
 
     Parameters
     ----------
     solver
-        For the damped system; by default conjugate gradients.
+        The solver of the damped system; by default conjugate gradients.
     damping
         γ > 0, in the units of A's eigenvalues.
 
@@ -59,7 +60,7 @@ class Damped(LinearSolver):
 
     @property
     def has_budget(self) -> bool:
-        return True  # damping is chosen, and its bias with it
+        return True  # whoever chooses damping accepts its bias
 
     @property
     def name(self) -> str:
@@ -72,7 +73,7 @@ class Damped(LinearSolver):
         damped = solver.solve(DampedOperator(operator, self.damping), rhs, threshold, start)
         if damped.residual is None:
             return damped
-        # What the damped system was solved for, and A x = b was not.
+        # The damped system was solved, and A x = b was not.
         status = torch.where(damped.status == Status.CONVERGED, int(Status.MAX_STEPS), damped.status)
-        # b − A x = [b − (A + γI) x] + γ x: no product more.
+        # b − A x = [b − (A + γI) x] + γ x needs no further product.
         return LinearSolution(damped.x, damped.iterations, status, damped.residual + self.damping * damped.x)

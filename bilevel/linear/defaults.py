@@ -1,4 +1,4 @@
-"""The linear solver that is used where none is given, chosen by size and symmetry."""
+"""The default linear solver, chosen by size and symmetry."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from bilevel.operators import LinearOperator
 
 __all__ = ["default_linear_solver", "dense_fits"]
 
-# Up to this order, and this much memory for a batch, a factorisation beats products; found by timing.
+# Up to this order, and this memory for a batch, a factorisation is faster than products. Found by timing.
 _DENSE_ORDER = 512
 _DENSE_NUMBERS = 2**25
-# LU has no forward factorisation to begin with, and Krylov methods are quick on the Jacobians of contractions.
+# LU cannot reuse a factorisation of the forward solve, and Krylov methods are fast on Jacobians of contractions.
 _DENSE_JACOBIAN_NUMBERS = 2**20
 
 
@@ -28,7 +28,7 @@ def dense_fits(batch: int, size: int, dtype: torch.dtype) -> bool:
 
 
 def default_linear_solver(operator: LinearOperator) -> LinearSolver:
-    """Return the linear solver used where none is given: a factorisation if small, else CG, or GMRES if not symmetric."""
+    """Return the default linear solver: a factorisation for small matrices, else CG, or GMRES without symmetry."""
     distinct = operator.distinct
     fits = dense_fits(distinct.batch, distinct.size, operator.dtype)
     if operator.symmetric:

@@ -1,4 +1,4 @@
-"""Diagonal matrices: one product tells all of them."""
+"""Diagonal matrices: one product gives all entries."""
 
 from __future__ import annotations
 

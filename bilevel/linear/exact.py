@@ -105,7 +105,7 @@ class Exact(LinearSolver):
 
 
 def pseudo_inverse_of(operator: LinearOperator) -> PseudoInverse | None:
-    """Return the pseudo-inverse of the singular matrices of ``operator``, if :class:`Exact` has factorised it and met some."""
+    """Return the pseudo-inverse of the singular matrices of ``operator``, if :class:`Exact` has factorised it and found some."""
     factor = operator.distinct.memo.get(Exact)
     return None if factor is None else factor.pseudo
 
@@ -116,25 +116,25 @@ _LENT_STEPS = 6
 
 @dataclass(frozen=True, eq=False)
 class _OfferedFactor:
-    """A factorisation of matrices near an operator's, and whether they probably are the operator's."""
+    """A factorisation of matrices near those of an operator. ``exact``: they probably are those of the operator."""
 
     factor: _Factor
     exact: bool
 
 
 def offer_factor(operator: LinearOperator, factor: torch.Tensor, *, exact: bool = False) -> None:
-    """Offer Cholesky factors (batch, n, n) of matrices near the symmetric ``operator``'s, such as Newton's last.
+    """Offer Cholesky factors (batch, n, n) of matrices near those of the symmetric ``operator``, such as Newton's last ones.
 
-    :class:`Exact` then solves by iterative refinement with them, if that converges to rounding, and needs neither
-    matrices nor a factorisation of its own. An operator of other sizes takes no loan. ``exact`` says that they probably are
-    the operator's own, as where a single step of Newton's method was the last.
+    :class:`Exact` then solves by iterative refinement with these factors. If that converges to rounding, it needs no
+    matrices and no factorisation of its own. Factors of other sizes are ignored. ``exact``: they probably belong to the
+    operator's own matrices, as after a single step of Newton's method.
     """
     base = operator.distinct
     if base.symmetric and factor.shape == base.shape:
         pivots = factor.diagonal(dim1=-2, dim2=-1)
-        # A matrix that may be singular is looked at itself, so that what it is gets said: the two differ by about the length of a step of
-        # Newton's that converged, the root of the accuracy reached, and so may their eigenvalues. What a pivot leaves of its diagonal entry
-        # does not depend on units.
+        # A matrix that may be singular is factorised itself, so that the status is right. The two matrices differ by
+        # about the last Newton step, the square root of the accuracy, and so may their eigenvalues. The ratio of a
+        # pivot to its diagonal entry does not depend on units.
         least = 4 * auto_relative(factor.dtype) ** 0.5
         if base.size and bool((pivots > least**0.5 * factor.norm(dim=-1)).all()):
             status = torch.zeros(base.batch, dtype=torch.int64, device=factor.device)
@@ -142,7 +142,7 @@ def offer_factor(operator: LinearOperator, factor: torch.Tensor, *, exact: bool 
 
 
 def solve_nearby(operator: LinearOperator, rhs: torch.Tensor) -> torch.Tensor:
-    """Return A⁻¹ ``rhs`` (batch, n) to some digits, by the factors of a matrix nearby if they are at hand."""
+    """Return A⁻¹ ``rhs`` (batch, n) to some digits, if factors of a nearby matrix are available."""
     offered = operator.distinct.memo.get(_OFFERED)
     if offered is not None:
         return _columnwise(offered.factor.solve, operator, rhs)
@@ -152,7 +152,7 @@ def solve_nearby(operator: LinearOperator, rhs: torch.Tensor) -> torch.Tensor:
 def _refine(
     factor: _Factor, operator: LinearOperator, rhs: torch.Tensor, threshold: torch.Tensor, most: int
 ) -> tuple[torch.Tensor, torch.Tensor, bool]:
-    """Return x, its residual, and whether that is down to rounding, by at most ``most`` refinements."""
+    """Return x, its residual, and whether the residual is at rounding level, after at most ``most`` refinements."""
     eps = torch.finfo(rhs.dtype).eps
     floor = 16 * eps * rhs.norm(dim=-1)
     x = _columnwise(factor.solve, operator, rhs)
@@ -175,10 +175,11 @@ def _refine(
 
 
 def _floor(factor: _Factor, operator: LinearOperator, x: torch.Tensor, rhs: torch.Tensor) -> torch.Tensor | None:
-    """Return the residual norms that rounding accounts for, zero where the scaled matrix is ill-conditioned too; None if it was not scaled.
+    """Return the residual norms that rounding can cause; zero if the scaled matrix is ill-conditioned too. None without scaling.
 
-    What a componentwise backward error of one unit for each operation makes of a residual (Oettli & Prager, "Compatibility of approximate
-    solution of linear equations with given error bounds for coefficients and right-hand sides", 1964).
+    This is the residual of a componentwise backward error of one unit for each operation (Oettli & Prager,
+    "Compatibility of approximate solution of linear equations with given error bounds for coefficients and right-hand
+    sides", 1964).
     """
     if factor.rows is None or factor.columns is None:
         return None
@@ -188,7 +189,7 @@ def _floor(factor: _Factor, operator: LinearOperator, x: torch.Tensor, rhs: torc
     if factor.pseudo is not None:  # which leaves the least ones out
         kept = torch.where(values > factor.pseudo.cutoff * values[..., :1], values, values[..., :1])
         least = torch.where(factor.pseudo.singular, kept.amin(-1), least)
-    # An x that has run away along a null vector must not excuse its own residual.
+    # A huge x along a null vector must not raise its own floor.
     sound = (least > eps**0.5 * values[..., 0]) & (factor.status != Status.NOT_FINITE)
     reach = _columnwise(matrix.abs().matmul, operator, x.abs()) + rhs.abs()
     floor = torch.where(sound.repeat(operator.repeats), operator.size * eps * reach.norm(dim=-1), 0.0)
@@ -198,7 +199,7 @@ def _floor(factor: _Factor, operator: LinearOperator, x: torch.Tensor, rhs: torc
 def _columnwise(
     function: Callable[[torch.Tensor], torch.Tensor], operator: LinearOperator, rhs: torch.Tensor
 ) -> torch.Tensor:
-    """Return ``function`` (batch, n, k) ↦ (batch, n, k) of vectors (k · batch, n): those that share a matrix are columns."""
+    """Return ``function`` (batch, n, k) ↦ (batch, n, k) for vectors (k · batch, n). Vectors that share a matrix become columns."""
     batch, n = operator.distinct.batch, operator.size
     columns = rhs.reshape(operator.repeats, batch, n).permute(1, 2, 0)  # (batch, n, repeats)
     return function(columns).permute(2, 0, 1).reshape(rhs.shape)
@@ -208,7 +209,7 @@ def _columnwise(
 class _Factor:
     """A batch of factorisations: Cholesky if every matrix allows it, else LU, of the matrices scaled by ``rows`` and ``columns``.
 
-    The singular ones have a pseudo-inverse, also where their status is that they are indefinite.
+    Singular matrices have a pseudo-inverse, even if their status is INDEFINITE.
     """
 
     status: torch.Tensor
@@ -231,19 +232,19 @@ class _Factor:
         return solved.index_put((these,), self.pseudo.apply(right[these]))
 
 
-# The entries of small matrices, too, are wrong by some units in the last place.
+# Entries of small matrices too have errors of some units in the last place.
 _LEAST_ORDER = 32
 
 
 def _factorize(matrix: torch.Tensor, symmetric: bool, definite: bool) -> _Factor:
-    """Factorise (batch, n, n); ``definite`` says that a negative eigenvalue, if it is small, can be nothing but an error of the matrix."""
+    """Factorise (batch, n, n). ``definite``: a small negative eigenvalue can only be an error of the matrix."""
     status = torch.zeros(matrix.shape[0], dtype=torch.int64, device=matrix.device)
     n = matrix.shape[-1]
     if n == 0:
         return _Factor(status, cholesky=matrix)
     finite = torch.isfinite(matrix).all(dim=-1).all(dim=-1)
     if not bool(finite.all()):
-        # LAPACK refuses NaN; the problem is marked and the identity stands in for its matrix.
+        # LAPACK refuses NaN. The problem is marked, and the identity replaces its matrix.
         status = torch.where(finite, status, torch.full_like(status, Status.NOT_FINITE))
         eye = torch.eye(n, dtype=matrix.dtype, device=matrix.device)
         matrix = torch.where(finite[:, None, None], matrix, eye)
@@ -252,8 +253,9 @@ def _factorize(matrix: torch.Tensor, symmetric: bool, definite: bool) -> _Factor
     if symmetric:
         factor, info = torch.linalg.cholesky_ex(matrix)
         if bool((info == 0).all()):
-            # The squared ratio of the pivots bounds the reciprocal condition number from above, and what they leave of their diagonal
-            # entries that of the scaled matrix: only where one is near the limit is the exact one worth its price.
+            # The squared ratio of the pivots bounds the reciprocal condition number from above. The ratios of pivots to
+            # diagonal entries bound that of the scaled matrix. The exact number is computed only if a bound is near the
+            # limit.
             pivots = factor.diagonal(dim1=-2, dim2=-1)
             left = torch.minimum(pivots.amin(-1) / pivots.amax(-1), (pivots / factor.norm(dim=-1)).amin(-1))
             doubtful = left**2 < 1e3 * n * torch.finfo(matrix.dtype).eps
@@ -261,7 +263,7 @@ def _factorize(matrix: torch.Tensor, symmetric: bool, definite: bool) -> _Factor
                 return _Factor(status, cholesky=factor)
         else:
             factor = None
-    # Units that differ by many orders make a condition number that says nothing of the matrix: elimination does not mind.
+    # Units that differ by many orders of magnitude lead to a large condition number, but elimination is not affected.
     rows, columns = _scales(matrix, symmetric)
     scaled = rows.unsqueeze(-1) * matrix * columns.unsqueeze(-2)
     singular = torch.zeros_like(finite)
@@ -269,10 +271,11 @@ def _factorize(matrix: torch.Tensor, symmetric: bool, definite: bool) -> _Factor
         eigenvalues = eigvalsh(scaled)
         largest = eigenvalues.abs().amax(-1)
         negative = -eigenvalues[..., 0] / largest
-        # A Hessian's small negative eigenvalue at a minimum is an error of the matrix, and what it says of the size of errors.
+        # At a minimum, a small negative eigenvalue of the Hessian is an error, and shows how large errors are.
         wrong = (negative > smallest) & (negative <= eigenvalue_uncertainty(n, matrix.dtype)) & definite
         singular = finite & ((eigenvalues.abs().amin(-1) <= smallest * largest) | wrong)
-        # A matrix with a negative eigenvalue beyond rounding beside a zero one is both; indefinite says more.
+        # A matrix with a zero eigenvalue and a negative one beyond rounding is both. INDEFINITE is the more informative
+        # status.
         indefinite = finite & (negative > smallest) & ~wrong
         status = torch.where(singular, torch.full_like(status, Status.MINIMUM_NORM), status)
         status = torch.where(indefinite, torch.full_like(status, Status.INDEFINITE), status)
@@ -298,10 +301,11 @@ _ROUNDS = 8
 
 
 def _scales(matrix: torch.Tensor, symmetric: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return powers of two for rows and columns (batch, n) that bring the largest entry of each near one.
+    """Return powers of two for rows and columns (batch, n) that scale the largest entry of each to about one.
 
-    Row by row and column by column at once, by the square roots of their largest entries, which keeps a symmetric matrix
-    symmetric. The powers make scaling exact. (Ruiz, "A scaling algorithm to equilibrate both rows and columns norms in matrices", 2001.)
+    Rows and columns are scaled at once by the square roots of their largest entries, which keeps a symmetric matrix
+    symmetric. Powers of two make the scaling exact. (Ruiz, "A scaling algorithm to equilibrate both rows and columns
+    norms in matrices", 2001.)
     """
     rows = torch.ones_like(matrix[..., 0])
     columns = rows

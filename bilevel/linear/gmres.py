@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 import torch
 
-from bilevel.linear._base import LinearSolver, Preconditioner, begin, check_preconditioner
+from bilevel.linear._base import LinearSolver
+from bilevel.linear._preconditioner import Preconditioner, begin, check_preconditioner
 from bilevel.linear._solution import LinearSolution
 from bilevel.operators import LinearOperator
 from bilevel.reports import Status
@@ -17,7 +18,7 @@ __all__ = ["GMRES"]
 _BASIS_BYTES = 2**29
 _LONGEST_CYCLE = 500
 _FIRST_ROOM = 24
-# Orthogonalise again where less than this part of a vector is left.
+# Orthogonalise again if less than this share of a vector is left.
 _CANCELLED = 0.1
 
 
@@ -37,8 +38,8 @@ class GMRES(LinearSolver):
     max_steps
         The largest number of steps over all cycles; None: enough for n steps twice. A number is a budget.
     restart
-        Steps in a cycle: memory of that many vectors. By default n, as far as 500 steps and 512 MiB go: a restart can stagnate
-        where the whole cycle would solve.
+        Steps in a cycle; it costs the memory of as many vectors. By default n, but at most 500 steps and 512 MiB. A
+        restart can stagnate although a longer cycle would converge.
     preconditioner
         r ↦ M⁻¹r on tensors (batch, n), applied on the right, so that the residual is the true one.
 
@@ -87,7 +88,7 @@ class GMRES(LinearSolver):
         status = torch.where(norm <= threshold, torch.zeros_like(running), running)
         iterations = torch.zeros_like(status)
         while True:
-            # Each problem has its own budget: one that began again soon is not charged for its neighbours' long cycle.
+            # Each problem has its own budget: an early restart does not count the long cycle of other problems.
             left = torch.where(status == Status.RUNNING, limit - iterations, 0)
             active = left > 0
             steps = min(cycle, int(left.max())) if len(left) else 0
@@ -103,12 +104,12 @@ class GMRES(LinearSolver):
             x = torch.where(better.unsqueeze(-1), moved, x)
             r = torch.where(better.unsqueeze(-1), residual, r)
             broken = active & ~torch.isfinite(fresh)
-            # The Krylov space is used up or A maps some of it to zero, or a whole cycle gained next to nothing, and the
-            # residual is still there.
+            # The Krylov space is exhausted, or A maps a part of it to zero, or a whole cycle gained almost nothing; and
+            # the residual is not small.
             still = torch.where(better, fresh, norm)
             exhausted = deficient & (still > 1e-3 * norm)
             idle = (used >= cycle) & (still > 0.999 * norm) | (used < left.clamp_max(steps)) & (still > 0.5 * norm)
-            # What is left of an ill-conditioned system is rounding; what a singular one cannot reach is a part of b.
+            # For an ill-conditioned system the rest is rounding. For a singular one it is a part of b.
             singular = exhausted & (still > eps**0.25 * rhs.norm(dim=-1))
             verdict = torch.where(singular, int(Status.SINGULAR), int(Status.STAGNATED))
             status = torch.where(active & (exhausted | idle), verdict, status)
@@ -121,15 +122,15 @@ class GMRES(LinearSolver):
     def _cycle(
         self, operator: LinearOperator, r: torch.Tensor, goal: torch.Tensor, left: torch.Tensor, steps: int
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Return the update (batch, n), the steps that each problem took, and on whose Krylov space A is singular.
+        """Return the update (batch, n), the steps of each problem, and where A is singular on the Krylov space.
 
-        ``left`` (batch,) is the most steps that each problem may take, zero for those that do not take part.
+        ``left`` (batch,): the largest number of steps of each problem; zero for problems that do not take part.
         """
         batch, n = r.shape
         active = left > 0
         eps = torch.finfo(r.dtype).eps
         beta = r.norm(dim=-1)
-        # Room is made as it is needed: filling what a quick solve never touches would cost more than the solve.
+        # Memory grows as needed: to fill memory that a short solve never uses would cost more than the solve.
         room = min(steps, _FIRST_ROOM)
         V, H = r.new_empty(batch, room + 1, n), r.new_zeros(batch, room + 1, room)
         null = r.new_zeros(batch, steps + 1)
@@ -155,8 +156,8 @@ class GMRES(LinearSolver):
             after = column.squeeze(-1).norm(dim=-1)
             lost = active & ~(after > _CANCELLED * size)
             if bool(lost.any()):
-                # What is left is small beside what was taken away, and so are its right digits: once more. For others
-                # nothing changes, so that no problem's steps hang on its neighbours.
+                # The remainder is small, and has few correct digits: orthogonalise again. Other problems do not change,
+                # so that no problem depends on another.
                 again = torch.where(lost[:, None, None], basis @ column, 0.0)
                 column = torch.baddbmm(column, basis.mT, again, alpha=-1)
                 h = h + again
@@ -164,7 +165,7 @@ class GMRES(LinearSolver):
             h, w = h.squeeze(-1), column.squeeze(-1)
             spent = active & (after <= 4 * eps * size)
             after = torch.where(spent, torch.zeros_like(after), after)
-            # A problem that is done gets the column of an unknown that is zero.
+            # A finished problem gets a column whose unknown is zero.
             H[:, : j + 1, j] = torch.where(active.unsqueeze(-1), h, 0.0)
             H[:, j + 1, j] = torch.where(active, after, 1.0)
             inverse = torch.where(active & ~spent, 1 / after, torch.zeros_like(after))
@@ -179,7 +180,7 @@ class GMRES(LinearSolver):
             if not bool(active.any()):
                 break
         H, V = H[:, : width + 1, :width], V[:, :width]
-        # A space that was used up ends in a row of zeros; lstsq through a factorisation needs full rank.
+        # An exhausted space ends in a row of zeros, and lstsq by factorisation needs full rank.
         Q, R = torch.linalg.qr(H)
         first = Q[:, 0, :] * beta.unsqueeze(-1)
         pivots = R.diagonal(dim1=-2, dim2=-1)

@@ -6,8 +6,9 @@ from dataclasses import dataclass
 
 import torch
 
-from bilevel.linear._base import LinearSolver, begin
+from bilevel.linear._base import LinearSolver
 from bilevel.linear._lsmr import lsmr
+from bilevel.linear._preconditioner import begin
 from bilevel.linear._solution import LinearSolution
 from bilevel.operators import LinearOperator
 from bilevel.operators._rectangular import rectangular_of
@@ -21,11 +22,12 @@ _MOST_RUNS = 6
 
 @dataclass(frozen=True)
 class LSMR(LinearSolver):
-    """LSMR: any A, square or rectangular, two products for each step.
+    """LSMR for any A, square or rectangular. A step costs two products.
 
-    It is mathematically MINRES on the normal equations, without their loss of digits. A system with many solutions gets that of minimum norm.
-    Right vectors are kept orthogonal to all former ones: memory of one vector a step, up to 256 MiB. A problem ends on its *true* residual, and
-    begins again from there where the recursive one was wrong.
+    It is mathematically MINRES on the normal equations, without their loss of digits. If there are many solutions, it
+    finds the minimum-norm one. Right vectors are kept orthogonal to all former ones, at the memory of one vector a
+    step, up to 256 MiB. A problem ends on its *true* residual. If the recursive residual was wrong, it restarts from
+    the true one.
 
     Parameters
     ----------
@@ -87,7 +89,7 @@ class LSMR(LinearSolver):
             residual = rhs - operator.matvec(moved)
             fresh = residual.norm(dim=-1)
             if A is None:
-                # Nothing is left that Aᵀ does not take to zero: b is not in the range, or rounding is what is left.
+                # Aᵀ maps the remainder to zero: b is not in the range, or the remainder is rounding.
                 pulled = operator.rmatvec(residual).norm(dim=-1)
                 singular = active & (fresh > eps**0.5 * rhs.norm(dim=-1)) & (pulled <= eps**0.75 * normal.norm(dim=-1))
             better = active & (fresh < norm)
@@ -108,7 +110,7 @@ class LSMR(LinearSolver):
 
 @dataclass(frozen=True)
 class _Repeated:
-    """Products with A for right-hand sides that share it."""
+    """Products with A for right-hand sides that share A."""
 
     forward: object
     backward: object

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 import torch
 
 from bilevel.errors import ArgumentError
-from bilevel.linear._base import LinearSolver, begin
+from bilevel.linear._base import LinearSolver
 from bilevel.linear._lsmr import Kept
+from bilevel.linear._preconditioner import begin
 from bilevel.linear._solution import LinearSolution
 from bilevel.operators import LinearOperator
 from bilevel.reports import Status
@@ -21,11 +22,12 @@ _MOST_RUNS = 6
 
 @dataclass(frozen=True)
 class MINRES(LinearSolver):
-    """MINRES: A symmetric, positive definite, indefinite or singular; one product for each step.
+    """MINRES for a symmetric A: positive definite, indefinite or singular. A step costs one product.
 
-    ‖b − A x‖ decreases at each step. A system with many solutions gets that of minimum norm. Lanczos vectors are kept orthogonal to all former
-    ones: memory of one vector a step, up to 256 MiB. A problem ends on its *true* residual, and begins again from there where the recursive one
-    was wrong. It does not tell a minimum from a saddle: where that matters, take :class:`bilevel.CG`.
+    ‖b − A x‖ decreases at each step. If there are many solutions, it finds the minimum-norm one. Lanczos vectors are
+    kept orthogonal to all former ones, at the memory of one vector a step, up to 256 MiB. A problem ends on its *true*
+    residual. If the recursive residual was wrong, it restarts from the true one. MINRES does not distinguish a minimum
+    from a saddle; :class:`bilevel.CG` does.
 
     Parameters
     ----------
@@ -62,7 +64,7 @@ class MINRES(LinearSolver):
     ) -> LinearSolution:
         if not operator.symmetric:
             raise ArgumentError(
-                "MINRES: expected a symmetric matrix, got one that is not known to be; pass symmetric=True if it is, or take GMRES() or LSMR()"
+                "MINRES: expected a symmetric matrix, got one that is not declared symmetric; pass symmetric=True if it is, or take GMRES() or LSMR()"
             )
         limit = self.max_steps if self.max_steps is not None else min(max(4 * operator.size, 100), 20_000)
         x, r = begin(operator, rhs, start)
@@ -84,7 +86,7 @@ class MINRES(LinearSolver):
             x = torch.where(better.unsqueeze(-1), moved, x)
             r = torch.where(better.unsqueeze(-1), residual, r)
             idle = active & ~(fresh <= 0.5 * norm) & (steps < limit)
-            # A residual that A takes to zero is the part of b outside of the range.
+            # A residual that A maps to zero is the part of b outside of the range.
             bent = active & (fresh > eps**0.5 * rhs.norm(dim=-1))
             outside = bent & (operator.matvec(r).norm(dim=-1) <= eps**0.5 * size * norm) if bool(bent.any()) else bent
             broken = active & ~torch.isfinite(fresh)
@@ -124,7 +126,7 @@ def _run(
         size = torch.maximum(size, torch.where(active, product.norm(dim=-1), 0.0))
         fresh = kept.orthogonal(product - alpha.unsqueeze(-1) * v - beta.unsqueeze(-1) * before)
         beta = fresh.norm(dim=-1)
-        ended = beta <= 8 * eps * size  # the Krylov space is used up
+        ended = beta <= 8 * eps * size  # the Krylov space is exhausted
         beta = torch.where(ended, 0.0, beta)
         before, v = v, fresh / torch.where(beta > 0, beta, torch.inf).unsqueeze(-1)
         kept.add(v)
@@ -133,7 +135,7 @@ def _run(
         epsilon, last = sine * beta, epsilon
         delta_bar = -cosine * beta
         gamma = torch.hypot(gamma_bar, beta)
-        flat = gamma <= 8 * eps * size  # A is singular on the space, and this direction adds nothing
+        flat = gamma <= 8 * eps * size  # A is singular on the space: this direction adds nothing
         safe = torch.where(flat, torch.inf, gamma)
         cosine, sine = torch.where(flat, 0.0, gamma_bar / safe), torch.where(flat, 1.0, beta / safe)
         w, w_before = (before - last.unsqueeze(-1) * w_before - delta.unsqueeze(-1) * w) / safe.unsqueeze(-1), w

@@ -1,4 +1,4 @@
-"""The Neumann series: the inverse as a sum of powers, for a few products and no inner products."""
+"""The Neumann series: the inverse as a sum of powers, with a few products and no inner products."""
 
 from __future__ import annotations
 
@@ -6,8 +6,9 @@ from dataclasses import dataclass
 
 import torch
 
-from bilevel.linear._base import LinearSolver, begin
+from bilevel.linear._base import LinearSolver
 from bilevel.linear._judge import eigenvalue_uncertainty
+from bilevel.linear._preconditioner import begin
 from bilevel.linear._solution import LinearSolution
 from bilevel.operators import LinearOperator
 from bilevel.reports import Status
@@ -22,16 +23,16 @@ _MARGIN = 0.9
 
 @dataclass(frozen=True)
 class Neumann(LinearSolver):
-    """Sum x = α Σ_{j=0..K} (I − αA)ʲ b; the running term (I − αA)^{K+1} b is the residual, for free.
+    """Sum x = α Σ_{j=0..K} (I − αA)ʲ b. The last term (I − αA)^{K+1} b is the residual.
 
-    It converges where the spectral radius of I − αA is below one; a running term that grows is reported as
-    divergence, and the best partial sum is kept. A running term that A maps to zero shows that A is singular and b outside its range. From
-    zero, a symmetric positive semidefinite A with b in its range gives the solution of smallest Euclidean norm.
+    It converges if the spectral radius of I − αA is below one. If the terms grow, the status is DIVERGED, and the best
+    partial sum is kept. If A maps a term to zero, A is singular and b is outside its range. For a symmetric positive
+    semidefinite A with b in its range, the sum tends to the minimum-norm solution.
 
     Parameters
     ----------
     terms
-        K ≥ 0, the largest power; one product each. A number is a budget: spending it without a tolerance is a success.
+        K ≥ 0, the largest power; each costs one product. It is a budget: spending it without a tolerance is a success.
     step
         α > 0; None: chosen for each problem. For a symmetric matrix it is 1/λ, where λ is an upper estimate of the largest
         eigenvalue by twelve power iterations. For any other matrix it is 1, which suits I − ∂T of a contraction. If that
@@ -94,12 +95,13 @@ class Neumann(LinearSolver):
             improved = active & (norm < least)
             best = torch.where(improved.unsqueeze(-1), x, best)
             least = torch.where(improved, norm, least)
-            # The running term and the residual differ by rounding: one that only just passes might not, measured anew.
+            # The term and the residual differ by rounding: a term just below the threshold may belong to a residual
+            # above it.
             status = torch.where(active & (norm <= _MARGIN * threshold), int(Status.CONVERGED), status)
-            # A matrix far from normal may let the term grow for a while before it shrinks.
+            # For a matrix far from normal, terms may grow before they shrink.
             diverged = (status == Status.RUNNING) & ~(norm <= _GROWTH * least * (1 + iterations.sqrt()))
             status = torch.where(diverged, int(Status.DIVERGED), status)
-        # A budget's answer is the whole sum; that of a divergent series is its best part.
+        # With a budget the result is the whole sum. For a divergent series it is the best partial sum.
         x = torch.where((status == Status.DIVERGED).unsqueeze(-1), best, x)
         ended = torch.where(still, int(Status.MINIMUM_NORM), int(Status.MAX_STEPS))
         status = torch.where(status == Status.RUNNING, ended, status)
@@ -110,7 +112,7 @@ class Neumann(LinearSolver):
             return rhs.new_full((rhs.shape[0],), self.step)
         if operator.symmetric:
             return _inverse(_largest(operator, rhs, lambda v: operator.matvec(v)))
-        # What is not a number is no reason to estimate another step.
+        # A NaN is no reason to estimate another step.
         plain = ~(_largest(operator, rhs, lambda v: v - operator.matvec(v), margin=1.0) >= 1)
         if bool(plain.all()):
             return rhs.new_ones(rhs.shape[0])
@@ -119,10 +121,10 @@ class Neumann(LinearSolver):
 
 
 def _largest(operator: LinearOperator, like: torch.Tensor, apply: object, margin: float | None = None) -> torch.Tensor:
-    """Estimate, per problem, the largest absolute eigenvalue of ``apply`` by power iteration, and lift it by its own residual.
+    """Estimate, per problem, the largest absolute eigenvalue of ``apply`` by power iteration, plus its residual.
 
-    ‖Av − λv‖ bounds the distance from λ to the spectrum of a symmetric matrix; added, it makes up for iterations not
-    made. ``margin`` multiplies the estimate instead.
+    ‖Av − λv‖ bounds the distance from λ to the spectrum of a symmetric matrix. Adding it compensates for the small
+    number of iterations. ``margin`` multiplies the estimate instead.
     """
     assert callable(apply)
     generator = torch.Generator().manual_seed(0)

@@ -7,19 +7,16 @@ from dataclasses import dataclass
 import torch
 
 from bilevel._torch.factorisations import eigh
-from bilevel.errors import ArgumentError
-from bilevel.linear._base import LinearSolver, Preconditioner
-from bilevel.linear._solution import LinearSolution
+from bilevel.linear._approximation import Approximation
 from bilevel.operators import LinearOperator
-from bilevel.reports import Status
 from bilevel.setting_checks import check_number, check_steps
 
 __all__ = ["Nystrom"]
 
 
 @dataclass(frozen=True)
-class Nystrom(LinearSolver):
-    r"""(H_k + ρI)⁻¹ b in the place of H⁻¹ b, with H_k = H[:, K] H[K, K]⁺ H[K, :] of k random columns: k products, and none for more right-hand sides.
+class Nystrom(Approximation):
+    r"""(H_k + ρI)⁻¹ b in place of H⁻¹ b, with H_k = H[:, K] H[K, K]⁺ H[K, :] for k random columns. It costs k products in all.
 
     Woodbury's identity gives (H_k + ρI)⁻¹ b = b/ρ − ρ⁻² C (W + CᵀC/ρ)⁻¹ Cᵀ b with C = H[:, K] and W = H[K, K]. The result
     is accurate, up to the bias of ρ, if the eigenvalues of H fall fast. The report has the residual of H x = b. With no
@@ -30,11 +27,11 @@ class Nystrom(LinearSolver):
     Parameters
     ----------
     rank
-        k, the number of columns; n at most is taken.
+        k, the number of columns; at most n are used.
     rho
         ρ > 0, in the units of H's eigenvalues.
     seed
-        Of the choice of columns.
+        The seed of the choice of columns.
 
     Raises
     ------
@@ -65,38 +62,10 @@ class Nystrom(LinearSolver):
         check_number("Nystrom", "rho", self.rho)
         check_steps("Nystrom", "seed", self.seed, least=0)
 
-    @property
-    def has_budget(self) -> bool:
-        return True  # the rank is chosen, and its bias with it
+    def products(self, size: int) -> int:
+        return min(self.rank, size)
 
-    def solve(
-        self, operator: LinearOperator, rhs: torch.Tensor, threshold: torch.Tensor, start: torch.Tensor | None = None
-    ) -> LinearSolution:
-        x = self.preconditioner(operator)(rhs)
-        steps = torch.full((len(rhs),), min(self.rank, operator.size), dtype=torch.int64, device=rhs.device)
-        return LinearSolution(x, steps, torch.full_like(steps, Status.MAX_STEPS))
-
-    def preconditioner(self, operator: LinearOperator) -> Preconditioner:
-        """Return r ↦ (H_k + ρI)⁻¹ r on tensors (batch, n), made of k products with ``operator``, which keeps it."""
-        if not operator.symmetric:
-            raise ArgumentError(
-                "Nystrom: expected a symmetric matrix, got one that is not known to be; pass symmetric=True if it is, or take GMRES()"
-            )
-        base = operator.distinct
-        factor = base.memo.get(self)
-        if factor is None:
-            factor = base.memo[self] = self._factor(base)
-        basis, weights = factor  # (batch, n, k), (batch, k)
-
-        def apply(r: torch.Tensor) -> torch.Tensor:
-            columns = r.reshape(operator.repeats, base.batch, base.size).permute(1, 2, 0)  # (batch, n, repeats)
-            along = weights.unsqueeze(-1) * (basis.mT @ columns)
-            return ((columns - basis @ along) / self.rho).permute(2, 0, 1).reshape(r.shape)
-
-        return apply
-
-    def _factor(self, base: LinearOperator) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return U and w with (H_k + ρI)⁻¹ = (I − U diag(w) Uᵀ) / ρ, where H_k = U diag(s) Uᵀ and w = s / (s + ρ)."""
+    def factor(self, base: LinearOperator) -> LowRank:
         n, k = base.size, min(self.rank, base.size)
         generator = torch.Generator().manual_seed(self.seed)
         chosen = torch.randperm(n, generator=generator)[:k].to(base.device)
@@ -105,12 +74,42 @@ class Nystrom(LinearSolver):
         columns = base.matmat(units).movedim(0, -1)  # C (batch, n, k)
         Q, R = torch.linalg.qr(torch.nan_to_num(columns))
         W = columns[:, chosen]
-        values, vectors = eigh(0.5 * (W + W.mT))  # the core may be singular: its pseudo-inverse is taken
+        values, vectors = eigh(0.5 * (W + W.mT))  # the core may be singular, so its pseudo-inverse is used
         least = n * torch.finfo(base.dtype).eps * values.abs().amax(dim=-1, keepdim=True)
-        kept = values > least  # of a matrix that is not semi-definite, what bends down is left out
+        kept = values > least  # negative eigenvalues are left out
         inverse = torch.where(kept, 1 / torch.where(kept, values, 1.0), 0.0)
         half = R @ vectors * inverse.sqrt().unsqueeze(-2)
         sizes, turned = eigh(half @ half.mT)
         finite = torch.isfinite(columns).all(dim=-1).all(dim=-1)
         weights = torch.where(finite.unsqueeze(-1), sizes.clamp_min(0.0), torch.nan)
-        return Q @ turned, weights / (weights + self.rho)
+        return LowRank(Q @ turned, weights / (weights + self.rho), self.rho)
+
+    def restored(self, state: list[torch.Tensor | None]) -> LowRank:
+        basis, weights = state
+        assert basis is not None and weights is not None
+        return LowRank(basis, weights, self.rho)
+
+
+@dataclass(frozen=True, eq=False)
+class LowRank:
+    """(I − U diag(w) Uᵀ) / ρ, which is (H_k + ρI)⁻¹ for H_k = U diag(s) Uᵀ and w = s / (s + ρ).
+
+    Parameters
+    ----------
+    basis, weights
+        U (batch, n, k) and w (batch, k).
+    rho
+        ρ.
+    """
+
+    basis: torch.Tensor
+    weights: torch.Tensor
+    rho: float
+
+    def solve(self, r: torch.Tensor) -> torch.Tensor:
+        columns = r.permute(1, 2, 0)  # (batch, n, repeats)
+        along = self.weights.unsqueeze(-1) * (self.basis.mT @ columns)
+        return ((columns - self.basis @ along) / self.rho).permute(2, 0, 1)
+
+    def state(self) -> list[torch.Tensor | None]:
+        return [self.basis, self.weights]

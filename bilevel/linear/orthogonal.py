@@ -22,10 +22,10 @@ _LEAST_ORDER = 32
 
 @dataclass(frozen=True)
 class SVD(LinearSolver):
-    """A = U Σ Vᵀ: any A, square or rectangular, of any rank. Singular values up to ``rtol`` times the largest count as zero.
+    """A = U Σ Vᵀ for any A, square or rectangular, of any rank. Singular values up to ``rtol`` times the largest count as zero.
 
-    The solution is that of minimum norm, and of least squares where the layer is one of a rectangular system. The factorisation is kept with the
-    operator. Costs n products to materialise and some 20 m n² operations.
+    The result is the minimum-norm solution, and for a rectangular system the least-squares solution. The operator keeps
+    the factorisation. It costs n products to materialise and about 20 m n² operations.
 
     Parameters
     ----------
@@ -68,9 +68,9 @@ class SVD(LinearSolver):
 
 @dataclass(frozen=True)
 class QR(LinearSolver):
-    """A = Q R: any A, square or rectangular. Matrices whose rank is not full are factorised by :class:`SVD` in the place of it.
+    """A = Q R for any A, square or rectangular. Matrices without full rank are factorised by :class:`SVD` instead.
 
-    The factorisation is kept with the operator. Costs n products to materialise and 2 m n² operations.
+    The operator keeps the factorisation. It costs n products to materialise and 2 m n² operations.
 
     Parameters
     ----------
@@ -165,7 +165,7 @@ def _kept(solver: LinearSolver, operator: LinearOperator, most: int, make: objec
 
 
 def _finite(matrix: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the matrices (batch, m, n) with the identity in the place of those that are not finite, and int64 statuses."""
+    """Return the matrices (batch, m, n) with the identity in place of those that are not finite, and int64 statuses."""
     finite = torch.isfinite(matrix).all(dim=-1).all(dim=-1)
     unit = torch.eye(*matrix.shape[-2:], dtype=matrix.dtype, device=matrix.device)
     status = torch.where(finite, int(Status.CONVERGED), int(Status.NOT_FINITE))
@@ -176,14 +176,15 @@ def _singular(matrix: torch.Tensor, rtol: float | None) -> _Factor:
     matrix, status = _finite(matrix)
     m, n = matrix.shape[-2:]
     k = min(m, n)
-    # Of a tall or wide matrix, its triangular factor is decomposed: no orthogonal matrix of the larger order is made.
+    # For a tall or wide matrix, the triangular factor is decomposed. This avoids an orthogonal matrix of the larger
+    # order.
     Q, R = torch.linalg.qr(matrix if m >= n else matrix.mT)
     U, values, Vt = svd(R if m >= n else R.mT)  # (batch, k, k)
     left, right = (Q @ U, Vt.mT) if m >= n else (U, Q @ Vt.mT)
     least = max(m, n, _LEAST_ORDER) * torch.finfo(matrix.dtype).eps if rtol is None else rtol
     zero = ~(values > least * values[..., :1]) if k else values > 0
     if rtol is None and k:
-        # Once one singular value is zero to rounding, so are those that are not known from zero.
+        # If one singular value is zero to rounding, all that cannot be distinguished from zero count as zero.
         wide = ~(values > eigenvalue_uncertainty(max(m, n), matrix.dtype) * values[..., :1])
         zero = torch.where(zero.any(dim=-1, keepdim=True), wide, zero)
     inverse = torch.where(zero, 0.0, 1 / torch.where(zero, 1.0, values))
@@ -201,7 +202,8 @@ def _orthogonal(matrix: torch.Tensor) -> _Factor:
     safe, status = _finite(matrix)
     Q, R = torch.linalg.qr(safe)
     if n:
-        # The pivots over the lengths of their columns: units of the unknowns do not count. Near the limit the SVD decides.
+        # The ratios of pivots to column norms do not depend on the units of the unknowns. Near the limit the SVD
+        # decides.
         lengths = R.norm(dim=-2)
         part = R.diagonal(dim1=-2, dim2=-1).abs() / torch.where(lengths > 0, lengths, 1.0)
         if not bool((part > 1e3 * max(m, _LEAST_ORDER) * torch.finfo(R.dtype).eps).all()):
@@ -212,7 +214,7 @@ def _orthogonal(matrix: torch.Tensor) -> _Factor:
 
 
 def _solved(factor: _Factor, operator: LinearOperator, rhs: torch.Tensor, threshold: torch.Tensor) -> LinearSolution:
-    """Solve, and refine once where the residual is above what was asked."""
+    """Solve, and refine once if the residual is above the threshold."""
     normal = rectangular_of(operator) is not None
     solve = factor.solve_normal if normal else factor.solve
     batch, n = operator.distinct.batch, operator.size

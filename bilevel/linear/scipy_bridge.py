@@ -22,14 +22,14 @@ __all__ = ["ScipyLinear"]
 
 @dataclass(frozen=True)
 class ScipyLinear(LinearSolver):
-    """A method of ``scipy.sparse.linalg`` as a linear solver: float64 on the CPU, one problem after another.
+    """A method of ``scipy.sparse.linalg`` as a linear solver. It works in float64 on the CPU, one problem after another.
 
     Parameters
     ----------
     function
-        Such as ``scipy.sparse.linalg.minres``: a function ``(A, b, x0=..., **options)`` that returns x first.
+        For example ``scipy.sparse.linalg.minres``: a function ``(A, b, x0=..., **options)`` that returns x first.
     options
-        Passed on. Where the function takes ``rtol`` and ``atol`` (or ``tol``) and they are not among the options, they are
+        Passed to the function. If the function has ``rtol`` and ``atol`` (or ``tol``) and they are not given, they are
         set from the tolerance.
 
     Raises
@@ -72,7 +72,7 @@ class ScipyLinear(LinearSolver):
     def solve(
         self, operator: LinearOperator, rhs: torch.Tensor, threshold: torch.Tensor, start: torch.Tensor | None = None
     ) -> LinearSolution:
-        import scipy.sparse.linalg  # which takes longer than all else here, and is not every program's
+        import scipy.sparse.linalg  # imported here because it takes long, and not every program needs it
 
         takes = set(inspect.signature(self.function).parameters)
         x = torch.zeros_like(rhs)
@@ -84,11 +84,11 @@ class ScipyLinear(LinearSolver):
             if "rtol" in takes and "atol" in takes:
                 options.setdefault("rtol", 0.0)
                 options.setdefault("atol", 0.5 * float(threshold[k]))
-            elif "btol" in takes:  # lsqr and lsmr compare with norms of A as well
+            elif "btol" in takes:  # lsqr and lsmr also compare with norms of A
                 for bound in ("atol", "btol"):
                     options.setdefault(bound, 1e-3 * float(threshold[k]) / norm if norm else 0.0)
             elif "rtol" in takes or "tol" in takes:
-                # These compare with other norms as well; a tenth of what is asked covers the difference.
+                # These also compare with other norms. A tenth of the tolerance covers the difference.
                 options.setdefault(
                     "rtol" if "rtol" in takes else "tol", 0.1 * float(threshold[k]) / norm if norm else 0.0
                 )

@@ -56,6 +56,12 @@ def train(
     queries: Annotated[int, typer.Option(help="Query images of each class, in training.")] = _DEFAULT.queries,
     inner_steps: Annotated[int, typer.Option(help="Steps of adaptation.")] = _DEFAULT.inner_steps,
     inner_lr: Annotated[float, typer.Option(help="Step size of adaptation.")] = _DEFAULT.inner_lr,
+    inner_momentum: Annotated[
+        float, typer.Option(help="Momentum of adaptation; none with --line-search or the released code.")
+    ] = _DEFAULT.inner_momentum,
+    adaptive: Annotated[
+        bool, typer.Option("--adaptive/--no-adaptive", help="Shorten inner steps by the curvature that they meet.")
+    ] = _DEFAULT.adaptive,
     hessian_free: Annotated[
         bool, typer.Option("--hessian-free", help="Adapt by Newton-CG with a line search.")
     ] = _DEFAULT.hessian_free,
@@ -75,6 +81,9 @@ def train(
     tasks_per_step: Annotated[int, typer.Option(help="Tasks of a meta-step.")] = _DEFAULT.tasks_per_step,
     outer_lr: Annotated[float, typer.Option(help="Step size of Adam.")] = _DEFAULT.outer_lr,
     clip: Annotated[float, typer.Option(help="Norm that the meta-gradient is clipped to.")] = _DEFAULT.clip,
+    decay_steps: Annotated[
+        int, typer.Option(help="Meta-steps over which Adam's step falls to 0, where training ends; 0: it stays.")
+    ] = _DEFAULT.decay_steps,
     average: Annotated[
         float, typer.Option(help="Decay of the running mean of the parameters that is measured; 0 for none.")
     ] = _DEFAULT.average,

@@ -17,12 +17,9 @@ from bilevel.meta.convexity import is_convex
 from bilevel.meta.learner_settings import SHARED, refuse_running_statistics, register_lam, released_solvers
 from bilevel.meta.proximal import half_square
 from bilevel.meta.safeguarded import SafeguardedCG
-from bilevel.meta.tasks import Tasks, as_support, as_tasks
+from bilevel.meta.tasks import Tasks, as_support, as_tasks, by_parts
 
 __all__ = ["IMAML"]
-
-# The largest number of input numbers for one set of kernels on the CPU. A convolutional network makes about a hundred times as many.
-_NUMBERS_AT_ONCE = 2**16
 
 
 class IMAML(bilevel.BilevelProblem):
@@ -192,7 +189,7 @@ class IMAML(bilevel.BilevelProblem):
         for number, part in enumerate(self._passes(tasks)):
             data = self._data(part)
             adapted = self.solve(outer, data, inspect=number == 0, tolerance=tolerance).value
-            loss, prediction = _by_parts(functools.partial(self._judge, data["fixed"]), adapted, data["query"])
+            loss, prediction = by_parts(functools.partial(self._judge, data["fixed"]), adapted, data["query"])
             losses.append(loss)
             made.append(pytree.tree_map(torch.Tensor.detach, prediction))
         loss = torch.cat(losses).mean()
@@ -379,22 +376,6 @@ def _curvature_words(linear_solver: Any) -> dict[bilevel.Status, tuple[str, str]
         "curvature is negative",
     )
     return {bilevel.Status.INDEFINITE: words, bilevel.Status.SINGULAR: words}
-
-
-def _by_parts(judge: Callable[..., Any], adapted: Any, query: tuple[Any, ...]) -> Any:
-    """Return ``judge`` of every task, in parts whose data fit into the processor's cache."""
-    leaves, structure = pytree.tree_flatten((adapted, query))
-    count, numbers = len(leaves[0]), sum(leaf.numel() for leaf in pytree.tree_leaves(query))
-    together = count if leaves[0].device.type != "cpu" else max(1, _NUMBERS_AT_ONCE * count // max(1, numbers))
-    if together >= count:
-        return vmap(judge)(adapted, query)
-    alone = together == 1
-    # Split once: the gradient of each separate slice would be a tensor of the whole size, and all of them would be added.
-    cuts = zip(*(leaf.unbind() if alone else leaf.split(together) for leaf in leaves), strict=True)
-    parts = [pytree.tree_unflatten(list(cut), structure) for cut in cuts]
-    made = [judge(*part) if alone else vmap(judge)(*part) for part in parts]
-    join = torch.stack if alone else torch.cat
-    return pytree.tree_map(lambda *leaves: join(leaves), *made)
 
 
 def _present(weight: torch.Tensor | None) -> tuple[torch.Tensor, ...]:

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
+from torch.func import vmap
 from torch.utils import _pytree as pytree
 
 import bilevel
 
-__all__ = ["Tasks", "as_support", "as_tasks", "pad_tasks"]
+__all__ = ["Tasks", "as_support", "as_tasks", "by_parts", "pad_tasks"]
+
+# The largest number of input numbers for one set of kernels on the CPU. A convolutional network makes about a hundred times as many.
+_NUMBERS_AT_ONCE = 2**16
 
 
 class Tasks(NamedTuple):
@@ -170,3 +174,19 @@ def _check(where: str, part: str, x: Any, y: Any, weight: torch.Tensor | None) -
             "tensor[None] for a single task, and see pad_tasks for ragged tasks"
         )
     return int(leaves[0].shape[0])
+
+
+def by_parts(judge: Callable[..., Any], adapted: Any, query: tuple[Any, ...]) -> Any:
+    """Return ``judge`` of every task, in parts whose data fit into the processor's cache."""
+    leaves, structure = pytree.tree_flatten((adapted, query))
+    count, numbers = len(leaves[0]), sum(leaf.numel() for leaf in pytree.tree_leaves(query))
+    together = count if leaves[0].device.type != "cpu" else max(1, _NUMBERS_AT_ONCE * count // max(1, numbers))
+    if together >= count:
+        return vmap(judge)(adapted, query)
+    alone = together == 1
+    # Split once: the gradient of each separate slice would be a tensor of the whole size, and all of them would be added.
+    cuts = zip(*(leaf.unbind() if alone else leaf.split(together) for leaf in leaves), strict=True)
+    parts = [pytree.tree_unflatten(list(cut), structure) for cut in cuts]
+    made = [judge(*part) if alone else vmap(judge)(*part) for part in parts]
+    join = torch.stack if alone else torch.cat
+    return pytree.tree_map(lambda *leaves: join(leaves), *made)

@@ -26,7 +26,7 @@ from bilevel.meta.tasks import Tasks
 
 __all__ = ["Score", "StepRecord", "Trainer", "evaluate", "read_checkpoint"]
 
-FORMAT = 2
+FORMAT = 3
 """Version of the checkpoint's layout."""
 
 _TASKS_AT_ONCE = 25
@@ -141,13 +141,15 @@ class Trainer:
     ) -> None:
         """Train until so many meta-steps, or seconds of training, have been made in all, or ``stopped()`` says so.
 
+        With ``decay_steps`` of the recipe it ends there at the latest, where the step of Adam is 0.
         Every ``validate_every`` meta-steps the learner is validated on unseen tasks; the time of that does not count.
         """
+        decayed = self.recipe.decay_steps or math.inf
         while True:
             if self._owes_validation():
                 on_validation(self.step, self.validate())
             over = stopped() or (seconds is not None and self.seconds >= seconds)
-            if (steps is not None and self.step >= steps) or self.here.any(over):
+            if self.step >= min(decayed, math.inf if steps is None else steps) or self.here.any(over):
                 return
             on_step(self.train_step())
 
@@ -168,6 +170,8 @@ class Trainer:
             loss.backward()
         norm = nn.utils.clip_grad_norm_(self.learner.parameters(), recipe.clip)
         finite = bool(torch.isfinite(norm))
+        for group in self.optimizer.param_groups:
+            group["lr"] = recipe.outer_step(self.step)
         if finite:  # a step to NaN would end the run; the record counts it as failed
             self.optimizer.step()
         self.step += 1

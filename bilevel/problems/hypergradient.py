@@ -77,7 +77,7 @@ class HypergradientReport:
     def moved(self, point: Point) -> HypergradientReport:
         """Return the reports of a refined point: its residuals, and no bounds, which the refined result has itself."""
         return HypergradientReport(
-            _moved(self.forward, point.residual, 1), _moved(self.backward, point.rho / max(1, len(point.x)), 1)
+            _moved(self.forward, point.inner.residual, 1), _moved(self.backward, point.rho / max(1, len(point.x)), 1)
         )
 
     def __str__(self) -> str:
@@ -160,6 +160,7 @@ class Hypergradient(Generic[T]):
     _rebuild: Callable[[Point, Hypergradient], Hypergradient] = field(repr=False)
     _restore: Callable[[torch.Tensor], Any] = field(repr=False)
     _decided: Bound | None = field(default=None, repr=False)
+    _decided_value: Bound | None = field(default=None, repr=False)
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in vars(self).items() if name not in _TIED}
@@ -201,7 +202,7 @@ class Hypergradient(Generic[T]):
     @cached_property
     def value_bound(self) -> Bound:
         """The bound of the difference between F(φ*) and ``corrected_value`` (C4)."""
-        return self._certificate.value_bound
+        return self._certificate.value_bound if self._decided_value is None else self._decided_value
 
     @cached_property
     def corrected_grad(self) -> T:
@@ -304,7 +305,7 @@ def assemble(
 
     def rebuild(at: Point, before: Hypergradient) -> Hypergradient:
         # In the problem's dtype, as any other result; the certificate then measures what rounding made of it.
-        there = Point(point.lower, point.upper, at.x.to(point.x), at.q.to(point.x), point.needs_grad)
+        there = Point.at(point.lower, point.upper, at.x.to(point.x), at.q.to(point.x), point.needs_grad)
         worth, found = there.upper.value(there.x).mean().to(value), at.corrected_value.mean().to(value)
         flat = at.gradient.mean(0).to(gradient)
         # This function by its own name would be a circle, which holds all of the problem until a collection.

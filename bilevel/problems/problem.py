@@ -21,7 +21,7 @@ from bilevel.equations.problem import Problem
 from bilevel.equations.structured import Structure
 from bilevel.equations.system import ArgminSystem
 from bilevel.errors import ArgumentError, TransformError
-from bilevel.layers.call import Adjoint, Setting, SolveSettings
+from bilevel.layers.call import Adjoint, Setting, SolveCall, SolveSettings
 from bilevel.layers.constraint_structure import ConstraintStructure
 from bilevel.layers.constraints import Constraints
 from bilevel.layers.differentiation import Differentiation, Implicit
@@ -29,7 +29,7 @@ from bilevel.layers.layer import Layer, Solution
 from bilevel.layers.proximal import Proximal
 from bilevel.linear._base import LinearSolver, LinearSolverLike
 from bilevel.policy import OnFailure
-from bilevel.problems.adaptive.direct import decided, full_accuracy_is_cheap
+from bilevel.problems.adaptive.direct import decided, full_accuracy, full_accuracy_is_cheap
 from bilevel.problems.adaptive.driver import attach_gradient, needs_gradient, solve_to_goal
 from bilevel.problems.batching import BatchSpec
 from bilevel.problems.checks import (
@@ -83,6 +83,8 @@ class BilevelProblem(torch.nn.Module, ABC):
     differentiation
         The way the inner solution is differentiated: :class:`bilevel.Implicit` by default. The others have no known error
         bound.
+    static
+        Whether you vouch for the inner objective, and for ``inner_prox`` or ``inner_constraints``: see :func:`bilevel.argmin`.
 
     Raises
     ------
@@ -128,6 +130,7 @@ class BilevelProblem(torch.nn.Module, ABC):
         batch_dims: Any = None,
         warm_start: bool = True,
         differentiation: Differentiation | None = None,
+        static: bool = False,
     ) -> None:
         super().__init__()
         self.batch_dims = batch_dims
@@ -155,6 +158,7 @@ class BilevelProblem(torch.nn.Module, ABC):
             where=self.where,
             written=self._written,
             differentiation=differentiation,
+            static=static,
         )
         self._warm = WarmStart()
         self._connected_for: frozenset[tuple[bool, ...]] = frozenset()
@@ -458,25 +462,26 @@ class BilevelProblem(torch.nn.Module, ABC):
                 settings.on_adjoint(last)
             q, backward = last.value * lower.batch, last.report  # the mean's cotangents are 1/K of each problem's own
             corrected = corrected - (q * last.residual).sum(dim=-1).mean()
-        point = Point(lower, upper, x, q, _needs_grad(plain, lower))
+        point = Point.at(lower, upper, x, q, _needs_grad(plain, lower))
         report = HypergradientReport(solution.report, backward)
         result = self._assembled(settings, plain, data, inner, point, value.detach(), corrected, flat, report)
         return result, point, last
 
     def _with_goal(self, settings: SolveSettings, outer: Any, data: Any, init: Any) -> Hypergradient:
-        """Return a hypergradient as accurate as the goal asks: by solves to full accuracy where these cost less than to look for less."""
+        """Return a hypergradient as accurate as the goal asks: by solves to full accuracy where these cost less than a search."""
         count = self._numbering.count(data)
         start = self._start(outer, data, count) if init is None else init
-        prepares = type(self).prepare is not BilevelProblem.prepare
-        if prepares or not full_accuracy_is_cheap(settings, start, count):
+        if not full_accuracy_is_cheap(settings, start, count):
             return self._to_goal(settings, outer, data, start)
-        full = replace(
-            settings, tolerance=Tolerance(strong_convexity=settings.tolerance.strong_convexity, bound_products=0)
-        )
-        result, point, adjoint = self._at_accuracy(full, outer, data, start)
-        inspector = self._layer.inspector
-        replays = inspector.reuse_inspection(point.lower, point.x, self.inner_objective, captures=True)
-        return decided(settings, result, point, adjoint, point.lower.replayed_from(replays))
+        warm = self._warm if self.warm_start else WarmStart()
+        result, point, adjoint = self._at_accuracy(full_accuracy(settings), outer, data, start)
+        if adjoint is not None and type(self).prepare is not BilevelProblem.prepare:
+            # The replays are of G after the preparation, which G of `point` contains.
+            adjoint = adjoint._replace(replays=None)
+        result, known = decided(settings, result, point, adjoint, warm.adjoints(point.x), warm.known)
+        if self.warm_start:
+            self._warm = replace(self._warm, known=known)
+        return result
 
     def _settings_at(self, settings: SolveSettings) -> SolveSettings:
         """Return the settings of a call that differentiates at an answer given."""
@@ -556,7 +561,7 @@ class BilevelProblem(torch.nn.Module, ABC):
         def certify(x: torch.Tensor, q: torch.Tensor, flat: torch.Tensor, corrected: torch.Tensor) -> Bound:
             if not known:
                 known.append(self.constants(outer, data).with_mu(tolerance.strong_convexity))
-            point = Point(lower, upper, x, q, needs_grad)
+            point = Point.at(lower, upper, x, q, needs_grad)
             certificate = Certificate(point, flat, corrected, lambda: known[0], self.where, policy)
             bound = certificate.bound
             known[0] = certificate.constants  # what quadratic objectives determine holds at every φ, and is found once
@@ -565,26 +570,22 @@ class BilevelProblem(torch.nn.Module, ABC):
         warm = self._warm if self.warm_start else WarmStart()
         begin = warm.adjoints(x)
         learned = warm.learned() if begin is not None else None
-        inspect_once = CheckedObjective(upper, self.outer_objective, given, policy)
-        inspect = partial(self._layer.inspector.inspect_once, lower, x, self.inner_objective, captures=True)
-        sought = solve_to_goal(settings, inspect, lower, upper, x, begin, needs_grad, learned, certify, inspect_once)
-        found = sought.found
-        inner = self._numbering.unravel(found.x, start)
-        if self.warm_start and sought.finite:
-            self._warm = WarmStart(inner, found.q / lower.batch, found.known)  # as for the mean's cotangents
-        value = found.values.mean()
-        corrected = value - torch.linalg.vecdot(found.q, found.residual).mean()
-        report = HypergradientReport(sought.forward, sought.backward, found.report)
-        point = Point(lower, upper, found.x, found.q, needs_grad)
+        checked = CheckedObjective(upper, self.outer_objective, given, policy)
+        call = SolveCall(settings, self._layer.inspector, self.inner_objective, self._layer.where, True, x.dtype)
+        found, report = solve_to_goal(call, lower, upper, x, begin, needs_grad, learned, certify, checked)
+        here = found.here
+        inner = self._numbering.unravel(here.x, start)
+        if self.warm_start and found.finite:
+            self._warm = WarmStart(inner, here.q / lower.batch, found.known)  # as for the mean's cotangents
+        value = here.values.mean()
+        point = Point.at(lower, upper, here.x, here.q, needs_grad)
         parts = torch.split(
             found.gradient, [as_real(leaf).numel() for leaf in pytree.tree_leaves(outer) if moves(leaf)]
         )
         flat = torch.cat(self._connected(parts, inner, outer, data, policy))
-        result = self._assembled(settings, outer, data, inner, point, value, corrected, flat, report)
-        result = replace(result, _decided=found.bound)
-        if tolerance.estimates:
-            result.__dict__["value_bound"] = Bound(found.value_error, Basis.ESTIMATED)
-        return result
+        result = self._assembled(settings, outer, data, inner, point, value, here.corrected, flat, report)
+        of_value = Bound(found.value_error, Basis.ESTIMATED) if tolerance.estimates else None
+        return replace(result, _decided=found.bound, _decided_value=of_value)
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
         # Called by .to(), .double() and their like: what the next solve begins from follows, as buffers do.

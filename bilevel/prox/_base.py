@@ -152,7 +152,11 @@ _checked: ContextVar[bool] = ContextVar("checked", default=False)
 
 @contextmanager
 def already_checked() -> Iterator[None]:
-    """Inside, terms are made of parameters that were checked before: their values are not read, so that what uses them can be recorded."""
+    """Inside, terms do not read the values of their parameters, which a call has checked once.
+
+    A check costs as much as a singular value decomposition, and reading a value would end the recording of an evaluation. The scope is
+    that of a context, and not an argument, because the user's own function stands between the layer and the term's constructor.
+    """
     token = _checked.set(True)
     try:
         yield

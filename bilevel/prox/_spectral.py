@@ -47,13 +47,14 @@ def _inverse_of_sums(sizes: torch.Tensor) -> torch.Tensor:
     return torch.where(sums > 0, 1 / torch.where(sums > 0, sums, 1.0), 0.0)
 
 
-def abs_change(matrix: torch.Tensor, values: torch.Tensor, vectors: torch.Tensor) -> torch.Tensor:
+def abs_change(matrix: torch.Tensor, values: torch.Tensor, vectors: torch.Tensor, shift: float = 0.0) -> torch.Tensor:
     """Return |B| − |B₀|, which is zero with the derivatives of |B|, for B = ``matrix`` (..., n, n) symmetric, and the decomposition of B₀.
 
     T = |B| − |B₀| solves S T + T S + T² = B₀ D + D B₀ + D² with S = |B₀|. In the basis of B₀ the left side is (|λ_i| + |λ_j|) T_ij + (T²)_ij.
+    With a ``shift`` c it is the change of √(B² + c I), which solves the same equation with that S.
     """
     change = vectors.mT @ (matrix - detached(matrix)) @ vectors
-    inverse = _inverse_of_sums(values.abs())
+    inverse = _inverse_of_sums((values.square() + shift).sqrt() if shift else values.abs())
     right = (values.unsqueeze(-1) + values.unsqueeze(-2)) * change + change @ change
     found = inverse * right
     for _ in range(ORDER - 1):

@@ -6,6 +6,8 @@ piecewise linear, and its Hessian depends on the support of X alone.
 
 from __future__ import annotations
 
+import math
+
 import torch
 
 from bilevel._torch.factorisations import solve
@@ -15,11 +17,14 @@ __all__ = ["SUM_ROUNDING", "least_cycle_mean", "support_of", "system_of"]
 # By how many units of rounding the sums of the marginals may differ.
 SUM_ROUNDING = 1e3
 _MAX_STEPS = 200
-_MAX_HALVINGS = 30
-_ARMIJO = 1e-4
 _ROUNDING = 1e-14
+_ROUGH = 1e-3
+# What is added to the diagonal of a Hessian of whole numbers.
+_SHIFT = 1e-8
 _ACCEPTED = 1e-9
-_MET = 1e-4
+# How much larger a matrix is made at once, and how often.
+_GROWTH = 10.0
+_MOST_STAGES = 20
 
 
 def system_of(support: torch.Tensor) -> torch.Tensor:
@@ -29,34 +34,56 @@ def system_of(support: torch.Tensor) -> torch.Tensor:
     return torch.cat([top, bottom], -2)
 
 
-def support_of(v: torch.Tensor, row: torch.Tensor, column: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the support (..., n, m) of the projection of v, as 0 and 1, and whether it was found (..., 1, 1)."""
+def support_of(v: torch.Tensor, row: torch.Tensor, column: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Return the support (..., n, m) of the projection of v, as 0 and 1, v less its potentials, and whether they were found (..., 1, 1)."""
     shape = v.shape
     matrix = v.reshape(-1, *shape[-2:]).double()
     sums, fit = _balanced(row.reshape(len(matrix), -1), column.reshape(len(matrix), -1))
-    size = matrix.abs().amax((-1, -2)) + sums.abs().amax(-1)  # (K,)
-    dual = _start(matrix, sums)
-    value, slope, plan = _dual_value(matrix, sums, dual)
-    for _ in range(_MAX_STEPS):
-        norm = slope.abs().amax(-1)
-        active = norm > _ROUNDING * size * shape[-1]
-        if not bool(active.any()):
-            break
-        left = active.nonzero().squeeze(-1)
-        direction = _direction((plan[left] > 0).double(), slope[left], norm[left] / size[left])
-        new, moved = _searched(matrix[left], sums[left], dual[left], value[left], slope[left], direction)
-        dual = dual.index_copy(0, left, new)
-        value, slope, plan = _dual_value(matrix, sums, dual)
-        if not bool(moved.any()):
-            break
-    # With entries of v far larger than the masses, a small gradient relative to v is no proof: the sums have to be met too.
-    met = slope.abs().amax(-1) <= torch.minimum(_ACCEPTED * size, _MET * sums.abs().amax(-1))
+    matrix = matrix - _spread(_start(matrix, sums), shape[-2])
+    largest = sums.abs().amax(-1)  # (K,)
+    ratio = (matrix.abs().amax((-1, -2)) / largest).clamp(1.0, _GROWTH**_MOST_STAGES).nan_to_num(1.0)
+    # A matrix far larger than the masses makes a linear program, at whose corners Newton's method gets lost. Hence it grows to its size,
+    # and each projection begins at the one before. What is left of the matrix is of the masses' size where there are any, and so is rounding.
+    stages = math.ceil(math.log(float(ratio.amax()), _GROWTH) - 1e-9) if len(ratio) else 0
+    growth = ratio ** (1 / max(stages, 1))
+    matrix = matrix / ratio[:, None, None]
+    for stage in range(stages + 1):
+        matrix = matrix * growth[:, None, None] if stage else matrix
+        matrix, slope, plan = _projected(matrix, sums, _ROUNDING if stage == stages else _ROUGH)
+    met = slope.abs().amax(-1) <= _ACCEPTED * largest
     solved = fit & met
     # The entries of a row without mass go to zero only in the limit.
     mass = (sums > 0).double()
     n = shape[-2]
     support = (plan * mass[:, :n, None] * mass[:, None, n:] > 0).to(v.dtype).reshape(shape)
-    return support, solved.reshape(*shape[:-2], 1, 1)
+    return support, matrix.to(v.dtype).reshape(shape), solved.reshape(*shape[:-2], 1, 1)
+
+
+def _projected(matrix: torch.Tensor, sums: torch.Tensor, tolerance: float) -> tuple[torch.Tensor, ...]:
+    """Return the matrices less their potentials, what the sums of the plans lack (K, n + m), and the plans, their positive parts."""
+    n, m = matrix.shape[-2:]
+    for _ in range(_MAX_STEPS):
+        plan = matrix.relu()
+        slope = _slope(plan, sums)
+        norm, size = slope.abs().amax(-1), plan.amax((-1, -2)) + sums.abs().amax(-1)
+        left = (norm > tolerance * size * m).nonzero().squeeze(-1)
+        if not len(left):
+            break
+        direction = _direction((plan[left] > 0).double(), slope[left])
+        step = _length(matrix[left], sums[left], direction).unsqueeze(-1) * direction
+        matrix = matrix.index_copy(0, left, matrix[left] - _spread(step, n))
+    plan = matrix.relu()
+    return matrix, _slope(plan, sums), plan
+
+
+def _slope(plan: torch.Tensor, sums: torch.Tensor) -> torch.Tensor:
+    """Return the gradient (K, n + m) of the dual function."""
+    return sums - torch.cat([plan.sum(-1), plan.sum(-2)], -1)
+
+
+def _spread(dual: torch.Tensor, n: int) -> torch.Tensor:
+    """Return α 1ᵀ + 1 βᵀ (K, n, m)."""
+    return dual[:, :n, None] + dual[:, None, n:]
 
 
 def _balanced(row: torch.Tensor, column: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -74,49 +101,40 @@ def _start(matrix: torch.Tensor, sums: torch.Tensor) -> torch.Tensor:
     return torch.cat([rows, columns - columns.mean(-1, keepdim=True)], -1)
 
 
-def _dual_value(
-    matrix: torch.Tensor, sums: torch.Tensor, dual: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return the dual function (K,), its gradient (K, n + m) and the plan (K, n, m)."""
-    n = matrix.shape[-2]
-    plan = (matrix - dual[:, :n, None] - dual[:, None, n:]).relu()
-    value = 0.5 * plan.square().sum((-1, -2)) + (dual * sums).sum(-1)
-    return value, sums - torch.cat([plan.sum(-1), plan.sum(-2)], -1), plan
-
-
-def _direction(support: torch.Tensor, slope: torch.Tensor, shift: torch.Tensor) -> torch.Tensor:
-    """Return Newton's direction, with a multiple of the identity for the directions in which the dual is flat."""
+def _direction(support: torch.Tensor, slope: torch.Tensor) -> torch.Tensor:
+    """Return Newton's direction; where the dual function is linear along some directions, those by far the most."""
     matrix = system_of(support)
-    shift = (0.1 * shift).clamp(1e-12, 1e-2)
     unit = torch.eye(matrix.shape[-1], dtype=matrix.dtype, device=matrix.device)
-    return -solve(matrix + shift[:, None, None] * unit, slope.unsqueeze(-1)).squeeze(-1)
+    return -solve(matrix + _SHIFT * unit, slope.unsqueeze(-1)).squeeze(-1)
 
 
-def _searched(
-    matrix: torch.Tensor,
-    sums: torch.Tensor,
-    dual: torch.Tensor,
-    value: torch.Tensor,
-    slope: torch.Tensor,
-    direction: torch.Tensor,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the potentials after a step that is halved until the dual function, or its gradient, decreases; and which moved."""
-    promised, norm = (slope * direction).sum(-1), slope.square().sum(-1)
-    length = torch.ones_like(value)
-    moved = torch.zeros_like(value, dtype=torch.bool)
-    best = dual
-    for _ in range(_MAX_HALVINGS):
-        trial = dual + length.unsqueeze(-1) * direction
-        there, gradient, _ = _dual_value(matrix, sums, trial)
-        # Near the solution rounding hides the decrease of the function; the gradient still shows it.
-        good = (there <= value + _ARMIJO * length * promised) | (gradient.square().sum(-1) < 0.5 * norm)
-        good = good & ~moved & (promised < 0)
-        best = torch.where(good.unsqueeze(-1), trial, best)
-        moved = moved | good
-        if bool((moved | (promised >= 0)).all()):
-            break
-        length = torch.where(moved, length, 0.5 * length)
-    return best, moved
+def _length(matrix: torch.Tensor, sums: torch.Tensor, direction: torch.Tensor) -> torch.Tensor:
+    """Return where the dual function is least (K,) along directions.
+
+    Its slope along one grows, and is linear between the places at which an entry of the plan comes or goes.
+    """
+    n, m = matrix.shape[-2:]
+    entry, rate = matrix.reshape(len(matrix), n * m), _spread(direction, n).reshape(len(matrix), n * m)
+    there = (entry > 0).double()
+    place = entry / rate
+    changes = (place > 0) & torch.isfinite(place)
+    place, order = torch.where(changes, place, torch.inf).sort(-1)
+    sign = torch.where(changes, torch.where(rate < 0, 1.0, -1.0), 0.0)
+
+    def between(terms: torch.Tensor) -> torch.Tensor:
+        """Return the sums (K, nm + 1) of the terms of the entries that are there, after each change."""
+        begin = (there * terms).sum(-1, keepdim=True)
+        return torch.cat([begin, begin + (sign * terms).gather(-1, order).cumsum(-1)], -1)
+
+    lack = between(rate * entry) - (direction * sums).sum(-1, keepdim=True)
+    curvature = between(rate.square())
+    place = torch.cat([torch.zeros_like(place[:, :1]), place, torch.full_like(place[:, :1], torch.inf)], -1)
+    ends = place[:, 1:] * curvature >= lack
+    found = ends.to(torch.int8).argmax(-1, keepdim=True)
+    lack, curvature = lack.gather(-1, found), curvature.gather(-1, found)
+    low, high = place.gather(-1, found), place.gather(-1, found + 1)
+    least = torch.where(curvature > 0, lack / curvature, high).maximum(low).minimum(high)
+    return torch.where(ends.any(-1, keepdim=True) & torch.isfinite(least), least, 1.0).squeeze(-1)
 
 
 def least_cycle_mean(costs: torch.Tensor, support: torch.Tensor) -> tuple[torch.Tensor]:

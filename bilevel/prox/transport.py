@@ -33,7 +33,7 @@ _NO_MASS = 8.0
 class TransportPolytope(Term):
     """The indicator function of {X ≥ 0: X 1 = row, Xᵀ 1 = column}, the transport plans between two marginals.
 
-    The projection solves the dual problem by Newton's method, which takes some 10 to 30 factorisations of order n + m.
+    The projection solves the dual problem by Newton's method, which takes some 10 to 50 factorisations of order n + m.
 
     A plan whose positive entries do not connect all rows and columns is a special case: some entries of ``row`` and some of ``column``
     have one sum. The derivative is then right only for changes of the marginals that keep these sums equal, and for changes of all else.
@@ -103,8 +103,9 @@ class TransportPolytope(Term):
 
     def prox(self, v: torch.Tensor, step: Parameter = 1.0) -> torch.Tensor:
         row, column = self._marginals(v)
-        support, solved = batched(support_of, v, row, column)
-        plan = _with_support(v, support, _inverse(support), row, column)
+        support, rest, solved = batched(support_of, v, row, column)
+        # The potentials change no projection, and without them a large v has no rounding of its size.
+        plan = _with_support(rest + (v - detached(v)), support, _inverse(support), row, column)
         plan = torch.where(_carrying(plan, row, column), plan, 0.0)
         return torch.where(solved, plan, float("nan"))
 

@@ -12,7 +12,7 @@ from bilevel.errors import ArgumentError, DtypeError, ShapeError
 from bilevel.quadratic_programs._kkt import Sizes
 from bilevel.quadratic_programs._matrices import Dense, Entries, Pattern
 
-__all__ = ["Arguments", "arguments_of"]
+__all__ = ["Arguments", "arguments_of", "entries_of", "symmetric_entries", "tensors_of", "vector_of"]
 
 _FLOATS = (torch.float32, torch.float64)
 _MATRICES = {"Q": ("n", "n"), "A": ("p", "n"), "G": ("m", "n")}
@@ -35,7 +35,7 @@ class Arguments:
 
 def arguments_of(where: str, given: dict[str, Any]) -> Arguments:
     """Return the arguments of a program, or raise what says which of them cannot be used."""
-    tensors = _tensors(where, given)
+    tensors = tensors_of(where, given, ("Q", "q", "A", "G"))
     q = tensors["q"]
     if q.ndim < 1 or q.shape[-1] < 1:
         raise ShapeError(
@@ -60,18 +60,18 @@ def arguments_of(where: str, given: dict[str, Any]) -> Arguments:
     infinite = {"b": 0.0, "h": float("inf"), "lower": -float("inf"), "upper": float("inf")}
     for name, length in (("b", sizes.p), ("h", sizes.m), ("lower", n), ("upper", n)):
         value = tensors[name] if name in tensors else q.new_full((), infinite[name])
-        tensors[name] = _vector(where, name, value, length)
+        tensors[name] = vector_of(where, name, value, length)
     if any(tensors[name].layout is not torch.strided for name in _MATRICES):
         return _sparse_arguments(where, tensors, sizes)
     tensors["Q"] = (tensors["Q"] + tensors["Q"].mT) / 2  # only the symmetric part counts
     return _broadcast(where, tensors, (Dense(), Dense(), Dense()), sizes)
 
 
-def _tensors(where: str, given: dict[str, Any]) -> dict[str, torch.Tensor]:
-    """Return what was given as tensors of one dtype, on one device."""
+def tensors_of(where: str, given: dict[str, Any], arrays: tuple[str, ...]) -> dict[str, torch.Tensor]:
+    """Return what was given as tensors of one dtype, on q's device; those named in ``arrays`` may not be numbers."""
     found = {name: torch.as_tensor(v) if isinstance(v, np.ndarray) else v for name, v in given.items() if v is not None}
     main = found["q"]
-    for name in ("Q", "q", "A", "G"):
+    for name in arrays:
         if name in found and not isinstance(found[name], torch.Tensor):
             raise ArgumentError(
                 f"{where}: expected {name} to be a tensor, got {found[name]!r}; make it one with torch.tensor"
@@ -106,7 +106,7 @@ def _check_pairs(where: str, tensors: dict[str, torch.Tensor]) -> None:
             )
 
 
-def _vector(where: str, name: str, value: torch.Tensor, length: int) -> torch.Tensor:
+def vector_of(where: str, name: str, value: torch.Tensor, length: int) -> torch.Tensor:
     if value.ndim == 0:
         return value.expand(length)
     if value.shape[-1] != length:
@@ -141,7 +141,7 @@ def _broadcast(
     return Arguments(tuple(made), patterns, sizes, tuple(batch))
 
 
-def _entries(where: str, name: str, matrix: torch.Tensor) -> tuple[torch.Tensor, Entries]:
+def entries_of(where: str, name: str, matrix: torch.Tensor) -> tuple[torch.Tensor, Entries]:
     """Return the values (entries,) of a matrix, differentiable as the matrix is, and where they are."""
     if matrix.ndim != 2:
         raise ShapeError(
@@ -166,14 +166,19 @@ def _entries(where: str, name: str, matrix: torch.Tensor) -> tuple[torch.Tensor,
     return together.values(), Entries(rows, columns, shape)
 
 
+def symmetric_entries(values: torch.Tensor, pattern: Entries) -> tuple[torch.Tensor, Entries]:
+    """Return the symmetric part of a matrix, which alone counts in xᵀQx."""
+    rows, columns = pattern.rows, pattern.columns
+    both = Entries(torch.cat([rows, columns]), torch.cat([columns, rows]), pattern.shape)
+    return torch.cat([values, values]) / 2, both
+
+
 def _sparse_arguments(where: str, tensors: dict[str, torch.Tensor], sizes: Sizes) -> Arguments:
     patterns: list[Entries] = []
     for name in _MATRICES:
-        values, pattern = _entries(where, name, tensors[name])
-        if name == "Q":  # only the symmetric part counts
-            values = torch.cat([values, values]) / 2
-            rows, columns = pattern.rows, pattern.columns
-            pattern = Entries(torch.cat([rows, columns]), torch.cat([columns, rows]), pattern.shape)
+        values, pattern = entries_of(where, name, tensors[name])
+        if name == "Q":
+            values, pattern = symmetric_entries(values, pattern)
         tensors[name] = values
         patterns.append(pattern)
     of_Q, of_A, of_G = patterns

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from bilevel.errors import ArgumentError
+from bilevel.optional_packages import import_optional
 from bilevel.quadratic_programs._dense import solve_solvable
 from bilevel.quadratic_programs._kkt import Factor, Sizes
 from bilevel.quadratic_programs._matrices import Entries, Pattern
@@ -37,7 +38,9 @@ _LET_PASS = 1e-6  # the relative residual of a point without polish that counts 
 
 @dataclass(frozen=True, kw_only=True)
 class Clarabel:
-    """Clarabel (Goulart and Chen 2024), for large sparse programs: one problem after another. Needs ``pip install '.[qp]'`` in a clone.
+    """Clarabel (Goulart and Chen 2024), for large sparse programs and cone programs: one problem after another.
+
+    It needs ``pip install '.[qp]'`` in a clone.
 
     A polish on the active set follows, with the factors that the derivative uses. Where the active set is not clear, the answer is
     Clarabel's own.
@@ -139,14 +142,8 @@ class Clarabel:
 
 
 def _clarabel() -> Any:
-    try:
-        import clarabel
-    except ImportError as missing:
-        raise ArgumentError(
-            "`quadratic_program`: expected Clarabel to be installed for sparse programs; run pip install '.[qp]' in a clone of bilevel, or pass "
-            "dense tensors"
-        ) from missing
-    return clarabel
+    remedy = "run pip install '.[qp]' in a clone of bilevel, or pass dense tensors"
+    return import_optional("clarabel", "`quadratic_program` of sparse tensors", remedy)
 
 
 def _csr(pattern: Pattern, values: torch.Tensor, sizes: Sizes) -> Any:

@@ -40,17 +40,14 @@ def solve_dense(program: Program, limits: Limits) -> Found:
 
 def _refuse(program: Program, found: Found) -> torch.Tensor:
     """Give a status to the problems that need no search; return the numbers of the others."""
-    given = (program.Q, program.A, program.G)
-    finite = torch.isfinite(program.q).all(-1) & torch.isfinite(program.b).all(-1)
-    for matrix in given:
-        finite &= torch.isfinite(matrix).flatten(1).all(-1)
-    for side in (program.h, program.lower, program.upper):
-        finite &= ~torch.isnan(side).any(-1)
+    finite = program.finite
     size = program.Q.diagonal(dim1=-2, dim2=-1).abs().amax(-1, keepdim=True)
     lifted = program.Q.clone()
     lifted.diagonal(dim1=-2, dim2=-1).add_(program.rounding * size + 1e-300)
-    eye = torch.eye(lifted.shape[-1], dtype=lifted.dtype, device=lifted.device)
-    convex = torch.linalg.cholesky_ex(torch.where(finite[:, None, None], lifted, eye))[1] == 0
+    if not bool(finite.all()):
+        eye = torch.eye(lifted.shape[-1], dtype=lifted.dtype, device=lifted.device)
+        lifted = torch.where(finite[:, None, None], lifted, eye)
+    convex = torch.linalg.cholesky_ex(lifted)[1] == 0
     rays = program.sizes.split(found.certificate)
     infinity = float("inf")
     crossed = program.lower > program.upper
@@ -118,7 +115,9 @@ def _conclude(program: Program, iterate: Iterate, limits: Limits, found: Found, 
     enough = best.best <= _ACCEPTED
     ended = torch.where(best.steps >= limits.max_steps, int(Status.MAX_STEPS), int(Status.STAGNATED))
     status = torch.where(enough & (best.error <= 10 * _ACCEPTED), int(Status.CONVERGED), ended)
-    residual, threshold = residual_norm(part, point, tight, limits.smoothing)
+    residual, threshold = residual_norm(
+        part, point, tight, limits.smoothing, part.weights(point)[1], part.slacks(point)
+    )
     index = where[unclear]
     found.point[index], found.active[index], found.status[index] = point, tight, status
     found.residual[index], found.threshold[index], found.iterations[index] = residual, threshold, best.steps
@@ -196,6 +195,9 @@ def _point_of(program: Program, iterate: Iterate) -> tuple[torch.Tensor, torch.T
     return torch.cat([x, iterate.y, *parts], -1), active
 
 
+_PARTS = ("point", "active", "weak", "good", "residual", "threshold")
+
+
 @dataclass(eq=False)
 class _Trial:
     """Points that an active set led to, and whether they fulfil all conditions to rounding."""
@@ -208,6 +210,21 @@ class _Trial:
     threshold: torch.Tensor
     factor: KKTFactor | None
 
+    def put(self, index: torch.Tensor, other: _Trial, chosen: torch.Tensor | slice = slice(None)) -> _Trial:
+        """Return these trials with those of ``other`` that are ``chosen`` at ``index``, and without a factorisation."""
+        made = {name: getattr(self, name).clone() for name in _PARTS}
+        for name, mine in made.items():
+            mine[index] = getattr(other, name)[chosen]
+        return _Trial(**made, factor=None)
+
+    def clipped(self, program: Program) -> _Trial:
+        """Return the trials with what is negative by rounding alone set to zero."""
+        n, head = program.sizes.n, program.sizes.n + program.sizes.p
+        x, rows = self.point[:, :n], self.point[:, head:]
+        x = torch.minimum(torch.maximum(x, program.lower), program.upper)
+        rows = torch.where(program.fixed_rows, rows, rows.clamp_min(0))
+        return replace(self, point=torch.cat([x, self.point[:, n:head], rows], -1))
+
     def write(self, found: Found, where: torch.Tensor | None, steps: torch.Tensor) -> None:
         """Write the good ones into ``found``, whose problems ``where`` these are, and of the others the steps alone."""
         good = self.good.nonzero().squeeze(-1)
@@ -219,8 +236,9 @@ class _Trial:
             return
         found.iterations[slice(None) if where is None else where] = steps
         found.status[index] = int(Status.CONVERGED)
-        for name in ("point", "active", "weak", "residual", "threshold"):
-            getattr(found, name)[index] = getattr(self, name)[good]
+        for name in _PARTS:
+            if name != "good":
+                getattr(found, name)[index] = getattr(self, name)[good]
 
 
 def _polished(program: Program, iterate: Iterate, limits: Limits) -> _Trial:
@@ -228,18 +246,19 @@ def _polished(program: Program, iterate: Iterate, limits: Limits) -> _Trial:
     point, active = _point_of(program, iterate)
     if limits.smoothing:
         return _on_path(program, point, limits.smoothing)
-    trial = _on_active_set(program, point, active)
+    trial = tried = _on_active_set(program, point, active)
     for _ in range(_FLIPS):
         wrong = (~trial.good).nonzero().squeeze(-1)
         if not len(wrong):
             break
         part = program.at(wrong)
-        flipped = _flipped(part, trial.point[wrong], trial.active[wrong])
-        better = _on_active_set(part, point[wrong], flipped)
-        trial.factor = None
-        for name in ("point", "active", "weak", "good", "residual", "threshold"):
-            getattr(trial, name)[wrong] = getattr(better, name)
-    return trial
+        flipped = _flipped(part, tried.point[wrong], tried.active[wrong])
+        tried = tried.put(wrong, _on_active_set(part, point[wrong], flipped))
+        # Where ties send the active sets round in a circle, one of them may fulfil all conditions but for rounding.
+        better = (~trial.good & (tried.good | (tried.residual < trial.residual))).nonzero().squeeze(-1)
+        trial = trial.put(better, tried, better)
+    trial.good = trial.residual <= 1e-3 * trial.threshold
+    return trial.clipped(program)
 
 
 def _on_active_set(program: Program, point: torch.Tensor, active: torch.Tensor) -> _Trial:
@@ -258,22 +277,20 @@ def _on_active_set(program: Program, point: torch.Tensor, active: torch.Tensor) 
     z = torch.cat([x, nu, rows], -1)
     weight, size = program.weights(z)
     slack, scale = program.slacks(z)
-    fixed = torch.cat([torch.zeros_like(program.h, dtype=torch.bool), program.fixed, program.fixed], -1)
-    negative = active & (weight < -_EXACT * size) & ~fixed
+    negative = active & (weight < -_EXACT * size) & ~program.fixed_rows
     violated = ~active & (slack < -_EXACT * scale)
-    residual, threshold = residual_norm(program, z, active, 0.0)
+    residual, threshold = residual_norm(program, z, active, 0.0, size, (slack, scale))
     good = ~(negative | violated).any(-1) & (residual <= 1e-3 * threshold)
-    # A multiplier that is negative by rounding alone is zero.
-    z = torch.cat([z[:, :head], torch.where(fixed, rows, rows.clamp_min(0))], -1)
-    weak = torch.where(active, weight <= program.weakness * size, slack <= program.weakness * scale) & ~fixed
-    return _Trial(z, active, weak & good.unsqueeze(-1), good, residual, threshold, factor)
+    weak = torch.where(active, weight <= program.weakness * size, slack <= program.weakness * scale)
+    weak &= ~program.fixed_rows
+    return _Trial(z, active, weak, good, residual, threshold, factor)
 
 
 def _flipped(program: Program, point: torch.Tensor, active: torch.Tensor) -> torch.Tensor:
     """Return the active set of the primal–dual method: less what has a negative multiplier, plus what is violated."""
     weight, size = program.weights(point)
     slack, scale = program.slacks(point)
-    fixed = torch.cat([torch.zeros_like(program.h, dtype=torch.bool), program.fixed, program.fixed], -1)
+    fixed = program.fixed_rows
     kept = torch.where(active, (weight >= -_EXACT * size) | fixed, (slack < -_EXACT * scale) & ~fixed)
     general, low, up = kept.split(program.sizes.rows, -1)
     return torch.cat([general, low, up & ~low], -1)
@@ -291,23 +308,32 @@ def _on_path(program: Program, point: torch.Tensor, smoothing: float) -> _Trial:
         moved = point - factor.solve(program.residual(point, active, smoothing))
         moved_rows = torch.where(active, moved[:, head:].maximum(0.1 * rows), 0.0)
         point = torch.cat([moved[:, :head], moved_rows], -1)
-    residual, threshold = residual_norm(program, point, active, smoothing)
+    size, slacks = program.weights(point)[1], program.slacks(point)
+    residual, threshold = residual_norm(program, point, active, smoothing, size, slacks)
     good = residual <= threshold
     return _Trial(point, active, torch.zeros_like(active), good, residual, threshold, None)
 
 
 def residual_norm(
-    program: Program, point: torch.Tensor, active: torch.Tensor, smoothing: float
+    program: Program,
+    point: torch.Tensor,
+    active: torch.Tensor,
+    smoothing: float,
+    size: torch.Tensor,
+    slacks: tuple[torch.Tensor, torch.Tensor],
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the largest relative lack of an optimality condition, violations included, and what of it is small enough (B,)."""
+    """Return the largest relative lack of an optimality condition, violations included, and what of it is small enough (B,).
+
+    ``size`` and ``slacks`` are what the program's ``weights`` and ``slacks`` say of the point.
+    """
     lack = program.residual(point, active, smoothing).abs()
     n, head = program.sizes.n, program.sizes.n + program.sizes.p
-    primal, dual = program.scales(point)
+    slack, rows = slacks
+    primal, dual = program.scales(size, rows)
     slope, rest = lack[:, :n].amax(-1), lack[:, n:]
     if not smoothing:
-        slack, _ = program.slacks(point)
-        rest = torch.maximum(rest[:, program.sizes.p :], torch.where(active, 0.0, (-slack).clamp_min(0)))
-        rest = torch.cat([lack[:, n:head], rest], -1)
-        slope = torch.maximum(slope, torch.where(active, (-point[:, head:]).clamp_min(0), 0.0).amax(-1))
+        outside = torch.maximum(lack[:, head:], torch.where(active, 0.0, -slack))
+        rest = torch.cat([lack[:, n:head], outside], -1)
+        slope = torch.maximum(slope, torch.where(active, -point[:, head:], 0.0).amax(-1))
     relative = torch.maximum(slope / dual, rest.amax(-1) / primal)
     return relative, torch.full_like(relative, _ACCEPTED)

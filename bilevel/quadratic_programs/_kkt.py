@@ -147,7 +147,7 @@ class KKTFactor:
     def _factorise(self, matrix: torch.Tensor) -> None:
         norm = matrix.abs().amax(-1)
         self.scale = torch.where(norm > 0, norm.clamp_min(1e-300).rsqrt(), 1.0)
-        matrix = matrix * self.scale.unsqueeze(-1) * self.scale.unsqueeze(-2)
+        matrix.mul_(self.scale.unsqueeze(-1)).mul_(self.scale.unsqueeze(-2))
         self.lu, self.pivots, failed = torch.linalg.lu_factor_ex(matrix)
         size = self.lu.diagonal(dim1=-2, dim2=-1).abs()
         suspect = (failed != 0) | ~torch.isfinite(size).all(-1)

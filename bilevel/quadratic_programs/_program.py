@@ -12,10 +12,11 @@ from bilevel.quadratic_programs._kkt import Factor, Sizes
 from bilevel.reports import Status
 from bilevel.solvers._dense_program import mv, tmv
 
-__all__ = ["Found", "Limits", "Program"]
+__all__ = ["BESIDE", "Found", "Limits", "Program"]
 
 
 _RUNAWAY = 1e4  # how many times the sides of the constraints the numbers may be that rounding is relative to
+BESIDE = 1e-4  # the part of the largest unknown that counts as the size of a smaller one
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,10 +74,32 @@ class Program:
         """n, p, m."""
         return Sizes(self.q.shape[-1], self.b.shape[-1], self.h.shape[-1])
 
+    @property
+    def finite(self) -> torch.Tensor:
+        """(B,) bool: whether nothing is NaN, nor infinite where it must not be."""
+        # A sum of numbers that are not all finite is not finite either, and takes a fraction of the time of a look at each.
+        parts = [self.q, self.b, *(matrix.flatten(1) for matrix in (self.Q, self.A, self.G))]
+        parts += [torch.where(torch.isinf(side), 0.0, side) for side in (self.h, self.lower, self.upper)]
+        sums = torch.stack([part.sum(-1) for part in parts])
+        if bool(torch.isfinite(sums).all()):
+            return torch.ones(len(self.q), dtype=torch.bool, device=self.q.device)
+        return torch.stack([torch.isfinite(part).all(-1) for part in parts]).all(0)
+
     @cached_property
     def fixed(self) -> torch.Tensor:
         """(B, n) bool: unknowns with two equal bounds."""
         return self.lower == self.upper
+
+    @cached_property
+    def fixed_rows(self) -> torch.Tensor:
+        """(B, m + 2n) bool: the bounds of these unknowns, whose multipliers may have either sign."""
+        return torch.cat([torch.zeros_like(self.h, dtype=torch.bool), self.fixed, self.fixed], -1)
+
+    @cached_property
+    def unit(self) -> torch.Tensor:
+        """(B, 1): the length of an unknown at which Q weighs as much as q, zero where Q is."""
+        slope, curvature = self.q.abs().amax(-1), self.Q.abs().flatten(1).amax(-1)
+        return torch.where(curvature > 0, slope / curvature, 0.0).unsqueeze(-1)
 
     @cached_property
     def present(self) -> torch.Tensor:
@@ -119,38 +142,47 @@ class Program:
             )
         return lack
 
+    @cached_property
+    def sizes_of_matrices(self) -> tuple[torch.Tensor, ...]:
+        """|Q|, |A|, |G|, and the largest entries (B, m) of the rows of G."""
+        G = self.G.abs()
+        return self.Q.abs(), self.A.abs(), G, G.amax(-1)
+
+    @cached_property
+    def sizes_of_sides(self) -> torch.Tensor:
+        """(B, m + 2n): the sides of the inequalities without their signs, zero where they are infinite."""
+        sides = torch.cat([self.h, self.lower, self.upper], -1).abs()
+        return torch.where(torch.isfinite(sides), sides, 0.0)
+
     def slacks(self, point: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Return d − Cx (B, m + 2n), and the sizes of the numbers of which each is the difference."""
         x = point[:, : self.sizes.n]
-        reached = mv(self.G, x)
-        slack = torch.cat([self.h - reached, x - self.lower, self.upper - x], -1)
+        slack = torch.cat([self.h - mv(self.G, x), x - self.lower, self.upper - x], -1)
+        # The rounding of one unknown is relative to the others too: a difference from zero is not known to be one.
         size = x.abs()
-        rows = torch.where(torch.isfinite(self.h), self.h.abs(), 0.0) + mv(self.G.abs(), size)
-        low = size + torch.where(torch.isfinite(self.lower), self.lower.abs(), 0.0)
-        up = size + torch.where(torch.isfinite(self.upper), self.upper.abs(), 0.0)
-        return slack, torch.cat([rows, low, up], -1)
+        size = torch.maximum(size, BESIDE * torch.maximum(size.amax(-1, keepdim=True), self.unit))
+        return slack, self.sizes_of_sides + torch.cat([mv(self.sizes_of_matrices[2], size), size, size], -1)
 
     def weights(self, point: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the multipliers (B, m + 2n) in units of a slope, and the size (B, 1) of the slopes of which they are made."""
         x, nu, lam, low, up = self.sizes.split(point)
-        parts = [lam * self.G.abs().amax(-1) if self.sizes.m else lam, low, up]
-        weights = torch.cat(parts, -1)
-        size = torch.maximum(self.q.abs().amax(-1), mv(self.Q.abs(), x.abs()).amax(-1))
+        Q, A, _, lengths = self.sizes_of_matrices
+        weights = torch.cat([lam * lengths, low, up], -1)
+        size = torch.maximum(self.q.abs().amax(-1), mv(Q, x.abs()).amax(-1))
         if self.sizes.p:
-            size = torch.maximum(size, tmv(self.A.abs(), nu.abs()).amax(-1))
+            size = torch.maximum(size, tmv(A, nu.abs()).amax(-1))
         return weights, torch.maximum(size, weights.abs().amax(-1)).unsqueeze(-1)
 
-    def scales(self, point: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return one plus the largest number (B,) in the constraints, and in the stationarity, for residuals to be compared with."""
-        _, size = self.weights(point)
-        _, rows = self.slacks(point)
-        primal = rows.amax(-1)
-        sides = [
-            torch.where(torch.isfinite(side), side.abs(), 0.0) for side in (self.b, self.h, self.lower, self.upper)
-        ]
-        given = torch.cat(sides, -1).amax(-1)
+    def scales(self, size: torch.Tensor, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return one plus the largest number (B,) in the constraints, and in the stationarity, for residuals to be compared with.
+
+        ``size`` and ``rows`` are those of :meth:`weights` and :meth:`slacks`.
+        """
+        given = self.sizes_of_sides.amax(-1)
+        if self.sizes.p:
+            given = torch.maximum(given, self.b.abs().amax(-1))
         # An x that runs away must not make the violation of a contradiction look small.
-        primal = torch.minimum(torch.maximum(primal, given), _RUNAWAY * (1 + given))
+        primal = torch.minimum(torch.maximum(rows.amax(-1), given), _RUNAWAY * (1 + given))
         return 1 + primal, 1 + size.squeeze(-1)
 
 

@@ -176,11 +176,11 @@ class ProgramSolve(torch.autograd.Function):
         Q, A, G = structure.Q, structure.A, structure.G
         return (
             None,
-            -Q.outer(dx, x) if wanted[0] else None,
+            Q.outer(-dx, x) if wanted[0] else None,
             -dx if wanted[1] else None,
-            -(A.outer(nu, dx) + A.outer(dnu, x)) if wanted[2] else None,
+            A.outer(-nu, dx) - A.outer(dnu, x) if wanted[2] else None,
             dnu if wanted[3] else None,
-            -(G.outer(lam, dx) + G.outer(dlam, x)) if wanted[4] else None,
+            G.outer(-lam, dx) - G.outer(dlam, x) if wanted[4] else None,
             dlam if wanted[5] else None,
             -a_low * dweights[1] if wanted[6] else None,
             a_up * dweights[2] if wanted[7] else None,

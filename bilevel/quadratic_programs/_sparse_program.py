@@ -9,8 +9,9 @@ from typing import Any
 import numpy as np
 
 from bilevel.quadratic_programs._kkt import Sizes
+from bilevel.quadratic_programs._program import BESIDE
 
-__all__ = ["SparseProgram"]
+__all__ = ["SparseProgram", "is_convex"]
 
 _EXACT = 1e-10
 _WEAK = 1e-9
@@ -18,6 +19,27 @@ _WEAK = 1e-9
 
 def _finite(values: np.ndarray) -> np.ndarray:
     return np.where(np.isfinite(values), values, 0.0)
+
+
+def is_convex(Q: Any) -> bool:
+    """Return whether the sparse symmetric matrix Q is positive semidefinite to rounding, by the signs of its pivots."""
+    import scipy.sparse as sp
+    from scipy.sparse.linalg import splu
+
+    diagonal = Q.diagonal()
+    size = np.abs(diagonal).max(initial=0.0)
+    beside = np.asarray(abs(Q).sum(axis=1)).ravel() - np.abs(diagonal)
+    if (diagonal >= beside).all():  # diagonally dominant
+        return True
+    if (diagonal < 0).any():
+        return False
+    shifted = (Q + (1e-10 * size + 1e-300) * sp.eye(Q.shape[0])).tocsc()
+    options = {"SymmetricMode": True, "Equil": False}
+    try:
+        pivots = splu(shifted, permc_spec="MMD_AT_PLUS_A", diag_pivot_thresh=0.0, options=options).U.diagonal()
+    except RuntimeError:  # an exact zero for a pivot
+        return False
+    return bool((pivots > 0).all())
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,24 +66,8 @@ class SparseProgram:
 
     @cached_property
     def convex(self) -> bool:
-        """Whether Q is positive semidefinite to rounding, by the signs of its pivots."""
-        import scipy.sparse as sp
-        from scipy.sparse.linalg import splu
-
-        diagonal = self.Q.diagonal()
-        size = np.abs(diagonal).max(initial=0.0)
-        beside = np.asarray(abs(self.Q).sum(axis=1)).ravel() - np.abs(diagonal)
-        if (diagonal >= beside).all():  # diagonally dominant
-            return True
-        if (diagonal < 0).any():
-            return False
-        shifted = (self.Q + (1e-10 * size + 1e-300) * sp.eye(self.sizes.n)).tocsc()
-        options = {"SymmetricMode": True, "Equil": False}
-        try:
-            pivots = splu(shifted, permc_spec="MMD_AT_PLUS_A", diag_pivot_thresh=0.0, options=options).U.diagonal()
-        except RuntimeError:  # an exact zero for a pivot
-            return False
-        return bool((pivots > 0).all())
+        """Whether Q is positive semidefinite to rounding."""
+        return is_convex(self.Q)
 
     @cached_property
     def fixed(self) -> np.ndarray:
@@ -73,6 +79,12 @@ class SparseProgram:
         """(m + 2n,) bool: inequalities that nothing fulfils, alone or two bounds together."""
         crossed = self.lower > self.upper
         return np.concatenate([self.h == -np.inf, crossed | (self.lower == np.inf), crossed | (self.upper == -np.inf)])
+
+    @cached_property
+    def unit(self) -> float:
+        """The length of an unknown at which Q weighs as much as q, zero where Q is."""
+        curvature = np.abs(self.Q.data).max(initial=0.0)
+        return float(np.abs(self.q).max() / curvature) if curvature > 0 else 0.0
 
     @property
     def equations(self) -> int:
@@ -143,6 +155,7 @@ class SparseProgram:
         """Return d − Cx (m + 2n,), and the sizes of the numbers of which each is the difference."""
         x = point[: self.sizes.n]
         size = np.abs(x)
+        size = np.maximum(size, BESIDE * max(size.max(), self.unit))
         slack = np.concatenate([self.h - self.G @ x, x - self.lower, self.upper - x])
         rows = np.abs(_finite(self.h)) + abs(self.G) @ size
         return slack, np.concatenate([rows, size + np.abs(_finite(self.lower)), size + np.abs(_finite(self.upper))])

@@ -29,7 +29,7 @@ _NOT_UNIQUE = (
 )
 _DEPENDENT = (
     "met active constraints that depend on each other: the derivative with respect to them is one-sided",
-    f"remove duplicated constraints, or {_SMOOTHING}",
+    f"leave out a constraint that follows from the others, as one sum of a transport plan does, or {_SMOOTHING}",
 )
 
 

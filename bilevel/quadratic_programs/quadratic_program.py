@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, NamedTuple, cast
 
 import torch
 from torch.utils import _pytree as pytree
 
-from bilevel._torch.transforms import eager, forward_levels, maps_nothing, with_zero_derivatives, without_gradient
+from bilevel._torch.empty_batches import apply_rule
+from bilevel._torch.transforms import eager, forward_levels
 from bilevel.errors import ArgumentError, TransformError
 from bilevel.layers.layer import Solution
 from bilevel.policy import OnFailure, check_policy
@@ -282,12 +284,7 @@ def _solution(settings: _Settings, **given: Any) -> ProgramSolution:
     structure = Structure(arguments.sizes, *arguments.patterns, settings.smoothing)
     call = ProgramCall(settings.backend(arguments), _WHERE, settings.on_failure, settings.delta, settings.delta_prime)
     rule = Rule(structure, call, sparse)
-    if maps_nothing(arguments.tensors):
-        # torch fails in some operations of an empty batch, and the derivatives are empty, or zero.
-        output = ProgramSolve.apply(rule, *map(without_gradient, arguments.tensors))
-        output = with_zero_derivatives(output, arguments.tensors)
-    else:
-        output = ProgramSolve.apply(rule, *arguments.tensors)
+    output = apply_rule(partial(ProgramSolve.apply, rule), *arguments.tensors)
     assert call.report is not None and call.certificate is not None
     x, nu, lam, low, up = structure.sizes.split(output[..., : structure.length])
     marks = output[..., structure.length :].detach() % 2 > 0

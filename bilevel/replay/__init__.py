@@ -15,19 +15,21 @@ unknown origin.
 
 from bilevel.replay.cache import ReplayCache, ReplayedOperator
 from bilevel.replay.program import Program, StartedProgram
-from bilevel.replay.purity import InspectionCache, has_plain_structure, reachable_objects
+from bilevel.replay.purity import InspectionCache, Reach, has_plain_structure, reach, reachable_objects
 from bilevel.replay.recorder import note
 from bilevel.replay.switch import allowed, replaying
 
 __all__ = [
     "InspectionCache",
     "Program",
+    "Reach",
     "ReplayCache",
     "ReplayedOperator",
     "StartedProgram",
     "allowed",
     "has_plain_structure",
     "note",
+    "reach",
     "reachable_objects",
     "replaying",
 ]

@@ -39,9 +39,13 @@ class ReplayCache:
     ----------
     captured
         The tensors that the function reaches besides its arguments.
+    vouched
+        Whether the user says that the function reaches the same tensors at every call. Those that a recording finds are then
+        constants of its program.
     """
 
-    def __init__(self, captured: Sequence[torch.Tensor] = ()) -> None:
+    def __init__(self, captured: Sequence[torch.Tensor] = (), *, vouched: bool = False) -> None:
+        self._vouched = vouched
         self._captured = tuple(ReferenceType(tensor) for tensor in captured)
         self._entries: dict[Hashable, _Entry] = {}
 
@@ -49,6 +53,12 @@ class ReplayCache:
         """Return the tensors that the function captures, or None if one no longer exists."""
         found = [tensor for reference in self._captured if (tensor := reference()) is not None]
         return found if len(found) == len(self._captured) else None
+
+    @property
+    def constants(self) -> list[torch.Tensor]:
+        """The tensors of unknown origin in its programs."""
+        programs = (entry.program for entry in self._entries.values())
+        return [tensor for program in programs if program is not None for tensor in program.constants]
 
     def program(
         self,
@@ -80,8 +90,8 @@ class ReplayCache:
             entry.given_up, entry.program = True, None
         return entry.program if entry.trusted else None
 
-    @staticmethod
     def _try(
+        self,
         entry: _Entry,
         evaluation: Evaluation,
         inputs: Sequence[torch.Tensor],
@@ -93,15 +103,21 @@ class ReplayCache:
         if entry.program is not None:
             expected = tuple(evaluation(*inputs, *late))
         else:
-            expected, entry.program = note(evaluation, inputs, captured, late)
+            expected, entry.program = note(evaluation, inputs, captured, late, found=self._vouched)
         fits = entry.program is not None and _repeats(entry.program, (*inputs, *captured), late, expected)
-        if fits and not noted and entry.program is not None and entry.program.has_constants:
-            # What the code makes is made anew by another run; what a run finds somewhere may be another tensor, or number, tomorrow.
-            again = note(evaluation, inputs, captured, late)[1]
-            fits = again is not None and not entry.program.shares_constants(again)
+        if fits and not noted and entry.program is not None and entry.program.constants:
+            again = note(evaluation, inputs, captured, late, found=self._vouched)[1]
+            fits = again is not None and self._same_constants(entry.program, again)
         entry.given_up, entry.trusted = not fits, noted and fits
         if not fits:
             entry.program = None
+
+    def _same_constants(self, program: Program, again: Program) -> bool:
+        """Return whether the constants of two recordings of one function hold for later calls."""
+        if self._vouched:
+            return program.finds_what_lasts(again)
+        # What the code makes is made anew by another run; what a run finds somewhere may be another tensor, or number, tomorrow.
+        return not program.shares_constants(again)
 
 
 def _repeats(

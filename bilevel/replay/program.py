@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
@@ -93,20 +93,28 @@ class Program:
 
     def shares_constants(self, other: Program) -> bool:
         """Return whether a constant here is in the memory of one there."""
-        mine = {constant.untyped_storage()._cdata for constant in self._tape.constants.values()}
-        return any(constant.untyped_storage()._cdata in mine for constant in other._tape.constants.values())
+        return not _memories(self.constants).isdisjoint(_memories(other.constants))
+
+    def finds_what_lasts(self, other: Program) -> bool:
+        """Return whether the constants with axes are in the same memory here and there. A run finds such tensors, and does not make them."""
+        ours, theirs = ([t for t in program.constants if t.ndim] for program in (self, other))
+        return _memories(ours) == _memories(theirs)
 
     def _part(self, given: Sequence[int], outputs: Sequence[int], here: Callable[[Step], bool]) -> Written:
         steps = self._tape.needed(outputs, given, here)
         return _written(steps, given, outputs, self._tape.constants)
 
     @property
-    def has_constants(self) -> bool:
-        """Whether there are tensors on the tape that no operation made."""
-        return bool(self._tape.constants)
+    def constants(self) -> Tensors:
+        """The tensors on the tape that no operation made."""
+        return tuple(self._tape.constants.values())
 
     def _hangs(self, step: Step) -> bool:
         return not self._hanging.isdisjoint(step.reads)
+
+
+def _memories(tensors: Iterable[torch.Tensor]) -> set[int]:
+    return {tensor.untyped_storage()._cdata for tensor in tensors}
 
 
 def _version(tensor: torch.Tensor) -> int:

@@ -27,7 +27,7 @@ from bilevel.replay.opcodes import is_known_step
 from bilevel.replay.pure_modules import Bound, StatelessModule, emptied, kept_under, shell_parts
 from bilevel.replay.pure_names import MODULES, is_known, of_tensors, operators_are_torch_s
 
-__all__ = ["InspectionCache", "has_plain_structure", "reachable_objects"]
+__all__ = ["InspectionCache", "Reach", "has_plain_structure", "reach", "reachable_objects"]
 
 T = TypeVar("T")
 
@@ -93,6 +93,31 @@ class _Reading(NamedTuple):
     named: tuple[tuple[bool, str, tuple[str, ...]], ...]
     attributes: tuple[str, ...]
     own: tuple[str, ...]
+
+
+class Reach(NamedTuple):
+    """The objects that functions reach, and whether the user vouches for one of the functions."""
+
+    parts: tuple[Any, ...]
+    vouched: bool
+
+
+def reach(functions: Sequence[Any], *, static: bool) -> Reach | None:
+    """Return the reach of ``functions``; None if the code of one cannot be followed, and the user does not vouch for it (``static``)."""
+    found, vouched = [], False
+    for function in functions:
+        parts = reachable_objects(function)
+        if parts is None:
+            if not static:
+                return None
+            parts, vouched = _identity(function), True
+        found.append(parts)
+    return Reach(tuple(part for parts in found for part in parts), vouched)
+
+
+def _identity(function: Any) -> tuple[Any, ...]:
+    # A bound method is another object each time that its owner is asked for it.
+    return (function.__func__, function.__self__) if isinstance(function, MethodType) else (function,)
 
 
 def reachable_objects(*functions: Any) -> tuple[Any, ...] | None:

@@ -39,6 +39,8 @@ def note(
     inputs: Sequence[torch.Tensor],
     captured: Sequence[torch.Tensor] = (),
     late: Sequence[torch.Tensor] = (),
+    *,
+    found: bool = False,
 ) -> tuple[Tensors, Program | None]:
     """Return what ``function`` makes of ``(*inputs, *late)``, and its program; None where it could do otherwise another time.
 
@@ -50,10 +52,12 @@ def note(
         Its arguments, cut from any graph; ``late`` are those of the program's second part.
     captured
         What else it reaches. A program is a function of ``(*inputs, *captured, *late)``.
+    found
+        Whether tensors of unknown origin may be constants of the program.
     """
     # Arguments that share memory today may be apart tomorrow; what is captured is the same object every time.
     inputs, late = _apart(inputs, captured), _apart(late, ())
-    notes = _Recorder((*inputs, *captured, *late))
+    notes = _Recorder((*inputs, *captured, *late), found=found)
     with notes, _Printed() as printed:
         outputs = tuple(function(*inputs, *late))
     tape = notes.tape(outputs)
@@ -102,8 +106,9 @@ class _Recorder(TorchDispatchMode):
         # torch would import its compiler to keep out of here; the boundary around a call (:func:`bilevel._torch.transforms.eager`) does so already.
         return False
 
-    def __init__(self, inputs: Sequence[torch.Tensor]) -> None:
+    def __init__(self, inputs: Sequence[torch.Tensor], *, found: bool = False) -> None:
         super().__init__()
+        self._found = found
         self._slots: dict[Any, Slot] = {}
         # Weakly, which lets the numbers go, but keeps another tensor from being taken for this one by its address.
         self._memories: dict[int, StorageWeakRef] = {}
@@ -165,7 +170,8 @@ class _Recorder(TorchDispatchMode):
         if _geometry(tensor) in self._slots:
             return self._slots[_geometry(tensor)]
         # torch makes tensors of the code's own numbers without an operation, and these have no axes.
-        self._open = self._open or tensor.ndim > 0 or tensor.device.type != "cpu" or tensor.requires_grad
+        known = self._found or (tensor.ndim == 0 and tensor.device.type == "cpu")
+        self._open = self._open or not known or tensor.requires_grad
         slot = self._place(tensor)
         self._constants[slot.number] = tensor
         self._given.add(_memory(tensor))

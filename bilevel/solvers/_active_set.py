@@ -17,9 +17,9 @@ from bilevel.solvers._program import Answer, Program
 __all__ = ["Measures", "Polished", "choose", "measure", "polish", "recovered"]
 
 _MOST_ROUNDS, _MOST_STEPS = 12, 12
-# Signs and violations are wrong beyond this part of the sizes of forces and of x.
+# The tolerance of signs and violations, relative to the sizes of forces and of x.
 _WRONG = 1e-9
-# Beyond this part of the size of x a polish is another solution than the one it began with.
+# A polish that moves x by more than this share of its size has found another solution.
 _FAR = 1e-2
 _UNBOUNDED = 1e6
 
@@ -55,12 +55,12 @@ class Polished:
 
 @dataclass(frozen=True, eq=False)
 class Measures:
-    """What a point is measured by.
+    """The sizes and derivatives at a point.
 
     Parameters
     ----------
     force, size
-        The sizes of gradients and of x (K,), which multipliers and distances are compared with.
+        The sizes of gradients and of x (K,). Multipliers and distances are relative to them.
     norms
         ‖∇c_i‖ (K, m).
     parts, rows
@@ -94,7 +94,7 @@ def measure(program: Program, x: torch.Tensor, equality: torch.Tensor, inequalit
 
 
 def polish(program: Program, answer: Answer, at: Measures | None = None) -> Polished:
-    """Return the answer brought to full accuracy, where that is possible; ``good`` says where."""
+    """Return the answer at full accuracy where that is possible; ``good`` says where."""
     x = program.inside(answer.x)
     at = measure(program, x, answer.equality, answer.inequality) if at is None else at
     point = _identified(program, x, answer, at)
@@ -113,7 +113,7 @@ def polish(program: Program, answer: Answer, at: Measures | None = None) -> Poli
 
 
 def recovered(program: Program, answer: Answer, near: float) -> Answer:
-    """Return the answer with multipliers by least squares on the constraints that are active within ``near`` of the size of x."""
+    """Return the answer with least-squares multipliers of the constraints that are active up to ``near`` times the size of x."""
     x = program.inside(answer.x)
     zero = torch.zeros_like(answer.inequality)
     at = measure(program, x, torch.zeros_like(answer.equality), zero)
@@ -143,7 +143,7 @@ def recovered(program: Program, answer: Answer, near: float) -> Answer:
 
 
 def _identified(program: Program, x: torch.Tensor, answer: Answer, at: Measures) -> Polished:
-    """Return the point with the active set that the multipliers and distances at x suggest."""
+    """Return the point with the active set that its multipliers and distances suggest."""
     c = program.split(at.parts)[2]
     gradient, jh, jc = program.split(at.rows)
     slope = gradient + _pull(jh, answer.equality) + _pull(jc, answer.inequality)
@@ -217,7 +217,7 @@ def _system(
 def _judged(
     program: Program, point: Polished, at: Measures
 ) -> tuple[Polished, tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
-    """Return the point with ``good`` set, and the active set (lower, upper, inequalities) that its signs and violations ask for."""
+    """Return the point with ``good`` set, and the active set (lower, upper, inequalities) that its signs and violations imply."""
     gradient, jh, jc = program.split(at.rows)
     _, h, c = program.split(at.parts)
     slope = gradient + _pull(jh, point.equality) + _pull(jc, point.inequality)
@@ -234,12 +234,12 @@ def _judged(
     stationary = (slope.abs() * free <= 1e-8 * force).all(-1)
     met = (h.abs() <= 1e-8 * size * jh.norm(dim=-1).clamp_min(1e-8)).all(-1)
     met = met & ((c.abs() / at.norms * point.active) <= 1e-8 * size).all(-1)
-    # Multipliers without bound say that no constraint qualification holds.
+    # Huge multipliers show that no constraint qualification holds.
     largest = torch.maximum(_largest(jh.norm(dim=-1) * point.equality), _largest(at.norms * point.inequality))
     bounded = largest <= _UNBOUNDED * gradient.abs().amax(-1) + at.force / _UNBOUNDED
     good = ~wrong & stationary & met & bounded & torch.isfinite(slope).all(-1)
     x = torch.where(good.unsqueeze(-1), program.inside(point.x), point.x)
-    # Of weakly active constraints rounding decides the sign: zero is what it stands for.
+    # The sign of a weakly active constraint's multiplier is rounding: it is set to zero.
     inequality = point.inequality.clamp_min(0)
     inequality = torch.where(good.unsqueeze(-1), inequality, point.inequality)
     made = Polished(

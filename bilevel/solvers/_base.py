@@ -1,21 +1,23 @@
-"""The contract of inner solvers, and the one loop that owns masks and limits.
+"""The contract of inner solvers, and the loop that handles masks and limits.
 
 A solver sees a :class:`~bilevel.equations.problem.Problem` (a batch of flat problems), a start (batch, n) and a
-:class:`Goal`. A method made of steps hands its step function to :func:`iterate`. What comes back is judged by
-:mod:`bilevel.solvers._judge`, alike for all methods and for a user's function.
+:class:`Goal`. An iterative method passes its step function to :func:`iterate`. :mod:`bilevel.solvers._judge` judges the
+results of all methods, and of a user's function, in the same way.
 """
 
 from __future__ import annotations
 
+import copy
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, fields, replace
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from functools import cached_property
-from typing import Any, Protocol, TypeAlias, TypeVar
+from typing import Any, Protocol, TypeAlias, TypeVar, cast
 
 import torch
 
+from bilevel.equations.cases import cases_of
 from bilevel.equations.linearization import Linearization
 from bilevel.equations.problem import Problem
 from bilevel.errors import ArgumentError
@@ -32,6 +34,7 @@ __all__ = [
     "all_finite",
     "as_inner_solver",
     "is_lone",
+    "is_one_of",
     "iterate",
     "length",
     "merge",
@@ -63,20 +66,24 @@ class Goal:
     target: Target
     given: torch.Tensor | None = None
     origin: torch.Tensor | None = None
+    # The scale at init, once it was measured.
+    _measured: list[torch.Tensor] = field(default_factory=list, init=False, repr=False)
 
     @property
     def starting_point(self) -> torch.Tensor:
         """Where the whole search began (batch, n)."""
         return self.init if self.origin is None else self.origin
 
-    @cached_property
+    @property
     def scale(self) -> torch.Tensor:
         """Return max(‖R(init)‖, ‖∂R · init‖), (batch,).
 
-        The second term estimates R(init) for an initial guess of zero. With it a warm start, whose first residual is already
-        small, asks for the same accuracy as a cold start.
+        The second term estimates the residual at zero. It gives a warm start, whose first residual is already small,
+        the same threshold as a cold start.
         """
-        return self._measure(self.problem.linearize(self.init))
+        if not self._measured:
+            self._measured.append(self._scale_of(self.problem.linearize(self.init)))
+        return self._measured[0]
 
     @cached_property
     def threshold(self) -> torch.Tensor:
@@ -87,14 +94,12 @@ class Goal:
             return self.init.new_full((self.init.shape[0],), self.target.absolute)
         return self.target.threshold(self.scale)
 
-    def linearize(self, how: Callable[[torch.Tensor], Linearization]) -> Linearization:
-        """Return ``how(init)``, and measure :attr:`scale` from it: one linearisation for the two."""
-        linearization = how(self.init)
-        if self.target.relative and self.given is None and "scale" not in self.__dict__:
-            self.__dict__["scale"] = self._measure(linearization)
-        return linearization
+    def measure(self, linearization: Linearization) -> None:
+        """Measure :attr:`scale` from a linearisation at ``init``, if it is needed. A solver that linearises there anyway calls this."""
+        if self.target.relative and self.given is None and not self._measured:
+            self._measured.append(self._scale_of(linearization))
 
-    def _measure(self, linearization: Linearization) -> torch.Tensor:
+    def _scale_of(self, linearization: Linearization) -> torch.Tensor:
         first = length(linearization.residual.detach())
         if not bool((self.init == 0).all()):
             first = torch.maximum(first, length(linearization.operator.matvec(self.init)))
@@ -112,13 +117,14 @@ class InnerSolution:
     iterations
         int64 (batch,).
     status
-        int64 (batch,): what the solver noticed; ``Status.NOT_CONVERGED`` if it cannot tell.
+        int64 (batch,): the status as far as the solver knows it; ``Status.NOT_CONVERGED`` if it does not.
     residual
         R(x) (batch, n), if the solver knows it at exactly this ``x``.
     value
         G(x) (batch,) of an argmin, if the solver knows it at exactly this ``x``.
     factor
-        Cholesky factors (batch, n, n) of Hessians near ``x``, if the solver has them. A linear solve may begin with them.
+        Cholesky factors (batch, n, n) of Hessians near ``x``, if the solver has them. A later linear solve may use
+        them.
     error
         x − x* (batch, n) to first order, if the solver knows it; NaN for problems without an estimate.
     slow
@@ -136,7 +142,7 @@ class InnerSolution:
 
 
 class InnerSolver(ABC):
-    """Solves a batch of problems. Subclasses are frozen dataclasses of settings with one method, ``solve``.
+    """A solver of a batch of problems. Subclasses are frozen dataclasses of settings with one method, ``solve``.
 
     Examples
     --------
@@ -154,18 +160,33 @@ class InnerSolver(ABC):
 
     @property
     def is_confined(self) -> bool:
-        """Whether the search stays between bounds: it may find no solution, and cannot run away."""
+        """Whether the search stays between bounds, so that it cannot diverge."""
         return False
 
     @property
     def has_budget(self) -> bool:
-        """Whether the caller chose a number of steps, which is then legitimate to spend."""
+        """Whether the caller chose a number of steps. Spending it is then no failure."""
         return getattr(self, "max_steps", None) is not None
 
     @property
     def name(self) -> str:
         """The name used in messages and reports."""
         return type(self).__name__
+
+    def resumed(self, taken: int) -> InnerSolver | None:
+        """Return the solver with the rest of its budget after ``taken`` steps; None if nothing is left."""
+        budget: int | None = getattr(self, "max_steps", None)
+        if budget is None:
+            return self
+        return self.with_max_steps(budget - taken) if budget > taken else None
+
+    def with_max_steps(self, max_steps: int) -> InnerSolver:
+        """Return the same solver with another budget."""
+        if is_dataclass(self) and any(item.name == "max_steps" for item in fields(self)):
+            return replace(self, max_steps=max_steps)
+        made: Any = copy.copy(self)
+        made.max_steps = max_steps
+        return cast("InnerSolver", made)
 
     @abstractmethod
     def solve(self, problem: Problem, init: torch.Tensor, goal: Goal) -> InnerSolution:
@@ -183,8 +204,8 @@ class CallableSolver(InnerSolver):
         return getattr(self.function, "__name__", type(self.function).__name__)
 
     def answers(self, problem: Problem, init: torch.Tensor) -> Iterator[Any]:
-        """Yield what the function returns for each problem."""
-        for case in problem.cases(init):
+        """Yield the function's result for each problem."""
+        for case in cases_of(problem, init):
             with torch.enable_grad():  # a user's solver may call backward
                 found = self.function(case.function, case.init, *case.args, **case.kwargs)
             yield found
@@ -218,7 +239,7 @@ def as_inner_solver(solver: InnerSolverLike) -> InnerSolver:
 
 
 class State(Protocol):
-    """What a step function carries: a dataclass of tensors with a leading batch axis, x and R(x) among them."""
+    """The state of a step function: a dataclass of tensors with a leading batch axis, among them x and R(x)."""
 
     @property
     def x(self) -> torch.Tensor: ...
@@ -229,7 +250,7 @@ class State(Protocol):
 
 S = TypeVar("S", bound=State)
 
-# How many times the residual may outgrow its first norm before a run is called divergent.
+# A run diverges if its residual exceeds the first one by this factor.
 _DIVERGED = 1e10
 
 
@@ -241,7 +262,7 @@ def iterate(
     *,
     descends: bool = False,
 ) -> tuple[InnerSolution, S]:
-    """Apply ``step`` until every problem is done; own the masks, the limits, the finiteness checks and the status.
+    """Apply ``step`` until every problem has ended. This loop handles masks, limits, finiteness checks and statuses.
 
     Parameters
     ----------
@@ -250,13 +271,13 @@ def iterate(
         newest state as they are.
     step
         (state, active (batch,) bool) ↦ (new state, verdict). The verdict is None, or int64 (batch,) with
-        ``Status.RUNNING`` where all is well and another status to end that problem at its *old* state.
+        ``Status.RUNNING`` for problems that continue. Any other status ends the problem at its *old* state.
     goal
         When to stop.
     max_steps
         The limit.
     descends
-        Whether each step lowers a merit function. Otherwise a residual that grows without end is the sign of divergence.
+        Whether each step lowers a merit function. If not, a growing residual is a sign of divergence.
 
     Returns
     -------
@@ -264,7 +285,7 @@ def iterate(
     """
     threshold = goal.threshold
     norm = length(state.residual)
-    # A start so near the solution that its residual is below what is asked for says nothing of scales.
+    # If the first residual is already below the threshold, it says nothing about scales.
     limit = torch.full_like(norm, torch.inf) if descends else _DIVERGED * torch.maximum(norm, threshold)
     huge = bool((norm > torch.finfo(norm.dtype).max ** 0.5).any())  # squares of the first residuals overflow
     running = torch.full(norm.shape, int(Status.RUNNING), dtype=torch.int64, device=norm.device)
@@ -277,7 +298,7 @@ def iterate(
         anyone = bool(active.any())
     iterations = torch.zeros_like(status)
     together = 0  # steps that all of the batch took
-    # A single problem's usual step is told by two numbers of Python's, which cost less than tensors of one number.
+    # For a single problem, two Python numbers describe the usual step. They cost less than one-element tensors.
     lone = anyone and is_lone(norm)
     least, most = (float(threshold), float(limit)) if lone else (0.0, 0.0)
     for _ in range(max_steps):
@@ -294,7 +315,7 @@ def iterate(
         usual = usual if everyone else usual | ~active
         whole = all_finite(new.x)
         if verdict is None and bool(usual.all() & whole):
-            # Nothing ends here, which one look at the batch has told: the statuses need no work.
+            # No problem ends at this step, so the statuses do not change.
             state = new if everyone else merge(active, new, state)
         elif everyone and verdict is None and bool((norm <= threshold).all() & whole):
             state, status, anyone = new, torch.full_like(running, Status.CONVERGED), False
@@ -337,7 +358,7 @@ def merge(moved: torch.Tensor, new: S, old: S) -> S:
 
 
 def length(v: torch.Tensor) -> torch.Tensor:
-    """Return ‖v‖ (batch,) of v (batch, n), also where the squares of its entries would vanish or overflow."""
+    """Return ‖v‖ (batch,) of v (batch, n), even if the squares of entries underflow or overflow."""
     plain = v.norm(dim=-1)
     least = 1e3 * torch.finfo(v.dtype).tiny ** 0.5
     if is_lone(plain) and least <= float(plain) < math.inf:
@@ -351,11 +372,19 @@ def length(v: torch.Tensor) -> torch.Tensor:
 
 
 def is_lone(numbers: torch.Tensor) -> bool:
-    """Return whether ``numbers`` (batch,) are of a single problem on the CPU, whose numbers cost less in Python than as tensors."""
+    """Return whether ``numbers`` (batch,) belong to a single problem on the CPU. Python numbers are then cheaper than tensors."""
     return len(numbers) == 1 and numbers.device.type == "cpu"
 
 
 def all_finite(numbers: torch.Tensor) -> torch.Tensor:
-    """Return whether all are finite, () bool; False, too, where only their sum is not. Fewer operations than ``isfinite``."""
+    """Return whether all numbers and their sum are finite, () bool. It takes fewer operations than ``isfinite``."""
     total = numbers.sum()
     return total - total == 0
+
+
+def is_one_of(codes: torch.Tensor, statuses: Iterable[Status]) -> torch.Tensor:
+    """Return where ``codes`` are among ``statuses``, bool of the same shape."""
+    found = torch.zeros_like(codes, dtype=torch.bool)
+    for status in statuses:
+        found = found | (codes == status)
+    return found

@@ -1,4 +1,4 @@
-"""Constrained problems handed to scipy, and to functions of the user's."""
+"""Bridges for constrained problems to scipy and to a user's functions."""
 
 from __future__ import annotations
 
@@ -32,14 +32,14 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
 
 
 def by_scipy(solver: ScipyMinimize, where: str) -> Callable[[Program, torch.Tensor], Answer]:
-    """Return the solver as a function of a program; its multipliers are to be recovered."""
+    """Return the solver as a function of a program. Its multipliers have to be recovered."""
     method = solver.method.lower()
 
     def solve(program: Program, init: torch.Tensor) -> Answer:
         allowed = _TAKES_BOUNDS if program.only_bounds else _TAKES_CONSTRAINTS
         if method not in allowed:
             raise ArgumentError(
-                f"{where}: expected a method of scipy's that takes {'bounds' if program.only_bounds else 'constraints'}, got {solver.method}; "
+                f"{where}: expected a scipy method that takes {'bounds' if program.only_bounds else 'constraints'}, got {solver.method}; "
                 "pass ScipyMinimize('SLSQP') or ScipyMinimize('trust-constr')"
             )
         assert program.single is not None
@@ -106,7 +106,7 @@ def _unknown(x: torch.Tensor, program: Program, steps: list[int]) -> Answer:
 def _one(
     solver: ScipyMinimize, method: str, where: str, program: Program, start: torch.Tensor
 ) -> tuple[torch.Tensor, int]:
-    """Return x (1, n) as scipy finds it, and its iterations."""
+    """Return scipy's x (1, n) and its number of iterations."""
     import scipy.optimize
 
     lower, upper = as_array(program.lower[0]), as_array(program.upper[0])

@@ -36,7 +36,7 @@ def centred(program: Program, answer: Answer, smoothing: float) -> tuple[Answer,
         right = -torch.cat([slope * free, h, c + smoothing / inequality], dim=-1)
         found = solve_symmetric(matrix, right)
         step, push = found[:, :n], found[:, n + p :]
-        # Stay inside: multipliers and slacks keep a tenth of themselves.
+        # Stay in the interior: multipliers and slacks keep at least a tenth of their values.
         falling = torch.cat([-push / inequality, -step * low, step * high, torch.zeros_like(step[:, :1])], dim=-1)
         length = (0.9 / falling.amax(-1).clamp_min(0.9)).unsqueeze(-1)
         x, equality = x + length * step, equality + length * found[:, n : n + p]

@@ -1,4 +1,4 @@
-"""min f(x) + g(x) as its solvers see it: a batch of flat problems, a smooth objective and a proximal operator."""
+"""min f(x) + g(x) for solvers: a batch of flat problems with a smooth objective and a proximal operator."""
 
 from __future__ import annotations
 
@@ -22,13 +22,14 @@ class Composite:
     objective
         f, smooth.
     model
-        R = 0, whose derivatives are those of the solution: the gradient of the local model Φ, or the residual of the proximal fixed point.
+        The equation R = 0 that is differentiated: the gradient of the local model Φ, or the residual of the proximal
+        fixed point.
     prox
         (v, step (batch,)) ↦ prox_{step·g}(v).
     value
-        x ↦ g(x) (batch,). None, like all below, for terms that name no manifold.
+        x ↦ g(x) (batch,). This and all below are None for terms without a manifold.
     margin
-        (x, ∇f(x), step) ↦ how far x is from degenerate (batch,).
+        (x, ∇f(x), step) ↦ the distance of x from degeneracy (batch,).
     retract
         (x, y) ↦ Π(y), with the retraction of the manifold that x lies on.
     free
@@ -71,14 +72,14 @@ class Composite:
 
 @dataclass(frozen=True, eq=False)
 class Iterate:
-    """A point with what f is there.
+    """A point with the value and gradient of f.
 
     Parameters
     ----------
     x, value, slope
         x (batch, n), f(x) (batch,) and ∇f(x) (batch, n).
     step
-        A step s (batch,) that proximal gradient steps descend with, about 1/L.
+        A step size s (batch,) with which proximal gradient steps descend, about 1/L.
     """
 
     x: torch.Tensor

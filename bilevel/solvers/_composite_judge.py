@@ -1,8 +1,8 @@
-"""The judge of composite problems f + g: it alternates proximal gradient steps and Newton's method on the manifold, and decides the status.
+"""The judge of composite problems f + g. It alternates proximal gradient steps with Newton's method on the manifold, and decides the status.
 
-With nothing chosen, a problem has converged when the Newton step on its manifold is at most rtol·|x| + atol in each unknown, and the prox step,
-which alone could leave the manifold, is no longer. With δ asked, the norm of an element e of ∂(f + g)(x) decides: ‖e‖ ≤ μ δ. Where f + g is
-strongly convex with μ, that proves ‖x − x*‖ ≤ ‖e‖/μ, whatever step e was made with.
+By default, a problem has converged when the Newton step on its manifold and the prox step are at most rtol·|x| + atol
+in each unknown. Only the prox step can leave the manifold. With δ asked, the norm of an element e of ∂(f + g)(x)
+decides: ‖e‖ ≤ μ δ. If f + g is strongly convex with μ, this proves ‖x − x*‖ ≤ ‖e‖/μ for any step size.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ from bilevel.tolerance import Target, Tolerance
 
 __all__ = ["solve_composite", "solve_fixed_point"]
 
-# Proximal gradient steps before Newton's method is tried first; each further try comes after twice as many.
+# The number of proximal gradient steps before the first trial of Newton's method. It doubles before each further trial.
 _FIRST_STEPS = 4
-# For fixed points, whose Newton's method cannot tell a bad start.
+# The same for fixed points, for which Newton's method cannot detect a bad initial guess.
 _FIRST_FIXED_STEPS = 64
 _MOST_ROUNDS = 8
-# A margin at most this many times the error of x, relative and at least so many roundings, is none.
+# A point is degenerate if its margin is at most this many times the relative error of x, or this many roundings.
 _DEGENERATE, _LEAST_ERROR = 10.0, 16.0
 
 _MESSAGES: StatusMessages = {
@@ -49,8 +49,8 @@ _MESSAGES: StatusMessages = {
     ),
     Status.DEGENERATE: (
         "met a solution at which a proximal term is just at its threshold: its derivative is one-sided",
-        "change the strength or the bound of the term a little, for example by a relative 1e-3, or pass on_failure='ignore' to take the derivative "
-        "of one side",
+        "change the arguments a little, each by another amount, for example a strength, a bound or the costs of a transport plan by a relative "
+        "1e-3, or pass on_failure='ignore' to take the derivative of one side",
     ),
 }
 
@@ -82,7 +82,7 @@ def solve_composite(
 
 
 def _sparse(composite: Composite, init: torch.Tensor, target: Target) -> _Run | None:
-    """Return the run of the working-set method, if it is one for this problem and solves it; None otherwise."""
+    """Return the run of the working-set method if it applies to this problem and solves it, else None."""
     if composite.separable is None:
         return None
     found = solve_sparse(composite, composite.prox(init, _least(init)))
@@ -92,8 +92,8 @@ def _sparse(composite: Composite, init: torch.Tensor, target: Target) -> _Run | 
     seen = assess(composite, at, torch.ones_like(at.value, dtype=torch.bool), known)
     run = _Run.begin(composite, at, target, seen.move)
     everyone, rounds = run.pending, torch.full_like(run.iterations, found.rounds)
-    # Where a prox step leaves the fixed unknowns of a separable term where they are, −∇f lies in ∂g there: the gradient on the manifold is an
-    # element of ∂(f + g).
+    # If a prox step does not move the fixed unknowns of a separable term, −∇f lies in ∂g there. The gradient on the
+    # manifold is then an element of ∂(f + g).
     if bool(((seen.move == 0) | found.reduced.free).all()) and bool(reached(seen, at, seen.slope, run.target)):
         return run.after(at, seen.slope, everyone).polished(Polished(at, seen.slope, seen, everyone, rounds))
     at, subgradient = prox_step(composite, at)
@@ -103,7 +103,7 @@ def _sparse(composite: Composite, init: torch.Tensor, target: Target) -> _Run | 
 
 
 def _alternate(run: _Run, solver: ProximalGradient, target: Target) -> _Run:
-    """Take proximal gradient steps and Newton's in turn, until every problem is done or the steps are spent."""
+    """Alternate proximal gradient steps and Newton steps until every problem has ended or the steps are spent."""
     composite, budget = run.composite, solver.max_steps or MAX_STEPS
     alone, origin = target.silent and solver.max_steps is not None, run.at.x
     wide = torch.finfo(run.at.x.dtype).bits >= 32
@@ -145,7 +145,7 @@ def _chosen(composite: Composite, solver: InnerSolver | None) -> InnerSolver:
         return solver
     raise ArgumentError(
         f"{composite.objective.where}: expected solver to be bilevel.ProximalGradient or a function where there is a proximal term, got "
-        f"{solver.name}, which minimises smooth functions alone; leave solver out, or pass bilevel.ProximalGradient(...)"
+        f"{solver.name}, which only minimises smooth functions; leave solver out, or pass bilevel.ProximalGradient(...)"
     )
 
 
@@ -164,7 +164,7 @@ def _inside(composite: Composite, init: torch.Tensor) -> Iterate:
 
 
 def _least(init: torch.Tensor) -> torch.Tensor:
-    """Return a step (batch,) that a prox does nothing with but to take ``init`` into the domain of g."""
+    """Return a step size (batch,) so small that a prox only moves ``init`` into the domain of g."""
     return init.new_full(init.shape[:1], torch.finfo(init.dtype).tiny ** 0.5)
 
 
@@ -174,18 +174,18 @@ def _basis(target: Target) -> Basis:
 
 @dataclass(frozen=True, eq=False)
 class _Run:
-    """How far a batch has come.
+    """The state of a batch.
 
     Parameters
     ----------
     target
-        The accuracy that decides: the one asked for, or that of the dtype where a budget is silent.
+        The accuracy that decides: the one asked for, or that of the dtype if no accuracy is asked.
     threshold
-        Where proximal gradient steps may end, a norm (batch,).
+        The norm (batch,) at which proximal gradient steps may end.
     at, subgradient, error
-        The iterates, elements of ∂(f + g) there, and the Newton steps that are left, if known (batch, n).
+        The iterates, elements of ∂(f + g) there, and the next Newton steps, if known (batch, n).
     status, iterations
-        int64 (batch,); RUNNING for those that are not done.
+        int64 (batch,); RUNNING for problems that have not ended.
     found
         The last assessment.
     """
@@ -220,7 +220,7 @@ class _Run:
 
     @property
     def pending(self) -> torch.Tensor:
-        """The problems that are not done, bool (batch,)."""
+        """The problems that have not ended, bool (batch,)."""
         return self.status == Status.RUNNING
 
     def after(
@@ -244,18 +244,18 @@ class _Run:
         return replace(moved, error=error, found=found).ended(these & found.done, done)
 
     def judged(self, found: Polished, status: torch.Tensor) -> _Run:
-        """Return the run with the last word on every problem that is not done."""
+        """Return the run with a final status for every problem that has not ended."""
         these = self.pending
         return self.polished(found).ended(these, status)
 
     def given_up(self, found: Polished, ended: torch.Tensor) -> _Run:
-        """Return the run with a status for the problems that neither method takes any further."""
+        """Return the run with a status for the problems that neither method improves."""
         these = self.pending & ended
         if not bool(these.any()):
             return self
         noise = residual_rounding(self.composite.objective, self.at.x, self.at.slope)
         x, step = self.at.x, self.at.step.unsqueeze(-1)
-        # A solution that is nearly zero is a small difference of x and s ∇f, and known to their rounding.
+        # A solution near zero is a small difference of x and s ∇f, so its error is their rounding.
         most = torch.maximum(x.abs(), step * self.at.slope.abs()).amax(dim=-1, keepdim=True)
         coarse = found.assessment.newton.abs() <= self.target.coarse_rtol * most + self.target.atol
         still = found.assessment.move.abs() <= step * noise + 16 * torch.finfo(x.dtype).eps * most
@@ -276,7 +276,7 @@ class _Run:
         return self.ended(these, torch.where(reached, int(Status.CONVERGED), status))
 
     def outcome(self, name: str) -> InnerOutcome:
-        """Return what the run has found."""
+        """Return the outcome of the run."""
         at, target, composite = self.at, self.target, self.composite
         norm = length(self.subgradient)
         bound = torch.full_like(norm, torch.nan)
@@ -286,7 +286,7 @@ class _Run:
         threshold = torch.where(good & (target.rtol > 0), torch.maximum(self.threshold, norm), self.threshold)
         reduced = None if self.found is None else self.found.assessment.reduced
         serves = reduced is not None and bool(reduced.sound.all()) and reduced.same_free(composite, at.x)
-        # Of the local model, as all that is computed from a residual takes it.
+        # The residual of the local model, as everything that is computed from a residual expects.
         known = self.found is not None and torch.equal(self.found.at.x, at.x)
         slope = self.found.assessment.slope if known and self.found is not None else torch.zeros_like(at.x)
         return InnerOutcome(
@@ -296,12 +296,12 @@ class _Run:
         )  # fmt: skip
 
     def _degenerate(self) -> torch.Tensor | None:
-        """Return where x is as near to a point without a derivative as its error is large."""
+        """Return where the distance of x to a point without a derivative is at most its error."""
         if self.composite.margin is None:
             return None
         x, eps = self.at.x, torch.finfo(self.at.x.dtype).eps
         size = x.abs().amax(dim=-1).clamp_min(torch.finfo(x.dtype).tiny)
-        # Where no Newton step tells the error, it is taken for what was asked.
+        # If no Newton step estimates the error, the accuracy asked replaces it.
         error = (self.error.abs().amax(dim=-1) / size).nan_to_num(self.target.rtol or eps ** (2 / 3), 0.0)
         return self.composite.margin(x, self.at.slope, self.at.step) <= _DEGENERATE * error.clamp_min(
             _LEAST_ERROR * eps
@@ -313,7 +313,7 @@ def solve_fixed_point(
 ) -> InnerOutcome:
     """Solve x = prox_{sg}(x − s∇f(x)), z = (x, s) (batch, n + 1), for a term that is known by its prox alone.
 
-    Proximal gradient steps go first. Newton's method on the equation ends the search, and the usual judge decides.
+    It begins with proximal gradient steps. Newton's method on the equation follows, and the usual judge decides.
     """
     chosen = _chosen(composite, solver)
     if init.shape[0] == 0 or init.shape[-1] == 1:

@@ -1,4 +1,4 @@
-"""Solve a batch of constrained problems with whatever solver there is, polish the answers, and judge them by the KKT conditions."""
+"""Solve a batch of constrained problems with any solver, polish the solutions, and judge them by the KKT conditions."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from bilevel.errors import ArgumentError
 from bilevel.reports import Status, StatusMessages
 from bilevel.solvers._active_set import Polished, choose, measure, polish, recovered
-from bilevel.solvers._base import InnerSolver
+from bilevel.solvers._base import InnerSolver, is_one_of
 from bilevel.solvers._central_path import centred
 from bilevel.solvers._program import Answer, ConstrainedSolver, Program
 from bilevel.solvers._regularity import Findings, examine
@@ -22,16 +22,15 @@ __all__ = ["Found", "solve_constrained"]
 Name = Callable[[str, int], str]
 
 _UNSOLVED = (Status.MAX_STEPS, Status.STAGNATED, Status.NOT_CONVERGED, Status.LINE_SEARCH_FAILED)
-# What of x's size a constraint may be away from x to be tried as active, where no multipliers tell.
+# Without multipliers, constraints within these shares of the size of x are tried as active.
 _NEAR = (1e-5, 1e-7, 1e-3, 1e-2)
-# A start is a solution nearly, if its violation and the slope that no multiplier accounts for are below this part of their sizes.
+# An initial guess is nearly a solution if its violation and its projected gradient are below this share of their sizes.
 _KNOWN, _MOST_RECOVERED = 1e-3, 256
-_SMOOTHING = "perturb the arguments, or pass smoothing=1e-3 to bilevel.argmin, which takes value and derivative from the central path"
 
 
 @dataclass(frozen=True, eq=False)
 class Found:
-    """Judged answers; every tensor has a leading batch axis."""
+    """Judged solutions. Every tensor has a leading batch axis."""
 
     x: torch.Tensor
     equality: torch.Tensor
@@ -60,7 +59,7 @@ def solve_constrained(
     init
         Where the search begins.
     solver
-        A constrained solver, or a function (program, init) -> answer that stands for a solver of other origin, or None for the usual choice.
+        A constrained solver, or a function (program, init) -> answer for an external solver, or None for the default.
     smoothing
         τ of the central path, or None.
     name
@@ -107,7 +106,7 @@ def _by_default(program: Program, init: torch.Tensor, smoothing: float | None, w
         return solver.solve_program(program, init, smoothing), solver.name
     first = ProjectedNewton()
     answer = first.solve_program(program, init, None)
-    failed = _is_one_of(answer.status, (*_UNSOLVED, Status.NOT_FINITE))
+    failed = is_one_of(answer.status, (*_UNSOLVED, Status.NOT_FINITE))
     if program.size > DENSE_LIMIT or not bool(failed.any()):
         return answer, first.name
     second = InteriorPoint()
@@ -120,7 +119,7 @@ def _by_default(program: Program, init: torch.Tensor, smoothing: float | None, w
 
 
 def _known_already(program: Program, init: torch.Tensor) -> Answer | None:
-    """Return the starts as an answer, with multipliers recovered, if all are solutions nearly; the polish then is all that is left."""
+    """Return the initial guesses as an answer, with recovered multipliers, if all are nearly solutions. Only the polish is then needed."""
     none, nothing = (init.new_zeros(len(init), count) for count in (program.equalities, program.inequalities))
     status = torch.full((len(init),), int(Status.NOT_CONVERGED), dtype=torch.int64, device=init.device)
     answer = Answer(init, none, nothing, status, torch.zeros_like(status))
@@ -154,24 +153,24 @@ def _known_already(program: Program, init: torch.Tensor) -> Answer | None:
 
 
 def _without_contradictions(program: Program, answer: Answer) -> Answer:
-    """Return the answer with statuses of its own for bounds that contradict each other or are not numbers."""
+    """Return the answer with statuses for bounds that contradict each other or are NaN."""
     crossed = (program.lower > program.upper).any(-1)
     unknown = torch.isnan(program.lower).any(-1) | torch.isnan(program.upper).any(-1)
     status = torch.where(crossed, int(Status.INFEASIBLE), answer.status)
     status = torch.where(unknown, int(Status.NOT_FINITE), status)
-    # A multiplier of inf or NaN would spoil what is computed for the other problems.
+    # An infinite or NaN multiplier would affect the other problems.
     tidy = [t.nan_to_num(0.0, 0.0, 0.0) for t in (answer.x, answer.equality, answer.inequality)]
     return replace(answer, x=tidy[0], equality=tidy[1], inequality=tidy[2], status=status)
 
 
 def _polished(program: Program, answer: Answer, used: str, name: Name) -> Found:
-    usable = _is_one_of(answer.status, (Status.CONVERGED, *_UNSOLVED))
+    usable = is_one_of(answer.status, (Status.CONVERGED, *_UNSOLVED))
     point = polish(program, answer) if answer.known else _without_multipliers(program, answer)
     good = usable & point.good
     status = torch.where(good, int(Status.CONVERGED), answer.status)
     at = measure(program, point.x, point.equality, point.inequality)
     findings = examine(program, point, at)
-    # Interior points converge, slowly, to solutions at which no multipliers exist; solvers of other origin prove nothing.
+    # Interior-point iterates converge, slowly, even to solutions without multipliers. External solvers prove nothing.
     if not answer.known:
         status = torch.where(usable & ~good, int(Status.NOT_CONVERGED), status)
     status = torch.where(good & findings.negative, int(Status.INDEFINITE), status)
@@ -186,7 +185,7 @@ def _polished(program: Program, answer: Answer, used: str, name: Name) -> Found:
 
 
 def _without_multipliers(program: Program, answer: Answer) -> Polished:
-    """Return the polished answer of a solver that gave no multipliers: constraints nearer and nearer to x count as active until one fits."""
+    """Return the polished answer of a solver without multipliers. Ever fewer constraints near x count as active until one set fits."""
     point = polish(program, recovered(program, answer, _NEAR[0]))
     for near in _NEAR[1:]:
         if bool(point.good.all()):
@@ -196,7 +195,7 @@ def _without_multipliers(program: Program, answer: Answer) -> Polished:
 
 
 def _large(program: Program, answer: Answer, used: str, name: Name) -> Found:
-    """Judge large problems with bounds alone by gradients; the linear solve of a derivative sees their curvature."""
+    """Judge large problems with bounds alone by gradients. The linear solve of a derivative checks their curvature."""
     x = answer.x
     _, rows = program.jacobian(x)
     slope = rows[:, 0]
@@ -210,12 +209,12 @@ def _large(program: Program, answer: Answer, used: str, name: Name) -> Found:
         x.new_zeros(len(x), 0, dtype=torch.bool),
         loose & (x - program.lower <= 2e-8 * size) & (slope <= weak),
         loose & (program.upper - x <= 2e-8 * size) & (-slope <= weak),
-        no, x.new_zeros(len(x), 0, dtype=torch.bool), no, no, no,
+        no, x.new_zeros(len(x), 0, dtype=torch.bool), no, no, no, x.new_zeros(len(x), 0, dtype=torch.bool),
     )  # fmt: skip
     first = program.jacobian(program.inside(torch.zeros_like(x)))[1][:, 0].abs().amax(-1, keepdim=True)
     small = slope.abs() <= 1e-9 * torch.maximum(first, force)
     good = (small | at_lower | at_upper | program.fixed).all(-1)
-    usable = _is_one_of(answer.status, (Status.CONVERGED, *_UNSOLVED))
+    usable = is_one_of(answer.status, (Status.CONVERGED, *_UNSOLVED))
     failed = torch.where(answer.status == Status.CONVERGED, int(Status.STAGNATED), answer.status)
     status = torch.where(usable, torch.where(good, int(Status.CONVERGED), failed), answer.status)
     degenerate = findings.degenerate & (status == Status.CONVERGED)
@@ -225,7 +224,7 @@ def _large(program: Program, answer: Answer, used: str, name: Name) -> Found:
 
 def _on_the_path(program: Program, answer: Answer, smoothing: float, used: str) -> Found:
     moved, _, small = centred(program, answer, smoothing)
-    usable = _is_one_of(answer.status, (Status.CONVERGED, *_UNSOLVED))
+    usable = is_one_of(answer.status, (Status.CONVERGED, *_UNSOLVED))
     good = usable & small
     status = torch.where(good, int(Status.CONVERGED), torch.where(usable, int(Status.STAGNATED), answer.status))
     mask = good.unsqueeze(-1)
@@ -241,11 +240,12 @@ def _degenerate_words(findings: Findings, degenerate: torch.Tensor, name: Name) 
     if not bool(degenerate.any()):
         return {}
     which = int(degenerate.nonzero()[0])
-    return {Status.DEGENERATE: (f"met a solution where {findings.sentence(which, name)}", _SMOOTHING)}
+    meaning, remedy = findings.words(which, name)
+    return {Status.DEGENERATE: (f"met a solution where {meaning}", remedy)}
 
 
 def _words(program: Program, x: torch.Tensor, status: torch.Tensor, name: Name) -> StatusMessages:
-    """Return what is said of the first infeasible problem, and of unbounded ones."""
+    """Return the messages for the first infeasible problem and for unbounded ones."""
     words: dict[Status, tuple[str, str]] = {}
     if bool((status == Status.INDEFINITE).any()):
         words[Status.INDEFINITE] = (
@@ -276,10 +276,3 @@ def _words(program: Program, x: torch.Tensor, status: torch.Tensor, name: Name) 
         "loosen the constraints with nonzero solution.multipliers (on_failure='ignore' returns them), or start elsewhere if they are not convex",
     )
     return words
-
-
-def _is_one_of(codes: torch.Tensor, statuses: tuple[Status, ...]) -> torch.Tensor:
-    found = torch.zeros_like(codes, dtype=torch.bool)
-    for status in statuses:
-        found = found | (codes == status)
-    return found

@@ -1,7 +1,7 @@
-"""Whether a stationary point with a singular Hessian is a minimum: second derivatives do not tell, and points beside it are looked at.
+"""Whether a stationary point with a singular Hessian is a minimum. Second derivatives do not decide this, so nearby points are evaluated.
 
-At 3, (x − 3)³ has no slope and no curvature, and falls to the left. (x − 3)⁴ has its minimum there. To both, Newton's method converges
-linearly: the step that is left is half, or two thirds, of the last one.
+At 3, the slope and curvature of (x − 3)³ are zero, and it falls to the left. (x − 3)⁴ has its minimum there. Newton's
+method converges linearly to both: the next step is half, or two thirds, of the last one.
 """
 
 from __future__ import annotations
@@ -15,21 +15,21 @@ from bilevel.solvers._error import residual_rounding
 
 __all__ = ["SLOW", "falls_beside", "is_slow", "slow_directions"]
 
-# A Newton step that leaves so much of the residual, or of the step before, is none of quadratic convergence.
+# If a Newton step leaves this share of the residual, or of the last step, convergence is not quadratic.
 SLOW = 0.2
-# The second distance that is looked at, as a part of the first.
+# The second distance that is tried, as a share of the first.
 _NEARER = 1 / 2
 
 
 def is_slow(problem: Problem, x: torch.Tensor, residual: torch.Tensor, error: torch.Tensor) -> torch.Tensor:
-    """Return where the Newton step ``error`` (batch, n) leaves much of R, (batch,) bool: one gradient."""
+    """Return where the Newton step ``error`` (batch, n) leaves much of R, (batch,) bool. It costs one gradient."""
     left = problem.residual(x - error).norm(dim=-1)
     moved = (error.abs() > 8 * torch.finfo(x.dtype).eps * x.abs()).any(dim=-1)
     return moved & ~(left <= SLOW * residual.norm(dim=-1))
 
 
 def slow_directions(x: torch.Tensor, error: torch.Tensor, these: torch.Tensor) -> list[torch.Tensor]:
-    """Return directions (batch, n) in which ``these`` problems (batch,) converged slowly: the step that is left, and its signs in the units of x.
+    """Return directions (batch, n) in which ``these`` problems (batch,) converged slowly: the next step, and its signs in the units of x.
 
     Along the step alone, the unknown that is farthest from its solution would hide the others.
     """
@@ -45,18 +45,18 @@ def falls_beside(
     start: torch.Tensor,
     directions: Sequence[torch.Tensor],
 ) -> torch.Tensor:
-    """Return where the objective falls from ``x`` along one of the ``directions``, (batch,) bool: two gradients for each.
+    """Return where the objective falls from ``x`` along one of the ``directions``, (batch,) bool. Each costs two gradients.
 
     Parameters
     ----------
     problem, x, residual
         An argmin, and R at ``x`` (batch, n), which is small.
     error
-        How far x may be from the solution, (batch, n).
+        The estimated error of x (batch, n).
     start
-        Where the search began (batch, n): it tells the scale of unknowns whose solution is zero.
+        The initial guess of the search (batch, n). It gives a scale to unknowns whose solution is zero.
     directions
-        Each (batch, n), and zero for problems that are not meant. Both signs are tried.
+        Each (batch, n); zero for problems to skip. Both signs are tried.
     """
     eps, error = torch.finfo(x.dtype).eps, error.nan_to_num(0.0, 0.0, 0.0)
     size = torch.maximum(x.abs(), (x - start).abs()).clamp_min(1e-5)
@@ -64,13 +64,13 @@ def falls_beside(
     for direction in directions:
         length = (direction.abs() / size).amax(dim=-1, keepdim=True)
         unit = torch.where(length > 0, direction / length, 0.0).nan_to_num(0.0, 0.0, 0.0)
-        # Well beyond a solution that x has not come to yet: of slow convergence, ``error`` is a quarter of the way.
+        # The distance is well beyond the solution: with slow convergence, ``error`` is a quarter of the way to it.
         reach = (32 * (error.abs() / size).amax(dim=-1, keepdim=True)).clamp_min(eps**0.25)
         step = reach * unit
         here = (residual * _largest_one(step)).sum(dim=-1).abs()
         for sign in (1.0, -1.0):
             if bool((fell := _slope(problem, x, sign * step)[0] < -4 * here).any()):
-                # Another basin may lie at that distance. From a saddle it goes down at once.
+                # At that distance there may be another basin. From a saddle the objective falls at once.
                 slope, noise = _slope(problem, x, _NEARER * sign * step, noisy=True)
                 found = found | (fell & (slope < -noise) & (slope < -here))
     return found
@@ -79,7 +79,7 @@ def falls_beside(
 def _slope(
     problem: Problem, x: torch.Tensor, step: torch.Tensor, *, noisy: bool = False
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the slope along ``step`` (batch, n) at x + step, over the largest part of it, and its rounding where that is wanted."""
+    """Return the slope along ``step`` (batch, n) at x + step, relative to its largest term, and if wanted its rounding error."""
     unit = _largest_one(step)
     there = problem.residual(x + step)
     slope = (there * unit).sum(dim=-1)

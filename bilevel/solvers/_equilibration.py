@@ -13,7 +13,7 @@ __all__ = ["Scales", "equilibrated"]
 
 @dataclass(frozen=True, eq=False)
 class Scales(ProgramBatch):
-    """The scales (B, ...) by which the parts of a scaled iterate are multiplied to have those of the given program.
+    """The scales (B, ...) that convert a scaled iterate to one of the given program.
 
     s·z is that of the scaled program times ``product``.
     """
@@ -35,41 +35,43 @@ class Scales(ProgramBatch):
 
 
 def equilibrated(program: DenseProgram, passes: int = 2) -> tuple[DenseProgram, Scales]:
-    """Return the program whose KKT matrix has columns of norm near one, and the scales that lead back."""
-    Q, A, G = program.Q, program.A, program.rows.general
-    n, p, m = Q.shape[-1], A.shape[-2], G.shape[-2]
-    columns, equations, general = Q.new_ones(len(Q), n), Q.new_ones(len(Q), p), Q.new_ones(len(Q), m)
+    """Return the program scaled so that the columns of its KKT matrix have norm near one, and the scales that convert back."""
+    Q, rows = program.Q, torch.cat([program.A, program.rows.general], -2)
+    n, p, m = Q.shape[-1], program.A.shape[-2], program.rows.general.shape[-2]
+    columns, lengths = Q.new_ones(len(Q), n), Q.new_ones(len(Q), p + m)
+    curvatures, slopes = Q.abs(), rows.abs()
     for _ in range(passes):
-        height = Q.abs().amax(-2)
-        if p:
-            height = torch.maximum(height, A.abs().amax(-2))
-        if m:
-            height = torch.maximum(height, G.abs().amax(-2))
+        height = curvatures.amax(-1)
+        if p + m:
+            height = torch.maximum(height, slopes.amax(-2))
+            row = _inverse_root(slopes.amax(-1))
+            lengths = lengths * row
+            slopes.mul_(row.unsqueeze(-1))
         step = _inverse_root(height)
         columns = columns * step
-        Q = Q * step.unsqueeze(-1) * step.unsqueeze(-2)
-        if p:
-            row = _inverse_root(A.abs().amax(-1))
-            A, equations = A * row.unsqueeze(-1) * step.unsqueeze(-2), equations * row
-        if m:
-            row = _inverse_root(G.abs().amax(-1))
-            G, general = G * row.unsqueeze(-1) * step.unsqueeze(-2), general * row
+        curvatures.mul_(step.unsqueeze(-1)).mul_(step.unsqueeze(-2))
+        slopes.mul_(step.unsqueeze(-2))
+    Q = Q * columns.unsqueeze(-1) * columns.unsqueeze(-2)
+    A, G = (rows * lengths.unsqueeze(-1) * columns.unsqueeze(-2)).split([p, m], -2)
+    equations, general = lengths.split([p, m], -1)
     sides = [general]
     sides += [1 / columns] * (program.rows.below is not None) + [1 / columns] * (program.rows.above is not None)
-    inequalities, rows = torch.cat(sides, -1), replace(program.rows, general=G)
-    q, b, d, there = program.q * columns, program.b * equations, program.d * inequalities, rows.present()
-    unit = _unit(Q, q, b, d, there)
+    inequalities, inside = torch.cat(sides, -1), replace(program.rows, general=G)
+    q, b, d, there = program.q * columns, program.b * equations, program.d * inequalities, inside.present()
+    largest_of_Q = curvatures.amax(-1)
+    unit = _unit(largest_of_Q.amax(-1), q, b, d, there)
     q, b, d = q / unit, b / unit, torch.where(there | (d <= 0), d / unit, 1.0)
-    size = torch.maximum(Q.abs().amax(-1).mean(-1), q.abs().amax(-1)).unsqueeze(-1)
+    size = torch.maximum(largest_of_Q.mean(-1), q.abs().amax(-1)).unsqueeze(-1)
     cost = torch.where(size > 0, 1 / size.clamp_min(1e-30), torch.ones_like(size))
-    scaled = DenseProgram(Q * cost.unsqueeze(-1), q * cost, A, b, rows, d)
+    scaled = DenseProgram(Q * cost.unsqueeze(-1), q * cost, A, b, inside, d)
     weight = unit / cost
     return scaled, Scales(columns * unit, equations * weight, unit / inequalities, inequalities * weight, unit * weight)
 
 
-def _unit(Q: torch.Tensor, q: torch.Tensor, b: torch.Tensor, d: torch.Tensor, there: torch.Tensor) -> torch.Tensor:
-    """Return a size (B, 1) that the unknowns may have, if that is below one."""
-    curvature = Q.abs().flatten(1).amax(-1)
+def _unit(
+    curvature: torch.Tensor, q: torch.Tensor, b: torch.Tensor, d: torch.Tensor, there: torch.Tensor
+) -> torch.Tensor:
+    """Return a possible size (B, 1) of the unknowns if it is below one."""
     free = torch.where(curvature > 0, largest(q) / curvature.clamp_min(1e-300), 0.0)
     unit = torch.maximum(free, largest(b, torch.where(there, d, 0.0)))
     return torch.where(unit > 0, unit, torch.ones_like(unit)).clamp(1e-100, 1.0).unsqueeze(-1)

@@ -1,7 +1,7 @@
-"""How far an answer is from the solution: the Newton step that is left, per unknown, and what rounding can hide.
+"""The error of a solution: the next Newton step, per unknown, and the effect of rounding.
 
-The judge (:mod:`bilevel.solvers._judge`) decides by these numbers. Small systems are factorised. Large ones are solved by
-a Krylov method to one digit.
+The judge (:mod:`bilevel.solvers._judge`) decides by these numbers. Small systems are factorised. Large ones are solved
+to one digit by a Krylov method.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import torch
 
 from bilevel._torch.factorisations import eigh, svd
 from bilevel.equations.linearization import Linearization
+from bilevel.equations.perturbation import perturbed, perturbed_copies
 from bilevel.equations.problem import Problem
 from bilevel.linear.gmres import GMRES
 from bilevel.solvers._base import all_finite
@@ -31,10 +32,11 @@ __all__ = [
     "symmetric_error",
 ]
 
-# Up to these sizes matrices are factorised: by then a Krylov method needs as many products.
+# Up to these sizes matrices are factorised: a Krylov method would need as many products.
 _DENSE_SYMMETRIC, _DENSE_JACOBIAN = 128, 32
 _DENSE_NUMBERS = 2**22
-# Up to this size they are factorised where the residual is down to the rounding of x: R alone says nothing of the error there.
+# Up to this size they are factorised if the residual is at the rounding level of x. R alone then says nothing about the
+# error.
 _DENSE_DROWNED = 512
 # Matrices of up to so many numbers are kept for the derivative.
 _KEPT_NUMBERS = 2**20
@@ -44,29 +46,30 @@ _EXAMINATION_STEPS = 20
 
 @dataclass(frozen=True, eq=False)
 class ErrorEstimate:
-    """What a linear solve with J = ∂_x R at x tells of x, per problem.
+    """The results of a linear solve with J = ∂_x R at x, per problem.
 
     Parameters
     ----------
     error
-        J⁻¹ R (batch, n): the Newton step that is left, so x − x* to first order. Infinite where R does not lie in the range of a singular J,
-        NaN where J is not finite.
+        J⁻¹ R (batch, n): the next Newton step, which is x − x* to first order. Infinite if R is outside the range of a
+        singular J, NaN if J is not finite.
     rounding
-        (batch, n): what the rounding of x alone, seen through R and J⁻¹, changes. None where it was not computed.
+        (batch, n): the effect of rounding in x on J⁻¹ R. None if it was not computed.
     size
         (batch, n): the size of x in the units of each unknown, converted by the diagonal scaling of J.
     singular
-        (batch,) bool: J is singular to working precision; of a large J, it may be.
+        (batch,) bool: J is singular to working precision. A large J may be singular.
     indefinite
         (batch,) bool: J, a Hessian, has a negative eigenvalue beyond rounding.
     null_part
-        (batch, n): what of x lies in the null space of J.
+        (batch, n): the part of x in the null space of J.
     solved
-        (batch,) bool: whether ``error`` solves J error = R at least by half. Always where J was factorised.
+        (batch,) bool: whether ``error`` at least halves the residual of J error = R. Always true if J was factorised.
     factor
         Cholesky factors (batch, n, n) of J, if all of them are positive definite.
     null
-        Two vectors (batch, n) of the null space of a symmetric J, of no particular direction, and zero where J is regular; if some J is singular.
+        Two arbitrary vectors (batch, n) in the null space of a symmetric J; zero if J is regular. None if all are
+        regular.
     """
 
     error: torch.Tensor
@@ -81,7 +84,7 @@ class ErrorEstimate:
 
 
 def is_dense(problem: Problem, most: int | None = None) -> bool:
-    """Return whether the matrices of ``problem`` are factorised to estimate the error: those of order up to ``most``, if that is given."""
+    """Return whether the matrices of ``problem`` are factorised to estimate the error. ``most``: another limit of the order."""
     n = problem.size
     if most is None:
         most = _DENSE_SYMMETRIC if problem.system.symmetric else _DENSE_JACOBIAN
@@ -90,7 +93,7 @@ def is_dense(problem: Problem, most: int | None = None) -> bool:
 
 
 def estimate_error(problem: Problem, x: torch.Tensor, residual: torch.Tensor, doubtful: torch.Tensor) -> ErrorEstimate:
-    """Return the :class:`ErrorEstimate` at ``x`` (batch, n); only rows of ``doubtful`` (batch,) are meant."""
+    """Return the :class:`ErrorEstimate` at ``x`` (batch, n); only the rows ``doubtful`` (batch,) are valid."""
     n, symmetric = problem.size, problem.system.symmetric
     dense = is_dense(problem)
     drowned = doubtful if dense else _drowned(problem, x, residual, doubtful)
@@ -114,7 +117,7 @@ def estimate_error(problem: Problem, x: torch.Tensor, residual: torch.Tensor, do
 
 
 def _drowned(problem: Problem, x: torch.Tensor, residual: torch.Tensor, doubtful: torch.Tensor) -> torch.Tensor:
-    """Return where R is no larger than what the rounding of x makes of it, (batch,) bool: one product."""
+    """Return where R is at most the effect of rounding in x, (batch,) bool. It costs one product."""
     eps = torch.finfo(x.dtype).eps
     moved = _linearization(problem, x).operator.matvec(irregular_signs(x) * x).norm(dim=-1)
     if problem.is_fixed_point:
@@ -144,7 +147,7 @@ def symmetric_error(problem: Problem, matrix: torch.Tensor, x: torch.Tensor, res
         values, vectors = eigh(scaled[rows])
         largest = values.abs().amax(dim=-1, keepdim=True)
         null = values.abs() <= 10 * n * eps * largest
-        # Of a rotation that changes nothing the eigenvalue is zero at the solution alone: beside it, it is of the size of the gradient.
+        # The eigenvalue of a symmetry is zero only at the solution itself. Nearby it has the size of the gradient.
         drift = (right[rows][..., 0].norm(dim=-1) / (x / unit)[rows].norm(dim=-1)).unsqueeze(-1)
         null = null | ((values.abs() <= 1e-6 * largest) & (values.abs() <= 2 * drift))
         spectral = _Spectral(vectors, vectors, values, null)
@@ -166,7 +169,7 @@ def _general(problem: Problem, matrix: torch.Tensor, x: torch.Tensor, residual: 
     n, eps = x.shape[-1], torch.finfo(x.dtype).eps
     noise = eps * (matrix.abs() @ x.abs().unsqueeze(-1)).squeeze(-1)
     if problem.is_fixed_point:
-        # 1 − ∂T of a slope that is one but for rounding is zero, and x − T(x) is rounded as x is.
+        # If ∂T is one up to rounding, 1 − ∂T is zero. The rounding of x − T(x) is that of x.
         lost = matrix.diagonal(dim1=-2, dim2=-1).abs() <= 8 * eps
         if bool(lost.any()):
             matrix = torch.where(torch.diag_embed(lost), torch.zeros_like(matrix), matrix)
@@ -206,12 +209,12 @@ class _Spectral:
     null: torch.Tensor
 
     def solve(self, rhs: torch.Tensor, eps: float) -> torch.Tensor:
-        """Return the minimum-norm solutions of ``rhs`` (batch, n, 2) = (R, noise): infinite where more of R than noise is out of range."""
+        """Return the minimum-norm solutions of ``rhs`` (batch, n, 2) = (R, noise); infinite if more of R than the noise is out of range."""
         parts = self.left.mT @ rhs
         hidden = self.null.unsqueeze(-1)
         usable = torch.where(self.null, torch.ones_like(self.values), self.values).unsqueeze(-1)
         found = self.right @ torch.where(hidden, torch.zeros_like(parts), parts / usable)
-        # Unknown by unknown: what is noise in one is much in another, of smaller units.
+        # Per unknown: noise in one unknown may be large for another with smaller units.
         unreachable = torch.where(self.null.unsqueeze(-2), self.left, torch.zeros_like(self.left))
         projector = unreachable @ unreachable.mT
         noise = (rhs[..., 1].abs() + eps * rhs[..., 0].abs()).unsqueeze(-1)
@@ -232,7 +235,7 @@ def _usable(size: torch.Tensor) -> torch.Tensor:
 
 
 def irregular_signs(x: torch.Tensor) -> torch.Tensor:
-    """Return signs like ``x`` (batch, n), the same in each row, in no order; drawn by no generator, which torch's older vmap would refuse."""
+    """Return irregular signs like ``x`` (batch, n), the same in each row. No generator draws them, because an older vmap would refuse it."""
     n = x.shape[-1]
     known = _SIGNS.get(n) if x.device.type == "cpu" and type(x) is torch.Tensor else None
     if known is not None:
@@ -241,13 +244,13 @@ def irregular_signs(x: torch.Tensor) -> torch.Tensor:
     return torch.where(torch.frac(places * 0.7548776662) < 0.5, -1.0, 1.0).to(x).expand_as(x)
 
 
-# Those of small problems, whose time goes into single operations.
+# Kept for small problems, whose time goes into single operations.
 _SIGNS: dict[int, torch.Tensor] = {}
 _SIGNS.update({n: irregular_signs(torch.empty(n)).double() for n in range(1, 33)})
 
 
 def _irregular(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return two vectors (n,) of no particular direction."""
+    """Return two arbitrary vectors (n,)."""
     places = torch.arange(1, x.shape[-1] + 1, dtype=torch.float64, device=x.device)
     return tuple(torch.frac(places * irrational).sub(0.5).to(x) for irrational in (0.5698402910, 0.8191725134))  # type: ignore[return-value]
 
@@ -271,12 +274,13 @@ def _by_products(
         error, indefinite = found.x * norm.unsqueeze(-1), none
     left = (residual - operator.matvec(torch.nan_to_num(error))).norm(dim=-1)
     size = x.abs().amax(dim=-1, keepdim=True).expand_as(x)
-    # Whether J is singular is not known here. Where rounding hides R, the judge asks whether it is x as a whole that hides it.
+    # It is not known whether J is singular. If rounding hides R, the judge decides whether that is due to the size of
+    # x.
     return ErrorEstimate(error, None, size, drowned, indefinite, x, left <= 0.5 * norm)
 
 
 def _linearization(problem: Problem, x: torch.Tensor) -> Linearization:
-    """Return the linearisation at ``x``, kept for a derivative where one follows."""
+    """Return the linearisation at ``x``, and keep it for a derivative if one follows."""
     slot = problem.linearization_slot
     if slot is None:
         return problem.linearize(x)
@@ -287,7 +291,7 @@ def _linearization(problem: Problem, x: torch.Tensor) -> Linearization:
 
 
 def meets_negative_curvature(problem: Problem, x: torch.Tensor, doubtful: torch.Tensor) -> torch.Tensor:
-    """Return where a few products with the Hessian at ``x`` (batch, n) prove a negative eigenvalue, (batch,) bool."""
+    """Return where a few Hessian-vector products at ``x`` (batch, n) prove a negative eigenvalue, (batch,) bool."""
     operator = _linearization(problem, x).operator
     generator = torch.Generator().manual_seed(0)
     start = torch.randn(operator.size, generator=generator, dtype=torch.float64)
@@ -297,10 +301,10 @@ def meets_negative_curvature(problem: Problem, x: torch.Tensor, doubtful: torch.
 
 
 def has_kink(problem: Problem, x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
-    """Return where the gradient of an objective jumps at or beside ``x``, per problem: six gradients and one product.
+    """Return where an objective's gradient jumps at or near ``x``, per problem. It costs six gradients and one product.
 
-    From x − h s to x + h s, with signs s, ∇G changes by 2 h H s + O(h³) where G is smooth. What is left of the change after 2 h H s shrinks
-    with h then; at a kink it does not. Where a point has no value, as beyond zero for a logarithm, gradients tell nothing.
+    If G is smooth, ∇G changes by 2 h H s + O(h³) from x − h s to x + h s, with signs s. The change minus 2 h H s then
+    shrinks with h. At a kink it does not. If G has no value at one of the points, gradients decide nothing.
     """
     eps = torch.finfo(x.dtype).eps
     signs, reach = irregular_signs(x), eps ** (1 / 3) * x.abs().clamp_min(1.0)
@@ -321,7 +325,7 @@ def has_kink(problem: Problem, x: torch.Tensor, residual: torch.Tensor) -> torch
 
 
 def residual_rounding(problem: Problem, x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
-    """Return, per unknown (batch, n), how far R(x) may be from what was computed: two or three evaluations."""
+    """Return, per unknown (batch, n), the rounding error of R(x). It costs two or three evaluations."""
     worst = torch.finfo(x.dtype).eps * residual.abs()
     for moved in _differences(problem, x, residual):
         worst = torch.maximum(worst, torch.nan_to_num(moved.abs(), nan=0.0, posinf=0.0))
@@ -329,10 +333,10 @@ def residual_rounding(problem: Problem, x: torch.Tensor, residual: torch.Tensor)
 
 
 def rounding(problem: Problem, x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
-    """Return, per problem, how far R(x) may be from what was computed, as a norm: one to three evaluations.
+    """Return, per problem, the norm of the rounding error of R(x). It costs one to three evaluations.
 
-    In a dtype below float64, how far it is from float64's. In float64, what float32 makes of it, in proportion, or what every number moved by
-    a unit in its last place makes of it, the larger of the two, eight times over.
+    Below float64 it is the difference from float64. In float64 it is the scaled difference from float32, or the change
+    when every number moves by a unit in its last place. The larger of these counts, times eight.
     """
     moved, *others = (difference.norm(dim=-1) for difference in _differences(problem, x, residual))
     for other in others:
@@ -342,16 +346,16 @@ def rounding(problem: Problem, x: torch.Tensor, residual: torch.Tensor) -> torch
 
 
 def _differences(problem: Problem, x: torch.Tensor, residual: torch.Tensor) -> Iterator[torch.Tensor]:
-    """Yield what R(x) changes by where every number is moved by its rounding, and where another precision is computed in."""
-    other, (beside,) = problem.perturbed(1, x)
+    """Yield the changes of R(x) when every number moves by its rounding, and in another precision."""
+    other, (beside,) = perturbed(problem, 1, x)
     yield other.residual(beside) - residual
     try:
         if x.dtype != torch.float64:
             wide = (problem.to(torch.float64).residual(x.double()) - residual).to(residual)
         else:
-            perturbed_copies, (points,) = problem.perturbed_copies(2, 1, x)
+            copies, (points,) = perturbed_copies(problem, 2, 1, x)
             single = torch.float32
-            wide = perturbed_copies.residual(points) - perturbed_copies.to(single).residual(points.to(single))
+            wide = copies.residual(points) - copies.to(single).residual(points.to(single))
             wide = torch.nan_to_num(wide, nan=0.0, posinf=0.0, neginf=0.0)
             wide = wide * (torch.finfo(x.dtype).eps / torch.finfo(single).eps)
     except (RuntimeError, TypeError, ValueError):  # a constant of another dtype inside, or a device without float64

@@ -1,4 +1,4 @@
-"""The filter of a line search: pairs of violation and barrier objective that a step must not be worse than (Fletcher & Leyffer 2002)."""
+"""The filter of a line search: a step must not be worse than any of its pairs of violation and barrier objective (Fletcher & Leyffer 2002)."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class Filter:
     Parameters
     ----------
     violation
-        θ at the start (K,), which the limits are relative to.
+        θ at the initial guess (K,). The limits are relative to it.
     """
 
     def __init__(self, violation: torch.Tensor) -> None:
@@ -35,7 +35,7 @@ class Filter:
         self._violations[these], self._values[these], self._count[these] = math.inf, math.inf, 0
 
     def add(self, these: torch.Tensor, violation: torch.Tensor, value: torch.Tensor) -> None:
-        """Add the pair (θ, φ) (K,) each to the filters of ``these`` problems; the oldest entry gives way where one is full."""
+        """Add the pair (θ, φ), (K,) each, to the filters of ``these`` problems. A full filter drops its oldest entry."""
         rows = these.nonzero().reshape(-1)
         places = self._count[rows] % _ENTRIES
         self._violations[rows, places] = (1 - _MARGIN) * violation[rows]
@@ -51,7 +51,7 @@ class Filter:
         self, alpha: torch.Tensor, slope: torch.Tensor, old: tuple[torch.Tensor, torch.Tensor],
         new: tuple[torch.Tensor, torch.Tensor],
     ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
-        """Return which steps are accepted (K,), and of which the old pair belongs into the filter.
+        """Return which steps are accepted (K,), and for which of them the old pair enters the filter.
 
         Parameters
         ----------

@@ -14,7 +14,7 @@ from bilevel._torch.factorisations import svd
 
 __all__ = ["Model", "column_scale"]
 
-# A pivot below this many units of rounding, for each unknown, is of a column that depends on the others.
+# If a pivot is below this many units of rounding for each unknown, its column depends on the others.
 _DEPENDENT = 10.0
 
 
@@ -25,11 +25,11 @@ class Model:
     Parameters
     ----------
     triangle
-        R (batch, k, k) with ‖A p + r‖² = ‖R q + c‖² + constant, where p is q, or ``basis`` q.
+        R (batch, k, k) with ‖A p + r‖² = ‖R q + c‖² + constant, where p = q or p = ``basis`` q.
     target
         c (batch, k).
     basis
-        (batch, n, k), orthonormal columns, of a wide A, of which steps have no part outside of its row space; None of a tall one.
+        (batch, n, k): an orthonormal basis of the row space of a wide A, in which steps lie. None for a tall A.
     scale
         D (batch, n).
     deficient
@@ -46,8 +46,8 @@ class Model:
     def of(cls, jacobian: torch.Tensor, residual: torch.Tensor, scale: torch.Tensor) -> Model:
         """Reduce the model with J (batch, m, n), r (batch, m) and D (batch, n).
 
-        Where J has not full column rank, D is made the same for all unknowns: steps of least length in x's own units, which have
-        no part in the null space of J, are then those of least scaled length.
+        If J does not have full column rank, D is the same for all unknowns. Steps of least scaled length are then
+        shortest in the units of x too, and have no part in the null space of J.
         """
         m, n = jacobian.shape[-2:]
         if m < n:
@@ -79,7 +79,7 @@ class Model:
 
 
 def column_scale(jacobian: torch.Tensor, before: torch.Tensor | None = None) -> torch.Tensor:
-    """Return D (batch, n): the lengths of the columns of J (batch, m, n), and no less than ``before`` (Moré); 1 where both are zero."""
+    """Return D (batch, n): the column lengths of J (batch, m, n), but at least ``before`` (Moré); 1 if both are zero."""
     lengths = jacobian.norm(dim=-2)
     lengths = lengths if before is None else torch.maximum(lengths, before)
     lengths = torch.where(torch.isfinite(lengths), lengths, 0.0 if before is None else before)
@@ -99,7 +99,7 @@ def _reduced(matrix: torch.Tensor, right: torch.Tensor) -> tuple[torch.Tensor, t
 
 
 def _dependent(triangle: torch.Tensor) -> torch.Tensor:
-    """Return where a column of the triangular (batch, k, k) lies, but for rounding, in the span of those before it, (batch,) bool."""
+    """Return where a column of a triangular matrix (batch, k, k) lies, up to rounding, in the span of those before it, (batch,) bool."""
     k = triangle.shape[-1]
     if not k:
         return torch.zeros(triangle.shape[0], dtype=torch.bool, device=triangle.device)

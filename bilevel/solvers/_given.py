@@ -1,4 +1,4 @@
-"""An answer that is already there: checked once, and then differentiated as any other."""
+"""A given solution: it is checked once, and then differentiated like any other."""
 
 from __future__ import annotations
 
@@ -20,13 +20,14 @@ _WORDS = {
         "solve further before you pass the answer, call the layer with it as init, or say how far off it may be with bilevel.Tolerance(delta=...)",
     )
 }
-# With no accuracy asked, an answer may be as far off as this part of itself, as its residual tells. Optimisers of others stop at 1e-2 to 1e-6.
+# With no accuracy asked, the relative error of a solution, measured by its residual, may be this. External optimisers
+# stop at 1e-2 to 1e-6.
 _MOST_RELATIVE = 1e-2
 
 
 @dataclass(frozen=True)
 class GivenAnswer(InnerSolver):
-    """Return the start, which somebody else's solver found."""
+    """Return the initial guess, which an external solver found."""
 
     @property
     def name(self) -> str:
@@ -39,10 +40,10 @@ class GivenAnswer(InnerSolver):
 
 
 def check_answer(problem: Problem, x: torch.Tensor, target: Target) -> InnerOutcome:
-    """Judge ``x`` (batch, n) as a solution, by one residual where no accuracy was asked.
+    """Judge ``x`` (batch, n) as a solution. With no accuracy asked it costs one residual.
 
-    With nothing chosen an answer passes if ‖R(x)‖ ≤ 0.01 max(‖R(0)‖, ‖∂R x‖), about 1 % of x: an optimiser of somebody else's may have stopped
-    early. With δ or ``rtol`` asked it is judged as an answer of our own solvers.
+    With no accuracy asked, x passes if ‖R(x)‖ ≤ 0.01 max(‖R(0)‖, ‖∂R x‖), about 1 % of x: an external optimiser may
+    have stopped early. With δ or ``rtol`` it is judged like the results of our own solvers.
     """
     if target.asked or not x.numel():
         return solve_inner(GivenAnswer(), problem, x, target)

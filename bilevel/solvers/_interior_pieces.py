@@ -21,28 +21,28 @@ __all__ = [
     "weights",
 ]
 
-# How far inside the bounds a start is moved, relative to its size and to the width.
+# How far an initial guess is moved inside the bounds, relative to its size and to the width of the bounds.
 _PUSH = 1e-2
-# Gradients larger than this are scaled down to it, all below the least are scaled up to one.
+# Gradients above the first size are scaled down to it. Gradients below the second are scaled up to one.
 _LARGEST_GRADIENT, _LEAST_GRADIENT = 100.0, 1e-2
 
 
 def pushed(program: Program, x: torch.Tensor, push: float = _PUSH) -> torch.Tensor:
-    """Return ``x`` moved to the inside of the bounds (Wächter & Biegler, section 3.6)."""
+    """Return ``x`` moved into the interior of the bounds (Wächter & Biegler, section 3.6)."""
     width = program.upper - program.lower
     low = torch.minimum(push * program.lower.abs().clamp_min(1.0), push * width)
     high = torch.minimum(push * program.upper.abs().clamp_min(1.0), push * width)
     inner_low = torch.where(torch.isfinite(program.lower), program.lower + low, program.lower)
     inner_high = torch.where(torch.isfinite(program.upper), program.upper - high, program.upper)
     moved = torch.minimum(torch.maximum(x, inner_low), inner_high)
-    # A start on the far side of a box says nothing of where in the box the solution is.
+    # An initial guess outside of a box says nothing about the position of the solution in the box.
     outside = ((x < program.lower) | (x > program.upper)) & torch.isfinite(width)
     moved = torch.where(outside, 0.5 * (program.lower + program.upper), moved)
     return torch.where(program.lower >= program.upper, program.inside(x), moved)
 
 
 def weights(program: Program, x: torch.Tensor) -> torch.Tensor:
-    """Return what the parts are multiplied by, (K, 1 + p + m), so that gradients are of moderate size at ``x``."""
+    """Return the factors of the parts, (K, 1 + p + m), with which gradients have a moderate size at ``x``."""
     _, rows = program.jacobian(x)
     largest = rows.abs().amax(-1)  # (K, 1 + p + m)
     flat = torch.zeros_like(largest)
@@ -56,7 +56,7 @@ def weights(program: Program, x: torch.Tensor) -> torch.Tensor:
 
 
 def gaps(program: Program, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the distances to the lower and upper bounds, (K, n) each; one at a fixed unknown, which has no barrier."""
+    """Return the distances to the lower and upper bounds, (K, n) each; one for a fixed unknown, which has no barrier."""
     one = torch.ones_like(x)
     none = program.lower >= program.upper
     return torch.where(none, one, x - program.lower), torch.where(none, one, program.upper - x)
@@ -90,7 +90,7 @@ def largest(numbers: torch.Tensor) -> torch.Tensor:
 
 
 def longest_step(numbers: torch.Tensor, step: torch.Tensor, keep: torch.Tensor) -> torch.Tensor:
-    """Return the longest step (K,) ≤ 1 that leaves ``numbers`` > 0 at least the part 1 − ``keep`` of themselves."""
+    """Return the longest step (K,) ≤ 1 that leaves at least the share 1 − ``keep`` of the ``numbers`` > 0."""
     if not numbers.shape[-1]:
         return step.new_ones(len(step))
     ratio = torch.where(step < 0, -keep * numbers / step.clamp_max(-1e-300), torch.full_like(step, math.inf))

@@ -14,9 +14,9 @@ from bilevel.solvers._shifted import grown, try_cholesky
 __all__ = ["Direction", "newton_direction", "solve_symmetric"]
 
 _MOST_SHIFTS = 30
-# Weight of JᵀJ in the augmented Hessian, relative to the sizes of the two, and δ_c.
+# The weight of JᵀJ in the augmented Hessian, relative to the sizes of both, and δ_c.
 _AUGMENT, _DUAL_SHIFT = 1e2, 1e-10
-# Eigenvalues below this part of the largest are zero.
+# Eigenvalues below this share of the largest count as zero.
 _SINGULAR = 1e-12
 
 
@@ -24,8 +24,8 @@ _SINGULAR = 1e-12
 class Direction:
     """A step of every problem, all with a leading batch axis.
 
-    ``slope`` is the derivative of the barrier objective along it, ``curvature`` the quadratic form of the barrier problem's Hessian, ``shift``
-    the δ that was added. ``again`` returns the direction for other values of (h, c + s).
+    ``slope`` is the derivative of the barrier objective along the direction. ``curvature`` is the quadratic form of the
+    barrier problem's Hessian. ``shift`` is δ. ``again`` returns the direction for other values of (h, c + s).
     """
 
     x: torch.Tensor
@@ -55,7 +55,7 @@ def newton_direction(
     barrier: torch.Tensor,
     shift: torch.Tensor,
 ) -> Direction:
-    """Return the primal–dual Newton direction; slacks and the multipliers of inequalities and bounds are eliminated."""
+    """Return the primal–dual Newton direction. Slacks and the multipliers of inequalities and bounds are eliminated."""
     gradient, jh, jc = program.split(rows)
     _, h, c = program.split(parts)
     fixed = program.lower >= program.upper
@@ -96,9 +96,10 @@ def _pull(rows: torch.Tensor, multipliers: torch.Tensor) -> torch.Tensor:
 
 
 class _System:
-    """[[M + δI, Jᵀ], [J, −δ_c]] with δ ≥ 0 the least tried for which M + δI is positive definite on the null space of J.
+    """[[M + δI, Jᵀ], [J, −δ_c]] with the smallest tried δ ≥ 0 for which M + δI is positive definite on the null space of J.
 
-    M + δI + ρJᵀJ, which has the same solutions, is factorised by Cholesky. It is positive definite for large ρ exactly where the inertia is right.
+    M + δI + ρJᵀJ, which has the same solutions, is factorised by Cholesky. For large ρ it is positive definite exactly
+    if the inertia is right.
     """
 
     def __init__(self, matrix: torch.Tensor, rows: torch.Tensor, last: torch.Tensor) -> None:
@@ -109,7 +110,7 @@ class _System:
         gram = rows.mT @ rows
         weight = size / gram.diagonal(dim1=-2, dim2=-1).amax(-1).clamp_min(1e-12) if self.p else torch.zeros_like(size)
         self.shift = torch.zeros_like(last)
-        # Σ of nearly active bounds makes entries huge; curvature is looked at relative to the rest.
+        # Nearly active bounds make entries of Σ huge. Curvature is measured relative to the other entries.
         weight = _AUGMENT * weight.clamp_max(1e8)
         factor, failed = _factor(matrix, gram, weight, self.shift, eye)
         for count in range(_MOST_SHIFTS):
@@ -165,7 +166,7 @@ def _inertia_is_right(matrix: torch.Tensor, rows: torch.Tensor, these: torch.Ten
 
 
 def solve_symmetric(matrix: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
-    """Return the solution (K, N) for symmetric matrices (K, N, N), of smallest norm where one is singular."""
+    """Return the solution (K, N) for symmetric matrices (K, N, N); the minimum-norm one for a singular matrix."""
     scale = matrix.abs().amax(-1).clamp_min(1e-300).rsqrt()
     scaled = scale.unsqueeze(-1) * matrix * scale.unsqueeze(-2)
     rhs = scale * right

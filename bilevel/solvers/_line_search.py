@@ -1,4 +1,4 @@
-"""A line search for a batch: every problem keeps its own bracket, and all are evaluated together."""
+"""A line search for a batch. Every problem has its own bracket, and all are evaluated together."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from bilevel.equations.problem import Problem
 
 __all__ = ["LineSearchResult", "line_search"]
 
-_DECREASE = 0.1  # δ of Hager & Zhang: the share of the promised decrease that is asked for
-_CURVATURE = 0.9  # σ: the share of the slope that may be left
+_DECREASE = 0.1  # δ of Hager & Zhang: the required share of the predicted decrease
+_CURVATURE = 0.9  # σ: the allowed share of the initial slope
 _MOST_TRIALS = 40
 
 
 @dataclass(frozen=True, eq=False)
 class LineSearchResult:
-    """Where a line search ended: t (batch,), the objective, its gradient (batch, n), what failed (batch,) bool, and where G fell at every trial."""
+    """The result of a line search: t (batch,), G, ∇G (batch, n), where it failed (batch,) bool, and where G fell at every trial."""
 
     x: torch.Tensor
     value: torch.Tensor
@@ -45,9 +45,9 @@ def line_search(
     * φ(t) ≤ φ(0) + ε and σ φ′(0) ≤ φ′(t) ≤ (2δ − 1) φ′(0), which rounding of φ does not spoil, or
     * φ(t) ≤ φ(0) + ε and the gradient's norm is at or below ``threshold``.
 
-    Until then the bracket, whose lower end descends and whose upper end does not, is cut by the secant of the
-    slopes, by a parabola, or in half. One evaluation of the batch for each trial; a problem that has its
-    step, or is not ``active``, stays there.
+    Until then the bracket is cut by the secant of the slopes, by a parabola, or in half. The slope is negative at its
+    lower end, and not at its upper end. Each trial costs one evaluation of the batch. A problem that has a step, or is
+    not ``active``, does not move.
 
     Parameters
     ----------
@@ -60,7 +60,7 @@ def line_search(
     first
         The first t tried (batch,).
     noise
-        ε (batch,): how much of φ may be rounding.
+        ε (batch,): the rounding error of φ.
     threshold
         The gradient norm that ends the solve (batch,).
     active
@@ -100,7 +100,7 @@ def line_search(
         beyond = t * torch.clamp((slope / (slope - turned)).nan_to_num(posinf=10.0, neginf=10.0), min=2.0, max=10.0)
         beyond = torch.where(turned > slope, beyond, 10 * t)
         t = torch.where(pending, torch.where(torch.isfinite(high), inside, beyond), t)
-    # A step that descends without the curvature asked for is still a step.
+    # A step that descends but misses the curvature condition is still used.
     rescued = pending & (low > 0)
     t = torch.where(rescued, low, t)
     point = torch.where(active.unsqueeze(-1), x + t.unsqueeze(-1) * d, x)
@@ -118,13 +118,13 @@ def _inside(
     *,
     halve: bool,
 ) -> torch.Tensor:
-    """Return a point inside the bracket: by secant, parabola or, every so often, in the middle."""
+    """Return a point inside the bracket: by a secant or a parabola, or sometimes the midpoint."""
     width = high - low
     if halve:
         return low + 0.5 * width
     secant = -low_slope / (high_slope - low_slope)
     parabola = -low_slope * width / (2 * (high_value - low_value - low_slope * width))
     share = torch.where(high_slope > 0, secant, parabola)
-    # Outside the objective's domain nothing is known but that the step was too long.
+    # Outside the objective's domain, it is only known that the step was too long.
     share = torch.where(torch.isfinite(high_value) & torch.isfinite(share), share, torch.full_like(share, 0.1))
     return low + width * torch.clamp(share, min=0.05, max=0.95)

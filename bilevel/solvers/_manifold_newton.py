@@ -1,7 +1,8 @@
-"""Newton's method on the active manifold of a composite problem f + g, and how far a point is from the solution.
+"""Newton's method on the active manifold of a composite problem f + g, and the error of a point.
 
-At x, the local model Φ is f + g on the manifold that x lies on. Its gradient R and its Hessian tell the Newton step that is left, −H⁻¹R. They tell
-nothing of other manifolds: that x is on the right one is seen by the prox step r = T(x) − x, which vanishes at solutions alone.
+At x, the local model Φ is f + g on the manifold that x lies on. Its gradient R and its Hessian give the next Newton
+step, −H⁻¹R. They do not know other manifolds. Whether x is on the right manifold is decided by the prox step r = T(x) −
+x, which is zero only at solutions.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ __all__ = ["Assessment", "Known", "Polished", "allowed_error", "assess", "polish
 _MOST_STEPS = 30
 _MOST_TRIALS = 4
 _KRYLOV_STEPS, _KRYLOV_ACCURACY = 500, 1e-2
-# How much shorter a Newton step has to be than the last one for the last Hessian to be believed.
+# The last Hessian is reused if the Newton step is shorter than the last one by this factor.
 _CHORD = 0.1
 
 
@@ -37,24 +38,25 @@ class Known:
 
 @dataclass(frozen=True, eq=False)
 class Assessment:
-    """What is known of an iterate, per problem.
+    """The estimated errors of an iterate, per problem.
 
     Parameters
     ----------
     newton
-        d = −H⁻¹R (batch, n), on the manifold of x: the error of x to first order, if that manifold is the solution's.
+        d = −H⁻¹R (batch, n), on the manifold of x: minus the error of x to first order, if the solution is on that
+        manifold.
     move
         r = T(x) − x (batch, n).
     slope
         R (batch, n).
     usable
-        Bool (batch,): H is positive semidefinite and R in its range.
+        Bool (batch,): H is positive semidefinite, and R is in its range.
     indefinite
         Bool (batch,): H has a negative eigenvalue beyond rounding.
     reduced
         The factorised Hessian, if it was made.
     linearization
-        That of the local model at x.
+        The linearisation of the local model at x.
     """
 
     newton: torch.Tensor
@@ -66,7 +68,7 @@ class Assessment:
     linearization: Linearization
 
     def good(self, at: Iterate, allowed: torch.Tensor) -> torch.Tensor:
-        """Return where both steps are within ``allowed`` (batch, n), as bool (batch,)."""
+        """Return where both steps are at most ``allowed`` (batch, n), as bool (batch,)."""
         near = self.usable & (self.newton.abs() <= allowed).all(dim=-1)
         if not bool(near.any()):
             return near
@@ -90,7 +92,7 @@ def prox_step(composite: Composite, at: Iterate) -> tuple[Iterate, torch.Tensor]
 def assess(
     composite: Composite, at: Iterate, active: torch.Tensor, last: Assessment | Known | None = None
 ) -> Assessment:
-    """Return the :class:`Assessment` of the problems that are ``active`` (batch,); the factors of the ``last`` one are used if they serve."""
+    """Return the :class:`Assessment` of the ``active`` problems (batch,). The factors of the ``last`` one are reused if they fit."""
     linear = _linearization(composite, at.x)
     slope = linear.residual.detach()
     move = composite.step(at.x, at.slope, at.step) - at.x
@@ -109,7 +111,7 @@ def assess(
         return Assessment(newton, move, slope, usable, ~definite, None, linear)
     if bool(reduced.sound.all()):
         return Assessment(-reduced.solve(slope), move, slope, reduced.sound, never, reduced, linear)
-    # A Hessian that is singular or indefinite: its eigenvalues tell which, and the smallest of the solutions.
+    # A singular or an indefinite Hessian. Its eigenvalues decide which, and give the minimum-norm solution.
     found = symmetric_error(composite.model, reduced.matrix, reduced.gather(at.x), reduced.gather(slope))
     newton = -reduced.insert(found.error, slope)
     usable = ~found.indefinite & torch.isfinite(newton).all(dim=-1)
@@ -117,7 +119,7 @@ def assess(
 
 
 def _linearization(composite: Composite, x: torch.Tensor) -> Linearization:
-    """Return the linearisation of the local model at ``x``, kept for a derivative where one follows."""
+    """Return the linearisation of the local model at ``x``, and keep it for a derivative if one follows."""
     slot = composite.model.linearization_slot
     if slot is None:
         return composite.model.linearize(x)
@@ -127,7 +129,7 @@ def _linearization(composite: Composite, x: torch.Tensor) -> Linearization:
 
 @dataclass(frozen=True, eq=False)
 class Polished:
-    """Where Newton's method ended.
+    """The result of Newton's method.
 
     Parameters
     ----------
@@ -136,7 +138,7 @@ class Polished:
     assessment
         Of that iterate.
     done
-        Bool (batch,): the error is as small as asked.
+        Bool (batch,): the error is at most the allowed one.
     iterations
         int64 (batch,).
     """
@@ -157,7 +159,7 @@ def polish(
     most: int = _MOST_STEPS,
     known: Known | None = None,
 ) -> Polished:
-    """Take Newton steps on the manifold of x, each followed by a prox step that may change the manifold, while f + g falls.
+    """Take Newton steps on the manifold of x while f + g falls. A prox step follows each, and may change the manifold.
 
     Parameters
     ----------
@@ -168,9 +170,9 @@ def polish(
     active
         The problems to solve, bool (batch,).
     most
-        The most steps; 0 to assess the iterate alone.
+        The largest number of steps. 0: only assess the iterate.
     known
-        A Hessian that may serve.
+        A factorised Hessian that may be reused.
     """
     steps = torch.zeros(active.shape, dtype=torch.int64, device=active.device)
     found = assess(composite, at, active, known)
@@ -194,7 +196,7 @@ def polish(
 
 
 def reached(found: Assessment, at: Iterate, subgradient: torch.Tensor, target: Target) -> torch.Tensor:
-    """Return where an iterate with this element of ∂(f + g) is as accurate as asked, bool (batch,)."""
+    """Return where an iterate with this subgradient of f + g is as accurate as asked, bool (batch,)."""
     if target.rtol:
         return found.good(at, allowed_error(at.x, target))
     return length(subgradient) <= target.absolute
@@ -203,7 +205,7 @@ def reached(found: Assessment, at: Iterate, subgradient: torch.Tensor, target: T
 def _search(
     composite: Composite, at: Iterate, total: torch.Tensor, found: Assessment, pending: torch.Tensor
 ) -> tuple[Iterate, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return the first of ever shorter Newton steps that f + g falls along, f + g and a subgradient there, and where there is one (batch,)."""
+    """Return the longest tried Newton step along which f + g falls, f + g and a subgradient there, and where such a step exists (batch,)."""
     assert composite.retract is not None
     eps = torch.finfo(total.dtype).eps
     t = torch.ones_like(total)
@@ -217,12 +219,12 @@ def _search(
         value = composite.total(new)
         rounding = 16 * eps * (total.abs() + value.abs())
         falls = value < total - rounding
-        # Where values drown in their rounding, the prox steps tell.
+        # If values differ only by rounding, the prox steps decide.
         level = left & ~falls & (value <= total + rounding)
         if bool(level.any()):
             move = composite.step(new.x, new.slope, new.step) - new.x
             falls = falls | (level & (length(move) < 0.9 * length(found.move)))
-            # From the solution of a quadratic on its manifold, nothing moves any more.
+            # At the solution of a quadratic on its manifold, steps are zero.
             falls = falls | (level & (length(new.x - ahead) <= 0.1 * length(found.newton)))
         held = left & falls & torch.isfinite(new.slope).all(dim=-1)
         best, best_total = new.where(held, best), torch.where(held, value, best_total)

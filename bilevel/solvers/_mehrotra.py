@@ -1,4 +1,4 @@
-"""Mehrotra's predictor–corrector for batches of dense convex quadratic programs, each problem its own iteration.
+"""Mehrotra's predictor–corrector method for batches of dense convex quadratic programs. Each problem has its own iteration.
 
     min ½ xᵀQx + qᵀx   s.t.   Ax = b,   Cx ≤ d
 
@@ -24,8 +24,9 @@ __all__ = ["interior_point"]
 
 _PROXIMAL = 1e-10  # δ, relative to a KKT matrix of norm one
 _AUGMENTED = 1.0  # ρ, likewise
-_ESCAPED = 1e-6  # how near to a certificate of infeasibility or unboundedness a search ends, for the certificate to be looked for
-_IDLE = 5  # steps without progress after which a search that is near its end has ended
+_ESCAPED = 1e-6  # a certificate of infeasibility or unboundedness is computed if a search ends this near to one
+_IDLE = 5  # a search near its end ends after this many steps without progress
+_CIRCLING = 3  # steps without progress after which the corrector is trusted no further than the predictor's step
 _LEAST_STEP = 1e-12
 
 
@@ -38,37 +39,37 @@ def interior_point(
     smoothing: float = 0.0,
     may_escape: bool = True,
 ) -> Iterate:
-    """Return where the search ends: relative residuals of at most ``tolerance``, or a reason in the :class:`Iterate`.
+    """Return the last iterate: its relative residuals are at most ``tolerance``, or the :class:`Iterate` says why not.
 
-    ``smoothing`` τ > 0 aims at the point of the central path with s·z = τ in place of a solution. ``may_escape`` lets a search end
-    where its iterate looks like a ray.
+    ``smoothing`` τ > 0: find the point of the central path with s·z = τ in place of a solution. ``may_escape``: end a
+    search whose iterate looks like a ray.
     """
     scaled, scales = equilibrated(program)
     target = smoothing / scales.product
     point = _start(scaled) if start is None else scales.scaled(start)
     found = replace(point, **{entry.name: getattr(point, entry.name).clone() for entry in fields(point)})
     live = torch.arange(len(program.q), device=program.q.device)
+    ended = torch.zeros_like(point.stuck)
     for turn in range(max_steps + 1):
         residuals = _Residuals.of(scaled, point, target)
         escaped = residuals.escaped(scaled, point) if may_escape else torch.zeros_like(point.escaped)
         point = _judged(point, residuals.error, escaped)
-        ended = (
-            (residuals.error <= tolerance)
-            | escaped
-            | point.stuck
-            | (turn == max_steps)
-            | ~torch.isfinite(residuals.error)
-        )
-        if bool(ended.any()):
+        reached = ended | (residuals.error <= tolerance)
+        ended = reached | escaped | point.stuck | (turn == max_steps) | ~torch.isfinite(residuals.error)
+        count = int(ended.sum())
+        if count == len(ended):
+            found.put(live, point)
+            break
+        # What has reached its end stands still. It is taken out of the batch where that saves more than it costs.
+        if 2 * count >= len(ended) or count > int(reached.sum()):
             point, scaled, target, residuals, live = _retire(found, ended, live, point, scaled, target, residuals)
-            if not len(live):
-                break
-        point = _step(scaled, point, residuals, target)
+            ended = torch.zeros_like(point.stuck)
+        point = _step(scaled, point, residuals, target, ended)
     return scales.unscaled(found)
 
 
 def _judged(point: Iterate, error: torch.Tensor, escaped: torch.Tensor) -> Iterate:
-    """Return ``point`` with what its residuals say of it."""
+    """Return ``point`` with its error and the flags that follow from its residuals."""
     better = error < 0.9 * point.best
     idle = torch.where(better, 0, point.idle + 1)
     stuck = point.stuck | ((idle >= _IDLE) & (point.best < 1e-4))
@@ -86,7 +87,7 @@ def _retire(
     target: torch.Tensor,
     residuals: _Residuals,
 ) -> tuple[Iterate, DenseProgram, torch.Tensor, _Residuals, torch.Tensor]:
-    """Keep the iterates that have ended and are new, and leave them out of the batch."""
+    """Store the iterates that have just ended, and remove them from the batch."""
     gone = ended.nonzero().squeeze(-1)
     found.put(live[gone], point.at(gone))
     left = (~ended).nonzero().squeeze(-1)
@@ -95,14 +96,15 @@ def _retire(
 
 @dataclass(frozen=True, eq=False)
 class _Residuals(ProgramBatch):
-    """What the optimality conditions lack at an iterate: dual (B, n), of equations (B, p), of rows (B, rows), and their relative size."""
+    """The residuals of the optimality conditions at an iterate: dual (B, n), of equations (B, p), of rows (B, rows), and their relative size."""
 
     dual: torch.Tensor
     equations: torch.Tensor
     rows: torch.Tensor
-    gap: torch.Tensor  # mean of s·z
+    products: torch.Tensor  # s·z
     error: torch.Tensor
-    curved: torch.Tensor  # Qx
+    falls: torch.Tensor  # qᵀx
+    curved: torch.Tensor  # the largest entry of Qx, and so on
     held: torch.Tensor  # Aᵀy + Cᵀz
     reached: torch.Tensor  # Cx
 
@@ -116,24 +118,26 @@ class _Residuals(ProgramBatch):
             equations = mv(program.A, point.x) - program.b
         dual, rows = curved + program.q + held, reached + point.s - program.d
         products = point.s * point.z
-        gap = products.mean(-1) if products.shape[-1] else point.x.new_zeros(len(point.x))
-        primal = largest(equations, rows) / (1 + largest(program.b, program.d, reached))
-        slope = largest(dual) / (1 + largest(program.q, curved, held))
-        value = (point.x * (0.5 * curved + program.q)).sum(-1).abs()
+        falls = (point.x * program.q).sum(-1)
+        value = (0.5 * (point.x * curved).sum(-1) + falls).abs()
+        sizes = largest(curved), largest(held)
+        primal = largest(equations, rows) / (1 + torch.maximum(program.sides, largest(reached)))
+        slope = largest(dual) / (1 + torch.maximum(program.slope, torch.maximum(*sizes)))
         distance = (products - target).abs().sum(-1) / (1 + value)
-        return cls(
-            dual, equations, rows, gap, torch.maximum(torch.maximum(primal, slope), distance), curved, held, reached
-        )
+        error = torch.maximum(torch.maximum(primal, slope), distance)
+        return cls(dual, equations, rows, products, error, falls, *sizes, reached)
 
     def escaped(self, program: DenseProgram, point: Iterate) -> torch.Tensor:
-        """Return whether (y, z) or x is, up to its length, a ray that proves that there is no solution."""
-        refuted = (program.b * point.y).sum(-1) + (program.d * point.z).sum(-1)
-        infeasible = (refuted < 0) & (largest(self.held) < -_ESCAPED * refuted)
-        falls = (program.q * point.x).sum(-1)
-        along = torch.maximum(largest(self.curved), largest(self.equations + program.b))
+        """Return whether (y, z) or x, normalised, is a ray that proves that there is no solution."""
+        refuted = (program.d * point.z).sum(-1)
+        along = self.curved
+        if point.y.shape[-1]:
+            refuted = refuted + (program.b * point.y).sum(-1)
+            along = torch.maximum(along, largest(self.equations + program.b))
         if self.reached.shape[-1]:
             along = torch.maximum(along, self.reached.amax(-1))
-        return infeasible | ((falls < 0) & (along < -_ESCAPED * falls))
+        # Each is at least 0 beside the other side, which is positive for a ray alone.
+        return (self.held < -_ESCAPED * refuted) | (along < -_ESCAPED * self.falls)
 
 
 class _Newton:
@@ -155,7 +159,7 @@ class _Newton:
     def solve(
         self, dual: torch.Tensor, equations: torch.Tensor, rows: torch.Tensor, products: torch.Tensor, point: Iterate
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Return the step (dx, dy, ds, dz) that takes the residuals to zero; ``products`` is what s·z exceeds its aim by."""
+        """Return the step (dx, dy, ds, dz) that makes the residuals zero. ``products``: s·z minus its target."""
         C, A = self.program.rows, self.program.A
         shift = self.weights * rows - products / point.s
         right = -dual - C.transposed(shift)
@@ -173,7 +177,7 @@ class _Newton:
 
 
 def _cholesky(matrix: torch.Tensor, regularisation: float) -> torch.Tensor:
-    """Return the Cholesky factors of ``matrix`` (B, n, n) + δ·size·I, with δ raised where that is not positive definite."""
+    """Return the Cholesky factors of ``matrix`` (B, n, n) + δ·size·I. δ grows until this is positive definite."""
     diagonal = matrix.diagonal(dim1=-2, dim2=-1)
     size = diagonal.abs().amax(-1, keepdim=True).clamp_min(1e-30)
     # δ is relative to a matrix of norm one, but not below the rounding of a large entry.
@@ -188,7 +192,7 @@ def _cholesky(matrix: torch.Tensor, regularisation: float) -> torch.Tensor:
 
 
 def _start(program: DenseProgram) -> Iterate:
-    """Return the start of Mehrotra's method: the solution with all slacks weighed alike, shifted to where they are positive."""
+    """Return the initial point of Mehrotra's method: the solution with equal weights of all slacks, shifted until they are positive."""
     B, n = program.q.shape
     zeros, one = program.q.new_zeros, torch.ones_like(program.d)
     blank = torch.zeros(B, dtype=torch.bool, device=program.q.device)
@@ -197,7 +201,7 @@ def _start(program: DenseProgram) -> Iterate:
         zeros(B, n), zeros(B, program.A.shape[-2]), one, one, steps, error, blank, blank, error, steps, one > 1
     )
     newton = _Newton(program, one)
-    # At x = 0, y = 0 with s + z = 0 asked for: products make ds = −dz.
+    # At x = 0, y = 0 with the condition s + z = 0, the products lead to ds = −dz.
     dx, dy, _, dz = newton.solve(program.q, -program.b, -program.d, torch.zeros_like(one), origin)
     if not program.d.shape[-1]:
         return replace(origin, x=dx, y=dy)
@@ -209,32 +213,42 @@ def _positive(v: torch.Tensor) -> torch.Tensor:
     return torch.where(least > 1e-4, v, v - least + 1)
 
 
-def _longest(v: torch.Tensor, dv: torch.Tensor) -> torch.Tensor:
-    """Return the largest step (B, 1) along dv that keeps v ≥ 0; infinity where none ends it."""
-    return 1 / (-dv / v).amax(-1, keepdim=True).clamp_min(1e-30)
+def _longest(pair: torch.Tensor, change: torch.Tensor, share: torch.Tensor | float = 1.0) -> torch.Tensor:
+    """Return the step (B, 1), at most one, that keeps ``pair`` positive: ``share`` of the way to the boundary."""
+    return 1 / (-(change / pair).amin(-1, keepdim=True) / share).clamp_min(1.0)
 
 
-def _step(program: DenseProgram, point: Iterate, now: _Residuals, target: torch.Tensor) -> Iterate:
-    """Return the iterate after one predictor–corrector step."""
+def _step(program: DenseProgram, point: Iterate, now: _Residuals, target: torch.Tensor, ended: torch.Tensor) -> Iterate:
+    """Return the iterate after one predictor–corrector step of the problems that have not ``ended``."""
     newton = _Newton(program, point.z / point.s)
+    steps = point.steps + ~ended
     if not program.d.shape[-1]:
         dx, dy, _, _ = newton.solve(now.dual, now.equations, now.rows, now.rows, point)
-        return replace(point, x=point.x + dx, y=point.y + dy, steps=point.steps + 1)
-    s, z, mean = point.s, point.z, now.gap.unsqueeze(-1)
-    products = s * z
-    # On the central path the predictor aims at the target: what it corrects for vanishes there.
+        free = ~ended.unsqueeze(-1)
+        return replace(point, x=point.x + free * dx, y=point.y + free * dy, steps=steps)
+    pair, products = torch.cat([point.s, point.z], -1), now.products
+    mean = products.mean(-1, keepdim=True)
+    # With smoothing the predictor aims at the target, where the correction vanishes.
     _, _, ds, dz = newton.solve(now.dual, now.equations, now.rows, products - target, point)
-    reach = torch.minimum(_longest(s, ds), _longest(z, dz)).clamp_max(1.0)
-    after = ((s + reach * ds) * (z + reach * dz)).mean(-1, keepdim=True)
+    change = torch.cat([ds, dz], -1)
+    reach = _longest(pair, change)
+    after = torch.mul(*(pair + reach * change).chunk(2, -1)).mean(-1, keepdim=True)
     centre = torch.maximum((after / mean) ** 3 * mean, target)
-    dx, dy, ds, dz = newton.solve(now.dual, now.equations, now.rows, products + ds * dz - centre, point)
-    # The nearer to the solution, the nearer to the boundary a step may go. A point of the central path is not near the boundary:
-    # a product s·z far below its target would end all further steps.
+    # The corrector stands for the whole predictor, of which a part is taken. Iterates may go round in a circle for that (Cartis 2009).
+    trust = torch.where(point.idle.unsqueeze(-1) >= _CIRCLING, reach.square(), 1.0)
+    dx, dy, ds, dz = newton.solve(now.dual, now.equations, now.rows, products + trust * ds * dz - centre, point)
+    # Near the solution, a step may end nearer to the boundary. A point of the central path is not near the boundary,
+    # and a product s·z far below its target would prevent all further steps.
     share = torch.where(target > 0, 0.9, 1 - mean.clamp(1e-3, 1e-2))
-    reach = (share * torch.minimum(_longest(s, ds), _longest(z, dz))).clamp_max(1.0)
-    stuck = ~(reach.squeeze(-1) > _LEAST_STEP)
-    reach = torch.where(stuck.unsqueeze(-1), torch.zeros_like(reach), reach)
-    moved = [v + reach * dv for v, dv in ((point.x, dx), (point.y, dy), (s, ds), (z, dz))]
-    moved = [torch.where(stuck.unsqueeze(-1), v, new) for v, new in zip((point.x, point.y, s, z), moved, strict=True)]
-    x, y, s, z = moved
-    return replace(point, x=x, y=y, s=s, z=z, steps=point.steps + 1, stuck=stuck)
+    change = torch.cat([ds, dz], -1)
+    reach = _longest(pair, change, share)
+    stuck = ~(reach > _LEAST_STEP)
+    still = stuck | ended.unsqueeze(-1)
+    x, y, pair = point.x + reach * dx, point.y + reach * dy, pair + reach * change
+    stuck = stuck.squeeze(-1)
+    s, z = pair.chunk(2, -1)
+    if bool(still.any()):
+        # A step that is not finite must not touch what stays, hence no product with zero.
+        x, y = torch.where(still, point.x, x), torch.where(still, point.y, y)
+        s, z = torch.where(still, point.s, s), torch.where(still, point.z, z)
+    return replace(point, x=x, y=y, s=s, z=z, steps=steps, stuck=stuck)

@@ -1,6 +1,7 @@
-"""A batch of constrained problems as their solvers see it: min f(x) subject to h(x) = 0, c(x) ≤ 0, lower ≤ x ≤ upper.
+"""A batch of constrained problems for solvers: min f(x) subject to h(x) = 0, c(x) ≤ 0, lower ≤ x ≤ upper.
 
-Every tensor has a leading batch axis and no graph. The functions come stacked: ``parts`` is (f, h, c), of length 1 + p + m.
+Every tensor has a leading batch axis and no graph. The functions are stacked: ``parts`` is (f, h, c), of length 1 + p +
+m.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from bilevel.solvers._base import Goal, InnerSolution, InnerSolver
 
 __all__ = ["Answer", "ConstrainedSolver", "Program"]
 
-# Unknowns larger than this need no other unit.
+# Unknowns above this size need no other unit.
 _SMALL = 1e-2
 _DENSE_ORDER = 512
 
@@ -41,7 +42,7 @@ class Program:
     product
         (x, v (K, n)) ↦ ∇²f v (K, n).
     single
-        number ↦ that problem as a batch of one.
+        number ↦ the problem with this number as a batch of one.
     """
 
     lower: torch.Tensor
@@ -80,7 +81,7 @@ class Program:
         return torch.cat([h.abs(), c.clamp_min(0), torch.zeros_like(parts[:, :1])], dim=-1).amax(-1)
 
     def inside(self, x: torch.Tensor) -> torch.Tensor:
-        """Return the nearest point to ``x`` (K, n) within the bounds. Where lower > upper that is the upper bound."""
+        """Return the nearest point to ``x`` (K, n) within the bounds. If lower > upper it is the upper bound."""
         return torch.minimum(torch.maximum(x, self.lower), self.upper)
 
     def scaled(self, weights: torch.Tensor) -> Program:
@@ -117,10 +118,10 @@ class Program:
         )  # fmt: skip
 
     def unit(self, x: torch.Tensor) -> torch.Tensor:
-        """Return a power of two (K,) in which unknowns are not small: one, unless all that tells of their size at ``x`` is small.
+        """Return a power of two (K,) as a unit in which unknowns are not small. It is one unless all indications of their size at ``x`` are small.
 
-        What tells: x itself, finite bounds, how far constraints are from x, and the length of a Newton step. Tolerances are relative to 1 + |x|,
-        which takes care of large unknowns.
+        The indications are x itself, finite bounds, the distances of constraints from x, and the length of a Newton
+        step. Large unknowns need no unit, because tolerances are relative to 1 + |x|.
         """
         parts, rows = self.jacobian(self.inside(x))
         flat = torch.zeros_like(parts)
@@ -143,7 +144,7 @@ class Program:
 
 @dataclass(frozen=True, eq=False)
 class Answer:
-    """What a constrained solver returns.
+    """The result of a constrained solver.
 
     Parameters
     ----------
@@ -152,9 +153,9 @@ class Answer:
     equality, inequality
         Multipliers ν (K, p) and λ (K, m). For an infeasible problem: weights of the constraints whose combination cannot be met.
     status, iterations
-        int64 (K,); ``Status.NOT_CONVERGED`` if the solver cannot tell.
+        int64 (K,); ``Status.NOT_CONVERGED`` if the solver does not know.
     known
-        Whether the multipliers are given; otherwise they are recovered from x.
+        Whether the multipliers are given. If not, they are recovered from x.
     """
 
     x: torch.Tensor
@@ -166,7 +167,7 @@ class Answer:
 
 
 class ConstrainedSolver(InnerSolver):
-    """Solves a batch of constrained problems. Subclasses are frozen dataclasses of settings with one method, ``solve_program``."""
+    """A solver of a batch of constrained problems. Subclasses are frozen dataclasses of settings with one method, ``solve_program``."""
 
     @abstractmethod
     def solve_program(self, program: Program, init: torch.Tensor, smoothing: float | None) -> Answer:

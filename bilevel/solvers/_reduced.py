@@ -1,7 +1,7 @@
-"""The Hessian of a composite problem's local model on the unknowns that its manifold leaves free, factorised.
+"""The factorised Hessian of a composite problem's local model on the free unknowns of its manifold.
 
-Where a term fixes unknowns, the Hessian is H on the others and the identity on the fixed ones. A solution with few unknowns that are not zero
-needs a small matrix, whatever n is.
+If a term fixes unknowns, the Hessian is H on the free ones and the identity on the fixed ones. A solution with few
+nonzero unknowns needs only a small matrix, for any n.
 """
 
 from __future__ import annotations
@@ -32,13 +32,13 @@ class Reduced:
     Parameters
     ----------
     x
-        Where (batch, n).
+        The point (batch, n).
     free
         Bool (batch, n).
     index, valid
-        The places of the free unknowns (batch, k), and which of them are meant: problems with fewer than k are filled up.
+        The places of the free unknowns (batch, k), and which of them are valid: problems with fewer than k are padded.
     matrix
-        (batch, k, k), with the identity for what fills up.
+        (batch, k, k), with the identity as padding.
     factor
         Its Cholesky factor.
     sound
@@ -54,7 +54,7 @@ class Reduced:
     sound: torch.Tensor
 
     def gather(self, v: torch.Tensor) -> torch.Tensor:
-        """Return the free entries (batch, k) of ``v`` (batch, n), and zeros for what fills up."""
+        """Return the free entries (batch, k) of ``v`` (batch, n), padded with zeros."""
         return torch.where(self.valid, v.gather(-1, self.index), 0.0)
 
     def insert(self, part: torch.Tensor, rest: torch.Tensor) -> torch.Tensor:
@@ -74,7 +74,7 @@ class Reduced:
         return x is self.x or torch.equal(composite.known_free(x), self.free)
 
     def fits(self, composite: Composite, x: torch.Tensor) -> bool:
-        """Return whether ``x`` lies on the manifolds that this was made on."""
+        """Return whether ``x`` lies on the same manifolds."""
         assert composite.retract is not None
         if not bool(self.sound.all()) or not self.same_free(composite, x):
             return False
@@ -85,7 +85,7 @@ class Reduced:
 
 
 def reduce(composite: Composite, x: torch.Tensor, linear: Linearization) -> Reduced | None:
-    """Return the reduced Hessian at ``x`` (batch, n); None where it is too large. ``linear`` is the linearisation there."""
+    """Return the reduced Hessian at ``x`` (batch, n), or None if it is too large. ``linear`` is the linearisation there."""
     assert composite.free is not None
     batch = len(x)
     free = composite.free(x)
@@ -105,7 +105,7 @@ def reduce(composite: Composite, x: torch.Tensor, linear: Linearization) -> Redu
 def factorised(
     x: torch.Tensor, free: torch.Tensor, index: torch.Tensor, valid: torch.Tensor | None, matrix: torch.Tensor
 ) -> Reduced:
-    """Return the :class:`Reduced` of these entries (batch, k, k) of the Hessian; ``valid`` is None where all places are meant."""
+    """Return the :class:`Reduced` of these entries (batch, k, k) of the Hessian. ``valid`` None: all places are valid."""
     k = index.shape[-1]
     if valid is None:
         valid = torch.ones_like(index, dtype=torch.bool)
@@ -116,7 +116,7 @@ def factorised(
     factor, info = torch.linalg.cholesky_ex(matrix)
     sound = info == 0
     if k:
-        # Rows of unit length: the least pivot bounds how near to singular the matrix is.
+        # With rows of unit length, the smallest pivot bounds the distance to a singular matrix.
         pivots = (factor.diagonal(dim1=-2, dim2=-1) / factor.norm(dim=-1)).amin(dim=-1)
         sound = sound & (pivots**2 > 1e3 * k * torch.finfo(x.dtype).eps)
     return Reduced(x, free, index, valid, matrix, factor, sound)
@@ -133,7 +133,7 @@ def _entries(composite: Composite, x: torch.Tensor, linear: Linearization, index
     if 2 * k < n and composite.entries is not None:
         try:
             return composite.entries(x, index)
-        except RuntimeError:  # something in the function cannot be transformed
+        except RuntimeError:  # an operation in the function cannot be transformed
             pass
     whole = composite.model.linearize_dense(x).operator.dense()
     rows = whole.gather(-2, index.unsqueeze(-1).expand(batch, k, n))
@@ -142,7 +142,7 @@ def _entries(composite: Composite, x: torch.Tensor, linear: Linearization, index
 
 @dataclass(frozen=True, eq=False)
 class ReducedSolver(LinearSolver):
-    """Solve with the factors of the forward pass, on the free unknowns alone; refine, and leave what remains to another solver.
+    """Solve with the factors of the forward pass on the free unknowns, and refine. Another solver solves the rest.
 
     Parameters
     ----------
@@ -157,7 +157,7 @@ class ReducedSolver(LinearSolver):
         return "Exact"
 
     def serves(self, operator: LinearOperator) -> bool:
-        """Return whether the matrices of ``operator`` are those that were factorised."""
+        """Return whether the factors belong to the matrices of ``operator``."""
         shape = (operator.distinct.batch, operator.distinct.size)
         return shape == tuple(self.reduced.x.shape) and operator.dtype == self.reduced.x.dtype
 

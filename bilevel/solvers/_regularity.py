@@ -1,4 +1,4 @@
-"""What a derivative needs of a constrained solution: strict complementarity, independent gradients, and curvature on the tangent space."""
+"""The conditions for a derivative of a constrained solution: strict complementarity, independent gradients, and curvature on the tangent space."""
 
 from __future__ import annotations
 
@@ -14,16 +14,20 @@ from bilevel.solvers._shifted import try_cholesky
 
 __all__ = ["Findings", "examine"]
 
-# Multipliers and distances below this part of the sizes of forces and of x are zero for all that the accuracy can tell.
+# Multipliers and distances below this share of the sizes of forces and of x count as zero.
 _WEAK, _WEAK_UNPOLISHED = 2e-8, 1e-4
 # Singular values of normalised gradients, and eigenvalues of the scaled reduced Hessian, relative to the largest.
 _DEPENDENT, _FLAT = 1e-10, 1e-10
 _MOST_NAMES = 3
+_SMOOTHING = "perturb the arguments, or pass smoothing=1e-3 to bilevel.argmin, which takes value and derivative from the central path"
+_LEAVE_OUT = (
+    "leave one of these equations out: it follows from the others, as the last column sum of a transport plan does"
+)
 
 
 @dataclass(frozen=True, eq=False)
 class Findings:
-    """What was found at a batch of solutions; every tensor has a leading batch axis.
+    """The findings at a batch of solutions. Every tensor has a leading batch axis.
 
     Parameters
     ----------
@@ -35,6 +39,8 @@ class Findings:
         Whether the reduced Hessian is singular, or has a negative eigenvalue (K,).
     irregular
         Whether no multipliers satisfy the KKT conditions to rounding (K,).
+    repeated
+        The equalities that follow from each other, bounds or not (K, p). No argument and no smoothing makes them independent.
     """
 
     weak_inequality: torch.Tensor
@@ -45,28 +51,41 @@ class Findings:
     flat: torch.Tensor
     negative: torch.Tensor
     irregular: torch.Tensor
+    repeated: torch.Tensor
 
     @property
     def degenerate(self) -> torch.Tensor:
-        """Where the derivative does not exist or is one-sided (K,). Dependent gradients alone may leave it."""
+        """Where the derivative does not exist or is one-sided (K,). With dependent gradients alone it may exist."""
         weak = self.weak_inequality.any(-1) | self.weak_lower.any(-1) | self.weak_upper.any(-1)
         return weak | self.flat | self.irregular
 
-    def sentence(self, number: int, name: Callable[[str, int], str]) -> str:
-        """Return what is degenerate about the problem at ``number``; ``name`` turns a kind and an index into the user's terms."""
+    def words(self, number: int, name: Callable[[str, int], str]) -> tuple[str, str]:
+        """Return what is degenerate about the problem at ``number``, and the remedy; ``name`` converts a kind and an index to the user's terms."""
         weak = [("inequality", self.weak_inequality), ("lower", self.weak_lower), ("upper", self.weak_upper)]
         names = [name(kind, int(i)) for kind, flags in weak for i in flags[number].nonzero().reshape(-1)]
         if names:
-            return f"{_listed(names)} {'is' if len(names) == 1 else 'are'} active with multiplier 0, so that the derivative is one-sided"
+            verb = "is" if len(names) == 1 else "are"
+            return f"{_listed(names)} {verb} active with multiplier 0, so that the derivative is one-sided", _SMOOTHING
         if bool(self.irregular[number]):
-            return "no finite multipliers satisfy the optimality conditions, as no constraint qualification holds there"
+            return (
+                "no finite multipliers satisfy the optimality conditions, as no constraint qualification holds there",
+                _SMOOTHING,
+            )
         if bool(self.flat[number]):
-            return "the second-order condition fails: the Lagrangian is flat along a direction that the active constraints leave free"
+            return (
+                "the second-order condition fails: the Lagrangian is flat along a direction that the active constraints leave free",
+                _SMOOTHING,
+            )
+        repeated = self.repeated[number].nonzero().reshape(-1).tolist()
+        if repeated:
+            names = [name("equality", i) for i in repeated]
+            return f"{_listed(names)} repeat each other, and the arguments move them apart", _LEAVE_OUT
         p = self.members.shape[-1] - self.weak_inequality.shape[-1]
         places = self.members[number].nonzero().reshape(-1).tolist()
         names = [name("equality", i) if i < p else name("inequality", i - p) for i in places]
         return (
-            f"the gradients of {_listed(names)} are linearly dependent, and the arguments move these constraints apart"
+            f"the gradients of {_listed(names)} are linearly dependent, and the arguments move these constraints apart",
+            _SMOOTHING,
         )
 
 
@@ -89,10 +108,13 @@ def examine(program: Program, point: Polished, at: Measures) -> Findings:
     rows = torch.cat([jh, jc * point.active.unsqueeze(-1)], dim=1) * free.unsqueeze(1)
     counted = torch.cat([torch.ones_like(jh[..., 0], dtype=torch.bool), point.active], dim=-1)
     dependent, members = _dependence(torch.cat([jh, jc], dim=1), rows, counted)
+    repeated = torch.zeros_like(counted[:, : jh.shape[1]])
+    if bool(dependent.any()):
+        repeated = _dependence(jh, jh, torch.ones_like(repeated))[1]
     flat, negative = _curvature(at.hessian, rows, free)
     irregular = ~point.good
     del gradient
-    return Findings(weak_inequality, weak_lower, weak_upper, dependent, members, flat, negative, irregular)
+    return Findings(weak_inequality, weak_lower, weak_upper, dependent, members, flat, negative, irregular, repeated)
 
 
 def _dependence(whole: torch.Tensor, rows: torch.Tensor, counted: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -108,7 +130,7 @@ def _dependence(whole: torch.Tensor, rows: torch.Tensor, counted: torch.Tensor) 
     doubtful = failed | (factor.diagonal(dim1=-2, dim2=-1).amin(-1) < 1e-4)
     if not bool(doubtful.any()):
         return doubtful, members
-    # Inactive rows count as units in dimensions of their own.
+    # Inactive rows become unit vectors in extra dimensions.
     extended = torch.cat([unit, torch.diag_embed((~counted).to(rows))], dim=-1)
     values = svdvals(extended)
     dependent = doubtful & ~(values[..., r - 1] > _DEPENDENT * values[..., 0])

@@ -17,7 +17,7 @@ _STATIONARY = 1e-7
 def restore(
     program: Program, x: torch.Tensor, these: torch.Tensor, reduction: float
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return x (K, n) of less violation, where it is feasible enough (K,), and where it cannot be reduced (K,).
+    """Return x (K, n) with a smaller violation, where it is small enough (K,), and where it cannot be reduced (K,).
 
     Parameters
     ----------
@@ -28,7 +28,7 @@ def restore(
     these
         Which problems (K,).
     reduction
-        The part of the first violation that is feasible enough.
+        The share of the first violation that is small enough.
     """
     x = program.inside(x)
     residual, rows = _residual(program, x)

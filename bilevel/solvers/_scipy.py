@@ -1,4 +1,4 @@
-"""What the two bridges to scipy share: numpy in float64 outside, the problem's own dtype inside."""
+"""Common parts of the two bridges to scipy: numpy in float64 outside, the problem's own dtype inside."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ __all__ = [
 ]
 
 Array = npt.NDArray[np.float64]
-# What numpy says where scipy's linear algebra is handed what is not finite.
+# numpy's message if scipy's linear algebra receives numbers that are not finite.
 _CHECKED = ("array must not contain infs or NaNs",)
 
 
@@ -51,13 +51,13 @@ def check_method(where: str, method: Any, known: frozenset[str]) -> None:
 
 
 def frozen_options(where: str, options: Mapping[str, Any] | None) -> Mapping[str, Any]:
-    """Return a read-only copy of ``options``, without those of scipy's that are no options of a method."""
+    """Return a read-only copy of ``options``. Arguments of scipy that are not options of a method are refused."""
     if options is not None and not isinstance(options, Mapping):
         raise ArgumentError(f"{where}: expected options to be a mapping or None, got {options!r}; pass a dict")
     for name in options or {}:
         if name in _ARGUMENTS:
             raise ArgumentError(
-                f"{where}: expected options of scipy's method, got {name!r}, which is an argument of scipy.optimize's own; "
+                f"{where}: expected options of the scipy method, got {name!r}, which is an argument of scipy.optimize itself; "
                 f"{_ARGUMENTS[name]}"
             )
     return FrozenOptions(options or {})
@@ -85,8 +85,8 @@ _ARGUMENTS = {
 
 @contextmanager
 def own_warnings(where: str, options: Mapping[str, Any] | None) -> Iterator[None]:
-    """Silence what scipy warns of on the way, which the residual judges, and refuse ``options`` that it does not know or cannot use."""
-    import scipy.optimize  # which takes longer than all else here, and is not every program's
+    """Silence scipy's warnings, as the residual judges the result, and refuse ``options`` that scipy does not know or cannot use."""
+    import scipy.optimize  # imported here because it takes long, and not every program needs it
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -98,7 +98,7 @@ def own_warnings(where: str, options: Mapping[str, Any] | None) -> Iterator[None
                 f"{where}: expected options of the method, and scipy says: {warning}; leave out what it does not know"
             ) from warning
         except Exception as error:
-            # An option of a type or value that scipy cannot use; what its arithmetic met is for the caller to judge.
+            # scipy cannot use the type or value of an option. The caller handles numerical failures.
             if not options or isinstance(error, ScipyResult) or _is_numeric(error) or not _is_scipys(error):
                 raise
             said = " ".join(str(error).split())
@@ -112,7 +112,7 @@ def _is_numeric(error: Exception) -> bool:
 
 
 def _is_scipys(error: BaseException) -> bool:
-    """Return whether ``error`` was raised by scipy's own lines, and not by the user's function that it called."""
+    """Return whether scipy's own code raised ``error``, and not the user's function."""
     trace = error.__traceback__
     last = ""
     while trace is not None:
@@ -121,7 +121,7 @@ def _is_scipys(error: BaseException) -> bool:
 
 
 def overflowed(error: Exception) -> bool:
-    """Return whether scipy ended because its own recurrences gave what is not finite: dividing by a curvature of zero, for one."""
+    """Return whether scipy ended because its own recurrences are not finite, for example after a division by a curvature of zero."""
     return isinstance(error, (ArithmeticError, np.linalg.LinAlgError)) or error.args == _CHECKED
 
 
@@ -160,7 +160,7 @@ def solve_each(
 
 
 def status_of(result: Any, count: int, max_steps: int | None) -> Status:
-    """Return what scipy's result says went on; whether it converged is judged by the true residual."""
+    """Return the status of scipy's result. The true residual decides whether it has converged."""
     if not np.isfinite(np.asarray(result.x)).all() or not np.isfinite(np.asarray(result.fun)).all():
         return Status.NOT_FINITE
     message = str(result.message).lower()

@@ -1,4 +1,4 @@
-"""Cholesky factors of M + δI with the least δ ≥ 0 tried that makes it positive definite, for each matrix of a batch."""
+"""Cholesky factors of M + δI for each matrix of a batch, with the smallest tried δ ≥ 0 that makes it positive definite."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ import torch
 
 __all__ = ["grown", "shifted_cholesky", "try_cholesky"]
 
-# δ: the first one tried, the factor by which it grows, and the part of the last one that the next step begins with.
+# δ: the first one tried, its growth factor, and the share of the last δ with which the next step begins.
 _FIRST, _FACTOR, _MEMORY = 1e-4, 8.0, 1 / 3
 _MOST = 40
-# A pivot smaller than this part of its diagonal entry is rounding.
+# A pivot below this share of its diagonal entry counts as rounding.
 _LEAST_PIVOT = 1e-13
 
 
@@ -22,13 +22,13 @@ def try_cholesky(matrix: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def grown(shift: torch.Tensor, last: torch.Tensor) -> torch.Tensor:
-    """Return the δ to try after ``shift`` (K,), where the step before ended with ``last``."""
+    """Return the δ to try after ``shift`` (K,). ``last`` is the δ of the step before."""
     first = torch.where(last == 0, torch.full_like(last, _FIRST), (_MEMORY * last).clamp_min(1e-12))
     return torch.where(shift == 0, first, _FACTOR * shift)
 
 
 def shifted_cholesky(matrix: torch.Tensor, last: torch.Tensor, unit: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the factors (K, n, n) and δ (K,) in ``unit`` (K,); ``last`` is the δ of the step before. Where none does, the identity."""
+    """Return the factors (K, n, n) and δ (K,) in ``unit`` (K,). ``last`` is the δ of the step before. If no δ works, the factor is the identity."""
     eye = torch.eye(matrix.shape[-1], dtype=matrix.dtype, device=matrix.device)
     matrix = matrix.nan_to_num(0.0, 0.0, 0.0)
     shift = torch.zeros_like(last)

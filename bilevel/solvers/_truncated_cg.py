@@ -1,4 +1,4 @@
-"""Newton directions from products alone: conjugate gradients that stop early, or at negative curvature."""
+"""Newton directions by products alone: conjugate gradients that stop early, or at negative curvature."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def truncated_cg(
     max_steps: int,
     active: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Minimise ½ dᵀHd + gᵀd inexactly: stop when ‖Hd + g‖ ≤ ``relative`` ‖g‖ or where dᵀHd ≤ 0.
+    """Minimise ½ dᵀHd + gᵀd inexactly: stop when ‖Hd + g‖ ≤ ``relative`` ‖g‖ or dᵀHd ≤ 0.
 
     One product for each step; four vectors of memory.
 
@@ -36,10 +36,10 @@ def truncated_cg(
     Returns
     -------
     direction
-        (batch, n), a descent direction. Where the first curvature was not positive it is −g scaled by the
-        size of that curvature; where a later one was not, it is the direction so far.
+        (batch, n), a descent direction. If the first curvature is not positive, it is −g scaled by the size of that
+        curvature. If a later one is not, it is the direction so far.
     definite
-        (batch,) bool: no curvature that was met was negative beyond rounding.
+        (batch,) bool: no curvature was negative beyond rounding.
 
     References
     ----------
@@ -48,13 +48,13 @@ def truncated_cg(
     """
     norm = gradient.norm(dim=-1, keepdim=True)
     running = active & torch.isfinite(norm.squeeze(-1)) & (norm.squeeze(-1) > 0)
-    # In units of ‖g‖: squares of very small and very large gradients neither vanish nor overflow.
+    # In units of ‖g‖, squares of very small and very large gradients neither underflow nor overflow.
     residual = torch.where(running.unsqueeze(-1), -gradient / norm, torch.zeros_like(gradient))
     direction = torch.zeros_like(residual)
     search = residual
     rr = (residual * residual).sum(dim=-1)
     definite = torch.ones_like(running)
-    largest = torch.zeros_like(rr)  # the largest ‖Hp‖ / ‖p‖, which stands for ‖H‖ in the rounding of pᵀHp
+    largest = torch.zeros_like(rr)  # the largest ‖Hp‖ / ‖p‖: it estimates ‖H‖ for the rounding of pᵀHp
     rounding = 1e3 * torch.finfo(rr.dtype).eps
     for count in range(max_steps):
         product = operator.matvec(search)

@@ -1,9 +1,9 @@
-"""A working-set proximal Newton method for one problem with a separable term: few unknowns of many are free at the solution.
+"""A working-set proximal Newton method for a single problem with a separable term. It assumes that few of many unknowns are free at the solution.
 
-Around x, f is taken for its quadratic model. Rows of the Hessian are made for a working set W alone, the unknowns that a prox step moves most.
-They give the model's whole gradient for any change in W, so that the model is minimised by small vectors and matrices, without f: accelerated
-proximal steps find the manifold, and Newton's method ends on it. Where f is a quadratic, that is all. Otherwise the model is made again at the
-new x.
+Around x, f is replaced by its quadratic model. Rows of the Hessian are computed only for a working set W: the unknowns
+that a prox step moves most. These rows give the model's whole gradient for any change in W. The model is therefore
+minimised with small vectors and matrices, without f. Accelerated proximal steps find the manifold, and Newton's method
+finishes on it. If f is quadratic, this is the solution. Otherwise a new model is made at the new x.
 
 In the spirit of Johnson & Guestrin, "Blitz", ICML 2015, and of Massias, Gramfort, Salmon, "Celer", ICML 2018, with Newton's method inside.
 """
@@ -22,18 +22,20 @@ from bilevel.solvers._reduced import Reduced, factorised
 
 __all__ = ["Sparse", "solve_sparse"]
 
-# How many unknowns there have to be, how many join the working set at once at least and at first, and how many it may hold.
+# The smallest number of unknowns, the smallest and the first number that join the working set at once, and its largest
+# size.
 _LEAST_UNKNOWNS, _LEAST_JOIN, _JOIN, _MOST = 64, 8, 32, 640
 _MOST_ROUNDS, _MOST_SWEEPS, _MOST_NEWTON = 16, 6, 8
-# Accelerated steps before Newton's method: in the first round, in later ones, and after Newton's method failed.
+# The numbers of accelerated steps before Newton's method: in the first round, in later ones, and after Newton's method
+# failed.
 _FIRST_STEPS, _STEPS, _MORE_STEPS = 12, 5, 15
-# How many power steps estimate the largest eigenvalue, and what is added to the estimate.
+# The number of power steps that estimate the largest eigenvalue, and the factor of the estimate.
 _POWER_STEPS, _MARGIN = 5, 1.1
 
 
 @dataclass(frozen=True, eq=False)
 class Sparse:
-    """Where the method ended: an iterate, the factorised Hessian, how far (1,) it was made from there, and the rounds taken."""
+    """The result: an iterate, the factorised Hessian, its distance (1,) from the iterate, and the number of rounds."""
 
     at: Iterate
     reduced: Reduced
@@ -43,7 +45,7 @@ class Sparse:
 
 @torch.no_grad()
 def solve_sparse(composite: Composite, x: torch.Tensor) -> Sparse | None:
-    """Minimise f + g from ``x`` (1, n); None where the method has nothing to gain, or no decrease was found."""
+    """Minimise f + g from ``x`` (1, n). Return None if the method does not apply, or if no decrease was found."""
     g = composite.separable
     if g is None or x.shape[-1] < _LEAST_UNKNOWNS or torch.finfo(x.dtype).bits < 32:
         return None
@@ -76,7 +78,7 @@ def solve_sparse(composite: Composite, x: torch.Tensor) -> Sparse | None:
         if not bool(total <= before + 1e-9 * before.abs()):
             return None
         slope = at.slope[0]
-        # No part of the prox step may be left, but what rounding and the model's own accuracy leave.
+        # The prox step has to vanish up to rounding and the accuracy of the model.
         move = (g.prox(torch.add(y, slope, alpha=-step), at.step[0]) - y).abs().amax()
         if bool(move <= 1e-7 * (y.abs().amax() + step * slope.abs().amax())):
             reduced = model.reduced(at.x, _free(g, y), inner)
@@ -88,9 +90,9 @@ def solve_sparse(composite: Composite, x: torch.Tensor) -> Sparse | None:
 
 
 def _moved_most(g: FlatTerm, at: Iterate, step: float, known: torch.Tensor | None, many: int) -> torch.Tensor | None:
-    """Return the places of so ``many`` unknowns, beside the ``known``, that a prox step moves most; None if it moves none."""
+    """Return the places of the ``many`` unknowns, besides the ``known``, that a prox step moves most; None if it moves none."""
     y, slope = at.x[0], at.slope[0]
-    if step == float("inf"):  # nothing is known of the curvature yet: the longest moves are the longest for any step
+    if step == float("inf"):  # the curvature is unknown yet, but the order of the moves does not depend on the step
         size = float(slope.abs().amax())
         step = (1 + float(y.abs().amax())) / size if size > 0 else 1.0
     scores = (g.prox(torch.add(y, slope, alpha=-step), y.new_tensor(step)) - y).abs()
@@ -99,7 +101,7 @@ def _moved_most(g: FlatTerm, at: Iterate, step: float, known: torch.Tensor | Non
         scores[known] = -1.0
     best = scores.topk(min(many, len(y) - (0 if known is None else len(known))))
     moved = int((best.values > 0).sum())
-    # Powers of two, so that few recorded programs make the rows.
+    # Powers of two, so that few recorded programs are needed for the rows.
     return best.indices[: max(_LEAST_JOIN, 1 << (moved - 1).bit_length())] if moved else None
 
 
@@ -131,7 +133,7 @@ class _Model:
 
     @staticmethod
     def of(g: FlatTerm, around: Iterate, places: torch.Tensor, rows: torch.Tensor, step: float) -> _Model | None:
-        """Return the model around an iterate; None where it has no curvature, or the term cannot be taken apart."""
+        """Return the model around an iterate; None if it has no curvature, or if the term cannot be split."""
         part, hessian = g.at(places), rows[:, places]
         hessian = 0.5 * (hessian + hessian.mT)
         largest = _largest(hessian)
@@ -142,7 +144,7 @@ class _Model:
         return _Model(part, x, slope, hessian, step, part.prox_with(x.new_tensor(step), x), places)
 
     def minimised(self, y: torch.Tensor, steps: int) -> torch.Tensor:
-        """Return the minimiser, found from ``y``."""
+        """Return the minimiser; the search begins at ``y``."""
         for _ in range(_MOST_SWEEPS):
             y = self._descended(y, steps)
             slope = self._slope_at(y)
@@ -188,7 +190,7 @@ class _Model:
         return x
 
     def _newton(self, y: torch.Tensor, slope: torch.Tensor) -> tuple[torch.Tensor | None, bool]:
-        """Return the prox step from Newton's on the manifold of ``y``, and whether that is the minimiser; None where H is not positive definite."""
+        """Return the prox step after Newton's step on the manifold of ``y``, and whether it is the minimiser; None if H is not positive definite."""
         back = self._prox(y, slope)
         free, curvature = self._manifold(y, slope)
         if free.numel() == 0:
@@ -201,15 +203,16 @@ class _Model:
             return None, False
         ahead = y.index_add(0, free, torch.cholesky_solve(residual.unsqueeze(-1), factor).squeeze(-1), alpha=-1)
         new = self._prox(ahead, self._slope_at(ahead))
-        # The model is quadratic on its manifold: where the prox changes nothing any more, that was the solution.
+        # The model is quadratic on its manifold. If the prox changes nothing, the solution is found.
         return new, bool((new - ahead).abs().amax() <= 1e-11 * ahead.abs().amax())
 
     def _manifold(self, y: torch.Tensor, slope: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Return the free unknowns, and the curvature K of g there; None where it has none."""
+        """Return the free unknowns, and the curvature K of g there; None if there are none."""
         free = _free(self.g, y).nonzero().squeeze(-1)
         if self.g.is_flat:
             return free, None
-        # A separable term's prox has slopes 1 / (1 + s K): a difference tells them, exactly where it is piecewise linear.
+        # The prox of a separable term has slopes 1 / (1 + s K). A difference gives them, and is exact if the prox is
+        # piecewise linear.
         u = torch.add(y, slope, alpha=-self.step)
         h = torch.where(u < 0, -1.0, 1.0) * (1e-3 * u.abs() + 1e-6 * u.abs().amax())
         shrink = ((self.prox(u + h) - self.prox(u)) / h)[free]
@@ -223,7 +226,7 @@ class _Model:
         return matrix
 
     def _value(self, y: torch.Tensor, slope: torch.Tensor) -> float:
-        """Return the model, but for a constant; ``slope`` is its gradient at ``y``."""
+        """Return the model up to a constant; ``slope`` is its gradient at ``y``."""
         smooth = 0.5 * ((y - self.x) @ (self.slope + slope))
         return float(smooth + self.g.value(y))
 
@@ -241,7 +244,7 @@ def _free(g: FlatTerm, y: torch.Tensor) -> torch.Tensor:
 
 
 def _largest(matrix: torch.Tensor) -> float:
-    """Return a number that is probably above the largest eigenvalue of a positive semidefinite matrix."""
+    """Return a probable upper bound of the largest eigenvalue of a positive semidefinite matrix."""
     size = matrix.abs().amax()
     scaled = matrix / size
     v = scaled.sum(dim=-1) + scaled.diagonal()

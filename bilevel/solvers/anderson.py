@@ -10,27 +10,27 @@ import torch
 from bilevel.equations.problem import Problem
 from bilevel.reports import Status
 from bilevel.setting_checks import check_number, check_steps
+from bilevel.solvers._anderson_history import History
 from bilevel.solvers._base import Goal, InnerSolution, InnerSolver, is_lone, iterate
 from bilevel.solvers.fixed_point import CHECK_EVERY, check_fixed_point, rounding_verdict
 
 __all__ = ["Anderson"]
 
-# The steps of the accelerated run, of the plain run, of the accelerated run, ...: 10,000 of each. As the stretches double, the
-# whole costs at most about three times what the better run costs alone, and 1,000 steps.
+# The numbers of steps of the accelerated run, the plain run, the accelerated run, and so on: 10,000 of each in all. As
+# they double, the solve costs at most about three times the better run, plus 1,000 steps.
 _STRETCHES = (1000, 1000, 2000, 2000, 4000, 4000, 3000, 3000)
-# A mixture is rejected if its residual is this many times the least residual since the last restart: before any restart, and after.
+# A mixture is rejected if its residual exceeds the smallest one since the last restart by this factor: before any
+# restart, and after.
 _GROWTH, _STRICT_GROWTH = 10.0, 1.5
-# After a rejection come 1, 2, 4, ... plain steps, at most so many.
+# After a rejection come 1, 2, 4, ... plain steps, at most this many.
 _PLAIN_STEPS = 16
-# How many times the residual may outgrow its first norm before a run has diverged, as in a plain iteration.
+# A run diverges if its residual exceeds the first one by this factor, as in a plain iteration.
 _DIVERGED = 1e10
-# So often is T(z) tried as the answer in place of a mixture z that meets the threshold, before z itself is returned.
+# T(z) replaces a mixture z that meets the threshold. After this many failed trials z itself is returned.
 _POLISHES = 3
-# So much of the error that is allowed in an unknown may be left, and so many steps more may be taken to get there.
+# The share of the allowed error of an unknown to reach, and the number of further steps for it.
 _SHARE, _EXTRA_STEPS = 0.3, 20
-# A difference of residuals below this many eps ‖(R, x)‖ is rounding.
-_ROUNDING = 2.0
-# A residual has to be so many times that for a constant one to be a drift.
+# A constant residual counts as a drift if it is this many times the rounding.
 _DRIFT = 4.0
 # A stride of so many steps that ends where x hides R has run away.
 _FAR_STRIDE = 1000.0
@@ -48,8 +48,8 @@ class Anderson(InnerSolver):
         γ = argmin ‖R − ΔR γ‖²,   z = x − β R − (ΔX − β ΔR) γ.
 
     Gram–Schmidt keeps the differences orthonormal. Then γ = ΔRᵀ R: no matrix is solved, and no condition number is squared.
-    For a symmetric linear mapping nothing that was learned is lost. A Tikhonov term damps each difference relative to its
-    own size. Differences at rounding level are not used.
+    For a symmetric linear mapping no information is lost. A Tikhonov term damps each difference relative to its own
+    size. Differences at rounding level are not used.
 
     A mixture is rejected if its residual is not finite, or exceeds the least one since the last restart tenfold (1.5-fold after the
     first rejection). Then the history is dropped, and 1, 2, 4, ..., 16 plain steps x ← x − β R follow. The same happens if 64
@@ -124,18 +124,18 @@ class Anderson(InnerSolver):
 
 @dataclass(frozen=True, eq=False)
 class _State:
-    """The best T(z) so far, the start before there is one, with R there: what is returned."""
+    """The current result: the best T(z) so far, or the initial guess, with its residual."""
 
     x: torch.Tensor
     residual: torch.Tensor
 
 
 class _Runs:
-    """Each problem's accelerated and plain run, one of which steps while the other is parked.
+    """The accelerated and the plain run of each problem. One of them steps while the other waits.
 
-    A point x is kept as (R, x − βR), (batch, 2n): what is linear in both is done to both at once. All else that is
-    known of a problem is a number of it, (batch,). Stretches and checks go by the count of steps, which all problems of a batch share,
-    so that a problem steps as it would alone.
+    A point x is stored as (R, x − βR), (batch, 2n), because linear operations apply to both. All other state is one
+    number per problem, (batch,). Switches and checks depend on the number of steps, which all problems share. A problem
+    therefore steps as it would alone.
     """
 
     def __init__(self, settings: Anderson, problem: Problem, init: torch.Tensor, goal: Goal) -> None:
@@ -147,7 +147,7 @@ class _Runs:
         self.turns = {end + 1 for end in accumulate(_STRETCHES)}
         eps = torch.finfo(init.dtype).eps
         share = 100 * eps if settings.regularization is None else settings.regularization
-        self.memory = _Memory(init, min(settings.history, n), share)
+        self.memory = History(init, min(settings.history, n), share)
         residual = problem.residual(init)
         norm = residual.norm(dim=-1)
         self.start = _State(init, residual)
@@ -156,19 +156,19 @@ class _Runs:
         self.growth = torch.full_like(norm, _GROWTH)
         self.bound = self.seen = (
             self.growth * norm
-        )  # of an acceptable mixture's residual; what it was at the last check
-        self.lowest = torch.full_like(norm, torch.inf)  # ‖R‖ at what is returned
-        self.waiting = torch.ones_like(norm, dtype=torch.int64)  # plain steps to come before the next mixture
+        )  # the largest residual of an accepted mixture; its value at the last check
+        self.lowest = torch.full_like(norm, torch.inf)  # ‖R‖ at the current result
+        self.waiting = torch.ones_like(norm, dtype=torch.int64)  # plain steps before the next mixture
         self.penalty = torch.ones_like(self.waiting)  # plain steps after the next rejection
         self.polishes = torch.zeros_like(self.waiting)
         self.met = torch.zeros_like(self.waiting)  # the step at which the goal's threshold was met
         self.deadlines: set[int] = set()
-        self.polished = False  # whether the last step of a single problem was two: to the mixture, and to T of it
-        self.plain = torch.zeros_like(norm, dtype=torch.bool)  # whether it is the plain run that steps
+        self.polished = False  # whether the last step of a single problem was two steps: to the mixture z, and to T(z)
+        self.plain = torch.zeros_like(norm, dtype=torch.bool)  # whether the plain run steps
         self.alone = self.plain  # whether the other run has diverged
         self.whole = self.plain  # whether the next step is T itself
         self.mixing = False  # whether every active problem steps to a mixture
-        # How many plain steps the next one is long: 1 but where the residual stands still, of which 0 is not watched.
+        # The length of the next step in plain steps: 1 unless the residual is constant; 0 if that is not watched.
         self.stride = torch.zeros_like(norm)
         self.watched = False
         self.fled = self.drifts = self.plain  # whether the accelerated run ran away; whether it drifts in rounding
@@ -216,14 +216,14 @@ class _Runs:
                 and float(norm) <= float(torch.minimum(self.threshold, self.bound))
                 and self.steps < self.budget
             ):
-                # The answer is T(z). Where it meets the threshold too, there is nothing more to keep books of.
+                # The result is T(z). If it meets the threshold too, the bookkeeping is not needed any more.
                 mapped = torch.sub(x, residual)
                 left = self.problem.residual(mapped)
                 if float(left.norm()) <= float(self.threshold):
                     self.polished = True
                     return _State(mapped, left), verdict
             if bool(usual.all()) or bool((usual | ~active).all()):
-                if self.steps & (self.steps - 1) == 0:  # x may grow steadily, and its rounding with it
+                if self.steps & (self.steps - 1) == 0:  # x may grow, and its rounding grows with it
                     self.memory.measure(both)
                 self.memory.learn(both, both - self.both)
                 self.both = both
@@ -250,9 +250,10 @@ class _Runs:
         return state, verdict
 
     def _tighten(self, x: torch.Tensor, residual: torch.Tensor, norm: torch.Tensor) -> None:
-        """Lower the thresholds where single unknowns are not as accurate as wanted, though R as a whole is small enough.
+        """Lower the thresholds where single unknowns are not accurate enough although R as a whole is small enough.
 
-        ‖x − x₀‖ / ‖R(x₀)‖ tells how much larger errors are than residuals. Who ends here and is resumed begins without a history.
+        ‖x − x₀‖ / ‖R(x₀)‖ estimates the ratio of errors to residuals. A run that ended here and were resumed would have
+        no history.
         """
         target, base = self.goal.target, self.goal.threshold
         larger = (x - self.start.x).norm(dim=-1) / self.start.residual.norm(dim=-1)
@@ -274,13 +275,13 @@ class _Runs:
         return torch.where((self.plain | self.whole).unsqueeze(1), mapped, damped)
 
     def _stride(self, both: torch.Tensor, norm: torch.Tensor, good: torch.Tensor, striding: torch.Tensor) -> None:
-        """Double the steps where the residual stands still from here to ``both``, and shorten those that were too long."""
+        """Double the steps where the residual at ``both`` is the same as before, and shorten those that were too long."""
         changed = torch.linalg.vector_norm((both - self.both)[:, : self.n], dim=-1)
         rounding = self.memory.rounding.squeeze(-1)
-        # A drift that has begun goes on until rounding has swallowed it: x has run away then.
+        # A drift continues until rounding of x hides it: x has then diverged.
         drifts = (norm > _DRIFT * rounding) | striding | self.drifts
         still = good & (changed <= rounding) & drifts & ~self.plain
-        one = self.stride.clamp(max=1.0)  # 0 where there is no watch
+        one = self.stride.clamp(max=1.0)  # 0 if it is not watched
         stride = torch.where(still, 2 * self.stride, one)
         self.stride = torch.where(striding & ~good, torch.maximum(0.25 * self.stride, one), stride)
 
@@ -294,7 +295,7 @@ class _Runs:
         return (steady & moved).any(dim=-1)
 
     def _move(self, both: torch.Tensor, good: torch.Tensor) -> None:
-        """Move to the ``good`` points; let the accelerated runs learn from them."""
+        """Move to the ``good`` points, and add them to the history of the accelerated runs."""
         both = torch.where(good.unsqueeze(1), both, self.both)
         difference = torch.where((good & ~self.plain).unsqueeze(1), both - self.both, torch.zeros_like(both))
         self.memory.measure(both)
@@ -310,7 +311,7 @@ class _Runs:
         good: torch.Tensor,
         mixed: torch.Tensor,
     ) -> _State:
-        """Return what would be returned now; send a mixture that meets the threshold through T first."""
+        """Return the current result. If a mixture meets the threshold, the next step is T itself."""
         mapped = good & ~mixed if self.beta == 1.0 else good & (self.plain | self.whole)
         self.whole = good & ~mapped & (norm <= self.threshold)
         better = mapped & (norm < self.lowest) | self.whole & (self.polishes >= _POLISHES)
@@ -320,7 +321,7 @@ class _Runs:
         return _State(torch.where(column, x, state.x), torch.where(column, residual, state.residual))
 
     def _count(self, norm: torch.Tensor, good: torch.Tensor, mixed: torch.Tensor) -> None:
-        """Set the bound by the new points, and count the plain steps."""
+        """Update the bound by the new points, and count the plain steps."""
         bound = self.growth * norm
         lower = good & mixed & (bound < self.bound)
         self.penalty = torch.where(lower, (self.penalty // 2).clamp(min=1), self.penalty)
@@ -337,7 +338,7 @@ class _Runs:
             self.mixing = False
 
     def _switch(self, which: torch.Tensor) -> None:
-        """Park the run that steps, and go on with the other."""
+        """Pause the run that steps, and continue with the other."""
         column = which.unsqueeze(1)
         here, there = self.both, self.parked
         self.both, self.parked = torch.where(column, there, here), torch.where(column, here, there)
@@ -349,7 +350,7 @@ class _Runs:
         self.mixing = False
 
     def _take_over(self, lost: torch.Tensor, norm: torch.Tensor, verdict: torch.Tensor | None) -> torch.Tensor | None:
-        """Leave the runs that are ``lost`` to the other; return how it ends where the other is lost too."""
+        """Continue the ``lost`` problems with their other run. Return a final status where that is lost too."""
         over = lost & self.alone
         self.alone = self.alone | lost
         self._switch(lost & ~over)
@@ -360,7 +361,7 @@ class _Runs:
         return torch.where(over, how, codes)
 
     def _check(self, state: _State, active: torch.Tensor) -> torch.Tensor | None:
-        """Restart what made no progress since the last check; return how it ends where rounding is the reason."""
+        """Restart the problems without progress since the last check. Return a final status where rounding is the reason."""
         measure = torch.where(self.plain, self.lowest, self.bound)
         stalled = active & ~(measure < self.seen)
         self.seen = measure
@@ -388,52 +389,3 @@ class _Runs:
         early = self.plain & (self.walked <= self.early_at)
         self.early = torch.where(early.unsqueeze(1), self.both, self.early)
         return drifting if bool(drifting.any()) else None
-
-
-class _Memory:
-    """The last differences (ΔR, ΔX − βΔR), (batch, history, 2n), ΔR orthonormal; zero where there is none."""
-
-    def __init__(self, like: torch.Tensor, history: int, share: float) -> None:
-        batch, n = like.shape
-        self.n, self.share = n, share
-        self.pairs = like.new_zeros(batch, history, 2 * n)
-        self.changes = self.pairs[:, :, :n]
-        self.moves = self.pairs[:, :, n:]
-        self.gamma = like.new_zeros(batch, 1, history)
-        self.rounding = like.new_zeros(batch, 1)
-        self.next = 0
-
-    def measure(self, both: torch.Tensor) -> None:
-        """Take from ``both`` how long a difference of residuals is that rounding alone makes."""
-        eps = torch.finfo(both.dtype).eps
-        self.rounding = _ROUNDING * eps * torch.linalg.vector_norm(both, dim=-1, keepdim=True)
-
-    def mixture(self, plain: torch.Tensor) -> torch.Tensor:
-        """Return x − βR − (ΔX − βΔR) γ, given x − βR."""
-        return torch.baddbmm(plain.unsqueeze(1), self.gamma, self.moves, alpha=-1).squeeze(1)
-
-    def learn(self, both: torch.Tensor, difference: torch.Tensor) -> None:
-        """Put ``difference`` (batch, 2n), made orthogonal to the others, in the place of the oldest; update γ = ΔRᵀR.
-
-        The products of the others with R serve twice: less those of the step before, they are the products with
-        the new difference. Its length ℓ becomes ℓ/√(ℓ² + ν²), ν a share of what it was: as it enters γ and the step alike,
-        that is the minimum of ‖R − ΔR γ‖² + ν² γ² over its γ.
-        """
-        n, at = self.n, self.next
-        residual, place = both[:, :n], self.pairs[:, at]
-        place.zero_()
-        self.gamma[:, :, at] = 0.0
-        gamma = torch.bmm(residual.unsqueeze(1), self.changes.mT)  # (batch, 1, history)
-        before = torch.linalg.vector_norm(difference[:, :n], dim=-1, keepdim=True)
-        fresh = torch.baddbmm(difference.unsqueeze(1), gamma - self.gamma, self.pairs, alpha=-1).squeeze(1)
-        length = torch.linalg.vector_norm(fresh[:, :n], dim=-1, keepdim=True)
-        inverse = torch.hypot(length, self.share * before).reciprocal()
-        torch.mul(fresh, torch.where(length > self.rounding, inverse, 0.0), out=place)
-        gamma[:, 0, at] = torch.linalg.vecdot(place[:, :n], residual)
-        self.gamma = gamma
-        self.next = (at + 1) % self.pairs.shape[1]
-
-    def forget(self, which: torch.Tensor) -> None:
-        """Drop what the problems of ``which`` have learned."""
-        self.pairs.masked_fill_(which.reshape(-1, 1, 1), 0.0)
-        self.gamma.masked_fill_(which.reshape(-1, 1, 1), 0.0)

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch.utils import _pytree as pytree
 
+from bilevel.equations.cases import whole_case
 from bilevel.equations.problem import Problem
 from bilevel.errors import ArgumentError, ShapeError
 from bilevel.solvers._base import CallableSolver
@@ -18,7 +19,7 @@ __all__ = ["BatchedSolver"]
 
 @dataclass(frozen=True)
 class BatchedSolver(CallableSolver):
-    """Call a user's function once for the whole batch, where a plain function is called for each problem.
+    """Call a user's function once for the whole batch. A plain function is called for each problem.
 
     Usable as a decorator. Several levels of ``vmap`` are one batch axis; a call without ``vmap`` is a batch of one.
 
@@ -56,11 +57,11 @@ class BatchedSolver(CallableSolver):
             )
 
     def answers(self, problem: Problem, init: torch.Tensor) -> Iterator[Any]:
-        """Yield each problem's part of what the function returns."""
+        """Yield each problem's part of the function's result."""
         count = len(init)
         if not count:
             return
-        case = problem.whole(init)
+        case = whole_case(problem, init)
         with torch.enable_grad():  # a user's solver may call backward
             found = self.function(case.function, case.init, *case.args, **case.kwargs)
         unlike = pytree.tree_structure(found) != problem.system.raveler.structure

@@ -17,7 +17,7 @@ from bilevel.solvers._base import Goal, InnerSolution, InnerSolver
 
 __all__ = ["Bisection", "Bracketing", "Brent"]
 
-# What is left of a residual at a root, in units of rounding of the residuals at the bounds.
+# The residual at a root, in units of the rounding of the residuals at the bounds.
 _ROUNDING = 1e3
 
 
@@ -42,7 +42,7 @@ class Bracketing(InnerSolver):
             )
 
     def solve(self, problem: Problem, init: torch.Tensor, goal: Goal) -> InnerSolution:
-        """Solve from the brackets; ``init`` (batch, n) is the first trial where it lies inside."""
+        """Solve from the brackets. The first trial is ``init`` (batch, n) if it lies inside."""
         if problem.minimizes:
             raise ArgumentError(
                 f"{problem.where}: expected a root for {self.name}, got an objective; take Newton(), or state the gradient as a bilevel.root"
@@ -50,7 +50,7 @@ class Bracketing(InnerSolver):
         low, high = (self._bound(problem, init, which) for which in ("lower", "upper"))
         if not bool((low < high).all()):
             raise ArgumentError(
-                f"{problem.where}: expected lower < upper of {self.name} for every unknown, got a bracket that is empty; exchange them"
+                f"{problem.where}: expected lower < upper of {self.name} for every unknown, got an empty bracket; exchange them"
             )
         f_low, f_high = problem.residual(low), problem.residual(high)
         first = torch.where((init > low) & (init < high), init, low + 0.5 * (high - low))
@@ -60,7 +60,7 @@ class Bracketing(InnerSolver):
         changes = f_low.sign() * f_high.sign() <= 0  # not where it is NaN
         eps = torch.finfo(x.dtype).eps
         at_rounding = f.abs() <= _ROUNDING * eps * size
-        # A jump across zero, or a bracket that is meaningless as the equations depend on each other, is for the judge.
+        # The judge detects a jump across zero, and equations that depend on each other.
         known = changes & at_rounding
         error = torch.where(known.all(dim=-1, keepdim=True), width, torch.nan)
         ended = (width <= 8 * eps * x.abs() + 2 * finest).all(dim=-1)
@@ -75,10 +75,10 @@ class Bracketing(InnerSolver):
     def search(
         self, problem: Problem, bracket: tuple[torch.Tensor, ...], first: torch.Tensor, finest: float
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Return x, R(x) and the widths of the brackets that are left (batch, n), and the steps int64 (batch,).
+        """Return x, R(x) and the final widths of the brackets (batch, n), and the steps int64 (batch,).
 
-        ``bracket`` holds the bounds and R at each (batch, n), ``first`` the first trial. A
-        bracket that is ``finest`` wide, or some units of rounding of x, is not shortened any more.
+        ``bracket`` holds the bounds and R at each (batch, n), ``first`` the first trial. A bracket of width ``finest``,
+        or of some units of rounding of x, is not shortened further.
         """
 
     def _bound(self, problem: Problem, init: torch.Tensor, which: str) -> torch.Tensor:
@@ -102,21 +102,22 @@ class Bracketing(InnerSolver):
 
 @dataclass(frozen=True, eq=False)
 class Bisection(Bracketing):
-    """Halve a bracket on which the residual changes sign, for each unknown by itself.
+    """Halve a bracket on which the residual changes sign, separately for each unknown.
 
-    For ``bilevel.root`` whose equations are independent: R_i depends on x_i alone. All are bisected at once. An unknown ends where its bracket is
-    some units of rounding wide. A bracket without a sign change is named in the report, and so is a sign change that is a pole. Where equations
-    depend on each other, the answer is judged by its residual like that of any solver, and usually fails. The derivative is that of any root;
-    above 512 unknowns ``linear_solver=bilevel.Diagonal()`` gives it by two products.
+    For ``bilevel.root`` whose equations are independent: R_i depends on x_i alone. All are bisected at once. An unknown
+    ends when its bracket is some units of rounding wide. The report names a bracket without a sign change, and a sign
+    change at a pole. If equations depend on each other, the residual shows it, and the solve usually fails. The
+    derivative is that of any root. Above 512 unknowns, ``linear_solver=bilevel.Diagonal()`` needs two products for it.
 
-    Each step is one evaluation of R; some 60 in float64.
+    Each step costs one evaluation of R; float64 takes about 60 steps.
 
     Parameters
     ----------
     lower, upper
         The bounds: numbers, or tensors of the unknown's shape, the same for all problems of a batch.
     max_steps
-        The most steps; None for 1,200, after which any bracket of float64 is used up, spending which is a failure.
+        The largest number of steps; None: 1,200, which is enough for any bracket of float64. Spending them all is a
+        failure.
 
     Raises
     ------
@@ -145,7 +146,7 @@ class Bisection(Bracketing):
         f = torch.where(f_low.abs() <= f_high.abs(), f_low, f_high)
         trial = first
         for _ in range(self.max_steps or 1200):
-            running = running & (trial > low) & (trial < high)  # until no number lies between the bounds
+            running = running & (trial > low) & (trial < high)  # end when no number lies between the bounds
             if not bool(running.any()):
                 break
             steps = steps + running.any(dim=-1)
@@ -161,16 +162,17 @@ class Bisection(Bracketing):
 
 @dataclass(frozen=True, eq=False)
 class Brent(Bracketing):
-    """Brent's method: inverse quadratic interpolation inside a bracket, and bisection where that does not pay; for each unknown by itself.
+    """Brent's method: inverse quadratic interpolation inside a bracket, or bisection if that is better; separately for each unknown.
 
-    It finds what :class:`Bisection` finds, in some 10 evaluations in the place of 60, and needs at most about the square of bisection's number.
+    It finds the same roots as :class:`Bisection`, in about 10 evaluations in place of 60. In the worst case it needs
+    about the square of bisection's number.
 
     Parameters
     ----------
     lower, upper
         See :class:`Bisection`.
     max_steps
-        The most steps; None for 500, spending which is a failure.
+        The largest number of steps; None: 500, and spending them all is a failure.
 
     Raises
     ------
@@ -239,7 +241,7 @@ class Brent(Bracketing):
 def _interpolated(
     a: torch.Tensor, b: torch.Tensor, c: torch.Tensor, fa: torch.Tensor, fb: torch.Tensor, fc: torch.Tensor
 ) -> torch.Tensor:
-    """Return the step from b to where the secant through a and b, or the inverse parabola through all three, vanishes."""
+    """Return the step from b to the zero of the secant through a and b, or of the inverse parabola through all three points."""
     s = fb / fa
     secant = -s * (c - b) / (1 - s)
     q, r = fa / fc, fb / fc

@@ -1,4 +1,4 @@
-"""The inner solvers that are used where none is given, chosen by size and structure."""
+"""The default inner solvers, chosen by size and structure."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from bilevel.solvers.newton import Newton
 __all__ = ["default_solvers"]
 
 
-# Made once: settings of small problems' solvers took a hundredth of a call.
+# Made once: for small problems, making the settings took one per cent of a call.
 _LEAST_SQUARES = LevenbergMarquardt()
 _NEWTON, _LBFGS, _ANDERSON, _HALF_NEWTON = Newton(), LBFGS(), Anderson(), Newton(linear_solver=BiCGStab())
 _POLISH = (Successor(_NEWTON, afresh=False),)
@@ -29,7 +29,7 @@ _AGAIN, _HALF_AGAIN = (
 
 
 def default_solvers(problem: Problem) -> tuple[InnerSolver, tuple[Successor, ...]]:
-    """Return the inner solver used where none is given, and those that take over the problems at which it fails.
+    """Return the default inner solver, and the solvers that take over the problems at which it fails.
 
     - Least squares: Levenberg–Marquardt, then as an argmin.
     - A small argmin: Newton's method, then L-BFGS, then Newton's method from beside the saddle where they ended. A large one: L-BFGS.

@@ -15,7 +15,7 @@ from bilevel.solvers._base import Goal, InnerSolution, InnerSolver, iterate
 __all__ = ["FixedPointIteration"]
 
 _MAX_STEPS = 10_000
-# After so many steps without a lower residual, whether rounding is the reason is looked at.
+# After this many steps without a lower residual, rounding is checked as the reason.
 CHECK_EVERY = 64
 
 
@@ -32,12 +32,13 @@ def check_fixed_point(problem: Problem, solver: str) -> None:
 def rounding_verdict(
     problem: Problem, x: torch.Tensor, residual: torch.Tensor, stalled: torch.Tensor, threshold: torch.Tensor
 ) -> torch.Tensor | None:
-    """Return ``STAGNATED`` for those ``stalled`` whose R at ``x`` is at rounding level, ``RUNNING`` for the others; None if all are.
+    """Return ``STAGNATED`` for the ``stalled`` problems whose R at ``x`` is at rounding level, ``RUNNING`` for the others; None if all are running.
 
-    Rounding level is eight times what R changes by when every entry of ``x`` moves by one unit in its last place, as a norm: one evaluation.
-    It is also one such unit of each entry, as x − T(x) is a multiple of it. Each entry has to be at its own rounding, or so small that the
-    others keep ‖R‖ above ``threshold``: the rounding of an unknown in large units hides the progress of one in small units. Two more
-    evaluations measure that.
+    The rounding level is eight times the norm of the change of R when every entry of ``x`` moves by one unit in its
+    last place. It costs one evaluation. It is at least one such unit for each entry, because x − T(x) is a multiple of
+    it. Each entry has to be at its own rounding level, or so small that the others keep ‖R‖ above ``threshold``.
+    Otherwise the rounding of an unknown in large units would hide the progress of one in small units. This costs two
+    more evaluations.
     """
     eps, n = torch.finfo(x.dtype).eps, x.shape[-1]
 
@@ -52,7 +53,7 @@ def rounding_verdict(
     if not bool(ended.any()):
         return None
     if not bool((absorbed | ~ended).all()):
-        # An entry may change little by chance, not three times.
+        # An entry may change little by chance once, but not three times.
         own = torch.stack([change.abs(), moved(0.7548776662).abs(), moved(0.5698402910).abs(), eps * x.abs()]).amax(
             dim=0
         )
@@ -67,15 +68,15 @@ def rounding_verdict(
 class FixedPointIteration(InnerSolver):
     """Iterate x ← d x + (1 − d) T(x).
 
-    Converges where the mapping is a contraction, with its factor as rate; damping d > 0 also tames a mapping
-    that oscillates. One evaluation of T for each step, and no memory beyond the iterate. A problem whose residual is at rounding
-    level, and has not fallen for 64 steps, ends there.
+    It converges if the mapping is a contraction, with the contraction factor as rate. Damping d > 0 also helps with a
+    mapping that oscillates. A step costs one evaluation of T, and no memory beyond the iterate. A problem ends if its
+    residual is at rounding level and has not fallen for 64 steps.
 
     Parameters
     ----------
     max_steps
-        The most steps; None for 10,000, spending which is a failure, where spending a given budget with no
-        tolerance asked is none.
+        The largest number of steps; None: 10,000, and spending them all is a failure. A number is a budget: spending it
+        without a tolerance is a success.
     damping
         d in [0, 1): the share of the old iterate that is kept.
 

@@ -28,21 +28,24 @@ _MOST_NUMBERS = 2**27
 class GaussNewton(InnerSolver):
     """Step to the minimiser of ½‖r + J d‖², shortened until the objective decreases enough.
 
-    A linear problem takes one step. Where J has not full column rank, d is the shortest of the minimisers: a linear problem solved from zero
-    ends at its solution of minimum norm. Convergence is quadratic where the residuals vanish at the solution. Where they are large and curved the
-    method may stall far from it: :class:`bilevel.LevenbergMarquardt` is the safer choice. It takes least-squares problems and roots.
+    A linear problem takes one step. If J does not have full column rank, d is the shortest minimiser: a linear problem
+    solved from zero ends at its minimum-norm solution. Convergence is quadratic if the residuals vanish at the
+    solution. If they are large and curved, the method may stall far from the solution, and
+    :class:`bilevel.LevenbergMarquardt` is safer. It solves least-squares problems and roots.
 
-    Each step costs one evaluation of r and J for each trial. J is materialised: memory is batch · m · n numbers.
+    Each trial of a step costs one evaluation of r and J. J is materialised: memory is batch · m · n numbers.
 
     Parameters
     ----------
     max_steps
-        The most steps; None for 250, spending which is a failure, where spending a given budget with no tolerance asked is none.
+        The largest number of steps; None: 250, and spending them all is a failure. A number is a budget: spending it
+        without a tolerance is a success.
 
     Raises
     ------
     ArgumentError
-        If the setting is out of its range; on use, for an ``argmin``, whose residuals are not known, and where J takes more than 1 GiB of float64.
+        If the setting is out of its range; on use, for an ``argmin``, whose residuals are unknown, or if J takes more
+        than 1 GiB of float64.
 
     References
     ----------
@@ -68,7 +71,7 @@ class GaussNewton(InnerSolver):
         if problem.batch * problem.size * m > _MOST_NUMBERS:
             raise ArgumentError(
                 f"{problem.where}: expected Jacobians of at most {_MOST_NUMBERS} numbers for GaussNewton, got {problem.batch} of {m} by "
-                f"{problem.size}; take LevenbergMarquardt(), which needs products alone"
+                f"{problem.size}; take LevenbergMarquardt(), which needs only products"
             )
         if torch.finfo(init.dtype).bits < 32:
             raise ArgumentError(
@@ -85,7 +88,7 @@ class GaussNewton(InnerSolver):
         start = state_at(init)
         matrix = start.jacobian.mT @ start.jacobian if problem.minimizes else start.jacobian
         operator = DenseOperator(matrix, symmetric=problem.minimizes)
-        goal.linearize(lambda x: Linearization(start.residual, operator, (), start.value, x))
+        goal.measure(Linearization(start.residual, operator, (), start.value, init))
 
         def step(state: _State, active: torch.Tensor) -> tuple[_State, torch.Tensor | None]:
             model = Model.of(state.jacobian, state.weighted, column_scale(state.jacobian))
@@ -105,7 +108,7 @@ class GaussNewton(InnerSolver):
 
 @dataclass(frozen=True, eq=False)
 class _State:
-    """x (batch, n), what has to vanish (batch, n), the objective (batch,) and its gradient (batch, n), r̃ (batch, m) and J̃ (batch, m, n)."""
+    """x (batch, n), the gradient or R (batch, n), the objective (batch,) and its gradient (batch, n), r̃ (batch, m) and J̃ (batch, m, n)."""
 
     x: torch.Tensor
     residual: torch.Tensor
@@ -118,12 +121,12 @@ class _State:
 def _search(
     state_at: object, state: _State, d: torch.Tensor, slope: torch.Tensor, active: torch.Tensor
 ) -> tuple[_State, torch.Tensor | None]:
-    """Try the full step, then shorter ones, each problem by itself, until the objective has decreased enough."""
+    """Try the full step, then shorter ones, until the objective has decreased enough. Each problem has its own step length."""
     assert callable(state_at)
     eps = torch.finfo(d.dtype).eps
     t, pending = torch.ones_like(slope), active
     before = state.gradient.norm(dim=-1)
-    level = -slope <= 64 * eps * state.value  # differences of values are rounding, and gradients tell what they cannot
+    level = -slope <= 64 * eps * state.value  # differences of values are rounding, so gradients decide
     for _ in range(_MOST_TRIALS):
         new: _State = state_at(torch.where(active.unsqueeze(-1), state.x + t.unsqueeze(-1) * d, state.x))
         after = new.gradient.norm(dim=-1)

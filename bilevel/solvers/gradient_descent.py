@@ -22,21 +22,21 @@ _MOST_HALVINGS = 60
 class GradientDescent(InnerSolver):
     """Descend: m ← β m + ∇G(x), x ← x − α m.
 
-    One gradient for each step, and with ``line_search`` one more for each halving; memory does not depend on the
-    number of steps. A batch steps together, and each of its problems stops by itself.
+    A step costs one gradient, and with ``line_search`` one more for each halving. Memory does not depend on the number
+    of steps. The problems of a batch step together, and each ends on its own.
 
     Parameters
     ----------
     lr
-        α > 0, in units of x per unit of gradient: below 2/L for an L-smooth objective. With ``line_search`` only
-        the first step tried.
+        α > 0, in units of x per unit of gradient: below 2/L for an L-smooth objective. With ``line_search`` it is only
+        the first trial.
     max_steps
         The number of steps. Without a tolerance it is a budget, and spending it is a success.
     momentum
-        β in [0, 1), the heavy ball's.
+        β in [0, 1), of the heavy-ball method.
     line_search
-        Halve α, for each problem by itself, until Armijo's condition holds; double it after a step that held at
-        once. Not to be combined with momentum.
+        Halve α, separately for each problem, until Armijo's condition holds. Double it after a step that was accepted
+        at once. It cannot be combined with momentum.
 
     Raises
     ------
@@ -70,7 +70,7 @@ class GradientDescent(InnerSolver):
         check_number("GradientDescent", "momentum", self.momentum, below=1.0, closed=True)
         if self.line_search and self.momentum:
             raise ArgumentError(
-                "GradientDescent: expected line_search or momentum, got both; a heavy ball's steps need not descend, "
+                "GradientDescent: expected line_search or momentum, got both; momentum steps need not descend, "
                 "so that a line search would reject them"
             )
 
@@ -79,7 +79,7 @@ class GradientDescent(InnerSolver):
         still = torch.zeros_like(init) if self.momentum else gradient
         start = _State(init, gradient, value, still, torch.full_like(value, self.lr, dtype=init.dtype))
 
-        budget = bool((goal.threshold == 0).all())  # so that the last step is known beforehand
+        budget = bool((goal.threshold == 0).all())  # so that the last step is known in advance
         taken = 0
 
         def fixed(state: _State, active: torch.Tensor) -> tuple[_State, torch.Tensor | None]:
@@ -107,8 +107,8 @@ class _State:
 
 def _backtrack(problem: Problem, state: _State, active: torch.Tensor) -> tuple[_State, torch.Tensor]:
     slope = (state.residual**2).sum(dim=-1)
-    # Near a minimum the decrease drowns in the rounding of the value itself. There the slope at the new point
-    # decides instead (Hager & Zhang's approximate Wolfe condition): it must not have turned more than half around.
+    # Near a minimum, rounding hides the decrease of the value. The slope at the new point then decides (Hager & Zhang's
+    # approximate Wolfe condition).
     slack = 4 * torch.finfo(state.value.dtype).eps * state.value.abs()
     lr, pending, first = state.lr, active, True
     grown = lr

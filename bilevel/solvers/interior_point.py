@@ -34,14 +34,15 @@ __all__ = ["InteriorPoint"]
 
 _MAX_STEPS = 300
 _MOST_TRIALS = 30
-# The barrier parameter: first, by what factor and to what power it falls, and last (in units of the scaled problem).
+# The barrier parameter: its first value, the factor and the power by which it falls, and its last value (in units of
+# the scaled problem).
 _FIRST_BARRIER, _BARRIER_FACTOR, _BARRIER_POWER, _LAST_BARRIER = 0.1, 0.2, 1.5, 1e-9
-# A subproblem is solved when its error is this many barrier parameters.
+# A subproblem is solved when its error is at most this many barrier parameters.
 _SUBPROBLEM = 10.0
-# A problem is unbounded if x is this many times its first size away, and the objective goes on falling, nearly feasible, at these multiples of
-# the way.
+# A problem is unbounded if x is this many times its first size away, and the objective still falls, nearly feasible, at
+# these multiples of the distance.
 _FAR, _NEARLY, _REACHES = 1e6, 1e-6, (10.0, 1e3)
-# How far from its product μ a multiplier of a bound or slack may be.
+# The largest factor between the barrier parameter and the product of a slack and its multiplier.
 _DUAL_SPREAD = 1e10
 _MOST_RESTORATIONS = 6
 _MOST_CORRECTIONS = 4
@@ -56,10 +57,11 @@ class InteriorPoint(ConstrainedSolver):
         [ W + Σ_x + ∇cᵀ Σ_s ∇c + δ I    ∇hᵀ ] [ dx ]
         [ ∇h                           −δ_c ] [ dν ]
 
-    in which δ makes the inertia that of a minimum. A fraction-to-the-boundary rule keeps s and the bounds' slacks positive. A step is
-    accepted where it lowers the barrier objective or the violation ‖(h, c + s)‖₁ enough. Where the full step is refused, second-order
-    corrections are tried; where no step is accepted, a restoration. That minimises ½‖h‖² + ½‖max(c, 0)‖² within the bounds, and detects
-    infeasible problems. Each problem of a batch has its own barrier parameter, filter, step length and status. The start need not be feasible.
+    with a δ that makes the inertia that of a minimum. A fraction-to-the-boundary rule keeps s and the slacks of bounds
+    positive. A step is accepted if it lowers the barrier objective or the violation ‖(h, c + s)‖₁ enough. If the full
+    step is rejected, second-order corrections are tried. If no step is accepted, a restoration minimises ½‖h‖² +
+    ½‖max(c, 0)‖² within the bounds, and detects infeasible problems. Each problem of a batch has its own barrier
+    parameter, filter, step length and status. The start need not be feasible.
 
     A step costs one Jacobian, one Hessian of the Lagrangian and O((n + p)³) operations for each problem; memory is batch · (n + p + m) · n
     numbers.
@@ -163,7 +165,8 @@ class _Run:
         slope = gradient + pull(jc, multiplier) - lower + upper
         slope = torch.where(program.fixed, torch.zeros_like(slope), slope)
         equality = least_squares(torch.where(program.fixed.unsqueeze(1), 0.0, jh), slope)
-        # Large ones say that the linearised constraints are nearly dependent, and nothing of the solution.
+        # Large multipliers show that the linearised constraints are nearly dependent. They say nothing about the
+        # solution.
         equality = torch.where(equality.abs().amax(-1, keepdim=True) > 1e3, 0.0, equality) if jh.shape[1] else equality
         return _State(x, slack, equality, multiplier, lower, upper)
 
@@ -223,7 +226,8 @@ class _Run:
             solved = self.running & (error <= _SUBPROBLEM * self.barrier)
             if not bool(solved.any()):
                 return
-            # The smoothed path is wanted exactly: a bias of the path's own size would be no answer.
+            # With smoothing, the point on the path has to be exact: an error of the size of τ would be as large as the
+            # smoothing itself.
             exact = error <= (1e-9 if self.smoothing is not None else math.inf)
             done = solved & (self.barrier <= self.last) & exact
             self.status = torch.where(done, int(Status.CONVERGED), self.status)
@@ -265,7 +269,7 @@ class _Run:
                 break
             alpha = torch.where(accepted, alpha, 0.5 * alpha)
         self.filter.add(self.running & augment, *old)
-        # A step length that the trials never shortened is that of the multipliers of equalities, too.
+        # Without a shortened trial, the step length also applies to the multipliers of equalities.
         length = torch.where(accepted, alpha, longest)
         return accepted, self._with_duals(chosen[0], chosen[1], direction, length, dual), chosen[2]
 
@@ -278,7 +282,7 @@ class _Run:
         return torch.minimum(longest, longest_step(high, -direction.x, keep))
 
     def _moved(self, direction: Direction, alpha: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """Return (x, slack, parts) at the step lengths ``alpha`` (K,); a slack smaller than −c would only add to both φ and θ."""
+        """Return (x, slack, parts) at the step lengths ``alpha`` (K,). Slacks are at least −c: smaller ones would increase both φ and θ."""
         x = self.program.inside(self.state.x + alpha.unsqueeze(-1) * direction.x)
         x = torch.where(self.program.fixed, self.state.x, x)
         parts = self.program.parts(x)
@@ -289,7 +293,7 @@ class _Run:
         self, direction: Direction, alpha: torch.Tensor, tried: tuple[torch.Tensor, ...], low: torch.Tensor,
         high: torch.Tensor, keep: torch.Tensor,
     ) -> Iterator[tuple[torch.Tensor, ...]]:  # fmt: skip
-        """Yield second-order corrections: steps that also meet the constraints as they are at the end of the last one."""
+        """Yield second-order corrections: steps that include the constraint values at the end of the last one."""
         program, slack = self.program, self.state.slack
         _, h, c = program.split(self.parts)
         c = c + slack
@@ -320,7 +324,7 @@ class _Run:
     def _with_duals(
         self, x: torch.Tensor, slack: torch.Tensor, direction: Direction, alpha: torch.Tensor, dual: torch.Tensor
     ) -> _State:
-        """Return the state at (x, s), its multipliers stepped and kept within a factor of their product with the slacks."""
+        """Return the state at (x, s) with the new multipliers. Products of slacks and multipliers stay within a factor of the barrier parameter."""
         state, barrier = self.state, self.barrier.unsqueeze(-1)
         low, high = gaps(self.program, x)
         there_low, there_high = finite_gaps(self.program)
@@ -340,11 +344,11 @@ class _Run:
         )
 
     def _help(self, stuck: torch.Tensor) -> None:
-        """End or restore the problems that found no step: at rounding, in need of feasibility, or infeasible."""
+        """End or restore the problems without a step: at rounding level, not feasible yet, or infeasible."""
         error, primal = self._error(torch.zeros_like(self.barrier))
         ended = stuck & (error <= 1e-6)
         spent = stuck & ~ended & ((self.restorations >= _MOST_RESTORATIONS) | (primal <= 1e-10))
-        # Rounding may hold a problem near its solution: the polish that follows decides.
+        # Rounding may stop a problem near its solution. The following polish decides.
         self.status = torch.where(ended, int(Status.CONVERGED), self.status)
         self.status = torch.where(spent, int(Status.STAGNATED), self.status)
         these = stuck & ~ended & ~spent
@@ -399,7 +403,7 @@ class _Run:
         equality: torch.Tensor,
         inequality: torch.Tensor,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Tell infeasible problems from those that are only unsolved, and put the ray of the former into their multipliers."""
+        """Distinguish infeasible problems from unsolved ones, and return the ray of infeasibility as their multipliers."""
         here, _, stationary = restore(self.given, self.origin, short, 0.0)
         infeasible = (short & stationary) | (status == Status.INFEASIBLE)
         x = torch.where((short & stationary).unsqueeze(-1), here, x)

@@ -16,8 +16,9 @@ from bilevel.solvers._line_search import line_search
 __all__ = ["LBFGS"]
 
 _MAX_STEPS = 2000
-# Hager & Zhang's decay of the average of |G|, which the rounding of its differences is measured by.
-# After so many steps that lower neither the objective beyond its rounding nor the gradient, rounding is what is left.
+# Hager & Zhang's decay of the average of |G|. The average measures the rounding of differences of G.
+# A run ends at rounding level after this many steps that lower neither the objective beyond its rounding nor the
+# gradient.
 _MOST_IDLE = 40
 _DECAY = 0.7
 
@@ -90,7 +91,7 @@ class LBFGS(InnerSolver):
                 x, gradient = torch.where(keep, state.x, x), torch.where(keep, state.residual, gradient)
                 value = torch.where(failed, state.value, value)
                 verdict = _verdict(failed & cold, first * slope.abs() <= noise)
-            if bool(state.endless.any()):  # only now, so that the point which it came to is what is returned
+            if bool(state.endless.any()):  # only now, so that the last point is returned
                 verdict = (
                     torch.full_like(failed, int(Status.RUNNING), dtype=torch.int64) if verdict is None else verdict
                 )
@@ -117,9 +118,9 @@ class LBFGS(InnerSolver):
 
 @dataclass(frozen=True, eq=False)
 class _State:
-    """An iterate with ∇G and G there, the running average of |G| with its weight, the least ‖∇G‖, and how many steps in a row gained nothing.
+    """An iterate with ∇G and G, the running average of |G| with its weight, the smallest ‖∇G‖, and the number of consecutive steps without a gain.
 
-    ``endless`` says where G fell at every trial of the last line search, each longer than the one before.
+    ``endless``: G fell at every trial of the last line search, each longer than the one before.
     """
 
     x: torch.Tensor
@@ -133,7 +134,7 @@ class _State:
 
 
 class _Memory:
-    """The last pairs (s, y) of each problem, both over √(sᵀy); of a pair that a problem has not stored both are 0."""
+    """The last pairs (s, y) of each problem, both divided by √(sᵀy); 0 for a pair that a problem has not stored."""
 
     def __init__(self, history: int, like: torch.Tensor) -> None:
         self.pairs: deque[tuple[torch.Tensor, torch.Tensor]] = deque(maxlen=history)
@@ -165,7 +166,7 @@ class _Memory:
         return -r, slope
 
     def store(self, s: torch.Tensor, y: torch.Tensor, moved: torch.Tensor) -> None:
-        """Keep the pairs of the problems that ``moved``, where sᵀy is positive beyond rounding."""
+        """Store the pairs of the problems that ``moved``, if sᵀy is positive beyond rounding."""
         sy, yy = (s * y).sum(dim=-1), (y * y).sum(dim=-1)
         eps = torch.finfo(s.dtype).eps
         fit = moved & (sy > eps * s.norm(dim=-1) * yy.sqrt()) & (sy < torch.inf) & (yy < torch.inf) & (yy > 0)
@@ -190,7 +191,7 @@ def _where(these: torch.Tensor, pair: tuple[torch.Tensor, torch.Tensor]) -> tupl
 
 
 def _first_step(state: _State) -> torch.Tensor:
-    """Return the first t along −g: a hundredth of x, or of what G could fall by (Hager & Zhang's I0)."""
+    """Return the first t along −g: it moves by one per cent of x, or of the possible decrease of G (Hager & Zhang's I0)."""
     gradient = state.residual
     by_point = 0.01 * state.x.abs().amax(dim=-1) / gradient.abs().amax(dim=-1)
     by_value = 0.01 * state.value.abs() / (gradient * gradient).sum(dim=-1)

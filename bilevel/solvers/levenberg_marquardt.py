@@ -1,4 +1,4 @@
-"""Levenberg–Marquardt: damped Gauss–Newton steps for least squares, batched; by products alone where the Jacobians are large."""
+"""Levenberg–Marquardt: damped Gauss–Newton steps for least squares, batched; by products alone if the Jacobians are large."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ __all__ = ["LevenbergMarquardt"]
 
 _MAX_STEPS = 250
 _DENSE_NUMBERS = 2**25
-# The least share of the promised decrease for a step to be taken.
+# The smallest share of the predicted decrease for a step to be accepted.
 _ACCEPTED = 1e-4
-# Rejections in a row, at decreases that drown in rounding, after which there is no more progress.
+# The number of consecutive rejections, at decreases below rounding, after which a problem has stagnated.
 _LAST_GROWTH = 64.0
-# How much farther than to the first goal the iteration goes, where the accuracy of the unknowns decides.
+# The factor of the first threshold if the accuracy of the unknowns decides.
 _FURTHER = 0.01
 # How accurately the large linear systems are solved, relative to the gradient.
 _FORCING = 0.1
@@ -50,8 +50,8 @@ class LevenbergMarquardt(InnerSolver):
     *Small problems* (n ≤ ``dense_limit``): J is materialised, by n passes or m, and factorised by QR.
     *Large problems*: LSMR, by products with J and Jᵀ, to a tenth of the gradient, with D = σI and σ an estimate of ‖J‖.
 
-    Convergence is quadratic where the residuals vanish at the solution, and linear otherwise, slow where they are large and curved. It takes
-    least-squares problems and roots, of which it minimises ½‖R‖².
+    Convergence is quadratic if the residuals vanish at the solution. Otherwise it is linear, and slow for large and
+    curved residuals. It solves least-squares problems and roots; for a root it minimises ½‖R‖².
 
     Each step costs one evaluation of r and J. Memory is batch · m · n numbers (small) or some vectors (large).
 
@@ -105,14 +105,14 @@ class LevenbergMarquardt(InnerSolver):
         dense = dense and torch.finfo(init.dtype).bits >= 32
         begin, step = self._dense_steps(problem, m) if dense else self._large_steps(problem)
         start, operator = begin(init)
-        goal.linearize(lambda x: Linearization(start.residual, operator, (), start.value, x))
+        goal.measure(Linearization(start.residual, operator, (), start.value, init))
         if goal.given is None and goal.target.rtol:
-            # A step costs less than the judge's second look at an answer that is not accurate enough yet.
+            # A further step costs less than a second call of the judge for a result that is not accurate enough.
             goal = replace(goal, given=_FURTHER * goal.threshold)
         solution, _ = iterate(start, step, goal, self.max_steps or _MAX_STEPS, descends=True)
         if not problem.minimizes:
             return solution
-        # The gradient is taken from the objective itself, which also leaves its graph for the derivative.
+        # The gradient is computed from the objective itself. Its graph is kept for the derivative.
         value, residual = problem.value_and_residual(solution.x, last=True)
         return replace(solution, residual=residual, value=value)
 
@@ -174,7 +174,7 @@ class LevenbergMarquardt(InnerSolver):
             damping = (state.damping.sqrt() * state.scale[:, 0]).unsqueeze(-1)
             accuracy = torch.where(active, _FORCING * state.gradient.norm(dim=-1), torch.inf)
             m = state.weighted.shape[-1]
-            # Damping is a second block of rows.
+            # The damping adds a second block of rows.
             d = lsmr(
                 lambda v: torch.cat([products.matvec(v), damping * v], dim=-1),
                 lambda u: products.rmatvec(u[:, :m].contiguous()) + damping * u[:, m:],
@@ -204,7 +204,7 @@ class _State:
     x
         (batch, n).
     residual
-        What has to vanish: the gradient (batch, n), or R of equations.
+        The gradient (batch, n), or R of equations.
     value, gradient
         ½‖r‖² or Σ c(r) (batch,), and J̃ᵀ r̃ (batch, n).
     scale
@@ -212,7 +212,7 @@ class _State:
     weighted, jacobian
         r̃ (batch, m) and J̃ (batch, m, n), or None of a large one.
     damping, growth
-        λ, and what the next rejection multiplies it by (batch,).
+        λ, and its factor at the next rejection (batch,).
     """
 
     x: torch.Tensor
@@ -243,20 +243,21 @@ class _State:
 def _judged(
     state: _State, trial: _State, d: torch.Tensor, pushed: torch.Tensor, active: torch.Tensor
 ) -> tuple[_State, torch.Tensor | None]:
-    """Return ``trial`` where its step d, with J̃ d ``pushed``, is taken and ``state`` where not, each with its next damping, and a verdict."""
+    """Return ``trial`` where its step d is accepted and ``state`` where not, each with its next damping, and a verdict. ``pushed`` is J̃ d."""
     eps = torch.finfo(d.dtype).eps
     length = (state.scale * d).square().sum(-1)
     promised = 0.5 * pushed.square().sum(-1) + state.damping * length
     decrease = state.value - trial.value
     ratio = decrease / promised
     finite = torch.isfinite(trial.value) & torch.isfinite(trial.gradient).all(dim=-1)
-    # Residuals that are differences of larger numbers round by more than their last place: there gradients tell what values cannot.
+    # Residuals that are differences of larger numbers have rounding errors above their last place. Gradients then
+    # decide.
     level = (promised <= eps**0.5 * state.value) & (decrease >= -(eps**0.5) * state.value)
     drowned = promised <= 64 * eps * state.value
     before, after = ((at.gradient / state.scale).norm(dim=-1) for at in (state, trial))
     closer = level & (after < before)
     taken = finite & (closer | ((ratio > _ACCEPTED) & ~drowned))
-    # A share of 1/2 leaves the damping as it is: a Gauss–Newton step without it may overshoot.
+    # A share of 1/2 leaves the damping unchanged: an undamped Gauss–Newton step may overshoot.
     seen = torch.where(after < 0.25 * before, 1.0, 0.5)
     blurred = drowned | (closer & (ratio < 0.5))
     quality = torch.where(blurred, seen, ratio.clamp(0.0, 1.0)).nan_to_num(0.0)

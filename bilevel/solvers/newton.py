@@ -3,38 +3,28 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 
-from bilevel._torch.factorisations import eigh, eigvalsh, pinv, svdvals
+from bilevel._torch.factorisations import eigvalsh
 from bilevel.equations.problem import Problem
 from bilevel.linear._base import LinearSolverLike, as_linear_solver
 from bilevel.linear.gmres import GMRES
-from bilevel.operators import DenseOperator, LinearOperator
+from bilevel.operators import LinearOperator
 from bilevel.reports import Status
 from bilevel.setting_checks import check_steps
-from bilevel.solvers._base import Goal, InnerSolution, InnerSolver, is_lone, iterate, length, merge
-from bilevel.solvers._degenerate import SLOW
-from bilevel.solvers._error import irregular_signs, meets_negative_curvature
+from bilevel.solvers._base import Goal, InnerSolution, InnerSolver, iterate, length
+from bilevel.solvers._error import meets_negative_curvature
+from bilevel.solvers._newton_directions import dense_descent, dense_root, descending
+from bilevel.solvers._newton_error import error_left, is_slow, root_error_left
+from bilevel.solvers._newton_search import search, search_again
+from bilevel.solvers._newton_state import Direction, NewtonState
 from bilevel.solvers._truncated_cg import truncated_cg
 
 __all__ = ["Newton"]
 
 _MAX_STEPS = 250
 _DENSE_NUMBERS = 2**25
-_ARMIJO = 1e-4
-_MOST_TRIALS = 40
-# How far the objective may be off the quadratic model, and how small a step is, for the Hessian before it to hold after it.
-_MODEL_ERROR, _SMALL_STEP = 0.1, 0.01
-# Up to this size the Jacobians of a batch of roots are kept for a look at what is left.
-_KEPT_NUMBERS = 2**20
-# How much shorter a full step of Newton's makes the next one, for the Jacobian before it to hold after it.
-_SHRINKS = 0.05
-# How often a step is shortened where the decrease that it promises is below the rounding of the objective.
-_TRIALS_IN_ROUNDING = 4
-# The slope of ½(‖R‖ / ‖R(x)‖)² along a part of Newton's direction that is worth a second search; along the whole it is −1.
-_WORTH_TRYING = -0.1
 _LEAST_FORCING, _MOST_FORCING = 0.1, 0.5
 
 
@@ -109,11 +99,12 @@ class Newton(InnerSolver):
         dense = self.linear_solver is None and problem.size <= self.dense_limit
         dense = dense and problem.batch * problem.size**2 <= _DENSE_NUMBERS
         linearize = problem.linearize_dense if dense else problem.linearize
-        first = goal.linearize(linearize)
+        first = linearize(init)
+        goal.measure(first)
         threshold = goal.threshold
         residual = first.residual.detach()
         norm = length(residual)
-        start = _State(
+        start = NewtonState(
             x=init,
             residual=residual,
             merit=torch.full_like(norm, 0.5) if first.value is None else first.value,
@@ -122,27 +113,26 @@ class Newton(InnerSolver):
             definite=torch.ones_like(norm, dtype=torch.bool),
         )
 
-        def step(state: _State, active: torch.Tensor) -> tuple[_State, torch.Tensor | None]:
+        def step(state: NewtonState, active: torch.Tensor) -> tuple[NewtonState, torch.Tensor | None]:
             operator = (first if state is start else linearize(state.x)).operator
             if dense:
-                direction = (_dense_descent if problem.minimizes else _dense_root)(operator, state, active)
+                direction = (dense_descent if problem.minimizes else dense_root)(operator, state, active)
             else:
                 direction = self._inexact(problem, operator, state, threshold, active)
-            found, verdict = _search(problem, operator, state, direction, threshold, active)
+            found, verdict = search(problem, operator, state, direction, threshold, active)
             if dense and verdict is not None and not problem.minimizes:
-                return _again(problem, operator, state, direction, threshold, active, found, verdict)
+                return search_again(problem, operator, state, direction, threshold, active, found, verdict)
             return found, verdict
 
         solution, state = iterate(start, step, goal, self.max_steps or _MAX_STEPS, descends=True)
         if not problem.minimizes:
-            return replace(solution, error=_root_error_left(problem, state)) if dense else solution
+            return replace(solution, error=root_error_left(problem, state)) if dense else solution
         definite = dense and state.factor is not None and bool(state.definite.all())
         solution = replace(solution, value=state.merit, factor=state.factor if definite else None)
         if definite:
-            error = _error_left(state)
-            solution = replace(solution, error=error, slow=_is_slow(state, error))
-        # Where the last step was made with a positive definite Hessian, that is evidence enough for a
-        # minimum.
+            error = error_left(state)
+            solution = replace(solution, error=error, slow=is_slow(state, error))
+        # If the last step used a positive definite Hessian, the point counts as a minimum.
         if definite and bool((solution.iterations > 0).all()):
             return solution
         doubtful = solution.status == Status.CONVERGED
@@ -163,14 +153,14 @@ class Newton(InnerSolver):
         self,
         problem: Problem,
         operator: LinearOperator,
-        state: _State,
+        state: NewtonState,
         threshold: torch.Tensor,
         active: torch.Tensor,
-    ) -> _Direction:
+    ) -> Direction:
         """Solve for the direction as accurately as Eisenstat & Walker's choice 2, (‖R_k‖ / ‖R_{k−1}‖)²."""
         norm = length(state.residual)
         progress = torch.clamp((norm / state.last_norm) ** 2, max=_LEAST_FORCING)
-        # No more accuracy than the goal has use for, so that the last step is not solved for nothing.
+        # Ask for no more accuracy than the threshold needs, so that the last step is not solved too accurately.
         forcing = torch.maximum(progress, torch.clamp(0.3 * threshold / norm, max=_MOST_FORCING))
         if self.linear_solver is None and problem.minimizes:
             d, definite = truncated_cg(operator, state.residual, forcing, self.linear_steps, active)
@@ -181,379 +171,8 @@ class Newton(InnerSolver):
             found = solver.solve(operator, rhs, forcing)
             d, definite = found.x * norm.unsqueeze(-1), found.status != Status.INDEFINITE
         if not problem.minimizes:
-            return _Direction(d, -torch.ones_like(norm), definite)
-        return _descending(d, state.residual, definite)
-
-
-@dataclass(frozen=True, eq=False)
-class _State:
-    """An iterate.
-
-    Parameters
-    ----------
-    x, residual
-        (batch, n).
-    merit
-        The objective; ½ for equations, whose merit is relative to the residual before the step.
-    magnitude
-        The largest |merit| met, which its rounding is measured by.
-    last_norm
-        ‖R‖ before the last step.
-    definite
-        Whether the Hessian of the last step was positive definite.
-    factor
-        Its Cholesky factor (batch, n, n), of a small argmin; the LU factors of a small root's Jacobian.
-    last_x, last_merit, slope, t
-        Of the last step, of a small problem: where it began, the merit and its slope there, and how far along the direction it went.
-    jacobian, pivots
-        Of the last step, of a small root: the matrices, and the order of pivots of its LU factors, which ``factor`` is then.
-    """
-
-    x: torch.Tensor
-    residual: torch.Tensor
-    merit: torch.Tensor
-    magnitude: torch.Tensor
-    last_norm: torch.Tensor
-    definite: torch.Tensor
-    factor: torch.Tensor | None = None
-    last_x: torch.Tensor | None = None
-    last_merit: torch.Tensor | None = None
-    slope: torch.Tensor | None = None
-    t: torch.Tensor | None = None
-    jacobian: torch.Tensor | None = None
-    pivots: torch.Tensor | None = None
-
-
-@dataclass(frozen=True, eq=False)
-class _Direction:
-    """d (batch, n), the slope (batch,) of the merit along it, whether ∂R was definite, or regular, and its factor."""
-
-    d: torch.Tensor
-    slope: torch.Tensor
-    definite: torch.Tensor
-    factor: torch.Tensor | None = None
-    pivots: torch.Tensor | None = None
-
-
-def _descending(
-    d: torch.Tensor, gradient: torch.Tensor, definite: torch.Tensor, factor: torch.Tensor | None = None
-) -> _Direction:
-    slope = (gradient * d).sum(dim=-1)
-    down = slope < 0  # not where it is NaN
-    if not bool(down.all()):
-        d = torch.where(down.unsqueeze(-1), d, -gradient)
-        slope = torch.where(down, slope, -(gradient * gradient).sum(dim=-1))
-        definite = definite & down
-    return _Direction(d, slope, definite, factor)
-
-
-def _dense_descent(operator: LinearOperator, state: _State, active: torch.Tensor) -> _Direction:
-    hessian, gradient = operator.dense(), state.residual
-    factor, info = torch.linalg.cholesky_ex(hessian)
-    d = -torch.cholesky_solve(gradient.unsqueeze(-1), factor).squeeze(-1)
-    definite = info == 0
-    bad = active & ~definite
-    if bool(bad.any()):
-        size = torch.clamp(state.x[bad].norm(dim=-1), min=1.0)
-        d = d.index_put((bad,), _absolute_newton(hessian[bad], gradient[bad], size))
-    return _descending(d, gradient, definite, factor)
-
-
-def _absolute_newton(hessian: torch.Tensor, gradient: torch.Tensor, size: torch.Tensor) -> torch.Tensor:
-    """Return −|H|⁻¹ g: absolute eigenvalues, taken once the variables are scaled to unit diagonal."""
-    n = hessian.shape[-1]
-    diagonal = hessian.diagonal(dim1=-2, dim2=-1).abs()
-    eps = torch.finfo(hessian.dtype).eps
-    # However small a diagonal entry is: it may be that of an unknown in large units.
-    scale = torch.where(diagonal > 0, diagonal, diagonal.amax(dim=-1, keepdim=True)).sqrt()
-    scale = torch.where((scale > 0) & torch.isfinite(scale), scale, torch.ones_like(scale))
-    # What cannot be decomposed leaves NaN, in whose place comes the slope.
-    eigenvalues, vectors = eigh(hessian / (scale.unsqueeze(-1) * scale.unsqueeze(-2)))
-    sizes = eigenvalues.abs()
-    floor = 1e3 * n * eps * sizes.amax(dim=-1)
-    # No curvature at all, as of a linear objective: a step as long as x is.
-    floor = torch.where(floor > 0, floor, gradient.norm(dim=-1) / size)
-    along = torch.einsum("bji,bj->bi", vectors, gradient / scale) / torch.maximum(sizes, floor.unsqueeze(-1))
-    return -torch.einsum("bij,bj->bi", vectors, along) / scale
-
-
-def _dense_root(operator: LinearOperator, state: _State, active: torch.Tensor) -> _Direction:
-    jacobian, residual = operator.dense(), state.residual
-    lu, pivots, info = torch.linalg.lu_factor_ex(jacobian)
-    d = -torch.linalg.lu_solve(lu, pivots, residual.unsqueeze(-1)).squeeze(-1)
-    slope = -torch.ones_like(state.last_norm)
-    bad = active & ((info != 0) | ~torch.isfinite(d).all(dim=-1))
-    if bool(bad.any()):
-        matrix, b = jacobian[bad], residual[bad]
-        least = 1e3 * matrix.shape[-1] * torch.finfo(matrix.dtype).eps
-        step = -torch.einsum("bij,bj->bi", pinv(matrix, rtol=least), b)
-        step = torch.where(torch.isfinite(step).all(dim=-1, keepdim=True), step, _unit_step(matrix, b, state.x[bad]))
-        change = (b * torch.einsum("bij,bj->bi", matrix, step)).sum(dim=-1) / (b * b).sum(dim=-1)
-        change = torch.where(torch.isfinite(change), change, -torch.ones_like(change))
-        d, slope = d.index_put((bad,), step), slope.index_put((bad,), change)
-    return _Direction(d, slope, ~bad, lu, pivots if lu.numel() <= _KEPT_NUMBERS else None)
-
-
-def _unit_step(matrix: torch.Tensor, b: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-    """Return a step as long as x along Newton's direction −J⁻¹b, for J so small that the direction itself overflows; −b where there is none."""
-    size = matrix.abs().amax(dim=(-2, -1), keepdim=True)
-    least = 1e3 * matrix.shape[-1] * torch.finfo(matrix.dtype).eps
-    inverse = pinv((matrix / size).nan_to_num(0.0, 0.0, 0.0), rtol=least)
-    largest = b.abs().amax(dim=-1, keepdim=True)
-    step = -torch.einsum("bij,bj->bi", inverse, b / largest)
-    step = step * (x.norm(dim=-1, keepdim=True).clamp_min(1.0) / step.norm(dim=-1, keepdim=True))
-    return torch.where(torch.isfinite(step).all(dim=-1, keepdim=True), step, -b)
-
-
-def _search(
-    problem: Problem,
-    operator: LinearOperator,
-    state: _State,
-    direction: _Direction,
-    threshold: torch.Tensor,
-    active: torch.Tensor,
-) -> tuple[_State, torch.Tensor | None]:
-    """Try the full step, then shorter ones, each problem by itself, until the merit has decreased enough.
-
-    The merit φ is the objective, or ½(‖R‖ / ‖R(x)‖)² for equations, whose slope along Newton's direction is
-    −1. Where the objective's differences drown in its rounding, a step that shortens the gradient is accepted
-    (in the spirit of Hager & Zhang's approximate Wolfe condition), so that convergence is quadratic to the
-    end.
-    """
-    norm = length(state.residual)
-    eps = torch.finfo(norm.dtype).eps
-    merit, slope = state.merit, direction.slope
-    magnitude = torch.maximum(state.magnitude, merit.abs())
-    pending, t = active, torch.ones_like(norm)
-    verdict: torch.Tensor | None = None
-    # What quadratic convergence promises of this step. The first may be all that a quadratic needs.
-    last = bool(((norm**3 <= 10 * threshold * state.last_norm**2) | ~active).all())
-    for trial in range(_MOST_TRIALS):
-        x = torch.where(active.unsqueeze(-1), state.x + t.unsqueeze(-1) * direction.d, state.x)
-        if problem.minimizes:
-            found, residual = problem.value_and_residual(x, last=last and trial == 0)
-            reached = residual.norm(dim=-1)
-            small = reached <= threshold
-            if bool(small.any()):
-                if bool((small & ~(found <= merit)).any()):
-                    small = small & ~_overshoots(found, merit, slope, magnitude)
-                if bool(small.all()):
-                    break
-            held = found <= merit + _ARMIJO * t * slope - 4 * eps * merit.abs()
-            if not bool(held.all()):
-                # Sums of many terms round by more than their last place: there gradients tell what values cannot.
-                level = (found - merit <= eps**0.5 * magnitude) & pending & ~held
-                if bool(level.any()):
-                    steady = found <= merit + 64 * eps * magnitude
-                    shorter = steady & (reached < norm)
-                    held = held | (level & _comes_closer(direction, residual, state, x, shorter, steady))
-        else:
-            residual = problem.residual(x)
-            reached = length(residual)
-            small = reached <= threshold
-            found = 0.5 * (reached / norm) ** 2
-            held = found <= merit + _ARMIJO * t * slope - 4 * eps * merit
-        pending = pending & ~(held | small)
-        if not bool(pending.any()):
-            break
-        if trial == 0:
-            tiny = direction.d.norm(dim=-1) <= 64 * eps * state.x.norm(dim=-1)
-            if problem.minimizes:
-                tiny = tiny | (-slope <= 64 * eps * magnitude)
-        # A decrease within rounding is not worth many trials.
-        if trial == _TRIALS_IN_ROUNDING and not bool((pending & ~tiny).any()):
-            verdict = _verdict(operator, direction, pending, tiny)
-            break
-        shorter = _shorter(t, merit, found, slope)
-        if not problem.minimizes:
-            # Where R overflows nothing is known but that the step was too long: come back to one as long as x is.
-            beyond = ~torch.isfinite(reached)
-            within = state.x.norm(dim=-1).clamp_min(1.0) / direction.d.norm(dim=-1)
-            shorter = torch.where(beyond, torch.minimum(shorter, within), shorter)
-        t = torch.where(pending, shorter, t)
-    else:
-        verdict = _verdict(operator, direction, pending, tiny)
-    if not problem.minimizes:
-        found = merit
-    jacobian = operator.dense() if direction.pivots is not None else None
-    return _State(
-        x, residual, found, magnitude, norm, direction.definite, direction.factor, state.x, merit, slope, t,
-        jacobian, direction.pivots,
-    ), verdict  # fmt: skip
-
-
-def _again(
-    problem: Problem,
-    operator: LinearOperator,
-    state: _State,
-    direction: _Direction,
-    threshold: torch.Tensor,
-    active: torch.Tensor,
-    found: _State,
-    verdict: torch.Tensor,
-) -> tuple[_State, torch.Tensor]:
-    """Search anew where Newton's direction led nowhere, along the part of it that rounding leaves.
-
-    Where some unknowns make residuals 1/eps times as large as others do, as exponentials far from the solution, rounding of the first is the
-    direction of the others.
-    """
-    failed = active & ((verdict == Status.LINE_SEARCH_FAILED) | (verdict == Status.SINGULAR))
-    if not bool(failed.any()):
-        return found, verdict
-    matrix, b = operator.dense()[failed], state.residual[failed]
-    unit = _units(state.x[failed].abs()).unsqueeze(-2)
-    least = 1e3 * matrix.shape[-1] * torch.finfo(matrix.dtype).eps
-    scaled = matrix * unit
-    finite = torch.isfinite(scaled).all(dim=-1).all(dim=-1)
-    inverse = pinv(torch.where(finite[:, None, None], scaled, 0.0), rtol=least)
-    step = -unit.squeeze(-2) * torch.einsum("bij,bj->bi", inverse, b)
-    # NaN where the squares overflow.
-    change = (b * torch.einsum("bij,bj->bi", matrix, step)).sum(dim=-1) / (b * b).sum(dim=-1)
-    other = ((step - direction.d[failed]).abs() > 1e-3 * step.abs()).any(dim=-1)  # not where nothing was left out
-    usable = torch.isfinite(step).all(dim=-1) & (change < _WORTH_TRYING) & other
-    rows = failed.index_put((failed,), usable)
-    if not bool(rows.any()):
-        return found, verdict
-    retried = replace(
-        direction,
-        d=direction.d.index_put((rows,), step[usable]),
-        slope=direction.slope.index_put((rows,), change[usable]),
-        definite=direction.definite & ~rows,
-    )
-    second, ended = _search(problem, operator, state, retried, threshold, rows)
-    moved = rows if ended is None else rows & (ended == Status.RUNNING)
-    verdict = torch.where(moved, torch.full_like(verdict, Status.RUNNING), verdict)
-    return merge(moved, second, found), verdict
-
-
-def _error_left(state: _State) -> torch.Tensor:
-    """Return H⁻¹ R (batch, n) by the factors of the last step's Hessian: NaN where these may say nothing of x."""
-    assert state.factor is not None
-    # With the rows of the factor scaled to unit length, its least pivot bounds how near to singular the matrix is.
-    pivots = (state.factor.diagonal(dim1=-2, dim2=-1) / state.factor.norm(dim=-1)).amin(dim=-1)
-    least = 1e3 * torch.finfo(pivots.dtype).eps * state.x.shape[-1]
-    error = torch.cholesky_solve(state.residual.unsqueeze(-1), state.factor).squeeze(-1)
-    if is_lone(pivots) and float(pivots) ** 2 > least and bool(_modelled(state)):
-        return error
-    known = _modelled(state) & state.definite & (pivots**2 > least)
-    return torch.where(known.unsqueeze(-1), error, torch.full_like(error, torch.nan))
-
-
-def _root_error_left(problem: Problem, state: _State) -> torch.Tensor | None:
-    """Return J⁻¹ R (batch, n) by the last step's factors, or None where these may say nothing of x for some problem.
-
-    Newton's steps d shrink quadratically where the Jacobian hardly changes: J⁻¹ R after a full step is ½ J⁻¹J′[d, d], so that J⁻¹ changed by about
-    2 |J⁻¹R| / |d| (the simplified Newton correction of Deuflhard, "Newton methods for nonlinear problems", 2004). What rounding of x
-    makes of R must not matter either; x − T(x) is rounded as x is, however small J.
-    """
-    if state.factor is None or state.pivots is None or state.jacobian is None or state.last_x is None:
-        return None
-    eps, x = torch.finfo(state.x.dtype).eps, state.x
-    noise = eps * (state.jacobian.abs() @ x.abs().unsqueeze(-1))
-    if problem.is_fixed_point:
-        noise = noise + eps * x.abs().unsqueeze(-1)
-    right = torch.cat([state.residual.unsqueeze(-1), irregular_signs(x).unsqueeze(-1) * noise], dim=-1)
-    error, rounding = torch.linalg.lu_solve(state.factor, state.pivots, right).unbind(dim=-1)
-    size = x.abs()
-    known = (error.abs() <= _SHRINKS * (x - state.last_x).abs() + 4 * eps * size) & (rounding.abs() <= eps**0.5 * size)
-    return error if bool(known.all() & state.definite.all()) else None
-
-
-def _modelled(state: _State) -> torch.Tensor | bool:
-    """Return where the last step shows that the Hessian before it holds after it, (batch,) bool or a bool.
-
-    The objective fell as t gᵀd + ½ t² dᵀHd says, with dᵀHd = −gᵀd, or the step was small.
-    """
-    last, slope, t = state.last_merit, state.slope, state.t
-    assert state.last_x is not None and last is not None and slope is not None and t is not None
-    numbers: list[Any] = [state.merit, last, slope, t, state.magnitude]
-    if is_lone(t):
-        numbers = [float(number) for number in numbers]
-    kept = _fell_as_promised(torch.finfo(t.dtype).eps, *numbers)
-    if kept is True or (kept is not False and bool(kept.all())):
-        return kept
-    return kept | ((state.x - state.last_x).abs() <= _SMALL_STEP * state.x.abs()).all(dim=-1)
-
-
-def _fell_as_promised(eps: float, found: Any, last: Any, slope: Any, t: Any, magnitude: Any) -> Any:
-    """Return whether the objective fell from ``last`` to ``found`` as the model says, of numbers or of tensors (batch,)."""
-    promised = slope * (t - 0.5 * t * t)
-    size, noise = abs(promised), 1e3 * eps
-    seen = (size > noise * magnitude) & (size > noise * abs(found))
-    return seen & (abs(found - last - promised) <= _MODEL_ERROR * size)
-
-
-def _is_slow(state: _State, error: torch.Tensor) -> torch.Tensor:
-    """Return where the step that is left is no small part of the last one, and no rounding, (batch,) bool."""
-    assert state.last_x is not None
-    left, step = error.norm(dim=-1), (state.x - state.last_x).norm(dim=-1)
-    return (left > SLOW * step) & (left > 8 * torch.finfo(left.dtype).eps * state.x.norm(dim=-1))
-
-
-def _comes_closer(
-    direction: _Direction,
-    residual: torch.Tensor,
-    state: _State,
-    x: torch.Tensor,
-    shorter: torch.Tensor,
-    steady: torch.Tensor,
-) -> torch.Tensor:
-    """Return where the Newton step that is left is shorter than the one before, relative to each unknown, (batch,) bool.
-
-    It has to be half as long, and the gradients have to say that the objective fell, where values are not ``steady`` to their last places.
-    A norm of gradients would compare unknowns of different units. Without factors there is only that, ``shorter``. A step from where the
-    Hessian is not positive definite has to end where the objective still falls along it.
-    (Deuflhard, "Newton methods for nonlinear problems", 2004: the natural monotonicity test.)
-    """
-    if direction.factor is None:
-        return shorter
-    # Where the curvature is negative, gradients grow on the way down.
-    still_down = steady & ~direction.definite & ((residual * direction.d).sum(dim=-1) < 0)
-    left = torch.cholesky_solve(residual.unsqueeze(-1), direction.factor).squeeze(-1)
-    size = torch.maximum(state.x.abs(), x.abs()) + torch.finfo(x.dtype).tiny
-    ratio = (left.abs() / size).amax(dim=-1) / (direction.d.abs() / size).amax(dim=-1)
-    falls = ((state.residual + residual) * (x - state.x)).sum(dim=-1) < 0  # by the trapezoidal rule
-    return torch.where(direction.definite, (ratio < 0.5) & falls | steady & (ratio < 1) | shorter, shorter | still_down)
-
-
-def _overshoots(found: torch.Tensor, merit: torch.Tensor, slope: torch.Tensor, magnitude: torch.Tensor) -> torch.Tensor:
-    """Return where an objective has risen, and not by rounding, over a step that promised to lower it, or has left its domain.
-
-    Beyond the minimum lie plateaus, of sigmoids and robust losses, on which every gradient vanishes. Beyond the domain of a logarithm its
-    gradient goes on.
-    """
-    least = torch.finfo(merit.dtype).eps ** 0.5 * torch.maximum(magnitude, found.abs())
-    outside = ~torch.isfinite(found) & torch.isfinite(merit)
-    return ((found - merit > least) & (-slope > least)) | outside
-
-
-def _shorter(t: torch.Tensor, merit: torch.Tensor, found: torch.Tensor, slope: torch.Tensor) -> torch.Tensor:
-    """Return the minimiser of the parabola through what is known, between a tenth and a half of ``t``."""
-    parabola = -slope * t * t / (2 * (found - merit - slope * t))
-    return torch.where(torch.isfinite(parabola), torch.clamp(parabola, min=0.1 * t, max=0.5 * t), 0.25 * t)
-
-
-def _verdict(operator: LinearOperator, direction: _Direction, failed: torch.Tensor, tiny: torch.Tensor) -> torch.Tensor:
-    verdict = torch.full(failed.shape, int(Status.RUNNING), dtype=torch.int64, device=failed.device)
-    verdict = torch.where(failed, torch.full_like(verdict, Status.LINE_SEARCH_FAILED), verdict)
-    verdict = torch.where(failed & tiny, torch.full_like(verdict, Status.STAGNATED), verdict)
-    if not operator.symmetric:
-        none = (direction.d == 0).all(dim=-1)  # of a Krylov method, that the Jacobian makes nothing of the residual
-        verdict = torch.where(failed & none, torch.full_like(verdict, Status.SINGULAR), verdict)
-    if isinstance(operator, DenseOperator) and not operator.symmetric:
-        matrix = operator.dense()
-        # Whether it is singular does not depend on the units.
-        matrix = matrix / _units(matrix.abs().amax(dim=-2, keepdim=True))
-        matrix = matrix / _units(matrix.abs().amax(dim=-1, keepdim=True))
-        values = svdvals(matrix)
-        singular = values[..., -1] <= matrix.shape[-1] * torch.finfo(matrix.dtype).eps * values[..., 0]
-        verdict = torch.where(failed & singular, torch.full_like(verdict, Status.SINGULAR), verdict)
-    return verdict
-
-
-def _units(size: torch.Tensor) -> torch.Tensor:
-    """Return ``size`` as units to divide by: one where it is zero or not finite."""
-    return torch.where((size > 0) & torch.isfinite(size), size, torch.ones_like(size))
+            return Direction(d, -torch.ones_like(norm), definite)
+        return descending(d, state.residual, definite)
 
 
 def _has_negative_eigenvalue(operator: LinearOperator, doubtful: torch.Tensor) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""Projected Newton for bounds: dense where the matrices are small, by conjugate gradients where they are large."""
+"""Projected Newton for bounds: dense for small matrices, by conjugate gradients for large ones."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ __all__ = ["DENSE_LIMIT", "ProjectedNewton"]
 DENSE_LIMIT = 512
 _MAX_STEPS = 250
 _ARMIJO, _MOST_TRIALS = 1e-4, 40
-# How near a bound counts as on it, at most, relative to the size of x (Bertsekas' ε).
+# The largest distance to a bound that counts as on it, relative to the size of x (Bertsekas' ε).
 _NEAR = 1e-3
-# When the step that is left is this small a part of x, the search has converged.
+# The search has converged when the next step is this share of x.
 _SMALL_STEP = 1e-11
 _ENDLESS = 1e12
 _MOST_PRODUCTS = 500
@@ -29,7 +29,7 @@ _MOST_PRODUCTS = 500
 
 @dataclass(frozen=True)
 class ProjectedNewton(ConstrainedSolver):
-    """Newton's method on the unknowns that are free, with a search along the projection of the step onto the bounds.
+    """Newton's method on the free unknowns, with a search along the projection of the step onto the bounds.
 
     An unknown is fixed if it is at a bound (or within ε of it) and the gradient points outwards. Fixed unknowns move along
     the negative gradient, free ones along the Newton step of their own Hessian. The step is x(α) = P(x + α d), with α
@@ -42,7 +42,7 @@ class ProjectedNewton(ConstrainedSolver):
     Parameters
     ----------
     max_steps
-        The most steps; None for 250.
+        The largest number of steps; None: 250.
 
     Raises
     ------
@@ -104,7 +104,7 @@ class _Run:
         held = ((x <= program.lower + near) & (gradient > 0)) | ((x >= program.upper - near) & (gradient < 0))
         held = held | program.fixed
         direction = self._direction(held)
-        # Held unknowns go along the gradient in the unit of the others' curvature.
+        # Fixed unknowns move along the gradient, scaled by the curvature of the free ones.
         trial, alpha, accepted = x, torch.ones_like(self.value), torch.zeros_like(running)
         promised = -(gradient * direction * ~held).sum(-1)
         noise = 10 * torch.finfo(x.dtype).eps * self.value.abs()
@@ -142,7 +142,7 @@ class _Run:
             hessian = program.hessian(x, torch.ones_like(x[:, :1]))
             diagonal = hessian.diagonal(dim1=-2, dim2=-1).abs()
             masked = 0.5 * (hessian + hessian.mT) * free.unsqueeze(1) * free.unsqueeze(2)
-            # A flat objective has no unit of curvature: its slope makes one, in which a step is long and not endless.
+            # A flat objective has no curvature for a scale. Its slope gives a scale with long but finite steps.
             unit = torch.maximum(diagonal.amax(-1), gradient.abs().amax(-1) / (1e3 * (1 + x.abs().amax(-1))))
             factor, self.shift = shifted_cholesky(masked + torch.diag_embed(1 - free), self.shift, unit)
             step = -torch.cholesky_solve((gradient * free).unsqueeze(-1), factor).squeeze(-1)
@@ -162,7 +162,7 @@ def _evaluated(program: Program, x: torch.Tensor) -> tuple[torch.Tensor, torch.T
 def _conjugate_gradients(
     product: Callable[[torch.Tensor], torch.Tensor], gradient: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return −H⁻¹g (K, n), truncated, and the curvature along −g (K,). Where curvature is not positive the last iterate stands."""
+    """Return −H⁻¹g (K, n), truncated, and the curvature along −g (K,). At a curvature that is not positive, the last iterate is returned."""
     x, residual = torch.zeros_like(gradient), -gradient
     direction, square = residual, (residual**2).sum(-1)
     first = square.sqrt()

@@ -1,4 +1,4 @@
-"""The proximal gradient method, accelerated, with adaptive restart and a step that nobody has to choose."""
+"""The accelerated proximal gradient method with adaptive restart and automatic step sizes."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ __all__ = ["ProximalGradient", "descend", "first_step"]
 
 MAX_STEPS = 20_000
 _MOST_HALVINGS = 60
-# How far, relative to x, the trial goes that the first step is estimated by.
+# The length of the trial that estimates the first step, relative to x.
 _TRIAL = 1e-3
-# What part of a short gradient step has to be left after the prox for the curvature to be measured along it.
+# The share of a short gradient step that has to remain after the prox, so that the curvature can be measured along it.
 _HELD = 1e-3
-# The longest step, in units of (1 + ‖x‖) / ‖∇f‖: where f has no curvature, 1/L is infinite.
+# The longest step, in units of (1 + ‖x‖) / ‖∇f‖, because 1/L is infinite for an f without curvature.
 _LONGEST = 1e4
-# How small the curvature along a step has to be, in units of 1/s, for the next one to be longer, and by how much.
+# If the curvature along a step is below this, in units of 1/s, the next step is longer by the second factor.
 _FLAT, _LONGER = 1e-3, 10.0
-# How many times its size at the start x has to have grown before it counts as having run away.
+# x has diverged if it exceeds its initial size by this factor.
 _FAR = 1e10
 
 
@@ -33,24 +33,25 @@ _FAR = 1e10
 class ProximalGradient(InnerSolver):
     """Minimise f + g: y = x + β (x − x₋), x ← prox_{sg}(y − s ∇f(y)), and finish by Newton's method on the active manifold.
 
-    The momentum is Nesterov's, as in FISTA, and starts anew where it points uphill. The step s begins at an estimate of 1/L and is halved
-    until f(x) ≤ f(y) + ⟨∇f(y), x − y⟩ + ‖x − y‖²/(2s), for each problem of a batch by itself. Without a proximal term it is accelerated
-    gradient descent.
+    The momentum is Nesterov's, as in FISTA. It restarts if it points uphill. The step size s begins at an estimate of
+    1/L. It is halved until f(x) ≤ f(y) + ⟨∇f(y), x − y⟩ + ‖x − y‖²/(2s), separately for each problem. Without a
+    proximal term the method is accelerated gradient descent.
 
-    Once the zeros, bounds and ties of the solution stand, Newton's method on what is left free takes over (see ``polish``). It needs a few
-    linear systems of the size of the support, and finds the solution to full accuracy. It is tried after a few steps, and again later if it fails.
+    Once the zeros, bounds and ties of the solution are found, Newton's method on the free unknowns takes over (see
+    ``polish``). It needs a few linear systems of the size of the support, and reaches full accuracy. It is tried after
+    a few steps, and again later if it fails.
 
-    Each step costs one gradient and one value of f and one prox. Memory does not depend on the number of steps.
+    Each step costs one gradient of f, one value of f and one prox. Memory does not depend on the number of steps.
 
     Parameters
     ----------
     max_steps
-        The most proximal gradient steps; None for 20,000, spending which is a failure, where spending a given budget with no tolerance asked
-        is none.
+        The largest number of proximal gradient steps; None: 20,000, and spending them all is a failure. A number is a
+        budget: spending it without a tolerance is a success.
     accelerated
         Whether to use momentum.
     polish
-        Whether Newton's method finishes. It does not where ``Tolerance(delta=None)`` says that the steps alone are meant.
+        Whether Newton's method finishes the solve. With ``Tolerance(delta=None)`` it never does.
 
     Raises
     ------
@@ -88,12 +89,12 @@ class ProximalGradient(InnerSolver):
 
 
 def first_step(composite: Composite, at: Iterate) -> Iterate:
-    """Return the iterate with an estimate of 1/L for its step: how ∇f changes over a short proximal step."""
+    """Return the iterate with an estimate of 1/L as its step size, from the change of ∇f over a short proximal step."""
     norm, size = length(at.slope), 1 + length(at.x)
     longest = _LONGEST * size / norm.clamp_min(torch.finfo(norm.dtype).tiny)
     short = _TRIAL / _LONGEST * longest
     beside = composite.step(at.x, at.slope, short)
-    # At a solution, or where g holds x fast, a step hardly moves: go anywhere then.
+    # At a solution, or if g fixes x, a step hardly moves. Any direction is then used.
     held = length(beside - at.x) <= _HELD * short * norm
     if bool(held.any()):
         anywhere = at.x + (_TRIAL * size / at.x.shape[-1] ** 0.5).unsqueeze(-1) * irregular_signs(at.x)
@@ -114,7 +115,7 @@ class _State:
     x
         The last result of a prox (batch, n).
     y, value, slope
-        Where the next step begins, and f and ∇f there.
+        The point at which the next step begins, and f and ∇f there.
     momentum, step
         FISTA's t and the step s (batch,).
     residual
@@ -147,7 +148,7 @@ def descend(
 ) -> tuple[InnerSolution, torch.Tensor]:
     """Take proximal gradient steps until ‖y − x‖/s is at most ``threshold`` (batch,); return the solution and the steps s (batch,).
 
-    ``origin`` (batch, n) is where the whole search began, if not at ``start``.
+    ``origin`` (batch, n): the initial guess of the whole search, if it is not ``start``.
     """
     limit = _FAR * (1 + length(start.x if origin is None else origin))
     x = composite.step(start.x, start.slope, start.step)
@@ -167,7 +168,7 @@ def descend(
         y = x + beta.unsqueeze(-1) * moved
         value, slope = composite.objective.value_and_residual(y)
         outside = ~torch.isfinite(value) & active
-        if bool(outside.any()):  # y may have left the domain of f, x has not
+        if bool(outside.any()):  # y may be outside the domain of f, x is not
             y = torch.where(outside.unsqueeze(-1), x, y)
             value, slope = composite.objective.value_and_residual(y)
         away = length(x) > limit
@@ -186,7 +187,7 @@ def descend(
 def _backtrack(
     composite: Composite, state: _State, active: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return x, the step s that it was made with, the step to try next, and where no step descends (batch,)."""
+    """Return x, its step size s, the next step size, and where no step descends (batch,)."""
     s, eps = state.step, torch.finfo(state.step.dtype).eps
     x = composite.step(state.y, state.slope, s)
     pending = active
@@ -198,11 +199,11 @@ def _backtrack(
         held = rise <= square / (2 * s) + rounding  # not where it is NaN
         pending = pending & ~held
         if not bool(pending.any()):
-            # Where f has hardly any curvature, no step is too long.
+            # If f has almost no curvature, no step is too long.
             flat = (square > 2e3 * s * rounding) & (rise.abs() <= _FLAT * square / s)
             longer = torch.where(flat, _LONGER * s, s) if bool(flat.any()) else s
             return x, s, longer, pending
-        # 2 · rise / ‖moved‖² is the curvature that was met.
+        # 2 · rise / ‖moved‖² is the measured curvature.
         shorter = torch.clamp(square / (2 * rise), 0.1 * s, 0.5 * s)
         s = torch.where(pending, torch.where(torch.isfinite(shorter), shorter, 0.1 * s), s)
         x = torch.where(pending.unsqueeze(-1), composite.step(state.y, state.slope, s), x)

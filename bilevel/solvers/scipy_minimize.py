@@ -28,7 +28,7 @@ from bilevel.solvers._scipy import (
 
 __all__ = ["ScipyMinimize"]
 
-# How many times a run that rounding has ended is taken up again, and how near a solution it must be for that.
+# The largest number of times that a run is resumed after rounding ended it, and how near to a solution it has to be.
 _MOST_POLISHES = 4
 _NEAR = 1e-3
 
@@ -40,26 +40,25 @@ _KNOWN = _WITHOUT_GRADIENT | _WITH_PRODUCTS | _WITH_HESSIAN | {"cg", "bfgs", "l-
 
 @dataclass(frozen=True)
 class ScipyMinimize(InnerSolver):
-    """Hand each problem to ``scipy.optimize.minimize``.
+    """Solve each problem with ``scipy.optimize.minimize``.
 
     Scipy gets float64, the gradient and, where the method takes them, Hessian products (Newton-CG, trust-ncg,
-    trust-krylov, trust-constr) or the Hessian (dogleg, trust-exact). A run ends as soon as ‖∇G‖ meets the
-    goal; scipy's own tolerances are set below that. Where rounding of the objective ends it sooner, it is
-    taken up again with differences that come from gradients. A method without gradients ends by its own
-    tolerances. Either way the true residual decides whether it has converged.
+    trust-krylov, trust-constr) or the Hessian (dogleg, trust-exact). A run ends when ‖∇G‖ meets the threshold; scipy's
+    own tolerances are tighter. If rounding of the objective ends it earlier, it is resumed with differences that are
+    computed from gradients. A method without gradients ends by its own tolerances. The true residual decides whether a
+    problem has converged.
 
-    The problems of a batch are solved one after the other, on the CPU as far as scipy is concerned.
+    The problems of a batch are solved one after another. scipy works on the CPU.
 
     Parameters
     ----------
     method
         The name of scipy's method, in any case.
     max_steps
-        The most iterations (scipy's ``maxiter``); None for scipy's own limit.
+        The largest number of iterations (scipy's ``maxiter``); None: scipy's own limit.
     options
-        Scipy's ``options`` for the method, which go before those chosen here; bounds and constraints are none, and are
-        refused. They are in units of an objective
-        whose first gradient has norm one, which it is divided to have.
+        scipy's ``options`` for the method. They override the options set here. Bounds and constraints are refused.
+        Options refer to the scaled objective, whose first gradient has norm one.
 
     Raises
     ------
@@ -113,9 +112,8 @@ class ScipyMinimize(InnerSolver):
             before = run.best_norm
             if status is not Status.STAGNATED:
                 break
-            # Scipy's line searches compare values, whose differences drown in rounding near a minimum.
-            # Gradients tell them apart: G(x) − G(c) = ½ (∇G(x) + ∇G(c))ᵀ (x − c) up to the third power of the
-            # distance.
+            # scipy's line searches compare values. Near a minimum, rounding hides their differences. Gradients give
+            # them: G(x) − G(c) = ½ (∇G(x) + ∇G(c))ᵀ (x − c) up to the third power of the distance.
             run.centre()
             status = self._minimize(run, run.best, run.difference_and_gradient)
             if run.best_norm > 0.5 * before:
@@ -148,7 +146,7 @@ class ScipyMinimize(InnerSolver):
         run.steps = max(run.steps, int(getattr(result, "nit", 0)))
         status = status_of(result, run.steps, self.max_steps)
         if method not in _WITHOUT_GRADIENT and status is Status.NOT_CONVERGED:
-            status = Status.STAGNATED  # the tolerances are as tight as they can be: rounding is what is left
+            status = Status.STAGNATED  # the tolerances are as tight as possible, so only rounding remains
         if status is Status.STAGNATED and run.best_norm > _NEAR * run.first_norm:
             return Status.LINE_SEARCH_FAILED
         if status is not Status.STAGNATED:
@@ -178,15 +176,15 @@ class ScipyMinimize(InnerSolver):
 
 
 class _Run:
-    """What scipy calls for one problem, and the point with the least gradient that it was called at."""
+    """The functions that scipy calls for one problem, and the point with the smallest gradient so far."""
 
     def __init__(self, problem: Problem, like: torch.Tensor, start: Array, threshold: float) -> None:
         self.problem, self.like, self.threshold = problem, like, threshold
         value, gradient = problem.value_and_residual(self.tensor(start))
         self.first_norm = self.best_norm = float(gradient.norm())
-        self.unit = self.first_norm  # what scipy sees is divided by: its line searches take scales for granted
+        self.unit = self.first_norm  # the objective is divided by this, because scipy's line searches assume a scale
         self.best, self.best_gradient = start, as_array(gradient[0])
-        # A trial point that is stationary but higher than the start is no minimum.
+        # A stationary trial point above the initial value is not accepted as a minimum.
         self.highest = float(value) + 1e3 * float(torch.finfo(like.dtype).eps) * abs(float(value))
         self.steps = 0
         self.centre()

@@ -37,13 +37,12 @@ _KNOWN = _WITH_JACOBIAN | {
 
 @dataclass(frozen=True)
 class ScipyRoot(InnerSolver):
-    """Hand each root or fixed point to ``scipy.optimize.root``.
+    """Solve each root or fixed point with ``scipy.optimize.root``.
 
-    Scipy gets float64 and, for hybr and lm, the exact Jacobian, from n products. A run ends as soon as ‖R‖
-    meets the goal; scipy's own tolerances are set below that, and the true residual decides whether it has
-    converged.
+    Scipy gets float64 and, for hybr and lm, the exact Jacobian, from n products. A run ends when ‖R‖ meets the
+    threshold; scipy's own tolerances are tighter. The true residual decides whether a problem has converged.
 
-    The problems of a batch are solved one after the other, on the CPU as far as scipy is concerned.
+    The problems of a batch are solved one after another. scipy works on the CPU.
 
     Parameters
     ----------
@@ -91,7 +90,7 @@ class ScipyRoot(InnerSolver):
         if problem.minimizes:
             raise ArgumentError(
                 f"{problem.where}: expected a root or a fixed point for ScipyRoot, got an argmin; take ScipyMinimize() "
-                "or Newton(), which tell a minimum from a saddle"
+                "or Newton(), which distinguish a minimum from a saddle"
             )
         return solve_each(problem, init, goal, lambda one, x, threshold: self._solve_one(one, init, x, threshold))
 
@@ -103,7 +102,8 @@ class ScipyRoot(InnerSolver):
         method = self.method.lower()
         evaluations = [0]
         best, least = [start], [float("inf")]
-        # scipy's root leaves what it calls in a circle of objects, until a collection: the problem is not to be among them.
+        # scipy's root leaves its function in a reference cycle until a garbage collection. The problem must not be in
+        # it.
         held, dtype, device = [problem], like.dtype, like.device
 
         def torch_of(x: Array) -> torch.Tensor:

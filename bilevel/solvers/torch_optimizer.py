@@ -15,7 +15,7 @@ from bilevel.solvers._base import Goal, InnerSolution, InnerSolver, iterate
 
 __all__ = ["TorchOptimizer"]
 
-# What an entry becomes depends on that entry's own gradients and on the count of steps, and on nothing else.
+# Each new entry depends only on that entry's own gradients and on the number of steps.
 _ELEMENTWISE = frozenset(
     getattr(torch.optim, name)
     for name in (
@@ -28,14 +28,14 @@ _ELEMENTWISE = frozenset(
 class TorchOptimizer(InnerSolver):
     """Let an optimizer of ``torch.optim`` take the steps.
 
-    An optimizer that treats every entry by itself moves a whole batch at once, and each problem stops by itself. These are
-    SGD, Adam, AdamW, RMSprop, Adagrad, Adadelta, Adamax, NAdam, RAdam, Rprop and ASGD. Any other, such as
-    ``torch.optim.LBFGS``, ``Muon`` or ``Adafactor``, would mix the problems of a batch. It takes one problem only, with
-    parameters in the shapes of the unknown and a closure.
+    An element-wise optimizer moves a whole batch at once, and each problem ends on its own. These are SGD, Adam, AdamW,
+    RMSprop, Adagrad, Adadelta, Adamax, NAdam, RAdam, Rprop and ASGD. Any other, such as ``torch.optim.LBFGS``, ``Muon``
+    or ``Adafactor``, would mix the problems of a batch. It takes one problem only, with parameters in the shapes of the
+    unknown and a closure.
 
-    Each step costs one gradient; an optimizer that calls its closure again costs more. Memory is the optimizer's, and does
-    not depend on the number of steps. Weight decay is not a part of the objective. It leads to a point that is not
-    stationary, which is reported as not converged.
+    Each step costs one gradient, or more if the optimizer calls its closure again. Memory is that of the optimizer, and
+    does not depend on the number of steps. Weight decay is not a part of the objective. It leads to a point that is not
+    stationary, and the report says that it has not converged.
 
     Parameters
     ----------
@@ -44,8 +44,8 @@ class TorchOptimizer(InnerSolver):
     max_steps
         The number of steps. Without a tolerance it is a budget, and spending it is a success.
     elementwise
-        Whether ``optimizer_class`` treats every entry by itself, for a class that is not of torch; None: only
-        if it is one of those named above.
+        Whether ``optimizer_class`` is element-wise, for a class that is not in torch. None: only if it is one of those
+        above.
     **options
         Passed to ``optimizer_class``, such as ``lr``.
 
@@ -97,7 +97,7 @@ class TorchOptimizer(InnerSolver):
                     f"{why}; leave it out"
                 )
         if optimizer_class is torch.optim.LBFGS:
-            # Its own tolerances would end every step before ours is met.
+            # Its own tolerances would end a step before ours is met.
             options = {"tolerance_grad": 0.0, "tolerance_change": 0.0, **options}
         known = optimizer_class in _ELEMENTWISE
         object.__setattr__(self, "optimizer_class", optimizer_class)
@@ -116,6 +116,11 @@ class TorchOptimizer(InnerSolver):
             "" if self.elementwise == (self.optimizer_class in _ELEMENTWISE) else f", elementwise={self.elementwise}"
         )
         return f"TorchOptimizer({self.optimizer_class.__name__}, max_steps={self.max_steps}{declared}{options})"
+
+    def with_max_steps(self, max_steps: int) -> TorchOptimizer:
+        return TorchOptimizer(
+            self.optimizer_class, max_steps=max_steps, elementwise=self.elementwise, **dict(self.options)
+        )
 
     def solve(self, problem: Problem, init: torch.Tensor, goal: Goal) -> InnerSolution:
         if not self.elementwise and problem.batch > 1:
@@ -148,7 +153,7 @@ class TorchOptimizer(InnerSolver):
             return flat.reshape(init.shape)
 
         def step(state: _State, active: torch.Tensor) -> tuple[_State, torch.Tensor | None]:
-            place("data", state.x)  # a problem that has ended stays where it is, whatever the optimizer did to it
+            place("data", state.x)  # a problem that has ended does not move
             place("grad", state.residual)
             if self.elementwise:
                 optimizer.step()
@@ -191,7 +196,7 @@ def _closure(
     read: Callable[[], torch.Tensor],
     place: Callable[[str, torch.Tensor], None],
 ) -> Callable[[], float]:
-    """Return what torch's optimizers call a closure; its first call finds the state's own gradient in place."""
+    """Return the closure for torch's optimizers. Its first call finds the state's gradient in place."""
     fresh = [True]
 
     def evaluate() -> float:

@@ -26,6 +26,7 @@ method                 outer direction                                          
 from bilevel.errors import NonFiniteError
 from bilevel.stochastic._adjoint import AdjointMethod
 from bilevel.stochastic._batches import Batch, Microbatches, Minibatches
+from bilevel.stochastic._gauss_newton import OutputLoss
 from bilevel.stochastic._method import StochasticMethod
 from bilevel.stochastic._options import StepOptions, StepResult
 from bilevel.stochastic.amigo import AmIGO
@@ -61,6 +62,7 @@ __all__ = [
     "Microbatches",
     "Minibatches",
     "NonFiniteError",
+    "OutputLoss",
     "StepOptions",
     "StepResult",
     "StocBiO",

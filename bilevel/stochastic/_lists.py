@@ -16,21 +16,20 @@ Tensors: TypeAlias = list[torch.Tensor]
 
 def add(left: Sequence[torch.Tensor], right: Sequence[torch.Tensor], factor: float | torch.Tensor = 1.0) -> Tensors:
     """Return left + factor · right."""
-    return [a + factor * b for a, b in zip(left, right, strict=True)]
+    return [_sum(a, b, factor) for a, b in zip(left, right, strict=True)]
 
 
 def add_into(left: Tensors, right: Sequence[torch.Tensor], factor: float | torch.Tensor = 1.0) -> Tensors:
     """Return left + factor · right, in the memory of ``left`` where nothing else refers to it: ``left`` is given up."""
     free = [mine and a.dtype == b.dtype for mine, a, b in zip(owned(left), left, right, strict=True)]
+    return [_sum(a, b, factor, into=mine) for mine, a, b in zip(free, left, right, strict=True)]
+
+
+def _sum(a: torch.Tensor, b: torch.Tensor, factor: float | torch.Tensor, *, into: bool = False) -> torch.Tensor:
+    """Return a + factor · b, in the memory of ``a`` if ``into``."""
     if isinstance(factor, torch.Tensor):
-        return [
-            a.addcmul_(b, factor.to(b.dtype)) if mine else a + factor * b
-            for mine, a, b in zip(free, left, right, strict=True)
-        ]
-    return [
-        a.add_(b, alpha=factor) if mine else torch.add(a, b, alpha=factor)
-        for mine, a, b in zip(free, left, right, strict=True)
-    ]
+        return a.addcmul_(b, factor.to(b.dtype)) if into else a + factor * b
+    return a.add_(b, alpha=factor) if into else torch.add(a, b, alpha=factor)
 
 
 def subtract_from(left: Tensors, right: Sequence[torch.Tensor]) -> Tensors:
@@ -40,7 +39,7 @@ def subtract_from(left: Tensors, right: Sequence[torch.Tensor]) -> Tensors:
 
 def subtract(left: Sequence[torch.Tensor], right: Sequence[torch.Tensor]) -> Tensors:
     """Return left − right."""
-    return [a - b for a, b in zip(left, right, strict=True)]
+    return add(left, right, -1.0)
 
 
 def scale(tensors: Sequence[torch.Tensor], factor: float | torch.Tensor) -> Tensors:

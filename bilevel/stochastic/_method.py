@@ -45,6 +45,7 @@ class Directions:
     adjoint: Tensors | None = None
     inner_gradient_norm: torch.Tensor | None = None
     adjoint_residual_norm: torch.Tensor | None = None
+    exact_residual_norm: torch.Tensor | None = None
     linear_status: Status | None = None
 
 
@@ -270,6 +271,7 @@ class StochasticMethod(ABC):
             hypergradient_norm=norms["hypergradient"],
             inner_gradient_norm=inner if found.inner_gradient_norm is None else found.inner_gradient_norm,
             adjoint_residual_norm=norms.get("adjoint direction") if residual is None else residual,
+            exact_residual_norm=found.exact_residual_norm,
             linear_status=found.linear_status,
             step=self.steps,
         )

@@ -106,6 +106,9 @@ class StepResult:
         Of the last inner direction before clipping, of shape ().
     adjoint_residual_norm
         ‖H q − ∇_φ F‖ on the last batch, of shape (), where the method has an adjoint q.
+    exact_residual_norm
+        ‖H q − ∇_φ F‖ with the exact Hessian, of shape (), where the method solved with another matrix in its place. Divided by ‖∇_φ F‖,
+        it tells the bias.
     linear_status
         How the linear solve ended, where the method has one.
     step
@@ -119,6 +122,7 @@ class StepResult:
     hypergradient_norm: torch.Tensor
     inner_gradient_norm: torch.Tensor
     adjoint_residual_norm: torch.Tensor | None = None
+    exact_residual_norm: torch.Tensor | None = None
     linear_status: Status | None = None
     step: int = 0
     skipped: bool = False

@@ -76,6 +76,10 @@ class Oracle:
         self.passes = {"forward": 0, "reverse": 0}
         self.synchronize()
 
+    def objective(self, name: str) -> Objective:
+        """Return an objective as it was given."""
+        return self._objectives[name]
+
     # Derivatives.
 
     def inner_gradient(self, batch: Any, at: Point | None = None) -> tuple[torch.Tensor, Tensors]:
@@ -116,9 +120,16 @@ class Oracle:
 
     def value(self, name: str, data: Any, at: Point | None) -> torch.Tensor:
         """Return an objective's loss () with its graph."""
+        return self.checked(name, self.called(self._objectives[name], data, at), at)
+
+    def called(self, function: Callable[[Any, Any, Any], Any], data: Any, at: Point | None) -> Any:
+        """Return ``function`` of the variables and ``data``, with its graph: one forward pass."""
         self.passes["forward"] += 1
         with torch.enable_grad(), self._autocast():
-            loss = call_at(self._objectives[name], self.inner, self.outer, data, at)
+            return call_at(function, self.inner, self.outer, data, at)
+
+    def checked(self, name: str, loss: Any, at: Point | None) -> torch.Tensor:
+        """Return the ``loss`` that an objective returned, or raise."""
         if not isinstance(loss, torch.Tensor) or loss.numel() != 1 or not loss.is_floating_point():
             got = f"a tensor {tuple(loss.shape)} of {loss.dtype}" if isinstance(loss, torch.Tensor) else repr(loss)
             raise ShapeError(
@@ -151,7 +162,10 @@ class Oracle:
 
     def _linearize(self, data: Any, at: Point | None, z: Tensors) -> tuple[torch.Tensor, Tensors, torch.Tensor | None]:
         """Return G, and ∇_φ G times the scale with its graph, for one part of a minibatch."""
-        loss = self.value("inner_objective", data, at)
+        return self.gradient_of(self.value("inner_objective", data, at), z)
+
+    def gradient_of(self, loss: torch.Tensor, z: Tensors) -> tuple[torch.Tensor, Tensors, torch.Tensor | None]:
+        """Return a loss, its gradient by ``z`` times the scale with its graph, and the scale: one reverse pass."""
         scaled, scale = self._scaled(loss)
         gradient = self._reverse([scaled], z, [torch.ones_like(scaled)], create_graph=True)
         return loss.detach(), list(gradient), scale
@@ -276,10 +290,14 @@ class Linearization:
     def __init__(self, oracle: Oracle, batch: Any, at: Point | None) -> None:
         self._oracle = oracle
         self._z, self._x = oracle._leaves(at)
-        self._parts = [(weight, *oracle._linearize(data, at, self._z)) for weight, data in batch_parts(batch)]
+        self._at = at
+        self._parts = [(weight, *self._part(weight, data)) for weight, data in batch_parts(batch)]
         self.loss, *self.gradient = oracle._mean(
             (weight, [loss, *_unscaled(_detached(gradient), scale)]) for weight, loss, gradient, scale in self._parts
         )
+
+    def _part(self, weight: float, data: Any) -> tuple[torch.Tensor, Tensors, torch.Tensor | None]:
+        return self._oracle._linearize(data, self._at, self._z)
 
     def hessian(self, q: Sequence[torch.Tensor]) -> Tensors:
         """Return H q: one reverse pass."""

@@ -70,7 +70,7 @@ def load_method_state(method: Any, state: dict[str, Any]) -> None:
     method._oracle.passes = dict(state["passes"])
     method.steps = state["steps"]
     for name in method._STATE:
-        setattr(method, name, state["memory"][name])
+        setattr(method, name, state["memory"].get(name))
 
 
 def _check(method: Any, state: Any, where: str) -> None:

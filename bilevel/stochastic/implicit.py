@@ -6,12 +6,16 @@ from typing import Any
 
 import torch
 
+from bilevel.errors import ArgumentError
+from bilevel.layers.least_squares import FullHessian, GaussNewtonHessian
 from bilevel.linear._base import LinearSolverLike, as_linear_solver, solve_linear
+from bilevel.linear.kept import Kept
 from bilevel.operators import FunctionOperator
 from bilevel.reports import Status
 from bilevel.setting_checks import check_steps
 from bilevel.stochastic._adjoint import AdjointMethod
 from bilevel.stochastic._batches import BatchSource
+from bilevel.stochastic._gauss_newton import GaussNewtonLinearization, OutputLoss
 from bilevel.stochastic._lists import Tensors, norm, subtract, subtract_from
 from bilevel.stochastic._method import Directions, Problem
 from bilevel.stochastic._optimizers import preconditioner
@@ -34,7 +38,8 @@ class ImplicitStep(AdjointMethod):
         T.
     linear_solver
         A linear solver of the library, such as ``bilevel.CG(max_steps=10)`` or ``bilevel.Neumann(terms=10, step=0.1)``, or a function
-        (operator, rhs) ↦ x on vectors (1, n). None: ``adjoint_steps`` gradient steps on ½ qᵀH q − qᵀ∇_φ F.
+        (operator, rhs) ↦ x on vectors (1, n). ``bilevel.CG(max_steps=5, preconditioner=bilevel.Kept(bilevel.Kronecker.like(model)))`` keeps
+        a preconditioner from step to step. None: ``adjoint_steps`` gradient steps on ½ qᵀH q − qᵀ∇_φ F.
     adjoint_steps
         Only without ``linear_solver``.
     warm_start
@@ -43,6 +48,10 @@ class ImplicitStep(AdjointMethod):
         Let D be the preconditioner of the inner optimiser: lr/(√v̂ + ε) of Adam, AdamW, RMSprop or Adagrad. Gradient steps become
         q ← q − D (H q − ∇_φ F); a linear solver solves D^½ H D^½ y = D^½ ∇_φ F, q = D^½ y. With one gradient step and without
         ``warm_start``, q = D ∇_φ F, as in SAMA, which in addition differentiates D itself and is first order by a difference quotient.
+    hessian
+        The matrix H: :class:`bilevel.FullHessian` by default. :class:`bilevel.GaussNewtonHessian` takes the Gauss–Newton matrix, for an
+        ``inner_objective`` that is an :class:`OutputLoss`. It is positive semidefinite where the Hessian of a network is not, and biased:
+        ``exact_residual_norm`` of the result is what the exact H leaves of the system. A product takes two reverse passes then, and a step two more.
     tolerance
         Of the linear solve; None: as accurate as the solver's budget allows.
     **settings
@@ -51,7 +60,8 @@ class ImplicitStep(AdjointMethod):
     Raises
     ------
     ArgumentError
-        If a setting is out of its range, or with ``preconditioned`` if the inner optimiser has no diagonal preconditioner.
+        If a setting is out of its range; with ``preconditioned`` if the inner optimiser has no diagonal preconditioner; with the
+        Gauss–Newton matrix if the inner objective is no :class:`OutputLoss`.
 
     References
     ----------
@@ -75,6 +85,8 @@ class ImplicitStep(AdjointMethod):
     [1.0, 1.0]
     """
 
+    _STATE = ("_preconditioner_state",)
+
     def __init__(
         self,
         problem: Problem,
@@ -86,10 +98,12 @@ class ImplicitStep(AdjointMethod):
         adjoint_steps: int = 5,
         warm_start: bool = True,
         preconditioned: bool = False,
+        hessian: FullHessian | GaussNewtonHessian | None = None,
         tolerance: Tolerance | None = None,
         **settings: Any,
     ) -> None:
         super().__init__(problem, inner, outer, **settings)
+        self._output_loss = self._checked_hessian(hessian)
         check_steps(self.where, "inner_steps", inner_steps, least=0)
         check_steps(self.where, "adjoint_steps", adjoint_steps)
         self.inner_steps, self.adjoint_steps = inner_steps, adjoint_steps
@@ -99,7 +113,7 @@ class ImplicitStep(AdjointMethod):
 
     def _directions(self, inner: BatchSource, outer: BatchSource) -> Directions:
         self._inner_steps(inner, self.inner_steps)
-        lower = self._oracle.linearize(inner.draw())
+        lower = self._linearized(inner.draw())
         upper = self._oracle.outer_gradients(outer.draw())
         self._require_finite("gradient", lower.gradient, upper.inner)
         if not self.warm_start:
@@ -109,14 +123,44 @@ class ImplicitStep(AdjointMethod):
             residual, status = self._by_gradient_steps(lower, upper.inner), None
         else:
             residual, status = self._by_linear_solver(lower, upper.inner)
+        exact = None
+        if isinstance(lower, GaussNewtonLinearization):
+            exact = norm(subtract_from(lower.exact_hessian(self.adjoint), upper.inner))
         return Directions(
             outer=subtract(upper.outer, lower.cross(self.adjoint)),
             inner_loss=lower.loss,
             outer_loss=upper.loss,
             inner_gradient_norm=norm(lower.gradient),
             adjoint_residual_norm=residual,
+            exact_residual_norm=exact,
             linear_status=status,
         )
+
+    def _linearized(self, batch: Any) -> Linearization:
+        if self._output_loss is None:
+            return self._oracle.linearize(batch)
+        return GaussNewtonLinearization(self._oracle, batch, None, self._output_loss)
+
+    def _checked_hessian(self, hessian: Any) -> OutputLoss | None:
+        """Return the objective whose Gauss–Newton matrix is taken; None for the Hessian."""
+        if hessian is None or isinstance(hessian, FullHessian):
+            return None
+        if not isinstance(hessian, GaussNewtonHessian):
+            raise ArgumentError(
+                f"{self.where}: expected hessian to be bilevel.FullHessian() or bilevel.GaussNewtonHessian(), got {hessian!r}; pass one of them"
+            )
+        objective = self._oracle.objective("inner_objective")
+        if not isinstance(objective, OutputLoss):
+            raise ArgumentError(
+                f"{self.where}: expected inner_objective to be a bilevel.stochastic.OutputLoss with hessian=bilevel.GaussNewtonHessian(), got "
+                f"{objective!r}; write OutputLoss(outputs, loss, penalty), which tells the model's outputs from the loss"
+            )
+        if self._scale.enabled:
+            raise ArgumentError(
+                f"{self.where}: expected no grad_scaler with hessian=bilevel.GaussNewtonHessian(), got one; use autocast=torch.bfloat16, which "
+                "needs none"
+            )
+        return objective
 
     def _by_gradient_steps(self, lower: Linearization, rhs: Tensors) -> torch.Tensor:
         diagonal = self._preconditioner() if self.preconditioned else None
@@ -156,6 +200,17 @@ class ImplicitStep(AdjointMethod):
         for q, part in zip(self.adjoint, found, strict=True):
             q.copy_(part)
         return outcome.residual_norm.squeeze(0), Status(int(outcome.status))
+
+    @property
+    def _preconditioner_state(self) -> dict[str, Any]:
+        kept = getattr(self.linear_solver, "preconditioner", None)
+        return kept.state_dict() if isinstance(kept, Kept) else {}
+
+    @_preconditioner_state.setter
+    def _preconditioner_state(self, state: dict[str, Any] | None) -> None:
+        kept = getattr(self.linear_solver, "preconditioner", None)
+        if isinstance(kept, Kept):
+            kept.load_state_dict(state or {})
 
     def _preconditioner(self) -> Tensors:
         return preconditioner(self.inner_optimizer, self._inner.tensors, self.where)

@@ -13,17 +13,8 @@ from typing import Any
 
 from bilevel.testing._diagnose import diagnose
 from bilevel.testing.comparisons import Allowance, Comparison, GradientCheck, Verdict
-from bilevel.testing.diagnosis import (
-    Advice,
-    Cost,
-    Curvature,
-    Defect,
-    Diagnosis,
-    Finding,
-    InnerSolve,
-    LinearSolve,
-    OuterTensor,
-)
+from bilevel.testing.defects import Defect
+from bilevel.testing.diagnosis import Advice, Cost, Curvature, Diagnosis, Finding, InnerSolve, LinearSolve, OuterTensor
 from bilevel.testing.gradients import assert_gradients, check_gradients
 
 __all__ = [

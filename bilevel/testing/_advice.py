@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
-from bilevel.testing.diagnosis import Advice, Cost, Curvature, Defect
+from bilevel.testing.defects import Defect
+from bilevel.testing.diagnosis import Advice, Cost, Curvature
 
 if TYPE_CHECKING:
     from bilevel.testing._examination import Examination

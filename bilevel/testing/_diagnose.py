@@ -11,7 +11,8 @@ from bilevel.testing import _steps_function, _steps_gradient, _steps_solution
 from bilevel.testing._advice import advise
 from bilevel.testing._examination import Examination
 from bilevel.testing._subject import of_call
-from bilevel.testing.diagnosis import Defect, Diagnosis, Finding
+from bilevel.testing.defects import Defect
+from bilevel.testing.diagnosis import Diagnosis, Finding
 
 __all__ = ["diagnose"]
 

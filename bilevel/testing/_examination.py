@@ -17,17 +17,8 @@ from torch.utils import _pytree as pytree
 
 import bilevel
 from bilevel.testing._subject import Subject
-from bilevel.testing.diagnosis import (
-    Advice,
-    Cost,
-    Curvature,
-    Defect,
-    Diagnosis,
-    Finding,
-    InnerSolve,
-    LinearSolve,
-    OuterTensor,
-)
+from bilevel.testing.defects import Defect
+from bilevel.testing.diagnosis import Advice, Cost, Curvature, Diagnosis, Finding, InnerSolve, LinearSolve, OuterTensor
 from bilevel.testing.references import Reference
 
 __all__ = ["Examination", "first_line", "widest", "worst_of"]

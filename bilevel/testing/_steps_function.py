@@ -8,7 +8,7 @@ from torch.utils import _pytree as pytree
 import bilevel
 from bilevel.testing._examination import Examination, first_line
 from bilevel.testing._probes import Probe, captured_tensors, gradient_mismatch, probe, state_of
-from bilevel.testing.diagnosis import Defect
+from bilevel.testing.defects import Defect
 from bilevel.testing.references import Reference
 
 __all__ = ["derivatives", "dtypes", "function", "misuse", "prepare"]

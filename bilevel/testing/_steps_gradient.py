@@ -13,7 +13,8 @@ from torch.utils import _pytree as pytree
 
 import bilevel
 from bilevel.testing._examination import Examination, widest, worst_of
-from bilevel.testing.diagnosis import Defect, LinearSolve, OuterTensor
+from bilevel.testing.defects import Defect
+from bilevel.testing.diagnosis import LinearSolve, OuterTensor
 
 __all__ = ["linear_solve", "one_sided", "tensors"]
 

@@ -14,7 +14,8 @@ import bilevel
 from bilevel.testing import _curvature
 from bilevel.testing._examination import Examination, worst_of
 from bilevel.testing._probes import noise
-from bilevel.testing.diagnosis import Cost, Curvature, Defect, InnerSolve
+from bilevel.testing.defects import Defect
+from bilevel.testing.diagnosis import Cost, Curvature, InnerSolve
 
 __all__ = ["curve", "price", "solve", "stationary"]
 

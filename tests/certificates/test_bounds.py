@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import bilevel
-from bilevel.certificates import _certificate, _point, logistic_constants
+from bilevel.certificates import _certificate, _inner_point, logistic_constants
 from bilevel.certificates._errors import Spectral
 from bilevel.reports import Basis
 
@@ -151,7 +151,7 @@ def test_without_convexity_a_minimum_nearby_is_proven_where_kantorovich_holds(st
 
 @pytest.fixture
 def _nothing_is_formed(monkeypatch):
-    monkeypatch.setattr(_point, "MOST_NUMBERS", 0)
+    monkeypatch.setattr(_inner_point, "MOST_NUMBERS", 0)
 
 
 @pytest.mark.usefixtures("_nothing_is_formed")
@@ -240,7 +240,7 @@ def test_an_operation_without_rules_for_transforms_is_bounded_by_reverse_passes(
     point = problem.hypergradient(theta, data, init=torch.zeros(5, dtype=F64))._certificate.point
     plain = Ridge(solver=lambda objective, init, *args: init, tolerance=bilevel.Tolerance(delta=None))
     reference = plain.hypergradient(theta, data, init=point.x[0])._certificate.point
-    torch.testing.assert_close(point.cross, reference.cross)
+    torch.testing.assert_close(point.inner.cross, reference.inner.cross)
 
 
 def test_a_zero_adjoint_and_an_exact_solution_are_no_special_case():
@@ -322,7 +322,7 @@ def test_the_bound_of_a_report_allows_for_rounding():
 
 def test_a_norm_of_b_that_was_given_is_moved_with_the_point(monkeypatch):
     # H (2 × 2) may be formed and B (2 × 5) not: the bounds by way of a better point need ‖B‖ there.
-    monkeypatch.setattr(_point, "MOST_NUMBERS", 5)
+    monkeypatch.setattr(_inner_point, "MOST_NUMBERS", 5)
 
     class Products(bilevel.BilevelProblem):
         def inner_objective(self, inner, outer, data):
@@ -342,7 +342,7 @@ def test_a_norm_of_b_that_was_given_is_moved_with_the_point(monkeypatch):
     result = problem.hypergradient(theta, (), init=start)
     phi, _, g, _ = truth(problem, theta, (), start)
     certificate = result._certificate
-    assert certificate.exact.factorable and certificate.exact.cross is None
+    assert certificate.exact.inner.factorable and certificate.exact.inner.cross is None
     known, there = Spectral().at_point(certificate.constants, certificate.exact, certificate.refined)
     exact = 0.2 * float(phi.sum()) * 10**0.5  # B = 0.2 (φ₁ + φ₂) 11ᵀ
     assert known.cross_norm is None and exact <= float(there.cross_norm) <= 2 * exact
@@ -359,7 +359,7 @@ def test_b_is_made_of_whichever_are_fewer_its_rows_or_its_columns():
     outer = torch.tensor([-1.0, 0.3], dtype=F64)
     result = Common(tolerance=BUDGET).hypergradient(outer, data, init=torch.zeros(5, dtype=F64))
     cross = torch.func.jacrev(torch.func.grad(Common().inner_objective), argnums=1)(result.inner, outer, data)
-    torch.testing.assert_close(result._certificate.exact.cross[0], cross)
+    torch.testing.assert_close(result._certificate.exact.inner.cross[0], cross)
 
 
 def test_a_problem_too_large_to_factorise_is_certified_tightly():
@@ -386,7 +386,7 @@ def test_a_problem_too_large_to_factorise_is_certified_tightly():
     outer, start = torch.tensor(-8.0, dtype=F64), torch.zeros(n, dtype=F64)
     problem = Large(solver=bilevel.LBFGS(max_steps=12), linear_solver=bilevel.CG(max_steps=4), tolerance=BUDGET)
     result = problem.hypergradient(outer, None, init=start)
-    assert not result._certificate.exact.factorable
+    assert not result._certificate.exact.inner.factorable
     # φ lies in the span of the rows, where there are 40 unknowns.
     basis = torch.linalg.qr(X.mT)[0]
     coordinates, step = torch.zeros(rows, dtype=F64), torch.ones(1)

@@ -158,7 +158,7 @@ def test_right_constants_are_never_refuted():
 
 
 def test_a_wrong_mu_is_found_out_without_a_matrix(monkeypatch):
-    monkeypatch.setattr("bilevel.certificates._point.MOST_NUMBERS", 0)
+    monkeypatch.setattr("bilevel.certificates._inner_point.MOST_NUMBERS", 0)
     theta, data = draw(4)
     problem = Logistic(solver=bilevel.GradientDescent(0.5, 20), linear_solver=bilevel.CG(), tolerance=BUDGET)
     true = Logistic.constants(problem, theta, data)

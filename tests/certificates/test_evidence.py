@@ -9,7 +9,7 @@ import torch
 
 import bilevel
 from bilevel._torch import factorisations as safe
-from bilevel.certificates import _point
+from bilevel.certificates import _inner_point
 from bilevel.reports import Basis
 
 from .families import F64, Ridge, draw
@@ -109,7 +109,7 @@ class Steps(bilevel.BilevelProblem):
 @pytest.mark.parametrize("products", [False, True])
 def test_two_values_that_bounds_say_must_agree_refute_them(on_failure, products, monkeypatch):
     if products:
-        monkeypatch.setattr(_point, "MOST_NUMBERS", 0)
+        monkeypatch.setattr(_inner_point, "MOST_NUMBERS", 0)
 
     class Declared(Steps):
         def constants(self, theta, data):

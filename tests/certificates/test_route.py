@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import bilevel
-from bilevel.certificates import _point
+from bilevel.certificates import _inner_point
 from bilevel.reports import Basis
 
 from .families import F64, Logistic, Ridge, draw, excess, truth
@@ -34,7 +34,7 @@ class Declared(Ridge):
 
 @pytest.fixture(autouse=True)
 def _nothing_is_formed(monkeypatch):
-    monkeypatch.setattr(_point, "MOST_NUMBERS", 0)
+    monkeypatch.setattr(_inner_point, "MOST_NUMBERS", 0)
 
 
 def solve(problem_class, theta, data, tolerance=BUDGET, dtype=F64, inner=20, linear=3, **others):

@@ -206,6 +206,23 @@ def test_a_model_of_the_users_own(run: Any, flowers: Path, tmp_path: Path, monke
         assert ended.code == 2 and ended.err.count("\n") == 1 and words in ended.err
 
 
+def test_an_id_column_is_ignored_and_written(run: Any, flowers: Path, tmp_path: Path) -> None:
+    """The runs are those without the column, and cleaned data have it."""
+    lines = flowers.read_text().splitlines()
+    named = tmp_path / "named.csv"
+    named.write_text("\n".join([f"plant id,{lines[0]}", *(f"plant {n},{line}" for n, line in enumerate(lines[1:]))]))
+    common = ("--target", "kind", "--trusted-size", 12, *QUICK, "--no-compare", "-q", "--output")
+    assert run(flowers, *common, tmp_path / "plain").code == 0
+    ended = run(named, "--ignore", "plant id", *common, tmp_path / "ignored")
+    assert ended.code == 0, ended.err
+    plain, ignored = ((tmp_path / name / "suspicious.csv").read_text() for name in ("plain", "ignored"))
+    assert ignored == plain
+    cleaned = rows_of(tmp_path / "ignored" / "cleaned.csv")
+    assert all(row.pop("plant id").startswith("plant ") for row in cleaned)
+    assert cleaned == rows_of(tmp_path / "plain" / "cleaned.csv")
+    assert "leave it out by --ignore 'plant id'" in run(named, "--target", "kind").err
+
+
 BAD: dict[str, tuple[list[object], str]] = {
     "no such data": (["iris"], "no data set, file or folder called 'iris'"),
     "no such file": (["none.csv", "--target", "y"], "there is no file none.csv"),
@@ -215,6 +232,14 @@ BAD: dict[str, tuple[list[object], str]] = {
     "numbers for classes": (["NUMBERS", "--target", "a"], "too many for classes"),
     "one class": (["NUMBERS", "--target", "b"], "one value only"),
     "text": (["FLOWERS", "--target", "width"], "not a number"),
+    "text of ids": (["FLOWERS", "--target", "place"], "or leave it out by --ignore kind"),
+    "unknown id": (["FLOWERS", "--target", "kind", "--ignore", "id"], "no column 'id' to ignore; there are: height"),
+    "target as id": (["FLOWERS", "--target", "kind", "--ignore", "kind"], "cannot be ignored; leave --ignore kind out"),
+    "ids alone": (
+        ["FLOWERS", "--target", "kind", *("--ignore", "height", "--ignore", "width", "--ignore", "place")],
+        "no column besides the target 'kind' and the ignored ones",
+    ),
+    "ids of digits": (["digits", "--ignore", "id"], "digits has no columns; leave --ignore out"),
     "empty folder": (["EMPTY"], "holds no images"),
     "broken image": (["BROKEN"], "is not an image that can be read"),
     "model": (["digits", "--model", "forest"], "no model called 'forest'"),

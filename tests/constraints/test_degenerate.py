@@ -194,3 +194,45 @@ def test_a_batch_that_mixes_all_of_these() -> None:
     found = vmap(jacrev(lambda d: layer(zeros(2), d).sum()))(data)["cap"]
     torch.testing.assert_close(found[:3], tensor(0.0, 0.0, 1.0))
     assert bool(torch.isnan(found[3:]).all())
+
+
+def transport(smoothing: float | None = None, columns: int = 3) -> bilevel.Layer:
+    """A plan whose rows sum to ``a`` and whose first ``columns`` columns sum to a third: the last sum follows from the others."""
+    third = torch.full((3,), 1 / 3, dtype=torch.float64)
+
+    def sums(plan: torch.Tensor, cost: torch.Tensor, a: torch.Tensor) -> torch.Tensor:
+        return torch.cat([plan.sum(1) - a, (plan.sum(0) - third)[:columns]])
+
+    options = {} if smoothing is None else {"smoothing": smoothing}
+    return bilevel.argmin(
+        lambda plan, cost, a: (plan * cost).sum() + 0.5 * (plan**2).sum(), lower=0.0, equality=sums, **options
+    )
+
+
+def test_equations_that_repeat_each_other_are_named_and_leaving_one_out_helps() -> None:
+    torch.manual_seed(0)
+    cost, start = torch.rand(3, 3, dtype=torch.float64), torch.full((3, 3), 1 / 9, dtype=torch.float64)
+    weights = torch.arange(9.0, dtype=torch.float64).reshape(3, 3)
+    a = torch.full((3,), 1 / 3, dtype=torch.float64, requires_grad=True)
+    plan = transport()(start, cost, a)
+    with pytest.raises(bilevel.SolveError, match=r"equality\[0\], .* repeat each other, .* leave one .* out") as caught:
+        (weights * plan).sum().backward()
+    assert caught.value.report.status is Status.DEGENERATE
+    # What the message advises works; the reference moves mass between two rows, so that both forms stay feasible.
+    fewer = transport(columns=2)
+    (weights * fewer(start, cost, a)).sum().backward()
+    step = 1e-5 * torch.tensor([1.0, -1.0, 0.0], dtype=torch.float64)
+    with torch.no_grad():
+        moved = [(weights * transport()(start, cost, a + sign * step)).sum() for sign in (1, -1)]
+    assert a.grad is not None
+    torch.testing.assert_close(a.grad @ step, (moved[0] - moved[1]) / 2, rtol=1e-5, atol=0)
+
+
+def test_repeated_equations_that_no_argument_moves_apart_are_no_failure() -> None:
+    cost = torch.arange(9.0, dtype=torch.float64).reshape(3, 3).sin().requires_grad_()
+    a = torch.full((3,), 1 / 3, dtype=torch.float64)
+    (grad,) = torch.autograd.grad(transport()(torch.full_like(cost, 1 / 9).detach(), cost, a).square().sum(), cost)
+    (same,) = torch.autograd.grad(
+        transport(columns=2)(torch.full_like(cost, 1 / 9).detach(), cost, a).square().sum(), cost
+    )
+    torch.testing.assert_close(grad, same)

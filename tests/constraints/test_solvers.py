@@ -92,7 +92,7 @@ def test_a_budget_that_is_spent_is_reported() -> None:
     ("solver", "sentence"),
     [
         (bilevel.LBFGS(), "expected a solver that takes constraints, got LBFGS"),
-        (bilevel.ScipyMinimize("BFGS"), "expected a method of scipy's that takes constraints, got BFGS"),
+        (bilevel.ScipyMinimize("BFGS"), "expected a scipy method that takes constraints, got BFGS"),
         (bilevel.ProjectedNewton(), "expected bounds alone"),
     ],
 )

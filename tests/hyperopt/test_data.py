@@ -201,6 +201,17 @@ def test_targets_are_asked_for_where_they_are_needed(write) -> None:
         load("wine", target="y")
 
 
+def test_ignored_columns_are_no_features(write) -> None:
+    path = write("id,x,note,y\na1,1,late,0\na2,2,,1\na3,4,?,0\n")
+    with pytest.raises(DataError, match=r"holds 'a1', which is not a number; .*or leave it out by --ignore id$"):
+        load(str(path), target="y")
+    dataset = load(str(path), target="y", ignore=["note", "id"])
+    assert dataset.features == ("x",)
+    np.testing.assert_array_equal(dataset.inputs, [[1], [2], [4]])
+    with pytest.raises(DataError, match="leave --ignore out"):
+        load("wine", ignore=["alcohol"])
+
+
 def test_regression_on_text_is_refused(write) -> None:
     with pytest.raises(DataError, match="regression needs numbers"):
         read_csv(write("x,y\n1,a\n2,b\n"), target="y", task=Task.REGRESSION)

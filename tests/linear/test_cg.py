@@ -10,7 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bilevel import Status, Tolerance
-from bilevel.linear._base import LinearOutcome, solve_linear
+from bilevel.linear._base import solve_linear
+from bilevel.linear._solution import LinearOutcome
 from bilevel.linear.cg import CG
 from bilevel.operators import DenseOperator, FunctionOperator
 from bilevel.tolerance import Target

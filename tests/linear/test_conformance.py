@@ -11,7 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bilevel import Status, Tolerance
-from bilevel.linear._base import CallableLinearSolver, LinearOutcome, LinearSolver, solve_linear
+from bilevel.linear._base import CallableLinearSolver, LinearSolver, solve_linear
+from bilevel.linear._solution import LinearOutcome
 from bilevel.linear.bicgstab import BiCGStab
 from bilevel.linear.cg import CG
 from bilevel.linear.exact import Exact

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from bilevel import Status, Tolerance
-from bilevel.linear._base import LinearOutcome, solve_linear
+from bilevel.linear._base import solve_linear
+from bilevel.linear._solution import LinearOutcome
 from bilevel.linear.gmres import GMRES
 from bilevel.operators import DenseOperator, FunctionOperator
 

@@ -12,8 +12,9 @@ from torch.func import grad, hessian, jacfwd, jacrev, vmap
 import bilevel
 from bilevel import Status, Tolerance
 from bilevel._torch import factorisations
-from bilevel.linear._base import LinearOutcome, as_linear_solver, solve_linear
+from bilevel.linear._base import as_linear_solver, solve_linear
 from bilevel.linear._judge import eigenvalue_uncertainty
+from bilevel.linear._solution import LinearOutcome
 from bilevel.operators import DenseOperator, FunctionOperator, LinearOperator, RepeatedOperator
 
 F64, F32 = torch.float64, torch.float32

@@ -276,7 +276,7 @@ def test_the_parts_of_a_query_equal_the_whole(together: int, monkeypatch: pytest
     found = []
     numbers = batch.query_x.numel() + batch.query_y.numel()
     for most in (numbers, numbers * together // 5 + 1):
-        monkeypatch.setattr("bilevel.meta.imaml._NUMBERS_AT_ONCE", most)
+        monkeypatch.setattr("bilevel.meta.tasks._NUMBERS_AT_ONCE", most)
         model.zero_grad()
         loss, predictions = learner(batch, predictions=True)
         loss.backward()

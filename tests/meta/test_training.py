@@ -23,15 +23,18 @@ from PIL import Image
 import bilevel
 from bilevel.cli.main import main
 from bilevel.meta import draw_glyphs
+from bilevel.meta.measured_descent import MeasuredDescent
 from bilevel.meta.processes import Processes, _contexts, _contexts_dropped, processes
 from bilevel.meta.recipe import Recipe, set_up
+from bilevel.meta.released import ReleasedDescent
 from bilevel.meta.safeguarded import SafeguardedCG
 from bilevel.meta.training import Score, Trainer, read_checkpoint
 from tests.states import damaged, edited, same
 
 SMALL = Recipe(
-    ways=3, queries=3, inner_steps=2, cg_steps=2, tasks_per_step=4, validation_tasks=5, validate_every=2, hold_out=1
-)
+    ways=3, queries=3, inner_steps=2, cg_steps=2, tasks_per_step=4, validation_tasks=5, validate_every=2, hold_out=1,
+    average=0.0, decay_steps=0,
+)  # fmt: skip
 OPTIONS = (
     "--ways", 3, "--queries", 3, "--inner-steps", 2, "--cg-steps", 2, "--tasks-per-step", 4, "--validation-tasks", 5,
     "--validate-every", 2, "--hold-out", 1, "--test-tasks", 5, "--device", "cpu",
@@ -71,7 +74,7 @@ def test_training_lowers_the_loss(folder: Path) -> None:
         assert float(trainer.learner(tasks)) < 0.85 * before
     assert [step for step, _ in trainer.validations] == list(range(2, 81, 2))
     record = trainer.history[-1]
-    assert record.step == 80 and record.inner_residual > 0 and record.linear_residual > 0 and record.lam == 1.0
+    assert record.step == 80 and record.inner_residual > 0 and record.linear_residual > 0 and record.lam == SMALL.lam
 
 
 @pytest.mark.parametrize(
@@ -82,6 +85,7 @@ def test_training_lowers_the_loss(folder: Path) -> None:
         {"mode": "released"},
         {"hessian_free": True},
         {"average": 0.9, "line_search": True, "safeguard": True},
+        {"average": 0.9, "inner_momentum": 0.5, "decay_steps": 8},
     ],
 )
 def test_going_on_is_bit_for_bit(folder: Path, tmp_path: Path, changes: dict[str, Any]) -> None:
@@ -131,6 +135,8 @@ def test_a_score_has_an_interval() -> None:
         {"cg_steps": 0},
         {"damping": -1.0},
         {"average": 1.0},
+        {"inner_momentum": 1.0},
+        {"decay_steps": -1},
         {"shots": 1.5},
     ],
 )
@@ -167,12 +173,14 @@ def test_without_an_average_the_learner_is_measured() -> None:
     assert trainer.averaged is trainer.learner
 
 
-def test_a_line_search_shortens_steps_that_are_too_long() -> None:
-    def residual(line_search: bool) -> float:
-        recipe = replace(SMALL, inner_lr=20.0, inner_steps=8, line_search=line_search)
+def test_steps_that_are_too_long_are_shortened() -> None:
+    def residual(**settings: Any) -> float:
+        recipe = replace(SMALL, inner_lr=0.4, inner_steps=8, **settings)
         return Trainer("glyphs", recipe, HERE).train_step().inner_residual
 
-    assert residual(True) < 0.5 < residual(False)
+    fixed = residual(adaptive=False, inner_momentum=0.0)
+    assert residual(adaptive=False, line_search=True) < 0.5 < fixed
+    assert residual(adaptive=True) < 0.5
 
 
 def test_a_recipe_chooses_the_linear_solver() -> None:
@@ -182,6 +190,27 @@ def test_a_recipe_chooses_the_linear_solver() -> None:
     assert solver(safeguard=True) == SafeguardedCG(max_steps=2)
     assert solver() == bilevel.CG(max_steps=2)
     assert solver(damping=0.5) == bilevel.Damped(bilevel.CG(max_steps=2), damping=0.5)
+
+
+def test_a_recipe_chooses_the_inner_solver() -> None:
+    def solver(**settings: Any) -> Any:
+        recipe = replace(SMALL, inner_momentum=0.5, **settings)
+        return recipe.learner(torch.nn.Linear(2, 1), torch.nn.functional.mse_loss).inner_layer.solver
+
+    assert solver() == MeasuredDescent(SMALL.inner_lr, 2, 0.5)
+    assert solver(adaptive=False) == bilevel.GradientDescent(SMALL.inner_lr, 2, momentum=0.5)
+    assert solver(line_search=True) == bilevel.GradientDescent(SMALL.inner_lr, 2, line_search=True)
+    assert solver(mode="released") == ReleasedDescent(SMALL.inner_lr, 2, SMALL.lam)
+    assert isinstance(solver(hessian_free=True), bilevel.Newton)
+
+
+def test_the_step_of_adam_decays_to_the_end_of_training(monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer, taken = Trainer("glyphs", replace(SMALL, outer_lr=0.4, decay_steps=4), HERE), []
+    monkeypatch.setattr(trainer.optimizer, "step", lambda: taken.append(trainer.optimizer.param_groups[0]["lr"]))
+    trainer.train(steps=9)
+    half = 0.5**0.5  # cos(π/4)
+    assert taken == pytest.approx([0.4, 0.2 * (1 + half), 0.2, 0.2 * (1 - half)]) and trainer.step == 4
+    assert SMALL.outer_step(5000) == SMALL.outer_lr
 
 
 def test_tasks_are_shared_evenly() -> None:

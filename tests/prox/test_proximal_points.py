@@ -304,12 +304,23 @@ def test_autocast_leaves_the_precision_alone(case: Case) -> None:
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
 
 
-def test_a_transport_plan_far_from_its_matrix_meets_its_sums_or_is_nan():
-    row = torch.tensor([0.5, 0.5], dtype=torch.float64)
-    column = torch.tensor([0.2, 0.3, 0.5], dtype=torch.float64)
-    term, draws = prox.TransportPolytope(row, column), torch.Generator().manual_seed(0)
-    for _ in range(20):
-        plan = term.prox(1e8 * torch.randn(2, 3, dtype=torch.float64, generator=draws))
-        if not bool(plan.isnan().all()):
-            torch.testing.assert_close(plan.sum(1), row)
-            torch.testing.assert_close(plan.sum(0), column)
+@pytest.mark.parametrize("sizes", [(2, 3), (5, 6), (20, 30)])
+@pytest.mark.parametrize("scale", [1e4, 1e8, 1e10])
+def test_a_transport_plan_far_from_its_matrix_solves_the_linear_program(sizes: tuple[int, int], scale: float) -> None:
+    generator = torch.Generator().manual_seed(0)
+    n, m = sizes
+    of_rows, of_columns = torch.eye(n).repeat_interleave(m, 1), torch.eye(m).repeat(1, n)
+    for turn in range(6):
+        row, column = (torch.rand(size, generator=generator, dtype=torch.float64) + 0.1 for size in sizes)
+        row[0] = row[0] * (turn != 4)
+        row, column = (torch.ones_like(t) if turn % 3 == 0 else t for t in (row, column))
+        row, column = row / row.sum(), column / column.sum()
+        v = torch.randn(n, m, dtype=torch.float64, generator=generator)
+        for dtype, rounding in ((torch.float64, 1e-12), (torch.float32, 2e-5)):
+            plan = prox.TransportPolytope(row.to(dtype), column.to(dtype)).prox((scale * v).to(dtype)).double()
+            torch.testing.assert_close(plan.sum(1), row, rtol=rounding, atol=rounding)
+            torch.testing.assert_close(plan.sum(0), column, rtol=rounding, atol=rounding)
+            assert (plan >= 0).all()
+            masses = torch.cat([row, column]).numpy()
+            best = linprog(-v.reshape(-1).numpy(), A_eq=torch.cat([of_rows, of_columns]).numpy(), b_eq=masses)
+            assert float((plan * v).sum()) == pytest.approx(-best.fun, abs=rounding + 2 / scale)

@@ -33,6 +33,21 @@ def random_program(n: int, p: int, m: int, *batch: int, bounds: bool = True) -> 
     return data
 
 
+def integer_program(n: int, seed: int, linear: bool = False) -> Data:
+    """Small integers make ties, duplicated rows, empty interiors and weakly active constraints."""
+    rng = np.random.default_rng(seed)
+    G = tensor(rng.integers(-1, 2, (2 * n, n)))
+    inside = tensor(rng.integers(-1, 2, n))
+    root = tensor(rng.integers(-1, 2, (n, n)))
+    data = {
+        "Q": torch.zeros(n, n, dtype=F64) if linear else root.T @ root, "q": tensor(rng.integers(-2, 3, n)),
+        "G": torch.cat([G, G[:1]]), "h": torch.cat([G, G[:1]]) @ inside + tensor(rng.integers(0, 2, 2 * n + 1)),
+        "lower": inside - tensor(rng.integers(0, 2, n)), "upper": inside + tensor(rng.integers(0, 3, n)),
+    }  # fmt: skip
+    data["h"][-1] = data["h"][0]
+    return data
+
+
 def by_clarabel(data: Data) -> torch.Tensor:
     """The solution of one program by Clarabel, as exactly as it can."""
     clarabel = pytest.importorskip("clarabel", reason="Clarabel is the reference, and is not installed")

@@ -13,7 +13,7 @@ from torch.func import vmap
 
 import bilevel
 from bilevel import Status, quadratic_program
-from tests.quadratic_programs.programs import F64, random_program, tensor
+from tests.quadratic_programs.programs import F64, integer_program, random_program, tensor
 
 EYE = torch.eye(3, dtype=F64)
 NONE = torch.zeros(3, 3, dtype=F64)
@@ -144,6 +144,15 @@ def test_a_weakly_active_constraint_is_named_and_smoothing_helps() -> None:
     torch.testing.assert_close(grad, vector(-0.5, 0.0, -1.0), rtol=1e-3, atol=1e-3)
     one_sided = quadratic_program(EYE, q, lower=0.0, on_failure="ignore")
     assert torch.isfinite(torch.autograd.grad(one_sided.sum(), q)[0]).all()
+
+
+@pytest.mark.parametrize(("n", "seed"), [(2, 290), (2, 354), (3, 107), (4, 4), (4, 45), (4, 167)])
+def test_a_weakly_active_constraint_at_zero_is_named(n: int, seed: int) -> None:
+    """The side is zero, and so is x but for rounding: the slack is all of both, and yet it is rounding."""
+    data = integer_program(n, seed)
+    x = quadratic_program(**{**data, "q": data["q"].requires_grad_()})
+    with pytest.raises(bilevel.SolveError, match="weakly active"):
+        (x * torch.arange(1.0, n + 1, dtype=F64)).sum().backward()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

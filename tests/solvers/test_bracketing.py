@@ -145,7 +145,7 @@ def test_mistakes_are_named(name: str) -> None:
         METHODS[name](1.0, 1.0)
     with pytest.raises(ValueError, match="expected max_steps"):
         METHODS[name](0.0, 1.0, max_steps=0)
-    with pytest.raises(ValueError, match="bracket that is empty"):
+    with pytest.raises(ValueError, match="an empty bracket"):
         layer(name, lambda x: x, torch.tensor([0.0, 1.0]), 1.0)(zeros(2))
     with pytest.raises(ValueError, match="one for each unknown"):
         layer(name, lambda x: x, torch.zeros(3), 1.0)(zeros(2))

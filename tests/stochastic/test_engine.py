@@ -129,6 +129,29 @@ def test_a_resumed_run_goes_on_bit_for_bit(name: str) -> None:
             assert torch.equal(method.outer, end[2])
 
 
+@pytest.mark.parametrize("make", [lambda: bilevel.Nystrom(2), lambda: bilevel.Kronecker([(5,)], probes=2)])
+def test_a_resumed_run_goes_on_with_the_kept_preconditioner(make: Any) -> None:
+    problem = Quadratic.random()
+
+    def start() -> tuple[Any, Minibatches]:
+        linear = bilevel.CG(max_steps=2, preconditioner=bilevel.Kept(make(), refresh=4))
+        return made("ImplicitStep", problem, linear_solver=linear), rows(seed=1)
+
+    method, lower = start()
+    for step in range(8):
+        if step == 2:
+            stream = io.BytesIO()
+            torch.save([method.state_dict(), lower.state_dict()], stream)
+        method.step(lower, problem.all)
+    again, rows_again = start()
+    stream.seek(0)
+    for part, state in zip((again, rows_again), torch.load(stream, weights_only=True), strict=True):
+        part.load_state_dict(state)
+    for _ in range(2, 8):
+        again.step(rows_again, problem.all)
+    assert torch.equal(again.outer, method.outer) and torch.equal(again.inner, method.inner)
+
+
 def test_a_state_is_a_copy_and_can_be_loaded_twice() -> None:
     problem = Quadratic.random()
     method = made("SABA", problem, inner_optimizer=torch.optim.Adam)

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import pytest
 import torch
 from torch.func import vmap
 
@@ -151,6 +152,16 @@ def program_oracle(start: torch.Tensor, t: torch.Tensor, X: torch.Tensor) -> tor
     return x - direction * ((G[0] @ x - h[0]) / (G[0] @ direction))
 
 
+def cone_program(function: Callable[..., torch.Tensor], **settings: Any) -> Solve:
+    """The same program by its cone."""
+    pytest.importorskip("clarabel", reason="Clarabel is an extra, and is not installed")
+
+    def solve(start: torch.Tensor, t: torch.Tensor, X: torch.Tensor) -> torch.Tensor:
+        return bilevel.cone_program(*function(t, X), [bilevel.cones.Nonnegative(2)], **settings)
+
+    return solve
+
+
 def with_signs(x: torch.Tensor, t: torch.Tensor, X: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the residual where the second unknown is zero and the first positive."""
     slope, hessian = slope_and_hessian(x, t, X)
@@ -220,6 +231,7 @@ STRUCTURED = (
     Kind("least_squares", residuals, bilevel.least_squares, newton(residuals_and_hessian)),
     Kind("equilibrium", payoffs, game, newton(payoffs_and_jacobian)),
     Kind("quadratic_program", program_data, program, program_oracle, has_start=False),
+    Kind("cone_program", program_data, cone_program, program_oracle, has_start=False),
 )
 
 

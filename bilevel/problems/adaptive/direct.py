@@ -1,25 +1,27 @@
-"""Goals of small problems: solve to full accuracy, which costs less there than a search for less, and estimate the error that is left."""
+"""Goals of small problems: solve to full accuracy, which costs less there than a search for less, and estimate the error that is left.
+
+The solves are those of any hypergradient. The error model is that of the search. What a search learns from its steps is measured here by one
+step aside, which costs a gradient of F and a linearisation of ∇G. A problem with a warm start keeps the result for its next calls.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch.utils import _pytree as pytree
 
-from bilevel._torch.reverse import reverse_pass
 from bilevel.certificates._point import Point
 from bilevel.certificates.bound import Bound
-from bilevel.equations.linearization import Linearization
-from bilevel.equations.problem import Problem
 from bilevel.layers.call import Adjoint, SolveSettings
 from bilevel.linear.defaults import dense_fits
 from bilevel.linear.exact import Exact, solve_nearby
 from bilevel.problems.adaptive.driver import treat_goal
-from bilevel.problems.adaptive.state import GoalReport
+from bilevel.problems.adaptive.error_model import ErrorModel
+from bilevel.problems.adaptive.iterate import Iterate, Objectives
+from bilevel.problems.adaptive.state import GoalReport, SearchState
 from bilevel.problems.hypergradient import Hypergradient, HypergradientReport
 from bilevel.pytree import as_real
 from bilevel.reports import Basis, Status
@@ -27,15 +29,15 @@ from bilevel.solvers._error import irregular_signs
 from bilevel.solvers.newton import Newton
 from bilevel.tolerance import Tolerance
 
-__all__ = ["decided", "full_accuracy_is_cheap"]
+__all__ = ["decided", "full_accuracy", "full_accuracy_is_cheap"]
 
-# The estimate stands for changes in any direction, and is made along one.
-_SAFETY = 3.0
 _ROUNDING = 64.0
+# The largest change of the adjoint from one call to the next for which the measurements of the one hold in the other.
+_NEAR = 0.5
 
 
 def full_accuracy_is_cheap(settings: SolveSettings, start: Any, count: int | None) -> bool:
-    """Return whether both solves, from the pytree ``start`` of ``count`` problems, are by factorisations, so that accuracy costs next to nothing."""
+    """Return whether both solves factorise matrices, so that accuracy costs next to nothing; ``start`` is the pytree of ``count`` initial guesses."""
     solver, linear = settings.solver, settings.linear_solver
     if not (
         solver is None or (isinstance(solver, Newton) and solver.linear_solver is None and solver.max_steps is None)
@@ -47,12 +49,24 @@ def full_accuracy_is_cheap(settings: SolveSettings, start: Any, count: int | Non
     return dense_fits(count or 1, sum(leaf.numel() for leaf in leaves) // (count or 1), leaves[0].dtype)
 
 
-def decided(
-    settings: SolveSettings, result: Hypergradient, point: Point, adjoint: Adjoint | None, lower: Problem
-) -> Hypergradient:
-    """Return ``result``, found at ``point`` to full accuracy, with what became of the goal of ``settings``; treat failure by its policy.
+def full_accuracy(settings: SolveSettings) -> SolveSettings:
+    """Return ``settings`` with the default accuracy in place of the goal."""
+    return replace(
+        settings, tolerance=Tolerance(strong_convexity=settings.tolerance.strong_convexity, bound_products=0)
+    )
 
-    ``lower`` is G of ``point``, replayed if it may be.
+
+def decided(
+    settings: SolveSettings,
+    result: Hypergradient,
+    point: Point,
+    adjoint: Adjoint | None,
+    before: torch.Tensor | None,
+    known: SearchState | None,
+) -> tuple[Hypergradient, SearchState | None]:
+    """Return ``result``, found at ``point`` to full accuracy, with the outcome of the goal of ``settings``; treat failure by its policy.
+
+    ``before`` is the adjoint (K, n) of the last call, and ``known`` what was measured until then. The second result is what is known now.
     """
     tolerance, report = settings.tolerance, result.report
     flat = torch.cat([as_real(leaf).reshape(-1) for leaf in pytree.tree_leaves(result.grad) if leaf is not None])
@@ -61,8 +75,9 @@ def decided(
     bound = Bound(math.nan, Basis.RESIDUAL)
     linear = None if adjoint is None else adjoint.linearization
     if solved and tolerance.estimates and adjoint is not None and linear is not None and math.isfinite(norm):
-        error = _gradient_error(lower, point, linear, adjoint.report.residual_norm, flat)
-        bound = Bound(error, Basis.ESTIMATED)
+        here = _iterate(point, adjoint, flat)
+        near = before is not None and float((before - point.q).norm()) <= _NEAR * float(point.q.norm())
+        bound, known = _estimated(tolerance, point, adjoint, here, known if near else None)
     met = bound.value <= allowed
     if solved and not met:
         bound = result.bound  # the certificate's, which costs much more
@@ -72,7 +87,7 @@ def decided(
     grad = result.grad
     if treat_goal(goal, report.forward, settings.on_failure):
         grad = pytree.tree_map(lambda leaf: None if leaf is None else torch.full_like(leaf, math.nan), grad)
-    return replace(result, grad=grad, report=replace(report, goal=goal), _decided=bound)
+    return replace(result, grad=grad, report=replace(report, goal=goal), _decided=bound), known
 
 
 def _failure(report: HypergradientReport) -> Status:
@@ -82,49 +97,56 @@ def _failure(report: HypergradientReport) -> Status:
     return Status(int(codes[~report.converged].reshape(-1)[0]))
 
 
-def _gradient_error(
-    lower: Problem, point: Point, linear: Linearization, residual_norm: torch.Tensor, gradient: torch.Tensor
-) -> float:
-    """Return an estimate of ‖ĝ − g‖ where every unknown is as accurate as by default: |φ − φ*| ≤ rtol·|φ| + atol.
+def _iterate(point: Point, adjoint: Adjoint, gradient: torch.Tensor) -> Iterate:
+    """Return the point that the solves reached, where the hypergradient is ``gradient`` (p,)."""
+    assert adjoint.linearization is not None
+    x, linear, count = point.x, adjoint.linearization, len(point.x)
+    target, zeros = Tolerance().inner(x.dtype), torch.zeros_like(x)
+    # One direction of change is measured. Another may change ĝ by √n times as much.
+    error = math.sqrt(x.shape[1]) * float((target.rtol * x.abs() + target.atol).norm())
+    direct = count * gradient
+    return Iterate(
+        x, linear, linear.operator, adjoint.residual, zeros[:, 0], zeros, direct, point.q, count * adjoint.rho,
+        torch.zeros_like(direct), inner_error=error,
+    )  # fmt: skip
 
-    All unknowns are moved at once, by random signs, and the hypergradient there is compared with ĝ (p,). That costs a gradient of F, a linearisation
-    of ∇G, and a solve with the factors at hand. A direction in which ĝ changes most can exceed the one tried by √n; the estimate allows for it.
+
+def _estimated(
+    tolerance: Tolerance, point: Point, adjoint: Adjoint, here: Iterate, known: SearchState | None
+) -> tuple[Bound, SearchState]:
+    """Return the estimate of ‖ĝ − g‖ at ``here``, and what is known then.
+
+    What is ``known`` from calls before counts a quarter more with each call. It is measured again once that is too much for the goal.
     """
-    x, q, needs_grad = point.x, point.q, point.needs_grad
-    target, (count, n) = Tolerance().inner(x.dtype), x.shape
-    eps = torch.finfo(x.dtype).eps
-    share = eps ** (1 / 3)
-    moved = x + (share / target.rtol) * irregular_signs(x) * (target.rtol * x.abs() + target.atol)
-    slope, direct = _slopes(point.upper, moved, needs_grad)
-    product, pulled = lower.linearize(moved, needs_grad).pull(q)
-    change = slope - product
-    step = solve_nearby(linear.operator, change)
-    # A call differentiates with respect to data that require grad, too.
-    pulled_back = [slope for slope, want in zip(linear.pullback(step), needs_grad, strict=True) if want]
-    by_adjoint = _flat(pulled_back, gradient) / count
-    found = (_flat(direct, gradient) - _flat(pulled, gradient)) / count - by_adjoint
-    inner = (target.rtol / share) * math.sqrt(n) * float((found - gradient).norm())
-    # How long BᵀH⁻¹ρ is for a ρ of length one, as it was for this one.
-    size = float(change.norm())
-    longest = float(by_adjoint.norm()) / size if size > 0 else 0.0
-    outer = longest * count * math.sqrt(n) * float(residual_norm.norm())
-    return _SAFETY * (inner + outer) + _ROUNDING * eps * float(gradient.norm())
+    bound: Bound | None = None
+    if known is not None and known.slope:
+        known, older = replace(known), known
+        known.age(older, stepped=False, solved=False)
+        bound = _with_rounding(ErrorModel(tolerance, known).estimate(here), here)
+    if known is None or bound is None or not bound.value <= tolerance.allowed(float(here.gradient.norm())):
+        known = SearchState()
+        model = ErrorModel(tolerance, known)
+        _measure(model, point, adjoint, here)
+        bound = _with_rounding(model.estimate(here), here)
+    return bound, known
 
 
-def _slopes(upper: Problem, x: torch.Tensor, needs_grad: Sequence[bool]) -> tuple[torch.Tensor, list[torch.Tensor]]:
-    """Return ∇_φ F (K, n) and the sums over the problems of ∇_θ F, at ``x`` (K, n)."""
-    with torch.enable_grad():
-        point = x.detach().requires_grad_(True)
-        tensors = [
-            t.detach().requires_grad_(True) if want else t for t, want in zip(upper.tensors, needs_grad, strict=True)
-        ]
-        values = upper.system.outputs(upper.shaped(point), *tensors)
-        total = values.sum()
-    theta = [t for t, want in zip(tensors, needs_grad, strict=True) if want]
-    slope, *direct = reverse_pass([total], [point, *theta], [torch.ones_like(total)], retain_graph=False)
-    return slope, direct
+def _with_rounding(bound: Bound, here: Iterate) -> Bound:
+    rounding = _ROUNDING * torch.finfo(here.x.dtype).eps * float(here.gradient.norm())
+    return replace(bound, value=bound.value + rounding)
 
 
-def _flat(parts: Sequence[torch.Tensor | None], like: torch.Tensor) -> torch.Tensor:
-    found = [as_real(part).reshape(-1) for part in parts if part is not None]
-    return torch.cat(found).to(like) if found else torch.zeros_like(like)
+def _measure(model: ErrorModel, point: Point, adjoint: Adjoint, here: Iterate) -> None:
+    """Let ``model`` learn from a step that moves all unknowns at once, by random signs, each by the same part of itself."""
+    x, target = point.x, Tolerance().inner(point.x.dtype)
+    step = torch.finfo(x.dtype).eps ** (1 / 3) * irregular_signs(x) * (x.abs() + target.atol / target.rtol)
+    objectives = Objectives(
+        point.lower.replayed_from(adjoint.replays), point.upper, point.needs_grad, point.upper.system.outputs
+    )
+
+    def solve(there: Iterate, rhs: torch.Tensor) -> torch.Tensor:
+        found = solve_nearby(here.operator, rhs)
+        model.known.nu = math.sqrt(x.shape[1]) * float(found.norm()) / float(rhs.norm())
+        return found
+
+    model.look_aside(here, objectives.at(x + step), objectives, solve)

@@ -1,209 +1,179 @@
-"""How wrong a hypergradient is on the way, as far as the rounds of a search have shown, and how far its next solves should go.
+"""The estimated error of a hypergradient, and the accuracy that the next solves need.
 
-What is read off numbers that the rounds have produced anyway::
+The estimate uses numbers that the solves produce anyway::
 
     ‖ĝ − g‖ ≲ c ( S ν ‖∇G‖ + β ν ‖ρ‖ )
 
-with ν the largest ‖H⁻¹b‖/‖b‖ or ‖s‖²/sᵀHs, S the largest ‖Δĝ‖/‖Δφ‖ and β the largest ‖Bᵀq‖/‖q‖ seen, and c > 1, the larger the fewer numbers
-S and β were seen on (a single outer variable may hide a change by chance) and the fewer steps S was seen in. The halves of the sum are the shares
-of the two solves. The model plans. It decides only if the caller allows estimates; otherwise the certificate does, and its parts correct the
-model where it was too hopeful. Where ĝ is followed, c times the largest of its last changes stands for c β ν ‖ρ‖, and a part of β ν ‖ρ‖
-beside it, as changes may vanish by chance, or be small for a while.
+Here ν is the largest ‖H⁻¹b‖/‖b‖ or ‖s‖²/sᵀHs observed, S the largest ‖Δĝ‖/‖Δφ‖, and β the largest ‖Bᵀq‖/‖q‖. If the inner solve
+comes with an estimate of ‖φ − φ*‖, that takes the place of ν ‖∇G‖. The factor c > 1 is larger if S and β were observed on few outer variables, since
+a single one may hide a change by chance, and if S was observed in few steps. The two terms are the shares of the two solves.
+
+The estimate decides only if the caller allows estimates. Otherwise the certificate decides, and its parts correct the model where that was
+too small. Where ĝ is followed product by product, c times the largest of its last changes replaces c β ν ‖ρ‖. A part of β ν ‖ρ‖ is added, as
+changes may vanish by chance, or be small for a while.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 
 from bilevel.certificates.bound import Bound
-from bilevel.equations.linearization import Linearization
-from bilevel.operators import LinearOperator
+from bilevel.problems.adaptive.iterate import Iterate, Objectives
 from bilevel.problems.adaptive.quasi_newton import JointOperator
 from bilevel.problems.adaptive.state import SearchState
 from bilevel.reports import Basis
 from bilevel.tolerance import Tolerance
 
-__all__ = ["ErrorModel", "Iterate"]
+__all__ = ["ErrorModel"]
 
-# The first adjoint, before anything is known of errors: relative residual. Where ĝ is followed, no guess is added at the end,
-# and the last changes of ĝ have to be as small.
+# The relative residual of the first adjoint, before errors are known. Where ĝ is followed, no guess is added at the end, and the last changes of ĝ
+# have to be as small.
 _FIRST_ADJOINT, _FIRST_FOLLOWED = 0.4, 1 / 3
-# From how many of the last changes of ĝ its error is read off, and how much of the model by norms is added: they may vanish by chance.
+# The number of last changes of ĝ that estimate its error, and the part of the estimate by norms that is added.
 _LAST, _CHANCE = 3, 0.25
-# c = _SAFETY (1 + _DOUBT / numbers seen), and 1 / steps seen more for S.
+# c = _SAFETY (1 + _DOUBT / numbers observed); for S, _SAFETY / steps observed is added.
 _SAFETY, _DOUBT = 1.3, 3.0
-# A solve aims a little below its share, and one step of Newton's method promises no more than this reduction.
+# A solve aims a little below its share. One step of Newton's method reduces ∇G by no more than these factors.
 _MARGIN, _MOST_REDUCTION, _FIRST_REDUCTION, _FIRST_FOLLOWED_REDUCTION = 0.9, 1e-4, 1e-2, 4e-2
-# How often an estimate that was within the goal may be corrected by a certificate that is not.
+# How often the certificate may contradict an estimate that was within the goal.
 _MOST_CORRECTIONS = 12
 
 
 @dataclass(eq=False)
-class Iterate:
-    """G and F linearised at one φ, with the adjoint so far."""
-
-    x: torch.Tensor
-    linear: Linearization
-    operator: LinearOperator
-    residual: torch.Tensor
-    values: torch.Tensor
-    v: torch.Tensor
-    direct: torch.Tensor
-    q: torch.Tensor
-    rho: torch.Tensor
-    pulled: torch.Tensor
-    changes: list[float] = field(default_factory=list)  # of ĝ, by each of the last products, where it was followed
-
-    @property
-    def size(self) -> float:
-        """‖∇G‖ of the whole batch."""
-        return float(self.residual.norm())
-
-    @property
-    def left(self) -> float:
-        """‖ρ‖ of the whole batch."""
-        return float(self.rho.norm())
-
-    @property
-    def corrected(self) -> torch.Tensor:
-        """F − qᵀ∇G, the mean over the problems."""
-        return self.values.mean() - torch.linalg.vecdot(self.q, self.residual).mean()
-
-    @property
-    def gradient(self) -> torch.Tensor:
-        """ĝ, the mean over the problems (p,)."""
-        return (self.direct - self.pulled) / self.x.shape[0]
-
-
-@dataclass(eq=False)
 class ErrorModel:
-    """What ‖ĝ − g‖ is taken for at a point.
+    """Estimates ‖ĝ − g‖ at an iterate, and plans the next solves.
 
     Parameters
     ----------
     tolerance
         The goal.
     known
-        ν, S, β and how far they are trusted; it is changed.
+        ν, S, β, and how often they were observed; it is changed.
     certify
-        (φ, q, ĝ, corrected value) ↦ the certificate's bound.
+        (φ, q, ĝ, corrected value) ↦ the certificate's bound. None: estimates decide.
     first
-        ‖∇G‖ where the inner solver ended, or the first round begins: the error there is taken for ‖g‖ until S is known.
+        ‖∇G‖ where the first round begins. Until S is known, the error there is taken to be ‖ĝ‖.
     corrections
-        How often the certificate was asked.
+        How often the certificate was computed.
     looked
-        Whether a step of this run has shown how ĝ changes, be it not at all.
+        Whether this run has measured S; S may be zero.
     """
 
     tolerance: Tolerance
     known: SearchState
-    certify: Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], Bound]
+    certify: Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], Bound] | None = None
     first: float = math.nan
     corrections: int = 0
     looked: bool = False
 
     @property
     def exhausted(self) -> bool:
-        """Whether the certificate has contradicted the model so often that rounding must be the cause."""
+        """Whether the certificate has contradicted the estimate so often that rounding must be the cause."""
         return self.corrections > _MOST_CORRECTIONS
 
     def allowed(self, here: Iterate) -> float:
-        """Return what ‖ĝ − g‖ may be."""
+        """Return the largest ‖ĝ − g‖ that the goal allows."""
         return self.tolerance.allowed(float(here.gradient.norm()))
 
     def seen(self, here: Iterate) -> bool:
-        """Whether it is known what ∇G's norm does to ĝ."""
+        """Whether S is known, or not needed."""
         return self.known.slope > 0 or self.looked or here.size == 0
 
-    def poisoned(self, here: Iterate) -> bool:
-        """Whether φ has to move in any case, and ρ does not hide yet what that does to ĝ: the adjoint can wait."""
+    def adjoint_can_wait(self, here: Iterate) -> bool:
+        """Whether φ has to move in any case, and ρ is small enough to measure S by that step."""
         return self.known.slope > 0 and self.inner_share(here) > max(self.allowed(here), self.linear_share(here))
 
     def inner_share(self, here: Iterate) -> float:
-        """Return the model's part of the inner residual; before S is known, the error is taken to be of the size of ĝ."""
+        """Return the part of the estimate that the inner solve causes. Before S is known, it is of the size of ĝ."""
         known = self.known
-        # What a step leaves lies in softer directions than the step, where S may be larger: one look is not enough to trust.
+        # The error lies in softer directions than the step, where S may be larger. So one measurement is trusted less.
         caution = self.caution(here, known.numbers) + _SAFETY / max(1, known.looks)
         if not known.slope:
             if self.looked:
                 return 0.0
             return caution * float(here.gradient.norm()) * here.size / self.first if self.first else 0.0
-        return caution * known.inner_doubt * known.slope * known.nu * here.size
+        error = known.nu * here.size if here.inner_error is None else here.inner_error
+        return caution * known.inner_doubt * known.slope * error
 
     def linear_share(self, here: Iterate) -> float:
-        """Return the model's part of the adjoint's residual."""
+        """Return the part of the estimate that the linear solve causes."""
         known = self.known
         norms = known.pull * known.nu
         share = self.caution(here, known.pulls) * norms * here.left
         if len(here.changes) > 1:
             caution = self.caution(here, here.direct.numel() * len(here.changes))
             slack = norms * (_CHANCE * here.left + 4 * torch.finfo(here.x.dtype).eps * float(here.v.norm()))
-            # Of a problem whose products are exhausted the last changes say nothing, and the residual all.
+            # After n products the last changes mean nothing, and the residual is a better measure.
             share = min(share, caution * max(here.changes[-_LAST:]) + slack)
         return known.linear_doubt * share
 
     def caution(self, here: Iterate, numbers: int) -> float:
-        """Return c for what was seen on so many ``numbers``."""
+        """Return c for a quantity that was observed on so many ``numbers``."""
         return _SAFETY * (1 + _DOUBT / max(1, numbers, here.direct.numel()))
 
     def adjoint_aim(self, here: Iterate) -> float:
-        """Return the ‖ρ‖ to reach: half of what is allowed, what the inner residual leaves of it, or would spoil anyway."""
+        """Return the ‖ρ‖ that the linear solve has to reach."""
         share = self.linear_share(here)
         if not share > 0:
             return _FIRST_ADJOINT * float(here.v.norm())
         return here.left * self.linear_allowed(here) / share
 
     def linear_allowed(self, here: Iterate) -> float:
-        """Return how large :meth:`linear_share` may be."""
+        """Return the largest :meth:`linear_share` allowed: half of the allowed error, the part that the inner share leaves, or 0.3 of that share."""
         allowed, inner = self.allowed(here), self.inner_share(here)
         return max(0.5 * _MARGIN * allowed, _MARGIN * (allowed - inner), 0.3 * inner)
 
     def followed_enough(self, here: Iterate, *, first: bool) -> bool:
-        """Return whether an adjoint that is followed need not go on; ``first`` while nothing is known of errors."""
+        """Return whether the solve for an adjoint that is followed may end; ``first``: before errors are known."""
         if first:
             small = len(here.changes) > 2 and max(here.changes[-2:]) <= _FIRST_FOLLOWED * float(here.gradient.norm())
             return small and here.left <= _FIRST_FOLLOWED * float(here.v.norm())
         return self.linear_share(here) <= self.linear_allowed(here)
 
     def inner_aim(self, here: Iterate) -> float:
-        """Return the ‖∇G‖ that a step is to lead to."""
+        """Return the ‖∇G‖ that the next step has to reach."""
         known, size = self.known, here.size
         share = self.inner_share(here)
         aim = size * 0.5 * _MARGIN * self.allowed(here) / share if share > 0 else size
-        # What G bends off its quadratic model along the step is left in any case.
+        # The step leaves at least the part of ∇G that the quadratic model of G does not describe.
         bend = known.curvature * (known.nu * size) ** 2
-        # Where the adjoint that follows a step is ended to the product, a step that was too short costs less.
+        # If the adjoint's solve ends after any product, a step that was too short costs less.
         first = _FIRST_FOLLOWED_REDUCTION if isinstance(here.operator, JointOperator) else _FIRST_REDUCTION
         floor = _MOST_REDUCTION * size if known.slope else first * self.first
         return min(max(aim, bend, floor), 0.3 * size)
 
-    def judge(self, here: Iterate) -> Bound:
-        """Return the bound that decides: the model's, or the certificate's where that has to and may be within the goal."""
+    def estimate(self, here: Iterate) -> Bound:
+        """Return the estimate of ‖ĝ − g‖, infinite while S is unknown."""
         inner, linear = self.inner_share(here), self.linear_share(here)
-        estimate = Bound(inner + linear if self.seen(here) else math.inf, Basis.ESTIMATED, inner, linear)
+        return Bound(inner + linear if self.seen(here) else math.inf, Basis.ESTIMATED, inner, linear)
+
+    def judge(self, here: Iterate) -> Bound:
+        """Return the bound that decides: the estimate, or the certificate if only a proof may decide and the estimate is within the goal."""
+        estimate = self.estimate(here)
+        inner, linear = estimate.inner_part, estimate.linear_part
         allowed = self.allowed(here)
-        if self.tolerance.estimates or estimate.value > allowed:
+        if self.certify is None or self.tolerance.estimates or estimate.value > allowed:
             return estimate
         self.corrections += 1
         proven = self.certify(here.x, here.q, here.gradient, here.corrected)
         if proven.basis is Basis.ESTIMATED or not math.isfinite(proven.value):
-            # No bound: constants are missing, or hold only nearer to the solution. The caller tells the two apart.
+            # There is no bound: constants are missing, or they hold only nearer to the solution.
             self.known.inner_doubt *= 30
             self.known.linear_doubt *= 30
             return Bound(math.inf, proven.basis, inner, linear)
         if proven.value > allowed:
             if proven.value - proven.inner_part - proven.linear_part > 0.5 * allowed:
-                self.corrections = _MOST_CORRECTIONS + 1  # rounding alone is above what is allowed
+                self.corrections = _MOST_CORRECTIONS + 1  # rounding alone exceeds the allowed error
             self.known.inner_doubt *= max(1.2, proven.inner_part / inner if inner else 1.2)
             self.known.linear_doubt *= max(1.2, proven.linear_part / linear if linear else 1.2)
         return proven
 
     def measure(self, here: Iterate, there: Iterate, length: float) -> None:
-        """Learn S from a step of the given length between two points whose adjoints are as good as they are going to be."""
+        """Learn S from a step of the given length between two iterates with final adjoints."""
         change = float((there.gradient - here.gradient).norm())
         if not math.isfinite(change):
             return
@@ -212,7 +182,25 @@ class ErrorModel:
         self.known.numbers += here.direct.numel()
         self.known.looks += 1
 
+    def look_aside(
+        self,
+        here: Iterate,
+        there: Iterate,
+        objectives: Objectives,
+        solve: Callable[[Iterate, torch.Tensor], torch.Tensor],
+    ) -> None:
+        """Learn S and β from ``there``, a point beside ``here``; ``solve`` returns H⁻¹ of a vector to some digits."""
+        objectives.set_adjoint(there, here.q)
+        turn = there.rho - here.rho  # with as much of ρ left as here, the difference is the step's alone
+        if bool((turn != 0).any()):
+            objectives.set_adjoint(there, here.q + solve(there, turn))
+        self.see_pull(there)
+        self.measure(here, there, float((there.x - here.x).norm()))
+
     def see_pull(self, here: Iterate) -> None:
         """Learn β from the adjoint at hand."""
+        length = float(here.q.norm())
+        if not length:
+            return
         self.known.pulls += here.pulled.numel()
-        self.known.pull = max(self.known.pull, float(here.pulled.norm()) / here.x.shape[0] / float(here.q.norm()))
+        self.known.pull = max(self.known.pull, float(here.pulled.norm()) / here.x.shape[0] / length)

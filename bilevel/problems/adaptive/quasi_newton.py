@@ -1,10 +1,9 @@
-"""What products and gradients already made tell about H⁻¹, as a preconditioner for the solves that come.
+"""A preconditioner for the next solves, from the products and gradients of earlier ones.
 
-Every product y = H s that conjugate gradients ask for, and every difference y of gradients across a step s of an inner solver,
-is a pair of which H⁻¹ y = s is known. The two-loop recursion over such pairs is a symmetric positive definite approximation
-of H⁻¹ that costs no product. Where H is constant and the pairs are conjugate it inverts H on their span exactly, so that
-a second right-hand side is solved there at once. Pairs of a constant H need not be conjugate for that: least squares over all of them
-do it too. Whether H is constant the pairs tell themselves, as then sᵢᵀyⱼ = sⱼᵀyᵢ.
+A product y = H s of conjugate gradients is a pair (s, y) with H⁻¹ y = s. The change y of the gradient along a step s of an inner solver is one
+approximately. The two-loop recursion over such pairs is a symmetric positive definite approximation of H⁻¹ that costs no product. If H is
+constant and the pairs are conjugate, it is the inverse of H on their span, and a second right-hand side is solved there at once.
+Least squares over all pairs do the same for pairs of a constant H that are not conjugate. H is constant if sᵢᵀyⱼ = sⱼᵀyᵢ.
 
 References
 ----------
@@ -28,16 +27,16 @@ __all__ = ["JointOperator", "RecordedOperator", "RecordingProblem", "SecantPairs
 
 _MOST_PAIRS = 40
 _MOST_BYTES = 2**28
-# Least squares over m pairs of size n cost some m² n operations: below a few products of a problem of that size.
+# Least squares over m pairs of size n cost m² n operations. Up to this number that is less than a few products.
 _MOST_WORK = 2e7
-# How many times the relative asymmetry of SᵀY a combination of steps has to stand out of it to be trusted.
+# Combinations of steps below this many times the relative asymmetry of SᵀY are left out.
 _MARGIN = 10.0
-# From how many pairs on their asymmetry tells whether H is constant.
+# The smallest number of pairs whose asymmetry tells whether H is constant.
 _FEWEST_TO_TELL = 3
 
 
 class SecantPairs:
-    """Pairs (s, y) with y ≈ H s of a batch of K problems, the latest first to count; a function r ↦ M⁻¹ r."""
+    """Pairs (s, y) with y ≈ H s of a batch of K problems, as a function r ↦ M⁻¹ r. If there is no room, the oldest are dropped."""
 
     def __init__(self, most: int = _MOST_PAIRS) -> None:
         self.pairs: deque[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = deque(maxlen=most)
@@ -63,17 +62,17 @@ class SecantPairs:
         self.scale = torch.where(fit, sy / yy, before)
 
     def guess(self, r: torch.Tensor) -> torch.Tensor:
-        """Return M⁻¹ r, zero for problems without a pair: a step worth taking where a pass comes anyway that tells what it was worth."""
+        """Return M⁻¹ r, and zero for problems without a pair. It is a good trial step where the next pass shows how good it was."""
         if self.scale is None:
             return torch.zeros_like(r)
         known, rest = self.fit(r)
         return known + torch.where((self.scale > 0).unsqueeze(-1), self(rest), torch.zeros_like(r))
 
     def fit(self, r: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the s in the span of the steps for which ‖r − y‖ is least, y being the same combination of theirs, and r − y (K, n).
+        """Return the combination s of the steps whose y is nearest to r, and r − y (K, n).
 
-        Pairs of an H that changed on the way contradict each other by some SᵀY − YᵀS; combinations of them that nearly cancel are left out,
-        as what is left there is that change and not H. So it is exact for quadratic objectives, and little more than zero far from one.
+        If H changed on the way, the pairs contradict each other, and SᵀY − YᵀS is not zero. Combinations that nearly cancel then show the change and
+        not H, and are left out. So the result is exact for a quadratic objective, and near zero far from one.
         """
         most = int((_MOST_WORK / max(1, r.numel())) ** 0.5)
         pairs = list(self.pairs)[-most:] if most else []
@@ -109,9 +108,9 @@ class SecantPairs:
 
 
 class RecordedOperator(LinearOperator):
-    """A symmetric operator that keeps its products until :meth:`tell` gives them to a :class:`SecantPairs`.
+    """A symmetric operator that keeps its products until :meth:`tell` passes them to a :class:`SecantPairs`.
 
-    They are not given at once: a preconditioner that changed during a solve would spoil the conjugacy of its directions.
+    It does so after a solve, because a preconditioner that changes during a solve makes its directions lose their conjugacy.
     """
 
     def __init__(self, operator: LinearOperator) -> None:
@@ -139,29 +138,29 @@ class RecordedOperator(LinearOperator):
     rmatvec = matvec
 
     def tell(self, secants: SecantPairs) -> None:
-        """Give the products made since the last call to ``secants``."""
+        """Pass the products made since the last call to ``secants``."""
         for s, y in self._made[self._told :]:
             secants.add(s, y)
         self._told = len(self._made)
 
     def on_span(self, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return x in the span of the vectors multiplied so far, with b − H x orthogonal to it, and b − H x (K, n): no product.
+        """Return x in the span of the vectors multiplied so far, with b − H x orthogonal to it, and b − H x (K, n). This costs no product.
 
-        There a solve for another right-hand side would have to repeat what the first has found.
+        So a solve for a second right-hand side need not repeat the products of the first.
         """
         if not self._made:
             return torch.zeros_like(b), b
         return self._combined(b)[:2]
 
     def conjugate(self, p: torch.Tensor) -> torch.Tensor:
-        """Return p less what makes pᵀH v ≠ 0 with a vector v multiplied so far (K, n): no product."""
+        """Return p (K, n) made conjugate to all vectors multiplied so far. This costs no product."""
         if not self._made:
             return p
         V, W = self._vectors()
         return p - (_shares(V, W, W @ p.unsqueeze(-1)) @ V).squeeze(-2)
 
     def _combined(self, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Return x and b − H x of :meth:`on_span`, and what x has of each vector (K, 1, m)."""
+        """Return x and b − H x of :meth:`on_span`, and the coefficients of x (K, 1, m)."""
         V, W = self._vectors()
         shares = _shares(V, W, V @ b.unsqueeze(-1))
         return (shares @ V).squeeze(-2), b - (shares @ W).squeeze(-2), shares
@@ -172,7 +171,7 @@ class RecordedOperator(LinearOperator):
 
 
 class JointOperator(RecordedOperator):
-    """The Hessian of one problem that makes Bᵀv (p,) beside each product H v, which is one pass, and keeps both.
+    """The Hessian of one problem. With each product H v it computes Bᵀv (p,), in the same pass, and keeps both.
 
     Parameters
     ----------
@@ -199,7 +198,7 @@ class JointOperator(RecordedOperator):
     rmatvec = matvec
 
     def solve_on_span(self, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Return x and b − H x (1, n) of :meth:`on_span`, and Bᵀx (p,), of products made: no pass."""
+        """Return x and b − H x (1, n) of :meth:`on_span`, and Bᵀx (p,). This costs no pass."""
         x, rest, shares = self._combined(b)
         return x, rest, shares[0, 0] @ torch.stack(self._pulled)
 
@@ -221,7 +220,7 @@ def _inverse_root(t: torch.Tensor) -> torch.Tensor:
 
 @dataclass(frozen=True, eq=False)
 class RecordingProblem(Problem):
-    """A problem that keeps the last points at which a solver took its gradient, and takes none twice in a row."""
+    """A problem that keeps the last points at which a solver evaluated its gradient. A gradient is not evaluated twice in a row."""
 
     seen: deque[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = field(
         default_factory=lambda: deque(maxlen=_MOST_PAIRS + 1), repr=False
@@ -236,11 +235,11 @@ class RecordingProblem(Problem):
         return value, gradient
 
     def remember(self, x: torch.Tensor, value: torch.Tensor, gradient: torch.Tensor) -> None:
-        """Keep what G (K,) and ∇G (K, n) are at x (K, n)."""
+        """Keep G (K,) and ∇G (K, n) at x (K, n)."""
         self.seen.append((x.detach().clone(), value, gradient))
 
     def tell(self, secants: SecantPairs) -> None:
-        """Give the differences of successive gradients to ``secants``."""
+        """Pass the differences of successive gradients to ``secants``."""
         for (x, _, g), (x_next, _, g_next) in zip(self.seen, list(self.seen)[1:], strict=False):
             secants.add(x_next - x, g_next - g)
         self.seen.clear()

@@ -1,19 +1,20 @@
-"""Take the inner and the linear solve as far as a wanted accuracy of the hypergradient needs, and no further.
+"""The search: run the inner and the linear solve as far as the goal for the hypergradient needs, and no further.
 
-One round, at φ with an adjoint q from the round before:
+One round, at φ with the adjoint q of the round before:
 
-1. linearise at φ; one joint pass gives H q and Bᵀq, and so the residual ρ = ∇F − H q and ĝ;
-2. if ρ accounts for more than its share of the error, solve H d = ρ as far as it should go, q ← q + d, and a joint pass again. Where G is
-   quadratic and θ few numbers every product of that solve is a joint pass, ĝ is known after each, and it ends on the changes of ĝ;
-3. stop if ‖ĝ − g‖ is small enough; else solve H s = ∇G, as far as it should go, and φ ← φ − s.
+1. Linearise at φ. One joint pass gives H q and Bᵀq, and so the residual ρ = ∇F − H q and ĝ.
+2. If ρ causes more than its share of the error, solve H d = ρ to the accuracy needed, set q ← q + d, and make a joint pass again. If G is
+   quadratic and θ has few numbers, every product of this solve is a joint pass. Then ĝ is known after each, and the solve ends when ĝ hardly changes.
+3. Stop if ‖ĝ − g‖ is small enough. Otherwise solve H s = ∇G to the accuracy needed, and set φ ← φ − s.
 
-The inner solver makes the first stretch alone, to where Newton's method can take over; from there the linear solver does both solves,
-which costs √κ where descent costs κ, and neither is ever begun again. Between the two lies a step to where the solver's gradients, all of them
-together, point for a quadratic G: the linearisation, which has to be made, may as well be made there. What one solve learns of H⁻¹
-preconditions the next (:mod:`bilevel.problems.adaptive.quasi_newton`). No solve verifies its residual by a product of its own. Decisions and reports
-rest on the joint passes and on the gradient at the next φ. Each of these passes also tries a step that the preconditioner guesses.
+The inner solver begins, until Newton's method can take over. From there the linear solver does both solves, which costs √κ products where
+descent costs κ gradients. No solve begins anew. One quasi-Newton step, from all gradients of the inner solver, precedes the first linearisation.
+The products of one solve precondition the next (:mod:`bilevel.problems.adaptive.quasi_newton`). No solve verifies its residual by a product of its
+own: decisions and reports use the joint passes and the gradient at the next φ. Each of these passes also tries a step that the
+preconditioner proposes.
 
-How far is far enough a running model of the error tells (:mod:`bilevel.problems.adaptive.error_model`), and where it may not decide, the certificate.
+An error model tells the accuracy needed (:mod:`bilevel.problems.adaptive.error_model`). If only a proof may decide, the certificate
+has the last word.
 """
 
 from __future__ import annotations
@@ -27,38 +28,41 @@ import torch
 from bilevel.certificates.bound import Bound
 from bilevel.equations.linearization import Linearization
 from bilevel.equations.problem import Problem
-from bilevel.linear._base import LinearOutcome, LinearSolver, solve_linear
+from bilevel.linear._base import LinearSolver, solve_linear
+from bilevel.linear._solution import LinearOutcome
 from bilevel.linear.cg import CG
 from bilevel.operators import HessianOperator, LinearOperator
-from bilevel.problems.adaptive.error_model import ErrorModel, Iterate
+from bilevel.problems.adaptive.error_model import ErrorModel
+from bilevel.problems.adaptive.iterate import Iterate, Objectives
 from bilevel.problems.adaptive.quasi_newton import JointOperator, RecordedOperator, RecordingProblem
 from bilevel.problems.adaptive.state import GoalReport, SearchResult, SearchState
 from bilevel.reports import Basis, Status
 from bilevel.solvers._base import InnerSolver
-from bilevel.solvers._error import rounding
+from bilevel.solvers._error import irregular_signs, rounding
 from bilevel.solvers._judge import solve_inner
 from bilevel.tolerance import Target, Tolerance
 
 __all__ = ["Search"]
 
 _MOST_ROUNDS = 60
-# The inner solver's own stretch: a tenth of the first residual is where Newton's method takes over at the least cost.
+# The inner solver begins, until its residual is this part of the first one. The whole search then costs least.
 _CRUDE = 0.1
-# So few numbers θ, and no more than a quarter of φ's, that Bᵀp costs next to nothing beside H p.
+# The largest number of outer variables for which Bᵀp costs next to nothing beside H p. They may also be no more than a quarter of φ's.
 _FEW = 8
-# How far H is solved for where only a difference is wanted.
+# The relative residual of a solve that is needed for a difference only.
 _ASIDE = 1e-2
-# How often the inner solver goes on where the linear solver or Newton's method cannot, and how far but for the last time: then to full accuracy.
+# How often the inner solver continues after the linear solver or Newton's method failed, and the reduction of its residual each time. The last
+# time it goes to full accuracy.
 _MOST_STRETCHES, _STRETCH = 4, 1e-2
-# A step that leaves more of the residual than this was no step of Newton's method near a solution.
+# Near a solution, a step of Newton's method leaves less of the residual than this part.
 _PROGRESS = 0.7
-# What a point nearer to a minimum may cure.
+# The failures that may not occur at a point nearer to a minimum.
 _CURABLE = (Status.INDEFINITE, Status.SINGULAR, Status.NOT_FINITE, Status.BREAKDOWN, Status.DIVERGED)
 _BAD = (Status.INDEFINITE, Status.NOT_FINITE, Status.SINGULAR, Status.DIVERGED, Status.BREAKDOWN)
 
 
 class Search:
-    """Return φ, q and ĝ with ‖ĝ − g‖ as small as ``tolerance`` asks, by :meth:`run`.
+    """The search for φ, q and ĝ with ‖ĝ − g‖ as small as ``tolerance`` asks; :meth:`run` it.
 
     Parameters
     ----------
@@ -67,17 +71,17 @@ class Search:
     needs_grad
         Which of the problems' tensors are θ.
     solver
-        Makes the first stretch, and goes on where Newton's method does not work.
+        The inner solver. It begins a first call, and continues where Newton's method fails.
     linear_solver
-        Chooses the linear solver for an operator; conjugate gradients without a preconditioner are given one.
+        Returns the linear solver for an operator. Conjugate gradients without a preconditioner receive one.
     tolerance
         The goal.
     known
-        From an earlier call; it is changed. None for a first call, whose first stretch is the inner solver's.
+        The state of an earlier call, which is changed; None for a first call.
     certify
         (φ, q, ĝ, corrected value) ↦ the certificate's bound.
     outputs
-        (φ, *tensors) ↦ F, for a caller who looks at what it does; that of ``upper`` by default.
+        (φ, *tensors) ↦ F; it may also check F.
     """
 
     def __init__(
@@ -90,11 +94,10 @@ class Search:
         tolerance: Tolerance,
         known: SearchState | None,
         certify: Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], Bound],
-        outputs: Callable[..., torch.Tensor] | None = None,
+        outputs: Callable[..., torch.Tensor],
     ) -> None:
-        self.lower = RecordingProblem(lower.system, lower.tensors)
-        self.upper, self.needs_grad = upper, list(needs_grad)
-        self.outputs = outputs or upper.system.outputs
+        self.lower = RecordingProblem(lower.system, lower.tensors, replays=lower.replays)
+        self.objectives = Objectives(self.lower, upper, tuple(needs_grad), outputs)
         self.solver, self.choose = solver, linear_solver
         self.cold = known is None or known.slope == 0
         self.known = SearchState() if known is None else known
@@ -102,7 +105,7 @@ class Search:
         zeros = torch.zeros(lower.batch, dtype=torch.int64)
         self.inner_steps, self.linear_steps = zeros, zeros
         self._stretches = 0
-        self._inner: Status | None = None  # how the inner solver ended, once it went to full accuracy
+        self._inner: Status | None = None  # the status of the inner solver, once it went to full accuracy
 
     def run(self, x: torch.Tensor, q: torch.Tensor | None) -> SearchResult:
         """Begin at φ = x (K, n) and the adjoint q (K, n), or None."""
@@ -114,7 +117,7 @@ class Search:
         bound = Bound(math.inf, Basis.ESTIMATED)
         while reason is None:
             rounds += 1
-            stuck = False if self.model.poisoned(here) else self._solve_adjoint(here)
+            stuck = False if self.model.adjoint_can_wait(here) else self._solve_adjoint(here)
             if isinstance(stuck, Status):
                 there = self._hand_back(here, stuck)
                 if isinstance(there, Status):
@@ -129,7 +132,7 @@ class Search:
             elif rounds >= _MOST_ROUNDS or self.model.exhausted:
                 reason = Status.STAGNATED
             elif self.model.seen(here) and not self.model.inner_share(here) > 0.5 * allowed:
-                # What is left is the linear residual's: go on with that, unless rounding keeps it up.
+                # The rest of the error comes from the linear solve. Continue it, unless rounding stops it.
                 reason = Status.STAGNATED if stuck else None
             else:
                 there = self._refine(here)
@@ -151,7 +154,7 @@ class Search:
     # The rounds
 
     def _begin(self, x: torch.Tensor, q: torch.Tensor | None) -> Iterate:
-        """Let the inner solver make its stretch, and take the step beyond it that its gradients point to: the next pass tells its worth."""
+        """Run the inner solver, then take one quasi-Newton step from its gradients. The step is undone if it makes ‖∇G‖ larger."""
         end, residual = self._descend(x)
         step, rest = self.known.secants.fit(residual)
         size = float(residual.norm())
@@ -162,7 +165,7 @@ class Search:
         return here
 
     def _descend(self, x: torch.Tensor, reduction: float = _CRUDE) -> tuple[torch.Tensor, torch.Tensor]:
-        """Let the inner solver reduce ‖∇G‖ by ``reduction`` from x; return where it ended, and ∇G there."""
+        """Let the inner solver reduce ‖∇G‖ by the factor ``reduction`` from x; return its last iterate, and ∇G there."""
         residual = self.lower.residual(x)
         size = float(residual.norm())
         if not size > 0 or not math.isfinite(size):
@@ -174,9 +177,9 @@ class Search:
         return outcome.x, outcome.residual
 
     def _hand_back(self, here: Iterate, status: Status) -> Iterate | Status:
-        """Let the inner solver go on where ``status`` stopped the other solves, at last to full accuracy; return ``status`` once it has.
+        """Let the inner solver continue after ``status`` stopped the other solves; return ``status`` if it has done so too often.
 
-        What was learned before belongs to another region, in which G need not even be convex.
+        The state is reset: it belongs to another region, in which G need not be convex.
         """
         if self._stretches >= _MOST_STRETCHES:
             return status
@@ -201,22 +204,20 @@ class Search:
         return here if q is None else self._with(here, q)
 
     def _follow(self, before: Iterate, x: torch.Tensor) -> Iterate:
-        """Return the linearisation at x, with the adjoint from before and a guess of what ∇F's change makes of it."""
+        """Return the iterate at x. Its adjoint is that of ``before``, plus a guess of the change that the new ∇F causes."""
         here = self._at(x)
         return self._with(here, before.q + self.known.secants.guess(here.v - before.v + before.rho))
 
     def _at(self, x: torch.Tensor) -> Iterate:
-        linear = self.lower.linearize(x, self.needs_grad)
-        values, v, direct = self._slopes(x)
-        return Iterate(
-            x, linear, self._recorded(linear, direct.numel()), linear.residual.detach(), values, v, direct,
-            torch.zeros_like(x), v, torch.zeros_like(direct),
-        )  # fmt: skip
+        here = self.objectives.at(x)
+        here.operator = self._recorded(here.linear, here.direct.numel())
+        return here
 
     def _recorded(self, linear: Linearization, outer: int) -> RecordedOperator:
-        """Return H, which makes Bᵀp too beside its products where θ is ``outer`` numbers, and they are few, and H looks constant.
+        """Return H as an operator that keeps its products.
 
-        What a single step shows of an H that changes is too little for the lesser caution that goes with it.
+        With each product H p it computes Bᵀp too, if θ has few numbers (``outer``) and H seems constant. Following ĝ takes less caution, for which
+        a single step shows too little of an H that changes.
         """
         few = (
             self.known.secants.constant
@@ -224,22 +225,19 @@ class Search:
             and linear.operator.batch == 1
             and isinstance(self.choose(linear.operator), CG)
         )
-        if few and isinstance(linear.operator, HessianOperator):
-            return JointOperator(linear.operator, lambda v: self._joint(linear, v))
+        if few and (linear.replayed is not None or isinstance(linear.operator, HessianOperator)):
+            return JointOperator(linear.operator, lambda v: self.objectives.joint(linear, v))
         return RecordedOperator(linear.operator)
 
     def _with(self, here: Iterate, q: torch.Tensor) -> Iterate:
-        """Set q, and with it ρ and Bᵀq: one pass of ⟨∇G, q⟩ gives H q and Bᵀq both."""
-        here.q, here.changes = q, []
-        if not bool((q != 0).any()):
-            return here
-        product, here.pulled = self._joint(here.linear, q)
-        here.rho = here.v - product
-        self.model.see_pull(here)
+        """Set q, and with it ρ and Bᵀq."""
+        if bool((q != 0).any()):
+            self.objectives.set_adjoint(here, q)
+            self.model.see_pull(here)
         return here
 
     def _solve_adjoint(self, here: Iterate) -> Status | bool:
-        """Bring ρ down to its share of the error; return what stopped that, or whether rounding keeps it above its share."""
+        """Reduce ρ to its share of the error; return the status of a failure, or else whether rounding keeps ρ above its share."""
         if self.known.slope and self.model.inner_share(here) + self.model.linear_share(here) <= self.model.allowed(
             here
         ):
@@ -258,21 +256,21 @@ class Search:
             bad = _worst(outcome.status)
             if bad is not None:
                 return bad
-            # The joint pass tells what the guess is worth, and comes anyway.
+            # The joint pass, which is needed anyway, shows whether the guess is good.
             step = outcome.x + self.known.secants.guess(outcome.residual) if ahead else outcome.x
             self._with(here, here.q + step)
             want = max(want, self.model.adjoint_aim(here)) if self.known.nu else want
-            if here.left > 0.5 * left:  # no progress: a bad guess, rounding, or a solver without one
+            if here.left > 0.5 * left:  # no progress: the guess was bad, or rounding or the solver stops it
                 if not ahead:
                     return here.left > 1.01 * want
                 ahead = False
         return True
 
     def _follow_changes(self, here: Iterate, operator: JointOperator) -> Status | bool | None:
-        """Go on with the adjoint product by product, as long as ĝ changes by more than its share; None where rounding ends that.
+        """Improve the adjoint product by product, until ĝ changes by less than its share; return None where rounding ends this.
 
-        A product more tells what ĝ is for the best q on the span of them all, and no pass is needed to verify it. The last
-        changes are what is left, up to a small factor (Golub & Strakoš, "Estimates in quadratic formulas", 1994).
+        After each product, ĝ is that of the best q in the span of all vectors multiplied so far. No pass verifies it. The last changes are the error
+        that is left, up to a small factor (Golub & Strakoš, "Estimates in quadratic formulas", 1994).
         """
         first, digits = not self.known.pull, torch.finfo(here.x.dtype).eps
         ended: Status | bool | None = None
@@ -285,7 +283,7 @@ class Search:
             ended = _worst(outcome.status)
             if ended is not None:
                 break
-            # The first time, of the inner solver's differences, a preconditioner that changes on the way makes less.
+            # In the first solve the pairs are the inner solver's, and a preconditioner that changes on the way takes fewer products.
             if not first:
                 operator.tell(self.known.secants)
             step, rest, pulled = operator.solve_on_span(here.rho)
@@ -299,7 +297,7 @@ class Search:
         return ended
 
     def _refine(self, here: Iterate) -> Iterate | Status:
-        """Return the next φ, by a step of Newton's method solved for as far as it should be, or by the inner solver."""
+        """Return the next iterate, by a step of Newton's method or by the inner solver."""
         size = here.size
         outcome = self._linear(here, here.residual, self.model.inner_aim(here) / size)
         self.inner_steps = self.inner_steps + outcome.iterations.cpu()
@@ -308,18 +306,18 @@ class Search:
             return bad
         promised = outcome.residual
         guess = self.known.secants.guess(promised)
-        # The gradient at the next φ tells what the guess is worth, and is wanted anyway.
+        # The gradient at the next φ, which is needed anyway, shows whether the guess is good.
         for step in (outcome.x + guess, outcome.x) if bool((guess != 0).any()) else (outcome.x,):
             there = self._follow(here, here.x - step)
             if there.size <= _PROGRESS * size:
                 break
         length = float(step.norm())
         if math.isfinite(there.size) and length > 0:
-            # What is not the linear solve's, nor the guess's; below that it is rounding, or too small to matter.
+            # The part of ∇G at the next φ that neither the linear solve nor the guess left. A smaller part is rounding, or does not matter.
             bend = max(0.0, there.size - 2 * float(promised.norm())) / length**2
             self.known.curvature = max(self.known.curvature, bend)
         if not there.size <= _PROGRESS * size:
-            # At the end of the dtype's digits, or too far away for Newton's method.
+            # Either rounding is the limit, or φ is too far from the solution for Newton's method.
             if bool((here.residual.norm(dim=-1) <= 4 * rounding(self.lower, here.x, here.residual)).all()):
                 return Status.STAGNATED
             moved, _ = self._descend(here.x)
@@ -333,7 +331,7 @@ class Search:
         return there
 
     def _linear(self, here: Iterate, rhs: torch.Tensor, reduction: float, most: int | None = None) -> LinearOutcome:
-        """Solve H x = ``rhs`` to ``reduction`` of it, or by the ``most`` steps of conjugate gradients, conjugate to all before."""
+        """Solve H x = ``rhs`` to the relative residual ``reduction``, or make ``most`` steps of CG, conjugate to all earlier steps."""
         solver, recorded, secants = self.choose(here.operator), here.operator, self.known.secants
         assert isinstance(recorded, RecordedOperator)
         if isinstance(solver, CG):
@@ -346,7 +344,7 @@ class Search:
         relative = (
             1.0 if left <= reduction * size else max(min(reduction * size / left, 0.9), torch.finfo(rhs.dtype).eps)
         )
-        # Of q the joint pass tells the true residual, and of s the gradient at the next φ.
+        # No verification: the joint pass gives the true residual for q, and the gradient at the next φ that for s.
         outcome = solve_linear(solver, here.operator, rest, Target(relative=relative, asked=True), verify=False)
         outcome = replace(outcome, x=known + outcome.x)
         if most is None:
@@ -356,26 +354,24 @@ class Search:
         return outcome
 
     def _see_slope(self, here: Iterate, there: Iterate, length: float) -> None:
-        """Measure S once the adjoint there is as good as it is going to be: the change of ĝ that the step made."""
+        """Measure S from the change of ĝ that a step of ``length`` made, after the adjoint ``there`` is solved for."""
         if not length > 0:
             return
         self._solve_adjoint(there)
-        # By a step in the last half of the digits the rest of the adjoint's error changes ĝ more than the step does: look aside for that.
+        # After a very short step, the rest of the adjoint's error changes ĝ more than the step does. Then :meth:`_look_aside` measures.
         if length > torch.finfo(here.x.dtype).eps ** 0.5 * (1 + float(here.x.norm())) or self.model.seen(here):
             self.model.measure(here, there, length)
 
     def _look_aside(self, here: Iterate) -> bool:
-        """Measure S by a step that leads nowhere, where φ came to the last digits before a step could show it."""
-        generator = torch.Generator().manual_seed(0)
-        signs = (torch.randint(0, 2, here.x.shape, generator=generator) * 2 - 1).to(here.x)
-        step = torch.finfo(here.x.dtype).eps ** (1 / 3) * (1 + here.x.abs()) * signs
-        there = self._with(self._at(here.x + step), here.q)
-        turn = there.rho - here.rho  # with as much of ρ left as here, the difference is the step's alone
-        if bool((turn != 0).any()):
-            outcome = self._linear(there, turn, _ASIDE)
+        """Measure S by a step aside, if φ is known to the last digits before any step could show S; return whether it was measured."""
+        step = torch.finfo(here.x.dtype).eps ** (1 / 3) * (1 + here.x.abs()) * irregular_signs(here.x)
+
+        def solve(there: Iterate, rhs: torch.Tensor) -> torch.Tensor:
+            outcome = self._linear(there, rhs, _ASIDE)
             self.linear_steps = self.linear_steps + outcome.iterations.cpu()
-            self._with(there, here.q + outcome.x)
-        self.model.measure(here, there, float(step.norm()))
+            return outcome.x
+
+        self.model.look_aside(here, self._at(here.x + step), self.objectives, solve)
         return self.model.looked
 
     def _impossible(self, here: Iterate) -> Status | None:
@@ -389,44 +385,12 @@ class Search:
         )  # fmt: skip
         distance = self.known.nu * here.size
         slack = self.known.value_bend * distance**2 + here.left * distance / max(1, here.x.shape[0])
-        return SearchResult(
-            here.x, here.q, here.residual, here.v, here.rho, here.gradient, here.values, self.lower.system.batch_shape,
-            self.inner_steps, self.linear_steps,
-            bound, self.model.caution(here, self.known.numbers) * slack, report, self.known,
-        )  # fmt: skip
-
-    # Passes
-
-    def _slopes(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Return F (K,), ∇_φF (K, n) and the sum of the problems' ∇_θF (p,): one pass."""
-        upper = self.upper
-        with torch.enable_grad():
-            point = x.detach().requires_grad_(True)
-            leaves = [
-                t.detach().requires_grad_(True) if w else t for t, w in zip(upper.tensors, self.needs_grad, strict=True)
-            ]
-            values = self.outputs(point.reshape(*upper.system.batch_shape, upper.size), *leaves)
-            chosen = [leaf for leaf, w in zip(leaves, self.needs_grad, strict=True) if w]
-            if not values.requires_grad:
-                return (
-                    values.detach().reshape(-1),
-                    torch.zeros_like(x),
-                    torch.cat([c.detach().reshape(-1) for c in chosen]) * 0,
-                )
-            slopes = torch.autograd.grad(values.sum(), [point, *chosen], allow_unused=True, materialize_grads=True)
-        return values.detach().reshape(-1), slopes[0], torch.cat([part.reshape(-1) for part in slopes[1:]]).to(x)
-
-    def _joint(self, linear: Linearization, q: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return H q (K, n) and the sum of the problems' Bᵀq (p,): one pass."""
-        product, parts = linear.pull(q)
-        return product, self._flat(parts)
-
-    def _flat(self, parts: Sequence[torch.Tensor | None]) -> torch.Tensor:
-        return torch.cat([part.reshape(-1) for part in parts if part is not None])
+        error = self.model.caution(here, self.known.numbers) * slack
+        return SearchResult(here, here.gradient, self.inner_steps, self.linear_steps, bound, error, report, self.known)
 
 
 def _worst(status: torch.Tensor) -> Status | None:
-    """Return a failure among the statuses that no further step makes good, or None."""
+    """Return a failure among the statuses, or None."""
     for code in _BAD:
         if bool((status == code).any()):
             return code

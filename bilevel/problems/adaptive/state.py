@@ -1,4 +1,4 @@
-"""What a search for a goal knows of its problem, where it ended, and what became of the goal."""
+"""The state and the result of a search for a goal, and the report of the goal."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from bilevel.certificates.bound import Bound
+from bilevel.problems.adaptive.iterate import Iterate
 from bilevel.problems.adaptive.quasi_newton import SecantPairs
 from bilevel.reports import Basis, Status, remedy_for_dtype
 from bilevel.tolerance import Tolerance
@@ -33,7 +34,7 @@ class GoalReport:
     basis
         Why ``error`` holds.
     rounds
-        The number of times that the two solves were continued.
+        How often the two solves were continued.
     dtype
         The dtype of ĝ, which limits the accuracy; None if it is not known.
     inner
@@ -89,22 +90,22 @@ class GoalReport:
 
 @dataclass(eq=False)
 class SearchState:
-    """What the rounds have taught about the problem; kept from one hypergradient to the next near by.
+    """What was measured of the problem. One call leaves it to the next, which is near by.
 
     Parameters
     ----------
     nu, slope, pull
-        ν, S and β; zero while nothing was seen.
+        ν, S and β of the error model; zero before they are measured.
     numbers, pulls
-        How many numbers S and β were seen on.
+        On how many numbers S and β were observed.
     looks
-        In how many steps S was seen.
+        In how many steps S was observed.
     value_bend
-        The largest change of F − qᵀ∇G along a step, over (ν ‖∇G‖)²: what is left of the corrected value's error.
+        The largest change of F − qᵀ∇G along a step, over (ν ‖∇G‖)². It estimates the corrected value's error.
     curvature
-        The largest ‖∇G(φ − s) − (∇G − H s)‖/‖s‖²: how far from quadratic G is.
+        The largest ‖∇G(φ − s) − (∇G − H s)‖/‖s‖². It is zero for a quadratic G.
     inner_doubt, linear_doubt
-        How many times too small the model's parts were, beside a certificate.
+        The factors by which a certificate exceeded the two parts of the estimate.
     secants
         Pairs for the preconditioner.
     """
@@ -136,21 +137,21 @@ class SearchState:
         return known
 
     def age(self, before: SearchState, *, stepped: bool, solved: bool) -> None:
-        """Expect more than ``before`` of what neither a step nor a solve has measured: nothing has raised again what faded."""
+        """Raise a quarter above the state ``before`` what this call has not measured: S without a step, and ν without a step or a solve."""
         if not stepped:
             self.slope, self.value_bend = 1.25 * before.slope, 1.25 * before.value_bend
             if not solved:
                 self.nu = 1.25 * before.nu
 
     def reset(self) -> None:
-        """Forget everything: it was learned at other points, and does not hold at this one."""
+        """Forget everything. It was measured at other points, and does not hold at this one."""
         for item in fields(self):
             if item.name != "secants":
                 setattr(self, item.name, item.default)
         self.secants = SecantPairs()
 
     def discount(self) -> None:
-        """Trust what was seen elsewhere a little less; what is seen here raises it again."""
+        """Lower what was measured elsewhere by a fifth. New measurements raise it again."""
         self.nu, self.slope, self.pull = 0.8 * self.nu, 0.8 * self.slope, 0.8 * self.pull
         self.secants.softest = 0.0
         self.curvature, self.value_bend = 0.8 * self.curvature, 0.8 * self.value_bend
@@ -160,43 +161,36 @@ class SearchState:
 
 @dataclass(frozen=True, eq=False)
 class SearchResult:
-    """Where :func:`reach` ended; tensors per problem of the batch of K.
+    """The end of a search over a batch of K problems.
 
     Parameters
     ----------
-    x, q
-        φ and the adjoint (K, n).
-    residual, v, rho
-        ∇G, ∇F and ∇F − H q there (K, n).
+    here
+        The last iterate.
     gradient
-        ĝ (p,), the mean over the problems.
-    values
-        F (K,).
-    axes
-        Of the batch; () for a single problem.
+        ĝ (p,), the mean over the problems, or NaN if the policy wants that.
     inner_steps, linear_steps
         int64 (K,): steps of the inner solver and products for H s = ∇G; products for the adjoint.
     bound
-        What decided, with its parts.
+        The bound or the estimate that decided, with its parts.
     value_error
-        The model's estimate of the corrected value's error (C4): of second order.
+        The estimated error of the corrected value (C4), which is of second order.
     report
-        The goal's.
+        The report of the goal.
     known
-        For the next call.
+        The state for the next call.
     """
 
-    x: torch.Tensor
-    q: torch.Tensor
-    residual: torch.Tensor
-    v: torch.Tensor
-    rho: torch.Tensor
+    here: Iterate
     gradient: torch.Tensor
-    values: torch.Tensor
-    axes: tuple[int, ...]
     inner_steps: torch.Tensor
     linear_steps: torch.Tensor
     bound: Bound
     value_error: float
     report: GoalReport
     known: SearchState
+
+    @property
+    def finite(self) -> bool:
+        """Whether φ and q are finite, so that the next call can begin there."""
+        return bool(torch.isfinite(self.here.x).all() & torch.isfinite(self.here.q).all())

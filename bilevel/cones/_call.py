@@ -1,0 +1,74 @@
+"""One call of a cone program: its solve and the verdict on derivatives, for the rule of :mod:`bilevel.implicit`."""
+
+from __future__ import annotations
+
+import torch
+
+from bilevel.cones._conditions import Conditions
+from bilevel.cones._solve import solve_cones
+from bilevel.cones._sparse import FactorisedJacobians
+from bilevel.cones._wording import forward_words
+from bilevel.equations.problem import Problem
+from bilevel.layers.call import Inspector, SolveCall, SolveSettings
+from bilevel.linear._base import LinearSolver
+from bilevel.linear.exact import Exact
+from bilevel.linear.gmres import GMRES
+from bilevel.operators import LinearOperator
+from bilevel.quadratic_programs._clarabel import Clarabel
+from bilevel.reports import Basis, Status
+from bilevel.solvers._judge import InnerOutcome
+
+__all__ = ["ConeCall"]
+
+_THRESHOLD = 1e-8
+_DENSE_ORDER, _DENSE_NUMBERS = 2048, 2**27
+_NO_DERIVATIVE = (Status.INFEASIBLE, Status.UNBOUNDED, Status.NOT_FINITE, Status.INDEFINITE)
+
+
+class ConeCall(SolveCall):
+    """The solves of one call. Our own equations need no inspection."""
+
+    def __init__(self, settings: SolveSettings, conditions: Conditions, solver: Clarabel, where: str) -> None:
+        super().__init__(settings, Inspector(), conditions, where, False, torch.float64)
+        self.conditions, self.solver = conditions, solver
+        self.certificate: torch.Tensor | None = None
+
+    def solve(self, problem: Problem, init: torch.Tensor) -> torch.Tensor:
+        """Return z (*batch, n + m): solve, judge, report and apply the policy."""
+        axes = problem.system.batch_shape
+        if not problem.batch:
+            self.certificate = init.reshape(*axes, problem.size)
+            zeros, codes = init.new_zeros(0), torch.zeros(0, dtype=torch.int64)
+            nothing = InnerOutcome(
+                init, codes, codes, zeros, zeros, zeros, Basis.RESIDUAL, init, solver=self.solver.name
+            )
+            return self._reported(problem, nothing, {})
+        found = solve_cones(self.conditions, problem, self.solver)
+        self.certificate = found.certificate.reshape(*axes, problem.size)
+        words = forward_words(self.conditions.product, found)
+        status, asked = found.status, self.settings.tolerance.inner(self.dtype)
+        threshold = _THRESHOLD
+        if asked.asked and asked.absolute:
+            threshold = asked.absolute
+            short = (status == Status.CONVERGED) & ~(found.lack <= threshold)
+            status = torch.where(short, int(Status.NOT_CONVERGED), status)
+        if bool((found.kink >= 0).any()):
+            self.degenerate, self.messages = (found.kink >= 0).reshape(axes), words
+        if found.jacobians is not None:
+            self.reduced = FactorisedJacobians(tuple(found.jacobians))
+        outcome = InnerOutcome(
+            found.z, status, found.iterations, found.lack, torch.full_like(found.lack, threshold),
+            torch.full_like(found.lack, float("nan")), Basis.RESIDUAL, found.residual, solver=self.solver.name,
+        )  # fmt: skip
+        z = self._reported(problem, outcome, words)
+        lost = torch.stack([status == one for one in _NO_DERIVATIVE]).any(0).reshape(axes)
+        if bool(lost.any()):
+            self.nan_mask = lost if self.nan_mask is None else self.nan_mask | lost
+        return z
+
+    def _own_solver(self, operator: LinearOperator) -> LinearSolver | None:
+        if self.reduced is not None and self.reduced.serves(operator):
+            return self.reduced
+        base = operator.distinct
+        fits = base.size <= _DENSE_ORDER and base.batch * base.size**2 <= _DENSE_NUMBERS
+        return Exact() if fits else GMRES()

@@ -1,0 +1,67 @@
+"""Intermediate results of solvers: completed by residuals, and combined problem by problem."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+
+from bilevel.equations.problem import Problem
+from bilevel.solvers._base import InnerSolution
+
+__all__ = ["Trial", "choose", "merged", "with_residual"]
+
+
+@dataclass(frozen=True, eq=False)
+class Trial:
+    """The judged result of one solver."""
+
+    x: torch.Tensor
+    status: torch.Tensor
+    iterations: torch.Tensor
+    residual: torch.Tensor
+    norm: torch.Tensor
+    threshold: torch.Tensor
+    value: torch.Tensor | None
+    factor: torch.Tensor | None
+    exact: bool = False
+    settled: bool = False  # all are known to have converged
+
+
+def with_residual(problem: Problem, solution: InnerSolution) -> InnerSolution:
+    if solution.residual is not None:
+        return solution
+    if problem.minimizes:
+        value, residual = problem.value_and_residual(solution.x)
+        return replace(solution, value=value, residual=residual)
+    return replace(solution, residual=problem.residual(solution.x))
+
+
+def merged(these: torch.Tensor, new: InnerSolution, old: InnerSolution) -> InnerSolution:
+    """Return ``new`` for ``these`` problems (batch,), which were resumed, and the status of ``old`` for the others, which did not move."""
+    error = slow = None
+    if new.error is not None and old.error is not None:
+        error = torch.where(these.unsqueeze(-1), new.error, old.error)
+    if new.slow is not None and old.slow is not None:
+        slow = torch.where(these, new.slow, old.slow)
+    return replace(new, status=torch.where(these, new.status, old.status), error=error, slow=slow)
+
+
+def choose(these: torch.Tensor, one: Trial, other: Trial) -> Trial:
+    """Return ``one`` for the problems of ``these`` (batch,) and ``other`` for the rest."""
+
+    def mixed(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        return torch.where(these.reshape(-1, *[1] * (a.ndim - 1)), a, b)
+
+    value = None if one.value is None or other.value is None else mixed(one.value, other.value)
+    return Trial(
+        mixed(one.x, other.x),
+        mixed(one.status, other.status),
+        other.iterations,
+        mixed(one.residual, other.residual),
+        mixed(one.norm, other.norm),
+        mixed(one.threshold, other.threshold),
+        value,
+        one.factor if one.exact else None,
+        one.exact,
+    )

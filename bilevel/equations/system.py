@@ -394,11 +394,7 @@ def mixes_numpy(error: Exception) -> bool:
 
 def numpy_refusal(where: str, noun: str, arrays: Sequence[str]) -> DtypeError:
     """Return the error for numpy in a user's function; ``arrays`` names its numpy arguments."""
-    got = (
-        f"an array or a number of numpy at {', '.join(arrays)}"
-        if arrays
-        else "a numpy array or a function of numpy in it"
-    )
+    got = f"a numpy array at {', '.join(arrays)}" if arrays else "a numpy array or a function of numpy in it"
     return DtypeError(
         f"{where}: expected {noun} to be of torch's operations on tensors, as numpy's cannot be differentiated, got {got}; convert it with "
         "torch.as_tensor(...), and use torch's functions"

@@ -431,7 +431,7 @@ def test_the_function_that_captures_a_tensor_is_named(how: Any, name: str) -> No
 @pytest.mark.parametrize("use", [lambda n: n.size(0), lambda n: n.float().mean()])
 def test_an_integer_array_of_numpy_is_named(use: Any) -> None:
     layer = bilevel.argmin(lambda x, a, n: ((x - a) ** 2).sum() / use(n))
-    with pytest.raises(bilevel.DtypeError, match=re.escape("numpy at args[1]")):
+    with pytest.raises(bilevel.DtypeError, match=re.escape("numpy array at args[1]")):
         layer(torch.zeros(2, dtype=F64), tensor(1.0, 2.0), np.array([0, 1]))
 
 

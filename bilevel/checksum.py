@@ -62,7 +62,7 @@ def _digest(state: Any) -> str:
 
 
 def _add(found: Any, value: Any) -> None:
-    """Add ``value`` with its type and size, so that no two different trees look the same."""
+    """Feed ``value`` to the hash ``found``, with its type and size, so that no two different trees give the same bytes."""
     if isinstance(value, torch.Tensor):
         dense = value.detach() if value.layout == torch.strided else value.detach().to_dense()
         flat = dense.resolve_conj().resolve_neg().cpu().contiguous().reshape(-1)

@@ -327,7 +327,7 @@ class Arguments:
 
 
 def flatten_arguments(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[list[torch.Tensor], Arguments]:
-    """Split a call's arguments into its tensors, of any real dtype, and the rest."""
+    """Split a call's arguments into a list of its tensors, complex ones as pairs of real numbers, and all the rest."""
     if not kwargs and all(isinstance(arg, torch.Tensor) and not arg.is_complex() for arg in args):
         return list(args), _positional(len(args))
     paths, structure = pytree.tree_flatten_with_path((args, kwargs))

@@ -45,7 +45,10 @@ def number(constant: Constant, like: torch.Tensor) -> torch.Tensor:
 
 @dataclass(frozen=True, eq=False)
 class Spectral:
-    """The known bounds (K,) of H and B at a point, if these are too large to be formed; None if unknown."""
+    """Bounds (K,) of matrices at a point that are too large to be formed; None where none is known.
+
+    ``curvature`` is at most the least eigenvalue of the inner Hessian H, and ``cross_norm`` at least the norm of B = ∂²G/∂φ∂θ.
+    """
 
     curvature: torch.Tensor | None = None
     cross_norm: torch.Tensor | None = None

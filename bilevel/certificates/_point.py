@@ -75,17 +75,17 @@ class Point:
 
     @property
     def x(self) -> torch.Tensor:
-        """φ (K, n)."""
+        """The inner solution φ (K, n)."""
         return self.inner.x
 
     @property
     def lower(self) -> Problem:
-        """G."""
+        """The inner objective G."""
         return self.inner.lower
 
     @property
     def upper(self) -> Problem:
-        """F."""
+        """The outer objective F."""
         return self.inner.upper
 
     @property
@@ -95,12 +95,12 @@ class Point:
 
     @cached_property
     def hq(self) -> torch.Tensor:
-        """H q (K, n)."""
+        """The product H q (K, n) of the inner Hessian with the adjoint."""
         return self.inner.linear.operator.matvec(self.q)
 
     @cached_property
     def rho(self) -> torch.Tensor:
-        """ρ = v − H q (K, n)."""
+        """The residual of the linear system, ρ = v − H q (K, n), with v = ∇_φ F."""
         return self.inner.v - self.hq
 
     @cached_property

@@ -149,10 +149,10 @@ class NestedModes:
 
 
 class DegreeMode(TorchDispatchMode):
-    """A mode that computes the degree of each operation's result from its arguments. :attr:`open` is true if the run proves nothing.
+    """A ``TorchDispatchMode`` that computes the degree in φ of each operation's result from those of its arguments.
 
-    A degree belongs to a piece of memory, and is the largest degree ever written there. Views and in-place operations then
-    need no special treatment.
+    :attr:`open` is True if the run proves nothing. Degrees are kept by storage, not by tensor: that of a storage is the largest ever written there.
+    Views and in-place operations then need no special treatment.
     """
 
     def __init__(self) -> None:

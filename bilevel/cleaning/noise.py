@@ -56,7 +56,9 @@ def corrupt(
     (2, True)
     """
     if not 0.0 <= share < 1.0:
-        raise ArgumentError(f"corrupt: expected share to be a number in [0, 1), got {share!r}; pass one")
+        raise ArgumentError(
+            f"corrupt: expected share to be a number in [0, 1), got {share!r}; pass 0.2 to make 20 % wrong"
+        )
     if not isinstance(noise, Noise):
         raise ArgumentError(
             f"corrupt: expected noise to be a bilevel.cleaning.Noise, got {noise!r}; pass Noise.UNIFORM or Noise.NEXT"

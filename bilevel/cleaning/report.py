@@ -128,7 +128,7 @@ def _verdict(name: str, difference: Interval) -> str:
 
 
 def _difference(outcome: Outcome, name: str) -> Interval:
-    """Return how much more accurate the cleaned classifiers are than those of the row ``name``, run by run."""
+    """Return the mean gain in accuracy, over the runs, of classifiers trained on cleaned data over those of the report's row ``name``."""
     pairs = zip(outcome.values(CLEANED, "accuracy"), outcome.values(name, "accuracy"), strict=True)
     return interval([cleaned - other for cleaned, other in pairs])
 

@@ -54,7 +54,7 @@ class SigmoidWeights(ExampleWeights):
 
     @property
     def neutral(self) -> float:
-        """One half."""
+        """The weight of every example at first, σ(0) = 0.5."""
         return 0.5
 
 
@@ -75,5 +75,5 @@ class SimplexWeights(ExampleWeights):
 
     @property
     def neutral(self) -> float:
-        """One."""
+        """The weight of every example at first, n · softmax(0) = 1."""
         return 1.0

@@ -83,7 +83,7 @@ class StructuredSystem(System):
         """
 
     def parts(self, z: torch.Tensor, *tensors: torch.Tensor) -> Parts:
-        """Return what one problem's solution ``z`` (N,) consists of; differentiable. By default x alone."""
+        """Take one problem's solution ``z`` (N,) apart into x, multipliers and the active set, differentiably; the default is x alone."""
         return Parts(z[: self.ordinary.raveler.size])
 
     def in_x(self) -> System:

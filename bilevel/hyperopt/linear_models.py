@@ -115,7 +115,8 @@ def fold_weights(
                 ) from error
             if not bool(weights.any()):
                 raise bilevel.ArgumentError(
-                    f"fold_weights: expected rows to train and to validate on in fold {number}, got none; take fewer folds"
+                    f"fold_weights: expected fold {number} to have rows to train on and rows to validate on, got none of one kind; "
+                    "take fewer folds"
                 )
             part.append(weights)
     if not found[0]:

@@ -70,14 +70,14 @@ class Constraints:
 
 @dataclass(frozen=True, eq=False)
 class PerConstraint:
-    """One value for each constraint, such as its multiplier or whether it is active; None for kinds of constraints that there are not.
+    """One value for each constraint, such as its multiplier or whether it is active; None where the problem has no such constraints.
 
     Parameters
     ----------
     equality, inequality
-        In the shapes that these functions return.
+        Of the shape that the function of this name returns.
     lower, upper
-        In the shapes of x.
+        Of the shape of x, a value for each entry's bound.
     """
 
     equality: Any = None

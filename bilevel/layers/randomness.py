@@ -59,7 +59,7 @@ def draws(evaluate: Callable[[], object]) -> bool:
 
 
 class _Draws(TorchDispatchMode):
-    """A mode that sees each operation of this thread, below all transforms."""
+    """A ``TorchDispatchMode``, below all transforms, that notes in ``any`` whether an operation of this thread draws random numbers."""
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:

@@ -40,18 +40,18 @@ def _pull_many(output: torch.Tensor, point: torch.Tensor, vs: torch.Tensor) -> t
 
 
 class HessianOperator(LinearOperator):
-    """H = ∂gradient/∂point of a gradient that still has its graph: one reverse pass for each product.
+    """The Hessian H = ∂gradient/∂point by its products alone: each is one reverse pass through the gradient's autograd graph.
 
     Parameters
     ----------
     gradient
-        ∇G (batch, n), computed from ``point`` with ``create_graph=True``, each row from its own row.
+        ∇G (batch, n), computed from ``point`` with ``create_graph=True``. Each row depends on the same row of ``point`` alone.
     point
-        (batch, n), requires grad.
+        Where H is taken (batch, n); it requires grad.
     positive_definite, expect_definite
         See :class:`LinearOperator`.
     materialize
-        Returns the matrices (batch, n, n), faster than products with the unit vectors; None if there is no such way.
+        A function that returns H as matrices (batch, n, n), faster than n products with unit vectors; None if there is none.
 
     Examples
     --------

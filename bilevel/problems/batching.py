@@ -138,7 +138,7 @@ class BatchSpec:
         return Raveler.of(one, self.where)
 
     def _of_leaves(self, data: Any) -> list[int | None]:
-        """Return one entry of ``dims`` for each leaf of ``data``."""
+        """Return an axis or None for each leaf of ``data``: ``dims`` spread over the pytree, as ``vmap`` spreads ``in_dims``."""
         structure = pytree.tree_structure(data)
         flat = pytree._broadcast_to_and_flatten(self.dims, structure, is_leaf=lambda dim: dim is None)
         if flat is None:

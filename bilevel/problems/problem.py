@@ -406,8 +406,8 @@ class BilevelProblem(torch.nn.Module, ABC):
         """
         if transforms_active():
             raise TransformError(
-                f"{self._layer.where}: expected no transform of torch.func around hypergradient(...), whose result is cut from any "
-                "graph, and there is one; transform a call of the problem instead, as in torch.func.grad(problem)(outer, data) or "
+                f"{self._layer.where}: expected no transform of torch.func around hypergradient(...), because its result is detached, "
+                "got one; transform a call of the problem instead, as in torch.func.grad(problem)(outer, data) or "
                 "torch.func.vmap(torch.func.grad(problem))(outer, data), or by torch.func.functional_call where outer is the problem's own parameters"
             )
         self._numbering.checked_count(data)

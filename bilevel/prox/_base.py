@@ -261,7 +261,7 @@ def _check(where: str, name: str, value: Parameter, kind: str, fits: Callable[[A
         return
     else:
         wrong = value
-    raise ArgumentError(f"{where}: expected {name} to be {kind}, got {wrong:g}; pass one")
+    raise ArgumentError(f"{where}: expected {name} to be {kind}, got {wrong:g}; pass such a value")
 
 
 def check_nonnegative(where: str, name: str, value: Parameter) -> None:

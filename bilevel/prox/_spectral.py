@@ -1,7 +1,8 @@
-"""Smooth functions of matrices near a point, of which the decomposition is known: derivatives without 1/(λ_i − λ_j).
+"""Functions of a matrix B by its eigenvalues or singular values, with derivatives that are finite where these are equal.
 
-Each function is evaluated at the decomposition. The derivatives come from an equation that the function solves, in powers of the
-perturbation D = B − B₀. D is zero, but carries the derivatives. Equal eigenvalues are no matter: only sums |λ_i| + |λ_j| divide.
+torch's derivatives of ``eigh`` and ``svd`` divide by differences such as λ_i − λ_j. Here only a constant is decomposed: B₀, which is B without
+its graph. The function solves an equation in powers of D = B − B₀, from which its derivatives come: D is zero, but carries the graph. The
+solution divides only by sums |λ_i| + |λ_j|.
 """
 
 from __future__ import annotations

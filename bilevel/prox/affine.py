@@ -152,7 +152,10 @@ class HalfSpace(Term):
 
     def _system(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         if self.a.shape != x.shape:
-            raise ShapeError(f"{self.where}: expected a of the shape of x, {tuple(x.shape)}, got {_shape(self.a)}")
+            raise ShapeError(
+                f"{self.where}: expected a, the normal vector, to have the shape of x, {tuple(x.shape)}, got {_shape(self.a)}; "
+                "reshape it"
+            )
         return as_parameter(self.a, x), as_parameter(self.b, x)
 
     def _active(self, x: torch.Tensor) -> torch.Tensor:

@@ -211,7 +211,7 @@ class _Trial:
     factor: KKTFactor | None
 
     def put(self, index: torch.Tensor, other: _Trial, chosen: torch.Tensor | slice = slice(None)) -> _Trial:
-        """Return these trials with those of ``other`` that are ``chosen`` at ``index``, and without a factorisation."""
+        """Return a copy in which the ``chosen`` trials of ``other`` stand at ``index``. It has no factorisation."""
         made = {name: getattr(self, name).clone() for name in _PARTS}
         for name, mine in made.items():
             mine[index] = getattr(other, name)[chosen]

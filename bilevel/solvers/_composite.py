@@ -88,7 +88,7 @@ class Iterate:
     step: torch.Tensor
 
     def where(self, these: torch.Tensor, other: Iterate) -> Iterate:
-        """Return this iterate for the problems of ``these`` (batch,), and ``other`` for the rest."""
+        """Choose for each problem, as ``torch.where`` does: this iterate where ``these`` (batch,) is True, else ``other``."""
         if bool(these.all()):
             return self
         wide = these.unsqueeze(-1)

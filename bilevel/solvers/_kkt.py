@@ -166,7 +166,7 @@ def _inertia_is_right(matrix: torch.Tensor, rows: torch.Tensor, these: torch.Ten
 
 
 def solve_symmetric(matrix: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
-    """Return the solution (K, N) for symmetric matrices (K, N, N); the minimum-norm one for a singular matrix."""
+    """Return x (K, N) with ``matrix`` x = ``right``, for symmetric matrices (K, N, N); of minimum norm where one is singular."""
     scale = matrix.abs().amax(-1).clamp_min(1e-300).rsqrt()
     scaled = scale.unsqueeze(-1) * matrix * scale.unsqueeze(-2)
     rhs = scale * right

@@ -118,9 +118,10 @@ class LBFGS(InnerSolver):
 
 @dataclass(frozen=True, eq=False)
 class _State:
-    """An iterate with ∇G and G, the running average of |G| with its weight, the smallest ‖∇G‖, and the number of consecutive steps without a gain.
+    """An iterate x with its gradient ∇G (``residual``) and its objective G (``value``).
 
-    ``endless``: G fell at every trial of the last line search, each longer than the one before.
+    ``average`` is a running average of abs(G), and ``weight`` the sum of its weights. ``best`` is the smallest ‖∇G‖ so far, and ``idle`` counts
+    the steps since one last gained. ``endless``: G fell at every trial of the last line search, each longer than the one before.
     """
 
     x: torch.Tensor

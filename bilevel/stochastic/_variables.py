@@ -99,7 +99,7 @@ class Variables:
             if not leaf.is_leaf:
                 raise ArgumentError(
                     f"{self.where}: expected {name} to be a leaf tensor, which can be updated in place, got the result of an "
-                    "operation; pass .detach().requires_grad_() of it"
+                    "operation; pass tensor.detach().requires_grad_() in its place"
                 )
             if leaf.is_complex():
                 raise DtypeError(

@@ -1,8 +1,7 @@
-"""What is to be examined, in one form: a layer or a bilevel problem with the arguments of one call.
+"""The layer or bilevel problem that is tested, with the arguments of one call, in a form that all tests share.
 
-Everything that examines (gradients, diagnosis) sees the user's own functions of one problem's arguments, which tensors
-are differentiated, and the library's answer as a function of those tensors. No mathematics of the library is used
-here or in the references: only what a user could call.
+``check_gradients`` and ``diagnose`` see three things: the user's own functions, the tensors that are differentiated, and the library's answer as a
+function of those tensors. Neither this module nor the references use the library's mathematics, but only what a user could call.
 """
 
 from __future__ import annotations

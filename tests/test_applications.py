@@ -12,7 +12,8 @@ import pytest
 import bilevel
 
 ROOT = Path(bilevel.__file__).parent
-# What an application may import beside public names: itself, the module in which applications write files, and the checksum of a saved state.
+# What an application may import beside public names: itself, the module in which applications write files, the checksum of a saved
+# state, and the import of optional packages.
 OWN = {
     **dict.fromkeys((ROOT / "hyperopt").rglob("*.py"), ("bilevel.hyperopt", "bilevel.cli.output", "bilevel.cli.table")),
     **dict.fromkeys((ROOT / "meta").rglob("*.py"), ("bilevel.meta", "bilevel.cli.output", "bilevel.checksum")),
@@ -26,8 +27,8 @@ OWN = {
     ),
     ROOT / "cli/output.py": (),
     ROOT / "cli/allocator.py": (),
-    ROOT / "display.py": ("bilevel.stochastic",),
-    ROOT / "loggers.py": ("bilevel.stochastic",),
+    ROOT / "display.py": ("bilevel.stochastic", "bilevel.optional_packages"),
+    ROOT / "loggers.py": ("bilevel.stochastic", "bilevel.optional_packages"),
 }
 
 

@@ -81,7 +81,10 @@ nitpick_ignore_regex = [
     (r"py:class", r".*[ \[\]|(,].*"),
     (r"py:obj", r".*"),
     # Aliases of types, bases that are not public, and option dictionaries of signatures: they have no page.
-    (r"py:class", r"(OptimizerLike|Reference|Loss|HessianChoice|ArgminOptions|LayerOptions|LinearOptions)"),
+    (
+        r"py:class",
+        r"(OptimizerLike|Reference|Loss|HessianChoice|ArgminOptions|LayerOptions|LinearOptions|Approximation)",
+    ),
     (r"py:class", r"bilevel\.solvers\.bracketing\.Bracketing|bilevel\.layers\.differentiation\.BySteps"),
     # Type variables and a private type of ours in signatures; "Bool, per problem: ..." read by napoleon as a type.
     (r"py:class", r"bilevel\..*\.T|T|bilevel\.tolerance\.Target|Bool|RadauBound|bilevel\.(equations|replay)\..*"),

@@ -8,7 +8,7 @@ exponentials, entropies       :class:`Exponential`
 powers, geometric means       :class:`Power`
 ============================  =========================================
 
-A call goes from ``cone_program`` (checks, ``_arguments``) to the rule of :mod:`bilevel.implicit` for the equations of ``_conditions``. Its
+A call goes from ``cone_program`` (checks, ``_arguments``) to the rule of ``bilevel.implicit`` for the equations of ``_conditions``. Its
 ``_call`` solves with Clarabel and polishes the answer (``_solve``). A cone knows its projection and where that has kinks, and no solver.
 """
 

@@ -123,14 +123,14 @@ class Kronecker(Approximation):
     def _sizes(self) -> list[int]:
         return [prod(shape) for shape in self.shapes]
 
-    def restored(self, state: list[torch.Tensor | None]) -> BlockFactor:
+    def restored(self, state: list[torch.Tensor | None]) -> _BlockFactor:
         blocks = []
         for left, right, values in zip(state[::3], state[1::3], state[2::3], strict=True):
             assert values is not None
-            blocks.append(Block(left, right, values))
-        return BlockFactor(blocks, self._sizes, self.rho)
+            blocks.append(_Block(left, right, values))
+        return _BlockFactor(blocks, self._sizes, self.rho)
 
-    def factor(self, base: LinearOperator) -> BlockFactor:
+    def factor(self, base: LinearOperator) -> _BlockFactor:
         sizes = self._sizes
         if sum(sizes) != base.size:
             raise ShapeError(
@@ -141,7 +141,7 @@ class Kronecker(Approximation):
         for products in self._products(base):
             for moment, shape, part in zip(moments, self.shapes, products.split(sizes, dim=-1), strict=True):
                 moment.add(part.reshape(*part.shape[:-1], *_matrix(shape)))
-        return BlockFactor([moment.block() for moment in moments], sizes, self.rho)
+        return _BlockFactor([moment.block() for moment in moments], sizes, self.rho)
 
     def _products(self, base: LinearOperator) -> Iterator[torch.Tensor]:
         """Yield H v / √probes for random normal v, (k, batch, n) at a time."""
@@ -184,14 +184,14 @@ class _Moments:
         for total, one, whole in ((self._left, y, self._full[0]), (self._right, y.mT, self._full[1])):
             total += (one @ one.mT if whole else (one * one).sum(dim=-1, keepdim=True)).sum(dim=0)
 
-    def block(self) -> Block:
+    def block(self) -> _Block:
         """Return the block A ⊗ B in the basis of its eigenvectors."""
         (lefts, left), (rights, right) = (
             _spectrum(moment, whole) for moment, whole in zip((self._left, self._right), self._full, strict=True)
         )
         trace = lefts.sum(dim=-1)[:, None, None]  # E‖Y‖²
         values = (lefts.unsqueeze(-1) * rights.unsqueeze(-2) / torch.where(trace == 0, 1.0, trace)).sqrt()
-        return Block(left, right, values)
+        return _Block(left, right, values)
 
 
 def _spectrum(moment: torch.Tensor, whole: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -203,7 +203,7 @@ def _spectrum(moment: torch.Tensor, whole: bool) -> tuple[torch.Tensor, torch.Te
 
 
 @dataclass(frozen=True, eq=False)
-class Block:
+class _Block:
     """A ⊗ B: the eigenvectors (batch, o, o) of B and (batch, i, i) of A, None for unit vectors, and the eigenvalues (batch, o, i)."""
 
     left: torch.Tensor | None
@@ -221,10 +221,10 @@ class Block:
 
 
 @dataclass(frozen=True, eq=False)
-class BlockFactor:
+class _BlockFactor:
     """(M + ρI)⁻¹ of a block-diagonal M, whose blocks have ``sizes``."""
 
-    blocks: list[Block]
+    blocks: list[_Block]
     sizes: list[int]
     rho: float
 

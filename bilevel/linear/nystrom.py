@@ -65,7 +65,7 @@ class Nystrom(Approximation):
     def products(self, size: int) -> int:
         return min(self.rank, size)
 
-    def factor(self, base: LinearOperator) -> LowRank:
+    def factor(self, base: LinearOperator) -> _LowRank:
         n, k = base.size, min(self.rank, base.size)
         generator = torch.Generator().manual_seed(self.seed)
         chosen = torch.randperm(n, generator=generator)[:k].to(base.device)
@@ -82,16 +82,16 @@ class Nystrom(Approximation):
         sizes, turned = eigh(half @ half.mT)
         finite = torch.isfinite(columns).all(dim=-1).all(dim=-1)
         weights = torch.where(finite.unsqueeze(-1), sizes.clamp_min(0.0), torch.nan)
-        return LowRank(Q @ turned, weights / (weights + self.rho), self.rho)
+        return _LowRank(Q @ turned, weights / (weights + self.rho), self.rho)
 
-    def restored(self, state: list[torch.Tensor | None]) -> LowRank:
+    def restored(self, state: list[torch.Tensor | None]) -> _LowRank:
         basis, weights = state
         assert basis is not None and weights is not None
-        return LowRank(basis, weights, self.rho)
+        return _LowRank(basis, weights, self.rho)
 
 
 @dataclass(frozen=True, eq=False)
-class LowRank:
+class _LowRank:
     """(I − U diag(w) Uᵀ) / ρ, which is (H_k + ρI)⁻¹ for H_k = U diag(s) Uᵀ and w = s / (s + ρ).
 
     Parameters

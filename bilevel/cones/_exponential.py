@@ -37,7 +37,7 @@ class Exponential(Cone):
     >>> import torch
     >>> from bilevel import cones
     >>> cones.Exponential().project(torch.tensor([1.0, 1.0, 1.0], dtype=torch.float64)).round(decimals=4)
-    tensor([0.4243, 0.7958, 1.3563], dtype=torch.float64)
+    tensor([0.4263, 0.7517, 1.3254], dtype=torch.float64)
     """
 
     @property

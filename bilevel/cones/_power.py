@@ -43,7 +43,7 @@ class Power(Cone):
     >>> import torch
     >>> from bilevel import cones
     >>> cones.Power(0.5).project(torch.tensor([1.0, 1.0, 2.0], dtype=torch.float64)).round(decimals=4)
-    tensor([1.5000, 1.5000, 1.5000], dtype=torch.float64)
+    tensor([1.3333, 1.3333, 1.3333], dtype=torch.float64)
     """
 
     exponent: float

@@ -22,6 +22,8 @@ WIDTHS = (1280, 390)
 THEMES = ("light", "dark")
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 START_SECONDS = 30
+# After how many pages a line is printed.
+PROGRESS = 50
 
 # What one page shows in its present width and theme. Code blocks may hold LaTeX, and may scroll inside their own box.
 LOOK = r"""
@@ -140,26 +142,40 @@ def broken_links(pages: dict[Path, Any]) -> list[str]:
 
 
 def check(site: Path, browser: Browser) -> list[str]:
-    """Return every fault of the site, a sentence each."""
+    """Print every fault of the site, a sentence each, and return them all."""
     faults: list[str] = []
     pages: dict[Path, Any] = {}
-    for page in sorted(site.rglob("*.html")):
-        name = page.relative_to(site)
-        for theme in THEMES:
-            for width in WIDTHS:
-                where = f"{name} ({width} pixels, {theme})"
-                browser.show(width, theme)
-                browser.open(page)
-                seen = browser.ask_later(LOOK)
-                if seen["wide"] > 0:
-                    faults.append(f"{where}: {seen['wide']} pixels wider than the window{seen['widest']}")
-                if seen["latex"]:
-                    faults.append(f"{where}: LaTeX shown as text: {seen['latex']}")
-                faults += [f"{where}: image missing: {image}" for image in seen["missing"]]
-                faults += [f"{where}: console error: {message}" for message in browser.errors()]
+    every = sorted(site.rglob("*.html"))
+    for number, page in enumerate(every, 1):
+        found = faults_of(browser, page, str(page.relative_to(site)))
         pages[page] = browser.ask(LINKS)
-    print(f"{len(pages)} pages opened {len(WIDTHS) * len(THEMES)} times each")
-    return faults + broken_links(pages)
+        faults += found
+        for fault in found:
+            print(fault, flush=True)
+        if number % PROGRESS == 0 or number == len(every):
+            print(f"{number} of {len(every)} pages, each in {len(WIDTHS) * len(THEMES)} ways", flush=True)
+    broken = broken_links(pages)
+    for fault in broken:
+        print(fault)
+    return faults + broken
+
+
+def faults_of(browser: Browser, page: Path, name: str) -> list[str]:
+    """Return the faults of one page. It is loaded once, and then shown at each width in each theme."""
+    browser.show(WIDTHS[0], THEMES[0])
+    browser.open(page)
+    faults = []
+    for theme in THEMES:
+        for width in WIDTHS:
+            where = f"{name} ({width} pixels, {theme})"
+            browser.show(width, theme)
+            seen = browser.ask_later(LOOK)
+            if seen["wide"] > 0:
+                faults.append(f"{where}: {seen['wide']} pixels wider than the window{seen['widest']}")
+            if seen["latex"]:
+                faults.append(f"{where}: LaTeX shown as text: {seen['latex']}")
+            faults += [f"{where}: image missing: {image}" for image in seen["missing"]]
+    return faults + [f"{name}: console error: {message}" for message in browser.errors()]
 
 
 def main() -> None:
@@ -175,7 +191,8 @@ def main() -> None:
         faults = check(site, browser)
     finally:
         browser.close()
-    print("\n".join(faults) or "no fault found")
+    if not faults:
+        print("no fault found")
     raise SystemExit(bool(faults))
 
 

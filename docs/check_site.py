@@ -135,9 +135,9 @@ def broken_links(pages: dict[Path, Any]) -> list[str]:
                 continue
             target = Path(unquote(urlparse(address).path))
             if not target.is_file():
-                faults.append(f"{page.name}: link to a file that does not exist: {target}")
+                faults.append(f"{page}: link to a file that does not exist: {target}")
             elif anchor and target in pages and unquote(anchor) not in pages[target]["anchors"]:
-                faults.append(f"{page.name}: link to an anchor that does not exist: {target.name}#{anchor}")
+                faults.append(f"{page}: link to an anchor that does not exist: {target.name}#{anchor}")
     return faults
 
 

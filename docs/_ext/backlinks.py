@@ -28,8 +28,8 @@ def mend(app: Sphinx, pagename: str, templatename: str, context: dict[str, Any],
         page = posixpath.normpath(posixpath.join(posixpath.dirname(pagename), link["page"]))
         known = anchors.get(page, [])
         tail = link["anchor"].removeprefix("bilevel")
-        ends = [anchor for anchor in known if anchor.endswith(tail)]
-        anchor = link["anchor"] if link["anchor"] in known or len(ends) != 1 else ends[0]
+        ends = {anchor for anchor in known if anchor.endswith(tail)}
+        anchor = link["anchor"] if link["anchor"] in known or len(ends) != 1 else ends.pop()
         return f'{link["before"]}{anchor}"'
 
     context["body"] = LINK.sub(mended, context["body"])

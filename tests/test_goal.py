@@ -585,6 +585,7 @@ def one_strength(n: int = 30) -> tuple[torch.Tensor, tuple[torch.Tensor, ...], t
     return torch.tensor(-2.0, dtype=F64), (X * scale, y, Xv * scale, yv), torch.zeros(n, dtype=F64)
 
 
+@pytest.mark.counts
 @pytest.mark.parametrize("kind", [Ridge, Classifier])
 def test_one_outer_variable_takes_fewer_passes_where_it_is_followed(kind: type[Ridge], monkeypatch) -> None:
     outer, data, start = one_strength()
@@ -642,6 +643,7 @@ def test_an_estimate_from_changes_keeps_a_part_of_the_bound_by_norms() -> None:
     assert ErrorModel.linear_share(model, here) == 0.0
 
 
+@pytest.mark.counts
 def test_the_step_beyond_the_inner_solver_saves_passes_and_a_bad_one_costs_no_accuracy(monkeypatch) -> None:
     (X, y, Xv, yv), outer = split(7, n=30), torch.linspace(-1, 1, 30, dtype=F64)
     scale, start = torch.logspace(0, -1, 30, dtype=F64), torch.zeros(30, dtype=F64)

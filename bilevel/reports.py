@@ -179,7 +179,16 @@ _NOT_INVARIANT = (
 )
 
 
-_BACKWARD = {Status.INDEFINITE: _AT_A_SADDLE, Status.SINGULAR: _NOT_INVARIANT}
+_BUDGET_OF_ADJOINT = (
+    "pass Tolerance(delta_prime=None) to say that the steps alone are meant, or Tolerance(delta_prime=1e-6) to hold the linear "
+    "solve to an accuracy"
+)
+_BACKWARD = {
+    Status.BUDGET_SPENT: _BUDGET_OF_ADJOINT,
+    Status.INDEFINITE: _AT_A_SADDLE,
+    Status.SINGULAR: _NOT_INVARIANT,
+}
+_SHORT_OF_THE_TOLERANCE = (Status.MAX_STEPS, Status.NOT_CONVERGED, Status.STAGNATED)
 
 
 def remedy_for_dtype(remedy: str, dtype: torch.dtype | None) -> str:
@@ -301,7 +310,9 @@ class SolveReport:
         steps = int(self.iterations.reshape(-1)[which])
         # Where no accuracy was asked for, the threshold is that of the default.
         word = "the default asks" if status is Status.BUDGET_SPENT else "asked"
-        goal = f", {word} {asked:.2g}" if asked > 0 else ""
+        # The KKT conditions may have failed where this one number did not: it would contradict the sentence.
+        misleading = status in _SHORT_OF_THE_TOLERANCE and residual <= asked
+        goal = f", {word} {asked:.2g}" if asked > 0 and not misleading else ""
         return (
             f"{head} {self._meaning(status)}{of} (residual {residual:.2g}{goal}, after {steps} iterations); "
             f"remedy: {self._remedy(status, which)}."
@@ -313,6 +324,8 @@ class SolveReport:
     def _remedy(self, status: Status, which: int) -> str:
         """Return what to do about ``status``, which the problem at ``which`` ended with."""
         given = float(self.scale.reshape(-1)[which])
+        if status is Status.BUDGET_SPENT and float(self.threshold.reshape(-1)[which]) == 0:
+            return "nothing needs doing, as the steps alone were asked for"
         if status is Status.NOT_FINITE and self.direction is Pass.BACKWARD and not math.isfinite(given):
             # Nothing is amiss with the matrix or the solver then.
             return _NOT_FINITE_GIVEN

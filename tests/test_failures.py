@@ -444,6 +444,24 @@ def test_a_budget_without_a_tolerance_succeeds_and_warns() -> None:
     assert not bool(solution.report.converged) and bool(solution.report.success)
 
 
+def test_a_budget_of_a_backward_solve_names_the_number_of_the_linear_solver() -> None:
+    a = torch.ones(2, dtype=F64, requires_grad=True)
+    stretch = torch.tensor([1.0, 9.0], dtype=F64)
+    said = {}
+    for delta_prime in (bilevel.AUTO, None):
+        layer = bilevel.argmin(
+            lambda x, a: ((x - a) ** 2 * stretch).sum(),
+            linear_solver=bilevel.CG(max_steps=1),
+            tolerance=bilevel.Tolerance(delta_prime=delta_prime),
+            on_failure="ignore",
+        )
+        with bilevel.record() as reports:
+            layer(ZERO, a).sum().backward()
+        said[delta_prime] = reports.backward[0].message
+    assert "Tolerance(delta_prime=None)" in said[bilevel.AUTO]
+    assert "nothing needs doing" in said[None]
+
+
 def test_a_budget_asked_for_by_none_is_silent() -> None:
     a = torch.ones(2, dtype=F64, requires_grad=True)
     layer = bilevel.argmin(

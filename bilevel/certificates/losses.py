@@ -83,14 +83,15 @@ def squares_constants(
 def logistic_constants(
     inputs: torch.Tensor, weights: torch.Tensor | None = None, *, intercept: bool = False
 ) -> LossConstants:
-    """Return the constants of the mean log loss of a logistic model.
+    """Return the constants of the mean log loss of a logistic model, Σ wᵢ log(1 + exp(−yᵢ xᵢᵀφ)) / Σ wᵢ.
 
     Parameters
     ----------
     inputs
         The design matrix (rows, p), or (K, rows, p) for K problems.
     weights
-        (rows,), or (K, rows) for K problems that weigh the rows differently; None: all one.
+        w (rows,), or (K, rows) for K problems that weigh the rows differently; None: all one. The loss is divided by
+        their sum. For a loss Σ wᵢ ℓᵢ / rows multiply the constants by ``weights.mean()``.
     intercept
         Whether the model has an intercept.
 

@@ -20,7 +20,8 @@ _UNBOUNDED = (
 )
 _NOT_UNIQUE = (
     "met a solution or multipliers that are not unique in a direction that is differentiated",
-    f"add a small multiple of the identity to P, remove redundant rows, or {_SMOOTHING}",
+    "add a small multiple of the identity to P, remove redundant rows, or loosen the constraints if they leave a single point; a program whose "
+    "constraints leave more than one point may also take smoothing=1e-6, which differentiates a point of the central path",
 )
 
 
@@ -36,11 +37,17 @@ def forward_words(product: Product, found: Found) -> StatusMessages:
     refuted = (found.status == Status.INFEASIBLE).nonzero()
     if len(refuted):
         ray = found.certificate[int(refuted[0]), -product.size :].abs()
-        names = list(dict.fromkeys(product.name(int(row)) for row in (ray > 1e-6 * ray.amax()).nonzero()))
-        more = f" and {len(names) - 4} more" if len(names) > 4 else ""
+        sizes: dict[str, float] = {}
+        for row in (ray > 1e-6 * ray.amax()).nonzero():
+            name = product.name(int(row))
+            sizes[name] = max(sizes.get(name, 0.0), float(ray[int(row)]))
+        largest = sorted(sizes, key=lambda name: sizes[name], reverse=True)[:4]
+        names = [name for name in sizes if name in largest]
+        more = f" and {len(sizes) - 4} more" if len(sizes) > 4 else ""
         words[Status.INFEASIBLE] = (
-            f"proved that no point fulfils the constraints: {'; '.join(names[:4])}{more} contradict each other",
-            "loosen one of them; solution.certificate has the multipliers that prove it (on_failure='ignore' returns the solution)",
+            f"proved that no point fulfils the constraints: {'; '.join(names)}{more} contradict each other",
+            "loosen those with the largest multipliers, which are named; solution.certificate has all multipliers, which prove it "
+            "(on_failure='ignore' returns the solution)",
         )
     kinks = found.kink[found.kink >= 0]
     if len(kinks):

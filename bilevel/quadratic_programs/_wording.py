@@ -54,7 +54,8 @@ def forward_words(structure: Structure, found: Found, status: torch.Tensor) -> S
     if len(refuted):
         words[Status.INFEASIBLE] = (
             f"proved that no point fulfils the constraints: {_contradiction(structure, found.certificate[int(refuted[0])])} contradict each other",
-            "loosen one of them; solution.certificate has the multipliers that prove it (on_failure='ignore' returns the solution)",
+            "loosen those with the largest multipliers, which are named; solution.certificate has all multipliers, which prove it "
+            "(on_failure='ignore' returns the solution)",
         )
     return words
 
@@ -63,10 +64,11 @@ def _contradiction(structure: Structure, ray: torch.Tensor) -> str:
     n, p = structure.sizes.n, structure.sizes.p
     nu, rows = ray[n : n + p].abs(), ray[n + p :].abs()
     most = torch.cat([nu, rows]).amax()
-    names = [f"row {int(i)} of A x = b" for i in (nu > 1e-6 * most).nonzero()]
-    names += [name_of_row(structure, int(i)) for i in (rows > 1e-6 * most).nonzero()]
-    more = len(names) - 4
-    return ", ".join(names[:4]) + (f" and {more} more" if more > 0 else "")
+    sizes = {f"row {int(i)} of A x = b": float(nu[i]) for i in (nu > 1e-6 * most).nonzero()}
+    sizes |= {name_of_row(structure, int(i)): float(rows[i]) for i in (rows > 1e-6 * most).nonzero()}
+    largest = sorted(sizes, key=lambda name: sizes[name], reverse=True)[:4]
+    more = len(sizes) - 4
+    return ", ".join(name for name in sizes if name in largest) + (f" and {more} more" if more > 0 else "")
 
 
 def backward_words(structure: Structure, status: torch.Tensor, culprit: torch.Tensor) -> StatusMessages:

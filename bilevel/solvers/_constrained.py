@@ -22,6 +22,7 @@ __all__ = ["Found", "solve_constrained"]
 Name = Callable[[str, int], str]
 
 _UNSOLVED = (Status.MAX_STEPS, Status.STAGNATED, Status.NOT_CONVERGED, Status.LINE_SEARCH_FAILED)
+_NARROW = "pass each tensor that a function reaches through its closure as an argument, so that the solve can run in float64; if there is none, "
 # Without multipliers, constraints within these shares of the size of x are tried as active.
 _NEAR = (1e-5, 1e-7, 1e-3, 1e-2)
 # An initial guess is nearly a solution if its violation and its projected gradient are below this share of their sizes.
@@ -245,8 +246,18 @@ def _degenerate_words(findings: Findings, degenerate: torch.Tensor, name: Name) 
 
 
 def _words(program: Program, x: torch.Tensor, status: torch.Tensor, name: Name) -> StatusMessages:
-    """Return the messages for the first infeasible problem and for unbounded ones."""
+    """Return the messages for the first infeasible problem, for unbounded ones and for those that are not solved."""
+    # In other dtypes the layer solves in float64, unless a function holds a tensor that fits its own dtype alone.
+    narrow = "" if program.lower.dtype == torch.float64 else _NARROW
     words: dict[Status, tuple[str, str]] = {}
+    if bool((status == Status.STAGNATED).any()):
+        words[Status.STAGNATED] = (
+            Status.STAGNATED.meaning,
+            f"{narrow}loosen a constraint a little if together they leave a single point; or rounding may be the limit: use float64, rescale the "
+            "problem, regularise it or loosen the tolerance",
+        )
+    if narrow and bool((status == Status.MAX_STEPS).any()):
+        words[Status.MAX_STEPS] = (Status.MAX_STEPS.meaning, f"{narrow}{Status.MAX_STEPS.remedy}")
     if bool((status == Status.INDEFINITE).any()):
         words[Status.INDEFINITE] = (
             "ended at a saddle or a maximum of the objective on the constraints",
@@ -273,6 +284,7 @@ def _words(program: Program, x: torch.Tensor, status: torch.Tensor, name: Name) 
     worst = name("equality", place) if place < p else name("inequality", place - p)
     words[Status.INFEASIBLE] = (
         f"found no point that satisfies the constraints: where they are violated least, {worst} is still violated by {float(violation[place]):.3g}",
-        "loosen the constraints with nonzero solution.multipliers (on_failure='ignore' returns them), or start elsewhere if they are not convex",
+        f"{narrow}loosen the constraints with nonzero solution.multipliers (on_failure='ignore' returns them), or start elsewhere if they are not "
+        "convex",
     )
     return words

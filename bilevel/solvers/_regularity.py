@@ -69,7 +69,7 @@ class Findings:
         if bool(self.irregular[number]):
             return (
                 "no finite multipliers satisfy the optimality conditions, as no constraint qualification holds there",
-                _SMOOTHING,
+                f"loosen a constraint if together they leave a single point, or nearly; else {_SMOOTHING}",
             )
         if bool(self.flat[number]):
             return (

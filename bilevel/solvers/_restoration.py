@@ -33,7 +33,9 @@ def restore(
     x = program.inside(x)
     residual, rows = _residual(program, x)
     first = residual.norm(dim=-1)
-    enough = torch.maximum(reduction * first, torch.full_like(first, _FEASIBLE))
+    # In float32 a feasible point may be violated by the rounding of its constraints.
+    least = max(_FEASIBLE, 32 * torch.finfo(first.dtype).eps)
+    enough = torch.maximum(reduction * first, torch.full_like(first, least))
     damping = torch.full_like(first, _FIRST_DAMPING)
     stationary = torch.zeros_like(these)
     for _ in range(_MAX_STEPS):

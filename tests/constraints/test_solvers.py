@@ -153,3 +153,20 @@ def test_a_start_that_is_the_solution_takes_one_step() -> None:
 def test_a_start_that_is_a_maximum_is_left() -> None:
     layer = bilevel.argmin(lambda x: 0.1 * (x**4).sum() - (x * x).sum(), inequality=lambda x: x.sum() - 100)
     torch.testing.assert_close(layer(torch.zeros(3, dtype=F64)).abs(), torch.full((3,), 5**0.5, dtype=F64))
+
+
+# The least value of the inequality on the plane is 9/61 = 0.1475.
+@pytest.mark.parametrize(("limit", "feasible"), [(0.14, False), (0.2, True), (0.4, True)])
+def test_the_rounding_of_float32_is_not_taken_for_infeasible(limit: float, feasible: bool) -> None:
+    factors = torch.tensor([0.5, 0.75, 1.0])  # held by the function, which so works in float32 alone
+    layer = bilevel.argmin(
+        lambda x, a: ((x - a) ** 2).sum(),
+        equality=lambda x, a: x.sum() - 1,
+        inequality=lambda x, a: ((factors.diag() @ x) ** 2).sum() - limit,
+        on_failure="ignore",
+    )
+    targets = torch.tensor([[1.0, 0.5, -1.0], [0.0, 0.2, 2.0], [0.3, -0.2, 0.1]])
+    report = torch.func.vmap(layer.solve, in_dims=(None, 0))(torch.full((3,), 1 / 3), targets).report
+    assert all((status is not bilevel.Status.INFEASIBLE) is feasible for status in report.status)
+    if not feasible:
+        assert "as an argument, so that the solve can run in float64" in report.message

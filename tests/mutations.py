@@ -1438,11 +1438,6 @@ MUTATIONS = (
         ("tests/prox/test_proximal_points.py", "-k", "solves_the_linear_program"),
     ),
     Mutation(
-        "a step of the transport dual ends where the first entry changes", "prox/_transport.py",
-        "found = ends.to(torch.int8).argmax(-1, keepdim=True)", "found = 0 * ends.to(torch.int64).argmax(-1, keepdim=True)",
-        ("tests/prox/test_proximal_points.py", "-k", "solves_the_linear_program"),
-    ),
-    Mutation(
         "a smoothed quadratic program steps up to the boundary", "solvers/_mehrotra.py",
         "torch.where(target > 0, 0.9, 1 - mean.clamp(1e-3, 1e-2))", "1 - mean.clamp(1e-3, 1e-2)",
         ("tests/quadratic_programs/test_derivatives.py", "-k", "many_rows"),

@@ -482,7 +482,7 @@ MUTATIONS = (
     ),
     Mutation(
         "float32 everywhere", "pytree.py",
-        "dtype = real_dtype(leaves[0].dtype)\n", "dtype = torch.float32\n", ("tests/test_implicit.py", "-k", "dtypes or float64_data"),
+        "(dtype,), real_dtype(dtype), device)", "(dtype,), torch.float32, device)", ("tests/test_implicit.py", "-k", "dtypes or float64_data"),
     ),
     Mutation(
         "forward mode twice let through", "layers/layer.py",

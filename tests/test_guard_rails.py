@@ -108,8 +108,9 @@ def tuning_hypergradient(inner: Extra, outer: Extra, data: torch.Tensor = ONE, *
     return _tuning(inner, outer, **how).hypergradient(data).grad
 
 
-# The same with a goal, whose search evaluates the objectives itself.
+# The same with a goal. Iterative solvers lead to the search, which evaluates the objectives itself.
 GOAL = {"tolerance": bilevel.Tolerance(hypergradient=1e-9, relative=True, estimates=True)}
+SEARCH = {**GOAL, "solver": bilevel.LBFGS(), "linear_solver": bilevel.CG()}
 GOALS = {
     "goal, backward": functools.partial(forward, **GOAL),
     "goal, hypergradient": functools.partial(hypergradient, **GOAL),
@@ -515,12 +516,16 @@ class Two(Plain):
 
 @pytest.mark.parametrize("uses_b", ["", "inner", "outer"])
 @pytest.mark.parametrize("batch_dims", [None, 0])
-@pytest.mark.parametrize("way", ["forward", "hypergradient", "goal, forward", "goal, hypergradient"])
+@pytest.mark.parametrize(
+    "way",
+    ["forward", "hypergradient", "goal, forward", "goal, hypergradient", "search, forward", "search, hypergradient"],
+)
 def test_a_disconnected_outer_tensor_is_named(uses_b: str, batch_dims: int | None, way: str) -> None:
     data, init = (ONE, ZERO) if batch_dims is None else (torch.ones(3, 2, dtype=F64), torch.zeros(3, 2, dtype=F64))
 
     def use(on_failure: str) -> Any:
-        problem = Two(NOTHING, NOTHING, batch_dims=batch_dims, on_failure=on_failure, **GOAL if "goal" in way else {})
+        settings = GOAL if "goal" in way else SEARCH if "search" in way else {}
+        problem = Two(NOTHING, NOTHING, batch_dims=batch_dims, on_failure=on_failure, **settings)
         problem.uses_b = uses_b
         outer = {"a": requires_grad(), "b": (0.5 * ONE).requires_grad_(True)}
         if "hypergradient" in way:

@@ -9,7 +9,7 @@ import torch
 
 from bilevel.equations.system import Level
 from bilevel.errors import ArgumentError, DtypeError, ShapeError
-from bilevel.quadratic_programs._arguments import entries_of, symmetric_entries, tensors_of, vector_of
+from bilevel.quadratic_programs._arguments import batch_of, entries_of, symmetric_entries, tensors_of, vector_of
 from bilevel.quadratic_programs._matrices import Dense, Pattern
 
 __all__ = ["Arguments", "arguments_of"]
@@ -83,13 +83,7 @@ def _batched(
 ) -> tuple[tuple[torch.Tensor, ...], tuple[Level, ...]]:
     """Return the tensors without batch axes of size one that others repeat, and the levels: which axes each carries."""
     leading = {name: tensors[name].shape[: tensors[name].ndim - own[name]] for name in _NAMES}
-    try:
-        batch = torch.broadcast_shapes(*leading.values())
-    except RuntimeError as problem:
-        shapes = ", ".join(f"{name}: {tuple(shape)}" for name, shape in leading.items() if shape)
-        raise ShapeError(
-            f"{where}: expected batch axes that broadcast, got {shapes}; give all the same, or none"
-        ) from problem
+    batch = batch_of(where, leading)
     carried = {name: [1] * (len(batch) - len(leading[name])) + list(leading[name]) for name in _NAMES}
     made = []
     for name in _NAMES:

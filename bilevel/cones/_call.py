@@ -14,6 +14,7 @@ from bilevel.linear._base import LinearSolver
 from bilevel.linear.exact import Exact
 from bilevel.linear.gmres import GMRES
 from bilevel.operators import LinearOperator
+from bilevel.quadratic_programs._call import NO_DERIVATIVE
 from bilevel.quadratic_programs._clarabel import Clarabel
 from bilevel.reports import Basis, Status
 from bilevel.solvers._judge import InnerOutcome
@@ -22,7 +23,6 @@ __all__ = ["ConeCall"]
 
 _THRESHOLD = 1e-8
 _DENSE_ORDER, _DENSE_NUMBERS = 2048, 2**27
-_NO_DERIVATIVE = (Status.INFEASIBLE, Status.UNBOUNDED, Status.NOT_FINITE, Status.INDEFINITE)
 
 
 class ConeCall(SolveCall):
@@ -61,7 +61,7 @@ class ConeCall(SolveCall):
             torch.full_like(found.lack, float("nan")), Basis.RESIDUAL, found.residual, solver=self.solver.name,
         )  # fmt: skip
         z = self._reported(problem, outcome, words, silent=asked.silent)
-        lost = torch.stack([status == one for one in _NO_DERIVATIVE]).any(0).reshape(axes)
+        lost = torch.stack([status == one for one in NO_DERIVATIVE]).any(0).reshape(axes)
         if bool(lost.any()):
             self.nan_mask = lost if self.nan_mask is None else self.nan_mask | lost
         return z

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from bilevel.cones._product import Product
 from bilevel.cones._solve import Found
+from bilevel.quadratic_programs._wording import infeasible_words
 from bilevel.reports import Status, StatusMessages
 
 __all__ = ["backward_words", "forward_words"]
@@ -41,14 +42,7 @@ def forward_words(product: Product, found: Found) -> StatusMessages:
         for row in (ray > 1e-6 * ray.amax()).nonzero():
             name = product.name(int(row))
             sizes[name] = max(sizes.get(name, 0.0), float(ray[int(row)]))
-        largest = sorted(sizes, key=lambda name: sizes[name], reverse=True)[:4]
-        names = [name for name in sizes if name in largest]
-        more = f" and {len(sizes) - 4} more" if len(sizes) > 4 else ""
-        words[Status.INFEASIBLE] = (
-            f"proved that no point fulfils the constraints: {'; '.join(names)}{more} contradict each other",
-            "loosen those with the largest multipliers, which are named; solution.certificate has all multipliers, which prove it "
-            "(on_failure='ignore' returns the solution)",
-        )
+        words[Status.INFEASIBLE] = infeasible_words(sizes, "; ")
     kinks = found.kink[found.kink >= 0]
     if len(kinks):
         words[Status.DEGENERATE] = (

@@ -12,7 +12,7 @@ from bilevel.errors import ArgumentError, DtypeError, ShapeError
 from bilevel.quadratic_programs._kkt import Sizes
 from bilevel.quadratic_programs._matrices import Dense, Entries, Pattern
 
-__all__ = ["Arguments", "arguments_of", "entries_of", "symmetric_entries", "tensors_of", "vector_of"]
+__all__ = ["Arguments", "arguments_of", "batch_of", "entries_of", "symmetric_entries", "tensors_of", "vector_of"]
 
 _FLOATS = (torch.float32, torch.float64)
 _MATRICES = {"Q": ("n", "n"), "A": ("p", "n"), "G": ("m", "n")}
@@ -127,18 +127,23 @@ def _broadcast(
     axes = dict(zip(_MATRICES, (pattern.axes for pattern in patterns), strict=True))
     own = {name: axes.get(name, 1) for name in _ORDER}
     leading = {name: tensors[name].shape[: tensors[name].ndim - own[name]] for name in _ORDER}
-    try:
-        batch = torch.broadcast_shapes(*leading.values())
-    except RuntimeError as problem:
-        shapes = ", ".join(f"{name}: {tuple(shape)}" for name, shape in leading.items() if shape)
-        raise ShapeError(
-            f"{where}: expected batch axes that broadcast, got {shapes}; give all the same, or none"
-        ) from problem
+    batch = batch_of(where, leading)
     made = []
     for name in _ORDER:
         tensor, rest = tensors[name], tensors[name].shape[tensors[name].ndim - own[name] :]
         made.append(tensor if leading[name] == batch else tensor.expand(*batch, *rest))
     return Arguments(tuple(made), patterns, sizes, tuple(batch))
+
+
+def batch_of(where: str, leading: dict[str, torch.Size]) -> torch.Size:
+    """Return the batch shape that the ``leading`` axes of the arguments broadcast to."""
+    try:
+        return torch.broadcast_shapes(*leading.values())
+    except RuntimeError as problem:
+        shapes = ", ".join(f"{name}: {tuple(shape)}" for name, shape in leading.items() if shape)
+        raise ShapeError(
+            f"{where}: expected batch axes that broadcast, got {shapes}; give all the same, or none"
+        ) from problem
 
 
 def entries_of(where: str, name: str, matrix: torch.Tensor) -> tuple[torch.Tensor, Entries]:

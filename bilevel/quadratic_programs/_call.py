@@ -17,11 +17,11 @@ from bilevel.quadratic_programs._wording import backward_words, forward_words
 from bilevel.recording import ACTIVE
 from bilevel.reports import Basis, Pass, SolveReport, Status
 
-__all__ = ["Backend", "ProgramCall"]
+__all__ = ["NO_DERIVATIVE", "Backend", "ProgramCall"]
 
 _CONSISTENT = 1e-7  # the relative residual of K d = r up to which a singular system counts as consistent
 _MATTERS = 1e-8  # the relative size of a change of d that a weakly active constraint may make
-_NO_DERIVATIVE = (Status.INFEASIBLE, Status.UNBOUNDED, Status.NOT_FINITE, Status.INDEFINITE)
+NO_DERIVATIVE = (Status.INFEASIBLE, Status.UNBOUNDED, Status.NOT_FINITE, Status.INDEFINITE)
 
 
 class Backend(Protocol):
@@ -123,7 +123,7 @@ class ProgramCall:
 
     def _note_lost(self, status: torch.Tensor) -> None:
         lost = torch.zeros_like(status, dtype=torch.bool)
-        for one in _NO_DERIVATIVE:
+        for one in NO_DERIVATIVE:
             lost |= status == one
         if self.on_failure == "nan":
             lost |= (status != Status.CONVERGED) & (status != Status.MINIMUM_NORM)

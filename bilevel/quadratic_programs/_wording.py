@@ -12,7 +12,9 @@ if TYPE_CHECKING:
     from bilevel.quadratic_programs._program import Found
     from bilevel.quadratic_programs._rule import Structure
 
-__all__ = ["backward_words", "forward_words", "name_of_row"]
+__all__ = ["backward_words", "forward_words", "infeasible_words", "name_of_row"]
+
+_MOST_NAMES = 4
 
 _SMOOTHING = "pass smoothing=1e-6, which differentiates a point of the central path, or on_failure='ignore' for the derivative of one side"
 _NONCONVEX = (
@@ -52,23 +54,30 @@ def forward_words(structure: Structure, found: Found, status: torch.Tensor) -> S
     words[Status.INDEFINITE], words[Status.NOT_FINITE] = _NONCONVEX, _NOT_FINITE
     refuted = (status == Status.INFEASIBLE).nonzero()
     if len(refuted):
-        words[Status.INFEASIBLE] = (
-            f"proved that no point fulfils the constraints: {_contradiction(structure, found.certificate[int(refuted[0])])} contradict each other",
-            "loosen those with the largest multipliers, which are named; solution.certificate has all multipliers, which prove it "
-            "(on_failure='ignore' returns the solution)",
-        )
+        words[Status.INFEASIBLE] = infeasible_words(_multipliers(structure, found.certificate[int(refuted[0])]), ", ")
     return words
 
 
-def _contradiction(structure: Structure, ray: torch.Tensor) -> str:
+def infeasible_words(multipliers: dict[str, float], separator: str) -> tuple[str, str]:
+    """Return (meaning, remedy) for constraints that contradict each other: those with the largest ``multipliers`` of a proof are named."""
+    largest = sorted(multipliers, key=lambda name: multipliers[name], reverse=True)[:_MOST_NAMES]
+    names = separator.join(name for name in multipliers if name in largest)
+    more = f" and {len(multipliers) - _MOST_NAMES} more" if len(multipliers) > _MOST_NAMES else ""
+    return (
+        f"proved that no point fulfils the constraints: {names}{more} contradict each other",
+        "loosen those with the largest multipliers, which are named; solution.certificate has all multipliers, which prove it "
+        "(on_failure='ignore' returns the solution)",
+    )
+
+
+def _multipliers(structure: Structure, ray: torch.Tensor) -> dict[str, float]:
+    """Return the rows that a proof of infeasibility combines, with their multipliers."""
     n, p = structure.sizes.n, structure.sizes.p
     nu, rows = ray[n : n + p].abs(), ray[n + p :].abs()
     most = torch.cat([nu, rows]).amax()
     sizes = {f"row {int(i)} of A x = b": float(nu[i]) for i in (nu > 1e-6 * most).nonzero()}
     sizes |= {name_of_row(structure, int(i)): float(rows[i]) for i in (rows > 1e-6 * most).nonzero()}
-    largest = sorted(sizes, key=lambda name: sizes[name], reverse=True)[:4]
-    more = len(sizes) - 4
-    return ", ".join(name for name in sizes if name in largest) + (f" and {more} more" if more > 0 else "")
+    return sizes
 
 
 def backward_words(structure: Structure, status: torch.Tensor, culprit: torch.Tensor) -> StatusMessages:

@@ -202,15 +202,18 @@ class ImplicitStep(AdjointMethod):
         return outcome.residual_norm.squeeze(0), Status(int(outcome.status))
 
     @property
-    def _preconditioner_state(self) -> dict[str, Any]:
+    def _kept(self) -> Kept | None:
         kept = getattr(self.linear_solver, "preconditioner", None)
-        return kept.state_dict() if isinstance(kept, Kept) else {}
+        return kept if isinstance(kept, Kept) else None
+
+    @property
+    def _preconditioner_state(self) -> dict[str, Any]:
+        return {} if self._kept is None else self._kept.state_dict()
 
     @_preconditioner_state.setter
     def _preconditioner_state(self, state: dict[str, Any] | None) -> None:
-        kept = getattr(self.linear_solver, "preconditioner", None)
-        if isinstance(kept, Kept):
-            kept.load_state_dict(state or {})
+        if self._kept is not None:
+            self._kept.load_state_dict(state or {})
 
     def _preconditioner(self) -> Tensors:
         return preconditioner(self.inner_optimizer, self._inner.tensors, self.where)

@@ -26,7 +26,7 @@ from bilevel.solvers.gauss_newton import GaussNewton
 from bilevel.solvers.levenberg_marquardt import LevenbergMarquardt
 from bilevel.tolerance import Tolerance
 
-__all__ = ["FullHessian", "GaussNewtonHessian", "LeastSquaresLayer", "least_squares"]
+__all__ = ["FullHessian", "GaussNewtonHessian", "LeastSquaresLayer", "check_hessian", "least_squares"]
 
 
 @dataclass(frozen=True)
@@ -235,6 +235,14 @@ class _GaussNewtonCall(SolveCall):
         return x
 
 
+def check_hessian(where: str, hessian: Any) -> None:
+    """Raise :class:`ArgumentError` unless ``hessian`` is a choice of the matrix, or None."""
+    if hessian is not None and not isinstance(hessian, (FullHessian, GaussNewtonHessian)):
+        raise ArgumentError(
+            f"{where}: expected hessian to be bilevel.FullHessian() or bilevel.GaussNewtonHessian(), got {hessian!r}; pass one of them"
+        )
+
+
 def _check(loss: Any, hessian: Any, tolerance: Tolerance | None) -> None:
     if tolerance is not None and getattr(tolerance, "has_goal", False):
         raise ArgumentError(
@@ -246,10 +254,7 @@ def _check(loss: Any, hessian: Any, tolerance: Tolerance | None) -> None:
             f"least_squares: expected loss to be a bilevel.robust.RobustLoss or a function of the arguments, got {loss!r}; for example "
             "bilevel.robust.Huber(1.0)"
         )
-    if hessian is not None and not isinstance(hessian, (FullHessian, GaussNewtonHessian)):
-        raise ArgumentError(
-            f"least_squares: expected hessian to be bilevel.FullHessian() or bilevel.GaussNewtonHessian(), got {hessian!r}; pass one of them"
-        )
+    check_hessian("least_squares", hessian)
 
 
 def _is_fixed(loss: Loss | None) -> bool:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from bilevel.errors import ArgumentError
-from bilevel.layers.least_squares import FullHessian, GaussNewtonHessian
+from bilevel.layers.least_squares import FullHessian, GaussNewtonHessian, check_hessian
 from bilevel.linear._base import LinearSolverLike, as_linear_solver, solve_linear
 from bilevel.linear.kept import Kept
 from bilevel.operators import FunctionOperator
@@ -143,12 +143,9 @@ class ImplicitStep(AdjointMethod):
 
     def _checked_hessian(self, hessian: Any) -> OutputLoss | None:
         """Return the objective whose Gauss–Newton matrix is taken; None for the Hessian."""
-        if hessian is None or isinstance(hessian, FullHessian):
-            return None
+        check_hessian(self.where, hessian)
         if not isinstance(hessian, GaussNewtonHessian):
-            raise ArgumentError(
-                f"{self.where}: expected hessian to be bilevel.FullHessian() or bilevel.GaussNewtonHessian(), got {hessian!r}; pass one of them"
-            )
+            return None
         objective = self._oracle.objective("inner_objective")
         if not isinstance(objective, OutputLoss):
             raise ArgumentError(

@@ -1371,6 +1371,11 @@ MUTATIONS = (
         ("tests/zoo/test_issue_inputs.py", "-k", "local_maximum_at_a_kink"),
     ),
     Mutation(
+        "kinks without a finite Hessian are passed over", "solvers/_error.py",
+        "operator.matvec(reach * signs).nan_to_num(0.0, 0.0, 0.0)", "operator.matvec(reach * signs)",
+        ("tests/test_wording.py", "-k", "without_a_finite_hessian"),
+    ),
+    Mutation(
         "a large maximum at the start passed over", "solvers/_stationary.py",
         "curved = still & meets_negative_curvature(problem, x, still)", "curved = still & False",
         ("tests/zoo/test_issue_inputs.py", "-k", "maxim"),

@@ -242,7 +242,7 @@ MUTATIONS = (
         ("tests/solvers/test_error.py", "-k", "kinks_are_told"),
     ),
     Mutation(
-        "scipy's own type errors come through", "solvers/_scipy.py", '"bounds": _BOUNDED,', "",
+        "scipy's own type errors come through", "solvers/_scipy.py", '"bounds": "leave it out, and pass lower= and upper= to bilevel.argmin",', "",
         ("tests/solvers/test_scipy.py", "-k", "one_sentence"),
     ),
     Mutation(

@@ -373,17 +373,17 @@ MUTATIONS = (
         "if not bool((left <= 16 * info.eps * norm).all()):", "if False:", ("tests/test_implicit.py", "-k", "proposal"),
     ),
     Mutation(
-        "a proposal pulled back where it was not the adjoint", "implicit.py",
+        "a proposal pulled back where it was not the adjoint", "equations/linearization_cache.py",
         "if self._pulled is not None and torch.equal(self._pulled[0], v):", "if self._pulled is not None:",
         ("tests/test_implicit.py", "-k", "single_newton"),
     ),
     Mutation(
-        "a linearisation kept that is not at the solution", "implicit.py",
+        "a linearisation kept that is not at the solution", "equations/linearization_cache.py",
         "if at is not None and torch.equal(at, x.reshape(at.shape)):", "if at is not None:",
         ("tests/test_implicit.py", "-k", "last_look"),
     ),
     Mutation(
-        "nothing kept of the solver's last look", "implicit.py",
+        "nothing kept of the solver's last look", "equations/linearization_cache.py",
         "        if look is None or look.linearization is None or transforms_active():", "        if True:",
         ("tests/test_implicit.py", "-k", "last_look"),
     ),
@@ -1341,7 +1341,7 @@ MUTATIONS = (
         ('tests/test_sparse.py', '-k', 'outer_objective'),
     ),
     Mutation(
-        "numpy is spoken of in torch's words", 'equations/system.py',
+        "numpy is spoken of in torch's words", 'equations/function_errors.py',
         'return "call numpy() on Tensor" in said or "numpy.ndarray" in said',
         'return False',
         ('tests/test_sparse.py', '-k', 'numpy'),
@@ -1593,7 +1593,7 @@ MUTATIONS = (
         ("tests/zoo/test_default_faults.py", "-k", "captures_a_tensor"),
     ),
     Mutation(
-        "a method that numpy lacks is a raw error", "equations/system.py",
+        "a method that numpy lacks is a raw error", "equations/function_errors.py",
         "if arrays and isinstance(error, (TypeError, AttributeError)):", "if False:",
         ("tests/zoo/test_default_faults.py", "-k", "array_of_numpy"),
     ),

@@ -15,8 +15,9 @@ from bilevel._torch.graph_features import nodes, record_graph_features
 from bilevel._torch.once_differentiable import refuse_once_only
 from bilevel._torch.transforms import runs_plainly
 from bilevel.equations.domain import leaves_domain
+from bilevel.equations.function_errors import unconnected
 from bilevel.equations.problem import Problem
-from bilevel.equations.system import System, unconnected
+from bilevel.equations.system import System
 from bilevel.errors import BilevelError, CapturedTensorError, DtypeError, StochasticObjectiveError
 from bilevel.layers.randomness import GeneratorStates, draws
 from bilevel.replay import InspectionCache, Reach, ReplayCache, allowed, has_plain_structure, reach, reachable_objects
@@ -232,7 +233,7 @@ def _probe(
         point = x.detach().requires_grad_(True)
         output = problem.system.lifted(problem.system.first_output)(problem.shaped(point), *problem.tensors)
         if not output.requires_grad and point.numel():
-            raise unconnected(problem.system)
+            raise unconnected(problem.where, problem.system.noun)
         if first and record_graph_features(problem.system.function, output):
             return _probe(problem, x, captures=captures)
         if captures and problem.minimizes:

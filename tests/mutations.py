@@ -242,7 +242,7 @@ MUTATIONS = (
         ("tests/solvers/test_error.py", "-k", "kinks_are_told"),
     ),
     Mutation(
-        "scipy's own type errors come through", "solvers/_scipy.py", '"bounds": _BOUNDED,', "",
+        "scipy's own type errors come through", "solvers/_scipy.py", '"bounds": "leave it out, and pass lower= and upper= to bilevel.argmin",', "",
         ("tests/solvers/test_scipy.py", "-k", "one_sentence"),
     ),
     Mutation(
@@ -1369,6 +1369,11 @@ MUTATIONS = (
         "kinks are passed over", "solvers/_stationary.py",
         "kinked = doubtful & has_kink(problem, solution.x, solution.residual)", "kinked = doubtful & False",
         ("tests/zoo/test_issue_inputs.py", "-k", "local_maximum_at_a_kink"),
+    ),
+    Mutation(
+        "kinks without a finite Hessian are passed over", "solvers/_error.py",
+        "operator.matvec(reach * signs).nan_to_num(0.0, 0.0, 0.0)", "operator.matvec(reach * signs)",
+        ("tests/test_wording.py", "-k", "without_a_finite_hessian"),
     ),
     Mutation(
         "a large maximum at the start passed over", "solvers/_stationary.py",

@@ -5,7 +5,8 @@ from __future__ import annotations
 import functools
 import inspect
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from types import CellType
 from typing import Any, NamedTuple
 
@@ -26,9 +27,11 @@ __all__ = [
     "Inspection",
     "buffers_of",
     "captured_error",
+    "changed_in_place",
     "inspect_function",
     "inspect_once",
     "reaches_another_leaf",
+    "refused_by_torch",
     "reuse_inspection",
 ]
 
@@ -183,7 +186,8 @@ def inspect_function(problem: Problem, x: torch.Tensor, *, captures: bool) -> tu
     watched = [t for t in (*problem.tensors, *buffers_of(problem.system.function)) if not t.is_inference()]
     versions, states = [t._version for t in watched], GeneratorStates(x.device)
     try:
-        first = _probe(problem, x, captures=captures, first=True)
+        with refused_by_torch(problem.where, noun):
+            first = _probe(problem, x, captures=captures, first=True)
     except RuntimeError as error:
         if "escaped from inside a function being vmapped" in str(error):
             raise captured_error(problem.where, noun, "belongs to a vmap outside") from error
@@ -193,6 +197,8 @@ def inspect_function(problem: Problem, x: torch.Tensor, *, captures: bool) -> tu
                 f"or blocks, and torch says: {' '.join(str(error).split())}; convert it once, outside, with .to_sparse_coo() or .to_dense()"
             ) from error
         raise
+    if versions != [t._version for t in watched]:
+        raise changed_in_place(problem.where, noun)
     # Dropout leaves a zero input zero. Then the slopes differ, and the values do not.
     agreed = _agree(first, _probe(problem, x, captures=False), 1e3) or _agrees_beside(problem, x)
     if agreed and _drew(states, problem, x):
@@ -203,14 +209,28 @@ def inspect_function(problem: Problem, x: torch.Tensor, *, captures: bool) -> tu
             f"{problem.where}: expected {noun} to be deterministic, and two evaluations at one point differ; switch "
             "dropout off with .eval(), or draw the noise outside and pass it as an argument"
         )
-    if versions != [t._version for t in watched]:
-        raise StochasticObjectiveError(
-            f"{problem.where}: expected {noun} to leave its arguments and buffers as they are, and one was changed in "
-            "place; for batch norm use batch statistics (track_running_stats=False) or .eval()"
-        )
     if x.numel():
         problem.system.inspect(problem.residual, x)
     return first
+
+
+def changed_in_place(where: str, noun: str) -> StochasticObjectiveError:
+    """Return the error for a function that changes what it is given."""
+    return StochasticObjectiveError(
+        f"{where}: expected {noun} to leave its arguments and buffers as they are, and one was changed in place; write x = x + 1 "
+        "for x += 1, or change x.clone(); for batch norm use batch statistics (track_running_stats=False) or .eval()"
+    )
+
+
+@contextmanager
+def refused_by_torch(where: str, noun: str) -> Iterator[None]:
+    """Give torch's refusal to change a tensor in place the words of :func:`changed_in_place`."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "used in an in-place operation" in str(error):
+            raise changed_in_place(where, noun) from error
+        raise
 
 
 def _agrees_beside(problem: Problem, x: torch.Tensor) -> bool:

@@ -12,7 +12,7 @@ from bilevel._torch.double_backward import Repeatable
 from bilevel._torch.graph_features import nodes, record_graph_features
 from bilevel._torch.once_differentiable import once_only, refuse_once_only
 from bilevel._torch.transforms import is_differentiated_again, saving_hooked, transforms_active, unhooked
-from bilevel.equations.system import mixes_numpy, numpy_refusal
+from bilevel.equations.function_errors import mixes_numpy, numpy_refusal
 from bilevel.errors import ShapeError
 from bilevel.layers.checks import refused_by_torch
 from bilevel.policy import OnFailure

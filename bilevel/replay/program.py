@@ -8,6 +8,7 @@ from typing import Any, TypeAlias
 
 import torch
 
+from bilevel.replay.memory import reuse_memory
 from bilevel.replay.tape import Slot, Step, Tape
 
 __all__ = ["Program", "StartedProgram", "Tensors"]
@@ -102,6 +103,7 @@ class Program:
 
     def _part(self, given: Sequence[int], outputs: Sequence[int], here: Callable[[Step], bool]) -> Written:
         steps = self._tape.needed(outputs, given, here)
+        steps = reuse_memory(self._tape, steps, given, outputs)
         return _written(steps, given, outputs, self._tape.constants)
 
     def _hangs(self, step: Step) -> bool:

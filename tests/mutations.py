@@ -1079,6 +1079,14 @@ MUTATIONS = (
         "for number in (*given, *outputs, *tape.constants)}", "for number in (*given, *outputs[:1], *tape.constants)}", (TAPES,),
     ),
     Mutation(
+        "results of tensors whose numbers may change made once", "replay/folding.py",
+        "all(number in made for number in step.reads)", "all(number in {**tape.constants, **made} for number in step.reads)", (TAPES,),
+    ),
+    Mutation(
+        "a result that belongs to the caller made once", "replay/folding.py",
+        " and tape.layouts[step.makes[0]].memory not in outward:", ":", (TAPES,),
+    ),
+    Mutation(
         "arguments of a program written over", "replay/memory.py",
         "for number in (*given, *outputs, *tape.constants)}", "for number in (*outputs, *tape.constants)}", (TAPES,),
     ),

@@ -137,6 +137,28 @@ def test_a_chain_on_a_large_tensor_stays_in_one_memory():
     assert len(places) == 11 and len(set(places)) == 1 and x.data_ptr() not in places
 
 
+def test_what_no_input_reaches_is_made_once():
+    def function(x):
+        ones = torch.ones_like(x)
+        return [x * (ones * 3).sum(), torch.zeros_like(x) + 1]
+
+    x = numbers(0, 3, 3)
+    program = noted(function, (x,))
+    assert len(program._tape.steps) == 2, "the product with x, and the second result, which belongs to the caller"
+    for _ in range(2):
+        found = program.run(x)
+        assert same(found, function(x))
+        found[1].zero_()
+
+
+def test_what_is_found_and_lasts_is_read_in_every_run():
+    buffer = torch.ones(3, dtype=F64)
+    program = noted(lambda x: [x * buffer.exp()], (numbers(0, 3),), found=True)
+    buffer.mul_(2)
+    x = numbers(1, 3)
+    assert same(program.run(x), [x * buffer.exp()])
+
+
 def test_what_the_second_part_reads_is_not_written_over_in_the_first():
     def function(x, y):
         a, b = x + 1, x * 2

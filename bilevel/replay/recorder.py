@@ -184,8 +184,8 @@ def _memory(tensor: torch.Tensor) -> int:
 
 
 def _layout(tensor: torch.Tensor) -> Layout:
-    place = tensor.storage_offset(), tensor.shape, tensor.stride()
-    return Layout(_memory(tensor), *place, tensor.dtype, tensor.device)
+    offset, stride = int(tensor.storage_offset()), tensor.stride()
+    return Layout(_memory(tensor), offset, tensor.shape, stride, tensor.dtype, tensor.device)
 
 
 def _is_open(func: Any, args: tuple[Any, ...]) -> bool:

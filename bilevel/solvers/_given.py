@@ -44,7 +44,8 @@ def check_answer(problem: Problem, x: torch.Tensor, target: Target) -> InnerOutc
     """Judge ``x`` (batch, n) as a solution. With no accuracy asked it costs one residual.
 
     With no accuracy asked, x passes if ‖R(x)‖ ≤ 0.01 max(‖R(0)‖, ‖∂R x‖), about 1 % of x: an external optimiser may
-    have stopped early. R(0) does not count where it is not finite, as that of a logarithm. With δ or ``rtol`` it is judged like the results of our own solvers.
+    have stopped early. R(0) does not count where it is not finite, as that of a logarithm. With δ or ``rtol`` it is
+    judged like the results of our own solvers.
     """
     if target.asked or not x.numel():
         return solve_inner(GivenAnswer(), problem, x, target)

@@ -457,7 +457,7 @@ MUTATIONS = (
         "plain = Problem(self.system, self.tensors, None, self.replays)\n", "plain = self\n", ("tests/test_memory.py", "-k", "let_go"),
     ),
     Mutation(
-        "a hypergradient that holds itself", "problems/hypergradient.py",
+        "a hypergradient that holds itself", "problems/result.py",
         "before.report.moved(at), before._rebuild)", "before.report.moved(at), rebuild)", ("tests/test_memory.py", "-k", "let_go"),
     ),
     Mutation(
@@ -591,8 +591,8 @@ MUTATIONS = (
         "settings.tolerance, known, certify, checked,", "settings.tolerance, known, certify, upper.system.outputs,", (GUARDS, "-k", "outer_objective_get"),
     ),
     Mutation(
-        "a goal's disconnected tensors not looked for", "problems/problem.py",
-        "flat = torch.cat(self._connected(parts, inner, outer, data, policy))", "flat = found.gradient", (GUARDS, "-k", "disconnected"),
+        "a goal's disconnected tensors not looked for", "problems/hypergradient.py",
+        "flat = torch.cat(problem.connected(parts, inner, outer, data, policy))", "flat = found.gradient", (GUARDS, "-k", "disconnected"),
     ),
     Mutation(
         "disconnected outer tensors not looked for", "problems/checks.py",
@@ -788,13 +788,13 @@ MUTATIONS = (
         "the inner warm start lost", "problems/problem.py", "self._warm = replace(self._warm, inner=last)", "self._warm = replace(self._warm, inner=None)", ("tests/test_problem.py", "-k", "warm_starts_of"),
     ),
     Mutation(
-        "a sum for a mean over a batch of problems", "problems/problem.py",
-        "value = self._outer_losses(solution.value, theta, prepared, settings.on_failure).mean()",
-        "value = self._outer_losses(solution.value, theta, prepared, settings.on_failure).sum()",
+        "a sum for a mean over a batch of problems", "problems/hypergradient.py",
+        "value = problem.outer_losses(solution.value, theta, prepared, policy).mean()",
+        "value = problem.outer_losses(solution.value, theta, prepared, policy).sum()",
         ("tests/test_problem.py", "-k", "mean_of_its_members"),
     ),
     Mutation(
-        "the outer value corrected the wrong way", "problems/problem.py",
+        "the outer value corrected the wrong way", "problems/hypergradient.py",
         "corrected = corrected - (q", "corrected = corrected + (q", ("tests/test_problem.py", "-k", "certified_bound"),
     ),
     Mutation(
@@ -953,11 +953,11 @@ MUTATIONS = (
         "return SolveCall(settings,", "return SolveCall(self._settings,", ("tests/test_problem.py", "-k", "closed_form"),
     ),
     Mutation(
-        "what a result computes later at another theta", "problems/problem.py",
-        "fresh = [_copy(leaf).requires", "fresh = [_cut(leaf).requires", ("tests/test_settings.py", "-k", "computes_later"),
+        "what a result computes later at another theta", "problems/hypergradient.py",
+        "pytree.tree_flatten(copied(outer))", "pytree.tree_flatten(detached(outer))", ("tests/test_settings.py", "-k", "computes_later"),
     ),
     Mutation(
-        "a bound of data that were changed in place", "problems/problem.py",
+        "a bound of data that were changed in place", "problems/hypergradient.py",
         "if any(tensor._version != version for", "if any(tensor._version < 0 for", ("tests/test_settings.py", "-k", "changed_in_place"),
     ),
     Mutation(
@@ -974,7 +974,7 @@ MUTATIONS = (
     ),
     Mutation(
         "a warm start that is not wanted", "problems/problem.py",
-        "warm = self._warm if self.warm_start else WarmStart()\n        fits", "warm = self._warm\n        fits",
+        "return self._warm if self.warm_start else WarmStart()", "return self._warm",
         ("tests/test_settings.py", "-k", "without_warm_starts"),
     ),
     Mutation(
@@ -1151,7 +1151,7 @@ MUTATIONS = (
         "<= _NEAR * float(", "<= 1e9 * float(", ("tests/test_goal.py", "-k", "far_away"),
     ),
     Mutation(
-        "an error measured without the preparation of the data", "problems/problem.py",
+        "an error measured without the preparation of the data", "problems/hypergradient.py",
         "adjoint = adjoint._replace(replays=None)", "pass", ("tests/test_goal.py", "-k", "prepares"),
     ),
     Mutation(

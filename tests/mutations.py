@@ -1506,11 +1506,11 @@ MUTATIONS = (
         ("tests/cones/test_solutions.py", "-k", "matrix_and_its_vector or solved_to_rounding"),
     ),
     Mutation(
-        "a power cone steps into noise beside its boundary", "cones/_power.py",
+        "a power cone steps into noise beside its boundary", "cones/_scalar_root.py",
         "torch.where(step.abs() < 1, step, 0.0)", "step", ("tests/cones/test_projections.py", "-k", "moreau and Power"),
     ),
     Mutation(
-        "the exponential cone has derivatives of first order only", "cones/_exponential.py", "_NEWTON = 3 ", "_NEWTON = 1 ",
+        "the exponential cone has derivatives of first order only", "cones/_scalar_root.py", "_NEWTON = 3 ", "_NEWTON = 1 ",
         ("tests/cones/test_projections.py", "-k", "where_there_is_no_kink and Exponential"),
     ),
     Mutation(

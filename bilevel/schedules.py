@@ -41,7 +41,9 @@ class _Schedule(ABC):
     def __call__(self, k: int) -> Tolerance:
         """Return the tolerance of outer step ``k``, counted from 1."""
         if isinstance(k, bool) or not isinstance(k, int) or k < 1:
-            raise ArgumentError(f"{type(self).__name__}: expected the number of an outer step from 1 on, got {k!r}")
+            raise ArgumentError(
+                f"{type(self).__name__}: expected the number of an outer step, which starts at 1, got {k!r}; count steps from 1"
+            )
         epsilon = max(self.start * self.decay(k), self.least)
         return Tolerance(delta=epsilon, delta_prime=epsilon, strong_convexity=self.strong_convexity)
 

@@ -256,7 +256,9 @@ def _check(where: str, name: str, value: Parameter, kind: str, fits: Callable[[A
             return
         wrong = numbers[~fits(numbers)].reshape(-1)[0].item()
     elif isinstance(value, bool) or not isinstance(value, Real):
-        raise ArgumentError(f"{where}: expected {name} to be a number or a tensor, got {value!r}; pass one")
+        raise ArgumentError(
+            f"{where}: expected {name} to be a number or a tensor, got {value!r}; convert it with torch.as_tensor(...)"
+        )
     elif fits(value):
         return
     else:

@@ -41,7 +41,7 @@ class StartedProgram:
             # as a graph says of what it has saved
             raise RuntimeError(
                 "one of the variables needed for gradient computation has been modified by an inplace operation: a tensor "
-                "that the function reaches was changed between the forward pass and the backward pass"
+                "that the function reaches was changed between the forward pass and the backward pass; change it after the backward pass"
             )
         return written(*late, *self.between)
 

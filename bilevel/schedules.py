@@ -1,7 +1,7 @@
 """Accuracies that tighten from one outer step to the next: k ↦ Tolerance, k = 1, 2, ...
 
-A tolerance policy is any function of the number of the outer step; these are the three of HOAG. What makes an outer loop
-with inexact hypergradients converge is that their errors can be summed, Σ ε_k < ∞, which all three have.
+A tolerance policy is any function of the number of the outer step; these are the three of HOAG. An outer loop with
+inexact hypergradients converges if their errors can be summed, Σ ε_k < ∞. All three fulfil this.
 """
 
 from __future__ import annotations

@@ -187,7 +187,7 @@ class SolveCall:
         return apply_policy(self.report, x, settings.on_failure, self.recordings, silent_budget=silent)
 
     def _filed(self, report: SolveReport, x: torch.Tensor) -> torch.Tensor:
-        """Return ``x`` of a solve in which all problems converged: for who records, the report is filed."""
+        """Return ``x`` of a solve in which all problems converged. Inside :func:`bilevel.record`, add the report."""
         recorded = self.recordings or ACTIVE.stack
         return apply_policy(report, x, self.settings.on_failure, self.recordings) if recorded else x
 

@@ -16,7 +16,7 @@ __all__ = ["FewShotSampler", "Sampler"]
 
 
 class Sampler(Protocol):
-    """What draws tasks: image classification and sinusoids alike."""
+    """A source of random tasks, of image classification or sinusoids."""
 
     generator: torch.Generator
 

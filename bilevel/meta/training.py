@@ -63,7 +63,7 @@ class StepRecord:
     Parameters
     ----------
     step, seconds
-        Its number from 1, and the training time up to its end, of all sessions together.
+        The number of the step, from 1, and the training time up to its end, summed over sessions.
     loss, accuracy
         On the query examples.
     inner_residual, linear_residual
@@ -71,9 +71,9 @@ class StepRecord:
     failed
         Tasks whose linear solve met negative curvature or was not finite.
     gradient_norm
-        Before clipping.
+        The norm of the meta-gradient before clipping.
     tasks_per_second
-        Of this step.
+        The speed of this step.
     lam
         λ, or the mean of several.
     """

@@ -1,7 +1,7 @@
-"""Guards around the outer objective: what would make a hypergradient wrong, or silently none, is found and said.
+"""Checks of the outer objective: faults that would make a hypergradient wrong or zero without an error.
 
-The inner objective is looked at by the layer (:func:`bilevel.layers.checks.inspect_function`). The outer one is ordinary torch code in
-the caller's graph: it may close over anything that an ordinary loss may, but it has to be one function of φ and θ.
+The layer checks the inner objective (:func:`bilevel.layers.checks.inspect_function`). The outer objective is ordinary torch code in the
+caller's graph. It may close over what an ordinary loss may, but it has to be a function of φ and θ.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Bilevel problems: an outer loss at the argmin of an inner objective, its hypergradient, and the error of that."""
+"""Bilevel problems: an outer loss at the argmin of an inner objective, and its hypergradient."""
 
 from __future__ import annotations
 

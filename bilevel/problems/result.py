@@ -1,4 +1,4 @@
-"""What a hypergradient comes with: value, adjoint, the reports of both solves, and how wrong it is."""
+"""The result of a hypergradient: value, gradient, adjoint, the reports of both solves, and bounds on their errors."""
 
 from __future__ import annotations
 

@@ -166,7 +166,7 @@ def already_checked() -> Iterator[None]:
 
 @dataclass(frozen=True, eq=False)
 class Demand:
-    """What a term asks of a parameter that ``vmap`` batches: it has to be ``kind``, and where it is ``broken``, () bool, it is not."""
+    """A condition on a parameter that ``vmap`` batches: it has to be ``kind``. ``broken``, () bool, tells where it is not."""
 
     where: str
     name: str

@@ -42,10 +42,10 @@ class Zero(Term):
 
 @dataclass(frozen=True, eq=False, init=False)
 class Custom(Term):
-    """A term that is given by its prox alone, of which autograd takes the derivative.
+    """A term that is given by its prox alone. Autograd differentiates the prox.
 
-    A solution is differentiated as the fixed point x = prox(x − ∇f(x)), for there is no manifold to name. The derivative is right where
-    the prox is differentiable at x − ∇f(x). Nobody checks that: there is no margin.
+    A solution is differentiated as the fixed point x = prox(x − ∇f(x)), because the manifold is unknown. The derivative is right where
+    the prox is differentiable at x − ∇f(x). This is not checked.
 
     Parameters
     ----------

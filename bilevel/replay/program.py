@@ -34,7 +34,7 @@ class StartedProgram:
     versions: list[int] = field(repr=False)
 
     def finish(self, which: tuple[int, ...], *late: torch.Tensor) -> Tensors:
-        """Return the results at the places ``which`` for the ``late`` arguments, as often as one likes."""
+        """Return the results at the places ``which`` for the ``late`` arguments, any number of times."""
         written, read = self.program.rest(which)
         now = _versions(self.between)
         if now != self.versions and any(now[place] != self.versions[place] for place in read):

@@ -1,4 +1,4 @@
-"""What a function's code names, and where it branches."""
+"""Reading of a function's code: the names in it, and its branches."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _ATTRIBUTE = {"LOAD_ATTR", "LOAD_METHOD"}
 
 
 class Reading(NamedTuple):
-    """What is in a function's code, the code inside it included.
+    """The names in a function's code, and in the code inside it.
 
     Parameters
     ----------

@@ -35,7 +35,7 @@ _PRINTING = (torch.Tensor.__repr__, torch.Tensor.__format__)
 
 
 class Note(NamedTuple):
-    """What a function returned, its program, and why there is none; the reason is "" for a program."""
+    """The result of a recording: what the function returned, its program, and the reason if there is no program."""
 
     outputs: Tensors
     program: Program | None
@@ -105,10 +105,10 @@ class _Printed(TorchFunctionMode):
 
 
 class _Recorder(TorchDispatchMode):
-    """Inside, each operation is noted.
+    """A mode that records each operation.
 
-    A tensor is known by its memory and layout, not as an object: the engine and the transforms make other objects of the same numbers. What gives
-    nothing but another name to a tensor is so no step at all.
+    A tensor is known by its memory and layout, not as an object: the engine and the transforms make other objects of the same numbers. An
+    operation that only gives another name to a tensor is therefore not a step.
     """
 
     @classmethod

@@ -196,7 +196,7 @@ class Minibatches(Iterator[Batch]):
 
 
 class BatchSource:
-    """What ``step`` was given for one level: one batch, used for every draw, or an iterator, of which every draw is the next."""
+    """The data of ``step`` for one level: one batch, used for every draw, or an iterator, of which every draw is the next."""
 
     def __init__(self, given: Any, where: str, accumulate: int = 1) -> None:
         if isinstance(given, torch.utils.data.DataLoader):

@@ -94,7 +94,7 @@ class StepOptions:
 
 @dataclass(frozen=True, eq=False)
 class StepResult:
-    """What a step found, before its last update; tensors are detached and stay on their device.
+    """The losses and norms of a step, before its last update. Tensors are detached and stay on their device.
 
     Parameters
     ----------

@@ -217,7 +217,7 @@ class BilevelProblem(torch.nn.Module, ABC):
     def outer_objective(self, inner: Any, outer: Any, data: Any, /) -> torch.Tensor:
         """Return F(φ, θ), a scalar tensor, for one problem."""
 
-    def inner_prox(self, outer: Any, data: Any) -> Any:
+    def inner_prox(self, outer: Any, data: Any, /) -> Any:
         """Return the proximal term g of the inner problem min_φ G(φ, θ) + g(φ; θ), or None. Override it for a problem with a term.
 
         Return a term of :mod:`bilevel.prox`, or a pytree of terms like the inner variables, with None for a tensor without one.
@@ -226,7 +226,7 @@ class BilevelProblem(torch.nn.Module, ABC):
         """
         return None
 
-    def inner_constraints(self, outer: Any, data: Any) -> Constraints | None:
+    def inner_constraints(self, outer: Any, data: Any, /) -> Constraints | None:
         """Return the bounds and constraints on φ, or None. Override it for a problem with constraints.
 
         ``equality`` and ``inequality`` of the :class:`~bilevel.Constraints` are functions of (inner, outer, data). Bounds are
@@ -234,7 +234,7 @@ class BilevelProblem(torch.nn.Module, ABC):
         """
         return None
 
-    def objective_arguments(self, outer: Any, data: Any) -> tuple[Any, Any]:
+    def objective_arguments(self, outer: Any, data: Any, /) -> tuple[Any, Any]:
         """Return (outer, data) for the two objectives, given the arguments of a call of the problem.
 
         Override it together with :meth:`forward` in a problem that owns its outer variables.
@@ -249,14 +249,14 @@ class BilevelProblem(torch.nn.Module, ABC):
         """
         return data
 
-    def initial(self, outer: Any, data: Any) -> Any:
+    def initial(self, outer: Any, data: Any, /) -> Any:
         """Return the initial guess of the first inner solve. Override it, or pass ``init``."""
         raise ArgumentError(
             f"{self._layer.where}: expected init to be given for the first solve, and it was not; pass init=..., or "
             "override initial(outer, data)"
         )
 
-    def tolerance_of(self, outer: Any, data: Any) -> Tolerance:
+    def tolerance_of(self, outer: Any, data: Any, /) -> Tolerance:
         """Return the accuracy that this call asks for.
 
         The default is the problem's tolerance, with δ′ meant for each problem's own adjoint. The mean over K problems gives
@@ -267,7 +267,7 @@ class BilevelProblem(torch.nn.Module, ABC):
             return replace(given, delta_prime=given.delta_prime / count)
         return given
 
-    def constants(self, outer: Any, data: Any) -> Constants:
+    def constants(self, outer: Any, data: Any, /) -> Constants:
         """Return the known constants of G and F (see :class:`Constants`). Override it to get certified bounds."""
         return Constants()
 

@@ -5,7 +5,8 @@ Two runs in two environments, as JAX is none of this project's dependencies:
     python benchmarks/stochastic_peers.py theirs --repository DIR --output DIR   # JAX, benchopt and a clone of benchmark_bilevel
     python benchmarks/stochastic_peers.py ours --output DIR                      # torch and this library; prints both
 
-The first writes the data and its curves, the second reads them. Rates are those of the project's ``quadratics_021424_best_params.yml``, and
+The first writes the data and its curves, the second reads them. A new JAX folds the data into what it compiles, for minutes, unless
+``XLA_FLAGS=--xla_disable_hlo_passes=constant_folding`` is set. Rates are those of the project's ``quadratics_021424_best_params.yml``, and
 its defaults where that has none; both sides decay them alike. h is the value function of the whole data (the project's own metric looks at
 the first sample alone). A step of a method makes the same passes on both sides, so steps compare passes.
 """
@@ -37,7 +38,6 @@ METHODS: dict[str, tuple[int, dict[str, Any]]] = {
     "MRBO": (16, {"step_size": 0.1, "outer_ratio": 0.1, "n_shia_steps": 10, "eta": 0.5}),
     "VRBO": (2, {"step_size": 0.1, "outer_ratio": 1.0, "period_frac": 0.01, "n_inner_steps": 10, "n_shia_steps": 10}),
 }
-LOOKS = 40
 BATCH = 64
 LEVELS = ("inner", "outer")
 PARTS = ("hess_inner", "hess_outer", "cross", "linear_inner", "linear_outer")
@@ -81,6 +81,8 @@ def run_theirs(options: argparse.Namespace) -> None:
     f_outer, n_outer, d_outer, _ = problem["pb_outer"]
     curves: dict[str, list[Curve]] = {}
     for name, (every, settings) in METHODS.items():
+        if name not in options.only:
+            continue
         curves[name] = []
         for seed in range(options.seeds):
             solver = importlib.import_module(f"solvers.{name.lower()}").Solver.get_instance(
@@ -88,7 +90,7 @@ def run_theirs(options: argparse.Namespace) -> None:
             )
             start = jax.numpy.zeros(d_inner), -2 * jax.numpy.ones(d_outer)
             solver.set_objective(f_inner, f_outer, n_inner, n_outer, *start)
-            watch = Watch(every, value, lambda solver=solver: jax.block_until_ready(solver.outer_var))
+            watch = Watch(every, value, lambda solver=solver: jax.block_until_ready(solver.outer_var), options.looks)
             solver.run(watch)
             curves[name].append(watch.curve)
         print(name, [f"{curve[-1][2]:.2e} in {curve[-1][1]:.2f} s" for curve in curves[name]], flush=True)
@@ -98,8 +100,8 @@ def run_theirs(options: argparse.Namespace) -> None:
 class Watch:
     """Benchopt's callback: notes h after every so many steps, and keeps the time of that out of the seconds."""
 
-    def __init__(self, every: int, value: Value, outer: Callable[[], Any]) -> None:
-        self.every, self.value, self.outer = every, value, outer
+    def __init__(self, every: int, value: Value, outer: Callable[[], Any], looks: int) -> None:
+        self.every, self.value, self.outer, self.looks = every, value, outer, looks
         self.curve: Curve = []
         self.seconds, self.since = 0.0, 0.0
 
@@ -109,7 +111,7 @@ class Watch:
             self.seconds += time.perf_counter() - self.since
         self.curve.append((self.every * len(self.curve), self.seconds, self.value(x)))
         self.since = time.perf_counter()
-        return len(self.curve) <= LOOKS
+        return len(self.curve) <= self.looks
 
 
 def run_ours(options: argparse.Namespace) -> None:
@@ -167,7 +169,7 @@ def run_ours(options: argparse.Namespace) -> None:
 
     curves: dict[str, list[Curve]] = {}
     for name, (every, given) in METHODS.items():
-        if options.only and name not in options.only:
+        if name not in options.only:
             continue
         curves[name] = []
         extra, exponents = ours(name, given)
@@ -185,7 +187,7 @@ def run_ours(options: argparse.Namespace) -> None:
                 if power
             ]
             batches = [Slices(level, 2 * seed + place) for place, level in enumerate(levels)]
-            watch = Watch(every, value, lambda method=method: method.outer.detach().numpy())
+            watch = Watch(every, value, lambda method=method: method.outer.detach().numpy(), options.looks)
             while watch():
                 for _ in range(every):
                     method.step(*batches)
@@ -194,19 +196,25 @@ def run_ours(options: argparse.Namespace) -> None:
             curves[name].append(watch.curve)
         print(name, [f"{curve[-1][2]:.2e} in {curve[-1][1]:.2f} s" for curve in curves[name]], flush=True)
     (options.output / "ours.json").write_text(json.dumps(curves))
-    table(options.output)
+    if (options.output / "theirs.json").exists():
+        table(options.output)
 
 
 def table(folder: Path) -> None:
     """Print quartiles of h − min h at the same steps, and the ratio of the median seconds."""
     ours, theirs = (json.loads((folder / f"{side}.json").read_text()) for side in ("ours", "theirs"))
-    print(f"{'method':8s} {'steps':>6s}  {'h − min h, ours: quartiles':>30s} {'theirs':>30s} {'µs/step':>9s} {'theirs':>9s} {'ratio':>6s}")
-    for name in ours:
-        for place in (LOOKS // 2, LOOKS):
+    print(
+        f"{'method':8s} {'steps':>6s}  {'h − min h, ours: quartiles':>30s} {'theirs':>30s} {'µs/step':>9s} {'theirs':>9s} {'ratio':>6s}"
+    )
+    for name in (name for name in ours if name in theirs):
+        looks = len(ours[name][0]) - 1
+        for place in (looks // 2, looks):
             values = [quartiles([curve[place][2] for curve in side[name]]) for side in (ours, theirs)]
             steps = ours[name][0][place][0]
             each = [1e6 * statistics.median(curve[place][1] for curve in side[name]) / steps for side in (ours, theirs)]
-            print(f"{name:8s} {steps:6d}  {values[0]:>30s} {values[1]:>30s} {each[0]:9.0f} {each[1]:9.0f} {each[0] / each[1]:6.2f}")
+            print(
+                f"{name:8s} {steps:6d}  {values[0]:>30s} {values[1]:>30s} {each[0]:9.0f} {each[1]:9.0f} {each[0] / each[1]:6.2f}"
+            )
 
 
 def quartiles(values: list[float]) -> str:
@@ -221,8 +229,9 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True, help="a folder for the data and the curves")
     parser.add_argument("--samples", type=int, default=32_768, help="inner samples; 32,768 of them take 1.5 GB")
     parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--looks", type=int, default=40, help="how often h is looked at")
+    parser.add_argument("--only", nargs="*", choices=METHODS, default=list(METHODS), help="the methods to run")
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--only", nargs="*", help="methods to run, for 'ours'")
     options = parser.parse_args()
     options.output = options.output.resolve()
     options.output.mkdir(parents=True, exist_ok=True)

@@ -1075,6 +1075,30 @@ MUTATIONS = (
         "fall + doubt < promised or not doubt >", "fall + doubt < promised or not doubt > 0 *", (OUTER, "-k", "shortened"),
     ),
     Mutation(
+        "a tensor of the first part that the second part reads written over", "replay/memory.py",
+        "for number in (*given, *outputs, *tape.constants)}", "for number in (*given, *outputs[:1], *tape.constants)}", (TAPES,),
+    ),
+    Mutation(
+        "results of tensors whose numbers may change made once", "replay/folding.py",
+        "all(number in made for number in step.reads)", "all(number in {**tape.constants, **made} for number in step.reads)", (TAPES,),
+    ),
+    Mutation(
+        "a result that belongs to the caller made once", "replay/folding.py",
+        " and tape.layouts[step.makes[0]].memory not in outward:", ":", (TAPES,),
+    ),
+    Mutation(
+        "arguments of a program written over", "replay/memory.py",
+        "for number in (*given, *outputs, *tape.constants)}", "for number in (*outputs, *tape.constants)}", (TAPES,),
+    ),
+    Mutation(
+        "a tensor written over that a view of it still needs", "replay/memory.py",
+        "last = {memory[number]: place for", "last = {number: place for", (TAPES,),
+    ),
+    Mutation(
+        "a tensor written over by a result of another layout", "replay/memory.py",
+        "fits = tape.layouts[over][2:] == tape.layouts[step.makes[0]][2:]", "fits = True", (TAPES,),
+    ),
+    Mutation(
         "what a noted run reads from tensors passed over", "replay/recorder.py",
         "    return not _OPEN.isdisjoint(func.tags)", "    return False", (TAPES,),
     ),

@@ -5,7 +5,7 @@ know the price. Each round times a call as it is and without one safety, in turn
 the call without it. All problems are small, in float64: the prices are those of small operations. On large problems they vanish, except the
 first check of a function (two gradients of one problem) and the checks of a solve (a few gradients or products).
 
-Run ``python benchmarks/safety_costs.py --rounds 60``. An entry within 0.02 of zero is noise.
+Run ``python benchmarks/safety_costs.py --rounds 60``. The first row switches nothing off: it is the noise.
 """
 
 from __future__ import annotations
@@ -91,29 +91,45 @@ def patched(*places: tuple[Any, str, Any]) -> Iterator[None]:
         yield
 
 
-SAFETIES: dict[str, Callable[[], Any]] = {
-    "the check of the function: random, captures, changes": lambda: patched((layer_checks, "inspect_function", no_look)),
-    "the watch for random numbers during a solve": lambda: patched(
-        (layer_call, "CheckAfter", lambda *a: nullcontext())
+LAYERS, PROBLEMS = ("quadratic", "logistic"), ("hypergradient", "loss")
+# Each safety with the calls that have it, and what switches it off.
+SAFETIES: dict[str, tuple[tuple[str, ...], Callable[[], Any]]] = {
+    "nothing: the noise of this table": (("first call", *LAYERS, *PROBLEMS), nullcontext),
+    "the check of the function: random, captures, changes": (
+        ("first call",), lambda: patched((layer_checks, "inspect_function", no_look)),
     ),
-    "the judge: error of x, saddles, kinks": lambda: patched(
-        (inner_judge, "_attempt", trusting), (newton, "error_left", lambda state, lone: state.x),
-        (newton, "is_slow", lambda state, error: state.definite),
+    "the watch for random numbers during a solve": (
+        (*LAYERS, *PROBLEMS), lambda: patched((layer_call, "CheckAfter", lambda *a: nullcontext())),
     ),
-    "  of these, the look for saddles and kinks": lambda: patched(
-        (newton, "is_slow", lambda state, error: torch.zeros_like(state.definite)),
-        (inner_judge, "doubtful_directions", lambda *a: []),
-        (inner_judge, "name_stationary", lambda problem, solution, status, *a: status),
+    "the judge: error of x, saddles, kinks": (
+        ("first call", *LAYERS, *PROBLEMS),
+        lambda: patched(
+            (inner_judge, "_attempt", trusting), (newton, "error_left", lambda state, lone: state.x),
+            (newton, "is_slow", lambda state, error: state.definite),
+        ),
     ),
-    "the check of the adjoint's residual": lambda: patched((linear_base, "_proposed", unverified)),
-    "R in the derivative beside R in the call": lambda: patched(
-        (layer_call.SolveCall, "compare", lambda *a: None)
+    "  of these, the look for saddles and kinks": (
+        ("first call", *LAYERS, *PROBLEMS),
+        lambda: patched(
+            (newton, "is_slow", lambda state, error: torch.zeros_like(state.definite)),
+            (inner_judge, "doubtful_directions", lambda *a: []),
+            (inner_judge, "name_stationary", lambda problem, solution, status, *a: status),
+        ),
     ),
-    "the check of F: random, changes, once differentiable": lambda: patched((problems, "outer_losses", losses_alone)),
-    "captures of F, and what leads to θ": lambda: patched(
-        (problems, "check_captures", lambda *a: False), (problems, "check_dependence", lambda *a: False)
+    "the check of the adjoint's residual": (
+        (*LAYERS, *PROBLEMS), lambda: patched((linear_base, "_proposed", unverified)),
     ),
-    "the snapshot of a problem's settings": kept_settings,
+    "R in the derivative beside R in the call": (
+        (*LAYERS, *PROBLEMS), lambda: patched((layer_call.SolveCall, "compare", lambda *a: None)),
+    ),
+    "the check of F: random, changes, captures, what leads to θ": (
+        PROBLEMS,
+        lambda: patched(
+            (problems, "outer_losses", losses_alone), (problems, "check_captures", lambda *a: False),
+            (problems, "check_dependence", lambda *a: False),
+        ),
+    ),
+    "the snapshot of a problem's settings": (PROBLEMS, kept_settings),
 }  # fmt: skip
 
 
@@ -200,7 +216,7 @@ def timed(run: Callable[[], None], repeat: int) -> float:
 
 def price(make: Callable[[], Callable[[], None]], without: Callable[[], Any]) -> tuple[float, float]:
     """Return the seconds of a call, and what the safety adds to it, in parts of the call without it."""
-    safe, bare, repeat = make(), make(), 3
+    safe, bare, repeat = make(), make(), 2
     pairs = []
     for turn in range(-3, ROUNDS):
         one = timed(safe, repeat) if turn % 2 else None
@@ -217,9 +233,12 @@ def main() -> None:
     print(f"| what a safety adds | {' | '.join(CALLS)} |")
     print("|" + "---|" * (1 + len(CALLS)))
     whole: dict[str, float] = {}
-    for name, without in SAFETIES.items():
+    for name, (concerned, without) in SAFETIES.items():
         cells = []
         for call, make in CALLS.items():
+            if call not in concerned:
+                cells.append("")
+                continue
             whole[call], added = price(make, without)
             cells.append(f"{added:+.2f}")
             gc.collect()

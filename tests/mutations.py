@@ -1092,6 +1092,19 @@ MUTATIONS = (
         " and tape.layouts[step.makes[0]].memory not in outward:", ":", (TAPES,),
     ),
     Mutation(
+        "a line search that doubles every step that was accepted", "solvers/gradient_descent.py",
+        "longer = along >= _KEPT_SLOPE * slope", "longer = along == along", ("tests/solvers/test_gradient_descent.py", "-k", "few_more"),
+    ),
+    Mutation(
+        "a line search that takes any step", "solvers/gradient_descent.py",
+        "held = value <= torch.addcmul(begun, lr, slope, value=-_ARMIJO)", "held = value == value",
+        ("tests/solvers/test_gradient_descent.py", "-k", "every_step"),
+    ),
+    Mutation(
+        "a residual judged by the first bound of its floor", "linear/_judge.py",
+        "        if bool((within | ~asked).all()):", "        if True:", ("tests/linear/test_base.py", "-k", "floor"),
+    ),
+    Mutation(
         "arguments of a program written over", "replay/memory.py",
         "for number in (*given, *outputs, *tape.constants)}", "for number in (*outputs, *tape.constants)}", (TAPES,),
     ),

@@ -818,24 +818,24 @@ MUTATIONS = (
         "self.left -= int(found.iterations.max())", "self.left -= 0", ("tests/certificates/test_route.py", "-k", "products_allowed"),
     ),
     Mutation(
-        "any operation taken for one that keeps the degree", "certificates/_structure.py",
+        "any operation taken for one that keeps the degree", "equations/degrees.py",
         "        beyond = math.inf if self.whole > 0 else 0.0\n", "        beyond = self.whole\n",
-        ("tests/certificates/test_structure.py", "-k", "proves_nothing"),
+        ("tests/test_degrees.py", "-k", "proves_nothing"),
     ),
     Mutation(
-        "a degree proven behind a stopped gradient", "certificates/_structure.py",
+        "a degree proven behind a stopped gradient", "equations/degrees.py",
         "if (moved and (reads or chosen or cut))", "if (moved and (reads or chosen))",
-        ("tests/certificates/test_structure.py", "-k", "stopped or graph"),
+        ("tests/test_degrees.py", "-k", "stopped or graph"),
     ),
     Mutation(
-        "a degree proven of one branch", "certificates/_structure.py",
+        "a degree proven of one branch", "equations/degrees.py",
         "(given and (not harmless or", "(given and (",
-        ("tests/certificates/test_structure.py", "-k", "reads_a_number"),
+        ("tests/test_degrees.py", "-k", "reads_a_number"),
     ),
     Mutation(
-        "products that do not add degrees", "certificates/_structure.py",
+        "products that do not add degrees", "equations/degrees.py",
         "return Degree(self.whole + other.whole, max(parts, default=NONE))", "return Degree(max(self.whole, other.whole), max(parts, default=NONE))",
-        ("tests/certificates/test_structure.py", "-k", "polynomials"),
+        ("tests/test_degrees.py", "-k", "polynomials"),
     ),
     Mutation(
         "a cubic taken for quadratic", "certificates/_quadratic.py",

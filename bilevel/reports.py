@@ -274,7 +274,7 @@ class SolveReport:
         (meaning, remedy) for statuses whose general words do not fit the solver or the kind of problem.
     proven_zero, proven_nonzero
         Bool (*batch, n), for a layer with ``prox=``: the entries of the solution x* that are proven to be zero, and not to be zero. The entries
-        are those of the leaves of x, one after the other. None where nothing is known of them. See the guide to sparse models.
+        are those of the leaves of x, one after the other. None where nothing is known of them. See "What is proven" in the guide to nonsmooth terms.
 
     Notes
     -----

@@ -838,6 +838,26 @@ MUTATIONS = (
         ("tests/test_degrees.py", "-k", "polynomials"),
     ),
     Mutation(
+        "violated equations that move the solution by nothing", "quadratic_programs/_proof.py",
+        "e = (off + (r + self.steepness * off) / m)", "e = (r / m)",
+        ("tests/quadratic_programs/test_proofs.py", "-k", "by_hand"),
+    ),
+    Mutation(
+        "a duality gap that counts once", "quadratic_programs/_proof.py",
+        "(r * r + 4 * m * gap).sqrt()", "(r * r + m * gap).sqrt()",
+        ("tests/quadratic_programs/test_proofs.py", "-k", "by_hand"),
+    ),
+    Mutation(
+        "zeros proven as if the gradient at the solution were known", "solvers/_composite_proof.py",
+        "torch.stack(constants).amin(0) * e +", "0 * torch.stack(constants).amin(0) * e +",
+        ("tests/prox/test_proofs.py", "-k", "hold_and_grow"),
+    ),
+    Mutation(
+        "a proof of arguments that have changed", "solvers/_composite_proof.py",
+        "        if self._changed():", "        if False:",
+        ("tests/prox/test_proofs.py", "-k", "changed_since"),
+    ),
+    Mutation(
         "a cubic taken for quadratic", "certificates/_quadratic.py",
         "inner.whole <= 2", "inner.whole <= 1e400", ("tests/certificates/test_bounds.py", "-k", "quadratic_in_pieces"),
     ),

@@ -136,6 +136,28 @@ class Term(ABC):
             The step of the prox, about 1/L. It makes ``slope`` comparable to x.
         """
 
+    def proven_zero(self, slope: torch.Tensor, move: torch.Tensor) -> torch.Tensor:
+        """Return which entries of a minimiser x* of f + g have to be zero, bool of the shape of x.
+
+        They are those for which −∇f(x*) is inside ∂g(0), wherever ∇f(x*) is. A term that proves nothing returns False for all.
+
+        Parameters
+        ----------
+        slope
+            ∇f at a point, of the shape of x.
+        move
+            Bounds of the entries of |∇f(x*) − ``slope``|.
+        """
+        return torch.zeros_like(slope, dtype=torch.bool)
+
+    def proven_nonzero(self, x: torch.Tensor, distance: torch.Tensor) -> torch.Tensor:
+        """Return which entries of a point x* are not zero, bool of the shape of x, if ‖x − x*‖ ≤ ``distance`` ()."""
+        return x.abs() > distance
+
+    def convexity(self, x: torch.Tensor) -> torch.Tensor:
+        """Return c ≥ 0, of the shape of x, so that g(x) − ½ Σ c_j x_j² is convex."""
+        return torch.zeros_like(x)
+
     @property
     def where(self) -> str:
         """How messages name the term."""

@@ -75,6 +75,21 @@ class FlatTerm:
         margins = [term.margin(part, s, step) for term, part, s in leaves if term is not None]
         return torch.stack(margins).min() if margins else x.new_ones(())
 
+    def proven_zero(self, slope: torch.Tensor, move: torch.Tensor) -> torch.Tensor:
+        """Return which entries of a minimiser are proven to be zero, bool (n,); see :meth:`Term.proven_zero`."""
+        leaves = zip(self.terms, self._split(slope), self._split(move), strict=True)
+        return _joined(
+            [torch.zeros_like(s, dtype=torch.bool) if t is None else t.proven_zero(s, m) for t, s, m in leaves]
+        )
+
+    def proven_nonzero(self, x: torch.Tensor, distance: torch.Tensor) -> torch.Tensor:
+        """Return which entries of a point within ``distance`` () of ``x`` are not zero, bool (n,)."""
+        return self._each(lambda t, part: part.abs() > distance if t is None else t.proven_nonzero(part, distance), x)
+
+    def convexity(self, x: torch.Tensor) -> torch.Tensor:
+        """Return c (n,) so that g(x) − ½ Σ c_j x_j² is convex."""
+        return self._each(lambda t, part: torch.zeros_like(part) if t is None else t.convexity(part), x)
+
     def manifold(self, x: torch.Tensor) -> Manifold:
         """Return the manifold of x; of its ``free`` entries, those of a leaf whose manifold fixes no single entries are all."""
         found = [

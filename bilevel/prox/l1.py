@@ -67,6 +67,9 @@ class L1(Term):
     def margin(self, x: torch.Tensor, slope: torch.Tensor, step: Parameter = 1.0) -> torch.Tensor:
         return _margin(x, slope, self._strength(x))
 
+    def proven_zero(self, slope: torch.Tensor, move: torch.Tensor) -> torch.Tensor:
+        return slope.abs() + move < self._strength(slope)
+
 
 @dataclass(frozen=True, eq=False)
 class ElasticNet(Term):
@@ -127,6 +130,12 @@ class ElasticNet(Term):
 
     def margin(self, x: torch.Tensor, slope: torch.Tensor, step: Parameter = 1.0) -> torch.Tensor:
         return _margin(x, slope, self._strengths(x)[0])
+
+    def proven_zero(self, slope: torch.Tensor, move: torch.Tensor) -> torch.Tensor:
+        return slope.abs() + move < self._strengths(slope)[0]
+
+    def convexity(self, x: torch.Tensor) -> torch.Tensor:
+        return self._strengths(x)[1]
 
 
 def _shrink(v: torch.Tensor, threshold: torch.Tensor) -> torch.Tensor:

@@ -113,10 +113,10 @@ class ProgramCall:
         report = self._report(Pass.FORWARD, status, found.iterations, found.residual, found.threshold, batch, words)
         point = found.point.to(dtype)
         provable = not structure.smoothing and structure.dense and bool((status == Status.CONVERGED).any())
-        self.report = report.with_proof(ProofLater(self.backend, structure, flat, found, status, point)) if provable else report
-        point = apply_policy(
-            self.report, point.reshape(*batch, structure.length), self.on_failure, self.recordings
+        self.report = (
+            report.with_proof(ProofLater(self.backend, structure, flat, found, status, point)) if provable else report
         )
+        point = apply_policy(self.report, point.reshape(*batch, structure.length), self.on_failure, self.recordings)
         marks = (found.active.to(dtype) + 2 * found.weak.to(dtype)).reshape(*batch, found.active.shape[-1])
         if found.factor is not None:
             matrices = tuple(tensors[i].detach() for i in (0, 2, 4))

@@ -82,7 +82,11 @@ def test_both_proofs_at_points_that_are_wrong_on_purpose(spread: float) -> None:
         fine = bilevel.quadratic_program.solve(**data)
         active = torch.cat(list(fine.active), -1)
         reference = torch.as_tensor(exact(data, active).astype(float))
-        given = {"lower": torch.full_like(data["q"], -torch.inf), "upper": torch.full_like(data["q"], torch.inf), **data}
+        given = {
+            "lower": torch.full_like(data["q"], -torch.inf),
+            "upper": torch.full_like(data["q"], torch.inf),
+            **data,
+        }
         program = Program.of([given[name] for name in Names], F64)
         point = torch.cat([fine.value, *fine.multipliers], -1)
         point = point + spread * torch.randn_like(point) * (torch.rand(len(point), 1, dtype=F64) < 0.8)
@@ -93,6 +97,35 @@ def test_both_proofs_at_points_that_are_wrong_on_purpose(spread: float) -> None:
         if spread <= 1e-5:  # a point that is far off cannot always be moved inside
             assert torch.isfinite(gap).double().mean() > 0.9
             assert torch.isfinite(tight).double().mean() > 0.5
+
+
+def test_both_proofs_by_hand() -> None:
+    def proof(x: list[float], nu: list[float], low: list[float], A: list[list[float]], b: list[float]) -> _Proof:
+        n, p = len(x), len(b)
+        one = torch.ones(1, n, dtype=F64)
+        sides = torch.tensor(A, dtype=F64).reshape(1, p, n), torch.tensor([b], dtype=F64)
+        program = Program.of(
+            [
+                torch.eye(n, dtype=F64)[None],
+                0 * one,
+                *sides,
+                one.new_zeros(1, 0, n),
+                one.new_zeros(1, 0),
+                0 * one,
+                one / 0,
+            ],
+            F64,
+        )
+        marks = torch.tensor([[*(weight > 0 for weight in low), *[False] * n]])
+        return _Proof(program, torch.tensor([[*x, *nu, *low, *[0.0] * n]], dtype=F64), marks)
+
+    # ½x² with x ≥ 0 at x = 0.5 with λ = 0.5: r = 0, and the gap is 0.25.
+    assert float(proof([0.5], [], [0.5], [], []).by_gap()) == pytest.approx(0.5, abs=1e-12)
+    # ½x² with x = 1 at x = 1.1 with ν = −1.1: r = 0.
+    bound = float(proof([1.1], [-1.1], [0.0], [[1.0]], [1.0]).by_active_set())
+    assert bound == pytest.approx(0.2, abs=1e-12)
+    # Outside, at x = −0.1: it is first moved inside.
+    assert 0.1 <= float(proof([-0.1], [], [0.0], [], []).by_gap()) < 0.7
 
 
 def test_degenerate_programs_are_proven_by_the_gap_or_not_at_all() -> None:

@@ -838,6 +838,11 @@ MUTATIONS = (
         ("tests/test_degrees.py", "-k", "polynomials"),
     ),
     Mutation(
+        "multipliers that the next solve does not begin from", "problems/problem.py",
+        "self._warm.multipliers if init is None and self.warm_start else {}", "{}",
+        ("tests/constraints/test_warm_starts.py", "-k", "minimize_takes"),
+    ),
+    Mutation(
         "violated equations that move the solution by nothing", "quadratic_programs/_proof.py",
         "e = (off + (r + self.steepness * off) / m)", "e = (r / m)",
         ("tests/quadratic_programs/test_proofs.py", "-k", "by_hand"),

@@ -316,6 +316,8 @@ class Layer:
             return self._solution_of_none(settings, ordinary, raveler, empty, tensors)
         if self.structure is not None:
             system, flat = self.structure.attach(ordinary, flat, tensors)
+            if settings.multiplier_start:
+                flat = system.begun(flat, settings.multiplier_start)
         if watched or inside or transforms_active():
             poisoned = self._check_init(settings.on_failure, given)
         if inside:

@@ -14,8 +14,8 @@ If each active multiplier is larger than its bound allows it to change, and each
 
     ‖x − x*‖ ≤ (‖r‖ + √(‖r‖² + 4 m λᵀs)) / (2 m)
 
-A point that rounding has left outside is first moved inside: by d, which moves the violated rows back, and by the least solution of A e = b − A(x + d),
-which is not computed, as ‖e‖ ≤ ‖b − A(x + d)‖/σ is enough.
+A point that rounding has left outside is first moved inside: by d, which moves the violated rows back, and by the least solution e of
+A e = b − A(x + d). It is not computed, as ‖e‖ ≤ ‖b − A(x + d)‖/σ is enough.
 
 An unknown with two equal bounds is a number, and takes no part.
 """
@@ -89,7 +89,7 @@ class _Proof:
 
     @cached_property
     def inside(self) -> torch.Tensor:
-        """x (B, n)."""
+        """X (B, n)."""
         return self.point[:, : self.program.sizes.n]
 
     @cached_property
@@ -104,7 +104,7 @@ class _Proof:
 
     @cached_property
     def curvature(self) -> torch.Tensor:
-        """m (B,), for unknowns that are not fixed."""
+        """M (B,), for unknowns that are not fixed."""
         keep = self.free
         Q = 0.5 * (self.program.Q + self.program.Q.mT)
         noise = torch.finfo(Q.dtype).eps * Q.norm(dim=(-2, -1))
@@ -129,7 +129,7 @@ class _Proof:
 
     @cached_property
     def slacks(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """s (B, m + 2n), infinite for rows that are left out, and its rounding."""
+        """S (B, m + 2n), infinite for rows that are left out, and its rounding."""
         program, (C, present) = self.program, self.rows
         sides = torch.cat([program.h, -program.lower, program.upper], -1)
         sides = torch.where(present, sides, 0.0)

@@ -1,9 +1,9 @@
 """Proofs about the solution of min f + g: its distance from what was computed, and which of its entries are zero.
 
-Let e be an element of ∂(f + g)(x), and μ the strong convexity of f + g. Then ‖x − x*‖ ≤ ‖e‖/μ. The user declares μ; or f is proven to be a quadratic, and
-a Cholesky factorisation of its Hessian plus the convexity of g proves one. The distance bounds how far ∇f(x*) is from ∇f(x): by the declared Lipschitz
-constant of ∇f, or by the rows of the Hessian of a quadratic. Where this leaves −∇f(x*) inside ∂g(0), an entry of x* is zero. Where an entry of x is larger
-than the distance, that of x* is not zero.
+Let e be an element of ∂(f + g)(x), and μ the strong convexity of f + g. Then ‖x − x*‖ ≤ ‖e‖/μ. The user declares μ; or f is proven to be a quadratic,
+and a Cholesky factorisation of its Hessian plus the convexity of g proves one. The distance bounds how far ∇f(x*) is from ∇f(x): by the declared
+Lipschitz constant of ∇f, or by the rows of the Hessian of a quadratic. Where this leaves −∇f(x*) inside ∂g(0), an entry of x* is zero. Where an entry
+of x is larger than the distance, that of x* is not zero.
 """
 
 from __future__ import annotations

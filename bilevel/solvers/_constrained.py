@@ -9,7 +9,7 @@ import torch
 
 from bilevel.errors import ArgumentError
 from bilevel.reports import Status, StatusMessages
-from bilevel.solvers._active_set import Polished, choose, measure, polish, recovered
+from bilevel.solvers._active_set import Polished, choose, continued, measure, polish, recovered
 from bilevel.solvers._base import InnerSolver, is_one_of
 from bilevel.solvers._central_path import centred
 from bilevel.solvers._program import Answer, ConstrainedSolver, Program
@@ -50,6 +50,7 @@ def solve_constrained(
     smoothing: float | None,
     name: Name,
     where: str,
+    multipliers: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> Found:
     """Solve from ``init`` (K, n).
 
@@ -67,6 +68,8 @@ def solve_constrained(
         (kind, index) ↦ how a user would write that constraint.
     where
         The layer's name, for messages.
+    multipliers
+        ν (K, p) and λ (K, m), if ``init`` is the solution for nearby arguments, and these are its multipliers.
     """
     unit = program.unit(init)
     given, column = program, unit.unsqueeze(-1)
@@ -75,7 +78,7 @@ def solve_constrained(
     if isinstance(solver, ConstrainedSolver):
         answer, used = solver.solve_program(program, init / column, smoothing), solver.name
     elif solver is None:
-        answer, used = _by_default(program, init / column, smoothing, where)
+        answer, used = _by_default(program, init / column, smoothing, where, multipliers)
     else:
         assert not isinstance(solver, InnerSolver)
         answer, used = solver(given, init), getattr(solver, "__name__", "solver")
@@ -92,9 +95,16 @@ def solve_constrained(
     return replace(found, x=x, words={**_words(given, x, found.status, name), **found.words})
 
 
-def _by_default(program: Program, init: torch.Tensor, smoothing: float | None, where: str) -> tuple[Answer, str]:
+def _by_default(
+    program: Program,
+    init: torch.Tensor,
+    smoothing: float | None,
+    where: str,
+    multipliers: tuple[torch.Tensor, torch.Tensor] | None,
+) -> tuple[Answer, str]:
     if smoothing is not None or not program.only_bounds:
-        known = _known_already(program, init) if smoothing is None else None
+        known = None if smoothing is not None or multipliers is None else _continued(program, init, *multipliers)
+        known = _known_already(program, init) if smoothing is None and known is None else known
         if known is not None:
             return known, "Newton on the active set of the start"
         if program.size + program.equalities > 4 * DENSE_LIMIT:
@@ -117,6 +127,33 @@ def _by_default(program: Program, init: torch.Tensor, smoothing: float | None, w
     status = torch.where(won, other.status, answer.status)
     steps = answer.iterations + torch.where(failed, other.iterations, torch.zeros_like(other.iterations))
     return replace(answer, x=x, status=status, iterations=steps), f"{first.name}, then {second.name}"
+
+
+def _continued(program: Program, init: torch.Tensor, equality: torch.Tensor, inequality: torch.Tensor) -> Answer | None:
+    """Return the solutions that continue those of nearby arguments, by Newton's method on their active sets; None if one is not found."""
+    status = torch.full((len(init),), int(Status.NOT_CONVERGED), dtype=torch.int64, device=init.device)
+    steps = 0
+
+    def counted(x: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        nonlocal steps
+        steps += 1
+        return program.hessian(x, weights)
+
+    watched = replace(program, hessian=counted)
+    answer = Answer(init, equality, inequality, status, torch.zeros_like(status))
+    point = continued(watched, answer)
+    # Two Hessians a step, and one to begin with.
+    return _regular(program, point, torch.full_like(status, steps // 2))
+
+
+def _regular(program: Program, point: Polished, steps: torch.Tensor) -> Answer | None:
+    """Return polished points as an answer; None if one does not fulfil the conditions, or if its solution is degenerate or a saddle."""
+    if not bool(point.good.all()):
+        return None
+    findings = examine(program, point, measure(program, point.x, point.equality, point.inequality))
+    if bool((findings.negative | findings.degenerate).any()):
+        return None
+    return Answer(point.x, point.equality, point.inequality, torch.full_like(steps, int(Status.CONVERGED)), steps)
 
 
 def _known_already(program: Program, init: torch.Tensor) -> Answer | None:
@@ -142,15 +179,7 @@ def _known_already(program: Program, init: torch.Tensor) -> Answer | None:
     off = torch.where((at_lower & (slope > 0)) | (at_upper & (slope < 0)) | program.fixed, 0.0, slope).abs().amax(-1)
     if not bool((off <= _KNOWN * at.rows[:, 0].abs().amax(-1)).all()):
         return None
-    point = polish(program, answer, at)
-    if not bool(point.good.all()):
-        return None
-    findings = examine(program, point, measure(program, point.x, point.equality, point.inequality))
-    if bool((findings.negative | findings.degenerate).any()):
-        return None
-    return Answer(
-        point.x, point.equality, point.inequality, torch.full_like(status, int(Status.CONVERGED)), answer.iterations + 1
-    )
+    return _regular(program, polish(program, answer, at), answer.iterations + 1)
 
 
 def _without_contradictions(program: Program, answer: Answer) -> Answer:

@@ -8,8 +8,8 @@ import torch
 
 import bilevel
 from bilevel._torch.definite import least_eigenvalue
-from bilevel.quadratic_programs._proof import _Proof
 from bilevel.quadratic_programs._program import Program
+from bilevel.quadratic_programs._proof import _Proof
 from bilevel.reports import Basis
 
 from .programs import F64, Data, integer_program, random_program
@@ -77,7 +77,7 @@ def test_the_bound_is_never_below_the_error_of_2000_programs(
 def test_both_proofs_at_points_that_are_wrong_on_purpose(spread: float) -> None:
     torch.manual_seed(1)
     for shape in SHAPES:
-        n, p, m, _ = shape
+        n = shape[0]
         data = programs(*shape, 300, F64)
         fine = bilevel.quadratic_program.solve(**data)
         active = torch.cat(list(fine.active), -1)

@@ -838,6 +838,16 @@ MUTATIONS = (
         ("tests/test_degrees.py", "-k", "polynomials"),
     ),
     Mutation(
+        "slopes of many unknowns that are compared with the slope at zero alone", "solvers/_constrained.py",
+        "torch.maximum(torch.maximum(first, bent), force)", "torch.maximum(first, force)",
+        ("tests/constraints/test_many_bounds.py", "-k", "factorisation"),
+    ),
+    Mutation(
+        "a quasi-Newton step that mixes held and free unknowns", "solvers/projected_lbfgs.py",
+        "s, y = s * free, y * free", "s, y = s, y",
+        ("tests/constraints/test_many_bounds.py", "-k", "boxes or no_solution or sparse_design"),
+    ),
+    Mutation(
         "multipliers that the next solve does not begin from", "problems/problem.py",
         "self._warm.multipliers if init is None and self.warm_start else {}", "{}",
         ("tests/constraints/test_warm_starts.py", "-k", "minimize_takes"),

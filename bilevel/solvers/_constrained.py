@@ -15,6 +15,7 @@ from bilevel.solvers._central_path import centred
 from bilevel.solvers._program import Answer, ConstrainedSolver, Program
 from bilevel.solvers._regularity import Findings, examine
 from bilevel.solvers.interior_point import InteriorPoint
+from bilevel.solvers.projected_lbfgs import ProjectedLBFGS
 from bilevel.solvers.projected_newton import DENSE_LIMIT, ProjectedNewton
 
 __all__ = ["Found", "solve_constrained"]
@@ -115,10 +116,12 @@ def _by_default(
             )
         solver = InteriorPoint()
         return solver.solve_program(program, init, smoothing), solver.name
+    if program.size > DENSE_LIMIT:
+        return _many_unknowns(program, init)
     first = ProjectedNewton()
     answer = first.solve_program(program, init, None)
     failed = is_one_of(answer.status, (*_UNSOLVED, Status.NOT_FINITE))
-    if program.size > DENSE_LIMIT or not bool(failed.any()):
+    if not bool(failed.any()):
         return answer, first.name
     second = InteriorPoint()
     other = second.solve_program(program, init, None)
@@ -126,6 +129,21 @@ def _by_default(
     x = torch.where(won.unsqueeze(-1), other.x, answer.x)
     status = torch.where(won, other.status, answer.status)
     steps = answer.iterations + torch.where(failed, other.iterations, torch.zeros_like(other.iterations))
+    return replace(answer, x=x, status=status, iterations=steps), f"{first.name}, then {second.name}"
+
+
+def _many_unknowns(program: Program, init: torch.Tensor) -> tuple[Answer, str]:
+    """Return an answer for bounds alone: gradients alone find the active set, and Newton's method finishes on it."""
+    first, second = ProjectedLBFGS(), ProjectedNewton()
+    answer = first.solve_program(program, init, None)
+    going = is_one_of(answer.status, (Status.CONVERGED, *_UNSOLVED))
+    if not bool(going.any()):
+        return answer, first.name
+    other = second.solve_program(program, answer.x, None)
+    better = going & is_one_of(other.status, (Status.CONVERGED, *_UNSOLVED))
+    x = torch.where(better.unsqueeze(-1), other.x, answer.x)
+    status = torch.where(better, other.status, answer.status)
+    steps = answer.iterations + torch.where(better, other.iterations, 0)
     return replace(answer, x=x, status=status, iterations=steps), f"{first.name}, then {second.name}"
 
 
@@ -241,8 +259,10 @@ def _large(program: Program, answer: Answer, used: str, name: Name) -> Found:
         loose & (program.upper - x <= 2e-8 * size) & (-slope <= weak),
         no, x.new_zeros(len(x), 0, dtype=torch.bool), no, no, no, x.new_zeros(len(x), 0, dtype=torch.bool),
     )  # fmt: skip
+    # What the slope is a small difference of. At zero it vanishes for a product of unknowns, and ∇²f x does not.
     first = program.jacobian(program.inside(torch.zeros_like(x)))[1][:, 0].abs().amax(-1, keepdim=True)
-    small = slope.abs() <= 1e-9 * torch.maximum(first, force)
+    bent = program.product(x, x).abs().amax(-1, keepdim=True).nan_to_num(0.0, 0.0)
+    small = slope.abs() <= 1e-9 * torch.maximum(torch.maximum(first, bent), force)
     good = (small | at_lower | at_upper | program.fixed).all(-1)
     usable = is_one_of(answer.status, (Status.CONVERGED, *_UNSOLVED))
     failed = torch.where(answer.status == Status.CONVERGED, int(Status.STAGNATED), answer.status)

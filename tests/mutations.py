@@ -843,9 +843,14 @@ MUTATIONS = (
         ("tests/constraints/test_many_bounds.py", "-k", "factorisation"),
     ),
     Mutation(
-        "a quasi-Newton step that mixes held and free unknowns", "solvers/projected_lbfgs.py",
-        "s, y = s * free, y * free", "s, y = s, y",
-        ("tests/constraints/test_many_bounds.py", "-k", "boxes or no_solution or sparse_design"),
+        "a player's term at its threshold that passes for smooth", "equations/equilibrium.py",
+        "margins <= tiny, landed", "margins < -1, landed",
+        ("tests/test_proximal_equilibrium.py", "-k", "threshold"),
+    ),
+    Mutation(
+        "unknowns of players that do not end exactly at zero", "layers/equilibrium.py",
+        "state.landed, outcome.x)", "torch.minimum(torch.maximum(outcome.x, state.lower), state.upper), outcome.x)",
+        ("tests/test_proximal_equilibrium.py", "-k", "batch_and_groups or best_responses"),
     ),
     Mutation(
         "multipliers that the next solve does not begin from", "problems/problem.py",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 
@@ -21,8 +21,10 @@ from bilevel.equations.player_terms import PlayerTerms
 from bilevel.equations.problem import Problem
 from bilevel.equations.system import System
 from bilevel.errors import ArgumentError
-from bilevel.layers.call import SolveCall, SolveSettings
-from bilevel.layers.layer import Layer, Solution
+from bilevel.layers.call import SolveCall
+from bilevel.layers.layer import Layer
+from bilevel.layers.settings import SolveSettings
+from bilevel.layers.solution import Solution
 from bilevel.linear._base import LinearSolverLike
 from bilevel.policy import OnFailure
 from bilevel.reports import Status, StatusMessages
@@ -117,7 +119,7 @@ def equilibrium(
         raise ArgumentError(
             f"equilibrium: expected objectives to be functions of (x_1, ..., x_N, *args), got {wrong!r}; pass functions"
         )
-    bounds = (PlayerBounds.of(name, given, len(objectives)) for name, given in (("lower", lower), ("upper", upper)))
+    low, high = (PlayerBounds.of(name, given, len(objectives)) for name, given in (("lower", lower), ("upper", upper)))
     terms = PlayerTerms.of(prox, len(objectives))
     for player in range(0 if terms is None else len(objectives)):
         if prox[player] is not None and any(side is not None and side[player] is not None for side in (lower, upper)):  # type: ignore[index]
@@ -126,7 +128,7 @@ def equilibrium(
                 "of a term of your own, bilevel.prox.Custom"
             )
     return EquilibriumLayer(
-        Players(tuple(objectives), *bounds, terms),
+        Players(tuple(objectives), low, high, terms),
         solver=solver,
         linear_solver=linear_solver,
         tolerance=tolerance,
@@ -195,7 +197,9 @@ class EquilibriumLayer(Layer):
         assert isinstance(self.function, Players)
         check_players(self.where, self.function.objectives, init)
         if self.function.terms is not None:
-            self.function.terms(self.where, tuple(init), args, kwargs)  # the parameters' values are checked here
+            self.function.terms(
+                self.where, tuple(cast("tuple[Any, ...]", init)), args, kwargs
+            )  # the parameters' values are checked here
         return super()._solution(settings, init, args, kwargs)
 
     def _call(self, settings: SolveSettings, system: System, watched: bool) -> SolveCall:

@@ -115,6 +115,10 @@ class Term(ABC):
         """Return v ↦ prox(v, step) for many v of the shape of ``like``; override it to compute once what depends on the step alone."""
         return lambda v: self.prox(v, step)
 
+    def _free_with(self, like: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor | None]:
+        """Return x ↦ the ``free`` entries of its manifold, for many x of the shape of ``like``; override it likewise."""
+        return lambda x: self.manifold(x).free
+
     @abstractmethod
     def manifold(self, x: torch.Tensor) -> Manifold:
         """Return the manifold that x, made by :meth:`prox`, lies on; only the values of x count, not its derivatives."""

@@ -65,6 +65,13 @@ class FlatTerm:
             return lambda v: self.prox(v, step)
         return term._prox_with(step, like)
 
+    def free_with(self, like: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor | None]:
+        """Return x ↦ the free entries of :meth:`manifold` (x), for many x like ``like`` (n,)."""
+        term, shape = self.terms[0], self.shapes[0]
+        if len(self.terms) > 1 or len(shape) != 1 or term is None:
+            return lambda x: self.manifold(x).free
+        return term._free_with(like)
+
     def value(self, x: torch.Tensor) -> torch.Tensor:
         """Return g(x) ()."""
         return _sum_of([t.value(part) for t, part in zip(self.terms, self._split(x), strict=True) if t is not None], x)

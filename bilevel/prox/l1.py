@@ -61,6 +61,10 @@ class L1(Term):
         least = -threshold
         return lambda v: v - v.clamp(least, threshold)
 
+    def _free_with(self, like: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
+        smooth = detached(self._strength(like)) == 0
+        return (lambda x: (x != 0) | smooth) if bool(smooth.any()) else (lambda x: x != 0)
+
     def manifold(self, x: torch.Tensor) -> Manifold:
         return _same_signs(x, self._strength(x))
 

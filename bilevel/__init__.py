@@ -73,6 +73,7 @@ from bilevel.solvers.interior_point import InteriorPoint
 from bilevel.solvers.lbfgs import LBFGS
 from bilevel.solvers.levenberg_marquardt import LevenbergMarquardt
 from bilevel.solvers.newton import Newton
+from bilevel.solvers.projected_lbfgs import ProjectedLBFGS
 from bilevel.solvers.projected_newton import ProjectedNewton
 from bilevel.solvers.proximal_gradient import ProximalGradient
 from bilevel.solvers.scipy_minimize import ScipyMinimize
@@ -165,6 +166,7 @@ __all__ = [
     "PhantomGradient",
     "Problem",
     "ProgramSolution",
+    "ProjectedLBFGS",
     "ProjectedNewton",
     "ProximalGradient",
     "QuadraticSchedule",

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import enum
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields
 from typing import Any, TypeAlias
 
 import torch
@@ -13,6 +14,7 @@ import torch
 __all__ = [
     "Basis",
     "Pass",
+    "Proof",
     "SolveReport",
     "Status",
     "StatusMessages",
@@ -223,6 +225,24 @@ class Pass(enum.Enum):
 
 
 @dataclass(frozen=True, eq=False)
+class Proof:
+    """What is known of a solution after a solve, in the shapes of the fields of a :class:`SolveReport` of the same names."""
+
+    error_bound: torch.Tensor
+    basis: Basis
+    proven_zero: torch.Tensor | None = None
+    proven_nonzero: torch.Tensor | None = None
+
+
+# The fields of a report that a proof may give later.
+_PROVEN = ("error_bound", "basis", "proven_zero", "proven_nonzero")
+
+
+def _nothing() -> None:
+    return None
+
+
+@dataclass(frozen=True, eq=False)
 class SolveReport:
     """The record of one call of a solver, per problem.
 
@@ -252,6 +272,14 @@ class SolveReport:
         ‖b‖ backward, for ``residual_norm`` to be compared with, NaN if b is not finite; NaN forward, where there is no such size.
     words
         (meaning, remedy) for statuses whose general words do not fit the solver or the kind of problem.
+    proven_zero, proven_nonzero
+        Bool (*batch, n), for a layer with ``prox=``: the entries of the solution x* that are proven to be zero, and not to be zero. The entries
+        are those of the leaves of x, one after the other. None where nothing is known of them. See "What is proven" in the guide to nonsmooth terms.
+
+    Notes
+    -----
+    The error bound of a quadratic program, and that of a layer with ``prox=``, are computed when they are first read, as are the proven entries.
+    They speak of the arguments as they were in the call. If an argument was changed in place since, nothing is proven.
     """
 
     direction: Pass
@@ -265,6 +293,28 @@ class SolveReport:
     basis: Basis
     scale: torch.Tensor
     words: StatusMessages = field(default_factory=dict)
+    # Class attributes of these names would hide what a proof gives later.
+    proven_zero: torch.Tensor | None = field(default_factory=_nothing)
+    proven_nonzero: torch.Tensor | None = field(default_factory=_nothing)
+
+    def with_proof(self, prove: Callable[[], Proof]) -> SolveReport:
+        """Return the report with the error bound, the basis and the proven entries that ``prove`` returns. It is called when one is first read."""
+        made = copy.copy(self)
+        for name in _PROVEN:
+            del vars(made)[name]
+        vars(made)["_prove"] = prove
+        return made
+
+    def __getattr__(self, name: str) -> Any:
+        prove = vars(self).pop("_prove", None) if name in _PROVEN else None
+        if prove is None:
+            raise AttributeError(f"a SolveReport has no {name}")
+        proof = prove()
+        vars(self).update({name: getattr(proof, name) for name in _PROVEN})
+        return vars(self)[name]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {item.name: getattr(self, item.name) for item in fields(self)}
 
     @property
     def status(self) -> Status | tuple[Any, ...]:

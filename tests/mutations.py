@@ -823,24 +823,64 @@ MUTATIONS = (
         "self.left -= int(found.iterations.max())", "self.left -= 0", ("tests/certificates/test_route.py", "-k", "products_allowed"),
     ),
     Mutation(
-        "any operation taken for one that keeps the degree", "certificates/_structure.py",
+        "any operation taken for one that keeps the degree", "equations/degrees.py",
         "        beyond = math.inf if self.whole > 0 else 0.0\n", "        beyond = self.whole\n",
-        ("tests/certificates/test_structure.py", "-k", "proves_nothing"),
+        ("tests/test_degrees.py", "-k", "proves_nothing"),
     ),
     Mutation(
-        "a degree proven behind a stopped gradient", "certificates/_structure.py",
+        "a degree proven behind a stopped gradient", "equations/degrees.py",
         "if (moved and (reads or chosen or cut))", "if (moved and (reads or chosen))",
-        ("tests/certificates/test_structure.py", "-k", "stopped or graph"),
+        ("tests/test_degrees.py", "-k", "stopped or graph"),
     ),
     Mutation(
-        "a degree proven of one branch", "certificates/_structure.py",
+        "a degree proven of one branch", "equations/degrees.py",
         "(given and (not harmless or", "(given and (",
-        ("tests/certificates/test_structure.py", "-k", "reads_a_number"),
+        ("tests/test_degrees.py", "-k", "reads_a_number"),
     ),
     Mutation(
-        "products that do not add degrees", "certificates/_structure.py",
+        "products that do not add degrees", "equations/degrees.py",
         "return Degree(self.whole + other.whole, max(parts, default=NONE))", "return Degree(max(self.whole, other.whole), max(parts, default=NONE))",
-        ("tests/certificates/test_structure.py", "-k", "polynomials"),
+        ("tests/test_degrees.py", "-k", "polynomials"),
+    ),
+    Mutation(
+        "slopes of many unknowns that are compared with the slope at zero alone", "solvers/_constrained.py",
+        "torch.maximum(torch.maximum(first, bent), force)", "torch.maximum(first, force)",
+        ("tests/constraints/test_many_bounds.py", "-k", "factorisation"),
+    ),
+    Mutation(
+        "a player's term at its threshold that passes for smooth", "equations/equilibrium.py",
+        "margins <= tiny, landed", "margins < -1, landed",
+        ("tests/test_proximal_equilibrium.py", "-k", "threshold"),
+    ),
+    Mutation(
+        "unknowns of players that do not end exactly at zero", "layers/equilibrium.py",
+        "state.landed, outcome.x)", "torch.minimum(torch.maximum(outcome.x, state.lower), state.upper), outcome.x)",
+        ("tests/test_proximal_equilibrium.py", "-k", "batch_and_groups or best_responses"),
+    ),
+    Mutation(
+        "multipliers that the next solve does not begin from", "problems/problem.py",
+        "self._warm.multipliers if init is None and self.warm_start else {}", "{}",
+        ("tests/constraints/test_warm_starts.py", "-k", "minimize_takes"),
+    ),
+    Mutation(
+        "violated equations that move the solution by nothing", "quadratic_programs/_proof.py",
+        "e = (off + (r + self.steepness * off) / m)", "e = (r / m)",
+        ("tests/quadratic_programs/test_proofs.py", "-k", "by_hand"),
+    ),
+    Mutation(
+        "a duality gap that counts once", "quadratic_programs/_proof.py",
+        "(r * r + 4 * m * gap).sqrt()", "(r * r + m * gap).sqrt()",
+        ("tests/quadratic_programs/test_proofs.py", "-k", "by_hand"),
+    ),
+    Mutation(
+        "zeros proven as if the gradient at the solution were known", "solvers/_composite_proof.py",
+        "torch.stack(constants).amin(0) * e +", "0 * torch.stack(constants).amin(0) * e +",
+        ("tests/prox/test_proofs.py", "-k", "hold_and_grow"),
+    ),
+    Mutation(
+        "a proof of arguments that have changed", "solvers/_composite_proof.py",
+        "        if self._changed():", "        if False:",
+        ("tests/prox/test_proofs.py", "-k", "changed_since"),
     ),
     Mutation(
         "a cubic taken for quadratic", "certificates/_quadratic.py",

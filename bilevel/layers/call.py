@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -31,7 +32,7 @@ from bilevel.operators import LinearOperator
 from bilevel.policy import apply_policy, handle_misuse
 from bilevel.recording import ACTIVE
 from bilevel.replay import ReplayCache
-from bilevel.reports import Pass, SolveReport, Status, StatusMessages
+from bilevel.reports import Pass, Proof, SolveReport, Status, StatusMessages
 from bilevel.solvers._base import InnerSolver
 from bilevel.solvers._error import rounding
 from bilevel.solvers._given import GivenAnswer, check_answer
@@ -371,9 +372,18 @@ def _report(
     if status.shape != axes:
         status, iterations, norm = status.reshape(axes), iterations.reshape(axes), norm.reshape(axes)
         threshold, bound, scale = threshold.reshape(axes), bound.reshape(axes), scale.reshape(axes)
-    return SolveReport(
+    report = SolveReport(
         direction, where, solver, status, iterations, norm, threshold, bound, outcome.basis, scale, words
     )
+    if not isinstance(outcome, InnerOutcome) or outcome.prove is None:
+        return report
+    return report.with_proof(partial(_shaped_proof, outcome.prove, axes))
+
+
+def _shaped_proof(prove: Callable[[], Proof], axes: tuple[int, ...]) -> Proof:
+    proof = prove()
+    entries = (None if e is None else e.reshape(*axes, e.shape[-1]) for e in (proof.proven_zero, proof.proven_nonzero))
+    return Proof(proof.error_bound.reshape(axes), proof.basis, *entries)
 
 
 def _all_converged(outcome: InnerOutcome | LinearOutcome) -> bool:

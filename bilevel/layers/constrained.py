@@ -14,13 +14,14 @@ usual rule gives the derivatives of x, ν and λ, of every order (Fiacco 1976). 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, ClassVar
 
 import torch
 from torch.func import vmap
+from torch.utils import _pytree as pytree
 
 from bilevel._torch.reverse import grad, vjp
 from bilevel.equations.problem import Problem
@@ -94,6 +95,16 @@ class ConstrainedSystem(LocalModel):
         """Return x (..., n), ν (..., p), λ (..., m)."""
         n, p = self.unknowns, self.counts[0]
         return z[..., :n], z[..., n : n + p], z[..., n + p :]
+
+    def begun(self, z: torch.Tensor, multipliers: Mapping[str, Any]) -> torch.Tensor:
+        """Return the start ``z`` (n + p + m,) with the multipliers of an earlier solution, if they fit."""
+        if self.smoothing is not None:
+            return z
+        leaves = [pytree.tree_leaves(multipliers[name]) for name in ("equality", "inequality") if name in multipliers]
+        parts = [leaf.reshape(-1) for part in leaves for leaf in part]
+        if not parts or sum(part.numel() for part in parts) != sum(self.counts):
+            return z
+        return torch.cat([z[: self.unknowns], *parts]).to(z.dtype)
 
     def stated(self, tensors: Sequence[torch.Tensor]) -> Constraints:
         """Return the constraints of a call with these tensors."""
@@ -297,9 +308,11 @@ class ConstrainedSystem(LocalModel):
         system = wide.system
         assert isinstance(system, ConstrainedSystem)
         program = system.program(wide)
-        start = self.split(init)[0].to(program.lower)
+        start, *duals = (part.to(program.lower) for part in self.split(init))
+        # Multipliers of zero are none: see ConstraintStructure.attach.
+        known = (duals[0], duals[1]) if bool((init[:, self.unknowns :] != 0).any()) else None
         chosen = self._chosen(problem, solver)
-        found = solve_constrained(program, start, chosen, self.smoothing, self.name, self.where)
+        found = solve_constrained(program, start, chosen, self.smoothing, self.name, self.where, known)
         z = torch.cat([found.x, found.equality, found.inequality], dim=-1).to(init)
         residual = problem.residual(z)
         norm = residual.norm(dim=-1)

@@ -267,6 +267,8 @@ class Layer:
             return self._solution_of_none(settings, ordinary, raveler, empty, tensors)
         if self.structure is not None:
             system, flat = self.structure.attach(ordinary, flat, tensors)
+            if settings.multiplier_start:
+                flat = system.begun(flat, settings.multiplier_start)
         if watched or inside or transforms_active():
             poisoned = check_init(self.where, given, settings.on_failure)
         if inside:

@@ -9,12 +9,13 @@ import torch
 
 from bilevel.errors import ArgumentError
 from bilevel.reports import Status, StatusMessages
-from bilevel.solvers._active_set import Polished, choose, measure, polish, recovered
+from bilevel.solvers._active_set import Polished, choose, continued, measure, polish, recovered
 from bilevel.solvers._base import InnerSolver, is_one_of
 from bilevel.solvers._central_path import centred
 from bilevel.solvers._program import Answer, ConstrainedSolver, Program
 from bilevel.solvers._regularity import Findings, examine
 from bilevel.solvers.interior_point import InteriorPoint
+from bilevel.solvers.projected_lbfgs import ProjectedLBFGS
 from bilevel.solvers.projected_newton import DENSE_LIMIT, ProjectedNewton
 
 __all__ = ["Found", "solve_constrained"]
@@ -50,6 +51,7 @@ def solve_constrained(
     smoothing: float | None,
     name: Name,
     where: str,
+    multipliers: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> Found:
     """Solve from ``init`` (K, n).
 
@@ -67,6 +69,8 @@ def solve_constrained(
         (kind, index) ↦ how a user would write that constraint.
     where
         The layer's name, for messages.
+    multipliers
+        ν (K, p) and λ (K, m), if ``init`` is the solution for nearby arguments, and these are its multipliers.
     """
     unit = program.unit(init)
     given, column = program, unit.unsqueeze(-1)
@@ -75,7 +79,7 @@ def solve_constrained(
     if isinstance(solver, ConstrainedSolver):
         answer, used = solver.solve_program(program, init / column, smoothing), solver.name
     elif solver is None:
-        answer, used = _by_default(program, init / column, smoothing, where)
+        answer, used = _by_default(program, init / column, smoothing, where, multipliers)
     else:
         assert not isinstance(solver, InnerSolver)
         answer, used = solver(given, init), getattr(solver, "__name__", "solver")
@@ -92,9 +96,16 @@ def solve_constrained(
     return replace(found, x=x, words={**_words(given, x, found.status, name), **found.words})
 
 
-def _by_default(program: Program, init: torch.Tensor, smoothing: float | None, where: str) -> tuple[Answer, str]:
+def _by_default(
+    program: Program,
+    init: torch.Tensor,
+    smoothing: float | None,
+    where: str,
+    multipliers: tuple[torch.Tensor, torch.Tensor] | None,
+) -> tuple[Answer, str]:
     if smoothing is not None or not program.only_bounds:
-        known = _known_already(program, init) if smoothing is None else None
+        known = None if smoothing is not None or multipliers is None else _continued(program, init, *multipliers)
+        known = _known_already(program, init) if smoothing is None and known is None else known
         if known is not None:
             return known, "Newton on the active set of the start"
         if program.size + program.equalities > 4 * DENSE_LIMIT:
@@ -105,10 +116,12 @@ def _by_default(program: Program, init: torch.Tensor, smoothing: float | None, w
             )
         solver = InteriorPoint()
         return solver.solve_program(program, init, smoothing), solver.name
+    if program.size > DENSE_LIMIT:
+        return _many_unknowns(program, init)
     first = ProjectedNewton()
     answer = first.solve_program(program, init, None)
     failed = is_one_of(answer.status, (*_UNSOLVED, Status.NOT_FINITE))
-    if program.size > DENSE_LIMIT or not bool(failed.any()):
+    if not bool(failed.any()):
         return answer, first.name
     second = InteriorPoint()
     other = second.solve_program(program, init, None)
@@ -117,6 +130,48 @@ def _by_default(program: Program, init: torch.Tensor, smoothing: float | None, w
     status = torch.where(won, other.status, answer.status)
     steps = answer.iterations + torch.where(failed, other.iterations, torch.zeros_like(other.iterations))
     return replace(answer, x=x, status=status, iterations=steps), f"{first.name}, then {second.name}"
+
+
+def _many_unknowns(program: Program, init: torch.Tensor) -> tuple[Answer, str]:
+    """Return an answer for bounds alone: gradients alone find the active set, and Newton's method finishes on it."""
+    first, second = ProjectedLBFGS(), ProjectedNewton()
+    answer = first.solve_program(program, init, None)
+    going = is_one_of(answer.status, (Status.CONVERGED, *_UNSOLVED))
+    if not bool(going.any()):
+        return answer, first.name
+    other = second.solve_program(program, answer.x, None)
+    better = going & is_one_of(other.status, (Status.CONVERGED, *_UNSOLVED))
+    x = torch.where(better.unsqueeze(-1), other.x, answer.x)
+    status = torch.where(better, other.status, answer.status)
+    steps = answer.iterations + torch.where(better, other.iterations, 0)
+    return replace(answer, x=x, status=status, iterations=steps), f"{first.name}, then {second.name}"
+
+
+def _continued(program: Program, init: torch.Tensor, equality: torch.Tensor, inequality: torch.Tensor) -> Answer | None:
+    """Return the solutions that continue those of nearby arguments, by Newton's method on their active sets; None if one is not found."""
+    status = torch.full((len(init),), int(Status.NOT_CONVERGED), dtype=torch.int64, device=init.device)
+    steps = 0
+
+    def counted(x: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        nonlocal steps
+        steps += 1
+        return program.hessian(x, weights)
+
+    watched = replace(program, hessian=counted)
+    answer = Answer(init, equality, inequality, status, torch.zeros_like(status))
+    point = continued(watched, answer)
+    # Two Hessians a step, and one to begin with.
+    return _regular(program, point, torch.full_like(status, steps // 2))
+
+
+def _regular(program: Program, point: Polished, steps: torch.Tensor) -> Answer | None:
+    """Return polished points as an answer; None if one does not fulfil the conditions, or if its solution is degenerate or a saddle."""
+    if not bool(point.good.all()):
+        return None
+    findings = examine(program, point, measure(program, point.x, point.equality, point.inequality))
+    if bool((findings.negative | findings.degenerate).any()):
+        return None
+    return Answer(point.x, point.equality, point.inequality, torch.full_like(steps, int(Status.CONVERGED)), steps)
 
 
 def _known_already(program: Program, init: torch.Tensor) -> Answer | None:
@@ -142,15 +197,7 @@ def _known_already(program: Program, init: torch.Tensor) -> Answer | None:
     off = torch.where((at_lower & (slope > 0)) | (at_upper & (slope < 0)) | program.fixed, 0.0, slope).abs().amax(-1)
     if not bool((off <= _KNOWN * at.rows[:, 0].abs().amax(-1)).all()):
         return None
-    point = polish(program, answer, at)
-    if not bool(point.good.all()):
-        return None
-    findings = examine(program, point, measure(program, point.x, point.equality, point.inequality))
-    if bool((findings.negative | findings.degenerate).any()):
-        return None
-    return Answer(
-        point.x, point.equality, point.inequality, torch.full_like(status, int(Status.CONVERGED)), answer.iterations + 1
-    )
+    return _regular(program, polish(program, answer, at), answer.iterations + 1)
 
 
 def _without_contradictions(program: Program, answer: Answer) -> Answer:
@@ -212,8 +259,10 @@ def _large(program: Program, answer: Answer, used: str, name: Name) -> Found:
         loose & (program.upper - x <= 2e-8 * size) & (-slope <= weak),
         no, x.new_zeros(len(x), 0, dtype=torch.bool), no, no, no, x.new_zeros(len(x), 0, dtype=torch.bool),
     )  # fmt: skip
+    # What the slope is a small difference of. At zero it vanishes for a product of unknowns, and ∇²f x does not.
     first = program.jacobian(program.inside(torch.zeros_like(x)))[1][:, 0].abs().amax(-1, keepdim=True)
-    small = slope.abs() <= 1e-9 * torch.maximum(first, force)
+    bent = program.product(x, x).abs().amax(-1, keepdim=True).nan_to_num(0.0, 0.0)
+    small = slope.abs() <= 1e-9 * torch.maximum(torch.maximum(first, bent), force)
     good = (small | at_lower | at_upper | program.fixed).all(-1)
     usable = is_one_of(answer.status, (Status.CONVERGED, *_UNSOLVED))
     failed = torch.where(answer.status == Status.CONVERGED, int(Status.STAGNATED), answer.status)

@@ -67,7 +67,9 @@ def test_solvers_agree(solver: Any, reference: tuple[torch.Tensor, torch.Tensor]
 
 
 @pytest.mark.parametrize(
-    "solver", [bilevel.ProjectedNewton(), bilevel.InteriorPoint(), bilevel.ScipyMinimize("L-BFGS-B")], ids=str
+    "solver",
+    [bilevel.ProjectedNewton(), bilevel.ProjectedLBFGS(), bilevel.InteriorPoint(), bilevel.ScipyMinimize("L-BFGS-B")],
+    ids=str,
 )
 def test_bounds_alone(solver: Any) -> None:
     layer = bilevel.argmin(lambda x, a: ((x - a) ** 2).sum(), lower=0.0, upper=1.0, solver=solver)
@@ -94,6 +96,7 @@ def test_a_budget_that_is_spent_is_reported() -> None:
         (bilevel.LBFGS(), "expected a solver that takes constraints, got LBFGS"),
         (bilevel.ScipyMinimize("BFGS"), "expected a scipy method that takes constraints, got BFGS"),
         (bilevel.ProjectedNewton(), "expected bounds alone"),
+        (bilevel.ProjectedLBFGS(), "expected bounds alone"),
     ],
 )
 def test_solvers_that_take_no_constraints_say_so(solver: Any, sentence: str) -> None:

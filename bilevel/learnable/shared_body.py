@@ -134,7 +134,7 @@ class SharedBody(Learnable):
             features = self(inputs)
         heads = TaskHeads(len(features), features.shape[-1], outputs, dtype=features.dtype, device=features.device)
         start = {name: p.detach() for name, p in heads.named_parameters()}
-        solve = bilevel.argmin(self._loss_of_heads)
+        solve = bilevel.argmin(self._loss_of_heads, solver=bilevel.Newton(), tolerance=bilevel.Tolerance(delta=1e-3))
         found = torch.vmap(solve)(start, features, targets)
         heads.load_state_dict(found)
         return heads

@@ -70,26 +70,26 @@ def accuracy(outputs: torch.Tensor, targets: torch.Tensor) -> float:
 def test_weights_of_examples_bring_back_a_class_of_one_in_a_hundred(digits: Digits) -> None:
     x, y = digits[0], (digits[1] == 8).long()
     rare, common = torch.nonzero(y == 1).squeeze(1), torch.nonzero(y == 0).squeeze(1)
-    train, held = torch.cat([rare[:5], common[:500]]), torch.cat([rare[5:25], common[500:520]])
+    train, held = torch.cat([rare[:8], common[:800]]), torch.cat([rare[8:28], common[800:820]])
 
     def recalls(learn: bool) -> tuple[float, float, torch.Tensor]:
         model, weights = mlp(2), ExampleWeights(len(train), weight_decay=1e-3)
-        method = implicit(weights, model, rate=0.1 if learn else 0.0)
-        for _ in range(80):
+        method = implicit(weights, model, rate=0.1 if learn else 0.0, inner_steps=1)
+        for _ in range(150):
             method.step((x[train], y[train], torch.arange(len(train))), (x[held], y[held]))
         with torch.no_grad():
             scores = model(x)
         return (
-            accuracy(scores[rare[25:]], y[rare[25:]]),
-            accuracy(scores[common[520:]], y[common[520:]]),
+            accuracy(scores[rare[28:]], y[rare[28:]]),
+            accuracy(scores[common[820:]], y[common[820:]]),
             weights().detach(),
         )
 
     rare_plain, common_plain, _ = recalls(learn=False)
     rare_learned, common_learned, weights = recalls(learn=True)
-    assert rare_plain < 0.55 < 0.7 < rare_learned
+    assert rare_plain < 0.5 < 0.7 < rare_learned
     assert rare_learned + common_learned > rare_plain + common_plain + 0.15
-    assert weights[:5].min() > 1.2 > weights[5:].mean()
+    assert weights[:8].min() > 1.2 > weights[8:].mean()
 
 
 def test_an_auxiliary_loss_that_helps_outweighs_one_that_harms(digits: Digits) -> None:
@@ -121,7 +121,7 @@ def test_learned_decays_bring_the_validation_loss_down(digits: Digits, make: Any
     def final(learn: bool) -> float:
         model = make()
         decay = kind(model, initial=1e-4)
-        method = implicit(decay, model, rate=0.2 if learn else 0.0)
+        method = implicit(decay, model, rate=0.3 if learn else 0.0, inner_steps=4)
         for _ in range(60):
             method.step((x[:100], given), (x[100:300], y[100:300]))
         with torch.no_grad():
@@ -133,9 +133,9 @@ def test_learned_decays_bring_the_validation_loss_down(digits: Digits, make: Any
 def test_as_many_decays_as_weights_overfit_a_validation_set(digits: Digits) -> None:
     """Lorraine, Vicol, Duvenaud (2020), Section 5.1: 50 validation examples, on which no model was trained, are all labelled rightly."""
     x, y = digits
-    model = mlp()
+    model = mlp(hidden=50)
     decay = WeightDecay.for_entries(model, initial=1e-3)
-    method = implicit(decay, model, rate=0.2, inner_steps=3)
+    method = implicit(decay, model, rate=0.2, inner_steps=5)
     for _ in range(150):
         method.step((x[:50], y[:50]), (x[50:100], y[50:100]))
     with torch.no_grad():
@@ -293,7 +293,7 @@ def test_learned_rates_of_a_quadratic_are_the_reciprocals_of_its_curvatures() ->
         Point().double(),
         (torch.tensor([[2.0, 0.5]]).double(), torch.zeros(1, 2).double()),
     )  # curvatures 4 and 1/4
-    rates = LearningRates(model, initial=0.2, steps=3, loss=half_squares)
+    rates = LearningRates(model, initial=0.2, steps=1, loss=half_squares)
     before = rates(model, data, data).item()
     optimizer = torch.optim.Adam(rates.parameters(), lr=0.05)
     for _ in range(200):
@@ -301,9 +301,7 @@ def test_learned_rates_of_a_quadratic_are_the_reciprocals_of_its_curvatures() ->
         loss = rates(model, data, data)
         loss.backward()
         optimizer.step()
-    assert loss.item() < 1e-3 * before
-    assert {name: round(rate.item(), 1) for name, rate in rates.rates.items()} == {
-        "steep": pytest.approx(0.25, abs=0.1),
-        "flat": pytest.approx(4.0, abs=0.5),
-    }
+    assert loss.item() < 1e-6 * before
+    found = {name: rate.item() for name, rate in rates.rates.items()}
+    assert found == {"steep": pytest.approx(0.25, rel=1e-2), "flat": pytest.approx(4.0, rel=1e-2)}
     assert torch.equal(model.steep, torch.zeros(1).double())  # the start is not moved

@@ -242,7 +242,7 @@ MUTATIONS = (
         ("tests/solvers/test_error.py", "-k", "kinks_are_told"),
     ),
     Mutation(
-        "scipy's own type errors come through", "solvers/_scipy.py", '"bounds": _BOUNDED,', "",
+        "scipy's own type errors come through", "solvers/_scipy.py", '"bounds": "leave it out, and pass lower= and upper= to bilevel.argmin",', "",
         ("tests/solvers/test_scipy.py", "-k", "one_sentence"),
     ),
     Mutation(
@@ -373,17 +373,17 @@ MUTATIONS = (
         "if not bool((left <= 16 * info.eps * norm).all()):", "if False:", ("tests/test_implicit.py", "-k", "proposal"),
     ),
     Mutation(
-        "a proposal pulled back where it was not the adjoint", "implicit.py",
+        "a proposal pulled back where it was not the adjoint", "equations/linearization_cache.py",
         "if self._pulled is not None and torch.equal(self._pulled[0], v):", "if self._pulled is not None:",
         ("tests/test_implicit.py", "-k", "single_newton"),
     ),
     Mutation(
-        "a linearisation kept that is not at the solution", "implicit.py",
+        "a linearisation kept that is not at the solution", "equations/linearization_cache.py",
         "if at is not None and torch.equal(at, x.reshape(at.shape)):", "if at is not None:",
         ("tests/test_implicit.py", "-k", "last_look"),
     ),
     Mutation(
-        "nothing kept of the solver's last look", "implicit.py",
+        "nothing kept of the solver's last look", "equations/linearization_cache.py",
         "        if look is None or look.linearization is None or transforms_active():", "        if True:",
         ("tests/test_implicit.py", "-k", "last_look"),
     ),
@@ -485,7 +485,7 @@ MUTATIONS = (
         "(dtype,), real_dtype(dtype), device)", "(dtype,), torch.float32, device)", ("tests/test_implicit.py", "-k", "dtypes or float64_data"),
     ),
     Mutation(
-        "forward mode twice let through", "layers/layer.py",
+        "forward mode twice let through", "layers/arguments.py",
         "if forward_levels(tensors) > 1:", "if forward_levels(tensors) > 9:", cells("Two transforms, jvp of jvp", "argmin, single, float64"),
     ),
     Mutation(
@@ -513,8 +513,8 @@ MUTATIONS = (
         "if captures and reaches_another_leaf(output, (point,)):", "if False:", (GUARDS, "-k", "captures_in_layers"),
     ),
     Mutation(
-        "captured tensors of transforms not looked for", "layers/layer.py",
-        "        if carries_gradient(output):", "        if False:", (GUARDS, "-k", "captures_in_layers"),
+        "captured tensors of transforms not looked for", "layers/arguments.py",
+        "    if carries_gradient(output):", "    if False:", (GUARDS, "-k", "captures_in_layers"),
     ),
     Mutation(
         "captured dual numbers not looked for", "_torch/transforms.py",
@@ -533,7 +533,7 @@ MUTATIONS = (
         "if versions != [t._version for t in watched]:", "if False:", ("tests/test_failures.py", "-k", "running_statistics"),
     ),
     Mutation(
-        "an init that requires grad let through", "layers/layer.py",
+        "an init that requires grad let through", "layers/arguments.py",
         "if not carries_gradient(init):", "if True:", ("tests/test_failures.py", "-k", "init_that"),
     ),
     Mutation(
@@ -944,7 +944,7 @@ MUTATIONS = (
         "weights[nearest] = 1.0 - weights.sum()", "weights[nearest] = 1.0", (OUTER, "-k", "trail"),
     ),
     Mutation(
-        "a setting that reaches the calls before it", "layers/call.py",
+        "a setting that reaches the calls before it", "layers/settings.py",
         "owner._settings = replace(owner._settings, **{self._name: value})", "object.__setattr__(owner._settings, self._name, value)",
         ("tests/test_settings.py", "-k", "test_the_tolerance_of"),
     ),
@@ -1075,6 +1075,30 @@ MUTATIONS = (
         "fall + doubt < promised or not doubt >", "fall + doubt < promised or not doubt > 0 *", (OUTER, "-k", "shortened"),
     ),
     Mutation(
+        "a tensor of the first part that the second part reads written over", "replay/memory.py",
+        "for number in (*given, *outputs, *tape.constants)}", "for number in (*given, *outputs[:1], *tape.constants)}", (TAPES,),
+    ),
+    Mutation(
+        "results of tensors whose numbers may change made once", "replay/folding.py",
+        "all(number in made for number in step.reads)", "all(number in {**tape.constants, **made} for number in step.reads)", (TAPES,),
+    ),
+    Mutation(
+        "a result that belongs to the caller made once", "replay/folding.py",
+        " and tape.layouts[step.makes[0]].memory not in outward:", ":", (TAPES,),
+    ),
+    Mutation(
+        "arguments of a program written over", "replay/memory.py",
+        "for number in (*given, *outputs, *tape.constants)}", "for number in (*outputs, *tape.constants)}", (TAPES,),
+    ),
+    Mutation(
+        "a tensor written over that a view of it still needs", "replay/memory.py",
+        "last = {memory[number]: place for", "last = {number: place for", (TAPES,),
+    ),
+    Mutation(
+        "a tensor written over by a result of another layout", "replay/memory.py",
+        "fits = tape.layouts[over][2:] == tape.layouts[step.makes[0]][2:]", "fits = True", (TAPES,),
+    ),
+    Mutation(
         "what a noted run reads from tensors passed over", "replay/recorder.py",
         "    return not _OPEN.isdisjoint(func.tags)", "    return False", (TAPES,),
     ),
@@ -1127,11 +1151,11 @@ MUTATIONS = (
         "        or sys.gettrace() is not None  # a debugger steps through it\n", "", ("tests/test_replay.py",),
     ),
     Mutation(
-        "dtypes that torch takes by default not told apart", "layers/checks.py",
+        "dtypes that torch takes by default not told apart", "layers/inspector.py",
         "torch.get_default_dtype(),", "", ("tests/test_replay.py",),
     ),
     Mutation(
-        "replays that cannot be switched off", "layers/checks.py",
+        "replays that cannot be switched off", "layers/inspector.py",
         "    fits = allowed() and problem", "    fits = problem", ("tests/test_replay.py",),
     ),
     Mutation(
@@ -1163,7 +1187,7 @@ MUTATIONS = (
         "return error if bool(known.all() & state.definite.all()) else None", "return error", ("tests/zoo/test_issue_inputs.py", "tests/solvers"),
     ),
     Mutation(
-        "sizes of batches not told apart", "layers/checks.py",
+        "sizes of batches not told apart", "layers/inspector.py",
         "tuple([(level.size, level.batched) for level", "tuple([level.batched for level", ("tests/test_replay.py",),
     ),
     Mutation(
@@ -1175,7 +1199,7 @@ MUTATIONS = (
         "return program.finds_what_lasts(again)", "return True", ("tests/test_replay.py", "-k", "wrong_promise"),
     ),
     Mutation(
-        "a tensor that a vouched function reaches comes to require grad unseen", "layers/checks.py",
+        "a tensor that a vouched function reaches comes to require grad unseen", "layers/inspector.py",
         "if known is not None and replays is not None and not replays.needs_grad:", "if known is not None and replays is not None:", ("tests/test_replay.py", "-k", "vouched"),
     ),
     Mutation(
@@ -1263,7 +1287,7 @@ MUTATIONS = (
         ('tests/test_complex.py', '-k', 'has_to_be'),
     ),
     Mutation(
-        'dtypes: replays take complex tensors for pairs', 'layers/checks.py',
+        'dtypes: replays take complex tensors for pairs', 'layers/inspector.py',
         'given.is_tensor, given.is_complex,',
         'given.is_tensor,',
         ('tests/test_complex.py', '-k', 'from_pairs'),
@@ -1341,7 +1365,7 @@ MUTATIONS = (
         ('tests/test_sparse.py', '-k', 'outer_objective'),
     ),
     Mutation(
-        "numpy is spoken of in torch's words", 'equations/system.py',
+        "numpy is spoken of in torch's words", 'equations/function_errors.py',
         'return "call numpy() on Tensor" in said or "numpy.ndarray" in said',
         'return False',
         ('tests/test_sparse.py', '-k', 'numpy'),
@@ -1369,6 +1393,11 @@ MUTATIONS = (
         "kinks are passed over", "solvers/_stationary.py",
         "kinked = doubtful & has_kink(problem, solution.x, solution.residual)", "kinked = doubtful & False",
         ("tests/zoo/test_issue_inputs.py", "-k", "local_maximum_at_a_kink"),
+    ),
+    Mutation(
+        "kinks without a finite Hessian are passed over", "solvers/_error.py",
+        "operator.matvec(reach * signs).nan_to_num(0.0, 0.0, 0.0)", "operator.matvec(reach * signs)",
+        ("tests/test_wording.py", "-k", "without_a_finite_hessian"),
     ),
     Mutation(
         "a large maximum at the start passed over", "solvers/_stationary.py",
@@ -1593,7 +1622,7 @@ MUTATIONS = (
         ("tests/zoo/test_default_faults.py", "-k", "captures_a_tensor"),
     ),
     Mutation(
-        "a method that numpy lacks is a raw error", "equations/system.py",
+        "a method that numpy lacks is a raw error", "equations/function_errors.py",
         "if arrays and isinstance(error, (TypeError, AttributeError)):", "if False:",
         ("tests/zoo/test_default_faults.py", "-k", "array_of_numpy"),
     ),

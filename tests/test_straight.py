@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import bilevel
-import bilevel.layers.checks as inspection
+import bilevel.layers.inspector as inspection
 from bilevel.replay import purity
 from bilevel.replay.opcodes import _BY_VERSION, is_known_step
 from bilevel.replay.purity import InspectionCache, reachable_objects

@@ -14,9 +14,10 @@ from bilevel.equations.problem import Problem
 from bilevel.equations.system import System
 from bilevel.errors import ArgumentError
 from bilevel.layers.api import argmin
-from bilevel.layers.call import SolveCall, SolveSettings
+from bilevel.layers.call import SolveCall
 from bilevel.layers.first_call import explain_misuse
 from bilevel.layers.layer import Layer
+from bilevel.layers.settings import SolveSettings
 from bilevel.linear._base import LinearSolverLike
 from bilevel.policy import OnFailure
 from bilevel.pytree import Raveler

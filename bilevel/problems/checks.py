@@ -16,7 +16,7 @@ from bilevel._torch.graph_features import record_graph_features
 from bilevel._torch.transforms import carries_gradient, eager, innermost, unhooked
 from bilevel.equations.problem import Problem
 from bilevel.errors import ArgumentError, BilevelError, StochasticObjectiveError
-from bilevel.layers.checks import buffers_of, captured_error, reaches_another_leaf
+from bilevel.layers.checks import buffers_of, captured_error, changed_in_place, reaches_another_leaf, refused_by_torch
 from bilevel.layers.randomness import GeneratorStates, draws
 from bilevel.policy import OnFailure, handle_misuse
 from bilevel.pytree import moves
@@ -69,10 +69,7 @@ class SideEffectCheck:
                 "with .eval(), or draw outside and pass what was drawn in data"
             )
         elif changed:
-            error = StochasticObjectiveError(
-                f"{self._where}: expected outer_objective to leave its arguments and buffers as they are, and one was changed in "
-                "place; for batch norm use batch statistics (track_running_stats=False) or .eval()"
-            )
+            error = changed_in_place(self._where, "outer_objective")
         return error is not None and handle_misuse(error, on_failure)
 
     def _draws(self) -> bool:
@@ -109,7 +106,8 @@ class CheckedObjective:
             return outputs(point, *tensors)
         self._looked = True
         watch = SideEffectCheck(where, self._objective, (point, tensors), lambda: outputs(point, *tensors))
-        values = outputs(point, *tensors)
+        with refused_by_torch(where, "outer_objective"):
+            values = outputs(point, *tensors)
         if record_graph_features(self._objective, values):
             values = outputs(point, *tensors)
         self.poisoned = watch.ended(self._policy)

@@ -12,8 +12,9 @@ from bilevel._torch.double_backward import Repeatable
 from bilevel._torch.graph_features import nodes, record_graph_features
 from bilevel._torch.once_differentiable import once_only, refuse_once_only
 from bilevel._torch.transforms import is_differentiated_again, saving_hooked, transforms_active, unhooked
-from bilevel.equations.system import mixes_numpy, numpy_refusal
+from bilevel.equations.function_errors import mixes_numpy, numpy_refusal
 from bilevel.errors import ShapeError
+from bilevel.layers.checks import refused_by_torch
 from bilevel.policy import OnFailure
 from bilevel.problems.batching import BatchSpec
 from bilevel.problems.checks import SideEffectCheck
@@ -64,7 +65,7 @@ def outer_losses(
         return loss
 
     def every() -> torch.Tensor:
-        with Repeatable.around(objective):
+        with Repeatable.around(objective), refused_by_torch(where, "outer_objective"):
             # Randomness would be refused by vmap in words about vmap; let it through to our own check.
             losses: torch.Tensor = numbering.each(one, randomness="different")(inner, outer, data)
         return losses

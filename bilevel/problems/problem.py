@@ -21,12 +21,14 @@ from bilevel.equations.problem import Problem
 from bilevel.equations.structured import Structure
 from bilevel.equations.system import ArgminSystem
 from bilevel.errors import ArgumentError, TransformError
-from bilevel.layers.call import Adjoint, Setting, SolveCall, SolveSettings
+from bilevel.layers.call import SolveCall
 from bilevel.layers.constraint_structure import ConstraintStructure
 from bilevel.layers.constraints import Constraints
 from bilevel.layers.differentiation import Differentiation, Implicit
-from bilevel.layers.layer import Layer, Solution
+from bilevel.layers.layer import Layer
 from bilevel.layers.proximal import Proximal
+from bilevel.layers.settings import Adjoint, Setting, SolveSettings
+from bilevel.layers.solution import Solution
 from bilevel.linear._base import LinearSolver, LinearSolverLike
 from bilevel.policy import OnFailure
 from bilevel.problems.adaptive.direct import decided, full_accuracy, full_accuracy_is_cheap

@@ -6,7 +6,9 @@ for bit.
 
 :mod:`~bilevel.replay.purity` decides which functions may be recorded (with :mod:`~bilevel.replay.pure_modules`, :mod:`~bilevel.replay.pure_names` and
 :mod:`~bilevel.replay.opcodes`). :mod:`~bilevel.replay.recorder` records one run as a :mod:`~bilevel.replay.tape`, and
-:mod:`~bilevel.replay.program` compiles it. :mod:`~bilevel.replay.cache` compares a replay with a fresh evaluation before it trusts it.
+:mod:`~bilevel.replay.program` compiles it: what no input reaches is made once (:mod:`~bilevel.replay.folding`), and results are
+written over what is no longer read (:mod:`~bilevel.replay.memory`).
+:mod:`~bilevel.replay.cache` compares a replay with a fresh evaluation before it trusts it.
 :mod:`~bilevel.replay.switch` turns replays off. The rest of the library imports the names below, and none of these modules.
 
 A run is not recorded if it read a number from a tensor, drew random numbers, took a shape from values, changed an argument, or used a tensor of

@@ -8,6 +8,8 @@ from typing import Any, TypeAlias
 
 import torch
 
+from bilevel.replay.folding import fold
+from bilevel.replay.memory import reuse_memory
 from bilevel.replay.tape import Slot, Step, Tape
 
 __all__ = ["Program", "StartedProgram", "Tensors"]
@@ -58,6 +60,9 @@ class Program:
     """
 
     def __init__(self, tape: Tape, late: int = 0) -> None:
+        # The tensors on the tape that no operation made.
+        self.constants: Tensors = tuple(tape.constants.values())
+        tape = fold(tape)
         early = len(tape.inputs) - late
         self._tape, self._late = tape, tape.inputs[early:]
         self._hanging = tape.after(self._late)
@@ -66,8 +71,6 @@ class Program:
         between = {*read, *self._first} - self._hanging - set(tape.constants) if late else set()
         self._between = tuple(sorted(between))
         outputs = (*self._first, *self._between)
-        # The tensors on the tape that no operation made.
-        self.constants: Tensors = tuple(tape.constants.values())
         # Of a program in one part, this returns all results.
         self.run = self._part(tape.inputs[:early], outputs, lambda step: not self._hangs(step))
         self._rests: dict[tuple[int, ...], tuple[Written, tuple[int, ...]]] = {}
@@ -102,6 +105,7 @@ class Program:
 
     def _part(self, given: Sequence[int], outputs: Sequence[int], here: Callable[[Step], bool]) -> Written:
         steps = self._tape.needed(outputs, given, here)
+        steps = reuse_memory(self._tape, steps, given, outputs)
         return _written(steps, given, outputs, self._tape.constants)
 
     def _hangs(self, step: Step) -> bool:

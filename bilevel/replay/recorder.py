@@ -12,7 +12,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from bilevel.replay.program import Program, Tensors
-from bilevel.replay.tape import Slot, Step, Tape, slots_in
+from bilevel.replay.tape import Layout, Slot, Step, Tape, slots_in
 
 __all__ = ["note"]
 
@@ -109,7 +109,7 @@ class _Recorder(TorchDispatchMode):
     def __init__(self, inputs: Sequence[torch.Tensor], *, found: bool = False) -> None:
         super().__init__()
         self._found = found
-        self._slots: dict[Any, Slot] = {}
+        self._slots: dict[Layout, Slot] = {}
         # Weakly, which lets the numbers go, but keeps another tensor from being taken for this one by its address.
         self._memories: dict[int, StorageWeakRef] = {}
         self._steps: list[Step] = []
@@ -140,7 +140,7 @@ class _Recorder(TorchDispatchMode):
         self._open = self._open or answers or any(t.layout is not torch.strided for t in found)
         if self._open:
             return made
-        fresh = any(_geometry(t) not in self._slots for t in found)
+        fresh = any(_layout(t) not in self._slots for t in found)
         results = pytree.tree_map_only(torch.Tensor, self._place, made)
         makes = slots_in(results)
         if fresh or not makes or operation._schema.is_mutable:
@@ -152,7 +152,8 @@ class _Recorder(TorchDispatchMode):
         found = () if self._open else tuple(self._slot(t).number for t in outputs)
         if self._open:
             return None
-        return Tape(tuple(self._steps), self._inputs, found, self._constants)
+        layouts = {slot.number: layout for layout, slot in self._slots.items()}
+        return Tape(tuple(self._steps), self._inputs, found, self._constants, layouts)
 
     def _place(self, tensor: torch.Tensor) -> Slot:
         """Return where ``tensor``, which is there now, stands."""
@@ -160,15 +161,15 @@ class _Recorder(TorchDispatchMode):
             self._open = True
             return Slot(-1)
         self._memories.setdefault(_memory(tensor), StorageWeakRef(tensor.untyped_storage()))
-        return self._slots.setdefault(_geometry(tensor), Slot(len(self._slots)))
+        return self._slots.setdefault(_layout(tensor), Slot(len(self._slots)))
 
     def _slot(self, tensor: torch.Tensor) -> Slot:
         """Return where ``tensor``, which is read, stands."""
         if tensor.layout is not torch.strided:
             self._open = True
             return Slot(-1)
-        if _geometry(tensor) in self._slots:
-            return self._slots[_geometry(tensor)]
+        if _layout(tensor) in self._slots:
+            return self._slots[_layout(tensor)]
         # torch makes tensors of the code's own numbers without an operation, and these have no axes.
         known = self._found or (tensor.ndim == 0 and tensor.device.type == "cpu")
         self._open = self._open or not known or tensor.requires_grad
@@ -182,8 +183,9 @@ def _memory(tensor: torch.Tensor) -> int:
     return int(tensor.untyped_storage()._cdata)
 
 
-def _geometry(tensor: torch.Tensor) -> tuple[Any, ...]:
-    return _memory(tensor), tensor.storage_offset(), tensor.shape, tensor.stride(), tensor.dtype
+def _layout(tensor: torch.Tensor) -> Layout:
+    offset, stride = int(tensor.storage_offset()), tensor.stride()
+    return Layout(_memory(tensor), offset, tensor.shape, stride, tensor.dtype, tensor.device)
 
 
 def _is_open(func: Any, args: tuple[Any, ...]) -> bool:

@@ -64,13 +64,9 @@ def frozen_options(where: str, options: Mapping[str, Any] | None) -> Mapping[str
 
 
 _GIVEN = "leave it out, for it is taken from the layer's function"
-_BOUNDED = (
-    "leave it out and write the problem without it: as a function of u with x = low + (high - low) * sigmoid(u) for bounds, "
-    "or as the fixed point of a projected gradient step with bilevel.fixed_point"
-)
 _ARGUMENTS = {
-    "bounds": _BOUNDED,
-    "constraints": _BOUNDED,
+    "bounds": "leave it out, and pass lower= and upper= to bilevel.argmin",
+    "constraints": "leave it out, and pass equality= and inequality= to bilevel.argmin",
     "jac": _GIVEN,
     "hess": _GIVEN,
     "hessp": _GIVEN,

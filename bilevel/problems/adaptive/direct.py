@@ -15,7 +15,7 @@ from torch.utils import _pytree as pytree
 
 from bilevel.certificates._point import Point
 from bilevel.certificates.bound import Bound
-from bilevel.layers.call import Adjoint, SolveSettings
+from bilevel.layers.settings import Adjoint, SolveSettings
 from bilevel.linear.defaults import dense_fits
 from bilevel.linear.exact import Exact, solve_nearby
 from bilevel.problems.adaptive.driver import treat_goal

@@ -98,7 +98,8 @@ def test_accuracy(names):
         return (model(x[test], weights).argmax(1) == y[test]).double().mean().item()
 
 
-table = {names: test_accuracy(names) for names in itertools.product(OPERATIONS, repeat=2)}
+pairs = itertools.product(OPERATIONS, repeat=2)
+table = {pair: test_accuracy(pair) for pair in pairs}
 ranked = sorted(table, key=table.get, reverse=True)
 place = ranked.index(chosen) + 1
 print(f"chosen: {', then '.join(chosen)}")

@@ -101,7 +101,12 @@ left.set_xlabel("outer step")
 left.set_ylabel("weight of the loss (no unit)")
 left.set_title("Weights of the auxiliary losses")
 left.legend()
-names = ["main task\nalone", "random labels\nadded", "equal\nweights", "learned\nweights"]
+names = [
+    "main task\nalone",
+    "random labels\nadded",
+    "equal\nweights",
+    "learned\nweights",
+]
 values = [100 * share for share in (alone, only_drawn, equal, learned)]
 bars = right.bar(names, values)
 right.bar_label(bars, fmt="%.1f")

@@ -11,7 +11,6 @@ import torch
 from sklearn.datasets import load_digits
 from torch import nn
 from torch.func import functional_call
-from torch.nn.functional import cross_entropy
 
 from bilevel import learnable
 
@@ -44,7 +43,7 @@ optimizer = torch.optim.Adam(
     ]
 )
 losses = []
-for step in range(400):
+for step in range(250):
     optimizer.zero_grad()
     loss = rates(network(1000 + step), distilled(), (x[train], y[train]))
     loss.backward()

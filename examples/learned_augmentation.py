@@ -38,9 +38,7 @@ turned = grid_sample(x, grid, align_corners=False)
 
 def run(initial, learn, steps=300):
     torch.manual_seed(0)
-    model = nn.Sequential(
-        nn.Flatten(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10)
-    )
+    model = nn.Sequential(nn.Flatten(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10))
     augmentation = learnable.Augmentation(initial, weight_decay=1e-3)
     method = stochastic.ImplicitStep(
         augmentation.objectives,

@@ -1,4 +1,4 @@
-"""Checks of what a call is given under transforms, and the NaN that stands for what the policy lets through."""
+"""Checks of the arguments of a call under transforms, and the NaN that the policy ``"nan"`` returns."""
 
 from __future__ import annotations
 

@@ -187,7 +187,7 @@ class SolveCall:
         return apply_policy(self.report, x, settings.on_failure, self.recordings, silent_budget=silent)
 
     def _filed(self, report: SolveReport, x: torch.Tensor) -> torch.Tensor:
-        """Return ``x`` of a solve in which all problems converged: for who records, the report is filed."""
+        """Return ``x`` of a solve in which all problems converged. Inside :func:`bilevel.record`, add the report."""
         recorded = self.recordings or ACTIVE.stack
         return apply_policy(report, x, self.settings.on_failure, self.recordings) if recorded else x
 
@@ -213,9 +213,8 @@ class SolveCall:
             return
         changed = (residual - before).norm(dim=-1)
         eps = torch.finfo(x.dtype).eps
-        doubtful = (
-            changed > eps**0.5 * before.norm(dim=-1) + threshold
-        )  # a solution solves the other problem, too, if not
+        # Below this threshold, a solution solves the changed problem too.
+        doubtful = changed > eps**0.5 * before.norm(dim=-1) + threshold
         if bool(doubtful.any()):
             doubtful = doubtful & (changed > _MORE_THAN_ROUNDING * rounding(problem, x, residual))
         if not bool(doubtful.any()):
@@ -276,10 +275,7 @@ class SolveCall:
         report = _report(direction, self.where, solver.name, outcome, axes, words)
         self.report = self.report or report
         if on_adjoint is not None and self.residual is not None:
-            size = self.residual.shape[-1]  # of the unknown alone, without multipliers
-            linearization = product.linearization if isinstance(product, JointProduct) else None
-            rho = outcome.residual[:, :size]
-            on_adjoint(Adjoint(outcome.x[:, :size], report, self.residual, linearization, rho, self.replays))
+            on_adjoint(self._adjoint(self.residual, outcome, report, product))
         shaped = outcome.x.reshape(*axes, operator.size)
         if _all_converged(outcome):
             shaped = self._filed(report, shaped)
@@ -290,6 +286,12 @@ class SolveCall:
         # A quadratic has the same matrix at a NaN. Without this, a failed problem would get a finite derivative.
         # Axes that a transform has added since precede those of the forward pass.
         return torch.where(self.nan_mask.unsqueeze(-1), torch.full_like(shaped, float("nan")), shaped)
+
+    def _adjoint(self, residual: torch.Tensor, outcome: LinearOutcome, report: SolveReport, product: Any) -> Adjoint:
+        size = residual.shape[-1]  # of the unknown alone, without multipliers
+        linearization = product.linearization if isinstance(product, JointProduct) else None
+        rho = outcome.residual[:, :size]
+        return Adjoint(outcome.x[:, :size], report, residual, linearization, rho, self.replays)
 
     def _own_solver(self, operator: LinearOperator) -> LinearSolver | None:
         """Return a structured system's own linear solver for derivatives, or None."""

@@ -13,7 +13,7 @@ from bilevel.equations.system import System
 from bilevel.layers.checks import drew, inspect_function
 from bilevel.layers.examinations import Examinations
 from bilevel.layers.randomness import GeneratorStates
-from bilevel.replay import InspectionCache, Reach, ReplayCache, allowed, has_plain_structure, reach, reachable_objects
+from bilevel.replay import InspectionCache, Reach, ReplayCache, allowed, follow, has_plain_structure, reach
 
 __all__ = ["Inspection", "Inspector"]
 
@@ -22,11 +22,12 @@ class Inspection(NamedTuple):
     """The result of a check.
 
     ``found`` is the value and the slope at the problem's first row; None if the function was checked before. ``replays`` are the
-    recorded evaluations that the call may use, or None.
+    recorded evaluations that the call may use, or None. ``reason`` says why there are none; it is "" if there are.
     """
 
     found: tuple[torch.Tensor, torch.Tensor] | None
     replays: ReplayCache | None = None
+    reason: str = ""
 
 
 class Inspector:
@@ -40,6 +41,15 @@ class Inspector:
         self._inspected: InspectionCache[ReplayCache] = InspectionCache()
         self._aside: InspectionCache[ReplayCache] = InspectionCache()
         self.examinations = Examinations()
+        self._last: ReplayCache | str = "no call was made yet"
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _forgetful, (self._static,)
+
+    @property
+    def reason(self) -> str:
+        """Why the last call was not replayed, in a sentence, or "recorded". Nothing but a developer reads it."""
+        return self._last if isinstance(self._last, str) else self._last.reason
 
     def inspect_once(
         self, problem: Problem, x: torch.Tensor, function: Any, *, captures: bool, again: bool = False
@@ -53,21 +63,26 @@ class Inspector:
         """
         memory = InspectionCache[ReplayCache]() if again else self._inspected
         known = _known(problem, x, function, captures, self._static)
-        replays = None if known is None else memory.find(known.key, known.parts)
-        if known is not None and replays is not None and not replays.needs_grad:
-            return Inspection(None, _usable(replays, problem, x, known))
+        replays = None if isinstance(known, str) else memory.find(known.key, known.parts)
+        if replays is not None and not replays.needs_grad and not isinstance(known, str):
+            return self._kept(_usable(replays, problem, x, known))
+        reason = known if isinstance(known, str) else "the first call of a function checks it"
+        if replays is not None:
+            reason = replays.reason
         try:
             states, single = GeneratorStates(x.device), problem.single(0)
             found = inspect_function(single, x[:1], captures=captures)
             # The effect of random numbers may depend on tensors' values: the noise may have size zero in this call.
-            if known is not None and not drew(states, single, x[:1]):
+            if drew(states, single, x[:1]):
+                reason = "the function draws random numbers"
+            elif not isinstance(known, str):
                 memory.keep(known.key, known.parts, known.new_replays())
-            return Inspection(found)
         except (RuntimeError, ValueError) as error:
             if not leaves_domain(error):
                 raise
             # The function has no value at the initial guess. The check sees nothing, and the solve reports it.
-            return Inspection((x.new_full((), float("nan")), torch.full_like(x[0], float("nan"))))
+            found = (x.new_full((), float("nan")), torch.full_like(x[0], float("nan")))
+        return self._kept(Inspection(found, reason=reason))
 
     def reuse_inspection(
         self, problem: Problem, x: torch.Tensor, function: Any, *, captures: bool
@@ -77,12 +92,23 @@ class Inspector:
         It was checked before, or it differs from a checked one only in its shapes; then its replays are kept aside.
         """
         known = _known(problem, x, function, captures, self._static)
-        if known is None:
+        if isinstance(known, str):
+            self._kept(Inspection(None, reason=known))
             return None
         replays = self._inspected.find(known.key, known.parts) or self._aside.find(known.key, known.parts)
         if replays is None:
             self._aside.keep(known.key, known.parts, replays := known.new_replays())
-        return None if replays.needs_grad else _usable(replays, problem, x, known)
+        if replays.needs_grad:
+            return self._kept(Inspection(None, reason=replays.reason)).replays
+        return self._kept(_usable(replays, problem, x, known)).replays
+
+    def _kept(self, inspection: Inspection) -> Inspection:
+        self._last = inspection.replays or inspection.reason
+        return inspection
+
+
+def _forgetful(static: bool) -> Inspector:
+    return Inspector(static=static)
 
 
 class _Known(NamedTuple):
@@ -97,33 +123,41 @@ class _Known(NamedTuple):
         return ReplayCache(self.captured, vouched=self.vouched)
 
 
-def _known(problem: Problem, x: torch.Tensor, function: Any, captures: bool, static: bool) -> _Known | None:
+def _known(problem: Problem, x: torch.Tensor, function: Any, captures: bool, static: bool) -> _Known | str:
     kinds, found = _kinds(problem, captures), _lasting(problem, x, function, static)
-    if found is None:
-        return None
+    if isinstance(found, str):
+        return found
     captured = list(dict.fromkeys(filter(torch.is_tensor, found.parts)))  # a tensor is equal to none but itself
     return _Known((*kinds, *map(_kind, captured)), found.parts, captured, found.vouched)
 
 
-def _usable(replays: ReplayCache, problem: Problem, x: torch.Tensor, known: _Known) -> ReplayCache | None:
-    fits = allowed() and problem.system.autocast is None
-    fits = fits and runs_plainly((x, *problem.tensors, *known.captured))
-    return replays if fits else None
+def _usable(replays: ReplayCache, problem: Problem, x: torch.Tensor, known: _Known) -> Inspection:
+    """Return an inspection with ``replays``, or with the reason why this call may not use them."""
+    if not allowed():
+        return Inspection(None, reason="replays are switched off: the call is inside bilevel.replaying(False)")
+    if problem.system.autocast is not None:
+        return Inspection(None, reason="the call is made under autocast")
+    if not runs_plainly((x, *problem.tensors, *known.captured)):
+        return Inspection(None, reason="a transform, mode, hook or debugger around the call sees the function run")
+    return Inspection(None, replays)
 
 
-def _lasting(problem: Problem, x: torch.Tensor, function: Any, static: bool) -> Reach | None:
-    """Return all objects that the user's ``function`` reaches, if a check of it holds for later calls."""
+def _lasting(problem: Problem, x: torch.Tensor, function: Any, static: bool) -> Reach | str:
+    """Return all objects that the user's ``function`` reaches, or a sentence that says why a check of it does not hold for later calls."""
     system, unknown, given = problem.system, problem.system.raveler, problem.system.arguments
-    # Whether a matrix is symmetric depends on its numbers.
-    if type(system).inspect is not System.inspect or {*map(type, (x, *problem.tensors))} != {torch.Tensor}:
-        return None
+    if type(system).inspect is not System.inspect:
+        return "whether a matrix is linear and symmetric depends on its numbers, and is checked at each call"
+    if {*map(type, (x, *problem.tensors))} != {torch.Tensor}:
+        return "an argument is of a class derived from torch.Tensor"
     if not (unknown.is_tensor or has_plain_structure(unknown.structure)):
-        return None
+        return "init is a pytree of other containers than tuples, lists and dicts"
     if not (given.positional or has_plain_structure(given.structure)):
-        return None
-    others = reachable_objects(*given.others)
+        return "the arguments are pytrees of other containers than tuples, lists and dicts"
+    others = follow(*given.others)
+    if isinstance(others, str):
+        return f"an argument: {others}"
     found = reach(function if type(function) is tuple else (function,), static=static)
-    return None if others is None or found is None else found._replace(parts=(*found.parts, len(others), *others))
+    return found if isinstance(found, str) else found._replace(parts=(*found.parts, len(others), *others))
 
 
 def _kinds(problem: Problem, captures: bool) -> tuple[Any, ...]:

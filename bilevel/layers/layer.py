@@ -120,7 +120,8 @@ class Layer:
             )
         if prepare is not None and not callable(prepare):
             raise ArgumentError(
-                f"bilevel layer: expected prepare to be a function of the arguments that returns those of {noun}, got {prepare!r}; pass one"
+                f"bilevel layer: expected prepare to be a function of the arguments that returns those of {noun}, got {prepare!r}; "
+                f"write for example prepare=lambda X: (X.mT @ X,)"
             )
         self.kind = kind
         self.structure = structure

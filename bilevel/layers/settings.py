@@ -1,4 +1,4 @@
-"""What one call of a layer is asked: a frozen value that the call and all of its derivatives use."""
+"""The settings of one call of a layer: a frozen value that the call and all of its derivatives use."""
 
 from __future__ import annotations
 

@@ -36,14 +36,14 @@ class StartedProgram:
     versions: list[int] = field(repr=False)
 
     def finish(self, which: tuple[int, ...], *late: torch.Tensor) -> Tensors:
-        """Return the results at the places ``which`` for the ``late`` arguments, as often as one likes."""
+        """Return the results at the places ``which`` for the ``late`` arguments, any number of times."""
         written, read = self.program.rest(which)
         now = _versions(self.between)
         if now != self.versions and any(now[place] != self.versions[place] for place in read):
             # as a graph says of what it has saved
             raise RuntimeError(
                 "one of the variables needed for gradient computation has been modified by an inplace operation: a tensor "
-                "that the function reaches was changed between the forward pass and the backward pass"
+                "that the function reaches was changed between the forward pass and the backward pass; change it after the backward pass"
             )
         return written(*late, *self.between)
 

@@ -22,7 +22,7 @@ from bilevel.problems.adaptive.driver import treat_goal
 from bilevel.problems.adaptive.error_model import ErrorModel
 from bilevel.problems.adaptive.iterate import Iterate, Objectives
 from bilevel.problems.adaptive.state import GoalReport, SearchState
-from bilevel.problems.hypergradient import Hypergradient, HypergradientReport
+from bilevel.problems.result import Hypergradient, HypergradientReport
 from bilevel.pytree import joined
 from bilevel.reports import Basis, Status
 from bilevel.solvers._error import irregular_signs

@@ -242,6 +242,11 @@ MUTATIONS = (
         ("tests/solvers/test_error.py", "-k", "kinks_are_told"),
     ),
     Mutation(
+        "an answer is refused where the residual at zero is infinite", "solvers/_given.py",
+        "sizes.nan_to_num(0.0, 0.0).amax(0)", "sizes.amax(0).nan_to_num(0.0, 0.0)",
+        ("tests/test_differentiation.py", "-k", "infinite_at_zero"),
+    ),
+    Mutation(
         "scipy's own type errors come through", "solvers/_scipy.py", '"bounds": "leave it out, and pass lower= and upper= to bilevel.argmin",', "",
         ("tests/solvers/test_scipy.py", "-k", "one_sentence"),
     ),

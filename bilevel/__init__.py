@@ -82,7 +82,7 @@ from bilevel.solvers.torch_optimizer import TorchOptimizer
 from bilevel.tolerance import AUTO, Tolerance
 
 if TYPE_CHECKING:
-    from bilevel import cleaning, display, loggers, stochastic, testing
+    from bilevel import cleaning, display, learnable, loggers, stochastic, testing
     from bilevel.hyperopt.problem import HyperparameterOptimization
     from bilevel.meta.imaml import IMAML
 
@@ -196,6 +196,7 @@ __all__ = [
     "display",
     "equilibrium",
     "fixed_point",
+    "learnable",
     "least_squares",
     "linear_solve",
     "loggers",
@@ -218,6 +219,7 @@ _IMPORTED_WHEN_USED = {
     "IMAML": "bilevel.meta.imaml",
     "cleaning": "bilevel.cleaning",
     "display": "bilevel.display",
+    "learnable": "bilevel.learnable",
     "loggers": "bilevel.loggers",
     "stochastic": "bilevel.stochastic",
     "testing": "bilevel.testing",

@@ -27,6 +27,7 @@ SUBMODULES = (
     "robust",
     "stochastic",
     "cleaning",
+    "learnable",
     "testing",
     "display",
     "loggers",

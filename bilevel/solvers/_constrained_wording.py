@@ -1,0 +1,95 @@
+"""What a failed solve of a constrained problem says: why, and what to do."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from bilevel.reports import Status, StatusMessages
+from bilevel.solvers._program import Program
+
+__all__ = ["Name", "failure_words"]
+
+Name = Callable[[str, int], str]
+
+_NARROW = "pass each tensor that a function reaches through its closure as an argument, so that the solve can run in float64; if there is none, "
+# An x this many times larger than the start is far away.
+_FAR = 10.0
+_UNSETTLED = (
+    "start elsewhere, rescale the problem so that its unknowns and constraints have sizes near one, or loosen a constraint if together they leave "
+    "no interior"
+)
+
+
+def failure_words(
+    program: Program, init: torch.Tensor, x: torch.Tensor, status: torch.Tensor, kinked: torch.Tensor, name: Name
+) -> StatusMessages:
+    """Return the messages for the first infeasible problem, for unbounded ones and for those that are not solved."""
+    # In other dtypes the layer solves in float64, unless a function holds a tensor that fits its own dtype alone.
+    narrow = "" if program.lower.dtype == torch.float64 else _NARROW
+    words: dict[Status, tuple[str, str]] = {
+        Status.STAGNATED: (Status.STAGNATED.meaning, f"{narrow}{_UNSETTLED}"),
+        Status.MAX_STEPS: (Status.MAX_STEPS.meaning, f"{narrow}raise max_steps, or start nearer the solution"),
+        Status.NOT_CONVERGED: (
+            "returned a point at which the optimality conditions do not hold, and near which no solution was found",
+            "tighten that solver's own tolerance, start it nearer the solution, or leave solver out",
+        ),
+    }
+    stagnated = (status == Status.STAGNATED).nonzero()
+    if len(stagnated) and _falls(program, init, x, int(stagnated[0])):
+        words[Status.STAGNATED] = (
+            f"{Status.STAGNATED.meaning}, and the objective fell all the way: it seems to have no minimum on the feasible set",
+            "add a bound, or a term that grows with x, such as a small ridge",
+        )
+    if bool((status == Status.KINK).any()):
+        words[Status.KINK] = _kink(program, int(kinked[kinked >= 0][0]), name)
+    if bool((status == Status.INDEFINITE).any()):
+        words[Status.INDEFINITE] = (
+            "ended at a saddle or a maximum of the objective on the constraints",
+            "start elsewhere, or add regularisation",
+        )
+    if bool((status == Status.UNBOUNDED).any()):
+        words[Status.UNBOUNDED] = (
+            "found that the objective falls without end on the feasible set",
+            "add a bound, or a term that grows with x, such as a small ridge",
+        )
+    infeasible = status == Status.INFEASIBLE
+    if not bool(infeasible.any()):
+        return words
+    which = int(infeasible.nonzero()[0])
+    crossed = (program.lower[which] > program.upper[which]).nonzero().reshape(-1)
+    if len(crossed):
+        i = int(crossed[0])
+        found = f"{name('lower', i)} is {float(program.lower[which, i]):.6g}, above the upper bound {float(program.upper[which, i]):.6g}"
+        words[Status.INFEASIBLE] = (f"found no feasible point: {found}", "give bounds with lower <= upper")
+        return words
+    _, h, c = program.split(program.parts(x))
+    violation = torch.cat([h[which].abs(), c[which].clamp_min(0)])
+    place, p = int(violation.argmax()), h.shape[-1]
+    worst = name("equality", place) if place < p else name("inequality", place - p)
+    words[Status.INFEASIBLE] = (
+        f"found no point that satisfies the constraints: where they are violated least, {worst} is still violated by {float(violation[place]):.3g}",
+        f"{narrow}loosen the constraints with nonzero solution.multipliers (on_failure='ignore' returns them), or start elsewhere if they are not "
+        "convex",
+    )
+    return words
+
+
+def _falls(program: Program, init: torch.Tensor, x: torch.Tensor, number: int) -> bool:
+    """Return whether problem ``number`` ended far from its start, and lower."""
+    away = float(x[number].abs().amax()) > _FAR * (1 + float(init[number].abs().amax()))
+    fallen = program.parts(x)[number, 0] < program.parts(program.inside(init))[number, 0]
+    return away and bool(fallen)
+
+
+def _kink(program: Program, part: int, name: Name) -> tuple[str, str]:
+    p = program.equalities
+    where = (
+        "the objective" if part == 0 else name("equality", part - 1) if part <= p else name("inequality", part - 1 - p)
+    )
+    return (
+        f"ended at a kink of {where}: its gradient jumps there",
+        "state the kink by several smooth constraints, for example x - 1 <= 0 and -1 - x <= 0 in place of abs(x) - 1 <= 0, or smooth it: "
+        "(x**2 + 1e-6).sqrt() for abs(x), logsumexp(100 * x) / 100 for max",
+    )

@@ -39,7 +39,7 @@ from bilevel.replay import InspectionCache, ReplayCache
 from bilevel.reports import Pass, SolveReport, Status, StatusMessages
 from bilevel.solvers._base import InnerSolver, as_inner_solver
 from bilevel.solvers._error import rounding
-from bilevel.solvers._given import GivenAnswer, check_answer
+from bilevel.solvers._given import GivenAnswer, check_answer, compared
 from bilevel.solvers._judge import InnerOutcome, solve_inner
 from bilevel.solvers.defaults import default_solvers
 from bilevel.tolerance import Tolerance, auto_relative
@@ -307,7 +307,9 @@ class SolveCall:
 
         target = settings.tolerance.inner(self.dtype)
         with CheckAfter(init.device, again) if trusted else nullcontext():
-            outcome = system.find(problem, init, target, settings.solver)
+            given = isinstance(settings.solver, GivenAnswer)
+            outcome = system.find(problem, init, target, None if given else settings.solver)
+            outcome = compared(outcome, x) if given else outcome
         if outcome.degenerate is not None:
             self.degenerate = outcome.degenerate.reshape(system.batch_shape)
         self.messages, self.reduced = outcome.words, outcome.linear_solver

@@ -487,7 +487,7 @@ class BilevelProblem(torch.nn.Module, ABC):
                 f"{self.where}: expected Tolerance(delta=..., delta_prime=...) where the inner solution is given, got the goal "
                 f"{settings.tolerance!r}, which needs solves of its own; leave `at` out, or the goal"
             )
-        return settings if self._structure is not None else replace(settings, solver=GivenAnswer())
+        return replace(settings, solver=GivenAnswer())
 
     def _refuse_goal(self, tolerance: Tolerance) -> None:
         if tolerance.has_goal and not isinstance(self._layer.differentiation, Implicit):

@@ -16,6 +16,7 @@ from bilevel.solvers._constrained_wording import Name, failure_words
 from bilevel.solvers._implied import Weak
 from bilevel.solvers._program import Answer, ConstrainedSolver, Program
 from bilevel.solvers._regularity import Findings, examine, explained
+from bilevel.solvers._restoration import with_feasibility
 from bilevel.solvers._unsettled import is_settled, kinked_part
 from bilevel.solvers.interior_point import InteriorPoint
 from bilevel.solvers.projected_newton import DENSE_LIMIT, ProjectedNewton
@@ -28,6 +29,7 @@ _NEAR = (1e-5, 1e-7, 1e-3, 1e-2)
 # An initial guess is nearly a solution if its violation and its projected gradient are below this share of their sizes.
 _KNOWN, _MOST_RECOVERED = 1e-3, 256
 _MOST_RESUMES = 2
+_MAYBE_KINKED = (Status.STAGNATED, Status.MAX_STEPS, Status.NOT_CONVERGED)
 
 
 @dataclass(frozen=True, eq=False)
@@ -91,7 +93,7 @@ def solve_constrained(
         found = _judged(program, answer, point, used, name)
     # The unit is a power of two: x stays exactly on its bounds.
     x = column * found.x
-    kinked = kinked_part(program, found.x, is_one_of(found.status, (Status.STAGNATED, Status.MAX_STEPS)))
+    kinked = kinked_part(program, found.x, is_one_of(found.status, _MAYBE_KINKED))
     found = replace(found, status=torch.where(kinked >= 0, int(Status.KINK), found.status))
     if bool((found.status > int(Status.BUDGET_SPENT)).any()):
         return replace(found, x=x, words={**failure_words(given, init, x, found.status, kinked, name), **found.words})
@@ -180,6 +182,11 @@ def _resume(solver: object) -> ConstrainedSolver | None:
 def _settled(program: Program, answer: Answer, resume: ConstrainedSolver | None) -> tuple[Answer, Polished]:
     """Return the answer and its polish. An answer that is no solution on its own scale is searched on from, with that scale."""
     point = _polished(program, answer)
+    if not answer.known and bool((~point.good).any()):
+        # External solvers prove nothing.
+        return with_feasibility(
+            program, replace(answer, status=torch.where(point.good, int(Status.CONVERGED), answer.status)), answer.x
+        ), point
     for count in range(_MOST_RESUMES + 1):
         claimed = (answer.status == Status.CONVERGED) & ~point.good & ~is_settled(program, answer)
         if not bool(claimed.any()):
@@ -216,9 +223,7 @@ def _judged(program: Program, answer: Answer, point: Polished, used: str, name: 
     status = torch.where(good, int(Status.CONVERGED), answer.status)
     at = measure(program, point.x, point.equality, point.inequality)
     findings, point = examine(program, point, at)
-    # Interior-point iterates converge, slowly, even to solutions without multipliers. External solvers prove nothing.
-    if not answer.known:
-        status = torch.where(usable & ~good, int(Status.NOT_CONVERGED), status)
+    # Interior-point iterates converge, slowly, even to solutions without multipliers.
     status = torch.where(good & findings.negative, int(Status.INDEFINITE), status)
     mask = good.unsqueeze(-1)
     x = torch.where(mask, point.x, answer.x)

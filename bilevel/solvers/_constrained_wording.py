@@ -36,12 +36,13 @@ def failure_words(
             "tighten that solver's own tolerance, start it nearer the solution, or leave solver out",
         ),
     }
-    stagnated = (status == Status.STAGNATED).nonzero()
-    if len(stagnated) and _falls(program, init, x, int(stagnated[0])):
-        words[Status.STAGNATED] = (
-            f"{Status.STAGNATED.meaning}, and the objective fell all the way: it seems to have no minimum on the feasible set",
-            "add a bound, or a term that grows with x, such as a small ridge",
-        )
+    for code in words:
+        these = (status == code).nonzero()
+        if len(these) and _falls(program, init, x, int(these[0])):
+            words[code] = (
+                f"{words[code][0]}; the objective fell all the way, and seems to have no minimum on the feasible set",
+                "add a bound, or a term that grows with x, such as a small ridge",
+            )
     if bool((status == Status.KINK).any()):
         words[Status.KINK] = _kink(program, int(kinked[kinked >= 0][0]), name)
     if bool((status == Status.INDEFINITE).any()):

@@ -15,12 +15,15 @@ from bilevel._torch.factorisations import eigh
 from bilevel.solvers._active_set import Measures, Polished
 from bilevel.solvers._program import Program
 
-__all__ = ["Weak", "count_implied", "leave_no_interior"]
+__all__ = ["Weak", "count_implied", "leave_no_interior", "with_strict_multipliers"]
 
 # A share of a gradient below this, outside the span of others, is rounding.
 _SPANNED = 1e-8
 # The multiplier of an implied inequality: positive, so that it counts as active, and of no other effect, in float32 too.
 _TOKEN = 1e-30
+# Unit gradients cancel if this much is left of them: to say so, and to add their weights to multipliers.
+_BALANCED, _EXACTLY = 1e-6, 1e-12
+_MOST_PROBLEMS, _MOST_WEIGHTS = 64, 16
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,41 +73,77 @@ def _tangent(rows: torch.Tensor, free: torch.Tensor) -> torch.Tensor:
     return vectors @ (outside.unsqueeze(-1) * vectors.mT) * free.unsqueeze(1) * free.unsqueeze(2)
 
 
-def leave_no_interior(program: Program, x: torch.Tensor, at: Measures, number: int, near: float) -> torch.Tensor | None:
+def with_strict_multipliers(
+    program: Program, point: Polished, at: Measures, weak: Weak, near: float
+) -> tuple[Polished, Weak]:
+    """Return ``point`` with positive multipliers for those of ``weak`` that have them, and the others of ``weak``.
+
+    Where constraints leave no interior, as c <= 0 and -c <= 0, multipliers are not unique: any multiple of the weights of
+    :func:`leave_no_interior` may be added. They make the constraints strictly active.
+    """
+    p, m, n = program.equalities, program.inequalities, program.size
+    equality, inequality = point.equality.clone(), point.inequality.clone()
+    slope, lower, upper = point.slope.clone(), point.at_lower.clone(), point.at_upper.clone()
+    left = Weak(weak.inequality.clone(), weak.lower.clone(), weak.upper.clone())
+    for number in weak.any.nonzero().reshape(-1).tolist()[:_MOST_PROBLEMS]:
+        for _ in range(_MOST_WEIGHTS):
+            flags = torch.cat([left.inequality[number], left.lower[number], left.upper[number]])
+            weights = leave_no_interior(program, point.x, at, number, near, flags) if bool(flags.any()) else None
+            if weights is None:
+                break
+            added = at.force[number] * weights.to(slope)
+            of_equality, of_inequality, low, high = torch.split(added, [p, m, n, n])
+            norms = at.rows[number, 1:].norm(dim=-1).clamp_min(1e-300)
+            equality[number] += of_equality / norms[:p]
+            inequality[number] += of_inequality / norms[p:]
+            slope[number] += low - high
+            lower[number] |= low > 0
+            upper[number] |= (high > 0) & ~(low > 0)
+            for part, of in ((left.inequality, of_inequality), (left.lower, low), (left.upper, high)):
+                part[number] &= ~(of > 0)
+    x = torch.where(lower, program.lower, torch.where(upper, program.upper, point.x))
+    made = replace(
+        point, x=x, equality=equality, inequality=inequality, slope=slope, at_lower=lower, at_upper=upper,
+        active=point.active | (inequality > point.inequality),
+    )  # fmt: skip
+    return made, left
+
+
+def leave_no_interior(
+    program: Program, x: torch.Tensor, at: Measures, number: int, near: float, among: torch.Tensor | None = None
+) -> torch.Tensor | None:
     """Return the weights of constraints that leave no interior at ``x`` of problem ``number``; None if they leave one.
 
     Mangasarian and Fromovitz: no direction keeps all equalities and decreases all active inequalities and bounds exactly if
-    Jhᵀν + Jcᵀλ − μ_l + μ_u = 0 for some λ, μ ≥ 0 that are not all zero. The weights are (ν, λ, μ_l, μ_u), of length p + m + 2n.
+    Jhᵀν + Jcᵀλ − μ_l + μ_u = 0 for some λ, μ ≥ 0 that are not all zero, for gradients of unit length. The weights are (ν, λ, μ_l, μ_u), of
+    length p + m + 2n. They sum to one over λ and μ, or over those ``among`` them (m + 2n,), bool.
     """
-    from scipy.optimize import nnls  # a message may take its time
+    from scipy.optimize import nnls  # what is degenerate may take its time
 
-    here = x[number]
-    _, h, c = (part[number] if part.ndim > 1 else part for part in program.split(at.parts))
-    _, jh, jc = (part[number] if part.ndim > 2 else part for part in program.split(at.rows))
+    here, p = x[number], program.equalities
+    _, h, c = program.split(at.parts[number : number + 1])
+    _, jh, jc = program.split(at.rows[number : number + 1])
     gap = near * (1 + here.abs().amax())
-    norms = jc.norm(dim=-1).clamp_min(1e-300)
     eye = torch.eye(len(here), dtype=here.dtype, device=here.device)
-    rows = torch.cat([_unit(jh), _unit(jc), -eye, eye])
-    near_low, near_high = here - program.lower[number] <= gap, program.upper[number] - here <= gap
-    active = torch.cat([torch.ones_like(h, dtype=torch.bool), c / norms > -gap, near_low, near_high])
-    p = len(h)
+    rows = torch.cat([_unit(jh[0]), _unit(jc[0]), -eye, eye])
+    distances = torch.cat([-c[0] / jc[0].norm(dim=-1), here - program.lower[number], program.upper[number] - here])
+    active = torch.cat([torch.ones_like(h[0], dtype=torch.bool), distances <= gap])
+    counted = active[p:] if among is None else active[p:] & among
+    if not bool(counted.any()):
+        return None
     # ν may have either sign. The last row asks for multipliers that are not all zero.
-    matrix = torch.cat([rows, -rows[:p]])
-    chosen = torch.cat([active, active[:p]])
-    ones = torch.ones(len(matrix), 1, dtype=here.dtype, device=here.device)
-    ones[:p], ones[len(rows) :] = 0, 0
-    stacked = torch.cat([matrix, ones], dim=1)[chosen].T
+    asked = torch.cat([torch.zeros_like(h[0]), counted.to(here)])
+    stacked = torch.cat([rows, asked.unsqueeze(-1)], dim=-1)
+    stacked = torch.cat([stacked, -stacked[:p]])[torch.cat([active, active[:p]])].T
     right = torch.zeros(len(here) + 1, dtype=torch.float64)
     right[-1] = 1
-    if not bool(active[p:].any()):
-        return None
     found, residual = nnls(stacked.double().cpu().numpy(), right.numpy())
-    if residual > 1e-6:
+    if not residual <= (_BALANCED if among is None else _EXACTLY):
         return None
-    weights = torch.zeros(len(matrix), dtype=torch.float64)
-    weights[chosen.cpu()] = torch.from_numpy(found)
+    weights = torch.zeros(len(rows) + p, dtype=torch.float64)
+    weights[torch.cat([active, active[:p]]).cpu()] = torch.from_numpy(found)
     weights[:p] -= weights[len(rows) :]
-    return weights[: len(rows)]
+    return weights[: len(rows)].to(x.device)
 
 
 def _unit(rows: torch.Tensor) -> torch.Tensor:

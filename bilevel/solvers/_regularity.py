@@ -9,7 +9,7 @@ import torch
 
 from bilevel._torch.factorisations import eigh, eigvalsh, svdvals
 from bilevel.solvers._active_set import Measures, Polished
-from bilevel.solvers._implied import Weak, count_implied, leave_no_interior
+from bilevel.solvers._implied import Weak, count_implied, leave_no_interior, with_strict_multipliers
 from bilevel.solvers._program import Program
 from bilevel.solvers._shifted import try_cholesky
 
@@ -142,6 +142,8 @@ def examine(program: Program, point: Polished, at: Measures) -> tuple[Findings, 
     weak = _weak(program, point, at)
     if bool(weak.any.any()):
         point, weak = count_implied(program, point, at, weak)
+        if bool(weak.any.any()):
+            point, weak = with_strict_multipliers(program, point, at, weak, _WEAK)
     free = (~(point.at_lower | point.at_upper)).to(point.x)
     rows = torch.cat([jh, jc * point.active.unsqueeze(-1)], dim=1) * free.unsqueeze(1)
     counted = torch.cat([torch.ones_like(jh[..., 0], dtype=torch.bool), point.active], dim=-1)

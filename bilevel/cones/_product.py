@@ -79,6 +79,14 @@ class Product:
             rows = torch.arange(run.start, run.start + run.size, device=v.device).unflatten(-1, (run.count, d))
             yield block.movedim(0, -2), rows
 
+    def slopes(self, v: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
+        """Return the products of the Jacobians of Π at ``v`` (batch, m), which are symmetric, with ``u`` (batch, m)."""
+        parts = []
+        for (run, part), (_, along) in zip(self._parts(v), self._parts(u), strict=True):
+            _, pull = vjp(lambda p, run=run: run.cone.project(p), part)
+            parts.append(pull(along)[0].flatten(-2))
+        return torch.cat(parts, -1) if parts else u
+
     def kinks(self, v: torch.Tensor, primal: torch.Tensor, dual: torch.Tensor) -> torch.Tensor:
         """Return the first row (batch,) of a factor that ``v`` (batch, m) is at a kink of, or −1.
 

@@ -419,7 +419,7 @@ class SolveCall:
             if direction is Pass.BACKWARD:
                 words = {**derivative_messages(outcome.status, rhs, symmetric=operator.symmetric), **words}
         if self.degenerate is not None:
-            outcome, words = self._one_sided(self.degenerate, outcome, words, axes)
+            outcome, words = self._one_sided(self.degenerate, operator, outcome, words, axes, product is not None)
         report = _report(direction, self.where, solver.name, outcome, axes, words)
         self.report = self.report or report
         if on_adjoint is not None and self.residual is not None:
@@ -447,18 +447,32 @@ class SolveCall:
         return own or self.system.linear_solver(operator)
 
     def _one_sided(
-        self, degenerate: torch.Tensor, outcome: LinearOutcome, words: StatusMessages, axes: tuple[int, ...]
+        self,
+        degenerate: torch.Tensor,
+        operator: LinearOperator,
+        outcome: LinearOutcome,
+        words: StatusMessages,
+        axes: tuple[int, ...],
+        first: bool,
     ) -> tuple[LinearOutcome, StatusMessages]:
         """Return ``outcome`` with ``Status.DEGENERATE`` for the ``degenerate`` problems, whose derivative does not exist or is one-sided."""
         if Status.DEGENERATE not in self.messages:
             return outcome, words
         these = degenerate.expand(axes).reshape(outcome.status.shape)
+        these = these & self.depends_on_side(operator, outcome.x, first=first)
         # Constraints with dependent gradients make the matrix singular if an argument moves them apart.
         these = these | (outcome.status == Status.SINGULAR)
         if not bool(these.any()):
             return outcome, words
         status = torch.where(these, int(Status.DEGENERATE), outcome.status)
         return replace(outcome, status=status), {**words, **self.messages}
+
+    def depends_on_side(self, operator: LinearOperator, x: torch.Tensor, *, first: bool) -> torch.Tensor:
+        """Return which solutions x (batch, n) of linear systems with ``operator`` at a degenerate solution differ from side to side, (batch,) bool.
+
+        ``first``: it is the adjoint of a first derivative. Override it for a kind of problem that can tell; here all may.
+        """
+        return torch.ones(len(x), dtype=torch.bool, device=x.device)
 
     def _noise(self, rhs: torch.Tensor) -> torch.Tensor | None:
         """Return the rounding (batch,) that earlier, larger right-hand sides have left in this one; None for the first."""

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, ClassVar
@@ -22,6 +23,7 @@ from typing import Any, ClassVar
 import torch
 from torch.func import vmap
 
+from bilevel._torch.promotion import Promoted
 from bilevel._torch.reverse import grad, vjp
 from bilevel.equations.problem import Problem
 from bilevel.equations.structured import LocalModel, Parts, objective_of
@@ -242,8 +244,11 @@ class ConstrainedSystem(LocalModel):
         assert known is not None
         return place_of(known, kind, index)
 
-    def program(self, problem: Problem) -> Program:
-        """Return the batch ``problem``, of this system or of the same at other levels, as solvers of constrained problems see it."""
+    def program(self, problem: Problem, *, promoted: bool = False) -> Program:
+        """Return the batch ``problem``, of this system or of the same at other levels, as solvers of constrained problems see it.
+
+        ``promoted``: operations on tensors of several dtypes are done in the widest.
+        """
         system = problem.system.for_second_derivatives()
         assert isinstance(system, ConstrainedSystem)
         n, (p, m) = self.unknowns, self.counts
@@ -255,7 +260,7 @@ class ConstrainedSystem(LocalModel):
                 return one(*torch.split(flat, sizes), *tensors)
 
             def evaluation(joined: torch.Tensor, *tensors: torch.Tensor) -> list[torch.Tensor]:
-                with torch.no_grad():
+                with torch.no_grad(), Promoted() if promoted else nullcontext():
                     made = system.lifted(packed)(joined.reshape(*system.batch_shape, sum(sizes)), *tensors)
                 return [part.detach() for part in (made if isinstance(made, tuple) else (made,))]
 
@@ -286,17 +291,14 @@ class ConstrainedSystem(LocalModel):
             jacobian=lambda x: tuple(batched("jacobian", rows, x)),  # type: ignore[arg-type, return-value]
             hessian=lambda x, weights: batched("hessian", curvature, x, weights)[0],
             product=lambda x, v: batched("product", product, x, v)[0],
-            single=lambda number: self.program(problem.single(number)),
+            single=lambda number: self.program(problem.single(number), promoted=promoted),
         )  # fmt: skip
 
     def find(self, problem: Problem, init: torch.Tensor, target: Target, solver: InnerSolver | None) -> InnerOutcome:
         """Return the solutions z (batch, n + p + m), polished and judged by the KKT conditions."""
         if not problem.batch or not self.unknowns:
             return _nothing(init)
-        wide = self._widened(problem)
-        system = wide.system
-        assert isinstance(system, ConstrainedSystem)
-        program = system.program(wide)
+        program = self._widened(problem)
         start = self.split(init)[0].to(program.lower)
         chosen = self._chosen(problem, solver)
         found = solve_constrained(program, start, chosen, self.smoothing, self.name, self.where)
@@ -313,19 +315,22 @@ class ConstrainedSystem(LocalModel):
             solver=found.solver, degenerate=found.degenerate, words=found.words,
         )  # fmt: skip
 
-    def _widened(self, problem: Problem) -> Problem:
-        """Return the problem in float64, if the functions allow that: active sets are told apart by half the digits."""
+    def _widened(self, problem: Problem) -> Program:
+        """Return the program in float64, if the functions allow that: active sets are told apart by half the digits."""
         if self.ordinary.raveler.dtype == torch.float64:
-            return problem
+            return self.program(problem)
         wide = problem.to(torch.float64)
-        try:
-            system = wide.system
-            assert isinstance(system, ConstrainedSystem)
-            program = system.program(wide)
-            program.hessian(*_probe(program))
-        except (RuntimeError, BilevelError):  # a tensor of another dtype inside a function
-            return problem
-        return wide
+        system = wide.system
+        assert isinstance(system, ConstrainedSystem)
+        # Tensors that a function reaches through its closure keep their dtype.
+        for promoted in (False, True):
+            try:
+                program = system.program(wide, promoted=promoted)
+                program.hessian(*_probe(program))
+            except (RuntimeError, BilevelError):
+                continue
+            return program
+        return self.program(problem)
 
     def _chosen(
         self, problem: Problem, solver: InnerSolver | None

@@ -315,8 +315,9 @@ class SolveReport:
         # Where there is no solution no residual was aimed at.
         misleading = status in _NO_SOLUTION or (status in _SHORT_OF_THE_TOLERANCE and residual <= asked)
         goal = f", {word} {asked:.2g}" if asked > 0 and not misleading else ""
+        figures = "" if math.isnan(residual) else f"residual {residual:.2g}{goal}, "
         return (
-            f"{head} {self._meaning(status)}{of} (residual {residual:.2g}{goal}, after {steps} iterations); "
+            f"{head} {self._meaning(status)}{of} ({figures}after {steps} iterations); "
             f"remedy: {self._remedy(status, which)}."
         )
 

@@ -111,6 +111,14 @@ class Product:
             start += cone.rows
         raise AssertionError("no such row")
 
+    def owners(self) -> list[int]:
+        """Return a number for each row: that of the smallest factor that it belongs to."""
+        numbers: list[int] = []
+        for run in self.runs:
+            first = numbers[-1] + 1 if numbers else 0
+            numbers += [first + place // run.cone.rows for place in range(run.size)]
+        return numbers
+
     def of_clarabel(self, clarabel: Any) -> list[Any]:
         """Return the factors in Clarabel's words."""
         return [cone.of_clarabel(clarabel) for cone in self.cones if cone.rows]

@@ -71,10 +71,16 @@ def solve_constrained(
     where
         The layer's name, for messages.
     """
-    unit = program.unit(init)
+    inside = program.inside(init)
+    parts, rows = program.jacobian(inside)
+    unit, weights = program.unit(init, parts, rows), program.row_weights(inside, parts, rows)
     given, column = program, unit.unsqueeze(-1)
     if bool((unit != 1).any()):
         program = program.in_units(unit)
+    of_equality = of_inequality = torch.ones_like(parts[:, :1])
+    if weights is not None:
+        program = program.scaled(weights)
+        _, of_equality, of_inequality = program.split(weights)
     if isinstance(solver, ConstrainedSolver):
         answer, used = solver.solve_program(program, init / column, smoothing), solver.name
     elif solver is None:
@@ -82,7 +88,8 @@ def solve_constrained(
     else:
         assert not isinstance(solver, InnerSolver)
         answer, used = solver(given, init), getattr(solver, "__name__", "solver")
-        answer = replace(answer, x=answer.x / column)
+        multipliers = {"equality": answer.equality / of_equality, "inequality": answer.inequality / of_inequality}
+        answer = replace(answer, x=answer.x / column, **multipliers)
     answer = _without_contradictions(program, answer)
     if smoothing is not None:
         found = _on_the_path(program, answer, smoothing, used)
@@ -93,6 +100,7 @@ def solve_constrained(
         found = _judged(program, answer, point, used, name)
     # The unit is a power of two: x stays exactly on its bounds.
     x = column * found.x
+    found = replace(found, equality=found.equality * of_equality, inequality=found.inequality * of_inequality)
     kinked = kinked_part(program, found.x, is_one_of(found.status, _MAYBE_KINKED))
     found = replace(found, status=torch.where(kinked >= 0, int(Status.KINK), found.status))
     if bool((found.status > int(Status.BUDGET_SPENT)).any()):
@@ -163,7 +171,7 @@ def _known_already(program: Program, init: torch.Tensor) -> Answer | None:
 
 def _without_contradictions(program: Program, answer: Answer) -> Answer:
     """Return the answer with statuses for bounds that contradict each other or are NaN."""
-    crossed = (program.lower > program.upper).any(-1)
+    crossed = program.crossed.any(-1)
     unknown = torch.isnan(program.lower).any(-1) | torch.isnan(program.upper).any(-1)
     status = torch.where(crossed, int(Status.INFEASIBLE), answer.status)
     status = torch.where(unknown, int(Status.NOT_FINITE), status)

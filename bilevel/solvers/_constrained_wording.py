@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -45,6 +46,12 @@ def failure_words(
             )
     if bool((status == Status.KINK).any()):
         words[Status.KINK] = _kink(program, int(kinked[kinked >= 0][0]), name)
+    lost = (status == Status.NOT_FINITE).nonzero()
+    if len(lost) and (found := _not_finite(program, init, int(lost[0]), name)):
+        words[Status.NOT_FINITE] = (
+            f"met a NaN or an infinity: {found}",
+            "leave out constraints that are none, give bounds without NaN, and check the inputs",
+        )
     if bool((status == Status.INDEFINITE).any()):
         words[Status.INDEFINITE] = (
             "ended at a saddle or a maximum of the objective on the constraints",
@@ -59,11 +66,17 @@ def failure_words(
     if not bool(infeasible.any()):
         return words
     which = int(infeasible.nonzero()[0])
-    crossed = (program.lower[which] > program.upper[which]).nonzero().reshape(-1)
+    crossed = program.crossed[which].nonzero().reshape(-1)
     if len(crossed):
         i = int(crossed[0])
-        found = f"{name('lower', i)} is {float(program.lower[which, i]):.6g}, above the upper bound {float(program.upper[which, i]):.6g}"
-        words[Status.INFEASIBLE] = (f"found no feasible point: {found}", "give bounds with lower <= upper")
+        low, high = float(program.lower[which, i]), float(program.upper[which, i])
+        found = f"{name('lower', i)} is {low:.6g}, above the upper bound {high:.6g}"
+        if low == math.inf or high == -math.inf:
+            found = f"{name('lower', i)} is {low:.6g} and its upper bound {high:.6g}, and no number is between them"
+        words[Status.INFEASIBLE] = (
+            f"found no feasible point: {found}",
+            "give bounds with lower <= upper, and -inf as lower or inf as upper where there is none",
+        )
         return words
     _, h, c = program.split(program.parts(x))
     violation = torch.cat([h[which].abs(), c[which].clamp_min(0)])
@@ -75,6 +88,20 @@ def failure_words(
         "convex",
     )
     return words
+
+
+def _not_finite(program: Program, init: torch.Tensor, number: int, name: Name) -> str:
+    """Return which bound of problem ``number`` is NaN, or which constraint is not finite at the start; "" if none."""
+    for kind, bound in (("lower", program.lower), ("upper", program.upper)):
+        places = torch.isnan(bound[number]).nonzero()
+        if len(places):
+            return f"{name(kind, int(places[0]))} is nan"
+    _, h, c = program.split(program.parts(program.inside(init)))
+    for kind, values in (("equality", h), ("inequality", c)):
+        places = (~torch.isfinite(values[number])).nonzero()
+        if len(places):
+            return f"{name(kind, int(places[0]))} is {float(values[number, int(places[0])])} at the start"
+    return ""
 
 
 def _falls(program: Program, init: torch.Tensor, x: torch.Tensor, number: int) -> bool:

@@ -53,8 +53,8 @@ def diagnose(
     eigenvalues of the Hessian, or singular values of a Jacobian, from the matrix up to 512 unknowns and by Lanczos beyond.
     It checks the connection of each outer tensor, the accuracy of the linear solve, dtypes and scales. Of a batch the first
     8 problems are examined. With proximal terms or constraints it examines how the inner solve ends, and whether the
-    derivative at the solution is one-sided; of constraints also whether the start violates one, whether they repeat each other, and
-    whether bounds leave an unknown one value.
+    derivative at the solution is one-sided. With constraints it looks whether the start violates one, and whether they repeat each
+    other. It names unknowns that bounds fix.
 
     It costs a solve, a gradient, and n reverse passes for each problem examined (60 products where n is large).
 

@@ -123,6 +123,8 @@ def _outside(
         ("upper", None if upper is None else start - upper),
     ):
         if gap is not None and gap.numel():
+            if lower is not None and upper is not None:
+                gap = torch.where(lower == upper, -math.inf, gap)
             place = int(gap.nan_to_num(-math.inf).argmax())
             lacks.append((float(gap[place].nan_to_num(-math.inf)), f"the {name} bound of x[{place}]"))
     # Starts hardly ever fulfil equalities.

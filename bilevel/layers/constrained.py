@@ -326,7 +326,8 @@ class ConstrainedSystem(LocalModel):
         for promoted in (False, True):
             try:
                 program = system.program(wide, promoted=promoted)
-                program.hessian(*_probe(program))
+                x = program.inside(torch.zeros_like(program.lower))
+                program.hessian(x, x.new_ones(len(x), 1 + sum(self.counts)))
             except (RuntimeError, BilevelError):
                 continue
             return program
@@ -379,17 +380,12 @@ class ConstraintReach(RootSystem):
 
 
 def _pulled(pull: Callable[..., Any], like: torch.Tensor) -> torch.Tensor:
-    """Return the rows of a Jacobian, of which ``pull`` makes the products with cotangents ``like`` its value."""
+    """Return the rows of a Jacobian; ``pull`` makes products with cotangents ``like`` its value."""
     count = like.shape[0]
     units = torch.eye(count, dtype=like.dtype, device=like.device)
     (rows,) = vmap(pull, chunk_size=None if count <= _MOST_ROWS else _MOST_ROWS)(units)
     matrix: torch.Tensor = rows
     return matrix
-
-
-def _probe(program: Program) -> tuple[torch.Tensor, torch.Tensor]:
-    x = program.inside(torch.zeros_like(program.lower))
-    return x, x.new_ones(len(x), 1 + program.equalities + program.inequalities)
 
 
 def _spent(solver: InnerSolver | None, target: Target, status: torch.Tensor) -> torch.Tensor:

@@ -29,7 +29,7 @@ _NEAR = (1e-5, 1e-7, 1e-3, 1e-2)
 # An initial guess is nearly a solution if its violation and its projected gradient are below this share of their sizes.
 _KNOWN, _MOST_RECOVERED = 1e-3, 256
 _MOST_RESUMES = 2
-_MAYBE_KINKED = (Status.STAGNATED, Status.MAX_STEPS, Status.NOT_CONVERGED)
+_MAYBE_KINKED = (Status.STAGNATED, Status.NOT_CONVERGED, Status.MAX_STEPS)
 
 
 @dataclass(frozen=True, eq=False)
@@ -88,8 +88,8 @@ def solve_constrained(
     else:
         assert not isinstance(solver, InnerSolver)
         answer, used = solver(given, init), getattr(solver, "__name__", "solver")
-        multipliers = {"equality": answer.equality / of_equality, "inequality": answer.inequality / of_inequality}
-        answer = replace(answer, x=answer.x / column, **multipliers)
+        equality, inequality = answer.equality / of_equality, answer.inequality / of_inequality
+        answer = replace(answer, x=answer.x / column, equality=equality, inequality=inequality)
     answer = _without_contradictions(program, answer)
     if smoothing is not None:
         found = _on_the_path(program, answer, smoothing, used)
@@ -101,7 +101,8 @@ def solve_constrained(
     # The unit is a power of two: x stays exactly on its bounds.
     x = column * found.x
     found = replace(found, equality=found.equality * of_equality, inequality=found.inequality * of_inequality)
-    kinked = kinked_part(program, found.x, is_one_of(found.status, _MAYBE_KINKED))
+    budget = isinstance(solver, ConstrainedSolver) and solver.has_budget
+    kinked = kinked_part(program, found.x, is_one_of(found.status, _MAYBE_KINKED[:2] if budget else _MAYBE_KINKED))
     found = replace(found, status=torch.where(kinked >= 0, int(Status.KINK), found.status))
     if bool((found.status > int(Status.BUDGET_SPENT)).any()):
         return replace(found, x=x, words={**failure_words(given, init, x, found.status, kinked, name), **found.words})

@@ -241,7 +241,7 @@ def test_constraints_in_any_unit_are_the_same(kind: str, unit: float) -> None:
     layer = bilevel.argmin(lambda x, b: distance(x, tensor(1, 2)), **{kind: lambda x, b: unit * (x.sum() - b)})
     solution = layer.solve(ZERO, b)
     torch.testing.assert_close(solution.value.detach(), tensor(0, 1))
-    assert float(getattr(solution.multipliers, kind)) * unit == pytest.approx(2)
+    assert getattr(solution.multipliers, kind).item() * unit == pytest.approx(2)
     (slope,) = torch.autograd.grad(solution.value[0], b)
     assert slope.item() == pytest.approx(0.5)
 

@@ -225,15 +225,9 @@ class ConstrainedSystem(LocalModel):
 
     def in_x(self) -> System:
         """Return equations in x alone, see :class:`ConstraintReach`."""
+        unknown = self.ordinary.raveler
         return ConstraintReach(
-            self.where,
-            self.function,
-            self.ordinary.raveler,
-            self.arguments,
-            self.levels,
-            self.autocast,
-            self.mode,
-            whole=self,
+            self.where, self.function, unknown, self.arguments, self.levels, self.autocast, self.mode, whole=self
         )
 
     def name(self, kind: str, index: int) -> str:

@@ -62,10 +62,14 @@ def failure_words(
             "found that the objective falls without end on the feasible set",
             "add a bound, or a term that grows with x, such as a small ridge",
         )
-    infeasible = status == Status.INFEASIBLE
-    if not bool(infeasible.any()):
-        return words
-    which = int(infeasible.nonzero()[0])
+    infeasible = (status == Status.INFEASIBLE).nonzero()
+    if len(infeasible):
+        words[Status.INFEASIBLE] = _infeasible(program, x, int(infeasible[0]), name, narrow)
+    return words
+
+
+def _infeasible(program: Program, x: torch.Tensor, which: int, name: Name, narrow: str) -> tuple[str, str]:
+    """Return the words for problem ``which``, which has no feasible point."""
     crossed = program.crossed[which].nonzero().reshape(-1)
     if len(crossed):
         i = int(crossed[0])
@@ -73,21 +77,19 @@ def failure_words(
         found = f"{name('lower', i)} is {low:.6g}, above the upper bound {high:.6g}"
         if low == math.inf or high == -math.inf:
             found = f"{name('lower', i)} is {low:.6g} and its upper bound {high:.6g}, and no number is between them"
-        words[Status.INFEASIBLE] = (
+        return (
             f"found no feasible point: {found}",
             "give bounds with lower <= upper, and -inf as lower or inf as upper where there is none",
         )
-        return words
     _, h, c = program.split(program.parts(x))
     violation = torch.cat([h[which].abs(), c[which].clamp_min(0)])
     place, p = int(violation.argmax()), h.shape[-1]
     worst = name("equality", place) if place < p else name("inequality", place - p)
-    words[Status.INFEASIBLE] = (
+    return (
         f"found no point that satisfies the constraints: where they are violated least, {worst} is still violated by {float(violation[place]):.3g}",
         f"{narrow}loosen the constraints with nonzero solution.multipliers (on_failure='ignore' returns them), or start elsewhere if they are not "
         "convex",
     )
-    return words
 
 
 def _not_finite(program: Program, init: torch.Tensor, number: int, name: Name) -> str:

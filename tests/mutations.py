@@ -200,7 +200,7 @@ MUTATIONS = (
     ),
     Mutation(
         "an inequality that is active with multiplier zero is differentiated", "solvers/_regularity.py",
-        "return weak | self.flat | self.irregular", "return self.flat | self.irregular",
+        "return self.weak.any | self.flat | self.irregular", "return self.flat | self.irregular",
         ("tests/constraints/test_degenerate.py", "-k", "multiplier_zero"),
     ),
     Mutation(

@@ -190,7 +190,8 @@ _BACKWARD = {
     Status.INDEFINITE: _AT_A_SADDLE,
     Status.SINGULAR: _NOT_INVARIANT,
 }
-_SHORT_OF_THE_TOLERANCE = (Status.MAX_STEPS, Status.NOT_CONVERGED, Status.STAGNATED)
+_SHORT_OF_THE_TOLERANCE = (Status.MAX_STEPS, Status.NOT_CONVERGED, Status.STAGNATED, Status.KINK, Status.DEGENERATE)
+_NO_SOLUTION = (Status.INFEASIBLE, Status.UNBOUNDED)
 
 
 def remedy_for_dtype(remedy: str, dtype: torch.dtype | None) -> str:
@@ -361,10 +362,12 @@ class SolveReport:
         # Where no accuracy was asked for, the threshold is that of the default.
         word = "the default asks" if status is Status.BUDGET_SPENT else "asked"
         # The KKT conditions may have failed where this one number did not: it would contradict the sentence.
-        misleading = status in _SHORT_OF_THE_TOLERANCE and residual <= asked
+        # Where there is no solution no residual was aimed at.
+        misleading = status in _NO_SOLUTION or (status in _SHORT_OF_THE_TOLERANCE and residual <= asked)
         goal = f", {word} {asked:.2g}" if asked > 0 and not misleading else ""
+        figures = "" if math.isnan(residual) else f"residual {residual:.2g}{goal}, "
         return (
-            f"{head} {self._meaning(status)}{of} (residual {residual:.2g}{goal}, after {steps} iterations); "
+            f"{head} {self._meaning(status)}{of} ({figures}after {steps} iterations); "
             f"remedy: {self._remedy(status, which)}."
         )
 
@@ -396,7 +399,7 @@ class SolveReport:
             of = f" in {int(these.sum())} of {codes.numel()} problems" if many else ""
             remedy = "" if status is Status.CONVERGED else f"; {self._remedy(status, int(these.nonzero()[0]))}"
             lines.append(f"  status    {status.name}: {self._meaning(status)}{of}, steps {_span(steps[these])}{remedy}")
-        asked = self.threshold.reshape(-1)
+        asked = self.threshold.reshape(-1)[~torch.isin(codes, torch.tensor(_NO_SOLUTION, device=codes.device))]
         goal = f", asked {_span(asked)}" if bool((asked > 0).any()) else ""
         lines.append(f"  residual  {_span(self.residual_norm.reshape(-1))}{goal}")
         known = self.error_bound.reshape(-1)

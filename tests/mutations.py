@@ -68,6 +68,35 @@ def cells(row: str, *columns: str) -> tuple[str, ...]:
 
 MUTATIONS = (
     Mutation(
+        "a claim of a solver is not checked on the answer's own scale", "solvers/_constrained.py",
+        "& ~point.good & ~is_settled(program, answer)", "& ~point.good & False",
+        ("tests/constraints/test_edges.py", "-k", "far_start or without_a_minimum"),
+    ),
+    Mutation(
+        "no other multipliers are tried where there is no interior", "solvers/_constrained.py",
+        "if bool((usable & ~point.good).any()) and _recoverable(program):", "if False:",
+        ("tests/constraints/test_edges.py", "-k", "one_point"),
+    ),
+    Mutation(
+        "tensors of a closure keep a solve in float32", "layers/constrained.py", "for promoted in (False, True):",
+        "for promoted in (False,):", ("tests/constraints/test_edges.py", "-k", "float32_closures"),
+    ),
+    Mutation(
+        "tiny rows of a quadratic program are not scaled", "quadratic_programs/quadratic_program.py",
+        "tensors = arguments.tensors if scales is None else", "tensors = arguments.tensors if True else",
+        ("tests/quadratic_programs/test_sparse.py", "-k", "any_unit"),
+    ),
+    Mutation(
+        "active sets of sparse programs go round in a circle", "quadratic_programs/_clarabel.py",
+        "_FLIPS, _SINGLE_FLIPS = 2, 30", "_FLIPS, _SINGLE_FLIPS = 2, 0",
+        ("tests/quadratic_programs/test_sparse.py", "-k", "circle"),
+    ),
+    Mutation(
+        "a cone program's derivative is given across a kink", "cones/_call.py",
+        "_SIDES, _BESIDE, _SAME = 4, 1e-7, 1e-6", "_SIDES, _BESIDE, _SAME = 4, 1e-7, 1e6",
+        ("tests/cones/test_failures.py", "-k", "kink_is_named"),
+    ),
+    Mutation(
         "every process of a run writes to the logger", "loggers.py", "number % self.every == 0 and _is_first_process()",
         "number % self.every == 0", ("tests/test_loggers.py", "-k", "first_process"),
     ),
@@ -171,7 +200,7 @@ MUTATIONS = (
     ),
     Mutation(
         "an inequality that is active with multiplier zero is differentiated", "solvers/_regularity.py",
-        "return weak | self.flat | self.irregular", "return self.flat | self.irregular",
+        "return self.weak.any | self.flat | self.irregular", "return self.flat | self.irregular",
         ("tests/constraints/test_degenerate.py", "-k", "multiplier_zero"),
     ),
     Mutation(

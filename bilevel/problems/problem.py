@@ -430,7 +430,7 @@ class BilevelProblem(torch.nn.Module, ABC):
                 f"{self.where}: expected Tolerance(delta=..., delta_prime=...) where the inner solution is given, got the goal "
                 f"{settings.tolerance!r}, which needs solves of its own; leave `at` out, or the goal"
             )
-        return settings if self._structure is not None else replace(settings, solver=GivenAnswer())
+        return replace(settings, solver=GivenAnswer())
 
     def _check_goal(self, tolerance: Tolerance) -> None:
         check_goal(self.where, tolerance, self._layer.differentiation, structured=self._structure is not None)

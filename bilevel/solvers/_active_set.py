@@ -127,8 +127,12 @@ def _followed(program: Program, answer: Answer, at: Measures | None, share: floa
     return best
 
 
-def recovered(program: Program, answer: Answer, near: float) -> Answer:
-    """Return the answer with least-squares multipliers of the constraints that are active up to ``near`` times the size of x."""
+def recovered(program: Program, answer: Answer, near: float, *, singly: bool = False) -> Answer:
+    """Return the answer with least-squares multipliers of the constraints that are active up to ``near`` times the size of x.
+
+    Constraints with multipliers of the wrong sign are left out: all of them in each round, or with ``singly`` the worst,
+    which finds multipliers where many sets of constraints determine one point.
+    """
     x = program.inside(answer.x)
     zero = torch.zeros_like(answer.inequality)
     at = measure(program, x, torch.zeros_like(answer.equality), zero)
@@ -138,7 +142,8 @@ def recovered(program: Program, answer: Answer, near: float) -> Answer:
     active = c / at.norms > -gap
     held = (x <= program.lower + gap) | (x >= program.upper - gap)
     equality, inequality = answer.equality, zero
-    for _ in range(1 + c.shape[-1]):
+    rounds = 1 + c.shape[-1] + (x.shape[-1] if singly else 0)
+    for _ in range(rounds):
         free = (~held).to(x)
         jacobian = torch.cat([jh, jc * active.unsqueeze(-1)], dim=1) * free.unsqueeze(1)
         p = jh.shape[1]
@@ -151,6 +156,9 @@ def recovered(program: Program, answer: Answer, near: float) -> Answer:
         inward = ((x <= program.lower + gap) & (slope < -tiny)) | ((x >= program.upper - gap) & (slope > tiny))
         inward = inward & held & ~program.fixed
         dropped = drop & active if c.shape[-1] else torch.zeros_like(active)
+        if singly:
+            pull = torch.where(inward, slope.abs(), torch.zeros_like(slope))
+            inward = inward & (pull >= pull.amax(-1, keepdim=True)) & ~dropped.any(-1, keepdim=True)
         if not bool(dropped.any()) and not bool(inward.any()):
             break
         active, held = active & ~dropped, held & ~inward

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -12,7 +12,7 @@ from bilevel.solvers._base import Goal, InnerSolution, InnerSolver, length
 from bilevel.solvers._judge import InnerOutcome, solve_inner
 from bilevel.tolerance import Target
 
-__all__ = ["GivenAnswer", "check_answer"]
+__all__ = ["GivenAnswer", "check_answer", "compared"]
 
 _WORDS = {
     Status.NOT_CONVERGED: (
@@ -67,3 +67,23 @@ def check_answer(problem: Problem, x: torch.Tensor, target: Target) -> InnerOutc
     return InnerOutcome(
         x, codes, steps, norm, threshold, bound, basis, residual, solver=GivenAnswer().name, words=_WORDS
     )
+
+
+def compared(outcome: InnerOutcome, given: torch.Tensor) -> InnerOutcome:
+    """Return ``outcome``, a solve of a problem with a structure from the answer ``given`` (batch, n), with NOT_CONVERGED where that is far off."""
+    n = given.shape[-1]
+    if not outcome.x.numel() or not n:
+        return outcome
+    off = (outcome.x[:, :n] - given).abs().amax(dim=-1)
+    far = (outcome.status == Status.CONVERGED) & ~(off <= _MOST_RELATIVE * (1 + outcome.x[:, :n].abs().amax(dim=-1)))
+    if not bool(far.any()):
+        return outcome
+    which = int(far.nonzero()[0])
+    words = {
+        Status.NOT_CONVERGED: (
+            f"is no solution: the solution found from it is {float(off[which]):.2g} away",
+            "solve further before you pass the answer, or call the layer with it as init",
+        )
+    }
+    status = torch.where(far, int(Status.NOT_CONVERGED), outcome.status)
+    return replace(outcome, status=status, words={**outcome.words, **words}, solver=GivenAnswer().name)

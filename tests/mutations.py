@@ -1214,6 +1214,14 @@ MUTATIONS = (
         " or (not step.makes and here(step))", "", (TAPES, "tests/test_replay.py"),
     ),
     Mutation(
+        "the reason why a call is not replayed lost", "layers/inspector.py",
+        "self._last = inspection.replays or inspection.reason", "pass", ("tests/test_replay_reasons.py",),
+    ),
+    Mutation(
+        "the operation that ended a recording not named", "replay/recorder.py",
+        "self._stopped = self._stopped or reason", "self._stopped = 'it cannot be recorded'", ("tests/test_replay_reasons.py",),
+    ),
+    Mutation(
         "replays relied on without a comparison", "replay/cache.py",
         "enumerate(map(_same, found, expected)) if not agreed", "enumerate(map(_same, found, expected)) if False", ("tests/test_replay.py", TAPES),
     ),

@@ -18,9 +18,10 @@ __all__ = ["VRBO"]
 
 
 class VRBO(StochasticMethod):
-    """One outer step along a recursive estimate, then T + 1 inner steps, during which both estimates follow by differences.
+    """One outer step along a recursive estimate, then T + 1 inner steps; both estimates follow by a difference after each of them.
 
-    Every ``period`` steps the estimates begin anew on a large batch. Each inner step costs 4 forward and 2Q + 6 reverse passes.
+    Every ``period`` steps the estimates begin anew on a large batch. Each of the T + 2 differences costs 4 forward and 2Q + 6 reverse
+    passes.
 
     Parameters
     ----------
@@ -111,10 +112,11 @@ class VRBO(StochasticMethod):
         before = self._here()
         norms = super()._apply(found, inner, outer)
         n = len(self._inner.tensors)
+        self._follow((inner.draw(), outer.draw()), before)
         for _ in range(self.inner_steps + 1):
-            self._follow((inner.draw(), outer.draw()), before)
             before = self._here()
             self._move_inner(clone(self._estimate[:n]))
+            self._follow((inner.draw(), outer.draw()), before)
         return norms
 
     def _follow(self, batches: tuple[Any, Any], before: Point | None) -> None:

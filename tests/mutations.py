@@ -143,6 +143,11 @@ MUTATIONS = (
         ("tests/stochastic/test_pseudo_code.py", "-k", "VRBO"),
     ),
     Mutation(
+        "stochastic: both sides of a difference draw their own random numbers", "layers/randomness.py",
+        "        self._set(self._before)", "        pass",
+        ("tests/stochastic/test_pseudo_code.py", "-k", "common"),
+    ),
+    Mutation(
         "stochastic: SABA forgets to subtract the remembered derivative", "stochastic/saba.py",
         "change = subtract(new, old)", "change = subtract(new, [0 * tensor for tensor in old])",
         ("tests/stochastic/test_engine.py", "-k", "saba_converges"),

@@ -14,6 +14,7 @@ import torch
 from torch.optim import Optimizer
 
 from bilevel.errors import ArgumentError, NonFiniteError
+from bilevel.layers.randomness import GeneratorStates
 from bilevel.problems.problem import BilevelProblem
 from bilevel.reports import Status
 from bilevel.stochastic._batches import BatchSource
@@ -204,6 +205,10 @@ class StochasticMethod(ABC):
         """Make ``count`` steps of the inner optimiser on G."""
         for _ in range(count):
             self._move_inner(self._oracle.inner_gradient(source.draw())[1])
+
+    def _random_numbers(self) -> GeneratorStates:
+        """Return the states of torch's generators, so that a later evaluation can draw the same numbers: ``.again()``."""
+        return GeneratorStates(self._inner.tensors[0].device)
 
     def _here(self) -> Point:
         """Return a copy of the variables as they are now."""

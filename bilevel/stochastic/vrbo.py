@@ -122,10 +122,12 @@ class VRBO(StochasticMethod):
     def _follow(self, batches: tuple[Any, Any], before: Point | None) -> None:
         """Bring the estimates from the point ``before`` to the variables as they are; None: begin anew."""
         rate = self._rate if self.neumann_rate is None else self.neumann_rate
+        drawn = self._random_numbers()
         now = neumann_directions(self._oracle, *batches, self.terms, rate)
         estimate = [*(now.inner or []), *now.outer]
         if before is not None:
-            old = neumann_directions(self._oracle, *batches, self.terms, rate, before)
+            with drawn.again():
+                old = neumann_directions(self._oracle, *batches, self.terms, rate, before)
             estimate = add(self._estimate, subtract(estimate, [*(old.inner or []), *old.outer]))
         self._estimate = []  # a step that is left out half way begins anew: the point has moved
         self._require_finite("recursive direction", estimate)

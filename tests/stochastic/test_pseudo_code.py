@@ -16,6 +16,7 @@ from tests.stochastic.problems import Quadratic
 
 INNER, OUTER = 0.15, 0.07  # the two learning rates
 STEPS = 9
+SLOW = partial(torch.optim.SGD, lr=INNER)
 Vector = torch.Tensor
 Rows = Iterator[torch.Tensor]
 
@@ -297,3 +298,33 @@ def test_iterates_are_those_of_the_pseudo_code(name: str) -> None:
         for what, found, wanted in zip(("inner", "outer"), (z, x), next(expected), strict=True):
             error = float((found.detach() - wanted).norm() / wanted.norm())
             assert math.isfinite(error) and error < 1e-12, f"{name}: {what} differs by {error:.1e} after step {step}"
+
+
+PAIRED = ("SRBA", "MRBO", "VRBO", "F2SA", "BOME", "PZOBO")
+
+
+@pytest.mark.parametrize("name", PAIRED)
+def test_differences_have_common_random_numbers(name: str) -> None:
+    """An objective that draws noise, as dropout does, is the objective whose noise is part of the minibatch."""
+    make, settings, _ = CASES[name]
+    p = Quadratic.random()
+
+    def run(drawn_inside: bool) -> tuple[Vector, Vector, Vector]:
+        torch.manual_seed(5)
+
+        def lower(z: Any, x: Any, noise: Any) -> Vector:
+            noise = torch.randn(3, dtype=torch.float64) if noise is None else noise
+            return p.inner_objective(z, x, p.all) * (1 + 0.1 * noise[0]) + z[:3] @ (x * noise)
+
+        def batches() -> Iterator[Any]:
+            while True:
+                yield None if drawn_inside else torch.randn(3, dtype=torch.float64)
+
+        z, x = torch.ones(5, dtype=torch.float64), torch.ones(3, dtype=torch.float64)
+        method = make((lower, lambda z, x, _: p.outer_objective(z, x, p.all)), z, x, inner_optimizer=SLOW, **settings)
+        for _ in range(STEPS):
+            method.step(batches(), None)
+        return z.detach(), x.detach(), torch.randn(1)
+
+    for found, wanted in zip(run(True), run(False), strict=True):
+        torch.testing.assert_close(found, wanted, rtol=1e-12, atol=0.0)

@@ -148,6 +148,16 @@ MUTATIONS = (
         ("tests/stochastic/test_pseudo_code.py", "-k", "common"),
     ),
     Mutation(
+        "stochastic: a smaller minibatch weighs as much as the others", "stochastic/_batches.py",
+        "weight=len(rows) * self.count / self.rows", "weight=1.0",
+        ("tests/stochastic/test_misuse.py", "-k", "different_sizes"),
+    ),
+    Mutation(
+        "stochastic: a state that cannot be loaded is loaded in half", "stochastic/_state.py",
+        "        _put_optimizers(method, before)\n        _put(method, before)\n", "",
+        ("tests/stochastic/test_misuse.py", "-k", "edited"),
+    ),
+    Mutation(
         "stochastic: SABA forgets to subtract the remembered derivative", "stochastic/saba.py",
         "change = subtract(new, old)", "change = subtract(new, [0 * tensor for tensor in old])",
         ("tests/stochastic/test_engine.py", "-k", "saba_converges"),

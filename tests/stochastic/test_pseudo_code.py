@@ -124,9 +124,7 @@ def amigo(p: Sums, z: Vector, x: Vector, i: Rows, j: Rows) -> Iterator[tuple[Vec
         yield z, x
 
 
-def implicit(
-    p: Sums, z: Vector, x: Vector, i: Rows, j: Rows, exact: bool = False
-) -> Iterator[tuple[Vector, Vector]]:
+def implicit(p: Sums, z: Vector, x: Vector, i: Rows, j: Rows, exact: bool = False) -> Iterator[tuple[Vector, Vector]]:
     q = torch.zeros_like(z)
     while True:
         for _ in range(3):

@@ -163,6 +163,11 @@ MUTATIONS = (
         ("tests/cleaning/test_command.py", "-k", "any_depth"),
     ),
     Mutation(
+        "argmin: a search by tiny steps does not end", "solvers/_tiny_steps.py",
+        "stuck = self._count >= _MOST", "stuck = self._count < 0",
+        ("tests/test_levels.py", "-k", "inexact"),
+    ),
+    Mutation(
         "stochastic: SABA forgets to subtract the remembered derivative", "stochastic/saba.py",
         "change = subtract(new, old)", "change = subtract(new, [0 * tensor for tensor in old])",
         ("tests/stochastic/test_engine.py", "-k", "saba_converges"),

@@ -21,15 +21,7 @@ from bilevel.layers.randomness import GeneratorStates, draws
 from bilevel.policy import OnFailure, handle_misuse
 from bilevel.pytree import moves
 
-__all__ = [
-    "CheckedObjective",
-    "SideEffectCheck",
-    "check_captures",
-    "check_connection",
-    "check_dependence",
-    "disconnected",
-    "no_dependence",
-]
+__all__ = ["CheckedObjective", "SideEffectCheck", "check_captures", "check_connection", "check_dependence", "disconnected", "no_dependence", "refuse_inference_mode"]
 
 
 class SideEffectCheck:
@@ -186,3 +178,12 @@ def disconnected(
             slopes = torch.autograd.grad(made.sum(), chosen, allow_unused=True)
             reached = [seen or slope is not None for seen, slope in zip(reached, slopes, strict=True)]
     return [number for number, (seen, asked) in enumerate(zip(reached, among, strict=True)) if asked and not seen]
+
+
+def refuse_inference_mode(where: str) -> None:
+    """Raise :class:`ArgumentError` in ``torch.inference_mode``."""
+    if torch.is_inference_mode_enabled():
+        raise ArgumentError(
+            f"{where}: expected to be called outside torch.inference_mode, in which torch records no derivatives; leave the with block or "
+            "the decorator out, or take torch.no_grad"
+        )

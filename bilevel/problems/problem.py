@@ -39,6 +39,7 @@ from bilevel.problems.checks import (
     check_dependence,
     disconnected,
     no_dependence,
+    refuse_inference_mode,
 )
 from bilevel.problems.hypergradient import Hypergradient, HypergradientReport, assemble
 from bilevel.problems.outer_loss import outer_losses
@@ -418,6 +419,7 @@ class BilevelProblem(torch.nn.Module, ABC):
             )
         settings = self._settings_of(outer, data)
         self._refuse_goal(settings.tolerance)
+        refuse_inference_mode(f"{self.where}.hypergradient")
         if at is not None:
             settings, init = self._settings_at(settings), pytree.tree_map(_cut, at)
         if settings.tolerance.has_goal:

@@ -13,7 +13,7 @@ from bilevel.errors import ArgumentError
 from bilevel.stochastic._batches import BatchSource, batch_parts
 from bilevel.stochastic._variables import Variables
 
-__all__ = ["cause_of_nonfinite", "check_objective", "refuse_inference_mode"]
+__all__ = ["cause_of_nonfinite", "check_objective"]
 
 
 def cause_of_nonfinite(variables: tuple[Variables, ...], sources: tuple[BatchSource, ...]) -> str | None:
@@ -51,12 +51,3 @@ def check_objective(where: str, name: str, function: Callable[..., Any]) -> None
         ) from None
     except ValueError:  # a function without a signature
         return
-
-
-def refuse_inference_mode(where: str) -> None:
-    """Raise :class:`ArgumentError` in ``torch.inference_mode``."""
-    if torch.is_inference_mode_enabled():
-        raise ArgumentError(
-            f"{where}: expected to be called outside torch.inference_mode, in which torch records no derivatives; leave the with block or "
-            "the decorator out, or take torch.no_grad"
-        )

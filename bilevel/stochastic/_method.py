@@ -15,10 +15,11 @@ from torch.optim import Optimizer
 
 from bilevel.errors import ArgumentError, NonFiniteError
 from bilevel.layers.randomness import GeneratorStates
+from bilevel.problems.checks import refuse_inference_mode
 from bilevel.problems.problem import BilevelProblem
 from bilevel.reports import Status
 from bilevel.stochastic._batches import BatchSource
-from bilevel.stochastic._diagnosis import cause_of_nonfinite, check_objective, refuse_inference_mode
+from bilevel.stochastic._diagnosis import cause_of_nonfinite, check_objective
 from bilevel.stochastic._lists import Tensors, clone, norm
 from bilevel.stochastic._optimizers import OptimizerLike, learning_rate, made_optimizer
 from bilevel.stochastic._options import StepOptions, StepResult

@@ -6,6 +6,7 @@ import io
 import itertools
 import math
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch

@@ -66,8 +66,10 @@ class Microbatches:
     weights
         The share of each part in the mean, which add up to 1; None: equal shares. Objectives are means over examples, so parts of
         different sizes need their shares.
-    index, weight
-        Of the whole minibatch, as in :class:`Batch`.
+    index
+        The number of the whole minibatch, as in :class:`Batch`: an int, or an int64 tensor.
+    weight
+        A factor of the losses of the whole minibatch, as in :class:`Batch`.
 
     Raises
     ------

@@ -121,7 +121,7 @@ def same_layout(optimizer: Optimizer, tensors: Tensors, mirror: Tensors) -> Opti
     ]
     rate = {"lr": learning_rate(optimizer)} if "lr" in optimizer.param_groups[0] else {}
     try:
-        return type(optimizer)(groups, **rate)  # type: ignore[call-arg]
+        return type(optimizer)(groups, **rate)
     except (TypeError, ValueError) as error:
         raise ArgumentError(
             f"{type(optimizer).__name__}: expected the inner optimiser to be made from its groups alone, as a second one is needed, and it "

@@ -7,7 +7,7 @@ from typing import Any, NoReturn
 
 from bilevel.errors import ArgumentError
 
-__all__ = ["FrozenOptions", "check_number", "check_steps"]
+__all__ = ["FrozenOptions", "check_number", "check_seed", "check_steps"]
 
 
 class FrozenOptions(dict[str, Any]):
@@ -31,6 +31,13 @@ def check_steps(where: str, name: str, steps: int | None, *, least: int = 1, opt
         raise ArgumentError(
             f"{where}: expected {name} to be an integer of at least {least}, got {steps!r}; write for example {name}={max(least, 10)}{also}"
         )
+
+
+def check_seed(where: str, seed: int) -> None:
+    """Raise :class:`ArgumentError` unless ``seed`` is an integer that a ``torch.Generator`` takes."""
+    fits = isinstance(seed, int) and not isinstance(seed, bool)
+    if not fits or not -(2**63) <= seed < 2**64:
+        raise ArgumentError(f"{where}: expected seed to be an integer of at most 64 bits, got {seed!r}; pass one")
 
 
 def check_number(

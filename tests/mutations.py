@@ -167,6 +167,36 @@ MUTATIONS = (
         "self._uses >= self.refresh or ", "", ("tests/linear/test_kronecker.py", "-k", "kept_makes"),
     ),
     Mutation(
+        "stochastic: VRBO's estimates do not follow the last inner step", "stochastic/vrbo.py",
+        "            self._follow((inner.draw(), outer.draw()), before)", "            pass",
+        ("tests/stochastic/test_pseudo_code.py", "-k", "VRBO"),
+    ),
+    Mutation(
+        "stochastic: both sides of a difference draw their own random numbers", "layers/randomness.py",
+        "        self._set(self._before)", "        pass",
+        ("tests/stochastic/test_pseudo_code.py", "-k", "common"),
+    ),
+    Mutation(
+        "stochastic: a smaller minibatch weighs as much as the others", "stochastic/_batches.py",
+        "weight=len(rows) * self.count / self.rows", "weight=1.0",
+        ("tests/stochastic/test_misuse.py", "-k", "different_sizes"),
+    ),
+    Mutation(
+        "stochastic: a state that cannot be loaded is loaded in half", "stochastic/_state.py",
+        "        _put_optimizers(method, before)\n        _put(method, before)\n", "",
+        ("tests/stochastic/test_misuse.py", "-k", "edited"),
+    ),
+    Mutation(
+        "clean: grey images of 16 bits are cut off", "cli/pictures.py",
+        "    if sixteen:", "    if False:",
+        ("tests/cleaning/test_command.py", "-k", "any_depth"),
+    ),
+    Mutation(
+        "argmin: a search by tiny steps does not end", "solvers/_tiny_steps.py",
+        "stuck = self._count >= _MOST", "stuck = self._count < 0",
+        ("tests/test_levels.py", "-k", "inexact"),
+    ),
+    Mutation(
         "stochastic: SABA forgets to subtract the remembered derivative", "stochastic/saba.py",
         "change = subtract(new, old)", "change = subtract(new, [0 * tensor for tensor in old])",
         ("tests/stochastic/test_engine.py", "-k", "saba_converges"),

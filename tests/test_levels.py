@@ -74,3 +74,29 @@ def test_minimize_finds_the_stationary_point() -> None:
     )  # fmt: skip
     assert result.status is bilevel.OuterStatus.CONVERGED
     assert float(result.outer) == pytest.approx((3 + 5**0.5) / 2, abs=3e-6)  # x² − 3x + 1 = 0
+
+
+@pytest.mark.parametrize("solver", [None, bilevel.LBFGS()])
+def test_a_level_above_an_inexact_one_ends_and_says_why(solver) -> None:
+    """The lower level's error makes the middle objective jump, and steps between two jumps lead nowhere."""
+    calls = 0
+
+    def lower(y, x):
+        return (0.5 * (y - x) ** 2 + 0.1 * y**4 + 0.1 * (1 + y.exp()).log()).sum()
+
+    def made(tolerance):
+        layer = bilevel.argmin(lower, tolerance=tolerance)
+
+        def upper(x):
+            nonlocal calls
+            calls += 1
+            matrix = torch.tensor([[1.09, -0.2], [-1.54, 0.4]], dtype=torch.float64)
+            return 0.5 * ((layer(torch.zeros_like(x), matrix @ x) - 1) ** 2).sum() + 0.05 * (x**2).sum()
+
+        return bilevel.argmin(upper, solver=solver)
+
+    start = torch.zeros(2, dtype=torch.float64)
+    with pytest.raises(bilevel.SolveError, match="needs a smaller error than this one: leave its tolerance"):
+        made(bilevel.Tolerance(delta=0.1))(start)
+    assert calls < 2000
+    assert bool(made(None).solve(start).report.success.all())  # the remedy

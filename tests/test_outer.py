@@ -6,6 +6,7 @@ import io
 import itertools
 import math
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -490,3 +491,18 @@ def test_another_optimizers_state_is_refused() -> None:
         bilevel.minimize(
             problem(), outer(), DATA, init=DATA, resume=state, optimizer=lambda p: torch.optim.Adam(p, lr=0.1)
         )
+
+
+@pytest.mark.parametrize("tolerance", [float("nan"), -1.0, "small"])
+def test_a_gradient_tolerance_that_is_no_number_is_refused(tolerance: Any) -> None:
+    class Problem(bilevel.BilevelProblem):
+        def inner_objective(self, inner, outer, data):
+            return ((inner - outer) ** 2).sum()
+
+        def outer_objective(self, inner, outer, data):
+            return (inner**2).sum()
+
+    with pytest.raises(bilevel.ArgumentError, match="gradient_tolerance to be a number"):
+        bilevel.minimize(Problem(), torch.ones(2), None, init=torch.zeros(2), gradient_tolerance=tolerance)
+    with torch.inference_mode(), pytest.raises(bilevel.ArgumentError, match=r"outside torch.inference_mode"):
+        Problem().hypergradient(torch.ones(2), None, init=torch.zeros(2))

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from bilevel.cli.pictures import eight_bits
 from bilevel.cli.table import DataError, read_table, split_target
 
 __all__ = ["DIGITS", "IMAGE_SIZE", "DataError", "LabelledData", "load", "numbered_like"]
@@ -204,21 +205,43 @@ def _images(files: Sequence[Path], size: int) -> torch.Tensor:
     """Return the images (n, channels, size, size) in [0, 1]: one channel if all are grey, else three."""
     from PIL import Image, UnidentifiedImageError
 
-    pictures = []
+    _check_memory(len(files), size)
+    pictures, unreadable = [], []
     for file in files:
         try:
             with Image.open(file) as image:
-                grey = image.mode in ("1", "L", "LA", "I", "I;16", "F")
-                resized = image.convert("L" if grey else "RGB").resize((size, size), Image.Resampling.LANCZOS)
+                resized = eight_bits(image, str(file)).resize((size, size), Image.Resampling.LANCZOS)
+        except DataError:
+            raise
         except (UnidentifiedImageError, OSError, SyntaxError, Image.DecompressionBombError):
-            raise DataError(f"{file} is not an image that can be read; repair or remove it") from None
+            unreadable.append(file)
+            continue
         pictures.append(np.asarray(resized, dtype=np.float32) / 255)
+    if unreadable:
+        others = f", and neither are {len(unreadable) - 1} others" if len(unreadable) > 1 else ""
+        raise DataError(
+            f"{unreadable[0]} is not an image that can be read{others}; repair or remove {'them' if others else 'it'}"
+        )
     colour = any(picture.ndim == 3 for picture in pictures)
     stacked = [
         np.repeat(picture[None], 3 if colour else 1, axis=0) if picture.ndim == 2 else picture.transpose(2, 0, 1)
         for picture in pictures
     ]
     return torch.from_numpy(np.ascontiguousarray(np.stack(stacked)))
+
+
+def _check_memory(files: int, size: int) -> None:
+    """Raise :class:`DataError` if the images need more than the memory of the machine; the process would be killed."""
+    names = getattr(os, "sysconf_names", {})
+    if not {"SC_PAGE_SIZE", "SC_PHYS_PAGES"} <= set(names):
+        return
+    available = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    needed = files * 3 * size**2 * 4 * 2  # three channels in float32, and a copy
+    if needed > available:
+        raise DataError(
+            f"{files} images of {size} x {size} pixels need {needed / 1e9:.0f} GB, more than this machine's {available / 1e9:.0f} GB; lower "
+            "--image-size"
+        )
 
 
 def _numbered(labels: Sequence[str], where: str) -> tuple[torch.Tensor, tuple[str, ...]]:

@@ -24,7 +24,18 @@ from numpy.typing import NDArray
 
 import bilevel
 
-__all__ = ["MISSING", "MOST_CLASSES", "DataError", "Row", "Table", "listed", "parse", "read_table", "split_target"]
+__all__ = [
+    "MISSING",
+    "MOST_CLASSES",
+    "DataError",
+    "Row",
+    "Table",
+    "counted",
+    "listed",
+    "parse",
+    "read_table",
+    "split_target",
+]
 
 
 MOST_CLASSES = 20
@@ -40,6 +51,10 @@ _GZIP = b"\x1f\x8b"  # what every such file begins with
 
 class DataError(bilevel.BilevelError, ValueError):
     """A data set cannot be used as it is; the message says why, and what to do."""
+
+
+class _MissingError(Exception):
+    """A cell is empty or says that there is no value; the argument says which."""
 
 
 @dataclass(frozen=True)
@@ -69,18 +84,18 @@ class Table:
     rows: list[Row]
 
     def cell(self, row: Row, at: int) -> str:
-        """Return the text in column number ``at`` of ``row``, or raise :class:`DataError` if there is none."""
+        """Return the text in column number ``at`` of ``row``, or raise if there is none."""
         cell = row.cells[at].strip()
         if not cell:
-            raise DataError(f"{self._place(row, at)} is empty; fill in missing values or remove such rows")
+            raise _MissingError(f"{self._place(row, at)} is empty")
         return cell
 
     def number(self, row: Row, at: int) -> float:
-        """Return the number in column number ``at`` of ``row``, or raise :class:`DataError` if there is none."""
+        """Return the number in column number ``at`` of ``row``, or raise if there is none."""
         cell = self.cell(row, at)
         number = parse(cell)
         if cell.lower() in MISSING or (number is not None and not math.isfinite(number)):
-            raise DataError(f"{self._place(row, at)} holds {cell!r}; fill in missing values or remove such rows")
+            raise _MissingError(f"{self._place(row, at)} holds {cell!r}")
         if number is None:
             raise DataError(
                 f"{self._place(row, at)} holds {cell!r}, which is not a number; "
@@ -91,6 +106,11 @@ class Table:
                 )
             )
         return number
+
+    def missing(self, columns: Sequence[int]) -> tuple[int, int]:
+        """Return how many cells of ``columns`` are empty or hold no finite value, and how many rows have one."""
+        counts = [sum(_is_missing(row.cells[at]) for at in columns) for row in self.rows]
+        return sum(counts), sum(map(bool, counts))
 
     def _place(self, row: Row, at: int) -> str:
         return f"{self.path}: line {row.line}: column {self.header[at]!r}"
@@ -120,14 +140,21 @@ def read_table(path: Path) -> Table:
     while len(lines[0].cells) > 1 and not any("".join(row.cells[len(lines[0].cells) - 1 :]).strip() for row in lines):
         lines = [Row(row.line, row.cells[: len(lines[0].cells) - 1]) for row in lines]
     header = [cell.strip() for cell in lines[0].cells]
-    _check_header(path, header)
     rows = lines[1:]
+    if len(header) == 1 and rows and len(rows[0].cells) > 2:
+        raise DataError(
+            f"{path}: line {lines[0].line} is {header[0]!r} and the next has {len(rows[0].cells)} columns; remove lines above that with the "
+            "columns' names"
+        )
+    _check_header(path, header)
     if not rows:
         raise DataError(f"{path} has a header and no rows; rows of numbers are needed")
     for row in rows:
         if len(row.cells) != len(header):
             remedy = "quote cells that hold commas"
-            if len(row.cells) > len(header) and not any(cell.strip() for cell in row.cells[len(header) :]):
+            if len(row.cells) < len(header):
+                remedy = "fill in the cells that are missing, and close every quotation mark"
+            elif not any(cell.strip() for cell in row.cells[len(header) :]):
                 remedy = "remove the commas at the ends of lines"
             raise DataError(
                 f"{path}: line {row.line}: expected {len(header)} columns as in the header, got {len(row.cells)}; {remedy}"
@@ -183,8 +210,13 @@ def split_target(
             f"{path}: there is no column besides the target {target!r}{besides}; at least one feature is needed"
         )
     features = tuple(header[j] for j in used)
-    inputs = np.array([[table.number(row, j) for j in used] for row in table.rows], dtype=np.float64)
-    cells = [table.cell(row, header.index(target)) for row in table.rows]
+    try:
+        inputs = np.array([[table.number(row, j) for j in used] for row in table.rows], dtype=np.float64)
+        cells = [table.cell(row, header.index(target)) for row in table.rows]
+    except _MissingError as error:
+        missing, rows = table.missing([*used, header.index(target)])
+        others = f" ({missing} cells in {counted(rows)} have no value)" if missing > 1 else ""
+        raise DataError(f"{error}{others}; fill in missing values or remove such rows") from None
     _check_labels(table, target, cells)
     return features, inputs, cells
 
@@ -215,8 +247,12 @@ def _text(path: Path) -> str:
             content = gzip.decompress(content)
         except (OSError, EOFError, zlib.error):
             raise DataError(f"{path} is a gzip file that is damaged or cut short; fetch or pack it again") from None
-    if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-        raise DataError(f"{path} is text in UTF-16; save it as a CSV file in UTF-8")
+    for name, marks in (
+        ("UTF-32", (codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE)),  # whose first mark begins like that of UTF-16
+        ("UTF-16", (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)),
+    ):
+        if content.startswith(marks):
+            raise DataError(f"{path} is text in {name}; save it as a CSV file in UTF-8")
     if b"\0" in content:
         raise DataError(f"{path} is not text; expected a CSV file in UTF-8, plain or packed by gzip: export it as one")
     try:
@@ -281,6 +317,17 @@ def parse(cell: str) -> float | None:
         return None if "_" in cell else float(cell)
     except ValueError:
         return None
+
+
+def counted(rows: int) -> str:
+    """Return "1 row", "2 rows" and so on."""
+    return f"{rows} row" if rows == 1 else f"{rows} rows"
+
+
+def _is_missing(cell: str) -> bool:
+    cell = cell.strip()
+    number = parse(cell)
+    return not cell or cell.lower() in MISSING or (number is not None and not math.isfinite(number))
 
 
 def listed(names: Sequence[str], most: int = 12) -> str:

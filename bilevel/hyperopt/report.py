@@ -61,6 +61,7 @@ def remarks(outcome: Outcome) -> list[str]:
     lines += [f"Stopped ({stage}): {reason}." for stage, reason in outcome.stopped.items()]
     lines.append(f"The run took {outcome.seconds:.1f} seconds in all, fits for the table and error bounds included.")
     lines += _evidence(outcome)
+    lines += _beaten(outcome)
     lines += [f"Note: {note}" for note in outcome.notes]
     return lines
 
@@ -97,6 +98,24 @@ def _evidence(outcome: Outcome) -> list[str]:
     if tuned.test_loss > shared.test_loss:
         told.append("The test loss is higher than with one shared strength: the strengths per feature overfit.")
     return told
+
+
+def _beaten(outcome: Outcome) -> list[str]:
+    """Say so where a choice without tuning does better on the test rows, in the digits that the table shows."""
+    rows = {row.name: row for row in outcome.rows}
+    tuned = rows.get("tuned, per feature", rows["tuned, shared"])
+    better = [rows[name] for name in ("untuned", "best of grid") if _shown(rows[name]) < _shown(tuned)]
+    if not better:
+        return []
+    losses = " and ".join(f"{row.name!r} ({row.test_loss:.5f})" for row in better)
+    return [
+        f"On the {outcome.splits.test.size} test rows {tuned.name!r} has a higher loss ({tuned.test_loss:.5f}) than {losses}: tuning looks at "
+        "the CV loss alone. Other values of --seed tell whether that is chance."
+    ]
+
+
+def _shown(row: Row) -> float:
+    return round(row.test_loss, 5)
 
 
 def as_json(outcome: Outcome) -> dict[str, Any]:

@@ -17,6 +17,7 @@ import torch
 from numpy.typing import NDArray
 
 import bilevel
+from bilevel.cli.table import counted
 from bilevel.hyperopt.data import DataError, Dataset, Task
 from bilevel.hyperopt.linear_models import LinearModel, Logistic, Ridge, Softmax, WeightedData
 
@@ -158,15 +159,26 @@ def _check_settings(folds: int, test_size: float, watch_size: float, seed: int) 
 
 def _check_rows(dataset: Dataset, folds: int) -> None:
     if folds > dataset.rows:
-        raise DataError(f"{dataset.name} has {dataset.rows} rows, too few for {folds} folds; lower --folds")
+        raise DataError(
+            f"{dataset.name} has {counted(dataset.rows)}, too few for {folds} folds; {_fewer_folds(dataset.rows, 'use more rows')}"
+        )
     if dataset.task is not Task.REGRESSION:
         counts = np.bincount(dataset.targets.astype(np.int64))
         rarest = int(counts.argmin())
-        if counts[rarest] < folds:
+        if counts[rarest] < max(folds, _FEWEST):
             raise DataError(
-                f"{dataset.name}: the class {dataset.classes[rarest]!r} has {counts[rarest]} rows, too few for {folds} folds; "
-                f"lower --folds, or leave the class out{_if_numbers(dataset)}"
+                f"{dataset.name}: the class {dataset.classes[rarest]!r} has {counted(counts[rarest])}, too few for {folds} folds; "
+                f"{_fewer_folds(int(counts[rarest]), 'leave the class out')}{_if_numbers(dataset)}"
             )
+
+
+def _fewer_folds(rows: int, otherwise: str) -> str:
+    """Return the remedy for too few rows. Of the rows some are held out, and each fold needs one: few are too few for any folds."""
+    return f"lower --folds, or {otherwise}" if rows >= _FEWEST else otherwise
+
+
+_FEWEST = 3
+"""Rows of a class of which one is tested on and two remain for the folds."""
 
 
 def _if_numbers(dataset: Dataset) -> str:
@@ -183,7 +195,7 @@ def _if_numbers(dataset: Dataset) -> str:
 def _check_folds(dataset: Dataset, inside: Rows, classes: NDArray[np.int64] | None, folds: int) -> None:
     if inside.size < folds:
         raise DataError(
-            f"{dataset.name}: {inside.size} of {dataset.rows} rows remain for {folds} folds; lower --folds "
+            f"{dataset.name}: {inside.size} of {counted(dataset.rows)} remain for {folds} folds; lower --folds "
             "or --test-size"
         )
     if classes is not None:
@@ -191,7 +203,7 @@ def _check_folds(dataset: Dataset, inside: Rows, classes: NDArray[np.int64] | No
         rarest = int(counts.argmin())
         if counts[rarest] < folds:
             raise DataError(
-                f"{dataset.name}: the class {dataset.classes[rarest]!r} has {counts[rarest]} rows left for {folds} folds; "
+                f"{dataset.name}: the class {dataset.classes[rarest]!r} has {counted(counts[rarest])} left for {folds} folds; "
                 f"lower --folds or --test-size, or leave the class out{_if_numbers(dataset)}"
             )
 

@@ -6,7 +6,8 @@ may have drawn, for example one that loads data. The function is then called onc
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -25,6 +26,27 @@ class GeneratorStates:
     def changed(self) -> bool:
         """Return whether any thread has drawn random numbers since."""
         return not all(map(torch.equal, self._before, self._states()))
+
+    @contextmanager
+    def again(self) -> Iterator[None]:
+        """Let the ``with`` block draw the random numbers that have been drawn since; the generators then go on from where they are now.
+
+        Two evaluations with common random numbers: dropout's noise cancels in their difference. If nothing was drawn, nothing is done.
+        """
+        if not self.changed():
+            yield
+            return
+        after = self._states()
+        self._set(self._before)
+        try:
+            yield
+        finally:
+            self._set(after)
+
+    def _set(self, states: list[torch.Tensor]) -> None:
+        torch.default_generator.set_state(states[0])
+        if self._device.type == "cuda":
+            torch.cuda.set_rng_state(states[1], self._device)
 
     def _states(self) -> list[torch.Tensor]:
         states = [torch.default_generator.get_state()]

@@ -223,6 +223,12 @@ class IMAML(bilevel.BilevelProblem):
 
     def predict(self, adapted: Mapping[str, torch.Tensor], x: Any) -> Any:
         """Return the model's outputs (T, examples, ...) for ``x`` with each task's ``adapted`` parameters."""
+        expected = sorted(self.outer["parameters"])
+        if not isinstance(adapted, Mapping) or sorted(adapted) != expected:
+            got = sorted(adapted) if isinstance(adapted, Mapping) else type(adapted).__name__
+            raise bilevel.ArgumentError(
+                f"{self.where}.predict: expected adapted to hold the parameters {expected}, got {got}; pass what adapt(...) returned"
+            )
         fixed = self._fixed()
         return vmap(lambda parameters, x: self._call(parameters, fixed, x))(dict(adapted), x)
 

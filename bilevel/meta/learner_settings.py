@@ -34,7 +34,10 @@ def register_lam(learner: nn.Module, parameters: Mapping[str, torch.Tensor], lam
     like = next(iter(parameters.values()))
     keys = {}
     for name, value in given.items():
-        number = torch.as_tensor(value, dtype=like.dtype, device=like.device).detach()
+        try:
+            number = torch.as_tensor(value, dtype=like.dtype, device=like.device).detach()
+        except (TypeError, ValueError):
+            number = like.new_tensor(float("nan"))  # what is no number is refused as one
         shape = parameters[name].shape if name != SHARED else torch.Size()
         fits = number.ndim == 0 or (name != SHARED and number.shape == shape)
         if not fits or not bool(((number > 0) & torch.isfinite(number)).all()):

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 import bilevel
+from bilevel.cli.pictures import eight_bits
 from bilevel.meta.images import LabelledImages
 
 __all__ = ["download_omniglot", "load_omniglot"]
@@ -128,7 +129,8 @@ def _read(source: Path, size: int) -> LabelledImages:
             names.append(f"{alphabet}/{character}")
         try:
             with Image.open(io.BytesIO(content)) as image:
-                grey = image.convert("L").resize((size, size), Image.Resampling.LANCZOS)
+                grey = eight_bits(image, f"load_omniglot: {source}: {name}").convert("L")
+                grey = grey.resize((size, size), Image.Resampling.LANCZOS)
         except (UnidentifiedImageError, OSError) as error:
             raise bilevel.ArgumentError(
                 f"load_omniglot: {source}: {name} is not an image that can be read; replace the file, or delete it"

@@ -16,7 +16,7 @@ from bilevel.outer.methods import HOAG, OuterMethod, TorchOuter
 from bilevel.outer.result import OuterResult
 from bilevel.outer.run import OuterRun, Policy, follow
 from bilevel.problems.problem import BilevelProblem
-from bilevel.setting_checks import check_steps
+from bilevel.setting_checks import check_number, check_steps
 
 __all__ = ["OuterRun", "minimize"]
 
@@ -104,6 +104,7 @@ def minimize(
     (0.25, 'CONVERGED')
     """
     check_steps("minimize", "max_steps", max_steps, least=0)
+    check_number("minimize", "gradient_tolerance", gradient_tolerance, closed=True)
     if on_failure not in ("raise", "stop"):
         raise ArgumentError(
             f"minimize: expected on_failure to be 'raise' or 'stop', got {on_failure!r}; 'stop' ends the run with a status"

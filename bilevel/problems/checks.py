@@ -33,6 +33,7 @@ __all__ = [
     "check_outer",
     "disconnected",
     "no_dependence",
+    "refuse_inference_mode",
 ]
 
 
@@ -219,3 +220,12 @@ def disconnected(
             slopes = torch.autograd.grad(made.sum(), chosen, allow_unused=True)
             reached = [seen or slope is not None for seen, slope in zip(reached, slopes, strict=True)]
     return [number for number, (seen, asked) in enumerate(zip(reached, among, strict=True)) if asked and not seen]
+
+
+def refuse_inference_mode(where: str) -> None:
+    """Raise :class:`ArgumentError` in ``torch.inference_mode``."""
+    if torch.is_inference_mode_enabled():
+        raise ArgumentError(
+            f"{where}: expected to be called outside torch.inference_mode, in which torch records no derivatives; leave the with block or "
+            "the decorator out, or take torch.no_grad"
+        )

@@ -27,7 +27,13 @@ from bilevel.policy import OnFailure
 from bilevel.problems.adaptive.direct import full_accuracy_is_cheap
 from bilevel.problems.adaptive.driver import attach_gradient, needs_gradient
 from bilevel.problems.batching import BatchSpec
-from bilevel.problems.checks import check_connection, check_dependence, check_goal, check_outer
+from bilevel.problems.checks import (
+    check_connection,
+    check_dependence,
+    check_goal,
+    check_outer,
+    refuse_inference_mode,
+)
 from bilevel.problems.definition import Definition, detached
 from bilevel.problems.hypergradient import HypergradientCall
 from bilevel.problems.result import Hypergradient
@@ -400,6 +406,7 @@ class BilevelProblem(torch.nn.Module, ABC):
         self._numbering.checked_count(data)
         settings = self._settings_of(outer, data)
         self._check_goal(settings.tolerance)
+        refuse_inference_mode(f"{self.where}.hypergradient")
         if at is not None:
             settings, init = self._settings_at(settings), detached(at)
         if settings.tolerance.has_goal:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
@@ -12,6 +13,7 @@ from bilevel.reports import Status
 from bilevel.setting_checks import check_steps
 from bilevel.solvers._base import Goal, InnerSolution, InnerSolver, iterate
 from bilevel.solvers._line_search import line_search
+from bilevel.solvers._tiny_steps import TinySteps
 
 __all__ = ["LBFGS"]
 
@@ -76,6 +78,8 @@ class LBFGS(InnerSolver):
         threshold = goal.threshold
         eps = torch.finfo(init.dtype).eps
 
+        tiny = TinySteps()
+
         def step(state: _State, active: torch.Tensor) -> tuple[_State, torch.Tensor | None]:
             d, slope = memory.direction(state.residual, active)
             cold, first = ~memory.warm, torch.ones_like(slope)
@@ -96,6 +100,8 @@ class LBFGS(InnerSolver):
                     torch.full_like(failed, int(Status.RUNNING), dtype=torch.int64) if verdict is None else verdict
                 )
                 verdict = torch.where(state.endless, int(Status.DIVERGED), verdict)
+            share = partial(_share, x, state.x, d, first)
+            verdict = tiny.end(share, active, verdict)
             memory.store(x - state.x, gradient - state.residual, active & ~failed)
             memory.forget(failed)
             weight = 1 + _DECAY * state.weight
@@ -189,6 +195,11 @@ def _where(these: torch.Tensor, pair: tuple[torch.Tensor, torch.Tensor]) -> tupl
     """Return the vectors of ``these`` problems (batch,), and zero for the others."""
     zero, keep = torch.zeros_like(pair[0]), these.unsqueeze(-1)
     return torch.where(keep, pair[0], zero), torch.where(keep, pair[1], zero)
+
+
+def _share(x: torch.Tensor, last: torch.Tensor, d: torch.Tensor, first: torch.Tensor) -> torch.Tensor:
+    """Return the length of a step (batch,) as a share of the first one tried."""
+    return (x - last).norm(dim=-1) / (first * d.norm(dim=-1))
 
 
 def _first_step(state: _State) -> torch.Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 
@@ -19,6 +20,7 @@ from bilevel.solvers._newton_directions import dense_descent, dense_root, descen
 from bilevel.solvers._newton_error import error_left, is_slow, root_error_left
 from bilevel.solvers._newton_search import search, search_again
 from bilevel.solvers._newton_state import Direction, NewtonState
+from bilevel.solvers._tiny_steps import TinySteps
 from bilevel.solvers._truncated_cg import truncated_cg
 
 __all__ = ["Newton"]
@@ -111,6 +113,8 @@ class Newton(InnerSolver):
             definite=torch.ones_like(threshold, dtype=torch.bool),
         )
 
+        tiny = TinySteps()
+
         def step(state: NewtonState, active: torch.Tensor) -> tuple[NewtonState, torch.Tensor | None]:
             operator = (first if state is start else linearize(state.x)).operator
             if dense:
@@ -120,6 +124,8 @@ class Newton(InnerSolver):
             found, verdict = search(problem, operator, state, direction, threshold, active)
             if dense and verdict is not None and not problem.minimizes:
                 return search_again(problem, operator, state, direction, threshold, active, found, verdict)
+            if problem.minimizes and found.t is not None:
+                verdict = tiny.end(partial(_length_of, found), active, verdict)
             return found, verdict
 
         solution, state = iterate(start, step, goal, self.max_steps or _MAX_STEPS, descends=True)
@@ -173,6 +179,11 @@ class Newton(InnerSolver):
         if not problem.minimizes:
             return Direction(d, -torch.ones_like(norm), definite)
         return descending(d, state.residual, definite)
+
+
+def _length_of(state: NewtonState) -> torch.Tensor:
+    assert state.t is not None
+    return state.t
 
 
 def _has_negative_eigenvalue(operator: LinearOperator, doubtful: torch.Tensor) -> torch.Tensor:

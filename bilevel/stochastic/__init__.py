@@ -16,7 +16,7 @@ method                 outer direction                                          
 :class:`TTSA`          one inner step, one random Neumann term                               3, p + 4
 :class:`ALSET`         T inner steps, one random Neumann term                                T + 2, T + p + 3
 :class:`MRBO`          Neumann series with recursive momentum                                4, 2Q + 6
-:class:`VRBO`          Neumann series with SPIDER's recursion in a double loop               (T + 1)·4, (T + 1)(2Q + 6)
+:class:`VRBO`          Neumann series with SPIDER's recursion in a double loop               (T + 2)·4, (T + 2)(2Q + 6)
 :class:`F2SA`          penalty λ, first order; bias O(1/λ)                                   3T + 3, 3T + 3
 :class:`BOME`          value-function gap with a dynamic barrier, first order                T + 2, T + 2
 :class:`PZOBO`         differences of Q trajectories, first order                            (1 + Q)T + 1, (1 + Q)T + 1

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from numbers import Integral
 from typing import Any
 
 import torch
 from torch.utils import _pytree as pytree
 
 from bilevel.errors import ArgumentError, ShapeError
+from bilevel.setting_checks import check_number, check_seed, check_steps
 
-__all__ = ["Batch", "BatchSource", "Microbatches", "Minibatches", "batch_key", "batch_parts"]
+__all__ = ["Batch", "BatchSource", "Microbatches", "Minibatches", "batch_key", "batch_parts", "batch_size"]
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -25,6 +28,14 @@ class Batch:
         The pytree that the objectives receive.
     index
         The number of the minibatch in a fixed partition of the data set: an int, or an int64 tensor with the rows of its samples.
+    weight
+        A factor of the losses: the number of its examples over the mean number in a minibatch. The mean of all minibatches is then the
+        mean of all examples, also where their sizes differ.
+
+    Raises
+    ------
+    ArgumentError
+        If ``index`` is no integer, ``weight`` no positive number, or ``data`` is itself a batch.
 
     Examples
     --------
@@ -36,6 +47,12 @@ class Batch:
 
     data: Any
     index: int | torch.Tensor | None = None
+    weight: float = 1.0
+
+    def __post_init__(self) -> None:
+        _check_data("Batch", self.data)
+        _check_index("Batch", self.index)
+        check_number("Batch", "weight", self.weight)
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,15 +64,17 @@ class Microbatches:
     parts
         The batches that the objectives receive, one after the other.
     weights
-        The share of each part in the mean; None: equal shares. Objectives are means over examples, so parts of different sizes
-        need their shares.
+        The share of each part in the mean, which add up to 1; None: equal shares. Objectives are means over examples, so parts of
+        different sizes need their shares.
     index
         The number of the whole minibatch, as in :class:`Batch`: an int, or an int64 tensor.
+    weight
+        A factor of the losses of the whole minibatch, as in :class:`Batch`.
 
     Raises
     ------
     ArgumentError
-        If there is no part, or not one weight for each part.
+        If there is no part, or not one weight for each part, or if the weights are no shares.
 
     Examples
     --------
@@ -69,15 +88,36 @@ class Microbatches:
     parts: Sequence[Any]
     weights: Sequence[float] | None = None
     index: int | torch.Tensor | None = None
+    weight: float = 1.0
 
     def __post_init__(self) -> None:
+        if not isinstance(self.parts, Sequence) or isinstance(self.parts, str):
+            raise ArgumentError(
+                f"Microbatches: expected parts to be a list of batches, got {type(self.parts).__name__}; pass a list"
+            )
         if not len(self.parts):
             raise ArgumentError("Microbatches: expected at least one part, got none; pass a sequence of batches")
+        for part in self.parts:
+            _check_data("Microbatches", part)
+        _check_index("Microbatches", self.index)
+        check_number("Microbatches", "weight", self.weight)
+        self._check_weights()
+
+    def _check_weights(self) -> None:
         if self.weights is not None and len(self.weights) != len(self.parts):
             raise ArgumentError(
                 f"Microbatches: expected one weight for each of the {len(self.parts)} parts, got {len(self.weights)}; "
                 "pass as many, or None for equal shares"
             )
+        if self.weights is not None:
+            for weight in self.weights:
+                check_number("Microbatches", "each weight", _number(weight), closed=True)
+            total = float(sum(self.weights))
+            if not math.isclose(total, 1.0, rel_tol=1e-4):
+                raise ArgumentError(
+                    f"Microbatches: expected weights that add up to 1, the shares of the parts in the mean, got a sum of {total:g}; divide each "
+                    "by the sum"
+                )
 
     @staticmethod
     def split(data: Any, parts: int, index: int | torch.Tensor | None = None) -> Microbatches:
@@ -90,6 +130,7 @@ class Microbatches:
         >>> Microbatches.split(torch.arange(5), 2).weights
         [0.6, 0.4]
         """
+        check_steps("Microbatches.split", "parts", parts)
         leaves, structure = pytree.tree_flatten(data)
         sizes = {leaf.shape[0] if leaf.ndim else 0 for leaf in leaves if isinstance(leaf, torch.Tensor)}
         if len(sizes) != 1 or min(sizes) < parts:
@@ -107,7 +148,8 @@ class Microbatches:
 class Minibatches(Iterator[Batch]):
     """An endless stream of minibatches of a fixed partition, in a new random order in each epoch.
 
-    The data set is cut into ⌈n / size⌉ minibatches once, at random. Their numbers are the ``index`` of each :class:`Batch`.
+    The data set is cut into ⌈n / size⌉ minibatches once, at random. Their numbers are the ``index`` of each :class:`Batch`. Each has the
+    ``weight`` of its examples: an epoch's mean is the mean over the data set, whatever the size of the last minibatch.
     ``state_dict`` holds the place in the stream and the generator, so that a resumed run sees the same minibatches.
 
     Parameters
@@ -122,7 +164,7 @@ class Minibatches(Iterator[Batch]):
     Raises
     ------
     ShapeError, ArgumentError
-        If the tensors have different numbers of rows, or ``size`` is not a positive integer.
+        If the tensors have different numbers of rows, or ``size`` is not a positive integer, or ``seed`` not an integer.
 
     Examples
     --------
@@ -145,6 +187,7 @@ class Minibatches(Iterator[Batch]):
             raise ArgumentError(
                 f"Minibatches: expected size to be a positive integer, got {size!r}; write for example size=32"
             )
+        check_seed("Minibatches", seed)
         self.rows, self.size = rows.pop(), size
         self._generator = torch.Generator().manual_seed(seed)
         self._partition = torch.randperm(self.rows, generator=self._generator).split(size)
@@ -167,31 +210,50 @@ class Minibatches(Iterator[Batch]):
         return self[self._order.pop()]
 
     def __getitem__(self, index: int) -> Batch:
-        """Return minibatch number ``index``."""
+        """Return minibatch number ``index``, from 0 to ``count`` − 1."""
+        if not isinstance(index, Integral) or not 0 <= index < self.count:
+            raise ArgumentError(
+                f"Minibatches: expected the number of one of the {self.count} minibatches, got {index!r}; pass one of 0 to {self.count - 1}"
+            )
         rows = self._partition[index]
 
         def taken(leaf: Any) -> Any:
             return leaf[rows.to(leaf.device)] if isinstance(leaf, torch.Tensor) else leaf
 
-        return Batch(data=pytree.tree_map(taken, self._data), index=index)
+        return Batch(data=pytree.tree_map(taken, self._data), index=index, weight=len(rows) * self.count / self.rows)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the place in the stream; data are not part of it."""
         return {
+            "size": self.size,
             "partition": torch.cat(self._partition),
             "order": list(self._order),
             "generator": self._generator.get_state(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from :meth:`state_dict` of a stream of the same data and size."""
-        if len(state["partition"]) != self.rows:
+        """Go on from :meth:`state_dict` of a stream of the same data and size.
+
+        Raises
+        ------
+        ArgumentError
+            If the state is of other data or another size, or no state.
+        """
+        try:
+            rows, size, order = len(state["partition"]), state.get("size", self.size), list(state["order"])
+            fits = sorted(state["partition"].tolist()) == list(range(rows))
+            torch.Generator().set_state(state["generator"])
+        except (AttributeError, KeyError, RuntimeError, TypeError) as error:
             raise ArgumentError(
-                f"Minibatches: expected the state of a stream of {self.rows} rows, got one of {len(state['partition'])}; load it "
-                "into a stream of the same data"
+                f"Minibatches.load_state_dict: expected the dict that state_dict() returns, got {type(state).__name__}, of which this "
+                f"cannot be used: {error}; pass that dict unchanged"
+            ) from error
+        if rows != self.rows or not fits or size != self.size or not set(order) <= set(range(self.count)):
+            raise ArgumentError(
+                f"Minibatches: expected the state of a stream of {self.rows} rows in minibatches of {self.size}, got one of {rows} rows in "
+                f"minibatches of {size}; load it into a stream of the same data and size"
             )
-        self._partition = state["partition"].split(self.size)
-        self._order = list(state["order"])
+        self._partition, self._order = state["partition"].split(self.size), order
         self._generator.set_state(state["generator"])
 
 
@@ -203,7 +265,9 @@ class BatchSource:
             raise ArgumentError(
                 f"{where}: expected a batch or an iterator of batches, got a DataLoader; pass a batch of it, or iter(loader)"
             )
-        self._given, self._where, self._accumulate = given, where, accumulate
+        self._given, self.where, self._accumulate = given, where, accumulate
+        self.last: Any = None
+        """The batch drawn last."""
 
     @property
     def is_stream(self) -> bool:
@@ -218,12 +282,13 @@ class BatchSource:
                 drawn = next(drawn)
             except StopIteration:
                 raise ArgumentError(
-                    f"{self._where}: expected an iterator that does not end, and it ended; pass itertools.cycle(...) of a list, or "
+                    f"{self.where}: expected an iterator that does not end, and it ended; pass itertools.cycle(...) of a list, or "
                     "bilevel.stochastic.Minibatches(...)"
                 ) from None
         if self._accumulate > 1 and not isinstance(drawn, Microbatches):
-            index = drawn.index if isinstance(drawn, Batch) else None
-            return Microbatches.split(drawn.data if isinstance(drawn, Batch) else drawn, self._accumulate, index)
+            given = drawn if isinstance(drawn, Batch) else Batch(data=drawn)
+            drawn = replace(Microbatches.split(given.data, self._accumulate, given.index), weight=given.weight)
+        self.last = drawn
         return drawn
 
 
@@ -232,8 +297,14 @@ def batch_parts(batch: Any) -> list[tuple[float, Any]]:
     if isinstance(batch, Microbatches):
         count = len(batch.parts)
         weights = [1 / count] * count if batch.weights is None else batch.weights
-        return list(zip(weights, batch.parts, strict=True))
-    return [(1.0, batch.data if isinstance(batch, Batch) else batch)]
+        return [(batch.weight * float(share), part) for share, part in zip(weights, batch.parts, strict=True)]
+    return [(batch.weight, batch.data)] if isinstance(batch, Batch) else [(1.0, batch)]
+
+
+def batch_size(batch: Any) -> int:
+    """Return how many numbers the tensors of a batch hold, however it is cut into parts."""
+    leaves = [leaf for _, data in batch_parts(batch) for leaf in pytree.tree_leaves(data)]
+    return sum(leaf.numel() for leaf in leaves if isinstance(leaf, torch.Tensor))
 
 
 def batch_key(batch: Any) -> str:
@@ -252,3 +323,25 @@ def batch_key(batch: Any) -> str:
             else:
                 digest.update(repr(leaf).encode())
     return "content " + digest.hexdigest()
+
+
+def _check_index(where: str, index: Any) -> None:
+    if isinstance(index, torch.Tensor):
+        fits = not (index.is_floating_point() or index.is_complex() or index.dtype == torch.bool)
+    else:
+        fits = index is None or (isinstance(index, Integral) and not isinstance(index, bool))
+    if not fits:
+        raise ArgumentError(
+            f"{where}: expected index to be an integer, an int64 tensor or None, got {index!r}; pass the number of the minibatch"
+        )
+
+
+def _check_data(where: str, data: Any) -> None:
+    if isinstance(data, (Batch, Microbatches, Minibatches)):
+        raise ArgumentError(
+            f"{where}: expected what the objectives receive as data, got a {type(data).__name__}; pass its data, or the object itself to step"
+        )
+
+
+def _number(weight: Any) -> Any:
+    return weight.item() if isinstance(weight, torch.Tensor) and weight.numel() == 1 else weight

@@ -14,16 +14,19 @@ import torch
 from torch.optim import Optimizer
 
 from bilevel.errors import ArgumentError, NonFiniteError
+from bilevel.layers.randomness import GeneratorStates
+from bilevel.problems.checks import refuse_inference_mode
 from bilevel.problems.problem import BilevelProblem
 from bilevel.reports import Status
 from bilevel.stochastic._batches import BatchSource
+from bilevel.stochastic._diagnosis import cause_of_nonfinite, check_objective
 from bilevel.stochastic._lists import Tensors, clone, norm
 from bilevel.stochastic._optimizers import OptimizerLike, learning_rate, made_optimizer
 from bilevel.stochastic._options import StepOptions, StepResult
 from bilevel.stochastic._oracle import Objective, Oracle
 from bilevel.stochastic._scaling import LossScale
 from bilevel.stochastic._state import load_method_state, method_state, overwrite
-from bilevel.stochastic._variables import Point, Variables
+from bilevel.stochastic._variables import Point, Variables, check_memory
 
 __all__ = ["Auxiliary", "Directions", "Problem", "StochasticMethod"]
 
@@ -113,11 +116,13 @@ class StochasticMethod(ABC):
             raise ArgumentError(
                 f"{where}: expected options to be bilevel.stochastic.StepOptions(...), got {self.options!r}; pass that"
             )
+        refuse_inference_mode(where)
         self._inner, self._outer = Variables(inner, "inner", where), Variables(outer, "outer", where)
         if {id(t) for t in self._inner.tensors} & {id(t) for t in self._outer.tensors}:
             raise ArgumentError(
                 f"{where}: expected inner and outer to share no tensor, and they do; give each tensor to one of them"
             )
+        check_memory(self._inner, self._outer, where)
         self.inner, self.outer = inner, outer
         self.inner_optimizer = made_optimizer(
             inner_optimizer, self._inner.tensors, "inner", where, partial(torch.optim.SGD, lr=0.1)
@@ -167,13 +172,23 @@ class StochasticMethod(ABC):
             BatchSource(inner_batch, f"{self.where}.step, inner_batch", self.options.accumulate),
             BatchSource(outer_batch, f"{self.where}.step, outer_batch", self.options.accumulate),
         )
-        result = self._step(*sources)
+        refuse_inference_mode(f"{self.where}.step")
+        try:
+            with torch.enable_grad():
+                result = self._step(*sources)
+        except NonFiniteError as error:
+            cause = cause_of_nonfinite((self._inner, self._outer), sources)
+            if cause is None:
+                raise
+            raise NonFiniteError(f"{self.where}, step {self.steps + 1}: expected finite numbers; {cause}") from error
         callback = self.options.callback
         for call in (callback,) if callable(callback) else callback:
             call(result)
         return result
 
     def _step(self, *sources: BatchSource) -> StepResult:
+        self._inner.check()
+        self._outer.check()
         self._prepare()
         try:
             found = self._directions(*sources)
@@ -204,6 +219,10 @@ class StochasticMethod(ABC):
         """Make ``count`` steps of the inner optimiser on G."""
         for _ in range(count):
             self._move_inner(self._oracle.inner_gradient(source.draw())[1])
+
+    def _random_numbers(self) -> GeneratorStates:
+        """Return the states of torch's generators, so that a later evaluation can draw the same numbers: ``.again()``."""
+        return GeneratorStates(self._inner.tensors[0].device)
 
     def _here(self) -> Point:
         """Return a copy of the variables as they are now."""
@@ -339,8 +358,10 @@ def _objectives(problem: Any, where: str) -> tuple[Callable[..., torch.Tensor], 
                 f"{where}: expected a problem with one inner problem, got batch_dims={problem.batch_dims!r}; sum the inner objectives of "
                 "several problems in one objective instead"
             )
-        return problem.inner_objective, problem.outer_objective
+        problem = problem.inner_objective, problem.outer_objective
     if isinstance(problem, (tuple, list)) and len(problem) == 2 and all(callable(one) for one in problem):
+        for name, function in zip(("inner_objective", "outer_objective"), problem, strict=True):
+            check_objective(where, name, function)
         return problem[0], problem[1]
     raise ArgumentError(
         f"{where}: expected problem to be a bilevel.BilevelProblem or a pair of functions (inner_objective, outer_objective), got "

@@ -48,6 +48,10 @@ def made_optimizer(given: OptimizerLike | None, tensors: Tensors, what: str, whe
                 f"{where}: expected {name} to return a torch.optim.Optimizer, got {type(made).__name__}; return one made over the "
                 "parameters"
             )
+    if isinstance(made, torch.optim.SparseAdam):
+        raise ArgumentError(
+            f"{where}: expected {name} to take dense gradients, got SparseAdam, which takes sparse ones alone; pass torch.optim.Adam"
+        )
     if isinstance(made, torch.optim.LBFGS):
         raise ArgumentError(
             f"{where}: expected {name} to move by one gradient at a time, got LBFGS, which evaluates the loss by itself; pass "
@@ -70,14 +74,24 @@ def made_optimizer(given: OptimizerLike | None, tensors: Tensors, what: str, whe
 
 def learning_rate(optimizer: Optimizer) -> Any:
     """Return the learning rate of the first group: a number or a tensor."""
-    return optimizer.param_groups[0]["lr"]
+    return _rate(optimizer.param_groups[0], optimizer)
+
+
+def _rate(group: dict[str, Any], optimizer: Optimizer) -> Any:
+    if "lr" not in group:
+        raise ArgumentError(
+            f"{type(optimizer).__name__}: expected the inner optimiser to have a learning rate named 'lr', which this method reads, and it "
+            f"has {sorted(set(group) - {'params'})}; name it so, or pass the rate: adjoint_optimizer=, neumann_rate= or gap_rate=, "
+            "whichever the method has"
+        )
+    return group["lr"]
 
 
 def mirrored_sgd(optimizer: Optimizer, tensors: Tensors, mirror: Tensors) -> Optimizer:
     """Return plain gradient steps on ``mirror`` in the groups that ``optimizer`` has ``tensors`` in."""
     twin = {id(tensor): other for tensor, other in zip(tensors, mirror, strict=True)}
     groups = [
-        {"params": [twin[id(tensor)] for tensor in group["params"]], "lr": group["lr"]}
+        {"params": [twin[id(tensor)] for tensor in group["params"]], "lr": _rate(group, optimizer)}
         for group in optimizer.param_groups
     ]
     return torch.optim.SGD(groups)
@@ -85,8 +99,14 @@ def mirrored_sgd(optimizer: Optimizer, tensors: Tensors, mirror: Tensors) -> Opt
 
 def tie_rates(follower: Optimizer, leader: Optimizer) -> None:
     """Give every group of ``follower`` the learning rate that ``leader`` has now."""
+    if len(follower.param_groups) != len(leader.param_groups):
+        raise ArgumentError(
+            f"{type(leader).__name__}: expected the inner optimiser to keep its {len(follower.param_groups)} groups, and it has "
+            f"{len(leader.param_groups)}; make the method anew after a change of its groups"
+        )
     for mine, theirs in zip(follower.param_groups, leader.param_groups, strict=True):
-        mine["lr"] = theirs["lr"]
+        if "lr" in theirs:
+            mine["lr"] = theirs["lr"]
 
 
 def same_layout(optimizer: Optimizer, tensors: Tensors, mirror: Tensors) -> Optimizer:
@@ -99,7 +119,14 @@ def same_layout(optimizer: Optimizer, tensors: Tensors, mirror: Tensors) -> Opti
         }
         for group in optimizer.param_groups
     ]
-    return type(optimizer)(groups, lr=learning_rate(optimizer))  # type: ignore[call-arg]
+    rate = {"lr": learning_rate(optimizer)} if "lr" in optimizer.param_groups[0] else {}
+    try:
+        return type(optimizer)(groups, **rate)
+    except (TypeError, ValueError) as error:
+        raise ArgumentError(
+            f"{type(optimizer).__name__}: expected the inner optimiser to be made from its groups alone, as a second one is needed, and it "
+            f"says: {error}; pass one of torch.optim"
+        ) from error
 
 
 def is_plain_sgd(optimizer: Optimizer) -> bool:

@@ -10,7 +10,7 @@ import torch
 
 from bilevel.errors import ArgumentError
 from bilevel.reports import Status
-from bilevel.setting_checks import check_number, check_steps
+from bilevel.setting_checks import check_number, check_seed, check_steps
 
 __all__ = ["NonFinite", "StepOptions", "StepResult"]
 
@@ -83,7 +83,13 @@ class StepOptions:
             raise ArgumentError(
                 f"StepOptions: expected autocast to be torch.bfloat16, torch.float16 or None, got {self.autocast!r}; pass one of them"
             )
+        if self.grad_scaler is not None and not isinstance(self.grad_scaler, torch.amp.GradScaler):
+            raise ArgumentError(
+                f"StepOptions: expected grad_scaler to be a torch.amp.GradScaler or None, got {self.grad_scaler!r}; pass "
+                "torch.amp.GradScaler(device)"
+            )
         check_steps("StepOptions", "accumulate", self.accumulate)
+        check_seed("StepOptions", self.seed)
         if not callable(self.callback) and not (
             isinstance(self.callback, Sequence) and all(callable(call) for call in self.callback)
         ):

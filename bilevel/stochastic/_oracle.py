@@ -71,7 +71,7 @@ class Oracle:
     ) -> None:
         self.inner, self.outer, self.options, self.where = inner, outer, options, where
         self._objectives = {"inner_objective": inner_objective, "outer_objective": outer_objective}
-        self._unreached: set[int] | None = {id(tensor) for tensor in outer.tensors}
+        self._unreached = set(range(len(outer.tensors)))
         self._inspected: set[str] = set()
         self.passes = {"forward": 0, "reverse": 0}
         self.synchronize()
@@ -264,10 +264,9 @@ class Oracle:
                 f"{self.where}: expected inner_objective to depend on inner, and no graph leads to it; compute the loss from `inner` as "
                 "it is passed"
             )
-        if self._unreached is not None:
-            self._unreached -= found
+        self._unreached = {place for place in self._unreached if id(self.outer.tensors[place]) not in found}
         if len(self._inspected) == 2 and self._unreached:
-            missing = [n for n, t in zip(self.outer.names, self.outer.tensors, strict=True) if id(t) in self._unreached]
+            missing = [self.outer.names[place] for place in sorted(self._unreached)]
             raise ArgumentError(
                 f"{self.where}: expected an objective to depend on every tensor of outer, and no graph leads to {', '.join(missing)}; use "
                 "it in an objective, or call .requires_grad_(False) on it"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from torch.utils import _pytree as pytree
 from bilevel.errors import ArgumentError, DtypeError
 from bilevel.stochastic._lists import Tensors
 
-__all__ = ["Point", "Variables", "call_at"]
+__all__ = ["Point", "Variables", "call_at", "check_memory"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,6 +61,7 @@ class Variables:
             self.names, self.tensors = [name for name, _ in named], [p for _, p in named]
         else:
             self._read_tree(given)
+        self._owners = [given.get_submodule(name.rpartition(".")[0]) for name in self.names] if self.is_module else []
         for name, tensor in zip(self.names, self.tensors, strict=True):
             if hasattr(tensor, "device_mesh"):
                 raise ArgumentError(
@@ -90,6 +92,11 @@ class Variables:
                     f"{', '.join(str(tensor.dtype) for tensor in tensors)}; convert one with .float()"
                 )
             for tensor in moving:
+                if tensor.is_inference():
+                    raise ArgumentError(
+                        f"{self.where}: expected {self.what} to hold tensors with derivatives, got one made in torch.inference_mode; pass "
+                        "tensor.clone(), made outside"
+                    )
                 tensor.requires_grad_()
         self._places = []
         for place, (path, leaf) in enumerate(paths):
@@ -109,6 +116,21 @@ class Variables:
             self.tensors.append(leaf)
             self.names.append(pytree.keystr(path) or self.what)
 
+    def check(self) -> None:
+        """Raise :class:`ArgumentError` if a variable has been frozen, or replaced in its module."""
+        for name, tensor in zip(self.names, self.tensors, strict=True):
+            if not tensor.requires_grad:
+                self._refuse(name, "has been frozen since the method was made")
+        for name, tensor, owner in zip(self.names, self.tensors, self._owners, strict=self.is_module):
+            if owner._parameters.get(name.rpartition(".")[2]) is not tensor:
+                self._refuse(name, "has been replaced in its module since the method was made")
+
+    def _refuse(self, name: str, what: str) -> None:
+        raise ArgumentError(
+            f"{self.where}: expected {self.what} to stay as it was given, and {name} {what}; make the method and its optimisers anew after "
+            "such a change"
+        )
+
     def tree_of(self, tensors: Sequence[torch.Tensor]) -> Any:
         """Return the pytree given, with ``tensors`` in the places of the variables."""
         leaves = list(self._leaves)
@@ -119,6 +141,28 @@ class Variables:
     def buffers(self) -> dict[str, torch.Tensor]:
         """Return the buffers of a module by name."""
         return dict(self.given.named_buffers()) if self.is_module else {}
+
+
+def check_memory(inner: Variables, outer: Variables, where: str) -> None:
+    """Raise :class:`ArgumentError` if two variables share memory, or one is expanded: a change of one entry is one of another."""
+    ranges: list[tuple[int, int, str]] = []
+    for variables in (inner, outer):
+        for name, tensor in zip(variables.names, variables.tensors, strict=True):
+            named = name if name == variables.what else f"{variables.what} {name}"
+            if any(step == 0 and size > 1 for step, size in zip(tensor.stride(), tensor.shape, strict=True)):
+                raise ArgumentError(
+                    f"{where}: expected {named} to hold each entry by itself, got an expanded tensor, whose entries share memory; pass "
+                    "tensor.clone()"
+                )
+            if tensor.numel() and tensor.is_contiguous() and not tensor.is_meta:
+                start = tensor.data_ptr()
+                ranges.append((start, start + tensor.numel() * tensor.element_size(), named))
+    ranges.sort()
+    for (_, end, first), (start, _, second) in pairwise(ranges):
+        if start < end:
+            raise ArgumentError(
+                f"{where}: expected variables that share no memory, and {first} and {second} do; pass tensor.clone() of one of them"
+            )
 
 
 class _Pair(nn.Module):

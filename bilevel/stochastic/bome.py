@@ -6,10 +6,12 @@ from typing import Any
 
 import torch
 
+from bilevel.layers.randomness import GeneratorStates
 from bilevel.setting_checks import check_number, check_steps
 from bilevel.stochastic._batches import BatchSource
-from bilevel.stochastic._lists import add, dot, norm, scale, subtract
+from bilevel.stochastic._lists import Tensors, add, dot, norm, scale, subtract
 from bilevel.stochastic._method import Directions, Problem, StochasticMethod
+from bilevel.stochastic._oracle import Gradients
 from bilevel.stochastic._variables import Point
 
 __all__ = ["BOME"]
@@ -82,14 +84,12 @@ class BOME(StochasticMethod):
     def _directions(self, inner: BatchSource, outer: BatchSource) -> Directions:
         oracle, n = self._oracle, len(self._inner.tensors)
         batch = inner.draw()
-        here, upper = oracle.inner_gradients(batch), oracle.outer_gradients(outer.draw())
-        rate = self._rate if self.gap_rate is None else self.gap_rate
-        z, gradient = self._inner.tensors, here.inner  # the first of the T steps is from φ itself
-        for step in range(self.inner_steps):
-            if step:
-                gradient = oracle.inner_gradient(batch, Point.of(z, self._outer.tensors))[1]
-            z = add([tensor.detach() for tensor in z], gradient, -rate)
-        ahead = oracle.inner_gradients(batch, Point.of(z, self._outer.tensors))
+        drawn = self._random_numbers()
+        here = oracle.inner_gradients(batch)
+        z = self._value_function_point(batch, here, drawn)
+        with drawn.again():
+            ahead = oracle.inner_gradients(batch, Point.of(z, self._outer.tensors))
+        upper = oracle.outer_gradients(outer.draw())
         gap = [*here.inner, *subtract(here.outer, ahead.outer)]
         slope = [*upper.inner, *upper.outer]
         size = dot(gap, gap)
@@ -104,3 +104,14 @@ class BOME(StochasticMethod):
             outer_loss=upper.loss,
             inner_gradient_norm=norm(here.inner),
         )
+
+    def _value_function_point(self, batch: Any, here: Gradients, drawn: GeneratorStates) -> Tensors:
+        """Return φ_T, on the same minibatch and with the random numbers of ``here``: the gap is then that of one function."""
+        rate = self._rate if self.gap_rate is None else self.gap_rate
+        z, gradient = self._inner.tensors, here.inner  # the first of the T steps is from φ itself
+        for step in range(self.inner_steps):
+            if step:
+                with drawn.again():
+                    gradient = self._oracle.inner_gradient(batch, Point.of(z, self._outer.tensors))[1]
+            z = add([tensor.detach() for tensor in z], gradient, -rate)
+        return z

@@ -97,14 +97,19 @@ class F2SA(StochasticMethod):
         oracle, lam = self._oracle, self.penalty
         for _ in range(self.inner_steps):
             batch = inner.draw()
+            drawn = self._random_numbers()
             self._move_inner(oracle.inner_gradient(batch)[1])
             at = self._there()
-            lower = oracle.inner_gradient(batch, at)[1]
+            with drawn.again():
+                lower = oracle.inner_gradient(batch, at)[1]
             upper = oracle.outer_gradients(outer.draw(), at)
             self._move("penalized", add_into(lower, upper.inner, 1 / lam))
         batch = inner.draw()  # the same for both, so that their noise cancels where λ is large
         at = self._there()
-        here, there = oracle.inner_gradients(batch), oracle.inner_gradients(batch, at)
+        drawn = self._random_numbers()
+        here = oracle.inner_gradients(batch)
+        with drawn.again():
+            there = oracle.inner_gradients(batch, at)
         upper = oracle.outer_gradients(outer.draw(), at)
         return Directions(
             outer=add(upper.outer, subtract(there.outer, here.outer), lam),

@@ -88,12 +88,14 @@ class MRBO(StochasticMethod):
     def _directions(self, inner: BatchSource, outer: BatchSource) -> Directions:
         batches = inner.draw(), outer.draw()
         rate = self._rate if self.neumann_rate is None else self.neumann_rate
+        drawn = self._random_numbers()
         now = neumann_directions(self._oracle, *batches, self.terms, rate)
         n = len(self._inner.tensors)
         estimate = _flat(now)
         if self._estimate:
             last = Point.of(self._last_inner, self._last_outer)
-            before = neumann_directions(self._oracle, *batches, self.terms, rate, last)
+            with drawn.again():
+                before = neumann_directions(self._oracle, *batches, self.terms, rate, last)
             carried = subtract(self._estimate, _flat(before))
             estimate = [
                 *add(estimate[:n], carried[:n], 1 - self.inner_weight),

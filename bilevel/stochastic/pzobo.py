@@ -98,13 +98,15 @@ class PZOBO(StochasticMethod):
         oracle = self._oracle
         batches = [inner.draw() for _ in range(self.inner_steps)]
         start = clone(self._inner.tensors)
+        drawn = self._random_numbers()
         for batch in batches:
             loss, gradient = oracle.inner_gradient(batch)
             self._move_inner(gradient)
         upper = oracle.outer_gradients(outer.draw())
         end, total = self._inner.tensors, upper.outer
         for u in self._random_directions():
-            moved = self._trajectory(start, add(self._outer.tensors, u, self.smoothing), batches)
+            with drawn.again():
+                moved = self._trajectory(start, add(self._outer.tensors, u, self.smoothing), batches)
             slope = dot(subtract(moved, end), upper.inner) / (self.smoothing * self.directions)
             total = add(total, u, slope.detach())
         return Directions(

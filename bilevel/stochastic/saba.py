@@ -7,7 +7,7 @@ from typing import Any
 from bilevel.errors import ArgumentError
 from bilevel.setting_checks import check_steps
 from bilevel.stochastic._adjoint import AdjointMethod
-from bilevel.stochastic._batches import BatchSource, batch_key
+from bilevel.stochastic._batches import BatchSource, batch_key, batch_size
 from bilevel.stochastic._lists import Tensors, add, clone, subtract
 from bilevel.stochastic._method import Directions, Problem
 
@@ -36,7 +36,8 @@ class SABA(AdjointMethod):
     Raises
     ------
     ArgumentError
-        If a setting is out of its range; in ``step``, if more than ``max_batches`` different minibatches came.
+        If a setting is out of its range; in ``step``, if more than ``max_batches`` different minibatches came, or if a number came again
+        with a minibatch of another size.
 
     References
     ----------
@@ -95,6 +96,13 @@ class SABA(AdjointMethod):
                 f"{self.where}: expected at most {self.max_batches} different {what} minibatches, which come again, and got one more; draw "
                 "from a fixed partition (bilevel.stochastic.Minibatches), number it with Batch(data=..., index=...), or raise max_batches"
             )
+        size = batch_size(batch)
+        known = memory["sizes"].setdefault(key, size)
+        if known != size:
+            raise ArgumentError(
+                f"{self.where}: expected {what} minibatch number {batch.index} to be the one seen before, whose tensors held {known} numbers, "
+                f"got {size}; give different minibatches different numbers, or draw from bilevel.stochastic.Minibatches"
+            )
         slots[key] = new
         mean: Tensors = memory["mean"]
         if old is None:
@@ -106,4 +114,4 @@ class SABA(AdjointMethod):
 
 
 def _empty() -> dict[str, Any]:
-    return {"slots": {}, "mean": []}
+    return {"slots": {}, "sizes": {}, "mean": []}

@@ -92,11 +92,13 @@ class SRBA(AdjointMethod):
     def _directions(self, inner: BatchSource, outer: BatchSource) -> Directions:
         begins = self.wants_large_batch or not self._estimate
         inner_batch, outer_batch = self._periodic.batches(inner, outer) if begins else (inner.draw(), outer.draw())
+        drawn = self._random_numbers()
         now = single_loop_directions(self._oracle, self.adjoint, inner_batch, outer_batch)
         estimate = _flat(now)
         if not begins:
             last = Point.of(self._last_inner, self._last_outer)
-            before = single_loop_directions(self._oracle, self._last_adjoint, inner_batch, outer_batch, last)
+            with drawn.again():
+                before = single_loop_directions(self._oracle, self._last_adjoint, inner_batch, outer_batch, last)
             estimate = add(self._estimate, subtract(estimate, _flat(before)))
         self._require_finite("recursive direction", estimate)
         self._estimate = estimate

@@ -18,9 +18,10 @@ __all__ = ["VRBO"]
 
 
 class VRBO(StochasticMethod):
-    """One outer step along a recursive estimate, then T + 1 inner steps, during which both estimates follow by differences.
+    """One outer step along a recursive estimate, then T + 1 inner steps; both estimates follow by a difference after each of them.
 
-    Every ``period`` steps the estimates begin anew on a large batch. Each inner step costs 4 forward and 2Q + 6 reverse passes.
+    Every ``period`` steps the estimates begin anew on a large batch. Each of the T + 2 differences costs 4 forward and 2Q + 6 reverse
+    passes.
 
     Parameters
     ----------
@@ -111,19 +112,22 @@ class VRBO(StochasticMethod):
         before = self._here()
         norms = super()._apply(found, inner, outer)
         n = len(self._inner.tensors)
+        self._follow((inner.draw(), outer.draw()), before)
         for _ in range(self.inner_steps + 1):
-            self._follow((inner.draw(), outer.draw()), before)
             before = self._here()
             self._move_inner(clone(self._estimate[:n]))
+            self._follow((inner.draw(), outer.draw()), before)
         return norms
 
     def _follow(self, batches: tuple[Any, Any], before: Point | None) -> None:
         """Bring the estimates from the point ``before`` to the variables as they are; None: begin anew."""
         rate = self._rate if self.neumann_rate is None else self.neumann_rate
+        drawn = self._random_numbers()
         now = neumann_directions(self._oracle, *batches, self.terms, rate)
         estimate = [*(now.inner or []), *now.outer]
         if before is not None:
-            old = neumann_directions(self._oracle, *batches, self.terms, rate, before)
+            with drawn.again():
+                old = neumann_directions(self._oracle, *batches, self.terms, rate, before)
             estimate = add(self._estimate, subtract(estimate, [*(old.inner or []), *old.outer]))
         self._estimate = []  # a step that is left out half way begins anew: the point has moved
         self._require_finite("recursive direction", estimate)

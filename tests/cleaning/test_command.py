@@ -182,6 +182,25 @@ def test_one_image_in_colour_gives_all_three_channels(folder: Path) -> None:
     assert torch.equal(red.amax((1, 2)), torch.tensor([1.0, 0.0, 0.0]))
 
 
+def test_images_of_any_depth_keep_their_grey_levels(folder: Path) -> None:
+    """Sixteen bits are not cut off at 255, and 32 bits are refused."""
+    from PIL import Image
+
+    levels = np.linspace(0, 65535, 64).reshape(8, 8)
+    Image.fromarray(levels.astype(np.uint16)).save(folder / "dark" / "deep.png")
+    data = load(str(folder), image_size=8)
+    found = data.inputs[data.rows.index(str(Path("dark") / "deep.png")), 0]
+    torch.testing.assert_close(found, torch.from_numpy(levels / 65535).float(), rtol=0, atol=0.5 / 255)
+    Image.fromarray((levels / 65535).astype(np.float32)).save(folder / "dark" / "real.tif")
+    with pytest.raises(DataError, match="pixels of 32 bits, whose range is not known; save it with 8 or 16 bits"):
+        load(str(folder), image_size=8)
+
+
+def test_images_that_need_more_than_all_memory_are_refused(folder: Path) -> None:
+    with pytest.raises(DataError, match=r"24 images of 1000000 x 1000000 pixels need .* GB; lower --image-size"):
+        load(str(folder), image_size=1_000_000)
+
+
 def test_a_model_of_the_users_own(run: Any, flowers: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "own_model_of_this_test.py").write_text(
         "import torch\ndef make(shape, classes):\n    return torch.nn.Linear(shape[0], classes)\n"

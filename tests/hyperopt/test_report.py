@@ -66,6 +66,19 @@ def test_remarks_admit_overfitting(wine_per_feature: Outcome) -> None:
     assert any("overfit" in line for line in remarks(worse))
 
 
+def test_remarks_say_that_tuning_raised_the_test_loss(diabetes: Outcome) -> None:
+    def told(**losses: float) -> list[str]:
+        rows = [replace(row, test_loss=losses[row.name.replace(" ", "_").replace(",", "")]) for row in diabetes.rows]
+        return [line for line in remarks(replace(diabetes, rows=tuple(rows))) if "has a higher loss" in line]
+
+    assert told(untuned=0.5, best_of_grid=0.4, tuned_shared=0.4) == []
+    assert told(untuned=0.5, best_of_grid=0.399999, tuned_shared=0.4) == []  # the table shows the same digits
+    (line,) = told(untuned=0.3, best_of_grid=0.5, tuned_shared=0.4)
+    assert "'tuned, shared' has a higher loss (0.40000) than 'untuned' (0.30000): tuning looks at the CV loss" in line
+    (line,) = told(untuned=0.3, best_of_grid=0.2, tuned_shared=0.4)
+    assert "than 'untuned' (0.30000) and 'best of grid' (0.20000)" in line
+
+
 SCHEMA: dict[str, Any] = {
     "schema": int,
     "versions": {

@@ -108,8 +108,8 @@ def test_settings_are_checked(options: dict, message: str) -> None:
         (small(10), 10, "5 of 10 rows remain for 10 folds"),
         (small(20, Task.BINARY), 11, "class 'a' has 10 rows, too few for 11 folds"),
         (small(20, Task.BINARY), 10, "rows left for 10 folds"),
-        (small(4, Task.BINARY), 2, "cannot be divided"),
-        (small(1), 2, "too few"),
+        (small(4, Task.BINARY), 2, "class 'a' has 2 rows, too few for 2 folds; leave the class out"),
+        (small(1), 2, "has 1 row, too few for 2 folds; use more rows"),
     ],
 )
 def test_too_few_rows(dataset: Dataset, folds: int, message: str) -> None:

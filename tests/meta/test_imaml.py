@@ -618,3 +618,13 @@ def test_an_accuracy_asked_for_is_not_met_by_damping() -> None:
         learner(tasks).backward()
     assert bilevel.Status.INDEFINITE in reports.backward[0].status
     assert not reports.backward[0].success.any()
+
+
+def test_a_strength_that_is_no_number_and_parameters_that_are_not_adapted_are_refused() -> None:
+    model = nn.Linear(2, 1)
+    for lam in ("a", None):
+        with pytest.raises(bilevel.ArgumentError, match="lam to be a positive finite number, got"):
+            bilevel.IMAML(model, nn.functional.mse_loss, lam=lam)  # type: ignore[arg-type]
+    learner = bilevel.IMAML(model, nn.functional.mse_loss)
+    with pytest.raises(bilevel.ArgumentError, match=r"expected adapted to hold the parameters .*, got \[\]; pass what"):
+        learner.predict({}, torch.zeros(1, 3, 2))

@@ -12,6 +12,7 @@ from bilevel.equations.problem import Problem
 from bilevel.operators import DenseOperator, LinearOperator
 from bilevel.reports import Status
 from bilevel.solvers._base import length, merge
+from bilevel.solvers._line_minimum import LinePoint, line_minimum
 from bilevel.solvers._newton_directions import slope_along, truncated_direction
 from bilevel.solvers._newton_state import Direction, NewtonState
 
@@ -92,7 +93,15 @@ def search(
         t = torch.where(pending, shorter, t)
     else:
         verdict = _verdict(operator, direction, pending, tiny)
-    if not problem.minimizes:
+    if problem.minimizes:
+        # A decrease that rounding hides says nothing of a bend.
+        seen = -t * slope > eps**0.75 * merit.abs()
+        beyond_minimum = (residual * direction.d).sum(dim=-1) > 0
+        bent = active & ~pending & (t < 1) & seen & beyond_minimum
+        if bool(bent.any()):
+            point = line_minimum(problem, state.x, direction.d, slope, LinePoint(x, found, residual, t), bent)
+            x, found, residual, t = point.x, point.value, point.residual, point.t
+    else:
         found = merit
     jacobian = operator.dense() if direction.pivots is not None else None
     return NewtonState(

@@ -68,7 +68,7 @@ class Lowest:
         if not bool(usable.any()):
             return self.x, usable
         x, left = off_the_saddle(problem, self.x, self.value, usable)
-        return x, usable & (left | (self.status == Status.MAX_STEPS))
+        return x, usable & (left | is_one_of(self.status, (Status.MAX_STEPS, Status.KINK)))
 
 
 def beside(x: torch.Tensor) -> torch.Tensor:

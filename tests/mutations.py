@@ -366,7 +366,7 @@ MUTATIONS = (
     ),
     Mutation(
         "a residual excused of what is ill-conditioned in any units", "linear/exact.py",
-        "sound = (least > eps**0.5 * values[..., 0])", "sound = (least >= 0)", ("tests/linear/test_exact.py", "-k", "excuse"),
+        "sound = (least > eps**_LEAST_REGULAR * values[..., 0])", "sound = (least >= 0)", ("tests/linear/test_exact.py", "-k", "excuse"),
     ),
     Mutation(
         "a proposal taken for the answer whatever its residual", "linear/_base.py",
@@ -1574,8 +1574,22 @@ MUTATIONS = (
     ),
     Mutation(
         "no search begins beside a saddle", "solvers/defaults.py",
-        "*_POLISH, Successor(_NEWTON, afresh=False, beside=True))", "*_POLISH)",
-        ("tests/zoo/test_default_faults.py", "-k", "atoms_in_a_row"),
+        "*_POLISH, *3 * (Successor(_NEWTON, onward=True),))", "*_POLISH)",
+        ("tests/zoo/test_default_faults.py", "-k", "atoms_in_a_row or energy_is_lowest"),
+    ),
+    Mutation(
+        "a search goes on from the last point, not the lowest", "solvers/_judge.py",
+        "begun, failed = lowest.onward(", "_, failed = lowest.onward(",
+        ("tests/zoo/test_default_faults.py", "-k", "energy_is_lowest"),
+    ),
+    Mutation(
+        "a saddle is left in the unknowns' units", "solvers/_successors.py",
+        "direction = unit * vectors[..., 0]", "direction = vectors[..., 0]",
+        ("tests/zoo/test_default_faults.py", "-k", "energy_is_lowest or units_of_the_curvature"),
+    ),
+    Mutation(
+        "sufficient decrease is enough for Newton's steps", "solvers/_newton_search.py",
+        "if bool(bent.any()):", "if False:", ("tests/zoo/test_default_faults.py", "-k", "zigzag"),
     ),
     Mutation(
         "negative curvature is not followed in rounding", "solvers/_newton_search.py",

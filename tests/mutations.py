@@ -1589,7 +1589,7 @@ MUTATIONS = (
     ),
     Mutation(
         "sufficient decrease is enough for Newton's steps", "solvers/_newton_search.py",
-        "if bool(bent.any()):", "if False:", ("tests/zoo/test_default_faults.py", "-k", "zigzag"),
+        "if not bool(bent.any()):", "if True:", ("tests/zoo/test_default_faults.py", "-k", "zigzag"),
     ),
     Mutation(
         "negative curvature is not followed in rounding", "solvers/_newton_search.py",

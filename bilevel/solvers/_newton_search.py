@@ -94,13 +94,8 @@ def search(
     else:
         verdict = _verdict(operator, direction, pending, tiny)
     if problem.minimizes:
-        # A decrease that rounding hides says nothing of a bend.
-        seen = -t * slope > eps**0.75 * merit.abs()
-        beyond_minimum = (residual * direction.d).sum(dim=-1) > 0
-        bent = active & ~pending & (t < 1) & seen & beyond_minimum
-        if bool(bent.any()):
-            point = line_minimum(problem, state.x, direction.d, slope, LinePoint(x, found, residual, t), bent)
-            x, found, residual, t = point.x, point.value, point.residual, point.t
+        point = _within(problem, state, direction, LinePoint(x, found, residual, t), active & ~pending)
+        x, found, residual, t = point.x, point.value, point.residual, point.t
     else:
         found = merit
     jacobian = operator.dense() if direction.pivots is not None else None
@@ -108,6 +103,19 @@ def search(
         x, residual, found, magnitude, norm, direction.definite, direction.factor, state.x, merit, slope, t,
         jacobian, direction.pivots,
     ), verdict  # fmt: skip
+
+
+def _within(
+    problem: Problem, state: NewtonState, direction: Direction, point: LinePoint, held: torch.Tensor
+) -> LinePoint:
+    """Return the minima along the direction, where a shortened step that was ``held`` (batch,) ends beyond one; else ``point``."""
+    beyond = held & (point.t < 1) & ((point.residual * direction.d).sum(dim=-1) > 0)
+    # A decrease that rounding hides says nothing of a bend.
+    least = torch.finfo(point.t.dtype).eps ** 0.75 * state.merit.abs()
+    bent = beyond & (-point.t * direction.slope > least)
+    if not bool(bent.any()):
+        return point
+    return line_minimum(problem, state.x, direction.d, direction.slope, point, bent)
 
 
 def search_again(

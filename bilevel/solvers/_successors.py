@@ -15,8 +15,8 @@ from bilevel.solvers._trials import Trial
 
 __all__ = ["Lowest", "Successor", "beside", "off_the_saddle"]
 
-# A step off a saddle is first so long that G falls by this many roundings. Then it is doubled while G falls.
-_SEEN = 1e3
+# A step off a saddle is first so long that G falls by this many roundings. Then it is doubled while G falls. The way down may be short.
+_SEEN = 4.0
 _MOST_DOUBLINGS = 60
 
 

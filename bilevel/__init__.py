@@ -52,8 +52,8 @@ from bilevel.outer.methods import HOAG, MAID, OuterMethod
 from bilevel.outer.minimize import OuterRun, minimize
 from bilevel.outer.result import OuterResult, OuterStatus, OuterStep
 from bilevel.problems.adaptive.state import GoalReport
-from bilevel.problems.hypergradient import Hypergradient, HypergradientReport
 from bilevel.problems.problem import BilevelProblem
+from bilevel.problems.result import Hypergradient, HypergradientReport
 from bilevel.pytree import ravel
 from bilevel.quadratic_programs._clarabel import Clarabel
 from bilevel.quadratic_programs._solvers import Mehrotra

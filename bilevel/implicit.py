@@ -42,116 +42,23 @@ from bilevel._torch.transforms import (
     is_differentiated_again,
     isolated,
     outside_autocast,
-    runs_plainly,
     signed,
     tangents_batched,
     transforms_active,
     without_tangent,
 )
 from bilevel.equations.domain import defined
-from bilevel.equations.linearization import Linearization, LinearizationSlot
+from bilevel.equations.linearization import Linearization
+from bilevel.equations.linearization_cache import JointProduct, LinearizationCache
 from bilevel.equations.problem import Problem
 from bilevel.equations.pullbacks import Pullback, is_final, pullbacks_of
 from bilevel.equations.system import System
 from bilevel.operators import RepeatedOperator
 from bilevel.pytree import moves
-from bilevel.replay import ReplayCache, allowed
 
 __all__ = ["ImplicitContext", "LinearSolve", "Solve"]
 
 Tensors = Sequence[torch.Tensor]
-
-
-class LinearizationCache:
-    """The last linearisation of a call. At the same point it serves derivatives of every order and every right-hand side."""
-
-    def __init__(self) -> None:
-        self._key: list[tuple[Any, ...]] | None = None
-        self._kept: tuple[Any, ...] = ()
-        self._offered: LinearizationSlot | None = None
-        self._tapes: ReplayCache | None = None
-        self._matrix: tuple[torch.Tensor, torch.Tensor] | None = None
-
-    def look(self, tensors: Tensors) -> LinearizationSlot | None:
-        """Return the slot in which the solver may leave a linearisation, or None if no derivative can follow."""
-        needs_grad = tuple([t.requires_grad for t in tensors])
-        self._offered = LinearizationSlot(needs_grad) if True in needs_grad else None
-        return self._offered
-
-    def adopt(self, x: torch.Tensor, tensors: Tensors) -> None:
-        """Keep the linearisation that the solver left, if it was made at the solution x."""
-        look, self._offered = self._offered, None
-        self._tapes = None if look is None else look.replays
-        self._matrix = None if look is None or transforms_active() else look.matrix
-        if look is None or look.linearization is None or transforms_active():
-            return
-        at = look.linearization.point
-        if at is not None and torch.equal(at, x.reshape(at.shape)):
-            self._offer_matrix(look.linearization, at)
-            self._key = _key(x, tensors)
-            self._kept = (look.linearization, look.needs_grad, x.detach(), [t.detach() for t in tensors])
-
-    def linearize(
-        self, rule: ImplicitContext, x: torch.Tensor, tensors: Tensors, needs_grad: Sequence[bool]
-    ) -> Linearization:
-        """Return the linearisation at the solution ``x``; a new one is passed to the rule's ``compare``."""
-        key = _key(x, tensors)
-        if self._key == key and len(key) == 1 + len(tensors):
-            linearization, had = self._kept[:2]
-            if all(h or not w for h, w in zip(had, needs_grad, strict=True)):
-                return linearization
-        problem = Problem.of(rule.system, tensors)
-        # The solution comes back with the graph of this call, which no evaluation takes part in.
-        point = x.detach()
-        if self._tapes is not None and allowed() and runs_plainly((point, *problem.tensors)):
-            problem = problem.replayed_from(self._tapes)
-        flat = point.reshape(problem.batch, problem.size)
-        linearization = problem.linearize(flat, needs_grad)
-        self._offer_matrix(linearization, point)
-        if rule.compare is not None and not transforms_active():
-            rule.compare(problem, flat, linearization.residual.detach())
-        self._key, self._kept = key, (linearization, tuple(needs_grad), x.detach(), [t.detach() for t in tensors])
-        return linearization
-
-    def _offer_matrix(self, linearization: Linearization, point: torch.Tensor) -> None:
-        """Spare a dense linear solver the matrices that the judge of convergence has materialised at ``point``."""
-        if self._matrix is None or transforms_active():
-            return
-        at, matrix = self._matrix
-        if at.numel() == point.numel() and torch.equal(at, point.reshape(at.shape)):
-            linearization.operator.materialize = lambda: matrix
-
-
-class JointProduct:
-    """The product q ↦ Jᵀq, which pulls −q back through ∂_θ R in the same reverse pass.
-
-    If q is the adjoint, the derivative is then already computed.
-    """
-
-    def __init__(self, linearization: Linearization) -> None:
-        self.linearization = linearization
-        self._pulled: tuple[torch.Tensor, list[torch.Tensor | None]] | None = None
-
-    def __call__(self, q: torch.Tensor) -> torch.Tensor:
-        product, pulled = self.linearization.pull(-q)
-        self._pulled = (-q, pulled)
-        return -product
-
-    def pullback(self, v: torch.Tensor) -> list[torch.Tensor | None]:
-        """Return (∂_θ R)ᵀ v; the last product has computed it already if its q was −v."""
-        if self._pulled is not None and torch.equal(self._pulled[0], v):
-            return self._pulled[1]
-        return self.linearization.pullback(v)
-
-
-def _key(x: torch.Tensor, tensors: Tensors) -> list[tuple[Any, ...]]:
-    # Saved tensors come back as new objects over the same memory. The cache holds them, so that their memory is not reused.
-    # A tensor without a data pointer, such as a sparse one, is left out. A key that is too short never matches.
-    return [
-        (t.data_ptr(), t.shape, t.stride(), t._version)
-        for t in (x, *tensors)
-        if t.layout is torch.strided and not t.is_inference()
-    ]
 
 
 @dataclass(frozen=True, eq=False)
@@ -175,10 +82,10 @@ class ImplicitContext:
     followed
         Whether a derivative may follow. If so, the solver's last linearisation is kept.
     checked
-            For an adjoint whose derivative is differentiated again: the tensors whose derivative is asked whether it exists.
+        For an adjoint whose derivative is differentiated again: the tensors for which the derivative has to exist.
     unsure
-        Likewise, but computed from others in a graph that cannot be walked: their derivative may exist by those others alone.
-        arguments
+        Likewise, for tensors computed in a graph that cannot be walked: the derivative may exist for the tensors behind them alone.
+    arguments
         The tensors in the graph that computed them, if that graph can be walked.
     compare
         (problem, x (batch, n), R(x)) ↦ None: compares R in a derivative with R in the forward pass, at the same x.
@@ -195,6 +102,10 @@ class ImplicitContext:
     arguments: tuple[torch.Tensor, ...] = ()
     compare: Callable[[Problem, torch.Tensor, torch.Tensor], None] | None = None
     memo: LinearizationCache = field(default_factory=LinearizationCache)
+
+    def linearize(self, x: torch.Tensor, tensors: Tensors, needs_grad: Sequence[bool]) -> Linearization:
+        """Return the linearisation at the solution ``x``, the last one if it still serves."""
+        return self.memo.linearize(self.system, x, tensors, needs_grad, self.compare)
 
     def lift(self, size: int, batched: Sequence[bool]) -> ImplicitContext:
         """Return the rule for ``size`` problems at once."""
@@ -233,7 +144,7 @@ class Solve(torch.autograd.Function):
             return (None,) * (2 + len(needs_grad))
         if not torch.is_grad_enabled() and not transforms_active():
             # A first derivative: one retained graph serves the adjoint's products and the pullback.
-            linearization = rule.memo.linearize(rule, x, tensors, needs_grad)
+            linearization = rule.linearize(x, tensors, needs_grad)
             rhs = cotangent.reshape(linearization.residual.shape)
             both = JointProduct(linearization)
             operator, axes = linearization.operator.T, cotangent.shape[:-1]
@@ -291,7 +202,7 @@ class LinearSolve(torch.autograd.Function):
     ) -> torch.Tensor:
         if rule.inspect is not None:
             rule.inspect(Problem.of(rule.system, tensors))
-        linearization = rule.memo.linearize(rule, _usable(x), tensors, [False] * len(tensors))
+        linearization = rule.linearize(_usable(x), tensors, [False] * len(tensors))
         operator = linearization.operator.T if transposed else linearization.operator
         if not (transposed or rule.system.symmetric):
             # A product J v takes two reverse passes.
@@ -379,8 +290,8 @@ class LinearSolve(torch.autograd.Function):
 def _checking(rule: ImplicitContext, tensors: Tensors, needs_grad: Sequence[bool]) -> ImplicitContext:
     """Return the rule for an adjoint of :class:`LinearSolve`.
 
-        A transform's graph cannot be walked from inside: there, only the tensors that the gradient ends at decide. Of computed ones it is said where
-    the derivative may not exist.
+    A transform's graph cannot be walked from inside. There, the tensors at which the gradient ends decide. For computed tensors a message says
+    that the derivative may not exist.
     """
     if not transforms_active():
         return replace(rule, checked=tuple(needs_grad), arguments=tuple(tensors))
@@ -396,7 +307,7 @@ def _pullbacks_later(rule: ImplicitContext, x: torch.Tensor, tensors: Tensors) -
         return ()
 
     def pullback(v: torch.Tensor) -> list[torch.Tensor | None]:
-        return rule.memo.linearize(rule, _usable(x), tensors, rule.checked).pullback(v)
+        return rule.linearize(_usable(x), tensors, rule.checked).pullback(v)
 
     return pullbacks_of(pullback, rule.arguments or tensors, rule.checked)
 
@@ -407,7 +318,7 @@ def _unsure_pullbacks_later(rule: ImplicitContext, x: torch.Tensor, tensors: Ten
         return ()
 
     def pullback(v: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        slopes = rule.memo.linearize(rule, _usable(x), tensors, rule.unsure).pullback(v)
+        slopes = rule.linearize(_usable(x), tensors, rule.unsure).pullback(v)
         return [(t, s) for t, s, want in zip(tensors, slopes, rule.unsure, strict=True) if want and s is not None]
 
     return (pullback,)

@@ -131,7 +131,7 @@ class Logger(ABC):
     def __init__(self, *, prefix: str = "bilevel/", every: int = 1) -> None:
         if isinstance(every, bool) or not isinstance(every, int) or every < 1:
             raise bilevel.ArgumentError(
-                f"{type(self).__name__}: expected every to be an integer of at least 1, got {every!r}; pass one"
+                f"{type(self).__name__}: expected every to be an integer of at least 1, got {every!r}; write for example every=10"
             )
         self.prefix, self.every = prefix, every
 
@@ -183,7 +183,8 @@ class TensorBoardLogger(Logger):
             writer = made.SummaryWriter(fspath(writer)) if _is_first_process() else None
         elif not callable(getattr(writer, "add_scalar", None)):
             raise bilevel.ArgumentError(
-                f"TensorBoardLogger: expected a directory or a writer with add_scalar(name, number, step), got {writer!r}; pass one"
+                f"TensorBoardLogger: expected a directory or a writer with add_scalar(name, number, step), got {writer!r}; "
+                "write for example TensorBoardLogger('runs/first')"
             )
         self.writer: Any = writer
 

@@ -21,7 +21,9 @@ POLICIES: tuple[str, ...] = get_args(OnFailure)
 def check_policy(on_failure: str) -> OnFailure:
     """Return ``on_failure`` if it is one of the four policies, or raise :class:`ArgumentError`."""
     if on_failure not in POLICIES:
-        raise ArgumentError(f"expected on_failure to be 'raise', 'warn', 'nan' or 'ignore', got {on_failure!r}")
+        raise ArgumentError(
+            f"expected on_failure to be 'raise', 'warn', 'nan' or 'ignore', got {on_failure!r}; 'raise' is the default"
+        )
     return on_failure  # type: ignore[return-value]  # mypy does not narrow str to a Literal
 
 

@@ -203,7 +203,7 @@ def remedy_for_dtype(remedy: str, dtype: torch.dtype | None) -> str:
 
 
 class Basis(_Named):
-    """What an error bound rests on; the four are never blurred."""
+    """How an error bound was obtained."""
 
     CERTIFIED = 0
     """A proof, given constants that are known."""

@@ -1,7 +1,7 @@
 """Accuracies that tighten from one outer step to the next: k ↦ Tolerance, k = 1, 2, ...
 
-A tolerance policy is any function of the number of the outer step; these are the three of HOAG. What makes an outer loop
-with inexact hypergradients converge is that their errors can be summed, Σ ε_k < ∞, which all three have.
+A tolerance policy is any function of the number of the outer step; these are the three of HOAG. An outer loop with
+inexact hypergradients converges if their errors can be summed, Σ ε_k < ∞. All three fulfil this.
 """
 
 from __future__ import annotations
@@ -41,7 +41,9 @@ class _Schedule(ABC):
     def __call__(self, k: int) -> Tolerance:
         """Return the tolerance of outer step ``k``, counted from 1."""
         if isinstance(k, bool) or not isinstance(k, int) or k < 1:
-            raise ArgumentError(f"{type(self).__name__}: expected the number of an outer step from 1 on, got {k!r}")
+            raise ArgumentError(
+                f"{type(self).__name__}: expected the number of an outer step, which starts at 1, got {k!r}; count steps from 1"
+            )
         epsilon = max(self.start * self.decay(k), self.least)
         return Tolerance(delta=epsilon, delta_prime=epsilon, strong_convexity=self.strong_convexity)
 

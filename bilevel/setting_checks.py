@@ -27,7 +27,10 @@ def check_steps(where: str, name: str, steps: int | None, *, least: int = 1, opt
     if steps is None and optional:
         return
     if isinstance(steps, bool) or not isinstance(steps, int) or steps < least:
-        raise ArgumentError(f"{where}: expected {name} to be an integer of at least {least}, got {steps!r}; pass one")
+        also = ", or leave it out" if optional else ""
+        raise ArgumentError(
+            f"{where}: expected {name} to be an integer of at least {least}, got {steps!r}; write for example {name}={max(least, 10)}{also}"
+        )
 
 
 def check_number(
@@ -37,6 +40,7 @@ def check_number(
     fits = not isinstance(number, bool) and isinstance(number, (int, float)) and math.isfinite(number)
     if not (fits and (above < number or (closed and number == above)) and number < below):
         left = "[" if closed else "("
+        example = 1.0 if above < 1 < below else 0.5 * (above + below) if math.isfinite(below) else 2.0 * above
         raise ArgumentError(
-            f"{where}: expected {name} to be a number in {left}{above}, {below}), got {number!r}; pass one"
+            f"{where}: expected {name} to be a number in {left}{above}, {below}), got {number!r}; write for example {name}={example:g}"
         )

@@ -49,7 +49,7 @@ _ABSOLUTE = 1e-5
 
 @dataclass(frozen=True, kw_only=True)
 class Target:
-    """What one solve aims for: stop when ‖residual‖ ≤ max(absolute, relative · scale).
+    """The aim of one solve: stop when ‖residual‖ ≤ max(absolute, relative · scale).
 
     Parameters
     ----------
@@ -247,8 +247,8 @@ class Tolerance:
             raise ArgumentError("Tolerance: expected hypergradient with relative=True, got none; pass for example 1e-3")
         if self.stationary is not None and self.descent is None and not self.relative:
             raise ArgumentError(
-                "Tolerance: expected descent, or hypergradient with relative=True, beside stationary, got neither; without a relative "
-                "goal there is none that a small gradient would make strict: leave stationary out"
+                "Tolerance: expected descent, or hypergradient with relative=True, beside stationary, got neither; leave "
+                "stationary out, or set relative=True: it loosens relative goals where the gradient is small"
             )
         if not self.has_goal and self.estimates:
             raise ArgumentError(

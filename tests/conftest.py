@@ -45,24 +45,23 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 def _replay_at_once() -> None:
     """Let a layer's first call note what its function does, and trust it without another look."""
-    from bilevel.layers import call, checks
+    from bilevel.layers.inspector import Inspector
     from bilevel.replay.cache import ReplayCache
 
-    inspect_once, attempt = checks.inspect_once, ReplayCache._try
+    inspect_once, attempt = Inspector.inspect_once, ReplayCache._try
 
     def trusting(cache: Any, entry: Any, *args: Any) -> None:
         attempt(cache, entry, *args)
         entry.trusted = not entry.given_up
 
-    def eager(problem: Any, x: Any, function: Any, memory: Any, **kinds: bool) -> Any:
-        first = inspect_once(problem, x, function, memory, **kinds)
+    def eager(self: Any, problem: Any, x: Any, function: Any, *, captures: bool, again: bool = False) -> Any:
+        first = inspect_once(self, problem, x, function, captures=captures, again=again)
         if first.found is None:
             return first
-        replays = checks.reuse_inspection(problem, x, function, memory, memory, **kinds)
-        return first._replace(replays=replays)
+        return first._replace(replays=self.reuse_inspection(problem, x, function, captures=captures))
 
     ReplayCache._try = trusting
-    checks.inspect_once = call.inspect_once = eager
+    Inspector.inspect_once = eager
 
 
 @pytest.fixture(autouse=True)

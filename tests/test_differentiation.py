@@ -284,14 +284,17 @@ def test_a_module_is_an_unknown_and_comes_back_solved() -> None:
     before = net.weight.detach().clone()
     X, y = torch.randn(10, 2, dtype=F64), torch.randn(10, 1, dtype=F64)
     fit = bilevel.argmin(
-        lambda net, X, y, s: ((net(X) - y) ** 2).sum() + s * sum((p**2).sum() for p in net.parameters.values())
+        lambda net, X, y, s: ((net(X) - y) ** 2).sum() + s * sum((p**2).sum() for p in net.parameters())
     )
     s = torch.tensor(0.7, dtype=F64, requires_grad=True)
     solved = fit(net, X, y, s)
     assert torch.equal(net.weight, before)
     with_one = torch.cat([X, torch.ones(10, 1, dtype=F64)], 1)
     expected = torch.linalg.solve(with_one.T @ with_one + s * torch.eye(3, dtype=F64), with_one.T @ y)
-    assert torch.allclose(solved.parameters["weight"][0], expected[:2, 0])
+    assert torch.allclose(solved.weight[0], expected[:2, 0])
+    assert [name for name, _ in solved.named_parameters()] == ["weight", "bias"]
+    with pytest.raises(AttributeError, match=r"net\['weight'\], and the rest of the module is net.module"):
+        solved.in_features  # noqa: B018
     found, reference = (torch.autograd.grad(made, s)[0] for made in (solved(X).sum(), (with_one @ expected).sum()))
     assert torch.allclose(found, reference)
     with pytest.raises(bilevel.ArgumentError, match="unfreeze"):

@@ -464,6 +464,33 @@ def test_functions_that_change_what_they_are_given(make: Any) -> None:
         make(lambda x: state.add_(1.0) * x)(ONE)
 
 
+def add_to(x: torch.Tensor) -> torch.Tensor:
+    x += 1
+    return x
+
+
+@layers
+def test_functions_that_change_the_unknown_are_told_what_to_write(make: Any) -> None:
+    with pytest.raises(bilevel.StochasticObjectiveError, match=r"write x = x \+ 1 for x \+= 1"):
+        make(add_to)(ONE)
+
+
+def test_functions_that_change_an_argument_are_told_what_to_write() -> None:
+    with pytest.raises(bilevel.StochasticObjectiveError, match=r"write x = x \+ 1 for x \+= 1"):
+        bilevel.argmin(lambda x, a: ((x - add_to(a)) ** 2).sum())(ZERO, ONE.clone())
+
+    class Changing(Plain):
+        def outer_objective(self, x, a, data):
+            return (x * add_to(a)).sum()
+
+    for call in (
+        lambda: Changing(NOTHING, NOTHING)(requires_grad(), ONE, init=ZERO),
+        lambda: Changing(NOTHING, NOTHING).hypergradient(ONE.clone(), ONE, init=ZERO),
+    ):
+        with pytest.raises(bilevel.StochasticObjectiveError, match=r"write x = x \+ 1 for x \+= 1"):
+            call()
+
+
 @problems
 def test_objectives_that_change_their_data(use: Any) -> None:
     seen = torch.zeros(2, dtype=F64)

@@ -18,10 +18,9 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import bilevel
-import bilevel.layers.checks as inspection
-from bilevel.replay import purity
+import bilevel.layers.inspector as inspection
+from bilevel.replay import InspectionCache, purity, reachable_objects
 from bilevel.replay.opcodes import _BY_VERSION, is_known_step
-from bilevel.replay.purity import InspectionCache, reachable_objects
 
 F64 = torch.float64
 SCALE, RATE = 2.0, 0.0

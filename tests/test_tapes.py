@@ -31,7 +31,7 @@ def same(found, expected) -> bool:
 
 
 def noted(function, inputs, **others) -> Program:
-    _, program = note(function, inputs, **others)
+    program = note(function, inputs, **others).program
     assert program is not None
     return program
 
@@ -114,6 +114,65 @@ def test_in_two_parts_the_second_as_often_as_one_likes(function, seed):
     assert same([begun.outputs[place] for place in early], before)
 
 
+def test_a_chain_on_a_large_tensor_stays_in_one_memory():
+    def chain(x):
+        a = x * 3
+        for _ in range(5):
+            a = (a + 1) * 0.5
+        return [a]
+
+    x = numbers(0, 100, 100)
+    program = noted(chain, (x,))
+    places: list[int] = []
+
+    class Places(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **(kwargs or {}))
+            places.append(out.untyped_storage().data_ptr())
+            return out
+
+    with Places():
+        (found,) = program.run(x)
+    assert same([found], chain(x))
+    assert len(places) == 11 and len(set(places)) == 1 and x.data_ptr() not in places
+
+
+def test_what_no_input_reaches_is_made_once():
+    def function(x):
+        ones = torch.ones_like(x)
+        return [x * (ones * 3).sum(), torch.zeros_like(x) + 1]
+
+    x = numbers(0, 3, 3)
+    program = noted(function, (x,))
+    assert len(program._tape.steps) == 2, "the product with x, and the second result, which belongs to the caller"
+    for _ in range(2):
+        found = program.run(x)
+        assert same(found, function(x))
+        found[1].zero_()
+
+
+def test_what_is_found_and_lasts_is_read_in_every_run():
+    buffer = torch.ones(3, dtype=F64)
+    program = noted(lambda x: [x * buffer.exp()], (numbers(0, 3),), found=True)
+    buffer.mul_(2)
+    x = numbers(1, 3)
+    assert same(program.run(x), [x * buffer.exp()])
+
+
+def test_what_the_second_part_reads_is_not_written_over_in_the_first():
+    def function(x, y):
+        a, b = x + 1, x * 2
+        return [a * y, b * y, b.tanh() * y, (b.sin() + 1).exp()]
+
+    x, y = numbers(2, 3, 3), numbers(3, 3, 3)
+    program = noted(function, (numbers(0, 3, 3),), late=(numbers(1, 3, 3),))
+    for _ in range(2):
+        begun = program.begin(x)
+        for _ in range(2):
+            assert same(begun.finish((0, 1, 2), y), function(x, y)[:3])
+        assert same([begun.outputs[3]], function(x, y)[3:])
+
+
 def test_what_is_given_comes_back_as_another_object():
     x = numbers(0, 3)
     program = noted(lambda x: [x, x.detach(), x + 0], (x,))
@@ -157,7 +216,7 @@ OUTSIDE = torch.ones(3, dtype=F64)
 @pytest.mark.parametrize("function", OPEN.values(), ids=OPEN)
 def test_what_could_do_otherwise_has_no_tape(function):
     x = numbers(0, 3)
-    outputs, program = note(function, (x,))
+    outputs, program, _ = note(function, (x,))
     assert program is None and all(isinstance(t, torch.Tensor) for t in outputs)
 
 
@@ -166,7 +225,7 @@ def test_a_captured_tensor_is_an_input():
     x, other = numbers(5, 3), numbers(6, 3)
     assert same(program.run(x, other), [x + other, x * other[0]])
     # Two of them in one memory may be apart when they are looked at next.
-    assert note(lambda x: [x + OUTSIDE], (numbers(0, 3),), captured=(OUTSIDE, OUTSIDE[:2]))[1] is None
+    assert note(lambda x: [x + OUTSIDE], (numbers(0, 3),), captured=(OUTSIDE, OUTSIDE[:2])).program is None
 
 
 def test_arguments_in_one_memory_are_told_apart():

@@ -1,11 +1,14 @@
 """The types that users see: ``mypy --strict`` on a sample project has nothing to say."""
 
+import inspect
 import runpy
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+import bilevel
 
 SAMPLE = Path(__file__).parent / "typing" / "sample.py"
 
@@ -36,3 +39,23 @@ def test_strict_mypy_accepts_the_sample(tmp_path: Path) -> None:
 def test_sample_runs(capsys: pytest.CaptureFixture[str]) -> None:
     runpy.run_path(str(SAMPLE), run_name="__main__")
     assert "torch.Size([2])" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "inner_objective",
+        "outer_objective",
+        "prepare",
+        "inner_prox",
+        "inner_constraints",
+        "objective_arguments",
+        "initial",
+        "tolerance_of",
+        "constants",
+    ],
+)
+def test_overrides_may_name_their_arguments(name: str) -> None:
+    # Type checkers refuse an override with other names if the arguments can be passed by name.
+    parameters = inspect.signature(getattr(bilevel.BilevelProblem, name)).parameters.values()
+    assert all(parameter.kind is parameter.POSITIONAL_ONLY for parameter in parameters)

@@ -181,6 +181,34 @@ def test_a_minimum_at_a_kink_is_named_from_whichever_side_it_is_reached(start, d
         bilevel.argmin(lasso)(torch.full((2,), start, dtype=dtype), a)
 
 
+@pytest.mark.parametrize("n", [2, 600])
+@pytest.mark.parametrize("solver", [None, bilevel.LBFGS(), bilevel.GradientDescent(0.1, 100)])
+def test_a_kink_without_a_finite_hessian_is_named(n, solver):
+    # torch's slope of a norm at 0 is 0 by convention, its second derivative NaN.
+    settings = {} if solver is None else {"solver": solver}
+    layer = bilevel.argmin(lambda x, a: (x.norm() - a) ** 2, on_failure="ignore", **settings)
+    solution = layer.solve(torch.zeros(n, dtype=torch.float64), torch.tensor(0.7, dtype=torch.float64))
+    assert solution.report.status is bilevel.Status.KINK
+
+
+def test_an_infinite_hessian_is_not_taken_for_a_kink():
+    # |x|^1.5 has an infinite second derivative at 0, and a gradient that is continuous there.
+    layer = bilevel.argmin(lambda x, a: (x.abs() ** 1.5).sum() + a, on_failure="ignore")
+    solution = layer.solve(torch.zeros(3, dtype=torch.float64), torch.tensor(0.7, dtype=torch.float64))
+    assert solution.report.status is not bilevel.Status.KINK
+
+
+@pytest.mark.parametrize(
+    "objective", [lambda x, a: (x.clamp(-1, 1) - a).square().sum(), lambda x, a: -torch.exp(-((x - a) ** 2)).sum()]
+)
+def test_a_start_where_the_objective_is_flat_is_not_said_to_have_moved(objective):
+    start, a = torch.full((2,), 50.0, dtype=torch.float64), torch.tensor(0.7, dtype=torch.float64)
+    with pytest.raises(bilevel.SolveError, match="could not leave the start: the function is flat there"):
+        bilevel.argmin(objective)(start, a)
+    nearer = bilevel.argmin(objective)(start / 100, a)  # the remedy
+    torch.testing.assert_close(nearer, a.expand(2), atol=1e-6, rtol=0)
+
+
 def test_the_remedies_of_a_kink_help():
     a, init = torch.tensor([0.2, 2.0], dtype=F64), torch.zeros(2, dtype=F64)
     smooth = bilevel.argmin(lambda x, a: ((x - a) ** 2).sum() + (x**2 + 1e-3**2).sqrt().sum())

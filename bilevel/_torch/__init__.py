@@ -1,4 +1,4 @@
-"""What torch computes wrongly, refuses, or computes slowly, and what the library does about it.
+"""Workarounds for operations that torch computes wrongly, refuses, or computes slowly.
 
 Each file names the fault or the saving. Nothing here knows of solvers or problems.
 """

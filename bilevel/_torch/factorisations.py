@@ -1,8 +1,8 @@
-"""Factorisations of batches of matrices in which one problem's trouble stays its own: NaN instead of an exception for all.
+"""Factorisations of batches of matrices. Where one fails, its result is NaN, and the others are computed.
 
-torch raises for a whole batch where LAPACK fails on one matrix, and fails on every matrix that is not finite. What cannot be had of one problem
-is NaN here, and a comparison with NaN is false: no bound, and no step, follows from it. Whatever in this package calls eigh, eigvalsh, svd,
-svdvals, pinv, solve or the spectral norm of torch.linalg calls it here. QR, and the factorisations whose names end in _ex, raise nothing.
+torch raises for a whole batch where LAPACK fails on one matrix, and fails on every matrix that is not finite. Here the
+failed matrix alone gets NaN. A comparison with NaN is false, so no bound and no step follows from it. All of this package calls eigh, eigvalsh, svd,
+svdvals, pinv, solve and the spectral norm from here, and not from torch.linalg. QR, and the factorisations whose names end in _ex, raise nothing.
 """
 
 from __future__ import annotations

@@ -82,7 +82,7 @@ def _level() -> Iterator[int]:
 def _inside(tensors: Sequence[torch.Tensor], level: int) -> tuple[torch.Tensor, ...]:
     """Return ``tensors`` as leaves of a level.
 
-    What a rule saved may still have the wrapper of a level that has ended. torch takes off one such wrapper, and not two, one in the other.
+    A tensor that a rule saved may still have the wrapper of a level that has ended. torch removes one such wrapper, but not two nested ones.
     """
     wrapped = [_functorch._wrap_for_grad(_functorch.unwrap_if_dead(tensor), level) for tensor in tensors]
     before = _functorch.get_inplace_requires_grad_allowed()

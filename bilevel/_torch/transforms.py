@@ -152,9 +152,8 @@ def layers(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
 
 def innermost(tensor: torch.Tensor) -> torch.Tensor:
     """Return the plain tensor that transforms have wrapped."""
-    while _functorch.is_functorch_wrapped_tensor(tensor):
-        tensor = _functorch.get_unwrapped(tensor)
-    return tensor
+    *_, plain = layers(tensor)
+    return plain
 
 
 def without_gradient(tensor: torch.Tensor) -> torch.Tensor:
@@ -174,18 +173,16 @@ def without_tangent(tensor: torch.Tensor) -> torch.Tensor:
 
 def carries_gradient(tensor: torch.Tensor) -> bool:
     """Return whether any level, ordinary autograd included, differentiates ``tensor`` in either mode."""
-    while True:
-        if not _functorch.is_batchedtensor(tensor):
-            if tensor.requires_grad:
-                return True
-            # torch has no tangents of sparse tensors, nor of whole numbers, nor outside of a dual level.
-            dual = forward_ad._current_level >= 0 and tensor.layout is torch.strided
-            dual = dual and (tensor.is_floating_point() or tensor.is_complex())
-            if dual and forward_ad.unpack_dual(tensor).tangent is not None:
-                return True
-        if not _functorch.is_functorch_wrapped_tensor(tensor):
-            return False
-        tensor = _functorch.get_unwrapped(tensor)
+    return any(_is_differentiated(layer) for layer in layers(tensor) if not _functorch.is_batchedtensor(layer))
+
+
+def _is_differentiated(layer: torch.Tensor) -> bool:
+    if layer.requires_grad:
+        return True
+    # torch has no tangents of sparse tensors, nor of whole numbers, nor outside of a dual level.
+    dual = forward_ad._current_level >= 0 and layer.layout is torch.strided
+    dual = dual and (layer.is_floating_point() or layer.is_complex())
+    return dual and forward_ad.unpack_dual(layer).tangent is not None
 
 
 def is_differentiated_again(tensors: Iterable[torch.Tensor]) -> bool:

@@ -1,4 +1,4 @@
-"""What a person, or a problem, knows of its objectives: strong convexity and Lipschitz constants."""
+"""Known constants of the objectives: strong convexity and Lipschitz constants."""
 
 from __future__ import annotations
 

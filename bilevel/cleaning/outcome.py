@@ -1,4 +1,4 @@
-"""What a run of ``bilevel clean`` is asked and what it found: settings, rows of the table, and who hears of the steps."""
+"""The settings and results of a run of ``bilevel clean``: rows of the table, and the protocol of progress displays."""
 
 from __future__ import annotations
 
@@ -211,13 +211,13 @@ class Outcome:
 
 
 class Progress(Protocol):
-    """Is told how far the work is."""
+    """A display of the progress of a run."""
 
     def stage(self, name: str, total: int) -> None:
         """Begin a stage of ``total`` steps."""
 
     def step(self, point: StepPoint | None) -> None:
-        """Say that a step of the stage is done."""
+        """Count one step of the stage as done."""
 
 
 @dataclass(frozen=True)

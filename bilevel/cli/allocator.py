@@ -1,8 +1,8 @@
 """Keeping freed memory in the process, where a program makes and drops large tensors all the time.
 
-The C library gives a freed block of some megabytes back to the system at once, and the next tensor of that size is then made of pages that the
-system has to clear and map one by one: a quarter of the time of a meta-step on a virtual machine. What is to be done about it is a
-program's choice, not a library's: only command lines and benchmarks call this.
+The C library returns a freed block of some megabytes to the system at once. For the next tensor of that size the system has to clear and map
+pages one by one, which took a quarter of the time of a meta-step on a virtual machine. Only command lines and benchmarks call this, because it
+changes the whole process.
 """
 
 from __future__ import annotations

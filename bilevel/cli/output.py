@@ -52,14 +52,14 @@ def console(*, stderr: bool) -> Console:
 
 @contextlib.contextmanager
 def printing() -> Iterator[None]:
-    """Guard what is printed to standard output in the ``with`` block.
+    """Turn failures to write to standard output in the ``with`` block into errors.
 
     Raises
     ------
     OutputError
-        If it cannot be written, as on a full disk.
+        If the output cannot be written, for example on a full disk.
     SystemExit
-        With 1, without a word, if nobody reads it any more, as in ``bilevel tune wine | head -1``.
+        With status 1 and no message if the reader has closed the pipe, as in ``bilevel tune wine | head -1``.
     """
     try:
         yield

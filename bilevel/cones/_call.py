@@ -9,7 +9,9 @@ from bilevel.cones._solve import solve_cones
 from bilevel.cones._sparse import FactorisedJacobians
 from bilevel.cones._wording import forward_words
 from bilevel.equations.problem import Problem
-from bilevel.layers.call import Inspector, SolveCall, SolveSettings
+from bilevel.layers.call import SolveCall
+from bilevel.layers.inspector import Inspector
+from bilevel.layers.settings import SolveSettings
 from bilevel.linear._base import LinearSolver
 from bilevel.linear.exact import Exact
 from bilevel.linear.gmres import GMRES

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
@@ -64,7 +64,23 @@ class Cone(ABC):
 
 
 @dataclass(frozen=True)
-class Zero(Cone):
+class _Sized(Cone):
+    """A cone that exists in every dimension of at least ``least``."""
+
+    size: int
+
+    least: ClassVar[int] = 0
+
+    def __post_init__(self) -> None:
+        check_steps(f"cones.{type(self).__name__}", "size", self.size, least=self.least)
+
+    @property
+    def rows(self) -> int:
+        return self.size
+
+
+@dataclass(frozen=True)
+class Zero(_Sized):
     """{0}ᵏ: the rows are equations.
 
     Parameters
@@ -85,15 +101,6 @@ class Zero(Cone):
     tensor([0., 0.])
     """
 
-    size: int
-
-    def __post_init__(self) -> None:
-        check_steps("cones.Zero", "size", self.size, least=0)
-
-    @property
-    def rows(self) -> int:
-        return self.size
-
     def project(self, v: torch.Tensor) -> torch.Tensor:
         return torch.zeros_like(v)
 
@@ -111,7 +118,7 @@ class Zero(Cone):
 
 
 @dataclass(frozen=True)
-class Nonnegative(Cone):
+class Nonnegative(_Sized):
     """{s ∈ Rᵏ: s ≥ 0}: the rows are inequalities A x ≤ b.
 
     Parameters
@@ -132,15 +139,6 @@ class Nonnegative(Cone):
     tensor([1., 0.])
     """
 
-    size: int
-
-    def __post_init__(self) -> None:
-        check_steps("cones.Nonnegative", "size", self.size, least=0)
-
-    @property
-    def rows(self) -> int:
-        return self.size
-
     def project(self, v: torch.Tensor) -> torch.Tensor:
         return torch.where(v > 0, v, 0.0)
 
@@ -158,7 +156,7 @@ class Nonnegative(Cone):
 
 
 @dataclass(frozen=True)
-class SecondOrder(Cone):
+class SecondOrder(_Sized):
     """{(t, u) ∈ R × Rᵏ⁻¹: ‖u‖₂ ≤ t}.
 
     Parameters
@@ -183,14 +181,7 @@ class SecondOrder(Cone):
     tensor([2.5000, 1.5000, 2.0000])
     """
 
-    size: int
-
-    def __post_init__(self) -> None:
-        check_steps("cones.SecondOrder", "size", self.size)
-
-    @property
-    def rows(self) -> int:
-        return self.size
+    least: ClassVar[int] = 1
 
     def project(self, v: torch.Tensor) -> torch.Tensor:
         return SecondOrderCone().prox(v)

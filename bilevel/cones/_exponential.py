@@ -13,13 +13,11 @@ from typing import Any
 import torch
 
 from bilevel.cones._cone import Cone
-from bilevel.prox._batched import batched
+from bilevel.cones._scalar_root import scalar_root
 
 __all__ = ["Exponential"]
 
 _REACH = 1000.0  # beyond it e^ρ is nothing beside the other numbers
-_BISECTIONS = 52
-_NEWTON = 3  # each step doubles the order up to which derivatives are exact: 1, 3, 7
 
 
 @dataclass(frozen=True)
@@ -84,9 +82,10 @@ def _regions(v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]
     return inside, polar & ~inside, (r <= 0) & (s <= 0) & ~inside & ~polar
 
 
-def _equation(rho: torch.Tensor, v: torch.Tensor, shift: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return h and its slope at ρ, both times e^−shift."""
+def _equation(rho: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return h and its slope at ρ, both times e^−|ρ|."""
     r, s, t = v.unbind(-1)
+    shift = rho.detach().abs()  # a factor, which a derivative of the root does not see
     g, slope = rho * rho - rho + 1, 2 * rho - 1
     a, c = ((rho - 1) * r + s) / g, (r - rho * s) / g
     up, down = torch.exp(rho - shift), torch.exp(-rho - shift)
@@ -94,27 +93,18 @@ def _equation(rho: torch.Tensor, v: torch.Tensor, shift: torch.Tensor) -> tuple[
     return h, (a + (r - a * slope) / g) * up + (c + (s + c * slope) / g) * down
 
 
-def _root(v: torch.Tensor) -> tuple[torch.Tensor]:
-    """Return ρ (...) for v (..., 3) of the boundary piece, by bisection."""
+def _interval(v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the ends of the interval on which a and c are positive, where ρ (...) is."""
     r, s, _ = v.unbind(-1)
     infinite = torch.full_like(r, torch.inf)
     low = torch.where(r > 0, 1 - s / torch.where(r > 0, r, 1.0), -infinite)
     high = torch.where(s > 0, r / torch.where(s > 0, s, 1.0), infinite)
-    low, high = torch.maximum(low, high.clamp(max=0.0) - _REACH), torch.minimum(high, low.clamp(min=0.0) + _REACH)
-    for _ in range(_BISECTIONS):
-        middle = 0.5 * (low + high)
-        above = _equation(middle, v, middle.abs())[0] > 0
-        low, high = torch.where(above, low, middle), torch.where(above, middle, high)
-    return (0.5 * (low + high),)
+    return torch.maximum(low, high.clamp(max=0.0) - _REACH), torch.minimum(high, low.clamp(min=0.0) + _REACH)
 
 
 def _onto_boundary(v: torch.Tensor) -> torch.Tensor:
-    (start,) = batched(_root, v)
-    rho, shift = start, start.abs()
-    for _ in range(_NEWTON):
-        h, slope = _equation(rho, v, shift)
-        rho = rho - h / slope
-    scale = start.clamp(min=0.0)
+    rho = scalar_root(_equation, _interval, v)
+    scale = rho.detach().clamp(min=0.0)
     small = torch.exp(-scale)
     p = torch.stack([rho * small, torch.ones_like(rho) * small, torch.exp(rho - scale)], -1)
     return (v * p).sum(-1, keepdim=True) / (p * p).sum(-1, keepdim=True) * p

@@ -8,14 +8,12 @@ from typing import Any
 import torch
 
 from bilevel.cones._cone import Cone
-from bilevel.prox._batched import batched
+from bilevel.cones._scalar_root import scalar_root
 from bilevel.setting_checks import check_number
 
 __all__ = ["Power"]
 
 _REACH = 300.0  # in u: beyond it one of the three numbers is nothing beside the others
-_BISECTIONS = 56
-_NEWTON = 3  # each step doubles the order up to which derivatives are exact: 1, 3, 7
 
 
 @dataclass(frozen=True)
@@ -110,25 +108,19 @@ class Power(Cone):
             slope = slope + weight * product * (down - up) / (4 * root * part)
         return found[0], found[1], z.abs() * up, value, slope
 
-    def _root(self, v: torch.Tensor) -> tuple[torch.Tensor]:
-        """Return u (...) for v (..., 3) of the boundary piece, by bisection."""
-        high = torch.full_like(v[..., 0], _REACH)
-        low = -high
-        for _ in range(_BISECTIONS):
-            middle = 0.5 * (low + high)
-            below = self._parts(middle, v)[3] > 0
-            low, high = torch.where(below, middle, low), torch.where(below, high, middle)
-        return (0.5 * (low + high),)
+    def _equation(self, u: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        *_, value, slope = self._parts(u, v)
+        return -value, -slope
 
     def _onto_boundary(self, v: torch.Tensor) -> torch.Tensor:
-        (u,) = batched(self._root, v)
-        for _ in range(_NEWTON):
-            *_, value, slope = self._parts(u, v)
-            step = value / slope
-            # Beside the cone, as near as rounding, the equation is flat and its value noise.
-            u = u - torch.where(step.abs() < 1, step, 0.0)
+        u = scalar_root(self._equation, _interval, v)
         x, y, r, *_ = self._parts(u, v)
         return torch.stack([x, y, torch.where(v[..., 2] < 0, -r, r)], -1)
 
     def of_clarabel(self, clarabel: Any) -> Any:
         return clarabel.PowerConeT(self.exponent)
+
+
+def _interval(v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    reach = torch.full_like(v[..., 0], _REACH)
+    return -reach, reach

@@ -38,7 +38,7 @@ _KINK = 1e-9  # the relative size of an edge that counts as zero
 
 @dataclass(eq=False)
 class Found:
-    """What was found of a batch.
+    """The solutions of a batch of programs.
 
     Parameters
     ----------

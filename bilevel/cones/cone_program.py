@@ -22,8 +22,8 @@ from bilevel.equations.structured import flat_raveler
 from bilevel.equations.system import RootSystem
 from bilevel.errors import ArgumentError, TransformError
 from bilevel.implicit import ImplicitContext, Solve
-from bilevel.layers.call import SolveSettings
-from bilevel.layers.layer import Solution
+from bilevel.layers.settings import SolveSettings
+from bilevel.layers.solution import Solution
 from bilevel.policy import OnFailure, check_policy
 from bilevel.pytree import Raveler, flatten_arguments
 from bilevel.quadratic_programs._clarabel import Clarabel

@@ -170,7 +170,7 @@ def _pieces_of(system: EquilibriumSystem, x: torch.Tensor, problem: Problem) -> 
 
 @dataclass(frozen=True, eq=False)
 class _Pieces(EquilibriumSystem):
-    """What R is made of, in place of R."""
+    """The slopes of the players, from which R is made, in place of R."""
 
     def output(self, flat: torch.Tensor, *tensors: torch.Tensor) -> torch.Tensor:
         return torch.stack([*self.bounds(flat, *tensors), self.slopes(flat, *tensors)])

@@ -57,8 +57,8 @@ class LeastSquaresSystem(ArgminSystem):
     label = "least_squares"
 
     def residuals(self, flat: torch.Tensor, *tensors: torch.Tensor) -> torch.Tensor:
-        """Return one problem's residuals (m,), differentiable; a complex one counts as two."""
-        return residual_vector(self.call(flat, *tensors), self.where)
+        """Return one problem's residuals (m,) in the dtype of the unknown, differentiable; a complex one counts as two."""
+        return residual_vector(self.call(flat, *tensors), self.where).to(flat.dtype)
 
     def output(self, flat: torch.Tensor, *tensors: torch.Tensor) -> torch.Tensor:
         residuals, loss = self.residuals(flat, *tensors), self.loss_of(tensors)

@@ -45,7 +45,8 @@ class PlayerBounds:
             wrong = [leaf for leaf in pytree.tree_leaves(entry) if not _is_number(leaf) and leaf is not None]
             if wrong and not callable(entry):
                 raise ArgumentError(
-                    f"equilibrium: expected {name}[{player}] to be None, a number, a tensor or a function of the arguments, got {entry!r}; pass one"
+                    f"equilibrium: expected {name}[{player}] to be None, a number, a tensor or a function of the arguments, got {entry!r}; "
+                    f"write for example {name}=[0.0, None]"
                 )
             if any(isinstance(leaf, torch.Tensor) and leaf.requires_grad for leaf in pytree.tree_leaves(entry)):
                 raise ArgumentError(

@@ -8,8 +8,6 @@ tensors, as a :class:`bilevel.equations.problem.Problem`.
 
 from __future__ import annotations
 
-import inspect
-import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -27,6 +25,7 @@ from bilevel._torch.norms import OneImageNorms, WrittenNorms
 from bilevel._torch.reverse import grad, grad_and_value, vjp
 from bilevel._torch.transforms import autocasting, hooks_refused
 from bilevel.equations.domain import leaves_domain
+from bilevel.equations.function_errors import explain, unconnected
 from bilevel.errors import (
     ArgumentError,
     BilevelError,
@@ -34,7 +33,7 @@ from bilevel.errors import (
     ShapeError,
     TransformError,
 )
-from bilevel.pytree import Arguments, Raveler, is_numpy, leaf_names, ravel_like, unravelled
+from bilevel.pytree import Arguments, Raveler, ravel_like, unravelled
 
 __all__ = [
     "ArgminSystem",
@@ -44,15 +43,8 @@ __all__ = [
     "RootSystem",
     "SymmetricLinearSystem",
     "System",
-    "mixes_numpy",
-    "numpy_refusal",
-    "unconnected",
 ]
 
-# The words of torch's errors about operands that do not fit.
-_DTYPES = re.compile(r"dtype|scalar type", re.IGNORECASE)
-_MISFIT = re.compile(rf"\b(sizes?|shapes?|dimensions?|batch_size)\b|{_DTYPES.pattern}", re.IGNORECASE)
-_MOST_LISTED = 8
 # The largest number of rows of a Jacobian in one vmapped pass, which limits the memory of its intermediate results.
 _MOST_ROWS = 64
 
@@ -192,42 +184,12 @@ class System(ABC):
         except (RuntimeError, ValueError, IndexError, TypeError, AttributeError) as error:
             if isinstance(error, BilevelError) or leaves_domain(error):
                 raise
-            paths, _ = pytree.tree_flatten_with_path(self.arguments.rebuild(tensors))
-            arrays = leaf_names([(path, leaf) for path, leaf in paths if is_numpy(leaf)])
-            if mixes_numpy(error):
-                raise numpy_refusal(self.where, self.noun, arrays) from error
-            self._check_count(tensors, error)
-            # Such as "'int' object is not callable", of array.size().
-            if arrays and isinstance(error, (TypeError, AttributeError)):
-                raise numpy_refusal(self.where, self.noun, arrays) from error
-            if isinstance(error, (TypeError, AttributeError)) or not _MISFIT.search(str(error)):
+            explanation = explain(
+                error, self.where, self.noun, self.function, self.raveler, flat, self.arguments, tensors
+            )
+            if explanation is None:
                 raise
-            raise self._misfit(flat, tensors, str(error)) from error
-
-    def _check_count(self, tensors: Sequence[torch.Tensor], error: Exception) -> None:
-        """Raise if the user's function cannot take as many arguments as it is given."""
-        args, kwargs = self.arguments.rebuild(tensors)
-        try:
-            inspect.signature(self.function).bind(None, *args, **kwargs)
-        except TypeError as refused:
-            raise ArgumentError(
-                f"{self.where}: expected an initial guess and then the other arguments of {self.noun}, got an initial guess and "
-                f"{len(args)} more, {len(kwargs)} by name, and Python says: {refused}; pass the initial guess first, then the others"
-            ) from error
-        except ValueError:
-            return  # the function has no signature, as some of C have none
-
-    def _misfit(self, flat: torch.Tensor, tensors: Sequence[torch.Tensor], said: str) -> BilevelError:
-        paths, _ = pytree.tree_flatten_with_path(self.raveler.unravel(flat.detach()))
-        given = [("init" + pytree.keystr(path), leaf) for path, leaf in paths]
-        given += zip(self.arguments.names, self.arguments.given(tensors), strict=True)
-        listed = [f"{name} {tuple(t.shape)} {str(t.dtype).removeprefix('torch.')}" for name, t in given]
-        more = f" and {len(listed) - _MOST_LISTED} more" if len(listed) > _MOST_LISTED else ""
-        kind, what = (DtypeError, "dtypes") if _DTYPES.search(said) else (ShapeError, "shapes")
-        return kind(
-            f"{self.where}: expected init and the arguments to have {what} that fit together in {self.noun}, got "
-            f"{', '.join(listed[:_MOST_LISTED])}{more}, and torch says: {' '.join(said.split())}; give them {what} that fit"
-        )
+            raise explanation from error
 
     def lifted(self, function: Callable[..., Any]) -> Callable[..., Any]:
         """Return ``function`` of one problem's (x, *tensors) as a function of the whole batch."""
@@ -295,7 +257,7 @@ class ArgminSystem(System):
         with quick:
             values = (self if graph else self.for_gradients()).outputs(x, *tensors)
             if not values.requires_grad:
-                raise unconnected(self)
+                raise unconnected(self.where, self.noun)
             total = values.sum() if values.ndim else values
             (gradient,) = torch.autograd.grad(total, x, create_graph=graph, allow_unused=True, materialize_grads=True)
         return values, gradient
@@ -314,7 +276,7 @@ class RootSystem(System):
     def plain_residual(self, x: torch.Tensor, tensors: Sequence[torch.Tensor], *, graph: bool) -> torch.Tensor:
         residual = self.for_gradients().outputs(x, *tensors)
         if not residual.requires_grad and x.requires_grad:
-            raise unconnected(self)
+            raise unconnected(self.where, self.noun)
         return residual
 
 
@@ -384,26 +346,3 @@ def _alone(function: Callable[..., Any], batched: tuple[bool, ...]) -> Callable[
         return pytree.tree_map(lambda t: t.unsqueeze(0), made)
 
     return alone
-
-
-def mixes_numpy(error: Exception) -> bool:
-    """Return whether ``error`` comes from a torch operation on a numpy array, or a numpy operation on a tensor."""
-    said = str(error)
-    return "call numpy() on Tensor" in said or "numpy.ndarray" in said
-
-
-def numpy_refusal(where: str, noun: str, arrays: Sequence[str]) -> DtypeError:
-    """Return the error for numpy in a user's function; ``arrays`` names its numpy arguments."""
-    got = f"a numpy array at {', '.join(arrays)}" if arrays else "a numpy array or a function of numpy in it"
-    return DtypeError(
-        f"{where}: expected {noun} to be of torch's operations on tensors, as numpy's cannot be differentiated, got {got}; convert it with "
-        "torch.as_tensor(...), and use torch's functions"
-    )
-
-
-def unconnected(system: System) -> ArgumentError:
-    """Return the error for a function whose result does not depend on its first argument."""
-    return ArgumentError(
-        f"{system.where}: expected the result of {system.noun} to depend on its first argument, and no graph leads "
-        "there; look for .detach(), .item(), numpy or torch.no_grad inside it"
-    )

@@ -203,10 +203,10 @@ class Outcome:
 
 
 class Progress(Protocol):
-    """Hears how a run goes."""
+    """A display of the progress of a run."""
 
     def stage(self, name: str, total: int) -> None:
-        """Hear that a stage of at most ``total`` steps begins."""
+        """Begin a stage of at most ``total`` steps."""
 
     def step(self, step: OuterStep | None) -> None:
-        """Hear that a step of the stage is done; the grid's have no details."""
+        """Count one step of the stage as done. ``step`` is None for steps of the grid."""

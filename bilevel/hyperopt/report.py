@@ -22,7 +22,7 @@ SCHEMA = 1
 
 
 def table(outcome: Outcome) -> Table:
-    """Return the final table: every choice of strengths, whether it came out well or not."""
+    """Return the final table: every choice of strengths, failed ones included."""
     regression = outcome.dataset.task is Task.REGRESSION
     loss = "MSE" if regression else "log loss"
     # Text and not a string, in which rich would read square brackets as markup.

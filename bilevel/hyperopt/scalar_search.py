@@ -93,10 +93,11 @@ def minimise_scalar(
     (1.0, 4)
     """
     if not low < high:
-        raise bilevel.ArgumentError(f"minimise_scalar: expected low < high, got {low} and {high}")
+        raise bilevel.ArgumentError(f"minimise_scalar: expected low < high, got {low} and {high}; exchange them")
     if probes < 2 or max_evaluations < probes:
         raise bilevel.ArgumentError(
-            f"minimise_scalar: expected at least 2 probes and as many evaluations, got {probes} and {max_evaluations}"
+            f"minimise_scalar: expected at least 2 probes and as many evaluations, got {probes} and {max_evaluations}; "
+            "write for example probes=9, max_evaluations=40"
         )
     points: list[Point] = []
 

@@ -1,6 +1,7 @@
 """Layers: ``argmin``, ``root``, ``fixed_point`` and ``linear_solve`` turn a function into a differentiable solve.
 
-``api`` holds the public functions; ``layer`` checks what a call is given; ``call`` makes its solves; ``checks`` inspects the user's function.
+``api`` holds the public functions. ``layer`` prepares a call, ``arguments`` checks what it is given, ``settings`` holds what it is asked, and
+``call`` makes its solves. ``checks`` looks for faults in the user's function. ``inspector`` decides when that is done, and what may be replayed.
 Nothing here knows of bilevel problems.
 """
 

@@ -14,9 +14,10 @@ from bilevel.layers.constraint_structure import ConstraintStructure
 from bilevel.layers.constraints import Constraints
 from bilevel.layers.differentiation import Differentiation
 from bilevel.layers.first_call import explain_misuse
-from bilevel.layers.layer import Layer, Solution
+from bilevel.layers.layer import Layer
 from bilevel.layers.options import ArgminOptions, LayerOptions, refuse_goals
 from bilevel.layers.proximal import Proximal
+from bilevel.layers.solution import Solution
 from bilevel.linear._base import LinearSolverLike
 from bilevel.policy import OnFailure
 from bilevel.solvers._base import InnerSolverLike

@@ -1,29 +1,24 @@
-"""A call of a layer: its settings, and its solves, forward and in every derivative.
-
-The module is above 400 lines because a call is one sequence (check, solve, judge, report, policy) that the forward pass and every derivative share.
-"""
+"""The solves of one call of a layer, forward and in every derivative: check, solve, judge, report, apply the policy."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field, replace
-from typing import Any, Generic, NamedTuple, TypeVar, overload
+from dataclasses import replace
+from typing import Any
 
 import torch
 
-from bilevel.equations.linearization import Linearization
+from bilevel.equations.linearization_cache import JointProduct
 from bilevel.equations.problem import Problem
 from bilevel.equations.pullbacks import Pullback
 from bilevel.equations.structured import StructuredSystem, objective_of
-from bilevel.errors import ArgumentError, BilevelError, StochasticObjectiveError
-from bilevel.implicit import JointProduct
-from bilevel.layers.checks import Inspection, inspect_once, reuse_inspection
-from bilevel.layers.differentiation import Differentiation, Implicit, check_differentiation
-from bilevel.layers.examinations import Examinations
+from bilevel.errors import BilevelError, StochasticObjectiveError
+from bilevel.layers.inspector import Inspection, Inspector
 from bilevel.layers.messages import derivative_messages, failure_messages
 from bilevel.layers.randomness import CheckAfter
-from bilevel.linear._base import LinearSolver, as_linear_solver, solve_linear
+from bilevel.layers.settings import Adjoint, SolveSettings
+from bilevel.linear._base import LinearSolver, solve_linear
 from bilevel.linear._free_directions import (
     changes_free_directions,
     free_direction_messages,
@@ -33,162 +28,22 @@ from bilevel.linear._solution import LinearOutcome
 from bilevel.linear.defaults import default_linear_solver
 from bilevel.linear.exact import offer_factor
 from bilevel.operators import LinearOperator
-from bilevel.policy import POLICIES, OnFailure, apply_policy, check_policy, handle_misuse
+from bilevel.policy import apply_policy, handle_misuse
 from bilevel.recording import ACTIVE
-from bilevel.replay import InspectionCache, ReplayCache
+from bilevel.replay import ReplayCache
 from bilevel.reports import Pass, SolveReport, Status, StatusMessages
-from bilevel.solvers._base import InnerSolver, as_inner_solver
+from bilevel.solvers._base import InnerSolver
 from bilevel.solvers._error import rounding
 from bilevel.solvers._given import GivenAnswer, check_answer
 from bilevel.solvers._judge import InnerOutcome, solve_inner
 from bilevel.solvers.defaults import default_solvers
-from bilevel.tolerance import Tolerance, auto_relative
+from bilevel.tolerance import auto_relative
 
-__all__ = ["Adjoint", "Inspector", "Setting", "SolveCall", "SolveSettings"]
-
-T = TypeVar("T")
+__all__ = ["SolveCall"]
 
 # Two evaluations of R may differ by this many times its rounding.
 _MORE_THAN_ROUNDING = 8.0
 _RESIDUALS = {True: "a gradient", False: "a residual"}
-
-
-class Adjoint(NamedTuple):
-    """The result of the linear solve of a call's first derivative.
-
-    Attributes
-    ----------
-    value
-        q (batch, n).
-    report
-        What the linear solve reported.
-    residual
-        ∇_x G (batch, n) at the solution of the call.
-    linearization
-        That of ∇_x G at the solution, where there is one.
-    rho
-        The residual of the linear solve (batch, n).
-    replays
-        The recorded evaluations that the call used, or None.
-    """
-
-    value: torch.Tensor
-    report: SolveReport
-    residual: torch.Tensor
-    linearization: Linearization | None
-    rho: torch.Tensor
-    replays: ReplayCache | None
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class SolveSettings:
-    """The settings of one call. Its solves and all of its derivatives use them, even if the layer's settings change later.
-
-    Parameters
-    ----------
-    solver, linear_solver
-        None: chosen from the size. Functions are wrapped.
-    tolerance
-        δ and δ′.
-    on_failure
-        The policy.
-    inspect
-        Whether the function is checked first. An earlier call with the same function may have done it.
-    adjoint_start
-        The initial guess of the linear solve of the first derivative, (batch, n). It is ignored if its shape does not fit.
-    backward_messages
-        An application's messages for the failures of its linear systems, in place of the general ones.
-    differentiation
-        How the solution is differentiated.
-    on_adjoint
-        Receives the adjoint of the first derivative. Several backward passes call it several times.
-
-    Raises
-    ------
-    ArgumentError
-        If a setting cannot be used.
-    """
-
-    solver: InnerSolver | None = None
-    linear_solver: LinearSolver | None = None
-    tolerance: Tolerance
-    on_failure: OnFailure
-    inspect: bool = True
-    adjoint_start: torch.Tensor | None = None
-    backward_messages: StatusMessages = field(default_factory=dict)
-    differentiation: Differentiation = field(default_factory=Implicit)
-    on_adjoint: Callable[[Adjoint], None] | None = None
-
-    def __post_init__(self) -> None:
-        # A call makes its settings of the layer's by replacement: what is already checked is not checked again.
-        if self.solver is not None and not isinstance(self.solver, InnerSolver):
-            object.__setattr__(self, "solver", as_inner_solver(self.solver))
-        if self.linear_solver is not None and not isinstance(self.linear_solver, LinearSolver):
-            object.__setattr__(self, "linear_solver", as_linear_solver(self.linear_solver))
-        if not isinstance(self.tolerance, Tolerance):
-            raise ArgumentError(f"expected tolerance to be a bilevel.Tolerance, got {self.tolerance!r}; wrap it in one")
-        if self.on_failure not in POLICIES:
-            check_policy(self.on_failure)
-        if not isinstance(self.differentiation, Differentiation):
-            object.__setattr__(self, "differentiation", check_differentiation(self.differentiation))
-
-    def start(self, rhs: torch.Tensor) -> torch.Tensor | None:
-        """Return the initial guess of the linear solve for the right-hand side ``rhs`` (batch, n), or None."""
-        kept = self.adjoint_start
-        if kept is None or kept.shape != rhs.shape or not bool(torch.isfinite(kept).all()):
-            return None
-        return kept.to(rhs)
-
-
-class Setting(Generic[T]):
-    """One of the :class:`SolveSettings` of a layer or a problem, as an attribute that may be set between calls.
-
-    A call uses the settings that are in force when it is made.
-    """
-
-    def __set_name__(self, owner: type, name: str) -> None:
-        self._name = name
-
-    @overload
-    def __get__(self, owner: None, kind: type) -> Setting[T]: ...
-    @overload
-    def __get__(self, owner: Any, kind: type) -> T: ...
-    def __get__(self, owner: Any, kind: type) -> Setting[T] | T:
-        if owner is None:
-            return self
-        value: T = getattr(owner._settings, self._name)
-        return value
-
-    def __set__(self, owner: Any, value: Any) -> None:
-        owner._settings = replace(owner._settings, **{self._name: value})
-
-
-class Inspector:
-    """Check the function of a layer, and remember which functions need no second check. A copy remembers nothing.
-
-    ``static``: the user vouches for functions whose code cannot be followed.
-    """
-
-    def __init__(self, *, static: bool = False) -> None:
-        self._static = static
-        self._inspected: InspectionCache[ReplayCache] = InspectionCache()
-        self._aside: InspectionCache[ReplayCache] = InspectionCache()
-        self.examinations = Examinations()
-
-    def inspect_once(
-        self, problem: Problem, x: torch.Tensor, written: Any, *, captures: bool, again: bool = False
-    ) -> Inspection:
-        """Check the user's function, ``written``, at ``x`` (batch, n), unless it was checked before; ``again`` forces the check."""
-        memory = InspectionCache() if again else self._inspected
-        return inspect_once(problem, x, written, memory, captures=captures, static=self._static)
-
-    def reuse_inspection(
-        self, problem: Problem, x: torch.Tensor, written: Any, *, captures: bool
-    ) -> ReplayCache | None:
-        """Return the replays that a call may use, for a call that makes no check."""
-        return reuse_inspection(
-            problem, x, written, self._inspected, self._aside, captures=captures, static=self._static
-        )
 
 
 class SolveCall:
@@ -332,7 +187,7 @@ class SolveCall:
         return apply_policy(self.report, x, settings.on_failure, self.recordings, silent_budget=silent)
 
     def _filed(self, report: SolveReport, x: torch.Tensor) -> torch.Tensor:
-        """Return ``x`` of a solve in which all problems converged: for who records, the report is filed."""
+        """Return ``x`` of a solve in which all problems converged. Inside :func:`bilevel.record`, add the report."""
         recorded = self.recordings or ACTIVE.stack
         return apply_policy(report, x, self.settings.on_failure, self.recordings) if recorded else x
 
@@ -358,9 +213,8 @@ class SolveCall:
             return
         changed = (residual - before).norm(dim=-1)
         eps = torch.finfo(x.dtype).eps
-        doubtful = (
-            changed > eps**0.5 * before.norm(dim=-1) + threshold
-        )  # a solution solves the other problem, too, if not
+        # Below this threshold, a solution solves the changed problem too.
+        doubtful = changed > eps**0.5 * before.norm(dim=-1) + threshold
         if bool(doubtful.any()):
             doubtful = doubtful & (changed > _MORE_THAN_ROUNDING * rounding(problem, x, residual))
         if not bool(doubtful.any()):
@@ -421,10 +275,7 @@ class SolveCall:
         report = _report(direction, self.where, solver.name, outcome, axes, words)
         self.report = self.report or report
         if on_adjoint is not None and self.residual is not None:
-            size = self.residual.shape[-1]  # of the unknown alone, without multipliers
-            linearization = product.linearization if isinstance(product, JointProduct) else None
-            rho = outcome.residual[:, :size]
-            on_adjoint(Adjoint(outcome.x[:, :size], report, self.residual, linearization, rho, self.replays))
+            on_adjoint(self._adjoint(self.residual, outcome, report, product))
         shaped = outcome.x.reshape(*axes, operator.size)
         if _all_converged(outcome):
             shaped = self._filed(report, shaped)
@@ -435,6 +286,12 @@ class SolveCall:
         # A quadratic has the same matrix at a NaN. Without this, a failed problem would get a finite derivative.
         # Axes that a transform has added since precede those of the forward pass.
         return torch.where(self.nan_mask.unsqueeze(-1), torch.full_like(shaped, float("nan")), shaped)
+
+    def _adjoint(self, residual: torch.Tensor, outcome: LinearOutcome, report: SolveReport, product: Any) -> Adjoint:
+        size = residual.shape[-1]  # of the unknown alone, without multipliers
+        linearization = product.linearization if isinstance(product, JointProduct) else None
+        rho = outcome.residual[:, :size]
+        return Adjoint(outcome.x[:, :size], report, residual, linearization, rho, self.replays)
 
     def _own_solver(self, operator: LinearOperator) -> LinearSolver | None:
         """Return a structured system's own linear solver for derivatives, or None."""

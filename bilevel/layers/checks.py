@@ -5,163 +5,34 @@ from __future__ import annotations
 import functools
 import inspect
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from types import CellType
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
 from bilevel._torch.graph_features import nodes, record_graph_features
 from bilevel._torch.once_differentiable import refuse_once_only
-from bilevel._torch.transforms import runs_plainly
-from bilevel.equations.domain import leaves_domain
+from bilevel.equations.function_errors import unconnected
 from bilevel.equations.problem import Problem
-from bilevel.equations.system import System, unconnected
 from bilevel.errors import BilevelError, CapturedTensorError, DtypeError, StochasticObjectiveError
 from bilevel.layers.randomness import GeneratorStates, draws
-from bilevel.replay import InspectionCache, Reach, ReplayCache, allowed, has_plain_structure, reach, reachable_objects
 
 __all__ = [
-    "Inspection",
     "buffers_of",
     "captured_error",
+    "changed_in_place",
+    "drew",
     "inspect_function",
-    "inspect_once",
     "reaches_another_leaf",
-    "reuse_inspection",
+    "refused_by_torch",
 ]
 
 # The number of further pairs of evaluations that have to agree if random numbers were drawn.
 _MORE_PAIRS = 12
 # The words of torch's errors about compressed layouts.
 _COMPRESSED = re.compile(r"Sparse ?(Csr|Csc|Bsr|Bsc)", re.IGNORECASE)
-
-
-class Inspection(NamedTuple):
-    """The result of a check.
-
-    ``found`` is the value and the slope at the problem's first row; None if the function was checked before. ``replays`` are the
-    recorded evaluations that the call may use, or None.
-    """
-
-    found: tuple[torch.Tensor, torch.Tensor] | None
-    replays: ReplayCache | None = None
-
-
-def inspect_once(
-    problem: Problem,
-    x: torch.Tensor,
-    function: Any,
-    memory: InspectionCache[ReplayCache],
-    *,
-    captures: bool,
-    static: bool = False,
-) -> Inspection:
-    """Check the problem at the first row of ``x`` (batch, n), unless ``memory`` holds the same check without a fault.
-
-    ``function`` is what the user wrote: a function, or a tuple of functions and constants.
-
-    The faults are properties of the function, so one problem shows them as well as all of them. If the user's ``function`` is
-    branch-free and depends on its arguments alone, or the user vouches for it (``static``), one call is enough too.
-    """
-    known = _known(problem, x, function, captures, static)
-    replays = None if known is None else memory.find(known.key, known.parts)
-    if known is not None and replays is not None and not replays.needs_grad:
-        return Inspection(None, _usable(replays, problem, x, known))
-    try:
-        states, single = GeneratorStates(x.device), problem.single(0)
-        found = inspect_function(single, x[:1], captures=captures)
-        # The effect of random numbers may depend on tensors' values: the noise may have size zero in this call.
-        if known is not None and not _drew(states, single, x[:1]):
-            memory.keep(known.key, known.parts, known.new_replays())
-        return Inspection(found)
-    except (RuntimeError, ValueError) as error:
-        if not leaves_domain(error):
-            raise
-        # The function has no value at the initial guess. The check sees nothing, and the solve reports it.
-        return Inspection((x.new_full((), float("nan")), torch.full_like(x[0], float("nan"))))
-
-
-def reuse_inspection(
-    problem: Problem,
-    x: torch.Tensor,
-    function: Any,
-    looked: InspectionCache[ReplayCache],
-    aside: InspectionCache[ReplayCache],
-    *,
-    captures: bool,
-    static: bool = False,
-) -> ReplayCache | None:
-    """Return the replays of a problem that needs no check, or None.
-
-    It was checked before (``looked``), or it differs from a checked one only in its shapes; then its replays are kept in ``aside``.
-    """
-    known = _known(problem, x, function, captures, static)
-    if known is None:
-        return None
-    replays = looked.find(known.key, known.parts) or aside.find(known.key, known.parts)
-    if replays is None:
-        aside.keep(known.key, known.parts, replays := known.new_replays())
-    return None if replays.needs_grad else _usable(replays, problem, x, known)
-
-
-class _Known(NamedTuple):
-    """The key of a branch-free function's calls: kinds, objects by identity, and the tensors among these."""
-
-    key: tuple[Any, ...]
-    parts: tuple[Any, ...]
-    captured: list[torch.Tensor]
-    vouched: bool
-
-    def new_replays(self) -> ReplayCache:
-        return ReplayCache(self.captured, vouched=self.vouched)
-
-
-def _known(problem: Problem, x: torch.Tensor, function: Any, captures: bool, static: bool) -> _Known | None:
-    kinds, found = _kinds(problem, captures), _lasting(problem, x, function, static)
-    if found is None:
-        return None
-    captured = list(dict.fromkeys(filter(torch.is_tensor, found.parts)))  # a tensor is equal to none but itself
-    return _Known((*kinds, *map(_kind, captured)), found.parts, captured, found.vouched)
-
-
-def _usable(replays: ReplayCache, problem: Problem, x: torch.Tensor, known: _Known) -> ReplayCache | None:
-    fits = allowed() and problem.system.autocast is None
-    fits = fits and runs_plainly((x, *problem.tensors, *known.captured))
-    return replays if fits else None
-
-
-def _lasting(problem: Problem, x: torch.Tensor, function: Any, static: bool) -> Reach | None:
-    """Return all objects that the user's ``function`` reaches, if a check of it holds for later calls."""
-    system, unknown, given = problem.system, problem.system.raveler, problem.system.arguments
-    # Whether a matrix is symmetric depends on its numbers.
-    if type(system).inspect is not System.inspect or {*map(type, (x, *problem.tensors))} != {torch.Tensor}:
-        return None
-    if not (unknown.is_tensor or has_plain_structure(unknown.structure)):
-        return None
-    if not (given.positional or has_plain_structure(given.structure)):
-        return None
-    others = reachable_objects(*given.others)
-    found = reach(function if type(function) is tuple else (function,), static=static)
-    return None if others is None or found is None else found._replace(parts=(*found.parts, len(others), *others))
-
-
-def _kinds(problem: Problem, captures: bool) -> tuple[Any, ...]:
-    """Return everything that a branch-free function may depend on, besides the objects that it reaches and the numbers in tensors."""
-    system, cuda = problem.system, torch.backends.cuda
-    unknown, given = system.raveler, system.arguments
-    return (
-        captures, torch.get_default_dtype(), torch.get_default_device(), type(system),
-        unknown.structure, unknown.shapes, unknown.dtypes, unknown.device, system.autocast,
-        given.structure, given.is_tensor, given.is_complex, tuple([(level.size, level.batched) for level in system.levels]),
-        # Which kernels torch may choose among for attention: what a graph holds depends on that.
-        cuda.math_sdp_enabled(), cuda.flash_sdp_enabled(), cuda.mem_efficient_sdp_enabled(), cuda.cudnn_sdp_enabled(),
-        *map(_kind, problem.tensors),
-    )  # fmt: skip
-
-
-def _kind(t: torch.Tensor) -> tuple[Any, ...]:
-    return (t.shape, t.dtype, t.layout, t.device, t.stride() if t.layout is torch.strided else ())
 
 
 def inspect_function(problem: Problem, x: torch.Tensor, *, captures: bool) -> tuple[torch.Tensor, torch.Tensor]:
@@ -182,7 +53,8 @@ def inspect_function(problem: Problem, x: torch.Tensor, *, captures: bool) -> tu
     watched = [t for t in (*problem.tensors, *buffers_of(problem.system.function)) if not t.is_inference()]
     versions, states = [t._version for t in watched], GeneratorStates(x.device)
     try:
-        first = _probe(problem, x, captures=captures, first=True)
+        with refused_by_torch(problem.where, noun):
+            first = _probe(problem, x, captures=captures, first=True)
     except RuntimeError as error:
         if "escaped from inside a function being vmapped" in str(error):
             raise captured_error(problem.where, noun, "belongs to a vmap outside") from error
@@ -192,9 +64,11 @@ def inspect_function(problem: Problem, x: torch.Tensor, *, captures: bool) -> tu
                 f"or blocks, and torch says: {' '.join(str(error).split())}; convert it once, outside, with .to_sparse_coo() or .to_dense()"
             ) from error
         raise
+    if versions != [t._version for t in watched]:
+        raise changed_in_place(problem.where, noun)
     # Dropout leaves a zero input zero. Then the slopes differ, and the values do not.
     agreed = _agree(first, _probe(problem, x, captures=False), 1e3) or _agrees_beside(problem, x)
-    if agreed and _drew(states, problem, x):
+    if agreed and drew(states, problem, x):
         # Two draws of few random numbers may agree by chance, so more pairs are drawn.
         agreed = all(_agrees_beside(problem, x) for _ in range(_MORE_PAIRS))
     if not agreed:
@@ -202,14 +76,28 @@ def inspect_function(problem: Problem, x: torch.Tensor, *, captures: bool) -> tu
             f"{problem.where}: expected {noun} to be deterministic, and two evaluations at one point differ; switch "
             "dropout off with .eval(), or draw the noise outside and pass it as an argument"
         )
-    if versions != [t._version for t in watched]:
-        raise StochasticObjectiveError(
-            f"{problem.where}: expected {noun} to leave its arguments and buffers as they are, and one was changed in "
-            "place; for batch norm use batch statistics (track_running_stats=False) or .eval()"
-        )
     if x.numel():
         problem.system.inspect(problem.residual, x)
     return first
+
+
+def changed_in_place(where: str, noun: str) -> StochasticObjectiveError:
+    """Return the error for a function that changes what it is given."""
+    return StochasticObjectiveError(
+        f"{where}: expected {noun} to leave its arguments and buffers as they are, and one was changed in place; write x = x + 1 "
+        "for x += 1, or change x.clone(); for batch norm use batch statistics (track_running_stats=False) or .eval()"
+    )
+
+
+@contextmanager
+def refused_by_torch(where: str, noun: str) -> Iterator[None]:
+    """Give torch's refusal to change a tensor in place the words of :func:`changed_in_place`."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "used in an in-place operation" in str(error):
+            raise changed_in_place(where, noun) from error
+        raise
 
 
 def _agrees_beside(problem: Problem, x: torch.Tensor) -> bool:
@@ -232,7 +120,7 @@ def _probe(
         point = x.detach().requires_grad_(True)
         output = problem.system.lifted(problem.system.first_output)(problem.shaped(point), *problem.tensors)
         if not output.requires_grad and point.numel():
-            raise unconnected(problem.system)
+            raise unconnected(problem.where, problem.system.noun)
         if first and record_graph_features(problem.system.function, output):
             return _probe(problem, x, captures=captures)
         if captures and problem.minimizes:
@@ -245,7 +133,7 @@ def _probe(
     return output.detach(), slope
 
 
-def _drew(states: GeneratorStates, problem: Problem, x: torch.Tensor) -> bool:
+def drew(states: GeneratorStates, problem: Problem, x: torch.Tensor) -> bool:
     """Return whether evaluations at ``x`` draw random numbers, given the states of the generators from before one."""
     return states.changed() and draws(lambda: _probe(problem, x, captures=False))
 

@@ -82,12 +82,12 @@ class ConstrainedSystem(LocalModel):
 
     @property
     def unknowns(self) -> int:
-        """N."""
+        """N, the number of unknowns without multipliers."""
         return self.ordinary.raveler.size
 
     @cached_property
     def counts(self) -> tuple[int, int]:
-        """P and m."""
+        """P and m, the numbers of equality and inequality constraints."""
         return tuple(0 if part is None else part.size for part in (self.equality, self.inequality))  # type: ignore[return-value]
 
     def split(self, z: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -1,4 +1,4 @@
-"""What a layer with bounds and constraints carries: it makes the constrained system of each call."""
+"""The bounds and constraints of a layer, from which each call makes a constrained system."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ __all__ = ["ConstraintStructure"]
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class ConstraintStructure(Structure):
-    """What a layer with bounds and constraints carries.
+    """The bounds and constraints of a layer.
 
     Parameters
     ----------

@@ -1,7 +1,7 @@
 """How a solution is differentiated: implicitly, or through steps of its solver.
 
-The search itself is never differentiated. What is differentiated are steps taken once more, as ordinary code in the graph of the caller, so that
-every transform and every order works as for any torch code. Second derivatives of a few steps are as biased as first ones.
+The search itself is never differentiated. Some steps are taken once more, as ordinary code in the graph of the caller, and differentiated.
+Every transform and every order then works as for any torch code. Second derivatives of a few steps are as biased as first ones.
 """
 
 from __future__ import annotations

@@ -20,8 +20,10 @@ from bilevel.equations.player_bounds import PlayerBounds
 from bilevel.equations.problem import Problem
 from bilevel.equations.system import System
 from bilevel.errors import ArgumentError
-from bilevel.layers.call import SolveCall, SolveSettings
-from bilevel.layers.layer import Layer, Solution
+from bilevel.layers.call import SolveCall
+from bilevel.layers.layer import Layer
+from bilevel.layers.settings import SolveSettings
+from bilevel.layers.solution import Solution
 from bilevel.linear._base import LinearSolverLike
 from bilevel.policy import OnFailure
 from bilevel.reports import Status, StatusMessages

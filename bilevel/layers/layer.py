@@ -1,101 +1,51 @@
 """A layer: it checks what it is given, and applies the differentiation rule (:mod:`bilevel.implicit`) to the solves of a call.
 
-Those solves, with what becomes of their failures, are a :class:`~bilevel.layers.call.SolveCall`.
+The solves and their failures are in :class:`~bilevel.layers.call.SolveCall`.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
-from typing import Any, Generic, TypeVar, cast
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any, TypeVar, cast
 
 import torch
 from torch.utils import _pytree as pytree
 
-from bilevel._torch.double_backward import Repeatable
 from bilevel._torch.empty_batches import EmptyBatch, apply_rule
 from bilevel._torch.transforms import (
     autocast_to,
-    carries_gradient,
     differentiating,
     eager,
-    forward_levels,
     transforms_active,
     without_gradient,
 )
-from bilevel.equations.domain import leaves_domain
 from bilevel.equations.structured import Structure, StructuredSystem
 from bilevel.equations.system import FixedPointSystem, System
 from bilevel.errors import (
     ArgumentError,
     DtypeError,
-    InitGradientError,
-    StochasticObjectiveError,
-    TransformError,
 )
 from bilevel.implicit import ImplicitContext, Solve
-from bilevel.layers.call import Inspector, Setting, SolveCall, SolveSettings
-from bilevel.layers.checks import captured_error
+from bilevel.layers.arguments import check_captures, check_init, nan_of, refuse_forward_twice
+from bilevel.layers.call import SolveCall
 from bilevel.layers.differentiation import BySteps, Differentiation, solver_for, step_of
+from bilevel.layers.inspector import Inspector
 from bilevel.layers.modules import STATE, FunctionalModule, ModuleFunction
+from bilevel.layers.settings import Setting, SolveSettings
+from bilevel.layers.solution import Solution
 from bilevel.linear._base import LinearSolver, LinearSolverLike
-from bilevel.policy import OnFailure, handle_misuse
+from bilevel.policy import OnFailure
 from bilevel.pytree import Raveler, flatten_arguments
-from bilevel.reports import SolveReport, StatusMessages
+from bilevel.reports import StatusMessages
 from bilevel.solvers._base import InnerSolver, InnerSolverLike
 from bilevel.solvers._given import GivenAnswer
 from bilevel.tolerance import Tolerance
 
-__all__ = ["Layer", "Solution"]
+__all__ = ["Layer"]
 
 T = TypeVar("T")
-
-
-@dataclass(frozen=True, eq=False)
-class Solution(Generic[T]):
-    """A layer's result with its report.
-
-    It is a pytree node. Its children are :attr:`value` and, with constraints, :attr:`multipliers` and :attr:`active`.
-    ``torch.func.vmap(layer.solve)`` returns one, with a report of the whole batch.
-
-    Parameters
-    ----------
-    value
-        x, the same pytree as init, differentiable as ``layer(...)`` is.
-    report
-        What the forward solve did, per problem.
-    multipliers
-        A pytree of tensors, differentiable like x. None if there are no constraints.
-    active
-        The active set: a pytree of bool tensors. None if there are no constraints.
-    aux
-        With ``has_aux``, the second output of the function at the solution, differentiable.
-    """
-
-    value: T
-    report: SolveReport
-    multipliers: Any = None
-    active: Any = None
-    aux: Any = None
-
-
-def _children(solution: Solution[Any]) -> tuple[list[Any], tuple[SolveReport, tuple[str, ...]]]:
-    names = tuple(name for name in ("multipliers", "active", "aux") if getattr(solution, name) is not None)
-    return [solution.value, *(getattr(solution, name) for name in names)], (solution.report, names)
-
-
-def _of_children(children: Iterable[Any], context: Any) -> Solution[Any]:
-    (report, names), (value, *more) = context, children
-    return Solution(value, report, **dict(zip(names, more, strict=True)))
-
-
-pytree.register_pytree_node(
-    Solution,
-    _children,
-    _of_children,
-    serialized_type_name="bilevel.Solution",
-)
 
 
 def _without_graph(leaf: Any) -> Any:
@@ -170,7 +120,8 @@ class Layer:
             )
         if prepare is not None and not callable(prepare):
             raise ArgumentError(
-                f"bilevel layer: expected prepare to be a function of the arguments that returns those of {noun}, got {prepare!r}; pass one"
+                f"bilevel layer: expected prepare to be a function of the arguments that returns those of {noun}, got {prepare!r}; "
+                f"write for example prepare=lambda X: (X.mT @ X,)"
             )
         self.kind = kind
         self.structure = structure
@@ -309,7 +260,7 @@ class Layer:
         ordinary, tensors = self._system(raveler, args, kwargs)
         watched, inside, poisoned = torch.is_grad_enabled(), differentiating(), False
         if inside:
-            self._refuse_forward_twice(tensors)
+            refuse_forward_twice(self.where, tensors)
         system, flat = ordinary, given.detach()
         empty = EmptyBatch.around((flat, *tensors)) if transforms_active() else None
         if empty is not None:
@@ -317,11 +268,11 @@ class Layer:
         if self.structure is not None:
             system, flat = self.structure.attach(ordinary, flat, tensors)
         if watched or inside or transforms_active():
-            poisoned = self._check_init(settings.on_failure, given)
+            poisoned = check_init(self.where, given, settings.on_failure)
         if inside:
-            poisoned |= self._check_captures(settings.on_failure, given, ordinary, tensors)
+            poisoned |= check_captures(ordinary, given, tensors, settings.on_failure)
             if system is not ordinary and not poisoned:
-                poisoned = self._check_captures(settings.on_failure, flat, system, tensors)
+                poisoned = check_captures(system, flat, tensors, settings.on_failure)
         call = self._call(settings, system, watched)
         if isinstance(settings.differentiation, BySteps):
             x = self._by_steps(settings.differentiation, call, system, flat, tensors)
@@ -329,7 +280,7 @@ class Layer:
             context = ImplicitContext(system, call.solve, call.solve_linear, followed=watched, compare=call.compare)
             x = Solve.apply(context, flat, *tensors)
         if poisoned or call.poisoned:
-            x = x * self._poison(init, ordinary, tensors)
+            x = x * nan_of(ordinary, init, tensors)
         assert call.report is not None
         if not isinstance(system, StructuredSystem):
             return Solution(raveler.unravel(x), call.report)
@@ -404,58 +355,3 @@ class Layer:
         if precision is not None:
             where += f" under autocast to {str(precision).removeprefix('torch.')}"
         return self.kind(where, self.function, raveler, arguments, autocast=precision), tensors
-
-    def _refuse_forward_twice(self, tensors: list[torch.Tensor]) -> None:
-        if forward_levels(tensors) > 1:
-            raise TransformError(
-                f"{self.where}: expected at most one forward-mode transform around the layer, got two, for which torch "
-                "silently returns zero (pytorch/pytorch#197867); write jacfwd(jacrev(f)) or torch.func.hessian(f) "
-                "instead of jacfwd(jacfwd(f))"
-            )
-
-    def _check_init(self, on_failure: OnFailure, init: torch.Tensor) -> bool:
-        """Find a flat initial guess that something differentiates; return whether the policy asks for NaN."""
-        if not carries_gradient(init):
-            return False
-        error = InitGradientError(
-            f"{self.where}: expected init not to require grad, and it does: a solution does not depend on the initial "
-            "guess, which would receive no gradient; pass init.detach(), or pass the tensor as an argument"
-        )
-        return handle_misuse(error, on_failure)
-
-    def _check_captures(
-        self, on_failure: OnFailure, init: torch.Tensor, system: System, tensors: list[torch.Tensor]
-    ) -> bool:
-        """Find tensors of an outer transform, which differentiates, that the function captures; return whether the policy asks for NaN."""
-        # Inside the primitive, a captured tensor of a transform looks like a plain tensor. The check has to be here.
-        detached = [without_gradient(tensor) for tensor in tensors]
-        flat = without_gradient(init)
-        try:
-            with torch.enable_grad(), Repeatable():
-                output = system.first_output(flat, *detached)
-        except (RuntimeError, ValueError) as problem:
-            if leaves_domain(problem):  # the solve reports it
-                return False
-            if "randomness" not in str(problem):
-                raise
-            raise StochasticObjectiveError(
-                f"{self.where}: expected {system.noun} to be deterministic, and it draws random numbers inside vmap; "
-                "switch dropout off with .eval(), or draw the noise outside and pass it as an argument"
-            ) from problem
-        if carries_gradient(output):
-            error = captured_error(self.where, system.noun, "is being differentiated by a transform outside")
-            return handle_misuse(error, on_failure)
-        return False
-
-    def _poison(self, init: Any, system: System, tensors: list[torch.Tensor]) -> torch.Tensor:
-        """Return a NaN whose derivatives are NaN too, for every tensor that the function captures and for init."""
-        with torch.enable_grad():
-            flat = system.raveler.ravel(init)
-            try:
-                reached = system.output(flat.detach(), *(tensor.detach() for tensor in tensors)).sum()
-            except RuntimeError as problem:
-                # vmap refuses random numbers. They are the fault that was found, so the error is expected.
-                if "randomness" not in str(problem):
-                    raise
-                reached = torch.zeros_like(flat.sum())
-        return float("nan") * (reached + flat.sum())

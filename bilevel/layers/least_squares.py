@@ -8,15 +8,18 @@ from dataclasses import dataclass, replace
 from typing import Any, overload
 
 import torch
+from typing_extensions import Unpack
 
 from bilevel.equations.least_squares import GaussNewtonSystem, LeastSquaresSystem, Loss, residual_vector
 from bilevel.equations.problem import Problem
 from bilevel.equations.system import System
 from bilevel.errors import ArgumentError
-from bilevel.layers.api import argmin
-from bilevel.layers.call import SolveCall, SolveSettings
+from bilevel.layers.api import Decorator, argmin
+from bilevel.layers.call import SolveCall
 from bilevel.layers.first_call import explain_misuse
 from bilevel.layers.layer import Layer
+from bilevel.layers.options import SolverOptions
+from bilevel.layers.settings import SolveSettings
 from bilevel.linear._base import LinearSolverLike
 from bilevel.policy import OnFailure
 from bilevel.pytree import Raveler
@@ -67,32 +70,20 @@ class GaussNewtonHessian:
 HessianChoice = FullHessian | GaussNewtonHessian
 
 
+class LeastSquaresOptions(SolverOptions, total=False):
+    """Options of ``least_squares``."""
+
+    solver: InnerSolverLike | None
+    loss: Loss | None
+    hessian: HessianChoice | None
+    lower: Any
+    upper: Any
+
+
 @overload
-def least_squares(
-    residual: None = None,
-    *,
-    solver: InnerSolverLike | None = None,
-    loss: Loss | None = None,
-    hessian: HessianChoice | None = None,
-    lower: Any = None,
-    upper: Any = None,
-    linear_solver: LinearSolverLike | None = None,
-    tolerance: Tolerance | None = None,
-    on_failure: OnFailure = "raise",
-) -> Callable[[Callable[..., Any]], Layer]: ...
+def least_squares(residual: None = None, **options: Unpack[LeastSquaresOptions]) -> Decorator: ...
 @overload
-def least_squares(
-    residual: Callable[..., Any],
-    *,
-    solver: InnerSolverLike | None = None,
-    loss: Loss | None = None,
-    hessian: HessianChoice | None = None,
-    lower: Any = None,
-    upper: Any = None,
-    linear_solver: LinearSolverLike | None = None,
-    tolerance: Tolerance | None = None,
-    on_failure: OnFailure = "raise",
-) -> Layer: ...
+def least_squares(residual: Callable[..., Any], **options: Unpack[LeastSquaresOptions]) -> Layer: ...
 @explain_misuse
 def least_squares(
     residual: Callable[..., Any] | None = None,
@@ -105,7 +96,7 @@ def least_squares(
     linear_solver: LinearSolverLike | None = None,
     tolerance: Tolerance | None = None,
     on_failure: OnFailure = "raise",
-) -> Layer | Callable[[Callable[..., Any]], Layer]:
+) -> Layer | Decorator:
     """Turn residuals into the layer x*(θ) = argmin_x ½‖r(x, θ)‖², with dx*/dθ = −H⁻¹ ∂_θ(Jᵀr) and H = JᵀJ + Σ r_i ∇²r_i.
 
     Parameters

@@ -11,8 +11,11 @@ from bilevel._torch.transforms import differentiating, eager
 from bilevel.equations.problem import Problem
 from bilevel.equations.system import LinearSystem, SymmetricLinearSystem, System
 from bilevel.implicit import ImplicitContext, LinearSolve
-from bilevel.layers.call import SolveCall, SolveSettings
-from bilevel.layers.layer import Layer, Solution
+from bilevel.layers.arguments import check_captures, nan_of, refuse_forward_twice
+from bilevel.layers.call import SolveCall
+from bilevel.layers.layer import Layer
+from bilevel.layers.settings import SolveSettings
+from bilevel.layers.solution import Solution
 from bilevel.linear._base import LinearSolverLike
 from bilevel.policy import OnFailure
 from bilevel.pytree import Raveler
@@ -97,17 +100,17 @@ class LinearLayer(Layer):
         flat = raveler.ravel(rhs)
         inside = differentiating()
         if inside:
-            self._refuse_forward_twice([flat, *tensors])
+            refuse_forward_twice(self.where, [flat, *tensors])
         watched = torch.is_grad_enabled()
         point = torch.zeros(raveler.size, dtype=raveler.dtype, device=raveler.device)
         start = raveler.unravel(point)
-        poisoned = self._check_captures(settings.on_failure, point, system, tensors) if inside else False
+        poisoned = check_captures(system, point, tensors, settings.on_failure) if inside else False
         call = self._call(settings, system, watched)
         x = LinearSolve.apply(
             ImplicitContext(system, call.solve, call.solve_linear, call.look), False, flat, point, *tensors
         )
         if poisoned or call.poisoned:
-            x = x * self._poison(start, system, tensors)
+            x = x * nan_of(system, start, tensors)
         assert call.report is not None
         return Solution(raveler.unravel(x), call.report)
 

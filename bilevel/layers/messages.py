@@ -32,6 +32,10 @@ _NO_MINIMUM = (
     "the point is a saddle or a maximum, and a minimum was asked for: start beside it, for example at init + 1e-3 * torch.randn_like(init), "
     "or add regularisation; if any stationary point will do, take bilevel.root(torch.func.grad(objective))"
 )
+_FLAT = (
+    "could not leave the start: the function is flat there in this arithmetic, and no solution is in sight",
+    "start elsewhere, nearer the solution; float64 may help if a small number underflows",
+)
 _DOMAIN = (
     "look for a log, square root, division or factorisation (such as torch.linalg.cholesky) outside its domain at the start, "
     "and check the inputs"
@@ -58,16 +62,19 @@ def failure_messages(
     if not bool(failed.any()):
         return {}
     which = int(failed.nonzero()[0])
+    status = Status(int(outcome.status[which]))
+    stayed = bool((outcome.x[which] == init[which]).all())
+    if status is Status.DIVERGED and stayed:
+        return {status: _FLAT}
     if not problem.minimizes:
         words = dict(_FIXED_POINT if problem.is_fixed_point else _ROOT)
-        words[Status.SINGULAR] = _singular(problem, at_start=bool((outcome.x[which] == init[which]).all()))
+        words[Status.SINGULAR] = _singular(problem, at_start=stayed)
         return {**words, **_BRACKET} if isinstance(solver, Bracketing) else words
     words = {
         Status.INDEFINITE: (Status.INDEFINITE.meaning, _NO_MINIMUM),
         Status.DIVERGED: (Status.DIVERGED.meaning, _steadier(solver)),
         Status.NOT_FINITE: (Status.NOT_FINITE.meaning, f"{_DOMAIN}{_or_lower(solver)}"),
     }
-    status = Status(int(outcome.status[which]))
     if status not in _SHORT_OF_IT:
         return words
     try:

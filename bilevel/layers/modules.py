@@ -19,8 +19,8 @@ STATE = "module_state"
 class FunctionalModule(dict[str, torch.Tensor]):
     """A module with other parameters than its own. Objectives receive it and layers return it where the unknown is a module.
 
-    It is called like the module, and it is the dict of its parameters. As a pytree its leaves are the parameters, so that it can be
-    differentiated, mapped and batched.
+    It is called like the module, it has the module's ``parameters()`` and ``named_parameters()``, and it is the dict of its parameters:
+    ``net["0.weight"]``. As a pytree its leaves are the parameters, so that it can be differentiated, mapped and batched.
 
     Parameters
     ----------
@@ -33,7 +33,7 @@ class FunctionalModule(dict[str, torch.Tensor]):
     --------
     >>> import torch, bilevel
     >>> model = torch.nn.Linear(1, 1, bias=False)
-    >>> fit = bilevel.argmin(lambda net, x, y, s: ((net(x) - y) ** 2).sum() + s * (net.parameters["weight"] ** 2).sum())
+    >>> fit = bilevel.argmin(lambda net, x, y, s: ((net(x) - y) ** 2).sum() + s * (net["weight"] ** 2).sum())
     >>> s = torch.tensor(1.0, requires_grad=True)
     >>> net = fit(model, torch.ones(1, 1), 2 * torch.ones(1, 1), s)
     >>> round(net(torch.ones(1, 1)).item(), 4)  # 2 / (1 + s)
@@ -44,10 +44,22 @@ class FunctionalModule(dict[str, torch.Tensor]):
         super().__init__(parameters)
         self.module = module
 
-    @property
-    def parameters(self) -> dict[str, torch.Tensor]:
-        """The parameters by name."""
-        return dict(self)
+    def parameters(self) -> Iterator[torch.Tensor]:
+        """Return the parameters, as ``torch.nn.Module.parameters`` does."""
+        return iter(self.values())
+
+    def named_parameters(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """Return the parameters with their names, as ``torch.nn.Module.named_parameters`` does."""
+        return iter(self.items())
+
+    def __getattr__(self, name: str) -> torch.Tensor:
+        """Return the parameter ``name``: ``net.weight`` is ``net["weight"]``."""
+        if name in self:
+            return self[name]
+        raise AttributeError(
+            f"a {type(self).__name__} has no attribute {name!r}; its parameters are items, for example net[{next(iter(self), 'weight')!r}], "
+            "and the rest of the module is net.module"
+        )
 
     @staticmethod
     def of(module: torch.nn.Module, where: str) -> FunctionalModule:
@@ -61,20 +73,20 @@ class FunctionalModule(dict[str, torch.Tensor]):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Call the module with these parameters."""
-        return torch.func.functional_call(self.module, self.parameters, args, kwargs)
+        return torch.func.functional_call(self.module, dict(self), args, kwargs)
 
     def __repr__(self) -> str:
-        return f"FunctionalModule({type(self.module).__name__}, {sorted(self.parameters)})"
+        return f"FunctionalModule({type(self.module).__name__}, {sorted(self)})"
 
 
 pytree.register_pytree_node(
     FunctionalModule,
-    lambda made: (list(made.parameters.values()), (made.module, tuple(made.parameters))),
+    lambda made: (list(made.values()), (made.module, tuple(made))),
     lambda leaves, context: FunctionalModule(context[0], dict(zip(context[1], leaves, strict=True))),
     serialized_type_name="bilevel.FunctionalModule",
     flatten_with_keys_fn=lambda made: (
-        [(pytree.MappingKey(name), leaf) for name, leaf in made.parameters.items()],
-        (made.module, tuple(made.parameters)),
+        [(pytree.MappingKey(name), leaf) for name, leaf in made.items()],
+        (made.module, tuple(made)),
     ),
 )
 

@@ -12,16 +12,18 @@ from bilevel.policy import OnFailure
 from bilevel.solvers._base import InnerSolverLike
 from bilevel.tolerance import Tolerance
 
-__all__ = ["ArgminOptions", "LayerOptions", "LinearOptions", "refuse_goals"]
+__all__ = ["ArgminOptions", "LayerOptions", "LinearOptions", "SolverOptions", "refuse_goals"]
 
 
-class _Options(TypedDict, total=False):
+class SolverOptions(TypedDict, total=False):
+    """Options of every layer."""
+
     linear_solver: LinearSolverLike | None
     tolerance: Tolerance | None
     on_failure: OnFailure
 
 
-class LayerOptions(_Options, total=False):
+class LayerOptions(SolverOptions, total=False):
     """Options of ``root`` and ``fixed_point``."""
 
     solver: InnerSolverLike | None
@@ -43,7 +45,7 @@ class ArgminOptions(LayerOptions, total=False):
     smoothing: float | None
 
 
-class LinearOptions(_Options, total=False):
+class LinearOptions(SolverOptions, total=False):
     """Options of ``linear_solve``."""
 
     symmetric: bool

@@ -16,9 +16,10 @@ from bilevel.equations.problem import Problem
 from bilevel.equations.pullbacks import Pullback, is_final, pullbacks_of
 from bilevel.equations.rectangular import NormalSystem, SquaredSystem, WideSystem, rectangular
 from bilevel.implicit import ImplicitContext, LinearSolve
-from bilevel.layers.call import SolveSettings
-from bilevel.layers.layer import Solution
+from bilevel.layers.arguments import check_captures, nan_of, refuse_forward_twice
 from bilevel.layers.linear_layer import LinearCall, LinearLayer
+from bilevel.layers.settings import SolveSettings
+from bilevel.layers.solution import Solution
 from bilevel.linear._base import LinearSolver, LinearSolverLike, solve_linear
 from bilevel.linear._rectangular import OnTheRange
 from bilevel.linear.lsmr import LSMR
@@ -84,12 +85,12 @@ class RectangularLayer(LinearLayer):
         b = image.ravel(init)
         inside = differentiating()
         if inside:
-            self._refuse_forward_twice([b, *tensors])
+            refuse_forward_twice(self.where, [b, *tensors])
         watched = torch.is_grad_enabled()
         point = torch.zeros(raveler.size, dtype=raveler.dtype, device=raveler.device)
         checked = watched or transforms_active()
         start = raveler.unravel(point)
-        poisoned = self._check_captures(settings.on_failure, start, system, tensors) if inside else False
+        poisoned = check_captures(system, start, tensors, settings.on_failure) if inside else False
         call = _RectangularCall(settings, self.inspector, self.function, system.where, watched, raveler.coarsest)
         solve = _Solves(call, system, tensors)
         try:
@@ -108,7 +109,7 @@ class RectangularLayer(LinearLayer):
         if checked and call.may_be_deficient and any(carries_gradient(t) for t in (b, *tensors) if moves(t)):
             x = self._differentiable(solve, b, x)
         if poisoned or call.poisoned:
-            x = x * self._poison(start, system, tensors)
+            x = x * nan_of(system, start, tensors)
         assert call.report is not None
         return Solution(raveler.unravel(x), call.report)
 

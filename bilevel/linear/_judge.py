@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 
 from bilevel.linear._range import outside_range
@@ -10,7 +12,7 @@ from bilevel.operators import FunctionOperator, LinearOperator
 from bilevel.reports import Status
 from bilevel.tolerance import Target, auto_relative
 
-__all__ = ["eigenvalue_uncertainty", "judge", "refuted", "rounding", "rounding_floor"]
+__all__ = ["eigenvalue_uncertainty", "judge", "refuted", "rounding", "within_rounding"]
 
 
 def eigenvalue_uncertainty(size: int, dtype: torch.dtype) -> float:
@@ -22,30 +24,47 @@ def eigenvalue_uncertainty(size: int, dtype: torch.dtype) -> float:
     return min(max(size * torch.finfo(dtype).eps, 4 * auto_relative(dtype)), 1e-3)
 
 
-def rounding_floor(operator: LinearOperator, x: torch.Tensor, rhs: torch.Tensor) -> torch.Tensor:
-    """Return, per problem, the residual norm that rounding alone can cause. It costs five products.
+def within_rounding(
+    operator: LinearOperator, x: torch.Tensor, rhs: torch.Tensor, residual_norm: torch.Tensor, asked: torch.Tensor
+) -> torch.Tensor:
+    """Return where ``residual_norm`` (batch,) is no larger than rounding alone can cause, at least for the problems ``asked`` (batch,).
 
     Moving every entry of x by one unit in its last place moves A x by about eps ‖A (s∘x)‖ for signs s. The signs are
     drawn first. For a symmetric A they are then chosen along A A (s∘x), because random ones may nearly cancel. No
     solver can reach a smaller residual. Larger numbers may cancel inside a product, for example in a Hessian through a
     factorisation. The measured change of A x is the floor there.
+
+    Products are made only while one of the problems is above what is known of its floor: none, or up to five.
     """
+    for floor in _floors(operator, x, rhs):
+        within = residual_norm <= floor
+        if bool((within | ~asked).all()):
+            break
+    return within
+
+
+def _floors(operator: LinearOperator, x: torch.Tensor, rhs: torch.Tensor) -> Iterator[torch.Tensor]:
+    """Yield bounds (batch,) that rise with every product or two. The last one is the floor of :func:`within_rounding`."""
+    eps, size = torch.finfo(x.dtype).eps, rhs.norm(dim=-1)
+    # A huge x along a null vector must not raise its own floor.
+    most = eps**0.5 * size
+    yield torch.minimum(32 * eps * size, most)
     generator = torch.Generator().manual_seed(0)
     signs = (torch.randint(0, 2, (x.shape[-1],), generator=generator) * 2 - 1).to(x)
-    eps, size = torch.finfo(x.dtype).eps, rhs.norm(dim=-1)
     product = operator.matvec(signs * x)
     moved = product.norm(dim=-1)
+    yield torch.minimum(32 * eps * (moved + size), most)
     if operator.symmetric:
         moved = torch.maximum(moved, operator.matvec(x.abs() * operator.matvec(product).sign()).norm(dim=-1))
+        yield torch.minimum(32 * eps * (moved + size), most)
     noise = (operator.matvec(x + eps * signs * x) - operator.matvec(x)).norm(dim=-1)
-    # A huge x along a null vector must not raise its own floor.
-    return torch.minimum(torch.maximum(32 * eps * (moved + size), 8 * noise), eps**0.5 * size)
+    yield torch.minimum(torch.maximum(32 * eps * (moved + size), 8 * noise), most)
 
 
 def rounding(operator: LinearOperator, x: torch.Tensor, rhs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Return, per problem, the rounding error of b − A x, and an estimate of ‖A‖. It costs one product.
 
-    It differs from :func:`rounding_floor` for a huge x along a null vector: the bound then grows with x.
+    It differs from the floor of :func:`within_rounding` for a huge x along a null vector: the bound then grows with x.
     """
     generator = torch.Generator().manual_seed(1)
     signs = (torch.randint(0, 2, (x.shape[-1],), generator=generator) * 2 - 1).to(x)
@@ -80,7 +99,7 @@ def _consistent(
     if target.asked and not bool(
         reached.all()
     ):  # b may lie in the range although the dtype cannot reach the accuracy asked
-        rounded = residual_norm <= rounding_floor(operator, x, rhs)
+        rounded = within_rounding(operator, x, rhs, residual_norm, ~reached)
         status = torch.where(rounded, int(Status.STAGNATED), status)
     if target.silent:
         reached = reached | (residual_norm <= auto_relative(rhs.dtype) * rhs.norm(dim=-1))
@@ -136,8 +155,9 @@ def judge(
         reached = reached | (residual_norm <= solution.floor)
     # With no accuracy asked, a product to find the rounding error is not worth its cost.
     spent_as_meant = (noticed == Status.MAX_STEPS) & target.silent
-    if not bool((reached | ~ended | spent_as_meant).all()) and not target.asked:
-        reached = reached | (residual_norm <= rounding_floor(operator, solution.x, rhs))
+    settled = reached | ~ended | spent_as_meant
+    if not target.asked and not bool(settled.all()):
+        reached = reached | within_rounding(operator, solution.x, rhs, residual_norm, ~settled)
     status = noticed
     short = ended & ~reached
     if bool(short.any()):

@@ -32,7 +32,8 @@ def check_preconditioner(where: str, preconditioner: Preconditioner | MakesPreco
         return
     if preconditioner is not None and not (callable(preconditioner) and not isinstance(preconditioner, LinearSolver)):
         raise ArgumentError(
-            f"{where}: expected preconditioner to be a function of r (batch, n), got {preconditioner!r}; pass one"
+            f"{where}: expected preconditioner to be a function of r (batch, n), got {preconditioner!r}; "
+            "write for example lambda r: r / diagonal, or take bilevel.Nystrom(...)"
         )
 
 

@@ -50,7 +50,8 @@ class Kept:
     def __init__(self, approximation: Approximation, refresh: int = 10) -> None:
         if not isinstance(approximation, Approximation):
             raise ArgumentError(
-                f"Kept: expected approximation to be bilevel.Nystrom(...) or bilevel.Kronecker(...), got {approximation!r}; pass one"
+                f"Kept: expected approximation to be bilevel.Nystrom(...) or bilevel.Kronecker(...), got {approximation!r}; "
+                "write for example bilevel.Kept(bilevel.Nystrom(rank=20))"
             )
         check_steps("Kept", "refresh", refresh)
         self.approximation, self.refresh = approximation, refresh

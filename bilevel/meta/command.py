@@ -123,11 +123,17 @@ def train(
         state, recipe = read_checkpoint(resume)
         data = state["data"]
     if minutes is not None and not minutes >= 0:
-        raise bilevel.ArgumentError(f"expected minutes to be a number >= 0, got {minutes}")
+        raise bilevel.ArgumentError(
+            f"expected minutes to be a number >= 0, got {minutes}; pass for example --minutes 60"
+        )
     if steps is not None and steps < 0:
-        raise bilevel.ArgumentError(f"expected steps to be a whole number >= 0, got {steps}")
+        raise bilevel.ArgumentError(
+            f"expected steps to be a whole number >= 0, got {steps}; pass for example --steps 1000"
+        )
     if test_tasks < 1:
-        raise bilevel.ArgumentError(f"expected test-tasks to be a whole number > 0, got {test_tasks}")
+        raise bilevel.ArgumentError(
+            f"expected test-tasks to be a whole number > 0, got {test_tasks}; pass for example --test-tasks 600"
+        )
     if minutes is None and steps is None:
         minutes = _MINUTES
     seconds = None if minutes is None else 60 * minutes
@@ -157,7 +163,9 @@ def measure(
     check_seed("", seed)
     state, recipe = read_checkpoint(checkpoint)
     if tasks < 1:
-        raise bilevel.ArgumentError(f"expected tasks to be a whole number > 0, got {tasks}")
+        raise bilevel.ArgumentError(
+            f"expected tasks to be a whole number > 0, got {tasks}; pass for example --tasks 600"
+        )
     if output is not None:
         prepare_output(output)
     with processes(device) as here:

@@ -51,7 +51,9 @@ def draw_glyphs(classes: int, examples: int = 20, *, size: int = 28, seed: int =
     """
     for name, number in (("classes", classes), ("examples", examples), ("size", size)):
         if not isinstance(number, int) or number < 1:
-            raise bilevel.ArgumentError(f"draw_glyphs: expected {name} to be a whole number > 0, got {number!r}")
+            raise bilevel.ArgumentError(
+                f"draw_glyphs: expected {name} to be a whole number > 0, got {number!r}; write for example {name}=20"
+            )
     images = []
     for number in range(classes):
         # A generator for each class: more classes do not change the first ones.

@@ -52,12 +52,13 @@ class LabelledImages:
     def __post_init__(self) -> None:
         if self.labels.ndim != 1 or len(self.labels) != len(self.images):
             raise bilevel.ShapeError(
-                f"LabelledImages: expected one label for each of {len(self.images)} images, got {tuple(self.labels.shape)}"
+                f"LabelledImages: expected one label for each of {len(self.images)} images, got {tuple(self.labels.shape)}; "
+                "pass integers of shape (images,)"
             )
         if len(self.names) != len(self.groups) or (len(self.labels) and int(self.labels.max()) >= len(self.names)):
             raise bilevel.ShapeError(
                 f"LabelledImages: expected a name and a group for each class, got {len(self.names)} names and "
-                f"{len(self.groups)} groups for labels up to {int(self.labels.max())}"
+                f"{len(self.groups)} groups for labels up to {int(self.labels.max())}; number the classes from 0"
             )
 
     @property

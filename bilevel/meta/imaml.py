@@ -126,7 +126,9 @@ class IMAML(bilevel.BilevelProblem):
         if mode == "released":
             solver, linear_solver = released_solvers(solver, linear_solver, lam, learn_lam)
         elif mode != "paper":
-            raise bilevel.ArgumentError(f'IMAML: expected mode to be "paper" or "released", got {mode!r}')
+            raise bilevel.ArgumentError(
+                f'IMAML: expected mode to be "paper" or "released", got {mode!r}; "paper" is the default'
+            )
         super().__init__(
             solver=solver,
             linear_solver=linear_solver,

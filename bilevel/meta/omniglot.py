@@ -57,7 +57,8 @@ def load_omniglot(path: str | Path, *, size: int = 28, cache: str | Path | None 
     source = Path(path)
     if not source.exists():
         raise bilevel.ArgumentError(
-            f"load_omniglot: expected a folder or zip file of alphabet/character/*.png, and {source} does not exist"
+            f"load_omniglot: expected a folder or zip file of alphabet/character/*.png, and {source} does not exist; "
+            "check the path, or fetch the data with download_omniglot()"
         )
     kept = _cache_file(source, size, cache)
     if kept is not None and kept.is_file():
@@ -96,7 +97,9 @@ def download_omniglot(part: str = "images_background", *, folder: str | Path | N
     import pooch
 
     if part not in _MD5:
-        raise bilevel.ArgumentError(f"download_omniglot: expected part to be one of {', '.join(_MD5)}, got {part!r}")
+        raise bilevel.ArgumentError(
+            f"download_omniglot: expected part to be one of {', '.join(_MD5)}, got {part!r}; pass one of these names"
+        )
     try:
         found = pooch.retrieve(
             f"{_ADDRESS}{part}.zip",
@@ -127,7 +130,9 @@ def _read(source: Path, size: int) -> LabelledImages:
             with Image.open(io.BytesIO(content)) as image:
                 grey = image.convert("L").resize((size, size), Image.Resampling.LANCZOS)
         except (UnidentifiedImageError, OSError) as error:
-            raise bilevel.ArgumentError(f"load_omniglot: {source}: {name} is not an image that can be read") from error
+            raise bilevel.ArgumentError(
+                f"load_omniglot: {source}: {name} is not an image that can be read; replace the file, or delete it"
+            ) from error
         images.append(255 - np.asarray(grey))
         labels.append(number)
     if not images:
@@ -163,7 +168,9 @@ def _files(source: Path) -> Iterator[tuple[tuple[str, str], str, bytes]]:
                 if name.endswith(".png") and len(parts) >= 3 and parts[0] != "__MACOSX":
                     yield (parts[-3], parts[-2]), name, archive.read(name)
     except zipfile.BadZipFile as error:
-        raise bilevel.ArgumentError(f"load_omniglot: {source} is neither a folder nor a zip file") from error
+        raise bilevel.ArgumentError(
+            f"load_omniglot: {source} is neither a folder nor a zip file; pass the folder that holds the alphabets"
+        ) from error
 
 
 def _cache_file(source: Path, size: int, cache: str | Path | None) -> Path | None:

@@ -1,4 +1,4 @@
-"""More than one process: what ``torchrun`` says about them, and the few things that they have to agree on."""
+"""Several processes under ``torchrun``: their numbers, and the values that they have to share."""
 
 from __future__ import annotations
 

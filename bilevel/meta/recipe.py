@@ -126,7 +126,8 @@ class Recipe:
             if isinstance(value, bool) or not fits or (value < least if whole or least == 0 else value <= 0):
                 bound = f"from {least} to {_MOST}" if whole else ">= 0" if least == 0 else "> 0"
                 raise bilevel.ArgumentError(
-                    f"expected {item.name.replace('_', '-')} to be a {'whole ' if whole else ''}number {bound}, got {value!r}"
+                    f"expected {item.name.replace('_', '-')} to be a {'whole ' if whole else ''}number {bound}, got {value!r}; "
+                    f"the default is {item.default}"
                 )
         for name in _BELOW_ONE:
             if getattr(self, name) >= 1:

@@ -16,7 +16,7 @@ __all__ = ["FewShotSampler", "Sampler"]
 
 
 class Sampler(Protocol):
-    """What draws tasks: image classification and sinusoids alike."""
+    """A source of random tasks, of image classification or sinusoids."""
 
     generator: torch.Generator
 
@@ -83,7 +83,7 @@ class FewShotSampler:
         for name, number, least in (("ways", ways, 2), ("shots", shots, 1), ("queries", queries, 1)):
             if not isinstance(number, int) or number < least:
                 raise bilevel.ArgumentError(
-                    f"FewShotSampler: expected {name} to be a whole number >= {least}, got {number!r}"
+                    f"FewShotSampler: expected {name} to be a whole number >= {least}, got {number!r}; write for example {name}=5"
                 )
         self.data = LabelledImages.of(data, labels)
         self.ways, self.shots, self.queries = ways, shots, queries

@@ -46,7 +46,7 @@ class SinusoidSampler:
     ) -> None:
         if shots < 1 or queries < 1:
             raise bilevel.ArgumentError(
-                f"SinusoidSampler: expected shots and queries of at least 1, got {shots} and {queries}"
+                f"SinusoidSampler: expected shots and queries of at least 1, got {shots} and {queries}; write for example shots=10, queries=10"
             )
         self.shots, self.queries = shots, queries
         self.device, self.dtype = device, dtype

@@ -148,7 +148,7 @@ def as_tasks(batch: Any, where: str) -> Tasks:
 
 
 def as_support(support: Any, where: str) -> tuple[Any, Any, torch.Tensor | None]:
-    """Return (x, y, weight) of ``support``, the first two or three of them, or of a whole batch of tasks."""
+    """Return (x, y, weight) of ``support``: a tuple (x, y) or (x, y, weight), or a whole batch of tasks. Without weights the last is None."""
     if isinstance(support, (Tasks, Mapping)) or (isinstance(support, (tuple, list)) and len(support) >= 4):
         tasks = as_tasks(support, where)
         return tasks.support_x, tasks.support_y, tasks.support_weight

@@ -63,7 +63,7 @@ class StepRecord:
     Parameters
     ----------
     step, seconds
-        Its number from 1, and the training time up to its end, of all sessions together.
+        The number of the step, from 1, and the training time up to its end, summed over sessions.
     loss, accuracy
         On the query examples.
     inner_residual, linear_residual
@@ -71,9 +71,9 @@ class StepRecord:
     failed
         Tasks whose linear solve met negative curvature or was not finite.
     gradient_norm
-        Before clipping.
+        The norm of the meta-gradient before clipping.
     tasks_per_second
-        Of this step.
+        The speed of this step.
     lam
         λ, or the mean of several.
     """
@@ -112,7 +112,7 @@ class Trainer:
         if recipe.tasks_per_step % here.world:
             raise bilevel.ArgumentError(
                 f"expected tasks-per-step to be a multiple of the {here.world} processes, which share them evenly, got "
-                f"{recipe.tasks_per_step}"
+                f"{recipe.tasks_per_step}; pass --tasks-per-step {here.world}, or start another number of processes"
             )
         self.data, self.recipe, self.here = data, recipe, here
         self.setup: Setup = set_up(data, recipe, here.device)
@@ -254,7 +254,9 @@ class Trainer:
         except (OSError, RuntimeError) as error:
             with contextlib.suppress(OSError):
                 partial.unlink()
-            raise bilevel.ArgumentError(f"the checkpoint {path} cannot be written ({error})") from error
+            raise bilevel.ArgumentError(
+                f"the checkpoint {path} cannot be written ({error}); free space, or pass another --output"
+            ) from error
 
 
 def read_checkpoint(path: Path) -> tuple[dict[str, Any], Recipe]:
@@ -270,7 +272,9 @@ def read_checkpoint(path: Path) -> tuple[dict[str, Any], Recipe]:
             warnings.simplefilter("ignore")  # torch's readers warn of what they find odd in damaged files
             state = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
-        raise bilevel.ArgumentError(f"the checkpoint {path} does not exist") from None
+        raise bilevel.ArgumentError(
+            f"the checkpoint {path} does not exist; check the path, or train first with `bilevel imaml`"
+        ) from None
     except Exception as error:  # torch's readers raise whatever the bytes lead them to
         raise bilevel.ArgumentError(
             f"{path} is not a checkpoint of `bilevel imaml` that can be read ({type(error).__name__}); {_ANOTHER}"

@@ -105,7 +105,9 @@ def minimize(
     """
     check_steps("minimize", "max_steps", max_steps, least=0)
     if on_failure not in ("raise", "stop"):
-        raise ArgumentError(f"minimize: expected on_failure to be 'raise' or 'stop', got {on_failure!r}; pass one")
+        raise ArgumentError(
+            f"minimize: expected on_failure to be 'raise' or 'stop', got {on_failure!r}; 'stop' ends the run with a status"
+        )
     if not isinstance(problem, BilevelProblem):
         raise ArgumentError(f"minimize: expected problem to be a bilevel.BilevelProblem, got {problem!r}; subclass it")
     method = _as_method(optimizer)

@@ -16,8 +16,8 @@ from bilevel.errors import ArgumentError, SolveError
 from bilevel.outer.methods import Evaluation, OuterMethod
 from bilevel.outer.result import OuterResult, OuterStatus, OuterStep
 from bilevel.outer.trail import PointHistory
-from bilevel.problems.hypergradient import Hypergradient
 from bilevel.problems.problem import BilevelProblem
+from bilevel.problems.result import Hypergradient
 from bilevel.pytree import as_real, moves, of_real
 from bilevel.reports import Basis
 from bilevel.tolerance import Tolerance

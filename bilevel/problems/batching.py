@@ -22,7 +22,7 @@ __all__ = ["BatchSpec"]
 
 @dataclass(frozen=True, eq=False)
 class BatchSpec:
-    """The ``batch_dims`` of a problem: what is done for one inner problem is done for all that the data hold.
+    """The ``batch_dims`` of a problem. It maps a function of one inner problem over all inner problems in the data.
 
     Parameters
     ----------

@@ -1,7 +1,7 @@
-"""Guards around the outer objective: what would make a hypergradient wrong, or silently none, is found and said.
+"""Checks of the outer objective: faults that would make a hypergradient wrong or zero without an error.
 
-The inner objective is looked at by the layer (:func:`bilevel.layers.checks.inspect_function`). The outer one is ordinary torch code in
-the caller's graph: it may close over anything that an ordinary loss may, but it has to be one function of φ and θ.
+The layer checks the inner objective (:func:`bilevel.layers.checks.inspect_function`). The outer objective is ordinary torch code in the
+caller's graph. It may close over what an ordinary loss may, but it has to be a function of φ and θ.
 """
 
 from __future__ import annotations
@@ -13,13 +13,15 @@ import torch
 from torch.utils import _pytree as pytree
 
 from bilevel._torch.graph_features import record_graph_features
-from bilevel._torch.transforms import carries_gradient, eager, innermost, unhooked
+from bilevel._torch.transforms import carries_gradient, eager, innermost, transforms_active, unhooked
 from bilevel.equations.problem import Problem
-from bilevel.errors import ArgumentError, BilevelError, StochasticObjectiveError
-from bilevel.layers.checks import buffers_of, captured_error, reaches_another_leaf
+from bilevel.errors import ArgumentError, BilevelError, StochasticObjectiveError, TransformError
+from bilevel.layers.checks import buffers_of, captured_error, changed_in_place, reaches_another_leaf, refused_by_torch
+from bilevel.layers.differentiation import Differentiation, Implicit
 from bilevel.layers.randomness import GeneratorStates, draws
 from bilevel.policy import OnFailure, handle_misuse
-from bilevel.pytree import moves
+from bilevel.pytree import moves, moving
+from bilevel.tolerance import Tolerance
 
 __all__ = [
     "CheckedObjective",
@@ -27,6 +29,8 @@ __all__ = [
     "check_captures",
     "check_connection",
     "check_dependence",
+    "check_goal",
+    "check_outer",
     "disconnected",
     "no_dependence",
 ]
@@ -69,10 +73,7 @@ class SideEffectCheck:
                 "with .eval(), or draw outside and pass what was drawn in data"
             )
         elif changed:
-            error = StochasticObjectiveError(
-                f"{self._where}: expected outer_objective to leave its arguments and buffers as they are, and one was changed in "
-                "place; for batch norm use batch statistics (track_running_stats=False) or .eval()"
-            )
+            error = changed_in_place(self._where, "outer_objective")
         return error is not None and handle_misuse(error, on_failure)
 
     def _draws(self) -> bool:
@@ -109,7 +110,8 @@ class CheckedObjective:
             return outputs(point, *tensors)
         self._looked = True
         watch = SideEffectCheck(where, self._objective, (point, tensors), lambda: outputs(point, *tensors))
-        values = outputs(point, *tensors)
+        with refused_by_torch(where, "outer_objective"):
+            values = outputs(point, *tensors)
         if record_graph_features(self._objective, values):
             values = outputs(point, *tensors)
         self.poisoned = watch.ended(self._policy)
@@ -117,6 +119,35 @@ class CheckedObjective:
             self.poisoned |= handle_misuse(no_dependence(where), self._policy)
         self.poisoned |= check_captures(where, values, (point, *tensors), self._given, self._policy)
         return values
+
+
+def check_outer(where: str, outer: Any) -> None:
+    """Raise where :meth:`BilevelProblem.hypergradient` has nothing to differentiate, or is called inside a transform."""
+    if transforms_active():
+        raise TransformError(
+            f"{where}: expected no transform of torch.func around hypergradient(...), because its result is detached, "
+            "got one; transform a call of the problem instead, as in torch.func.grad(problem)(outer, data) or "
+            "torch.func.vmap(torch.func.grad(problem))(outer, data), or by torch.func.functional_call where outer is the problem's own parameters"
+        )
+    if not any(moving(outer)):
+        raise ArgumentError(
+            f"{where}: expected outer to hold a floating-point or complex tensor, got {outer!r}; pass tensors to "
+            "differentiate with respect to"
+        )
+
+
+def check_goal(where: str, tolerance: Tolerance, differentiation: Differentiation, *, structured: bool) -> None:
+    """Raise where the ``tolerance`` is a goal, and the inner problem or its ``differentiation`` allows none."""
+    if tolerance.has_goal and not isinstance(differentiation, Implicit):
+        raise ArgumentError(
+            f"{where}: expected differentiation=bilevel.Implicit() with a goal for the hypergradient, got {differentiation}; "
+            "leave one of them out"
+        )
+    if tolerance.has_goal and structured:
+        raise ArgumentError(
+            f"{where}: expected Tolerance(rtol=...) or δ and δ′ with inner_prox or inner_constraints, got the goal {tolerance!r}; errors "
+            "of such a hypergradient are not bounded, and solves go as far as the tolerance says: leave the goal out"
+        )
 
 
 def check_dependence(where: str, loss: torch.Tensor, outer: Iterable[torch.Tensor], on_failure: OnFailure) -> bool:

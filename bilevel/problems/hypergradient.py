@@ -1,308 +1,181 @@
-"""What a hypergradient comes with: value, adjoint, the reports of both solves, and how wrong it is."""
+"""The hypergradient: how one call of :meth:`BilevelProblem.hypergradient` computes it, and what its error bounds are computed from."""
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
-from functools import cached_property, partial
-from typing import Any, Generic
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
 
 import torch
 from torch.utils import _pytree as pytree
-from typing_extensions import TypeVar
 
 from bilevel.certificates._certificate import Certificate
+from bilevel.certificates._local import LocalCertificate, NoCertificate
 from bilevel.certificates._point import Point
 from bilevel.certificates.bound import Bound
 from bilevel.certificates.constants import Constants
-from bilevel.errors import ArgumentError, ConstantsError
-from bilevel.problems.adaptive.state import GoalReport
-from bilevel.pytree import joined, parted
-from bilevel.reports import Basis, SolveReport, Status
+from bilevel.errors import ArgumentError
+from bilevel.layers.call import SolveCall
+from bilevel.layers.differentiation import Implicit
+from bilevel.layers.inspector import Inspector
+from bilevel.layers.settings import Adjoint, SolveSettings
+from bilevel.layers.solution import Solution
+from bilevel.problems.adaptive.direct import decided, full_accuracy
+from bilevel.problems.adaptive.driver import solve_to_goal
+from bilevel.problems.adaptive.state import SearchState
+from bilevel.problems.checks import CheckedObjective, check_captures, no_dependence
+from bilevel.problems.definition import Definition, copied, detached, differentiated
+from bilevel.problems.result import Hypergradient, HypergradientReport, assemble
+from bilevel.problems.warm_start import WarmStart
+from bilevel.pytree import as_real, joined, moves, moving
+from bilevel.reports import Basis
 
-__all__ = ["Hypergradient", "HypergradientReport", "assemble"]
-
-T = TypeVar("T", default=Any)  # the pytree of the outer variables
-
-
-@dataclass(frozen=True, eq=False)
-class HypergradientReport:
-    """The reports of the two solves behind a hypergradient.
-
-    Parameters
-    ----------
-    forward
-        The inner solve's report.
-    backward
-        The linear solve's report.
-    goal
-        The outcome of ``Tolerance(hypergradient=...)`` or ``Tolerance(descent=...)``; None without such a goal.
-    """
-
-    forward: SolveReport
-    backward: SolveReport
-    goal: GoalReport | None = None
-
-    @property
-    def converged(self) -> torch.Tensor:
-        """Bool, per problem: both solves reached what was asked."""
-        return self.forward.converged & self.backward.converged
-
-    @property
-    def status(self) -> Status | tuple[Any, ...]:
-        """Per problem, the status of the inner solve if that failed, else of the linear solve."""
-        return _worse(self.forward, self.backward).status
-
-    @property
-    def iterations(self) -> torch.Tensor:
-        """Steps of both solves together, per problem."""
-        return self.forward.iterations + self.backward.iterations
-
-    @property
-    def residual_norm(self) -> torch.Tensor:
-        """The inner residual ‖∇_φ G‖, per problem."""
-        return self.forward.residual_norm
-
-    @property
-    def error_bound(self) -> torch.Tensor:
-        """Bound on ‖φ − φ*‖, per problem; NaN where none is known. That of the gradient is the hypergradient's own."""
-        return self.forward.error_bound
-
-    @property
-    def certified(self) -> torch.Tensor:
-        """Bool, per problem: :attr:`error_bound` is finite and proven."""
-        return self.forward.certified
-
-    def moved(self, point: Point) -> HypergradientReport:
-        """Return the reports of a refined point: its residuals, and no bounds, which the refined result has itself."""
-        return HypergradientReport(
-            _moved(self.forward, point.inner.residual, 1), _moved(self.backward, point.rho / max(1, len(point.x)), 1)
-        )
-
-    def __str__(self) -> str:
-        goal = "" if self.goal is None else f"\n{self.goal}"
-        return f"{self.forward}\n{self.backward}{goal}"
-
-
-def _moved(report: SolveReport, residual: torch.Tensor, steps: int) -> SolveReport:
-    norm = residual.norm(dim=-1).reshape(report.residual_norm.shape).to(report.residual_norm)
-    unknown = torch.full_like(report.error_bound, float("nan"))
-    return replace(
-        report, residual_norm=norm, error_bound=unknown, basis=Basis.RESIDUAL, iterations=report.iterations + steps
-    )
-
-
-def _worse(forward: SolveReport, backward: SolveReport) -> SolveReport:
-    short = ~forward.converged
-    codes = torch.where(short, forward.status_code, backward.status_code)
-    return SolveReport(
-        forward.direction, forward.where, forward.solver, codes, forward.iterations, forward.residual_norm,
-        forward.threshold, forward.error_bound, forward.basis, forward.scale, forward.words if bool(short.any()) else backward.words,
-    )  # fmt: skip
-
-
-# What a hypergradient has of the problem, and leaves behind when it is pickled.
-_TIED = ("_certificate", "_rebuild", "_restore")
-
-
-class _MissingProblem:
-    """Stands for the problem in a hypergradient that came from another process, and says so."""
-
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("__"):
-            raise AttributeError(name)
-        raise _missing_problem()
-
-    def __call__(self, *args: Any) -> Any:
-        raise _missing_problem()
-
-
-def _missing_problem() -> ArgumentError:
-    return ArgumentError(
-        "Hypergradient: expected the problem, which this property is computed from, and the result was pickled without it; read "
-        "bounds, corrected_grad and the like before you pickle the result: they are then pickled too"
-    )
+__all__ = ["HypergradientCall"]
 
 
 @dataclass(frozen=True, eq=False)
-class Hypergradient(Generic[T]):
-    """The result of :meth:`BilevelProblem.hypergradient`.
+class HypergradientCall:
+    """One call: what to differentiate, with respect to what, and how.
 
     Parameters
     ----------
-    value
-        F at the computed inner solution, a scalar (the mean over a batch).
-    corrected_value
-        F − qᵀ∇_φ G: the outer value at φ* up to second order in the inner error (C4).
-    grad
-        ĝ = ∇_θ F − Bᵀ q, the pytree of ``outer``; None at leaves that are neither floating-point nor complex tensors.
-    inner
-        φ, the pytree of init.
-    adjoint
-        q ≈ H⁻¹ ∇_φ F, the same pytree; for a batch, each problem's own.
-    report
-        The reports of the two solves.
-
-    Notes
-    -----
-    A pickled result keeps all of these fields, and the bounds that were computed before. It cannot compute others: they need the
-    problem, which stays in its process.
+    problem
+        The objectives.
+    inspector
+        Checks the inner objective.
+    solve
+        (settings, outer, prepared data, init) ↦ the inner solution, differentiable.
+    settings
+        Those of this call.
+    outer, data
+        θ, and what the objectives receive.
     """
 
-    value: torch.Tensor
-    corrected_value: torch.Tensor
-    grad: T
-    inner: Any
-    adjoint: Any
-    report: HypergradientReport
-    _certificate: Certificate = field(repr=False)
-    _rebuild: Callable[[Point, Hypergradient], Hypergradient] = field(repr=False)
-    _restore: Callable[[torch.Tensor], Any] = field(repr=False)
-    _decided: Bound | None = field(default=None, repr=False)
-    _decided_value: Bound | None = field(default=None, repr=False)
+    problem: Definition
+    inspector: Inspector
+    solve: Callable[[SolveSettings, Any, Any, Any], Solution[Any]]
+    settings: SolveSettings
+    outer: Any
+    data: Any
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in vars(self).items() if name not in _TIED}
+    def at_accuracy(self, init: Any) -> tuple[Hypergradient, Point, Adjoint | None]:
+        """Return the hypergradient of solves to the accuracies δ and δ′, where it is of, and what the linear solve found.
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        vars(self).update(state, **dict.fromkeys(_TIED, _MissingProblem()))
-
-    def __copy__(self) -> Hypergradient[T]:
-        made = object.__new__(type(self))
-        vars(made).update(vars(self))
-        return made
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Hypergradient[T]:
-        made = object.__new__(type(self))
-        memo[id(self)] = made
-        # What it has of the problem changes no more, and is shared.
-        vars(made).update(vars(self), **copy.deepcopy(self.__getstate__(), memo))
-        return made
-
-    @cached_property
-    def bound(self) -> Bound:
-        """The bound of ‖ĝ − g‖ (C3); computed when it is first read.
-
-        It costs about as much as the gradient, and where H is too large to be factorised the products that
-        ``Tolerance(bound_products=...)`` allows, as far as they tighten it. With a goal, it is the bound or the estimate that decided.
+        The latter is None where F does not depend on φ.
         """
-        return self._certificate.bound if self._decided is None else self._decided
+        problem, settings, outer, data = self.problem, self.settings, self.outer, self.data
+        where, policy = problem.where, settings.on_failure
+        # Copies: what is computed from the result later is of θ as it is now.
+        leaves, structure = pytree.tree_flatten(copied(outer))
+        needs_grad = [leaf.requires_grad_(True) for leaf, move in zip(leaves, moving(leaves), strict=True) if move]
+        theta = pytree.tree_unflatten(leaves, structure)
+        adjoints: list[Adjoint] = []
+        with torch.enable_grad():
+            prepared = problem.prepared(theta, data)
+            solution = self.solve(replace(settings, on_adjoint=adjoints.append), theta, prepared, init)
+            value = problem.outer_losses(solution.value, theta, prepared, policy).mean()
+            if not value.requires_grad:
+                raise no_dependence(where)
+            poisoned = check_captures(where, value, needs_grad, (data, init), policy)
+            found = torch.autograd.grad(value, needs_grad, allow_unused=True, materialize_grads=True)
+        if poisoned:
+            found = tuple(torch.full_like(gradient, float("nan")) for gradient in found)
+        plain, inner = detached(theta), detached(solution.value)
+        lower, upper, x = problem.flat_problems(inner, plain, data)
+        flat = joined(problem.connected(found, inner, outer, data, policy))
+        q, backward, corrected = torch.zeros_like(x), solution.report, value.detach()
+        last = adjoints[-1] if adjoints else None
+        if last is not None:
+            if settings.on_adjoint is not None:
+                settings.on_adjoint(last)
+            q, backward = last.value * lower.batch, last.report  # the mean's cotangents are 1/K of each problem's own
+            corrected = corrected - (q * last.residual).sum(dim=-1).mean()
+        point = Point.at(lower, upper, x, q, differentiated(plain, lower))
+        report = HypergradientReport(solution.report, backward)
+        result = self._assembled(plain, data, point, value.detach(), corrected, flat, report)
+        return result, point, last
 
-    @cached_property
-    def inner_bound(self) -> Bound:
-        """The bound of ‖φ − φ*‖ (C1, C7); for a batch, the largest."""
-        return self._certificate.inner_bound
+    def to_goal_directly(self, init: Any, warm: WarmStart) -> tuple[Hypergradient, SearchState | None]:
+        """Return a hypergradient of solves to full accuracy, with the outcome of the goal, and what was measured for it."""
+        accurate = replace(self, settings=full_accuracy(self.settings))
+        result, point, adjoint = accurate.at_accuracy(init)
+        if adjoint is not None and self.problem.prepare is not None:
+            # The replays are of G after the preparation, which G of `point` contains.
+            adjoint = adjoint._replace(replays=None)
+        return decided(self.settings, result, point, adjoint, warm.adjoints(point.x), warm.known)
 
-    @cached_property
-    def adjoint_bound(self) -> Bound:
-        """The bound of ‖q − q*‖, with q* the adjoint at φ* (C2); for a batch, the largest."""
-        return self._certificate.adjoint_bound
+    def to_goal(self, init: Any, warm: WarmStart) -> tuple[Hypergradient, WarmStart | None]:
+        """Return a hypergradient as accurate as the goal asks: both solves go as far as that needs.
 
-    @cached_property
-    def value_bound(self) -> Bound:
-        """The bound of the difference between F(φ*) and ``corrected_value`` (C4)."""
-        return self._certificate.value_bound if self._decided_value is None else self._decided_value
-
-    @cached_property
-    def corrected_grad(self) -> T:
-        """g̃, a hypergradient with an error of second order (C5), as the pytree of ``outer``. It costs two more linear solves.
-
-        It is the hypergradient at φ⁺ = φ − H⁻¹∇G, with the adjoint solved there. ‖ĝ − g̃‖ estimates ‖ĝ − g‖.
+        The second result is what a next call may begin from, or None.
         """
-        grad: T = self._restore(self._certificate.corrected_gradient)
-        return grad
+        problem, tolerance, policy = self.problem, self.settings.tolerance, self.settings.on_failure
+        given = (self.data, init)
+        outer, data = copied(self.outer), detached(self.data)
+        lower, upper, x = problem.flat_problems(detached(init), outer, data)
+        needs_grad = differentiated(outer, lower)
+        known: list[Constants] = []
 
-    @cached_property
-    def observed_constants(self) -> Constants:
-        """The observed value of each constant between φ and a better point, per problem. No true L is smaller, and no true μ larger.
+        def certify(x: torch.Tensor, q: torch.Tensor, flat: torch.Tensor, corrected: torch.Tensor) -> Bound:
+            if not known:
+                known.append(problem.constants(outer, data).with_mu(tolerance.strong_convexity))
+            point = Point.at(lower, upper, x, q, needs_grad)
+            certificate = Certificate(point, flat, corrected, lambda: known[0], problem.where, policy)
+            bound = certificate.bound
+            known[0] = certificate.constants  # what quadratic objectives determine holds at every φ, and is found once
+            return bound
 
-        They are not bounds: use them as a first guess of the constants. Bounds that use them are estimates.
-        """
-        return self._certificate.observed
-
-    def refined(self) -> Hypergradient[T]:
-        """Return the hypergradient one Newton step further, with bounds of its own (C6: refine and recheck).
-
-        Two linear solves give φ⁺ = φ − H⁻¹∇G, and q⁺, which solves the system there, started at q. The Lipschitz constants in
-        its bounds multiply an ε of second order.
-        """
-        return self._rebuild(self._certificate.refined, self)
-
-    def __str__(self) -> str:
-        """Return value, gradient, solution and adjoint, each with its bound and its basis. This computes the bounds."""
-        flat = joined(leaf for leaf in pytree.tree_leaves(self.grad) if leaf is not None)
-        inner, adjoint = joined(pytree.tree_leaves(self.inner)), joined(pytree.tree_leaves(self.adjoint))
-        forward, backward = self.report.forward, self.report.backward
-        rows = (
-            ("value", f"{float(self.corrected_value):.6g}", "value_bound"),
-            ("gradient", f"norm {float(flat.norm()):.4g}", "bound"),
-            ("solution", f"norm {float(inner.norm()):.4g}", "inner_bound"),
-            ("adjoint", f"norm {float(adjoint.norm()):.4g}", "adjoint_bound"),
+        begin = warm.adjoints(x)
+        learned = warm.learned() if begin is not None else None
+        checked = CheckedObjective(upper, problem.outer_objective, given, policy)
+        call = SolveCall(self.settings, self.inspector, problem.inner_objective, problem.where, True, x.dtype)
+        found, report = solve_to_goal(call, lower, upper, x, begin, needs_grad, learned, certify, checked)
+        here = found.here
+        inner = problem.numbering.unravel(upper.system.raveler, here.x)
+        point = Point.at(lower, upper, here.x, here.q, needs_grad)
+        parts = torch.split(
+            found.gradient, [as_real(leaf).numel() for leaf in pytree.tree_leaves(outer) if moves(leaf)]
         )
-        lines = [f"{forward.where}: hypergradient, after {forward.solver} and {backward.solver}"]
-        notes = [report.message for report in (forward, backward) if not bool(report.converged.all())]
-        for name, shown, attribute in rows:
-            try:
-                lines.append(f"  {name:9s} {shown}, error {getattr(self, attribute)}")
-            except ConstantsError as refuted:
-                lines.append(f"  {name:9s} {shown}")
-                notes = [str(refuted), *(note for note in notes if note != str(refuted))]
-        return "\n".join([*lines, *(f"  {note}" for note in notes)])
+        flat = torch.cat(problem.connected(parts, inner, outer, data, policy))
+        result = self._assembled(outer, data, point, here.values.mean(), here.corrected, flat, report)
+        of_value = Bound(found.value_error, Basis.ESTIMATED) if tolerance.estimates else None
+        after = (
+            WarmStart(inner, here.q / lower.batch, found.known) if found.finite else None
+        )  # as for the mean's cotangents
+        return replace(result, _decided=found.bound, _decided_value=of_value), after
 
-    @property
-    def error_bound(self) -> float:
-        """Bound on ‖ĝ − g‖, or an estimate of it where :attr:`certified` is False."""
-        return self.bound.value
-
-    @property
-    def certified(self) -> bool:
-        """Whether :attr:`error_bound` is proven from known constants."""
-        return self.bound.certified
-
-
-def assemble(
-    outer: Any,
-    point: Point,
-    value: torch.Tensor,
-    corrected: torch.Tensor,
-    gradient: torch.Tensor,
-    report: HypergradientReport,
-    certify: Callable[[Point, torch.Tensor, torch.Tensor], Certificate],
-    unravel: Callable[[torch.Tensor], Any],
-) -> Hypergradient:
-    """Return what was found at ``point`` in the terms of ``outer`` and of the inner variables.
-
-    Parameters
-    ----------
-    outer
-        The pytree that ``gradient``, ĝ (p,), belongs to.
-    value, corrected
-        F, and C4 of it.
-    certify
-        (point, ĝ (p,), corrected value) ↦ what bounds them.
-    unravel
-        (K, n) ↦ the pytree of the inner variables.
-    """
-    restore = partial(parted, like=outer)
-
-    def made(
-        at: Point,
+    def _assembled(
+        self,
+        outer: Any,
+        data: Any,
+        point: Point,
         value: torch.Tensor,
         corrected: torch.Tensor,
         flat: torch.Tensor,
         report: HypergradientReport,
-        rebuild: Callable[[Point, Hypergradient], Hypergradient],
     ) -> Hypergradient:
-        inner, adjoint, certificate = unravel(at.x), unravel(at.q), certify(at, flat, corrected)
-        return Hypergradient(value, corrected, restore(flat), inner, adjoint, report, certificate, rebuild, restore)
+        """Return what was found at ``point``, ĝ being ``flat`` (p,), with what its bounds are computed from."""
+        problem, settings, tolerance = self.problem, self.settings, self.settings.tolerance
+        products = 0 if tolerance.has_goal else tolerance.bound_products
+        tensors = [leaf for leaf in pytree.tree_leaves(data) if isinstance(leaf, torch.Tensor)]
+        versions = [(tensor, tensor._version) for tensor in tensors if not tensor.is_inference()]
 
-    def rebuild(at: Point, before: Hypergradient) -> Hypergradient:
-        # In the problem's dtype, as any other result; the certificate then measures what rounding made of it.
-        there = Point.at(point.lower, point.upper, at.x.to(point.x), at.q.to(point.x), point.needs_grad)
-        worth, found = there.upper.value(there.x).mean().to(value), at.corrected_value.mean().to(value)
-        flat = at.gradient.mean(0).to(gradient)
-        # This function by its own name would be a circle, which holds all of the problem until a collection.
-        return made(there, worth, found, flat, before.report.moved(at), before._rebuild)
+        def constants() -> Constants:
+            if any(tensor._version != version for tensor, version in versions):
+                raise ArgumentError(
+                    f"{problem.where}: expected data to be unchanged since the hypergradient was computed, and a tensor in them was changed "
+                    "in place, so that no bound can be computed; read the bound before you change data, or pass a copy of data"
+                )
+            return problem.constants(outer, data).with_mu(tolerance.strong_convexity)
 
-    return made(point, value, corrected, gradient, report, rebuild)
+        def certify(at: Point, flat: torch.Tensor, corrected: torch.Tensor) -> Certificate:
+            kind = Certificate
+            if not isinstance(settings.differentiation, Implicit):
+                kind = NoCertificate
+            elif problem.structure is not None:
+                kind = LocalCertificate if at.lower.system.symmetric else NoCertificate
+            return kind(at, flat, corrected, constants, problem.where, settings.on_failure, products)
+
+        unravel = partial(problem.numbering.unravel, point.upper.system.raveler)
+        return assemble(outer, point, value, corrected, flat, report, certify, unravel)

@@ -12,8 +12,9 @@ from bilevel._torch.double_backward import Repeatable
 from bilevel._torch.graph_features import nodes, record_graph_features
 from bilevel._torch.once_differentiable import once_only, refuse_once_only
 from bilevel._torch.transforms import is_differentiated_again, saving_hooked, transforms_active, unhooked
-from bilevel.equations.system import mixes_numpy, numpy_refusal
+from bilevel.equations.function_errors import mixes_numpy, numpy_refusal
 from bilevel.errors import ShapeError
+from bilevel.layers.checks import refused_by_torch
 from bilevel.policy import OnFailure
 from bilevel.problems.batching import BatchSpec
 from bilevel.problems.checks import SideEffectCheck
@@ -47,14 +48,7 @@ def outer_losses(
         except (RuntimeError, TypeError) as error:
             if not mixes_numpy(error):
                 raise
-            trees = (("outer", outer), ("data", data))
-            paths = [
-                (name + pytree.keystr(path), leaf)
-                for name, tree in trees
-                for path, leaf in pytree.tree_flatten_with_path(tree)[0]
-            ]
-            arrays = [name for name, leaf in paths if is_numpy(leaf)]
-            raise numpy_refusal(where, "outer_objective", arrays) from error
+            raise numpy_refusal(where, "outer_objective", _arrays(outer=outer, data=data)) from error
         if not isinstance(loss, torch.Tensor) or loss.ndim != 0:
             got = tuple(loss.shape) if isinstance(loss, torch.Tensor) else type(loss).__name__
             raise ShapeError(
@@ -64,7 +58,7 @@ def outer_losses(
         return loss
 
     def every() -> torch.Tensor:
-        with Repeatable.around(objective):
+        with Repeatable.around(objective), refused_by_torch(where, "outer_objective"):
             # Randomness would be refused by vmap in words about vmap; let it through to our own check.
             losses: torch.Tensor = numbering.each(one, randomness="different")(inner, outer, data)
         return losses
@@ -82,6 +76,12 @@ def outer_losses(
             losses = every()
     _refuse_again(where, losses, given)
     return losses * float("nan") if watch.ended(on_failure) else losses
+
+
+def _arrays(**trees: Any) -> list[str]:
+    """Return the places of numpy's arrays in ``trees``."""
+    paths = [(name, place) for name, tree in trees.items() for place in pytree.tree_flatten_with_path(tree)[0]]
+    return [name + pytree.keystr(path) for name, (path, leaf) in paths if is_numpy(leaf)]
 
 
 def _refuse_again(where: str, losses: torch.Tensor, given: Sequence[torch.Tensor]) -> None:

@@ -1,9 +1,9 @@
-"""Bilevel problems: an outer loss at the argmin of an inner objective, its hypergradient, and the error of that."""
+"""Bilevel problems: an outer loss at the argmin of an inner objective, and its hypergradient."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -12,39 +12,28 @@ import torch
 from torch.utils import _pytree as pytree
 
 from bilevel._torch.transforms import transforms_active, unhooked
-from bilevel.certificates._certificate import Certificate
-from bilevel.certificates._local import LocalCertificate, NoCertificate
-from bilevel.certificates._point import Point
-from bilevel.certificates.bound import Bound
 from bilevel.certificates.constants import Constants
-from bilevel.equations.problem import Problem
 from bilevel.equations.structured import Structure
 from bilevel.equations.system import ArgminSystem
-from bilevel.errors import ArgumentError, TransformError
-from bilevel.layers.call import Adjoint, Setting, SolveCall, SolveSettings
+from bilevel.errors import ArgumentError
 from bilevel.layers.constraint_structure import ConstraintStructure
 from bilevel.layers.constraints import Constraints
-from bilevel.layers.differentiation import Differentiation, Implicit
-from bilevel.layers.layer import Layer, Solution
+from bilevel.layers.differentiation import Differentiation
+from bilevel.layers.layer import Layer
 from bilevel.layers.proximal import Proximal
+from bilevel.layers.settings import Adjoint, Setting, SolveSettings
+from bilevel.layers.solution import Solution
 from bilevel.linear._base import LinearSolver, LinearSolverLike
 from bilevel.policy import OnFailure
-from bilevel.problems.adaptive.direct import decided, full_accuracy, full_accuracy_is_cheap
-from bilevel.problems.adaptive.driver import attach_gradient, needs_gradient, solve_to_goal
+from bilevel.problems.adaptive.direct import full_accuracy_is_cheap
+from bilevel.problems.adaptive.driver import attach_gradient, needs_gradient
 from bilevel.problems.batching import BatchSpec
-from bilevel.problems.checks import (
-    CheckedObjective,
-    check_captures,
-    check_connection,
-    check_dependence,
-    disconnected,
-    no_dependence,
-)
-from bilevel.problems.hypergradient import Hypergradient, HypergradientReport, assemble
-from bilevel.problems.outer_loss import outer_losses
+from bilevel.problems.checks import check_connection, check_dependence, check_goal, check_outer
+from bilevel.problems.definition import Definition, detached
+from bilevel.problems.hypergradient import HypergradientCall
+from bilevel.problems.result import Hypergradient
 from bilevel.problems.warm_start import WarmStart
-from bilevel.pytree import as_real, joined, moves, moving
-from bilevel.reports import Basis
+from bilevel.pytree import moves
 from bilevel.solvers._base import InnerSolver, InnerSolverLike
 from bilevel.solvers._given import GivenAnswer
 from bilevel.tolerance import Tolerance
@@ -191,6 +180,18 @@ class BilevelProblem(torch.nn.Module, ABC):
     def _numbering(self) -> BatchSpec:
         return BatchSpec(self.batch_dims, self._layer.where)
 
+    @property
+    def _definition(self) -> Definition:
+        prepare = None if type(self).prepare is BilevelProblem.prepare else self.prepare
+        return Definition(
+            self._numbering, self.inner_objective, self.outer_objective, self._inner_of_given, self._outer_of_given,
+            prepare, self._structure, self.constants,
+        )  # fmt: skip
+
+    @property
+    def _remembered(self) -> WarmStart:
+        return self._warm if self.warm_start else WarmStart()
+
     def memory(self) -> dict[str, Any]:
         """Return the state of the warm starts: the last inner solution and adjoint, and the search state of goals.
 
@@ -216,7 +217,7 @@ class BilevelProblem(torch.nn.Module, ABC):
     def outer_objective(self, inner: Any, outer: Any, data: Any, /) -> torch.Tensor:
         """Return F(φ, θ), a scalar tensor, for one problem."""
 
-    def inner_prox(self, outer: Any, data: Any) -> Any:
+    def inner_prox(self, outer: Any, data: Any, /) -> Any:
         """Return the proximal term g of the inner problem min_φ G(φ, θ) + g(φ; θ), or None. Override it for a problem with a term.
 
         Return a term of :mod:`bilevel.prox`, or a pytree of terms like the inner variables, with None for a tensor without one.
@@ -225,7 +226,7 @@ class BilevelProblem(torch.nn.Module, ABC):
         """
         return None
 
-    def inner_constraints(self, outer: Any, data: Any) -> Constraints | None:
+    def inner_constraints(self, outer: Any, data: Any, /) -> Constraints | None:
         """Return the bounds and constraints on φ, or None. Override it for a problem with constraints.
 
         ``equality`` and ``inequality`` of the :class:`~bilevel.Constraints` are functions of (inner, outer, data). Bounds are
@@ -233,7 +234,7 @@ class BilevelProblem(torch.nn.Module, ABC):
         """
         return None
 
-    def objective_arguments(self, outer: Any, data: Any) -> tuple[Any, Any]:
+    def objective_arguments(self, outer: Any, data: Any, /) -> tuple[Any, Any]:
         """Return (outer, data) for the two objectives, given the arguments of a call of the problem.
 
         Override it together with :meth:`forward` in a problem that owns its outer variables.
@@ -248,29 +249,14 @@ class BilevelProblem(torch.nn.Module, ABC):
         """
         return data
 
-    def _prepared(self, outer: Any, data: Any) -> Any:
-        if type(self).prepare is BilevelProblem.prepare:
-            return data
-        if self.batch_dims is not None:
-            raise ArgumentError(
-                f"{self.where}: expected prepare or batch_dims, got both; prepare each problem's data before the call, or in the objectives"
-            )
-        return self.prepare(outer, data)
-
-    def _inner_of_given(self, inner: Any, outer: Any, data: Any) -> torch.Tensor:
-        return self.inner_objective(inner, outer, self.prepare(outer, data))
-
-    def _outer_of_given(self, inner: Any, outer: Any, data: Any) -> torch.Tensor:
-        return self.outer_objective(inner, outer, self.prepare(outer, data))
-
-    def initial(self, outer: Any, data: Any) -> Any:
+    def initial(self, outer: Any, data: Any, /) -> Any:
         """Return the initial guess of the first inner solve. Override it, or pass ``init``."""
         raise ArgumentError(
             f"{self._layer.where}: expected init to be given for the first solve, and it was not; pass init=..., or "
             "override initial(outer, data)"
         )
 
-    def tolerance_of(self, outer: Any, data: Any) -> Tolerance:
+    def tolerance_of(self, outer: Any, data: Any, /) -> Tolerance:
         """Return the accuracy that this call asks for.
 
         The default is the problem's tolerance, with δ′ meant for each problem's own adjoint. The mean over K problems gives
@@ -281,7 +267,7 @@ class BilevelProblem(torch.nn.Module, ABC):
             return replace(given, delta_prime=given.delta_prime / count)
         return given
 
-    def constants(self, outer: Any, data: Any) -> Constants:
+    def constants(self, outer: Any, data: Any, /) -> Constants:
         """Return the known constants of G and F (see :class:`Constants`). Override it to get certified bounds."""
         return Constants()
 
@@ -315,20 +301,21 @@ class BilevelProblem(torch.nn.Module, ABC):
         self._numbering.checked_count(data)
         settings = self._settings_of(outer, data)
         tolerance, policy = settings.tolerance, settings.on_failure
-        self._refuse_goal(tolerance)
+        self._check_goal(tolerance)
         if tolerance.has_goal and torch.is_grad_enabled() and needs_gradient(self.where, tolerance, outer, data):
             with unhooked():
                 result = self._with_goal(settings, outer, data, init)
             return attach_gradient(result, outer)
-        prepared = self._prepared(outer, data)
+        problem = self._definition
+        prepared = problem.prepared(outer, data)
         solution = self._solve(settings, outer, prepared, init)
-        loss = self._outer_losses(solution.value, outer, prepared, policy).mean()
+        loss = problem.outer_losses(solution.value, outer, prepared, policy).mean()
         theta = [leaf for leaf in pytree.tree_leaves(outer) if isinstance(leaf, torch.Tensor)]
         poisoned = check_dependence(self.where, loss, theta, policy)
         among = tuple(leaf.requires_grad for leaf in theta if moves(leaf))
         if torch.is_grad_enabled() and any(among) and among not in self._connected_for and not transforms_active():
             with unhooked():
-                cut = self._disconnected(solution.value, outer, data, among)
+                cut = problem.disconnected(solution.value, outer, data, among)
             poisoned |= bool(check_connection(self.where, outer, cut, policy))
             if not cut or policy in ("warn", "ignore"):
                 # Once: what leads to what is a property of the objectives, and costs an evaluation of both.
@@ -352,7 +339,7 @@ class BilevelProblem(torch.nn.Module, ABC):
             of the whole mean.
         """
         settings = self._settings_of(outer, data, tolerance, inspect=inspect)
-        return self._solve(settings, outer, self._prepared(outer, data), init)
+        return self._solve(settings, outer, self._definition.prepared(outer, data), init)
 
     def _settings_of(
         self, outer: Any, data: Any, tolerance: Tolerance | None = None, *, inspect: bool = True
@@ -373,7 +360,7 @@ class BilevelProblem(torch.nn.Module, ABC):
             numbering.check_start(start, count)
         solution = numbering.each(partial(self._layer.solve_with, settings))(start, outer, data)
         if self.warm_start:
-            last = pytree.tree_map(_cut, solution.value)
+            last = detached(solution.value)
             # What a transform outside maps or differentiates is not this problem's own solution to go on from.
             if not transforms_active() and all(bool(torch.isfinite(leaf).all()) for leaf in pytree.tree_leaves(last)):
                 self._warm = replace(self._warm, inner=last)
@@ -404,81 +391,32 @@ class BilevelProblem(torch.nn.Module, ABC):
         TransformError
             Inside a transform of ``torch.func``: there a call of the problem is to be differentiated.
         """
-        if transforms_active():
-            raise TransformError(
-                f"{self._layer.where}: expected no transform of torch.func around hypergradient(...), because its result is detached, "
-                "got one; transform a call of the problem instead, as in torch.func.grad(problem)(outer, data) or "
-                "torch.func.vmap(torch.func.grad(problem))(outer, data), or by torch.func.functional_call where outer is the problem's own parameters"
-            )
+        check_outer(self.where, outer)
         self._numbering.checked_count(data)
-        if not any(moving(outer)):
-            raise ArgumentError(
-                f"{self._layer.where}: expected outer to hold a floating-point or complex tensor, got {outer!r}; pass tensors to "
-                "differentiate with respect to"
-            )
         settings = self._settings_of(outer, data)
-        self._refuse_goal(settings.tolerance)
+        self._check_goal(settings.tolerance)
         if at is not None:
-            settings, init = self._settings_at(settings), pytree.tree_map(_cut, at)
+            settings, init = self._settings_at(settings), detached(at)
         if settings.tolerance.has_goal:
             return self._with_goal(settings, outer, data, init)
-        return self._at_accuracy(settings, outer, data, init)[0]
-
-    def _at_accuracy(
-        self, settings: SolveSettings, outer: Any, data: Any, init: Any
-    ) -> tuple[Hypergradient, Point, Adjoint | None]:
-        """Return the hypergradient of solves to the accuracies δ and δ′, where it is of, and what the linear solve found.
-
-        The latter is None where F does not depend on φ.
-        """
-        leaves, structure = pytree.tree_flatten(outer)
-        moved = moving(leaves)
-        # Copies: what is computed from the result later is of θ as it is now.
-        fresh = [_copy(leaf).requires_grad_(True) if move else leaf for leaf, move in zip(leaves, moved, strict=True)]
-        theta = pytree.tree_unflatten(fresh, structure)
-        adjoints: list[Adjoint] = []
-        with torch.enable_grad():
-            prepared = self._prepared(theta, data)
-            solution = self._solve(replace(settings, on_adjoint=adjoints.append), theta, prepared, init)
-            value = self._outer_losses(solution.value, theta, prepared, settings.on_failure).mean()
-            needs_grad = [leaf for leaf, move in zip(fresh, moved, strict=True) if move]
-            if not value.requires_grad:
-                raise no_dependence(self.where)
-            poisoned = check_captures(self.where, value, needs_grad, (data, init), settings.on_failure)
-            found = torch.autograd.grad(value, needs_grad, allow_unused=True, materialize_grads=True)
-        plain = pytree.tree_unflatten([_cut(leaf) for leaf in fresh], structure)
-        inner = pytree.tree_map(_cut, solution.value)
-        lower, upper, x = self._flat_problems(inner, plain, data)
-        if poisoned:
-            found = tuple(torch.full_like(gradient, float("nan")) for gradient in found)
-        flat = joined(self._connected(found, inner, outer, data, settings.on_failure))
-        q, backward, corrected = torch.zeros_like(x), solution.report, value.detach()
-        last = adjoints[-1] if adjoints else None
-        if last is not None:
-            if settings.on_adjoint is not None:
-                settings.on_adjoint(last)
-            q, backward = last.value * lower.batch, last.report  # the mean's cotangents are 1/K of each problem's own
-            corrected = corrected - (q * last.residual).sum(dim=-1).mean()
-        point = Point.at(lower, upper, x, q, _needs_grad(plain, lower))
-        report = HypergradientReport(solution.report, backward)
-        result = self._assembled(settings, plain, data, point, value.detach(), corrected, flat, report)
-        return result, point, last
+        return self._hypergradient_call(settings, outer, data).at_accuracy(init)[0]
 
     def _with_goal(self, settings: SolveSettings, outer: Any, data: Any, init: Any) -> Hypergradient:
         """Return a hypergradient as accurate as the goal asks: by solves to full accuracy where these cost less than a search."""
         count = self._numbering.count(data)
         start = self._start(outer, data, count) if init is None else init
-        if not full_accuracy_is_cheap(settings, start, count):
-            return self._to_goal(settings, outer, data, start)
-        warm = self._warm if self.warm_start else WarmStart()
-        result, point, adjoint = self._at_accuracy(full_accuracy(settings), outer, data, start)
-        if adjoint is not None and type(self).prepare is not BilevelProblem.prepare:
-            # The replays are of G after the preparation, which G of `point` contains.
-            adjoint = adjoint._replace(replays=None)
-        result, known = decided(settings, result, point, adjoint, warm.adjoints(point.x), warm.known)
-        if self.warm_start:
-            self._warm = replace(self._warm, known=known)
+        warm, call = self._remembered, self._hypergradient_call(settings, outer, data)
+        if full_accuracy_is_cheap(settings, start, count):
+            result, known = call.to_goal_directly(start, warm)
+            after: WarmStart | None = replace(self._warm, known=known)
+        else:
+            result, after = call.to_goal(start, warm)
+        if self.warm_start and after is not None:
+            self._warm = after
         return result
+
+    def _hypergradient_call(self, settings: SolveSettings, outer: Any, data: Any) -> HypergradientCall:
+        return HypergradientCall(self._definition, self._layer.inspector, self._solve, settings, outer, data)
 
     def _settings_at(self, settings: SolveSettings) -> SolveSettings:
         """Return the settings of a call that differentiates at an answer given."""
@@ -489,17 +427,8 @@ class BilevelProblem(torch.nn.Module, ABC):
             )
         return settings if self._structure is not None else replace(settings, solver=GivenAnswer())
 
-    def _refuse_goal(self, tolerance: Tolerance) -> None:
-        if tolerance.has_goal and not isinstance(self._layer.differentiation, Implicit):
-            raise ArgumentError(
-                f"{self.where}: expected differentiation=bilevel.Implicit() with a goal for the hypergradient, got {self._layer.differentiation}; "
-                "leave one of them out"
-            )
-        if self._structure is not None and tolerance.has_goal:
-            raise ArgumentError(
-                f"{self.where}: expected Tolerance(rtol=...) or δ and δ′ with inner_prox or inner_constraints, got the goal {tolerance!r}; errors "
-                "of such a hypergradient are not bounded, and solves go as far as the tolerance says: leave the goal out"
-            )
+    def _check_goal(self, tolerance: Tolerance) -> None:
+        check_goal(self.where, tolerance, self._layer.differentiation, structured=self._structure is not None)
 
     def reset(self) -> None:
         """Forget the last inner solution and adjoint."""
@@ -508,82 +437,6 @@ class BilevelProblem(torch.nn.Module, ABC):
     def extra_repr(self) -> str:
         return f"solver={self.solver!r}, linear_solver={self.linear_solver!r}, tolerance={self.tolerance!r}"
 
-    def _assembled(
-        self,
-        settings: SolveSettings,
-        outer: Any,
-        data: Any,
-        point: Point,
-        value: torch.Tensor,
-        corrected: torch.Tensor,
-        flat: torch.Tensor,
-        report: HypergradientReport,
-    ) -> Hypergradient:
-        """Return what was found at ``point``, ĝ being ``flat`` (p,), with what its bounds are computed from."""
-        tolerance = settings.tolerance
-        products = 0 if tolerance.has_goal else tolerance.bound_products
-        tensors = [leaf for leaf in pytree.tree_leaves(data) if isinstance(leaf, torch.Tensor)]
-        versions = [(tensor, tensor._version) for tensor in tensors if not tensor.is_inference()]
-
-        def constants() -> Constants:
-            if any(tensor._version != version for tensor, version in versions):
-                raise ArgumentError(
-                    f"{self.where}: expected data to be unchanged since the hypergradient was computed, and a tensor in them was changed "
-                    "in place, so that no bound can be computed; read the bound before you change data, or pass a copy of data"
-                )
-            return self.constants(outer, data).with_mu(tolerance.strong_convexity)
-
-        def certify(at: Point, flat: torch.Tensor, corrected: torch.Tensor) -> Certificate:
-            kind = Certificate
-            if not isinstance(settings.differentiation, Implicit):
-                kind = NoCertificate
-            elif self._structure is not None:
-                kind = LocalCertificate if at.lower.system.symmetric else NoCertificate
-            return kind(at, flat, corrected, constants, self.where, settings.on_failure, products)
-
-        unravel = partial(self._numbering.unravel, point.upper.system.raveler)
-        return assemble(outer, point, value, corrected, flat, report, certify, unravel)
-
-    def _to_goal(self, settings: SolveSettings, outer: Any, data: Any, init: Any) -> Hypergradient:
-        """Return a hypergradient as accurate as the tolerance asks: both solves go as far as that needs."""
-        tolerance, policy = settings.tolerance, settings.on_failure
-        given = (data, init)
-        outer, data = pytree.tree_map(_copy, outer), pytree.tree_map(_cut, data)
-        start = pytree.tree_map(_cut, init)
-        lower, upper, x = self._flat_problems(start, outer, data)
-        needs_grad = _needs_grad(outer, lower)
-
-        known: list[Constants] = []
-
-        def certify(x: torch.Tensor, q: torch.Tensor, flat: torch.Tensor, corrected: torch.Tensor) -> Bound:
-            if not known:
-                known.append(self.constants(outer, data).with_mu(tolerance.strong_convexity))
-            point = Point.at(lower, upper, x, q, needs_grad)
-            certificate = Certificate(point, flat, corrected, lambda: known[0], self.where, policy)
-            bound = certificate.bound
-            known[0] = certificate.constants  # what quadratic objectives determine holds at every φ, and is found once
-            return bound
-
-        warm = self._warm if self.warm_start else WarmStart()
-        begin = warm.adjoints(x)
-        learned = warm.learned() if begin is not None else None
-        checked = CheckedObjective(upper, self.outer_objective, given, policy)
-        call = SolveCall(settings, self._layer.inspector, self.inner_objective, self._layer.where, True, x.dtype)
-        found, report = solve_to_goal(call, lower, upper, x, begin, needs_grad, learned, certify, checked)
-        here = found.here
-        inner = self._numbering.unravel(upper.system.raveler, here.x)
-        if self.warm_start and found.finite:
-            self._warm = WarmStart(inner, here.q / lower.batch, found.known)  # as for the mean's cotangents
-        value = here.values.mean()
-        point = Point.at(lower, upper, here.x, here.q, needs_grad)
-        parts = torch.split(
-            found.gradient, [as_real(leaf).numel() for leaf in pytree.tree_leaves(outer) if moves(leaf)]
-        )
-        flat = torch.cat(self._connected(parts, inner, outer, data, policy))
-        result = self._assembled(settings, outer, data, point, value, here.corrected, flat, report)
-        of_value = Bound(found.value_error, Basis.ESTIMATED) if tolerance.estimates else None
-        return replace(result, _decided=found.bound, _decided_value=of_value)
-
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
         # Called by .to(), .double() and their like: what the next solve begins from follows, as buffers do.
         warm = self._warm
@@ -591,29 +444,11 @@ class BilevelProblem(torch.nn.Module, ABC):
         self._warm = WarmStart(inner, None if warm.adjoint is None else fn(warm.adjoint))
         return super()._apply(fn, recurse)
 
-    def _connected(
-        self, parts: Sequence[torch.Tensor], inner: Any, outer: Any, data: Any, policy: OnFailure
-    ) -> list[torch.Tensor]:
-        """Return the gradients of the tensors of ``outer``; treat those that are zero because no objective uses the tensor."""
-        # A gradient that is not zero came from somewhere.
-        zero = [bool((part == 0).all()) and part.numel() > 0 for part in parts]
-        if not any(zero):
-            return list(parts)
-        cut = check_connection(self.where, outer, self._disconnected(inner, outer, data, zero), policy)
-        return [torch.full_like(part, float("nan")) if number in cut else part for number, part in enumerate(parts)]
+    def _inner_of_given(self, inner: Any, outer: Any, data: Any) -> torch.Tensor:
+        return self.inner_objective(inner, outer, self.prepare(outer, data))
 
-    def _disconnected(self, inner: Any, outer: Any, data: Any, among: Sequence[bool]) -> list[int]:
-        """Return which floating-point tensors of ``outer``, of those ``among``, no objective's graph leads to."""
-        plain, at = pytree.tree_map(_cut, outer), pytree.tree_map(_cut, inner)
-        lower, upper, x = self._flat_problems(at, plain, data)
-        return disconnected(lower, upper, x, _needs_grad(plain, lower), among)
-
-    def _flat_problems(self, inner: Any, outer: Any, data: Any) -> tuple[Problem, Problem, torch.Tensor]:
-        """Return G and F as batches of flat problems, and ``inner`` (K, n)."""
-        whole = type(self).prepare is BilevelProblem.prepare
-        inner_objective = self.inner_objective if whole else self._inner_of_given
-        outer_objective = self.outer_objective if whole else self._outer_of_given
-        return self._numbering.problems(inner_objective, outer_objective, inner, outer, data, self._structure)
+    def _outer_of_given(self, inner: Any, outer: Any, data: Any) -> torch.Tensor:
+        return self.outer_objective(inner, outer, self.prepare(outer, data))
 
     def _written(self) -> Callable[..., Any]:
         return self.inner_objective
@@ -628,28 +463,10 @@ class BilevelProblem(torch.nn.Module, ABC):
         return self.inner_constraints(outer, data)
 
     def _start(self, outer: Any, data: Any, count: int | None) -> Any:
-        warm = self._warm if self.warm_start else WarmStart()
+        warm = self._remembered
         fits = warm.fits(count)
         if fits and type(self).initial is BilevelProblem.initial:
             return warm.inner
-        cold = pytree.tree_map(_cut, self.initial(outer, data))
+        cold = detached(self.initial(outer, data))
         last = warm.inner_like(cold) if fits else None
         return cold if last is None else last
-
-    def _outer_losses(self, inner: Any, outer: Any, data: Any, policy: OnFailure) -> torch.Tensor:
-        return outer_losses(self.outer_objective, self._numbering, inner, outer, data, policy)
-
-
-def _needs_grad(outer: Any, problem: Problem) -> tuple[bool, ...]:
-    """Return which of the problem's tensors, those of ``outer`` first, are differentiated with respect to."""
-    leaves = pytree.tree_leaves(outer)
-    flags = [move for leaf, move in zip(leaves, moving(leaves), strict=True) if isinstance(leaf, torch.Tensor)]
-    return (*flags, *[False] * (len(problem.tensors) - len(flags)))
-
-
-def _cut(leaf: Any) -> Any:
-    return leaf.detach() if isinstance(leaf, torch.Tensor) else leaf
-
-
-def _copy(leaf: Any) -> Any:
-    return leaf.detach().clone() if isinstance(leaf, torch.Tensor) else leaf

@@ -1,4 +1,4 @@
-"""What a problem begins its next call from: a value, which each call replaces as a whole."""
+"""The initial guesses of the next call of a problem: a frozen value, which each call replaces as a whole."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ __all__ = ["WarmStart"]
 
 @dataclass(frozen=True, eq=False)
 class WarmStart:
-    """The last inner solution and adjoint, and what goals have learned; None where there is none yet.
+    """The last inner solution and adjoint, and the measurements of searches for goals. None where there is none yet.
 
     It decides where a solve begins, and never how accurate it becomes. Calls in several threads may replace it in any order.
 
@@ -26,7 +26,7 @@ class WarmStart:
     adjoint
         q (K, n) for the mean over the K problems: 1/K of each problem's own.
     known
-        It is copied before a search changes it.
+        The measurements of searches. A search changes a copy.
     """
 
     inner: Any = None

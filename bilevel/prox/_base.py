@@ -166,7 +166,7 @@ def already_checked() -> Iterator[None]:
 
 @dataclass(frozen=True, eq=False)
 class Demand:
-    """What a term asks of a parameter that ``vmap`` batches: it has to be ``kind``, and where it is ``broken``, () bool, it is not."""
+    """A condition on a parameter that ``vmap`` batches: it has to be ``kind``. ``broken``, () bool, tells where it is not."""
 
     where: str
     name: str
@@ -256,7 +256,9 @@ def _check(where: str, name: str, value: Parameter, kind: str, fits: Callable[[A
             return
         wrong = numbers[~fits(numbers)].reshape(-1)[0].item()
     elif isinstance(value, bool) or not isinstance(value, Real):
-        raise ArgumentError(f"{where}: expected {name} to be a number or a tensor, got {value!r}; pass one")
+        raise ArgumentError(
+            f"{where}: expected {name} to be a number or a tensor, got {value!r}; convert it with torch.as_tensor(...)"
+        )
     elif fits(value):
         return
     else:

@@ -66,7 +66,9 @@ class AffineSet(Term):
 
     def __post_init__(self) -> None:
         if not isinstance(self.A, torch.Tensor) or self.A.ndim != 2:
-            raise ShapeError(f"{self.where}: expected A to be a tensor of shape (m, n), got {_shape(self.A)}")
+            raise ShapeError(
+                f"{self.where}: expected A to be a tensor of shape (m, n), got {_shape(self.A)}; for one equation write a[None, :]"
+            )
         check_finite(self.where, "A", self.A)
         check_finite(self.where, "b", self.b)
         rows, columns = self.A.shape
@@ -85,7 +87,7 @@ class AffineSet(Term):
         if self.A.shape[1] != x.numel():
             raise ShapeError(
                 f"{self.where}: expected A with {x.numel()} columns, one for each entry of x {tuple(x.shape)}, got "
-                f"{self.A.shape[1]}"
+                f"{self.A.shape[1]}; exchange its axes with A.mT, or leave out columns"
             )
         A = as_parameter(self.A, x)
         return A, as_parameter(self.b, x).expand(A.shape[:1])
@@ -143,7 +145,9 @@ class HalfSpace(Term):
 
     def __post_init__(self) -> None:
         if not isinstance(self.a, torch.Tensor):
-            raise ArgumentError(f"{self.where}: expected a to be a tensor of the shape of x, got {self.a!r}; pass one")
+            raise ArgumentError(
+                f"{self.where}: expected a to be a tensor of the shape of x, got {self.a!r}; write for example torch.ones_like(x)"
+            )
         check_finite(self.where, "a", self.a)
         check_finite(self.where, "b", self.b)
         broadcast_to(self.where, "b", as_parameter(self.b, self.a), ())

@@ -122,7 +122,9 @@ class SecondOrderCone(Term):
     def _parts(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Return t (..., 1), u (..., n − 1) and ‖u‖ (..., 1)."""
         if x.ndim == 0 or x.shape[-1] == 0:
-            raise ShapeError(f"{self.where}: expected x (..., n) with n at least 1, got the shape {tuple(x.shape)}")
+            raise ShapeError(
+                f"{self.where}: expected x (..., n) with n at least 1, got the shape {tuple(x.shape)}; leave the term out for an empty x"
+            )
         head, tail = x[..., :1], x[..., 1:]
         return head, tail, _norm(tail).unsqueeze(-1)
 

@@ -55,7 +55,9 @@ class NuclearNorm(Term):
 
     def _strength(self, x: torch.Tensor) -> torch.Tensor:
         if x.ndim != 2:
-            raise ShapeError(f"{self.where}: expected x to be a matrix (n, m), got the shape {tuple(x.shape)}")
+            raise ShapeError(
+                f"{self.where}: expected x to be a matrix (n, m), got the shape {tuple(x.shape)}; reshape it, or use torch.func.vmap for several"
+            )
         return strength_of(self.where, self.strength, x, ())
 
     def value(self, x: torch.Tensor) -> torch.Tensor:

@@ -42,10 +42,10 @@ class Zero(Term):
 
 @dataclass(frozen=True, eq=False, init=False)
 class Custom(Term):
-    """A term that is given by its prox alone, of which autograd takes the derivative.
+    """A term that is given by its prox alone. Autograd differentiates the prox.
 
-    A solution is differentiated as the fixed point x = prox(x − ∇f(x)), for there is no manifold to name. The derivative is right where
-    the prox is differentiable at x − ∇f(x). Nobody checks that: there is no margin.
+    A solution is differentiated as the fixed point x = prox(x − ∇f(x)), because the manifold is unknown. The derivative is right where
+    the prox is differentiable at x − ∇f(x). This is not checked.
 
     Parameters
     ----------
@@ -82,7 +82,10 @@ class Custom(Term):
     ) -> None:
         for name, given in (("prox", prox), ("value", value)):
             if not callable(given) and (name, given) != ("value", None):
-                raise ArgumentError(f"{self.where}: expected {name} to be a function, got {given!r}; pass one")
+                example = "lambda v, step: v / (1 + step)" if name == "prox" else "lambda x: 0.5 * (x**2).sum()"
+                raise ArgumentError(
+                    f"{self.where}: expected {name} to be a function, got {given!r}; write for example {example}"
+                )
         object.__setattr__(self, "function", prox)
         object.__setattr__(self, "value_function", value)
 
@@ -95,7 +98,9 @@ class Custom(Term):
         x = self.function(v, as_parameter(step, v))
         if not isinstance(x, torch.Tensor) or x.shape != v.shape:
             got = tuple(x.shape) if isinstance(x, torch.Tensor) else repr(x)
-            raise ShapeError(f"{self.where}: expected prox to return the shape of v, {tuple(v.shape)}, got {got}")
+            raise ShapeError(
+                f"{self.where}: expected prox to return the shape of v, {tuple(v.shape)}, got {got}; return one number for each entry of v"
+            )
         return x
 
     def manifold(self, x: torch.Tensor) -> Manifold:

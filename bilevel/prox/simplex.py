@@ -69,7 +69,9 @@ class Simplex(Term):
                 f"{self.where}: expected x with an axis {self.dim}, got the shape {tuple(x.shape)}; pass another dim"
             )
         if x.shape[self.dim] == 0:
-            raise ShapeError(f"{self.where}: expected at least one entry along axis {self.dim}, got none")
+            raise ShapeError(
+                f"{self.where}: expected at least one entry along axis {self.dim}, got none; pass another dim, or leave the term out"
+            )
         rows = x.movedim(self.dim, -1)
         return rows, positive_of(self.where, "radius", self.radius, x, rows.shape[:-1]).unsqueeze(-1)
 

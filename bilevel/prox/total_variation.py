@@ -53,7 +53,9 @@ class TotalVariation1D(Term):
 
     def _strength(self, x: torch.Tensor) -> torch.Tensor:
         if x.ndim == 0 or not x.shape[-1]:
-            raise ShapeError(f"{self.where}: expected x (..., n) with n at least 1, got the shape {tuple(x.shape)}")
+            raise ShapeError(
+                f"{self.where}: expected x (..., n) with n at least 1, got the shape {tuple(x.shape)}; pass a vector, or leave the term out"
+            )
         return strength_of(self.where, self.strength, x, x.shape[:-1]).unsqueeze(-1)
 
     def value(self, x: torch.Tensor) -> torch.Tensor:

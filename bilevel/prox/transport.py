@@ -94,7 +94,7 @@ class TransportPolytope(Term):
         if x.shape != (row.shape[0], column.shape[0]):
             raise ShapeError(
                 f"{self.where}: expected x of shape {(row.shape[0], column.shape[0])}, one row for each entry of row and "
-                f"one column for each of column, got {tuple(x.shape)}"
+                f"one column for each of column, got {tuple(x.shape)}; exchange row and column, or reshape x"
             )
         return row, column
 

@@ -83,7 +83,7 @@ def tensors_of(where: str, given: dict[str, Any], arrays: tuple[str, ...]) -> di
                 found[name] = torch.as_tensor(value, dtype=main.dtype, device=main.device)
             except (TypeError, ValueError, RuntimeError) as problem:
                 raise ArgumentError(
-                    f"{where}: expected {name} to be a tensor or a number, got {value!r}; pass one"
+                    f"{where}: expected {name} to be a tensor or a number, got {value!r}; convert it with torch.as_tensor(...)"
                 ) from problem
         elif value.dtype not in _FLOATS:
             raise DtypeError(

@@ -167,7 +167,7 @@ def _programs(structure: Structure, tensors: Sequence[torch.Tensor]) -> list[Spa
 
 @dataclass(eq=False)
 class _Point:
-    """What was found of one problem; see :class:`Found`."""
+    """The solution of one problem; see :class:`Found`."""
 
     point: np.ndarray
     active: np.ndarray

@@ -15,7 +15,7 @@ __all__ = ["Dense", "Entries", "Pattern"]
 
 
 class Pattern(Protocol):
-    """What the values of a matrix M (m, n) stand for."""
+    """The positions of the stored values of a matrix M (m, n)."""
 
     @property
     def axes(self) -> int:

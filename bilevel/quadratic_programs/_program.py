@@ -188,7 +188,7 @@ class Program:
 
 @dataclass(eq=False)
 class Found:
-    """What a solver found.
+    """The result of a solver.
 
     Parameters
     ----------

@@ -6,8 +6,8 @@ With z = (x, ν, λ, μ_l, μ_u), R(z, θ) = 0 the conditions and K = ∂_z R, w
     forward   ż = −K⁻¹ (∂_θ R · θ̇)
 
 ∂_θ R is written out. :class:`ProgramSolve` is z(θ), :class:`KKTSolve` is d = K⁻¹ r; the rules of both are torch operations and
-:class:`KKTSolve` again, so that all orders and both modes follow, as in :mod:`bilevel._implicit`. What is done once a problem, K's
-factors, is kept in the :class:`Rule` of the call.
+:class:`KKTSolve` again, so that all orders and both modes follow, as in :mod:`bilevel.implicit`. The factors of K are
+computed once a problem, and kept in the :class:`Rule` of the call.
 
 Which inequalities are active is a constant. It comes with the point, as numbers behind it: 1 active, 2 weakly active, 3 both.
 """
@@ -45,7 +45,7 @@ Tensors = Sequence[torch.Tensor]
 
 @dataclass(frozen=True, eq=False)
 class Structure:
-    """What the tensors of a program stand for.
+    """The meaning of the tensors of a program.
 
     Parameters
     ----------
@@ -100,7 +100,7 @@ class Calls(Protocol):
 
 @dataclass(frozen=True)
 class Asked:
-    """What a solution of K d = r is for: a derivative in reverse mode or not, with respect to the constraints or not."""
+    """The derivative for which K d = r is solved: in reverse mode or not, with respect to the constraints or not."""
 
     reverse: bool
     constraints: bool
@@ -108,7 +108,7 @@ class Asked:
 
 @dataclass(frozen=True, eq=False)
 class Rule:
-    """What one call carries besides tensors."""
+    """The parts of a call that are not tensors."""
 
     structure: Structure
     calls: Calls

@@ -12,7 +12,7 @@ from torch.utils import _pytree as pytree
 from bilevel._torch.empty_batches import apply_rule
 from bilevel._torch.transforms import eager, forward_levels
 from bilevel.errors import ArgumentError, TransformError
-from bilevel.layers.layer import Solution
+from bilevel.layers.solution import Solution
 from bilevel.policy import OnFailure, check_policy
 from bilevel.quadratic_programs._arguments import Arguments, arguments_of
 from bilevel.quadratic_programs._call import Backend, ProgramCall

@@ -30,6 +30,7 @@ class _Entry:
     program: Program | None = None
     trusted: bool = False
     given_up: bool = False
+    reason: str = "not recorded yet: an evaluation is recorded, and compared with the next"
 
 
 class ReplayCache:
@@ -48,6 +49,19 @@ class ReplayCache:
         self._vouched = vouched
         self._captured = tuple(ReferenceType(tensor) for tensor in captured)
         self._entries: dict[Hashable, _Entry] = {}
+
+    @property
+    def reason(self) -> str:
+        """Say "recorded", or which evaluation is not replayed, and why."""
+        if self.needs_grad:
+            return "a tensor that the function reaches requires grad by now"
+        if any(reference() is None for reference in self._captured):
+            return "a tensor that the function reached no longer exists"
+        waiting = [(name, entry) for name, entry in self._entries.items() if not entry.trusted]
+        # Those given up first: others may only be new.
+        for name, entry in sorted(waiting, key=lambda item: not item[1].given_up):
+            return f"evaluation `{name[0] if isinstance(name, tuple) else name}`: {entry.reason}"
+        return "recorded" if self._entries else _Entry().reason
 
     @property
     def needs_grad(self) -> bool:
@@ -82,8 +96,9 @@ class ReplayCache:
         if not entry.trusted:
             try:
                 self._try(entry, evaluation, inputs(), captured, late())
-            except Exception:  # whatever it is, the evaluation that follows says it in its own way
+            except Exception as error:  # whatever it is, the evaluation that follows says it in its own way
                 entry.given_up, entry.program = True, None
+                entry.reason = f"the recording ended with {type(error).__name__}: {' '.join(str(error).split())[:200]}"
         return (entry.program, captured) if entry.trusted and entry.program is not None else None
 
     def _try(
@@ -97,15 +112,19 @@ class ReplayCache:
         """Note the evaluation, or compare it with what was noted before."""
         noted = entry.program is not None
         if entry.program is not None:
-            expected = tuple(evaluation(*inputs, *late))
+            expected, reason = tuple(evaluation(*inputs, *late)), ""
         else:
-            expected, entry.program = note(evaluation, inputs, captured, late, found=self._vouched)
-        fits = entry.program is not None and _repeats(entry.program, (*inputs, *captured), late, expected)
-        if fits and not noted and entry.program is not None and entry.program.constants:
-            again = note(evaluation, inputs, captured, late, found=self._vouched)[1]
-            fits = again is not None and self._same_constants(entry.program, again)
-        entry.given_up, entry.trusted = not fits, noted and fits
-        if not fits:
+            expected, entry.program, reason = note(evaluation, inputs, captured, late, found=self._vouched)
+        if entry.program is not None:
+            reason = _difference(entry.program, (*inputs, *captured), late, expected)
+        if entry.program is not None and not (reason or noted) and entry.program.constants:
+            again = note(evaluation, inputs, captured, late, found=self._vouched)
+            reason = again.reason
+            if again.program is not None and not self._same_constants(entry.program, again.program):
+                reason = "two runs read other tensors, or numbers, from outside of the arguments"
+        entry.given_up, entry.trusted = bool(reason), noted and not reason
+        entry.reason = reason or entry.reason
+        if reason:
             entry.program = None
 
     def _same_constants(self, program: Program, again: Program) -> bool:
@@ -116,16 +135,17 @@ class ReplayCache:
         return not program.shares_constants(again)
 
 
-def _repeats(
+def _difference(
     program: Program, inputs: Sequence[torch.Tensor], late: Sequence[torch.Tensor], expected: Sequence[torch.Tensor]
-) -> bool:
-    """Return whether ``program`` gives exactly the ``expected`` results."""
+) -> str:
+    """Say where ``program`` does not give exactly the ``expected`` results; "" if it does."""
     with torch.no_grad():
         begun = program.begin(*inputs)
         places = tuple(place for place, known in enumerate(begun.outputs) if known is None)
         rest = iter(begun.finish(places, *late) if places else ())
     found = [next(rest) if known is None else known for known in begun.outputs]
-    return all(map(_same, found, expected))
+    wrong = [place for place, agreed in enumerate(map(_same, found, expected)) if not agreed]
+    return f"the recorded program and the function disagreed at output {wrong[0]}" if wrong else ""
 
 
 def _same(a: torch.Tensor, b: torch.Tensor) -> bool:

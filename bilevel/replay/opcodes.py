@@ -10,7 +10,7 @@ from __future__ import annotations
 import dis
 import sys
 
-__all__ = ["is_known_step"]
+__all__ = ["has_list", "is_known_step"]
 
 
 def _split(names: str) -> frozenset[str]:
@@ -53,3 +53,8 @@ def is_known_step(step: dis.Instruction, version: tuple[int, int] = sys.version_
     """Return whether an instruction is on the list of a version of Python, this one unless said."""
     known = step.opname in _BY_VERSION.get(version, ())
     return known and (step.opname != "CALL_INTRINSIC_1" or step.arg in _INTRINSICS)
+
+
+def has_list() -> bool:
+    """Return whether the instructions of this version of Python are on a list."""
+    return sys.version_info[:2] in _BY_VERSION

@@ -8,6 +8,8 @@ from typing import Any, TypeAlias
 
 import torch
 
+from bilevel.replay.folding import fold
+from bilevel.replay.memory import reuse_memory
 from bilevel.replay.tape import Slot, Step, Tape
 
 __all__ = ["Program", "StartedProgram", "Tensors"]
@@ -34,14 +36,14 @@ class StartedProgram:
     versions: list[int] = field(repr=False)
 
     def finish(self, which: tuple[int, ...], *late: torch.Tensor) -> Tensors:
-        """Return the results at the places ``which`` for the ``late`` arguments, as often as one likes."""
+        """Return the results at the places ``which`` for the ``late`` arguments, any number of times."""
         written, read = self.program.rest(which)
         now = _versions(self.between)
         if now != self.versions and any(now[place] != self.versions[place] for place in read):
             # as a graph says of what it has saved
             raise RuntimeError(
                 "one of the variables needed for gradient computation has been modified by an inplace operation: a tensor "
-                "that the function reaches was changed between the forward pass and the backward pass"
+                "that the function reaches was changed between the forward pass and the backward pass; change it after the backward pass"
             )
         return written(*late, *self.between)
 
@@ -58,6 +60,9 @@ class Program:
     """
 
     def __init__(self, tape: Tape, late: int = 0) -> None:
+        # The tensors on the tape that no operation made.
+        self.constants: Tensors = tuple(tape.constants.values())
+        tape = fold(tape)
         early = len(tape.inputs) - late
         self._tape, self._late = tape, tape.inputs[early:]
         self._hanging = tape.after(self._late)
@@ -66,8 +71,6 @@ class Program:
         between = {*read, *self._first} - self._hanging - set(tape.constants) if late else set()
         self._between = tuple(sorted(between))
         outputs = (*self._first, *self._between)
-        # The tensors on the tape that no operation made.
-        self.constants: Tensors = tuple(tape.constants.values())
         # Of a program in one part, this returns all results.
         self.run = self._part(tape.inputs[:early], outputs, lambda step: not self._hangs(step))
         self._rests: dict[tuple[int, ...], tuple[Written, tuple[int, ...]]] = {}
@@ -102,6 +105,7 @@ class Program:
 
     def _part(self, given: Sequence[int], outputs: Sequence[int], here: Callable[[Step], bool]) -> Written:
         steps = self._tape.needed(outputs, given, here)
+        steps = reuse_memory(self._tape, steps, given, outputs)
         return _written(steps, given, outputs, self._tape.constants)
 
     def _hangs(self, step: Step) -> bool:

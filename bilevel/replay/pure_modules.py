@@ -105,19 +105,19 @@ class Bound:
     inside: bool = False
 
 
-def shell_parts(shell: StatelessModule) -> tuple[list[Any], list[Any]] | None:
+def shell_parts(shell: StatelessModule) -> tuple[list[Any], list[Any]] | str:
     """Return the objects that identify calls of a module, and the functions on which it depends.
 
-    None if they cannot be determined.
+    A sentence says why if they cannot be determined.
     """
     if _module._has_any_global_hook():
-        return None
+        return "a hook on all modules is registered"
     objects: list[Any] = []
     named: list[Any] = []
     for part in _within(shell.module):
         own, kind = vars(part), type(part)
         if not _is_called_plainly(part):
-            return None
+            return f"the module {kind.__name__} has hooks, or operators or calls of its own"
         # With the names of what is in each part, the order tells where it stands.
         objects += [part, kind, own["training"], len(own["_modules"])]
         objects += [item for name, child in own["_modules"].items() for item in (name, child is None)]
@@ -129,16 +129,16 @@ def shell_parts(shell: StatelessModule) -> tuple[list[Any], list[Any]] | None:
         forward = _of_class(kind, "forward")
         if kind in _KNOWN:
             if any(getattr(holder, name, None) is not value for holder, name, value in _KNOWN[kind]):
-                return None
+                return f"a function that torch's module {kind.__name__} calls was replaced"
             settings = {name: value for name, value in own.items() if name not in _TORCH_S}
             if any(hasattr(kind, name) for name in settings):
-                return None
+                return f"the module {kind.__name__} keeps an attribute in place of one of its methods"
             for name, value in settings.items():
                 named += [name, tuple(value) if type(value) is list else value]
         elif isinstance(forward, FunctionType) and not _looks_like_a_tensor(part):
             named.append(Bound(forward, part, inside=True))
         else:
-            return None
+            return f"the module {kind.__name__} is of a kind that is not on the list, or has attributes named like a tensor's"
     return objects, named
 
 
@@ -181,25 +181,26 @@ def _of_class(kind: type, name: str) -> Any:
     return next((vars(base)[name] for base in kind.__mro__ if name in vars(base)), _NOWHERE)
 
 
-def kept_under(bound: Bound, names: Iterable[str], constants: frozenset[type]) -> list[Any] | None:
+def kept_under(bound: Bound, names: Iterable[str], constants: frozenset[type]) -> list[Any] | str:
     """Return the ``names`` that a method takes from its object, each with what is found there.
 
-    None if that is not plainly what the object keeps, a number of its class, or another method. ``constants`` are the types of numbers and the like.
+    A sentence says why if one is not plainly what the object keeps, a number of its class, or another method. ``constants`` are
+    the types of numbers and the like.
     """
     owner, kind = bound.owner, type(bound.owner)
     finds = getattr(kind, "__getattr__", None)
     plain: Any = object.__getattribute__
     if kind.__getattribute__ is not plain or finds not in (None, _GETATTR):
-        return None
+        return f"the class {kind.__name__} changes how its attributes are found"
     if type(own := getattr(owner, "__dict__", None)) is not dict:
-        return None
+        return f"an object of the class {kind.__name__} has no plain table of attributes"
     tables = [own[table] for table in _TABLES] if isinstance(owner, nn.Module) else []
     found: list[Any] = []
     for name in names:
         of_class = _of_class(kind, name)
         if of_class is not _NOWHERE and type(of_class) not in constants:
             if not isinstance(of_class, FunctionType) or name in own:
-                return None
+                return f"`{name}` of the class {kind.__name__} is no plain method or number"
             found += [name, Bound(of_class, owner, bound.inside)]
         elif name in own:
             found += [name, own[name]]
@@ -208,7 +209,7 @@ def kept_under(bound: Bound, names: Iterable[str], constants: frozenset[type]) -
         else:
             held = [table[name] for table in tables if name in table]
             if len(held) != 1:
-                return None
+                return f"`{name}` of an object of the class {kind.__name__} is no plain attribute"
             found += [name] if bound.inside else [name, held[0]]
     return found
 

@@ -10,28 +10,22 @@ what is known to be harmless is accepted.
 from __future__ import annotations
 
 import builtins
-import dis
 import functools
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
-from functools import lru_cache
-from types import CodeType, FunctionType, MethodType, ModuleType
-from typing import Any, Generic, NamedTuple, TypeVar
-from weakref import ReferenceType
+from collections.abc import Sequence
+from types import FunctionType, MethodType, ModuleType
+from typing import Any, NamedTuple
 
 import torch
 from torch.utils import _pytree as pytree
 
 from bilevel._torch.transforms import is_plain
-from bilevel.replay.opcodes import is_known_step
 from bilevel.replay.pure_modules import Bound, StatelessModule, emptied, kept_under, shell_parts
 from bilevel.replay.pure_names import AS_IMPORTED, ATTRIBUTES, KNOWN, MODULES, OPERATORS_AS_IMPORTED, operators_of
+from bilevel.replay.reading import Reading, read, uses_first
 
-__all__ = ["InspectionCache", "Reach", "has_plain_structure", "reach", "reachable_objects"]
+__all__ = ["Reach", "has_plain_structure", "reach", "reachable_objects"]
 
-T = TypeVar("T")
-
-_ATTRIBUTE = {"LOAD_ATTR", "LOAD_METHOD"}
 # These types themselves: a class derived from one may have methods and a state.
 _CONSTANTS: frozenset[type] = frozenset(
     {int, float, complex, bool, str, bytes, type(None), torch.dtype, torch.device, torch.layout, torch.Size}
@@ -45,54 +39,6 @@ _BUILTINS = {
         abs, bool, dict, enumerate, float, int, len, list, map, pow, range, reversed, slice, sum, tuple, zip,
     )
 }  # fmt: skip
-# Arguments of so many kinds are told apart at once: the last batch of a data set is smaller than the others.
-_MOST_KEPT = 16
-
-
-class InspectionCache(Generic[T]):
-    """The results of the last few checks of one caller. A copy or a pickle of it is empty."""
-
-    def __init__(self) -> None:
-        self._kept: list[tuple[tuple[Any, ...], tuple[Any, ...], T]] = []
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return InspectionCache, ()
-
-    def find(self, key: tuple[Any, ...], parts: tuple[Any, ...]) -> T | None:
-        """Return the result for an equal ``key`` and the same objects ``parts``."""
-        for known, objects, made in self._kept:
-            if known == key and len(objects) == len(parts) and all(map(_is, objects, parts)):
-                return made
-        return None
-
-    def keep(self, key: tuple[Any, ...], parts: tuple[Any, ...], made: T) -> None:
-        """Keep the result, and drop the oldest."""
-        # Weakly what may hold much: a function that came as an argument is let go when its caller does so.
-        holding = (FunctionType, torch.Tensor, torch.nn.Module)
-        weak = (ReferenceType(part) if isinstance(part, holding) else part for part in parts)
-        self._kept = [(key, tuple(weak), made), *self._kept[: _MOST_KEPT - 1]]
-
-
-def _is(kept: Any, part: Any) -> bool:
-    return (kept() is part is not None) if isinstance(kept, ReferenceType) else kept is part
-
-
-class _Reading(NamedTuple):
-    """What is in a function's code, the code inside it included.
-
-    Parameters
-    ----------
-    named
-        For each global and variable of a function around it: whether it is one of the latter, its name, and the attributes taken from it.
-    attributes
-        Those taken from anything else.
-    own
-        Those taken from the first argument of a method, which does nothing else with it.
-    """
-
-    named: tuple[tuple[bool, str, tuple[str, ...]], ...]
-    attributes: tuple[str, ...]
-    own: tuple[str, ...]
 
 
 class Reach(NamedTuple):
@@ -102,14 +48,17 @@ class Reach(NamedTuple):
     vouched: bool
 
 
-def reach(functions: Sequence[Any], *, static: bool) -> Reach | None:
-    """Return the reach of ``functions``; None if the code of one cannot be followed, and the user does not vouch for it (``static``)."""
+def reach(functions: Sequence[Any], *, static: bool) -> Reach | str:
+    """Return the reach of ``functions``.
+
+    A sentence says why if the code of one cannot be followed, and the user does not vouch for it (``static``).
+    """
     found, vouched = [], False
     for function in functions:
-        parts = reachable_objects(function)
-        if parts is None:
+        parts = follow(function)
+        if isinstance(parts, str):
             if not static:
-                return None
+                return parts
             parts, vouched = _identity(function), True
         found.append(parts)
     return Reach(tuple(part for parts in found for part in parts), vouched)
@@ -121,23 +70,32 @@ def _identity(function: Any) -> tuple[Any, ...]:
 
 
 def reachable_objects(*functions: Any) -> tuple[Any, ...] | None:
-    """Return every object that ``functions`` or constants reach; None if one is not branch-free or needs a gradient.
+    """Return every object that ``functions`` or constants reach; None if one is not branch-free or needs a gradient."""
+    found = follow(*functions)
+    return None if isinstance(found, str) else found
+
+
+def follow(*functions: Any) -> tuple[Any, ...] | str:
+    """Return every object that ``functions`` or constants reach, or a sentence that says why that is unknown.
 
     An object appears once for each place from which it is reached, with the name there, in an order that the places
     determine. Two objects therefore cannot exchange their contents unnoticed.
     """
     if not operators_are_torch_s():
-        return None
+        return "an operator of torch.Tensor was replaced"
     parts: list[Any] = []
     pending: list[Any] = list(functions)
     expanded: set[tuple[int, int]] = set()
+    readers: list[Bound] = []
     while pending:
         item = pending.pop()
         if isinstance(item, MethodType):
             item = Bound(item.__func__, item.__self__)
         elif isinstance(item, FunctionType) and not is_known(item):
             item = Bound(item, None)
+        followed: tuple[list[Any], list[Any]] | str
         if type(item) is Bound:
+            readers.append(item)
             followed = _of_function(item, expanded)
         elif type(item) is functools.partial and not vars(item):
             # Made anew for a call it may be another object of the same parts.
@@ -153,21 +111,21 @@ def reachable_objects(*functions: Any) -> tuple[Any, ...] | None:
             # Who keeps the tuple itself would keep what is in it.
             followed = [tuple, len(item)], list(item)
         else:
-            followed = ([item], []) if _harmless(item) else None
-        if followed is None:
-            return None
+            followed = ([item], []) if _harmless(item) else describe(item, readers)
+        if isinstance(followed, str):
+            return followed
         parts.extend(followed[0])
         pending.extend(followed[1])
     return tuple(parts)
 
 
-def _of_function(bound: Bound, expanded: set[tuple[int, int]]) -> tuple[list[Any], list[Any]] | None:
-    """Return the objects that identify a function or method, and the objects that it reaches; None if it is not branch-free."""
+def _of_function(bound: Bound, expanded: set[tuple[int, int]]) -> tuple[list[Any], list[Any]] | str:
+    """Return the objects that identify a function or method, and the objects that it reaches; a sentence if it is not branch-free."""
     function, owner = bound.function, bound.owner
     if not isinstance(function, FunctionType):
-        return None
+        return f"`{getattr(function, '__name__', function)}` is not written in Python"
     if owner is not None:
-        if not _uses_first(function.__code__):
+        if not uses_first(function.__code__):
             owner = None
         elif (told := _class_says(owner, function)) is not None:
             return [function], told
@@ -176,12 +134,14 @@ def _of_function(bound: Bound, expanded: set[tuple[int, int]]) -> tuple[list[Any
     if (id(function), id(owner)) in expanded:
         return objects, []
     expanded.add((id(function), id(owner)))
-    reading = _read(function.__code__, owner is not None)
-    named = None if reading is None else _named(function, reading)
-    if reading is None or named is None:
-        return None
+    reading = read(function.__code__, owner is not None)
+    if isinstance(reading, str):
+        return reading
+    named = _named(function, reading)
+    if isinstance(named, str):
+        return named
     own = [] if owner is None else kept_under(bound, reading.own, _CONSTANTS)
-    return None if own is None else (objects, [*named, *own])
+    return own if isinstance(own, str) else (objects, [*named, *own])
 
 
 def _class_says(owner: Any, method: FunctionType) -> list[Any] | None:
@@ -226,12 +186,12 @@ def operators_are_torch_s() -> bool:
     return found == OPERATORS_AS_IMPORTED
 
 
-def of_tensors(names: Any) -> bool:
-    """Return whether the attributes ``names`` are on the list, and still what they were."""
-    return all(
-        name in ATTRIBUTES and (name not in AS_IMPORTED or getattr(torch.Tensor, name) is AS_IMPORTED[name])
-        for name in names
-    )
+def _not_of_tensors(names: Sequence[str]) -> str | None:
+    """Return the first of the attributes ``names`` that is not on the list, or no longer what it was; None if all are."""
+    for name in names:
+        if not (name in ATTRIBUTES and (name not in AS_IMPORTED or getattr(torch.Tensor, name) is AS_IMPORTED[name])):
+            return name
+    return None
 
 
 def _is_alone(tensor: torch.Tensor) -> bool:
@@ -239,18 +199,19 @@ def _is_alone(tensor: torch.Tensor) -> bool:
     return is_plain(tensor) and not vars(tensor) and tensor.grad is None
 
 
-def _named(function: FunctionType, reading: _Reading) -> list[Any] | None:
+def _named(function: FunctionType, reading: Reading) -> list[Any] | str:
     """Return the globals, closure variables, defaults and attributes of ``function``.
 
-    None if an attribute is not known to be harmless, a cell is empty, or a module is used for more than what is in it.
+    A sentence says why if an attribute is not known to be harmless, a cell is empty, or a module is used for more than what is in it.
     """
+    inside = function.__name__
     found = [*(function.__defaults__ or ())]
     for extra in (function.__kwdefaults__ or {}, vars(function)):
         found += [item for pair in extra.items() for item in pair]
     try:
         cells = [cell.cell_contents for cell in function.__closure__ or ()]
     except ValueError:
-        return None
+        return f"a variable around `{inside}` has no value yet"
     # Modules are followed to what is taken from them.
     found += [value for value in cells if not isinstance(value, ModuleType)]
     closed, space = dict(zip(function.__code__.co_freevars, cells, strict=True)), function.__globals__
@@ -260,80 +221,48 @@ def _named(function: FunctionType, reading: _Reading) -> list[Any] | None:
         elif not free and hasattr(builtins, name):
             value = getattr(builtins, name)
         else:
-            return None
+            return f"`{name}` in `{inside}` is not defined"
         place = 0
         while isinstance(value, ModuleType):
             ours = value.__name__ == "bilevel"
             if place == len(attributes) or not (ours or value in MODULES) or not hasattr(value, attributes[place]):
-                return None
+                return f"`{'.'.join((name, *attributes[: place + 1]))}` in `{inside}` is not on the list of known operations"
             value, place = getattr(value, attributes[place]), place + 1
-        if not of_tensors(attributes[place:]):
-            return None
+        if (other := _not_of_tensors(attributes[place:])) is not None:
+            return f"`.{other}` in `{inside}` is not on the list of known operations"
         found.append(value)
-    return found if of_tensors(reading.attributes) else None
+    other = _not_of_tensors(reading.attributes)
+    return found if other is None else f"`.{other}` in `{inside}` is not on the list of known operations"
 
 
-@lru_cache(maxsize=1024)
-def _read(code: CodeType, method: bool) -> _Reading | None:
-    """Return the names in ``code``; None if it is not branch-free. ``method``: its first argument is an object to be followed."""
-    parts = list(_nested(code))
-    local = {name for part in parts for name in part.co_cellvars}
-    first = code.co_varnames[0] if method else None
-    if not local.isdisjoint(code.co_freevars) or first in code.co_cellvars:
+def describe(item: Any, readers: Sequence[Bound]) -> str:
+    """Return a sentence that names ``item``, which one of the functions ``readers`` reaches and which cannot be followed."""
+    names = (name for bound in reversed(readers) if (name := _name_of(item, bound)) is not None)
+    kind = type(item)
+    if isinstance(item, torch.Tensor):
+        what = "a tensor that requires grad, has a graph, a gradient or attributes, or is of a class of its own"
+    elif isinstance(item, type):
+        what = f"the class {item.__name__}"
+    elif callable(item) and hasattr(item, "__name__"):
+        what = f"{item.__name__}, an operation that is not on the list"
+    else:
+        what = f"{'an' if kind.__name__[0] in 'aeiou' else 'a'} {kind.__name__}, which may change between calls"
+    return f"{next(names, 'an object that the function reaches')} is {what}"
+
+
+def _name_of(item: Any, bound: Bound) -> str | None:
+    """Return where a function or method has ``item``, or None."""
+    function = bound.function
+    if not isinstance(function, FunctionType):
         return None
-    named, attributes, own = set(), set(), set()
-    for part in parts:
-        steps = [step for step in dis.get_instructions(part) if step.opname not in ("CACHE", "EXTENDED_ARG")]
-        place = 0
-        while place < len(steps):
-            step = steps[place]
-            place += 1
-            if not is_known_step(step):
-                return None
-            if step.opname in ("STORE_DEREF", "DELETE_DEREF") and step.argval in part.co_freevars:
-                return None
-            follows = place
-            while follows < len(steps) and steps[follows].opname in _ATTRIBUTE:
-                follows += 1
-            taken = tuple(after.argval for after in steps[place:follows])
-            free = step.opname == "LOAD_DEREF"
-            if part is code and first is not None and _touches(step, first):
-                if not taken or not _only_loads(step, first):
-                    return None
-                own.add(taken[0])
-                place += 1
-            elif step.opname == "LOAD_GLOBAL" or (free and step.argval not in local):
-                named.add((free, step.argval, taken))
-                place = follows
-            elif step.opname in _ATTRIBUTE:
-                attributes.add(step.argval)
-    return _Reading(tuple(sorted(named)), tuple(sorted(attributes)), tuple(sorted(own)))
-
-
-def _touches(step: dis.Instruction, variable: str) -> bool:
-    """Return whether a step reads or writes a local variable."""
-    # Later versions of Python load two variables at once.
-    variables = step.argval if isinstance(step.argval, tuple) else (step.argval,)
-    return "FAST" in step.opname and variable in variables
-
-
-def _only_loads(step: dis.Instruction, variable: str) -> bool:
-    """Return whether a step that touches ``variable`` leaves it on top of the stack, and does nothing else with it."""
-    variables = step.argval if isinstance(step.argval, tuple) else (step.argval,)
-    loads = step.opname.startswith("LOAD_FAST") or step.opname == "STORE_FAST_LOAD_FAST"
-    return loads and "CLEAR" not in step.opname and variable == variables[-1] and variable not in variables[:-1]
-
-
-@lru_cache(maxsize=1024)
-def _uses_first(code: CodeType) -> bool:
-    """Return whether ``code`` makes any use of its first argument, which is a method's object."""
-    if not code.co_argcount or code.co_varnames[0] in code.co_cellvars:
-        return True
-    return any(_touches(step, code.co_varnames[0]) for step in dis.get_instructions(code))
-
-
-def _nested(code: CodeType) -> Iterator[CodeType]:
-    yield code
-    for constant in code.co_consts:
-        if isinstance(constant, CodeType):
-            yield from _nested(constant)
+    code, inside = function.__code__, function.__name__
+    for name, cell in zip(code.co_freevars, function.__closure__ or (), strict=True):
+        if cell.cell_contents is item:
+            return f"`{name}` in `{inside}`"
+    own = getattr(bound.owner, "__dict__", {})
+    for name in code.co_names:
+        if own.get(name) is item:
+            return f"`{code.co_varnames[0]}.{name}` in `{inside}`"
+        if function.__globals__.get(name) is item:
+            return f"`{name}` in `{inside}`"
+    return None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch.multiprocessing.reductions import StorageWeakRef
@@ -12,9 +12,9 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from bilevel.replay.program import Program, Tensors
-from bilevel.replay.tape import Slot, Step, Tape, slots_in
+from bilevel.replay.tape import Layout, Slot, Step, Tape, slots_in
 
-__all__ = ["note"]
+__all__ = ["Note", "note"]
 
 # Operations that look at numbers to decide what to do, or of which shape to be, as torch marks them.
 _OPEN = {torch.Tag.nondeterministic_seeded, torch.Tag.dynamic_output_shape, torch.Tag.data_dependent_output}
@@ -34,6 +34,14 @@ _WHOLE = (torch.int64, torch.int32)
 _PRINTING = (torch.Tensor.__repr__, torch.Tensor.__format__)
 
 
+class Note(NamedTuple):
+    """The result of a recording: what the function returned, its program, and the reason if there is no program."""
+
+    outputs: Tensors
+    program: Program | None
+    reason: str
+
+
 def note(
     function: Callable[..., Sequence[torch.Tensor]],
     inputs: Sequence[torch.Tensor],
@@ -41,8 +49,8 @@ def note(
     late: Sequence[torch.Tensor] = (),
     *,
     found: bool = False,
-) -> tuple[Tensors, Program | None]:
-    """Return what ``function`` makes of ``(*inputs, *late)``, and its program; None where it could do otherwise another time.
+) -> Note:
+    """Return what ``function`` makes of ``(*inputs, *late)``, and its program; None if it may do something else another time.
 
     Parameters
     ----------
@@ -61,10 +69,12 @@ def note(
     with notes, _Printed() as printed:
         outputs = tuple(function(*inputs, *late))
     tape = notes.tape(outputs)
-    # Of what is changed in place it is not known which part needs it before, and which after.
-    if tape is None or printed.any or (late and tape.in_place):
-        return outputs, None
-    return outputs, Program(tape, len(late))
+    reason = tape if isinstance(tape, str) else "a tensor was printed" if printed.any else ""
+    if isinstance(tape, Tape) and late and tape.in_place:
+        # Which part needs the tensor before the change, and which after, is unknown.
+        reason = "a tensor was changed in place"
+    program = Program(tape, len(late)) if isinstance(tape, Tape) and not reason else None
+    return Note(outputs, program, reason)
 
 
 def _apart(tensors: Sequence[torch.Tensor], others: Sequence[torch.Tensor]) -> Tensors:
@@ -95,10 +105,10 @@ class _Printed(TorchFunctionMode):
 
 
 class _Recorder(TorchDispatchMode):
-    """Inside, each operation is noted.
+    """A mode that records each operation.
 
-    A tensor is known by its memory and layout, not as an object: the engine and the transforms make other objects of the same numbers. What gives
-    nothing but another name to a tensor is so no step at all.
+    A tensor is known by its memory and layout, not as an object: the engine and the transforms make other objects of the same numbers. An
+    operation that only gives another name to a tensor is therefore not a step.
     """
 
     @classmethod
@@ -109,13 +119,14 @@ class _Recorder(TorchDispatchMode):
     def __init__(self, inputs: Sequence[torch.Tensor], *, found: bool = False) -> None:
         super().__init__()
         self._found = found
-        self._slots: dict[Any, Slot] = {}
+        self._slots: dict[Layout, Slot] = {}
         # Weakly, which lets the numbers go, but keeps another tensor from being taken for this one by its address.
         self._memories: dict[int, StorageWeakRef] = {}
         self._steps: list[Step] = []
         self._constants: dict[int, torch.Tensor] = {}
         self._given = {_memory(t) for t in inputs}
-        self._open = len(self._given) < len(inputs)  # two captured ones, in one memory
+        # Why the run cannot be recorded, or "".
+        self._stopped = "two captured tensors share memory" if len(self._given) < len(inputs) else ""
         self._inputs = tuple(self._place(t).number for t in inputs)
 
     def __torch_dispatch__(
@@ -124,54 +135,62 @@ class _Recorder(TorchDispatchMode):
         kwargs = kwargs or {}
         # On tensors without numbers torch works out shapes alone.
         shapes_alone = any(isinstance(arg, torch.Tensor) and arg.device.type == "meta" for arg in args)
-        self._open = self._open or (not shapes_alone and _is_open(func, args))
-        if self._open or shapes_alone:
+        if not shapes_alone and _is_open(func, args):
+            self._stop(f"{func} reads numbers, draws some, takes a shape from them, or is not torch's own")
+        if self._stopped or shapes_alone:
             return func(*args, **kwargs)
         noted = pytree.tree_map_only(torch.Tensor, self._slot, (args, kwargs))
         # What changes the shape of a tensor's name alone is a view under another name.
         operation = _VIEWS.get(func, func)
-        if operation._schema.is_mutable:
-            self._open = self._open or any(_memory(t) in self._given for t in _changed(func, args, kwargs))
+        if operation._schema.is_mutable and any(_memory(t) in self._given for t in _changed(func, args, kwargs)):
+            self._stop(f"{func} changes an argument, or a tensor that the function reaches, in place")
         made = func(*args, **kwargs)
         leaves = pytree.tree_leaves(made)
         found = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
         # An answer by yes or no is about numbers, or about which memory they are in.
-        answers = any(isinstance(leaf, bool) for leaf in leaves)
-        self._open = self._open or answers or any(t.layout is not torch.strided for t in found)
-        if self._open:
+        if any(isinstance(leaf, bool) for leaf in leaves):
+            self._stop(f"{func} answers yes or no")
+        if any(t.layout is not torch.strided for t in found):
+            self._stop(f"{func} makes a sparse tensor")
+        if self._stopped:
             return made
-        fresh = any(_geometry(t) not in self._slots for t in found)
+        fresh = any(_layout(t) not in self._slots for t in found)
         results = pytree.tree_map_only(torch.Tensor, self._place, made)
         makes = slots_in(results)
         if fresh or not makes or operation._schema.is_mutable:
             self._steps.append(Step(operation, noted[0], noted[1], results, slots_in(noted), makes))
         return made
 
-    def tape(self, outputs: Sequence[torch.Tensor]) -> Tape | None:
-        """Return what was noted, for a function that returned ``outputs``."""
-        found = () if self._open else tuple(self._slot(t).number for t in outputs)
-        if self._open:
-            return None
-        return Tape(tuple(self._steps), self._inputs, found, self._constants)
+    def _stop(self, reason: str) -> None:
+        self._stopped = self._stopped or reason
+
+    def tape(self, outputs: Sequence[torch.Tensor]) -> Tape | str:
+        """Return what was noted, for a function that returned ``outputs``, or why the run cannot be recorded."""
+        found = () if self._stopped else tuple(self._slot(t).number for t in outputs)
+        if self._stopped:
+            return self._stopped
+        layouts = {slot.number: layout for layout, slot in self._slots.items()}
+        return Tape(tuple(self._steps), self._inputs, found, self._constants, layouts)
 
     def _place(self, tensor: torch.Tensor) -> Slot:
         """Return where ``tensor``, which is there now, stands."""
         if tensor.layout is not torch.strided or tensor.is_neg() or tensor.is_conj():
-            self._open = True
+            self._stop("a tensor is sparse, or a conjugate or negative view")
             return Slot(-1)
         self._memories.setdefault(_memory(tensor), StorageWeakRef(tensor.untyped_storage()))
-        return self._slots.setdefault(_geometry(tensor), Slot(len(self._slots)))
+        return self._slots.setdefault(_layout(tensor), Slot(len(self._slots)))
 
     def _slot(self, tensor: torch.Tensor) -> Slot:
         """Return where ``tensor``, which is read, stands."""
         if tensor.layout is not torch.strided:
-            self._open = True
+            self._stop("a tensor is sparse")
             return Slot(-1)
-        if _geometry(tensor) in self._slots:
-            return self._slots[_geometry(tensor)]
+        if _layout(tensor) in self._slots:
+            return self._slots[_layout(tensor)]
         # torch makes tensors of the code's own numbers without an operation, and these have no axes.
         known = self._found or (tensor.ndim == 0 and tensor.device.type == "cpu")
-        self._open = self._open or not known or tensor.requires_grad
+        if not known or tensor.requires_grad:
+            self._stop(f"a tensor of shape {tuple(tensor.shape)} is neither an argument nor made by a torch operation")
         slot = self._place(tensor)
         self._constants[slot.number] = tensor
         self._given.add(_memory(tensor))
@@ -182,8 +201,9 @@ def _memory(tensor: torch.Tensor) -> int:
     return int(tensor.untyped_storage()._cdata)
 
 
-def _geometry(tensor: torch.Tensor) -> tuple[Any, ...]:
-    return _memory(tensor), tensor.storage_offset(), tensor.shape, tensor.stride(), tensor.dtype
+def _layout(tensor: torch.Tensor) -> Layout:
+    offset, stride = int(tensor.storage_offset()), tensor.stride()
+    return Layout(_memory(tensor), offset, tensor.shape, stride, tensor.dtype, tensor.device)
 
 
 def _is_open(func: Any, args: tuple[Any, ...]) -> bool:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch.utils import _pytree as pytree
 
-__all__ = ["Slot", "Step", "Tape", "slots_in"]
+__all__ = ["Layout", "Slot", "Step", "Tape", "slots_in"]
 
 
 @dataclass(frozen=True)
@@ -36,6 +36,17 @@ class Step:
         return bool(self.operation._schema.is_mutable)
 
 
+class Layout(NamedTuple):
+    """Where a tensor lies: a number for its memory, and its place there."""
+
+    memory: int
+    offset: int
+    shape: torch.Size
+    stride: tuple[int, ...]
+    dtype: torch.dtype
+    device: torch.device
+
+
 @dataclass(frozen=True, eq=False)
 class Tape:
     """The operations of one run in order.
@@ -48,12 +59,15 @@ class Tape:
         The slots of the function's arguments and results.
     constants
         Small tensors made of its code alone, by slot.
+    layouts
+        Where the tensor of each slot lay.
     """
 
     steps: tuple[Step, ...]
     inputs: tuple[int, ...]
     outputs: tuple[int, ...]
     constants: dict[int, torch.Tensor] = field(repr=False)
+    layouts: dict[int, Layout] = field(repr=False)
 
     @property
     def in_place(self) -> bool:

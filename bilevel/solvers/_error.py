@@ -309,11 +309,12 @@ def has_kink(problem: Problem, x: torch.Tensor, residual: torch.Tensor) -> torch
     """Return where an objective's gradient jumps at or near ``x``, per problem. It costs six gradients and one product.
 
     If G is smooth, ∇G changes by 2 h H s + O(h³) from x − h s to x + h s, with signs s. The change minus 2 h H s then
-    shrinks with h. At a kink it does not. If G has no value at one of the points, gradients decide nothing.
+    shrinks with h. At a kink it does not. If G has no value at one of the points, gradients decide nothing. Where H is
+    not finite, as that of ‖x‖ at 0, the change of ∇G alone decides: it too shrinks unless ∇G jumps.
     """
     eps = torch.finfo(x.dtype).eps
     signs, reach = irregular_signs(x), eps ** (1 / 3) * x.abs().clamp_min(1.0)
-    bend = _linearization(problem, x).operator.matvec(reach * signs)
+    bend = _linearization(problem, x).operator.matvec(reach * signs).nan_to_num(0.0, 0.0, 0.0)
     left = []
     for share in (64.0, 1.0, 1 / 64):
         step = share * reach * signs

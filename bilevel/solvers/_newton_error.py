@@ -38,8 +38,8 @@ def root_error_left(problem: Problem, state: NewtonState) -> torch.Tensor | None
     """Return J⁻¹ R (batch, n) by the last step's factors, or None if they may not be valid at x for some problem.
 
     Newton's steps d shrink quadratically where the Jacobian hardly changes: J⁻¹ R after a full step is ½ J⁻¹J′[d, d], so that J⁻¹ changed by about
-    2 |J⁻¹R| / |d| (the simplified Newton correction of Deuflhard, "Newton methods for nonlinear problems", 2004). What rounding of x
-    makes of R must not matter either; x − T(x) is rounded as x is, however small J.
+    2 |J⁻¹R| / |d| (the simplified Newton correction of Deuflhard, "Newton methods for nonlinear problems", 2004). The effect of
+    rounding of x on R has to be small too: x − T(x) is rounded like x, even where J is small.
     """
     if state.factor is None or state.pivots is None or state.jacobian is None or state.last_x is None:
         return None

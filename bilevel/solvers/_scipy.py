@@ -5,7 +5,8 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
 
 import numpy as np
 import numpy.typing as npt
@@ -14,15 +15,14 @@ import torch
 from bilevel.equations.problem import Problem
 from bilevel.errors import ArgumentError
 from bilevel.reports import Status
-from bilevel.setting_checks import FrozenOptions
-from bilevel.solvers._base import Goal, InnerSolution
+from bilevel.setting_checks import FrozenOptions, check_steps
+from bilevel.solvers._base import Goal, InnerSolution, InnerSolver
 
 __all__ = [
     "Array",
     "ScipyResult",
+    "ScipySolver",
     "as_array",
-    "check_method",
-    "frozen_options",
     "overflowed",
     "own_warnings",
     "solve_each",
@@ -42,7 +42,30 @@ class ScipyResult(Exception):
         self.x = x
 
 
-def check_method(where: str, method: Any, known: frozenset[str]) -> None:
+@dataclass(frozen=True)
+class ScipySolver(InnerSolver):
+    """The settings of both bridges. ``known`` lists scipy's methods."""
+
+    method: str
+    max_steps: int | None = None
+    options: Mapping[str, Any] | None = field(default=None, hash=False)
+
+    known: ClassVar[frozenset[str]]
+
+    def __post_init__(self) -> None:
+        import scipy.optimize  # noqa: F401  # here, so that the first solve does not wait for it
+
+        where = type(self).__name__
+        _check_method(where, self.method, self.known)
+        check_steps(where, "max_steps", self.max_steps, optional=True)
+        object.__setattr__(self, "options", _frozen_options(where, self.options))
+
+    @property
+    def name(self) -> str:
+        return f"{type(self).__name__}({self.method})"
+
+
+def _check_method(where: str, method: Any, known: frozenset[str]) -> None:
     """Raise unless ``method`` is one that scipy knows."""
     if not isinstance(method, str) or method.lower() not in known:
         raise ArgumentError(
@@ -50,7 +73,7 @@ def check_method(where: str, method: Any, known: frozenset[str]) -> None:
         )
 
 
-def frozen_options(where: str, options: Mapping[str, Any] | None) -> Mapping[str, Any]:
+def _frozen_options(where: str, options: Mapping[str, Any] | None) -> Mapping[str, Any]:
     """Return a read-only copy of ``options``. Arguments of scipy that are not options of a method are refused."""
     if options is not None and not isinstance(options, Mapping):
         raise ArgumentError(f"{where}: expected options to be a mapping or None, got {options!r}; pass a dict")
@@ -64,13 +87,9 @@ def frozen_options(where: str, options: Mapping[str, Any] | None) -> Mapping[str
 
 
 _GIVEN = "leave it out, for it is taken from the layer's function"
-_BOUNDED = (
-    "leave it out and write the problem without it: as a function of u with x = low + (high - low) * sigmoid(u) for bounds, "
-    "or as the fixed point of a projected gradient step with bilevel.fixed_point"
-)
 _ARGUMENTS = {
-    "bounds": _BOUNDED,
-    "constraints": _BOUNDED,
+    "bounds": "leave it out, and pass lower= and upper= to bilevel.argmin",
+    "constraints": "leave it out, and pass equality= and inequality= to bilevel.argmin",
     "jac": _GIVEN,
     "hess": _GIVEN,
     "hessp": _GIVEN,

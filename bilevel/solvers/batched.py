@@ -53,7 +53,7 @@ class BatchedSolver(CallableSolver):
     def __post_init__(self) -> None:
         if not callable(self.function) or isinstance(self.function, type):
             raise ArgumentError(
-                f"BatchedSolver: expected a function (objective, init, *args, **kwargs) -> x, got {self.function!r}; pass one"
+                f"BatchedSolver: expected a function (objective, init, *args, **kwargs) -> x, got {self.function!r}; decorate the function itself"
             )
 
     def answers(self, problem: Problem, init: torch.Tensor) -> Iterator[Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from torch.linalg import vecdot
 
 from bilevel.equations.problem import Problem
 from bilevel.errors import ArgumentError
@@ -16,6 +17,7 @@ __all__ = ["GradientDescent"]
 
 _ARMIJO = 0.1
 _MOST_HALVINGS = 60
+_KEPT_SLOPE = 0.5
 
 
 @dataclass(frozen=True)
@@ -36,7 +38,7 @@ class GradientDescent(InnerSolver):
         β in [0, 1), of the heavy-ball method.
     line_search
         Halve α, separately for each problem, until Armijo's condition holds. Double it after a step that was accepted
-        at once. It cannot be combined with momentum.
+        at once and lost at most half of the slope. It cannot be combined with momentum.
 
     Raises
     ------
@@ -91,7 +93,9 @@ class GradientDescent(InnerSolver):
             return _State(x, gradient, value, momentum, state.lr), None
 
         def searched(state: _State, active: torch.Tensor) -> tuple[_State, torch.Tensor | None]:
-            return _backtrack(problem, state, active)
+            nonlocal taken
+            taken += 1
+            return _backtrack(problem, state, active, last=budget and taken == self.max_steps)
 
         return iterate(start, searched if self.line_search else fixed, goal, self.max_steps)[0]
 
@@ -105,26 +109,37 @@ class _State:
     lr: torch.Tensor
 
 
-def _backtrack(problem: Problem, state: _State, active: torch.Tensor) -> tuple[_State, torch.Tensor]:
-    slope = (state.residual**2).sum(dim=-1)
+def _backtrack(
+    problem: Problem, state: _State, active: torch.Tensor, *, last: bool
+) -> tuple[_State, torch.Tensor | None]:
+    """Take one step by a line search; ``last``: probably the last one.
+
+    Twice the step is tried next only if the slope along this step kept half of its size. For a quadratic, twice the step is then no longer than the
+    step to the minimum on this line. A longer one is mostly refused, and a refused step costs a gradient of the whole batch.
+    """
+    lr, slope = state.lr, vecdot(state.residual, state.residual)
     # Near a minimum, rounding hides the decrease of the value. The slope at the new point then decides (Hager & Zhang's
     # approximate Wolfe condition).
-    slack = 4 * torch.finfo(state.value.dtype).eps * state.value.abs()
-    lr, pending, first = state.lr, active, True
-    grown = lr
+    slack = state.value.abs() * (4 * torch.finfo(state.value.dtype).eps)
+    begun = state.value - slack
+    pending: torch.Tensor | None = active
     for _ in range(_MOST_HALVINGS):
-        x = state.x - lr.unsqueeze(-1) * state.residual
-        value, gradient = problem.value_and_residual(x)
-        turned = (gradient * state.residual).sum(dim=-1) < -0.5 * slope
-        held = value <= state.value - _ARMIJO * lr * slope - slack
-        held = held | ((value <= state.value + slack) & ~turned)
-        pending = pending & ~held
-        if first:
-            grown, first = torch.where(held, 2 * lr, lr), False
+        x = torch.addcmul(state.x, lr.unsqueeze(-1), state.residual, value=-1)
+        value, gradient = problem.value_and_residual(x, last=last)
+        along = vecdot(gradient, state.residual)
+        held = value <= torch.addcmul(begun, lr, slope, value=-_ARMIJO)
+        if bool(held.all()):
+            pending = None
+            break
+        assert pending is not None
+        pending = pending & ~(held | ((value <= state.value + slack) & (along >= -0.5 * slope)))
         if not bool(pending.any()):
+            pending = None
             break
         lr = torch.where(pending, lr / 2, lr)
-        grown = torch.where(pending, lr, grown)
-    verdict = torch.full(pending.shape, int(Status.RUNNING), dtype=torch.int64, device=pending.device)
-    verdict = torch.where(pending, torch.full_like(verdict, Status.LINE_SEARCH_FAILED), verdict)
-    return _State(x, gradient, value, state.momentum, grown), verdict
+    longer = along >= _KEPT_SLOPE * slope
+    longer = longer if lr is state.lr else longer & (lr == state.lr)
+    new = _State(x, gradient, value, state.momentum, torch.where(longer, 2 * lr, lr))
+    if pending is None:
+        return new, None
+    return new, torch.where(pending, int(Status.LINE_SEARCH_FAILED), int(Status.RUNNING))

@@ -1,13 +1,10 @@
-"""A primal–dual interior-point method for batches of small and medium nonlinear programs.
-
-The module is above 400 lines because a step is one derivation: direction, step length, filter, barrier update and end share one state.
-"""
+"""A primal–dual interior-point method for batches of small and medium nonlinear programs."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -15,17 +12,13 @@ from bilevel.reports import Status
 from bilevel.setting_checks import check_steps
 from bilevel.solvers._filter import Filter
 from bilevel.solvers._interior_pieces import (
-    complementarity,
-    finite_gaps,
     gaps,
-    largest,
-    least_squares,
     longest_step,
     pick,
-    pull,
     pushed,
     weights,
 )
+from bilevel.solvers._interior_state import State, fresh_state, kkt_error, merits, with_duals
 from bilevel.solvers._kkt import Direction, newton_direction
 from bilevel.solvers._program import Answer, ConstrainedSolver, Program
 from bilevel.solvers._restoration import restore
@@ -42,8 +35,6 @@ _SUBPROBLEM = 10.0
 # A problem is unbounded if x is this many times its first size away, and the objective still falls, nearly feasible, at
 # these multiples of the distance.
 _FAR, _NEARLY, _REACHES = 1e6, 1e-6, (10.0, 1e3)
-# The largest factor between the barrier parameter and the product of a slack and its multiplier.
-_DUAL_SPREAD = 1e10
 _MOST_RESTORATIONS = 6
 _MOST_CORRECTIONS = 4
 
@@ -103,24 +94,6 @@ class InteriorPoint(ConstrainedSolver):
         return run.answer()
 
 
-@dataclass(frozen=True, eq=False)
-class _State:
-    """An iterate of every problem: x (K, n), slacks (K, m), multipliers ν (K, p), λ (K, m) and those of the bounds (K, n)."""
-
-    x: torch.Tensor
-    slack: torch.Tensor
-    equality: torch.Tensor
-    inequality: torch.Tensor
-    lower: torch.Tensor
-    upper: torch.Tensor
-
-    def where(self, these: torch.Tensor, other: _State) -> _State:
-        """Return this state for ``these`` problems (K,) and ``other`` for the rest."""
-        mask = these.unsqueeze(-1)
-        made = {f.name: torch.where(mask, getattr(self, f.name), getattr(other, f.name)) for f in fields(self)}
-        return _State(**made)
-
-
 class _Run:
     """The loop's state; one :meth:`step` moves every problem that is running."""
 
@@ -128,7 +101,6 @@ class _Run:
         self.smoothing = smoothing
         self.given = program
         contradictory = (program.lower > program.upper).any(-1)
-        self.crossed = contradictory
         x = pushed(program, init)
         self.weights = weights(program, x)
         self.program = program.scaled(self.weights)
@@ -146,29 +118,21 @@ class _Run:
         broken = ~torch.isfinite(self.parts).all(-1) | ~torch.isfinite(self.rows).all(-1).all(-1)
         self.status = torch.where(broken & self.running, int(Status.NOT_FINITE), self.status)
         self.state = self._fresh(x)
-        self.filter = Filter(self._pair(x, self.state.slack, self.parts)[0])
+        self.filter = Filter(self._merits(x, self.state.slack, self.parts)[0])
         self.origin = x
 
     @property
     def running(self) -> torch.Tensor:
         return self.status == Status.RUNNING
 
-    def _fresh(self, x: torch.Tensor) -> _State:
-        """Return a state at ``x`` with slacks and multipliers of the current barrier parameter, ν by least squares."""
-        program, barrier = self.program, self.barrier.unsqueeze(-1)
-        _, _, c = program.split(self.parts)
-        slack = torch.maximum(-c, barrier.sqrt().clamp_max(1e-1))
-        multiplier = barrier / slack
-        low, high = gaps(program, x)
-        lower, upper = barrier / low, barrier / high
-        gradient, jh, jc = program.split(self.rows)
-        slope = gradient + pull(jc, multiplier) - lower + upper
-        slope = torch.where(program.fixed, torch.zeros_like(slope), slope)
-        equality = least_squares(torch.where(program.fixed.unsqueeze(1), 0.0, jh), slope)
-        # Large multipliers show that the linearised constraints are nearly dependent. They say nothing about the
-        # solution.
-        equality = torch.where(equality.abs().amax(-1, keepdim=True) > 1e3, 0.0, equality) if jh.shape[1] else equality
-        return _State(x, slack, equality, multiplier, lower, upper)
+    def _fresh(self, x: torch.Tensor) -> State:
+        return fresh_state(self.program, x, self.parts, self.rows, self.barrier)
+
+    def _error(self, barrier: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return kkt_error(self.program, self.state, self.parts, self.rows, barrier)
+
+    def _merits(self, x: torch.Tensor, slack: torch.Tensor, parts: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return merits(self.program, x, slack, parts, self.barrier)
 
     def step(self) -> None:
         """Move the problems that are running by one step."""
@@ -192,7 +156,7 @@ class _Run:
             self._help(stuck)
         self._notice_unbounded()
 
-    def _take(self, these: torch.Tensor, moved: _State, parts: torch.Tensor) -> None:
+    def _take(self, these: torch.Tensor, moved: State, parts: torch.Tensor) -> None:
         if not bool(these.any()):
             return
         self.state = moved.where(these, self.state)
@@ -200,25 +164,6 @@ class _Run:
         whole = torch.isfinite(rows).all(-1).all(-1) & torch.isfinite(fresh).all(-1)
         self.status = torch.where(these & ~whole, int(Status.NOT_FINITE), self.status)
         self.parts, self.rows = fresh, rows.nan_to_num(0.0, 0.0, 0.0)
-
-    def _error(self, barrier: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the scaled error of the KKT conditions at ``barrier`` (K,), and the violation of the constraints."""
-        program, state = self.program, self.state
-        gradient, jh, jc = program.split(self.rows)
-        _, h, c = program.split(self.parts)
-        dual = gradient + pull(jh, state.equality) + pull(jc, state.inequality) - state.lower + state.upper
-        dual = torch.where(program.fixed, torch.zeros_like(dual), dual)
-        low, high = gaps(program, state.x)
-        products = torch.cat(
-            [state.slack * state.inequality, *complementarity(state.lower, state.upper, low, high)], dim=-1
-        )
-        multipliers = torch.cat([state.equality, state.inequality, state.lower, state.upper], dim=-1).abs()
-        size = (multipliers.sum(-1) / max(multipliers.shape[-1], 1)).clamp_min(100.0) / 100.0
-        primal = largest(torch.cat([h, c + state.slack], dim=-1))
-        there = torch.cat([torch.ones_like(state.slack), *finite_gaps(program)], dim=-1)
-        off = torch.where(there > 0, products - barrier.unsqueeze(-1), torch.zeros_like(products))
-        error = torch.maximum(torch.maximum(largest(dual) / size, primal), largest(off) / size)
-        return error, primal
 
     def _lower_barrier(self) -> None:
         for _ in range(8):
@@ -240,25 +185,25 @@ class _Run:
 
     def _search(
         self, direction: Direction, low: torch.Tensor, high: torch.Tensor
-    ) -> tuple[torch.Tensor, _State, torch.Tensor]:
+    ) -> tuple[torch.Tensor, State, torch.Tensor]:
         """Return which problems have an acceptable step (K,), the states and their parts."""
-        state = self.state
+        program, state = self.program, self.state
         keep = torch.clamp(1 - self.barrier, min=0.99).unsqueeze(-1)
         dual = longest_step(state.inequality, direction.inequality, keep)
         dual = torch.minimum(dual, longest_step(state.lower, direction.lower, keep))
         dual = torch.minimum(dual, longest_step(state.upper, direction.upper, keep))
-        old = self._pair(state.x, state.slack, self.parts)
+        old = self._merits(state.x, state.slack, self.parts)
         alpha = longest = self._longest_primal(direction, low, high, keep)
         accepted = augment = torch.zeros_like(self.running)
         chosen: tuple[torch.Tensor, ...] = (state.x, state.slack, self.parts)
         for trial in range(_MOST_TRIALS):
             tried = self._moved(direction, alpha)
-            good, enters = self.filter.accepts(alpha, direction.slope, old, self._pair(*tried))
+            good, enters = self.filter.accepts(alpha, direction.slope, old, self._merits(*tried))
             fresh = good & ~accepted
             chosen, accepted, augment = pick(fresh, tried, chosen), accepted | fresh, augment | (enters & fresh)
-            if trial == 0 and not self.program.only_bounds and bool((self.running & ~accepted).any()):
+            if trial == 0 and not program.only_bounds and bool((self.running & ~accepted).any()):
                 for other in self._corrections(direction, alpha, tried, low, high, keep):
-                    good, enters = self.filter.accepts(alpha, direction.slope, old, self._pair(*other))
+                    good, enters = self.filter.accepts(alpha, direction.slope, old, self._merits(*other))
                     fresh = good & ~accepted
                     chosen, accepted, augment = (
                         pick(fresh, other, chosen),
@@ -271,7 +216,8 @@ class _Run:
         self.filter.add(self.running & augment, *old)
         # Without a shortened trial, the step length also applies to the multipliers of equalities.
         length = torch.where(accepted, alpha, longest)
-        return accepted, self._with_duals(chosen[0], chosen[1], direction, length, dual), chosen[2]
+        moved = with_duals(program, state, (chosen[0], chosen[1]), direction, length, dual, self.barrier)
+        return accepted, moved, chosen[2]
 
     def _longest_primal(
         self, direction: Direction, low: torch.Tensor, high: torch.Tensor, keep: torch.Tensor
@@ -307,42 +253,6 @@ class _Run:
             tried = self._moved(step, length)
             yield tried
 
-    def _pair(self, x: torch.Tensor, slack: torch.Tensor, parts: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the violation ‖(h, c + s)‖₁ and the barrier objective, (K,) each; inf outside the domain."""
-        program = self.program
-        f, h, c = program.split(parts)
-        low, high = gaps(program, x)
-        there_low, there_high = finite_gaps(program)
-        one = torch.ones_like(low)
-        logs = slack.log().sum(-1) + torch.where(there_low > 0, low, one).log().sum(-1)
-        logs = logs + torch.where(there_high > 0, high, one).log().sum(-1)
-        violation = h.abs().sum(-1) + (c + slack).abs().sum(-1)
-        value = f - self.barrier * logs
-        broken = ~torch.isfinite(value) | ~torch.isfinite(violation)
-        return torch.where(broken, math.inf, violation), torch.where(broken, math.inf, value)
-
-    def _with_duals(
-        self, x: torch.Tensor, slack: torch.Tensor, direction: Direction, alpha: torch.Tensor, dual: torch.Tensor
-    ) -> _State:
-        """Return the state at (x, s) with the new multipliers. Products of slacks and multipliers stay within a factor of the barrier parameter."""
-        state, barrier = self.state, self.barrier.unsqueeze(-1)
-        low, high = gaps(self.program, x)
-        there_low, there_high = finite_gaps(self.program)
-
-        def near(multiplier: torch.Tensor, gap: torch.Tensor) -> torch.Tensor:
-            least, most = barrier / (_DUAL_SPREAD * gap), _DUAL_SPREAD * barrier / gap
-            return torch.minimum(torch.maximum(multiplier, least), most)
-
-        step = dual.unsqueeze(-1)
-        return _State(
-            x,
-            slack,
-            state.equality + alpha.unsqueeze(-1) * direction.equality,
-            near(state.inequality + step * direction.inequality, slack),
-            there_low * near(state.lower + step * direction.lower, low),
-            there_high * near(state.upper + step * direction.upper, high),
-        )
-
     def _help(self, stuck: torch.Tensor) -> None:
         """End or restore the problems without a step: at rounding level, not feasible yet, or infeasible."""
         error, primal = self._error(torch.zeros_like(self.barrier))
@@ -355,7 +265,7 @@ class _Run:
         if not bool(these.any()):
             return
         self.restorations = self.restorations + these
-        self.filter.add(these, *self._pair(self.state.x, self.state.slack, self.parts))
+        self.filter.add(these, *self._merits(self.state.x, self.state.slack, self.parts))
         x, feasible, stationary = restore(self.program, self.state.x, these, 0.1)
         self.status = torch.where(these & stationary, int(Status.INFEASIBLE), self.status)
         go_on = these & feasible

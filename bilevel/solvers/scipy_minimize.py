@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -12,14 +12,12 @@ import torch
 from bilevel.equations.problem import Problem
 from bilevel.errors import ArgumentError
 from bilevel.reports import Status
-from bilevel.setting_checks import check_steps
-from bilevel.solvers._base import Goal, InnerSolution, InnerSolver
+from bilevel.solvers._base import Goal, InnerSolution
 from bilevel.solvers._scipy import (
     Array,
     ScipyResult,
+    ScipySolver,
     as_array,
-    check_method,
-    frozen_options,
     overflowed,
     own_warnings,
     solve_each,
@@ -39,7 +37,7 @@ _KNOWN = _WITHOUT_GRADIENT | _WITH_PRODUCTS | _WITH_HESSIAN | {"cg", "bfgs", "l-
 
 
 @dataclass(frozen=True)
-class ScipyMinimize(InnerSolver):
+class ScipyMinimize(ScipySolver):
     """Solve each problem with ``scipy.optimize.minimize``.
 
     Scipy gets float64, the gradient and, where the method takes them, Hessian products (Newton-CG, trust-ncg,
@@ -78,19 +76,8 @@ class ScipyMinimize(InnerSolver):
     """
 
     method: str = "L-BFGS-B"
-    max_steps: int | None = None
-    options: Mapping[str, Any] | None = field(default=None, hash=False)
 
-    def __post_init__(self) -> None:
-        import scipy.optimize  # noqa: F401  # here, so that the first solve does not wait for it
-
-        check_method("ScipyMinimize", self.method, _KNOWN)
-        check_steps("ScipyMinimize", "max_steps", self.max_steps, optional=True)
-        object.__setattr__(self, "options", frozen_options("ScipyMinimize", self.options))
-
-    @property
-    def name(self) -> str:
-        return f"ScipyMinimize({self.method})"
+    known: ClassVar[frozenset[str]] = _KNOWN
 
     def solve(self, problem: Problem, init: torch.Tensor, goal: Goal) -> InnerSolution:
         if not problem.minimizes:

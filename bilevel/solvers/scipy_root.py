@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -12,14 +11,12 @@ import torch
 from bilevel.equations.problem import Problem
 from bilevel.errors import ArgumentError
 from bilevel.reports import Status
-from bilevel.setting_checks import check_steps
-from bilevel.solvers._base import Goal, InnerSolution, InnerSolver
+from bilevel.solvers._base import Goal, InnerSolution
 from bilevel.solvers._scipy import (
     Array,
     ScipyResult,
+    ScipySolver,
     as_array,
-    check_method,
-    frozen_options,
     overflowed,
     own_warnings,
     solve_each,
@@ -36,7 +33,7 @@ _KNOWN = _WITH_JACOBIAN | {
 
 
 @dataclass(frozen=True)
-class ScipyRoot(InnerSolver):
+class ScipyRoot(ScipySolver):
     """Solve each root or fixed point with ``scipy.optimize.root``.
 
     Scipy gets float64 and, for hybr and lm, the exact Jacobian, from n products. A run ends when ‖R‖ meets the
@@ -72,19 +69,8 @@ class ScipyRoot(InnerSolver):
     """
 
     method: str = "hybr"
-    max_steps: int | None = None
-    options: Mapping[str, Any] | None = field(default=None, hash=False)
 
-    def __post_init__(self) -> None:
-        import scipy.optimize  # noqa: F401  # here, so that the first solve does not wait for it
-
-        check_method("ScipyRoot", self.method, _KNOWN)
-        check_steps("ScipyRoot", "max_steps", self.max_steps, optional=True)
-        object.__setattr__(self, "options", frozen_options("ScipyRoot", self.options))
-
-    @property
-    def name(self) -> str:
-        return f"ScipyRoot({self.method})"
+    known: ClassVar[frozenset[str]] = _KNOWN
 
     def solve(self, problem: Problem, init: torch.Tensor, goal: Goal) -> InnerSolution:
         if problem.minimizes:

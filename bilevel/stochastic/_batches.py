@@ -142,7 +142,9 @@ class Minibatches(Iterator[Batch]):
                 f"Minibatches: expected tensors with the same positive number of rows, got {sorted(rows)}; pass tensors (n, ...)"
             )
         if isinstance(size, bool) or not isinstance(size, int) or size < 1:
-            raise ArgumentError(f"Minibatches: expected size to be a positive integer, got {size!r}; pass one")
+            raise ArgumentError(
+                f"Minibatches: expected size to be a positive integer, got {size!r}; write for example size=32"
+            )
         self.rows, self.size = rows.pop(), size
         self._generator = torch.Generator().manual_seed(seed)
         self._partition = torch.randperm(self.rows, generator=self._generator).split(size)
@@ -194,7 +196,7 @@ class Minibatches(Iterator[Batch]):
 
 
 class BatchSource:
-    """What ``step`` was given for one level: one batch, used for every draw, or an iterator, of which every draw is the next."""
+    """The data of ``step`` for one level: one batch, used for every draw, or an iterator, of which every draw is the next."""
 
     def __init__(self, given: Any, where: str, accumulate: int = 1) -> None:
         if isinstance(given, torch.utils.data.DataLoader):

@@ -85,10 +85,10 @@ class GaussNewtonLinearization(Linearization):
 
     def __init__(self, oracle: Oracle, batch: Any, at: Point | None, objective: OutputLoss) -> None:
         self._objective = objective
-        self._matrices: list[tuple[float, _Matrix]] = []
+        self._matrices: list[_Matrix] = []
         super().__init__(oracle, batch, at)
 
-    def _part(self, weight: float, data: Any) -> tuple[torch.Tensor, Tensors, torch.Tensor | None]:
+    def _part(self, data: Any) -> tuple[torch.Tensor, Tensors, torch.Tensor | None]:
         oracle = self._oracle
         outputs, loss, penalty = oracle.called(self._objective.parts, data, self._at)
         total = oracle.checked("inner_objective", loss if penalty is None else loss + penalty, self._at)
@@ -99,7 +99,7 @@ class GaussNewtonLinearization(Linearization):
         penalized: Sequence[torch.Tensor] = ()
         if penalty is not None and penalty.requires_grad:
             penalized = reverse_pass([penalty], self._z, [torch.ones_like(penalty)], create_graph=True)
-        self._matrices.append((weight, _Matrix(outputs, slope, cotangent, pullback, penalized)))
+        self._matrices.append(_Matrix(outputs, slope, cotangent, pullback, penalized))
         return oracle.gradient_of(total, self._z)
 
     def exact_hessian(self, q: Sequence[torch.Tensor]) -> Tensors:
@@ -108,7 +108,8 @@ class GaussNewtonLinearization(Linearization):
 
     def hessian(self, q: Sequence[torch.Tensor]) -> Tensors:
         return self._oracle._mean(
-            (weight, matrix.product(self._oracle, self._z, q)) for weight, matrix in self._matrices
+            (weight, matrix.product(self._oracle, self._z, q))
+            for (weight, *_), matrix in zip(self._parts, self._matrices, strict=True)
         )
 
 

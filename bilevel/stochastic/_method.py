@@ -33,7 +33,7 @@ Problem: TypeAlias = BilevelProblem | tuple[Objective, Objective]
 
 @dataclass(frozen=True, eq=False)
 class Directions:
-    """What a method wants to subtract from its variables, and the losses seen on the way.
+    """The update directions of a step, to be subtracted from the variables, and the losses.
 
     ``inner`` and ``adjoint`` are None where the method has moved these variables already, or has none.
     """

@@ -77,7 +77,7 @@ class StepOptions:
             check_number("StepOptions", "ema_decay", self.ema_decay, below=1.0)
         if self.on_nonfinite not in ("raise", "skip", "ignore"):
             raise ArgumentError(
-                f"StepOptions: expected on_nonfinite to be 'raise', 'skip' or 'ignore', got {self.on_nonfinite!r}; pass one"
+                f"StepOptions: expected on_nonfinite to be 'raise', 'skip' or 'ignore', got {self.on_nonfinite!r}; 'skip' leaves such a step out"
             )
         if self.autocast not in (None, torch.float16, torch.bfloat16):
             raise ArgumentError(
@@ -94,7 +94,7 @@ class StepOptions:
 
 @dataclass(frozen=True, eq=False)
 class StepResult:
-    """What a step found, before its last update; tensors are detached and stay on their device.
+    """The losses and norms of a step, before its last update. Tensors are detached and stay on their device.
 
     Parameters
     ----------

@@ -291,12 +291,12 @@ class Linearization:
         self._oracle = oracle
         self._z, self._x = oracle._leaves(at)
         self._at = at
-        self._parts = [(weight, *self._part(weight, data)) for weight, data in batch_parts(batch)]
+        self._parts = [(weight, *self._part(data)) for weight, data in batch_parts(batch)]
         self.loss, *self.gradient = oracle._mean(
             (weight, [loss, *_unscaled(_detached(gradient), scale)]) for weight, loss, gradient, scale in self._parts
         )
 
-    def _part(self, weight: float, data: Any) -> tuple[torch.Tensor, Tensors, torch.Tensor | None]:
+    def _part(self, data: Any) -> tuple[torch.Tensor, Tensors, torch.Tensor | None]:
         return self._oracle._linearize(data, self._at, self._z)
 
     def hessian(self, q: Sequence[torch.Tensor]) -> Tensors:

@@ -1,4 +1,4 @@
-"""What recursive estimates share: the last point, the last estimate, and when a large batch is due."""
+"""The shared state of recursive estimates: the last point, the last estimate, and when a large batch is due."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""What is known of a problem under examination, and the book-keeping of what was found.
+"""The state of an examination of a problem, and the findings.
 
-A step is a function of an :class:`Examination` that adds to it. None may stop the others: whatever a step raises is
-itself what was to be found.
+A step is a function of an :class:`Examination` that adds to it. A step never stops the
+others: an error that it raises becomes a finding.
 """
 
 from __future__ import annotations
@@ -34,12 +34,12 @@ _ERRORS = {
 
 @dataclass(eq=False)
 class Examination:
-    """What is known so far of a subject.
+    """The results of the steps so far.
 
     Parameters
     ----------
     subject
-        What is examined.
+        The layer or problem that is examined.
     findings, unexamined, inner, curvature, outer, linear, cost, deterministic
         See :class:`~bilevel.testing.Diagnosis`.
     rows, narrow_rows

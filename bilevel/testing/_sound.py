@@ -1,4 +1,4 @@
-"""What a user's function is evaluated in here, so that torch's own second derivatives of it are right.
+"""A mode in which torch's second derivatives of a user's function are right.
 
 In torch 2.13 those of the fused weight norm are silently wrong, and fused attention has none. A reference that rested on them would
 accuse a layer whose gradients are right.

@@ -41,8 +41,8 @@ class Unrolled:
 def unrolled(reference: Reference, rows: Sequence[torch.Tensor], adjoints: Sequence[Adjoint]) -> Unrolled:
     """Return dc/dθ through an iteration from the solution, with a graph of all of it.
 
-    A well-conditioned minimum is approached by heavy-ball descent, a contraction by its own iteration: neither knows the
-    formula that is under test. Elsewhere Newton's iteration is unrolled, second derivatives and solves included.
+    For a well-conditioned minimum the iteration is heavy-ball descent, for a contraction the mapping itself. Neither uses the
+    formula under test. Otherwise it is Newton's iteration, with its second derivatives and solves.
     """
     steps, advance, method, remainder = _iteration(reference, adjoints)
     tensors = reference.leaves()

@@ -1,4 +1,4 @@
-"""What a gradient check found: one row for each comparison, what it was held to, and why."""
+"""The result of a gradient check: one row for each comparison, with its tolerance and the reason for it."""
 
 from __future__ import annotations
 

@@ -328,18 +328,18 @@ def problems(*, regular: bool = False, most: int = 5) -> st.SearchStrategy[Rando
 
 @dataclass(frozen=True, eq=False)
 class RandomBatch:
-    """Problems of one family that differ in some of their arguments, as ``torch.func.vmap`` takes them.
+    """A batch of problems of one family, for ``torch.func.vmap``. They differ in some of their arguments.
 
     Parameters
     ----------
     problem
-        The first of them.
+        The first problem.
     args
-        Its arguments; those that differ have an axis more.
+        The arguments of all problems. Those that differ have a batch axis.
     in_dims
-        Where, or None.
+        The batch axis of each argument, or None.
     size
-        How many.
+        The number of problems.
     """
 
     problem: RandomProblem

@@ -15,14 +15,14 @@ from torch.utils import _pytree as pytree
 
 from bilevel.certificates._point import Point
 from bilevel.certificates.bound import Bound
-from bilevel.layers.call import Adjoint, SolveSettings
+from bilevel.layers.settings import Adjoint, SolveSettings
 from bilevel.linear.defaults import dense_fits
 from bilevel.linear.exact import Exact, solve_nearby
 from bilevel.problems.adaptive.driver import treat_goal
 from bilevel.problems.adaptive.error_model import ErrorModel
 from bilevel.problems.adaptive.iterate import Iterate, Objectives
 from bilevel.problems.adaptive.state import GoalReport, SearchState
-from bilevel.problems.hypergradient import Hypergradient, HypergradientReport
+from bilevel.problems.result import Hypergradient, HypergradientReport
 from bilevel.pytree import joined
 from bilevel.reports import Basis, Status
 from bilevel.solvers._error import irregular_signs

@@ -22,7 +22,7 @@ from bilevel.policy import OnFailure, apply_policy
 from bilevel.problems.adaptive.search import Search
 from bilevel.problems.adaptive.state import GoalReport, SearchResult, SearchState
 from bilevel.problems.checks import CheckedObjective
-from bilevel.problems.hypergradient import Hypergradient, HypergradientReport
+from bilevel.problems.result import Hypergradient, HypergradientReport
 from bilevel.pytree import moves
 from bilevel.reports import Basis, Pass, SolveReport, Status
 from bilevel.solvers.defaults import default_solvers

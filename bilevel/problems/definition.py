@@ -1,0 +1,114 @@
+"""A bilevel problem as one call sees it: its functions, and its objectives as batches of flat problems."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.utils import _pytree as pytree
+
+from bilevel.certificates.constants import Constants
+from bilevel.equations.problem import Problem
+from bilevel.equations.structured import Structure
+from bilevel.errors import ArgumentError
+from bilevel.policy import OnFailure
+from bilevel.problems.batching import BatchSpec
+from bilevel.problems.checks import check_connection, disconnected
+from bilevel.problems.outer_loss import outer_losses
+from bilevel.pytree import moving
+
+__all__ = ["Definition", "copied", "detached", "differentiated"]
+
+Objective = Callable[[Any, Any, Any], torch.Tensor]
+
+
+@dataclass(frozen=True, eq=False)
+class Definition:
+    """The functions that a user overrides.
+
+    Parameters
+    ----------
+    numbering
+        Which axes of the data number inner problems.
+    inner_objective, outer_objective
+        G and F, functions of (inner, outer, data). With ``prepare``, of the prepared data.
+    inner_of_given, outer_of_given
+        The same with the preparation inside, as functions of the data of the call.
+    prepare
+        (outer, data) ↦ the data that the objectives receive; None: they receive ``data``.
+    structure
+        A proximal term or constraints of the inner problem, or None.
+    constants
+        (outer, data) ↦ the known constants of G and F.
+    """
+
+    numbering: BatchSpec
+    inner_objective: Objective
+    outer_objective: Objective
+    inner_of_given: Objective
+    outer_of_given: Objective
+    prepare: Callable[[Any, Any], Any] | None
+    structure: Structure | None
+    constants: Callable[[Any, Any], Constants]
+
+    @property
+    def where(self) -> str:
+        """The problem's name, for messages."""
+        return self.numbering.where
+
+    def prepared(self, outer: Any, data: Any) -> Any:
+        """Return the data that the objectives receive."""
+        if self.prepare is None:
+            return data
+        if self.numbering.dims is not None:
+            raise ArgumentError(
+                f"{self.where}: expected prepare or batch_dims, got both; prepare each problem's data before the call, or in the objectives"
+            )
+        return self.prepare(outer, data)
+
+    def outer_losses(self, inner: Any, outer: Any, data: Any, policy: OnFailure) -> torch.Tensor:
+        """Return F of every problem at prepared ``data``, differentiable."""
+        return outer_losses(self.outer_objective, self.numbering, inner, outer, data, policy)
+
+    def flat_problems(self, inner: Any, outer: Any, data: Any) -> tuple[Problem, Problem, torch.Tensor]:
+        """Return G and F as batches of flat problems, and ``inner`` (K, n). ``data`` is not prepared."""
+        whole = self.prepare is None
+        inner_objective = self.inner_objective if whole else self.inner_of_given
+        outer_objective = self.outer_objective if whole else self.outer_of_given
+        return self.numbering.problems(inner_objective, outer_objective, inner, outer, data, self.structure)
+
+    def connected(
+        self, parts: Sequence[torch.Tensor], inner: Any, outer: Any, data: Any, policy: OnFailure
+    ) -> list[torch.Tensor]:
+        """Return the gradients of the tensors of ``outer``; treat those that are zero because no objective uses the tensor."""
+        # A gradient that is not zero came from somewhere.
+        zero = [bool((part == 0).all()) and part.numel() > 0 for part in parts]
+        if not any(zero):
+            return list(parts)
+        cut = check_connection(self.where, outer, self.disconnected(inner, outer, data, zero), policy)
+        return [torch.full_like(part, float("nan")) if number in cut else part for number, part in enumerate(parts)]
+
+    def disconnected(self, inner: Any, outer: Any, data: Any, among: Sequence[bool]) -> list[int]:
+        """Return which floating-point tensors of ``outer``, of those ``among``, no objective's graph leads to."""
+        plain, at = detached(outer), detached(inner)
+        lower, upper, x = self.flat_problems(at, plain, data)
+        return disconnected(lower, upper, x, differentiated(plain, lower), among)
+
+
+def differentiated(outer: Any, problem: Problem) -> tuple[bool, ...]:
+    """Return which of the problem's tensors, those of ``outer`` first, are differentiated with respect to."""
+    leaves = pytree.tree_leaves(outer)
+    flags = [move for leaf, move in zip(leaves, moving(leaves), strict=True) if isinstance(leaf, torch.Tensor)]
+    return (*flags, *[False] * (len(problem.tensors) - len(flags)))
+
+
+def detached(tree: Any) -> Any:
+    """Return ``tree`` with tensors cut from their graphs."""
+    return pytree.tree_map(lambda leaf: leaf.detach() if isinstance(leaf, torch.Tensor) else leaf, tree)
+
+
+def copied(tree: Any) -> Any:
+    """Return ``tree`` with copies of its tensors, without graphs."""
+    return pytree.tree_map(lambda leaf: leaf.detach().clone() if isinstance(leaf, torch.Tensor) else leaf, tree)

@@ -32,7 +32,7 @@ def default_solvers(problem: Problem) -> tuple[InnerSolver, tuple[Successor, ...
     """Return the default inner solver, and the solvers that take over the problems at which it fails.
 
     - Least squares: Levenberg–Marquardt, then as an argmin.
-    - A small argmin: Newton's method, then L-BFGS, then Newton's method from the lowest point found, off the saddle if it is one. A large one: L-BFGS.
+    - A small argmin: Newton's method, then L-BFGS, then Newton's method from the lowest point, off its saddle. A large one: L-BFGS.
     - A fixed point: Anderson acceleration, which has plain iteration beneath it.
     - A root: Newton's method, which goes on once more, and then begins again beside the start.
 

@@ -73,6 +73,7 @@ from bilevel.solvers.interior_point import InteriorPoint
 from bilevel.solvers.lbfgs import LBFGS
 from bilevel.solvers.levenberg_marquardt import LevenbergMarquardt
 from bilevel.solvers.newton import Newton
+from bilevel.solvers.projected_lbfgs import ProjectedLBFGS
 from bilevel.solvers.projected_newton import ProjectedNewton
 from bilevel.solvers.proximal_gradient import ProximalGradient
 from bilevel.solvers.scipy_minimize import ScipyMinimize
@@ -81,7 +82,7 @@ from bilevel.solvers.torch_optimizer import TorchOptimizer
 from bilevel.tolerance import AUTO, Tolerance
 
 if TYPE_CHECKING:
-    from bilevel import cleaning, display, loggers, stochastic, testing
+    from bilevel import cleaning, display, learnable, loggers, stochastic, testing
     from bilevel.hyperopt.problem import HyperparameterOptimization
     from bilevel.meta.imaml import IMAML
 
@@ -165,6 +166,7 @@ __all__ = [
     "PhantomGradient",
     "Problem",
     "ProgramSolution",
+    "ProjectedLBFGS",
     "ProjectedNewton",
     "ProximalGradient",
     "QuadraticSchedule",
@@ -194,6 +196,7 @@ __all__ = [
     "display",
     "equilibrium",
     "fixed_point",
+    "learnable",
     "least_squares",
     "linear_solve",
     "loggers",
@@ -216,6 +219,7 @@ _IMPORTED_WHEN_USED = {
     "IMAML": "bilevel.meta.imaml",
     "cleaning": "bilevel.cleaning",
     "display": "bilevel.display",
+    "learnable": "bilevel.learnable",
     "loggers": "bilevel.loggers",
     "stochastic": "bilevel.stochastic",
     "testing": "bilevel.testing",

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import enum
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields
 from typing import Any, TypeAlias
 
 import torch
@@ -13,6 +14,7 @@ import torch
 __all__ = [
     "Basis",
     "Pass",
+    "Proof",
     "SolveReport",
     "Status",
     "StatusMessages",
@@ -188,7 +190,8 @@ _BACKWARD = {
     Status.INDEFINITE: _AT_A_SADDLE,
     Status.SINGULAR: _NOT_INVARIANT,
 }
-_SHORT_OF_THE_TOLERANCE = (Status.MAX_STEPS, Status.NOT_CONVERGED, Status.STAGNATED)
+_SHORT_OF_THE_TOLERANCE = (Status.MAX_STEPS, Status.NOT_CONVERGED, Status.STAGNATED, Status.KINK, Status.DEGENERATE)
+_NO_SOLUTION = (Status.INFEASIBLE, Status.UNBOUNDED)
 
 
 def remedy_for_dtype(remedy: str, dtype: torch.dtype | None) -> str:
@@ -223,6 +226,24 @@ class Pass(enum.Enum):
 
 
 @dataclass(frozen=True, eq=False)
+class Proof:
+    """What is known of a solution after a solve, in the shapes of the fields of a :class:`SolveReport` of the same names."""
+
+    error_bound: torch.Tensor
+    basis: Basis
+    proven_zero: torch.Tensor | None = None
+    proven_nonzero: torch.Tensor | None = None
+
+
+# The fields of a report that a proof may give later.
+_PROVEN = ("error_bound", "basis", "proven_zero", "proven_nonzero")
+
+
+def _nothing() -> None:
+    return None
+
+
+@dataclass(frozen=True, eq=False)
 class SolveReport:
     """The record of one call of a solver, per problem.
 
@@ -252,6 +273,14 @@ class SolveReport:
         ‖b‖ backward, for ``residual_norm`` to be compared with, NaN if b is not finite; NaN forward, where there is no such size.
     words
         (meaning, remedy) for statuses whose general words do not fit the solver or the kind of problem.
+    proven_zero, proven_nonzero
+        Bool (*batch, n), for a layer with ``prox=``: the entries of the solution x* that are proven to be zero, and not to be zero. The entries
+        are those of the leaves of x, one after the other. None where nothing is known of them. See "What is proven" in the guide to nonsmooth terms.
+
+    Notes
+    -----
+    The error bound of a quadratic program, and that of a layer with ``prox=``, are computed when they are first read, as are the proven entries.
+    They speak of the arguments as they were in the call. If an argument was changed in place since, nothing is proven.
     """
 
     direction: Pass
@@ -265,6 +294,28 @@ class SolveReport:
     basis: Basis
     scale: torch.Tensor
     words: StatusMessages = field(default_factory=dict)
+    # Class attributes of these names would hide what a proof gives later.
+    proven_zero: torch.Tensor | None = field(default_factory=_nothing)
+    proven_nonzero: torch.Tensor | None = field(default_factory=_nothing)
+
+    def with_proof(self, prove: Callable[[], Proof]) -> SolveReport:
+        """Return the report with the error bound, the basis and the proven entries that ``prove`` returns. It is called when one is first read."""
+        made = copy.copy(self)
+        for name in _PROVEN:
+            del vars(made)[name]
+        vars(made)["_prove"] = prove
+        return made
+
+    def __getattr__(self, name: str) -> Any:
+        prove = vars(self).pop("_prove", None) if name in _PROVEN else None
+        if prove is None:
+            raise AttributeError(f"a SolveReport has no {name}")
+        proof = prove()
+        vars(self).update({name: getattr(proof, name) for name in _PROVEN})
+        return vars(self)[name]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {item.name: getattr(self, item.name) for item in fields(self)}
 
     @property
     def status(self) -> Status | tuple[Any, ...]:
@@ -311,10 +362,12 @@ class SolveReport:
         # Where no accuracy was asked for, the threshold is that of the default.
         word = "the default asks" if status is Status.BUDGET_SPENT else "asked"
         # The KKT conditions may have failed where this one number did not: it would contradict the sentence.
-        misleading = status in _SHORT_OF_THE_TOLERANCE and residual <= asked
+        # Where there is no solution no residual was aimed at.
+        misleading = status in _NO_SOLUTION or (status in _SHORT_OF_THE_TOLERANCE and residual <= asked)
         goal = f", {word} {asked:.2g}" if asked > 0 and not misleading else ""
+        figures = "" if math.isnan(residual) else f"residual {residual:.2g}{goal}, "
         return (
-            f"{head} {self._meaning(status)}{of} (residual {residual:.2g}{goal}, after {steps} iterations); "
+            f"{head} {self._meaning(status)}{of} ({figures}after {steps} iterations); "
             f"remedy: {self._remedy(status, which)}."
         )
 
@@ -346,7 +399,7 @@ class SolveReport:
             of = f" in {int(these.sum())} of {codes.numel()} problems" if many else ""
             remedy = "" if status is Status.CONVERGED else f"; {self._remedy(status, int(these.nonzero()[0]))}"
             lines.append(f"  status    {status.name}: {self._meaning(status)}{of}, steps {_span(steps[these])}{remedy}")
-        asked = self.threshold.reshape(-1)
+        asked = self.threshold.reshape(-1)[~torch.isin(codes, torch.tensor(_NO_SOLUTION, device=codes.device))]
         goal = f", asked {_span(asked)}" if bool((asked > 0).any()) else ""
         lines.append(f"  residual  {_span(self.residual_norm.reshape(-1))}{goal}")
         known = self.error_bound.reshape(-1)

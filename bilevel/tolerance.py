@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import enum
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final
 
 import torch
@@ -65,6 +65,8 @@ class Target:
         Whether the caller said that the budget alone is meant (``None`` as tolerance).
     strong_convexity
         μ, when known: turns residuals into error bounds.
+    smoothness
+        L, when known: a Lipschitz constant of the gradient of the smooth part.
     rtol, atol
         Of an inner solve: the error allowed in each unknown is rtol·|x| + atol. Zero where the residual alone decides.
     coarse_rtol
@@ -78,6 +80,7 @@ class Target:
     asked: bool = False
     silent: bool = False
     strong_convexity: float | None = None
+    smoothness: float | None = None
     rtol: float = 0.0
     atol: float = 0.0
     coarse_rtol: float = 0.0
@@ -135,6 +138,9 @@ class Tolerance:
     estimates
         Whether an *estimate* of ‖ĝ − g‖ may decide that a goal is met. If not, a proven bound has to, which needs known
         constants (see :class:`Constants`).
+    smoothness
+        L > 0: a Lipschitz constant of ∇f, for a layer or problem with a proximal term beside f. With ``strong_convexity`` it proves which
+        entries of the solution are zero (``report.proven_zero``). A quadratic f needs neither: both constants are then found and proven.
     bound_products
         The largest number of Hessian-vector products that a bound of the hypergradient's error may cost.
 
@@ -168,9 +174,11 @@ class Tolerance:
     estimates: bool = False
     bound_products: int = 1000
     rtol: float | None = None
+    smoothness: float | None = None
 
     def __post_init__(self) -> None:
-        for name in ("delta", "delta_prime", "strong_convexity", "hypergradient", "descent", "stationary", "rtol"):
+        numbers = ("delta", "delta_prime", "strong_convexity", "hypergradient", "descent", "stationary", "rtol")
+        for name in (*numbers, "smoothness"):
             number = getattr(self, name)
             if number is None or number is AUTO:
                 continue
@@ -204,6 +212,8 @@ class Tolerance:
             del settings["strong_convexity"]
         if self.rtol is not None:
             settings = {"rtol": self.rtol, **{name: value for name, value in settings.items() if name != "delta"}}
+        if self.smoothness is not None:
+            settings["smoothness"] = self.smoothness
         if self.bound_products != type(self).bound_products:
             settings["bound_products"] = self.bound_products
         return f"Tolerance({', '.join(f'{name}={value!r}' for name, value in settings.items())})"
@@ -272,6 +282,7 @@ class Tolerance:
             relative=max(0.1 * rtol, auto_relative(dtype)) if asked else auto_relative(dtype),
             asked=asked,
             strong_convexity=self.strong_convexity,
+            smoothness=self.smoothness,
             rtol=rtol,
             atol=_ABSOLUTE * rtol,
             coarse_rtol=rtol if asked else 0.1 * eps ** (1 / 3),
@@ -283,9 +294,9 @@ class Tolerance:
         return self._target(self.delta_prime, dtype)
 
     def _target(self, accuracy: float | Auto | None, dtype: torch.dtype) -> Target:
-        mu = self.strong_convexity
+        mu, known = self.strong_convexity, Target(strong_convexity=self.strong_convexity, smoothness=self.smoothness)
         if accuracy is None:
-            return Target(silent=True, strong_convexity=mu)
+            return replace(known, silent=True)
         if isinstance(accuracy, Auto):
-            return Target(relative=auto_relative(dtype), strong_convexity=mu)
-        return Target(absolute=accuracy * (1.0 if mu is None else mu), asked=True, strong_convexity=mu)
+            return replace(known, relative=auto_relative(dtype))
+        return replace(known, absolute=accuracy * (1.0 if mu is None else mu), asked=True)

@@ -68,6 +68,35 @@ def cells(row: str, *columns: str) -> tuple[str, ...]:
 
 MUTATIONS = (
     Mutation(
+        "a claim of a solver is not checked on the answer's own scale", "solvers/_constrained.py",
+        "& ~point.good & ~is_settled(program, answer)", "& ~point.good & False",
+        ("tests/constraints/test_edges.py", "-k", "far_start or without_a_minimum"),
+    ),
+    Mutation(
+        "no other multipliers are tried where there is no interior", "solvers/_constrained.py",
+        "if bool((usable & ~point.good).any()) and _recoverable(program):", "if False:",
+        ("tests/constraints/test_edges.py", "-k", "one_point"),
+    ),
+    Mutation(
+        "tensors of a closure keep a solve in float32", "layers/constrained.py", "for promoted in (False, True):",
+        "for promoted in (False,):", ("tests/constraints/test_edges.py", "-k", "float32_closures"),
+    ),
+    Mutation(
+        "tiny rows of a quadratic program are not scaled", "quadratic_programs/quadratic_program.py",
+        "tensors = arguments.tensors if scales is None else", "tensors = arguments.tensors if True else",
+        ("tests/quadratic_programs/test_sparse.py", "-k", "any_unit"),
+    ),
+    Mutation(
+        "active sets of sparse programs go round in a circle", "quadratic_programs/_clarabel.py",
+        "_FLIPS, _SINGLE_FLIPS = 2, 30", "_FLIPS, _SINGLE_FLIPS = 2, 0",
+        ("tests/quadratic_programs/test_sparse.py", "-k", "circle"),
+    ),
+    Mutation(
+        "a cone program's derivative is given across a kink", "cones/_call.py",
+        "_SIDES, _BESIDE, _SAME = 4, 1e-7, 1e-6", "_SIDES, _BESIDE, _SAME = 4, 1e-7, 1e6",
+        ("tests/cones/test_failures.py", "-k", "kink_is_named"),
+    ),
+    Mutation(
         "every process of a run writes to the logger", "loggers.py", "number % self.every == 0 and _is_first_process()",
         "number % self.every == 0", ("tests/test_loggers.py", "-k", "first_process"),
     ),
@@ -171,7 +200,7 @@ MUTATIONS = (
     ),
     Mutation(
         "an inequality that is active with multiplier zero is differentiated", "solvers/_regularity.py",
-        "return weak | self.flat | self.irregular", "return self.flat | self.irregular",
+        "return self.weak.any | self.flat | self.irregular", "return self.flat | self.irregular",
         ("tests/constraints/test_degenerate.py", "-k", "multiplier_zero"),
     ),
     Mutation(
@@ -240,6 +269,11 @@ MUTATIONS = (
     Mutation(
         "every gradient that changes is a kink", "solvers/_error.py", "(near > 0.5 * wide)", "(near > 0 * wide)",
         ("tests/solvers/test_error.py", "-k", "kinks_are_told"),
+    ),
+    Mutation(
+        "an answer is refused where the residual at zero is infinite", "solvers/_given.py",
+        "sizes.nan_to_num(0.0, 0.0).amax(0)", "sizes.amax(0).nan_to_num(0.0, 0.0)",
+        ("tests/test_differentiation.py", "-k", "infinite_at_zero"),
     ),
     Mutation(
         "scipy's own type errors come through", "solvers/_scipy.py", '"bounds": "leave it out, and pass lower= and upper= to bilevel.argmin",', "",
@@ -822,24 +856,64 @@ MUTATIONS = (
         "self.left -= int(found.iterations.max())", "self.left -= 0", ("tests/certificates/test_route.py", "-k", "products_allowed"),
     ),
     Mutation(
-        "any operation taken for one that keeps the degree", "certificates/_structure.py",
+        "any operation taken for one that keeps the degree", "equations/degrees.py",
         "        beyond = math.inf if self.whole > 0 else 0.0\n", "        beyond = self.whole\n",
-        ("tests/certificates/test_structure.py", "-k", "proves_nothing"),
+        ("tests/test_degrees.py", "-k", "proves_nothing"),
     ),
     Mutation(
-        "a degree proven behind a stopped gradient", "certificates/_structure.py",
+        "a degree proven behind a stopped gradient", "equations/degrees.py",
         "if (moved and (reads or chosen or cut))", "if (moved and (reads or chosen))",
-        ("tests/certificates/test_structure.py", "-k", "stopped or graph"),
+        ("tests/test_degrees.py", "-k", "stopped or graph"),
     ),
     Mutation(
-        "a degree proven of one branch", "certificates/_structure.py",
+        "a degree proven of one branch", "equations/degrees.py",
         "(given and (not harmless or", "(given and (",
-        ("tests/certificates/test_structure.py", "-k", "reads_a_number"),
+        ("tests/test_degrees.py", "-k", "reads_a_number"),
     ),
     Mutation(
-        "products that do not add degrees", "certificates/_structure.py",
+        "products that do not add degrees", "equations/degrees.py",
         "return Degree(self.whole + other.whole, max(parts, default=NONE))", "return Degree(max(self.whole, other.whole), max(parts, default=NONE))",
-        ("tests/certificates/test_structure.py", "-k", "polynomials"),
+        ("tests/test_degrees.py", "-k", "polynomials"),
+    ),
+    Mutation(
+        "slopes of many unknowns that are compared with the slope at zero alone", "solvers/_constrained.py",
+        "torch.maximum(torch.maximum(first, bent), force)", "torch.maximum(first, force)",
+        ("tests/constraints/test_many_bounds.py", "-k", "factorisation"),
+    ),
+    Mutation(
+        "a player's term at its threshold that passes for smooth", "equations/equilibrium.py",
+        "margins <= tiny, landed", "margins < -1, landed",
+        ("tests/test_proximal_equilibrium.py", "-k", "threshold"),
+    ),
+    Mutation(
+        "unknowns of players that do not end exactly at zero", "layers/equilibrium.py",
+        "state.landed, outcome.x)", "torch.minimum(torch.maximum(outcome.x, state.lower), state.upper), outcome.x)",
+        ("tests/test_proximal_equilibrium.py", "-k", "batch_and_groups or best_responses"),
+    ),
+    Mutation(
+        "multipliers that the next solve does not begin from", "problems/problem.py",
+        "self._warm.multipliers if init is None and self.warm_start else {}", "{}",
+        ("tests/constraints/test_warm_starts.py", "-k", "minimize_takes"),
+    ),
+    Mutation(
+        "violated equations that move the solution by nothing", "quadratic_programs/_proof.py",
+        "e = (off + (r + self.steepness * off) / m)", "e = (r / m)",
+        ("tests/quadratic_programs/test_proofs.py", "-k", "by_hand"),
+    ),
+    Mutation(
+        "a duality gap that counts once", "quadratic_programs/_proof.py",
+        "(r * r + 4 * m * gap).sqrt()", "(r * r + m * gap).sqrt()",
+        ("tests/quadratic_programs/test_proofs.py", "-k", "by_hand"),
+    ),
+    Mutation(
+        "zeros proven as if the gradient at the solution were known", "solvers/_composite_proof.py",
+        "torch.stack(constants).amin(0) * e +", "0 * torch.stack(constants).amin(0) * e +",
+        ("tests/prox/test_proofs.py", "-k", "hold_and_grow"),
+    ),
+    Mutation(
+        "a proof of arguments that have changed", "solvers/_composite_proof.py",
+        "        if self._changed():", "        if False:",
+        ("tests/prox/test_proofs.py", "-k", "changed_since"),
     ),
     Mutation(
         "a cubic taken for quadratic", "certificates/_quadratic.py",
@@ -1091,6 +1165,19 @@ MUTATIONS = (
         " and tape.layouts[step.makes[0]].memory not in outward:", ":", (TAPES,),
     ),
     Mutation(
+        "a line search that doubles every step that was accepted", "solvers/gradient_descent.py",
+        "longer = along >= _KEPT_SLOPE * slope", "longer = along == along", ("tests/solvers/test_gradient_descent.py", "-k", "few_more"),
+    ),
+    Mutation(
+        "a line search that takes any step", "solvers/gradient_descent.py",
+        "held = value <= torch.addcmul(begun, lr, slope, value=-_ARMIJO)", "held = value == value",
+        ("tests/solvers/test_gradient_descent.py", "-k", "every_step"),
+    ),
+    Mutation(
+        "a residual judged by the first bound of its floor", "linear/_judge.py",
+        "        if bool((within | ~asked).all()):", "        if True:", ("tests/linear/test_base.py", "-k", "floor"),
+    ),
+    Mutation(
         "arguments of a program written over", "replay/memory.py",
         "for number in (*given, *outputs, *tape.constants)}", "for number in (*outputs, *tape.constants)}", (TAPES,),
     ),
@@ -1129,6 +1216,14 @@ MUTATIONS = (
     Mutation(
         "a check that makes nothing left out of a program", "replay/tape.py",
         " or (not step.makes and here(step))", "", (TAPES, "tests/test_replay.py"),
+    ),
+    Mutation(
+        "the reason why a call is not replayed lost", "layers/inspector.py",
+        "self._last = inspection.replays or inspection.reason", "pass", ("tests/test_replay_reasons.py",),
+    ),
+    Mutation(
+        "the operation that ended a recording not named", "replay/recorder.py",
+        "self._stopped = self._stopped or reason", "self._stopped = 'it cannot be recorded'", ("tests/test_replay_reasons.py",),
     ),
     Mutation(
         "replays relied on without a comparison", "replay/cache.py",

@@ -18,6 +18,7 @@ OWN = {
     **dict.fromkeys((ROOT / "hyperopt").rglob("*.py"), ("bilevel.hyperopt", "bilevel.cli.output", "bilevel.cli.table")),
     **dict.fromkeys((ROOT / "meta").rglob("*.py"), ("bilevel.meta", "bilevel.cli.output", "bilevel.checksum")),
     **dict.fromkeys((ROOT / "testing").rglob("*.py"), ("bilevel.testing",)),
+    **dict.fromkeys((ROOT / "learnable").rglob("*.py"), ("bilevel.learnable", "bilevel.stochastic")),
     ROOT / "cli/main.py": (
         "bilevel.hyperopt",
         "bilevel.meta",
@@ -57,7 +58,7 @@ def test_only_the_public_api_and_the_application_itself_are_imported(path: Path)
 
 def test_importing_the_library_imports_no_package_of_the_command_line() -> None:
     code = (
-        "import sys, bilevel.hyperopt, bilevel.meta, bilevel.cli, bilevel.display, bilevel.loggers\n"
+        "import sys, bilevel.hyperopt, bilevel.meta, bilevel.learnable, bilevel.cli, bilevel.display, bilevel.loggers\n"
         "names = ('typer', 'rich', 'sklearn', 'matplotlib', 'PIL', 'pooch', 'hypothesis', 'tensorboard', 'wandb', 'mlflow')\n"
         "print([name for name in names if name in sys.modules])"
     )

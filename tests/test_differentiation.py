@@ -181,12 +181,22 @@ def test_an_answer_that_is_none_is_refused_and_the_remedy_works() -> None:
     layer = bilevel.argmin(objective)
     with pytest.raises(bilevel.SolveError, match="is no solution") as refused:
         layer.at(START, A)
-    assert "init" in str(refused.value)
+    assert "init" in str(refused.value) and "the layer's function is your solver's" in str(refused.value)
     with pytest.raises(bilevel.SolveError):
         bilevel.argmin(objective, tolerance=bilevel.Tolerance(delta=1e-8)).at(layer(START, A) + 1e-4, A)
     rough = layer(START, A).detach() + 1e-4
     assert torch.equal(layer.at(rough, A), rough)
     assert torch.allclose(bilevel.argmin(objective, tolerance=bilevel.Tolerance(delta=1.0)).at(rough, A), rough)
+
+
+def test_an_answer_is_judged_where_the_function_is_infinite_at_zero() -> None:
+    layer = bilevel.argmin(lambda x, a: (x * x.log() - a * x).sum())  # x = exp(a − 1), and the gradient at 0 is −inf
+    a = A.clone().requires_grad_()
+    exact = (A - 1).exp()
+    (found,) = torch.autograd.grad(layer.at(exact * (1 + 1e-9), a).sum(), a)
+    assert torch.allclose(found, exact, rtol=1e-8)
+    with pytest.raises(bilevel.SolveError, match="is no solution"):
+        layer.at(1.5 * exact, a)
 
 
 def test_a_hypergradient_at_an_answer() -> None:

@@ -27,6 +27,7 @@ SUBMODULES = (
     "robust",
     "stochastic",
     "cleaning",
+    "learnable",
     "testing",
     "display",
     "loggers",
@@ -101,6 +102,14 @@ def test_the_page_debug_lists_every_status() -> None:
             continue
         assert f"``{status.name}``" in entries
         assert status.remedy in entries.replace("``", "")
+
+
+@pytest.mark.parametrize("status", bilevel.OuterStatus, ids=lambda status: status.name)
+def test_the_page_debug_lists_every_end_of_an_outer_loop(status: bilevel.OuterStatus) -> None:
+    page = (DOCS / "how_to" / "debug.rst").read_text().partition("\nHow an outer loop can end\n")[2]
+    entry = re.search(rf"^``{status.name}``\n((?:   .*\n|\n)+)", page, re.MULTILINE)
+    assert entry is not None and "*Remedy:*" in entry.group(1)
+    assert entry.group(1).lstrip().startswith("A success.") == status.success
 
 
 @pytest.mark.parametrize("name", bilevel.errors.__all__)

@@ -39,6 +39,7 @@ SUBMODULES = (
     "robust",
     "stochastic",
     "cleaning",
+    "learnable",
     "testing",
     "loggers",
     "operators",

@@ -12,7 +12,7 @@ PACKAGE = Path(__file__).resolve().parents[1] / "bilevel"
 # From the top down. A module imports from the lines below its own, or from its own folder. Members of one line do not know each other.
 FLOORS = (
     # Applications, and what belongs to programs. They import the package itself, as users do.
-    ("hyperopt", "meta", "cleaning", "testing", "cli", "display", "loggers"),
+    ("hyperopt", "meta", "cleaning", "learnable", "testing", "cli", "display", "loggers"),
     ("stochastic",),  # bilevel methods on minibatches, on the public API as well
     ("outer",),  # loops in θ
     ("problems",),  # bilevel problems and their hypergradients

@@ -503,7 +503,7 @@ def test_schedules_have_the_numbers_of_the_paper() -> None:
         assert bilevel.ExponentialSchedule()(k).delta == pytest.approx(0.1 * 0.9**k, rel=1e-15)
     assert bilevel.ExponentialSchedule(least=1e-6)(1000).delta == 1e-6
     assert bilevel.CubicSchedule(strong_convexity=2.0)(1).strong_convexity == 2.0
-    with pytest.raises(bilevel.ArgumentError, match="from 1 on"):
+    with pytest.raises(bilevel.ArgumentError, match="starts at 1"):
         bilevel.QuadraticSchedule()(0)
     with pytest.raises(bilevel.ArgumentError, match="rate"):
         bilevel.ExponentialSchedule(rate=1.0)

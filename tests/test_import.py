@@ -20,7 +20,7 @@ def brought(*names):
     return sorted(name for name in names if any(module == name or module.startswith(name + ".") for module in new))
 
 HEAVY = "scipy", "sympy", "torch._dynamo", "sklearn", "matplotlib"
-LATER = "bilevel.testing", "bilevel.meta", "bilevel.hyperopt", "bilevel.stochastic", "bilevel.cleaning"
+LATER = "bilevel.testing", "bilevel.meta", "bilevel.hyperopt", "bilevel.stochastic", "bilevel.cleaning", "bilevel.learnable"
 start, a = torch.zeros(3), torch.tensor([1.0, 2.0, 3.0])
 
 def objective(x, a):

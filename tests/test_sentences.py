@@ -64,7 +64,7 @@ def docstrings() -> Iterator[tuple[str, str]]:
 def public_modules() -> list[str]:
     """Return the packages from which users import."""
     tops = [info.name for info in pkgutil.iter_modules(bilevel.__path__) if not info.name.startswith("_")]
-    names = ("prox", "robust", "stochastic", "cleaning", "testing", "operators", "display", "loggers")
+    names = ("prox", "robust", "stochastic", "cleaning", "learnable", "testing", "operators", "display", "loggers")
     return ["bilevel", *(f"bilevel.{name}" for name in names if name in tops), "bilevel.certificates", "bilevel.meta"]
 
 

@@ -10,8 +10,8 @@ import torch
 
 from bilevel._torch.factorisations import norms
 from bilevel.certificates._inner_point import MOST_NUMBERS
-from bilevel.certificates._structure import degree_of
 from bilevel.certificates.constants import Constants
+from bilevel.equations.degrees import degree_of
 from bilevel.equations.problem import Problem
 from bilevel.operators import LinearOperator, hessian
 

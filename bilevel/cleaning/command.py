@@ -5,11 +5,9 @@
 import functools
 import math
 from pathlib import Path
-from types import TracebackType
 from typing import Annotated
 
 import typer
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
 from bilevel.cleaning.data import DIGITS, IMAGE_SIZE, DataError, LabelledData, load
 from bilevel.cleaning.experiment import run_cleaning
@@ -17,6 +15,7 @@ from bilevel.cleaning.model_choice import MODELS
 from bilevel.cleaning.noise import Noise
 from bilevel.cleaning.outcome import CleanRunSettings, Outcome, StepPoint
 from bilevel.cli.output import console, prepare_output, printing
+from bilevel.cli.progress import StageBar
 
 __all__ = ["clean"]
 
@@ -153,43 +152,19 @@ def _save(outcome: Outcome, output: Path) -> list[Path]:
     return [suspicious, cleaned, document, *write_plots(outcome, output)]
 
 
-class _Bar:
-    """The progress bar, on standard error: trusted loss, norm of the hypergradient, test accuracy."""
+class _Bar(StageBar):
+    """The progress bar: trusted loss, norm of the hypergradient, test accuracy."""
 
     def __init__(self, *, shown: bool) -> None:
-        self._progress = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            TextColumn("{task.fields[losses]}"),
-            console=console(stderr=True),
-            disable=not shown,
-        )
-        self._current: TaskID | None = None
+        super().__init__(shown=shown)
         self._accuracy = ""
 
-    def __enter__(self) -> "_Bar":
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if self._current is not None:
-            self._progress.stop()
-
-    def stage(self, name: str, total: int) -> None:
-        # Not before there is a stage, so that a refusal is one line and no empty bar.
-        self._progress.start()
-        self._current = self._progress.add_task(name, total=total, losses="")
-
     def step(self, point: StepPoint | None) -> None:
-        assert self._current is not None
-        losses = ""
+        numbers = ""
         if point is not None:
             if not math.isnan(point.test_accuracy):
                 self._accuracy = f"  test accuracy {point.test_accuracy:.1%}"
-            losses = (
+            numbers = (
                 f"trusted loss {point.trusted_loss:.4f}  |hypergradient| {point.hypergradient_norm:.1e}{self._accuracy}"
             )
-        self._progress.update(self._current, advance=1, losses=losses)
+        self.advance(numbers)

@@ -79,6 +79,14 @@ class Product:
             rows = torch.arange(run.start, run.start + run.size, device=v.device).unflatten(-1, (run.count, d))
             yield block.movedim(0, -2), rows
 
+    def slopes(self, v: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
+        """Return the products of the Jacobians of Π at ``v`` (batch, m), which are symmetric, with ``u`` (batch, m)."""
+        parts = []
+        for (run, part), (_, along) in zip(self._parts(v), self._parts(u), strict=True):
+            _, pull = vjp(lambda p, run=run: run.cone.project(p), part)
+            parts.append(pull(along)[0].flatten(-2))
+        return torch.cat(parts, -1) if parts else u
+
     def kinks(self, v: torch.Tensor, primal: torch.Tensor, dual: torch.Tensor) -> torch.Tensor:
         """Return the first row (batch,) of a factor that ``v`` (batch, m) is at a kink of, or −1.
 
@@ -102,6 +110,14 @@ class Product:
                 return f"{of}cones[{number}], {cone!r}"
             start += cone.rows
         raise AssertionError("no such row")
+
+    def owners(self) -> list[int]:
+        """Return a number for each row: that of the smallest factor that it belongs to."""
+        numbers: list[int] = []
+        for run in self.runs:
+            first = numbers[-1] + 1 if numbers else 0
+            numbers += [first + place // run.cone.rows for place in range(run.size)]
+        return numbers
 
     def of_clarabel(self, clarabel: Any) -> list[Any]:
         """Return the factors in Clarabel's words."""

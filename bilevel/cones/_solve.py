@@ -14,6 +14,7 @@ from bilevel.cones._sparse import SparseJacobian
 from bilevel.equations.problem import Problem
 from bilevel.optional_packages import import_optional
 from bilevel.quadratic_programs._clarabel import Clarabel
+from bilevel.quadratic_programs._fewest import fewest
 from bilevel.quadratic_programs._sparse_program import is_convex
 from bilevel.reports import Status
 
@@ -133,6 +134,8 @@ def _answer(clarabel: Any, conditions: Conditions, numbers: Numbers, solver: Cla
     if blank.status in (Status.INFEASIBLE, Status.UNBOUNDED):
         blank.certificate, proven = _ray(conditions, numbers, x, y, blank.status)
         blank.status = blank.status if proven else Status.STAGNATED
+        if blank.status is Status.INFEASIBLE:
+            blank.certificate = _shortened(conditions, numbers, blank.certificate)
         return blank
     blank.z = np.concatenate([x, s - y])
     return blank
@@ -156,6 +159,16 @@ def _ray(
     lack = max(np.abs(held).max(), float(outside.abs().max()) if outside.numel() else 0.0)
     entries = max(np.abs(matrix.data).max(initial=1.0) for matrix in (numbers.P, numbers.A))
     return np.concatenate([x, y]), bool(lack <= _PROVEN * size * entries)
+
+
+def _shortened(conditions: Conditions, numbers: Numbers, ray: np.ndarray) -> np.ndarray:
+    """Return the proof ``ray`` (n + m,) of infeasibility with the multipliers of few factors of K, each a multiple of what it was."""
+    n, y = conditions.unknowns, ray[conditions.unknowns :]
+    owner = np.array(conditions.product.owners())
+    spread = np.zeros((len(y), int(owner.max()) + 1))
+    spread[np.arange(len(y)), owner] = y
+    weights = fewest(numbers.A.T @ spread, numbers.b @ spread)
+    return ray if weights is None else np.concatenate([ray[:n], spread @ weights])
 
 
 class _Equations:

@@ -7,6 +7,8 @@ With bounds l ≤ x ≤ u and F = (∇_{x_i} f_i), the conditions are a variatio
 
     R(x, θ) = x − Π(Π x − F(Π x)),      Π the projection onto the box [l, u]
 
+A player with a proximal term g_i has prox_{g_i} in place of the outer projection, and none in place of the inner one.
+
 Newton's method on it is the semismooth one. Near a solution where no bound is active with a zero slope, R is smooth, and ∂_x R is regular where the
 Jacobian of F on the free unknowns is: the usual rule gives derivatives of every order, also by the bounds.
 """
@@ -24,9 +26,12 @@ from bilevel._torch.factorisations import eigvalsh
 from bilevel._torch.norms import WrittenNorms
 from bilevel._torch.reverse import grad
 from bilevel.equations.player_bounds import PlayerBounds
+from bilevel.equations.player_terms import PlayerTerms, state, step
 from bilevel.equations.problem import Problem
 from bilevel.equations.system import RootSystem
 from bilevel.errors import DtypeError, ShapeError
+from bilevel.prox._base import already_checked
+from bilevel.prox._flat import FlatTerm
 
 __all__ = ["BoundState", "EquilibriumSystem", "Players", "bound_state", "check_players", "player_at_fault"]
 
@@ -43,11 +48,12 @@ class Players:
     objectives: tuple[Callable[..., torch.Tensor], ...]
     lower: PlayerBounds | None = None
     upper: PlayerBounds | None = None
+    terms: PlayerTerms | None = None
 
     @property
     def bounded(self) -> bool:
-        """Whether a player has a bound."""
-        return self.lower is not None or self.upper is not None
+        """Whether a player has a bound or a proximal term."""
+        return self.lower is not None or self.upper is not None or self.terms is not None
 
     def __call__(self, players: tuple[Any, ...], *args: Any, **kwargs: Any) -> tuple[torch.Tensor, ...]:
         return tuple(objective(*players, *args, **kwargs) for objective in self.objectives)
@@ -100,7 +106,30 @@ class EquilibriumSystem(RootSystem):
         lower, upper = self.bounds(flat, *tensors)
         inside = torch.minimum(torch.maximum(flat, lower), upper)
         moved = inside - self.slopes(inside, *tensors)
-        return flat - torch.minimum(torch.maximum(moved, lower), upper)
+        return flat - self.landed(moved, lower, upper, *tensors)
+
+    def landed(
+        self, moved: torch.Tensor, lower: torch.Tensor, upper: torch.Tensor, *tensors: torch.Tensor
+    ) -> torch.Tensor:
+        """Return the projections, or the proximal points, of the players' ``moved`` (n,)."""
+        inside = torch.minimum(torch.maximum(moved, lower), upper)
+        terms = self.terms(moved, *tensors)
+        return inside if terms is None else step(terms, self.sizes, inside)
+
+    def terms(self, flat: torch.Tensor, *tensors: torch.Tensor) -> list[FlatTerm | None] | None:
+        """Return the players' terms of one problem, or None."""
+        game = self.function
+        assert isinstance(game, Players)
+        if game.terms is None:
+            return None
+        made = game.terms
+
+        def own(players: tuple[Any, ...], *args: Any, **kwargs: Any) -> list[FlatTerm | None]:
+            return made(self.where, players, args, kwargs)
+
+        with already_checked():
+            found: list[FlatTerm | None] = replace(self, function=own).call(flat, *tensors)
+        return found
 
     def bounds(self, flat: torch.Tensor, *tensors: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the lower and upper bounds (n,) of one problem."""
@@ -133,12 +162,19 @@ class EquilibriumSystem(RootSystem):
 
 @dataclass(frozen=True, eq=False)
 class BoundState:
-    """How ``x`` stands to its bounds; every tensor (batch, n)."""
+    """How ``x`` stands to its bounds and terms; every tensor (batch, n).
+
+    ``active``: an unknown that a bound or a term holds. ``degenerate``: on a bound with a zero slope. ``at_kink``: of a player whose term is at
+    a kink.
+    ``landed``: x, exactly on its bounds and on the manifolds of its terms.
+    """
 
     lower: torch.Tensor
     upper: torch.Tensor
     active: torch.Tensor
     degenerate: torch.Tensor
+    at_kink: torch.Tensor
+    landed: torch.Tensor
 
 
 def bound_state(problem: Problem, x: torch.Tensor) -> BoundState | None:
@@ -150,30 +186,39 @@ def bound_state(problem: Problem, x: torch.Tensor) -> BoundState | None:
     assert isinstance(system, EquilibriumSystem) and isinstance(system.function, Players)
     if not system.function.bounded:
         return None
-    lower, upper, slopes = _pieces_of(system, x, problem)
+    lower, upper, slopes, held, margins, landed = _pieces_of(system, x, problem)
     tiny = torch.finfo(x.dtype).eps ** 0.5
     close = tiny * (1 + x.abs())
     at_lower, at_upper = x - lower <= close, upper - x <= close
     flat = slopes.abs() <= tiny * (1 + slopes.abs().amax(-1, keepdim=True))
     pinned = upper - lower <= close  # a slope of any sign is right there
     active = (at_lower & (slopes > 0)) | (at_upper & (slopes < 0)) | pinned
-    return BoundState(lower, upper, active, (at_lower | at_upper) & flat & ~pinned)
+    degenerate = (at_lower | at_upper) & flat & ~pinned
+    return BoundState(lower, upper, active | (held > 0), degenerate, margins <= tiny, landed)
 
 
 def _pieces_of(system: EquilibriumSystem, x: torch.Tensor, problem: Problem) -> tuple[torch.Tensor, ...]:
-    """Return the lower bounds, the upper bounds and F at ``x`` (each (batch, n))."""
+    """Return the lower bounds, the upper bounds and F at ``x``, and what terms say of it (each (batch, n)): see :class:`_Pieces`."""
     pieces = _Pieces(**{field.name: getattr(system, field.name) for field in fields(system)})
-    made = pieces.outputs(problem.shaped(x), *problem.tensors).detach()  # (*batch, 3, n)
-    lower, upper, slopes = made.reshape(len(x), 3, x.shape[-1]).unbind(1)
-    return lower, upper, slopes
+    made = pieces.outputs(problem.shaped(x), *problem.tensors).detach()  # (*batch, 6, n)
+    return made.reshape(len(x), 6, x.shape[-1]).unbind(1)
 
 
 @dataclass(frozen=True, eq=False)
 class _Pieces(EquilibriumSystem):
-    """The slopes of the players, from which R is made, in place of R."""
+    """What R is made of, in place of R: bounds, F, the unknowns that terms hold, the distances from kinks, and x on its manifold."""
 
     def output(self, flat: torch.Tensor, *tensors: torch.Tensor) -> torch.Tensor:
-        return torch.stack([*self.bounds(flat, *tensors), self.slopes(flat, *tensors)])
+        lower, upper = self.bounds(flat, *tensors)
+        slopes, terms = self.slopes(flat, *tensors), self.terms(flat, *tensors)
+        landed = torch.minimum(torch.maximum(flat, lower), upper)
+        held, margins = torch.zeros_like(flat), torch.ones_like(flat)
+        if terms is not None:
+            mine = torch.cat([part.new_full(part.shape, term is not None, dtype=torch.bool) for term, part in zip(
+                terms, torch.split(flat, list(self.sizes)), strict=True)])  # fmt: skip
+            landed = torch.where(mine, step(terms, self.sizes, flat - slopes), landed)
+            held, margins = state(terms, self.sizes, landed, slopes)
+        return torch.stack([lower, upper, slopes, held, margins, landed])
 
 
 def player_at_fault(

@@ -11,7 +11,7 @@ be longer than x: x comes first, multipliers follow.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, NamedTuple
 
@@ -65,6 +65,10 @@ class StructuredSystem(System):
     @property
     def examined(self) -> str:
         return self.besides
+
+    def begun(self, z: torch.Tensor, multipliers: Mapping[str, Any]) -> torch.Tensor:
+        """Return the start ``z`` of one problem with the multipliers of an earlier solution in it, where there are such."""
+        return z
 
     @abstractmethod
     def find(self, problem: Problem, init: torch.Tensor, target: Target, solver: Any) -> Any:

@@ -3,13 +3,12 @@
 # No `from __future__ import annotations` here: typer reads the annotations when the command is registered.
 
 from pathlib import Path
-from types import TracebackType
 from typing import Annotated, ClassVar
 
 import typer
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
 from bilevel.cli.output import console, prepare_output, printing
+from bilevel.cli.progress import StageBar
 from bilevel.hyperopt.data import BUNDLED, Task, load
 from bilevel.hyperopt.outcome import Outcome, OuterStep, Penalty, TuneSettings
 from bilevel.hyperopt.tune import tune as run
@@ -104,8 +103,8 @@ def _save(outcome: Outcome, output: Path) -> list[Path]:
     return [document, *write_plots(outcome, output)]
 
 
-class _Bar:
-    """The progress bar, on standard error: outer step, CV loss, gradient norm, held-back loss."""
+class _Bar(StageBar):
+    """The progress bar: outer step, CV loss, gradient norm, held-back loss."""
 
     TITLES: ClassVar[dict[str, str]] = {
         "grid": "grid (scikit-learn)",
@@ -113,44 +112,10 @@ class _Bar:
         "feature": "strengths per feature",
     }
 
-    def __init__(self, *, shown: bool) -> None:
-        self._progress = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            TextColumn("{task.fields[losses]}"),
-            console=console(stderr=True),
-            disable=not shown,
-        )
-        self._current: TaskID | None = None
-
-    def __enter__(self) -> "_Bar":
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if self._current is not None:
-            if kind is None:
-                self._finish()
-            self._progress.stop()
-
     def stage(self, name: str, total: int) -> None:
-        # Not before there is a stage, so that a refusal is one line and no empty bar.
-        self._progress.start()
-        self._finish()
-        self._current = self._progress.add_task(self.TITLES[name], total=total, losses="")
+        super().stage(self.TITLES[name], total)
 
     def step(self, step: OuterStep | None) -> None:
-        assert self._current is not None
-        losses = "" if step is None else (
+        self.advance("" if step is None else (
             f"CV {step.cv_loss:.5f}  |gradient| {step.gradient_norm:.1e}  held back {step.watch_loss:.5f}"
-        )  # fmt: skip
-        self._progress.update(self._current, advance=1, losses=losses)
-
-    def _finish(self) -> None:
-        # A stage that stopped before its limit is complete: its bar ends full, at the steps it took.
-        if self._current is not None:
-            done = self._progress.tasks[self._current].completed
-            self._progress.update(self._current, total=done)
+        ))  # fmt: skip

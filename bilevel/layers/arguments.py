@@ -33,7 +33,8 @@ def check_init(where: str, init: torch.Tensor, on_failure: OnFailure) -> bool:
         return False
     error = InitGradientError(
         f"{where}: expected init not to require grad, and it does: a solution does not depend on the initial "
-        "guess, which would receive no gradient; pass init.detach(), or pass the tensor as an argument"
+        "guess, which would receive no gradient; pass init.detach(), for a dict {name: x.detach() for name, x in "
+        "init.items()}, or pass the tensor as an argument"
     )
     return handle_misuse(error, on_failure)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -31,10 +32,10 @@ from bilevel.operators import LinearOperator
 from bilevel.policy import apply_policy, handle_misuse
 from bilevel.recording import ACTIVE
 from bilevel.replay import ReplayCache
-from bilevel.reports import Pass, SolveReport, Status, StatusMessages
+from bilevel.reports import Pass, Proof, SolveReport, Status, StatusMessages
 from bilevel.solvers._base import InnerSolver
 from bilevel.solvers._error import rounding
-from bilevel.solvers._given import GivenAnswer, check_answer
+from bilevel.solvers._given import GivenAnswer, check_answer, compared
 from bilevel.solvers._judge import InnerOutcome, solve_inner
 from bilevel.solvers.defaults import default_solvers
 from bilevel.tolerance import auto_relative
@@ -162,7 +163,9 @@ class SolveCall:
 
         target = settings.tolerance.inner(self.dtype)
         with CheckAfter(init.device, again) if trusted else nullcontext():
-            outcome = system.find(problem, init, target, settings.solver)
+            given = isinstance(settings.solver, GivenAnswer)
+            outcome = system.find(problem, init, target, None if given else settings.solver)
+            outcome = compared(outcome, x) if given else outcome
         if outcome.degenerate is not None:
             self.degenerate = outcome.degenerate.reshape(system.batch_shape)
         self.messages, self.reduced = outcome.words, outcome.linear_solver
@@ -271,7 +274,7 @@ class SolveCall:
             if direction is Pass.BACKWARD:
                 words = {**derivative_messages(outcome.status, rhs, symmetric=operator.symmetric), **words}
         if self.degenerate is not None:
-            outcome, words = self._one_sided(self.degenerate, outcome, words, axes)
+            outcome, words = self._one_sided(self.degenerate, operator, outcome, words, axes, product is not None)
         report = _report(direction, self.where, solver.name, outcome, axes, words)
         self.report = self.report or report
         if on_adjoint is not None and self.residual is not None:
@@ -302,18 +305,32 @@ class SolveCall:
         return own or self.system.linear_solver(operator)
 
     def _one_sided(
-        self, degenerate: torch.Tensor, outcome: LinearOutcome, words: StatusMessages, axes: tuple[int, ...]
+        self,
+        degenerate: torch.Tensor,
+        operator: LinearOperator,
+        outcome: LinearOutcome,
+        words: StatusMessages,
+        axes: tuple[int, ...],
+        first: bool,
     ) -> tuple[LinearOutcome, StatusMessages]:
         """Return ``outcome`` with ``Status.DEGENERATE`` for the ``degenerate`` problems, whose derivative does not exist or is one-sided."""
         if Status.DEGENERATE not in self.messages:
             return outcome, words
         these = degenerate.expand(axes).reshape(outcome.status.shape)
+        these = these & self.depends_on_side(operator, outcome.x, first=first)
         # Constraints with dependent gradients make the matrix singular if an argument moves them apart.
         these = these | (outcome.status == Status.SINGULAR)
         if not bool(these.any()):
             return outcome, words
         status = torch.where(these, int(Status.DEGENERATE), outcome.status)
         return replace(outcome, status=status), {**words, **self.messages}
+
+    def depends_on_side(self, operator: LinearOperator, x: torch.Tensor, *, first: bool) -> torch.Tensor:
+        """Return which solutions x (batch, n) of linear systems with ``operator`` at a degenerate solution differ from side to side, (batch,) bool.
+
+        ``first``: it is the adjoint of a first derivative. Override it for a kind of problem that can tell; here all may.
+        """
+        return torch.ones(len(x), dtype=torch.bool, device=x.device)
 
     def _noise(self, rhs: torch.Tensor) -> torch.Tensor | None:
         """Return the rounding (batch,) that earlier, larger right-hand sides have left in this one; None for the first."""
@@ -371,9 +388,18 @@ def _report(
     if status.shape != axes:
         status, iterations, norm = status.reshape(axes), iterations.reshape(axes), norm.reshape(axes)
         threshold, bound, scale = threshold.reshape(axes), bound.reshape(axes), scale.reshape(axes)
-    return SolveReport(
+    report = SolveReport(
         direction, where, solver, status, iterations, norm, threshold, bound, outcome.basis, scale, words
     )
+    if not isinstance(outcome, InnerOutcome) or outcome.prove is None:
+        return report
+    return report.with_proof(partial(_shaped_proof, outcome.prove, axes))
+
+
+def _shaped_proof(prove: Callable[[], Proof], axes: tuple[int, ...]) -> Proof:
+    proof = prove()
+    entries = (None if e is None else e.reshape(*axes, e.shape[-1]) for e in (proof.proven_zero, proof.proven_nonzero))
+    return Proof(proof.error_bound.reshape(axes), proof.basis, *entries)
 
 
 def _all_converged(outcome: InnerOutcome | LinearOutcome) -> bool:

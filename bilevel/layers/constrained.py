@@ -14,14 +14,17 @@ usual rule gives the derivatives of x, ν and λ, of every order (Fiacco 1976). 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, ClassVar
 
 import torch
 from torch.func import vmap
+from torch.utils import _pytree as pytree
 
+from bilevel._torch.promotion import Promoted
 from bilevel._torch.reverse import grad, vjp
 from bilevel.equations.problem import Problem
 from bilevel.equations.structured import LocalModel, Parts, objective_of
@@ -94,6 +97,16 @@ class ConstrainedSystem(LocalModel):
         """Return x (..., n), ν (..., p), λ (..., m)."""
         n, p = self.unknowns, self.counts[0]
         return z[..., :n], z[..., n : n + p], z[..., n + p :]
+
+    def begun(self, z: torch.Tensor, multipliers: Mapping[str, Any]) -> torch.Tensor:
+        """Return the start ``z`` (n + p + m,) with the multipliers of an earlier solution, if they fit."""
+        if self.smoothing is not None:
+            return z
+        leaves = [pytree.tree_leaves(multipliers[name]) for name in ("equality", "inequality") if name in multipliers]
+        parts = [leaf.reshape(-1) for part in leaves for leaf in part]
+        if not parts or sum(part.numel() for part in parts) != sum(self.counts):
+            return z
+        return torch.cat([z[: self.unknowns], *parts]).to(z.dtype)
 
     def stated(self, tensors: Sequence[torch.Tensor]) -> Constraints:
         """Return the constraints of a call with these tensors."""
@@ -223,15 +236,9 @@ class ConstrainedSystem(LocalModel):
 
     def in_x(self) -> System:
         """Return equations in x alone, see :class:`ConstraintReach`."""
+        unknown = self.ordinary.raveler
         return ConstraintReach(
-            self.where,
-            self.function,
-            self.ordinary.raveler,
-            self.arguments,
-            self.levels,
-            self.autocast,
-            self.mode,
-            whole=self,
+            self.where, self.function, unknown, self.arguments, self.levels, self.autocast, self.mode, whole=self
         )
 
     def name(self, kind: str, index: int) -> str:
@@ -242,8 +249,11 @@ class ConstrainedSystem(LocalModel):
         assert known is not None
         return place_of(known, kind, index)
 
-    def program(self, problem: Problem) -> Program:
-        """Return the batch ``problem``, of this system or of the same at other levels, as solvers of constrained problems see it."""
+    def program(self, problem: Problem, *, promoted: bool = False) -> Program:
+        """Return the batch ``problem``, of this system or of the same at other levels, as solvers of constrained problems see it.
+
+        ``promoted``: operations on tensors of several dtypes are done in the widest.
+        """
         system = problem.system.for_second_derivatives()
         assert isinstance(system, ConstrainedSystem)
         n, (p, m) = self.unknowns, self.counts
@@ -255,7 +265,7 @@ class ConstrainedSystem(LocalModel):
                 return one(*torch.split(flat, sizes), *tensors)
 
             def evaluation(joined: torch.Tensor, *tensors: torch.Tensor) -> list[torch.Tensor]:
-                with torch.no_grad():
+                with torch.no_grad(), Promoted() if promoted else nullcontext():
                     made = system.lifted(packed)(joined.reshape(*system.batch_shape, sum(sizes)), *tensors)
                 return [part.detach() for part in (made if isinstance(made, tuple) else (made,))]
 
@@ -286,20 +296,19 @@ class ConstrainedSystem(LocalModel):
             jacobian=lambda x: tuple(batched("jacobian", rows, x)),  # type: ignore[arg-type, return-value]
             hessian=lambda x, weights: batched("hessian", curvature, x, weights)[0],
             product=lambda x, v: batched("product", product, x, v)[0],
-            single=lambda number: self.program(problem.single(number)),
+            single=lambda number: self.program(problem.single(number), promoted=promoted),
         )  # fmt: skip
 
     def find(self, problem: Problem, init: torch.Tensor, target: Target, solver: InnerSolver | None) -> InnerOutcome:
         """Return the solutions z (batch, n + p + m), polished and judged by the KKT conditions."""
         if not problem.batch or not self.unknowns:
             return _nothing(init)
-        wide = self._widened(problem)
-        system = wide.system
-        assert isinstance(system, ConstrainedSystem)
-        program = system.program(wide)
-        start = self.split(init)[0].to(program.lower)
+        program = self._widened(problem)
+        start, *duals = (part.to(program.lower) for part in self.split(init))
+        # Multipliers of zero are none: see ConstraintStructure.attach.
+        known = (duals[0], duals[1]) if bool((init[:, self.unknowns :] != 0).any()) else None
         chosen = self._chosen(problem, solver)
-        found = solve_constrained(program, start, chosen, self.smoothing, self.name, self.where)
+        found = solve_constrained(program, start, chosen, self.smoothing, self.name, self.where, known)
         z = torch.cat([found.x, found.equality, found.inequality], dim=-1).to(init)
         residual = problem.residual(z)
         norm = residual.norm(dim=-1)
@@ -313,19 +322,23 @@ class ConstrainedSystem(LocalModel):
             solver=found.solver, degenerate=found.degenerate, words=found.words,
         )  # fmt: skip
 
-    def _widened(self, problem: Problem) -> Problem:
-        """Return the problem in float64, if the functions allow that: active sets are told apart by half the digits."""
+    def _widened(self, problem: Problem) -> Program:
+        """Return the program in float64, if the functions allow that: active sets are told apart by half the digits."""
         if self.ordinary.raveler.dtype == torch.float64:
-            return problem
+            return self.program(problem)
         wide = problem.to(torch.float64)
-        try:
-            system = wide.system
-            assert isinstance(system, ConstrainedSystem)
-            program = system.program(wide)
-            program.hessian(*_probe(program))
-        except (RuntimeError, BilevelError):  # a tensor of another dtype inside a function
-            return problem
-        return wide
+        system = wide.system
+        assert isinstance(system, ConstrainedSystem)
+        # Tensors that a function reaches through its closure keep their dtype.
+        for promoted in (False, True):
+            try:
+                program = system.program(wide, promoted=promoted)
+                x = program.inside(torch.zeros_like(program.lower))
+                program.hessian(x, x.new_ones(len(x), 1 + sum(self.counts)))
+            except (RuntimeError, BilevelError):
+                continue
+            return program
+        return self.program(problem)
 
     def _chosen(
         self, problem: Problem, solver: InnerSolver | None
@@ -374,17 +387,12 @@ class ConstraintReach(RootSystem):
 
 
 def _pulled(pull: Callable[..., Any], like: torch.Tensor) -> torch.Tensor:
-    """Return the rows of a Jacobian, of which ``pull`` makes the products with cotangents ``like`` its value."""
+    """Return the rows of a Jacobian; ``pull`` makes products with cotangents ``like`` its value."""
     count = like.shape[0]
     units = torch.eye(count, dtype=like.dtype, device=like.device)
     (rows,) = vmap(pull, chunk_size=None if count <= _MOST_ROWS else _MOST_ROWS)(units)
     matrix: torch.Tensor = rows
     return matrix
-
-
-def _probe(program: Program) -> tuple[torch.Tensor, torch.Tensor]:
-    x = program.inside(torch.zeros_like(program.lower))
-    return x, x.new_ones(len(x), 1 + program.equalities + program.inequalities)
 
 
 def _spent(solver: InnerSolver | None, target: Target, status: torch.Tensor) -> torch.Tensor:

@@ -10,7 +10,7 @@ import torch
 
 from bilevel.equations.structured import Structure, StructuredSystem, flat_raveler
 from bilevel.equations.system import System
-from bilevel.errors import ArgumentError, BilevelError, ShapeError
+from bilevel.errors import ArgumentError, BilevelError, DtypeError, ShapeError
 from bilevel.layers.constrained import ConstrainedSystem
 from bilevel.layers.constraints import Constraints, flatten_values
 from bilevel.pytree import Raveler
@@ -95,6 +95,12 @@ def _structure_of(
     except (RuntimeError, ValueError, IndexError, TypeError) as error:
         if isinstance(error, BilevelError) or "randomness" in str(error):
             raise
+        if "dtype" in str(error):
+            dtype = str(init.dtype).removeprefix("torch.")
+            raise DtypeError(
+                f"{ordinary.where}: expected the tensors that {name} reaches to have the dtype of init, {dtype}, and torch says: "
+                f"{' '.join(str(error).split())}; pass them as arguments of the layer, or convert them or init, for example with .double()"
+            ) from error
         raise ShapeError(
             f"{ordinary.where}: expected {name} to be a function of (x, *args, **kwargs) that works at init, and it says: "
             f"{' '.join(str(error).split())}; give it the parameters of the objective, and shapes that fit"

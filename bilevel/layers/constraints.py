@@ -53,7 +53,7 @@ class Constraints:
             if given is not None and not callable(given):
                 raise ArgumentError(
                     f"expected {name} to be a function of (x, *args, **kwargs) whose value is to be {sign} 0, got {given!r}; "
-                    f"pass for example {name}=lambda x: x.sum() - 1"
+                    f"pass for example {name}=lambda x: x.sum() - 1, and for several constraints one function that returns a tuple"
                 )
         tau = self.smoothing
         if tau is not None and (isinstance(tau, bool) or not isinstance(tau, (int, float)) or not 0 < tau < math.inf):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 
@@ -17,6 +17,7 @@ from bilevel.equations.equilibrium import (
     player_at_fault,
 )
 from bilevel.equations.player_bounds import PlayerBounds
+from bilevel.equations.player_terms import PlayerTerms
 from bilevel.equations.problem import Problem
 from bilevel.equations.system import System
 from bilevel.errors import ArgumentError
@@ -41,6 +42,7 @@ def equilibrium(
     *,
     lower: Sequence[Any] | None = None,
     upper: Sequence[Any] | None = None,
+    prox: Sequence[Any] | None = None,
     solver: InnerSolverLike | None = None,
     linear_solver: LinearSolverLike | None = None,
     tolerance: Tolerance | None = None,
@@ -60,6 +62,10 @@ def equilibrium(
         Bounds: a list with an entry for each player, each None, a number, a tensor, a pytree of tensors like x_i, or a function of the
         arguments that returns one. The conditions are then those of a variational inequality, which semismooth Newton solves. Where an unknown
         is on its bound and its slope ∂f_i/∂x_i is zero, the derivative is one-sided, and refused as ``DEGENERATE``.
+    prox
+        Proximal terms: a list with an entry for each player, each None, a term of :mod:`bilevel.prox`, a pytree of terms like x_i, or a function of
+        the arguments that returns one. Player i then minimises f_i + g_i. A player has bounds or a term; :class:`bilevel.prox.Box` has both in one.
+        Where a term is at its threshold, the derivative is refused as ``DEGENERATE``.
     solver
         An inner solver for the residual, by default Newton's method; or a function ``(objectives, init, *args, **kwargs)`` -> x, where
         ``objectives`` maps the tuple x to the tuple of values.
@@ -113,9 +119,16 @@ def equilibrium(
         raise ArgumentError(
             f"equilibrium: expected objectives to be functions of (x_1, ..., x_N, *args), got {wrong!r}; pass functions"
         )
-    bounds = (PlayerBounds.of(name, given, len(objectives)) for name, given in (("lower", lower), ("upper", upper)))
+    low, high = (PlayerBounds.of(name, given, len(objectives)) for name, given in (("lower", lower), ("upper", upper)))
+    terms = PlayerTerms.of(prox, len(objectives))
+    for player in range(0 if terms is None else len(objectives)):
+        if prox[player] is not None and any(side is not None and side[player] is not None for side in (lower, upper)):  # type: ignore[index]
+            raise ArgumentError(
+                f"equilibrium: expected bounds or a term for player {player}, got both; write the bounds as bilevel.prox.Box, or the term as part "
+                "of a term of your own, bilevel.prox.Custom"
+            )
     return EquilibriumLayer(
-        Players(tuple(objectives), *bounds),
+        Players(tuple(objectives), low, high, terms),
         solver=solver,
         linear_solver=linear_solver,
         tolerance=tolerance,
@@ -151,7 +164,7 @@ class EquilibriumLayer(Layer):
         names = ", ".join(getattr(f, "__name__", type(f).__name__) for f in players.objectives)
         self.where = f"`equilibrium` layer `{names}`"
         # Whoever decides whether evaluations may be replayed, or closures reach a gradient, looks at functions.
-        bounds = [side.functions for side in (players.lower, players.upper) if side is not None]
+        bounds = [side.functions for side in (players.lower, players.upper, players.terms) if side is not None]
         self.written = lambda: _joined((*players.objectives, *(f for functions in bounds for f in functions)))
 
     @property
@@ -183,6 +196,10 @@ class EquilibriumLayer(Layer):
     ) -> Solution[T]:
         assert isinstance(self.function, Players)
         check_players(self.where, self.function.objectives, init)
+        if self.function.terms is not None:
+            self.function.terms(
+                self.where, tuple(cast("tuple[Any, ...]", init)), args, kwargs
+            )  # the parameters' values are checked here
         return super()._solution(settings, init, args, kwargs)
 
     def _call(self, settings: SolveSettings, system: System, watched: bool) -> SolveCall:
@@ -228,10 +245,21 @@ class _EquilibriumCall(SolveCall):
                     "move the bound, or differentiate at arguments where the unknown is clearly on the bound or off it",
                 )
             }
+        kinks = state.at_kink.any(-1)
+        if bool(kinks.any()):
+            lost = kinks.reshape(problem.system.batch_shape)
+            self.degenerate = lost if self.degenerate is None else self.degenerate | lost
+            self.messages = {
+                Status.DEGENERATE: (
+                    "found no derivative: a player's proximal term is just at its threshold, where the derivative is one-sided",
+                    "change the arguments a little, for example a strength by a relative 1e-3, or pass on_failure='ignore' to take the derivative of "
+                    "one side",
+                ),
+                **self.messages,
+            }
         crossed = (state.lower > state.upper).any(-1)
         status = torch.where(crossed, int(Status.INFEASIBLE), outcome.status)
-        inside = torch.minimum(torch.maximum(outcome.x, state.lower), state.upper)
-        x = torch.where((outcome.status == Status.CONVERGED).unsqueeze(-1), inside, outcome.x)
+        x = torch.where((outcome.status == Status.CONVERGED).unsqueeze(-1), state.landed, outcome.x)
         words = dict(outcome.words)
         if bool(crossed.any()):
             words[Status.INFEASIBLE] = (

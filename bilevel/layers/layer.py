@@ -188,7 +188,8 @@ class Layer:
 
         One residual checks ``x``. With no accuracy asked it may be off by about 1 %; with ``Tolerance(delta=...)`` or ``rtol``
         it has to meet that accuracy. Derivatives are those of the implicit function at ``x``. With proximal terms, bounds or
-        constraints the layer makes a few steps from ``x``, because it needs the active set.
+        constraints the layer solves from ``x``, because it needs the active set; it returns its own solution, and ``x`` fails if it is more than
+        about 1 % away.
 
         Parameters
         ----------
@@ -212,7 +213,7 @@ class Layer:
         >>> a.grad
         tensor([1., 1.])
         """
-        settings = self._settings if self.structure is not None else replace(self._settings, solver=GivenAnswer())
+        settings = replace(self._settings, solver=GivenAnswer())
         return self._around(settings, pytree.tree_map(_without_graph, x), args, kwargs).value
 
     @eager
@@ -267,6 +268,8 @@ class Layer:
             return self._solution_of_none(settings, ordinary, raveler, empty, tensors)
         if self.structure is not None:
             system, flat = self.structure.attach(ordinary, flat, tensors)
+            if settings.multiplier_start:
+                flat = system.begun(flat, settings.multiplier_start)
         if watched or inside or transforms_active():
             poisoned = check_init(self.where, given, settings.on_failure)
         if inside:

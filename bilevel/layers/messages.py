@@ -182,7 +182,8 @@ _BRACKET: StatusMessages = {
 _FIXED_POINT: StatusMessages = {
     Status.MAX_STEPS: (
         Status.MAX_STEPS.meaning,
-        "check that the mapping has a fixed point and is smooth near it; start nearer to it, loosen the tolerance, or raise max_steps",
+        "check that the mapping has a fixed point and is smooth near it; lower the step size inside of it, if it has one, start nearer to the "
+        "fixed point, loosen the tolerance, or raise max_steps",
     ),
     Status.LINE_SEARCH_FAILED: (
         "found no step that lowers the residual x - T(x)",
@@ -190,8 +191,8 @@ _FIXED_POINT: StatusMessages = {
     ),
     Status.DIVERGED: (
         Status.DIVERGED.meaning,
-        "the mapping may not be a contraction there, or have no fixed point: start nearer to it, or take solver=bilevel.Newton(), "
-        "which needs no contraction",
+        "the mapping may not be a contraction there, or have no fixed point: lower the step size inside of it, if it has one, start nearer to "
+        "the fixed point, or take solver=bilevel.Newton(), which needs no contraction",
     ),
     Status.NOT_FINITE: (Status.NOT_FINITE.meaning, f"{_DOMAIN}, or start nearer the fixed point"),
 }

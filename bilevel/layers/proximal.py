@@ -213,6 +213,9 @@ class ProximalSystem(_Termed, LocalModel):
             retract=lambda x, y: of_batch(lambda g, x, y, *_: g.manifold(x).retract(y), x, y),
             free=lambda x: of_batch(lambda g, x, *_: g.manifold(x).free, x),
             entries=lambda x, places: of_batch(entries, x, places.to(x.dtype)),
+            proven_zero=lambda slope, move: of_batch(lambda g, s, m, *_: g.proven_zero(s, m), slope, move),
+            proven_nonzero=lambda x, e: of_batch(lambda g, x, e, *_: g.proven_nonzero(x, e[0]), x, e.unsqueeze(-1)),
+            convexity=lambda x: of_batch(lambda g, x, *_: g.convexity(x), x),
             separable=known if known is not None and known.separable else None,
         )
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Generic, NamedTuple, TypeVar, overload
 
@@ -66,6 +66,8 @@ class SolveSettings:
         Whether the function is checked first. An earlier call with the same function may have done it.
     adjoint_start
         The initial guess of the linear solve of the first derivative, (batch, n). It is ignored if its shape does not fit.
+    multiplier_start
+        ``equality`` and ``inequality``: the multipliers of a solution for nearby arguments, from which the search begins.
     backward_messages
         An application's messages for the failures of its linear systems, in place of the general ones.
     differentiation
@@ -85,6 +87,7 @@ class SolveSettings:
     on_failure: OnFailure
     inspect: bool = True
     adjoint_start: torch.Tensor | None = None
+    multiplier_start: Mapping[str, Any] = field(default_factory=dict)
     backward_messages: StatusMessages = field(default_factory=dict)
     differentiation: Differentiation = field(default_factory=Implicit)
     on_adjoint: Callable[[Adjoint], None] | None = None

@@ -141,7 +141,7 @@ class HypergradientCall:
         result = self._assembled(outer, data, point, here.values.mean(), here.corrected, flat, report)
         of_value = Bound(found.value_error, Basis.ESTIMATED) if tolerance.estimates else None
         after = (
-            WarmStart(inner, here.q / lower.batch, found.known) if found.finite else None
+            WarmStart(inner=inner, adjoint=here.q / lower.batch, known=found.known) if found.finite else None
         )  # as for the mean's cotangents
         return replace(result, _decided=found.bound, _decided_value=of_value), after
 

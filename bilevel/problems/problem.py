@@ -5,7 +5,6 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
@@ -358,12 +357,18 @@ class BilevelProblem(torch.nn.Module, ABC):
         start = self._start(outer, data, count) if init is None else init
         if count is not None:
             numbering.check_start(start, count)
-        solution = numbering.each(partial(self._layer.solve_with, settings))(start, outer, data)
+        # Multipliers go with the inner solution that they are of.
+        known = self._warm.multipliers if init is None and self.warm_start else {}
+
+        def solve(begin: tuple[Any, Any], outer: Any, data: Any) -> Solution[Any]:
+            return self._layer.solve_with(replace(settings, multiplier_start=begin[1]), begin[0], outer, data)
+
+        solution = numbering.each(solve)((start, known), outer, data)
         if self.warm_start:
-            last = detached(solution.value)
+            last, multipliers = detached((solution.value, _of_constraints(solution.multipliers)))
             # What a transform outside maps or differentiates is not this problem's own solution to go on from.
             if not transforms_active() and all(bool(torch.isfinite(leaf).all()) for leaf in pytree.tree_leaves(last)):
-                self._warm = replace(self._warm, inner=last)
+                self._warm = replace(self._warm, inner=last, multipliers=multipliers)
         return solution
 
     def hypergradient(self, outer: T, data: Any, *, init: Any = None, at: Any = None) -> Hypergradient[T]:
@@ -425,7 +430,7 @@ class BilevelProblem(torch.nn.Module, ABC):
                 f"{self.where}: expected Tolerance(delta=..., delta_prime=...) where the inner solution is given, got the goal "
                 f"{settings.tolerance!r}, which needs solves of its own; leave `at` out, or the goal"
             )
-        return settings if self._structure is not None else replace(settings, solver=GivenAnswer())
+        return replace(settings, solver=GivenAnswer())
 
     def _check_goal(self, tolerance: Tolerance) -> None:
         check_goal(self.where, tolerance, self._layer.differentiation, structured=self._structure is not None)
@@ -441,7 +446,7 @@ class BilevelProblem(torch.nn.Module, ABC):
         # Called by .to(), .double() and their like: what the next solve begins from follows, as buffers do.
         warm = self._warm
         inner = None if warm.inner is None else pytree.tree_map(fn, warm.inner)
-        self._warm = WarmStart(inner, None if warm.adjoint is None else fn(warm.adjoint))
+        self._warm = WarmStart(inner=inner, adjoint=None if warm.adjoint is None else fn(warm.adjoint))
         return super()._apply(fn, recurse)
 
     def _inner_of_given(self, inner: Any, outer: Any, data: Any) -> torch.Tensor:
@@ -470,3 +475,10 @@ class BilevelProblem(torch.nn.Module, ABC):
         cold = detached(self.initial(outer, data))
         last = warm.inner_like(cold) if fits else None
         return cold if last is None else last
+
+
+def _of_constraints(multipliers: Any) -> dict[str, Any]:
+    """Return the multipliers of equations and inequalities; those of bounds follow from x."""
+    names = ("equality", "inequality")
+    found = {name: getattr(multipliers, name, None) for name in names}
+    return {name: part for name, part in found.items() if part is not None}

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -23,6 +24,8 @@ class WarmStart:
     ----------
     inner
         φ, a pytree of tensors without a graph.
+    multipliers
+        ``equality`` and ``inequality``: the multipliers that belong to ``inner``; empty where there are no such constraints.
     adjoint
         q (K, n) for the mean over the K problems: 1/K of each problem's own.
     known
@@ -30,6 +33,7 @@ class WarmStart:
     """
 
     inner: Any = None
+    multipliers: Mapping[str, Any] = field(default_factory=dict)
     adjoint: torch.Tensor | None = None
     known: SearchState | None = None
 
@@ -59,15 +63,16 @@ class WarmStart:
     def state_dict(self) -> dict[str, Any]:
         """Return copies of everything, in types that can be loaded without running code."""
         known = None if self.known is None else self.known.state_dict()
-        state: dict[str, Any] = _copied({"inner": self.inner, "adjoint": self.adjoint, "known": known})
-        return state
+        state = {"inner": self.inner, "multipliers": self.multipliers, "adjoint": self.adjoint, "known": known}
+        copies: dict[str, Any] = _copied(state)
+        return copies
 
     @staticmethod
     def of(state: dict[str, Any]) -> WarmStart:
         """Return what :meth:`state_dict` described."""
         state = _copied(state)
         known = None if state["known"] is None else SearchState.of(state["known"])
-        return WarmStart(state["inner"], state["adjoint"], known)
+        return WarmStart(state["inner"], state.get("multipliers", {}), state["adjoint"], known)
 
 
 def _copied(tree: Any) -> Any:

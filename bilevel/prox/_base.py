@@ -115,6 +115,10 @@ class Term(ABC):
         """Return v ↦ prox(v, step) for many v of the shape of ``like``; override it to compute once what depends on the step alone."""
         return lambda v: self.prox(v, step)
 
+    def _free_with(self, like: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor | None]:
+        """Return x ↦ the ``free`` entries of its manifold, for many x of the shape of ``like``; override it likewise."""
+        return lambda x: self.manifold(x).free
+
     @abstractmethod
     def manifold(self, x: torch.Tensor) -> Manifold:
         """Return the manifold that x, made by :meth:`prox`, lies on; only the values of x count, not its derivatives."""
@@ -135,6 +139,28 @@ class Term(ABC):
         step
             The step of the prox, about 1/L. It makes ``slope`` comparable to x.
         """
+
+    def proven_zero(self, slope: torch.Tensor, move: torch.Tensor) -> torch.Tensor:
+        """Return which entries of a minimiser x* of f + g have to be zero, bool of the shape of x.
+
+        They are those for which −∇f(x*) is inside ∂g(0), wherever ∇f(x*) is. A term that proves nothing returns False for all.
+
+        Parameters
+        ----------
+        slope
+            ∇f at a point, of the shape of x.
+        move
+            Bounds of the entries of |∇f(x*) − ``slope``|.
+        """
+        return torch.zeros_like(slope, dtype=torch.bool)
+
+    def proven_nonzero(self, x: torch.Tensor, distance: torch.Tensor) -> torch.Tensor:
+        """Return which entries of a point x* are not zero, bool of the shape of x, if ‖x − x*‖ ≤ ``distance`` ()."""
+        return x.abs() > distance
+
+    def convexity(self, x: torch.Tensor) -> torch.Tensor:
+        """Return c ≥ 0, of the shape of x, so that g(x) − ½ Σ c_j x_j² is convex."""
+        return torch.zeros_like(x)
 
     @property
     def where(self) -> str:

@@ -65,6 +65,13 @@ class FlatTerm:
             return lambda v: self.prox(v, step)
         return term._prox_with(step, like)
 
+    def free_with(self, like: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor | None]:
+        """Return x ↦ the free entries of :meth:`manifold` (x), for many x like ``like`` (n,)."""
+        term, shape = self.terms[0], self.shapes[0]
+        if len(self.terms) > 1 or len(shape) != 1 or term is None:
+            return lambda x: self.manifold(x).free
+        return term._free_with(like)
+
     def value(self, x: torch.Tensor) -> torch.Tensor:
         """Return g(x) ()."""
         return _sum_of([t.value(part) for t, part in zip(self.terms, self._split(x), strict=True) if t is not None], x)
@@ -74,6 +81,21 @@ class FlatTerm:
         leaves = zip(self.terms, self._split(x), self._split(slope), strict=True)
         margins = [term.margin(part, s, step) for term, part, s in leaves if term is not None]
         return torch.stack(margins).min() if margins else x.new_ones(())
+
+    def proven_zero(self, slope: torch.Tensor, move: torch.Tensor) -> torch.Tensor:
+        """Return which entries of a minimiser are proven to be zero, bool (n,); see :meth:`Term.proven_zero`."""
+        leaves = zip(self.terms, self._split(slope), self._split(move), strict=True)
+        return _joined(
+            [torch.zeros_like(s, dtype=torch.bool) if t is None else t.proven_zero(s, m) for t, s, m in leaves]
+        )
+
+    def proven_nonzero(self, x: torch.Tensor, distance: torch.Tensor) -> torch.Tensor:
+        """Return which entries of a point within ``distance`` () of ``x`` are not zero, bool (n,)."""
+        return self._each(lambda t, part: part.abs() > distance if t is None else t.proven_nonzero(part, distance), x)
+
+    def convexity(self, x: torch.Tensor) -> torch.Tensor:
+        """Return c (n,) so that g(x) − ½ Σ c_j x_j² is convex."""
+        return self._each(lambda t, part: torch.zeros_like(part) if t is None else t.convexity(part), x)
 
     def manifold(self, x: torch.Tensor) -> Manifold:
         """Return the manifold of x; of its ``free`` entries, those of a leaf whose manifold fixes no single entries are all."""

@@ -56,6 +56,9 @@ class NonNegative(Term):
         move = as_parameter(step, x) * slope
         return least(relative(torch.where(x > 0, x, move), scale_of(x, move)))
 
+    def proven_zero(self, slope: torch.Tensor, move: torch.Tensor) -> torch.Tensor:
+        return slope > move
+
 
 @dataclass(frozen=True, eq=False)
 class Box(Term):

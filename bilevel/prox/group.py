@@ -12,7 +12,16 @@ import numpy as np
 import torch
 
 from bilevel.errors import ArgumentError, ShapeError
-from bilevel.prox._base import Manifold, Parameter, Term, as_parameter, check_nonnegative, detached, strength_of
+from bilevel.prox._base import (
+    Manifold,
+    Parameter,
+    Term,
+    as_parameter,
+    check_nonnegative,
+    detached,
+    rounding,
+    strength_of,
+)
 from bilevel.prox._margins import largest, least, relative
 
 if TYPE_CHECKING:
@@ -135,6 +144,20 @@ class GroupL2(Term):
         at_zero = 1 - slopes / torch.where(strength == 0, 1.0, strength)
         margins = torch.where(norms == 0, at_zero, relative(norms, largest(x)))
         return least(torch.where(strength == 0, float("inf"), margins))
+
+    def proven_zero(self, slope: torch.Tensor, move: torch.Tensor) -> torch.Tensor:
+        labels, shape = self._labels(slope)
+        strength = self._strength(slope, shape)
+        slopes, moves = (_norms(part, labels, strength.numel()) for part in (slope, move))
+        rounded = 1 + rounding(slope)
+        return _of_entries((slopes + moves) * rounded < strength, labels, False).reshape(slope.shape)
+
+    def proven_nonzero(self, x: torch.Tensor, distance: torch.Tensor) -> torch.Tensor:
+        """Return the entries of groups that are not zero, and those in no group that are not zero."""
+        labels, shape = self._labels(x)
+        norms = _norms(x, labels, self._strength(x, shape).numel()) * (1 - rounding(x))
+        whole = _of_entries(norms > distance, labels, False).reshape(x.shape)
+        return whole | (x.abs() > distance)
 
 
 def _of_entries(values: torch.Tensor, labels: torch.Tensor, other: float) -> torch.Tensor:

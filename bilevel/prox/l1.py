@@ -61,11 +61,18 @@ class L1(Term):
         least = -threshold
         return lambda v: v - v.clamp(least, threshold)
 
+    def _free_with(self, like: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
+        smooth = detached(self._strength(like)) == 0
+        return (lambda x: (x != 0) | smooth) if bool(smooth.any()) else (lambda x: x != 0)
+
     def manifold(self, x: torch.Tensor) -> Manifold:
         return _same_signs(x, self._strength(x))
 
     def margin(self, x: torch.Tensor, slope: torch.Tensor, step: Parameter = 1.0) -> torch.Tensor:
         return _margin(x, slope, self._strength(x))
+
+    def proven_zero(self, slope: torch.Tensor, move: torch.Tensor) -> torch.Tensor:
+        return slope.abs() + move < self._strength(slope)
 
 
 @dataclass(frozen=True, eq=False)
@@ -127,6 +134,12 @@ class ElasticNet(Term):
 
     def margin(self, x: torch.Tensor, slope: torch.Tensor, step: Parameter = 1.0) -> torch.Tensor:
         return _margin(x, slope, self._strengths(x)[0])
+
+    def proven_zero(self, slope: torch.Tensor, move: torch.Tensor) -> torch.Tensor:
+        return slope.abs() + move < self._strengths(slope)[0]
+
+    def convexity(self, x: torch.Tensor) -> torch.Tensor:
+        return self._strengths(x)[1]
 
 
 def _shrink(v: torch.Tensor, threshold: torch.Tensor) -> torch.Tensor:

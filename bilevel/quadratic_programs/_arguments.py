@@ -70,6 +70,10 @@ def arguments_of(where: str, given: dict[str, Any]) -> Arguments:
 def tensors_of(where: str, given: dict[str, Any], arrays: tuple[str, ...]) -> dict[str, torch.Tensor]:
     """Return what was given as tensors of one dtype, on q's device; those named in ``arrays`` may not be numbers."""
     found = {name: torch.as_tensor(v) if isinstance(v, np.ndarray) else v for name, v in given.items() if v is not None}
+    for name in ("Q", "q"):
+        if name in arrays and name not in found:
+            remedy = "torch.zeros(n, n) for a linear program" if name == "Q" else "torch.zeros(n) for no linear term"
+            raise ArgumentError(f"{where}: expected {name} to be a tensor, got None; pass {remedy}")
     main = found["q"]
     for name in arrays:
         if name in found and not isinstance(found[name], torch.Tensor):

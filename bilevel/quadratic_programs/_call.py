@@ -12,6 +12,7 @@ import torch
 from bilevel.policy import OnFailure, apply_policy
 from bilevel.quadratic_programs._kkt import Factor
 from bilevel.quadratic_programs._program import Found
+from bilevel.quadratic_programs._proof_later import ProofLater
 from bilevel.quadratic_programs._rule import Asked, Structure
 from bilevel.quadratic_programs._wording import backward_words, forward_words
 from bilevel.recording import ACTIVE
@@ -109,12 +110,13 @@ class ProgramCall:
         self.certificate = found.certificate.reshape(*batch, structure.length).to(dtype)
         self._note_lost(status)
         words = forward_words(structure, found, status)
-        self.report = self._report(
-            Pass.FORWARD, status, found.iterations, found.residual, found.threshold, batch, words
+        report = self._report(Pass.FORWARD, status, found.iterations, found.residual, found.threshold, batch, words)
+        point = found.point.to(dtype)
+        provable = not structure.smoothing and structure.dense and bool((status == Status.CONVERGED).any())
+        self.report = (
+            report.with_proof(ProofLater(self.backend, structure, flat, found, status, point)) if provable else report
         )
-        point = apply_policy(
-            self.report, found.point.to(dtype).reshape(*batch, structure.length), self.on_failure, self.recordings
-        )
+        point = apply_policy(self.report, point.reshape(*batch, structure.length), self.on_failure, self.recordings)
         marks = (found.active.to(dtype) + 2 * found.weak.to(dtype)).reshape(*batch, found.active.shape[-1])
         if found.factor is not None:
             matrices = tuple(tensors[i].detach() for i in (0, 2, 4))

@@ -31,7 +31,7 @@ _STATUS = {
     "DualInfeasible": Status.UNBOUNDED,
     "MaxIterations": Status.MAX_STEPS,
 }
-_FLIPS = 2
+_FLIPS, _SINGLE_FLIPS = 2, 30
 _SMALL = 400  # unknowns and rows up to which rays are searched for by the dense method
 _LET_PASS = 1e-6  # the relative residual of a point without polish that counts as solved
 
@@ -192,7 +192,7 @@ class _Point:
 def _with_ray(program: SparseProgram, blank: _Point, point: np.ndarray, status: Status) -> _Point:
     ray, value = program.ray(point, status is Status.INFEASIBLE)
     if value < 0:
-        blank.certificate = ray / -value
+        blank.certificate = program.shortened(ray / -value) if status is Status.INFEASIBLE else ray / -value
         return blank.ended(status)
     return blank.ended(Status.STAGNATED)
 
@@ -215,7 +215,8 @@ def _polished(program: SparseProgram, blank: _Point, point: np.ndarray, slack: n
     active = program.tight(point, slack)
     blank.point, blank.active = program.on(point, active), active
     blank.residual = program.lack(blank.point, active)
-    for _ in range(_FLIPS):
+    seen: set[bytes] = set()
+    for count in range(_FLIPS + _SINGLE_FLIPS):
         factor = OneFactor(program.sizes, program.Q, program.A, program.G, active)
         trial = program.on(point, active)
         for _ in range(3):
@@ -230,6 +231,14 @@ def _polished(program: SparseProgram, blank: _Point, point: np.ndarray, slack: n
             return blank.ended(Status.CONVERGED)
         if (flipped == active).all():
             break
+        seen.add(active.tobytes())
+        if count + 1 >= _FLIPS or flipped.tobytes() in seen:
+            # Where many change at once the sets go round in a circle. One at a time they do so rarely.
+            worst = program.worst(trial, active, flipped)
+            flipped = active.copy()
+            flipped[worst] = ~flipped[worst]
+            if flipped.tobytes() in seen:
+                break
         active = flipped
     blank.weak = program.unclear(blank.point)
     solved = status is Status.CONVERGED and blank.residual <= _LET_PASS

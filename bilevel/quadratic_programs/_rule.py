@@ -36,7 +36,7 @@ from bilevel._torch.transforms import (
 )
 from bilevel.errors import ArgumentError
 from bilevel.quadratic_programs._kkt import Sizes
-from bilevel.quadratic_programs._matrices import Pattern
+from bilevel.quadratic_programs._matrices import Dense, Pattern
 
 __all__ = ["KKTSolve", "ProgramSolve", "Rule", "Structure"]
 
@@ -67,6 +67,11 @@ class Structure:
     def length(self) -> int:
         """The length of a point, without what stands behind it."""
         return sum(self.sizes.parts)
+
+    @property
+    def dense(self) -> bool:
+        """Whether all matrices are given by all of their entries."""
+        return all(isinstance(pattern, Dense) for pattern in (self.Q, self.A, self.G))
 
     def active(self, marks: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
         """Return 1 for active inequalities and 0 for others (..., m + 2n), in the dtype of ``like``."""

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from bilevel.quadratic_programs._fewest import fewest
 from bilevel.quadratic_programs._kkt import Sizes
 from bilevel.quadratic_programs._program import BESIDE
 
@@ -138,6 +139,25 @@ class SparseProgram:
         proven = outside.max(initial=0.0) <= 1e-6 * np.abs(x).max()
         return np.concatenate([x, np.zeros(p + m + 2 * n)]), float(value) if proven else 0.0
 
+    def shortened(self, ray: np.ndarray) -> np.ndarray:
+        """Return the proof ``ray`` of infeasibility with the multipliers of few rows and bounds."""
+        import scipy.sparse as sp
+
+        n, p = self.sizes.n, self.sizes.p
+        multipliers = ray[n:]
+        eye = sp.identity(n, format="csr")
+        rows = sp.vstack([self.A, self.G, -eye, eye]).tocsc()
+        sides = np.concatenate([self.b, _finite(self.h), -_finite(self.lower), _finite(self.upper)])
+        used = multipliers.nonzero()[0]
+        # Multipliers of equations keep their signs.
+        signs = np.where(used < p, np.sign(multipliers[used]), 1.0)
+        weights = fewest(sp.csc_matrix(rows[used].T.multiply(signs)), sides[used] * signs)
+        if weights is None:
+            return ray
+        made = np.zeros_like(ray)
+        made[n + used] = weights * signs
+        return made
+
     @cached_property
     def lengths(self) -> np.ndarray:
         """The largest entry of each row of G."""
@@ -230,6 +250,13 @@ class SparseProgram:
         weak = np.where(active, weights <= _WEAK * size, slack <= _WEAK * scale) & ~fixed
         good = not (negative | violated).any() and self.lack(point, active) <= 1e-9
         return good, (active & ~negative) | violated, weak
+
+    def worst(self, point: np.ndarray, active: np.ndarray, flipped: np.ndarray) -> int:
+        """Return which of the inequalities that ``flipped`` changes fulfils its condition least."""
+        weights, size = self.weights(point)
+        slack, scale = self.slacks(point)
+        lack = np.where(active, -weights / size, -slack / scale)
+        return int(np.where(flipped != active, lack, -np.inf).argmax())
 
     def unclear(self, point: np.ndarray) -> np.ndarray:
         """Return the inequalities of which an interior solution does not tell whether they are active."""

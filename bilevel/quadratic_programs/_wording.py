@@ -23,7 +23,7 @@ _NONCONVEX = (
 )
 _NOT_FINITE = (
     "was given a NaN, or an infinity where none is allowed",
-    "h, lower and upper alone may be infinite: check Q, q, A, b and G",
+    "no argument may have a NaN, and h, lower and upper alone may be infinite: check them",
 )
 _NOT_UNIQUE = (
     "met a solution that is not unique in a direction that is differentiated",
@@ -31,7 +31,8 @@ _NOT_UNIQUE = (
 )
 _DEPENDENT = (
     "met active constraints that depend on each other: the derivative with respect to them is one-sided",
-    f"leave out a constraint that follows from the others, as one sum of a transport plan does, or {_SMOOTHING}",
+    "leave out a constraint that follows from the others, as one sum of a transport plan does, loosen one if together they leave no interior, or "
+    f"{_SMOOTHING}",
 )
 
 
@@ -63,6 +64,11 @@ def infeasible_words(multipliers: dict[str, float], separator: str) -> tuple[str
     largest = sorted(multipliers, key=lambda name: multipliers[name], reverse=True)[:_MOST_NAMES]
     names = separator.join(name for name in multipliers if name in largest)
     more = f" and {len(multipliers) - _MOST_NAMES} more" if len(multipliers) > _MOST_NAMES else ""
+    if len(multipliers) == 1:
+        return (
+            f"proved that no point fulfils the constraints: none fulfils {names}",
+            "loosen it, or correct its data (on_failure='ignore' returns the solution)",
+        )
     return (
         f"proved that no point fulfils the constraints: {names}{more} contradict each other",
         "loosen those with the largest multipliers, which are named; solution.certificate has all multipliers, which prove it "

@@ -14,13 +14,15 @@ from bilevel._torch.factorisations import eigh
 from bilevel.solvers._kkt import solve_symmetric
 from bilevel.solvers._program import Answer, Program
 
-__all__ = ["Measures", "Polished", "choose", "measure", "polish", "recovered"]
+__all__ = ["Measures", "Polished", "choose", "continued", "measure", "polish", "recovered"]
 
 _MOST_ROUNDS, _MOST_STEPS = 12, 12
 # The tolerance of signs and violations, relative to the sizes of forces and of x.
 _WRONG = 1e-9
 # A polish that moves x by more than this share of its size has found another solution.
 _FAR = 1e-2
+# Likewise for a solution that continues that of nearby arguments, and how often its active set may change.
+_CONTINUED, _MOST_CHANGES = 0.5, 30
 _UNBOUNDED = 1e6
 
 
@@ -95,14 +97,27 @@ def measure(program: Program, x: torch.Tensor, equality: torch.Tensor, inequalit
 
 def polish(program: Program, answer: Answer, at: Measures | None = None) -> Polished:
     """Return the answer at full accuracy where that is possible; ``good`` says where."""
+    return _followed(program, answer, at, _FAR, _MOST_ROUNDS, _MOST_STEPS)
+
+
+def continued(program: Program, answer: Answer) -> Polished:
+    """Return what becomes of a solution, with its multipliers, when the arguments change a little; ``good`` says where it was found.
+
+    The active set is chosen anew after each Newton step. x may move by a large share of its size.
+    """
+    return _followed(program, answer, None, _CONTINUED, _MOST_CHANGES, 1)
+
+
+def _followed(program: Program, answer: Answer, at: Measures | None, share: float, rounds: int, steps: int) -> Polished:
+    """Return the end of ``rounds`` of ``steps`` Newton steps and a new active set each; x may move by a ``share`` of its size."""
     x = program.inside(answer.x)
     at = measure(program, x, answer.equality, answer.inequality) if at is None else at
     point = _identified(program, x, answer, at)
     best = point
-    for _ in range(_MOST_ROUNDS):
-        point, at = _newton(program, point)
+    for _ in range(rounds):
+        point, at = _newton(program, point, steps)
         point, wrong = _judged(program, point, at)
-        far = (point.x - answer.x).abs().amax(-1) > _FAR * at.size
+        far = (point.x - answer.x).abs().amax(-1) > share * at.size
         good = point.good & ~far
         best = choose(good & ~best.good, point, best)
         if bool((best.good | far).all()):
@@ -112,8 +127,12 @@ def polish(program: Program, answer: Answer, at: Measures | None = None) -> Poli
     return best
 
 
-def recovered(program: Program, answer: Answer, near: float) -> Answer:
-    """Return the answer with least-squares multipliers of the constraints that are active up to ``near`` times the size of x."""
+def recovered(program: Program, answer: Answer, near: float, *, singly: bool = False) -> Answer:
+    """Return the answer with least-squares multipliers of the constraints that are active up to ``near`` times the size of x.
+
+    Constraints with multipliers of the wrong sign are left out: all of them in each round, or with ``singly`` the worst,
+    which finds multipliers where many sets of constraints determine one point.
+    """
     x = program.inside(answer.x)
     zero = torch.zeros_like(answer.inequality)
     at = measure(program, x, torch.zeros_like(answer.equality), zero)
@@ -123,7 +142,8 @@ def recovered(program: Program, answer: Answer, near: float) -> Answer:
     active = c / at.norms > -gap
     held = (x <= program.lower + gap) | (x >= program.upper - gap)
     equality, inequality = answer.equality, zero
-    for _ in range(1 + c.shape[-1]):
+    rounds = 1 + c.shape[-1] + (x.shape[-1] if singly else 0)
+    for _ in range(rounds):
         free = (~held).to(x)
         jacobian = torch.cat([jh, jc * active.unsqueeze(-1)], dim=1) * free.unsqueeze(1)
         p = jh.shape[1]
@@ -136,6 +156,9 @@ def recovered(program: Program, answer: Answer, near: float) -> Answer:
         inward = ((x <= program.lower + gap) & (slope < -tiny)) | ((x >= program.upper - gap) & (slope > tiny))
         inward = inward & held & ~program.fixed
         dropped = drop & active if c.shape[-1] else torch.zeros_like(active)
+        if singly:
+            pull = torch.where(inward, slope.abs(), torch.zeros_like(slope))
+            inward = inward & (pull >= pull.amax(-1, keepdim=True)) & ~dropped.any(-1, keepdim=True)
         if not bool(dropped.any()) and not bool(inward.any()):
             break
         active, held = active & ~dropped, held & ~inward
@@ -171,12 +194,12 @@ def _point(
     )
 
 
-def _newton(program: Program, point: Polished) -> tuple[Polished, Measures]:
+def _newton(program: Program, point: Polished, steps: int) -> tuple[Polished, Measures]:
     """Return ``point`` after Newton's method on the KKT system of its active set."""
     x, equality, inequality = point.x, point.equality, point.inequality
     error, before = point.error, torch.full_like(x[:, 0], math.inf)
     at = measure(program, x, equality, inequality)
-    for count in range(_MOST_STEPS):
+    for count in range(steps):
         matrix, right = _system(program, point, at, x, equality, inequality)
         step = solve_symmetric(matrix, right)
         n, p = x.shape[-1], equality.shape[-1]

@@ -36,6 +36,8 @@ class Composite:
         x ↦ bool (batch, n): the unknowns that are not fixed on the manifold of x.
     entries
         (x, places (batch, k)) ↦ the entries (batch, k, k) of the Hessian of Φ at these places.
+    proven_zero, proven_nonzero, convexity
+        (∇f, bounds of its change) ↦, (x, distance (batch,)) ↦ bool (batch, n) and x ↦ c (batch, n): see :class:`bilevel.prox.Term`.
     separable
         The term of a single problem, if it is a sum of functions of one unknown each; else None.
     """
@@ -48,6 +50,9 @@ class Composite:
     retract: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None
     free: Callable[[torch.Tensor], torch.Tensor] | None = None
     entries: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None
+    proven_zero: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None
+    proven_nonzero: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None
+    convexity: Callable[[torch.Tensor], torch.Tensor] | None = None
     separable: FlatTerm | None = None
 
     def step(self, x: torch.Tensor, slope: torch.Tensor, step: torch.Tensor) -> torch.Tensor:

@@ -15,7 +15,8 @@ from bilevel.errors import ArgumentError
 from bilevel.reports import Basis, Status, StatusMessages
 from bilevel.solvers._base import CallableSolver, Goal, InnerSolver, length
 from bilevel.solvers._composite import Composite, Iterate
-from bilevel.solvers._error import residual_rounding, rounding
+from bilevel.solvers._composite_proof import CompositeProof
+from bilevel.solvers._error import residual_rounding
 from bilevel.solvers._judge import InnerOutcome, solve_inner
 from bilevel.solvers._manifold_newton import Known, Polished, assess, polish, prox_step, reached
 from bilevel.solvers._reduced import ReducedSolver
@@ -279,9 +280,6 @@ class _Run:
         """Return the outcome of the run."""
         at, target, composite = self.at, self.target, self.composite
         norm = length(self.subgradient)
-        bound = torch.full_like(norm, torch.nan)
-        if target.strong_convexity is not None:
-            bound = (norm + rounding(composite.objective, at.x, at.slope)) / target.strong_convexity
         good = self.status == Status.CONVERGED
         threshold = torch.where(good & (target.rtol > 0), torch.maximum(self.threshold, norm), self.threshold)
         reduced = None if self.found is None else self.found.assessment.reduced
@@ -290,9 +288,10 @@ class _Run:
         known = self.found is not None and torch.equal(self.found.at.x, at.x)
         slope = self.found.assessment.slope if known and self.found is not None else torch.zeros_like(at.x)
         return InnerOutcome(
-            at.x, self.status, self.iterations, norm, threshold, bound, _basis(target), slope,
+            at.x, self.status, self.iterations, norm, threshold, torch.full_like(norm, torch.nan), Basis.RESIDUAL, slope,
             solver=name, degenerate=self._degenerate(), words=_MESSAGES,
             linear_solver=ReducedSolver(reduced) if serves and reduced is not None else None,
+            prove=CompositeProof(composite, at, norm, self.error, target),
         )  # fmt: skip
 
     def _degenerate(self) -> torch.Tensor | None:

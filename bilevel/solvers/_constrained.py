@@ -9,24 +9,28 @@ import torch
 
 from bilevel.errors import ArgumentError
 from bilevel.reports import Status, StatusMessages
-from bilevel.solvers._active_set import Polished, choose, measure, polish, recovered
+from bilevel.solvers._active_set import Polished, choose, continued, measure, polish, recovered
 from bilevel.solvers._base import InnerSolver, is_one_of
 from bilevel.solvers._central_path import centred
+from bilevel.solvers._constrained_wording import Name, failure_words
+from bilevel.solvers._implied import Weak
 from bilevel.solvers._program import Answer, ConstrainedSolver, Program
-from bilevel.solvers._regularity import Findings, examine
+from bilevel.solvers._regularity import Findings, examine, explained
+from bilevel.solvers._restoration import with_feasibility
+from bilevel.solvers._unsettled import is_settled, kinked_part
 from bilevel.solvers.interior_point import InteriorPoint
+from bilevel.solvers.projected_lbfgs import ProjectedLBFGS
 from bilevel.solvers.projected_newton import DENSE_LIMIT, ProjectedNewton
 
 __all__ = ["Found", "solve_constrained"]
 
-Name = Callable[[str, int], str]
-
 _UNSOLVED = (Status.MAX_STEPS, Status.STAGNATED, Status.NOT_CONVERGED, Status.LINE_SEARCH_FAILED)
-_NARROW = "pass each tensor that a function reaches through its closure as an argument, so that the solve can run in float64; if there is none, "
 # Without multipliers, constraints within these shares of the size of x are tried as active.
 _NEAR = (1e-5, 1e-7, 1e-3, 1e-2)
 # An initial guess is nearly a solution if its violation and its projected gradient are below this share of their sizes.
 _KNOWN, _MOST_RECOVERED = 1e-3, 256
+_MOST_RESUMES = 2
+_MAYBE_KINKED = (Status.STAGNATED, Status.NOT_CONVERGED, Status.MAX_STEPS)
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,6 +54,7 @@ def solve_constrained(
     smoothing: float | None,
     name: Name,
     where: str,
+    multipliers: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> Found:
     """Solve from ``init`` (K, n).
 
@@ -67,34 +72,59 @@ def solve_constrained(
         (kind, index) ↦ how a user would write that constraint.
     where
         The layer's name, for messages.
+    multipliers
+        ν (K, p) and λ (K, m), if ``init`` is the solution for nearby arguments, and these are its multipliers.
     """
-    unit = program.unit(init)
+    inside = program.inside(init)
+    parts, rows = program.jacobian(inside)
+    unit, weights = program.unit(init, parts, rows), program.row_weights(inside, parts, rows)
     given, column = program, unit.unsqueeze(-1)
     if bool((unit != 1).any()):
         program = program.in_units(unit)
+    of_equality = of_inequality = torch.ones_like(parts[:, :1])
+    if weights is not None:
+        program = program.scaled(weights)
+        _, of_equality, of_inequality = program.split(weights)
     if isinstance(solver, ConstrainedSolver):
         answer, used = solver.solve_program(program, init / column, smoothing), solver.name
     elif solver is None:
-        answer, used = _by_default(program, init / column, smoothing, where)
+        if multipliers is not None:
+            multipliers = multipliers[0] / of_equality, multipliers[1] / of_inequality
+        answer, used = _by_default(program, init / column, smoothing, where, multipliers)
     else:
         assert not isinstance(solver, InnerSolver)
         answer, used = solver(given, init), getattr(solver, "__name__", "solver")
-        answer = replace(answer, x=answer.x / column)
+        equality, inequality = answer.equality / of_equality, answer.inequality / of_inequality
+        answer = replace(answer, x=answer.x / column, equality=equality, inequality=inequality)
     answer = _without_contradictions(program, answer)
     if smoothing is not None:
         found = _on_the_path(program, answer, smoothing, used)
     elif program.size > DENSE_LIMIT and program.only_bounds:
         found = _large(program, answer, used, name)
     else:
-        found = _polished(program, answer, used, name)
+        answer, point = _settled(program, answer, _resume(solver))
+        found = _judged(program, answer, point, used, name)
     # The unit is a power of two: x stays exactly on its bounds.
     x = column * found.x
-    return replace(found, x=x, words={**_words(given, x, found.status, name), **found.words})
+    found = replace(found, equality=found.equality * of_equality, inequality=found.inequality * of_inequality)
+    budget = isinstance(solver, ConstrainedSolver) and solver.has_budget
+    kinked = kinked_part(program, found.x, is_one_of(found.status, _MAYBE_KINKED[:2] if budget else _MAYBE_KINKED))
+    found = replace(found, status=torch.where(kinked >= 0, int(Status.KINK), found.status))
+    if bool((found.status > int(Status.BUDGET_SPENT)).any()):
+        return replace(found, x=x, words={**failure_words(given, init, x, found.status, kinked, name), **found.words})
+    return replace(found, x=x)
 
 
-def _by_default(program: Program, init: torch.Tensor, smoothing: float | None, where: str) -> tuple[Answer, str]:
+def _by_default(
+    program: Program,
+    init: torch.Tensor,
+    smoothing: float | None,
+    where: str,
+    multipliers: tuple[torch.Tensor, torch.Tensor] | None,
+) -> tuple[Answer, str]:
     if smoothing is not None or not program.only_bounds:
-        known = _known_already(program, init) if smoothing is None else None
+        known = None if smoothing is not None or multipliers is None else _continued(program, init, *multipliers)
+        known = _known_already(program, init) if smoothing is None and known is None else known
         if known is not None:
             return known, "Newton on the active set of the start"
         if program.size + program.equalities > 4 * DENSE_LIMIT:
@@ -105,10 +135,12 @@ def _by_default(program: Program, init: torch.Tensor, smoothing: float | None, w
             )
         solver = InteriorPoint()
         return solver.solve_program(program, init, smoothing), solver.name
+    if program.size > DENSE_LIMIT:
+        return _many_unknowns(program, init)
     first = ProjectedNewton()
     answer = first.solve_program(program, init, None)
     failed = is_one_of(answer.status, (*_UNSOLVED, Status.NOT_FINITE))
-    if program.size > DENSE_LIMIT or not bool(failed.any()):
+    if not bool(failed.any()):
         return answer, first.name
     second = InteriorPoint()
     other = second.solve_program(program, init, None)
@@ -117,6 +149,48 @@ def _by_default(program: Program, init: torch.Tensor, smoothing: float | None, w
     status = torch.where(won, other.status, answer.status)
     steps = answer.iterations + torch.where(failed, other.iterations, torch.zeros_like(other.iterations))
     return replace(answer, x=x, status=status, iterations=steps), f"{first.name}, then {second.name}"
+
+
+def _many_unknowns(program: Program, init: torch.Tensor) -> tuple[Answer, str]:
+    """Return an answer for bounds alone: gradients alone find the active set, and Newton's method finishes on it."""
+    first, second = ProjectedLBFGS(), ProjectedNewton()
+    answer = first.solve_program(program, init, None)
+    going = is_one_of(answer.status, (Status.CONVERGED, *_UNSOLVED))
+    if not bool(going.any()):
+        return answer, first.name
+    other = second.solve_program(program, answer.x, None)
+    better = going & is_one_of(other.status, (Status.CONVERGED, *_UNSOLVED))
+    x = torch.where(better.unsqueeze(-1), other.x, answer.x)
+    status = torch.where(better, other.status, answer.status)
+    steps = answer.iterations + torch.where(better, other.iterations, 0)
+    return replace(answer, x=x, status=status, iterations=steps), f"{first.name}, then {second.name}"
+
+
+def _continued(program: Program, init: torch.Tensor, equality: torch.Tensor, inequality: torch.Tensor) -> Answer | None:
+    """Return the solutions that continue those of nearby arguments, by Newton's method on their active sets; None if one is not found."""
+    status = torch.full((len(init),), int(Status.NOT_CONVERGED), dtype=torch.int64, device=init.device)
+    steps = 0
+
+    def counted(x: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        nonlocal steps
+        steps += 1
+        return program.hessian(x, weights)
+
+    watched = replace(program, hessian=counted)
+    answer = Answer(init, equality, inequality, status, torch.zeros_like(status))
+    point = continued(watched, answer)
+    # Two Hessians a step, and one to begin with.
+    return _regular(program, point, torch.full_like(status, steps // 2))
+
+
+def _regular(program: Program, point: Polished, steps: torch.Tensor) -> Answer | None:
+    """Return polished points as an answer; None if one does not fulfil the conditions, or if its solution is degenerate or a saddle."""
+    if not bool(point.good.all()):
+        return None
+    findings, point = examine(program, point, measure(program, point.x, point.equality, point.inequality))
+    if bool((findings.negative | findings.degenerate).any()):
+        return None
+    return Answer(point.x, point.equality, point.inequality, torch.full_like(steps, int(Status.CONVERGED)), steps)
 
 
 def _known_already(program: Program, init: torch.Tensor) -> Answer | None:
@@ -142,20 +216,12 @@ def _known_already(program: Program, init: torch.Tensor) -> Answer | None:
     off = torch.where((at_lower & (slope > 0)) | (at_upper & (slope < 0)) | program.fixed, 0.0, slope).abs().amax(-1)
     if not bool((off <= _KNOWN * at.rows[:, 0].abs().amax(-1)).all()):
         return None
-    point = polish(program, answer, at)
-    if not bool(point.good.all()):
-        return None
-    findings = examine(program, point, measure(program, point.x, point.equality, point.inequality))
-    if bool((findings.negative | findings.degenerate).any()):
-        return None
-    return Answer(
-        point.x, point.equality, point.inequality, torch.full_like(status, int(Status.CONVERGED)), answer.iterations + 1
-    )
+    return _regular(program, polish(program, answer, at), answer.iterations + 1)
 
 
 def _without_contradictions(program: Program, answer: Answer) -> Answer:
     """Return the answer with statuses for bounds that contradict each other or are NaN."""
-    crossed = (program.lower > program.upper).any(-1)
+    crossed = program.crossed.any(-1)
     unknown = torch.isnan(program.lower).any(-1) | torch.isnan(program.upper).any(-1)
     status = torch.where(crossed, int(Status.INFEASIBLE), answer.status)
     status = torch.where(unknown, int(Status.NOT_FINITE), status)
@@ -164,23 +230,68 @@ def _without_contradictions(program: Program, answer: Answer) -> Answer:
     return replace(answer, x=tidy[0], equality=tidy[1], inequality=tidy[2], status=status)
 
 
-def _polished(program: Program, answer: Answer, used: str, name: Name) -> Found:
+def _resume(solver: object) -> ConstrainedSolver | None:
+    """Return the solver that goes on where the answer of ``solver`` is no solution; None: nobody does."""
+    if solver is None:
+        return InteriorPoint()
+    return solver if isinstance(solver, ConstrainedSolver) and not solver.has_budget else None
+
+
+def _settled(program: Program, answer: Answer, resume: ConstrainedSolver | None) -> tuple[Answer, Polished]:
+    """Return the answer and its polish. An answer that is no solution on its own scale is searched on from, with that scale."""
+    point = _polished(program, answer)
+    if not answer.known and bool((~point.good).any()):
+        # External solvers prove nothing.
+        return with_feasibility(
+            program, replace(answer, status=torch.where(point.good, int(Status.CONVERGED), answer.status)), answer.x
+        ), point
+    for count in range(_MOST_RESUMES + 1):
+        claimed = (answer.status == Status.CONVERGED) & ~point.good & ~is_settled(program, answer)
+        if not bool(claimed.any()):
+            break
+        if resume is None or count == _MOST_RESUMES:
+            return replace(answer, status=torch.where(claimed, int(Status.STAGNATED), answer.status)), point
+        more = _without_contradictions(program, resume.solve_program(program, answer.x, None))
+        fresh = _polished(program, more)
+        point = choose(claimed, fresh, point)
+        mask = claimed.unsqueeze(-1)
+        answer = Answer(
+            torch.where(mask, more.x, answer.x),
+            torch.where(mask, more.equality, answer.equality),
+            torch.where(mask, more.inequality, answer.inequality),
+            torch.where(claimed, more.status, answer.status),
+            answer.iterations + torch.where(claimed, more.iterations, torch.zeros_like(more.iterations)),
+            answer.known,
+        )
+    return answer, point
+
+
+def _polished(program: Program, answer: Answer) -> Polished:
     usable = is_one_of(answer.status, (Status.CONVERGED, *_UNSOLVED))
     point = polish(program, answer) if answer.known else _without_multipliers(program, answer)
+    if bool((usable & ~point.good).any()) and _recoverable(program):
+        # Where constraints leave no interior, multipliers of the central path grow without end. Others may exist.
+        point = choose(point.good, point, _with_other_multipliers(program, answer))
+    return point
+
+
+def _judged(program: Program, answer: Answer, point: Polished, used: str, name: Name) -> Found:
+    usable = is_one_of(answer.status, (Status.CONVERGED, *_UNSOLVED))
     good = usable & point.good
     status = torch.where(good, int(Status.CONVERGED), answer.status)
     at = measure(program, point.x, point.equality, point.inequality)
-    findings = examine(program, point, at)
-    # Interior-point iterates converge, slowly, even to solutions without multipliers. External solvers prove nothing.
-    if not answer.known:
-        status = torch.where(usable & ~good, int(Status.NOT_CONVERGED), status)
+    findings, point = examine(program, point, at)
+    # Interior-point iterates converge, slowly, even to solutions without multipliers.
     status = torch.where(good & findings.negative, int(Status.INDEFINITE), status)
     mask = good.unsqueeze(-1)
     x = torch.where(mask, point.x, answer.x)
     equality = torch.where(mask, point.equality, answer.equality)
     inequality = torch.where(mask, point.inequality, answer.inequality)
     degenerate = (findings.degenerate | findings.dependent) & (status == Status.CONVERGED)
-    words = _degenerate_words(findings, degenerate, name)
+    words = {}
+    if bool(degenerate.any()):
+        meaning, remedy = explained(findings, program, x, at, int(degenerate.nonzero()[0]), name)
+        words[Status.DEGENERATE] = (f"met a solution where {meaning}", remedy)
     alone = findings.degenerate & (status == Status.CONVERGED)
     return Found(x, equality, inequality, status, answer.iterations, alone, words, used)
 
@@ -195,6 +306,18 @@ def _without_multipliers(program: Program, answer: Answer) -> Polished:
     return point
 
 
+def _with_other_multipliers(program: Program, answer: Answer) -> Polished:
+    """Return the answer polished with multipliers of constraints near x, whatever those of the solver were."""
+    point = polish(program, recovered(program, answer, _NEAR[1]))
+    if bool(point.good.all()):
+        return point
+    return choose(point.good, point, polish(program, recovered(program, answer, _NEAR[1], singly=True)))
+
+
+def _recoverable(program: Program) -> bool:
+    return program.size + program.equalities + program.inequalities <= _MOST_RECOVERED
+
+
 def _large(program: Program, answer: Answer, used: str, name: Name) -> Found:
     """Judge large problems with bounds alone by gradients. The linear solve of a derivative checks their curvature."""
     x = answer.x
@@ -207,19 +330,26 @@ def _large(program: Program, answer: Answer, used: str, name: Name) -> Found:
     loose = ~program.fixed
     no = torch.zeros(len(x), dtype=torch.bool, device=x.device)
     findings = Findings(
-        x.new_zeros(len(x), 0, dtype=torch.bool),
-        loose & (x - program.lower <= 2e-8 * size) & (slope <= weak),
-        loose & (program.upper - x <= 2e-8 * size) & (-slope <= weak),
+        Weak(
+            x.new_zeros(len(x), 0, dtype=torch.bool),
+            loose & (x - program.lower <= 2e-8 * size) & (slope.abs() <= weak),
+            loose & (program.upper - x <= 2e-8 * size) & (slope.abs() <= weak),
+        ),
         no, x.new_zeros(len(x), 0, dtype=torch.bool), no, no, no, x.new_zeros(len(x), 0, dtype=torch.bool),
     )  # fmt: skip
+    # What the slope is a small difference of. At zero it vanishes for a product of unknowns, and ∇²f x does not.
     first = program.jacobian(program.inside(torch.zeros_like(x)))[1][:, 0].abs().amax(-1, keepdim=True)
-    small = slope.abs() <= 1e-9 * torch.maximum(first, force)
+    bent = program.product(x, x).abs().amax(-1, keepdim=True).nan_to_num(0.0, 0.0)
+    small = slope.abs() <= 1e-9 * torch.maximum(torch.maximum(first, bent), force)
     good = (small | at_lower | at_upper | program.fixed).all(-1)
     usable = is_one_of(answer.status, (Status.CONVERGED, *_UNSOLVED))
     failed = torch.where(answer.status == Status.CONVERGED, int(Status.STAGNATED), answer.status)
     status = torch.where(usable, torch.where(good, int(Status.CONVERGED), failed), answer.status)
     degenerate = findings.degenerate & (status == Status.CONVERGED)
-    words = _degenerate_words(findings, degenerate, name)
+    words = {}
+    if bool(degenerate.any()):
+        meaning, remedy = findings.words(int(degenerate.nonzero()[0]), name)
+        words[Status.DEGENERATE] = (f"met a solution where {meaning}", remedy)
     return Found(x, answer.equality, answer.inequality, status, answer.iterations, degenerate, words, used)
 
 
@@ -235,56 +365,3 @@ def _on_the_path(program: Program, answer: Answer, smoothing: float, used: str) 
         torch.where(mask, moved.inequality, answer.inequality),
         status, answer.iterations, torch.zeros_like(good), {}, used,
     )  # fmt: skip
-
-
-def _degenerate_words(findings: Findings, degenerate: torch.Tensor, name: Name) -> StatusMessages:
-    if not bool(degenerate.any()):
-        return {}
-    which = int(degenerate.nonzero()[0])
-    meaning, remedy = findings.words(which, name)
-    return {Status.DEGENERATE: (f"met a solution where {meaning}", remedy)}
-
-
-def _words(program: Program, x: torch.Tensor, status: torch.Tensor, name: Name) -> StatusMessages:
-    """Return the messages for the first infeasible problem, for unbounded ones and for those that are not solved."""
-    # In other dtypes the layer solves in float64, unless a function holds a tensor that fits its own dtype alone.
-    narrow = "" if program.lower.dtype == torch.float64 else _NARROW
-    words: dict[Status, tuple[str, str]] = {}
-    if bool((status == Status.STAGNATED).any()):
-        words[Status.STAGNATED] = (
-            Status.STAGNATED.meaning,
-            f"{narrow}loosen a constraint a little if together they leave a single point; or rounding may be the limit: use float64, rescale the "
-            "problem, regularise it or loosen the tolerance",
-        )
-    if narrow and bool((status == Status.MAX_STEPS).any()):
-        words[Status.MAX_STEPS] = (Status.MAX_STEPS.meaning, f"{narrow}{Status.MAX_STEPS.remedy}")
-    if bool((status == Status.INDEFINITE).any()):
-        words[Status.INDEFINITE] = (
-            "ended at a saddle or a maximum of the objective on the constraints",
-            "start elsewhere, or add regularisation",
-        )
-    if bool((status == Status.UNBOUNDED).any()):
-        words[Status.UNBOUNDED] = (
-            "found that the objective falls without end on the feasible set",
-            "add a bound, or a term that grows with x, such as a small ridge",
-        )
-    infeasible = status == Status.INFEASIBLE
-    if not bool(infeasible.any()):
-        return words
-    which = int(infeasible.nonzero()[0])
-    crossed = (program.lower[which] > program.upper[which]).nonzero().reshape(-1)
-    if len(crossed):
-        i = int(crossed[0])
-        found = f"{name('lower', i)} is {float(program.lower[which, i]):.6g}, above the upper bound {float(program.upper[which, i]):.6g}"
-        words[Status.INFEASIBLE] = (f"found no feasible point: {found}", "give bounds with lower <= upper")
-        return words
-    _, h, c = program.split(program.parts(x))
-    violation = torch.cat([h[which].abs(), c[which].clamp_min(0)])
-    place, p = int(violation.argmax()), h.shape[-1]
-    worst = name("equality", place) if place < p else name("inequality", place - p)
-    words[Status.INFEASIBLE] = (
-        f"found no point that satisfies the constraints: where they are violated least, {worst} is still violated by {float(violation[place]):.3g}",
-        f"{narrow}loosen the constraints with nonzero solution.multipliers (on_failure='ignore' returns them), or start elsewhere if they are not "
-        "convex",
-    )
-    return words

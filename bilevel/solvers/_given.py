@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -12,12 +12,13 @@ from bilevel.solvers._base import Goal, InnerSolution, InnerSolver, length
 from bilevel.solvers._judge import InnerOutcome, solve_inner
 from bilevel.tolerance import Target
 
-__all__ = ["GivenAnswer", "check_answer"]
+__all__ = ["GivenAnswer", "check_answer", "compared"]
 
 _WORDS = {
     Status.NOT_CONVERGED: (
         "is no solution: its residual is more than 1 % of that of an answer of its size",
-        "solve further before you pass the answer, call the layer with it as init, or say how far off it may be with bilevel.Tolerance(delta=...)",
+        "check that the layer's function is your solver's, with its factors and its intercept; or solve further before you pass the answer, "
+        "call the layer with it as init, or say how far off it may be with bilevel.Tolerance(delta=...)",
     )
 }
 # With no accuracy asked, the relative error of a solution, measured by its residual, may be this. External optimisers
@@ -43,7 +44,8 @@ def check_answer(problem: Problem, x: torch.Tensor, target: Target) -> InnerOutc
     """Judge ``x`` (batch, n) as a solution. With no accuracy asked it costs one residual.
 
     With no accuracy asked, x passes if ‖R(x)‖ ≤ 0.01 max(‖R(0)‖, ‖∂R x‖), about 1 % of x: an external optimiser may
-    have stopped early. With δ or ``rtol`` it is judged like the results of our own solvers.
+    have stopped early. R(0) does not count where it is not finite, as that of a logarithm. With δ or ``rtol`` it is
+    judged like the results of our own solvers.
     """
     if target.asked or not x.numel():
         return solve_inner(GivenAnswer(), problem, x, target)
@@ -53,8 +55,8 @@ def check_answer(problem: Problem, x: torch.Tensor, target: Target) -> InnerOutc
         slot.linearization = linear
     residual = linear.residual.detach()
     norm = length(residual)
-    size = torch.maximum(length(linear.operator.matvec(x)), length(problem.residual(torch.zeros_like(x))))
-    threshold = _MOST_RELATIVE * size.nan_to_num(0.0, 0.0)
+    sizes = torch.stack([length(linear.operator.matvec(x)), length(problem.residual(torch.zeros_like(x)))])
+    threshold = _MOST_RELATIVE * sizes.nan_to_num(0.0, 0.0).amax(0)
     codes = torch.full(norm.shape, int(Status.NOT_CONVERGED), dtype=torch.int64, device=norm.device)
     codes = torch.where(norm <= threshold, torch.full_like(codes, Status.CONVERGED), codes)
     codes = torch.where(torch.isfinite(norm), codes, torch.full_like(codes, Status.NOT_FINITE))
@@ -65,3 +67,23 @@ def check_answer(problem: Problem, x: torch.Tensor, target: Target) -> InnerOutc
     return InnerOutcome(
         x, codes, steps, norm, threshold, bound, basis, residual, solver=GivenAnswer().name, words=_WORDS
     )
+
+
+def compared(outcome: InnerOutcome, given: torch.Tensor) -> InnerOutcome:
+    """Return ``outcome``, a solve of a problem with a structure from the answer ``given`` (batch, n), with NOT_CONVERGED where that is far off."""
+    n = given.shape[-1]
+    if not outcome.x.numel() or not n:
+        return outcome
+    off = (outcome.x[:, :n] - given).abs().amax(dim=-1)
+    far = (outcome.status == Status.CONVERGED) & ~(off <= _MOST_RELATIVE * (1 + outcome.x[:, :n].abs().amax(dim=-1)))
+    if not bool(far.any()):
+        return outcome
+    which = int(far.nonzero()[0])
+    words = {
+        Status.NOT_CONVERGED: (
+            f"is no solution: the solution found from it is {float(off[which]):.2g} away",
+            "solve further before you pass the answer, or call the layer with it as init",
+        )
+    }
+    status = torch.where(far, int(Status.NOT_CONVERGED), outcome.status)
+    return replace(outcome, status=status, words={**outcome.words, **words}, solver=GivenAnswer().name)

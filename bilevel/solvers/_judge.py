@@ -8,14 +8,14 @@ depends neither on the initial guess nor on the units of the objective. With δ 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 
 from bilevel.equations.problem import Problem
-from bilevel.reports import Basis, Status, StatusMessages
+from bilevel.reports import Basis, Proof, Status, StatusMessages
 from bilevel.solvers._base import Goal, InnerSolution, InnerSolver, all_finite, is_one_of, length
 from bilevel.solvers._degenerate import falls_beside, slow_directions
 from bilevel.solvers._error import (
@@ -64,7 +64,7 @@ class InnerOutcome:
 
     ``factor`` holds Cholesky factors of Hessians near x, ``exact`` says that they are those at x. ``degenerate`` (batch,) bool says where the
     derivative at x does not exist or is one-sided, ``words`` what there is to say of the statuses of this solve. ``linear_solver`` is one for
-    derivatives, made of what the solve has factorised.
+    derivatives, made of what the solve has factorised. ``prove`` proves more of the solution, for who asks.
     """
 
     x: torch.Tensor
@@ -81,6 +81,7 @@ class InnerOutcome:
     degenerate: torch.Tensor | None = None
     words: StatusMessages = field(default_factory=dict)
     linear_solver: Any = None
+    prove: Callable[[], Proof] | None = None
 
 
 def solve_inner(

@@ -21,6 +21,8 @@ __all__ = ["Answer", "ConstrainedSolver", "Program"]
 # Unknowns above this size need no other unit.
 _SMALL = 1e-2
 _DENSE_ORDER = 512
+# Constraints whose values and gradients are below this are tiny.
+_TINY = 1e-4
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,6 +66,11 @@ class Program:
     def fixed(self) -> torch.Tensor:
         """Where lower = upper, (K, n)."""
         return self.lower == self.upper
+
+    @property
+    def crossed(self) -> torch.Tensor:
+        """Where no number is between the bounds, (K, n)."""
+        return (self.lower > self.upper) | (self.lower == torch.inf) | (self.upper == -torch.inf)
 
     @property
     def only_bounds(self) -> bool:
@@ -117,13 +124,13 @@ class Program:
             single=None if single is None else lambda number: single(number).in_units(unit[number : number + 1]),
         )  # fmt: skip
 
-    def unit(self, x: torch.Tensor) -> torch.Tensor:
+    def unit(self, x: torch.Tensor, parts: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
         """Return a power of two (K,) as a unit in which unknowns are not small. It is one unless all indications of their size at ``x`` are small.
 
         The indications are x itself, finite bounds, the distances of constraints from x, and the length of a Newton
-        step. Large unknowns need no unit, because tolerances are relative to 1 + |x|.
+        step. Large unknowns need no unit, because tolerances are relative to 1 + |x|. ``parts`` and ``rows`` are the Jacobian at x inside the
+        bounds.
         """
-        parts, rows = self.jacobian(self.inside(x))
         flat = torch.zeros_like(parts)
         flat[:, 0] = 1.0
         dense = self.size <= _DENSE_ORDER
@@ -140,6 +147,26 @@ class Program:
         size = torch.stack(known).nan_to_num(0.0, 0.0, 0.0).amax(0)
         small = (size > 0) & (size < _SMALL)
         return torch.where(small, torch.exp2(torch.log2(size.clamp_min(1e-30)).round()), torch.ones_like(size))
+
+    def row_weights(self, x: torch.Tensor, parts: torch.Tensor, rows: torch.Tensor) -> torch.Tensor | None:
+        """Return powers of two (K, 1 + p + m) by which tiny constraints are multiplied; None if none is tiny.
+
+        A constraint is tiny if it and its gradient are so at ``x``, where they are ``parts`` and ``rows``, and beside it.
+        """
+        sizes = torch.maximum(rows.norm(dim=-1), parts.abs())
+        sizes[:, 0] = 1.0
+        if self.only_bounds or not bool((sizes < _TINY).any()):
+            return None
+        places = torch.arange(x.shape[-1], dtype=x.dtype, device=x.device)
+        beside = self.jacobian(self.inside(x + (1 + x.abs().amax(-1, keepdim=True)) * torch.cos(places)))[1].norm(
+            dim=-1
+        )
+        sizes = torch.maximum(sizes, beside.nan_to_num(1.0, 1.0, 1.0))
+        tiny = (sizes < _TINY) & (sizes > 0)
+        tiny[:, 0] = False
+        if not bool(tiny.any()):
+            return None
+        return torch.exp2(-torch.log2(torch.where(tiny, sizes, torch.ones_like(sizes))).round())
 
 
 @dataclass(frozen=True, eq=False)

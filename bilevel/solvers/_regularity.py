@@ -9,10 +9,13 @@ import torch
 
 from bilevel._torch.factorisations import eigh, eigvalsh, svdvals
 from bilevel.solvers._active_set import Measures, Polished
+from bilevel.solvers._implied import Weak, count_implied, leave_no_interior, with_strict_multipliers
 from bilevel.solvers._program import Program
 from bilevel.solvers._shifted import try_cholesky
 
-__all__ = ["Findings", "examine"]
+__all__ = ["Findings", "examine", "explained"]
+
+Name = Callable[[str, int], str]
 
 # Multipliers and distances below this share of the sizes of forces and of x count as zero.
 _WEAK, _WEAK_UNPOLISHED = 2e-8, 1e-4
@@ -20,6 +23,12 @@ _WEAK, _WEAK_UNPOLISHED = 2e-8, 1e-4
 _DEPENDENT, _FLAT = 1e-10, 1e-10
 _MOST_NAMES = 3
 _SMOOTHING = "perturb the arguments, or pass smoothing=1e-3 to bilevel.argmin, which takes value and derivative from the central path"
+_RIDGE = (
+    "add a small ridge term, such as 1e-3 * (x**2).sum(), to the objective; or, where the constraints bound the solutions, pass smoothing=1e-3 to "
+    "bilevel.argmin, which takes value and derivative from the central path"
+)
+_NO_INTERIOR = "state inequalities that hold each other as one equality, loosen one of them, or detach the arguments that move them"
+_LOOSEN = "loosen one of these constraints a little, for example by 1e-3"
 _LEAVE_OUT = (
     "leave one of these equations out: it follows from the others, as the last column sum of a transport plan does"
 )
@@ -31,8 +40,8 @@ class Findings:
 
     Parameters
     ----------
-    weak_inequality, weak_lower, weak_upper
-        Active, or nearly, with multiplier zero: (K, m), (K, n), (K, n).
+    weak
+        The constraints with multiplier zero of which the derivative depends on the side.
     dependent
         Whether the gradients of active constraints are linearly dependent (K,), and which take part (K, p + m).
     flat, negative
@@ -43,9 +52,7 @@ class Findings:
         The equalities that follow from each other, bounds or not (K, p). No argument and no smoothing makes them independent.
     """
 
-    weak_inequality: torch.Tensor
-    weak_lower: torch.Tensor
-    weak_upper: torch.Tensor
+    weak: Weak
     dependent: torch.Tensor
     members: torch.Tensor
     flat: torch.Tensor
@@ -56,31 +63,31 @@ class Findings:
     @property
     def degenerate(self) -> torch.Tensor:
         """Where the derivative does not exist or is one-sided (K,). With dependent gradients alone it may exist."""
-        weak = self.weak_inequality.any(-1) | self.weak_lower.any(-1) | self.weak_upper.any(-1)
-        return weak | self.flat | self.irregular
+        return self.weak.any | self.flat | self.irregular
 
-    def words(self, number: int, name: Callable[[str, int], str]) -> tuple[str, str]:
+    def words(self, number: int, name: Name) -> tuple[str, str]:
         """Return what is degenerate about the problem at ``number``, and the remedy; ``name`` converts a kind and an index to the user's terms."""
-        weak = [("inequality", self.weak_inequality), ("lower", self.weak_lower), ("upper", self.weak_upper)]
+        weak = [("inequality", self.weak.inequality), ("lower", self.weak.lower), ("upper", self.weak.upper)]
         names = [name(kind, int(i)) for kind, flags in weak for i in flags[number].nonzero().reshape(-1)]
         if names:
             verb = "is" if len(names) == 1 else "are"
             return f"{_listed(names)} {verb} active with multiplier 0, so that the derivative is one-sided", _SMOOTHING
+        if bool(self.flat[number]):
+            return (
+                "the solution may not be unique, as the second-order condition fails: the Lagrangian is flat along a direction that the active "
+                "constraints leave free",
+                _RIDGE,
+            )
         if bool(self.irregular[number]):
             return (
                 "no finite multipliers satisfy the optimality conditions, as no constraint qualification holds there",
-                f"loosen a constraint if together they leave a single point, or nearly; else {_SMOOTHING}",
-            )
-        if bool(self.flat[number]):
-            return (
-                "the second-order condition fails: the Lagrangian is flat along a direction that the active constraints leave free",
-                _SMOOTHING,
+                f"loosen a constraint, or {_SMOOTHING}",
             )
         repeated = self.repeated[number].nonzero().reshape(-1).tolist()
         if repeated:
             names = [name("equality", i) for i in repeated]
             return f"{_listed(names)} repeat each other, and the arguments move them apart", _LEAVE_OUT
-        p = self.members.shape[-1] - self.weak_inequality.shape[-1]
+        p = self.members.shape[-1] - self.weak.inequality.shape[-1]
         places = self.members[number].nonzero().reshape(-1).tolist()
         names = [name("equality", i) if i < p else name("inequality", i - p) for i in places]
         return (
@@ -89,21 +96,54 @@ class Findings:
         )
 
 
+def explained(
+    findings: Findings, program: Program, x: torch.Tensor, at: Measures, number: int, name: Name
+) -> tuple[str, str]:
+    """Return :meth:`Findings.words`, or words for constraints without an interior or without a gradient."""
+    near = _WEAK_UNPOLISHED if bool(findings.irregular[number]) else _WEAK
+    vanishing = _vanishing(program, x, at, near)[number].nonzero().reshape(-1).tolist()
+    if vanishing:
+        named = _listed([name("inequality", i) for i in vanishing])
+        return (
+            f"the gradient of {named} vanishes on its boundary, so that no finite multipliers exist",
+            "state the same set by a constraint whose gradient does not vanish, for example x = a in place of ((x - a) ** 2).sum() <= 0, or "
+            "loosen the constraint",
+        )
+    weights = leave_no_interior(program, x, at, number, near)
+    if weights is None:
+        return findings.words(number, name)
+    p, m, n = program.equalities, program.inequalities, program.size
+    kinds = [("equality", p), ("inequality", m), ("lower", n), ("upper", n)]
+    places = [(kind, i) for kind, count in kinds for i in range(count)]
+    named = _listed([name(*places[i]) for i in (weights.abs() > 1e-6).nonzero().reshape(-1).tolist()])
+    return (
+        f"no constraint qualification holds: {named} leave no interior to first order, and may leave no feasible point if an argument moves them",
+        _LOOSEN if bool(findings.irregular[number]) else _NO_INTERIOR,
+    )
+
+
+def _vanishing(program: Program, x: torch.Tensor, at: Measures, near: float) -> torch.Tensor:
+    """Return which inequalities (K, m) are active with a gradient that is nearly zero beside that at a point not far away."""
+    aside = torch.cos(torch.arange(x.shape[-1], dtype=x.dtype, device=x.device))
+    rows = program.jacobian(x + 1e-2 * at.size.unsqueeze(-1) * aside)[1]
+    there = program.split(rows)[2].norm(dim=-1)
+    here, c = program.split(at.rows)[2].norm(dim=-1), program.split(at.parts)[2]
+    return (here <= 1e-5 * there) & (c > -near * there * at.size.unsqueeze(-1))
+
+
 def _listed(names: list[str]) -> str:
     more = f" and {len(names) - _MOST_NAMES} more" if len(names) > _MOST_NAMES else ""
     return ", ".join(names[:_MOST_NAMES]) + more
 
 
-def examine(program: Program, point: Polished, at: Measures) -> Findings:
-    """Examine the solutions ``point``, measured as ``at`` there."""
-    gradient, jh, jc = program.split(at.rows)
-    c = program.split(at.parts)[2]
-    weak = torch.where(point.good, _WEAK, _WEAK_UNPOLISHED).to(point.x).unsqueeze(-1)
-    no_force, no_gap = weak * at.force.unsqueeze(-1), weak * at.size.unsqueeze(-1)
-    weak_inequality = (c / at.norms > -no_gap) & (point.inequality * at.norms <= no_force)
-    slope, loose = point.slope, ~program.fixed
-    weak_lower = loose & (point.x - program.lower <= no_gap) & (slope <= no_force)
-    weak_upper = loose & (program.upper - point.x <= no_gap) & (-slope <= no_force)
+def examine(program: Program, point: Polished, at: Measures) -> tuple[Findings, Polished]:
+    """Examine the solutions ``point``, measured as ``at`` there; return them with the weakly active constraints that others imply as active."""
+    _, jh, jc = program.split(at.rows)
+    weak = _weak(program, point, at)
+    if bool(weak.any.any()):
+        point, weak = count_implied(program, point, at, weak)
+        if bool(weak.any.any()):
+            point, weak = with_strict_multipliers(program, point, at, weak, _WEAK)
     free = (~(point.at_lower | point.at_upper)).to(point.x)
     rows = torch.cat([jh, jc * point.active.unsqueeze(-1)], dim=1) * free.unsqueeze(1)
     counted = torch.cat([torch.ones_like(jh[..., 0], dtype=torch.bool), point.active], dim=-1)
@@ -112,9 +152,19 @@ def examine(program: Program, point: Polished, at: Measures) -> Findings:
     if bool(dependent.any()):
         repeated = _dependence(jh, jh, torch.ones_like(repeated))[1]
     flat, negative = _curvature(at.hessian, rows, free)
-    irregular = ~point.good
-    del gradient
-    return Findings(weak_inequality, weak_lower, weak_upper, dependent, members, flat, negative, irregular, repeated)
+    return Findings(weak, dependent, members, flat, negative, ~point.good, repeated), point
+
+
+def _weak(program: Program, point: Polished, at: Measures) -> Weak:
+    c = program.split(at.parts)[2]
+    share = torch.where(point.good, _WEAK, _WEAK_UNPOLISHED).to(point.x).unsqueeze(-1)
+    no_force, no_gap = share * at.force.unsqueeze(-1), share * at.size.unsqueeze(-1)
+    slope, loose = point.slope, ~program.fixed
+    return Weak(
+        (c / at.norms > -no_gap) & (point.inequality * at.norms <= no_force),
+        loose & (point.x - program.lower <= no_gap) & (slope.abs() <= no_force),
+        loose & (program.upper - point.x <= no_gap) & (slope.abs() <= no_force),
+    )
 
 
 def _dependence(whole: torch.Tensor, rows: torch.Tensor, counted: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

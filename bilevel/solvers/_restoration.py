@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 
-from bilevel.solvers._program import Program
+from bilevel.reports import Status
+from bilevel.solvers._base import is_one_of
+from bilevel.solvers._program import Answer, Program
 
-__all__ = ["restore"]
+__all__ = ["restore", "with_feasibility"]
 
 _MAX_STEPS = 200
 _FEASIBLE = 1e-9
@@ -62,6 +66,32 @@ def restore(
     norm = residual.norm(dim=-1)
     feasible = these & (norm <= enough)
     return x, feasible, these & stationary & ~feasible
+
+
+def with_feasibility(program: Program, answer: Answer, start: torch.Tensor) -> Answer:
+    """Return the answer with infeasible problems told from unsolved ones, and the ray of infeasibility as their multipliers.
+
+    ``start`` (K, n) is where the search for a feasible point of unsolved problems begins.
+    """
+    short = is_one_of(answer.status, (Status.STAGNATED, Status.MAX_STEPS, Status.NOT_CONVERGED))
+    infeasible = answer.status == Status.INFEASIBLE
+    if not bool((short | infeasible).any()):
+        return answer
+    here, _, stationary = restore(program, start, short, 0.0)
+    found = short & stationary
+    infeasible = infeasible | found
+    x = torch.where(found.unsqueeze(-1), here, answer.x)
+    _, h, c = program.split(program.parts(x))
+    ray = torch.cat([h, c.clamp_min(0)], dim=-1)
+    ray = ray / ray.norm(dim=-1, keepdim=True).clamp_min(torch.finfo(ray.dtype).tiny)
+    mask, p = infeasible.unsqueeze(-1), h.shape[-1]
+    return replace(
+        answer,
+        x=x,
+        status=torch.where(infeasible, int(Status.INFEASIBLE), answer.status),
+        equality=torch.where(mask, ray[:, :p], answer.equality),
+        inequality=torch.where(mask, ray[:, p:], answer.inequality),
+    )
 
 
 def _residual(program: Program, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

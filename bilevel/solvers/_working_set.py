@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import torch
 
@@ -21,6 +22,8 @@ from bilevel.solvers._composite import Composite, Iterate
 from bilevel.solvers._reduced import Reduced, factorised
 
 __all__ = ["Sparse", "solve_sparse"]
+
+Free: TypeAlias = Callable[[torch.Tensor], torch.Tensor]
 
 # The smallest number of unknowns, the smallest and the first number that join the working set at once, and its largest
 # size.
@@ -49,7 +52,8 @@ def solve_sparse(composite: Composite, x: torch.Tensor) -> Sparse | None:
     g = composite.separable
     if g is None or x.shape[-1] < _LEAST_UNKNOWNS or torch.finfo(x.dtype).bits < 32:
         return None
-    if int(_free(g, x[0]).sum()) > _JOIN:
+    free_of = _free_with(g, x[0])
+    if int(free_of(x[0]).sum()) > _JOIN:
         return None
     at = composite.at(x, x.new_zeros(1))
     if not bool(torch.isfinite(at.value + at.slope.sum())):
@@ -58,7 +62,7 @@ def solve_sparse(composite: Composite, x: torch.Tensor) -> Sparse | None:
     places: torch.Tensor | None = None
     rows: torch.Tensor | None = None
     for number in range(_MOST_ROUNDS):
-        more = _moved_most(g, at, step, places, _JOIN << max(0, number - 2))
+        more = _moved_most(g, free_of, at, step, places, _JOIN << max(0, number - 2))
         if more is None and (places is None or rows is None):
             return None
         if more is not None:
@@ -81,7 +85,7 @@ def solve_sparse(composite: Composite, x: torch.Tensor) -> Sparse | None:
         # The prox step has to vanish up to rounding and the accuracy of the model.
         move = (g.prox(torch.add(y, slope, alpha=-step), at.step[0]) - y).abs().amax()
         if bool(move <= 1e-7 * (y.abs().amax() + step * slope.abs().amax())):
-            reduced = model.reduced(at.x, _free(g, y), inner)
+            reduced = model.reduced(at.x, free_of(y), inner)
             return Sparse(at, reduced, length(at.x - around.x), number + 1)
         expected = around.slope[0] + (inner - model.x) @ rows
         if not bool((expected - slope).norm() <= 1e-10 * (slope.norm() + around.slope.norm())):
@@ -89,14 +93,16 @@ def solve_sparse(composite: Composite, x: torch.Tensor) -> Sparse | None:
     return None
 
 
-def _moved_most(g: FlatTerm, at: Iterate, step: float, known: torch.Tensor | None, many: int) -> torch.Tensor | None:
+def _moved_most(
+    g: FlatTerm, free_of: Free, at: Iterate, step: float, known: torch.Tensor | None, many: int
+) -> torch.Tensor | None:
     """Return the places of the ``many`` unknowns, besides the ``known``, that a prox step moves most; None if it moves none."""
     y, slope = at.x[0], at.slope[0]
     if step == float("inf"):  # the curvature is unknown yet, but the order of the moves does not depend on the step
         size = float(slope.abs().amax())
         step = (1 + float(y.abs().amax())) / size if size > 0 else 1.0
     scores = (g.prox(torch.add(y, slope, alpha=-step), y.new_tensor(step)) - y).abs()
-    scores = scores.masked_fill(_free(g, y), torch.inf)
+    scores = scores.masked_fill(free_of(y), torch.inf)
     if known is not None:
         scores[known] = -1.0
     best = scores.topk(min(many, len(y) - (0 if known is None else len(known))))
@@ -119,6 +125,8 @@ class _Model:
         s, below 1/L in W.
     prox
         v ↦ prox_{sg}(v).
+    free_of
+        y ↦ the free entries of its manifold.
     places
         W.
     """
@@ -129,6 +137,7 @@ class _Model:
     hessian: torch.Tensor
     step: float
     prox: Callable[[torch.Tensor], torch.Tensor]
+    free_of: Free
     places: torch.Tensor
 
     @staticmethod
@@ -141,7 +150,8 @@ class _Model:
         if part is None or not step < float("inf"):
             return None
         x, slope = around.x[0, places], around.slope[0, places]
-        return _Model(part, x, slope, hessian, step, part.prox_with(x.new_tensor(step), x), places)
+        prox, free_of = part.prox_with(x.new_tensor(step), x), _free_with(part, x)
+        return _Model(part, x, slope, hessian, step, prox, free_of, places)
 
     def minimised(self, y: torch.Tensor, steps: int) -> torch.Tensor:
         """Return the minimiser; the search begins at ``y``."""
@@ -208,7 +218,7 @@ class _Model:
 
     def _manifold(self, y: torch.Tensor, slope: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Return the free unknowns, and the curvature K of g there; None if there are none."""
-        free = _free(self.g, y).nonzero().squeeze(-1)
+        free = self.free_of(y).nonzero().squeeze(-1)
         if self.g.is_flat:
             return free, None
         # The prox of a separable term has slopes 1 / (1 + s K). A difference gives them, and is exact if the prox is
@@ -237,9 +247,14 @@ class _Model:
         return factorised(x, everything.unsqueeze(0), self.places[free].unsqueeze(0), None, matrix)
 
 
-def _free(g: FlatTerm, y: torch.Tensor) -> torch.Tensor:
-    free = g.manifold(y).free
-    assert free is not None
+def _free_with(g: FlatTerm, like: torch.Tensor) -> Free:
+    free_of = g.free_with(like)
+
+    def free(y: torch.Tensor) -> torch.Tensor:
+        found = free_of(y)
+        assert found is not None
+        return found
+
     return free
 
 

@@ -118,10 +118,8 @@ def _backtrack(
     step to the minimum on this line. A longer one is mostly refused, and a refused step costs a gradient of the whole batch.
     """
     lr, slope = state.lr, vecdot(state.residual, state.residual)
-    # Near a minimum, rounding hides the decrease of the value. The slope at the new point then decides (Hager & Zhang's
-    # approximate Wolfe condition).
-    slack = state.value.abs() * (4 * torch.finfo(state.value.dtype).eps)
-    begun = state.value - slack
+    size, rounding = state.value.abs(), 4 * torch.finfo(state.value.dtype).eps
+    begun = torch.sub(state.value, size, alpha=rounding)
     pending: torch.Tensor | None = active
     for _ in range(_MOST_HALVINGS):
         x = torch.addcmul(state.x, lr.unsqueeze(-1), state.residual, value=-1)
@@ -132,7 +130,10 @@ def _backtrack(
             pending = None
             break
         assert pending is not None
-        pending = pending & ~(held | ((value <= state.value + slack) & (along >= -0.5 * slope)))
+        # Near a minimum, rounding hides the decrease of the value. The slope at the new point then decides (Hager & Zhang's
+        # approximate Wolfe condition).
+        near = value <= torch.add(state.value, size, alpha=rounding)
+        pending = pending & ~(held | (near & (along >= -0.5 * slope)))
         if not bool(pending.any()):
             pending = None
             break

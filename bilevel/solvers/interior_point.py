@@ -21,7 +21,7 @@ from bilevel.solvers._interior_pieces import (
 from bilevel.solvers._interior_state import State, fresh_state, kkt_error, merits, with_duals
 from bilevel.solvers._kkt import Direction, newton_direction
 from bilevel.solvers._program import Answer, ConstrainedSolver, Program
-from bilevel.solvers._restoration import restore
+from bilevel.solvers._restoration import restore, with_feasibility
 
 __all__ = ["InteriorPoint"]
 
@@ -300,26 +300,5 @@ class _Run:
         state = self.state
         x = torch.where(self.given.fixed, self.given.lower, state.x)
         equality, inequality = state.equality * h / f.unsqueeze(-1), state.inequality * c / f.unsqueeze(-1)
-        short = (status == Status.STAGNATED) | (status == Status.MAX_STEPS)
-        if bool((short | (status == Status.INFEASIBLE)).any()):
-            status, x, equality, inequality = self._judge_feasibility(status, short, x, equality, inequality)
-        return Answer(x, equality, inequality, status, self.iterations)
-
-    def _judge_feasibility(
-        self,
-        status: torch.Tensor,
-        short: torch.Tensor,
-        x: torch.Tensor,
-        equality: torch.Tensor,
-        inequality: torch.Tensor,
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Distinguish infeasible problems from unsolved ones, and return the ray of infeasibility as their multipliers."""
-        here, _, stationary = restore(self.given, self.origin, short, 0.0)
-        infeasible = (short & stationary) | (status == Status.INFEASIBLE)
-        x = torch.where((short & stationary).unsqueeze(-1), here, x)
-        _, h, c = self.given.split(self.given.parts(x))
-        ray = torch.cat([h, c.clamp_min(0)], dim=-1)
-        ray = ray / ray.norm(dim=-1, keepdim=True).clamp_min(torch.finfo(ray.dtype).tiny)
-        mask, p = infeasible.unsqueeze(-1), h.shape[-1]
-        status = torch.where(infeasible, int(Status.INFEASIBLE), status)
-        return status, x, torch.where(mask, ray[:, :p], equality), torch.where(mask, ray[:, p:], inequality)
+        answer = Answer(x, equality, inequality, status, self.iterations)
+        return with_feasibility(self.given, answer, self.origin)

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import bilevel
-from bilevel.testing import _steps_function, _steps_gradient, _steps_solution
+from bilevel.testing import _steps_constraints, _steps_function, _steps_gradient, _steps_solution
 from bilevel.testing._advice import advise
 from bilevel.testing._examination import Examination
 from bilevel.testing._subject import of_call
@@ -34,6 +34,7 @@ _STEPS = (
 # With proximal terms or constraints, the derivatives of the objective alone say little of the solution.
 _STRUCTURED_STEPS = (
     (_steps_solution.solve, "the inner solve"),
+    (_steps_constraints.constraints, "the constraints"),
     (_steps_gradient.one_sided, "the linear solve"),
 )
 
@@ -52,7 +53,8 @@ def diagnose(
     eigenvalues of the Hessian, or singular values of a Jacobian, from the matrix up to 512 unknowns and by Lanczos beyond.
     It checks the connection of each outer tensor, the accuracy of the linear solve, dtypes and scales. Of a batch the first
     8 problems are examined. With proximal terms or constraints it examines how the inner solve ends, and whether the
-    derivative at the solution is one-sided.
+    derivative at the solution is one-sided. With constraints it looks whether the start violates one, and whether they repeat each
+    other. It names unknowns that bounds fix.
 
     It costs a solve, a gradient, and n reverse passes for each problem examined (60 products where n is large).
 

@@ -24,6 +24,8 @@ _LEFT = 1e-2
 
 def one_sided(seen: Examination) -> None:
     """Take a gradient of a problem with proximal terms or constraints, and see how its linear solve ends."""
+    if seen.has(Defect.INFEASIBLE, Defect.UNBOUNDED, Defect.UNCONVERGED, Defect.DIVERGED):  # there is no derivative
+        return
     layer = seen.layer(on_failure="ignore")
     points = tuple(point.detach().clone().requires_grad_(point.is_floating_point()) for point in seen.subject.points)
     with bilevel.record() as reports, torch.enable_grad():

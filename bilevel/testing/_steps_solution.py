@@ -24,12 +24,16 @@ _Product = Callable[[torch.Tensor], torch.Tensor]
 _DENSE_ORDER = 512
 # A Newton step longer than this share of x makes a hypergradient wrong by about as much.
 _FAR = 1e-3
+# An x so many times as long as the start has run away.
+_RUN_AWAY = 1e6
 _STATUSES = {
     bilevel.Status.NOT_FINITE: Defect.NOT_FINITE,
     bilevel.Status.DIVERGED: Defect.DIVERGED,
     bilevel.Status.INDEFINITE: Defect.SADDLE,
     bilevel.Status.SINGULAR: Defect.SINGULAR_SEARCH,
     bilevel.Status.KINK: Defect.KINK,
+    bilevel.Status.INFEASIBLE: Defect.INFEASIBLE,
+    bilevel.Status.UNBOUNDED: Defect.UNBOUNDED,
 }
 
 
@@ -55,8 +59,13 @@ def solve(seen: Examination) -> None:
         start = seen.wide.rows(pytree.tree_leaves(seen.subject.init))[worst]
         if bool((seen.rows[worst] == start).all()) and "start" not in meaning:
             of = f"{of} at the start"
-        text = f"{report.solver} {meaning}{of} (residual {figures[0]:.1e}, asked {figures[1]:.1e}, {steps} steps)"
+        no_solution = status in (bilevel.Status.INFEASIBLE, bilevel.Status.UNBOUNDED)
+        sizes = "" if no_solution else f"residual {figures[0]:.1e}, asked {figures[1]:.1e}, "
+        text = f"{report.solver} {meaning}{of} ({sizes}{steps} steps)"
         defect = _STATUSES.get(status, Defect.UNCONVERGED)
+        if defect is Defect.UNCONVERGED and float(seen.rows[worst].norm()) > _RUN_AWAY * (1 + float(start.norm())):
+            # A solver of the user's own does not say so itself.
+            defect, remedy = Defect.DIVERGED, f"{Defect.DIVERGED.remedy}; or {remedy}"
         # A random function cannot be solved: that is no second finding.
         if defect not in (Defect.UNCONVERGED, Defect.KINK) or not seen.has(Defect.STOCHASTIC):
             seen.find(defect, text, remedy)

@@ -23,6 +23,11 @@ class Defect(enum.Enum):
     SADDLE = "the inner point is not a minimum"
     KINK = "the inner point is at a kink"
     DEGENERATE = "the derivative at the solution is one-sided"
+    INFEASIBLE = "no point fulfils the constraints"
+    UNBOUNDED = "the objective falls without end"
+    INFEASIBLE_START = "the start violates a constraint"
+    DUPLICATED = "a constraint repeats others"
+    FIXED = "the bounds leave an unknown one value"
     SINGULAR = "the solution is not unique"
     SINGULAR_SEARCH = "a singular matrix stopped the search"
     MINIMUM_NORM = "the solution is not unique, and the outcome does not depend on it"
@@ -59,6 +64,12 @@ _REMEDIES = {
     "prox=bilevel.prox.L1(strength)",
     Defect.DEGENERATE: "change the arguments a little, for example a strength by a relative 1e-3, or take the derivative of one side with "
     "on_failure='ignore'",
+    Defect.INFEASIBLE: "loosen the constraints with nonzero solution.multipliers (on_failure='ignore' returns them)",
+    Defect.UNBOUNDED: "add a bound, or a term that grows with x, such as a small ridge",
+    Defect.INFEASIBLE_START: "nothing needs doing for the library's own solvers, which need no feasible start; start inside for a solver of your "
+    "own, or if a function is not defined outside",
+    Defect.DUPLICATED: "leave one of them out; a derivative exists only with respect to arguments that move them together",
+    Defect.FIXED: "nothing needs doing if that is meant; a derivative by either bound is half of that by both",
     Defect.SINGULAR: "add a small ridge term, pin or remove redundant unknowns, or differentiate what does not depend on the free directions",
     Defect.SINGULAR_SEARCH: "start elsewhere, for example at init + 1e-3 * torch.randn_like(init), and look for equations that contradict each other",
     Defect.MINIMUM_NORM: "nothing needs doing: the gradient is that of the solution of smallest change, and right for this outcome; to make the "

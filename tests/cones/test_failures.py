@@ -136,6 +136,47 @@ def test_a_kink_is_named_and_smoothing_helps(name: str, dtype: torch.dtype) -> N
     assert torch.isfinite(torch.autograd.grad(one_sided.sum(), point)[0]).all()
 
 
+# Losses whose derivatives meet no kink: those along which the projection is smooth.
+SMOOTH: dict[str, tuple[float, ...]] = {
+    "inequality": (1.0, 0.0, 2.0),
+    "boundary": (0.0, 4.0, -3.0),
+    "rank": (1.0, 0.0, -1.0),
+}
+
+
+@pytest.mark.parametrize("name", SMOOTH)
+def test_a_derivative_that_meets_no_kink_is_given(name: str) -> None:
+    numbers, cone = KINKS[name]
+    weights = vector(*SMOOTH[name])
+    point = vector(*numbers).requires_grad_()
+    loss = lambda p: cone_program(EYE, -p, -EYE, 0.0, [cone], on_failure="ignore") @ weights
+    (found,) = torch.autograd.grad(cone_program(EYE, -point, -EYE, 0.0, [cone]) @ weights, point)
+    with torch.no_grad():
+        sides = [torch.stack([(loss(point + h * e) - loss(point)) / h for e in EYE]) for h in (1e-6, -1e-6)]
+    for side in sides:
+        torch.testing.assert_close(found, side, rtol=0, atol=5e-6)
+
+
+def test_a_second_derivative_at_a_curved_kink_is_refused() -> None:
+    point = vector(5.0, 3.0, 4.0).requires_grad_()
+    x = cone_program(EYE, -point, -EYE, 0.0, [cones.SecondOrder(3)])
+    with pytest.raises(bilevel.SolveError, match="strict complementarity"):
+        (slope,) = torch.autograd.grad(x @ vector(0.0, 4.0, -3.0), point, create_graph=True)
+        slope.sum().backward()
+
+
+def test_a_proof_of_infeasibility_names_few_rows() -> None:
+    torch.manual_seed(0)
+    A = torch.cat([EYE[:1], -EYE[:1], torch.randn(12, 3, dtype=F64)])
+    b = torch.cat([vector(0, -1), torch.full((12,), 0.5, dtype=F64)])
+    with pytest.raises(bilevel.SolveError, match=r"row 0 .*; row 1 .* contradict each other"):
+        cone_program(EYE, Q3, A, b, [cones.Nonnegative(14)])
+    proof = cone_program.solve(EYE, Q3, A, b, [cones.Nonnegative(14)], on_failure="ignore").certificate.multipliers
+    torch.testing.assert_close(proof @ A, torch.zeros(3, dtype=F64), rtol=0, atol=1e-9)
+    assert bool((proof >= 0).all()) and float(proof @ b) == pytest.approx(-1)
+    assert int((proof > 1e-9).sum()) == 2
+
+
 def test_a_solution_that_is_not_unique_has_no_derivative() -> None:
     q = vector(1.0, 1.0, 0.0).requires_grad_()
     A, b = torch.cat([-EYE, EYE[2:]]), vector(0, 0, 0, 1)

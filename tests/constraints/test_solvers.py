@@ -67,7 +67,9 @@ def test_solvers_agree(solver: Any, reference: tuple[torch.Tensor, torch.Tensor]
 
 
 @pytest.mark.parametrize(
-    "solver", [bilevel.ProjectedNewton(), bilevel.InteriorPoint(), bilevel.ScipyMinimize("L-BFGS-B")], ids=str
+    "solver",
+    [bilevel.ProjectedNewton(), bilevel.ProjectedLBFGS(), bilevel.InteriorPoint(), bilevel.ScipyMinimize("L-BFGS-B")],
+    ids=str,
 )
 def test_bounds_alone(solver: Any) -> None:
     layer = bilevel.argmin(lambda x, a: ((x - a) ** 2).sum(), lower=0.0, upper=1.0, solver=solver)
@@ -94,6 +96,7 @@ def test_a_budget_that_is_spent_is_reported() -> None:
         (bilevel.LBFGS(), "expected a solver that takes constraints, got LBFGS"),
         (bilevel.ScipyMinimize("BFGS"), "expected a scipy method that takes constraints, got BFGS"),
         (bilevel.ProjectedNewton(), "expected bounds alone"),
+        (bilevel.ProjectedLBFGS(), "expected bounds alone"),
     ],
 )
 def test_solvers_that_take_no_constraints_say_so(solver: Any, sentence: str) -> None:
@@ -158,11 +161,17 @@ def test_a_start_that_is_a_maximum_is_left() -> None:
 # The least value of the inequality on the plane is 9/61 = 0.1475.
 @pytest.mark.parametrize(("limit", "feasible"), [(0.14, False), (0.2, True), (0.4, True)])
 def test_the_rounding_of_float32_is_not_taken_for_infeasible(limit: float, feasible: bool) -> None:
-    factors = torch.tensor([0.5, 0.75, 1.0])  # held by the function, which so works in float32 alone
+    factors = torch.tensor([0.5, 0.75, 1.0])
+
+    def scaled(x: torch.Tensor) -> torch.Tensor:
+        if x.dtype != torch.float32:
+            raise RuntimeError("this function works in float32 alone")
+        return factors.diag() @ x
+
     layer = bilevel.argmin(
         lambda x, a: ((x - a) ** 2).sum(),
         equality=lambda x, a: x.sum() - 1,
-        inequality=lambda x, a: ((factors.diag() @ x) ** 2).sum() - limit,
+        inequality=lambda x, a: (scaled(x) ** 2).sum() - limit,
         on_failure="ignore",
     )
     targets = torch.tensor([[1.0, 0.5, -1.0], [0.0, 0.2, 2.0], [0.3, -0.2, 0.1]])

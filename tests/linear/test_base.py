@@ -12,6 +12,7 @@ import torch
 from bilevel import Status, Tolerance
 from bilevel.errors import ArgumentError, DtypeError, ShapeError
 from bilevel.linear._base import CallableLinearSolver, LinearSolver, as_linear_solver, solve_linear
+from bilevel.linear._judge import within_rounding
 from bilevel.linear._solution import LinearSolution
 from bilevel.linear.bicgstab import BiCGStab
 from bilevel.linear.cg import CG
@@ -211,3 +212,28 @@ def test_no_delta_is_claimed_that_the_bound_contradicts(seed, solver):
         assert status in (Status.CONVERGED, Status.STAGNATED)
         assert status is Status.STAGNATED or float(outcome.error_bound) <= delta * (1 + 1e-5)
     assert ended == {Status.CONVERGED, Status.STAGNATED}
+
+
+def test_products_for_the_floor_are_made_only_while_they_can_decide():
+    products: list[int] = []
+
+    def counted(v: torch.Tensor) -> torch.Tensor:
+        products.append(1)
+        return (TWO @ v.unsqueeze(-1)).squeeze(-1)
+
+    rhs = torch.tensor([[1.0, 2.0]], dtype=F64)
+    x = torch.linalg.solve(TWO, rhs)
+    operator = FunctionOperator(counted, rhs, symmetric=True)
+    everyone, eps = torch.ones(1, dtype=torch.bool), torch.finfo(F64).eps
+
+    def decided(residual: float, asked: torch.Tensor = everyone) -> tuple[bool, int]:
+        products.clear()
+        found = within_rounding(operator, x, rhs, torch.tensor([residual], dtype=F64), asked)
+        return bool(found), len(products)
+
+    assert decided(0.0) == decided(eps) == (True, 0)
+    # The norm of A (s∘x) is at least the least eigenvalue times that of x.
+    least = float(torch.linalg.eigvalsh(TWO)[0, 0] * x.norm())
+    assert decided(32 * eps * (float(rhs.norm()) + 0.99 * least)) == (True, 1)
+    assert decided(1e-6) == (False, 5)
+    assert decided(1e-6, ~everyone)[1] == 0, "nobody asks"

@@ -52,7 +52,7 @@ def test_infeasible_problems_have_a_farkas_ray(name: str) -> None:
             value = value + sign * data[side] @ y
     assert value < 0 and held.abs().max() <= 1e-7 * max(float(y.abs().max()) for y in ray if y.numel())
     assert all((y >= 0).all() for y in (ray.inequality, ray.lower, ray.upper))
-    with pytest.raises(bilevel.SolveError, match="contradict each other"):
+    with pytest.raises(bilevel.SolveError, match=r"contradict each other|none fulfils"):
         quadratic_program(**data)
 
 
@@ -251,3 +251,25 @@ def test_small_integer_linear_programs_have_the_status_of_highs(sizes: tuple[int
         assert solution.report.status[i] is meant[theirs.status]
         if theirs.status == 0:
             assert float(data["q"][i] @ solution.value[i]) == pytest.approx(theirs.fun, rel=1e-9, abs=1e-9)
+
+
+@pytest.mark.parametrize("name", ["Q", "q"])
+def test_a_missing_matrix_or_vector_is_refused_with_a_sentence(name: str) -> None:
+    given = {"Q": torch.eye(2, dtype=torch.float64), "q": torch.ones(2, dtype=torch.float64), name: None}
+    with pytest.raises(bilevel.ArgumentError, match=f"expected {name} to be a tensor, got None; pass torch.zeros"):
+        bilevel.quadratic_program(**given)
+
+
+def test_a_single_row_that_nothing_fulfils_is_named() -> None:
+    eye = torch.eye(2, dtype=torch.float64)
+    with pytest.raises(bilevel.SolveError, match=r"none fulfils row 0 of A x = b"):
+        bilevel.quadratic_program(eye, eye[0], 0 * eye[:1], eye[0, :1])
+
+
+def test_units_of_rows_under_vmap() -> None:
+    units = torch.tensor([1.0, 1e-12, 1e9], dtype=torch.float64)
+    rows, sides = units[:, None, None] * torch.ones(1, 2, dtype=torch.float64), units[:, None]
+    eye, q = torch.eye(2, dtype=torch.float64), torch.tensor([-1.0, -2.0], dtype=torch.float64)
+    solve = lambda A, b: bilevel.quadratic_program(eye, q, A, b, lower=-5.0)
+    slopes = torch.func.vmap(torch.func.jacrev(solve, argnums=1))(rows, sides) * units[:, None, None]
+    torch.testing.assert_close(slopes, torch.full((3, 2, 1), 0.5, dtype=torch.float64))

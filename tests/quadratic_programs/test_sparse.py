@@ -157,3 +157,48 @@ def test_without_clarabel_it_says_what_to_install(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setitem(sys.modules, "clarabel", None)  # as where it is not installed
     with pytest.raises(bilevel.ArgumentError, match=r"pip install '\.\[qp\]'"):
         quadratic_program(torch.eye(3, dtype=F64).to_sparse(), torch.ones(3, dtype=F64))
+
+
+@pytest.mark.parametrize("seed", [15, 27, 28, 29])
+def test_active_sets_that_go_round_in_a_circle_are_left(seed: int) -> None:
+    """Many constraints meet at the solution. Changed all at once, the active sets of these programs repeat."""
+    draw = torch.Generator().manual_seed(seed)
+    B = torch.randn(4, 12, generator=draw, dtype=F64)
+    G = torch.randn(16, 12, generator=draw, dtype=F64).sign()
+    weights = torch.rand(16, generator=draw, dtype=F64) * (torch.rand(16, generator=draw) < 0.4)
+    Q, q, h = B.T @ B, -(G.T @ weights), torch.zeros(16, dtype=F64)
+    solution = quadratic_program.solve(Q.to_sparse(), q, G=G.to_sparse(), h=h, lower=-1.0, upper=1.0)
+    dense = quadratic_program(Q, q, G=G, h=h, lower=-1.0, upper=1.0)
+    value = lambda x: 0.5 * x @ Q @ x + q @ x
+    assert solution.report.status is Status.CONVERGED
+    assert float(value(solution.value)) == pytest.approx(float(value(dense)), abs=1e-9)
+
+
+def test_a_proof_of_infeasibility_names_few_rows() -> None:
+    torch.manual_seed(0)
+    eye = torch.eye(4, dtype=F64)
+    G = torch.cat([eye[:1], -eye[:1], torch.randn(12, 4, dtype=F64)])
+    h = torch.cat([torch.tensor([0.0, -1.0], dtype=F64), torch.full((12,), 0.5, dtype=F64)])
+    arguments = (eye.to_sparse(), torch.zeros(4, dtype=F64))
+    with pytest.raises(bilevel.SolveError, match=r"row 0 of G x <= h, row 1 of G x <= h contradict each other"):
+        quadratic_program(*arguments, G=G.to_sparse(), h=h)
+    proof = quadratic_program.solve(*arguments, G=G.to_sparse(), h=h, on_failure="ignore").certificate.inequality
+    torch.testing.assert_close(proof @ G, torch.zeros(4, dtype=F64), rtol=0, atol=1e-9)
+    assert float(proof @ h) == pytest.approx(-1) and int((proof > 1e-9).sum()) == 2
+
+
+@pytest.mark.parametrize("unit", [1e-20, 1e-12, 1e12])
+@pytest.mark.parametrize("layout", ["dense", "sparse"])
+def test_rows_in_any_unit_are_the_same_constraints(unit: float, layout: str) -> None:
+    """x₀ + x₁ = 1, or at most 1, in small and large units: x = (0, 1), dx₀/db = ½, ν = 1 in units of one."""
+    given = (lambda t: t.to_sparse()) if layout == "sparse" else (lambda t: t)
+    Q, q = given(torch.eye(2, dtype=F64)), torch.tensor([-1.0, -2.0], dtype=F64)
+    rows = given(torch.full((1, 2), unit, dtype=F64))
+    for names in (("A", "b"), ("G", "h")):
+        side = torch.tensor([unit], dtype=F64, requires_grad=True)
+        solution = quadratic_program.solve(Q, q, **dict(zip(names, (rows, side), strict=True)))
+        torch.testing.assert_close(solution.value.detach(), torch.tensor([0.0, 1.0], dtype=F64))
+        (slope,) = torch.autograd.grad(solution.value[0], side)
+        assert slope.item() * unit == pytest.approx(0.5)
+        multipliers = solution.multipliers.equality if names[0] == "A" else solution.multipliers.inequality
+        assert multipliers.item() * unit == pytest.approx(1.0)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from bilevel.certificates._structure import degree_of
+from bilevel.equations.degrees import degree_of
 from bilevel.equations.problem import Problem
 from bilevel.equations.system import ArgminSystem
 from bilevel.pytree import Raveler, flatten_arguments

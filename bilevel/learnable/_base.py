@@ -1,0 +1,110 @@
+"""What all learnable parts of a training have in common: the two losses, made of a few parts."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any, TypeAlias
+
+import torch
+from torch import nn
+
+import bilevel
+from bilevel.stochastic import OutputLoss
+
+__all__ = ["Learnable", "Loss", "cross_entropies", "number"]
+
+Loss: TypeAlias = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+"""(outputs, targets) ↦ one loss for each example, of any shape, such as (n,)."""
+
+
+def cross_entropies(outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Return the cross-entropy (n,) of scores (n, classes) and int64 labels (n,)."""
+    return nn.functional.cross_entropy(outputs, targets, reduction="none")
+
+
+class Learnable(nn.Module):
+    """What is learned about the training of a model: its parameters are the outer variables θ, the model's are the inner ones.
+
+    The training loss is G = ``training_loss(outputs(model, data), data)`` + ``penalty(model)``, and the validation loss is F =
+    ``validation_loss(model, data)``. Subclasses override the parts that θ is in. Data are pairs (inputs, targets) if a subclass says no other.
+
+    Parameters
+    ----------
+    loss
+        (outputs, targets) ↦ one loss for each example. None: cross-entropy of scores (n, classes) and int64 labels (n,).
+    weight_decay
+        λ ≥ 0 of ½ λ‖φ‖², which is part of the training loss.
+
+    Raises
+    ------
+    ArgumentError
+        If ``weight_decay`` is negative, or ``loss`` is no function.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from bilevel.learnable import Learnable
+    >>> class Temperature(Learnable):
+    ...     def __init__(self):
+    ...         super().__init__()
+    ...         self.scale = torch.nn.Parameter(torch.zeros(()))
+    ...     def training_loss(self, outputs, data):
+    ...         return super().training_loss(self.scale * outputs, data)
+    >>> inner_objective, outer_objective = (learned := Temperature()).objectives
+    >>> data = torch.ones(3, 2), torch.tensor([0, 1, 1])
+    >>> inner_objective(torch.nn.Linear(2, 2), learned, data)  # all scores are zero: ln 2
+    tensor(0.6931, grad_fn=<AddBackward0>)
+    """
+
+    def __init__(self, *, loss: Loss | None = None, weight_decay: float = 0.0) -> None:
+        super().__init__()
+        if loss is not None and not callable(loss):
+            raise bilevel.ArgumentError(
+                f"{self.where}: expected loss to be a function (outputs, targets) -> losses, got {loss!r}; pass that, or None for cross-entropy"
+            )
+        number(self.where, "weight_decay", weight_decay, zero=True)
+        self.loss, self.weight_decay = cross_entropies if loss is None else loss, weight_decay
+
+    @property
+    def where(self) -> str:
+        """The name of the class, for messages."""
+        return type(self).__name__
+
+    def outputs(self, model: nn.Module, data: Any) -> torch.Tensor:
+        """Return what the model says of the training inputs."""
+        outputs: torch.Tensor = model(data[0])
+        return outputs
+
+    def training_loss(self, outputs: torch.Tensor, data: Any) -> torch.Tensor:
+        """Return the loss () of the training outputs, without the penalty."""
+        return self.loss(outputs, data[1]).mean()
+
+    def penalty(self, model: nn.Module) -> torch.Tensor:
+        """Return ½ λ‖φ‖², of shape ()."""
+        squares = [(parameter**2).sum() for parameter in model.parameters() if parameter.requires_grad]
+        return 0.5 * self.weight_decay * torch.stack(squares).sum()
+
+    def validation_loss(self, model: nn.Module, data: Any) -> torch.Tensor:
+        """Return the mean loss () of a model on held-out data."""
+        return self.loss(model(data[0]), data[1]).mean()
+
+    @property
+    def objectives(self) -> tuple[OutputLoss, Callable[[Any, Any, Any], torch.Tensor]]:
+        """The pair (G, F) for the methods of :mod:`bilevel.stochastic`, with the model as ``inner`` and this module as ``outer``."""
+        inner = OutputLoss(
+            outputs=lambda model, learned, data: learned.outputs(model, data),
+            loss=lambda outputs, learned, data: learned.training_loss(outputs, data),
+            penalty=lambda model, learned: learned.penalty(model),
+        )
+        return inner, lambda model, learned, data: learned.validation_loss(model, data)
+
+
+def number(where: str, name: str, value: float, *, zero: bool = False) -> float:
+    """Return ``value``, or raise unless it is a finite number > 0, or ≥ 0 with ``zero``."""
+    fits = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    if not fits or value < 0 or (value == 0 and not zero):
+        raise bilevel.ArgumentError(
+            f"{where}: expected {name} to be a number {'>=' if zero else '>'} 0, got {value!r}; pass for example 0.001"
+        )
+    return value

@@ -29,6 +29,7 @@ __all__ = [
     "meets_negative_curvature",
     "residual_rounding",
     "rounding",
+    "scaled_symmetric",
     "symmetric_error",
 ]
 
@@ -125,14 +126,18 @@ def _drowned(problem: Problem, x: torch.Tensor, residual: torch.Tensor, doubtful
     return doubtful & (residual.norm(dim=-1) <= 8 * eps * moved)
 
 
+def scaled_symmetric(matrix: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return symmetric matrices (batch, n, n) scaled to unit diagonal, and the units (batch, n): one scaled unknown in those of x."""
+    diagonal = matrix.diagonal(dim1=-2, dim2=-1).abs()
+    unit = torch.where(diagonal > 0, diagonal, diagonal.amax(dim=-1, keepdim=True)).rsqrt()
+    unit = torch.where(torch.isfinite(unit), unit, torch.ones_like(unit))
+    return unit.unsqueeze(-1) * matrix * unit.unsqueeze(-2), unit
+
+
 def symmetric_error(problem: Problem, matrix: torch.Tensor, x: torch.Tensor, residual: torch.Tensor) -> ErrorEstimate:
     """Return the :class:`ErrorEstimate` of symmetric matrices (batch, n, n), those of ∂_x R at ``x``, with R = ``residual``."""
     n, eps = x.shape[-1], torch.finfo(x.dtype).eps
-    diagonal = matrix.diagonal(dim1=-2, dim2=-1).abs()
-    unit = torch.where(diagonal > 0, diagonal, diagonal.amax(dim=-1, keepdim=True)).rsqrt()
-    # (batch, n): one scaled unknown in units of x.
-    unit = torch.where(torch.isfinite(unit), unit, torch.ones_like(unit))
-    scaled = unit.unsqueeze(-1) * matrix * unit.unsqueeze(-2)
+    scaled, unit = scaled_symmetric(matrix)
     noise = eps * (matrix.abs() @ x.abs().unsqueeze(-1)).squeeze(-1)
     right = torch.stack([residual, irregular_signs(x) * noise], dim=-1) * unit.unsqueeze(-1)  # (batch, n, 2)
     factor, info = torch.linalg.cholesky_ex(scaled)

@@ -21,7 +21,6 @@ from bilevel.solvers._degenerate import falls_beside, slow_directions
 from bilevel.solvers._error import (
     ErrorEstimate,
     estimate_error,
-    irregular_signs,
     is_dense,
     residual_rounding,
     rounding,
@@ -34,11 +33,12 @@ from bilevel.solvers._stationary import (
     name_stationary,
     name_still,
 )
+from bilevel.solvers._successors import Lowest, Successor, beside
 from bilevel.solvers._trials import Trial, choose, merged, with_residual
 from bilevel.solvers._weighing import blind_status, only_sizes_matter, weigh
 from bilevel.tolerance import Target
 
-__all__ = ["InnerOutcome", "Successor", "solve_inner"]
+__all__ = ["InnerOutcome", "solve_inner"]
 
 # The factor by which a bound may exceed δ, for the rounding of the comparison.
 _BOUND_ROUNDING = 1 + 1e-5
@@ -56,18 +56,6 @@ _WORTH_ANOTHER = (
     Status.NOT_CONVERGED,
     Status.SINGULAR,
 )
-
-
-@dataclass(frozen=True)
-class Successor:
-    """A solver that takes over the problems at which another failed. It begins at the initial guess if ``afresh``, else at the last iterate.
-
-    ``beside`` moves that by a thousandth, out of a place where the Jacobian happens to be singular, or off the saddle at which an argmin ended.
-    """
-
-    solver: InnerSolver
-    afresh: bool
-    beside: bool = False
 
 
 @dataclass(frozen=True, eq=False)
@@ -108,36 +96,10 @@ def solve_inner(
         )
     goal = Goal(problem, init, target)
     trial = _attempt(solver, problem, goal)
-    names, latest, steps = [solver.name], trial.x, trial.iterations
-    tried, basis = list(names), _basis(target)
-    for other in () if trial.settled else others:
-        # Another search may avoid the saddle or kink at which this one ended. If the search began there, nothing else
-        # is tried.
-        left = is_one_of(trial.status, (Status.INDEFINITE, Status.KINK)) & (trial.x != init).any(dim=-1)
-        worth = left | is_one_of(trial.status, _WORTH_ANOTHER)
-        if other.beside and problem.minimizes:
-            worth = left & (trial.status == Status.INDEFINITE) & (trial.x != init).all(dim=-1)
-        failed = worth & torch.isfinite(goal.scale if target.relative else trial.norm)
-        if not bool(failed.any()):
-            break
-        # Solved problems do not move: their threshold is infinite.
-        begun = init if other.afresh else latest
-        begun = begun + 1e-3 * (1 + begun.abs()) * irregular_signs(begun) if other.beside else begun
-        start = torch.where(failed.unsqueeze(-1), begun, trial.x)
-        threshold = torch.where(failed, goal.threshold, torch.full_like(goal.threshold, torch.inf))
-        second = _attempt(other.solver, problem, replace(goal, init=start, given=threshold, origin=init), failed)
-        # A kink is a result too: it says why the search failed.
-        latest, won = second.x, failed & is_one_of(second.status, (Status.CONVERGED, Status.KINK))
-        # What comes to the same saddle, and does not see that it is one, has not left it.
-        size = torch.maximum(trial.x.abs(), (trial.x - init).abs())
-        same = ((second.x - trial.x).abs() <= _SAME_POINT * size).all(dim=-1)
-        stayed = won & same & (trial.status == Status.INDEFINITE)
-        if bool(stayed.any()):
-            won = won & ~(stayed & ~_fell_from(problem, trial, second, init))
-        tried.append(other.solver.name)
-        steps = steps + torch.where(failed, second.iterations, torch.zeros_like(steps))
-        if bool(won.any()):
-            trial, names = choose(won, second, trial), list(tried)
+    names, steps = [solver.name], trial.iterations
+    basis = _basis(target)
+    if others and not trial.settled:
+        trial, names, steps = _taken_over(problem, goal, trial, names, others)
     status = trial.status
     # A NaN added to an objective does not appear in its gradient.
     value = trial.value
@@ -156,6 +118,47 @@ def solve_inner(
         trial.x, status, steps, trial.norm, trial.threshold, bound, basis, trial.residual,
         trial.factor, trial.exact, ", then ".join(names), words=words,
     )  # fmt: skip
+
+
+def _taken_over(
+    problem: Problem, goal: Goal, trial: Trial, names: list[str], others: Sequence[Successor]
+) -> tuple[Trial, list[str], torch.Tensor]:
+    """Let ``others`` take over, in turn, the problems at which the solver of ``trial`` failed.
+
+    Returns the trial, the names of the solvers that took part in it, and the steps of all (batch,).
+    """
+    init, tried, steps, latest = goal.init, list(names), trial.iterations, trial.x
+    lowest = Lowest.of(problem, trial) if any(other.onward for other in others) else None
+    for other in others:
+        # Another search may avoid the saddle or kink at which this one ended. If the search began there, nothing else
+        # is tried.
+        left = is_one_of(trial.status, (Status.INDEFINITE, Status.KINK)) & (trial.x != init).any(dim=-1)
+        worth = left | is_one_of(trial.status, _WORTH_ANOTHER)
+        failed = worth & torch.isfinite(goal.scale if goal.target.relative else trial.norm)
+        begun = init if other.afresh else latest
+        if other.onward and lowest is not None:
+            begun, failed = lowest.onward(problem, failed & (lowest.x != init).all(dim=-1))
+        if not bool(failed.any()):
+            break
+        begun = beside(begun) if other.beside else begun
+        # Solved problems do not move: their threshold is infinite.
+        start = torch.where(failed.unsqueeze(-1), begun, trial.x)
+        threshold = torch.where(failed, goal.threshold, torch.full_like(goal.threshold, torch.inf))
+        second = _attempt(other.solver, problem, replace(goal, init=start, given=threshold, origin=init), failed)
+        # A kink is a result too: it says why the search failed.
+        latest, won = second.x, failed & is_one_of(second.status, (Status.CONVERGED, Status.KINK))
+        # What comes to the same saddle, and does not see that it is one, has not left it.
+        size = torch.maximum(trial.x.abs(), (trial.x - init).abs())
+        same = ((second.x - trial.x).abs() <= _SAME_POINT * size).all(dim=-1)
+        stayed = won & same & (trial.status == Status.INDEFINITE)
+        if bool(stayed.any()):
+            won = won & ~(stayed & ~_fell_from(problem, trial, second, init))
+        tried.append(other.solver.name)
+        steps = steps + torch.where(failed, second.iterations, torch.zeros_like(steps))
+        lowest = None if lowest is None else lowest.updated(problem, second, failed)
+        if bool(won.any()):
+            trial, names = choose(won, second, trial), list(tried)
+    return trial, names, steps
 
 
 def _fell_from(problem: Problem, saddle: Trial, other: Trial, init: torch.Tensor) -> torch.Tensor:

@@ -12,6 +12,7 @@ from bilevel.equations.problem import Problem
 from bilevel.operators import DenseOperator, LinearOperator
 from bilevel.reports import Status
 from bilevel.solvers._base import length, merge
+from bilevel.solvers._line_minimum import LinePoint, line_minimum
 from bilevel.solvers._newton_directions import slope_along, truncated_direction
 from bilevel.solvers._newton_state import Direction, NewtonState
 
@@ -92,13 +93,29 @@ def search(
         t = torch.where(pending, shorter, t)
     else:
         verdict = _verdict(operator, direction, pending, tiny)
-    if not problem.minimizes:
+    if problem.minimizes:
+        point = _within(problem, state, direction, LinePoint(x, found, residual, t), active & ~pending)
+        x, found, residual, t = point.x, point.value, point.residual, point.t
+    else:
         found = merit
     jacobian = operator.dense() if direction.pivots is not None else None
     return NewtonState(
         x, residual, found, magnitude, norm, direction.definite, direction.factor, state.x, merit, slope, t,
         jacobian, direction.pivots,
     ), verdict  # fmt: skip
+
+
+def _within(
+    problem: Problem, state: NewtonState, direction: Direction, point: LinePoint, held: torch.Tensor
+) -> LinePoint:
+    """Return the minima along the direction, where a shortened step that was ``held`` (batch,) ends beyond one; else ``point``."""
+    beyond = held & (point.t < 1) & ((point.residual * direction.d).sum(dim=-1) > 0)
+    # A decrease that rounding hides says nothing of a bend.
+    least = torch.finfo(point.t.dtype).eps ** 0.75 * state.merit.abs()
+    bent = beyond & (-point.t * direction.slope > least)
+    if not bool(bent.any()):
+        return point
+    return line_minimum(problem, state.x, direction.d, direction.slope, point, bent)
 
 
 def search_again(

@@ -9,7 +9,7 @@ from bilevel.equations.problem import Problem
 from bilevel.linear.bicgstab import BiCGStab
 from bilevel.linear.defaults import dense_fits
 from bilevel.solvers._base import InnerSolver
-from bilevel.solvers._judge import Successor
+from bilevel.solvers._successors import Successor
 from bilevel.solvers.anderson import Anderson
 from bilevel.solvers.lbfgs import LBFGS
 from bilevel.solvers.levenberg_marquardt import LevenbergMarquardt
@@ -21,10 +21,10 @@ __all__ = ["default_solvers"]
 # Made once: for small problems, making the settings took one per cent of a call.
 _LEAST_SQUARES = LevenbergMarquardt()
 _NEWTON, _LBFGS, _ANDERSON, _HALF_NEWTON = Newton(), LBFGS(), Anderson(), Newton(linear_solver=BiCGStab())
-_POLISH = (Successor(_NEWTON, afresh=False),)
-_AFTER_NEWTON = (Successor(_LBFGS, afresh=True), *_POLISH, Successor(_NEWTON, afresh=False, beside=True))
+_POLISH = (Successor(_NEWTON),)
+_AFTER_NEWTON = (Successor(_LBFGS, afresh=True), *_POLISH, *3 * (Successor(_NEWTON, onward=True),))
 _AGAIN, _HALF_AGAIN = (
-    (Successor(newton, afresh=False), Successor(newton, afresh=True, beside=True)) for newton in (_NEWTON, _HALF_NEWTON)
+    (Successor(newton), Successor(newton, afresh=True, beside=True)) for newton in (_NEWTON, _HALF_NEWTON)
 )
 
 
@@ -32,7 +32,7 @@ def default_solvers(problem: Problem) -> tuple[InnerSolver, tuple[Successor, ...
     """Return the default inner solver, and the solvers that take over the problems at which it fails.
 
     - Least squares: Levenberg–Marquardt, then as an argmin.
-    - A small argmin: Newton's method, then L-BFGS, then Newton's method from beside the saddle where they ended. A large one: L-BFGS.
+    - A small argmin: Newton's method, then L-BFGS, then Newton's method from the lowest point, off its saddle. A large one: L-BFGS.
     - A fixed point: Anderson acceleration, which has plain iteration beneath it.
     - A root: Newton's method, which goes on once more, and then begins again beside the start.
 

@@ -39,6 +39,9 @@ class Newton(InnerSolver):
     definite is replaced by the one with the absolute values of its eigenvalues, which leads away from
     saddles.
 
+    A shortened step that ends beyond the minimum along its direction goes back to that minimum. Otherwise steps zigzag
+    between the sides of a narrow valley.
+
     *Large problems*: an argmin is solved Hessian-free, by conjugate gradients that stop early or at negative
     curvature; a root or a fixed point by GMRES. The linear systems are solved only as accurately as the
     progress of the outer iteration deserves.

@@ -69,6 +69,20 @@ def test_what_is_ill_conditioned_in_any_units_does_not_excuse_its_residual() -> 
             assert not bool((outcome.status == Status.CONVERGED).any())
 
 
+@pytest.mark.parametrize("seed", [1, 2, 3])
+def test_a_regular_matrix_in_single_precision_has_the_residual_of_its_rounding(seed: int) -> None:
+    """Of equations in units from 1e-6 to 1e4, the largest hide in their rounding what the smallest say."""
+    draws = torch.Generator().manual_seed(seed)
+    Q, P = (torch.linalg.qr(torch.randn(8, 8, generator=draws, dtype=torch.float64)).Q for _ in range(2))
+    units = torch.logspace(-6, 4, 8, dtype=torch.float64)
+    A = (units[:, None] * (Q @ torch.diag(torch.logspace(0, -3.8, 8, dtype=torch.float64)) @ P)).float()
+    b = torch.ones(1, 8)
+    right = torch.linalg.solve(A.double(), b[0].double())
+    outcome = solve_linear(Exact(), DenseOperator(A[None], symmetric=False), b, Tolerance().linear(torch.float32))
+    assert Status(int(outcome.status)) is Status.CONVERGED
+    assert float((outcome.x[0].double() - right).abs().max() / right.abs().max()) < 1e-4
+
+
 def test_ridge_regression_in_its_own_units() -> None:
     # Features in micrometres and in light years: the solution and its derivatives are those of sensible units, rescaled.
     generator = torch.Generator().manual_seed(0)

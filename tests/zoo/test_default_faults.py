@@ -374,6 +374,86 @@ def test_atoms_in_a_row_are_left(start: tuple[float, ...], dtype: torch.dtype) -
     assert torch.allclose(sides, torch.full((3,), 2 ** (1 / 6), dtype=F64), rtol=1e-4)
 
 
+# Starts at which one search ends at the atoms in a row, and the next ones far above them or at the same place.
+FAR_ATOMS = {
+    "steps spent at the saddle": (tensor(73.6, 561.82, 37.39), tensor(1.0, 1.0, 1.0)),
+    "the other searches end above the saddle": (tensor(1122493.0, 76919.0, 1613.3), tensor(1.0, 1.0, 1.0)),
+    "units of 6e-6": (tensor(77540.0, 561251.0, 1.8821), tensor(2.742e-4, 5.952e-6, 0.3299)),
+    "units of 3e3": (tensor(18.184, 561237.0, 622.1), tensor(5e-6, 3.1e3, 0.11)),
+}
+
+
+@pytest.mark.parametrize("name", FAR_ATOMS)
+def test_a_saddle_is_left_from_where_the_energy_is_lowest(name: str) -> None:
+    start, units = FAR_ATOMS[name]
+    energy = lambda x, e: atoms(x / units, e)
+    e = torch.tensor(1.3, dtype=F64, requires_grad=True)
+    x = bilevel.argmin(energy)(start * units, e)
+    u, v, w = (x / units).detach()
+    sides = torch.stack([u.abs(), torch.hypot(v, w), torch.hypot(u - v, w)])
+    assert torch.allclose(sides, torch.full((3,), 2 ** (1 / 6), dtype=F64), rtol=1e-5)
+    # The distances do not depend on the depth of the wells.
+    assert abs(float(torch.autograd.grad((x / units).sum(), e)[0])) < 1e-5
+
+
+def test_the_step_off_a_saddle_is_in_the_units_of_the_curvature() -> None:
+    """½z₀² − ½z₁² + ¼z₁⁴ falls from its saddle to z₁ = ±1, whatever the unit of x₁."""
+    for unit in (1e-9, 1.0, 1e9):
+        units = tensor(1.0, unit)
+        layer = bilevel.argmin(
+            lambda x, a, units=units: (
+                0.5 * (x[0] - a) ** 2 - 0.5 * (x[1] / units[1]) ** 2 + 0.25 * (x[1] / units[1]) ** 4
+            )
+        )
+        # So near the ridge that Newton's steps end on it.
+        x = layer(tensor(3.0, 1e-30) * units, tensor(2.0)[0])
+        assert torch.allclose((x / units).abs(), tensor(2.0, 1.0), rtol=1e-6)
+
+
+def bent(x: torch.Tensor, b: torch.Tensor, q: torch.Tensor, a: torch.Tensor) -> torch.Tensor:
+    """A quadratic and absolute values that are smooth within one unit: ½xᵀQx + Σ log 2cosh(½ aᵢ·x)·2 + b·x."""
+    t = a @ x
+    return 0.5 * x @ q @ x + (torch.nn.functional.softplus(t) + torch.nn.functional.softplus(-t)).sum() + b @ x
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_newton_does_not_zigzag_between_bends(seed: int) -> None:
+    """From 1e6 away the bends are narrower than any step. Sufficient decrease alone takes hundreds of steps."""
+    draws = torch.Generator().manual_seed(seed)
+    normal = lambda *shape: torch.randn(shape, generator=draws, dtype=F64)
+    basis = torch.linalg.qr(normal(11, 11)).Q
+    q = basis @ torch.diag(torch.logspace(-8, 0, 11, dtype=F64)) @ basis.T
+    a = torch.linalg.qr(normal(11, 11)).Q[:5]
+    right = torch.where(normal(11) < 0, -1.0, 1.0) * (1 + torch.rand(11, generator=draws, dtype=F64))
+    b = -torch.func.grad(bent)(right, torch.zeros(11, dtype=F64), q, a)
+    found = bilevel.argmin(bent, solver=bilevel.Newton()).solve(right + 1e6 * normal(11), b, q, a)
+    assert torch.allclose(found.value, right, rtol=1e-5)
+    assert int(found.report.iterations) <= 60
+
+
+BARRIERS = {
+    "walls a million times nearer": (tensor(1.03e-5, 5.26e-6, 1.83e-6, 0.115), tensor(1.0, 1.0, 1.0, 1.0)),
+    "one wall at 6e-7": (tensor(0.152, 4.46e-5, 0.322, 5.85e-7), tensor(1.0, 1.0, 1.0, 1.0)),
+    "far away": (tensor(731.0, 471.0, 7.35, 54.0), tensor(7.6e4, 6e-4, 1.2e-4, 1.0)),
+    "walls and far, in other units": (tensor(1.6e3, 1e-3, 40.7, 1.97e3), tensor(3.7e-4, 6.9e-3, 3.1e3, 1.1e-5)),
+}
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", BARRIERS)
+def test_a_coupled_barrier_from_its_walls_and_from_far_away(name: str, dtype: torch.dtype) -> None:
+    start, units = BARRIERS[name]
+    q = 0.02 * torch.eye(4, dtype=F64) + 0.01 * torch.ones(4, 4, dtype=F64)
+    right = tensor(0.742, 0.826, 1.83, 1.67)
+    b = 1 / right - q @ right
+
+    def barrier(x: torch.Tensor, b: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
+        z = x / units.to(dtype).to(x)
+        return 0.5 * z @ q @ z - torch.log(z).sum() + b @ z
+
+    check(bilevel.argmin, barrier, start * units, b, q, solution=right * units, dtype=dtype, scale=float(units.min()))
+
+
 def test_a_minimum_is_not_taken_outside_the_domain() -> None:
     """Beyond zero the logarithm has no value, and its gradient goes on: from so far it is below the first goal."""
     a, q = tensor(0.4, 0.9, dtype=torch.float32), tensor(0.1, 0.05, dtype=torch.float32)

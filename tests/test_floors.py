@@ -29,7 +29,8 @@ FLOORS = (
     ("policy", "tolerance", "pytree", "checksum", "_torch"),
     ("setting_checks", "recording", "optional_packages"),
     ("errors",),
-    ("reports", "_version"),
+    ("reports",),
+    ("status", "_version"),
 )
 HEIGHT = {name: len(FLOORS) - number for number, line in enumerate(FLOORS) for name in line}
 APPLICATIONS = FLOORS[0] + FLOORS[1]

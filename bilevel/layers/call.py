@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import torch
@@ -18,6 +17,7 @@ from bilevel.errors import BilevelError, StochasticObjectiveError
 from bilevel.layers.inspector import Inspection, Inspector
 from bilevel.layers.messages import derivative_messages, failure_messages
 from bilevel.layers.randomness import CheckAfter
+from bilevel.layers.reporting import report_of
 from bilevel.layers.settings import Adjoint, SolveSettings
 from bilevel.linear._base import LinearSolver, solve_linear
 from bilevel.linear._free_directions import (
@@ -32,11 +32,12 @@ from bilevel.operators import LinearOperator
 from bilevel.policy import apply_policy, handle_misuse
 from bilevel.recording import ACTIVE
 from bilevel.replay import ReplayCache
-from bilevel.reports import Pass, Proof, SolveReport, Status, StatusMessages
+from bilevel.reports import Pass, SolveReport, Status, StatusMessages
 from bilevel.solvers._base import InnerSolver
 from bilevel.solvers._error import rounding
 from bilevel.solvers._given import GivenAnswer, check_answer, compared
-from bilevel.solvers._judge import InnerOutcome, solve_inner
+from bilevel.solvers._judge import solve_inner
+from bilevel.solvers._outcome import InnerOutcome
 from bilevel.solvers.defaults import default_solvers
 from bilevel.tolerance import auto_relative
 
@@ -182,7 +183,7 @@ class SolveCall:
         if settings.on_adjoint is not None:
             size = system.ordinary.raveler.size if isinstance(system, StructuredSystem) else problem.size
             self.residual = outcome.residual[:, :size]
-        self.report = _report(Pass.FORWARD, self.where, outcome.solver, outcome, axes, messages)
+        self.report = report_of(Pass.FORWARD, self.where, outcome.solver, outcome, axes, messages)
         x = outcome.x.reshape(*axes, problem.size)
         if _all_converged(outcome):
             return self._filed(self.report, x)
@@ -275,7 +276,7 @@ class SolveCall:
                 words = {**derivative_messages(outcome.status, rhs, symmetric=operator.symmetric), **words}
         if self.degenerate is not None:
             outcome, words = self._one_sided(self.degenerate, operator, outcome, words, axes, product is not None)
-        report = _report(direction, self.where, solver.name, outcome, axes, words)
+        report = report_of(direction, self.where, solver.name, outcome, axes, words)
         self.report = self.report or report
         if on_adjoint is not None and self.residual is not None:
             on_adjoint(self._adjoint(self.residual, outcome, report, product))
@@ -372,34 +373,6 @@ def _without_derivative(
     if bool(changed[first]):
         words = {**free_direction_messages(symmetric=operator.symmetric), **words}
     return replace(outcome, status=status), words
-
-
-def _report(
-    direction: Pass,
-    where: str,
-    solver: str,
-    outcome: InnerOutcome | LinearOutcome,
-    axes: tuple[int, ...],
-    words: StatusMessages,
-) -> SolveReport:
-    status, iterations, norm = outcome.status, outcome.iterations, outcome.residual_norm
-    threshold, bound = outcome.threshold, outcome.error_bound
-    scale = outcome.scale if isinstance(outcome, LinearOutcome) else torch.full(status.shape, float("nan"))
-    if status.shape != axes:
-        status, iterations, norm = status.reshape(axes), iterations.reshape(axes), norm.reshape(axes)
-        threshold, bound, scale = threshold.reshape(axes), bound.reshape(axes), scale.reshape(axes)
-    report = SolveReport(
-        direction, where, solver, status, iterations, norm, threshold, bound, outcome.basis, scale, words
-    )
-    if not isinstance(outcome, InnerOutcome) or outcome.prove is None:
-        return report
-    return report.with_proof(partial(_shaped_proof, outcome.prove, axes))
-
-
-def _shaped_proof(prove: Callable[[], Proof], axes: tuple[int, ...]) -> Proof:
-    proof = prove()
-    entries = (None if e is None else e.reshape(*axes, e.shape[-1]) for e in (proof.proven_zero, proof.proven_nonzero))
-    return Proof(proof.error_bound.reshape(axes), proof.basis, *entries)
 
 
 def _all_converged(outcome: InnerOutcome | LinearOutcome) -> bool:

@@ -47,7 +47,7 @@ from bilevel.reports import Basis, Status
 from bilevel.solvers._base import CallableSolver, InnerSolver
 from bilevel.solvers._bridges import by_callable, by_scipy
 from bilevel.solvers._constrained import solve_constrained
-from bilevel.solvers._judge import InnerOutcome
+from bilevel.solvers._outcome import InnerOutcome, nothing_to_solve, with_spent_budget
 from bilevel.solvers._program import Answer, ConstrainedSolver, Program
 from bilevel.solvers.scipy_minimize import ScipyMinimize
 from bilevel.tolerance import Target
@@ -302,7 +302,7 @@ class ConstrainedSystem(LocalModel):
     def find(self, problem: Problem, init: torch.Tensor, target: Target, solver: InnerSolver | None) -> InnerOutcome:
         """Return the solutions z (batch, n + p + m), polished and judged by the KKT conditions."""
         if not problem.batch or not self.unknowns:
-            return _nothing(init)
+            return nothing_to_solve(init, Basis.RESIDUAL, "none")
         program = self._widened(problem)
         start, *duals = (part.to(program.lower) for part in self.split(init))
         # Multipliers of zero are none: see ConstraintStructure.attach.
@@ -312,7 +312,7 @@ class ConstrainedSystem(LocalModel):
         z = torch.cat([found.x, found.equality, found.inequality], dim=-1).to(init)
         residual = problem.residual(z)
         norm = residual.norm(dim=-1)
-        status = _spent(solver, target, found.status)
+        status = with_spent_budget(solver, target, found.status)
         scale = 1 + z.abs().amax(-1)
         threshold = torch.clamp(max(target.relative, torch.finfo(init.dtype).eps ** 0.5) * scale, min=target.absolute)
         broken = ~torch.isfinite(z).all(-1)
@@ -393,16 +393,3 @@ def _pulled(pull: Callable[..., Any], like: torch.Tensor) -> torch.Tensor:
     (rows,) = vmap(pull, chunk_size=None if count <= _MOST_ROWS else _MOST_ROWS)(units)
     matrix: torch.Tensor = rows
     return matrix
-
-
-def _spent(solver: InnerSolver | None, target: Target, status: torch.Tensor) -> torch.Tensor:
-    """Return the statuses with a spent budget a success where no accuracy was asked for."""
-    meant = target.silent or (solver is not None and solver.has_budget and not target.asked)
-    spent = (status == Status.MAX_STEPS) if meant else torch.zeros_like(status, dtype=torch.bool)
-    return torch.where(spent, int(Status.BUDGET_SPENT), status)
-
-
-def _nothing(init: torch.Tensor) -> InnerOutcome:
-    zeros = init.new_zeros(len(init))
-    codes = torch.zeros(len(init), dtype=torch.int64, device=init.device)
-    return InnerOutcome(init, codes, codes, zeros, zeros, zeros, Basis.RESIDUAL, torch.zeros_like(init), solver="none")

@@ -29,7 +29,7 @@ from bilevel.linear._base import LinearSolverLike
 from bilevel.policy import OnFailure
 from bilevel.reports import Status, StatusMessages
 from bilevel.solvers._base import InnerSolver, InnerSolverLike
-from bilevel.solvers._judge import InnerOutcome
+from bilevel.solvers._outcome import InnerOutcome
 from bilevel.tolerance import Tolerance
 
 __all__ = ["EquilibriumLayer", "equilibrium"]

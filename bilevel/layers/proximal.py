@@ -33,7 +33,7 @@ from bilevel.reports import Status
 from bilevel.solvers._base import InnerSolver
 from bilevel.solvers._composite import Composite
 from bilevel.solvers._composite_judge import solve_composite, solve_fixed_point
-from bilevel.solvers._judge import InnerOutcome
+from bilevel.solvers._outcome import InnerOutcome
 from bilevel.tolerance import Target
 
 __all__ = ["Proximal", "ProximalRoot", "ProximalSystem"]

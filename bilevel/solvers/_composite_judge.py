@@ -17,8 +17,9 @@ from bilevel.solvers._base import CallableSolver, Goal, InnerSolver, length
 from bilevel.solvers._composite import Composite, Iterate
 from bilevel.solvers._composite_proof import CompositeProof
 from bilevel.solvers._error import residual_rounding
-from bilevel.solvers._judge import InnerOutcome, solve_inner
+from bilevel.solvers._judge import solve_inner
 from bilevel.solvers._manifold_newton import Known, Polished, assess, polish, prox_step, reached
+from bilevel.solvers._outcome import InnerOutcome, nothing_to_solve
 from bilevel.solvers._reduced import ReducedSolver
 from bilevel.solvers._working_set import solve_sparse
 from bilevel.solvers.newton import Newton
@@ -62,7 +63,7 @@ def solve_composite(
     """Solve min f + g from ``init`` (batch, n) with the solver that the user chose, or None, and judge the answer."""
     chosen = _chosen(composite, solver)
     if init.numel() == 0:
-        return _nothing(init, target, chosen)
+        return nothing_to_solve(init, _basis(target), chosen.name)
     if isinstance(chosen, CallableSolver):
         goal = Goal(composite.objective, init, target)
         given = chosen.solve(composite.objective, init, goal).x
@@ -147,14 +148,6 @@ def _chosen(composite: Composite, solver: InnerSolver | None) -> InnerSolver:
     raise ArgumentError(
         f"{composite.objective.where}: expected solver to be bilevel.ProximalGradient or a function where there is a proximal term, got "
         f"{solver.name}, which only minimises smooth functions; leave solver out, or pass bilevel.ProximalGradient(...)"
-    )
-
-
-def _nothing(init: torch.Tensor, target: Target, solver: InnerSolver) -> InnerOutcome:
-    zeros = init.new_zeros(init.shape[0])
-    codes = zeros.to(torch.int64)
-    return InnerOutcome(
-        init, codes, codes, zeros, zeros, zeros, _basis(target), torch.zeros_like(init), solver=solver.name
     )
 
 
@@ -316,7 +309,7 @@ def solve_fixed_point(
     """
     chosen = _chosen(composite, solver)
     if init.shape[0] == 0 or init.shape[-1] == 1:
-        return _nothing(init, target, chosen)
+        return nothing_to_solve(init, _basis(target), chosen.name)
     x = init[:, :-1]
     if isinstance(chosen, CallableSolver):
         x = chosen.solve(composite.objective, x, Goal(composite.objective, x, target)).x

@@ -9,7 +9,8 @@ import torch
 from bilevel.equations.problem import Problem
 from bilevel.reports import Basis, Status
 from bilevel.solvers._base import Goal, InnerSolution, InnerSolver, length
-from bilevel.solvers._judge import InnerOutcome, solve_inner
+from bilevel.solvers._judge import solve_inner
+from bilevel.solvers._outcome import InnerOutcome
 from bilevel.tolerance import Target
 
 __all__ = ["GivenAnswer", "check_answer", "compared"]

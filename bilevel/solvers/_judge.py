@@ -8,14 +8,13 @@ depends neither on the initial guess nor on the units of the objective. With δ 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import torch
 
 from bilevel.equations.problem import Problem
-from bilevel.reports import Basis, Proof, Status, StatusMessages
+from bilevel.reports import Basis, Status, StatusMessages
 from bilevel.solvers._base import Goal, InnerSolution, InnerSolver, all_finite, is_one_of, length
 from bilevel.solvers._degenerate import falls_beside, slow_directions
 from bilevel.solvers._error import (
@@ -25,6 +24,7 @@ from bilevel.solvers._error import (
     residual_rounding,
     rounding,
 )
+from bilevel.solvers._outcome import InnerOutcome, nothing_to_solve
 from bilevel.solvers._stationary import (
     MAYBE_KINKED,
     doubtful_directions,
@@ -38,7 +38,7 @@ from bilevel.solvers._trials import Trial, choose, merged, with_residual
 from bilevel.solvers._weighing import blind_status, only_sizes_matter, weigh
 from bilevel.tolerance import Target
 
-__all__ = ["InnerOutcome", "solve_inner"]
+__all__ = ["solve_inner"]
 
 # The factor by which a bound may exceed δ, for the rounding of the comparison.
 _BOUND_ROUNDING = 1 + 1e-5
@@ -58,42 +58,12 @@ _WORTH_ANOTHER = (
 )
 
 
-@dataclass(frozen=True, eq=False)
-class InnerOutcome:
-    """A judged inner solve: tensors per problem, and the names of the solvers that took part.
-
-    ``factor`` holds Cholesky factors of Hessians near x, ``exact`` says that they are those at x. ``degenerate`` (batch,) bool says where the
-    derivative at x does not exist or is one-sided, ``words`` what there is to say of the statuses of this solve. ``linear_solver`` is one for
-    derivatives, made of what the solve has factorised. ``prove`` proves more of the solution, for who asks.
-    """
-
-    x: torch.Tensor
-    status: torch.Tensor
-    iterations: torch.Tensor
-    residual_norm: torch.Tensor
-    threshold: torch.Tensor
-    error_bound: torch.Tensor
-    basis: Basis
-    residual: torch.Tensor
-    factor: torch.Tensor | None = None
-    exact: bool = False
-    solver: str = ""
-    degenerate: torch.Tensor | None = None
-    words: StatusMessages = field(default_factory=dict)
-    linear_solver: Any = None
-    prove: Callable[[], Proof] | None = None
-
-
 def solve_inner(
     solver: InnerSolver, problem: Problem, init: torch.Tensor, target: Target, others: Sequence[Successor] = ()
 ) -> InnerOutcome:
     """Solve from ``init`` (batch, n) and judge the result. ``others`` take over, in turn, the problems that failed."""
     if problem.size == 0 or problem.batch == 0:
-        zeros = init.new_zeros(problem.batch)
-        codes = torch.zeros(problem.batch, dtype=torch.int64, device=init.device)
-        return InnerOutcome(
-            init, codes, codes, zeros, zeros, zeros, _basis(target), torch.zeros_like(init), solver=solver.name
-        )
+        return nothing_to_solve(init, _basis(target), solver.name)
     goal = Goal(problem, init, target)
     trial = _attempt(solver, problem, goal)
     names, steps = [solver.name], trial.iterations

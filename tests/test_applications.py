@@ -12,11 +12,17 @@ import pytest
 import bilevel
 
 ROOT = Path(bilevel.__file__).parent
-# What an application may import beside public names: itself, the module in which applications write files, the checksum of a saved
-# state, and the import of optional packages.
+# What an application may import beside public names: itself, what commands share (files, tables, pictures, progress bars), the checksum
+# of a saved state, and the import of optional packages.
 OWN = {
-    **dict.fromkeys((ROOT / "hyperopt").rglob("*.py"), ("bilevel.hyperopt", "bilevel.cli.output", "bilevel.cli.table")),
-    **dict.fromkeys((ROOT / "meta").rglob("*.py"), ("bilevel.meta", "bilevel.cli.output", "bilevel.checksum")),
+    **dict.fromkeys(
+        (ROOT / "hyperopt").rglob("*.py"),
+        ("bilevel.hyperopt", "bilevel.cli.output", "bilevel.cli.table", "bilevel.cli.progress"),
+    ),
+    **dict.fromkeys(
+        (ROOT / "meta").rglob("*.py"),
+        ("bilevel.meta", "bilevel.cli.output", "bilevel.cli.pictures", "bilevel.checksum"),
+    ),
     **dict.fromkeys((ROOT / "testing").rglob("*.py"), ("bilevel.testing",)),
     **dict.fromkeys((ROOT / "learnable").rglob("*.py"), ("bilevel.learnable", "bilevel.stochastic")),
     ROOT / "cli/main.py": (

@@ -33,7 +33,6 @@ LONG_FUNCTIONS = {
     "linear/_base.py:solve_linear": "solve, refine, judge: the order is the method",
     "linear/_judge.py:judge": "the order of a judgement",
     "linear/exact.py:_factorize": "which factorisation a matrix gets",
-    "solvers/_judge.py:solve_inner": "the order of a judgement",
     "solvers/_judge.py:_by_error": "the order of a judgement",
     "solvers/_weighing.py:weigh": "whether an estimated error is small enough",
     "linear/scipy_bridge.py:solve": "one call of scipy, in and out",

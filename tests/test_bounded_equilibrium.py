@@ -141,8 +141,8 @@ def test_bounds_in_the_wrong_order_are_infeasible() -> None:
 @pytest.mark.parametrize(
     ("bounds", "message"),
     [
-        ({"lower": 0.0}, "expected lower to be a list of 2 entries"),
-        ({"upper": [1.0]}, "expected upper to be a list of 2 entries"),
+        ({"lower": "0"}, "expected lower to be a number for all players, a function"),
+        ({"upper": [1.0]}, "or a list of 2 entries, one for each player, got"),
         ({"upper": ["a", None]}, r"expected upper\[0\] to be None, a number"),
         ({"lower": [None, torch.zeros((), requires_grad=True)]}, r"expected lower\[1\] not to require grad"),
     ],
@@ -164,3 +164,33 @@ def test_bounds_that_do_not_fit_are_refused() -> None:
     closed = bilevel.equilibrium([first, second], upper=[lambda c, u: captured, None])
     with pytest.raises(bilevel.errors.CapturedTensorError):
         closed((ZERO, ZERO), c, ZERO)
+
+
+def test_a_function_may_return_the_bounds_of_all_players_and_a_number_bound_all() -> None:
+    game = bilevel.equilibrium([first, second], lower=0.0, upper=lambda c, u: (u, None))
+    c, u = torch.tensor([0.1, 0.4], dtype=F64), torch.tensor(0.25, dtype=F64)
+
+    def outcome(game: bilevel.EquilibriumLayer, u: torch.Tensor) -> torch.Tensor:
+        return torch.stack(game((ZERO, ZERO), c, u))
+
+    torch.testing.assert_close(outcome(game, u), outcome(CAPPED, u))
+    torch.testing.assert_close(jacrev(lambda u: outcome(game, u))(u), torch.tensor([1.0, -0.5], dtype=F64))
+    # The second firm would produce less than nothing at a cost of 0.9.
+    idle = game((ZERO, ZERO), torch.tensor([0.1, 0.9], dtype=F64), torch.tensor(1.0, dtype=F64))
+    torch.testing.assert_close(torch.stack(idle), torch.tensor([0.45, 0.0], dtype=F64))
+    with pytest.raises(bilevel.errors.ShapeError, match=r"upper\(\*args\) to return a tuple of 2 entries"):
+        bilevel.equilibrium([first, second], upper=lambda c, u: u)((ZERO, ZERO), c, u)
+    captured = torch.tensor(0.25, dtype=F64, requires_grad=True)
+    closed = bilevel.equilibrium([first, second], upper=lambda c, u: (captured, None))
+    with pytest.raises(bilevel.errors.CapturedTensorError):
+        closed((ZERO, ZERO), c, u)
+
+
+def test_a_term_may_be_that_of_all_players() -> None:
+    c = torch.tensor([0.1, 0.4], dtype=F64)
+    shared = bilevel.equilibrium([first, second], prox=bilevel.prox.L1(0.05))
+    each = bilevel.equilibrium([first, second], prox=lambda c, u: [bilevel.prox.L1(0.05), bilevel.prox.L1(0.05)])
+    # A tax of 0.05 on each unit: x = (1 − 2 c₀ + c₁ − 0.05) / 3.
+    expected = torch.tensor([1 - 0.2 + 0.4 - 0.05, 1 - 0.8 + 0.1 - 0.05], dtype=F64) / 3
+    for game in (shared, each):
+        torch.testing.assert_close(torch.stack(game((ZERO, ZERO), c, ZERO)), expected)

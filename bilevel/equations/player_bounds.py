@@ -12,7 +12,39 @@ from torch.utils import _pytree as pytree
 
 from bilevel.errors import ArgumentError, ShapeError
 
-__all__ = ["PlayerBounds"]
+__all__ = ["PlayerBounds", "SharedFunction", "own_functions", "shared"]
+
+
+@dataclass(frozen=True)
+class SharedFunction:
+    """One player's part of what a function of the arguments returns for all players."""
+
+    function: Callable[..., Any]
+    name: str
+    player: int
+    players: int
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Return the player's entry."""
+        made = self.function(*args, **kwargs)
+        if not isinstance(made, (list, tuple)) or len(made) != self.players:
+            raise ShapeError(
+                f"equilibrium: expected {self.name}(*args) to return a tuple of {self.players} entries, one for each player, got {made!r}; return "
+                "None for a player without one"
+            )
+        return made[self.player]
+
+
+def shared(name: str, entries: Any, players: int) -> Any:
+    """Return a function of the arguments that returns the entries of all players as a list of functions, one for each; other entries as they are."""
+    if not callable(entries):
+        return entries
+    return [SharedFunction(entries, name, player, players) for player in range(players)]
+
+
+def own_functions(entries: tuple[Any, ...]) -> tuple[Callable[..., Any], ...]:
+    """Return the functions among ``entries``, as the user wrote them."""
+    return tuple(entry.function if isinstance(entry, SharedFunction) else entry for entry in entries if callable(entry))
 
 
 @dataclass(frozen=True)
@@ -36,10 +68,11 @@ class PlayerBounds:
         """Return ``entries`` checked, or None where no player has a bound."""
         if entries is None:
             return None
+        entries = [entries] * players if _is_number(entries) else shared(name, entries, players)
         if not isinstance(entries, (list, tuple)) or len(entries) != players:
             raise ArgumentError(
-                f"equilibrium: expected {name} to be a list of {players} entries, one for each player, got {entries!r}; write None for a player "
-                "without a bound"
+                f"equilibrium: expected {name} to be a number for all players, a function of the arguments, or a list of {players} entries, one for "
+                f"each player, got {entries!r}; write None for a player without a bound"
             )
         for player, entry in enumerate(entries):
             wrong = [leaf for leaf in pytree.tree_leaves(entry) if not _is_number(leaf) and leaf is not None]
@@ -58,7 +91,7 @@ class PlayerBounds:
     @property
     def functions(self) -> tuple[Callable[..., Any], ...]:
         """The entries that are functions."""
-        return tuple(entry for entry in self.entries if callable(entry))
+        return own_functions(self.entries)
 
     def __call__(
         self, where: str, players: tuple[Any, ...], args: tuple[Any, ...], kwargs: dict[str, Any]

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch.utils import _pytree as pytree
 
+from bilevel.equations.player_bounds import own_functions, shared
 from bilevel.errors import ArgumentError, ShapeError
 from bilevel.prox._base import Term
 from bilevel.prox._flat import FlatTerm
@@ -33,10 +34,11 @@ class PlayerTerms:
         """Return ``entries`` checked, or None where no player has a term."""
         if entries is None:
             return None
+        entries = [entries] * players if isinstance(entries, Term) else shared("prox", entries, players)
         if not isinstance(entries, (list, tuple)) or len(entries) != players:
             raise ArgumentError(
-                f"equilibrium: expected prox to be a list of {players} entries, one for each player, got {entries!r}; write None for a player "
-                "without a term"
+                f"equilibrium: expected prox to be a term for all players, a function of the arguments, or a list of {players} entries, one for "
+                f"each player, got {entries!r}; write None for a player without a term"
             )
         for player, entry in enumerate(entries):
             terms = [] if _is_function(entry) else [leaf for leaf in pytree.tree_leaves(entry) if leaf is not None]
@@ -55,7 +57,7 @@ class PlayerTerms:
     @property
     def functions(self) -> tuple[Callable[..., Any], ...]:
         """The entries that are functions."""
-        return tuple(entry for entry in self.entries if _is_function(entry))
+        return own_functions(tuple(entry for entry in self.entries if _is_function(entry)))
 
     def __call__(
         self, where: str, players: tuple[Any, ...], args: tuple[Any, ...], kwargs: dict[str, Any]

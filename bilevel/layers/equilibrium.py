@@ -27,6 +27,7 @@ from bilevel.layers.settings import SolveSettings
 from bilevel.layers.solution import Solution
 from bilevel.linear._base import LinearSolverLike
 from bilevel.policy import OnFailure
+from bilevel.prox import Term
 from bilevel.reports import Status, StatusMessages
 from bilevel.solvers._base import InnerSolver, InnerSolverLike
 from bilevel.solvers._outcome import InnerOutcome
@@ -40,9 +41,9 @@ T = TypeVar("T")
 def equilibrium(
     objectives: Sequence[Callable[..., torch.Tensor]],
     *,
-    lower: Sequence[Any] | None = None,
-    upper: Sequence[Any] | None = None,
-    prox: Sequence[Any] | None = None,
+    lower: Sequence[Any] | Callable[..., Sequence[Any]] | torch.Tensor | float | None = None,
+    upper: Sequence[Any] | Callable[..., Sequence[Any]] | torch.Tensor | float | None = None,
+    prox: Sequence[Any] | Callable[..., Sequence[Any]] | Term | None = None,
     solver: InnerSolverLike | None = None,
     linear_solver: LinearSolverLike | None = None,
     tolerance: Tolerance | None = None,
@@ -59,13 +60,15 @@ def equilibrium(
     objectives
         f_i: functions of ``(x_1, ..., x_N, *args, **kwargs)`` that return a scalar tensor, twice differentiable. The players are counted from 0.
     lower, upper
-        Bounds: a list with an entry for each player, each None, a number, a tensor, a pytree of tensors like x_i, or a function of the
-        arguments that returns one. The conditions are then those of a variational inequality, which semismooth Newton solves. Where an unknown
-        is on its bound and its slope ∂f_i/∂x_i is zero, the derivative is one-sided, and refused as ``DEGENERATE``.
+        Bounds: a number for all players; or a list with an entry for each player, each None, a number, a tensor, a pytree of tensors like x_i,
+        or a function of the arguments that returns one; or a function of the arguments that returns the whole list. The conditions are then
+        those of a variational inequality, which semismooth Newton solves. Where an unknown is on its bound and its slope ∂f_i/∂x_i is zero,
+        the derivative is one-sided, and refused as ``DEGENERATE``.
     prox
-        Proximal terms: a list with an entry for each player, each None, a term of :mod:`bilevel.prox`, a pytree of terms like x_i, or a function of
-        the arguments that returns one. Player i then minimises f_i + g_i. A player has bounds or a term; :class:`bilevel.prox.Box` has both in one.
-        Where a term is at its threshold, the derivative is refused as ``DEGENERATE``.
+        Proximal terms: one for all players; or a list with an entry for each player, each None, a term of :mod:`bilevel.prox`, a pytree of
+        terms like x_i, or a function of the arguments that returns one; or a function of the arguments that returns the whole list. Player i
+        then minimises f_i + g_i. A player has bounds or a term; :class:`bilevel.prox.Box` has both in one. Where a term is at its threshold,
+        the derivative is refused as ``DEGENERATE``.
     solver
         An inner solver for the residual, by default Newton's method; or a function ``(objectives, init, *args, **kwargs)`` -> x, where
         ``objectives`` maps the tuple x to the tuple of values.
@@ -121,8 +124,9 @@ def equilibrium(
         )
     low, high = (PlayerBounds.of(name, given, len(objectives)) for name, given in (("lower", lower), ("upper", upper)))
     terms = PlayerTerms.of(prox, len(objectives))
-    for player in range(0 if terms is None else len(objectives)):
-        if prox[player] is not None and any(side is not None and side[player] is not None for side in (lower, upper)):  # type: ignore[index]
+    sides = [side.entries for side in (low, high) if side is not None]
+    for player, term in enumerate(() if terms is None else terms.entries):
+        if term is not None and any(entries[player] is not None for entries in sides):
             raise ArgumentError(
                 f"equilibrium: expected bounds or a term for player {player}, got both; write the bounds as bilevel.prox.Box, or the term as part "
                 "of a term of your own, bilevel.prox.Custom"

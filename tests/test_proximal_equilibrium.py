@@ -138,7 +138,7 @@ def test_a_term_at_its_threshold_has_no_derivative() -> None:
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        ({"prox": [prox.L1(1.0)]}, "expected prox to be a list of 2 entries"),
+        ({"prox": [prox.L1(1.0)]}, "or a list of 2 entries, one for each player, got"),
         ({"prox": [1.0, None]}, r"expected prox\[0\] to be None, a term"),
         ({"prox": [prox.L1(1.0), None], "lower": [0.0, None]}, "expected bounds or a term for player 0, got both"),
         ({"prox": [prox.L1(torch.tensor(1.0, requires_grad=True)), None]}, "not to require grad"),

@@ -179,8 +179,9 @@ def test_steps_that_are_too_long_are_shortened() -> None:
         return Trainer("glyphs", recipe, HERE).train_step().inner_residual
 
     fixed = residual(adaptive=False, inner_momentum=0.0)
-    assert residual(adaptive=False, line_search=True) < 0.5 < fixed
-    assert residual(adaptive=True) < 0.5
+    # At equal steps; a line search may take twice as many evaluations.
+    assert residual(adaptive=False, line_search=True) < 0.5 * fixed
+    assert residual(adaptive=True) < 0.25 * fixed
 
 
 def test_a_recipe_chooses_the_linear_solver() -> None:

@@ -322,7 +322,7 @@ def test_without_warm_starts_nothing_is_begun_from() -> None:
     kept = problem(warm_start=False)
     kept.hypergradient(theta, tasks(3))
     backward(kept(theta, tasks(3)), theta)
-    assert kept.memory() == {"inner": None, "adjoint": None, "known": None}
+    assert kept.memory() == {"inner": None, "adjoint": None, "known": None, "multipliers": {}}
 
 
 def test_a_call_begins_from_the_warm_start_of_when_it_was_made() -> None:

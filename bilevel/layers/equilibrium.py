@@ -60,13 +60,13 @@ def equilibrium(
     objectives
         f_i: functions of ``(x_1, ..., x_N, *args, **kwargs)`` that return a scalar tensor, twice differentiable. The players are counted from 0.
     lower, upper
-        Bounds: a number for all players; or a list with an entry for each player, each None, a number, a tensor, a pytree of tensors like x_i,
-        or a function of the arguments that returns one; or a function of the arguments that returns the whole list. The conditions are then
-        those of a variational inequality, which semismooth Newton solves. Where an unknown is on its bound and its slope ∂f_i/∂x_i is zero,
+        Bounds: a list with an entry for each player. An entry is None, a number, a tensor, a pytree of tensors like x_i, or a function of the
+        arguments that returns one. One number bounds all players, and one function of the arguments may return the whole list. The conditions
+        are then those of a variational inequality, which semismooth Newton solves. Where an unknown is on its bound and its slope ∂f_i/∂x_i is zero,
         the derivative is one-sided, and refused as ``DEGENERATE``.
     prox
-        Proximal terms: one for all players; or a list with an entry for each player, each None, a term of :mod:`bilevel.prox`, a pytree of
-        terms like x_i, or a function of the arguments that returns one; or a function of the arguments that returns the whole list. Player i
+        Proximal terms: a list with an entry for each player. An entry is None, a term of :mod:`bilevel.prox`, a pytree of terms like x_i, or a
+        function of the arguments that returns one. One term serves all players, and one function may return the whole list. Player i
         then minimises f_i + g_i. A player has bounds or a term; :class:`bilevel.prox.Box` has both in one. Where a term is at its threshold,
         the derivative is refused as ``DEGENERATE``.
     solver

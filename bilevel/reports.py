@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from bilevel.status import NamedCode, Status, StatusMessages
+from bilevel.status import Status, StatusMessages, _NamedCode
 
 __all__ = [
     "Basis",
@@ -65,7 +65,7 @@ def remedy_for_dtype(remedy: str, dtype: torch.dtype | None) -> str:
     return remedy.replace(_WIDER, "") if dtype == torch.float64 else remedy
 
 
-class Basis(NamedCode):
+class Basis(_NamedCode):
     """How an error bound was obtained."""
 
     CERTIFIED = 0

@@ -6,10 +6,10 @@ import enum
 from collections.abc import Mapping
 from typing import TypeAlias
 
-__all__ = ["NamedCode", "Status", "StatusMessages"]
+__all__ = ["Status", "StatusMessages"]
 
 
-class NamedCode(enum.IntEnum):
+class _NamedCode(enum.IntEnum):
     """Numbers that fit into a tensor, and print as names in every version of Python."""
 
     def __str__(self) -> str:
@@ -19,7 +19,7 @@ class NamedCode(enum.IntEnum):
         return int.__format__(self, spec) if spec else str(self)
 
 
-class Status(NamedCode):
+class Status(_NamedCode):
     """How one problem's solve ended. :attr:`meaning` describes it, and :attr:`remedy` says what to do."""
 
     CONVERGED = 0

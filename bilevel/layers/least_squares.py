@@ -70,7 +70,7 @@ class GaussNewtonHessian:
 HessianChoice = FullHessian | GaussNewtonHessian
 
 
-class LeastSquaresOptions(SolverOptions, total=False):
+class _LeastSquaresOptions(SolverOptions, total=False):
     """Options of ``least_squares``."""
 
     solver: InnerSolverLike | None
@@ -81,9 +81,9 @@ class LeastSquaresOptions(SolverOptions, total=False):
 
 
 @overload
-def least_squares(residual: None = None, **options: Unpack[LeastSquaresOptions]) -> Decorator: ...
+def least_squares(residual: None = None, **options: Unpack[_LeastSquaresOptions]) -> Decorator: ...
 @overload
-def least_squares(residual: Callable[..., Any], **options: Unpack[LeastSquaresOptions]) -> Layer: ...
+def least_squares(residual: Callable[..., Any], **options: Unpack[_LeastSquaresOptions]) -> Layer: ...
 @explain_misuse
 def least_squares(
     residual: Callable[..., Any] | None = None,

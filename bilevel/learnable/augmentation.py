@@ -101,7 +101,7 @@ class Augmentation(Learnable):
 
     @property
     def strengths(self) -> dict[str, torch.Tensor]:
-        """The strengths by name, each of shape (): the draws are symmetric, so that the parameters' signs do not matter."""
+        """The strengths by name, each of shape (). Draws are symmetric, so that the signs of the parameters do not matter."""
         return {name: strength.abs() for name, strength in self.signed.items()}
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:

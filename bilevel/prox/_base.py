@@ -150,7 +150,7 @@ class Term(ABC):
         slope
             ∇f at a point, of the shape of x.
         move
-            Bounds of the entries of |∇f(x*) − ``slope``|.
+            Bounds of the sizes of the entries of ∇f(x*) − ``slope``.
         """
         return torch.zeros_like(slope, dtype=torch.bool)
 

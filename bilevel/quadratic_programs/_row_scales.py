@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
+from bilevel._torch.empty_batches import EmptyBatch
 from bilevel.quadratic_programs._kkt import Sizes
 from bilevel.quadratic_programs._matrices import Entries, Pattern
 
@@ -20,7 +21,7 @@ def row_scales(
     sizes: Sizes, patterns: Sequence[Pattern], tensors: Sequence[torch.Tensor]
 ) -> tuple[torch.Tensor, torch.Tensor] | None:
     """Return powers of two for the rows of A (..., p) and of G (..., m); None if no row needs one."""
-    if not sizes.p + sizes.m:
+    if not sizes.p + sizes.m or EmptyBatch.around(tensors) is not None:
         return None
     with torch.no_grad():
         largest = torch.cat(

@@ -70,7 +70,7 @@ class GaussNewtonHessian:
 HessianChoice = FullHessian | GaussNewtonHessian
 
 
-class _LeastSquaresOptions(SolverOptions, total=False):
+class LeastSquaresOptions(SolverOptions, total=False):
     """Options of ``least_squares``."""
 
     solver: InnerSolverLike | None
@@ -81,9 +81,9 @@ class _LeastSquaresOptions(SolverOptions, total=False):
 
 
 @overload
-def least_squares(residual: None = None, **options: Unpack[_LeastSquaresOptions]) -> Decorator: ...
+def least_squares(residual: None = None, **options: Unpack[LeastSquaresOptions]) -> Decorator: ...
 @overload
-def least_squares(residual: Callable[..., Any], **options: Unpack[_LeastSquaresOptions]) -> Layer: ...
+def least_squares(residual: Callable[..., Any], **options: Unpack[LeastSquaresOptions]) -> Layer: ...
 @explain_misuse
 def least_squares(
     residual: Callable[..., Any] | None = None,

@@ -111,12 +111,12 @@ class ProgramCall:
         self._note_lost(status)
         words = forward_words(structure, found, status)
         report = self._report(Pass.FORWARD, status, found.iterations, found.residual, found.threshold, batch, words)
-        point = found.point.to(dtype)
+        point = found.point.to(dtype).reshape(*batch, structure.length)
         provable = not structure.smoothing and structure.dense and bool((status == Status.CONVERGED).any())
         self.report = (
             report.with_proof(ProofLater(self.backend, structure, flat, found, status, point)) if provable else report
         )
-        point = apply_policy(self.report, point.reshape(*batch, structure.length), self.on_failure, self.recordings)
+        point = apply_policy(self.report, point, self.on_failure, self.recordings)
         marks = (found.active.to(dtype) + 2 * found.weak.to(dtype)).reshape(*batch, found.active.shape[-1])
         if found.factor is not None:
             matrices = tuple(tensors[i].detach() for i in (0, 2, 4))

@@ -186,3 +186,10 @@ def test_the_bound_of_the_least_eigenvalue(n: int) -> None:
     assert bool((found >= least - 1e-11 * values.amax(-1)).all())
     singular = torch.ones(1, n + 1, n + 1, dtype=F64)
     assert bool(least_eigenvalue(singular) <= 0)
+
+
+@pytest.mark.parametrize("axes", [(), (3,), (2, 3)])
+def test_bounds_have_the_shape_of_the_batch(axes: tuple[int, ...]) -> None:
+    eye = torch.eye(2, dtype=torch.float64).expand(*axes, 2, 2)
+    report = bilevel.quadratic_program.solve(eye, torch.ones(*axes, 2, dtype=torch.float64), lower=0.0).report
+    assert report.error_bound.shape == report.certified.shape == report.residual_norm.shape == axes

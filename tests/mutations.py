@@ -918,7 +918,7 @@ MUTATIONS = (
     Mutation(
         "unknowns of players that do not end exactly at zero", "layers/equilibrium.py",
         "state.landed, outcome.x)", "torch.minimum(torch.maximum(outcome.x, state.lower), state.upper), outcome.x)",
-        ("tests/test_proximal_equilibrium.py", "-k", "batch_and_groups or best_responses"),
+        ("tests/test_proximal_equilibrium.py", "-k", "ends_exactly_there"),
     ),
     Mutation(
         "multipliers that the next solve does not begin from", "problems/problem.py",

@@ -156,3 +156,15 @@ def test_what_a_function_returns_is_checked() -> None:
         bilevel.equilibrium(players, prox=[lambda s: prox.L1(s), None])((zero, zero), s)
     with pytest.raises(bilevel.ArgumentError, match="to return a term"):
         bilevel.equilibrium(players, prox=[lambda s: s, None])((zero, zero), s)
+
+
+def test_an_unknown_that_a_solver_leaves_near_a_kink_ends_exactly_there() -> None:
+    objectives = [lambda x, y: (x - 1 - 0.3 * y) ** 2, lambda x, y: (y - 0.2 * x) ** 2]
+    zero = torch.zeros((), dtype=F64)
+
+    def nearly(objectives: Any, init: Any) -> Any:
+        return torch.tensor(0.65, dtype=F64), torch.tensor(1e-14, dtype=F64)
+
+    game = bilevel.equilibrium(objectives, prox=prox.L1(0.7), solver=nearly, tolerance=bilevel.Tolerance(delta=1e-8))
+    x, y = game((zero, zero))
+    assert float(y) == 0.0 and float(x) == pytest.approx(0.65, abs=1e-12)

@@ -12,7 +12,7 @@ from torch import nn
 import bilevel
 from bilevel.stochastic import OutputLoss
 
-__all__ = ["Learnable", "Loss", "cross_entropies", "number"]
+__all__ = ["Learnable", "Loss", "cross_entropies", "number", "whole"]
 
 Loss: TypeAlias = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 """(outputs, targets) ↦ one loss for each example, of any shape, such as (n,)."""
@@ -107,4 +107,11 @@ def number(where: str, name: str, value: float, *, zero: bool = False) -> float:
         raise bilevel.ArgumentError(
             f"{where}: expected {name} to be a number {'>=' if zero else '>'} 0, got {value!r}; pass for example 0.001"
         )
+    return value
+
+
+def whole(where: str, name: str, value: int, remedy: str = "pass one") -> int:
+    """Return ``value``, or raise unless it is an int > 0."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise bilevel.ArgumentError(f"{where}: expected {name} to be an int > 0, got {value!r}; {remedy}")
     return value

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import bilevel
-from bilevel.learnable._base import Learnable, Loss
+from bilevel.learnable._base import Learnable, Loss, whole
 
 __all__ = ["Architecture", "MixedOperation"]
 
@@ -104,8 +104,7 @@ class Architecture(Learnable):
     ) -> None:
         super().__init__(loss=loss, weight_decay=weight_decay)
         for name, count in (("places", places), ("operations", operations)):
-            if isinstance(count, bool) or not isinstance(count, int) or count < 1:
-                raise bilevel.ArgumentError(f"Architecture: expected {name} to be an int > 0, got {count!r}; pass one")
+            whole("Architecture", name, count)
         self.logits = nn.Parameter(torch.zeros(places, operations, dtype=dtype, device=device))
 
     def forward(self) -> torch.Tensor:

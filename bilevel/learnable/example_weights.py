@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import bilevel
-from bilevel.learnable._base import Learnable, Loss
+from bilevel.learnable._base import Learnable, Loss, whole
 
 __all__ = ["ExampleWeights"]
 
@@ -64,10 +64,7 @@ class ExampleWeights(Learnable):
         device: torch.device | str | None = None,
     ) -> None:
         super().__init__(loss=loss, weight_decay=weight_decay)
-        if isinstance(count, bool) or not isinstance(count, int) or count < 1:
-            raise bilevel.ArgumentError(
-                f"ExampleWeights: expected count to be an int > 0, got {count!r}; pass len(targets)"
-            )
+        whole("ExampleWeights", "count", count, "pass len(targets)")
         self.logits = nn.Parameter(torch.zeros(count, dtype=dtype, device=device))
 
     def forward(self, rows: torch.Tensor | None = None) -> torch.Tensor:

@@ -9,7 +9,7 @@ from torch import nn
 from torch.func import functional_call
 
 import bilevel
-from bilevel.learnable._base import Learnable, Loss, number
+from bilevel.learnable._base import Learnable, Loss, number, whole
 
 __all__ = ["LearningRates"]
 
@@ -74,8 +74,7 @@ class LearningRates(Learnable):
             raise bilevel.ArgumentError(
                 "LearningRates: expected the model to have a parameter that requires grad, and it has none; unfreeze one"
             )
-        if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
-            raise bilevel.ArgumentError(f"LearningRates: expected steps to be an int > 0, got {steps!r}; pass one")
+        whole("LearningRates", "steps", steps)
         number("LearningRates", "initial", initial)
         self.steps, self._names = steps, tuple(moving)
         self.logarithms = nn.ParameterList(p.detach().new_tensor(initial).log() for p in moving.values())

@@ -7,19 +7,17 @@ from dataclasses import dataclass
 
 import torch
 
-from bilevel.errors import ArgumentError
 from bilevel.reports import Status
 from bilevel.setting_checks import check_steps
 from bilevel.solvers._program import Answer, ConstrainedSolver, Program
+from bilevel.solvers._projected import ProjectedSearch, evaluated, search_in_bounds
 
 __all__ = ["ProjectedLBFGS"]
 
 _MAX_STEPS = 20_000
 _ARMIJO, _MOST_TRIALS, _MOST_IDLE = 1e-4, 30, 5
-# The largest distance to a bound that counts as on it, relative to the size of x (Bertsekas' ε).
-_NEAR = 1e-3
-# The projected gradient that is small enough, relative to the first one; and the growth of f or x that has no end.
-_SMALL, _ENDLESS = 1e-11, 1e12
+# The projected gradient that is small enough, relative to the first one.
+_SMALL = 1e-11
 
 
 @dataclass(frozen=True)
@@ -68,55 +66,30 @@ class ProjectedLBFGS(ConstrainedSolver):
         check_steps("ProjectedLBFGS", "history", self.history)
 
     def solve_program(self, program: Program, init: torch.Tensor, smoothing: float | None) -> Answer:
-        if not program.only_bounds or smoothing is not None:
-            raise ArgumentError(
-                "ProjectedLBFGS: expected bounds alone, got equality, inequality or smoothing; take bilevel.InteriorPoint()"
-            )
-        run = _Run(program, init, self.history)
-        for _ in range(_MAX_STEPS if self.max_steps is None else self.max_steps):
-            if not bool((run.status == Status.RUNNING).any()):
-                break
-            run.step()
-        none = init.new_zeros(len(init), 0)
-        status = torch.where(run.status == Status.RUNNING, int(Status.MAX_STEPS), run.status)
-        return Answer(run.x, none, none, status, run.iterations)
+        steps = _MAX_STEPS if self.max_steps is None else self.max_steps
+        return search_in_bounds(self.name, program, smoothing, lambda: _Run(program, init, self.history), steps)
 
 
-class _Run:
-    """The state of a batch of K problems."""
-
+class _Run(ProjectedSearch):
     def __init__(self, program: Program, init: torch.Tensor, history: int) -> None:
-        self.program = program
-        self.x = self.origin = program.inside(init)
-        self.value, self.gradient = _evaluated(program, self.x)
-        self.first_value, self.first = self.value, self._optimality()
+        super().__init__(program, init)
+        self.first = self.optimality()
         self.pairs: deque[tuple[torch.Tensor, torch.Tensor]] = deque(maxlen=history)
-        status = torch.full((len(init),), int(Status.RUNNING), dtype=torch.int64, device=init.device)
-        status = torch.where((program.lower > program.upper).any(-1), int(Status.INFEASIBLE), status)
-        finite = torch.isfinite(self.value) & torch.isfinite(self.gradient).all(-1)
-        status = torch.where(finite | (status != Status.RUNNING), status, int(Status.NOT_FINITE))
-        self.status = torch.where((status == Status.RUNNING) & (self.first == 0), int(Status.CONVERGED), status)
-        self.iterations = torch.zeros_like(self.status)
+        solved = (self.status == Status.RUNNING) & (self.first == 0)
+        self.status = torch.where(solved, int(Status.CONVERGED), self.status)
         self.idle = torch.zeros_like(self.status)
 
-    def _optimality(self) -> torch.Tensor:
-        """Return the length (K,) of the largest entry of the projected gradient."""
-        return (self.x - self.program.inside(self.x - self.gradient)).abs().amax(-1)
-
     def step(self) -> None:
-        """Take a step in each problem that runs."""
         program, x, gradient = self.program, self.x, self.gradient
         running, eps = self.status == Status.RUNNING, torch.finfo(x.dtype).eps
-        near = torch.minimum(_NEAR * (1 + x.abs().amax(-1)), self._optimality()).unsqueeze(-1)
-        held = ((x <= program.lower + near) & (gradient > 0)) | ((x >= program.upper - near) & (gradient < 0))
-        held = held | program.fixed
+        held = self.held()
         direction, alpha = self._direction((~held).to(x))
         promised = -(gradient * direction * ~held).sum(-1)
         noise = 10 * eps * self.value.abs()
         accepted, moved, value, slope = torch.zeros_like(running), x, self.value, gradient
         for _ in range(_MOST_TRIALS):
             trial = program.inside(x + alpha.unsqueeze(-1) * direction)
-            new, after = _evaluated(program, trial)
+            new, after = evaluated(program, trial)
             decrease = alpha * promised + (gradient * (x - trial) * held).sum(-1)
             # Where rounding hides the change of f, the gradients tell it.
             fell = 0.5 * ((gradient + after) * (x - trial)).sum(-1)
@@ -146,9 +119,9 @@ class _Run:
         self.iterations = self.iterations + running
         self.pairs.append((x - self.x, gradient - self.gradient))  # zero where a problem has not moved
         still = self.value - value <= 4 * torch.finfo(x.dtype).eps * self.value.abs()
-        before = self._optimality()
+        before = self.optimality()
         self.x, self.value, self.gradient = x, value, gradient
-        optimality = self._optimality()
+        optimality = self.optimality()
         self.idle = torch.where(still & (optimality > 0.9 * before), self.idle + 1, 0)
         # Without a decrease along a step of stored pairs, the next one is along the gradient.
         cold = running & ~accepted
@@ -160,12 +133,7 @@ class _Run:
         ended = torch.where(small, int(Status.CONVERGED), int(Status.STAGNATED))
         over = running & (small | stuck | (self.idle >= _MOST_IDLE))
         self.status = torch.where(over, ended, self.status)
-        broken = ~torch.isfinite(value) | ~torch.isfinite(gradient).all(-1)
-        self.status = torch.where(running & broken, int(Status.NOT_FINITE), self.status)
-        fallen = value < self.first_value - _ENDLESS * (1 + self.first_value.abs())
-        far = x.abs().amax(-1) > _ENDLESS * (1 + self.origin.abs().amax(-1))
-        endless = (fallen | far) & (value < self.first_value)
-        self.status = torch.where(running & endless, int(Status.UNBOUNDED), self.status)
+        self.name_lost(running)
 
     def _direction(self, free: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Return d (K, n), and the first α (K,) to try: one, or a short one along the gradient where no pair is stored."""
@@ -192,8 +160,3 @@ class _Run:
         largest = gradient.abs().amax(-1).clamp_min(torch.finfo(r.dtype).tiny)
         first = 0.01 * (1 + self.x.abs().amax(-1)) / largest
         return -(r + held) * (~self.program.fixed), torch.where(warm, 1.0, first)
-
-
-def _evaluated(program: Program, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    parts, rows = program.jacobian(x)
-    return parts[:, 0], rows[:, 0]

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 
 import torch
 
-from bilevel.errors import ArgumentError
 from bilevel.reports import Status
 from bilevel.setting_checks import check_steps
 from bilevel.solvers._program import Answer, ConstrainedSolver, Program
+from bilevel.solvers._projected import ProjectedSearch, evaluated, search_in_bounds
 from bilevel.solvers._shifted import shifted_cholesky
 
 __all__ = ["DENSE_LIMIT", "ProjectedNewton"]
@@ -19,11 +19,8 @@ __all__ = ["DENSE_LIMIT", "ProjectedNewton"]
 DENSE_LIMIT = 512
 _MAX_STEPS = 250
 _ARMIJO, _MOST_TRIALS = 1e-4, 40
-# The largest distance to a bound that counts as on it, relative to the size of x (Bertsekas' ε).
-_NEAR = 1e-3
 # The search has converged when the next step is this share of x.
 _SMALL_STEP = 1e-11
-_ENDLESS = 1e12
 _MOST_PRODUCTS = 500
 
 
@@ -68,41 +65,20 @@ class ProjectedNewton(ConstrainedSolver):
         check_steps("ProjectedNewton", "max_steps", self.max_steps, optional=True)
 
     def solve_program(self, program: Program, init: torch.Tensor, smoothing: float | None) -> Answer:
-        if not program.only_bounds or smoothing is not None:
-            raise ArgumentError(
-                "ProjectedNewton: expected bounds alone, got equality, inequality or smoothing; take bilevel.InteriorPoint()"
-            )
-        run = _Run(program, init)
-        for _ in range(_MAX_STEPS if self.max_steps is None else self.max_steps):
-            if not bool((run.status == Status.RUNNING).any()):
-                break
-            run.step()
-        none = init.new_zeros(len(init), 0)
-        status = torch.where(run.status == Status.RUNNING, int(Status.MAX_STEPS), run.status)
-        return Answer(run.x, none, none, status, run.iterations)
+        steps = _MAX_STEPS if self.max_steps is None else self.max_steps
+        return search_in_bounds(self.name, program, smoothing, lambda: _Run(program, init), steps)
 
 
-class _Run:
+class _Run(ProjectedSearch):
     def __init__(self, program: Program, init: torch.Tensor) -> None:
-        self.program = program
-        self.x = self.origin = program.inside(init)
-        self.value, self.gradient = _evaluated(program, self.x)
-        self.first_value = self.value
-        status = torch.full((len(init),), int(Status.RUNNING), dtype=torch.int64, device=init.device)
-        status = torch.where((program.lower > program.upper).any(-1), int(Status.INFEASIBLE), status)
-        finite = torch.isfinite(self.value) & torch.isfinite(self.gradient).all(-1)
-        self.status = torch.where(finite | (status != Status.RUNNING), status, int(Status.NOT_FINITE))
-        self.iterations = torch.zeros_like(self.status)
+        super().__init__(program, init)
         self.shift = torch.zeros_like(self.value)
 
     def step(self) -> None:
         program, x, gradient = self.program, self.x, self.gradient
         running = self.status == Status.RUNNING
         size = 1 + x.abs().amax(-1)
-        optimality = (x - program.inside(x - gradient)).abs().amax(-1)
-        near = torch.minimum(_NEAR * size, optimality).unsqueeze(-1)
-        held = ((x <= program.lower + near) & (gradient > 0)) | ((x >= program.upper - near) & (gradient < 0))
-        held = held | program.fixed
+        held = self.held()
         direction = self._direction(held)
         # Fixed unknowns move along the gradient, scaled by the curvature of the free ones.
         trial, alpha, accepted = x, torch.ones_like(self.value), torch.zeros_like(running)
@@ -126,14 +102,9 @@ class _Run:
         self.iterations = self.iterations + running
         moved = running & accepted
         self.x = torch.where(moved.unsqueeze(-1), trial, self.x)
-        self.value, self.gradient = _evaluated(self.program, self.x)
-        broken = ~torch.isfinite(self.value) | ~torch.isfinite(self.gradient).all(-1)
+        self.value, self.gradient = evaluated(self.program, self.x)
         self.status = torch.where(running & small, int(Status.CONVERGED), self.status)
-        self.status = torch.where(running & broken, int(Status.NOT_FINITE), self.status)
-        fallen = self.value < self.first_value - _ENDLESS * (1 + self.first_value.abs())
-        far = self.x.abs().amax(-1) > _ENDLESS * (1 + self.origin.abs().amax(-1))
-        endless = (fallen | far) & (self.value < self.first_value)
-        self.status = torch.where(running & endless, int(Status.UNBOUNDED), self.status)
+        self.name_lost(running)
 
     def _direction(self, held: torch.Tensor) -> torch.Tensor:
         program, x, gradient = self.program, self.x, self.gradient
@@ -152,11 +123,6 @@ class _Run:
             scale = curvature.unsqueeze(-1).clamp_min(1e-300)
         outwards = torch.where(program.fixed, torch.zeros_like(x), -gradient / scale)
         return torch.where(held, outwards, step * free)
-
-
-def _evaluated(program: Program, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    parts, rows = program.jacobian(x)
-    return parts[:, 0], rows[:, 0]
 
 
 def _conjugate_gradients(

@@ -19,6 +19,7 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
+from hops import Ridge
 from timing import rounds
 
 import bilevel
@@ -164,16 +165,6 @@ def logistic(*, first: bool = False) -> Callable[[], None]:
         layer(start, s, X, y).backward(torch.ones(4, dtype=F64))
 
     return run
-
-
-class Ridge(bilevel.BilevelProblem):
-    def inner_objective(self, inner, outer, data):
-        X, y, _, _ = data
-        return ((X @ inner - y) ** 2).sum() + outer.exp() * (inner**2).sum()
-
-    def outer_objective(self, inner, outer, data):
-        _, _, X, y = data
-        return ((X @ inner - y) ** 2).mean()
 
 
 def ridge(*, loss: bool) -> Callable[[], None]:

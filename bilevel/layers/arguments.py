@@ -21,7 +21,7 @@ def refuse_forward_twice(where: str, tensors: list[torch.Tensor]) -> None:
     """Raise inside two forward-mode transforms."""
     if forward_levels(tensors) > 1:
         raise TransformError(
-            f"{where}: expected at most one forward-mode transform around the layer, got two, for which torch "
+            f"{where}: expected at most one forward-mode transform around it, got two, for which torch "
             "silently returns zero (pytorch/pytorch#197867); write jacfwd(jacrev(f)) or torch.func.hessian(f) "
             "instead of jacfwd(jacfwd(f))"
         )

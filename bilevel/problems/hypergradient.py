@@ -119,9 +119,9 @@ class HypergradientCall:
 
         def certify(x: torch.Tensor, q: torch.Tensor, flat: torch.Tensor, corrected: torch.Tensor) -> Bound:
             if not known:
-                known.append(problem.constants(outer, data).with_mu(tolerance.strong_convexity))
+                known.append(_constants(problem, self.settings, outer, data))
             point = Point.at(lower, upper, x, q, needs_grad)
-            certificate = Certificate(point, flat, corrected, lambda: known[0], problem.where, policy)
+            certificate = _certificate(problem, self.settings, lambda: known[0], point, flat, corrected)
             bound = certificate.bound
             known[0] = certificate.constants  # what quadratic objectives determine holds at every φ, and is found once
             return bound
@@ -156,8 +156,7 @@ class HypergradientCall:
         report: HypergradientReport,
     ) -> Hypergradient:
         """Return what was found at ``point``, ĝ being ``flat`` (p,), with what its bounds are computed from."""
-        problem, settings, tolerance = self.problem, self.settings, self.settings.tolerance
-        products = 0 if tolerance.has_goal else tolerance.bound_products
+        problem, settings = self.problem, self.settings
         tensors = [leaf for leaf in pytree.tree_leaves(data) if isinstance(leaf, torch.Tensor)]
         versions = [(tensor, tensor._version) for tensor in tensors if not tensor.is_inference()]
 
@@ -167,15 +166,30 @@ class HypergradientCall:
                     f"{problem.where}: expected data to be unchanged since the hypergradient was computed, and a tensor in them was changed "
                     "in place, so that no bound can be computed; read the bound before you change data, or pass a copy of data"
                 )
-            return problem.constants(outer, data).with_mu(tolerance.strong_convexity)
+            return _constants(problem, settings, outer, data)
 
-        def certify(at: Point, flat: torch.Tensor, corrected: torch.Tensor) -> Certificate:
-            kind = Certificate
-            if not isinstance(settings.differentiation, Implicit):
-                kind = NoCertificate
-            elif problem.structure is not None:
-                kind = LocalCertificate if at.lower.system.symmetric else NoCertificate
-            return kind(at, flat, corrected, constants, problem.where, settings.on_failure, products)
-
+        certify = partial(_certificate, problem, settings, constants)
         unravel = partial(problem.numbering.unravel, point.upper.system.raveler)
         return assemble(outer, point, value, corrected, flat, report, certify, unravel)
+
+
+# Functions, because a result that held the call would hold the graph of its outer variables.
+def _constants(problem: Definition, settings: SolveSettings, outer: Any, data: Any) -> Constants:
+    return problem.constants(outer, data).with_mu(settings.tolerance.strong_convexity)
+
+
+def _certificate(
+    problem: Definition,
+    settings: SolveSettings,
+    constants: Callable[[], Constants],
+    at: Point,
+    flat: torch.Tensor,
+    corrected: torch.Tensor,
+) -> Certificate:
+    kind = Certificate
+    if not isinstance(settings.differentiation, Implicit):
+        kind = NoCertificate
+    elif problem.structure is not None:
+        kind = LocalCertificate if at.lower.system.symmetric else NoCertificate
+    products = 0 if settings.tolerance.has_goal else settings.tolerance.bound_products
+    return kind(at, flat, corrected, constants, problem.where, settings.on_failure, products)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from bilevel.equations.problem import Problem
-from bilevel.solvers._base import InnerSolution
+from bilevel.solvers._base import InnerSolution, merge
 
 __all__ = ["Trial", "choose", "merged", "with_residual"]
 
@@ -49,19 +49,7 @@ def merged(these: torch.Tensor, new: InnerSolution, old: InnerSolution) -> Inner
 
 def choose(these: torch.Tensor, one: Trial, other: Trial) -> Trial:
     """Return ``one`` for the problems of ``these`` (batch,) and ``other`` for the rest."""
-
-    def mixed(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-        return torch.where(these.reshape(-1, *[1] * (a.ndim - 1)), a, b)
-
-    value = None if one.value is None or other.value is None else mixed(one.value, other.value)
-    return Trial(
-        mixed(one.x, other.x),
-        mixed(one.status, other.status),
-        other.iterations,
-        mixed(one.residual, other.residual),
-        mixed(one.norm, other.norm),
-        mixed(one.threshold, other.threshold),
-        value,
-        one.factor if one.exact else None,
-        one.exact,
-    )
+    mixed = merge(these, one, other)
+    value = None if other.value is None else mixed.value
+    factor = one.factor if one.exact else None
+    return replace(mixed, iterations=other.iterations, value=value, factor=factor, settled=False)

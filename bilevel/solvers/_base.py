@@ -39,6 +39,7 @@ __all__ = [
     "iterate",
     "length",
     "merge",
+    "threshold_for",
 ]
 
 
@@ -93,7 +94,7 @@ class Goal:
             return self.given
         if self.target.relative == 0:
             return self.init.new_full((self.init.shape[0],), self.target.absolute)
-        return self.target.threshold(self.scale)
+        return threshold_for(self.target, self.scale)
 
     def measure(self, linearization: Linearization) -> None:
         """Measure :attr:`scale` from a linearisation at ``init``, if it is needed. A solver that linearises there anyway calls this."""
@@ -346,6 +347,11 @@ def iterate(
     if anyone:
         status = torch.where(status == Status.RUNNING, torch.full_like(status, Status.MAX_STEPS), status)
     return InnerSolution(state.x, iterations, status, state.residual, getattr(state, "value", None)), state
+
+
+def threshold_for(target: Target, scale: torch.Tensor) -> torch.Tensor:
+    """Return the residual norm to reach, per problem, for the scales given (batch,)."""
+    return torch.clamp(target.relative * scale, min=target.absolute)
 
 
 def merge(these: torch.Tensor, new: T, old: T) -> T:

@@ -1,4 +1,4 @@
-"""Intermediate results of solvers: completed by residuals, and combined problem by problem."""
+"""Intermediate results of solvers, combined problem by problem."""
 
 from __future__ import annotations
 
@@ -6,10 +6,9 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from bilevel.equations.problem import Problem
 from bilevel.solvers._base import InnerSolution, merge
 
-__all__ = ["Trial", "choose", "merged", "with_residual"]
+__all__ = ["Trial", "choose", "merged"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -26,15 +25,6 @@ class Trial:
     factor: torch.Tensor | None
     exact: bool = False
     settled: bool = False  # all are known to have converged
-
-
-def with_residual(problem: Problem, solution: InnerSolution) -> InnerSolution:
-    if solution.residual is not None:
-        return solution
-    if problem.minimizes:
-        value, residual = problem.value_and_residual(solution.x)
-        return replace(solution, value=value, residual=residual)
-    return replace(solution, residual=problem.residual(solution.x))
 
 
 def merged(these: torch.Tensor, new: InnerSolution, old: InnerSolution) -> InnerSolution:

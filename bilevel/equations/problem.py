@@ -19,7 +19,7 @@ from bilevel.equations.system import ArgminSystem, System
 from bilevel.errors import ArgumentError
 from bilevel.operators import DenseOperator, FunctionOperator, HessianOperator, JacobianOperator, LinearOperator
 from bilevel.pytree import moves
-from bilevel.replay import Program, ReplayCache, ReplayedOperator
+from bilevel.replay import Program, ReplayCache
 
 __all__ = ["Problem"]
 
@@ -211,8 +211,9 @@ class Problem:
                     products.append(operator.rmatvec(row) if transposed else operator.matvec(row))
             return torch.cat(products)
 
-        whole = FunctionOperator(rows, x, partial(rows, transposed=True), symmetric=self.system.symmetric)
-        whole.expect_definite = self.minimizes
+        whole = FunctionOperator(
+            rows, x, partial(rows, transposed=True), symmetric=self.system.symmetric, expect_definite=self.minimizes
+        )
         none = NoPullback(self.where, self.system.noun, error)
         return Linearization(residual, whole, (), value if self.has_value else None, x.detach(), none)
 
@@ -265,9 +266,8 @@ class Problem:
         assert residual is not None
         symmetric = self.system.symmetric
         replayed = ReplayedLinearization(begun, needs_grad, symmetric)
-        operator = ReplayedOperator(
-            at, replayed.transposed, replayed.forward, symmetric=symmetric,
-            expect_definite=self.minimizes, materialize=materialize,
+        operator = FunctionOperator(
+            replayed.forward, at, replayed.transposed, symmetric=symmetric, expect_definite=self.minimizes, materialize=materialize
         )  # fmt: skip
         return Linearization(residual, operator, (), value if self.has_value else None, at, replayed)
 

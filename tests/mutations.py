@@ -1685,6 +1685,15 @@ MUTATIONS = (
         ("tests/prox/test_layer.py", "-k", "degenerate"),
     ),
     Mutation(
+        "first proximal step divides by a slope of zero", "solvers/proximal_gradient.py",
+        ".clamp(max=torch.finfo(norm.dtype).max ** 0.5)", "",
+        ("tests/prox/test_layer.py", "-k", "without_a_slope"),
+    ),
+    Mutation(
+        "curvature at a vertex from rounding", "solvers/proximal_gradient.py",
+        "<= _HELD * _TRIAL * size", "< 0 * size", ("tests/prox/test_layer.py", "-k", "at_a_vertex"),
+    ),
+    Mutation(
         "a distance to a proximal point forgets the change of the slope", "solvers/_manifold_newton.py",
         "return new, (at.x - new.x) / at.step.unsqueeze(-1) - at.slope + new.slope", "return new, new.slope - at.slope",
         ("tests/prox/test_layer.py", "-k", "proven"),

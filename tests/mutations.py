@@ -1685,6 +1685,18 @@ MUTATIONS = (
         ("tests/prox/test_layer.py", "-k", "degenerate"),
     ),
     Mutation(
+        "rows of a Jacobian without rows", "equations/system.py", "if not n:  #", "if n < 0:  #",
+        ("tests/test_layers.py", "-k", "no_unknowns"),
+    ),
+    Mutation(
+        "a player without unknowns has eigenvalues", "equations/equilibrium.py", "if not size:", "if size < 0:",
+        ("tests/test_equilibrium.py", "-k", "without_unknowns"),
+    ),
+    Mutation(
+        "autocast is not named", "layers/messages.py", "if precision is None:\n        return {}", "if True:\n        return {}",
+        ("tests/test_layers.py", "-k", "autocast_is_named"),
+    ),
+    Mutation(
         "first proximal step divides by a slope of zero", "solvers/proximal_gradient.py",
         ".clamp(max=torch.finfo(norm.dtype).max ** 0.5)", "",
         ("tests/prox/test_layer.py", "-k", "without_a_slope"),

@@ -1697,6 +1697,14 @@ MUTATIONS = (
         ("tests/test_layers.py", "-k", "autocast_is_named"),
     ),
     Mutation(
+        "nothing unrolled is a zero derivative", "layers/layer.py", "if not taken and", "if False and",
+        ("tests/test_differentiation.py", "-k", "start_at_the_solution"),
+    ),
+    Mutation(
+        "Newton is unrolled from the start", "layers/differentiation.py", "return answer, max(taken, _FEWEST_NEWTON_STEPS)", "return init, 2",
+        ("tests/test_differentiation.py", "-k", "without_a_solver"),
+    ),
+    Mutation(
         "first proximal step divides by a slope of zero", "solvers/proximal_gradient.py",
         ".clamp(max=torch.finfo(norm.dtype).max ** 0.5)", "",
         ("tests/prox/test_layer.py", "-k", "without_a_slope"),

@@ -16,6 +16,7 @@ from torch.utils import _pytree as pytree
 from bilevel._torch.empty_batches import EmptyBatch, apply_rule
 from bilevel._torch.transforms import (
     autocast_to,
+    carries_gradient,
     differentiating,
     eager,
     transforms_active,
@@ -30,7 +31,7 @@ from bilevel.errors import (
 from bilevel.implicit import ImplicitContext, Solve
 from bilevel.layers.arguments import check_captures, check_init, nan_of, refuse_forward_twice
 from bilevel.layers.call import SolveCall
-from bilevel.layers.differentiation import BySteps, Differentiation, solver_for, step_of
+from bilevel.layers.differentiation import BySteps, Differentiation, begin_of, solver_for, step_of
 from bilevel.layers.inspector import Inspector
 from bilevel.layers.modules import STATE, FunctionalModule, ModuleFunction
 from bilevel.layers.settings import Setting, SolveSettings
@@ -329,8 +330,14 @@ class Layer:
         cut = [without_gradient(tensor) for tensor in tensors]
         answer = without_gradient(Solve.apply(ImplicitContext(system, call.solve, call.solve_linear), flat, *cut))
         assert call.report is not None
-        taken = int(call.report.iterations.max()) if call.report.iterations.numel() else 0
-        return way.path(step_of(system, solver, tensors), flat, answer, taken)
+        taken = int(call.report.iterations.max()) if call.report.iterations.numel() else 1
+        begin, taken = begin_of(way, solver, flat, answer, taken)
+        if not taken and (call.watched or differentiating()) and any(map(carries_gradient, tensors)):
+            raise ArgumentError(
+                f"{self.where}: expected steps to differentiate for {way}, got none, as the initial guess is a solution already, and the "
+                "derivative would be zero; differentiate by Implicit() or Truncated(steps), or begin elsewhere"
+            )
+        return way.path(step_of(system, solver, tensors), begin, answer, taken)
 
     def _call(self, settings: SolveSettings, system: System, watched: bool) -> SolveCall:
         written = self.function if self.written is None else self.written()

@@ -81,6 +81,18 @@ def test_many_steps_of_a_contraction_agree_with_implicit_derivatives_of_both_ord
         assert torch.allclose(torch.func.vmap(ours)(batch), torch.func.vmap(theirs)(batch), rtol=1e-6, atol=1e-9)
 
 
+def test_steps_can_be_differentiated_twice_in_forward_mode() -> None:
+    """Torch loses nested tangents in custom Functions alone. Steps are ordinary code."""
+    for layer in (
+        bilevel.fixed_point(mapping, differentiation=bilevel.Truncated(4)),
+        bilevel.argmin(objective, differentiation=bilevel.OneStep()),
+    ):
+        twice = [
+            t(t(lambda a, layer=layer: layer(START, a).pow(2).sum()))(A) for t in (torch.func.jacfwd, torch.func.jacrev)
+        ]
+        assert torch.allclose(*twice, rtol=1e-12) and bool(twice[0].diagonal().all())
+
+
 def test_a_newton_step_at_the_solution_has_no_bias_in_first_derivatives() -> None:
     for solver in (None, bilevel.LBFGS(), bilevel.Newton()):
         layer = bilevel.argmin(objective, solver=solver, differentiation=bilevel.OneStep())

@@ -261,7 +261,8 @@ class Layer:
         given = raveler.ravel(init)
         ordinary, tensors = self._system(raveler, args, kwargs)
         watched, inside, poisoned = torch.is_grad_enabled(), differentiating(), False
-        if inside:
+        way = settings.differentiation
+        if inside and not isinstance(way, BySteps):
             refuse_forward_twice(self.where, tensors)
         system, flat = ordinary, given.detach()
         empty = EmptyBatch.around((flat, *tensors)) if transforms_active() else None
@@ -278,8 +279,8 @@ class Layer:
             if system is not ordinary and not poisoned:
                 poisoned = check_captures(system, flat, tensors, settings.on_failure)
         call = self._call(settings, system, watched)
-        if isinstance(settings.differentiation, BySteps):
-            x = self._by_steps(settings.differentiation, call, system, flat, tensors)
+        if isinstance(way, BySteps):
+            x = self._by_steps(way, call, system, flat, tensors)
         else:
             context = ImplicitContext(system, call.solve, call.solve_linear, followed=watched, compare=call.compare)
             x = Solve.apply(context, flat, *tensors)

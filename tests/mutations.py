@@ -1705,6 +1705,10 @@ MUTATIONS = (
         ("tests/test_differentiation.py", "-k", "without_a_solver"),
     ),
     Mutation(
+        "least squares names no minimum norm", "layers/least_squares.py", "self.backward_messages = {Status.SINGULAR: _NOT_UNIQUE}", "pass",
+        ("tests/test_least_squares.py", "-k", "names_a_door"),
+    ),
+    Mutation(
         "first proximal step divides by a slope of zero", "solvers/proximal_gradient.py",
         ".clamp(max=torch.finfo(norm.dtype).max ** 0.5)", "",
         ("tests/prox/test_layer.py", "-k", "without_a_slope"),

@@ -1709,6 +1709,10 @@ MUTATIONS = (
         ("tests/test_least_squares.py", "-k", "names_a_door"),
     ),
     Mutation(
+        "solves inside a tracer", "_torch/transforms.py", "        _refuse_tracing()\n        if", "        if",
+        ("tests/transforms/test_compiler.py", "-k", "tracers_are_refused"),
+    ),
+    Mutation(
         "first proximal step divides by a slope of zero", "solvers/proximal_gradient.py",
         ".clamp(max=torch.finfo(norm.dtype).max ** 0.5)", "",
         ("tests/prox/test_layer.py", "-k", "without_a_slope"),

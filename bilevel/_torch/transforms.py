@@ -280,8 +280,9 @@ def _refuse_tracing() -> None:
     tracer = sys.modules.get("torch.fx.experimental.proxy_tensor")
     if torch.jit.is_tracing() or (tracer is not None and tracer.get_proxy_mode() is not None):
         raise TransformError(
-            "bilevel: expected values around a solve, got a tracer, such as that of torch.func.linearize, torch.export or torch.jit.trace, which records "
-            "operations without values; differentiate by torch.func.jvp(f, (x,), (v,)), under vmap for many v, and leave the solve out of the traced code"
+            "bilevel: expected values around a solve, got a tracer, such as that of torch.func.linearize, torch.export or "
+            "torch.jit.trace, which records operations without values; differentiate by torch.func.jvp(f, (x,), (v,)), under vmap for "
+            "many v, and leave the solve out of the traced code"
         )
 
 

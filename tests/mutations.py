@@ -1685,6 +1685,43 @@ MUTATIONS = (
         ("tests/prox/test_layer.py", "-k", "degenerate"),
     ),
     Mutation(
+        "rows of a Jacobian without rows", "equations/system.py", "if not n:  #", "if n < 0:  #",
+        ("tests/test_layers.py", "-k", "no_unknowns"),
+    ),
+    Mutation(
+        "a player without unknowns has eigenvalues", "equations/equilibrium.py", "if not size:", "if size < 0:",
+        ("tests/test_equilibrium.py", "-k", "without_unknowns"),
+    ),
+    Mutation(
+        "autocast is not named", "layers/messages.py", "if precision is None:\n        return {}", "if True:\n        return {}",
+        ("tests/test_layers.py", "-k", "autocast_is_named"),
+    ),
+    Mutation(
+        "nothing unrolled is a zero derivative", "layers/layer.py", "if not taken and", "if False and",
+        ("tests/test_differentiation.py", "-k", "start_at_the_solution"),
+    ),
+    Mutation(
+        "Newton is unrolled from the start", "layers/differentiation.py", "return answer, max(taken, _FEWEST_NEWTON_STEPS)", "return init, 2",
+        ("tests/test_differentiation.py", "-k", "without_a_solver"),
+    ),
+    Mutation(
+        "least squares names no minimum norm", "layers/least_squares.py", "self.backward_messages = {Status.SINGULAR: _NOT_UNIQUE}", "pass",
+        ("tests/test_least_squares.py", "-k", "names_a_door"),
+    ),
+    Mutation(
+        "solves inside a tracer", "_torch/transforms.py", "        _refuse_tracing()\n        if", "        if",
+        ("tests/transforms/test_compiler.py", "-k", "tracers_are_refused"),
+    ),
+    Mutation(
+        "first proximal step divides by a slope of zero", "solvers/proximal_gradient.py",
+        ".clamp(max=torch.finfo(norm.dtype).max ** 0.5)", "",
+        ("tests/prox/test_layer.py", "-k", "without_a_slope"),
+    ),
+    Mutation(
+        "curvature at a vertex from rounding", "solvers/proximal_gradient.py",
+        "<= _HELD * _TRIAL * size", "< 0 * size", ("tests/prox/test_layer.py", "-k", "at_a_vertex"),
+    ),
+    Mutation(
         "a distance to a proximal point forgets the change of the slope", "solvers/_manifold_newton.py",
         "return new, (at.x - new.x) / at.step.unsqueeze(-1) - at.slope + new.slope", "return new, new.slope - at.slope",
         ("tests/prox/test_layer.py", "-k", "proven"),

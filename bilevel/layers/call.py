@@ -16,7 +16,7 @@ from bilevel.equations.pullbacks import Pullback
 from bilevel.equations.structured import StructuredSystem, objective_of
 from bilevel.errors import BilevelError, StochasticObjectiveError
 from bilevel.layers.inspector import Inspection, Inspector
-from bilevel.layers.messages import derivative_messages, failure_messages
+from bilevel.layers.messages import autocast_messages, derivative_messages, failure_messages
 from bilevel.layers.randomness import CheckAfter
 from bilevel.layers.settings import Adjoint, SolveSettings
 from bilevel.linear._base import LinearSolver, solve_linear
@@ -102,6 +102,7 @@ class SolveCall:
         self.messages: StatusMessages = {}  # of the forward solve
         self.reduced: LinearSolver | None = None  # made of what the forward solve has factorised
         self.system: StructuredSystem | None = None
+        self.autocast: torch.dtype | None = None  # around the call
         self.one_step = False  # whether that is of the Hessians at init, and a step with them was the last
 
     def inspect(
@@ -176,6 +177,8 @@ class SolveCall:
         self, problem: Problem, outcome: InnerOutcome, messages: StatusMessages, *, silent: bool
     ) -> torch.Tensor:
         settings, system, axes = self.settings, problem.system, problem.batch_shape
+        self.autocast = system.autocast
+        messages = {**messages, **autocast_messages(self.autocast)}
         self.one_step = outcome.factor is not None and (outcome.exact or bool((outcome.iterations <= 1).all()))
         if self.watched and not isinstance(system, StructuredSystem):
             self.found = outcome.residual, outcome.threshold
@@ -273,7 +276,11 @@ class SolveCall:
             if unsure and bool(changes_free_directions(operator, outcome.status, unsure).any()):
                 words = {**unsure_derivative_messages(), **words}
             if direction is Pass.BACKWARD:
-                words = {**derivative_messages(outcome.status, rhs, symmetric=operator.symmetric), **words}
+                words = {
+                    **derivative_messages(outcome.status, rhs, symmetric=operator.symmetric),
+                    **words,
+                    **autocast_messages(self.autocast),
+                }
         if self.degenerate is not None:
             outcome, words = self._one_sided(self.degenerate, operator, outcome, words, axes, product is not None)
         report = _report_of(direction, self.where, name, outcome, axes, words)

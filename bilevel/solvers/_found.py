@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from bilevel.reports import StatusMessages
+from bilevel.solvers._base import merge
 from bilevel.solvers._implied import Weak
 
 __all__ = ["Found"]
@@ -31,19 +32,14 @@ class Found:
     weak: Weak | None = None
     lower: torch.Tensor | None = None
 
-    def where(self, these: torch.Tensor, other: Found) -> Found:
-        """Return these solutions for the problems ``these`` (K,), and the ``other`` ones for the rest; all of both iterations were needed."""
-        rows = these.unsqueeze(-1)
-        known = [(self.weak, these), (other.weak, ~these)]
+    def then(self, these: torch.Tensor, other: Found) -> Found:
+        """Return the ``other`` solutions, found afterwards, for the problems ``these`` (K,), and these ones for the rest."""
+        known = [(self.weak, ~these), (other.weak, these)]
         weak = [some.among(mask) for some, mask in known if some is not None]
-        return Found(
-            torch.where(rows, self.x, other.x),
-            torch.where(rows, self.equality, other.equality),
-            torch.where(rows, self.inequality, other.inequality),
-            torch.where(these, self.status, other.status),
-            self.iterations + torch.where(these, 0, other.iterations),
-            torch.where(these, self.degenerate, other.degenerate),
-            {**self.words, **other.words}, other.solver,
-            weak[0].joined(weak[-1]) if weak else None,
-            other.lower,
-        )  # fmt: skip
+        other = replace(
+            other,
+            iterations=self.iterations + other.iterations,
+            words={**self.words, **other.words},
+            weak=weak[0].joined(weak[-1]) if weak else None,
+        )
+        return merge(these, other, self)

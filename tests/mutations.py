@@ -234,6 +234,33 @@ MUTATIONS = (
         ("tests/constraints/test_degenerate.py", "-k", "multiplier_zero"),
     ),
     Mutation(
+        "a one-sided derivative is given to every loss", "solvers/_one_sided.py",
+        "return (differ | moved.any(-1) | ~self.weak.any", "return (differ & moved.any(-1) | ~self.weak.any",
+        ("tests/constraints/test_one_sided.py", "-k", "both_sides_agree"),
+    ),
+    Mutation(
+        "a second derivative is compared like a first", "layers/call.py",
+        "if first and self.sides is not None", "if self.sides is not None", ("tests/constraints/test_one_sided.py", "-k", "second"),
+    ),
+    Mutation(
+        "directions into weakly active constraints are not looked at", "solvers/_critical.py", "    if len(weak):", "    if False:",
+        ("tests/constraints/test_second_order.py", "-k", "cubic or product"),
+    ),
+    Mutation(
+        "a fall behind a rise counts", "solvers/_critical.py",
+        "torch.where(fell, lower, new <= first + noise)", "torch.where(fell, lower, new <= first + 1e9)",
+        ("tests/constraints/test_second_order.py", "-k", "fall_behind or none_of_these"),
+    ),
+    Mutation(
+        "curvature at thresholds of terms is not looked at", "solvers/_composite_judge.py",
+        "if degenerate is not None and bool(degenerate.any()):", "if False:",
+        ("tests/constraints/test_second_order.py", "-k", "hide_a_maximum"),
+    ),
+    Mutation(
+        "no only point is looked for", "solvers/_constrained.py", "mask = found.unsqueeze(-1)", "mask = (found & False).unsqueeze(-1)",
+        ("tests/constraints/test_edges.py", "-k", "touch_in_one_point"),
+    ),
+    Mutation(
         "a bound that moves does not carry x along", "layers/constrained.py", "return x + to_lower + to_upper", "return x + 0 * to_lower + 0 * to_upper",
         ("tests/constraints/test_closed_forms.py", "-k", "carries_x_along"),
     ),

@@ -37,6 +37,7 @@ from bilevel.solvers._base import InnerSolver
 from bilevel.solvers._error import rounding
 from bilevel.solvers._given import GivenAnswer, check_answer, compared
 from bilevel.solvers._judge import solve_inner
+from bilevel.solvers._one_sided import Sides
 from bilevel.solvers._outcome import InnerOutcome
 from bilevel.solvers.defaults import default_solvers
 from bilevel.tolerance import auto_relative
@@ -99,6 +100,7 @@ class SolveCall:
         self.last_rhs: torch.Tensor | None = None  # of this call's linear solves
         self.largest: torch.Tensor | None = None  # (batch,): the norm of the largest before that
         self.degenerate: torch.Tensor | None = None  # (*batch,) bool: whose derivative does not exist, or is one-sided
+        self.sides: Sides | None = None  # for which losses it exists all the same
         self.messages: StatusMessages = {}  # of the forward solve
         self.reduced: LinearSolver | None = None  # made of what the forward solve has factorised
         self.system: StructuredSystem | None = None
@@ -170,7 +172,7 @@ class SolveCall:
             outcome = compared(outcome, x) if given else outcome
         if outcome.degenerate is not None:
             self.degenerate = outcome.degenerate.reshape(system.batch_shape)
-        self.messages, self.reduced = outcome.words, outcome.linear_solver
+        self.messages, self.reduced, self.sides = outcome.words, outcome.linear_solver, outcome.sides
         return self._reported(problem, outcome, self.messages, silent=target.silent)
 
     def _reported(
@@ -245,12 +247,13 @@ class SolveCall:
         product: Callable[[torch.Tensor], torch.Tensor] | None = None,
         pullbacks: Callable[[], Sequence[Pullback]] = tuple,
         unsure: Sequence[Pullback] = (),
+        reverse: bool = False,
     ) -> torch.Tensor:
         """Return A⁻¹ rhs (*axes, n): solve, judge, report and apply the policy.
 
-        ``product``, v ↦ A v, is passed for the adjoint of a first derivative only. ``pullbacks`` are made for any adjoint with a
-        singular A: they tell whether the derivative exists. ``unsure`` are pullbacks to arguments that a transform computes: if
-        one of them does not vanish, the report says that the derivative may not exist.
+        ``product``, v ↦ A v, is passed for the adjoint of a first derivative that is not differentiated again. ``reverse``: it is the adjoint of
+        one that may be. ``pullbacks`` are made for any adjoint with a singular A: they tell whether the derivative exists. ``unsure`` are pullbacks
+        to arguments that a transform computes: if one of them does not vanish, the report says that the derivative may not exist.
         """
         settings = self.settings
         if self.factor is not None:
@@ -281,8 +284,7 @@ class SolveCall:
                     **words,
                     **autocast_messages(self.autocast),
                 }
-        if self.degenerate is not None:
-            outcome, words = self._one_sided(self.degenerate, operator, outcome, words, axes, product is not None)
+        outcome, words = self._one_sided(operator, outcome, words, axes, reverse or product is not None)
         report = _report_of(direction, self.where, name, outcome, axes, words)
         self.report = self.report or report
         if on_adjoint is not None and self.residual is not None:
@@ -321,17 +323,16 @@ class SolveCall:
 
     def _one_sided(
         self,
-        degenerate: torch.Tensor,
         operator: LinearOperator,
         outcome: LinearOutcome,
         words: StatusMessages,
         axes: tuple[int, ...],
         first: bool,
     ) -> tuple[LinearOutcome, StatusMessages]:
-        """Return ``outcome`` with ``Status.DEGENERATE`` for the ``degenerate`` problems, whose derivative does not exist or is one-sided."""
-        if Status.DEGENERATE not in self.messages:
+        """Return ``outcome`` with ``Status.DEGENERATE`` for the problems whose derivative does not exist or is one-sided."""
+        if self.degenerate is None or Status.DEGENERATE not in self.messages:
             return outcome, words
-        these = degenerate.expand(axes).reshape(outcome.status.shape)
+        these = self.degenerate.expand(axes).reshape(outcome.status.shape)
         these = these & self.depends_on_side(operator, outcome.x, first=first)
         # Constraints with dependent gradients make the matrix singular if an argument moves them apart.
         these = these | (outcome.status == Status.SINGULAR)
@@ -343,8 +344,10 @@ class SolveCall:
     def depends_on_side(self, operator: LinearOperator, x: torch.Tensor, *, first: bool) -> torch.Tensor:
         """Return which solutions x (batch, n) of linear systems with ``operator`` at a degenerate solution differ from side to side, (batch,) bool.
 
-        ``first``: it is the adjoint of a first derivative. Override it for a kind of problem that can tell; here all may.
+        ``first``: it is the adjoint of a first derivative. Override it for a kind of problem that can tell.
         """
+        if first and self.sides is not None:
+            return self.sides.differ(x)
         return torch.ones(len(x), dtype=torch.bool, device=x.device)
 
     def _noise(self, rhs: torch.Tensor) -> torch.Tensor | None:

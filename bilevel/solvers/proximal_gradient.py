@@ -91,7 +91,7 @@ class ProximalGradient(InnerSolver):
 def first_step(composite: Composite, at: Iterate) -> Iterate:
     """Return the iterate with an estimate of 1/L as its step size, from the change of ∇f over a short proximal step."""
     norm, size = length(at.slope), 1 + length(at.x)
-    longest = (_LONGEST * size / norm).clamp(max=torch.finfo(norm.dtype).max ** 0.5)  # not infinite where ∇f is zero
+    longest = _LONGEST * size / norm.clamp_min(torch.finfo(norm.dtype).tiny ** 0.5)
     short = _TRIAL / _LONGEST * longest
     beside = composite.step(at.x, at.slope, short)
     # At a solution, or if g fixes x, a step hardly moves. Any direction is then used.

@@ -41,7 +41,9 @@ def clean(
     ] = None,
     encode: Annotated[
         bool,
-        typer.Option("--encode", help="Turn words of a CSV file into 0/1 columns, and fill missing numbers by medians."),
+        typer.Option(
+            "--encode", help="Turn words of a CSV file into 0/1 columns, and fill missing numbers by medians."
+        ),
     ] = False,
     model: Annotated[
         str, typer.Option(help=f"{', '.join(MODELS)}, or module:function, called with input shape and classes.")

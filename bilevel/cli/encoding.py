@@ -62,7 +62,9 @@ class Column:
         if self.words:
             lost = f", all zero in {counted(self.missing)} without a value" if self.missing else ""
             return f"Column {self.name!r} became {len(self.words)} columns of zeros and ones{lost}."
-        filled = f"Column {self.name!r} has no value in {counted(self.missing)}: its median, {self.median:g}, stands there."
+        filled = (
+            f"Column {self.name!r} has no value in {counted(self.missing)}: its median, {self.median:g}, stands there."
+        )
         return filled if self.missing else ""
 
 

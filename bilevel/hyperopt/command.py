@@ -32,7 +32,9 @@ def tune(
     ] = None,
     encode: Annotated[
         bool,
-        typer.Option("--encode", help="Turn words of a CSV file into 0/1 columns, and fill missing numbers by medians."),
+        typer.Option(
+            "--encode", help="Turn words of a CSV file into 0/1 columns, and fill missing numbers by medians."
+        ),
     ] = False,
     penalty: Annotated[
         Penalty, typer.Option(help="Tune one strength shared by all features, or one per feature.")

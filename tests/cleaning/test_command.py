@@ -251,7 +251,10 @@ def test_a_trusted_file_is_encoded_like_the_data(tmp_path: Path) -> None:
     assert trusted.inputs.tolist() == [[3, 0, 1, 0], [2, 0, 0, 1]]  # the median, and the words, of the data
     assert numbered_like(trusted, data).inputs.shape[1:] == data.inputs.shape[1:]
     assert data.cells[1] == ("", "blue", "b")  # cleaned data are written as they were
-    for text, message in (("size,colour,kind\n1,pink,a\n1,red,b\n", "line 2: .*'pink'"), ("size,kind\n1,a\n1,b\n", "other columns")):
+    for text, message in (
+        ("size,colour,kind\n1,pink,a\n1,red,b\n", "line 2: .*'pink'"),
+        ("size,kind\n1,a\n1,b\n", "other columns"),
+    ):
         (tmp_path / "checked.csv").write_text(text)
         with pytest.raises(DataError, match=message):
             load(str(tmp_path / "checked.csv"), target="kind", encode=data.encoding or False)
@@ -260,7 +263,9 @@ def test_a_trusted_file_is_encoded_like_the_data(tmp_path: Path) -> None:
 def test_words_are_encoded_in_a_run(run: Any, flowers: Path, tmp_path: Path) -> None:
     lines = flowers.read_text().splitlines()
     worded = tmp_path / "worded.csv"
-    worded.write_text("\n".join([f"soil,{lines[0]}", *(f"{('clay', 'sand', '')[n % 3]},{line}" for n, line in enumerate(lines[1:]))]))
+    worded.write_text(
+        "\n".join([f"soil,{lines[0]}", *(f"{('clay', 'sand', '')[n % 3]},{line}" for n, line in enumerate(lines[1:]))])
+    )
     common = ("--target", "kind", "--trusted-size", 12, *QUICK, "--no-compare", "-q")
     assert "pass --encode" in run(worded, *common).err
     ended = run(worded, *common, "--encode", "--output", tmp_path / "out")

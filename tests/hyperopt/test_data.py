@@ -240,7 +240,10 @@ def test_words_and_missing_numbers_are_encoded_when_asked(write) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("x,y\n" + "".join(f"w{k},{k % 2}\n" for k in range(21)), "'x' has 21 different words, such as 'w0'.*--ignore x"),
+        (
+            "x,y\n" + "".join(f"w{k},{k % 2}\n" for k in range(21)),
+            "'x' has 21 different words, such as 'w0'.*--ignore x",
+        ),
         ("x,z,y\n1,,0\n2,NA,1\n", "column 'z' has no value in any row; leave it out by --ignore z"),
         ("x,y\nred,0\nblue,\n", "line 3: column 'y' is empty; fill in missing values or remove such rows$"),
     ],

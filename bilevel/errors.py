@@ -221,6 +221,7 @@ class FailureWarning(UserWarning):
     >>> import warnings, torch, bilevel
     >>> layer = bilevel.root(lambda x, a: x**2 - a, on_failure="warn")
     >>> with warnings.catch_warnings(record=True) as given:
+    ...     warnings.simplefilter("always")
     ...     x = layer(torch.tensor(1.0), torch.tensor(-1.0))
     >>> len(given), isinstance(given[0].message, bilevel.FailureWarning)
     (1, True)
@@ -235,6 +236,7 @@ class SolveWarning(FailureWarning):
     >>> import warnings, torch, bilevel
     >>> layer = bilevel.root(lambda x, a: x**2 - a, on_failure="warn")
     >>> with warnings.catch_warnings(record=True) as given:
+    ...     warnings.simplefilter("always")
     ...     x = layer(torch.tensor(1.0), torch.tensor(-1.0))
     >>> len(given), given[0].category.__name__
     (1, 'SolveWarning')
@@ -249,6 +251,7 @@ class BudgetWarning(UserWarning):
     >>> import warnings, torch, bilevel
     >>> layer = bilevel.argmin(lambda x, a: ((x - a) ** 2).sum(), solver=bilevel.GradientDescent(0.01, max_steps=5))
     >>> with warnings.catch_warnings(record=True) as given:
+    ...     warnings.simplefilter("always")
     ...     x = layer(torch.zeros(2), torch.ones(2))
     >>> len(given), given[0].category.__name__
     (1, 'BudgetWarning')

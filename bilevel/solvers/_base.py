@@ -156,7 +156,7 @@ class InnerSolver(ABC):
     ...         return bilevel.InnerSolution(x, steps, torch.full_like(steps, int(bilevel.Status.NOT_CONVERGED)))
     >>> layer = bilevel.argmin(lambda x, a: ((x - a) ** 2).sum(), solver=Gradient())
     >>> layer(torch.zeros(2), torch.tensor([1.0, 3.0]))
-    tensor([1., 3.])
+    tensor([1.0000, 3.0000])
     """
 
     @property

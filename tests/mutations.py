@@ -1881,6 +1881,16 @@ MUTATIONS = (
         "noise = noise + eps * x.abs().unsqueeze(-1)", "pass",
         ("tests/zoo/test_default_faults.py", "-k", "rounding_absorbs"),
     ),
+    Mutation(
+        "a network given as the start of a problem is not made a pytree", "problems/problem.py",
+        "return FunctionalModule.of(init, self.where)", "return init",
+        ("tests/test_networks.py", "-k", "problem_takes"),
+    ),
+    Mutation(
+        "a trusted file is encoded by its own words and medians", "cli/encoding.py",
+        "if self.encoding is None:", "if True:",
+        ("tests/cleaning/test_command.py", "-k", "trusted_file_is_encoded"),
+    ),
 )  # fmt: skip
 
 

@@ -73,9 +73,12 @@ def _misfit(where: str, noun: str, given: Sequence[tuple[str, torch.Tensor]], sa
     listed = [f"{name} {tuple(t.shape)} {str(t.dtype).removeprefix('torch.')}" for name, t in given]
     more = f" and {len(listed) - _MOST_LISTED} more" if len(listed) > _MOST_LISTED else ""
     kind, what = (DtypeError, "dtypes") if _DTYPES.search(said) else (ShapeError, "shapes")
+    wanted = given[0][1].dtype  # that of init
+    others = [name for name, t in given if t.is_floating_point() and t.dtype != wanted and not name.startswith("init")]
+    example = f", for example {others[0]}.to({wanted})" if others and kind is DtypeError else ""
     return kind(
         f"{where}: expected init and the arguments to have {what} that fit together in {noun}, got "
-        f"{', '.join(listed[:_MOST_LISTED])}{more}, and torch says: {' '.join(said.split())}; give them {what} that fit"
+        f"{', '.join(listed[:_MOST_LISTED])}{more}, and torch says: {' '.join(said.split())}; give them {what} that fit{example}"
     )
 
 

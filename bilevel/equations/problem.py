@@ -53,6 +53,18 @@ class Problem:
         Whether R = x − T(x), so that T(x) = x − R.
     is_lone
         Whether this is a single problem on the CPU, whose numbers cost less in Python than as tensors.
+
+    Examples
+    --------
+    >>> import torch, bilevel
+    >>> class Gradient(bilevel.InnerSolver):
+    ...     def solve(self, problem, init, goal):
+    ...         print(problem.batch, problem.size, problem.value(init), problem.residual(init))
+    ...         return bilevel.Newton().solve(problem, init, goal)
+    >>> layer = bilevel.argmin(lambda x, a: ((x - a) ** 2).sum(), solver=Gradient())
+    >>> layer(torch.zeros(2), torch.tensor([1.0, 3.0]))
+    1 2 tensor([10.]) tensor([[-2., -6.]])
+    tensor([1.0000, 3.0000])
     """
 
     system: System

@@ -237,8 +237,7 @@ class Layer:
             args, kwargs = prepared if isinstance(prepared, tuple) else (prepared,), {}
         if self.module is not None:
             kwargs = {**kwargs, STATE: self.module.state()}
-        if isinstance(init, torch.nn.Module):
-            init = FunctionalModule.of(init, self.where)
+        init = FunctionalModule.of(init, self.where)
         if self.warm_start and not transforms_active():
             init = _last_or(self.last, init)
         solution = self._solution(settings, init, args, kwargs, value_only=value_only)

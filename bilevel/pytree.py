@@ -30,6 +30,7 @@ __all__ = [
     "ravel_like",
     "real_dtype",
     "unravelled",
+    "usable",
 ]
 
 
@@ -360,6 +361,11 @@ def moves(leaf: Any) -> bool:
 def moving(tree: Any) -> list[bool]:
     """Return :func:`moves` of each leaf of ``tree``."""
     return [moves(leaf) for leaf in pytree.tree_leaves(tree)]
+
+
+def usable(tensor: torch.Tensor) -> torch.Tensor:
+    """Return ``tensor``, or a copy of a tensor that was made in inference mode, which no graph can use."""
+    return tensor.clone() if tensor.is_inference() else tensor
 
 
 def joined(tensors: Iterable[torch.Tensor]) -> torch.Tensor:

@@ -54,6 +54,7 @@ OUTER = "tests/test_outer.py"
 TAPES = "tests/test_tapes.py"
 ANDERSON = "tests/solvers/test_anderson.py"
 STALE = "tests/test_stale_replays.py"
+FORMULAS = "tests/learnable/test_formulas.py"
 
 
 def matrix(*names: str, columns: str = "float64") -> tuple[str, ...]:
@@ -1816,6 +1817,54 @@ MUTATIONS = (
         "the rounding of x - T(x) is not counted in the error left", "solvers/_newton_error.py",
         "noise = noise + eps * x.abs().unsqueeze(-1)", "pass",
         ("tests/zoo/test_default_faults.py", "-k", "rounding_absorbs"),
+    ),
+    Mutation(
+        "learnable: a minibatch gets the weights of the first examples", "learnable/example_weights.py",
+        "self.logits[rows]", "self.logits[: len(rows)]", (FORMULAS, "-k", "formulas and example_weights"),
+    ),
+    Mutation(
+        "learnable: auxiliary losses are weighted by logarithms", "learnable/loss_weights.py",
+        "return self.logarithms.exp()", "return self.logarithms", (FORMULAS, "-k", "formulas and loss_weights"),
+    ),
+    Mutation(
+        "learnable: the penalty has no half", "learnable/_base.py", "return 0.5 * self.weight_decay",
+        "return self.weight_decay", (FORMULAS, "-k", "formulas"),
+    ),
+    Mutation(
+        "learnable: a layer's tensors have decays of their own", "learnable/weight_decay.py",
+        'layers = [name.rpartition(".")[0] for name in names]', "layers = names",
+        ("tests/learnable/test_messages.py", "-k", "share_a_decay"),
+    ),
+    Mutation(
+        "learnable: augmentations go to one side alone", "learnable/augmentation.py",
+        "(2 * torch.rand_like(images[:, 0, 0, :1].expand(-1, count)) - 1)",
+        "torch.rand_like(images[:, 0, 0, :1].expand(-1, count))", (FORMULAS, "-k", "both_sides"),
+    ),
+    Mutation(
+        "learnable: an image that is not square is sheared where it is to be turned", "learnable/augmentation.py",
+        "aspect = images.shape[2] / images.shape[3]", "aspect = 1.0", (FORMULAS, "-k", "quarter_turn"),
+    ),
+    Mutation(
+        "learnable: distilled data change the examples that they begin from", "learnable/distilled_data.py",
+        "nn.Parameter(inputs.detach().clone())", "nn.Parameter(inputs.detach())", (FORMULAS, "-k", "leaves_the_examples"),
+    ),
+    Mutation(
+        "learnable: heads are penalised by the sum over tasks, and their loss is a mean", "learnable/shared_body.py",
+        "super().penalty(model) / len(first)", "super().penalty(model)",
+        ("tests/learnable/test_messages.py", "-k", "minimise_its_loss"),
+    ),
+    Mutation(
+        "learnable: operations compete between places", "learnable/architecture.py", "self.logits.softmax(1)",
+        "self.logits.softmax(0)", (FORMULAS, "-k", "formulas and architecture"),
+    ),
+    Mutation(
+        "learnable: one step more is unrolled than asked", "learnable/learning_rates.py", "max_steps=self.steps)",
+        "max_steps=self.steps + 1)", ("tests/learnable/test_gradients.py", "-k", "as_a_loop and linear"),
+    ),
+    Mutation(
+        "stochastic: a resumed run draws other dropout", "stochastic/_state.py",
+        'method._random_numbers().restore(state["torch_generators"])', "pass",
+        ("tests/stochastic/test_engine.py", "-k", "dropout and SOBA"),
     ),
 )  # fmt: skip
 

@@ -17,7 +17,7 @@ from bilevel.policy import OnFailure
 from bilevel.problems.batching import BatchSpec
 from bilevel.problems.checks import check_connection, disconnected
 from bilevel.problems.outer_loss import outer_losses
-from bilevel.pytree import moving
+from bilevel.pytree import moving, usable
 
 __all__ = ["Definition", "copied", "detached", "differentiated"]
 
@@ -60,6 +60,7 @@ class Definition:
 
     def prepared(self, outer: Any, data: Any) -> Any:
         """Return the data that the objectives receive."""
+        data = pytree.tree_map_only(torch.Tensor, usable, data) if torch.is_grad_enabled() else data
         if self.prepare is None:
             return data
         if self.numbering.dims is not None:

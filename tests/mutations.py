@@ -1820,7 +1820,7 @@ MUTATIONS = (
     ),
     Mutation(
         "learnable: a minibatch gets the weights of the first examples", "learnable/example_weights.py",
-        "self.logits[rows]", "self.logits[: len(rows)]", (FORMULAS, "-k", "formulas and example_weights"),
+        "index_select(0, rows)", "narrow(0, 0, len(rows))", (FORMULAS, "-k", "formulas and example_weights"),
     ),
     Mutation(
         "learnable: auxiliary losses are weighted by logarithms", "learnable/loss_weights.py",
@@ -1865,6 +1865,33 @@ MUTATIONS = (
         "stochastic: a resumed run draws other dropout", "stochastic/_state.py",
         'method._random_numbers().restore(state["torch_generators"])', "pass",
         ("tests/stochastic/test_engine.py", "-k", "dropout and SOBA"),
+    ),
+    Mutation(
+        "stochastic: a loss that is NaN with finite gradients is taken for a loss", "stochastic/_method.py",
+        "[*norms.values(), *losses], losses, *given.values())", "list(norms.values()), *given.values())",
+        ("tests/learnable/test_messages.py", "-k", "data_that_do_not_fit"),
+    ),
+    Mutation(
+        "stochastic: systems of float16 are solved in float16", "stochastic/implicit.py",
+        "dtype = torch.float32\n    for tensor in tensors:", "dtype = tensors[0].dtype\n    for tensor in tensors:",
+        ("tests/learnable/test_messages.py", "-k", "few_digits"),
+    ),
+    Mutation(
+        "learnable: negative rows are weights from the end", "learnable/example_weights.py",
+        "self.logits.index_select(0, rows)", "self.logits[rows]", ("tests/learnable/test_messages.py", "-k", "data_that_do_not_fit"),
+    ),
+    Mutation(
+        "a layer saves tensors of inference mode", "layers/layer.py", "tensors = [usable(tensor) for tensor in tensors]", "pass",
+        ("tests/test_problem.py", "-k", "inference"),
+    ),
+    Mutation(
+        "a search goes on where values contradict derivatives", "solvers/_tiny_steps.py",
+        "stuck | self._contradicts(last, step, gradient)", "stuck",
+        ("tests/test_levels.py", "-k", "inexact"),
+    ),
+    Mutation(
+        "iMAML takes a loss of integers", "meta/task_losses.py", "or not value.is_floating_point()", "",
+        ("tests/meta/test_imaml.py", "-k", "loss_that_is_none"),
     ),
 )  # fmt: skip
 

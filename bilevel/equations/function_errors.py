@@ -17,7 +17,7 @@ __all__ = ["explain", "explain_call", "unconnected"]
 
 # The words of errors about operands that do not fit, and about indices, such as class labels, that are too large.
 _DTYPES = re.compile(r"dtype|scalar type|not implemented for", re.IGNORECASE)
-_MISFIT = re.compile(rf"\b(sizes?|shapes?|dimensions?|batch_size|[0-9]D)\b|{_DTYPES.pattern}", re.IGNORECASE)
+_MISFIT = re.compile(rf"\b(sizes?|shapes?|dimensions?|batch_size|[0-9]D|vector)\b|{_DTYPES.pattern}", re.IGNORECASE)
 _RANGE = re.compile(r"(?<!Dimension )out of (bounds|range)", re.IGNORECASE)
 _MOST_LISTED = 8
 

@@ -77,7 +77,10 @@ class Learnable(nn.Module):
 
     def losses(self, outputs: torch.Tensor, targets: Any) -> torch.Tensor:
         """Return the loss of each example, of any shape."""
-        found = self.loss(outputs, targets)
+        return self.checked_losses(self.loss(outputs, targets))
+
+    def checked_losses(self, found: Any) -> torch.Tensor:
+        """Return what a loss returned, or raise unless it is a floating-point tensor."""
         if not isinstance(found, torch.Tensor) or not found.is_floating_point():
             got = found.dtype if isinstance(found, torch.Tensor) else type(found).__name__
             raise bilevel.DtypeError(

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import bilevel
-from bilevel.learnable._base import Learnable, Loss, check_loss, number
+from bilevel.learnable._base import Learnable, Loss, check_loss, number, require_pair
 
 __all__ = ["LossWeights"]
 
@@ -89,5 +89,6 @@ class LossWeights(Learnable):
 
     def training_loss(self, outputs: torch.Tensor, data: Any) -> torch.Tensor:
         """Return the main loss with the weighted auxiliary ones."""
-        losses = torch.stack([loss(outputs, data[1]).mean() for loss in self.auxiliary])
+        targets = require_pair(self.where, data)[1]
+        losses = torch.stack([self.checked_losses(loss(outputs, targets)).mean() for loss in self.auxiliary])
         return super().training_loss(outputs, data) + self() @ losses

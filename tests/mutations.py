@@ -1862,6 +1862,11 @@ MUTATIONS = (
         "max_steps=self.steps + 1)", ("tests/learnable/test_gradients.py", "-k", "as_a_loop and linear"),
     ),
     Mutation(
+        "stochastic: MA-SOBA moves along the average before its update", "stochastic/masoba.py",
+        "return replace(found, outer=clone(self._mean))", "mean, self._last = getattr(self, '_last', self._mean), self._mean; "
+        "return replace(found, outer=clone(mean))", ("tests/stochastic/test_pseudo_code.py", "-k", "pseudo_code and MASOBA"),
+    ),
+    Mutation(
         "stochastic: a resumed run draws other dropout", "stochastic/_state.py",
         'method._random_numbers().restore(state["torch_generators"])', "pass",
         ("tests/stochastic/test_engine.py", "-k", "dropout and SOBA"),

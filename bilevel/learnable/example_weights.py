@@ -71,14 +71,18 @@ class ExampleWeights(Learnable):
         """Return the weights (b,) of the examples ``rows`` (b,), or of all."""
         return 2 * (self.logits if rows is None else self.logits.index_select(0, rows)).sigmoid()
 
-    def training_loss(self, outputs: torch.Tensor, data: Any) -> torch.Tensor:
-        """Return the weighted mean of the losses."""
+    def outputs(self, model: nn.Module, data: Any) -> torch.Tensor:
+        """Return what the model says of the training inputs."""
         if not isinstance(data, (tuple, list)) or len(data) != 3:
             got = f"{len(data)} entries" if isinstance(data, (tuple, list)) else type(data).__name__
             raise bilevel.ArgumentError(
                 f"ExampleWeights: expected training data (inputs, targets, rows), got {got}; add "
                 "torch.arange(len(targets)), and take minibatches of all three"
             )
+        return super().outputs(model, data)
+
+    def training_loss(self, outputs: torch.Tensor, data: Any) -> torch.Tensor:
+        """Return the weighted mean of the losses."""
         losses, weights = self.losses(outputs, data[1]), self(data[2])
         if losses.shape != weights.shape:
             raise bilevel.ShapeError(

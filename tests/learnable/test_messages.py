@@ -46,7 +46,7 @@ REFUSED: list[tuple[Callable[[], Any], type[Exception], str]] = [
     (lambda: Learnable(loss="mse"), ArgumentError, r"expected loss to be a function .* None for cross-entropy"),
     (lambda: ExampleWeights(0), ArgumentError, r"expected count to be an int > 0, got 0; pass len\(targets\)"),
     (
-        lambda: ExampleWeights(4).training_loss(torch.zeros(4, 2), (X, Y)),
+        lambda: objectives(ExampleWeights(4), (X, Y)),
         ArgumentError,
         r"expected training data \(inputs, targets, rows\), got 2 entries; add torch.arange",
     ),

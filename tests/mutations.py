@@ -174,7 +174,7 @@ MUTATIONS = (
     ),
     Mutation(
         "stochastic: both sides of a difference draw their own random numbers", "layers/randomness.py",
-        "        self._set(self._before)", "        pass",
+        "        self.restore(self.recorded)", "        pass",
         ("tests/stochastic/test_pseudo_code.py", "-k", "common"),
     ),
     Mutation(

@@ -383,7 +383,7 @@ MUTATIONS = (
         "& (negative <= eigenvalue_uncertainty(n, matrix.dtype)) & definite", "& False", (MINIMUM_NORM, "-k", "within_the_accuracy"),
     ),
     Mutation(
-        "an argument that changes the free directions differentiated", "layers/call.py",
+        "an argument that changes the free directions differentiated", "linear/_free_directions.py",
         "changed = changes_free_directions(operator, outcome.status, pullbacks())", "changed = outcome.status < 0",
         ("tests/linear/test_free_directions.py", "-k", "dependent or duplicated"),
     ),
@@ -602,8 +602,8 @@ MUTATIONS = (
         "if versions != [t._version for t in watched]:", "if False:", ("tests/test_failures.py", "-k", "running_statistics"),
     ),
     Mutation(
-        "an init that requires grad let through", "layers/arguments.py",
-        "if not carries_gradient(init):", "if True:", ("tests/test_failures.py", "-k", "init_that"),
+        "an init that requires grad let through", "layers/layer.py",
+        "and carries_gradient(given):", "and False:", ("tests/test_failures.py", "-k", "init_that"),
     ),
     Mutation(
         "captures of the outer objective not looked for", "problems/checks.py",
@@ -611,7 +611,7 @@ MUTATIONS = (
         (GUARDS, "-k", "outer_objective_get"),
     ),
     Mutation(
-        "an outer objective that draws let through", "problems/checks.py",
+        "an outer objective that draws let through", "layers/checks.py",
         "if self._draws():", "if False:", (GUARDS, "-k", "randomness_in_problems"),
     ),
     Mutation(
@@ -847,7 +847,7 @@ MUTATIONS = (
     ),
     Mutation(
         "the adjoint's warm start lost", "layers/call.py",
-        "begun = None if product is None else settings.start(rhs)", "begun = None", ("tests/test_problem.py", "-k", "warm_starts_of"),
+        "begun = None if product is None else self._start(rhs)", "begun = None", ("tests/test_problem.py", "-k", "warm_starts_of"),
     ),
     Mutation(
         "the adjoint not kept", "layers/call.py",
@@ -858,8 +858,8 @@ MUTATIONS = (
     ),
     Mutation(
         "a sum for a mean over a batch of problems", "problems/hypergradient.py",
-        "value = problem.outer_losses(solution.value, theta, prepared, policy).mean()",
-        "value = problem.outer_losses(solution.value, theta, prepared, policy).sum()",
+        "value = outer_losses(problem, solution.value, theta, prepared, policy).mean()",
+        "value = outer_losses(problem, solution.value, theta, prepared, policy).sum()",
         ("tests/test_problem.py", "-k", "mean_of_its_members"),
     ),
     Mutation(
@@ -1454,7 +1454,7 @@ MUTATIONS = (
     ),
     Mutation(
         'sparse: what the arguments go through is not learned', 'equations/problem.py',
-        'record_graph_features(system.function, values)',
+        'record_graph_features(system.function, nodes(values))',
         'pass',
         ('tests/test_sparse.py', '-k', 'few_values'),
     ),

@@ -8,6 +8,7 @@ Where the inexact solver does not leave its initial guess at all, values do not 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 
@@ -35,6 +36,7 @@ _HALVINGS, _LEFT = 30, 1e-3
 """A continuous function keeps less than this share of its change over an interval that was halved so often."""
 
 
+@dataclass(eq=False)
 class TinySteps:
     """Counts successive tiny steps of each problem, during one solve, and looks for a contradiction at the first. Few searches take any.
 
@@ -44,11 +46,10 @@ class TinySteps:
         A batch of objectives.
     """
 
-    def __init__(self, problem: Problem) -> None:
-        self._problem = problem
-        self._made = 0
-        self._count: torch.Tensor | None = None
-        self._looked = False
+    problem: Problem
+    _made: int = 0
+    _count: torch.Tensor | None = None
+    _looked: bool = False
 
     def end(
         self,
@@ -94,20 +95,20 @@ class TinySteps:
 
     def _contradicts(self, last: torch.Tensor, step: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
         """Return where the objective does not change by its slope along ``step`` nor along a tenth of it, (batch,) bool."""
-        value, slope = self._problem.value(last), (gradient * step).sum(dim=-1)
+        value, slope = self.problem.value(last), (gradient * step).sum(dim=-1)
         wrong = slope.abs() > 1e4 * torch.finfo(last.dtype).eps * value.abs()
         for share in (1.0, 0.1):
-            change = self._problem.value(last + share * step) - value
+            change = self.problem.value(last + share * step) - value
             wrong = wrong & ((change - share * slope).abs() > _OFF * (share * slope).abs())
         return wrong
 
     def _jumps(self, low: torch.Tensor, high: torch.Tensor) -> torch.Tensor:
         """Return where the objective jumps between ``low`` and ``high``, (batch,) bool: the larger change of two halves, again and again."""
-        below, above = self._problem.value(low), self._problem.value(high)
+        below, above = self.problem.value(low), self.problem.value(high)
         change, size = (above - below).abs(), torch.maximum(above.abs(), below.abs())
         for _ in range(_HALVINGS):
             middle = 0.5 * (low + high)
-            there = self._problem.value(middle)
+            there = self.problem.value(middle)
             upper = (above - there).abs() >= (there - below).abs()
             low, below = torch.where(upper.unsqueeze(-1), middle, low), torch.where(upper, there, below)
             high, above = torch.where(upper.unsqueeze(-1), high, middle), torch.where(upper, above, there)

@@ -24,6 +24,7 @@ import bilevel
 from bilevel import learnable, stochastic
 from bilevel.cleaning.data import DIGITS, LabelledData, load
 from bilevel.cleaning.experiment import run_cleaning
+from bilevel.cleaning.models import convolutional
 from bilevel.cleaning.noise import Noise
 from bilevel.cleaning.outcome import CleanRunSettings
 from bilevel.meta.omniglot import load_omniglot
@@ -59,6 +60,11 @@ def omniglot(path: str) -> LabelledData:
     return LabelledData("omniglot", inputs, labels, names, numbers, ("image", "label"), cells, 1)
 
 
+def narrow(shape: tuple[int, ...], classes: int) -> nn.Module:
+    """A convolutional classifier with 6 and 12 filters, small enough for five runs of one core."""
+    return convolutional(shape[0], shape[1], classes, width=6)
+
+
 def cleaning(args: argparse.Namespace) -> None:
     data = load(DIGITS) if args.omniglot is None else omniglot(args.omniglot)
     settings = CleanRunSettings(
@@ -70,7 +76,7 @@ def cleaning(args: argparse.Namespace) -> None:
         training_size=args.training,
         trusted_size=args.trusted,
     )
-    outcome = run_cleaning(data, settings, model=args.model)
+    outcome = run_cleaning(data, settings, model="cleaning:narrow" if args.model == "conv" else args.model)
     first = outcome.runs[0]
     print(
         f"{data.name}, {args.model}: {len(first.given)} training examples, {len(first.split.test)} test, {args.seeds} seeds"

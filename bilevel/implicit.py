@@ -54,7 +54,7 @@ from bilevel.equations.problem import Problem
 from bilevel.equations.pullbacks import Pullback, is_final, pullbacks_of
 from bilevel.equations.system import System
 from bilevel.operators import RepeatedOperator
-from bilevel.pytree import moves
+from bilevel.pytree import moves, usable
 
 __all__ = ["ImplicitContext", "LinearSolve", "Solve"]
 
@@ -202,14 +202,14 @@ class LinearSolve(torch.autograd.Function):
     ) -> torch.Tensor:
         if rule.inspect is not None:
             rule.inspect(Problem.of(rule.system, tensors))
-        linearization = rule.linearize(_usable(x), tensors, [False] * len(tensors))
+        linearization = rule.linearize(usable(x), tensors, [False] * len(tensors))
         operator = linearization.operator.T if transposed else linearization.operator
         if not (transposed or rule.system.symmetric):
             # A product J v takes two reverse passes.
             refuse_once_only(rule.system.where, rule.system.noun, linearization.residual)
         if rule.repeats:
             operator = RepeatedOperator(operator, math.prod(rule.repeats))
-        flat = _usable(rhs).detach().reshape(operator.batch, operator.size)
+        flat = usable(rhs).detach().reshape(operator.batch, operator.size)
         axes = rule.repeats + rule.system.batch_shape
         unsure = _unsure_pullbacks_later(rule, x, tensors)
         solved = rule.solve_linear(
@@ -308,7 +308,7 @@ def _pullbacks_later(rule: ImplicitContext, x: torch.Tensor, tensors: Tensors) -
         return ()
 
     def pullback(v: torch.Tensor) -> list[torch.Tensor | None]:
-        return rule.linearize(_usable(x), tensors, rule.checked).pullback(v)
+        return rule.linearize(usable(x), tensors, rule.checked).pullback(v)
 
     return pullbacks_of(pullback, rule.arguments or tensors, rule.checked)
 
@@ -319,15 +319,10 @@ def _unsure_pullbacks_later(rule: ImplicitContext, x: torch.Tensor, tensors: Ten
         return ()
 
     def pullback(v: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        slopes = rule.linearize(_usable(x), tensors, rule.unsure).pullback(v)
+        slopes = rule.linearize(usable(x), tensors, rule.unsure).pullback(v)
         return [(t, s) for t, s, want in zip(tensors, slopes, rule.unsure, strict=True) if want and s is not None]
 
     return (pullback,)
-
-
-def _usable(tensor: torch.Tensor) -> torch.Tensor:
-    """Return ``tensor``, or a copy of a tensor that was made in inference mode, which no graph can use."""
-    return tensor.clone() if tensor.is_inference() else tensor
 
 
 def _is_differentiated_again(system: System, tensors: Tensors) -> bool:

@@ -16,7 +16,7 @@ from bilevel.errors import DtypeError, ShapeError
 
 __all__ = [
     "Arguments", "Raveler", "as_real", "copied", "detached", "differentiated", "flatten_arguments", "is_numpy", "joined",
-    "leaf_names", "moves", "moving", "of_real", "parted", "ravel", "ravel_like", "real_dtype", "requiring_grad", "unravelled",
+    "leaf_names", "moves", "moving", "of_real", "parted", "ravel", "ravel_like", "real_dtype", "requiring_grad", "unravelled", "usable",
 ]  # fmt: skip
 
 
@@ -347,6 +347,11 @@ def moves(leaf: Any) -> bool:
 def moving(tree: Any) -> list[bool]:
     """Return :func:`moves` of each leaf of ``tree``."""
     return [moves(leaf) for leaf in pytree.tree_leaves(tree)]
+
+
+def usable(tensor: torch.Tensor) -> torch.Tensor:
+    """Return ``tensor``, or a copy of a tensor that was made in inference mode, which no graph can use."""
+    return tensor.clone() if tensor.is_inference() else tensor
 
 
 def detached(tree: Any) -> Any:

@@ -125,7 +125,7 @@ _TEXT: dict[Status, tuple[str, str]] = {
     Status.LINE_SEARCH_FAILED: (
         "found no step that lowers the objective",
         "check that the objective is smooth and finite near the start, use float64, or loosen the tolerance; a layer that the "
-        "objective calls needs a smaller error than this one: leave its tolerance at the default",
+        "objective calls needs a smaller error than this one: leave its tolerance at the default, or ask this one for a hundred times that error",
     ),
     Status.REFUTED: (
         "reached a point that refutes the strong convexity it was told: curvature below μ was met",

@@ -54,6 +54,7 @@ OUTER = "tests/test_outer.py"
 TAPES = "tests/test_tapes.py"
 ANDERSON = "tests/solvers/test_anderson.py"
 STALE = "tests/test_stale_replays.py"
+FORMULAS = "tests/learnable/test_formulas.py"
 
 
 def matrix(*names: str, columns: str = "float64") -> tuple[str, ...]:
@@ -173,7 +174,7 @@ MUTATIONS = (
     ),
     Mutation(
         "stochastic: both sides of a difference draw their own random numbers", "layers/randomness.py",
-        "        self._set(self._before)", "        pass",
+        "        self.restore(self.recorded)", "        pass",
         ("tests/stochastic/test_pseudo_code.py", "-k", "common"),
     ),
     Mutation(
@@ -1890,6 +1891,84 @@ MUTATIONS = (
         "a trusted file is encoded by its own words and medians", "cli/encoding.py",
         "if self.encoding is None:", "if True:",
         ("tests/cleaning/test_command.py", "-k", "trusted_file_is_encoded"),
+        "learnable: a minibatch gets the weights of the first examples", "learnable/example_weights.py",
+        "index_select(0, rows)", "narrow(0, 0, len(rows))", (FORMULAS, "-k", "formulas and example_weights"),
+    ),
+    Mutation(
+        "learnable: auxiliary losses are weighted by logarithms", "learnable/loss_weights.py",
+        "return self.logarithms.exp()", "return self.logarithms", (FORMULAS, "-k", "formulas and loss_weights"),
+    ),
+    Mutation(
+        "learnable: the penalty has no half", "learnable/_base.py", "return 0.5 * self.weight_decay",
+        "return self.weight_decay", (FORMULAS, "-k", "formulas"),
+    ),
+    Mutation(
+        "learnable: a layer's tensors have decays of their own", "learnable/weight_decay.py",
+        'layers = [name.rpartition(".")[0] for name in names]', "layers = names",
+        ("tests/learnable/test_messages.py", "-k", "share_a_decay"),
+    ),
+    Mutation(
+        "learnable: augmentations go to one side alone", "learnable/augmentation.py",
+        "(2 * torch.rand_like(images[:, 0, 0, :1].expand(-1, count)) - 1)",
+        "torch.rand_like(images[:, 0, 0, :1].expand(-1, count))", (FORMULAS, "-k", "both_sides"),
+    ),
+    Mutation(
+        "learnable: an image that is not square is sheared where it is to be turned", "learnable/augmentation.py",
+        "aspect = images.shape[2] / images.shape[3]", "aspect = 1.0", (FORMULAS, "-k", "quarter_turn"),
+    ),
+    Mutation(
+        "learnable: distilled data change the examples that they begin from", "learnable/distilled_data.py",
+        "nn.Parameter(inputs.detach().clone())", "nn.Parameter(inputs.detach())", (FORMULAS, "-k", "leaves_the_examples"),
+    ),
+    Mutation(
+        "learnable: heads are penalised by the sum over tasks, and their loss is a mean", "learnable/shared_body.py",
+        "super().penalty(model) / len(first)", "super().penalty(model)",
+        ("tests/learnable/test_messages.py", "-k", "minimise_its_loss"),
+    ),
+    Mutation(
+        "learnable: operations compete between places", "learnable/architecture.py", "self.logits.softmax(1)",
+        "self.logits.softmax(0)", (FORMULAS, "-k", "formulas and architecture"),
+    ),
+    Mutation(
+        "learnable: one step more is unrolled than asked", "learnable/learning_rates.py", "max_steps=self.steps)",
+        "max_steps=self.steps + 1)", ("tests/learnable/test_gradients.py", "-k", "as_a_loop and linear"),
+    ),
+    Mutation(
+        "stochastic: MA-SOBA moves along the average before its update", "stochastic/masoba.py",
+        "return replace(found, outer=clone(self._mean))", "mean, self._last = getattr(self, '_last', self._mean), self._mean; "
+        "return replace(found, outer=clone(mean))", ("tests/stochastic/test_pseudo_code.py", "-k", "pseudo_code and MASOBA"),
+    ),
+    Mutation(
+        "stochastic: a resumed run draws other dropout", "stochastic/_state.py",
+        'method._random_numbers().restore(state["torch_generators"])', "pass",
+        ("tests/stochastic/test_engine.py", "-k", "dropout and SOBA"),
+    ),
+    Mutation(
+        "stochastic: a loss that is NaN with finite gradients is taken for a loss", "stochastic/_method.py",
+        "[*norms.values(), *losses], losses, *given.values())", "list(norms.values()), *given.values())",
+        ("tests/learnable/test_messages.py", "-k", "data_that_do_not_fit"),
+    ),
+    Mutation(
+        "stochastic: systems of float16 are solved in float16", "stochastic/implicit.py",
+        "dtype = torch.float32\n    for tensor in tensors:", "dtype = tensors[0].dtype\n    for tensor in tensors:",
+        ("tests/learnable/test_messages.py", "-k", "few_digits"),
+    ),
+    Mutation(
+        "learnable: negative rows are weights from the end", "learnable/example_weights.py",
+        "self.logits.index_select(0, rows)", "self.logits[rows]", ("tests/learnable/test_messages.py", "-k", "data_that_do_not_fit"),
+    ),
+    Mutation(
+        "a layer saves tensors of inference mode", "layers/layer.py", "tensors = [usable(tensor) for tensor in tensors]", "pass",
+        ("tests/test_problem.py", "-k", "inference"),
+    ),
+    Mutation(
+        "a search goes on where values contradict derivatives", "solvers/_tiny_steps.py",
+        "stuck | self._contradicts(last, step, gradient)", "stuck",
+        ("tests/test_levels.py", "-k", "inexact"),
+    ),
+    Mutation(
+        "iMAML takes a loss of integers", "meta/task_losses.py", "or not value.is_floating_point()", "",
+        ("tests/meta/test_imaml.py", "-k", "loss_that_is_none"),
     ),
 )  # fmt: skip
 

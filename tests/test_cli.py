@@ -167,6 +167,21 @@ def test_arguments_that_cannot_be_used(run: Any, arguments: list[str], message: 
     assert message in ended.err
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["clean", "a\0b.csv"],
+        ["tune", "wine", "--output", "a\0b"],
+        ["imaml", "--data", "a\0b"],
+        ["imaml", "--resume", "a\0b"],
+    ],
+)
+def test_a_nul_character_in_an_argument_ends_in_a_sentence(run: Any, arguments: list[str]) -> None:
+    ended = run(*arguments)
+    ended.assert_one_sentence(2)
+    assert "NUL character" in ended.err
+
+
 def test_output_that_cannot_be_written_is_noticed_before_the_work(run: Any, tmp_path: Path) -> None:
     file = tmp_path / "file"
     file.touch()

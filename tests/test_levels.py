@@ -76,27 +76,44 @@ def test_minimize_finds_the_stationary_point() -> None:
     assert float(result.outer) == pytest.approx((3 + 5**0.5) / 2, abs=3e-6)  # x² − 3x + 1 = 0
 
 
-@pytest.mark.parametrize("solver", [None, bilevel.LBFGS()])
-def test_a_level_above_an_inexact_one_ends_and_says_why(solver) -> None:
-    """The lower level's error makes the middle objective jump, and steps between two jumps lead nowhere."""
-    calls = 0
+def above(size: int, lower: bilevel.Tolerance | None, upper: bilevel.Tolerance | None, solver=None):
+    """A least-squares level above a strictly convex one, and a list that counts the calls of its objective."""
+    calls = []
+    generator = torch.Generator().manual_seed(0)
+    matrix = torch.randn(size, size, generator=generator, dtype=torch.float64) / size**0.5
 
-    def lower(y, x):
+    @bilevel.argmin(tolerance=lower)
+    def level(y, x):
         return (0.5 * (y - x) ** 2 + 0.1 * y**4 + 0.1 * (1 + y.exp()).log()).sum()
 
-    def made(tolerance):
-        layer = bilevel.argmin(lower, tolerance=tolerance)
+    @bilevel.argmin(tolerance=upper, solver=solver)
+    def top(x):
+        calls.append(None)
+        return 0.5 * ((level(torch.zeros_like(x), matrix @ x) - 1) ** 2).sum() + 0.05 * (x**2).sum()
 
-        def upper(x):
-            nonlocal calls
-            calls += 1
-            matrix = torch.tensor([[1.09, -0.2], [-1.54, 0.4]], dtype=torch.float64)
-            return 0.5 * ((layer(torch.zeros_like(x), matrix @ x) - 1) ** 2).sum() + 0.05 * (x**2).sum()
+    return top, calls
 
-        return bilevel.argmin(upper, solver=solver)
 
+@pytest.mark.parametrize("solver", [None, bilevel.LBFGS()])
+def test_a_level_above_an_inexact_one_ends_and_says_why(solver) -> None:
+    """The lower level stays at its initial guess, so that values of the level above do not follow its derivatives."""
     start = torch.zeros(2, dtype=torch.float64)
-    with pytest.raises(bilevel.SolveError, match="needs a smaller error than this one: leave its tolerance"):
-        made(bilevel.Tolerance(delta=0.1))(start)
-    assert calls < 2000
-    assert bool(made(None).solve(start).report.success.all())  # the remedy
+    inexact, calls = above(2, bilevel.Tolerance(delta=0.1), None, solver)
+    with pytest.raises(
+        bilevel.SolveError, match="leave its tolerance at the default, or ask this one for a hundred times that error"
+    ):
+        inexact(start)
+    assert len(calls) < 500
+    exact, _ = above(2, None, None, solver)
+    assert exact.solve(start).report.status is bilevel.Status.CONVERGED  # the first remedy
+
+
+@pytest.mark.parametrize("size", [2, 20])
+@pytest.mark.parametrize("error", [1e-1, 1e-2])
+def test_a_level_meets_a_tolerance_a_hundred_times_that_of_the_level_below(size: int, error: float) -> None:
+    start = torch.zeros(size, dtype=torch.float64)
+    exact, _ = above(size, None, None)
+    top, calls = above(size, bilevel.Tolerance(delta=error / 100), bilevel.Tolerance(delta=error))
+    solution = top.solve(start)
+    assert solution.report.status is bilevel.Status.CONVERGED and len(calls) < 30
+    assert float((solution.value - exact(start)).detach().norm()) < error

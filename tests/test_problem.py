@@ -395,6 +395,33 @@ def test_misuse_is_said() -> None:
         )
 
 
+def test_data_of_the_outer_objective_that_do_not_fit_are_named() -> None:
+    X, y, Xv, yv = split()
+    theta, start = torch.tensor(0.0, dtype=F64), torch.zeros(4, dtype=F64)
+    with pytest.raises(bilevel.ShapeError, match=r"outer_objective to have shapes that fit together, got .*data\[2\]"):
+        Ridge()(theta, (X, y, Xv[:, :2], yv), init=start)
+    with pytest.raises(bilevel.DtypeError, match="outer_objective to have dtypes that fit together"):
+        Ridge().hypergradient(theta, (X, y, Xv.float(), yv), init=start)
+
+
+def test_data_of_inference_mode_have_the_hypergradient_of_their_copies() -> None:
+    with torch.inference_mode():
+        made = tuple(part.clone() for part in split())
+    theta, start = torch.tensor(0.0, dtype=F64), torch.zeros(4, dtype=F64)
+    expected = Ridge().hypergradient(theta, split(), init=start).grad
+    assert torch.equal(Ridge().hypergradient(theta, made, init=start).grad, expected)
+    theta.requires_grad_()
+    Ridge()(theta, made, init=start).backward()
+    torch.testing.assert_close(theta.grad, expected)
+    layer = bilevel.argmin(lambda w, X, y, log: ((X @ w - y) ** 2).mean() + log.exp() * (w**2).sum())
+    slopes = []
+    for X, y in (made[:2], split()[:2]):
+        log = torch.tensor(0.0, dtype=F64, requires_grad=True)
+        layer(start, X, y, log).sum().backward()
+        slopes.append(log.grad)
+    assert torch.equal(*slopes)
+
+
 def test_the_bound_counts_the_inner_error_alone() -> None:
     # G = ½(φ − θ)² and F = ½ c φ²: the adjoint at φ is exact, and the hypergradient's error is c (φ − θ), all of it inherited.
     class Inherited(bilevel.BilevelProblem):

@@ -47,6 +47,8 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
         keep_freed_memory()
         _write_whatever_can_be()
     given = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
+    if any("\0" in argument for argument in given):
+        _fail("an argument holds a NUL character, which no file name can; leave it out", MISUSE)
     try:
         sys.exit(_run(given))
     except KeyboardInterrupt:

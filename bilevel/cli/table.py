@@ -257,8 +257,9 @@ def _text(path: Path) -> str:
         raise DataError(f"there is no file {path}; pass a CSV file or the name of a bundled data set") from None
     except IsADirectoryError:
         raise DataError(f"{path} is a directory; pass a CSV file") from None
-    except OSError as error:
-        raise DataError(f"{path} cannot be read ({error.strerror}); pass a CSV file that can") from None
+    except (OSError, ValueError) as error:  # the latter is of a NUL character
+        why = getattr(error, "strerror", None) or error
+        raise DataError(f"{path} cannot be read ({why}); pass a CSV file that can") from None
     if content.startswith(_GZIP):
         try:
             content = gzip.decompress(content)

@@ -13,11 +13,12 @@ from torch.utils import _pytree as pytree
 from bilevel.errors import ArgumentError, BilevelError, DtypeError, ShapeError
 from bilevel.pytree import Arguments, Raveler, is_numpy, leaf_names
 
-__all__ = ["explain", "mixes_numpy", "numpy_refusal", "unconnected"]
+__all__ = ["explain", "explain_call", "unconnected"]
 
-# The words of torch's errors about operands that do not fit.
-_DTYPES = re.compile(r"dtype|scalar type", re.IGNORECASE)
-_MISFIT = re.compile(rf"\b(sizes?|shapes?|dimensions?|batch_size)\b|{_DTYPES.pattern}", re.IGNORECASE)
+# The words of errors about operands that do not fit, and about indices, such as class labels, that are too large.
+_DTYPES = re.compile(r"dtype|scalar type|not implemented for", re.IGNORECASE)
+_MISFIT = re.compile(rf"\b(sizes?|shapes?|dimensions?|batch_size|[0-9]D|vector)\b|{_DTYPES.pattern}", re.IGNORECASE)
+_RANGE = re.compile(r"(?<!Dimension )out of (bounds|range)", re.IGNORECASE)
 _MOST_LISTED = 8
 
 
@@ -38,8 +39,8 @@ def explain(
     args, kwargs = arguments.rebuild(tensors)
     paths, _ = pytree.tree_flatten_with_path((args, kwargs))
     arrays = leaf_names([(path, leaf) for path, leaf in paths if is_numpy(leaf)])
-    if mixes_numpy(error):
-        return numpy_refusal(where, noun, arrays)
+    if _mixes_numpy(error):
+        return _numpy_refusal(where, noun, arrays)
     refused = _wrong_count(function, args, kwargs)
     if refused is not None:
         return ArgumentError(
@@ -48,14 +49,11 @@ def explain(
         )
     # Such as "'int' object is not callable", of array.size().
     if arrays and isinstance(error, (TypeError, AttributeError)):
-        return numpy_refusal(where, noun, arrays)
-    said = str(error)
-    if isinstance(error, (TypeError, AttributeError)) or not _MISFIT.search(said):
-        return None
+        return _numpy_refusal(where, noun, arrays)
     paths, _ = pytree.tree_flatten_with_path(raveler.unravel(flat.detach()))
     given = [("init" + pytree.keystr(path), leaf) for path, leaf in paths]
     given += zip(arguments.names, arguments.given(tensors), strict=True)
-    return _misfit(where, noun, given, said)
+    return _explain_misfit(error, where, noun, given)
 
 
 def _wrong_count(function: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]) -> TypeError | None:
@@ -69,26 +67,59 @@ def _wrong_count(function: Callable[..., Any], args: Sequence[Any], kwargs: dict
     return None
 
 
-def _misfit(where: str, noun: str, given: Sequence[tuple[str, torch.Tensor]], said: str) -> BilevelError:
+def _explain_misfit(
+    error: Exception, where: str, noun: str, given: Sequence[tuple[str, torch.Tensor]]
+) -> BilevelError | None:
+    """Return an error with the names, shapes and dtypes ``given`` to the function ``noun``, which raised ``error``.
+
+    None if ``error`` is about something else than shapes, dtypes or indices.
+    """
+    said = " ".join(str(error).split())
+    if isinstance(error, (BilevelError, TypeError, AttributeError)) or "memory" in said:
+        return None
+    kind: type[BilevelError]
+    if _RANGE.search(said):
+        kind, what, remedy = ArgumentError, "indices in their range", (
+            "number classes and rows from 0, and let the model have an output for each class"
+        )  # fmt: skip
+    elif _DTYPES.search(said):
+        kind, what, remedy = DtypeError, "dtypes that fit together", "give them dtypes that fit"
+    elif _MISFIT.search(said):
+        kind, what, remedy = ShapeError, "shapes that fit together", "give them shapes that fit"
+    else:
+        return None
     listed = [f"{name} {tuple(t.shape)} {str(t.dtype).removeprefix('torch.')}" for name, t in given]
     more = f" and {len(listed) - _MOST_LISTED} more" if len(listed) > _MOST_LISTED else ""
-    kind, what = (DtypeError, "dtypes") if _DTYPES.search(said) else (ShapeError, "shapes")
-    wanted = given[0][1].dtype  # that of init
+    wanted = given[0][1].dtype if given else None  # that of init, where there is one
     others = [name for name, t in given if t.is_floating_point() and t.dtype != wanted and not name.startswith("init")]
     example = f", for example {others[0]}.to({wanted})" if others and kind is DtypeError else ""
     return kind(
-        f"{where}: expected init and the arguments to have {what} that fit together in {noun}, got "
-        f"{', '.join(listed[:_MOST_LISTED])}{more}, and torch says: {' '.join(said.split())}; give them {what} that fit{example}"
+        f"{where}: expected the arguments of {noun} to have {what}, got {', '.join(listed[:_MOST_LISTED])}{more}, and the error says: {said}; "
+        f"{remedy}{example}"
     )
 
 
-def mixes_numpy(error: Exception) -> bool:
+def explain_call(error: Exception, where: str, noun: str, **trees: Any) -> BilevelError | None:
+    """Return an error that says what is wrong with a call of the function ``noun`` of ``trees``, which raised ``error``; None as above."""
+    leaves = [
+        (name + pytree.keystr(path), leaf)
+        for name, tree in trees.items()
+        for path, leaf in pytree.tree_flatten_with_path(tree)[0]
+    ]
+    if _mixes_numpy(error):
+        return _numpy_refusal(where, noun, [name for name, leaf in leaves if is_numpy(leaf)])
+    return _explain_misfit(
+        error, where, noun, [(name, leaf) for name, leaf in leaves if isinstance(leaf, torch.Tensor)]
+    )
+
+
+def _mixes_numpy(error: Exception) -> bool:
     """Return whether ``error`` comes from a torch operation on a numpy array, or a numpy operation on a tensor."""
     said = str(error)
     return "call numpy() on Tensor" in said or "numpy.ndarray" in said
 
 
-def numpy_refusal(where: str, noun: str, arrays: Sequence[str]) -> DtypeError:
+def _numpy_refusal(where: str, noun: str, arrays: Sequence[str]) -> DtypeError:
     """Return the error for numpy in a user's function; ``arrays`` names its numpy arguments."""
     got = f"a numpy array at {', '.join(arrays)}" if arrays else "a numpy array or a function of numpy in it"
     return DtypeError(

@@ -38,7 +38,7 @@ from bilevel.layers.settings import Setting, SolveSettings
 from bilevel.layers.solution import Solution
 from bilevel.linear._base import LinearSolver, LinearSolverLike
 from bilevel.policy import OnFailure, handle_misuse
-from bilevel.pytree import Raveler, flatten_arguments
+from bilevel.pytree import Raveler, flatten_arguments, usable
 from bilevel.reports import StatusMessages
 from bilevel.solvers._base import InnerSolver, InnerSolverLike
 from bilevel.solvers._given import GivenAnswer
@@ -350,6 +350,8 @@ class Layer:
     ) -> tuple[System, list[torch.Tensor]]:
         """Return the system to solve, and the tensors that it depends on, after checks."""
         tensors, arguments = flatten_arguments(args, kwargs)
+        if torch.is_grad_enabled():
+            tensors = [usable(tensor) for tensor in tensors]
         for tensor, name in zip(tensors, arguments.names, strict=True):
             if tensor.dtype.is_floating_point and tensor.device != raveler.device:
                 raise DtypeError(

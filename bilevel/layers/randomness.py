@@ -6,7 +6,7 @@ may have drawn, for example one that loads data. The function is then called onc
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -17,15 +17,15 @@ __all__ = ["CheckAfter", "GeneratorStates", "draws"]
 
 
 class GeneratorStates:
-    """The states of a device's own generator and of the CPU's, recorded when the object was made."""
+    """The states of a device's own generator and of the CPU's, ``recorded`` when the object was made."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._before = self._states()
+        self.recorded = self._states()
 
     def changed(self) -> bool:
         """Return whether any thread has drawn random numbers since."""
-        return not all(map(torch.equal, self._before, self._states()))
+        return not all(map(torch.equal, self.recorded, self._states()))
 
     @contextmanager
     def again(self) -> Iterator[None]:
@@ -37,15 +37,16 @@ class GeneratorStates:
             yield
             return
         after = self._states()
-        self._set(self._before)
+        self.restore(self.recorded)
         try:
             yield
         finally:
-            self._set(after)
+            self.restore(after)
 
-    def _set(self, states: list[torch.Tensor]) -> None:
+    def restore(self, states: Sequence[torch.Tensor]) -> None:
+        """Set the generators to ``states``, such as :attr:`recorded`. That of a GPU stays as it is where ``states`` are of a CPU."""
         torch.default_generator.set_state(states[0])
-        if self._device.type == "cuda":
+        if self._device.type == "cuda" and len(states) > 1:
             torch.cuda.set_rng_state(states[1], self._device)
 
     def _states(self) -> list[torch.Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable
 from typing import Any, TypeAlias
@@ -12,7 +13,7 @@ from torch import nn
 import bilevel
 from bilevel.stochastic import OutputLoss
 
-__all__ = ["Learnable", "Loss", "cross_entropies", "number", "whole"]
+__all__ = ["Learnable", "Loss", "check_loss", "cross_entropies", "number", "require_module", "require_pair", "whole"]
 
 Loss: TypeAlias = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 """(outputs, targets) ↦ one loss for each example, of any shape, such as (n,)."""
@@ -59,10 +60,8 @@ class Learnable(nn.Module):
 
     def __init__(self, *, loss: Loss | None = None, weight_decay: float = 0.0) -> None:
         super().__init__()
-        if loss is not None and not callable(loss):
-            raise bilevel.ArgumentError(
-                f"{self.where}: expected loss to be a function (outputs, targets) -> losses, got {loss!r}; pass that, or None for cross-entropy"
-            )
+        if loss is not None:
+            check_loss(self.where, "loss", loss)
         number(self.where, "weight_decay", weight_decay, zero=True)
         self.loss, self.weight_decay = cross_entropies if loss is None else loss, weight_decay
 
@@ -73,12 +72,26 @@ class Learnable(nn.Module):
 
     def outputs(self, model: nn.Module, data: Any) -> torch.Tensor:
         """Return what the model says of the training inputs."""
-        outputs: torch.Tensor = model(data[0])
+        outputs: torch.Tensor = model(require_pair(self.where, data)[0])
         return outputs
+
+    def losses(self, outputs: torch.Tensor, targets: Any) -> torch.Tensor:
+        """Return the loss of each example, of any shape."""
+        return self.checked_losses(self.loss(outputs, targets))
+
+    def checked_losses(self, found: Any) -> torch.Tensor:
+        """Return what a loss returned, or raise unless it is a floating-point tensor."""
+        if not isinstance(found, torch.Tensor) or not found.is_floating_point():
+            got = found.dtype if isinstance(found, torch.Tensor) else type(found).__name__
+            raise bilevel.DtypeError(
+                f"{self.where}: expected loss(outputs, targets) to return a floating-point tensor of losses, got {got}; return differentiable "
+                "losses, as torch.nn.functional.cross_entropy does"
+            )
+        return found
 
     def training_loss(self, outputs: torch.Tensor, data: Any) -> torch.Tensor:
         """Return the loss () of the training outputs, without the penalty."""
-        return self.loss(outputs, data[1]).mean()
+        return self.losses(outputs, require_pair(self.where, data)[1]).mean()
 
     def penalty(self, model: nn.Module) -> torch.Tensor:
         """Return ½ λ‖φ‖², of shape ()."""
@@ -87,17 +100,63 @@ class Learnable(nn.Module):
 
     def validation_loss(self, model: nn.Module, data: Any) -> torch.Tensor:
         """Return the mean loss () of a model on held-out data."""
-        return self.loss(model(data[0]), data[1]).mean()
+        inputs, targets = require_pair(self.where, data)
+        return self.losses(model(inputs), targets).mean()
 
     @property
     def objectives(self) -> tuple[OutputLoss, Callable[[Any, Any, Any], torch.Tensor]]:
         """The pair (G, F) for the methods of :mod:`bilevel.stochastic`, with the model as ``inner`` and this module as ``outer``."""
+
+        def outputs(model: Any, learned: Any, data: Any) -> torch.Tensor:
+            if not isinstance(model, nn.Module) or not isinstance(learned, Learnable):
+                raise bilevel.ArgumentError(
+                    f"{self.where}: expected the model as inner and the {self.where} as outer, both as modules, got {type(model).__name__} and "
+                    f"{type(learned).__name__}; write for example ImplicitStep(learned.objectives, model, learned)"
+                )
+            return learned.outputs(model, data)
+
         inner = OutputLoss(
-            outputs=lambda model, learned, data: learned.outputs(model, data),
+            outputs=outputs,
             loss=lambda outputs, learned, data: learned.training_loss(outputs, data),
             penalty=lambda model, learned: learned.penalty(model),
         )
         return inner, lambda model, learned, data: learned.validation_loss(model, data)
+
+
+def check_loss(where: str, name: str, loss: Any) -> None:
+    """Raise unless ``loss`` is a function of (outputs, targets)."""
+    fits = callable(loss)
+    if fits:
+        try:
+            inspect.signature(loss).bind(None, None)
+        except TypeError:
+            fits = False
+        except ValueError:  # a function without a signature
+            pass
+    if not fits:
+        raise bilevel.ArgumentError(
+            f"{where}: expected {name} to be a function (outputs, targets) -> losses, got {loss!r}; pass that"
+            + (", or None for cross-entropy" if name == "loss" else "")
+        )
+
+
+def require_module(where: str, name: str, given: Any) -> nn.Module:
+    """Return ``given``, or raise unless it is a module."""
+    if not isinstance(given, nn.Module):
+        raise bilevel.ArgumentError(
+            f"{where}: expected {name} to be a torch.nn.Module, got {given!r}; pass an instance, such as torch.nn.Linear(4, 3)"
+        )
+    return given
+
+
+def require_pair(where: str, data: Any) -> tuple[Any, Any]:
+    """Return the inputs and targets that ``data`` begin with, or raise."""
+    if not isinstance(data, (tuple, list)) or len(data) < 2:
+        got = f"{len(data)} entries" if isinstance(data, (tuple, list)) else type(data).__name__
+        raise bilevel.ArgumentError(
+            f"{where}: expected data to be (inputs, targets), got {got}; pass a tuple of tensors"
+        )
+    return data[0], data[1]
 
 
 def number(where: str, name: str, value: float, *, zero: bool = False) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from typing import Any
 
@@ -9,7 +10,7 @@ import torch
 from torch import nn
 
 import bilevel
-from bilevel.learnable._base import Learnable, Loss, whole
+from bilevel.learnable._base import Learnable, Loss, require_module, require_pair, whole
 
 __all__ = ["Architecture", "MixedOperation"]
 
@@ -38,20 +39,30 @@ class MixedOperation(nn.Module):
 
     def __init__(self, operations: Sequence[nn.Module]) -> None:
         super().__init__()
-        if not len(operations):
+        if not isinstance(operations, (tuple, list, nn.ModuleList)) or not len(operations):
+            got = "none" if isinstance(operations, (tuple, list, nn.ModuleList)) else type(operations).__name__
             raise bilevel.ArgumentError(
-                "MixedOperation: expected at least one operation, got none; pass a list of modules"
+                f"MixedOperation: expected at least one operation, got {got}; pass a list of modules"
             )
+        for place, one in enumerate(operations):
+            require_module("MixedOperation", f"operations[{place}]", one)
         self.operations = nn.ModuleList(operations)
 
     def forward(self, x: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         """Return the sum of the operations on ``x`` with ``weights`` (K,)."""
-        if weights.shape != (len(self.operations),):
+        if not isinstance(weights, torch.Tensor) or weights.shape != (len(self.operations),):
+            got = tuple(weights.shape) if isinstance(weights, torch.Tensor) else type(weights).__name__
             raise bilevel.ShapeError(
-                f"MixedOperation: expected weights ({len(self.operations)},), one for each operation, got {tuple(weights.shape)}; pass the row "
+                f"MixedOperation: expected weights ({len(self.operations)},), one for each operation, got {got}; pass the row "
                 "of Architecture()() that belongs to this place"
             )
-        return torch.stack([w * operation(x) for w, operation in zip(weights, self.operations, strict=True)]).sum(0)
+        outputs = [operation(x) for operation in self.operations]
+        if len({output.shape for output in outputs}) != 1:
+            raise bilevel.ShapeError(
+                f"MixedOperation: expected operations whose outputs have one shape, got {[tuple(output.shape) for output in outputs]}; pad "
+                "convolutions, or add a layer that maps to the same shape"
+            )
+        return torch.stack([w * output for w, output in zip(weights, outputs, strict=True)]).sum(0)
 
 
 class Architecture(Learnable):
@@ -117,9 +128,17 @@ class Architecture(Learnable):
 
     def outputs(self, model: nn.Module, data: Any) -> torch.Tensor:
         """Return what the mixed model says of the training inputs."""
-        outputs: torch.Tensor = model(data[0], self())
+        inputs, _ = require_pair(self.where, data)
+        try:
+            inspect.signature(model.forward).bind(None, None)
+        except TypeError:
+            raise bilevel.ArgumentError(
+                f"Architecture: expected a model that is called as model(inputs, weights), got {type(model).__name__}, which is not; give its "
+                "forward the weights (places, K), and pass row e to the MixedOperation of place e"
+            ) from None
+        outputs: torch.Tensor = model(inputs, self())
         return outputs
 
     def validation_loss(self, model: nn.Module, data: Any) -> torch.Tensor:
         """Return the mean loss of the mixed model on held-out data."""
-        return self.loss(self.outputs(model, data), data[1]).mean()
+        return self.losses(self.outputs(model, data), data[1]).mean()

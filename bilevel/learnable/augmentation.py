@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import bilevel
-from bilevel.learnable._base import Learnable, Loss, number
+from bilevel.learnable._base import Learnable, Loss, number, require_pair
 
 __all__ = ["Augmentation"]
 
@@ -86,6 +86,10 @@ class Augmentation(Learnable):
         device: torch.device | str | None = None,
     ) -> None:
         super().__init__(loss=loss, weight_decay=weight_decay)
+        if initial is not None and not isinstance(initial, Mapping):
+            raise bilevel.ArgumentError(
+                f'Augmentation: expected initial to be a dict of strengths by name, got {initial!r}; pass for example {{"rotation": 0.1}}'
+            )
         chosen = _INITIAL if initial is None else dict(initial)
         unknown = [name for name in chosen if name not in _INITIAL]
         if unknown or not chosen:
@@ -106,10 +110,17 @@ class Augmentation(Learnable):
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         """Return images (n, channels, height, width), each changed by its own draws."""
-        if images.ndim != 4 or not images.is_floating_point():
+        if (
+            not isinstance(images, torch.Tensor)
+            or images.ndim != 4
+            or not images.is_floating_point()
+            or not len(images)
+        ):
+            tensor = isinstance(images, torch.Tensor)
+            got = f"{images.dtype} of shape {tuple(images.shape)}" if tensor else type(images).__name__
             raise bilevel.ShapeError(
-                f"Augmentation: expected floating-point images (n, channels, height, width), got {images.dtype} of shape "
-                f"{tuple(images.shape)}; reshape them, as images.reshape(-1, 1, 8, 8), and convert integers with .float()"
+                f"Augmentation: expected floating-point images (n, channels, height, width), got {got}; reshape them, as "
+                "images.reshape(-1, 1, 8, 8), convert integers with .float(), and skip an empty batch"
             )
         if self.signed.keys() & {"rotation", "translation", "scale", "shear"}:
             grid = nn.functional.affine_grid(self._maps(images), list(images.shape), align_corners=False)
@@ -124,7 +135,7 @@ class Augmentation(Learnable):
 
     def outputs(self, model: nn.Module, data: Any) -> torch.Tensor:
         """Return what the model says of the changed images."""
-        outputs: torch.Tensor = model(self(data[0]))
+        outputs: torch.Tensor = model(self(require_pair(self.where, data)[0]))
         return outputs
 
     def _uniform(self, name: str, images: torch.Tensor, count: int) -> torch.Tensor:
@@ -135,11 +146,15 @@ class Augmentation(Learnable):
         return draws
 
     def _maps(self, images: torch.Tensor) -> torch.Tensor:
-        """Return the affine map (n, 2, 3) from places in the changed image to places in the given one."""
+        """Return the affine map (n, 2, 3) from places in the changed image to places in the given one.
+
+        Both are in halves of width and height, in which a turn of an image that is not square is no rotation: ``aspect`` goes to pixels and back.
+        """
+        aspect = images.shape[2] / images.shape[3]
         angle = self._uniform("rotation", images, 1)[:, 0]
         across, down = self._uniform("scale", images, 2).exp().unbind(1)
         shear = self._uniform("shear", images, 1)[:, 0]
         shift = self._uniform("translation", images, 2)
         cos, sin = angle.cos(), angle.sin()
-        rows = [across * cos, down * (shear * cos - sin), across * sin, down * (shear * sin + cos)]
+        rows = [across * cos, aspect * down * (shear * cos - sin), across * sin / aspect, down * (shear * sin + cos)]
         return torch.cat([torch.stack(rows, dim=1).reshape(-1, 2, 2), shift[:, :, None]], dim=2)

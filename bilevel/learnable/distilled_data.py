@@ -58,6 +58,11 @@ class DistilledData(Learnable):
         self, inputs: torch.Tensor, targets: torch.Tensor, *, loss: Loss | None = None, weight_decay: float = 0.0
     ) -> None:
         super().__init__(loss=loss, weight_decay=weight_decay)
+        if not isinstance(inputs, torch.Tensor) or not isinstance(targets, torch.Tensor):
+            raise bilevel.ArgumentError(
+                f"DistilledData: expected inputs and targets to be tensors, got {type(inputs).__name__} and {type(targets).__name__}; pass "
+                "torch.tensor(...) of them"
+            )
         if not inputs.is_floating_point():
             raise bilevel.DtypeError(
                 f"DistilledData: expected floating-point inputs, got {inputs.dtype}; convert them with .float()"

@@ -69,16 +69,21 @@ class ExampleWeights(Learnable):
 
     def forward(self, rows: torch.Tensor | None = None) -> torch.Tensor:
         """Return the weights (b,) of the examples ``rows`` (b,), or of all."""
-        return 2 * (self.logits if rows is None else self.logits[rows]).sigmoid()
+        return 2 * (self.logits if rows is None else self.logits.index_select(0, rows)).sigmoid()
+
+    def outputs(self, model: nn.Module, data: Any) -> torch.Tensor:
+        """Return what the model says of the training inputs."""
+        if not isinstance(data, (tuple, list)) or len(data) != 3:
+            got = f"{len(data)} entries" if isinstance(data, (tuple, list)) else type(data).__name__
+            raise bilevel.ArgumentError(
+                f"ExampleWeights: expected training data (inputs, targets, rows), got {got}; add "
+                "torch.arange(len(targets)), and take minibatches of all three"
+            )
+        return super().outputs(model, data)
 
     def training_loss(self, outputs: torch.Tensor, data: Any) -> torch.Tensor:
         """Return the weighted mean of the losses."""
-        if len(data) != 3:
-            raise bilevel.ArgumentError(
-                f"ExampleWeights: expected training data (inputs, targets, rows), got {len(data)} entries; add "
-                "torch.arange(len(targets)), and take minibatches of all three"
-            )
-        losses, weights = self.loss(outputs, data[1]), self(data[2])
+        losses, weights = self.losses(outputs, data[1]), self(data[2])
         if losses.shape != weights.shape:
             raise bilevel.ShapeError(
                 f"ExampleWeights: expected one loss for each example, of shape {tuple(weights.shape)}, got {tuple(losses.shape)}; let loss "

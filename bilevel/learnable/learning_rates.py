@@ -9,7 +9,7 @@ from torch import nn
 from torch.func import functional_call
 
 import bilevel
-from bilevel.learnable._base import Learnable, Loss, number, whole
+from bilevel.learnable._base import Learnable, Loss, number, require_module, require_pair, whole
 
 __all__ = ["LearningRates"]
 
@@ -69,7 +69,9 @@ class LearningRates(Learnable):
         weight_decay: float = 0.0,
     ) -> None:
         super().__init__(loss=loss, weight_decay=weight_decay)
-        moving = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        moving = {
+            name: p for name, p in require_module("LearningRates", "model", model).named_parameters() if p.requires_grad
+        }
         if not moving:
             raise bilevel.ArgumentError(
                 "LearningRates: expected the model to have a parameter that requires grad, and it has none; unfreeze one"
@@ -99,7 +101,7 @@ class LearningRates(Learnable):
             parameters = {name: start[name] + roots[name] * y[name] for name in y}
             outputs = functional_call(model, parameters, (inputs,))
             squares = torch.stack([(p**2).sum() for p in parameters.values()])
-            return self.loss(outputs, targets).mean() + 0.5 * self.weight_decay * squares.sum()
+            return self.losses(outputs, targets).mean() + 0.5 * self.weight_decay * squares.sum()
 
         descent = bilevel.argmin(
             objective,
@@ -108,10 +110,10 @@ class LearningRates(Learnable):
             differentiation=bilevel.Unrolled(),
         )
         zeros = {name: torch.zeros_like(p) for name, p in moving.items()}
-        y = descent(zeros, roots, moving, *training)
+        y = descent(zeros, roots, moving, *require_pair(self.where, training))
         return {name: moving[name] + roots[name] * y[name] for name in moving}
 
     def forward(self, model: nn.Module, training: Any, validation: Any) -> torch.Tensor:
         """Return the validation loss () after K steps on ``training``; both are pairs (inputs, targets)."""
-        inputs, targets = validation
-        return self.loss(functional_call(model, self.trained(model, training), (inputs,)), targets).mean()
+        inputs, targets = require_pair(self.where, validation)
+        return self.losses(functional_call(model, self.trained(model, training), (inputs,)), targets).mean()

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import bilevel
-from bilevel.learnable._base import Learnable, Loss, number
+from bilevel.learnable._base import Learnable, Loss, check_loss, number, require_pair
 
 __all__ = ["LossWeights"]
 
@@ -71,11 +71,13 @@ class LossWeights(Learnable):
         device: torch.device | str | None = None,
     ) -> None:
         super().__init__(loss=loss, weight_decay=weight_decay)
-        self.auxiliary = tuple(auxiliary)
-        if not self.auxiliary or not all(callable(one) for one in self.auxiliary):
+        if not isinstance(auxiliary, (tuple, list)) or not auxiliary:
             raise bilevel.ArgumentError(
                 f"LossWeights: expected auxiliary to be functions (outputs, targets) -> losses, got {auxiliary!r}; pass a list of at least one"
             )
+        self.auxiliary = tuple(auxiliary)
+        for place, one in enumerate(auxiliary):
+            check_loss("LossWeights", f"auxiliary[{place}]", one)
         start = torch.full(
             (len(self.auxiliary),), number("LossWeights", "initial", initial), dtype=dtype, device=device
         )
@@ -87,5 +89,6 @@ class LossWeights(Learnable):
 
     def training_loss(self, outputs: torch.Tensor, data: Any) -> torch.Tensor:
         """Return the main loss with the weighted auxiliary ones."""
-        losses = torch.stack([loss(outputs, data[1]).mean() for loss in self.auxiliary])
+        targets = require_pair(self.where, data)[1]
+        losses = torch.stack([self.checked_losses(loss(outputs, targets)).mean() for loss in self.auxiliary])
         return super().training_loss(outputs, data) + self() @ losses

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import bilevel
-from bilevel.learnable._base import Learnable, Loss
+from bilevel.learnable._base import Learnable, Loss, number, require_module, require_pair, whole
 
 __all__ = ["SharedBody", "TaskHeads"]
 
@@ -41,11 +41,18 @@ class TaskHeads(nn.Module):
         device: torch.device | str | None = None,
     ) -> None:
         super().__init__()
+        for name, count in (("tasks", tasks), ("features", features), ("outputs", outputs)):
+            whole("TaskHeads", name, count)
         self.weight = nn.Parameter(torch.zeros(tasks, features, outputs, dtype=dtype, device=device))
         self.bias = nn.Parameter(torch.zeros(tasks, 1, outputs, dtype=dtype, device=device))
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
         """Return the outputs (T, n, c) of features (T, n, d)."""
+        if features.ndim != 3 or len(features) != len(self.weight) or features.shape[2] != self.weight.shape[1]:
+            raise bilevel.ShapeError(
+                f"TaskHeads: expected features {(len(self.weight), 'n', self.weight.shape[1])}, got {tuple(features.shape)}; make "
+                "TaskHeads(tasks, features, outputs) of the body's features, and pass data with an axis for as many tasks"
+            )
         return torch.baddbmm(self.bias, features, self.weight)
 
 
@@ -85,8 +92,8 @@ class SharedBody(Learnable):
     """
 
     def __init__(self, body: nn.Module, *, loss: Loss | None = None, weight_decay: float = 1e-2) -> None:
-        super().__init__(loss=loss, weight_decay=weight_decay)
-        self.body = body
+        super().__init__(loss=loss, weight_decay=number("SharedBody", "weight_decay", weight_decay))
+        self.body = require_module("SharedBody", "body", body)
 
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
         """Return the features (T, n, d) of inputs (T, n, ...)."""
@@ -104,12 +111,18 @@ class SharedBody(Learnable):
 
     def outputs(self, model: nn.Module, data: Any) -> torch.Tensor:
         """Return the outputs (T, n, c) of the heads."""
-        outputs: torch.Tensor = model(self(data[0]))
+        outputs: torch.Tensor = model(self(require_pair(self.where, data)[0]))
         return outputs
 
     def training_loss(self, outputs: torch.Tensor, data: Any) -> torch.Tensor:
         """Return the mean loss over tasks and examples."""
-        return self.loss(outputs.flatten(0, 1), data[1].flatten(0, 1)).mean()
+        targets = require_pair(self.where, data)[1]
+        if targets.shape[:2] != outputs.shape[:2]:
+            raise bilevel.ShapeError(
+                f"SharedBody: expected targets (tasks, n, ...) = {(*outputs.shape[:2], '...')}, got {tuple(targets.shape)}; stack those of the "
+                "tasks as the inputs are"
+            )
+        return self.losses(outputs.flatten(0, 1), targets.flatten(0, 1)).mean()
 
     def penalty(self, model: nn.Module) -> torch.Tensor:
         """Return the mean over the tasks of ½ λ‖W_t‖²."""
@@ -143,4 +156,4 @@ class SharedBody(Learnable):
         self, head: dict[str, torch.Tensor], features: torch.Tensor, targets: torch.Tensor
     ) -> torch.Tensor:
         squares = sum((p**2).sum() for p in head.values())
-        return self.loss(features @ head["weight"] + head["bias"], targets).mean() + 0.5 * self.weight_decay * squares
+        return self.losses(features @ head["weight"] + head["bias"], targets).mean() + 0.5 * self.weight_decay * squares

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 import bilevel
-from bilevel.learnable._base import Learnable, Loss, number
+from bilevel.learnable._base import Learnable, Loss, number, require_module
 
 __all__ = ["WeightDecay"]
 
@@ -99,7 +99,7 @@ class WeightDecay(Learnable):
 
 
 def _moving(model: nn.Module) -> dict[str, nn.Parameter]:
-    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+    return {name: p for name, p in require_module("WeightDecay", "model", model).named_parameters() if p.requires_grad}
 
 
 def _listed(shapes: dict[str, torch.Size]) -> str:

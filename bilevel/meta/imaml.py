@@ -17,6 +17,7 @@ from bilevel.meta.convexity import is_convex
 from bilevel.meta.learner_settings import SHARED, refuse_running_statistics, register_lam, released_solvers
 from bilevel.meta.proximal import half_square
 from bilevel.meta.safeguarded import SafeguardedCG
+from bilevel.meta.task_losses import example_losses, task_loss
 from bilevel.meta.tasks import Tasks, as_support, as_tasks, by_parts
 
 __all__ = ["IMAML"]
@@ -322,17 +323,8 @@ class IMAML(bilevel.BilevelProblem):
         x, y, *weight = part
         prediction = self._call(parameters, fixed, x)
         if not weight:
-            return self.loss(prediction, y), prediction
-        return (weight[0] * self._losses(prediction, y)).sum() / weight[0].sum(), prediction
-
-    def _losses(self, prediction: Any, y: Any) -> torch.Tensor:
-        """Return the loss of each example as that of a task of one, (examples,)."""
-
-        def alone(prediction: Any, y: Any) -> torch.Tensor:
-            one = pytree.tree_map(lambda leaf: leaf[None], (prediction, y))
-            return self.loss(*one)
-
-        return vmap(alone)(prediction, y)
+            return task_loss(self.where, self.loss, prediction, y), prediction
+        return (weight[0] * example_losses(self.where, self.loss, prediction, y)).sum() / weight[0].sum(), prediction
 
     def _checked(self, tasks: Tasks) -> Tasks:
         """Raise on what the model cannot do with these tasks."""
@@ -361,7 +353,7 @@ class IMAML(bilevel.BilevelProblem):
         x, y = pytree.tree_map(lambda leaf: leaf[0, :count], (x, y))
         with torch.no_grad():
             prediction = self._call(_trainable(self.model), self._fixed(), x)
-            together, apart = self.loss(prediction, y), self._losses(prediction, y).mean()
+            together, apart = self.loss(prediction, y), example_losses(self.where, self.loss, prediction, y).mean()
         if not torch.allclose(together, apart, rtol=1e-3, equal_nan=True):
             raise bilevel.ArgumentError(
                 f"{self.where}: expected loss to be the mean over the examples of a task, which padding needs, and over "

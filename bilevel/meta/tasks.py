@@ -120,6 +120,7 @@ def as_tasks(batch: Any, where: str) -> Tasks:
     bilevel.ShapeError
         If parts are missing, or their first two axes, tasks and examples, do not agree.
     """
+    batch = pytree.tree_map_only(torch.Tensor, _usable, batch)
     if isinstance(batch, Mapping):
         unknown = set(batch) - set(Tasks._fields)
         missing = set(Tasks._fields[:4]) - set(batch)
@@ -145,6 +146,11 @@ def as_tasks(batch: Any, where: str) -> Tasks:
             "of every tensor numbers the tasks"
         )
     return tasks
+
+
+def _usable(tensor: torch.Tensor) -> torch.Tensor:
+    """Return ``tensor``, or a copy of one that was made in inference mode: no graph can use that."""
+    return tensor.clone() if tensor.is_inference() else tensor
 
 
 def as_support(support: Any, where: str) -> tuple[Any, Any, torch.Tensor | None]:

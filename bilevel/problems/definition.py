@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch.utils._pytree import tree_map_only
 
 from bilevel.certificates.constants import Constants
 from bilevel.equations.problem import Problem
@@ -15,7 +16,7 @@ from bilevel.errors import ArgumentError
 from bilevel.policy import OnFailure
 from bilevel.problems.batching import BatchSpec
 from bilevel.problems.checks import check_connection, disconnected
-from bilevel.pytree import detached, differentiated
+from bilevel.pytree import detached, differentiated, usable
 
 __all__ = ["Definition"]
 
@@ -58,6 +59,7 @@ class Definition:
 
     def prepared(self, outer: Any, data: Any) -> Any:
         """Return the data that the objectives receive."""
+        data = tree_map_only(torch.Tensor, usable, data) if torch.is_grad_enabled() else data
         if self.prepare is None:
             return data
         if self.numbering.dims is not None:

@@ -12,12 +12,11 @@ from bilevel._torch.double_backward import Repeatable
 from bilevel._torch.graph_features import nodes, record_graph_features
 from bilevel._torch.once_differentiable import once_only, refuse_once_only
 from bilevel._torch.transforms import is_differentiated_again, saving_hooked, transforms_active, unhooked
-from bilevel.equations.function_errors import mixes_numpy, numpy_refusal
+from bilevel.equations.function_errors import explain_call
 from bilevel.errors import ShapeError
 from bilevel.layers.checks import SideEffectCheck, refused_by_torch
 from bilevel.policy import OnFailure
 from bilevel.problems.definition import Definition
-from bilevel.pytree import is_numpy
 
 __all__ = ["outer_losses"]
 
@@ -37,11 +36,12 @@ def outer_losses(problem: Definition, inner: Any, outer: Any, data: Any, on_fail
     def one(inner: Any, outer: Any, data: Any) -> torch.Tensor:
         try:
             loss = objective(inner, outer, data)
-        except (RuntimeError, TypeError) as error:
-            if not mixes_numpy(error):
+        except (RuntimeError, TypeError, ValueError, IndexError) as error:
+            refused = explain_call(error, where, "outer_objective", data=data, inner=inner, outer=outer)
+            if refused is None:
                 with refused_by_torch(where, "outer_objective"):
                     raise
-            raise numpy_refusal(where, "outer_objective", _arrays(outer=outer, data=data)) from error
+            raise refused from error
         if not isinstance(loss, torch.Tensor) or loss.ndim != 0:
             got = tuple(loss.shape) if isinstance(loss, torch.Tensor) else type(loss).__name__
             raise ShapeError(
@@ -71,12 +71,6 @@ def outer_losses(problem: Definition, inner: Any, outer: Any, data: Any, on_fail
     if any(map(once_only, graph)):
         _refuse_again(where, losses, given)
     return losses * float("nan") if watch.ended(on_failure) else losses
-
-
-def _arrays(**trees: Any) -> list[str]:
-    """Return the places of numpy's arrays in ``trees``."""
-    paths = [(name, place) for name, tree in trees.items() for place in pytree.tree_flatten_with_path(tree)[0]]
-    return [name + pytree.keystr(path) for name, (path, leaf) in paths if is_numpy(leaf)]
 
 
 def _refuse_again(where: str, losses: torch.Tensor, given: Sequence[torch.Tensor]) -> None:

@@ -78,7 +78,7 @@ class LBFGS(InnerSolver):
         threshold = goal.threshold
         eps = torch.finfo(init.dtype).eps
 
-        tiny = TinySteps()
+        tiny = TinySteps(problem)
 
         def step(state: _State, active: torch.Tensor) -> tuple[_State, torch.Tensor | None]:
             d, slope = memory.direction(state.residual, active)
@@ -101,7 +101,7 @@ class LBFGS(InnerSolver):
                 )
                 verdict = torch.where(state.endless, int(Status.DIVERGED), verdict)
             share = partial(_share, x, state.x, d, first)
-            verdict = tiny.end(share, active, verdict)
+            verdict = tiny.end(share, state.x, x, state.residual, active, verdict)
             memory.store(x - state.x, gradient - state.residual, active & ~failed)
             memory.forget(failed)
             weight = 1 + _DECAY * state.weight

@@ -116,7 +116,7 @@ class Newton(InnerSolver):
             definite=torch.ones_like(threshold, dtype=torch.bool),
         )
 
-        tiny = TinySteps()
+        tiny = TinySteps(problem)
 
         def step(state: NewtonState, active: torch.Tensor) -> tuple[NewtonState, torch.Tensor | None]:
             operator = (first if state is start else linearize(state.x)).operator
@@ -128,7 +128,7 @@ class Newton(InnerSolver):
             if dense and verdict is not None and not problem.minimizes:
                 return search_again(problem, operator, state, direction, threshold, active, found, verdict)
             if problem.minimizes and found.t is not None:
-                verdict = tiny.end(partial(_length_of, found), active, verdict)
+                verdict = tiny.end(partial(_length_of, found), state.x, found.x, state.residual, active, verdict)
             return found, verdict
 
         solution, state = iterate(start, step, goal, self.max_steps or _MAX_STEPS, descends=True)

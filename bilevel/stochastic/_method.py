@@ -270,7 +270,8 @@ class StochasticMethod(ABC):
         directions = {"inner direction": found.inner, "adjoint direction": found.adjoint, "hypergradient": found.outer}
         given = {what: direction for what, direction in directions.items() if direction is not None}
         norms = {what: norm(direction) for what, direction in given.items()}
-        self._check_totals(" and ".join(given), list(norms.values()), *given.values())
+        losses = [found.inner_loss, found.outer_loss]  # of no example is NaN, with a gradient of zero
+        self._check_totals("loss, " + " and ".join(given), [*norms.values(), *losses], losses, *given.values())
         options = self.options
         if found.inner is not None:
             size = norms["inner direction"]
@@ -329,12 +330,15 @@ class StochasticMethod(ABC):
     def state_dict(self) -> dict[str, Any]:
         """Return copies of all that a resumed run needs: variables, buffers, optimisers, memories and generators.
 
-        It can be saved by ``torch.save`` and read with ``weights_only=True``. Schedulers and batches have their own states.
+        The generators are the method's own and torch's, from which dropout draws. The state can be saved by ``torch.save`` and read with
+        ``weights_only=True``. Schedulers and batches have their own states.
         """
         return method_state(self)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from :meth:`state_dict` of the same method on the same problem, bit for bit.
+
+        This sets torch's generators too, so call it last before the first step: what draws random numbers in between moves them.
 
         Raises
         ------

@@ -13,9 +13,12 @@ from typing import Any
 
 import torch
 from torch import distributed
+from torch.utils._pytree import tree_map_only
 
 from bilevel._torch.reverse import reverse_pass
+from bilevel.equations.function_errors import explain_call
 from bilevel.errors import ArgumentError, CapturedTensorError, ShapeError
+from bilevel.pytree import usable
 from bilevel.stochastic._batches import batch_parts
 from bilevel.stochastic._lists import Tensors
 from bilevel.stochastic._options import StepOptions
@@ -120,13 +123,20 @@ class Oracle:
 
     def value(self, name: str, data: Any, at: Point | None) -> torch.Tensor:
         """Return an objective's loss () with its graph."""
-        return self.checked(name, self.called(self._objectives[name], data, at), at)
+        return self.checked(name, self.called(name, self._objectives[name], data, at), at)
 
-    def called(self, function: Callable[[Any, Any, Any], Any], data: Any, at: Point | None) -> Any:
-        """Return ``function`` of the variables and ``data``, with its graph: one forward pass."""
+    def called(self, name: str, function: Callable[[Any, Any, Any], Any], data: Any, at: Point | None) -> Any:
+        """Return ``function``, a part of the objective ``name``, of the variables and ``data``, with its graph: one forward pass."""
         self.passes["forward"] += 1
-        with torch.enable_grad(), self._autocast():
-            return call_at(function, self.inner, self.outer, data, at)
+        try:
+            with torch.enable_grad(), self._autocast():
+                return call_at(function, self.inner, self.outer, tree_map_only(torch.Tensor, usable, data), at)
+        except (RuntimeError, TypeError, ValueError, IndexError) as error:
+            inner, outer = (dict(zip(one.names, one.tensors, strict=True)) for one in (self.inner, self.outer))
+            refused = explain_call(error, self.where, name, data=data, inner=inner, outer=outer)
+            if refused is None:
+                raise
+            raise refused from error
 
     def checked(self, name: str, loss: Any, at: Point | None) -> torch.Tensor:
         """Return the ``loss`` that an objective returned, or raise."""

@@ -36,6 +36,7 @@ def method_state(method: Any) -> dict[str, Any]:
         "average": method._average,
         "scale": method._scale.state(),
         "generator": method._generator.get_state(),
+        "torch_generators": method._random_numbers().recorded,
         "passes": method.passes,
         "memory": {name: getattr(method, name) for name in method._STATE},
     }
@@ -96,6 +97,7 @@ def _put(method: Any, state: dict[str, Any]) -> None:
     method._average = state.get("average")
     method._scale.load(state["scale"])
     method._generator.set_state(state["generator"])
+    method._random_numbers().restore(state["torch_generators"])
     method._oracle.passes = {kind: int(state["passes"][kind]) for kind in ("forward", "reverse")}
     method.steps = state["steps"]
     for name in method._STATE:
@@ -104,7 +106,8 @@ def _put(method: Any, state: dict[str, Any]) -> None:
 
 
 _ENTRIES = {"method": str, "steps": int, "inner": list, "outer": list, "inner_buffers": dict, "outer_buffers": dict, "inner_optimizer": dict,
-            "outer_optimizer": dict, "auxiliary": dict, "scale": dict, "generator": torch.Tensor, "passes": dict, "memory": dict}  # fmt: skip
+            "outer_optimizer": dict, "auxiliary": dict, "scale": dict, "generator": torch.Tensor,
+            "torch_generators": list, "passes": dict, "memory": dict}  # fmt: skip
 
 
 def _check(method: Any, state: Any, where: str) -> None:

@@ -58,6 +58,11 @@ class Variables:
                 raise ArgumentError(
                     f"{where}: expected the module {what} to have a parameter that requires grad, and it has none; unfreeze one"
                 )
+            for name, p in named:
+                if isinstance(p, nn.parameter.UninitializedParameter):
+                    raise ArgumentError(
+                        f"{where}: expected the module {what} to know its shapes, and {name} is not initialised yet; call the module once before"
+                    )
             self.names, self.tensors = [name for name, _ in named], [p for _, p in named]
         else:
             self._read_tree(given)

@@ -110,6 +110,10 @@ class ImplicitStep(AdjointMethod):
         self.linear_solver = None if linear_solver is None else as_linear_solver(linear_solver)
         self.warm_start, self.preconditioned = warm_start, preconditioned
         self.tolerance = Tolerance() if tolerance is None else tolerance
+        if not isinstance(self.tolerance, Tolerance):
+            raise ArgumentError(
+                f"{self.where}: expected tolerance to be a bilevel.Tolerance, got {tolerance!r}; pass bilevel.Tolerance(delta_prime=...)"
+            )
 
     def _directions(self, inner: BatchSource, outer: BatchSource) -> Directions:
         self._inner_steps(inner, self.inner_steps)
@@ -223,8 +227,8 @@ class ImplicitStep(AdjointMethod):
 
 
 def _flat(tensors: Tensors) -> torch.Tensor:
-    """Return tensors as one vector (1, n) of their widest dtype."""
-    dtype = tensors[0].dtype
-    for tensor in tensors[1:]:
+    """Return tensors as one vector (1, n) of their widest dtype, at least float32."""
+    dtype = torch.float32
+    for tensor in tensors:
         dtype = torch.promote_types(dtype, tensor.dtype)
     return torch.cat([tensor.reshape(-1).to(dtype) for tensor in tensors]).unsqueeze(0)

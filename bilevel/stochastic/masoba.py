@@ -18,7 +18,8 @@ class MASOBA(AdjointMethod):
     """SOBA, with h ← (1 − β) h + β (∇_θ F − Bᵀ q) for the outer direction.
 
     The average makes up for the bias of q and φ, so that smoothness of second order is not needed. As SOBA, two forward and three
-    reverse passes. h begins at the first direction, not at zero as in the paper: the first steps are then not too short.
+    reverse passes. θ moves along h after this update. All directions are taken at one point, before any variable moves. h begins at the
+    first direction, not at zero as in the paper: the first steps are then not too short.
 
     Parameters
     ----------
@@ -37,7 +38,8 @@ class MASOBA(AdjointMethod):
     References
     ----------
     Chen, Xiao, Balasubramanian, "Optimal algorithms for stochastic bilevel optimization under relaxed smoothness conditions",
-    arXiv:2306.12067, 2023 (JMLR 2024), Algorithm 1 (MA-SOBA).
+    arXiv:2306.12067, 2023 (JMLR 2024), Algorithm 1 (MA-SOBA). Gong, Hao, Liu, "An accelerated algorithm for stochastic bilevel
+    optimization under unbounded smoothness", NeurIPS 2024, whose code of MA-SOBA also updates h before θ moves.
 
     Examples
     --------

@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import nn
 
-from bilevel.errors import ArgumentError, DtypeError, ShapeError
+import bilevel
+from bilevel.errors import ArgumentError, DtypeError, NonFiniteError, ShapeError
 from bilevel.learnable import (
     Architecture,
     Augmentation,
@@ -23,6 +24,7 @@ from bilevel.learnable import (
     TaskHeads,
     WeightDecay,
 )
+from bilevel.stochastic import ImplicitStep
 
 X, Y = torch.zeros(4, 3), torch.zeros(4, dtype=torch.int64)
 
@@ -44,7 +46,7 @@ REFUSED: list[tuple[Callable[[], Any], type[Exception], str]] = [
     (lambda: Learnable(loss="mse"), ArgumentError, r"expected loss to be a function .* None for cross-entropy"),
     (lambda: ExampleWeights(0), ArgumentError, r"expected count to be an int > 0, got 0; pass len\(targets\)"),
     (
-        lambda: ExampleWeights(4).training_loss(torch.zeros(4, 2), (X, Y)),
+        lambda: objectives(ExampleWeights(4), (X, Y)),
         ArgumentError,
         r"expected training data \(inputs, targets, rows\), got 2 entries; add torch.arange",
     ),
@@ -113,7 +115,62 @@ REFUSED: list[tuple[Callable[[], Any], type[Exception], str]] = [
         ArgumentError,
         r"expected a model with the parameters weight, bias, got 0.weight, 0.bias; make LearningRates\(model\)",
     ),
+    (
+        lambda: WeightDecay(nn.Linear),
+        ArgumentError,
+        "expected model to be a torch.nn.Module, got <class .*; pass an instance",
+    ),
+    (lambda: LearningRates(None), ArgumentError, "expected model to be a torch.nn.Module, got None"),
+    (lambda: SharedBody(nn.Linear), ArgumentError, "expected body to be a torch.nn.Module"),
+    (lambda: SharedBody(nn.Linear(3, 2), weight_decay=0.0), ArgumentError, "expected weight_decay to be a number > 0"),
+    (lambda: TaskHeads(0, 3, 2), ArgumentError, "expected tasks to be an int > 0, got 0"),
+    (lambda: TaskHeads(2, 3, 2)(X), ShapeError, r"expected features \(2, 'n', 3\), got \(4, 3\); make TaskHeads"),
+    (lambda: MixedOperation([torch.tanh]), ArgumentError, r"expected operations\[0\] to be a torch.nn.Module"),
+    (
+        lambda: MixedOperation([nn.Linear(3, 2), nn.Linear(3, 4)])(X, torch.ones(2)),
+        ShapeError,
+        r"outputs have one shape, got \[\(4, 2\), \(4, 4\)\]",
+    ),
+    (lambda: objectives(Architecture(2, 3), (X, Y)), ArgumentError, r"called as model\(inputs, weights\), got Linear"),
+    (lambda: LossWeights(mean), ArgumentError, "expected auxiliary to be functions .* pass a list"),
+    (
+        lambda: LossWeights([lambda outputs: 0.0]),
+        ArgumentError,
+        r"expected auxiliary\[0\] to be a function \(outputs, targets\)",
+    ),
+    (
+        lambda: Learnable(loss=lambda outputs: 0.0),
+        ArgumentError,
+        r"expected loss to be a function \(outputs, targets\)",
+    ),
+    (lambda: objectives(Learnable(loss=lambda o, y: None), (X, Y)), DtypeError, "tensor of losses, got NoneType"),
+    (lambda: objectives(Learnable(loss=lambda o, y: o.argmax(1)), (X, Y)), DtypeError, "losses, got torch.int64"),
+    (lambda: objectives(LossWeights([lambda o, y: None]), (X, Y)), DtypeError, "tensor of losses, got NoneType"),
+    (lambda: objectives(Learnable(), X[0, 0]), ArgumentError, r"expected data to be \(inputs, targets\), got Tensor"),
+    (lambda: objectives(Learnable(), None), ArgumentError, r"expected data to be \(inputs, targets\), got NoneType"),
+    (
+        lambda: objectives(Learnable(), [(X, Y)]),
+        ArgumentError,
+        r"expected data to be \(inputs, targets\), got 1 entries",
+    ),
+    (lambda: objectives(ExampleWeights(4), {"x": X}), ArgumentError, r"\(inputs, targets, rows\), got dict"),
+    (
+        lambda: Learnable().objectives[0](Learnable(), nn.Linear(3, 2), (X, Y)),
+        ArgumentError,
+        r"the model as inner and the Learnable as outer, .* ImplicitStep\(learned.objectives, model, learned\)",
+    ),
+    (lambda: Augmentation(["rotation"]), ArgumentError, "expected initial to be a dict of strengths by name"),
+    (lambda: Augmentation()(torch.zeros(0, 1, 8, 8)), ShapeError, r"got .* \(0, 1, 8, 8\); .* skip an empty batch"),
+    (
+        lambda: DistilledData([[1.0]], [1]),
+        ArgumentError,
+        "expected inputs and targets to be tensors, got list and list",
+    ),  # type: ignore[arg-type]
 ]
+
+
+def objectives(learned: Learnable, data: Any) -> torch.Tensor:
+    return learned.objectives[0](nn.Linear(3, 2), learned, data)
 
 
 @pytest.mark.parametrize(("make", "error", "words"), REFUSED, ids=[str(number) for number in range(len(REFUSED))])
@@ -122,6 +179,57 @@ def test_what_cannot_be_used_is_refused_in_a_sentence(
 ) -> None:
     with pytest.raises(error, match=words):
         make()
+
+
+def step(learned: Learnable, data: Any, dtype: torch.dtype = torch.float32, **settings: Any) -> Any:
+    model = nn.Linear(3, 2).to(dtype)
+    inputs = X.to(dtype), Y
+    return ImplicitStep(learned.objectives, model, learned, **settings).step(data, inputs)
+
+
+@pytest.mark.parametrize(
+    ("data", "error", "words"),
+    [
+        (
+            (X, Y, torch.arange(4) + 1),
+            ArgumentError,
+            "inner_objective to have indices in their range, got data.*number classes and rows",
+        ),
+        ((X, Y, torch.arange(4) - 1), ArgumentError, "inner_objective to have indices in their range"),
+        ((X, Y, torch.arange(4.0)), DtypeError, "inner_objective to have dtypes that fit"),
+        ((X, Y, torch.arange(4)[:, None]), ShapeError, "inner_objective to have shapes that fit"),
+        (
+            (X, Y + 2, torch.arange(4)),
+            ArgumentError,
+            r"indices in their range, got data\[0\] \(4, 3\) float32.*Target 2 is out of bounds",
+        ),
+        (
+            (X[:, :2], Y, torch.arange(4)),
+            ShapeError,
+            r"shapes that fit .* data\[0\] \(4, 2\) .* inner\['weight'\] \(2, 3\)",
+        ),
+        ((X.double(), Y, torch.arange(4)), DtypeError, r"dtypes that fit .* data\[0\] \(4, 3\) float64"),
+        ((X.numpy(), Y, torch.arange(4)), DtypeError, r"a numpy array at data\[0\]; convert it with torch.as_tensor"),
+        ((X[:0], Y[:0], torch.arange(0)), NonFiniteError, r"tensor of shape \(0, 3\), without examples"),
+    ],
+)
+def test_a_step_names_the_data_that_do_not_fit(data: Any, error: type[Exception], words: str) -> None:
+    with pytest.raises(error, match=words):
+        step(ExampleWeights(4), data)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("linear_solver", [bilevel.Exact(), bilevel.CG()])
+def test_systems_of_few_digits_are_solved_in_float32(dtype: torch.dtype, linear_solver: Any) -> None:
+    weights = ExampleWeights(4, weight_decay=0.5, dtype=dtype)
+    result = step(weights, (X.to(dtype), Y, torch.arange(4)), dtype, linear_solver=linear_solver)
+    assert float(result.adjoint_residual_norm) < 2e-3 and torch.isfinite(result.hypergradient_norm)
+
+
+def test_data_of_inference_mode_are_data() -> None:
+    with torch.inference_mode():
+        data = X + 1, Y + 1, torch.arange(4)
+    assert float(step(ExampleWeights(4), data).hypergradient_norm) > 0
 
 
 def test_layers_share_a_decay_and_frozen_parameters_have_none() -> None:

@@ -371,6 +371,55 @@ def test_running_statistics_are_refused() -> None:
         learner(classification())
 
 
+@pytest.mark.parametrize(
+    ("loss", "words"),
+    [
+        (
+            lambda p, y: (p.argmax(-1) == y).sum(),
+            r"floating-point scalar, got torch.int64 of shape \(\); return the mean",
+        ),
+        (lambda p, y: None, "floating-point scalar, got NoneType"),
+        (
+            lambda p, y: cross_entropy(p, y, reduction="none"),
+            r"floating-point scalar, got torch.float32 of shape \(5,\)",
+        ),
+    ],
+)
+def test_a_loss_that_is_none_is_refused(loss: Any, words: str) -> None:
+    x, y = torch.randn(2, 5, 4), torch.zeros(2, 5, dtype=torch.int64)
+    with pytest.raises(bilevel.ShapeError, match=words):
+        bilevel.IMAML(nn.Linear(4, 3), loss)((x, y, x, y))
+
+
+@pytest.mark.parametrize("place", ["support", "query"])
+@pytest.mark.parametrize("label", [-1, 3])
+def test_a_class_out_of_range_is_refused(place: str, label: int) -> None:
+    x, y = torch.randn(2, 5, 4), torch.zeros(2, 5, dtype=torch.int64)
+    wrong = y.index_put((torch.tensor(1), torch.tensor(2)), torch.tensor(label))
+    batch = (x, wrong, x, y) if place == "support" else (x, y, x, wrong)
+    learner = bilevel.IMAML(nn.Linear(4, 3), cross_entropy)
+    for act in (learner, learner.hypergradient):
+        with pytest.raises(
+            bilevel.ArgumentError, match=f"{label} is out of bounds.*number the classes of each task from 0"
+        ):
+            act(batch)
+
+
+def test_tasks_of_inference_mode_are_tasks() -> None:
+    torch.manual_seed(0)
+    x, y = torch.randn(2, 5, 4), torch.randn(2, 5, 1)
+    with torch.inference_mode():
+        made = x.clone(), y.clone()
+    learner = bilevel.IMAML(nn.Linear(4, 1), mse_loss)
+    found = []
+    for support, query in ((made, (x, y)), ((x, y), made), ((x, y), (x, y))):
+        learner.zero_grad()
+        learner((*support, *query)).backward()
+        found.append(learner.model.weight.grad.clone())
+    assert torch.equal(found[0], found[2]) and torch.equal(found[1], found[2])
+    assert torch.isfinite(learner.hypergradient((*made, *made)).value)
+
+
 def test_dropout_is_noticed() -> None:
     model = nn.Sequential(nn.Linear(3, 8), nn.Dropout(0.5), nn.Linear(8, 2)).double()
     learner = bilevel.IMAML(model, cross_entropy)

@@ -129,6 +129,32 @@ def test_a_resumed_run_goes_on_bit_for_bit(name: str) -> None:
             assert torch.equal(method.outer, end[2])
 
 
+@pytest.mark.parametrize("name", SMALL)
+def test_a_resumed_run_draws_the_dropout_of_one_that_was_not_stopped(name: str) -> None:
+    def start() -> tuple[Any, Any, torch.Tensor]:
+        _, weights, losses, data = network()
+        model = nn.Sequential(nn.Linear(4, 8), nn.Dropout(0.4), nn.Tanh(), nn.Linear(8, 3))
+        method = getattr(stochastic, name)(
+            losses, model, weights, inner_optimizer=partial(torch.optim.SGD, lr=0.1), **SMALL[name]
+        )
+        return partial(method.step, data, data), method, weights
+
+    step, method, weights = start()
+    for number in range(6):
+        if number == 3:
+            stream = io.BytesIO()
+            torch.save(method.state_dict(), stream)
+        step()
+    end = [tensor.detach().clone() for tensor in (*method.inner.parameters(), weights)]
+    stream.seek(0)
+    step, method, weights = start()
+    torch.rand(5)
+    method.load_state_dict(torch.load(stream, weights_only=True))
+    for _ in range(3):
+        step()
+    assert all(map(torch.equal, end, (*method.inner.parameters(), weights)))
+
+
 @pytest.mark.parametrize("make", [lambda: bilevel.Nystrom(2), lambda: bilevel.Kronecker([(5,)], probes=2)])
 def test_a_resumed_run_goes_on_with_the_kept_preconditioner(make: Any) -> None:
     problem = Quadratic.random()

@@ -49,7 +49,6 @@ def train(folder: str) -> None:
         saved = torch.load(place, weights_only=True)
         for part, state in zip(stateful, saved["states"], strict=True):
             part.load_state_dict(state)
-        torch.set_rng_state(saved["random"])  # dropout draws from torch's own generator
         seen = saved["seen"]
     while method.steps < STEPS:
         batches = [next(stream) for stream in streams]
@@ -59,9 +58,7 @@ def train(folder: str) -> None:
         with method.averaged():
             averages = [tensor.detach().clone() for tensor in (weights, *model.parameters())]
         states = [part.state_dict() for part in stateful]
-        torch.save(
-            {"states": states, "random": torch.get_rng_state(), "seen": seen, "averages": averages}, f"{place}.new"
-        )
+        torch.save({"states": states, "seen": seen, "averages": averages}, f"{place}.new")
         os.replace(f"{place}.new", place)
         (Path(folder) / "step").write_text(str(method.steps))
 

@@ -109,6 +109,10 @@ def other_size() -> None:
     Minibatches(FIT.all, 4).load_state_dict(Minibatches(FIT.all, 2).state_dict())
 
 
+def lazy() -> None:
+    on_module(nn.LazyLinear(1))
+
+
 HALVES = [FIT.all[:4], FIT.all[4:]]
 REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
     "fractional index": (lambda: Batch(data=FIT.all, index=2.7), "index to be an integer.*got 2.7"),  # type: ignore[arg-type]
@@ -148,6 +152,11 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
     "another group": (another_group, "to keep its 1 groups, and it has 2"),
     "another batch of a number": (other_batch_of_a_number, "number 2 to be the one seen before.*2 numbers, got 3"),
     "Adam's state": (adam_into_sgd, r"SGD has the settings .*'momentum'.*the optimisers that it had"),
+    "a lazy module": (lazy, "weight is not initialised yet; call the module once before"),
+    "a number for a tolerance": (
+        lambda: made("ImplicitStep", tolerance=1e-3),
+        "expected tolerance to be a bilevel.Tolerance",
+    ),
     "state in float32": (in_float32, "convert the variables before"),
 }
 

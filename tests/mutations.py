@@ -1511,8 +1511,13 @@ MUTATIONS = (
     ),
     Mutation(
         "a runaway taken for a solution that is not unique", "solvers/_weighing.py",
-        "return ~_is_solved(problem, x - found.null_part, residual) & ", "return torch.zeros_like(residual[:, 0], dtype=torch.bool) & ",
+        "return ~_is_solved(problem, near, residual) & ", "return torch.zeros_like(residual[:, 0], dtype=torch.bool) & ",
         ("tests/solvers/test_error.py", "-k", "ran_away"),
+    ),
+    Mutation(
+        "a search that ran down a bell believed, because its top is stationary", "solvers/_weighing.py",
+        "near, beyond = torch.where(gone, start, near), ", "near, beyond = near, ",
+        ("tests/zoo/test_default_faults.py", "-k", "bell"),
     ),
     Mutation(
         "an x whose last place is larger than delta", "solvers/_judge.py",

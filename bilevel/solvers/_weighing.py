@@ -115,7 +115,7 @@ def weigh(
             status = torch.where(blind, blind_status(problem, x, residual, start), status)
     singular = good & found.singular
     if bool(singular.any()):
-        status = torch.where(singular & _hidden(problem, x, residual, found), int(Status.DIVERGED), status)
+        status = torch.where(singular & _hidden(problem, x, residual, found, start), int(Status.DIVERGED), status)
     # If the residual vanishes and the next step remains large, the solution is at infinity.
     vanished = (norm := length(residual)) <= torch.finfo(x.dtype).eps * goal.scale
     # If an unknown is near enough to zero, its error may be larger than the unknown.
@@ -135,11 +135,17 @@ def weigh(
     return Weighed(good & (status == Status.RUNNING), ratio, rounded, length(noise), far_off, status)
 
 
-def _hidden(problem: Problem, x: torch.Tensor, residual: torch.Tensor, found: ErrorEstimate) -> torch.Tensor:
+def _hidden(
+    problem: Problem, x: torch.Tensor, residual: torch.Tensor, found: ErrorEstimate, start: torch.Tensor
+) -> torch.Tensor:
     """Return where the Jacobian is singular only because x is far away, (batch,) bool.
 
     If the solution is not unique, x without its part in the null space is a solution too. If a search has diverged, as
     for x = x + 1/(1 + x²), that point is no solution, and all points beyond x seem to be, because rounding hides the
-    residual.
+    residual. An unknown that has run away goes back to where it began, because zero may be a solution by symmetry, such as
+    the maximum of 1/(1 + x²).
     """
-    return ~_is_solved(problem, x - found.null_part, residual) & _is_solved(problem, x + 2 * found.null_part, residual)
+    near = x - found.null_part
+    gone = (x.abs() > _FAR * start.abs()) & (near.abs() <= _GONE * x.abs())
+    near, beyond = torch.where(gone, start, near), x + 2 * found.null_part
+    return ~_is_solved(problem, near, residual) & _is_solved(problem, beyond, residual)

@@ -142,10 +142,11 @@ def _hidden(
 
     If the solution is not unique, x without its part in the null space is a solution too. If a search has diverged, as
     for x = x + 1/(1 + x²), that point is no solution, and all points beyond x seem to be, because rounding hides the
-    residual. An unknown that has run away goes back to where it began, because zero may be a solution by symmetry, such as
-    the maximum of 1/(1 + x²).
+    residual. If all that has gone far is free, it goes back to where it began, because zero may be a solution by symmetry,
+    such as the maximum of 1/(1 + x²).
     """
-    near = x - found.null_part
-    gone = (x.abs() > _FAR * start.abs()) & (near.abs() <= _GONE * x.abs())
-    near, beyond = torch.where(gone, start, near), x + 2 * found.null_part
+    near, beyond = x - found.null_part, x + 2 * found.null_part
+    far, free = x.abs() > _FAR * start.abs(), near.abs() <= _GONE * x.abs()
+    ran_away = (free | ~far).all(dim=-1, keepdim=True)
+    near = torch.where(ran_away & far, start, near)
     return ~_is_solved(problem, near, residual) & _is_solved(problem, beyond, residual)

@@ -1515,6 +1515,10 @@ MUTATIONS = (
         ("tests/solvers/test_error.py", "-k", "ran_away"),
     ),
     Mutation(
+        "a tensor without numbers reaches a solver", "layers/layer.py", 'if raveler.device.type == "meta":', "if False:",
+        ("tests/test_guard_rails.py", "-k", "without_numbers"),
+    ),
+    Mutation(
         "a search that ran down a bell believed, because its top is stationary", "solvers/_weighing.py",
         "    near = torch.where(ran_away & far, start, near)\n", "",
         ("tests/zoo/test_default_faults.py", "-k", "bell"),

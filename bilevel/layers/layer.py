@@ -343,6 +343,11 @@ class Layer:
     ) -> tuple[System, list[torch.Tensor]]:
         """Return the system to solve, and the tensors that it depends on, after checks."""
         tensors, arguments = flatten_arguments(args, kwargs)
+        if raveler.device.type == "meta":
+            raise DtypeError(
+                f"{self.where}: expected tensors that hold numbers, got one on the device meta, which keeps shapes alone; make the tensors on "
+                "another device, for example torch.zeros(3, device='cpu')"
+            )
         for tensor, name in zip(tensors, arguments.names, strict=True):
             if tensor.dtype.is_floating_point and tensor.device != raveler.device:
                 raise DtypeError(

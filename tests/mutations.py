@@ -1519,9 +1519,9 @@ MUTATIONS = (
         ("tests/test_guard_rails.py", "-k", "without_numbers"),
     ),
     Mutation(
-        "a search that ran down a bell believed, because its top is stationary", "solvers/_weighing.py",
-        "    near = torch.where(ran_away & far, start, near)\n", "",
-        ("tests/zoo/test_default_faults.py", "-k", "bell"),
+        "a search that ran down a bell believed, and one of a scale-free objective not", "solvers/_weighing.py",
+        "near, beyond = x - found.null_part + share * found.null_part, ", "near, beyond = x - found.null_part, ",
+        ("tests/linear/test_minimum_norm.py", "-k", "scale"),
     ),
     Mutation(
         "an x whose last place is larger than delta", "solvers/_judge.py",

@@ -140,13 +140,12 @@ def _hidden(
 ) -> torch.Tensor:
     """Return where the Jacobian is singular only because x is far away, (batch,) bool.
 
-    If the solution is not unique, x without its part in the null space is a solution too. If a search has diverged, as
-    for x = x + 1/(1 + x²), that point is no solution, and all points beyond x seem to be, because rounding hides the
-    residual. If all that has gone far is free, it goes back to where it began, because zero may be a solution by symmetry,
-    such as the maximum of 1/(1 + x²).
+    If the solution is not unique, x with another part in the null space is a solution too. If a search has diverged, as for
+    x = x + 1/(1 + x²), that point is no solution, and all points beyond x seem to be, because rounding hides the residual.
+    The other part is as small as the initial guess, and of norm 1 at most. It is not zero: the equations may hold there by
+    symmetry, or not be defined.
     """
-    near, beyond = x - found.null_part, x + 2 * found.null_part
-    far, free = x.abs() > _FAR * start.abs(), near.abs() <= _GONE * x.abs()
-    ran_away = (free | ~far).all(dim=-1, keepdim=True)
-    near = torch.where(ran_away & far, start, near)
+    ordinary = start.norm(dim=-1).clamp_max(1.0) / x.norm(dim=-1)
+    share = torch.nan_to_num(ordinary, nan=0.0).clamp_max(1.0).unsqueeze(-1)
+    near, beyond = x - found.null_part + share * found.null_part, x + 2 * found.null_part
     return ~_is_solved(problem, near, residual) & _is_solved(problem, beyond, residual)

@@ -1539,8 +1539,17 @@ MUTATIONS = (
     ),
     Mutation(
         "a runaway taken for a solution that is not unique", "solvers/_weighing.py",
-        "return ~_is_solved(problem, x - found.null_part, residual) & ", "return torch.zeros_like(residual[:, 0], dtype=torch.bool) & ",
+        "return ~_is_solved(problem, near, residual) & ", "return torch.zeros_like(residual[:, 0], dtype=torch.bool) & ",
         ("tests/solvers/test_error.py", "-k", "ran_away"),
+    ),
+    Mutation(
+        "a tensor without numbers reaches a solver", "layers/layer.py", 'if raveler.device.type == "meta":', "if False:",
+        ("tests/test_guard_rails.py", "-k", "without_numbers"),
+    ),
+    Mutation(
+        "a search that ran down a bell believed, and one of a scale-free objective not", "solvers/_weighing.py",
+        "near, beyond = x - found.null_part + share * found.null_part, ", "near, beyond = x - found.null_part, ",
+        ("tests/linear/test_minimum_norm.py", "-k", "scale"),
     ),
     Mutation(
         "an x whose last place is larger than delta", "solvers/_judge.py",

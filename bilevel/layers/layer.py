@@ -352,6 +352,11 @@ class Layer:
         tensors, arguments = flatten_arguments(args, kwargs)
         if torch.is_grad_enabled():
             tensors = [usable(tensor) for tensor in tensors]
+        if raveler.device.type == "meta":
+            raise DtypeError(
+                f"{self.where}: expected tensors that hold numbers, got one on the device meta, which keeps shapes alone; make the tensors on "
+                "another device, for example torch.zeros(3, device='cpu')"
+            )
         for tensor, name in zip(tensors, arguments.names, strict=True):
             if tensor.dtype.is_floating_point and tensor.device != raveler.device:
                 raise DtypeError(

@@ -1900,6 +1900,8 @@ MUTATIONS = (
         "a trusted file is encoded by its own words and medians", "cli/encoding.py",
         "if self.encoding is None:", "if True:",
         ("tests/cleaning/test_command.py", "-k", "trusted_file_is_encoded"),
+    ),
+    Mutation(
         "learnable: a minibatch gets the weights of the first examples", "learnable/example_weights.py",
         "index_select(0, rows)", "narrow(0, 0, len(rows))", (FORMULAS, "-k", "formulas and example_weights"),
     ),

@@ -94,9 +94,10 @@ class SolveCall:
         self.nan_mask: torch.Tensor | None = None  # (*batch,) bool: whose derivatives the policy wants to be NaN
         self.residual: torch.Tensor | None = None  # at the solution (batch, n), for who wants the adjoint
         self.found: tuple[torch.Tensor, torch.Tensor] | None = (
-            None  # R at the solution (batch, n), and its norm that was asked for
+            None  # R at the solution (batch, n), and the norm asked for
         )
         self.factor: torch.Tensor | None = None
+        self.one_step = False  # whether that is of the Hessians at init, and a step with them was the last
         self.last_rhs: torch.Tensor | None = None  # of this call's linear solves
         self.largest: torch.Tensor | None = None  # (batch,): the norm of the largest before that
         self.degenerate: torch.Tensor | None = None  # (*batch,) bool: whose derivative does not exist, or is one-sided
@@ -105,7 +106,6 @@ class SolveCall:
         self.reduced: LinearSolver | None = None  # made of what the forward solve has factorised
         self.system: StructuredSystem | None = None
         self.autocast: torch.dtype | None = None  # around the call
-        self.one_step = False  # whether that is of the Hessians at init, and a step with them was the last
 
     def inspect(
         self, problem: Problem, init: torch.Tensor, written: Any = None, *, again: bool = False
@@ -235,8 +235,7 @@ class SolveCall:
             "function uses an object that has changed: pass that object as an argument, or take the derivative before it changes"
         )
         if handle_misuse(error, self.settings.on_failure):
-            axes = problem.batch_shape
-            lost = doubtful.reshape(axes)
+            lost = doubtful.reshape(problem.batch_shape)
             self.nan_mask = lost if self.nan_mask is None else self.nan_mask | lost
 
     def solve_linear(
@@ -267,8 +266,8 @@ class SolveCall:
         begun = None if product is None else self._start(rhs)
         noise, name = self._noise(rhs), solver.name
         examinations = self.inspector.examinations
-        examine = not (target.silent or target.strong_convexity is not None or solver.knows_null_space)
-        examine = examine and examinations.is_due(operator)
+        known = target.silent or target.strong_convexity is not None or solver.knows_null_space
+        examine = not known and examinations.is_due(operator)
         outcome = solve_linear(
             solver, operator, rhs, target, begun, product=product, seen=bool(reported), noise=noise, examine=examine
         )
@@ -279,11 +278,8 @@ class SolveCall:
             if unsure and bool(changes_free_directions(operator, outcome.status, unsure).any()):
                 words = {**unsure_derivative_messages(), **words}
             if direction is Pass.BACKWARD:
-                words = {
-                    **derivative_messages(outcome.status, rhs, symmetric=operator.symmetric),
-                    **words,
-                    **autocast_messages(self.autocast),
-                }
+                unsolved = derivative_messages(outcome.status, rhs, symmetric=operator.symmetric)
+                words = {**unsolved, **words, **autocast_messages(self.autocast)}
         outcome, words = self._one_sided(operator, outcome, words, axes, reverse or product is not None)
         report = _report_of(direction, self.where, name, outcome, axes, words)
         self.report = self.report or report
@@ -303,23 +299,22 @@ class SolveCall:
     def _adjoint(self, residual: torch.Tensor, outcome: LinearOutcome, report: SolveReport, product: Any) -> Adjoint:
         size = residual.shape[-1]  # of the unknown alone, without multipliers
         linearization = product.linearization if isinstance(product, JointProduct) else None
-        rho = outcome.residual[:, :size]
-        return Adjoint(outcome.x[:, :size], report, residual, linearization, rho, self.replays)
+        x, rho = outcome.x[:, :size], outcome.residual[:, :size]
+        return Adjoint(x, report, residual, linearization, rho, self.replays)
 
     def _own_solver(self, operator: LinearOperator) -> LinearSolver | None:
         """Return a structured system's own linear solver for derivatives, or None."""
         if self.system is None:
             return None
-        kept = self.reduced
-        own: LinearSolver | None = kept if kept is not None and kept.serves(operator) else None
-        return own or self.system.linear_solver(operator)
+        if self.reduced is not None and self.reduced.serves(operator):
+            return self.reduced
+        return self.system.linear_solver(operator)
 
     def _start(self, rhs: torch.Tensor) -> torch.Tensor | None:
         """Return the initial guess of the linear solve for the right-hand side ``rhs`` (batch, n), or None."""
         kept = self.settings.adjoint_start
-        if kept is None or kept.shape != rhs.shape or not bool(torch.isfinite(kept).all()):
-            return None
-        return kept.to(rhs)
+        fits = kept is not None and kept.shape == rhs.shape and bool(torch.isfinite(kept).all())
+        return kept.to(rhs) if kept is not None and fits else None
 
     def _one_sided(
         self,
@@ -398,7 +393,7 @@ def _report_of(
 
 def _shaped_proof(prove: Callable[[], Proof], axes: tuple[int, ...]) -> Proof:
     proof = prove()
-    entries = (None if e is None else e.reshape(*axes, e.shape[-1]) for e in (proof.proven_zero, proof.proven_nonzero))
+    entries = (e if e is None else e.reshape(*axes, e.shape[-1]) for e in (proof.proven_zero, proof.proven_nonzero))
     return Proof(proof.error_bound.reshape(axes), proof.basis, *entries)
 
 

@@ -262,13 +262,20 @@ class SolveCall:
         solver = settings.linear_solver or self._own_solver(operator) or default_linear_solver(operator)
         reported = self.report is None or self.recordings or ACTIVE.stack or on_adjoint is not None
         begun = None if product is None else self._start(rhs)
-        noise = self._noise(rhs)
         examinations = self.inspector.examinations
         examine = not (target.silent or target.strong_convexity is not None or solver.knows_null_space)
         examine = examine and examinations.is_due(operator)
         name = solver.name
         outcome = solve_linear(
-            solver, operator, rhs, target, begun, product=product, seen=bool(reported), noise=noise, examine=examine
+            solver,
+            operator,
+            rhs,
+            target,
+            begun,
+            product=product,
+            seen=bool(reported),
+            noise=self._noise(rhs),
+            examine=examine,
         )
         words = settings.backward_messages
         if not _all_converged(outcome):

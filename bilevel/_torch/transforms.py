@@ -278,7 +278,7 @@ def eager(function: Callable[P, T]) -> Callable[P, T]:
 def _refuse_tracing() -> None:
     """Raise inside a tracer that records operations alone: what a solver does depends on values."""
     tracer = sys.modules.get("torch.fx.experimental.proxy_tensor")
-    if torch.jit.is_tracing() or (tracer is not None and tracer.get_proxy_mode() is not None):
+    if torch._C._get_tracing_state() is not None or (tracer is not None and tracer.get_proxy_mode() is not None):
         raise TransformError(
             "bilevel: expected values around a solve, got a tracer, such as that of torch.func.linearize, torch.export or "
             "torch.jit.trace, which records operations without values; differentiate by torch.func.jvp(f, (x,), (v,)), under vmap for "

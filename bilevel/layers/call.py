@@ -102,7 +102,7 @@ class SolveCall:
         self.messages: StatusMessages = {}  # of the forward solve
         self.reduced: LinearSolver | None = None  # made of what the forward solve has factorised
         self.system: StructuredSystem | None = None
-        self.autocast: torch.dtype | None = None  # around the call
+        self.coarse: StatusMessages = {}  # for the rounding of autocast
         self.one_step = False  # whether that is of the Hessians at init, and a step with them was the last
 
     def inspect(
@@ -177,8 +177,8 @@ class SolveCall:
         self, problem: Problem, outcome: InnerOutcome, messages: StatusMessages, *, silent: bool
     ) -> torch.Tensor:
         settings, system, axes = self.settings, problem.system, problem.batch_shape
-        self.autocast = system.autocast
-        messages = {**messages, **autocast_messages(self.autocast)}
+        self.coarse = autocast_messages(system.autocast)
+        messages = {**messages, **self.coarse}
         self.one_step = outcome.factor is not None and (outcome.exact or bool((outcome.iterations <= 1).all()))
         if self.watched and not isinstance(system, StructuredSystem):
             self.found = outcome.residual, outcome.threshold
@@ -270,18 +270,14 @@ class SolveCall:
         outcome = solve_linear(
             solver, operator, rhs, target, begun, product=product, seen=bool(reported), noise=noise, examine=examine
         )
-        words = settings.backward_messages
+        words = {**settings.backward_messages, **self.coarse}
         if not _all_converged(outcome):
             examinations.learn(operator, outcome.status)
             outcome, words = without_derivative(operator, outcome, pullbacks, words)
             if unsure and bool(changes_free_directions(operator, outcome.status, unsure).any()):
                 words = {**unsure_derivative_messages(), **words}
             if direction is Pass.BACKWARD:
-                words = {
-                    **derivative_messages(outcome.status, rhs, symmetric=operator.symmetric),
-                    **words,
-                    **autocast_messages(self.autocast),
-                }
+                words = {**derivative_messages(outcome.status, rhs, symmetric=operator.symmetric), **words}
         if self.degenerate is not None:
             outcome, words = self._one_sided(self.degenerate, operator, outcome, words, axes, product is not None)
         report = _report_of(direction, self.where, name, outcome, axes, words)

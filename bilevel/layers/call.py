@@ -270,7 +270,7 @@ class SolveCall:
         outcome = solve_linear(
             solver, operator, rhs, target, begun, product=product, seen=bool(reported), noise=noise, examine=examine
         )
-        words = {**settings.backward_messages, **self.coarse}
+        words: StatusMessages = {**settings.backward_messages, **self.coarse}
         if not _all_converged(outcome):
             examinations.learn(operator, outcome.status)
             outcome, words = without_derivative(operator, outcome, pullbacks, words)

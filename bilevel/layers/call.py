@@ -105,7 +105,7 @@ class SolveCall:
         self.messages: StatusMessages = {}  # of the forward solve
         self.reduced: LinearSolver | None = None  # made of what the forward solve has factorised
         self.system: StructuredSystem | None = None
-        self.autocast: torch.dtype | None = None  # around the call
+        self.coarse: StatusMessages = {}  # for the rounding of autocast
 
     def inspect(
         self, problem: Problem, init: torch.Tensor, written: Any = None, *, again: bool = False
@@ -179,8 +179,8 @@ class SolveCall:
         self, problem: Problem, outcome: InnerOutcome, messages: StatusMessages, *, silent: bool
     ) -> torch.Tensor:
         settings, system, axes = self.settings, problem.system, problem.batch_shape
-        self.autocast = system.autocast
-        messages = {**messages, **autocast_messages(self.autocast)}
+        self.coarse = autocast_messages(system.autocast)
+        messages = {**messages, **self.coarse}
         self.one_step = outcome.factor is not None and (outcome.exact or bool((outcome.iterations <= 1).all()))
         if self.watched and not isinstance(system, StructuredSystem):
             self.found = outcome.residual, outcome.threshold
@@ -271,15 +271,14 @@ class SolveCall:
         outcome = solve_linear(
             solver, operator, rhs, target, begun, product=product, seen=bool(reported), noise=noise, examine=examine
         )
-        words = settings.backward_messages
+        words: StatusMessages = {**settings.backward_messages, **self.coarse}
         if not _all_converged(outcome):
             examinations.learn(operator, outcome.status)
             outcome, words = without_derivative(operator, outcome, pullbacks, words)
             if unsure and bool(changes_free_directions(operator, outcome.status, unsure).any()):
                 words = {**unsure_derivative_messages(), **words}
             if direction is Pass.BACKWARD:
-                unsolved = derivative_messages(outcome.status, rhs, symmetric=operator.symmetric)
-                words = {**unsolved, **words, **autocast_messages(self.autocast)}
+                words = {**derivative_messages(outcome.status, rhs, symmetric=operator.symmetric), **words}
         outcome, words = self._one_sided(operator, outcome, words, axes, reverse or product is not None)
         report = _report_of(direction, self.where, name, outcome, axes, words)
         self.report = self.report or report

@@ -1751,7 +1751,7 @@ MUTATIONS = (
     ),
     Mutation(
         "first proximal step divides by a slope of zero", "solvers/proximal_gradient.py",
-        ".clamp(max=torch.finfo(norm.dtype).max ** 0.5)", "",
+        ".clamp_min(torch.finfo(norm.dtype).tiny ** 0.5)", "",
         ("tests/prox/test_layer.py", "-k", "without_a_slope"),
     ),
     Mutation(

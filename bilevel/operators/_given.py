@@ -85,8 +85,10 @@ class FunctionOperator(LinearOperator):
         A tensor (batch, n) with the shape, dtype and device of the vectors.
     rmatvec
         v ↦ Aᵀ v, from (batch, n) to (batch, n). It may be left out when ``symmetric``.
-    symmetric, positive_definite, expect_definite, materialize
+    symmetric, positive_definite, expect_definite
         See :class:`LinearOperator`.
+    materialize
+        Returns the dense matrices (batch, n, n), in the dtype of ``like``, where that is cheaper than products with unit vectors.
 
     Examples
     --------

@@ -83,7 +83,7 @@ nitpick_ignore_regex = [
     # Aliases of types, bases that are not public, and option dictionaries of signatures: they have no page.
     (
         r"py:class",
-        r"(OptimizerLike|Reference|Loss|HessianChoice|ArgminOptions|LayerOptions|LeastSquaresOptions|LinearOptions|Approximation)",
+        r"(OptimizerLike|Backend|Reference|Loss|HessianChoice|ArgminOptions|LayerOptions|LeastSquaresOptions|LinearOptions|Approximation)",
     ),
     (r"py:class", r"bilevel\.solvers\.bracketing\.Bracketing|bilevel\.layers\.differentiation\.BySteps"),
     # Type variables and a private type of ours in signatures; "Bool, per problem: ..." read by napoleon as a type.

@@ -53,7 +53,7 @@ test-replay-all: $(VENV)/.test
 	$(BIN)/python -m pytest -q -n auto --replay
 
 test-long: $(VENV)/.test
-	$(BIN)/python -m pytest -q -n auto --hypothesis-profile=long --timeout=3600
+	$(BIN)/python -m pytest -q -n auto --long --hypothesis-profile=long --timeout=3600
 
 # The tests beside other versions, of which gigabytes may come: make test-versions TORCH=2.9.1 PYTHON=python3.10
 test-versions:

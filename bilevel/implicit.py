@@ -48,8 +48,8 @@ from bilevel._torch.transforms import (
     without_tangent,
 )
 from bilevel.equations.domain import defined
-from bilevel.equations.linearization import Linearization
-from bilevel.equations.linearization_cache import JointProduct, LinearizationCache
+from bilevel.equations.linearization import JointProduct, Linearization
+from bilevel.equations.linearization_cache import LinearizationCache
 from bilevel.equations.problem import Problem
 from bilevel.equations.pullbacks import Pullback, is_final, pullbacks_of
 from bilevel.equations.system import System

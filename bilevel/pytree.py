@@ -15,22 +15,9 @@ from torch.utils import _pytree as pytree
 from bilevel.errors import DtypeError, ShapeError
 
 __all__ = [
-    "Arguments",
-    "Raveler",
-    "as_real",
-    "flatten_arguments",
-    "is_numpy",
-    "joined",
-    "leaf_names",
-    "moves",
-    "moving",
-    "of_real",
-    "parted",
-    "ravel",
-    "ravel_like",
-    "real_dtype",
-    "unravelled",
-]
+    "Arguments", "Raveler", "as_real", "copied", "detached", "differentiated", "flatten_arguments", "is_numpy", "joined",
+    "leaf_names", "moves", "moving", "of_real", "parted", "ravel", "ravel_like", "real_dtype", "requiring_grad", "unravelled",
+]  # fmt: skip
 
 
 def real_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -360,6 +347,29 @@ def moves(leaf: Any) -> bool:
 def moving(tree: Any) -> list[bool]:
     """Return :func:`moves` of each leaf of ``tree``."""
     return [moves(leaf) for leaf in pytree.tree_leaves(tree)]
+
+
+def detached(tree: Any) -> Any:
+    """Return ``tree`` with tensors cut from their graphs."""
+    return pytree.tree_map(lambda leaf: leaf.detach() if isinstance(leaf, torch.Tensor) else leaf, tree)
+
+
+def copied(tree: Any) -> Any:
+    """Return ``tree`` with copies of its tensors, without graphs."""
+    return pytree.tree_map(lambda leaf: leaf.detach().clone() if isinstance(leaf, torch.Tensor) else leaf, tree)
+
+
+def requiring_grad(tree: Any) -> tuple[Any, list[torch.Tensor]]:
+    """Return a copy of ``tree`` whose tensors require grad if they can, and these tensors."""
+    made = copied(tree)
+    chosen = [leaf.requires_grad_(True) for leaf in pytree.tree_leaves(made) if moves(leaf)]
+    return made, chosen
+
+
+def differentiated(tree: Any, count: int) -> tuple[bool, ...]:
+    """Return which of ``count`` tensors, those of ``tree`` first, are differentiable ones of ``tree``."""
+    flags = [moves(leaf) for leaf in pytree.tree_leaves(tree) if isinstance(leaf, torch.Tensor)]
+    return (*flags, *[False] * (count - len(flags)))
 
 
 def joined(tensors: Iterable[torch.Tensor]) -> torch.Tensor:

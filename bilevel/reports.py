@@ -99,10 +99,6 @@ class Proof:
 _PROVEN = ("error_bound", "basis", "proven_zero", "proven_nonzero")
 
 
-def _nothing() -> None:
-    return None
-
-
 @dataclass(frozen=True, eq=False)
 class SolveReport:
     """The record of one call of a solver, per problem.
@@ -155,8 +151,8 @@ class SolveReport:
     scale: torch.Tensor
     words: StatusMessages = field(default_factory=dict)
     # Class attributes of these names would hide what a proof gives later.
-    proven_zero: torch.Tensor | None = field(default_factory=_nothing)
-    proven_nonzero: torch.Tensor | None = field(default_factory=_nothing)
+    proven_zero: torch.Tensor | None = field(default_factory=type(None))
+    proven_nonzero: torch.Tensor | None = field(default_factory=type(None))
 
     def with_proof(self, prove: Callable[[], Proof]) -> SolveReport:
         """Return the report with the error bound, the basis and the proven entries that ``prove`` returns. It is called when one is first read."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import enum
 import math
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Final
 
 import torch
@@ -90,10 +91,6 @@ class Target:
     def error(self) -> float:
         """The error in x that :attr:`absolute` stands for: δ."""
         return self.absolute / (self.strong_convexity or 1.0)
-
-    def threshold(self, scale: torch.Tensor) -> torch.Tensor:
-        """Return the residual norm to reach, per problem, for the scales given (batch,)."""
-        return torch.clamp(self.relative * scale, min=self.absolute)
 
 
 @dataclass(frozen=True)
@@ -218,7 +215,7 @@ class Tolerance:
             settings["bound_products"] = self.bound_products
         return f"Tolerance({', '.join(f'{name}={value!r}' for name, value in settings.items())})"
 
-    @property
+    @cached_property
     def has_goal(self) -> bool:
         """Whether δ and δ′ are chosen so that the hypergradient reaches an accuracy."""
         return self.hypergradient is not None or self.descent is not None

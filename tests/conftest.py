@@ -26,17 +26,22 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--replay", action="store_true",
         help="replay what a function does from its second evaluation on, so that every test is one of replays too",
     )  # fmt: skip
+    parser.addoption("--long", action="store_true", help="run the tests marked long too")
 
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line(
         "markers", "counts: counts evaluations of the function itself, or compares them with replays"
     )
+    config.addinivalue_line("markers", "long: one of many alike; runs only with --long, as `make test-long` does")
     if config.getoption("--replay"):
         _replay_at_once()
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if not config.getoption("--long"):
+        config.hook.pytest_deselected(items=[item for item in items if item.get_closest_marker("long")])
+        items[:] = [item for item in items if not item.get_closest_marker("long")]
     if config.getoption("--replay"):
         for item in items:
             if item.get_closest_marker("counts"):

@@ -382,7 +382,7 @@ MUTATIONS = (
         "& (negative <= eigenvalue_uncertainty(n, matrix.dtype)) & definite", "& False", (MINIMUM_NORM, "-k", "within_the_accuracy"),
     ),
     Mutation(
-        "an argument that changes the free directions differentiated", "layers/call.py",
+        "an argument that changes the free directions differentiated", "linear/_free_directions.py",
         "changed = changes_free_directions(operator, outcome.status, pullbacks())", "changed = outcome.status < 0",
         ("tests/linear/test_free_directions.py", "-k", "dependent or duplicated"),
     ),
@@ -601,8 +601,8 @@ MUTATIONS = (
         "if versions != [t._version for t in watched]:", "if False:", ("tests/test_failures.py", "-k", "running_statistics"),
     ),
     Mutation(
-        "an init that requires grad let through", "layers/arguments.py",
-        "if not carries_gradient(init):", "if True:", ("tests/test_failures.py", "-k", "init_that"),
+        "an init that requires grad let through", "layers/layer.py",
+        "and carries_gradient(given):", "and False:", ("tests/test_failures.py", "-k", "init_that"),
     ),
     Mutation(
         "captures of the outer objective not looked for", "problems/checks.py",
@@ -610,7 +610,7 @@ MUTATIONS = (
         (GUARDS, "-k", "outer_objective_get"),
     ),
     Mutation(
-        "an outer objective that draws let through", "problems/checks.py",
+        "an outer objective that draws let through", "layers/checks.py",
         "if self._draws():", "if False:", (GUARDS, "-k", "randomness_in_problems"),
     ),
     Mutation(
@@ -846,7 +846,7 @@ MUTATIONS = (
     ),
     Mutation(
         "the adjoint's warm start lost", "layers/call.py",
-        "begun = None if product is None else settings.start(rhs)", "begun = None", ("tests/test_problem.py", "-k", "warm_starts_of"),
+        "begun = None if product is None else self._start(rhs)", "begun = None", ("tests/test_problem.py", "-k", "warm_starts_of"),
     ),
     Mutation(
         "the adjoint not kept", "layers/call.py",
@@ -857,8 +857,8 @@ MUTATIONS = (
     ),
     Mutation(
         "a sum for a mean over a batch of problems", "problems/hypergradient.py",
-        "value = problem.outer_losses(solution.value, theta, prepared, policy).mean()",
-        "value = problem.outer_losses(solution.value, theta, prepared, policy).sum()",
+        "value = outer_losses(problem, solution.value, theta, prepared, policy).mean()",
+        "value = outer_losses(problem, solution.value, theta, prepared, policy).sum()",
         ("tests/test_problem.py", "-k", "mean_of_its_members"),
     ),
     Mutation(
@@ -1453,7 +1453,7 @@ MUTATIONS = (
     ),
     Mutation(
         'sparse: what the arguments go through is not learned', 'equations/problem.py',
-        'record_graph_features(system.function, values)',
+        'record_graph_features(system.function, nodes(values))',
         'pass',
         ('tests/test_sparse.py', '-k', 'few_values'),
     ),

@@ -6,7 +6,7 @@ Intercepting every operation from the start would take time, and compiled functi
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from enum import Enum
 from typing import Any
@@ -14,7 +14,7 @@ from weakref import WeakValueDictionary
 
 import torch
 
-__all__ = ["GraphFeature", "has_graph_feature", "nodes", "record_graph_features"]
+__all__ = ["GraphFeature", "has_graph_feature", "nodes", "reaches_another_leaf", "record_graph_features"]
 
 
 class GraphFeature(Enum):
@@ -33,24 +33,13 @@ class GraphFeature(Enum):
     )
 
 
-def record_graph_features(
-    function: Callable[..., Any], values: torch.Tensor, known: Iterable[torch.Tensor] = ()
-) -> bool:
-    """Record the special operations in the graph of ``values``, the result of ``function``; return whether one is new.
+def record_graph_features(function: Callable[..., Any], graph: Iterable[Any]) -> bool:
+    """Record the special operations among the nodes in ``graph``, that of a result of a user's ``function``; return whether one is new.
 
     What one method of an object holds counts for them all. A function may hold something only for some of its arguments, another model or
     another branch, and so each graph is looked at.
-
-    Parameters
-    ----------
-    function
-        A user's function.
-    values
-        What it returned.
-    known
-        What it was given: what lies behind in the graph is not its own.
     """
-    names = {node.name() for node in nodes(values, known)}
+    names = {node.name() for node in graph}
     new = False
     with suppress(TypeError):  # not everything callable can be referred to weakly
         owner = _owner(function)
@@ -70,6 +59,12 @@ def nodes(values: torch.Tensor, known: Iterable[torch.Tensor] = ()) -> Iterator[
             met.add(node)
             yield node
             pending.extend(following for following, _ in node.next_functions)
+
+
+def reaches_another_leaf(output: torch.Tensor, known: Sequence[torch.Tensor]) -> bool:
+    """Return whether the graph of ``output`` ends in a tensor that requires grad other than through one of ``known``."""
+    found = {getattr(node, "variable", None) for node in list(nodes(output, known))}
+    return not found <= {None, *known}
 
 
 def has_graph_feature(function: Callable[..., Any], kind: GraphFeature) -> bool:

@@ -119,15 +119,11 @@ def _answer(clarabel: Any, conditions: Conditions, numbers: Numbers, solver: Cla
     if not is_convex(numbers.P):
         blank.status = Status.INDEFINITE
         return blank
-    settings = clarabel.DefaultSettings()
-    settings.verbose, settings.max_iter = False, solver.max_steps
-    settings.tol_gap_abs = settings.tol_gap_rel = settings.tol_feas = solver.tolerance
-    settings.presolve_enable = False
     import scipy.sparse as sp
 
     upper = sp.triu(numbers.P, format="csc")
     cones = conditions.product.of_clarabel(clarabel)
-    answer = clarabel.DefaultSolver(upper, numbers.q, numbers.A, numbers.b, cones, settings).solve()
+    answer = solver.answer(clarabel, upper, numbers.q, numbers.A, numbers.b, cones)
     x, y, s = (np.array(part, dtype=float) for part in (answer.x, answer.z, answer.s))
     blank.steps = int(answer.iterations)
     blank.status = _STATUS.get(str(answer.status), Status.STAGNATED)

@@ -11,7 +11,7 @@ import torch
 from torch.utils import _pytree as pytree
 
 from bilevel._torch.empty_batches import apply_rule
-from bilevel._torch.transforms import eager, forward_levels
+from bilevel._torch.transforms import eager
 from bilevel.cones._arguments import Arguments, arguments_of
 from bilevel.cones._call import ConeCall
 from bilevel.cones._conditions import Conditions
@@ -20,15 +20,16 @@ from bilevel.cones._product import Product, cones_of
 from bilevel.cones._wording import backward_words
 from bilevel.equations.structured import flat_raveler
 from bilevel.equations.system import RootSystem
-from bilevel.errors import ArgumentError, TransformError
+from bilevel.errors import ArgumentError
 from bilevel.implicit import ImplicitContext, Solve
+from bilevel.layers.arguments import refuse_forward_twice
 from bilevel.layers.settings import SolveSettings
 from bilevel.layers.solution import Solution
 from bilevel.policy import OnFailure, check_policy
 from bilevel.pytree import Raveler, flatten_arguments
 from bilevel.quadratic_programs._clarabel import Clarabel
+from bilevel.quadratic_programs._interface import ProgramFunction, checked_settings, with_arguments_of
 from bilevel.reports import SolveReport
-from bilevel.setting_checks import check_number
 from bilevel.tolerance import Tolerance
 
 __all__ = ["ConeCertificate", "ConeProgram", "ConeSolution", "cone_program"]
@@ -86,19 +87,13 @@ def _rebuilt(children: list[Any], context: Any) -> ConeSolution:
     return ConeSolution(value, report, multipliers, slacks=slacks, certificate=certificate)
 
 
-class ConeProgram:
+class ConeProgram(ProgramFunction):
     """The type of ``bilevel.cone_program``, which is its only instance."""
 
     __name__ = "cone_program"
 
-    def __repr__(self) -> str:
-        return "<bilevel.cone_program>"
-
-    def __reduce__(self) -> str:
-        return "cone_program"
-
     @eager
-    def __call__(
+    def solve(
         self,
         P: torch.Tensor | None,
         q: torch.Tensor,
@@ -110,7 +105,23 @@ class ConeProgram:
         on_failure: OnFailure = "raise",
         smoothing: float | None = None,
         solver: Clarabel | None = None,
-    ) -> torch.Tensor:
+    ) -> ConeSolution:
+        """Return a :class:`ConeSolution`: x with its multipliers, slacks, report and certificates. The arguments are those of the call.
+
+        Examples
+        --------
+        >>> import torch, bilevel
+        >>> one = torch.eye(2, dtype=torch.float64)
+        >>> solution = bilevel.cone_program.solve(one, torch.tensor([1.0, -1.0]), -one, 0.0, [bilevel.cones.Nonnegative(2)])
+        >>> solution.value, solution.multipliers, solution.report.status.name
+        (tensor([0., 1.], dtype=torch.float64), tensor([1., 0.], dtype=torch.float64), 'CONVERGED')
+        """
+        settings = _Settings(tolerance, on_failure, smoothing, solver)
+        return _solution(settings, cones, P=P, q=q, A=A, b=b)
+
+    @with_arguments_of(solve)
+    @eager
+    def __call__(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         r"""Return x of min ½ xᵀPx + qᵀx subject to A x + s = b with s ∈ K = K₁ × K₂ × …, differentiable in P, q, A and b.
 
         Needs Clarabel: ``pip install '.[qp]'`` in a clone.
@@ -183,35 +194,7 @@ class ConeProgram:
         >>> r.grad.round(decimals=6)
         tensor(0.6000, dtype=torch.float64)
         """
-        settings = _Settings(tolerance, on_failure, smoothing, solver)
-        return _solution(settings, cones, P=P, q=q, A=A, b=b).value
-
-    @eager
-    def solve(
-        self,
-        P: torch.Tensor | None,
-        q: torch.Tensor,
-        A: torch.Tensor,
-        b: torch.Tensor | float,
-        cones: Sequence[Cone],
-        *,
-        tolerance: Tolerance | None = None,
-        on_failure: OnFailure = "raise",
-        smoothing: float | None = None,
-        solver: Clarabel | None = None,
-    ) -> ConeSolution:
-        """Return a :class:`ConeSolution`: x with its multipliers, slacks, report and certificates. The arguments are those of the call.
-
-        Examples
-        --------
-        >>> import torch, bilevel
-        >>> one = torch.eye(2, dtype=torch.float64)
-        >>> solution = bilevel.cone_program.solve(one, torch.tensor([1.0, -1.0]), -one, 0.0, [bilevel.cones.Nonnegative(2)])
-        >>> solution.value, solution.multipliers, solution.report.status.name
-        (tensor([0., 1.], dtype=torch.float64), tensor([1., 0.], dtype=torch.float64), 'CONVERGED')
-        """
-        settings = _Settings(tolerance, on_failure, smoothing, solver)
-        return _solution(settings, cones, P=P, q=q, A=A, b=b)
+        return self.solve(*args, **kwargs).value
 
 
 class _Settings:
@@ -220,20 +203,14 @@ class _Settings:
     def __init__(
         self, tolerance: Tolerance | None, on_failure: str, smoothing: float | None, solver: Clarabel | None
     ) -> None:
-        if smoothing is not None:
-            check_number("cone_program", "smoothing", smoothing)
-        if tolerance is not None and not isinstance(tolerance, Tolerance):
-            raise ArgumentError(
-                f"{_WHERE}: expected tolerance to be a bilevel.Tolerance, got {tolerance!r}; wrap it in one"
-            )
+        given, self.smoothing = checked_settings("cone_program", tolerance, smoothing)
         if solver is not None and not isinstance(solver, Clarabel):
             raise ArgumentError(
                 f"{_WHERE}: expected solver to be bilevel.Clarabel(...), got {solver!r}; pass one, or leave it out"
             )
-        self.smoothing = 0.0 if smoothing is None else float(smoothing)
         self.solver = Clarabel() if solver is None else solver
         self.of_call = SolveSettings(
-            tolerance=Tolerance() if tolerance is None else tolerance,
+            tolerance=given,
             on_failure=check_policy(on_failure),
             backward_messages=backward_words(),
         )
@@ -242,11 +219,7 @@ class _Settings:
 def _solution(settings: _Settings, cones: Any, **given: Any) -> ConeSolution:
     arguments = arguments_of(_WHERE, given)
     product = Product(cones_of(_WHERE, cones, arguments.rows), settings.smoothing)
-    if forward_levels(list(arguments.tensors)) > 1:
-        raise TransformError(
-            f"{_WHERE}: expected at most one forward-mode transform around it, got two, for which torch silently returns zero "
-            "(pytorch/pytorch#197867); write jacfwd(jacrev(f)) or torch.func.hessian(f) instead of jacfwd(jacfwd(f))"
-        )
+    refuse_forward_twice(_WHERE, list(arguments.tensors))
     n = arguments.unknowns
     conditions = Conditions(product, n, *arguments.patterns)
     system = _system(arguments, conditions)

@@ -11,7 +11,7 @@ from bilevel.equations.domain import no_value
 from bilevel.operators import HessianOperator, JacobianOperator, LinearOperator
 from bilevel.replay import ReplayCache, StartedProgram
 
-__all__ = ["PRODUCT", "Linearization", "LinearizationSlot", "NoPullback", "ReplayedLinearization"]
+__all__ = ["PRODUCT", "JointProduct", "Linearization", "LinearizationSlot", "NoPullback", "ReplayedLinearization"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,6 +63,28 @@ class Linearization:
         gradients = iter(found)
         products = [next(gradients) for _ in point]
         return products, [next(gradients) if leaf.requires_grad else None for leaf in self.leaves]
+
+
+class JointProduct:
+    """The product q ↦ Jᵀq, which pulls −q back through ∂_θ R in the same reverse pass.
+
+    If q is the adjoint, the derivative is then already computed.
+    """
+
+    def __init__(self, linearization: Linearization) -> None:
+        self.linearization = linearization
+        self._pulled: tuple[torch.Tensor, list[torch.Tensor | None]] | None = None
+
+    def __call__(self, q: torch.Tensor) -> torch.Tensor:
+        product, pulled = self.linearization.pull(-q)
+        self._pulled = (-q, pulled)
+        return -product
+
+    def pullback(self, v: torch.Tensor) -> list[torch.Tensor | None]:
+        """Return (∂_θ R)ᵀ v; the last product has computed it already if its q was −v."""
+        if self._pulled is not None and torch.equal(self._pulled[0], v):
+            return self._pulled[1]
+        return self.linearization.pullback(v)
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,8 +1,9 @@
-"""The linearisation of one call, kept for its derivatives, and the product that shares its reverse pass with the pullback."""
+"""The linearisation of one call, kept for its derivatives."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,20 +14,20 @@ from bilevel.equations.problem import Problem
 from bilevel.equations.system import System
 from bilevel.replay import ReplayCache, allowed
 
-__all__ = ["JointProduct", "LinearizationCache"]
+__all__ = ["LinearizationCache"]
 
 Tensors = Sequence[torch.Tensor]
 
 
+@dataclass(eq=False)
 class LinearizationCache:
     """The last linearisation of a call. At the same point it serves derivatives of every order and every right-hand side."""
 
-    def __init__(self) -> None:
-        self._key: list[tuple[Any, ...]] | None = None
-        self._kept: tuple[Any, ...] = ()
-        self._offered: LinearizationSlot | None = None
-        self._tapes: ReplayCache | None = None
-        self._matrix: tuple[torch.Tensor, torch.Tensor] | None = None
+    _key: list[tuple[Any, ...]] | None = None
+    _kept: tuple[Any, ...] = ()
+    _offered: LinearizationSlot | None = None
+    _tapes: ReplayCache | None = None
+    _matrix: tuple[torch.Tensor, torch.Tensor] | None = None
 
     def look(self, tensors: Tensors) -> LinearizationSlot | None:
         """Return the slot in which the solver may leave a linearisation, or None if no derivative can follow."""
@@ -81,28 +82,6 @@ class LinearizationCache:
         at, matrix = self._matrix
         if at.numel() == point.numel() and torch.equal(at, point.reshape(at.shape)):
             linearization.operator.materialize = lambda: matrix
-
-
-class JointProduct:
-    """The product q ↦ Jᵀq, which pulls −q back through ∂_θ R in the same reverse pass.
-
-    If q is the adjoint, the derivative is then already computed.
-    """
-
-    def __init__(self, linearization: Linearization) -> None:
-        self.linearization = linearization
-        self._pulled: tuple[torch.Tensor, list[torch.Tensor | None]] | None = None
-
-    def __call__(self, q: torch.Tensor) -> torch.Tensor:
-        product, pulled = self.linearization.pull(-q)
-        self._pulled = (-q, pulled)
-        return -product
-
-    def pullback(self, v: torch.Tensor) -> list[torch.Tensor | None]:
-        """Return (∂_θ R)ᵀ v; the last product has computed it already if its q was −v."""
-        if self._pulled is not None and torch.equal(self._pulled[0], v):
-            return self._pulled[1]
-        return self.linearization.pullback(v)
 
 
 def _key(x: torch.Tensor, tensors: Tensors) -> list[tuple[Any, ...]]:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch.func import vmap
 
-from bilevel._torch.graph_features import record_graph_features
+from bilevel._torch.graph_features import nodes, record_graph_features
 from bilevel._torch.reverse import vjp
 from bilevel.equations.domain import leaves_domain, row_by_row
 from bilevel.equations.linearization import PRODUCT, Linearization, LinearizationSlot, NoPullback, ReplayedLinearization
@@ -236,7 +236,7 @@ class Problem:
                 values = residual = system.plain_residual(self.shaped(point), leaves, graph=True)
             if any(chosen):
                 # Later derivatives need to know which operations θ passes through.
-                record_graph_features(system.function, values)
+                record_graph_features(system.function, nodes(values))
             residual = residual.reshape(x.shape)
         # Detach x first: a saved output would make a reference cycle through its own node, which is never collected.
         at = x.detach()
@@ -257,6 +257,7 @@ class Problem:
         self, program: Program, captured: list[torch.Tensor], needs_grad: tuple[bool, ...], x: torch.Tensor
     ) -> Linearization:
         at = x.detach()
+        materialize = self._materialize(at)
         with torch.no_grad():
             begun = program.begin(at.contiguous(), *self.tensors, *captured)
         value, residual = begun.outputs[:PRODUCT]
@@ -266,7 +267,7 @@ class Problem:
         replayed = ReplayedLinearization(begun, needs_grad, symmetric)
         operator = ReplayedOperator(
             at, replayed.transposed, replayed.forward, symmetric=symmetric,
-            expect_definite=self.minimizes, materialize=self._materialize(at),
+            expect_definite=self.minimizes, materialize=materialize,
         )  # fmt: skip
         return Linearization(residual, operator, (), value if self.has_value else None, at, replayed)
 

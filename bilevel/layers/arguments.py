@@ -14,29 +14,26 @@ from bilevel.errors import InitGradientError, StochasticObjectiveError, Transfor
 from bilevel.layers.checks import captured_error
 from bilevel.policy import OnFailure, handle_misuse
 
-__all__ = ["check_captures", "check_init", "nan_of", "refuse_forward_twice"]
+__all__ = ["check_captures", "init_gradient_error", "nan_of", "refuse_forward_twice"]
 
 
 def refuse_forward_twice(where: str, tensors: list[torch.Tensor]) -> None:
     """Raise inside two forward-mode transforms."""
     if forward_levels(tensors) > 1:
         raise TransformError(
-            f"{where}: expected at most one forward-mode transform around the layer, got two, for which torch "
+            f"{where}: expected at most one forward-mode transform around it, got two, for which torch "
             "silently returns zero (pytorch/pytorch#197867); write jacfwd(jacrev(f)) or torch.func.hessian(f) "
             "instead of jacfwd(jacfwd(f))"
         )
 
 
-def check_init(where: str, init: torch.Tensor, on_failure: OnFailure) -> bool:
-    """Find a flat initial guess that something differentiates; return whether the policy asks for NaN."""
-    if not carries_gradient(init):
-        return False
-    error = InitGradientError(
+def init_gradient_error(where: str) -> InitGradientError:
+    """Return the error for an initial guess that something differentiates."""
+    return InitGradientError(
         f"{where}: expected init not to require grad, and it does: a solution does not depend on the initial "
         "guess, which would receive no gradient; pass init.detach(), for a dict {name: x.detach() for name, x in "
         "init.items()}, or pass the tensor as an argument"
     )
-    return handle_misuse(error, on_failure)
 
 
 def check_captures(system: System, init: torch.Tensor, tensors: list[torch.Tensor], on_failure: OnFailure) -> bool:

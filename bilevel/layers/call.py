@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
 
-from bilevel.equations.linearization_cache import JointProduct
+from bilevel.equations.linearization import JointProduct
 from bilevel.equations.problem import Problem
 from bilevel.equations.pullbacks import Pullback
 from bilevel.equations.structured import StructuredSystem, objective_of
@@ -17,13 +18,12 @@ from bilevel.errors import BilevelError, StochasticObjectiveError
 from bilevel.layers.inspector import Inspection, Inspector
 from bilevel.layers.messages import derivative_messages, failure_messages
 from bilevel.layers.randomness import CheckAfter
-from bilevel.layers.reporting import report_of
 from bilevel.layers.settings import Adjoint, SolveSettings
 from bilevel.linear._base import LinearSolver, solve_linear
 from bilevel.linear._free_directions import (
     changes_free_directions,
-    free_direction_messages,
     unsure_derivative_messages,
+    without_derivative,
 )
 from bilevel.linear._solution import LinearOutcome
 from bilevel.linear.defaults import default_linear_solver
@@ -32,7 +32,7 @@ from bilevel.operators import LinearOperator
 from bilevel.policy import apply_policy, handle_misuse
 from bilevel.recording import ACTIVE
 from bilevel.replay import ReplayCache
-from bilevel.reports import Pass, SolveReport, Status, StatusMessages
+from bilevel.reports import Pass, Proof, SolveReport, Status, StatusMessages
 from bilevel.solvers._base import InnerSolver
 from bilevel.solvers._error import rounding
 from bilevel.solvers._given import GivenAnswer, check_answer, compared
@@ -183,7 +183,7 @@ class SolveCall:
         if settings.on_adjoint is not None:
             size = system.ordinary.raveler.size if isinstance(system, StructuredSystem) else problem.size
             self.residual = outcome.residual[:, :size]
-        self.report = report_of(Pass.FORWARD, self.where, outcome.solver, outcome, axes, messages)
+        self.report = _report_of(Pass.FORWARD, self.where, outcome.solver, outcome, axes, messages)
         x = outcome.x.reshape(*axes, problem.size)
         if _all_converged(outcome):
             return self._filed(self.report, x)
@@ -258,25 +258,26 @@ class SolveCall:
             target, direction = settings.tolerance.inner(self.dtype), Pass.FORWARD
         solver = settings.linear_solver or self._own_solver(operator) or default_linear_solver(operator)
         reported = self.report is None or self.recordings or ACTIVE.stack or on_adjoint is not None
-        begun = None if product is None else settings.start(rhs)
+        begun = None if product is None else self._start(rhs)
         noise = self._noise(rhs)
         examinations = self.inspector.examinations
         examine = not (target.silent or target.strong_convexity is not None or solver.knows_null_space)
         examine = examine and examinations.is_due(operator)
+        name = solver.name
         outcome = solve_linear(
             solver, operator, rhs, target, begun, product=product, seen=bool(reported), noise=noise, examine=examine
         )
         words = settings.backward_messages
         if not _all_converged(outcome):
             examinations.learn(operator, outcome.status)
-            outcome, words = _without_derivative(operator, outcome, pullbacks, words)
+            outcome, words = without_derivative(operator, outcome, pullbacks, words)
             if unsure and bool(changes_free_directions(operator, outcome.status, unsure).any()):
                 words = {**unsure_derivative_messages(), **words}
             if direction is Pass.BACKWARD:
                 words = {**derivative_messages(outcome.status, rhs, symmetric=operator.symmetric), **words}
         if self.degenerate is not None:
             outcome, words = self._one_sided(self.degenerate, operator, outcome, words, axes, product is not None)
-        report = report_of(direction, self.where, solver.name, outcome, axes, words)
+        report = _report_of(direction, self.where, name, outcome, axes, words)
         self.report = self.report or report
         if on_adjoint is not None and self.residual is not None:
             on_adjoint(self._adjoint(self.residual, outcome, report, product))
@@ -304,6 +305,13 @@ class SolveCall:
         kept = self.reduced
         own: LinearSolver | None = kept if kept is not None and kept.serves(operator) else None
         return own or self.system.linear_solver(operator)
+
+    def _start(self, rhs: torch.Tensor) -> torch.Tensor | None:
+        """Return the initial guess of the linear solve for the right-hand side ``rhs`` (batch, n), or None."""
+        kept = self.settings.adjoint_start
+        if kept is None or kept.shape != rhs.shape or not bool(torch.isfinite(kept).all()):
+            return None
+        return kept.to(rhs)
 
     def _one_sided(
         self,
@@ -356,23 +364,33 @@ def _without_solution(report: SolveReport) -> torch.Tensor | None:
     return none if bool(none.any()) else None
 
 
-def _without_derivative(
-    operator: LinearOperator,
-    outcome: LinearOutcome,
-    pullbacks: Callable[[], Sequence[Pullback]],
+def _report_of(
+    direction: Pass,
+    where: str,
+    solver: str,
+    outcome: InnerOutcome | LinearOutcome,
+    axes: tuple[int, ...],
     words: StatusMessages,
-) -> tuple[LinearOutcome, StatusMessages]:
-    """Return ``outcome`` and ``words`` with ``Status.SINGULAR`` for problems in which an argument changes the free directions of the solution."""
-    if not bool((outcome.status == Status.MINIMUM_NORM).any()):
-        return outcome, words
-    changed = changes_free_directions(operator, outcome.status, pullbacks())
-    if not bool(changed.any()):
-        return outcome, words
-    status = torch.where(changed, int(Status.SINGULAR), outcome.status)
-    first = (status == Status.SINGULAR).nonzero()[0]  # a report has one message for each status
-    if bool(changed[first]):
-        words = {**free_direction_messages(symmetric=operator.symmetric), **words}
-    return replace(outcome, status=status), words
+) -> SolveReport:
+    """Return the report of ``outcome``, a solve in ``direction``, with its tensors in the shape ``axes``."""
+    status, iterations, norm = outcome.status, outcome.iterations, outcome.residual_norm
+    threshold, bound = outcome.threshold, outcome.error_bound
+    scale = outcome.scale if isinstance(outcome, LinearOutcome) else torch.full(status.shape, float("nan"))
+    if status.shape != axes:
+        status, iterations, norm = status.reshape(axes), iterations.reshape(axes), norm.reshape(axes)
+        threshold, bound, scale = threshold.reshape(axes), bound.reshape(axes), scale.reshape(axes)
+    report = SolveReport(
+        direction, where, solver, status, iterations, norm, threshold, bound, outcome.basis, scale, words
+    )
+    if not isinstance(outcome, InnerOutcome) or outcome.prove is None:
+        return report
+    return report.with_proof(partial(_shaped_proof, outcome.prove, axes))
+
+
+def _shaped_proof(prove: Callable[[], Proof], axes: tuple[int, ...]) -> Proof:
+    proof = prove()
+    entries = (None if e is None else e.reshape(*axes, e.shape[-1]) for e in (proof.proven_zero, proof.proven_nonzero))
+    return Proof(proof.error_bound.reshape(axes), proof.basis, *entries)
 
 
 def _all_converged(outcome: InnerOutcome | LinearOutcome) -> bool:

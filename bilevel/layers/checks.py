@@ -5,27 +5,29 @@ from __future__ import annotations
 import functools
 import inspect
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import CellType
 from typing import Any
 
 import torch
+from torch.utils import _pytree as pytree
 
-from bilevel._torch.graph_features import nodes, record_graph_features
+from bilevel._torch.graph_features import nodes, reaches_another_leaf, record_graph_features
 from bilevel._torch.once_differentiable import refuse_once_only
+from bilevel._torch.transforms import eager, innermost, transforms_active, unhooked
 from bilevel.equations.function_errors import unconnected
 from bilevel.equations.problem import Problem
 from bilevel.errors import BilevelError, CapturedTensorError, DtypeError, StochasticObjectiveError
 from bilevel.layers.randomness import GeneratorStates, draws
+from bilevel.policy import OnFailure, handle_misuse
 
 __all__ = [
-    "buffers_of",
+    "SideEffectCheck",
     "captured_error",
     "changed_in_place",
     "drew",
     "inspect_function",
-    "reaches_another_leaf",
     "refused_by_torch",
 ]
 
@@ -121,7 +123,7 @@ def _probe(
         output = problem.system.lifted(problem.system.first_output)(problem.shaped(point), *problem.tensors)
         if not output.requires_grad and point.numel():
             raise unconnected(problem.where, problem.system.noun)
-        if first and record_graph_features(problem.system.function, output):
+        if first and record_graph_features(problem.system.function, nodes(output)):
             return _probe(problem, x, captures=captures)
         if captures and problem.minimizes:
             refuse_once_only(problem.where, problem.system.noun, output)
@@ -136,6 +138,54 @@ def _probe(
 def drew(states: GeneratorStates, problem: Problem, x: torch.Tensor) -> bool:
     """Return whether evaluations at ``x`` draw random numbers, given the states of the generators from before one."""
     return states.changed() and draws(lambda: _probe(problem, x, captures=False))
+
+
+class SideEffectCheck:
+    """Tells whether an evaluation of ``objective`` draws random numbers or changed a tensor in place since this was made.
+
+    Parameters
+    ----------
+    where
+        Of which problem it is.
+    objective
+        The user's function.
+    trees
+        Its arguments.
+    evaluation
+        What is evaluated in between: where random numbers were drawn by somebody, it is done once more.
+    """
+
+    @eager
+    def __init__(self, where: str, objective: Callable[..., Any], trees: Any, evaluation: Callable[[], object]) -> None:
+        leaves = [leaf for leaf in pytree.tree_leaves(trees) if isinstance(leaf, torch.Tensor)]
+        watched = [*leaves, *buffers_of(objective)]
+        if transforms_active():  # versions are counted in the plain tensors that they wrap
+            watched = list(map(innermost, watched))
+        self._where = where
+        self._tensors = [tensor for tensor in watched if not tensor.is_inference()]
+        self._versions = [tensor._version for tensor in self._tensors]
+        self._evaluation = evaluation
+        self._states = GeneratorStates(leaves[0].device if leaves else torch.device("cpu"))
+
+    @eager
+    def ended(self, on_failure: OnFailure) -> bool:
+        """Treat what was found as the policy says; return whether the result is to be NaN."""
+        error: BilevelError | None = None
+        changed = self._versions != [tensor._version for tensor in self._tensors]
+        if self._draws():
+            error = StochasticObjectiveError(
+                f"{self._where}: expected outer_objective to be deterministic, and it draws random numbers; switch dropout off "
+                "with .eval(), or draw outside and pass what was drawn in data"
+            )
+        elif changed:
+            error = changed_in_place(self._where, "outer_objective")
+        return error is not None and handle_misuse(error, on_failure)
+
+    def _draws(self) -> bool:
+        if not self._states.changed():
+            return False
+        with unhooked():  # a checkpoint is not to count what is saved here
+            return draws(self._evaluation)
 
 
 def buffers_of(function: Callable[..., Any]) -> list[torch.Tensor]:
@@ -174,12 +224,6 @@ def _filled(cell: CellType) -> bool:
     except ValueError:
         return False
     return True
-
-
-def reaches_another_leaf(output: torch.Tensor, known: Sequence[torch.Tensor]) -> bool:
-    """Return whether the graph of ``output`` ends in a tensor that requires grad other than through one of ``known``."""
-    found = {getattr(node, "variable", None) for node in list(nodes(output, known))}
-    return not found <= {None, *known}
 
 
 def _agree(first: tuple[torch.Tensor, ...], second: tuple[torch.Tensor, ...], units: float) -> bool:

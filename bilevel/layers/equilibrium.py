@@ -123,7 +123,7 @@ def equilibrium(
             f"equilibrium: expected objectives to be functions of (x_1, ..., x_N, *args), got {wrong!r}; pass functions"
         )
     low, high = (PlayerBounds.of(name, given, len(objectives)) for name, given in (("lower", lower), ("upper", upper)))
-    terms = PlayerTerms.of(prox, len(objectives))
+    terms = PlayerTerms.of("prox", prox, len(objectives))
     sides = [side.entries for side in (low, high) if side is not None]
     for player, term in enumerate(() if terms is None else terms.entries):
         if term is not None and any(entries[player] is not None for entries in sides):

@@ -61,11 +61,16 @@ class Inspector:
         The faults are properties of the function, so one problem shows them as well as all of them. If the user's ``function`` is
         branch-free and depends on its arguments alone, or the user vouches for it, one call is enough too.
         """
+        inspection = self._inspect(problem, x, function, captures=captures, again=again)
+        self._last = inspection.replays or inspection.reason
+        return inspection
+
+    def _inspect(self, problem: Problem, x: torch.Tensor, function: Any, *, captures: bool, again: bool) -> Inspection:
         memory = InspectionCache[ReplayCache]() if again else self._inspected
         known = _known(problem, x, function, captures, self._static)
         replays = None if isinstance(known, str) else memory.find(known.key, known.parts)
         if replays is not None and not replays.needs_grad and not isinstance(known, str):
-            return self._kept(_usable(replays, problem, x, known))
+            return _usable(replays, problem, x, known)
         reason = known if isinstance(known, str) else "the first call of a function checks it"
         if replays is not None:
             reason = replays.reason
@@ -82,7 +87,7 @@ class Inspector:
                 raise
             # The function has no value at the initial guess. The check sees nothing, and the solve reports it.
             found = (x.new_full((), float("nan")), torch.full_like(x[0], float("nan")))
-        return self._kept(Inspection(found, reason=reason))
+        return Inspection(found, reason=reason)
 
     def reuse_inspection(
         self, problem: Problem, x: torch.Tensor, function: Any, *, captures: bool
@@ -93,18 +98,17 @@ class Inspector:
         """
         known = _known(problem, x, function, captures, self._static)
         if isinstance(known, str):
-            self._kept(Inspection(None, reason=known))
+            self._last = known
             return None
         replays = self._inspected.find(known.key, known.parts) or self._aside.find(known.key, known.parts)
         if replays is None:
             self._aside.keep(known.key, known.parts, replays := known.new_replays())
         if replays.needs_grad:
-            return self._kept(Inspection(None, reason=replays.reason)).replays
-        return self._kept(_usable(replays, problem, x, known)).replays
-
-    def _kept(self, inspection: Inspection) -> Inspection:
+            self._last = replays.reason
+            return None
+        inspection = _usable(replays, problem, x, known)
         self._last = inspection.replays or inspection.reason
-        return inspection
+        return inspection.replays
 
 
 def _forgetful(static: bool) -> Inspector:

@@ -16,6 +16,7 @@ from torch.utils import _pytree as pytree
 from bilevel._torch.empty_batches import EmptyBatch, apply_rule
 from bilevel._torch.transforms import (
     autocast_to,
+    carries_gradient,
     differentiating,
     eager,
     transforms_active,
@@ -28,7 +29,7 @@ from bilevel.errors import (
     DtypeError,
 )
 from bilevel.implicit import ImplicitContext, Solve
-from bilevel.layers.arguments import check_captures, check_init, nan_of, refuse_forward_twice
+from bilevel.layers.arguments import check_captures, init_gradient_error, nan_of, refuse_forward_twice
 from bilevel.layers.call import SolveCall
 from bilevel.layers.differentiation import BySteps, Differentiation, solver_for, step_of
 from bilevel.layers.inspector import Inspector
@@ -36,7 +37,7 @@ from bilevel.layers.modules import STATE, FunctionalModule, ModuleFunction
 from bilevel.layers.settings import Setting, SolveSettings
 from bilevel.layers.solution import Solution
 from bilevel.linear._base import LinearSolver, LinearSolverLike
-from bilevel.policy import OnFailure
+from bilevel.policy import OnFailure, handle_misuse
 from bilevel.pytree import Raveler, flatten_arguments
 from bilevel.reports import StatusMessages
 from bilevel.solvers._base import InnerSolver, InnerSolverLike
@@ -270,8 +271,8 @@ class Layer:
             system, flat = self.structure.attach(ordinary, flat, tensors)
             if settings.multiplier_start:
                 flat = system.begun(flat, settings.multiplier_start)
-        if watched or inside or transforms_active():
-            poisoned = check_init(self.where, given, settings.on_failure)
+        if (watched or inside or transforms_active()) and carries_gradient(given):
+            poisoned = handle_misuse(init_gradient_error(self.where), settings.on_failure)
         if inside:
             poisoned |= check_captures(ordinary, given, tensors, settings.on_failure)
             if system is not ordinary and not poisoned:

@@ -105,13 +105,6 @@ class SolveSettings:
         if not isinstance(self.differentiation, Differentiation):
             object.__setattr__(self, "differentiation", check_differentiation(self.differentiation))
 
-    def start(self, rhs: torch.Tensor) -> torch.Tensor | None:
-        """Return the initial guess of the linear solve for the right-hand side ``rhs`` (batch, n), or None."""
-        kept = self.adjoint_start
-        if kept is None or kept.shape != rhs.shape or not bool(torch.isfinite(kept).all()):
-            return None
-        return kept.to(rhs)
-
 
 class Setting(Generic[T]):
     """One of the :class:`SolveSettings` of a layer or a problem, as an attribute that may be set between calls.

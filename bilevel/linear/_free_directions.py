@@ -8,18 +8,19 @@ uᵀ ∂_θR dθ = 0 for every u with uᵀ J = 0. Reverse mode solves Jᵀ q = x
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from bilevel.equations.pullbacks import Pullback
 from bilevel.linear._null_space import NullSpace, known_null_space
 from bilevel.linear._pseudo_inverse import PseudoInverse
+from bilevel.linear._solution import LinearOutcome
 from bilevel.linear.exact import pseudo_inverse_of
 from bilevel.operators import LinearOperator
 from bilevel.reports import Status, StatusMessages
 
-__all__ = ["changes_free_directions", "free_direction_messages", "unsure_derivative_messages"]
+__all__ = ["changes_free_directions", "unsure_derivative_messages", "without_derivative"]
 
 _IRRATIONAL = (0.7548776662466927, 0.5698402909980532, 0.8191725133961645)
 
@@ -159,7 +160,7 @@ def _norm(tensor: torch.Tensor) -> float:
     return float(torch.linalg.vector_norm(_entries(tensor)))
 
 
-def free_direction_messages(*, symmetric: bool) -> StatusMessages:
+def _free_direction_messages(*, symmetric: bool) -> StatusMessages:
     """Return the message for ``Status.SINGULAR`` if an argument changes the free directions."""
     meaning = "found no derivative: an argument changes which directions of the solution are free"
     if symmetric:
@@ -179,3 +180,22 @@ def unsure_derivative_messages() -> StatusMessages:
         "differentiate by torch.autograd.grad, which checks what the argument was computed from, or pin one unknown"
     )
     return {Status.MINIMUM_NORM: (meaning, remedy)}
+
+
+def without_derivative(
+    operator: LinearOperator,
+    outcome: LinearOutcome,
+    pullbacks: Callable[[], Sequence[Pullback]],
+    words: StatusMessages,
+) -> tuple[LinearOutcome, StatusMessages]:
+    """Return ``outcome`` and ``words`` with ``Status.SINGULAR`` for problems in which an argument changes the free directions of the solution."""
+    if not bool((outcome.status == Status.MINIMUM_NORM).any()):
+        return outcome, words
+    changed = changes_free_directions(operator, outcome.status, pullbacks())
+    if not bool(changed.any()):
+        return outcome, words
+    status = torch.where(changed, int(Status.SINGULAR), outcome.status)
+    first = (status == Status.SINGULAR).nonzero()[0]  # a report has one message for each status
+    if bool(changed[first]):
+        words = {**_free_direction_messages(symmetric=operator.symmetric), **words}
+    return replace(outcome, status=status), words

@@ -83,9 +83,9 @@ class BatchSpec:
         """Return ``function`` of one problem's (inner, outer, data) as one of all of them, which share ``outer``."""
         return function if self.dims is None else vmap(function, in_dims=(0, None, self.dims), randomness=randomness)
 
-    def ravel(self, inner: Any, raveler: Raveler | None = None) -> torch.Tensor:
+    def ravel(self, inner: Any) -> torch.Tensor:
         """Return ``inner`` as one vector for each problem, (K, n), with K = 1 for a single one."""
-        raveler = self._raveler(inner) if raveler is None else raveler
+        raveler = self._raveler(inner)
         return raveler.ravel(inner)[None] if self.dims is None else vmap(raveler.ravel)(inner)
 
     def unravel(self, raveler: Raveler, flat: torch.Tensor) -> Any:
@@ -107,30 +107,28 @@ class BatchSpec:
         ``inner``, a solution.
         """
         raveler = self._raveler(inner)
-        x = self.ravel(inner, raveler)
+        x = raveler.ravel(inner)[None] if self.dims is None else vmap(raveler.ravel)(inner)
         tensors, arguments = flatten_arguments((outer, data), {})
         autocast = autocast_to(raveler.device)
         system: System = ArgminSystem(self.where, lower, raveler, arguments, autocast=autocast)
-        other = ArgminSystem(self.where, upper, raveler, arguments, autocast=autocast)
+        other: System = ArgminSystem(self.where, upper, raveler, arguments, autocast=autocast)
 
-        def structured(first: list[torch.Tensor]) -> System:
-            if structure is None:
-                return system
+        moved = first = tensors
+        if self.dims is not None:
+            # One dimension for each leaf of data, as vmap itself reads a prefix of in_dims.
+            dims = [*[None] * len(pytree.tree_leaves(outer)), *self._of_leaves(data)]
+            of_tensors = [dim for dim, flag in zip(dims, arguments.is_tensor, strict=True) if flag]
+            moved = [t if dim is None else t.movedim(dim, 0) for t, dim in zip(tensors, of_tensors, strict=True)]
+            if len(x):
+                first = [t if dim is None else t[0] for t, dim in zip(moved, of_tensors, strict=True)]
+        if structure is not None:
             start = torch.zeros(raveler.size, dtype=raveler.dtype, device=raveler.device)
-            return structure.attach(system, start, first)[0].in_x()
-
-        if self.dims is None:
-            problem = Problem.of(structured(tensors), tensors)
-            return problem, Problem(other, problem.tensors), x
-        # One dimension for each leaf of data, as vmap itself reads a prefix of in_dims.
-        dims = [*[None] * len(pytree.tree_leaves(outer)), *self._of_leaves(data)]
-        of_tensors = [dim for dim, flag in zip(dims, arguments.is_tensor, strict=True) if flag]
-        moved = [t if dim is None else t.movedim(dim, 0) for t, dim in zip(tensors, of_tensors, strict=True)]
-        count = len(pytree.tree_leaves(inner)[0])
-        first = [t if dim is None else t[0] for t, dim in zip(moved, of_tensors, strict=True)] if count else moved
-        batched = tuple(dim is not None for dim in of_tensors)
-        problem = Problem.of(structured(first).lift(count, batched), moved)
-        return problem, Problem(other.lift(count, batched), problem.tensors), x
+            system = structure.attach(system, start, first)[0].in_x()
+        if self.dims is not None:
+            batched = tuple(dim is not None for dim in of_tensors)
+            system, other = system.lift(len(x), batched), other.lift(len(x), batched)
+        problem = Problem.of(system, moved)
+        return problem, Problem(other, problem.tensors), x
 
     def _raveler(self, inner: Any) -> Raveler:
         # Of no problems at all there is no first one.

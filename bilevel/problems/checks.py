@@ -12,20 +12,18 @@ from typing import Any
 import torch
 from torch.utils import _pytree as pytree
 
-from bilevel._torch.graph_features import record_graph_features
-from bilevel._torch.transforms import carries_gradient, eager, innermost, transforms_active, unhooked
+from bilevel._torch.graph_features import nodes, reaches_another_leaf, record_graph_features
+from bilevel._torch.transforms import carries_gradient, transforms_active
 from bilevel.equations.problem import Problem
-from bilevel.errors import ArgumentError, BilevelError, StochasticObjectiveError, TransformError
-from bilevel.layers.checks import buffers_of, captured_error, changed_in_place, reaches_another_leaf, refused_by_torch
-from bilevel.layers.differentiation import Differentiation, Implicit
-from bilevel.layers.randomness import GeneratorStates, draws
+from bilevel.errors import ArgumentError, TransformError
+from bilevel.layers.checks import SideEffectCheck, captured_error, refused_by_torch
+from bilevel.layers.differentiation import Implicit
+from bilevel.layers.settings import SolveSettings
 from bilevel.policy import OnFailure, handle_misuse
 from bilevel.pytree import moves, moving
-from bilevel.tolerance import Tolerance
 
 __all__ = [
     "CheckedObjective",
-    "SideEffectCheck",
     "check_captures",
     "check_connection",
     "check_dependence",
@@ -35,53 +33,6 @@ __all__ = [
     "no_dependence",
     "refuse_inference_mode",
 ]
-
-
-class SideEffectCheck:
-    """Tells whether an evaluation of ``objective`` draws random numbers or changed a tensor in place since this was made.
-
-    Parameters
-    ----------
-    where
-        Of which problem it is.
-    objective
-        The user's function.
-    trees
-        Its arguments.
-    evaluation
-        What is evaluated in between: where random numbers were drawn by somebody, it is done once more.
-    """
-
-    @eager
-    def __init__(self, where: str, objective: Callable[..., Any], trees: Any, evaluation: Callable[[], object]) -> None:
-        leaves = [leaf for leaf in pytree.tree_leaves(trees) if isinstance(leaf, torch.Tensor)]
-        self._states = GeneratorStates(leaves[0].device if leaves else torch.device("cpu"))
-        # Versions are counted in the plain tensor that transforms wrap.
-        watched = map(innermost, (*leaves, *buffers_of(objective)))
-        self._where = where
-        self._tensors = [tensor for tensor in list(watched) if not tensor.is_inference()]
-        self._versions = [tensor._version for tensor in self._tensors]
-        self._evaluation = evaluation
-
-    @eager
-    def ended(self, on_failure: OnFailure) -> bool:
-        """Treat what was found as the policy says; return whether the result is to be NaN."""
-        error: BilevelError | None = None
-        changed = self._versions != [tensor._version for tensor in self._tensors]
-        if self._draws():
-            error = StochasticObjectiveError(
-                f"{self._where}: expected outer_objective to be deterministic, and it draws random numbers; switch dropout off "
-                "with .eval(), or draw outside and pass what was drawn in data"
-            )
-        elif changed:
-            error = changed_in_place(self._where, "outer_objective")
-        return error is not None and handle_misuse(error, on_failure)
-
-    def _draws(self) -> bool:
-        if not self._states.changed():
-            return False
-        with unhooked():  # a checkpoint is not to count what is saved here
-            return draws(self._evaluation)
 
 
 class CheckedObjective:
@@ -113,7 +64,7 @@ class CheckedObjective:
         watch = SideEffectCheck(where, self._objective, (point, tensors), lambda: outputs(point, *tensors))
         with refused_by_torch(where, "outer_objective"):
             values = outputs(point, *tensors)
-        if record_graph_features(self._objective, values):
+        if record_graph_features(self._objective, nodes(values)):
             values = outputs(point, *tensors)
         self.poisoned = watch.ended(self._policy)
         if not values.requires_grad:
@@ -137,8 +88,9 @@ def check_outer(where: str, outer: Any) -> None:
         )
 
 
-def check_goal(where: str, tolerance: Tolerance, differentiation: Differentiation, *, structured: bool) -> None:
-    """Raise where the ``tolerance`` is a goal, and the inner problem or its ``differentiation`` allows none."""
+def check_goal(where: str, settings: SolveSettings, *, structured: bool) -> None:
+    """Raise where the tolerance is a goal, and the inner problem or its differentiation allows none."""
+    tolerance, differentiation = settings.tolerance, settings.differentiation
     if tolerance.has_goal and not isinstance(differentiation, Implicit):
         raise ArgumentError(
             f"{where}: expected differentiation=bilevel.Implicit() with a goal for the hypergradient, got {differentiation}; "

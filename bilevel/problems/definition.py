@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch.utils import _pytree as pytree
 
 from bilevel.certificates.constants import Constants
 from bilevel.equations.problem import Problem
@@ -16,10 +15,9 @@ from bilevel.errors import ArgumentError
 from bilevel.policy import OnFailure
 from bilevel.problems.batching import BatchSpec
 from bilevel.problems.checks import check_connection, disconnected
-from bilevel.problems.outer_loss import outer_losses
-from bilevel.pytree import moving
+from bilevel.pytree import detached, differentiated
 
-__all__ = ["Definition", "copied", "detached", "differentiated"]
+__all__ = ["Definition"]
 
 Objective = Callable[[Any, Any, Any], torch.Tensor]
 
@@ -68,10 +66,6 @@ class Definition:
             )
         return self.prepare(outer, data)
 
-    def outer_losses(self, inner: Any, outer: Any, data: Any, policy: OnFailure) -> torch.Tensor:
-        """Return F of every problem at prepared ``data``, differentiable."""
-        return outer_losses(self.outer_objective, self.numbering, inner, outer, data, policy)
-
     def flat_problems(self, inner: Any, outer: Any, data: Any) -> tuple[Problem, Problem, torch.Tensor]:
         """Return G and F as batches of flat problems, and ``inner`` (K, n). ``data`` is not prepared."""
         whole = self.prepare is None
@@ -94,21 +88,4 @@ class Definition:
         """Return which floating-point tensors of ``outer``, of those ``among``, no objective's graph leads to."""
         plain, at = detached(outer), detached(inner)
         lower, upper, x = self.flat_problems(at, plain, data)
-        return disconnected(lower, upper, x, differentiated(plain, lower), among)
-
-
-def differentiated(outer: Any, problem: Problem) -> tuple[bool, ...]:
-    """Return which of the problem's tensors, those of ``outer`` first, are differentiated with respect to."""
-    leaves = pytree.tree_leaves(outer)
-    flags = [move for leaf, move in zip(leaves, moving(leaves), strict=True) if isinstance(leaf, torch.Tensor)]
-    return (*flags, *[False] * (len(problem.tensors) - len(flags)))
-
-
-def detached(tree: Any) -> Any:
-    """Return ``tree`` with tensors cut from their graphs."""
-    return pytree.tree_map(lambda leaf: leaf.detach() if isinstance(leaf, torch.Tensor) else leaf, tree)
-
-
-def copied(tree: Any) -> Any:
-    """Return ``tree`` with copies of its tensors, without graphs."""
-    return pytree.tree_map(lambda leaf: leaf.detach().clone() if isinstance(leaf, torch.Tensor) else leaf, tree)
+        return disconnected(lower, upper, x, differentiated(plain, len(lower.tensors)), among)

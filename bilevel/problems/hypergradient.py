@@ -1,23 +1,18 @@
-"""The hypergradient: how one call of :meth:`BilevelProblem.hypergradient` computes it, and what its error bounds are computed from."""
+"""The hypergradient: how one call of :meth:`BilevelProblem.hypergradient` computes it."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any
 
 import torch
 from torch.utils import _pytree as pytree
 
-from bilevel.certificates._certificate import Certificate
-from bilevel.certificates._local import LocalCertificate, NoCertificate
 from bilevel.certificates._point import Point
 from bilevel.certificates.bound import Bound
 from bilevel.certificates.constants import Constants
-from bilevel.errors import ArgumentError
 from bilevel.layers.call import SolveCall
-from bilevel.layers.differentiation import Implicit
 from bilevel.layers.inspector import Inspector
 from bilevel.layers.settings import Adjoint, SolveSettings
 from bilevel.layers.solution import Solution
@@ -25,10 +20,11 @@ from bilevel.problems.adaptive.direct import decided, full_accuracy
 from bilevel.problems.adaptive.driver import solve_to_goal
 from bilevel.problems.adaptive.state import SearchState
 from bilevel.problems.checks import CheckedObjective, check_captures, no_dependence
-from bilevel.problems.definition import Definition, copied, detached, differentiated
-from bilevel.problems.result import Hypergradient, HypergradientReport, assemble
+from bilevel.problems.definition import Definition
+from bilevel.problems.outer_loss import outer_losses
+from bilevel.problems.result import Hypergradient, HypergradientReport, assemble, certificate_of, known_constants
 from bilevel.problems.warm_start import WarmStart
-from bilevel.pytree import as_real, joined, moves, moving
+from bilevel.pytree import as_real, copied, detached, differentiated, joined, moves, requiring_grad
 from bilevel.reports import Basis
 
 __all__ = ["HypergradientCall"]
@@ -65,16 +61,14 @@ class HypergradientCall:
         The latter is None where F does not depend on φ.
         """
         problem, settings, outer, data = self.problem, self.settings, self.outer, self.data
-        where, policy = problem.where, settings.on_failure
+        where, policy = problem.numbering.where, settings.on_failure
         # Copies: what is computed from the result later is of θ as it is now.
-        leaves, structure = pytree.tree_flatten(copied(outer))
-        needs_grad = [leaf.requires_grad_(True) for leaf, move in zip(leaves, moving(leaves), strict=True) if move]
-        theta = pytree.tree_unflatten(leaves, structure)
+        theta, needs_grad = requiring_grad(outer)
         adjoints: list[Adjoint] = []
         with torch.enable_grad():
             prepared = problem.prepared(theta, data)
             solution = self.solve(replace(settings, on_adjoint=adjoints.append), theta, prepared, init)
-            value = problem.outer_losses(solution.value, theta, prepared, policy).mean()
+            value = outer_losses(problem, solution.value, theta, prepared, policy).mean()
             if not value.requires_grad:
                 raise no_dependence(where)
             poisoned = check_captures(where, value, needs_grad, (data, init), policy)
@@ -83,6 +77,7 @@ class HypergradientCall:
             found = tuple(torch.full_like(gradient, float("nan")) for gradient in found)
         plain, inner = detached(theta), detached(solution.value)
         lower, upper, x = problem.flat_problems(inner, plain, data)
+        outer_tensors = differentiated(plain, len(lower.tensors))
         flat = joined(problem.connected(found, inner, outer, data, policy))
         q, backward, corrected = torch.zeros_like(x), solution.report, value.detach()
         last = adjoints[-1] if adjoints else None
@@ -91,9 +86,9 @@ class HypergradientCall:
                 settings.on_adjoint(last)
             q, backward = last.value * lower.batch, last.report  # the mean's cotangents are 1/K of each problem's own
             corrected = corrected - (q * last.residual).sum(dim=-1).mean()
-        point = Point.at(lower, upper, x, q, differentiated(plain, lower))
+        point = Point.at(lower, upper, x, q, outer_tensors)
         report = HypergradientReport(solution.report, backward)
-        result = self._assembled(plain, data, point, value.detach(), corrected, flat, report)
+        result = assemble(problem, settings, plain, data, point, inner, value.detach(), corrected, flat, report)
         return result, point, last
 
     def to_goal_directly(self, init: Any, warm: WarmStart) -> tuple[Hypergradient, SearchState | None]:
@@ -114,14 +109,14 @@ class HypergradientCall:
         given = (self.data, init)
         outer, data = copied(self.outer), detached(self.data)
         lower, upper, x = problem.flat_problems(detached(init), outer, data)
-        needs_grad = differentiated(outer, lower)
+        needs_grad = differentiated(outer, len(lower.tensors))
         known: list[Constants] = []
 
         def certify(x: torch.Tensor, q: torch.Tensor, flat: torch.Tensor, corrected: torch.Tensor) -> Bound:
             if not known:
-                known.append(problem.constants(outer, data).with_mu(tolerance.strong_convexity))
+                known.append(known_constants(problem, self.settings, outer, data))
             point = Point.at(lower, upper, x, q, needs_grad)
-            certificate = Certificate(point, flat, corrected, lambda: known[0], problem.where, policy)
+            certificate = certificate_of(problem, self.settings, lambda: known[0], point, flat, corrected)
             bound = certificate.bound
             known[0] = certificate.constants  # what quadratic objectives determine holds at every φ, and is found once
             return bound
@@ -138,44 +133,10 @@ class HypergradientCall:
             found.gradient, [as_real(leaf).numel() for leaf in pytree.tree_leaves(outer) if moves(leaf)]
         )
         flat = torch.cat(problem.connected(parts, inner, outer, data, policy))
-        result = self._assembled(outer, data, point, here.values.mean(), here.corrected, flat, report)
+        value = here.values.mean()
+        result = assemble(problem, self.settings, outer, data, point, inner, value, here.corrected, flat, report)
         of_value = Bound(found.value_error, Basis.ESTIMATED) if tolerance.estimates else None
         after = (
             WarmStart(inner=inner, adjoint=here.q / lower.batch, known=found.known) if found.finite else None
         )  # as for the mean's cotangents
         return replace(result, _decided=found.bound, _decided_value=of_value), after
-
-    def _assembled(
-        self,
-        outer: Any,
-        data: Any,
-        point: Point,
-        value: torch.Tensor,
-        corrected: torch.Tensor,
-        flat: torch.Tensor,
-        report: HypergradientReport,
-    ) -> Hypergradient:
-        """Return what was found at ``point``, ĝ being ``flat`` (p,), with what its bounds are computed from."""
-        problem, settings, tolerance = self.problem, self.settings, self.settings.tolerance
-        products = 0 if tolerance.has_goal else tolerance.bound_products
-        tensors = [leaf for leaf in pytree.tree_leaves(data) if isinstance(leaf, torch.Tensor)]
-        versions = [(tensor, tensor._version) for tensor in tensors if not tensor.is_inference()]
-
-        def constants() -> Constants:
-            if any(tensor._version != version for tensor, version in versions):
-                raise ArgumentError(
-                    f"{problem.where}: expected data to be unchanged since the hypergradient was computed, and a tensor in them was changed "
-                    "in place, so that no bound can be computed; read the bound before you change data, or pass a copy of data"
-                )
-            return problem.constants(outer, data).with_mu(tolerance.strong_convexity)
-
-        def certify(at: Point, flat: torch.Tensor, corrected: torch.Tensor) -> Certificate:
-            kind = Certificate
-            if not isinstance(settings.differentiation, Implicit):
-                kind = NoCertificate
-            elif problem.structure is not None:
-                kind = LocalCertificate if at.lower.system.symmetric else NoCertificate
-            return kind(at, flat, corrected, constants, problem.where, settings.on_failure, products)
-
-        unravel = partial(problem.numbering.unravel, point.upper.system.raveler)
-        return assemble(outer, point, value, corrected, flat, report, certify, unravel)

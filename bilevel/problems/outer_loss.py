@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -14,24 +14,16 @@ from bilevel._torch.once_differentiable import once_only, refuse_once_only
 from bilevel._torch.transforms import is_differentiated_again, saving_hooked, transforms_active, unhooked
 from bilevel.equations.function_errors import mixes_numpy, numpy_refusal
 from bilevel.errors import ShapeError
-from bilevel.layers.checks import refused_by_torch
+from bilevel.layers.checks import SideEffectCheck, refused_by_torch
 from bilevel.policy import OnFailure
-from bilevel.problems.batching import BatchSpec
-from bilevel.problems.checks import SideEffectCheck
+from bilevel.problems.definition import Definition
 from bilevel.pytree import is_numpy
 
 __all__ = ["outer_losses"]
 
 
-def outer_losses(
-    objective: Callable[[Any, Any, Any], torch.Tensor],
-    numbering: BatchSpec,
-    inner: Any,
-    outer: Any,
-    data: Any,
-    on_failure: OnFailure,
-) -> torch.Tensor:
-    """Return F of every problem: of the axes that ``numbering`` has, differentiable.
+def outer_losses(problem: Definition, inner: Any, outer: Any, data: Any, on_failure: OnFailure) -> torch.Tensor:
+    """Return F of every inner problem of ``problem`` at prepared ``data``, differentiable.
 
     Raises
     ------
@@ -40,14 +32,15 @@ def outer_losses(
     StochasticObjectiveError
         If it draws random numbers or changes a tensor in place, and the policy is ``"raise"``; NaN under ``"nan"``.
     """
-    where = numbering.where
+    where, objective = problem.numbering.where, problem.outer_objective
 
     def one(inner: Any, outer: Any, data: Any) -> torch.Tensor:
         try:
             loss = objective(inner, outer, data)
         except (RuntimeError, TypeError) as error:
             if not mixes_numpy(error):
-                raise
+                with refused_by_torch(where, "outer_objective"):
+                    raise
             raise numpy_refusal(where, "outer_objective", _arrays(outer=outer, data=data)) from error
         if not isinstance(loss, torch.Tensor) or loss.ndim != 0:
             got = tuple(loss.shape) if isinstance(loss, torch.Tensor) else type(loss).__name__
@@ -58,23 +51,25 @@ def outer_losses(
         return loss
 
     def every() -> torch.Tensor:
-        with Repeatable.around(objective), refused_by_torch(where, "outer_objective"):
+        with Repeatable.around(objective):
             # Randomness would be refused by vmap in words about vmap; let it through to our own check.
-            losses: torch.Tensor = numbering.each(one, randomness="different")(inner, outer, data)
+            losses: torch.Tensor = problem.numbering.each(one, randomness="different")(inner, outer, data)
         return losses
 
+    hooked = saving_hooked()
     watch = SideEffectCheck(where, objective, (inner, outer, data), every)
     given = [leaf for leaf in pytree.tree_leaves((inner, outer, data)) if isinstance(leaf, torch.Tensor)]
-    if saving_hooked():
+    if hooked:
         # A checkpoint takes it for granted that what is computed again saves what was saved first.
         with unhooked():
-            record_graph_features(objective, every(), given)
+            record_graph_features(objective, nodes(every(), given))
+    losses = every()
+    graph = list(nodes(losses, given))
+    if not hooked and record_graph_features(objective, graph):
         losses = every()
-    else:
-        losses = every()
-        if record_graph_features(objective, losses, given):
-            losses = every()
-    _refuse_again(where, losses, given)
+        graph = list(nodes(losses, given))
+    if any(map(once_only, graph)):
+        _refuse_again(where, losses, given)
     return losses * float("nan") if watch.ended(on_failure) else losses
 
 
@@ -85,14 +80,13 @@ def _arrays(**trees: Any) -> list[str]:
 
 
 def _refuse_again(where: str, losses: torch.Tensor, given: Sequence[torch.Tensor]) -> None:
-    """Raise where the derivative of ``losses`` may be differentiated again, and they hold what torch differentiates once only."""
+    """Raise where the derivative of ``losses``, which hold what torch differentiates once only, may be differentiated again."""
 
     def refuse(slope: torch.Tensor | None = None) -> None:
         if is_differentiated_again((losses,)):
             refuse_once_only(where, "outer_objective", losses, given)
 
-    if any(map(once_only, list(nodes(losses, given)))):
-        if transforms_active():
-            refuse()
-        else:
-            losses.register_hook(refuse)
+    if transforms_active():
+        refuse()
+    else:
+        losses.register_hook(refuse)

@@ -34,11 +34,12 @@ from bilevel.problems.checks import (
     check_outer,
     refuse_inference_mode,
 )
-from bilevel.problems.definition import Definition, detached
+from bilevel.problems.definition import Definition
 from bilevel.problems.hypergradient import HypergradientCall
+from bilevel.problems.outer_loss import outer_losses
 from bilevel.problems.result import Hypergradient
 from bilevel.problems.warm_start import WarmStart
-from bilevel.pytree import moves
+from bilevel.pytree import detached, moves
 from bilevel.solvers._base import InnerSolver, InnerSolverLike
 from bilevel.solvers._given import GivenAnswer
 from bilevel.tolerance import Tolerance
@@ -306,7 +307,7 @@ class BilevelProblem(torch.nn.Module, ABC):
         self._numbering.checked_count(data)
         settings = self._settings_of(outer, data)
         tolerance, policy = settings.tolerance, settings.on_failure
-        self._check_goal(tolerance)
+        check_goal(self.where, settings, structured=self._structure is not None)
         if tolerance.has_goal and torch.is_grad_enabled() and needs_gradient(self.where, tolerance, outer, data):
             with unhooked():
                 result = self._with_goal(settings, outer, data, init)
@@ -314,7 +315,7 @@ class BilevelProblem(torch.nn.Module, ABC):
         problem = self._definition
         prepared = problem.prepared(outer, data)
         solution = self._solve(settings, outer, prepared, init)
-        loss = problem.outer_losses(solution.value, outer, prepared, policy).mean()
+        loss = outer_losses(problem, solution.value, outer, prepared, policy).mean()
         theta = [leaf for leaf in pytree.tree_leaves(outer) if isinstance(leaf, torch.Tensor)]
         poisoned = check_dependence(self.where, loss, theta, policy)
         among = tuple(leaf.requires_grad for leaf in theta if moves(leaf))
@@ -367,11 +368,12 @@ class BilevelProblem(torch.nn.Module, ABC):
         known = self._warm.multipliers if init is None and self.warm_start else {}
 
         def solve(begin: tuple[Any, Any], outer: Any, data: Any) -> Solution[Any]:
-            return self._layer.solve_with(replace(settings, multiplier_start=begin[1]), begin[0], outer, data)
+            chosen = replace(settings, multiplier_start=begin[1]) if begin[1] else settings
+            return self._layer.solve_with(chosen, begin[0], outer, data)
 
         solution = numbering.each(solve)((start, known), outer, data)
         if self.warm_start:
-            last, multipliers = detached((solution.value, _of_constraints(solution.multipliers)))
+            last, multipliers = detached(solution.value), _of_constraints(solution.multipliers)
             # What a transform outside maps or differentiates is not this problem's own solution to go on from.
             if not transforms_active() and all(bool(torch.isfinite(leaf).all()) for leaf in pytree.tree_leaves(last)):
                 self._warm = replace(self._warm, inner=last, multipliers=multipliers)
@@ -402,11 +404,12 @@ class BilevelProblem(torch.nn.Module, ABC):
         TransformError
             Inside a transform of ``torch.func``: there a call of the problem is to be differentiated.
         """
-        check_outer(self.where, outer)
+        where = self.where
         self._numbering.checked_count(data)
         settings = self._settings_of(outer, data)
-        self._check_goal(settings.tolerance)
-        refuse_inference_mode(f"{self.where}.hypergradient")
+        check_goal(where, settings, structured=self._structure is not None)
+        refuse_inference_mode(f"{where}.hypergradient")
+        check_outer(where, outer)
         if at is not None:
             settings, init = self._settings_at(settings), detached(at)
         if settings.tolerance.has_goal:
@@ -438,9 +441,6 @@ class BilevelProblem(torch.nn.Module, ABC):
                 f"{settings.tolerance!r}, which needs solves of its own; leave `at` out, or the goal"
             )
         return replace(settings, solver=GivenAnswer())
-
-    def _check_goal(self, tolerance: Tolerance) -> None:
-        check_goal(self.where, tolerance, self._layer.differentiation, structured=self._structure is not None)
 
     def reset(self) -> None:
         """Forget the last inner solution and adjoint."""
@@ -488,4 +488,4 @@ def _of_constraints(multipliers: Any) -> dict[str, Any]:
     """Return the multipliers of equations and inequalities; those of bounds follow from x."""
     names = ("equality", "inequality")
     found = {name: getattr(multipliers, name, None) for name in names}
-    return {name: part for name, part in found.items() if part is not None}
+    return {name: detached(part) for name, part in found.items() if part is not None}

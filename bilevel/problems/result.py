@@ -13,15 +13,19 @@ from torch.utils import _pytree as pytree
 from typing_extensions import TypeVar
 
 from bilevel.certificates._certificate import Certificate
+from bilevel.certificates._local import LocalCertificate, NoCertificate
 from bilevel.certificates._point import Point
 from bilevel.certificates.bound import Bound
 from bilevel.certificates.constants import Constants
 from bilevel.errors import ArgumentError, ConstantsError
+from bilevel.layers.differentiation import Implicit
+from bilevel.layers.settings import SolveSettings
 from bilevel.problems.adaptive.state import GoalReport
+from bilevel.problems.definition import Definition
 from bilevel.pytree import joined, parted
 from bilevel.reports import Basis, SolveReport, Status
 
-__all__ = ["Hypergradient", "HypergradientReport", "assemble"]
+__all__ = ["Hypergradient", "HypergradientReport", "assemble", "certificate_of", "known_constants"]
 
 T = TypeVar("T", default=Any)  # the pytree of the outer variables
 
@@ -262,39 +266,51 @@ class Hypergradient(Generic[T]):
 
 
 def assemble(
+    problem: Definition,
+    settings: SolveSettings,
     outer: Any,
+    data: Any,
     point: Point,
+    inner: Any,
     value: torch.Tensor,
     corrected: torch.Tensor,
     gradient: torch.Tensor,
     report: HypergradientReport,
-    certify: Callable[[Point, torch.Tensor, torch.Tensor], Certificate],
-    unravel: Callable[[torch.Tensor], Any],
 ) -> Hypergradient:
-    """Return what was found at ``point`` in the terms of ``outer`` and of the inner variables.
+    """Return what was found at ``point`` in the terms of ``outer`` and of the inner variables, with what its bounds are computed from.
 
     Parameters
     ----------
     outer
         The pytree that ``gradient``, ĝ (p,), belongs to.
+    inner
+        φ of ``point`` as the pytree of the inner variables.
     value, corrected
         F, and C4 of it.
-    certify
-        (point, ĝ (p,), corrected value) ↦ what bounds them.
-    unravel
-        (K, n) ↦ the pytree of the inner variables.
     """
-    restore = partial(parted, like=outer)
+    restore, where = partial(parted, like=outer), problem.numbering.where
+    unravel = partial(problem.numbering.unravel, point.inner.upper.system.raveler)
+    tensors = [leaf for leaf in pytree.tree_leaves(data) if isinstance(leaf, torch.Tensor)]
+    versions = [(tensor, tensor._version) for tensor in tensors if not tensor.is_inference()]
+
+    def constants() -> Constants:
+        if any(tensor._version != version for tensor, version in versions):
+            raise ArgumentError(
+                f"{where}: expected data to be unchanged since the hypergradient was computed, and a tensor in them was changed "
+                "in place, so that no bound can be computed; read the bound before you change data, or pass a copy of data"
+            )
+        return known_constants(problem, settings, outer, data)
 
     def made(
         at: Point,
+        inner: Any,
         value: torch.Tensor,
         corrected: torch.Tensor,
         flat: torch.Tensor,
         report: HypergradientReport,
         rebuild: Callable[[Point, Hypergradient], Hypergradient],
     ) -> Hypergradient:
-        inner, adjoint, certificate = unravel(at.x), unravel(at.q), certify(at, flat, corrected)
+        certificate, adjoint = certificate_of(problem, settings, constants, at, flat, corrected), unravel(at.q)
         return Hypergradient(value, corrected, restore(flat), inner, adjoint, report, certificate, rebuild, restore)
 
     def rebuild(at: Point, before: Hypergradient) -> Hypergradient:
@@ -303,6 +319,29 @@ def assemble(
         worth, found = there.upper.value(there.x).mean().to(value), at.corrected_value.mean().to(value)
         flat = at.gradient.mean(0).to(gradient)
         # This function by its own name would be a circle, which holds all of the problem until a collection.
-        return made(there, worth, found, flat, before.report.moved(at), before._rebuild)
+        return made(there, unravel(there.x), worth, found, flat, before.report.moved(at), before._rebuild)
 
-    return made(point, value, corrected, gradient, report, rebuild)
+    return made(point, inner, value, corrected, gradient, report, rebuild)
+
+
+def known_constants(problem: Definition, settings: SolveSettings, outer: Any, data: Any) -> Constants:
+    """Return the constants of the objectives that the user gave."""
+    return problem.constants(outer, data).with_mu(settings.tolerance.strong_convexity)
+
+
+def certificate_of(
+    problem: Definition,
+    settings: SolveSettings,
+    constants: Callable[[], Constants],
+    at: Point,
+    flat: torch.Tensor,
+    corrected: torch.Tensor,
+) -> Certificate:
+    """Return what bounds the errors of ĝ (p,) and of the ``corrected`` value, found at a point."""
+    kind = Certificate
+    if not isinstance(settings.differentiation, Implicit):
+        kind = NoCertificate
+    elif problem.structure is not None:
+        kind = LocalCertificate if at.lower.system.symmetric else NoCertificate
+    products = 0 if settings.tolerance.has_goal else settings.tolerance.bound_products
+    return kind(at, flat, corrected, constants, problem.numbering.where, settings.on_failure, products)

@@ -118,7 +118,9 @@ class Clarabel:
         if program.empty.any():
             blank.certificate[program.sizes.n + program.sizes.p :] = program.empty
             return blank.ended(Status.INFEASIBLE)
-        answer = self._call(clarabel, program)
+        P, A, b = program.stacked()
+        cones = [clarabel.ZeroConeT(program.equations), clarabel.NonnegativeConeT(len(b) - program.equations)]
+        answer = self.answer(clarabel, P, program.q, A, b, cones)
         status = _STATUS.get(str(answer.status), Status.STAGNATED)
         point, slack = program.point_of(np.array(answer.x), np.array(answer.z), np.array(answer.s))
         blank.steps = int(answer.iterations)
@@ -131,14 +133,13 @@ class Clarabel:
             else _refuted(program, found)
         )
 
-    def _call(self, clarabel: Any, program: SparseProgram) -> Any:
+    def answer(self, clarabel: Any, P: Any, q: np.ndarray, A: Any, b: np.ndarray, cones: Sequence[Any]) -> Any:
+        """Return the answer of the module ``clarabel`` to min ½ xᵀPx + qᵀx, A x + s = b, with s in ``cones``. P is upper triangular."""
         settings = clarabel.DefaultSettings()
         settings.verbose, settings.max_iter = False, self.max_steps
         settings.tol_gap_abs = settings.tol_gap_rel = settings.tol_feas = self.tolerance
         settings.presolve_enable = False  # infinite sides are left out before
-        P, matrix, side = program.stacked()
-        cones = [clarabel.ZeroConeT(program.equations), clarabel.NonnegativeConeT(len(side) - program.equations)]
-        return clarabel.DefaultSolver(P, program.q, matrix, side, cones, settings).solve()
+        return clarabel.DefaultSolver(P, q, A, b, cones, settings).solve()
 
 
 def _clarabel() -> Any:

@@ -10,18 +10,19 @@ import torch
 from torch.utils import _pytree as pytree
 
 from bilevel._torch.empty_batches import apply_rule
-from bilevel._torch.transforms import eager, forward_levels
-from bilevel.errors import ArgumentError, TransformError
+from bilevel._torch.transforms import eager
+from bilevel.errors import ArgumentError
+from bilevel.layers.arguments import refuse_forward_twice
 from bilevel.layers.solution import Solution
 from bilevel.policy import OnFailure, check_policy
 from bilevel.quadratic_programs._arguments import Arguments, arguments_of
 from bilevel.quadratic_programs._call import Backend, ProgramCall
 from bilevel.quadratic_programs._clarabel import Clarabel
+from bilevel.quadratic_programs._interface import ProgramFunction, checked_settings, with_arguments_of
 from bilevel.quadratic_programs._row_scales import row_scales, scaled_rows
 from bilevel.quadratic_programs._rule import ProgramSolve, Rule, Structure
 from bilevel.quadratic_programs._solvers import Mehrotra
 from bilevel.reports import SolveReport
-from bilevel.setting_checks import check_number
 from bilevel.tolerance import Auto, Tolerance
 
 __all__ = ["ActiveSet", "Certificate", "Multipliers", "ProgramSolution", "QuadraticProgram", "quadratic_program"]
@@ -104,19 +105,13 @@ def _rebuilt(children: list[Any], context: Any) -> ProgramSolution:
     return ProgramSolution(value, report, multipliers, active, certificate=certificate)
 
 
-class QuadraticProgram:
+class QuadraticProgram(ProgramFunction):
     """The type of ``bilevel.quadratic_program``, which is its only instance."""
 
     __name__ = "quadratic_program"
 
-    def __repr__(self) -> str:
-        return "<bilevel.quadratic_program>"
-
-    def __reduce__(self) -> str:
-        return "quadratic_program"
-
     @eager
-    def __call__(
+    def solve(
         self,
         Q: torch.Tensor,
         q: torch.Tensor,
@@ -131,7 +126,22 @@ class QuadraticProgram:
         on_failure: OnFailure = "raise",
         smoothing: float | None = None,
         solver: Backend | None = None,
-    ) -> torch.Tensor:
+    ) -> ProgramSolution:
+        """Return a :class:`ProgramSolution`: x with its multipliers, active set, report and certificates. The arguments are those of the call.
+
+        Examples
+        --------
+        >>> import torch, bilevel
+        >>> solution = bilevel.quadratic_program.solve(torch.eye(2), torch.tensor([1.0, -1.0]), lower=0.0)
+        >>> solution.value, solution.multipliers.lower, solution.report.status.name
+        (tensor([0., 1.]), tensor([1., 0.]), 'CONVERGED')
+        """
+        settings = _Settings(tolerance, on_failure, smoothing, solver)
+        return _solution(settings, Q=Q, q=q, A=A, b=b, G=G, h=h, lower=lower, upper=upper)
+
+    @with_arguments_of(solve)
+    @eager
+    def __call__(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         r"""Return x of min ½ xᵀQx + qᵀx subject to Ax = b, Gx ≤ h, lower ≤ x ≤ upper, differentiable in all of them.
 
         Parameters
@@ -202,37 +212,7 @@ class QuadraticProgram:
         >>> point.grad
         tensor([ 0.5000, -0.5000])
         """
-        settings = _Settings(tolerance, on_failure, smoothing, solver)
-        return _solution(settings, Q=Q, q=q, A=A, b=b, G=G, h=h, lower=lower, upper=upper).value
-
-    @eager
-    def solve(
-        self,
-        Q: torch.Tensor,
-        q: torch.Tensor,
-        A: torch.Tensor | None = None,
-        b: torch.Tensor | float | None = None,
-        G: torch.Tensor | None = None,
-        h: torch.Tensor | float | None = None,
-        lower: torch.Tensor | float | None = None,
-        upper: torch.Tensor | float | None = None,
-        *,
-        tolerance: Tolerance | None = None,
-        on_failure: OnFailure = "raise",
-        smoothing: float | None = None,
-        solver: Backend | None = None,
-    ) -> ProgramSolution:
-        """Return a :class:`ProgramSolution`: x with its multipliers, active set, report and certificates. The arguments are those of the call.
-
-        Examples
-        --------
-        >>> import torch, bilevel
-        >>> solution = bilevel.quadratic_program.solve(torch.eye(2), torch.tensor([1.0, -1.0]), lower=0.0)
-        >>> solution.value, solution.multipliers.lower, solution.report.status.name
-        (tensor([0., 1.]), tensor([1., 0.]), 'CONVERGED')
-        """
-        settings = _Settings(tolerance, on_failure, smoothing, solver)
-        return _solution(settings, Q=Q, q=q, A=A, b=b, G=G, h=h, lower=lower, upper=upper)
+        return self.solve(*args, **kwargs).value
 
 
 class _Settings:
@@ -241,20 +221,13 @@ class _Settings:
     def __init__(
         self, tolerance: Tolerance | None, on_failure: str, smoothing: float | None, solver: Backend | None
     ) -> None:
-        if smoothing is not None:
-            check_number("quadratic_program", "smoothing", smoothing)
-        if tolerance is not None and not isinstance(tolerance, Tolerance):
-            raise ArgumentError(
-                f"{_WHERE}: expected tolerance to be a bilevel.Tolerance, got {tolerance!r}; wrap it in one"
-            )
+        given, self.smoothing = checked_settings("quadratic_program", tolerance, smoothing)
         if solver is not None and not (hasattr(solver, "solve") and hasattr(solver, "factor")):
             raise ArgumentError(
                 f"{_WHERE}: expected solver to be bilevel.Mehrotra(...) or bilevel.Clarabel(...), got {solver!r}; pass one of them"
             )
         self.on_failure = check_policy(on_failure)
-        self.smoothing = 0.0 if smoothing is None else float(smoothing)
         self.solver = solver
-        given = Tolerance() if tolerance is None else tolerance
         self.delta, self.delta_prime = (
             None if d is None or isinstance(d, Auto) else float(d) for d in (given.delta, given.delta_prime)
         )
@@ -272,11 +245,7 @@ class _Settings:
 
 def _solution(settings: _Settings, **given: Any) -> ProgramSolution:
     arguments = arguments_of(_WHERE, given)
-    if forward_levels(list(arguments.tensors)) > 1:
-        raise TransformError(
-            f"{_WHERE}: expected at most one forward-mode transform around it, got two, for which torch silently returns zero "
-            "(pytorch/pytorch#197867); write jacfwd(jacrev(f)) or torch.func.hessian(f) instead of jacfwd(jacfwd(f))"
-        )
+    refuse_forward_twice(_WHERE, list(arguments.tensors))
     sparse = tuple(
         given[name]
         for name in ("Q", "A", "G")

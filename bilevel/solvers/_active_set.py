@@ -6,15 +6,16 @@ At the polished point λ = 0 holds exactly where a constraint is inactive, and x
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import torch
 
 from bilevel._torch.factorisations import eigh
+from bilevel.solvers._base import merge
 from bilevel.solvers._kkt import solve_symmetric
 from bilevel.solvers._program import Answer, Program
 
-__all__ = ["Measures", "Polished", "choose", "continued", "measure", "polish", "recovered"]
+__all__ = ["Measures", "Polished", "continued", "measure", "polish", "recovered"]
 
 _MOST_ROUNDS, _MOST_STEPS = 12, 12
 # The tolerance of signs and violations, relative to the sizes of forces and of x.
@@ -119,7 +120,7 @@ def _followed(program: Program, answer: Answer, at: Measures | None, share: floa
         point, wrong = _judged(program, point, at)
         far = (point.x - answer.x).abs().amax(-1) > share * at.size
         good = point.good & ~far
-        best = choose(good & ~best.good, point, best)
+        best = merge(good & ~best.good, point, best)
         if bool((best.good | far).all()):
             break
         lower, upper, active = wrong
@@ -274,16 +275,6 @@ def _judged(
         (point.active & ~negative) | violated,
     )
     return made, asked
-
-
-def choose(these: torch.Tensor, one: Polished, other: Polished) -> Polished:
-    """Return ``one`` for ``these`` problems (K,) and ``other`` for the rest."""
-    mask = these.unsqueeze(-1)
-    made = {}
-    for item in fields(one):
-        a, b = getattr(one, item.name), getattr(other, item.name)
-        made[item.name] = torch.where(mask if a.ndim == 2 else these, a, b)
-    return Polished(**made)
 
 
 def _pull(rows: torch.Tensor, multipliers: torch.Tensor) -> torch.Tensor:

@@ -39,6 +39,7 @@ __all__ = [
     "iterate",
     "length",
     "merge",
+    "threshold_for",
 ]
 
 
@@ -93,7 +94,7 @@ class Goal:
             return self.given
         if self.target.relative == 0:
             return self.init.new_full((self.init.shape[0],), self.target.absolute)
-        return self.target.threshold(self.scale)
+        return threshold_for(self.target, self.scale)
 
     def measure(self, linearization: Linearization) -> None:
         """Measure :attr:`scale` from a linearisation at ``init``, if it is needed. A solver that linearises there anyway calls this."""
@@ -250,6 +251,7 @@ class State(Protocol):
 
 
 S = TypeVar("S", bound=State)
+T = TypeVar("T")
 
 # A run diverges if its residual exceeds the first one by this factor.
 _DIVERGED = 1e10
@@ -347,15 +349,20 @@ def iterate(
     return InnerSolution(state.x, iterations, status, state.residual, getattr(state, "value", None)), state
 
 
-def merge(moved: torch.Tensor, new: S, old: S) -> S:
-    """Return ``new`` for the problems that moved and ``old`` for the others."""
-    if bool(moved.all()):
+def threshold_for(target: Target, scale: torch.Tensor) -> torch.Tensor:
+    """Return the residual norm to reach, per problem, for the scales given (batch,)."""
+    return torch.clamp(target.relative * scale, min=target.absolute)
+
+
+def merge(these: torch.Tensor, new: T, old: T) -> T:
+    """Return a dataclass with the tensors of ``new`` for ``these`` problems (batch,), and those of ``old`` for the others."""
+    if bool(these.all()):
         return new
     changes = {}
-    for item in fields(new):  # type: ignore[arg-type]  # a Protocol cannot say "dataclass"
+    for item in fields(new):  # type: ignore[arg-type]  # a type variable cannot say "dataclass"
         fresh, before = getattr(new, item.name), getattr(old, item.name)
         if isinstance(fresh, torch.Tensor) and before is not None:
-            changes[item.name] = torch.where(moved.reshape(-1, *[1] * (fresh.ndim - 1)), fresh, before)
+            changes[item.name] = torch.where(these.reshape(-1, *[1] * (fresh.ndim - 1)), fresh, before)
     return replace(new, **changes)  # type: ignore[type-var]
 
 

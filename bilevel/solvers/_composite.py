@@ -91,15 +91,3 @@ class Iterate:
     value: torch.Tensor
     slope: torch.Tensor
     step: torch.Tensor
-
-    def where(self, these: torch.Tensor, other: Iterate) -> Iterate:
-        """Choose for each problem, as ``torch.where`` does: this iterate where ``these`` (batch,) is True, else ``other``."""
-        if bool(these.all()):
-            return self
-        wide = these.unsqueeze(-1)
-        return Iterate(
-            torch.where(wide, self.x, other.x),
-            torch.where(these, self.value, other.value),
-            torch.where(wide, self.slope, other.slope),
-            torch.where(these, self.step, other.step),
-        )

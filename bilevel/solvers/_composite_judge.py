@@ -13,7 +13,7 @@ import torch
 
 from bilevel.errors import ArgumentError
 from bilevel.reports import Basis, Status, StatusMessages
-from bilevel.solvers._base import CallableSolver, Goal, InnerSolver, length
+from bilevel.solvers._base import CallableSolver, Goal, InnerSolver, length, merge, threshold_for
 from bilevel.solvers._composite import Composite, Iterate
 from bilevel.solvers._composite_proof import CompositeProof
 from bilevel.solvers._error import residual_rounding
@@ -202,7 +202,7 @@ class _Run:
             target = replace(silent, silent=True)
         move = composite.step(start.x, start.slope, start.step) - start.x if move is None else move
         scale = torch.maximum(length(start.slope), length(move) / start.step).nan_to_num()
-        threshold = target.threshold(scale)
+        threshold = threshold_for(target, scale)
         if not target.rtol and target.relative:  # half precision: the residual decides
             target = replace(target, absolute=0.0)
         zeros = torch.zeros(scale.shape, dtype=torch.int64, device=scale.device)
@@ -223,7 +223,7 @@ class _Run:
         """Return the run with new iterates of ``these`` problems."""
         iterations = self.iterations if steps is None else self.iterations + torch.where(these, steps, 0)
         subgradient = torch.where(these.unsqueeze(-1), subgradient, self.subgradient)
-        return replace(self, at=at.where(these, self.at), subgradient=subgradient, iterations=iterations)
+        return replace(self, at=merge(these, at, self.at), subgradient=subgradient, iterations=iterations)
 
     def ended(self, these: torch.Tensor, status: torch.Tensor) -> _Run:
         """Return the run with ``status`` (batch,) for ``these`` problems."""

@@ -9,11 +9,12 @@ import torch
 
 from bilevel.errors import ArgumentError
 from bilevel.reports import Status, StatusMessages
-from bilevel.solvers._active_set import Polished, choose, continued, measure, polish, recovered
-from bilevel.solvers._base import InnerSolver, is_one_of
+from bilevel.solvers._active_set import Polished, continued, measure, polish, recovered
+from bilevel.solvers._base import InnerSolver, is_one_of, merge
 from bilevel.solvers._central_path import centred
 from bilevel.solvers._constrained_wording import Name, failure_words
 from bilevel.solvers._implied import Weak
+from bilevel.solvers._interior_pieces import pick
 from bilevel.solvers._program import Answer, ConstrainedSolver, Program
 from bilevel.solvers._regularity import Findings, examine, explained
 from bilevel.solvers._restoration import with_feasibility
@@ -145,10 +146,7 @@ def _by_default(
     second = InteriorPoint()
     other = second.solve_program(program, init, None)
     won = failed & (other.status == Status.CONVERGED)
-    x = torch.where(won.unsqueeze(-1), other.x, answer.x)
-    status = torch.where(won, other.status, answer.status)
-    steps = answer.iterations + torch.where(failed, other.iterations, torch.zeros_like(other.iterations))
-    return replace(answer, x=x, status=status, iterations=steps), f"{first.name}, then {second.name}"
+    return answer.merged(won, other, ran=failed), f"{first.name}, then {second.name}"
 
 
 def _many_unknowns(program: Program, init: torch.Tensor) -> tuple[Answer, str]:
@@ -160,10 +158,7 @@ def _many_unknowns(program: Program, init: torch.Tensor) -> tuple[Answer, str]:
         return answer, first.name
     other = second.solve_program(program, answer.x, None)
     better = going & is_one_of(other.status, (Status.CONVERGED, *_UNSOLVED))
-    x = torch.where(better.unsqueeze(-1), other.x, answer.x)
-    status = torch.where(better, other.status, answer.status)
-    steps = answer.iterations + torch.where(better, other.iterations, 0)
-    return replace(answer, x=x, status=status, iterations=steps), f"{first.name}, then {second.name}"
+    return answer.merged(better, other), f"{first.name}, then {second.name}"
 
 
 def _continued(program: Program, init: torch.Tensor, equality: torch.Tensor, inequality: torch.Tensor) -> Answer | None:
@@ -253,16 +248,8 @@ def _settled(program: Program, answer: Answer, resume: ConstrainedSolver | None)
             return replace(answer, status=torch.where(claimed, int(Status.STAGNATED), answer.status)), point
         more = _without_contradictions(program, resume.solve_program(program, answer.x, None))
         fresh = _polished(program, more)
-        point = choose(claimed, fresh, point)
-        mask = claimed.unsqueeze(-1)
-        answer = Answer(
-            torch.where(mask, more.x, answer.x),
-            torch.where(mask, more.equality, answer.equality),
-            torch.where(mask, more.inequality, answer.inequality),
-            torch.where(claimed, more.status, answer.status),
-            answer.iterations + torch.where(claimed, more.iterations, torch.zeros_like(more.iterations)),
-            answer.known,
-        )
+        point = merge(claimed, fresh, point)
+        answer = answer.merged(claimed, more)
     return answer, point
 
 
@@ -271,7 +258,7 @@ def _polished(program: Program, answer: Answer) -> Polished:
     point = polish(program, answer) if answer.known else _without_multipliers(program, answer)
     if bool((usable & ~point.good).any()) and _recoverable(program):
         # Where constraints leave no interior, multipliers of the central path grow without end. Others may exist.
-        point = choose(point.good, point, _with_other_multipliers(program, answer))
+        point = merge(point.good, point, _with_other_multipliers(program, answer))
     return point
 
 
@@ -283,10 +270,8 @@ def _judged(program: Program, answer: Answer, point: Polished, used: str, name: 
     findings, point = examine(program, point, at)
     # Interior-point iterates converge, slowly, even to solutions without multipliers.
     status = torch.where(good & findings.negative, int(Status.INDEFINITE), status)
-    mask = good.unsqueeze(-1)
-    x = torch.where(mask, point.x, answer.x)
-    equality = torch.where(mask, point.equality, answer.equality)
-    inequality = torch.where(mask, point.inequality, answer.inequality)
+    taken, kept = (point.x, point.equality, point.inequality), (answer.x, answer.equality, answer.inequality)
+    x, equality, inequality = pick(good, taken, kept)
     degenerate = (findings.degenerate | findings.dependent) & (status == Status.CONVERGED)
     words = {}
     if bool(degenerate.any()):
@@ -302,7 +287,7 @@ def _without_multipliers(program: Program, answer: Answer) -> Polished:
     for near in _NEAR[1:]:
         if bool(point.good.all()):
             break
-        point = choose(point.good, point, polish(program, recovered(program, answer, near)))
+        point = merge(point.good, point, polish(program, recovered(program, answer, near)))
     return point
 
 
@@ -311,7 +296,7 @@ def _with_other_multipliers(program: Program, answer: Answer) -> Polished:
     point = polish(program, recovered(program, answer, _NEAR[1]))
     if bool(point.good.all()):
         return point
-    return choose(point.good, point, polish(program, recovered(program, answer, _NEAR[1], singly=True)))
+    return merge(point.good, point, polish(program, recovered(program, answer, _NEAR[1], singly=True)))
 
 
 def _recoverable(program: Program) -> bool:
@@ -358,10 +343,6 @@ def _on_the_path(program: Program, answer: Answer, smoothing: float, used: str) 
     usable = is_one_of(answer.status, (Status.CONVERGED, *_UNSOLVED))
     good = usable & small
     status = torch.where(good, int(Status.CONVERGED), torch.where(usable, int(Status.STAGNATED), answer.status))
-    mask = good.unsqueeze(-1)
-    return Found(
-        torch.where(mask, moved.x, answer.x),
-        torch.where(mask, moved.equality, answer.equality),
-        torch.where(mask, moved.inequality, answer.inequality),
-        status, answer.iterations, torch.zeros_like(good), {}, used,
-    )  # fmt: skip
+    taken, kept = (moved.x, moved.equality, moved.inequality), (answer.x, answer.equality, answer.inequality)
+    x, equality, inequality = pick(good, taken, kept)
+    return Found(x, equality, inequality, status, answer.iterations, torch.zeros_like(good), {}, used)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import torch
 
@@ -27,12 +27,6 @@ class State:
     inequality: torch.Tensor
     lower: torch.Tensor
     upper: torch.Tensor
-
-    def where(self, these: torch.Tensor, other: State) -> State:
-        """Return this state for ``these`` problems (K,) and ``other`` for the rest."""
-        mask = these.unsqueeze(-1)
-        made = {f.name: torch.where(mask, getattr(self, f.name), getattr(other, f.name)) for f in fields(self)}
-        return State(**made)
 
 
 def fresh_state(

@@ -34,7 +34,7 @@ from bilevel.solvers._stationary import (
     name_still,
 )
 from bilevel.solvers._successors import Lowest, Successor, beside
-from bilevel.solvers._trials import Trial, choose, merged, with_residual
+from bilevel.solvers._trials import Trial, choose, merged
 from bilevel.solvers._weighing import blind_status, only_sizes_matter, weigh
 from bilevel.tolerance import Target
 
@@ -62,12 +62,12 @@ def solve_inner(
     solver: InnerSolver, problem: Problem, init: torch.Tensor, target: Target, others: Sequence[Successor] = ()
 ) -> InnerOutcome:
     """Solve from ``init`` (batch, n) and judge the result. ``others`` take over, in turn, the problems that failed."""
+    basis = Basis.RESIDUAL if target.strong_convexity is None else Basis.CERTIFIED
     if problem.size == 0 or problem.batch == 0:
-        return nothing_to_solve(init, _basis(target), solver.name)
+        return nothing_to_solve(init, basis, solver.name)
     goal = Goal(problem, init, target)
     trial = _attempt(solver, problem, goal)
     names, steps = [solver.name], trial.iterations
-    basis = _basis(target)
     if others and not trial.settled:
         trial, names, steps = _taken_over(problem, goal, trial, names, others)
     status = trial.status
@@ -176,7 +176,7 @@ def _bounded(
 
 def _attempt(solver: InnerSolver, problem: Problem, goal: Goal, meant: torch.Tensor | None = None) -> Trial:
     """Run ``solver`` and resume it until the problems ``meant`` (batch,) have converged or make no progress."""
-    solution = with_residual(problem, solver.solve(problem, goal.init, goal))
+    solution = _with_residual(problem, solver.solve(problem, goal.init, goal))
     if not goal.target.rtol:
         return _by_residual(solver, problem, solution, goal)
     every = meant is None
@@ -201,10 +201,19 @@ def _attempt(solver: InnerSolver, problem: Problem, goal: Goal, meant: torch.Ten
             verdict = verdict.ended(torch.where(kept, int(Status.INDEFINITE), short))
             break
         following = replace(goal, init=solution.x, given=verdict.next_threshold, origin=goal.starting_point)
-        resumed = with_residual(problem, further.solve(problem, solution.x, following))
+        resumed = _with_residual(problem, further.solve(problem, solution.x, following))
         steps = steps + torch.where(verdict.again, resumed.iterations, torch.zeros_like(steps))
         solution = merged(verdict.again, resumed, solution)
     return replace(verdict.trial, iterations=steps)
+
+
+def _with_residual(problem: Problem, solution: InnerSolution) -> InnerSolution:
+    if solution.residual is not None:
+        return solution
+    if problem.minimizes:
+        value, residual = problem.value_and_residual(solution.x)
+        return replace(solution, value=value, residual=residual)
+    return replace(solution, residual=problem.residual(solution.x))
 
 
 def _by_residual(solver: InnerSolver, problem: Problem, solution: InnerSolution, goal: Goal) -> Trial:
@@ -364,7 +373,3 @@ def _by_error(
     following = torch.where(again, closer, torch.full_like(norm, torch.inf))
     trial = Trial(x, status, solution.iterations, residual, norm, asked, solution.value, factor, exact)
     return _Verdict(trial, again, following, endless)
-
-
-def _basis(target: Target) -> Basis:
-    return Basis.RESIDUAL if target.strong_convexity is None else Basis.CERTIFIED

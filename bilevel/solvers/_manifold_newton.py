@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 
 from bilevel.equations.linearization import Linearization
-from bilevel.solvers._base import length
+from bilevel.solvers._base import length, merge
 from bilevel.solvers._composite import Composite, Iterate
 from bilevel.solvers._error import symmetric_error
 from bilevel.solvers._reduced import Reduced, reduce
@@ -187,7 +187,7 @@ def polish(
         pending = pending & accepted
         if not bool(pending.any()):
             break
-        at, total = new.where(accepted, at), torch.where(accepted, new_total, total)
+        at, total = merge(accepted, new, at), torch.where(accepted, new_total, total)
         subgradient = torch.where(accepted.unsqueeze(-1), new_subgradient, subgradient)
         found = assess(composite, at, pending, found)
         done = done | (pending & reached(found, at, subgradient, target))
@@ -227,7 +227,7 @@ def _search(
             # At the solution of a quadratic on its manifold, steps are zero.
             falls = falls | (level & (length(new.x - ahead) <= 0.1 * length(found.newton)))
         held = left & falls & torch.isfinite(new.slope).all(dim=-1)
-        best, best_total = new.where(held, best), torch.where(held, value, best_total)
+        best, best_total = merge(held, new, best), torch.where(held, value, best_total)
         best_subgradient = torch.where(held.unsqueeze(-1), subgradient, best_subgradient)
         accepted = accepted | held
         if bool((accepted | ~pending).all()):

@@ -14,7 +14,7 @@ import torch
 
 from bilevel.equations.problem import Problem
 from bilevel.errors import ArgumentError
-from bilevel.solvers._base import Goal, InnerSolution, InnerSolver
+from bilevel.solvers._base import Goal, InnerSolution, InnerSolver, merge
 
 __all__ = ["Answer", "ConstrainedSolver", "Program"]
 
@@ -191,6 +191,14 @@ class Answer:
     status: torch.Tensor
     iterations: torch.Tensor
     known: bool = True
+
+    def merged(self, these: torch.Tensor, other: Answer, *, ran: torch.Tensor | None = None) -> Answer:
+        """Return ``other``, a search from this answer on, for ``these`` problems (K,), and this answer for the rest.
+
+        The steps of ``other`` count where it ``ran`` (K,), by default for ``these``.
+        """
+        steps = self.iterations + torch.where(these if ran is None else ran, other.iterations, 0)
+        return replace(merge(these, other, self), iterations=steps, known=self.known)
 
 
 class ConstrainedSolver(InnerSolver):

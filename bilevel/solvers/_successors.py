@@ -9,7 +9,7 @@ import torch
 from bilevel._torch.factorisations import eigh
 from bilevel.equations.problem import Problem
 from bilevel.reports import Status
-from bilevel.solvers._base import InnerSolver, is_one_of
+from bilevel.solvers._base import InnerSolver, is_one_of, merge
 from bilevel.solvers._error import irregular_signs, scaled_symmetric
 from bilevel.solvers._trials import Trial
 
@@ -55,12 +55,7 @@ class Lowest:
     def updated(self, problem: Problem, trial: Trial, these: torch.Tensor) -> Lowest:
         """Return the lower points of these and of ``trial`` for the problems ``these`` (batch,)."""
         other = Lowest.of(problem, trial)
-        lower = these & (other.value < self.value)
-        return Lowest(
-            torch.where(lower.unsqueeze(-1), other.x, self.x),
-            torch.where(lower, other.value, self.value),
-            torch.where(lower, other.status, self.status),
-        )
+        return merge(these & (other.value < self.value), other, self)
 
     def onward(self, problem: Problem, these: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Return where the problems ``these`` (batch,) go on (batch, n), and which of them have somewhere to go, (batch,) bool."""

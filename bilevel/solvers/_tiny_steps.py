@@ -7,6 +7,7 @@ line search finds a step that ends before the next one. Every such step lowers t
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 
@@ -21,12 +22,12 @@ _MOST = 6
 """Successive tiny steps that end a search. A step from where the model is useless, as far out on an exponential, is one."""
 
 
+@dataclass(eq=False)
 class TinySteps:
     """Counts successive tiny steps of each problem, during one solve. The first steps cost nothing: few searches take more."""
 
-    def __init__(self) -> None:
-        self._made = 0
-        self._count: torch.Tensor | None = None
+    _made: int = 0
+    _count: torch.Tensor | None = None
 
     def end(
         self, share: Callable[[], torch.Tensor], active: torch.Tensor, verdict: torch.Tensor | None

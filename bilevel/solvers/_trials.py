@@ -1,4 +1,4 @@
-"""Intermediate results of solvers: completed by residuals, and combined problem by problem."""
+"""Intermediate results of solvers, combined problem by problem."""
 
 from __future__ import annotations
 
@@ -6,10 +6,9 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from bilevel.equations.problem import Problem
-from bilevel.solvers._base import InnerSolution
+from bilevel.solvers._base import InnerSolution, merge
 
-__all__ = ["Trial", "choose", "merged", "with_residual"]
+__all__ = ["Trial", "choose", "merged"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,15 +27,6 @@ class Trial:
     settled: bool = False  # all are known to have converged
 
 
-def with_residual(problem: Problem, solution: InnerSolution) -> InnerSolution:
-    if solution.residual is not None:
-        return solution
-    if problem.minimizes:
-        value, residual = problem.value_and_residual(solution.x)
-        return replace(solution, value=value, residual=residual)
-    return replace(solution, residual=problem.residual(solution.x))
-
-
 def merged(these: torch.Tensor, new: InnerSolution, old: InnerSolution) -> InnerSolution:
     """Return ``new`` for ``these`` problems (batch,), which were resumed, and the status of ``old`` for the others, which did not move."""
     error = slow = None
@@ -49,19 +39,7 @@ def merged(these: torch.Tensor, new: InnerSolution, old: InnerSolution) -> Inner
 
 def choose(these: torch.Tensor, one: Trial, other: Trial) -> Trial:
     """Return ``one`` for the problems of ``these`` (batch,) and ``other`` for the rest."""
-
-    def mixed(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-        return torch.where(these.reshape(-1, *[1] * (a.ndim - 1)), a, b)
-
-    value = None if one.value is None or other.value is None else mixed(one.value, other.value)
-    return Trial(
-        mixed(one.x, other.x),
-        mixed(one.status, other.status),
-        other.iterations,
-        mixed(one.residual, other.residual),
-        mixed(one.norm, other.norm),
-        mixed(one.threshold, other.threshold),
-        value,
-        one.factor if one.exact else None,
-        one.exact,
-    )
+    mixed = merge(these, one, other)
+    value = None if other.value is None else mixed.value
+    factor = one.factor if one.exact else None
+    return replace(mixed, iterations=other.iterations, value=value, factor=factor, settled=False)

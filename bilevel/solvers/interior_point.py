@@ -10,6 +10,7 @@ import torch
 
 from bilevel.reports import Status
 from bilevel.setting_checks import check_steps
+from bilevel.solvers._base import merge
 from bilevel.solvers._filter import Filter
 from bilevel.solvers._interior_pieces import (
     gaps,
@@ -159,7 +160,7 @@ class _Run:
     def _take(self, these: torch.Tensor, moved: State, parts: torch.Tensor) -> None:
         if not bool(these.any()):
             return
-        self.state = moved.where(these, self.state)
+        self.state = merge(these, moved, self.state)
         fresh, rows = self.program.jacobian(self.state.x)
         whole = torch.isfinite(rows).all(-1).all(-1) & torch.isfinite(fresh).all(-1)
         self.status = torch.where(these & ~whole, int(Status.NOT_FINITE), self.status)
@@ -274,7 +275,7 @@ class _Run:
             these.unsqueeze(-1), torch.where(go_on.unsqueeze(-1), pushed(self.program, x, 1e-4), x), self.state.x
         )
         self.parts, self.rows = self.program.jacobian(x)
-        self.state = self._fresh(x).where(go_on, replace(self.state, x=x))
+        self.state = merge(go_on, self._fresh(x), replace(self.state, x=x))
         self.shift = torch.where(go_on, torch.zeros_like(self.shift), self.shift)
 
     def _notice_unbounded(self) -> None:

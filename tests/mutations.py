@@ -1547,6 +1547,10 @@ MUTATIONS = (
         ("tests/test_guard_rails.py", "-k", "without_numbers"),
     ),
     Mutation(
+        "a rotation of a cluster taken for an ill-determined direction", "solvers/_error.py", "_SHORT_TANGENT = 10", "_SHORT_TANGENT = 2",
+        ("tests/linear/test_minimum_norm.py", "-k", "springs"),
+    ),
+    Mutation(
         "a search that ran down a bell believed, and one of a scale-free objective not", "solvers/_weighing.py",
         "near, beyond = x - found.null_part + share * found.null_part, ", "near, beyond = x - found.null_part, ",
         ("tests/linear/test_minimum_norm.py", "-k", "scale"),

@@ -43,6 +43,8 @@ _DENSE_DROWNED = 512
 _KEPT_NUMBERS = 2**20
 _KRYLOV_STEPS, _KRYLOV_ACCURACY = 500, 0.1
 _EXAMINATION_STEPS = 20
+# x may be this many times as long as the tangent of its orbit under a symmetry.
+_SHORT_TANGENT = 10
 
 
 @dataclass(frozen=True, eq=False)
@@ -152,9 +154,10 @@ def symmetric_error(problem: Problem, matrix: torch.Tensor, x: torch.Tensor, res
         values, vectors = eigh(scaled[rows])
         largest = values.abs().amax(dim=-1, keepdim=True)
         null = values.abs() <= 10 * n * eps * largest
-        # The eigenvalue of a symmetry is zero only at the solution itself. Nearby it has the size of the gradient.
+        # The eigenvalue of a symmetry is zero only at the solution itself. Nearby it has the size of the gradient, relative to
+        # the tangent of the orbit. The tangent of a rotation is shorter than x: it is measured from the axis.
         drift = (right[rows][..., 0].norm(dim=-1) / (x / unit)[rows].norm(dim=-1)).unsqueeze(-1)
-        null = null | ((values.abs() <= 1e-6 * largest) & (values.abs() <= 2 * drift))
+        null = null | ((values.abs() <= 1e-6 * largest) & (values.abs() <= _SHORT_TANGENT * drift))
         spectral = _Spectral(vectors, vectors, values, null)
         least = torch.where(null, largest, values).amin(dim=-1)
         negative = problem.minimizes & (least < -100 * n * eps * largest[:, 0])

@@ -274,6 +274,23 @@ def test_an_objective_that_does_not_depend_on_the_scale(scale: float, dtype: tor
     torch.testing.assert_close(grad(found)(S.to(dtype), layer(begun, (S + S.mT).to(dtype))).double(), right, **close)
 
 
+@pytest.mark.parametrize("seed", [5, 9, 21])
+def test_five_atoms_on_springs_that_may_move_and_turn(seed: int) -> None:
+    # A rotation's eigenvalue is several times the gradient divided by x, whose atoms are not about their centre.
+    generator = torch.Generator().manual_seed(seed)
+    i, j = torch.triu_indices(5, 5, 1)
+    distances = lambda x: (x[i] - x[j]).norm(dim=-1)
+    atoms = torch.randn(5, 3, generator=generator, dtype=F64)
+    start = atoms + 0.05 * torch.randn(5, 3, generator=generator, dtype=F64)
+    layer = bilevel.argmin(lambda x, lengths: ((distances(x) - lengths) ** 2).sum())
+    x, weights = layer(start, distances(atoms)), torch.arange(10, dtype=F64)
+    found = grad(lambda lengths: weights @ distances(layer(start, lengths)))(distances(atoms))
+    # Changes of the lengths are projected to those that atoms in space can have.
+    J = jacrev(lambda flat: distances(flat.reshape(5, 3)))(x.reshape(-1))
+    torch.testing.assert_close(distances(x), distances(atoms), atol=1e-10, rtol=0)
+    torch.testing.assert_close(found, (J @ torch.linalg.pinv(J, rtol=1e-6)).mT @ weights, atol=1e-7, rtol=0)
+
+
 def test_a_batch_of_clusters_and_a_third_derivative() -> None:
     layer, sigma = bilevel.argmin(lennard_jones), torch.tensor([0.9, 1.0, 1.2], dtype=F64)
     starts = torch.stack([cluster(F64, seed) for seed in range(3)])

@@ -265,17 +265,9 @@ class SolveCall:
         examinations = self.inspector.examinations
         examine = not (target.silent or target.strong_convexity is not None or solver.knows_null_space)
         examine = examine and examinations.is_due(operator)
-        name = solver.name
+        name, noise = solver.name, self._noise(rhs)
         outcome = solve_linear(
-            solver,
-            operator,
-            rhs,
-            target,
-            begun,
-            product=product,
-            seen=bool(reported),
-            noise=self._noise(rhs),
-            examine=examine,
+            solver, operator, rhs, target, begun, product=product, seen=bool(reported), noise=noise, examine=examine
         )
         words = settings.backward_messages
         if not _all_converged(outcome):

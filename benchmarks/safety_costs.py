@@ -26,10 +26,11 @@ import bilevel
 import bilevel.layers.call as layer_call
 import bilevel.layers.checks as layer_checks
 import bilevel.linear._base as linear_base
+import bilevel.problems.hypergradient as hypergradient
 import bilevel.problems.problem as problems
 import bilevel.solvers._judge as inner_judge
 import bilevel.solvers.newton as newton
-from bilevel.solvers._trials import Trial, with_residual
+from bilevel.solvers._trials import Trial
 
 F64 = torch.float64
 ROUNDS = rounds(60)
@@ -44,7 +45,7 @@ def no_look(problem, x, *, captures):
 
 def trusting(solver, problem, goal, meant=None):
     """Take the solver's word for the status, with no estimate of the error and no look for saddles and kinks."""
-    found = with_residual(problem, solver.solve(problem, goal.init, goal))
+    found = inner_judge._with_residual(problem, solver.solve(problem, goal.init, goal))
     norm = inner_judge.length(found.residual)
     return Trial(
         found.x, found.status, found.iterations, found.residual, norm, goal.threshold, found.value, found.factor,
@@ -65,8 +66,8 @@ def unverified(solver, operator, rhs, product, target):
     return linear_base.LinearSolution(x, done, done, outcome.residual), outcome
 
 
-def losses_alone(objective, numbering, inner, outer, data, on_failure):
-    return numbering.each(objective)(inner, outer, data)
+def losses_alone(problem, inner, outer, data, on_failure):
+    return problem.numbering.each(problem.outer_objective)(inner, outer, data)
 
 
 @contextmanager
@@ -126,7 +127,8 @@ SAFETIES: dict[str, tuple[tuple[str, ...], Callable[[], Any]]] = {
     "the check of F: random, changes, captures, what leads to θ": (
         PROBLEMS,
         lambda: patched(
-            (problems, "outer_losses", losses_alone), (problems, "check_captures", lambda *a: False),
+            (problems, "outer_losses", losses_alone), (hypergradient, "outer_losses", losses_alone),
+            (hypergradient, "check_captures", lambda *a: False),
             (problems, "check_dependence", lambda *a: False),
         ),
     ),

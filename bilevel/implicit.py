@@ -213,8 +213,9 @@ class LinearSolve(torch.autograd.Function):
         axes = rule.repeats + rule.system.batch_shape
         unsure = _unsure_pullbacks_later(rule, x, tensors)
         solved = rule.solve_linear(
-            operator, flat, axes, pullbacks=lambda: _pullbacks_later(rule, x, tensors), unsure=unsure
-        )
+            operator, flat, axes, pullbacks=lambda: _pullbacks_later(rule, x, tensors), unsure=unsure,
+            reverse=bool(rule.checked or rule.unsure),
+        )  # fmt: skip
         return solved.reshape(rhs.shape).clone()
 
     @staticmethod

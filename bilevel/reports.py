@@ -66,7 +66,14 @@ def remedy_for_dtype(remedy: str, dtype: torch.dtype | None) -> str:
 
 
 class Basis(_NamedCode):
-    """How an error bound was obtained."""
+    """How an error bound was obtained.
+
+    Examples
+    --------
+    >>> import bilevel
+    >>> bilevel.Basis.CERTIFIED < bilevel.Basis.RESIDUAL
+    True
+    """
 
     CERTIFIED = 0
     """A proof, given constants that are known."""
@@ -79,7 +86,17 @@ class Basis(_NamedCode):
 
 
 class Pass(enum.Enum):
-    """Which solve a report speaks of."""
+    """Which solve a report speaks of.
+
+    Examples
+    --------
+    >>> import torch, bilevel
+    >>> layer = bilevel.argmin(lambda x, a: ((x - a) ** 2).sum())
+    >>> with bilevel.record() as reports:
+    ...     layer(torch.zeros(2), torch.ones(2, requires_grad=True)).sum().backward()
+    >>> sum(report.direction is bilevel.Pass.BACKWARD for report in reports)
+    1
+    """
 
     FORWARD = "forward"
     BACKWARD = "backward"
@@ -137,6 +154,14 @@ class SolveReport:
     -----
     The error bound of a quadratic program, and that of a layer with ``prox=``, are computed when they are first read, as are the proven entries.
     They speak of the arguments as they were in the call. If an argument was changed in place since, nothing is proven.
+
+    Examples
+    --------
+    >>> import torch, bilevel
+    >>> layer = bilevel.argmin(lambda x, a: ((x - a) ** 2).sum())
+    >>> report = layer.solve(torch.zeros(2), torch.tensor([1.0, 3.0])).report
+    >>> report.solver, report.status.name, int(report.iterations)
+    ('Newton', 'CONVERGED', 1)
     """
 
     direction: Pass

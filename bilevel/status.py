@@ -20,7 +20,16 @@ class _NamedCode(enum.IntEnum):
 
 
 class Status(_NamedCode):
-    """How one problem's solve ended. :attr:`meaning` describes it, and :attr:`remedy` says what to do."""
+    """How one problem's solve ended. :attr:`meaning` describes it, and :attr:`remedy` says what to do.
+
+    Examples
+    --------
+    >>> import torch, bilevel
+    >>> layer = bilevel.root(lambda x, a: x**2 - a, on_failure="nan")
+    >>> report = torch.func.vmap(layer.solve)(torch.ones(2), torch.tensor([4.0, -1.0])).report
+    >>> [status.name for status in report.status], report.status_code.tolist()
+    (['CONVERGED', 'SINGULAR'], [0, 8])
+    """
 
     CONVERGED = 0
     """The estimated error, or the residual where an accuracy was given, is as small as asked. A success."""

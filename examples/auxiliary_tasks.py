@@ -103,7 +103,7 @@ left.set_title("Weights of the auxiliary losses")
 left.legend()
 names = [
     "main task\nalone",
-    "random labels\nadded",
+    "random\nlabels added",
     "equal\nweights",
     "learned\nweights",
 ]

@@ -85,7 +85,7 @@ for matrix, label, marker in (
     left.plot(torch.linalg.eigvalsh(matrix).flip(0), marker=marker, ms=4, label=label)
 left.axhline(0, color="k", lw=0.8)
 left.set_xlabel("number of the eigenvalue")
-left.set_ylabel("eigenvalue")
+left.set_ylabel("eigenvalue (no unit)")
 left.set_title("Eigenvalues of the correlation matrices")
 left.legend()
 right.plot(powers, errors, label="error")

@@ -77,7 +77,7 @@ left.legend()
 for firm, style in enumerate(("-", "--", "-.")):
     name = f"firm {firm + 1}: {EMISSION[firm]:.1f} t per unit"
     right.plot(grid, sold[:, firm], style, label=name)
-right.axvline(tax, color="0.5", linewidth=1)
+right.axvline(tax, color="0.5", linewidth=1, label="best tax")
 right.set_xlabel("tax (€ per tonne)")
 right.set_ylabel("output (units)")
 right.set_title("Output of each firm")

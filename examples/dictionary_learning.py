@@ -65,10 +65,13 @@ for name, dictionary in (("random images", first), ("learned atoms", learned)):
 
 # %%
 figure, axes = plt.subplots(figsize=(6, 3.2), layout="constrained")
-axes.plot(losses)
+axes.plot(losses, color="0.6", linewidth=1, label="each minibatch of 64")
+means = torch.tensor(losses).unfold(0, 10, 1).mean(1)
+axes.plot(range(9, 9 + len(means)), means, label="mean of the last ten")
 axes.set_xlabel("outer step")
 axes.set_ylabel("squared error + penalty (no unit)")
 axes.set_title("Training of the dictionary")
+axes.legend()
 plt.show()
 
 # %%

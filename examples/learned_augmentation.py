@@ -91,7 +91,8 @@ plt.show()
 figure, tiles = plt.subplots(2, 8, figsize=(8, 2.3), layout="constrained")
 with torch.no_grad():
     shown = x[train[:8]], augmentation(x[train[:8]])
-for row, images in zip(tiles, shown, strict=True):
+for name, row, images in zip(("digit", "augmented"), tiles, shown, strict=True):
+    row[0].set_title(name, loc="left", fontsize=9)
     for tile, image in zip(row, images, strict=True):
         tile.imshow(image[0], cmap="gray_r", vmin=0, vmax=1)
         tile.set_axis_off()

@@ -17,7 +17,7 @@ ROOT = Path(bilevel.__file__).parent
 OWN = {
     **dict.fromkeys(
         (ROOT / "hyperopt").rglob("*.py"),
-        ("bilevel.hyperopt", "bilevel.cli.output", "bilevel.cli.table", "bilevel.cli.progress"),
+        ("bilevel.hyperopt", "bilevel.cli.output", "bilevel.cli.table", "bilevel.cli.encoding", "bilevel.cli.progress"),
     ),
     **dict.fromkeys(
         (ROOT / "meta").rglob("*.py"),

@@ -81,14 +81,49 @@ def test_many_steps_of_a_contraction_agree_with_implicit_derivatives_of_both_ord
         assert torch.allclose(torch.func.vmap(ours)(batch), torch.func.vmap(theirs)(batch), rtol=1e-6, atol=1e-9)
 
 
+def test_steps_can_be_differentiated_twice_in_forward_mode() -> None:
+    """Torch loses nested tangents in custom Functions alone. Steps are ordinary code."""
+    for layer in (
+        bilevel.fixed_point(mapping, differentiation=bilevel.Truncated(4)),
+        bilevel.argmin(objective, differentiation=bilevel.OneStep()),
+    ):
+        twice = [
+            t(t(lambda a, layer=layer: layer(START, a).pow(2).sum()))(A) for t in (torch.func.jacfwd, torch.func.jacrev)
+        ]
+        assert torch.allclose(*twice, rtol=1e-12) and bool(twice[0].diagonal().all())
+
+
 def test_a_newton_step_at_the_solution_has_no_bias_in_first_derivatives() -> None:
     for solver in (None, bilevel.LBFGS(), bilevel.Newton()):
         layer = bilevel.argmin(objective, solver=solver, differentiation=bilevel.OneStep())
         assert torch.allclose(slope(layer, A), slope(bilevel.argmin(objective), A), rtol=1e-6)
 
 
+@pytest.mark.parametrize("start", [START, START + 30, A])
+def test_without_a_solver_newton_steps_are_unrolled_without_bias_in_both_orders(start: torch.Tensor) -> None:
+    implicit, layer = bilevel.argmin(objective), bilevel.argmin(objective, differentiation=bilevel.Unrolled())
+    for transform in (torch.func.jacrev, torch.func.jacfwd, torch.func.hessian):
+        ours, theirs = (transform(lambda a, f=f: f(start, a).pow(2).sum()) for f in (layer, implicit))
+        assert torch.allclose(ours(A), theirs(A), rtol=1e-6, atol=1e-9)
+    root = bilevel.root(lambda x, a: x - mapping(x, a), differentiation=bilevel.Unrolled())
+    assert torch.allclose(slope(root, A), slope(bilevel.fixed_point(mapping), A), rtol=1e-8)
+
+
+def test_a_start_at_the_solution_leaves_nothing_to_unroll_and_is_no_zero_derivative() -> None:
+    layer = bilevel.fixed_point(mapping, differentiation=bilevel.Unrolled())
+    answer = layer(START, A)
+    with torch.no_grad():
+        assert torch.equal(layer(answer, A.clone().requires_grad_()), answer)
+    a = A.clone().requires_grad_()
+    with pytest.raises(bilevel.ArgumentError, match="the initial guess is a solution already") as caught:
+        layer(answer, a)
+    assert "Truncated(steps)" in str(caught.value)
+    layer.differentiation = bilevel.Truncated(40)
+    assert torch.allclose(torch.autograd.grad(layer(answer, a).sum(), a)[0], slope(bilevel.fixed_point(mapping), A))
+
+
 def test_what_cannot_be_unrolled_is_refused_with_a_remedy_that_works() -> None:
-    layer = bilevel.argmin(objective, differentiation=bilevel.Unrolled())
+    layer = bilevel.argmin(objective, solver=bilevel.LBFGS(), differentiation=bilevel.Unrolled())
     with pytest.raises(bilevel.ArgumentError, match=r"GradientDescent\(lr=..., max_steps=...\)"):
         layer(START, A)
     layer.solver = bilevel.GradientDescent(lr=0.1, max_steps=200)

@@ -190,3 +190,11 @@ def test_a_captured_tensor_is_found() -> None:
 def test_mistakes_are_named(make: Any, words: str) -> None:
     with pytest.raises(ValueError, match=words):
         make()
+
+
+def test_a_player_without_unknowns_is_no_fault() -> None:
+    game = bilevel.equilibrium([lambda x, y, a: (x * a).pow(2).sum(), lambda x, y, a: (y - a) ** 2])
+    a = torch.tensor(2.0, requires_grad=True)
+    x, y = game((torch.zeros(0), torch.zeros(())), a)
+    y.backward()
+    assert x.shape == (0,) and round(y.item(), 5) == 2.0 and a.grad.item() == pytest.approx(1.0)

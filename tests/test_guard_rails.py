@@ -618,6 +618,15 @@ def test_solvers_compute_outside_autocast(make: Any) -> None:
     assert iterations[0] == iterations[1]
 
 
+def test_tensors_without_numbers_are_refused_with_a_remedy_that_works() -> None:
+    objective, operator = lambda x, a: ((x - a) ** 2).sum(), lambda x, a: a * x
+    for layer in (bilevel.argmin(objective), bilevel.linear_solve(operator)):
+        x, a = torch.ones(3, device="meta"), torch.ones(3, device="meta")
+        with pytest.raises(bilevel.DtypeError, match=r"device meta.*torch\.zeros\(3, device='cpu'\)"):
+            layer(x, a)
+        assert bool(layer(torch.zeros(3, device="cpu"), torch.ones(3)).isfinite().all())
+
+
 def test_what_torch_cannot_batch_is_named_with_a_remedy() -> None:
     recurrent = torch.nn.LSTM(2, 2, batch_first=True).double().requires_grad_(False)
     layer = bilevel.argmin(lambda w, x: ((recurrent(x)[0] - w) ** 2).sum())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import re
 import subprocess
 import sys
@@ -144,6 +145,28 @@ def test_unusual_shapes(shape: tuple[int, ...]) -> None:
     assert x.shape == shape
     x.sum().backward()
     torch.testing.assert_close(a.grad, torch.ones(shape, dtype=F64))
+
+
+@pytest.mark.parametrize("shape", [(0,), (3, 0)])
+@pytest.mark.parametrize(
+    "layer",
+    [
+        bilevel.argmin(quadratic, lower=0.0),
+        bilevel.argmin(quadratic, prox=bilevel.prox.L1(1.0)),
+        bilevel.argmin(quadratic, inequality=lambda x, a: x - a),
+        bilevel.root(lambda x, a: x - a),
+        bilevel.least_squares(lambda x, a: x - a, upper=1.0),
+    ],
+    ids=str,
+)
+def test_no_unknowns(layer: bilevel.Layer, shape: tuple[int, ...]) -> None:
+    a = torch.ones(shape, dtype=F64, requires_grad=True)
+    x = layer(torch.zeros(shape, dtype=F64), a)
+    assert x.shape == shape
+    x.sum().backward()
+    assert a.grad is not None and a.grad.shape == shape
+    one = torch.tensor(1.0, dtype=F64)
+    assert hessian(lambda one: layer(torch.zeros(shape, dtype=F64), a.detach() * one).sum())(one) == 0
 
 
 @pytest.mark.parametrize(
@@ -407,3 +430,35 @@ def test_what_it_says_is_what_to_write() -> None:
     torch.testing.assert_close(bilevel.argmin(_quadratic)(torch.tensor([1.0, 2.0], dtype=torch.float64), b), b)
     layer = bilevel.argmin(solver=bilevel.Newton())(_quadratic)
     torch.testing.assert_close(layer(torch.zeros_like(b), b), b)
+
+
+def test_tensors_of_a_dataclass_are_named_in_the_error_and_its_remedy_works() -> None:
+    @dataclasses.dataclass
+    class Target:
+        centre: torch.Tensor
+
+    centre = torch.ones(2, requires_grad=True)
+    with pytest.raises(bilevel.CapturedTensorError, match="such as those of a dataclass, in a dict"):
+        bilevel.argmin(lambda x, target: quadratic(x, target.centre))(torch.zeros(2), Target(centre))
+    x = bilevel.argmin(lambda x, target: quadratic(x, target["centre"]))(torch.zeros(2), {"centre": centre})
+    x.sum().backward()
+    torch.testing.assert_close(centre.grad, torch.ones(2))
+
+
+def test_autocast_is_named_where_it_hides_the_solution_and_its_remedies_work() -> None:
+    A = torch.randn(4, 3, generator=torch.Generator().manual_seed(0))
+    b, zero = torch.ones(4, requires_grad=True), torch.zeros(3)
+
+    def ridge(x, A, b):
+        return ((A @ x - b) ** 2).sum() + (x**2).sum()
+
+    right = torch.linalg.solve(A.T @ A + torch.eye(3), A.T @ b).detach()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        with pytest.raises(bilevel.SolveError, match="autocast evaluates the function in bfloat16") as caught:
+            bilevel.argmin(ridge, solver=bilevel.Newton())(zero, A, b)
+        assert "kink" not in str(caught.value)
+        coarse = bilevel.argmin(ridge, tolerance=bilevel.Tolerance(delta=0.03, delta_prime=0.03))(zero, A, b)
+        with torch.autocast("cpu", enabled=False):
+            fine = bilevel.argmin(ridge)(zero, A, b)
+    torch.testing.assert_close(coarse, right, atol=0.05, rtol=0)
+    torch.testing.assert_close(fine, right)

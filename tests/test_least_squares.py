@@ -237,6 +237,20 @@ def test_a_rank_deficient_problem_is_differentiated_as_a_minimum_norm_one() -> N
     torch.testing.assert_close(slope, A @ torch.linalg.pinv(A), rtol=1e-8, atol=1e-8)
 
 
+@pytest.mark.parametrize("rows", [3, 6])
+def test_a_derivative_along_a_free_direction_names_a_door_that_has_it(rows: int) -> None:
+    A, b = randn(rows, 4), randn(rows, seed=1).requires_grad_()
+    A[:, 3] = A[:, 0] + A[:, 1]
+    zero = torch.zeros(4, dtype=F64)
+    x = bilevel.least_squares(lambda x, A, b: A @ x - b)(zero, A, b)
+    with pytest.raises(bilevel.SolveError, match=r"linear_solve\(lambda x, A: A @ x, unknown=init\)\(b, A\)"):
+        x.sum().backward()
+    again = bilevel.linear_solve(lambda x, A: A @ x, unknown=zero)(b, A)
+    torch.testing.assert_close(again, x)
+    again.sum().backward()
+    torch.testing.assert_close(b.grad, torch.linalg.pinv(A).sum(0))
+
+
 def test_units_of_the_unknowns_do_not_matter() -> None:
     # Powers of two, so that scaling does not round.
     units = torch.tensor([2.0**-20, 1.0, 2.0**20], dtype=F64)

@@ -16,7 +16,7 @@ README = Path(__file__).resolve().parents[1] / "README.md"
 def test_the_python_blocks_run_in_order_and_print_what_is_said() -> None:
     namespace: dict[str, object] = {}
     blocks = re.findall(r"```python\n(.*?)```(?:\n\n```text\n(.*?)```)?", README.read_text(), flags=re.DOTALL)
-    assert len(blocks) == 3
+    assert len(blocks) == 4
     for code, said in blocks:
         printed = io.StringIO()
         with contextlib.redirect_stdout(printed):

@@ -261,6 +261,7 @@ def eager(function: Callable[P, T]) -> Callable[P, T]:
 
     @functools.wraps(function)
     def boundary(*args: P.args, **kwargs: P.kwargs) -> T:
+        _refuse_tracing()
         if "torch._dynamo" not in sys.modules:
             return function(*args, **kwargs)
         if not disabled:
@@ -272,6 +273,17 @@ def eager(function: Callable[P, T]) -> Callable[P, T]:
     boundary._torchdynamo_disable = True  # type: ignore[attr-defined]
     boundary._torchdynamo_disable_msg = _WHY_EAGER  # type: ignore[attr-defined]
     return uncompiled(boundary)
+
+
+def _refuse_tracing() -> None:
+    """Raise inside a tracer that records operations alone: what a solver does depends on values."""
+    tracer = sys.modules.get("torch.fx.experimental.proxy_tensor")
+    if torch._C._get_tracing_state() is not None or (tracer is not None and tracer.get_proxy_mode() is not None):
+        raise TransformError(
+            "bilevel: expected values around a solve, got a tracer, such as that of torch.func.linearize, torch.export or "
+            "torch.jit.trace, which records operations without values; differentiate by torch.func.jvp(f, (x,), (v,)), under vmap for "
+            "many v, and leave the solve out of the traced code"
+        )
 
 
 def outside_autocast(function: Callable[P, T]) -> Callable[P, T]:

@@ -95,6 +95,14 @@ class Support:
         Bool, in the shape of x: proven to be nonzero, with the sign of x.
     outside
         Bool, in the shape of x: proven to be zero.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from bilevel.certificates import Support
+    >>> support = Support(inside=torch.tensor([True, False, False]), outside=torch.tensor([False, True, False]))
+    >>> support.decided, int(support.inside.sum())
+    (tensor(False), 1)
     """
 
     inside: torch.Tensor

@@ -30,6 +30,15 @@ class Spectrum:
         The number of products.
     failure_probability
         The probability, over the random start, that one of the two bounds of one matrix is wrong.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from bilevel.certificates import lanczos_spectrum
+    >>> from bilevel.operators import DenseOperator
+    >>> spectrum = lanczos_spectrum(DenseOperator(torch.diag(torch.tensor([1.0, 4.0])), symmetric=True))
+    >>> round(spectrum.largest.item(), 1), spectrum.steps, spectrum.failure_probability
+    (4.0, 2, 1e-06)
     """
 
     least: torch.Tensor

@@ -41,6 +41,14 @@ class LossConstants:
         () or (K,): the Lipschitz constant of the gradient. It is L_F if the loss is the outer one.
     hessian_lipschitz
         () or (K,): the Lipschitz constant of the Hessian. It is L_H if the loss is the inner one; a ridge term does not change it.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from bilevel.certificates import squares_constants
+    >>> constants = squares_constants(2 * torch.eye(3))
+    >>> round(constants.smoothness.item(), 4), constants.hessian_lipschitz.item()
+    (1.3333, 0.0)
     """
 
     smoothness: torch.Tensor

@@ -39,6 +39,12 @@ def clean(
         list[str] | None,
         typer.Option(help="A column of a CSV file that is no feature, as an id; may be repeated.", show_default=False),
     ] = None,
+    encode: Annotated[
+        bool,
+        typer.Option(
+            "--encode", help="Turn words of a CSV file into 0/1 columns, and fill missing numbers by medians."
+        ),
+    ] = False,
     model: Annotated[
         str, typer.Option(help=f"{', '.join(MODELS)}, or module:function, called with input shape and classes.")
     ] = "linear",
@@ -111,7 +117,8 @@ def clean(
     if trusted is not None and trusted_size is not None:
         raise DataError("a trusted set is given and another is to be split off; pass --trusted or --trusted-size")
     read = functools.partial(load, target=target, ignore=ignore or (), image_size=image_size)
-    dataset, right = read(data), None if trusted is None else read(trusted)
+    dataset = read(data, encode=encode)
+    right = None if trusted is None else read(trusted, encode=dataset.encoding or False)
     if output is not None:
         prepare_output(output)
     outcome = _run(dataset, settings, right, model, shown=not quiet)
@@ -134,6 +141,8 @@ def _show(outcome: Outcome) -> None:
     from bilevel.cleaning.report import remarks, table
 
     screen = console(stderr=False)
+    for line in () if outcome.data.encoding is None else outcome.data.encoding.sentences:
+        screen.print(line, markup=False)
     screen.print(table(outcome))
     for line in remarks(outcome):
         screen.print(line, markup=False)

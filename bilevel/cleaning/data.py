@@ -13,8 +13,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from bilevel.cli.encoding import Encoding, encoder
 from bilevel.cli.pictures import eight_bits
-from bilevel.cli.table import DataError, read_table, split_target
+from bilevel.cli.table import DataError, plain, read_table, split_target
 
 __all__ = ["DIGITS", "IMAGE_SIZE", "DataError", "LabelledData", "load", "numbered_like"]
 
@@ -47,6 +48,8 @@ class LabelledData:
         The table in which cleaned data are written: column names, and the text of each row.
     target
         The column of the label in that table.
+    encoding
+        How columns of words and missing numbers became inputs; None if they were not encoded.
     """
 
     name: str
@@ -57,6 +60,7 @@ class LabelledData:
     header: tuple[str, ...]
     cells: tuple[tuple[str, ...], ...]
     target: int
+    encoding: Encoding | None = None
 
     @property
     def images(self) -> bool:
@@ -65,7 +69,12 @@ class LabelledData:
 
 
 def load(
-    source: str, *, target: str | None = None, ignore: Sequence[str] = (), image_size: int = IMAGE_SIZE
+    source: str,
+    *,
+    target: str | None = None,
+    ignore: Sequence[str] = (),
+    image_size: int = IMAGE_SIZE,
+    encode: bool | Encoding = False,
 ) -> LabelledData:
     """Load ``digits``, a CSV file or a folder of images.
 
@@ -79,6 +88,8 @@ def load(
         Columns of a CSV file that are no features, such as names of the rows. Cleaned data hold them all the same.
     image_size
         Pixels on a side that the images of a folder are resized to.
+    encode
+        Whether a CSV file may have columns of words, and cells without a value; the encoding of another file is used for this one.
 
     Raises
     ------
@@ -86,18 +97,19 @@ def load(
         If there is no such data set, or it cannot be used.
     """
     if source != DIGITS and os.path.isfile(source):
-        return _read_csv(Path(source), target, ignore)
-    if target is not None or ignore:
+        return _read_csv(Path(source), target, ignore, encode)
+    if target is not None or ignore or encode:
         if source != DIGITS and not os.path.isdir(source):
-            return _read_csv(Path(source), target, ignore)  # which says that there is no such file
-        option, why = ("--ignore", "no columns") if target is None else ("--target", "its labels already")
+            return _read_csv(Path(source), target, ignore, encode)  # which says that there is no such file
+        option = "--target" if target is not None else "--ignore" if ignore else "--encode"
+        why = "its labels already" if target is not None else "no columns"
         raise DataError(f"{source} has {why}; leave {option} out, or pass a CSV file")
     if source == DIGITS:
         return _digits()
     if os.path.isdir(source):
         return _read_folder(Path(source), image_size)
     if Path(source).suffix:
-        return _read_csv(Path(source), target, ignore)
+        return _read_csv(Path(source), target, ignore, encode)
     raise DataError(
         f"there is no data set, file or folder called {source!r}; pass {DIGITS}, a CSV file or a folder of images by class"
     )
@@ -148,9 +160,10 @@ def _digits() -> LabelledData:
     )
 
 
-def _read_csv(path: Path, target: str | None, ignore: Sequence[str]) -> LabelledData:
+def _read_csv(path: Path, target: str | None, ignore: Sequence[str], encode: bool | Encoding) -> LabelledData:
     table = read_table(path)
-    _, inputs, cells = split_target(table, target, ignore)
+    read = encoder(encode)
+    _, inputs, cells = split_target(table, target, ignore, read or plain)
     assert target is not None  # or split_target had raised
     numbers, classes = _numbered(cells, f"{path}: target {target!r}")
     with np.errstate(over="ignore"):
@@ -169,6 +182,7 @@ def _read_csv(path: Path, target: str | None, ignore: Sequence[str]) -> Labelled
         tuple(table.header),
         tuple(tuple(row.cells) for row in table.rows),
         table.header.index(target),
+        None if read is None else read.encoding,
     )
 
 

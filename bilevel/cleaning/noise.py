@@ -12,7 +12,16 @@ __all__ = ["Noise", "corrupt"]
 
 
 class Noise(enum.Enum):
-    """Which other label a corrupted example gets."""
+    """Which other label a corrupted example gets.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from bilevel.cleaning import Noise, corrupt
+    >>> labels, wrong = corrupt(torch.tensor([0, 1, 2, 2]), 0.5, noise=Noise.NEXT, classes=3)
+    >>> (labels - torch.tensor([0, 1, 2, 2]))[wrong] % 3
+    tensor([1, 1])
+    """
 
     UNIFORM = "uniform"
     """Any other class, each as likely."""

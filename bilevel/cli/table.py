@@ -15,9 +15,10 @@ import re
 import shlex
 import zlib
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -31,6 +32,7 @@ __all__ = [
     "Row",
     "Table",
     "counted",
+    "is_missing",
     "listed",
     "parse",
     "read_table",
@@ -44,6 +46,9 @@ MOST_CLASSES = 20
 
 MISSING = frozenset({"na", "n/a", "nan", "null", "?"})
 """What stands for a missing value, in lower case; as the name of a class it is too likely one."""
+
+Features: TypeAlias = tuple[tuple[str, ...], NDArray[np.float64]]
+"""Names of features, and their values (rows, features)."""
 
 _GROUPED = re.compile(r"[-+]?[0-9]+(,[0-9]+)+(\.[0-9]*)?")
 _GZIP = b"\x1f\x8b"  # what every such file begins with
@@ -102,14 +107,14 @@ class Table:
                 + (
                     "write it with a point for decimals, and nothing for thousands"
                     if _GROUPED.fullmatch(cell)
-                    else f"encode the column in numbers, or leave it out by --ignore {shlex.quote(self.header[at])}"
+                    else f"pass --encode to turn words into numbers, or leave it out by --ignore {shlex.quote(self.header[at])}"
                 )
             )
         return number
 
     def missing(self, columns: Sequence[int]) -> tuple[int, int]:
         """Return how many cells of ``columns`` are empty or hold no finite value, and how many rows have one."""
-        counts = [sum(_is_missing(row.cells[at]) for at in columns) for row in self.rows]
+        counts = [sum(is_missing(row.cells[at]) for at in columns) for row in self.rows]
         return sum(counts), sum(map(bool, counts))
 
     def _place(self, row: Row, at: int) -> str:
@@ -162,8 +167,17 @@ def read_table(path: Path) -> Table:
     return Table(path, header, rows)
 
 
+def plain(table: Table, used: Sequence[str]) -> Features:
+    """Return the columns ``used`` of ``table``, all of whose cells have to be numbers."""
+    columns = [table.header.index(name) for name in used]
+    return tuple(used), np.array([[table.number(row, j) for j in columns] for row in table.rows], dtype=np.float64)
+
+
 def split_target(
-    table: Table, target: str | None, ignore: Sequence[str] = ()
+    table: Table,
+    target: str | None,
+    ignore: Sequence[str] = (),
+    read: Callable[[Table, Sequence[str]], Features] = plain,
 ) -> tuple[tuple[str, ...], NDArray[np.float64], list[str]]:
     """Return the feature columns of ``table`` as numbers, and the target column as text.
 
@@ -175,6 +189,8 @@ def split_target(
         The target column.
     ignore
         Columns that are no features, such as names or numbers of the rows. Their cells may hold anything.
+    read
+        Makes features of the columns of these names.
 
     Returns
     -------
@@ -203,20 +219,21 @@ def split_target(
             raise DataError(f"{path}: {name!r} is the target and cannot be ignored; leave --ignore {name} out")
         if name not in header:
             raise DataError(f"{path}: there is no column {name!r} to ignore; there are: {listed(header)}")
-    used = [j for j, name in enumerate(header) if name != target and name not in ignore]
+    used = [name for name in header if name != target and name not in ignore]
     if not used:
         besides = " and the ignored ones" if ignore else ""
         raise DataError(
             f"{path}: there is no column besides the target {target!r}{besides}; at least one feature is needed"
         )
-    features = tuple(header[j] for j in used)
+    encode = ", or pass --encode, which fills in medians"
     try:
-        inputs = np.array([[table.number(row, j) for j in used] for row in table.rows], dtype=np.float64)
+        features, inputs = read(table, used)
+        encode = ""  # which does not help where a label is missing
         cells = [table.cell(row, header.index(target)) for row in table.rows]
     except _MissingError as error:
-        missing, rows = table.missing([*used, header.index(target)])
+        missing, rows = table.missing([header.index(name) for name in (*used, target)])
         others = f" ({missing} cells in {counted(rows)} have no value)" if missing > 1 else ""
-        raise DataError(f"{error}{others}; fill in missing values or remove such rows") from None
+        raise DataError(f"{error}{others}; fill in missing values or remove such rows{encode}") from None
     _check_labels(table, target, cells)
     return features, inputs, cells
 
@@ -325,7 +342,8 @@ def counted(rows: int) -> str:
     return f"{rows} row" if rows == 1 else f"{rows} rows"
 
 
-def _is_missing(cell: str) -> bool:
+def is_missing(cell: str) -> bool:
+    """Whether a cell is empty, or says that there is no finite value."""
     cell = cell.strip()
     number = parse(cell)
     return not cell or cell.lower() in MISSING or (number is not None and not math.isfinite(number))

@@ -43,6 +43,15 @@ class ConeCertificate(NamedTuple):
     ``direction`` is d (..., n) of an unbounded problem: qᵀd = −1, P d = 0 and −A d ∈ K.
 
     ``multipliers`` is y (..., m) of an infeasible problem: Aᵀy = 0 and bᵀy = −1 with y in the dual cone, which no s = b − A x in K allows.
+
+    Examples
+    --------
+    >>> import torch, bilevel
+    >>> A, b = torch.tensor([[-1.0], [1.0]]), torch.tensor([-1.0, 0.0])  # x ≥ 1 and x ≤ 0
+    >>> cones = [bilevel.cones.Nonnegative(2)]
+    >>> solution = bilevel.cone_program.solve(None, torch.ones(1), A, b, cones, on_failure="ignore")
+    >>> solution.report.status.name, solution.certificate.multipliers.round(decimals=4)
+    ('INFEASIBLE', tensor([1., 1.]))
     """
 
     direction: torch.Tensor
@@ -67,6 +76,15 @@ class ConeSolution(Solution[torch.Tensor]):
         s = b − A x (..., m), in K. Differentiable.
     certificate
         Proofs that problems have no solution, for the whole batch, as the report.
+
+    Examples
+    --------
+    >>> import torch, bilevel
+    >>> A, b = -torch.eye(2), torch.zeros(2)
+    >>> cones = [bilevel.cones.Nonnegative(2)]
+    >>> solution = bilevel.cone_program.solve(torch.eye(2), torch.tensor([1.0, -1.0]), A, b, cones)
+    >>> solution.value, solution.slacks, solution.multipliers
+    (tensor([0., 1.]), tensor([0., 1.]), tensor([1., 0.]))
     """
 
     slacks: torch.Tensor = field(kw_only=True)

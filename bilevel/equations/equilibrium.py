@@ -241,6 +241,8 @@ def player_at_fault(
     for player, size in enumerate(system.sizes):
         rows = slice(first, first + size)
         first += size
+        if not size:
+            continue
         free = torch.ones_like(x[:, rows]) if active is None else (~active[:, rows]).to(x)
         if dense:
             hessian = linear.operator.dense()[:, rows, rows] * free.unsqueeze(-1) * free.unsqueeze(-2)

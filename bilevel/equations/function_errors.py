@@ -90,9 +90,12 @@ def _explain_misfit(
         return None
     listed = [f"{name} {tuple(t.shape)} {str(t.dtype).removeprefix('torch.')}" for name, t in given]
     more = f" and {len(listed) - _MOST_LISTED} more" if len(listed) > _MOST_LISTED else ""
+    wanted = given[0][1].dtype if given else None  # that of init, where there is one
+    others = [name for name, t in given if t.is_floating_point() and t.dtype != wanted and not name.startswith("init")]
+    example = f", for example {others[0]}.to({wanted})" if others and kind is DtypeError else ""
     return kind(
         f"{where}: expected the arguments of {noun} to have {what}, got {', '.join(listed[:_MOST_LISTED])}{more}, and the error says: {said}; "
-        f"{remedy}"
+        f"{remedy}{example}"
     )
 
 

@@ -19,7 +19,7 @@ from bilevel.equations.system import ArgminSystem, System
 from bilevel.errors import ArgumentError
 from bilevel.operators import DenseOperator, FunctionOperator, HessianOperator, JacobianOperator, LinearOperator
 from bilevel.pytree import moves, usable
-from bilevel.replay import Program, ReplayCache, ReplayedOperator
+from bilevel.replay import Program, ReplayCache
 
 __all__ = ["Problem"]
 
@@ -53,6 +53,18 @@ class Problem:
         Whether R = x − T(x), so that T(x) = x − R.
     is_lone
         Whether this is a single problem on the CPU, whose numbers cost less in Python than as tensors.
+
+    Examples
+    --------
+    >>> import torch, bilevel
+    >>> class Gradient(bilevel.InnerSolver):
+    ...     def solve(self, problem, init, goal):
+    ...         print(problem.batch, problem.size, problem.value(init), problem.residual(init))
+    ...         return bilevel.Newton().solve(problem, init, goal)
+    >>> layer = bilevel.argmin(lambda x, a: ((x - a) ** 2).sum(), solver=Gradient())
+    >>> layer(torch.zeros(2), torch.tensor([1.0, 3.0]))
+    1 2 tensor([10.]) tensor([[-2., -6.]])
+    tensor([1.0000, 3.0000])
     """
 
     system: System
@@ -211,8 +223,9 @@ class Problem:
                     products.append(operator.rmatvec(row) if transposed else operator.matvec(row))
             return torch.cat(products)
 
-        whole = FunctionOperator(rows, x, partial(rows, transposed=True), symmetric=self.system.symmetric)
-        whole.expect_definite = self.minimizes
+        whole = FunctionOperator(
+            rows, x, partial(rows, transposed=True), symmetric=self.system.symmetric, expect_definite=self.minimizes
+        )
         none = NoPullback(self.where, self.system.noun, error)
         return Linearization(residual, whole, (), value if self.has_value else None, x.detach(), none)
 
@@ -265,9 +278,8 @@ class Problem:
         assert residual is not None
         symmetric = self.system.symmetric
         replayed = ReplayedLinearization(begun, needs_grad, symmetric)
-        operator = ReplayedOperator(
-            at, replayed.transposed, replayed.forward, symmetric=symmetric,
-            expect_definite=self.minimizes, materialize=materialize,
+        operator = FunctionOperator(
+            replayed.forward, at, replayed.transposed, symmetric=symmetric, expect_definite=self.minimizes, materialize=materialize
         )  # fmt: skip
         return Linearization(residual, operator, (), value if self.has_value else None, at, replayed)
 

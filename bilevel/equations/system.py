@@ -160,6 +160,8 @@ class System(ABC):
         made: Any = vjp(lambda point: self.residual_and_value(point, *tensors), flat, has_aux=True)
         residual, pull, value = made
         n = flat.shape[0]
+        if not n:  # vmap takes no empty batch
+            return residual, residual.new_zeros(0, 0), value
         units = torch.eye(n, dtype=residual.dtype, device=residual.device)
         (matrix,) = vmap(pull, chunk_size=None if n <= _MOST_ROWS else _MOST_ROWS)(units)
         return residual, matrix, value

@@ -30,6 +30,12 @@ def tune(
         list[str] | None,
         typer.Option(help="A column of a CSV file that is no feature, as an id; may be repeated.", show_default=False),
     ] = None,
+    encode: Annotated[
+        bool,
+        typer.Option(
+            "--encode", help="Turn words of a CSV file into 0/1 columns, and fill missing numbers by medians."
+        ),
+    ] = False,
     penalty: Annotated[
         Penalty, typer.Option(help="Tune one strength shared by all features, or one per feature.")
     ] = _DEFAULT.penalty,
@@ -72,7 +78,7 @@ def tune(
         learning_rate=learning_rate,
         seed=seed,
     )
-    dataset = load(data, target=target, task=task, ignore=ignore or ())
+    dataset = load(data, target=target, task=task, ignore=ignore or (), encode=encode)
     if output is not None:
         prepare_output(output)
     with _Bar(shown=not quiet) as bar:
@@ -89,6 +95,8 @@ def _show(outcome: Outcome) -> None:
     from bilevel.hyperopt.report import remarks, table
 
     screen = console(stderr=False)
+    for line in () if outcome.dataset.encoding is None else outcome.dataset.encoding.sentences:
+        screen.print(line, markup=False)
     screen.print(table(outcome))
     for line in remarks(outcome):
         screen.print(line, markup=False)

@@ -15,7 +15,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from bilevel.cli.table import MOST_CLASSES, DataError, parse, read_table, split_target
+from bilevel.cli.encoding import Encoding, encoder
+from bilevel.cli.table import MOST_CLASSES, DataError, parse, plain, read_table, split_target
 
 __all__ = ["BUNDLED", "DataError", "Dataset", "Task", "infer_task", "load", "load_bundled", "read_csv"]
 
@@ -49,6 +50,8 @@ class Dataset:
         Class labels in the order of their numbers; empty for regression.
     task
         The kind of target.
+    encoding
+        How columns of words and missing numbers became inputs; None if they were not encoded.
     """
 
     name: str
@@ -57,6 +60,7 @@ class Dataset:
     features: tuple[str, ...]
     classes: tuple[str, ...]
     task: Task
+    encoding: Encoding | None = None
 
     @property
     def rows(self) -> int:
@@ -64,7 +68,14 @@ class Dataset:
         return int(self.inputs.shape[0])
 
 
-def load(source: str, *, target: str | None = None, task: Task | None = None, ignore: Sequence[str] = ()) -> Dataset:
+def load(
+    source: str,
+    *,
+    target: str | None = None,
+    task: Task | None = None,
+    ignore: Sequence[str] = (),
+    encode: bool = False,
+) -> Dataset:
     """Load a bundled data set by name, or a CSV file by path.
 
     Parameters
@@ -77,6 +88,8 @@ def load(source: str, *, target: str | None = None, task: Task | None = None, ig
         The kind of target; None: inferred from the targets, see :func:`infer_task`.
     ignore
         Columns of a CSV file that are no features, such as names of the rows.
+    encode
+        Whether a CSV file may have columns of words, and cells without a value.
 
     Raises
     ------
@@ -88,16 +101,17 @@ def load(source: str, *, target: str | None = None, task: Task | None = None, ig
             raise DataError(
                 f"{source} is a bundled data set, whose target is fixed; leave --target out, or pass a CSV file"
             )
-        if ignore:
+        if ignore or encode:
+            option = "--ignore" if ignore else "--encode"
             raise DataError(
-                f"{source} is a bundled data set, whose features are fixed; leave --ignore out, or pass a CSV file"
+                f"{source} is a bundled data set, whose features are fixed; leave {option} out, or pass a CSV file"
             )
         return load_bundled(source, task=task)
     if Path(source).suffix == "" and not os.path.exists(source):  # which says False of a name too long for a file, too
         raise DataError(
             f"there is no data set and no file called {source!r}; the bundled data sets are {', '.join(BUNDLED)}"
         )
-    return read_csv(Path(source), target=target, task=task, ignore=ignore)
+    return read_csv(Path(source), target=target, task=task, ignore=ignore, encode=encode)
 
 
 def load_bundled(name: str, *, task: Task | None = None) -> Dataset:
@@ -130,8 +144,10 @@ def load_bundled(name: str, *, task: Task | None = None) -> Dataset:
     return Dataset(name, np.ascontiguousarray(bunch.data, dtype=np.float64), targets, features, classes, task)
 
 
-def read_csv(path: Path, *, target: str | None, task: Task | None = None, ignore: Sequence[str] = ()) -> Dataset:
-    """Read a comma-separated file with a header line; every column but the target and the ignored ones must be numeric.
+def read_csv(
+    path: Path, *, target: str | None, task: Task | None = None, ignore: Sequence[str] = (), encode: bool = False
+) -> Dataset:
+    """Read a comma-separated file with a header line; without ``encode`` every column but the target and the ignored ones must be numeric.
 
     Parameters
     ----------
@@ -143,6 +159,8 @@ def read_csv(path: Path, *, target: str | None, task: Task | None = None, ignore
         What is predicted; inferred if None.
     ignore
         Columns that are no features, such as names of the rows.
+    encode
+        Whether there may be columns of words, and cells without a value.
 
     Raises
     ------
@@ -151,7 +169,8 @@ def read_csv(path: Path, *, target: str | None, task: Task | None = None, ignore
         empty or not finite, or the target has but one value.
     """
     table = read_table(path)
-    features, inputs, cells = split_target(table, target, ignore)
+    read = encoder(encode)
+    features, inputs, cells = split_target(table, target, ignore, read or plain)
     assert target is not None  # or split_target had raised
     column = _column(cells)
     if column.dtype.kind == "f" and not np.isfinite(column).all():
@@ -160,7 +179,8 @@ def read_csv(path: Path, *, target: str | None, task: Task | None = None, ignore
     if task is None:
         task = infer_task(column)
     targets, classes = _encode(column, task, f"{path}: target {target!r}")
-    return Dataset(Path(path.name.removesuffix(".gz")).stem, inputs, targets, features, classes, task)
+    name, encoding = Path(path.name.removesuffix(".gz")).stem, None if read is None else read.encoding
+    return Dataset(name, inputs, targets, features, classes, task, encoding)
 
 
 def infer_task(column: NDArray[Any]) -> Task:

@@ -16,7 +16,7 @@ from bilevel.equations.pullbacks import Pullback
 from bilevel.equations.structured import StructuredSystem, objective_of
 from bilevel.errors import BilevelError, StochasticObjectiveError
 from bilevel.layers.inspector import Inspection, Inspector
-from bilevel.layers.messages import derivative_messages, failure_messages
+from bilevel.layers.messages import autocast_messages, derivative_messages, failure_messages
 from bilevel.layers.randomness import CheckAfter
 from bilevel.layers.settings import Adjoint, SolveSettings
 from bilevel.linear._base import LinearSolver, solve_linear
@@ -37,6 +37,7 @@ from bilevel.solvers._base import InnerSolver
 from bilevel.solvers._error import rounding
 from bilevel.solvers._given import GivenAnswer, check_answer, compared
 from bilevel.solvers._judge import solve_inner
+from bilevel.solvers._one_sided import Sides
 from bilevel.solvers._outcome import InnerOutcome
 from bilevel.solvers.defaults import default_solvers
 from bilevel.tolerance import auto_relative
@@ -93,16 +94,18 @@ class SolveCall:
         self.nan_mask: torch.Tensor | None = None  # (*batch,) bool: whose derivatives the policy wants to be NaN
         self.residual: torch.Tensor | None = None  # at the solution (batch, n), for who wants the adjoint
         self.found: tuple[torch.Tensor, torch.Tensor] | None = (
-            None  # R at the solution (batch, n), and its norm that was asked for
+            None  # R at the solution (batch, n), and the norm asked for
         )
         self.factor: torch.Tensor | None = None
+        self.one_step = False  # whether that is of the Hessians at init, and a step with them was the last
         self.last_rhs: torch.Tensor | None = None  # of this call's linear solves
         self.largest: torch.Tensor | None = None  # (batch,): the norm of the largest before that
         self.degenerate: torch.Tensor | None = None  # (*batch,) bool: whose derivative does not exist, or is one-sided
+        self.sides: Sides | None = None  # for which losses it exists all the same
         self.messages: StatusMessages = {}  # of the forward solve
         self.reduced: LinearSolver | None = None  # made of what the forward solve has factorised
         self.system: StructuredSystem | None = None
-        self.one_step = False  # whether that is of the Hessians at init, and a step with them was the last
+        self.coarse: StatusMessages = {}  # for the rounding of autocast
 
     def inspect(
         self, problem: Problem, init: torch.Tensor, written: Any = None, *, again: bool = False
@@ -169,13 +172,15 @@ class SolveCall:
             outcome = compared(outcome, x) if given else outcome
         if outcome.degenerate is not None:
             self.degenerate = outcome.degenerate.reshape(system.batch_shape)
-        self.messages, self.reduced = outcome.words, outcome.linear_solver
+        self.messages, self.reduced, self.sides = outcome.words, outcome.linear_solver, outcome.sides
         return self._reported(problem, outcome, self.messages, silent=target.silent)
 
     def _reported(
         self, problem: Problem, outcome: InnerOutcome, messages: StatusMessages, *, silent: bool
     ) -> torch.Tensor:
         settings, system, axes = self.settings, problem.system, problem.batch_shape
+        self.coarse = autocast_messages(system.autocast)
+        messages = {**messages, **self.coarse}
         self.one_step = outcome.factor is not None and (outcome.exact or bool((outcome.iterations <= 1).all()))
         if self.watched and not isinstance(system, StructuredSystem):
             self.found = outcome.residual, outcome.threshold
@@ -230,8 +235,7 @@ class SolveCall:
             "function uses an object that has changed: pass that object as an argument, or take the derivative before it changes"
         )
         if handle_misuse(error, self.settings.on_failure):
-            axes = problem.batch_shape
-            lost = doubtful.reshape(axes)
+            lost = doubtful.reshape(problem.batch_shape)
             self.nan_mask = lost if self.nan_mask is None else self.nan_mask | lost
 
     def solve_linear(
@@ -242,12 +246,13 @@ class SolveCall:
         product: Callable[[torch.Tensor], torch.Tensor] | None = None,
         pullbacks: Callable[[], Sequence[Pullback]] = tuple,
         unsure: Sequence[Pullback] = (),
+        reverse: bool = False,
     ) -> torch.Tensor:
         """Return A⁻¹ rhs (*axes, n): solve, judge, report and apply the policy.
 
-        ``product``, v ↦ A v, is passed for the adjoint of a first derivative only. ``pullbacks`` are made for any adjoint with a
-        singular A: they tell whether the derivative exists. ``unsure`` are pullbacks to arguments that a transform computes: if
-        one of them does not vanish, the report says that the derivative may not exist.
+        ``product``, v ↦ A v, is passed for the adjoint of a first derivative that is not differentiated again. ``reverse``: it is the adjoint of
+        one that may be. ``pullbacks`` are made for any adjoint with a singular A: they tell whether the derivative exists. ``unsure`` are pullbacks
+        to arguments that a transform computes: if one of them does not vanish, the report says that the derivative may not exist.
         """
         settings = self.settings
         if self.factor is not None:
@@ -259,15 +264,14 @@ class SolveCall:
         solver = settings.linear_solver or self._own_solver(operator) or default_linear_solver(operator)
         reported = self.report is None or self.recordings or ACTIVE.stack or on_adjoint is not None
         begun = None if product is None else self._start(rhs)
-        noise = self._noise(rhs)
+        noise, name = self._noise(rhs), solver.name
         examinations = self.inspector.examinations
-        examine = not (target.silent or target.strong_convexity is not None or solver.knows_null_space)
-        examine = examine and examinations.is_due(operator)
-        name = solver.name
+        known = target.silent or target.strong_convexity is not None or solver.knows_null_space
+        examine = not known and examinations.is_due(operator)
         outcome = solve_linear(
             solver, operator, rhs, target, begun, product=product, seen=bool(reported), noise=noise, examine=examine
         )
-        words = settings.backward_messages
+        words: StatusMessages = {**settings.backward_messages, **self.coarse}
         if not _all_converged(outcome):
             examinations.learn(operator, outcome.status)
             outcome, words = without_derivative(operator, outcome, pullbacks, words)
@@ -275,8 +279,7 @@ class SolveCall:
                 words = {**unsure_derivative_messages(), **words}
             if direction is Pass.BACKWARD:
                 words = {**derivative_messages(outcome.status, rhs, symmetric=operator.symmetric), **words}
-        if self.degenerate is not None:
-            outcome, words = self._one_sided(self.degenerate, operator, outcome, words, axes, product is not None)
+        outcome, words = self._one_sided(operator, outcome, words, axes, reverse or product is not None)
         report = _report_of(direction, self.where, name, outcome, axes, words)
         self.report = self.report or report
         if on_adjoint is not None and self.residual is not None:
@@ -295,37 +298,35 @@ class SolveCall:
     def _adjoint(self, residual: torch.Tensor, outcome: LinearOutcome, report: SolveReport, product: Any) -> Adjoint:
         size = residual.shape[-1]  # of the unknown alone, without multipliers
         linearization = product.linearization if isinstance(product, JointProduct) else None
-        rho = outcome.residual[:, :size]
-        return Adjoint(outcome.x[:, :size], report, residual, linearization, rho, self.replays)
+        x, rho = outcome.x[:, :size], outcome.residual[:, :size]
+        return Adjoint(x, report, residual, linearization, rho, self.replays)
 
     def _own_solver(self, operator: LinearOperator) -> LinearSolver | None:
         """Return a structured system's own linear solver for derivatives, or None."""
         if self.system is None:
             return None
-        kept = self.reduced
-        own: LinearSolver | None = kept if kept is not None and kept.serves(operator) else None
-        return own or self.system.linear_solver(operator)
+        if self.reduced is not None and self.reduced.serves(operator):
+            return self.reduced
+        return self.system.linear_solver(operator)
 
     def _start(self, rhs: torch.Tensor) -> torch.Tensor | None:
         """Return the initial guess of the linear solve for the right-hand side ``rhs`` (batch, n), or None."""
         kept = self.settings.adjoint_start
-        if kept is None or kept.shape != rhs.shape or not bool(torch.isfinite(kept).all()):
-            return None
-        return kept.to(rhs)
+        fits = kept is not None and kept.shape == rhs.shape and bool(torch.isfinite(kept).all())
+        return kept.to(rhs) if kept is not None and fits else None
 
     def _one_sided(
         self,
-        degenerate: torch.Tensor,
         operator: LinearOperator,
         outcome: LinearOutcome,
         words: StatusMessages,
         axes: tuple[int, ...],
         first: bool,
     ) -> tuple[LinearOutcome, StatusMessages]:
-        """Return ``outcome`` with ``Status.DEGENERATE`` for the ``degenerate`` problems, whose derivative does not exist or is one-sided."""
-        if Status.DEGENERATE not in self.messages:
+        """Return ``outcome`` with ``Status.DEGENERATE`` for the problems whose derivative does not exist or is one-sided."""
+        if self.degenerate is None or Status.DEGENERATE not in self.messages:
             return outcome, words
-        these = degenerate.expand(axes).reshape(outcome.status.shape)
+        these = self.degenerate.expand(axes).reshape(outcome.status.shape)
         these = these & self.depends_on_side(operator, outcome.x, first=first)
         # Constraints with dependent gradients make the matrix singular if an argument moves them apart.
         these = these | (outcome.status == Status.SINGULAR)
@@ -337,8 +338,10 @@ class SolveCall:
     def depends_on_side(self, operator: LinearOperator, x: torch.Tensor, *, first: bool) -> torch.Tensor:
         """Return which solutions x (batch, n) of linear systems with ``operator`` at a degenerate solution differ from side to side, (batch,) bool.
 
-        ``first``: it is the adjoint of a first derivative. Override it for a kind of problem that can tell; here all may.
+        ``first``: it is the adjoint of a first derivative. Override it for a kind of problem that can tell.
         """
+        if first and self.sides is not None:
+            return self.sides.differ(x)
         return torch.ones(len(x), dtype=torch.bool, device=x.device)
 
     def _noise(self, rhs: torch.Tensor) -> torch.Tensor | None:
@@ -389,7 +392,7 @@ def _report_of(
 
 def _shaped_proof(prove: Callable[[], Proof], axes: tuple[int, ...]) -> Proof:
     proof = prove()
-    entries = (None if e is None else e.reshape(*axes, e.shape[-1]) for e in (proof.proven_zero, proof.proven_nonzero))
+    entries = (e if e is None else e.reshape(*axes, e.shape[-1]) for e in (proof.proven_zero, proof.proven_nonzero))
     return Proof(proof.error_bound.reshape(axes), proof.basis, *entries)
 
 

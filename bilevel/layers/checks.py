@@ -241,5 +241,6 @@ def captured_error(where: str, noun: str, how: str) -> CapturedTensorError:
     return CapturedTensorError(
         f"{where}: expected every tensor to differentiate to be an argument, and {noun} reaches one through its "
         f"closure that {how} and would silently receive no gradient; pass it as an argument (a module's "
-        "parameters as dict(module.named_parameters()) with torch.func.functional_call), or detach it"
+        "parameters as dict(module.named_parameters()) with torch.func.functional_call; an object's tensors, such as those of a "
+        "dataclass, in a dict, tuple or NamedTuple), or detach it"
     )

@@ -47,6 +47,7 @@ from bilevel.reports import Basis, Status
 from bilevel.solvers._base import CallableSolver, InnerSolver
 from bilevel.solvers._bridges import by_callable, by_scipy
 from bilevel.solvers._constrained import solve_constrained
+from bilevel.solvers._one_sided import Sides
 from bilevel.solvers._outcome import InnerOutcome, nothing_to_solve, with_spent_budget
 from bilevel.solvers._program import Answer, ConstrainedSolver, Program
 from bilevel.solvers.scipy_minimize import ScipyMinimize
@@ -317,9 +318,13 @@ class ConstrainedSystem(LocalModel):
         threshold = torch.clamp(max(target.relative, torch.finfo(init.dtype).eps ** 0.5) * scale, min=target.absolute)
         broken = ~torch.isfinite(z).all(-1)
         status = torch.where(broken, int(Status.NOT_FINITE), status)
+        sides = None
+        if found.weak is not None:
+            active = self._active(z[:, : self.unknowns], program.lower.to(z), program.upper.to(z))
+            sides = Sides.at(program, found, torch.stack(active).any(0))
         return InnerOutcome(
             z, status, found.iterations, norm, threshold, torch.full_like(norm, math.nan), Basis.RESIDUAL, residual,
-            solver=found.solver, degenerate=found.degenerate, words=found.words,
+            solver=found.solver, degenerate=found.degenerate, words=found.words, sides=sides,
         )  # fmt: skip
 
     def _widened(self, problem: Problem) -> Program:

@@ -78,6 +78,14 @@ class PerConstraint:
         Of the shape that the function of this name returns.
     lower, upper
         Of the shape of x, a value for each entry's bound.
+
+    Examples
+    --------
+    >>> import torch, bilevel
+    >>> nearest = bilevel.argmin(lambda x, a: ((x - a) ** 2).sum(), lower=0.0)
+    >>> solution = nearest.solve(torch.ones(2), torch.tensor([1.0, -1.0]))
+    >>> solution.active.lower, round(solution.multipliers.lower[1].item(), 4), solution.active.upper
+    (tensor([False,  True]), 2.0, None)
     """
 
     equality: Any = None

@@ -31,6 +31,7 @@ __all__ = [
     "PhantomGradient",
     "Truncated",
     "Unrolled",
+    "begin_of",
     "check_differentiation",
     "solver_for",
     "step_of",
@@ -41,6 +42,8 @@ Step = Callable[[torch.Tensor, "torch.Tensor | None"], "tuple[torch.Tensor, torc
 
 # Beyond this many unknowns a Newton step that is differentiated through would hold too large a matrix.
 _MOST_DENSE = 512
+# So many steps at a solution have first and second derivatives without bias.
+_FEWEST_NEWTON_STEPS = 2
 
 
 class Differentiation:
@@ -99,6 +102,8 @@ class Unrolled(BySteps):
 
     The derivative belongs to the computed iterate, converged or not. Memory grows as O(K n) with the number of steps. The solver has to be
     :class:`bilevel.GradientDescent` without a line search. For a fixed point it has to be :class:`bilevel.FixedPointIteration`, the default.
+    An argmin or a root without a solver is solved by Newton's method, whose line search has no derivative. Then as many Newton steps as the
+    search took, and at least two, are differentiated at the solution. Their derivative has no bias there.
 
     References
     ----------
@@ -257,16 +262,25 @@ def solver_for(
     """Return the solver whose steps can be differentiated as ``chosen`` says, or raise :class:`ArgumentError`."""
     if not isinstance(chosen, Unrolled):
         return solver
-    if solver is None and issubclass(kind, FixedPointSystem):
-        return FixedPointIteration()
+    if solver is None:
+        return FixedPointIteration() if issubclass(kind, FixedPointSystem) else None
     plain = isinstance(solver, GradientDescent) and not solver.line_search
     if plain or isinstance(solver, FixedPointIteration):
         return solver
     own = "FixedPointIteration()" if issubclass(kind, FixedPointSystem) else "GradientDescent(lr=..., max_steps=...)"
     raise ArgumentError(
         f"{where}: expected solver=bilevel.{own} for differentiation=Unrolled(), which differentiates each step of it, got "
-        f"{'none' if solver is None else solver.name}; choose that solver, or differentiate by Implicit() or Truncated(steps)"
+        f"{solver.name}; choose that solver, leave it out, or differentiate by Implicit() or Truncated(steps)"
     )
+
+
+def begin_of(
+    chosen: Differentiation, solver: InnerSolver | None, init: torch.Tensor, answer: torch.Tensor, taken: int
+) -> tuple[torch.Tensor, int]:
+    """Return where the steps to differentiate begin (n,), and how many :class:`Unrolled` differentiates."""
+    if isinstance(chosen, Unrolled) and solver is None:  # Newton's method
+        return answer, max(taken, _FEWEST_NEWTON_STEPS)
+    return init, taken if isinstance(chosen, Unrolled) else 1
 
 
 def step_of(system: System, solver: InnerSolver | None, tensors: Sequence[torch.Tensor]) -> Step:

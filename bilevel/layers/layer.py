@@ -31,7 +31,7 @@ from bilevel.errors import (
 from bilevel.implicit import ImplicitContext, Solve
 from bilevel.layers.arguments import check_captures, init_gradient_error, nan_of, refuse_forward_twice
 from bilevel.layers.call import SolveCall
-from bilevel.layers.differentiation import BySteps, Differentiation, solver_for, step_of
+from bilevel.layers.differentiation import BySteps, Differentiation, begin_of, solver_for, step_of
 from bilevel.layers.inspector import Inspector
 from bilevel.layers.modules import STATE, FunctionalModule, ModuleFunction
 from bilevel.layers.settings import Setting, SolveSettings
@@ -237,8 +237,7 @@ class Layer:
             args, kwargs = prepared if isinstance(prepared, tuple) else (prepared,), {}
         if self.module is not None:
             kwargs = {**kwargs, STATE: self.module.state()}
-        if isinstance(init, torch.nn.Module):
-            init = FunctionalModule.of(init, self.where)
+        init = FunctionalModule.of(init, self.where)
         if self.warm_start and not transforms_active():
             init = _last_or(self.last, init)
         solution = self._solution(settings, init, args, kwargs, value_only=value_only)
@@ -261,7 +260,8 @@ class Layer:
         given = raveler.ravel(init)
         ordinary, tensors = self._system(raveler, args, kwargs)
         watched, inside, poisoned = torch.is_grad_enabled(), differentiating(), False
-        if inside:
+        way = settings.differentiation
+        if inside and not isinstance(way, BySteps):
             refuse_forward_twice(self.where, tensors)
         system, flat = ordinary, given.detach()
         empty = EmptyBatch.around((flat, *tensors)) if transforms_active() else None
@@ -278,8 +278,8 @@ class Layer:
             if system is not ordinary and not poisoned:
                 poisoned = check_captures(system, flat, tensors, settings.on_failure)
         call = self._call(settings, system, watched)
-        if isinstance(settings.differentiation, BySteps):
-            x = self._by_steps(settings.differentiation, call, system, flat, tensors)
+        if isinstance(way, BySteps):
+            x = self._by_steps(way, call, system, flat, tensors)
         else:
             context = ImplicitContext(system, call.solve, call.solve_linear, followed=watched, compare=call.compare)
             x = Solve.apply(context, flat, *tensors)
@@ -330,8 +330,14 @@ class Layer:
         cut = [without_gradient(tensor) for tensor in tensors]
         answer = without_gradient(Solve.apply(ImplicitContext(system, call.solve, call.solve_linear), flat, *cut))
         assert call.report is not None
-        taken = int(call.report.iterations.max()) if call.report.iterations.numel() else 0
-        return way.path(step_of(system, solver, tensors), flat, answer, taken)
+        taken = int(call.report.iterations.max()) if call.report.iterations.numel() else 1
+        begin, taken = begin_of(way, solver, flat, answer, taken)
+        if not taken and (call.watched or differentiating()) and any(map(carries_gradient, tensors)):
+            raise ArgumentError(
+                f"{self.where}: expected steps to differentiate for {way}, got none, as the initial guess is a solution already, and the "
+                "derivative would be zero; differentiate by Implicit() or Truncated(steps), or begin elsewhere"
+            )
+        return way.path(step_of(system, solver, tensors), begin, answer, taken)
 
     def _call(self, settings: SolveSettings, system: System, watched: bool) -> SolveCall:
         written = self.function if self.written is None else self.written()
@@ -346,6 +352,11 @@ class Layer:
         tensors, arguments = flatten_arguments(args, kwargs)
         if torch.is_grad_enabled():
             tensors = [usable(tensor) for tensor in tensors]
+        if raveler.device.type == "meta":
+            raise DtypeError(
+                f"{self.where}: expected tensors that hold numbers, got one on the device meta, which keeps shapes alone; make the tensors on "
+                "another device, for example torch.zeros(3, device='cpu')"
+            )
         for tensor, name in zip(tensors, arguments.names, strict=True):
             if tensor.dtype.is_floating_point and tensor.device != raveler.device:
                 raise DtypeError(

@@ -23,6 +23,7 @@ from bilevel.layers.settings import SolveSettings
 from bilevel.linear._base import LinearSolverLike
 from bilevel.policy import OnFailure
 from bilevel.pytree import Raveler
+from bilevel.reports import Status
 from bilevel.robust import Cauchy, Huber, RobustLoss, SoftL1
 from bilevel.solvers._base import InnerSolverLike
 from bilevel.solvers.gauss_newton import GaussNewton
@@ -161,6 +162,14 @@ def least_squares(
     return make if residual is None else make(residual)
 
 
+_NOT_UNIQUE = (
+    Status.SINGULAR.meaning,
+    "the solution is not unique, and its derivative depends on a free direction: for a residual A x - b call "
+    "bilevel.linear_solve(lambda x, A: A @ x, unknown=init)(b, A), whose solution of minimum norm has its whole derivative; else pin one "
+    "unknown, append 1e-3 * (x - x0) with a fixed x0 to the residual, or make the loss invariant along that direction",
+)
+
+
 class LeastSquaresLayer(Layer):
     """A differentiable least-squares solve: a function of ``(init, *args, **kwargs)``. Made by :func:`least_squares`.
 
@@ -193,6 +202,7 @@ class LeastSquaresLayer(Layer):
             tolerance=tolerance,
             on_failure=on_failure,
         )
+        self.backward_messages = {Status.SINGULAR: _NOT_UNIQUE}
         if not _is_fixed(loss):
             # Whoever decides whether evaluations may be replayed has to see the loss as well.
             self.written = lambda: _both(function, loss)

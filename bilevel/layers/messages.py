@@ -16,7 +16,7 @@ from bilevel.solvers.bracketing import Bracketing
 from bilevel.solvers.gradient_descent import GradientDescent
 from bilevel.solvers.torch_optimizer import TorchOptimizer
 
-__all__ = ["derivative_messages", "failure_messages"]
+__all__ = ["autocast_messages", "derivative_messages", "failure_messages"]
 
 # x counts as diverging once it is this many times as large as the initial guess.
 _FAR = 1e6
@@ -196,3 +196,18 @@ _FIXED_POINT: StatusMessages = {
     ),
     Status.NOT_FINITE: (Status.NOT_FINITE.meaning, f"{_DOMAIN}, or start nearer the fixed point"),
 }
+
+
+def autocast_messages(precision: torch.dtype | None) -> StatusMessages:
+    """Return (meaning, remedy) of statuses that the rounding of autocast to ``precision`` causes; {} if there is no autocast."""
+    if precision is None:
+        return {}
+    name = str(precision).removeprefix("torch.")
+    words = (
+        f"did not reach the tolerance, because autocast evaluates the function in {name}, whose rounding is coarser",
+        "ask for what it allows, for example tolerance=bilevel.Tolerance(delta=0.03, delta_prime=0.03), or wrap the call of the layer in "
+        "torch.autocast(device_type, enabled=False)",
+    )
+    return dict.fromkeys(
+        (Status.MAX_STEPS, Status.NOT_CONVERGED, Status.STAGNATED, Status.LINE_SEARCH_FAILED, Status.KINK), words
+    )

@@ -62,14 +62,16 @@ class FunctionalModule(dict[str, torch.Tensor]):
         )
 
     @staticmethod
-    def of(module: torch.nn.Module, where: str) -> FunctionalModule:
-        """Return ``module`` at its own parameters, cut from any graph."""
-        own = {name: p.detach() for name, p in module.named_parameters() if p.requires_grad}
+    def of(init: Any, where: str) -> Any:
+        """Return a module at its own parameters, cut from any graph, and any other initial guess as it is."""
+        if not isinstance(init, torch.nn.Module):
+            return init
+        own = {name: p.detach() for name, p in init.named_parameters() if p.requires_grad}
         if not own:
             raise ArgumentError(
                 f"{where}: expected the module given as init to have a parameter that requires grad, and it has none; unfreeze one"
             )
-        return FunctionalModule(module, own)
+        return FunctionalModule(init, own)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Call the module with these parameters."""

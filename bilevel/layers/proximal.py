@@ -112,6 +112,7 @@ class _Termed(StructuredSystem):
     besides: ClassVar[str] = "prox"
 
     terms: _Terms
+    entrywise: bool
 
     def term(self, tensors: Sequence[torch.Tensor]) -> FlatTerm:
         """Return g of tensors that :meth:`Proximal.attach` has checked."""
@@ -216,7 +217,8 @@ class ProximalSystem(_Termed, LocalModel):
             proven_zero=lambda slope, move: of_batch(lambda g, s, m, *_: g.proven_zero(s, m), slope, move),
             proven_nonzero=lambda x, e: of_batch(lambda g, x, e, *_: g.proven_nonzero(x, e[0]), x, e.unsqueeze(-1)),
             convexity=lambda x: of_batch(lambda g, x, *_: g.convexity(x), x),
-            separable=known if known is not None and known.separable else None,
+            separable=known if known is not None and self.entrywise else None,
+            entrywise=self.entrywise,
         )
 
 
@@ -269,11 +271,13 @@ class Proximal(Structure):
             )
         terms = _Terms(ordinary.where, self.given, raveler)
         made = terms.of(*ordinary.arguments.rebuild(tensors))
-        smooth = FlatTerm(made, raveler.shapes).has_manifold
+        term = FlatTerm(made, raveler.shapes)
+        smooth = term.has_manifold
         size = raveler.size if smooth else raveler.size + 1
         kind: Any = ProximalSystem if smooth else ProximalRoot
         system = kind(
             ordinary.where, ordinary.function, flat_raveler(size, raveler), ordinary.arguments, ordinary.levels,
             ordinary.autocast, ordinary.mode, ordinary=ordinary, terms=terms,
+            entrywise=term.separable,
         )  # fmt: skip
         return system, init if smooth else torch.cat([init, init.new_ones(1)])

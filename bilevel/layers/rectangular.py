@@ -257,6 +257,7 @@ class _RectangularCall(LinearCall):
         product: Callable[[torch.Tensor], torch.Tensor] | None = None,
         pullbacks: Callable[[], Sequence[Pullback]] = tuple,
         unsure: Sequence[Pullback] = (),
+        reverse: bool = False,
     ) -> torch.Tensor:
         assert self.problem is not None
         A = rectangular_of(operator)
@@ -274,7 +275,7 @@ class _RectangularCall(LinearCall):
             return solve_linear(self.solver, operator, rhs, target).x.reshape(*axes, operator.size)
         squared = isinstance(self.problem.system, SquaredSystem)
         self.settings = replace(self.settings, linear_solver=OnTheRange(self.solver, squared))
-        return super().solve_linear(operator, rhs, axes, product, pullbacks, unsure)
+        return super().solve_linear(operator, rhs, axes, product, pullbacks, unsure, reverse)
 
     def refused(self, x: torch.Tensor) -> torch.Tensor:
         """Treat a derivative that does not exist as the policy says."""

@@ -34,6 +34,14 @@ class Solution(Generic[T]):
         The active set: a pytree of bool tensors. None if there are no constraints.
     aux
         With ``has_aux``, the second output of the function at the solution, differentiable.
+
+    Examples
+    --------
+    >>> import torch, bilevel
+    >>> layer = bilevel.argmin(lambda x, a: ((x - a) ** 2).sum())
+    >>> solution = layer.solve(torch.zeros(2), torch.tensor([1.0, 3.0]))
+    >>> solution.value, solution.report.status.name, int(solution.report.iterations)
+    (tensor([1.0000, 3.0000]), 'CONVERGED', 1)
     """
 
     value: T

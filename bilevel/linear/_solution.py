@@ -34,6 +34,15 @@ class LinearSolution:
         Bool (batch,): where the solver has proven that A has an eigenvalue below the given μ.
     floor
         The residual norm (batch,) that rounding can cause, if the solver knows the entries of A and that A is regular.
+
+    Examples
+    --------
+    >>> import torch, bilevel
+    >>> from bilevel.operators import DenseOperator
+    >>> A, b = DenseOperator(2 * torch.eye(2), symmetric=True), torch.tensor([[1.0, 3.0]])
+    >>> solution = bilevel.CG(max_steps=5).solve(A, b, torch.tensor([1e-5]))
+    >>> solution.x, solution.iterations
+    (tensor([[0.5000, 1.5000]]), tensor([1]))
     """
 
     x: torch.Tensor

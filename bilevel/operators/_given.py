@@ -85,8 +85,10 @@ class FunctionOperator(LinearOperator):
         A tensor (batch, n) with the shape, dtype and device of the vectors.
     rmatvec
         v ↦ Aᵀ v, from (batch, n) to (batch, n). It may be left out when ``symmetric``.
-    symmetric, positive_definite
+    symmetric, positive_definite, expect_definite
         See :class:`LinearOperator`.
+    materialize
+        Returns the dense matrices (batch, n, n), in the dtype of ``like``, where that is cheaper than products with unit vectors.
 
     Examples
     --------
@@ -104,10 +106,12 @@ class FunctionOperator(LinearOperator):
         *,
         symmetric: bool = False,
         positive_definite: bool = False,
+        expect_definite: bool = False,
+        materialize: Callable[[], torch.Tensor] | None = None,
     ) -> None:
         super().__init__(
-            like.shape[0], like.shape[1], like.dtype, like.device,
-            symmetric=symmetric, positive_definite=positive_definite,
+            like.shape[0], like.shape[1], like.dtype, like.device, symmetric=symmetric, positive_definite=positive_definite,
+            expect_definite=expect_definite, materialize=materialize,
         )  # fmt: skip
         self._matvec = matvec
         self._rmatvec = matvec if symmetric else rmatvec

@@ -16,7 +16,14 @@ T = TypeVar("T", default=Any)  # the pytree of the outer variables
 
 
 class OuterStatus(enum.Enum):
-    """Why :func:`bilevel.minimize` ended."""
+    """Why :func:`bilevel.minimize` ended.
+
+    Examples
+    --------
+    >>> from bilevel import OuterStatus
+    >>> [status.name for status in OuterStatus if status.success]
+    ['CONVERGED', 'MAX_STEPS', 'STOPPED']
+    """
 
     CONVERGED = "the norm of the hypergradient, plus its error if that is known, is at or below gradient_tolerance"
     MAX_STEPS = "max_steps outer steps were made"
@@ -62,6 +69,19 @@ class OuterStep:
         The number of hypergradients so far.
     seconds
         The time so far.
+
+    Examples
+    --------
+    >>> import torch, bilevel
+    >>> class Tuning(bilevel.BilevelProblem):
+    ...     def inner_objective(self, inner, outer, data):
+    ...         return (inner - 1) ** 2 + outer.exp() * inner**2
+    ...     def outer_objective(self, inner, outer, data):
+    ...         return (inner - 0.8) ** 2
+    >>> zero = torch.tensor(0.0, dtype=torch.float64)
+    >>> step = bilevel.minimize(Tuning(), zero, None, init=zero, max_steps=5).history[0]
+    >>> step.number, round(step.value, 4), round(step.gradient_norm, 4)
+    (1, 0.09, 0.15)
     """
 
     number: int
@@ -100,6 +120,19 @@ class OuterResult(Generic[T]):
         The status in one sentence.
     state
         The state that ``resume`` takes to continue the run.
+
+    Examples
+    --------
+    >>> import torch, bilevel
+    >>> class Tuning(bilevel.BilevelProblem):
+    ...     def inner_objective(self, inner, outer, data):
+    ...         return (inner - 1) ** 2 + outer.exp() * inner**2
+    ...     def outer_objective(self, inner, outer, data):
+    ...         return (inner - 0.8) ** 2
+    >>> zero = torch.tensor(0.0, dtype=torch.float64)
+    >>> result = bilevel.minimize(Tuning(), zero, None, init=zero, gradient_tolerance=1e-6)
+    >>> round(result.outer.exp().item(), 4), round(result.inner.item(), 4), result.status.name
+    (0.25, 0.8, 'CONVERGED')
     """
 
     outer: T

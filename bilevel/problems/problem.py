@@ -19,6 +19,7 @@ from bilevel.layers.constraint_structure import ConstraintStructure
 from bilevel.layers.constraints import Constraints
 from bilevel.layers.differentiation import Differentiation
 from bilevel.layers.layer import Layer
+from bilevel.layers.modules import FunctionalModule
 from bilevel.layers.proximal import Proximal
 from bilevel.layers.settings import Adjoint, Setting, SolveSettings
 from bilevel.layers.solution import Solution
@@ -287,7 +288,7 @@ class BilevelProblem(torch.nn.Module, ABC):
         data
             The pytree that the objectives receive.
         init
-            The initial guess of the inner solve. None: the last solution if its shapes fit, else :meth:`initial`.
+            The initial guess of the inner solve, a pytree or an ``nn.Module``. None: the last solution if its shapes fit, else :meth:`initial`.
 
         Raises
         ------
@@ -361,7 +362,7 @@ class BilevelProblem(torch.nn.Module, ABC):
     def _solve(self, settings: SolveSettings, outer: Any, data: Any, init: Any) -> Solution[Any]:
         numbering = self._numbering
         count = numbering.count(data)
-        start = self._start(outer, data, count) if init is None else init
+        start = self._start(outer, data, count, init)
         if count is not None:
             numbering.check_start(start, count)
         # Multipliers go with the inner solution that they are of.
@@ -419,7 +420,7 @@ class BilevelProblem(torch.nn.Module, ABC):
     def _with_goal(self, settings: SolveSettings, outer: Any, data: Any, init: Any) -> Hypergradient:
         """Return a hypergradient as accurate as the goal asks: by solves to full accuracy where these cost less than a search."""
         count = self._numbering.count(data)
-        start = self._start(outer, data, count) if init is None else init
+        start = self._start(outer, data, count, init)
         warm, call = self._remembered, self._hypergradient_call(settings, outer, data)
         if full_accuracy_is_cheap(settings, start, count):
             result, known = call.to_goal_directly(start, warm)
@@ -474,12 +475,14 @@ class BilevelProblem(torch.nn.Module, ABC):
     def _inner_constraints(self, outer: Any, data: Any) -> Constraints | None:
         return self.inner_constraints(outer, data)
 
-    def _start(self, outer: Any, data: Any, count: int | None) -> Any:
+    def _start(self, outer: Any, data: Any, count: int | None, init: Any) -> Any:
+        if init is not None:
+            return FunctionalModule.of(init, self.where)
         warm = self._remembered
         fits = warm.fits(count)
         if fits and type(self).initial is BilevelProblem.initial:
             return warm.inner
-        cold = detached(self.initial(outer, data))
+        cold = detached(FunctionalModule.of(self.initial(outer, data), self.where))
         last = warm.inner_like(cold) if fits else None
         return cold if last is None else last
 

@@ -42,6 +42,19 @@ class HypergradientReport:
         The linear solve's report.
     goal
         The outcome of ``Tolerance(hypergradient=...)`` or ``Tolerance(descent=...)``; None without such a goal.
+
+    Examples
+    --------
+    >>> import torch, bilevel
+    >>> class Tuning(bilevel.BilevelProblem):
+    ...     def inner_objective(self, inner, outer, data):
+    ...         return (inner - 1) ** 2 + outer.exp() * inner**2
+    ...     def outer_objective(self, inner, outer, data):
+    ...         return (inner - 0.8) ** 2
+    >>> zero = torch.tensor(0.0, dtype=torch.float64)
+    >>> report = Tuning().hypergradient(zero, None, init=zero).report
+    >>> report.forward.solver, int(report.forward.iterations), report.backward.solver, report.status.name
+    ('Newton', 1, 'Exact', 'CONVERGED')
     """
 
     forward: SolveReport

@@ -57,6 +57,14 @@ class Certificate(NamedTuple):
 
     ``equality``, ``inequality``, ``lower`` and ``upper`` are a Farkas ray (ν, λ, μ_l, μ_u) of an infeasible problem:
     Aᵀν + Gᵀλ − μ_l + μ_u = 0 with λ, μ_l, μ_u ≥ 0 and bᵀν + hᵀλ − lᵀμ_l + uᵀμ_u < 0, which no feasible point allows.
+
+    Examples
+    --------
+    >>> import torch, bilevel
+    >>> program = torch.zeros(1, 1), -torch.ones(1)  # minimise −x
+    >>> solution = bilevel.quadratic_program.solve(*program, lower=0.0, on_failure="ignore")
+    >>> solution.report.status.name, solution.certificate.direction
+    ('UNBOUNDED', tensor([1.]))
     """
 
     direction: torch.Tensor
@@ -84,6 +92,13 @@ class ProgramSolution(Solution[torch.Tensor]):
         None: a program has no other output.
     certificate
         Proofs that problems have no solution, for the whole batch, as the report.
+
+    Examples
+    --------
+    >>> import torch, bilevel
+    >>> solution = bilevel.quadratic_program.solve(torch.eye(2), torch.tensor([1.0, -1.0]), lower=0.0)
+    >>> solution.value, solution.multipliers.lower, solution.active.lower
+    (tensor([0., 1.]), tensor([1., 0.]), tensor([ True, False]))
     """
 
     multipliers: Multipliers = field()

@@ -15,7 +15,7 @@ A run is not recorded if it read a number from a tensor, drew random numbers, to
 unknown origin.
 """
 
-from bilevel.replay.cache import ReplayCache, ReplayedOperator
+from bilevel.replay.cache import ReplayCache
 from bilevel.replay.inspection_cache import InspectionCache
 from bilevel.replay.program import Program, StartedProgram
 from bilevel.replay.purity import Reach, follow, has_plain_structure, reach, reachable_objects
@@ -27,7 +27,6 @@ __all__ = [
     "Program",
     "Reach",
     "ReplayCache",
-    "ReplayedOperator",
     "StartedProgram",
     "allowed",
     "follow",

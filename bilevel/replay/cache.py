@@ -14,11 +14,10 @@ from weakref import ReferenceType
 
 import torch
 
-from bilevel.operators import LinearOperator
 from bilevel.replay.program import Program
 from bilevel.replay.recorder import note
 
-__all__ = ["ReplayCache", "ReplayedOperator"]
+__all__ = ["ReplayCache"]
 
 Evaluation = Callable[..., Sequence[torch.Tensor]]
 
@@ -151,37 +150,3 @@ def _difference(
 def _same(a: torch.Tensor, b: torch.Tensor) -> bool:
     same_layout = a.dtype == b.dtype and a.shape == b.shape and a.device == b.device
     return same_layout and bool(((a == b) | ((a != a) & (b != b))).all())
-
-
-class ReplayedOperator(LinearOperator):
-    """∂R at one point, whose products are the second part of a program.
-
-    Parameters
-    ----------
-    like
-        (batch, n).
-    transposed, forward
-        v ↦ Jᵀ v and v ↦ J v.
-    """
-
-    def __init__(
-        self,
-        like: torch.Tensor,
-        transposed: Callable[[torch.Tensor], torch.Tensor],
-        forward: Callable[[torch.Tensor], torch.Tensor],
-        *,
-        symmetric: bool,
-        expect_definite: bool,
-        materialize: Callable[[], torch.Tensor],
-    ) -> None:
-        super().__init__(
-            like.shape[0], like.shape[1], like.dtype, like.device, symmetric=symmetric,
-            expect_definite=expect_definite, materialize=materialize,
-        )  # fmt: skip
-        self._transposed, self._forward = transposed, forward
-
-    def matvec(self, v: torch.Tensor) -> torch.Tensor:
-        return self._forward(v)
-
-    def rmatvec(self, v: torch.Tensor) -> torch.Tensor:
-        return self._transposed(v)

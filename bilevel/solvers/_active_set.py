@@ -261,6 +261,9 @@ def _judged(
     # Huge multipliers show that no constraint qualification holds.
     largest = torch.maximum(_largest(jh.norm(dim=-1) * point.equality), _largest(at.norms * point.inequality))
     bounded = largest <= _UNBOUNDED * gradient.abs().amax(-1) + at.force / _UNBOUNDED
+    # A violation as small as above times a large multiplier may still be a large error of f.
+    gained = (point.equality * h).abs().sum(-1) + (point.inequality * c * point.active).abs().sum(-1)
+    met = met & (gained <= 1e-8 * at.size * (gradient.abs().amax(-1) + at.force / _UNBOUNDED))
     good = ~wrong & stationary & met & bounded & torch.isfinite(slope).all(-1)
     x = torch.where(good.unsqueeze(-1), program.inside(point.x), point.x)
     # The sign of a weakly active constraint's multiplier is rounding: it is set to zero.

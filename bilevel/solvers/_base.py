@@ -47,7 +47,7 @@ __all__ = [
 class Goal:
     """The rule by which a solver stops: ‖R(x)‖ ≤ :attr:`threshold`.
 
-    The judge checks the answer. It may ask for a smaller threshold.
+    The judge checks the answer. It may ask for a smaller threshold. See the example of :class:`InnerSolver`.
 
     Parameters
     ----------
@@ -110,7 +110,7 @@ class Goal:
 
 @dataclass(frozen=True, eq=False)
 class InnerSolution:
-    """The result of an inner solver.
+    """The result of an inner solver; see the example of :class:`InnerSolver`.
 
     Parameters
     ----------
@@ -151,13 +151,13 @@ class InnerSolver(ABC):
     >>> import torch, bilevel
     >>> class Gradient(bilevel.InnerSolver):
     ...     def solve(self, problem, init, goal):
-    ...         x, steps = init, torch.full((len(init),), 100)
-    ...         for _ in range(100):
-    ...             x = x - 0.25 * problem.residual(x)
+    ...         x, steps = init, torch.zeros(len(init), dtype=torch.int64)
+    ...         while (problem.residual(x).norm(dim=1) > goal.threshold).any():
+    ...             x, steps = x - 0.25 * problem.residual(x), steps + 1
     ...         return bilevel.InnerSolution(x, steps, torch.full_like(steps, int(bilevel.Status.NOT_CONVERGED)))
     >>> layer = bilevel.argmin(lambda x, a: ((x - a) ** 2).sum(), solver=Gradient())
     >>> layer(torch.zeros(2), torch.tensor([1.0, 3.0]))
-    tensor([1., 3.])
+    tensor([1.0000, 3.0000])
     """
 
     @property

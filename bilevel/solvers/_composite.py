@@ -40,6 +40,8 @@ class Composite:
         (∇f, bounds of its change) ↦, (x, distance (batch,)) ↦ bool (batch, n) and x ↦ c (batch, n): see :class:`bilevel.prox.Term`.
     separable
         The term of a single problem, if it is a sum of functions of one unknown each; else None.
+    entrywise
+        Whether the terms of all problems are such sums.
     """
 
     objective: Problem
@@ -54,6 +56,7 @@ class Composite:
     proven_nonzero: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None
     convexity: Callable[[torch.Tensor], torch.Tensor] | None = None
     separable: FlatTerm | None = None
+    entrywise: bool = False
 
     def step(self, x: torch.Tensor, slope: torch.Tensor, step: torch.Tensor) -> torch.Tensor:
         """Return T(x) = prox_{step·g}(x − step · slope)."""

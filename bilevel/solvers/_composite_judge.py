@@ -14,6 +14,7 @@ import torch
 from bilevel.errors import ArgumentError
 from bilevel.reports import Basis, Status, StatusMessages
 from bilevel.solvers._base import CallableSolver, Goal, InnerSolver, length, merge, threshold_for
+from bilevel.solvers._beside_threshold import falls_beside_threshold
 from bilevel.solvers._composite import Composite, Iterate
 from bilevel.solvers._composite_proof import CompositeProof
 from bilevel.solvers._error import residual_rounding
@@ -42,7 +43,7 @@ _MESSAGES: StatusMessages = {
         "add a term that grows with x, such as a small ridge, bound what x can become, or start elsewhere",
     ),
     Status.INDEFINITE: (
-        "ended at a saddle or a maximum: the objective has negative curvature on the active manifold",
+        "ended at a saddle or a maximum: the objective falls along a direction that the terms leave free, or that a term at its threshold does",
         "start elsewhere, or add regularisation",
     ),
     Status.MAX_STEPS: (
@@ -280,9 +281,14 @@ class _Run:
         # The residual of the local model, as everything that is computed from a residual expects.
         known = self.found is not None and torch.equal(self.found.at.x, at.x)
         slope = self.found.assessment.slope if known and self.found is not None else torch.zeros_like(at.x)
+        status, degenerate = self.status, self._degenerate()
+        if degenerate is not None and bool(degenerate.any()):
+            status = torch.where(
+                falls_beside_threshold(composite, at, good & degenerate), int(Status.INDEFINITE), status
+            )
         return InnerOutcome(
-            at.x, self.status, self.iterations, norm, threshold, torch.full_like(norm, torch.nan), Basis.RESIDUAL, slope,
-            solver=name, degenerate=self._degenerate(), words=_MESSAGES,
+            at.x, status, self.iterations, norm, threshold, torch.full_like(norm, torch.nan), Basis.RESIDUAL, slope,
+            solver=name, degenerate=degenerate, words=_MESSAGES,
             linear_solver=ReducedSolver(reduced) if serves and reduced is not None else None,
             prove=CompositeProof(composite, at, norm, self.error, target),
         )  # fmt: skip

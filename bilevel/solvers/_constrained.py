@@ -3,49 +3,38 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 
 from bilevel.errors import ArgumentError
-from bilevel.reports import Status, StatusMessages
+from bilevel.reports import Status
 from bilevel.solvers._active_set import Polished, continued, measure, polish, recovered
 from bilevel.solvers._base import InnerSolver, is_one_of, merge
+from bilevel.solvers._beside import lower_points, lower_points_in_bounds
 from bilevel.solvers._central_path import centred
 from bilevel.solvers._constrained_wording import Name, failure_words
+from bilevel.solvers._found import Found
 from bilevel.solvers._implied import Weak
 from bilevel.solvers._interior_pieces import pick
 from bilevel.solvers._program import Answer, ConstrainedSolver, Program
 from bilevel.solvers._regularity import Findings, examine, explained
 from bilevel.solvers._restoration import with_feasibility
+from bilevel.solvers._touching import only_point
 from bilevel.solvers._unsettled import is_settled, kinked_part
 from bilevel.solvers.interior_point import InteriorPoint
 from bilevel.solvers.projected_lbfgs import ProjectedLBFGS
 from bilevel.solvers.projected_newton import DENSE_LIMIT, ProjectedNewton
 
-__all__ = ["Found", "solve_constrained"]
+__all__ = ["solve_constrained"]
 
 _UNSOLVED = (Status.MAX_STEPS, Status.STAGNATED, Status.NOT_CONVERGED, Status.LINE_SEARCH_FAILED)
 # Without multipliers, constraints within these shares of the size of x are tried as active.
 _NEAR = (1e-5, 1e-7, 1e-3, 1e-2)
 # An initial guess is nearly a solution if its violation and its projected gradient are below this share of their sizes.
 _KNOWN, _MOST_RECOVERED = 1e-3, 256
-_MOST_RESUMES = 2
+_MOST_RESUMES, _MOST_SADDLES = 2, 3
 _MAYBE_KINKED = (Status.STAGNATED, Status.NOT_CONVERGED, Status.MAX_STEPS)
-
-
-@dataclass(frozen=True, eq=False)
-class Found:
-    """Judged solutions. Every tensor has a leading batch axis."""
-
-    x: torch.Tensor
-    equality: torch.Tensor
-    inequality: torch.Tensor
-    status: torch.Tensor
-    iterations: torch.Tensor
-    degenerate: torch.Tensor
-    words: StatusMessages
-    solver: str
 
 
 def solve_constrained(
@@ -98,13 +87,9 @@ def solve_constrained(
         equality, inequality = answer.equality / of_equality, answer.inequality / of_inequality
         answer = replace(answer, x=answer.x / column, equality=equality, inequality=inequality)
     answer = _without_contradictions(program, answer)
-    if smoothing is not None:
-        found = _on_the_path(program, answer, smoothing, used)
-    elif program.size > DENSE_LIMIT and program.only_bounds:
-        found = _large(program, answer, used, name)
-    else:
-        answer, point = _settled(program, answer, _resume(solver))
-        found = _judged(program, answer, point, used, name)
+    found = _found(program, answer, smoothing, used, name, _resume(solver))
+    if solver is None:
+        found = _off_saddles(program, found, smoothing, name, where)
     # The unit is a power of two: x stays exactly on its bounds.
     x = column * found.x
     found = replace(found, equality=found.equality * of_equality, inequality=found.inequality * of_inequality)
@@ -114,6 +99,31 @@ def solve_constrained(
     if bool((found.status > int(Status.BUDGET_SPENT)).any()):
         return replace(found, x=x, words={**failure_words(given, init, x, found.status, kinked, name), **found.words})
     return replace(found, x=x)
+
+
+def _found(
+    program: Program, answer: Answer, smoothing: float | None, used: str, name: Name, resume: ConstrainedSolver | None
+) -> Found:
+    """Return the judged answer. The solver ``resume``, if any, goes on where it is no solution."""
+    if smoothing is not None:
+        return _on_the_path(program, answer, smoothing, used)
+    if program.size > DENSE_LIMIT and program.only_bounds:
+        return _large(program, answer, used, name)
+    answer, point = _with_only_points(program, *_settled(program, answer, resume))
+    return _judged(program, answer, point, used, name)
+
+
+def _off_saddles(program: Program, found: Found, smoothing: float | None, name: Name, where: str) -> Found:
+    """Return what the default solvers find from the lower points beside saddles."""
+    for _ in range(_MOST_SADDLES):
+        these = found.status == Status.INDEFINITE
+        if found.lower is None or not bool(these.any()):
+            break
+        start = torch.where(these.unsqueeze(-1), found.lower, found.x)
+        answer, used = _by_default(program, start, smoothing, where, None)
+        fresh = _found(program, _without_contradictions(program, answer), smoothing, used, name, InteriorPoint())
+        found = found.then(these, fresh)
+    return found
 
 
 def _by_default(
@@ -253,6 +263,19 @@ def _settled(program: Program, answer: Answer, resume: ConstrainedSolver | None)
     return answer, point
 
 
+def _with_only_points(program: Program, answer: Answer, point: Polished) -> tuple[Answer, Polished]:
+    """Return the answers that are no solutions with the only feasible point of those whose constraints touch there. It is the solution."""
+    these = ~point.good & is_one_of(answer.status, (*_UNSOLVED, Status.INFEASIBLE))
+    if not program.inequalities or not _recoverable(program) or not bool(these.any()):
+        return answer, point
+    x, found = only_point(program, answer.x, these)
+    mask = found.unsqueeze(-1)
+    multipliers = [torch.where(mask, 0.0, part) for part in (answer.equality, answer.inequality)]
+    x, status = torch.where(mask, x, answer.x), torch.where(found, int(Status.CONVERGED), answer.status)
+    answer = replace(answer, x=x, equality=multipliers[0], inequality=multipliers[1], status=status)
+    return answer, merge(found, replace(point, x=x, equality=multipliers[0], inequality=multipliers[1]), point)
+
+
 def _polished(program: Program, answer: Answer) -> Polished:
     usable = is_one_of(answer.status, (Status.CONVERGED, *_UNSOLVED))
     point = polish(program, answer) if answer.known else _without_multipliers(program, answer)
@@ -269,7 +292,12 @@ def _judged(program: Program, answer: Answer, point: Polished, used: str, name: 
     at = measure(program, point.x, point.equality, point.inequality)
     findings, point = examine(program, point, at)
     # Interior-point iterates converge, slowly, even to solutions without multipliers.
-    status = torch.where(good & findings.negative, int(Status.INDEFINITE), status)
+    weak, saddle, lower = findings.weak, good & findings.negative, None
+    doubtful = saddle | (good & (weak.any | findings.flat))
+    if bool(doubtful.any()):
+        lower, fell = lower_points(program, point, at, weak, doubtful)
+        saddle = saddle | fell
+    status = torch.where(saddle, int(Status.INDEFINITE), status)
     taken, kept = (point.x, point.equality, point.inequality), (answer.x, answer.equality, answer.inequality)
     x, equality, inequality = pick(good, taken, kept)
     degenerate = (findings.degenerate | findings.dependent) & (status == Status.CONVERGED)
@@ -278,7 +306,8 @@ def _judged(program: Program, answer: Answer, point: Polished, used: str, name: 
         meaning, remedy = explained(findings, program, x, at, int(degenerate.nonzero()[0]), name)
         words[Status.DEGENERATE] = (f"met a solution where {meaning}", remedy)
     alone = findings.degenerate & (status == Status.CONVERGED)
-    return Found(x, equality, inequality, status, answer.iterations, alone, words, used)
+    compared = weak.among(alone & findings.comparable) if bool(findings.comparable.any()) else None
+    return Found(x, equality, inequality, status, answer.iterations, alone, words, used, compared, lower)
 
 
 def _without_multipliers(program: Program, answer: Answer) -> Polished:
@@ -320,7 +349,7 @@ def _large(program: Program, answer: Answer, used: str, name: Name) -> Found:
             loose & (x - program.lower <= 2e-8 * size) & (slope.abs() <= weak),
             loose & (program.upper - x <= 2e-8 * size) & (slope.abs() <= weak),
         ),
-        no, x.new_zeros(len(x), 0, dtype=torch.bool), no, no, no, x.new_zeros(len(x), 0, dtype=torch.bool),
+        no, x.new_zeros(len(x), 0, dtype=torch.bool), no, no, no, x.new_zeros(len(x), 0, dtype=torch.bool), no,
     )  # fmt: skip
     # What the slope is a small difference of. At zero it vanishes for a product of unknowns, and ∇²f x does not.
     first = program.jacobian(program.inside(torch.zeros_like(x)))[1][:, 0].abs().amax(-1, keepdim=True)
@@ -330,12 +359,16 @@ def _large(program: Program, answer: Answer, used: str, name: Name) -> Found:
     usable = is_one_of(answer.status, (Status.CONVERGED, *_UNSOLVED))
     failed = torch.where(answer.status == Status.CONVERGED, int(Status.STAGNATED), answer.status)
     status = torch.where(usable, torch.where(good, int(Status.CONVERGED), failed), answer.status)
-    degenerate = findings.degenerate & (status == Status.CONVERGED)
+    degenerate, lower = findings.degenerate & (status == Status.CONVERGED), None
+    if bool(degenerate.any()):
+        lower, fell = lower_points_in_bounds(program, x, slope, findings.weak, degenerate)
+        status = torch.where(fell, int(Status.INDEFINITE), status)
+        degenerate = degenerate & ~fell
     words = {}
     if bool(degenerate.any()):
         meaning, remedy = findings.words(int(degenerate.nonzero()[0]), name)
         words[Status.DEGENERATE] = (f"met a solution where {meaning}", remedy)
-    return Found(x, answer.equality, answer.inequality, status, answer.iterations, degenerate, words, used)
+    return Found(x, answer.equality, answer.inequality, status, answer.iterations, degenerate, words, used, lower=lower)
 
 
 def _on_the_path(program: Program, answer: Answer, smoothing: float, used: str) -> Found:

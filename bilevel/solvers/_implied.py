@@ -39,6 +39,15 @@ class Weak:
         """Whether a problem has one (K,)."""
         return self.inequality.any(-1) | self.lower.any(-1) | self.upper.any(-1)
 
+    def among(self, these: torch.Tensor) -> Weak:
+        """Return the same of the problems ``these`` (K,), and none of the others."""
+        rows = these.unsqueeze(-1)
+        return Weak(self.inequality & rows, self.lower & rows, self.upper & rows)
+
+    def joined(self, other: Weak) -> Weak:
+        """Return the constraints that are in one of two."""
+        return Weak(self.inequality | other.inequality, self.lower | other.lower, self.upper | other.upper)
+
 
 def count_implied(program: Program, point: Polished, at: Measures, weak: Weak) -> tuple[Polished, Weak]:
     """Return ``point`` with the implied ones of ``weak`` active, and the others of ``weak``."""

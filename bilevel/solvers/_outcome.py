@@ -10,6 +10,7 @@ import torch
 
 from bilevel.reports import Basis, Proof, Status, StatusMessages
 from bilevel.solvers._base import InnerSolver
+from bilevel.solvers._one_sided import Sides
 from bilevel.tolerance import Target
 
 __all__ = ["InnerOutcome", "nothing_to_solve", "with_spent_budget"]
@@ -20,8 +21,9 @@ class InnerOutcome:
     """A judged inner solve: tensors per problem, and the names of the solvers that took part.
 
     ``factor`` holds Cholesky factors of Hessians near x, ``exact`` says that they are those at x. ``degenerate`` (batch,) bool says where the
-    derivative at x does not exist or is one-sided, ``words`` what there is to say of the statuses of this solve. ``linear_solver`` is one for
-    derivatives, made of what the solve has factorised. ``prove`` proves more of the solution, for who asks.
+    derivative at x does not exist or is one-sided, ``sides`` for which losses it exists all the same. ``words`` holds what there is to say of the
+    statuses of this solve. ``linear_solver`` is one for derivatives, made of what the solve has factorised. ``prove`` proves more of the solution,
+    for who asks.
     """
 
     x: torch.Tensor
@@ -37,6 +39,7 @@ class InnerOutcome:
     solver: str = ""
     degenerate: torch.Tensor | None = None
     words: StatusMessages = field(default_factory=dict)
+    sides: Sides | None = None
     linear_solver: Any = None
     prove: Callable[[], Proof] | None = None
 

@@ -50,6 +50,8 @@ class Findings:
         Whether no multipliers satisfy the KKT conditions to rounding (K,).
     repeated
         The equalities that follow from each other, bounds or not (K, p). No argument and no smoothing makes them independent.
+    comparable
+        Whether the derivative is one-sided because of ``weak`` alone, and each choice among these has a solution nearby (K,): see :class:`Sides`.
     """
 
     weak: Weak
@@ -59,6 +61,7 @@ class Findings:
     negative: torch.Tensor
     irregular: torch.Tensor
     repeated: torch.Tensor
+    comparable: torch.Tensor
 
     @property
     def degenerate(self) -> torch.Tensor:
@@ -144,15 +147,24 @@ def examine(program: Program, point: Polished, at: Measures) -> tuple[Findings, 
         point, weak = count_implied(program, point, at, weak)
         if bool(weak.any.any()):
             point, weak = with_strict_multipliers(program, point, at, weak, _WEAK)
-    free = (~(point.at_lower | point.at_upper)).to(point.x)
-    rows = torch.cat([jh, jc * point.active.unsqueeze(-1)], dim=1) * free.unsqueeze(1)
-    counted = torch.cat([torch.ones_like(jh[..., 0], dtype=torch.bool), point.active], dim=-1)
-    dependent, members = _dependence(torch.cat([jh, jc], dim=1), rows, counted)
+    # With all weakly active constraints active: what the others decide about the directions into them is in `lower_points`.
+    some = weak.lower | weak.upper
+    free = (~(point.at_lower | point.at_upper | some)).to(point.x)
+    counted = torch.cat([torch.ones_like(jh[..., 0], dtype=torch.bool), point.active | weak.inequality], dim=-1)
+    everything = torch.cat([jh, jc], dim=1)
+    rows = everything * counted.unsqueeze(-1) * free.unsqueeze(1)
+    dependent, members = _dependence(everything, rows, counted)
     repeated = torch.zeros_like(counted[:, : jh.shape[1]])
     if bool(dependent.any()):
         repeated = _dependence(jh, jh, torch.ones_like(repeated))[1]
     flat, negative = _curvature(at.hessian, rows, free)
-    return Findings(weak, dependent, members, flat, negative, ~point.good, repeated), point
+    comparable = point.good & weak.any & ~(flat | negative | dependent)
+    if bool(comparable.any()):  # and with none of them active
+        free = ((free > 0) | some).to(point.x)
+        strict = counted & ~torch.cat([torch.zeros_like(repeated), weak.inequality], dim=-1)
+        bent = _curvature(at.hessian, everything * strict.unsqueeze(-1) * free.unsqueeze(1), free)
+        comparable = comparable & ~(bent[0] | bent[1])
+    return Findings(weak, dependent, members, flat, negative, ~point.good, repeated, comparable), point
 
 
 def _weak(program: Program, point: Polished, at: Measures) -> Weak:

@@ -10,7 +10,7 @@ from bilevel.reports import Status
 from bilevel.solvers._base import is_one_of
 from bilevel.solvers._program import Answer, Program
 
-__all__ = ["restore", "with_feasibility"]
+__all__ = ["damped", "restore", "with_feasibility"]
 
 _MAX_STEPS = 200
 _FEASIBLE = 1e-9
@@ -53,7 +53,7 @@ def restore(
         slope = slope * free
         size = rows.norm(dim=(-2, -1)).clamp_min(1e-30)
         stationary = stationary | (open_ & (slope.norm(dim=-1) <= _STATIONARY * size * norm))
-        step = _damped(rows * free.unsqueeze(1), slope, damping)
+        step = damped(rows * free.unsqueeze(1), slope, damping)
         moved = program.inside(x + step * free)
         after, fresh = _residual(program, moved)
         better = open_ & (after.norm(dim=-1) < norm * (1 - 1e-10))
@@ -104,7 +104,7 @@ def _residual(program: Program, x: torch.Tensor) -> tuple[torch.Tensor, torch.Te
     return residual.nan_to_num(1e150, 1e150, -1e150), torch.cat([jh, jc * violated], dim=1).nan_to_num(0.0, 0.0, 0.0)
 
 
-def _damped(rows: torch.Tensor, slope: torch.Tensor, damping: torch.Tensor) -> torch.Tensor:
+def damped(rows: torch.Tensor, slope: torch.Tensor, damping: torch.Tensor) -> torch.Tensor:
     """Return −(JᵀJ + damping · D)⁻¹ slope (K, n), D the largest diagonal entry of JᵀJ."""
     gram = rows.mT @ rows
     size = gram.diagonal(dim1=-2, dim2=-1).amax(-1).clamp_min(1e-30)

@@ -115,7 +115,7 @@ def weigh(
             status = torch.where(blind, blind_status(problem, x, residual, start), status)
     singular = good & found.singular
     if bool(singular.any()):
-        status = torch.where(singular & _hidden(problem, x, residual, found), int(Status.DIVERGED), status)
+        status = torch.where(singular & _hidden(problem, x, residual, found, start), int(Status.DIVERGED), status)
     # If the residual vanishes and the next step remains large, the solution is at infinity.
     vanished = (norm := length(residual)) <= torch.finfo(x.dtype).eps * goal.scale
     # If an unknown is near enough to zero, its error may be larger than the unknown.
@@ -135,11 +135,17 @@ def weigh(
     return Weighed(good & (status == Status.RUNNING), ratio, rounded, length(noise), far_off, status)
 
 
-def _hidden(problem: Problem, x: torch.Tensor, residual: torch.Tensor, found: ErrorEstimate) -> torch.Tensor:
+def _hidden(
+    problem: Problem, x: torch.Tensor, residual: torch.Tensor, found: ErrorEstimate, start: torch.Tensor
+) -> torch.Tensor:
     """Return where the Jacobian is singular only because x is far away, (batch,) bool.
 
-    If the solution is not unique, x without its part in the null space is a solution too. If a search has diverged, as
-    for x = x + 1/(1 + x²), that point is no solution, and all points beyond x seem to be, because rounding hides the
-    residual.
+    If the solution is not unique, x with another part in the null space is a solution too. If a search has diverged, as for
+    x = x + 1/(1 + x²), that point is no solution, and all points beyond x seem to be, because rounding hides the residual.
+    The other part is as small as the initial guess, and of norm 1 at most. It is not zero: the equations may hold there by
+    symmetry, or not be defined.
     """
-    return ~_is_solved(problem, x - found.null_part, residual) & _is_solved(problem, x + 2 * found.null_part, residual)
+    ordinary = start.norm(dim=-1).clamp_max(1.0) / x.norm(dim=-1)
+    share = torch.nan_to_num(ordinary, nan=0.0).clamp_max(1.0).unsqueeze(-1)
+    near, beyond = x - found.null_part + share * found.null_part, x + 2 * found.null_part
+    return ~_is_solved(problem, near, residual) & _is_solved(problem, beyond, residual)

@@ -21,7 +21,8 @@ _MAX_STEPS = 250
 _ARMIJO, _MOST_TRIALS = 1e-4, 40
 # The search has converged when the next step is this share of x.
 _SMALL_STEP = 1e-11
-_MOST_PRODUCTS = 500
+# A step that is solved more exactly than to this share of the gradient costs more products than the next step saves.
+_MOST_PRODUCTS, _LEAST_FORCING = 500, 1e-3
 
 
 @dataclass(frozen=True)
@@ -132,7 +133,7 @@ def _conjugate_gradients(
     x, residual = torch.zeros_like(gradient), -gradient
     direction, square = residual, (residual**2).sum(-1)
     first = square.sqrt()
-    needs_grad = first * torch.minimum(torch.full_like(first, 0.1), first.sqrt() * 1e-3).clamp_min(1e-12)
+    needs_grad = first * torch.minimum(torch.full_like(first, 0.1), first.sqrt() * 1e-3).clamp_min(_LEAST_FORCING)
     open_ = square > 0
     first_curvature = torch.ones_like(first)
     for count in range(_MOST_PRODUCTS):

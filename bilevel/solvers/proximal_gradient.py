@@ -91,7 +91,7 @@ class ProximalGradient(InnerSolver):
 def first_step(composite: Composite, at: Iterate) -> Iterate:
     """Return the iterate with an estimate of 1/L as its step size, from the change of ∇f over a short proximal step."""
     norm, size = length(at.slope), 1 + length(at.x)
-    longest = _LONGEST * size / norm.clamp_min(torch.finfo(norm.dtype).tiny)
+    longest = _LONGEST * size / norm.clamp_min(torch.finfo(norm.dtype).tiny ** 0.5)
     short = _TRIAL / _LONGEST * longest
     beside = composite.step(at.x, at.slope, short)
     # At a solution, or if g fixes x, a step hardly moves. Any direction is then used.
@@ -99,7 +99,11 @@ def first_step(composite: Composite, at: Iterate) -> Iterate:
     if bool(held.any()):
         anywhere = at.x + (_TRIAL * size / at.x.shape[-1] ** 0.5).unsqueeze(-1) * irregular_signs(at.x)
         least = torch.full_like(short, torch.finfo(short.dtype).tiny ** 0.5)
-        beside = torch.where(held.unsqueeze(-1), composite.prox(anywhere, least), beside)
+        inside = composite.prox(anywhere, least)
+        # At a vertex g fixes x again, and the curvature would be a quotient of roundings. f is then measured off the domain of g.
+        fixed = length(inside - at.x) <= _HELD * _TRIAL * size
+        inside = torch.where(fixed.unsqueeze(-1), anywhere, inside)
+        beside = torch.where(held.unsqueeze(-1), inside, beside)
     slope = composite.objective.residual(beside)
     lipschitz = length(slope - at.slope) / length(beside - at.x)
     step = torch.where(torch.isfinite(lipschitz), (1 / lipschitz).clamp(max=longest), short)

@@ -121,6 +121,18 @@ class StepResult:
         The number of steps made, this one included.
     skipped
         Whether an update was not finite and was left out.
+
+    Examples
+    --------
+    >>> import torch, bilevel
+    >>> w, theta = torch.zeros(2), torch.ones(2)
+    >>> losses = (
+    ...     lambda w, theta, data: ((w - theta) ** 2).mean(),
+    ...     lambda w, theta, data: ((w - 3) ** 2).mean(),
+    ... )
+    >>> result = bilevel.stochastic.SOBA(losses, w, theta).step(None, None)
+    >>> result.step, result.inner_loss.item(), result.outer_loss.item()
+    (1, 1.0, 9.0)
     """
 
     inner_loss: torch.Tensor

@@ -187,6 +187,7 @@ def of_call(
             f"init={'given' if init is not None else 'None'}; pass args=(init, *args)"
         )
     start, *others = args
+    start = bilevel.FunctionalModule.of(start, target.where)
     leaves, structure = pytree.tree_flatten((tuple(others), dict(kwargs)))
     dims: list[int | None] = [None] * len(leaves)
     count = None
@@ -222,7 +223,8 @@ def _of_problem(
     outer_count = len(pytree.tree_leaves(outer))
     dims: list[int | None] = [None] * len(leaves)
     count = None
-    start = pytree.tree_map(_cut, problem.initial(outer, data)) if init is None else init
+    given = problem.initial(outer, data) if init is None else init
+    start = pytree.tree_map(_cut, bilevel.FunctionalModule.of(given, where))
     if problem.batch_dims is not None:
         dims = [*[None] * outer_count, *_spread(problem.batch_dims, data, where)]
         start, count = _batched_start(start, 0, leaves, dims, where)

@@ -13,7 +13,14 @@ __all__ = ["Allowance", "Comparison", "GradientCheck", "Verdict"]
 
 
 class Verdict(enum.Enum):
-    """The verdict of a comparison."""
+    """The verdict of a comparison.
+
+    Examples
+    --------
+    >>> from bilevel.testing import Verdict
+    >>> {verdict.name: verdict.value for verdict in Verdict}
+    {'PASSED': 'ok', 'FAILED': 'WRONG', 'INCONCLUSIVE': 'unsure'}
+    """
 
     PASSED = "ok"
     """The two agree within the tolerance."""
@@ -43,6 +50,13 @@ class Allowance:
     step
         For differences: the change by extrapolation from two steps, their rounding, and the remaining errors of their
         solves. For an unrolled iteration: the truncated part.
+
+    Examples
+    --------
+    >>> from bilevel.testing import Allowance
+    >>> allowance = Allowance(rounding=1e-9, linear=3e-9)
+    >>> f"{allowance.total:.0e}", allowance.largest
+    ('4e-09', 'linear')
     """
 
     rounding: float = 0.0
@@ -88,6 +102,15 @@ class Comparison:
         The tolerance: ``allowance.total``, unless the caller gave another.
     verdict
         The verdict: passed, failed or inconclusive.
+
+    Examples
+    --------
+    >>> import torch, bilevel
+    >>> layer = bilevel.argmin(lambda x, a: ((x - a) ** 2).sum() + (x**4).sum())
+    >>> t = torch.tensor([1.0, 2.0], dtype=torch.float64)
+    >>> first = bilevel.testing.check_gradients(layer, (0 * t, t)).comparisons[0]
+    >>> first.derivative, first.reference, first.verdict.name, f"{first.relative:.6f}"
+    ('reverse', 'dense', 'PASSED', '0.000000')
     """
 
     argument: str
@@ -123,6 +146,15 @@ class GradientCheck:
         By method (``"reverse"``, ``"dense"``, ``"unrolled"``) and argument.
     notes
         Sentences on the references.
+
+    Examples
+    --------
+    >>> import torch, bilevel
+    >>> layer = bilevel.argmin(lambda x, a: ((x - a) ** 2).sum() + (x**4).sum())
+    >>> t = torch.tensor([1.0, 2.0], dtype=torch.float64)
+    >>> check = bilevel.testing.check_gradients(layer, (0 * t, t))
+    >>> check.passed, len(check.comparisons), f"{check.worst.relative:.6f}"
+    (True, 4, '0.000000')
     """
 
     where: str

@@ -8,7 +8,14 @@ __all__ = ["Defect"]
 
 
 class Defect(enum.Enum):
-    """A defect of a problem. The value describes it, and :attr:`remedy` says what to do."""
+    """A defect of a problem. The value describes it, and :attr:`remedy` says what to do.
+
+    Examples
+    --------
+    >>> from bilevel.testing import Defect
+    >>> Defect.SADDLE.value, len(Defect)
+    ('the inner point is not a minimum', 31)
+    """
 
     UNUSABLE = "cannot be evaluated"
     NOT_FINITE = "meets NaN or infinity"

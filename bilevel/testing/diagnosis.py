@@ -23,6 +23,15 @@ class Finding:
         The evidence, with figures.
     remedy
         The remedy.
+
+    Examples
+    --------
+    >>> import torch, bilevel
+    >>> saddle = bilevel.argmin(lambda x, a: (x[0] - a) ** 2 - (x[1] - a) ** 2)
+    >>> t = torch.ones(2, dtype=torch.float64)
+    >>> found = bilevel.testing.diagnose(saddle, t, t[0]).findings[0]
+    >>> print(f"{found.defect.name}: {found.sentence}")
+    SADDLE: Newton met negative curvature: the matrix is not positive definite at the start (residual 0.0e+00, asked 0.0e+00, 0 steps)
     """
 
     defect: Defect
@@ -47,6 +56,14 @@ class InnerSolve:
         ‖R‖ and its threshold.
     newton_step
         ‖J⁻¹R‖ / ‖x‖, an estimate of the relative error of x; None where J was not formed or is singular.
+
+    Examples
+    --------
+    >>> import torch, bilevel
+    >>> square = bilevel.argmin(lambda x, a: (x - a) ** 2)
+    >>> inner = bilevel.testing.diagnose(square, torch.zeros(()), torch.ones(())).inner
+    >>> inner.solver, inner.iterations
+    ('Newton', 1)
     """
 
     solver: str
@@ -75,6 +92,14 @@ class Curvature:
     exact
         Whether the matrix was formed. Otherwise the values come from Lanczos: the true largest is at least ``largest``, the
         true smallest at most ``smallest``.
+
+    Examples
+    --------
+    >>> import torch, bilevel
+    >>> bowl = bilevel.argmin(lambda x, a: (x[0] - a) ** 2 + 5 * x[1] ** 2)
+    >>> curvature = bilevel.testing.diagnose(bowl, torch.zeros(2), torch.ones(())).curvature
+    >>> curvature.smallest, curvature.largest, curvature.condition
+    (2.0, 10.0, 5.0)
     """
 
     smallest: float
@@ -97,6 +122,14 @@ class OuterTensor:
         Whether the inner residual depends on it, and whether the outer loss depends on it directly.
     gradient
         The norm of its gradient; None if it was not computed.
+
+    Examples
+    --------
+    >>> import torch, bilevel
+    >>> square = bilevel.argmin(lambda x, a: ((x - a) ** 2).sum())
+    >>> [a] = bilevel.testing.diagnose(square, torch.zeros(2), torch.ones(2)).outer
+    >>> a.name, a.shape, a.in_inner, a.in_outer
+    ('a', (2,), True, False)
     """
 
     name: str
@@ -118,6 +151,14 @@ class LinearSolve:
         The number of products with the matrix, and the time.
     relative_residual
         ‖b − A q‖ / ‖b‖.
+
+    Examples
+    --------
+    >>> import torch, bilevel
+    >>> square = bilevel.argmin(lambda x, a: (x - a) ** 2)
+    >>> solve = bilevel.testing.diagnose(square, torch.zeros(()), torch.ones(())).linear
+    >>> solve.solver, solve.status, round(solve.relative_residual, 5)
+    ('Exact', 'reached the tolerance', 0.0)
     """
 
     solver: str
@@ -139,6 +180,13 @@ class Cost:
         K n², the number of entries of the matrices.
     cg_products
         The number of products in which conjugate gradients gain 6 digits: ½ √κ ln(2e6), at most n.
+
+    Examples
+    --------
+    >>> import torch, bilevel
+    >>> square = bilevel.argmin(lambda x, a: ((x - a) ** 2).sum())
+    >>> bilevel.testing.diagnose(square, torch.zeros(3), torch.ones(())).cost.dense_numbers
+    9
     """
 
     gradient_seconds: float
@@ -157,6 +205,14 @@ class Advice:
         Python expressions, such as ``"Newton()"``.
     cost
         One sentence on what they cost.
+
+    Examples
+    --------
+    >>> import torch, bilevel
+    >>> square = bilevel.argmin(lambda x, a: ((x - a) ** 2).sum())
+    >>> advice = bilevel.testing.diagnose(square, torch.zeros(3), torch.ones(())).advice
+    >>> advice.solver, advice.linear_solver, advice.tolerance
+    ('Newton()', 'Exact()', 'Tolerance(delta=2e-06, delta_prime=1e-06, strong_convexity=1) for 6 digits, Tolerance() for all')
     """
 
     solver: str
@@ -187,6 +243,14 @@ class Diagnosis:
         Whether two evaluations agreed; None if there was no evaluation.
     unexamined
         The parts that could not be examined, with the reasons.
+
+    Examples
+    --------
+    >>> import torch, bilevel
+    >>> square = bilevel.argmin(lambda x, a: ((x - a) ** 2).sum())
+    >>> found = bilevel.testing.diagnose(square, torch.zeros(3), torch.ones(()))
+    >>> found.healthy, found.unknowns, found.curvature.largest
+    (True, 3, 2.0)
     """
 
     where: str

@@ -242,6 +242,38 @@ def test_an_id_column_is_ignored_and_written(run: Any, flowers: Path, tmp_path: 
     assert "leave it out by --ignore 'plant id'" in run(named, "--target", "kind").err
 
 
+def test_a_trusted_file_is_encoded_like_the_data(tmp_path: Path) -> None:
+    rows = ["size,colour,kind", "1,red,a", ",blue,b", "3,red,a", "4,green,b", "9,blue,a", "2,,b"]
+    (tmp_path / "data.csv").write_text("\n".join(rows))
+    (tmp_path / "checked.csv").write_text("size,colour,kind\n,green,a\n2,red,b\n")
+    data = load(str(tmp_path / "data.csv"), target="kind", encode=True)
+    trusted = load(str(tmp_path / "checked.csv"), target="kind", encode=data.encoding or False)
+    assert trusted.inputs.tolist() == [[3, 0, 1, 0], [2, 0, 0, 1]]  # the median, and the words, of the data
+    assert numbered_like(trusted, data).inputs.shape[1:] == data.inputs.shape[1:]
+    assert data.cells[1] == ("", "blue", "b")  # cleaned data are written as they were
+    for text, message in (
+        ("size,colour,kind\n1,pink,a\n1,red,b\n", "line 2: .*'pink'"),
+        ("size,kind\n1,a\n1,b\n", "other columns"),
+    ):
+        (tmp_path / "checked.csv").write_text(text)
+        with pytest.raises(DataError, match=message):
+            load(str(tmp_path / "checked.csv"), target="kind", encode=data.encoding or False)
+
+
+def test_words_are_encoded_in_a_run(run: Any, flowers: Path, tmp_path: Path) -> None:
+    lines = flowers.read_text().splitlines()
+    worded = tmp_path / "worded.csv"
+    worded.write_text(
+        "\n".join([f"soil,{lines[0]}", *(f"{('clay', 'sand', '')[n % 3]},{line}" for n, line in enumerate(lines[1:]))])
+    )
+    common = ("--target", "kind", "--trusted-size", 12, *QUICK, "--no-compare", "-q")
+    assert "pass --encode" in run(worded, *common).err
+    ended = run(worded, *common, "--encode", "--output", tmp_path / "out")
+    assert ended.code == 0, ended.err
+    assert "Column 'soil' became 2 columns of zeros and ones" in " ".join(ended.out.split())
+    assert {row["soil"] for row in rows_of(tmp_path / "out" / "cleaned.csv")} == {"clay", "sand", ""}
+
+
 BAD: dict[str, tuple[list[object], str]] = {
     "no such data": (["iris"], "no data set, file or folder called 'iris'"),
     "no such file": (["none.csv", "--target", "y"], "there is no file none.csv"),

@@ -104,6 +104,52 @@ def test_a_constraint_whose_gradient_vanishes_is_named_and_stating_it_otherwise_
     torch.testing.assert_close(slope, tensor(1, 1))
 
 
+def balls(x: torch.Tensor, a: torch.Tensor, apart: float = 0.0) -> torch.Tensor:
+    """Unit balls around (1, 0) and (-1, 0), which touch at 0."""
+    return torch.stack([((x - side * tensor(1, 0)) ** 2).sum() - 1 + apart for side in (1, -1)])
+
+
+TOUCHING: dict[str, tuple[dict[str, Any], torch.Tensor, str]] = {
+    "two balls": ({"inequality": balls}, tensor(0, 0), r"inequality\[0\], inequality\[1\]"),
+    "two balls in a small unit": (
+        {"inequality": lambda x, a: 1e-6 * balls(x, a)}, tensor(0, 0), r"inequality\[0\], inequality\[1\]",
+    ),
+    "a disk and its tangent": (
+        {"inequality": lambda x, a: torch.stack([(x**2).sum() - 1, 1 - x[0]])}, tensor(1, 0), r"inequality\[0\], inequality\[1\]",
+    ),
+    "a disk and a bound": (
+        {"inequality": lambda x, a: (x**2).sum() - 1, "lower": tensor(1, -5)}, tensor(1, 0), r"inequality, the lower bound of x\[0\]",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("name", "solver"), [*((name, None) for name in TOUCHING), ("two balls", bilevel.ScipyMinimize("trust-constr"))]
+)
+def test_sets_that_touch_in_one_point_are_solved_and_the_missing_qualification_is_named(name: str, solver: Any) -> None:
+    constraints, point, names = TOUCHING[name]
+    a = A.clone().requires_grad_()
+    options = {} if solver is None else {"solver": solver}
+    x = bilevel.argmin(distance, **constraints, **options)(ZERO + 0.3, a)
+    torch.testing.assert_close(x.detach(), point, rtol=0, atol=2e-8)
+    with pytest.raises(
+        bilevel.SolveError, match=rf"no constraint qualification holds: {names} leave no interior.* loosen one"
+    ) as caught:
+        x.sum().backward()
+    assert caught.value.report.status is Status.DEGENERATE
+
+
+def test_balls_that_overlap_or_are_apart_are_ordinary_and_loosening_is_the_remedy() -> None:
+    """Two circles cross at (0, sqrt(2 r - r^2)) with r = 1e-3, whatever the objective."""
+    a = A.clone().requires_grad_()
+    apart = bilevel.argmin(distance, inequality=lambda x, a: balls(x, a, 1e-3), on_failure="ignore").solve(ZERO, a)
+    assert apart.report.status is Status.INFEASIBLE
+    x = bilevel.argmin(distance, inequality=lambda x, a: balls(x, a, -1e-3))(ZERO, a)
+    torch.testing.assert_close(x.detach(), tensor(0, 1e-3**0.5), rtol=1e-8, atol=1e-10)
+    (slope,) = torch.autograd.grad(x.sum(), a)
+    torch.testing.assert_close(slope, torch.zeros_like(a), rtol=0, atol=1e-9)
+
+
 def test_a_flat_objective_is_told_from_a_missing_qualification_and_a_ridge_helps() -> None:
     cost = tensor(1.0, 1.0, 3.0).requires_grad_()
     bounds = {"lower": 0.0, "upper": 1.0, "inequality": lambda x, c: 1 - x.sum()}

@@ -219,6 +219,46 @@ def test_ignored_columns_are_no_features(write) -> None:
         load("wine", ignore=["alcohol"])
 
 
+MIXED = "age,colour,id,y\n1,red,a,0\n,blue,b,1\n5,,c,0\n9,red,d,1\n"
+
+
+def test_words_and_missing_numbers_are_encoded_when_asked(write) -> None:
+    dataset = load(str(write(MIXED)), target="y", ignore=["id"], encode=True)
+    assert dataset.features == ("age", "colour=blue", "colour=red")
+    np.testing.assert_array_equal(dataset.inputs, [[1, 0, 1], [5, 1, 0], [5, 0, 0], [9, 0, 1]])
+    assert dataset.encoding is not None and dataset.encoding.sentences == [
+        "Column 'age' has no value in 1 row: its median, 5, stands there.",
+        "Column 'colour' became 2 columns of zeros and ones, all zero in 1 row without a value.",
+    ]
+    plain = load(str(write("age,y\n1,0\n2,1\n")), target="y", encode=True)
+    np.testing.assert_array_equal(plain.inputs, [[1], [2]])
+    assert plain.encoding is not None and plain.encoding.sentences == []
+    with pytest.raises(DataError, match="leave --encode out"):
+        load("wine", encode=True)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (
+            "x,y\n" + "".join(f"w{k},{k % 2}\n" for k in range(21)),
+            "'x' has 21 different words, such as 'w0'.*--ignore x",
+        ),
+        ("x,z,y\n1,,0\n2,NA,1\n", "column 'z' has no value in any row; leave it out by --ignore z"),
+        ("x,y\nred,0\nblue,\n", "line 3: column 'y' is empty; fill in missing values or remove such rows$"),
+    ],
+)
+def test_what_cannot_be_encoded_is_refused(write, text: str, message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        load(str(write(text)), target="y", encode=True)
+
+
+def test_the_option_is_named_where_it_helps(write) -> None:
+    for text in ("x,y\nred,0\n2,1\n", "x,y\n,0\n2,1\n"):
+        with pytest.raises(DataError, match="pass --encode"):
+            load(str(write(text)), target="y")
+
+
 def test_regression_on_text_is_refused(write) -> None:
     with pytest.raises(DataError, match="regression needs numbers"):
         read_csv(write("x,y\n1,a\n2,b\n"), target="y", task=Task.REGRESSION)

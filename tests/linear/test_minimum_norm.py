@@ -256,6 +256,24 @@ def test_a_cluster_that_may_move_and_turn(dtype: torch.dtype, inner: bilevel.LBF
         grad(lambda s: layer(start, s)[0])(sigma)
 
 
+@pytest.mark.parametrize(("scale", "dtype"), [(1e-3, F64), (1.0, F64), (1e3, F64), (1e-3, F32), (1.0, F32)])
+def test_an_objective_that_does_not_depend_on_the_scale(scale: float, dtype: torch.dtype) -> None:
+    # At zero, Rayleigh's quotient is not defined.
+    generator = torch.Generator().manual_seed(3)
+    S, w, start = (torch.randn(*shape, generator=generator, dtype=F64) for shape in ((4, 4), (4,), (4,)))
+    layer = bilevel.argmin(lambda x, S: (x @ S @ x) / (x @ x))
+
+    def found(S: torch.Tensor, start: torch.Tensor) -> torch.Tensor:
+        x = layer(start, S + S.mT)
+        return (x @ w.to(dtype)) ** 2 / (x @ x)
+
+    right = grad(lambda S: (torch.linalg.eigh(S + S.mT)[1][:, 0] @ w) ** 2)(S)
+    close = {"rtol": 1e-6 if dtype == F64 else 1e-2, "atol": 1e-6 if dtype == F64 else 1e-3}
+    begun = (scale * start).to(dtype)
+    torch.testing.assert_close(grad(found)(S.to(dtype), begun).double(), right, **close)
+    torch.testing.assert_close(grad(found)(S.to(dtype), layer(begun, (S + S.mT).to(dtype))).double(), right, **close)
+
+
 def test_a_batch_of_clusters_and_a_third_derivative() -> None:
     layer, sigma = bilevel.argmin(lennard_jones), torch.tensor([0.9, 1.0, 1.2], dtype=F64)
     starts = torch.stack([cluster(F64, seed) for seed in range(3)])

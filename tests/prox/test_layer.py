@@ -323,6 +323,30 @@ class TestAccuracy:
             assert bool(solution.report.certified)
             assert error > 0
 
+    @pytest.mark.parametrize("dtype", [torch.float32, DOUBLE])
+    @pytest.mark.parametrize(
+        "term", [prox.L1(1.0), prox.Box(-1.0, 1.0), prox.Simplex(), prox.PSDCone(), prox.Zero()], ids=str
+    )
+    def test_a_start_without_a_slope_is_no_division_by_zero(self, term: prox.Term, dtype: torch.dtype) -> None:
+        layer = bilevel.argmin(lambda x, v: 0.5 * ((x - v) ** 2).sum(), prox=term)
+        zero = torch.zeros(2, 2, dtype=dtype)
+        torch.testing.assert_close(layer(zero, zero), term.prox(zero))
+
+    @pytest.mark.parametrize("dtype", [torch.float32, DOUBLE])
+    def test_a_start_at_a_vertex_tells_the_curvature(self, dtype: torch.dtype) -> None:
+        """There g fixes x, and the change of the slope is rounding. A step thousands of times too long makes every margin small."""
+        generator = torch.Generator().manual_seed(0)
+        torch.randn(30, generator=generator, dtype=DOUBLE)
+        costs = torch.rand(3, 4, generator=generator, dtype=DOUBLE).to(dtype).requires_grad_()
+        row, column = (torch.randn(n, generator=generator, dtype=DOUBLE).softmax(0).to(dtype) for n in (3, 4))
+        layer = bilevel.argmin(
+            lambda plan, costs: (plan * costs).sum() + 0.5 * (plan**2).sum(), prox=prox.TransportPolytope(row, column)
+        )
+        plan = layer(torch.full((3, 4), 1 / 12, dtype=dtype), costs)
+        assert (plan > 0).sum() == 6  # a vertex: so many entries are determined by the marginals
+        (slope,) = torch.autograd.grad(plan[0, 0], costs)
+        torch.testing.assert_close(slope, torch.zeros_like(slope), atol=1e-9, rtol=0)
+
     def test_a_warm_start_needs_no_steps_and_is_as_accurate(self) -> None:
         X, y = data()
         s = torch.tensor(0.1, dtype=DOUBLE)

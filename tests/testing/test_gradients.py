@@ -12,8 +12,7 @@ import torch
 
 import bilevel
 from bilevel.equations.linearization import Linearization
-from bilevel.operators import JacobianOperator
-from bilevel.replay import ReplayedOperator
+from bilevel.operators import FunctionOperator, JacobianOperator
 from bilevel.testing import GradientCheck, Verdict, assert_gradients, check_gradients, diagnose
 
 from .. import oracles
@@ -246,7 +245,7 @@ def scaled_pullback(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def dropped_transpose(monkeypatch: pytest.MonkeyPatch) -> None:
-    for kind in (JacobianOperator, ReplayedOperator):
+    for kind in (JacobianOperator, FunctionOperator):
         monkeypatch.setattr(kind, "T", property(lambda self: self))
 
 

@@ -67,3 +67,32 @@ def test_the_objectives_of_players_may_be_compiled() -> None:
 def test_a_gradient_through_an_equilibrium_may_be_compiled_in_one_function() -> None:
     game = bilevel.equilibrium([first, second])
     torch.testing.assert_close(compiled(grad(lambda t: sum(game(START, t))), "eager")(T), GRADIENT)
+
+
+def layer_of_cubes(t: torch.Tensor) -> torch.Tensor:
+    return bilevel.argmin(lambda x, t: (x**4 / 4 + x**2 / 2 - x * t).sum())(torch.zeros(2, dtype=t.dtype), t)
+
+
+def program_with_a_bound(t: torch.Tensor) -> torch.Tensor:
+    return bilevel.quadratic_program(torch.eye(2, dtype=t.dtype), -t, lower=0.0)
+
+
+TRACERS = [
+    lambda solve: torch.func.linearize(solve, T),
+    lambda solve: torch.fx.experimental.proxy_tensor.make_fx(solve)(T),
+    lambda solve: torch.jit.trace(solve, T),
+]
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+@pytest.mark.parametrize("trace", TRACERS, ids=["linearize", "make_fx", "jit"])
+@pytest.mark.parametrize("solve", [layer_of_cubes, program_with_a_bound])
+def test_tracers_are_refused_with_a_remedy_that_works(
+    trace: Callable[[Any], Any], solve: Callable[[torch.Tensor], torch.Tensor]
+) -> None:
+    with pytest.raises(bilevel.TransformError, match="expected values around a solve, got a tracer"):
+        trace(solve)
+    jacobian = torch.func.vmap(lambda v: torch.func.jvp(solve, (T,), (v,))[1])(torch.eye(2, dtype=torch.float64))
+    x = solve(T)
+    slopes = 1 / (3 * x**2 + 1) if solve is layer_of_cubes else torch.ones(2, dtype=torch.float64)
+    torch.testing.assert_close(jacobian, torch.diag(slopes))

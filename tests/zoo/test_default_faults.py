@@ -309,6 +309,21 @@ def test_a_map_without_fixed_point_is_named_from_elsewhere(
     assert int(found.report.iterations) < 4000
 
 
+BELLS = {
+    "rational": lambda x, t: (t / (1 + x * x)).sum(),
+    "Gaussian": lambda x, t: (t * torch.exp(-x * x)).sum(),
+}
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("start", [(1e-6, -2e-6, 3e-6, 1e-6), (1e-3, -5e-4, 2e-4, 6e-4)])
+@pytest.mark.parametrize("name", BELLS)
+def test_a_way_down_a_bell_ends_at_no_minimum(name: str, start: tuple[float, ...], dtype: torch.dtype) -> None:
+    # The gradient underflows far away, and vanishes at zero, the maximum.
+    levels = torch.tensor([0.5, 0.8, 1.2, 1.5], dtype=dtype)
+    refused(lambda: bilevel.argmin(BELLS[name])(tensor(*start, dtype=dtype), levels))
+
+
 def test_one_of_a_batch_runs_away() -> None:
     """x + a/(1 + x²) has no fixed point, and x + 0.1·(2 − x) converges slowly to 2."""
     function = lambda x, k: torch.where(k > 0, x + 1 / (1 + x * x), x + 0.1 * (2 - x))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -51,9 +52,12 @@ def full_accuracy_is_cheap(settings: SolveSettings, start: Any, count: int | Non
 
 def full_accuracy(settings: SolveSettings) -> SolveSettings:
     """Return ``settings`` with the default accuracy in place of the goal."""
-    return replace(
-        settings, tolerance=Tolerance(strong_convexity=settings.tolerance.strong_convexity, bound_products=0)
-    )
+    return replace(settings, tolerance=_default(settings.tolerance.strong_convexity))
+
+
+@lru_cache(maxsize=16)
+def _default(strong_convexity: float | None) -> Tolerance:
+    return Tolerance(strong_convexity=strong_convexity, bound_products=0)
 
 
 def decided(
@@ -77,7 +81,7 @@ def decided(
     if solved and tolerance.estimates and adjoint is not None and linear is not None and math.isfinite(norm):
         here = _iterate(point, adjoint, flat)
         near = before is not None and float((before - point.q).norm()) <= _NEAR * float(point.q.norm())
-        bound, known = _estimated(tolerance, point, adjoint, here, known if near else None)
+        bound, known = _estimated(tolerance, point, adjoint, here, known if near else None, norm)
     met = bound.value <= allowed
     if solved and not met:
         bound = result.bound  # the certificate's, which costs much more
@@ -101,7 +105,7 @@ def _iterate(point: Point, adjoint: Adjoint, gradient: torch.Tensor) -> Iterate:
     """Return the point that the solves reached, where the hypergradient is ``gradient`` (p,)."""
     assert adjoint.linearization is not None
     x, linear, count = point.x, adjoint.linearization, len(point.x)
-    target, zeros = Tolerance().inner(x.dtype), torch.zeros_like(x)
+    target, zeros = _default(None).inner(x.dtype), torch.zeros_like(x)
     # One direction of change is measured. Another may change ĝ by √n times as much.
     error = math.sqrt(x.shape[1]) * float((target.rtol * x.abs() + target.atol).norm())
     direct = count * gradient
@@ -112,33 +116,29 @@ def _iterate(point: Point, adjoint: Adjoint, gradient: torch.Tensor) -> Iterate:
 
 
 def _estimated(
-    tolerance: Tolerance, point: Point, adjoint: Adjoint, here: Iterate, known: SearchState | None
+    tolerance: Tolerance, point: Point, adjoint: Adjoint, here: Iterate, known: SearchState | None, norm: float
 ) -> tuple[Bound, SearchState]:
-    """Return the estimate of ‖ĝ − g‖ at ``here``, and what is known then.
+    """Return the estimate of ‖ĝ − g‖ at ``here``, where ‖ĝ‖ is ``norm``, and what is known then.
 
     What is ``known`` from calls before counts a quarter more with each call. It is measured again once that is too much for the goal.
     """
-    bound: Bound | None = None
+    rounding = _ROUNDING * torch.finfo(here.x.dtype).eps * norm
     if known is not None and known.slope:
         known, older = replace(known), known
         known.age(older, stepped=False, solved=False)
-        bound = _with_rounding(ErrorModel(tolerance, known).estimate(here), here)
-    if known is None or bound is None or not bound.value <= tolerance.allowed(float(here.gradient.norm())):
-        known = SearchState()
-        model = ErrorModel(tolerance, known)
-        _measure(model, point, adjoint, here)
-        bound = _with_rounding(model.estimate(here), here)
-    return bound, known
-
-
-def _with_rounding(bound: Bound, here: Iterate) -> Bound:
-    rounding = _ROUNDING * torch.finfo(here.x.dtype).eps * float(here.gradient.norm())
-    return replace(bound, value=bound.value + rounding)
+        bound = ErrorModel(tolerance, known).estimate(here)
+        if bound.value + rounding <= tolerance.allowed(norm):
+            return replace(bound, value=bound.value + rounding), known
+    known = SearchState()
+    model = ErrorModel(tolerance, known)
+    _measure(model, point, adjoint, here)
+    bound = model.estimate(here)
+    return replace(bound, value=bound.value + rounding), known
 
 
 def _measure(model: ErrorModel, point: Point, adjoint: Adjoint, here: Iterate) -> None:
     """Let ``model`` learn from a step that moves all unknowns at once, by random signs, each by the same part of itself."""
-    x, target = point.x, Tolerance().inner(point.x.dtype)
+    x, target = point.x, _default(None).inner(point.x.dtype)
     step = torch.finfo(x.dtype).eps ** (1 / 3) * irregular_signs(x) * (x.abs() + target.atol / target.rtol)
     objectives = Objectives(
         point.lower.replayed_from(adjoint.replays), point.upper, point.needs_grad, point.upper.system.outputs

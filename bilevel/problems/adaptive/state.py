@@ -39,6 +39,20 @@ class GoalReport:
         The dtype of ĝ, which limits the accuracy; None if it is not known.
     inner
         The status of the inner solve if it ran to full accuracy; None otherwise.
+
+    Examples
+    --------
+    >>> import torch, bilevel
+    >>> class Tuning(bilevel.BilevelProblem):
+    ...     def inner_objective(self, inner, outer, data):
+    ...         return (inner - 1) ** 2 + outer.exp() * inner**2
+    ...     def outer_objective(self, inner, outer, data):
+    ...         return (inner - 0.8) ** 2
+    >>> zero = torch.tensor(0.0, dtype=torch.float64)
+    >>> problem = Tuning(tolerance=bilevel.Tolerance(hypergradient=1e-3))
+    >>> goal = problem.hypergradient(zero, None, init=zero).report.goal
+    >>> goal.met, goal.allowed, goal.error < goal.allowed
+    (True, 0.001, True)
     """
 
     tolerance: Tolerance

@@ -316,7 +316,7 @@ class Arguments:
 def flatten_arguments(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[list[torch.Tensor], Arguments]:
     """Split a call's arguments into a list of its tensors, complex ones as pairs of real numbers, and all the rest."""
     if not kwargs and all(isinstance(arg, torch.Tensor) and not arg.is_complex() for arg in args):
-        return list(args), _positional(len(args))
+        return _for_graphs(args), _positional(len(args))
     paths, structure = pytree.tree_flatten_with_path((args, kwargs))
     flags = tuple(isinstance(leaf, torch.Tensor) for _, leaf in paths)
     given = [leaf for (_, leaf), flag in zip(paths, flags, strict=True) if flag]
@@ -324,7 +324,11 @@ def flatten_arguments(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[li
     names = tuple(leaf_names([item for item, flag in zip(paths, flags, strict=True) if flag]))
     tensors = [as_real(leaf) for leaf in given]
     is_complex = tuple(real is not leaf for real, leaf in zip(tensors, given, strict=True))
-    return tensors, Arguments(structure, others, flags, names, is_complex)
+    return _for_graphs(tensors), Arguments(structure, others, flags, names, is_complex)
+
+
+def _for_graphs(tensors: Iterable[torch.Tensor]) -> list[torch.Tensor]:
+    return [usable(tensor) for tensor in tensors] if torch.is_grad_enabled() else list(tensors)
 
 
 @lru_cache(maxsize=64)

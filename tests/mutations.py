@@ -1897,7 +1897,7 @@ MUTATIONS = (
     ),
     Mutation(
         "a network given as the start of a problem is not made a pytree", "problems/problem.py",
-        "return FunctionalModule.of(init, self.where)", "return init",
+        "return FunctionalModule.of(init, self.where) if", "return init if",
         ("tests/test_networks.py", "-k", "problem_takes"),
     ),
     Mutation(
@@ -1973,7 +1973,7 @@ MUTATIONS = (
         "self.logits.index_select(0, rows)", "self.logits[rows]", ("tests/learnable/test_messages.py", "-k", "data_that_do_not_fit"),
     ),
     Mutation(
-        "a layer saves tensors of inference mode", "layers/layer.py", "tensors = [usable(tensor) for tensor in tensors]", "pass",
+        "a layer saves tensors of inference mode", "pytree.py", "[usable(tensor) for tensor in tensors] if torch.is_grad_enabled() else list(tensors)", "list(tensors)",
         ("tests/test_problem.py", "-k", "inference"),
     ),
     Mutation(

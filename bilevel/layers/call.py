@@ -176,19 +176,19 @@ class SolveCall:
         return self._reported(problem, outcome, self.messages, silent=target.silent)
 
     def _reported(
-        self, problem: Problem, outcome: InnerOutcome, messages: StatusMessages, *, silent: bool
+        self, problem: Problem, outcome: InnerOutcome, words: StatusMessages, *, silent: bool
     ) -> torch.Tensor:
         settings, system, axes = self.settings, problem.system, problem.batch_shape
-        self.coarse = autocast_messages(system.autocast)
-        messages = {**messages, **self.coarse}
+        if system.autocast is not None:
+            self.coarse = autocast_messages(system.autocast)
         self.one_step = outcome.factor is not None and (outcome.exact or bool((outcome.iterations <= 1).all()))
         if self.watched and not isinstance(system, StructuredSystem):
             self.found = outcome.residual, outcome.threshold
         self.factor = outcome.factor
         if settings.on_adjoint is not None:
-            size = system.ordinary.raveler.size if isinstance(system, StructuredSystem) else problem.size
-            self.residual = outcome.residual[:, :size]
-        self.report = _report_of(Pass.FORWARD, self.where, outcome.solver, outcome, axes, messages)
+            ordinary = system.ordinary if isinstance(system, StructuredSystem) else system
+            self.residual = outcome.residual[:, : ordinary.raveler.size]
+        self.report = _report_of(Pass.FORWARD, self.where, outcome.solver, outcome, axes, {**words, **self.coarse})
         x = outcome.x.reshape(*axes, problem.size)
         if _all_converged(outcome):
             return self._filed(self.report, x)

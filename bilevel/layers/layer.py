@@ -38,7 +38,7 @@ from bilevel.layers.settings import Setting, SolveSettings
 from bilevel.layers.solution import Solution
 from bilevel.linear._base import LinearSolver, LinearSolverLike
 from bilevel.policy import OnFailure, handle_misuse
-from bilevel.pytree import Raveler, flatten_arguments, usable
+from bilevel.pytree import Raveler, flatten_arguments
 from bilevel.reports import StatusMessages
 from bilevel.solvers._base import InnerSolver, InnerSolverLike
 from bilevel.solvers._given import GivenAnswer
@@ -237,7 +237,7 @@ class Layer:
             args, kwargs = prepared if isinstance(prepared, tuple) else (prepared,), {}
         if self.module is not None:
             kwargs = {**kwargs, STATE: self.module.state()}
-        init = FunctionalModule.of(init, self.where)
+        init = FunctionalModule.of(init, self.where) if isinstance(init, torch.nn.Module) else init
         if self.warm_start and not transforms_active():
             init = _last_or(self.last, init)
         solution = self._solution(settings, init, args, kwargs, value_only=value_only)
@@ -350,8 +350,6 @@ class Layer:
     ) -> tuple[System, list[torch.Tensor]]:
         """Return the system to solve, and the tensors that it depends on, after checks."""
         tensors, arguments = flatten_arguments(args, kwargs)
-        if torch.is_grad_enabled():
-            tensors = [usable(tensor) for tensor in tensors]
         if raveler.device.type == "meta":
             raise DtypeError(
                 f"{self.where}: expected tensors that hold numbers, got one on the device meta, which keeps shapes alone; make the tensors on "

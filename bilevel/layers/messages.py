@@ -198,10 +198,8 @@ _FIXED_POINT: StatusMessages = {
 }
 
 
-def autocast_messages(precision: torch.dtype | None) -> StatusMessages:
-    """Return (meaning, remedy) of statuses that the rounding of autocast to ``precision`` causes; {} if there is no autocast."""
-    if precision is None:
-        return {}
+def autocast_messages(precision: torch.dtype) -> StatusMessages:
+    """Return (meaning, remedy) of statuses that the rounding of autocast to ``precision`` causes."""
     name = str(precision).removeprefix("torch.")
     words = (
         f"did not reach the tolerance, because autocast evaluates the function in {name}, whose rounding is coarser",

@@ -477,7 +477,7 @@ class BilevelProblem(torch.nn.Module, ABC):
 
     def _start(self, outer: Any, data: Any, count: int | None, init: Any) -> Any:
         if init is not None:
-            return FunctionalModule.of(init, self.where)
+            return FunctionalModule.of(init, self.where) if isinstance(init, torch.nn.Module) else init
         warm = self._remembered
         fits = warm.fits(count)
         if fits and type(self).initial is BilevelProblem.initial:

@@ -234,9 +234,7 @@ class SolveReport:
         else:
             which = int(failed[0])
             status = Status(int(codes[which]))
-        of = f" in {failed.numel()} of {codes.numel()} problems, first in number {which}" if codes.numel() > 1 else ""
-        if codes.numel() > 1 and failed.numel() == 0:
-            of = f" in {codes.numel()} problems, the worst number {which}"
+        of = self._extent(status, which) if codes.numel() > 1 else ""
         residual = float(self.residual_norm.reshape(-1)[which])
         asked = float(self.threshold.reshape(-1)[which])
         steps = int(self.iterations.reshape(-1)[which])
@@ -251,6 +249,15 @@ class SolveReport:
             f"{head} {self._meaning(status)}{of} ({figures}after {steps} iterations); "
             f"remedy: {self._remedy(status, which)}."
         )
+
+    def _extent(self, status: Status, which: int) -> str:
+        """Return how many problems ended with ``status``, the first of them at ``which``, and what other failures there are."""
+        codes, failed = self.status_code.reshape(-1), (~self.success).reshape(-1)
+        if not bool(failed.any()):
+            return f" in {codes.numel()} problems, the worst number {which}"
+        others = [Status(code).name for code in sorted(set(codes[failed].tolist())) if code != status]
+        more = f", beside {' and '.join(others)} in {int((failed & (codes != status)).sum())}" if others else ""
+        return f" in {int((codes == status).sum())} of {codes.numel()} problems, first in number {which}{more}"
 
     def _meaning(self, status: Status) -> str:
         return self.words[status][0] if status in self.words else status.meaning

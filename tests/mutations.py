@@ -1985,6 +1985,10 @@ MUTATIONS = (
         "iMAML takes a loss of integers", "meta/task_losses.py", "or not value.is_floating_point()", "",
         ("tests/meta/test_imaml.py", "-k", "loss_that_is_none"),
     ),
+    Mutation(
+        "a message counts failures of other kinds", "reports.py", "int((codes == status).sum())} of", "int(failed.sum())} of",
+        ("tests/quadratic_programs/test_failures.py", "-k", "counts_the_problems"),
+    ),
 )  # fmt: skip
 
 

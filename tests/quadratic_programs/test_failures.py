@@ -273,3 +273,10 @@ def test_units_of_rows_under_vmap() -> None:
     solve = lambda A, b: bilevel.quadratic_program(eye, q, A, b, lower=-5.0)
     slopes = torch.func.vmap(torch.func.jacrev(solve, argnums=1))(rows, sides) * units[:, None, None]
     torch.testing.assert_close(slopes, torch.full((3, 2, 1), 0.5, dtype=torch.float64))
+
+
+def test_a_message_counts_the_problems_that_it_speaks_of() -> None:
+    Q, G = torch.stack([EYE, EYE, EYE, NONE]), torch.cat([ONES, -ONES])
+    h = torch.stack([vector(1.0, 2.0), vector(1.0, -2.0), vector(1.0, -2.0), vector(1.0, 2.0)])
+    with pytest.raises(bilevel.SolveError, match=r"in 2 of 4 problems, first in number 1, beside UNBOUNDED in 1 \("):
+        quadratic_program(Q, Q3.expand(4, 3), G=G.expand(4, 2, 3), h=h)

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch.func import hessian, jacfwd, jacrev, vmap
 
@@ -53,7 +53,6 @@ def test_a_duopoly_with_a_capacity_in_closed_form(dtype: torch.dtype) -> None:
     )
 
 
-@settings(max_examples=25, deadline=None)
 @given(seed=st.integers(0, 10_000), n=st.integers(1, 6), spread=st.floats(0.0, 2.0))
 def test_complementarity_and_differences_of_monotone_games(seed: int, n: int, spread: float) -> None:
     generator = torch.Generator().manual_seed(seed)

@@ -303,7 +303,10 @@ def test_an_encoding_without_the_signs_is_no_error(write: Any) -> None:
 
 
 def test_a_real_interrupt_of_a_real_process(tmp_path: Path) -> None:
-    command = "from bilevel.cli.main import main; print('ready', flush=True); main(['tune', 'digits', '-q'])"
+    command = (
+        "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a shell's background jobs ignore it
+        "from bilevel.cli.main import main; print('ready', flush=True); main(['tune', 'digits', '-q'])"
+    )
     process = subprocess.Popen(
         [sys.executable, "-c", command], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch.func import jacrev
 
@@ -84,7 +84,6 @@ def test_a_goal_for_a_problem_with_constraints_is_refused() -> None:
         problem(outer, torch.zeros(3, dtype=F64), init=torch.zeros(3, dtype=F64))
 
 
-@settings(max_examples=25, deadline=None)
 @given(seed=st.integers(0, 10**6), n=st.integers(1, 5), m=st.integers(0, 4), p=st.integers(0, 2))
 def test_kkt_conditions_and_derivatives(seed: int, n: int, m: int, p: int) -> None:
     """Random convex problems: KKT residuals, complementarity, and the derivative against differences unless refused."""

@@ -159,7 +159,9 @@ def test_a_start_that_is_a_maximum_is_left() -> None:
 
 
 # The least value of the inequality on the plane is 9/61 = 0.1475.
-@pytest.mark.parametrize(("limit", "feasible"), [(0.14, False), (0.2, True), (0.4, True)])
+@pytest.mark.parametrize(
+    ("limit", "feasible"), [(0.14, False), (0.2, True), pytest.param(0.4, True, marks=pytest.mark.long)]
+)
 def test_the_rounding_of_float32_is_not_taken_for_infeasible(limit: float, feasible: bool) -> None:
     factors = torch.tensor([0.5, 0.75, 1.0])
 

@@ -112,7 +112,12 @@ def test_an_auxiliary_loss_that_helps_outweighs_one_that_harms(digits: Digits) -
 
 @pytest.mark.parametrize("make", [mlp, cnn], ids=["MLP", "CNN"])
 @pytest.mark.parametrize(
-    "kind", [WeightDecay, WeightDecay.for_layers, WeightDecay.for_entries], ids=["tensors", "layers", "entries"]
+    "kind",
+    [
+        pytest.param(WeightDecay, id="tensors", marks=pytest.mark.long),
+        pytest.param(WeightDecay.for_layers, id="layers"),
+        pytest.param(WeightDecay.for_entries, id="entries", marks=pytest.mark.long),
+    ],
 )
 def test_learned_decays_bring_the_validation_loss_down(digits: Digits, make: Any, kind: Any) -> None:
     x, y = digits

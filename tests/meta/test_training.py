@@ -82,10 +82,10 @@ def test_training_lowers_the_loss(folder: Path) -> None:
     [
         {},
         {"learn_lam": True, "amp": True},
-        {"mode": "released"},
-        {"hessian_free": True},
+        pytest.param({"mode": "released"}, marks=pytest.mark.long),
+        pytest.param({"hessian_free": True}, marks=pytest.mark.long),
         {"average": 0.9, "line_search": True, "safeguard": True},
-        {"average": 0.9, "inner_momentum": 0.5, "decay_steps": 8},
+        pytest.param({"average": 0.9, "inner_momentum": 0.5, "decay_steps": 8}, marks=pytest.mark.long),
     ],
 )
 def test_going_on_is_bit_for_bit(folder: Path, tmp_path: Path, changes: dict[str, Any]) -> None:
@@ -313,7 +313,9 @@ def test_too_few_classes_and_images(run: Any, folder: Path, tmp_path: Path) -> N
     assert ended.code == 2 and "images for shots and queries" in ended.err
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGINT, 130), pytest.param(signal.SIGTERM, 143, marks=pytest.mark.long)]
+)
 def test_an_interrupted_run_goes_on(run: Any, folder: Path, tmp_path: Path, number: signal.Signals, code: int) -> None:
     output = tmp_path / "out"
     command = [sys.executable, "-m", "bilevel.cli", "imaml", "--data", str(folder), *map(str, OPTIONS)]

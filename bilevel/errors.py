@@ -96,8 +96,8 @@ class CapturedTensorError(BilevelError, RuntimeError):
     >>> try:
     ...     layer(torch.zeros(2))
     ... except bilevel.CapturedTensorError as error:
-    ...     print(str(error).partition("; ")[2])
-    pass it as an argument (a module's parameters as dict(module.named_parameters()) with torch.func.functional_call), or detach it
+    ...     print(str(error).partition("; ")[2].partition(" (")[0])
+    pass it as an argument
     """
 
 

@@ -93,7 +93,7 @@ class Problem:
     def of(system: System, tensors: Sequence[torch.Tensor], slot: LinearizationSlot | None = None) -> Problem:
         """Bind ``tensors``, detached."""
         # Tensors born under inference_mode cannot take part in autograd; a copy can.
-        return Problem(system, [t.detach().clone() if t.is_inference() else t.detach() for t in tensors], slot)
+        return Problem(system, [t.clone() if t.is_inference() else t.detach() for t in tensors], slot)
 
     def replayed_from(self, replays: ReplayCache | None) -> Problem:
         """Return the problem with ``replays``, which the linearisation slot receives too."""

@@ -13,6 +13,7 @@ from torch.func import vmap
 
 from bilevel._torch.graph_features import nodes, record_graph_features
 from bilevel._torch.reverse import vjp
+from bilevel._torch.thin_products import ThinProducts
 from bilevel.equations.domain import leaves_domain, row_by_row
 from bilevel.equations.linearization import PRODUCT, Linearization, LinearizationSlot, NoPullback, ReplayedLinearization
 from bilevel.equations.system import ArgminSystem, System
@@ -335,7 +336,8 @@ class Problem:
         with torch.no_grad():
             system = self.system.for_second_derivatives()
             made: Any = vjp(lambda point: system.residual_and_value(point, *tensors)[0], packed[0])
-            (rows,) = vmap(made[1])(packed[1:])
+            with ThinProducts():
+                (rows,) = vmap(made[1])(packed[1:])
         return [rows.detach()]
 
     def to(self, dtype: torch.dtype) -> Problem:

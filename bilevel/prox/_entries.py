@@ -19,7 +19,7 @@ Numbers: TypeAlias = Any
 class Entries:
     """g(x) = Σ l1_j |x_j| + ½ l2_j x_j² on lower_j ≤ x_j ≤ upper_j, of detached numbers.
 
-    Each field is a number, or a vector with one for each entry, or None for 0 and for no bound. The vectors are tensors,
+    Each field is a float, or a vector with one for each entry, or None for 0 and for no bound. The vectors are tensors,
     and so are the arguments of all methods; after :meth:`at`, all of them are numpy arrays, whose operations cost less.
     """
 
@@ -27,6 +27,10 @@ class Entries:
     l2: Numbers = None
     lower: Numbers = None
     upper: Numbers = None
+
+    def __post_init__(self) -> None:
+        # A strength of zero is none.
+        vars(self).update(l1=self.l1 or None) if isinstance(self.l1, float) else None
 
     def prox(self, v: Any, step: float) -> Any:
         """Return prox_{step·g}(v) (n,)."""
@@ -39,9 +43,10 @@ class Entries:
 
     def free(self, x: Any) -> Any:
         """Return which entries of x are not fixed on its manifold: those besides kinks and bounds, bool (n,)."""
-        free = x == x
-        if self.l1 is not None:
-            free = (x != 0) | (self.l1 == 0)
+        if self.l1 is None:
+            free = x == x
+        else:
+            free = x != 0 if isinstance(self.l1, float) else (x != 0) | (self.l1 == 0)
         if self.lower is not None:
             free = free & (x > self.lower)
         return free if self.upper is None else free & (x < self.upper)

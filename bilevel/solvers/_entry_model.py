@@ -169,13 +169,13 @@ def _of(numbers: Any, places: Array) -> Any:
 
 def _solved(matrix: Array, right: Array) -> tuple[Array, bool]:
     """Return the solution of a positive semidefinite system, and whether the matrix is positive definite."""
-    whole = torch.from_numpy(matrix)
-    factor, info = torch.linalg.cholesky_ex(whole)
-    definite = not int(info)
+    factor, info = torch.linalg.cholesky_ex(torch.from_numpy(matrix))
+    definite = info.item() == 0
     if not definite:
         # There are more free unknowns than the rank of H. A long step along a flat direction ends at a kink.
-        factor, _ = torch.linalg.cholesky_ex(whole + _RIDGE * whole.diagonal().abs().max() * torch.eye(len(whole)).to(whole))
-    return torch.cholesky_solve(torch.from_numpy(right).unsqueeze(-1), factor).squeeze(-1).numpy(), definite
+        ridge = _RIDGE * matrix.diagonal().max() * np.eye(len(matrix))
+        factor, _ = torch.linalg.cholesky_ex(torch.from_numpy(matrix + ridge))
+    return torch.cholesky_solve(torch.from_numpy(right[:, None]), factor).numpy()[:, 0], definite
 
 
 def _largest(matrix: Array) -> float:

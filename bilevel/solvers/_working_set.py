@@ -61,7 +61,7 @@ def solve_sparse(composite: Composite, x: torch.Tensor) -> Sparse | None:
         if more is None:
             return None
         state.join(more)
-        if len(state.places) > min(_MOST, x.shape[-1]) or not state.minimise(_STEPS if number else _FIRST_STEPS):
+        if state.inner.size > min(_MOST, x.shape[-1]) or not state.minimise(_STEPS if number else _FIRST_STEPS):
             return None
         more = state.moved_most()
         if more is not None and (quadratic or len(state.rows) < _TRIALS):
@@ -130,8 +130,9 @@ class _State:
         if step == float("inf"):  # the curvature is unknown yet, but the order of the moves does not depend on the step
             size = float(slope.abs().amax())
             step = (1 + float(y.abs().amax())) / size if size > 0 else 1.0
-        scores = (self.g.prox(torch.add(y, slope, alpha=-step), step) - y).abs_()
-        if self.rows:
+        scores = self.g.prox(torch.add(y, slope, alpha=-step), step).sub_(y).abs_()
+        size = self.inner.size
+        if size:
             scores.index_fill_(0, self.places, -1.0)
             free = int(np.count_nonzero(self.inner))
         else:
@@ -139,37 +140,45 @@ class _State:
             scores.masked_fill_(mask, torch.inf)
             free = int(mask.sum())
         # Powers of two, so that few recorded programs are needed for the rows.
-        many = _power_of_two(max(_JOIN, free))
-        best = scores.topk(min(many, len(y) - len(self.places)))
-        moved = int((best.values > 0).sum())
+        best = scores.topk(min(_power_of_two(max(_JOIN, free)), y.shape[0] - size))
+        moved = sum(move > 0 for move in best.values.tolist())
         return best.indices[: max(_LEAST_JOIN, _power_of_two(moved))] if moved else None
 
     def join(self, more: torch.Tensor) -> None:
         """Add unknowns to W."""
-        rows, old = self.composite.objective.some_rows(self.around.x, more), len(self.places)
+        rows, old = self.composite.objective.some_rows(self.around.x, more), self.inner.size
         self.rows.append(rows)
-        self.places = torch.cat([self.places, more])
+        self.places = torch.cat([self.places, more]) if old else more
         block = _array(rows.index_select(1, self.places))
-        known, k = self.hessian, len(self.places)
-        self.hessian = hessian = np.empty((k, k))
-        hessian[:old, :old], hessian[old:, :old], hessian[:old, old:] = known, block[:, :old], block[:, :old].T
-        hessian[old:, old:] = 0.5 * (block[:, old:] + block[:, old:].T)
-        self.inner = np.concatenate([self.inner, _array(self.y.index_select(0, more))])
+        new = 0.5 * (block[:, old:] + block[:, old:].T)
+        if old:
+            hessian = np.empty((block.shape[1], block.shape[1]))
+            hessian[:old, :old], hessian[old:, :old], hessian[:old, old:] = self.hessian, block[:, :old], block[:, :old].T
+            hessian[old:, old:] = new
+            self.hessian, self.inner = hessian, np.concatenate([self.inner, _array(self.y.index_select(0, more))])
+        else:
+            self.hessian, self.inner = new, _array(self.y.index_select(0, more))
 
     def minimise(self, steps: int) -> bool:
         """Move to the minimum of the model in W; return whether the model has a curvature."""
         around, places = self.around, self.places
-        x, slope = (_array(v[0].index_select(0, places)) for v in (around.x, around.slope))
-        self.model = EntryModel.of(self.g.at(places), x, slope, self.hessian, self.step)
+        at, slope = around.x[0], around.slope[0]
+        x = _array(at.index_select(0, places))
+        self.model = EntryModel.of(
+            self.g.at(places), x, _array(slope.index_select(0, places)), self.hessian, self.step
+        )
         if self.model is None:
             return False
         self.step = self.model.step
         self.inner = self.model.minimised(self.inner, steps)
-        self.y = around.x[0].index_copy(0, places, torch.from_numpy(self.inner).to(around.x))
-        moved = torch.from_numpy(self.inner - x).to(around.x).split([len(rows) for rows in self.rows])
-        self.slope = around.slope[0]
-        for change, rows in zip(moved, self.rows, strict=True):
-            self.slope = torch.addmv(self.slope, rows.mT, change)
+        both = torch.from_numpy(np.stack([self.inner, self.inner - x])).to(at)
+        self.y = at.index_copy(0, places, both[0])
+        first = 0
+        for rows in self.rows:
+            last = first + rows.shape[0]
+            slope = torch.addmv(slope, rows.mT, both[1, first:last])
+            first = last
+        self.slope = slope
         return True
 
     def evaluated(self) -> Iterate | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field, replace
@@ -11,6 +12,7 @@ from typing import Any
 import torch
 from torch.func import vmap
 
+from bilevel._torch.grad_mode import no_graph
 from bilevel._torch.graph_features import nodes, record_graph_features
 from bilevel._torch.reverse import vjp
 from bilevel._torch.thin_products import ThinProducts
@@ -96,13 +98,16 @@ class Problem:
         # Tensors born under inference_mode cannot take part in autograd; a copy can.
         return Problem(system, [t.clone() if t.is_inference() else t.detach() for t in tensors], slot)
 
-    def replayed_from(self, replays: ReplayCache | None) -> Problem:
-        """Return the problem with ``replays``, which the linearisation slot receives too."""
-        if replays is self.replays:
+    def replayed_from(self, replays: ReplayCache | None, objective: Problem | None = None) -> Problem:
+        """Return the problem with ``replays``, which the linearisation slot receives too, and with this ``objective``, if one is given."""
+        objective = self.objective if objective is None else objective
+        if replays is self.replays and objective is self.objective:
             return self
         if self.linearization_slot is not None:
             self.linearization_slot.replays = replays
-        return replace(self, replays=replays)
+        made = copy.copy(self)  # nothing that __post_init__ computes changes
+        vars(made).update(replays=replays, objective=objective)
+        return made
 
     @property
     def where(self) -> str:
@@ -159,7 +164,7 @@ class Problem:
         if known is None:
             return evaluation(x, *self.tensors)
         program, captured = known
-        with torch.no_grad():
+        with no_graph():
             return program.run(x.contiguous(), *self.tensors, *captured)
 
     def _trusted(
@@ -174,7 +179,7 @@ class Problem:
         return self.replays.program(name, evaluation, lambda: (x.detach().contiguous(), *self.tensors), late)
 
     def _output(self, x: torch.Tensor, *tensors: torch.Tensor) -> tuple[torch.Tensor]:
-        with torch.no_grad():
+        with no_graph():
             return (self.system.outputs(self.shaped(x), *tensors),)
 
     def _gradient(self, x: torch.Tensor, *tensors: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -272,7 +277,7 @@ class Problem:
     ) -> Linearization:
         at = x.detach()
         materialize = self._materialize(at)
-        with torch.no_grad():
+        with no_graph():
             begun = program.begin(at.contiguous(), *self.tensors, *captured)
         value, residual = begun.outputs[:PRODUCT]
         assert value is not None
@@ -318,7 +323,7 @@ class Problem:
         return residual.reshape(x.shape), matrix, values.reshape(self.batch) if self.has_value else None
 
     def _rows(self, x: torch.Tensor, *tensors: torch.Tensor) -> list[torch.Tensor]:
-        with torch.no_grad():
+        with no_graph():
             system = self.system.for_second_derivatives()
             made = system.lifted(system.rows)(self.shaped(x), *tensors)
         return [tensor.detach() for tensor in made]
@@ -333,7 +338,7 @@ class Problem:
 
     def _some_rows(self, packed: torch.Tensor, *tensors: torch.Tensor) -> list[torch.Tensor]:
         """Return the rows at the point ``packed[0]`` for the unit vectors that follow it."""
-        with torch.no_grad():
+        with no_graph():
             system = self.system.for_second_derivatives()
             made: Any = vjp(lambda point: system.residual_and_value(point, *tensors)[0], packed[0])
             with ThinProducts():

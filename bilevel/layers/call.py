@@ -159,7 +159,7 @@ class SolveCall:
                 self.inspector.reuse_inspection(objective, x, self.written, captures=self.watched),
                 self.inspector.reuse_inspection(problem, init, everything, captures=self.watched),
             ]
-        problem = replace(problem.replayed_from(replays[1]), objective=objective.replayed_from(replays[0]))
+        problem = problem.replayed_from(replays[1], objective.replayed_from(replays[0]))
 
         def again() -> None:
             self.inspect(objective, x, again=True)

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from bilevel._torch.grad_mode import no_graph
 from bilevel.prox._entries import Entries
 from bilevel.solvers._base import length
 from bilevel.solvers._composite import Composite, Iterate
@@ -36,17 +37,22 @@ _TRIALS = 2
 
 @dataclass(frozen=True, eq=False)
 class Sparse:
-    """The result: an iterate, the factorised Hessian, its distance (1,) from the iterate, and the number of rounds."""
+    """The result: an iterate, the prox step (1, n) from there, the factorised Hessian, its distance (1,) from the iterate, and the number of rounds."""
 
     at: Iterate
+    move: torch.Tensor
     reduced: Reduced
     distance: torch.Tensor
     rounds: int
 
 
-@torch.no_grad()
 def solve_sparse(composite: Composite, x: torch.Tensor) -> Sparse | None:
     """Minimise f + g from ``x`` (1, n). Return None if the method does not apply, or if no decrease was found."""
+    with no_graph():
+        return _solved_sparse(composite, x)
+
+
+def _solved_sparse(composite: Composite, x: torch.Tensor) -> Sparse | None:
     if composite.separable is None or x.shape[-1] < _LEAST_UNKNOWNS or torch.finfo(x.dtype).bits < 32:
         return None
     g = composite.separable.entries(x[0])
@@ -69,8 +75,9 @@ def solve_sparse(composite: Composite, x: torch.Tensor) -> Sparse | None:
         at = state.evaluated()
         if at is None:
             return None
-        if state.solves(at):
-            return Sparse(at, state.reduced(at.x), length(at.x - state.around.x), number + 1)
+        move = state.remaining(at)
+        if move is not None:
+            return Sparse(at, move.unsqueeze(0), state.reduced(at.x), length(at.x - state.around.x), number + 1)
         quadratic = state.describes(at)
         if more is None or not quadratic:
             state.begin(at)
@@ -187,11 +194,12 @@ class _State:
         before, self.total = self.total, at.value + self.g.value(self.y)
         return at if bool(self.total <= before + 1e-9 * before.abs()) else None
 
-    def solves(self, at: Iterate) -> bool:
-        """Return whether a prox step from the minimum of the model vanishes, up to rounding and the accuracy of the model."""
+    def remaining(self, at: Iterate) -> torch.Tensor | None:
+        """Return the prox step (n,) from the minimum of the model; None if it does not vanish up to rounding and the accuracy of the model."""
         y, slope = self.y, at.slope[0]
-        move = (self.g.prox(torch.add(y, slope, alpha=-self.step), self.step) - y).abs().amax()
-        return bool(move <= 1e-7 * (y.abs().amax() + self.step * slope.abs().amax()))
+        move = self.g.prox(torch.add(y, slope, alpha=-self.step), self.step).sub_(y)
+        small = float(move.abs().amax()) <= 1e-7 * (float(y.abs().amax()) + self.step * float(slope.abs().amax()))
+        return move if small else None
 
     def describes(self, at: Iterate) -> bool:
         """Return whether the model's gradient at its minimum is that of f, up to rounding."""

@@ -22,7 +22,11 @@ class ThinProducts(TorchDispatchMode):
     """Inside, a product A B with few columns is computed as (Bᵀ Aᵀ)ᵀ."""
 
     def __torch_dispatch__(
-        self, operation: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+        self,
+        operation: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
     ) -> Any:
         if operation is _mm and args[1].shape[1] <= min(_MOST, args[0].shape[0]) and _dense(*args):
             return _mm(args[1].mT, args[0].mT).mT

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field, replace
@@ -105,8 +104,8 @@ class Problem:
             return self
         if self.linearization_slot is not None:
             self.linearization_slot.replays = replays
-        made = copy.copy(self)  # nothing that __post_init__ computes changes
-        vars(made).update(replays=replays, objective=objective)
+        made = object.__new__(type(self))  # nothing that __post_init__ computes changes
+        vars(made).update(vars(self), replays=replays, objective=objective)
         return made
 
     @property

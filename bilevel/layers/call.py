@@ -326,6 +326,8 @@ class SolveCall:
         """Return ``outcome`` with ``Status.DEGENERATE`` for the problems whose derivative does not exist or is one-sided."""
         if self.degenerate is None or Status.DEGENERATE not in self.messages:
             return outcome, words
+        if _all_converged(outcome) and not bool(self.degenerate.any()):
+            return outcome, words
         these = self.degenerate.expand(axes).reshape(outcome.status.shape)
         these = these & self.depends_on_side(operator, outcome.x, first=first)
         # Constraints with dependent gradients make the matrix singular if an argument moves them apart.

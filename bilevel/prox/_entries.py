@@ -72,7 +72,10 @@ class Entries:
         for name, absent in (("l1", 0.0), ("l2", 0.0), ("lower", -float("inf")), ("upper", float("inf"))):
             numbers = [getattr(part, name) for part in parts]
             if any(number is not None for number in numbers):
-                known = [like.new_tensor(absent) if number is None else torch.as_tensor(number).to(like) for number in numbers]
+                known = [
+                    like.new_tensor(absent) if number is None else torch.as_tensor(number).to(like)
+                    for number in numbers
+                ]
                 made[name] = torch.cat([number.expand(size) for number, size in zip(known, sizes, strict=True)])
         return Entries(**made)
 

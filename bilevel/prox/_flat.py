@@ -58,6 +58,8 @@ class FlatTerm:
         """Return the least margin of the terms, ()."""
         leaves = zip(self.terms, self._split(x), self._split(slope), strict=True)
         margins = [term.margin(part, s, step) for term, part, s in leaves if term is not None]
+        if len(margins) == 1:
+            return margins[0]
         return torch.stack(margins).min() if margins else x.new_ones(())
 
     def proven_zero(self, slope: torch.Tensor, move: torch.Tensor) -> torch.Tensor:

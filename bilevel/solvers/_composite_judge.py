@@ -88,7 +88,7 @@ def _sparse(composite: Composite, init: torch.Tensor, target: Target) -> _Run | 
     """Return the run of the working-set method if it applies to this problem and solves it, else None."""
     if composite.separable is None:
         return None
-    found = solve_sparse(composite, composite.prox(init, _least(init)))
+    found = solve_sparse(composite, init)
     if found is None:
         return None
     at, known = found.at, Known(found.reduced, found.distance.unsqueeze(-1))

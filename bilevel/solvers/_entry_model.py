@@ -20,10 +20,10 @@ Array: TypeAlias = "np.ndarray[Any, Any]"
 _MOST_SWEEPS, _MOST_NEWTON = 30, 8
 # A step lowers the model if it does so by more than its rounding, and a singular matrix is solved with this ridge.
 _FALL, _RIDGE = 1e-14, 1e-10
+# Up to this order a row sum bounds the largest eigenvalue well enough. Above, power steps estimate it, and the estimate is multiplied by the factor.
+_FEW, _POWER_STEPS, _MARGIN = 32, 4, 1.1
 # The number of accelerated steps doubles up to this one.
 _MOST_STEPS = 40
-# The number of power steps that estimate the largest eigenvalue, and the factor of the estimate.
-_POWER_STEPS, _MARGIN = 5, 1.1
 
 
 @dataclass(frozen=True, eq=False)
@@ -180,12 +180,10 @@ def _solved(matrix: Array, right: Array) -> tuple[Array, bool]:
 
 def _largest(matrix: Array) -> float:
     """Return a probable upper bound of the largest eigenvalue of a positive semidefinite matrix."""
-    size = abs(matrix).max()
-    if not 0 < size < float("inf"):
-        return float(size)
-    scaled = matrix / size
-    v = scaled.sum(axis=-1) + scaled.diagonal()
-    for _ in range(_POWER_STEPS - 1):
-        v = scaled @ v
-    last = scaled @ v
-    return _MARGIN * float(size * ((last @ last) / (v @ v)) ** 0.5)
+    size = float(abs(matrix).sum(axis=0).max())
+    if len(matrix) <= _FEW or not 0 < size < float("inf"):
+        return size
+    v = matrix.sum(axis=0) / size + matrix.diagonal() / size
+    for _ in range(_POWER_STEPS):
+        v, before = matrix @ v / size, v
+    return min(size, _MARGIN * size * float((v @ v) / (before @ before)) ** 0.5)

@@ -72,6 +72,9 @@ class Assessment:
         near = self.usable & (self.newton.abs() <= allowed).all(dim=-1)
         if not bool(near.any()):
             return near
+        still = self.move.abs() <= allowed
+        if bool(still.all()):
+            return near
         eps = torch.finfo(allowed.dtype).eps
         rounding = 16 * eps * (at.x.abs() + at.step.unsqueeze(-1) * at.slope.abs())
         most = torch.maximum(allowed, self.newton.abs().amax(dim=-1, keepdim=True))

@@ -117,7 +117,7 @@ def factorised(
     sound = info == 0
     if k:
         # With rows of unit length, the smallest pivot bounds the distance to a singular matrix.
-        pivots = (factor.diagonal(dim1=-2, dim2=-1) / factor.norm(dim=-1)).amin(dim=-1)
+        pivots = (factor.diagonal(dim1=-2, dim2=-1) / torch.linalg.vector_norm(factor, dim=-1)).amin(dim=-1)
         sound = sound & (pivots**2 > 1e3 * k * torch.finfo(x.dtype).eps)
     return Reduced(x, free, index, valid, matrix, factor, sound)
 

@@ -10,7 +10,7 @@ In the spirit of Johnson & Guestrin, "Blitz", ICML 2015, and of Massias, Gramfor
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -46,18 +46,19 @@ class Sparse:
     rounds: int
 
 
-def solve_sparse(composite: Composite, x: torch.Tensor) -> Sparse | None:
-    """Minimise f + g from ``x`` (1, n). Return None if the method does not apply, or if no decrease was found."""
+def solve_sparse(composite: Composite, init: torch.Tensor) -> Sparse | None:
+    """Minimise f + g from ``init`` (1, n). Return None if the method does not apply, or if no decrease was found."""
+    if composite.separable is None or init.shape[-1] < _LEAST_UNKNOWNS or torch.finfo(init.dtype).bits < 32:
+        return None
     with no_graph():
-        return _solved_sparse(composite, x)
+        g = composite.separable.entries(init[0])
+        if g is None:
+            return None
+        x = g.prox(init, torch.finfo(init.dtype).tiny ** 0.5)  # a step that only moves it between the bounds
+        return None if int(g.free(x).sum()) > _MOST_FREE else _solved_sparse(composite, g, x)
 
 
-def _solved_sparse(composite: Composite, x: torch.Tensor) -> Sparse | None:
-    if composite.separable is None or x.shape[-1] < _LEAST_UNKNOWNS or torch.finfo(x.dtype).bits < 32:
-        return None
-    g = composite.separable.entries(x[0])
-    if g is None or int(g.free(x[0]).sum()) > _MOST_FREE:
-        return None
+def _solved_sparse(composite: Composite, g: Entries, x: torch.Tensor) -> Sparse | None:
     start = composite.at(x, x.new_zeros(1))
     if not bool(torch.isfinite(start.value + start.slope.sum())):
         return None
@@ -97,14 +98,16 @@ class _State:
         The iterate of the model, and f + g at the last iterate (1,).
     y, slope
         The minimum in W, and the gradient of the model there (n,).
+    rows
+        The rows of the Hessian in W, in blocks (k_b, n).
+    x, slopes, inner
+        The parts in W of the iterate, of ∇f there and of ``y`` (k,).
     step
         s, below 1/L in W; infinite if no curvature is known.
-    places, rows
-        W (k,), and the rows of the Hessian in blocks (k_b, n).
-    hessian
-        The entries in W (k, k).
-    inner
-        The part of ``y`` in W.
+    model
+        The model in W.
+    places, hessian
+        W (k,), and the entries of the Hessian in W (k, k); unset while W is empty.
     """
 
     composite: Composite
@@ -113,23 +116,23 @@ class _State:
     total: torch.Tensor
     y: torch.Tensor
     slope: torch.Tensor
-    places: torch.Tensor
-    rows: list[torch.Tensor]
-    hessian: Array
-    inner: Array
+    rows: list[torch.Tensor] = field(default_factory=list)
+    x: Array = field(default_factory=lambda: np.empty(0))
+    slopes: Array = field(default_factory=lambda: np.empty(0))
+    inner: Array = field(default_factory=lambda: np.empty(0))
     step: float = float("inf")
     model: EntryModel | None = None
+    places: torch.Tensor = field(init=False)
+    hessian: Array = field(init=False)
 
     @staticmethod
     def of(composite: Composite, g: Entries, at: Iterate) -> _State:
-        nowhere = torch.zeros(0, dtype=torch.int64, device=at.x.device)
-        total = at.value + g.value(at.x[0])
-        return _State(composite, g, at, total, at.x[0], at.slope[0], nowhere, [], np.empty((0, 0)), np.empty(0))
+        return _State(composite, g, at, at.value + g.value(at.x[0]), at.x[0], at.slope[0])
 
     def begin(self, at: Iterate) -> None:
         """Begin a new model around an iterate."""
-        self.around, self.y, self.slope = at, at.x[0], at.slope[0]
-        self.places, self.rows, self.hessian, self.inner = self.places[:0], [], np.empty((0, 0)), np.empty(0)
+        self.around, self.y, self.slope, self.rows = at, at.x[0], at.slope[0], []
+        self.x = self.slopes = self.inner = np.empty(0)
 
     def moved_most(self) -> torch.Tensor | None:
         """Return the places outside of W of the unknowns that a prox step moves most; None if it moves none."""
@@ -146,40 +149,44 @@ class _State:
             mask = self.g.free(y)
             scores.masked_fill_(mask, torch.inf)
             free = int(mask.sum())
+        if not float(scores.amax()) > 0:
+            return None
         # Powers of two, so that few recorded programs are needed for the rows.
         best = scores.topk(min(_power_of_two(max(_JOIN, free)), y.shape[0] - size))
         moved = sum(move > 0 for move in best.values.tolist())
-        return best.indices[: max(_LEAST_JOIN, _power_of_two(moved))] if moved else None
+        return best.indices[: max(_LEAST_JOIN, _power_of_two(moved))]
 
     def join(self, more: torch.Tensor) -> None:
         """Add unknowns to W."""
         rows, old = self.composite.objective.some_rows(self.around.x, more), self.inner.size
         self.rows.append(rows)
         self.places = torch.cat([self.places, more]) if old else more
+        x, slope = (_array(v[0].index_select(0, more)) for v in (self.around.x, self.around.slope))
+        self.x, self.slopes = np.concatenate([self.x, x]), np.concatenate([self.slopes, slope])
+        self.inner = np.concatenate([self.inner, x])  # the minimum in W moves no unknown outside of it
         block = _array(rows.index_select(1, self.places))
         new = 0.5 * (block[:, old:] + block[:, old:].T)
         if old:
-            hessian = np.empty((block.shape[1], block.shape[1]))
-            hessian[:old, :old], hessian[old:, :old], hessian[:old, old:] = self.hessian, block[:, :old], block[:, :old].T
-            hessian[old:, old:] = new
-            self.hessian, self.inner = hessian, np.concatenate([self.inner, _array(self.y.index_select(0, more))])
+            known, self.hessian = self.hessian, np.empty((block.shape[1], block.shape[1]))
+            self.hessian[:old, :old], self.hessian[old:, :old], self.hessian[:old, old:] = (
+                known,
+                block[:, :old],
+                block[:, :old].T,
+            )
+            self.hessian[old:, old:] = new
         else:
-            self.hessian, self.inner = new, _array(self.y.index_select(0, more))
+            self.hessian = new
 
     def minimise(self, steps: int) -> bool:
         """Move to the minimum of the model in W; return whether the model has a curvature."""
-        around, places = self.around, self.places
-        at, slope = around.x[0], around.slope[0]
-        x = _array(at.index_select(0, places))
-        self.model = EntryModel.of(
-            self.g.at(places), x, _array(slope.index_select(0, places)), self.hessian, self.step
-        )
+        at, slope = self.around.x[0], self.around.slope[0]
+        self.model = EntryModel.of(self.g.at(self.places), self.x, self.slopes, self.hessian, self.step)
         if self.model is None:
             return False
         self.step = self.model.step
         self.inner = self.model.minimised(self.inner, steps)
-        both = torch.from_numpy(np.stack([self.inner, self.inner - x])).to(at)
-        self.y = at.index_copy(0, places, both[0])
+        both = torch.from_numpy(np.stack([self.inner, self.inner - self.x])).to(at)
+        self.y = at.index_copy(0, self.places, both[0])
         first = 0
         for rows in self.rows:
             last = first + rows.shape[0]
@@ -203,8 +210,9 @@ class _State:
 
     def describes(self, at: Iterate) -> bool:
         """Return whether the model's gradient at its minimum is that of f, up to rounding."""
-        difference = (self.slope - at.slope[0]).norm()
-        return bool(difference <= 1e-10 * (at.slope.norm() + self.around.slope.norm()))
+        difference = length(self.slope - at.slope)
+        most = max(1e-10, 128 * torch.finfo(self.y.dtype).eps)
+        return bool(difference <= most * (length(at.slope) + length(self.around.slope)))
 
     def reduced(self, x: torch.Tensor) -> Reduced:
         """Return the factorised Hessian of the local model at ``x`` (1, n), which lies at the minimum in W."""

@@ -1,6 +1,7 @@
-"""Products of a matrix with a few vectors at once, computed with the long side of the result contiguous.
+"""Products of a matrix with a few unit vectors at once, without a sum over zeros, and with the long side of a result contiguous.
 
-MKL takes up to twice as long where the short side is contiguous, as it is after ``vmap`` of a product with one vector.
+``vmap`` turns products with one vector into a product with a matrix whose short side is contiguous. MKL takes up to
+twice as long for it. If the vectors are unit vectors, the product is a selection of columns.
 """
 
 from __future__ import annotations
@@ -19,19 +20,30 @@ _MOST = 64
 
 
 class ThinProducts(TorchDispatchMode):
-    """Inside, a product A B with few columns is computed as (Bᵀ Aᵀ)ᵀ."""
+    """Inside, A Uᵀ is a selection of columns of A, and another product A B with few columns is computed as (Bᵀ Aᵀ)ᵀ.
+
+    Parameters
+    ----------
+    units, places
+        U (k, n), whose rows are unit vectors, and the places (k,) of their ones.
+    """
+
+    def __init__(self, units: torch.Tensor, places: torch.Tensor) -> None:
+        super().__init__()
+        self._units, self._places = units, places
 
     def __torch_dispatch__(
-        self,
-        operation: Callable[..., Any],
-        types: Any,
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
+        self, operation: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        if operation is _mm and args[1].shape[1] <= min(_MOST, args[0].shape[0]) and _dense(*args):
-            return _mm(args[1].mT, args[0].mT).mT
-        return operation(*args, **(kwargs or {}))
+        if operation is not _mm or not all(matrix.layout is torch.strided for matrix in args):
+            return operation(*args, **(kwargs or {}))
+        left, right = args
+        if _same(right, self._units.mT):
+            return left.index_select(1, self._places)
+        if right.shape[1] <= min(_MOST, left.shape[0]):
+            return _mm(right.mT, left.mT).mT
+        return _mm(left, right)
 
 
-def _dense(*matrices: torch.Tensor) -> bool:
-    return all(matrix.layout is torch.strided for matrix in matrices)
+def _same(a: torch.Tensor, b: torch.Tensor) -> bool:
+    return a.shape == b.shape and a.stride() == b.stride() and a.data_ptr() == b.data_ptr()

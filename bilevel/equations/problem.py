@@ -329,19 +329,18 @@ class Problem:
 
     def some_rows(self, x: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
         """Return the rows (k, n) of ∂_x R at ``x`` (1, n) for the ``places`` (k,), of a single problem without levels."""
-        k = len(places)
-        units = torch.zeros(1 + k, self.size, dtype=x.dtype, device=x.device)
-        units[0] = x[0]
-        units[torch.arange(1, 1 + k, device=x.device), places] = 1
-        return self.evaluate(("rows", k), self._some_rows, units)[0]
+        packed = torch.cat([x[0], places.to(x.dtype)])
+        return self.evaluate(("rows", len(places)), self._some_rows, packed.unsqueeze(0))[0]
 
     def _some_rows(self, packed: torch.Tensor, *tensors: torch.Tensor) -> list[torch.Tensor]:
-        """Return the rows at the point ``packed[0]`` for the unit vectors that follow it."""
+        """Return the rows at the point ``packed[0, :n]`` for the places that follow it, whole numbers packed as floats."""
         with no_graph():
+            point, places = packed[0, : self.size], packed[0, self.size :].long()
+            units = (places.unsqueeze(-1) == torch.arange(self.size, device=places.device)).to(packed.dtype)
             system = self.system.for_second_derivatives()
-            made: Any = vjp(lambda point: system.residual_and_value(point, *tensors)[0], packed[0])
-            with ThinProducts():
-                (rows,) = vmap(made[1])(packed[1:])
+            made: Any = vjp(lambda x: system.residual_and_value(x, *tensors)[0], point)
+            with ThinProducts(units, places):
+                (rows,) = vmap(made[1])(units)
         return [rows.detach()]
 
     def to(self, dtype: torch.dtype) -> Problem:

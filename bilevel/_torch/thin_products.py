@@ -33,7 +33,11 @@ class ThinProducts(TorchDispatchMode):
         self._units, self._places = units, places
 
     def __torch_dispatch__(
-        self, operation: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+        self,
+        operation: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
     ) -> Any:
         if operation is not _mm or not all(matrix.layout is torch.strided for matrix in args):
             return operation(*args, **(kwargs or {}))

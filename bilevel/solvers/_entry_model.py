@@ -1,4 +1,4 @@
-"""A quadratic model plus a term of single entries, minimised with numpy: its vectors and matrices are small, and numpy's operations on them cost less.
+"""A quadratic model plus a term of single entries, minimised with numpy, whose operations on small arrays cost less than torch's.
 
 Accelerated proximal steps find the manifold, and Newton's method finishes on it.
 """

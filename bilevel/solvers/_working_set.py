@@ -1,4 +1,6 @@
-"""A working-set proximal Newton method for a single problem with a term of single entries. It assumes that few of many unknowns are free at the solution.
+"""A working-set proximal Newton method for a single problem with a term of single entries.
+
+It assumes that few of many unknowns are free at the solution.
 
 Around x, f is replaced by its quadratic model. Rows of the Hessian are computed only for a working set W: the unknowns
 that a prox step moves most. These rows give the model's whole gradient for any change in W. The model is therefore
@@ -37,7 +39,7 @@ _TRIALS = 2
 
 @dataclass(frozen=True, eq=False)
 class Sparse:
-    """The result: an iterate, the prox step (1, n) from there, the factorised Hessian, its distance (1,) from the iterate, and the number of rounds."""
+    """The result: an iterate, the prox step (1, n) from there, the factorised Hessian, its distance (1,) from the iterate, and the rounds."""
 
     at: Iterate
     move: torch.Tensor
@@ -48,13 +50,15 @@ class Sparse:
 
 def solve_sparse(composite: Composite, init: torch.Tensor) -> Sparse | None:
     """Minimise f + g from ``init`` (1, n). Return None if the method does not apply, or if no decrease was found."""
-    if composite.separable is None or init.shape[-1] < _LEAST_UNKNOWNS or torch.finfo(init.dtype).bits < 32:
+    n, kind = init.shape[-1], torch.finfo(init.dtype)
+    # Places are packed as floats for the rows, and single precision has no larger whole numbers.
+    if composite.separable is None or n < _LEAST_UNKNOWNS or kind.bits < 32 or n * kind.eps > 1:
         return None
     with no_graph():
         g = composite.separable.entries(init[0])
         if g is None:
             return None
-        x = g.prox(init, torch.finfo(init.dtype).tiny ** 0.5)  # a step that only moves it between the bounds
+        x = g.prox(init, kind.tiny**0.5)  # a step that only moves it between the bounds
         return None if int(g.free(x).sum()) > _MOST_FREE else _solved_sparse(composite, g, x)
 
 
@@ -225,7 +229,7 @@ class _State:
 
 
 def _array(t: torch.Tensor) -> Array:
-    made: Array = t.cpu().double().numpy()
+    made: Array = t.numpy(force=True).astype(np.float64, copy=False)
     return made
 
 

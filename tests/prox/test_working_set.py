@@ -130,7 +130,7 @@ def test_an_intercept_without_a_term(taken: list[bool]) -> None:
     x = layer({"b": torch.zeros((), dtype=DOUBLE), "w": zeros(D)}, s)
     model = linear_model.Lasso(alpha=0.3, tol=1e-14, max_iter=10**6).fit(X, y)
     torch.testing.assert_close(x["w"].detach(), torch.as_tensor(model.coef_), rtol=1e-7, atol=1e-9)
-    assert abs(float(x["b"]) - model.intercept_) < 1e-8
+    assert abs(float(x["b"].detach()) - model.intercept_) < 1e-8
     (slope,) = torch.autograd.grad(x["b"], s)
     A = torch.cat([torch.ones(len(y), 1, dtype=DOUBLE), X[:, x["w"] != 0]], dim=1)
     signs = torch.cat([torch.zeros(1, dtype=DOUBLE), x["w"].detach()[x["w"] != 0].sign()])

@@ -93,9 +93,7 @@ class SolveCall:
         self.poisoned = False
         self.nan_mask: torch.Tensor | None = None  # (*batch,) bool: whose derivatives the policy wants to be NaN
         self.residual: torch.Tensor | None = None  # at the solution (batch, n), for who wants the adjoint
-        self.found: tuple[torch.Tensor, torch.Tensor] | None = (
-            None  # R at the solution (batch, n), and the norm asked for
-        )
+        self.found: tuple[torch.Tensor, torch.Tensor] | None = None  # R at x (batch, n), and the norm asked for
         self.factor: torch.Tensor | None = None
         self.one_step = False  # whether that is of the Hessians at init, and a step with them was the last
         self.last_rhs: torch.Tensor | None = None  # of this call's linear solves

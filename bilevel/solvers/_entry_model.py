@@ -58,7 +58,7 @@ class EntryModel:
     def minimised(self, y: Array, steps: int) -> Array:
         """Return the minimiser; the search begins at ``y`` with this number of accelerated steps."""
         for _ in range(_MOST_SWEEPS):
-            y = self._descended(y, steps)
+            y = self.descended(y, steps)
             slope = self.slope_at(y)
             value = self._value(y, slope)
             for _ in range(_MOST_NEWTON):
@@ -88,7 +88,7 @@ class EntryModel:
     def _prox(self, y: Array, slope: Array) -> Any:
         return self.g.prox(y - self.step * slope, self.step)
 
-    def _descended(self, y: Array, steps: int) -> Array:
+    def descended(self, y: Array, steps: int) -> Array:
         """Return ``y`` after accelerated proximal steps, with restarts."""
         x, t = y, 1.0
         # y − s (∇f + H (y − x)) as one product.

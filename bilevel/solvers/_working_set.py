@@ -31,8 +31,8 @@ _LEAST_UNKNOWNS, _MOST_FREE, _MOST = 64, 32, 640
 # The smallest number of unknowns that join W at once, and the smallest limit of that number.
 _LEAST_JOIN, _JOIN = 8, 16
 _MOST_ROUNDS = 24
-# The numbers of accelerated steps before Newton's method: in the first round, and in later ones.
-_FIRST_STEPS, _STEPS = 12, 5
+# The number of accelerated steps before Newton's method in a round, and where it follows such steps.
+_STEPS, _FEW_STEPS = 16, 5
 # The number of rounds with one model until f is known to be quadratic.
 _TRIALS = 2
 
@@ -72,9 +72,14 @@ def _solved_sparse(composite: Composite, g: Entries, x: torch.Tensor) -> Sparse 
         if more is None:
             return None
         state.join(more)
-        if state.inner.size > min(_MOST, x.shape[-1]) or not state.minimise(_STEPS if number else _FIRST_STEPS):
+        # While W grows by as many as it may, the accelerated steps alone show what has to join.
+        growing = more.shape[0] >= _JOIN
+        if state.inner.size > min(_MOST, x.shape[-1]) or not state.minimise(_STEPS, exact=not growing):
             return None
         more = state.moved_most()
+        if more is None and growing:
+            state.minimise(_FEW_STEPS, exact=True)
+            more = state.moved_most()
         if more is not None and (quadratic or len(state.rows) < _TRIALS):
             continue
         at = state.evaluated()
@@ -181,14 +186,14 @@ class _State:
         else:
             self.hessian = new
 
-    def minimise(self, steps: int) -> bool:
-        """Move to the minimum of the model in W; return whether the model has a curvature."""
+    def minimise(self, steps: int, *, exact: bool) -> bool:
+        """Move to the minimum of the model in W, or near it unless ``exact``; return whether the model has a curvature."""
         at, slope = self.around.x[0], self.around.slope[0]
         self.model = EntryModel.of(self.g.at(self.places), self.x, self.slopes, self.hessian, self.step)
         if self.model is None:
             return False
         self.step = self.model.step
-        self.inner = self.model.minimised(self.inner, steps)
+        self.inner = self.model.minimised(self.inner, steps) if exact else self.model.descended(self.inner, steps)
         both = torch.from_numpy(np.stack([self.inner, self.inner - self.x])).to(at)
         self.y = at.index_copy(0, self.places, both[0])
         first = 0

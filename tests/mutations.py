@@ -788,7 +788,7 @@ MUTATIONS = (
     Mutation(
         "a singular matrix not noticed", "linear/exact.py",
         "((eigenvalues.abs().amin(-1) <= smallest * largest) | wrong)", "(eigenvalues.abs().amin(-1) < 0)",
-        (CONFORMANCE, "-k", "singular_matrix"),
+        (MINIMUM_NORM,),
     ),
     Mutation(
         "a borrowed factorisation trusted", "linear/exact.py",

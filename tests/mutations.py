@@ -202,7 +202,7 @@ MUTATIONS = (
     Mutation(
         "argmin: a search by tiny steps does not end", "solvers/_tiny_steps.py",
         "stuck = self._count >= _MOST", "stuck = self._count < 0",
-        ("tests/test_levels.py", "-k", "inexact"),
+        ("tests/solvers/test_tiny_steps.py",),
     ),
     Mutation(
         "stochastic: SABA forgets to subtract the remembered derivative", "stochastic/saba.py",

@@ -793,6 +793,11 @@ MUTATIONS = (
         "update = self.preconditioner(update)", "pass", (CONFORMANCE, "-k", "preconditioner_is_used"),
     ),
     Mutation(
+        "the units of a fixed point's unknowns are taken from its equations", "solvers/_error.py",
+        "(_usable(noise / eps).unsqueeze(-1) * matrix.abs())", "(matrix.abs())",
+        ("tests/solvers/test_error.py", "-k", "mixed_units or its_terms"),
+    ),
+    Mutation(
         "a singular matrix not noticed", "linear/exact.py",
         "((eigenvalues.abs().amin(-1) <= smallest * largest) | wrong)", "(eigenvalues.abs().amin(-1) < 0)",
         (MINIMUM_NORM,),

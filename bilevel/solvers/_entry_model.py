@@ -18,8 +18,8 @@ __all__ = ["EntryModel"]
 Array: TypeAlias = "np.ndarray[Any, Any]"
 
 _MOST_SWEEPS, _MOST_NEWTON = 30, 8
-# A step lowers the model if it does so by more than its rounding, and a singular matrix is solved with this ridge.
-_FALL, _RIDGE = 1e-14, 1e-10
+# A step lowers the model if it does so by more than its rounding.
+_FALL = 1e-14
 # Up to this order a row sum bounds the largest eigenvalue well enough. Above, power steps estimate it, and the estimate is multiplied by the factor.
 _FEW, _POWER_STEPS, _MARGIN = 32, 4, 1.1
 # The number of accelerated steps doubles up to this one.
@@ -114,14 +114,16 @@ class EntryModel:
         """
         free, matrix = self.free_hessian(y)
         slopes = (slope + self.g.slope(y, np.sign(y)))[free]
-        change, definite = _solved(matrix, -slopes)
+        change = _solved(matrix, -slopes)
+        if change is None:  # more free unknowns than the rank of H, which accelerated steps make fewer
+            return None
         ahead = y.copy()
         ahead[free] += change
         new = self._prox(ahead, self.slope_at(ahead))
         after = self.slope_at(new)
         lower = self._value(new, after)
         # The model is quadratic on its manifold. If the prox changes nothing, the solution is found.
-        if definite and lower <= value + 1e-12 * abs(value) and abs(new - ahead).max() <= 1e-11 * abs(ahead).max():
+        if lower <= value + 1e-12 * abs(value) and abs(new - ahead).max() <= 1e-11 * abs(ahead).max():
             return new, after, lower, None
         least = value - _FALL * abs(value)
         if lower < least:
@@ -167,15 +169,12 @@ def _of(numbers: Any, places: Array) -> Any:
     return numbers if np.ndim(numbers) == 0 else numbers[places]
 
 
-def _solved(matrix: Array, right: Array) -> tuple[Array, bool]:
-    """Return the solution of a positive semidefinite system, and whether the matrix is positive definite."""
+def _solved(matrix: Array, right: Array) -> Array | None:
+    """Return the solution of a positive definite system; None if the matrix is not positive definite."""
     factor, info = torch.linalg.cholesky_ex(torch.from_numpy(matrix))
-    definite = info.item() == 0
-    if not definite:
-        # There are more free unknowns than the rank of H. A long step along a flat direction ends at a kink.
-        ridge = _RIDGE * matrix.diagonal().max() * np.eye(len(matrix))
-        factor, _ = torch.linalg.cholesky_ex(torch.from_numpy(matrix + ridge))
-    return torch.cholesky_solve(torch.from_numpy(right[:, None]), factor).numpy()[:, 0], definite
+    if info.item():
+        return None
+    return torch.cholesky_solve(torch.from_numpy(right[:, None]), factor).numpy()[:, 0]
 
 
 def _largest(matrix: Array) -> float:

@@ -1741,10 +1741,6 @@ MUTATIONS = (
         ("tests/prox/test_entries.py", "-k", "of_the_user"),
     ),
     Mutation(
-        "a Newton step of a model passes all kinks", "solvers/_entry_model.py", "met = ((times > 0) & (times <= 1))", "met = ((times > 0) & (times <= 0))",
-        ("tests/solvers/test_entry_model.py", "-k", "15-"),
-    ),
-    Mutation(
         "the columns for unit vectors come in another order", "_torch/thin_products.py", "left.index_select(1, self._places)",
         "left.index_select(1, self._places.flip(0))", ("tests/prox/test_working_set.py", "-k", "rows_of_a_hessian"),
     ),

@@ -1085,6 +1085,15 @@ MUTATIONS = (
         ("tests/test_settings.py", "-k", "test_the_tolerance_of"),
     ),
     Mutation(
+        "an answer that is given replaced by the last one", "layers/layer.py",
+        " and not isinstance(settings.solver, GivenAnswer)", "", ("tests/test_differentiation.py", "-k", "judged_itself"),
+    ),
+    Mutation(
+        "Newton's step in place of the layer's own at a given answer", "layers/differentiation.py",
+        "solver = solver.own if isinstance", "solver = solver if isinstance",
+        ("tests/test_differentiation.py", "-k", "layer_s_own_solver"),
+    ),
+    Mutation(
         "a layer's own settings in place of the call's", "layers/layer.py",
         "return SolveCall(settings,", "return SolveCall(self._settings,", ("tests/test_problem.py", "-k", "closed_form"),
     ),

@@ -234,6 +234,37 @@ def test_an_answer_is_judged_where_the_function_is_infinite_at_zero() -> None:
         layer.at(1.5 * exact, a)
 
 
+@pytest.mark.parametrize("way", [bilevel.OneStep(), bilevel.Truncated(3), bilevel.PhantomGradient(steps=2)])
+def test_steps_from_an_answer_are_those_of_the_layer_s_own_solver(way) -> None:
+    descent = bilevel.GradientDescent(lr=0.1, max_steps=2000)
+    layers = (
+        bilevel.fixed_point(mapping, differentiation=way),
+        bilevel.argmin(objective, solver=descent, differentiation=way),
+    )
+    for layer in layers:
+        answer = layer.solve(START, A).value.detach()
+        at = torch.func.jacrev(lambda a, layer=layer, answer=answer: layer.at(answer, a))(A).diagonal()
+        assert torch.allclose(at, slope(layer, A), rtol=1e-6)
+
+
+def test_an_answer_given_has_no_steps_to_unroll() -> None:
+    layer = bilevel.argmin(objective, differentiation=bilevel.Unrolled())
+    with pytest.raises(bilevel.ArgumentError, match=r"expected differentiation=Implicit\(\) or Truncated"):
+        layer.at(layer(START, A), A)
+    layer.differentiation = bilevel.Truncated(2)
+    assert torch.allclose(layer.at(layer(START, A), A), bilevel.argmin(objective)(START, A))
+
+
+def test_an_answer_is_judged_itself_whatever_was_solved_before() -> None:
+    layer = bilevel.argmin(objective, warm_start=True)
+    exact = bilevel.argmin(objective)
+    layer(START, A)
+    with pytest.raises(bilevel.SolveError, match="is no solution"):
+        layer.at(START + 3, A)
+    answer = exact(START, 2 * A)
+    assert torch.equal(layer.at(answer, 2 * A), answer)
+
+
 def test_a_hypergradient_at_an_answer() -> None:
     data, outer = ridge_data(), torch.tensor(-1.0, dtype=F64)
     exact = Ridge().hypergradient(outer, data, init=START)

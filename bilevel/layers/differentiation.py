@@ -19,6 +19,7 @@ from bilevel.equations.system import FixedPointSystem, System
 from bilevel.errors import ArgumentError
 from bilevel.setting_checks import check_number, check_steps
 from bilevel.solvers._base import InnerSolver
+from bilevel.solvers._given import GivenAnswer
 from bilevel.solvers.anderson import Anderson
 from bilevel.solvers.fixed_point import FixedPointIteration
 from bilevel.solvers.gradient_descent import GradientDescent
@@ -262,6 +263,11 @@ def solver_for(
     """Return the solver whose steps can be differentiated as ``chosen`` says, or raise :class:`ArgumentError`."""
     if not isinstance(chosen, Unrolled):
         return solver
+    if isinstance(solver, GivenAnswer):
+        raise ArgumentError(
+            f"{where}: expected differentiation=Implicit() or Truncated(steps) where the solution is given, got Unrolled(), which needs the "
+            "steps that led there; choose one of these two, or call the layer itself"
+        )
     if solver is None:
         return FixedPointIteration() if issubclass(kind, FixedPointSystem) else None
     plain = isinstance(solver, GradientDescent) and not solver.line_search
@@ -285,6 +291,7 @@ def begin_of(
 
 def step_of(system: System, solver: InnerSolver | None, tensors: Sequence[torch.Tensor]) -> Step:
     """Return a step of ``solver`` as a differentiable function; Newton's, if its own steps cannot be differentiated."""
+    solver = solver.own if isinstance(solver, GivenAnswer) else solver
     if isinstance(solver, GradientDescent):
         lr, momentum = solver.lr, solver.momentum
 

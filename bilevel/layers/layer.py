@@ -188,7 +188,8 @@ class Layer:
         """Return ``x``, a solution that you already have, differentiable like the layer's own solutions.
 
         One residual checks ``x``. With no accuracy asked it may be off by about 1 %; with ``Tolerance(delta=...)`` or ``rtol``
-        it has to meet that accuracy. Derivatives are those of the implicit function at ``x``. With proximal terms, bounds or
+        it has to meet that accuracy. Derivatives are those of the implicit function at ``x``; with another ``differentiation``, those of steps of
+        the layer's solver from ``x``. With proximal terms, bounds or
         constraints the layer solves from ``x``, because it needs the active set; it returns its own solution, and ``x`` fails if it is more than
         about 1 % away.
 
@@ -214,7 +215,7 @@ class Layer:
         >>> a.grad
         tensor([1., 1.])
         """
-        settings = replace(self._settings, solver=GivenAnswer())
+        settings = replace(self._settings, solver=GivenAnswer(self._settings.solver))
         return self._around(settings, pytree.tree_map(_without_graph, x), args, kwargs).value
 
     @eager
@@ -238,10 +239,11 @@ class Layer:
         if self.module is not None:
             kwargs = {**kwargs, STATE: self.module.state()}
         init = FunctionalModule.of(init, self.where) if isinstance(init, torch.nn.Module) else init
-        if self.warm_start and not transforms_active():
+        warm = self.warm_start and not transforms_active() and not isinstance(settings.solver, GivenAnswer)
+        if warm:
             init = _last_or(self.last, init)
         solution = self._solution(settings, init, args, kwargs, value_only=value_only)
-        if self.warm_start and not transforms_active():
+        if warm:
             self.last = pytree.tree_map(_without_graph, solution.value)
         if not self.has_aux:
             return solution

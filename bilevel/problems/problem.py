@@ -441,7 +441,7 @@ class BilevelProblem(torch.nn.Module, ABC):
                 f"{self.where}: expected Tolerance(delta=..., delta_prime=...) where the inner solution is given, got the goal "
                 f"{settings.tolerance!r}, which needs solves of its own; leave `at` out, or the goal"
             )
-        return replace(settings, solver=GivenAnswer())
+        return replace(settings, solver=GivenAnswer(settings.solver))
 
     def reset(self) -> None:
         """Forget the last inner solution and adjoint."""

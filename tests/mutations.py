@@ -1094,6 +1094,10 @@ MUTATIONS = (
         ("tests/test_differentiation.py", "-k", "layer_s_own_solver"),
     ),
     Mutation(
+        "a random preparation goes unnoticed", "problems/definition.py",
+        "poisoned = watch.ended(on_failure)", "poisoned = False", ("tests/test_differentiation.py", "-k", "random_preparation"),
+    ),
+    Mutation(
         "a layer's own settings in place of the call's", "layers/layer.py",
         "return SolveCall(settings,", "return SolveCall(self._settings,", ("tests/test_problem.py", "-k", "closed_form"),
     ),

@@ -334,6 +334,65 @@ def test_a_problem_prepares_once_a_call_with_derivatives_and_bounds() -> None:
         Kernel(batch_dims=0)(outer, data, init=start)
 
 
+class RandomFeatures(bilevel.BilevelProblem):
+    def prepare(self, outer, data):
+        return torch.cos(data @ torch.randn(2, 5, dtype=F64))
+
+    def inner_objective(self, inner, outer, data):
+        return ((data @ inner - 1) ** 2).sum() + outer.exp() * (inner**2).sum()
+
+    def outer_objective(self, inner, outer, data):
+        return (inner**2).sum()
+
+
+def test_a_random_preparation_is_refused_as_its_error_bound_would_be_of_another_problem() -> None:
+    data, outer, start = ridge_data()[0], torch.tensor(-1.0, dtype=F64), torch.zeros(5, dtype=F64)
+    with pytest.raises(bilevel.StochasticObjectiveError, match="expected prepare to be deterministic"):
+        RandomFeatures()(outer, data[:, :2], init=start)
+    with pytest.raises(bilevel.StochasticObjectiveError, match="expected prepare to be deterministic"):
+        RandomFeatures().hypergradient(outer, data[:, :2], init=start)
+    with pytest.warns(bilevel.FailureWarning, match="prepare"):
+        assert bool(torch.isfinite(RandomFeatures(on_failure="warn")(outer, data[:, :2], init=start)))
+    assert bool(torch.isnan(RandomFeatures(on_failure="nan")(outer, data[:, :2], init=start)))
+
+
+def test_an_error_in_a_preparation_names_the_arguments() -> None:
+    layer = bilevel.argmin(objective, prepare=lambda a: a @ torch.ones(7, dtype=F64))
+    with pytest.raises(bilevel.ShapeError, match=r"arguments of prepare .* args\[0\] \(2,\)"):
+        layer(START, A)
+
+    class Ridge(RandomFeatures):
+        def prepare(self, outer, data):
+            return data @ torch.ones(7, dtype=F64)
+
+    with pytest.raises(bilevel.ShapeError, match=r"arguments of prepare .* data \(3, 2\)"):
+        Ridge()(A[0], torch.ones(3, 2, dtype=F64), init=START)
+
+
+def test_a_module_that_cannot_be_called_with_other_parameters_is_refused() -> None:
+    def fit(net, x):
+        return ((net(x) - 1) ** 2).sum()
+
+    class Lazy(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inside = torch.nn.LazyLinear(1, dtype=F64)
+
+        def forward(self, x):
+            return ((self.inside(x) - 1) ** 2).sum() + (x**2).sum()
+
+    lazy = Lazy()
+    with pytest.raises(bilevel.ArgumentError, match=r"inside\.weight has none before its first call"):
+        bilevel.argmin(lazy)(START)
+    with pytest.raises(bilevel.ArgumentError, match="before its first call"):
+        bilevel.argmin(fit)(torch.nn.LazyLinear(1), A)
+    lazy(START)
+    assert bool(torch.isfinite(bilevel.argmin(lazy)(START)).all())
+    parallel = torch.nn.DataParallel(lazy)
+    with pytest.raises(bilevel.ArgumentError, match=r"pass its \.module"):
+        bilevel.argmin(parallel)(START)
+
+
 def test_a_module_is_an_objective_whose_parameters_are_differentiated() -> None:
     class Spring(torch.nn.Module):
         def __init__(self) -> None:

@@ -22,6 +22,7 @@ from bilevel._torch.transforms import (
     transforms_active,
     without_gradient,
 )
+from bilevel.equations.function_errors import explained
 from bilevel.equations.structured import Structure, StructuredSystem
 from bilevel.equations.system import FixedPointSystem, System
 from bilevel.errors import (
@@ -33,7 +34,7 @@ from bilevel.layers.arguments import check_captures, init_gradient_error, nan_of
 from bilevel.layers.call import SolveCall
 from bilevel.layers.differentiation import BySteps, Differentiation, begin_of, solver_for, step_of
 from bilevel.layers.inspector import Inspector
-from bilevel.layers.modules import STATE, FunctionalModule, ModuleFunction
+from bilevel.layers.modules import STATE, FunctionalModule, ModuleFunction, check_module
 from bilevel.layers.settings import Setting, SolveSettings
 from bilevel.layers.solution import Solution
 from bilevel.linear._base import LinearSolver, LinearSolverLike
@@ -234,9 +235,11 @@ class Layer:
     ) -> Solution[Any]:
         """Prepare the arguments, choose the initial guess, solve, and evaluate the auxiliary output."""
         if self.prepare is not None:
-            prepared = self.prepare(*args, **kwargs)
+            with explained(self.where, "prepare", args=args, kwargs=kwargs):
+                prepared = self.prepare(*args, **kwargs)
             args, kwargs = prepared if isinstance(prepared, tuple) else (prepared,), {}
         if self.module is not None:
+            check_module(self.module.module, self.where)
             kwargs = {**kwargs, STATE: self.module.state()}
         init = FunctionalModule.of(init, self.where) if isinstance(init, torch.nn.Module) else init
         warm = self.warm_start and not transforms_active() and not isinstance(settings.solver, GivenAnswer)

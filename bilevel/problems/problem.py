@@ -252,7 +252,8 @@ class BilevelProblem(torch.nn.Module, ABC):
         """Return the data that the objectives receive in place of ``data``; by default ``data``.
 
         It is called once a call, and not at every evaluation. A result that depends on ``outer``, such as a kernel matrix, is
-        differentiated too. Error bounds include it. It cannot be combined with ``batch_dims``.
+        differentiated too. Error bounds include it, and prepare the data again, so that random numbers are refused. It cannot be
+        combined with ``batch_dims``.
         """
         return data
 
@@ -314,7 +315,7 @@ class BilevelProblem(torch.nn.Module, ABC):
                 result = self._with_goal(settings, outer, data, init)
             return attach_gradient(result, outer)
         problem = self._definition
-        prepared = problem.prepared(outer, data)
+        prepared = problem.prepared(outer, data, policy)
         solution = self._solve(settings, outer, prepared, init)
         loss = outer_losses(problem, solution.value, outer, prepared, policy).mean()
         theta = [leaf for leaf in pytree.tree_leaves(outer) if isinstance(leaf, torch.Tensor)]
@@ -346,7 +347,7 @@ class BilevelProblem(torch.nn.Module, ABC):
             of the whole mean.
         """
         settings = self._settings_of(outer, data, tolerance, inspect=inspect)
-        return self._solve(settings, outer, self._definition.prepared(outer, data), init)
+        return self._solve(settings, outer, self._definition.prepared(outer, data, settings.on_failure), init)
 
     def _settings_of(
         self, outer: Any, data: Any, tolerance: Tolerance | None = None, *, inspect: bool = True

@@ -148,6 +148,66 @@ def test_a_failed_problem_is_nan_under_that_policy_and_spoils_no_other() -> None
     assert found[0].isfinite() and found[1].isnan()
 
 
+@pytest.mark.parametrize(
+    "way", [bilevel.Unrolled(), bilevel.Truncated(3), bilevel.OneStep(), bilevel.PhantomGradient()]
+)
+def test_the_derivative_of_a_failed_problem_is_nan_under_that_policy(way) -> None:
+    layer = bilevel.argmin(
+        objective, solver=bilevel.GradientDescent(lr=5.0, max_steps=30), differentiation=way, on_failure="nan"
+    )
+    both = torch.stack([A, torch.zeros_like(A)])
+    found = torch.func.vmap(torch.func.jacrev(lambda a: layer(START, a)))(both)
+    assert bool(found[0].isnan().all())
+
+
+def test_each_problem_of_a_batch_is_unrolled_for_its_own_steps() -> None:
+    layer = bilevel.argmin(
+        lambda x, a: ((x - a) ** 2).sum() + (x**4).sum(),
+        solver=bilevel.GradientDescent(lr=0.05, max_steps=500),
+        tolerance=bilevel.Tolerance(delta=1e-2),
+        differentiation=bilevel.Unrolled(),
+    )
+    both = torch.stack([A, 0.1 * A, torch.zeros_like(A)])  # the last begins at its solution, and alone would be refused
+    taken = [int(layer.solve(START, a).report.iterations) for a in both[:2]]
+    assert taken[0] != taken[1]
+    jacobian = torch.func.jacrev(lambda a: layer(START, a))
+    for transform, dims in (
+        (torch.func.vmap, 0),
+        (lambda f, in_dims: torch.func.vmap(torch.func.vmap(f), in_dims=1), 1),
+    ):
+        given = both if dims == 0 else both[:, None]
+        batched = transform(lambda a: layer(START, a), in_dims=dims)(given).reshape(3, 2)
+        slopes = transform(jacobian, in_dims=dims)(given).reshape(3, 2, 2)
+        for number in (0, 1):
+            assert torch.allclose(batched[number], layer(START, both[number]), rtol=1e-12)
+            assert torch.allclose(slopes[number], jacobian(both[number]), rtol=1e-12)
+        assert bool((slopes[2].diagonal() != 0).any())
+
+
+def unrolled_ridge() -> Ridge:
+    return Ridge(solver=bilevel.GradientDescent(0.02, 5000), differentiation=bilevel.Unrolled())
+
+
+def test_a_warm_start_does_not_shorten_what_is_unrolled() -> None:
+    data, outer = ridge_data(), torch.tensor(-1.0, dtype=F64)
+    exact = Ridge().hypergradient(outer, data, init=START).grad
+    problem = unrolled_ridge()
+    problem.hypergradient(outer + 1e-9, data, init=START)
+    assert torch.allclose(problem.hypergradient(outer, data).grad, exact, rtol=1e-7)
+    loose = bilevel.argmin(
+        objective,
+        solver=bilevel.GradientDescent(lr=0.1, max_steps=500),
+        tolerance=bilevel.Tolerance(delta=1e-3),
+        differentiation=bilevel.Unrolled(),
+        warm_start=True,
+    )
+    first = slope(loose, A)
+    loose(START, A * 1.001)
+    a = A.clone().requires_grad_()
+    (second,) = torch.autograd.grad(loose(START, a).sum(), a)
+    assert torch.equal(first, second)
+
+
 def test_the_gradient_check_sees_the_bias_of_one_step_and_none_of_unrolling() -> None:
     one, all_of_them = (
         bilevel.fixed_point(mapping, differentiation=way) for way in (bilevel.OneStep(), bilevel.Unrolled())
@@ -251,6 +311,11 @@ def test_an_answer_given_has_no_steps_to_unroll() -> None:
     layer = bilevel.argmin(objective, differentiation=bilevel.Unrolled())
     with pytest.raises(bilevel.ArgumentError, match=r"expected differentiation=Implicit\(\) or Truncated"):
         layer.at(layer(START, A), A)
+    searching = bilevel.argmin(
+        objective, solver=bilevel.GradientDescent(0.1, 100, line_search=True), differentiation=bilevel.Unrolled()
+    )
+    with pytest.raises(bilevel.ArgumentError, match="without a line search"):
+        searching(START, A)
     layer.differentiation = bilevel.Truncated(2)
     assert torch.allclose(layer.at(layer(START, A), A), bilevel.argmin(objective)(START, A))
 

@@ -242,7 +242,7 @@ class Layer:
             check_module(self.module.module, self.where)
             kwargs = {**kwargs, STATE: self.module.state()}
         init = FunctionalModule.of(init, self.where) if isinstance(init, torch.nn.Module) else init
-        warm = self.warm_start and not transforms_active() and not isinstance(settings.solver, GivenAnswer)
+        warm = self.warm_start and not transforms_active() and not settings.start_matters
         if warm:
             init = _last_or(self.last, init)
         solution = self._solution(settings, init, args, kwargs, value_only=value_only)
@@ -335,14 +335,14 @@ class Layer:
         cut = [without_gradient(tensor) for tensor in tensors]
         answer = without_gradient(Solve.apply(ImplicitContext(system, call.solve, call.solve_linear), flat, *cut))
         assert call.report is not None
-        taken = int(call.report.iterations.max()) if call.report.iterations.numel() else 1
-        begin, taken = begin_of(way, solver, flat, answer, taken)
-        if not taken and (call.watched or differentiating()) and any(map(carries_gradient, tensors)):
+        begin, taken = begin_of(way, solver, flat, answer, call.report.iterations)
+        if not taken.most and (call.watched or differentiating()) and any(map(carries_gradient, tensors)):
             raise ArgumentError(
                 f"{self.where}: expected steps to differentiate for {way}, got none, as the initial guess is a solution already, and the "
                 "derivative would be zero; differentiate by Implicit() or Truncated(steps), or begin elsewhere"
             )
-        return way.path(step_of(system, solver, tensors), begin, answer, taken)
+        # A failed problem's answer may be NaN, and so is its derivative.
+        return way.path(step_of(system, solver, tensors), begin, answer, taken) * (1 + 0 * answer)
 
     def _call(self, settings: SolveSettings, system: System, watched: bool) -> SolveCall:
         written = self.function if self.written is None else self.written()

@@ -375,7 +375,10 @@ class BilevelProblem(torch.nn.Module, ABC):
 
         solution = numbering.each(solve)((start, known), outer, data)
         if self.warm_start:
-            last, multipliers = detached(solution.value), _of_constraints(solution.multipliers)
+            # Where the derivative depends on the start, the next call begins there too.
+            unrolled = settings.start_matters and not isinstance(settings.solver, GivenAnswer)
+            last = detached(start if unrolled else solution.value)
+            multipliers = _of_constraints(solution.multipliers)
             # What a transform outside maps or differentiates is not this problem's own solution to go on from.
             if not transforms_active() and all(bool(torch.isfinite(leaf).all()) for leaf in pytree.tree_leaves(last)):
                 self._warm = replace(self._warm, inner=last, multipliers=multipliers)

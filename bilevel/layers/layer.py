@@ -39,7 +39,7 @@ from bilevel.layers.settings import Setting, SolveSettings
 from bilevel.layers.solution import Solution
 from bilevel.linear._base import LinearSolver, LinearSolverLike
 from bilevel.policy import OnFailure, handle_misuse
-from bilevel.pytree import Raveler, flatten_arguments
+from bilevel.pytree import Raveler, flatten_arguments, refuse_nested
 from bilevel.reports import StatusMessages
 from bilevel.solvers._base import InnerSolver, InnerSolverLike
 from bilevel.solvers._given import GivenAnswer
@@ -365,6 +365,7 @@ class Layer:
                 raise DtypeError(
                     f"{self.where}: expected a tensor on init's device, {raveler.device}, at {name}, got {tensor.device}; move it, or init"
                 )
+            refuse_nested(tensor, self.where, name)
             if tensor.layout not in (torch.strided, torch.sparse_coo):
                 raise DtypeError(
                     f"{self.where}: expected a dense tensor or a sparse one of coordinates at {name}, as torch.func takes no other, got "

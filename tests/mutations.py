@@ -1754,8 +1754,24 @@ MUTATIONS = (
         ("tests/cones/test_solutions.py", "-k", "batch"),
     ),
     Mutation(
-        "a prox of many points shrinks negative entries twice", "prox/l1.py", "least = -threshold", "least = -2 * threshold",
-        ("tests/prox/test_working_set.py", "-k", "method_of_a_sparse_lasso"),
+        "a prox of many points shrinks negative entries twice", "prox/_entries.py", "_between(v, -threshold, threshold)",
+        "_between(v, -2 * threshold, threshold)", ("tests/prox/test_entries.py",),
+    ),
+    Mutation(
+        "an unknown without a term is fixed at zero beside others", "prox/_entries.py", "(x != 0) | (self.l1 == 0)", "(x != 0)",
+        ("tests/prox/test_entries.py", "-k", "joined or numbers_for"),
+    ),
+    Mutation(
+        "a class derived from a term counts as that term", "prox/_flat.py", "type(term) not in _OF_ENTRIES", "not isinstance(term, _OF_ENTRIES)",
+        ("tests/prox/test_entries.py", "-k", "of_the_user"),
+    ),
+    Mutation(
+        "the columns for unit vectors come in another order", "_torch/thin_products.py", "left.index_select(1, self._places)",
+        "left.index_select(1, self._places.flip(0))", ("tests/prox/test_working_set.py", "-k", "rows_of_a_hessian"),
+    ),
+    Mutation(
+        "a quadratic is evaluated in every round", "solvers/_working_set.py", "(quadratic or len(state.rows) < _TRIALS)", "len(state.rows) < 0",
+        ("tests/prox/test_working_set.py", "-k", "three_times"),
     ),
     Mutation(
         "a one-sided derivative is handed out", "layers/call.py",

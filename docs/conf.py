@@ -18,6 +18,7 @@ extensions = [
     "statuses",
     "backlinks",
     "sitemap",
+    "sidebar",
     "sphinx.ext.autodoc",
     "sphinx.ext.autosummary",
     "sphinx.ext.doctest",

@@ -44,7 +44,7 @@ while (walker.nextNode()) {
   const node = walker.currentNode;
   if (!node.parentElement.closest("code, pre, script, style, annotation")) text.push(node.data);
 }
-const latex = text.join(" ").match(/\\\(|\\\[|\$\$|\\(frac|nabla|partial|lambda|theta|mathrm|left|sum|top)\b/);
+const latex = text.join(" ").match(/\\\(|\\\[|\$\$|\\[A-Za-z]{2,}/);
 const images = [...document.images].filter(i => i.loading = "eager");
 const settled = Promise.all(images.map(i => i.decode().then(() => null, () => i.src)));
 settled.then(missing => arguments[0]({wide, widest, latex: latex && latex[0], missing: missing.filter(Boolean)}));

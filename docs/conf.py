@@ -19,6 +19,7 @@ extensions = [
     "backlinks",
     "sitemap",
     "sidebar",
+    "spaces",
     "sphinx.ext.autodoc",
     "sphinx.ext.autosummary",
     "sphinx.ext.doctest",

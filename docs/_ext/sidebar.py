@@ -43,7 +43,7 @@ class Trees:
             if name == pagename:
                 mark = r'<li class="\1 current"><a class="current reference internal" href="#">'
             else:
-                mark = r'<li class="\1 current"><a class="reference internal" href="{}">'.format(address)
+                mark = rf'<li class="\1 current"><a class="reference internal" href="{address}">'
             html = re.sub(_ENTRY.format(re.escape(address)), mark, html)
         return html
 

@@ -71,7 +71,7 @@ html_title = f"bilevel {release}"
 nitpicky = True
 # What has no page of ours to link to: torch, the standard library, and words that numpy-style types are written in.
 nitpick_ignore_regex = [
-    (r"py:.*", r"(torch|nn|np|numpy|scipy|sklearn|collections|abc|typing|pathlib|enum|optim|rich|hypothesis)(\..*)?"),
+    (r"py:.*", r"(torch|nn|np|numpy|scipy|sklearn|collections|abc|typing|pathlib|enum|optim|rich|hypothesis|st)(\..*)?"),
     (
         r"py:.*",
         r"(Tensor|Module|Any|Callable|Sequence|Mapping|Iterator|T|S|OuterTree|Path|optional|callable|SystemExit|Literal|Self)",
@@ -89,8 +89,8 @@ nitpick_ignore_regex = [
         r"(OptimizerLike|Backend|Reference|Loss|HessianChoice|ArgminOptions|LayerOptions|LeastSquaresOptions|LinearOptions|Approximation)",
     ),
     (r"py:class", r"bilevel\.solvers\.bracketing\.Bracketing|bilevel\.layers\.differentiation\.BySteps"),
-    # Type variables and a private type of ours in signatures; "Bool, per problem: ..." read by napoleon as a type.
-    (r"py:class", r"bilevel\..*\.T|T|bilevel\.tolerance\.Target|Bool|RadauBound|bilevel\.(equations|replay)\..*"),
+    # Type variables and private types of ours in signatures.
+    (r"py:class", r"bilevel\..*\.T|T|bilevel\.tolerance\.Target|RadauBound|bilevel\.(equations|replay)\..*"),
     # Fields named from their own class's docstring, which its parameters document.
     (
         r"py:attr",

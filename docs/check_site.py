@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -186,6 +187,7 @@ def main() -> None:
         raise SystemExit("`make docs-check` needs Chromium: run `apt-get install chromium chromium-driver`.")
     if not (site / "index.html").is_file():
         raise SystemExit(f"{site} holds no built site: run `make docs` or `make gallery` first.")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the browser ends with this program
     browser = Browser(chromium, driver)
     try:
         faults = check(site, browser)

@@ -23,6 +23,7 @@ def public_bases(app: Sphinx, name: str, obj: Any, options: Any, bases: list[Any
 
 def setup(app: Sphinx) -> dict[str, Any]:
     """Register the extension. It comes before napoleon."""
+    app.setup_extension("sphinx.ext.autodoc")
     app.connect("autodoc-process-docstring", whole_sentences, priority=400)
     app.connect("autodoc-process-bases", public_bases)
     return {"version": "1", "parallel_read_safe": True, "parallel_write_safe": True}

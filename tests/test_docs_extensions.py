@@ -39,7 +39,7 @@ def page(text: str) -> nodes.document:
         ("∂_φ∇_θ F, x_{k+1}", "∂[φ]∇[θ] F, x[k+1]"),
         ("argmin_x G, λ_min(H), ‖q‖_H", "argmin[x] G, λ[min](H), ‖q‖[H]"),
         ("on_failure, n_features, a_loss", "on_failure, n_features, a_loss"),
-        ("35 % of 2 ± 1", "35\u00a0% of 2\u00a0±\u00a01"),
+        ("35 % of 2 ± 1, 1e-10", "35\u00a0% of 2\u00a0±\u00a01, 1e-\u206010"),
     ],
 )
 def test_subscripts_and_spaces_of_text_are_set_and_code_is_kept(text: str, shown: str) -> None:

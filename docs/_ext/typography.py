@@ -1,4 +1,4 @@
-"""Set numbers and formulas that are written in plain text: no line ends before a per cent sign, and L_H has a subscript.
+"""Set numbers and formulas that are written in plain text: no line ends within 35 % or 1e-10, and L_H has a subscript.
 
 Docstrings are read in terminals too. So they write ∇_φ G and x_{k+1}, which become subscripts here.
 """
@@ -13,6 +13,8 @@ from sphinx import addnodes
 from sphinx.application import Sphinx
 
 _BREAKABLE = re.compile(r"(?<=\d) (?=%)| (?=± )|(?<=±) ")
+# After the minus of 1e-10, where a browser would end a line: an invisible sign forbids it.
+_HYPHEN = re.compile(r"(?<=\de-)(?=\d)")
 # A letter that stands alone, or a sign, with a subscript in braces or of one to three letters; λ_min and the like.
 _SUBSCRIPT = re.compile(
     r"(?:\bargmin|(?<![\w.])[^\W\d_]\u0302?|[∇∂ΣΠ]|[‖)])_(?:\{([^{}]+)\}|((?:min|max|best)\b|[^\W_]{1,3}(?![A-Za-z_])))"
@@ -33,7 +35,7 @@ def set_text(app: Sphinx, doctree: nodes.document) -> None:
     """Change all text of a page but code, titles and links."""
     for text in list(doctree.findall(nodes.Text)):
         if not _inside(text, _VERBATIM):
-            parts = _parts(_BREAKABLE.sub("\u00a0", text))
+            parts = _parts(_HYPHEN.sub("\u2060", _BREAKABLE.sub("\u00a0", text)))
             if [text] != parts:
                 text.parent.replace(text, parts)
 

@@ -1097,6 +1097,31 @@ MUTATIONS = (
         ("tests/test_settings.py", "-k", "test_the_tolerance_of"),
     ),
     Mutation(
+        "an answer that is given replaced by the last one", "layers/layer.py",
+        "transforms_active() and not settings.start_matters", "transforms_active()", ("tests/test_differentiation.py", "-k", "judged_itself"),
+    ),
+    Mutation(
+        "Newton's step in place of the layer's own at a given answer", "layers/differentiation.py",
+        "solver = solver.own if isinstance", "solver = solver if isinstance",
+        ("tests/test_differentiation.py", "-k", "layer_s_own_solver"),
+    ),
+    Mutation(
+        "a warm start shortens what is unrolled", "layers/settings.py",
+        "return by_path or isinstance", "return isinstance", ("tests/test_differentiation.py", "-k", "does_not_shorten"),
+    ),
+    Mutation(
+        "all problems of a batch unrolled for the steps of the slowest", "layers/differentiation.py",
+        "x = moved if taken.each is None else", "x = moved if True else", ("tests/test_differentiation.py", "-k", "own_steps"),
+    ),
+    Mutation(
+        "the derivative of a failed problem's steps is finite", "layers/layer.py",
+        "answer, taken) * (1 + 0 * answer)", "answer, taken) + 0 * answer", ("tests/test_differentiation.py", "-k", "failed_problem_is_nan_under"),
+    ),
+    Mutation(
+        "a random preparation goes unnoticed", "problems/definition.py",
+        "poisoned = watch.ended(on_failure)", "poisoned = False", ("tests/test_differentiation.py", "-k", "random_preparation"),
+    ),
+    Mutation(
         "a layer's own settings in place of the call's", "layers/layer.py",
         "return SolveCall(settings,", "return SolveCall(self._settings,", ("tests/test_problem.py", "-k", "closed_form"),
     ),

@@ -71,7 +71,10 @@ html_title = f"bilevel {release}"
 nitpicky = True
 # What has no page of ours to link to: torch, the standard library, and words that numpy-style types are written in.
 nitpick_ignore_regex = [
-    (r"py:.*", r"(torch|nn|np|numpy|scipy|sklearn|collections|abc|typing|pathlib|enum|optim|rich|hypothesis|st)(\..*)?"),
+    (
+        r"py:.*",
+        r"(torch|nn|np|numpy|scipy|sklearn|collections|abc|typing|pathlib|enum|optim|rich|hypothesis|st)(\..*)?",
+    ),
     (
         r"py:.*",
         r"(Tensor|Module|Any|Callable|Sequence|Mapping|Iterator|T|S|OuterTree|Path|optional|callable|SystemExit|Literal|Self)",

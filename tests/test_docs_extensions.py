@@ -70,13 +70,23 @@ def test_every_formula_has_mathml() -> None:
 
 
 def test_the_first_line_of_an_attribute_is_no_type() -> None:
-    from docstrings import whole_sentences
-    from sphinx.ext.napoleon import Config
-    from sphinx.ext.napoleon.docstring import NumpyDocstring
+    from docstrings import Attributes
+    from sphinx.ext.napoleon import Config, _process_docstring
 
-    lines = ["The next class, and the first class for the last: a mistake."]
-    whole_sentences(None, "attribute", "Noise.NEXT", None, None, lines)
-    assert ":type:" not in str(NumpyDocstring(lines, Config(), what="attribute"))
+    class App:
+        config = Config()
+
+    def shown(*handlers: Any) -> list[str]:
+        lines = ["The next class, and the first class for the last: a mistake."]
+        for handler in handlers:
+            handler(App(), "attribute", "Noise.NEXT", None, None, lines)
+        return lines
+
+    attributes = Attributes()
+    assert any(":type:" in line for line in shown(_process_docstring))
+    whole = shown(attributes.set_aside, _process_docstring, attributes.put_back)
+    assert whole[0] == "The next class, and the first class for the last: a mistake."
+    assert not any(":type:" in line for line in whole)
 
 
 def test_private_bases_are_replaced_by_theirs() -> None:

@@ -91,7 +91,7 @@ nitpick_ignore_regex = [
         r"py:class",
         r"(OptimizerLike|Backend|Reference|Loss|HessianChoice|ArgminOptions|LayerOptions|LeastSquaresOptions|LinearOptions|Approximation)",
     ),
-    (r"py:class", r"bilevel\.solvers\.bracketing\.Bracketing|bilevel\.layers\.differentiation\.BySteps"),
+    (r"py:class", r"bilevel\.solvers\.bracketing\.Bracketing|bilevel\.layers\.differentiation\.(BySteps|Taken)"),
     # Type variables and private types of ours in signatures.
     (r"py:class", r"bilevel\..*\.T|T|bilevel\.tolerance\.Target|RadauBound|bilevel\.(equations|replay)\..*"),
     # Fields named from their own class's docstring, which its parameters document.

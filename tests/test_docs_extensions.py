@@ -54,6 +54,18 @@ def test_subscripts_and_spaces_of_text_are_set_and_code_is_kept(text: str, shown
     assert (seen, code.astext()) == (shown, text)
 
 
+def test_the_tables_of_the_reference_have_subscripts() -> None:
+    from sphinx.ext.autosummary import autosummary_table
+    from typography import set_text
+
+    document = page("L_H")
+    table = autosummary_table("")
+    table += document.pop(0)
+    document += table
+    set_text(None, document)
+    assert [low.astext() for low in document.findall(nodes.subscript)] == ["H"]
+
+
 def formulas() -> Iterator[str]:
     for path in sorted([*ROOT.glob("docs/*/*.rst"), *ROOT.glob("bilevel/**/*.py")]):
         for found in FORMULA.finditer(path.read_text(encoding="utf-8")):

@@ -21,9 +21,11 @@ _SUBSCRIPT = re.compile(
 )
 _VERBATIM = (
     nodes.literal,
+    nodes.literal_block,
+    nodes.doctest_block,
     nodes.math,
+    nodes.math_block,
     nodes.raw,
-    nodes.FixedTextElement,
     nodes.title,
     addnodes.desc_signature,
     addnodes.literal_strong,

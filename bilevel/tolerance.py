@@ -17,7 +17,7 @@ __all__ = ["AUTO", "Auto", "Target", "Tolerance", "auto_relative"]
 
 
 class Auto(enum.Enum):
-    """The type of :data:`AUTO`."""
+    """The accuracy that a :class:`bilevel.Tolerance` has by default: chosen from the dtype."""
 
     AUTO = "auto"
 

@@ -81,7 +81,7 @@ class Recipe:
         Keep the outputs of the last layer equal in θ, so that adaptation does not depend on how the classes of a task are numbered. See
         :mod:`bilevel.meta.equal_outputs`.
     training_ways
-        Classes of a training task, where it is not ``ways``; 0: it is. It needs ``equal_outputs``.
+        Classes of a training task, or all if the data have fewer; 0: ``ways``. Another number than ``ways`` needs ``equal_outputs``.
     hold_out
         Groups of classes (alphabets) that training never sees, for validation.
     validation_tasks, validate_every
@@ -112,18 +112,18 @@ class Recipe:
     lam: float = 0.5
     learn_lam: bool = False
     mode: Literal["paper", "released"] = "paper"
-    tasks_per_step: int = 8
+    tasks_per_step: int = 2
     outer_lr: float = 2e-3
     clip: float = 1.0
-    decay_steps: int = 5500
+    decay_steps: int = 6000
     average: float = 0.998
     rotations: bool = True
-    mirrors: bool = False
-    alphabets: int = 0
-    class_distortion: float = 0.0
-    image_distortion: float = 0.0
-    equal_outputs: bool = False
-    training_ways: int = 0
+    mirrors: bool = True
+    alphabets: int = 5
+    class_distortion: float = 1.0
+    image_distortion: float = 0.7
+    equal_outputs: bool = True
+    training_ways: int = 20
     hold_out: int = 5
     validation_tasks: int = 200
     validate_every: int = 250
@@ -151,8 +151,8 @@ class Recipe:
                 )
         if self.training_ways not in (0, self.ways) and not self.equal_outputs:
             raise bilevel.ArgumentError(
-                f"expected training-ways to be 0, or equal-outputs beside it, got {self.training_ways} for {self.ways} ways: outputs "
-                "that differ serve one number of classes; add --equal-outputs"
+                f"expected training-ways to be 0 or {self.ways} without equal-outputs, got {self.training_ways}; pass --training-ways 0, "
+                "or --equal-outputs, for outputs that differ serve one number of classes"
             )
         if self.training_ways == 1:
             raise bilevel.ArgumentError(
@@ -163,11 +163,6 @@ class Recipe:
                 raise bilevel.ArgumentError(
                     f"expected {name.replace('_', '-')} to be a number >= 0 and < 1, got {getattr(self, name)!r}; 0 takes none"
                 )
-
-    @property
-    def classes(self) -> int:
-        """Number of classes of a training task."""
-        return self.training_ways or self.ways
 
     def outer_step(self, step: int) -> float:
         """Return the step size of Adam after ``step`` meta-steps."""
@@ -236,11 +231,14 @@ def set_up(data: str, recipe: Recipe, device: torch.device) -> Setup:
     held = recipe.hold_out if by_group else max(recipe.ways, images.classes // 5)
     seen, fresh = split_classes(images, held, seed=recipe.seed, by_group=by_group)
     distortion = Distortion(of_class=recipe.class_distortion, of_image=recipe.image_distortion)
+    ways = recipe.training_ways or recipe.ways
+    if ways > recipe.ways:  # more than were asked for: as many as there are
+        ways = max(recipe.ways, min(ways, seen.classes))
     training = FewShotSampler(
-        seen, ways=recipe.classes, shots=recipe.shots, queries=recipe.queries, rotations=recipe.rotations,
+        seen, ways=ways, shots=recipe.shots, queries=recipe.queries, rotations=recipe.rotations,
         mirrors=recipe.mirrors, groups=recipe.alphabets or None, distortion=distortion, seed=recipe.seed, device=device,
     )  # fmt: skip
-    model = conv_network(recipe.classes, size=int(images.images.shape[-1])).to(device)
+    model = conv_network(ways, size=int(images.images.shape[-1])).to(device)
     if recipe.equal_outputs:
         equalize(last_layer(model))
     return Setup(

@@ -124,9 +124,9 @@ class Trainer:
         self.optimizer = torch.optim.Adam(self.learner.parameters(), lr=recipe.outer_lr)
         # What is measured: the learner itself, or one whose parameters are the running mean of its own, with ``ways`` outputs.
         self.averaged: IMAML = self.learner
-        if recipe.average or recipe.classes != recipe.ways:
-            model = self.setup.model
-            model = copy.deepcopy(model) if recipe.classes == recipe.ways else with_outputs(model, recipe.ways)
+        model, outputs = self.setup.model, last_layer(self.setup.model).out_features
+        if recipe.average or outputs != recipe.ways:
+            model = copy.deepcopy(model) if outputs == recipe.ways else with_outputs(model, recipe.ways)
             self.averaged = recipe.learner(model, self.setup.loss).to(here.device)
         self.step = 0
         self.seconds = 0.0
@@ -305,7 +305,7 @@ def trained(state: dict[str, Any], recipe: Recipe, setup: Setup, ways: int) -> I
         )
     if ways < 2:
         raise bilevel.ArgumentError(f"expected ways to be a whole number >= 2, got {ways}; pass for example --ways 5")
-    model = setup.model if recipe.classes == ways else with_outputs(setup.model, ways)
+    model = setup.model if last_layer(setup.model).out_features == ways else with_outputs(setup.model, ways)
     learner = recipe.learner(model, setup.loss)
     wanted = learner.state_dict()
     learner.load_state_dict({name: fitted(value, wanted[name]) for name, value in state["averaged"].items()})

@@ -34,11 +34,11 @@ from tests.states import damaged, edited, same
 
 SMALL = Recipe(
     ways=3, queries=3, inner_steps=2, cg_steps=2, tasks_per_step=4, validation_tasks=5, validate_every=2, hold_out=1,
-    average=0.0, decay_steps=0,
+    average=0.0, decay_steps=0, mirrors=False, alphabets=0, class_distortion=0.0, image_distortion=0.0, equal_outputs=False, training_ways=0,
 )  # fmt: skip
 OPTIONS = (
     "--ways", 3, "--queries", 3, "--inner-steps", 2, "--cg-steps", 2, "--tasks-per-step", 4, "--validation-tasks", 5,
-    "--validate-every", 2, "--hold-out", 1, "--test-tasks", 5, "--device", "cpu",
+    "--validate-every", 2, "--hold-out", 1, "--test-tasks", 5, "--device", "cpu", "--training-ways", 0,
 )  # fmt: skip
 HERE = Processes(0, 1, torch.device("cpu"))
 
@@ -143,8 +143,8 @@ def test_a_score_has_an_interval() -> None:
         {"class_distortion": -1.0},
         {"image_distortion": float("nan")},
         {"alphabets": -1},
-        {"training_ways": 3},
-        {"training_ways": 1, "equal_outputs": True},
+        {"training_ways": 3, "equal_outputs": False},
+        {"training_ways": 1},
     ],
 )
 def test_recipes_that_are_none(settings: dict[str, Any]) -> None:
@@ -203,6 +203,13 @@ def test_the_projected_gradient_is_that_of_the_shared_row() -> None:
     single = layer.weight.grad.sum(0)  # the chain rule: each row is the one that is learned
     equalize_gradients(layer)
     torch.testing.assert_close(layer.weight.grad, single.expand(3, -1) / 3)
+
+
+def test_no_more_classes_than_there_are(folder: Path) -> None:
+    # 16 characters are left for training.
+    assert set_up(str(folder), replace(SMALL, equal_outputs=True, training_ways=20), HERE.device).training.ways == 16
+    assert set_up(str(folder), replace(SMALL, equal_outputs=True, training_ways=7), HERE.device).training.ways == 7
+    assert set_up(str(folder), SMALL, HERE.device).training.ways == 3
 
 
 @pytest.mark.parametrize("average", [0.0, 0.5])
@@ -301,7 +308,7 @@ def test_the_program_trains_resumes_and_evaluates(run: Any, folder: Path, tmp_pa
 
 
 def test_a_model_with_equal_outputs_is_measured_at_other_ways(run: Any, folder: Path, tmp_path: Path) -> None:
-    options = ("--data", folder, *OPTIONS, "--equal-outputs", "--training-ways", 4, "--alphabets", 1)
+    options = ("--data", folder, *OPTIONS[:-1], 4)
     assert run(*options, "--steps", 1, "--output", tmp_path / "out", "-q").code == 0
     accuracy = {}
     for ways in (2, 3, 6):
@@ -342,7 +349,7 @@ def test_no_time_at_all(run: Any, folder: Path, tmp_path: Path) -> None:
         (("--steps", "-1"), "expected steps"),
         (("--test-tasks", "0"), "expected test-tasks"),
         (("--mode", "other"), "'other'"),
-        (("--training-ways", "3", "--no-equal-outputs"), "add --equal-outputs"),
+        (("--no-equal-outputs",), "pass --training-ways 0"),
         (("--class-distortion", "-1"), "expected class-distortion"),
         (("--mode", "released", "--hessian-free"), "GradientDescent"),
         (("--ways", "many"), "--ways"),

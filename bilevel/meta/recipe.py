@@ -29,7 +29,15 @@ __all__ = ["Recipe", "Setup", "set_up", "unseen"]
 GLYPHS, OMNIGLOT = "glyphs", "omniglot"
 _MOST = 10**6
 _BELOW_ONE = ("inner_momentum", "average")
-_FROM_ZERO = ("damping", "decay_steps", "class_distortion", "image_distortion", "training_ways", "alphabets", *_BELOW_ONE)
+_FROM_ZERO = (
+    "damping",
+    "decay_steps",
+    "class_distortion",
+    "image_distortion",
+    "training_ways",
+    "alphabets",
+    *_BELOW_ONE,
+)
 _GLYPH_CLASSES, _GLYPH_ALPHABETS_HELD_OUT = 400, 5
 
 

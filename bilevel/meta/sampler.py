@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -122,7 +121,11 @@ class FewShotSampler:
             )
         self._counts = counts
         # Which classes are in which group, (groups, classes).
-        self._members = None if groups is None else torch.tensor([[g == name for g in self.data.groups] for name in sorted(set(self.data.groups))])
+        self._members = (
+            None
+            if groups is None
+            else torch.tensor([[g == name for g in self.data.groups] for name in sorted(set(self.data.groups))])
+        )
         # Images in the order of their classes, so that an image is its class's first plus a number.
         order = torch.argsort(self.data.labels, stable=True)
         self._images = self.data.images[order].to(device)

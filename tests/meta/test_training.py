@@ -86,7 +86,14 @@ def test_training_lowers_the_loss(folder: Path) -> None:
         pytest.param({"mode": "released"}, marks=pytest.mark.long),
         pytest.param({"hessian_free": True}, marks=pytest.mark.long),
         {"average": 0.9, "line_search": True, "safeguard": True},
-        {"class_distortion": 1.0, "image_distortion": 0.7, "mirrors": True, "alphabets": 1, "equal_outputs": True, "training_ways": 4},
+        {
+            "class_distortion": 1.0,
+            "image_distortion": 0.7,
+            "mirrors": True,
+            "alphabets": 1,
+            "equal_outputs": True,
+            "training_ways": 4,
+        },
         pytest.param({"average": 0.9, "inner_momentum": 0.5, "decay_steps": 8}, marks=pytest.mark.long),
     ],
 )
@@ -320,7 +327,9 @@ def test_a_model_with_equal_outputs_is_measured_at_other_ways(run: Any, folder: 
     assert accuracy[2] > accuracy[3] > accuracy[6] > 1 / 6
     ended = run("evaluate", tmp_path / "out" / "checkpoint.pt", "--ways", 1)
     assert ended.code == 2 and "expected ways to be a whole number >= 2" in ended.err
-    assert run("--data", folder, *OPTIONS, "--no-equal-outputs", "--steps", 0, "--output", tmp_path / "b", "-q").code == 0
+    assert (
+        run("--data", folder, *OPTIONS, "--no-equal-outputs", "--steps", 0, "--output", tmp_path / "b", "-q").code == 0
+    )
     ended = run("evaluate", tmp_path / "b" / "checkpoint.pt", "--ways", 4)
     assert ended.code == 2 and "expected ways to be 3, as in training" in ended.err
 

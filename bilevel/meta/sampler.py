@@ -93,21 +93,13 @@ class FewShotSampler:
         device: torch.device | str | None = None,
         dtype: torch.dtype = torch.float32,
     ) -> None:
-        for name, number, least in (("ways", ways, 2), ("shots", shots, 1), ("queries", queries, 1)):
-            if not isinstance(number, int) or number < least:
-                raise bilevel.ArgumentError(
-                    f"FewShotSampler: expected {name} to be a whole number >= {least}, got {number!r}; write for example {name}=5"
-                )
+        _check_sizes(ways, shots, queries, groups)
         self.data = LabelledImages.of(data, labels)
         self.ways, self.shots, self.queries = ways, shots, queries
         self.turns, self.variants = 4 if rotations else 1, (4 if rotations else 1) * (2 if mirrors else 1)
         self.groups, self.distortion = groups, distortion
         self.dtype = dtype
         counts = torch.bincount(self.data.labels, minlength=self.data.classes)
-        if groups is not None and (not isinstance(groups, int) or groups < 1):
-            raise bilevel.ArgumentError(
-                f"FewShotSampler: expected groups to be a whole number >= 1, got {groups!r}; leave it out to draw from all groups"
-            )
         classes = self.data.classes * (self.variants if groups is None else 1)
         if classes < ways:
             raise bilevel.ArgumentError(
@@ -190,3 +182,15 @@ class FewShotSampler:
     def _labels(self, images: torch.Tensor) -> torch.Tensor:
         tasks, ways, examples = images.shape[:3]
         return torch.arange(ways, device=images.device).repeat_interleave(examples).expand(tasks, -1)
+
+
+def _check_sizes(ways: int, shots: int, queries: int, groups: int | None) -> None:
+    for name, number, least in (("ways", ways, 2), ("shots", shots, 1), ("queries", queries, 1)):
+        if not isinstance(number, int) or number < least:
+            raise bilevel.ArgumentError(
+                f"FewShotSampler: expected {name} to be a whole number >= {least}, got {number!r}; write for example {name}=5"
+            )
+    if groups is not None and (not isinstance(groups, int) or groups < 1):
+        raise bilevel.ArgumentError(
+            f"FewShotSampler: expected groups to be a whole number >= 1, got {groups!r}; leave it out to draw from all groups"
+        )

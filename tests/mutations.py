@@ -352,7 +352,7 @@ MUTATIONS = (
     ),
     Mutation(
         "distortions are drawn from torch's own generator", "meta/distortion.py", "torch.randn(*shape, 6, generator=generator)", "torch.randn(*shape, 6)",
-        ("tests/meta/test_training.py", "-k", "bit_for_bit"),
+        ("tests/meta/test_data.py", "-k", "drawn_from_the_seed"),
     ),
     Mutation(
         "each image of a class has the class's distortion to itself", "meta/distortion.py", "_draw((tasks, ways, 1), self.of_class", "_draw((tasks, ways, examples), self.of_class",

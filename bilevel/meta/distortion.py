@@ -67,11 +67,11 @@ class Distortion:
     @staticmethod
     def apply(maps: torch.Tensor, images: torch.Tensor) -> torch.Tensor:
         """Return floating-point ``images`` (..., C, H, W), in [0, 1], under ``maps`` (..., 2, 3); 0 comes in from outside."""
-        flat = images.flatten(0, -4)
-        grid = nn.functional.affine_grid(maps.reshape(-1, 2, 3), list(flat.shape), align_corners=False)
+        flat = images.flatten(0, -4).to(torch.promote_types(images.dtype, maps.dtype))
+        grid = nn.functional.affine_grid(maps.to(flat.dtype).reshape(-1, 2, 3), list(flat.shape), align_corners=False)
         # Linear interpolation would blur the training images alone.
         found = nn.functional.grid_sample(flat, grid, mode="bicubic", padding_mode="zeros", align_corners=False)
-        return found.clamp(0, 1).reshape(images.shape)
+        return found.clamp(0, 1).to(images.dtype).reshape(images.shape)
 
 
 def _draw(shape: tuple[int, ...], strength: float, generator: torch.Generator) -> torch.Tensor:

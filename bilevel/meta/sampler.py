@@ -52,7 +52,7 @@ class FewShotSampler:
         than ``ways``; turn and mirror all of them alike. Such classes are harder to tell apart. None: from all groups, each class turned by
         itself.
     distortion
-        Random affine maps of the images; they change images that are floating-point numbers in [0, 1], or uint8.
+        Random affine maps of the images, which then have to be uint8, or floating-point in [0, 1].
     seed
         Of the draws.
     device, dtype
@@ -66,7 +66,9 @@ class FewShotSampler:
     Raises
     ------
     bilevel.ArgumentError
-        If there are fewer classes than ways, or a class has fewer images than shots + queries.
+        If there are fewer classes than ways, a class has fewer images than shots + queries, or images cannot be distorted.
+    bilevel.ShapeError
+        If images that are to be distorted are no images.
 
     Examples
     --------
@@ -95,6 +97,8 @@ class FewShotSampler:
     ) -> None:
         _check_sizes(ways, shots, queries, groups)
         self.data = LabelledImages.of(data, labels)
+        if distortion:
+            _check_images(self.data.images)
         self.ways, self.shots, self.queries = ways, shots, queries
         self.turns, self.variants = 4 if rotations else 1, (4 if rotations else 1) * (2 if mirrors else 1)
         self.groups, self.distortion = groups, distortion
@@ -175,7 +179,7 @@ class FewShotSampler:
             side = images[these].flip(-1) if number >= self.turns else images[these]
             images[these] = torch.rot90(side, number % self.turns, (-2, -1))
         if drawn.maps is not None:
-            images = Distortion.apply(drawn.maps.to(images.device, images.dtype), images)
+            images = Distortion.apply(drawn.maps.to(images.device), images)
         support, query = images[:, :, : self.shots], images[:, :, self.shots :]
         return Tasks(support.flatten(1, 2), self._labels(support), query.flatten(1, 2), self._labels(query))
 
@@ -193,4 +197,17 @@ def _check_sizes(ways: int, shots: int, queries: int, groups: int | None) -> Non
     if groups is not None and (not isinstance(groups, int) or groups < 1):
         raise bilevel.ArgumentError(
             f"FewShotSampler: expected groups to be a whole number >= 1, got {groups!r}; leave it out to draw from all groups"
+        )
+
+
+def _check_images(images: torch.Tensor) -> None:
+    """Raise unless ``images`` can be distorted."""
+    if images.ndim not in (3, 4):
+        raise bilevel.ShapeError(
+            f"FewShotSampler: expected images (N, H, W) or (N, C, H, W) for a distortion, got {tuple(images.shape)}; leave distortion out"
+        )
+    if images.dtype != torch.uint8 and len(images) and not (float(images.min()) >= 0 and float(images.max()) <= 1):
+        raise bilevel.ArgumentError(
+            f"FewShotSampler: expected images in [0, 1] for a distortion, got {images.dtype} from {float(images.min()):.4g} to "
+            f"{float(images.max()):.4g}; scale them, or leave distortion out"
         )

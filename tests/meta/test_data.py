@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -170,6 +171,20 @@ def test_distorted_tasks_are_drawn_from_the_seed_and_shared() -> None:
     assert whole.query_x.min() >= 0 and whole.query_x.max() <= 1
     assert torch.equal(second.sample(5, rank=1, world=2).query_x, whole.query_x[1::2])
     assert torch.equal(second.sample(4).support_x, first.sample(4).support_x)
+
+
+def test_images_that_cannot_be_distorted() -> None:
+    settings: dict[str, Any] = {"ways": 2, "shots": 1, "queries": 1, "distortion": Distortion(of_class=1.0)}
+    labels = [0, 0, 1, 1]
+    with pytest.raises(bilevel.ArgumentError, match=r"in \[0, 1\] for a distortion, got torch.float32 from -1 to 0"):
+        FewShotSampler(torch.linspace(-1, 0, 64).reshape(4, 4, 4), labels, **settings)
+    with pytest.raises(bilevel.ArgumentError, match=r"in \[0, 1\]"):
+        FewShotSampler(torch.full((4, 4, 4), float("nan")), labels, **settings)
+    with pytest.raises(bilevel.ShapeError, match=r"\(N, H, W\)"):
+        FewShotSampler(torch.rand(4, 4), labels, **settings)
+    for dtype in (torch.bfloat16, torch.float64):
+        tasks = FewShotSampler(torch.rand(4, 3, 5, 5), labels, dtype=dtype, **settings).sample(2)
+        assert tasks.support_x.dtype == dtype and tasks.support_x.shape == (2, 2, 3, 5, 5)
 
 
 def test_a_distortion_that_is_none() -> None:

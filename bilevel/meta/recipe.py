@@ -109,7 +109,7 @@ class Recipe:
     shots: int = 1
     queries: int = 5
     inner_steps: int = 10
-    inner_lr: float = 0.05
+    inner_lr: float = 0.02
     inner_momentum: float = 0.5
     adaptive: bool = True
     line_search: bool = False

@@ -33,7 +33,7 @@ from bilevel.meta.training import Score, Trainer, read_checkpoint
 from tests.states import damaged, edited, same
 
 SMALL = Recipe(
-    ways=3, queries=3, inner_steps=2, cg_steps=2, tasks_per_step=4, validation_tasks=5, validate_every=2, hold_out=1,
+    ways=3, queries=3, inner_steps=2, inner_lr=0.05, cg_steps=2, tasks_per_step=4, validation_tasks=5, validate_every=2, hold_out=1,
     average=0.0, decay_steps=0, mirrors=False, alphabets=0, class_distortion=0.0, image_distortion=0.0, equal_outputs=False, training_ways=0,
 )  # fmt: skip
 OPTIONS = (

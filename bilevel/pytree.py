@@ -16,7 +16,8 @@ from bilevel.errors import DtypeError, ShapeError
 
 __all__ = [
     "Arguments", "Raveler", "as_real", "copied", "detached", "differentiated", "flatten_arguments", "is_numpy", "joined",
-    "leaf_names", "moves", "moving", "of_real", "parted", "ravel", "ravel_like", "real_dtype", "requiring_grad", "unravelled", "usable",
+    "leaf_names", "moves", "moving", "of_real", "parted", "ravel", "ravel_like", "real_dtype", "refuse_nested", "requiring_grad", "unravelled",
+    "usable",
 ]  # fmt: skip
 
 
@@ -74,7 +75,7 @@ class Raveler:
     @staticmethod
     def of(tree: Any, where: str, what: str = "init") -> Raveler:
         """Read the structure of ``tree``, called ``what`` in messages, or say what cannot be an unknown about it."""
-        if isinstance(tree, torch.Tensor) and moves(tree) and tree.layout is torch.strided:
+        if isinstance(tree, torch.Tensor) and moves(tree) and tree.layout is torch.strided and not tree.is_nested:
             return _of_tensor(tree.shape, tree.dtype, tree.device)
         paths, structure = pytree.tree_flatten_with_path(tree)
         if not paths:
@@ -97,6 +98,7 @@ class Raveler:
                     f"{where}: expected {name} to be a floating-point or complex tensor, got {str(leaf.dtype).removeprefix('torch.')}; "
                     "convert it with .to(torch.float64) or .float()"
                 )
+            refuse_nested(leaf, where, name)
             if leaf.layout is not torch.strided:
                 raise DtypeError(
                     f"{where}: expected {name} to be a dense tensor, got {str(leaf.layout).removeprefix('torch.')}; make it one with "
@@ -351,6 +353,15 @@ def moves(leaf: Any) -> bool:
 def moving(tree: Any) -> list[bool]:
     """Return :func:`moves` of each leaf of ``tree``."""
     return [moves(leaf) for leaf in pytree.tree_leaves(tree)]
+
+
+def refuse_nested(tensor: torch.Tensor, where: str, name: str) -> None:
+    """Raise :class:`DtypeError` for a nested tensor, called ``name`` in the message."""
+    if tensor.is_nested:
+        raise DtypeError(
+            f"{where}: expected a dense tensor at {name}, got a nested one; pass a list of tensors, list(x.unbind()), or pad it with "
+            "torch.nested.to_padded_tensor(x, 0.0)"
+        )
 
 
 def usable(tensor: torch.Tensor) -> torch.Tensor:

@@ -148,6 +148,66 @@ def test_a_failed_problem_is_nan_under_that_policy_and_spoils_no_other() -> None
     assert found[0].isfinite() and found[1].isnan()
 
 
+@pytest.mark.parametrize(
+    "way", [bilevel.Unrolled(), bilevel.Truncated(3), bilevel.OneStep(), bilevel.PhantomGradient()]
+)
+def test_the_derivative_of_a_failed_problem_is_nan_under_that_policy(way) -> None:
+    layer = bilevel.argmin(
+        objective, solver=bilevel.GradientDescent(lr=5.0, max_steps=30), differentiation=way, on_failure="nan"
+    )
+    both = torch.stack([A, torch.zeros_like(A)])
+    found = torch.func.vmap(torch.func.jacrev(lambda a: layer(START, a)))(both)
+    assert bool(found[0].isnan().all())
+
+
+def test_each_problem_of_a_batch_is_unrolled_for_its_own_steps() -> None:
+    layer = bilevel.argmin(
+        lambda x, a: ((x - a) ** 2).sum() + (x**4).sum(),
+        solver=bilevel.GradientDescent(lr=0.05, max_steps=500),
+        tolerance=bilevel.Tolerance(delta=1e-2),
+        differentiation=bilevel.Unrolled(),
+    )
+    both = torch.stack([A, 0.1 * A, torch.zeros_like(A)])  # the last begins at its solution, and alone would be refused
+    taken = [int(layer.solve(START, a).report.iterations) for a in both[:2]]
+    assert taken[0] != taken[1]
+    jacobian = torch.func.jacrev(lambda a: layer(START, a))
+    for transform, dims in (
+        (torch.func.vmap, 0),
+        (lambda f, in_dims: torch.func.vmap(torch.func.vmap(f), in_dims=1), 1),
+    ):
+        given = both if dims == 0 else both[:, None]
+        batched = transform(lambda a: layer(START, a), in_dims=dims)(given).reshape(3, 2)
+        slopes = transform(jacobian, in_dims=dims)(given).reshape(3, 2, 2)
+        for number in (0, 1):
+            assert torch.allclose(batched[number], layer(START, both[number]), rtol=1e-12)
+            assert torch.allclose(slopes[number], jacobian(both[number]), rtol=1e-12)
+        assert bool((slopes[2].diagonal() != 0).any())
+
+
+def unrolled_ridge() -> Ridge:
+    return Ridge(solver=bilevel.GradientDescent(0.02, 5000), differentiation=bilevel.Unrolled())
+
+
+def test_a_warm_start_does_not_shorten_what_is_unrolled() -> None:
+    data, outer = ridge_data(), torch.tensor(-1.0, dtype=F64)
+    exact = Ridge().hypergradient(outer, data, init=START).grad
+    problem = unrolled_ridge()
+    problem.hypergradient(outer + 1e-9, data, init=START)
+    assert torch.allclose(problem.hypergradient(outer, data).grad, exact, rtol=1e-7)
+    loose = bilevel.argmin(
+        objective,
+        solver=bilevel.GradientDescent(lr=0.1, max_steps=500),
+        tolerance=bilevel.Tolerance(delta=1e-3),
+        differentiation=bilevel.Unrolled(),
+        warm_start=True,
+    )
+    first = slope(loose, A)
+    loose(START, A * 1.001)
+    a = A.clone().requires_grad_()
+    (second,) = torch.autograd.grad(loose(START, a).sum(), a)
+    assert torch.equal(first, second)
+
+
 def test_the_gradient_check_sees_the_bias_of_one_step_and_none_of_unrolling() -> None:
     one, all_of_them = (
         bilevel.fixed_point(mapping, differentiation=way) for way in (bilevel.OneStep(), bilevel.Unrolled())
@@ -234,6 +294,42 @@ def test_an_answer_is_judged_where_the_function_is_infinite_at_zero() -> None:
         layer.at(1.5 * exact, a)
 
 
+@pytest.mark.parametrize("way", [bilevel.OneStep(), bilevel.Truncated(3), bilevel.PhantomGradient(steps=2)])
+def test_steps_from_an_answer_are_those_of_the_layer_s_own_solver(way) -> None:
+    descent = bilevel.GradientDescent(lr=0.1, max_steps=2000)
+    layers = (
+        bilevel.fixed_point(mapping, differentiation=way),
+        bilevel.argmin(objective, solver=descent, differentiation=way),
+    )
+    for layer in layers:
+        answer = layer.solve(START, A).value.detach()
+        at = torch.func.jacrev(lambda a, layer=layer, answer=answer: layer.at(answer, a))(A).diagonal()
+        assert torch.allclose(at, slope(layer, A), rtol=1e-6)
+
+
+def test_an_answer_given_has_no_steps_to_unroll() -> None:
+    layer = bilevel.argmin(objective, differentiation=bilevel.Unrolled())
+    with pytest.raises(bilevel.ArgumentError, match=r"expected differentiation=Implicit\(\) or Truncated"):
+        layer.at(layer(START, A), A)
+    searching = bilevel.argmin(
+        objective, solver=bilevel.GradientDescent(0.1, 100, line_search=True), differentiation=bilevel.Unrolled()
+    )
+    with pytest.raises(bilevel.ArgumentError, match="without a line search"):
+        searching(START, A)
+    layer.differentiation = bilevel.Truncated(2)
+    assert torch.allclose(layer.at(layer(START, A), A), bilevel.argmin(objective)(START, A))
+
+
+def test_an_answer_is_judged_itself_whatever_was_solved_before() -> None:
+    layer = bilevel.argmin(objective, warm_start=True)
+    exact = bilevel.argmin(objective)
+    layer(START, A)
+    with pytest.raises(bilevel.SolveError, match="is no solution"):
+        layer.at(START + 3, A)
+    answer = exact(START, 2 * A)
+    assert torch.equal(layer.at(answer, 2 * A), answer)
+
+
 def test_a_hypergradient_at_an_answer() -> None:
     data, outer = ridge_data(), torch.tensor(-1.0, dtype=F64)
     exact = Ridge().hypergradient(outer, data, init=START)
@@ -301,6 +397,65 @@ def test_a_problem_prepares_once_a_call_with_derivatives_and_bounds() -> None:
     assert found.error_bound < 1e-6
     with pytest.raises(bilevel.ArgumentError, match="batch_dims"):
         Kernel(batch_dims=0)(outer, data, init=start)
+
+
+class RandomFeatures(bilevel.BilevelProblem):
+    def prepare(self, outer, data):
+        return torch.cos(data @ torch.randn(2, 5, dtype=F64))
+
+    def inner_objective(self, inner, outer, data):
+        return ((data @ inner - 1) ** 2).sum() + outer.exp() * (inner**2).sum()
+
+    def outer_objective(self, inner, outer, data):
+        return (inner**2).sum()
+
+
+def test_a_random_preparation_is_refused_as_its_error_bound_would_be_of_another_problem() -> None:
+    data, outer, start = ridge_data()[0], torch.tensor(-1.0, dtype=F64), torch.zeros(5, dtype=F64)
+    with pytest.raises(bilevel.StochasticObjectiveError, match="expected prepare to be deterministic"):
+        RandomFeatures()(outer, data[:, :2], init=start)
+    with pytest.raises(bilevel.StochasticObjectiveError, match="expected prepare to be deterministic"):
+        RandomFeatures().hypergradient(outer, data[:, :2], init=start)
+    with pytest.warns(bilevel.FailureWarning, match="prepare"):
+        assert bool(torch.isfinite(RandomFeatures(on_failure="warn")(outer, data[:, :2], init=start)))
+    assert bool(torch.isnan(RandomFeatures(on_failure="nan")(outer, data[:, :2], init=start)))
+
+
+def test_an_error_in_a_preparation_names_the_arguments() -> None:
+    layer = bilevel.argmin(objective, prepare=lambda a: a @ torch.ones(7, dtype=F64))
+    with pytest.raises(bilevel.ShapeError, match=r"arguments of prepare .* args\[0\] \(2,\)"):
+        layer(START, A)
+
+    class Ridge(RandomFeatures):
+        def prepare(self, outer, data):
+            return data @ torch.ones(7, dtype=F64)
+
+    with pytest.raises(bilevel.ShapeError, match=r"arguments of prepare .* data \(3, 2\)"):
+        Ridge()(A[0], torch.ones(3, 2, dtype=F64), init=START)
+
+
+def test_a_module_that_cannot_be_called_with_other_parameters_is_refused() -> None:
+    def fit(net, x):
+        return ((net(x) - 1) ** 2).sum()
+
+    class Lazy(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inside = torch.nn.LazyLinear(1, dtype=F64)
+
+        def forward(self, x):
+            return ((self.inside(x) - 1) ** 2).sum() + (x**2).sum()
+
+    lazy = Lazy()
+    with pytest.raises(bilevel.ArgumentError, match=r"inside\.weight has none before its first call"):
+        bilevel.argmin(lazy)(START)
+    with pytest.raises(bilevel.ArgumentError, match="before its first call"):
+        bilevel.argmin(fit)(torch.nn.LazyLinear(1), A)
+    lazy(START)
+    assert bool(torch.isfinite(bilevel.argmin(lazy)(START)).all())
+    parallel = torch.nn.DataParallel(lazy)
+    with pytest.raises(bilevel.ArgumentError, match=r"pass its \.module"):
+        bilevel.argmin(parallel)(START)
 
 
 def test_a_module_is_an_objective_whose_parameters_are_differentiated() -> None:

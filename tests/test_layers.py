@@ -111,6 +111,18 @@ def test_sparse_tensors_of_coordinates_can_be_arguments() -> None:
         layer(torch.zeros(4, dtype=F64).to_sparse(), dense, y, log_strength)
 
 
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+@pytest.mark.parametrize("layout", [torch.strided, torch.jagged])
+def test_nested_tensors_are_refused_and_their_parts_work(layout: torch.layout) -> None:
+    nested = torch.nested.nested_tensor([torch.ones(2), torch.ones(3)], layout=layout)
+    layer = bilevel.argmin(lambda x, parts: sum(((x - part.sum()) ** 2).sum() for part in parts))
+    with pytest.raises(bilevel.DtypeError, match=r"at args\[0\], got a nested one; pass a list of tensors"):
+        layer(torch.zeros(1), nested)
+    with pytest.raises(bilevel.DtypeError, match="at init, got a nested one"):
+        layer(nested, torch.ones(1))
+    assert torch.allclose(layer(torch.zeros(1), list(nested.unbind())), torch.tensor([2.5]))
+
+
 def test_module_parameters_as_a_dict() -> None:
     torch.manual_seed(0)
     features = torch.nn.Linear(3, 2).double()

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from torch.utils import _pytree as pytree
 from bilevel.errors import ArgumentError, BilevelError, DtypeError, ShapeError
 from bilevel.pytree import Arguments, Raveler, is_numpy, leaf_names
 
-__all__ = ["explain", "explain_call", "unconnected"]
+__all__ = ["explain", "explain_call", "explained", "unconnected"]
 
 # The words of errors about operands that do not fit, and about indices, such as class labels, that are too large.
 _DTYPES = re.compile(r"dtype|scalar type|not implemented for", re.IGNORECASE)
@@ -111,6 +112,18 @@ def explain_call(error: Exception, where: str, noun: str, **trees: Any) -> Bilev
     return _explain_misfit(
         error, where, noun, [(name, leaf) for name, leaf in leaves if isinstance(leaf, torch.Tensor)]
     )
+
+
+@contextmanager
+def explained(where: str, noun: str, **trees: Any) -> Iterator[None]:
+    """Raise the error of :func:`explain_call`, where there is one, for a call of ``noun`` in the ``with`` block."""
+    try:
+        yield
+    except (RuntimeError, TypeError, ValueError, IndexError) as error:
+        refused = explain_call(error, where, noun, **trees)
+        if refused is None:
+            raise
+        raise refused from error
 
 
 def _mixes_numpy(error: Exception) -> bool:

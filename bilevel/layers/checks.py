@@ -153,15 +153,24 @@ class SideEffectCheck:
         Its arguments.
     evaluation
         What is evaluated in between: where random numbers were drawn by somebody, it is done once more.
+    noun
+        The function's name, for messages.
     """
 
     @eager
-    def __init__(self, where: str, objective: Callable[..., Any], trees: Any, evaluation: Callable[[], object]) -> None:
+    def __init__(
+        self,
+        where: str,
+        objective: Callable[..., Any],
+        trees: Any,
+        evaluation: Callable[[], object],
+        noun: str = "outer_objective",
+    ) -> None:
         leaves = [leaf for leaf in pytree.tree_leaves(trees) if isinstance(leaf, torch.Tensor)]
         watched = [*leaves, *buffers_of(objective)]
         if transforms_active():  # versions are counted in the plain tensors that they wrap
             watched = list(map(innermost, watched))
-        self._where = where
+        self._where, self._noun = where, noun
         self._tensors = [tensor for tensor in watched if not tensor.is_inference()]
         self._versions = [tensor._version for tensor in self._tensors]
         self._evaluation = evaluation
@@ -174,11 +183,11 @@ class SideEffectCheck:
         changed = self._versions != [tensor._version for tensor in self._tensors]
         if self._draws():
             error = StochasticObjectiveError(
-                f"{self._where}: expected outer_objective to be deterministic, and it draws random numbers; switch dropout off "
+                f"{self._where}: expected {self._noun} to be deterministic, and it draws random numbers; switch dropout off "
                 "with .eval(), or draw outside and pass what was drawn in data"
             )
         elif changed:
-            error = changed_in_place(self._where, "outer_objective")
+            error = changed_in_place(self._where, self._noun)
         return error is not None and handle_misuse(error, on_failure)
 
     def _draws(self) -> bool:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch.func import vmap
@@ -19,6 +20,7 @@ from bilevel.equations.system import FixedPointSystem, System
 from bilevel.errors import ArgumentError
 from bilevel.setting_checks import check_number, check_steps
 from bilevel.solvers._base import InnerSolver
+from bilevel.solvers._given import GivenAnswer
 from bilevel.solvers.anderson import Anderson
 from bilevel.solvers.fixed_point import FixedPointIteration
 from bilevel.solvers.gradient_descent import GradientDescent
@@ -44,6 +46,49 @@ Step = Callable[[torch.Tensor, "torch.Tensor | None"], "tuple[torch.Tensor, torc
 _MOST_DENSE = 512
 # So many steps at a solution have first and second derivatives without bias.
 _FEWEST_NEWTON_STEPS = 2
+
+
+@dataclass(frozen=True)
+class Taken:
+    """The steps of a search.
+
+    Attributes
+    ----------
+    most
+        Of a batch, the most.
+    each
+        This problem's own, a tensor () under the transforms that surround the call. None: ``most``.
+    """
+
+    most: int
+    each: torch.Tensor | None = None
+
+    @staticmethod
+    def of(answer: torch.Tensor, counts: torch.Tensor) -> Taken:
+        """Return the ``counts`` (*batch) of the problems of ``answer`` (n,), which transforms may have batched."""
+        most = int(counts.max()) if counts.numel() else 1
+        if counts.ndim == 0 or bool((counts == most).all()):
+            return Taken(most)
+        # No step at all has a derivative of zero. At a solution more steps change nothing else.
+        each = torch.where(counts == 0, most, counts)
+        return Taken(most, _OfProblem.apply(answer, each))
+
+
+class _OfProblem(torch.autograd.Function):
+    """The entry of ``values`` (*batch) that belongs to the problem of ``answer`` (n,), which transforms may have batched."""
+
+    @staticmethod
+    def forward(answer: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+        return values.reshape(answer.shape[:-1]).clone()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+        ctx.mark_non_differentiable(output)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[Any, ...], answer: torch.Tensor, values: torch.Tensor) -> Any:
+        # As that of Solve, which puts each batch axis first.
+        return _OfProblem.apply(answer.movedim(in_dims[0], 0), values), 0
 
 
 class Differentiation:
@@ -82,7 +127,7 @@ class BySteps(Differentiation, ABC):
     """Base of what differentiates steps of a solver."""
 
     @abstractmethod
-    def path(self, step: Step, init: torch.Tensor, answer: torch.Tensor, taken: int) -> torch.Tensor:
+    def path(self, step: Step, init: torch.Tensor, answer: torch.Tensor, taken: Taken) -> torch.Tensor:
         """Return x (n,), differentiable through ``step``.
 
         Parameters
@@ -92,7 +137,7 @@ class BySteps(Differentiation, ABC):
         init, answer
             Where the search began and where it ended (n,), without a graph.
         taken
-            The steps that it took, of a batch the most.
+            The steps that it took.
         """
 
 
@@ -100,10 +145,13 @@ class BySteps(Differentiation, ABC):
 class Unrolled(BySteps):
     """Differentiate all steps of the solver: the derivative of the K-th iterate.
 
-    The derivative belongs to the computed iterate, converged or not. Memory grows as O(K n) with the number of steps. The solver has to be
-    :class:`bilevel.GradientDescent` without a line search. For a fixed point it has to be :class:`bilevel.FixedPointIteration`, the default.
-    An argmin or a root without a solver is solved by Newton's method, whose line search has no derivative. Then as many Newton steps as the
-    search took, and at least two, are differentiated at the solution. Their derivative has no bias there.
+    The derivative belongs to the computed iterate, converged or not. It depends on where the steps begin: few steps from near the solution have
+    almost no derivative. So warm starts are left out where an accuracy is asked. Memory grows as O(K n) with the number of steps.
+
+    The solver has to be :class:`bilevel.GradientDescent` without a line search. For a fixed point it has to be
+    :class:`bilevel.FixedPointIteration`, the default. An argmin or a root without a solver is solved by Newton's method, whose line search has no
+    derivative. Then as many Newton steps as the search took, and at least two, are differentiated at the solution. Their derivative has no bias
+    there.
 
     References
     ----------
@@ -125,9 +173,12 @@ class Unrolled(BySteps):
     tensor(0.8750, dtype=torch.float64)
     """
 
-    def path(self, step: Step, init: torch.Tensor, answer: torch.Tensor, taken: int) -> torch.Tensor:  # noqa: D102
-        x = _repeat(step, init, taken)
-        return x + 0 * answer  # a failed problem's answer may be NaN, and stays so
+    def path(self, step: Step, init: torch.Tensor, answer: torch.Tensor, taken: Taken) -> torch.Tensor:  # noqa: D102
+        x, state = init, None
+        for number in range(taken.most):
+            moved, state = step(x, state)
+            x = moved if taken.each is None else torch.where(number < taken.each, moved, x)
+        return x
 
 
 @dataclass(frozen=True)
@@ -167,7 +218,7 @@ class Truncated(BySteps):
     def __post_init__(self) -> None:
         check_steps("Truncated", "steps", self.steps)
 
-    def path(self, step: Step, init: torch.Tensor, answer: torch.Tensor, taken: int) -> torch.Tensor:  # noqa: D102
+    def path(self, step: Step, init: torch.Tensor, answer: torch.Tensor, taken: Taken) -> torch.Tensor:  # noqa: D102
         return _repeat(step, answer, self.steps)
 
 
@@ -193,7 +244,7 @@ class OneStep(BySteps):
     tensor(1., dtype=torch.float64)
     """
 
-    def path(self, step: Step, init: torch.Tensor, answer: torch.Tensor, taken: int) -> torch.Tensor:  # noqa: D102
+    def path(self, step: Step, init: torch.Tensor, answer: torch.Tensor, taken: Taken) -> torch.Tensor:  # noqa: D102
         return _repeat(step, answer, 1)
 
 
@@ -236,7 +287,7 @@ class PhantomGradient(BySteps):
         check_steps("PhantomGradient", "steps", self.steps)
         check_number("PhantomGradient", "damping", self.damping, below=1.0 + 1e-12)
 
-    def path(self, step: Step, init: torch.Tensor, answer: torch.Tensor, taken: int) -> torch.Tensor:  # noqa: D102
+    def path(self, step: Step, init: torch.Tensor, answer: torch.Tensor, taken: Taken) -> torch.Tensor:  # noqa: D102
         x, state = answer, None
         for _ in range(self.steps):
             moved, state = step(x, state)
@@ -262,11 +313,21 @@ def solver_for(
     """Return the solver whose steps can be differentiated as ``chosen`` says, or raise :class:`ArgumentError`."""
     if not isinstance(chosen, Unrolled):
         return solver
+    if isinstance(solver, GivenAnswer):
+        raise ArgumentError(
+            f"{where}: expected differentiation=Implicit() or Truncated(steps) where the solution is given, got Unrolled(), which needs the "
+            "steps that led there; choose one of these two, or call the layer itself"
+        )
     if solver is None:
         return FixedPointIteration() if issubclass(kind, FixedPointSystem) else None
     plain = isinstance(solver, GradientDescent) and not solver.line_search
     if plain or isinstance(solver, FixedPointIteration):
         return solver
+    if isinstance(solver, GradientDescent):
+        raise ArgumentError(
+            f"{where}: expected bilevel.GradientDescent without a line search for differentiation=Unrolled(), as the step lengths that a search "
+            "finds have no derivative; leave line_search out and choose lr, or differentiate by Implicit() or Truncated(steps)"
+        )
     own = "FixedPointIteration()" if issubclass(kind, FixedPointSystem) else "GradientDescent(lr=..., max_steps=...)"
     raise ArgumentError(
         f"{where}: expected solver=bilevel.{own} for differentiation=Unrolled(), which differentiates each step of it, got "
@@ -275,16 +336,23 @@ def solver_for(
 
 
 def begin_of(
-    chosen: Differentiation, solver: InnerSolver | None, init: torch.Tensor, answer: torch.Tensor, taken: int
-) -> tuple[torch.Tensor, int]:
-    """Return where the steps to differentiate begin (n,), and how many :class:`Unrolled` differentiates."""
-    if isinstance(chosen, Unrolled) and solver is None:  # Newton's method
-        return answer, max(taken, _FEWEST_NEWTON_STEPS)
-    return init, taken if isinstance(chosen, Unrolled) else 1
+    chosen: Differentiation, solver: InnerSolver | None, init: torch.Tensor, answer: torch.Tensor, counts: torch.Tensor
+) -> tuple[torch.Tensor, Taken]:
+    """Return where the steps to differentiate begin (n,), and how many :class:`Unrolled` differentiates.
+
+    ``counts`` (*batch) are the steps that the search took.
+    """
+    if not isinstance(chosen, Unrolled):
+        return init, Taken(1)
+    taken = Taken.of(answer, counts)
+    if solver is None:  # Newton's method
+        return answer, Taken(max(taken.most, _FEWEST_NEWTON_STEPS))
+    return init, taken
 
 
 def step_of(system: System, solver: InnerSolver | None, tensors: Sequence[torch.Tensor]) -> Step:
     """Return a step of ``solver`` as a differentiable function; Newton's, if its own steps cannot be differentiated."""
+    solver = solver.own if isinstance(solver, GivenAnswer) else solver
     if isinstance(solver, GradientDescent):
         lr, momentum = solver.lr, solver.momentum
 

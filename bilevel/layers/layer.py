@@ -22,6 +22,7 @@ from bilevel._torch.transforms import (
     transforms_active,
     without_gradient,
 )
+from bilevel.equations.function_errors import explained
 from bilevel.equations.structured import Structure, StructuredSystem
 from bilevel.equations.system import FixedPointSystem, System
 from bilevel.errors import (
@@ -33,12 +34,12 @@ from bilevel.layers.arguments import check_captures, init_gradient_error, nan_of
 from bilevel.layers.call import SolveCall
 from bilevel.layers.differentiation import BySteps, Differentiation, begin_of, solver_for, step_of
 from bilevel.layers.inspector import Inspector
-from bilevel.layers.modules import STATE, FunctionalModule, ModuleFunction
+from bilevel.layers.modules import STATE, FunctionalModule, ModuleFunction, check_module
 from bilevel.layers.settings import Setting, SolveSettings
 from bilevel.layers.solution import Solution
 from bilevel.linear._base import LinearSolver, LinearSolverLike
 from bilevel.policy import OnFailure, handle_misuse
-from bilevel.pytree import Raveler, flatten_arguments
+from bilevel.pytree import Raveler, flatten_arguments, refuse_nested
 from bilevel.reports import StatusMessages
 from bilevel.solvers._base import InnerSolver, InnerSolverLike
 from bilevel.solvers._given import GivenAnswer
@@ -188,7 +189,8 @@ class Layer:
         """Return ``x``, a solution that you already have, differentiable like the layer's own solutions.
 
         One residual checks ``x``. With no accuracy asked it may be off by about 1 %; with ``Tolerance(delta=...)`` or ``rtol``
-        it has to meet that accuracy. Derivatives are those of the implicit function at ``x``. With proximal terms, bounds or
+        it has to meet that accuracy. Derivatives are those of the implicit function at ``x``; with another ``differentiation``, those of steps of
+        the layer's solver from ``x``. With proximal terms, bounds or
         constraints the layer solves from ``x``, because it needs the active set; it returns its own solution, and ``x`` fails if it is more than
         about 1 % away.
 
@@ -214,7 +216,7 @@ class Layer:
         >>> a.grad
         tensor([1., 1.])
         """
-        settings = replace(self._settings, solver=GivenAnswer())
+        settings = replace(self._settings, solver=GivenAnswer(self._settings.solver))
         return self._around(settings, pytree.tree_map(_without_graph, x), args, kwargs).value
 
     @eager
@@ -233,15 +235,18 @@ class Layer:
     ) -> Solution[Any]:
         """Prepare the arguments, choose the initial guess, solve, and evaluate the auxiliary output."""
         if self.prepare is not None:
-            prepared = self.prepare(*args, **kwargs)
+            with explained(self.where, "prepare", args=args, kwargs=kwargs):
+                prepared = self.prepare(*args, **kwargs)
             args, kwargs = prepared if isinstance(prepared, tuple) else (prepared,), {}
         if self.module is not None:
+            check_module(self.module.module, self.where)
             kwargs = {**kwargs, STATE: self.module.state()}
         init = FunctionalModule.of(init, self.where) if isinstance(init, torch.nn.Module) else init
-        if self.warm_start and not transforms_active():
+        warm = self.warm_start and not transforms_active() and not settings.start_matters
+        if warm:
             init = _last_or(self.last, init)
         solution = self._solution(settings, init, args, kwargs, value_only=value_only)
-        if self.warm_start and not transforms_active():
+        if warm:
             self.last = pytree.tree_map(_without_graph, solution.value)
         if not self.has_aux:
             return solution
@@ -330,14 +335,14 @@ class Layer:
         cut = [without_gradient(tensor) for tensor in tensors]
         answer = without_gradient(Solve.apply(ImplicitContext(system, call.solve, call.solve_linear), flat, *cut))
         assert call.report is not None
-        taken = int(call.report.iterations.max()) if call.report.iterations.numel() else 1
-        begin, taken = begin_of(way, solver, flat, answer, taken)
-        if not taken and (call.watched or differentiating()) and any(map(carries_gradient, tensors)):
+        begin, taken = begin_of(way, solver, flat, answer, call.report.iterations)
+        if not taken.most and (call.watched or differentiating()) and any(map(carries_gradient, tensors)):
             raise ArgumentError(
                 f"{self.where}: expected steps to differentiate for {way}, got none, as the initial guess is a solution already, and the "
                 "derivative would be zero; differentiate by Implicit() or Truncated(steps), or begin elsewhere"
             )
-        return way.path(step_of(system, solver, tensors), begin, answer, taken)
+        # A failed problem's answer may be NaN, and so is its derivative.
+        return way.path(step_of(system, solver, tensors), begin, answer, taken) * (1 + 0 * answer)
 
     def _call(self, settings: SolveSettings, system: System, watched: bool) -> SolveCall:
         written = self.function if self.written is None else self.written()
@@ -360,6 +365,7 @@ class Layer:
                 raise DtypeError(
                     f"{self.where}: expected a tensor on init's device, {raveler.device}, at {name}, got {tensor.device}; move it, or init"
                 )
+            refuse_nested(tensor, self.where, name)
             if tensor.layout not in (torch.strided, torch.sparse_coo):
                 raise DtypeError(
                     f"{self.where}: expected a dense tensor or a sparse one of coordinates at {name}, as torch.func takes no other, got "

@@ -6,14 +6,32 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
+from torch.nn.parameter import is_lazy
 from torch.utils import _pytree as pytree
 
 from bilevel.errors import ArgumentError
 
-__all__ = ["STATE", "FunctionalModule", "ModuleFunction"]
+__all__ = ["STATE", "FunctionalModule", "ModuleFunction", "check_module"]
 
 # The keyword under which a layer hands a module's tensors to its function.
 STATE = "module_state"
+
+
+def check_module(module: torch.nn.Module, where: str) -> None:
+    """Raise :class:`ArgumentError` for a module that cannot be called with other parameters than its own."""
+    lazy = [name for name, p in (*module.named_parameters(), *module.named_buffers()) if is_lazy(p)]
+    if lazy:
+        raise ArgumentError(
+            f"{where}: expected a module whose parameters have shapes, got one whose {lazy[0]} has none before its first call; call the "
+            "module once with data, before the layer"
+        )
+    for part in module.modules():
+        if isinstance(part, (torch.jit.ScriptModule, torch.nn.DataParallel)):
+            own = "its .module" if isinstance(part, torch.nn.DataParallel) else "the module as it was before torch.jit"
+            raise ArgumentError(
+                f"{where}: expected a module that can be called with other parameters, got a {type(part).__name__}, which torch cannot call so; "
+                f"pass {own}"
+            )
 
 
 class FunctionalModule(dict[str, torch.Tensor]):
@@ -66,6 +84,7 @@ class FunctionalModule(dict[str, torch.Tensor]):
         """Return a module at its own parameters, cut from any graph, and any other initial guess as it is."""
         if not isinstance(init, torch.nn.Module):
             return init
+        check_module(init, where)
         own = {name: p.detach() for name, p in init.named_parameters() if p.requires_grad}
         if not own:
             raise ArgumentError(

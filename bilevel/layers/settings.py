@@ -10,12 +10,13 @@ import torch
 
 from bilevel.equations.linearization import Linearization
 from bilevel.errors import ArgumentError
-from bilevel.layers.differentiation import Differentiation, Implicit, check_differentiation
+from bilevel.layers.differentiation import Differentiation, Implicit, Unrolled, check_differentiation
 from bilevel.linear._base import LinearSolver, as_linear_solver
 from bilevel.policy import POLICIES, OnFailure, check_policy
 from bilevel.replay import ReplayCache
 from bilevel.reports import SolveReport, StatusMessages
 from bilevel.solvers._base import InnerSolver, as_inner_solver
+from bilevel.solvers._given import GivenAnswer
 from bilevel.tolerance import Tolerance
 
 __all__ = ["Adjoint", "Setting", "SolveSettings"]
@@ -104,6 +105,15 @@ class SolveSettings:
             check_policy(self.on_failure)
         if not isinstance(self.differentiation, Differentiation):
             object.__setattr__(self, "differentiation", check_differentiation(self.differentiation))
+
+    @property
+    def start_matters(self) -> bool:
+        """Whether the call depends on where it begins, so that no warm start may replace that.
+
+        It does where the answer is given, and where all steps to an accuracy are differentiated.
+        """
+        by_path = isinstance(self.differentiation, Unrolled) and self.tolerance.delta is not None
+        return by_path or isinstance(self.solver, GivenAnswer)
 
 
 class Setting(Generic[T]):

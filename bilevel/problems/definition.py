@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,9 +11,11 @@ import torch
 from torch.utils._pytree import tree_map_only
 
 from bilevel.certificates.constants import Constants
+from bilevel.equations.function_errors import explained
 from bilevel.equations.problem import Problem
 from bilevel.equations.structured import Structure
 from bilevel.errors import ArgumentError
+from bilevel.layers.checks import SideEffectCheck
 from bilevel.policy import OnFailure
 from bilevel.problems.batching import BatchSpec
 from bilevel.problems.checks import check_connection, disconnected
@@ -57,8 +60,14 @@ class Definition:
         """The problem's name, for messages."""
         return self.numbering.where
 
-    def prepared(self, outer: Any, data: Any) -> Any:
-        """Return the data that the objectives receive."""
+    def prepared(self, outer: Any, data: Any, on_failure: OnFailure) -> Any:
+        """Return the data that the objectives receive.
+
+        Raises
+        ------
+        StochasticObjectiveError
+            If ``prepare`` draws random numbers or changes a tensor in place, and the policy is ``"raise"``; NaN under ``"nan"``.
+        """
         data = tree_map_only(torch.Tensor, usable, data) if torch.is_grad_enabled() else data
         if self.prepare is None:
             return data
@@ -66,7 +75,13 @@ class Definition:
             raise ArgumentError(
                 f"{self.where}: expected prepare or batch_dims, got both; prepare each problem's data before the call, or in the objectives"
             )
-        return self.prepare(outer, data)
+        prepare = functools.partial(self.prepare, outer, data)
+        watch = SideEffectCheck(self.where, self.prepare, (outer, data), prepare, "prepare")
+        with explained(self.where, "prepare", data=data, outer=outer):
+            made = prepare()
+        # An error bound prepares the data again, and has to come to the same.
+        poisoned = watch.ended(on_failure)
+        return tree_map_only(torch.Tensor, lambda leaf: leaf * float("nan"), made) if poisoned else made
 
     def flat_problems(self, inner: Any, outer: Any, data: Any) -> tuple[Problem, Problem, torch.Tensor]:
         """Return G and F as batches of flat problems, and ``inner`` (K, n). ``data`` is not prepared."""

@@ -66,7 +66,7 @@ class HypergradientCall:
         theta, needs_grad = requiring_grad(outer)
         adjoints: list[Adjoint] = []
         with torch.enable_grad():
-            prepared = problem.prepared(theta, data)
+            prepared = problem.prepared(theta, data, policy)
             solution = self.solve(replace(settings, on_adjoint=adjoints.append), theta, prepared, init)
             value = outer_losses(problem, solution.value, theta, prepared, policy).mean()
             if not value.requires_grad:

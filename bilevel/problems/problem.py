@@ -252,7 +252,8 @@ class BilevelProblem(torch.nn.Module, ABC):
         """Return the data that the objectives receive in place of ``data``; by default ``data``.
 
         It is called once a call, and not at every evaluation. A result that depends on ``outer``, such as a kernel matrix, is
-        differentiated too. Error bounds include it. It cannot be combined with ``batch_dims``.
+        differentiated too. Error bounds include it, and prepare the data again, so that random numbers are refused. It cannot be
+        combined with ``batch_dims``.
         """
         return data
 
@@ -314,7 +315,7 @@ class BilevelProblem(torch.nn.Module, ABC):
                 result = self._with_goal(settings, outer, data, init)
             return attach_gradient(result, outer)
         problem = self._definition
-        prepared = problem.prepared(outer, data)
+        prepared = problem.prepared(outer, data, policy)
         solution = self._solve(settings, outer, prepared, init)
         loss = outer_losses(problem, solution.value, outer, prepared, policy).mean()
         theta = [leaf for leaf in pytree.tree_leaves(outer) if isinstance(leaf, torch.Tensor)]
@@ -346,7 +347,7 @@ class BilevelProblem(torch.nn.Module, ABC):
             of the whole mean.
         """
         settings = self._settings_of(outer, data, tolerance, inspect=inspect)
-        return self._solve(settings, outer, self._definition.prepared(outer, data), init)
+        return self._solve(settings, outer, self._definition.prepared(outer, data, settings.on_failure), init)
 
     def _settings_of(
         self, outer: Any, data: Any, tolerance: Tolerance | None = None, *, inspect: bool = True
@@ -374,7 +375,10 @@ class BilevelProblem(torch.nn.Module, ABC):
 
         solution = numbering.each(solve)((start, known), outer, data)
         if self.warm_start:
-            last, multipliers = detached(solution.value), _of_constraints(solution.multipliers)
+            # Where the derivative depends on the start, the next call begins there too.
+            unrolled = settings.start_matters and not isinstance(settings.solver, GivenAnswer)
+            last = detached(start if unrolled else solution.value)
+            multipliers = _of_constraints(solution.multipliers)
             # What a transform outside maps or differentiates is not this problem's own solution to go on from.
             if not transforms_active() and all(bool(torch.isfinite(leaf).all()) for leaf in pytree.tree_leaves(last)):
                 self._warm = replace(self._warm, inner=last, multipliers=multipliers)
@@ -441,7 +445,7 @@ class BilevelProblem(torch.nn.Module, ABC):
                 f"{self.where}: expected Tolerance(delta=..., delta_prime=...) where the inner solution is given, got the goal "
                 f"{settings.tolerance!r}, which needs solves of its own; leave `at` out, or the goal"
             )
-        return replace(settings, solver=GivenAnswer())
+        return replace(settings, solver=GivenAnswer(settings.solver))
 
     def reset(self) -> None:
         """Forget the last inner solution and adjoint."""

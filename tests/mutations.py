@@ -1110,6 +1110,10 @@ MUTATIONS = (
         "torch.isinf(f_high), torch.nan, size)", "torch.isinf(f_high), size, size)", ("tests/solvers/test_bracketing.py", "-k", "overflows"),
     ),
     Mutation(
+        "a recursive estimate kept while the point moves", "stochastic/vrbo.py",
+        "last, self._estimate = self._estimate, []", "last = self._estimate", ("tests/stochastic/test_misuse.py", "-k", "recursive_estimate"),
+    ),
+    Mutation(
         "a random preparation goes unnoticed", "problems/definition.py",
         "poisoned = watch.ended(on_failure)", "poisoned = False", ("tests/test_differentiation.py", "-k", "random_preparation"),
     ),

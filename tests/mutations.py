@@ -1114,6 +1114,10 @@ MUTATIONS = (
         "last, self._estimate = self._estimate, []", "last = self._estimate", ("tests/stochastic/test_misuse.py", "-k", "recursive_estimate"),
     ),
     Mutation(
+        "an outer loop shortens what is unrolled", "problems/problem.py",
+        "        if self._settings.start_matters:\n            return\n", "", ("tests/test_outer.py", "-k", "unrolls_every_step"),
+    ),
+    Mutation(
         "a random preparation goes unnoticed", "problems/definition.py",
         "poisoned = watch.ended(on_failure)", "poisoned = False", ("tests/test_differentiation.py", "-k", "random_preparation"),
     ),

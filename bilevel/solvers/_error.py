@@ -182,7 +182,10 @@ def _general(problem: Problem, matrix: torch.Tensor, x: torch.Tensor, residual: 
         if bool(lost.any()):
             matrix = torch.where(torch.diag_embed(lost), torch.zeros_like(matrix), matrix)
         noise = noise + eps * x.abs()
-    columns = _usable(matrix.abs().amax(dim=-2))
+        # The terms that add up to an unknown of T(x) have its unit. Those of an equation have not.
+        columns = _usable((_usable(noise / eps).unsqueeze(-1) * matrix.abs()).amax(dim=-2))
+    else:
+        columns = _usable(matrix.abs().amax(dim=-2))
     rows_scale = _usable((matrix * columns.unsqueeze(-2)).abs().amax(dim=-1))
     scaled = rows_scale.unsqueeze(-1) * matrix * columns.unsqueeze(-2)
     right = torch.stack([residual, irregular_signs(x) * noise], dim=-1) * rows_scale.unsqueeze(-1)

@@ -209,3 +209,34 @@ def test_a_problem_that_fails_leaves_its_neighbours_as_they_are():
     assert found.report.status[0] == found.report.status[2] == Status.CONVERGED
     assert not found.report.status[1].success
     torch.testing.assert_close(found.value[[0, 2]], torch.tensor([[-0.5], [-0.25]], dtype=F64))
+
+
+@pytest.mark.parametrize("dtype", [F64, F32])
+def test_an_unknown_of_a_fixed_point_is_as_large_as_its_terms(dtype):
+    """The first unknown is at a bound and has large units: no equation of the others says how large."""
+    unit = torch.tensor([3e4, 5e2, 2e-4, 2e-3], dtype=dtype)
+    M = torch.tensor(
+        [[0.3, 0.2, 0.1, 0.1], [0.2, 0.4, 0.3, 0.1], [0.1, 0.3, 0.4, 0.3], [0.1, 0.1, 0.3, 0.5]], dtype=dtype
+    )
+    z = torch.tensor([-1.0, 0.7, 0.4, 0.5], dtype=dtype)
+    c = z - M @ z - torch.tensor([1.0, 0.0, 0.0, 0.0], dtype=dtype)
+    problem, x = support.build(FixedPointSystem, lambda x: unit * (M @ (x / unit) + c).clamp(-1, 1), unit * z)
+    found = estimate_error(problem, x, problem.residual(x), EVERY)
+    assert bool((found.size[0] >= x[0].abs()).all()) and bool((found.size[0] < 4 * unit).all())
+
+
+def test_a_fixed_point_in_mixed_units_is_not_singular():
+    """1 − ∂T has the condition number 1e3 in natural units."""
+    M = torch.tensor(
+        [
+            [0.40268081, -0.02552638, 0.12886560, 0.41928479, 0.13355558],
+            [-0.02552638, 0.53448349, 0.04243216, 0.00120078, 0.49675494],
+            [0.12886560, 0.04243216, 0.55934775, -0.14061365, -0.25472102],
+            [0.41928479, 0.00120078, -0.14061365, 0.18475904, 0.13305478],
+            [0.13355558, 0.49675494, -0.25472102, 0.13305478, 0.25733635],
+        ]
+    )
+    unit = torch.tensor([88.5, 8.61e5, 494.0, 1.61, 8.64e-6])
+    z = torch.tensor([0.1146, 0.2990, -0.1543, 0.1339, 0.2994])
+    problem, x = support.build(FixedPointSystem, lambda x: unit * (M @ (x / unit) + 1e-3), unit * z)
+    assert not bool(estimate_error(problem, x, problem.residual(x), EVERY).singular)

@@ -32,7 +32,6 @@ __all__ = [
     "hooks_refused",
     "innermost",
     "is_differentiated_again",
-    "is_mapped",
     "is_plain",
     "isolated",
     "layers",
@@ -155,11 +154,6 @@ def innermost(tensor: torch.Tensor) -> torch.Tensor:
     """Return the plain tensor that transforms have wrapped."""
     *_, plain = layers(tensor)
     return plain
-
-
-def is_mapped(tensor: torch.Tensor) -> bool:
-    """Return whether a ``vmap`` maps ``tensor``."""
-    return any(map(_functorch.is_batchedtensor, layers(tensor)))
 
 
 def without_gradient(tensor: torch.Tensor) -> torch.Tensor:

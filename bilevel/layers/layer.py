@@ -14,6 +14,7 @@ import torch
 from torch.utils import _pytree as pytree
 
 from bilevel._torch.empty_batches import EmptyBatch, apply_rule
+from bilevel._torch.kinds import refuse_nested
 from bilevel._torch.transforms import (
     autocast_to,
     carries_gradient,
@@ -39,7 +40,7 @@ from bilevel.layers.settings import Setting, SolveSettings
 from bilevel.layers.solution import Solution
 from bilevel.linear._base import LinearSolver, LinearSolverLike
 from bilevel.policy import OnFailure, handle_misuse
-from bilevel.pytree import Raveler, flatten_arguments, refuse_nested
+from bilevel.pytree import Raveler, flatten_arguments
 from bilevel.reports import StatusMessages
 from bilevel.solvers._base import InnerSolver, InnerSolverLike
 from bilevel.solvers._given import GivenAnswer

@@ -120,7 +120,7 @@ def minimize(
         )
     run = OuterRun(problem, outer, data, method, tolerance, gradient_tolerance, bounds, init)
     with _kept(problem, "tolerance"):
-        return follow(run, max_steps, gradient_tolerance, callbacks, on_failure, resume)
+        return follow(run, max_steps, gradient_tolerance, list(callbacks), on_failure, resume)
 
 
 def _as_method(optimizer: OuterMethod | Callable[..., torch.optim.Optimizer] | None) -> OuterMethod:

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch.utils import _pytree as pytree
 
-from bilevel._torch.kinds import refuse_nested
 from bilevel.errors import DtypeError, ShapeError
+from bilevel.setting_checks import refuse_nested
 
 __all__ = [
     "Arguments", "Raveler", "as_real", "copied", "detached", "differentiated", "flatten_arguments", "is_numpy", "joined",

@@ -14,7 +14,6 @@ import torch
 from torch.utils import _pytree as pytree
 
 from bilevel._torch.empty_batches import EmptyBatch, apply_rule
-from bilevel._torch.kinds import refuse_nested
 from bilevel._torch.transforms import (
     autocast_to,
     carries_gradient,
@@ -42,6 +41,7 @@ from bilevel.linear._base import LinearSolver, LinearSolverLike
 from bilevel.policy import OnFailure, handle_misuse
 from bilevel.pytree import Raveler, flatten_arguments
 from bilevel.reports import StatusMessages
+from bilevel.setting_checks import refuse_nested
 from bilevel.solvers._base import InnerSolver, InnerSolverLike
 from bilevel.solvers._given import GivenAnswer
 from bilevel.tolerance import Tolerance

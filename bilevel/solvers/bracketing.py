@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch.utils import _pytree as pytree
 
-from bilevel._torch.kinds import is_mapped
+from bilevel._torch.mapped import is_mapped
 from bilevel._torch.transforms import innermost
 from bilevel.equations.problem import Problem
 from bilevel.errors import ArgumentError, ShapeError

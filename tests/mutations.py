@@ -1156,6 +1156,18 @@ MUTATIONS = (
         "answer, taken) * (1 + 0 * answer)", "answer, taken) + 0 * answer", ("tests/test_differentiation.py", "-k", "failed_problem_is_nan_under"),
     ),
     Mutation(
+        "a residual that overflows at both bounds has a rounding of zero", "solvers/bracketing.py",
+        "torch.isinf(f_high), torch.nan, size)", "torch.isinf(f_high), size, size)", ("tests/solvers/test_bracketing.py", "-k", "overflows"),
+    ),
+    Mutation(
+        "a recursive estimate kept while the point moves", "stochastic/vrbo.py",
+        "last, self._estimate = self._estimate, []", "last = self._estimate", ("tests/stochastic/test_misuse.py", "-k", "recursive_estimate"),
+    ),
+    Mutation(
+        "an outer loop shortens what is unrolled", "problems/problem.py",
+        "        if self._settings.start_matters:\n            return\n", "", ("tests/test_outer.py", "-k", "unrolls_every_step"),
+    ),
+    Mutation(
         "a random preparation goes unnoticed", "problems/definition.py",
         "poisoned = watch.ended(on_failure)", "poisoned = False", ("tests/test_differentiation.py", "-k", "random_preparation"),
     ),
@@ -1829,11 +1841,11 @@ MUTATIONS = (
         ("tests/test_layers.py", "-k", "autocast_is_named"),
     ),
     Mutation(
-        "nothing unrolled is a zero derivative", "layers/layer.py", "if not taken and", "if False and",
+        "nothing unrolled is a zero derivative", "layers/layer.py", "if not taken.most and", "if False and",
         ("tests/test_differentiation.py", "-k", "start_at_the_solution"),
     ),
     Mutation(
-        "Newton is unrolled from the start", "layers/differentiation.py", "return answer, max(taken, _FEWEST_NEWTON_STEPS)", "return init, 2",
+        "Newton is unrolled from the start", "layers/differentiation.py", "return answer, Taken(max(taken.most, _FEWEST_NEWTON_STEPS))", "return init, Taken(2)",
         ("tests/test_differentiation.py", "-k", "without_a_solver"),
     ),
     Mutation(

@@ -104,9 +104,7 @@ class Problem:
             return self
         if self.linearization_slot is not None:
             self.linearization_slot.replays = replays
-        made = object.__new__(type(self))  # nothing that __post_init__ computes changes
-        vars(made).update(vars(self), replays=replays, objective=objective)
-        return made
+        return replace(self, replays=replays, objective=objective)
 
     @property
     def where(self) -> str:

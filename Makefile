@@ -77,7 +77,7 @@ doctest: $(VENV)/.dev
 
 docs: $(VENV)/.dev
 	$(BIN)/sphinx-build -q -n -W --keep-going -b html docs docs/_build/html
-	$(BIN)/sphinx-build -q -W --keep-going -b doctest docs docs/_build/doctest
+	$(BIN)/sphinx-build -q -n -W --keep-going -b doctest -d docs/_build/html/.doctrees docs docs/_build/doctest
 
 # Opens every page of the site that `make docs` or `make gallery` built in headless Chromium, without a network, at two widths,
 # light and dark. Needs Debian's packages chromium and chromium-driver, or their like.

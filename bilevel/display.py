@@ -109,6 +109,15 @@ def plot_history(history: Sequence[bilevel.OuterStep], title: str = "") -> Figur
     ------
     bilevel.ArgumentError
         If there is no history, or matplotlib, of the extra ``cli``, is not installed.
+
+    Examples
+    --------
+    >>> import math
+    >>> basis = bilevel.Basis.ESTIMATED
+    >>> point = bilevel.OuterStep(1, 0.5, 0.5, 0.0, 0.2, 0.01, basis, 1e-3, 1e-3, 9, 5, math.nan, 1, 0.1)
+    >>> values = plot_history([point], title="a run").axes[0]
+    >>> values.get_title(), len(values.lines)
+    ('a run', 4)
     """
     if not history:
         raise bilevel.ArgumentError("plot_history: expected at least one point, got none; pass result.history")
@@ -154,6 +163,16 @@ def plot_steps(results: Sequence[StepResult], title: str = "") -> Figure:
     ------
     bilevel.ArgumentError
         If no step was made, or matplotlib, of the extra ``cli``, is not installed.
+
+    Examples
+    --------
+    >>> import torch
+    >>> method = bilevel.stochastic.SOBA(
+    ...     (lambda x, a, _: ((x - a) ** 2).sum(), lambda x, a, _: ((x - 1) ** 2).sum()), torch.zeros(2), torch.zeros(2)
+    ... )
+    >>> losses, norms = plot_steps([method.step(None, None) for _ in range(3)]).axes
+    >>> [line.get_label() for line in losses.lines], [int(step) for step in losses.lines[0].get_xdata()]
+    (['outer loss', 'inner loss'], [1, 2, 3])
     """
     made = [result for result in results if not result.skipped]
     if not made:

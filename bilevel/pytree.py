@@ -13,11 +13,11 @@ import torch
 from torch.utils import _pytree as pytree
 
 from bilevel.errors import DtypeError, ShapeError
+from bilevel.setting_checks import refuse_nested
 
 __all__ = [
     "Arguments", "Raveler", "as_real", "copied", "detached", "differentiated", "flatten_arguments", "is_numpy", "joined",
-    "leaf_names", "moves", "moving", "of_real", "parted", "ravel", "ravel_like", "real_dtype", "refuse_nested", "requiring_grad", "unravelled",
-    "usable",
+    "leaf_names", "moves", "moving", "of_real", "parted", "ravel", "ravel_like", "real_dtype", "requiring_grad", "unravelled", "usable",
 ]  # fmt: skip
 
 
@@ -353,15 +353,6 @@ def moves(leaf: Any) -> bool:
 def moving(tree: Any) -> list[bool]:
     """Return :func:`moves` of each leaf of ``tree``."""
     return [moves(leaf) for leaf in pytree.tree_leaves(tree)]
-
-
-def refuse_nested(tensor: torch.Tensor, where: str, name: str) -> None:
-    """Raise :class:`DtypeError` for a nested tensor, called ``name`` in the message."""
-    if tensor.is_nested:
-        raise DtypeError(
-            f"{where}: expected a dense tensor at {name}, got a nested one; pass a list of tensors, list(x.unbind()), or pad it with "
-            "torch.nested.to_padded_tensor(x, 0.0)"
-        )
 
 
 def usable(tensor: torch.Tensor) -> torch.Tensor:

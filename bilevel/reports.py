@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import enum
 import math
 from collections.abc import Callable
@@ -181,10 +180,8 @@ class SolveReport:
 
     def with_proof(self, prove: Callable[[], Proof]) -> SolveReport:
         """Return the report with the error bound, the basis and the proven entries that ``prove`` returns. It is called when one is first read."""
-        made = copy.copy(self)
-        for name in _PROVEN:
-            del vars(made)[name]
-        vars(made)["_prove"] = prove
+        made = object.__new__(type(self))
+        vars(made).update({name: value for name, value in vars(self).items() if name not in _PROVEN}, _prove=prove)
         return made
 
     def __getattr__(self, name: str) -> Any:

@@ -1,13 +1,13 @@
-"""Checks of settings, made when a solver is constructed."""
+"""Checks of settings, made when a solver is constructed, and of tensors that no layer takes."""
 
 from __future__ import annotations
 
 import math
 from typing import Any, NoReturn
 
-from bilevel.errors import ArgumentError
+from bilevel.errors import ArgumentError, DtypeError
 
-__all__ = ["FrozenOptions", "check_number", "check_seed", "check_steps"]
+__all__ = ["FrozenOptions", "check_number", "check_seed", "check_steps", "refuse_nested"]
 
 
 class FrozenOptions(dict[str, Any]):
@@ -41,13 +41,32 @@ def check_seed(where: str, seed: int) -> None:
 
 
 def check_number(
-    where: str, name: str, number: float, *, above: float = 0.0, below: float = math.inf, closed: bool = False
+    where: str,
+    name: str,
+    number: float,
+    *,
+    above: float = 0.0,
+    below: float = math.inf,
+    closed: bool = False,
+    at_most: bool = False,
 ) -> None:
-    """Raise :class:`ArgumentError` unless ``above`` < ``number`` < ``below`` (≤ on the left if ``closed``)."""
+    """Raise :class:`ArgumentError` unless ``above`` < ``number`` < ``below`` (≤ on the left if ``closed``, on the right if ``at_most``)."""
     fits = not isinstance(number, bool) and isinstance(number, (int, float)) and math.isfinite(number)
-    if not (fits and (above < number or (closed and number == above)) and number < below):
-        left = "[" if closed else "("
+    inside = (
+        fits and (above < number or (closed and number == above)) and (number < below or (at_most and number == below))
+    )
+    if not inside:
+        left, right = "[" if closed else "(", "]" if at_most else ")"
         example = 1.0 if above < 1 < below else 0.5 * (above + below) if math.isfinite(below) else 2.0 * above
         raise ArgumentError(
-            f"{where}: expected {name} to be a number in {left}{above}, {below}), got {number!r}; write for example {name}={example:g}"
+            f"{where}: expected {name} to be a number in {left}{above}, {below}{right}, got {number!r}; write for example {name}={example:g}"
+        )
+
+
+def refuse_nested(tensor: Any, where: str, name: str) -> None:
+    """Raise :class:`DtypeError` for a nested tensor, called ``name`` in the message."""
+    if tensor.is_nested:
+        raise DtypeError(
+            f"{where}: expected a dense tensor at {name}, got a nested one; pass a list of tensors, list(x.unbind()), or pad it with "
+            "torch.nested.to_padded_tensor(x, 0.0)"
         )

@@ -26,7 +26,8 @@ class Status(_NamedCode):
     --------
     >>> import torch, bilevel
     >>> layer = bilevel.root(lambda x, a: x**2 - a, on_failure="nan")
-    >>> report = torch.func.vmap(layer.solve)(torch.ones(2), torch.tensor([4.0, -1.0])).report
+    >>> solve = torch.func.vmap(layer.solve)
+    >>> report = solve(torch.ones(2), torch.tensor([4.0, -1.0])).report
     >>> [status.name for status in report.status], report.status_code.tolist()
     (['CONVERGED', 'SINGULAR'], [0, 8])
     """

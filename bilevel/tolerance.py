@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import enum
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Final
 
@@ -17,7 +17,7 @@ __all__ = ["AUTO", "Auto", "Target", "Tolerance", "auto_relative"]
 
 
 class Auto(enum.Enum):
-    """The type of :data:`AUTO`."""
+    """The accuracy that a :class:`bilevel.Tolerance` has by default: chosen from the dtype."""
 
     AUTO = "auto"
 
@@ -291,9 +291,10 @@ class Tolerance:
         return self._target(self.delta_prime, dtype)
 
     def _target(self, accuracy: float | Auto | None, dtype: torch.dtype) -> Target:
-        mu, known = self.strong_convexity, Target(strong_convexity=self.strong_convexity, smoothness=self.smoothness)
+        mu, smoothness = self.strong_convexity, self.smoothness
         if accuracy is None:
-            return replace(known, silent=True)
+            return Target(strong_convexity=mu, smoothness=smoothness, silent=True)
         if isinstance(accuracy, Auto):
-            return replace(known, relative=auto_relative(dtype))
-        return replace(known, absolute=accuracy * (1.0 if mu is None else mu), asked=True)
+            return Target(strong_convexity=mu, smoothness=smoothness, relative=auto_relative(dtype))
+        absolute = accuracy * (1.0 if mu is None else mu)
+        return Target(strong_convexity=mu, smoothness=smoothness, absolute=absolute, asked=True)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -44,7 +45,7 @@ while (walker.nextNode()) {
   const node = walker.currentNode;
   if (!node.parentElement.closest("code, pre, script, style, annotation")) text.push(node.data);
 }
-const latex = text.join(" ").match(/\\\(|\\\[|\$\$|\\(frac|nabla|partial|lambda|theta|mathrm|left|sum|top)\b/);
+const latex = text.join(" ").match(/\\\(|\\\[|\$\$|\\[A-Za-z]{2,}/);
 const images = [...document.images].filter(i => i.loading = "eager");
 const settled = Promise.all(images.map(i => i.decode().then(() => null, () => i.src)));
 settled.then(missing => arguments[0]({wide, widest, latex: latex && latex[0], missing: missing.filter(Boolean)}));
@@ -186,6 +187,7 @@ def main() -> None:
         raise SystemExit("`make docs-check` needs Chromium: run `apt-get install chromium chromium-driver`.")
     if not (site / "index.html").is_file():
         raise SystemExit(f"{site} holds no built site: run `make docs` or `make gallery` first.")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the browser ends with this program
     browser = Browser(chromium, driver)
     try:
         faults = check(site, browser)

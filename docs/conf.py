@@ -18,6 +18,9 @@ extensions = [
     "statuses",
     "backlinks",
     "sitemap",
+    "sidebar",
+    "typography",
+    "docstrings",
     "sphinx.ext.autodoc",
     "sphinx.ext.autosummary",
     "sphinx.ext.doctest",
@@ -68,7 +71,10 @@ html_title = f"bilevel {release}"
 nitpicky = True
 # What has no page of ours to link to: torch, the standard library, and words that numpy-style types are written in.
 nitpick_ignore_regex = [
-    (r"py:.*", r"(torch|nn|np|numpy|scipy|sklearn|collections|abc|typing|pathlib|enum|optim|rich|hypothesis)(\..*)?"),
+    (
+        r"py:.*",
+        r"(torch|nn|np|numpy|scipy|sklearn|collections|abc|typing|pathlib|enum|optim|rich|hypothesis|st)(\..*)?",
+    ),
     (
         r"py:.*",
         r"(Tensor|Module|Any|Callable|Sequence|Mapping|Iterator|T|S|OuterTree|Path|optional|callable|SystemExit|Literal|Self)",
@@ -85,9 +91,9 @@ nitpick_ignore_regex = [
         r"py:class",
         r"(OptimizerLike|Backend|Reference|Loss|HessianChoice|ArgminOptions|LayerOptions|LeastSquaresOptions|LinearOptions|Approximation)",
     ),
-    (r"py:class", r"bilevel\.solvers\.bracketing\.Bracketing|bilevel\.layers\.differentiation\.BySteps"),
-    # Type variables and a private type of ours in signatures; "Bool, per problem: ..." read by napoleon as a type.
-    (r"py:class", r"bilevel\..*\.T|T|bilevel\.tolerance\.Target|Bool|RadauBound|bilevel\.(equations|replay)\..*"),
+    (r"py:class", r"bilevel\.solvers\.bracketing\.Bracketing|bilevel\.layers\.differentiation\.(BySteps|Taken)"),
+    # Type variables and private types of ours in signatures.
+    (r"py:class", r"bilevel\..*\.T|T|bilevel\.tolerance\.Target|RadauBound|bilevel\.(equations|replay)\..*"),
     # Fields named from their own class's docstring, which its parameters document.
     (
         r"py:attr",

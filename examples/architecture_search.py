@@ -118,14 +118,20 @@ for number, name in enumerate(OPERATIONS):
             label=f"{name}, place {place + 1}",
         )
 left.set_title("Weights during the search")
+left.set_ylim(bottom=0)
 left.set_xlabel("outer step")
 left.set_ylabel("weight of the operation (no unit)")
 left.legend(fontsize=8, ncols=2)
 names = [", ".join(pair) for pair in ranked[::-1]]
-colours = ["C1" if pair == chosen else "C0" for pair in ranked[::-1]]
-right.barh(names, [100 * table[pair] for pair in ranked[::-1]], color=colours)
+hatches = ["////" if pair == chosen else "" for pair in ranked[::-1]]
+right.barh(
+    names,
+    [100 * table[pair] for pair in ranked[::-1]],
+    hatch=hatches,
+    edgecolor="white",
+)
 right.set_xlim(80, 100)
-right.set_title("All sixteen networks, the chosen one in orange")
+right.set_title("All sixteen networks, the chosen one hatched")
 right.set_xlabel("test accuracy, trained anew (%)")
 right.set_ylabel("operations at the two places")
 plt.show()

@@ -96,7 +96,7 @@ for p in powers[1::4]:
     right.plot(p + ends, here + slope * ends, color="C1", lw=3, alpha=0.7, label=label)
 right.plot(power, error(power), "k*", ms=12, label="found by Newton's method")
 right.set_xlabel("power of the number of wines in the weights")
-right.set_ylabel("distance to the correlations of other wines")
+right.set_ylabel("distance to correlations of other wines (no unit)")
 right.set_title("Which weights repair best")
 right.legend()
 plt.show()

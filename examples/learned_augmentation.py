@@ -79,7 +79,8 @@ for name, values, style in zip(
 ):
     axes.plot(values, style, label=name)
 axes.axhline(math.pi / 4, color="0.5", linewidth=1)
-axes.text(0, math.pi / 4 + 0.01, "45 degrees", color="0.35")
+axes.text(140, math.pi / 4 + 0.01, "45 degrees", color="0.35")
+axes.set_title("Strengths during training")
 axes.set_xlabel("outer step")
 axes.set_ylabel("strength (radians, or no unit)")
 axes.legend(loc="center right")

@@ -1,6 +1,6 @@
 """
-Weight decay for each layer, learned while training
-===================================================
+Weight decay of each parameter, learned while training
+======================================================
 
 **What to see:** with a small fixed decay the network learns wrong labels by heart,
 and the validation loss rises. Decays that are learned in the same run bring it down
@@ -37,7 +37,9 @@ def network():
 
 
 # %%
-# θ has a log-decay for each of the four parameters. The inner variable is the module.
+# θ has a log-decay for each of the four parameters, two weights and two biases. The
+# inner variable is the module. Each outer step makes five training steps and then moves
+# the decays. With a rate of zero they stay fixed.
 def training_loss(model, log_decays, data):
     inputs, targets = data
     squares = torch.stack([(p**2).sum() for p in model.parameters()])
@@ -56,21 +58,16 @@ def run(learn, steps=250):
         (training_loss, validation_loss),
         model,
         log_decays,
+        inner_steps=5,
         inner_optimizer=functools.partial(torch.optim.Adam, lr=1e-2),
-        outer_optimizer=functools.partial(torch.optim.Adam, lr=0.1),
+        outer_optimizer=functools.partial(torch.optim.Adam, lr=0.1 if learn else 0.0),
         linear_solver=bilevel.CG(max_steps=5),
     )
-    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
     batches = stochastic.Minibatches((x[train], labels), 50, seed=0)
     judged = stochastic.Minibatches((x[validation], y[validation]), 100, seed=1)
     losses, decays = [], []
     for _ in range(steps):
-        if learn:
-            method.step(batches, judged)
-        else:
-            optimizer.zero_grad()
-            training_loss(model, log_decays, next(batches).data).backward()
-            optimizer.step()
+        method.step(batches, judged)
         with torch.no_grad():
             losses.append(cross_entropy(model(x[validation]), y[validation]).item())
         decays.append(log_decays.detach().exp().clone())
@@ -97,14 +94,14 @@ for name, decay in zip(names, decays[-1].tolist(), strict=True):
 figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.8), layout="constrained")
 left.plot(fixed, label="fixed decay")
 left.plot(learned, label="learned decays")
-left.set_xlabel("training step")
+left.set_xlabel("outer step, of five training steps")
 left.set_ylabel("validation loss (nats)")
 left.set_title("Validation loss")
 left.legend()
 for name, values, style in zip(names, decays.T, ("-", "--", "-.", ":"), strict=True):
     right.semilogy(values, style, label=name)
-right.set_xlabel("training step")
+right.set_xlabel("outer step, of five training steps")
 right.set_ylabel("decay (no unit)")
-right.set_title("Decay of each parameter")
+right.set_title("Decays that are learned")
 right.legend()
 plt.show()

@@ -1156,6 +1156,18 @@ MUTATIONS = (
         "answer, taken) * (1 + 0 * answer)", "answer, taken) + 0 * answer", ("tests/test_differentiation.py", "-k", "failed_problem_is_nan_under"),
     ),
     Mutation(
+        "a residual that overflows at both bounds has a rounding of zero", "solvers/bracketing.py",
+        "torch.isinf(f_high), torch.nan, size)", "torch.isinf(f_high), size, size)", ("tests/solvers/test_bracketing.py", "-k", "overflows"),
+    ),
+    Mutation(
+        "a recursive estimate kept while the point moves", "stochastic/vrbo.py",
+        "last, self._estimate = self._estimate, []", "last = self._estimate", ("tests/stochastic/test_misuse.py", "-k", "recursive_estimate"),
+    ),
+    Mutation(
+        "an outer loop shortens what is unrolled", "problems/problem.py",
+        "        if self._settings.start_matters:\n            return\n", "", ("tests/test_outer.py", "-k", "unrolls_every_step"),
+    ),
+    Mutation(
         "a random preparation goes unnoticed", "problems/definition.py",
         "poisoned = watch.ended(on_failure)", "poisoned = False", ("tests/test_differentiation.py", "-k", "random_preparation"),
     ),
@@ -1792,8 +1804,24 @@ MUTATIONS = (
         ("tests/cones/test_solutions.py", "-k", "batch"),
     ),
     Mutation(
-        "a prox of many points shrinks negative entries twice", "prox/l1.py", "least = -threshold", "least = -2 * threshold",
-        ("tests/prox/test_working_set.py", "-k", "method_of_a_sparse_lasso"),
+        "a prox of many points shrinks negative entries twice", "prox/_entries.py", "_between(v, -threshold, threshold)",
+        "_between(v, -2 * threshold, threshold)", ("tests/prox/test_entries.py",),
+    ),
+    Mutation(
+        "an unknown without a term is fixed at zero beside others", "prox/_entries.py", "(x != 0) | (self.l1 == 0)", "(x != 0)",
+        ("tests/prox/test_entries.py", "-k", "joined or numbers_for"),
+    ),
+    Mutation(
+        "a class derived from a term counts as that term", "prox/_flat.py", "type(term) not in _OF_ENTRIES", "not isinstance(term, _OF_ENTRIES)",
+        ("tests/prox/test_entries.py", "-k", "of_the_user"),
+    ),
+    Mutation(
+        "the columns for unit vectors come in another order", "_torch/thin_products.py", "left.index_select(1, self._places)",
+        "left.index_select(1, self._places.flip(0))", ("tests/prox/test_working_set.py", "-k", "rows_of_a_hessian"),
+    ),
+    Mutation(
+        "a quadratic is evaluated in every round", "solvers/_working_set.py", "(quadratic or len(state.rows) < _TRIALS)", "len(state.rows) < 0",
+        ("tests/prox/test_working_set.py", "-k", "three_times"),
     ),
     Mutation(
         "a one-sided derivative is handed out", "layers/call.py",
@@ -1813,11 +1841,11 @@ MUTATIONS = (
         ("tests/test_layers.py", "-k", "autocast_is_named"),
     ),
     Mutation(
-        "nothing unrolled is a zero derivative", "layers/layer.py", "if not taken and", "if False and",
+        "nothing unrolled is a zero derivative", "layers/layer.py", "if not taken.most and", "if False and",
         ("tests/test_differentiation.py", "-k", "start_at_the_solution"),
     ),
     Mutation(
-        "Newton is unrolled from the start", "layers/differentiation.py", "return answer, max(taken, _FEWEST_NEWTON_STEPS)", "return init, 2",
+        "Newton is unrolled from the start", "layers/differentiation.py", "return answer, Taken(max(taken.most, _FEWEST_NEWTON_STEPS))", "return init, Taken(2)",
         ("tests/test_differentiation.py", "-k", "without_a_solver"),
     ),
     Mutation(

@@ -184,6 +184,15 @@ def test_each_problem_of_a_batch_is_unrolled_for_its_own_steps() -> None:
         assert bool((slopes[2].diagonal() != 0).any())
 
 
+def test_a_damping_of_one_is_the_largest() -> None:
+    assert bilevel.PhantomGradient(damping=1.0).damping == 1.0
+    with pytest.raises(
+        bilevel.ArgumentError,
+        match=r"expected damping to be a number in \(0.0, 1.0\], got 1.1; write for example damping=0.5",
+    ):
+        bilevel.PhantomGradient(damping=1.1)
+
+
 def unrolled_ridge() -> Ridge:
     return Ridge(solver=bilevel.GradientDescent(0.02, 5000), differentiation=bilevel.Unrolled())
 

@@ -50,8 +50,8 @@ def listed() -> set[str]:
                 module = moved.group(1)
             if line and not line.startswith(" "):
                 inside = line.startswith(".. autosummary::")
-            elif inside and re.fullmatch(r"   [A-Za-z_][\w.]*", line):
-                found.add(f"{module}.{line.strip()}")
+            elif inside and re.fullmatch(r"   ~?[A-Za-z_][\w.]*", line):
+                found.add(f"{module}.{line.strip().removeprefix('~')}")
     return found
 
 

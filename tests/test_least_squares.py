@@ -361,3 +361,8 @@ def test_bounds_are_those_of_scipy(loss: str) -> None:
 def test_mistakes_are_named(make: Any, words: str) -> None:
     with pytest.raises(ValueError, match=words):
         make()
+
+
+def test_errors_of_a_bounded_problem_name_the_layer() -> None:
+    with pytest.raises(bilevel.ShapeError, match=r"^`least_squares` layer `"):
+        bilevel.least_squares(lambda x, a: x - a, lower=0.0)(torch.zeros(2), torch.zeros(3))

@@ -506,3 +506,42 @@ def test_a_gradient_tolerance_that_is_no_number_is_refused(tolerance: Any) -> No
         bilevel.minimize(Problem(), torch.ones(2), None, init=torch.zeros(2), gradient_tolerance=tolerance)
     with torch.inference_mode(), pytest.raises(bilevel.ArgumentError, match=r"outside torch.inference_mode"):
         Problem().hypergradient(torch.ones(2), None, init=torch.zeros(2))
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({"callback": 3}, "callback to be a function"),
+        ({"callback": [print, None]}, "callback to be a function"),
+        ({"tolerance": 1e-3}, "tolerance to be a bilevel.Tolerance"),
+        ({"tolerance": lambda step: 1e-3}, "to return a bilevel.Tolerance"),
+    ],
+)
+def test_settings_of_another_type_are_refused(settings: dict[str, object], expected: str) -> None:
+    with pytest.raises(bilevel.ArgumentError, match=f"{expected}.*got.*(write|pass)"):
+        bilevel.minimize(
+            Unrolled(), torch.zeros((), dtype=torch.float64), DATA, init=torch.zeros(2, dtype=torch.float64), **settings
+        )
+
+
+DATA = torch.tensor([1.0, 2.0], dtype=torch.float64)
+
+
+class Unrolled(bilevel.BilevelProblem):
+    def inner_objective(self, inner, outer, data):
+        return ((inner - data) ** 2).sum() + outer.exp() * (inner**2).sum()
+
+    def outer_objective(self, inner, outer, data):
+        return ((inner - 0.8 * data) ** 2).sum()
+
+
+def test_a_run_unrolls_every_step_from_where_the_first_began() -> None:
+    """Near a stationary point the outer steps are small, and few inner steps from the last solution have almost no derivative."""
+    start, outer = torch.zeros(2, dtype=torch.float64), torch.zeros((), dtype=torch.float64)
+    gradients = []
+    for settings in ({}, {"solver": bilevel.GradientDescent(0.2, 500), "differentiation": bilevel.Unrolled()}):
+        problem = Unrolled(tolerance=bilevel.Tolerance(delta=1e-5), **settings)
+        slow = lambda parameters: torch.optim.SGD(parameters, lr=1e-5)
+        result = bilevel.minimize(problem, outer, DATA, init=start, optimizer=slow, max_steps=4)
+        gradients.append(result.history[-1].gradient_norm)
+    assert gradients[1] == pytest.approx(gradients[0], rel=1e-3)

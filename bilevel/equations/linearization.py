@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
+from bilevel._torch.grad_mode import no_graph
 from bilevel._torch.reverse import reverse_pass
 from bilevel.equations.domain import no_value
 from bilevel.operators import HessianOperator, JacobianOperator, LinearOperator
@@ -114,7 +115,7 @@ class ReplayedLinearization:
         return products, [next(pulled) if want else None for want in self.needs_grad]
 
     def _finish(self, which: tuple[int, ...], q: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        with torch.no_grad():
+        with no_graph():
             q = q.contiguous()
             return self.begun.finish(which, q, q)
 

@@ -11,8 +11,10 @@ from typing import Any
 import torch
 from torch.func import vmap
 
+from bilevel._torch.grad_mode import no_graph
 from bilevel._torch.graph_features import nodes, record_graph_features
 from bilevel._torch.reverse import vjp
+from bilevel._torch.thin_products import ThinProducts
 from bilevel.equations.domain import leaves_domain, row_by_row
 from bilevel.equations.linearization import PRODUCT, Linearization, LinearizationSlot, NoPullback, ReplayedLinearization
 from bilevel.equations.system import ArgminSystem, System
@@ -95,13 +97,16 @@ class Problem:
         # Tensors born under inference_mode cannot take part in autograd; a copy can.
         return Problem(system, [t.clone() if t.is_inference() else t.detach() for t in tensors], slot)
 
-    def replayed_from(self, replays: ReplayCache | None) -> Problem:
-        """Return the problem with ``replays``, which the linearisation slot receives too."""
-        if replays is self.replays:
+    def replayed_from(self, replays: ReplayCache | None, objective: Problem | None = None) -> Problem:
+        """Return the problem with ``replays``, which the linearisation slot receives too, and with this ``objective``, if one is given."""
+        objective = self.objective if objective is None else objective
+        if replays is self.replays and objective is self.objective:
             return self
         if self.linearization_slot is not None:
             self.linearization_slot.replays = replays
-        return replace(self, replays=replays)
+        made = object.__new__(type(self))  # nothing that __post_init__ computes changes
+        vars(made).update(vars(self), replays=replays, objective=objective)
+        return made
 
     @property
     def where(self) -> str:
@@ -158,7 +163,7 @@ class Problem:
         if known is None:
             return evaluation(x, *self.tensors)
         program, captured = known
-        with torch.no_grad():
+        with no_graph():
             return program.run(x.contiguous(), *self.tensors, *captured)
 
     def _trusted(
@@ -173,7 +178,7 @@ class Problem:
         return self.replays.program(name, evaluation, lambda: (x.detach().contiguous(), *self.tensors), late)
 
     def _output(self, x: torch.Tensor, *tensors: torch.Tensor) -> tuple[torch.Tensor]:
-        with torch.no_grad():
+        with no_graph():
             return (self.system.outputs(self.shaped(x), *tensors),)
 
     def _gradient(self, x: torch.Tensor, *tensors: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -271,7 +276,7 @@ class Problem:
     ) -> Linearization:
         at = x.detach()
         materialize = self._materialize(at)
-        with torch.no_grad():
+        with no_graph():
             begun = program.begin(at.contiguous(), *self.tensors, *captured)
         value, residual = begun.outputs[:PRODUCT]
         assert value is not None
@@ -317,25 +322,25 @@ class Problem:
         return residual.reshape(x.shape), matrix, values.reshape(self.batch) if self.has_value else None
 
     def _rows(self, x: torch.Tensor, *tensors: torch.Tensor) -> list[torch.Tensor]:
-        with torch.no_grad():
+        with no_graph():
             system = self.system.for_second_derivatives()
             made = system.lifted(system.rows)(self.shaped(x), *tensors)
         return [tensor.detach() for tensor in made]
 
     def some_rows(self, x: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
         """Return the rows (k, n) of ∂_x R at ``x`` (1, n) for the ``places`` (k,), of a single problem without levels."""
-        k = len(places)
-        units = torch.zeros(1 + k, self.size, dtype=x.dtype, device=x.device)
-        units[0] = x[0]
-        units[torch.arange(1, 1 + k, device=x.device), places] = 1
-        return self.evaluate(("rows", k), self._some_rows, units)[0]
+        packed = torch.cat([x[0], places.to(x.dtype)])
+        return self.evaluate(("rows", len(places)), self._some_rows, packed.unsqueeze(0))[0]
 
     def _some_rows(self, packed: torch.Tensor, *tensors: torch.Tensor) -> list[torch.Tensor]:
-        """Return the rows at the point ``packed[0]`` for the unit vectors that follow it."""
-        with torch.no_grad():
+        """Return the rows at the point ``packed[0, :n]`` for the places that follow it, whole numbers packed as floats."""
+        with no_graph():
+            point, places = packed[0, : self.size], packed[0, self.size :].long()
+            units = (places.unsqueeze(-1) == torch.arange(self.size, device=places.device)).to(packed.dtype)
             system = self.system.for_second_derivatives()
-            made: Any = vjp(lambda point: system.residual_and_value(point, *tensors)[0], packed[0])
-            (rows,) = vmap(made[1])(packed[1:])
+            made: Any = vjp(lambda x: system.residual_and_value(x, *tensors)[0], point)
+            with ThinProducts(units, places):
+                (rows,) = vmap(made[1])(units)
         return [rows.detach()]
 
     def to(self, dtype: torch.dtype) -> Problem:

@@ -56,6 +56,14 @@ class WeightedData(NamedTuple):
         Weights (rows,), or (K, rows) for K folds.
     validation
         Weights (rows,), or (K, rows) for K folds.
+
+    Examples
+    --------
+    >>> import torch
+    >>> rows = torch.ones(3)
+    >>> data = WeightedData(torch.eye(3), torch.arange(3.0), rows, 0 * rows)
+    >>> float(data.training.sum()), float(data.validation.sum())
+    (3.0, 0.0)
     """
 
     inputs: torch.Tensor
@@ -223,6 +231,11 @@ class LinearModel(ABC):
 class Ridge(LinearModel):
     """Least squares: ℓ = ½ (y − xβ − b)².
 
+    Parameters
+    ----------
+    features
+        p, the columns of the design matrix.
+
     Examples
     --------
     >>> import torch
@@ -263,7 +276,19 @@ class Ridge(LinearModel):
 
 @dataclass(frozen=True)
 class Logistic(Ridge):
-    """Binary logistic regression: ℓ = log(1 + e^s) − y s with s = xβ + b and y in {0, 1}."""
+    """Binary logistic regression: ℓ = log(1 + e^s) − y s with s = xβ + b and y in {0, 1}.
+
+    Parameters
+    ----------
+    features
+        p, the columns of the design matrix.
+
+    Examples
+    --------
+    >>> import torch
+    >>> Logistic(features=2).losses(torch.tensor([0.0, 1.0]), torch.tensor([1.0, 1.0]))
+    tensor([0.6931, 0.3133])
+    """
 
     def losses(self, scores: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         """Return the log loss of each row (rows,)."""
@@ -297,6 +322,12 @@ class Softmax(LinearModel):
         p, the columns of the design matrix.
     classes
         At least 2.
+
+    Examples
+    --------
+    >>> import torch
+    >>> Softmax(features=2, classes=3).losses(torch.tensor([[1.0, 0.0, -1.0]]), torch.tensor([0]))
+    tensor([0.4076])
     """
 
     classes: int = 2

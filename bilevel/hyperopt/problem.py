@@ -22,7 +22,7 @@ Hyperparameters: TypeAlias = torch.Tensor | dict[str, torch.Tensor]
 class HyperparameterOptimization(bilevel.BilevelProblem):
     r"""Tune hyperparameters θ by the gradient of a validation loss at the trained parameters φ*(θ).
 
-    .. math:: \min_θ F(φ^*(θ)), \quad φ^*(θ) = \arg\min_φ G(φ, θ)
+    .. math:: \min_θ F(φ^*(θ)), \quad φ^*(θ) = \operatorname{argmin}_φ G(φ, θ)
 
     An ordinary module: θ are its parameters, calling it trains (the inner solve) and returns the validation
     loss, and ``loss.backward()`` fills their ``grad`` with the hypergradient −Bᵀ H⁻¹ ∇F. Any ``torch.optim``

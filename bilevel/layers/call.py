@@ -93,9 +93,7 @@ class SolveCall:
         self.poisoned = False
         self.nan_mask: torch.Tensor | None = None  # (*batch,) bool: whose derivatives the policy wants to be NaN
         self.residual: torch.Tensor | None = None  # at the solution (batch, n), for who wants the adjoint
-        self.found: tuple[torch.Tensor, torch.Tensor] | None = (
-            None  # R at the solution (batch, n), and the norm asked for
-        )
+        self.found: tuple[torch.Tensor, torch.Tensor] | None = None  # R at x (batch, n), and the norm asked for
         self.factor: torch.Tensor | None = None
         self.one_step = False  # whether that is of the Hessians at init, and a step with them was the last
         self.last_rhs: torch.Tensor | None = None  # of this call's linear solves
@@ -159,7 +157,7 @@ class SolveCall:
                 self.inspector.reuse_inspection(objective, x, self.written, captures=self.watched),
                 self.inspector.reuse_inspection(problem, init, everything, captures=self.watched),
             ]
-        problem = replace(problem.replayed_from(replays[1]), objective=objective.replayed_from(replays[0]))
+        problem = problem.replayed_from(replays[1], objective.replayed_from(replays[0]))
 
         def again() -> None:
             self.inspect(objective, x, again=True)
@@ -325,6 +323,8 @@ class SolveCall:
     ) -> tuple[LinearOutcome, StatusMessages]:
         """Return ``outcome`` with ``Status.DEGENERATE`` for the problems whose derivative does not exist or is one-sided."""
         if self.degenerate is None or Status.DEGENERATE not in self.messages:
+            return outcome, words
+        if _all_converged(outcome) and not bool(self.degenerate.any()):
             return outcome, words
         these = self.degenerate.expand(axes).reshape(outcome.status.shape)
         these = these & self.depends_on_side(operator, outcome.x, first=first)

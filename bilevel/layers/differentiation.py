@@ -285,7 +285,7 @@ class PhantomGradient(BySteps):
 
     def __post_init__(self) -> None:
         check_steps("PhantomGradient", "steps", self.steps)
-        check_number("PhantomGradient", "damping", self.damping, below=1.0 + 1e-12)
+        check_number("PhantomGradient", "damping", self.damping, below=1.0, at_most=True)
 
     def path(self, step: Step, init: torch.Tensor, answer: torch.Tensor, taken: Taken) -> torch.Tensor:  # noqa: D102
         x, state = answer, None

@@ -39,8 +39,9 @@ from bilevel.layers.settings import Setting, SolveSettings
 from bilevel.layers.solution import Solution
 from bilevel.linear._base import LinearSolver, LinearSolverLike
 from bilevel.policy import OnFailure, handle_misuse
-from bilevel.pytree import Raveler, flatten_arguments, refuse_nested
+from bilevel.pytree import Raveler, flatten_arguments
 from bilevel.reports import StatusMessages
+from bilevel.setting_checks import refuse_nested
 from bilevel.solvers._base import InnerSolver, InnerSolverLike
 from bilevel.solvers._given import GivenAnswer
 from bilevel.tolerance import Tolerance

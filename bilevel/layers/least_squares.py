@@ -298,4 +298,6 @@ def _bounded(
     def objective(x: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
         return _objective(residual, loss, x, args, kwargs)
 
-    return argmin(objective, **settings)
+    layer = argmin(objective, **settings)
+    layer.where = f"`least_squares` layer `{getattr(residual, '__name__', type(residual).__name__)}`"
+    return layer

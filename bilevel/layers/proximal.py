@@ -20,6 +20,7 @@ import torch
 from torch.func import vmap
 from torch.utils import _pytree as pytree
 
+from bilevel._torch.grad_mode import no_graph
 from bilevel._torch.reverse import vjp
 from bilevel._torch.transforms import without_gradient
 from bilevel.equations.problem import Problem
@@ -125,7 +126,7 @@ class _Termed(StructuredSystem):
 
         def of_batch(one: Callable[..., torch.Tensor], *vectors: torch.Tensor) -> torch.Tensor:
             """Return ``one`` of each problem, of its term, its rows of ``vectors`` (batch, k) and its tensors, without a graph."""
-            with torch.no_grad():
+            with no_graph():
                 if known is not None:
                     return one(known, *(vector[0] for vector in vectors), *problem.tensors).unsqueeze(0)
                 return self._of_levels(problem, one, vectors)
@@ -173,11 +174,11 @@ class _Termed(StructuredSystem):
         self, problem: Problem, of_batch: Callable[..., torch.Tensor], known: FlatTerm | None
     ) -> Composite:
         """Return what solvers see, of a function that applies others to all problems; ``known`` is the term of a single one."""
-        return Composite(
-            objective_of(problem),
-            problem,
-            lambda v, step: of_batch(lambda g, v, s, *_: g.prox(v, s[0]), v, step.unsqueeze(-1)),
-        )
+        return Composite(objective_of(problem), problem, _prox_of(of_batch))
+
+
+def _prox_of(of_batch: Callable[..., torch.Tensor]) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
+    return lambda v, step: of_batch(lambda g, v, s, *_: g.prox(v, s[0]), v, step.unsqueeze(-1))
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -205,8 +206,10 @@ class ProximalSystem(_Termed, LocalModel):
             (rows,) = vmap(made[1])(units)
             return rows.gather(-1, numbers.expand(len(numbers), -1))
 
-        return replace(
-            super().composite_of(problem, of_batch, known),
+        return Composite(
+            objective_of(problem),
+            problem,
+            _prox_of(of_batch),
             value=lambda x: of_batch(lambda g, x, *_: g.value(x), x),
             margin=lambda x, slope, step: of_batch(
                 lambda g, x, slope, s, *_: g.margin(x, slope, s[0]), x, slope, step.unsqueeze(-1)

@@ -28,7 +28,7 @@ class IMAML(bilevel.BilevelProblem):
 
     .. math::
         \min_θ \frac1T \sum_i L_i(φ_i^*(θ)), \qquad
-        φ_i^*(θ) = \arg\min_φ \hat L_i(φ) + \tfrac{λ}{2} \|φ - θ\|^2
+        φ_i^*(θ) = \operatorname{argmin}_φ \hat L_i(φ) + \frac{λ}{2} \|φ - θ\|^2
 
     The learner is an ordinary module, and θ are the model's own parameters. Calling it adapts all tasks of a batch
     together, and returns the mean query loss. ``loss.backward()`` fills their ``grad`` with the mean of gᵢ = (I +

@@ -112,10 +112,15 @@ def minimize(
     if not isinstance(problem, BilevelProblem):
         raise ArgumentError(f"minimize: expected problem to be a bilevel.BilevelProblem, got {problem!r}; subclass it")
     method = _as_method(optimizer)
-    callbacks = [callback] if callable(callback) else list(callback or ())
+    callbacks = [callback] if callable(callback) else [] if callback is None else callback
+    if not isinstance(callbacks, Sequence) or not all(map(callable, callbacks)):
+        raise ArgumentError(
+            f"minimize: expected callback to be a function of the run, or a list of functions, got {callback!r}; pass for example lambda run: "
+            "print(run.value)"
+        )
     run = OuterRun(problem, outer, data, method, tolerance, gradient_tolerance, bounds, init)
     with _kept(problem, "tolerance"):
-        return follow(run, max_steps, gradient_tolerance, callbacks, on_failure, resume)
+        return follow(run, max_steps, gradient_tolerance, list(callbacks), on_failure, resume)
 
 
 def _as_method(optimizer: OuterMethod | Callable[..., torch.optim.Optimizer] | None) -> OuterMethod:

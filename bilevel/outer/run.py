@@ -55,12 +55,17 @@ class OuterRun:
         if policy is None or isinstance(policy, Tolerance):
             fixed = own if policy is None else policy
             self._policy = lambda k: fixed
-        else:
+        elif callable(policy):
             self._policy = policy
+        else:
+            raise _no_tolerance(
+                "tolerance to be a bilevel.Tolerance, or a function of the step's number that returns one", policy
+            )
         self._leaves, self._structure = pytree.tree_flatten(outer)
         if not any(moves(leaf) for leaf in self._leaves):
             raise ArgumentError(
-                f"minimize: expected outer to hold a floating-point or complex tensor, got {outer!r}; pass tensors to minimise over"
+                f"minimize: expected outer to hold a floating-point or complex tensor, got {outer!r}; pass tensors to minimise over, such as "
+                "dict(module.named_parameters()) of a module"
             )
         parameters = {id(parameter) for parameter in problem.parameters()}
         self._own = [leaf if id(leaf) in parameters else None for leaf in self._leaves if moves(leaf)]
@@ -169,7 +174,10 @@ class OuterRun:
     def _evaluate(self, outer: tuple[torch.Tensor, ...], *, tighter: float = 1.0) -> Evaluation | None:
         """Return the hypergradient at ``outer``, as the policy has it for the next point; None, and why, if a solve failed."""
         problem = self.problem
-        asked = _tightened(_until(self._policy(len(self.history) + 1), self._zero), tighter)
+        asked = self._policy(len(self.history) + 1)
+        if not isinstance(asked, Tolerance):
+            raise _no_tolerance("the function given as tolerance to return a bilevel.Tolerance", asked)
+        asked = _tightened(_until(asked, self._zero), tighter)
         problem.tolerance = asked
         init = self._init if self._evaluations == 0 else None
         self._evaluations += 1
@@ -313,6 +321,10 @@ def _failed(run: OuterRun, status: OuterStatus, on_failure: str) -> OuterResult:
     if on_failure == "raise" and status is OuterStatus.NOT_FINITE:
         raise ArgumentError(f"{result.message} Lower the step size, or bound what the outer variables may become.")
     return result
+
+
+def _no_tolerance(expected: str, got: object) -> ArgumentError:
+    return ArgumentError(f"minimize: expected {expected}, got {got!r}; write for example bilevel.Tolerance(delta=1e-6)")
 
 
 def _tightened(tolerance: Tolerance, by: float) -> Tolerance:

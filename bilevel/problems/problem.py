@@ -211,7 +211,12 @@ class BilevelProblem(torch.nn.Module, ABC):
         self._warm = WarmStart.of(state)
 
     def begin_at(self, inner: Any, adjoint: Any) -> None:
-        """Warm-start the next call from ``inner`` and ``adjoint``, as a :class:`Hypergradient` holds them."""
+        """Warm-start the next call from ``inner`` and ``adjoint``, as a :class:`Hypergradient` holds them.
+
+        Nothing is done where the derivative depends on the start: see :class:`bilevel.Unrolled`.
+        """
+        if self._settings.start_matters:
+            return
         flat = self._numbering.ravel(adjoint)
         # As for the mean's cotangents.
         self._warm = replace(self._warm, inner=inner, adjoint=flat / max(1, len(flat)))

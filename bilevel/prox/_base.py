@@ -22,6 +22,7 @@ import torch
 
 from bilevel._torch.transforms import layers, without_gradient
 from bilevel.errors import ArgumentError, DtypeError, ShapeError
+from bilevel.prox._entries import Entries
 
 __all__ = [
     "Demand",
@@ -37,6 +38,7 @@ __all__ = [
     "check_positive",
     "demand",
     "detached",
+    "entry_numbers",
     "no_value",
     "positive_of",
     "postponed_checks",
@@ -111,13 +113,9 @@ class Term(ABC):
     def prox(self, v: torch.Tensor, step: Parameter = 1.0) -> torch.Tensor:
         """Return argmin_x ½‖x − v‖² + step · g(x), of the shape of v, with exact zeros, bounds and ties."""
 
-    def _prox_with(self, step: Parameter, like: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
-        """Return v ↦ prox(v, step) for many v of the shape of ``like``; override it to compute once what depends on the step alone."""
-        return lambda v: self.prox(v, step)
-
-    def _free_with(self, like: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor | None]:
-        """Return x ↦ the ``free`` entries of its manifold, for many x of the shape of ``like``; override it likewise."""
-        return lambda x: self.manifold(x).free
+    def _entries(self, like: torch.Tensor) -> Entries | None:
+        """Return the term of vectors of the shape of ``like`` as numbers for each entry; None if it is no such term."""
+        return None
 
     @abstractmethod
     def manifold(self, x: torch.Tensor) -> Manifold:
@@ -240,6 +238,12 @@ def as_parameter(value: Parameter, like: torch.Tensor) -> torch.Tensor:
     if isinstance(value, torch.Tensor):
         return value.to(dtype=like.dtype, device=like.device)
     return torch.as_tensor(value, dtype=like.dtype, device=like.device)
+
+
+def entry_numbers(value: Parameter, like: torch.Tensor) -> float | torch.Tensor:
+    """Return a parameter in the dtype of ``like``, detached: a number, or a vector with one for each entry of ``like``."""
+    found = detached(as_parameter(value, like))
+    return float(found) if found.ndim == 0 else found.expand(like.shape).reshape(-1)
 
 
 def broadcast_to(where: str, name: str, value: torch.Tensor, shape: torch.Size | tuple[int, ...]) -> torch.Tensor:

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 
-from bilevel.prox._base import Manifold, Term, already_checked
+from bilevel.prox._base import Manifold, Term
+from bilevel.prox._entries import Entries
 from bilevel.prox.box import Box, NonNegative
 from bilevel.prox.l1 import L1, ElasticNet
 
 __all__ = ["FlatTerm"]
 
-_FLAT = (L1, NonNegative, Box)
-# Terms whose parameters are numbers, or one for each entry.
+# Terms that :meth:`Term._entries` describes. A class derived from one of them may have another prox.
 _OF_ENTRIES = (L1, ElasticNet, NonNegative, Box)
 
 
@@ -36,41 +35,20 @@ class FlatTerm:
         """Whether all terms name their manifolds."""
         return all(term is None or term.has_manifold for term in self.terms)
 
-    @property
-    def is_flat(self) -> bool:
-        """Whether all terms are known to have no curvature on their manifolds."""
-        return all(term is None or type(term) in _FLAT for term in self.terms)
-
-    def at(self, places: torch.Tensor) -> FlatTerm | None:
-        """Return the term of the entries at ``places`` (k,) alone, of a vector (k,); None where it is not known how to make it."""
-        term, shape = self.terms[0], self.shapes[0]
-        if len(self.terms) > 1 or term is None or type(term) not in _OF_ENTRIES:
-            return None
-        values = {}
-        for field in dataclasses.fields(term):  # type: ignore[arg-type]  # each term is a dataclass
-            value = getattr(term, field.name)
-            many = isinstance(value, torch.Tensor) and value.ndim > 0
-            values[field.name] = value.expand(shape).reshape(-1)[places] if many else value
-        with already_checked():
-            return FlatTerm([type(term)(**values)], [torch.Size([len(places)])])
+    def entries(self, like: torch.Tensor) -> Entries | None:
+        """Return g of vectors like ``like`` (n,) as numbers for each entry; None if a term is no such term."""
+        parts = []
+        for term, part in zip(self.terms, self._split(like), strict=True):
+            if term is not None and type(term) not in _OF_ENTRIES:
+                return None
+            made = Entries() if term is None else term._entries(part)
+            assert made is not None
+            parts.append(made)
+        return Entries.joined(parts, [shape.numel() for shape in self.shapes], like)
 
     def prox(self, v: torch.Tensor, step: torch.Tensor) -> torch.Tensor:
         """Return prox_{step·g}(v) (n,)."""
         return self._each(lambda term, part: part if term is None else term.prox(part, step), v)
-
-    def prox_with(self, step: torch.Tensor, like: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
-        """Return v ↦ :meth:`prox` (v, step), for many v like ``like`` (n,)."""
-        term, shape = self.terms[0], self.shapes[0]
-        if len(self.terms) > 1 or len(shape) != 1 or term is None:
-            return lambda v: self.prox(v, step)
-        return term._prox_with(step, like)
-
-    def free_with(self, like: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor | None]:
-        """Return x ↦ the free entries of :meth:`manifold` (x), for many x like ``like`` (n,)."""
-        term, shape = self.terms[0], self.shapes[0]
-        if len(self.terms) > 1 or len(shape) != 1 or term is None:
-            return lambda x: self.manifold(x).free
-        return term._free_with(like)
 
     def value(self, x: torch.Tensor) -> torch.Tensor:
         """Return g(x) ()."""
@@ -80,6 +58,8 @@ class FlatTerm:
         """Return the least margin of the terms, ()."""
         leaves = zip(self.terms, self._split(x), self._split(slope), strict=True)
         margins = [term.margin(part, s, step) for term, part, s in leaves if term is not None]
+        if len(margins) == 1:
+            return margins[0]
         return torch.stack(margins).min() if margins else x.new_ones(())
 
     def proven_zero(self, slope: torch.Tensor, move: torch.Tensor) -> torch.Tensor:

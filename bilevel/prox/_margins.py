@@ -25,5 +25,5 @@ def relative(distance: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
 
 def least(*margins: torch.Tensor) -> torch.Tensor:
     """Return the least of all entries, of shape (), at most 1; a margin that does not count is ``inf``. NaN where one is NaN."""
-    smallest = torch.stack([part.min() for part in margins if part.numel()] or [margins[0].new_ones(())]).min()
-    return smallest.clamp(max=1.0)
+    parts = [part.min() for part in margins if part.numel()] or [margins[0].new_ones(())]
+    return (parts[0] if len(parts) == 1 else torch.stack(parts).min()).clamp(max=1.0)

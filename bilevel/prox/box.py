@@ -16,9 +16,11 @@ from bilevel.prox._base import (
     check_numbers,
     demand,
     detached,
+    entry_numbers,
     no_value,
     readable,
 )
+from bilevel.prox._entries import Entries
 from bilevel.prox._margins import least, relative, scale_of
 
 __all__ = ["Box", "NonNegative"]
@@ -47,6 +49,9 @@ class NonNegative(Term):
 
     def prox(self, v: torch.Tensor, step: Parameter = 1.0) -> torch.Tensor:
         return v.relu()
+
+    def _entries(self, like: torch.Tensor) -> Entries:
+        return Entries(lower=0.0)
 
     def manifold(self, x: torch.Tensor) -> Manifold:
         free = detached(x) > 0
@@ -129,6 +134,12 @@ class Box(Term):
 
     def prox(self, v: torch.Tensor, step: Parameter = 1.0) -> torch.Tensor:
         return v.clamp(*self._bounds(v))
+
+    def _entries(self, like: torch.Tensor) -> Entries:
+        lower, upper = (None if side is None else entry_numbers(side, like) for side in (self.lower, self.upper))
+        if isinstance(lower, torch.Tensor) or isinstance(upper, torch.Tensor):
+            lower, upper = (detached(side).reshape(-1) for side in self._bounds(like))
+        return Entries(lower=lower, upper=upper)
 
     def manifold(self, x: torch.Tensor) -> Manifold:
         lower, upper = self._bounds(x)

@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 
-from bilevel.prox._base import Manifold, Parameter, Term, as_parameter, check_nonnegative, detached, strength_of
+from bilevel.prox._base import (
+    Manifold,
+    Parameter,
+    Term,
+    as_parameter,
+    check_nonnegative,
+    detached,
+    entry_numbers,
+    strength_of,
+)
+from bilevel.prox._entries import Entries
 from bilevel.prox._margins import largest, least, relative
 
 __all__ = ["L1", "ElasticNet"]
@@ -56,14 +65,8 @@ class L1(Term):
     def prox(self, v: torch.Tensor, step: Parameter = 1.0) -> torch.Tensor:
         return _shrink(v, as_parameter(step, v) * self._strength(v))
 
-    def _prox_with(self, step: Parameter, like: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
-        threshold = as_parameter(step, like) * self._strength(like)
-        least = -threshold
-        return lambda v: v - v.clamp(least, threshold)
-
-    def _free_with(self, like: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
-        smooth = detached(self._strength(like)) == 0
-        return (lambda x: (x != 0) | smooth) if bool(smooth.any()) else (lambda x: x != 0)
+    def _entries(self, like: torch.Tensor) -> Entries:
+        return Entries(l1=entry_numbers(self.strength, like))
 
     def manifold(self, x: torch.Tensor) -> Manifold:
         return _same_signs(x, self._strength(x))
@@ -126,6 +129,9 @@ class ElasticNet(Term):
         l1, l2 = self._strengths(v)
         step = as_parameter(step, v)
         return _shrink(v, step * l1) / (1 + step * l2)
+
+    def _entries(self, like: torch.Tensor) -> Entries:
+        return Entries(l1=entry_numbers(self.l1, like), l2=entry_numbers(self.l2, like))
 
     def manifold(self, x: torch.Tensor) -> Manifold:
         l1, l2 = self._strengths(x)

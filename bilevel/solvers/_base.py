@@ -382,7 +382,7 @@ def length(v: torch.Tensor) -> torch.Tensor:
 
 def is_lone(numbers: torch.Tensor) -> bool:
     """Return whether ``numbers`` (batch,) belong to a single problem on the CPU. Python numbers are then cheaper than tensors."""
-    return len(numbers) == 1 and numbers.device.type == "cpu"
+    return numbers.shape[0] == 1 and numbers.device.type == "cpu"
 
 
 def all_finite(numbers: torch.Tensor) -> torch.Tensor:

@@ -88,17 +88,22 @@ def _sparse(composite: Composite, init: torch.Tensor, target: Target) -> _Run | 
     """Return the run of the working-set method if it applies to this problem and solves it, else None."""
     if composite.separable is None:
         return None
-    found = solve_sparse(composite, composite.prox(init, _least(init)))
+    found = solve_sparse(composite, init)
     if found is None:
         return None
     at, known = found.at, Known(found.reduced, found.distance.unsqueeze(-1))
-    seen = assess(composite, at, torch.ones_like(at.value, dtype=torch.bool), known)
+    everyone = torch.ones_like(at.value, dtype=torch.bool)
+    seen = assess(composite, at, everyone, known, found.move)
     run = _Run.begin(composite, at, target, seen.move)
-    everyone, rounds = run.pending, torch.full_like(run.iterations, found.rounds)
+    rounds = torch.full_like(run.iterations, found.rounds)
     # If a prox step does not move the fixed unknowns of a separable term, −∇f lies in ∂g there. The gradient on the
     # manifold is then an element of ∂(f + g).
     if bool(((seen.move == 0) | found.reduced.free).all()) and bool(reached(seen, at, seen.slope, run.target)):
-        return run.after(at, seen.slope, everyone).polished(Polished(at, seen.slope, seen, everyone, rounds))
+        converged = torch.full_like(run.status, Status.CONVERGED)
+        return replace(
+            run, subgradient=seen.slope, error=seen.newton, status=converged, iterations=rounds,
+            found=Polished(at, seen.slope, seen, everyone, rounds),
+        )  # fmt: skip
     at, subgradient = prox_step(composite, at)
     run = run.after(at, subgradient, everyone, rounds)
     run = run.polished(polish(composite, at, subgradient, run.target, everyone, known=known))
@@ -279,7 +284,7 @@ class _Run:
         reduced = None if self.found is None else self.found.assessment.reduced
         serves = reduced is not None and bool(reduced.sound.all()) and reduced.same_free(composite, at.x)
         # The residual of the local model, as everything that is computed from a residual expects.
-        known = self.found is not None and torch.equal(self.found.at.x, at.x)
+        known = self.found is not None and (self.found.at.x is at.x or torch.equal(self.found.at.x, at.x))
         slope = self.found.assessment.slope if known and self.found is not None else torch.zeros_like(at.x)
         status, degenerate = self.status, self._degenerate()
         if degenerate is not None and bool(degenerate.any()):

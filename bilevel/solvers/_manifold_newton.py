@@ -72,6 +72,9 @@ class Assessment:
         near = self.usable & (self.newton.abs() <= allowed).all(dim=-1)
         if not bool(near.any()):
             return near
+        still = self.move.abs() <= allowed
+        if bool(still.all()):
+            return near
         eps = torch.finfo(allowed.dtype).eps
         rounding = 16 * eps * (at.x.abs() + at.step.unsqueeze(-1) * at.slope.abs())
         most = torch.maximum(allowed, self.newton.abs().amax(dim=-1, keepdim=True))
@@ -90,12 +93,19 @@ def prox_step(composite: Composite, at: Iterate) -> tuple[Iterate, torch.Tensor]
 
 
 def assess(
-    composite: Composite, at: Iterate, active: torch.Tensor, last: Assessment | Known | None = None
+    composite: Composite,
+    at: Iterate,
+    active: torch.Tensor,
+    last: Assessment | Known | None = None,
+    move: torch.Tensor | None = None,
 ) -> Assessment:
-    """Return the :class:`Assessment` of the ``active`` problems (batch,). The factors of the ``last`` one are reused if they fit."""
+    """Return the :class:`Assessment` of the ``active`` problems (batch,). The factors of the ``last`` one are reused if they fit.
+
+    ``move``: the prox step r from there (batch, n), if it is known.
+    """
     linear = _linearization(composite, at.x)
     slope = linear.residual.detach()
-    move = composite.step(at.x, at.slope, at.step) - at.x
+    move = composite.step(at.x, at.slope, at.step) - at.x if move is None else move
     never = torch.zeros_like(active)
     if last is not None and last.reduced is not None and last.reduced.fits(composite, at.x):
         newton = -last.reduced.solve(slope)

@@ -37,6 +37,7 @@ class Reduced:
         Bool (batch, n).
     index, valid
         The places of the free unknowns (batch, k), and which of them are valid: problems with fewer than k are padded.
+        None: all are valid.
     matrix
         (batch, k, k), with the identity as padding.
     factor
@@ -48,19 +49,21 @@ class Reduced:
     x: torch.Tensor
     free: torch.Tensor
     index: torch.Tensor
-    valid: torch.Tensor
+    valid: torch.Tensor | None
     matrix: torch.Tensor
     factor: torch.Tensor
     sound: torch.Tensor
 
     def gather(self, v: torch.Tensor) -> torch.Tensor:
         """Return the free entries (batch, k) of ``v`` (batch, n), padded with zeros."""
-        return torch.where(self.valid, v.gather(-1, self.index), 0.0)
+        part = v.gather(-1, self.index)
+        return part if self.valid is None else torch.where(self.valid, part, 0.0)
 
     def insert(self, part: torch.Tensor, rest: torch.Tensor) -> torch.Tensor:
         """Return ``rest`` (batch, n) with its free entries replaced by ``part`` (batch, k)."""
-        kept = rest.gather(-1, self.index)
-        return rest.scatter(-1, self.index, torch.where(self.valid, part, kept))
+        if self.valid is not None:
+            part = torch.where(self.valid, part, rest.gather(-1, self.index))
+        return rest.scatter(-1, self.index, part)
 
     def solve(self, v: torch.Tensor) -> torch.Tensor:
         """Return H⁻¹ v (batch, n)."""
@@ -87,15 +90,14 @@ class Reduced:
 def reduce(composite: Composite, x: torch.Tensor, linear: Linearization) -> Reduced | None:
     """Return the reduced Hessian at ``x`` (batch, n), or None if it is too large. ``linear`` is the linearisation there."""
     assert composite.free is not None
-    batch = len(x)
+    batch = x.shape[0]
     free = composite.free(x)
     k = int(free.sum(dim=-1).max())
     wide = torch.finfo(x.dtype).bits >= 32
     if k > _MOST_ORDER or batch * k * k > _MOST_NUMBERS or not wide:
         return None
     if batch == 1:
-        index = free[0].nonzero().reshape(1, -1)
-        valid = torch.ones_like(index, dtype=torch.bool)
+        index, valid = free[0].nonzero().reshape(1, -1), None
     else:
         index = free.to(torch.uint8).sort(dim=-1, descending=True, stable=True).indices[:, :k]
         valid = free.gather(-1, index)
@@ -107,9 +109,7 @@ def factorised(
 ) -> Reduced:
     """Return the :class:`Reduced` of these entries (batch, k, k) of the Hessian. ``valid`` None: all places are valid."""
     k = index.shape[-1]
-    if valid is None:
-        valid = torch.ones_like(index, dtype=torch.bool)
-    elif not bool(valid.all()):
+    if valid is not None and not bool(valid.all()):
         both = valid.unsqueeze(-1) & valid.unsqueeze(-2)
         matrix = torch.where(both, matrix, torch.eye(k, dtype=x.dtype, device=x.device))
     matrix = 0.5 * (matrix + matrix.mT)
@@ -117,7 +117,7 @@ def factorised(
     sound = info == 0
     if k:
         # With rows of unit length, the smallest pivot bounds the distance to a singular matrix.
-        pivots = (factor.diagonal(dim1=-2, dim2=-1) / factor.norm(dim=-1)).amin(dim=-1)
+        pivots = (factor.diagonal(dim1=-2, dim2=-1) / torch.linalg.vector_norm(factor, dim=-1)).amin(dim=-1)
         sound = sound & (pivots**2 > 1e3 * k * torch.finfo(x.dtype).eps)
     return Reduced(x, free, index, valid, matrix, factor, sound)
 

@@ -1,269 +1,242 @@
-"""A working-set proximal Newton method for a single problem with a separable term. It assumes that few of many unknowns are free at the solution.
+"""A working-set proximal Newton method for a single problem with a term of single entries.
+
+It assumes that few of many unknowns are free at the solution.
 
 Around x, f is replaced by its quadratic model. Rows of the Hessian are computed only for a working set W: the unknowns
 that a prox step moves most. These rows give the model's whole gradient for any change in W. The model is therefore
-minimised with small vectors and matrices, without f. Accelerated proximal steps find the manifold, and Newton's method
-finishes on it. If f is quadratic, this is the solution. Otherwise a new model is made at the new x.
+minimised in W with small vectors and matrices, and W grows by the unknowns that a prox step moves at that minimum, without
+f. If f is quadratic, the minimum of the model is the solution. Otherwise a new model is made at the new x.
 
 In the spirit of Johnson & Guestrin, "Blitz", ICML 2015, and of Massias, Gramfort, Salmon, "Celer", ICML 2018, with Newton's method inside.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import TypeAlias
+from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 
-from bilevel.prox._flat import FlatTerm
+from bilevel._torch.grad_mode import no_graph
+from bilevel.prox._entries import Entries
 from bilevel.solvers._base import length
 from bilevel.solvers._composite import Composite, Iterate
+from bilevel.solvers._entry_model import Array, EntryModel
 from bilevel.solvers._reduced import Reduced, factorised
 
 __all__ = ["Sparse", "solve_sparse"]
 
-Free: TypeAlias = Callable[[torch.Tensor], torch.Tensor]
-
-# The smallest number of unknowns, the smallest and the first number that join the working set at once, and its largest
-# size.
-_LEAST_UNKNOWNS, _LEAST_JOIN, _JOIN, _MOST = 64, 8, 32, 640
-_MOST_ROUNDS, _MOST_SWEEPS, _MOST_NEWTON = 16, 6, 8
-# The numbers of accelerated steps before Newton's method: in the first round, in later ones, and after Newton's method
-# failed.
-_FIRST_STEPS, _STEPS, _MORE_STEPS = 12, 5, 15
-# The number of power steps that estimate the largest eigenvalue, and the factor of the estimate.
-_POWER_STEPS, _MARGIN = 5, 1.1
+# The smallest number of unknowns, the largest number of free ones at the start, and the largest size of W.
+_LEAST_UNKNOWNS, _MOST_FREE, _MOST = 64, 32, 640
+# The smallest number of unknowns that join W at once, and the smallest limit of that number.
+_LEAST_JOIN, _JOIN = 8, 16
+_MOST_ROUNDS = 24
+# The number of accelerated steps before Newton's method in a round, and where it follows such steps.
+_STEPS, _FEW_STEPS = 16, 5
+# The number of rounds with one model until f is known to be quadratic.
+_TRIALS = 2
 
 
 @dataclass(frozen=True, eq=False)
 class Sparse:
-    """The result: an iterate, the factorised Hessian, its distance (1,) from the iterate, and the number of rounds."""
+    """The result: an iterate, the prox step (1, n) from there, the factorised Hessian, its distance (1,) from the iterate, and the rounds."""
 
     at: Iterate
+    move: torch.Tensor
     reduced: Reduced
     distance: torch.Tensor
     rounds: int
 
 
-@torch.no_grad()
-def solve_sparse(composite: Composite, x: torch.Tensor) -> Sparse | None:
-    """Minimise f + g from ``x`` (1, n). Return None if the method does not apply, or if no decrease was found."""
-    g = composite.separable
-    if g is None or x.shape[-1] < _LEAST_UNKNOWNS or torch.finfo(x.dtype).bits < 32:
+def solve_sparse(composite: Composite, init: torch.Tensor) -> Sparse | None:
+    """Minimise f + g from ``init`` (1, n). Return None if the method does not apply, or if no decrease was found."""
+    n, kind = init.shape[-1], torch.finfo(init.dtype)
+    # Places are packed as floats for the rows, and single precision has no larger whole numbers.
+    if composite.separable is None or n < _LEAST_UNKNOWNS or kind.bits < 32 or n * kind.eps > 1:
         return None
-    free_of = _free_with(g, x[0])
-    if int(free_of(x[0]).sum()) > _JOIN:
+    with no_graph():
+        g = composite.separable.entries(init[0])
+        if g is None:
+            return None
+        x = g.prox(init, kind.tiny**0.5)  # a step that only moves it between the bounds
+        return None if int(g.free(x).sum()) > _MOST_FREE else _solved_sparse(composite, g, x)
+
+
+def _solved_sparse(composite: Composite, g: Entries, x: torch.Tensor) -> Sparse | None:
+    start = composite.at(x, x.new_zeros(1))
+    if not bool(torch.isfinite(start.value + start.slope.sum())):
         return None
-    at = composite.at(x, x.new_zeros(1))
-    if not bool(torch.isfinite(at.value + at.slope.sum())):
-        return None
-    around, total, step = at, at.value + g.value(x[0]), float("inf")
-    places: torch.Tensor | None = None
-    rows: torch.Tensor | None = None
+    state = _State.of(composite, g, start)
+    more, quadratic = state.moved_most(), False
     for number in range(_MOST_ROUNDS):
-        more = _moved_most(g, free_of, at, step, places, _JOIN << max(0, number - 2))
-        if more is None and (places is None or rows is None):
+        if more is None:
             return None
-        if more is not None:
-            made = composite.objective.some_rows(around.x, more)
-            known = places is not None and rows is not None
-            places = torch.cat([places, more]) if known and places is not None else more
-            rows = torch.cat([rows, made]) if known and rows is not None else made
-        assert places is not None and rows is not None
-        model = _Model.of(g, around, places, rows, step)
-        if model is None or len(places) > min(_MOST, x.shape[-1]):
+        state.join(more)
+        # While W grows by as many as it may, the accelerated steps alone show what has to join.
+        growing = more.shape[0] >= _JOIN
+        if state.inner.size > min(_MOST, x.shape[-1]) or not state.minimise(_STEPS, exact=not growing):
             return None
-        step = model.step
-        inner = model.minimised(at.x[0, places], _STEPS if number else _FIRST_STEPS)
-        y = at.x[0].index_copy(0, places, inner)
-        at = composite.at(y.unsqueeze(0), x.new_full((1,), step))
-        before, total = total, at.value + g.value(y)
-        if not bool(total <= before + 1e-9 * before.abs()):
+        more = state.moved_most()
+        if more is None and growing:
+            state.minimise(_FEW_STEPS, exact=True)
+            more = state.moved_most()
+        if more is not None and (quadratic or len(state.rows) < _TRIALS):
+            continue
+        at = state.evaluated()
+        if at is None:
             return None
-        slope = at.slope[0]
-        # The prox step has to vanish up to rounding and the accuracy of the model.
-        move = (g.prox(torch.add(y, slope, alpha=-step), at.step[0]) - y).abs().amax()
-        if bool(move <= 1e-7 * (y.abs().amax() + step * slope.abs().amax())):
-            reduced = model.reduced(at.x, free_of(y), inner)
-            return Sparse(at, reduced, length(at.x - around.x), number + 1)
-        expected = around.slope[0] + (inner - model.x) @ rows
-        if not bool((expected - slope).norm() <= 1e-10 * (slope.norm() + around.slope.norm())):
-            around, places, rows = at, None, None
+        move = state.remaining(at)
+        if move is not None:
+            return Sparse(at, move.unsqueeze(0), state.reduced(at.x), length(at.x - state.around.x), number + 1)
+        quadratic = state.describes(at)
+        if more is None or not quadratic:
+            state.begin(at)
+            more = state.moved_most()
     return None
 
 
-def _moved_most(
-    g: FlatTerm, free_of: Free, at: Iterate, step: float, known: torch.Tensor | None, many: int
-) -> torch.Tensor | None:
-    """Return the places of the ``many`` unknowns, besides the ``known``, that a prox step moves most; None if it moves none."""
-    y, slope = at.x[0], at.slope[0]
-    if step == float("inf"):  # the curvature is unknown yet, but the order of the moves does not depend on the step
-        size = float(slope.abs().amax())
-        step = (1 + float(y.abs().amax())) / size if size > 0 else 1.0
-    scores = (g.prox(torch.add(y, slope, alpha=-step), y.new_tensor(step)) - y).abs()
-    scores = scores.masked_fill(free_of(y), torch.inf)
-    if known is not None:
-        scores[known] = -1.0
-    best = scores.topk(min(many, len(y) - (0 if known is None else len(known))))
-    moved = int((best.values > 0).sum())
-    # Powers of two, so that few recorded programs are needed for the rows.
-    return best.indices[: max(_LEAST_JOIN, 1 << (moved - 1).bit_length())] if moved else None
-
-
-@dataclass(frozen=True, eq=False)
-class _Model:
-    """f + g around x in the unknowns of W: ⟨∇f, y − x⟩ + ½ ⟨y − x, H (y − x)⟩ + g(y), all vectors (k,).
+@dataclass(eq=False)
+class _State:
+    """The search: a model of f around an iterate, rows of its Hessian, and its minimum in the working set.
 
     Parameters
     ----------
-    g
-        The term of these unknowns.
-    x, slope, hessian
-        x, ∇f(x) and H (k, k).
+    composite, g
+        f + g, and g as numbers for each entry.
+    around, total
+        The iterate of the model, and f + g at the last iterate (1,).
+    y, slope
+        The minimum in W, and the gradient of the model there (n,).
+    rows
+        The rows of the Hessian in W, in blocks (k_b, n).
+    x, slopes, inner
+        The parts in W of the iterate, of ∇f there and of ``y`` (k,).
     step
-        s, below 1/L in W.
-    prox
-        v ↦ prox_{sg}(v).
-    free_of
-        y ↦ the free entries of its manifold.
-    places
-        W.
+        s, below 1/L in W; infinite if no curvature is known.
+    model
+        The model in W.
+    places, hessian
+        W (k,), and the entries of the Hessian in W (k, k); unset while W is empty.
     """
 
-    g: FlatTerm
-    x: torch.Tensor
+    composite: Composite
+    g: Entries
+    around: Iterate
+    total: torch.Tensor
+    y: torch.Tensor
     slope: torch.Tensor
-    hessian: torch.Tensor
-    step: float
-    prox: Callable[[torch.Tensor], torch.Tensor]
-    free_of: Free
-    places: torch.Tensor
+    rows: list[torch.Tensor] = field(default_factory=list)
+    x: Array = field(default_factory=lambda: np.empty(0))
+    slopes: Array = field(default_factory=lambda: np.empty(0))
+    inner: Array = field(default_factory=lambda: np.empty(0))
+    step: float = float("inf")
+    model: EntryModel | None = None
+    places: torch.Tensor = field(init=False)
+    hessian: Array = field(init=False)
 
     @staticmethod
-    def of(g: FlatTerm, around: Iterate, places: torch.Tensor, rows: torch.Tensor, step: float) -> _Model | None:
-        """Return the model around an iterate; None if it has no curvature, or if the term cannot be split."""
-        part, hessian = g.at(places), rows[:, places]
-        hessian = 0.5 * (hessian + hessian.mT)
-        largest = _largest(hessian)
-        step = min(step, 1 / largest) if largest > 0 else step
-        if part is None or not step < float("inf"):
+    def of(composite: Composite, g: Entries, at: Iterate) -> _State:
+        return _State(composite, g, at, at.value + g.value(at.x[0]), at.x[0], at.slope[0])
+
+    def begin(self, at: Iterate) -> None:
+        """Begin a new model around an iterate."""
+        self.around, self.y, self.slope, self.rows = at, at.x[0], at.slope[0], []
+        self.x = self.slopes = self.inner = np.empty(0)
+
+    def moved_most(self) -> torch.Tensor | None:
+        """Return the places outside of W of the unknowns that a prox step moves most; None if it moves none."""
+        y, slope, step = self.y, self.slope, self.step
+        if step == float("inf"):  # the curvature is unknown yet, but the order of the moves does not depend on the step
+            size = float(slope.abs().amax())
+            step = (1 + float(y.abs().amax())) / size if size > 0 else 1.0
+        scores = self.g.prox(torch.add(y, slope, alpha=-step), step).sub_(y).abs_()
+        size = self.inner.size
+        if size:
+            scores.index_fill_(0, self.places, -1.0)
+            free = int(np.count_nonzero(self.inner))
+        else:
+            mask = self.g.free(y)
+            scores.masked_fill_(mask, torch.inf)
+            free = int(mask.sum())
+        if not float(scores.amax()) > 0:
             return None
-        x, slope = around.x[0, places], around.slope[0, places]
-        prox, free_of = part.prox_with(x.new_tensor(step), x), _free_with(part, x)
-        return _Model(part, x, slope, hessian, step, prox, free_of, places)
+        # Powers of two, so that few recorded programs are needed for the rows.
+        best = scores.topk(min(_power_of_two(max(_JOIN, free)), y.shape[0] - size))
+        moved = sum(move > 0 for move in best.values.tolist())
+        return best.indices[: max(_LEAST_JOIN, _power_of_two(moved))]
 
-    def minimised(self, y: torch.Tensor, steps: int) -> torch.Tensor:
-        """Return the minimiser; the search begins at ``y``."""
-        for _ in range(_MOST_SWEEPS):
-            y = self._descended(y, steps)
-            slope = self._slope_at(y)
-            value = self._value(y, slope)
-            for _ in range(_MOST_NEWTON):
-                ahead, final = self._newton(y, slope)
-                if ahead is None:
-                    break
-                if final:
-                    return ahead
-                after = self._slope_at(ahead)
-                new = self._value(ahead, after)
-                if not new <= value + 1e-12 * abs(value):
-                    break
-                y, slope, value = ahead, after, new
-            steps = _MORE_STEPS
-        return y
+    def join(self, more: torch.Tensor) -> None:
+        """Add unknowns to W."""
+        rows, old = self.composite.objective.some_rows(self.around.x, more), self.inner.size
+        self.rows.append(rows)
+        self.places = torch.cat([self.places, more]) if old else more
+        x, slope = (_array(v[0].index_select(0, more)) for v in (self.around.x, self.around.slope))
+        self.x, self.slopes = np.concatenate([self.x, x]), np.concatenate([self.slopes, slope])
+        self.inner = np.concatenate([self.inner, x])  # the minimum in W moves no unknown outside of it
+        block = _array(rows.index_select(1, self.places))
+        new = 0.5 * (block[:, old:] + block[:, old:].T)
+        if old:
+            known, self.hessian = self.hessian, np.empty((block.shape[1], block.shape[1]))
+            self.hessian[:old, :old], self.hessian[old:, :old], self.hessian[:old, old:] = (
+                known,
+                block[:, :old],
+                block[:, :old].T,
+            )
+            self.hessian[old:, old:] = new
+        else:
+            self.hessian = new
 
-    def _slope_at(self, y: torch.Tensor) -> torch.Tensor:
-        """Return ∇f + H (y − x)."""
-        return torch.addmv(self.slope, self.hessian, y - self.x)
+    def minimise(self, steps: int, *, exact: bool) -> bool:
+        """Move to the minimum of the model in W, or near it unless ``exact``; return whether the model has a curvature."""
+        at, slope = self.around.x[0], self.around.slope[0]
+        self.model = EntryModel.of(self.g.at(self.places), self.x, self.slopes, self.hessian, self.step)
+        if self.model is None:
+            return False
+        self.step = self.model.step
+        self.inner = self.model.minimised(self.inner, steps) if exact else self.model.descended(self.inner, steps)
+        both = torch.from_numpy(np.stack([self.inner, self.inner - self.x])).to(at)
+        self.y = at.index_copy(0, self.places, both[0])
+        first = 0
+        for rows in self.rows:
+            last = first + rows.shape[0]
+            slope = torch.addmv(slope, rows.mT, both[1, first:last])
+            first = last
+        self.slope = slope
+        return True
 
-    def _prox(self, y: torch.Tensor, slope: torch.Tensor) -> torch.Tensor:
-        return self.prox(torch.add(y, slope, alpha=-self.step))
+    def evaluated(self) -> Iterate | None:
+        """Return the iterate at the minimum of the model; None if f + g has risen."""
+        at = self.composite.at(self.y.unsqueeze(0), self.y.new_full((1,), self.step))
+        before, self.total = self.total, at.value + self.g.value(self.y)
+        return at if bool(self.total <= before + 1e-9 * before.abs()) else None
 
-    def _descended(self, y: torch.Tensor, steps: int) -> torch.Tensor:
-        """Return ``y`` after accelerated proximal steps, with restarts."""
-        x, t = y, 1.0
-        # y − s (∇f + H (y − x)) as one product.
-        matrix = torch.mul(self.hessian, -self.step)
-        matrix.diagonal().add_(1.0)
-        shift = self.x - matrix @ self.x - self.step * self.slope
-        for _ in range(steps):
-            new = self.prox(torch.addmv(shift, matrix, y))
-            moved = new - x
-            if float((y - new) @ moved) > 0:
-                t, y = 1.0, new
-            else:
-                following = 0.5 * (1 + (1 + 4 * t * t) ** 0.5)
-                y = torch.add(new, moved, alpha=(t - 1) / following)
-                t = following
-            x = new
-        return x
+    def remaining(self, at: Iterate) -> torch.Tensor | None:
+        """Return the prox step (n,) from the minimum of the model; None if it does not vanish up to rounding and the accuracy of the model."""
+        y, slope = self.y, at.slope[0]
+        move = self.g.prox(torch.add(y, slope, alpha=-self.step), self.step).sub_(y)
+        small = float(move.abs().amax()) <= 1e-7 * (float(y.abs().amax()) + self.step * float(slope.abs().amax()))
+        return move if small else None
 
-    def _newton(self, y: torch.Tensor, slope: torch.Tensor) -> tuple[torch.Tensor | None, bool]:
-        """Return the prox step after Newton's step on the manifold of ``y``, and whether it is the minimiser; None if H is not positive definite."""
-        back = self._prox(y, slope)
-        free, curvature = self._manifold(y, slope)
-        if free.numel() == 0:
-            return back, bool((back == y).all())
-        # R, as the prox step from y tells it: T(y) − y = −s R / (1 + s K).
-        gap = (y - back)[free]
-        residual = gap / self.step if curvature is None else gap * (1 / self.step + curvature)
-        factor, info = torch.linalg.cholesky_ex(self._matrix(free, curvature))
-        if int(info):
-            return None, False
-        ahead = y.index_add(0, free, torch.cholesky_solve(residual.unsqueeze(-1), factor).squeeze(-1), alpha=-1)
-        new = self._prox(ahead, self._slope_at(ahead))
-        # The model is quadratic on its manifold. If the prox changes nothing, the solution is found.
-        return new, bool((new - ahead).abs().amax() <= 1e-11 * ahead.abs().amax())
+    def describes(self, at: Iterate) -> bool:
+        """Return whether the model's gradient at its minimum is that of f, up to rounding."""
+        difference = length(self.slope - at.slope)
+        most = max(1e-10, 128 * torch.finfo(self.y.dtype).eps)
+        return bool(difference <= most * (length(at.slope) + length(self.around.slope)))
 
-    def _manifold(self, y: torch.Tensor, slope: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Return the free unknowns, and the curvature K of g there; None if there are none."""
-        free = self.free_of(y).nonzero().squeeze(-1)
-        if self.g.is_flat:
-            return free, None
-        # The prox of a separable term has slopes 1 / (1 + s K). A difference gives them, and is exact if the prox is
-        # piecewise linear.
-        u = torch.add(y, slope, alpha=-self.step)
-        h = torch.where(u < 0, -1.0, 1.0) * (1e-3 * u.abs() + 1e-6 * u.abs().amax())
-        shrink = ((self.prox(u + h) - self.prox(u)) / h)[free]
-        curvature = (1 / shrink - 1) / self.step
-        return free, torch.where((curvature > 1e-9 / self.step) & torch.isfinite(curvature), curvature, 0.0)
-
-    def _matrix(self, free: torch.Tensor, curvature: torch.Tensor | None) -> torch.Tensor:
-        matrix = self.hessian[free][:, free]
-        if curvature is not None:
-            matrix.diagonal().add_(curvature)
-        return matrix
-
-    def _value(self, y: torch.Tensor, slope: torch.Tensor) -> float:
-        """Return the model up to a constant; ``slope`` is its gradient at ``y``."""
-        smooth = 0.5 * ((y - self.x) @ (self.slope + slope))
-        return float(smooth + self.g.value(y))
-
-    def reduced(self, x: torch.Tensor, everything: torch.Tensor, y: torch.Tensor) -> Reduced:
-        """Return the factorised Hessian of the local model at ``x`` (1, n), with free unknowns ``everything`` (n,), whose part in W is ``y``."""
-        free, curvature = self._manifold(y, self._slope_at(y))
-        matrix = self._matrix(free, curvature).unsqueeze(0)
-        return factorised(x, everything.unsqueeze(0), self.places[free].unsqueeze(0), None, matrix)
+    def reduced(self, x: torch.Tensor) -> Reduced:
+        """Return the factorised Hessian of the local model at ``x`` (1, n), which lies at the minimum in W."""
+        assert self.model is not None
+        free, matrix = self.model.free_hessian(self.inner)
+        index = self.places[torch.from_numpy(free).to(x.device)]
+        return factorised(
+            x, self.g.free(self.y).unsqueeze(0), index.unsqueeze(0), None, torch.from_numpy(matrix).to(x).unsqueeze(0)
+        )
 
 
-def _free_with(g: FlatTerm, like: torch.Tensor) -> Free:
-    free_of = g.free_with(like)
-
-    def free(y: torch.Tensor) -> torch.Tensor:
-        found = free_of(y)
-        assert found is not None
-        return found
-
-    return free
+def _array(t: torch.Tensor) -> Array:
+    made: Array = t.numpy(force=True).astype(np.float64, copy=False)
+    return made
 
 
-def _largest(matrix: torch.Tensor) -> float:
-    """Return a probable upper bound of the largest eigenvalue of a positive semidefinite matrix."""
-    size = matrix.abs().amax()
-    scaled = matrix / size
-    v = scaled.sum(dim=-1) + scaled.diagonal()
-    for _ in range(_POWER_STEPS - 1):
-        v = scaled @ v
-    norm = torch.linalg.vector_norm
-    return _MARGIN * float(size * norm(scaled @ v) / norm(v))
+def _power_of_two(number: int) -> int:
+    return 1 << max(0, number - 1).bit_length()

@@ -111,7 +111,7 @@ class Anderson(InnerSolver):
     def __post_init__(self) -> None:
         check_steps("Anderson", "max_steps", self.max_steps, optional=True)
         check_steps("Anderson", "history", self.history)
-        check_number("Anderson", "mixing", self.mixing, below=1.0 + 1e-12)
+        check_number("Anderson", "mixing", self.mixing, below=1.0, at_most=True)
         if self.regularization is not None:
             check_number("Anderson", "regularization", self.regularization, below=1.0, closed=True)
 

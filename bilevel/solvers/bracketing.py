@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch.utils import _pytree as pytree
 
+from bilevel._torch.mapped import is_mapped
+from bilevel._torch.transforms import innermost
 from bilevel.equations.problem import Problem
 from bilevel.errors import ArgumentError, ShapeError
 from bilevel.reports import Status
@@ -35,11 +37,27 @@ class Bracketing(InnerSolver):
 
     def __post_init__(self) -> None:
         check_steps(self.name, "max_steps", self.max_steps, optional=True)
-        both = (self.lower, self.upper)
-        if all(isinstance(bound, (int, float)) for bound in both) and not self.lower < self.upper:
-            raise ArgumentError(
-                f"{self.name}: expected lower < upper, got {self.lower!r} and {self.upper!r}; exchange them"
+        if all(isinstance(bound, (int, float)) for bound in (self.lower, self.upper)):
+            low, high = (torch.tensor(float(bound), dtype=torch.float64) for bound in (self.lower, self.upper))
+            self._check(self.name, low, high)
+
+    @staticmethod
+    def _check(where: str, low: torch.Tensor, high: torch.Tensor) -> None:
+        """Raise :class:`ArgumentError` unless the bounds are finite numbers, and ``low`` is below ``high``."""
+        wrong = ~(torch.isfinite(low) & torch.isfinite(high) & (low < high))
+        if not bool(wrong.any()):
+            return
+        first, second = (float(bound[wrong][0]) for bound in (low, high))
+        remedy = "choose finite bounds, such as -1e6 and 1e6"
+        if low[wrong][0] >= high[wrong][0]:
+            remedy = (
+                "exchange them"
+                if first > second
+                else "choose a lower bound below the root, and an upper bound above it"
             )
+        raise ArgumentError(
+            f"{where}: expected finite bounds with lower < upper, got {first:g} and {second:g}; {remedy}"
+        )
 
     def solve(self, problem: Problem, init: torch.Tensor, goal: Goal) -> InnerSolution:
         """Solve from the brackets. The first trial is ``init`` (batch, n) if it lies inside."""
@@ -48,15 +66,14 @@ class Bracketing(InnerSolver):
                 f"{problem.where}: expected a root for {self.name}, got an objective; take Newton(), or state the gradient as a bilevel.root"
             )
         low, high = (self._bound(problem, init, which) for which in ("lower", "upper"))
-        if not bool((low < high).all()):
-            raise ArgumentError(
-                f"{problem.where}: expected lower < upper of {self.name} for every unknown, got an empty bracket; exchange them"
-            )
+        self._check(f"{problem.where}: {self.name}", low, high)
         f_low, f_high = problem.residual(low), problem.residual(high)
         first = torch.where((init > low) & (init < high), init, low + 0.5 * (high - low))
         finest = max(0.01 * goal.target.atol, torch.finfo(init.dtype).tiny)
         x, f, width, steps = self.search(problem, (low, high, f_low, f_high), first, finest)
         size = torch.maximum(*(torch.where(torch.isfinite(f), f.abs(), 0.0) for f in (f_low, f_high)))
+        # Where both overflow, nothing is known of the rounding of a residual.
+        size = torch.where(torch.isinf(f_low) & torch.isinf(f_high), torch.nan, size)
         changes = f_low.sign() * f_high.sign() <= 0  # not where it is NaN
         eps = torch.finfo(x.dtype).eps
         at_rounding = f.abs() <= _ROUNDING * eps * size
@@ -66,8 +83,9 @@ class Bracketing(InnerSolver):
         ended = (width <= 8 * eps * x.abs() + 2 * finest).all(dim=-1)
         status = torch.where(ended, int(Status.CONVERGED), int(Status.MAX_STEPS))
         pole = changes & ((f.abs() > 10 * size) | ~torch.isfinite(f))
+        pole = pole | torch.isnan(f_low) | torch.isnan(f_high)
         status = torch.where(pole.any(dim=-1), int(Status.NOT_FINITE), status)
-        nothing = (~changes & ~(f == 0)).any(dim=-1)
+        nothing = (~changes & ~(f == 0) & ~pole).any(dim=-1)
         status = torch.where(nothing, int(Status.NOT_CONVERGED), status)
         return InnerSolution(x, steps, status, f, error=error)
 
@@ -83,6 +101,12 @@ class Bracketing(InnerSolver):
 
     def _bound(self, problem: Problem, init: torch.Tensor, which: str) -> torch.Tensor:
         bound, raveler = getattr(self, which), problem.system.raveler
+        if any(isinstance(leaf, torch.Tensor) and is_mapped(leaf) for leaf in pytree.tree_leaves(bound)):
+            raise ArgumentError(
+                f"{problem.where}: expected {which} of {self.name} to be the same for all problems of a batch, got one that vmap maps; "
+                "make the batch one unknown, which is a vector, and leave vmap out: each entry is solved by itself, with its own bounds"
+            )
+        bound = pytree.tree_map_only(torch.Tensor, innermost, bound)
         try:
             if isinstance(bound, (int, float)):
                 return torch.full_like(init, bound)
@@ -172,7 +196,7 @@ class Brent(Bracketing):
     lower, upper
         See :class:`Bisection`.
     max_steps
-        The largest number of steps; None: 500, and spending them all is a failure.
+        The largest number of steps; None: 3,000, and spending them all is a failure.
 
     Raises
     ------
@@ -208,7 +232,7 @@ class Brent(Bracketing):
         a, fa = torch.where(below, low, high), torch.where(below, f_low, f_high)
         c, fc = torch.where(below, high, low), torch.where(below, f_high, f_low)
         d = e = b - a
-        for _ in range(self.max_steps or 500):
+        for _ in range(self.max_steps or 3000):
             # c is on the other side of the root, and b is the better of the two.
             again = fb.sign() == fc.sign()
             c, fc = torch.where(again, a, c), torch.where(again, fa, fc)

@@ -121,6 +121,8 @@ class VRBO(StochasticMethod):
 
     def _follow(self, batches: tuple[Any, Any], before: Point | None) -> None:
         """Bring the estimates from the point ``before`` to the variables as they are; None: begin anew."""
+        # A step that ends half way, by an error or an update that is left out, begins anew: the point has moved.
+        last, self._estimate = self._estimate, []
         rate = self._rate if self.neumann_rate is None else self.neumann_rate
         drawn = self._random_numbers()
         now = neumann_directions(self._oracle, *batches, self.terms, rate)
@@ -128,7 +130,6 @@ class VRBO(StochasticMethod):
         if before is not None:
             with drawn.again():
                 old = neumann_directions(self._oracle, *batches, self.terms, rate, before)
-            estimate = add(self._estimate, subtract(estimate, [*(old.inner or []), *old.outer]))
-        self._estimate = []  # a step that is left out half way begins anew: the point has moved
+            estimate = add(last, subtract(estimate, [*(old.inner or []), *old.outer]))
         self._require_finite("recursive direction", estimate)
         self._estimate, self._losses = estimate, [now.inner_loss, now.outer_loss]

@@ -14,12 +14,43 @@ _F64 = torch.float64
 
 
 def dtypes() -> st.SearchStrategy[torch.dtype]:
-    """Draw float64 or float32."""
+    """Draw float64 or float32.
+
+    Returns
+    -------
+    hypothesis.strategies.SearchStrategy
+        Of ``torch.dtype``.
+
+    Examples
+    --------
+    >>> from hypothesis import find
+    >>> drawn = find(dtypes(), lambda drawn: drawn.itemsize == 4)
+    >>> drawn
+    torch.float32
+    """
     return st.sampled_from([torch.float64, torch.float32])
 
 
 def batch_sizes(most: int = 4) -> st.SearchStrategy[int]:
-    """Draw how many problems: 1 to ``most``."""
+    """Draw how many problems: 1 to ``most``.
+
+    Parameters
+    ----------
+    most
+        The largest number.
+
+    Returns
+    -------
+    hypothesis.strategies.SearchStrategy
+        Of int.
+
+    Examples
+    --------
+    >>> from hypothesis import find
+    >>> drawn = find(batch_sizes(), lambda drawn: drawn > 1)
+    >>> drawn
+    2
+    """
     return st.integers(1, most)
 
 
@@ -32,6 +63,18 @@ def shapes(*, most_axes: int = 3, longest: int = 3, empty: bool = True) -> st.Se
         Bounds.
     empty
         Whether an axis may have length 0.
+
+    Returns
+    -------
+    hypothesis.strategies.SearchStrategy
+        Of tuples of int.
+
+    Examples
+    --------
+    >>> from hypothesis import find
+    >>> drawn = find(shapes(), lambda drawn: len(drawn) == 2)
+    >>> drawn
+    (0, 0)
     """
     return st.lists(st.integers(0 if empty else 1, longest), max_size=most_axes).map(tuple)
 
@@ -44,7 +87,29 @@ def tensors(
     dtype: torch.dtype = _F64,
     scale: float = 1.0,
 ) -> torch.Tensor:
-    """Draw a tensor of normal numbers times ``scale``."""
+    """Draw a tensor of normal numbers times ``scale``.
+
+    Parameters
+    ----------
+    shape
+        Of the tensor, or a strategy that draws one.
+    dtype
+        Of the tensor.
+    scale
+        The standard deviation.
+
+    Returns
+    -------
+    hypothesis.strategies.SearchStrategy
+        Of ``torch.Tensor``.
+
+    Examples
+    --------
+    >>> from hypothesis import find
+    >>> drawn = find(tensors((2, 3)), lambda drawn: True)
+    >>> tuple(drawn.shape), drawn.dtype
+    ((2, 3), torch.float64)
+    """
     drawn = draw(shape) if isinstance(shape, st.SearchStrategy) else tuple(shape)
     return scale * torch.randn(drawn, generator=draw(generators()), dtype=_F64).to(dtype)
 
@@ -61,6 +126,18 @@ def trees(draw: st.DrawFn, *, size: int | None = None, most_leaves: int = 4, dty
         How many tensors.
     dtype
         Of all.
+
+    Returns
+    -------
+    hypothesis.strategies.SearchStrategy
+        Of pytrees.
+
+    Examples
+    --------
+    >>> from hypothesis import find
+    >>> drawn = find(trees(size=3), lambda drawn: isinstance(drawn, torch.Tensor))
+    >>> tuple(drawn.shape)
+    (3,)
     """
     if size is None:
         shaped = draw(st.lists(shapes(), min_size=1, max_size=most_leaves))

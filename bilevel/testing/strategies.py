@@ -9,18 +9,22 @@ This module needs ``hypothesis``, which ``pip install ".[test]"`` in a clone bri
 
 from __future__ import annotations
 
-import functools
-import math
-from collections.abc import Callable
-from dataclasses import dataclass, replace
-from typing import Any
-
 import torch
 from hypothesis import strategies as st
-from torch.utils import _pytree as pytree
 
 import bilevel
+from bilevel.testing._families import (
+    curved,
+    linear_solution,
+    measured,
+    pseudo_huber,
+    quadratic,
+    skewed,
+    well,
+    wells,
+)
 from bilevel.testing._input_strategies import batch_sizes, dtypes, generators, shapes, tensors, trees
+from bilevel.testing._random_problems import RandomBatch, RandomProblem
 
 __all__ = [
     "RandomBatch",
@@ -44,108 +48,6 @@ __all__ = [
 _F64 = torch.float64
 
 
-@dataclass(frozen=True, eq=False)
-class RandomProblem:
-    """A problem that a strategy drew.
-
-    Parameters
-    ----------
-    name
-        Its family.
-    make
-        :func:`bilevel.argmin`, :func:`bilevel.root` or :func:`bilevel.fixed_point`.
-    function
-        The function for ``make``, of ``(x, *args)``.
-    init
-        An initial guess from which default solvers reach the solution.
-    args
-        The arguments: floating-point tensors.
-    solution
-        args ↦ x*, in closed form, by one dense solve that torch differentiates; the pytree of ``init``.
-    condition
-        Condition number of the Jacobian at the solution, about.
-    reach
-        How much larger the residual at the start is than the Jacobian at the solution would make it: solves stop relative
-        to the first.
-    """
-
-    name: str
-    make: Callable[..., bilevel.Layer]
-    function: Callable[..., Any]
-    init: Any
-    args: tuple[torch.Tensor, ...]
-    solution: Callable[..., Any]
-    condition: float = 1.0
-    reach: float = 1.0
-
-    def __repr__(self) -> str:
-        leaves = pytree.tree_leaves(self.init)
-        shapes = ", ".join(str(tuple(leaf.shape)) for leaf in leaves)
-        return f"RandomProblem({self.name}, x: {shapes} {leaves[0].dtype if leaves else ''}, condition {self.condition:.1e})"
-
-    def layer(self, **settings: Any) -> bilevel.Layer:
-        """Return the layer with ``settings`` (solver, linear_solver, tolerance, on_failure)."""
-        return self.make(self.function, **settings)
-
-    @property
-    def size(self) -> int:
-        """n, the number of unknowns."""
-        return sum(leaf.numel() for leaf in pytree.tree_leaves(self.init))
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Of the unknown."""
-        return pytree.tree_leaves(self.init)[0].dtype
-
-    @property
-    def stated_error(self) -> float:
-        """The relative error that x and its derivatives may have with the default tolerances.
-
-        A solve leaves a residual of up to eps^(3/4) of that at the start, which the condition number κ may enlarge, in x and
-        through it in the derivative; rounding adds some hundred units. Four times the first, for constants:
-        κ (4 reach eps^(3/4) + 100 √n eps).
-        """
-        eps = torch.finfo(self.dtype).eps
-        return self.condition * (4 * self.reach * eps**0.75 + 100 * math.sqrt(max(self.size, 1)) * eps)
-
-    def to(self, dtype: torch.dtype) -> RandomProblem:
-        """Return the problem with start and arguments in ``dtype``."""
-        convert = functools.partial(torch.Tensor.to, dtype=dtype)
-        return replace(
-            self, init=pytree.tree_map(convert, self.init), args=tuple(convert(argument) for argument in self.args)
-        )
-
-    def in_terms_of(self, like: Any) -> RandomProblem:
-        """Return the same problem of the pytree ``like`` in place of a vector x (n,), n being the numbers in ``like``.
-
-        Raises
-        ------
-        ShapeError
-            If x is not a vector, or ``like`` holds another number of entries.
-        """
-        leaves, structure = pytree.tree_flatten(like)
-        sizes = [leaf.numel() for leaf in leaves]
-        if not isinstance(self.init, torch.Tensor) or self.init.shape != (sum(sizes),):
-            raise bilevel.ShapeError(
-                f"RandomProblem: expected a pytree of {self.size} numbers for a vector of as many, got {sum(sizes)}; draw it "
-                "with trees(size=...)"
-            )
-
-        def build(flat: torch.Tensor) -> Any:
-            parts = torch.split(flat, sizes)
-            shaped = [part.reshape(leaf.shape) for part, leaf in zip(parts, leaves, strict=True)]
-            return pytree.tree_unflatten(shaped, structure)
-
-        def function(tree: Any, *args: torch.Tensor) -> Any:
-            flat = torch.cat([leaf.reshape(-1) for leaf in pytree.tree_leaves(tree)])
-            value = self.function(flat, *args)
-            return value if self.make is bilevel.argmin else build(value)
-
-        return replace(
-            self, function=function, init=build(self.init), solution=lambda *args: build(self.solution(*args))
-        )
-
-
 def _normal(generator: torch.Generator, *shape: int) -> torch.Tensor:
     return torch.randn(shape, generator=generator, dtype=_F64)
 
@@ -161,52 +63,6 @@ def _symmetric(generator: torch.Generator, n: int, digits: float) -> torch.Tenso
     return 0.5 * (A + A.mT)
 
 
-# Functions of all examples of a family: plain torch, in the dtype of their arguments.
-
-
-def _quadratic(x: torch.Tensor, A: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    return 0.5 * x @ A @ x - b @ x
-
-
-def _well(x: torch.Tensor, A: torch.Tensor, b: torch.Tensor, c: torch.Tensor) -> torch.Tensor:
-    # Strictly convex around A⁻¹(b + c): a quadratic, a quartic and log cosh of the distance from there.
-    away = A @ x - b - c
-    return 0.5 * away @ away + 0.25 * (away**4).sum() + (away + torch.nn.functional.softplus(-2 * away)).sum()
-
-
-def _pseudo_huber(x: torch.Tensor, A: torch.Tensor, b: torch.Tensor, c: torch.Tensor) -> torch.Tensor:
-    return (1 + (A @ x - b - c) ** 2).sqrt().sum()
-
-
-def _wells(x: torch.Tensor, Q: torch.Tensor, a: torch.Tensor) -> torch.Tensor:
-    # Each coordinate of Qx has wells at ±a and a maximum between.
-    return 0.25 * (((Q @ x) ** 2 - a**2) ** 2).sum()
-
-
-def _curved(x: torch.Tensor, A: torch.Tensor, b: torch.Tensor, c: torch.Tensor) -> torch.Tensor:
-    # Monotone along each row, and A far from symmetric.
-    away = A @ x - b - c
-    return away + away**3
-
-
-def _skewed(x: torch.Tensor, M: torch.Tensor, b: torch.Tensor, c: torch.Tensor) -> torch.Tensor:
-    # The fixed point is b + c; ∂T = M diag(1 − tanh²) there is M.
-    return M @ torch.tanh(x - b - c) + b + c
-
-
-def _linear_solution(A: torch.Tensor, b: torch.Tensor, c: torch.Tensor) -> torch.Tensor:
-    return torch.linalg.solve(A, b + c)
-
-
-def _measured(problem: RandomProblem) -> RandomProblem:
-    """Return the problem, of a vector, with its ``reach``."""
-    x, init = problem.solution(*problem.args), problem.init
-    residual = torch.func.grad(problem.function) if problem.make is bilevel.argmin else problem.function
-    made: Any = torch.func.jvp(lambda at: residual(at, *problem.args), (x,), (x - init,))
-    expected = float(made[1].norm())
-    return replace(problem, reach=max(1.0, float(residual(init, *problem.args).norm()) / max(expected, 1e-300)))
-
-
 @st.composite
 def strongly_convex(draw: st.DrawFn, *, most: int = 6, digits: float = 2.0, least: int = 1) -> RandomProblem:
     """Draw an argmin with a globally positive definite Hessian: quadratic or not.
@@ -217,6 +73,18 @@ def strongly_convex(draw: st.DrawFn, *, most: int = 6, digits: float = 2.0, leas
         Bounds of n.
     digits
         The condition number is at most 10^digits (squared for the family that is not quadratic).
+
+    Returns
+    -------
+    hypothesis.strategies.SearchStrategy
+        Of :class:`RandomProblem`.
+
+    Examples
+    --------
+    >>> from hypothesis import find
+    >>> problem = find(strongly_convex(), lambda problem: problem.size >= 3)
+    >>> problem.size, problem.condition <= 1e2
+    (3, True)
     """
     n, generator = draw(st.integers(least, most)), draw(generators())
     spread = draw(st.floats(0, digits)) if n > 1 else 0.0
@@ -224,28 +92,64 @@ def strongly_convex(draw: st.DrawFn, *, most: int = 6, digits: float = 2.0, leas
     start = torch.zeros(n, dtype=_F64)
     if draw(st.booleans()):
         return RandomProblem(
-            "quadratic", bilevel.argmin, _quadratic, start, (A, b),
+            "quadratic", bilevel.argmin, quadratic, start, (A, b),
             lambda A, b: torch.linalg.solve(0.5 * (A + A.mT), b), 10**spread,
         )  # fmt: skip
     A = _symmetric(generator, n, 0.5 * spread)
-    return _measured(RandomProblem("well", bilevel.argmin, _well, start, (A, b, c), _linear_solution, 10**spread))
+    return measured(RandomProblem("well", bilevel.argmin, well, start, (A, b, c), linear_solution, 10**spread))
 
 
 @st.composite
 def merely_convex(draw: st.DrawFn, *, most: int = 5) -> RandomProblem:
-    """Draw an argmin that is convex with no modulus: its curvature vanishes far away, and is regular at the solution."""
+    """Draw an argmin that is convex with no modulus: its curvature vanishes far away, and is regular at the solution.
+
+    Parameters
+    ----------
+    most
+        The largest n.
+
+    Returns
+    -------
+    hypothesis.strategies.SearchStrategy
+        Of :class:`RandomProblem`.
+
+    Examples
+    --------
+    >>> from hypothesis import find
+    >>> problem = find(merely_convex(), lambda problem: problem.size >= 2)
+    >>> problem.name, problem.size
+    ('pseudo-Huber', 2)
+    """
     n, generator = draw(st.integers(1, most)), draw(generators())
     A, b, c = _rotation(generator, n), _normal(generator, n), 0.5 * _normal(generator, n)
     scales = 0.5 + torch.rand(n, generator=generator, dtype=_F64)
     start = torch.zeros(n, dtype=_F64)
     return RandomProblem(
-        "pseudo-Huber", bilevel.argmin, _pseudo_huber, start, (scales.unsqueeze(-1) * A, b, c), _linear_solution, 9.0
+        "pseudo-Huber", bilevel.argmin, pseudo_huber, start, (scales.unsqueeze(-1) * A, b, c), linear_solution, 9.0
     )
 
 
 @st.composite
 def nonconvex(draw: st.DrawFn, *, most: int = 5) -> RandomProblem:
-    """Draw an argmin with 2^n minima, and a start near one at which the Hessian is positive definite."""
+    """Draw an argmin with 2^n minima, and a start near one at which the Hessian is positive definite.
+
+    Parameters
+    ----------
+    most
+        The largest n.
+
+    Returns
+    -------
+    hypothesis.strategies.SearchStrategy
+        Of :class:`RandomProblem`.
+
+    Examples
+    --------
+    >>> from hypothesis import find
+    >>> problem = find(nonconvex(), lambda problem: problem.size >= 2)
+    >>> problem.name, problem.size
+    ('wells', 2)
+    """
     n, generator = draw(st.integers(1, most)), draw(generators())
     Q = _rotation(generator, n)
     a = 0.7 + torch.rand(n, generator=generator, dtype=_F64)
@@ -255,26 +159,66 @@ def nonconvex(draw: st.DrawFn, *, most: int = 5) -> RandomProblem:
     def solution(Q: torch.Tensor, a: torch.Tensor) -> torch.Tensor:
         return torch.linalg.solve(Q, signs.to(a) * a)
 
-    return RandomProblem("wells", bilevel.argmin, _wells, start, (Q, a), solution, 6.0)
+    return RandomProblem("wells", bilevel.argmin, wells, start, (Q, a), solution, 6.0)
 
 
 @st.composite
 def ill_conditioned(draw: st.DrawFn, *, most: int = 6, least_digits: float = 4.0, digits: float = 8.0) -> RandomProblem:
-    """Draw a quadratic whose condition number is 10^least_digits to 10^digits."""
+    """Draw a quadratic whose condition number is 10^least_digits to 10^digits.
+
+    Parameters
+    ----------
+    most
+        The largest n.
+    least_digits, digits
+        Bounds of the logarithm of the condition number.
+
+    Returns
+    -------
+    hypothesis.strategies.SearchStrategy
+        Of :class:`RandomProblem`.
+
+    Examples
+    --------
+    >>> from hypothesis import find
+    >>> problem = find(ill_conditioned(), lambda problem: problem.size >= 3)
+    >>> problem.condition >= 1e4, problem.size
+    (True, 3)
+    """
     n, generator = draw(st.integers(2, most)), draw(generators())
     spread = draw(st.floats(least_digits, digits))
     A = _symmetric(generator, n, spread)
     # A right-hand side for which x is of size one, not as large as the inverse.
     b = A @ _normal(generator, n)
     return RandomProblem(
-        "ill-conditioned quadratic", bilevel.argmin, _quadratic, torch.zeros(n, dtype=_F64), (A, b),
+        "ill-conditioned quadratic", bilevel.argmin, quadratic, torch.zeros(n, dtype=_F64), (A, b),
         lambda A, b: torch.linalg.solve(0.5 * (A + A.mT), b), 10**spread,
     )  # fmt: skip
 
 
 @st.composite
 def badly_scaled(draw: st.DrawFn, *, most: int = 5, digits: float = 3.0) -> RandomProblem:
-    """Draw a well-conditioned quadratic in units that differ by up to 10^(2 digits) between the unknowns."""
+    """Draw a well-conditioned quadratic in units that differ by up to 10^(2 digits) between the unknowns.
+
+    Parameters
+    ----------
+    most
+        The largest n.
+    digits
+        The largest power of ten of a unit, and the negative of the least.
+
+    Returns
+    -------
+    hypothesis.strategies.SearchStrategy
+        Of :class:`RandomProblem`.
+
+    Examples
+    --------
+    >>> from hypothesis import find
+    >>> problem = find(badly_scaled(), lambda problem: problem.size >= 3)
+    >>> problem.name, problem.size
+    ('badly scaled quadratic', 3)
+    """
     n, generator = draw(st.integers(2, most)), draw(generators())
     units = 10 ** ((2 * torch.rand(n, generator=generator, dtype=_F64) - 1) * draw(st.floats(1.0, digits)))
     A = _symmetric(generator, n, 0.5)
@@ -282,28 +226,66 @@ def badly_scaled(draw: st.DrawFn, *, most: int = 5, digits: float = 3.0) -> Rand
     b = A @ (_normal(generator, n) / units)
     kappa = float(torch.linalg.cond(A))
     return RandomProblem(
-        "badly scaled quadratic", bilevel.argmin, _quadratic, torch.zeros(n, dtype=_F64), (A, b),
+        "badly scaled quadratic", bilevel.argmin, quadratic, torch.zeros(n, dtype=_F64), (A, b),
         lambda A, b: torch.linalg.solve(0.5 * (A + A.mT), b), kappa,
     )  # fmt: skip
 
 
 @st.composite
 def roots(draw: st.DrawFn, *, most: int = 5, digits: float = 1.0) -> RandomProblem:
-    """Draw a root of a monotone function whose Jacobian is far from symmetric, of condition up to 10^digits."""
+    """Draw a root of a monotone function whose Jacobian is far from symmetric, of condition up to 10^digits.
+
+    Parameters
+    ----------
+    most
+        The largest n.
+    digits
+        The largest logarithm of the condition number.
+
+    Returns
+    -------
+    hypothesis.strategies.SearchStrategy
+        Of :class:`RandomProblem`.
+
+    Examples
+    --------
+    >>> from hypothesis import find
+    >>> problem = find(roots(), lambda problem: problem.size >= 2)
+    >>> problem.name, problem.size
+    ('root', 2)
+    """
     n, generator = draw(st.integers(1, most)), draw(generators())
     spread = draw(st.floats(0, digits)) if n > 1 else 0.0
     A = _rotation(generator, n) @ torch.diag(torch.logspace(0, -spread, n, dtype=_F64)) @ _rotation(generator, n)
     b, c = _normal(generator, n), 0.5 * _normal(generator, n)
-    return _measured(
-        RandomProblem(
-            "root", bilevel.root, _curved, torch.zeros(n, dtype=_F64), (A, b, c), _linear_solution, 10**spread
-        )
+    return measured(
+        RandomProblem("root", bilevel.root, curved, torch.zeros(n, dtype=_F64), (A, b, c), linear_solution, 10**spread)
     )
 
 
 @st.composite
 def contractions(draw: st.DrawFn, *, most: int = 5, factor: float = 0.9) -> RandomProblem:
-    """Draw a fixed point of a mapping with a Lipschitz constant of at most ``factor``, and no symmetry."""
+    """Draw a fixed point of a mapping with a Lipschitz constant of at most ``factor``, and no symmetry.
+
+    Parameters
+    ----------
+    most
+        The largest n.
+    factor
+        The largest Lipschitz constant, below 1.
+
+    Returns
+    -------
+    hypothesis.strategies.SearchStrategy
+        Of :class:`RandomProblem`.
+
+    Examples
+    --------
+    >>> from hypothesis import find
+    >>> problem = find(contractions(), lambda problem: problem.size >= 2)
+    >>> problem.name, problem.size
+    ('contraction', 2)
+    """
     n, generator = draw(st.integers(1, most)), draw(generators())
     M = _normal(generator, n, n)
     lipschitz = draw(st.floats(0.05, factor))
@@ -311,12 +293,32 @@ def contractions(draw: st.DrawFn, *, most: int = 5, factor: float = 0.9) -> Rand
     b, c = _normal(generator, n), 0.5 * _normal(generator, n)
     kappa = (1 + lipschitz) / (1 - lipschitz)
     return RandomProblem(
-        "contraction", bilevel.fixed_point, _skewed, torch.zeros(n, dtype=_F64), (M, b, c), lambda M, b, c: b + c, kappa
+        "contraction", bilevel.fixed_point, skewed, torch.zeros(n, dtype=_F64), (M, b, c), lambda M, b, c: b + c, kappa
     )
 
 
 def problems(*, regular: bool = False, most: int = 5) -> st.SearchStrategy[RandomProblem]:
-    """Draw a problem of any family; with ``regular`` none that is ill-conditioned or badly scaled."""
+    """Draw a problem of any family.
+
+    Parameters
+    ----------
+    regular
+        Whether ill-conditioned and badly scaled problems are left out.
+    most
+        The largest n.
+
+    Returns
+    -------
+    hypothesis.strategies.SearchStrategy
+        Of :class:`RandomProblem`.
+
+    Examples
+    --------
+    >>> from hypothesis import find
+    >>> problem = find(problems(), lambda problem: problem.size >= 4)
+    >>> problem.size
+    4
+    """
     families = [
         strongly_convex(most=most), merely_convex(most=most), nonconvex(most=most), roots(most=most),
         contractions(most=most),
@@ -326,41 +328,29 @@ def problems(*, regular: bool = False, most: int = 5) -> st.SearchStrategy[Rando
     return st.one_of(families)
 
 
-@dataclass(frozen=True, eq=False)
-class RandomBatch:
-    """A batch of problems of one family, for ``torch.func.vmap``. They differ in some of their arguments.
+@st.composite
+def batches(draw: st.DrawFn, of: st.SearchStrategy[RandomProblem], *, most: int = 4) -> RandomBatch:
+    """Draw problems like one that ``of`` draws: some arguments differ, along any of their axes, others are shared.
 
     Parameters
     ----------
-    problem
-        The first problem.
-    args
-        The arguments of all problems. Those that differ have a batch axis.
-    in_dims
-        The batch axis of each argument, or None.
-    size
-        The number of problems.
+    of
+        The strategy of one problem.
+    most
+        The largest number of problems.
+
+    Returns
+    -------
+    hypothesis.strategies.SearchStrategy
+        Of :class:`RandomBatch`.
+
+    Examples
+    --------
+    >>> from hypothesis import find
+    >>> batch = find(batches(roots()), lambda batch: batch.size >= 3)
+    >>> batch.size, len(batch.single(2))
+    (3, 3)
     """
-
-    problem: RandomProblem
-    args: tuple[torch.Tensor, ...]
-    in_dims: tuple[int | None, ...]
-    size: int
-
-    def __repr__(self) -> str:
-        return f"RandomBatch({self.size} of {self.problem!r}, in_dims={self.in_dims})"
-
-    def single(self, number: int) -> tuple[torch.Tensor, ...]:
-        """Return the arguments of one problem."""
-        return tuple(
-            argument if dim is None else argument.select(dim, number)
-            for argument, dim in zip(self.args, self.in_dims, strict=True)
-        )
-
-
-@st.composite
-def batches(draw: st.DrawFn, of: st.SearchStrategy[RandomProblem], *, most: int = 4) -> RandomBatch:
-    """Draw up to ``most`` problems like one that ``of`` draws: some arguments differ, along any of their axes, others are shared."""
     problem, size, generator = draw(of), draw(batch_sizes(most)), draw(generators())
     flags = draw(st.lists(st.booleans(), min_size=len(problem.args), max_size=len(problem.args)).filter(any))
     args: list[torch.Tensor] = []

@@ -145,9 +145,52 @@ def test_mistakes_are_named(name: str) -> None:
         METHODS[name](1.0, 1.0)
     with pytest.raises(ValueError, match="expected max_steps"):
         METHODS[name](0.0, 1.0, max_steps=0)
-    with pytest.raises(ValueError, match="an empty bracket"):
+    for bounds, remedy in (
+        ((2.0, 1.0), "exchange"),
+        ((1.0, 1.0), "a lower bound below the root"),
+        ((0.0, float("inf")), "finite"),
+    ):
+        with pytest.raises(ValueError, match=f"lower < upper.*{remedy}"):
+            METHODS[name](*bounds)
+    with pytest.raises(ValueError, match=r"expected finite bounds.*nan"):
+        METHODS[name](float("nan"), 1.0)
+    with pytest.raises(ValueError, match=r"got 1 and 1; choose"):
         layer(name, lambda x: x, torch.tensor([0.0, 1.0]), 1.0)(zeros(2))
     with pytest.raises(ValueError, match="one for each unknown"):
         layer(name, lambda x: x, torch.zeros(3), 1.0)(zeros(2))
     with pytest.raises(ValueError, match="expected a root"):
         bilevel.argmin(lambda x: (x**2).sum(), solver=METHODS[name](0.0, 1.0))(zeros(2))
+
+
+@methods
+def test_a_residual_that_is_nan_at_a_bound_is_named(name: str) -> None:
+    with pytest.raises(bilevel.SolveError, match="a pole or a NaN"):
+        layer(name, lambda x, a: x.sqrt() - a, -1.0, 10.0)(zeros(), torch.tensor(2.0, dtype=F64))
+
+
+@methods
+def test_a_residual_that_overflows_at_both_bounds(name: str) -> None:
+    a = torch.tensor([7.0, -0.3], dtype=F64)
+    x = layer(name, lambda x, a: x**3 - a, -1e200, 1e200)(zeros(2), a)
+    torch.testing.assert_close(x**3, a, rtol=1e-13, atol=0)
+    with pytest.raises(bilevel.SolveError):
+        layer(name, lambda x, a: torch.where(x < 0.3, -torch.inf, torch.inf) + 0 * x * a, -1.0, 1.0)(zeros(2), a)
+
+
+@methods
+def test_any_finite_bracket_is_wide_enough(name: str) -> None:
+    x = layer(name, lambda x: torch.tanh(x - 0.7), -1e300, 1e300)(zeros())
+    assert float(x) == pytest.approx(0.7, rel=1e-14)
+
+
+@methods
+def test_brackets_under_transforms(name: str) -> None:
+    def at(bound: torch.Tensor, a: torch.Tensor) -> torch.Tensor:
+        return layer(name, lambda x, a: x**3 - a, -bound, bound)(torch.zeros_like(bound), a)
+
+    bounds, a = torch.tensor([3.0, 30.0], dtype=F64), torch.tensor([8.0, 27.0], dtype=F64)
+    to_bounds, to_a = torch.func.grad(lambda b, a: at(b, a).sum(), argnums=(0, 1))(bounds, a)
+    assert torch.equal(to_bounds, zeros(2)) and torch.allclose(to_a, a ** (-2 / 3) / 3)
+    with pytest.raises(bilevel.ArgumentError, match=r"make the batch one unknown, which is a vector"):
+        vmap(at)(bounds, a)
+    assert torch.allclose(at(bounds, a), torch.tensor([2.0, 3.0], dtype=F64))

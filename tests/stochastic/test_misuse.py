@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import pickle
 import warnings
@@ -258,3 +259,38 @@ def test_minibatches_of_different_sizes_have_the_mean_of_the_data_set() -> None:
     results = [method.step(batch, FIT.all) for method in (whole, plain)]
     torch.testing.assert_close(results[0].inner_loss, results[1].inner_loss)
     assert split.weight == 1.0 and batch.weight in (3 * 3 / 8, 2 * 3 / 8)
+
+
+class StoppedError(Exception):
+    pass
+
+
+@pytest.mark.parametrize("name", ["VRBO", "MRBO"])
+@pytest.mark.parametrize("at", [1, 3, 6, 9])
+def test_a_recursive_estimate_survives_an_objective_that_raises(name: str, at: int) -> None:
+    """With whole batches an estimate is the exact direction, so that a new method at the same point makes the same steps."""
+    calls = [0]
+
+    def counted(*args: Any) -> torch.Tensor:
+        calls[0] += 1
+        if calls[0] == 0:
+            raise StoppedError
+        return FIT.losses[0](*args)
+
+    slow = partial(torch.optim.SGD, lr=0.05)
+    settings = {"inner_optimizer": slow, "outer_optimizer": slow, **({"period": 1000} if name == "VRBO" else {})}
+    method = getattr(stochastic, name)((counted, FIT.losses[1]), *start(), **settings)
+    for _ in range(3):
+        method.step(FIT.all, FIT.all)
+    calls[0] = -at
+    with contextlib.suppress(StoppedError):
+        method.step(FIT.all, FIT.all)
+    calls[0] = 1
+    other = getattr(stochastic, name)(
+        FIT.losses, method.inner.detach().clone(), method.outer.detach().clone(), **settings
+    )
+    for one in (method, other):
+        one.step(FIT.all, FIT.all)
+        one.step(FIT.all, FIT.all)
+    torch.testing.assert_close(method.outer, other.outer, rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(method.inner, other.inner, rtol=1e-10, atol=1e-12)

@@ -836,6 +836,10 @@ MUTATIONS = (
         ("tests/solvers/test_error.py", "-k", "mixed_units or its_terms"),
     ),
     Mutation(
+        "the rounding of 1 - T' is taken for a derivative", "equations/problem.py",
+        "lost = diagonal.abs() <= _LOST * torch.finfo(x.dtype).eps", "lost = diagonal.abs() < 0", ("tests/solvers/test_error.py", "-k", "minus_the_slope"),
+    ),
+    Mutation(
         "a singular matrix not noticed", "linear/exact.py",
         "((eigenvalues.abs().amin(-1) <= smallest * largest) | wrong)", "(eigenvalues.abs().amin(-1) < 0)",
         (MINIMUM_NORM,),

@@ -25,6 +25,9 @@ from bilevel.replay import Program, ReplayCache
 
 __all__ = ["Problem"]
 
+# 1 − ∂T is rounding below this multiple of eps.
+_LOST = 8.0
+
 
 @dataclass(frozen=True, eq=False)
 class Problem:
@@ -317,6 +320,12 @@ class Problem:
         matrix = matrix.reshape(self.batch, self.size, self.size)
         if self.system.symmetric:
             matrix = (matrix + matrix.mT).mul_(0.5)
+        if self.is_fixed_point:
+            # If an entry of ∂T is one up to rounding, 1 − ∂T is zero: nothing is known of what is left.
+            diagonal = matrix.diagonal(dim1=-2, dim2=-1)
+            lost = diagonal.abs() <= _LOST * torch.finfo(x.dtype).eps
+            if bool(lost.any()):
+                matrix = matrix - torch.diag_embed(torch.where(lost, diagonal, 0.0))
         return residual.reshape(x.shape), matrix, values.reshape(self.batch) if self.has_value else None
 
     def _rows(self, x: torch.Tensor, *tensors: torch.Tensor) -> list[torch.Tensor]:

@@ -177,10 +177,7 @@ def _general(problem: Problem, matrix: torch.Tensor, x: torch.Tensor, residual: 
     n, eps = x.shape[-1], torch.finfo(x.dtype).eps
     noise = eps * (matrix.abs() @ x.abs().unsqueeze(-1)).squeeze(-1)
     if problem.is_fixed_point:
-        # If ∂T is one up to rounding, 1 − ∂T is zero. The rounding of x − T(x) is that of x.
-        lost = matrix.diagonal(dim1=-2, dim2=-1).abs() <= 8 * eps
-        if bool(lost.any()):
-            matrix = torch.where(torch.diag_embed(lost), torch.zeros_like(matrix), matrix)
+        # The rounding of x − T(x) is that of x.
         noise = noise + eps * x.abs()
         # The terms that add up to an unknown of T(x) have its unit. Those of an equation have not.
         columns = _usable((_usable(noise / eps).unsqueeze(-1) * matrix.abs()).amax(dim=-2))

@@ -240,3 +240,28 @@ def test_a_fixed_point_in_mixed_units_is_not_singular():
     z = torch.tensor([0.1146, 0.2990, -0.1543, 0.1339, 0.2994])
     problem, x = support.build(FixedPointSystem, lambda x: unit * (M @ (x / unit) + 1e-3), unit * z)
     assert not bool(estimate_error(problem, x, problem.residual(x), EVERY).singular)
+
+
+@pytest.mark.parametrize("dtype", [F64, F32])
+@pytest.mark.parametrize(
+    "mapping",
+    [
+        lambda x, a: x - (x - a) ** 3,
+        lambda x, a: torch.sin(x - a) + a,
+        lambda x, a: torch.stack([x[0] - (x[0] - a[0]) ** 3, torch.cos(x[1]) + 0 * a[1]]),
+    ],
+    ids=["cubic", "sine", "one of two"],
+)
+def test_what_is_left_of_one_minus_the_slope_is_no_derivative(mapping, dtype):
+    """Plain iteration comes so near a multiple root that 1 − T′ is its own rounding. The gradient was 0.65 where 1 is right."""
+    a = torch.zeros(2, dtype=dtype, requires_grad=True)
+    x = bilevel.fixed_point(mapping)(torch.full((2,), 0.5, dtype=dtype), a)
+    with pytest.raises(bilevel.SolveError, match=r"multiple root: write \(x - a\)\*\*3 as x - a"):
+        x[0].backward()
+
+
+def test_a_multiple_root_written_as_a_simple_one_has_its_derivative():
+    a = torch.zeros(2, dtype=F64, requires_grad=True)
+    x = bilevel.fixed_point(lambda x, a: x - (x - a))(torch.full((2,), 0.5, dtype=F64), a)
+    x.sum().backward()
+    torch.testing.assert_close(a.grad, torch.ones(2, dtype=F64))

@@ -40,8 +40,8 @@ def equalize(layer: nn.Linear) -> None:
     --------
     >>> layer = nn.Linear(4, 3)
     >>> equalize(layer)
-    >>> bool((layer(torch.rand(2, 4)).std(dim=1) < 1e-6).all())
-    True
+    >>> round(layer(torch.ones(1, 4)).std().item(), 6)  # of the three outputs
+    0.0
     """
     for parameter in layer.parameters():
         parameter.copy_(parameter.mean(0).expand_as(parameter))

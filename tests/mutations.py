@@ -840,6 +840,14 @@ MUTATIONS = (
         "lost = diagonal.abs() <= _LOST * torch.finfo(x.dtype).eps", "lost = diagonal.abs() < 0", ("tests/solvers/test_error.py", "-k", "minus_the_slope"),
     ),
     Mutation(
+        "a residual hidden by rounding lets every nearer point pass", "solvers/_weighing.py",
+        "allowed = torch.minimum(size, goal.threshold)", "allowed = size", ("tests/solvers/test_error.py", "-k", "far_rounding"),
+    ),
+    Mutation(
+        "a mixture is accepted where rounding hides its residual", "solvers/anderson.py",
+        "(torch.finfo(size.dtype).eps * size > left)", "(left < 0)", (ANDERSON, "-k", "hides_the"),
+    ),
+    Mutation(
         "a singular matrix not noticed", "linear/exact.py",
         "((eigenvalues.abs().amin(-1) <= smallest * largest) | wrong)", "(eigenvalues.abs().amin(-1) < 0)",
         (MINIMUM_NORM,),

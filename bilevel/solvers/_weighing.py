@@ -9,7 +9,7 @@ import torch
 from bilevel.equations.problem import Problem
 from bilevel.reports import Status
 from bilevel.solvers._base import Goal, is_one_of, length
-from bilevel.solvers._error import ErrorEstimate, residual_rounding
+from bilevel.solvers._error import ErrorEstimate, irregular_signs, residual_rounding
 from bilevel.tolerance import Target
 
 __all__ = ["Weighed", "blind_status", "only_sizes_matter", "weigh"]
@@ -34,18 +34,19 @@ def runaway_status(x: torch.Tensor, init: torch.Tensor) -> torch.Tensor:
 def blind_status(problem: Problem, x: torch.Tensor, residual: torch.Tensor, init: torch.Tensor) -> torch.Tensor:
     """Return DIVERGED where x went from where R can be seen to where rounding hides it, as it does ever after; else as :func:`runaway_status`."""
     path = x - init
-    swallowed = ~_is_solved(problem, init + path / 4, residual) & _is_solved(problem, x + 2 * path, residual)
+    size = length(residual)
+    swallowed = ~_is_solved(problem, init + path / 4, size) & _is_solved(problem, x + 2 * path, size)
     return torch.where(swallowed, int(Status.DIVERGED), runaway_status(x, init))
 
 
-def _is_solved(problem: Problem, point: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
-    """Return where R at ``point`` (batch, n) is at rounding level, or not much larger than ``residual``, (batch,) bool."""
+def _is_solved(problem: Problem, point: torch.Tensor, allowed: torch.Tensor) -> torch.Tensor:
+    """Return where R at ``point`` (batch, n) is at rounding level, or not much larger than ``allowed`` (batch,), (batch,) bool."""
     there = problem.residual(point)
     noise = residual_rounding(problem, point, there)
     if problem.is_fixed_point:  # x − T(x) is rounded as x is
         noise = torch.maximum(noise, torch.finfo(point.dtype).eps * point.abs())
     size = length(there)
-    return torch.isfinite(size) & (size <= 30 * length(noise) + 2 * length(residual))
+    return torch.isfinite(size) & (size <= 30 * length(noise) + 2 * allowed)
 
 
 def only_sizes_matter(found: ErrorEstimate, x: torch.Tensor, target: Target) -> bool:
@@ -115,7 +116,7 @@ def weigh(
             status = torch.where(blind, blind_status(problem, x, residual, start), status)
     singular = good & found.singular
     if bool(singular.any()):
-        status = torch.where(singular & _hidden(problem, x, residual, found, start), int(Status.DIVERGED), status)
+        status = torch.where(singular & _hidden(problem, x, residual, found, goal), int(Status.DIVERGED), status)
     # If the residual vanishes and the next step remains large, the solution is at infinity.
     vanished = (norm := length(residual)) <= torch.finfo(x.dtype).eps * goal.scale
     # If an unknown is near enough to zero, its error may be larger than the unknown.
@@ -136,7 +137,7 @@ def weigh(
 
 
 def _hidden(
-    problem: Problem, x: torch.Tensor, residual: torch.Tensor, found: ErrorEstimate, start: torch.Tensor
+    problem: Problem, x: torch.Tensor, residual: torch.Tensor, found: ErrorEstimate, goal: Goal
 ) -> torch.Tensor:
     """Return where the Jacobian is singular only because x is far away, (batch,) bool.
 
@@ -145,7 +146,11 @@ def _hidden(
     The other part is as small as the initial guess, and of norm 1 at most. It is not zero: the equations may hold there by
     symmetry, or not be defined.
     """
-    ordinary = start.norm(dim=-1).clamp_max(1.0) / x.norm(dim=-1)
+    ordinary = goal.starting_point.norm(dim=-1).clamp_max(1.0) / x.norm(dim=-1)
     share = torch.nan_to_num(ordinary, nan=0.0).clamp_max(1.0).unsqueeze(-1)
     near, beyond = x - found.null_part + share * found.null_part, x + 2 * found.null_part
-    return ~_is_solved(problem, near, residual) & _is_solved(problem, beyond, residual)
+    # Nearer to the start R has to be small by its own measure: that of x may be the rounding of a large x. What is subtracted was rounded too.
+    size = length(residual)
+    moved = 8 * torch.finfo(x.dtype).eps * irregular_signs(x) * found.null_part
+    allowed = torch.minimum(size, goal.threshold) + length(problem.residual(near + moved) - problem.residual(near))
+    return ~_is_solved(problem, near, allowed) & _is_solved(problem, beyond, size)

@@ -205,6 +205,9 @@ class _Runs:
             x = torch.where(striding.unsqueeze(1), self.both[:, self.n :] - further, x)
         residual = self.problem.residual(x)
         norm = torch.linalg.vector_norm(residual, dim=-1)
+        size = torch.linalg.vector_norm(x, dim=-1)
+        if bool((norm <= torch.finfo(x.dtype).eps * size).any()):
+            norm = torch.where(self._is_blind(size) & (True if striding is None else ~striding), torch.inf, norm)
         both = self._both(x, residual)
         if self.mixing and striding is None:
             usual = (norm <= self.bound) & (norm > self.threshold)
@@ -248,6 +251,11 @@ class _Runs:
             verdict = self._take_over(lost, norm, verdict)
         self.mixing = not bool((active & (self.plain | (self.waiting > 0) | self.whole)).any())
         return state, verdict
+
+    def _is_blind(self, size: torch.Tensor) -> torch.Tensor:
+        """Return where a mixture of this ``size`` (batch,) is so far away that its rounding would hide the last residual, (batch,) bool."""
+        left, last = (torch.linalg.vector_norm(part, dim=-1) for part in self.both.split(self.n, dim=-1))
+        return (size > 2 * last) & (torch.finfo(size.dtype).eps * size > left)
 
     def _tighten(self, x: torch.Tensor, residual: torch.Tensor, norm: torch.Tensor) -> None:
         """Lower the thresholds where single unknowns are not accurate enough although R as a whole is small enough.

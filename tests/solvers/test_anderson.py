@@ -292,3 +292,17 @@ def test_random_nonexpansive_piecewise_linear_maps(seed, n, history, scale):
     outcome = solve(mapping, torch.zeros(n, dtype=F64), solver=bilevel.Anderson(history=history))
     assert statuses(outcome) == [Status.CONVERGED]
     torch.testing.assert_close(outcome.x[0], plain(mapping, torch.zeros(n, dtype=F64)), atol=1e-8 * s, rtol=0)
+
+
+@pytest.mark.parametrize("dtype", [F32, F64])
+def test_a_mixture_that_hides_the_residual_is_no_fixed_point(dtype):
+    """Far out x − c is x. The secant of a constant residual leads there; plain iteration comes to zero in a few steps."""
+    for seed in (8, 106, 150, 166, 189, 268, 284):
+        generator = torch.Generator().manual_seed(seed)
+        n = int(torch.randint(1, 9, (1,), generator=generator))
+        c = 10 ** (-2 * torch.rand(n, generator=generator, dtype=F64))
+        begun = torch.randn(n, generator=generator, dtype=F64) * 10 ** float(
+            torch.randint(-1, 2, (1,), generator=generator)
+        )
+        x = bilevel.fixed_point(lambda x, c: torch.relu(x - c))(begun.to(dtype), c.to(dtype))
+        assert not bool(x.any())

@@ -265,3 +265,19 @@ def test_a_multiple_root_written_as_a_simple_one_has_its_derivative():
     x = bilevel.fixed_point(lambda x, a: x - (x - a))(torch.full((2,), 0.5, dtype=F64), a)
     x.sum().backward()
     torch.testing.assert_close(a.grad, torch.ones(2, dtype=F64))
+
+
+class Far(bilevel.InnerSolver):
+    """Goes to where rounding hides the residual."""
+
+    def solve(self, problem, init, goal):
+        steps = torch.ones(len(init), dtype=torch.int64)
+        far = torch.tensor([[1821178.75, 7111499.5]])
+        return bilevel.InnerSolution(far, steps, torch.full_like(steps, int(Status.CONVERGED)))
+
+
+def test_a_residual_of_far_rounding_is_none_nearer_by():
+    """R is 0.12 there, half of what it is everywhere else."""
+    layer = bilevel.fixed_point(lambda x, c: torch.relu(x - c), solver=Far(), on_failure="ignore")
+    found = layer.solve(torch.tensor([0.22, 1.0]), torch.tensor([0.0828, 0.2071]))
+    assert found.report.status is Status.DIVERGED

@@ -152,5 +152,5 @@ def _hidden(
     # Nearer to the start R has to be small by its own measure: that of x may be the rounding of a large x. What is subtracted was rounded too.
     size = length(residual)
     moved = 8 * torch.finfo(x.dtype).eps * irregular_signs(x) * found.null_part
-    allowed = torch.minimum(size, goal.threshold) + length(problem.residual(near + moved) - problem.residual(near))
+    allowed = torch.minimum(size, goal.threshold) + length(problem.linearize(x).operator.matvec(moved))
     return ~_is_solved(problem, near, allowed) & _is_solved(problem, beyond, size)

@@ -1638,7 +1638,7 @@ MUTATIONS = (
     ),
     Mutation(
         "a runaway taken for a solution that is not unique", "solvers/_weighing.py",
-        "return ~_is_solved(problem, near, residual) & ", "return torch.zeros_like(residual[:, 0], dtype=torch.bool) & ",
+        "return ~_is_solved(problem, near, allowed) & ", "return torch.zeros_like(residual[:, 0], dtype=torch.bool) & ",
         ("tests/solvers/test_error.py", "-k", "ran_away"),
     ),
     Mutation(

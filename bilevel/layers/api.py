@@ -20,19 +20,12 @@ from bilevel.layers.proximal import Proximal
 from bilevel.layers.solution import Solution
 from bilevel.linear._base import LinearSolverLike
 from bilevel.policy import OnFailure
-from bilevel.reports import Status
 from bilevel.solvers._base import InnerSolverLike
 from bilevel.tolerance import Tolerance
 
 __all__ = ["Layer", "Solution", "argmin", "fixed_point", "root"]
 
 Decorator = Callable[[Callable[..., Any]], Layer]
-
-_NOT_DETERMINED = (
-    Status.SINGULAR.meaning,
-    "the equations do not determine the solution here, which is not unique or a multiple root: write (x - a)**3 as x - a, put an equation that "
-    "pins one unknown in the place of one that follows from the others, or make the loss invariant along the free direction",
-)
 
 
 @overload
@@ -284,10 +277,7 @@ def _layer(kind: type[System], function: Callable[..., Any] | None, **settings: 
     refuse_goals(settings["tolerance"])
 
     def make(function: Callable[..., Any]) -> Layer:
-        layer = Layer(kind, function, **settings)
-        if not kind.minimizes:
-            layer.backward_messages = {Status.SINGULAR: _NOT_DETERMINED}
-        return layer
+        return Layer(kind, function, **settings)
 
     return make if function is None else make(function)
 

@@ -256,7 +256,7 @@ def test_what_is_left_of_one_minus_the_slope_is_no_derivative(mapping, dtype):
     """Plain iteration comes so near a multiple root that 1 − T′ is its own rounding. The gradient was 0.65 where 1 is right."""
     a = torch.zeros(2, dtype=dtype, requires_grad=True)
     x = bilevel.fixed_point(mapping)(torch.full((2,), 0.5, dtype=dtype), a)
-    with pytest.raises(bilevel.SolveError, match=r"multiple root: write \(x - a\)\*\*3 as x - a"):
+    with pytest.raises(bilevel.SolveError, match="singular to working precision"):
         x[0].backward()
 
 

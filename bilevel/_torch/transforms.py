@@ -18,6 +18,7 @@ from torch._C import _functorch
 from torch._C._dynamo import eval_frame
 from torch.autograd import forward_ad
 
+from bilevel._torch.mapped import layers
 from bilevel.errors import TransformError
 
 __all__ = [
@@ -140,14 +141,6 @@ def differentiating() -> bool:
         return True
     stack = _functorch.get_interpreter_stack() or []
     return any(item.key() in (_functorch.TransformType.Grad, _functorch.TransformType.Jvp) for item in stack)
-
-
-def layers(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
-    """Yield the tensor as each transform sees it, from the innermost outwards."""
-    yield tensor
-    while _functorch.is_functorch_wrapped_tensor(tensor):
-        tensor = _functorch.get_unwrapped(tensor)
-        yield tensor
 
 
 def innermost(tensor: torch.Tensor) -> torch.Tensor:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch.utils._pytree import tree_map_only
 
+from bilevel._torch.reverse import reverse_pass
 from bilevel.certificates.constants import Constants
 from bilevel.equations.function_errors import explained
 from bilevel.equations.problem import Problem
@@ -18,12 +19,33 @@ from bilevel.errors import ArgumentError
 from bilevel.layers.checks import SideEffectCheck
 from bilevel.policy import OnFailure
 from bilevel.problems.batching import BatchSpec
-from bilevel.problems.checks import check_connection, disconnected
-from bilevel.pytree import detached, differentiated, usable
+from bilevel.problems.checks import check_captures, check_connection, disconnected
+from bilevel.pytree import detached, differentiated, flatten_arguments, joined, requiring_grad, usable
 
-__all__ = ["Definition"]
+__all__ = ["Definition", "OuterTensors"]
 
 Objective = Callable[[Any, Any, Any], torch.Tensor]
+
+
+@dataclass(frozen=True, eq=False)
+class OuterTensors:
+    """θ among the tensors of a flat problem.
+
+    Parameters
+    ----------
+    needs_grad
+        Which of the problem's tensors are θ, or are computed from θ.
+    computed, leaves
+        These tensors, and θ, if a preparation has computed some of them; ``leaves`` is empty if the tensors are θ.
+    """
+
+    needs_grad: tuple[bool, ...]
+    computed: Sequence[torch.Tensor] = ()
+    leaves: Sequence[torch.Tensor] = ()
+
+    def slope(self, parts: Sequence[torch.Tensor]) -> torch.Tensor:
+        """Return the derivative with respect to θ (p,), given those with respect to the tensors that need one."""
+        return joined(reverse_pass(self.computed, self.leaves, parts) if self.leaves else parts)
 
 
 @dataclass(frozen=True, eq=False)
@@ -89,6 +111,25 @@ class Definition:
         inner_objective = self.inner_objective if whole else self.inner_of_given
         outer_objective = self.outer_objective if whole else self.outer_of_given
         return self.numbering.problems(inner_objective, outer_objective, inner, outer, data, self.structure)
+
+    def prepared_problems(
+        self, inner: Any, outer: Any, data: Any, given: Any, on_failure: OnFailure
+    ) -> tuple[Problem, Problem, OuterTensors]:
+        """Return :meth:`flat_problems` of data that are prepared here, once, with ``outer`` required to have gradients.
+
+        ``given`` is what the caller passed: its tensors are no captures.
+        """
+        theta, leaves = requiring_grad(outer)
+        with torch.enable_grad():
+            prepared = self.prepared(theta, data, on_failure)
+            lower, upper, _ = self.numbering.problems(
+                self.inner_objective, self.outer_objective, inner, theta, prepared
+            )
+            tensors = flatten_arguments((theta, prepared), {})[0]
+        for tensor in tensors:
+            check_captures(self.where, tensor, leaves, given, on_failure)
+        needs_grad = tuple([tensor.requires_grad for tensor in tensors])
+        return lower, upper, OuterTensors(needs_grad, [t for t in tensors if t.requires_grad], leaves)
 
     def connected(
         self, parts: Sequence[torch.Tensor], inner: Any, outer: Any, data: Any, policy: OnFailure

@@ -1416,7 +1416,7 @@ MUTATIONS = (
     ),
     Mutation(
         "the error of a goal's hypergradient underestimated after full accuracy", "problems/adaptive/direct.py",
-        "bound = model.estimate(here)\n", "bound = replace(model.estimate(here), value=0.0)\n", ("tests/test_goal.py", "-k", "sensitive"),
+        "looked=known.looks > 0).estimate(here)\n", "looked=known.looks > 0).estimate(here)\n    bound = replace(bound, value=0.0)\n", ("tests/test_goal.py", "-k", "sensitive"),
     ),
     Mutation(
         "the error of a goal's hypergradient measured in each call", "problems/adaptive/direct.py",
@@ -1431,8 +1431,12 @@ MUTATIONS = (
         "<= _NEAR * float(", "<= 1e9 * float(", ("tests/test_goal.py", "-k", "far_away"),
     ),
     Mutation(
-        "an error measured without the preparation of the data", "problems/hypergradient.py",
-        "adjoint = adjoint._replace(replays=None)", "pass", ("tests/test_goal.py", "-k", "prepares"),
+        "data prepared in every evaluation of a goal", "problems/hypergradient.py",
+        "        if problem.prepare is not None:\n", "        if False:\n", ("tests/test_goal.py", "-k", "prepared_once"),
+    ),
+    Mutation(
+        "a preparation's captures not looked for with a goal", "problems/definition.py",
+        "            check_captures(self.where, tensor, leaves, given, on_failure)\n", "            pass\n", ("tests/test_goal.py", "-k", "preparation_captures"),
     ),
     Mutation(
         "searches for goals not replayed", "problems/adaptive/search.py",

@@ -43,9 +43,10 @@ class OuterTensors:
     computed: Sequence[torch.Tensor] = ()
     leaves: Sequence[torch.Tensor] = ()
 
-    def slope(self, parts: Sequence[torch.Tensor]) -> torch.Tensor:
-        """Return the derivative with respect to θ (p,), given those with respect to the tensors that need one."""
-        return joined(reverse_pass(self.computed, self.leaves, parts) if self.leaves else parts)
+    def slope(self, parts: Sequence[torch.Tensor | None]) -> torch.Tensor:
+        """Return the derivative with respect to θ (p,), given those with respect to the tensors that need one; None stands for another tensor."""
+        wanted = [part for part in parts if part is not None]
+        return joined(reverse_pass(self.computed, self.leaves, wanted) if self.leaves else wanted)
 
 
 @dataclass(frozen=True, eq=False)
@@ -115,7 +116,7 @@ class Definition:
     def prepared_problems(
         self, inner: Any, outer: Any, data: Any, given: Any, on_failure: OnFailure
     ) -> tuple[Problem, Problem, OuterTensors]:
-        """Return :meth:`flat_problems` of data that are prepared here, once, with ``outer`` required to have gradients.
+        """Return G and F of prepared data as flat problems, and θ among their tensors.
 
         ``given`` is what the caller passed: its tensors are no captures.
         """

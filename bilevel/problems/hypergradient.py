@@ -107,18 +107,17 @@ class HypergradientCall:
             known[0] = certificate.constants  # what quadratic objectives determine holds at every φ, and is found once
             return bound
 
-        begin, prepared = warm.adjoints(x), None
-        if directly and problem.prepare is not None:
-            prepared = problem.prepared_problems(detached(init), outer, data, given, policy)
-        first, second = (lower, upper) if prepared is None else prepared[:2]
+        first, second, theta = lower, upper, OuterTensors(needs_grad)
+        if problem.prepare is not None:
+            first, second, theta = problem.prepared_problems(detached(init), outer, data, given, policy)
         checked = CheckedObjective(second, problem.outer_objective, given, policy)
         call = SolveCall(self.settings, self.inspector, problem.inner_objective, problem.where, True, x.dtype)
         if directly:
-            where = OuterTensors(needs_grad) if prepared is None else prepared[2]
-            found, report = solve_directly(call, first, second, x, begin, where, warm.known, certify, checked)
+            found, report = solve_directly(call, first, second, x, warm.adjoint, theta, warm.known, certify, checked)
         else:
+            begin = warm.adjoints(x)
             learned = warm.learned() if begin is not None else None
-            found, report = solve_to_goal(call, lower, upper, x, begin, needs_grad, learned, certify, checked)
+            found, report = solve_to_goal(call, first, second, x, begin, theta, learned, certify, checked)
         here = found.here
         inner = problem.numbering.unravel(upper.system.raveler, here.x)
         point = Point.at(lower, upper, here.x, here.q, needs_grad)

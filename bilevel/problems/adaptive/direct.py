@@ -30,7 +30,7 @@ from bilevel.linear.exact import Exact, solve_nearby
 from bilevel.operators import HessianOperator
 from bilevel.problems.adaptive.driver import treat_goal
 from bilevel.problems.adaptive.error_model import ErrorModel
-from bilevel.problems.adaptive.iterate import Iterate
+from bilevel.problems.adaptive.iterate import Iterate, Objectives
 from bilevel.problems.adaptive.state import GoalReport, SearchResult, SearchState
 from bilevel.problems.checks import CheckedObjective
 from bilevel.problems.definition import OuterTensors
@@ -89,7 +89,7 @@ def solve_directly(
     x
         The initial guess (K, n).
     before
-        The adjoint (K, n) of the last call, or None.
+        The adjoint (K, n) of the last call, for the mean over the problems, or None.
     outer
         Which of the problems' tensors are θ.
     known
@@ -105,14 +105,18 @@ def solve_directly(
         As :func:`~bilevel.problems.adaptive.driver.solve_to_goal` does.
     """
     tolerance, policy = call.settings.tolerance, call.settings.on_failure
-    here, gradient, found = _solved(call, lower, upper, x, outer, checked)
+    here, found = _solved(call, lower, upper, x, outer, checked)
+    gradient = here.gradient
     assert call.report is not None
-    report = HypergradientReport(call.report, found.report)
-    norm, solved = float(gradient.norm()), bool(report.converged.all())
+    report, norm = HypergradientReport(call.report, found.report), float(gradient.norm())
+    # Status.CONVERGED is 0, and what solves nearly always report.
+    solved = not bool((call.report.status_code | found.report.status_code).any()) or bool(report.converged.all())
     allowed, bound = tolerance.allowed(norm), Bound(math.nan, Basis.RESIDUAL)
     if solved and tolerance.estimates and math.isfinite(norm):
-        near = before is not None and float((before - here.q).norm()) <= _NEAR * float(here.q.norm())
-        measure = partial(_measure, lower=lower, upper=upper, outer=outer, here=here, gradient=gradient)
+        q, near = found.value, False
+        if before is not None and before.shape == q.shape:
+            near = float(torch.dist(before.to(q), q)) <= _NEAR * float(q.norm())
+        measure = partial(_measure, lower=lower, upper=upper, outer=outer, here=here)
         bound, known = _estimated(tolerance, here, measure, known if near else None, norm)
     met = bound.value <= allowed
     if solved and not met:
@@ -135,40 +139,32 @@ def _failure(report: HypergradientReport) -> Status:
 
 def _solved(
     call: SolveCall, lower: Problem, upper: Problem, x: torch.Tensor, outer: OuterTensors, checked: CheckedObjective
-) -> tuple[Iterate, torch.Tensor, Adjoint]:
-    """Return the point that the solves reach from x (K, n), ĝ (p,) there, and the result of the linear solve."""
+) -> tuple[Iterate, Adjoint]:
+    """Return the point that the solves reach from x (K, n), and the result of the linear solve."""
     adjoints: list[Adjoint] = []
     tolerance = _default(call.settings.tolerance.strong_convexity)
     call.settings = replace(call.settings, tolerance=tolerance, on_adjoint=adjoints.append)
-    needs_grad, count = outer.needs_grad, lower.batch
-    tensors = [t.detach().requires_grad_(want) for t, want in zip(lower.tensors, needs_grad, strict=True)]
-    memo = LinearizationCache()
+    needs_grad, count, memo = outer.needs_grad, lower.batch, LinearizationCache()
     with torch.no_grad():
-        solution = call.solve(Problem.of(lower.system, tensors, memo.look(tensors)), x.clone())
-    memo.adopt(solution, tensors)
-    chosen = [t for t, want in zip(tensors, needs_grad, strict=True) if want]
-    with torch.enable_grad():
-        point = solution.detach().requires_grad_(True)
-        values = checked(point, *tensors)
-    v, *direct = reverse_pass([values], [point, *chosen], [torch.full_like(values, 1 / count)], retain_graph=False)
-    # The rule of implicit.Solve, for cotangents of the mean.
-    linear = memo.linearize(lower.system, solution, tensors, needs_grad, call.compare)
-    both, x = JointProduct(linear), solution.reshape(x.shape)
+        solution = call.solve(Problem(lower.system, lower.tensors, memo.look(needs_grad)), x.clone())
+    memo.adopt(solution, lower.tensors)
+    x = solution.reshape(x.shape)
+    values, v, direct = Objectives(lower, upper, outer, checked).slopes(x)
+    # The rule of implicit.Solve, for the mean over the problems.
+    linear = memo.linearize(lower.system, solution, lower.tensors, needs_grad, call.compare)
+    both = JointProduct(linear)
     q = call.solve_linear(
-        linear.operator.T, v.reshape(x.shape), lower.batch_shape, both,
-        lambda: pullbacks_of(both.pullback, tensors, needs_grad),
-    ).reshape(x.shape)  # fmt: skip
-    pulled = [part for part in both.pullback(-q) if part is not None]
-    gradient = outer.slope([a + b for a, b in zip(direct, pulled, strict=True)])
-    target = tolerance.inner(x.dtype)
-    # One direction of change is measured. Another may change ĝ by √n times as much.
-    error = math.sqrt(x.shape[1]) * float((target.rtol * x.abs() + target.atol).norm())
-    found = adjoints[-1]
-    here = Iterate(
-        x, linear, linear.operator, found.residual, values.detach().reshape(-1), count * v.reshape(x.shape),
-        count * gradient, count * q, count * found.rho, -count * outer.slope(pulled), inner_error=error,
+        linear.operator.T, v if count == 1 else v / count, lower.batch_shape, both,
+        lambda: pullbacks_of(both.pullback, lower.tensors, needs_grad),
     )  # fmt: skip
-    return here, gradient, found
+    pulled = -outer.slope(both.pullback(-q.reshape(x.shape)))
+    found, target = adjoints[-1], tolerance.inner(x.dtype)
+    # One direction of change is measured. Another may change ĝ by √n times as much.
+    size = math.sqrt(x.shape[1])
+    error = size * (target.rtol * float(x.norm()) + target.atol * math.sqrt(x.numel()))
+    q, rho, pulled = (t if count == 1 else count * t for t in (found.value, found.rho, pulled))
+    here = Iterate(x, linear, linear.operator, found.residual, values, v, direct, q, rho, pulled, inner_error=error)
+    return here, found
 
 
 def _estimated(
@@ -195,16 +191,8 @@ def _estimated(
     return replace(bound, value=bound.value + rounding), known
 
 
-def _measure(
-    known: SearchState,
-    *,
-    lower: Problem,
-    upper: Problem,
-    outer: OuterTensors,
-    here: Iterate,
-    gradient: torch.Tensor,
-) -> None:
-    """Learn from a step that moves all unknowns at once, by random signs, each by the same part of itself. ``gradient`` is ĝ (p,) at ``here``."""
+def _measure(known: SearchState, *, lower: Problem, upper: Problem, outer: OuterTensors, here: Iterate) -> None:
+    """Learn from a step that moves all unknowns at once, by random signs, each by the same part of itself."""
     x, count, target = here.x, lower.batch, _default(None).inner(here.x.dtype)
     step = torch.finfo(x.dtype).eps ** (1 / 3) * irregular_signs(x) * (x.abs() + target.atol / target.rtol)
     there = lower.linearize(x + step, outer.needs_grad)
@@ -213,19 +201,18 @@ def _measure(
     point, leaves = there.operator.point, there.leaves
     with torch.enable_grad():
         values = upper.system.outputs(upper.shaped(point), *leaves)
-    # One pass gives the slopes of F − ⟨q, ∇G⟩: ρ, and ĝ with the adjoint of `here`.
+    # One pass gives the slopes of the sum of F − ⟨q, ∇G⟩: ρ, and ĝ with the adjoint of `here`.
     chosen = [leaf for leaf, want in zip(leaves, outer.needs_grad, strict=True) if want]
-    mean = [torch.full_like(values, 1 / count), -here.q / count]
-    rho, *parts = reverse_pass([values, there.residual], [point, *chosen], mean)
-    turn = count * rho - here.rho
+    rho, *parts = reverse_pass([values, there.residual], [point, *chosen], [torch.ones_like(values), -here.q])
+    turn = rho - here.rho
     if bool((turn != 0).any()):
         moved = solve_nearby(here.operator, turn)
         known.nu = math.sqrt(x.shape[1]) * float(moved.norm()) / float(turn.norm())
-        pulled = [part for part in there.pullback(moved / count) if part is not None]
+        pulled = (part for part in there.pullback(moved) if part is not None)
         parts = [a - b for a, b in zip(parts, pulled, strict=True)]
-    change = float((outer.slope(parts) - gradient).norm())
-    length = float(here.q.norm())
+    change = float((outer.slope(parts) - here.direct + here.pulled).norm()) / count
+    length, numbers = float(here.q.norm()), here.direct.numel()
     if length:
-        known.pull, known.pulls = float(here.pulled.norm()) / count / length, len(gradient)
+        known.pull, known.pulls = float(here.pulled.norm()) / count / length, numbers
     if math.isfinite(change):
-        known.slope, known.numbers, known.looks = change / float(step.norm()), len(gradient), 1
+        known.slope, known.numbers, known.looks = change / float(step.norm()), numbers, 1

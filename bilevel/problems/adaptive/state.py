@@ -207,4 +207,4 @@ class SearchResult:
     @property
     def finite(self) -> bool:
         """Whether φ and q are finite, so that the next call can begin there."""
-        return bool(torch.isfinite(self.here.x).all() & torch.isfinite(self.here.q).all())
+        return self.report.met or bool(torch.isfinite(self.here.x).all() & torch.isfinite(self.here.q).all())

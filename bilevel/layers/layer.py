@@ -236,7 +236,7 @@ class Layer:
     ) -> Solution[Any]:
         """Prepare the arguments, choose the initial guess, solve, and evaluate the auxiliary output."""
         if self.prepare is not None:
-            with explained(self.where, "prepare", args=args, kwargs=kwargs):
+            with explained(self.where, "prepare", lambda: {"args": args, "kwargs": kwargs}):
                 prepared = self.prepare(*args, **kwargs)
             args, kwargs = prepared if isinstance(prepared, tuple) else (prepared,), {}
         if self.module is not None:

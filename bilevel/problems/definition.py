@@ -100,7 +100,7 @@ class Definition:
             )
         prepare = functools.partial(self.prepare, outer, data)
         watch = SideEffectCheck(self.where, self.prepare, (outer, data), prepare, "prepare")
-        with explained(self.where, "prepare", data=data, outer=outer):
+        with explained(self.where, "prepare", lambda: {"data": data, "outer": outer}):
             made = prepare()
         # An error bound prepares the data again, and has to come to the same.
         poisoned = watch.ended(on_failure)

@@ -25,6 +25,7 @@ from bilevel._torch.double_backward import Repeatable
 from bilevel._torch.factorisations import eigvalsh
 from bilevel._torch.norms import WrittenNorms
 from bilevel._torch.reverse import grad
+from bilevel._torch.tree_spec import children
 from bilevel.equations.player_bounds import PlayerBounds
 from bilevel.equations.player_terms import PlayerTerms, state, step
 from bilevel.equations.problem import Problem
@@ -76,7 +77,7 @@ class EquilibriumSystem(RootSystem):
     def sizes(self) -> tuple[int, ...]:
         """How many unknowns each player has."""
         shapes, sizes = iter(self.raveler.real_shapes), []
-        for part in self.raveler.structure.children():
+        for part in children(self.raveler.structure):
             sizes.append(sum(next(shapes).numel() for _ in range(part.num_leaves)))
         return tuple(sizes)
 

@@ -26,7 +26,7 @@ from bilevel._torch.factorisations import eigvalsh
 from bilevel._torch.norms import WrittenNorms
 from bilevel._torch.reverse import grad
 from bilevel.equations.player_bounds import PlayerBounds
-from bilevel.equations.player_terms import PlayerTerms, state, step
+from bilevel.equations.player_terms import PlayerTerms, prox_of, state
 from bilevel.equations.problem import Problem
 from bilevel.equations.system import RootSystem
 from bilevel.errors import DtypeError, ShapeError
@@ -73,6 +73,12 @@ class EquilibriumSystem(RootSystem):
         return len(self.function.objectives)
 
     @property
+    def bounded(self) -> bool:
+        """Whether a player has a bound or a proximal term."""
+        assert isinstance(self.function, Players)
+        return self.function.bounded
+
+    @property
     def sizes(self) -> tuple[int, ...]:
         """How many unknowns each player has."""
         shapes, sizes = iter(self.raveler.real_shapes), []
@@ -109,12 +115,17 @@ class EquilibriumSystem(RootSystem):
         return flat - self.landed(moved, lower, upper, *tensors)
 
     def landed(
-        self, moved: torch.Tensor, lower: torch.Tensor, upper: torch.Tensor, *tensors: torch.Tensor
+        self,
+        moved: torch.Tensor,
+        lower: torch.Tensor,
+        upper: torch.Tensor,
+        *tensors: torch.Tensor,
+        step: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Return the projections, or the proximal points, of the players' ``moved`` (n,)."""
+        """Return the projections, or the proximal points with this ``step`` (), by default 1, of the players' ``moved`` (n,)."""
         inside = torch.minimum(torch.maximum(moved, lower), upper)
         terms = self.terms(moved, *tensors)
-        return inside if terms is None else step(terms, self.sizes, inside)
+        return inside if terms is None else prox_of(terms, self.sizes, inside, step)
 
     def terms(self, flat: torch.Tensor, *tensors: torch.Tensor) -> list[FlatTerm | None] | None:
         """Return the players' terms of one problem, or None."""
@@ -216,7 +227,7 @@ class _Pieces(EquilibriumSystem):
         if terms is not None:
             mine = torch.cat([part.new_full(part.shape, term is not None, dtype=torch.bool) for term, part in zip(
                 terms, torch.split(flat, list(self.sizes)), strict=True)])  # fmt: skip
-            landed = torch.where(mine, step(terms, self.sizes, flat - slopes), landed)
+            landed = torch.where(mine, prox_of(terms, self.sizes, flat - slopes), landed)
             held, margins = state(terms, self.sizes, landed, slopes)
         return torch.stack([lower, upper, slopes, held, margins, landed])
 

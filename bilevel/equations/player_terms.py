@@ -13,7 +13,7 @@ from bilevel.errors import ArgumentError, ShapeError
 from bilevel.prox._base import Term
 from bilevel.prox._flat import FlatTerm
 
-__all__ = ["PlayerTerms", "state", "step"]
+__all__ = ["PlayerTerms", "prox_of", "state"]
 
 
 @dataclass(frozen=True)
@@ -47,10 +47,12 @@ class PlayerTerms(PlayerEntries):
         return found
 
 
-def step(terms: list[FlatTerm | None], sizes: tuple[int, ...], v: torch.Tensor) -> torch.Tensor:
-    """Return the proximal points (n,) of all players, with step 1; v where a player has no term."""
-    parts = zip(terms, torch.split(v, list(sizes)), strict=True)
-    return torch.cat([part if term is None else term.prox(part, part.new_ones(())) for term, part in parts])
+def prox_of(
+    terms: list[FlatTerm | None], sizes: tuple[int, ...], v: torch.Tensor, step: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Return the proximal points (n,) of all players, with this ``step`` (), by default 1; v where a player has no term."""
+    step, parts = v.new_ones(()) if step is None else step, zip(terms, torch.split(v, list(sizes)), strict=True)
+    return torch.cat([part if term is None else term.prox(part, step) for term, part in parts])
 
 
 def state(

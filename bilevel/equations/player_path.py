@@ -16,20 +16,12 @@ from dataclasses import dataclass, fields, replace
 
 import torch
 
-from bilevel.equations.equilibrium import EquilibriumSystem
+from bilevel.equations.equilibrium import EquilibriumSystem, SlopeSystem
 from bilevel.equations.problem import Problem
 from bilevel.equations.structured import flat_raveler
 from bilevel.equations.system import Level, RootSystem
 
 __all__ = ["path_problem"]
-
-
-@dataclass(frozen=True, eq=False)
-class _Slopes(EquilibriumSystem):
-    """F = 0."""
-
-    def output(self, flat: torch.Tensor, *tensors: torch.Tensor) -> torch.Tensor:
-        return self.slopes(flat, *tensors)
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -56,7 +48,7 @@ def path_problem(problem: Problem, origin: torch.Tensor) -> tuple[Problem, torch
     """
     system = problem.system
     assert isinstance(system, EquilibriumSystem)
-    slopes = _Slopes(**{field.name: getattr(system, field.name) for field in fields(system)})
+    slopes = SlopeSystem(**{field.name: getattr(system, field.name) for field in fields(system)})
     linear = Problem(slopes, problem.tensors).linearize_dense(origin)
     size = (linear.residual.abs() / (1 + origin.abs())).amax(-1)
     size = torch.maximum(size, linear.operator.dense().abs().sum(-1).amax(-1))

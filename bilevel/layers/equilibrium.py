@@ -221,8 +221,7 @@ class _EquilibriumCall(SolveCall):
         state = bound_state(problem, outcome.x)
         if state is not None:
             outcome = self._within(problem, outcome, state)
-        active = None if state is None else state.active
-        player = player_at_fault(problem, outcome.x, outcome.status == Status.CONVERGED, active)
+        player = player_at_fault(problem, outcome.x, outcome.status == Status.CONVERGED)
         fault = player >= 0
         if not bool(fault.any()):
             return super().reviewed(solver, problem, init, outcome)

@@ -14,11 +14,12 @@ from bilevel.solvers._base import Goal, InnerSolution, InnerSolver, length
 
 __all__ = ["PathFollowing"]
 
-_MAX_STEPS = 1000
+# Steps that a path may take, and more for each unknown. Paths of random games of 16 unknowns took at most 30.
+_STEPS, _STEPS_EACH = 60, 4
 # Newton steps back to the path, and at its end.
 _CORRECTIONS, _LAST_CORRECTIONS = 5, 20
-# The first step along the path, the largest, and the smallest, relative to 1 + |x|.
-_FIRST, _LONGEST, _SHORTEST = 0.1, 0.5, 1e-8
+# The shortest step along the path, relative to 1 + |x|.
+_SHORTEST = 1e-8
 
 
 @dataclass(frozen=True)
@@ -38,18 +39,15 @@ class PathFollowing(InnerSolver):
     theory", Economic Theory 42, 2010.
     """
 
-    max_steps: int | None = None
-
-    @property
-    def has_budget(self) -> bool:  # noqa: D102
-        return False
+    #: The longest step, relative to 1 + |x|. A long one may come to another path, which can be closed.
+    longest: float = 0.2
 
     def resumed(self, taken: int) -> InnerSolver | None:  # noqa: D102
         return None
 
     def solve(self, problem: Problem, init: torch.Tensor, goal: Goal) -> InnerSolution:  # noqa: D102
-        path = _Path(problem, init, length(problem.residual(init)) > goal.threshold)
-        for _ in range(self.max_steps or _MAX_STEPS):
+        path = _Path(problem, init, length(problem.residual(init)) > goal.threshold, self.longest)
+        for _ in range(round((_STEPS + _STEPS_EACH * problem.size) * max(1.0, 0.1 / self.longest))):
             if not bool(path.running.any()):
                 break
             path.step()
@@ -60,7 +58,8 @@ class PathFollowing(InnerSolver):
 class _Path:
     """The state of a batch: z = (x, t) on the path and its direction (batch, n + 1), and the length of the next step (batch,)."""
 
-    def __init__(self, problem: Problem, init: torch.Tensor, meant: torch.Tensor) -> None:
+    def __init__(self, problem: Problem, init: torch.Tensor, meant: torch.Tensor, longest: float) -> None:
+        self.longest = longest
         self.family, self.z = path_problem(problem, init)
         eps = torch.finfo(init.dtype).eps
         self.accuracy = eps**0.5 * (1 + init.abs().amax(-1))
@@ -68,7 +67,7 @@ class _Path:
         self.steps = torch.zeros_like(meant, dtype=torch.int64)
         self.direction = _direction(self.evaluated(self.z)[1])
         self.first = self.size
-        self.length = _FIRST * self.first
+        self.length = 0.5 * longest * self.first
 
     @property
     def size(self) -> torch.Tensor:
@@ -95,7 +94,7 @@ class _Path:
         moved = self.running & good
         self.z = torch.where(moved[:, None], found, self.z)
         self.direction = torch.where(moved[:, None], _direction(jacobian), self.direction)
-        longer = torch.minimum(2 * self.length, _LONGEST * self.size)
+        longer = torch.minimum(2 * self.length, self.longest * self.size)
         self.length = torch.where(moved, longer, self.length / 4)
         self.steps = self.steps + self.running
         t = self.z[:, -1]

@@ -31,7 +31,7 @@ _AGAIN, _HALF_AGAIN = (
 _AFTER_NEWTON_IN_GAMES = (
     Successor(PathFollowing(), afresh=True),
     Successor(_NEWTON),
-    Successor(PathFollowing(), afresh=True, beside=True),
+    Successor(PathFollowing(longest=0.02), afresh=True, beside=True),
     Successor(_NEWTON),
 )
 

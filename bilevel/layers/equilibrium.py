@@ -37,6 +37,13 @@ __all__ = ["EquilibriumLayer", "equilibrium"]
 
 T = TypeVar("T")
 
+# How the search of a game with bounds or terms may fail.
+_SHORT_OF_ONE = (Status.SINGULAR, Status.LINE_SEARCH_FAILED, Status.MAX_STEPS, Status.DIVERGED)
+_NO_EQUILIBRIUM = (
+    "where a player's unknowns can grow without end there may be no equilibrium: bound them on both sides, or add a strictly convex term such as "
+    "1e-3 * (x**2).sum() to each objective, with the x of its own player; else start elsewhere"
+)
+
 
 def equilibrium(
     objectives: Sequence[Callable[..., torch.Tensor]],
@@ -223,10 +230,13 @@ class _EquilibriumCall(SolveCall):
             outcome = self._within(problem, outcome, state)
         player = player_at_fault(problem, outcome.x, outcome.status == Status.CONVERGED)
         fault = player >= 0
-        if not bool(fault.any()):
-            return super().reviewed(solver, problem, init, outcome)
         outcome = replace(outcome, status=torch.where(fault, int(Status.INDEFINITE), outcome.status))
         words = dict(super().reviewed(solver, problem, init, outcome)[1])
+        if state is not None:
+            remedy = _NO_EQUILIBRIUM if self.settings.solver is None else f"leave solver= out; {_NO_EQUILIBRIUM}"
+            words.update({status: (words.get(status, (status.meaning,))[0], remedy) for status in _SHORT_OF_ONE})
+        if not bool(fault.any()):
+            return outcome, words
         first = int(player[int(fault.nonzero()[0])])
         words[Status.INDEFINITE] = (
             f"ended where the objective of player {first} has negative curvature in that player's own unknowns, which is no equilibrium",

@@ -15,7 +15,7 @@ from bilevel.solvers._base import Goal, InnerSolution, InnerSolver, length
 __all__ = ["PathFollowing"]
 
 # Steps that a path may take, and more for each unknown. Paths of random games of 16 unknowns took at most 30.
-_STEPS, _STEPS_EACH = 60, 4
+_STEPS, _STEPS_EACH = 40, 4
 # Newton steps back to the path, and at its end.
 _CORRECTIONS, _LAST_CORRECTIONS = 5, 20
 # The shortest step along the path, relative to 1 + |x|.
@@ -47,7 +47,7 @@ class PathFollowing(InnerSolver):
 
     def solve(self, problem: Problem, init: torch.Tensor, goal: Goal) -> InnerSolution:  # noqa: D102
         path = _Path(problem, init, length(problem.residual(init)) > goal.threshold, self.longest)
-        for _ in range(round((_STEPS + _STEPS_EACH * problem.size) * max(1.0, 0.1 / self.longest))):
+        for _ in range(round((_STEPS + _STEPS_EACH * problem.size) * max(1.0, 0.08 / self.longest))):
             if not bool(path.running.any()):
                 break
             path.step()

@@ -362,6 +362,12 @@ def test_auxiliary_output_is_evaluated_at_the_solution_and_differentiable() -> N
     assert torch.allclose(found, slope(bilevel.argmin(objective), A) - 1)
     mapped = torch.func.vmap(lambda a: layer.solve(START, a))(torch.stack([A, A]))
     assert mapped.aux["residual"].shape == (2, 2)
+    # A solution that is there already comes back as the layer's own does.
+    again, beside = layer.at(x.detach(), a)
+    assert torch.equal(again, x) and torch.equal(beside["residual"], aux["residual"])
+    assert torch.allclose(torch.autograd.grad(beside["residual"].sum(), a)[0], found)
+    both, batch = torch.func.vmap(layer.at)(torch.stack([x, x]).detach(), torch.stack([A, A]))
+    assert torch.equal(batch["residual"], both - A) and torch.allclose(both[1], x)
     with pytest.raises(bilevel.ArgumentError, match="pair"):
         bilevel.argmin(objective, has_aux=True)(START, A)
 

@@ -74,7 +74,7 @@ class EquilibriumSystem(RootSystem):
         return len(self.function.objectives)
 
     @property
-    def bounded(self) -> bool:
+    def has_kinks(self) -> bool:
         """Whether a player has a bound or a proximal term."""
         assert isinstance(self.function, Players)
         return self.function.bounded
@@ -246,7 +246,7 @@ def player_at_fault(problem: Problem, x: torch.Tensor, doubtful: torch.Tensor) -
         return found
     dense = problem.size <= _DENSE_ORDER and problem.batch * problem.size**2 <= _DENSE_NUMBERS
     operator = (problem.linearize_dense if dense else problem.linearize)(x).operator
-    landing = _landing(problem, x, dense=dense) if system.bounded else None
+    landing = _landing(problem, x, dense=dense) if system.has_kinks else None
     first = 0
     for player, size in enumerate(system.sizes):
         rows = slice(first, first + size)

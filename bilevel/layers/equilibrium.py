@@ -22,6 +22,7 @@ from bilevel.equations.problem import Problem
 from bilevel.equations.system import System
 from bilevel.errors import ArgumentError
 from bilevel.layers.call import SolveCall
+from bilevel.layers.differentiation import Differentiation
 from bilevel.layers.layer import Layer
 from bilevel.layers.settings import SolveSettings
 from bilevel.layers.solution import Solution
@@ -55,6 +56,7 @@ def equilibrium(
     linear_solver: LinearSolverLike | None = None,
     tolerance: Tolerance | None = None,
     on_failure: OnFailure = "raise",
+    differentiation: Differentiation | None = None,
 ) -> EquilibriumLayer:
     """Turn objectives into the layer x*(θ) with x_i* = argmin_{x_i} f_i(x_1*, …, x_i, …, x_N*, θ) for each player i.
 
@@ -81,6 +83,8 @@ def equilibrium(
         ``objectives`` maps the tuple x to the tuple of values.
     linear_solver, tolerance, on_failure
         See :func:`bilevel.root`.
+    differentiation
+        See :func:`bilevel.root`. With bounds or terms it is :class:`bilevel.Implicit`, and others are refused.
 
     Returns
     -------
@@ -144,6 +148,7 @@ def equilibrium(
         linear_solver=linear_solver,
         tolerance=tolerance,
         on_failure=on_failure,
+        differentiation=differentiation,
     )
 
 
@@ -158,6 +163,7 @@ class EquilibriumLayer(Layer):
         linear_solver: LinearSolverLike | None,
         tolerance: Tolerance | None,
         on_failure: OnFailure,
+        differentiation: Differentiation | None = None,
     ) -> None:
         if tolerance is not None and getattr(tolerance, "has_goal", False):
             raise ArgumentError(
@@ -171,6 +177,7 @@ class EquilibriumLayer(Layer):
             linear_solver=linear_solver,
             tolerance=tolerance,
             on_failure=on_failure,
+            differentiation=differentiation,
         )
         names = ", ".join(getattr(f, "__name__", type(f).__name__) for f in players.objectives)
         self.where = f"`equilibrium` layer `{names}`"

@@ -328,13 +328,7 @@ class Layer:
         self, way: BySteps, call: SolveCall, system: System, flat: torch.Tensor, tensors: list[torch.Tensor]
     ) -> torch.Tensor:
         """Return x (n,), differentiable through steps of the solver. The solve itself is not differentiated."""
-        if isinstance(system, StructuredSystem):
-            raise ArgumentError(
-                f"{self.where}: expected differentiation=bilevel.Implicit() with proximal terms, bounds or constraints, got {way}; leave it "
-                "out, or pass the step to bilevel.fixed_point: with a term g, x -> g.prox(x - s * slope(x), s), where slope is the gradient of "
-                "the objective and s is small"
-            )
-        solver = solver_for(way, self.kind, call.settings.solver, self.where)
+        solver = solver_for(way, system, call.settings.solver)
         call.settings = replace(call.settings, solver=solver)
         cut = [without_gradient(tensor) for tensor in tensors]
         answer = without_gradient(Solve.apply(ImplicitContext(system, call.solve, call.solve_linear), flat, *cut))

@@ -52,7 +52,7 @@ def default_solvers(problem: Problem) -> tuple[InnerSolver, tuple[Successor, ...
     if problem.is_fixed_point:
         return _ANDERSON, polish
     small = dense_fits(problem.batch, problem.size, problem.system.raveler.dtype)
-    if small and isinstance(problem.system, EquilibriumSystem) and problem.system.bounded:
+    if small and isinstance(problem.system, EquilibriumSystem) and problem.system.has_kinks:
         return _NEWTON, _AFTER_NEWTON_IN_GAMES
     if problem.minimizes:
         if wide and isinstance(problem.system, LeastSquaresSystem):

@@ -131,7 +131,7 @@ def test_curvature_counts_along_the_directions_in_which_a_simplex_lets_a_player_
     H = torch.tensor([[50.0, 30.0, 20.0], [30.0, 20.0, 10.0], [20.0, 10.0, 30.0]], dtype=F64)
     assert float(torch.linalg.eigvalsh(H)[0]) > 0
     convex = bilevel.equilibrium(
-        [lambda x, y, a: 0.5 * x @ H @ x - a @ x, lambda x, y, a: ((y - x[0]) ** 2)], prox=[prox.Simplex(), None]
+        [lambda x, y, a: 0.5 * x @ H @ x - a @ x, lambda x, y, a: (y - x[0]) ** 2], prox=[prox.Simplex(), None]
     )
     inside = torch.tensor([0.3, 0.4, 0.3], dtype=F64)
     start, zero = torch.tensor([0.2, 0.2, 0.6], dtype=F64), torch.zeros((), dtype=F64)
@@ -153,7 +153,9 @@ def test_a_game_without_an_equilibrium_names_a_remedy_that_works() -> None:
         )
 
     start = torch.tensor(0.2, dtype=F64), torch.tensor(0.4, dtype=F64)
-    with pytest.raises(bilevel.SolveError, match=r"bound them on both sides, or add a strictly convex term such as 1e-3"):
+    with pytest.raises(
+        bilevel.SolveError, match=r"bound them on both sides, or add a strictly convex term such as 1e-3"
+    ):
         game(0.0)(start)
     torch.testing.assert_close(torch.stack(game(1e-3)(start)), torch.tensor([0.0, 500.0], dtype=F64))
     torch.testing.assert_close(torch.stack(game(0.0, upper=10.0)(start)), torch.tensor([0.0, 10.0], dtype=F64))

@@ -34,7 +34,15 @@ from bilevel.operators import LinearOperator
 from bilevel.prox._base import already_checked
 from bilevel.prox._flat import FlatTerm
 
-__all__ = ["BoundState", "EquilibriumSystem", "Players", "SlopeSystem", "bound_state", "check_players", "player_at_fault"]
+__all__ = [
+    "BoundState",
+    "EquilibriumSystem",
+    "Players",
+    "SlopeSystem",
+    "bound_state",
+    "check_players",
+    "player_at_fault",
+]
 
 # Up to these sizes the players' Hessians are materialised.
 _DENSE_ORDER, _DENSE_NUMBERS = 512, 2**24

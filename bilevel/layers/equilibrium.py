@@ -61,8 +61,8 @@ def equilibrium(
     """Turn objectives into the layer x*(θ) with x_i* = argmin_{x_i} f_i(x_1*, …, x_i, …, x_N*, θ) for each player i.
 
     It solves the stacked first-order conditions ∇_{x_i} f_i = 0, and checks at the answer that each player's own Hessian is positive
-    semi-definite. Where one is not, the answer is no equilibrium: the status is ``INDEFINITE``, and the message names the player. A saddle point
-    min_x max_y f(x, y) is the equilibrium of the objectives f and −f.
+    semi-definite along the directions that bounds and terms leave free. Where one is not, the answer is no equilibrium: the status is
+    ``INDEFINITE``, and the message names the player. A saddle point min_x max_y f(x, y) is the equilibrium of the objectives f and −f.
 
     Parameters
     ----------
@@ -71,15 +71,16 @@ def equilibrium(
     lower, upper
         Bounds: a list with an entry for each player. An entry is None, a number, a tensor, a pytree of tensors like x_i, or a function of the
         arguments that returns one. One number bounds all players, and one function of the arguments may return the whole list. The conditions
-        are then those of a variational inequality, which semismooth Newton solves. Where an unknown is on its bound and its slope ∂f_i/∂x_i is zero,
-        the derivative is one-sided, and refused as ``DEGENERATE``.
+        are then those of a variational inequality. Where an unknown is on its bound and its slope ∂f_i/∂x_i is zero, the derivative is
+        one-sided, and refused as ``DEGENERATE``.
     prox
         Proximal terms: a list with an entry for each player. An entry is None, a term of :mod:`bilevel.prox`, a pytree of terms like x_i, or a
         function of the arguments that returns one. One term serves all players, and one function may return the whole list. Player i
         then minimises f_i + g_i. A player has bounds or a term; :class:`bilevel.prox.Box` has both in one. Where a term is at its threshold,
         the derivative is refused as ``DEGENERATE``.
     solver
-        An inner solver for the residual, by default Newton's method; or a function ``(objectives, init, *args, **kwargs)`` -> x, where
+        An inner solver for the residual, by default Newton's method. With bounds or terms it is the semismooth one; where it fails, a path of
+        solutions is followed from a game that ``init`` solves. Or a function ``(objectives, init, *args, **kwargs)`` -> x, where
         ``objectives`` maps the tuple x to the tuple of values.
     linear_solver, tolerance, on_failure
         See :func:`bilevel.root`.
@@ -99,7 +100,8 @@ def equilibrium(
 
     References
     ----------
-    Facchinei & Kanzow, "Generalized Nash equilibrium problems", Annals of Operations Research 175, 2010.
+    Facchinei & Kanzow, "Generalized Nash equilibrium problems", Annals of Operations Research 175, 2010; Herings & Peeters, "Homotopy methods to
+    compute equilibria in game theory", Economic Theory 42, 2010 (paths).
 
     Examples
     --------
@@ -122,6 +124,15 @@ def equilibrium(
     >>> x, y = capped((zero, zero), c)
     >>> round(x.item(), 6), round(y.item(), 6)
     (0.25, 0.175)
+
+    A zero-sum game in mixed strategies. The derivative of its value by A is x yᵀ:
+
+    >>> simplex = bilevel.prox.Simplex()
+    >>> game = bilevel.equilibrium([lambda x, y, A: x @ A @ y, lambda x, y, A: -(x @ A @ y)], prox=[simplex, simplex])
+    >>> A = torch.tensor([[2.0, -1.0], [-1.0, 1.0]], dtype=torch.float64)
+    >>> start = torch.tensor([0.5, 0.5], dtype=torch.float64)
+    >>> [strategy.tolist() for strategy in map(lambda s: s.round(decimals=6), game((start, start), A))]
+    [[0.4, 0.6], [0.4, 0.6]]
     """
     if callable(objectives) or not isinstance(objectives, (list, tuple)) or not objectives:
         raise ArgumentError(

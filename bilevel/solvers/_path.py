@@ -42,10 +42,10 @@ class PathFollowing(InnerSolver):
     #: The longest step, relative to 1 + |x|. A long one may come to another path, which can be closed.
     longest: float = 0.2
 
-    def resumed(self, taken: int) -> InnerSolver | None:  # noqa: D102
+    def resumed(self, taken: int) -> InnerSolver | None:
         return None
 
-    def solve(self, problem: Problem, init: torch.Tensor, goal: Goal) -> InnerSolution:  # noqa: D102
+    def solve(self, problem: Problem, init: torch.Tensor, goal: Goal) -> InnerSolution:
         path = _Path(problem, init, length(problem.residual(init)) > goal.threshold, self.longest)
         for _ in range(round((_STEPS + _STEPS_EACH * problem.size) * max(1.0, 0.08 / self.longest))):
             if not bool(path.running.any()):
@@ -98,7 +98,9 @@ class _Path:
         self.length = torch.where(moved, longer, self.length / 4)
         self.steps = self.steps + self.running
         t = self.z[:, -1]
-        away = (t < 0) | (self.length < _SHORTEST * self.size) | (self.size > self.first / torch.finfo(t.dtype).eps ** 0.5)
+        away = (
+            (t < 0) | (self.length < _SHORTEST * self.size) | (self.size > self.first / torch.finfo(t.dtype).eps ** 0.5)
+        )
         self.running = self.running & (t < 1) & ~away
 
     def predicted(self, z: torch.Tensor, direction: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

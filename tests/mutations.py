@@ -477,8 +477,30 @@ MUTATIONS = (
         "(at_lower | at_upper) & flat & ~pinned", "(at_lower | at_upper) & flat & pinned", ("tests/test_bounded_equilibrium.py", "-k", "zero_slope"),
     ),
     Mutation(
-        "the curvature along an active bound counted", "layers/equilibrium.py",
-        "active = None if state is None else state.active", "active = None", ("tests/test_bounded_equilibrium.py", "-k", "curvature"),
+        "the curvature along an active bound counted", "equations/equilibrium.py",
+        "hessian @ landing.dense()[:, rows, rows].mT", "hessian", ("tests/test_bounded_equilibrium.py", "-k", "curvature"),
+    ),
+    Mutation(
+        "the curvature across a simplex counted", "equations/equilibrium.py",
+        "hessian @ landing.dense()[:, rows, rows].mT", "hessian", ("tests/test_matrix_games.py", "-k", "curvature"),
+    ),
+    Mutation(
+        "a game left to Newton's method alone", "solvers/defaults.py", "return _NEWTON, _AFTER_NEWTON_IN_GAMES", "return _NEWTON, _AGAIN",
+        ("tests/test_matrix_games.py", "-k", "pennies or bilinear"),
+    ),
+    Mutation(
+        "a path that turns back", "solvers/_path.py", "torch.where(sign < 0, -1.0, 1.0)", "torch.where(sign < 0, 1.0, 1.0)",
+        ("tests/test_matrix_games.py", "-k", "bimatrix"),
+    ),
+    Mutation(
+        "a given answer without its auxiliary output", "layers/layer.py",
+        "return self._returned(self._around(settings, pytree.tree_map(_without_graph, x), args, kwargs))",
+        "return self._around(settings, pytree.tree_map(_without_graph, x), args, kwargs).value",
+        ("tests/test_differentiation.py", "-k", "auxiliary"),
+    ),
+    Mutation(
+        "steps differentiated through kinks", "layers/differentiation.py", "if system.has_kinks:", "if False:",
+        ("tests/test_differentiation.py", "-k", "no_sense"),
     ),
     Mutation(
         "an argument judged by itself, not by what it was computed from", "equations/pullbacks.py",

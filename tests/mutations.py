@@ -76,6 +76,11 @@ def cells(row: str, *columns: str) -> tuple[str, ...]:
 
 MUTATIONS = (
     Mutation(
+        "constraints of small unknowns are weighed in another unit", "solvers/_constrained.py",
+        "parts, rows * column.unsqueeze(-1))", "parts, rows)",
+        ("tests/constraints/test_edges.py", "-k", "small_unknowns"),
+    ),
+    Mutation(
         "a claim of a solver is not checked on the answer's own scale", "solvers/_constrained.py",
         "& ~point.good & ~is_settled(program, answer)", "& ~point.good & False",
         ("tests/constraints/test_edges.py", "-k", "far_start or without_a_minimum"),

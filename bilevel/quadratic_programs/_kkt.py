@@ -22,6 +22,7 @@ from typing import Protocol
 import torch
 
 from bilevel._torch.factorisations import eigh
+from bilevel.quadratic_programs._balance import balance
 from bilevel.solvers._dense_program import mv, tmv
 
 __all__ = ["Factor", "KKTFactor", "Sizes"]
@@ -70,6 +71,9 @@ class Factor(Protocol):
 
     def times(self, d: torch.Tensor) -> torch.Tensor:
         """Return K d (B, length)."""
+
+    def in_units(self, right: torch.Tensor) -> torch.Tensor:
+        """Return r (B, length) in units in which the largest entries of the rows of K are near one."""
 
     def changes(self, d: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Return by how much d would be another if an inequality (B, m + 2n) were of the other kind, and the size of d (B, 1)."""
@@ -145,8 +149,16 @@ class KKTFactor:
         return matrix
 
     def _factorise(self, matrix: torch.Tensor) -> None:
-        norm = matrix.abs().amax(-1)
-        self.scale = torch.where(norm > 0, norm.clamp_min(1e-300).rsqrt(), 1.0)
+        n = self.sizes.n
+        if self.damping is None:
+            # Unknowns at bounds and rows that are not active have a diagonal of one, which is no curvature.
+            free = ~self.held if self.some_held else torch.ones_like(self.held)
+            scale = balance(torch.where(free.unsqueeze(-1), matrix[:, :n, :n], 0.0), matrix[:, n:, :n])
+            plain = torch.cat([free, matrix[:, n:, :n].ne(0).any(-1)], -1)
+            self.scale = torch.where(plain, scale, 1.0)
+        else:
+            norm = matrix.abs().amax(-1)
+            self.scale = torch.where(norm > 0, norm.clamp_min(1e-300).rsqrt(), 1.0)
         matrix.mul_(self.scale.unsqueeze(-1)).mul_(self.scale.unsqueeze(-2))
         self.lu, self.pivots, failed = torch.linalg.lu_factor_ex(matrix)
         size = self.lu.diagonal(dim1=-2, dim2=-1).abs()
@@ -224,6 +236,20 @@ class KKTFactor:
         if len(self.suspect):
             found[self.suspect] = mv(self.inverse, scaled[self.suspect])
         return found * self.scale
+
+    def in_units(self, right: torch.Tensor) -> torch.Tensor:
+        """Return r (B, length) in units in which the largest entries of the rows of K are near one."""
+        r_x, r_nu, r_lam, r_low, r_up = self.sizes.split(right)
+        of_x, of_nu, of_rows = self.scale.split([self.sizes.n, self.sizes.p, self.count], -1)
+        if self.some_held:
+            reach = (self.Q.abs() * of_x.unsqueeze(-2)).amax(-1)
+            for rows, of_row in ((self.A, of_nu), (self.rows, of_rows)):
+                if rows.shape[-2]:
+                    reach = torch.maximum(reach, (rows.abs() * of_row.unsqueeze(-1)).amax(-2))
+            of_x = torch.where(self.held & (reach > 0), 1 / reach.clamp_min(1e-300), of_x)
+        chosen = torch.where(self.chosen, of_rows, 1.0)
+        of_lam = torch.ones_like(r_lam).scatter(-1, self.order, chosen)
+        return torch.cat([of_x * r_x, of_nu * r_nu, of_lam * r_lam, r_low, r_up], -1)
 
     def changes(self, d: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Return by how much d (B, length) would be another if an inequality (B, m + 2n) were of the other kind, and the size of d (B, 1)."""

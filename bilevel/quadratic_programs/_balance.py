@@ -14,7 +14,7 @@ import torch
 
 __all__ = ["balance", "sparse_balance"]
 
-_ROUNDS = 6
+_ROUNDS = 3
 
 
 def balance(Q: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
@@ -25,12 +25,12 @@ def balance(Q: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
         return torch.cat([columns, lengths], -1)
     for _ in range(_ROUNDS):
         curvature = (Q * columns.unsqueeze(-1) * columns.unsqueeze(-2)).amax(-1)
-        height = curvature / _or_one(curvature.amax(-1, keepdim=True))
+        height = (curvature / _or_one(curvature.amax(-1, keepdim=True))).sqrt()
         if rows.shape[-2]:
             scaled = rows * columns.unsqueeze(-2)
             lengths = 1 / _or_one(scaled.amax(-1))
             height = torch.maximum(height, (scaled * lengths.unsqueeze(-1)).amax(-2))
-        columns = columns / _or_one(height).sqrt()
+        columns = columns / _or_one(height)
     if rows.shape[-2]:
         lengths = 1 / _or_one((rows * columns.unsqueeze(-2)).amax(-1))
     largest = _or_one((Q * columns.unsqueeze(-1) * columns.unsqueeze(-2)).flatten(-2).amax(-1, keepdim=True))
@@ -43,15 +43,14 @@ def sparse_balance(Q: Any, rows: Any) -> np.ndarray:
     columns, lengths = np.ones(rows.shape[1]), np.ones(rows.shape[0])
     if not len(columns):
         return lengths
-
     for _ in range(_ROUNDS):
         curvature = _largest(Q.multiply(columns), 1) * columns
-        height = curvature / _or_one_of(curvature.max())
+        height = np.sqrt(curvature / _or_one_of(curvature.max()))
         if len(lengths):
             scaled = rows.multiply(columns).tocsr()
             lengths = 1 / _or_one_of(_largest(scaled, 1))
             height = np.maximum(height, _largest(scaled.multiply(lengths[:, None]), 0))
-        columns = columns / np.sqrt(_or_one_of(height))
+        columns = columns / _or_one_of(height)
     if len(lengths):
         lengths = 1 / _or_one_of(_largest(rows.multiply(columns), 1))
     root = np.sqrt(_or_one_of((_largest(Q.multiply(columns), 1) * columns).max()))

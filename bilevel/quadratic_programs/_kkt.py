@@ -28,6 +28,7 @@ from bilevel.solvers._dense_program import mv, tmv
 __all__ = ["Factor", "KKTFactor", "Sizes"]
 
 _SUSPECT = 1e-9  # a ratio of pivots below which the eigenvalues are looked at
+_MODERATE = 1e3  # a ratio of the rows' largest entries up to which the scaling of rows and columns is enough
 _SINGULAR = 1e-11  # eigenvalues this small, relative to the largest, count as zero
 
 
@@ -149,16 +150,15 @@ class KKTFactor:
         return matrix
 
     def _factorise(self, matrix: torch.Tensor) -> None:
-        n = self.sizes.n
-        if self.damping is None:
-            # Unknowns at bounds and rows that are not active have a diagonal of one, which is no curvature.
-            free = ~self.held if self.some_held else torch.ones_like(self.held)
-            scale = balance(torch.where(free.unsqueeze(-1), matrix[:, :n, :n], 0.0), matrix[:, n:, :n])
-            plain = torch.cat([free, matrix[:, n:, :n].ne(0).any(-1)], -1)
-            self.scale = torch.where(plain, scale, 1.0)
-        else:
-            norm = matrix.abs().amax(-1)
-            self.scale = torch.where(norm > 0, norm.clamp_min(1e-300).rsqrt(), 1.0)
+        norm = matrix.abs().amax(-1)
+        self.scale = torch.where(norm > 0, norm.clamp_min(1e-300).rsqrt(), 1.0)
+        if self.damping is None and norm.shape[-1]:
+            curvature = self.Q.diagonal(dim1=-2, dim2=-1)
+            curvature = torch.where(self.held, 0.0, curvature).amax(-1) if self.some_held else curvature.amax(-1)
+            curvature = torch.where(curvature > 0, curvature, norm.amax(-1))
+            apart = torch.maximum(norm.amax(-1), curvature) > _MODERATE * torch.minimum(norm.amin(-1), curvature)
+            if bool(apart.any()):
+                self.scale = torch.where(apart.unsqueeze(-1), self._balanced(matrix), self.scale)
         matrix.mul_(self.scale.unsqueeze(-1)).mul_(self.scale.unsqueeze(-2))
         self.lu, self.pivots, failed = torch.linalg.lu_factor_ex(matrix)
         size = self.lu.diagonal(dim1=-2, dim2=-1).abs()
@@ -170,6 +170,15 @@ class KKTFactor:
         self.by_inequalities = torch.zeros_like(suspect)
         if len(self.suspect):
             self._pseudo_invert(matrix[self.suspect])
+
+    def _balanced(self, matrix: torch.Tensor) -> torch.Tensor:
+        """Return scales (B, k) for units that differ by many orders of magnitude."""
+        n = self.sizes.n
+        # Unknowns at bounds and rows that are not active have a diagonal of one, which is no curvature.
+        free = ~self.held if self.some_held else torch.ones_like(self.held)
+        Q, rows = torch.where(free.unsqueeze(-1), matrix[:, :n, :n], 0.0), matrix[:, n:, :n]
+        plain = torch.cat([free, rows.ne(0).any(-1)], -1)
+        return torch.where(plain, balance(Q, rows), 1.0)
 
     def _pseudo_invert(self, matrix: torch.Tensor) -> None:
         """Keep the pseudo-inverses and null vectors of the suspect problems."""

@@ -121,17 +121,18 @@ class OneFactor:
     def _reduced(self, right: np.ndarray) -> np.ndarray:
         if self.lu is None:
             return right
-        best = d = np.asarray(self.scale * self.lu.solve(self.scale * right))
+        right = self.scale * right
+        best = d = np.asarray(self.scale * self.lu.solve(right))
         smallest = float("inf")
         for _ in range(_REFINEMENTS):
-            left = right - self.K @ d
+            left = right - self.scale * (self.K @ d)
             size = float(np.linalg.norm(left))
             if not size < 0.5 * smallest:
                 break
             best, smallest = d, size
-            if size <= 1e-15 * np.linalg.norm(right):
+            if size <= 1e-16 * np.linalg.norm(right):
                 break
-            d = d + self.scale * self.lu.solve(self.scale * left)
+            d = d + self.scale * self.lu.solve(left)
         return best
 
     def solve(self, right: np.ndarray) -> np.ndarray:

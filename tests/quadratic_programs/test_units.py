@@ -43,16 +43,16 @@ def test_units_do_not_matter(quadratic: bool, units: tuple[float, float, float],
 
 
 def test_a_small_objective_finds_its_constraints() -> None:
-    """A start without active rows violates the conditions by q alone, which is tiny."""
-    generator = np.random.default_rng(754)
+    """A wrong active set violates the conditions by about q, which is tiny."""
+    generator, (n, p, m), unit = np.random.default_rng(754), (4, 2, 4), 1e6
     for _ in range(20):
-        n, m = 4, 6
-        G, x = generator.standard_normal((m, n)), generator.standard_normal(n)
-        weight = np.concatenate([generator.uniform(0.2, 2, n), np.zeros(m - n)])
-        h = G @ x + np.concatenate([np.zeros(n), generator.uniform(0.2, 2, m - n)])
-        q = torch.tensor(-G.T @ weight * 1e-13)
-        found = bilevel.quadratic_program(torch.zeros(n, n, dtype=F64), q, G=torch.tensor(G), h=torch.tensor(h))
-        torch.testing.assert_close(found, torch.tensor(x))
+        A, G, z = (generator.standard_normal(shape) for shape in ((p, n), (m, n), n))
+        weight = np.concatenate([generator.uniform(0.2, 2, n - p), np.zeros(m - n + p)])
+        slack = np.concatenate([np.zeros(n - p), generator.uniform(0.2, 2, m - n + p)])
+        q = -1e-6 * (G.T @ weight + A.T @ generator.standard_normal(p))
+        data = [torch.tensor(part) for part in (q / unit, A / unit, A @ z, G / unit, G @ z + slack)]
+        x = bilevel.quadratic_program(torch.zeros(n, n, dtype=F64), *data)
+        torch.testing.assert_close(x / unit, torch.tensor(z))
 
 
 def test_the_two_balances_agree() -> None:

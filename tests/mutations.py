@@ -76,6 +76,29 @@ def cells(row: str, *columns: str) -> tuple[str, ...]:
 
 MUTATIONS = (
     Mutation(
+        "a small objective is judged by the number one", "quadratic_programs/_program.py",
+        "return torch.where(size > 0, size, 1.0).clamp_max(1.0)", "return torch.ones_like(size)",
+        ("tests/quadratic_programs/test_units.py",),
+    ),
+    Mutation(
+        "the unit of the objective counts in a KKT matrix", "quadratic_programs/_kkt.py",
+        "if bool(apart.any()):", "if False:", ("tests/quadratic_programs/test_units.py",),
+    ),
+    Mutation(
+        "residuals of derivatives are compared in the user's units", "quadratic_programs/_call.py",
+        "factor.in_units(right).norm(dim=-1), factor.in_units(left)", "right.norm(dim=-1), left",
+        ("tests/quadratic_programs/test_units.py",),
+    ),
+    Mutation(
+        "Clarabel is given the user's units", "quadratic_programs/_clarabel.py",
+        "_MODERATE = 1e3", "_MODERATE = 1e300", ("tests/quadratic_programs/test_units.py",),
+    ),
+    Mutation(
+        "constraints of small unknowns are weighed in another unit", "solvers/_constrained.py",
+        "parts, rows * column.unsqueeze(-1))", "parts, rows)",
+        ("tests/constraints/test_edges.py", "-k", "small_unknowns"),
+    ),
+    Mutation(
         "a claim of a solver is not checked on the answer's own scale", "solvers/_constrained.py",
         "& ~point.good & ~is_settled(program, answer)", "& ~point.good & False",
         ("tests/constraints/test_edges.py", "-k", "far_start or without_a_minimum"),

@@ -95,7 +95,7 @@ def _structure_of(
     except (RuntimeError, ValueError, IndexError, TypeError) as error:
         if isinstance(error, BilevelError) or "randomness" in str(error):
             raise
-        if "dtype" in str(error):
+        if "dtype" in str(error) or "scalar type" in str(error):
             dtype = str(init.dtype).removeprefix("torch.")
             raise DtypeError(
                 f"{ordinary.where}: expected the tensors that {name} reaches to have the dtype of init, {dtype}, and torch says: "

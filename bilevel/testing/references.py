@@ -202,7 +202,7 @@ class Reference:
             adjoint = self._adjoint(number, rows, slopes[number])
             tensors = self.leaves()
             for place, pulled in enumerate(self.pullback(number, row, tensors, adjoint.q)):
-                total[place] = total[place] - pulled
+                total[place] = total[place] - pulled.detach()
             adjoints.append(adjoint)
         return total, direct, adjoints
 

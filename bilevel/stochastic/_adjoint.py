@@ -9,7 +9,7 @@ import torch
 
 from bilevel.setting_checks import check_number
 from bilevel.stochastic._batches import BatchSource
-from bilevel.stochastic._lists import Tensors, add, scale, subtract, subtract_from
+from bilevel.stochastic._lists import Tensors, add_into, clone, scale, subtract, subtract_from
 from bilevel.stochastic._method import Auxiliary, Directions, Problem, StochasticMethod
 from bilevel.stochastic._optimizers import OptimizerLike, made_optimizer, mirrored_sgd, tie_rates
 from bilevel.stochastic._options import StepOptions
@@ -96,16 +96,17 @@ def sum_neumann(
 ) -> tuple[Tensors, Tensors]:
     """Return q = α Σ_{k=0..K} Π_{j≤k} (I − α H_j) b and the last term's vector Π_{j≤K} (I − α H_j) b.
 
-    A stream gives each factor its own minibatch, as unbiased estimates need; ``first`` has the products of the one at hand.
+    A stream gives each factor its own minibatch, as unbiased estimates need; ``first`` has the products of the one at hand. ``rhs``, which is
+    b, is given up: its memory holds the terms.
     """
     running = rhs
-    total = rhs
+    total = clone(rhs)
     product = first
     for term in range(terms):
         if inner.is_stream and term:
             product = oracle.linearize(inner.draw()).hessian
-        running = add(running, product(running), -rate)
-        total = add(total, running)
+        running = add_into(running, product(running), -rate)
+        total = add_into(total, running)
     return scale(total, rate), running
 
 

@@ -15,12 +15,12 @@ import torch
 from torch import distributed
 from torch.utils._pytree import tree_map_only
 
-from bilevel._torch.reverse import reverse_pass
+from bilevel._torch.reverse import Output, gradient_edges, reverse_pass
 from bilevel.equations.function_errors import explain_call
 from bilevel.errors import ArgumentError, CapturedTensorError, ShapeError
 from bilevel.pytree import usable
 from bilevel.stochastic._batches import batch_parts
-from bilevel.stochastic._lists import Tensors
+from bilevel.stochastic._lists import Tensors, norm
 from bilevel.stochastic._options import StepOptions
 from bilevel.stochastic._variables import Point, Variables, call_at
 
@@ -182,7 +182,7 @@ class Oracle:
 
     def _reverse(
         self,
-        outputs: Sequence[torch.Tensor],
+        outputs: Sequence[Output],
         leaves: Sequence[torch.Tensor],
         cotangents: Sequence[torch.Tensor],
         *,
@@ -286,6 +286,8 @@ class Oracle:
 class Linearization:
     """∇_φ G at one point and one minibatch with its graph, for products with H and Bᵀ.
 
+    Products need the graph alone: a method that no longer needs ``gradient`` frees its memory by :meth:`norm_of_gradient`.
+
     Parameters
     ----------
     oracle
@@ -300,10 +302,19 @@ class Linearization:
         self._oracle = oracle
         self._z, self._x = oracle._leaves(at)
         self._at = at
-        self._parts = [(weight, *self._part(data)) for weight, data in batch_parts(batch)]
-        self.loss, *self.gradient = oracle._mean(
-            (weight, [loss, *_unscaled(_detached(gradient), scale)]) for weight, loss, gradient, scale in self._parts
-        )
+        self._parts: list[tuple[float, list[Output], torch.Tensor | None]] = []
+        self.loss, *self.gradient = oracle._mean(self._evaluated(batch))
+
+    def _evaluated(self, batch: Any) -> Iterator[tuple[float, Tensors]]:
+        for weight, data in batch_parts(batch):
+            loss, gradient, scale = self._part(data)
+            self._parts.append((weight, gradient_edges(gradient), scale))
+            yield weight, [loss, *_unscaled(_detached(gradient), scale)]
+
+    def norm_of_gradient(self) -> torch.Tensor:
+        """Return ‖∇_φ G‖, and give up ``gradient``."""
+        size, self.gradient = norm(self.gradient), []
+        return size
 
     def _part(self, data: Any) -> tuple[torch.Tensor, Tensors, torch.Tensor | None]:
         return self._oracle._linearize(data, self._at, self._z)
@@ -318,8 +329,7 @@ class Linearization:
 
     def _product(self, leaves: Tensors, q: Sequence[torch.Tensor]) -> Tensors:
         return self._oracle._mean(
-            (weight, _unscaled(self._oracle._reverse(gradient, leaves, q), scale))
-            for weight, _, gradient, scale in self._parts
+            (weight, _unscaled(self._oracle._reverse(edges, leaves, q), scale)) for weight, edges, scale in self._parts
         )
 
 

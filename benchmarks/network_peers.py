@@ -1,14 +1,16 @@
 """A bilevel step on a network of ten million weights beside betty and BOAT: time, peak memory, and whether the results agree.
 
 The task is that of ``network.py``: an MLP of 9.9 million weights, whose examples have learned weights. Every library makes five SGD steps on
-one minibatch, then the hypergradient on the same two minibatches, then an SGD step of the weights. The hypergradient takes the same five
-products with the same Hessian everywhere: a Neumann series of six terms with the inner learning rate for its step, or five steps of
-conjugate gradients from zero. Nothing is warm-started but the network.
+one minibatch, then the hypergradient on the same minibatch and one of the outer level, then an SGD step of the weights. The hypergradient
+is a Neumann series of six terms everywhere, with the inner learning rate as its step and so five products with the same Hessian. Only the
+network is warm-started. (Conjugate gradients are left out: in betty 0.2.1 their next direction is built from the old residual, and is wrong.)
 
-Each contestant has a process of its own. The processes take turns: one step each, round after round. Times are processor seconds. Memory is
-the growth of the process's peak resident size beyond the model and its data, after a first step on a small network has loaded the code.
+Each contestant has a process of its own, which has made a step on a small network before. The processes take turns: one step each, round
+after round. Times are processor seconds. Memory is the growth of the peak resident size beyond the model and its data. It is measured twice:
+with the heap of the C library as it is, where freed blocks may stay, and with blocks above one MiB returned at once, where the peak is what
+the library holds (``MALLOC_MMAP_THRESHOLD_``, of glibc). Reuse of blocks saves time, so both have their own times.
 
-Results are compared twice. On a small network in float64 each hypergradient is compared with the same formula from a dense Hessian. On the
+Results are compared twice. On a small network in float64 each hypergradient is compared with the same series of the dense Hessian. On the
 large network the learned weights after all rounds are compared with those of the first contestant.
 
 Install the peers in an environment of its own (``pip install betty-ml boat-torch``; betty 0.2.1 declares Python below 3.11, and runs on 3.11
@@ -47,10 +49,10 @@ class Weights(nn.Module):
         self.weights = nn.Parameter(weights.detach().clone())
 
 
-def ours(task: Task, outer_rate: float, **settings: Any) -> tuple[Step, torch.Tensor]:
-    method = stochastic.ImplicitStep(
+def ours(task: Task, outer_rate: float, make: Any, **settings: Any) -> tuple[Step, torch.Tensor]:
+    method = make(
         (lower, upper), task.model, task.weights, inner_optimizer=SGD, outer_optimizer=partial(torch.optim.SGD, lr=outer_rate),
-        inner_steps=INNER_STEPS, warm_start=False, **settings,
+        inner_steps=INNER_STEPS, **settings,
     )  # fmt: skip
     return lambda: method.step(task.train, task.valid), task.weights
 
@@ -76,10 +78,16 @@ def betty(task: Task, outer_rate: float, **settings: Any) -> tuple[Step, torch.T
 
     weights = Weights(task.weights)
     low = Classifier(
-        "classifier", module=task.model, optimizer=SGD(task.model.parameters()), config=Config(unroll_steps=INNER_STEPS, **settings)
+        "classifier",
+        module=task.model,
+        optimizer=SGD(task.model.parameters()),
+        config=Config(unroll_steps=INNER_STEPS, **settings),
     )
     up = Reweight(
-        "reweight", module=weights, optimizer=torch.optim.SGD(weights.parameters(), lr=outer_rate), config=Config(retain_graph=True)
+        "reweight",
+        module=weights,
+        optimizer=torch.optim.SGD(weights.parameters(), lr=outer_rate),
+        config=Config(retain_graph=True),
     )
     engine = Engine(
         [up, low], config=EngineConfig(train_iters=1), dependencies={"u2l": {up: [low]}, "l2u": {low: [up]}}
@@ -100,12 +108,12 @@ def boat_upper(data: Any, weights: Weights, model: nn.Module, **given: Any) -> t
     return upper(partial(model, **given), None, data["batch"])
 
 
-def boat(task: Task, outer_rate: float, operation: str) -> tuple[Step, torch.Tensor]:
+def boat(task: Task, outer_rate: float) -> tuple[Step, torch.Tensor]:
     import boat_torch
 
     weights = Weights(task.weights)
     config = {
-        "fo_op": None, "gm_op": ["NGD"], "na_op": [operation], "return_grad": False, "lower_iters": INNER_STEPS, "device": "cpu",
+        "fo_op": None, "gm_op": ["NGD"], "na_op": ["NS"], "return_grad": False, "lower_iters": INNER_STEPS, "device": "cpu",
         "accumulate_grad": False, "copy_last_param": True, "fo_ol_batch_input": False, "loss_log_path": os.devnull,
         "GDA": {"alpha_init": 0.0, "alpha_decay": 1.0}, "RGT": {"truncate_iter": 0}, "CG": {"k": PRODUCTS, "tolerance": 0.0},
         "lower_level_model": task.model, "upper_level_model": weights, "lower_level_var": list(task.model.parameters()),
@@ -126,18 +134,16 @@ def plain_step(task: Task, outer_rate: float) -> tuple[Step, torch.Tensor]:
     return plain(task), task.weights
 
 
-SERIES = "Neumann series"
-GRADIENTS = "conjugate gradients"
-CONTESTANTS: dict[str, tuple[str | None, Callable[..., tuple[Step, torch.Tensor]]]] = {
-    "plain training step": (None, plain_step),
-    "ours, gradient steps": (SERIES, partial(ours, adjoint_steps=PRODUCTS + 1)),
-    "ours, Neumann": (SERIES, partial(ours, linear_solver=bilevel.Neumann(terms=PRODUCTS, step=RATE))),
-    "betty, neumann": (SERIES, partial(betty, type="neumann", neumann_iterations=PRODUCTS, neumann_alpha=RATE)),
-    "BOAT, NS": (SERIES, partial(boat, operation="NS")),
-    "ours, CG": (GRADIENTS, partial(ours, linear_solver=bilevel.CG(max_steps=PRODUCTS))),
-    "betty, cg": (GRADIENTS, partial(betty, type="cg", cg_iterations=PRODUCTS, cg_alpha=1.0)),
-    "BOAT, CG": (GRADIENTS, partial(boat, operation="CG")),
+implicit = partial(stochastic.ImplicitStep, warm_start=False)
+CONTESTANTS: dict[str, Callable[..., tuple[Step, torch.Tensor]]] = {
+    "plain training step": plain_step,
+    "StocBiO": partial(ours, make=stochastic.StocBiO, terms=PRODUCTS),
+    "ImplicitStep, gradient steps": partial(ours, make=implicit, adjoint_steps=PRODUCTS + 1),
+    "ImplicitStep, Neumann": partial(ours, make=implicit, linear_solver=bilevel.Neumann(terms=PRODUCTS, step=RATE)),
+    "betty, neumann": partial(betty, type="neumann", neumann_iterations=PRODUCTS, neumann_alpha=RATE),
+    "BOAT, NS": boat,
 }
+HEAPS = {"heap as it is": {}, "large blocks returned at once": {"MALLOC_MMAP_THRESHOLD_": str(2**20)}}
 
 
 def small_task() -> Task:
@@ -147,8 +153,8 @@ def small_task() -> Task:
     return Task(task.model.double(), torch.zeros(12, dtype=torch.float64, requires_grad=True), train, valid)
 
 
-def references() -> dict[str, torch.Tensor]:
-    """Return the hypergradient of the small network by each formula, from the dense Hessian after the inner steps."""
+def reference() -> torch.Tensor:
+    """Return the hypergradient of the small network, by the same series of the dense Hessian after the inner steps."""
     task = small_task()
     step = plain(task)
     for _ in range(INNER_STEPS):
@@ -156,23 +162,15 @@ def references() -> dict[str, torch.Tensor]:
     z = list(task.model.parameters())
     slopes = torch.autograd.grad(lower(task.model, task.weights, task.train), z, create_graph=True)
     slope = torch.cat([part.reshape(-1) for part in slopes])
-    b = torch.cat([part.reshape(-1) for part in torch.autograd.grad(upper(task.model, None, task.valid), z)])
-    rows = torch.autograd.grad(slope, z, torch.eye(len(slope), dtype=slope.dtype), retain_graph=True, is_grads_batched=True)
-    H = torch.cat([row.reshape(len(slope), -1) for row in rows], dim=1)
-    term, total = b, b
+    term = torch.cat([part.reshape(-1) for part in torch.autograd.grad(upper(task.model, None, task.valid), z)])
+    rows = torch.autograd.grad(
+        slope, z, torch.eye(len(slope), dtype=slope.dtype), retain_graph=True, is_grads_batched=True
+    )
+    H, total = torch.cat([row.reshape(len(slope), -1) for row in rows], dim=1), term
     for _ in range(PRODUCTS):
         term = term - RATE * (H @ term)
         total = total + term
-    x, r, p = torch.zeros_like(b), b, b
-    for _ in range(PRODUCTS):
-        alpha = (r @ r) / (p @ H @ p)
-        x, rest = x + alpha * p, r - alpha * (H @ p)
-        p, r = rest + (rest @ rest) / (r @ r) * p, rest
-    found = {SERIES: RATE * total, GRADIENTS: x}
-    return {
-        name: -torch.autograd.grad(slope, [task.weights], q, retain_graph=True)[0].detach()
-        for name, q in found.items()
-    }
+    return -RATE * torch.autograd.grad(slope, [task.weights], total)[0].detach()
 
 
 def work(name: str, options: argparse.Namespace) -> None:
@@ -180,7 +178,7 @@ def work(name: str, options: argparse.Namespace) -> None:
     replies, sys.stdout = sys.stdout, sys.stderr  # betty and BOAT print
     try:
         small = small_task()
-        step, weights = CONTESTANTS[name][1](small, 1.0)
+        step, weights = CONTESTANTS[name](small, 1.0)
         before = weights.detach().clone()
         step()
     except ImportError as error:
@@ -189,7 +187,7 @@ def work(name: str, options: argparse.Namespace) -> None:
     found = (before - weights.detach()).tolist()
     task = Task.random(options.width, options.batch)
     start = _peak_now()
-    step, weights = CONTESTANTS[name][1](task, 1.0)
+    step, weights = CONTESTANTS[name](task, 1.0)
     print(json.dumps({"hypergradient": found}), file=replies, flush=True)
     for _ in sys.stdin:
         begin = time.process_time()
@@ -202,11 +200,18 @@ def work(name: str, options: argparse.Namespace) -> None:
 class Worker:
     """A contestant in its own process."""
 
-    def __init__(self, name: str, options: argparse.Namespace) -> None:
+    def __init__(self, name: str, heap: str, options: argparse.Namespace) -> None:
         command = [sys.executable, __file__, "--worker", name, "--width", str(options.width), "--batch", str(options.batch),
                    "--threads", str(options.threads)]  # fmt: skip
         self.name = name
-        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+        self.process = subprocess.Popen(
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+            env=os.environ | HEAPS[heap],
+        )
         self.first = self._reply()
         self.seconds: list[float] = []
         self.last: dict[str, Any] = {}
@@ -214,7 +219,9 @@ class Worker:
     def _reply(self) -> dict[str, Any]:
         assert self.process.stdout is not None
         line = self.process.stdout.readline()
-        return json.loads(line) if line else {"missing": "its process ended with an error; run it with --worker to see it"}
+        return (
+            json.loads(line) if line else {"missing": "its process ended with an error; run it with --worker to see it"}
+        )
 
     def step(self, counted: bool) -> None:
         assert self.process.stdin is not None
@@ -231,20 +238,32 @@ def distance(found: list[float], reference: torch.Tensor) -> float:
     return float((torch.tensor(found, dtype=torch.float64) - reference).norm() / reference.norm())
 
 
-def table(workers: list[Worker]) -> None:
-    exact, base = references(), workers[0]
-    print(f"{'':24s} {'s':>7s} {'/ plain':>8s} {'MiB':>6s} {'/ plain':>8s} {'error, small':>13s} {'differs by':>11s}")
-    first: dict[str, Worker] = {}
+def race(heap: str, options: argparse.Namespace, exact: torch.Tensor) -> None:
+    """Let all contestants make their steps, one after the other in each round, and print the table."""
+    workers = []
+    for name in dict.fromkeys(["plain training step", *options.only]):
+        worker = Worker(name, heap, options)
+        if "missing" in worker.first:
+            print(f"{name}: left out, {worker.first['missing']}")
+            worker.close()
+        else:
+            workers.append(worker)
+    for place in range(options.rounds + 1):
+        for worker in workers:
+            worker.step(counted=place > 0)
+    for worker in workers:
+        worker.close()
+    print(
+        f"\n{heap:28s} {'s':>7s} {'/ plain':>8s} {'MiB':>6s} {'/ plain':>8s} {'error, small':>13s} {'differs by':>11s}"
+    )
+    base, first = workers[0], torch.tensor(workers[min(1, len(workers) - 1)].last["weights"], dtype=torch.float64)
     for worker in workers:
         ratio = statistics.median(mine / least for mine, least in zip(worker.seconds, base.seconds, strict=True))
         memory = worker.last["MiB"]
-        line = f"{worker.name:24s} {statistics.median(worker.seconds):7.2f} {ratio:8.1f} {memory:6.0f} {memory / base.last['MiB']:8.1f}"
-        method = CONTESTANTS[worker.name][0]
-        if method is not None:
-            leader = first.setdefault(method, worker)
-            line += f" {distance(worker.first['hypergradient'], exact[method]):13.0e}"
-            line += f" {distance(worker.last['weights'], torch.tensor(leader.last['weights'], dtype=torch.float64)):11.0e}"
-        print(line)
+        line = f"{worker.name:28s} {statistics.median(worker.seconds):7.2f} {ratio:8.1f} {memory:6.0f} {memory / base.last['MiB']:8.1f}"
+        if worker is not base:
+            line += f" {distance(worker.first['hypergradient'], exact):13.0e} {distance(worker.last['weights'], first):11.0e}"
+        print(line, flush=True)
 
 
 def main() -> None:
@@ -260,22 +279,13 @@ def main() -> None:
     if options.worker:
         work(options.worker, options)
         return
-    workers = []
-    for name in dict.fromkeys(["plain training step", *options.only]):
-        worker = Worker(name, options)
-        if "missing" in worker.first:
-            print(f"{name}: left out, {worker.first['missing']}")
-            worker.close()
-        else:
-            workers.append(worker)
-    for place in range(options.rounds + 1):
-        for worker in workers:
-            worker.step(counted=place > 0)
-    for worker in workers:
-        worker.close()
     count = sum(p.numel() for p in Task.random(options.width, options.batch).model.parameters())
-    print(f"{count / 1e6:.1f} million weights, batch {options.batch}, {options.threads} thread(s), {options.rounds} rounds")
-    table(workers)
+    print(
+        f"{count / 1e6:.1f} million weights, batch {options.batch}, {options.threads} thread(s), {options.rounds} rounds"
+    )
+    exact = reference()
+    for heap in HEAPS:
+        race(heap, options, exact)
 
 
 if __name__ == "__main__":

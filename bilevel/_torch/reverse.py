@@ -125,7 +125,9 @@ def reverse_pass(
     if not inputs:
         return ()
     pairs = [
-        pair for pair in zip(outputs, cotangents, strict=True) if isinstance(pair[0], GradientEdge) or pair[0].requires_grad
+        pair
+        for pair in zip(outputs, cotangents, strict=True)
+        if isinstance(pair[0], GradientEdge) or pair[0].requires_grad
     ]
     found: Sequence[torch.Tensor | None] = [None] * len(inputs)
     if pairs:

@@ -327,6 +327,11 @@ class Linearization:
         """Return Bᵀ q: one reverse pass."""
         return self._product(self._x, q)
 
+    def products(self, q: Sequence[torch.Tensor]) -> tuple[Tensors, Tensors]:
+        """Return H q and Bᵀ q: one reverse pass."""
+        found = self._product([*self._z, *self._x], q)
+        return found[: len(self._z)], found[len(self._z) :]
+
     def _product(self, leaves: Tensors, q: Sequence[torch.Tensor]) -> Tensors:
         return self._oracle._mean(
             (weight, _unscaled(self._oracle._reverse(edges, leaves, q), scale)) for weight, edges, scale in self._parts

@@ -9,7 +9,7 @@ import torch
 from bilevel.setting_checks import check_steps
 from bilevel.stochastic._adjoint import check_rate, sum_neumann
 from bilevel.stochastic._batches import BatchSource
-from bilevel.stochastic._lists import norm, scale, subtract
+from bilevel.stochastic._lists import scale, subtract
 from bilevel.stochastic._method import Directions, Problem, StochasticMethod
 
 __all__ = ["ALSET", "TTSA"]

@@ -273,6 +273,7 @@ def main() -> None:
     parser.add_argument("--width", type=int, default=1536)
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--only", nargs="*", choices=CONTESTANTS, default=list(CONTESTANTS))
+    parser.add_argument("--heaps", nargs="*", choices=HEAPS, default=list(HEAPS))
     parser.add_argument("--worker", help="be this contestant, for the parent process")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
@@ -284,7 +285,7 @@ def main() -> None:
         f"{count / 1e6:.1f} million weights, batch {options.batch}, {options.threads} thread(s), {options.rounds} rounds"
     )
     exact = reference()
-    for heap in HEAPS:
+    for heap in options.heaps:
         race(heap, options, exact)
 
 

@@ -81,6 +81,7 @@ class Oracle:
         self._unreached = set(range(len(outer.tensors)))
         self._inspected: set[str] = set()
         self._rewritten: dict[str, bool] = {}
+        self._differentiated = False
         self._caller_dtype: torch.dtype | None = None
         self.passes = {"forward": 0, "reverse": 0}
         self.synchronize()
@@ -197,9 +198,8 @@ class Oracle:
     def gradient_of(self, loss: torch.Tensor, z: Tensors) -> tuple[torch.Tensor, Tensors, torch.Tensor | None]:
         """Return a loss, its gradient by ``z`` times the scale with its graph, and the scale: one reverse pass."""
         scaled, scale = self._scaled(loss)
-        first = "second derivatives" not in self._inspected
+        first, self._differentiated = not self._differentiated, True
         if first:
-            self._inspected.add("second derivatives")
             check_second_derivatives(self.where, scaled)
         gradient = self._reverse([scaled], z, [torch.ones_like(scaled)], create_graph=True)
         if first:

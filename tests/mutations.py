@@ -220,7 +220,7 @@ MUTATIONS = (
     ),
     Mutation(
         "stochastic: a step goes on with weights that the caller's autocast has cast before", "stochastic/_oracle.py",
-        "with autocasting(device, None):", "with nullcontext():", ("tests/stochastic/test_training_loops.py", "-k", "autocast"),
+        "dtype, cache_enabled=False)", "dtype)", ("tests/stochastic/test_training_loops.py", "-k", "autocast"),
     ),
     Mutation(
         "stochastic: the second derivative of a weight norm is torch's, which is wrong", "stochastic/_oracle.py",

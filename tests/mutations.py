@@ -242,8 +242,31 @@ MUTATIONS = (
         "counts in least\n        and not tensor.requires_grad", "not tensor.requires_grad", ("tests/test_ownership.py",),
     ),
     Mutation(
+        "stochastic: a step goes on with weights that the caller's autocast has cast before", "stochastic/_oracle.py",
+        "dtype, cache_enabled=False)", "dtype)", ("tests/stochastic/test_training_loops.py", "-k", "autocast"),
+    ),
+    Mutation(
+        "stochastic: the second derivative of a weight norm is torch's, which is wrong", "stochastic/_oracle.py",
+        "with Repeatable() as mode:", "with nullcontext(Repeatable()) as mode:",
+        ("tests/stochastic/test_training_loops.py", "-k", "lacks_or_has_wrong and weight"),
+    ),
+    Mutation(
+        "stochastic: a Function that is differentiable once is taken for a constant", "stochastic/_diagnosis.py",
+        'refuse_once_only(where, "inner_objective", loss)', "pass",
+        ("tests/stochastic/test_training_loops.py", "-k", "differentiated_once"),
+    ),
+    Mutation(
+        "stochastic: an optimiser of other tensors steps in silence", "stochastic/_method.py",
+        "check_holds(optimizer, variables.tensors, variables.what, self.where)", "pass",
+        ("tests/stochastic/test_training_loops.py", "-k", "changes_from_outside and stranger"),
+    ),
+    Mutation(
+        "stochastic: the last term of a Neumann series is left out of a small outer variable", "stochastic/_adjoint.py",
+        "return add(outer, lower.cross(v), -rate)", "return outer", ("tests/stochastic/test_memory.py", "-k", "series"),
+    ),
+    Mutation(
         "stochastic: an evaluation at an old point changes running statistics", "stochastic/_variables.py",
-        "b.clone() for name, b in", "b for name, b in", ("tests/stochastic/test_engine.py", "-k", "old_point"),
+        "copies.setdefault(id(buffer), buffer.clone())", "buffer", ("tests/stochastic/test_engine.py", "-k", "old_point"),
     ),
     Mutation(
         "stochastic: a state has no memory", "stochastic/_state.py",

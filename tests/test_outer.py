@@ -357,6 +357,32 @@ def test_callbacks_stop_it_and_an_interruption_loses_nothing() -> None:
 
 
 @pytest.mark.parametrize(
+    "optimizer",
+    [None, bilevel.MAID(), lambda parameters: torch.optim.Adam(parameters, lr=0.1)],
+    ids=["HOAG", "MAID", "Adam"],
+)
+@pytest.mark.parametrize("at", [3, 5, 8])
+def test_an_interruption_in_the_middle_of_a_step_loses_nothing(optimizer: Any, at: int) -> None:
+    """The optimiser's memory is then that of the point, and not of the step that was not made."""
+    settings: dict[str, Any] = {"init": DATA, "max_steps": 8, "optimizer": optimizer}
+    whole = bilevel.minimize(problem(), outer(), DATA, **settings)
+    tuned, calls, plain = problem(), [0], type(problem()).outer_objective
+
+    class Interrupted(type(tuned)):  # type: ignore[misc]
+        def outer_objective(self, inner: Any, outer: Any, data: Any) -> torch.Tensor:
+            calls[0] += 1
+            if calls[0] == at:
+                raise KeyboardInterrupt
+            return plain(self, inner, outer, data)
+
+    tuned.__class__ = Interrupted
+    stopped = bilevel.minimize(tuned, outer(), DATA, **settings)
+    assert stopped.status is bilevel.OuterStatus.INTERRUPTED
+    rest = bilevel.minimize(problem(), outer(), DATA, **settings, resume=stopped.state)
+    assert torch.equal(whole.outer["log"], rest.outer["log"])
+
+
+@pytest.mark.parametrize(
     ("settings", "message"),
     [
         ({"optimizer": torch.optim.Adam}, "expected optimizer"),

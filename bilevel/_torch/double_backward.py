@@ -66,13 +66,19 @@ _WRITTEN: dict[Any, Callable[..., Any]] = {
 
 
 class Repeatable(TorchFunctionMode):
-    """Inside, these operations have right derivatives of every order."""
+    """Inside, these operations have right derivatives of every order. ``used`` says whether one was met."""
+
+    used = False
 
     @uncompiled
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        return _WRITTEN.get(func, func)(*args, **(kwargs or {}))
+        written = _WRITTEN.get(func)
+        if written is None:
+            return func(*args, **(kwargs or {}))
+        self.used = True
+        return written(*args, **(kwargs or {}))
 
     @staticmethod
     def around(function: Callable[..., Any]) -> AbstractContextManager[Any]:

@@ -10,16 +10,19 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch._C import _functorch
-from torch.autograd.graph import _engine_run_backward
+from torch.autograd.graph import GradientEdge, _engine_run_backward, get_gradient_edge
 from torch.utils import _pytree as pytree
 
 from bilevel._torch.transforms import hooks_refused
 
-__all__ = ["grad", "grad_and_value", "reverse_pass", "vjp"]
+__all__ = ["Output", "grad", "grad_and_value", "gradient_edges", "reverse_pass", "vjp"]
+
+Output: TypeAlias = torch.Tensor | GradientEdge
+"""Where a reverse pass begins: a tensor with a graph, or the place of one in its graph."""
 
 
 def vjp(function: Callable[..., Any], *primals: torch.Tensor, has_aux: bool = False) -> Any:
@@ -98,8 +101,16 @@ def _outside(tree: Any, level: int) -> Any:
     return pytree.tree_map_only(torch.Tensor, lambda tensor: _functorch._unwrap_for_grad(tensor, level), tree)
 
 
+def gradient_edges(outputs: Sequence[torch.Tensor]) -> list[Output]:
+    """Return the places of ``outputs`` in their graph, from which a reverse pass begins as from themselves: their memory can be freed.
+
+    A tensor without a graph stays as it is.
+    """
+    return [get_gradient_edge(output) if output.requires_grad else output for output in outputs]
+
+
 def reverse_pass(
-    outputs: Sequence[torch.Tensor],
+    outputs: Sequence[Output],
     inputs: Sequence[torch.Tensor],
     cotangents: Sequence[torch.Tensor],
     *,
@@ -113,7 +124,11 @@ def reverse_pass(
     """
     if not inputs:
         return ()
-    pairs = [pair for pair in zip(outputs, cotangents, strict=True) if pair[0].requires_grad]
+    pairs = [
+        pair
+        for pair in zip(outputs, cotangents, strict=True)
+        if isinstance(pair[0], GradientEdge) or pair[0].requires_grad
+    ]
     found: Sequence[torch.Tensor | None] = [None] * len(inputs)
     if pairs:
         found = _engine_run_backward(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
@@ -260,7 +261,7 @@ class TorchOuter(OuterMethod):
     def advance(self, here: Evaluation, memory: dict[str, Any], evaluate: Evaluator) -> Evaluation | None:
         """Make one step of the optimiser; one that calls its closure again evaluates there."""
         parameters, optimizer = self._made(here.outer)
-        optimizer.load_state_dict(memory["optimizer"])
+        optimizer.load_state_dict(copy.deepcopy(memory["optimizer"]))  # which keeps the tensors that it is given
         latest, failed = here, False
 
         def closure() -> float:

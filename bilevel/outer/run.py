@@ -305,7 +305,9 @@ def follow(
             if len(run.history) > max_steps:
                 return run._end(OuterStatus.MAX_STEPS)
             run.failure = None
-            there = run.method.advance(here, run._memory, run._evaluate)
+            memory = dict(run._memory)  # an interrupted step leaves what belongs to the present point
+            there = run.method.advance(here, memory, run._evaluate)
+            run._memory = memory
             if there is None:
                 status = OuterStatus.NO_DECREASE if run.failure is None else OuterStatus.SOLVE_FAILED
                 return _failed(run, status, on_failure)

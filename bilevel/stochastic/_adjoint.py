@@ -9,14 +9,21 @@ import torch
 
 from bilevel.setting_checks import check_number
 from bilevel.stochastic._batches import BatchSource
-from bilevel.stochastic._lists import Tensors, add, scale, subtract, subtract_from
+from bilevel.stochastic._lists import Tensors, add, add_into, clone, scale, subtract_from
 from bilevel.stochastic._method import Auxiliary, Directions, Problem, StochasticMethod
 from bilevel.stochastic._optimizers import OptimizerLike, made_optimizer, mirrored_sgd, tie_rates
 from bilevel.stochastic._options import StepOptions
-from bilevel.stochastic._oracle import Oracle
+from bilevel.stochastic._oracle import Gradients, Linearization, Oracle
 from bilevel.stochastic._variables import Point
 
-__all__ = ["AdjointMethod", "check_rate", "neumann_directions", "single_loop_directions", "sum_neumann"]
+__all__ = [
+    "AdjointMethod",
+    "check_rate",
+    "neumann_directions",
+    "neumann_outer",
+    "single_loop_directions",
+    "sum_neumann",
+]
 
 
 class AdjointMethod(StochasticMethod):
@@ -96,16 +103,17 @@ def sum_neumann(
 ) -> tuple[Tensors, Tensors]:
     """Return q = α Σ_{k=0..K} Π_{j≤k} (I − α H_j) b and the last term's vector Π_{j≤K} (I − α H_j) b.
 
-    A stream gives each factor its own minibatch, as unbiased estimates need; ``first`` has the products of the one at hand.
+    A stream gives each factor its own minibatch, as unbiased estimates need; without one see :func:`neumann_outer`. ``first`` has the products
+    of the one at hand. ``rhs``, which is b, is given up: its memory holds the terms.
     """
     running = rhs
-    total = rhs
+    total = clone(rhs)
     product = first
     for term in range(terms):
         if inner.is_stream and term:
             product = oracle.linearize(inner.draw()).hessian
-        running = add(running, product(running), -rate)
-        total = add(total, running)
+        running = add_into(running, product(running), -rate)
+        total = add_into(total, running)
     return scale(total, rate), running
 
 
@@ -123,13 +131,32 @@ def neumann_directions(
     """
     lower = oracle.linearize(inner_batch, at)
     upper = oracle.outer_gradients(outer_batch, at)
-    q, _ = sum_neumann(oracle, BatchSource(None, ""), upper.inner, lower.hessian, terms, rate)
     return Directions(
         inner=lower.gradient,
-        outer=subtract(upper.outer, lower.cross(q)),
+        outer=neumann_outer(lower, upper, terms, rate),
         inner_loss=lower.loss,
         outer_loss=upper.loss,
     )
+
+
+def neumann_outer(lower: Linearization, upper: Gradients, terms: int, rate: Any) -> Tensors:
+    """Return ∇_θ F − Bᵀ q with q = α Σ_{k≤K} (I − αH)ᵏ b, where b = ∇_φ F is given up. K + 1 reverse passes.
+
+    If θ has far fewer numbers than φ, q is not made: the Bᵀ v of its terms v are summed, each found in the pass that finds H v. A step then
+    has room for two vectors like φ, and not three. For a larger θ the passes through its graph would cost more than they save.
+    """
+    v, outer = upper.inner, upper.outer
+    if 8 * sum(part.numel() for part in outer) > sum(part.numel() for part in v):
+        q = clone(v)
+        for _ in range(terms):
+            v = add_into(v, lower.hessian(v), -rate)
+            q = add_into(q, v)
+        return add(outer, lower.cross(q), -rate)
+    for _ in range(terms):
+        curved, crossed = lower.products(v)
+        v, outer = add_into(v, curved, -rate), add(outer, crossed, -rate)
+        del curved
+    return add(outer, lower.cross(v), -rate)
 
 
 def check_rate(where: str, name: str, rate: float | None) -> None:

@@ -90,7 +90,7 @@ class GaussNewtonLinearization(Linearization):
 
     def _part(self, data: Any) -> tuple[torch.Tensor, Tensors, torch.Tensor | None]:
         oracle = self._oracle
-        outputs, loss, penalty = oracle.called("inner_objective", self._objective.parts, data, self._at)
+        outputs, loss, penalty = oracle.twice("inner_objective", self._objective.parts, data, self._at)
         total = oracle.checked("inner_objective", loss if penalty is None else loss + penalty, self._at)
         (slope,) = reverse_pass([loss], [outputs], [torch.ones_like(loss)], create_graph=True)
         with torch.enable_grad():

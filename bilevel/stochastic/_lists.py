@@ -20,9 +20,11 @@ def add(left: Sequence[torch.Tensor], right: Sequence[torch.Tensor], factor: flo
 
 
 def add_into(left: Tensors, right: Sequence[torch.Tensor], factor: float | torch.Tensor = 1.0) -> Tensors:
-    """Return left + factor · right, in the memory of ``left`` where nothing else refers to it: ``left`` is given up."""
+    """Return left + factor · right, in the memory of ``left`` where nothing else refers to it: ``left`` is given up, and empty after."""
     free = [mine and a.dtype == b.dtype for mine, a, b in zip(owned(left), left, right, strict=True)]
-    return [_sum(a, b, factor, into=mine) for mine, a, b in zip(free, left, right, strict=True)]
+    total = [_sum(a, b, factor, into=mine) for mine, a, b in zip(free, left, right, strict=True)]
+    left.clear()  # whoever still holds the list holds no memory, and none of it keeps the sum from being written into
+    return total
 
 
 def _sum(a: torch.Tensor, b: torch.Tensor, factor: float | torch.Tensor, *, into: bool = False) -> torch.Tensor:
@@ -33,7 +35,7 @@ def _sum(a: torch.Tensor, b: torch.Tensor, factor: float | torch.Tensor, *, into
 
 
 def subtract_from(left: Tensors, right: Sequence[torch.Tensor]) -> Tensors:
-    """Return left − right, in the memory of ``left`` where nothing else refers to it: ``left`` is given up."""
+    """Return left − right, in the memory of ``left`` where nothing else refers to it: ``left`` is given up, and empty after."""
     return add_into(left, right, -1.0)
 
 

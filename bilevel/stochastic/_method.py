@@ -21,7 +21,7 @@ from bilevel.reports import Status
 from bilevel.stochastic._batches import BatchSource
 from bilevel.stochastic._diagnosis import cause_of_nonfinite, check_objective
 from bilevel.stochastic._lists import Tensors, clone, norm
-from bilevel.stochastic._optimizers import OptimizerLike, learning_rate, made_optimizer
+from bilevel.stochastic._optimizers import OptimizerLike, check_holds, descend, learning_rate, made_optimizer
 from bilevel.stochastic._options import StepOptions, StepResult
 from bilevel.stochastic._oracle import Objective, Oracle
 from bilevel.stochastic._scaling import LossScale
@@ -58,6 +58,9 @@ class Auxiliary:
 
     tensors: Tensors
     optimizer: Optimizer
+
+
+_FIXED = frozenset({"inner", "outer", "options"})
 
 
 class _SkippedError(Exception):
@@ -137,6 +140,14 @@ class StochasticMethod(ABC):
         self._average = None if self.options.ema_decay is None else clone(self._variables)
         self.steps = 0
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in _FIXED and name in self.__dict__:
+            raise ArgumentError(
+                f"{self.where}: expected {name} to stay as it was given, as the optimisers and memories belong to it; change values in place, by "
+                "load_state_dict or copy_, or make the method anew"
+            )
+        super().__setattr__(name, value)
+
     @property
     def passes(self) -> dict[str, int]:
         """How many forward and reverse passes have been made, over each part of a minibatch."""
@@ -174,7 +185,7 @@ class StochasticMethod(ABC):
         )
         refuse_inference_mode(f"{self.where}.step")
         try:
-            with torch.enable_grad():
+            with torch.enable_grad(), self._oracle.caller_autocast():
                 result = self._step(*sources)
         except NonFiniteError as error:
             cause = cause_of_nonfinite((self._inner, self._outer), sources)
@@ -187,8 +198,9 @@ class StochasticMethod(ABC):
         return result
 
     def _step(self, *sources: BatchSource) -> StepResult:
-        self._inner.check()
-        self._outer.check()
+        for variables, optimizer in ((self._inner, self.inner_optimizer), (self._outer, self.outer_optimizer)):
+            variables.check()
+            check_holds(optimizer, variables.tensors, variables.what, self.where)
         self._prepare()
         try:
             found = self._directions(*sources)
@@ -207,13 +219,13 @@ class StochasticMethod(ABC):
     def _move_inner(self, direction: Tensors) -> None:
         """Let the inner optimiser make one step along −direction."""
         self._require_finite("inner direction", direction)
-        _descend(self.inner_optimizer, self._inner.tensors, direction, self.options.inner_max_norm)
+        descend(self.inner_optimizer, self._inner.tensors, direction, self.options.inner_max_norm)
 
     def _move(self, name: str, direction: Tensors) -> None:
         """Let the optimiser of an auxiliary variable make one step."""
         self._require_finite(f"{name} direction", direction)
         auxiliary = self._auxiliary[name]
-        _descend(auxiliary.optimizer, auxiliary.tensors, direction, self.options.adjoint_max_norm)
+        descend(auxiliary.optimizer, auxiliary.tensors, direction, self.options.adjoint_max_norm)
 
     def _inner_steps(self, source: BatchSource, count: int) -> None:
         """Make ``count`` steps of the inner optimiser on G."""
@@ -275,11 +287,11 @@ class StochasticMethod(ABC):
         options = self.options
         if found.inner is not None:
             size = norms["inner direction"]
-            _descend(self.inner_optimizer, self._inner.tensors, found.inner, options.inner_max_norm, size)
+            descend(self.inner_optimizer, self._inner.tensors, found.inner, options.inner_max_norm, size)
         if found.adjoint is not None:
             adjoint, size = self._auxiliary["adjoint"], norms["adjoint direction"]
-            _descend(adjoint.optimizer, adjoint.tensors, found.adjoint, options.adjoint_max_norm, size)
-        _descend(self.outer_optimizer, self._outer.tensors, found.outer, options.max_norm, norms["hypergradient"])
+            descend(adjoint.optimizer, adjoint.tensors, found.adjoint, options.adjoint_max_norm, size)
+        descend(self.outer_optimizer, self._outer.tensors, found.outer, options.max_norm, norms["hypergradient"])
         return norms
 
     def _result(self, found: Directions, norms: dict[str, torch.Tensor]) -> StepResult:
@@ -371,23 +383,3 @@ def _objectives(problem: Any, where: str) -> tuple[Callable[..., torch.Tensor], 
         f"{where}: expected problem to be a bilevel.BilevelProblem or a pair of functions (inner_objective, outer_objective), got "
         f"{problem!r}; pass one of them"
     )
-
-
-def _descend(
-    optimizer: Optimizer,
-    tensors: Tensors,
-    direction: Tensors,
-    max_norm: float | None,
-    size: torch.Tensor | None = None,
-) -> None:
-    """Make one step of ``optimizer`` with ``direction``, of norm ``size``, for the gradient."""
-    if max_norm is not None:
-        size = norm(direction) if size is None else size
-        factor = (max_norm / (size + 1e-12)).clamp(max=1.0)
-        direction = [part * factor.to(part.dtype) for part in direction]
-    with torch.no_grad():
-        for tensor, part in zip(tensors, direction, strict=True):
-            tensor.grad = part.detach().to(tensor.dtype)
-        optimizer.step()
-        for tensor in tensors:
-            tensor.grad = None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
 
@@ -9,10 +10,12 @@ import torch
 from torch.optim import Optimizer
 
 from bilevel.errors import ArgumentError
-from bilevel.stochastic._lists import Tensors
+from bilevel.stochastic._lists import Tensors, norm
 
 __all__ = [
     "OptimizerLike",
+    "check_holds",
+    "descend",
     "is_plain_sgd",
     "learning_rate",
     "made_optimizer",
@@ -52,24 +55,53 @@ def made_optimizer(given: OptimizerLike | None, tensors: Tensors, what: str, whe
         raise ArgumentError(
             f"{where}: expected {name} to take dense gradients, got SparseAdam, which takes sparse ones alone; pass torch.optim.Adam"
         )
-    if isinstance(made, torch.optim.LBFGS):
+    closure = inspect.signature(made.step).parameters.get("closure")
+    if closure is not None and closure.default is closure.empty:
         raise ArgumentError(
-            f"{where}: expected {name} to move by one gradient at a time, got LBFGS, which evaluates the loss by itself; pass "
+            f"{where}: expected {name} to move by one gradient at a time, got {type(made).__name__}, which evaluates the loss by itself; pass "
             "torch.optim.SGD or torch.optim.Adam"
         )
-    held = {id(tensor) for group in made.param_groups for tensor in group["params"]}
-    expected = {id(tensor) for tensor in tensors}
-    if held != expected:
-        raise ArgumentError(
-            f"{where}: expected {name} to hold exactly the {len(expected)} tensors of {what} that require grad, and it holds "
-            f"{len(held & expected)} of them and {len(held - expected)} others; make it over these tensors"
-        )
+    check_holds(made, tensors, what, where)
     for group in made.param_groups:
         if group.get("maximize"):
             raise ArgumentError(
                 f"{where}: expected {name} to minimise, got maximize=True; leave it out, and change the sign of the loss"
             )
     return made
+
+
+def check_holds(optimizer: Optimizer, tensors: Sequence[torch.Tensor], what: str, where: str) -> None:
+    """Raise :class:`ArgumentError` unless ``optimizer`` moves ``tensors`` and nothing else."""
+    held = {id(tensor) for group in optimizer.param_groups for tensor in group["params"]}
+    expected = {id(tensor) for tensor in tensors}
+    if held != expected:
+        raise ArgumentError(
+            f"{where}: expected {what}_optimizer to hold exactly the {len(expected)} tensors of {what} that require grad, and it holds "
+            f"{len(held & expected)} of them and {len(held - expected)} others; make it over these tensors"
+        )
+
+
+def descend(
+    optimizer: Optimizer,
+    tensors: Tensors,
+    direction: Tensors,
+    max_norm: float | None,
+    size: torch.Tensor | None = None,
+) -> None:
+    """Make one step of ``optimizer`` with ``direction``, of norm ``size``, for the gradient. What the caller has in ``.grad`` stays."""
+    if max_norm is not None:
+        size = norm(direction) if size is None else size
+        factor = (max_norm / (size + 1e-12)).clamp(max=1.0)
+        direction = [part * factor.to(part.dtype) for part in direction]
+    before = [tensor.grad for tensor in tensors]
+    try:
+        with torch.no_grad():
+            for tensor, part in zip(tensors, direction, strict=True):
+                tensor.grad = part.detach().to(tensor.dtype)
+            optimizer.step()
+    finally:
+        for tensor, gradient in zip(tensors, before, strict=True):
+            tensor.grad = gradient
 
 
 def learning_rate(optimizer: Optimizer) -> Any:

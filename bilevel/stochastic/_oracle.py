@@ -7,7 +7,7 @@ modules at other parameters, and the count of passes.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,12 +15,16 @@ import torch
 from torch import distributed
 from torch.utils._pytree import tree_map_only
 
-from bilevel._torch.reverse import reverse_pass
+from bilevel._torch.double_backward import Repeatable
+from bilevel._torch.graph_features import nodes
+from bilevel._torch.reverse import Output, gradient_edges, reverse_pass
+from bilevel._torch.transforms import autocast_to, autocasting
 from bilevel.equations.function_errors import explained
 from bilevel.errors import ArgumentError, CapturedTensorError, ShapeError
 from bilevel.pytree import usable
 from bilevel.stochastic._batches import batch_parts
-from bilevel.stochastic._lists import Tensors
+from bilevel.stochastic._diagnosis import check_dense, check_second_derivatives
+from bilevel.stochastic._lists import Tensors, norm
 from bilevel.stochastic._options import StepOptions
 from bilevel.stochastic._variables import Point, Variables, call_at
 
@@ -76,6 +80,9 @@ class Oracle:
         self._objectives = {"inner_objective": inner_objective, "outer_objective": outer_objective}
         self._unreached = set(range(len(outer.tensors)))
         self._inspected: set[str] = set()
+        self._rewritten: dict[str, bool] = {}
+        self._differentiated = False
+        self._caller_dtype: torch.dtype | None = None
         self.passes = {"forward": 0, "reverse": 0}
         self.synchronize()
 
@@ -125,6 +132,19 @@ class Oracle:
         """Return an objective's loss () with its graph."""
         return self.checked(name, self.called(name, self._objectives[name], data, at), at)
 
+    def twice(self, name: str, function: Callable[[Any, Any, Any], Any], data: Any, at: Point | None) -> Any:
+        """As :meth:`called`, with a graph that can be differentiated twice.
+
+        Operations whose second derivatives torch does not have, or has wrong, are replaced. What the first evaluation needs decides
+        whether later ones are watched for them.
+        """
+        if not self._rewritten.get(name, True):
+            return self.called(name, function, data, at)
+        with Repeatable() as mode:
+            found = self.called(name, function, data, at)
+        self._rewritten[name] = mode.used
+        return found
+
     def called(self, name: str, function: Callable[[Any, Any, Any], Any], data: Any, at: Point | None) -> Any:
         """Return ``function``, a part of the objective ``name``, of the variables and ``data``, with its graph: one forward pass."""
         self.passes["forward"] += 1
@@ -170,17 +190,23 @@ class Oracle:
 
     def _linearize(self, data: Any, at: Point | None, z: Tensors) -> tuple[torch.Tensor, Tensors, torch.Tensor | None]:
         """Return G, and ∇_φ G times the scale with its graph, for one part of a minibatch."""
-        return self.gradient_of(self.value("inner_objective", data, at), z)
+        name = "inner_objective"
+        return self.gradient_of(self.checked(name, self.twice(name, self._objectives[name], data, at), at), z)
 
     def gradient_of(self, loss: torch.Tensor, z: Tensors) -> tuple[torch.Tensor, Tensors, torch.Tensor | None]:
         """Return a loss, its gradient by ``z`` times the scale with its graph, and the scale: one reverse pass."""
         scaled, scale = self._scaled(loss)
+        first, self._differentiated = not self._differentiated, True
+        if first:
+            check_second_derivatives(self.where, scaled)
         gradient = self._reverse([scaled], z, [torch.ones_like(scaled)], create_graph=True)
+        if first:
+            check_second_derivatives(self.where, scaled, gradient)
         return loss.detach(), list(gradient), scale
 
     def _reverse(
         self,
-        outputs: Sequence[torch.Tensor],
+        outputs: Sequence[Output],
         leaves: Sequence[torch.Tensor],
         cotangents: Sequence[torch.Tensor],
         *,
@@ -188,17 +214,34 @@ class Oracle:
         create_graph: bool = False,
     ) -> tuple[torch.Tensor, ...]:
         self.passes["reverse"] += 1
-        return reverse_pass(outputs, leaves, cotangents, retain_graph=retain_graph, create_graph=create_graph)
+        found = reverse_pass(outputs, leaves, cotangents, retain_graph=retain_graph, create_graph=create_graph)
+        check_dense(self.where, found)
+        return found
 
     def _leaves(self, at: Point | None) -> tuple[Tensors, Tensors]:
         return (self.inner.tensors, self.outer.tensors) if at is None else (at.inner, at.outer)
 
     def _autocast(self) -> AbstractContextManager[Any]:
-        dtype = self.options.autocast
+        dtype = self.options.autocast or self._caller_dtype
         if dtype is None:
             return nullcontext()
         # Weights cast for one evaluation must not be reused by the next: theirs would be another graph.
         return torch.autocast(self.inner.tensors[0].device.type, dtype, cache_enabled=False)
+
+    @contextmanager
+    def caller_autocast(self) -> Iterator[None]:
+        """Take the caller's ``torch.autocast`` for the objectives alone.
+
+        It would keep the weights that it has cast until it ends, so that a step would go on with old ones. And solves and norms would be
+        made in 16 bits.
+        """
+        device = self.inner.tensors[0].device
+        self._caller_dtype = autocast_to(device)
+        try:
+            with autocasting(device, None):
+                yield
+        finally:
+            self._caller_dtype = None
 
     def _scaled(self, loss: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         scaler = self.options.grad_scaler
@@ -257,7 +300,7 @@ class Oracle:
     def _inspect(self, name: str, loss: torch.Tensor) -> None:
         """Follow the graph of the first loss to its leaves: no pass, and no wrong gradient goes unseen."""
         self._inspected.add(name)
-        reached = _leaves_of(loss)
+        reached = [node.variable for node in nodes(loss) if hasattr(node, "variable")]
         inner = {id(tensor) for tensor in self.inner.tensors}
         outer = {id(tensor) for tensor in self.outer.tensors}
         for tensor in reached:
@@ -284,6 +327,8 @@ class Oracle:
 class Linearization:
     """∇_φ G at one point and one minibatch with its graph, for products with H and Bᵀ.
 
+    Products need the graph alone: a method that no longer needs ``gradient`` frees its memory by :meth:`norm_of_gradient`.
+
     Parameters
     ----------
     oracle
@@ -298,10 +343,19 @@ class Linearization:
         self._oracle = oracle
         self._z, self._x = oracle._leaves(at)
         self._at = at
-        self._parts = [(weight, *self._part(data)) for weight, data in batch_parts(batch)]
-        self.loss, *self.gradient = oracle._mean(
-            (weight, [loss, *_unscaled(_detached(gradient), scale)]) for weight, loss, gradient, scale in self._parts
-        )
+        self._parts: list[tuple[float, list[Output], torch.Tensor | None]] = []
+        self.loss, *self.gradient = oracle._mean(self._evaluated(batch))
+
+    def _evaluated(self, batch: Any) -> Iterator[tuple[float, Tensors]]:
+        for weight, data in batch_parts(batch):
+            loss, gradient, scale = self._part(data)
+            self._parts.append((weight, gradient_edges(gradient), scale))
+            yield weight, [loss, *_unscaled(_detached(gradient), scale)]
+
+    def norm_of_gradient(self) -> torch.Tensor:
+        """Return ‖∇_φ G‖, and give up ``gradient``."""
+        size, self.gradient = norm(self.gradient), []
+        return size
 
     def _part(self, data: Any) -> tuple[torch.Tensor, Tensors, torch.Tensor | None]:
         return self._oracle._linearize(data, self._at, self._z)
@@ -314,10 +368,14 @@ class Linearization:
         """Return Bᵀ q: one reverse pass."""
         return self._product(self._x, q)
 
+    def products(self, q: Sequence[torch.Tensor]) -> tuple[Tensors, Tensors]:
+        """Return H q and Bᵀ q: one reverse pass."""
+        found = self._product([*self._z, *self._x], q)
+        return found[: len(self._z)], found[len(self._z) :]
+
     def _product(self, leaves: Tensors, q: Sequence[torch.Tensor]) -> Tensors:
         return self._oracle._mean(
-            (weight, _unscaled(self._oracle._reverse(gradient, leaves, q), scale))
-            for weight, _, gradient, scale in self._parts
+            (weight, _unscaled(self._oracle._reverse(edges, leaves, q), scale)) for weight, edges, scale in self._parts
         )
 
 
@@ -327,18 +385,3 @@ def _unscaled(tensors: Sequence[torch.Tensor], scale: torch.Tensor | None) -> Te
 
 def _detached(tensors: Sequence[torch.Tensor]) -> Tensors:
     return [tensor.detach() for tensor in tensors]
-
-
-def _leaves_of(loss: torch.Tensor) -> list[torch.Tensor]:
-    """Return the leaf tensors that a graph leads to."""
-    seen, found = set(), []
-    waiting: list[Any] = [loss.grad_fn]
-    while waiting:
-        node = waiting.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        if hasattr(node, "variable"):
-            found.append(node.variable)
-        waiting += [parent for parent, _ in node.next_functions]
-    return found

@@ -68,12 +68,18 @@ class Variables:
             self._read_tree(given)
         self._owners = [given.get_submodule(name.rpartition(".")[0]) for name in self.names] if self.is_module else []
         for name, tensor in zip(self.names, self.tensors, strict=True):
+            if tensor.is_complex():
+                raise DtypeError(
+                    f"{where}: expected {what} to hold real tensors, and {name} is of {tensor.dtype}; keep torch.view_as_real(...) of it, and "
+                    "apply torch.view_as_complex where it is used"
+                )
             if hasattr(tensor, "device_mesh"):
                 raise ArgumentError(
                     f"{where}: expected {what} to hold whole tensors, and {name} is sharded over processes (a DTensor, as fully_shard and "
                     "distribute_tensor make); leave the module as it is, or wrap it in DistributedDataParallel: each process has its own "
                     "batch, and derivatives are averaged"
                 )
+        self._forms = [_form(tensor) for tensor in self.tensors]
         devices = {tensor.device for tensor in self.tensors}
         if len(devices) > 1:
             raise ArgumentError(
@@ -113,22 +119,28 @@ class Variables:
                     f"{self.where}: expected {name} to be a leaf tensor, which can be updated in place, got the result of an "
                     "operation; pass tensor.detach().requires_grad_() in its place"
                 )
-            if leaf.is_complex():
-                raise DtypeError(
-                    f"{self.where}: expected {name} to be a real tensor, got {leaf.dtype}; pass torch.view_as_real(...) of it"
-                )
             self._places.append(place)
             self.tensors.append(leaf)
             self.names.append(pytree.keystr(path) or self.what)
 
     def check(self) -> None:
-        """Raise :class:`ArgumentError` if a variable has been frozen, or replaced in its module."""
-        for name, tensor in zip(self.names, self.tensors, strict=True):
+        """Raise :class:`ArgumentError` if a variable has been frozen or converted, or replaced in its module or pytree."""
+        for name, tensor, form in zip(self.names, self.tensors, self._forms, strict=True):
             if not tensor.requires_grad:
                 self._refuse(name, "has been frozen since the method was made")
+            if _form(tensor) != form:
+                self._refuse(name, "has another shape, dtype or device since the method was made")
         for name, tensor, owner in zip(self.names, self.tensors, self._owners, strict=self.is_module):
             if owner._parameters.get(name.rpartition(".")[2]) is not tensor:
                 self._refuse(name, "has been replaced in its module since the method was made")
+        if self.is_module or self.given is self.tensors[0]:
+            return
+        leaves = pytree.tree_leaves(self.given)
+        if len(leaves) != len(self._leaves):
+            self._refuse("its structure", "has changed since the method was made")
+        for name, tensor, place in zip(self.names, self.tensors, self._places, strict=True):
+            if leaves[place] is not tensor:
+                self._refuse(name, "has been replaced in its pytree since the method was made")
 
     def _refuse(self, name: str, what: str) -> None:
         raise ArgumentError(
@@ -146,6 +158,10 @@ class Variables:
     def buffers(self) -> dict[str, torch.Tensor]:
         """Return the buffers of a module by name."""
         return dict(self.given.named_buffers()) if self.is_module else {}
+
+
+def _form(tensor: torch.Tensor) -> tuple[Any, ...]:
+    return tensor.shape, tensor.dtype, tensor.device
 
 
 def check_memory(inner: Variables, outer: Variables, where: str) -> None:
@@ -193,10 +209,12 @@ def call_at(
     if at is None:
         return objective(inner.given, outer.given, data)
     replaced: dict[str, torch.Tensor] = {}
+    copies: dict[int, torch.Tensor] = {}
     for variables, tensors in ((inner, at.inner), (outer, at.outer)):
         if variables.is_module:
             replaced |= {f"{variables.what}.{name}": t for name, t in zip(variables.names, tensors, strict=True)}
-            replaced |= {f"{variables.what}.{name}": b.clone() for name, b in variables.buffers().items()}
+            for name, buffer in variables.buffers().items():  # both levels may hold one
+                replaced[f"{variables.what}.{name}"] = copies.setdefault(id(buffer), buffer.clone())
     z = None if inner.is_module else inner.tree_of(at.inner)
     x = None if outer.is_module else outer.tree_of(at.outer)
     if not replaced:

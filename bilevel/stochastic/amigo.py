@@ -71,18 +71,23 @@ class AmIGO(AdjointMethod):
     def _directions(self, inner: BatchSource, outer: BatchSource) -> Directions:
         self._inner_steps(inner, self.inner_steps)
         oracle = self._oracle
-        lower, upper = oracle.linearize(inner.draw()), oracle.outer_gradients(outer.draw())
+        lower = oracle.linearize(inner.draw())
+        size, upper = lower.norm_of_gradient(), oracle.outer_gradients(outer.draw())
+        left = size
         for step in range(self.adjoint_steps):
             if step and inner.is_stream:
                 lower = oracle.linearize(inner.draw())
+                size = lower.norm_of_gradient()
             if step and outer.is_stream:
                 upper = oracle.outer_gradients(outer.draw())
             residual = subtract_from(lower.hessian(self.adjoint), upper.inner)
             self._move("adjoint", residual)
+            left = norm(residual)
+            del residual  # the next product needs its room
         return Directions(
             outer=subtract(upper.outer, lower.cross(self.adjoint)),
             inner_loss=lower.loss,
             outer_loss=upper.loss,
-            inner_gradient_norm=norm(lower.gradient),
-            adjoint_residual_norm=norm(residual),
+            inner_gradient_norm=size,
+            adjoint_residual_norm=left,
         )

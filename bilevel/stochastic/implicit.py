@@ -120,6 +120,7 @@ class ImplicitStep(AdjointMethod):
         lower = self._linearized(inner.draw())
         upper = self._oracle.outer_gradients(outer.draw())
         self._require_finite("gradient", lower.gradient, upper.inner)
+        size = lower.norm_of_gradient()
         if not self.warm_start:
             for tensor in self.adjoint:
                 tensor.zero_()
@@ -134,7 +135,7 @@ class ImplicitStep(AdjointMethod):
             outer=subtract(upper.outer, lower.cross(self.adjoint)),
             inner_loss=lower.loss,
             outer_loss=upper.loss,
-            inner_gradient_norm=norm(lower.gradient),
+            inner_gradient_norm=size,
             adjoint_residual_norm=residual,
             exact_residual_norm=exact,
             linear_status=status,
@@ -165,15 +166,22 @@ class ImplicitStep(AdjointMethod):
 
     def _by_gradient_steps(self, lower: Linearization, rhs: Tensors) -> torch.Tensor:
         diagonal = self._preconditioner() if self.preconditioned else None
-        for step in range(self.adjoint_steps):
-            known = step == 0 and not self.warm_start  # H 0 needs no pass
-            residual = [-b for b in rhs] if known else subtract_from(lower.hessian(self.adjoint), rhs)
-            if diagonal is None:
-                self._move("adjoint", residual)
-            else:
-                self._require_finite("adjoint direction", residual)
-                for q, d, r in zip(self.adjoint, diagonal, residual, strict=True):
-                    q.sub_(d * r)
+        size = self._gradient_step(lower, rhs, diagonal, cold=not self.warm_start)
+        for _ in range(self.adjoint_steps - 1):
+            size = self._gradient_step(lower, rhs, diagonal)
+        return size
+
+    def _gradient_step(
+        self, lower: Linearization, rhs: Tensors, diagonal: Tensors | None, *, cold: bool = False
+    ) -> torch.Tensor:
+        """Let q make one step, and return ‖H q − b‖ before it. The residual itself is freed: the next product needs its room."""
+        residual = [-b for b in rhs] if cold else subtract_from(lower.hessian(self.adjoint), rhs)  # H 0 needs no pass
+        if diagonal is None:
+            self._move("adjoint", residual)
+        else:
+            self._require_finite("adjoint direction", residual)
+            for q, d, r in zip(self.adjoint, diagonal, residual, strict=True):
+                q.sub_(d * r)
         return norm(residual)
 
     def _by_linear_solver(self, lower: Linearization, rhs: Tensors) -> tuple[torch.Tensor, Status]:

@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from bilevel.setting_checks import check_steps
-from bilevel.stochastic._adjoint import check_rate, sum_neumann
+from bilevel.stochastic._adjoint import check_rate, neumann_outer, sum_neumann
 from bilevel.stochastic._batches import BatchSource
-from bilevel.stochastic._lists import norm, subtract
+from bilevel.stochastic._lists import subtract
 from bilevel.stochastic._method import Directions, Problem, StochasticMethod
 
 __all__ = ["StocBiO"]
@@ -75,12 +75,17 @@ class StocBiO(StochasticMethod):
     def _directions(self, inner: BatchSource, outer: BatchSource) -> Directions:
         self._inner_steps(inner, self.inner_steps)
         lower = self._oracle.linearize(inner.draw())
+        size = lower.norm_of_gradient()
         upper = self._oracle.outer_gradients(outer.draw())
         rate = self._rate if self.neumann_rate is None else self.neumann_rate
-        q, _ = sum_neumann(self._oracle, inner, upper.inner, lower.hessian, self.terms, rate)
+        if inner.is_stream:
+            q, _ = sum_neumann(self._oracle, inner, upper.inner, lower.hessian, self.terms, rate)
+            direction = subtract(upper.outer, lower.cross(q))
+        else:
+            direction = neumann_outer(lower, upper, self.terms, rate)
         return Directions(
-            outer=subtract(upper.outer, lower.cross(q)),
+            outer=direction,
             inner_loss=lower.loss,
             outer_loss=upper.loss,
-            inner_gradient_norm=norm(lower.gradient),
+            inner_gradient_norm=size,
         )

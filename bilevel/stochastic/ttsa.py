@@ -9,7 +9,7 @@ import torch
 from bilevel.setting_checks import check_steps
 from bilevel.stochastic._adjoint import check_rate, sum_neumann
 from bilevel.stochastic._batches import BatchSource
-from bilevel.stochastic._lists import norm, scale, subtract
+from bilevel.stochastic._lists import scale, subtract
 from bilevel.stochastic._method import Directions, Problem, StochasticMethod
 
 __all__ = ["ALSET", "TTSA"]
@@ -79,6 +79,7 @@ class TTSA(StochasticMethod):
     def _directions(self, inner: BatchSource, outer: BatchSource) -> Directions:
         self._inner_steps(inner, self.inner_steps)
         lower = self._oracle.linearize(inner.draw())
+        size = lower.norm_of_gradient()
         upper = self._oracle.outer_gradients(outer.draw())
         rate = self._rate if self.neumann_rate is None else self.neumann_rate
         power = int(torch.randint(self.max_terms, (), generator=self._generator))
@@ -88,7 +89,7 @@ class TTSA(StochasticMethod):
             outer=subtract(upper.outer, lower.cross(q)),
             inner_loss=lower.loss,
             outer_loss=upper.loss,
-            inner_gradient_norm=norm(lower.gradient),
+            inner_gradient_norm=size,
         )
 
 

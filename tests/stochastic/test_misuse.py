@@ -150,7 +150,7 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
     "in inference mode": (in_inference_mode, "outside torch.inference_mode"),
     "frozen later": (frozen_later, "0.weight has been frozen since the method was made"),
     "replaced later": (replaced_later, "weight has been replaced in its module"),
-    "another group": (another_group, "to keep its 1 groups, and it has 2"),
+    "another group": (another_group, "it holds 2 of them and 1 others"),
     "another batch of a number": (other_batch_of_a_number, "number 2 to be the one seen before.*2 numbers, got 3"),
     "Adam's state": (adam_into_sgd, r"SGD has the settings .*'momentum'.*the optimisers that it had"),
     "a lazy module": (lazy, "weight is not initialised yet; call the module once before"),

@@ -35,7 +35,7 @@ from bilevel.equations.system import ArgminSystem
 from bilevel.linear._base import solve_linear
 from bilevel.pytree import Raveler, flatten_arguments
 from bilevel.reports import Basis
-from bilevel.solvers._judge import solve_inner
+from bilevel.solvers.judging.judge import solve_inner
 from bilevel.tolerance import Target
 
 Array = np.ndarray

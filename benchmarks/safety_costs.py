@@ -28,9 +28,9 @@ import bilevel.layers.checks as layer_checks
 import bilevel.linear._base as linear_base
 import bilevel.problems.hypergradient as hypergradient
 import bilevel.problems.problem as problems
-import bilevel.solvers._judge as inner_judge
+import bilevel.solvers.judging.judge as inner_judge
 import bilevel.solvers.newton as newton
-from bilevel.solvers._trials import Trial
+from bilevel.solvers.judging.trials import Trial
 
 F64 = torch.float64
 ROUNDS = rounds(60)

@@ -94,17 +94,17 @@ MUTATIONS = (
         "_MODERATE = 1e3", "_MODERATE = 1e300", ("tests/quadratic_programs/test_units.py",),
     ),
     Mutation(
-        "constraints of small unknowns are weighed in another unit", "solvers/_constrained.py",
+        "constraints of small unknowns are weighed in another unit", "solvers/constrained/solve.py",
         "parts, rows * column.unsqueeze(-1))", "parts, rows)",
         ("tests/constraints/test_edges.py", "-k", "small_unknowns"),
     ),
     Mutation(
-        "a claim of a solver is not checked on the answer's own scale", "solvers/_constrained.py",
+        "a claim of a solver is not checked on the answer's own scale", "solvers/constrained/solve.py",
         "& ~point.good & ~is_settled(program, answer)", "& ~point.good & False",
         ("tests/constraints/test_edges.py", "-k", "far_start or without_a_minimum"),
     ),
     Mutation(
-        "no other multipliers are tried where there is no interior", "solvers/_constrained.py",
+        "no other multipliers are tried where there is no interior", "solvers/constrained/solve.py",
         "if bool((usable & ~point.good).any()) and _recoverable(program):", "if False:",
         ("tests/constraints/test_edges.py", "-k", "one_point"),
     ),
@@ -223,7 +223,7 @@ MUTATIONS = (
         ("tests/cleaning/test_command.py", "-k", "any_depth"),
     ),
     Mutation(
-        "argmin: a search by tiny steps does not end", "solvers/_tiny_steps.py",
+        "argmin: a search by tiny steps does not end", "solvers/parts/tiny_steps.py",
         "stuck = self._count >= _MOST", "stuck = self._count < 0",
         ("tests/solvers/test_tiny_steps.py",),
     ),
@@ -283,12 +283,12 @@ MUTATIONS = (
         "distributed.all_reduce(flat, group=group)", "pass", ("tests/stochastic/test_processes.py",),
     ),
     Mutation(
-        "an inequality that is active with multiplier zero is differentiated", "solvers/_regularity.py",
+        "an inequality that is active with multiplier zero is differentiated", "solvers/constrained/regularity.py",
         "return self.weak.any | self.flat | self.irregular", "return self.flat | self.irregular",
         ("tests/constraints/test_degenerate.py", "-k", "multiplier_zero"),
     ),
     Mutation(
-        "a one-sided derivative is given to every loss", "solvers/_one_sided.py",
+        "a one-sided derivative is given to every loss", "solvers/constrained/one_sided.py",
         "return (differ | moved.any(-1) | ~self.weak.any", "return (differ & moved.any(-1) | ~self.weak.any",
         ("tests/constraints/test_one_sided.py", "-k", "both_sides_agree"),
     ),
@@ -297,21 +297,21 @@ MUTATIONS = (
         "if first and self.sides is not None", "if self.sides is not None", ("tests/constraints/test_one_sided.py", "-k", "second"),
     ),
     Mutation(
-        "directions into weakly active constraints are not looked at", "solvers/_critical.py", "    if len(weak):", "    if False:",
+        "directions into weakly active constraints are not looked at", "solvers/constrained/critical.py", "    if len(weak):", "    if False:",
         ("tests/constraints/test_second_order.py", "-k", "cubic or product"),
     ),
     Mutation(
-        "a fall behind a rise counts", "solvers/_critical.py",
+        "a fall behind a rise counts", "solvers/constrained/critical.py",
         "torch.where(fell, lower, new <= first + noise)", "torch.where(fell, lower, new <= first + 1e9)",
         ("tests/constraints/test_second_order.py", "-k", "fall_behind or none_of_these"),
     ),
     Mutation(
-        "curvature at thresholds of terms is not looked at", "solvers/_composite_judge.py",
+        "curvature at thresholds of terms is not looked at", "solvers/composite/judge.py",
         "if degenerate is not None and bool(degenerate.any()):", "if False:",
         ("tests/constraints/test_second_order.py", "-k", "hide_a_maximum"),
     ),
     Mutation(
-        "no only point is looked for", "solvers/_constrained.py", "mask = found.unsqueeze(-1)", "mask = (found & False).unsqueeze(-1)",
+        "no only point is looked for", "solvers/constrained/solve.py", "mask = found.unsqueeze(-1)", "mask = (found & False).unsqueeze(-1)",
         ("tests/constraints/test_edges.py", "-k", "touch_in_one_point"),
     ),
     Mutation(
@@ -416,16 +416,16 @@ MUTATIONS = (
         ("tests/test_wording.py", "-k", "no_objective"),
     ),
     Mutation(
-        "every gradient that changes is a kink", "solvers/_error.py", "(near > 0.5 * wide)", "(near > 0 * wide)",
+        "every gradient that changes is a kink", "solvers/judging/error.py", "(near > 0.5 * wide)", "(near > 0 * wide)",
         ("tests/solvers/test_error.py", "-k", "kinks_are_told"),
     ),
     Mutation(
-        "an answer is refused where the residual at zero is infinite", "solvers/_given.py",
+        "an answer is refused where the residual at zero is infinite", "solvers/judging/given_answer.py",
         "sizes.nan_to_num(0.0, 0.0).amax(0)", "sizes.amax(0).nan_to_num(0.0, 0.0)",
         ("tests/test_differentiation.py", "-k", "infinite_at_zero"),
     ),
     Mutation(
-        "scipy's own type errors come through", "solvers/_scipy.py", '"bounds": "leave it out, and pass lower= and upper= to bilevel.argmin",', "",
+        "scipy's own type errors come through", "solvers/parts/scipy_bridge.py", '"bounds": "leave it out, and pass lower= and upper= to bilevel.argmin",', "",
         ("tests/solvers/test_scipy.py", "-k", "one_sentence"),
     ),
     Mutation(
@@ -535,7 +535,7 @@ MUTATIONS = (
         ("tests/test_matrix_games.py", "-k", "pennies or bilinear"),
     ),
     Mutation(
-        "a path that turns back", "solvers/_path.py", "torch.where(sign < 0, -1.0, 1.0)", "torch.where(sign < 0, 1.0, 1.0)",
+        "a path that turns back", "solvers/parts/path.py", "torch.where(sign < 0, -1.0, 1.0)", "torch.where(sign < 0, 1.0, 1.0)",
         ("tests/test_matrix_games.py", "-k", "bimatrix"),
     ),
     Mutation(
@@ -653,7 +653,7 @@ MUTATIONS = (
         "    **DETERMINANTS,\n", "", ("tests/test_determinants.py", "-k", "test_a_minimum"),
     ),
     Mutation(
-        "a bracketed search that is said to have run away", "solvers/_judge.py",
+        "a bracketed search that is said to have run away", "solvers/judging/judge.py",
         "verdict.endless & (not solver.is_confined)", "verdict.endless", ("tests/solvers/test_bracketing.py", "-k", "jumps"),
     ),
     Mutation(
@@ -899,7 +899,7 @@ MUTATIONS = (
         "update = self.preconditioner(update)", "pass", (CONFORMANCE, "-k", "preconditioner_is_used"),
     ),
     Mutation(
-        "the units of a fixed point's unknowns are taken from its equations", "solvers/_error.py",
+        "the units of a fixed point's unknowns are taken from its equations", "solvers/judging/error.py",
         "(_usable(noise / eps).unsqueeze(-1) * matrix.abs())", "(matrix.abs())",
         ("tests/solvers/test_error.py", "-k", "mixed_units or its_terms"),
     ),
@@ -908,7 +908,7 @@ MUTATIONS = (
         "lost = diagonal.abs() <= _LOST * torch.finfo(x.dtype).eps", "lost = diagonal.abs() < 0", ("tests/solvers/test_error.py", "-k", "minus_the_slope"),
     ),
     Mutation(
-        "a residual hidden by rounding lets every nearer point pass", "solvers/_weighing.py",
+        "a residual hidden by rounding lets every nearer point pass", "solvers/judging/weighing.py",
         "allowed = torch.minimum(size, goal.threshold)", "allowed = size", ("tests/solvers/test_error.py", "-k", "far_rounding"),
     ),
     Mutation(
@@ -953,20 +953,20 @@ MUTATIONS = (
         "outcome = torch.where(norm <= threshold, torch", "outcome = torch.where((norm <= threshold).all(), torch", ("tests/solvers/test_base.py",),
     ),
     Mutation(
-        "a solver's claim believed", "solvers/_judge.py",
+        "a solver's claim believed", "solvers/judging/judge.py",
         "believed = (noticed == Status.CONVERGED) & ~reached", "believed = (noticed == Status.CONVERGED) & False", ("tests/solvers/test_base.py",),
     ),
     Mutation(
-        "equations that are not finite taken for solved", "solvers/_weighing.py",
+        "equations that are not finite taken for solved", "solvers/judging/weighing.py",
         "torch.isfinite(size) & (size <= 30", "(size <= 30", ("tests/solvers/test_judge.py", "-k", "not_finite"),
     ),
     Mutation(
-        "a residual lost in the rounding of x believed where n is large", "solvers/_error.py",
+        "a residual lost in the rounding of x believed where n is large", "solvers/judging/error.py",
         "return doubtful & (residual.norm(dim=-1) <= 8 * eps * moved)", "return doubtful & (residual.norm(dim=-1) < 0 * moved)",
         ("tests/solvers/test_judge.py", "-k", "lost_in_the_rounding or plateau"),
     ),
     Mutation(
-        "a kink looked for only where no unknown has moved", "solvers/_stationary.py",
+        "a kink looked for only where no unknown has moved", "solvers/judging/stationary.py",
         "unmoved = converged & ((x == start) & (solution.residual == 0)).any(dim=-1)", "unmoved = converged & (x == start).all(dim=-1)",
         ("tests/solvers/test_judge.py", "-k", "kink"),
     ),
@@ -1064,7 +1064,7 @@ MUTATIONS = (
         ("tests/test_degrees.py", "-k", "polynomials"),
     ),
     Mutation(
-        "slopes of many unknowns that are compared with the slope at zero alone", "solvers/_constrained.py",
+        "slopes of many unknowns that are compared with the slope at zero alone", "solvers/constrained/solve.py",
         "torch.maximum(torch.maximum(first, bent), force)", "torch.maximum(first, force)",
         ("tests/constraints/test_many_bounds.py", "-k", "factorisation"),
     ),
@@ -1094,12 +1094,12 @@ MUTATIONS = (
         ("tests/quadratic_programs/test_proofs.py", "-k", "by_hand"),
     ),
     Mutation(
-        "zeros proven as if the gradient at the solution were known", "solvers/_composite_proof.py",
+        "zeros proven as if the gradient at the solution were known", "solvers/composite/proof.py",
         "torch.stack(constants).amin(0) * e +", "0 * torch.stack(constants).amin(0) * e +",
         ("tests/prox/test_proofs.py", "-k", "hold_and_grow"),
     ),
     Mutation(
-        "a proof of arguments that have changed", "solvers/_composite_proof.py",
+        "a proof of arguments that have changed", "solvers/composite/proof.py",
         "        if self._changed():", "        if False:",
         ("tests/prox/test_proofs.py", "-k", "changed_since"),
     ),
@@ -1126,21 +1126,21 @@ MUTATIONS = (
         ("tests/certificates/test_evidence.py", "-k", "one_by_one"),
     ),
     Mutation(
-        "Newton's method calls a factorisation that raises", "solvers/_newton_directions.py",
+        "Newton's method calls a factorisation that raises", "solvers/parts/newton_directions.py",
         "    eigenvalues, vectors = eigh(", "    eigenvalues, vectors = torch.linalg.eigh(",
         ("tests/solvers/test_newton.py", "-k", "spoils_its_own"),
     ),
     Mutation(
-        "a kink looked for on one side of it", "solvers/_error.py",
+        "a kink looked for on one side of it", "solvers/judging/error.py",
         "(slope_above - slope_below - 2 *", "(slope_above - residual - 1 *", ("tests/test_wording.py", "-k", "whichever_side"),
     ),
     Mutation(
-        "a kink that another solver found is forgotten", "solvers/_judge.py",
+        "a kink that another solver found is forgotten", "solvers/judging/judge.py",
         "is_one_of(second.status, (Status.CONVERGED, Status.KINK))", "(second.status == Status.CONVERGED)",
         ("tests/test_wording.py", "-k", "whichever_side"),
     ),
     Mutation(
-        "a start on a kink taken for a solution where δ is asked", "solvers/_judge.py",
+        "a start on a kink taken for a solution where δ is asked", "solvers/judging/judge.py",
         "still = (status == Status.CONVERGED) & (solution.x == goal.init).all(dim=-1)", "still = torch.zeros_like(reached)",
         ("tests/test_wording.py", "-k", "whatever_accuracy"),
     ),
@@ -1511,7 +1511,7 @@ MUTATIONS = (
         "lower.tensors, replays=lower.replays)", "lower.tensors)", ("tests/test_goal.py", "-k", "records_nothing"),
     ),
     Mutation(
-        "a root's error by factors of a Jacobian that changes", "solvers/_newton_error.py",
+        "a root's error by factors of a Jacobian that changes", "solvers/parts/newton_error.py",
         "return error if bool(known.all() & state.definite.all()) else None", "return error", ("tests/zoo/test_issue_inputs.py", "tests/solvers"),
     ),
     Mutation(
@@ -1700,16 +1700,16 @@ MUTATIONS = (
     ),
     # The judge of convergence.
     Mutation(
-        "no error in x is too large", "solvers/_weighing.py",
+        "no error in x is too large", "solvers/judging/weighing.py",
         "within = (error <= allowed).all(dim=-1) & (found.solved | unknown)", "within = (error <= allowed * 1e9).all(dim=-1)",
         ("tests/solvers/test_error.py", "-k", "hang_on"),
     ),
     Mutation(
-        "an estimate believed that solves nothing", "solvers/_weighing.py",
+        "an estimate believed that solves nothing", "solvers/judging/weighing.py",
         "& (found.solved | unknown)", "", ("tests/zoo/test_issue_inputs.py", "-k", "singular_at_the_start"),
     ),
     Mutation(
-        "a runaway taken for a solution that is not unique", "solvers/_weighing.py",
+        "a runaway taken for a solution that is not unique", "solvers/judging/weighing.py",
         "return ~_is_solved(problem, near, allowed) & ", "return torch.zeros_like(residual[:, 0], dtype=torch.bool) & ",
         ("tests/solvers/test_error.py", "-k", "ran_away"),
     ),
@@ -1718,39 +1718,39 @@ MUTATIONS = (
         ("tests/test_guard_rails.py", "-k", "without_numbers"),
     ),
     Mutation(
-        "a rotation of a cluster taken for an ill-determined direction", "solvers/_error.py", "_SHORT_TANGENT = 10", "_SHORT_TANGENT = 2",
+        "a rotation of a cluster taken for an ill-determined direction", "solvers/judging/error.py", "_SHORT_TANGENT = 10", "_SHORT_TANGENT = 2",
         ("tests/linear/test_minimum_norm.py", "-k", "springs"),
     ),
     Mutation(
-        "a search that ran down a bell believed, and one of a scale-free objective not", "solvers/_weighing.py",
+        "a search that ran down a bell believed, and one of a scale-free objective not", "solvers/judging/weighing.py",
         "near, beyond = x - found.null_part + share * found.null_part, ", "near, beyond = x - found.null_part, ",
         ("tests/linear/test_minimum_norm.py", "-k", "scale"),
     ),
     Mutation(
-        "an x whose last place is larger than delta", "solvers/_judge.py",
+        "an x whose last place is larger than delta", "solvers/judging/judge.py",
         "if bool(blind.any()):\n            status = torch.where(blind, blind_status(problem, solution", "if False:\n            status = torch.where(blind, blind_status(problem, solution", ("tests/solvers/test_error.py", "-k", "rounds_by"),
     ),
     Mutation(
-        "kinks are passed over", "solvers/_stationary.py",
+        "kinks are passed over", "solvers/judging/stationary.py",
         "kinked = doubtful & has_kink(problem, solution.x, solution.residual)", "kinked = doubtful & False",
         ("tests/zoo/test_issue_inputs.py", "-k", "local_maximum_at_a_kink"),
     ),
     Mutation(
-        "kinks without a finite Hessian are passed over", "solvers/_error.py",
+        "kinks without a finite Hessian are passed over", "solvers/judging/error.py",
         "operator.matvec(reach * signs).nan_to_num(0.0, 0.0, 0.0)", "operator.matvec(reach * signs)",
         ("tests/test_wording.py", "-k", "without_a_finite_hessian"),
     ),
     Mutation(
-        "a large maximum at the start passed over", "solvers/_stationary.py",
+        "a large maximum at the start passed over", "solvers/judging/stationary.py",
         "curved = still & meets_negative_curvature(problem, x, still)", "curved = still & False",
         ("tests/zoo/test_issue_inputs.py", "-k", "maxim"),
     ),
     Mutation(
-        "nobody takes over from a failed default", "solvers/_judge.py",
+        "nobody takes over from a failed default", "solvers/judging/judge.py",
         "if others and not trial.settled:", "if False:", ("tests/solvers/test_error.py", "-k", "hands_over"),
     ),
     Mutation(
-        "values that round decide Newton's last steps", "solvers/_newton_search.py",
+        "values that round decide Newton's last steps", "solvers/parts/newton_search.py",
         "(ratio < 0.5) & falls | steady", "steady", ("tests/zoo/test_issue_inputs.py", "-k", "rounding_inside"),
     ),
     Mutation(
@@ -1762,7 +1762,7 @@ MUTATIONS = (
         "rtol = eps ** (2 / 3) if rtol is None else rtol", "rtol = eps ** (2 / 3)", ("tests/solvers/test_error.py", "-k", "rtol_is_relative"),
     ),
     Mutation(
-        "unknowns share one scale", "solvers/_judge.py",
+        "unknowns share one scale", "solvers/judging/judge.py",
         "allowed = target.rtol * x.abs() + target.atol", "allowed = target.rtol * x.abs().amax(dim=-1, keepdim=True).expand_as(x)",
         ("tests/zoo/test_issue_inputs.py", "-k", "large_unknown"),
     ),
@@ -1808,7 +1808,7 @@ MUTATIONS = (
         ("tests/prox/test_proximal_points.py", "-k", "solves_the_linear_program"),
     ),
     Mutation(
-        "a smoothed quadratic program steps up to the boundary", "solvers/_mehrotra.py",
+        "a smoothed quadratic program steps up to the boundary", "solvers/programs/mehrotra.py",
         "torch.where(target > 0, 0.9, 1 - mean.clamp(1e-3, 1e-2))", "1 - mean.clamp(1e-3, 1e-2)",
         ("tests/quadratic_programs/test_derivatives.py", "-k", "many_rows"),
     ),
@@ -1822,7 +1822,7 @@ MUTATIONS = (
         ("tests/quadratic_programs/test_failures.py", "-k", "constraint_at_zero"),
     ),
     Mutation(
-        "Mehrotra's iterates go round in a circle", "solvers/_mehrotra.py", "_CIRCLING = 3", "_CIRCLING = 10**6",
+        "Mehrotra's iterates go round in a circle", "solvers/programs/mehrotra.py", "_CIRCLING = 3", "_CIRCLING = 10**6",
         ("tests/quadratic_programs/test_solutions.py", "-k", "degenerate_integer"),
     ),
     Mutation(
@@ -1904,7 +1904,7 @@ MUTATIONS = (
         "left.index_select(1, self._places.flip(0))", ("tests/prox/test_working_set.py", "-k", "rows_of_a_hessian"),
     ),
     Mutation(
-        "a quadratic is evaluated in every round", "solvers/_working_set.py", "(quadratic or len(state.rows) < _TRIALS)", "len(state.rows) < 0",
+        "a quadratic is evaluated in every round", "solvers/composite/working_set.py", "(quadratic or len(state.rows) < _TRIALS)", "len(state.rows) < 0",
         ("tests/prox/test_working_set.py", "-k", "three_times"),
     ),
     Mutation(
@@ -1950,12 +1950,12 @@ MUTATIONS = (
         "<= _HELD * _TRIAL * size", "< 0 * size", ("tests/prox/test_layer.py", "-k", "at_a_vertex"),
     ),
     Mutation(
-        "a distance to a proximal point forgets the change of the slope", "solvers/_manifold_newton.py",
+        "a distance to a proximal point forgets the change of the slope", "solvers/composite/manifold_newton.py",
         "return new, (at.x - new.x) / at.step.unsqueeze(-1) - at.slope + new.slope", "return new, new.slope - at.slope",
         ("tests/prox/test_layer.py", "-k", "proven"),
     ),
     Mutation(
-        "a degenerate saddle is a minimum", "solvers/_degenerate.py",
+        "a degenerate saddle is a minimum", "solvers/judging/degenerate.py",
         "found = found | (fell & (slope < -noise) & (slope < -here))", "pass",
         ("tests/zoo/test_default_faults.py", "-k", "degenerate_saddle_is_named"),
     ),
@@ -1985,12 +1985,12 @@ MUTATIONS = (
         ("tests/zoo/test_default_faults.py", "-k", "named_early or named_from_elsewhere"),
     ),
     Mutation(
-        "a root at infinity is stagnation", "solvers/_weighing.py",
+        "a root at infinity is stagnation", "solvers/judging/weighing.py",
         "gone = gone & (rounded | little)", "gone = gone & ~gone",
         ("tests/zoo/test_default_faults.py", "-k", "root_at_infinity"),
     ),
     Mutation(
-        "squares of residuals overflow in Newton's search", "solvers/_newton_search.py",
+        "squares of residuals overflow in Newton's search", "solvers/parts/newton_search.py",
         "            residual = problem.residual(x)\n            reached = length(residual)",
         "            residual = problem.residual(x)\n            reached = residual.norm(dim=-1)",
         ("tests/zoo/test_default_faults.py", "-k", "squared_residual_overflows"),
@@ -2001,21 +2001,21 @@ MUTATIONS = (
         ("tests/zoo/test_default_faults.py", "-k", "atoms_in_a_row or energy_is_lowest"),
     ),
     Mutation(
-        "a search goes on from the last point, not the lowest", "solvers/_judge.py",
+        "a search goes on from the last point, not the lowest", "solvers/judging/judge.py",
         "begun, failed = lowest.onward(", "_, failed = lowest.onward(",
         ("tests/zoo/test_default_faults.py", "-k", "energy_is_lowest"),
     ),
     Mutation(
-        "a saddle is left in the unknowns' units", "solvers/_successors.py",
+        "a saddle is left in the unknowns' units", "solvers/judging/successors.py",
         "direction = unit * vectors[..., 0]", "direction = vectors[..., 0]",
         ("tests/zoo/test_default_faults.py", "-k", "energy_is_lowest or units_of_the_curvature"),
     ),
     Mutation(
-        "sufficient decrease is enough for Newton's steps", "solvers/_newton_search.py",
+        "sufficient decrease is enough for Newton's steps", "solvers/parts/newton_search.py",
         "if not bool(bent.any()):", "if True:", ("tests/zoo/test_default_faults.py", "-k", "zigzag"),
     ),
     Mutation(
-        "negative curvature is not followed in rounding", "solvers/_newton_search.py",
+        "negative curvature is not followed in rounding", "solvers/parts/newton_search.py",
         "steady & (ratio < 1) | shorter, shorter | still_down)", "steady & (ratio < 1) | shorter, shorter)",
         ("tests/zoo/test_default_faults.py", "-k", "far_pair"),
     ),
@@ -2045,7 +2045,7 @@ MUTATIONS = (
         ("tests/zoo/test_default_faults.py", "-k", "named_early"),
     ),
     Mutation(
-        "an overflow is left by quarters", "solvers/_newton_search.py",
+        "an overflow is left by quarters", "solvers/parts/newton_search.py",
         "shorter = torch.where(beyond, torch.minimum(shorter, within), shorter)", "pass",
         ("tests/zoo/test_default_faults.py", "-k", "exponential_from_where"),
     ),
@@ -2065,11 +2065,11 @@ MUTATIONS = (
         ("tests/test_failures.py", "-k", "without_a_tolerance"),
     ),
     Mutation(
-        "unknowns leave their bounds by rounding", "solvers/_active_set.py", "torch.where(held, 0.0, step[:, :n])", "step[:, :n]",
+        "unknowns leave their bounds by rounding", "solvers/constrained/active_set.py", "torch.where(held, 0.0, step[:, :n])", "step[:, :n]",
         ("tests/constraints/test_degenerate.py", "-k", "stay_exactly"),
     ),
     Mutation(
-        "equations that repeat each other are advised to be smoothed", "solvers/_regularity.py",
+        "equations that repeat each other are advised to be smoothed", "solvers/constrained/regularity.py",
         "repeated = _dependence(jh, jh, torch.ones_like(repeated))[1]", "pass",
         ("tests/constraints/test_degenerate.py", "-k", "repeat_each_other"),
     ),
@@ -2082,7 +2082,7 @@ MUTATIONS = (
         ("tests/cleaning/test_command.py", "-k", "one_sentence"),
     ),
     Mutation(
-        "the rounding of x - T(x) is not counted in the error left", "solvers/_newton_error.py",
+        "the rounding of x - T(x) is not counted in the error left", "solvers/parts/newton_error.py",
         "noise = noise + eps * x.abs().unsqueeze(-1)", "pass",
         ("tests/zoo/test_default_faults.py", "-k", "rounding_absorbs"),
     ),
@@ -2168,7 +2168,7 @@ MUTATIONS = (
         ("tests/test_problem.py", "-k", "inference"),
     ),
     Mutation(
-        "a search goes on where values contradict derivatives", "solvers/_tiny_steps.py",
+        "a search goes on where values contradict derivatives", "solvers/parts/tiny_steps.py",
         "stuck | self._contradicts(last, step, gradient)", "stuck",
         ("tests/test_levels.py", "-k", "inexact"),
     ),

@@ -27,16 +27,16 @@ LONG_FUNCTIONS = {
     "linear/gmres.py:_cycle": "one cycle of GMRES",
     "solvers/anderson.py:step": "one step of Anderson acceleration",
     "solvers/newton.py:solve": "the loop of Newton's method",
-    "solvers/_newton_search.py:search": "one line search",
+    "solvers/parts/newton_search.py:search": "one line search",
     "solvers/_base.py:iterate": "the loop of all inner solvers",
     # Decisions that are read from top to bottom, each case after the one before.
     "linear/_base.py:solve_linear": "solve, refine, judge: the order is the method",
     "linear/_judge.py:judge": "the order of a judgement",
     "linear/exact.py:_factorize": "which factorisation a matrix gets",
-    "solvers/_judge.py:_by_error": "the order of a judgement",
-    "solvers/_weighing.py:weigh": "whether an estimated error is small enough",
+    "solvers/judging/judge.py:_by_error": "the order of a judgement",
+    "solvers/judging/weighing.py:weigh": "whether an estimated error is small enough",
     "linear/scipy_bridge.py:solve": "one call of scipy, in and out",
-    "solvers/_bridges.py:_one": "one call of a user's solver, in and out",
+    "solvers/constrained/bridges.py:_one": "one call of a user's solver, in and out",
 }
 
 

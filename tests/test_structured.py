@@ -13,7 +13,7 @@ from bilevel.equations.structured import LocalModel, Parts, Structure, flat_rave
 from bilevel.equations.system import ArgminSystem
 from bilevel.layers.layer import Layer
 from bilevel.reports import Basis
-from bilevel.solvers._outcome import InnerOutcome
+from bilevel.solvers.judging.outcome import InnerOutcome
 
 DOUBLE = torch.float64
 

@@ -20,7 +20,7 @@ from bilevel.operators import LinearOperator, TransposedOperator
 from bilevel.quadratic_programs._call import NO_DERIVATIVE
 from bilevel.quadratic_programs._clarabel import Clarabel
 from bilevel.reports import Basis, Status
-from bilevel.solvers._outcome import InnerOutcome
+from bilevel.solvers.judging.outcome import InnerOutcome
 
 __all__ = ["ConeCall"]
 

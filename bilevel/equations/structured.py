@@ -76,7 +76,7 @@ class StructuredSystem(System):
 
     @abstractmethod
     def find(self, problem: Problem, init: torch.Tensor, target: Target, solver: Any) -> Any:
-        """Return the solutions z (batch, N), judged: an :class:`bilevel.solvers._outcome.InnerOutcome`.
+        """Return the solutions z (batch, N), judged: an :class:`bilevel.solvers.judging.outcome.InnerOutcome`.
 
         Parameters
         ----------

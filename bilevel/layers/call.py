@@ -34,12 +34,12 @@ from bilevel.recording import ACTIVE
 from bilevel.replay import ReplayCache
 from bilevel.reports import Pass, Proof, SolveReport, Status, StatusMessages
 from bilevel.solvers._base import InnerSolver
-from bilevel.solvers._error import rounding
-from bilevel.solvers._given import GivenAnswer, check_answer, compared
-from bilevel.solvers._judge import solve_inner
-from bilevel.solvers._one_sided import Sides
-from bilevel.solvers._outcome import InnerOutcome
+from bilevel.solvers.constrained.one_sided import Sides
 from bilevel.solvers.defaults import default_solvers
+from bilevel.solvers.judging.error import rounding
+from bilevel.solvers.judging.given_answer import GivenAnswer, check_answer, compared
+from bilevel.solvers.judging.judge import solve_inner
+from bilevel.solvers.judging.outcome import InnerOutcome
 from bilevel.tolerance import auto_relative
 
 __all__ = ["SolveCall"]

@@ -45,11 +45,11 @@ from bilevel.operators import LinearOperator
 from bilevel.pytree import Raveler
 from bilevel.reports import Basis, Status
 from bilevel.solvers._base import CallableSolver, InnerSolver
-from bilevel.solvers._bridges import by_callable, by_scipy
-from bilevel.solvers._constrained import solve_constrained
-from bilevel.solvers._one_sided import Sides
-from bilevel.solvers._outcome import InnerOutcome, nothing_to_solve, with_spent_budget
-from bilevel.solvers._program import Answer, ConstrainedSolver, Program
+from bilevel.solvers.constrained.bridges import by_callable, by_scipy
+from bilevel.solvers.constrained.one_sided import Sides
+from bilevel.solvers.constrained.program import Answer, ConstrainedSolver, Program
+from bilevel.solvers.constrained.solve import solve_constrained
+from bilevel.solvers.judging.outcome import InnerOutcome, nothing_to_solve, with_spent_budget
 from bilevel.solvers.scipy_minimize import ScipyMinimize
 from bilevel.tolerance import Target
 

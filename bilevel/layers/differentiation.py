@@ -20,10 +20,10 @@ from bilevel.equations.system import FixedPointSystem, System
 from bilevel.errors import ArgumentError
 from bilevel.setting_checks import check_number, check_steps
 from bilevel.solvers._base import InnerSolver
-from bilevel.solvers._given import GivenAnswer
 from bilevel.solvers.anderson import Anderson
 from bilevel.solvers.fixed_point import FixedPointIteration
 from bilevel.solvers.gradient_descent import GradientDescent
+from bilevel.solvers.judging.given_answer import GivenAnswer
 
 __all__ = [
     "BySteps",

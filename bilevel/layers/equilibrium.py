@@ -31,7 +31,7 @@ from bilevel.policy import OnFailure
 from bilevel.prox import Term
 from bilevel.reports import Status, StatusMessages
 from bilevel.solvers._base import InnerSolver, InnerSolverLike
-from bilevel.solvers._outcome import InnerOutcome
+from bilevel.solvers.judging.outcome import InnerOutcome
 from bilevel.tolerance import Tolerance
 
 __all__ = ["EquilibriumLayer", "equilibrium"]

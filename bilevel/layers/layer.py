@@ -43,7 +43,7 @@ from bilevel.pytree import Raveler, flatten_arguments
 from bilevel.reports import StatusMessages
 from bilevel.setting_checks import refuse_nested
 from bilevel.solvers._base import InnerSolver, InnerSolverLike
-from bilevel.solvers._given import GivenAnswer
+from bilevel.solvers.judging.given_answer import GivenAnswer
 from bilevel.tolerance import Tolerance
 
 __all__ = ["Layer"]

@@ -11,9 +11,9 @@ import torch
 from bilevel.equations.problem import Problem
 from bilevel.reports import Status, StatusMessages
 from bilevel.solvers._base import CallableSolver, InnerSolver
-from bilevel.solvers._outcome import InnerOutcome
 from bilevel.solvers.bracketing import Bracketing
 from bilevel.solvers.gradient_descent import GradientDescent
+from bilevel.solvers.judging.outcome import InnerOutcome
 from bilevel.solvers.torch_optimizer import TorchOptimizer
 
 __all__ = ["autocast_messages", "derivative_messages", "failure_messages"]

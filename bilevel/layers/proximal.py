@@ -32,9 +32,9 @@ from bilevel.prox._flat import FlatTerm
 from bilevel.pytree import Raveler
 from bilevel.reports import Status
 from bilevel.solvers._base import InnerSolver
-from bilevel.solvers._composite import Composite
-from bilevel.solvers._composite_judge import solve_composite, solve_fixed_point
-from bilevel.solvers._outcome import InnerOutcome
+from bilevel.solvers.composite.judge import solve_composite, solve_fixed_point
+from bilevel.solvers.composite.problem import Composite
+from bilevel.solvers.judging.outcome import InnerOutcome
 from bilevel.tolerance import Target
 
 __all__ = ["Proximal", "ProximalRoot", "ProximalSystem"]

@@ -16,7 +16,7 @@ from bilevel.policy import POLICIES, OnFailure, check_policy
 from bilevel.replay import ReplayCache
 from bilevel.reports import SolveReport, StatusMessages
 from bilevel.solvers._base import InnerSolver, as_inner_solver
-from bilevel.solvers._given import GivenAnswer
+from bilevel.solvers.judging.given_answer import GivenAnswer
 from bilevel.tolerance import Tolerance
 
 __all__ = ["Adjoint", "Setting", "SolveSettings"]

@@ -42,7 +42,7 @@ from bilevel.problems.result import Hypergradient
 from bilevel.problems.warm_start import WarmStart
 from bilevel.pytree import detached, moves
 from bilevel.solvers._base import InnerSolver, InnerSolverLike
-from bilevel.solvers._given import GivenAnswer
+from bilevel.solvers.judging.given_answer import GivenAnswer
 from bilevel.tolerance import Tolerance
 
 __all__ = ["BilevelProblem"]

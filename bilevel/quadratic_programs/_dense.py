@@ -10,8 +10,8 @@ from bilevel.quadratic_programs._kkt import KKTFactor
 from bilevel.quadratic_programs._program import Found, Limits, Program
 from bilevel.quadratic_programs._rays import infeasibility_rays, unboundedness_rays
 from bilevel.reports import Status
-from bilevel.solvers._dense_program import DenseProgram, Iterate, Rows, mv, tmv
-from bilevel.solvers._mehrotra import interior_point
+from bilevel.solvers.programs.dense_program import DenseProgram, Iterate, Rows, mv, tmv
+from bilevel.solvers.programs.mehrotra import interior_point
 
 __all__ = ["solve_dense", "solve_solvable"]
 

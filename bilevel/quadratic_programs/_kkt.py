@@ -23,7 +23,7 @@ import torch
 
 from bilevel._torch.factorisations import eigh
 from bilevel.quadratic_programs._balance import balance
-from bilevel.solvers._dense_program import mv, tmv
+from bilevel.solvers.programs.dense_program import mv, tmv
 
 __all__ = ["Factor", "KKTFactor", "Sizes"]
 

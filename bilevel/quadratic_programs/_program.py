@@ -10,7 +10,7 @@ import torch
 
 from bilevel.quadratic_programs._kkt import Factor, Sizes
 from bilevel.reports import Status
-from bilevel.solvers._dense_program import mv, tmv
+from bilevel.solvers.programs.dense_program import mv, tmv
 
 __all__ = ["BESIDE", "Found", "Limits", "Program"]
 

@@ -30,7 +30,7 @@ import torch
 from bilevel._torch.definite import least_eigenvalue
 from bilevel._torch.factorisations import pinv
 from bilevel.quadratic_programs._program import Program
-from bilevel.solvers._dense_program import mv, tmv
+from bilevel.solvers.programs.dense_program import mv, tmv
 
 __all__ = ["distance_bound"]
 

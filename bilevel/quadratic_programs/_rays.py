@@ -14,7 +14,7 @@ from typing import TypeAlias
 import torch
 
 from bilevel.quadratic_programs._program import Program
-from bilevel.solvers._dense_program import mv, tmv
+from bilevel.solvers.programs.dense_program import mv, tmv
 
 __all__ = ["infeasibility_rays", "unboundedness_rays"]
 

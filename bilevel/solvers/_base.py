@@ -1,7 +1,7 @@
 """The contract of inner solvers, and the loop that handles masks and limits.
 
 A solver sees a :class:`~bilevel.equations.problem.Problem` (a batch of flat problems), a start (batch, n) and a
-:class:`Goal`. An iterative method passes its step function to :func:`iterate`. :mod:`bilevel.solvers._judge` judges the
+:class:`Goal`. An iterative method passes its step function to :func:`iterate`. :mod:`bilevel.solvers.judging.judge` judges the
 results of all methods, and of a user's function, in the same way.
 """
 

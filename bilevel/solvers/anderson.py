@@ -10,9 +10,9 @@ import torch
 from bilevel.equations.problem import Problem
 from bilevel.reports import Status
 from bilevel.setting_checks import check_number, check_steps
-from bilevel.solvers._anderson_history import History
 from bilevel.solvers._base import Goal, InnerSolution, InnerSolver, is_lone, iterate
 from bilevel.solvers.fixed_point import CHECK_EVERY, check_fixed_point, rounding_verdict
+from bilevel.solvers.parts.anderson_history import History
 
 __all__ = ["Anderson"]
 

@@ -10,12 +10,12 @@ from bilevel.equations.problem import Problem
 from bilevel.linear.bicgstab import BiCGStab
 from bilevel.linear.defaults import dense_fits
 from bilevel.solvers._base import InnerSolver
-from bilevel.solvers._path import PathFollowing
-from bilevel.solvers._successors import Successor
 from bilevel.solvers.anderson import Anderson
+from bilevel.solvers.judging.successors import Successor
 from bilevel.solvers.lbfgs import LBFGS
 from bilevel.solvers.levenberg_marquardt import LevenbergMarquardt
 from bilevel.solvers.newton import Newton
+from bilevel.solvers.parts.path import PathFollowing
 
 __all__ = ["default_solvers"]
 

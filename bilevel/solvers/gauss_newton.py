@@ -14,7 +14,7 @@ from bilevel.operators import DenseOperator
 from bilevel.reports import Status
 from bilevel.setting_checks import check_steps
 from bilevel.solvers._base import Goal, InnerSolution, InnerSolver, iterate
-from bilevel.solvers._gauss_newton_model import Model, column_scale
+from bilevel.solvers.parts.gauss_newton_model import Model, column_scale
 
 __all__ = ["GaussNewton"]
 

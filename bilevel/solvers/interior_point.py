@@ -11,18 +11,18 @@ import torch
 from bilevel.reports import Status
 from bilevel.setting_checks import check_steps
 from bilevel.solvers._base import merge
-from bilevel.solvers._filter import Filter
-from bilevel.solvers._interior_pieces import (
+from bilevel.solvers.constrained.filter import Filter
+from bilevel.solvers.constrained.interior_pieces import (
     gaps,
     longest_step,
     pick,
     pushed,
     weights,
 )
-from bilevel.solvers._interior_state import State, fresh_state, kkt_error, merits, with_duals
-from bilevel.solvers._kkt import Direction, newton_direction
-from bilevel.solvers._program import Answer, ConstrainedSolver, Program
-from bilevel.solvers._restoration import restore, with_feasibility
+from bilevel.solvers.constrained.interior_state import State, fresh_state, kkt_error, merits, with_duals
+from bilevel.solvers.constrained.kkt import Direction, newton_direction
+from bilevel.solvers.constrained.program import Answer, ConstrainedSolver, Program
+from bilevel.solvers.constrained.restoration import restore, with_feasibility
 
 __all__ = ["InteriorPoint"]
 

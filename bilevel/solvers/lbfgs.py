@@ -12,8 +12,8 @@ from bilevel.equations.problem import Problem
 from bilevel.reports import Status
 from bilevel.setting_checks import check_steps
 from bilevel.solvers._base import Goal, InnerSolution, InnerSolver, iterate
-from bilevel.solvers._line_search import line_search
-from bilevel.solvers._tiny_steps import TinySteps
+from bilevel.solvers.parts.line_search import line_search
+from bilevel.solvers.parts.tiny_steps import TinySteps
 
 __all__ = ["LBFGS"]
 

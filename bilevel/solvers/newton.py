@@ -15,13 +15,13 @@ from bilevel.operators import LinearOperator
 from bilevel.reports import Status
 from bilevel.setting_checks import check_steps
 from bilevel.solvers._base import Goal, InnerSolution, InnerSolver, iterate, length
-from bilevel.solvers._error import meets_negative_curvature
-from bilevel.solvers._newton_directions import dense_descent, dense_root, descending
-from bilevel.solvers._newton_error import error_left, is_slow, root_error_left
-from bilevel.solvers._newton_search import search, search_again
-from bilevel.solvers._newton_state import Direction, NewtonState
-from bilevel.solvers._tiny_steps import TinySteps
-from bilevel.solvers._truncated_cg import truncated_cg
+from bilevel.solvers.judging.error import meets_negative_curvature
+from bilevel.solvers.parts.newton_directions import dense_descent, dense_root, descending
+from bilevel.solvers.parts.newton_error import error_left, is_slow, root_error_left
+from bilevel.solvers.parts.newton_search import search, search_again
+from bilevel.solvers.parts.newton_state import Direction, NewtonState
+from bilevel.solvers.parts.tiny_steps import TinySteps
+from bilevel.solvers.parts.truncated_cg import truncated_cg
 
 __all__ = ["Newton"]
 

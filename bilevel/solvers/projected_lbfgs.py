@@ -9,8 +9,8 @@ import torch
 
 from bilevel.reports import Status
 from bilevel.setting_checks import check_steps
-from bilevel.solvers._program import Answer, ConstrainedSolver, Program
-from bilevel.solvers._projected import ProjectedSearch, evaluated, search_in_bounds
+from bilevel.solvers.constrained.program import Answer, ConstrainedSolver, Program
+from bilevel.solvers.parts.projected import ProjectedSearch, evaluated, search_in_bounds
 
 __all__ = ["ProjectedLBFGS"]
 

@@ -10,9 +10,9 @@ import torch
 
 from bilevel.reports import Status
 from bilevel.setting_checks import check_steps
-from bilevel.solvers._program import Answer, ConstrainedSolver, Program
-from bilevel.solvers._projected import ProjectedSearch, evaluated, search_in_bounds
-from bilevel.solvers._shifted import shifted_cholesky
+from bilevel.solvers.constrained.program import Answer, ConstrainedSolver, Program
+from bilevel.solvers.parts.projected import ProjectedSearch, evaluated, search_in_bounds
+from bilevel.solvers.parts.shifted import shifted_cholesky
 
 __all__ = ["DENSE_LIMIT", "ProjectedNewton"]
 

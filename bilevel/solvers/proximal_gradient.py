@@ -10,8 +10,8 @@ from bilevel.equations.problem import Problem
 from bilevel.reports import Status
 from bilevel.setting_checks import check_steps
 from bilevel.solvers._base import Goal, InnerSolution, InnerSolver, iterate, length
-from bilevel.solvers._composite import Composite, Iterate
-from bilevel.solvers._error import irregular_signs
+from bilevel.solvers.composite.problem import Composite, Iterate
+from bilevel.solvers.judging.error import irregular_signs
 
 __all__ = ["ProximalGradient", "descend", "first_step"]
 

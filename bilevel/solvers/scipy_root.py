@@ -12,7 +12,7 @@ from bilevel.equations.problem import Problem
 from bilevel.errors import ArgumentError
 from bilevel.reports import Status
 from bilevel.solvers._base import Goal, InnerSolution
-from bilevel.solvers._scipy import (
+from bilevel.solvers.parts.scipy_bridge import (
     Array,
     ScipyResult,
     ScipySolver,

@@ -14,7 +14,7 @@ from bilevel import prox
 from bilevel.equations.problem import Problem
 from bilevel.layers.proximal import ProximalSystem
 from bilevel.pytree import Raveler
-from bilevel.solvers import _composite_judge
+from bilevel.solvers.composite import judge as _composite_judge
 from tests.prox.test_layer import data, least_squares, zeros
 
 DOUBLE = torch.float64

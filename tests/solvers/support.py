@@ -15,8 +15,8 @@ from bilevel.equations.system import ArgminSystem, FixedPointSystem, RootSystem,
 from bilevel.pytree import Raveler, flatten_arguments
 from bilevel.reports import Status
 from bilevel.solvers._base import InnerSolver
-from bilevel.solvers._judge import solve_inner
-from bilevel.solvers._outcome import InnerOutcome
+from bilevel.solvers.judging.judge import solve_inner
+from bilevel.solvers.judging.outcome import InnerOutcome
 from bilevel.tolerance import Tolerance
 
 F64, F32 = torch.float64, torch.float32

@@ -10,7 +10,7 @@ import torch
 import bilevel
 from bilevel.reports import Status
 from bilevel.solvers._base import Goal, InnerSolution, InnerSolver, as_inner_solver, iterate
-from bilevel.solvers._judge import solve_inner
+from bilevel.solvers.judging.judge import solve_inner
 from bilevel.tolerance import Target, Tolerance
 
 from . import support

@@ -7,7 +7,7 @@ import torch
 
 import bilevel
 from bilevel.reports import Status
-from bilevel.solvers._judge import solve_inner
+from bilevel.solvers.judging.judge import solve_inner
 from bilevel.tolerance import Tolerance
 
 from . import support

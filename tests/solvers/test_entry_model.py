@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from bilevel.prox._entries import Entries
-from bilevel.solvers._entry_model import EntryModel
+from bilevel.solvers.composite.entry_model import EntryModel
 
 TERMS = {
     "L1": Entries(l1=0.05),

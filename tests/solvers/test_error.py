@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 import bilevel
 from bilevel.equations.system import ArgminSystem, FixedPointSystem, RootSystem
 from bilevel.reports import Status
-from bilevel.solvers._error import estimate_error, has_kink, residual_rounding
+from bilevel.solvers.judging.error import estimate_error, has_kink, residual_rounding
 from bilevel.tolerance import Tolerance
 
 from . import support

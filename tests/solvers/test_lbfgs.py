@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 import bilevel
 from bilevel.reports import Status
-from bilevel.solvers._line_search import line_search
+from bilevel.solvers.parts.line_search import line_search
 
 from . import support
 from .support import F64, statuses

@@ -7,7 +7,7 @@ import torch
 
 from bilevel.equations.system import ArgminSystem
 from bilevel.reports import Status
-from bilevel.solvers._tiny_steps import TinySteps
+from bilevel.solvers.parts.tiny_steps import TinySteps
 
 from .support import F64, build
 

@@ -36,7 +36,7 @@ from bilevel.problems.checks import CheckedObjective
 from bilevel.problems.definition import OuterTensors
 from bilevel.problems.result import HypergradientReport
 from bilevel.reports import Basis, Status
-from bilevel.solvers._error import irregular_signs
+from bilevel.solvers.judging.error import irregular_signs
 from bilevel.solvers.newton import Newton
 from bilevel.tolerance import Tolerance
 

@@ -39,8 +39,8 @@ from bilevel.problems.adaptive.state import GoalReport, SearchResult, SearchStat
 from bilevel.problems.definition import OuterTensors
 from bilevel.reports import Basis, Status
 from bilevel.solvers._base import InnerSolver
-from bilevel.solvers._error import irregular_signs, rounding
-from bilevel.solvers._judge import solve_inner
+from bilevel.solvers.judging.error import irregular_signs, rounding
+from bilevel.solvers.judging.judge import solve_inner
 from bilevel.tolerance import Target, Tolerance
 
 __all__ = ["Search"]

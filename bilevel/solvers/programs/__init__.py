@@ -1,0 +1,1 @@
+"""Batches of dense convex quadratic programs: data, scaling, and Mehrotra's method."""

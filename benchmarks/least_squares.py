@@ -1,12 +1,16 @@
 """128 curve fits as one batch, with their derivatives, beside loops over scipy.optimize.least_squares without.
 
+Theseus, which solves a batch as well, is timed where it is installed, with its derivative.
+
 ``python -m benchmarks.least_squares``. Each fit is y = p_0 exp(−p_1 t) + p_2 at 30 points with noise of its own. Ours is timed with the derivative of
 Σ p by every datum, scipy's without. All begin from ones. The figures are CPU times, the least of some runs after others to warm up.
 """
 
 from __future__ import annotations
 
+import importlib.util
 import time
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -68,6 +72,39 @@ def by_torch(p: np.ndarray, one: np.ndarray) -> np.ndarray:
     return found
 
 
+def theseus_s(y: torch.Tensor, steps: int) -> Callable[[], torch.Tensor]:
+    """The batch by Theseus: Levenberg-Marquardt, Jacobians by torch's vmap, and the implicit derivative."""
+    import theseus as th
+
+    def residual(optim_vars: Any, aux_vars: Any) -> torch.Tensor:
+        p, one = optim_vars[0].tensor, aux_vars[0].tensor
+        return p[:, :1] * torch.exp(-p[:, 1:2] * T) + p[:, 2:] - one
+
+    objective = th.Objective(dtype=torch.float64)
+    unknown, observed = th.Vector(3, name="p", dtype=torch.float64), th.Variable(torch.zeros_like(y), name="y")
+    weight = th.ScaleCostWeight(th.Variable(torch.ones(1, 1, dtype=torch.float64)))
+    objective.add(
+        th.AutoDiffCostFunction([unknown], residual, POINTS, weight, aux_vars=[observed], autograd_mode="vmap")
+    )
+    method = th.LevenbergMarquardt(
+        objective, max_iterations=steps, step_size=1.0, abs_err_tolerance=1e-16, rel_err_tolerance=1e-12
+    )
+    layer = th.TheseusLayer(method)
+
+    def run() -> torch.Tensor:
+        given = y.clone().requires_grad_()
+        inputs = {"p": torch.ones(FITS, 3, dtype=torch.float64), "y": given}
+        options = {"backward_mode": "implicit", "damping": 0.01, "adaptive_damping": True}
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            found, _ = layer.forward(inputs, optimizer_kwargs=options)
+        found["p"].sum().backward()
+        p: torch.Tensor = found["p"].detach()
+        return p
+
+    return run
+
+
 def seconds(run: Callable[[], object], runs: int) -> float:
     for _ in range(runs):  # what is replayed later is noted at the first calls
         run()
@@ -87,6 +124,12 @@ def main() -> None:
     print(f"largest difference of a parameter: {float((ours(y) - expected).abs().max()):.1e}")
     mine = seconds(lambda: ours(y), 5)
     print(f"{'bilevel.least_squares, one batch, with derivative':60s} {1e3 * mine:7.1f} ms")
+    if importlib.util.find_spec("theseus"):
+        run = theseus_s(y, 20)
+        error = float((run() - expected).abs().max())
+        theirs = seconds(run, 3)
+        name = f"Theseus, one batch, with derivative (off by {error:.0e})"
+        print(f"{name:60s} {1e3 * theirs:7.1f} ms   {theirs / mine:.1f}x")
     loops: dict[str, Callable[[], object]] = {
         "the same residual in torch, Jacobian by jacfwd": lambda: scipy_s(y, in_torch, jac=by_torch),
         "the same residual in torch, Jacobian by differences": lambda: scipy_s(y, in_torch),

@@ -1,6 +1,6 @@
 """Quadratic programs, forward and backward: 128 small dense ones, and a sparse one of 2,000 unknowns beside Clarabel alone.
 
-Run ``python -m benchmarks.quadratic_programs``. Peers are timed where they can be imported: qpth, cvxpylayers. Wall time and the time of the
+Run ``python -m benchmarks.quadratic_programs``. Peers are timed where they can be imported: qpth, cvxpylayers, JAXopt. Wall time and the time of the
 process on all cores are both printed: the first is noisy on a busy machine. Ratios are of the second, round by round.
 """
 
@@ -17,6 +17,7 @@ import scipy.sparse as sp
 import torch
 
 import bilevel
+from benchmarks import jaxopt_peers
 from benchmarks.quadratic_program_floor import Floor
 
 F64 = torch.float64
@@ -85,6 +86,13 @@ def dense(batch: int, n: int, m: int, rounds: int) -> None:
         contestants["cvxpylayers, forward and backward"] = lambda: (
             layer(root, *list(leaves.values())[1:])[0].sum().backward()
         )
+    if jaxopt_peers.INSTALLED:
+        for tol in (1e-3, 1e-6):
+            peer = jaxopt_peers.quadratic_programs(data, tol)
+            print(
+                f"  JAXopt's OSQP, tol {tol:.0e}: x differs by up to {float((peer() - solution.value).abs().max()):.0e}"
+            )
+            contestants[f"JAXopt's OSQP, tol {tol:.0e}, forward and backward"] = peer
     compare(contestants, "a floor by hand, forward and backward", rounds)
 
 

@@ -120,7 +120,8 @@ class Solve(torch.autograd.Function):
     @eager
     @isolated
     def forward(rule: ImplicitContext, init: torch.Tensor, *tensors: torch.Tensor) -> torch.Tensor:
-        problem = Problem.of(rule.system, tensors, rule.memo.look(tensors) if rule.followed else None)
+        needs_grad = tuple([t.requires_grad for t in tensors])
+        problem = Problem.of(rule.system, tensors, rule.memo.look(needs_grad) if rule.followed else None)
         start = init.detach().clone().reshape(problem.batch, problem.size)
         return rule.solve(problem, start).reshape(init.shape).clone()
 

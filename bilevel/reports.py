@@ -70,8 +70,8 @@ class Basis(_NamedCode):
     Examples
     --------
     >>> import bilevel
-    >>> bilevel.Basis.CERTIFIED < bilevel.Basis.RESIDUAL
-    True
+    >>> print([basis.name for basis in sorted(bilevel.Basis)])
+    ['CERTIFIED', 'PROBABILISTIC', 'ESTIMATED', 'RESIDUAL']
     """
 
     CERTIFIED = 0

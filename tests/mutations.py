@@ -76,6 +76,29 @@ def cells(row: str, *columns: str) -> tuple[str, ...]:
 
 MUTATIONS = (
     Mutation(
+        "a small objective is judged by the number one", "quadratic_programs/_program.py",
+        "return torch.where(size > 0, size, 1.0).clamp_max(1.0)", "return torch.ones_like(size)",
+        ("tests/quadratic_programs/test_units.py",),
+    ),
+    Mutation(
+        "the unit of the objective counts in a KKT matrix", "quadratic_programs/_kkt.py",
+        "if bool(apart.any()):", "if False:", ("tests/quadratic_programs/test_units.py",),
+    ),
+    Mutation(
+        "residuals of derivatives are compared in the user's units", "quadratic_programs/_call.py",
+        "factor.in_units(right).norm(dim=-1), factor.in_units(left)", "right.norm(dim=-1), left",
+        ("tests/quadratic_programs/test_units.py",),
+    ),
+    Mutation(
+        "Clarabel is given the user's units", "quadratic_programs/_clarabel.py",
+        "_MODERATE = 1e3", "_MODERATE = 1e300", ("tests/quadratic_programs/test_units.py",),
+    ),
+    Mutation(
+        "constraints of small unknowns are weighed in another unit", "solvers/_constrained.py",
+        "parts, rows * column.unsqueeze(-1))", "parts, rows)",
+        ("tests/constraints/test_edges.py", "-k", "small_unknowns"),
+    ),
+    Mutation(
         "a claim of a solver is not checked on the answer's own scale", "solvers/_constrained.py",
         "& ~point.good & ~is_settled(program, answer)", "& ~point.good & False",
         ("tests/constraints/test_edges.py", "-k", "far_start or without_a_minimum"),
@@ -500,8 +523,30 @@ MUTATIONS = (
         "(at_lower | at_upper) & flat & ~pinned", "(at_lower | at_upper) & flat & pinned", ("tests/test_bounded_equilibrium.py", "-k", "zero_slope"),
     ),
     Mutation(
-        "the curvature along an active bound counted", "layers/equilibrium.py",
-        "active = None if state is None else state.active", "active = None", ("tests/test_bounded_equilibrium.py", "-k", "curvature"),
+        "the curvature along an active bound counted", "equations/equilibrium.py",
+        "hessian @ landing.dense()[:, rows, rows].mT", "hessian", ("tests/test_bounded_equilibrium.py", "-k", "curvature"),
+    ),
+    Mutation(
+        "the curvature across a simplex counted", "equations/equilibrium.py",
+        "hessian @ landing.dense()[:, rows, rows].mT", "hessian", ("tests/test_matrix_games.py", "-k", "curvature"),
+    ),
+    Mutation(
+        "a game left to Newton's method alone", "solvers/defaults.py", "return _NEWTON, _AFTER_NEWTON_IN_GAMES", "return _NEWTON, _AGAIN",
+        ("tests/test_matrix_games.py", "-k", "pennies or bilinear"),
+    ),
+    Mutation(
+        "a path that turns back", "solvers/_path.py", "torch.where(sign < 0, -1.0, 1.0)", "torch.where(sign < 0, 1.0, 1.0)",
+        ("tests/test_matrix_games.py", "-k", "bimatrix"),
+    ),
+    Mutation(
+        "a given answer without its auxiliary output", "layers/layer.py",
+        "return self._returned(self._around(settings, pytree.tree_map(_without_graph, x), args, kwargs))",
+        "return self._around(settings, pytree.tree_map(_without_graph, x), args, kwargs).value",
+        ("tests/test_differentiation.py", "-k", "auxiliary"),
+    ),
+    Mutation(
+        "steps differentiated through kinks", "layers/differentiation.py", "if system.has_kinks:", "if False:",
+        ("tests/test_differentiation.py", "-k", "no_sense"),
     ),
     Mutation(
         "an argument judged by itself, not by what it was computed from", "equations/pullbacks.py",
@@ -1439,7 +1484,7 @@ MUTATIONS = (
     ),
     Mutation(
         "the error of a goal's hypergradient underestimated after full accuracy", "problems/adaptive/direct.py",
-        "bound = model.estimate(here)\n", "bound = replace(model.estimate(here), value=0.0)\n", ("tests/test_goal.py", "-k", "sensitive"),
+        "looked=known.looks > 0).estimate(here)\n", "looked=known.looks > 0).estimate(here)\n    bound = replace(bound, value=0.0)\n", ("tests/test_goal.py", "-k", "sensitive"),
     ),
     Mutation(
         "the error of a goal's hypergradient measured in each call", "problems/adaptive/direct.py",
@@ -1454,8 +1499,12 @@ MUTATIONS = (
         "<= _NEAR * float(", "<= 1e9 * float(", ("tests/test_goal.py", "-k", "far_away"),
     ),
     Mutation(
-        "an error measured without the preparation of the data", "problems/hypergradient.py",
-        "adjoint = adjoint._replace(replays=None)", "pass", ("tests/test_goal.py", "-k", "prepares"),
+        "data prepared in every evaluation of a goal", "problems/hypergradient.py",
+        "        if problem.prepare is not None:\n", "        if False:\n", ("tests/test_goal.py", "-k", "prepared_once"),
+    ),
+    Mutation(
+        "a preparation's captures not looked for with a goal", "problems/definition.py",
+        "            check_captures(self.where, tensor, leaves, given, on_failure)\n", "            pass\n", ("tests/test_goal.py", "-k", "preparation_captures"),
     ),
     Mutation(
         "searches for goals not replayed", "problems/adaptive/search.py",
@@ -2014,6 +2063,10 @@ MUTATIONS = (
         "the default's threshold is shown as if it were asked for", "reports.py",
         'word = "the default asks" if status is Status.BUDGET_SPENT else "asked"', 'word = "asked"',
         ("tests/test_failures.py", "-k", "without_a_tolerance"),
+    ),
+    Mutation(
+        "unknowns leave their bounds by rounding", "solvers/_active_set.py", "torch.where(held, 0.0, step[:, :n])", "step[:, :n]",
+        ("tests/constraints/test_degenerate.py", "-k", "stay_exactly"),
     ),
     Mutation(
         "equations that repeat each other are advised to be smoothed", "solvers/_regularity.py",

@@ -137,6 +137,78 @@ def test_what_cannot_be_unrolled_is_refused_with_a_remedy_that_works() -> None:
         bilevel.argmin(objective, prox=bilevel.prox.L1(0.1), differentiation=bilevel.OneStep())(START, A)
 
 
+def curve(x: torch.Tensor, a: torch.Tensor) -> torch.Tensor:
+    return torch.cat([x.exp() - a, 0.5 * x + a.flip(0) ** 2])  # of which no x makes all residuals zero
+
+
+PLAYERS = [
+    lambda x, y, a: (x - a[0] * y) ** 4 / 4 + x**2 - x * a[1],
+    lambda x, y, a: (y + a[1] * x) ** 2 + 0.5 * y**4 - a[0] * y,
+]
+
+
+def fit(way, **settings) -> bilevel.Layer:
+    return bilevel.least_squares(curve, differentiation=way, **settings)
+
+
+def duel(way, **settings):
+    game, zero = bilevel.equilibrium(PLAYERS, differentiation=way, **settings), torch.zeros((), dtype=F64)
+    return lambda init, a: torch.stack(game((zero, zero), a))
+
+
+@pytest.mark.parametrize("make", [fit, duel])
+@pytest.mark.parametrize(
+    "way",
+    [bilevel.OneStep(), bilevel.Truncated(2), bilevel.Unrolled(), bilevel.PhantomGradient(steps=60, damping=0.5)],
+    ids=str,
+)
+def test_newton_steps_of_least_squares_and_games_have_no_bias(make, way) -> None:
+    ours, theirs = (torch.func.jacrev(lambda a, layer=layer: layer(START, a)) for layer in (make(way), make(None)))
+    assert float(theirs(A).abs().max()) > 0.1
+    assert torch.allclose(ours(A), theirs(A), rtol=1e-6, atol=1e-9)
+    batch = torch.stack([A, 1.5 * A])
+    assert torch.allclose(torch.func.vmap(ours)(batch), torch.func.vmap(theirs)(batch), rtol=1e-6, atol=1e-9)
+
+
+def test_steps_of_gradient_descent_on_least_squares_are_those_by_hand() -> None:
+    solver = bilevel.GradientDescent(lr=0.1, max_steps=5)
+    layer = fit(
+        bilevel.Unrolled(),
+        solver=solver,
+        tolerance=bilevel.Tolerance(delta=None),
+        loss=lambda a: bilevel.robust.Cauchy(1.0),
+    )
+
+    def run(a: torch.Tensor) -> torch.Tensor:
+        x = START
+        for _ in range(5):
+            x = x - 0.1 * torch.func.grad(lambda x: bilevel.robust.Cauchy(1.0).cost(curve(x, a)).sum())(x)
+        return x
+
+    assert torch.allclose(layer(START, A), run(A), rtol=1e-12)
+    found, h, e = torch.func.jacrev(lambda a: layer(START, a))(A), 1e-6, torch.tensor([1.0, 0.0], dtype=F64)
+    assert torch.allclose(found[:, 0], (run(A + h * e) - run(A - h * e)) / (2 * h), rtol=1e-7)
+
+
+def test_steps_of_least_squares_and_games_that_have_no_sense_are_refused_with_remedies_that_work() -> None:
+    way, a = bilevel.OneStep(), A.clone().requires_grad_()
+    with pytest.raises(bilevel.ArgumentError, match=r"expected hessian=bilevel\.FullHessian.* leave hessian or diff"):
+        fit(way, hessian=bilevel.GaussNewtonHessian())(START, a)
+    assert fit(None, hessian=bilevel.GaussNewtonHessian())(START, a).requires_grad
+    with pytest.raises(bilevel.ArgumentError, match=r"solver=bilevel.GradientDescent.* leave it out"):
+        fit(bilevel.Unrolled(), solver=bilevel.LevenbergMarquardt())(START, a)
+    for refused in (fit(way, lower=0.0), duel(way, lower=0.0), duel(way, prox=bilevel.prox.L1(0.1))):
+        with pytest.raises(bilevel.ArgumentError, match=r"bounds or constraints, got OneStep.* leave it out"):
+            refused(START, a)
+    for refused in (
+        duel,
+        lambda way, **settings: bilevel.root(lambda x, a: x - mapping(x, a), differentiation=way, **settings),
+    ):
+        with pytest.raises(bilevel.ArgumentError, match="got Newton; leave solver out, or differentiate by Implicit"):
+            refused(bilevel.Unrolled(), solver=bilevel.Newton())(START, a)
+        assert refused(bilevel.Truncated(1), solver=bilevel.Newton())(START, a).requires_grad
+
+
 def test_a_failed_problem_is_nan_under_that_policy_and_spoils_no_other() -> None:
     layer = bilevel.fixed_point(
         lambda x, a: a * x + 1,
@@ -362,6 +434,12 @@ def test_auxiliary_output_is_evaluated_at_the_solution_and_differentiable() -> N
     assert torch.allclose(found, slope(bilevel.argmin(objective), A) - 1)
     mapped = torch.func.vmap(lambda a: layer.solve(START, a))(torch.stack([A, A]))
     assert mapped.aux["residual"].shape == (2, 2)
+    # A solution that is there already comes back as the layer's own does.
+    again, beside = layer.at(x.detach(), a)
+    assert torch.equal(again, x) and torch.equal(beside["residual"], aux["residual"])
+    assert torch.allclose(torch.autograd.grad(beside["residual"].sum(), a)[0], found)
+    both, batch = torch.func.vmap(layer.at)(torch.stack([x, x]).detach(), torch.stack([A, A]))
+    assert torch.equal(batch["residual"], both - A) and torch.allclose(both[1], x)
     with pytest.raises(bilevel.ArgumentError, match="pair"):
         bilevel.argmin(objective, has_aux=True)(START, A)
 

@@ -747,6 +747,46 @@ def test_a_goal_of_a_problem_that_prepares_its_data_is_met_and_estimated() -> No
     assert bounds[2] == pytest.approx(bounds[0], rel=1e-3)  # replayed evaluations of G know nothing of the preparation
 
 
+class Scaled(Classifier):
+    """Its data are prepared with the outer variables, to the shapes that they have."""
+
+    calls = 0
+
+    def prepare(self, outer, data):
+        self.calls += 1
+        return (outer.exp().sum() * data[0], *data[1:])
+
+
+@pytest.mark.parametrize("settings", [{}, ITERATIVE], ids=["small", "search"])
+def test_data_are_prepared_once_a_call_and_differentiated_with_a_goal_and_without(settings: dict[str, object]) -> None:
+    data, outer = split(3), torch.linspace(-0.5, 0.5, 6, dtype=F64)
+    free = outer.clone().requires_grad_(True)
+    whole = (free.exp().sum() * data[0], *data[1:])
+    inner = oracles.newton_argmin(Classifier().inner_objective, START, free, whole, steps=12)
+    true = torch.autograd.grad(Classifier().outer_objective(inner, free, whole), free)[0]
+    problem = Scaled(**settings)
+    # Each way is replayed from its third call on, and finds what the other has recorded.
+    for tolerance in (asked(1e-6, estimates=True), bilevel.Tolerance(), asked(1e-6, estimates=True)):
+        problem.tolerance = tolerance
+        for _ in range(4):
+            before = problem.calls
+            result = problem.hypergradient(outer, data, init=START)
+            assert float((result.grad - true).norm()) <= 1e-6 * float(true.norm())
+            assert problem.calls == before + 1
+
+
+def test_a_tensor_that_the_preparation_captures_is_found_with_a_goal() -> None:
+    scale = torch.tensor(2.0, dtype=F64, requires_grad=True)
+
+    class Capturing(Classifier):
+        def prepare(self, outer, data):
+            return (scale * data[0], *data[1:])
+
+    problem = Capturing(tolerance=asked(1e-6, estimates=True))
+    with pytest.raises(bilevel.CapturedTensorError, match="requires grad"):
+        problem.hypergradient(torch.zeros(6, dtype=F64), split(3), init=START)
+
+
 def test_the_error_of_a_sensitive_hypergradient_is_not_underestimated() -> None:
     class Steep(Classifier):
         def outer_objective(self, inner, outer, data):

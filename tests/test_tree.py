@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch.func import functional_call, grad, vmap
 
 import bilevel
+from bilevel._torch.tree_spec import children
 from bilevel.pytree import Raveler, unravelled
 
 F64 = torch.float64
@@ -81,3 +84,10 @@ def test_a_penalty_written_with_ravel_is_the_penalty(batched: bool) -> None:
 def test_what_cannot_be_a_vector(wrong: object) -> None:
     with pytest.raises((bilevel.ShapeError, bilevel.DtypeError), match=r"bilevel\.ravel"):
         bilevel.ravel(wrong)
+
+
+def test_the_children_of_a_structure_are_found_in_each_version_of_torch() -> None:
+    structure = torch.utils._pytree.tree_structure((1, {"a": 2, "b": 3}))
+    assert [child.num_leaves for child in children(structure)] == [1, 2]
+    as_in_torch_2_9 = SimpleNamespace(children_specs=["first", "second"])
+    assert list(children(as_in_torch_2_9)) == ["first", "second"]

@@ -1,7 +1,7 @@
 """Error estimates, without bounds, of a hypergradient whose inner problem has proximal terms.
 
-The local model of such a problem is smooth, and its Newton steps estimate errors as for any smooth problem. It does not know other
-manifolds. Its constants, given or proven, therefore do not bound the distance to the solution.
+The local model of such a problem is smooth, and its Newton steps estimate errors as for any smooth problem. It holds on
+one manifold alone. Its constants, given or proven, therefore do not bound the distance to the solution.
 """
 
 from __future__ import annotations

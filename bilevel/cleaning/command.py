@@ -122,7 +122,7 @@ def clean(
     if output is not None:
         prepare_output(output)
     outcome = _run(dataset, settings, right, model, shown=not quiet)
-    # Files first: what becomes of standard output, as in `| head -1`, is no matter for them.
+    # Write files first: printing may fail, as in `| head -1`, and the files are then complete.
     written = [] if output is None else _save(outcome, output)
     with printing():
         _show(outcome)

@@ -40,7 +40,7 @@ class CleaningSettings:
     weights
         How the outer variables become weights.
     steps
-        Outer steps.
+        The number of outer steps.
     batch_size
         Examples in a minibatch of each level; None: all.
     weight_decay
@@ -48,13 +48,13 @@ class CleaningSettings:
     training_steps
         Adam steps of the classifiers that accuracies are measured with, on the whole training set.
     threshold
-        An example is flagged where its weight is below this share of what it was at first.
+        An example is flagged if its weight is below this share of its initial weight.
     include_trusted
-        Train the classifiers that accuracies are measured with on the trusted examples too.
+        Whether the classifiers that accuracies are measured with are trained on the trusted examples too.
     make_method
         (problem, model, outer variables) ↦ a method of :mod:`bilevel.stochastic`.
     seed
-        Of the initial parameters and of minibatches.
+        The seed of the initial parameters and of minibatches.
 
     Raises
     ------

@@ -72,7 +72,7 @@ def row_by_row(
     evaluate
         A function of a batch of one problem and its point (1, n). Its results have a leading axis of one.
     shapes
-        Those of its results, without that axis.
+        The shapes of the results of ``evaluate``, without that axis.
     """
     rows: list[Sequence[torch.Tensor]] = []
     for number in range(problem.batch):

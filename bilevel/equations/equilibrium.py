@@ -25,15 +25,25 @@ from bilevel._torch.double_backward import Repeatable
 from bilevel._torch.factorisations import eigvalsh
 from bilevel._torch.norms import WrittenNorms
 from bilevel._torch.reverse import grad
+from bilevel._torch.tree_spec import children
 from bilevel.equations.player_bounds import PlayerBounds
-from bilevel.equations.player_terms import PlayerTerms, state, step
+from bilevel.equations.player_terms import PlayerTerms, margins_of, prox_of
 from bilevel.equations.problem import Problem
 from bilevel.equations.system import RootSystem
 from bilevel.errors import DtypeError, ShapeError
+from bilevel.operators import LinearOperator
 from bilevel.prox._base import already_checked
 from bilevel.prox._flat import FlatTerm
 
-__all__ = ["BoundState", "EquilibriumSystem", "Players", "bound_state", "check_players", "player_at_fault"]
+__all__ = [
+    "BoundState",
+    "EquilibriumSystem",
+    "Players",
+    "SlopeSystem",
+    "bound_state",
+    "check_players",
+    "player_at_fault",
+]
 
 # Up to these sizes the players' Hessians are materialised.
 _DENSE_ORDER, _DENSE_NUMBERS = 512, 2**24
@@ -73,10 +83,16 @@ class EquilibriumSystem(RootSystem):
         return len(self.function.objectives)
 
     @property
+    def has_kinks(self) -> bool:
+        """Whether a player has a bound or a proximal term."""
+        assert isinstance(self.function, Players)
+        return self.function.bounded
+
+    @property
     def sizes(self) -> tuple[int, ...]:
         """How many unknowns each player has."""
         shapes, sizes = iter(self.raveler.real_shapes), []
-        for part in self.raveler.structure.children():
+        for part in children(self.raveler.structure):
             sizes.append(sum(next(shapes).numel() for _ in range(part.num_leaves)))
         return tuple(sizes)
 
@@ -109,12 +125,17 @@ class EquilibriumSystem(RootSystem):
         return flat - self.landed(moved, lower, upper, *tensors)
 
     def landed(
-        self, moved: torch.Tensor, lower: torch.Tensor, upper: torch.Tensor, *tensors: torch.Tensor
+        self,
+        moved: torch.Tensor,
+        lower: torch.Tensor,
+        upper: torch.Tensor,
+        *tensors: torch.Tensor,
+        step: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Return the projections, or the proximal points, of the players' ``moved`` (n,)."""
+        """Return the projections, or the proximal points with this ``step`` (), by default 1, of the players' ``moved`` (n,)."""
         inside = torch.minimum(torch.maximum(moved, lower), upper)
         terms = self.terms(moved, *tensors)
-        return inside if terms is None else step(terms, self.sizes, inside)
+        return inside if terms is None else prox_of(terms, self.sizes, inside, step)
 
     def terms(self, flat: torch.Tensor, *tensors: torch.Tensor) -> list[FlatTerm | None] | None:
         """Return the players' terms of one problem, or None."""
@@ -164,21 +185,19 @@ class EquilibriumSystem(RootSystem):
 class BoundState:
     """How ``x`` stands to its bounds and terms; every tensor (batch, n).
 
-    ``active``: an unknown that a bound or a term holds. ``degenerate``: on a bound with a zero slope. ``at_kink``: of a player whose term is at
-    a kink.
-    ``landed``: x, exactly on its bounds and on the manifolds of its terms.
+    ``degenerate``: on a bound with a zero slope. ``at_kink``: of a player whose term is at a kink. ``landed``: x, exactly on its bounds and on the
+    manifolds of its terms.
     """
 
     lower: torch.Tensor
     upper: torch.Tensor
-    active: torch.Tensor
     degenerate: torch.Tensor
     at_kink: torch.Tensor
     landed: torch.Tensor
 
 
 def bound_state(problem: Problem, x: torch.Tensor) -> BoundState | None:
-    """Return which bounds are active at the solution ``x`` (batch, n), and where x is on a bound with a zero slope, to half of the digits.
+    """Return how the solution ``x`` (batch, n) stands to its bounds and terms, to half of the digits.
 
     None without bounds.
     """
@@ -186,47 +205,46 @@ def bound_state(problem: Problem, x: torch.Tensor) -> BoundState | None:
     assert isinstance(system, EquilibriumSystem) and isinstance(system.function, Players)
     if not system.function.bounded:
         return None
-    lower, upper, slopes, held, margins, landed = _pieces_of(system, x, problem)
+    lower, upper, slopes, margins, landed = _pieces_of(system, x, problem)
     tiny = torch.finfo(x.dtype).eps ** 0.5
     close = tiny * (1 + x.abs())
     at_lower, at_upper = x - lower <= close, upper - x <= close
     flat = slopes.abs() <= tiny * (1 + slopes.abs().amax(-1, keepdim=True))
     pinned = upper - lower <= close  # a slope of any sign is right there
-    active = (at_lower & (slopes > 0)) | (at_upper & (slopes < 0)) | pinned
     degenerate = (at_lower | at_upper) & flat & ~pinned
-    return BoundState(lower, upper, active | (held > 0), degenerate, margins <= tiny, landed)
+    return BoundState(lower, upper, degenerate, margins <= tiny, landed)
 
 
 def _pieces_of(system: EquilibriumSystem, x: torch.Tensor, problem: Problem) -> tuple[torch.Tensor, ...]:
     """Return the lower bounds, the upper bounds and F at ``x``, and what terms say of it (each (batch, n)): see :class:`_Pieces`."""
     pieces = _Pieces(**{field.name: getattr(system, field.name) for field in fields(system)})
-    made = pieces.outputs(problem.shaped(x), *problem.tensors).detach()  # (*batch, 6, n)
-    return made.reshape(len(x), 6, x.shape[-1]).unbind(1)
+    made = pieces.outputs(problem.shaped(x), *problem.tensors).detach()  # (*batch, 5, n)
+    return made.reshape(len(x), 5, x.shape[-1]).unbind(1)
 
 
 @dataclass(frozen=True, eq=False)
 class _Pieces(EquilibriumSystem):
-    """What R is made of, in place of R: bounds, F, the unknowns that terms hold, the distances from kinks, and x on its manifold."""
+    """What R is made of, in place of R: bounds, F, the distances from kinks, and x on its manifold."""
 
     def output(self, flat: torch.Tensor, *tensors: torch.Tensor) -> torch.Tensor:
         lower, upper = self.bounds(flat, *tensors)
         slopes, terms = self.slopes(flat, *tensors), self.terms(flat, *tensors)
         landed = torch.minimum(torch.maximum(flat, lower), upper)
-        held, margins = torch.zeros_like(flat), torch.ones_like(flat)
+        margins = torch.ones_like(flat)
         if terms is not None:
             mine = torch.cat([part.new_full(part.shape, term is not None, dtype=torch.bool) for term, part in zip(
                 terms, torch.split(flat, list(self.sizes)), strict=True)])  # fmt: skip
-            landed = torch.where(mine, step(terms, self.sizes, flat - slopes), landed)
-            held, margins = state(terms, self.sizes, landed, slopes)
-        return torch.stack([lower, upper, slopes, held, margins, landed])
+            landed = torch.where(mine, prox_of(terms, self.sizes, flat - slopes), landed)
+            margins = margins_of(terms, self.sizes, landed, slopes)
+        return torch.stack([lower, upper, slopes, margins, landed])
 
 
-def player_at_fault(
-    problem: Problem, x: torch.Tensor, doubtful: torch.Tensor, active: torch.Tensor | None = None
-) -> torch.Tensor:
+def player_at_fault(problem: Problem, x: torch.Tensor, doubtful: torch.Tensor) -> torch.Tensor:
     """Return, per problem, the first player whose own Hessian has a negative eigenvalue beyond rounding at ``x`` (batch, n), or −1.
 
-    Unknowns on an ``active`` bound (batch, n) cannot move, and are left out.
+    Only directions count in which the player can move. With the derivative D of the proximal point, and K the curvature of the player's term along
+    its manifold, D is the inverse of I + K there, and zero across it. So D J_i, transposed, is D (H_i + K) D: J_i = I − D + D H_i is the player's
+    block of the natural map's Jacobian.
 
     Small Hessians are decomposed. Of large ones, the least Ritz value of a short Lanczos run, which can only overestimate the least eigenvalue.
     """
@@ -236,33 +254,68 @@ def player_at_fault(
     if not bool(doubtful.any()):
         return found
     dense = problem.size <= _DENSE_ORDER and problem.batch * problem.size**2 <= _DENSE_NUMBERS
-    linear = (problem.linearize_dense if dense else problem.linearize)(x)
+    operator = (problem.linearize_dense if dense else problem.linearize)(x).operator
+    landing = _landing(problem, x, dense=dense) if system.has_kinks else None
     first = 0
     for player, size in enumerate(system.sizes):
         rows = slice(first, first + size)
         first += size
         if not size:
             continue
-        free = torch.ones_like(x[:, rows]) if active is None else (~active[:, rows]).to(x)
         if dense:
-            hessian = linear.operator.dense()[:, rows, rows] * free.unsqueeze(-1) * free.unsqueeze(-2)
+            hessian = operator.dense()[:, rows, rows]
+            hessian = hessian if landing is None else hessian @ landing.dense()[:, rows, rows].mT
         else:
-            hessian = _projected(linear.operator.matvec, x, rows, free)
+            hessian = _projected(operator.matvec, None if landing is None else landing.rmatvec, x, rows)
         values = eigvalsh(0.5 * (hessian + hessian.mT))
-        doubt = 1e3 * size * torch.finfo(x.dtype).eps * values.abs().amax(dim=-1)
+        largest = values.abs().amax(dim=-1)
+        # The natural map's Jacobian is a difference of matrices of size 1.
+        largest = largest if landing is None else largest.clamp_min(1.0)
+        doubt = 1e3 * size * torch.finfo(x.dtype).eps * largest
         found = torch.where((found < 0) & doubtful & (values[:, 0] < -doubt), player, found)
     return found
 
 
+def _landing(problem: Problem, x: torch.Tensor, *, dense: bool) -> LinearOperator:
+    """Return the derivative of the players' projections and proximal points at x − F(x)."""
+    system = problem.system
+    assert isinstance(system, EquilibriumSystem)
+    slopes, landed = (
+        Problem(kind(**{field.name: getattr(system, field.name) for field in fields(system)}), problem.tensors)
+        for kind in (SlopeSystem, _Landed)
+    )
+    moved = x - slopes.residual(x)
+    return (landed.linearize_dense if dense else landed.linearize)(moved).operator
+
+
+@dataclass(frozen=True, eq=False)
+class SlopeSystem(EquilibriumSystem):
+    """F = 0."""
+
+    def output(self, flat: torch.Tensor, *tensors: torch.Tensor) -> torch.Tensor:
+        return self.slopes(flat, *tensors)
+
+
+@dataclass(frozen=True, eq=False)
+class _Landed(EquilibriumSystem):
+    """The proximal points of the players, in place of R."""
+
+    def output(self, flat: torch.Tensor, *tensors: torch.Tensor) -> torch.Tensor:
+        return self.landed(flat, *self.bounds(flat, *tensors), *tensors)
+
+
 def _projected(
-    matvec: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor, rows: slice, free: torch.Tensor
+    matvec: Callable[[torch.Tensor], torch.Tensor],
+    landing: Callable[[torch.Tensor], torch.Tensor] | None,
+    x: torch.Tensor,
+    rows: slice,
 ) -> torch.Tensor:
-    """Return a player's Hessian, projected on a Krylov space (batch, k, k)."""
+    """Return a player's Hessian, behind the transpose of ``landing``, projected on a Krylov space (batch, k, k)."""
     basis: list[torch.Tensor] = []
     products: list[torch.Tensor] = []
     size = rows.stop - rows.start
     places = torch.arange(1, size + 1, dtype=torch.float64, device=x.device)
-    v = (torch.frac(places * 0.7548776662466927) - 0.5).to(x).expand(len(x), size) * free
+    v = (torch.frac(places * 0.7548776662466927) - 0.5).to(x).expand(len(x), size)
     for _ in range(min(_PRODUCTS, size)):
         for _ in range(2):
             for known in basis:
@@ -272,7 +325,7 @@ def _projected(
         whole = torch.zeros_like(x)
         whole[:, rows] = v
         basis.append(v)
-        v = matvec(whole)[:, rows] * free
+        v = matvec(whole if landing is None else landing(whole))[:, rows]
         products.append(v)
     return torch.stack(basis, 1) @ torch.stack(products, 2)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -14,7 +14,7 @@ from torch.utils import _pytree as pytree
 from bilevel.errors import ArgumentError, BilevelError, DtypeError, ShapeError
 from bilevel.pytree import Arguments, Raveler, is_numpy, leaf_names
 
-__all__ = ["explain", "explain_call", "explained", "unconnected"]
+__all__ = ["explain", "explained", "unconnected"]
 
 # The words of errors about operands that do not fit, and about indices, such as class labels, that are too large.
 _DTYPES = re.compile(r"dtype|scalar type|not implemented for", re.IGNORECASE)
@@ -100,11 +100,11 @@ def _explain_misfit(
     )
 
 
-def explain_call(error: Exception, where: str, noun: str, **trees: Any) -> BilevelError | None:
-    """Return an error that says what is wrong with a call of the function ``noun`` of ``trees``, which raised ``error``; None as above."""
+def _explain_call(error: Exception, where: str, noun: str, given: Mapping[str, Any]) -> BilevelError | None:
+    """Return an error that says what is wrong with a call of the function ``noun``, which raised ``error``; None as above."""
     leaves = [
         (name + pytree.keystr(path), leaf)
-        for name, tree in trees.items()
+        for name, tree in given.items()
         for path, leaf in pytree.tree_flatten_with_path(tree)[0]
     ]
     if _mixes_numpy(error):
@@ -115,12 +115,15 @@ def explain_call(error: Exception, where: str, noun: str, **trees: Any) -> Bilev
 
 
 @contextmanager
-def explained(where: str, noun: str, **trees: Any) -> Iterator[None]:
-    """Raise the error of :func:`explain_call`, where there is one, for a call of ``noun`` in the ``with`` block."""
+def explained(where: str, noun: str, given: Callable[[], Mapping[str, Any]]) -> Iterator[None]:
+    """Raise an error that says what is wrong, where that can be said, for a call of the function ``noun`` in the ``with`` block.
+
+    ``given`` returns the function's arguments by their names; it is called where there is an error.
+    """
     try:
         yield
     except (RuntimeError, TypeError, ValueError, IndexError) as error:
-        refused = explain_call(error, where, noun, **trees)
+        refused = _explain_call(error, where, noun, given())
         if refused is None:
             raise
         raise refused from error

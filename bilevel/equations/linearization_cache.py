@@ -29,9 +29,8 @@ class LinearizationCache:
     _tapes: ReplayCache | None = None
     _matrix: tuple[torch.Tensor, torch.Tensor] | None = None
 
-    def look(self, tensors: Tensors) -> LinearizationSlot | None:
+    def look(self, needs_grad: tuple[bool, ...]) -> LinearizationSlot | None:
         """Return the slot in which the solver may leave a linearisation, or None if no derivative can follow."""
-        needs_grad = tuple([t.requires_grad for t in tensors])
         self._offered = LinearizationSlot(needs_grad) if True in needs_grad else None
         return self._offered
 

@@ -13,7 +13,7 @@ from bilevel.errors import ArgumentError, ShapeError
 from bilevel.prox._base import Term
 from bilevel.prox._flat import FlatTerm
 
-__all__ = ["PlayerTerms", "state", "step"]
+__all__ = ["PlayerTerms", "margins_of", "prox_of"]
 
 
 @dataclass(frozen=True)
@@ -47,23 +47,21 @@ class PlayerTerms(PlayerEntries):
         return found
 
 
-def step(terms: list[FlatTerm | None], sizes: tuple[int, ...], v: torch.Tensor) -> torch.Tensor:
-    """Return the proximal points (n,) of all players, with step 1; v where a player has no term."""
-    parts = zip(terms, torch.split(v, list(sizes)), strict=True)
-    return torch.cat([part if term is None else term.prox(part, part.new_ones(())) for term, part in parts])
+def prox_of(
+    terms: list[FlatTerm | None], sizes: tuple[int, ...], v: torch.Tensor, step: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Return the proximal points (n,) of all players, with this ``step`` (), by default 1; v where a player has no term."""
+    step, parts = v.new_ones(()) if step is None else step, zip(terms, torch.split(v, list(sizes)), strict=True)
+    return torch.cat([part if term is None else term.prox(part, step) for term, part in parts])
 
 
-def state(
+def margins_of(
     terms: list[FlatTerm | None], sizes: tuple[int, ...], x: torch.Tensor, slopes: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return where terms hold unknowns (n,), as ones, and the distance of each player from a kink (n,), at most 1."""
-    held, margins = [], []
+) -> torch.Tensor:
+    """Return the distance of each player from a kink (n,), at most 1."""
+    margins = []
     for term, part, slope in zip(terms, torch.split(x, list(sizes)), torch.split(slopes, list(sizes)), strict=True):
-        if term is None or not term.has_manifold:
-            held.append(torch.zeros_like(part))
-            margins.append(torch.ones_like(part))
-            continue
-        free = term.manifold(part).free
-        held.append(torch.zeros_like(part) if free is None else (~free).to(part))
-        margins.append(term.margin(part, slope, part.new_ones(())).expand(part.shape))
-    return torch.cat(held), torch.cat(margins)
+        one = part.new_ones(())
+        margin = one if term is None or not term.has_manifold else term.margin(part, slope, one)
+        margins.append(margin.expand(part.shape))
+    return torch.cat(margins)

@@ -63,6 +63,10 @@ class StructuredSystem(System):
     ordinary: System
 
     @property
+    def has_kinks(self) -> bool:
+        return True
+
+    @property
     def examined(self) -> str:
         return self.besides
 

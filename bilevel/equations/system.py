@@ -205,6 +205,11 @@ class System(ABC):
         return function
 
     @property
+    def has_kinks(self) -> bool:
+        """Whether terms, bounds or constraints make kinks, at which steps of a solver have no derivative."""
+        return False
+
+    @property
     def examined(self) -> str:
         """How messages name what an examination of this system finds at fault."""
         return self.noun

@@ -80,13 +80,11 @@ class SolveCall:
         dtype: torch.dtype,
         functions: tuple[Any, ...] = (),
     ) -> None:
-        self.settings = settings
-        self.inspector = inspector
-        self.written = written
-        self.where = where
+        self.settings, self.inspector, self.where = settings, inspector, where
+        self.written, self.functions = written, functions
         self.watched = watched
         self.dtype = dtype
-        self.functions = functions
+        self.noun = ""  # what an unstructured problem's function is
         self.recordings = tuple(ACTIVE.stack)
         self.report: SolveReport | None = None
         self.replays: ReplayCache | None = None
@@ -126,6 +124,7 @@ class SolveCall:
         """Return x (*batch, n): check the function, solve, judge, report and apply the policy."""
         if isinstance(problem.system, StructuredSystem):
             return self._find(problem, problem.system, init)
+        self.noun = problem.system.noun
         settings = self.settings
         seen = self.inspect(problem, init)
         trusted = seen is not None and seen.found is None
@@ -276,7 +275,7 @@ class SolveCall:
             if unsure and bool(changes_free_directions(operator, outcome.status, unsure).any()):
                 words = {**unsure_derivative_messages(), **words}
             if direction is Pass.BACKWARD:
-                words = {**derivative_messages(outcome.status, rhs, symmetric=operator.symmetric), **words}
+                words = {**derivative_messages(outcome.status, rhs, self.noun, symmetric=operator.symmetric), **words}
         outcome, words = self._one_sided(operator, outcome, words, axes, reverse or product is not None)
         report = _report_of(direction, self.where, name, outcome, axes, words)
         self.report = self.report or report

@@ -307,10 +307,15 @@ def check_differentiation(chosen: object) -> Differentiation:
     return chosen
 
 
-def solver_for(
-    chosen: Differentiation, kind: type[System], solver: InnerSolver | None, where: str
-) -> InnerSolver | None:
+def solver_for(chosen: Differentiation, system: System, solver: InnerSolver | None) -> InnerSolver | None:
     """Return the solver whose steps can be differentiated as ``chosen`` says, or raise :class:`ArgumentError`."""
+    where, mapping = system.where, isinstance(system, FixedPointSystem)
+    if system.has_kinks:
+        raise ArgumentError(
+            f"{where}: expected differentiation=bilevel.Implicit() with proximal terms, bounds or constraints, got {chosen}; leave it "
+            "out, or pass the step to bilevel.fixed_point: with a term g, x -> g.prox(x - s * slope(x), s), where slope is the gradient of "
+            "the objective and s is small"
+        )
     if not isinstance(chosen, Unrolled):
         return solver
     if isinstance(solver, GivenAnswer):
@@ -319,7 +324,12 @@ def solver_for(
             "steps that led there; choose one of these two, or call the layer itself"
         )
     if solver is None:
-        return FixedPointIteration() if issubclass(kind, FixedPointSystem) else None
+        return FixedPointIteration() if mapping else None
+    if not (system.minimizes or mapping):
+        raise ArgumentError(
+            f"{where}: expected no solver for differentiation=Unrolled(), as Newton steps at the solution are differentiated, got {solver.name}; "
+            "leave solver out, or differentiate by Implicit() or Truncated(steps)"
+        )
     plain = isinstance(solver, GradientDescent) and not solver.line_search
     if plain or isinstance(solver, FixedPointIteration):
         return solver
@@ -328,7 +338,7 @@ def solver_for(
             f"{where}: expected bilevel.GradientDescent without a line search for differentiation=Unrolled(), as the step lengths that a search "
             "finds have no derivative; leave line_search out and choose lr, or differentiate by Implicit() or Truncated(steps)"
         )
-    own = "FixedPointIteration()" if issubclass(kind, FixedPointSystem) else "GradientDescent(lr=..., max_steps=...)"
+    own = "FixedPointIteration()" if mapping else "GradientDescent(lr=..., max_steps=...)"
     raise ArgumentError(
         f"{where}: expected solver=bilevel.{own} for differentiation=Unrolled(), which differentiates each step of it, got "
         f"{solver.name}; choose that solver, leave it out, or differentiate by Implicit() or Truncated(steps)"

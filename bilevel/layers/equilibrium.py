@@ -22,6 +22,7 @@ from bilevel.equations.problem import Problem
 from bilevel.equations.system import System
 from bilevel.errors import ArgumentError
 from bilevel.layers.call import SolveCall
+from bilevel.layers.differentiation import Differentiation
 from bilevel.layers.layer import Layer
 from bilevel.layers.settings import SolveSettings
 from bilevel.layers.solution import Solution
@@ -37,6 +38,13 @@ __all__ = ["EquilibriumLayer", "equilibrium"]
 
 T = TypeVar("T")
 
+# How the search of a game with bounds or terms may fail.
+_SHORT_OF_ONE = (Status.SINGULAR, Status.LINE_SEARCH_FAILED, Status.MAX_STEPS, Status.DIVERGED)
+_NO_EQUILIBRIUM = (
+    "where a player's unknowns can grow without end there may be no equilibrium: bound them on both sides, or add a strictly convex term such as "
+    "1e-3 * (x**2).sum() to each objective, with the x of its own player; else start elsewhere"
+)
+
 
 def equilibrium(
     objectives: Sequence[Callable[..., torch.Tensor]],
@@ -48,12 +56,13 @@ def equilibrium(
     linear_solver: LinearSolverLike | None = None,
     tolerance: Tolerance | None = None,
     on_failure: OnFailure = "raise",
+    differentiation: Differentiation | None = None,
 ) -> EquilibriumLayer:
     """Turn objectives into the layer x*(θ) with x_i* = argmin_{x_i} f_i(x_1*, …, x_i, …, x_N*, θ) for each player i.
 
     It solves the stacked first-order conditions ∇_{x_i} f_i = 0, and checks at the answer that each player's own Hessian is positive
-    semi-definite. Where one is not, the answer is no equilibrium: the status is ``INDEFINITE``, and the message names the player. A saddle point
-    min_x max_y f(x, y) is the equilibrium of the objectives f and −f.
+    semi-definite along the directions that bounds and terms leave free. Where one is not, the answer is no equilibrium: the status is
+    ``INDEFINITE``, and the message names the player. A saddle point min_x max_y f(x, y) is the equilibrium of the objectives f and −f.
 
     Parameters
     ----------
@@ -62,18 +71,21 @@ def equilibrium(
     lower, upper
         Bounds: a list with an entry for each player. An entry is None, a number, a tensor, a pytree of tensors like x_i, or a function of the
         arguments that returns one. One number bounds all players, and one function of the arguments may return the whole list. The conditions
-        are then those of a variational inequality, which semismooth Newton solves. Where an unknown is on its bound and its slope ∂f_i/∂x_i is zero,
-        the derivative is one-sided, and refused as ``DEGENERATE``.
+        are then those of a variational inequality. Where an unknown is on its bound and its slope ∂f_i/∂x_i is zero, the derivative is
+        one-sided, and refused as ``DEGENERATE``.
     prox
         Proximal terms: a list with an entry for each player. An entry is None, a term of :mod:`bilevel.prox`, a pytree of terms like x_i, or a
         function of the arguments that returns one. One term serves all players, and one function may return the whole list. Player i
         then minimises f_i + g_i. A player has bounds or a term; :class:`bilevel.prox.Box` has both in one. Where a term is at its threshold,
         the derivative is refused as ``DEGENERATE``.
     solver
-        An inner solver for the residual, by default Newton's method; or a function ``(objectives, init, *args, **kwargs)`` -> x, where
+        An inner solver for the residual, by default Newton's method. With bounds or terms it is the semismooth one; where it fails, a path of
+        solutions is followed from a game that ``init`` solves. Or a function ``(objectives, init, *args, **kwargs)`` -> x, where
         ``objectives`` maps the tuple x to the tuple of values.
     linear_solver, tolerance, on_failure
         See :func:`bilevel.root`.
+    differentiation
+        See :func:`bilevel.root`. With bounds or terms it is :class:`bilevel.Implicit`, and others are refused.
 
     Returns
     -------
@@ -88,7 +100,8 @@ def equilibrium(
 
     References
     ----------
-    Facchinei & Kanzow, "Generalized Nash equilibrium problems", Annals of Operations Research 175, 2010.
+    Facchinei & Kanzow, "Generalized Nash equilibrium problems", Annals of Operations Research 175, 2010; Herings & Peeters, "Homotopy methods to
+    compute equilibria in game theory", Economic Theory 42, 2010 (paths).
 
     Examples
     --------
@@ -111,6 +124,15 @@ def equilibrium(
     >>> x, y = capped((zero, zero), c)
     >>> round(x.item(), 6), round(y.item(), 6)
     (0.25, 0.175)
+
+    A zero-sum game in mixed strategies. The derivative of its value by A is x yᵀ:
+
+    >>> simplex = bilevel.prox.Simplex()
+    >>> game = bilevel.equilibrium([lambda x, y, A: x @ A @ y, lambda x, y, A: -(x @ A @ y)], prox=[simplex, simplex])
+    >>> A = torch.tensor([[2.0, -1.0], [-1.0, 1.0]], dtype=torch.float64)
+    >>> start = torch.tensor([0.5, 0.5], dtype=torch.float64)
+    >>> [strategy.tolist() for strategy in map(lambda s: s.round(decimals=6), game((start, start), A))]
+    [[0.4, 0.6], [0.4, 0.6]]
     """
     if callable(objectives) or not isinstance(objectives, (list, tuple)) or not objectives:
         raise ArgumentError(
@@ -137,6 +159,7 @@ def equilibrium(
         linear_solver=linear_solver,
         tolerance=tolerance,
         on_failure=on_failure,
+        differentiation=differentiation,
     )
 
 
@@ -151,6 +174,7 @@ class EquilibriumLayer(Layer):
         linear_solver: LinearSolverLike | None,
         tolerance: Tolerance | None,
         on_failure: OnFailure,
+        differentiation: Differentiation | None = None,
     ) -> None:
         if tolerance is not None and getattr(tolerance, "has_goal", False):
             raise ArgumentError(
@@ -164,6 +188,7 @@ class EquilibriumLayer(Layer):
             linear_solver=linear_solver,
             tolerance=tolerance,
             on_failure=on_failure,
+            differentiation=differentiation,
         )
         names = ", ".join(getattr(f, "__name__", type(f).__name__) for f in players.objectives)
         self.where = f"`equilibrium` layer `{names}`"
@@ -221,13 +246,15 @@ class _EquilibriumCall(SolveCall):
         state = bound_state(problem, outcome.x)
         if state is not None:
             outcome = self._within(problem, outcome, state)
-        active = None if state is None else state.active
-        player = player_at_fault(problem, outcome.x, outcome.status == Status.CONVERGED, active)
+        player = player_at_fault(problem, outcome.x, outcome.status == Status.CONVERGED)
         fault = player >= 0
-        if not bool(fault.any()):
-            return super().reviewed(solver, problem, init, outcome)
         outcome = replace(outcome, status=torch.where(fault, int(Status.INDEFINITE), outcome.status))
         words = dict(super().reviewed(solver, problem, init, outcome)[1])
+        if state is not None:
+            remedy = _NO_EQUILIBRIUM if self.settings.solver is None else f"leave solver= out; {_NO_EQUILIBRIUM}"
+            words.update({status: (words.get(status, (status.meaning,))[0], remedy) for status in _SHORT_OF_ONE})
+        if not bool(fault.any()):
+            return outcome, words
         first = int(player[int(fault.nonzero()[0])])
         words[Status.INDEFINITE] = (
             f"ended where the objective of player {first} has negative curvature in that player's own unknowns, which is no equilibrium",

@@ -177,7 +177,10 @@ class Layer:
         TransformError
             If two nested forward-mode transforms meet here: torch would return zero.
         """
-        solution = self._around(self._settings, init, args, kwargs, value_only=True)
+        return self._returned(self._around(self._settings, init, args, kwargs, value_only=True))
+
+    def _returned(self, solution: Solution[T]) -> T:
+        """Return x, or (x, aux) with ``has_aux``."""
         return cast(T, (solution.value, solution.aux)) if self.has_aux else solution.value
 
     @eager
@@ -187,7 +190,7 @@ class Layer:
 
     @eager
     def at(self, x: T, *args: Any, **kwargs: Any) -> T:
-        """Return ``x``, a solution that you already have, differentiable like the layer's own solutions.
+        """Return ``x``, a solution that you already have, differentiable like the layer's own solutions; with ``has_aux``, (x, aux).
 
         One residual checks ``x``. With no accuracy asked it may be off by about 1 %; with ``Tolerance(delta=...)`` or ``rtol``
         it has to meet that accuracy. Derivatives are those of the implicit function at ``x``; with another ``differentiation``, those of steps of
@@ -218,7 +221,7 @@ class Layer:
         tensor([1., 1.])
         """
         settings = replace(self._settings, solver=GivenAnswer(self._settings.solver))
-        return self._around(settings, pytree.tree_map(_without_graph, x), args, kwargs).value
+        return self._returned(self._around(settings, pytree.tree_map(_without_graph, x), args, kwargs))
 
     @eager
     def solve_with(self, settings: SolveSettings, init: T, *args: Any) -> Solution[T]:
@@ -236,7 +239,7 @@ class Layer:
     ) -> Solution[Any]:
         """Prepare the arguments, choose the initial guess, solve, and evaluate the auxiliary output."""
         if self.prepare is not None:
-            with explained(self.where, "prepare", args=args, kwargs=kwargs):
+            with explained(self.where, "prepare", lambda: {"args": args, "kwargs": kwargs}):
                 prepared = self.prepare(*args, **kwargs)
             args, kwargs = prepared if isinstance(prepared, tuple) else (prepared,), {}
         if self.module is not None:
@@ -325,13 +328,7 @@ class Layer:
         self, way: BySteps, call: SolveCall, system: System, flat: torch.Tensor, tensors: list[torch.Tensor]
     ) -> torch.Tensor:
         """Return x (n,), differentiable through steps of the solver. The solve itself is not differentiated."""
-        if isinstance(system, StructuredSystem):
-            raise ArgumentError(
-                f"{self.where}: expected differentiation=bilevel.Implicit() with proximal terms, bounds or constraints, got {way}; leave it "
-                "out, or pass the step to bilevel.fixed_point: with a term g, x -> g.prox(x - s * slope(x), s), where slope is the gradient of "
-                "the objective and s is small"
-            )
-        solver = solver_for(way, self.kind, call.settings.solver, self.where)
+        solver = solver_for(way, system, call.settings.solver)
         call.settings = replace(call.settings, solver=solver)
         cut = [without_gradient(tensor) for tensor in tensors]
         answer = without_gradient(Solve.apply(ImplicitContext(system, call.solve, call.solve_linear), flat, *cut))

@@ -16,6 +16,7 @@ from bilevel.equations.system import System
 from bilevel.errors import ArgumentError
 from bilevel.layers.api import Decorator, argmin
 from bilevel.layers.call import SolveCall
+from bilevel.layers.differentiation import BySteps, Differentiation
 from bilevel.layers.first_call import explain_misuse
 from bilevel.layers.layer import Layer
 from bilevel.layers.options import SolverOptions
@@ -79,6 +80,7 @@ class LeastSquaresOptions(SolverOptions, total=False):
     hessian: HessianChoice | None
     lower: Any
     upper: Any
+    differentiation: Differentiation | None
 
 
 @overload
@@ -97,6 +99,7 @@ def least_squares(
     linear_solver: LinearSolverLike | None = None,
     tolerance: Tolerance | None = None,
     on_failure: OnFailure = "raise",
+    differentiation: Differentiation | None = None,
 ) -> Layer | Decorator:
     """Turn residuals into the layer x*(θ) = argmin_x ½‖r(x, θ)‖², with dx*/dθ = −H⁻¹ ∂_θ(Jᵀr) and H = JᵀJ + Σ r_i ∇²r_i.
 
@@ -118,6 +121,9 @@ def least_squares(
         Bounds on x, as in :func:`bilevel.argmin`, whose solvers and layer are then used.
     linear_solver, tolerance, on_failure
         See :func:`bilevel.argmin`.
+    differentiation
+        See :func:`bilevel.argmin`. Steps that are differentiated are Newton's, with the full Hessian, or those of
+        ``solver=bilevel.GradientDescent(...)``.
 
     Returns
     -------
@@ -153,11 +159,12 @@ def least_squares(
         _check(loss, hessian, tolerance)
         bounded = functools.partial(
             _bounded, loss=loss, hessian=hessian, solver=solver, lower=lower, upper=upper, linear_solver=linear_solver,
-            tolerance=tolerance, on_failure=on_failure,
+            tolerance=tolerance, on_failure=on_failure, differentiation=differentiation,
         )  # fmt: skip
         return bounded if residual is None else bounded(residual)
     make = functools.partial(
-        LeastSquaresLayer, solver=solver, loss=loss, hessian=hessian, linear_solver=linear_solver, tolerance=tolerance, on_failure=on_failure
+        LeastSquaresLayer, solver=solver, loss=loss, hessian=hessian, linear_solver=linear_solver, tolerance=tolerance, on_failure=on_failure,
+        differentiation=differentiation,
     )  # fmt: skip
     return make if residual is None else make(residual)
 
@@ -189,6 +196,7 @@ class LeastSquaresLayer(Layer):
         linear_solver: LinearSolverLike | None,
         tolerance: Tolerance | None,
         on_failure: OnFailure,
+        differentiation: Differentiation | None = None,
     ) -> None:
         _check(loss, hessian, tolerance)
         self.loss = loss
@@ -201,11 +209,22 @@ class LeastSquaresLayer(Layer):
             linear_solver=linear_solver,
             tolerance=tolerance,
             on_failure=on_failure,
+            differentiation=differentiation,
         )
         self.backward_messages = {Status.SINGULAR: _NOT_UNIQUE}
         if not _is_fixed(loss):
             # Whoever decides whether evaluations may be replayed has to see the loss as well.
             self.written = lambda: _both(function, loss)
+
+    def _by_steps(
+        self, way: BySteps, call: SolveCall, system: System, flat: torch.Tensor, tensors: list[torch.Tensor]
+    ) -> torch.Tensor:
+        if isinstance(system, GaussNewtonSystem):
+            raise ArgumentError(
+                f"{self.where}: expected hessian=bilevel.FullHessian() with differentiation={way}, as the Gauss-Newton matrix belongs to the "
+                "implicit derivative, got GaussNewtonHessian(); leave hessian or differentiation out"
+            )
+        return super()._by_steps(way, call, system, flat, tensors)
 
     def objective(self, x: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Return ½‖r(x, θ)‖² (), or Σ c(r_i) with a robust loss: what the layer minimises."""

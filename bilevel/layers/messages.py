@@ -131,18 +131,38 @@ def _falls_without_end(problem: Problem, x: torch.Tensor, start: torch.Tensor, s
     return (away or status is Status.DIVERGED) and float(problem.value(x)) < float(problem.value(start))
 
 
-def derivative_messages(status: torch.Tensor, rhs: torch.Tensor, *, symmetric: bool) -> StatusMessages:
-    """Return (meaning, remedy) of a derivative's ``NOT_FINITE``; {} where none is, or the first has such a right-hand side (batch, n)."""
+def derivative_messages(status: torch.Tensor, rhs: torch.Tensor, noun: str, *, symmetric: bool) -> StatusMessages:
+    """Return (meaning, remedy) of statuses of a derivative whose general words do not fit.
+
+    They are those of ``NOT_FINITE``, unless the first such right-hand side (batch, n) is not finite itself, and of ``SINGULAR`` for equations,
+    which have no objective. ``noun`` is what the function is called.
+    """
+    words = {}
+    if not symmetric and noun in _FREE:
+        words[Status.SINGULAR] = (Status.SINGULAR.meaning, _FREE[noun])
     met = status == Status.NOT_FINITE
     if not bool(met.any()) or not bool(torch.isfinite(rhs[int(met.nonzero()[0])]).all()):
-        return {}
+        return words
     what = "a second derivative of the objective" if symmetric else "a derivative of the function"
     remedy = (
         "smooth the function there, as |d|**1.5, whose second derivative is infinite at d = 0, becomes (d**2 + 1e-6)**0.75; or state "
         "what is not smooth by prox= or by constraints"
     )
-    return {Status.NOT_FINITE: (f"found {what} to be infinite or NaN at the solution", remedy)}
+    words[Status.NOT_FINITE] = (f"found {what} to be infinite or NaN at the solution", remedy)
+    return words
 
+
+_FREE = {
+    "residual": (
+        "the solution is not unique, and its derivative depends on a free direction: put an equation that pins one unknown, such as "
+        "x[0] - c, in the place of one that follows from the others, or make the loss invariant along that direction. At a multiple "
+        "root, such as that of x**3 - a at a = 0, no derivative exists"
+    ),
+    "mapping": (
+        "the fixed point is not unique, and its derivative depends on a free direction: let the mapping return a constant c for one "
+        "unknown, or make the loss invariant along that direction"
+    ),
+}
 
 _ABOUT_ROOTS = (
     "the residual may have no root near the start: start elsewhere, check that it is smooth and finite there, use float64, or loosen "

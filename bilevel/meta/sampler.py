@@ -48,15 +48,15 @@ class FewShotSampler:
     mirrors
         Take each class mirrored, and mirrored and turned, as a class of its own.
     groups
-        Draw the classes of a task from so many random groups of classes, such as alphabets, and from further ones if these have fewer classes
-        than ``ways``; turn and mirror all of them alike. Such classes are harder to tell apart. None: from all groups, each class turned by
-        itself.
+        The number of random groups of classes, such as alphabets, that the classes of a task are drawn from. If they have fewer classes than
+        ``ways``, further groups are added. All classes of a task are turned and mirrored alike. Such classes are harder to tell apart. None: from
+        all groups, each class turned by itself.
     distortion
         Random affine maps of the images, which then have to be uint8, or floating-point in [0, 1].
     seed
-        Of the draws.
+        The seed of the draws.
     device, dtype
-        Of the images returned. uint8 images are scaled to [0, 1].
+        Those of the images returned. uint8 images are scaled to [0, 1].
 
     Attributes
     ----------
@@ -134,7 +134,7 @@ class FewShotSampler:
         Parameters
         ----------
         tasks
-            How many are drawn.
+            The number of tasks that are drawn.
         rank, world
             Of the tasks drawn, those with number rank, rank + world, … are returned.
         """

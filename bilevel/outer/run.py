@@ -172,7 +172,7 @@ class OuterRun:
         return pytree.tree_unflatten(filled, self._structure)
 
     def _evaluate(self, outer: tuple[torch.Tensor, ...], *, tighter: float = 1.0) -> Evaluation | None:
-        """Return the hypergradient at ``outer``, as the policy has it for the next point; None, and why, if a solve failed."""
+        """Return the hypergradient at ``outer``, to the accuracy that the policy asks for at the next point; None if a solve failed."""
         problem = self.problem
         asked = self._policy(len(self.history) + 1)
         if not isinstance(asked, Tolerance):
@@ -186,20 +186,21 @@ class OuterRun:
             problem.begin_at(*start)
         result = self._hypergradient(outer, init)
         if start is not None and self._warm and (result is None or not _finite(result)):
-            # The trail may point out of an objective's domain, where the present point does not.
+            # A start that was extrapolated from the trail may lie outside an objective's domain. The last solution does not.
             problem.recall(self._warm)
             result = self._hypergradient(outer, init)
         if result is None:
             problem.recall(self._warm) if self._warm else problem.reset()
             return None
-        if problem.warm_start and bool(result.report.iterations.any()):  # what no solve has moved is but extrapolated
+        # If no solve took a step, the solution is the extrapolated start itself, and tells the trail nothing new.
+        if problem.warm_start and bool(result.report.iterations.any()):
             self._trail.add(outer, result.inner, result.adjoint)
         forward, backward = result.report.forward, result.report.backward
         self._spent[0] += int(forward.iterations.sum())
         self._spent[1] += int(backward.iterations.sum())
         bound = result.bound if asked.has_goal or self.bounds else None
         value, corrected = float(result.value), float(result.corrected_value)
-        # Without bounds, the first-order correction itself is what is known of the errors of values.
+        # Without bounds, the size of the first-order correction estimates the error of the value.
         slack = abs(value - corrected)
         if asked.has_goal or self.bounds:
             slack = result.value_bound.value
@@ -217,7 +218,7 @@ class OuterRun:
 
     def _hypergradient(self, outer: tuple[torch.Tensor, ...], init: Any) -> Hypergradient | None:
         try:
-            # A subclass may take θ from itself; here it is what moves.
+            # A subclass's own method may take θ from its parameters. Here θ is an argument.
             return BilevelProblem.hypergradient(self.problem, self._tree(outer), self.data, init=init)
         except SolveError as error:
             self.failure = error
@@ -346,7 +347,7 @@ def _tightened(tolerance: Tolerance, by: float) -> Tolerance:
 
 
 def _until(tolerance: Tolerance, norm: float) -> Tolerance:
-    """Return ``tolerance`` with ``norm``, at which the loop ends, counted as zero where its goal is relative."""
+    """Return ``tolerance``; if its goal is relative, gradients below ``norm``, at which the loop ends, count as zero."""
     relative = tolerance.descent is not None or tolerance.relative
     return replace(tolerance, stationary=norm) if relative and norm > 0 and tolerance.stationary is None else tolerance
 

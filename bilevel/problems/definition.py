@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch.utils._pytree import tree_map_only
 
+from bilevel._torch.reverse import reverse_pass
 from bilevel.certificates.constants import Constants
 from bilevel.equations.function_errors import explained
 from bilevel.equations.problem import Problem
@@ -18,12 +19,34 @@ from bilevel.errors import ArgumentError
 from bilevel.layers.checks import SideEffectCheck
 from bilevel.policy import OnFailure
 from bilevel.problems.batching import BatchSpec
-from bilevel.problems.checks import check_connection, disconnected
-from bilevel.pytree import detached, differentiated, usable
+from bilevel.problems.checks import check_captures, check_connection, disconnected
+from bilevel.pytree import detached, differentiated, flatten_arguments, joined, requiring_grad, usable
 
-__all__ = ["Definition"]
+__all__ = ["Definition", "OuterTensors"]
 
 Objective = Callable[[Any, Any, Any], torch.Tensor]
+
+
+@dataclass(frozen=True, eq=False)
+class OuterTensors:
+    """θ among the tensors of a flat problem.
+
+    Parameters
+    ----------
+    needs_grad
+        Which of the problem's tensors are θ, or are computed from θ.
+    computed, leaves
+        These tensors, and θ, if a preparation has computed some of them; ``leaves`` is empty if the tensors are θ.
+    """
+
+    needs_grad: tuple[bool, ...]
+    computed: Sequence[torch.Tensor] = ()
+    leaves: Sequence[torch.Tensor] = ()
+
+    def slope(self, parts: Sequence[torch.Tensor | None]) -> torch.Tensor:
+        """Return the derivative with respect to θ (p,), given those with respect to the tensors that need one; None stands for another tensor."""
+        wanted = [part for part in parts if part is not None]
+        return joined(reverse_pass(self.computed, self.leaves, wanted) if self.leaves else wanted)
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,7 +100,7 @@ class Definition:
             )
         prepare = functools.partial(self.prepare, outer, data)
         watch = SideEffectCheck(self.where, self.prepare, (outer, data), prepare, "prepare")
-        with explained(self.where, "prepare", data=data, outer=outer):
+        with explained(self.where, "prepare", lambda: {"data": data, "outer": outer}):
             made = prepare()
         # An error bound prepares the data again, and has to come to the same.
         poisoned = watch.ended(on_failure)
@@ -89,6 +112,25 @@ class Definition:
         inner_objective = self.inner_objective if whole else self.inner_of_given
         outer_objective = self.outer_objective if whole else self.outer_of_given
         return self.numbering.problems(inner_objective, outer_objective, inner, outer, data, self.structure)
+
+    def prepared_problems(
+        self, inner: Any, outer: Any, data: Any, given: Any, on_failure: OnFailure
+    ) -> tuple[Problem, Problem, OuterTensors]:
+        """Return G and F of prepared data as flat problems, and θ among their tensors.
+
+        ``given`` is what the caller passed: its tensors are no captures.
+        """
+        theta, leaves = requiring_grad(outer)
+        with torch.enable_grad():
+            prepared = self.prepared(theta, data, on_failure)
+            lower, upper, _ = self.numbering.problems(
+                self.inner_objective, self.outer_objective, inner, theta, prepared
+            )
+            tensors = flatten_arguments((theta, prepared), {})[0]
+        for tensor in tensors:
+            check_captures(self.where, tensor, leaves, given, on_failure)
+        needs_grad = tuple([tensor.requires_grad for tensor in tensors])
+        return lower, upper, OuterTensors(needs_grad, [t for t in tensors if t.requires_grad], leaves)
 
     def connected(
         self, parts: Sequence[torch.Tensor], inner: Any, outer: Any, data: Any, policy: OnFailure

@@ -16,11 +16,10 @@ from bilevel.layers.call import SolveCall
 from bilevel.layers.inspector import Inspector
 from bilevel.layers.settings import Adjoint, SolveSettings
 from bilevel.layers.solution import Solution
-from bilevel.problems.adaptive.direct import decided, full_accuracy
+from bilevel.problems.adaptive.direct import solve_directly
 from bilevel.problems.adaptive.driver import solve_to_goal
-from bilevel.problems.adaptive.state import SearchState
 from bilevel.problems.checks import CheckedObjective, check_captures, no_dependence
-from bilevel.problems.definition import Definition
+from bilevel.problems.definition import Definition, OuterTensors
 from bilevel.problems.outer_loss import outer_losses
 from bilevel.problems.result import Hypergradient, HypergradientReport, assemble, certificate_of, known_constants
 from bilevel.problems.warm_start import WarmStart
@@ -55,11 +54,8 @@ class HypergradientCall:
     outer: Any
     data: Any
 
-    def at_accuracy(self, init: Any) -> tuple[Hypergradient, Point, Adjoint | None]:
-        """Return the hypergradient of solves to the accuracies δ and δ′, where it is of, and what the linear solve found.
-
-        The latter is None where F does not depend on φ.
-        """
+    def at_accuracy(self, init: Any) -> Hypergradient:
+        """Return the hypergradient of solves to the accuracies δ and δ′."""
         problem, settings, outer, data = self.problem, self.settings, self.outer, self.data
         where, policy = problem.numbering.where, settings.on_failure
         # Copies: what is computed from the result later is of θ as it is now.
@@ -88,24 +84,14 @@ class HypergradientCall:
             corrected = corrected - (q * last.residual).sum(dim=-1).mean()
         point = Point.at(lower, upper, x, q, outer_tensors)
         report = HypergradientReport(solution.report, backward)
-        result = assemble(problem, settings, plain, data, point, inner, value.detach(), corrected, flat, report)
-        return result, point, last
+        return assemble(problem, settings, plain, data, point, inner, value.detach(), corrected, flat, report)
 
-    def to_goal_directly(self, init: Any, warm: WarmStart) -> tuple[Hypergradient, SearchState | None]:
-        """Return a hypergradient of solves to full accuracy, with the outcome of the goal, and what was measured for it."""
-        accurate = replace(self, settings=full_accuracy(self.settings))
-        result, point, adjoint = accurate.at_accuracy(init)
-        if adjoint is not None and self.problem.prepare is not None:
-            # The replays are of G after the preparation, which G of `point` contains.
-            adjoint = adjoint._replace(replays=None)
-        return decided(self.settings, result, point, adjoint, warm.adjoints(point.x), warm.known)
-
-    def to_goal(self, init: Any, warm: WarmStart) -> tuple[Hypergradient, WarmStart | None]:
-        """Return a hypergradient as accurate as the goal asks: both solves go as far as that needs.
+    def to_goal(self, init: Any, warm: WarmStart, *, directly: bool) -> tuple[Hypergradient, WarmStart | None]:
+        """Return a hypergradient as accurate as the goal asks: by a search, or ``directly`` by solves to full accuracy.
 
         The second result is what a next call may begin from, or None.
         """
-        problem, tolerance, policy = self.problem, self.settings.tolerance, self.settings.on_failure
+        problem, policy = self.problem, self.settings.on_failure
         given = (self.data, init)
         outer, data = copied(self.outer), detached(self.data)
         lower, upper, x = problem.flat_problems(detached(init), outer, data)
@@ -121,11 +107,17 @@ class HypergradientCall:
             known[0] = certificate.constants  # what quadratic objectives determine holds at every φ, and is found once
             return bound
 
-        begin = warm.adjoints(x)
-        learned = warm.learned() if begin is not None else None
-        checked = CheckedObjective(upper, problem.outer_objective, given, policy)
+        first, second, theta = lower, upper, OuterTensors(needs_grad)
+        if problem.prepare is not None:
+            first, second, theta = problem.prepared_problems(detached(init), outer, data, given, policy)
+        checked = CheckedObjective(second, problem.outer_objective, given, policy)
         call = SolveCall(self.settings, self.inspector, problem.inner_objective, problem.where, True, x.dtype)
-        found, report = solve_to_goal(call, lower, upper, x, begin, needs_grad, learned, certify, checked)
+        if directly:
+            found, report = solve_directly(call, first, second, x, warm.adjoint, theta, warm.known, certify, checked)
+        else:
+            begin = warm.adjoints(x)
+            learned = warm.learned() if begin is not None else None
+            found, report = solve_to_goal(call, first, second, x, begin, theta, learned, certify, checked)
         here = found.here
         inner = problem.numbering.unravel(upper.system.raveler, here.x)
         point = Point.at(lower, upper, here.x, here.q, needs_grad)
@@ -135,7 +127,8 @@ class HypergradientCall:
         flat = torch.cat(problem.connected(parts, inner, outer, data, policy))
         value = here.values.mean()
         result = assemble(problem, self.settings, outer, data, point, inner, value, here.corrected, flat, report)
-        of_value = Bound(found.value_error, Basis.ESTIMATED) if tolerance.estimates else None
+        error = found.value_error if self.settings.tolerance.estimates else None
+        of_value = None if error is None else Bound(error, Basis.ESTIMATED)
         after = (
             WarmStart(inner=inner, adjoint=here.q / lower.batch, known=found.known) if found.finite else None
         )  # as for the mean's cotangents

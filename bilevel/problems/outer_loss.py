@@ -12,7 +12,7 @@ from bilevel._torch.double_backward import Repeatable
 from bilevel._torch.graph_features import nodes, record_graph_features
 from bilevel._torch.once_differentiable import once_only, refuse_once_only
 from bilevel._torch.transforms import is_differentiated_again, saving_hooked, transforms_active, unhooked
-from bilevel.equations.function_errors import explain_call
+from bilevel.equations.function_errors import explained
 from bilevel.errors import ShapeError
 from bilevel.layers.checks import SideEffectCheck, refused_by_torch
 from bilevel.policy import OnFailure
@@ -34,14 +34,9 @@ def outer_losses(problem: Definition, inner: Any, outer: Any, data: Any, on_fail
     where, objective = problem.numbering.where, problem.outer_objective
 
     def one(inner: Any, outer: Any, data: Any) -> torch.Tensor:
-        try:
+        given = {"data": data, "inner": inner, "outer": outer}
+        with explained(where, "outer_objective", lambda: given), refused_by_torch(where, "outer_objective"):
             loss = objective(inner, outer, data)
-        except (RuntimeError, TypeError, ValueError, IndexError) as error:
-            refused = explain_call(error, where, "outer_objective", data=data, inner=inner, outer=outer)
-            if refused is None:
-                with refused_by_torch(where, "outer_objective"):
-                    raise
-            raise refused from error
         if not isinstance(loss, torch.Tensor) or loss.ndim != 0:
             got = tuple(loss.shape) if isinstance(loss, torch.Tensor) else type(loss).__name__
             raise ShapeError(

@@ -424,18 +424,14 @@ class BilevelProblem(torch.nn.Module, ABC):
             settings, init = self._settings_at(settings), detached(at)
         if settings.tolerance.has_goal:
             return self._with_goal(settings, outer, data, init)
-        return self._hypergradient_call(settings, outer, data).at_accuracy(init)[0]
+        return self._hypergradient_call(settings, outer, data).at_accuracy(init)
 
     def _with_goal(self, settings: SolveSettings, outer: Any, data: Any, init: Any) -> Hypergradient:
         """Return a hypergradient as accurate as the goal asks: by solves to full accuracy where these cost less than a search."""
         count = self._numbering.count(data)
         start = self._start(outer, data, count, init)
         warm, call = self._remembered, self._hypergradient_call(settings, outer, data)
-        if full_accuracy_is_cheap(settings, start, count):
-            result, known = call.to_goal_directly(start, warm)
-            after: WarmStart | None = replace(self._warm, known=known)
-        else:
-            result, after = call.to_goal(start, warm)
+        result, after = call.to_goal(start, warm, directly=full_accuracy_is_cheap(settings, start, count))
         if self.warm_start and after is not None:
             self._warm = after
         return result

@@ -199,22 +199,22 @@ class ProgramCall:
         """Return d, statuses, residuals, norms of r and the row to blame, (B, ...)."""
         d = factor.solve(right)
         left = right - factor.times(d)
-        scale, residual = right.norm(dim=-1), left.norm(dim=-1)
+        # What is large in the user's units may be rounding in those of the matrix.
+        scale, lack = factor.in_units(right).norm(dim=-1), factor.in_units(left)
+        residual = lack.norm(dim=-1)
         if bool((residual > 1e-14 * scale).any()):
             refined = d + factor.solve(left)
-            left = right - factor.times(refined)
-            better = left.norm(dim=-1) < residual
-            d, residual = (
-                torch.where(better.unsqueeze(-1), refined, d),
-                torch.where(better, left.norm(dim=-1), residual),
-            )
+            again = factor.in_units(right - factor.times(refined))
+            better = (again.norm(dim=-1) < residual).unsqueeze(-1)
+            d, lack = torch.where(better, refined, d), torch.where(better, again, lack)
+            residual = lack.norm(dim=-1)
         status = torch.zeros(len(right), dtype=torch.int64, device=right.device)
         culprit = torch.full_like(status, -1)
         enough = self.threshold_prime or _CONSISTENT
         wrong = ~(residual <= enough * scale)
         singular = factor.singular
         if bool(wrong.any()) or bool(singular.any()):
-            outside = left[:, : structure.sizes.n].norm(dim=-1) > 0.5 * residual
+            outside = lack[:, : structure.sizes.n].norm(dim=-1) > 0.5 * residual
             status = torch.where(singular, int(Status.MINIMUM_NORM), status)
             status = torch.where(wrong, int(Status.STAGNATED), status)
             status = torch.where(

@@ -32,6 +32,8 @@ _STATUS = {
     "MaxIterations": Status.MAX_STEPS,
 }
 _FLIPS, _SINGLE_FLIPS = 2, 30
+# Sizes within this factor of one are left as they are.
+_MODERATE = 1e3
 _SMALL = 400  # unknowns and rows up to which rays are searched for by the dense method
 _LET_PASS = 1e-6  # the relative residual of a point without polish that counts as solved
 
@@ -120,9 +122,11 @@ class Clarabel:
             return blank.ended(Status.INFEASIBLE)
         P, A, b = program.stacked()
         cones = [clarabel.ZeroConeT(program.equations), clarabel.NonnegativeConeT(len(b) - program.equations)]
-        answer = self.answer(clarabel, P, program.q, A, b, cones)
+        unit, cost = _units(P, program.q, b)
+        answer = self.answer(clarabel, P * (unit * unit * cost), program.q * (unit * cost), A, b / unit, cones)
         status = _STATUS.get(str(answer.status), Status.STAGNATED)
-        point, slack = program.point_of(np.array(answer.x), np.array(answer.z), np.array(answer.s))
+        x, z, s = np.array(answer.x) * unit, np.array(answer.z) / (unit * cost), np.array(answer.s) * unit
+        point, slack = program.point_of(x, z, s)
         blank.steps = int(answer.iterations)
         if status in (Status.INFEASIBLE, Status.UNBOUNDED):
             return _with_ray(program, blank, point, status)
@@ -140,6 +144,17 @@ class Clarabel:
         settings.tol_gap_abs = settings.tol_gap_rel = settings.tol_feas = self.tolerance
         settings.presolve_enable = False  # infinite sides are left out before
         return clarabel.DefaultSolver(P, q, A, b, cones, settings).solve()
+
+
+def _units(P: Any, q: np.ndarray, b: np.ndarray) -> tuple[float, float]:
+    """Return a unit of x and a factor of the objective with which its numbers are moderate. Clarabel's tolerances are absolute."""
+    unit = _power_of_two(np.abs(b).max(initial=0.0))
+    slope, curvature = np.abs(q).max(initial=0.0) * unit, np.abs(P.data).max(initial=0.0) * unit * unit
+    return unit, 1 / _power_of_two(max(slope, curvature))
+
+
+def _power_of_two(size: float) -> float:
+    return 1.0 if 1 / _MODERATE <= size <= _MODERATE or not size > 0 else float(2.0 ** np.round(np.log2(size)))
 
 
 def _clarabel() -> Any:

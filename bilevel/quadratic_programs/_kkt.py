@@ -22,11 +22,13 @@ from typing import Protocol
 import torch
 
 from bilevel._torch.factorisations import eigh
+from bilevel.quadratic_programs._balance import balance
 from bilevel.solvers._dense_program import mv, tmv
 
 __all__ = ["Factor", "KKTFactor", "Sizes"]
 
 _SUSPECT = 1e-9  # a ratio of pivots below which the eigenvalues are looked at
+_MODERATE = 1e3  # a ratio of the rows' largest entries up to which the scaling of rows and columns is enough
 _SINGULAR = 1e-11  # eigenvalues this small, relative to the largest, count as zero
 
 
@@ -70,6 +72,9 @@ class Factor(Protocol):
 
     def times(self, d: torch.Tensor) -> torch.Tensor:
         """Return K d (B, length)."""
+
+    def in_units(self, right: torch.Tensor) -> torch.Tensor:
+        """Return r (B, length) in units in which the largest entries of the rows of K are near one."""
 
     def changes(self, d: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Return by how much d would be another if an inequality (B, m + 2n) were of the other kind, and the size of d (B, 1)."""
@@ -147,6 +152,13 @@ class KKTFactor:
     def _factorise(self, matrix: torch.Tensor) -> None:
         norm = matrix.abs().amax(-1)
         self.scale = torch.where(norm > 0, norm.clamp_min(1e-300).rsqrt(), 1.0)
+        if self.damping is None and norm.shape[-1]:
+            curvature = self.Q.diagonal(dim1=-2, dim2=-1)
+            curvature = torch.where(self.held, 0.0, curvature).amax(-1) if self.some_held else curvature.amax(-1)
+            curvature = torch.where(curvature > 0, curvature, norm.amax(-1))
+            apart = torch.maximum(norm.amax(-1), curvature) > _MODERATE * torch.minimum(norm.amin(-1), curvature)
+            if bool(apart.any()):
+                self.scale = torch.where(apart.unsqueeze(-1), self._balanced(matrix), self.scale)
         matrix.mul_(self.scale.unsqueeze(-1)).mul_(self.scale.unsqueeze(-2))
         self.lu, self.pivots, failed = torch.linalg.lu_factor_ex(matrix)
         size = self.lu.diagonal(dim1=-2, dim2=-1).abs()
@@ -158,6 +170,15 @@ class KKTFactor:
         self.by_inequalities = torch.zeros_like(suspect)
         if len(self.suspect):
             self._pseudo_invert(matrix[self.suspect])
+
+    def _balanced(self, matrix: torch.Tensor) -> torch.Tensor:
+        """Return scales (B, k) for units that differ by many orders of magnitude."""
+        n = self.sizes.n
+        # Unknowns at bounds and rows that are not active have a diagonal of one, which is no curvature.
+        free = ~self.held if self.some_held else torch.ones_like(self.held)
+        Q, rows = torch.where(free.unsqueeze(-1), matrix[:, :n, :n], 0.0), matrix[:, n:, :n]
+        plain = torch.cat([free, rows.ne(0).any(-1)], -1)
+        return torch.where(plain, balance(Q, rows), 1.0)
 
     def _pseudo_invert(self, matrix: torch.Tensor) -> None:
         """Keep the pseudo-inverses and null vectors of the suspect problems."""
@@ -224,6 +245,20 @@ class KKTFactor:
         if len(self.suspect):
             found[self.suspect] = mv(self.inverse, scaled[self.suspect])
         return found * self.scale
+
+    def in_units(self, right: torch.Tensor) -> torch.Tensor:
+        """Return r (B, length) in units in which the largest entries of the rows of K are near one."""
+        r_x, r_nu, r_lam, r_low, r_up = self.sizes.split(right)
+        of_x, of_nu, of_rows = self.scale.split([self.sizes.n, self.sizes.p, self.count], -1)
+        if self.some_held:
+            reach = (self.Q.abs() * of_x.unsqueeze(-2)).amax(-1)
+            for rows, of_row in ((self.A, of_nu), (self.rows, of_rows)):
+                if rows.shape[-2]:
+                    reach = torch.maximum(reach, (rows.abs() * of_row.unsqueeze(-1)).amax(-2))
+            of_x = torch.where(self.held & (reach > 0), 1 / reach.clamp_min(1e-300), of_x)
+        chosen = torch.where(self.chosen, of_rows, 1.0)
+        of_lam = torch.ones_like(r_lam).scatter(-1, self.order, chosen)
+        return torch.cat([of_x * r_x, of_nu * r_nu, of_lam * r_lam, r_low, r_up], -1)
 
     def changes(self, d: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Return by how much d (B, length) would be another if an inequality (B, m + 2n) were of the other kind, and the size of d (B, 1)."""

@@ -174,16 +174,22 @@ class Program:
         return weights, torch.maximum(size, weights.abs().amax(-1)).unsqueeze(-1)
 
     def scales(self, size: torch.Tensor, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return one plus the largest number (B,) in the constraints, and in the stationarity, for residuals to be compared with.
+        """Return the largest number (B,) in the constraints, and in the stationarity, for residuals to be compared with.
 
-        ``size`` and ``rows`` are those of :meth:`weights` and :meth:`slacks`.
+        To each is added what the program's own numbers are, at most one. ``size`` and ``rows`` are those of :meth:`weights` and :meth:`slacks`.
         """
-        given = self.sizes_of_sides.amax(-1)
+        given, slope = self.sizes_of_sides.amax(-1), self.q.abs().amax(-1)
         if self.sizes.p:
             given = torch.maximum(given, self.b.abs().amax(-1))
+        least = _at_most_one(torch.where(given > 0, given, self.unit.squeeze(-1)))
         # An x that runs away must not make the violation of a contradiction look small.
-        primal = torch.minimum(torch.maximum(rows.amax(-1), given), _RUNAWAY * (1 + given))
-        return 1 + primal, 1 + size.squeeze(-1)
+        primal = torch.minimum(torch.maximum(rows.amax(-1), given), _RUNAWAY * (least + given))
+        curvature = self.Q.abs().flatten(1).amax(-1)
+        return least + primal, _at_most_one(torch.where(slope > 0, slope, curvature)) + size.squeeze(-1)
+
+
+def _at_most_one(size: torch.Tensor) -> torch.Tensor:
+    return torch.where(size > 0, size, 1.0).clamp_max(1.0)
 
 
 @dataclass(eq=False)

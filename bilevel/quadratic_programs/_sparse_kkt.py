@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from bilevel.quadratic_programs._balance import sparse_balance
 from bilevel.quadratic_programs._kkt import Sizes
 
 __all__ = ["SparseFactor"]
@@ -59,6 +60,10 @@ class SparseFactor:
         """Return K d (B, length)."""
         return torch.from_numpy(np.stack([one.times(v) for one, v in zip(self.ones, d.numpy(), strict=True)]))
 
+    def in_units(self, right: torch.Tensor) -> torch.Tensor:
+        """Return r (B, length) in units in which the largest entries of the rows of K are near one."""
+        return torch.from_numpy(np.stack([one.units() for one in self.ones])) * right
+
     def changes(self, d: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Return by how much d would be another if an inequality (B, m + 2n) were of the other kind, and the size of d (B, 1)."""
         n, p = self.sizes.n, self.sizes.p
@@ -88,8 +93,7 @@ class OneFactor:
         self.block = sp.vstack([self.A, self.tight], format="csr")
         E = self.block[:, free]
         self.K = sp.bmat([[self.Q[free][:, free], E.T], [E, sp.csr_matrix((k, k))]], format="csc")
-        size = abs(self.K).max(axis=0).toarray().ravel() if self.K.shape[0] else np.ones(0)
-        self.scale = np.where(size > 0, 1 / np.sqrt(np.where(size > 0, size, 1.0)), 1.0)
+        self.scale = sparse_balance(self.Q[free][:, free], E)
         stretch = sp.diags(self.scale)
         self.sign = np.concatenate([np.ones(len(free)), -np.ones(k)])
         scaled = (stretch @ self.K @ stretch + _SHIFT * sp.diags(self.sign)).tocsc()
@@ -117,17 +121,18 @@ class OneFactor:
     def _reduced(self, right: np.ndarray) -> np.ndarray:
         if self.lu is None:
             return right
-        best = d = np.asarray(self.scale * self.lu.solve(self.scale * right))
+        right = self.scale * right
+        best = d = np.asarray(self.scale * self.lu.solve(right))
         smallest = float("inf")
         for _ in range(_REFINEMENTS):
-            left = right - self.K @ d
+            left = right - self.scale * (self.K @ d)
             size = float(np.linalg.norm(left))
             if not size < 0.5 * smallest:
                 break
             best, smallest = d, size
-            if size <= 1e-15 * np.linalg.norm(right):
+            if size <= 1e-16 * np.linalg.norm(right):
                 break
-            d = d + self.scale * self.lu.solve(self.scale * left)
+            d = d + self.scale * self.lu.solve(left)
         return best
 
     def solve(self, right: np.ndarray) -> np.ndarray:
@@ -146,6 +151,19 @@ class OneFactor:
         low, up = np.where(self.low, -left, -r_low), np.where(self.up, left, -r_up)
         assert len(dlam) == m and len(dx) == n
         return np.concatenate([dx, weights[:p], dlam, low, up])
+
+    def units(self) -> np.ndarray:
+        """Return a unit for each row of K (length,)."""
+        n, p, m = self.sizes.n, self.sizes.p, self.sizes.m
+        of_free, of_block = np.split(self.scale, [len(self.free)])
+        of_x, of_lam = np.zeros(n), np.ones(m)
+        of_x[self.free] = of_free
+        reach = abs(self.Q).multiply(of_x).tocsr().max(axis=1).toarray().ravel()
+        if len(of_block):
+            reach = np.maximum(reach, abs(self.block).multiply(of_block[:, None]).tocsr().max(axis=0).toarray().ravel())
+        of_x[self.held] = np.where(reach > 0, 1 / np.where(reach > 0, reach, 1.0), 1.0)[self.held]
+        of_lam[self.rows] = of_block[p:]
+        return np.concatenate([of_x, of_block[:p], of_lam, np.ones(2 * n)])
 
     def times(self, d: np.ndarray) -> np.ndarray:
         """Return K d (length,)."""

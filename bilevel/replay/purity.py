@@ -20,6 +20,7 @@ import torch
 from torch.utils import _pytree as pytree
 
 from bilevel._torch.transforms import is_plain
+from bilevel._torch.tree_spec import children
 from bilevel.replay.pure_modules import Bound, StatelessModule, emptied, kept_under, shell_parts
 from bilevel.replay.pure_names import AS_IMPORTED, ATTRIBUTES, KNOWN, MODULES, OPERATORS_AS_IMPORTED, operators_of
 from bilevel.replay.reading import Reading, read, uses_first
@@ -157,12 +158,7 @@ def has_plain_structure(structure: pytree.TreeSpec) -> bool:
         return True
     if structure.type not in _CONTAINERS or not all(type(key) in _KEYS for key in structure.context or ()):
         return False
-    return all(has_plain_structure(child) for child in _children(structure))
-
-
-def _children(structure: pytree.TreeSpec) -> Sequence[pytree.TreeSpec]:
-    # torch 2.9 has an attribute in the method's place.
-    return structure.children() if hasattr(structure, "children") else structure.children_specs
+    return all(has_plain_structure(child) for child in children(structure))
 
 
 def _harmless(item: Any) -> bool:

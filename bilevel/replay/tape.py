@@ -54,11 +54,11 @@ class Tape:
     Parameters
     ----------
     steps
-        Each after those whose results it reads.
+        The operations. Each comes after those whose results it reads.
     inputs, outputs
         The slots of the function's arguments and results.
     constants
-        Small tensors made of its code alone, by slot.
+        Small tensors that the function's code makes without its arguments, by slot.
     layouts
         Where the tensor of each slot lay.
     """
@@ -85,8 +85,8 @@ class Tape:
     def needed(self, outputs: Iterable[int], given: Iterable[int], here: Callable[[Step], bool]) -> list[Step]:
         """Return the steps that compute ``outputs`` from the slots ``given``.
 
-        Of those that make nothing but may raise, as one that checks a factorisation does, those are among them of which ``here`` is true; and
-        all are, once some step works in place.
+        A step without results may still raise, for example one that checks a factorisation. It is among them if ``here`` is true of it. If any
+        step works in place, all steps are returned.
         """
         if self.in_place:
             return list(self.steps)

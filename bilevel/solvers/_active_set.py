@@ -199,12 +199,14 @@ def _newton(program: Program, point: Polished, steps: int) -> tuple[Polished, Me
     """Return ``point`` after Newton's method on the KKT system of its active set."""
     x, equality, inequality = point.x, point.equality, point.inequality
     error, before = point.error, torch.full_like(x[:, 0], math.inf)
+    held = point.at_lower | point.at_upper
     at = measure(program, x, equality, inequality)
     for count in range(steps):
         matrix, right = _system(program, point, at, x, equality, inequality)
         step = solve_symmetric(matrix, right)
         n, p = x.shape[-1], equality.shape[-1]
-        dx = step[:, :n]
+        # Where equations repeat each other the system is singular, and its solution moves x off its active bounds by rounding.
+        dx = torch.where(held, 0.0, step[:, :n])
         length = (dx.abs().amax(-1) / at.size).nan_to_num(math.inf, math.inf)
         moving = (length < 1.0) & ((length < before) | (count < 3))
         mask = moving.unsqueeze(-1)

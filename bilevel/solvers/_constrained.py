@@ -67,10 +67,12 @@ def solve_constrained(
     """
     inside = program.inside(init)
     parts, rows = program.jacobian(inside)
-    unit, weights = program.unit(init, parts, rows), program.row_weights(inside, parts, rows)
-    given, column = program, unit.unsqueeze(-1)
+    given, unit = program, program.unit(init, parts, rows)
+    column = unit.unsqueeze(-1)
     if bool((unit != 1).any()):
         program = program.in_units(unit)
+    # A constraint of small unknowns is tiny by what it is in their unit.
+    weights = program.row_weights(inside / column, parts, rows * column.unsqueeze(-1))
     of_equality = of_inequality = torch.ones_like(parts[:, :1])
     if weights is not None:
         program = program.scaled(weights)

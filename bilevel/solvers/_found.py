@@ -17,8 +17,8 @@ __all__ = ["Found"]
 class Found:
     """Judged solutions. Every tensor has a leading batch axis.
 
-    ``weak``: the constraints with multiplier zero, of problems where these alone may leave no derivative. ``lower`` (K, n): the points beside saddles
-    at which the objective is lower.
+    ``weak``: the active constraints with multiplier zero, for the problems whose derivative may not exist because of these alone. ``lower`` (K, n):
+    points beside saddles at which the objective is lower.
     """
 
     x: torch.Tensor

@@ -34,8 +34,8 @@ _SHARE, _EXTRA_STEPS = 0.3, 20
 _DRIFT = 4.0
 # A stride of so many steps that ends where x hides R has run away.
 _FAR_STRIDE = 1000.0
-# Plain iteration runs away, too, if an unknown goes on one way from step 256 to 1,024, or from any step to four times that, and its R shrinks
-# no faster than 1/steps: such steps have an infinite sum. The share that is left is a little less than a quarter.
+# Plain iteration also runs away if an unknown moves in one direction from step 256 to 1,024, or from any step to four times that step, and its R
+# shrinks no faster than 1/steps: the sum of such steps is infinite. Of R, a little less than a quarter is then left.
 _EARLY_STEPS, _LONGER, _SHARE_LEFT = 256, 4, 0.22
 
 
@@ -60,9 +60,9 @@ class Anderson(InnerSolver):
     it, z is returned; this needs a mapping that expands.
 
     Sometimes the residual is constant, as for a projection of x − c until the face is reached. Mixtures then learn nothing.
-    Steps are 2, 4, 8, ... times as long while it stays constant, so that a few reach the face. x runs away if they end where its
-    rounding hides the residual. Plain iteration then takes 1,000 steps. The status is ``DIVERGED`` if these go one way and shrink so
-    slowly that their sum is infinite.
+    Steps are 2, 4, 8, ... times as long while it stays constant, so that a few reach the face. If the rounding of x hides the
+    residual before that, x runs away, and plain iteration takes 1,000 steps. The status is ``DIVERGED`` if these steps keep one
+    direction and shrink so slowly that their sum is infinite.
 
     A plain iteration from the same initial guess is the safeguard. After 1,000 steps it takes 1,000 of its own, then the
     accelerated run continues, and so on, in stretches that double. It takes over at once if the accelerated run diverges or

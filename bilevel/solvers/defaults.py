@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import torch
 
+from bilevel.equations.equilibrium import EquilibriumSystem
 from bilevel.equations.least_squares import LeastSquaresSystem
 from bilevel.equations.problem import Problem
 from bilevel.linear.bicgstab import BiCGStab
 from bilevel.linear.defaults import dense_fits
 from bilevel.solvers._base import InnerSolver
+from bilevel.solvers._path import PathFollowing
 from bilevel.solvers._successors import Successor
 from bilevel.solvers.anderson import Anderson
 from bilevel.solvers.lbfgs import LBFGS
@@ -26,6 +28,12 @@ _AFTER_NEWTON = (Successor(_LBFGS, afresh=True), *_POLISH, *3 * (Successor(_NEWT
 _AGAIN, _HALF_AGAIN = (
     (Successor(newton), Successor(newton, afresh=True, beside=True)) for newton in (_NEWTON, _HALF_NEWTON)
 )
+_AFTER_NEWTON_IN_GAMES = (
+    Successor(PathFollowing(), afresh=True),
+    Successor(_NEWTON),
+    Successor(PathFollowing(longest=0.02), afresh=True, beside=True),
+    Successor(_NEWTON),
+)
 
 
 def default_solvers(problem: Problem) -> tuple[InnerSolver, tuple[Successor, ...]]:
@@ -34,6 +42,7 @@ def default_solvers(problem: Problem) -> tuple[InnerSolver, tuple[Successor, ...
     - Least squares: Levenberg–Marquardt, then as an argmin.
     - A small argmin: Newton's method, then L-BFGS, then Newton's method from the lowest point, off its saddle. A large one: L-BFGS.
     - A fixed point: Anderson acceleration, which has plain iteration beneath it.
+    - A game with bounds or terms: Newton's method, then a path from a game that is solved, then as a root.
     - A root: Newton's method, which goes on once more, and then begins again beside the start.
 
     Newton's method goes on from where L-BFGS or Anderson acceleration ended.
@@ -42,8 +51,10 @@ def default_solvers(problem: Problem) -> tuple[InnerSolver, tuple[Successor, ...
     polish = _POLISH if wide else ()
     if problem.is_fixed_point:
         return _ANDERSON, polish
+    small = dense_fits(problem.batch, problem.size, problem.system.raveler.dtype)
+    if small and isinstance(problem.system, EquilibriumSystem) and problem.system.has_kinks:
+        return _NEWTON, _AFTER_NEWTON_IN_GAMES
     if problem.minimizes:
-        small = dense_fits(problem.batch, problem.size, problem.system.raveler.dtype)
         if wide and isinstance(problem.system, LeastSquaresSystem):
             return _LEAST_SQUARES, (*polish, Successor(_NEWTON if small else _LBFGS, afresh=True), *polish)
         return (_NEWTON, _AFTER_NEWTON) if small else (_LBFGS, polish)

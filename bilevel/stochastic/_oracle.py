@@ -19,7 +19,7 @@ from bilevel._torch.double_backward import Repeatable
 from bilevel._torch.graph_features import nodes
 from bilevel._torch.reverse import Output, gradient_edges, reverse_pass
 from bilevel._torch.transforms import autocast_to, autocasting
-from bilevel.equations.function_errors import explain_call
+from bilevel.equations.function_errors import explained
 from bilevel.errors import ArgumentError, CapturedTensorError, ShapeError
 from bilevel.pytree import usable
 from bilevel.stochastic._batches import batch_parts
@@ -148,15 +148,13 @@ class Oracle:
     def called(self, name: str, function: Callable[[Any, Any, Any], Any], data: Any, at: Point | None) -> Any:
         """Return ``function``, a part of the objective ``name``, of the variables and ``data``, with its graph: one forward pass."""
         self.passes["forward"] += 1
-        try:
-            with torch.enable_grad(), self._autocast():
-                return call_at(function, self.inner, self.outer, tree_map_only(torch.Tensor, usable, data), at)
-        except (RuntimeError, TypeError, ValueError, IndexError) as error:
+
+        def given() -> dict[str, Any]:
             inner, outer = (dict(zip(one.names, one.tensors, strict=True)) for one in (self.inner, self.outer))
-            refused = explain_call(error, self.where, name, data=data, inner=inner, outer=outer)
-            if refused is None:
-                raise
-            raise refused from error
+            return {"data": data, "inner": inner, "outer": outer}
+
+        with explained(self.where, name, given), torch.enable_grad(), self._autocast():
+            return call_at(function, self.inner, self.outer, tree_map_only(torch.Tensor, usable, data), at)
 
     def checked(self, name: str, loss: Any, at: Point | None) -> torch.Tensor:
         """Return the ``loss`` that an objective returned, or raise."""

@@ -292,6 +292,22 @@ def test_constraints_in_any_unit_are_the_same(kind: str, unit: float) -> None:
     assert slope.item() == pytest.approx(0.5)
 
 
+@pytest.mark.parametrize("unit", [1e-6, 1e-8])
+@pytest.mark.parametrize("weight", [1.0, 1e-8, 1e-10])
+def test_small_constraints_of_small_unknowns_hold(unit: float, weight: float) -> None:
+    """The same program in another unit of x: its constraints look moderate by x's own unit, and are tiny in that of the solution."""
+    layer = bilevel.argmin(
+        lambda x, a: distance(x / unit, a),
+        equality=lambda x, a: weight * (x.sum() / unit - 1),
+        inequality=lambda x, a: weight * (x[0] / unit - 0.2),
+    )
+    a = tensor(1, 0.5, -1).requires_grad_()
+    x = layer(torch.zeros(3, dtype=F64), a)
+    torch.testing.assert_close(x.detach() / unit, tensor(0.2, 1.15, -0.35))
+    (slope,) = torch.autograd.grad(x[1] / unit, a)
+    torch.testing.assert_close(slope, tensor(0, 0.5, -0.5))
+
+
 WRONG: dict[str, tuple[dict[str, Any], Status, str]] = {
     "a bound of NaN": ({"lower": tensor(float("nan"), 0)}, Status.NOT_FINITE, r"the lower bound of x\[0\] is nan"),
     "a lower bound of inf": ({"lower": float("inf")}, Status.INFEASIBLE, r"no number is between"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -168,3 +169,38 @@ def test_complex_and_sparse_arguments() -> None:
     x = scaled(torch.zeros(2, dtype=F64), sparse)
     with pytest.raises(bilevel.SolveError, match=NONE):
         torch.autograd.grad(x[0] - x[1], sparse)
+
+
+def repeated_equations(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+    return torch.stack([x.sum() - t, 2 * x.sum() - 2 * t])
+
+
+def one_pinned(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+    return torch.stack([x.sum() - t, x[0] - 0.3])
+
+
+def drifting_mapping(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+    return torch.stack([x[0], 0.5 * x[1] + t])
+
+
+def constant_first(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+    return torch.stack([torch.full_like(t, 0.3), 0.5 * x[1] + t])
+
+
+@pytest.mark.parametrize(
+    ("kind", "singular", "words", "remedied", "slope"),
+    [
+        (bilevel.root, repeated_equations, "put an equation that pins one unknown", one_pinned, 1.0),
+        (bilevel.fixed_point, drifting_mapping, "let the mapping return a constant", constant_first, 2.0),
+    ],
+    ids=["root", "fixed_point"],
+)
+def test_equations_have_a_remedy_of_their_own(
+    kind: Any, singular: Any, words: str, remedied: Any, slope: float
+) -> None:
+    t = torch.tensor(1.0, dtype=F64, requires_grad=True)
+    with pytest.raises(bilevel.SolveError, match=words) as caught:
+        kind(singular)(torch.zeros(2, dtype=F64), t)[0].backward()
+    assert caught.value.report.status == bilevel.Status.SINGULAR and "objective" not in str(caught.value)
+    x = kind(remedied)(torch.zeros(2, dtype=F64), t)
+    torch.testing.assert_close(torch.autograd.grad(x.sum(), t)[0], torch.tensor(slope, dtype=F64))

@@ -1,36 +1,46 @@
 """Goals of small problems: solve to full accuracy, which costs less there than a search for less, and estimate the error that is left.
 
-The solves are those of any hypergradient. The error model is that of the search. What a search learns from its steps is measured here by one
-step aside, which costs a gradient of F and a linearisation of ∇G. A problem with a warm start keeps the result for its next calls.
+The solves are those of a layer, without the layer: G is a flat problem already, and nothing outside waits for a graph. The error model is that of
+the search. What a search learns from its steps is measured here by one step aside, which costs a gradient of F and a linearisation of ∇G. A
+problem with a warm start keeps the result for its next calls.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
 from torch.utils import _pytree as pytree
 
-from bilevel.certificates._point import Point
+from bilevel._torch.reverse import reverse_pass
+from bilevel._torch.transforms import eager, isolated
 from bilevel.certificates.bound import Bound
+from bilevel.equations.linearization import JointProduct
+from bilevel.equations.linearization_cache import LinearizationCache
+from bilevel.equations.problem import Problem
+from bilevel.equations.pullbacks import pullbacks_of
+from bilevel.layers.call import SolveCall
 from bilevel.layers.settings import Adjoint, SolveSettings
 from bilevel.linear.defaults import dense_fits
 from bilevel.linear.exact import Exact, solve_nearby
+from bilevel.operators import HessianOperator
 from bilevel.problems.adaptive.driver import treat_goal
 from bilevel.problems.adaptive.error_model import ErrorModel
 from bilevel.problems.adaptive.iterate import Iterate, Objectives
-from bilevel.problems.adaptive.state import GoalReport, SearchState
-from bilevel.problems.result import Hypergradient, HypergradientReport
-from bilevel.pytree import joined
+from bilevel.problems.adaptive.state import GoalReport, SearchResult, SearchState
+from bilevel.problems.checks import CheckedObjective
+from bilevel.problems.definition import OuterTensors
+from bilevel.problems.result import HypergradientReport
 from bilevel.reports import Basis, Status
 from bilevel.solvers._error import irregular_signs
 from bilevel.solvers.newton import Newton
 from bilevel.tolerance import Tolerance
 
-__all__ = ["decided", "full_accuracy", "full_accuracy_is_cheap"]
+__all__ = ["full_accuracy_is_cheap", "solve_directly"]
 
 _ROUNDING = 64.0
 # The largest change of the adjoint from one call to the next for which the measurements of the one hold in the other.
@@ -50,48 +60,74 @@ def full_accuracy_is_cheap(settings: SolveSettings, start: Any, count: int | Non
     return dense_fits(count or 1, sum(leaf.numel() for leaf in leaves) // (count or 1), leaves[0].dtype)
 
 
-def full_accuracy(settings: SolveSettings) -> SolveSettings:
-    """Return ``settings`` with the default accuracy in place of the goal."""
-    return replace(settings, tolerance=_default(settings.tolerance.strong_convexity))
-
-
 @lru_cache(maxsize=16)
 def _default(strong_convexity: float | None) -> Tolerance:
     return Tolerance(strong_convexity=strong_convexity, bound_products=0)
 
 
-def decided(
-    settings: SolveSettings,
-    result: Hypergradient,
-    point: Point,
-    adjoint: Adjoint | None,
+@eager
+@isolated
+def solve_directly(
+    call: SolveCall,
+    lower: Problem,
+    upper: Problem,
+    x: torch.Tensor,
     before: torch.Tensor | None,
+    outer: OuterTensors,
     known: SearchState | None,
-) -> tuple[Hypergradient, SearchState | None]:
-    """Return ``result``, found at ``point`` to full accuracy, with the outcome of the goal of ``settings``; treat failure by its policy.
+    certify: Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], Bound],
+    checked: CheckedObjective,
+) -> tuple[SearchResult, HypergradientReport]:
+    """Solve from x (K, n) to full accuracy with the solvers of ``call``, and decide whether its goal is met; treat failure by its policy.
 
-    ``before`` is the adjoint (K, n) of the last call, and ``known`` what was measured until then. The second result is what is known now.
+    Parameters
+    ----------
+    call
+        It checks G, and holds the settings.
+    lower, upper
+        G and F.
+    x
+        The initial guess (K, n).
+    before
+        The adjoint (K, n) of the last call, for the mean over the problems, or None.
+    outer
+        Which of the problems' tensors are θ.
+    known
+        What was measured until then.
+    certify
+        (φ, q, ĝ, corrected value) ↦ the certificate's bound, which decides where the estimate does not suffice.
+    checked
+        F of ``upper``, checked when it is first evaluated.
+
+    Raises
+    ------
+    SolveError, ArgumentError, StochasticObjectiveError, CapturedTensorError
+        As :func:`~bilevel.problems.adaptive.driver.solve_to_goal` does.
     """
-    tolerance, report = settings.tolerance, result.report
-    flat = joined(leaf for leaf in pytree.tree_leaves(result.grad) if leaf is not None)
-    norm = float(flat.norm())
-    allowed, solved = tolerance.allowed(norm), bool(report.converged.all())
-    bound = Bound(math.nan, Basis.RESIDUAL)
-    linear = None if adjoint is None else adjoint.linearization
-    if solved and tolerance.estimates and adjoint is not None and linear is not None and math.isfinite(norm):
-        here = _iterate(point, adjoint, flat)
-        near = before is not None and float((before - point.q).norm()) <= _NEAR * float(point.q.norm())
-        bound, known = _estimated(tolerance, point, adjoint, here, known if near else None, norm)
+    tolerance, policy = call.settings.tolerance, call.settings.on_failure
+    here, found = _solved(call, lower, upper, x, outer, checked)
+    gradient = here.gradient
+    assert call.report is not None
+    report, norm = HypergradientReport(call.report, found.report), float(gradient.norm())
+    # Status.CONVERGED is 0, and what solves nearly always report.
+    solved = not bool((call.report.status_code | found.report.status_code).any()) or bool(report.converged.all())
+    allowed, bound = tolerance.allowed(norm), Bound(math.nan, Basis.RESIDUAL)
+    if solved and tolerance.estimates and math.isfinite(norm):
+        q, near = found.value, False
+        if before is not None and before.shape == q.shape:
+            near = float(torch.dist(before.to(q), q)) <= _NEAR * float(q.norm())
+        measure = partial(_measure, lower=lower, upper=upper, outer=outer, here=here)
+        bound, known = _estimated(tolerance, here, measure, known if near else None, norm)
     met = bound.value <= allowed
     if solved and not met:
-        bound = result.bound  # the certificate's, which costs much more
+        bound = certify(here.x, here.q, gradient, here.corrected)  # which costs much more
         met = bound.value <= allowed and (bound.basis is not Basis.ESTIMATED or tolerance.estimates)
     status = Status.CONVERGED if met else Status.STAGNATED if solved else _failure(report)
-    goal = GoalReport(tolerance, status, bound.value, allowed, bound.basis, 1, flat.dtype)
-    grad = result.grad
-    if treat_goal(goal, report.forward, settings.on_failure):
-        grad = pytree.tree_map(lambda leaf: None if leaf is None else torch.full_like(leaf, math.nan), grad)
-    return replace(result, grad=grad, report=replace(report, goal=goal), _decided=bound), known
+    goal = GoalReport(tolerance, status, bound.value, allowed, bound.basis, 1, gradient.dtype)
+    if treat_goal(goal, report.forward, policy) or call.poisoned or checked.poisoned:
+        gradient = torch.full_like(gradient, math.nan)
+    steps = report.forward.iterations, report.backward.iterations
+    return SearchResult(here, gradient, *steps, bound, None, goal, known), replace(report, goal=goal)
 
 
 def _failure(report: HypergradientReport) -> Status:
@@ -101,22 +137,42 @@ def _failure(report: HypergradientReport) -> Status:
     return Status(int(codes[~report.converged].reshape(-1)[0]))
 
 
-def _iterate(point: Point, adjoint: Adjoint, gradient: torch.Tensor) -> Iterate:
-    """Return the point that the solves reached, where the hypergradient is ``gradient`` (p,)."""
-    assert adjoint.linearization is not None
-    x, linear, count = point.x, adjoint.linearization, len(point.x)
-    target, zeros = _default(None).inner(x.dtype), torch.zeros_like(x)
-    # One direction of change is measured. Another may change ĝ by √n times as much.
-    error = math.sqrt(x.shape[1]) * float((target.rtol * x.abs() + target.atol).norm())
-    direct = count * gradient
-    return Iterate(
-        x, linear, linear.operator, adjoint.residual, zeros[:, 0], zeros, direct, point.q, count * adjoint.rho,
-        torch.zeros_like(direct), inner_error=error,
+def _solved(
+    call: SolveCall, lower: Problem, upper: Problem, x: torch.Tensor, outer: OuterTensors, checked: CheckedObjective
+) -> tuple[Iterate, Adjoint]:
+    """Return the point that the solves reach from x (K, n), and the result of the linear solve."""
+    adjoints: list[Adjoint] = []
+    tolerance = _default(call.settings.tolerance.strong_convexity)
+    call.settings = replace(call.settings, tolerance=tolerance, on_adjoint=adjoints.append)
+    needs_grad, count, memo = outer.needs_grad, lower.batch, LinearizationCache()
+    with torch.no_grad():
+        solution = call.solve(Problem(lower.system, lower.tensors, memo.look(needs_grad)), x.clone())
+    memo.adopt(solution, lower.tensors)
+    x = solution.reshape(x.shape)
+    values, v, direct = Objectives(lower, upper, outer, checked).slopes(x)
+    # The rule of implicit.Solve, for the mean over the problems.
+    linear = memo.linearize(lower.system, solution, lower.tensors, needs_grad, call.compare)
+    both = JointProduct(linear)
+    q = call.solve_linear(
+        linear.operator.T, v if count == 1 else v / count, lower.batch_shape, both,
+        lambda: pullbacks_of(both.pullback, lower.tensors, needs_grad),
     )  # fmt: skip
+    pulled = -outer.slope(both.pullback(-q.reshape(x.shape)))
+    found, target = adjoints[-1], tolerance.inner(x.dtype)
+    # One direction of change is measured. Another may change ĝ by √n times as much.
+    size = math.sqrt(x.shape[1])
+    error = size * (target.rtol * float(x.norm()) + target.atol * math.sqrt(x.numel()))
+    q, rho, pulled = (t if count == 1 else count * t for t in (found.value, found.rho, pulled))
+    here = Iterate(x, linear, linear.operator, found.residual, values, v, direct, q, rho, pulled, inner_error=error)
+    return here, found
 
 
 def _estimated(
-    tolerance: Tolerance, point: Point, adjoint: Adjoint, here: Iterate, known: SearchState | None, norm: float
+    tolerance: Tolerance,
+    here: Iterate,
+    measure: Callable[[SearchState], None],
+    known: SearchState | None,
+    norm: float,
 ) -> tuple[Bound, SearchState]:
     """Return the estimate of ‖ĝ − g‖ at ``here``, where ‖ĝ‖ is ``norm``, and what is known then.
 
@@ -130,23 +186,33 @@ def _estimated(
         if bound.value + rounding <= tolerance.allowed(norm):
             return replace(bound, value=bound.value + rounding), known
     known = SearchState()
-    model = ErrorModel(tolerance, known)
-    _measure(model, point, adjoint, here)
-    bound = model.estimate(here)
+    measure(known)
+    bound = ErrorModel(tolerance, known, looked=known.looks > 0).estimate(here)
     return replace(bound, value=bound.value + rounding), known
 
 
-def _measure(model: ErrorModel, point: Point, adjoint: Adjoint, here: Iterate) -> None:
-    """Let ``model`` learn from a step that moves all unknowns at once, by random signs, each by the same part of itself."""
-    x, target = point.x, _default(None).inner(point.x.dtype)
+def _measure(known: SearchState, *, lower: Problem, upper: Problem, outer: OuterTensors, here: Iterate) -> None:
+    """Learn from a step that moves all unknowns at once, by random signs, each by the same part of itself."""
+    x, count, target = here.x, lower.batch, _default(None).inner(here.x.dtype)
     step = torch.finfo(x.dtype).eps ** (1 / 3) * irregular_signs(x) * (x.abs() + target.atol / target.rtol)
-    objectives = Objectives(
-        point.lower.replayed_from(adjoint.replays), point.upper, point.needs_grad, point.upper.system.outputs
-    )
-
-    def solve(there: Iterate, rhs: torch.Tensor) -> torch.Tensor:
-        found = solve_nearby(here.operator, rhs)
-        model.known.nu = math.sqrt(x.shape[1]) * float(found.norm()) / float(rhs.norm())
-        return found
-
-    model.look_aside(here, objectives.at(x + step), objectives, solve)
+    there = lower.linearize(x + step, outer.needs_grad)
+    if not isinstance(there.operator, HessianOperator):
+        return  # outside the domain of G
+    point, leaves = there.operator.point, there.leaves
+    with torch.enable_grad():
+        values = upper.system.outputs(upper.shaped(point), *leaves)
+    # One pass gives the slopes of the sum of F − ⟨q, ∇G⟩: ρ, and ĝ with the adjoint of `here`.
+    chosen = [leaf for leaf, want in zip(leaves, outer.needs_grad, strict=True) if want]
+    rho, *parts = reverse_pass([values, there.residual], [point, *chosen], [torch.ones_like(values), -here.q])
+    turn = rho - here.rho
+    if bool((turn != 0).any()):
+        moved = solve_nearby(here.operator, turn)
+        known.nu = math.sqrt(x.shape[1]) * float(moved.norm()) / float(turn.norm())
+        pulled = (part for part in there.pullback(moved) if part is not None)
+        parts = [a - b for a, b in zip(parts, pulled, strict=True)]
+    change = float((outer.slope(parts) - here.direct + here.pulled).norm()) / count
+    length, numbers = float(here.q.norm()), here.direct.numel()
+    if length:
+        known.pull, known.pulls = float(here.pulled.norm()) / count / length, numbers
+    if math.isfinite(change):
+        known.slope, known.numbers, known.looks = change / float(step.norm()), numbers, 1

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
@@ -22,6 +22,7 @@ from bilevel.policy import OnFailure, apply_policy
 from bilevel.problems.adaptive.search import Search
 from bilevel.problems.adaptive.state import GoalReport, SearchResult, SearchState
 from bilevel.problems.checks import CheckedObjective
+from bilevel.problems.definition import OuterTensors
 from bilevel.problems.result import Hypergradient, HypergradientReport
 from bilevel.pytree import moves
 from bilevel.reports import Basis, Pass, SolveReport, Status
@@ -37,7 +38,7 @@ def solve_to_goal(
     upper: Problem,
     x: torch.Tensor,
     q: torch.Tensor | None,
-    needs_grad: Sequence[bool],
+    outer: OuterTensors,
     known: SearchState | None,
     certify: Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], Bound],
     checked: CheckedObjective,
@@ -48,7 +49,7 @@ def solve_to_goal(
     ----------
     call
         It checks G, and holds the settings.
-    lower, upper, needs_grad, known, certify
+    lower, upper, outer, known, certify
         See :class:`~bilevel.problems.adaptive.search.Search`.
     x, q
         The initial guesses (K, n); q may be None.
@@ -69,7 +70,7 @@ def solve_to_goal(
     lower = lower.replayed_from(None if seen is None else seen.replays)
     solver, linear = settings.solver or default_solvers(lower)[0], settings.linear_solver
     search = Search(
-        lower, upper, needs_grad, solver, (lambda operator: default_linear_solver(operator) if linear is None else linear),
+        lower, upper, outer, solver, (lambda operator: default_linear_solver(operator) if linear is None else linear),
         settings.tolerance, known, certify, checked,
     )  # fmt: skip
     if lower.batch == 1 and seen is not None and seen.found is not None:

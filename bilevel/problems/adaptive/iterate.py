@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -11,7 +11,7 @@ from bilevel._torch.reverse import reverse_pass
 from bilevel.equations.linearization import Linearization
 from bilevel.equations.problem import Problem
 from bilevel.operators import LinearOperator
-from bilevel.pytree import as_real
+from bilevel.problems.definition import OuterTensors
 
 __all__ = ["Iterate", "Objectives"]
 
@@ -88,7 +88,7 @@ class Objectives:
     ----------
     lower, upper
         G and F, as problems with the same tensors.
-    needs_grad
+    outer
         Which of these tensors are θ.
     outputs
         (φ, *tensors) ↦ F; that of ``upper``, or one that also checks F.
@@ -96,13 +96,14 @@ class Objectives:
 
     lower: Problem
     upper: Problem
-    needs_grad: tuple[bool, ...]
+    outer: OuterTensors
     outputs: Callable[..., torch.Tensor]
 
     def at(self, x: torch.Tensor) -> Iterate:
         """Return the iterate at ``x`` (K, n) with the adjoint zero: two passes."""
-        linear = self.lower.linearize(x, self.needs_grad)
-        values, v, direct = self._slopes(x)
+        linear = self.lower.linearize(x, self.outer.needs_grad)
+        values, v, direct = self.slopes(x)
+        direct = direct.to(x)
         return Iterate(
             x, linear, linear.operator, linear.residual.detach(), values, v, direct,
             torch.zeros_like(x), v, torch.zeros_like(direct),
@@ -117,25 +118,19 @@ class Objectives:
     def joint(self, linear: Linearization, q: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Return H q (K, n) and the sum of the problems' Bᵀq (p,): one pass."""
         product, parts = linear.pull(q)
-        return product, flattened(parts, q)
+        return product, self.outer.slope(parts).to(q)
 
-    def _slopes(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def slopes(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Return F (K,), ∇_φF (K, n) and the sum of the problems' ∇_θF (p,): one pass."""
         upper = self.upper
         with torch.enable_grad():
             point = x.detach().requires_grad_(True)
             tensors = [
                 t.detach().requires_grad_(True) if want else t
-                for t, want in zip(upper.tensors, self.needs_grad, strict=True)
+                for t, want in zip(upper.tensors, self.outer.needs_grad, strict=True)
             ]
             values = self.outputs(upper.shaped(point), *tensors)
             total = values.sum()
-        theta = [t for t, want in zip(tensors, self.needs_grad, strict=True) if want]
+        theta = [t for t, want in zip(tensors, self.outer.needs_grad, strict=True) if want]
         slope, *direct = reverse_pass([total], [point, *theta], [torch.ones_like(total)], retain_graph=False)
-        return values.detach().reshape(-1), slope, flattened(direct, x)
-
-
-def flattened(parts: Sequence[torch.Tensor | None], like: torch.Tensor) -> torch.Tensor:
-    """Return the gradients in ``parts`` as one real vector (p,), in the dtype of ``like``."""
-    found = [as_real(part).reshape(-1) for part in parts if part is not None]
-    return torch.cat(found).to(like) if found else like.new_zeros(0)
+        return values.detach().reshape(-1), slope, self.outer.slope(direct)

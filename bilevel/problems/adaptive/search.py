@@ -20,7 +20,7 @@ has the last word.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 
 import torch
@@ -36,6 +36,7 @@ from bilevel.problems.adaptive.error_model import ErrorModel
 from bilevel.problems.adaptive.iterate import Iterate, Objectives
 from bilevel.problems.adaptive.quasi_newton import JointOperator, RecordedOperator, RecordingProblem
 from bilevel.problems.adaptive.state import GoalReport, SearchResult, SearchState
+from bilevel.problems.definition import OuterTensors
 from bilevel.reports import Basis, Status
 from bilevel.solvers._base import InnerSolver
 from bilevel.solvers._error import irregular_signs, rounding
@@ -68,7 +69,7 @@ class Search:
     ----------
     lower, upper
         G and F.
-    needs_grad
+    outer
         Which of the problems' tensors are θ.
     solver
         The inner solver. It begins a first call, and continues where Newton's method fails.
@@ -88,7 +89,7 @@ class Search:
         self,
         lower: Problem,
         upper: Problem,
-        needs_grad: Sequence[bool],
+        outer: OuterTensors,
         solver: InnerSolver,
         linear_solver: Callable[[LinearOperator], LinearSolver],
         tolerance: Tolerance,
@@ -97,7 +98,7 @@ class Search:
         outputs: Callable[..., torch.Tensor],
     ) -> None:
         self.lower = RecordingProblem(lower.system, lower.tensors, replays=lower.replays)
-        self.objectives = Objectives(self.lower, upper, tuple(needs_grad), outputs)
+        self.objectives = Objectives(self.lower, upper, outer, outputs)
         self.solver, self.choose = solver, linear_solver
         self.cold = known is None or known.slope == 0
         self.known = SearchState() if known is None else known

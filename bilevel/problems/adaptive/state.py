@@ -188,7 +188,7 @@ class SearchResult:
     bound
         The bound or the estimate that decided, with its parts.
     value_error
-        The estimated error of the corrected value (C4), which is of second order.
+        The estimated error of the corrected value (C4), which is of second order; None if it was not estimated.
     report
         The report of the goal.
     known
@@ -200,11 +200,11 @@ class SearchResult:
     inner_steps: torch.Tensor
     linear_steps: torch.Tensor
     bound: Bound
-    value_error: float
+    value_error: float | None
     report: GoalReport
-    known: SearchState
+    known: SearchState | None
 
     @property
     def finite(self) -> bool:
         """Whether φ and q are finite, so that the next call can begin there."""
-        return bool(torch.isfinite(self.here.x).all() & torch.isfinite(self.here.q).all())
+        return self.report.met or bool(torch.isfinite(self.here.x).all() & torch.isfinite(self.here.q).all())

@@ -84,6 +84,8 @@ nitpick_ignore_regex = [
         r"(InnerSolverLike|LinearSolverLike|OnFailure|Decorator|Auto|Hyperparameters|TreeSpec|PyTree|Table|Console|Policy|Figure|OptimizerLike|Reference)",
     ),
     (r"py:.*", r"(InnerSolverLike|LinearSolverLike|OnFailure|bilevel\..*\._.*|bilevel\._.*|bilevel\.tolerance\.Auto)"),
+    # What the solvers are made of.
+    (r"py:.*", r"bilevel\.solvers\.(judging|constrained|composite|programs|parts)\..*"),
     (r"py:class", r".*[ \[\]|(,].*"),
     (r"py:obj", r".*"),
     # Aliases of types, bases that are not public, and option dictionaries of signatures: they have no page.

@@ -263,3 +263,29 @@ def test_unknowns_stay_exactly_on_their_bounds_where_equations_repeat_each_other
         for layer in (every, one_left_out)
     ]
     torch.testing.assert_close(slopes[0], slopes[1])
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_inequalities_that_leave_no_interior(seed: int) -> None:
+    # An inequality repeats an equation, or two inequalities leave their common border alone.
+    torch.manual_seed(seed)
+    n = 4
+    M, a, w = torch.randn(n, n, dtype=torch.float64), torch.randn(n, dtype=torch.float64), torch.arange(n).double()
+    Q, row = M @ M.mT + 0.1 * torch.eye(n, dtype=torch.float64), torch.randn(1, n, dtype=torch.float64)
+
+    def objective(x: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
+        return 0.5 * x @ Q @ x + q @ x
+
+    limits = {"lower": -1.0, "upper": 1.0}
+    repeated = bilevel.argmin(
+        objective, equality=lambda x, q: row @ x - 0.3, inequality=lambda x, q: 2 * row @ x - 0.6, **limits
+    )
+    both_sides = bilevel.argmin(objective, inequality=lambda x, q: torch.cat([row @ x - 0.3, 0.3 - row @ x]), **limits)
+    plain = bilevel.argmin(objective, equality=lambda x, q: row @ x - 0.3, **limits)
+    start = torch.zeros(n, dtype=torch.float64)
+    expected, slope = plain(start, a), jacrev(lambda q: (w * plain(start, q) ** 2).sum())(a)
+    for layer in (repeated, both_sides):
+        solution = layer.solve(start, a)
+        assert solution.report.status == Status.CONVERGED
+        torch.testing.assert_close(solution.value, expected)
+    torch.testing.assert_close(jacrev(lambda q: (w * repeated(start, q) ** 2).sum())(a), slope)

@@ -16,6 +16,7 @@ from bilevel.solvers.constrained.central_path import centred
 from bilevel.solvers.constrained.found import Found
 from bilevel.solvers.constrained.implied import Weak
 from bilevel.solvers.constrained.interior_pieces import pick
+from bilevel.solvers.constrained.loosening import polished_by_loosening
 from bilevel.solvers.constrained.program import Answer, ConstrainedSolver, Program
 from bilevel.solvers.constrained.regularity import Findings, examine, explained
 from bilevel.solvers.constrained.restoration import with_feasibility
@@ -111,7 +112,10 @@ def _found(
         return _on_the_path(program, answer, smoothing, used)
     if program.size > DENSE_LIMIT and program.only_bounds:
         return _large(program, answer, used, name)
+    start = answer.x
     answer, point = _with_only_points(program, *_settled(program, answer, resume))
+    if resume is not None:
+        answer, point = _without_interior(program, answer, point, start)
     return _judged(program, answer, point, used, name)
 
 
@@ -276,6 +280,18 @@ def _with_only_points(program: Program, answer: Answer, point: Polished) -> tupl
     x, status = torch.where(mask, x, answer.x), torch.where(found, int(Status.CONVERGED), answer.status)
     answer = replace(answer, x=x, equality=multipliers[0], inequality=multipliers[1], status=status)
     return answer, merge(found, replace(point, x=x, equality=multipliers[0], inequality=multipliers[1]), point)
+
+
+def _without_interior(
+    program: Program, answer: Answer, point: Polished, start: torch.Tensor
+) -> tuple[Answer, Polished]:
+    """Return the answers that are no solutions with those of problems whose inequalities leave no interior."""
+    these = ~point.good & is_one_of(answer.status, _UNSOLVED)
+    if not program.inequalities or not _recoverable(program) or not bool(these.any()):
+        return answer, point
+    found, steps = polished_by_loosening(program, start, these)
+    answer = replace(answer, iterations=answer.iterations + torch.where(these, steps, 0))
+    return answer, merge(found.good, found, point)
 
 
 def _polished(program: Program, answer: Answer) -> Polished:

@@ -94,7 +94,7 @@ def theseus_s(y: torch.Tensor, steps: int) -> Callable[[], torch.Tensor]:
     def run() -> torch.Tensor:
         given = y.clone().requires_grad_()
         inputs = {"p": torch.ones(FITS, 3, dtype=torch.float64), "y": given}
-        options = {"backward_mode": "implicit", "damping": 0.01, "adaptive_damping": True}
+        options = {"backward_mode": "implicit", "damping": 1e-3}  # with adaptive damping some fits end elsewhere
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             found, _ = layer.forward(inputs, optimizer_kwargs=options)

@@ -2065,6 +2065,10 @@ MUTATIONS = (
         ("tests/test_failures.py", "-k", "without_a_tolerance"),
     ),
     Mutation(
+        "inequalities without an interior are given up", "solvers/constrained/solve.py", "    if resume is not None:\n        answer, point = _without", "    if False:\n        answer, point = _without",
+        ("tests/constraints/test_degenerate.py", "-k", "no_interior"),
+    ),
+    Mutation(
         "unknowns leave their bounds by rounding", "solvers/constrained/active_set.py", "torch.where(held, 0.0, step[:, :n])", "step[:, :n]",
         ("tests/constraints/test_degenerate.py", "-k", "stay_exactly"),
     ),

@@ -6,6 +6,7 @@ At the polished point λ = 0 holds exactly where a constraint is inactive, and x
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -15,7 +16,7 @@ from bilevel.solvers._base import merge
 from bilevel.solvers.constrained.kkt import solve_symmetric
 from bilevel.solvers.constrained.program import Answer, Program
 
-__all__ = ["Measures", "Polished", "continued", "measure", "polish", "recovered"]
+__all__ = ["Measures", "Polished", "continued", "measure", "polish", "polished_without_multipliers", "recovered"]
 
 _MOST_ROUNDS, _MOST_STEPS = 12, 12
 # The tolerance of signs and violations, relative to the sizes of forces and of x.
@@ -164,6 +165,23 @@ def recovered(program: Program, answer: Answer, near: float, *, singly: bool = F
             break
         active, held = active & ~dropped, held & ~inward
     return Answer(x, equality, inequality.clamp_min(0), answer.status, answer.iterations)
+
+
+def polished_without_multipliers(
+    program: Program, answer: Answer, ways: Sequence[tuple[float, bool]], these: torch.Tensor | None = None
+) -> Polished:
+    """Return the answer polished with recovered multipliers, whatever its own: each problem in the first of the ``ways`` in which it is good.
+
+    A way is ``near`` and ``singly`` of :func:`recovered`. The search ends where the problems ``these`` (K,), by default all, are good.
+    """
+    point: Polished | None = None
+    for near, singly in ways:
+        found = polish(program, recovered(program, answer, near, singly=singly))
+        point = found if point is None else merge(point.good, point, found)
+        if bool((point.good if these is None else point.good | ~these).all()):
+            break
+    assert point is not None
+    return point
 
 
 def _identified(program: Program, x: torch.Tensor, answer: Answer, at: Measures) -> Polished:

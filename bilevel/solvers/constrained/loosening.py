@@ -11,15 +11,15 @@ from dataclasses import replace
 import torch
 
 from bilevel.reports import Status
-from bilevel.solvers._base import merge
-from bilevel.solvers.constrained.active_set import Polished, measure, polish, recovered
+from bilevel.solvers.constrained.active_set import Polished, measure, polished_without_multipliers
 from bilevel.solvers.constrained.program import Answer, Program
 from bilevel.solvers.interior_point import InteriorPoint
 
 __all__ = ["polished_by_loosening"]
 
 # By how much inequalities are loosened, in shares of the size of x; and up to which share a constraint counts as active then.
-_LOOSENED, _NEAR = 1e-6, (1e-5, 1e-3)
+_LOOSENED = 1e-6
+_WAYS = ((1e-5, False), (1e-5, True), (1e-3, False), (1e-3, True))
 
 
 def polished_by_loosening(program: Program, init: torch.Tensor, these: torch.Tensor) -> tuple[Polished, torch.Tensor]:
@@ -32,12 +32,7 @@ def polished_by_loosening(program: Program, init: torch.Tensor, these: torch.Ten
     x = torch.where((finite & these).unsqueeze(-1), answer.x, init)
     unknown = torch.full_like(answer.status, int(Status.NOT_CONVERGED))
     start = Answer(x, *none, unknown, answer.iterations)
-    point = polish(program, recovered(program, start, _NEAR[0]))
-    for near in _NEAR:
-        for singly in (False, True):
-            if bool((point.good | ~these).all()):
-                break
-            point = merge(point.good, point, polish(program, recovered(program, start, near, singly=singly)))
+    point = polished_without_multipliers(program, start, _WAYS, these)
     return replace(point, good=point.good & these), answer.iterations
 
 

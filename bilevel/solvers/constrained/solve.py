@@ -10,7 +10,14 @@ import torch
 from bilevel.errors import ArgumentError
 from bilevel.reports import Status
 from bilevel.solvers._base import InnerSolver, is_one_of, merge
-from bilevel.solvers.constrained.active_set import Polished, continued, measure, polish, recovered
+from bilevel.solvers.constrained.active_set import (
+    Polished,
+    continued,
+    measure,
+    polish,
+    polished_without_multipliers,
+    recovered,
+)
 from bilevel.solvers.constrained.beside import lower_points, lower_points_in_bounds
 from bilevel.solvers.constrained.central_path import centred
 from bilevel.solvers.constrained.found import Found
@@ -30,8 +37,10 @@ from bilevel.solvers.projected_newton import DENSE_LIMIT, ProjectedNewton
 __all__ = ["solve_constrained"]
 
 _UNSOLVED = (Status.MAX_STEPS, Status.STAGNATED, Status.NOT_CONVERGED, Status.LINE_SEARCH_FAILED)
-# Without multipliers, constraints within these shares of the size of x are tried as active.
-_NEAR = (1e-5, 1e-7, 1e-3, 1e-2)
+# Without multipliers, constraints within these shares of the size of x are tried as active. The second ways drop multipliers of a wrong sign
+# all together, and one by one.
+_WAYS = tuple((near, False) for near in (1e-5, 1e-7, 1e-3, 1e-2))
+_OTHER_WAYS = ((1e-7, False), (1e-7, True))
 # An initial guess is nearly a solution if its violation and its projected gradient are below this share of their sizes.
 _KNOWN, _MOST_RECOVERED = 1e-3, 256
 _MOST_RESUMES, _MOST_SADDLES = 2, 3
@@ -296,10 +305,10 @@ def _without_interior(
 
 def _polished(program: Program, answer: Answer) -> Polished:
     usable = is_one_of(answer.status, (Status.CONVERGED, *_UNSOLVED))
-    point = polish(program, answer) if answer.known else _without_multipliers(program, answer)
+    point = polish(program, answer) if answer.known else polished_without_multipliers(program, answer, _WAYS)
     if bool((usable & ~point.good).any()) and _recoverable(program):
         # Where constraints leave no interior, multipliers of the central path grow without end. Others may exist.
-        point = merge(point.good, point, _with_other_multipliers(program, answer))
+        point = merge(point.good, point, polished_without_multipliers(program, answer, _OTHER_WAYS))
     return point
 
 
@@ -326,24 +335,6 @@ def _judged(program: Program, answer: Answer, point: Polished, used: str, name: 
     alone = findings.degenerate & (status == Status.CONVERGED)
     compared = weak.among(alone & findings.comparable) if bool(findings.comparable.any()) else None
     return Found(x, equality, inequality, status, answer.iterations, alone, words, used, compared, lower)
-
-
-def _without_multipliers(program: Program, answer: Answer) -> Polished:
-    """Return the polished answer of a solver without multipliers. Ever fewer constraints near x count as active until one set fits."""
-    point = polish(program, recovered(program, answer, _NEAR[0]))
-    for near in _NEAR[1:]:
-        if bool(point.good.all()):
-            break
-        point = merge(point.good, point, polish(program, recovered(program, answer, near)))
-    return point
-
-
-def _with_other_multipliers(program: Program, answer: Answer) -> Polished:
-    """Return the answer polished with multipliers of constraints near x, whatever those of the solver were."""
-    point = polish(program, recovered(program, answer, _NEAR[1]))
-    if bool(point.good.all()):
-        return point
-    return merge(point.good, point, polish(program, recovered(program, answer, _NEAR[1], singly=True)))
 
 
 def _recoverable(program: Program) -> bool:

@@ -82,6 +82,10 @@ class EquilibriumSystem(RootSystem):
         assert isinstance(self.function, Players)
         return len(self.function.objectives)
 
+    def as_a(self, kind: type[EquilibriumSystem]) -> EquilibriumSystem:
+        """Return another function of the same players and tensors, of this ``kind``."""
+        return kind(**{field.name: getattr(self, field.name) for field in fields(self)})
+
     @property
     def has_kinks(self) -> bool:
         """Whether a player has a bound or a proximal term."""
@@ -217,7 +221,7 @@ def bound_state(problem: Problem, x: torch.Tensor) -> BoundState | None:
 
 def _pieces_of(system: EquilibriumSystem, x: torch.Tensor, problem: Problem) -> tuple[torch.Tensor, ...]:
     """Return the lower bounds, the upper bounds and F at ``x``, and what terms say of it (each (batch, n)): see :class:`_Pieces`."""
-    pieces = _Pieces(**{field.name: getattr(system, field.name) for field in fields(system)})
+    pieces = system.as_a(_Pieces)
     made = pieces.outputs(problem.shaped(x), *problem.tensors).detach()  # (*batch, 5, n)
     return made.reshape(len(x), 5, x.shape[-1]).unbind(1)
 
@@ -280,10 +284,7 @@ def _landing(problem: Problem, x: torch.Tensor, *, dense: bool) -> LinearOperato
     """Return the derivative of the players' projections and proximal points at x − F(x)."""
     system = problem.system
     assert isinstance(system, EquilibriumSystem)
-    slopes, landed = (
-        Problem(kind(**{field.name: getattr(system, field.name) for field in fields(system)}), problem.tensors)
-        for kind in (SlopeSystem, _Landed)
-    )
+    slopes, landed = (Problem(system.as_a(kind), problem.tensors) for kind in (SlopeSystem, _Landed))
     moved = x - slopes.residual(x)
     return (landed.linearize_dense if dense else landed.linearize)(moved).operator
 

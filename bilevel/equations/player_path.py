@@ -12,7 +12,7 @@ The family is the root of H(x, t) = x − prox_{t s g}(t (x − s F(x)) + (1 −
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -48,8 +48,7 @@ def path_problem(problem: Problem, origin: torch.Tensor) -> tuple[Problem, torch
     """
     system = problem.system
     assert isinstance(system, EquilibriumSystem)
-    slopes = SlopeSystem(**{field.name: getattr(system, field.name) for field in fields(system)})
-    linear = Problem(slopes, problem.tensors).linearize_dense(origin)
+    linear = Problem(system.as_a(SlopeSystem), problem.tensors).linearize_dense(origin)
     size = (linear.residual.abs() / (1 + origin.abs())).amax(-1)
     size = torch.maximum(size, linear.operator.dense().abs().sum(-1).amax(-1))
     scale = torch.where((size > 0) & torch.isfinite(size), 1 / size, torch.ones_like(size))

@@ -71,6 +71,7 @@ format: $(VENV)/.dev
 
 types: $(VENV)/.dev
 	$(BIN)/mypy
+	cd benchmarks && ../$(BIN)/mypy *.py
 
 doctest: $(VENV)/.dev
 	$(BIN)/python -m pytest -q --doctest-modules bilevel

@@ -535,7 +535,11 @@ MUTATIONS = (
         ("tests/test_matrix_games.py", "-k", "pennies or bilinear"),
     ),
     Mutation(
-        "a path that turns back", "solvers/parts/path.py", "torch.where(sign < 0, -1.0, 1.0)", "torch.where(sign < 0, 1.0, 1.0)",
+        "steps of least squares in torch's default dtype", "solvers/levenberg_marquardt.py", "torch.ones_like(after), 0.5)", "1.0, 0.5)",
+        ("tests/test_mixed_dtypes.py", "-k", "default_dtype"),
+    ),
+    Mutation(
+        "a path that turns back", "solvers/parts/path.py", "torch.where((sign < 0).unsqueeze(-1), -v, v)", "v",
         ("tests/test_matrix_games.py", "-k", "bimatrix"),
     ),
     Mutation(

@@ -420,6 +420,10 @@ MUTATIONS = (
         ("tests/solvers/test_error.py", "-k", "kinks_are_told"),
     ),
     Mutation(
+        "an answer judged by its residual alone", "solvers/judging/given_answer.py", "codes, factor = _by_step(problem, x, residual, codes)", "factor = None",
+        ("tests/test_differentiation.py", "-k", "flat_direction"),
+    ),
+    Mutation(
         "an answer is refused where the residual at zero is infinite", "solvers/judging/given_answer.py",
         "sizes.nan_to_num(0.0, 0.0).amax(0)", "sizes.amax(0).nan_to_num(0.0, 0.0)",
         ("tests/test_differentiation.py", "-k", "infinite_at_zero"),

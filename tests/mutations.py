@@ -420,6 +420,10 @@ MUTATIONS = (
         ("tests/solvers/test_error.py", "-k", "kinks_are_told"),
     ),
     Mutation(
+        "the unknown's pytree in the place of its flat vector", "layers/rectangular.py", "check_captures(system, point, tensors",
+        "check_captures(system, start, tensors", ("tests/test_rectangular.py", "-k", "transforms_of_pytrees"),
+    ),
+    Mutation(
         "an answer judged by its residual alone", "solvers/judging/given_answer.py", "codes, factor = _by_step(problem, x, residual, codes)", "factor = None",
         ("tests/test_differentiation.py", "-k", "flat_direction"),
     ),

@@ -43,6 +43,20 @@ def test_one_step_is_the_jacobian_free_gradient() -> None:
     assert torch.equal(slope(layer, A), torch.ones(2, dtype=F64))
 
 
+@pytest.mark.parametrize(("way", "right"), [(bilevel.OneStep(), 1), (bilevel.Truncated(2), 3)])
+def test_the_orders_of_derivatives_that_newton_steps_have_without_bias(way, right: int) -> None:
+    def orders(differentiation) -> list[float]:
+        layer = bilevel.root(lambda x, a: x**3 + x - a, differentiation=differentiation)
+        function, found = lambda a: layer(torch.tensor(0.5, dtype=F64), a), []
+        for _ in range(3):
+            function = torch.func.jacrev(function)
+            found.append(function(torch.tensor(0.7, dtype=F64)).item())
+        return found
+
+    same = [abs(one - other) < 1e-9 for one, other in zip(orders(way), orders(bilevel.Implicit()), strict=True)]
+    assert same == [order <= right for order in (1, 2, 3)]
+
+
 @pytest.mark.parametrize(("steps", "damping"), [(1, 0.5), (5, 0.5), (4, 1.0)])
 def test_phantom_gradients_are_those_of_damped_steps(steps: int, damping: float) -> None:
     layer = bilevel.fixed_point(mapping, differentiation=bilevel.PhantomGradient(steps=steps, damping=damping))

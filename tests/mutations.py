@@ -539,7 +539,7 @@ MUTATIONS = (
         "hessian @ landing.dense()[:, rows, rows].mT", "hessian", ("tests/test_matrix_games.py", "-k", "curvature"),
     ),
     Mutation(
-        "a game left to Newton's method alone", "solvers/defaults.py", "return _NEWTON, _AFTER_NEWTON_IN_GAMES", "return _NEWTON, _AGAIN",
+        "a game left to Newton's method alone", "solvers/defaults.py", "return _BRIEF_NEWTON, _AFTER_NEWTON_IN_GAMES", "return _NEWTON, _AGAIN",
         ("tests/test_matrix_games.py", "-k", "pennies or bilinear"),
     ),
     Mutation(

@@ -420,6 +420,14 @@ MUTATIONS = (
         ("tests/solvers/test_error.py", "-k", "kinks_are_told"),
     ),
     Mutation(
+        "the unknown's pytree in the place of its flat vector", "layers/rectangular.py", "check_captures(system, point, tensors",
+        "check_captures(system, start, tensors", ("tests/test_rectangular.py", "-k", "transforms_of_pytrees"),
+    ),
+    Mutation(
+        "an answer judged by its residual alone", "solvers/judging/given_answer.py", "codes, factor = _by_step(problem, x, residual, codes)", "factor = None",
+        ("tests/test_differentiation.py", "-k", "flat_direction"),
+    ),
+    Mutation(
         "an answer is refused where the residual at zero is infinite", "solvers/judging/given_answer.py",
         "sizes.nan_to_num(0.0, 0.0).amax(0)", "sizes.amax(0).nan_to_num(0.0, 0.0)",
         ("tests/test_differentiation.py", "-k", "infinite_at_zero"),
@@ -531,11 +539,15 @@ MUTATIONS = (
         "hessian @ landing.dense()[:, rows, rows].mT", "hessian", ("tests/test_matrix_games.py", "-k", "curvature"),
     ),
     Mutation(
-        "a game left to Newton's method alone", "solvers/defaults.py", "return _NEWTON, _AFTER_NEWTON_IN_GAMES", "return _NEWTON, _AGAIN",
+        "a game left to Newton's method alone", "solvers/defaults.py", "return _BRIEF_NEWTON, _AFTER_NEWTON_IN_GAMES", "return _NEWTON, _AGAIN",
         ("tests/test_matrix_games.py", "-k", "pennies or bilinear"),
     ),
     Mutation(
-        "a path that turns back", "solvers/parts/path.py", "torch.where(sign < 0, -1.0, 1.0)", "torch.where(sign < 0, 1.0, 1.0)",
+        "steps of least squares in torch's default dtype", "solvers/levenberg_marquardt.py", "torch.ones_like(after), 0.5)", "1.0, 0.5)",
+        ("tests/test_mixed_dtypes.py", "-k", "default_dtype"),
+    ),
+    Mutation(
+        "a path that turns back", "solvers/parts/path.py", "torch.where((sign < 0).unsqueeze(-1), -v, v)", "v",
         ("tests/test_matrix_games.py", "-k", "bimatrix"),
     ),
     Mutation(

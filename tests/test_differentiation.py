@@ -43,6 +43,20 @@ def test_one_step_is_the_jacobian_free_gradient() -> None:
     assert torch.equal(slope(layer, A), torch.ones(2, dtype=F64))
 
 
+@pytest.mark.parametrize(("way", "right"), [(bilevel.OneStep(), 1), (bilevel.Truncated(2), 3)])
+def test_the_orders_of_derivatives_that_newton_steps_have_without_bias(way, right: int) -> None:
+    def orders(differentiation) -> list[float]:
+        layer = bilevel.root(lambda x, a: x**3 + x - a, differentiation=differentiation)
+        function, found = lambda a: layer(torch.tensor(0.5, dtype=F64), a), []
+        for _ in range(3):
+            function = torch.func.jacrev(function)
+            found.append(function(torch.tensor(0.7, dtype=F64)).item())
+        return found
+
+    same = [abs(one - other) < 1e-9 for one, other in zip(orders(way), orders(bilevel.Implicit()), strict=True)]
+    assert same == [order <= right for order in (1, 2, 3)]
+
+
 @pytest.mark.parametrize(("steps", "damping"), [(1, 0.5), (5, 0.5), (4, 1.0)])
 def test_phantom_gradients_are_those_of_damped_steps(steps: int, damping: float) -> None:
     layer = bilevel.fixed_point(mapping, differentiation=bilevel.PhantomGradient(steps=steps, damping=damping))
@@ -373,6 +387,37 @@ def test_an_answer_is_judged_where_the_function_is_infinite_at_zero() -> None:
     assert torch.allclose(found, exact, rtol=1e-8)
     with pytest.raises(bilevel.SolveError, match="is no solution"):
         layer.at(1.5 * exact, a)
+
+
+FLAT = torch.tensor([1.0, 1e-4], dtype=torch.float64)
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [
+        bilevel.argmin(lambda x, a: (FLAT * (x**4 / 4 - a * x)).sum()),
+        bilevel.root(lambda x, a: FLAT * (x**3 - a)),
+        bilevel.fixed_point(lambda x, a: x - FLAT * (x**3 - a)),
+        bilevel.least_squares(lambda x, a: FLAT.sqrt() * (x**3 - a)),
+    ],
+)
+def test_an_answer_that_is_wrong_in_a_flat_direction_is_refused(layer) -> None:
+    a = torch.ones(2, dtype=torch.float64)
+    near = torch.tensor([1.0, 1.001], dtype=torch.float64)
+    found = torch.func.jacrev(lambda a: layer.at(near, a))(a)
+    assert torch.allclose(found, torch.eye(2, dtype=torch.float64) / 3, rtol=5e-3)
+    with pytest.raises(bilevel.SolveError, match="is no solution"):
+        layer.at(torch.tensor([1.0, 3.0], dtype=torch.float64), a)
+
+
+def test_an_early_answer_that_may_be_shifted_is_accepted() -> None:
+    """The Hessian is singular: Newton's next step is the shortest one."""
+    logits = bilevel.argmin(lambda x, a: torch.logsumexp(x, 0) - (torch.softmax(a, 0) * x).sum())
+    answer = torch.tensor([1.0, 2.0, 3.001], dtype=torch.float64) + 5
+    a = torch.tensor([1.0, 2.0, 3.0], dtype=torch.float64, requires_grad=True)
+    x = logits.at(answer, a)
+    (found,) = torch.autograd.grad(x[2] - x[0], a)
+    assert torch.allclose(found, torch.tensor([-1.0, 0.0, 1.0], dtype=torch.float64), atol=3e-3)
 
 
 @pytest.mark.parametrize("way", [bilevel.OneStep(), bilevel.Truncated(3), bilevel.PhantomGradient(steps=2)])

@@ -56,3 +56,38 @@ def test_an_argument_may_have_another_dtype_than_the_unknown(name: str, unknown:
     (x, grad), (reference, of_reference) = found
     torch.testing.assert_close(x, reference, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(grad, of_reference, rtol=2e-3, atol=2e-3)
+
+
+def game(init: torch.Tensor, c: torch.Tensor) -> torch.Tensor:
+    simplex = bilevel.prox.Simplex()
+    layer = bilevel.equilibrium(
+        [lambda x, y, c: x @ torch.diag(c) @ y, lambda x, y, c: -(x @ torch.diag(c) @ y)], prox=[simplex, simplex]
+    )
+    return torch.cat(layer((init + 0.5, init + 0.5), c))
+
+
+def bent(x: torch.Tensor, c: torch.Tensor) -> torch.Tensor:
+    return x**3 + x + 0.5 * x.flip(0) ** 2 - c
+
+
+OTHERS: dict[str, Layer] = {
+    "more unknowns than residuals": bilevel.least_squares(lambda x, c: (x.sin() * c).sum().reshape(1) - 1, on_failure="ignore"),
+    "GMRES": bilevel.root(bent, linear_solver=bilevel.GMRES()),
+    "matrix game": game,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", [*LAYERS, *OTHERS])
+def test_the_default_dtype_of_torch_does_not_matter(name: str):
+    found, before = [], torch.get_default_dtype()
+    for default in (F32, F64):
+        torch.set_default_dtype(default)
+        try:
+            c = torch.tensor([0.9, 1.8], dtype=F32, requires_grad=True)
+            x = {**LAYERS, **OTHERS}[name](torch.zeros(2, dtype=F32), c)
+            (grad,) = torch.autograd.grad(x.square().sum(), c)
+        finally:
+            torch.set_default_dtype(before)
+        assert x.dtype == grad.dtype == F32
+        found.append((x, grad))
+    torch.testing.assert_close(*found, rtol=1e-5, atol=1e-6)

@@ -181,6 +181,25 @@ def test_pytrees_on_both_sides() -> None:
     torch.testing.assert_close(torch.cat([found["c"].reshape(1), found["w"]]), expected)
 
 
+@pytest.mark.parametrize("mode", [jacrev, jacfwd])
+def test_transforms_of_pytrees_and_of_complex_unknowns(mode: Any) -> None:
+    A, y, s = randn(6, 3), randn(6, seed=1), torch.tensor(1.3, dtype=F64)
+    tree = bilevel.linear_solve(
+        lambda x, A: A[:, 1:] @ x["w"] + A[:, 0] * x["c"],
+        unknown={"w": torch.zeros(2, dtype=F64), "c": torch.zeros((), dtype=F64)},
+    )
+
+    def by_tree(s: torch.Tensor) -> torch.Tensor:
+        x = tree(y, A + s)
+        return torch.cat([x["c"].reshape(1), x["w"]])
+
+    torch.testing.assert_close(mode(by_tree)(s), mode(lambda s: closed(y, A + s))(s))
+    C, z = torch.complex(A, randn(6, 3, seed=2)), torch.complex(y, randn(6, seed=3))
+    solve = bilevel.linear_solve(lambda x, C: C @ x, unknown=lambda C: C.new_zeros(3))
+    found, expected = (mode(lambda s, f=f: torch.view_as_real(f(s * z, C + s)))(s) for f in (solve, closed))
+    torch.testing.assert_close(found, expected)
+
+
 def test_float32() -> None:
     A, b = randn(6, 3).float(), randn(6, seed=1).float()
     solve = bilevel.linear_solve(lambda x, A: A @ x, unknown=torch.zeros(3))

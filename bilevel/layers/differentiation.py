@@ -1,7 +1,8 @@
 """How a solution is differentiated: implicitly, or through steps of its solver.
 
 The search itself is never differentiated. Some steps are taken once more, as ordinary code in the graph of the caller, and differentiated.
-Every transform and every order then works as for any torch code. Second derivatives of a few steps are as biased as first ones.
+Every transform and every order then works as for any torch code. k Newton steps at a solution have all derivatives up to the order 2^k − 1
+without bias. Second derivatives of other steps are at least as biased as first ones.
 """
 
 from __future__ import annotations
@@ -186,8 +187,8 @@ class Truncated(BySteps):
     """Differentiate the last ``steps`` steps alone: taken from the solution on, which is held fixed.
 
     For steps that contract at the rate ρ the bias is O(ρ^steps). Memory is O(steps · n). The step is that of the solver:
-    gradient descent's with its ``lr`` and momentum, a fixed point's mapping, and Newton's for any other solver. Newton's step has no bias at a
-    solution, and is taken up to 512 unknowns.
+    gradient descent's with its ``lr`` and momentum, a fixed point's mapping, and Newton's for any other solver. Newton's step is taken up to 512
+    unknowns. At a solution one step has no bias in first derivatives, and two have none in second and third ones.
 
     Parameters
     ----------
@@ -226,8 +227,8 @@ class Truncated(BySteps):
 class OneStep(BySteps):
     """Differentiate one step at the solution, as if it began at a constant: no linear solve, and a bias of O(ρ) at the rate ρ.
 
-    Of a fixed point it is the Jacobian-free gradient ∂_θ T. It is good where steps contract fast; Newton's step has no bias at all. The step is
-    chosen as by :class:`Truncated`.
+    Of a fixed point it is the Jacobian-free gradient ∂_θ T. It is good where steps contract fast. The step is chosen as by :class:`Truncated`.
+    Newton's step has no bias in first derivatives. Its second derivatives are wrong: take ``Truncated(2)`` for these.
 
     References
     ----------

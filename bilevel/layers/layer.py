@@ -192,7 +192,9 @@ class Layer:
     def at(self, x: T, *args: Any, **kwargs: Any) -> T:
         """Return ``x``, a solution that you already have, differentiable like the layer's own solutions; with ``has_aux``, (x, aux).
 
-        One residual checks ``x``. With no accuracy asked it may be off by about 1 %; with ``Tolerance(delta=...)`` or ``rtol``
+        One residual checks ``x``, and up to 128 unknowns (32 of a ``root`` or ``fixed_point``) Newton's next step too: a residual
+        does not see an error in directions of small curvature. With no accuracy asked ``x`` may be off by about 1 %; with
+        ``Tolerance(delta=...)`` or ``rtol``
         it has to meet that accuracy. Derivatives are those of the implicit function at ``x``; with another ``differentiation``, those of steps of
         the layer's solver from ``x``. With proximal terms, bounds or
         constraints the layer solves from ``x``, because it needs the active set; it returns its own solution, and ``x`` fails if it is more than

@@ -90,7 +90,7 @@ class RectangularLayer(LinearLayer):
         point = torch.zeros(raveler.size, dtype=raveler.dtype, device=raveler.device)
         checked = watched or transforms_active()
         start = raveler.unravel(point)
-        poisoned = check_captures(system, start, tensors, settings.on_failure) if inside else False
+        poisoned = check_captures(system, point, tensors, settings.on_failure) if inside else False
         call = _RectangularCall(settings, self.inspector, self.function, system.where, watched, raveler.coarsest)
         solve = _Solves(call, system, tensors)
         try:

@@ -185,7 +185,7 @@ class GMRES(LinearSolver):
         first = Q[:, 0, :] * beta.unsqueeze(-1)
         pivots = R.diagonal(dim1=-2, dim2=-1)
         flat = pivots.abs() <= 16 * eps * R.abs().amax(dim=(-2, -1)).unsqueeze(-1)
-        safe = R + torch.diag_embed(torch.where(flat, 1.0, 0.0) * (1 - pivots))
+        safe = R + torch.diag_embed(torch.where(flat, 1 - pivots, 0.0))
         y = torch.linalg.solve_triangular(safe, torch.where(flat, 0.0, first).unsqueeze(-1), upper=True)
         update = (V.mT @ y).squeeze(-1)
         if self.preconditioner is not None:

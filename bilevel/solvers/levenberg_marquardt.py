@@ -258,7 +258,7 @@ def _judged(
     closer = level & (after < before)
     taken = finite & (closer | ((ratio > _ACCEPTED) & ~drowned))
     # A share of 1/2 leaves the damping unchanged: an undamped Gauss–Newton step may overshoot.
-    seen = torch.where(after < 0.25 * before, 1.0, 0.5)
+    seen = torch.where(after < 0.25 * before, torch.ones_like(after), 0.5)
     blurred = drowned | (closer & (ratio < 0.5))
     quality = torch.where(blurred, seen, ratio.clamp(0.0, 1.0)).nan_to_num(0.0)
     lower = state.damping * torch.clamp(1 - (2 * quality - 1) ** 3, min=1 / 3)

@@ -153,4 +153,4 @@ def _direction(jacobian: torch.Tensor) -> torch.Tensor:
     """Return the unit vectors v (batch, n + 1) with H′ v = 0 and det [H′; vᵀ] > 0, for matrices (batch, n, n + 1) of full rank."""
     v = torch.linalg.qr(jacobian.mT, mode="complete")[0][..., -1]
     sign = torch.linalg.slogdet(torch.cat([jacobian, v[:, None]], dim=1))[0]
-    return torch.where(sign < 0, -1.0, 1.0).unsqueeze(-1) * v
+    return torch.where((sign < 0).unsqueeze(-1), -v, v)

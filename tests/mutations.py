@@ -123,11 +123,6 @@ MUTATIONS = (
         ("tests/quadratic_programs/test_units.py", "-k", "own"),
     ),
     Mutation(
-        "an inactive row of a KKT matrix is put in the unit of an active one", "quadratic_programs/_in_units.py",
-        "torch.where(active, weights, 1 / weights)", "weights",
-        ("tests/quadratic_programs/test_units.py", "-k", "own"),
-    ),
-    Mutation(
         "active sets of sparse programs go round in a circle", "quadratic_programs/_clarabel.py",
         "_FLIPS, _SINGLE_FLIPS = 2, 30", "_FLIPS, _SINGLE_FLIPS = 2, 0",
         ("tests/quadratic_programs/test_sparse.py", "-k", "circle"),

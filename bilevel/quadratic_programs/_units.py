@@ -87,7 +87,7 @@ def _columns(blocks: Sequence[_Block], batch: int, n: int) -> torch.Tensor:
     columns = blocks[0].logs.new_zeros(batch, n)
     for sweep in range(_SWEEPS):
         found, weights = zip(*(block.fit(columns, weigh=2 * sweep >= _SWEEPS) for block in blocks), strict=True)
-        columns = sum(found) / _or_one(sum(weights))
+        columns = torch.stack(found).sum(0) / _or_one(torch.stack(weights).sum(0))
     return columns
 
 

@@ -114,8 +114,13 @@ MUTATIONS = (
     ),
     Mutation(
         "tiny rows of a quadratic program are not scaled", "quadratic_programs/quadratic_program.py",
-        "tensors = arguments.tensors if scales is None else", "tensors = arguments.tensors if True else",
+        "backend = InUnits(settings.backend(arguments))", "backend = settings.backend(arguments)",
         ("tests/quadratic_programs/test_sparse.py", "-k", "any_unit"),
+    ),
+    Mutation(
+        "unknowns of a quadratic program stay in the user's units", "quadratic_programs/_units.py",
+        "x = torch.exp2(_columns(blocks, len(Q), n).round())", "x = torch.ones_like(root[:, 0])",
+        ("tests/quadratic_programs/test_units.py", "-k", "own"),
     ),
     Mutation(
         "active sets of sparse programs go round in a circle", "quadratic_programs/_clarabel.py",

@@ -18,8 +18,8 @@ from bilevel.policy import OnFailure, check_policy
 from bilevel.quadratic_programs._arguments import Arguments, arguments_of
 from bilevel.quadratic_programs._call import Backend, ProgramCall
 from bilevel.quadratic_programs._clarabel import Clarabel
+from bilevel.quadratic_programs._in_units import InUnits
 from bilevel.quadratic_programs._interface import ProgramFunction, checked_settings, with_arguments_of
-from bilevel.quadratic_programs._row_scales import row_scales, scaled_rows
 from bilevel.quadratic_programs._rule import ProgramSolve, Rule, Structure
 from bilevel.quadratic_programs._solvers import Mehrotra
 from bilevel.reports import SolveReport
@@ -267,24 +267,15 @@ def _solution(settings: _Settings, **given: Any) -> ProgramSolution:
         if arguments.sparse and given[name] is not None and given[name].requires_grad
     )
     structure = Structure(arguments.sizes, *arguments.patterns, settings.smoothing)
-    call = ProgramCall(settings.backend(arguments), _WHERE, settings.on_failure, settings.delta, settings.delta_prime)
+    backend = InUnits(settings.backend(arguments))
+    call = ProgramCall(backend, _WHERE, settings.on_failure, settings.delta, settings.delta_prime)
     rule = Rule(structure, call, sparse)
-    scales = row_scales(arguments.sizes, arguments.patterns, arguments.tensors)
-    tensors = arguments.tensors if scales is None else scaled_rows(scales, arguments.patterns, arguments.tensors)
-    output = apply_rule(partial(ProgramSolve.apply, rule), *tensors)
+    output = apply_rule(partial(ProgramSolve.apply, rule), *arguments.tensors)
     assert call.report is not None and call.certificate is not None
     x, nu, lam, low, up = structure.sizes.split(output[..., : structure.length])
     marks = output[..., structure.length :].detach() % 2 > 0
     active = ActiveSet(*marks.split(structure.sizes.rows, -1))
     certificate = Certificate(*structure.sizes.split(call.certificate))
-    if scales is not None:
-        nu, lam = nu * scales[0], lam * scales[1]
-    if (
-        scales is not None and certificate.equality.shape[:-1] == scales[0].shape[:-1]
-    ):  # under vmap it is the whole batch's, of scaled rows
-        certificate = certificate._replace(
-            equality=certificate.equality * scales[0], inequality=certificate.inequality * scales[1]
-        )
     return ProgramSolution(x, call.report, Multipliers(nu, lam, low, up), active, certificate=certificate)
 
 

@@ -50,7 +50,7 @@ def test_a_small_objective_finds_its_constraints() -> None:
         weight = np.concatenate([generator.uniform(0.2, 2, n - p), np.zeros(m - n + p)])
         slack = np.concatenate([np.zeros(n - p), generator.uniform(0.2, 2, m - n + p)])
         q = -1e-6 * (G.T @ weight + A.T @ generator.standard_normal(p))
-        data = [torch.tensor(part) for part in (q / unit, A / unit, A @ z, G / unit, G @ z + slack)]
+        data = [torch.tensor(part) for part in (q / unit, A, unit * (A @ z), G, unit * (G @ z + slack))]
         x = bilevel.quadratic_program(torch.zeros(n, n, dtype=F64), *data)
         torch.testing.assert_close(x / unit, torch.tensor(z))
 
@@ -67,3 +67,54 @@ def test_the_two_balances_agree() -> None:
         np.testing.assert_allclose(dense.numpy(), sparse, rtol=1e-12)
         K = np.block([[Q, E.T], [E, np.zeros((3, 3))]]) * sparse * sparse[:, None]
         assert np.linalg.cond(K) < 1e4
+
+
+@pytest.mark.parametrize("sparse", [False, True], ids=["dense", "sparse"])
+@pytest.mark.parametrize("quadratic", [False, True], ids=["linear", "quadratic"])
+def test_every_row_and_unknown_has_units_of_its_own(quadratic: bool, sparse: bool) -> None:
+    """A vertex moves with its rows alone. Units that make the largest entries one leave these rows dependent in all but rounding."""
+    if sparse:
+        pytest.importorskip("clarabel")
+    n, m = 5, 8
+    for seed in range(8):
+        generator = np.random.default_rng(seed)
+        G, z = generator.standard_normal((m, n)) * (generator.random((m, n)) < 0.7), generator.standard_normal(n)
+        G[:n] += 2 * np.eye(n)
+        weight = np.where(np.arange(m) < n, generator.uniform(0.3, 2, m), 0.0)
+        L = quadratic * generator.standard_normal((n, n))
+        Q, h = L @ L.T, G @ z + np.where(weight > 0, 0.0, generator.uniform(0.3, 2, m))
+        of_x, of_row, of_f = (10 ** generator.uniform(-8, 8, size) for size in (n, m, 1))
+        q = torch.tensor(-of_f * (Q @ z + G.T @ weight) / of_x).requires_grad_()
+        side, rows = torch.tensor(of_row * h).requires_grad_(), torch.tensor(of_row[:, None] * G / of_x)
+        matrices = [torch.tensor(of_f * Q / of_x / of_x[:, None]), rows.requires_grad_()]
+        given = [matrix.to_sparse() if sparse else matrix for matrix in matrices]
+        x = bilevel.quadratic_program(given[0], q, G=given[1], h=side) / torch.tensor(of_x)
+        np.testing.assert_allclose(x.detach(), z, atol=1e-6)
+        inverse = np.linalg.inv(G[:n])
+        for i in range(n):
+            by_q, by_h, by_G = torch.autograd.grad(x[i], (q, side, rows), retain_graph=True)
+            np.testing.assert_allclose(by_q.numpy() * of_f / of_x, 0, atol=1e-6)
+            np.testing.assert_allclose((by_h.numpy() * of_row)[:n], inverse[i], atol=1e-6)
+            by_entry, present = by_G.numpy() * of_row[:, None] / of_x, G[:n] != 0
+            np.testing.assert_allclose(by_entry[:n][present], -np.outer(inverse[i], z)[present], atol=1e-6)
+
+
+def test_problems_of_a_batch_have_their_own_units() -> None:
+    """With multipliers, and on the central path too."""
+    of_x, of_row = (
+        torch.tensor([[1.0, 1.0], [1e-9, 1e9]], dtype=F64),
+        torch.tensor([[1.0, 1.0], [1e7, 1e-8]], dtype=F64),
+    )
+    G, h, weight = tensor(2, 1, 0, 1).reshape(2, 2), tensor(3, 1), tensor(1, 2)
+    q = (-(G.T @ weight) / of_x).requires_grad_()
+    Q, rows, sides = torch.zeros(2, 2, dtype=F64), of_row.unsqueeze(-1) * G / of_x.unsqueeze(-2), of_row * h
+    for smoothing in (None, 0.1):
+        solution = bilevel.quadratic_program.solve(Q, q, G=rows, h=sides, smoothing=smoothing)
+        x = solution.value / of_x
+        torch.testing.assert_close(solution.multipliers.inequality * of_row, weight.expand(2, 2))
+        # On the path the slack of a row is τ / λ.
+        torch.testing.assert_close(x @ G.T, (h - (smoothing or 0) / weight).expand(2, 2))
+        (by_q,) = torch.autograd.grad(x.sum(), q)
+        inverse = torch.linalg.inv(G)
+        expected = -(smoothing or 0) * inverse @ torch.diag(1 / weight**2) @ inverse.T
+        torch.testing.assert_close(by_q / of_x, expected.sum(0).expand(2, 2))

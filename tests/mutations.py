@@ -1150,6 +1150,11 @@ MUTATIONS = (
         ("tests/testing/test_diagnose.py", "-k", "singular_at_the_start"),
     ),
     Mutation(
+        "a trusted size for a class of one row", "cleaning/splits.py",
+        "if math.ceil(total / max(rarest, 1)) > total - held - fewest:", "if False:",
+        ("tests/cleaning/test_command.py", "-k", "remedy_for_a_class"),
+    ),
+    Mutation(
         "a captured tensor beside bounds called healthy", "testing/_diagnose.py", "    *_STEPS[:5],\n", "    *_STEPS[4:5],\n",
         ("tests/testing/test_diagnose_says_fine.py", "-k", "captured and bound"),
     ),

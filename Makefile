@@ -39,9 +39,9 @@ demo: $(VENV)/.demo
 	$(BIN)/bilevel clean digits --output demo-output
 	@echo "The pictures, the suspicious rows, the cleaned data and a JSON of everything are in demo-output/"
 
-# One process for each core, each with one thread.
+# One process for each core, each with one thread. Tests of one group go to one process.
 test: $(VENV)/.test
-	$(BIN)/python -m pytest -q -n auto
+	$(BIN)/python -m pytest -q -n auto --dist loadgroup
 
 # The tests of layers and problems once more, with all that can be replayed replayed at once; test-replay-all: every test.
 REPLAYED := tests/test_implicit.py tests/test_layers.py tests/test_problem.py tests/test_failures.py tests/test_settings.py tests/test_memory.py \
@@ -71,6 +71,7 @@ format: $(VENV)/.dev
 
 types: $(VENV)/.dev
 	$(BIN)/mypy
+	cd benchmarks && ../$(BIN)/mypy *.py
 
 doctest: $(VENV)/.dev
 	$(BIN)/python -m pytest -q --doctest-modules bilevel

@@ -14,7 +14,7 @@ import argparse
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import hard_families
 import numpy as np
@@ -63,6 +63,10 @@ class Case:
     start: torch.Tensor
     valid: torch.Tensor | None = None
     minimum: Callable[[], Array] | None = None
+    # Of a Lasso alone: bounds of ‖φ − φ*‖ by the formula and as shown, φ, and (X, y, strengths).
+    distance: tuple[torch.Tensor, ...] = ()
+    beta: torch.Tensor = field(default_factory=lambda: torch.empty(0))
+    design: tuple[Array, ...] = ()
 
 
 def extended(*tensors: torch.Tensor) -> tuple[Array, ...]:
@@ -326,9 +330,7 @@ def lasso(generator: torch.Generator, k: int, dtype: torch.dtype) -> Case:
         lambda phi: 0.5 * (((Xve @ (me * phi)[..., None])[..., 0] - yve) ** 2).mean(-1),
         n, beta, valid,
     )  # fmt: skip
-    case.distance, case.beta = (direct, e), beta  # type: ignore[attr-defined]
-    case.design = (Xe, ye, strong)  # type: ignore[attr-defined]
-    return case
+    return replace(case, distance=(direct, e), beta=beta, design=(Xe, ye, strong))
 
 
 def lasso_solution(case: Case) -> Array:
@@ -484,7 +486,7 @@ def run_batch(family: str, generator: torch.Generator, k: int, dtype: torch.dtyp
     phi, adjoint, g, value = reference(case, begin)
     xe, qe, ge, ce = extended(x, q, found, corrected)
     tally.problems += k
-    tally.conditions.extend((exact.eigenvalues[:, -1] / exact.eigenvalues[:, 0]).tolist())
+    tally.conditions.extend((exact.inner.eigenvalues[:, -1] / exact.inner.eigenvalues[:, 0]).tolist())
     keep = np.ones(k, bool) if case.valid is None else case.valid.numpy()
     if family == "lasso":
         solution = lasso_solution(case)
@@ -520,11 +522,11 @@ def run_batch(family: str, generator: torch.Generator, k: int, dtype: torch.dtyp
             tally.add(f"{name} as shown", *(np.array([entry], float) for entry in numbers))
     if case.minimum is not None:
         return  # 1 − σ is 0 long before it is, and estimates have no constants here
-    better = certificate.refined if exact.factorable else certificate._route.at
+    better = certificate.refined if exact.inner.factorable else certificate._route.at
     for at in (exact, better):
         for name, used in allowance_used(case, at).items():
             tally.rounding[name] = max(tally.rounding.get(name, 0.0), used)
-    if not exact.factorable:
+    if not exact.inner.factorable:
         tally.spent.append(products - certificate._route.left)
     # Estimates are of what iterations leave, not of what rounding does.
     error = true["C3"][0]
@@ -544,8 +546,8 @@ def estimates(certificate: Certificate, found: torch.Tensor) -> dict[str, Array]
         "C5": (found.double() - certificate.compared.gradient).norm(dim=1),
         "one step": (found.double() - refined.gradient).norm(dim=1),
     }
-    if exact.factorable:
-        seen = observed(exact, refined).without("strong_convexity", "cross_norm")
+    if exact.inner.factorable:
+        seen = observed(exact, refined.inner).without("strong_convexity", "cross_norm")
         guesses["formula, constants seen"] = errors_at(exact, seen).gradient.value
         guesses["one step + formula there"] = through(exact, refined, errors_at(refined, seen)).gradient.value
     return {name: guess.numpy() for name, guess in guesses.items()}

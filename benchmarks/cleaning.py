@@ -81,7 +81,7 @@ def cleaning(args: argparse.Namespace) -> None:
     print(
         f"{data.name}, {args.model}: {len(first.given)} training examples, {len(first.split.test)} test, {args.seeds} seeds"
     )
-    rows = [("trained on", "test accuracy (%)", "precision (%)", "recall (%)", "seconds")]
+    rows: list[tuple[str, ...]] = [("trained on", "test accuracy (%)", "precision (%)", "recall (%)", "seconds")]
     for place, choice in enumerate(first.choices):
         all_runs = [run.choices[place] for run in outcome.runs]
         numbers = [interval([getattr(c, name) for c in all_runs]) for name in ("accuracy", "precision", "recall")]

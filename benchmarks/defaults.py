@@ -231,7 +231,7 @@ class Tally:
 
     counts: dict[tuple[str, str, float], Counter[str]] = field(default_factory=lambda: defaultdict(Counter))
     statuses: dict[str, Counter[str]] = field(default_factory=lambda: defaultdict(Counter))
-    seconds: Counter[str] = field(default_factory=Counter)
+    seconds: dict[str, float] = field(default_factory=lambda: defaultdict(float))
     failures: list[dict[str, Any]] = field(default_factory=list)
 
     def to_line(self, key: list[Any]) -> str:
@@ -244,7 +244,7 @@ class Tally:
     def of_line(cls, line: str) -> tuple[str, Tally]:
         """Return the key of a line, as JSON, and its tally."""
         key, counts, statuses, seconds, failures = json.loads(line)
-        tally = cls(seconds=Counter(seconds), failures=failures)
+        tally = cls(seconds=defaultdict(float, seconds), failures=failures)
         for *of, counter in counts:
             tally.counts[of[0], of[1], of[2]].update(counter)
         for name, counter in statuses.items():
@@ -256,7 +256,8 @@ class Tally:
             self.counts[key].update(counter)
         for name, counter in other.statuses.items():
             self.statuses[name].update(counter)
-        self.seconds.update(other.seconds)
+        for name, seconds in other.seconds.items():
+            self.seconds[name] += seconds
         self.failures.extend(other.failures)
 
 

@@ -41,7 +41,9 @@ def reference(W, U, b, x):
     return z, (slope * q).T @ x
 
 
-def contestants(W, U, b, x, z, accuracy):
+def contestants(setting, z, accuracy):
+    W, U, b, x = setting
+
     def mapping(z, x, W, U, b):
         return torch.tanh(z @ W.T + x @ U.T + b)
 
@@ -91,7 +93,7 @@ for dtype, accuracy in ((torch.float64, 1e-6), (torch.float32, 1e-5)):
         z, exact = reference(*setting)
         exact = exact.to(dtype)
         print(f"\nAgreement at contraction {contraction}, {dtype}")
-        entrants = contestants(*setting, z, accuracy)
+        entrants = contestants(setting, z, accuracy)
         for name, function in entrants.items():
             gradient = function()
             error = float((gradient - exact).abs().max() / exact.abs().max())

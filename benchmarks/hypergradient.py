@@ -73,6 +73,7 @@ def through_a_layer(linear_solver):
     def run() -> torch.Tensor:
         t = theta.detach().requires_grad_(True)
         outer(layer(start, t, X, y)).backward()
+        assert t.grad is not None
         return t.grad
 
     return run
@@ -93,6 +94,7 @@ def backward_alone(linear_solver):
             refill()
         loss, t = ready.pop()
         loss.backward()
+        assert t.grad is not None
         return t.grad
 
     refill()

@@ -168,7 +168,8 @@ def run(
     schedulers = [
         torch.optim.lr_scheduler.LambdaLR(o, schedule) for o in (method.inner_optimizer, method.outer_optimizer)
     ]
-    curve, begin, paused = [(0.0, 0.0, value(x))], time.perf_counter(), 0.0
+    curve: list[tuple[float, ...]] = [(0.0, 0.0, value(x))]
+    begin, paused = time.perf_counter(), 0.0
     # A large batch counts for as many passes as it has minibatches: 3 of five passes are of G, 2 of F.
     extra = 3 * (train.count - 1) + 2 * (valid.count - 1)
     due = passes / 40

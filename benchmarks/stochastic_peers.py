@@ -66,7 +66,12 @@ def run_theirs(options: argparse.Namespace) -> None:
 
     dataset = importlib.import_module("datasets.simulated")
     matrices, made = dataset.gen_matrices, []
-    dataset.gen_matrices = lambda *args: made.append(matrices(*args)) or made[-1]
+
+    def kept_matrices(*args: object) -> object:
+        made.append(matrices(*args))
+        return made[-1]
+
+    vars(dataset)["gen_matrices"] = kept_matrices
     sizes = {"n_samples_inner": options.samples, "n_samples_outer": 1024, "dim_inner": 100, "dim_outer": 10}
     problem = dataset.Dataset.get_instance(**sizes).get_data()
     data = {
@@ -133,7 +138,8 @@ def run_ours(options: argparse.Namespace) -> None:
 
         def __init__(self, rows: list[torch.Tensor], seed: int) -> None:
             self.parts = list(zip(*(t.split(BATCH) for t in rows), strict=True))
-            self.generator, self.order = np.random.default_rng(seed), []
+            self.generator = np.random.default_rng(seed)
+            self.order: list[int] = []
 
         def __next__(self) -> Batch:
             if not self.order:

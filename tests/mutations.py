@@ -1315,6 +1315,18 @@ MUTATIONS = (
         "if row[j] > _LEAST_NEW**2 * gram[j, j] > 0:", "if row[j] > 1e-14 * gram[j, j] > 0:", (OUTER, "-k", "trail"),
     ),
     Mutation(
+        "a callback may move the point of a run", "outer/run.py",
+        "    if versions != [t._version for t in shown]:", "    if False:", (OUTER, "-k", "changes_the_point"),
+    ),
+    Mutation(
+        "a path takes over from Newton's method in games only after all its steps", "solvers/defaults.py",
+        "return _BRIEF_NEWTON, ", "return _NEWTON, ", ("tests/test_matrix_games.py", "-k", "takes_over"),
+    ),
+    Mutation(
+        "steps of ProjectedLBFGS do not grow along a line", "solvers/projected_lbfgs.py",
+        "_FIRST, _GROWTH = 0.01, 4.0", "_FIRST, _GROWTH = 0.01, 1.0", ("tests/constraints/test_many_bounds.py", "-k", "no_solution"),
+    ),
+    Mutation(
         "a module's hyperparameters left behind by minimize", "outer/run.py",
         "                    parameter.copy_(of_real(value, parameter))\n", "                    pass\n", (OUTER, "-k", "module"),
     ),

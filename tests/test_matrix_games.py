@@ -159,3 +159,10 @@ def test_a_game_without_an_equilibrium_names_a_remedy_that_works() -> None:
         game(0.0)(start)
     torch.testing.assert_close(torch.stack(game(1e-3)(start)), torch.tensor([0.0, 500.0], dtype=F64))
     torch.testing.assert_close(torch.stack(game(0.0, upper=10.0)(start)), torch.tensor([0.0, 10.0], dtype=F64))
+
+
+def test_a_path_takes_over_before_newtons_method_has_spent_all_its_steps() -> None:
+    (A,), (B,) = matrices(4, shape=None), matrices(104, shape=(5, 8))
+    solution = BIMATRIX.solve(uniform(A), A, B)
+    assert int(solution.report.iterations) < 100  # with 250 steps of Newton's method before the path: 260
+    assert regret(*solution.value, A, B) < 1e-12

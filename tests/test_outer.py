@@ -336,6 +336,16 @@ def test_a_value_that_is_not_finite_is_not_gone_on_from() -> None:
     assert result.status in (bilevel.OuterStatus.NOT_FINITE, bilevel.OuterStatus.SOLVE_FAILED)
 
 
+@pytest.mark.parametrize("name", ["outer", "inner", "gradient"])
+def test_a_callback_that_changes_the_point_in_place_is_refused(name: str) -> None:
+    def clamp(run: Any) -> None:
+        shown = getattr(run, name)
+        (shown if name == "inner" else shown["log"]).clamp_(max=0.0)
+
+    with pytest.raises(bilevel.ArgumentError, match="changed in place"):
+        bilevel.minimize(problem(), outer(), DATA, init=DATA, callback=[lambda run: None, clamp])
+
+
 def test_callbacks_stop_it_and_an_interruption_loses_nothing() -> None:
     seen = []
     result = bilevel.minimize(

@@ -66,7 +66,7 @@ def minimize(
         The initial guess of the first inner solve.
     callback
         A function of the :class:`OuterRun`, or a sequence of them, called at every point. The loop ends if one returns
-        True.
+        True. A callback that changes tensors of the run in place is refused.
     bounds
         Whether the error bound of every hypergradient is computed. A goal computes it in any case.
     on_failure

@@ -295,9 +295,9 @@ def follow(
             if not here.finite:
                 return _failed(run, OuterStatus.NOT_FINITE, on_failure)
             # Callbacks saw the point of a resumed run before. Every callback is called, even if an earlier one asks to stop.
-            answers = [] if seen else [call(run) for call in callbacks]
+            stop = not seen and _call_all(callbacks, run)
             seen = False
-            if any(bool(answer) for answer in answers):
+            if stop:
                 return run._end(OuterStatus.STOPPED)
             error = here.record["error_bound"]
             if here.norm + (error if math.isfinite(error) else 0.0) <= gradient_tolerance:
@@ -314,6 +314,23 @@ def follow(
             run._arrive(there)
     except KeyboardInterrupt:
         return run._end(OuterStatus.INTERRUPTED)
+
+
+def _call_all(callbacks: list[Callable[[OuterRun], Any]], run: OuterRun) -> bool:
+    """Call all ``callbacks``, and return whether one asks to stop. What they see of the present point has to stay as it is."""
+    here = run._here
+    assert here is not None
+    shown = [*here.outer, *here.gradient, *(t for t in pytree.tree_leaves(here.inner) if isinstance(t, torch.Tensor))]
+    shown = [t for t in shown if not t.is_inference()]
+    versions = [t._version for t in shown]
+    answers = [bool(call(run)) for call in callbacks]
+    if versions != [t._version for t in shown]:
+        raise ArgumentError(
+            "minimize: expected callbacks to leave run.outer, run.gradient and run.inner as they are, and one of them was changed in place, so "
+            "that values and gradients no longer belong to the point; copy a tensor before you change it, and keep outer variables within "
+            "bounds by a function of them, such as torch.sigmoid or torch.nn.functional.softplus, in the problem's objectives"
+        )
+    return any(answers)
 
 
 def _failed(run: OuterRun, status: OuterStatus, on_failure: str) -> OuterResult:

@@ -20,6 +20,18 @@ from bilevel.solvers.parts.path import PathFollowing
 __all__ = ["default_solvers"]
 
 
+class _BriefNewton(Newton):
+    """Newton's method before a path takes over. Its few steps are no budget of the caller's."""
+
+    @property
+    def has_budget(self) -> bool:
+        return False
+
+    @property
+    def name(self) -> str:
+        return Newton.__name__
+
+
 # Made once: for small problems, making the settings took one per cent of a call.
 _LEAST_SQUARES = LevenbergMarquardt()
 _NEWTON, _LBFGS, _ANDERSON, _HALF_NEWTON = Newton(), LBFGS(), Anderson(), Newton(linear_solver=BiCGStab())
@@ -28,6 +40,8 @@ _AFTER_NEWTON = (Successor(_LBFGS, afresh=True), *_POLISH, *3 * (Successor(_NEWT
 _AGAIN, _HALF_AGAIN = (
     (Successor(newton), Successor(newton, afresh=True, beside=True)) for newton in (_NEWTON, _HALF_NEWTON)
 )
+# Newton's method solves most games in fewer than 20 steps. In matrix games it can take all of 250 for nothing.
+_BRIEF_NEWTON = _BriefNewton(max_steps=30)
 _AFTER_NEWTON_IN_GAMES = (
     Successor(PathFollowing(), afresh=True),
     Successor(_NEWTON),
@@ -53,7 +67,7 @@ def default_solvers(problem: Problem) -> tuple[InnerSolver, tuple[Successor, ...
         return _ANDERSON, polish
     small = dense_fits(problem.batch, problem.size, problem.system.raveler.dtype)
     if small and isinstance(problem.system, EquilibriumSystem) and problem.system.has_kinks:
-        return _NEWTON, _AFTER_NEWTON_IN_GAMES
+        return _BRIEF_NEWTON, _AFTER_NEWTON_IN_GAMES
     if problem.minimizes:
         if wide and isinstance(problem.system, LeastSquaresSystem):
             return _LEAST_SQUARES, (*polish, Successor(_NEWTON if small else _LBFGS, afresh=True), *polish)

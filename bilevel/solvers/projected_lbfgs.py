@@ -18,6 +18,9 @@ _MAX_STEPS = 20_000
 _ARMIJO, _MOST_TRIALS, _MOST_IDLE = 1e-4, 30, 5
 # The projected gradient that is small enough, relative to the first one.
 _SMALL = 1e-11
+# The length of a first step along the gradient, relative to x, and its growth for each one in a row that was taken whole.
+# Without growth, an objective that falls without end would be followed for thousands of steps.
+_FIRST, _GROWTH = 0.01, 4.0
 
 
 @dataclass(frozen=True)
@@ -78,12 +81,15 @@ class _Run(ProjectedSearch):
         solved = (self.status == Status.RUNNING) & (self.first == 0)
         self.status = torch.where(solved, int(Status.CONVERGED), self.status)
         self.idle = torch.zeros_like(self.status)
+        self.reach = torch.full_like(self.value, _FIRST)
 
     def step(self) -> None:
         program, x, gradient = self.program, self.x, self.gradient
         running, eps = self.status == Status.RUNNING, torch.finfo(x.dtype).eps
         held = self.held()
-        direction, alpha = self._direction((~held).to(x))
+        direction, warm = self._direction((~held).to(x))
+        largest = gradient.abs().amax(-1).clamp_min(torch.finfo(x.dtype).tiny)
+        alpha = first = torch.where(warm, 1.0, self.reach * (1 + x.abs().amax(-1)) / largest)
         promised = -(gradient * direction * ~held).sum(-1)
         noise = 10 * eps * self.value.abs()
         accepted, moved, value, slope = torch.zeros_like(running), x, self.value, gradient
@@ -106,6 +112,8 @@ class _Run(ProjectedSearch):
             shorter = 0.5 * alpha * decrease / (new - self.value + decrease)
             shorter = torch.maximum(0.1 * alpha, torch.minimum(0.5 * alpha, shorter.nan_to_num(0.0)))
             alpha = torch.where(accepted, alpha, shorter)
+        whole = accepted & ~warm & (alpha == first)
+        self.reach = torch.where(whole, _GROWTH * self.reach, _FIRST)
         self._end(running, accepted, moved, value, slope)
 
     def _end(
@@ -136,7 +144,7 @@ class _Run(ProjectedSearch):
         self.name_lost(running)
 
     def _direction(self, free: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return d (K, n), and the first α (K,) to try: one, or a short one along the gradient where no pair is stored."""
+        """Return d (K, n), and where it is a quasi-Newton step (K,) bool. Elsewhere no pair is stored, and it is along the gradient."""
         gradient, eps = self.gradient, torch.finfo(self.x.dtype).eps
         q, shares = gradient * free, []
         scale = torch.zeros_like(self.value)
@@ -157,6 +165,4 @@ class _Run(ProjectedSearch):
         r = torch.where((downwards & warm).unsqueeze(-1), r, gradient * free)
         warm = warm & downwards
         held = torch.where(warm, scale, 1.0).unsqueeze(-1) * gradient * (1 - free)
-        largest = gradient.abs().amax(-1).clamp_min(torch.finfo(r.dtype).tiny)
-        first = 0.01 * (1 + self.x.abs().amax(-1)) / largest
-        return -(r + held) * (~self.program.fixed), torch.where(warm, 1.0, first)
+        return -(r + held) * (~self.program.fixed), warm

@@ -6,7 +6,6 @@ import csv
 import json
 import math
 import sys
-from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -539,8 +538,6 @@ def test_138_of_400_wrong_labels_of_digits_are_found() -> None:
     assert interval(outcome.values(CLEANED, "recall")).mean > 0.75
     assert interval(outcome.values(CLEANED, "precision")).mean > 0.75
     assert means[TRUE] > means[CLEANED]
-    again = run_cleaning(load("digits"), replace(settings, seeds=1, compare=False), model="mlp")
-    assert torch.equal(again.runs[0].cleaned.weights, outcome.runs[0].cleaned.weights)
 
 
 def test_the_remedy_for_a_class_without_trusted_rows_works() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from itertools import pairwise
 from typing import Any
 
@@ -39,8 +40,14 @@ METHODS: dict[str, tuple[Any, dict[str, Any], int]] = {
 }
 
 
-@pytest.mark.parametrize("name", METHODS)
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+def in_two_dtypes() -> Iterator[Any]:
+    """Yield all methods in float64, and in float32 one in three; all with ``--long``."""
+    for number, name in enumerate(METHODS):
+        yield pytest.param(name, torch.float64, id=f"{name}-float64")
+        yield pytest.param(name, torch.float32, id=f"{name}-float32", marks=[pytest.mark.long] if number % 3 else [])
+
+
+@pytest.mark.parametrize(("name", "dtype"), [*in_two_dtypes()])
 def test_the_direction_tends_to_the_hypergradient(name: str, dtype: torch.dtype) -> None:
     make, settings, steps = METHODS[name]
     problem = Quadratic.random(dtype=dtype)

@@ -17,6 +17,9 @@ from torch import distributed, nn
 from bilevel import stochastic
 from bilevel.errors import ArgumentError
 
+# One process of the test run starts the two, once for all tests of this file.
+pytestmark = pytest.mark.xdist_group("two processes")
+
 METHODS: dict[str, dict[str, Any]] = {
     "SOBA": {},
     "MASOBA": {},

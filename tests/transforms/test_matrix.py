@@ -67,12 +67,14 @@ def elsewhere(row: Row, column: Column) -> None:
 
 
 def cells() -> Iterator[Any]:
-    """Yield every cell. All rows of the first kind of problem run, and of the others one in three, in float32 one in nine; all with ``--long``."""
+    """Yield every cell. All rows of the first kind of problem run, and of the others one in five, in float32 one in eleven; all with ``--long``."""
     first = COLUMNS[0].kind
     for number, row in enumerate(ROWS):
         for other, column in enumerate(COLUMNS):
-            period = 9 if column.dtype == F32 else 1 if column.kind is first else 3
-            marks = [pytest.mark.long] if (number + other) % period else []
+            period = 11 if column.dtype == F32 else 1 if column.kind is first else 5
+            marks: list[pytest.MarkDecorator] = [pytest.mark.long] if (number + other) % period else []
+            if "two processes" in row.name:
+                marks.append(pytest.mark.xdist_group("two processes of the matrix"))
             yield pytest.param(row, column, id=f"{row.group}, {row.name}-{column.name}", marks=marks)
 
 

@@ -1167,6 +1167,24 @@ MUTATIONS = (
         ("tests/testing/test_diagnose.py", "-k", "singular_at_the_start"),
     ),
     Mutation(
+        "a trusted size for a class of one row", "cleaning/splits.py",
+        "if math.ceil(total / max(rarest, 1)) > total - held - fewest:", "if False:",
+        ("tests/cleaning/test_command.py", "-k", "remedy_for_a_class"),
+    ),
+    Mutation(
+        "a captured tensor beside bounds called healthy", "testing/_diagnose.py", "    *_STEPS[:5],\n", "    *_STEPS[4:5],\n",
+        ("tests/testing/test_diagnose_says_fine.py", "-k", "captured and bound"),
+    ),
+    Mutation(
+        "an outer loss that is NaN called healthy", "testing/_steps_gradient.py", "if not math.isfinite(first):", "if False:",
+        ("tests/testing/test_diagnose_says_fine.py", "-k", "NaN"),
+    ),
+    Mutation(
+        "a solution of zero called unconverged", "testing/_steps_solution.py",
+        "max(float(x.norm()), float((x - start).norm()))", "float(x.norm())",
+        ("tests/testing/test_diagnose_says_fine.py", "-k", "zero_is_stationary"),
+    ),
+    Mutation(
         "a symmetry called singular", "testing/_steps_gradient.py",
         "        seen.replace(Defect.SINGULAR", "        _ = (Defect.SINGULAR", ("tests/testing/test_diagnose.py", "-k", "free_shift"),
     ),

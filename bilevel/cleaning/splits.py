@@ -71,7 +71,12 @@ def split(data: LabelledData, sizes: Sizes, *, run: int, seed: int) -> Split:
     )
     trusted, test, train = (part.sort().values for part in parts)
     if sizes.trusted:
-        check_classes(data.labels[trusted], data.classes, f"the {sizes.trusted} trusted rows", "raise --trusted-size")
+        rarest = int(data.labels.bincount(minlength=len(data.classes)).min())
+        # Rows of a class are spread evenly: so long a stretch holds one of them.
+        remedy = "raise --trusted-size"
+        if math.ceil(total / max(rarest, 1)) > total - held - fewest:
+            remedy = f"it has {rarest} of {total} rows, too few for --trusted-size: leave the class out, or pass --trusted with examples of it"
+        check_classes(data.labels[trusted], data.classes, f"the {sizes.trusted} trusted rows", remedy)
     return Split(train, trusted, test)
 
 

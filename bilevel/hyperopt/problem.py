@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 from collections.abc import Callable, Mapping
 from typing import Any, Literal, TypeAlias
@@ -120,6 +121,8 @@ class HyperparameterOptimization(bilevel.BilevelProblem):
             batch_dims=batch_dims,
             warm_start=warm_start,
         )
+        _check_form("training_objective", training_objective, "(inner, hyperparameters, data)", (3,))
+        _check_form("validation_loss", validation_loss, "(inner, data) or (inner, hyperparameters, data)", (2, 3))
         self._training_objective = training_objective
         self._constants = constants
         self._validation_loss = validation_loss
@@ -193,6 +196,22 @@ class HyperparameterOptimization(bilevel.BilevelProblem):
         See :meth:`bilevel.BilevelProblem.hypergradient`.
         """
         return super().hypergradient(self.outer, data, init=init)
+
+
+def _check_form(name: str, function: Any, form: str, counts: tuple[int, ...]) -> None:
+    """Raise unless ``function`` can be called with one of ``counts`` arguments."""
+    if callable(function):
+        try:
+            signature = inspect.signature(function)
+        except (TypeError, ValueError):
+            return
+        for count in counts:
+            with contextlib.suppress(TypeError):
+                signature.bind(*range(count))
+                return
+    raise bilevel.ArgumentError(
+        f"HyperparameterOptimization: expected {name} to be a function of {form}, got {function!r}; wrap it in a lambda that takes these arguments"
+    )
 
 
 def _required(function: Callable[..., Any]) -> int:

@@ -25,17 +25,22 @@ _STEPS = (
     (_steps_function.derivatives, "the function's derivatives"),
     (_steps_solution.curve, "the curvature"),
     (_steps_solution.stationary, "whether the inner point is stationary"),
+    (_steps_gradient.outer_loss, "the outer loss"),
     (_steps_gradient.tensors, "the outer tensors"),
     (_steps_gradient.linear_solve, "the linear solve"),
     (_steps_solution.price, "the cost"),
+    (_steps_gradient.whole, "a hypergradient"),
 )
 
 
-# With proximal terms or constraints, the derivatives of the objective alone say little of the solution.
+# With proximal terms or constraints, the curvature of the objective alone says little of the solution.
 _STRUCTURED_STEPS = (
-    (_steps_solution.solve, "the inner solve"),
+    *_STEPS[:5],
+    (_steps_function.derivatives, "the function's derivatives"),
     (_steps_constraints.constraints, "the constraints"),
     (_steps_gradient.one_sided, "the linear solve"),
+    (_steps_gradient.outer_loss, "the outer loss"),
+    (_steps_gradient.whole, "a hypergradient"),
 )
 
 
@@ -48,15 +53,16 @@ def diagnose(
 ) -> Diagnosis:
     """Examine a problem: find its defects, and recommend solvers and tolerances with their costs.
 
-    It examines the function: whether it is finite, deterministic, differentiated rightly by autograd and free of captured
-    tensors. It examines the inner solve: how it ends, and whether its point is stationary. It computes the extreme
+    It examines the function and the outer loss: whether they are finite, deterministic, differentiated rightly by autograd and free
+    of captured tensors. It examines the inner solve: how it ends, and whether its point is stationary. It computes the extreme
     eigenvalues of the Hessian, or singular values of a Jacobian, from the matrix up to 512 unknowns and by Lanczos beyond.
     It checks the connection of each outer tensor, the accuracy of the linear solve, dtypes and scales. Of a batch the first
     8 problems are examined. With proximal terms or constraints it examines how the inner solve ends, and whether the
     derivative at the solution is one-sided. With constraints it looks whether the start violates one, and whether they repeat each
-    other. It names unknowns that bounds fix.
+    other. It names unknowns that bounds fix. Where nothing is found, it takes a derivative as a user would: what the library refuses
+    is a finding.
 
-    It costs a solve, a gradient, and n reverse passes for each problem examined (60 products where n is large).
+    It costs two solves, two gradients, and n reverse passes for each problem examined (60 products where n is large).
 
     Parameters
     ----------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,9 +11,9 @@ from typing import Any
 import torch
 from torch.utils import _pytree as pytree
 
-from bilevel.testing.references import Reference
+from bilevel.testing.references import Reference, gradients
 
-__all__ = ["Probe", "captured_tensors", "gradient_mismatch", "noise", "probe", "state_of"]
+__all__ = ["Probe", "argument_mismatch", "captured_tensors", "gradient_mismatch", "noise", "probe", "state_of"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -140,6 +141,38 @@ def gradient_mismatch(reference: Reference, number: int, x: torch.Tensor) -> tup
     rounding = 10 * reference.eps * float(here.residual.norm()) / h
     scale = float(matrix_product.norm() + change.norm())
     return first, _relative(float((change - matrix_product).norm()), scale, rounding)
+
+
+def argument_mismatch(
+    scalar: Callable[[Sequence[torch.Tensor]], torch.Tensor], points: Sequence[torch.Tensor], eps: float
+) -> list[float]:
+    """Compare derivatives of ``scalar`` with differences, beside ``points``: the relative error for each."""
+    generator = torch.Generator().manual_seed(2)
+    h = eps ** (1 / 3)
+    moves = [_signs(point, generator) * (1 + point.detach().abs()) for point in points]
+    tensors = [(point.detach() + 0.05 * move).requires_grad_() for point, move in zip(points, moves, strict=True)]
+    with torch.enable_grad():
+        value = scalar(tensors)
+    slopes = gradients(value, tensors)
+    rounding = 10 * eps * float(value.detach().abs()) / h
+    errors = []
+    for place, (slope, move) in enumerate(zip(slopes, moves, strict=True)):
+        step = [h * move if at == place else 0.0 for at in range(len(tensors))]
+        ahead, behind = (
+            float(scalar([t.detach() + s * part for t, part in zip(tensors, step, strict=True)]).detach())
+            for s in (1.0, -1.0)
+        )
+        change = (ahead - behind) / (2 * h)
+        error, scale = abs(change - float((slope * move).sum())), float(slope.norm() * move.norm()) + abs(change)
+        errors.append(_relative(error, scale, rounding) if math.isfinite(error) else 0.0)
+    return errors
+
+
+def _signs(like: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """Return random signs, the same on both sides of the diagonal: a function of symmetric matrices has a derivative among these alone."""
+    signs = (torch.randint(0, 2, like.shape, generator=generator) * 2 - 1).to(like)
+    square = like.ndim > 1 and like.shape[-1] == like.shape[-2]
+    return signs.triu() + signs.triu(1).mT if square else signs
 
 
 def _relative(error: float, scale: float, rounding: float) -> float:

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch.utils import _pytree as pytree
 
 import bilevel
 from bilevel.testing._examination import Examination, first_line
-from bilevel.testing._probes import Probe, captured_tensors, gradient_mismatch, probe, state_of
+from bilevel.testing._probes import Probe, argument_mismatch, captured_tensors, gradient_mismatch, probe, state_of
 from bilevel.testing.defects import Defect
 from bilevel.testing.references import Reference
 
-__all__ = ["derivatives", "dtypes", "function", "misuse", "prepare"]
+__all__ = ["MISMATCH", "derivatives", "dtypes", "function", "misuse", "prepare"]
 
 # Derivatives and differences that disagree by more than this are not of the same function.
-_MISMATCH = 1e-3
+MISMATCH = 1e-3
 
 
 def prepare(seen: Examination) -> None:
@@ -85,8 +87,7 @@ def misuse(seen: Examination) -> None:
     except bilevel.SolveError:
         return
     except bilevel.StochasticObjectiveError as error:
-        changed = seen.deterministic is not False
-        seen.find(Defect.CHANGES_STATE if changed else Defect.STOCHASTIC, first_line(error))
+        seen.find(Defect.CHANGES_STATE if "in place" in str(error) else Defect.STOCHASTIC, first_line(error))
 
 
 def derivatives(seen: Examination) -> None:
@@ -95,13 +96,31 @@ def derivatives(seen: Examination) -> None:
         return
     for number in seen.usable()[:2]:
         first, second = gradient_mismatch(seen.wide, number, seen.rows[number])
-        if first > _MISMATCH:
+        if first > MISMATCH:
             text = f"the gradient by autograd and differences of the values disagree by {first:.0%}"
             seen.find(Defect.WRONG_GRADIENT, text)
-        elif second > _MISMATCH:
+        elif second > MISMATCH:
             text = f"second derivatives by autograd and differences of the first disagree by {second:.0%}"
             if not seen.subject.layer.minimizes:
                 text = f"derivatives by autograd and differences of the residual disagree by {second:.0%}"
+            seen.find(Defect.WRONG_GRADIENT, text)
+        _by_arguments(seen, number)
+
+
+def _by_arguments(seen: Examination, number: int) -> None:
+    """Compare the inner function's derivatives by its arguments with differences."""
+    x = seen.rows[number]
+    generator = torch.Generator().manual_seed(3)
+    weights = torch.randn(x.shape, generator=generator, dtype=torch.float64).to(x)
+
+    def weighed(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
+        return (seen.wide.residual(number, x, tensors) * weights).sum()
+
+    errors = argument_mismatch(weighed, seen.wide.points, seen.wide.eps)
+    what = "its gradient" if seen.subject.layer.minimizes else "its values"
+    for name, error in zip(seen.subject.names, errors, strict=True):
+        if error > MISMATCH:
+            text = f"the inner function's derivative by {name} and differences of {what} disagree by {error:.0%}"
             seen.find(Defect.WRONG_GRADIENT, text)
 
 

@@ -13,10 +13,13 @@ from torch.utils import _pytree as pytree
 
 import bilevel
 from bilevel.testing._examination import Examination, widest, worst_of
+from bilevel.testing._probes import argument_mismatch
+from bilevel.testing._steps_function import MISMATCH
 from bilevel.testing.defects import Defect
 from bilevel.testing.diagnosis import LinearSolve, OuterTensor
+from bilevel.testing.references import gradients
 
-__all__ = ["linear_solve", "one_sided", "tensors"]
+__all__ = ["linear_solve", "one_sided", "outer_loss", "tensors", "whole"]
 
 # What an inaccurate linear solve may leave of the right-hand side.
 _LEFT = 1e-2
@@ -42,6 +45,47 @@ def one_sided(seen: Examination) -> None:
         meaning, remedy = report.words.get(status, (status.meaning, status.remedy))
         defect = Defect.DEGENERATE if status is bilevel.Status.DEGENERATE else Defect.LINEAR_SOLVE
         seen.find(defect, f"{report.solver} {meaning}{seen.of(worst)}", remedy)
+
+
+def outer_loss(seen: Examination) -> None:
+    """Evaluate the outer loss twice at the inner solution, and compare its derivatives with differences."""
+    subject, reference = seen.subject, seen.wide
+    rows, leaves = [row.detach().requires_grad_(True) for row in seen.rows], reference.leaves()
+    if subject.problem is None or len(seen.usable()) < reference.count:
+        return
+    values = [reference.scalar(rows, leaves) for _ in range(2)]
+    first, second = (float(value.detach()) for value in values)
+    if not math.isfinite(first):
+        seen.find(Defect.NOT_FINITE, f"the outer loss is {first} at the inner solution")
+    elif not all(bool(torch.isfinite(slope).all()) for slope in gradients(values[0], [*rows, *leaves])):
+        seen.find(Defect.NOT_FINITE, "the outer loss's gradient is not finite at the inner solution")
+    elif first != second:
+        seen.find(Defect.STOCHASTIC, "two evaluations of the outer loss at one point differ")
+    else:
+        errors = argument_mismatch(
+            lambda given: reference.scalar(given[: len(rows)], given[len(rows) :]), [*rows, *leaves], reference.eps
+        )
+        for name, error in zip([*["the inner solution"] * len(rows), *subject.names], errors, strict=True):
+            if error > MISMATCH:
+                text = f"the outer loss's derivative by {name} and differences of its values disagree by {error:.0%}"
+                seen.find(Defect.WRONG_GRADIENT, text)
+
+
+def whole(seen: Examination) -> None:
+    """Differentiate as a user would where nothing was found, so that whatever the library refuses is a finding."""
+    if seen.findings:
+        return
+    subject = seen.subject
+    if subject.problem is not None:
+        (outer, data), _ = subject.rebuild(subject.leaves)
+        bilevel.BilevelProblem.hypergradient(subject.problem, outer, data, init=subject.init)
+        return
+    points = [point.detach().clone().requires_grad_() for point in subject.points]
+    with torch.enable_grad():
+        made = pytree.tree_leaves(subject.solve(seen.layer(on_failure="raise"), points))
+        leaves = [leaf for leaf in made if leaf.requires_grad]
+        if leaves:
+            torch.autograd.grad([leaf.sum() for leaf in leaves], points, allow_unused=True)
 
 
 def tensors(seen: Examination) -> None:

@@ -158,10 +158,13 @@ def stationary(seen: Examination) -> None:
     if seen.inner is None or seen.has(Defect.SINGULAR, Defect.SINGULAR_SEARCH, Defect.KINK):
         return
     farthest, about = 0.0, "is"
+    starts = seen.wide.rows(pytree.tree_leaves(seen.subject.init))
+    # Of a solution that is zero, the way from the start says what is small.
+    sizes = [max(float(x.norm()), float((x - start).norm())) for x, start in zip(seen.rows, starts, strict=True)]
     for number, matrix in seen.matrices.items():
         x = seen.rows[number]
         residual = seen.wide.residual(number, x, seen.wide.points).detach()
-        farthest = max(farthest, _share(float(torch.linalg.solve_ex(matrix, residual)[0].norm()), x))
+        farthest = max(farthest, _share(float(torch.linalg.solve_ex(matrix, residual)[0].norm()), sizes[number]))
     if seen.matrices:
         seen.inner = replace(seen.inner, newton_step=farthest)
     elif seen.curvature is not None:
@@ -169,14 +172,14 @@ def stationary(seen: Examination) -> None:
         largest, about = max(abs(seen.curvature.smallest), abs(seen.curvature.largest), 1e-300), "is at least"
         for number in seen.usable():
             residual = seen.wide.residual(number, seen.rows[number], seen.wide.points).detach()
-            farthest = max(farthest, _share(float(residual.norm()) / largest, seen.rows[number]))
+            farthest = max(farthest, _share(float(residual.norm()) / largest, sizes[number]))
     if farthest > _FAR and not seen.has(Defect.DIVERGED, Defect.NOT_FINITE, Defect.STOCHASTIC):
         where = f"a Newton step from where {seen.inner.solver} ended"
         seen.find(Defect.UNCONVERGED, f"the inner point is not stationary: {where} {about} {farthest:.1g} of x")
 
 
-def _share(step: float, x: torch.Tensor) -> float:
-    return step / max(float(x.norm()), step, 1e-300)
+def _share(step: float, size: float) -> float:
+    return step / max(size, step, 1e-300)
 
 
 def price(seen: Examination) -> None:

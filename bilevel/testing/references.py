@@ -127,6 +127,7 @@ class Reference:
             with sound():
                 value = self.subject.function(self.tree(point), *args, **kwargs)
             if self.subject.layer.minimizes:
+                _scalar(value, f"{self.subject.where}: expected the objective")
                 (gradient,) = torch.autograd.grad(
                     value, point, create_graph=True, allow_unused=True, materialize_grads=True
                 )
@@ -146,11 +147,7 @@ class Reference:
             (outer, data), _ = self.subject.case(number, tensors)
             with sound():
                 losses.append(problem.outer_objective(self.tree(row), outer, data))
-            if losses[-1].ndim:
-                raise bilevel.ShapeError(
-                    f"{self.subject.where}: expected outer_objective to return a scalar tensor of shape (), got "
-                    f"{tuple(losses[-1].shape)}; reduce it, for example with .mean()"
-                )
+            _scalar(losses[-1], f"{self.subject.where}: expected outer_objective")
         return torch.stack(losses).mean()
 
     def matrix(self, number: int, x: torch.Tensor, tensors: Sequence[torch.Tensor]) -> torch.Tensor:
@@ -243,6 +240,14 @@ class Reference:
                 for place, pulled in enumerate(gradients((residual * vector).sum(), tensors, keep=True)):
                     sums[place][which] += weight * float((pulled.to(x.dtype) ** 2).sum())
         return [(math.sqrt(plain), math.sqrt(through)) for plain, through in sums]
+
+
+def _scalar(value: Any, expected: str) -> None:
+    if not isinstance(value, torch.Tensor) or value.ndim:
+        got = tuple(value.shape) if isinstance(value, torch.Tensor) else type(value).__name__
+        raise bilevel.ShapeError(
+            f"{expected} to return a scalar tensor of shape (), got {got}; reduce it, for example with .mean()"
+        )
 
 
 def gradients(

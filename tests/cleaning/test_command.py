@@ -538,3 +538,22 @@ def test_138_of_400_wrong_labels_of_digits_are_found() -> None:
     assert interval(outcome.values(CLEANED, "recall")).mean > 0.75
     assert interval(outcome.values(CLEANED, "precision")).mean > 0.75
     assert means[TRUE] > means[CLEANED]
+
+
+def test_the_remedy_for_a_class_without_trusted_rows_works() -> None:
+    labels = torch.cat([torch.arange(60) % 2, torch.tensor([2])])
+    with pytest.raises(DataError, match="'2'; it has 1 of 61 rows, too few for --trusted-size: leave the class out"):
+        split(labelled(labels), Sizes(trusted=10), run=0, seed=0)
+    labels = torch.cat([torch.arange(60) % 2, torch.full((3,), 2)])
+    seeds = [seed for seed in range(20) if not _holds_all(labels, 10, seed)]
+    with pytest.raises(DataError, match=r"; raise --trusted-size$"):
+        split(labelled(labels), Sizes(trusted=10), run=0, seed=seeds[0])
+    assert all(_holds_all(labels, 30, seed) for seed in seeds)
+
+
+def _holds_all(labels: torch.Tensor, trusted: int, seed: int) -> bool:
+    try:
+        split(labelled(labels), Sizes(trusted=trusted), run=0, seed=seed)
+    except DataError:
+        return False
+    return True

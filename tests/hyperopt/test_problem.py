@@ -301,3 +301,11 @@ def test_folds_that_are_none(folds: Any) -> None:
 
     with pytest.raises(bilevel.ArgumentError, match="fold_weights: expected"):
         fold_weights(folds, 5)
+
+
+@pytest.mark.parametrize("bad", [3, None, lambda w: w.sum()], ids=["a number", "None", "of one argument"])
+@pytest.mark.parametrize("name", ["training_objective", "validation_loss"])
+def test_functions_of_another_form_are_named(name: str, bad: Any) -> None:
+    good = {"training_objective": lambda w, s, data: ((w - s) ** 2).sum(), "validation_loss": lambda w, data: w.sum()}
+    with pytest.raises(bilevel.ArgumentError, match=f"expected {name} to be a function of"):
+        bilevel.HyperparameterOptimization(**{**good, name: bad}, hyperparameters=torch.zeros(2), init=torch.zeros(2))

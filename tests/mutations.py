@@ -1332,6 +1332,12 @@ MUTATIONS = (
         "if row[j] > _LEAST_NEW**2 * gram[j, j] > 0:", "if row[j] > 1e-14 * gram[j, j] > 0:", (OUTER, "-k", "trail"),
     ),
     Mutation(
+        "the pseudo-inverse stands in for LU where a program's matrix is regular", "quadratic_programs/_kkt.py",
+        "for t in (self.suspect, values, vectors, null))\n",
+        "for t in (self.suspect, values, vectors, null)) if False else (self.suspect, values, vectors, null)\n",
+        ("tests/quadratic_programs/test_derivatives.py", "-k", "parallel"),
+    ),
+    Mutation(
         "a callback may move the point of a run", "outer/run.py",
         "    if versions != [t._version for t in shown]:", "    if False:", (OUTER, "-k", "changes_the_point"),
     ),

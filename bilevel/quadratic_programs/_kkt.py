@@ -181,12 +181,17 @@ class KKTFactor:
         return torch.where(plain, balance(Q, rows), 1.0)
 
     def _pseudo_invert(self, matrix: torch.Tensor) -> None:
-        """Keep the pseudo-inverses and null vectors of the suspect problems."""
+        """Keep the pseudo-inverses and null vectors of those of the suspect problems that are singular.
+
+        LU is more accurate for the others: eigenvectors of small eigenvalues of both signs mix, unknowns with multipliers.
+        """
         values, vectors = eigh(matrix)
         null = values.abs() <= _SINGULAR * values.abs().amax(-1, keepdim=True)
+        singular = null.any(-1)
+        self.suspect, values, vectors, null = (t[singular] for t in (self.suspect, values, vectors, null))
         inverse = torch.where(null, torch.zeros_like(values), 1 / values)
         self.inverse = torch.bmm(vectors * inverse.unsqueeze(-2), vectors.mT)
-        self.singular[self.suspect] = null.any(-1)
+        self.singular[self.suspect] = True
         self.by_inequalities[self.suspect] = self._involves_inequalities(vectors * null.unsqueeze(-2))
 
     def _involves_inequalities(self, null: torch.Tensor) -> torch.Tensor:

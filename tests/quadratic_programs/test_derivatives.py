@@ -248,3 +248,13 @@ def test_forward_over_forward_is_refused() -> None:
     q = data.pop("q")
     with pytest.raises(bilevel.TransformError, match="hessian"):
         jacfwd(jacfwd(lambda v: quadratic_program(q=v, **data)))(q)
+
+
+@pytest.mark.parametrize("angle", [1e-6, 1e-8, 1e-10])
+def test_a_vertex_between_nearly_parallel_edges_does_not_move_with_the_cost(angle: float) -> None:
+    G = torch.tensor([[1.0, 1.0], [1.0, 1.0 + angle]], dtype=F64)
+    Q, h, q = torch.zeros(2, 2, dtype=F64), G.sum(1), -0.75 * G.sum(0)
+    by_cost, by_side = jacrev(lambda q, h: quadratic_program(Q, q, G=G, h=h), (0, 1))(q, h)
+    assert float(by_cost.abs().max()) < 1e-6
+    inverse = torch.tensor([[1.0 + angle, -1.0], [-1.0, 1.0]], dtype=F64) / (G[1, 1] - 1.0)
+    torch.testing.assert_close(by_side, inverse, rtol=1e-5, atol=0.0)

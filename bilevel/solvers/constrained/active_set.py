@@ -14,7 +14,7 @@ import torch
 from bilevel._torch.factorisations import eigh
 from bilevel.solvers._base import merge
 from bilevel.solvers.constrained.kkt import solve_symmetric
-from bilevel.solvers.constrained.program import Answer, Program
+from bilevel.solvers.constrained.program import Answer, Program, pulled_back
 
 __all__ = ["Measures", "Polished", "continued", "measure", "polish", "polished_without_multipliers", "recovered"]
 
@@ -151,7 +151,7 @@ def recovered(program: Program, answer: Answer, near: float, *, singly: bool = F
         p = jh.shape[1]
         multipliers = _lstsq(jacobian, -gradient * free)
         equality, inequality = multipliers[:, :p], multipliers[:, p:] * active
-        slope = gradient + _pull(jh, equality) + _pull(jc, inequality)
+        slope = gradient + pulled_back(jh, equality) + pulled_back(jc, inequality)
         tiny = _WRONG * at.force.unsqueeze(-1)
         worst = torch.where(active, inequality * at.norms, torch.zeros_like(inequality))
         drop = (worst < -tiny) & (worst <= worst.amin(-1, keepdim=True)) if c.shape[-1] else active
@@ -188,7 +188,7 @@ def _identified(program: Program, x: torch.Tensor, answer: Answer, at: Measures)
     """Return the point with the active set that its multipliers and distances suggest."""
     c = program.split(at.parts)[2]
     gradient, jh, jc = program.split(at.rows)
-    slope = gradient + _pull(jh, answer.equality) + _pull(jc, answer.inequality)
+    slope = gradient + pulled_back(jh, answer.equality) + pulled_back(jc, answer.inequality)
     force, size = at.force.unsqueeze(-1), at.size.unsqueeze(-1)
     active = answer.inequality * at.norms / force > -c / (at.norms * size)
     lower = slope / force > (x - program.lower) / size
@@ -250,7 +250,7 @@ def _system(
     _, h, c = program.split(at.parts)
     free = (~(point.at_lower | point.at_upper)).to(x)
     active = point.active.to(x)
-    slope = gradient + _pull(jh, equality) + _pull(jc, inequality)
+    slope = gradient + pulled_back(jh, equality) + pulled_back(jc, inequality)
     hessian = at.hessian * free.unsqueeze(1) * free.unsqueeze(2) + torch.diag_embed(1 - free)
     rows = torch.cat([jh, jc * active.unsqueeze(-1)], dim=1) * free.unsqueeze(1)
     corner = torch.diag_embed(torch.cat([torch.zeros_like(h), active - 1], dim=-1))
@@ -264,7 +264,7 @@ def _judged(
     """Return the point with ``good`` set, and the active set (lower, upper, inequalities) that its signs and violations imply."""
     gradient, jh, jc = program.split(at.rows)
     _, h, c = program.split(at.parts)
-    slope = gradient + _pull(jh, point.equality) + _pull(jc, point.inequality)
+    slope = gradient + pulled_back(jh, point.equality) + pulled_back(jc, point.inequality)
     force, size = at.force.unsqueeze(-1), at.size.unsqueeze(-1)
     tiny_force, tiny_size = _WRONG * force, _WRONG * size
     free = ~(point.at_lower | point.at_upper)
@@ -298,10 +298,6 @@ def _judged(
         (point.active & ~negative) | violated,
     )
     return made, asked
-
-
-def _pull(rows: torch.Tensor, multipliers: torch.Tensor) -> torch.Tensor:
-    return (rows.mT @ multipliers.unsqueeze(-1)).squeeze(-1)
 
 
 def _largest(numbers: torch.Tensor) -> torch.Tensor:

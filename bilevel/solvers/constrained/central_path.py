@@ -6,7 +6,7 @@ import torch
 
 from bilevel.solvers.constrained.active_set import measure
 from bilevel.solvers.constrained.kkt import solve_symmetric
-from bilevel.solvers.constrained.program import Answer, Program
+from bilevel.solvers.constrained.program import Answer, Program, pulled_back
 
 __all__ = ["centred"]
 
@@ -27,7 +27,7 @@ def centred(program: Program, answer: Answer, smoothing: float) -> tuple[Answer,
         low, high = 1 / (x - program.lower), 1 / (program.upper - x)
         low, high = low * free.where(torch.isfinite(low), 0 * x), high * free.where(torch.isfinite(high), 0 * x)
         low, high = low.nan_to_num(0.0, 0.0, 0.0), high.nan_to_num(0.0, 0.0, 0.0)
-        slope = gradient + _pull(jh, equality) + _pull(jc, inequality) - smoothing * (low - high)
+        slope = gradient + pulled_back(jh, equality) + pulled_back(jc, inequality) - smoothing * (low - high)
         hessian = at.hessian + torch.diag_embed(smoothing * (low**2 + high**2))
         hessian = hessian * free.unsqueeze(1) * free.unsqueeze(2) + torch.diag_embed(1 - free)
         rows = torch.cat([jh, jc], dim=1) * free.unsqueeze(1)
@@ -45,7 +45,3 @@ def centred(program: Program, answer: Answer, smoothing: float) -> tuple[Answer,
             break
     small = step.abs().amax(-1) <= 1e-8 * (1 + x.abs().amax(-1))
     return Answer(x, equality, inequality, answer.status, answer.iterations), step, small
-
-
-def _pull(rows: torch.Tensor, multipliers: torch.Tensor) -> torch.Tensor:
-    return (rows.mT @ multipliers.unsqueeze(-1)).squeeze(-1)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from bilevel._torch.factorisations import eigh, eigvalsh, solve
-from bilevel.solvers.constrained.program import Program
+from bilevel.solvers.constrained.program import Program, pulled_back
 from bilevel.solvers.parts.shifted import grown, try_cholesky
 
 __all__ = ["Direction", "newton_direction", "solve_symmetric"]
@@ -73,7 +73,7 @@ def newton_direction(
 
     def direction(h_now: torch.Tensor, c_now: torch.Tensor) -> Direction:
         # c_now stands for c + s.
-        dual = gradient + _pull(jh, equality) - push + _pull(jc, mu / slack + sigma_s * c_now)
+        dual = gradient + pulled_back(jh, equality) - push + pulled_back(jc, mu / slack + sigma_s * c_now)
         dx, dy = system.solve(-dual * free, -h_now)
         dx = dx * free
         pushed = (jc @ dx.unsqueeze(-1)).squeeze(-1)
@@ -89,10 +89,6 @@ def newton_direction(
         return Direction(dx, ds, dy, dl, d_lower, d_upper, slope, quadratic, system.shift, direction)
 
     return direction(h, c + slack)
-
-
-def _pull(rows: torch.Tensor, multipliers: torch.Tensor) -> torch.Tensor:
-    return (rows.mT @ multipliers.unsqueeze(-1)).squeeze(-1)
 
 
 class _System:
@@ -140,7 +136,7 @@ class _System:
         """Return (dx, dν) for the right-hand sides ``dual`` (K, n) and ``primal`` (K, p)."""
         right = dual
         if self.p:
-            right = dual + self.weight.unsqueeze(-1) * _pull(self.rows, primal)
+            right = dual + self.weight.unsqueeze(-1) * pulled_back(self.rows, primal)
         solved = torch.cholesky_solve(right.unsqueeze(-1), self.factor)
         if not self.p:
             return solved.squeeze(-1), primal

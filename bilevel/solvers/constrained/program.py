@@ -16,7 +16,7 @@ from bilevel.equations.problem import Problem
 from bilevel.errors import ArgumentError
 from bilevel.solvers._base import Goal, InnerSolution, InnerSolver, merge
 
-__all__ = ["Answer", "ConstrainedSolver", "Program"]
+__all__ = ["Answer", "ConstrainedSolver", "Program", "pulled_back"]
 
 # Unknowns above this size need no other unit.
 _SMALL = 1e-2
@@ -199,6 +199,11 @@ class Answer:
         """
         steps = self.iterations + torch.where(these if ran is None else ran, other.iterations, 0)
         return replace(merge(these, other, self), iterations=steps, known=self.known)
+
+
+def pulled_back(rows: torch.Tensor, multipliers: torch.Tensor) -> torch.Tensor:
+    """Return Jᵀλ (K, n) of ``rows`` J (K, r, n) and ``multipliers`` λ (K, r)."""
+    return (rows.mT @ multipliers.unsqueeze(-1)).squeeze(-1)
 
 
 class ConstrainedSolver(InnerSolver):

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 
 from bilevel.solvers.constrained.active_set import measure
-from bilevel.solvers.constrained.program import Answer, Program
+from bilevel.solvers.constrained.program import Answer, Program, pulled_back
 
 __all__ = ["is_settled", "kinked_part"]
 
@@ -26,7 +26,7 @@ def is_settled(program: Program, answer: Answer) -> torch.Tensor:
     at = measure(program, x, answer.equality, answer.inequality)
     gradient, jh, jc = program.split(at.rows)
     c = program.split(at.parts)[2]
-    slope = gradient + _pull(jh, answer.equality) + _pull(jc, answer.inequality)
+    slope = gradient + pulled_back(jh, answer.equality) + pulled_back(jc, answer.inequality)
     size, force = at.size.unsqueeze(-1), at.force.unsqueeze(-1)
     low, high = x - program.lower <= _BALANCED * size, program.upper - x <= _BALANCED * size
     left = torch.where((low & (slope > 0)) | (high & (slope < 0)) | program.fixed, 0.0, slope.abs())
@@ -73,7 +73,3 @@ def _jump(program: Program, x: torch.Tensor, step: torch.Tensor, part: torch.Ten
         below, above = torch.where(upper, there, below), torch.where(upper, above, there)
         low, high = torch.where(upper[:, 0], middle, low), torch.where(upper[:, 0], high, middle)
     return ((above - below).norm(dim=-1) / scale.clamp_min(1e-300)).nan_to_num(0.0, 0.0, 0.0)
-
-
-def _pull(rows: torch.Tensor, multipliers: torch.Tensor) -> torch.Tensor:
-    return (rows.mT @ multipliers.unsqueeze(-1)).squeeze(-1)

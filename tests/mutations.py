@@ -553,7 +553,7 @@ MUTATIONS = (
     ),
     Mutation(
         "a path that turns back", "solvers/parts/path.py", "torch.where((sign < 0).unsqueeze(-1), -v, v)", "v",
-        ("tests/test_matrix_games.py", "-k", "bimatrix"),
+        ("tests/test_matrix_games.py", "-k", "takes_over"),
     ),
     Mutation(
         "a given answer without its auxiliary output", "layers/layer.py",

@@ -33,7 +33,7 @@ from bilevel.solvers.judging.stationary import (
     name_stationary,
     name_still,
 )
-from bilevel.solvers.judging.successors import Lowest, Successor, beside, has_run_away
+from bilevel.solvers.judging.successors import Lowest, Successor, beside
 from bilevel.solvers.judging.trials import Trial, choose, merged
 from bilevel.solvers.judging.weighing import blind_status, only_sizes_matter, weigh
 from bilevel.tolerance import Target
@@ -108,9 +108,8 @@ def _taken_over(
         begun = init if other.afresh else latest
         if other.onward and lowest is not None:
             begun, failed = lowest.onward(problem, failed & (lowest.x != init).all(dim=-1))
-        failed = failed & ~has_run_away(begun)
         if not bool(failed.any()):
-            continue
+            break
         begun = beside(begun) if other.beside else begun
         # Solved problems do not move: their threshold is infinite.
         start = torch.where(failed.unsqueeze(-1), begun, trial.x)

@@ -13,13 +13,11 @@ from bilevel.solvers._base import InnerSolver, is_one_of, merge
 from bilevel.solvers.judging.error import irregular_signs, scaled_symmetric
 from bilevel.solvers.judging.trials import Trial
 
-__all__ = ["Lowest", "Successor", "beside", "has_run_away", "off_the_saddle"]
+__all__ = ["Lowest", "Successor", "beside", "off_the_saddle"]
 
 # A step off a saddle is first so long that G falls by this many roundings. Then it is doubled while G falls. The way down may be short.
 _SEEN = 4.0
 _MOST_DOUBLINGS = 60
-# No search goes on from a point whose largest unknown is larger than this.
-_FAR = 1e30
 
 
 @dataclass(frozen=True)
@@ -49,10 +47,9 @@ class Lowest:
 
     @staticmethod
     def of(problem: Problem, trial: Trial) -> Lowest:
-        """Return the points at which ``trial`` ended. One that diverged or ran away is not usable."""
+        """Return the points at which ``trial`` ended. One that diverged is not usable."""
         value = problem.value(trial.x) if trial.value is None else trial.value
-        lost = is_one_of(trial.status, (Status.DIVERGED, Status.NOT_FINITE)) | has_run_away(trial.x)
-        usable = torch.isfinite(value) & ~lost
+        usable = torch.isfinite(value) & ~is_one_of(trial.status, (Status.DIVERGED, Status.NOT_FINITE))
         return Lowest(trial.x, torch.where(usable, value, torch.inf), trial.status)
 
     def updated(self, problem: Problem, trial: Trial, these: torch.Tensor) -> Lowest:
@@ -67,11 +64,6 @@ class Lowest:
             return self.x, usable
         x, left = off_the_saddle(problem, self.x, self.value, usable)
         return x, usable & (left | is_one_of(self.status, (Status.MAX_STEPS, Status.KINK)))
-
-
-def has_run_away(x: torch.Tensor) -> torch.Tensor:
-    """Return where ``x`` (batch, n) is so far away that its search followed an objective without a minimum, (batch,) bool."""
-    return x.abs().amax(dim=-1) > _FAR
 
 
 def beside(x: torch.Tensor) -> torch.Tensor:

@@ -21,7 +21,7 @@ from bilevel.quadratic_programs._rule import Structure
 
 __all__ = ["units_of"]
 
-_MODERATE = 1e3  # entries and units within this factor of one are left as they are
+_MODERATE = 1e3  # largest entries of rows and columns, and units, within this factor of one are left as they are
 _SWEEPS = 10
 _FAR = 10.0  # binary orders of magnitude beyond which an entry weighs less
 
@@ -42,7 +42,8 @@ def units_of(
     """
     (n, p, m), (Q, A, G), (b, h, *bounds) = structure.sizes.parts[:3], matrices, sides
     root = _diagonal(structure.Q, Q).clamp_min(0).sqrt().unsqueeze(-2)
-    if not any(bool(_far(values).any()) for values in (root, A, G)):
+    largest = [root.squeeze(-2), *_largest_of_both(structure.A, A, p, n), *_largest_of_both(structure.G, G, m, n)]
+    if not bool(_far(torch.cat(largest, -1)).any()):
         return None
     places = torch.arange(n, device=Q.device)
     blocks = [_Block(Dense(), root, 1, None), _Block(structure.A, A, p, b), _Block(structure.G, G, m, h)]
@@ -50,7 +51,7 @@ def units_of(
         if bound is not None:
             blocks.append(_Block(Entries(places, places, (n, n)), torch.ones_like(bound), n, bound))
     x = torch.exp2(_columns(blocks, len(Q), n).round())
-    rows = [1 / _power_of_two(_largest(pattern, values, x, count)) for pattern, values, count in (
+    rows = [1 / _power_of_two(_largest(pattern, values * pattern.outer(x.new_ones(len(x), count), x), count)) for pattern, values, count in (
         (structure.A, A, p), (structure.G, G, m))]  # fmt: skip
     units = torch.cat([x, *rows, 1 / x, 1 / x], -1)
     return torch.where(_far(units).any(-1, keepdim=True), units, 1.0)
@@ -115,13 +116,19 @@ def _diagonal(pattern: Pattern, values: torch.Tensor) -> torch.Tensor:
     return pattern.times(on, values.new_ones(len(values), pattern.shape[1]))
 
 
-def _largest(pattern: Pattern, values: torch.Tensor, x: torch.Tensor, count: int) -> torch.Tensor:
-    """Return the largest entry of each row (B, count) in units ``x`` of the unknowns."""
-    sizes = (values * pattern.outer(x.new_ones(len(x), count), x)).abs()
+def _largest(pattern: Pattern, values: torch.Tensor, count: int, *, of_columns: bool = False) -> torch.Tensor:
+    """Return the largest entry of each of ``count`` rows or columns (B, count)."""
+    sizes, found = values.abs(), values.new_zeros(len(values), count)
     if not isinstance(pattern, Entries):
-        return sizes.amax(-1)
-    found = x.new_zeros(len(x), count)
-    return found.scatter_reduce(-1, pattern.rows.expand_as(sizes), sizes, "amax")
+        return sizes.amax(-2 if of_columns else -1) if sizes.numel() else found
+    places = pattern.columns if of_columns else pattern.rows
+    return found.scatter_reduce(-1, places.expand_as(sizes), sizes, "amax")
+
+
+def _largest_of_both(
+    pattern: Pattern, values: torch.Tensor, rows: int, columns: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    return _largest(pattern, values, rows), _largest(pattern, values, columns, of_columns=True)
 
 
 def _power_of_two(size: torch.Tensor) -> torch.Tensor:

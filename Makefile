@@ -44,8 +44,8 @@ test: $(VENV)/.test
 	$(BIN)/python -m pytest -q -n auto --dist loadgroup
 
 # The tests of layers and problems once more, with all that can be replayed replayed at once; test-replay-all: every test.
-REPLAYED := tests/test_implicit.py tests/test_layers.py tests/test_problem.py tests/test_failures.py tests/test_settings.py tests/test_memory.py \
-	tests/test_acceptance.py tests/test_differentiation.py tests/test_least_squares.py tests/test_goal.py tests/solvers
+REPLAYED := tests/test_implicit.py tests/test_layers.py tests/test_problem.py tests/test_failures.py tests/test_settings.py \
+	tests/test_differentiation.py tests/test_least_squares.py tests/test_goal.py tests/solvers
 test-replay: $(VENV)/.test
 	$(BIN)/python -m pytest -q -n auto --replay $(REPLAYED)
 

@@ -16,7 +16,7 @@ ONE_KIND: dict[str, list[Cone]] = {
     "equations": [cones.Zero(2)],
     "inequalities": [cones.Nonnegative(5)],
     "second-order": [cones.SecondOrder(3), cones.SecondOrder(3), cones.SecondOrder(4)],
-    "semidefinite": [cones.PSDTriangle(2), cones.PSDTriangle(3)],
+    "semidefinite": [cones.PSDTriangle(3)],
 }
 
 

@@ -25,7 +25,7 @@ def row(outcome: Outcome, name: str) -> Row:
 
 
 @pytest.mark.parametrize("name", ["diabetes", "wine"])
-@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.long)])
 def test_the_shared_strength_is_at_least_as_good_as_the_grid_for_fewer_solves(name: str, seed: int) -> None:
     outcome = tune(load_bundled(name), TuneSettings(seed=seed))
     untuned, grid, tuned = outcome.rows

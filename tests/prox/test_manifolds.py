@@ -91,7 +91,7 @@ def implicit(
 
 
 @every
-@pytest.mark.parametrize("seed", [0, 1, pytest.param(2, marks=pytest.mark.long)])
+@pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.long) for seed in (1, 2))])
 def test_the_derivative_of_a_solution_is_that_of_differences(case: Case, seed: int) -> None:
     Q, q, parameters = quadratic(case, seed)
     term = case.build(*parameters)

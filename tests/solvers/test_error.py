@@ -242,15 +242,17 @@ def test_a_fixed_point_in_mixed_units_is_not_singular():
     assert not bool(estimate_error(problem, x, problem.residual(x), EVERY).singular)
 
 
-@pytest.mark.parametrize("dtype", [F64, F32])
+ONE_OF_TWO = lambda x, a: torch.stack([x[0] - (x[0] - a[0]) ** 3, torch.cos(x[1]) + 0 * a[1]])
+
+
 @pytest.mark.parametrize(
-    "mapping",
+    ("mapping", "dtype"),
     [
-        lambda x, a: x - (x - a) ** 3,
-        lambda x, a: torch.sin(x - a) + a,
-        lambda x, a: torch.stack([x[0] - (x[0] - a[0]) ** 3, torch.cos(x[1]) + 0 * a[1]]),
+        pytest.param(lambda x, a: x - (x - a) ** 3, F64, id="cubic"),
+        pytest.param(lambda x, a: torch.sin(x - a) + a, F32, id="sine"),
+        pytest.param(ONE_OF_TWO, F64, id="one of two"),
+        pytest.param(ONE_OF_TWO, F32, id="one of two, float32", marks=pytest.mark.long),  # tens of thousands of steps
     ],
-    ids=["cubic", "sine", "one of two"],
 )
 def test_what_is_left_of_one_minus_the_slope_is_no_derivative(mapping, dtype):
     """Plain iteration comes so near a multiple root that 1 − T′ is its own rounding. The gradient was 0.65 where 1 is right."""

@@ -1427,6 +1427,18 @@ MUTATIONS = (
         "(error is None and self.changed())", "False", ("tests/test_straight.py",),
     ),
     Mutation(
+        "the first step of an outer search shortened no more often than later ones", "outer/methods.py",
+        '(1 if "taken" in memory or method.step is not None else 5)', "1", (OUTER, "-k", "units_far_below"),
+    ),
+    Mutation(
+        "a complex outer loss handed to autograd", "problems/outer_loss.py",
+        "loss.ndim == 0 and not loss.is_floating_point()", "False", (OUTER, "-k", "not_real"),
+    ),
+    Mutation(
+        "a residual flat around the start said to need a start beside it", "layers/messages.py",
+        "_FLAT if flat else _singular", "_singular", ("tests/test_wording.py", "-k", "flat_around"),
+    ),
+    Mutation(
         "MAID's doubts settled by exacter values alone", "outer/methods.py",
         "fall + doubt < promised or not doubt >", "fall + doubt < promised or not doubt > 0 *", (OUTER, "-k", "shortened"),
     ),

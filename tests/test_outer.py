@@ -581,3 +581,27 @@ def test_a_run_unrolls_every_step_from_where_the_first_began() -> None:
         result = bilevel.minimize(problem, outer, DATA, init=start, optimizer=slow, max_steps=4)
         gradients.append(result.history[-1].gradient_norm)
     assert gradients[1] == pytest.approx(gradients[0], rel=1e-3)
+
+
+@pytest.mark.parametrize("optimizer", [None, bilevel.MAID()])
+def test_the_first_step_finds_units_far_below_one(optimizer):
+    class Scaled(bilevel.BilevelProblem):
+        def inner_objective(self, inner, outer, data):
+            return (inner - 1e9 * outer) ** 2
+
+        def outer_objective(self, inner, outer, data):
+            return (inner - 0.5) ** 2
+
+    zero = torch.zeros((), dtype=F64)
+    found = bilevel.minimize(Scaled(), zero, None, optimizer=optimizer, init=zero, max_steps=20)
+    assert float(1e9 * found.outer) == pytest.approx(0.5, rel=1e-3)
+
+
+@pytest.mark.parametrize("dtype", [torch.complex128, torch.int64])
+def test_an_outer_loss_that_is_not_real_is_refused(dtype):
+    class Other(Shrunk):
+        def outer_objective(self, inner, outer, data):
+            return inner.sum().to(dtype)
+
+    with pytest.raises(bilevel.DtypeError, match="expected outer_objective to return a floating-point scalar"):
+        Other().hypergradient(outer(), DATA, init=torch.zeros(2, dtype=F64))

@@ -198,6 +198,13 @@ def test_an_infinite_hessian_is_not_taken_for_a_kink():
     assert solution.report.status is not bilevel.Status.KINK
 
 
+def test_a_residual_flat_around_the_start_is_not_said_to_need_a_start_beside_it():
+    layer, a = bilevel.root(lambda x, a: torch.tanh(x) - a), torch.tensor([0.7, 0.4], dtype=F64)
+    with pytest.raises(bilevel.SolveError, match=r"the function is flat there.*remedy: start elsewhere, nearer"):
+        layer(torch.full((2,), 30.0, dtype=F64), a)
+    torch.testing.assert_close(layer(torch.ones(2, dtype=F64), a), a.atanh())  # the remedy
+
+
 @pytest.mark.parametrize(
     "objective", [lambda x, a: (x.clamp(-1, 1) - a).square().sum(), lambda x, a: -torch.exp(-((x - a) ** 2)).sum()]
 )

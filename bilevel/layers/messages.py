@@ -68,7 +68,8 @@ def failure_messages(
         return {status: _FLAT}
     if not problem.minimizes:
         words = dict(_FIXED_POINT if problem.is_fixed_point else _ROOT)
-        words[Status.SINGULAR] = _singular(problem, at_start=stayed)
+        flat = status is Status.SINGULAR and stayed and _is_flat(problem.single(which), init[which : which + 1])
+        words[Status.SINGULAR] = _FLAT if flat else _singular(problem, at_start=stayed)
         return {**words, **_BRACKET} if isinstance(solver, Bracketing) else words
     words = {
         Status.INDEFINITE: (Status.INDEFINITE.meaning, _NO_MINIMUM),
@@ -87,6 +88,12 @@ def failure_messages(
     except RuntimeError:  # do not hide the error that the message is about
         pass
     return words
+
+
+def _is_flat(problem: Problem, start: torch.Tensor) -> bool:
+    """Return whether R is the same at points to both sides of ``start`` (1, n) as there, where to start beside it does not help."""
+    aside, there = 1e-3 * (1 + start.abs()), problem.residual(start)
+    return all(bool((problem.residual(start + sign * aside) == there).all()) for sign in (-1, 1))
 
 
 def _singular(problem: Problem, *, at_start: bool) -> tuple[str, str]:

@@ -92,6 +92,11 @@ class OuterMethod(ABC):
         """Return the next point and update ``memory``; None if there is no next point."""
 
 
+def _trials(method: HOAG | MAID, memory: dict[str, Any]) -> range:
+    # The first step is a guess without θ's units: five times as many halvings find units down to 1e-30.
+    return range(method.max_trials * (1 if "taken" in memory or method.step is not None else 5))
+
+
 def _first_step(here: Evaluation, step: float | None) -> float:
     # As HOAG begins: a step as long as if every outer variable moved by about one.
     size = sum(x.numel() for x in here.outer)
@@ -115,7 +120,7 @@ class HOAG(OuterMethod):
     decrease
         The required share of the decrease that the slope predicts.
     max_trials
-        The largest number of trial steps before the loop ends.
+        The largest number of trial steps before the loop ends. Until a step is accepted it is five times as many if ``step`` is None.
 
     Raises
     ------
@@ -147,7 +152,7 @@ class HOAG(OuterMethod):
 
     def advance(self, here: Evaluation, memory: dict[str, Any], evaluate: Evaluator) -> Evaluation | None:
         """Try steps from ``here`` until one counts."""
-        for _ in range(self.max_trials):
+        for _ in _trials(self, memory):
             step = memory["step"]
             there = evaluate(here.moved(step))
             promised = self.decrease * step * here.norm**2
@@ -182,7 +187,7 @@ class MAID(OuterMethod):
     tighten
         The divisor of the allowed errors if they are too large to decide.
     max_trials
-        The largest number of evaluations for one step before the loop ends.
+        The largest number of trial steps before the loop ends. Until a step is accepted it is five times as many if ``step`` is None.
 
     Raises
     ------
@@ -218,7 +223,7 @@ class MAID(OuterMethod):
     def advance(self, here: Evaluation, memory: dict[str, Any], evaluate: Evaluator) -> Evaluation | None:
         """Try steps from ``here`` until one is certain to descend."""
         tighter = 1.0
-        for _ in range(self.max_trials):
+        for _ in _trials(self, memory):
             step = memory["step"]
             there = evaluate(here.moved(step), tighter=tighter)
             if there is None or not there.finite:

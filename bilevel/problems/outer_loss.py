@@ -13,7 +13,7 @@ from bilevel._torch.graph_features import nodes, record_graph_features
 from bilevel._torch.once_differentiable import once_only, refuse_once_only
 from bilevel._torch.transforms import is_differentiated_again, saving_hooked, transforms_active, unhooked
 from bilevel.equations.function_errors import explained
-from bilevel.errors import ShapeError
+from bilevel.errors import DtypeError, ShapeError
 from bilevel.layers.checks import SideEffectCheck, refused_by_torch
 from bilevel.policy import OnFailure
 from bilevel.problems.definition import Definition
@@ -28,6 +28,8 @@ def outer_losses(problem: Definition, inner: Any, outer: Any, data: Any, on_fail
     ------
     ShapeError
         If F is no scalar.
+    DtypeError
+        If F is complex or a whole number.
     StochasticObjectiveError
         If it draws random numbers or changes a tensor in place, and the policy is ``"raise"``; NaN under ``"nan"``.
     """
@@ -37,6 +39,11 @@ def outer_losses(problem: Definition, inner: Any, outer: Any, data: Any, on_fail
         given = {"data": data, "inner": inner, "outer": outer}
         with explained(where, "outer_objective", lambda: given), refused_by_torch(where, "outer_objective"):
             loss = objective(inner, outer, data)
+        if isinstance(loss, torch.Tensor) and loss.ndim == 0 and not loss.is_floating_point():
+            raise DtypeError(
+                f"{where}: expected outer_objective to return a floating-point scalar tensor of shape (), got () {loss.dtype}; "
+                "return .real of a complex number, and compute a loss in floating-point numbers"
+            )
         if not isinstance(loss, torch.Tensor) or loss.ndim != 0:
             got = tuple(loss.shape) if isinstance(loss, torch.Tensor) else type(loss).__name__
             raise ShapeError(

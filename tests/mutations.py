@@ -223,6 +223,26 @@ MUTATIONS = (
         ("tests/stochastic/test_misuse.py", "-k", "edited"),
     ),
     Mutation(
+        "clean: transparent images show what is not seen", "cli/pictures.py",
+        "        picture = _on_white(picture)\n", "        pass\n",
+        ("tests/cleaning/test_command.py", "-k", "upright"),
+    ),
+    Mutation(
+        "clean: images deeper than their class are left out", "cleaning/data.py",
+        "        if deeper:\n", "        if False:\n",
+        ("tests/cleaning/test_command.py", "-k", "left_out"),
+    ),
+    Mutation(
+        "clean: columns are constant in single precision", "cleaning/experiment.py",
+        "_CONSTANT = 1e-13", "_CONSTANT = 1e-6",
+        ("tests/cleaning/test_command.py", "-k", "differ_little"),
+    ),
+    Mutation(
+        "clean: 1 and 1.0 are two classes", "cleaning/data.py",
+        "    _check_spelling(cells, f\"{path}: target {target!r}\")\n", "",
+        ("tests/cleaning/test_command.py", "-k", "two_ways"),
+    ),
+    Mutation(
         "clean: grey images of 16 bits are cut off", "cli/pictures.py",
         "    if sixteen:", "    if False:",
         ("tests/cleaning/test_command.py", "-k", "any_depth"),

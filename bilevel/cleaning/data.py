@@ -6,6 +6,7 @@ Input that cannot be used raises :class:`DataError` in one sentence.
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +16,7 @@ import torch
 
 from bilevel.cli.encoding import Encoding, encoder
 from bilevel.cli.pictures import eight_bits
-from bilevel.cli.table import DataError, plain, read_table, split_target
+from bilevel.cli.table import DataError, parse, plain, read_table, split_target
 
 __all__ = ["DIGITS", "IMAGE_SIZE", "DataError", "LabelledData", "load", "numbered_like"]
 
@@ -24,6 +25,9 @@ DIGITS = "digits"
 
 IMAGE_SIZE = 28
 """Images of a folder are resized to so many pixels on a side."""
+
+_LARGEST = 1e150
+"""The squares of larger numbers, of which deviations are made, overflow."""
 
 _SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp")
 
@@ -37,7 +41,7 @@ class LabelledData:
     name
         For tables and files.
     inputs
-        float32 (n, features), or (n, channels, size, size) with values in [0, 1] for images.
+        float64 (n, features), or float32 (n, channels, size, size) with values in [0, 1] for images.
     labels
         int64 (n,): class numbers.
     classes
@@ -165,17 +169,16 @@ def _read_csv(path: Path, target: str | None, ignore: Sequence[str], encode: boo
     read = encoder(encode)
     _, inputs, cells = split_target(table, target, ignore, read or plain)
     assert target is not None  # or split_target had raised
+    _check_spelling(cells, f"{path}: target {target!r}")
     numbers, classes = _numbered(cells, f"{path}: target {target!r}")
-    with np.errstate(over="ignore"):
-        single = inputs.astype(np.float32)
-    if not np.isfinite(single).all():
-        i, j = np.argwhere(~np.isfinite(single))[0]
+    if (np.abs(inputs) > _LARGEST).any():
+        i, j = np.argwhere(np.abs(inputs) > _LARGEST)[0]
         raise DataError(
-            f"{path}: line {table.rows[i].line} holds {inputs[i, j]:g}, beyond single precision; rescale the column"
+            f"{path}: line {table.rows[i].line} holds {inputs[i, j]:g}, beyond {_LARGEST:g}; rescale the column"
         )
     return LabelledData(
         Path(path.name.removesuffix(".gz")).stem,
-        torch.from_numpy(single),
+        torch.from_numpy(inputs),
         numbers,
         classes,
         tuple(f"line {row.line}" for row in table.rows),
@@ -194,8 +197,7 @@ def _read_folder(folder: Path, size: int) -> LabelledData:
             file
             for kind in folder.iterdir()
             if kind.is_dir() and not kind.name.startswith(".")
-            for file in kind.iterdir()
-            if file.suffix.lower() in _SUFFIXES and not file.name.startswith(".")
+            for file in _images_in(kind)
         )
     except OSError as error:
         raise DataError(f"{folder} cannot be read ({error.strerror}); pass a folder that can") from None
@@ -215,6 +217,25 @@ def _read_folder(folder: Path, size: int) -> LabelledData:
     )
 
 
+def _images_in(kind: Path) -> list[Path]:
+    """Return the images of one class; raise :class:`DataError` if there are others in folders within it, which would be left out."""
+    found = [file for file in kind.iterdir() if _is_image(file.name)]
+    for inner, _, names in os.walk(kind):
+        place = Path(inner)
+        hidden = any(part.startswith(".") for part in place.relative_to(kind).parts)
+        deeper = [] if place == kind or hidden else sorted(filter(_is_image, names))
+        if deeper:
+            raise DataError(
+                f"{place / deeper[0]} lies deeper than {kind.parent}/CLASS/IMAGE.png; move images into the folder of their class, or pass "
+                f"the folder {kind}"
+            )
+    return found
+
+
+def _is_image(name: str) -> bool:
+    return Path(name).suffix.lower() in _SUFFIXES and not name.startswith(".")
+
+
 def _images(files: Sequence[Path], size: int) -> torch.Tensor:
     """Return the images (n, channels, size, size) in [0, 1]: one channel if all are grey, else three."""
     from PIL import Image, UnidentifiedImageError
@@ -223,8 +244,10 @@ def _images(files: Sequence[Path], size: int) -> torch.Tensor:
     pictures, unreadable = [], []
     for file in files:
         try:
-            with Image.open(file) as image:
-                resized = eight_bits(image, str(file)).resize((size, size), Image.Resampling.LANCZOS)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # Pillow warns of damaged metadata and of large images
+                with Image.open(file) as image:
+                    resized = eight_bits(image, str(file)).resize((size, size), Image.Resampling.LANCZOS)
         except DataError:
             raise
         except (UnidentifiedImageError, OSError, SyntaxError, Image.DecompressionBombError):
@@ -256,6 +279,17 @@ def _check_memory(files: int, size: int) -> None:
             f"{files} images of {size} x {size} pixels need {needed / 1e9:.0f} GB, more than this machine's {available / 1e9:.0f} GB; lower "
             "--image-size"
         )
+
+
+def _check_spelling(labels: Sequence[str], where: str) -> None:
+    """Raise :class:`DataError` if one number is written in two ways, such as 1 and 1.0, which would be two classes."""
+    spelling: dict[float, str] = {}
+    for label in labels:
+        number = parse(label)
+        if number is not None and spelling.setdefault(number, label) != label:
+            raise DataError(
+                f"{where} holds {spelling[number]!r} and {label!r}, which are one number; write it in one way"
+            )
 
 
 def _numbered(labels: Sequence[str], where: str) -> tuple[torch.Tensor, tuple[str, ...]]:

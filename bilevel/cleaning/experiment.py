@@ -250,6 +250,9 @@ class _SingleRun:
 _NORM = 8.0
 """Root mean square of ‖x‖ above which inputs are scaled down: Adam's steps change scores by up to its learning rate times ‖x‖₁."""
 
+_CONSTANT = 1e-13
+"""A column whose deviation is a smaller share of its size is constant up to rounding."""
+
 
 def _scaler(seen: torch.Tensor, *, images: bool) -> Callable[[torch.Tensor], torch.Tensor]:
     """Return a map that standardises columns by ``seen`` (a constant column becomes zero) and limits the norm of inputs.
@@ -258,7 +261,7 @@ def _scaler(seen: torch.Tensor, *, images: bool) -> Callable[[torch.Tensor], tor
     """
     double = seen.double()
     mean, deviation = double.mean(0), double.std(0, correction=0)
-    constant = deviation <= 1e-6 * double.abs().amax(0).clamp(min=torch.finfo(torch.float32).tiny)
+    constant = deviation <= _CONSTANT * double.abs().amax(0)
     deviation = torch.where(constant, torch.inf, deviation)
     if images:
         mean, deviation = torch.zeros_like(mean), torch.ones_like(deviation)

@@ -50,7 +50,7 @@ def choose_model(name: str, data: LabelledData) -> Callable[[], nn.Module]:
             )
         return partial(convolutional, shape[0], shape[1], classes)
     make = partial(_imported(name), shape, classes)
-    _try(name, make, data.inputs[:2], classes)
+    _try(name, make, data.inputs[:2].float(), classes)
     return make
 
 

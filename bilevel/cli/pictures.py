@@ -1,6 +1,7 @@
-"""Bring pictures of any depth to eight bits, without cutting off what is brighter than 255.
+"""Bring pictures of any depth to eight bits, as viewers show them.
 
-Pillow's own conversion of grey pictures of 16 bits makes all of them white, and of floating-point ones black.
+Pillow's own conversion of grey pictures of 16 bits makes all of them white, and of floating-point ones black. That of transparent ones
+shows the colours that are not to be seen, and that of photographs leaves them lying on their side.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ __all__ = ["eight_bits"]
 
 
 def eight_bits(picture: Image, where: str) -> Image:
-    """Return ``picture`` with eight bits a channel: in mode "L" if it is grey, else in "RGB".
+    """Return ``picture`` upright and on white, with eight bits a channel: in mode "L" if it is grey, else in "RGB".
 
     Parameters
     ----------
@@ -32,11 +33,16 @@ def eight_bits(picture: Image, where: str) -> Image:
     DataError
         If its numbers have no range that the format says: 32 bits, or floating point.
     """
-    from PIL import Image
+    from PIL import Image, ImageOps
 
+    picture, form = ImageOps.exif_transpose(picture), picture.format
+    if picture.mode in ("LA", "La", "PA", "RGBA", "RGBa") or (
+        "transparency" in picture.info and picture.mode[0] != "I"
+    ):
+        picture = _on_white(picture)
     if picture.mode not in ("1", "L", "LA", "I", "F") and not picture.mode.startswith("I;16"):
         return picture.convert("RGB")
-    sixteen = picture.mode.startswith("I;16") or (picture.mode == "I" and picture.format == "PNG")
+    sixteen = picture.mode.startswith("I;16") or (picture.mode == "I" and form == "PNG")
     if sixteen:  # older versions of Pillow read a PNG of 16 bits as one of 32
         levels = np.asarray(picture).astype(np.float32) / 257
         return Image.fromarray(levels.round().clip(0, 255).astype(np.uint8))
@@ -45,3 +51,11 @@ def eight_bits(picture: Image, where: str) -> Image:
             f"{where} has pixels of 32 bits, whose range is not known; save it with 8 or 16 bits for each pixel"
         )
     return picture.convert("L")
+
+
+def _on_white(picture: Image) -> Image:
+    from PIL import Image
+
+    coloured = picture.convert("RGBA")
+    shown = Image.alpha_composite(Image.new("RGBA", coloured.size, "white"), coloured)
+    return shown.convert("L" if picture.mode in ("1", "L", "LA", "La") else "RGB")

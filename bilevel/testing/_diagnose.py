@@ -38,6 +38,7 @@ _STRUCTURED_STEPS = (
     *_STEPS[:5],
     (_steps_function.derivatives, "the function's derivatives"),
     (_steps_constraints.constraints, "the constraints"),
+    (_steps_constraints.arguments, "the outer tensors"),
     (_steps_gradient.one_sided, "the linear solve"),
     (_steps_gradient.outer_loss, "the outer loss"),
     (_steps_gradient.whole, "a hypergradient"),
@@ -59,7 +60,7 @@ def diagnose(
     It checks the connection of each outer tensor, the accuracy of the linear solve, dtypes and scales. Of a batch the first
     8 problems are examined. With proximal terms or constraints it examines how the inner solve ends, and whether the
     derivative at the solution is one-sided. With constraints it looks whether the start violates one, and whether they repeat each
-    other. It names unknowns that bounds fix. Where nothing is found, it takes a derivative as a user would: what the library refuses
+    other or a bound. It names unknowns that bounds fix. Where nothing is found, it takes a derivative as a user would: what the library refuses
     is a finding.
 
     It costs two solves, two gradients, and n reverse passes for each problem examined (60 products where n is large).

@@ -13,7 +13,7 @@ from torch.utils import _pytree as pytree
 
 from bilevel.testing.references import Reference, gradients
 
-__all__ = ["Probe", "argument_mismatch", "captured_tensors", "gradient_mismatch", "noise", "probe", "state_of"]
+__all__ = ["Probe", "argument_mismatch", "bent", "captured_tensors", "gradient_mismatch", "noise", "probe", "state_of"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -166,6 +166,32 @@ def argument_mismatch(
         error, scale = abs(change - float((slope * move).sum())), float(slope.norm() * move.norm()) + abs(change)
         errors.append(_relative(error, scale, rounding) if math.isfinite(error) else 0.0)
     return errors
+
+
+def bent(
+    scalar: Callable[[Sequence[torch.Tensor]], torch.Tensor], points: Sequence[torch.Tensor], eps: float, coarse: float
+) -> list[bool]:
+    """Return for each of ``points``, known up to the relative ``coarse``, whether slopes of ``scalar`` on its two sides differ.
+
+    (c(θ + hd) + c(θ − hd) − 2 c(θ)) / h is their difference along d. It falls with h where c is smooth, and stays at a kink.
+    """
+    generator = torch.Generator().manual_seed(3)
+    fixed = [point.detach() for point in points]
+    with torch.no_grad():
+        here = float(scalar(fixed))
+    found = []
+    for place, point in enumerate(fixed):
+        move = (1 + point.abs()) * torch.rand(point.shape, generator=generator, dtype=torch.float64).to(point)
+        move = move * _signs(point, generator)
+        bends, slope, rounding = [], 0.0, 0.0
+        for h in (10 * (step := max(eps**0.375 / 10, 100 * coarse)), step):
+            sides = [[*fixed[:place], point + s * h * move, *fixed[place + 1 :]] for s in (1.0, -1.0)]
+            ahead, behind = (float(scalar(side).detach()) for side in sides)
+            bends.append(abs(ahead + behind - 2 * here) / h)
+            slope, rounding = abs(ahead - behind) / h, 1e3 * eps * max(abs(here), abs(ahead)) / h
+        sure = math.isfinite(sum(bends)) and bends[1] > max(rounding, 1e-3 * slope)
+        found.append(sure and bends[1] > 0.5 * bends[0])
+    return found
 
 
 def _signs(like: torch.Tensor, generator: torch.Generator) -> torch.Tensor:

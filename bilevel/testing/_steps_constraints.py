@@ -1,9 +1,10 @@
-"""What is special about bounds and constraints: a start outside of them, unknowns that they fix, constraints that repeat each other."""
+"""What is special about bounds, constraints and proximal terms: a start outside of them, unknowns that they fix, repetitions, arguments lost."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, is_dataclass
 from typing import Any
 
 import torch
@@ -11,9 +12,11 @@ from torch.utils import _pytree as pytree
 
 import bilevel
 from bilevel.testing._examination import Examination
+from bilevel.testing._probes import argument_mismatch
+from bilevel.testing._steps_function import MISMATCH
 from bilevel.testing.defects import Defect
 
-__all__ = ["constraints"]
+__all__ = ["arguments", "constraints"]
 
 # The share of the size of x by which a start may violate a constraint, and that of a gradient in which repeated constraints may differ.
 _MET, _SAME = 1e-6, 1e-9
@@ -32,25 +35,105 @@ class _Rows:
 
 def constraints(seen: Examination) -> None:
     """Examine the bounds and constraints at the start, and beside it."""
-    stated = getattr(seen.subject.layer.structure, "constraints", None)
-    if stated is None:
+    if not hasattr(seen.subject.layer.structure, "constraints"):
         return
     starts = seen.wide.rows([leaf.detach() for leaf in pytree.tree_leaves(seen.subject.init)])
     for number in seen.numbers():
-        args, kwargs = seen.subject.case(number, seen.wide.points)
-        made = stated if isinstance(stated, bilevel.Constraints) else stated(*args, **kwargs)
-        if made is None:
-            continue
+        made, args, kwargs = _made(seen, number, seen.wide.points)
         start = starts[number]
-        lower, upper = (_bound(seen, getattr(made, name), args, kwargs, start) for name in ("lower", "upper"))
+        lower, upper = (
+            _detached(_bound(seen, getattr(made, name), args, kwargs, start)) for name in ("lower", "upper")
+        )
         _fixed(seen, number, lower, upper)
         here = _rows(seen, made, start, args, kwargs)
         if not seen.has(Defect.INFEASIBLE):
             _outside(seen, number, start, lower, upper, here)
-        if 1 < len(here.values) <= _MOST_ROWS:
+        if 0 < len(here.values) <= _MOST_ROWS:
             places = torch.arange(1.0, len(start) + 1, dtype=start.dtype, device=start.device)
             aside = start + 0.1 * (1 + start.abs()) * torch.cos(places)
-            _repeated(seen, number, here, _rows(seen, made, aside, args, kwargs))
+            there = _rows(seen, made, aside, args, kwargs)
+            _repeated(
+                seen,
+                number,
+                *(_with_bounds(rows, x, here, lower, upper) for rows, x in ((here, start), (there, aside))),
+            )
+
+
+def arguments(seen: Examination) -> None:
+    """See which outer tensors the problem uses, and compare derivatives of its bounds and constraints with differences."""
+    subject, reference = seen.subject, seen.wide
+    used = [False] * len(subject.points)
+    for number in seen.usable():
+        points = reference.leaves()
+        parts = [
+            reference.residual(number, seen.rows[number], points),
+            *_parts(seen, number, seen.rows[number], points),
+        ]
+        if subject.problem is not None and len(seen.usable()) == reference.count:
+            parts.append(reference.scalar(seen.rows, points))
+        for part in parts:
+            if part.requires_grad:
+                slopes = torch.autograd.grad(part.sum(), points, allow_unused=True)
+                used = [one or slope is not None for one, slope in zip(used, slopes, strict=True)]
+        if hasattr(subject.layer.structure, "constraints") and not seen.has(Defect.STOCHASTIC):
+            _compared(seen, number)
+    lost = [name for name, one in zip(subject.names, used, strict=True) if not one]
+    if lost and seen.usable() and not seen.has(Defect.WRONG_GRADIENT):  # which names what is detached
+        seen.find(
+            Defect.DISCONNECTED,
+            f"no objective, bound, constraint or proximal term uses {', '.join(lost)}: the gradient is zero or None",
+        )
+
+
+def _compared(seen: Examination, number: int) -> None:
+    def scalar(given: Sequence[torch.Tensor]) -> torch.Tensor:
+        flat = torch.cat([part.reshape(-1) for part in _parts(seen, number, given[0], given[1:])])
+        weights = 2 + torch.cos(torch.arange(len(flat), dtype=flat.dtype, device=flat.device))
+        return (torch.where(torch.isfinite(flat), flat, 0.0) * weights).sum()
+
+    errors = argument_mismatch(scalar, [seen.rows[number], *seen.wide.leaves()], seen.wide.eps)
+    for name, error in zip(["the unknown", *seen.subject.names], errors, strict=True):
+        if error > MISMATCH:
+            text = f"the derivative of the bounds and constraints by {name} and differences of their values disagree by {error:.0%}"
+            seen.find(Defect.WRONG_GRADIENT, text)
+
+
+def _parts(seen: Examination, number: int, x: torch.Tensor, points: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """Return the bounds and the values of constraints at ``x`` with their graphs, or the tensors in proximal terms."""
+    structure = seen.subject.layer.structure
+    if not hasattr(structure, "constraints"):
+        args, kwargs = seen.subject.case(number, points)
+        given = structure.given
+        return _tensors_in(given(*args, **kwargs) if callable(given) and not is_dataclass(given) else given)
+    made, args, kwargs = _made(seen, number, points)
+    bounds = [_bound(seen, getattr(made, name), args, kwargs, x) for name in ("lower", "upper")]
+    functions = [function for function in (made.equality, made.inequality) if function is not None]
+    values = [
+        leaf for function in functions for leaf in pytree.tree_leaves(function(seen.wide.tree(x), *args, **kwargs))
+    ]
+    return [part.to(x) for part in (*bounds, *values) if part is not None] or [x[:0]]
+
+
+def _tensors_in(value: Any) -> list[torch.Tensor]:
+    """Return the tensors in a pytree of proximal terms, which are dataclasses."""
+    if is_dataclass(value):
+        return [tensor for field in fields(value) for tensor in _tensors_in(getattr(value, field.name))]
+    if isinstance(value, torch.Tensor):
+        return [value] if value.is_floating_point() else []
+    leaves = pytree.tree_leaves(value)
+    return [tensor for leaf in leaves if leaf is not value for tensor in _tensors_in(leaf)]
+
+
+def _made(seen: Examination, number: int, points: Sequence[torch.Tensor]) -> tuple[bilevel.Constraints, Any, Any]:
+    """Return the constraints of one problem, and its arguments."""
+    stated = seen.subject.layer.structure.constraints
+    args, kwargs = seen.subject.case(number, points)
+    made = stated if isinstance(stated, bilevel.Constraints) else stated(*args, **kwargs)
+    return bilevel.Constraints() if made is None else made, args, kwargs
+
+
+def _detached(bound: torch.Tensor | None) -> torch.Tensor | None:
+    return None if bound is None else bound.detach()
 
 
 def _bound(seen: Examination, value: Any, args: Any, kwargs: Any, like: torch.Tensor) -> torch.Tensor | None:
@@ -66,7 +149,7 @@ def _bound(seen: Examination, value: Any, args: Any, kwargs: Any, like: torch.Te
         torch.broadcast_to(torch.as_tensor(math.nan if one is None else one).to(like), leaf.shape)
         for one, leaf in zip(given, leaves, strict=True)
     ]
-    return torch.cat([part.reshape(-1) for part in whole]).detach()
+    return torch.cat([part.reshape(-1) for part in whole])
 
 
 def _rows(seen: Examination, stated: Any, x: torch.Tensor, args: Any, kwargs: Any) -> _Rows:
@@ -140,6 +223,23 @@ def _outside(
     most, name = max(lacks, default=(0.0, ""))
     if most > _MET * (1 + float(start.abs().max())):
         seen.find(Defect.INFEASIBLE_START, f"the start{seen.of(number)} violates {name} by {most:.2g}")
+
+
+def _with_bounds(
+    rows: _Rows, x: torch.Tensor, base: _Rows, lower: torch.Tensor | None, upper: torch.Tensor | None
+) -> _Rows:
+    """Return ``rows`` and the bounds, as inequalities, of the unknowns to which a row of ``base`` belongs alone."""
+    alone = base.gradients[(base.gradients != 0).sum(1) == 1]
+    places = (alone != 0).any(0).nonzero().reshape(-1).tolist()
+    values, gradients, names = [rows.values], [rows.gradients], list(rows.names)
+    for name, bound, sign in (("lower", lower, -1.0), ("upper", upper, 1.0)):
+        for place in [] if bound is None else [at for at in places if bool(torch.isfinite(bound[at]))]:
+            assert bound is not None
+            values.append((sign * (x - bound))[place : place + 1])
+            gradients.append(sign * torch.eye(len(x), dtype=x.dtype, device=x.device)[place : place + 1])
+            names.append(f"the {name} bound of x[{place}]")
+    added = rows.equal.new_zeros(len(names) - len(rows.names))
+    return _Rows(torch.cat(values), torch.cat(gradients), names, torch.cat([rows.equal, added]))
 
 
 def _repeated(seen: Examination, number: int, here: _Rows, there: _Rows) -> None:

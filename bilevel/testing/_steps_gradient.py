@@ -13,7 +13,7 @@ from torch.utils import _pytree as pytree
 
 import bilevel
 from bilevel.testing._examination import Examination, widest, worst_of
-from bilevel.testing._probes import argument_mismatch
+from bilevel.testing._probes import argument_mismatch, bent
 from bilevel.testing._steps_function import MISMATCH
 from bilevel.testing.defects import Defect
 from bilevel.testing.diagnosis import LinearSolve, OuterTensor
@@ -69,6 +69,26 @@ def outer_loss(seen: Examination) -> None:
             if error > MISMATCH:
                 text = f"the outer loss's derivative by {name} and differences of its values disagree by {error:.0%}"
                 seen.find(Defect.WRONG_GRADIENT, text)
+        _outer_kinks(seen)
+
+
+def _outer_kinks(seen: Examination) -> None:
+    """See whether the outer loss has other slopes on one side of the inner solution, or of an outer tensor, than on the other."""
+    reference, count = seen.wide, len(seen.rows)
+    found = bent(
+        lambda given: reference.scalar(given[:count], given[count:]),
+        [*seen.rows, *reference.points],
+        reference.eps,
+        seen.subject.eps,
+    )
+    for name, kink in zip([*["the inner solution"] * count, *seen.subject.names], found, strict=True):
+        if kink:
+            text = f"the outer loss has a kink at {name}: its slopes on the two sides differ, and autograd takes one or neither"
+            seen.find(
+                Defect.DEGENERATE,
+                text,
+                "change the outer tensors a little, or smooth the kink, for example |x| as sqrt(x² + ε²)",
+            )
 
 
 def whole(seen: Examination) -> None:
@@ -135,7 +155,9 @@ def _judge_tensors(seen: Examination, totals: Sequence[torch.Tensor | None], lea
         if tensor.name not in lost and total is not None and leaf.numel() and not bool((total != 0).any())
     ]
     # At a stationary point by symmetry or by convention, or with a singular matrix, the gradient means nothing.
-    if zero and not seen.has(Defect.OUTER_IGNORES_INNER, Defect.KINK, Defect.SADDLE, Defect.SINGULAR):
+    if zero and not seen.has(
+        Defect.OUTER_IGNORES_INNER, Defect.KINK, Defect.DEGENERATE, Defect.SADDLE, Defect.SINGULAR
+    ):
         seen.find(Defect.ZERO_GRADIENT, f"the gradient of {', '.join(zero)} is exactly zero")
 
 

@@ -1200,6 +1200,15 @@ MUTATIONS = (
         ("tests/testing/test_diagnose_says_fine.py", "-k", "NaN"),
     ),
     Mutation(
+        "an outer loss at a kink called healthy", "testing/_steps_gradient.py", "        if kink:\n", "        if False:\n",
+        ("tests/testing/test_diagnose_says_fine.py", "-k", "outer_loss"),
+    ),
+    Mutation(
+        "an argument lost in a constraint called healthy", "testing/_diagnose.py",
+        '    (_steps_constraints.arguments, "the outer tensors"),\n', "",
+        ("tests/testing/test_diagnose_constraints.py", "-k", "argument"),
+    ),
+    Mutation(
         "a solution of zero called unconverged", "testing/_steps_solution.py",
         "max(float(x.norm()), float((x - start).norm()))", "float(x.norm())",
         ("tests/testing/test_diagnose_says_fine.py", "-k", "zero_is_stationary"),

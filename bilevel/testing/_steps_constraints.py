@@ -100,7 +100,7 @@ def _compared(seen: Examination, number: int) -> None:
 
 def _parts(seen: Examination, number: int, x: torch.Tensor, points: Sequence[torch.Tensor]) -> list[torch.Tensor]:
     """Return the bounds and the values of constraints at ``x`` with their graphs, or the tensors in proximal terms."""
-    structure = seen.subject.layer.structure
+    structure: Any = seen.subject.layer.structure
     if not hasattr(structure, "constraints"):
         args, kwargs = seen.subject.case(number, points)
         given = structure.given
@@ -126,7 +126,8 @@ def _tensors_in(value: Any) -> list[torch.Tensor]:
 
 def _made(seen: Examination, number: int, points: Sequence[torch.Tensor]) -> tuple[bilevel.Constraints, Any, Any]:
     """Return the constraints of one problem, and its arguments."""
-    stated = seen.subject.layer.structure.constraints
+    structure: Any = seen.subject.layer.structure
+    stated = structure.constraints
     args, kwargs = seen.subject.case(number, points)
     made = stated if isinstance(stated, bilevel.Constraints) else stated(*args, **kwargs)
     return bilevel.Constraints() if made is None else made, args, kwargs

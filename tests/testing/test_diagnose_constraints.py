@@ -76,6 +76,22 @@ CASES: dict[str, tuple[bilevel.Layer, tuple[torch.Tensor, ...], dict[Defect, str
         bilevel.fixed_point(lambda x, a: L1(0.1).prox(x - 2.5 * (x - a), 1.0), solver=bilevel.FixedPointIteration()), (ZERO, A),
         {Defect.DIVERGED: "moved away"},
     ),
+    "an inequality that repeats a bound": (
+        argmin(distance, lower=-3.0, inequality=lambda x, a: -6 - 2 * x[1]), (ZERO, A),
+        {Defect.DUPLICATED: "the lower bound of x[1] state the same"},
+    ),
+    "an argument detached in a constraint": (
+        argmin(lambda x, a, s: distance(x, a), inequality=lambda x, a, s: x.sum() - s.detach()), (ZERO, A, tensor(1.0)),
+        {Defect.WRONG_GRADIENT: "bounds and constraints by s"},
+    ),
+    "an argument that no constraint uses": (
+        argmin(lambda x, a, s: distance(x, a), inequality=lambda x, a, s: x.sum() - 1), (ZERO, A, tensor(1.0)),
+        {Defect.DISCONNECTED: "proximal term uses s"},
+    ),
+    "a strength detached in a proximal term": (
+        argmin(lambda x, a, s: distance(x, a), prox=lambda a, s: L1(s.detach())), (ZERO, A, tensor(0.1)[0]),
+        {Defect.DISCONNECTED: "proximal term uses s"},
+    ),
     "bounds": (argmin(distance, lower=-3.0, upper=lambda a: a + 5), (ZERO, A - 1.5), {}),
     "constraints": (argmin(distance, equality=lambda x, a: x[0] - 1, inequality=lambda x, a: x - 1.5), (ZERO, A), {}),
     "a pytree": (

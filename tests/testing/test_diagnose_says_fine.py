@@ -83,6 +83,7 @@ LOSSES: dict[str, tuple[Callable[[torch.Tensor, torch.Tensor], torch.Tensor], De
         "derivative by the inner solution",
     ),
     "outer detached": (lambda x, o: (x * o.detach()).sum(), Defect.WRONG_GRADIENT, "derivative by outer"),
+    "at a kink": (lambda x, o: (x - A).abs().sum(), Defect.DEGENERATE, "kink at the inner solution"),
     "of two values": (lambda x, o: x, Defect.UNUSABLE, "expected outer_objective to return a scalar"),
     "with a captured tensor": (lambda x, o: x.sum() * HIDDEN, Defect.CAPTURED_TENSOR, "outer_objective reaches one"),
 }

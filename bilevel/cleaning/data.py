@@ -6,7 +6,6 @@ Input that cannot be used raises :class:`DataError` in one sentence.
 from __future__ import annotations
 
 import os
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +14,7 @@ import numpy as np
 import torch
 
 from bilevel.cli.encoding import Encoding, encoder
-from bilevel.cli.pictures import eight_bits
+from bilevel.cli.pictures import read_picture
 from bilevel.cli.table import DataError, parse, plain, read_table, split_target
 
 __all__ = ["DIGITS", "IMAGE_SIZE", "DataError", "LabelledData", "load", "numbered_like"]
@@ -238,19 +237,11 @@ def _is_image(name: str) -> bool:
 
 def _images(files: Sequence[Path], size: int) -> torch.Tensor:
     """Return the images (n, channels, size, size) in [0, 1]: one channel if all are grey, else three."""
-    from PIL import Image, UnidentifiedImageError
-
     _check_memory(len(files), size)
     pictures, unreadable = [], []
     for file in files:
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # Pillow warns of damaged metadata and of large images
-                with Image.open(file) as image:
-                    resized = eight_bits(image, str(file)).resize((size, size), Image.Resampling.LANCZOS)
-        except DataError:
-            raise
-        except (UnidentifiedImageError, OSError, SyntaxError, Image.DecompressionBombError):
+        resized = read_picture(file, str(file), size)
+        if resized is None:
             unreadable.append(file)
             continue
         pictures.append(np.asarray(resized, dtype=np.float32) / 255)

@@ -6,7 +6,9 @@ shows the colours that are not to be seen, and that of photographs leaves them l
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import warnings
+from pathlib import Path
+from typing import IO, TYPE_CHECKING
 
 import numpy as np
 
@@ -15,7 +17,42 @@ from bilevel.cli.table import DataError
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-__all__ = ["eight_bits"]
+__all__ = ["eight_bits", "read_picture"]
+
+
+def read_picture(source: Path | IO[bytes], where: str, size: int, *, grey: bool = False) -> Image | None:
+    """Return the picture in ``source``, of eight bits a channel and ``size`` pixels on a side; None if it cannot be read.
+
+    Parameters
+    ----------
+    source
+        The file.
+    where
+        The file's name, for the message.
+    size
+        The width and height in pixels.
+    grey
+        Whether colours become grey.
+
+    Raises
+    ------
+    DataError
+        As :func:`eight_bits`.
+    """
+    from PIL import Image
+
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Pillow warns of damaged metadata and of large images
+            with Image.open(source) as picture:
+                shown = eight_bits(picture, where)
+                return (shown.convert("L") if grey else shown).resize((size, size), Image.Resampling.LANCZOS)
+    except DataError:
+        raise
+    except (
+        Exception
+    ):  # Damaged bytes raise whatever Pillow's readers meet: OSError, SyntaxError, struct.error, TypeError …
+        return None
 
 
 def eight_bits(picture: Image, where: str) -> Image:
@@ -33,9 +70,9 @@ def eight_bits(picture: Image, where: str) -> Image:
     DataError
         If its numbers have no range that the format says: 32 bits, or floating point.
     """
-    from PIL import Image, ImageOps
+    from PIL import Image
 
-    picture, form = ImageOps.exif_transpose(picture), picture.format
+    picture, form = _upright(picture), picture.format
     if picture.mode in ("LA", "La", "PA", "RGBA", "RGBa") or (
         "transparency" in picture.info and picture.mode[0] != "I"
     ):
@@ -51,6 +88,15 @@ def eight_bits(picture: Image, where: str) -> Image:
             f"{where} has pixels of 32 bits, whose range is not known; save it with 8 or 16 bits for each pixel"
         )
     return picture.convert("L")
+
+
+def _upright(picture: Image) -> Image:
+    from PIL import ImageOps
+
+    try:
+        return ImageOps.exif_transpose(picture)
+    except Exception:  # Damaged metadata raise whatever Pillow's readers meet, and say nothing of the orientation.
+        return picture
 
 
 def _on_white(picture: Image) -> Image:

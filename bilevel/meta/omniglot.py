@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 import bilevel
-from bilevel.cli.pictures import eight_bits
+from bilevel.cli.pictures import read_picture
 from bilevel.meta.images import LabelledImages
 
 __all__ = ["download_omniglot", "load_omniglot"]
@@ -117,8 +117,6 @@ def download_omniglot(part: str = "images_background", *, folder: str | Path | N
 
 
 def _read(source: Path, size: int) -> LabelledImages:
-    from PIL import Image, UnidentifiedImageError
-
     images: list[np.ndarray[Any, Any]] = []
     labels: list[int] = []
     names: list[str] = []
@@ -127,14 +125,11 @@ def _read(source: Path, size: int) -> LabelledImages:
         number = numbers.setdefault((alphabet, character), len(numbers))
         if number == len(names):
             names.append(f"{alphabet}/{character}")
-        try:
-            with Image.open(io.BytesIO(content)) as image:
-                grey = eight_bits(image, f"load_omniglot: {source}: {name}").convert("L")
-                grey = grey.resize((size, size), Image.Resampling.LANCZOS)
-        except (UnidentifiedImageError, OSError) as error:
+        grey = read_picture(io.BytesIO(content), f"load_omniglot: {source}: {name}", size, grey=True)
+        if grey is None:
             raise bilevel.ArgumentError(
                 f"load_omniglot: {source}: {name} is not an image that can be read; replace the file, or delete it"
-            ) from error
+            )
         images.append(255 - np.asarray(grey))
         labels.append(number)
     if not images:

@@ -195,6 +195,20 @@ def test_images_of_any_depth_keep_their_grey_levels(folder: Path) -> None:
         load(str(folder), image_size=8)
 
 
+def test_damaged_metadata_leave_an_image_as_it_is(folder: Path) -> None:
+    from PIL import Image
+
+    file, exif = folder / "dark" / "red.jpg", Image.Exif()
+    exif[0x0112], exif[0x010E], exif[0x9003] = 6, "hello", "x"
+    Image.new("RGB", (8, 8), "red").save(file, exif=exif)
+    content = bytearray(file.read_bytes())
+    content[content.index(b"Exif") + 17] = 0  # Pillow reads such a tag, and fails to write it
+    file.write_bytes(content)
+    data = load(str(folder), image_size=8)
+    red = data.inputs[data.rows.index(str(Path("dark") / "red.jpg"))]
+    assert red[0].min() > 0.9 > 0.1 > red[1:].max()
+
+
 def test_a_transparent_image_lies_on_white_and_a_photograph_stands_upright(folder: Path) -> None:
     from PIL import Image
 

@@ -49,9 +49,7 @@ def read_picture(source: Path | IO[bytes], where: str, size: int, *, grey: bool 
                 return (shown.convert("L") if grey else shown).resize((size, size), Image.Resampling.LANCZOS)
     except DataError:
         raise
-    except (
-        Exception
-    ):  # Damaged bytes raise whatever Pillow's readers meet: OSError, SyntaxError, struct.error, TypeError …
+    except Exception:  # Damaged bytes raise whatever Pillow's readers meet, struct.error and TypeError too.
         return None
 
 

@@ -144,7 +144,7 @@ def test_bome_moves_along_the_hypergradient_in_one_dimension() -> None:
 
 ROAD: dict[str, tuple[Any, dict[str, Any], int, float]] = {
     "SOBA": (stochastic.SOBA, {}, 600, 1e-5),
-    "VRBO": (stochastic.VRBO, {"terms": 20, "neumann_rate": 0.7, "inner_steps": 1}, 150, 1e-4),
+    "VRBO": (stochastic.VRBO, {"terms": 20, "neumann_rate": 0.7, "inner_steps": 1}, 300, 1e-5),
     "BOME": (stochastic.BOME, {"inner_steps": 10}, 400, 0.05),  # it circles around the solution at constant rates
 }
 
